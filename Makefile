@@ -1,0 +1,48 @@
+# Each target makes or completes .venv by itself. Variables: PYTHON=python3.12 chooses the interpreter that .venv is
+# made from, ARGS="..." is passed on to the program behind the target.
+
+PYTHON ?= python3
+ARGS ?=
+VENV_PYTHON := .venv/bin/python
+
+.PHONY: help setup repro test test-all test-gpu bench lint clean distclean
+
+help:  ## show this list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' Makefile
+
+setup: .venv/.ready-repro  ## make .venv with torch (CPU build on a machine without a GPU), and no more
+
+repro: .venv/.ready-repro  ## the hang, its diagnosis and the fixed run, on 8 ranks without a GPU
+	@$(VENV_PYTHON) -m repro run metadata_rebuild --variant all $(ARGS)
+
+test: .venv/.ready-test  ## all tests but the slowest and those that need a GPU
+	$(VENV_PYTHON) -m pytest $(ARGS)
+
+test-all: .venv/.ready-test  ## every test; what the machine cannot run is skipped
+	$(VENV_PYTHON) -m pytest -m "" $(ARGS)
+
+test-gpu: .venv/.ready-test  ## what needs a CUDA device; all skipped without one
+	$(VENV_PYTHON) -m pytest -m gpu $(ARGS)
+
+bench: .venv/.ready-test  ## what the verdict, the watching and the model cost, beside a peer in the same run
+	mkdir -p benchmarks/results
+	$(VENV_PYTHON) benchmarks/bench_verdict.py
+	$(VENV_PYTHON) benchmarks/bench_engine.py --json benchmarks/results/engine.json
+	$(VENV_PYTHON) benchmarks/bench_model.py --json benchmarks/results/model.json
+
+lint: .venv/.ready-lint  ## ruff, its formatter, mypy
+	$(VENV_PYTHON) -m ruff check
+	$(VENV_PYTHON) -m ruff format --check
+	$(VENV_PYTHON) -m mypy
+
+clean:  ## remove runs, build products and caches
+	rm -rf runs build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find . -path ./.venv -prune -o -type d -name __pycache__ -prune -exec rm -rf {} +
+
+distclean: clean  ## clean, and remove .venv too
+	rm -rf .venv
+
+.venv/.ready-%: pyproject.toml setup.py scripts/setup_venv.py
+	@$(PYTHON) -c 'import sys; sys.version_info < (3, 11) and sys.exit("setup: Python 3.11 or newer is needed, \
+	this is %d.%d; name another: make PYTHON=python3.12" % sys.version_info[:2])'
+	@$(PYTHON) scripts/setup_venv.py $*

@@ -1,0 +1,151 @@
+"""How long a verdict takes, by number of ranks, and what one event costs the rank that records it.
+
+    python benchmarks/bench_verdict.py [--ranks 64 256 1024] [--events 2000] [--json]
+
+Each row is the metadata_rebuild hang (one all_reduce too many on the ranks with live requests) on witnesses of
+``--events`` events a rank: parse is bytes to witnesses, judge is witnesses to verdict, in CPU seconds of one core.
+The verdict must be right, or there is no row. Recording is timed beside the same loop with an observer that does
+nothing.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import resource
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+from hybrid_moe_ref.parallel.observer import Collective, NullObserver, Observer, ScheduleEntry
+from repro.layout import Geometry, Identity, pack_header
+from repro.record import Recorder
+from repro.verdict import judge
+from repro.witness import parse
+
+LAYERS = 12
+IDLE = 4  # every fourth rank
+
+
+def step_calls(num_ranks: int, step: int) -> list[Collective]:
+    """One agreement, then dispatch and combine of every layer."""
+    sizes = tuple((rank * 7 + step) % 64 for rank in range(num_ranks))
+    calls = [Collective("dp", "all_reduce", "", (4 * num_ranks,), "int32", "sum")]
+    for layer in range(LAYERS):
+        calls.append(Collective("ep", "all_gather_v", f"layers.{layer}.mlp", sizes, "bfloat16"))
+        calls.append(Collective("ep", "reduce_scatter_v", f"layers.{layer}.mlp", sizes, "bfloat16", "sum"))
+    return calls
+
+
+def record(rank: int, num_ranks: int, num_events: int, steps: list[list[Collective]]) -> bytes:
+    """The witness bytes of one rank that ends in the hang."""
+    shape = Geometry(num_events + num_events % 2, 16_384, 1 << 16, 4)
+    who = Identity(rank, num_ranks, "bench", "host", "boot", 1000 + rank)
+    buffer = bytearray(shape.file_bytes)
+    header = pack_header(who, shape)
+    buffer[: len(header)] = header
+    now = [0]
+
+    def clock() -> int:
+        now[0] += 1000
+        return now[0]
+
+    recorder = Recorder(buffer, who, shape, clock=clock)
+    recorder.groups({"dp": range(num_ranks), "ep": range(num_ranks)})
+    recorder.phase("serve")
+    plan = tuple(ScheduleEntry(call.group, call.op, call.layer) for call in steps[0])
+    for number, calls in enumerate(steps):
+        recorder.begin_step(number, plan, 1)
+        if number == len(steps) - 1:
+            recorder.enter(calls[0])
+            recorder.leave(calls[0])
+            live = rank % IDLE != 0
+            recorder.enter(
+                Collective("dp", "all_reduce", "layers.0.linear_attn", (4,), "int32", "sum") if live else calls[1]
+            )
+            break
+        for call in calls:
+            recorder.enter(call)
+            recorder.leave(call)
+    return bytes(buffer)
+
+
+def bench_verdict(num_ranks: int, num_events: int) -> dict[str, object]:
+    """One row: CPU seconds to parse and to judge, and the memory peak of the process so far."""
+    num_steps = max(2, num_events // (2 * (2 * LAYERS + 1) + 1))
+    steps = [step_calls(num_ranks, step) for step in range(num_steps)]
+    witnesses = {}
+    parse_s = 0.0
+    for rank in range(num_ranks):
+        data = record(rank, num_ranks, num_events, steps)
+        start = time.process_time()
+        witnesses[rank] = parse(data, f"rank{rank:04d}.wit")
+        parse_s += time.process_time() - start
+    start = time.process_time()
+    verdict = judge(witnesses, num_ranks=num_ranks, now_ns=10**12, quiet_window_s=1.0)
+    judge_s = time.process_time() - start
+    live = tuple(rank for rank in range(num_ranks) if rank % IDLE)
+    if (verdict.verdict, verdict.cause, verdict.culprits) != ("deadlock", "extra", live):
+        raise SystemExit(f"{num_ranks} ranks: the verdict is wrong: {verdict.verdict} {verdict.cause}")
+    events = sum(witness.num_events for witness in witnesses.values())
+    return {
+        "ranks": num_ranks, "events": events, "parse_s": round(parse_s, 2), "judge_s": round(judge_s, 2),
+        "us_per_event": round((parse_s + judge_s) / events * 1e6, 2),
+        "peak_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024,
+    }  # fmt: skip
+
+
+def bench_recorder(num_rounds: int = 2000, num_repeats: int = 40) -> dict[str, float]:
+    """Microseconds of one event: the best of many short loops, since the machine does other things too."""
+    calls = step_calls(8, 0)[:5]
+
+    def best(observer: Observer) -> float:
+        times = []
+        for _ in range(num_repeats):
+            start = time.perf_counter()
+            for _ in range(num_rounds // len(calls)):
+                for call in calls:
+                    observer.enter(call)
+                    observer.leave(call)
+            times.append(time.perf_counter() - start)
+        return min(times) / (num_rounds // len(calls) * len(calls) * 2) * 1e6
+
+    with tempfile.TemporaryDirectory() as folder:
+        recorder = Recorder.open(Path(folder) / "rank000.wit", 0, 8)
+        recorder.groups({"dp": range(8), "ep": range(8)})
+        return {"recorder_us": round(best(recorder), 3), "null_us": round(best(NullObserver()), 3)}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--ranks", type=int, nargs="+", default=[64, 256, 1024])
+    parser.add_argument("--events", type=int, default=2000)
+    parser.add_argument("--json", action="store_true", help="one JSON object instead of a table")
+    arguments = parser.parse_args()
+    machine = {"python": platform.python_version(), "machine": platform.machine(), "system": platform.system()}
+    recorder = bench_recorder()
+    rows = [bench_verdict(num_ranks, arguments.events) for num_ranks in arguments.ranks]
+    ratio = 0.0
+    if len(rows) > 1:
+        first, last = rows[0], rows[-1]
+        ratio = round(float(str(last["us_per_event"])) / float(str(first["us_per_event"])), 2)
+    if arguments.json:
+        json.dump({**machine, **recorder, "rows": rows, "cost_ratio": ratio}, sys.stdout, indent=1)
+        print()
+        return
+    print(f"Python {machine['python']} on {machine['machine']}")
+    print(f"recording: {recorder['recorder_us']} us an event (loop alone {recorder['null_us']} us)")
+    print("ranks    events   parse s   judge s   us/event   peak MiB")
+    for row in rows:
+        print(
+            f"{row['ranks']:>5} {row['events']:>9} {row['parse_s']:>9} {row['judge_s']:>9} {row['us_per_event']:>10}"
+            f" {row['peak_mib']:>10}"
+        )
+    if ratio:
+        print(f"cost of an event, {rows[-1]['ranks']} ranks to {rows[0]['ranks']}: {ratio} times (1 is linear)")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,93 @@
+"""One step's tokens: those of all sequences, flattened, one row per token.
+
+Sequences that bring equally many tokens form a group, which the mixers run as one dense [B, T] batch: all
+decoding sequences are one group with T = 1.
+
+Shapes: N rows of the step, B sequences of a group, T tokens each.
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Self
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from hybrid_moe_ref.cache import Sequence
+
+
+@dataclass(frozen=True, eq=False)
+class Group:
+    """Sequences with `length` new tokens each. `starts` are the tokens that each has seen before;
+    `sequences` is empty for tokens that no cache remembers."""
+
+    rows_BT: Tensor
+    positions_BT: Tensor
+    starts: tuple[int, ...]
+    length: int
+    sequences: tuple["Sequence", ...] = ()
+
+
+@dataclass(frozen=True, eq=False)
+class Batch:
+    """The groups of a step. `last_rows` has the row of each sequence's last token, in the order of the
+    sequences."""
+
+    groups: tuple[Group, ...]
+    num_tokens: int
+    last_rows: Tensor
+
+    @classmethod
+    def of(cls, pairs: Iterable[tuple["Sequence", int]], device: torch.device | str | None = None) -> Self:
+        """`num_new_tokens` tokens of each cached sequence; their rows follow one another in the given
+        order."""
+        pairs = list(pairs)
+        if len({id(sequence) for sequence, _ in pairs}) != len(pairs):
+            raise ValueError("a sequence appears twice in one batch")
+        if device is None and pairs:
+            device = pairs[0][0].cache.device
+        for index, (_, count) in enumerate(pairs):
+            if count < 1:
+                raise ValueError(f"sequence {index} of the batch brings {count} tokens; at least 1 is needed")
+        return cls._build([(sequence.length, count, sequence) for sequence, count in pairs], device)
+
+    @classmethod
+    def dense(cls, num_sequences: int, length: int, device: torch.device | str | None = None) -> Self:
+        """`num_sequences` sequences of `length` tokens from position 0 that no cache remembers."""
+        return cls._build([(0, length, None)] * num_sequences if length else [], device)
+
+    @classmethod
+    def dummy(cls, num_tokens: int, device: torch.device | str | None = None) -> Self:
+        """One sequence from the zero state that no cache remembers: what an idle rank runs."""
+        return cls.dense(1, num_tokens, device)
+
+    @classmethod
+    def _build(cls, items: list[tuple[int, int, "Sequence | None"]], device: torch.device | str | None) -> Self:
+        first_rows, num_tokens = [], 0
+        for _, count, _ in items:
+            first_rows.append(num_tokens)
+            num_tokens += count
+        by_length: dict[int, list[int]] = {}
+        for index, (_, count, _) in enumerate(items):
+            by_length.setdefault(count, []).append(index)
+        groups = []
+        for length, members in by_length.items():
+            starts = tuple(items[i][0] for i in members)
+            steps_T = torch.arange(length, device=device)
+            groups.append(
+                Group(
+                    rows_BT=torch.tensor([first_rows[i] for i in members], device=device)[:, None] + steps_T,
+                    positions_BT=torch.tensor(starts, device=device)[:, None] + steps_T,
+                    starts=starts,
+                    length=length,
+                    sequences=tuple(s for i in members if (s := items[i][2]) is not None),
+                )
+            )
+        last_rows = [row + count - 1 for row, (_, count, _) in zip(first_rows, items, strict=True)]
+        return cls(tuple(groups), num_tokens, torch.tensor(last_rows, dtype=torch.long, device=device))
+
+    @property
+    def sequences(self) -> list[tuple["Sequence", int]]:
+        """The cached sequences with their numbers of new tokens."""
+        return [(sequence, group.length) for group in self.groups for sequence in group.sequences]

@@ -1,0 +1,255 @@
+"""What the model remembers of each sequence: KV entries and recurrent states, in pages from one pool.
+
+`pages.py` has the arithmetic. Shapes: P pages, L tokens of a page, B sequences of a group, T new tokens, S
+tokens to attend to, K KV heads, D head dim, C conv channels, W remembered conv inputs.
+"""
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from hybrid_moe_ref.batch import Batch, Group
+from hybrid_moe_ref.config import ModelConfig
+from hybrid_moe_ref.pages import page_layout
+
+
+class CacheExhausted(RuntimeError):
+    """Not enough free pages. Nothing was taken; the cache is as usable as before."""
+
+    def __init__(self, needed: int, free: int, what: str) -> None:
+        super().__init__(f"{what} needs {needed} pages, {free} are free")
+        self.needed = needed
+        self.free = free
+
+
+@dataclass(eq=False)
+class Sequence:
+    """A cached sequence: how many tokens it has seen, and its pages in each layer group."""
+
+    cache: "HybridCache"
+    pages: list[list[int]] = field(default_factory=list)
+    length: int = 0
+
+
+@dataclass(frozen=True, eq=False)
+class Snapshot:
+    """A sequence's length and recurrent states at one moment."""
+
+    length: int
+    states: list[Tensor]
+
+
+@dataclass(frozen=True, eq=False)
+class KVPast:
+    """One attention layer's view of a group's sequences."""
+
+    kv_PL2KD: Tensor
+    page_BT: Tensor
+    offset_BT: Tensor
+    table_BP: Tensor
+    length: int
+
+    def extend(self, k_BTKD: Tensor, v_BTKD: Tensor) -> tuple[Tensor, Tensor]:
+        """Append the new keys and values; return all of them, [B, S, K, D]. Entries after a sequence's own end are
+        finite, and hidden by their positions."""
+        new_BT2KD = torch.stack([k_BTKD, v_BTKD], dim=2)
+        self.kv_PL2KD[self.page_BT, self.offset_BT] = new_BT2KD.to(self.kv_PL2KD.dtype)
+        kv_BS2KD = self.kv_PL2KD[self.table_BP].flatten(1, 2)[:, : self.length]
+        return kv_BS2KD[:, :, 0].to(k_BTKD.dtype), kv_BS2KD[:, :, 1].to(v_BTKD.dtype)
+
+
+@dataclass(frozen=True, eq=False)
+class KVRun:
+    """The same for a single sequence whose pages follow one another: nothing is gathered."""
+
+    kv_S2KD: Tensor
+    start: int
+
+    def extend(self, k_BTKD: Tensor, v_BTKD: Tensor) -> tuple[Tensor, Tensor]:
+        kv_1S2KD = self.kv_S2KD[None]
+        torch.stack([k_BTKD, v_BTKD], dim=2, out=kv_1S2KD[:, self.start :])
+        return kv_1S2KD[:, :, 0], kv_1S2KD[:, :, 1]
+
+
+@dataclass(frozen=True, eq=False)
+class StatePast:
+    """One recurrent layer's view of a group's sequences."""
+
+    conv_PWC: Tensor
+    ssm_P___: Tensor
+    pages: Tensor | slice
+
+    def load(self) -> tuple[Tensor, Tensor]:
+        return self.conv_PWC[self.pages], self.ssm_P___[self.pages]
+
+    def store(self, conv_BWC: Tensor, ssm_B___: Tensor) -> None:
+        self.conv_PWC[self.pages] = conv_BWC
+        self.ssm_P___[self.pages] = ssm_B___
+
+
+Past = KVPast | KVRun | StatePast
+
+
+class HybridCache:
+    """`num_pages` pages for the sequences of one model.
+
+    A step is `pasts = cache.begin(batch)`, the layers, `cache.commit(batch)`; `HybridMoE.step` does all
+    three. When a step fails between begin and commit, free the sequences in it: their recurrent states may be
+    half updated.
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        num_pages: int,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
+        if num_pages < 1:
+            raise ValueError(f"num_pages: {num_pages} is less than 1")
+        self.config, self.num_pages, self.dtype = config, num_pages, dtype
+        self.ssm_dtype = torch.promote_types(dtype, torch.float32)
+        self.layout = page_layout(config, dtype.itemsize, ssm_itemsize=self.ssm_dtype.itemsize)
+        self.buffers = [
+            torch.zeros(num_pages, self.layout.page_bytes, dtype=torch.uint8, device=device)
+            for _ in range(self.layout.group_size)
+        ]
+        self.device = self.buffers[0].device
+        self._free = list(reversed(range(num_pages)))
+        self._live: set[int] = set()
+        # views[g][i]: the storage of layer i of group g, as that layer reads it
+        self._views = [
+            [self._view(group.kind, self.buffers[i]) for i in range(len(group.layers))] for group in self.layout.groups
+        ]
+
+    def _view(self, kind: str, buffer_P_: Tensor) -> tuple[Tensor, ...]:
+        if kind == "A":
+            kv = buffer_P_.view(self.dtype)
+            return (kv.view(self.num_pages, self.layout.tokens, 2, self.config.num_key_value_heads, -1),)
+        size = self.layout.states[kind]
+        ssm = buffer_P_[:, : size.ssm_bytes].view(self.ssm_dtype).unflatten(1, size.ssm_shape)
+        conv = buffer_P_[:, size.ssm_bytes : size.num_bytes].view(self.dtype).unflatten(1, size.conv_shape)
+        return conv, ssm
+
+    @property
+    def num_free_pages(self) -> int:
+        return len(self._free)
+
+    def allocate(self) -> Sequence:
+        """A new, empty sequence. Its recurrent states are taken now, KV pages as tokens come."""
+        counts = [0 if group.kind == "A" else 1 for group in self.layout.groups]
+        self._need(sum(counts), "a new sequence")
+        sequence = Sequence(self, [self._take(count) for count in counts])
+        self._live.add(id(sequence))
+        return sequence
+
+    def free(self, sequence: Sequence) -> None:
+        """Give the sequence's pages back; it cannot be used any more."""
+        self._check(sequence)
+        self._live.remove(id(sequence))
+        for pages in sequence.pages:
+            self._free.extend(reversed(pages))
+            pages.clear()
+
+    def fork(self, sequence: Sequence) -> Sequence:
+        """A second sequence with the same past, to continue a common prefix in another way. Pages are copied."""
+        self._check(sequence)
+        self._need(sum(map(len, sequence.pages)), f"a copy of a sequence of {sequence.length} tokens")
+        copy = Sequence(self, [self._take(len(pages)) for pages in sequence.pages], sequence.length)
+        for source, target in zip(sequence.pages, copy.pages, strict=True):
+            for buffer in self.buffers:
+                buffer[target] = buffer[source]
+        self._live.add(id(copy))
+        return copy
+
+    def snapshot(self, sequence: Sequence) -> Snapshot:
+        """What `restore` needs to forget the tokens that come after now: the recurrent states, as a KV entry behind
+        the end of its sequence is not seen."""
+        self._check(sequence)
+        pages = self._state_pages(sequence)
+        return Snapshot(sequence.length, [buffer[pages] for buffer in self.buffers])
+
+    def restore(self, sequence: Sequence, snapshot: Snapshot) -> None:
+        """Take the sequence back to its snapshot."""
+        self._check(sequence)
+        pages = self._state_pages(sequence)
+        for buffer, states in zip(self.buffers, snapshot.states, strict=True):
+            buffer[pages] = states
+        sequence.length = snapshot.length
+
+    def _state_pages(self, sequence: Sequence) -> list[int]:
+        return [
+            page for g, pages in zip(self.layout.groups, sequence.pages, strict=True) if g.kind != "A" for page in pages
+        ]
+
+    def begin(self, batch: Batch) -> list[list[Past]]:
+        """Make room for the batch's tokens; for each layer and group of sequences, the view that the layer
+        needs."""
+        missing: list[tuple[list[int], int]] = []
+        for sequence, count in batch.sequences:
+            self._check(sequence)
+            for group, pages in zip(self.layout.groups, sequence.pages, strict=True):
+                if group.kind == "A":
+                    pages_needed = -(-(sequence.length + count) // self.layout.tokens)
+                    missing.append((pages, max(0, pages_needed - len(pages))))
+        for rows in batch.groups:
+            if rows.sequences and rows.starts != tuple(sequence.length for sequence in rows.sequences):
+                raise ValueError("the batch was built before its sequences' last step")
+        self._need(sum(count for _, count in missing), f"a step of {batch.num_tokens} tokens")
+        for pages, count in missing:
+            pages.extend(self._take(count))
+
+        pasts: list[list[Past]] = [[] for _ in self.config.layer_pattern]
+        for rows in batch.groups:
+            if rows.sequences:
+                for number, group in enumerate(self.layout.groups):
+                    self._bind(rows, number, group.layers, pasts)
+        return pasts
+
+    def commit(self, batch: Batch) -> None:
+        """The batch's tokens are now part of their sequences."""
+        for sequence, count in batch.sequences:
+            sequence.length += count
+
+    def _bind(self, rows: Group, number: int, layers: tuple[int, ...], pasts: list[list[Past]]) -> None:
+        pages = [sequence.pages[number] for sequence in rows.sequences]
+        views = self._views[number]
+        one = pages[0] if len(pages) == 1 else []
+        if self.layout.groups[number].kind != "A":
+            where = slice(one[0], one[0] + 1) if one else torch.tensor(pages, device=self.device)[:, 0]
+            for layer, (conv, ssm) in zip(layers, views, strict=True):
+                pasts[layer].append(StatePast(conv, ssm, where))
+            return
+        length = max(rows.starts) + rows.length
+        if one and one == list(range(one[0], one[0] + len(one))):
+            for layer, (kv,) in zip(layers, views, strict=True):
+                kv_S2KD = kv[one[0] : one[0] + len(one)].flatten(0, 1)[:length]
+                pasts[layer].append(KVRun(kv_S2KD, rows.starts[0]))
+            return
+        # Short sequences repeat their last page: what is there is finite, and lies behind their last position.
+        width = max(map(len, pages))
+        table_BP = torch.tensor([p + p[-1:] * (width - len(p)) for p in pages], device=self.device)
+        page_BT = table_BP.gather(1, rows.positions_BT // self.layout.tokens)
+        offset_BT = rows.positions_BT % self.layout.tokens
+        for layer, (kv,) in zip(layers, views, strict=True):
+            pasts[layer].append(KVPast(kv, page_BT, offset_BT, table_BP, length))
+
+    def _check(self, sequence: Sequence) -> None:
+        if sequence.cache is not self:
+            raise ValueError("the sequence belongs to another cache")
+        if id(sequence) not in self._live:
+            raise ValueError("the sequence was freed")
+
+    def _need(self, count: int, what: str) -> None:
+        if count > len(self._free):
+            raise CacheExhausted(count, len(self._free), what)
+
+    def _take(self, count: int) -> list[int]:
+        """Pages of zeros: a state starts from zero, and what attention must not see has to be finite all the
+        same."""
+        pages = [self._free.pop() for _ in range(count)]
+        if pages:
+            for buffer in self.buffers:
+                buffer[pages] = 0
+        return pages

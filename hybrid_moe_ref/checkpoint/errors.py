@@ -1,0 +1,12 @@
+"""What is wrong with a checkpoint."""
+
+from collections.abc import Sequence
+
+
+class CheckpointError(ValueError):
+    """A checkpoint that cannot be loaded or saved; several problems are listed together, one a line."""
+
+    def __init__(self, problems: str | Sequence[str]) -> None:
+        self.problems = [problems] if isinstance(problems, str) else list(problems)
+        count = f"{len(self.problems)} problems:\n" if len(self.problems) > 1 else ""
+        super().__init__(count + "\n".join(self.problems))

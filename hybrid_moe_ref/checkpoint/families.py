@@ -1,0 +1,229 @@
+"""config.json of the model families that this model implements, from and to ModelConfig.
+
+Every key has to be understood: it is a size, or it must have the one value that is implemented, or it is known not to
+matter for inference. Anything else is refused by name.
+"""
+
+from pathlib import Path
+from typing import Any
+
+from hybrid_moe_ref.checkpoint.errors import CheckpointError
+from hybrid_moe_ref.checkpoint.shards import read_json
+from hybrid_moe_ref.config import ConfigError, ModelConfig, nearest
+
+OWN = "hybrid_moe_ref"
+MULTIMODAL = {"qwen3_5_moe": "qwen3_5_moe_text", "qwen3_5": "qwen3_5_text"}
+TEXT = ("qwen3_5_moe_text", "qwen3_5_text", "qwen3_next")
+
+_LAYER_TYPES = {"linear_attention": "G", "full_attention": "A"}
+_SIZES = {
+    "vocab_size",
+    "hidden_size",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "head_dim",
+    "linear_num_key_heads",
+    "linear_num_value_heads",
+    "linear_key_head_dim",
+    "linear_value_head_dim",
+    "linear_conv_kernel_dim",
+    "rms_norm_eps",
+}
+_MOE_SIZES = {"num_experts", "num_experts_per_tok", "moe_intermediate_size", "shared_expert_intermediate_size"}
+_LAYERS = {"num_hidden_layers", "layer_types", "full_attention_interval"}
+_ROPE = {"rope_parameters", "rope_scaling", "rope_theta", "partial_rotary_factor"}
+# The only values that are implemented.
+_FIXED: dict[str, Any] = {
+    "hidden_act": "silu",
+    "attention_bias": False,
+    "attn_output_gate": True,
+    "norm_topk_prob": True,
+    "decoder_sparse_step": 1,
+    "mlp_only_layers": [],
+    "use_sliding_window": False,
+    "mtp_use_dedicated_embeddings": False,
+    "mamba_ssm_dtype": "float32",
+}
+# Training, generation and bookkeeping: nothing that a forward pass depends on.
+_NO_MATTER = {
+    "_name_or_path",
+    "architectures",
+    "attention_dropout",
+    "bos_token_id",
+    "dtype",
+    "eos_token_id",
+    "initializer_range",
+    "max_position_embeddings",
+    "model_type",
+    "mtp_num_hidden_layers",
+    "output_router_logits",
+    "pad_token_id",
+    "router_aux_loss_coef",
+    "tie_word_embeddings",
+    "torch_dtype",
+    "transformers_version",
+    "use_cache",
+}
+_MULTIMODAL_ONLY = {
+    "image_token_id",
+    "language_model_only",
+    "text_config",
+    "video_token_id",
+    "vision_config",
+    "vision_end_token_id",
+    "vision_start_token_id",
+}
+
+
+def read_config(folder: str | Path) -> tuple[ModelConfig, str | None]:
+    """The model of a checkpoint folder, and the name of the dtype it was saved in if it says so."""
+    path = Path(folder) / "config.json"
+    raw = read_json(path)
+    try:
+        return _model_config(raw), raw.get("dtype") or raw.get("torch_dtype") or _text(raw).get("dtype")
+    except ConfigError as error:
+        raise CheckpointError(f"{path}: {error}") from None
+
+
+def _text(raw: dict[str, Any]) -> dict[str, Any]:
+    text = raw.get("text_config", raw)
+    return text if isinstance(text, dict) else {}
+
+
+def _model_config(raw: dict[str, Any]) -> ModelConfig:
+    kind = raw.get("model_type")
+    if kind == OWN:
+        return ModelConfig.from_mapping({k: v for k, v in raw.items() if k not in ("model_type", "dtype")})
+    _check_quantisation(raw.get("quantization_config"))
+    raw = {key: value for key, value in raw.items() if key != "quantization_config"}
+    if kind in MULTIMODAL:
+        text = raw.get("text_config")
+        if not isinstance(text, dict):
+            raise ConfigError("required, but missing or not a mapping", "text_config")
+        _check_keys(raw, _MULTIMODAL_ONLY | _NO_MATTER, "")
+        tied = {where.get("tie_word_embeddings") for where in (raw, text)} - {None}
+        if len(tied) > 1:
+            raise ConfigError("contradicts text_config.tie_word_embeddings", "tie_word_embeddings")
+        merged = text | {"tie_word_embeddings": tied.pop() if tied else False}
+        return _text_config(merged, MULTIMODAL[str(kind)], "text_config")
+    if kind not in TEXT:
+        known = (OWN, *TEXT, *MULTIMODAL)
+        raise ConfigError(f"{kind!r} is not one of {', '.join(known)}{nearest(str(kind), known)}", "model_type")
+    return _text_config(raw, str(kind), "")
+
+
+def _text_config(text: dict[str, Any], kind: str, where: str) -> ModelConfig:
+    dense = kind == "qwen3_5_text"
+    sizes = _SIZES | ({"intermediate_size"} if dense else _MOE_SIZES)
+    unused = set() if dense else {"intermediate_size"}  # Qwen3-Next writes it, for dense layers that it does not have
+    _check_keys(text, sizes | unused | _LAYERS | _ROPE | _FIXED.keys() | _NO_MATTER, where)
+    prefix = f"{where}." if where else ""
+    for key, wanted in _FIXED.items():
+        if text.get(key) not in (None, wanted):
+            raise ConfigError(f"{text[key]!r} is not implemented, only {wanted!r}", prefix + key)
+    for key in sorted(sizes - text.keys()):
+        raise ConfigError("required, but missing", prefix + key)
+    values: dict[str, Any] = {key: text[key] for key in sizes} | _rope(text, prefix)
+    values["layer_pattern"] = _layer_pattern(text, prefix)
+    values["tie_word_embeddings"] = text.get("tie_word_embeddings", False)
+    values["num_mtp_layers"] = text.get("mtp_num_hidden_layers") or 0
+    if dense:
+        values["num_experts"] = 0
+    return ModelConfig.from_mapping(values, where)
+
+
+def _check_keys(raw: dict[str, Any], known: set[str], where: str) -> None:
+    for key, value in raw.items():
+        if key not in known and value is not None:
+            path = f"{where}.{key}" if where else key
+            raise ConfigError(f"unknown key with value {value!r:.60}: not implemented{nearest(key, known)}", path)
+
+
+def _layer_pattern(text: dict[str, Any], prefix: str) -> str:
+    num_layers, types = text.get("num_hidden_layers"), text.get("layer_types")
+    if types is None:
+        interval = text.get("full_attention_interval", 4)
+        for key, value in (("num_hidden_layers", num_layers), ("full_attention_interval", interval)):
+            if type(value) is not int or not 1 <= value <= 100_000:
+                raise ConfigError(f"wanted a positive int, got {value!r:.60}", prefix + key)
+        return "".join("G" if (index + 1) % interval else "A" for index in range(num_layers or 0))
+    if not isinstance(types, list):
+        raise ConfigError(f"wanted a list, got {types!r:.60}", prefix + "layer_types")
+    for index, name in enumerate(types):
+        if name not in _LAYER_TYPES:
+            raise ConfigError(f"{name!r} is not one of {', '.join(_LAYER_TYPES)}", f"{prefix}layer_types[{index}]")
+    if num_layers != len(types):
+        raise ConfigError(f"{num_layers!r} contradicts the {len(types)} layer_types", prefix + "num_hidden_layers")
+    return "".join(_LAYER_TYPES[name] for name in types)
+
+
+def _rope(text: dict[str, Any], prefix: str) -> dict[str, Any]:
+    """theta and the rotated fraction. Multimodal sections need nothing: text has the same position on all axes."""
+    rope = text.get("rope_parameters") or text.get("rope_scaling") or {}
+    where = prefix + ("rope_parameters" if text.get("rope_parameters") else "rope_scaling")
+    if not isinstance(rope, dict):
+        raise ConfigError(f"wanted a mapping, got {rope!r:.60}", where)
+    kind = rope.get("rope_type", rope.get("type", "default"))
+    if kind not in ("default", "mrope"):
+        raise ConfigError(f"{kind!r} is not implemented, only 'default'", f"{where}.rope_type")
+    known = {"rope_type", "type", "rope_theta", "partial_rotary_factor", "mrope_section", "mrope_interleaved"}
+    _check_keys(rope, known, where)
+    theta = rope.get("rope_theta", text.get("rope_theta"))
+    if theta is None:
+        raise ConfigError("required, but missing", prefix + "rope_parameters.rope_theta")
+    factor = rope.get("partial_rotary_factor", text.get("partial_rotary_factor"))
+    return {"rope_theta": theta, "partial_rotary_factor": 0.25 if factor is None else factor}
+
+
+def _check_quantisation(raw: Any) -> None:
+    """Only float8 blocks with a scale each; the weights are dequantised on load, activations stay as they are."""
+    if raw is None:
+        return
+    if not isinstance(raw, dict):
+        raise ConfigError(f"wanted a mapping, got {raw!r:.60}", "quantization_config")
+    for key, wanted in {"quant_method": "fp8", "weight_block_size": [128, 128]}.items():
+        if raw.get(key) != wanted:
+            raise ConfigError(f"{raw.get(key)!r} is not implemented, only {wanted!r}", f"quantization_config.{key}")
+    for key, wanted in {"fmt": "e4m3", "activation_scheme": "dynamic"}.items():
+        if raw.get(key, wanted) != wanted:
+            raise ConfigError(f"{raw[key]!r} is not implemented, only {wanted!r}", f"quantization_config.{key}")
+    lists = {"modules_to_not_convert", "ignored_layers", "dequantize", "scale_fmt"}
+    _check_keys(raw, {"quant_method", "weight_block_size", "fmt", "activation_scheme"} | lists, "quantization_config")
+
+
+def to_json(config: ModelConfig, family: str, dtype: str) -> dict[str, Any]:
+    """The config.json of `family` for this model."""
+    if family == OWN:
+        return {"model_type": OWN, "dtype": dtype} | config.to_mapping()
+    architecture = {
+        "qwen3_5_moe_text": "Qwen3_5MoeForCausalLM",
+        "qwen3_5_text": "Qwen3_5ForCausalLM",
+        "qwen3_next": "Qwen3NextForCausalLM",
+    }[family]
+    names = {letter: name for name, letter in _LAYER_TYPES.items()}
+    sizes = sorted(_SIZES | ({"intermediate_size"} if family == "qwen3_5_text" else _MOE_SIZES))
+    return {
+        "architectures": [architecture],
+        "model_type": family,
+        "dtype": dtype,
+        **{key: getattr(config, key) for key in sizes},
+        "num_hidden_layers": config.num_layers,
+        "layer_types": [names[kind] for kind in config.layer_pattern],
+        "hidden_act": "silu",
+        "attention_bias": False,
+        **({"norm_topk_prob": True, "decoder_sparse_step": 1} if family == "qwen3_next" else {}),
+        "rope_parameters": {
+            "rope_type": "default",
+            "rope_theta": config.rope_theta,
+            "partial_rotary_factor": config.partial_rotary_factor,
+        },
+        "tie_word_embeddings": config.tie_word_embeddings,
+        **({"mtp_num_hidden_layers": config.num_mtp_layers} if config.num_mtp_layers else {}),
+    }
+
+
+def family_of(config: ModelConfig) -> str:
+    """The family that a model is saved as unless one is asked for."""
+    if "M" in config.layer_pattern:
+        return OWN
+    return "qwen3_5_moe_text" if config.num_experts else "qwen3_5_text"

@@ -1,0 +1,185 @@
+"""The tensors of a checkpoint folder, read one at a time.
+
+A safetensors file is eight bytes of header length, a JSON header, and raw little-endian tensors. It is read here with
+plain seeks: a mapped file would count into the process's memory page by page, and a wrong size should name the file,
+the tensor and both numbers.
+"""
+
+import json
+import math
+from dataclasses import dataclass
+from io import FileIO
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hybrid_moe_ref.checkpoint.errors import CheckpointError
+from hybrid_moe_ref.slices import Slice
+
+SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn,
+}
+MAX_JSON_BYTES = 100_000_000
+
+
+@dataclass(frozen=True)
+class Entry:
+    """Where a tensor lies: bytes `start` to `end` of `file`."""
+
+    file: Path
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    start: int
+    end: int
+
+
+class Shards:
+    """All tensors of a folder by name. The headers are read at once, the data on demand."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.bytes_read = 0
+        self._entries: dict[str, Entry] = {}
+        problems: list[str] = []
+        if (folder / INDEX).exists():
+            self._read_index(problems)
+        elif (folder / SINGLE).exists():
+            self._entries = _header(folder / SINGLE, problems)
+        else:
+            problems.append(f"{folder}: neither {SINGLE} nor {INDEX} is there")
+        if problems:
+            raise CheckpointError(problems)
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._entries
+
+    def __getitem__(self, name: str) -> Entry:
+        return self._entries[name]
+
+    @property
+    def names(self) -> set[str]:
+        return set(self._entries)
+
+    def read(self, name: str, index: int | None = None, part: Slice | None = None) -> Tensor:
+        """A tensor on the CPU, or only row `index` of it, or `part` of either. What is cut along the first dimension is
+        not read."""
+        entry = self._entries[name]
+        shape, start, size = entry.shape, entry.start, entry.end - entry.start
+        if index is not None:
+            size //= shape[0]
+            shape, start = shape[1:], start + index * size
+        runs, cuts = [(start, size)], dict(part.cuts) if part else {}
+        if 0 in cuts:
+            row = size // shape[0]
+            runs = [(start + first * row, (stop - first) * row) for first, stop in cuts.pop(0)]
+            size = sum(count for _, count in runs)
+            shape = (size // row, *shape[1:])
+        raw = torch.empty(size, dtype=torch.uint8)
+        if size:
+            with entry.file.open("rb", buffering=0) as file:
+                view = raw.numpy().data
+                for start, count in runs:
+                    file.seek(start)
+                    self._fill(view[:count], file, f"{entry.file}: {name}")
+                    view = view[count:]
+        self.bytes_read += size
+        return Slice(tuple(shape), tuple(cuts.items())).of(raw.view(entry.dtype).view(shape))
+
+    def _fill(self, view: memoryview, file: FileIO, what: str) -> None:
+        while view:
+            count = file.readinto(view)
+            if not count:
+                raise CheckpointError(f"{what}: the file ends {len(view)} bytes too early")
+            view = view[count:]
+
+    def _read_index(self, problems: list[str]) -> None:
+        path = self.folder / INDEX
+        weight_map = read_json(path).get("weight_map")
+        if not isinstance(weight_map, dict):
+            raise CheckpointError(f"{path}: weight_map is not a mapping of tensor names to files")
+        files: dict[str, dict[str, Entry]] = {}
+        for name, file in weight_map.items():
+            if not isinstance(file, str) or Path(file).name != file or file in ("", ".", ".."):
+                problems.append(f"{path}: {name}: {file!r} is not the plain name of a file in this folder")
+            elif file not in files:
+                if (self.folder / file).is_file():
+                    files[file] = _header(self.folder / file, problems)
+                else:
+                    files[file] = {}
+                    problems.append(f"{path}: {name}: there is no file {file!r}")
+        if problems:
+            return
+        for name, file in weight_map.items():
+            if name in files[file]:
+                self._entries[name] = files[file][name]
+            else:
+                problems.append(f"{path}: {name}: not in {file!r}, where the index says it is")
+        for file, entries in files.items():
+            for name in entries:
+                if name not in weight_map:
+                    problems.append(f"{self.folder / file}: {name}: not in the index")
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object from a file of reasonable size."""
+    try:
+        if (size := path.stat().st_size) > MAX_JSON_BYTES:
+            raise CheckpointError(f"{path}: {size} bytes, more than the {MAX_JSON_BYTES} that are read")
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise CheckpointError(f"{path}: no such file") from None
+    except OSError as error:
+        raise CheckpointError(f"{path}: {error.strerror}") from None
+    except (ValueError, RecursionError) as error:
+        if isinstance(error, CheckpointError):
+            raise
+        raise CheckpointError(f"{path}: not valid JSON: {error}") from None
+    if not isinstance(value, dict):
+        raise CheckpointError(f"{path}: not a JSON object")
+    return value
+
+
+def _header(path: Path, problems: list[str]) -> dict[str, Entry]:
+    """The entries of one file; what does not fit is added to `problems`."""
+    with path.open("rb") as file:
+        file_size = path.stat().st_size
+        length = int.from_bytes(file.read(8), "little")
+        if file_size < 8 or length > min(file_size - 8, MAX_JSON_BYTES):
+            problems.append(f"{path}: truncated or corrupt: {file_size} bytes for a header of {length}")
+            return {}
+        try:
+            header = json.loads(file.read(length))
+            assert isinstance(header, dict)
+        except (ValueError, RecursionError, AssertionError):
+            problems.append(f"{path}: corrupt: the header of {length} bytes is not a JSON object")
+            return {}
+    entries = {}
+    for name, fields in header.items():
+        if name == "__metadata__":
+            continue
+        try:
+            dtype_name, shape, (start, end) = fields["dtype"], fields["shape"], fields["data_offsets"]
+            if type(dtype_name) is not str or not all(type(x) is int and x >= 0 for x in (start, end, *shape)):
+                raise ValueError
+        except (KeyError, TypeError, ValueError):
+            problems.append(f"{path}: {name}: corrupt header entry")
+            continue
+        if dtype_name not in DTYPES:
+            problems.append(f"{path}: {name}: dtype {dtype_name!r} is not one of {', '.join(DTYPES)}")
+            continue
+        needed = math.prod(shape) * DTYPES[dtype_name].itemsize
+        if needed != end - start:
+            problems.append(f"{path}: {name}: shape {shape} needs {needed} bytes, the header gives it {end - start}")
+        elif 8 + length + end > file_size:
+            problems.append(f"{path}: {name}: truncated: ends at byte {8 + length + end}, the file has {file_size}")
+        else:
+            offset = 8 + length
+            entries[name] = Entry(path, DTYPES[dtype_name], tuple(shape), offset + start, offset + end)
+    return entries

@@ -1,0 +1,331 @@
+"""What a model, its layout and its engine look like: frozen dataclasses, validated here and nowhere else.
+
+A `ConfigError` names the field by its path and both numbers that disagree. This module does not import torch.
+"""
+
+import dataclasses
+import difflib
+import types
+import typing
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any, Self
+
+LAYER_KINDS = {"G": "linear_attn", "A": "self_attn", "M": "mamba"}
+DTYPES = ("float32", "float64", "bfloat16", "float16")
+
+
+class ConfigError(ValueError):
+    """A configuration that cannot work; the text starts with the path of the field."""
+
+    def __init__(self, message: str, field: str = "") -> None:
+        super().__init__(f"{field}: {message}" if field else message)
+        self.message = message
+        self.field = field
+
+
+class Config:
+    """Strict conversion from and to JSON-like mappings, for the dataclasses below and for other people's."""
+
+    @classmethod
+    def from_mapping(cls, mapping: Mapping[str, Any], where: str = "") -> Self:
+        """Build from `mapping`, refusing unknown keys and wrong types; `where` is the path put before field
+        names."""
+        if not isinstance(mapping, Mapping):
+            raise ConfigError(f"wanted a mapping, got {_type_name(mapping)}", where)
+        assert dataclasses.is_dataclass(cls)
+        hints = typing.get_type_hints(cls)
+        fields = {field.name: field for field in dataclasses.fields(cls)}
+        for key in mapping:
+            if key not in fields:
+                raise ConfigError(f"unknown key{nearest(str(key), fields)}", _join(where, str(key)))
+        for name, field in fields.items():
+            required = field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
+            if required and name not in mapping:
+                raise ConfigError("required, but missing", _join(where, name))
+        values = {key: _convert(value, hints[key], _join(where, key)) for key, value in mapping.items()}
+        try:
+            return cls(**values)
+        except ConfigError as error:
+            raise ConfigError(error.message, _join(where, error.field)) from None
+
+    def to_mapping(self) -> dict[str, Any]:
+        """The inverse of `from_mapping`; only JSON types."""
+        assert dataclasses.is_dataclass(self)
+        return dataclasses.asdict(self)
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """' (did you mean ...?)' when something known is close, else ''."""
+    matches = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
+    return f" (did you mean {matches[0]!r}?)" if matches else ""
+
+
+def _join(where: str, name: str) -> str:
+    return f"{where}.{name}" if where and name else where or name
+
+
+def _type_name(value: Any) -> str:
+    return f"{type(value).__name__} {value!r}"[:80]
+
+
+def _convert(value: Any, wanted: Any, where: str) -> Any:
+    """`value` as the annotated type; an int is welcome as a float, a bool is never an int."""
+    if isinstance(wanted, types.UnionType):
+        if value is None and types.NoneType in wanted.__args__:
+            return None
+        wanted = next(arg for arg in wanted.__args__ if arg is not types.NoneType)
+    if typing.get_origin(wanted) is tuple:
+        if not isinstance(value, list | tuple):
+            raise ConfigError(f"wanted a list, got {_type_name(value)}", where)
+        item_type = typing.get_args(wanted)[0]
+        return tuple(_convert(item, item_type, f"{where}[{i}]") for i, item in enumerate(value))
+    if isinstance(wanted, type) and issubclass(wanted, Config):
+        return value if isinstance(value, wanted) else wanted.from_mapping(value, where)
+    if wanted is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if not isinstance(value, wanted) or (isinstance(value, bool) and wanted is not bool):
+        raise ConfigError(f"wanted {wanted.__name__}, got {_type_name(value)}", where)
+    return value
+
+
+def _at_least(config: object, minimum: int, *names: str) -> None:
+    for name in names:
+        value = getattr(config, name)
+        if value < minimum:
+            raise ConfigError(f"{value} is less than {minimum}", name)
+
+
+def _multiple(config: object, name: str, of: str) -> None:
+    value, divisor = getattr(config, name), getattr(config, of)
+    if value % divisor:
+        raise ConfigError(f"{value} is not a multiple of {of} {divisor}", name)
+
+
+@dataclass(frozen=True)
+class ModelConfig(Config):
+    """Sizes of a hybrid MoE. `layer_pattern` has a letter per layer, spaces ignored:
+    G = Gated DeltaNet, A = gated attention, M = Mamba-2. Every layer is followed by an MLP: an MoE when
+    `num_experts` > 0, else a dense gated MLP of `intermediate_size`."""
+
+    layer_pattern: str
+    vocab_size: int
+    hidden_size: int
+    # gated attention
+    num_attention_heads: int = 16
+    num_key_value_heads: int = 2
+    head_dim: int = 256
+    rope_theta: float = 1e7
+    partial_rotary_factor: float = 0.25
+    # Gated DeltaNet
+    linear_num_key_heads: int = 16
+    linear_num_value_heads: int = 32
+    linear_key_head_dim: int = 128
+    linear_value_head_dim: int = 128
+    linear_conv_kernel_dim: int = 4
+    # Mamba-2
+    mamba_num_heads: int = 32
+    mamba_head_dim: int = 64
+    mamba_state_size: int = 128
+    mamba_num_groups: int = 1
+    mamba_conv_kernel_dim: int = 4
+    mamba_conv_bias: bool = True
+    mamba_time_step_min: float = 0.0
+    mamba_time_step_max: float | None = None
+    # MoE
+    num_experts: int = 512
+    num_experts_per_tok: int = 10
+    moe_intermediate_size: int = 512
+    shared_expert_intermediate_size: int = 512
+    intermediate_size: int = 0
+    # the rest
+    rms_norm_eps: float = 1e-6
+    tie_word_embeddings: bool = False
+    num_mtp_layers: int = 0
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "layer_pattern", "".join(self.layer_pattern.split()))
+        if not self.layer_pattern:
+            raise ConfigError("the pattern has no layer", "layer_pattern")
+        for index, kind in enumerate(self.layer_pattern):
+            if kind not in LAYER_KINDS:
+                raise ConfigError(f"layer {index} is {kind!r}, not one of {', '.join(LAYER_KINDS)}", "layer_pattern")
+        _at_least(self, 1, "vocab_size", "hidden_size")
+        if "A" in self.layer_pattern:
+            self._check_attention()
+        if "G" in self.layer_pattern:
+            _at_least(self, 1, "linear_num_key_heads", "linear_num_value_heads", "linear_key_head_dim")
+            _at_least(self, 1, "linear_value_head_dim")
+            _at_least(self, 2, "linear_conv_kernel_dim")
+            _multiple(self, "linear_num_value_heads", "linear_num_key_heads")
+        if "M" in self.layer_pattern:
+            _at_least(self, 1, "mamba_num_heads", "mamba_head_dim", "mamba_state_size", "mamba_num_groups")
+            _at_least(self, 2, "mamba_conv_kernel_dim")
+            _multiple(self, "mamba_num_heads", "mamba_num_groups")
+            if self.mamba_time_step_max is not None and self.mamba_time_step_max < self.mamba_time_step_min:
+                limits = f"{self.mamba_time_step_max} is less than mamba_time_step_min {self.mamba_time_step_min}"
+                raise ConfigError(limits, "mamba_time_step_max")
+        self._check_mlp()
+        _at_least(self, 0, "num_mtp_layers")
+        if self.num_mtp_layers:
+            self._check_attention()
+            if self.num_mtp_layers > 1:
+                raise ConfigError(f"{self.num_mtp_layers} layers are not implemented, only 1", "num_mtp_layers")
+        if self.rms_norm_eps <= 0:
+            raise ConfigError(f"{self.rms_norm_eps} is not positive", "rms_norm_eps")
+
+    def _check_attention(self) -> None:
+        _at_least(self, 1, "num_attention_heads", "num_key_value_heads", "head_dim")
+        _multiple(self, "num_attention_heads", "num_key_value_heads")
+        if not 0 <= self.partial_rotary_factor <= 1:
+            raise ConfigError(f"{self.partial_rotary_factor} is not between 0 and 1", "partial_rotary_factor")
+        if self.rotary_dim % 2:
+            raise ConfigError(
+                f"{self.partial_rotary_factor} of head_dim {self.head_dim} is odd: {self.rotary_dim}",
+                "partial_rotary_factor",
+            )
+
+    def _check_mlp(self) -> None:
+        _at_least(self, 0, "num_experts")
+        if self.num_experts == 0:
+            _at_least(self, 1, "intermediate_size")
+            return
+        _at_least(self, 1, "num_experts_per_tok", "moe_intermediate_size", "shared_expert_intermediate_size")
+        if self.num_experts_per_tok > self.num_experts:
+            raise ConfigError(
+                f"{self.num_experts_per_tok} is more than num_experts {self.num_experts}",
+                "num_experts_per_tok",
+            )
+
+    @property
+    def num_layers(self) -> int:
+        return len(self.layer_pattern)
+
+    @property
+    def rotary_dim(self) -> int:
+        """How many of the head's dimensions rotate."""
+        return int(self.head_dim * self.partial_rotary_factor)
+
+
+@dataclass(frozen=True)
+class ParallelConfig(Config):
+    """How many ranks, and what each group of them shares.
+
+    dp_size           groups of ranks with requests of their own
+    tp_size           ranks of such a group, which share heads and intermediate features
+    expert_parallel   routed experts are spread one by one over all ranks; else every dp rank has all of them, and its
+                      tp ranks a part of each
+    """
+
+    dp_size: int = 1
+    tp_size: int = 1
+    expert_parallel: bool = True
+
+    def __post_init__(self) -> None:
+        _at_least(self, 1, "dp_size", "tp_size")
+
+    @property
+    def ep_size(self) -> int:
+        """How many ranks the routed experts are spread over."""
+        return self.dp_size * self.tp_size if self.expert_parallel else 1
+
+    @property
+    def world_size(self) -> int:
+        return self.dp_size * self.tp_size
+
+    def check(self, model: ModelConfig) -> None:
+        """Raise a ConfigError when `model` does not divide over these ranks."""
+        if model.num_experts % self.ep_size:
+            raise ConfigError(
+                f"{model.num_experts} experts do not divide over {self.ep_size} ranks"
+                f" (dp_size {self.dp_size} x tp_size {self.tp_size})",
+                "ep_size",
+            )
+
+
+@dataclass(frozen=True)
+class EngineConfig(Config):
+    """Bounds of one rank's serve loop."""
+
+    max_num_seqs: int = 8
+    max_num_batched_tokens: int = 256
+    num_pages: int = 256
+    unfinished_interval: int = 32
+    dtype: str = "float32"
+
+    def __post_init__(self) -> None:
+        _at_least(self, 1, "max_num_seqs", "max_num_batched_tokens", "num_pages", "unfinished_interval")
+        if self.max_num_batched_tokens < self.max_num_seqs:
+            raise ConfigError(
+                f"{self.max_num_batched_tokens} is less than max_num_seqs {self.max_num_seqs}: "
+                "a decode step would not hold one token of every sequence",
+                "max_num_batched_tokens",
+            )
+        if self.dtype not in DTYPES:
+            raise ConfigError(f"unknown dtype {self.dtype!r}{nearest(self.dtype, DTYPES)}", "dtype")
+
+
+def _qwen(layers: int, hidden: int, heads: int, value_heads: int, experts: int, top_k: int, mlp: int) -> ModelConfig:
+    return ModelConfig(
+        layer_pattern="GGGA" * (layers // 4),
+        vocab_size=248320,
+        hidden_size=hidden,
+        num_attention_heads=heads,
+        linear_num_value_heads=value_heads,
+        num_experts=experts,
+        num_experts_per_tok=top_k,
+        moe_intermediate_size=mlp,
+        shared_expert_intermediate_size=mlp,
+        num_mtp_layers=1,
+    )
+
+
+PRESETS: dict[str, ModelConfig] = {
+    # The reproducer's: the real structure, three mixers and 512 experts, at a size for eight processes on two
+    # cores.
+    "tiny": ModelConfig(
+        layer_pattern="GGGA MGGA",
+        vocab_size=1024,
+        hidden_size=128,
+        num_attention_heads=8,
+        num_key_value_heads=2,
+        head_dim=32,
+        linear_num_key_heads=2,
+        linear_num_value_heads=4,
+        linear_key_head_dim=32,
+        linear_value_head_dim=32,
+        mamba_num_heads=8,
+        mamba_head_dim=32,
+        mamba_state_size=16,
+        mamba_num_groups=2,
+        moe_intermediate_size=32,
+        shared_expert_intermediate_size=32,
+    ),
+    # The CPU race against other implementations: benchmarks use it.
+    "race": ModelConfig(
+        layer_pattern="GGGA GGGA",
+        vocab_size=4096,
+        hidden_size=256,
+        num_attention_heads=8,
+        num_key_value_heads=2,
+        head_dim=64,
+        linear_num_key_heads=4,
+        linear_num_value_heads=8,
+        linear_key_head_dim=64,
+        linear_value_head_dim=64,
+        moe_intermediate_size=64,
+        shared_expert_intermediate_size=64,
+    ),
+    "qwen3.5-397b-a17b": _qwen(60, 4096, 32, 64, 512, 10, 1024),
+    "qwen3.5-122b-a10b": _qwen(48, 3072, 32, 64, 256, 8, 1024),
+    "qwen3.5-35b-a3b": _qwen(40, 2048, 16, 32, 256, 8, 512),
+    "qwen3-next-80b-a3b": dataclasses.replace(_qwen(48, 2048, 16, 32, 512, 10, 512), vocab_size=151936),
+}
+
+
+def preset(name: str) -> ModelConfig:
+    """The named model configuration."""
+    if name not in PRESETS:
+        hint = nearest(name, PRESETS) or f"; known: {', '.join(PRESETS)}"
+        raise ConfigError(f"unknown preset {name!r}{hint}")
+    return PRESETS[name]

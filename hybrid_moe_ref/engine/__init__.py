@@ -1,0 +1,1 @@
+"""The server around the model: what a step is, how ranks agree on it, and the phases before the first one."""

@@ -1,0 +1,198 @@
+"""The server: its start-up phases as visible calls, then the serve loop.
+
+    load        build this rank's part of the model                      no collective
+    page_setup  unify the page size of KV and recurrent state            no collective
+    prepare     local lazy work, then one vote                           a small all-reduce on dp, one on tp
+    profile     one full-size dummy step                                 C1, then the layers' (C2, C3, tp)
+    allocate    pages for the cache                                      no collective
+    serve       steps until nobody has work left                         the same; every 32nd step one more
+
+The order is vLLM's, with `prepare` put before the first model execution: what may build, autotune or fail on
+one rank alone does so before any rank depends on it.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterable
+from typing import TypeVar
+
+import torch
+
+from hybrid_moe_ref import checkpoint
+from hybrid_moe_ref.batch import Batch
+from hybrid_moe_ref.cache import HybridCache, Sequence
+from hybrid_moe_ref.engine.plan import ANYONE_UNFINISHED, StepPlan
+from hybrid_moe_ref.engine.policies import Policies
+from hybrid_moe_ref.engine.runner import ModelRunner
+from hybrid_moe_ref.engine.scheduler import Request, Running, Scheduler
+from hybrid_moe_ref.engine.server_config import ServerConfig
+from hybrid_moe_ref.model import HybridMoE
+from hybrid_moe_ref.pages import PageLayout, page_layout
+from hybrid_moe_ref.parallel.comm import Communicator
+from hybrid_moe_ref.parallel.layout import apply_layout
+
+T = TypeVar("T")
+
+ERROR_BYTES = 512
+"""How much of the first error's text every rank is told."""
+
+
+class PrepareFailed(RuntimeError):
+    """A rank could not prepare, or was configured differently; raised on every rank with the same words."""
+
+
+class Engine:
+    """One rank of the server. Constructing it runs every phase up to `serve`; :meth:`serve` runs the loop.
+
+    Raises PrepareFailed on every rank when one of them cannot take part, ConfigError for sizes that do not fit.
+    """
+
+    def __init__(self, config: ServerConfig, comm: Communicator, policies: Policies | None = None) -> None:
+        self.config = config
+        self.comm = comm
+        self._policies = policies or Policies()
+        self._num_steps = 0
+        if config.checks == "strict":
+            comm.start_preflight()
+        self.model, self.runner = self._phase("load", self._load)
+        self.page_layout = self._phase("page_setup", self._page_setup)
+        self._phase("prepare", self._prepare)
+        self._phase("profile", self._profile)
+        self.cache = self._phase("allocate", self._allocate)
+
+    def _phase(self, name: str, run: Callable[[], T]) -> T:
+        self.comm.observer.phase(name)
+        return run()
+
+    def _load(self) -> tuple[HybridMoE, ModelRunner]:
+        """The model is cut while it has no memory yet, so no rank ever holds the whole."""
+        dtype = getattr(torch, self.config.engine.dtype)
+        model = HybridMoE(self.config.model, device="meta", dtype=dtype)
+        context = apply_layout(model, self.comm, self.config.parallel, self._policies.dispatch)
+        if self.config.checkpoint:
+            checkpoint.load_weights(model, self.config.checkpoint, self.comm.device)
+        else:
+            model.init_weights(self.config.seed, device=self.comm.device)
+        return model, ModelRunner(model, context, self.comm, self._policies, context.schedule, self.config.checks)
+
+    def _page_setup(self) -> PageLayout:
+        dtype = getattr(torch, self.config.engine.dtype)
+        ssm_dtype = torch.promote_types(dtype, torch.float32)
+        return page_layout(self.model.config, dtype.itemsize, ssm_itemsize=ssm_dtype.itemsize)
+
+    def _prepare(self) -> None:
+        """Do the local work that may fail or take long, then vote: all go on, or all stop with the first error."""
+        error = ""
+        try:
+            self.runner.warm_up()
+        except Exception as failure:  # the vote carries it to every rank, and _vote raises there
+            error = f"{type(failure).__name__}: {failure}"
+        self._vote(error)
+
+    def _vote(self, error: str) -> None:
+        rank, num_ranks, digest = self.comm.rank, self.config.parallel.world_size, self.config.digest()
+        ballot = torch.tensor([rank if error else num_ranks, digest, -digest])
+        first_failed, lowest, negative_highest = self._over_all_ranks(ballot, "min", "vote")
+        if lowest != -negative_highest:
+            raise PrepareFailed(
+                "the ranks are configured differently (model, parallel, engine or seed): "
+                "start every rank with the same configuration"
+            )
+        if first_failed < num_ranks:
+            words = (
+                error.encode()[:ERROR_BYTES].ljust(ERROR_BYTES, b"\0") if rank == first_failed else bytes(ERROR_BYTES)
+            )
+            told = self._over_all_ranks(torch.tensor(list(words), dtype=torch.int32), "sum", "first error")
+            text = bytes(told).rstrip(b"\0").decode(errors="replace")
+            raise PrepareFailed(f"rank {first_failed} could not prepare: {text}")
+
+    def _over_all_ranks(self, x: torch.Tensor, reduce_op: str, layer: str) -> list[int]:
+        """Over the dp ranks, and then over the tp ranks of each: that is over all."""
+        x = self.comm.all_reduce("dp", x, reduce_op, layer=layer)
+        if self.config.parallel.tp_size > 1:
+            x = self.comm.all_reduce("tp", x.to(self.comm.device), reduce_op, layer=layer)
+        numbers: list[int] = x.tolist()
+        return numbers
+
+    def _profile(self) -> None:
+        """The first model execution: every rank brings as many dummy tokens as a step may ever hold."""
+        self._execute_dummy(self.config.engine.max_num_batched_tokens)
+
+    def _allocate(self) -> HybridCache:
+        engine = self.config.engine
+        dtype = getattr(torch, engine.dtype)
+        return HybridCache(self.model.config, engine.num_pages, device=self.comm.device, dtype=dtype)
+
+    @torch.inference_mode()
+    def serve(
+        self, requests: Iterable[Request], on_token: Callable[[str, int], None] | None = None
+    ) -> dict[str, list[int]]:
+        """Serve this rank's requests greedily, and keep step with the others until no rank has work left.
+
+        on_token: told of each new token as it comes, with its request's id
+
+        Returns the new tokens of each request by its id.
+        """
+        self.comm.observer.phase("serve")
+        try:
+            return self._serve(requests, on_token)
+        except Exception as error:
+            if self.config.checks != "observe":
+                self.comm.guard.stop_others(error)
+            raise
+
+    def _serve(self, requests: Iterable[Request], on_token: Callable[[str, int], None] | None) -> dict[str, list[int]]:
+        scheduler = Scheduler(requests, self.config.engine)
+        sequences: dict[str, Sequence] = {}
+        for serve_step in itertools.count():
+            asks = (serve_step + 1) % self.config.engine.unfinished_interval == 0
+            running = scheduler.schedule(serve_step)
+            if running:
+                tokens = self._execute_live(scheduler, running, sequences, asks)
+                if on_token is not None:
+                    for request_id, token in tokens:
+                        on_token(request_id, token)
+            elif (num_tokens := self._policies.idle.dummy_tokens(scheduler.unfinished)) is not None:
+                self._execute_dummy(num_tokens, asks)
+            else:
+                self.runner.leave()
+                break
+            if asks and not self._anyone_unfinished(scheduler.unfinished):
+                break
+        return scheduler.finished
+
+    def _execute_live(
+        self, scheduler: Scheduler, running: list[Running], sequences: dict[str, Sequence], asks: bool
+    ) -> list[tuple[str, int]]:
+        """One step of this rank's requests; the new token of each."""
+        fed = [running_request.next_tokens() for running_request in running]
+        for running_request in running:
+            if not running_request.output:
+                sequences[running_request.request.request_id] = self.cache.allocate()
+        batch = Batch.of(
+            [(sequences[r.request.request_id], len(tokens)) for r, tokens in zip(running, fed, strict=True)]
+        )
+        tokens_N = torch.tensor([token for tokens in fed for token in tokens], device=self.comm.device)
+        plan = self._plan(batch.num_tokens, len(running), asks)
+        hidden_NH = self.runner.execute(plan, tokens_N, batch, self.cache)
+        new_tokens = self.model.logits(hidden_NH[batch.last_rows]).argmax(dim=-1).tolist()
+        for complete in scheduler.update(new_tokens):
+            self.cache.free(sequences.pop(complete.request.request_id))
+        return [(r.request.request_id, token) for r, token in zip(running, new_tokens, strict=True)]
+
+    def _execute_dummy(self, num_tokens: int, asks_unfinished: bool = False) -> None:
+        """A rank with nothing to run still takes part in every collective of the step."""
+        plan = self._plan(num_tokens, 0, asks_unfinished)
+        tokens_N = torch.zeros(num_tokens, dtype=torch.long, device=self.comm.device)
+        with torch.inference_mode():
+            self.runner.execute(plan, tokens_N, Batch.dummy(num_tokens) if num_tokens else Batch.of([]), None)
+
+    def _plan(self, num_tokens: int, num_live: int, asks_unfinished: bool) -> StepPlan:
+        plan = StepPlan(self._num_steps, num_tokens, num_live, asks_unfinished=asks_unfinished)
+        self._num_steps += 1
+        return plan
+
+    def _anyone_unfinished(self, mine: bool) -> bool:
+        answer = torch.tensor([int(mine)], dtype=torch.int32)
+        return bool(self.comm.all_reduce("dp", answer, "max", layer=ANYONE_UNFINISHED.layer).item())

@@ -1,0 +1,71 @@
+"""A whole server on this machine for one prompt: its ranks are forked and meet through a file.
+
+Rank 0 holds the request and prints; dp ranks without one run dummy batches, tp ranks of rank 0 run it too.
+"""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as multiprocessing
+
+from hybrid_moe_ref.engine.lifecycle import Engine
+from hybrid_moe_ref.engine.scheduler import Request
+from hybrid_moe_ref.engine.server_config import ServerConfig
+from hybrid_moe_ref.parallel.comm import Communicator
+
+REQUEST = "prompt"
+
+
+def generate(
+    server: ServerConfig, prompt: list[int], max_new_tokens: int, device: str, on_token: Callable[[int], None]
+) -> None:
+    """Serve one request on forked ranks, telling ``on_token`` in rank 0's process of each new token.
+
+    device: "cpu", or "cuda" for one GPU per rank as far as they go round. Must be called before CUDA is used.
+
+    Raises ChildProcessError with the first rank's error; the others are ended.
+    """
+    if device == "cpu":
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+    with tempfile.TemporaryDirectory() as folder:
+        arguments = (server, prompt, max_new_tokens, device, on_token, str(Path(folder) / "store"))
+        try:
+            multiprocessing.start_processes(
+                _run_rank, args=arguments, nprocs=server.parallel.world_size, start_method="fork"
+            )
+        except multiprocessing.ProcessRaisedException as error:
+            last_line = error.msg.strip().splitlines()[-1]
+            raise ChildProcessError(f"rank {error.error_index}: {last_line}") from None
+        except multiprocessing.ProcessExitedException as error:
+            raise ChildProcessError(f"rank {error.error_index} ended: {error.msg}") from None
+
+
+def _run_rank(
+    rank: int,
+    server: ServerConfig,
+    prompt: list[int],
+    max_new_tokens: int,
+    device: str,
+    on_token: Callable[[int], None],
+    store_path: str,
+) -> None:
+    torch.set_num_threads(1)
+    on_gpu = device != "cpu"
+    comm = Communicator.connect(
+        server.parallel,
+        rank,
+        backend="nccl" if on_gpu and torch.cuda.device_count() >= server.parallel.world_size else "gloo",
+        store=dist.FileStore(store_path, server.parallel.world_size),
+        device=torch.device("cuda", rank % torch.cuda.device_count()) if on_gpu else "cpu",
+    )
+    engine = Engine(server, comm)
+    has_request = rank < server.parallel.tp_size
+    requests = [Request(REQUEST, tuple(prompt), max_new_tokens)] if has_request else []
+    engine.serve(requests, on_token=(lambda _, token: on_token(token)) if rank == 0 else None)
+    comm.close()

@@ -1,0 +1,83 @@
+"""What one step is going to do: its plan, the collectives it will issue, and what the ranks agreed on.
+
+Pure arithmetic on integers: no torch, no communication.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from hybrid_moe_ref.parallel.observer import ScheduleEntry
+
+EAGER = 0
+"""Graph mode 0: run eagerly, with the tokens as they are. Higher modes replay a graph of a padded size."""
+
+STEP_AGREEMENT = ScheduleEntry("dp", "all_reduce", "step")
+ANYONE_UNFINISHED = ScheduleEntry("dp", "all_reduce", "unfinished")
+
+RECURRENT = {"G": "gated_delta_net", "M": "mamba2"}
+"""Layer kinds that carry state from token to token, and how events name them."""
+
+
+@dataclass(frozen=True)
+class StepPlan:
+    """What one rank wants of a step, before it knows the others.
+
+    step                 number of the model execution, counted alike on all ranks
+    num_tokens           rows this rank brings; a rank with nothing scheduled brings a dummy batch of one
+    num_live             requests among them; 0 for a dummy batch
+    mode                 graph mode this rank could run
+    wants_microbatch     whether this rank would split the step in two
+    asks_unfinished      whether the step ends with the "anyone unfinished?" all-reduce
+    schedule_hash        64 bits of the schedule that this rank is about to run
+    """
+
+    step: int
+    num_tokens: int
+    num_live: int
+    mode: int = EAGER
+    wants_microbatch: bool = False
+    asks_unfinished: bool = False
+    schedule_hash: int = 0
+
+    def row(self) -> list[int]:
+        """This rank's column of C1: tokens, padded tokens, wants-microbatch, graph mode, and the schedule's hash
+        in four parts of 16 bits, so that the sum over columns of zeros stays exact in int32.
+        """
+        parts = [self.schedule_hash >> shift & 0xFFFF for shift in (48, 32, 16, 0)]
+        return [self.num_tokens, self.num_tokens, int(self.wants_microbatch), self.mode, *parts]
+
+
+@dataclass(frozen=True)
+class AgreedStep:
+    """What all ranks agreed on in C1; equal on every rank, so everything decided from it is decided alike."""
+
+    sizes: tuple[int, ...]
+    mode: int
+    microbatch: bool
+    same_schedule: bool = True
+
+
+def resolve(rows: Sequence[Sequence[int]]) -> AgreedStep:
+    """Turn the C1 matrix, int[8][dp], into one decision: mode is the MIN, microbatch the AND, and the sizes are
+    padded to the MAX only when a graph is replayed (mode is not eager), else they stay uneven.
+    """
+    tokens, padded, wants_microbatch, modes, *hash_parts = rows
+    mode = min(modes)
+    sizes = tuple(tokens) if mode == EAGER else (max(padded),) * len(padded)
+    same_schedule = len(set(zip(*hash_parts, strict=True))) <= 1
+    return AgreedStep(sizes, mode, all(wants_microbatch), same_schedule)
+
+
+def step_schedule(forward: tuple[ScheduleEntry, ...], plan: StepPlan) -> tuple[ScheduleEntry, ...]:
+    """The ordered collectives of a step: one agreement, the forward pass, and the question every so often."""
+    return (STEP_AGREEMENT, *forward, *((ANYONE_UNFINISHED,) if plan.asks_unfinished else ()))
+
+
+def first_recurrent_layer(layer_pattern: str) -> tuple[int, str] | None:
+    """Index of the first layer that carries state, and its name in events; None where no layer does."""
+    for index, kind in enumerate(layer_pattern):
+        if kind in RECURRENT:
+            return index, f"layers.{index}.{RECURRENT[kind]}"
+    return None

@@ -1,0 +1,64 @@
+"""The decisions of the engine that several ranks must take alike, each a small object that can be swapped.
+
+These are the right ones. A policy may communicate only through what it is handed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from hybrid_moe_ref.engine.plan import AgreedStep, StepPlan, resolve
+from hybrid_moe_ref.parallel.dispatch import AllGatherReduceScatter
+
+ExchangeRows = Callable[[list[int], str], list[list[int]]]
+"""Sum every rank's column into one matrix over the dp group: (own column, layer) -> rows. One all-reduce."""
+
+
+class StepAgreement:
+    """C1: how the dp ranks agree on a step.
+
+    One agreement per step: whoever asks again within the step is given the same answer without a collective.
+    A second one could be joined only by ranks that happen to ask, and no rank can know that the others will.
+    """
+
+    def __init__(self) -> None:
+        self._step = -1
+        self._agreed: AgreedStep | None = None
+
+    def agree(self, plan: StepPlan, exchange: ExchangeRows, layer: str) -> AgreedStep:
+        """What all ranks do in ``plan.step``; ``layer`` says who asks."""
+        if self._agreed is None or plan.step != self._step:
+            self._agreed = resolve(exchange(plan.row(), layer))
+            self._step = plan.step
+        return self._agreed
+
+
+class StateBinding:
+    """How a recurrent layer comes by the step's metadata when it binds its state.
+
+    The engine asks at the first recurrent layer of every step. What the step agreed on before the model ran
+    stands; binding state is local.
+    """
+
+    def bind(self, plan: StepPlan, agreed: AgreedStep, rebuild: Callable[[], AgreedStep]) -> AgreedStep:
+        """The metadata to run with: ``agreed``. ``rebuild`` would ask the step's agreement once more."""
+        return agreed
+
+
+class IdlePolicy:
+    """What a rank with nothing to run does in a step: it takes part, with as few rows as the kernels allow."""
+
+    def dummy_tokens(self, unfinished: bool) -> int | None:
+        """Rows of its dummy batch; 0 is legal, None leaves the loop. ``unfinished``: requests are still to arrive."""
+        return 1
+
+
+@dataclass(frozen=True)
+class Policies:
+    """One of each. Stateful ones belong to one engine, so make a new set for every engine."""
+
+    agreement: StepAgreement = field(default_factory=StepAgreement)
+    binding: StateBinding = field(default_factory=StateBinding)
+    idle: IdlePolicy = field(default_factory=IdlePolicy)
+    dispatch: type[AllGatherReduceScatter] = AllGatherReduceScatter

@@ -1,0 +1,107 @@
+"""One model execution on one rank: agree, run, and keep the layers' view of the other ranks up to date.
+
+Shape suffixes: N tokens of this rank in the step, H hidden.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any, NoReturn
+
+import torch
+from torch import Tensor, nn
+
+from hybrid_moe_ref.batch import Batch
+from hybrid_moe_ref.cache import HybridCache
+from hybrid_moe_ref.engine.plan import STEP_AGREEMENT, AgreedStep, StepPlan, first_recurrent_layer, step_schedule
+from hybrid_moe_ref.engine.policies import Policies
+from hybrid_moe_ref.model import HybridMoE
+from hybrid_moe_ref.parallel.comm import Communicator
+from hybrid_moe_ref.parallel.dispatch import ForwardContext
+from hybrid_moe_ref.parallel.guard import ScheduleMismatch, first_difference, schedule_hash, schedule_words
+from hybrid_moe_ref.parallel.observer import ScheduleEntry
+
+
+class ModelRunner:
+    """Runs steps of a model in any layout; all ranks must execute the same steps in the same order."""
+
+    def __init__(
+        self,
+        model: HybridMoE,
+        context: ForwardContext,
+        comm: Communicator,
+        policies: Policies,
+        forward_schedule: tuple[ScheduleEntry, ...],
+        checks: str,
+    ) -> None:
+        self._model = model
+        self._blocks = model.blocks
+        self._context = context
+        self._comm = comm
+        self._policies = policies
+        self._forward_schedule = forward_schedule
+        self._agree_on_schedules = checks != "observe"
+        self._bind_at_first_recurrent_layer()
+
+    def execute(self, plan: StepPlan, tokens_N: Tensor, batch: Batch, cache: HybridCache | None) -> Tensor:
+        """Run one step and return hidden states [N, H].
+
+        Raises ScheduleMismatch on every rank when their schedules differ, or one of them leaves its own.
+        """
+        schedule = step_schedule(self._forward_schedule, plan)
+        self._plan = dataclasses.replace(plan, schedule_hash=schedule_hash(schedule))
+        self._comm.observer.begin_step(plan.step, schedule, plan.num_live)
+        if self._agree_on_schedules:
+            self._comm.guard.begin(plan.step, schedule)
+        self._agreed = self._agree(STEP_AGREEMENT.layer)
+        self._context.sizes = self._agreed.sizes
+        if self._agree_on_schedules:
+            if not self._agreed.same_schedule:
+                self._raise_mismatch(schedule)
+            self._comm.guard.agree("ep", self._context.ep_sizes)
+        return self._model.step(tokens_N, batch, cache)
+
+    def leave(self) -> None:
+        """Called by a rank that would stop on its own account; raises ScheduleMismatch if it is held to the others."""
+        if self._agree_on_schedules:
+            self._comm.guard.leave()
+
+    def _raise_mismatch(self, schedule: tuple[ScheduleEntry, ...]) -> NoReturn:
+        """All ranks know that they differ and are here together, so they can still afford to say how."""
+        self._comm.guard.release()
+        words = self._comm.all_gather_text("dp", "\n".join(schedule_words(schedule)), layer="mismatch")
+        index, sides = first_difference([said.splitlines() for said in words])
+        told = "; ".join(f"{what} on dp ranks {ranks}" for what, ranks in sides.items())
+        raise ScheduleMismatch(f"step {self._plan.step}: the schedules differ at entry {index}: {told}")
+
+    @torch.inference_mode()
+    def warm_up(self) -> None:
+        """Run one layer of each kind on one token, past every hook: first uses are paid, or fail, before any
+        rank depends on this one.
+        """
+        parameters = next(self._model.parameters())
+        x_NH = torch.zeros(1, self._model.config.hidden_size, dtype=parameters.dtype, device=parameters.device)
+        for mixer in {block.kind: block.mixer for block in self._blocks}.values():
+            mixer.forward(x_NH, Batch.dummy(1), None)
+
+    def _agree(self, layer: str) -> AgreedStep:
+        return self._policies.agreement.agree(self._plan, self._exchange, layer)
+
+    def _exchange(self, column: list[int], layer: str) -> list[list[int]]:
+        """C1: int32[8, dp], every rank fills its own column, and the sum is the whole matrix."""
+        matrix = torch.zeros(len(column), len(self._comm.members("dp")), dtype=torch.int32)
+        matrix[:, self._comm.group_rank("dp")] = torch.tensor(column, dtype=torch.int32)
+        rows: list[list[int]] = self._comm.all_reduce("dp", matrix, layer=layer).tolist()
+        return rows
+
+    def _bind_at_first_recurrent_layer(self) -> None:
+        first = first_recurrent_layer(self._model.config.layer_pattern)
+        if first is None:
+            return
+        index, layer = first
+
+        def bind(module: nn.Module, args: Any) -> None:
+            agreed = self._policies.binding.bind(self._plan, self._agreed, lambda: self._agree(layer))
+            self._context.sizes = agreed.sizes
+
+        self._blocks[index].mixer.register_forward_pre_hook(bind)

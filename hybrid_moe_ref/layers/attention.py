@@ -1,0 +1,56 @@
+"""Gated grouped-query attention: normalised q and k, partial rotary embedding, and an output gate from the
+query projection.
+
+Shapes: B sequences, T new tokens, S tokens to attend to, H hidden, Q query heads, K KV heads, D head dim.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from hybrid_moe_ref.batch import Group
+from hybrid_moe_ref.cache import KVPast, KVRun
+from hybrid_moe_ref.config import ModelConfig
+from hybrid_moe_ref.layers.mixer import Mixer
+from hybrid_moe_ref.layers.norm import RMSNorm
+from hybrid_moe_ref.layers.rope import rotary_table, rotate
+
+
+class GatedAttention(Mixer):
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        hidden, head_dim = config.hidden_size, config.head_dim
+        self.num_heads, self.num_kv_heads = config.num_attention_heads, config.num_key_value_heads
+        self.head_dim = head_dim
+        self.rotary_dim, self.rope_theta = config.rotary_dim, config.rope_theta
+        self.q_proj = nn.Linear(hidden, self.num_heads * 2 * head_dim, bias=False)
+        self.k_proj = nn.Linear(hidden, self.num_kv_heads * head_dim, bias=False)
+        self.v_proj = nn.Linear(hidden, self.num_kv_heads * head_dim, bias=False)
+        self.o_proj = nn.Linear(self.num_heads * head_dim, hidden, bias=False)
+        self.q_norm = RMSNorm(head_dim, config.rms_norm_eps)
+        self.k_norm = RMSNorm(head_dim, config.rms_norm_eps)
+
+    def mix(self, x_BTH: Tensor, group: Group, past: KVPast | KVRun | None) -> Tensor:
+        q_BTQD, gate_BTQD = self.q_proj(x_BTH).unflatten(-1, (-1, 2 * self.head_dim)).chunk(2, dim=-1)
+        k_BTKD = self.k_proj(x_BTH).unflatten(-1, (-1, self.head_dim))
+        v_BTKD = self.v_proj(x_BTH).unflatten(-1, (-1, self.head_dim))
+        cos, sin = rotary_table(group.positions_BT, self.rotary_dim, self.rope_theta, x_BTH.dtype)
+        q_BTQD = rotate(self.q_norm(q_BTQD), cos, sin)
+        k_BTKD = rotate(self.k_norm(k_BTKD), cos, sin)
+        k_BSKD, v_BSKD = past.extend(k_BTKD, v_BTKD) if past else (k_BTKD, v_BTKD)
+        out_BTQD = attend(q_BTQD, k_BSKD, v_BSKD, group)
+        return self.o_proj((out_BTQD * gate_BTQD.sigmoid()).flatten(-2))
+
+
+def attend(q_BTQD: Tensor, k_BSKD: Tensor, v_BSKD: Tensor, group: Group) -> Tensor:
+    """Softmax attention; the key in place s is visible to queries at position s and later."""
+    q, k, v = (x.transpose(1, 2) for x in (q_BTQD, k_BSKD, v_BSKD))
+    T, S = q.shape[2], k.shape[2]
+    if T == S:
+        out = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+    elif T == 1 and len(set(group.starts)) == 1:
+        out = F.scaled_dot_product_attention(q, k, v, enable_gqa=True)
+    else:
+        visible_B1TS = torch.arange(S, device=q.device) <= group.positions_BT[:, None, :, None]
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=visible_B1TS, enable_gqa=True)
+    return out.transpose(1, 2)

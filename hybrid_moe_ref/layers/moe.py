@@ -1,0 +1,105 @@
+"""Mixture of experts: a router picks `top_k` of the experts for each token; one shared expert serves all.
+
+`MoE` hands `experts` its rows with weights and ids and takes their sum back; that an expert may live
+elsewhere is nothing it knows of.
+
+Shapes: N tokens, H hidden, E experts, K experts per token, I intermediate.
+"""
+
+from typing import Self
+
+import torch
+import torch.nn.functional as F
+from hybrid_moe_kernels.moe.reference import experts_mlp
+from torch import Tensor, nn
+
+from hybrid_moe_ref.config import ModelConfig
+
+
+class MLP(nn.Module):
+    """down(silu(gate x) * up x)."""
+
+    def __init__(self, hidden_size: int, intermediate_size: int) -> None:
+        super().__init__()
+        self.gate_proj = nn.Linear(hidden_size, intermediate_size, bias=False)
+        self.up_proj = nn.Linear(hidden_size, intermediate_size, bias=False)
+        self.down_proj = nn.Linear(intermediate_size, hidden_size, bias=False)
+
+    def forward(self, x_NH: Tensor) -> Tensor:
+        return self.down_proj(F.silu(self.gate_proj(x_NH)) * self.up_proj(x_NH))
+
+
+class Router(nn.Module):
+    """Softmax over all experts in float32 (float64 for float64), the top k renormalised to sum to one."""
+
+    def __init__(self, num_experts: int, top_k: int, hidden_size: int) -> None:
+        super().__init__()
+        self.top_k = top_k
+        self.weight = nn.Parameter(torch.empty(num_experts, hidden_size))
+
+    def forward(self, x_NH: Tensor) -> tuple[Tensor, Tensor]:
+        logits_NE = F.linear(x_NH, self.weight)
+        logits_NK, ids_NK = logits_NE.to(torch.promote_types(x_NH.dtype, torch.float32)).topk(self.top_k, dim=-1)
+        # A softmax over all, renormalised over some, is the softmax over these.
+        return logits_NK.softmax(-1), ids_NK
+
+
+class Experts(nn.Module):
+    """The experts `first_expert` to `first_expert + num_local` of a layer's `num_experts`."""
+
+    def __init__(
+        self,
+        num_experts: int,
+        hidden_size: int,
+        intermediate_size: int,
+        *,
+        first_expert: int = 0,
+        num_local: int | None = None,
+    ) -> None:
+        super().__init__()
+        self.num_experts, self.first_expert = num_experts, first_expert
+        self.hidden_size, self.intermediate_size = hidden_size, intermediate_size
+        self.num_local = num_experts if num_local is None else num_local
+        if not 0 <= first_expert <= first_expert + self.num_local <= num_experts:
+            raise ValueError(f"experts {first_expert} to {first_expert + self.num_local} of {num_experts}")
+        shape = (self.num_local, 2 * intermediate_size, hidden_size)
+        self.gate_up_proj = nn.Parameter(torch.empty(shape))
+        shape = (self.num_local, hidden_size, intermediate_size)
+        self.down_proj = nn.Parameter(torch.empty(shape))
+
+    def shard(self, first: int, count: int) -> Self:
+        """A module that holds only `count` experts from global index `first`, copied from this one."""
+        start = first - self.first_expert
+        if not 0 <= start <= start + count <= self.num_local:
+            raise ValueError(f"experts {first} to {first + count} are not all among this module's {self.num_local}")
+        with torch.device("meta"):
+            part = type(self)(
+                self.num_experts,
+                self.hidden_size,
+                self.intermediate_size,
+                first_expert=first,
+                num_local=count,
+            )
+        for name, weight in self.named_parameters():
+            held = weight.detach()[start : start + count].clone()
+            part.register_parameter(name, nn.Parameter(held, requires_grad=weight.requires_grad))
+        return part
+
+    def forward(self, x_NH: Tensor, weights_NK: Tensor, ids_NK: Tensor) -> Tensor:
+        """For each row, the weighted sum over those of its experts that are held here; zero where none is."""
+        return experts_mlp(x_NH, weights_NK, ids_NK - self.first_expert, self.gate_up_proj, self.down_proj)
+
+
+class MoE(nn.Module):
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        hidden, num_experts = config.hidden_size, config.num_experts
+        self.gate = Router(num_experts, config.num_experts_per_tok, hidden)
+        self.experts = Experts(num_experts, hidden, config.moe_intermediate_size)
+        self.shared_expert = MLP(hidden, config.shared_expert_intermediate_size)
+        self.shared_expert_gate = nn.Linear(hidden, 1, bias=False)
+
+    def forward(self, x_NH: Tensor) -> Tensor:
+        weights_NK, ids_NK = self.gate(x_NH)
+        routed_NH = self.experts(x_NH, weights_NK, ids_NK)
+        return routed_NH + self.shared_expert_gate(x_NH).sigmoid() * self.shared_expert(x_NH)

@@ -1,0 +1,31 @@
+"""Rotary position embedding of the first `rotary_dim` dimensions; dimension i turns together with i +
+rotary_dim/2.
+
+Shapes: B sequences, T tokens, H heads, D head dim, R rotary dim.
+"""
+
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+
+def rotary_table(positions_BT: Tensor, rotary_dim: int, theta: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Cosine and sine for each position, [B, T, R/2], computed in float32 (float64 for float64) and cast."""
+    wide = torch.promote_types(dtype, torch.float32)
+    angles = positions_BT[..., None].to(wide) * _frequencies(rotary_dim, theta, wide, positions_BT.device)
+    return angles.cos().to(dtype), angles.sin().to(dtype)
+
+
+@lru_cache(maxsize=16)
+def _frequencies(rotary_dim: int, theta: float, dtype: torch.dtype, device: torch.device) -> Tensor:
+    exponents = torch.arange(0, rotary_dim, 2, dtype=dtype, device=device) / rotary_dim
+    return 1.0 / theta**exponents
+
+
+def rotate(x_BTHD: Tensor, cos_BTR: Tensor, sin_BTR: Tensor) -> Tensor:
+    """Turn each pair of dimensions by its angle; the rest of the head passes through."""
+    half = cos_BTR.shape[-1]
+    a, b, rest = x_BTHD.split([half, half, x_BTHD.shape[-1] - 2 * half], dim=-1)
+    cos, sin = cos_BTR[:, :, None], sin_BTR[:, :, None]
+    return torch.cat([a * cos - b * sin, b * cos + a * sin, rest], dim=-1)

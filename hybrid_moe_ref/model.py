@@ -1,0 +1,175 @@
+"""The hybrid language model: embedding, blocks of a token mixer and an MLP, final norm, head.
+
+    config = preset("tiny")
+    model = HybridMoE(config, device="meta").init_weights(seed=0)
+    logits_BTV = model(tokens_BT)
+    new_tokens_BT = model.generate(tokens_BT, max_new_tokens=16)
+
+Parameters carry the names of Hugging Face checkpoints. The model is for inference: its parameters need no
+gradient.
+
+Shapes: B sequences, T tokens of each, N tokens of a step, H hidden, V vocabulary.
+"""
+
+from pathlib import Path
+from typing import Any, Self
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from hybrid_moe_ref import checkpoint, generation, weights
+from hybrid_moe_ref.batch import Batch
+from hybrid_moe_ref.block import Block
+from hybrid_moe_ref.cache import HybridCache
+from hybrid_moe_ref.config import DTYPES, ModelConfig
+from hybrid_moe_ref.layers.norm import RMSNorm
+from hybrid_moe_ref.mtp import MTP
+from hybrid_moe_ref.slices import Slice
+
+
+class Stack(nn.Module):
+    """Everything but the head."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        # With a weight given, Embedding skips its normal_(), which on the meta device imports the whole
+        # compiler: 1.4 s.
+        self.embed_tokens = nn.Embedding.from_pretrained(torch.empty(config.vocab_size, config.hidden_size))
+        self.layers = nn.ModuleList(
+            Block(config, kind, f"layers.{index}") for index, kind in enumerate(config.layer_pattern)
+        )
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+
+
+class HybridMoE(nn.Module):
+    """Parameters are uninitialised until `init_weights` or a checkpoint fills them. `slices` has the parameters of
+    which this model holds only a part."""
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        *,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
+        super().__init__()
+        self.config = config
+        self.slices: dict[str, Slice] = {}
+        with torch.device("meta"):
+            self.model = Stack(config)
+            self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+            if config.num_mtp_layers:
+                self.mtp = MTP(config)
+        self.to(dtype)
+        self.requires_grad_(False)
+        self.materialise(device or torch.get_default_device())
+
+    @classmethod
+    def from_pretrained(
+        cls, folder: str | Path, *, dtype: torch.dtype | None = None, device: torch.device | str = "cpu"
+    ) -> Self:
+        """The model of a checkpoint folder in Hugging Face's format; `dtype` None is the one it was saved
+        in."""
+        config, saved_dtype = checkpoint.read_config(folder)
+        if dtype is None:
+            if saved_dtype not in (None, *DTYPES):
+                raise checkpoint.CheckpointError(f"{folder}/config.json: dtype: {saved_dtype!r} is not one of {DTYPES}")
+            dtype = getattr(torch, saved_dtype or "float32")
+        check_device(device, dtype)
+        shards = checkpoint.Shards(Path(folder))
+        model = cls(checkpoint.without_absent_mtp(config, shards), device="meta", dtype=dtype)
+        checkpoint.load_weights(model, shards, device)
+        return model
+
+    def save_pretrained(self, folder: str | Path, *, family: str | None = None) -> None:
+        """Write a checkpoint folder that `from_pretrained` reads, and transformers where it knows the
+        layers."""
+        checkpoint.save(self, folder, family=family)
+
+    def materialise(self, device: torch.device | str) -> None:
+        """Uninitialised memory on `device` for all parameters."""
+        if torch.device(device).type != "meta":
+            # As to_empty, whose empty_like of a meta tensor would import the compiler's symbolic shapes: 0.4 s.
+            self._apply(lambda tensor: torch.empty(tensor.shape, dtype=tensor.dtype, device=device))
+        if self.config.tie_word_embeddings:
+            self.lm_head.weight = self.model.embed_tokens.weight
+
+    @property
+    def blocks(self) -> list[Block]:
+        """The layers in order."""
+        return [block for block in self.model.layers if isinstance(block, Block)]
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.model.embed_tokens.weight.dtype
+
+    @property
+    def device(self) -> torch.device:
+        return self.model.embed_tokens.weight.device
+
+    def init_weights(self, seed: int, device: torch.device | str = "cpu") -> Self:
+        """Seeded random weights, the same for any sharding of the experts; parameters on meta come to
+        `device`."""
+        if any(parameter.is_meta for parameter in self.parameters()):
+            self.materialise(device)
+        weights.init_weights(self, seed)
+        return self
+
+    def forward(self, tokens_BT: Tensor) -> Tensor:
+        """Logits [B, T, V] of whole sequences, from nothing."""
+        B, T = _sizes(tokens_BT)
+        hidden_NH = self.step(tokens_BT.flatten(), Batch.dense(B, T, self.device))
+        return self.logits(hidden_NH).unflatten(0, (B, T))
+
+    def step(self, tokens_N: Tensor, batch: Batch, cache: HybridCache | None = None) -> Tensor:
+        """One execution over a batch's tokens: hidden states [N, H], and the cache holds the tokens
+        afterwards."""
+        if tokens_N.shape != (batch.num_tokens,):
+            raise ValueError(f"tokens of shape {tuple(tokens_N.shape)} for a batch of {batch.num_tokens} tokens")
+        self.check_tokens(tokens_N)
+        if cache is None and batch.sequences:
+            raise ValueError("the batch has cached sequences, but the step was given no cache")
+        pasts = cache.begin(batch) if cache is not None else None
+        x_NH = self.model.embed_tokens(tokens_N)
+        for index, block in enumerate(self.blocks):
+            x_NH = block(x_NH, batch, pasts[index] if pasts is not None else None)
+        if cache is not None:
+            cache.commit(batch)
+        return self.model.norm(x_NH)
+
+    def logits(self, hidden_NH: Tensor) -> Tensor:
+        return F.linear(hidden_NH, self.lm_head.weight)
+
+    def generate(self, prompts: Tensor | list[Tensor], max_new_tokens: int, **options: Any) -> Tensor:
+        """The likeliest next token, `max_new_tokens` times: [B, max_new_tokens], without the prompts, which may
+        have different lengths. `generation.stream` yields the tokens as they come, and has the options."""
+        return torch.stack(list(generation.stream(self, prompts, max_new_tokens, **options)), dim=1)
+
+    def check_tokens(self, tokens_N: Tensor) -> None:
+        """An id that is out of range is a clear error on the CPU; elsewhere the look would cost a
+        synchronisation."""
+        if tokens_N.device.type == "cpu" and tokens_N.numel():
+            low, high = (int(x) for x in tokens_N.aminmax())
+            if low < 0 or high >= self.config.vocab_size:
+                bad = low if low < 0 else high
+                raise ValueError(f"token id {bad} is outside the vocabulary of {self.config.vocab_size}")
+
+
+def _sizes(tokens_BT: Tensor) -> tuple[int, int]:
+    if tokens_BT.dim() != 2 or tokens_BT.numel() == 0:
+        raise ValueError(f"wanted tokens [B, T] with B and T at least 1, got shape {tuple(tokens_BT.shape)}")
+    B, T = tokens_BT.shape
+    return B, T
+
+
+def check_device(device: torch.device | str, dtype: torch.dtype) -> None:
+    """A device that is absent, or that cannot compute in `dtype`, in one line."""
+    if str(dtype).removeprefix("torch.") not in DTYPES:
+        raise ValueError(f"dtype {dtype} is not one of {', '.join(DTYPES)}")
+    try:
+        x = torch.ones(1, 1, dtype=dtype, device=device)
+        F.linear(x, x)
+    except (RuntimeError, AssertionError, TypeError, NotImplementedError) as error:
+        reason = str(error).partition("\n")[0]
+        raise ValueError(f"device {device} cannot compute in {dtype}: {reason}") from None

@@ -1,0 +1,39 @@
+"""Multi-token prediction: a small layer that guesses the token after next, from the model's hidden state and the
+embedding of the next token.
+
+Checkpoints name it `mtp.*`. Its one layer is an attention block with an MLP or MoE of its own; embedding and head are
+the model's.
+
+Shapes: N tokens of a step, H hidden.
+"""
+
+import torch
+from torch import Tensor, nn
+
+from hybrid_moe_ref.batch import Batch
+from hybrid_moe_ref.block import Block
+from hybrid_moe_ref.cache import Past
+from hybrid_moe_ref.config import ModelConfig
+from hybrid_moe_ref.layers.norm import RMSNorm
+
+
+class MTP(nn.Module):
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        hidden, eps = config.hidden_size, config.rms_norm_eps
+        self.fc = nn.Linear(2 * hidden, hidden, bias=False)
+        self.pre_fc_norm_embedding = RMSNorm(hidden, eps)
+        self.pre_fc_norm_hidden = RMSNorm(hidden, eps)
+        self.layers = nn.ModuleList([Block(config, "A", "mtp.layers.0")])
+        self.norm = RMSNorm(hidden, eps)
+
+    def forward(
+        self, embedded_NH: Tensor, hidden_NH: Tensor, batch: Batch, pasts: list[list[Past]] | None = None
+    ) -> Tensor:
+        """Row i has the hidden state at position i and the embedding of token i + 1; the result guesses token i + 2
+        through the model's head, or stands for the hidden state at i + 1 in a further guess."""
+        both = torch.cat([self.pre_fc_norm_embedding(embedded_NH), self.pre_fc_norm_hidden(hidden_NH)], dim=-1)
+        x_NH = self.fc(both)
+        for index, block in enumerate(self.layers):
+            x_NH = block(x_NH, batch, pasts[index] if pasts is not None else None)
+        return self.norm(x_NH)

@@ -1,0 +1,129 @@
+"""Page arithmetic: one page size for KV entries and recurrent states. No torch.
+
+A recurrent layer keeps a state of fixed size per sequence, an attention layer a few bytes per token. To serve
+both from one pool, an attention page takes as many tokens as make it at least as large as the largest state,
+rounded up to a multiple of 16 tokens, and a state is padded to fill a page.
+
+The layers are cut into groups of `group_size`, each of one kind. The i-th layers of all groups share byte
+buffer i: a page id belongs to one group of one sequence, and addresses the same bytes in every buffer. So a
+sequence takes one page for each recurrent group, and ceil(length / tokens) pages for each attention group.
+"""
+
+from collections import Counter
+from dataclasses import dataclass
+
+from hybrid_moe_ref.config import ConfigError, ModelConfig
+
+TOKEN_MULTIPLE = 16
+
+
+@dataclass(frozen=True)
+class StateSize:
+    """One sequence's state in one recurrent layer: the convolution's last inputs and the matrix memory."""
+
+    conv_shape: tuple[int, int]
+    ssm_shape: tuple[int, int, int]
+    conv_bytes: int
+    ssm_bytes: int
+
+    @property
+    def num_bytes(self) -> int:
+        return self.conv_bytes + self.ssm_bytes
+
+
+@dataclass(frozen=True)
+class LayerGroup:
+    """Layers of one kind that take their pages together."""
+
+    kind: str
+    layers: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class PageLayout:
+    """The unified page. `tokens` is the attention page's capacity (0 without attention layers);
+    `padding` is the fraction that the largest state grows by to fill a page (0 without recurrent layers)."""
+
+    tokens: int
+    page_bytes: int
+    padding: float
+    bytes_per_token: int
+    states: dict[str, StateSize]
+    groups: tuple[LayerGroup, ...]
+    group_size: int
+
+    def pages_for(self, length: int) -> int:
+        """Pages that one sequence of `length` tokens takes over all groups."""
+        return sum(-(-length // self.tokens) if group.kind == "A" else 1 for group in self.groups)
+
+
+def _share(config: ModelConfig, name: str, tp_size: int) -> int:
+    value: int = getattr(config, name)
+    if value % tp_size:
+        raise ConfigError(f"{value} does not divide over tp_size {tp_size}", name)
+    return value // tp_size
+
+
+def state_size(config: ModelConfig, kind: str, conv_itemsize: int, ssm_itemsize: int, tp_size: int = 1) -> StateSize:
+    """The state of one G or M layer on one of `tp_size` ranks."""
+    if kind == "G":
+        keys, values = (
+            _share(config, "linear_num_key_heads", tp_size),
+            _share(config, "linear_num_value_heads", tp_size),
+        )
+        channels = 2 * keys * config.linear_key_head_dim + values * config.linear_value_head_dim
+        conv = (config.linear_conv_kernel_dim - 1, channels)
+        ssm = (values, config.linear_key_head_dim, config.linear_value_head_dim)
+    else:
+        heads, groups = _share(config, "mamba_num_heads", tp_size), max(1, config.mamba_num_groups // tp_size)
+        channels = heads * config.mamba_head_dim + 2 * groups * config.mamba_state_size
+        conv = (config.mamba_conv_kernel_dim - 1, channels)
+        ssm = (heads, config.mamba_head_dim, config.mamba_state_size)
+    return StateSize(
+        conv_shape=conv,
+        ssm_shape=ssm,
+        conv_bytes=conv[0] * conv[1] * conv_itemsize,
+        ssm_bytes=ssm[0] * ssm[1] * ssm[2] * ssm_itemsize,
+    )
+
+
+def page_layout(
+    config: ModelConfig,
+    itemsize: int = 2,
+    *,
+    kv_itemsize: int | None = None,
+    ssm_itemsize: int = 4,
+    tp_size: int = 1,
+) -> PageLayout:
+    """The page layout of `config` on one of `tp_size` ranks.
+
+    `itemsize` is the model dtype's (the convolution state has it), `kv_itemsize` that of keys and values
+    (None: the same). KV heads that do not suffice for all ranks are replicated.
+    """
+    kinds = Counter(config.layer_pattern)
+    states = {kind: state_size(config, kind, itemsize, ssm_itemsize, tp_size) for kind in kinds if kind != "A"}
+    largest = max((state.num_bytes for state in states.values()), default=0)
+    bytes_per_token = tokens = 0
+    if "A" in kinds:
+        kv_heads = config.num_key_value_heads
+        kv_heads = _share(config, "num_key_value_heads", tp_size) if kv_heads >= tp_size else 1
+        bytes_per_token = 2 * kv_heads * config.head_dim * (kv_itemsize or itemsize)
+        tokens = TOKEN_MULTIPLE * max(1, -(-largest // (TOKEN_MULTIPLE * bytes_per_token)))
+    # Without attention the page is the largest state, rounded so that any dtype's view of any row is aligned.
+    page_bytes = tokens * bytes_per_token if tokens else -(-largest // 64) * 64
+
+    group_size = min(kinds.values())
+    groups = []
+    for kind in sorted(kinds):
+        layers = [index for index, letter in enumerate(config.layer_pattern) if letter == kind]
+        for start in range(0, len(layers), group_size):
+            groups.append(LayerGroup(kind, tuple(layers[start : start + group_size])))
+    return PageLayout(
+        tokens=tokens,
+        page_bytes=page_bytes,
+        padding=(page_bytes - largest) / largest if largest else 0.0,
+        bytes_per_token=bytes_per_token,
+        states=states,
+        groups=tuple(groups),
+        group_size=group_size,
+    )

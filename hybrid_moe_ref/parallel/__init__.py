@@ -1,0 +1,1 @@
+"""How an unchanged model runs on many ranks."""

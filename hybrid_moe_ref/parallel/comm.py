@@ -1,0 +1,274 @@
+"""The only file that calls torch.distributed: named groups, collectives, and an Observer told of each.
+
+Every collective is announced with ``observer.enter`` before it is issued and ``observer.leave`` after it
+completed, so a record of the last ``enter`` without a ``leave`` is where a rank waits. On NCCL a collective is only
+queued when its call returns, so there ``leave`` says no more than that.
+
+The -v collectives take the *agreed* size vector of the step. Uneven is legal and zero is a size, not a
+return: a rank with no rows takes part like any other.
+
+Shape suffixes: N rows of this rank, S rows of all ranks (sum of sizes), R ranks, B bytes of a packed row, H hidden.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from hybrid_moe_ref.config import ParallelConfig
+from hybrid_moe_ref.parallel.guard import Halt, ScheduleGuard, ScheduleMismatch
+from hybrid_moe_ref.parallel.observer import Collective, NullObserver, Observer
+from hybrid_moe_ref.parallel.preflight import StorePreflight
+
+# torch 2.13 renamed these two and warns about the old names; 2.11 and 2.12 know only the old ones.
+_all_gather_single = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+_reduce_scatter_single = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+
+LOOK_UP_INTERVAL = timedelta(milliseconds=100)
+"""How long a rank waits in a collective before it looks whether another rank has stopped the job."""
+
+_REDUCE_OPS = {"sum": dist.ReduceOp.SUM, "min": dist.ReduceOp.MIN, "max": dist.ReduceOp.MAX}
+
+
+def group_members(parallel: ParallelConfig, rank: int) -> dict[str, tuple[int, ...]]:
+    """The groups that ``rank`` belongs to, as name -> global ranks: "dp" for agreements, "ep" for experts, and with
+    several tensor-parallel ranks "tp" for those that share its tokens.
+
+    Ranks are numbered dp-major: rank = dp_rank * tp_size + tp_rank.
+    """
+    num_ranks = parallel.dp_size * parallel.tp_size
+    tp_rank = rank % parallel.tp_size
+    groups = {
+        "dp": tuple(range(tp_rank, num_ranks, parallel.tp_size)),
+        "ep": tuple(range(num_ranks)),
+    }
+    if parallel.tp_size > 1:
+        groups["tp"] = tuple(range(rank - tp_rank, rank - tp_rank + parallel.tp_size))
+    return groups
+
+
+class Communicator:
+    """The process groups of one rank, by name, with an observer in front of every collective.
+
+    "dp" is always a CPU group (gloo), as in vLLM: agreements are a few integers and must not wait for a
+    device. "ep" and "tp" carry hidden states and use the backend that was asked for.
+    """
+
+    def __init__(
+        self,
+        rank: int,
+        device: torch.device,
+        groups: dict[str, dist.ProcessGroup],
+        observer: Observer | None = None,
+        store: dist.Store | None = None,
+    ) -> None:
+        self.rank = rank
+        self.device = device
+        self.observer: Observer = observer or NullObserver()
+        self._store = store
+        self._halt = Halt(store)
+        self._preflight: StorePreflight | None = None
+        self.guard = ScheduleGuard(rank, self._halt)
+        self._groups = groups
+        self._members = {name: tuple(dist.get_process_group_ranks(group)) for name, group in groups.items()}
+        self.observer.groups(self._members)
+
+    @classmethod
+    def connect(
+        cls,
+        parallel: ParallelConfig,
+        rank: int,
+        *,
+        backend: str = "gloo",
+        store: dist.Store | None = None,
+        device: torch.device | str = "cpu",
+        observer: Observer | None = None,
+        timeout_s: float = 1800.0,
+    ) -> Communicator:
+        """Join the job and make its groups; with no ``store``, by torchrun's environment variables.
+
+        Raises what torch.distributed raises when a peer does not come within ``timeout_s``.
+        """
+        num_ranks = parallel.dp_size * parallel.tp_size
+        timeout = timedelta(seconds=timeout_s)
+        if store is None:
+            store, _, _ = next(dist.rendezvous("env://", timeout=timeout))
+        dist.init_process_group("gloo", store=store, rank=rank, world_size=num_ranks, timeout=timeout)
+        mine: dict[str, dist.ProcessGroup] = {}
+        # Every rank must take part in making every group, in one order, also of those it does not join.
+        made: set[tuple[str, tuple[int, ...]]] = set()
+        for other in range(num_ranks):
+            for name, members in group_members(parallel, other).items():
+                if (name, members) in made:
+                    continue
+                made.add((name, members))
+                group = dist.new_group(
+                    list(members), backend="gloo" if name == "dp" else backend, timeout=timeout, group_desc=name
+                )
+                if rank in members:
+                    mine[name] = group
+        return cls(rank, torch.device(device), mine, observer, dist.PrefixStore("hybrid_moe_ref", store))
+
+    def start_preflight(self) -> None:
+        """From here on compare every collective with its members' through the store before it is issued."""
+        assert self._store is not None, "ranks that compare need a store to compare through"
+        self._preflight = StorePreflight(self.rank, self._store, self._halt)
+
+    def close(self) -> None:
+        """Leave the job. Peers that still communicate with this rank fail."""
+        dist.destroy_process_group()
+
+    def members(self, group: str) -> tuple[int, ...]:
+        """Global ranks of ``group``, in group order."""
+        return self._members[group]
+
+    def group_rank(self, group: str) -> int:
+        """This rank's place in ``group``."""
+        return self._members[group].index(self.rank)
+
+    def all_reduce(self, group: str, x: Tensor, reduce_op: str = "sum", *, layer: str = "") -> Tensor:
+        """Reduce ``x`` in place over ``group``; every rank ends with the result. reduce_op: sum, min or max."""
+        event = Collective(group, "all_reduce", layer, (x.numel(),), _name(x.dtype), reduce_op)
+        self._enter(event)
+        pg = self._groups[group]
+        self._wait(pg, dist.all_reduce(x, op=_REDUCE_OPS[reduce_op], group=pg, async_op=True))
+        self.observer.leave(event)
+        return x
+
+    def all_gather_v(
+        self, group: str, tensors: Sequence[Tensor], sizes: Sequence[int], *, layer: str = ""
+    ) -> list[Tensor]:
+        """Gather rows of several tensors at once: each [N, ...] -> [S, ...], ranks in group order.
+
+        ``sizes[r]`` is the number of rows that group rank r brings; the tensors may differ in dtype, since the
+        rows travel as bytes (which is also how fp8 crosses gloo).
+
+        Raises ValueError when this rank's rows are not what the agreed sizes say.
+        """
+        sizes = tuple(sizes)
+        num_rows = sizes[self.group_rank(group)]
+        for x in tensors:
+            if x.shape[0] != num_rows:
+                raise ValueError(f"{group} all_gather_v at {layer}: {x.shape[0]} rows here, {num_rows} agreed")
+        packed_NB = torch.cat([_as_bytes(x) for x in tensors], dim=1)
+        event = Collective(group, "all_gather_v", layer, sizes, "uint8")
+        self._enter(event)
+        packed_SB = self._gather_rows(group, packed_NB, sizes)
+        self.observer.leave(event)
+        gathered, column = [], 0
+        for x in tensors:
+            width = _as_bytes(x[:0]).shape[1]
+            rows_SB = packed_SB[:, column : column + width].clone(memory_format=torch.contiguous_format)
+            gathered.append(rows_SB.view(x.dtype).view(packed_SB.shape[0], *x.shape[1:]))
+            column += width
+        return gathered
+
+    def reduce_scatter_v(self, group: str, x_SH: Tensor, sizes: Sequence[int], *, layer: str = "") -> Tensor:
+        """Sum x_SH over ``group`` and return this rank's rows of the sum, [N, H].
+
+        Raises ValueError when ``x_SH`` does not have as many rows as the agreed sizes together.
+        """
+        sizes = tuple(sizes)
+        if x_SH.shape[0] != sum(sizes):
+            raise ValueError(f"{group} reduce_scatter_v at {layer}: {x_SH.shape[0]} rows here, {sum(sizes)} agreed")
+        event = Collective(group, "reduce_scatter_v", layer, sizes, _name(x_SH.dtype), "sum")
+        self._enter(event)
+        sum_NH = self._reduce_rows(group, x_SH.contiguous(), sizes)
+        self.observer.leave(event)
+        return sum_NH
+
+    def all_gather_text(self, group: str, text: str, *, layer: str = "") -> list[str]:
+        """What every rank of ``group`` says, in group order. For the rare case: it takes two collectives."""
+        said = torch.frombuffer(bytearray(text.encode() or b" "), dtype=torch.uint8)
+        lengths = torch.zeros(len(self.members(group)), dtype=torch.int64)
+        lengths[self.group_rank(group)] = said.numel()
+        sizes = self.all_reduce(group, lengths, layer=layer).tolist()
+        (gathered,) = self.all_gather_v(group, [said[:, None]], sizes, layer=layer)
+        return [bytes(part.flatten().tolist()).decode().strip() for part in gathered.split(sizes)]
+
+    def _enter(self, event: Collective) -> None:
+        self.guard.admit(event)
+        self.observer.enter(event)
+        if self._preflight is not None:
+            self._preflight.check(event, self.members(event.group))
+
+    def _wait(self, pg: dist.ProcessGroup, work: dist.Work) -> None:
+        """On NCCL a wait only orders streams, and is left as it is."""
+        if dist.get_backend(pg) == "nccl":
+            work.wait()
+        else:
+            wait_or_halt(work, self._halt)
+
+    def _gather_rows(self, group: str, rows_NB: Tensor, sizes: tuple[int, ...]) -> Tensor:
+        pg, widest = self._groups[group], max(sizes)
+        if dist.get_backend(pg) == "nccl" and min(sizes) != widest:
+            # NCCL's own uneven all-gather: one broadcast per rank, grouped.
+            rows_SB = rows_NB.new_empty(sum(sizes), rows_NB.shape[1])
+            self._wait(pg, dist.all_gather(list(rows_SB.split(sizes)), rows_NB, group=pg, async_op=True))
+            return rows_SB
+        # gloo has no uneven all-gather: every rank sends as many rows as the widest, and all trim.
+        padded_NB = torch.nn.functional.pad(rows_NB, (0, 0, 0, widest - rows_NB.shape[0]))
+        rows_SB = rows_NB.new_empty(len(sizes) * widest, rows_NB.shape[1])
+        self._wait(pg, _all_gather_single(rows_SB, padded_NB, group=pg, async_op=True))
+        if min(sizes) == widest:
+            return rows_SB
+        return torch.cat([rows[:size] for rows, size in zip(rows_SB.split(widest), sizes, strict=True)])
+
+    def _reduce_rows(self, group: str, x_SH: Tensor, sizes: tuple[int, ...]) -> Tensor:
+        pg, num_rows = self._groups[group], sizes[self.group_rank(group)]
+        if dist.get_backend(pg) == "nccl":
+            out_NH = x_SH.new_empty(num_rows, x_SH.shape[1])
+            if min(sizes) == max(sizes):
+                self._wait(pg, _reduce_scatter_single(out_NH, x_SH, group=pg, async_op=True))
+            else:
+                self._wait(pg, dist.reduce_scatter(out_NH, list(x_SH.split(sizes)), group=pg, async_op=True))
+            return out_NH
+        # gloo's reduce_scatter is an all_reduce inside and moves R times the bytes. An all-to-all with a local
+        # sum is the same collective to the caller, a quarter of the time, and sums in rank order.
+        num_ranks = len(sizes)
+        parts_RNH = x_SH.new_empty(num_ranks * num_rows, x_SH.shape[1])
+        per_rank = [num_rows] * num_ranks
+        self._wait(pg, dist.all_to_all_single(parts_RNH, x_SH, per_rank, list(sizes), group=pg, async_op=True))
+        return parts_RNH.view(num_ranks, num_rows, x_SH.shape[1]).sum(dim=0)
+
+
+def wait_or_halt(work: dist.Work, halt: Halt) -> None:
+    """Wait for a collective, looking up now and then whether another rank has stopped the job.
+
+    Raises ScheduleMismatch when one has, and what the collective raises when it fails.
+    """
+    while True:
+        try:
+            work.wait(LOOK_UP_INTERVAL)
+            return
+        except RuntimeError:
+            if work.is_completed():
+                _finish(work, halt)  # it ended just then, well or with an error of its own
+                return
+        if told := halt.heard():
+            raise ScheduleMismatch(told)
+
+
+def _finish(work: dist.Work, halt: Halt) -> None:
+    """A rank that stopped the job may be gone already; what it told says more than that its connection closed."""
+    try:
+        work.wait()
+    except RuntimeError as error:
+        if told := halt.heard():
+            raise ScheduleMismatch(told) from error
+        raise
+
+
+def _as_bytes(x: Tensor) -> Tensor:
+    """[N, ...] of any dtype -> a copy as [N, bytes of a row]."""
+    flat = x.reshape(x.shape[0], x.shape[1:].numel())
+    # clone, not contiguous(): torch calls any strides of a single row contiguous, but views only plain ones as bytes.
+    return flat.clone(memory_format=torch.contiguous_format).view(torch.uint8)
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")

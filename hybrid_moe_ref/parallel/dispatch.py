@@ -1,0 +1,82 @@
+"""How tokens reach the ranks that hold their experts, and come back: the EP backend of a layer.
+
+A backend is two hooks around the experts of one layer, and the collectives that it plans. A new one subclasses
+:class:`AllGatherReduceScatter` or has its methods, and is given to the engine with its policies. This file does not
+import torch.
+
+Shape suffixes: N tokens of this rank, S tokens of all ranks, H hidden, K experts per token.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from hybrid_moe_ref.parallel.observer import ScheduleEntry
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+    from hybrid_moe_ref.parallel.comm import Communicator
+
+
+@dataclass
+class ForwardContext:
+    """What the layers of the running step may know of the other ranks; the engine sets it before the model runs.
+
+    sizes     tokens of each dp rank in this step, as agreed
+    tp_size   ranks that run the same tokens; each of them dispatches its chunk of these
+    schedule  the collectives that one forward pass issues, in order
+    """
+
+    sizes: tuple[int, ...] = ()
+    tp_size: int = 1
+    schedule: tuple[ScheduleEntry, ...] = ()
+
+    @property
+    def ep_sizes(self) -> tuple[int, ...]:
+        """Tokens that each ep rank dispatches."""
+        return tuple(chunk for size in self.sizes for chunk in chunk_sizes(size, self.tp_size))
+
+
+def chunk_sizes(num_rows: int, num_chunks: int) -> tuple[int, ...]:
+    """Rows of each chunk, in order; they differ by one at most, and may be none."""
+    each, more = divmod(num_rows, num_chunks)
+    return tuple(each + (index < more) for index in range(num_chunks))
+
+
+@dataclass(frozen=True)
+class AllGatherReduceScatter:
+    """A hook before the experts of a layer (dispatch) and one after them (combine), as vLLM's AgRsAll2AllManager.
+
+    Hooks leave the module, its parameters and their names as they are in the single-process model.
+    """
+
+    comm: Communicator
+    context: ForwardContext
+    layer: str
+
+    @classmethod
+    def plan(cls, layer: str) -> tuple[ScheduleEntry, ...]:
+        """The collectives that one layer issues, in order."""
+        return ScheduleEntry("ep", "all_gather_v", layer), ScheduleEntry("ep", "reduce_scatter_v", layer)
+
+    def dispatch(self, experts: nn.Module, args: tuple[Tensor, Tensor, Tensor]) -> tuple[Tensor, ...]:
+        """(x_NH, weights_NK, ids_NK) -> (x_SH, weights_SK, ids_SK)"""
+        return tuple(self.comm.all_gather_v("ep", args, self.context.ep_sizes, layer=self.layer))
+
+    def combine(self, experts: nn.Module, args: object, partial_SH: Tensor) -> Tensor:
+        """partial_SH -> y_NH"""
+        return self.comm.reduce_scatter_v("ep", partial_SH, self.context.ep_sizes, layer=self.layer)
+
+
+def moe_layer_name(index: int) -> str:
+    """How events and schedules name the MoE of layer ``index``."""
+    return f"layers.{index}.moe"
+
+
+def expert_schedule(
+    num_layers: int, backend: type[AllGatherReduceScatter] = AllGatherReduceScatter
+) -> tuple[ScheduleEntry, ...]:
+    """The collectives that one forward pass issues, in order."""
+    return tuple(entry for index in range(num_layers) for entry in backend.plan(moe_layer_name(index)))

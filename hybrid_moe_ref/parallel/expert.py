@@ -1,0 +1,50 @@
+"""Expert parallelism by all-gather and reduce-scatter (AG/RS), applied to an unchanged model from outside.
+
+Every rank holds ``num_experts / ep_size`` experts of each layer and all of everything else. Around the experts
+of a layer, as in vLLM's ``AgRsAll2AllManager``:
+
+    C2 dispatch   all-gather-v of [hidden, topk_weights, topk_ids]: every rank sees the tokens of all ranks
+       experts    every rank adds up what its own experts contribute to each token
+    C3 combine    reduce-scatter-v: the contributions are summed, each rank keeps its own tokens
+
+Shape suffixes: N tokens of this rank, S tokens of all ranks, H hidden, K experts per token.
+"""
+
+from __future__ import annotations
+
+from hybrid_moe_ref.config import ConfigError
+from hybrid_moe_ref.layers.moe import MoE
+from hybrid_moe_ref.model import HybridMoE
+from hybrid_moe_ref.parallel.comm import Communicator
+from hybrid_moe_ref.parallel.dispatch import (
+    AllGatherReduceScatter,
+    ForwardContext,
+    expert_schedule,
+    moe_layer_name,
+)
+
+
+def apply_expert_parallel(
+    model: HybridMoE, comm: Communicator, backend: type[AllGatherReduceScatter] = AllGatherReduceScatter
+) -> ForwardContext:
+    """Replace the experts of every layer by this rank's shard of them; returns the context the layers will read.
+
+    Works on a model on the meta device, so that no rank ever holds all experts.
+
+    Raises ConfigError when the experts do not divide over the ranks.
+    """
+    num_ranks = len(comm.members("ep"))
+    num_experts = model.config.num_experts
+    if num_experts % num_ranks:
+        raise ConfigError(f"model.num_experts: {num_experts} experts cannot be shared by {num_ranks} ranks evenly")
+    per_rank = num_experts // num_ranks
+    context = ForwardContext(schedule=expert_schedule(model.config.num_layers, backend))
+    for index, block in enumerate(model.blocks):
+        moe = block.mlp
+        assert isinstance(moe, MoE)
+        shard = moe.experts.shard(comm.group_rank("ep") * per_rank, per_rank)
+        exchange = backend(comm, context, moe_layer_name(index))
+        shard.register_forward_pre_hook(exchange.dispatch)
+        shard.register_forward_hook(exchange.combine)
+        moe.experts = shard
+    return context

@@ -1,0 +1,134 @@
+"""The agreed schedule of a step as a guard: a collective that is not its next entry is refused before it is issued.
+
+The comparison is local and costs no communication. A refusal is told to the other ranks through the store, so that
+those that already wait in a collective stop too, with the same words, within a second.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+
+import torch.distributed as dist
+
+from hybrid_moe_ref.parallel.observer import Collective, ScheduleEntry
+
+_HALT = "halt"
+
+
+class ScheduleMismatch(RuntimeError):
+    """The ranks, or a rank and its own plan, part ways; raised instead of hanging, with the first difference."""
+
+
+class Halt:
+    """How one rank stops all: the first message wins, and every rank that looks finds it.
+
+    store: shared by all ranks of the job; None when a rank stands alone, and then nobody is told.
+    """
+
+    def __init__(self, store: dist.Store | None) -> None:
+        self._store = store
+
+    def tell(self, message: str) -> str:
+        """Stop the others; returns the message that won."""
+        if self._store is None:
+            return message
+        return self._store.compare_set(_HALT, "", message).decode()
+
+    def heard(self) -> str:
+        """What another rank told, or "" while nobody did."""
+        if self._store is None or not self._store.check([_HALT]):
+            return ""
+        return self._store.get(_HALT).decode()
+
+
+class ScheduleGuard:
+    """Holds one rank to the schedule of its step; inactive until the first :meth:`begin`."""
+
+    def __init__(self, rank: int, halt: Halt) -> None:
+        self._rank = rank
+        self._halt = halt
+        self._schedule: Sequence[ScheduleEntry] | None = None
+        self._next = 0
+        self._step = -1
+        self._sizes: dict[str, tuple[int, ...]] = {}
+
+    def begin(self, step: int, schedule: Sequence[ScheduleEntry]) -> None:
+        """A step begins with this schedule; the last step's must be used up.
+
+        Raises ScheduleMismatch when a planned collective was never issued.
+        """
+        if self._schedule is not None and self._next < len(self._schedule):
+            planned = _words(self._schedule[self._next])
+            self._refuse(f"began step {step}, but its schedule of step {self._step} still had {planned} to come")
+        self._step, self._schedule, self._next = step, schedule, 0
+        self._sizes = {}
+
+    def agree(self, group: str, sizes: Sequence[int]) -> None:
+        """From here on the -v collectives of ``group`` must carry these sizes."""
+        self._sizes[group] = tuple(sizes)
+
+    def stop_others(self, error: Exception) -> None:
+        """This rank fails for a reason of its own: those that wait for it are told, and raise it too."""
+        self._halt.tell(f"rank {self._rank} failed: {type(error).__name__}: {error}")
+
+    def leave(self) -> None:
+        """The rank wants to issue no more steps, although the ranks have not agreed that all work is done.
+
+        Raises ScheduleMismatch.
+        """
+        self._refuse(f"would leave after step {self._step}, but nobody has agreed that no rank has work left")
+
+    def release(self) -> None:
+        """What follows belongs to no schedule."""
+        self._schedule = None
+
+    def admit(self, collective: Collective) -> None:
+        """Called before a collective is issued; moves on to the next entry.
+
+        Raises ScheduleMismatch when it is not the one that the schedule has next, or its sizes are not the agreed.
+        """
+        if self._schedule is None:
+            return
+        planned = self._schedule[self._next] if self._next < len(self._schedule) else None
+        issued = ScheduleEntry(collective.group, collective.op, collective.layer)
+        if issued != planned:
+            plan = _words(planned) if planned else "no further collective"
+            self._refuse(f"would issue {_words(issued)} in step {self._step}, the schedule has {plan}")
+        agreed = self._sizes.get(collective.group)
+        if agreed is not None and collective.op.endswith("_v") and collective.sizes != agreed:
+            self._refuse(
+                f"would issue {_words(issued)} in step {self._step} with sizes {list(collective.sizes)}, "
+                f"agreed are {list(agreed)}"
+            )
+        self._next += 1
+
+    def _refuse(self, what: str) -> None:
+        raise ScheduleMismatch(self._halt.tell(f"rank {self._rank} {what}"))
+
+
+def schedule_hash(schedule: Sequence[ScheduleEntry]) -> int:
+    """64 bits that are equal on two ranks, with near certainty, only when their schedules are."""
+    text = "\n".join(_words(entry) for entry in schedule)
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big")
+
+
+def first_difference(schedules: Sequence[Sequence[str]]) -> tuple[int, dict[str, list[int]]]:
+    """Index of the first entry that differs, and who has what there; entries are in words."""
+    length = max(map(len, schedules))
+    for index in range(length):
+        sides: dict[str, list[int]] = {}
+        for rank, schedule in enumerate(schedules):
+            sides.setdefault(schedule[index] if index < len(schedule) else "nothing", []).append(rank)
+        if len(sides) > 1:
+            return index, sides
+    return length, {}
+
+
+def schedule_words(schedule: Sequence[ScheduleEntry]) -> list[str]:
+    """Each entry as people read it."""
+    return [_words(entry) for entry in schedule]
+
+
+def _words(entry: ScheduleEntry) -> str:
+    return f"{entry.group} {entry.op}" + (f" of {entry.layer}" if entry.layer else "")

@@ -1,0 +1,38 @@
+"""Which way of cutting the model belongs to a ParallelConfig.
+
+dp_size  tp_size  expert_parallel   attention, recurrence    routed experts
+1        1        -                 whole                    whole
+N        1        yes               whole, own requests      one by one over N ranks, C2 and C3
+1        N        no                heads over N             each cut by intermediate size
+1        N        yes               heads over N             one by one over N ranks, no exchange of tokens
+D        N        yes               heads over N             one by one over D x N ranks, C2 and C3 of chunks
+D        N        no                heads over N             as 1 x N, D times
+"""
+
+from __future__ import annotations
+
+from hybrid_moe_ref.config import ParallelConfig
+from hybrid_moe_ref.model import HybridMoE
+from hybrid_moe_ref.parallel.comm import Communicator
+from hybrid_moe_ref.parallel.dispatch import AllGatherReduceScatter, ForwardContext
+from hybrid_moe_ref.parallel.expert import apply_expert_parallel
+from hybrid_moe_ref.parallel.shares import expert_sharing
+from hybrid_moe_ref.parallel.tensor import apply_tensor_parallel
+
+
+def apply_layout(
+    model: HybridMoE,
+    comm: Communicator,
+    parallel: ParallelConfig,
+    backend: type[AllGatherReduceScatter] = AllGatherReduceScatter,
+) -> ForwardContext:
+    """Cut `model`, best while on the meta device, to this rank's part; returns the context its layers will read,
+    with the collectives that a forward pass issues.
+
+    Raises ConfigError for what does not divide over the ranks.
+    """
+    if parallel.tp_size > 1:
+        return apply_tensor_parallel(model, comm, expert_sharing(parallel), backend)
+    if parallel.expert_parallel and model.config.num_experts:
+        return apply_expert_parallel(model, comm, backend)
+    return ForwardContext()

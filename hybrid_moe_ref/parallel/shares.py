@@ -1,0 +1,165 @@
+"""What one of the tensor-parallel ranks gets: the sizes of its part of the model, and which part of each parameter.
+
+Heads are dealt out in order, and everything that belongs to a head goes with it. KV heads and Mamba-2 groups, when
+there are fewer than ranks, are held by each of the ranks that share them. Arithmetic on a configuration, no torch.
+
+    gated attention  query heads, with the KV heads that they read
+    Gated DeltaNet   key heads, with the value heads that share them and the convolution channels of both
+    Mamba-2          heads, with the groups that they read
+    MLP              intermediate features: shared expert, dense MLP, and routed experts where they are not dealt out
+"""
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from hybrid_moe_ref.config import ConfigError, ModelConfig, ParallelConfig
+from hybrid_moe_ref.slices import Cuts, Range, scaled, sections
+
+ExpertSharing = Literal["intermediate", "expert", "sequence"]
+"""How routed experts are shared.
+
+intermediate  every tp rank has a part of every expert, for all tokens of its dp rank
+expert        every tp rank has some experts whole, for all tokens of its dp rank
+sequence      every ep rank has some experts whole, and every tp rank sends its chunk of the tokens to them; the
+              shared expert is whole on every rank and sees that chunk
+"""
+
+
+def expert_sharing(parallel: ParallelConfig) -> ExpertSharing:
+    """How a layout with several tp ranks shares the routed experts."""
+    if not parallel.expert_parallel:
+        return "intermediate"
+    return "expert" if parallel.dp_size == 1 else "sequence"
+
+
+@dataclass(frozen=True)
+class Place:
+    """One rank among the `size` ranks of its tp group."""
+
+    rank: int
+    size: int
+
+    def share(self, count: int) -> Range:
+        """This rank's share of `count` things in order; of fewer things than ranks, the one that it shares."""
+        each = max(1, count // self.size)
+        first = self.rank * count // self.size
+        return first, first + each
+
+
+def local_config(config: ModelConfig, tp_size: int, experts: ExpertSharing = "intermediate") -> ModelConfig:
+    """The sizes of one rank's part; its cache is the cache of a model of these sizes.
+
+    Raises ConfigError for what does not divide over the ranks.
+    """
+    local: dict[str, Any] = {}
+
+    def divide(*names: str) -> None:
+        for name in names:
+            count: int = getattr(config, name)
+            if count % tp_size:
+                raise ConfigError(f"{count} does not divide over tp_size {tp_size}", name)
+            local[name] = count // tp_size
+
+    def divide_or_share(name: str) -> None:
+        count: int = getattr(config, name)
+        if count % tp_size and tp_size % count:
+            raise ConfigError(f"{count} neither divides over tp_size {tp_size} nor is a divisor of it", name)
+        local[name] = max(1, count // tp_size)
+
+    if "A" in config.layer_pattern or config.num_mtp_layers:
+        divide("num_attention_heads")
+        divide_or_share("num_key_value_heads")
+    if "G" in config.layer_pattern:
+        divide("linear_num_key_heads", "linear_num_value_heads")
+    if "M" in config.layer_pattern:
+        divide("mamba_num_heads")
+        divide_or_share("mamba_num_groups")
+    if not config.num_experts:
+        divide("intermediate_size")
+    elif experts != "sequence":
+        divide("shared_expert_intermediate_size")
+        if experts == "intermediate":
+            divide("moe_intermediate_size")
+    return dataclasses.replace(config, **local)
+
+
+def mixer_cuts(config: ModelConfig, kind: str, place: Place) -> dict[str, Cuts]:
+    """What `place` holds of the parameters of a G, A or M mixer, by their names in the mixer."""
+    return {"A": _attention_cuts, "G": _delta_net_cuts, "M": _mamba_cuts}[kind](config, place)
+
+
+def mlp_cuts(intermediate_size: int, place: Place) -> dict[str, Cuts]:
+    """The same for a dense MLP or the shared expert."""
+    held = place.share(intermediate_size)
+    return {
+        "gate_proj.weight": rows(held),
+        "up_proj.weight": rows(held),
+        "down_proj.weight": columns(held),
+    }
+
+
+def expert_cuts(intermediate_size: int, place: Place) -> dict[str, Cuts]:
+    """The same for stacked experts that are shared by intermediate size."""
+    held = place.share(intermediate_size)
+    return {
+        "gate_up_proj": ((1, sections([(intermediate_size, held)] * 2)),),
+        "down_proj": ((2, (held,)),),
+    }
+
+
+def rows(*held: Range) -> Cuts:
+    """Cut along the outputs of a projection."""
+    return ((0, held),)
+
+
+def columns(*held: Range) -> Cuts:
+    """Cut along the inputs of a projection: its output is then a part of a sum."""
+    return ((1, held),)
+
+
+def _attention_cuts(config: ModelConfig, place: Place) -> dict[str, Cuts]:
+    heads, dim = place.share(config.num_attention_heads), config.head_dim
+    kv = rows(scaled(place.share(config.num_key_value_heads), dim))
+    return {
+        "q_proj.weight": rows(scaled(heads, 2 * dim)),
+        "k_proj.weight": kv,
+        "v_proj.weight": kv,
+        "o_proj.weight": columns(scaled(heads, dim)),
+    }
+
+
+def _delta_net_cuts(config: ModelConfig, place: Place) -> dict[str, Cuts]:
+    keys, key_dim = config.linear_num_key_heads, config.linear_key_head_dim
+    values, value_dim = config.linear_num_value_heads, config.linear_value_head_dim
+    value_heads = place.share(values)
+    k, v = scaled(place.share(keys), key_dim), scaled(value_heads, value_dim)
+    qkv = rows(*sections([(keys * key_dim, k), (keys * key_dim, k), (values * value_dim, v)]))
+    return {
+        "in_proj_qkv.weight": qkv,
+        "in_proj_z.weight": rows(v),
+        "in_proj_b.weight": rows(value_heads),
+        "in_proj_a.weight": rows(value_heads),
+        "conv1d.weight": qkv,
+        "A_log": rows(value_heads),
+        "dt_bias": rows(value_heads),
+        "out_proj.weight": columns(v),
+    }
+
+
+def _mamba_cuts(config: ModelConfig, place: Place) -> dict[str, Cuts]:
+    heads = place.share(config.mamba_num_heads)
+    inner, shared = config.mamba_num_heads * config.mamba_head_dim, config.mamba_num_groups * config.mamba_state_size
+    x = scaled(heads, config.mamba_head_dim)
+    bc = scaled(place.share(config.mamba_num_groups), config.mamba_state_size)
+    xbc = [(inner, x), (shared, bc), (shared, bc)]
+    return {
+        "in_proj.weight": rows(*sections([(inner, x), *xbc, (config.mamba_num_heads, heads)])),
+        "conv1d.weight": rows(*sections(xbc)),
+        "conv1d.bias": rows(*sections(xbc)),
+        "A_log": rows(heads),
+        "D": rows(heads),
+        "dt_bias": rows(heads),
+        "norm.weight": rows(x),
+        "out_proj.weight": columns(x),
+    }

@@ -1,0 +1,260 @@
+"""Tensor parallelism, applied to an unchanged model from outside.
+
+Every rank of a tp group runs the same tokens through its share of each layer's heads and intermediate features (see
+`shares`), so what a mixer or an MLP returns there is a part of a sum:
+
+    mixer   all-reduce on tp
+    MoE     all-reduce on tp                            routed experts shared by intermediate size, or one by one
+            take a chunk, C2, experts, C3,              routed experts over all ranks: each tp rank sends its chunk of
+            all-gather-v on tp                          the rows, as its peers have the same rows ("sequence")
+
+There is one all-reduce per mixer and step, whatever the batch. A Mamba-2 group that spans ranks needs its mean square
+from all of them: it travels in the same all-reduce, see `SplitGroups`.
+
+Embedding and head are whole on every rank: logits then need no collective, so a rank with requests and an idle one
+issue the same schedule. It costs 2 x vocab x hidden x (1 - 1/tp) parameters a rank (3.6 GB for the 397B in bf16 at
+tp 8, of about 100 GB). Norms, routers and the shared expert's gate are whole too.
+
+Shape suffixes: N tokens, H hidden, G Mamba-2 groups, X = H + 1.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from hybrid_moe_ref.config import LAYER_KINDS, ConfigError, ModelConfig
+from hybrid_moe_ref.layers.mamba2 import Mamba2
+from hybrid_moe_ref.layers.moe import MLP, Experts, MoE
+from hybrid_moe_ref.model import HybridMoE
+from hybrid_moe_ref.parallel.comm import Communicator
+from hybrid_moe_ref.parallel.dispatch import AllGatherReduceScatter, ForwardContext, chunk_sizes
+from hybrid_moe_ref.parallel.observer import ScheduleEntry
+from hybrid_moe_ref.parallel.shares import ExpertSharing, Place, expert_cuts, local_config, mixer_cuts, mlp_cuts, rows
+from hybrid_moe_ref.slices import Cuts, Slice
+
+MIXER_NAMES = {"G": "gated_delta_net", "A": "gated_attention", "M": "mamba2"}
+"""How events and schedules name the mixer of a layer."""
+
+
+@dataclass(frozen=True)
+class SumOverRanks:
+    """The hook after a module whose output is this rank's part of a sum."""
+
+    comm: Communicator
+    layer: str
+
+    def combine(self, module: nn.Module, args: object, partial_NH: Tensor) -> Tensor:
+        """partial_NH -> y_NH, on every rank"""
+        return self.comm.all_reduce("tp", partial_NH.contiguous(), layer=self.layer)
+
+
+@dataclass
+class SplitGroups:
+    """The hooks of a Mamba-2 mixer whose `num_groups` groups span several ranks each.
+
+    Its norm divides by the root mean square of a whole group, of which a rank sees a part. But that is one number for
+    a row and group, and the projection behind it is linear: the rank's part is scaled back by its own root, parts and
+    mean squares are summed over the ranks in one all-reduce, and the group's root divides the sum.
+    """
+
+    comm: Communicator
+    layer: str
+    num_groups: int
+    eps: float
+    mean_squares: list[Tensor] = field(default_factory=list)
+
+    def begin(self, mixer: nn.Module, args: object) -> None:
+        self.mean_squares.clear()
+
+    def hear(self, norm: nn.Module, args: tuple[Tensor, Tensor], y: object) -> None:
+        """Keep the mean square of what this rank's norm normalised, for each group of sequences."""
+        x, gate = (z.to(torch.promote_types(z.dtype, torch.float32)) for z in args)
+        self.mean_squares.append((x * F.silu(gate)).square().mean(-1))
+
+    def combine(self, mixer: nn.Module, args: tuple[Any, ...], partial_NH: Tensor) -> Tensor:
+        """partial_NH -> y_NH, on every rank"""
+        (N, H), batch = partial_NH.shape, args[1]
+        square_N = partial_NH.new_zeros(N, dtype=torch.promote_types(partial_NH.dtype, torch.float32))
+        for group, square_BT in zip(batch.groups, self.mean_squares, strict=True):
+            square_N[group.rows_BT] = square_BT.to(square_N.dtype)
+        tp_rank, tp_size = self.comm.group_rank("tp"), len(self.comm.members("tp"))
+        sum_NGX = square_N.new_zeros(N, self.num_groups, H + 1)
+        mine_NX = sum_NGX[:, tp_rank * self.num_groups // tp_size]
+        mine_NX[:, :H] = partial_NH * (square_N + self.eps).sqrt()[:, None]
+        mine_NX[:, H] = square_N * (self.num_groups / tp_size)
+        self.comm.all_reduce("tp", sum_NGX, layer=self.layer)
+        root_NG1 = torch.rsqrt(sum_NGX[:, :, H:] + self.eps)
+        return (sum_NGX[:, :, :H] * root_NG1).sum(1).to(partial_NH.dtype)
+
+
+@dataclass(frozen=True)
+class SequenceChunks:
+    """The hooks around an MoE: this rank's chunk of the rows goes in, and all rows come out."""
+
+    comm: Communicator
+    context: ForwardContext
+    layer: str
+
+    def take(self, moe: nn.Module, args: tuple[Tensor]) -> tuple[Tensor]:
+        """x_NH -> its chunk"""
+        (x_NH,), agreed = args, self.context.sizes[self.comm.group_rank("dp")]
+        if x_NH.shape[0] != agreed:
+            raise ValueError(f"tp chunks at {self.layer}: {x_NH.shape[0]} rows here, {agreed} agreed")
+        return (x_NH.split(self._sizes(agreed))[self.comm.group_rank("tp")],)
+
+    def gather(self, moe: nn.Module, args: object, chunk: Tensor) -> Tensor:
+        """The chunk's y -> y_NH"""
+        sizes = self._sizes(self.context.sizes[self.comm.group_rank("dp")])
+        return self.comm.all_gather_v("tp", [chunk], sizes, layer=self.layer)[0]
+
+    def _sizes(self, num_rows: int) -> tuple[int, ...]:
+        return chunk_sizes(num_rows, self.context.tp_size)
+
+
+def apply_tensor_parallel(
+    model: HybridMoE,
+    comm: Communicator,
+    experts: ExpertSharing = "intermediate",
+    backend: type[AllGatherReduceScatter] = AllGatherReduceScatter,
+) -> ForwardContext:
+    """Replace what is shared in every layer by this rank's share; returns the context the layers will read.
+
+    Works on a model on the meta device, so that no rank ever holds the whole; a model with weights is cut.
+    `model.config` becomes that of the rank's part, so a cache made from it has the rank's heads only, and
+    `model.slices` says which part of each parameter is held.
+
+    Only "sequence" reads `context.sizes` and sends tokens to other ranks, by `backend`. With several dp ranks, the two
+    others keep all experts in each tp group.
+
+    Raises ConfigError for what does not divide over the ranks.
+    """
+    whole = model.config
+    place = Place(comm.group_rank("tp"), len(comm.members("tp")))
+    num_holders = len(comm.members("ep" if experts == "sequence" else "tp"))
+    if experts != "intermediate" and whole.num_experts % num_holders:
+        raise ConfigError(f"{whole.num_experts} experts cannot be shared by {num_holders} ranks evenly", "num_experts")
+    model.config = local_config(whole, place.size, experts)
+    context = ForwardContext(tp_size=place.size, schedule=tensor_schedule(whole, experts, backend))
+    sharding = _Sharding(model, whole, place, comm, experts, backend, context)
+    for path, block in _blocks(model):
+        sharding.share_mixer(path, block)
+        if isinstance(block.mlp, MoE):
+            sharding.share_moe(path, block)
+        else:
+            sharding.share_mlp(f"{path}.mlp", whole.intermediate_size)
+            block.mlp.register_forward_hook(SumOverRanks(comm, f"{block.name}.mlp").combine)
+    return context
+
+
+def tensor_schedule(
+    config: ModelConfig,
+    experts: ExpertSharing = "intermediate",
+    backend: type[AllGatherReduceScatter] = AllGatherReduceScatter,
+) -> tuple[ScheduleEntry, ...]:
+    """The collectives that one forward pass issues, in order."""
+    return tuple(
+        entry
+        for index, kind in enumerate(config.layer_pattern)
+        for entry in layer_schedule(f"layers.{index}", kind, bool(config.num_experts), experts, backend)
+    )
+
+
+def layer_schedule(
+    name: str, kind: str, is_moe: bool, experts: ExpertSharing, backend: type[AllGatherReduceScatter]
+) -> tuple[ScheduleEntry, ...]:
+    """Those of one layer."""
+    mixer = ScheduleEntry("tp", "all_reduce", f"{name}.{MIXER_NAMES[kind]}")
+    if not is_moe:
+        return (mixer, ScheduleEntry("tp", "all_reduce", f"{name}.mlp"))
+    if experts != "sequence":
+        return (mixer, ScheduleEntry("tp", "all_reduce", f"{name}.moe"))
+    return (mixer, *backend.plan(f"{name}.moe"), ScheduleEntry("tp", "all_gather_v", f"{name}.moe"))
+
+
+def _blocks(model: HybridMoE) -> list[tuple[str, Any]]:
+    """The layers and their paths, with the draft layers of a model that has them."""
+    found: list[tuple[str, Any]] = [(f"model.layers.{index}", block) for index, block in enumerate(model.blocks)]
+    drafts = model.mtp.layers if model.config.num_mtp_layers else ()
+    return found + [(f"mtp.layers.{index}", block) for index, block in enumerate(drafts)]
+
+
+@dataclass(frozen=True)
+class _Sharding:
+    """Puts the parts of one rank into a model of the `whole` sizes."""
+
+    model: HybridMoE
+    whole: ModelConfig
+    place: Place
+    comm: Communicator
+    experts: ExpertSharing
+    backend: type[AllGatherReduceScatter]
+    context: ForwardContext
+
+    def share_mixer(self, path: str, block: Any) -> None:
+        layer = f"{block.name}.{MIXER_NAMES[block.kind]}"
+        with torch.device("meta"):
+            part = type(block.mixer)(self.model.config)
+        self._replace(f"{path}.{LAYER_KINDS[block.kind]}", part, mixer_cuts(self.whole, block.kind, self.place))
+        if isinstance(part, Mamba2) and self.whole.mamba_num_groups < self.place.size:
+            split = SplitGroups(self.comm, layer, self.whole.mamba_num_groups, part.norm.eps)
+            part.register_forward_pre_hook(split.begin)
+            part.norm.register_forward_hook(split.hear)
+            part.register_forward_hook(split.combine)
+        else:
+            part.register_forward_hook(SumOverRanks(self.comm, layer).combine)
+
+    def share_mlp(self, path: str, intermediate_size: int) -> None:
+        with torch.device("meta"):
+            part = MLP(self.whole.hidden_size, intermediate_size // self.place.size)
+        self._replace(path, part, mlp_cuts(intermediate_size, self.place))
+
+    def share_moe(self, path: str, block: Any) -> None:
+        moe, layer = block.mlp, f"{block.name}.moe"
+        self._replace(f"{path}.mlp.experts", *self._experts())
+        if self.experts != "sequence":
+            self.share_mlp(f"{path}.mlp.shared_expert", self.whole.shared_expert_intermediate_size)
+            moe.register_forward_hook(SumOverRanks(self.comm, layer).combine)
+            return
+        exchange = self.backend(self.comm, self.context, layer)
+        moe.experts.register_forward_pre_hook(exchange.dispatch)
+        moe.experts.register_forward_hook(exchange.combine)
+        chunks = SequenceChunks(self.comm, self.context, layer)
+        moe.register_forward_pre_hook(chunks.take)
+        moe.register_forward_hook(chunks.gather)
+
+    def _experts(self) -> tuple[Experts, dict[str, Cuts]]:
+        """A module for this rank's part of a layer's experts, and which part it is."""
+        number, hidden, width = self.whole.num_experts, self.whole.hidden_size, self.whole.moe_intermediate_size
+        with torch.device("meta"):
+            if self.experts == "intermediate":
+                return Experts(number, hidden, width // self.place.size), expert_cuts(width, self.place)
+            group = "ep" if self.experts == "sequence" else "tp"
+            count = number // len(self.comm.members(group))
+            first = self.comm.group_rank(group) * count
+            part = Experts(number, hidden, width, first_expert=first, num_local=count)
+        return part, {name: rows((first, first + count)) for name, _ in part.named_parameters()}
+
+    def _replace(self, path: str, part: nn.Module, cuts: Mapping[str, Cuts]) -> None:
+        """Put `part`, of this rank's sizes, in the place of the module at `path`, with its share of the parameters."""
+        whole = self.model.get_submodule(path)
+        for name, local in list(part.named_parameters()):
+            full = whole.get_parameter(name)
+            piece = Slice(tuple(full.shape), cuts.get(name, ()))
+            assert piece.shape == tuple(local.shape), f"{path}.{name}: {piece.shape} of {piece.full_shape}"
+            owner, _, leaf = name.rpartition(".")
+            held = full.detach()
+            if full.is_meta:
+                # Not a view or copy of it: the first of those on the meta device imports the compiler, 1.3 s.
+                held = torch.empty(piece.shape, dtype=full.dtype, device="meta")
+            elif piece.cuts:
+                held = piece.of(held).clone()
+            part.get_submodule(owner).register_parameter(leaf, nn.Parameter(held, requires_grad=full.requires_grad))
+            if piece.cuts:
+                self.model.slices[f"{path}.{name}"] = piece
+        self.model.set_submodule(path, part)

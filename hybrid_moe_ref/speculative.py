@@ -1,0 +1,123 @@
+"""Speculative greedy decoding: a drafter guesses some tokens, the model checks them all in one step.
+
+The result is what plain greedy decoding gives, whatever the drafter says: a guess is kept only where it is the
+model's own choice. (In float32 a step over several tokens rounds differently from a step over one, so an argmax that
+is tied to the last bit may differ; in float64 none was seen.)
+
+A recurrent state cannot be cut back to the last kept token. It is restored from a snapshot instead, and the kept
+tokens run again; a step whose guesses were all right needs no second run.
+
+Shapes: T tokens, H hidden.
+"""
+
+import dataclasses
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Protocol
+
+import torch
+from torch import Tensor
+
+from hybrid_moe_ref.batch import Batch
+from hybrid_moe_ref.cache import HybridCache
+from hybrid_moe_ref.generation import pages_needed
+from hybrid_moe_ref.pages import page_layout
+
+if TYPE_CHECKING:
+    from hybrid_moe_ref.model import HybridMoE
+
+
+class Drafter(Protocol):
+    def propose(self, tokens_T: Tensor, hidden_TH: Tensor, count: int) -> Tensor:
+        """Guess `count` tokens that follow `tokens_T`. Those are new and certain: `tokens_T[i]` came after the
+        position whose hidden state is `hidden_TH[i]`."""
+
+
+@dataclass
+class Statistics:
+    """How well the drafter guessed."""
+
+    num_steps: int = 0
+    num_drafted: int = 0
+    num_accepted: int = 0
+
+
+class MTPDrafter:
+    """Guesses with the model's MTP layer, one token after another. `max_length` bounds the tokens it will see."""
+
+    def __init__(self, model: "HybridMoE", max_length: int) -> None:
+        if not model.config.num_mtp_layers:
+            raise ValueError("the model has no MTP layer (num_mtp_layers is 0)")
+        self._model = model
+        config = dataclasses.replace(model.config, layer_pattern="A")
+        num_pages = page_layout(config, model.dtype.itemsize).pages_for(max_length)
+        self._cache = HybridCache(config, num_pages, model.device, model.dtype)
+        self._sequence = self._cache.allocate()
+
+    def propose(self, tokens_T: Tensor, hidden_TH: Tensor, count: int) -> Tensor:
+        if not count:
+            return tokens_T[:0]
+        hidden_H = self._step(tokens_T, hidden_TH)
+        certain = self._cache.snapshot(self._sequence)
+        guesses = [self._model.logits(hidden_H).argmax(-1)]
+        while len(guesses) < count:
+            hidden_H = self._step(guesses[-1][None], hidden_H[None])
+            guesses.append(self._model.logits(hidden_H).argmax(-1))
+        self._cache.restore(self._sequence, certain)
+        return torch.stack(guesses)
+
+    def _step(self, tokens_T: Tensor, hidden_TH: Tensor) -> Tensor:
+        batch = Batch.of([(self._sequence, len(tokens_T))])
+        pasts = self._cache.begin(batch)
+        hidden_TH = self._model.mtp(self._model.model.embed_tokens(tokens_T), hidden_TH, batch, pasts)
+        self._cache.commit(batch)
+        return hidden_TH[-1]
+
+
+def speculative_stream(
+    model: "HybridMoE",
+    prompt_T: Tensor,
+    max_new_tokens: int,
+    *,
+    num_drafts: int = 3,
+    drafter: Drafter | None = None,
+    statistics: Statistics | None = None,
+) -> Iterator[int]:
+    """Yield greedy tokens after one prompt; `drafter` None is the model's MTP layer."""
+    if prompt_T.dim() != 1 or prompt_T.numel() == 0:
+        raise ValueError(f"wanted a row of at least 1 token, got shape {tuple(prompt_T.shape)}")
+    if max_new_tokens < 1 or num_drafts < 1:
+        name, value = ("max_new_tokens", max_new_tokens) if max_new_tokens < 1 else ("num_drafts", num_drafts)
+        raise ValueError(f"{name}: {value} is less than 1")
+    model.check_tokens(prompt_T)
+    length = len(prompt_T) + max_new_tokens
+    drafter = drafter or MTPDrafter(model, length)
+    return _speculative_stream(model, prompt_T, max_new_tokens, num_drafts, drafter, statistics or Statistics())
+
+
+def _speculative_stream(
+    model: "HybridMoE", prompt_T: Tensor, max_new_tokens: int, num_drafts: int, drafter: Drafter, statistics: Statistics
+) -> Iterator[int]:
+    num_pages = pages_needed(model, [len(prompt_T) + max_new_tokens])
+    cache = HybridCache(model.config, num_pages, model.device, model.dtype)
+    sequence = cache.allocate()
+    hidden_TH = model.step(prompt_T, Batch.of([(sequence, len(prompt_T))]), cache)
+    chosen_T = model.logits(hidden_TH[-1:]).argmax(-1)
+    known_T, left = torch.cat([prompt_T[1:], chosen_T]), max_new_tokens - 1
+    yield int(chosen_T)
+    while left:
+        drafts_T = drafter.propose(known_T, hidden_TH, min(num_drafts, left - 1))
+        before = cache.snapshot(sequence)
+        inputs_T = torch.cat([known_T[-1:], drafts_T])
+        hidden_TH = model.step(inputs_T, Batch.of([(sequence, len(inputs_T))]), cache)
+        chosen_T = model.logits(hidden_TH).argmax(-1)
+        num_right = int((drafts_T == chosen_T[:-1]).cumprod(0).sum())
+        if num_right < len(drafts_T):
+            cache.restore(sequence, before)
+            kept_T = inputs_T[: num_right + 1]
+            hidden_TH = model.step(kept_T, Batch.of([(sequence, len(kept_T))]), cache)
+        statistics.num_steps += 1
+        statistics.num_drafted += len(drafts_T)
+        statistics.num_accepted += num_right
+        known_T, left = chosen_T[: num_right + 1], left - num_right - 1
+        yield from known_T.tolist()

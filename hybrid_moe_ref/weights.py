@@ -1,0 +1,56 @@
+"""Seeded random weights.
+
+Every parameter is drawn from a generator seeded by (seed, its name), the stacked experts one by one: a rank
+that holds a slice of the experts draws exactly that slice. Of any other parameter that a rank holds in part, the
+whole is drawn and cut: one full tensor is the peak. Draws are float32 on the CPU, then cast, so that the weights do
+not depend on device, and on dtype only by rounding.
+
+Scales follow the fan-in, so that activations keep their size through any depth of layers.
+"""
+
+import hashlib
+import math
+
+import torch
+from torch import Tensor, nn
+
+from hybrid_moe_ref.layers.moe import Experts
+from hybrid_moe_ref.slices import Slice
+
+
+def init_weights(model: nn.Module, seed: int) -> None:
+    """Fill every parameter in place; none may be on the meta device."""
+    slices: dict[str, Slice] = getattr(model, "slices", {})
+    with torch.no_grad():
+        for module_name, module in model.named_modules():
+            for name, parameter in module.named_parameters(prefix=module_name, recurse=False):
+                if isinstance(module, Experts):
+                    # However the experts are wrapped, their name is that of the unwrapped model.
+                    name = module_name.split(".experts")[0] + ".experts." + name.rpartition(".")[2]
+                    part = slices.get(name, Slice(tuple(parameter.shape))).row
+                    for index, expert in enumerate(parameter, start=module.first_expert):
+                        expert.copy_(part.of(_draw(name, part.full_shape, f"{seed} {name} {index}")))
+                else:
+                    part = slices.get(name, Slice(tuple(parameter.shape)))
+                    parameter.copy_(part.of(_draw(name, part.full_shape, f"{seed} {name}")))
+
+
+def _draw(name: str, shape: tuple[int, ...], key: str) -> Tensor:
+    digest = hashlib.blake2b(key.encode(), digest_size=8).digest()
+    generator = torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)
+    owner, kind = name.split(".")[-2:]
+    if kind == "A_log":
+        return torch.empty(shape).uniform_(1, 16, generator=generator).log_()
+    if kind == "dt_bias":
+        # softplus(dt_bias) is spread evenly in logarithm over 0.001 to 0.1
+        dt = torch.empty(shape).uniform_(math.log(0.001), math.log(0.1), generator=generator).exp_()
+        return dt.expm1().log()
+    noise = torch.randn(shape, generator=generator)
+    if kind == "D" or name.endswith(("linear_attn.norm.weight", "mamba.norm.weight")):
+        return 1 + 0.1 * noise
+    if kind == "bias" or "norm" in owner:
+        return 0.1 * noise
+    if owner == "embed_tokens":
+        return noise
+    # Linear [out, in], depthwise filter [channels, 1, width], expert [out, in]: fan-in is the last dimension.
+    return noise * shape[-1] ** -0.5

@@ -1,0 +1,97 @@
+"""The gated delta rule in plain torch: token by token, and in chunks.
+
+For every head, with a state S [K, V] that starts at `state` (None: zeros), at each time t:
+
+    S = exp(g) S                      decay
+    d = beta (v - S^T k)              what the memory lacks of v
+    S = S + k d^T                     write
+    o = S^T q                         read
+
+Shapes: B batch, T time, H heads, K key dim, V value dim, N chunks, C tokens of a chunk.
+q and k come already normalised and scaled. Arithmetic is in float32, or float64 for float64 inputs; the
+output has v's dtype, the state stays in the arithmetic's.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def _start(v_BTHV: Tensor, num_keys: int, state_BHKV: Tensor | None) -> Tensor:
+    dtype = torch.promote_types(v_BTHV.dtype, torch.float32)
+    if state_BHKV is not None:
+        return state_BHKV.to(dtype)
+    B, _, H, V = v_BTHV.shape
+    return torch.zeros(B, H, num_keys, V, dtype=dtype, device=v_BTHV.device)
+
+
+def recurrent_gated_delta_rule(
+    q_BTHK: Tensor,
+    k_BTHK: Tensor,
+    v_BTHV: Tensor,
+    g_BTH: Tensor,
+    beta_BTH: Tensor,
+    state_BHKV: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """One token after another; the definition. Returns o [B, T, H, V] and the final state [B, H, K, V]."""
+    S_BHKV = _start(v_BTHV, k_BTHK.shape[-1], state_BHKV)
+    q, k, v, g, beta = (x.to(S_BHKV.dtype) for x in (q_BTHK, k_BTHK, v_BTHV, g_BTH, beta_BTH))
+    o_BTHV = torch.empty_like(v)
+    for t in range(v.shape[1]):
+        S_BHKV = S_BHKV * g[:, t, :, None, None].exp()
+        k_BHK1, v_BH1V = k[:, t, :, :, None], v[:, t, :, None]
+        d_BH1V = beta[:, t, :, None, None] * (v_BH1V - k_BHK1.mT @ S_BHKV)
+        S_BHKV += k_BHK1 * d_BH1V
+        o_BTHV[:, t] = (q[:, t, :, None] @ S_BHKV)[:, :, 0]
+    return o_BTHV.to(v_BTHV.dtype), S_BHKV
+
+
+def chunk_gated_delta_rule(
+    q_BTHK: Tensor,
+    k_BTHK: Tensor,
+    v_BTHV: Tensor,
+    g_BTH: Tensor,
+    beta_BTH: Tensor,
+    state_BHKV: Tensor | None = None,
+    chunk_size: int = 32,
+) -> tuple[Tensor, Tensor]:
+    """The same map, a chunk at a time.
+
+    Let G be the running sum of g inside a chunk and S the state before it. Unrolling the recurrence gives
+
+        d_t = beta_t (v_t - e^{G_t} S^T k_t - sum_{s<t} e^{G_t-G_s} (k_t . k_s) d_s)
+
+    which is a unit lower triangular system (I + L) D = beta V - (beta e^G K) S. (I + L)^-1 does not depend on S, so
+    it is computed for all chunks at once; only small products are sequential.
+    """
+    S_BHKV = _start(v_BTHV, k_BTHK.shape[-1], state_BHKV)
+    T, C = v_BTHV.shape[1], min(chunk_size, v_BTHV.shape[1])
+    q, k, v, g, beta = (_chunks(x.to(S_BHKV.dtype), C) for x in (q_BTHK, k_BTHK, v_BTHV, g_BTH, beta_BTH))
+
+    G_BHNC = g.cumsum(-1)
+    causal_CC = torch.ones(C, C, dtype=torch.bool, device=v.device).tril()
+    gap_BHNCC = G_BHNC[..., :, None] - G_BHNC[..., None, :]
+    decay_BHNCC = gap_BHNCC.masked_fill(~causal_CC, -torch.inf).exp()
+    L_BHNCC = (beta[..., None] * (k @ k.transpose(-1, -2)) * decay_BHNCC).tril(-1)
+    eye_CC = torch.eye(C, dtype=L_BHNCC.dtype, device=v.device)
+    inverse_BHNCC = torch.linalg.solve_triangular(L_BHNCC, eye_CC, upper=False, unitriangular=True)
+    inverse_BHNCC = inverse_BHNCC * beta[..., None, :]
+    from_value, from_state = inverse_BHNCC @ v, inverse_BHNCC @ (k * G_BHNC.exp()[..., None])
+
+    reads_BHNCC = (q @ k.transpose(-1, -2)) * decay_BHNCC
+    q_BHNCK = q * G_BHNC.exp()[..., None]
+    k_BHNCK = k * (G_BHNC[..., -1:] - G_BHNC).exp()[..., None]
+    through_BHN = G_BHNC[..., -1].exp()
+    o_BHNCV = torch.empty_like(v)
+    for n in range(v.shape[2]):
+        d_BHCV = from_value[:, :, n] - from_state[:, :, n] @ S_BHKV
+        o_BHNCV[:, :, n] = q_BHNCK[:, :, n] @ S_BHKV + reads_BHNCC[:, :, n] @ d_BHCV
+        S_BHKV = S_BHKV * through_BHN[:, :, n, None, None] + k_BHNCK[:, :, n].transpose(-1, -2) @ d_BHCV
+    return o_BHNCV.flatten(2, 3)[:, :, :T].transpose(1, 2).to(v_BTHV.dtype), S_BHKV
+
+
+def _chunks(x_BTH_: Tensor, chunk: int) -> Tensor:
+    """[B, T, H, ...] -> [B, H, N, C, ...], the last chunk padded with zeros: no decay, no write."""
+    pad = -x_BTH_.shape[1] % chunk
+    tail = (0, 0) * (x_BTH_.dim() - 2)
+    return F.pad(x_BTH_, (*tail, 0, pad)).unflatten(1, (-1, chunk)).movedim(3, 1).contiguous()

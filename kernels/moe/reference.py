@@ -1,0 +1,73 @@
+"""Gated MLP experts in plain torch: y[n] = sum_k weight[n, k] down[e] (silu(gate[e] x[n]) * up[e] x[n]), e = id[n, k].
+
+Two ways to the same result. With few picks, each is a matrix-vector product that reads nothing but its own expert.
+With many, rows are sorted by expert, and each expert multiplies its rows at once.
+
+Shapes: N rows, K picks of a row, P = N K picks, H hidden, E experts held, I intermediate, J = 2 I (gate, then up),
+R picks whose expert is held, A and B any sizes.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def experts_mlp(x_NH: Tensor, weights_NK: Tensor, ids_NK: Tensor, gate_up_EJH: Tensor, down_EHI: Tensor) -> Tensor:
+    """Ids outside 0 to E - 1 are experts held elsewhere: they contribute nothing. Sums are in float32, or float64."""
+    per_pick = pick_by_pick if 2 * ids_NK.numel() <= gate_up_EJH.shape[0] else expert_by_expert
+    out_PH = per_pick(x_NH, ids_NK, gate_up_EJH, down_EHI)
+    wide = torch.promote_types(x_NH.dtype, torch.float32)
+    out_NKH = out_PH.unflatten(0, ids_NK.shape).to(wide)
+    return (weights_NK[:, None].to(wide) @ out_NKH)[:, 0].to(x_NH.dtype)
+
+
+def pick_by_pick(x_NH: Tensor, ids_NK: Tensor, gate_up_EJH: Tensor, down_EHI: Tensor) -> Tensor:
+    """Each pick's output [P, H], zero where its expert is not held."""
+    E, J, H = gate_up_EJH.shape
+    K = ids_NK.shape[1]
+    held = [(pick, e) for pick, e in enumerate(ids_NK.flatten().tolist()) if 0 <= e < E]
+    hidden_PJ, out_PH = x_NH.new_zeros(ids_NK.numel(), J), x_NH.new_zeros(ids_NK.numel(), H)
+    x, hidden, out = x_NH.unbind(), hidden_PJ.unbind(), out_PH.unbind()
+    for pick, e in held:
+        torch.mv(gate_up_EJH[e], x[pick // K], out=hidden[pick])
+    acted = _act(hidden_PJ).unbind()
+    for pick, e in held:
+        torch.mv(down_EHI[e], acted[pick], out=out[pick])
+    return out_PH
+
+
+def expert_by_expert(x_NH: Tensor, ids_NK: Tensor, gate_up_EJH: Tensor, down_EHI: Tensor) -> Tensor:
+    """Each pick's output [P, H], zero where its expert is not held."""
+    (E, _, H), K = gate_up_EJH.shape, ids_NK.shape[1]
+    ids_P = ids_NK.flatten()
+    ids_P = ids_P.where((ids_P >= 0) & (ids_P < E), E)
+    counts_E = ids_P.bincount(minlength=E + 1)[:E]
+    picks_R = ids_P.argsort(stable=True)[: int(counts_E.sum())]
+    hidden_RJ = _grouped_product(x_NH[picks_R // K], gate_up_EJH.mT, counts_E)
+    out_PH = x_NH.new_zeros(ids_NK.numel(), H)
+    out_PH[picks_R] = _grouped_product(_act(hidden_RJ), down_EHI.mT, counts_E)
+    return out_PH
+
+
+def _act(hidden__J: Tensor) -> Tensor:
+    gate__I, up__I = hidden__J.chunk(2, dim=-1)
+    return F.silu(gate__I) * up__I
+
+
+def _grouped_product(x_RA: Tensor, weight_EAB: Tensor, counts_E: Tensor) -> Tensor:
+    """The first counts[0] rows times weight[0], the next counts[1] rows times weight[1], ..."""
+    if _grouped_mm_takes(x_RA, weight_EAB):
+        return F.grouped_mm(x_RA, weight_EAB, offs=counts_E.cumsum(0, dtype=torch.int32))
+    out_RB = x_RA.new_empty(x_RA.shape[0], weight_EAB.shape[2])
+    counts = counts_E.tolist()
+    for e, x, out in zip(range(len(counts)), x_RA.split(counts), out_RB.split(counts), strict=True):
+        if counts[e]:
+            torch.mm(x, weight_EAB[e], out=out)
+    return out_RB
+
+
+def _grouped_mm_takes(x_RA: Tensor, weight_EAB: Tensor) -> bool:
+    """torch's grouped product knows no float64, on GPUs only bfloat16, and wants rows aligned to 16 bytes."""
+    dtypes = (torch.bfloat16,) if x_RA.is_cuda else (torch.bfloat16, torch.float16, torch.float32)
+    aligned = all(size * x_RA.element_size() % 16 == 0 for size in weight_EAB.shape[1:])
+    return x_RA.dtype in dtypes and aligned and x_RA.shape[0] > 0

@@ -1,0 +1,1 @@
+"""State space duality (Mamba-2): a linear recurrence with one decay per head."""

@@ -1,0 +1,1 @@
+"""Reproduce hangs of expert-parallel servers, find them from outside, and prove their cures."""

@@ -1,0 +1,14 @@
+"""python -m repro {list,run,watch,clean}: rebuild a hang, watch it, and say who waits for whom."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+
+# Ctrl-C while the program is still being imported; commands that need more than to stop install their own.
+signal.signal(signal.SIGINT, lambda *_: os._exit(130))
+
+from repro.cli import main  # noqa: E402  # after the handler, which is for this import
+
+sys.exit(main())

@@ -1,0 +1,239 @@
+"""The command line. Exit codes: 0 the verdict is the expected one, 1 another verdict, 2 usage or configuration
+error, 125 inconclusive or cannot run here, 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from hybrid_moe_ref.config import ConfigError, nearest
+from hybrid_moe_ref.engine.server_config import CHECKS
+from repro import launch, process, scenarios
+from repro.display import display, summary
+from repro.rundir import RUN_NAME, OutputError, RunDir, read_json
+from repro.settings import VARIANTS, RunSettings
+from repro.watch import judge_again
+from repro.witness import Tail, read_dir
+
+EXPECTED, UNEXPECTED, USAGE, CANNOT_TELL, INTERRUPTED = 0, 1, 2, 125, 130
+
+
+class CannotRunHere(RuntimeError):
+    """This machine lacks what the run needs; the text says what."""
+
+
+class Parser(argparse.ArgumentParser):
+    """Errors are one line."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options, allow_abbrev=False)
+
+    def error(self, message: str) -> Any:
+        print(f"{self.prog}: {message}", file=sys.stderr)
+        sys.exit(USAGE)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run a command and return its exit code."""
+    args, unknown = _parser().parse_known_args(argv)
+    if unknown:
+        hint = nearest(unknown[0], args.parser._option_string_actions)
+        args.parser.error(f"unknown argument {unknown[0]}{hint}")
+    try:
+        code: int = args.command(args)
+        return code
+    except (ConfigError, OutputError, ValueError) as error:
+        print(f"repro: {error}", file=sys.stderr)
+        return USAGE
+    except CannotRunHere as error:
+        print(f"repro: {error}", file=sys.stderr)
+        return CANNOT_TELL
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # whoever read the output has left
+        return EXPECTED
+    except OSError as error:  # a disk that filled up during the run, for one
+        print(f"repro: {error.filename or 'this machine'}: {error.strerror or error}", file=sys.stderr)
+        return CANNOT_TELL
+    except KeyboardInterrupt:
+        return INTERRUPTED
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = Parser(prog="python -m repro", description="Rebuild the ways an expert-parallel server hangs.")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND", parser_class=Parser)
+
+    listing = commands.add_parser("list", help="the scenarios, one a line")
+    listing.add_argument("--json", action="store_true")
+    listing.set_defaults(command=_list, parser=listing)
+
+    run = commands.add_parser("run", help="run a scenario and give its verdict")
+    run.add_argument("scenario", metavar="SCENARIO")
+    run.add_argument("--variant", choices=(*VARIANTS, "all"), default="fault", help="default: fault")
+    run.add_argument("--ranks", type=int, dest="num_ranks", metavar="N", help="default: 8")
+    run.add_argument("--backend", choices=("gloo", "nccl"), help="default: gloo")
+    run.add_argument("--quiet-window", type=float, dest="quiet_window_s", metavar="S", help="default: 1")
+    run.add_argument("--deadline", type=float, dest="deadline_s", metavar="S", help="default: 120")
+    run.add_argument("--seed", type=int, metavar="N", help="default: 0")
+    run.add_argument("--checks", choices=CHECKS, help="default: observe for fault, agree for control and fix")
+    run.add_argument("--strict", dest="checks", action="store_const", const="strict", help="as --checks strict")
+    run.add_argument("--config", type=Path, metavar="FILE", help="JSON with the keys of a run's config.json")
+    run.add_argument("--out", type=Path, default=Path("runs"), metavar="DIR", help="default: runs")
+    run.add_argument("--json", action="store_true", help="print the verdicts as a JSON list")
+    run.set_defaults(command=_run, parser=run)
+
+    watch = commands.add_parser("watch", help="the verdict on a run directory, live or finished")
+    watch.add_argument("dir", type=Path, metavar="DIR")
+    watch.add_argument("--end", action="store_true", help="end the run and write verdict.json when it is decided")
+    watch.add_argument("--json", action="store_true")
+    watch.set_defaults(command=_watch, parser=watch)
+
+    clean = commands.add_parser("clean", help="remove the runs")
+    clean.add_argument("--out", type=Path, default=Path("runs"), metavar="DIR", help="default: runs")
+    clean.set_defaults(command=_clean, parser=clean)
+    return parser
+
+
+def _list(args: argparse.Namespace) -> int:
+    found = [scenarios.load(name) for name in scenarios.names()]
+    if args.json:
+        print(json.dumps([{"name": s.name, "summary": s.summary, "source": s.source} for s in found], indent=1))
+    else:
+        for scenario in found:
+            print(f"{scenario.name:20} {scenario.summary} ({scenario.source})")
+    return EXPECTED
+
+
+def _run(args: argparse.Namespace) -> int:
+    variants = VARIANTS if args.variant == "all" else (args.variant,)
+    runs = [_settings(args, variant) for variant in variants]
+    scenarios.load(args.scenario)
+    if runs[0].backend == "nccl":
+        _require_gpus(runs[0].num_ranks)
+    console = Console(stderr=args.json)
+    documents: list[dict[str, Any]] = []
+    reference: Path | None = None
+    interrupt = launch.Interrupt()
+    with interrupt.installed():
+        for settings in runs:
+            title = f"{settings.scenario} {settings.variant}: {settings.num_ranks} ranks, seed {settings.seed}"
+            with display(console, title) as shown:
+                run_dir, document = launch.run(settings, args.out, interrupt, shown, reference)
+            documents.append(document)
+            reference = run_dir.reference
+            console.print(f"  {document['verdict']}: {run_dir.verdict}", highlight=False, markup=False, soft_wrap=True)
+            if interrupt():
+                break
+    _print_verdicts(console, documents, args.json)
+    return INTERRUPTED if interrupt() else exit_code(documents)
+
+
+def _print_verdicts(console: Console, documents: list[dict[str, Any]], as_json: bool) -> None:
+    """Whoever reads may have left, which changes nothing about the verdicts."""
+    try:
+        if as_json:
+            print(json.dumps(documents, indent=1), flush=True)
+        else:
+            summary(console, documents)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+
+
+def exit_code(documents: list[dict[str, Any]]) -> int:
+    """The code for several verdicts: a wrong one outweighs one that could not be decided."""
+    missed = [document["verdict"] for document in documents if not document["matches_expected"]]
+    if not missed:
+        return EXPECTED
+    return CANNOT_TELL if set(missed) == {"inconclusive"} else UNEXPECTED
+
+
+def _settings(args: argparse.Namespace, variant: str) -> RunSettings:
+    document: Mapping[str, Any] = {}
+    if args.config is not None:
+        try:
+            document = read_json(args.config)
+        except OSError as error:
+            raise ConfigError(f"cannot read it: {error.strerror}", str(args.config)) from error
+        if not isinstance(document, dict):
+            raise ConfigError("wanted a mapping", str(args.config))
+    flags = {
+        name: value
+        for name in ("num_ranks", "backend", "quiet_window_s", "deadline_s", "seed", "checks")
+        if (value := getattr(args, name)) is not None
+    }
+    where = str(args.config) if args.config else ""
+    return RunSettings.from_document(document, {**flags, "scenario": args.scenario, "variant": variant}, where)
+
+
+def _require_gpus(num_ranks: int) -> None:
+    """Asked in a process of its own, so that this one never loads torch."""
+    ask = "import torch; print(torch.cuda.device_count())"
+    answer = subprocess.run([sys.executable, "-c", ask], capture_output=True, text=True)
+    found = int(answer.stdout.strip() or 0) if answer.returncode == 0 else 0
+    if found < num_ranks:
+        raise CannotRunHere(f"--backend nccl needs a GPU for each of {num_ranks} ranks; {found} found")
+
+
+def _watch(args: argparse.Namespace) -> int:
+    run_dir = RunDir(args.dir)
+    try:
+        settings = RunSettings.from_mapping(read_json(run_dir.config), str(run_dir.config))
+    except OSError as error:
+        raise ConfigError(f"not a run directory: {error.strerror}", str(run_dir.config)) from error
+    console = Console(stderr=args.json)
+    if args.end:
+        if run_dir.verdict.exists():
+            raise ConfigError("the run is decided; without --end it is judged once more", str(run_dir.verdict))
+        return _watch_to_end(run_dir, settings, console, args.json)
+    try:
+        verdict, refused = judge_again(run_dir, settings)
+    except (AttributeError, KeyError, TypeError) as error:
+        raise ConfigError(f"holds a file that no run of this program leaves: {error}", str(run_dir.root)) from error
+    if args.json:
+        print(json.dumps(verdict.to_json(), indent=1))
+    else:
+        for line in (verdict.verdict, *verdict.sentences(), *verdict.evidence, *refused):
+            print(line)
+    return CANNOT_TELL if verdict.verdict == "inconclusive" else EXPECTED
+
+
+def _watch_to_end(run_dir: RunDir, settings: RunSettings, console: Console, as_json: bool) -> int:
+    tails = [Tail(run_dir.witness(rank)) for rank in range(settings.num_ranks)]
+
+    def job_alive() -> bool:
+        identities = [tail.who() for tail in tails]
+        return any(not who.pid or process.find(who) for who in identities)
+
+    interrupt = launch.Interrupt()
+    with interrupt.installed():
+        shown = launch.Display(notice=lambda text: console.print(text, highlight=False, markup=False))
+        document = launch.attend(run_dir, settings, interrupt, shown, job_alive)
+    _print_verdicts(console, [document], as_json)
+    return INTERRUPTED if interrupt() else exit_code([document])
+
+
+def _clean(args: argparse.Namespace) -> int:
+    """Remove what is certainly a run and does not run any more; say what is left."""
+    if not args.out.is_dir():
+        raise ConfigError("no such folder", str(args.out))
+    for root in sorted(args.out.iterdir()):
+        if root.is_symlink() or not RUN_NAME.fullmatch(root.name) or not (root / "config.json").is_file():
+            continue
+        witnesses, _ = read_dir(root / "events")
+        if any(process.find(witness.who) for witness in witnesses.values()):
+            print(f"repro: {root}: still runs, left as it is", file=sys.stderr)
+            continue
+        shutil.rmtree(root)
+    latest = args.out / "latest"
+    if latest.is_symlink() and not latest.exists():
+        latest.unlink()
+    return EXPECTED

@@ -1,0 +1,102 @@
+"""What a person sees: a live table of the ranks on a terminal, plain lines elsewhere, and the table at the end."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from rich.console import Console
+from rich.live import Live
+from rich.table import Table
+
+from repro.launch import Display
+from repro.layout import Kind
+from repro.parse import WitnessError
+from repro.verdict.result import list_ranks
+from repro.witness import Tail
+
+REFRESH_S = 0.5
+
+_STYLES = {"clean": "green", "deadlock": "red", "corrupt": "red", "crash": "red", "inconclusive": "yellow"}
+
+
+class LiveTable:
+    """Redraws the ranks' positions twice a second; reads whole witnesses, so only for eyes, not for decisions."""
+
+    def __init__(self, title: str, live: Live) -> None:
+        self._title = title
+        self._live = live
+        self._drawn_s = 0.0
+
+    def show(self, tails: list[Tail]) -> None:
+        """Called at every poll of the watcher."""
+        if time.monotonic() - self._drawn_s > REFRESH_S:
+            self._drawn_s = time.monotonic()
+            self._live.update(self._draw(tails), refresh=True)
+
+    def notice(self, text: str) -> None:
+        """A line above the table."""
+        self._live.console.print(text, highlight=False, markup=False)
+
+    def _draw(self, tails: list[Tail]) -> Table:
+        table = Table(title=self._title, title_justify="left")
+        for column in ("rank", "phase", "step", "where", "for"):
+            table.add_column(column, justify="right" if column in ("rank", "step", "for") else "left")
+        for rank, tail in enumerate(tails):
+            table.add_row(str(rank), *_position(tail))
+        return table
+
+
+def _position(tail: Tail) -> tuple[str, str, str, str]:
+    try:
+        witness = tail.witness()
+    except (OSError, WitnessError):
+        return "-", "-", "-", "-"
+    if (last := witness.last) is None:
+        return "starting", "-", "-", "-"
+    where = "done" if last.kind == Kind.DONE else "failed" if last.kind == Kind.FAILED else "computing"
+    if last.kind == Kind.ENTER:
+        signature = witness.signature(last.sig)
+        where = f"in {signature.group} {signature.op} #{last.seq} {signature.layer}"
+    step = str(last.step) if last.step >= 0 else "-"
+    return witness.text(last.phase), step, where, f"{(time.monotonic_ns() - last.t_ns) / 1e9:.1f} s"
+
+
+@contextlib.contextmanager
+def display(console: Console, title: str) -> Iterator[Display]:
+    """A live table when the console is a terminal, else a line at the start and one for each notice."""
+    if not console.is_terminal:
+        console.print(title, highlight=False, markup=False)
+        yield Display(notice=lambda text: console.print(f"  {text}", highlight=False, markup=False, soft_wrap=True))
+        return
+    with Live(console=console, auto_refresh=False, transient=True) as live:
+        table = LiveTable(title, live)
+        yield Display(show=table.show, notice=table.notice)
+
+
+def summary(console: Console, documents: Sequence[dict[str, Any]]) -> None:
+    """The table at the end: a row a variant, and below it a sentence for each group of ranks that waits."""
+    table = Table(title=f"{documents[0]['scenario']}, {documents[0]['num_ranks']} ranks", title_justify="left")
+    for column, justify in (
+        ("variant", "left"), ("verdict", "left"), ("cause", "left"), ("culprits", "left"),
+        ("seconds", "right"), ("stall to verdict", "right"), ("as expected", "left"),
+    ):  # fmt: skip
+        table.add_column(column, justify=justify, no_wrap=column == "verdict")  # type: ignore[arg-type]
+    for document in documents:
+        stalled = document["verdict"] not in ("clean", "corrupt")
+        table.add_row(
+            document["variant"],
+            f"[{_STYLES.get(document['verdict'], 'yellow')}]{document['verdict']}[/]",
+            document["cause"] or "-",
+            list_ranks(document["culprits"]) or "-",
+            f"{document['seconds']['total']:.1f}",
+            f"{document['seconds']['stall_to_verdict']:.2f} s" if stalled else "-",
+            "yes" if document["matches_expected"] else "[red]no[/]",
+        )
+    console.print(table)
+    for document in documents:
+        told = document["evidence"][-1:] if document["verdict"] == "clean" else document["sentences"]
+        for sentence in told:
+            console.print(f"{document['variant']}: {sentence}", highlight=False, markup=False, soft_wrap=True)

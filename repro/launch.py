@@ -1,0 +1,195 @@
+"""Run one variant: make the run directory, start torchrun and the reference beside it, watch, and leave nothing.
+
+Every process started here is killed by the kernel when this one ends, however it ends; a run directory, its
+verdict included, is all that stays.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import psutil
+
+from repro import process
+from repro.layout import Identity
+from repro.rundir import OutputError, RunDir, write_json
+from repro.settings import RunSettings
+from repro.watch import Watch
+from repro.witness import Tail, create
+
+RELEASE_PATIENCE_S = 8.0
+"""How long ranks that are done may take to exit on their own."""
+
+FREE_BYTES = 32 << 20
+"""Room that a run must find on the disk besides its witnesses: logs, stacks, dumps and the verdict."""
+
+
+class Interrupt:
+    """Turns SIGINT, SIGTERM and SIGHUP into a flag, so that evidence can be written before anything ends."""
+
+    def __init__(self) -> None:
+        self.number = 0
+
+    def __call__(self) -> bool:
+        return self.number != 0
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        self.number = number
+
+    @contextlib.contextmanager
+    def installed(self) -> Iterator[Interrupt]:
+        """Handle the signals for the length of a ``with``."""
+        numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+        before = {number: signal.signal(number, self._note) for number in numbers}
+        try:
+            yield self
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+
+@dataclass
+class Display:
+    """Where a run tells how it goes: ``show`` at every poll, ``notice`` for what is worth a line."""
+
+    show: Callable[[list[Tail]], None] = lambda tails: None
+    notice: Callable[[str], None] = lambda text: None
+
+
+def prepare_run_dir(out: Path, settings: RunSettings) -> RunDir:
+    """Make the run directory with its configuration and every rank's witness, all blocks allocated.
+
+    Raises OutputError, and leaves nothing, when there is no room.
+    """
+    run_dir = RunDir.create(out, settings.scenario, settings.variant, settings.seed)
+    try:
+        if shutil.disk_usage(run_dir.root).free < FREE_BYTES:
+            raise OSError(None, "no space left on device")
+        write_json(run_dir.config, settings.to_mapping())
+        for rank in range(settings.num_ranks):
+            create(run_dir.witness(rank), Identity(rank, settings.num_ranks, run_id=run_dir.root.name))
+    except OSError as error:
+        shutil.rmtree(run_dir.root, ignore_errors=True)
+        with contextlib.suppress(OSError):
+            (out / "latest").unlink()
+        raise OutputError(f"cannot write to {out}: {error.strerror}; choose another --out") from error
+    return run_dir
+
+
+def run(
+    settings: RunSettings,
+    out: Path,
+    interrupt: Callable[[], bool],
+    display: Display,
+    known_reference: Path | None = None,
+) -> tuple[RunDir, dict[str, Any]]:
+    """Run one variant under torchrun to its verdict; returns where it is and what verdict.json says.
+
+    known_reference: reference.json of an earlier run with the same model, requests and seed.
+    """
+    run_dir = prepare_run_dir(out, settings)
+    if known_reference is not None and known_reference.exists():
+        shutil.copyfile(known_reference, run_dir.reference)
+    job = _start_torchrun(run_dir, settings)
+    return run_dir, attend(run_dir, settings, interrupt, display, lambda: job.poll() is None, [job])
+
+
+def attend(
+    run_dir: RunDir,
+    settings: RunSettings,
+    interrupt: Callable[[], bool],
+    display: Display,
+    job_alive: Callable[[], bool],
+    started: Sequence[subprocess.Popen[bytes]] = (),
+) -> dict[str, Any]:
+    """Watch a run that was started, to its verdict and its end; returns what verdict.json says."""
+    children = list(started)
+    reference = None
+    if not run_dir.reference.exists():
+        reference = _start([sys.executable, "-m", "repro.reference", str(run_dir.root)], run_dir, "reference.log")
+        children.append(reference)
+    watch = Watch(
+        run_dir,
+        settings,
+        job_alive=job_alive,
+        reference_alive=lambda: reference is not None and reference.poll() is None,
+        interrupted=interrupt,
+        show=display.show,
+        notice=display.notice,
+    )
+    try:
+        document = watch.run()
+        if document["verdict"] in ("clean", "corrupt"):
+            _release(run_dir, job_alive)
+    finally:
+        end(run_dir, children, watch.processes())
+    return document
+
+
+def end(run_dir: RunDir, started: list[subprocess.Popen[bytes]], ranks: list[psutil.Process]) -> None:
+    """Kill what was started and the ranks that run, and remove what only the processes needed."""
+    doomed = [*ranks, *(found for child in started for found in process.with_descendants(child.pid))]
+    process.kill(doomed)
+    for child in started:
+        child.wait()
+    for leftover in (run_dir.store, run_dir.root / "rendezvous"):
+        leftover.unlink(missing_ok=True)
+    shutil.rmtree(run_dir.root / "tmp", ignore_errors=True)
+
+
+def _start_torchrun(run_dir: RunDir, settings: RunSettings) -> subprocess.Popen[bytes]:
+    command = [
+        sys.executable, "-m", "torch.distributed.run",
+        "--nnodes=1", f"--nproc-per-node={settings.num_ranks}", "--max-restarts=0", "--monitor-interval=0.1",
+        # The agents of one host meet through a file: no port is opened, so two runs cannot collide.
+        "--rdzv-backend=c10d", f"--rdzv-endpoint={run_dir.root / 'rendezvous'}", "--rdzv-conf=store_type=file",
+        "--local-addr=127.0.0.1",
+        "-m", "repro.worker", settings.scenario, "--variant", settings.variant,
+    ]  # fmt: skip
+    return _start(command, run_dir, "torchrun.log")
+
+
+def _start(command: list[str], run_dir: RunDir, log: str) -> subprocess.Popen[bytes]:
+    parent = os.getpid()
+    temporary = run_dir.root / "tmp"
+    temporary.mkdir(exist_ok=True)
+    environment = {
+        **os.environ,
+        "HMR_RUN_DIR": str(run_dir.root),
+        "HMR_LAUNCHER": process.name_myself(),
+        "GLOO_SOCKET_IFNAME": os.environ.get("GLOO_SOCKET_IFNAME", "lo"),
+        "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1"),
+        "TMPDIR": str(temporary),
+        "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1",
+        "PYTHONUNBUFFERED": "1",
+    }
+    with (run_dir.root / "logs" / log).open("wb") as output:
+        return subprocess.Popen(
+            command,
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            env=environment,
+            start_new_session=True,  # a terminal's Ctrl-C reaches this process alone, which ends the others in order
+            preexec_fn=lambda: process.die_with_parent(parent),
+        )
+
+
+def _release(run_dir: RunDir, job_alive: Callable[[], bool]) -> None:
+    """Let parked ranks exit on their own."""
+    run_dir.release.touch()
+    deadline = time.monotonic() + RELEASE_PATIENCE_S
+    while job_alive() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    run_dir.release.unlink(missing_ok=True)

@@ -1,0 +1,92 @@
+"""Processes that a run started: find them, see whether they run, end them, and end with their parent.
+
+Only processes are ended that this run started: descendants of its launcher, and pids that its own witnesses
+name, with the start time they name, so that a pid used again is never hit.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import os
+import signal
+import sys
+from collections.abc import Iterable
+
+import psutil
+
+from repro.layout import Identity
+
+_PR_SET_PDEATHSIG = 1
+REAP_PATIENCE_S = 5.0
+
+
+def die_with_parent(parent: int | None = None) -> None:
+    """Be killed when the process that started this one ends, however it ends (Linux).
+
+    parent: its pid, where known; if it is gone already this process ends at once.
+    """
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+    if parent is not None and os.getppid() != parent:
+        os._exit(1)
+
+
+def start_ticks(pid: int) -> int:
+    """When the process began, in clock ticks since boot; 0 where that cannot be told."""
+    try:
+        with open(f"/proc/{pid}/stat") as file:
+            return int(file.read().rpartition(")")[2].split()[19])
+    except (OSError, ValueError, IndexError):
+        return 0
+
+
+def name_myself() -> str:
+    """This process, so that a child can ask whether it still runs."""
+    return f"{os.getpid()}:{start_ticks(os.getpid())}"
+
+
+def still_runs(name: str) -> bool:
+    """Whether the process that :func:`name_myself` named still runs."""
+    pid, _, ticks = name.partition(":")
+    return psutil.pid_exists(int(pid)) and start_ticks(int(pid)) == int(ticks)
+
+
+def find(who: Identity) -> psutil.Process | None:
+    """The running process that wrote a witness; None when it has not begun, has ended, or is a zombie."""
+    if not who.pid:
+        return None
+    try:
+        process = psutil.Process(who.pid)
+        if process.status() in (psutil.STATUS_ZOMBIE, psutil.STATUS_DEAD):
+            return None
+        # A pid alone may be somebody else's by now. psutil's own start time is in another unit than the witness's.
+        return process if start_ticks(who.pid) == who.pid_start_ticks else None
+    except psutil.NoSuchProcess:
+        return None
+
+
+def is_stopped(process: psutil.Process) -> bool:
+    """Whether a signal or a debugger has stopped it."""
+    try:
+        return bool(process.status() in (psutil.STATUS_STOPPED, psutil.STATUS_TRACING_STOP))
+    except psutil.NoSuchProcess:
+        return False
+
+
+def with_descendants(pid: int) -> list[psutil.Process]:
+    """The process and all that it started, parents first; empty when it is gone."""
+    try:
+        process = psutil.Process(pid)
+        return [process, *process.children(recursive=True)]
+    except psutil.NoSuchProcess:
+        return []
+
+
+def kill(processes: Iterable[psutil.Process]) -> None:
+    """SIGKILL them all, and wait until they are gone or REAP_PATIENCE_S passed."""
+    processes = list(processes)
+    for process in processes:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            process.kill()
+    psutil.wait_procs(processes, timeout=REAP_PATIENCE_S)

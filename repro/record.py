@@ -1,0 +1,338 @@
+"""Write what one rank does into its witness file, at about a microsecond an event.
+
+    recorder = Recorder.open("events/rank003.wit", rank=3, num_ranks=8, run_id="…")
+    comm = Communicator(…, observer=recorder)
+
+The layout is in :mod:`repro.layout`. The recorder never reads the file, never allocates blocks after ``open`` and
+never raises for lack of room: strings that no longer fit become "?", groups beyond the slots go untracked.
+"""
+
+from __future__ import annotations
+
+import mmap
+import os
+import socket
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from types import CodeType, FrameType
+from zlib import crc32
+
+from hybrid_moe_ref.parallel.observer import Collective, ScheduleEntry
+from repro.areas import Buffer, Strings, Vectors
+from repro.layout import (
+    CRC,
+    ENTRY_SEPARATOR,
+    FIXED,
+    GROUP_BYTES,
+    GROUP_NAME,
+    GROUPS_AT,
+    HEADER,
+    HEART,
+    HEART_AT,
+    LAST_AT,
+    LIVE_AT,
+    NO_GROUP,
+    RECORD,
+    ROW,
+    SEPARATOR,
+    SPARE_AT,
+    STATE_AT,
+    WORD,
+    Geometry,
+    Identity,
+    Kind,
+    pack_header,
+)
+from repro.parse import WitnessError, parse_header
+from repro.witness import create
+
+_ROW = RECORD.size
+_NUM_EVENTS = LIVE_AT // WORD.size  # as a word of the file
+_PRIME = 16_777_619  # FNV-1's for 32 bits
+_LOCAL_KINDS = {
+    "lock_wait": Kind.LOCK_WAIT,
+    "lock_held": Kind.LOCK_HELD,
+    "lock_freed": Kind.LOCK_FREED,
+    "build_begin": Kind.BUILD_BEGIN,
+    "build_end": Kind.BUILD_END,
+}
+_NOT_A_CALL_SITE = ("parallel/comm.py", "contextlib.py")  # frames between the caller and the observer
+_POINT_TO_POINT = ("send", "recv")
+
+
+class _Group:
+    """The running state of one group on this rank, and where in the file it stands."""
+
+    __slots__ = ("hash", "index", "last_at", "left", "seq", "state_word")
+
+    def __init__(self, index: int) -> None:
+        slot = SPARE_AT if index == NO_GROUP else GROUPS_AT + index * GROUP_BYTES
+        self.index = index
+        self.last_at = slot + LAST_AT
+        self.state_word = (slot + STATE_AT) // WORD.size
+        self.seq = 0
+        self.left = 0
+        self.hash = 0
+
+
+class _Call:
+    """A collective from one call site: all of its records that never changes, packed once."""
+
+    __slots__ = ("digest", "enter", "group", "issue", "leave", "wait")
+
+    def __init__(self, group: _Group, digest: int, fixed: Callable[[int], bytes]) -> None:
+        self.group = group
+        self.digest = digest
+        self.enter, self.leave, self.issue, self.wait = map(fixed, (Kind.ENTER, Kind.LEAVE, Kind.ISSUE, Kind.WAIT))
+
+
+class Recorder:
+    """An :class:`hybrid_moe_ref.parallel.observer.Observer` that writes one witness file.
+
+    One thread records; only ``local("heartbeat", …)`` may come from another, because it touches nothing else.
+    """
+
+    def __init__(
+        self, buffer: Buffer, who: Identity, shape: Geometry, *, clock: Callable[[], int] = time.monotonic_ns
+    ) -> None:
+        self._buffer = buffer
+        self._who = who
+        self._words = memoryview(buffer).cast("B")[: GROUPS_AT + shape.group_slots * GROUP_BYTES].cast("Q")
+        self._shape = shape
+        self._clock = clock
+        self._num_events = 0
+        self._entered: Collective | None = None  # the collective issued last, and its call
+        self._entered_call: _Call | None = None
+        self._phase = 0
+        self._step = -1
+        self._ring_at = shape.ring_at
+        self._capacity = shape.ring_records
+        self._intern = Strings(buffer, shape).intern
+        self._store_vector = Vectors(buffer, shape).store
+        self._groups: dict[str, _Group] = {}
+        self._members: dict[str, tuple[int, ...]] = {}
+        self._calls: dict[tuple[object, ...], _Call] = {}
+        self._schedules: dict[int, tuple[Sequence[ScheduleEntry], int]] = {}
+        self._between: set[int] = set()  # ids of the code between a caller and the recorder
+        self._codes: list[CodeType] = []  # keeps the ids in _between and _calls from being reused
+        self._vector: tuple[int, ...] = ()  # the size vector stored last, and its offset
+        self._vector_offset = 0
+        self._heartbeats = 0
+
+    @classmethod
+    def open(
+        cls,
+        path: str | os.PathLike[str],
+        rank: int,
+        num_ranks: int,
+        *,
+        run_id: str = "",
+        shape: Geometry | None = None,
+    ) -> Recorder:
+        """Map the file that a launcher preallocated, or make it. It must not have had a writer before."""
+        if not os.path.exists(path):
+            create(path, Identity(rank, num_ranks, run_id), shape)
+        descriptor = os.open(path, os.O_RDWR | os.O_CLOEXEC)
+        try:
+            planned, shape = parse_header(os.pread(descriptor, HEADER.size + CRC.size, 0), str(path))
+            if planned.pid:
+                raise WitnessError(f"{path}:0: already written by pid {planned.pid}")
+            if (planned.rank, planned.num_ranks) != (rank, num_ranks):
+                raise WitnessError(
+                    f"{path}:0: made for rank {planned.rank} of {planned.num_ranks}, opened by {rank} of {num_ranks}"
+                )
+            buffer = mmap.mmap(descriptor, shape.file_bytes)
+        finally:
+            os.close(descriptor)
+        who = replace(myself(rank, num_ranks), run_id=run_id or planned.run_id)
+        header = pack_header(who, shape)
+        buffer[: len(header)] = header
+        return cls(buffer, who, shape)
+
+    # -- the Observer protocol -----------------------------------------------------------------------------------
+
+    def groups(self, members: Mapping[str, Sequence[int]]) -> None:
+        for name, ranks in members.items():
+            self._members[name] = tuple(ranks)
+            self._group(name)
+
+    def phase(self, name: str) -> None:
+        self._phase = self._intern(name)
+        self._calls.clear()  # a call's fixed bytes name the phase
+        self._entered = None
+        self._write(Kind.PHASE)
+
+    def begin_step(self, step: int, schedule: Sequence[ScheduleEntry], num_live: int) -> None:
+        self._step = step
+        self._write(Kind.STEP, sig=self._schedule(schedule), aux=num_live)
+
+    def enter(self, collective: Collective) -> None:
+        self._issue(collective, False)
+
+    def leave(self, collective: Collective) -> None:
+        call = self._entered_call
+        if call is None or collective is not self._entered:
+            call = self._call_of(collective)
+        self._follow(call.leave, call.group, call.group.seq)
+
+    def local(self, event: str, name: str, holder: int = -1) -> None:
+        if event == "heartbeat":
+            self._heartbeats += 1
+            HEART.pack_into(self._buffer, HEART_AT, self._clock(), self._intern(name), self._heartbeats)
+        else:
+            self._write(_LOCAL_KINDS[event], sig=self._intern(name), aux=holder)
+
+    def done(self) -> None:
+        self._write(Kind.DONE)
+
+    def failed(self, message: str) -> None:
+        self._write(Kind.FAILED, sig=self._intern(message[:2000]))
+
+    # -- asynchronous collectives --------------------------------------------------------------------------------
+
+    def issue(self, collective: Collective) -> int:
+        """An asynchronous collective is about to be issued; the ticket names it to ``wait`` and ``finish``."""
+        return self._issue(collective, True)
+
+    def wait(self, collective: Collective, ticket: int) -> None:
+        """The rank begins to wait for the collective of ``ticket``."""
+        self._append(self._call_of(collective).wait, ticket)
+
+    def finish(self, collective: Collective, ticket: int) -> None:
+        """The collective of ``ticket`` is complete."""
+        call = self._call_of(collective)
+        self._follow(call.leave, call.group, ticket)
+
+    # -- writing -------------------------------------------------------------------------------------------------
+
+    def _issue(self, collective: Collective, asynchronous: bool) -> int:
+        frame = sys._getframe(2)
+        code = frame.f_code
+        while id(code) in self._between:
+            frame = frame.f_back  # type: ignore[assignment]
+            code = frame.f_code
+        sizes = collective.sizes
+        num_sizes = len(sizes)
+        key = (
+            collective.group, collective.op, collective.layer, collective.dtype, collective.reduce_op,
+            collective.root, num_sizes, id(code), frame.f_lasti,
+        )  # fmt: skip
+        call = self._calls.get(key) or self._make_call(collective, key, frame)
+        self._entered, self._entered_call = collective, call
+        if num_sizes == 1:
+            vector = sizes[0]
+        elif sizes == self._vector:
+            vector = self._vector_offset
+        else:
+            vector = self._vector_offset = self._store_vector(sizes)
+            self._vector = sizes
+        group = call.group
+        group.seq = seq = group.seq + 1
+        group.hash = rolling = (group.hash * _PRIME ^ call.digest) & 0xFFFFFFFF
+        self._num_events = n = self._num_events + 1
+        fixed = call.issue if asynchronous else call.enter
+        row = ROW.pack(n, self._clock(), seq, vector, self._step, fixed, n & 0xFFFFFFFF)
+        buffer, words = self._buffer, self._words
+        at = self._ring_at + (n - 1) % self._capacity * _ROW
+        buffer[at : at + _ROW] = row
+        at = group.last_at
+        buffer[at : at + _ROW] = row
+        words[group.state_word + 1] = rolling
+        words[_NUM_EVENTS] = n
+        return seq
+
+    def _follow(self, fixed: bytes, group: _Group, seq: int) -> None:
+        """A collective is complete. As long as ``_append``, since to call that costs a tenth of this."""
+        self._num_events = n = self._num_events + 1
+        at = self._ring_at + (n - 1) % self._capacity * _ROW
+        ROW.pack_into(self._buffer, at, n, self._clock(), seq, 0, self._step, fixed, n & 0xFFFFFFFF)
+        words = self._words
+        if seq > group.left:
+            group.left = words[group.state_word] = seq
+        words[_NUM_EVENTS] = n
+
+    def _write(self, kind: int, *, sig: int = 0, aux: int = 0) -> None:
+        self._append(FIXED.pack(aux, sig, 0, 0, self._phase, NO_GROUP, kind), 0)
+
+    def _append(self, fixed: bytes, seq: int) -> None:
+        self._num_events = n = self._num_events + 1
+        at = self._ring_at + (n - 1) % self._capacity * _ROW
+        ROW.pack_into(self._buffer, at, n, self._clock(), seq, 0, self._step, fixed, n & 0xFFFFFFFF)
+        self._words[_NUM_EVENTS] = n
+
+    # -- interning -----------------------------------------------------------------------------------------------
+
+    def _group(self, name: str) -> _Group:
+        group = self._groups.get(name)
+        if group is None:
+            index = len(self._groups)
+            self._groups[name] = group = _Group(index if index < self._shape.group_slots else NO_GROUP)
+            if group.index != NO_GROUP:
+                members = ",".join(map(str, self._members.get(name, range(self._who.num_ranks))))
+                at = GROUPS_AT + group.index * GROUP_BYTES
+                GROUP_NAME.pack_into(self._buffer, at, self._intern(name), self._intern(members))
+        return group
+
+    def _call_of(self, collective: Collective) -> _Call:
+        """The call of a collective that was issued somewhere else: all of it but the call site."""
+        key = (
+            collective.group, collective.op, collective.layer, collective.dtype, collective.reduce_op,
+            collective.root, len(collective.sizes),
+        )  # fmt: skip
+        return self._calls.get(key) or self._make_call(collective, key, None)
+
+    def _make_call(self, collective: Collective, key: tuple[object, ...], frame: FrameType | None) -> _Call:
+        """Intern a collective. A send or receive counts in a channel of its own: a group of two."""
+        name, op = collective.group, collective.op
+        if op in _POINT_TO_POINT:
+            members = self._members.get(name, range(self._who.num_ranks))
+            ends = (self._who.rank, members[collective.root])
+            source, target = ends if op == "send" else ends[::-1]
+            name, op = f"{name}:{source}>{target}", "p2p"
+            self._members[name] = (source, target)
+        rest = (collective.layer, collective.dtype, collective.reduce_op)
+        string = self._intern(SEPARATOR.join((name, collective.op, *rest)))
+        digest = crc32(SEPARATOR.join((name, op, *rest)).encode())
+        group = self._group(name)
+        shared = (collective.root, string, self._site(frame), len(collective.sizes), self._phase, group.index)
+        self._calls[key] = call = _Call(group, digest, lambda kind: FIXED.pack(*shared, kind))
+        return call
+
+    def _schedule(self, schedule: Sequence[ScheduleEntry]) -> int:
+        known = self._schedules.get(id(schedule))
+        if known is not None and known[0] is schedule:
+            return known[1]
+        text = ENTRY_SEPARATOR.join(SEPARATOR.join((e.group, e.op, e.layer)) for e in schedule)
+        string = self._intern(text)
+        if isinstance(schedule, tuple):  # immutable, so that the same object is the same schedule
+            if len(self._schedules) >= 256:
+                self._schedules.clear()
+            self._schedules[id(schedule)] = (schedule, string)
+        return string
+
+    def _site(self, frame: FrameType | None) -> int:
+        """The interned "file:line function" of the first frame outside the communicator."""
+        while frame is not None and frame.f_code.co_filename.endswith(_NOT_A_CALL_SITE):
+            self._codes.append(frame.f_code)
+            self._between.add(id(frame.f_code))
+            frame = frame.f_back
+        if frame is None:
+            return 0
+        code = frame.f_code
+        self._codes.append(code)
+        return self._intern(f"{code.co_filename}:{frame.f_lineno} {code.co_qualname}")
+
+
+def myself(rank: int, num_ranks: int) -> Identity:
+    """This process as a witness writer."""
+    try:
+        with open("/proc/sys/kernel/random/boot_id") as file:
+            boot_id = file.read().strip()
+        with open("/proc/self/stat") as file:
+            start_ticks = int(file.read().rpartition(")")[2].split()[19])
+    except OSError:
+        boot_id, start_ticks = "", 0
+    wall_offset_ns = time.time_ns() - time.monotonic_ns()
+    return Identity(rank, num_ranks, "", socket.gethostname(), boot_id, os.getpid(), start_ticks, wall_offset_ns)

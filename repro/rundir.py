@@ -1,0 +1,165 @@
+"""The directory of one run: who writes which file, and how a file appears whole or not at all.
+
+config.json            what was run                          launcher, before the ranks
+events/rank000.wit     the witness a rank leaves             the rank, as it goes
+stacks/rank000.txt     Python stacks                         the rank's faulthandler, when asked
+fr/rank000.json        PyTorch's Flight Recorder             the rank, when asked
+logs/rank000.log       what the rank printed                 the rank
+outputs/rank000.json   tokens served                         the rank, when done
+reference.json         tokens of the single-process model    repro.reference
+verdict.json           the verdict                           watcher, before anything is killed
+release                tells parked ranks to exit            watcher
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import json
+import os
+import re
+import stat
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from repro.witness import SUFFIX
+
+RUN_NAME = re.compile(r"\d{8}T\d{6}\.\d{3}Z-[a-z0-9_]+-(control|fault|fix)-(-?\d+)")
+"""What a run directory is called: utc, scenario, variant, seed."""
+
+MAX_JSON_BYTES = 64 << 20
+
+PARTS = ("events", "stacks", "fr", "logs", "outputs")
+
+
+class OutputError(OSError):
+    """The output directory cannot be used; the text says where, why and what to do."""
+
+
+@dataclass(frozen=True)
+class RunDir:
+    """Paths of one run."""
+
+    root: Path
+
+    @classmethod
+    def create(cls, out: Path, scenario: str, variant: str, seed: int) -> RunDir:
+        """Make ``<out>/<utc>-<scenario>-<variant>-<seed>``, never one that exists, and point ``latest`` at it.
+
+        Raises OutputError when that cannot be done.
+        """
+        try:
+            out.mkdir(parents=True, exist_ok=True)
+            root = _make_unique(out.resolve(), f"{scenario}-{variant}-{seed}")
+            for part in PARTS:
+                (root / part).mkdir()
+            _point_latest(out, root)
+        except OSError as error:
+            raise OutputError(f"cannot write to {out}: {error.strerror}; choose another --out") from error
+        return cls(root)
+
+    def _rank_file(self, part: str, rank: int, suffix: str) -> Path:
+        return self.root / part / f"rank{rank:03d}.{suffix}"
+
+    def witness(self, rank: int) -> Path:
+        return self._rank_file("events", rank, SUFFIX.removeprefix("."))
+
+    def stack(self, rank: int) -> Path:
+        return self._rank_file("stacks", rank, "txt")
+
+    def flight_recorder(self, rank: int) -> Path:
+        return self._rank_file("fr", rank, "json")
+
+    def log(self, rank: int) -> Path:
+        return self._rank_file("logs", rank, "log")
+
+    def output(self, rank: int) -> Path:
+        return self._rank_file("outputs", rank, "json")
+
+    @property
+    def launcher_log(self) -> Path:
+        return self.root / "logs" / "torchrun.log"
+
+    @property
+    def config(self) -> Path:
+        return self.root / "config.json"
+
+    @property
+    def reference(self) -> Path:
+        return self.root / "reference.json"
+
+    @property
+    def verdict(self) -> Path:
+        return self.root / "verdict.json"
+
+    @property
+    def release(self) -> Path:
+        return self.root / "release"
+
+    @property
+    def store(self) -> Path:
+        """File that the ranks of one host meet through; no port is opened for it."""
+        return self.root / "store"
+
+
+def write_atomically(path: Path, content: str | bytes) -> None:
+    """Write a file so that readers see all of it or none, even when the writer is killed."""
+    data = content.encode() if isinstance(content, str) else content
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    try:
+        with partial.open("wb") as file:
+            file.write(data)
+        os.replace(partial, path)
+    except OSError:
+        with contextlib.suppress(OSError):
+            partial.unlink()
+        raise
+
+
+def write_json(path: Path, value: Any) -> None:
+    """:func:`write_atomically` of readable JSON."""
+    write_atomically(path, json.dumps(value, indent=1) + "\n")
+
+
+def read_json(path: Path) -> Any:
+    """The file's value; raises ValueError naming the file, and the line where it is not JSON."""
+    status = path.stat()
+    if not stat.S_ISREG(status.st_mode) or status.st_size > MAX_JSON_BYTES:
+        raise ValueError(f"{path}:1: not a regular file of at most {MAX_JSON_BYTES} bytes")
+    try:
+        return json.loads(path.read_text(), parse_constant=_refuse_constant)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path}:{error.lineno}: {error.msg}") from None
+    except UnicodeDecodeError:
+        raise ValueError(f"{path}:1: not UTF-8 text") from None
+    except RecursionError:
+        raise ValueError(f"{path}:1: nested too deep") from None
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
+
+
+def _refuse_constant(name: str) -> None:
+    raise ValueError(f"{name} is not JSON")
+
+
+def _make_unique(out: Path, name: str) -> Path:
+    while True:
+        now = time.time()
+        utc = time.strftime("%Y%m%dT%H%M%S", time.gmtime(now)) + f".{int(now * 1000) % 1000:03d}Z"
+        try:
+            (out / f"{utc}-{name}").mkdir()
+            return out / f"{utc}-{name}"
+        except FileExistsError:
+            time.sleep(0.001)
+
+
+def _point_latest(out: Path, root: Path) -> None:
+    link = out / f".latest.{os.getpid()}"
+    try:
+        link.symlink_to(root.name)
+        os.replace(link, out / "latest")
+    except OSError as error:
+        if error.errno != errno.EPERM:  # a file system without links: a convenience lost, not a run
+            raise

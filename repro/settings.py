@@ -1,0 +1,116 @@
+"""What one run is: scenario, variant and everything that must be equal on every rank, as one JSON document."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from hybrid_moe_ref.config import Config, ConfigError, EngineConfig, ModelConfig, ParallelConfig, preset
+from hybrid_moe_ref.engine.scheduler import Request
+from hybrid_moe_ref.engine.server_config import CHECKS, ServerConfig
+from hybrid_moe_ref.pages import page_layout
+from repro.workload import WorkloadConfig, draw_requests
+
+VARIANTS = ("control", "fault", "fix")
+BACKENDS = ("gloo", "nccl")
+
+# Served in float64: a sum in another order then changes a logit by 1e-15, not 1e-6, so greedy tokens and expert
+# choices equal the single-process model's on every seed, and a difference means a fault, not rounding.
+DEFAULT_ENGINE = EngineConfig(max_num_seqs=4, max_num_batched_tokens=48, num_pages=64, dtype="float64")
+
+
+@dataclass(frozen=True)
+class RunSettings(Config):
+    """One run of one variant. This is config.json, and with ``--config`` a user's file of the same keys."""
+
+    scenario: str
+    variant: str = "fault"
+    num_ranks: int = 8
+    backend: str = "gloo"
+    quiet_window_s: float = 1.0
+    deadline_s: float = 120.0
+    seed: int = 0
+    checks: str = ""
+    model: ModelConfig = field(default_factory=lambda: preset("tiny"))
+    engine: EngineConfig = DEFAULT_ENGINE
+    workload: WorkloadConfig = field(default_factory=WorkloadConfig)
+
+    def __post_init__(self) -> None:
+        if self.variant not in VARIANTS:
+            raise ConfigError(f"unknown variant {self.variant!r}; known: {', '.join(VARIANTS)}", "variant")
+        if self.backend not in BACKENDS:
+            raise ConfigError(f"unknown backend {self.backend!r}; known: {', '.join(BACKENDS)}", "backend")
+        if self.num_ranks < 2:
+            raise ConfigError(f"{self.num_ranks} ranks cannot wait for each other; at least 2", "num_ranks")
+        if self.num_ranks > 1024:
+            raise ConfigError(f"{self.num_ranks} is more than 1024 ranks of one host", "num_ranks")
+        if self.model.num_experts % self.num_ranks:
+            raise ConfigError(
+                f"{self.model.num_experts} experts do not divide over {self.num_ranks} ranks", "num_ranks"
+            )
+        if self.checks and self.checks not in CHECKS:
+            raise ConfigError(f"unknown strength {self.checks!r}; known: {', '.join(CHECKS)}", "checks")
+        for name in ("quiet_window_s", "deadline_s"):
+            if not 0 < getattr(self, name) < 1e6:
+                raise ConfigError(f"{getattr(self, name)} is not a positive number of seconds", name)
+        if self.workload.max_prompt_tokens > self.engine.max_num_batched_tokens:
+            raise ConfigError(
+                f"{self.workload.max_prompt_tokens} is more than engine.max_num_batched_tokens "
+                f"{self.engine.max_num_batched_tokens}",
+                "workload.max_prompt_tokens",
+            )
+
+        self._check_pages()
+
+    def _check_pages(self) -> None:
+        """A cache that may run out in the middle of a run is refused at its start."""
+        itemsize = {"float64": 8, "float32": 4}.get(self.engine.dtype, 2)
+        layout = page_layout(self.model, itemsize, ssm_itemsize=max(4, itemsize))
+        longest = self.workload.max_prompt_tokens + self.workload.max_new_tokens
+        needed = self.engine.max_num_seqs * layout.pages_for(longest)
+        if self.engine.num_pages < needed:
+            raise ConfigError(
+                f"{self.engine.num_pages} is less than {needed}, which {self.engine.max_num_seqs} sequences "
+                f"of {longest} tokens take",
+                "engine.num_pages",
+            )
+
+    @classmethod
+    def from_document(cls, document: Mapping[str, Any], flags: Mapping[str, Any], where: str) -> RunSettings:
+        """Settings from a user's JSON document, with the command line's flags on top.
+
+        ``model`` may name a ``preset`` and override single fields of it; ``engine`` and ``workload`` override
+        single defaults. Raises ConfigError with the path of what is wrong.
+        """
+        if document.get("scenario", flags["scenario"]) != flags["scenario"]:
+            raise ConfigError(f"{document['scenario']!r} is not the scenario to run, {flags['scenario']!r}", where)
+        merged: dict[str, Any] = {**document, **flags}
+        for part in {"model", "engine", "workload"} & merged.keys():
+            path = f"{where}.{part}" if where else part
+            if not isinstance(merged[part], Mapping):
+                raise ConfigError(f"wanted a mapping, got {merged[part]!r}"[:80], path)
+            overrides = dict(merged[part])
+            base: Config = WorkloadConfig() if part == "workload" else DEFAULT_ENGINE
+            if part == "model":
+                name = overrides.pop("preset", "tiny")
+                if not isinstance(name, str):
+                    raise ConfigError(f"wanted str, got {name!r}"[:80], f"{path}.preset")
+                base = preset(name)
+            merged[part] = type(base).from_mapping({**base.to_mapping(), **overrides}, path)
+        return cls.from_mapping(merged, where)
+
+    def server(self) -> ServerConfig:
+        """What the engine of every rank is given."""
+        return ServerConfig(
+            self.model, ParallelConfig(dp_size=self.num_ranks), self.engine, self.seed, self.effective_checks
+        )
+
+    @property
+    def effective_checks(self) -> str:
+        """As asked for; else off in a `fault` run, which is to hang, and on in the others."""
+        return self.checks or ("observe" if self.variant == "fault" else "agree")
+
+    def requests(self) -> list[list[Request]]:
+        """The requests of every rank."""
+        return draw_requests(self.workload, self.num_ranks, self.model.vocab_size, self.seed)

@@ -1,0 +1,340 @@
+"""The judge: positions, graph and explanation to one verdict.
+
+The order of the questions is the rule: is everybody done, did ranks pair different collectives, is there a cycle,
+did somebody die, does somebody wait for a rank that will never come, for one that still runs, for one that left no
+witness, or does everybody stand in one collective that does not end.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from repro.verdict.explain import explain
+from repro.verdict.graph import Node, Waits, wait_graph
+from repro.verdict.ledger import Ledger, Side, widest
+from repro.verdict.position import GroupKey, Standing, clocks, locate
+from repro.verdict.result import Finding, Position, Verdict, list_ranks, name_ranks
+from repro.verdict.schedule import steps_of
+from repro.witness import Witness
+
+
+@dataclass(frozen=True, slots=True)
+class _Case:
+    """All there is to judge by."""
+
+    witnesses: Mapping[int, Witness]
+    standings: Mapping[int, Standing]
+    ledger: Ledger
+    waits: Waits
+    quiet_s: float
+    quiet_window_s: float
+    final: bool
+    notes: Sequence[str]
+
+    @property
+    def quiet(self) -> bool:
+        return self.quiet_s >= self.quiet_window_s
+
+    def ranks(self, *states: str) -> tuple[int, ...]:
+        return tuple(rank for rank, standing in sorted(self.standings.items()) if standing.state in states)
+
+    def verdict(self, verdict: str, finding: Finding | None = None, **more: Any) -> Verdict:
+        """A verdict with everything that does not depend on its class."""
+        finding = finding or Finding()
+        positions = tuple(self.standings[rank].position for rank in sorted(self.standings))
+        evidence = [*more.pop("evidence", ()), *finding.evidence, *self.notes]
+        found = Verdict(
+            verdict,
+            finding.cause,
+            finding.culprits,
+            finding.suspects,
+            positions,
+            finding.first_divergence,
+            evidence=tuple(evidence),
+            confidence=finding.confidence,
+            quiet_s=self.quiet_s,
+        )
+        return replace(found, **more)
+
+
+def judge(
+    witnesses: Mapping[int, Witness],
+    *,
+    num_ranks: int,
+    now_ns: int | Mapping[int, int],
+    quiet_window_s: float,
+    alive: Mapping[int, bool] | None = None,
+    final: bool = False,
+    wrong_numbers: Sequence[str] = (),
+    excused: Mapping[int, str] | None = None,
+    lock_holders: Mapping[str, int] | None = None,
+) -> Verdict:
+    """What these witnesses prove.
+
+    now_ns         the monotonic clock when the witnesses were read: of the host of the lowest rank, or by rank
+    alive          which processes live; a rank not named is taken to live
+    final          nobody will look again: what moves now counts as moving, not as "ask later"
+    wrong_numbers  one line for each result that differs from the reference: a clean run becomes corrupt
+    excused        ranks whose process is known not to wait, with the reason ("stopped by a signal")
+    lock_holders   who holds a lock according to the system: name -> pid, 0 for nobody
+    """
+    usable, notes = _one_run(witnesses, num_ranks)
+    nows, clock_notes = clocks(usable, now_ns)
+    standings = {
+        rank: locate(
+            rank, usable.get(rank), nows.get(rank, 0), (alive or {}).get(rank), (excused or {}).get(rank, ""), num_ranks
+        )
+        for rank in range(num_ranks)
+    }
+    notes += clock_notes + [problem for witness in usable.values() for problem in witness.problems]
+    ledger = Ledger(usable)
+    waits = wait_graph(standings, ledger, lock_holders or {})
+    quiet_ns = [
+        max(0, nows[rank] - witness.last_event_ns())
+        for rank, witness in usable.items()
+        if standings[rank].state not in ("done", "dead", "failed") and witness.last
+    ]
+    quiet_s = min(quiet_ns, default=0) / 1e9
+    return _decide(_Case(usable, standings, ledger, waits, quiet_s, quiet_window_s, final, notes), wrong_numbers)
+
+
+def _one_run(witnesses: Mapping[int, Witness], num_ranks: int) -> tuple[dict[int, Witness], list[str]]:
+    """The witnesses of one run, and a line for each that is not used."""
+    runs = Counter((witness.who.run_id, witness.who.num_ranks) for witness in witnesses.values())
+    notes: list[str] = []
+    usable: dict[int, Witness] = {}
+    most = runs.most_common(2)
+    tied = len(most) == 2 and most[0][1] == most[1][1]
+    run = most[0][0] if most else ("", num_ranks)
+    for rank, witness in sorted(witnesses.items()):
+        who = witness.who
+        if tied:
+            notes.append(f"{witness.name}:0: run {who.run_id!r}: the files are of two runs, as many of each")
+        elif (who.run_id, who.num_ranks) != run:
+            notes.append(f"{witness.name}:0: of run {who.run_id!r} with {who.num_ranks} ranks, not of {run[0]!r}")
+        elif who.num_ranks != num_ranks or who.rank != rank:
+            notes.append(
+                f"{witness.name}:0: rank {who.rank} of {who.num_ranks} was given as rank {rank} of {num_ranks}"
+            )
+        else:
+            usable[rank] = witness
+    return usable, notes
+
+
+def _decide(case: _Case, wrong_numbers: Sequence[str]) -> Verdict:
+    mispaired = _mispaired(case)
+    if mispaired is not None:
+        finding = explain(case.witnesses, case.standings, case.ledger, case.waits)
+        key, seq, _ = mispaired
+        finding.evidence.append(f"{key[0]} #{seq} completed on both sides although they differ")
+        return case.verdict("corrupt", finding, evidence=[*wrong_numbers])
+    hidden = case.ledger.hidden_divergence()
+    if hidden and len(case.ranks("done")) == len(case.standings):
+        return case.verdict("corrupt", evidence=[*wrong_numbers, *hidden], confidence="undecided")
+    if wrong_numbers:
+        return case.verdict("corrupt", evidence=wrong_numbers)
+    if len(case.ranks("done")) == len(case.standings):
+        return case.verdict("clean")
+    if case.waits.cycle and not _victims(case):
+        return _deadlock(case, case.waits.cycle)
+    if case.ranks("dead", "failed"):
+        return _crash(case)
+    return _waiting(case)
+
+
+def _victims(case: _Case) -> set[int]:
+    """Ranks that died or gave up with a collective pending whose arguments differ: the backend ended them for it."""
+    gone = set(case.ranks("dead", "failed"))
+    victims: set[int] = set()
+    for key in case.ledger.diverged if gone else ():
+        over = max(standing.left.get(key, 0) for standing in case.standings.values())
+        for side in case.ledger.refused(key, over, max(case.ledger.diverged[key])):
+            victims |= gone & set(side.ranks)
+            victims |= {rank for rank in gone & set(key[1]) if not case.standings[rank].seen}
+    return victims
+
+
+def _mispaired(case: _Case) -> tuple[GroupKey, int, list[Side]] | None:
+    """A collective that ranks completed although they had issued different ones under its number."""
+    for key, seqs in case.ledger.diverged.items():
+        for seq in sorted(seqs)[:1]:
+            sides = case.ledger.sides(key, seq)
+            if sum(bool(side.left) for side in sides) > 1:
+                return key, seq, sides
+    return None
+
+
+def _deadlock(case: _Case, cycle: Sequence[Node]) -> Verdict:
+    """There is a cycle, or a rank that is waited for is done: wait for quiet, then say who did it."""
+    links = _links(cycle)
+    told = [f"{name_ranks(link['ranks'])} in {link['waits_in']} wait for {list_ranks(link['for'])}" for link in links]
+    if not case.quiet:
+        told.append(f"quiet for {case.quiet_s:.3f} s only, {case.quiet_window_s:g} s are needed: look again")
+        return case.verdict("inconclusive", cycle=links, evidence=told, confidence="undecided")
+    finding = explain(case.witnesses, case.standings, case.ledger, case.waits)
+    unseen = case.ranks("missing", "hidden")
+    if unseen and finding.culprits:
+        finding.evidence.append(f"{name_ranks(unseen)} left no usable witness and may have done the same")
+        finding.confidence = "likely"
+    return case.verdict("deadlock", finding, cycle=links, evidence=told)
+
+
+def _links(cycle: Sequence[Node]) -> tuple[dict[str, Any], ...]:
+    links = []
+    for i, node in enumerate(cycle):
+        following = cycle[(i + 1) % len(cycle)]
+        lacked = sorted(node.lacks & set(following.ranks)) or sorted(node.lacks)
+        links.append({"ranks": sorted(node.ranks), "waits_in": node.name, "for": lacked})
+    return tuple(links)
+
+
+def _crash(case: _Case) -> Verdict:
+    """Somebody died or gave up; that others wait is the consequence."""
+    dead, failed = case.ranks("dead"), case.ranks("failed")
+    if _victims(case):
+        finding = explain(case.witnesses, case.standings, case.ledger, case.waits)
+    elif dead and (unseen := _unseen_partners(case, dead)):
+        finding = Finding("dead_rank", suspects=dead, confidence="undecided")
+        finding.evidence.append(
+            f"without a witness of {name_ranks(unseen)} it is not known whether arguments differed where they died"
+        )
+    elif dead:
+        finding = Finding("dead_rank", dead)
+    else:
+        first = min(failed, key=lambda rank: case.witnesses[rank].last_event_ns())
+        finding = Finding("error", (first,))
+    if dead:
+        finding.evidence.append(f"{name_ranks(dead)} died")
+    for rank in failed:
+        finding.evidence.append(f"rank {rank}: {case.standings[rank].position.detail}")
+    return case.verdict("crash", finding)
+
+
+def _unseen_partners(case: _Case, dead: Sequence[int]) -> list[int]:
+    """Ranks without a whole witness that were, or may have been, in a collective with the dead when they died."""
+    unseen = {rank for rank, standing in case.standings.items() if not standing.seen}
+    if unseen & set(dead):
+        return sorted(unseen)
+    pending = {
+        key
+        for rank in dead
+        for key, issued in case.standings[rank].issued.items()
+        if issued > case.standings[rank].left.get(key, 0)
+    }
+    return sorted({rank for key in pending for rank in key[1]} & unseen)
+
+
+def _waiting(case: _Case) -> Verdict:
+    """No cycle and nobody dead: judge by what the waits end in."""
+    ends = case.waits.ends
+    if ends.get("done"):
+        return _waits_for_done(case)
+    movers = sorted(set(ends.get("running", ())) | set(ends.get("building", ())) | set(ends.get("starting", ())))
+    if movers:
+        return case.verdict("slow", _slow(case, movers))
+    unseen = sorted(set(ends.get("missing", ())) | set(ends.get("hidden", ())))
+    if unseen:
+        told = [f"the waits end in {name_ranks(unseen)}, without a usable witness: collect it, or a stack"]
+        return case.verdict("inconclusive", evidence=told, confidence="undecided")
+    if case.waits.outsiders:
+        return _outsider(case, case.waits.outsiders[0])
+    if case.waits.attended:
+        return _attended(case)
+    movers = list(case.ranks("running", "building", "starting"))
+    if movers:
+        return case.verdict("slow", _slow(case, movers))
+    told = [f"{name_ranks(case.ranks('missing', 'hidden'))} left no usable witness, and nobody waits"]
+    return case.verdict("inconclusive", evidence=told, confidence="undecided")
+
+
+def _slow(case: _Case, movers: Sequence[int]) -> Finding:
+    finding = Finding("", tuple(movers))
+    for rank in movers[:8]:
+        at: Position = case.standings[rank].position
+        finding.evidence.append(
+            f"rank {rank} {at.state} for {at.since_s:.1f} s" + (f": {at.detail}" if at.detail else "")
+        )
+    waiting = case.ranks("blocked", "locked")
+    if waiting:
+        finding.evidence.append(f"{name_ranks(waiting)} wait for it")
+    return finding
+
+
+def _waits_for_done(case: _Case) -> Verdict:
+    done = case.waits.ends["done"]
+    nodes = [node for node in case.waits.nodes.values() if node.lacks & done]
+    verdict = _deadlock(case, nodes[:1])
+    if verdict.verdict == "deadlock" and not verdict.cause:
+        verdict = replace(verdict, cause="skipped", confidence="undecided")
+    if verdict.cause == "skipped" and not verdict.culprits:
+        busy = _busy_without(case, done, [rank for node in nodes for rank in node.ranks])
+        if busy:
+            told = f"in a scheduled step that {name_ranks(sorted(done))} never began, {name_ranks(busy)} had requests"
+            verdict = replace(
+                verdict,
+                culprits=tuple(sorted(done)),
+                suspects=(),
+                confidence="certain",
+                evidence=(told, *verdict.evidence),
+            )
+    told = f"{name_ranks(sorted(done))} said done and will not come"
+    return replace(verdict, cycle=(), evidence=(told, *verdict.evidence))
+
+
+def _busy_without(case: _Case, done: set[int], waiting: Sequence[int]) -> list[int]:
+    """Ranks that wait by their declared schedule, with live requests, in a step that no done rank began."""
+    last = {rank: steps_of(case.witnesses[rank], 1) for rank in {*done, *waiting} if rank in case.witnesses}
+    began = max((steps[-1].number for rank, steps in last.items() if rank in done and steps), default=-1)
+    newest = {rank: steps[-1] for rank, steps in last.items() if rank in waiting and steps}
+    return sorted(rank for rank, step in newest.items() if step.plan and step.live > 0 and step.number > began)
+
+
+def _outsider(case: _Case, node: Node) -> Verdict:
+    """A lock whose holder is no rank."""
+    pid = node.outside
+    unseen = case.ranks("missing", "hidden")
+    if unseen:
+        told = [f"{node.name} is held by none of the ranks seen, but {name_ranks(unseen)} left no whole witness"]
+        return case.verdict("inconclusive", evidence=told, confidence="undecided")
+    if pid == 0 and case.quiet:
+        finding = Finding("lock")
+        finding.evidence.append(f"nobody holds {node.name} any more, and {name_ranks(node.ranks)} still wait for it")
+        return case.verdict("deadlock", finding)
+    if pid is not None and pid > 0:
+        finding = Finding("lock")
+        finding.evidence.append(f"{node.name} is held by process {pid}, which is no rank")
+        return case.verdict("slow", finding)
+    told = [f"who holds {node.name} is not known: look for its holder on the host"]
+    return case.verdict("inconclusive", evidence=told, confidence="undecided")
+
+
+def _attended(case: _Case) -> Verdict:
+    """Everybody is in the collective that all waits end in."""
+    node = case.waits.attended[0]
+    unseen = [rank for rank in _members(node) if not case.standings[rank].seen]
+    if unseen:
+        told = [f"all are in {node.name}, but {name_ranks(unseen)} left no whole witness to compare arguments with"]
+        return case.verdict("inconclusive", evidence=told, confidence="undecided")
+    if case.quiet:
+        told = [f"all members are in {node.name} and nobody is absent: a device or network stall"]
+        if node.key in case.waits.nodes and _differs_in_place(case, node):
+            told.append("they do not issue it for the same layer and step")
+        return case.verdict("stall", evidence=told)
+    told = [f"still moving: the last event is {case.quiet_s:.3f} s old, {case.quiet_window_s:g} s of quiet are needed"]
+    return case.verdict("inconclusive", evidence=told, confidence="undecided")
+
+
+def _members(node: Node) -> tuple[int, ...]:
+    members = node.key[1][1]
+    assert isinstance(members, tuple)
+    return members
+
+
+def _differs_in_place(case: _Case, node: Node) -> bool:
+    group, seq = node.key[1], node.key[2]
+    assert isinstance(group[1], tuple)
+    key = (group[0], group[1])
+    return seq in case.ledger.diverged.get(key, ()) and widest(case.ledger.sides(key, seq)) == "place"

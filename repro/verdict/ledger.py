@@ -1,0 +1,184 @@
+"""All ranks' collectives, matched: who issued what as number ``seq`` of a group, and where the ranks part.
+
+One pass over the events, and one entry kept per (group, seq): cost and memory are linear.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import NamedTuple
+
+from repro.layout import Kind
+from repro.verdict.position import GroupKey
+from repro.verdict.result import list_ranks
+from repro.witness import Signature, Witness
+
+_ENTER, _ISSUE = int(Kind.ENTER), int(Kind.ISSUE)
+TRANSFERS = ("send", "recv")
+
+
+class Call(NamedTuple):
+    """One collective as one rank issued it: all of it must be equal on all ranks of the group."""
+
+    signature: Signature
+    root: int
+    sizes: tuple[int, ...]
+    step: int
+
+
+class Side(NamedTuple):
+    """Ranks that issued the same thing as number ``seq`` of a group."""
+
+    call: Call
+    ranks: tuple[int, ...]
+    left: tuple[int, ...]  # those of them that completed it
+    site: str
+    t_ns: int  # when the first of them issued it
+
+
+class Ledger:
+    """What each group was asked to do."""
+
+    def __init__(self, witnesses: Mapping[int, Witness]) -> None:
+        self._witnesses = witnesses
+        self._first: dict[GroupKey, dict[int, Call]] = {}
+        self.diverged: dict[GroupKey, set[int]] = {}  # sequence numbers at which ranks differ
+        for witness in witnesses.values():
+            tables: dict[int, dict[int, Call]] = {}  # by the identity of the key: to hash it costs its members
+            for key, seq, _, call in calls(witness):
+                table = tables.get(id(key))
+                if table is None:
+                    table = tables[id(key)] = self._first.setdefault(key, {})
+                known = table.setdefault(seq, call)
+                if known is not call and known != call and difference(known, call):
+                    self.diverged.setdefault(key, set()).add(seq)
+
+    def sides(self, key: GroupKey, seq: int) -> list[Side]:
+        """The different calls made as number ``seq``, those of the lowest rank first."""
+        together: dict[Call, list[tuple[int, bool, str, int]]] = {}
+        for rank in key[1]:
+            witness = self._witnesses.get(rank)
+            if witness is None:
+                continue
+            found = next((row for row in calls(witness, key, seq)), None)
+            if found is not None:
+                _, _, event, call = found
+                left = any(g.left >= seq for g in witness.groups if (g.name, g.members) == key)
+                together.setdefault(call, []).append((rank, left, witness.text(event.site), event.t_ns))
+        merged: list[Side] = []
+        for call, rows in together.items():
+            side = Side(
+                call, tuple(r for r, *_ in rows), tuple(r for r, left, *_ in rows if left), rows[0][2],
+                min(row[3] for row in rows),
+            )  # fmt: skip
+            merged.append(side)
+        return merged
+
+    def refused(self, key: GroupKey, over: int, upto: int) -> list[Side]:
+        """The sides of the first meeting in over + 1..upto that differ so much that it cannot complete."""
+        for seq in sorted(number for number in self.diverged.get(key, ()) if over < number <= upto):
+            sides = self.sides(key, seq)
+            if widest(sides) in ("mismatch", "sizes"):
+                return sides
+        return []
+
+    def hidden_divergence(self) -> list[str]:
+        """Groups whose members issued equally many collectives, but by the rolling hash not the same ones.
+
+        Of interest where no divergence is visible: then it is older than the oldest event in a ring.
+        """
+        hashes: dict[tuple[GroupKey, int], dict[int, list[int]]] = {}
+        for rank, witness in self._witnesses.items():
+            for group in witness.groups if witness.complete else ():
+                if group.hash and ":" not in group.name:
+                    key = (group.name, group.members), group.issued
+                    hashes.setdefault(key, {}).setdefault(group.hash, []).append(rank)
+        return [
+            f"by their rolling hashes, ranks of {key[0]} issued different collectives before #{issued}: "
+            + " | ".join(list_ranks(ranks) for ranks in sides.values())
+            for (key, issued), sides in hashes.items()
+            if len(sides) > 1 and key not in self.diverged
+        ]
+
+    def first_divergence(self) -> tuple[GroupKey, int, list[Side]] | None:
+        """The divergence of the lowest step, of those the one issued first; None where all ranks agree."""
+        found = []
+        for key, seqs in self.diverged.items():
+            sides = self.sides(key, min(seqs))
+            step = min(side.call.step for side in sides)
+            found.append(((step, min(side.t_ns for side in sides)), key, min(seqs), sides))
+        if not found:
+            return None
+        _, key, seq, sides = min(found, key=lambda row: row[0])
+        return key, seq, sides
+
+
+class Row(NamedTuple):
+    """Where a call was recorded."""
+
+    site: int
+    t_ns: int
+
+
+def calls(witness: Witness, only: GroupKey | None = None, number: int = 0) -> Iterator[tuple[GroupKey, int, Row, Call]]:
+    """The collectives that a rank issued, oldest first, or number ``number`` of one group: group, seq, where, what.
+
+    What the ring has lost but a group remembers, its last one, comes first.
+    """
+    keys = [(group.name, group.members) for group in witness.groups]
+    everyone = tuple(range(witness.who.num_ranks))
+    for group, key in zip(witness.groups, keys, strict=True):
+        last = group.last
+        if last is None or witness.first_event <= last.n <= witness.num_events or last.sig >= len(witness.strings):
+            continue
+        if only is None or (only, number) == (key, last.seq):
+            call = Call(witness.signature(last.sig), last.aux, witness.sizes(last.vector, last.num_sizes), last.step)
+            yield key, last.seq, Row(last.site, last.t_ns), call
+    untracked: dict[str, GroupKey] = {}  # groups beyond the file's slots, taken to hold everyone
+    num_strings = len(witness.strings)  # a call whose name is lost cannot be compared
+    wanted = -1 if only is None or only not in keys else keys.index(only)
+    sized = (-1, -1)
+    sizes: tuple[int, ...] = ()  # successive calls mostly share their vector
+    names = ("kind", "seq", "vector", "step", "aux", "sig", "num_sizes", "group", "site", "t_ns")
+    for kind, seq, vector, step, aux, sig, num_sizes, index, site, t_ns in zip(
+        *map(witness.column, names), strict=True
+    ):
+        if (kind != _ENTER and kind != _ISSUE) or sig >= num_strings:
+            continue
+        if only is not None and (seq != number or (wanted >= 0 and index != wanted)):
+            continue
+        signature = witness.signature(sig)
+        name = signature.group
+        key = keys[index] if index < len(keys) else untracked.setdefault(name, (name, everyone))
+        if only is None or key == only:
+            if sized != (vector, num_sizes):
+                sized, sizes = (vector, num_sizes), witness.sizes(vector, num_sizes)
+            yield key, seq, Row(site, t_ns), Call(signature, aux, sizes, step)
+
+
+def is_transfer(signature: Signature) -> bool:
+    """Whether this is one end of a point-to-point transfer."""
+    return signature.op in TRANSFERS
+
+
+def difference(a: Call, b: Call) -> str:
+    """How two calls under one (group, seq) differ: mismatch, sizes, place (layer or step only), or ""."""
+    if is_transfer(a.signature) and is_transfer(b.signature):
+        if a.signature.dtype != b.signature.dtype:
+            return "mismatch"
+        return "sizes" if a.sizes and b.sizes and a.sizes != b.sizes else ""
+    if (a.signature.op, a.signature.dtype, a.signature.reduce_op, a.root) != (
+        b.signature.op, b.signature.dtype, b.signature.reduce_op, b.root
+    ):  # fmt: skip
+        return "mismatch"
+    if a.sizes and b.sizes and a.sizes != b.sizes:
+        return "sizes"
+    if a.signature.layer != b.signature.layer or (a.step != b.step and min(a.step, b.step) >= 0):
+        return "place"
+    return ""
+
+
+def widest(sides: list[Side]) -> str:
+    """The gravest difference among several sides."""
+    found = {difference(sides[0].call, side.call) for side in sides[1:]}
+    return next((kind for kind in ("mismatch", "sizes", "place") if kind in found), "")

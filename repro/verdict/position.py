@@ -1,0 +1,176 @@
+"""Where each rank stands: the last thing its witness says, and what the system says about its process."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from repro.layout import Event, Kind
+from repro.verdict.result import Position
+from repro.witness import Witness
+
+_LOCAL = frozenset(map(int, (Kind.LOCK_HELD, Kind.LOCK_FREED, Kind.BUILD_BEGIN, Kind.BUILD_END)))
+
+GroupKey = tuple[str, tuple[int, ...]]  # two groups of one name with different members are two groups
+
+
+@dataclass(slots=True)
+class Standing:
+    """One rank's position with what the graph needs to know about it."""
+
+    position: Position
+    group: GroupKey | None = None  # of the collective it is blocked in
+    lock: str = ""  # that it waits for
+    lock_holder: int = -1  # pid named in the lock
+    holds: set[str] = field(default_factory=set)
+    issued: dict[GroupKey, int] = field(default_factory=dict)
+    left: dict[GroupKey, int] = field(default_factory=dict)
+    host: str = ""
+    pid: int = 0
+    seen: bool = False  # its witness is there and tells all there was
+
+    @property
+    def rank(self) -> int:
+        return self.position.rank
+
+    @property
+    def unable(self) -> bool:
+        """Whether its process cannot finish a collective that it has entered: gone, or stopped inside one."""
+        return self.state in ("dead", "failed") or (self.state == "running" and self.group is not None)
+
+    @property
+    def state(self) -> str:
+        return self.position.state
+
+
+def locate(
+    rank: int, witness: Witness | None, now_ns: int, alive: bool | None, excuse: str, num_ranks: int
+) -> Standing:
+    """One rank's standing. ``excuse`` says why its process is not waiting whatever its witness says."""
+    if witness is None:
+        return Standing(Position(rank, "dead" if alive is False else "missing"))
+    standing = _read(rank, witness, now_ns, num_ranks)
+    position = standing.position
+    if alive is False and position.state not in ("done", "failed"):
+        standing.position = _with_state(position, "dead")
+    elif excuse and position.state not in ("done", "failed"):
+        standing.position = _with_state(position, "running", excuse)
+    return standing
+
+
+def _with_state(position: Position, state: str, detail: str = "") -> Position:
+    fields = {name: getattr(position, name) for name in Position.__slots__}
+    return Position(**{**fields, "state": state, "detail": detail or position.detail})
+
+
+def _read(rank: int, witness: Witness, now_ns: int, num_ranks: int) -> Standing:
+    keys = {index: (group.name, group.members) for index, group in enumerate(witness.groups)}
+    held, builds = _local_work(witness)
+    last = witness.last
+    blocked = _blocked_in(witness)
+    standing = Standing(
+        Position(rank, "starting"),
+        holds=held,
+        issued={keys[i]: group.issued for i, group in enumerate(witness.groups)},
+        left={keys[i]: group.left for i, group in enumerate(witness.groups)},
+        host=witness.who.boot_id or witness.who.hostname,
+        pid=witness.who.pid,
+        seen=witness.complete,
+    )
+    if last is None:
+        if not witness.complete:
+            standing.position = Position(rank, "hidden")
+        return standing
+    state, detail, layer, group_name, op, seq, site = "running", "", "", "", "", 0, ""
+    sizes: tuple[int, ...] = ()
+    since_ns = last.t_ns
+    if blocked is not None and blocked.kind == Kind.LOCK_WAIT:
+        state, detail = "locked", witness.text(blocked.sig)
+        standing.lock, standing.lock_holder = detail, blocked.aux
+    elif blocked is not None:
+        state = "blocked"
+        call = _issue_of(witness, blocked)
+        signature = witness.signature(blocked.sig)
+        layer, op, seq, group_name = signature.layer, signature.op, blocked.seq, signature.group
+        sizes, site = witness.sizes(call.vector, call.num_sizes), witness.text(call.site)
+        since_ns = blocked.t_ns
+        standing.group = keys.get(blocked.group, (group_name, tuple(range(num_ranks))))
+    elif builds:
+        state, detail = "building", next(reversed(builds))
+        since_ns = builds[detail]
+        if witness.heartbeat_ns > since_ns:
+            detail += f", heartbeat {max(0, now_ns - witness.heartbeat_ns) / 1e9:.1f} s ago"
+    if last.kind == Kind.DONE:
+        state = "done"
+    elif last.kind == Kind.FAILED:
+        state, detail = "failed", witness.text(last.sig)
+    elif not witness.complete:
+        state = "hidden"
+    standing.position = Position(
+        rank, state, witness.text(last.phase), last.step, layer, group_name, seq, op, sizes,
+        max(0, now_ns - since_ns) / 1e9, detail, site,
+    )  # fmt: skip
+    return standing
+
+
+def _local_work(witness: Witness) -> tuple[set[str], dict[str, int]]:
+    """The locks that the rank holds, and the builds that it is in with their beginnings."""
+    held: set[str] = set()
+    builds: dict[str, int] = {}
+    for index, kind in enumerate(witness.column("kind")):
+        if kind not in _LOCAL:
+            continue
+        event = witness.event(index)
+        name = witness.text(event.sig)
+        match kind:
+            case Kind.LOCK_HELD:
+                held.add(name)
+            case Kind.LOCK_FREED:
+                held.discard(name)
+            case Kind.BUILD_BEGIN:
+                builds[name] = event.t_ns
+            case Kind.BUILD_END:
+                builds.pop(name, None)
+    return held, builds
+
+
+def _blocked_in(witness: Witness) -> Event | None:
+    """The collective or lock in which the rank waits. One that gives up inside a collective waited there until then."""
+    kinds = witness.column("kind")
+    index = len(kinds) - 1
+    while index >= 0 and kinds[index] in (Kind.DONE, Kind.FAILED):
+        index -= 1
+    return witness.event(index) if index >= 0 and kinds[index] in (Kind.ENTER, Kind.WAIT, Kind.LOCK_WAIT) else None
+
+
+def _issue_of(witness: Witness, event: Event) -> Event:
+    """The issue that a WAIT waits for."""
+    if event.kind == Kind.ENTER:
+        return event
+    wanted = (Kind.ISSUE, event.group, event.seq)
+    rows = zip(witness.column("kind"), witness.column("group"), witness.column("seq"), strict=True)
+    return next((witness.event(index) for index, row in enumerate(rows) if row == wanted), event)
+
+
+def clocks(witnesses: Mapping[int, Witness], now_ns: int | Mapping[int, int]) -> tuple[dict[int, int], list[str]]:
+    """What time it is on each rank's own clock.
+
+    One number is the clock of the host of the lowest rank; ranks of other hosts are converted through wall time,
+    which is only as good as the hosts' agreement on it.
+    """
+    if isinstance(now_ns, Mapping):
+        return {rank: now_ns[rank] for rank in witnesses}, []
+    if not witnesses:
+        return {}, []
+    home = witnesses[min(witnesses)].who
+    nows: dict[int, int] = {}
+    away = 0
+    for rank, witness in witnesses.items():
+        who = witness.who
+        if who.boot_id == home.boot_id:
+            nows[rank] = now_ns
+        else:
+            nows[rank] = now_ns + home.wall_offset_ns - who.wall_offset_ns
+            away += 1
+    note = [f"times of {away} ranks on other hosts rest on wall clocks"] if away else []
+    return nows, note

@@ -1,0 +1,159 @@
+"""What a verdict says: the classes, each rank's position, and the words for both."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+VERDICTS = ("clean", "slow", "deadlock", "stall", "corrupt", "crash", "inconclusive")
+
+
+@dataclass(frozen=True, slots=True)
+class Position:
+    """Where one rank stands.
+
+    state      missing, hidden (its last event is unreadable), starting, running, building, locked, blocked, done,
+               failed or dead
+    layer, group, seq, op, sizes    of the collective it is blocked in, else of nothing
+    detail     the lock, build or message, or what the system says about the rank
+    since_s    how long it has been there
+    """
+
+    rank: int
+    state: str
+    phase: str = ""
+    step: int = -1
+    layer: str = ""
+    group: str = ""
+    seq: int = 0
+    op: str = ""
+    sizes: tuple[int, ...] = ()
+    since_s: float = 0.0
+    detail: str = ""
+    site: str = ""
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "rank": self.rank, "state": self.state, "phase": self.phase, "step": self.step, "layer": self.layer,
+            "group": self.group, "seq": self.seq, "op": self.op, "sizes": list(self.sizes),
+            "since_s": round(self.since_s, 3), "detail": self.detail, "site": self.site,
+        }  # fmt: skip
+
+    def words(self) -> str:
+        """The position without its rank: "wait in dp all_reduce #41 (step 12, layers.0.linear_attn)"."""
+        where = ", ".join(part for part in (self._when(), self.layer) if part)
+        where = f" ({where})" if where else ""
+        match self.state:
+            case "blocked":
+                return f"wait in {self.group} {self.op} #{self.seq}{where}"
+            case "locked":
+                return f"wait for lock {self.detail}{where}"
+            case "building":
+                return f"build {self.detail}{where}"
+            case "running":
+                return f"run outside any collective{where}" + (f": {self.detail}" if self.detail else "")
+            case "starting":
+                return "have not started"
+            case "done":
+                return "are done"
+            case "failed":
+                return f"failed{where}: {self.detail}"
+            case "dead":
+                return f"died in {self.group} {self.op} #{self.seq}{where}" if self.op else f"died{where}"
+            case "hidden":
+                return "left a torn witness"
+            case _:
+                return "left no witness"
+
+    def _when(self) -> str:
+        return f"step {self.step}" if self.step >= 0 else self.phase
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """What happened, as far as the evidence goes.
+
+    verdict            one of VERDICTS
+    cause              skipped, extra, order, mismatch, sizes, lock, dead_rank, error, or ""
+    culprits           the ranks that provably did it; empty where nobody did or the evidence does not decide
+    suspects           the ranks that stand out (odd, changed, late) where nothing is proven: an observation, not guilt
+    first_divergence   where the ranks part, with both sides: {"sides": [{"ranks", "group", "seq", ...}, ...]}
+    cycle              each link: {"ranks", "waits_in", "for"}
+    confidence         certain, likely (a missing witness could add culprits), or undecided (class but not guilt)
+    """
+
+    verdict: str
+    cause: str = ""
+    culprits: tuple[int, ...] = ()
+    suspects: tuple[int, ...] = ()
+    ranks: tuple[Position, ...] = ()
+    first_divergence: dict[str, Any] | None = None
+    cycle: tuple[dict[str, Any], ...] = ()
+    evidence: tuple[str, ...] = ()
+    confidence: str = "certain"
+    quiet_s: float = 0.0
+
+    def sentences(self) -> list[str]:
+        """One sentence per distinct position, the fullest first."""
+        together: dict[str, list[int]] = {}
+        for position in self.ranks:
+            together.setdefault(position.words(), []).append(position.rank)
+        return [f"{name_ranks(ranks)} {_agree(words, ranks)}" for words, ranks in together.items()]
+
+    def sentence(self) -> str:
+        """All positions in one line."""
+        return "; ".join(self.sentences())
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "verdict": self.verdict,
+            "cause": self.cause,
+            "culprits": list(self.culprits),
+            "suspects": list(self.suspects),
+            "ranks": [position.to_json() for position in self.ranks],
+            "first_divergence": self.first_divergence,
+            "cycle": list(self.cycle),
+            "evidence": list(self.evidence),
+            "confidence": self.confidence,
+            "quiet_s": round(self.quiet_s, 3),
+        }
+
+
+@dataclass(slots=True)
+class Finding:
+    """What one step of the analysis found; the judge turns it into a verdict."""
+
+    cause: str = ""
+    culprits: tuple[int, ...] = ()
+    suspects: tuple[int, ...] = ()
+    confidence: str = "certain"
+    first_divergence: dict[str, Any] | None = None
+    evidence: list[str] = field(default_factory=list)
+
+
+def list_ranks(ranks: Iterable[int]) -> str:
+    """Ranks as people write them: "0-5", "6,7", "0-2,5"."""
+    runs: list[list[int]] = []
+    for rank in sorted(ranks):
+        if runs and rank == runs[-1][1] + 1:
+            runs[-1][1] = rank
+        else:
+            runs.append([rank, rank])
+    parts = []
+    for first, last in runs:
+        parts.append(str(first) if first == last else f"{first},{last}" if last == first + 1 else f"{first}-{last}")
+    return ",".join(parts)
+
+
+def name_ranks(ranks: Sequence[int]) -> str:
+    """ "rank 3" or "ranks 0-5"."""
+    return f"rank{'s' if len(ranks) != 1 else ''} {list_ranks(ranks)}"
+
+
+_SINGULAR = {"wait": "waits", "build": "builds", "run": "runs", "have": "has", "are": "is"}
+
+
+def _agree(words: str, ranks: Sequence[int]) -> str:
+    verb, _, rest = words.partition(" ")
+    return f"{_SINGULAR.get(verb, verb)} {rest}".rstrip() if len(ranks) == 1 else words

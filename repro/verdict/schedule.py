@@ -1,0 +1,248 @@
+"""Each rank against its own word: the collectives it issued in a step beside the schedule it declared for it.
+
+A rank that leaves its own plan deviates, and that is guilt; a rank that differs from others is only odd.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+from repro.layout import Kind
+from repro.verdict.ledger import TRANSFERS, is_transfer
+from repro.verdict.position import GroupKey
+from repro.witness import Witness
+
+_STEP = int(Kind.STEP)
+Entry = tuple[str, str, str]  # group, op, layer
+
+
+@dataclass(frozen=True, slots=True)
+class Issued:
+    """One collective of a step."""
+
+    entry: Entry
+    group: GroupKey
+    seq: int
+    t_ns: int
+    site: str
+
+
+@dataclass(slots=True)
+class Step:
+    """What one rank planned and issued in one step."""
+
+    number: int
+    plan: tuple[Entry, ...]
+    live: int
+    issued: list[Issued] = field(default_factory=list)
+    over: bool = False  # a later step began, or the rank was done: what is missing now stays missing
+
+
+@dataclass(frozen=True, slots=True)
+class Deviation:
+    """Where a rank leaves its plan. ``index`` is the place in the plan; ``issued`` what it did instead, if anything."""
+
+    kind: str  # extra, skipped, order or mismatch
+    rank: int
+    step: int
+    index: int
+    entry: Entry  # issued too much, in another order or form; or left out
+    planned: Entry | None
+    issued: Issued | None
+    group: GroupKey | None  # that the entry belongs to
+
+    @property
+    def identity(self) -> tuple[str, int, int, Entry]:
+        return self.kind, self.step, self.index, self.entry
+
+    @property
+    def concerned(self) -> set[int]:
+        """The members of the groups of what was due and of what was issued instead."""
+        issued = self.issued.group[1] if self.issued else ()
+        return {*issued, *(self.group[1] if self.group else ())}
+
+    @property
+    def habit(self) -> tuple[str, int, Entry]:
+        return self.kind, self.index, self.entry
+
+
+def steps_of(witness: Witness, num_steps: int = 10) -> list[Step]:
+    """The last steps of a rank, as far as their beginning is still in the ring."""
+    keys = [(group.name, group.members) for group in witness.groups]
+    everyone = tuple(range(witness.who.num_ranks))
+    kinds = witness.column("kind")
+    begins = [index for index, kind in enumerate(kinds) if kind == _STEP][-num_steps:]
+    steps: list[Step] = []
+    for event in witness.events(len(kinds) - begins[0]) if begins else ():
+        match event.kind:
+            case Kind.STEP:
+                if steps:
+                    steps[-1].over = True
+                steps.append(Step(event.step, witness.schedule(event.sig), event.aux))
+            case Kind.DONE:
+                steps[-1].over = True
+            case Kind.ENTER | Kind.ISSUE:
+                signature = witness.signature(event.sig)
+                name = signature.group.split(":")[0] if is_transfer(signature) else signature.group
+                key = keys[event.group] if event.group < len(keys) else (signature.group, everyone)
+                entry = (name, signature.op, signature.layer)
+                steps[-1].issued.append(Issued(entry, key, event.seq, event.t_ns, witness.text(event.site)))
+    return steps
+
+
+def align(rank: int, step: Step, groups: Mapping[str, GroupKey]) -> list[Deviation]:
+    """Where the issued collectives leave the plan, in order.
+
+    A rank that waits in one group's collective while entries of other groups are still due before it keeps each
+    group's own order, so it has inverted the order between groups; whether it would have come to those entries
+    afterwards is not known. Passing over entries of the same group, or ending the step without them, skips them.
+    """
+    plan, issued = step.plan, step.issued
+    if not plan:
+        return []
+    entries = [call.entry for call in issued]
+    deviations: list[Deviation] = []
+
+    def deviate(kind: str, entry: Entry, call: Issued | None) -> None:
+        planned = plan[i] if i < len(plan) else None
+        group = call.group if call is not None and call.entry == entry else groups.get(entry[0])
+        deviations.append(Deviation(kind, rank, step.number, i, entry, planned, call, group))
+
+    i = k = 0
+    while k < len(entries):
+        if i < len(plan) and entries[k] == plan[i]:
+            i, k = i + 1, k + 1
+            continue
+        kind, skip = _explain(entries, k, plan, i)
+        if kind == "skipped":
+            only_other_groups = entries[k][0] not in {group for group, _, _ in plan[i : i + skip]}
+            inverted = only_other_groups and k + 1 == len(entries) and not step.over
+            deviate("order" if inverted else kind, plan[i], issued[k])
+            i += skip
+        elif kind == "order":
+            deviate(kind, entries[k], issued[k])
+            i, k = i + skip, k + skip
+        else:
+            deviate(kind, entries[k], issued[k])
+            i, k = i + skip, k + 1
+    if step.over and i < len(plan):
+        deviate("skipped", plan[i], None)
+    return deviations
+
+
+def _explain(entries: Sequence[Entry], k: int, plan: Sequence[Entry], i: int) -> tuple[str, int]:
+    """The likeliest reading of ``entries[k]`` where ``plan[i]`` was due, by what fits best afterwards."""
+    if i == len(plan):
+        return "extra", 0
+    entry = entries[k]
+    rest = list(plan[i:])
+    block = _permuted(entries[k:], rest)
+    if block:
+        return "order", block
+    fits_extra = _run(entries[k + 1 :], rest)
+    if entry in rest:
+        jump = rest.index(entry)
+        fits_skip = _run(entries[k:], rest[jump:])
+        return ("skipped", jump) if fits_skip > fits_extra else ("extra", 0)
+    fits_instead = _run(entries[k + 1 :], rest[1:])
+    same_place = entry[0] == rest[0][0] and entry[2] == rest[0][2]
+    if same_place and fits_instead >= fits_extra:
+        return "mismatch", 1
+    return "extra", 0
+
+
+def _run(entries: Sequence[Entry], plan: Sequence[Entry]) -> int:
+    """How many entries follow the plan from the start."""
+    for count, (entry, planned) in enumerate(zip(entries, plan, strict=False)):
+        if entry != planned:
+            return count
+    return min(len(entries), len(plan))
+
+
+def _permuted(entries: Sequence[Entry], plan: Sequence[Entry]) -> int:
+    """The length of the shortest start that both have in different order, 0 if there is none."""
+    for length in range(2, min(len(entries), len(plan), 8) + 1):
+        if sorted(entries[:length]) == sorted(plan[:length]):
+            return length
+    return 0
+
+
+def blamable(
+    witnesses: Mapping[int, Witness], all_steps: Mapping[int, list[Step]], since: int
+) -> tuple[list[Deviation], list[Deviation]]:
+    """The first deviation of each rank from step ``since`` on that the other members did not share.
+
+    What every member of the group did alike harms nobody. The second list holds what every member used to do alike
+    in earlier steps, and this time did not: to be blamed only when nothing else can be.
+    """
+    found: dict[int, list[Deviation]] = {}
+    shared: dict[tuple[str, int, int, Entry], set[int]] = {}
+    seen: dict[int, set[int]] = {}
+    for rank, steps in all_steps.items():
+        groups = {group.name: (group.name, group.members) for group in witnesses[rank].groups}
+        for step in steps:
+            if witnesses[rank].complete:  # of others it is not known what they did not do
+                seen.setdefault(step.number, set()).add(rank)
+            for deviation in align(rank, step, groups):
+                found.setdefault(rank, []).append(deviation)
+                shared.setdefault(deviation.identity, set()).add(rank)
+
+    def is_shared(deviation: Deviation) -> bool:
+        return deviation.concerned & seen.get(deviation.step, set()) <= shared[deviation.identity]
+
+    habits = {d.habit for ds in found.values() for d in ds if is_shared(d)}
+    alone = [[d for d in ds if d.step >= since and not is_shared(d)] for ds in found.values()]
+    fresh = [next(iter(ds)) for ds in ([d for d in ds if d.habit not in habits] for ds in alone) if ds]
+    return fresh, [ds[0] for ds in alone if ds]
+
+
+def inverted_before(
+    deviations: Sequence[Deviation], witnesses: Mapping[int, Witness], all_steps: Mapping[int, list[Step]]
+) -> list[int]:
+    """Ranks that in an earlier step issued both collectives of an inversion: then it is known to be no skip."""
+    inverted = {(d.issued.entry, d.entry): d.step for d in deviations if d.kind == "order" and d.issued is not None}
+    ranks = []
+    for rank, steps in all_steps.items():
+        groups = {group.name: (group.name, group.members) for group in witnesses[rank].groups}
+        earlier = (d for step in steps for d in align(rank, step, groups) if d.kind == "order")
+        if any(d.step < inverted.get((d.entry, d.planned), -1) for d in earlier if d.planned):
+            ranks.append(rank)
+    return sorted(ranks)
+
+
+def plans_of(
+    key: GroupKey, witnesses: Mapping[int, Witness], all_steps: Mapping[int, list[Step]]
+) -> dict[int, dict[tuple[Entry, ...], list[int]]]:
+    """Step -> declared schedule -> ranks, for what all members of a group share: it and the groups around it.
+
+    Transfers are left out: the two ends of one declare different things, and others declare nothing.
+    """
+    members = set(key[1])
+    plans: dict[int, dict[tuple[Entry, ...], list[int]]] = {}
+    for rank in sorted(members & all_steps.keys()):
+        shared = {group.name for group in witnesses[rank].groups if members <= set(group.members)}
+        for step in all_steps[rank]:
+            plan = tuple(e for e in step.plan if e[0] in shared and e[1] not in TRANSFERS)
+            if step.plan:
+                plans.setdefault(step.number, {}).setdefault(plan, []).append(rank)
+    return plans
+
+
+def habitual_plan(all_steps: Mapping[int, list[Step]], before: int) -> tuple[Entry, ...]:
+    """What every rank issued in every step before ``before``, if that was always the same, twice or more; else ()."""
+    habits: set[tuple[Entry, ...]] = set()
+    for steps in all_steps.values():
+        past = [step for step in steps if step.over and step.number < before]
+        if len(past) < 2:
+            return ()
+        habits.update(tuple(call.entry for call in step.issued) for step in past)
+    return habits.pop() if len(habits) == 1 else ()
+
+
+def with_plan(all_steps: Mapping[int, Iterable[Step]], plan: tuple[Entry, ...]) -> dict[int, list[Step]]:
+    """The same steps as if each rank had declared ``plan``."""
+    return {
+        rank: [Step(step.number, plan, step.live, step.issued, step.over) for step in steps]
+        for rank, steps in all_steps.items()
+    }

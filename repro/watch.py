@@ -1,0 +1,271 @@
+"""The watcher: outside the ranks, it follows their witnesses and decides when and how a run has ended.
+
+It only reads what the ranks leave. When nothing has happened on any rank for the quiet window, it asks the
+verdict engine; while the answer is that somebody still works it goes on watching. Before it says anything final
+it collects stacks and Flight Recorder dumps, and writes verdict.json before anything is ended.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import psutil
+
+from repro import evidence, process, scenarios
+from repro.layout import Kind
+from repro.parse import WitnessError
+from repro.rundir import RunDir, read_json, write_json
+from repro.scenarios import Expected
+from repro.settings import RunSettings
+from repro.verdict import Verdict, judge
+from repro.witness import Tail, Witness, read_dir
+
+SCHEMA_VERSION = 1
+POLL_S = 0.05
+EVIDENCE_PATIENCE_S = 0.7
+DEATH_GRACE_S = 0.5
+"""How long a rank may be dead before its death is the verdict: its peers may be about to finish without it."""
+
+
+@dataclass
+class Watch:
+    """One watch over one run.
+
+    job_alive         whether the processes that were started still exist
+    reference_alive   whether reference.json may still come
+    interrupted       whether the user wants the run to end
+    show              called at every poll with the tails, for a display
+    """
+
+    run_dir: RunDir
+    settings: RunSettings
+    job_alive: Callable[[], bool]
+    reference_alive: Callable[[], bool]
+    interrupted: Callable[[], bool] = lambda: False
+    show: Callable[[list[Tail]], None] = lambda tails: None
+    notice: Callable[[str], None] = lambda text: None
+    started_ns: int = field(default_factory=time.monotonic_ns)
+
+    def __post_init__(self) -> None:
+        self._tails = [Tail(self.run_dir.witness(rank)) for rank in range(self.settings.num_ranks)]
+        self._judged_ns = 0
+        self._died_ns = 0
+        self._noticed: list[str] = []
+
+    def run(self) -> dict[str, Any]:
+        """Watch until the run is decided; returns what was written to verdict.json."""
+        while (verdict := self._decide()) is None:
+            self.show(self._tails)
+            time.sleep(POLL_S)
+        return self._write(verdict)
+
+    def processes(self) -> list[psutil.Process]:
+        """The ranks that run, by what their witnesses said, even if the files are gone by now."""
+        found = (process.find(tail.who()) for tail in self._tails)
+        return [it for it in found if it is not None]
+
+    def _decide(self) -> Verdict | None:
+        """The final verdict, or None while there is reason to go on."""
+        now_ns = time.monotonic_ns()
+        if self.interrupted():
+            return self._conclude("the run was interrupted before it was decided")
+        if now_ns - self.started_ns > self.settings.deadline_s * 1e9:
+            return self._conclude(f"the deadline of {self.settings.deadline_s:g} s passed")
+        if all(_last_kind(tail) == Kind.DONE for tail in self._tails):
+            return self._compare_with_reference()
+        if self._somebody_died(now_ns):
+            return self._conclude()
+        quiet_ns = self.settings.quiet_window_s * 1e9
+        if now_ns - max(self._last_event_ns(), self._judged_ns) < quiet_ns:
+            return None
+        return self._decide_in_quiet()
+
+    def _decide_in_quiet(self) -> Verdict | None:
+        """Judge once per quiet window: a rank that works on without events is `slow`, and the watch goes on."""
+        last_event_ns, self._judged_ns = self._last_event_ns(), time.monotonic_ns()
+        verdict = self._judge()
+        if verdict.verdict in ("slow", "inconclusive"):
+            self._notice(verdict)
+            return None
+        gaps = self._collect_evidence()
+        if self._last_event_ns() != last_event_ns:
+            return None  # somebody moved while the evidence was taken: it was not a hang
+        return self._with_dumps(self._judge(), gaps)
+
+    def _conclude(self, why: str = "") -> Verdict:
+        """The last word, with what there is: nothing more will be seen of this run."""
+        gaps = self._collect_evidence()
+        return self._with_dumps(self._judge(final=True), [*([why] if why else []), *gaps])
+
+    def _judge(self, final: bool = False, wrong_numbers: Sequence[str] = ()) -> Verdict:
+        witnesses: dict[int, Witness] = {}
+        unreadable = []
+        for rank, tail in enumerate(self._tails):
+            try:
+                witnesses[rank] = tail.witness()
+            except WitnessError as error:
+                unreadable.append(str(error))
+        verdict = judge(
+            witnesses,
+            num_ranks=self.settings.num_ranks,
+            now_ns=time.monotonic_ns(),
+            quiet_window_s=self.settings.quiet_window_s,
+            alive=self._alive(),
+            final=final,
+            wrong_numbers=wrong_numbers,
+            excused=self._excused(),
+        )
+        return _with_evidence(verdict, unreadable)
+
+    def _with_dumps(self, verdict: Verdict, texts: list[str]) -> Verdict:
+        return _with_evidence(verdict, [*evidence.compare_with_flight_recorder(self.run_dir, verdict.ranks), *texts])
+
+    def _compare_with_reference(self) -> Verdict | None:
+        """All ranks finished: `clean` only if they served what one process serves."""
+        if not self.run_dir.reference.exists() and self.reference_alive():
+            return None
+        if not self.run_dir.reference.exists():
+            verdict = self._judge(final=True)
+            text = "the single-process reference failed (logs/reference.log), so the tokens were not compared"
+            return dataclasses.replace(verdict, verdict="inconclusive", evidence=(*verdict.evidence, text))
+        wrong = wrong_tokens(self.run_dir, self.settings.num_ranks)
+        verdict = self._judge(final=True, wrong_numbers=wrong)
+        if wrong:
+            return verdict
+        reference = read_json(self.run_dir.reference)
+        num_tokens = sum(map(len, reference.values()))
+        text = f"{num_tokens} tokens of {len(reference)} requests equal the single-process reference's"
+        return _with_evidence(verdict, [text])
+
+    def _last_event_ns(self) -> int:
+        return max(self.started_ns, *(tail.last_event_ns() for tail in self._tails))
+
+    def _alive(self) -> dict[int, bool]:
+        """Whether the process of each rank that came far enough to say its pid still runs."""
+        identities = {rank: tail.who() for rank, tail in enumerate(self._tails)}
+        return {rank: process.find(who) is not None for rank, who in identities.items() if who.pid}
+
+    def _excused(self) -> dict[int, str]:
+        """Ranks that cannot move because somebody stopped their process, wherever their witness says they are."""
+        found = {rank: process.find(tail.who()) for rank, tail in enumerate(self._tails)}
+        return {rank: "stopped by a signal" for rank, it in found.items() if it is not None and process.is_stopped(it)}
+
+    def _somebody_died(self, now_ns: int) -> bool:
+        """A rank is gone or failed, or all processes are, and nobody else is about to say something."""
+        gone = any(not alive for alive in self._alive().values()) or not self.job_alive()
+        if not gone and not any(_last_kind(tail) == Kind.FAILED for tail in self._tails):
+            self._died_ns = 0
+            return False
+        self._died_ns = self._died_ns or now_ns
+        return now_ns - self._died_ns > DEATH_GRACE_S * 1e9
+
+    def _collect_evidence(self) -> list[str]:
+        pids = {rank: self._tails[rank].who().pid for rank, alive in self._alive().items() if alive}
+        return evidence.collect(self.run_dir, pids, EVIDENCE_PATIENCE_S)
+
+    def _notice(self, verdict: Verdict) -> None:
+        """Tell who waits for whom; a silence in which nobody waits for anybody is no news."""
+        sentences = verdict.sentences()
+        waiting = any(position.state in ("blocked", "locked") for position in verdict.ranks)
+        if waiting and sentences != self._noticed:
+            self._noticed = sentences
+            self.notice(f"{verdict.verdict}: {'; '.join(sentences)}")
+
+    def _write(self, verdict: Verdict) -> dict[str, Any]:
+        expected = scenarios.load(self.settings.scenario).expected(self.settings)
+        now_ns = time.monotonic_ns()
+        document = {
+            "schema_version": SCHEMA_VERSION,
+            "scenario": self.settings.scenario,
+            "variant": self.settings.variant,
+            "backend": self.settings.backend,
+            "num_ranks": self.settings.num_ranks,
+            "seed": self.settings.seed,
+            **verdict.to_json(),
+            "cause": verdict.cause or None,
+            "sentences": verdict.sentences(),
+            "expected": expected.to_json(),
+            "matches_expected": matches(verdict, expected),
+            "seconds": {
+                "stall_to_verdict": round((now_ns - self._last_event_ns()) / 1e9, 3),
+                "total": round((now_ns - self.started_ns) / 1e9, 3),
+            },
+        }
+        write_json(self.run_dir.verdict, document)
+        return document
+
+
+def judge_again(run_dir: RunDir, settings: RunSettings) -> tuple[Verdict, list[str]]:
+    """The verdict on a run from the files it left, and a line for each witness that cannot be used.
+
+    A decided run is judged as of the moment of its verdict.json, from where also comes who was alive then; any other
+    as of now.
+    """
+    witnesses, refused = read_dir(run_dir.root / "events")
+    if run_dir.verdict.exists():
+        told = read_json(run_dir.verdict)
+        last_event_ns = max((witness.last_event_ns() for witness in witnesses.values()), default=0)
+        now_ns = last_event_ns + int(told["quiet_s"] * 1e9) + 1_000_000  # the file has milliseconds
+        alive = {position["rank"]: position["state"] != "dead" for position in told["ranks"]}
+    else:
+        now_ns = time.monotonic_ns()
+        alive = {rank: process.find(witness.who) is not None for rank, witness in witnesses.items()}
+    finished = run_dir.reference.exists() and all(run_dir.output(r).exists() for r in range(settings.num_ranks))
+    verdict = judge(
+        witnesses,
+        num_ranks=settings.num_ranks,
+        now_ns=now_ns,
+        quiet_window_s=settings.quiet_window_s,
+        alive=alive,
+        final=run_dir.verdict.exists(),
+        wrong_numbers=wrong_tokens(run_dir, settings.num_ranks) if finished else (),
+    )
+    return verdict, refused
+
+
+def wrong_tokens(run_dir: RunDir, num_ranks: int) -> list[str]:
+    """A line for each request whose tokens differ from the single-process reference's."""
+    reference = read_json(run_dir.reference)
+    served: dict[str, list[int]] = {}
+    for rank in range(num_ranks):
+        served |= read_json(run_dir.output(rank))
+    found = (_difference(name, served.get(name), reference[name]) for name in reference)
+    return [text for text in found if text]
+
+
+def matches(verdict: Verdict, expected: Expected) -> bool:
+    """Whether the verdict says all that is expected, for each culprit as well."""
+    if (verdict.verdict, verdict.cause or None) != (expected.verdict, expected.cause):
+        return False
+    if expected.culprits is not None and tuple(sorted(verdict.culprits)) != expected.culprits:
+        return False
+    if expected.error and not all(p.detail.startswith(f"{expected.error}:") for p in verdict.ranks):
+        return False
+    positions = [position for position in verdict.ranks if position.rank in verdict.culprits]
+    return all(
+        expected.step in (None, position.step) and expected.layer in (None, position.layer) for position in positions
+    )
+
+
+def _with_evidence(verdict: Verdict, texts: list[str]) -> Verdict:
+    return dataclasses.replace(verdict, evidence=(*verdict.evidence, *texts))
+
+
+def _difference(name: str, served: list[int] | None, reference: list[int]) -> str:
+    if served is None:
+        return f"request {name} was not served"
+    for index, (ours, theirs) in enumerate(zip(served, reference, strict=False)):
+        if ours != theirs:
+            return f"request {name}: token {index} is {ours}, {theirs} in the single-process reference"
+    if len(served) != len(reference):
+        return f"request {name}: {len(served)} tokens served, {len(reference)} in the single-process reference"
+    return ""
+
+
+def _last_kind(tail: Tail) -> int | None:
+    event = tail.last_event()
+    return event.kind if event else None

@@ -1,0 +1,230 @@
+"""One rank: ``torchrun --nproc-per-node N -m repro.worker SCENARIO --variant V``.
+
+Under ``python -m repro run`` the launcher has made the run directory and watches it. Started by plain torchrun,
+rank 0 makes the run directory and starts the watcher itself, so that the run ends with the same files.
+
+A rank never ends on its own while its peers may still be looked at: it records that it is done or failed, and
+parks until the watcher lets it go.
+"""
+
+from __future__ import annotations
+
+import argparse
+import faulthandler
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from hybrid_moe_ref.config import ConfigError
+from hybrid_moe_ref.engine.server_config import CHECKS
+from repro import process, scenarios
+from repro.launch import prepare_run_dir
+from repro.record import Recorder
+from repro.rundir import OutputError, RunDir, read_json, write_atomically, write_json
+from repro.settings import VARIANTS, RunSettings
+
+if TYPE_CHECKING:
+    import torch.distributed as dist
+
+PARK_INTERVAL_S = 0.05
+LAST_RESORT_S = 25.0
+"""How long after its deadline a rank ends itself, should the watcher be gone: within the 30 s that are promised."""
+
+
+def run_rank(run_dir: RunDir, settings: RunSettings, rank: int, join: Callable[[], dist.Store | None]) -> None:
+    """Everything that one rank does, from opening its witness to parking.
+
+    join: called after the witness is open; imports torch and returns the store that the ranks meet through,
+    or None for torchrun's environment.
+    """
+    dump_on_signals(run_dir, rank)
+    faulthandler.dump_traceback_later(settings.deadline_s + LAST_RESORT_S, exit=True)
+    recorder = Recorder.open(run_dir.witness(rank), rank, settings.num_ranks)
+    try:
+        recorder.phase("import")
+        outputs = serve(settings, rank, join(), recorder)
+        write_json(run_dir.output(rank), outputs)
+        recorder.done()
+        print(f"[rank {rank}] done: {len(outputs)} requests", flush=True)
+    except Exception as error:  # recorded, printed and parked: peers and watcher must see who failed, and where
+        recorder.failed(f"{type(error).__name__}: {error}")
+        print(f"[rank {rank}] failed:\n{traceback.format_exc()}", flush=True)
+    park(run_dir)
+
+
+def serve(settings: RunSettings, rank: int, store: dist.Store | None, recorder: Recorder) -> dict[str, list[int]]:
+    """Start the engine with the scenario's policies and serve this rank's requests; the new tokens by request."""
+    import torch
+
+    from hybrid_moe_ref.engine.lifecycle import Engine
+    from hybrid_moe_ref.parallel.comm import Communicator
+
+    torch.set_num_threads(1)
+    server = settings.server()
+    policies = scenarios.load(settings.scenario).policies(settings.variant)
+    on_gpu = settings.backend == "nccl"
+    recorder.phase("connect")
+    if settings.effective_checks == "strict" and store is not None:
+        store = loopback_store(store, rank, settings.num_ranks)
+    comm = Communicator.connect(
+        server.parallel,
+        rank,
+        backend=settings.backend,
+        store=store,
+        device=torch.device("cuda", rank % torch.cuda.device_count()) if on_gpu else torch.device("cpu"),
+        observer=recorder,
+        timeout_s=settings.deadline_s + 600,  # the watcher ends a run; a group's own timeout must not come first
+    )
+    return Engine(server, comm, policies).serve(settings.requests()[rank])
+
+
+def dump_on_signals(run_dir: RunDir, rank: int) -> None:
+    """SIGUSR1: Python stacks to the stack file. SIGUSR2: the Flight Recorder to the fr file.
+
+    Both work while the main thread waits inside a collective, where a Python signal handler would not run:
+    faulthandler writes from the C handler, and the Flight Recorder is dumped by a thread that the C handler
+    wakes through the wake-up descriptor.
+    """
+    stack_file = run_dir.stack(rank).open("w")  # faulthandler keeps the descriptor; it lives as long as the rank
+    faulthandler.register(signal.SIGUSR1, file=stack_file, all_threads=True)
+    read_end, write_end = os.pipe()
+    os.set_blocking(write_end, False)
+    signal.signal(signal.SIGUSR2, lambda *_: None)
+    signal.set_wakeup_fd(write_end, warn_on_full_buffer=False)
+    threading.Thread(target=_dump_when_woken, args=(run_dir, rank, read_end), daemon=True).start()
+
+
+def _dump_when_woken(run_dir: RunDir, rank: int, read_end: int) -> None:
+    while os.read(read_end, 64):
+        c10d = sys.modules.get("torch._C._distributed_c10d")
+        dump = getattr(c10d, "_dump_nccl_trace_json", None) or getattr(c10d, "_dump_fr_trace_json", None)
+        if dump is None:
+            continue  # torch is not imported yet: there is nothing to dump
+        try:
+            write_atomically(run_dir.flight_recorder(rank), dump(True, False))
+        except (OSError, RuntimeError) as error:
+            print(f"[rank {rank}] Flight Recorder not dumped: {error}", flush=True)
+
+
+def park(run_dir: RunDir) -> None:
+    """Wait for the watcher's word: the first rank that exits takes its peers' evidence with it."""
+    while not run_dir.release.exists():
+        time.sleep(PARK_INTERVAL_S)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Entry point under torchrun: 0, or 2 for a usage error."""
+    process.die_with_parent()
+    launcher = os.environ.get("HMR_LAUNCHER")
+    if launcher and not process.still_runs(launcher):
+        return 1  # it was killed before torchrun's death could reach this process
+    rank = int(os.environ.get("RANK", "0"))
+    if launched := os.environ.get("HMR_RUN_DIR"):
+        run_dir = RunDir(Path(launched))
+        log = os.open(run_dir.log(rank), os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+        os.dup2(log, 1)
+        os.dup2(log, 2)
+        settings = RunSettings.from_mapping(read_json(run_dir.config))
+        run_rank(run_dir, settings, rank, lambda: _file_store(run_dir, settings.num_ranks))
+        return 0
+    try:
+        settings, out = _parse(argv)
+        scenarios.load(settings.scenario)
+        run_dir = _meet(settings, out, rank)
+    except (ConfigError, OutputError) as error:
+        if rank == 0:
+            print(f"repro.worker: {error}", file=sys.stderr)
+        return 2
+    run_rank(run_dir, settings, rank, lambda: None)
+    return 0
+
+
+def _file_store(run_dir: RunDir, num_ranks: int) -> dist.Store:
+    import torch.distributed as dist
+
+    return dist.FileStore(str(run_dir.store), num_ranks)
+
+
+def loopback_store(meeting: dist.Store, rank: int, num_ranks: int) -> dist.Store:
+    """A TCP store that listens on loopback alone: it answers in microseconds, where a file takes milliseconds."""
+    import torch.distributed as dist
+
+    if rank == 0:
+        listener = socket.create_server(("127.0.0.1", 0), backlog=num_ranks + 8)
+        port = listener.getsockname()[1]
+        store = dist.TCPStore(
+            "127.0.0.1", port, num_ranks, True, wait_for_workers=False, master_listen_fd=listener.detach()
+        )
+        meeting.set("loopback", str(port))
+        return store
+    return dist.TCPStore("127.0.0.1", int(meeting.get("loopback")), num_ranks, False)
+
+
+class _Parser(argparse.ArgumentParser):
+    """Errors are raised, for one rank to print in one line."""
+
+    def error(self, message: str) -> Any:
+        raise ConfigError(message)
+
+
+def _parse(argv: list[str] | None) -> tuple[RunSettings, Path]:
+    parser = _Parser(prog="torchrun ... -m repro.worker", allow_abbrev=False)
+    parser.add_argument("scenario")
+    parser.add_argument("--variant", choices=VARIANTS, default="fault")
+    parser.add_argument("--backend", choices=("gloo", "nccl"), default="gloo")
+    parser.add_argument("--checks", choices=CHECKS, default="")
+    parser.add_argument("--quiet-window", type=float, default=1.0, metavar="S")
+    parser.add_argument("--deadline", type=float, default=120.0, metavar="S")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--out", type=Path, default=Path("runs"))
+    args = parser.parse_args(argv)
+    settings = RunSettings(
+        args.scenario,
+        args.variant,
+        num_ranks=int(os.environ.get("WORLD_SIZE", "1")),
+        backend=args.backend,
+        quiet_window_s=args.quiet_window,
+        deadline_s=args.deadline,
+        seed=args.seed,
+        checks=args.checks,
+    )
+    return settings, args.out
+
+
+def _meet(settings: RunSettings, out: Path, rank: int) -> RunDir:
+    """Rank 0 makes the run directory and starts the watcher; the others are told where through torchrun's store."""
+    import torch.distributed as dist
+
+    if os.environ.get("LOCAL_WORLD_SIZE") == os.environ.get("WORLD_SIZE"):
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+    store, _, _ = next(dist.rendezvous("env://"))
+    store = dist.PrefixStore("repro", store)
+    if rank != 0:
+        told = store.get("run_dir").decode()
+        if not told:
+            sys.exit(2)  # rank 0 said why
+        return RunDir(Path(told))
+    try:
+        run_dir = prepare_run_dir(out, settings)
+    except OutputError:
+        store.set("run_dir", "")
+        raise
+    subprocess.Popen(
+        [sys.executable, "-m", "repro", "watch", str(run_dir.root), "--end"],
+        stdin=subprocess.DEVNULL,
+        start_new_session=True,  # it outlives the ranks, writes the verdict, and ends when they are gone
+    )
+    store.set("run_dir", str(run_dir.root))
+    return run_dir
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,58 @@
+"""Requests for every rank, drawn from a seed: uneven lengths, staggered arrivals, ranks that run dry early."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import dataclass
+
+from hybrid_moe_ref.config import Config, ConfigError
+from hybrid_moe_ref.engine.scheduler import Request
+
+
+@dataclass(frozen=True)
+class WorkloadConfig(Config):
+    """Bounds of the drawn requests; every number is inclusive.
+
+    The first request of a rank arrives at step 0, so that all ranks start busy; later ones up to
+    ``max_arrival_step``. One to ``max_idle_ranks`` ranks, drawn by the seed, get a single short request and so
+    fall idle while the others still work: the state in which a DP server spends most of its life.
+    """
+
+    max_requests: int = 3
+    max_prompt_tokens: int = 12
+    max_new_tokens: int = 9
+    max_arrival_step: int = 8
+    short_new_tokens: int = 3
+    max_idle_ranks: int = 3
+
+    def __post_init__(self) -> None:
+        for name in ("max_requests", "max_prompt_tokens", "short_new_tokens", "max_idle_ranks"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{getattr(self, name)} is less than 1", name)
+        if self.max_arrival_step < 0:
+            raise ConfigError(f"{self.max_arrival_step} is less than 0", "max_arrival_step")
+        if self.max_new_tokens <= self.short_new_tokens:
+            raise ConfigError(
+                f"{self.max_new_tokens} is not more than short_new_tokens {self.short_new_tokens}: "
+                "no rank would outlive another",
+                "max_new_tokens",
+            )
+
+
+def draw_requests(config: WorkloadConfig, num_ranks: int, vocab_size: int, seed: int) -> list[list[Request]]:
+    """The requests of each rank; the same for the same arguments, on every machine."""
+    rng = random.Random(seed)
+    num_idle = rng.randint(1, min(config.max_idle_ranks, num_ranks - 1))
+    idle = set(rng.sample(range(num_ranks), num_idle))
+    return [_draw_rank(config, rank, rank in idle, vocab_size, rng) for rank in range(num_ranks)]
+
+
+def _draw_rank(config: WorkloadConfig, rank: int, idle: bool, vocab_size: int, rng: random.Random) -> list[Request]:
+    requests = []
+    for index in range(1 if idle else rng.randint(1, config.max_requests)):
+        shortest = 1 if idle else config.short_new_tokens + 1
+        longest = config.short_new_tokens if idle else config.max_new_tokens
+        prompt = [rng.randrange(vocab_size) for _ in range(rng.randint(1, config.max_prompt_tokens))]
+        arrival = 0 if index == 0 else rng.randint(0, config.max_arrival_step)
+        requests.append(Request(f"rank{rank}-{index}", tuple(prompt), rng.randint(shortest, longest), arrival))
+    return requests

@@ -1,0 +1,139 @@
+"""Make or complete .venv for one use of it: ``setup_venv.py repro | test | lint``. Called by the Makefile.
+
+A torch >= 2.11 that this Python already has is used as it is; otherwise torch is installed, and on Linux
+without a GPU only its CPU build, never the gigabytes of CUDA libraries. While something is being installed,
+.venv holds the mark ``.unfinished``: a set-up that was interrupted starts again from nothing. The stamp that
+make looks at comes last. Standard library only.
+"""
+
+import fcntl
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+VENV = ROOT / ".venv"
+VENV_PYTHON = VENV / "bin" / "python"
+UNFINISHED = VENV / ".unfinished"
+INPUTS = [ROOT / "pyproject.toml", ROOT / "setup.py", Path(__file__).resolve()]
+
+EXTRAS = {"repro": "", "test": "[test]", "lint": "[dev]"}
+CPU_TORCH = "torch==2.13.0+cpu"
+PROBE = """
+import importlib.metadata, torch, torch.distributed
+version = importlib.metadata.version("torch")
+if tuple(map(int, version.split(".")[:2])) < (2, 11): raise ImportError(f"torch {version} is older than 2.11")
+if not torch.distributed.is_available(): raise ImportError(f"torch {version} has no torch.distributed")
+torch.ones(2).sum()
+print(version)
+"""
+SITE_PACKAGES = "import sysconfig; print(sysconfig.get_path('purelib'))"
+
+
+def say(text: str) -> None:
+    print(f"setup: {text}", flush=True)
+
+
+def stamp(use: str) -> Path:
+    return VENV / f".ready-{use}"
+
+
+def is_ready(use: str) -> bool:
+    if UNFINISHED.exists() or not VENV_PYTHON.exists() or not stamp(use).exists():
+        return False
+    return stamp(use).stat().st_mtime >= max(path.stat().st_mtime for path in INPUTS)
+
+
+def working_torch(python: str | Path) -> tuple[str, str]:
+    """(version, "") of the torch that this interpreter can use, or ("", why it cannot)."""
+    probe = subprocess.run([python, "-c", PROBE], capture_output=True, text=True)
+    if probe.returncode == 0:
+        return probe.stdout.split()[-1], ""
+    return "", (probe.stderr.strip().splitlines() or [f"exit status {probe.returncode}"])[-1]
+
+
+def has_gpu() -> bool:
+    smi = shutil.which("nvidia-smi")
+    return Path("/dev/nvidia0").exists() or (
+        smi is not None and subprocess.run([smi], capture_output=True).returncode == 0
+    )
+
+
+def torch_to_install() -> str:
+    if has_gpu():
+        return "torch>=2.11"
+    return CPU_TORCH if sys.platform == "linux" else "torch==2.13.0"
+
+
+def make_venv() -> None:
+    torch, why_not = working_torch(sys.executable)
+    say(f"making .venv {f'with the torch {torch} of {sys.executable}' if torch else f'({why_not})'}")
+    shutil.rmtree(VENV, ignore_errors=True)
+    VENV.mkdir()
+    UNFINISHED.touch()
+    command = [sys.executable, "-m", "venv", *(["--system-site-packages"] if torch else []), str(VENV)]
+    if subprocess.run(command).returncode:
+        sys.exit(f"setup: {sys.executable} cannot make a virtual environment (on Debian: python3-venv)")
+    if torch and sys.prefix != sys.base_prefix:
+        # This interpreter is itself a virtual environment, and "system" means the one below it.
+        outer, inner = (
+            subprocess.check_output([python, "-c", SITE_PACKAGES], text=True).strip()
+            for python in (sys.executable, VENV_PYTHON)
+        )
+        Path(inner, "outer_environment.pth").write_text(outer + "\n")
+
+
+def pip_install(requirement: str, torch: str) -> str:
+    """Install this project with an extra; naming torch keeps pip from replacing it. Returns pip's error."""
+    command = [str(VENV_PYTHON), "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
+    command += [torch, "--editable", requirement]
+    pip = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, close_fds=False)
+    return (pip.stderr.strip() or "pip failed") if pip.returncode else ""
+
+
+def install(use: str) -> None:
+    version, _ = working_torch(VENV_PYTHON)
+    torch = f"torch=={version}" if version else torch_to_install()
+    say(f"installing what `make {use}` needs, with {torch}")
+    requirement = "." + EXTRAS[use]
+    error = pip_install(requirement, torch)
+    if torch == CPU_TORCH and CPU_TORCH in error:
+        sys.exit(
+            f"setup: the package index in use has no CPU build of torch ({torch}); set PIP_EXTRA_INDEX_URL "
+            f"to PyTorch's index of CPU builds, or install torch >= 2.11 for {sys.executable} first"
+        )
+    if error:
+        sys.exit(f"{error}\nsetup: pip could not install {requirement}; its reason stands above")
+    if not version:
+        version, why_not = working_torch(VENV_PYTHON)
+        if not version:
+            sys.exit(f"setup: torch was installed but does not work: {why_not}")
+    if use == "test":
+        error = pip_install(".[oracles]", f"torch=={version}")
+        if error:
+            say(f"no oracles, tests that compare with them will skip: {error.splitlines()[-1]}")
+
+
+def main(use: str) -> None:
+    lock = os.open(ROOT, os.O_RDONLY)  # a lock on the folder itself: no lock file is left behind
+    os.set_inheritable(lock, True)  # a pip that outlives a killed set-up still holds it
+    fcntl.flock(lock, fcntl.LOCK_EX)
+    if is_ready(use):  # made by another process while this one waited
+        return
+    if UNFINISHED.exists() or not VENV_PYTHON.exists():
+        make_venv()
+    UNFINISHED.touch()
+    install(use)
+    UNFINISHED.unlink()
+    stamp("repro").touch()  # every use includes what repro needs
+    stamp(use).touch()
+    say(".venv is ready")
+
+
+if __name__ == "__main__":
+    try:
+        main(sys.argv[1])
+    except KeyboardInterrupt:
+        sys.exit("\nsetup: interrupted; the next make starts it again")

@@ -1,0 +1,276 @@
+"""Random programs for simulated ranks, one fault in each, and the truth about how that ends.
+
+``draw(seed)`` makes a :class:`Case`; ``Case.simulate()`` runs it to rest; ``truth(case, sim)`` says what a perfect
+observer would: class, culprits, and whether a witness can show who is to blame at all.
+"""
+
+from __future__ import annotations
+
+import itertools
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+
+from scene import MS, SMALL
+from simulator import Action, Simulation
+
+from hybrid_moe_ref.parallel.observer import Collective, ScheduleEntry
+from repro.layout import Geometry
+
+# Off the declared schedule: the witnesses show who did it.
+OFF_PLAN = ("extra", "extra_async", "duplicate", "skip", "swap", "swap_async", "replace", "habit")
+# By the declared schedule or in the arguments: they show only who differs.
+SILENT = ("plan_swap", "plan_skip", "dtype", "reduce_op", "root", "numel", "sizes", "sizes_abort", "early_done")
+OTHER = ("none", "lock", "stale_lock", "held_lock", "unknown_lock", "kill", "kill_inside", "fail", "spin", "stall")
+LATE = ("straggler", "builder", "late_starter")
+FAULTS = OFF_PLAN + SILENT + OTHER + LATE
+
+FOREVER_NS = 10**15
+WRAPPING = Geometry(ring_records=40, vector_words=96, string_bytes=16_384, group_slots=16)
+
+
+@dataclass(frozen=True)
+class Item:
+    """One collective in the program of one rank, or something local before it."""
+
+    call: Collective | None
+    wait_after: int | None = None  # None: blocking; else issued, and waited for after that many more items
+    planned: ScheduleEntry | None = None
+    before: tuple[Action, ...] = ()
+    after: tuple[Action, ...] = ()
+
+
+@dataclass
+class Case:
+    """One drawn run: ``steps[rank][step]`` is a list of items."""
+
+    seed: int
+    fault: str
+    num_ranks: int
+    groups: dict[str, list[tuple[int, ...]]]
+    steps: list[list[list[Item]]]
+    declared: bool
+    habit: bool  # all ranks issue an undeclared collective in every step
+    hosts: int
+    shape: Geometry
+    culprits: tuple[int, ...] = ()
+    step: int = -1  # where the fault is, counted from 0
+    stalls: list[tuple[str, int]] = field(default_factory=list)
+    locks: dict[str, int] = field(default_factory=dict)
+
+    def programs(self) -> list[list[Action]]:
+        return [self._program(rank) for rank in range(self.num_ranks)]
+
+    def _program(self, rank: int) -> list[Action]:
+        actions: list[Action] = [("phase", "serve")]
+        for number, items in enumerate(self.steps[rank], start=1):
+            plan = tuple(item.planned for item in items if item.planned is not None)
+            actions.append(("step", number, plan if self.declared else ()))
+            pending: dict[int, list[str]] = {}
+            for index, item in enumerate(items):
+                actions += item.before
+                if item.call is not None and item.wait_after is None:
+                    actions.append(("call", item.call))
+                elif item.call is not None:
+                    tag = f"{number}.{index}"
+                    actions.append(("issue", item.call, tag))
+                    pending.setdefault(index + (item.wait_after or 0), []).append(tag)
+                actions += [("wait", tag) for tag in pending.pop(index, [])]
+                actions += item.after
+            actions += [("wait", tag) for tags in pending.values() for tag in tags]
+        return actions
+
+    def simulate(self, until_ns: int | None = None) -> Simulation:
+        sim = Simulation(
+            self.programs(), self.groups, seed=self.seed, shape=self.shape, hosts=self.hosts, stalls=self.stalls,
+            locks=self.locks, aborts=self.fault == "sizes_abort",
+        )  # fmt: skip
+        if self.fault == "kill_inside":
+            while (victim := sim.ranks[self.culprits[0]]).state == "running":
+                moment = sim.next_event_ns()
+                if moment is None or (victim.blocked and victim.step >= 1 + self.seed % len(self.steps[0])):
+                    victim.state = "dead"
+                    break
+                sim.run(moment)
+        sim.run(until_ns)
+        return sim
+
+    def lock_holders(self) -> dict[str, int]:
+        return {} if self.fault == "unknown_lock" else self.locks
+
+
+@dataclass(frozen=True)
+class Truth:
+    verdict: str
+    culprits: tuple[int, ...] = ()
+    provable: bool = True  # the witnesses show who is to blame
+
+
+def truth(case: Case, sim: Simulation) -> Truth:
+    """What became of the run, from the scheduler's own state."""
+    stuck = [rank for rank, each in enumerate(sim.ranks) if each.blocked and each.state == "running"]
+    states = {each.state for each in sim.ranks}
+    wrapped = case.shape is WRAPPING
+    culprits = case.culprits
+    if case.fault in OFF_PLAN:
+        culprits = tuple(rank for rank in culprits if rank in sim.acted)
+    provable = case.fault not in SILENT and (case.declared or case.fault == "lock") and not wrapped
+    if case.habit and case.step == 0:
+        provable = False  # who leaves the schedule by habit is not known before there is one
+    if _mispaired(sim):
+        return Truth("corrupt", culprits, provable)
+    if case.fault in LATE and stuck:
+        return Truth("slow", case.culprits)
+    if states == {"done"}:
+        return Truth("clean")
+    if "spinning" in states:
+        return Truth("slow", case.culprits)
+    if case.fault == "sizes_abort" and "dead" in states:
+        return Truth("crash", case.culprits, False)
+    if {"dead", "failed"} & states:
+        return Truth("crash", case.culprits)
+    if any(channel.jammed == "stall" for channel in sim.channels.values()):
+        return Truth("stall")
+    if case.fault == "held_lock":
+        return Truth("slow")
+    if case.fault == "unknown_lock":
+        return Truth("inconclusive")
+    if case.fault == "stale_lock":
+        return Truth("deadlock")
+    return Truth("deadlock", culprits, provable)
+
+
+def _mispaired(sim: Simulation) -> bool:
+    """Whether a meeting was completed, on both sides, by ranks that meant different collectives."""
+    for channel in sim.channels.values():
+        for meeting, left in zip(channel.calls, channel.left, strict=True):
+            sides = {
+                (replace(call, op="", root=0, layer=""), 0) if call.op in ("send", "recv") else (call, step)
+                for rank, (call, step) in meeting.items()
+                if rank in left
+            }
+            if len(sides) > 1:
+                return True
+    return False
+
+
+def draw(seed: int, fault: str | None = None, rng: random.Random | None = None) -> Case:
+    """The case of a seed, or one that ``rng`` decides on; the seed then only times it."""
+    rng = rng or random.Random(seed)
+    fault = fault or rng.choice(FAULTS)
+    num_ranks = rng.choice((2, 3, 4, 4, 5, 6, 8, 8, 8, 12, 16)) if rng.random() < 0.97 else rng.randint(17, 64)
+    everyone = tuple(range(num_ranks))
+    groups = {"dp": [everyone], "ep": [everyone]}
+    if rng.random() < 0.4:
+        size = rng.choice((2, 3, 4))
+        groups["tp"] = [everyone[i : i + size] for i in range(0, num_ranks, size)]
+    if rng.random() < 0.3:
+        groups["pp"] = [everyone]
+    # A duplicate before a habitual extra looks like that extra where it was not shared, and is: the schedule decides.
+    habit = fault == "habit" or (rng.random() < 0.15 and fault != "duplicate")
+    declared, hosts = rng.random() < 0.85, rng.choice((1, 1, 2))
+    shape = WRAPPING if rng.random() < 0.1 else SMALL
+    case = Case(seed, fault, num_ranks, groups, [[] for _ in everyone], declared, habit, hosts, shape)
+    constant = rng.random() < 0.7
+    template = _template(rng, groups)
+    for number in range(rng.randint(2, 5)):
+        if number and not constant:
+            template = _template(rng, groups)
+        _append_step(case, template, rng)
+    if case.habit:
+        call = Collective("dp", "all_reduce", "layers.0.linear_attn", (32,), "int32", "sum")
+        for steps in case.steps:
+            for items in steps:
+                items.insert(1, Item(call))
+    _local_work(case, rng)
+    _inject(case, rng)
+    return case
+
+
+def _template(rng: random.Random, groups: dict[str, list[tuple[int, ...]]]) -> list[tuple[str, str, str, int | None]]:
+    """(group, op, layer, wait_after) of each collective of a step; "dp all_reduce" first, as an engine does."""
+    entries: list[tuple[str, str, str, int | None]] = [("dp", "all_reduce", "", None)]
+    for layer in range(rng.randint(1, 4)):
+        for _ in range(rng.randint(1, 3)):
+            group = rng.choice(sorted(groups))
+            ops = ("transfer",) if group == "pp" else ("all_reduce", "broadcast", "all_gather_v", "reduce_scatter_v")
+            wait_after = rng.choice((0, 1, 2, 3)) if rng.random() < 0.25 and group != "pp" else None
+            entries.append((group, rng.choice(ops), f"layers.{layer}.mlp", wait_after))
+    return list({entry[:3]: entry for entry in entries}.values())  # twins in a schedule cannot be told apart
+
+
+def _append_step(case: Case, template: list[tuple[str, str, str, int | None]], rng: random.Random) -> None:
+    new: list[list[Item]] = [[] for _ in case.steps]
+    for group, op, layer, wait_after in template:
+        numel = rng.choice((8, 32))
+        pairs = _pairs(case.num_ranks, rng) if op == "transfer" else []
+        for members in case.groups[group]:
+            sizes = tuple(rng.randint(0, 9) for _ in members) if op.endswith("_v") else (numel,)
+            reduce_op = "sum" if "reduce" in op else ""
+            for rank in members if op != "transfer" else ():
+                call = Collective(group, op, layer, sizes, "float32", reduce_op, 0 if op == "broadcast" else -1)
+                new[rank].append(_item(call, wait_after))
+        for source, target in pairs:
+            new[source].append(_item(Collective(group, "send", layer, (numel,), "float32", "", target)))
+            new[target].append(_item(Collective(group, "recv", layer, (numel,), "float32", "", source)))
+    for rank, items in enumerate(new):
+        case.steps[rank].append(items)
+
+
+def _pairs(num_ranks: int, rng: random.Random) -> list[tuple[int, int]]:
+    """Transfers in one order on all ranks, so that they cannot lock each other."""
+    order = list(range(num_ranks))
+    rng.shuffle(order)
+    return list(itertools.pairwise(order[:5]))
+
+
+def _item(call: Collective, wait_after: int | None = None) -> Item:
+    return Item(call, wait_after, ScheduleEntry(call.group, call.op, call.layer))
+
+
+def _local_work(case: Case, rng: random.Random) -> None:
+    """Sleeps, builds and short critical sections, all legal."""
+    for steps in case.steps:
+        for items in steps:
+            for index, item in enumerate(items):
+                if rng.random() < 0.08:
+                    work = rng.choice(
+                        [
+                            (("sleep", rng.randrange(5 * MS)),),
+                            (("build", "gdn", rng.randrange(5 * MS)), ("built", "gdn")),
+                            (("lock", "cache"), ("build", "gdn", MS), ("built", "gdn"), ("unlock", "cache")),
+                        ]
+                    )
+                    items[index] = replace(item, before=work + item.before)
+
+
+def _inject(case: Case, rng: random.Random) -> None:
+    from injections import INJECTIONS
+
+    INJECTIONS[case.fault](case, rng)
+
+
+def pick(case: Case, rng: random.Random, *, group: str | None = None, collective: bool = True) -> tuple[int, int, int]:
+    """A random (rank, step, index) of an item, of one group if asked."""
+    places = [
+        (rank, step, index)
+        for rank, steps in enumerate(case.steps)
+        for step, items in enumerate(steps)
+        for index, item in enumerate(items)
+        if item.call is not None
+        and item.planned is not None
+        and (group is None or item.call.group == group)
+        and (not collective or item.call.group != "pp")
+        and len(members_of(case, rank, item.call)) > 1
+    ]
+    return rng.choice(places)
+
+
+def members_of(case: Case, rank: int, call: Collective) -> tuple[int, ...]:
+    return next(members for members in case.groups[call.group] if rank in members)
+
+
+def some_of(members: Sequence[int], rng: random.Random, most: int | None = None) -> tuple[int, ...]:
+    """A part of the members: at least one, never all."""
+    count = rng.randint(1, min(len(members) - 1, most or len(members)))
+    return tuple(sorted(rng.sample(list(members), count)))

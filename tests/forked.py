@@ -1,0 +1,78 @@
+"""Runs of a scenario on forked ranks: the worker, the watcher and the files of a real run, without torchrun."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import functools
+import os
+import signal
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+
+from repro import launch, reference
+from repro.rundir import RunDir, write_json
+from repro.settings import RunSettings
+from repro.worker import run_rank
+
+os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+
+
+@functools.lru_cache(maxsize=64)
+def reference_tokens(settings: RunSettings) -> dict[str, list[int]]:
+    """The single-process answer; variants share it."""
+    return reference.compute(settings)
+
+
+def run_forked(
+    settings: RunSettings,
+    out: Path,
+    *,
+    with_reference: bool = True,
+    in_rank: Callable[[int], None] = lambda rank: None,
+    during: Callable[[RunDir, list[int]], None] = lambda run_dir, pids: None,
+    notice: Callable[[str], None] = lambda text: None,
+) -> tuple[RunDir, dict[str, Any]]:
+    """Run one variant; in_rank runs in each rank before it starts, during in this process once all have forked."""
+    run_dir = launch.prepare_run_dir(out, settings)
+    write_json(run_dir.reference, reference_tokens(_shared(settings)) if with_reference else {})
+    pids = [_fork(run_dir, settings, rank, in_rank) for rank in range(settings.num_ranks)]
+    try:
+        during(run_dir, pids)
+        document = launch.attend(
+            run_dir, settings, lambda: False, launch.Display(notice=notice), lambda: any(map(_running, pids))
+        )
+    finally:
+        for pid in pids:
+            with contextlib.suppress(ChildProcessError, ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+                os.waitpid(pid, 0)
+    return run_dir, document
+
+
+def _shared(settings: RunSettings) -> RunSettings:
+    return dataclasses.replace(settings, scenario="any", variant="control", checks="", quiet_window_s=1, deadline_s=1)
+
+
+def _fork(run_dir: RunDir, settings: RunSettings, rank: int, in_rank: Callable[[int], None]) -> int:
+    if pid := os.fork():
+        return pid
+    sys.stdout = sys.stderr = log = run_dir.log(rank).open("w")  # pytest has put its own in place of both
+    os.dup2(log.fileno(), 1)
+    os.dup2(log.fileno(), 2)
+    try:
+        in_rank(rank)
+        run_rank(run_dir, settings, rank, lambda: dist.FileStore(str(run_dir.store), settings.num_ranks))
+    finally:
+        os._exit(0)
+
+
+def _running(pid: int) -> bool:
+    try:
+        return os.waitpid(pid, os.WNOHANG)[0] == 0
+    except ChildProcessError:
+        return False

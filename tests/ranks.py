@@ -1,0 +1,72 @@
+"""Ranks for tests: forked after torch is imported, so that eight of them start in half a second.
+
+A rank that raises makes the test fail with its traceback; one that does not end is killed at the deadline.
+"""
+
+from __future__ import annotations
+
+import os
+import pickle
+import signal
+import time
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+
+
+def run_ranks(
+    num_ranks: int, tmp_path: Path, run: Callable[[int, dist.Store], Any], deadline_s: float = 60
+) -> list[Any]:
+    """Call ``run(rank, store)`` in a process per rank; what each returned, by rank."""
+    store_path = tmp_path / f"store-{time.monotonic_ns()}"
+    results = [tmp_path / f"{store_path.name}-rank{rank}" for rank in range(num_ranks)]
+    pids = [_fork(rank, num_ranks, store_path, results, run) for rank in range(num_ranks)]
+    late = _wait(pids, deadline_s)
+    outcomes = [pickle.loads(path.read_bytes()) if path.exists() else ("lost", "") for path in results]
+    failures = [f"rank {rank}: {text}" for rank, (kind, text) in enumerate(outcomes) if kind != "returned"]
+    assert not late, f"ranks {late} did not end within {deadline_s} s\n" + "\n".join(failures)
+    assert not failures, "\n".join(failures)
+    return [value for _, value in outcomes]
+
+
+def _fork(
+    rank: int, num_ranks: int, store_path: Path, results: list[Path], run: Callable[[int, dist.Store], Any]
+) -> int:
+    if pid := os.fork():
+        return pid
+    code = 1
+    try:
+        torch.set_num_threads(1)
+        outcome = ("returned", run(rank, dist.FileStore(str(store_path), num_ranks)))
+        code = 0
+    except BaseException:
+        outcome = ("raised", traceback.format_exc())
+    partial = results[rank].with_suffix(".partial")
+    partial.write_bytes(pickle.dumps(outcome))
+    partial.rename(results[rank])
+    park_until = time.monotonic() + 5  # a rank that leaves while a peer still connects takes it along
+    while time.monotonic() < park_until and not all(path.exists() for path in results):
+        time.sleep(0.005)
+    os._exit(code)
+
+
+def _wait(pids: list[int], deadline_s: float) -> list[int]:
+    """Reap every rank, killing those that are late; the ranks that were."""
+    deadline = time.monotonic() + deadline_s
+    running = dict(enumerate(pids))
+    late: list[int] = []
+    while running:
+        for rank, pid in list(running.items()):
+            if os.waitpid(pid, os.WNOHANG)[0]:
+                del running[rank]
+            elif time.monotonic() > deadline and rank not in late:
+                os.kill(pid, signal.SIGKILL)
+                late.append(rank)
+        time.sleep(0.005)
+    return late

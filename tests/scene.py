@@ -1,0 +1,79 @@
+"""Ranks without processes: real recorders on byte arrays under one invented clock, told by a test what to record."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from hybrid_moe_ref.parallel.observer import Collective, ScheduleEntry
+from repro.layout import Geometry, Identity, pack_header
+from repro.record import Recorder
+from repro.witness import Witness, parse
+
+SMALL = Geometry(ring_records=512, vector_words=512, string_bytes=16_384, group_slots=16)
+MS = 1_000_000
+
+
+def make_recorder(
+    rank: int,
+    num_ranks: int,
+    clock: Any,
+    shape: Geometry = SMALL,
+    run_id: str = "test",
+    host: int = 0,
+    skew_ns: int = 0,
+) -> tuple[bytearray, Recorder]:
+    """A recorder on a byte array; ``host`` and the ``skew_ns`` of its monotonic clock go into the header."""
+    who = Identity(
+        rank, num_ranks, run_id, f"host{host}", f"boot{host}", pid=100 + rank, wall_offset_ns=10**18 - skew_ns
+    )
+    buffer = bytearray(shape.file_bytes)
+    header = pack_header(who, shape)
+    buffer[: len(header)] = header
+    return buffer, Recorder(buffer, who, shape, clock=clock)
+
+
+class Scene:
+    """Ranks that record what a test tells them to, a tenth of a millisecond apart."""
+
+    def __init__(
+        self, num_ranks: int, groups: Mapping[str, Sequence[int]], *, shape: Geometry = SMALL, run_id: str = "test"
+    ) -> None:
+        self.num_ranks = num_ranks
+        self.now_ns = 1_000 * MS
+        self.files: list[bytearray] = []
+        self.recorders: list[Recorder] = []
+        for rank in range(num_ranks):
+            buffer, recorder = make_recorder(rank, num_ranks, self._tick, shape, run_id)
+            recorder.groups({name: members for name, members in groups.items() if rank in members})
+            self.files.append(buffer)
+            self.recorders.append(recorder)
+
+    def _tick(self) -> int:
+        self.now_ns += MS // 10
+        return self.now_ns
+
+    def phase(self, name: str) -> None:
+        for recorder in self.recorders:
+            recorder.phase(name)
+
+    def begin_step(
+        self, step: int, schedule: Sequence[ScheduleEntry], live: Sequence[int] = (), ranks: Iterable[int] | None = None
+    ) -> None:
+        for rank in range(self.num_ranks) if ranks is None else ranks:
+            self.recorders[rank].begin_step(step, tuple(schedule), int(rank in live))
+
+    def enter(self, ranks: Iterable[int], call: Collective) -> None:
+        for rank in ranks:
+            self.recorders[rank].enter(call)
+
+    def leave(self, ranks: Iterable[int], call: Collective) -> None:
+        for rank in ranks:
+            self.recorders[rank].leave(call)
+
+    def all_of(self, ranks: Sequence[int], call: Collective) -> None:
+        self.enter(ranks, call)
+        self.leave(ranks, call)
+
+    def witnesses(self) -> dict[int, Witness]:
+        return {rank: parse(bytes(data), f"rank{rank:03d}.wit") for rank, data in enumerate(self.files)}

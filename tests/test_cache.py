@@ -1,0 +1,109 @@
+"""Pages: taken and given back exactly, exhausted without harm, never shared by two sequences."""
+
+import pytest
+import torch
+
+from hybrid_moe_ref import Batch, CacheExhausted, HybridCache, HybridMoE, preset
+from hybrid_moe_ref.config import ModelConfig
+from hybrid_moe_ref.pages import page_layout
+
+TINY = preset("tiny")
+SMALL = ModelConfig.from_mapping(TINY.to_mapping() | {"num_experts": 8, "num_experts_per_tok": 2, "vocab_size": 64})
+
+
+def test_layer_groups_are_of_one_kind_and_share_the_buffers() -> None:
+    layout = page_layout(TINY)
+    assert [(g.kind, g.layers) for g in layout.groups if g.kind != "G"] == [
+        ("A", (3,)),
+        ("A", (7,)),
+        ("M", (4,)),
+    ]
+    assert sorted(layer for g in layout.groups for layer in g.layers) == list(range(8))
+    big = page_layout(preset("qwen3.5-397b-a17b"))
+    assert [len(g.layers) for g in big.groups] == [15, 15, 15, 15]
+    assert big.pages_for(1) == 4 and big.pages_for(2096) == 4 and big.pages_for(2097) == 5
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
+def test_buffers_have_the_layouts_size(dtype: torch.dtype) -> None:
+    cache = HybridCache(TINY, 3, dtype=dtype)
+    ssm_itemsize = 8 if dtype == torch.float64 else 4
+    layout = page_layout(TINY, dtype.itemsize, ssm_itemsize=ssm_itemsize)
+    assert sum(b.numel() for b in cache.buffers) == 3 * layout.group_size * layout.page_bytes
+
+
+def test_pages_are_taken_as_tokens_come_and_all_come_back() -> None:
+    model = HybridMoE(SMALL, device="meta").init_weights(0)
+    cache = HybridCache(SMALL, 20)
+    tokens = cache.layout.tokens
+    a, b = cache.allocate(), cache.allocate()
+    assert cache.num_free_pages == 20 - 2 * 6  # five G layers and an M layer, one page each
+    model.step(torch.zeros(tokens, dtype=torch.long), Batch.of([(a, tokens)]), cache)
+    assert cache.num_free_pages == 6  # two A layers, one page each
+    model.step(torch.zeros(2, dtype=torch.long), Batch.of([(a, 1), (b, 1)]), cache)
+    assert cache.num_free_pages == 2
+    taken = [page for s in (a, b) for pages in s.pages for page in pages]
+    assert len(set(taken)) == len(taken) == 18
+    cache.free(a)
+    cache.free(b)
+    assert cache.num_free_pages == 20
+
+
+def test_exhaustion_names_both_numbers_and_harms_nothing() -> None:
+    model = HybridMoE(SMALL, device="meta", dtype=torch.float64).init_weights(0)
+    cache = HybridCache(SMALL, 9, dtype=torch.float64)
+    tokens = cache.layout.tokens
+    text = torch.randint(64, (tokens + 1,))
+    want = model(text[None])[0]
+    a = cache.allocate()
+    with pytest.raises(CacheExhausted, match="a new sequence needs 6 pages, 3 are free"):
+        cache.allocate()
+    with pytest.raises(CacheExhausted, match=f"a step of {tokens + 1} tokens needs 4 pages, 3 are free"):
+        model.step(text, Batch.of([(a, tokens + 1)]), cache)
+    got = model.step(text[:tokens], Batch.of([(a, tokens)]), cache)
+    torch.testing.assert_close(model.logits(got), want[:tokens], rtol=1e-9, atol=1e-9)
+    with pytest.raises(CacheExhausted) as caught:
+        model.step(text[tokens:], Batch.of([(a, 1)]), cache)
+    assert (caught.value.needed, caught.value.free, a.length) == (2, 1, tokens)
+    cache.free(a)
+    assert cache.num_free_pages == 9
+
+
+def test_a_freed_page_starts_clean_for_its_next_owner() -> None:
+    """A page that held a recurrent state full of NaN must not reach a later sequence's attention."""
+    model = HybridMoE(SMALL, device="meta").init_weights(0)
+    cache = HybridCache(SMALL, 16)
+    for buffer in cache.buffers:
+        buffer.fill_(255)  # every float a NaN
+    text = torch.randint(64, (2, 40))
+    long, short = cache.allocate(), cache.allocate()
+    model.step(text[0], Batch.of([(long, 40)]), cache)
+    model.step(text[1, :3], Batch.of([(short, 3)]), cache)
+    hidden = model.step(text[:, 3], Batch.of([(long, 1), (short, 1)]), cache)
+    want = model(text[1:, :4])[0, -1]
+    torch.testing.assert_close(model.logits(hidden)[1], want, rtol=1e-4, atol=1e-4)
+
+
+def test_misuse_is_a_clear_error() -> None:
+    cache, other = HybridCache(SMALL, 20), HybridCache(SMALL, 20)
+    model = HybridMoE(SMALL, device="meta").init_weights(0)
+    a = cache.allocate()
+    with pytest.raises(ValueError, match="belongs to another cache"):
+        other.free(a)
+    with pytest.raises(ValueError, match="appears twice"):
+        Batch.of([(a, 1), (a, 2)])
+    with pytest.raises(ValueError, match="sequence 0 of the batch brings 0 tokens"):
+        Batch.of([(a, 0)])
+    batch, one = Batch.of([(a, 1)]), torch.zeros(1, dtype=torch.long)
+    with pytest.raises(ValueError, match="was given no cache"):
+        model.step(one, batch)
+    model.step(one, batch, cache)
+    with pytest.raises(ValueError, match="built before its sequences' last step"):
+        model.step(one, batch, cache)
+    cache.free(a)
+    with pytest.raises(ValueError, match="was freed"):
+        cache.free(a)
+    with pytest.raises(ValueError, match="was freed"):
+        model.step(one, Batch.of([(a, 1)]), cache)
+    with pytest.raises(ValueError, match="num_pages: 0 is less than 1"):
+        HybridCache(SMALL, 0)

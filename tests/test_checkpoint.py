@@ -1,0 +1,307 @@
+"""Checkpoints: bit-exact round trips, every format of the families, and bad input named exactly."""
+
+import json
+import logging
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from hybrid_moe_ref import HybridMoE, ModelConfig
+from hybrid_moe_ref.checkpoint import CheckpointError, load_weights, read_config, save
+from hybrid_moe_ref.config import preset
+
+THREE_WAY = ModelConfig.from_mapping(
+    preset("tiny").to_mapping()
+    | {"num_experts": 8, "num_experts_per_tok": 2, "vocab_size": 64, "mamba_time_step_max": 0.1}
+)
+QWEN = ModelConfig.from_mapping(THREE_WAY.to_mapping() | {"layer_pattern": "GGGA", "mamba_time_step_max": None})
+DENSE = ModelConfig.from_mapping(QWEN.to_mapping() | {"num_experts": 0, "intermediate_size": 48})
+TIED = ModelConfig.from_mapping(QWEN.to_mapping() | {"tie_word_embeddings": True})
+
+
+def build(config: ModelConfig = QWEN, dtype: torch.dtype = torch.float32) -> HybridMoE:
+    return HybridMoE(config, device="meta", dtype=dtype).init_weights(seed=2)
+
+
+def assert_same(a: HybridMoE, b: HybridMoE) -> None:
+    mine, theirs = dict(a.named_parameters()), dict(b.named_parameters())
+    assert mine.keys() == theirs.keys()
+    for name, parameter in mine.items():
+        assert parameter.dtype == theirs[name].dtype and torch.equal(parameter, theirs[name]), name
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    build().save_pretrained(tmp_path)
+    return tmp_path
+
+
+def edit_config(folder: Path, **changes: object) -> None:
+    path = folder / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+def edit_tensors(folder: Path, change) -> None:
+    path = folder / "model.safetensors"
+    state = load_file(path)
+    change(state)
+    save_file(state, path)
+
+
+@pytest.mark.parametrize("config", [THREE_WAY, QWEN, DENSE, TIED], ids=["three-way", "qwen", "dense", "tied"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_save_and_load_are_bit_exact(config: ModelConfig, dtype: torch.dtype, tmp_path: Path) -> None:
+    model = build(config, dtype)
+    save(model, tmp_path, max_shard_bytes=300_000)
+    assert len(list(tmp_path.glob("*.safetensors"))) > 1
+    again = HybridMoE.from_pretrained(tmp_path)
+    assert_same(model, again)
+    assert load_file(next(tmp_path.glob("*.safetensors")))  # the safetensors library reads what we write
+
+
+def test_qwen3_next_layout_is_bit_exact(tmp_path: Path) -> None:
+    model = build()
+    model.save_pretrained(tmp_path, family="qwen3_next")
+    names = load_file(tmp_path / "model.safetensors").keys()
+    assert "model.layers.0.linear_attn.in_proj_qkvz.weight" in names
+    assert "model.layers.0.linear_attn.in_proj_qkv.weight" not in names
+    assert_same(model, HybridMoE.from_pretrained(tmp_path))
+
+
+def test_saving_again_replaces_the_old_checkpoint(folder: Path) -> None:
+    model = build(DENSE)
+    save(model, folder, max_shard_bytes=100_000)
+    assert_same(model, HybridMoE.from_pretrained(folder))
+    model.save_pretrained(folder)
+    assert_same(model, HybridMoE.from_pretrained(folder))
+
+
+def test_experts_one_by_one_are_the_stacked_experts(folder: Path) -> None:
+    def unstack(state: dict[str, Tensor]) -> None:
+        for name in [name for name in state if name.endswith("experts.gate_up_proj")]:
+            base = name.removesuffix(".gate_up_proj")
+            gate_up, down = state.pop(name), state.pop(f"{base}.down_proj")
+            for e in range(QWEN.num_experts):
+                gate, up = gate_up[e].clone().chunk(2)
+                state[f"{base}.{e}.gate_proj.weight"] = gate.clone()
+                state[f"{base}.{e}.up_proj.weight"] = up.clone()
+                state[f"{base}.{e}.down_proj.weight"] = down[e].clone()
+
+    edit_tensors(folder, unstack)
+    assert_same(build(), HybridMoE.from_pretrained(folder))
+
+
+def test_multimodal_prefix_is_read_and_the_vision_part_named(folder: Path, caplog) -> None:
+    def prefix(state: dict[str, Tensor]) -> None:
+        for name in [name for name in state if name.startswith("model.")]:
+            state["model.language_model." + name.removeprefix("model.")] = state.pop(name)
+        state["model.visual.blocks.0.norm1.weight"] = torch.ones(3)
+        state["model.visual.blocks.1.norm1.weight"] = torch.ones(3)
+
+    edit_tensors(folder, prefix)
+    text = json.loads((folder / "config.json").read_text()) | {"model_type": "qwen3_5_moe_text"}
+    outer = {"model_type": "qwen3_5_moe", "text_config": text, "vision_config": {"depth": 2}, "image_token_id": 7}
+    (folder / "config.json").write_text(json.dumps(outer))
+    with caplog.at_level(logging.WARNING):
+        assert_same(build(), HybridMoE.from_pretrained(folder, dtype=torch.float32))
+    assert "skipped 2 tensors model.visual.*" in caplog.text
+
+
+@pytest.mark.parametrize("stacked", [True, False])
+def test_float8_blocks_are_dequantised(folder: Path, stacked: bool) -> None:
+    """Block scales along both dimensions, with sizes that 128 does not divide."""
+    config = ModelConfig.from_mapping(QWEN.to_mapping() | {"hidden_size": 136, "moe_intermediate_size": 72})
+    model = build(config)
+    model.save_pretrained(folder)
+    want: dict[str, Tensor] = {}
+    r = torch.Generator().manual_seed(0)
+
+    def quantise(state: dict[str, Tensor]) -> None:
+        name = "model.layers.1.mlp.experts.gate_up_proj" if stacked else "model.layers.3.self_attn.q_proj.weight"
+        weight = state[name]
+        scale = torch.rand(*weight.shape[:-2], -(-weight.shape[-2] // 128), -(-weight.shape[-1] // 128), generator=r)
+        state[name] = weight.to(torch.float8_e4m3fn)
+        state[f"{name}_scale_inv"] = scale
+        full = state[name].float().clone()
+        for i in range(full.shape[-2]):
+            for j in range(full.shape[-1]):
+                full[..., i, j] *= scale[..., i // 128, j // 128]
+        want[name] = full
+
+    edit_tensors(folder, quantise)
+    edit_config(folder, quantization_config={"quant_method": "fp8", "weight_block_size": [128, 128]})
+    loaded = HybridMoE.from_pretrained(folder)
+    for name, full in want.items():
+        torch.testing.assert_close(loaded.get_parameter(name), full, rtol=1e-6, atol=0)
+
+
+def test_a_rank_reads_only_its_experts(folder: Path) -> None:
+    whole = build()
+    part = HybridMoE(read_config(folder)[0], device="meta")
+    for block in part.blocks:
+        block.mlp.experts = block.mlp.experts.shard(2, 2)
+    shards = load_weights(part, folder)
+    for a, b in zip(whole.blocks, part.blocks, strict=True):
+        assert torch.equal(a.mlp.experts.gate_up_proj[2:4], b.mlp.experts.gate_up_proj)
+        assert torch.equal(a.mlp.experts.down_proj[2:4], b.mlp.experts.down_proj)
+    assert shards.bytes_read == sum(p.nbytes for p in part.parameters())
+
+
+def test_loading_takes_no_more_memory_than_the_model_and_one_tensor(tmp_path: Path) -> None:
+    wide = {"num_experts": 128, "hidden_size": 512, "moe_intermediate_size": 128, "vocab_size": 8192}
+    model = build(ModelConfig.from_mapping(QWEN.to_mapping() | wide))
+    model.save_pretrained(tmp_path)
+    size, largest = sum(p.nbytes for p in model.parameters()), max(p.nbytes for p in model.parameters())
+    assert size > 300_000_000
+    code = f"""
+import resource, torch
+from hybrid_moe_ref import HybridMoE
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+from hybrid_moe_ref.model import check_device
+check_device("cpu", torch.float32)
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+HybridMoE.from_pretrained({str(tmp_path)!r})
+print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert int(done.stdout) <= size + largest + 20_000_000
+
+
+@pytest.mark.parametrize(
+    ("changes", "text"),
+    [
+        ({"model_type": "qwen3_nex"}, "model_type: 'qwen3_nex' is not one of"),
+        ({"hidden_act": "gelu"}, "hidden_act: 'gelu' is not implemented, only 'silu'"),
+        ({"attention_bias": True}, "attention_bias: True is not implemented, only False"),
+        (
+            {"rope_parameters": {"rope_type": "yarn", "rope_theta": 1.0}},
+            "rope_parameters.rope_type: 'yarn' is not impl",
+        ),
+        ({"rope_parameters": {"rope_theta": 1.0, "factor": 2}}, "rope_parameters.factor: unknown key with value 2"),
+        (
+            {"quantization_config": {"quant_method": "awq"}},
+            "quantization_config.quant_method: 'awq' is not implemented",
+        ),
+        (
+            {"quantization_config": {"quant_method": "fp8", "weight_block_size": [64, 64]}},
+            r"weight_block_size: \[64, 64\] is not implemented",
+        ),
+        ({"num_hidden_layers": 5}, "num_hidden_layers: 5 contradicts the 4 layer_types"),
+        ({"num_attention_heads": 7}, "num_attention_heads: 7 is not a multiple of num_key_value_heads 2"),
+        ({"vocab_size": "64"}, "vocab_size: wanted int, got str '64'"),
+        ({"mlp_only_layers": [1]}, r"mlp_only_layers: \[1\] is not implemented, only \[\]"),
+        ({"layer_types": ["full_attention", "mamba"]}, r"layer_types\[1\]: 'mamba' is not one of"),
+        ({"sliding_window": 4096}, "sliding_window: unknown key with value 4096: not implemented"),
+        ({"num_experts": None}, "num_experts: wanted int, got NoneType None"),
+        ({"dtype": "int8"}, "dtype: 'int8' is not one of"),
+    ],
+)
+def test_config_that_is_not_implemented_is_refused_by_name(folder: Path, changes: dict, text: str) -> None:
+    edit_config(folder, **changes)
+    with pytest.raises(CheckpointError, match=text) as caught:
+        HybridMoE.from_pretrained(folder)
+    assert str(folder / "config.json") in str(caught.value)
+
+
+def test_missing_extra_and_misshapen_tensors_are_listed_together(folder: Path) -> None:
+    def damage(state: dict[str, Tensor]) -> None:
+        del state["model.layers.0.linear_attn.A_log"]
+        state["model.layers.9.mlp.gate.weight"] = torch.zeros(1)
+        state["model.norm.weight"] = torch.zeros(7)
+
+    edit_tensors(folder, damage)
+    with pytest.raises(CheckpointError) as caught:
+        HybridMoE.from_pretrained(folder)
+    file = folder / "model.safetensors"
+    assert caught.value.problems == [
+        f"{folder}: model.layers.0.linear_attn.A_log: missing, wanted shape [4]",
+        f"{file}: model.norm.weight: shape [7], wanted [128]",
+        f"{file}: model.layers.9.mlp.gate.weight: not part of this model",
+    ]
+    assert str(caught.value).startswith("3 problems:\n")
+
+
+@pytest.mark.parametrize("keep", [0, 4, 100, 0.5, -1])
+def test_truncated_file_is_named(folder: Path, keep: float) -> None:
+    path = folder / "model.safetensors"
+    data = path.read_bytes()
+    path.write_bytes(data[: int(len(data) * keep) if 0 < keep < 1 else int(keep)])
+    with pytest.raises(CheckpointError, match=r"model\.safetensors.*truncated"):
+        HybridMoE.from_pretrained(folder)
+
+
+@pytest.mark.parametrize(
+    ("header", "text"),
+    [
+        (b"[1, 2]", "is not a JSON object"),
+        (b"\xff\xfe", "is not a JSON object"),
+        (b"[" * 200_000, "is not a JSON object"),
+        (
+            b'{"x": {"dtype": "F32", "shape": [2], "data_offsets": [0, 4]}}',
+            r"x: shape \[2\] needs 8 bytes, .* gives it 4",
+        ),
+        (b'{"x": {"dtype": "I4", "shape": [2], "data_offsets": [0, 8]}}', "x: dtype 'I4' is not one of F64"),
+        (b'{"x": {"dtype": "F32", "shape": [-2], "data_offsets": [0, 8]}}', "x: corrupt header entry"),
+        (b'{"x": {"dtype": ["F32"], "shape": [2], "data_offsets": [0, 8]}}', "x: corrupt header entry"),
+        (b'{"x": 3}', "x: corrupt header entry"),
+        (b'{"x": {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}}', "x: truncated: ends at byte"),
+    ],
+)
+def test_corrupt_header_is_named(folder: Path, header: bytes, text: str) -> None:
+    (folder / "model.safetensors").write_bytes(len(header).to_bytes(8, "little") + header)
+    with pytest.raises(CheckpointError, match=text):
+        HybridMoE.from_pretrained(folder)
+
+
+@pytest.mark.parametrize(
+    ("weight_map", "text"),
+    [
+        ({"x": "gone.safetensors"}, "x: there is no file 'gone.safetensors'"),
+        ({"x": "../model.safetensors"}, "x: '../model.safetensors' is not the plain name of a file"),
+        ({"x": "/etc/passwd"}, "x: '/etc/passwd' is not the plain name of a file"),
+        ({"x": 3}, "x: 3 is not the plain name of a file"),
+        ({"x": "model.safetensors"}, "x: not in 'model.safetensors', where the index says it is"),
+        ([], "weight_map is not a mapping"),
+    ],
+)
+def test_bad_index_is_named(folder: Path, weight_map: object, text: str) -> None:
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    with pytest.raises(CheckpointError, match=text):
+        HybridMoE.from_pretrained(folder)
+
+
+def test_absent_folder_files_devices_and_dtypes(folder: Path, tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match=r"nowhere/config\.json: no such file"):
+        HybridMoE.from_pretrained(tmp_path / "nowhere")
+    with pytest.raises(ValueError, match=r"dtype torch\.int8 is not one of float32"):
+        HybridMoE.from_pretrained(folder, dtype=torch.int8)
+    if not torch.cuda.is_available():
+        with pytest.raises(ValueError, match=r"device cuda cannot compute in torch\.float32"):
+            HybridMoE.from_pretrained(folder, device="cuda", dtype=torch.float32)
+    (folder / "model.safetensors").unlink()
+    with pytest.raises(CheckpointError, match=r"neither model\.safetensors nor model\.safetensors\.index\.json"):
+        HybridMoE.from_pretrained(folder)
+    (folder / "config.json").write_text("{")
+    with pytest.raises(CheckpointError, match="not valid JSON"):
+        HybridMoE.from_pretrained(folder)
+
+
+def test_what_cannot_be_saved_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="qwen3_next has no Mamba-2 layers, the model has 1"):
+        build(THREE_WAY).save_pretrained(tmp_path, family="qwen3_next")
+    with pytest.raises(CheckpointError, match="the model has 8 experts; it cannot be saved as qwen3_5_text"):
+        build().save_pretrained(tmp_path, family="qwen3_5_text")
+    with pytest.raises(CheckpointError, match=r"family 'qwen3_nxt' is not one of .*did you mean 'qwen3_next'"):
+        build().save_pretrained(tmp_path, family="qwen3_nxt")
+    with pytest.raises(CheckpointError, match="on the meta device"):
+        HybridMoE(QWEN, device="meta").save_pretrained(tmp_path)
+    sharded = build()
+    sharded.blocks[0].mlp.experts = sharded.blocks[0].mlp.experts.shard(0, 4)
+    with pytest.raises(CheckpointError, match=r"layers\.0\.mlp\.experts holds 4 of 8 experts"):
+        sharded.save_pretrained(tmp_path)
+    assert not list(tmp_path.iterdir())

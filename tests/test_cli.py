@@ -1,0 +1,190 @@
+"""The command line: contracts, exit codes, and one clear line for every mistake."""
+
+from __future__ import annotations
+
+import ast
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from repro.cli import CANNOT_TELL, EXPECTED, UNEXPECTED, USAGE, exit_code, main
+from repro.settings import RunSettings
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def fails(capsys, *argv) -> tuple[int, str]:
+    """Exit code and the one line on stderr."""
+    try:
+        code = main([str(arg) for arg in argv])
+    except SystemExit as exit_:
+        code = exit_.code
+    told = capsys.readouterr().err
+    assert told.count("\n") == 1 and "Traceback" not in told, told
+    return code, told
+
+
+@pytest.mark.parametrize(
+    ("argv", "words"),
+    [
+        (["run", "metadata_rebild"], "unknown scenario 'metadata_rebild' (did you mean 'metadata_rebuild'?)"),
+        (["run", "nonsense"], "known: group_order"),
+        (["run", "metadata_rebuild", "--variant", "cure"], "invalid choice: 'cure'"),
+        (["run", "metadata_rebuild", "--rank", "4"], "unknown argument --rank (did you mean '--ranks'?)"),
+        (["run", "metadata_rebuild", "--ranks", "7"], "512 experts do not divide over 7 ranks"),
+        (["run", "metadata_rebuild", "--ranks", "1"], "at least 2"),
+        (["run", "metadata_rebuild", "--ranks", "eight"], "invalid int value: 'eight'"),
+        (["run", "metadata_rebuild", "--quiet-window", "0"], "not a positive number of seconds"),
+        (["run", "metadata_rebuild", "--deadline", "nan"], "not a positive number of seconds"),
+        (["watch", "/nowhere"], "not a run directory: No such file or directory"),
+        ([], "required: COMMAND"),
+        (["runn"], "invalid choice: 'runn'"),
+    ],
+)
+def test_usage_errors_are_one_line_and_exit_code_2(capsys, tmp_path, argv, words):
+    code, told = fails(capsys, *argv, *(["--out", tmp_path] if argv[:1] == ["run"] else []))
+    assert code == USAGE and words in told
+    assert not any(tmp_path.iterdir()), "nothing may be left half-written"
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ('{"rnks": 4}', "rnks: unknown key"),
+        ('{"quiet_windw_s": 4}', "(did you mean 'quiet_window_s'?)"),
+        ('{"seed": "four"}', "seed: wanted int, got str 'four'"),
+        ('{"model": {"preset": "tinny"}}', "unknown preset 'tinny' (did you mean 'tiny'?)"),
+        ('{"model": {"preset": 5}}', "model.preset: wanted str, got 5"),
+        ('{"scenario": "idle_skip"}', "'idle_skip' is not the scenario to run"),
+        ('{"seed": NaN}', "NaN is not JSON"),
+        ("[" * 200_000, "nested too deep"),
+        ('{"engine": {"num_pages": 1}}', "engine.num_pages: 1 is less than"),
+        ('{"model": {"num_expert": 256}}', "model.num_expert: unknown key (did you mean 'num_experts'?)"),
+        ('{"model": {"num_experts": true}}', "model.num_experts: wanted int, got bool True"),
+        ('{"engine": {"max_num_seqs": 0}}', "engine.max_num_seqs: 0 is less than 1"),
+        ('{"engine": 5}', "engine: wanted a mapping"),
+        ('{"workload": {"max_prompt_tokens": 4000}}', "workload.max_prompt_tokens: 4000 is more than"),
+        ("[1]", "wanted a mapping"),
+        ('{"seed": 1,\n}', ":2: "),
+    ],
+)
+def test_config_errors_name_file_field_and_value(capsys, tmp_path, text, words):
+    config, out = tmp_path / "config.json", tmp_path / "out"
+    config.write_text(text)
+    code, told = fails(capsys, "run", "metadata_rebuild", "--config", config, "--out", out)
+    assert code == USAGE and words in told and not out.exists()
+
+
+def test_a_missing_config_file_is_named(capsys, tmp_path):
+    code, told = fails(capsys, "run", "metadata_rebuild", "--config", tmp_path / "none.json")
+    assert code == USAGE and "none.json: cannot read it: No such file or directory" in told
+
+
+@pytest.mark.skipif(Path("/dev/nvidia0").exists(), reason="this machine has a GPU")
+def test_nccl_without_gpus_cannot_run_here(capsys, tmp_path):
+    code, told = fails(capsys, "run", "metadata_rebuild", "--backend", "nccl", "--out", tmp_path)
+    assert code == CANNOT_TELL and "needs a GPU for each of 8 ranks; 0 found" in told
+    assert not any(tmp_path.iterdir())
+
+
+def test_an_out_that_is_a_file_is_refused(capsys, tmp_path):
+    out = tmp_path / "file"
+    out.write_text("")
+    code, told = fails(capsys, "run", "metadata_rebuild", "--out", out)
+    assert code == USAGE and f"cannot write to {out}" in told
+
+
+def test_a_full_disk_is_refused_and_nothing_is_left(capsys, tmp_path):
+    if os.geteuid() or subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", tmp_path]).returncode:
+        pytest.skip("cannot mount a small file system")
+    try:
+        code, told = fails(capsys, "run", "metadata_rebuild", "--out", tmp_path)
+        assert code == USAGE and "no space left" in told.lower()
+        assert not any(tmp_path.iterdir())
+    finally:
+        subprocess.run(["umount", tmp_path], check=True)
+
+
+def test_list_names_every_scenario_with_its_source(capsys):
+    assert main(["list"]) == EXPECTED
+    assert "metadata_rebuild" in capsys.readouterr().out
+    assert main(["list", "--json"]) == EXPECTED
+    (listed,) = [s for s in json.loads(capsys.readouterr().out) if s["name"] == "metadata_rebuild"]
+    assert listed["source"] == "ROCm/ATOM#1690"
+
+
+def test_clean_removes_runs_and_nothing_else(tmp_path):
+    run = tmp_path / "20261123T112708.815Z-metadata_rebuild-fault-0"
+    others = [tmp_path / "DATAZ-important", tmp_path / "20261123T112708.815Z-notes", tmp_path / "file"]
+    for folder in (run, *others[:2]):
+        folder.mkdir()
+        (folder / "config.json").write_text("{}")
+    others[2].write_text("")
+    (tmp_path / "latest").symlink_to(run.name)
+    assert main(["clean", "--out", str(tmp_path)]) == EXPECTED
+    assert sorted(tmp_path.iterdir()) == sorted(others)
+
+
+def test_clean_of_no_folder_is_refused(capsys, tmp_path):
+    code, told = fails(capsys, "clean", "--out", tmp_path / "none")
+    assert code == USAGE and "no such folder" in told
+
+
+def test_a_decided_run_is_not_decided_again(capsys, tmp_path):
+    settings = RunSettings("metadata_rebuild")
+    (tmp_path / "config.json").write_text(json.dumps(settings.to_mapping()))
+    (tmp_path / "verdict.json").write_text('{"verdict": "deadlock"}')
+    code, told = fails(capsys, "watch", tmp_path, "--end")
+    assert code == USAGE and "is decided" in told
+    assert (tmp_path / "verdict.json").read_text() == '{"verdict": "deadlock"}'
+    code, told = fails(capsys, "watch", tmp_path)
+    assert code == USAGE and "that no run of this program leaves" in told
+
+
+def test_exit_codes_tell_wrong_from_undecided():
+    expected = {"verdict": "clean", "matches_expected": True}
+    undecided = {"verdict": "inconclusive", "matches_expected": False}
+    wrong = {"verdict": "deadlock", "matches_expected": False}
+    assert exit_code([expected, expected]) == EXPECTED
+    assert exit_code([expected, undecided]) == CANNOT_TELL
+    assert exit_code([undecided, wrong]) == UNEXPECTED
+
+
+@pytest.mark.parametrize("module", ["repro.verdict", "repro.cli", "repro.watch", "repro.witness", "repro.scenarios"])
+def test_what_watches_and_judges_never_imports_torch(module):
+    code = f"import sys, {module}; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
+
+
+def test_dependencies_point_one_way():
+    """layers -> kernels, model -> layers, parallel -> model, engine -> parallel, repro -> engine; never back."""
+    forbidden = {
+        "kernels": ("hybrid_moe_ref", "repro"),
+        "hybrid_moe_ref/layers": ("hybrid_moe_ref.parallel", "hybrid_moe_ref.engine", "hybrid_moe_ref.model", "repro"),
+        "hybrid_moe_ref/parallel": ("hybrid_moe_ref.engine", "repro"),
+        "hybrid_moe_ref/engine": ("repro",),
+        "hybrid_moe_ref": ("repro",),
+        "repro/verdict": ("torch",),
+    }
+    for folder, modules in forbidden.items():
+        for path in (ROOT / folder).rglob("*.py"):
+            for line in path.read_text().splitlines():
+                words = line.split()
+                if words[:1] in (["import"], ["from"]):
+                    imported = words[1]
+                    assert not any(imported == m or imported.startswith(f"{m}.") for m in modules), f"{path}: {line}"
+
+
+def test_only_comm_calls_collectives():
+    collectives = {"all_reduce", "reduce_scatter", "broadcast", "barrier", "all_gather", "all_to_all_single"}
+    for path in (ROOT / "hybrid_moe_ref").rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("torch.distributed"):
+                raise AssertionError(f"{path}:{node.lineno} imports from torch.distributed by name")
+            if isinstance(node, ast.Attribute) and node.attr in collectives and path.name != "comm.py":
+                owner = ast.unparse(node.value)
+                assert "dist" not in owner.split("."), f"{path}:{node.lineno}: {owner}.{node.attr}"

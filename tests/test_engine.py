@@ -1,0 +1,159 @@
+"""The server: agreements, continuous batching, idle ranks, and the tokens of the single process."""
+
+from __future__ import annotations
+
+import pytest
+from ranks import run_ranks
+
+from hybrid_moe_ref.config import ConfigError, EngineConfig
+from hybrid_moe_ref.engine.lifecycle import Engine, PrepareFailed
+from hybrid_moe_ref.engine.plan import AgreedStep, StepPlan, resolve, step_schedule
+from hybrid_moe_ref.engine.policies import StepAgreement
+from hybrid_moe_ref.engine.scheduler import Request, Scheduler, live_ranks
+from hybrid_moe_ref.engine.server_config import ServerConfig
+from hybrid_moe_ref.parallel.comm import Communicator
+from hybrid_moe_ref.parallel.dispatch import expert_schedule
+from hybrid_moe_ref.parallel.observer import NullObserver
+from repro import reference
+from repro.settings import RunSettings
+
+
+class Diary(NullObserver):
+    """Keeps what it hears, in order."""
+
+    def __init__(self):
+        self.phases, self.steps, self.issued = [], [], []
+
+    def phase(self, name):
+        self.phases.append(name)
+
+    def begin_step(self, step, schedule, num_live):
+        self.steps.append((step, tuple(schedule), num_live))
+        self.issued.append([])
+
+    def enter(self, collective):
+        if self.issued:
+            self.issued[-1].append((collective.group, collective.op, collective.layer))
+
+
+def test_c1_takes_the_lowest_mode_and_pads_only_for_a_graph():
+    rows = [[3, 1, 7], [4, 2, 8], [1, 1, 0], [2, 1, 2]]
+    assert resolve(rows) == AgreedStep((8, 8, 8), mode=1, microbatch=False)
+    assert resolve([*rows[:2], [1, 1, 1], [2, 0, 2]]) == AgreedStep((3, 1, 7), mode=0, microbatch=True)
+
+
+def test_a_step_agrees_once_however_often_it_is_asked():
+    exchanged = []
+
+    def exchange(column, layer):
+        exchanged.append(layer)
+        return [[number] for number in column]
+
+    agreement, plan = StepAgreement(), StepPlan(step=4, num_tokens=2, num_live=1)
+    first = agreement.agree(plan, exchange, "step")
+    assert agreement.agree(plan, exchange, "layers.0.gated_delta_net") is first
+    agreement.agree(StepPlan(step=5, num_tokens=2, num_live=1), exchange, "step")
+    assert exchanged == ["step", "step"]
+
+
+def test_scheduler_decodes_first_and_admits_prompts_within_its_budgets():
+    config = EngineConfig(max_num_seqs=3, max_num_batched_tokens=8)
+    requests = [Request("a", (1, 2, 3, 4, 5), 2), Request("b", (6, 7, 8, 9), 2), Request("c", (1,), 1, arrival_step=1)]
+    scheduler = Scheduler(requests, config)
+    fed = []
+    for step in range(4):
+        running = scheduler.schedule(step)
+        fed.append([(r.request.request_id, len(r.next_tokens())) for r in running])
+        scheduler.update([40 + step] * len(running))
+    # b does not fit beside a's prompt; when it runs, a decodes and c has arrived.
+    assert fed == [[("a", 5)], [("a", 1), ("b", 4), ("c", 1)], [("b", 1)], []]
+    assert scheduler.finished == {"a": [40, 41], "b": [41, 42], "c": [41]}
+    assert not scheduler.unfinished
+
+
+def test_a_prompt_that_no_step_can_hold_is_refused_with_both_numbers():
+    with pytest.raises(ConfigError, match=r"prompt of 9 tokens.*allows 1 to 8"):
+        Scheduler([Request("a", tuple(range(9)), 1)], EngineConfig(max_num_seqs=2, max_num_batched_tokens=8))
+
+
+def serve(settings, tmp_path, num_ranks):
+    def run(rank, store):
+        diary = Diary()
+        server = settings.server()
+        comm = Communicator.connect(server.parallel, rank, store=store, observer=diary, timeout_s=60)
+        return Engine(server, comm).serve(settings.requests()[rank]), diary
+
+    return run_ranks(num_ranks, tmp_path, run, deadline_s=100)
+
+
+def test_eight_ranks_serve_the_tokens_of_one_process_and_issue_what_they_planned(tmp_path):
+    settings = RunSettings("metadata_rebuild", "control", seed=11)
+    results = serve(settings, tmp_path, 8)
+    tokens = {name: output for outputs, _ in results for name, output in outputs.items()}
+    assert tokens == reference.compute(settings), f"seed {settings.seed}"
+
+    live = live_ranks(settings.requests(), settings.engine)
+    num_steps = {len(diary.steps) for _, diary in results}
+    assert num_steps == {1 + -(-len(live) // 32) * 32}, "the profile step, then whole intervals of 32"
+    for rank, (_, diary) in enumerate(results):
+        assert diary.phases == ["load", "page_setup", "prepare", "profile", "allocate", "serve"]
+        assert [num_live > 0 for _, _, num_live in diary.steps[1 : 1 + len(live)]] == [rank in step for step in live]
+        for (step, schedule, _), issued in zip(diary.steps, diary.issued, strict=True):
+            assert [(e.group, e.op, e.layer) for e in schedule] == issued, f"rank {rank} step {step}"
+    assert any(0 < len(step) < 8 for step in live), "some ranks must run dummy batches beside busy ones"
+
+
+def test_schedule_of_a_step_is_one_agreement_two_collectives_a_layer_and_the_question():
+    plan = StepPlan(step=32, num_tokens=1, num_live=0, asks_unfinished=True)
+    entries = [(e.group, e.op, e.layer) for e in step_schedule(expert_schedule(2), plan)]
+    assert entries == [
+        ("dp", "all_reduce", "step"),
+        ("ep", "all_gather_v", "layers.0.moe"), ("ep", "reduce_scatter_v", "layers.0.moe"),
+        ("ep", "all_gather_v", "layers.1.moe"), ("ep", "reduce_scatter_v", "layers.1.moe"),
+        ("dp", "all_reduce", "unfinished"),
+    ]  # fmt: skip
+
+
+def start_and_catch(tmp_path, config_of, sabotage=lambda rank, engine_class: None):
+    def run(rank, store):
+        server = config_of(rank)
+        comm = Communicator.connect(server.parallel, rank, store=store, timeout_s=30)
+        sabotage(rank, Engine)
+        try:
+            Engine(server, comm)
+        except PrepareFailed as error:
+            return str(error)
+        return "started"
+
+    return run_ranks(2, tmp_path, run)
+
+
+def small(seed=0):
+    return RunSettings("metadata_rebuild", num_ranks=2, seed=seed).server()
+
+
+def test_a_rank_configured_differently_stops_all_ranks_before_the_first_step(tmp_path):
+    told = start_and_catch(tmp_path, lambda rank: small(seed=rank))
+    assert told[0] == told[1] and "configured differently" in told[0]
+
+
+def test_a_rank_that_cannot_prepare_stops_all_ranks_with_its_error(tmp_path):
+    def sabotage(rank, engine_class):
+        if rank == 1:
+            from hybrid_moe_ref.engine.runner import ModelRunner
+
+            def warm_up(self):
+                raise OSError("no compiler found")
+
+            ModelRunner.warm_up = warm_up
+
+    told = start_and_catch(tmp_path, lambda rank: small(), sabotage)
+    assert told == ["rank 1 could not prepare: OSError: no compiler found"] * 2
+
+
+def test_the_digest_of_a_server_changes_with_any_value():
+    settings = RunSettings("metadata_rebuild")
+    server = settings.server()
+    assert isinstance(server, ServerConfig) and 0 <= server.digest() < 1 << 31
+    assert server.digest() == settings.server().digest()
+    assert server.digest() != RunSettings("metadata_rebuild", seed=1).server().digest()

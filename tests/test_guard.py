@@ -1,0 +1,182 @@
+"""A collective that is not the schedule's next entry is refused before it is issued, and all ranks stop."""
+
+from __future__ import annotations
+
+import time
+
+import pytest
+import torch
+from ranks import run_ranks
+
+from hybrid_moe_ref.config import ParallelConfig
+from hybrid_moe_ref.engine.lifecycle import Engine
+from hybrid_moe_ref.engine.plan import StepPlan, resolve
+from hybrid_moe_ref.parallel.comm import Communicator, wait_or_halt
+from hybrid_moe_ref.parallel.guard import Halt, ScheduleGuard, ScheduleMismatch, first_difference, schedule_hash
+from hybrid_moe_ref.parallel.observer import Collective, ScheduleEntry
+from repro.settings import RunSettings
+
+AGREE = ScheduleEntry("dp", "all_reduce", "step")
+DISPATCH = ScheduleEntry("ep", "all_gather_v", "layers.0.moe")
+COMBINE = ScheduleEntry("ep", "reduce_scatter_v", "layers.0.moe")
+
+
+def issue(guard, entry, sizes=()):
+    guard.admit(Collective(entry.group, entry.op, entry.layer, sizes))
+
+
+@pytest.fixture
+def guard():
+    guard = ScheduleGuard(3, Halt(None))
+    guard.begin(7, (AGREE, DISPATCH, COMBINE))
+    return guard
+
+
+def test_the_schedule_in_order_is_admitted(guard):
+    for entry in (AGREE, DISPATCH, COMBINE):
+        issue(guard, entry)
+    guard.begin(8, (AGREE,))
+
+
+def test_an_extra_collective_is_refused_with_both_sides(guard):
+    issue(guard, AGREE)
+    with pytest.raises(ScheduleMismatch, match=r"^rank 3 would issue dp all_reduce of step in step 7, the schedule "):
+        issue(guard, AGREE)
+
+
+def test_a_skipped_collective_is_refused_at_the_one_after_it(guard):
+    issue(guard, AGREE)
+    with pytest.raises(ScheduleMismatch, match=r"ep reduce_scatter_v.*the schedule has ep all_gather_v"):
+        issue(guard, COMBINE)
+
+
+def test_a_schedule_that_was_not_used_up_is_refused_at_the_next_step(guard):
+    issue(guard, AGREE)
+    with pytest.raises(ScheduleMismatch, match=r"began step 8.*still had ep all_gather_v of layers.0.moe to come"):
+        guard.begin(8, (AGREE,))
+
+
+def test_sizes_other_than_the_agreed_are_refused(guard):
+    issue(guard, AGREE)
+    guard.agree("ep", (1, 2, 3))
+    with pytest.raises(ScheduleMismatch, match=r"with sizes \[1, 2, 2\], agreed are \[1, 2, 3\]"):
+        issue(guard, DISPATCH, (1, 2, 2))
+
+
+def test_without_a_schedule_everything_is_admitted():
+    issue(ScheduleGuard(0, Halt(None)), COMBINE)
+
+
+def test_schedules_are_compared_by_hash_and_the_first_difference_is_found():
+    assert schedule_hash((AGREE, DISPATCH)) != schedule_hash((DISPATCH, AGREE)) != schedule_hash((DISPATCH,))
+    assert first_difference([["a", "b"], ["a", "c"], ["a"]]) == (1, {"b": [0], "c": [1], "nothing": [2]})
+    rows = [list(row) for row in zip(*(StepPlan(1, 1, 1, schedule_hash=h).row() for h in (5, 5, 6)), strict=True)]
+    assert not resolve(rows).same_schedule
+    assert resolve([row[:2] for row in rows]).same_schedule
+
+
+def test_ranks_with_different_schedules_all_raise_with_the_first_entry_that_differs(tmp_path):
+    def run(rank, store):
+        server = RunSettings("metadata_rebuild", "control", num_ranks=2).server()
+        comm = Communicator.connect(server.parallel, rank, store=store, timeout_s=30)
+        engine = Engine(server, comm)
+        if rank == 1:  # as a rank whose drafter does not run
+            engine.runner._forward_schedule = engine.runner._forward_schedule[:-2]
+        with pytest.raises(ScheduleMismatch) as caught:
+            engine.serve([])
+        return str(caught.value)
+
+    told = run_ranks(2, tmp_path, run)
+    assert told[0] == told[1] == (
+        "step 1: the schedules differ at entry 15: ep all_gather_v of layers.7.moe on dp ranks [0]; "
+        "nothing on dp ranks [1]"
+    )  # fmt: skip
+
+
+def test_a_refusal_wakes_ranks_that_already_wait_in_a_collective(tmp_path):
+    def run(rank, store):
+        comm = Communicator.connect(ParallelConfig(dp_size=4), rank, store=store, timeout_s=30)
+        comm.guard.begin(1, (AGREE, AGREE))
+        comm.all_reduce("dp", torch.ones(1), layer="step")
+        if rank == 2:
+            time.sleep(0.3)
+        with pytest.raises(ScheduleMismatch) as caught:
+            comm.all_reduce("dp", torch.ones(1), layer="step" if rank != 2 else "elsewhere")
+        return str(caught.value)
+
+    told = run_ranks(4, tmp_path, run)
+    assert set(told) == {
+        "rank 2 would issue dp all_reduce of elsewhere in step 1, the schedule has dp all_reduce of step"
+    }
+
+
+@pytest.mark.parametrize(
+    ("odd", "words"),
+    [
+        ({"reduce_op": "max"}, "all_reduce of step float32 max sizes [4]"),
+        ({"x": torch.ones(5)}, "all_reduce of step float32 sum sizes [5]"),
+        ({"x": torch.ones(4, dtype=torch.int32)}, "all_reduce of step int32 sum sizes [4]"),
+        ({"layer": "elsewhere"}, "all_reduce of elsewhere float32 sum sizes [4]"),
+    ],
+)
+def test_strict_ranks_compare_before_anything_is_sent(tmp_path, odd, words):
+    def run(rank, store):
+        comm = Communicator.connect(ParallelConfig(dp_size=4), rank, store=store, timeout_s=30)
+        comm.start_preflight()
+        usual = {"x": torch.ones(4), "reduce_op": "sum", "layer": "step"}
+        comm.all_reduce("dp", **usual)
+        with pytest.raises(ScheduleMismatch) as caught:
+            comm.all_reduce("dp", **(usual | (odd if rank == 2 else {})))
+        return str(caught.value)
+
+    told = run_ranks(4, tmp_path, run)
+    assert len(set(told)) == 1, told
+    assert told[0].startswith("dp #2: ") and f"ranks [2] {words}" in told[0], told
+
+
+def test_strict_ranks_name_who_does_not_come(tmp_path):
+    def run(rank, store):
+        comm = Communicator.connect(ParallelConfig(dp_size=3), rank, store=store, timeout_s=30)
+        comm.start_preflight()
+        comm._preflight._patience_s = 0.5
+        if rank == 1:
+            time.sleep(2)
+            return ""
+        with pytest.raises(ScheduleMismatch) as caught:
+            comm.all_reduce("dp", torch.ones(2), layer="step")
+        return str(caught.value)
+
+    told = run_ranks(3, tmp_path, run)
+    assert told[0] == told[2] == "ranks [1] did not come to dp #1, all_reduce of step float32 sum sizes [2]"
+
+
+class Work:
+    """A collective that is still running at the first look, and has ended when asked whether it has."""
+
+    def __init__(self, error):
+        self.error, self.waits = error, 0
+
+    def wait(self, timeout=None):
+        self.waits += 1
+        if self.waits == 1:
+            raise RuntimeError("Operation timed out!")
+        if self.error:
+            raise RuntimeError(self.error)
+
+    def is_completed(self):
+        return True
+
+
+def test_a_collective_that_ends_right_after_a_look_up_is_no_failure():
+    wait_or_halt(Work(""), Halt(None))
+    with pytest.raises(RuntimeError, match="Connection closed by peer"):
+        wait_or_halt(Work("Connection closed by peer"), Halt(None))
+
+
+def test_what_a_rank_told_before_it_went_says_more_than_its_closed_connection():
+    class Told(Halt):
+        def heard(self):
+            return "rank 2 would issue ..."
+
+    with pytest.raises(ScheduleMismatch, match="rank 2 would issue"):
+        wait_or_halt(Work("Connection closed by peer"), Told(None))

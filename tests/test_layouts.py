@@ -1,0 +1,106 @@
+"""The server in every layout serves the tokens of one process, and stops as a whole."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import torch
+from ranks import run_ranks
+from test_engine import Diary
+from test_tensor_parallel import CONFIG, SEED
+
+from hybrid_moe_ref.config import ConfigError, EngineConfig, ParallelConfig, preset
+from hybrid_moe_ref.engine.lifecycle import Engine, PrepareFailed
+from hybrid_moe_ref.engine.runner import ModelRunner
+from hybrid_moe_ref.engine.scheduler import Request
+from hybrid_moe_ref.engine.server_config import ServerConfig
+from hybrid_moe_ref.model import HybridMoE
+from hybrid_moe_ref.parallel.comm import Communicator
+from hybrid_moe_ref.parallel.guard import ScheduleMismatch
+from repro.workload import WorkloadConfig, draw_requests
+
+ENGINE = EngineConfig(max_num_seqs=3, max_num_batched_tokens=20, num_pages=40, unfinished_interval=8, dtype="float64")
+REQUESTS = draw_requests(WorkloadConfig(max_arrival_step=4), 2, CONFIG.vocab_size, SEED)
+
+
+def server(dp_size, tp_size, expert_parallel=True, model=CONFIG, checks="agree"):
+    return ServerConfig(model, ParallelConfig(dp_size, tp_size, expert_parallel), ENGINE, SEED, checks)
+
+
+def single_process_tokens(requests_by_dp):
+    model = HybridMoE(CONFIG, device="meta", dtype=torch.float64).init_weights(SEED)
+    return [
+        {r.request_id: model.generate(torch.tensor([r.prompt]), r.max_new_tokens)[0].tolist() for r in requests}
+        for requests in requests_by_dp
+    ]
+
+
+@pytest.mark.parametrize(
+    ("dp_size", "tp_size", "expert_parallel", "checks"),
+    [
+        (2, 2, True, "agree"),
+        (2, 2, False, "strict"),
+        (1, 4, True, "agree"),
+        (1, 4, False, "agree"),
+        (2, 1, False, "observe"),
+    ],
+)
+def test_the_server_gives_the_tokens_of_one_process_and_issues_what_it_planned(
+    tmp_path, dp_size, tp_size, expert_parallel, checks
+):
+    config, requests = server(dp_size, tp_size, expert_parallel, checks=checks), REQUESTS[-dp_size:]
+
+    def run(rank, store):
+        diary = Diary()
+        comm = Communicator.connect(config.parallel, rank, store=store, observer=diary, timeout_s=30)
+        return Engine(config, comm).serve(requests[rank // tp_size]), diary
+
+    wanted = single_process_tokens(requests)
+    for rank, (tokens, diary) in enumerate(run_ranks(dp_size * tp_size, tmp_path, run)):
+        assert tokens == wanted[rank // tp_size], f"rank {rank}, seed {SEED}"
+        for (step, schedule, _), issued in zip(diary.steps, diary.issued, strict=True):
+            assert [(e.group, e.op, e.layer) for e in schedule] == issued, f"rank {rank} step {step}"
+
+
+def test_tp_ranks_that_are_given_different_requests_are_told_apart_in_strict_mode(tmp_path):
+    config = server(1, 2, checks="strict")
+
+    def run(rank, store):
+        comm = Communicator.connect(config.parallel, rank, store=store, timeout_s=30)
+        engine = Engine(config, comm)
+        with pytest.raises(ScheduleMismatch) as told:
+            engine.serve([Request("a", (1,) * (3 + rank), 2)])
+        return str(told.value)
+
+    first, second = run_ranks(2, tmp_path, run)
+    assert first == second and "ranks [0] all_reduce of layers.0.gated_delta_net" in first, first
+
+
+def test_a_tp_rank_that_cannot_prepare_stops_the_ranks_of_all_groups(tmp_path):
+    config = server(2, 2)
+
+    def run(rank, store):
+        comm = Communicator.connect(config.parallel, rank, store=store, timeout_s=30)
+        if rank == 1:
+
+            def warm_up(self):
+                raise OSError("no compiler found")
+
+            ModelRunner.warm_up = warm_up
+        with pytest.raises(PrepareFailed) as told:
+            Engine(config, comm)
+        return str(told.value)
+
+    assert run_ranks(4, tmp_path, run) == ["rank 1 could not prepare: OSError: no compiler found"] * 4
+
+
+def test_a_layout_that_does_not_divide_is_refused_when_the_server_is_configured():
+    with pytest.raises(ConfigError, match="linear_num_key_heads: 2 does not divide over tp_size 4"):
+        server(1, 4, model=preset("tiny"))
+    with pytest.raises(ConfigError, match=r"ep_size: 16 experts do not divide over 6 ranks \(dp_size 3 x tp_size 2\)"):
+        server(3, 2)
+    server(3, 2, expert_parallel=False)
+    with pytest.raises(ConfigError, match="moe_intermediate_size: 10 does not divide over tp_size 4"):
+        server(1, 4, expert_parallel=False, model=dataclasses.replace(CONFIG, moe_intermediate_size=10))
+    server(1, 4, model=dataclasses.replace(CONFIG, moe_intermediate_size=10))

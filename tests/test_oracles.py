@@ -1,0 +1,289 @@
+"""Agreement with code that others wrote: transformers' models and mixers, fla's and mamba-ssm's plain recurrences.
+
+Every configuration is drawn from a seed that the assertion names. An oracle that is not installed is a skip that
+names it. Weights travel as checkpoints, so the formats are tested on the way: what we save, transformers loads; what
+it saves again, we load bit for bit.
+"""
+
+import importlib
+import random
+import sys
+import types
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hybrid_moe_kernels.gated_delta_rule.reference import chunk_gated_delta_rule, recurrent_gated_delta_rule
+from hybrid_moe_kernels.ssd.reference import chunk_ssd, recurrent_ssd
+from torch import Tensor
+
+from hybrid_moe_ref import Batch, HybridMoE, ModelConfig
+from hybrid_moe_ref.layers.mamba2 import Mamba2
+from hybrid_moe_ref.layers.moe import Router
+from hybrid_moe_ref.weights import init_weights
+
+FAMILIES = {
+    "qwen3_5_moe_text": "Qwen3_5MoeForCausalLM",
+    "qwen3_next": "Qwen3NextForCausalLM",
+    "qwen3_5_text": "Qwen3_5ForCausalLM",
+}
+NUM_CONFIGS = 12
+
+
+@pytest.fixture(scope="module")
+def transformers():
+    # transformers prefers fla where it can be imported, and fla without a GPU fails at the first call.
+    sys.modules.setdefault("fla", None)
+    return pytest.importorskip("transformers")
+
+
+def draw_config(seed: int, family: str) -> ModelConfig:
+    """Sizes that real models avoid: odd head ratios, one expert, all experts, short filters."""
+    r = random.Random(f"{family} {seed}")
+    kv_heads, key_heads = r.choice([1, 2, 3, 4, 5, 8]), r.choice([1, 2, 3, 4])
+    num_experts = r.choice([1, 2, 7, 16, 64, 128, 512])
+    sizes = {
+        "layer_pattern": "".join(r.choice(["GGGA", "GA", "AG", "GAAG", "A", "G"]) for _ in range(r.choice([1, 2]))),
+        "vocab_size": r.choice([33, 96, 250]),
+        "hidden_size": r.choice([32, 40, 64]),
+        "num_attention_heads": kv_heads * r.choice([1, 2, 3, 5]),
+        "num_key_value_heads": kv_heads,
+        "head_dim": r.choice([8, 16, 24, 32]),
+        "partial_rotary_factor": r.choice([0.25, 0.5, 1.0]),
+        "rope_theta": r.choice([1e4, 1e7]),
+        "linear_num_key_heads": key_heads,
+        "linear_num_value_heads": key_heads * r.choice([1, 2, 3, 4]),
+        "linear_key_head_dim": r.choice([8, 16, 24]),
+        "linear_value_head_dim": r.choice([8, 16, 32]),
+        "linear_conv_kernel_dim": r.choice([2, 3, 4]),
+        "num_experts": 0 if family == "qwen3_5_text" else num_experts,
+        "num_experts_per_tok": min(num_experts, r.choice([1, 2, 5, 10, 22])),
+        "moe_intermediate_size": r.choice([8, 24, 32]),
+        "shared_expert_intermediate_size": r.choice([8, 20, 48]),
+        "intermediate_size": r.choice([24, 64]),
+        "tie_word_embeddings": r.random() < 0.5,
+        "rms_norm_eps": r.choice([1e-6, 1e-5]),
+    }
+    return ModelConfig.from_mapping(sizes)
+
+
+def draw_tokens(seed: int, config: ModelConfig) -> Tensor:
+    r = random.Random(seed)
+    shape = (r.choice([1, 2, 3]), r.choice([1, 2, 31, 64, 65, 100, 150]))
+    return torch.randint(config.vocab_size, shape, generator=torch.Generator().manual_seed(seed))
+
+
+def smallest_margins(model: HybridMoE, tokens_BT: Tensor) -> tuple[Tensor, Tensor]:
+    """Logits, and for each token how close any router's last chosen expert was to the first one left out."""
+    margins_N = torch.full((tokens_BT.numel(),), torch.inf)
+
+    def watch(router: Router, args: tuple[Tensor], _: object) -> None:
+        scores_NE = F.linear(args[0], router.weight).float().softmax(-1).sort(-1, descending=True).values
+        if router.top_k < scores_NE.shape[1]:
+            margin_N = scores_NE[:, router.top_k - 1] - scores_NE[:, router.top_k]
+            torch.minimum(margins_N, margin_N, out=margins_N)
+
+    handles = [m.register_forward_hook(watch) for m in model.modules() if isinstance(m, Router)]
+    logits_BTV = model(tokens_BT)
+    for handle in handles:
+        handle.remove()
+    return logits_BTV, margins_N.view_as(tokens_BT)
+
+
+def effect_of_rounding(config: ModelConfig, seed: int, tokens_BT: Tensor) -> Tensor:
+    """How far each token's logits move, in float64, when the weights change by half of float32's last bit. It is
+    large where a sum all but cancels and a norm blows up what is left, such as q . k at the start of a sequence."""
+    exact = HybridMoE(config, device="meta", dtype=torch.float64).init_weights(seed)
+    want, moved = exact(tokens_BT), torch.zeros(tokens_BT.shape, dtype=torch.float64)
+    for draw in range(3):
+        r = torch.Generator().manual_seed(draw)
+        other = HybridMoE(config, device="meta", dtype=torch.float64).init_weights(seed)
+        for parameter in other.parameters():
+            noise = torch.rand(parameter.shape, generator=r, dtype=torch.float64) - 0.5
+            parameter.mul_(1 + torch.finfo(torch.float32).eps * noise)
+        moved = moved.maximum((other(tokens_BT) - want).norm(dim=-1) / want.norm(dim=-1))
+    return moved
+
+
+def load_theirs(transformers, family: str, folder: Path, dtype: torch.dtype):
+    model = getattr(transformers, FAMILIES[family])
+    return model.from_pretrained(folder, dtype=dtype, experts_implementation="eager").eval()
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("seed", range(NUM_CONFIGS))
+def test_logits_and_checkpoints_agree_with_transformers(transformers, family: str, seed: int, tmp_path: Path) -> None:
+    config = draw_config(seed, family)
+    ours = HybridMoE(config, device="meta").init_weights(seed)
+    ours.save_pretrained(tmp_path / "ours", family=family)
+    theirs = load_theirs(transformers, family, tmp_path / "ours", torch.float32)
+    tokens = draw_tokens(seed, config)
+    got, margins = smallest_margins(ours, tokens)
+    with torch.no_grad():
+        want = theirs(tokens, use_cache=False).logits
+    errors = (got - want).norm(dim=-1) / want.norm(dim=-1)
+    # Experts that are all but tied may be chosen differently, and rounding alone may move a token; nothing else
+    # excuses a difference.
+    apart = errors > 5e-5
+    note = f"{family}, seed {seed}, {config}"
+    if (margins[apart] >= 1e-5).any():
+        excused = (margins < 1e-5) | (effect_of_rounding(config, seed, tokens) > 1e-5)
+        assert excused[apart].all(), f"relative error {errors.max():.1e}: {note}"
+    assert apart.float().mean() <= 0.005, f"{int(apart.sum())} of {apart.numel()} tokens excused: {note}"
+
+    theirs.save_pretrained(tmp_path / "theirs")
+    again = HybridMoE.from_pretrained(tmp_path / "theirs")
+    assert again.config == HybridMoE.from_pretrained(tmp_path / "ours").config, note
+    for (name, a), b in zip(ours.named_parameters(), again.parameters(), strict=True):
+        assert torch.equal(a, b), f"{name}: {note}"
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_bfloat16_is_as_close_to_the_truth_as_transformers(transformers, family: str, tmp_path: Path) -> None:
+    """bfloat16 changes a third of the routings, so two bfloat16 models are not compared; each is with float32 on the
+    same weights, over several configurations together, as a single one is luck."""
+    ours_squared = theirs_squared = 0.0
+    for seed in range(4):
+        sizes = {"layer_pattern": "GGGA", "hidden_size": 64, "vocab_size": 250}
+        if family != "qwen3_5_text":
+            sizes |= {"num_experts": 64, "num_experts_per_tok": 8, "moe_intermediate_size": 32}
+        config = ModelConfig.from_mapping(draw_config(seed, family).to_mapping() | sizes)
+        half = HybridMoE(config, device="meta", dtype=torch.bfloat16).init_weights(seed)
+        folder = tmp_path / str(seed)
+        half.save_pretrained(folder, family=family)
+        tokens = torch.randint(250, (2, 150), generator=torch.Generator().manual_seed(seed))
+        with torch.no_grad():
+            truth = load_theirs(transformers, family, folder, torch.float32)(tokens, use_cache=False).logits
+            theirs = load_theirs(transformers, family, folder, torch.bfloat16)(tokens, use_cache=False).logits.float()
+        ours_squared += float((half(tokens).float() - truth).square().mean() / truth.square().mean())
+        theirs_squared += float((theirs - truth).square().mean() / truth.square().mean())
+    ours_error, theirs_error = (ours_squared / 4) ** 0.5, (theirs_squared / 4) ** 0.5
+    assert ours_error <= 1.2 * theirs_error, f"{family}: ours {ours_error:.4f}, transformers' {theirs_error:.4f}"
+
+
+def draw_mamba(seed: int) -> ModelConfig:
+    r = random.Random(seed)
+    groups = r.choice([1, 2, 4])
+    return ModelConfig(
+        layer_pattern="M",
+        vocab_size=8,
+        hidden_size=48,
+        mamba_num_heads=groups * r.choice([1, 2, 3]),
+        mamba_head_dim=r.choice([4, 8, 16]),
+        mamba_state_size=r.choice([8, 16, 24]),
+        mamba_num_groups=groups,
+        mamba_conv_kernel_dim=r.choice([2, 3, 4]),
+        mamba_conv_bias=r.random() < 0.5,
+        mamba_time_step_min=r.choice([0.0, 0.01]),
+        rms_norm_eps=r.choice([1e-6, 1e-5]),
+    )
+
+
+def nemotron_mixer(config: ModelConfig):
+    from transformers import NemotronHConfig
+    from transformers.models.nemotron_h.modeling_nemotron_h import NemotronHMamba2Mixer
+
+    theirs = NemotronHConfig(
+        hidden_size=config.hidden_size,
+        mamba_num_heads=config.mamba_num_heads,
+        mamba_head_dim=config.mamba_head_dim,
+        ssm_state_size=config.mamba_state_size,
+        n_groups=config.mamba_num_groups,
+        conv_kernel=config.mamba_conv_kernel_dim,
+        use_conv_bias=config.mamba_conv_bias,
+        time_step_min=config.mamba_time_step_min,
+        layer_norm_epsilon=config.rms_norm_eps,
+        use_bias=False,
+        chunk_size=32,
+    )
+    return NemotronHMamba2Mixer(theirs, layer_idx=0)
+
+
+def granite_mixer(config: ModelConfig):
+    from transformers import GraniteMoeHybridConfig
+    from transformers.models.granitemoehybrid.modeling_granitemoehybrid import GraniteMoeHybridMambaLayer
+
+    inner = config.mamba_num_heads * config.mamba_head_dim
+    theirs = GraniteMoeHybridConfig(
+        hidden_size=inner // 2,
+        mamba_expand=2,
+        mamba_n_heads=config.mamba_num_heads,
+        mamba_d_head=config.mamba_head_dim,
+        mamba_d_state=config.mamba_state_size,
+        mamba_n_groups=config.mamba_num_groups,
+        mamba_d_conv=config.mamba_conv_kernel_dim,
+        mamba_conv_bias=config.mamba_conv_bias,
+        time_step_limit=(config.mamba_time_step_min, float("inf")),
+        rms_norm_eps=config.rms_norm_eps,
+        mamba_proj_bias=False,
+        mamba_chunk_size=32,
+        num_hidden_layers=1,
+        layer_types=["mamba"],
+    )
+    return GraniteMoeHybridMambaLayer(theirs, layer_idx=0)
+
+
+@pytest.mark.parametrize("make", [nemotron_mixer, granite_mixer])
+@pytest.mark.parametrize("seed", range(NUM_CONFIGS))
+def test_mamba2_equals_transformers_mixers(transformers, make, seed: int) -> None:
+    config = draw_mamba(seed)
+    if make is granite_mixer:  # it ties the hidden size to the inner one
+        inner = config.mamba_num_heads * config.mamba_head_dim
+        config = ModelConfig.from_mapping(config.to_mapping() | {"hidden_size": inner // 2})
+    ours = Mamba2(config).requires_grad_(False)
+    init_weights(torch.nn.ModuleDict({"mamba": ours}), seed)
+    theirs = make(config).eval()
+    theirs.load_state_dict(ours.state_dict(), strict=True)
+    T = random.Random(seed).choice([1, 2, 31, 64, 65, 100])
+    x = torch.randn(2, T, config.hidden_size, generator=torch.Generator().manual_seed(seed))
+    with torch.no_grad():
+        want = theirs(x)
+    got = ours(x.flatten(0, 1), Batch.dense(2, T)).view_as(x)
+    error = (got - want).norm() / want.norm()
+    assert error <= 1e-5, f"seed {seed}, {T} tokens: relative error {error:.1e}"
+
+
+def test_gated_delta_rule_equals_fla() -> None:
+    sys.modules.pop("fla", None)
+    try:
+        naive = importlib.import_module("fla.ops.gated_delta_rule.naive")
+    except (ImportError, RuntimeError) as error:
+        pytest.skip(f"flash-linear-attention is not usable here: {str(error).partition(chr(10))[0]}")
+    finally:
+        for name in [name for name in sys.modules if name == "fla" or name.startswith("fla.")]:
+            del sys.modules[name]
+        sys.modules["fla"] = None  # type: ignore[assignment]
+    r = torch.Generator().manual_seed(0)
+    B, T, H, K, V = 2, 100, 3, 16, 24
+    q, k = (F.normalize(torch.randn(B, T, H, K, generator=r), dim=-1) for _ in range(2))
+    v, state = torch.randn(B, T, H, V, generator=r), torch.randn(B, H, K, V, generator=r)
+    g, beta = -torch.rand(B, T, H, generator=r), torch.rand(B, T, H, generator=r)
+    want, end = naive.naive_recurrent_gated_delta_rule(
+        q, k, v, beta, g, scale=1.0, initial_state=state, output_final_state=True
+    )
+    for rule in (recurrent_gated_delta_rule, chunk_gated_delta_rule):
+        o, final = rule(q, k, v, g, beta, state)
+        torch.testing.assert_close(o, want, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(final, end, rtol=1e-5, atol=1e-5)
+
+
+def test_ssd_equals_mamba_ssm() -> None:
+    spec = importlib.util.find_spec("mamba_ssm")
+    if spec is None or not spec.submodule_search_locations:
+        pytest.skip("mamba-ssm is not installed")
+    # Its top-level import needs compiled CUDA code; the plain torch module needs only the package to exist.
+    package = types.ModuleType("mamba_ssm")
+    package.__path__ = list(spec.submodule_search_locations)
+    sys.modules["mamba_ssm"] = package
+    minimal = importlib.import_module("mamba_ssm.modules.ssd_minimal")
+    r = torch.Generator().manual_seed(0)
+    B, T, H, P, N = 2, 128, 3, 8, 16
+    x, dt = torch.randn(B, T, H, P, generator=r), torch.rand(B, T, H, generator=r)
+    A, D = -torch.rand(H, generator=r), torch.zeros(H)
+    b, c = (torch.randn(B, T, H, N, generator=r) for _ in range(2))
+    want, end = minimal.ssd_minimal_discrete(x * dt[..., None], A * dt, b, c, block_len=32)
+    for scan in (recurrent_ssd, chunk_ssd):
+        y, final = scan(x, dt, A, b, c, D)
+        torch.testing.assert_close(y, want, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(final, end, rtol=1e-4, atol=1e-4)

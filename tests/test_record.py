@@ -1,0 +1,165 @@
+"""The recorder: what it promises to the rank that it watches."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+
+from hybrid_moe_ref.parallel.observer import Collective, Observer, ScheduleEntry
+from repro.layout import Geometry, Kind
+from repro.record import Recorder
+from repro.witness import WitnessError, read
+
+REDUCE = Collective("dp", "all_reduce", "", (32,), "int32", "sum")
+
+
+def recorder_at(path: Path, **more: object) -> Recorder:
+    recorder = Recorder.open(path, 0, 2, run_id="run", **more)  # type: ignore[arg-type]
+    recorder.groups({"dp": (0, 1), "pp": (1, 0)})
+    return recorder
+
+
+def test_a_recorder_is_an_observer(tmp_path: Path) -> None:
+    observer: Observer = recorder_at(tmp_path / "w")
+    observer.phase("serve")
+    observer.begin_step(4, [ScheduleEntry("dp", "all_reduce")], 2)
+    observer.enter(REDUCE)
+    observer.leave(REDUCE)
+    observer.local("lock_wait", "a.lock", holder=77)
+    observer.failed("no more")
+    observer.done()
+    witness = read(tmp_path / "w")
+    events = list(witness.events())
+    assert [event.kind for event in events] == [
+        Kind.PHASE, Kind.STEP, Kind.ENTER, Kind.LEAVE, Kind.LOCK_WAIT, Kind.FAILED, Kind.DONE,
+    ]  # fmt: skip
+    assert witness.schedule(events[1].sig) == (("dp", "all_reduce", ""),)
+    assert (events[1].aux, events[2].step, events[4].aux) == (2, 4, 77)
+    assert witness.text(events[5].sig) == "no more"
+    assert witness.who.pid == os.getpid()
+    assert witness.who.boot_id
+    assert witness.who.pid_start_ticks > 0
+
+
+def test_the_call_site_is_the_line_that_called_the_communicator(tmp_path: Path) -> None:
+    recorder = recorder_at(tmp_path / "w")
+    source = "def all_reduce(recorder, call):\n    recorder.enter(call)\n    recorder.leave(call)\n"
+    namespace: dict[str, object] = {}
+    exec(compile(source, "hybrid_moe_ref/parallel/comm.py", "exec"), namespace)
+    line = sys._getframe().f_lineno + 1
+    namespace["all_reduce"](recorder, REDUCE)  # type: ignore[operator]
+    witness = read(tmp_path / "w")
+    site = witness.text(next(witness.events()).site)
+    assert site.startswith(f"{__file__}:{line} ")
+
+
+def test_asynchronous_collectives_keep_their_tickets(tmp_path: Path) -> None:
+    recorder = recorder_at(tmp_path / "w")
+    first, second = recorder.issue(REDUCE), recorder.issue(REDUCE)
+    assert (first, second) == (1, 2)
+    recorder.wait(REDUCE, first)
+    recorder.finish(REDUCE, first)
+    witness = read(tmp_path / "w")
+    assert [(event.kind, event.seq) for event in witness.events()] == [
+        (Kind.ISSUE, 1), (Kind.ISSUE, 2), (Kind.WAIT, 1), (Kind.LEAVE, 1),
+    ]  # fmt: skip
+    assert (witness.groups[0].issued, witness.groups[0].left) == (2, 1)
+
+
+def test_each_direction_of_point_to_point_counts_for_itself(tmp_path: Path) -> None:
+    recorder = recorder_at(tmp_path / "w")
+    for op in ("send", "recv", "send"):
+        recorder.enter(Collective("pp", op, root=0))
+        recorder.leave(Collective("pp", op, root=0))
+    groups = {group.name: (group.members, group.issued) for group in read(tmp_path / "w").groups}
+    assert groups["pp:0>1"] == ((0, 1), 2)
+    assert groups["pp:1>0"] == ((1, 0), 1)
+
+
+def test_a_file_has_one_writer(tmp_path: Path) -> None:
+    recorder_at(tmp_path / "w")
+    with pytest.raises(WitnessError, match=f"already written by pid {os.getpid()}"):
+        recorder_at(tmp_path / "w")
+
+
+def test_a_file_of_another_rank_is_refused(tmp_path: Path) -> None:
+    recorder_at(tmp_path / "w")
+    (tmp_path / "w").unlink()
+    from repro.layout import Identity
+    from repro.witness import create
+
+    create(tmp_path / "w", Identity(1, 2))
+    with pytest.raises(WitnessError, match="made for rank 1 of 2, opened by 0 of 2"):
+        recorder_at(tmp_path / "w")
+
+
+def test_a_full_disk_is_an_error_at_open_and_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_room(descriptor: int, start: int, size: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "posix_fallocate", no_room)
+    with pytest.raises(OSError, match="No space left"):
+        recorder_at(tmp_path / "w")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_heartbeats_of_another_thread_disturb_no_event(tmp_path: Path) -> None:
+    recorder = recorder_at(tmp_path / "w", shape=Geometry(ring_records=20_000))
+    stop = threading.Event()
+
+    def beat() -> None:
+        count = 0
+        while not stop.is_set():
+            recorder.local("heartbeat", f"build {count % 50}")
+            count += 1
+
+    thread = threading.Thread(target=beat)
+    thread.start()
+    for layer in range(3000):
+        call = Collective("dp", "all_reduce", f"layer {layer % 100}", (layer,))
+        recorder.enter(call)
+        recorder.leave(call)
+    stop.set()
+    thread.join()
+    witness = read(tmp_path / "w")
+    assert witness.problems == ()
+    assert witness.num_events == 6000
+    assert witness.heartbeat.startswith("build ")
+    layers = [witness.signature(event.sig).layer for event in witness.events() if event.kind == Kind.ENTER]
+    assert layers == [f"layer {layer % 100}" for layer in range(3000)]
+
+
+def wait_for_events(path: Path, count: int) -> None:
+    deadline = time.monotonic() + 10
+    while time.monotonic() < deadline:
+        with contextlib.suppress(OSError, WitnessError):  # not made yet, or not to the end
+            if read(path).num_events > count:
+                return
+        time.sleep(0.01)
+    raise TimeoutError(f"{path}: no {count} events within 10 s")
+
+
+def test_a_killed_writer_leaves_a_readable_witness(tmp_path: Path) -> None:
+    for attempt in range(5):
+        path = tmp_path / f"w{attempt}"
+        child = os.fork()
+        if child == 0:
+            recorder = recorder_at(path, shape=Geometry(ring_records=64))
+            while True:
+                recorder.enter(REDUCE)
+                recorder.leave(REDUCE)
+        try:
+            wait_for_events(path, 100)
+        finally:
+            os.kill(child, signal.SIGKILL)
+            os.waitpid(child, 0)
+        witness = read(path)
+        assert witness.num_events > 100
+        assert len(list(witness.events())) >= 63

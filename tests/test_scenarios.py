@@ -1,0 +1,196 @@
+"""Each scenario: the hang is real, the verdict names it, and the cure serves the single process's tokens."""
+
+from __future__ import annotations
+
+import os
+import re
+import time
+
+import pytest
+from forked import run_forked
+
+from hybrid_moe_ref.config import ConfigError
+from hybrid_moe_ref.engine.scheduler import live_ranks
+from hybrid_moe_ref.parallel.observer import ScheduleEntry
+from repro import scenarios
+from repro.record import Recorder
+from repro.rundir import read_json
+from repro.settings import RunSettings
+from repro.verdict import Position, Verdict
+from repro.watch import judge_again, matches
+
+SEEDS = tuple(range(int(os.environ.get("HMR_SCENARIO_SEEDS", "1"))))
+
+
+def test_every_scenario_says_what_it_is_and_what_it_mirrors():
+    for name in scenarios.names():
+        scenario = scenarios.load(name)
+        assert scenario.name == name and scenario.summary and "#" in scenario.source
+
+
+def test_an_unknown_scenario_is_refused_with_the_nearest_name():
+    with pytest.raises(ConfigError, match="did you mean 'metadata_rebuild'"):
+        scenarios.load("metadata_rebild")
+
+
+def small(name, variant, **flags):
+    """A run that shows the mechanism on four ranks and four layers, to keep the suite short."""
+    document = {"num_ranks": 4, "model": {"layer_pattern": "GMAG"}, "engine": {"unfinished_interval": 16}}
+    return RunSettings.from_document(document, {"scenario": name, "variant": variant, **flags}, "")
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+@pytest.mark.parametrize("name", [name for name in scenarios.names() if name != "metadata_rebuild"])
+def test_each_scenario_hangs_as_foretold_is_refused_by_the_guard_and_runs_fixed(tmp_path, name, seed):
+    for variant, checks in (("fault", "observe"), ("fault", "agree"), ("fix", "")):
+        settings = small(name, variant, checks=checks, seed=seed)
+        _, document = run_forked(settings, tmp_path)
+        told = f"{name} {variant} {checks} seed {seed}: {document}"
+        assert document["matches_expected"], told
+        if checks == "agree":
+            words = {position["detail"] for position in document["ranks"]}
+            assert len(words) == 1 and words.pop().startswith("ScheduleMismatch: rank "), told
+
+
+@pytest.mark.parametrize("seed", range(200))
+def test_every_seed_foretells_a_hang_in_which_some_ranks_are_idle(seed):
+    settings = RunSettings("metadata_rebuild", "fault", seed=seed)
+    expected = scenarios.load("metadata_rebuild").expected(settings)
+    live = live_ranks(settings.requests(), settings.engine)
+    assert expected.verdict == "deadlock" and 0 < len(expected.culprits) < 8, f"seed {seed}"
+    assert all(len(step) == 8 for step in live[: expected.step - 1]), f"seed {seed}"
+    assert tuple(live[expected.step - 1]) == expected.culprits, f"seed {seed}"
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_metadata_rebuild_fault_is_a_deadlock_of_exactly_the_live_ranks(tmp_path, seed):
+    settings = RunSettings("metadata_rebuild", "fault", seed=seed)
+    run_dir, document = run_forked(settings, tmp_path, with_reference=False)
+    expected = scenarios.load("metadata_rebuild").expected(settings)
+    told = f"seed {seed}: {document}"
+    assert (document["verdict"], document["cause"]) == ("deadlock", "extra"), told
+    assert tuple(document["culprits"]) == expected.culprits, told
+    assert document["matches_expected"], told
+    for position in document["ranks"]:
+        assert position["step"] == expected.step, told
+        culprit = position["rank"] in expected.culprits
+        group, op = ("dp", "all_reduce") if culprit else ("ep", "all_gather_v")
+        layer = "layers.0.gated_delta_net" if culprit else "layers.0.moe"
+        assert (position["group"], position["op"], position["layer"]) == (group, op, layer), told
+    for rank in range(8):
+        assert "all_reduce" in run_dir.stack(rank).read_text() or "all_gather" in run_dir.stack(rank).read_text()
+        assert read_json(run_dir.flight_recorder(rank))["entries"], told
+    assert read_json(run_dir.verdict) == document
+    again, refused = judge_again(run_dir, settings)
+    assert not refused
+    assert (again.verdict, again.cause, list(again.culprits)) == ("deadlock", "extra", document["culprits"]), told
+
+
+@pytest.mark.parametrize("variant", [pytest.param("control", marks=pytest.mark.full), "fix"])
+@pytest.mark.parametrize("seed", SEEDS)
+def test_metadata_rebuild_control_and_fix_serve_the_tokens_of_one_process(tmp_path, variant, seed):
+    settings = RunSettings("metadata_rebuild", variant, seed=seed)
+    run_dir, document = run_forked(settings, tmp_path)
+    assert document["verdict"] == "clean" and document["matches_expected"], f"seed {seed}: {document}"
+    served = {name: tokens for rank in range(8) for name, tokens in read_json(run_dir.output(rank)).items()}
+    assert served == read_json(run_dir.reference), f"seed {seed}"
+
+
+def test_the_fault_under_the_guard_stops_every_rank_with_the_layer_named(tmp_path):
+    settings = RunSettings("metadata_rebuild", "fault", checks="agree")
+    _, document = run_forked(settings, tmp_path, with_reference=False)
+    assert document["verdict"] == "crash" and document["matches_expected"], document
+    assert {position["state"] for position in document["ranks"]} == {"failed"}, document
+    details = {position["detail"] for position in document["ranks"]}
+    assert len(details) == 1, details
+    assert re.fullmatch(
+        r"ScheduleMismatch: rank \d would issue dp all_reduce of layers.0.gated_delta_net in step 1, "
+        r"the schedule has ep all_gather_v of layers.0.moe",
+        details.pop(),
+    ), details
+
+
+def test_another_error_than_the_guards_is_not_what_was_expected():
+    def failed(detail):
+        return Verdict("crash", "error", (0,), ranks=(Position(0, "failed", detail=detail),))
+
+    assert matches(failed("ScheduleMismatch: rank 0 would issue ..."), scenarios.REFUSED)
+    assert not matches(failed("CacheExhausted: a new sequence needs 6 pages"), scenarios.REFUSED)
+
+
+def test_a_rank_that_sleeps_between_steps_raises_no_alarm(tmp_path):
+    def sleepy(rank):
+        if rank == 3:
+            begin_step = Recorder.begin_step
+
+            def slowly(self, step: int, schedule: tuple[ScheduleEntry, ...], num_live: int):
+                time.sleep(0.8 if 3 < step < 7 else 0)
+                begin_step(self, step, schedule, num_live)
+
+            Recorder.begin_step = slowly
+
+    settings = small("metadata_rebuild", "control", quiet_window_s=1.0)
+    _, document = run_forked(settings, tmp_path, in_rank=sleepy)
+    assert document["verdict"] == "clean", document
+
+
+def test_a_rank_that_sleeps_far_beyond_the_quiet_window_is_slow_not_stuck(tmp_path):
+    def sleepy(rank):
+        if rank == 3:
+            begin_step = Recorder.begin_step
+
+            def slowly(self, step: int, schedule: tuple[ScheduleEntry, ...], num_live: int):
+                time.sleep(2.5 if step == 4 else 0)
+                begin_step(self, step, schedule, num_live)
+
+            Recorder.begin_step = slowly
+
+    settings, told = small("metadata_rebuild", "control", quiet_window_s=0.3), []
+    _, document = run_forked(settings, tmp_path, in_rank=sleepy, notice=told.append)
+    assert document["verdict"] == "clean", document
+    assert any(line.startswith("slow: ") and "rank 3 " in line for line in told), told
+
+
+def test_served_tokens_that_differ_from_the_reference_are_corrupt(tmp_path):
+    settings = small("metadata_rebuild", "control")
+
+    def tamper(run_dir, pids):
+        tokens = read_json(run_dir.reference)
+        tokens["rank2-0"][0] += 1
+        from repro.rundir import write_json
+
+        write_json(run_dir.reference, tokens)
+
+    _, document = run_forked(settings, tmp_path, during=tamper)
+    assert document["verdict"] == "corrupt" and not document["matches_expected"]
+    assert any("request rank2-0: token 0" in line for line in document["evidence"]), document["evidence"]
+
+
+def test_a_killed_rank_is_the_culprit_and_not_those_that_wait_for_it(tmp_path):
+    settings = small("metadata_rebuild", "control")
+
+    def kill_one(run_dir, pids):
+        from repro.layout import Kind
+        from repro.witness import Tail
+
+        tail = Tail(run_dir.witness(3))
+        deadline = time.monotonic() + 60
+        while time.monotonic() < deadline:
+            event = tail.last_event()
+            if event and event.kind in (Kind.ENTER, Kind.LEAVE) and event.step >= 3:
+                break
+            time.sleep(0.01)
+        os.kill(pids[3], 9)
+
+    _, document = run_forked(settings, tmp_path, during=kill_one)
+    assert document["verdict"] == "crash", document
+    assert document["culprits"] == [3], document
+
+
+def test_at_the_deadline_a_hang_that_was_not_quiet_long_enough_is_inconclusive(tmp_path):
+    settings = small("metadata_rebuild", "fault", quiet_window_s=60, deadline_s=8)
+    started = time.monotonic()
+    _, document = run_forked(settings, tmp_path, with_reference=False)
+    assert document["verdict"] in ("inconclusive", "deadlock"), document
+    assert any("deadline" in line for line in document["evidence"]), document["evidence"]
+    assert time.monotonic() - started < 38

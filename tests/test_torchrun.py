@@ -1,0 +1,156 @@
+"""End to end under torchrun, as a user runs it: right verdicts, and nothing left behind however a run ends."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+
+from repro.cli import EXPECTED, INTERRUPTED
+from repro.layout import Kind
+from repro.parse import WitnessError
+from repro.rundir import read_json
+from repro.witness import Tail
+
+ROOT = Path(__file__).resolve().parent.parent
+DEADLINE_S = 90
+
+
+def command(*arguments) -> list[str]:
+    return [sys.executable, "-m", "repro", "run", "metadata_rebuild", *map(str, arguments)]
+
+
+@pytest.fixture
+def leaves_nothing(tmp_path):
+    """Fails the test when a process, a shared-memory entry or a temporary file outlives it."""
+    shared_before, temporary_before = set(os.listdir("/dev/shm")), set(Path("/tmp").glob("torchelastic_*"))
+    yield
+    deadline = time.monotonic() + 10
+    while (alive := _processes_of(tmp_path)) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert not alive, alive
+    assert set(os.listdir("/dev/shm")) <= shared_before
+    assert set(Path("/tmp").glob("torchelastic_*")) <= temporary_before
+    for verdict in tmp_path.glob("*Z-*/verdict.json"):
+        assert {path.name for path in verdict.parent.iterdir()} <= {
+            *("config.json", "verdict.json", "reference.json"),
+            *("events", "fr", "logs", "outputs", "stacks"),
+        }
+
+
+def _processes_of(out: Path) -> list[str]:
+    """Command lines of processes that work for a run below ``out``."""
+    found = []
+    for process in psutil.process_iter():
+        with contextlib.suppress(psutil.Error):
+            if str(out) in " ".join([*process.cmdline(), process.environ().get("HMR_RUN_DIR", "")]):
+                found.append(" ".join(process.cmdline()))
+    return found
+
+
+def _wait_until_serving(out: Path, num_ranks: int) -> Path:
+    """The run directory, once every rank has served a step."""
+    deadline = time.monotonic() + DEADLINE_S
+    while time.monotonic() < deadline:
+        for run_dir in out.glob("*Z-*"):
+            with contextlib.suppress(OSError, WitnessError):
+                events = [Tail(run_dir / "events" / f"rank{rank:03d}.wit").last_event() for rank in range(num_ranks)]
+                if all(event and event.step >= 2 and event.kind != Kind.DONE for event in events):
+                    return run_dir
+        time.sleep(0.02)
+    raise AssertionError(f"no run below {out} came to serve within {DEADLINE_S} s")
+
+
+def test_all_variants_give_their_verdicts_as_json(tmp_path, leaves_nothing):
+    config = tmp_path / "config.json"
+    config.write_text('{"model": {"layer_pattern": "GMAG"}, "engine": {"unfinished_interval": 16}}')
+    run = subprocess.run(
+        command("--variant", "all", "--ranks", 2, "--config", config, "--out", tmp_path, "--json"),
+        cwd=ROOT, capture_output=True, text=True, timeout=DEADLINE_S,
+    )  # fmt: skip
+    assert run.returncode == EXPECTED, run.stdout + run.stderr
+    documents = json.loads(run.stdout)
+    assert [(d["variant"], d["verdict"], d["cause"]) for d in documents] == [
+        ("control", "clean", None),
+        ("fault", "deadlock", "extra"),
+        ("fix", "clean", None),
+    ]
+    assert all(d["matches_expected"] for d in documents)
+    assert read_json(tmp_path / "latest" / "verdict.json") == documents[-1]
+
+
+def test_plain_torchrun_ends_by_itself_with_the_same_verdict_file(tmp_path, leaves_nothing):
+    run = subprocess.run(
+        [
+            *(sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "8"),
+            *("-m", "repro.worker", "metadata_rebuild", "--variant", "fault", "--out", str(tmp_path)),
+        ],
+        cwd=ROOT, capture_output=True, text=True, timeout=DEADLINE_S,
+        env={**os.environ, "TMPDIR": str(tmp_path)},
+    )  # fmt: skip
+    assert run.returncode == 1, "torchrun ends with 1 when ranks were ended"
+    verdict = read_json(tmp_path / "latest" / "verdict.json")
+    assert (verdict["verdict"], verdict["cause"]) == ("deadlock", "extra") and verdict["matches_expected"], verdict
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.full)])
+def test_an_interrupted_run_writes_its_evidence_first(tmp_path, leaves_nothing, number):
+    run = subprocess.Popen(command("--variant", "control", "--ranks", 2, "--out", tmp_path), cwd=ROOT)
+    try:
+        run_dir = _wait_until_serving(tmp_path, 2)
+        run.send_signal(number)
+        assert run.wait(15) == INTERRUPTED
+    finally:
+        run.kill()
+    verdict = read_json(run_dir / "verdict.json")
+    assert any("interrupted" in line for line in verdict["evidence"])
+    assert all((run_dir / "stacks" / f"rank{rank:03d}.txt").stat().st_size for rank in range(2))
+
+
+def test_killing_the_parent_ends_everything_it_started(tmp_path, leaves_nothing):
+    run = subprocess.Popen(
+        command("--variant", "fault", "--ranks", 2, "--quiet-window", 60, "--out", tmp_path), cwd=ROOT
+    )
+    _wait_until_serving(tmp_path, 2)
+    run.kill()
+    run.wait()
+
+
+def test_killing_the_parent_during_start_up_ends_everything_it_started(tmp_path, leaves_nothing):
+    run = subprocess.Popen(command("--variant", "control", "--ranks", 2, "--out", tmp_path), cwd=ROOT)
+    deadline = time.monotonic() + DEADLINE_S
+    while time.monotonic() < deadline and len(psutil.Process(run.pid).children(recursive=True)) < 4:
+        time.sleep(0.01)
+    run.kill()  # torchrun, the reference and two ranks have begun, and the ranks do not yet know their parent
+    run.wait()
+
+
+def test_a_run_listens_on_loopback_alone(tmp_path, leaves_nothing):
+    run = subprocess.Popen(command("--variant", "control", "--ranks", 2, "--out", tmp_path), cwd=ROOT)
+    try:
+        _wait_until_serving(tmp_path, 2)
+        family = [psutil.Process(run.pid), *psutil.Process(run.pid).children(recursive=True)]
+        listening = [c.laddr.ip for p in family for c in p.net_connections("inet") if c.status == psutil.CONN_LISTEN]
+        assert set(listening) <= {"127.0.0.1", "::1"}, listening
+    finally:
+        run.send_signal(signal.SIGINT)
+        run.wait(20)
+
+
+def test_two_runs_side_by_side_do_not_disturb_each_other(tmp_path, leaves_nothing):
+    outs = [tmp_path, tmp_path]
+    runs = [
+        subprocess.Popen(command("--variant", "fault", "--ranks", 2, "--seed", seed, "--out", out), cwd=ROOT)
+        for seed, out in enumerate(outs)
+    ]
+    assert [run.wait(DEADLINE_S) for run in runs] == [EXPECTED, EXPECTED]
+    verdicts = [read_json(path) for path in tmp_path.glob("*Z-*/verdict.json")]
+    assert sorted(verdict["seed"] for verdict in verdicts) == [0, 1]

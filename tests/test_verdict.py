@@ -1,0 +1,337 @@
+"""The verdict on scenes small enough to be read: one test per class and cause."""
+
+from __future__ import annotations
+
+import json
+import time
+from typing import Any
+
+import pytest
+from scene import MS, Scene
+
+from hybrid_moe_ref.parallel.observer import Collective, ScheduleEntry
+from repro.verdict import Verdict, judge
+
+EVERYONE = range(8)
+C1 = Collective("dp", "all_reduce", "", (32,), "int32", "sum")
+EXTRA = Collective("dp", "all_reduce", "layers.0.linear_attn", (32,), "int32", "sum")
+SIZES = (4, 4, 4, 4, 4, 4, 1, 1)
+
+
+def dispatch(layer: int) -> Collective:
+    return Collective("ep", "all_gather_v", f"layers.{layer}.mlp", SIZES, "float32")
+
+
+def combine(layer: int) -> Collective:
+    return Collective("ep", "reduce_scatter_v", f"layers.{layer}.mlp", SIZES, "float32", "sum")
+
+
+STEP = [C1, dispatch(0), combine(0), dispatch(1), combine(1)]
+PLAN = tuple(ScheduleEntry(call.group, call.op, call.layer) for call in STEP)
+
+
+def scene(**more: Any) -> Scene:
+    made = Scene(8, {"dp": EVERYONE, "ep": EVERYONE}, **more)
+    made.phase("serve")
+    return made
+
+
+def whole_step(made: Scene, step: int, *, plan: tuple[ScheduleEntry, ...] = PLAN, extra: bool = False) -> None:
+    made.begin_step(step, plan, live=EVERYONE)
+    for call in STEP:
+        if extra and call == dispatch(0):
+            made.all_of(EVERYONE, EXTRA)
+        made.all_of(EVERYONE, call)
+
+
+def look(made: Scene, *, after_s: float = 2.0, **more: Any) -> Verdict:
+    now_ns = made.now_ns + int(after_s * 1e9)
+    return judge(made.witnesses(), num_ranks=made.num_ranks, now_ns=now_ns, quiet_window_s=1.0, **more)
+
+
+def metadata_rebuild(**more: Any) -> Scene:
+    """Ranks with live requests issue one dp all_reduce more inside layer 0; before step 12 all ranks did."""
+    made = scene(**more)
+    for step in range(10, 12):
+        whole_step(made, step, extra=True)
+    made.begin_step(12, PLAN, live=range(6))
+    made.all_of(EVERYONE, C1)
+    made.enter(range(6), EXTRA)
+    made.enter((6, 7), dispatch(0))
+    return made
+
+
+def test_extra_collective_of_the_live_ranks_is_a_deadlock_with_exactly_them_as_culprits() -> None:
+    verdict = look(metadata_rebuild())
+    assert (verdict.verdict, verdict.cause, verdict.culprits) == ("deadlock", "extra", tuple(range(6)))
+    assert verdict.confidence == "certain"
+    assert verdict.sentence() == (
+        "ranks 0-5 wait in dp all_reduce #6 (step 12, layers.0.linear_attn); "
+        "ranks 6,7 wait in ep all_gather_v #9 (step 12, layers.0.mlp)"
+    )
+    assert {link["waits_in"] for link in verdict.cycle} == {"dp all_reduce #6", "ep all_gather_v #9"}
+    live, idle = verdict.first_divergence["sides"]  # type: ignore[index]
+    assert (live["ranks"], live["layer"], live["step"]) == (list(range(6)), "layers.0.linear_attn", 12)
+    assert live["planned"] == "ep all_gather_v of layers.0.mlp"
+    assert (idle["ranks"], idle["layer"]) == ([6, 7], "layers.0.mlp")
+    assert "not in the schedule" in " ".join(verdict.evidence)
+    assert json.loads(json.dumps(verdict.to_json()))["ranks"][7]["sizes"] == list(SIZES)
+
+
+def test_a_cycle_is_not_called_a_deadlock_before_the_quiet_window_is_over() -> None:
+    verdict = look(metadata_rebuild(), after_s=0.4)
+    assert verdict.verdict == "inconclusive"
+    assert "quiet for 0.400 s only" in " ".join(verdict.evidence)
+    assert verdict.cycle
+
+
+def test_an_extra_collective_that_all_ranks_agree_on_is_clean() -> None:
+    made = scene()
+    whole_step(made, 1, extra=True)
+    for recorder in made.recorders:
+        recorder.done()
+    assert look(made).verdict == "clean"
+    assert look(made, wrong_numbers=["rank 3: token 7 is 5, not 6"]).verdict == "corrupt"
+
+
+def test_a_straggler_is_slow_and_never_a_deadlock() -> None:
+    made = scene()
+    whole_step(made, 1)
+    made.begin_step(2, PLAN)
+    made.enter(range(7), C1)
+    verdict = look(made, after_s=600)
+    assert (verdict.verdict, verdict.culprits) == ("slow", (7,))
+    assert look(made, alive={7: True}).verdict == "slow"
+
+
+def test_a_build_is_slow_and_says_when_its_heart_last_beat() -> None:
+    made = scene()
+    made.begin_step(1, PLAN)
+    made.all_of(EVERYONE, C1)
+    made.enter(range(1, 8), dispatch(0))
+    made.recorders[0].local("build_begin", "gdn_sm90")
+    made.recorders[0].local("heartbeat", "gdn_sm90")
+    verdict = look(made, after_s=60)
+    assert (verdict.verdict, verdict.culprits) == ("slow", (0,))
+    assert "gdn_sm90" in " ".join(verdict.evidence)
+
+
+def test_a_rank_that_has_not_started_is_slow() -> None:
+    made = Scene(4, {"dp": range(4)})
+    made.enter(range(3), C1)
+    assert (look(made).verdict, look(made).culprits) == ("slow", (3,))
+
+
+def test_a_dead_rank_is_a_crash_and_the_waits_are_its_consequence() -> None:
+    made = scene()
+    whole_step(made, 1)
+    made.begin_step(2, PLAN)
+    made.enter(range(7), C1)
+    verdict = look(made, alive={7: False})
+    assert (verdict.verdict, verdict.cause, verdict.culprits) == ("crash", "dead_rank", (7,))
+    made.enter([7], C1)
+    verdict = look(made, alive={7: False})
+    assert (verdict.verdict, verdict.cause, verdict.culprits) == ("crash", "dead_rank", (7,))
+
+
+def test_an_error_is_a_crash_that_quotes_it() -> None:
+    made = scene()
+    made.begin_step(1, PLAN)
+    made.recorders[2].failed("ScheduleMismatch: entry 4")
+    verdict = look(made)
+    assert (verdict.verdict, verdict.cause, verdict.culprits) == ("crash", "error", (2,))
+    assert "ScheduleMismatch: entry 4" in " ".join(verdict.evidence)
+
+
+def test_everybody_in_one_collective_is_a_stall() -> None:
+    made = scene()
+    made.begin_step(1, PLAN)
+    made.all_of(EVERYONE, C1)
+    made.enter(EVERYONE, dispatch(0))
+    assert look(made).verdict == "stall"
+    assert look(made, after_s=0.5).verdict == "inconclusive"
+    assert look(made, excused={3: "stopped by a signal"}).verdict == "slow"
+
+
+def test_a_skipped_collective_blames_the_rank_that_passed_it_over() -> None:
+    made = scene()
+    whole_step(made, 1)
+    made.begin_step(2, PLAN)
+    made.all_of(EVERYONE, C1)
+    made.enter([r for r in EVERYONE if r != 5], dispatch(0))
+    made.begin_step(3, PLAN, ranks=[5])
+    made.enter([5], C1)
+    verdict = look(made)
+    assert (verdict.verdict, verdict.cause, verdict.culprits) == ("deadlock", "skipped", (5,))
+
+
+def test_a_rank_that_enters_the_next_group_too_early_inverts_the_order() -> None:
+    made = scene()
+    whole_step(made, 1)
+    made.begin_step(2, PLAN)
+    made.enter([r for r in EVERYONE if r != 5], C1)
+    made.enter([5], dispatch(0))
+    verdict = look(made)
+    assert (verdict.verdict, verdict.cause, verdict.culprits) == ("deadlock", "order", (5,))
+    assert "before dp all_reduce, which was due first" in " ".join(verdict.evidence)
+
+
+def test_swapped_schedules_are_an_order_fault_and_who_changed_is_only_suspect() -> None:
+    made = scene()
+    for step in (1, 2):
+        whole_step(made, step)
+    made.begin_step(3, PLAN, ranks=[r for r in EVERYONE if r != 2])
+    made.begin_step(3, (PLAN[1], PLAN[0], *PLAN[2:]), ranks=[2])
+    made.enter([r for r in EVERYONE if r != 2], C1)
+    made.enter([2], dispatch(0))
+    verdict = look(made)
+    assert (verdict.verdict, verdict.cause, verdict.culprits) == ("deadlock", "order", ())
+    assert (verdict.suspects, verdict.confidence) == ((2,), "undecided")
+
+
+def test_different_operations_under_one_number_are_a_mismatch() -> None:
+    made = scene()
+    whole_step(made, 1)
+    made.begin_step(2, PLAN)
+    made.all_of(EVERYONE, C1)
+    made.enter(range(7), dispatch(0))
+    made.enter([7], Collective("ep", "broadcast", "layers.0.mlp", (4,), "float32", root=0))
+    verdict = look(made)
+    assert (verdict.verdict, verdict.cause, verdict.culprits) == ("deadlock", "mismatch", (7,))
+
+
+def test_a_stale_size_vector_is_found_by_what_the_others_say_of_themselves() -> None:
+    made = scene()
+    made.begin_step(1, PLAN)
+    made.all_of(EVERYONE, C1)
+    made.enter(range(1, 8), dispatch(0))
+    made.enter([0], Collective("ep", "all_gather_v", "layers.0.mlp", (4, 4, 9, 4, 4, 4, 1, 1), "float32"))
+    verdict = look(made)
+    assert (verdict.verdict, verdict.cause, verdict.culprits) == ("deadlock", "sizes", (0,))
+    verdict = look(made, alive={3: False})
+    assert (verdict.verdict, verdict.cause, verdict.culprits) == ("crash", "sizes", (0,))
+
+
+def test_an_extra_collective_that_pairs_silently_is_corrupt() -> None:
+    made = scene()
+    whole_step(made, 1)
+    made.begin_step(2, PLAN, live=[0])
+    made.all_of(EVERYONE, C1)
+    made.enter([0], EXTRA)
+    for call in STEP[1:]:
+        made.all_of(range(1, 8), call)
+    made.begin_step(3, PLAN, ranks=range(1, 8))
+    made.all_of(range(1, 8), C1)
+    made.leave([0], EXTRA)
+    verdict = look(made)
+    assert (verdict.verdict, verdict.cause, verdict.culprits) == ("corrupt", "extra", (0,))
+
+
+def test_a_lock_held_across_a_collective_is_a_deadlock_of_its_holder() -> None:
+    made = scene()
+    made.begin_step(1, PLAN)
+    made.recorders[3].local("lock_held", "build.lock")
+    made.enter([3], C1)
+    made.enter([0, 1, 2, 4, 5, 6], C1)
+    made.recorders[7].local("lock_wait", "build.lock", holder=103)
+    verdict = look(made)
+    assert (verdict.verdict, verdict.cause, verdict.culprits) == ("deadlock", "lock", (3,))
+
+
+def test_a_rank_that_dies_between_taking_a_lock_and_saying_so_is_a_crash() -> None:
+    made = scene()
+    made.recorders[0].local("lock_wait", "build.lock")
+    made.recorders[7].local("lock_wait", "build.lock", holder=100)
+    made.enter(range(1, 7), C1)
+    verdict = look(made, alive={0: False})
+    assert (verdict.verdict, verdict.cause, verdict.culprits) == ("crash", "dead_rank", (0,))
+
+
+@pytest.mark.parametrize(
+    ("holders", "expected"), [({}, "inconclusive"), ({"build.lock": 0}, "deadlock"), ({"build.lock": 9}, "slow")]
+)
+def test_a_lock_that_no_rank_holds_needs_the_word_of_the_system(holders: dict[str, int], expected: str) -> None:
+    made = scene()
+    for recorder in made.recorders:
+        recorder.local("lock_wait", "build.lock")
+    assert look(made, lock_holders=holders).verdict == expected
+
+
+def test_a_missing_witness_that_waits_end_in_is_inconclusive() -> None:
+    made = scene()
+    whole_step(made, 1)
+    made.begin_step(2, PLAN)
+    made.enter(range(7), C1)
+    witnesses = made.witnesses()
+    del witnesses[7]
+    verdict = judge(witnesses, num_ranks=8, now_ns=made.now_ns + 2000 * MS, quiet_window_s=1)
+    assert verdict.verdict == "inconclusive"
+    assert "rank 7" in " ".join(verdict.evidence)
+
+
+def test_a_missing_witness_does_not_hide_a_cycle_among_the_others() -> None:
+    made = metadata_rebuild()
+    witnesses = made.witnesses()
+    del witnesses[3]
+    verdict = judge(witnesses, num_ranks=8, now_ns=made.now_ns + 2000 * MS, quiet_window_s=1)
+    assert (verdict.verdict, verdict.culprits, verdict.confidence) == ("deadlock", (0, 1, 2, 4, 5), "likely")
+
+
+def test_without_a_schedule_who_leaves_the_habit_of_earlier_steps_is_only_suspect() -> None:
+    made = scene()
+    for step in (1, 2, 3):
+        whole_step(made, step, plan=())
+    made.begin_step(4, ())
+    made.all_of(EVERYONE, C1)
+    made.enter([1], EXTRA)
+    made.enter([r for r in EVERYONE if r != 1], dispatch(0))
+    verdict = look(made)
+    assert (verdict.verdict, verdict.cause, verdict.culprits) == ("deadlock", "extra", ())
+    assert (verdict.suspects, verdict.confidence) == ((1,), "undecided")
+
+
+def test_without_a_schedule_or_a_habit_guilt_is_undecided() -> None:
+    made = scene()
+    made.enter([1], C1)
+    made.enter([r for r in EVERYONE if r != 1], dispatch(0))
+    verdict = look(made)
+    assert (verdict.verdict, verdict.culprits, verdict.confidence) == ("deadlock", (), "undecided")
+
+
+def test_a_rank_that_waits_for_one_that_is_done_will_wait_for_ever() -> None:
+    made = scene()
+    whole_step(made, 1)
+    made.recorders[7].done()
+    made.begin_step(2, PLAN, ranks=range(7))
+    made.enter(range(7), C1)
+    verdict = look(made)
+    assert (verdict.verdict, verdict.cause, verdict.culprits) == ("deadlock", "skipped", ())
+    assert verdict.confidence == "undecided"
+
+
+def test_a_rank_that_is_done_while_others_serve_left_too_early() -> None:
+    made = scene()
+    whole_step(made, 1)
+    made.recorders[7].done()
+    made.begin_step(2, PLAN, live=[3], ranks=range(7))
+    made.enter(range(7), C1)
+    verdict = look(made)
+    assert (verdict.verdict, verdict.cause, verdict.culprits) == ("deadlock", "skipped", (7,))
+    assert "rank 3 had requests" in " ".join(verdict.evidence)
+
+
+def test_witnesses_of_another_run_are_named_and_left_out() -> None:
+    made = metadata_rebuild()
+    witnesses = made.witnesses()
+    witnesses[7] = scene(run_id="another").witnesses()[7]
+    verdict = judge(witnesses, num_ranks=8, now_ns=made.now_ns + 2000 * MS, quiet_window_s=1)
+    assert "another" in " ".join(verdict.evidence)
+    assert verdict.culprits in ((), tuple(range(6)))
+
+
+def test_eight_ranks_are_judged_in_milliseconds() -> None:
+    made = metadata_rebuild()
+    witnesses = made.witnesses()
+    start = time.perf_counter()
+    judge(witnesses, num_ranks=8, now_ns=made.now_ns, quiet_window_s=1.0)
+    assert time.perf_counter() - start < 0.5

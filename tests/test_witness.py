@@ -1,0 +1,203 @@
+"""The witness file: what a reader gets back, from whole files, torn ones and such as never were one."""
+
+from __future__ import annotations
+
+import os
+import struct
+from pathlib import Path
+
+import pytest
+from scene import Scene
+
+from hybrid_moe_ref.parallel.observer import Collective
+from repro.layout import CRC, HEADER, LIVE_AT, RECORD, Geometry, Identity, Kind
+from repro.record import Recorder
+from repro.verdict import judge
+from repro.witness import Event, Tail, WitnessError, create, parse, read, read_dir
+
+TINY = Geometry(ring_records=32, vector_words=64, string_bytes=512, group_slots=4)
+REDUCE = Collective("dp", "all_reduce", "", (32,), "int32", "sum")
+GATHER = Collective("ep", "all_gather_v", "layers.0.mlp", (3, 0, 2, 1), "float32")
+
+
+def sample(shape: Geometry = TINY, rounds: int = 3) -> Scene:
+    scene = Scene(4, {"dp": range(4), "ep": range(4)}, shape=shape)
+    scene.phase("serve")
+    for _ in range(rounds):
+        scene.all_of(range(4), REDUCE)
+        scene.all_of(range(4), GATHER)
+    scene.enter([0], GATHER)
+    return scene
+
+
+def test_what_was_recorded_is_read_back() -> None:
+    witness = sample().witnesses()[0]
+    assert witness.problems == ()
+    assert witness.complete
+    assert [Kind(event.kind).name for event in witness.events()][:3] == ["PHASE", "ENTER", "LEAVE"]
+    last = witness.last
+    assert last is not None
+    assert witness.signature(last.sig) == ("ep", "all_gather_v", "layers.0.mlp", "float32", "")
+    assert witness.sizes(last.vector, last.num_sizes) == (3, 0, 2, 1)
+    assert witness.text(last.phase) == "serve"
+    assert [(g.name, g.members, g.issued, g.left) for g in witness.groups] == [
+        ("dp", (0, 1, 2, 3), 3, 3),
+        ("ep", (0, 1, 2, 3), 4, 3),
+    ]
+
+
+def test_a_wrapped_ring_keeps_the_newest_events_and_the_last_of_each_group() -> None:
+    scene = sample()
+    for _ in range(40):
+        scene.all_of(range(4), REDUCE)
+    witness = scene.witnesses()[0]
+    assert witness.problems == ()
+    assert witness.num_events == 94
+    assert witness.first_event == 94 - TINY.ring_records + 1
+    assert [g.issued for g in witness.groups] == [43, 4]
+    ep = witness.groups[1]
+    assert ep.last is not None
+    assert (ep.left, witness.sizes(ep.last.vector, ep.last.num_sizes)) == (3, (3, 0, 2, 1))
+
+
+def test_ranks_with_equal_schedules_have_equal_rolling_hashes() -> None:
+    scene = sample()
+    hashes = [[group.hash for group in witness.groups] for witness in scene.witnesses().values()]
+    assert hashes[1] == hashes[2] == hashes[3]
+    assert hashes[0][1] != hashes[1][1]
+
+
+def test_a_file_cut_at_any_byte_is_read_as_far_as_it_goes_or_refused_by_name() -> None:
+    scene = sample()
+    whole = bytes(scene.files[1])
+    others = scene.witnesses()
+    full = others[1]
+    for size in range(len(whole)):
+        try:
+            witness = parse(whole[:size], "rank001.wit")
+        except WitnessError as error:
+            assert size < HEADER.size + CRC.size, size
+            assert str(error).startswith(f"rank001.wit:{size}:")
+            continue
+        assert witness.problems[0].startswith(f"rank001.wit:{size}:")
+        assert witness.num_events <= full.num_events
+        verdict = judge({**others, 1: witness}, num_ranks=4, now_ns=scene.now_ns, quiet_window_s=1.0)
+        assert verdict.verdict in ("slow", "inconclusive"), size
+
+
+def test_a_writer_killed_at_any_byte_of_a_record_leaves_the_records_before_it() -> None:
+    scene = sample()
+    before = bytes(scene.files[0])
+    scene.leave([0], GATHER)
+    after = bytes(scene.files[0])
+    at = TINY.ring_at + 14 * RECORD.size
+    assert next(i for i in range(TINY.ring_at, TINY.vectors_at) if before[i] != after[i]) == at
+    for cut in range(1, RECORD.size):
+        witness = parse(before[:at] + after[at : at + cut] + before[at + cut :], "torn")
+        if after[at + cut : at + RECORD.size].strip(b"\0"):
+            assert witness.num_events == 14
+            assert not witness.complete
+            assert witness.problems == (f"torn:{at}: torn record",)
+
+
+def test_a_lost_live_counter_loses_no_record() -> None:
+    data = bytearray(sample().files[0])
+    data[LIVE_AT : LIVE_AT + 16] = bytes(16)
+    assert parse(bytes(data), "x").num_events == 14
+
+
+@pytest.mark.parametrize(
+    ("at", "value", "message"),
+    [
+        (0, b"notawitn", "x:0: not a witness file"),
+        (8, struct.pack("<I", 2), "x:8: witness version 2, this reader knows 1"),
+        (16, struct.pack("<I", 3), "x:184?: the header's checksum is wrong"),
+    ],
+)
+def test_a_header_that_cannot_be_trusted_is_refused(at: int, value: bytes, message: str) -> None:
+    data = bytearray(sample().files[0])
+    data[at : at + len(value)] = value
+    with pytest.raises(WitnessError, match=message.replace("184?", str(HEADER.size))):
+        parse(bytes(data), "x")
+
+
+def test_an_empty_file_is_refused() -> None:
+    with pytest.raises(WitnessError, match="x:0: the file ends inside its header"):
+        parse(b"", "x")
+
+
+@pytest.mark.parametrize(
+    ("field", "value"), [("kind", 99), ("kind", 0), ("sig", 1000), ("site", 1000), ("phase", 1000)]
+)
+def test_impossible_values_in_a_record_are_named_and_left_out(field: str, value: int) -> None:
+    data = bytearray(sample().files[0])
+    at = TINY.ring_at + 5 * RECORD.size
+    event = Event._make(RECORD.unpack_from(data, at))
+    RECORD.pack_into(data, at, *event._replace(**{field: value}))
+    witness = parse(bytes(data), "x")
+    assert witness.problems == (f"x:{at}: impossible record, event 6 kind {value if field == 'kind' else event.kind}",)
+    assert (witness.num_events, witness.first_event) == (14, 7)
+
+
+def test_random_damage_is_survived() -> None:
+    import random
+
+    scene = sample()
+    others = scene.witnesses()
+    for seed in range(300):
+        rng = random.Random(seed)
+        data = bytearray(scene.files[2])
+        for _ in range(rng.randint(1, 40)):
+            data[rng.randrange(len(data))] = rng.randrange(256)
+        try:
+            witness = parse(bytes(data), "x")
+        except WitnessError:
+            continue
+        judge({**others, 2: witness}, num_ranks=4, now_ns=scene.now_ns, quiet_window_s=1.0).to_json()
+
+
+def test_a_full_string_area_costs_names_but_no_events() -> None:
+    scene = Scene(1, {"dp": [0]}, shape=Geometry(64, 64, 32, 4))
+    scene.phase("a phase with a name that does not fit into so few bytes")
+    scene.all_of([0], REDUCE)
+    witness = scene.witnesses()[0]
+    assert witness.num_events == 3
+    assert judge({0: witness}, num_ranks=1, now_ns=0, quiet_window_s=1.0).ranks[0].phase == "?"
+
+
+def test_a_directory_gives_the_good_files_and_names_the_bad(tmp_path: Path) -> None:
+    for rank in range(3):
+        (tmp_path / f"rank{rank:03d}.wit").write_bytes(sample().files[rank])
+    (tmp_path / "rank001.wit").write_bytes(b"")
+    (tmp_path / "rank004.wit").write_bytes(sample().files[0])
+    witnesses, refused = read_dir(tmp_path)
+    assert sorted(witnesses) == [0, 2]
+    assert "rank001.wit:0:" in refused[0]
+    assert "already told by" in refused[1]
+
+
+def test_a_tail_follows_a_live_file(tmp_path: Path) -> None:
+    path = tmp_path / "rank000.wit"
+    create(path, Identity(0, 2, "run"), TINY)
+    tail = Tail(path)
+    assert (tail.num_events(), tail.last_event_ns(), tail.who().pid) == (0, 0, 0)
+    recorder = Recorder.open(path, 0, 2)
+    recorder.groups({"dp": (0, 1)})
+    recorder.enter(REDUCE)
+    assert tail.num_events() == 1
+    assert tail.last_event_ns() > 0
+    assert tail.who().pid == os.getpid()
+    assert tail.witness().who.run_id == "run"
+    recorder.local("heartbeat", "build")
+    assert tail.num_events() == 1
+    assert tail.heartbeat_ns() >= tail.last_event_ns()
+    tail.close()
+
+
+def test_a_file_is_made_whole_and_only_once(tmp_path: Path) -> None:
+    path = tmp_path / "rank000.wit"
+    create(path, Identity(0, 1), TINY)
+    assert path.stat().st_blocks * 512 >= TINY.file_bytes
+    assert read(path).num_events == 0
+    with pytest.raises(FileExistsError):
+        create(path, Identity(0, 1), TINY)
