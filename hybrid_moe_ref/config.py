@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any, Self
 
 LAYER_KINDS = {"G": "linear_attn", "A": "self_attn", "M": "mamba"}
+ENGINE_MODES = ("eager", "graphs")
 DTYPES = ("float32", "float64", "bfloat16", "float16")
 
 
@@ -245,16 +246,39 @@ class ParallelConfig(Config):
 
 @dataclass(frozen=True)
 class EngineConfig(Config):
-    """Bounds of one rank's serve loop."""
+    """Bounds of one rank's serve loop, and how it runs a step.
+
+    mode               "eager", or "graphs": steps of few tokens are padded to a captured size and replayed
+    capture_sizes      those sizes; () is 1, 2, 4, ... and max_num_seqs, which hold every pure decode step
+    microbatch_tokens  a rank with so many tokens would split the step in two; 0 for never
+    compile            run the row-wise parts of the layers through torch.compile
+    autotune           time the ways to compute the experts at start, and agree on the fastest
+    cache_dir          folder where tuning and compiled code outlive the process; "" keeps nothing
+    """
 
     max_num_seqs: int = 8
     max_num_batched_tokens: int = 256
     num_pages: int = 256
     unfinished_interval: int = 32
     dtype: str = "float32"
+    mode: str = "eager"
+    capture_sizes: tuple[int, ...] = ()
+    microbatch_tokens: int = 0
+    compile: bool = False
+    autotune: bool = False
+    cache_dir: str = ""
 
     def __post_init__(self) -> None:
         _at_least(self, 1, "max_num_seqs", "max_num_batched_tokens", "num_pages", "unfinished_interval")
+        _at_least(self, 0, "microbatch_tokens")
+        if self.mode not in ENGINE_MODES:
+            raise ConfigError(f"unknown mode {self.mode!r}{nearest(self.mode, ENGINE_MODES)}", "mode")
+        for index, size in enumerate(self.capture_sizes):
+            if not 1 <= size <= self.max_num_batched_tokens:
+                raise ConfigError(
+                    f"{size} is not between 1 and max_num_batched_tokens {self.max_num_batched_tokens}",
+                    f"capture_sizes[{index}]",
+                )
         if self.max_num_batched_tokens < self.max_num_seqs:
             raise ConfigError(
                 f"{self.max_num_batched_tokens} is less than max_num_seqs {self.max_num_seqs}: "
@@ -263,6 +287,14 @@ class EngineConfig(Config):
             )
         if self.dtype not in DTYPES:
             raise ConfigError(f"unknown dtype {self.dtype!r}{nearest(self.dtype, DTYPES)}", "dtype")
+
+    @property
+    def graph_sizes(self) -> tuple[int, ...]:
+        """The captured sizes in ascending order; none in eager mode."""
+        if self.mode == "eager":
+            return ()
+        powers = (1 << exponent for exponent in range(self.max_num_seqs.bit_length()))
+        return tuple(sorted({*(self.capture_sizes or (*powers, self.max_num_seqs))}))
 
 
 def _qwen(layers: int, hidden: int, heads: int, value_heads: int, experts: int, top_k: int, mlp: int) -> ModelConfig:

@@ -18,6 +18,9 @@ from repro import reference
 from repro.settings import RunSettings
 
 
+PHASES = ["load", "page_setup", "prepare", "profile", "compile", "allocate", "capture", "serve"]
+
+
 class Diary(NullObserver):
     """Keeps what it hears, in order."""
 
@@ -96,7 +99,7 @@ def test_eight_ranks_serve_the_tokens_of_one_process_and_issue_what_they_planned
     num_steps = {len(diary.steps) for _, diary in results}
     assert num_steps == {1 + -(-len(live) // 32) * 32}, "the profile step, then whole intervals of 32"
     for rank, (_, diary) in enumerate(results):
-        assert diary.phases == ["load", "page_setup", "prepare", "profile", "allocate", "serve"]
+        assert diary.phases == PHASES
         assert [num_live > 0 for _, _, num_live in diary.steps[1 : 1 + len(live)]] == [rank in step for step in live]
         for (step, schedule, _), issued in zip(diary.steps, diary.issued, strict=True):
             assert [(e.group, e.op, e.layer) for e in schedule] == issued, f"rank {rank} step {step}"

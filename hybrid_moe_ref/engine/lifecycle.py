@@ -4,7 +4,9 @@
     page_setup  unify the page size of KV and recurrent state            no collective
     prepare     local lazy work, then one vote                           a small all-reduce on dp, one on tp
     profile     one full-size dummy step                                 C1, then the layers' (C2, C3, tp)
+    compile     local, where asked for, then one vote                    none, or as prepare
     allocate    pages for the cache                                      no collective
+    capture     two dummy steps for each captured size, where asked for  none, or as profile for each
     serve       steps until nobody has work left                         the same; every 32nd step one more
 
 The order is vLLM's, with `prepare` put before the first model execution: what may build, autotune or fail on
@@ -59,7 +61,9 @@ class Engine:
         self.page_layout = self._phase("page_setup", self._page_setup)
         self._phase("prepare", self._prepare)
         self._phase("profile", self._profile)
+        self._phase("compile", self._compile)
         self.cache = self._phase("allocate", self._allocate)
+        self._phase("capture", self._capture)
 
     def _phase(self, name: str, run: Callable[[], T]) -> T:
         self.comm.observer.phase(name)
@@ -118,6 +122,12 @@ class Engine:
     def _profile(self) -> None:
         """The first model execution: every rank brings as many dummy tokens as a step may ever hold."""
         self._execute_dummy(self.config.engine.max_num_batched_tokens)
+
+    def _compile(self) -> None:
+        """Nothing to compile in eager mode."""
+
+    def _capture(self) -> None:
+        """Nothing to capture in eager mode."""
 
     def _allocate(self) -> HybridCache:
         engine = self.config.engine
