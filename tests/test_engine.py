@@ -17,7 +17,6 @@ from hybrid_moe_ref.parallel.observer import NullObserver
 from repro import reference
 from repro.settings import RunSettings
 
-
 PHASES = ["load", "page_setup", "prepare", "profile", "compile", "allocate", "capture", "serve"]
 
 
