@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from datetime import timedelta
+from functools import lru_cache
 
 import torch
 import torch.distributed as dist
@@ -270,5 +271,6 @@ def _as_bytes(x: Tensor) -> Tensor:
     return flat.clone(memory_format=torch.contiguous_format).view(torch.uint8)
 
 
+@lru_cache(maxsize=64)
 def _name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
