@@ -13,6 +13,8 @@ from typing import Any, Self
 
 LAYER_KINDS = {"G": "linear_attn", "A": "self_attn", "M": "mamba"}
 ENGINE_MODES = ("eager", "graphs")
+GDN_PREFILL_BACKENDS = ("torch", "triton", "jit")
+MOE_BACKENDS = ("torch", "jit")
 DTYPES = ("float32", "float64", "bfloat16", "float16")
 
 
@@ -253,7 +255,10 @@ class EngineConfig(Config):
     microbatch_tokens  a rank with so many tokens would split the step in two; 0 for never
     compile            run the row-wise parts of the layers through torch.compile
     autotune           time the ways to compute the experts at start, and agree on the fastest
-    cache_dir          folder where tuning and compiled code outlive the process; "" keeps nothing
+    cache_dir          folder where tuning and compiled code outlive the process; "" keeps nothing, but for compiled
+                       modules, which then go to the user's own cache
+    gdn_prefill_backend, moe_backend
+                       what computes these layers; "jit" is compiled where it runs, "triton" needs a GPU
     """
 
     max_num_seqs: int = 8
@@ -267,6 +272,8 @@ class EngineConfig(Config):
     compile: bool = False
     autotune: bool = False
     cache_dir: str = ""
+    gdn_prefill_backend: str = "torch"
+    moe_backend: str = "torch"
 
     def __post_init__(self) -> None:
         _at_least(self, 1, "max_num_seqs", "max_num_batched_tokens", "num_pages", "unfinished_interval")
@@ -287,6 +294,11 @@ class EngineConfig(Config):
             )
         if self.dtype not in DTYPES:
             raise ConfigError(f"unknown dtype {self.dtype!r}{nearest(self.dtype, DTYPES)}", "dtype")
+        for name, known in (("gdn_prefill_backend", GDN_PREFILL_BACKENDS), ("moe_backend", MOE_BACKENDS)):
+            if (backend := getattr(self, name)) not in known:
+                raise ConfigError(f"unknown backend {backend!r}; known: {', '.join(known)}", name)
+        if self.moe_backend == "jit" and self.dtype not in ("float32", "float64"):
+            raise ConfigError(f"'jit' computes in float32 and float64, not in dtype {self.dtype}", "moe_backend")
 
     @property
     def graph_sizes(self) -> tuple[int, ...]:

@@ -2,7 +2,7 @@
 
     load        build this rank's part of the model                      no collective
     page_setup  unify the page size of KV and recurrent state            no collective
-    prepare     local lazy work, then one vote                           a small all-reduce on dp, one on tp
+    prepare     builds and other local lazy work, then one vote          a small all-reduce on dp, one on tp
     profile     one full-size dummy step                                 C1, then the layers' (C2, C3, tp)
     compile     local, where asked for, then one vote                    none, or as prepare
     allocate    pages for the cache                                      no collective
@@ -17,15 +17,18 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterable
+from pathlib import Path
 from typing import TypeVar
 
 import torch
+from hybrid_moe_kernels.extension import default_cache, on_first_use
 
 from hybrid_moe_ref import checkpoint
 from hybrid_moe_ref.batch import Batch
 from hybrid_moe_ref.cache import HybridCache, Sequence
-from hybrid_moe_ref.engine.graphs import padded_size
-from hybrid_moe_ref.engine.plan import ANYONE_UNFINISHED, EAGER, GRAPH, StepPlan
+from hybrid_moe_ref.engine.backends import apply_backends
+from hybrid_moe_ref.engine.builds import BuildPlace, BuildStopped
+from hybrid_moe_ref.engine.plan import ANYONE_UNFINISHED, StepPlan
 from hybrid_moe_ref.engine.policies import Policies
 from hybrid_moe_ref.engine.runner import ModelRunner
 from hybrid_moe_ref.engine.scheduler import Request, Running, Scheduler
@@ -33,6 +36,7 @@ from hybrid_moe_ref.engine.server_config import ServerConfig
 from hybrid_moe_ref.model import HybridMoE
 from hybrid_moe_ref.pages import PageLayout, page_layout
 from hybrid_moe_ref.parallel.comm import Communicator
+from hybrid_moe_ref.parallel.guard import ScheduleMismatch
 from hybrid_moe_ref.parallel.layout import apply_layout
 
 T = TypeVar("T")
@@ -75,11 +79,13 @@ class Engine:
         dtype = getattr(torch, self.config.engine.dtype)
         model = HybridMoE(self.config.model, device="meta", dtype=dtype)
         context = apply_layout(model, self.comm, self.config.parallel, self._policies.dispatch)
+        self._extensions = apply_backends(model, self.config.engine, self.comm.device)
+        on_first_use(lambda extension: self._policies.builds.first_use(extension, self._build_place()))
         if self.config.checkpoint:
             checkpoint.load_weights(model, self.config.checkpoint, self.comm.device)
         else:
             model.init_weights(self.config.seed, device=self.comm.device)
-        return model, ModelRunner(model, context, self.comm, self._policies, self.config)
+        return model, ModelRunner(model, context, self.comm, self._policies, context.schedule, self.config.checks)
 
     def _page_setup(self) -> PageLayout:
         dtype = getattr(torch, self.config.engine.dtype)
@@ -90,10 +96,28 @@ class Engine:
         """Do the local work that may fail or take long, then vote: all go on, or all stop with the first error."""
         error = ""
         try:
+            self._policies.builds.prepare(self._extensions, self._build_place())
             self.runner.warm_up()
-        except Exception as failure:  # the vote carries it to every rank, and _vote raises there
+        except BuildStopped:
+            pass  # the rank that stopped the others has said why
+        except Exception as failure:  # told at once to those that still work, and by the vote to every rank
             error = f"{type(failure).__name__}: {failure}"
-        self._vote(error)
+            self.comm.stop_all(f"rank {self.comm.rank} could not prepare: {error}")
+        try:
+            self._vote(error)
+        except (ScheduleMismatch, PrepareFailed) as stopped:  # whichever way a rank hears of it, the words are the same
+            raise PrepareFailed(self.comm.stopped_by() or str(stopped)) from None
+        if told := self.comm.stopped_by():
+            raise PrepareFailed(told)
+
+    def _build_place(self) -> BuildPlace:
+        def sum_up(numbers: list[int], layer: str) -> list[int]:
+            sums: list[int] = self.comm.all_reduce("dp", torch.tensor(numbers), layer=layer).tolist()
+            return sums
+
+        folder = self.config.engine.cache_dir
+        cache = Path(folder) / "kernels" if folder else default_cache()
+        return BuildPlace(cache, self.comm.rank, self.comm.observer, self.comm.stopped_by, sum_up)
 
     def _vote(self, error: str) -> None:
         rank, num_ranks, digest = self.comm.rank, self.config.parallel.world_size, self.config.digest()
@@ -122,16 +146,13 @@ class Engine:
 
     def _profile(self) -> None:
         """The first model execution: every rank brings as many dummy tokens as a step may ever hold."""
-        self._execute_dummy(self.config.engine.max_num_batched_tokens, may_replay=False)
+        self._execute_dummy(self.config.engine.max_num_batched_tokens)
 
     def _compile(self) -> None:
         """Nothing to compile in eager mode."""
 
     def _capture(self) -> None:
-        """For each size, largest first, a step that warms up and one that is captured; all ranks do the same."""
-        for size in reversed(self.config.engine.graph_sizes):
-            self._execute_dummy(size, may_replay=False)
-            self._execute_dummy(size)
+        """Nothing to capture in eager mode."""
 
     def _allocate(self) -> HybridCache:
         engine = self.config.engine
@@ -195,26 +216,15 @@ class Engine:
             self.cache.free(sequences.pop(complete.request.request_id))
         return [(r.request.request_id, token) for r, token in zip(running, new_tokens, strict=True)]
 
-    def _execute_dummy(self, num_tokens: int, asks_unfinished: bool = False, may_replay: bool = True) -> None:
+    def _execute_dummy(self, num_tokens: int, asks_unfinished: bool = False) -> None:
         """A rank with nothing to run still takes part in every collective of the step."""
-        plan = self._plan(num_tokens, 0, asks_unfinished, may_replay)
+        plan = self._plan(num_tokens, 0, asks_unfinished)
         tokens_N = torch.zeros(num_tokens, dtype=torch.long, device=self.comm.device)
         with torch.inference_mode():
             self.runner.execute(plan, tokens_N, Batch.dummy(num_tokens) if num_tokens else Batch.of([]), None)
 
-    def _plan(self, num_tokens: int, num_live: int, asks_unfinished: bool, may_replay: bool = True) -> StepPlan:
-        """What this rank would like: a graph if one holds its tokens, else two halves if there are enough of them."""
-        engine = self.config.engine
-        padded = padded_size(num_tokens, engine.graph_sizes) if may_replay else None
-        plan = StepPlan(
-            self._num_steps,
-            num_tokens,
-            num_live,
-            padded_tokens=padded or 0,
-            mode=GRAPH if padded else EAGER,
-            wants_microbatch=0 < engine.microbatch_tokens <= num_tokens,
-            asks_unfinished=asks_unfinished,
-        )
+    def _plan(self, num_tokens: int, num_live: int, asks_unfinished: bool) -> StepPlan:
+        plan = StepPlan(self._num_steps, num_tokens, num_live, asks_unfinished=asks_unfinished)
         self._num_steps += 1
         return plan
 

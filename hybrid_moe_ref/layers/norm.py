@@ -4,8 +4,16 @@ Shapes: ... anything, H features, G groups of features.
 """
 
 import torch
-from hybrid_moe_kernels import norm
+import torch.nn.functional as F
 from torch import Tensor, nn
+
+
+def _normalise(x: Tensor, eps: float) -> Tensor:
+    return F.rms_norm(x, x.shape[-1:], eps=eps)
+
+
+def _widen(x: Tensor) -> Tensor:
+    return x if x.dtype in (torch.float32, torch.float64) else x.float()
 
 
 class RMSNorm(nn.Module):
@@ -17,7 +25,8 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.zeros(size))
 
     def forward(self, x__H: Tensor) -> Tensor:
-        return norm.rms_norm(_rows(x__H), self.weight, self.eps).view(x__H.shape)
+        y__H = _normalise(_widen(x__H), self.eps)
+        return torch.addcmul(y__H, y__H, _widen(self.weight)).to(x__H.dtype)
 
 
 class NormThenGate(nn.Module):
@@ -29,7 +38,8 @@ class NormThenGate(nn.Module):
         self.weight = nn.Parameter(torch.ones(size))
 
     def forward(self, x__H: Tensor, gate__H: Tensor) -> Tensor:
-        return norm.norm_then_gate(_rows(x__H), _rows(gate__H), self.weight, self.eps).view(x__H.shape)
+        y = _widen(self.weight) * _normalise(_widen(x__H), self.eps)
+        return (y * F.silu(_widen(gate__H))).to(x__H.dtype)
 
 
 class GateThenNorm(nn.Module):
@@ -43,9 +53,6 @@ class GateThenNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(size))
 
     def forward(self, x__H: Tensor, gate__H: Tensor) -> Tensor:
-        y_NH = norm.gate_then_norm(_rows(x__H), _rows(gate__H), self.weight, self.num_groups, self.eps)
-        return y_NH.view(x__H.shape)
-
-
-def _rows(x__H: Tensor) -> Tensor:
-    return x__H if x__H.dim() == 2 else x__H.reshape(-1, x__H.shape[-1])
+        y = _widen(x__H) * F.silu(_widen(gate__H))
+        y = _normalise(y.unflatten(-1, (self.num_groups, -1)), self.eps).flatten(-2)
+        return (_widen(self.weight) * y).to(x__H.dtype)

@@ -1,0 +1,175 @@
+"""Native modules that are compiled on the machine they run on, at their first use, by torch's extension loader.
+
+    PREFILL = Extension("gdn_prefill", tuple(Path(__file__).parent.glob("prefill_*.cpp")))
+    PREFILL.library().gdn_prefill_f32(...)
+
+The loader keeps other processes away with a lock file that it creates and removes ("baton"). Whoever waits for it
+waits without a limit and without a word, and a builder that is killed leaves the file behind: a server should load
+its extensions before it does anything else (``hybrid_moe_ref.engine.builds``). Until something else is arranged,
+`library` compiles in `default_cache()`.
+
+torch is imported when something is compiled.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import hashlib
+import importlib.metadata
+import os
+import platform
+import threading
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+Tell = Callable[[str, str, int], None]
+"""Hears of locks and builds: (event, name, pid of the holder or -1), as an Observer's `local`."""
+
+BATON = "lock"
+"""What torch calls its lock file, in the folder that it builds in."""
+
+_STAMP = "built"
+_use_lock, _loader_lock = threading.Lock(), threading.Lock()
+
+
+class BuildFailed(RuntimeError):
+    """An extension could not be compiled; the text is one line that says which and why."""
+
+
+@dataclass(frozen=True)
+class Extension:
+    """A native module: what it is called and made of. Functions have C linkage, or register themselves with torch.
+
+    sources      .cpp, and .cu for a GPU
+    headers      what they include, so that a change of it is a change of the module
+    cflags       for the C++ compiler; cuda_cflags for nvcc
+    """
+
+    name: str
+    sources: tuple[Path, ...]
+    headers: tuple[Path, ...] = ()
+    cflags: tuple[str, ...] = ("-O3",)
+    cuda_cflags: tuple[str, ...] = ()
+    ldflags: tuple[str, ...] = ()
+    _loaded: list[ctypes.CDLL] = field(default_factory=list, repr=False, compare=False)
+
+    @property
+    def is_loaded(self) -> bool:
+        return bool(self._loaded)
+
+    def library(self) -> ctypes.CDLL:
+        """The module's functions. The first call builds and loads it, as arranged by `on_first_use`."""
+        if not self._loaded:
+            with _use_lock:
+                if not self._loaded:
+                    _first_use[0](self)
+        return self._loaded[0]
+
+    def folder(self, cache: Path) -> Path:
+        """Where it is built: its name, and a digest of everything that the result depends on."""
+        digest = hashlib.sha256()
+        for path in (*self.sources, *self.headers):
+            digest.update(path.name.encode() + path.read_bytes())
+        flags = (self.cflags, self.cuda_cflags, self.ldflags, os.environ.get("CXX", ""))
+        digest.update(repr((flags, importlib.metadata.version("torch"), platform.machine())).encode())
+        return cache / f"{self.name}-{digest.hexdigest()[:12]}"
+
+    def is_built(self, cache: Path) -> bool:
+        """Whether `load` has nothing to compile. What was interrupted does not count as built."""
+        return (self.folder(cache) / _STAMP).exists()
+
+    def load_built(self, cache: Path) -> None:
+        """Load what `is_built`, without a compiler and without a lock."""
+        folder = self.folder(cache)
+        self._load(folder / (folder / _STAMP).read_text())
+
+    def load(self, cache: Path, tell: Tell = lambda event, name, holder: None) -> None:
+        """Compile what is not compiled yet, and load it: torch's way, with torch's lock.
+
+        Raises BuildFailed, or an OSError when the folder cannot be used. Waits for as long as the lock file exists.
+        """
+        from torch.utils import cpp_extension
+
+        folder = self.folder(cache)
+        folder.mkdir(parents=True, exist_ok=True)
+        try:
+            with _loader_lock, _observed_baton(self.name, tell):
+                path = cpp_extension.load(
+                    self.name,
+                    [str(source) for source in self.sources],
+                    extra_cflags=list(self.cflags),
+                    extra_cuda_cflags=list(self.cuda_cflags),
+                    extra_ldflags=list(self.ldflags),
+                    build_directory=str(folder),
+                    is_python_module=False,
+                )
+        except (RuntimeError, ImportError) as error:
+            raise BuildFailed(f"{self.name} could not be built: {_reason(str(error))}") from error
+        self._load(Path(path))
+        partial = folder / f"{_STAMP}.{os.getpid()}"
+        partial.write_text(Path(path).name)
+        partial.replace(folder / _STAMP)
+
+    def _load(self, path: Path) -> None:
+        """For functions of its own and for operators that it registers with torch alike."""
+        self._loaded[:] = [ctypes.CDLL(str(path))]
+
+
+def default_cache() -> Path:
+    """Where compiled modules are kept for the user: HMR_KERNEL_CACHE, or a folder in the user's own cache."""
+    if told := os.environ.get("HMR_KERNEL_CACHE"):
+        return Path(told)
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "hybrid_moe_ref" / "kernels"
+
+
+_first_use: list[Callable[[Extension], None]] = [lambda extension: extension.load(default_cache())]
+
+
+def on_first_use(load: Callable[[Extension], None]) -> None:
+    """From here on `load` brings in whatever is used and not loaded yet, in this process."""
+    _first_use[0] = load
+
+
+@contextlib.contextmanager
+def _observed_baton(name: str, tell: Tell) -> Iterator[None]:
+    """Inside, torch's own lock says what happens to it: nothing else about it changes."""
+    from torch.utils import cpp_extension
+
+    plain: Any = cpp_extension.FileBaton
+
+    class ObservedBaton(plain):
+        def try_acquire(self) -> bool:
+            mine = bool(super().try_acquire())
+            if mine:
+                tell("lock_held", self.lock_file_path, os.getpid())
+                tell("build_begin", name, -1)
+            return mine
+
+        def wait(self) -> None:
+            tell("lock_wait", self.lock_file_path, -1)  # the file does not say whose it is
+            super().wait()
+            tell("lock_freed", self.lock_file_path, -1)
+
+        def release(self) -> None:
+            super().release()
+            tell("build_end", name, -1)
+            tell("lock_freed", self.lock_file_path, -1)
+
+    cpp_extension.FileBaton = ObservedBaton  # type: ignore[misc]
+    try:
+        yield
+    finally:
+        cpp_extension.FileBaton = plain  # type: ignore[misc]
+
+
+def _reason(output: str) -> str:
+    """The line of a build's output that says why it failed."""
+    lines = [line.strip() for line in output.splitlines() if line.strip()]
+    telling = ("error:", "not found", "no space left", "permission denied", "no such file", "read-only")
+    for line in lines:
+        if any(words in line.lower() for words in telling):
+            return line[:300]
+    return lines[0][:300] if lines else "no reason given"
