@@ -3,11 +3,12 @@
 Sequences that bring equally many tokens form a group, which the mixers run as one dense [B, T] batch: all
 decoding sequences are one group with T = 1.
 
-Shapes: N rows of the step, B sequences of a group, T tokens each.
+Shapes: N rows of the step, B sequences of a group, T tokens each, X = B + 1.
 """
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING, Self
 
 import torch
@@ -27,6 +28,12 @@ class Group:
     starts: tuple[int, ...]
     length: int
     sequences: tuple["Sequence", ...] = ()
+
+    @cached_property
+    def cu_seqlens_X(self) -> Tensor:
+        """Where each sequence begins among the group's rows, and the number of rows: [B + 1]."""
+        num_rows = len(self.starts) * self.length
+        return torch.arange(0, num_rows + 1, self.length, device=self.rows_BT.device)
 
 
 @dataclass(frozen=True, eq=False)

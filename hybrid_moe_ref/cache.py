@@ -74,18 +74,22 @@ class KVRun:
 
 @dataclass(frozen=True, eq=False)
 class StatePast:
-    """One recurrent layer's view of a group's sequences."""
+    """One recurrent layer's view of a group's sequences: pools of states, which the kernels change in place, and the
+    slot of each sequence."""
 
     conv_PWC: Tensor
     ssm_P___: Tensor
-    pages: Tensor | slice
+    slots_B: Tensor
 
-    def load(self) -> tuple[Tensor, Tensor]:
-        return self.conv_PWC[self.pages], self.ssm_P___[self.pages]
-
-    def store(self, conv_BWC: Tensor, ssm_B___: Tensor) -> None:
-        self.conv_PWC[self.pages] = conv_BWC
-        self.ssm_P___[self.pages] = ssm_B___
+    @classmethod
+    def zeros(
+        cls, num_sequences: int, conv_shape: tuple[int, ...], ssm_shape: tuple[int, ...], like: Tensor
+    ) -> "StatePast":
+        """Pools of their own for sequences that start from nothing."""
+        wide = torch.promote_types(like.dtype, torch.float32)
+        conv_BWC = like.new_zeros(num_sequences, *conv_shape)
+        ssm_B___ = like.new_zeros(num_sequences, *ssm_shape, dtype=wide)
+        return cls(conv_BWC, ssm_B___, torch.arange(num_sequences, device=like.device))
 
 
 Past = KVPast | KVRun | StatePast
@@ -217,9 +221,9 @@ class HybridCache:
         views = self._views[number]
         one = pages[0] if len(pages) == 1 else []
         if self.layout.groups[number].kind != "A":
-            where = slice(one[0], one[0] + 1) if one else torch.tensor(pages, device=self.device)[:, 0]
+            slots_B = torch.tensor([page for (page,) in pages], device=self.device)
             for layer, (conv, ssm) in zip(layers, views, strict=True):
-                pasts[layer].append(StatePast(conv, ssm, where))
+                pasts[layer].append(StatePast(conv, ssm, slots_B))
             return
         length = max(rows.starts) + rows.length
         if one and one == list(range(one[0], one[0] + len(one))):

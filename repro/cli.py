@@ -19,7 +19,8 @@ from rich.console import Console
 from hybrid_moe_ref.config import ConfigError, nearest
 from hybrid_moe_ref.engine.server_config import CHECKS
 from repro import launch, process, scenarios
-from repro.display import display, summary
+from repro.display import display, overview, summary
+from repro.junit import write_junit
 from repro.rundir import RUN_NAME, OutputError, RunDir, read_json
 from repro.settings import VARIANTS, RunSettings
 from repro.watch import judge_again
@@ -77,7 +78,7 @@ def _parser() -> argparse.ArgumentParser:
     listing.set_defaults(command=_list, parser=listing)
 
     run = commands.add_parser("run", help="run a scenario and give its verdict")
-    run.add_argument("scenario", metavar="SCENARIO")
+    run.add_argument("scenario", metavar="SCENARIO", help='one of them, or "all"')
     run.add_argument("--variant", choices=(*VARIANTS, "all"), default="fault", help="default: fault")
     run.add_argument("--ranks", type=int, dest="num_ranks", metavar="N", help="default: 8")
     run.add_argument("--backend", choices=("gloo", "nccl"), help="default: gloo")
@@ -88,7 +89,9 @@ def _parser() -> argparse.ArgumentParser:
     run.add_argument("--strict", dest="checks", action="store_const", const="strict", help="as --checks strict")
     run.add_argument("--config", type=Path, metavar="FILE", help="JSON with the keys of a run's config.json")
     run.add_argument("--out", type=Path, default=Path("runs"), metavar="DIR", help="default: runs")
+    run.add_argument("--launcher", choices=launch.LAUNCHERS, help="default: torchrun, for all fork, which is quicker")
     run.add_argument("--json", action="store_true", help="print the verdicts as a JSON list")
+    run.add_argument("--junit", type=Path, metavar="FILE", help="write the verdicts as JUnit XML")
     run.set_defaults(command=_run, parser=run)
 
     watch = commands.add_parser("watch", help="the verdict on a run directory, live or finished")
@@ -104,37 +107,68 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _list(args: argparse.Namespace) -> int:
-    found = [scenarios.load(name) for name in scenarios.names()]
+    rows = []
+    for scenario in map(scenarios.load, scenarios.names()):
+        faulty = scenarios.settings_of({"scenario": scenario.name, "variant": "fault"})
+        rows.append({
+            "name": scenario.name, "summary": scenario.summary, "source": scenario.source,
+            "expected": scenario.expected(faulty).to_json(), "words": scenario.expected(faulty).words(),
+        })  # fmt: skip
     if args.json:
-        print(json.dumps([{"name": s.name, "summary": s.summary, "source": s.source} for s in found], indent=1))
-    else:
-        for scenario in found:
-            print(f"{scenario.name:20} {scenario.summary} ({scenario.source})")
+        print(json.dumps([{key: row[key] for key in row if key != "words"} for row in rows], indent=1))
+        return EXPECTED
+    name_width, verdict_width = (max(len(str(row[key])) for row in rows) for key in ("name", "words"))
+    for row in rows:
+        print(f"{row['name']:{name_width}}  {row['words']:{verdict_width}}  {row['summary']} ({row['source']})")
     return EXPECTED
 
 
 def _run(args: argparse.Namespace) -> int:
     variants = VARIANTS if args.variant == "all" else (args.variant,)
-    runs = [_settings(args, variant) for variant in variants]
-    scenarios.load(args.scenario)
+    names = scenarios.names() if args.scenario == "all" else [args.scenario]
+    runs = [_settings(args, name, variant) for name in names for variant in variants]
     if runs[0].backend == "nccl":
         _require_gpus(runs[0].num_ranks)
+    launcher = args.launcher or ("fork" if args.scenario == "all" else "torchrun")
     console = Console(stderr=args.json)
     documents: list[dict[str, Any]] = []
-    reference: Path | None = None
+    references: dict[tuple[Any, ...], Path] = {}
     interrupt = launch.Interrupt()
     with interrupt.installed():
-        for settings in runs:
-            title = f"{settings.scenario} {settings.variant}: {settings.num_ranks} ranks, seed {settings.seed}"
+        for number, settings in enumerate(runs, start=1):
+            count = f"[{number}/{len(runs)}] " if len(names) > 1 else ""
+            title = f"{count}{settings.scenario} {settings.variant}: {settings.num_ranks} ranks, seed {settings.seed}"
+            if missing := scenarios.load(settings.scenario).missing(settings):
+                if len(names) == 1:
+                    raise CannotRunHere(f"{settings.scenario}: {missing}")
+                documents.append(_skipped(settings, missing))
+                console.print(f"{title}: {missing}", highlight=False, markup=False, soft_wrap=True)
+                continue
+            known = references.get(settings.reference_key())
             with display(console, title) as shown:
-                run_dir, document = launch.run(settings, args.out, interrupt, shown, reference)
+                run_dir, document = launch.run(settings, args.out, interrupt, shown, known, launcher)
             documents.append(document)
-            reference = run_dir.reference
-            console.print(f"  {document['verdict']}: {run_dir.verdict}", highlight=False, markup=False, soft_wrap=True)
+            references.setdefault(settings.reference_key(), run_dir.reference)
+            told = "" if document["matches_expected"] else ", not as expected"
+            told = f"  {document['verdict']}{told}: {run_dir.verdict}"
+            console.print(told, highlight=False, markup=False, soft_wrap=True)
             if interrupt():
                 break
+    if args.junit:
+        write_junit(args.junit, documents)
     _print_verdicts(console, documents, args.json)
     return INTERRUPTED if interrupt() else exit_code(documents)
+
+
+def _skipped(settings: RunSettings, why: str) -> dict[str, Any]:
+    """Stands in a list of verdicts for a run that this machine cannot do."""
+    expected = scenarios.load(settings.scenario).expected(settings).to_json()
+    return {
+        "scenario": settings.scenario, "variant": settings.variant, "backend": settings.backend,
+        "num_ranks": settings.num_ranks, "seed": settings.seed, "verdict": "inconclusive", "cause": None,
+        "culprits": [], "sentences": [], "evidence": [why], "skipped": why, "expected": expected,
+        "matches_expected": False, "seconds": {"stall_to_verdict": 0.0, "total": 0.0},
+    }  # fmt: skip
 
 
 def _print_verdicts(console: Console, documents: list[dict[str, Any]], as_json: bool) -> None:
@@ -143,7 +177,8 @@ def _print_verdicts(console: Console, documents: list[dict[str, Any]], as_json: 
         if as_json:
             print(json.dumps(documents, indent=1), flush=True)
         else:
-            summary(console, documents)
+            show = overview if len({document["scenario"] for document in documents}) > 1 else summary
+            show(console, documents)
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
 
@@ -156,7 +191,7 @@ def exit_code(documents: list[dict[str, Any]]) -> int:
     return CANNOT_TELL if set(missed) == {"inconclusive"} else UNEXPECTED
 
 
-def _settings(args: argparse.Namespace, variant: str) -> RunSettings:
+def _settings(args: argparse.Namespace, scenario: str, variant: str) -> RunSettings:
     document: Mapping[str, Any] = {}
     if args.config is not None:
         try:
@@ -171,7 +206,7 @@ def _settings(args: argparse.Namespace, variant: str) -> RunSettings:
         if (value := getattr(args, name)) is not None
     }
     where = str(args.config) if args.config else ""
-    return RunSettings.from_document(document, {**flags, "scenario": args.scenario, "variant": variant}, where)
+    return scenarios.settings_of({**flags, "scenario": scenario, "variant": variant}, document, where)
 
 
 def _require_gpus(num_ranks: int) -> None:

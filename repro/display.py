@@ -19,7 +19,14 @@ from repro.witness import Tail
 
 REFRESH_S = 0.5
 
-_STYLES = {"clean": "green", "deadlock": "red", "corrupt": "red", "crash": "red", "inconclusive": "yellow"}
+_STYLES = {
+    "clean": "green",
+    "slow": "green",
+    "deadlock": "red",
+    "corrupt": "red",
+    "crash": "red",
+    "inconclusive": "yellow",
+}
 
 
 class LiveTable:
@@ -85,18 +92,60 @@ def summary(console: Console, documents: Sequence[dict[str, Any]]) -> None:
     ):  # fmt: skip
         table.add_column(column, justify=justify, no_wrap=column == "verdict")  # type: ignore[arg-type]
     for document in documents:
-        stalled = document["verdict"] not in ("clean", "corrupt")
         table.add_row(
             document["variant"],
             f"[{_STYLES.get(document['verdict'], 'yellow')}]{document['verdict']}[/]",
             document["cause"] or "-",
             list_ranks(document["culprits"]) or "-",
             f"{document['seconds']['total']:.1f}",
-            f"{document['seconds']['stall_to_verdict']:.2f} s" if stalled else "-",
+            f"{document['seconds']['stall_to_verdict']:.2f} s" if _stalled(document) else "-",
             "yes" if document["matches_expected"] else "[red]no[/]",
         )
     console.print(table)
     for document in documents:
-        told = document["evidence"][-1:] if document["verdict"] == "clean" else document["sentences"]
-        for sentence in told:
+        for sentence in _told(document):
             console.print(f"{document['variant']}: {sentence}", highlight=False, markup=False, soft_wrap=True)
+
+
+def overview(console: Console, documents: Sequence[dict[str, Any]]) -> None:
+    """The table of several scenarios, cut nowhere, and sentences for those alone that did not end as expected."""
+    rows = [("scenario", "variant", "verdict", "culprits", "seconds", "stalled", "as expected")]
+    previous = ""
+    for document in documents:
+        told = "not run" if document.get("skipped") else "NO"
+        rows.append((
+            "" if document["scenario"] == previous else document["scenario"],
+            document["variant"],
+            ", ".join(filter(None, (document["verdict"], document["cause"]))),
+            list_ranks(document["culprits"]) or "-",
+            f"{document['seconds']['total']:.1f}",
+            f"{document['seconds']['stall_to_verdict']:.2f} s" if _stalled(document) else "-",
+            "yes" if document["matches_expected"] else told,
+        ))  # fmt: skip
+        previous = document["scenario"]
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    numbers = (rows[0].index("seconds"), rows[0].index("stalled"))
+    found = {document["scenario"] for document in documents}
+    lines = [f"{len(found)} scenarios, {documents[0]['num_ranks']} ranks, seed {documents[0]['seed']}"]
+    for row in rows:
+        cells = (
+            cell.rjust(width) if index in numbers else cell.ljust(width)
+            for index, (cell, width) in enumerate(zip(row, widths, strict=True))
+        )
+        lines.append("  ".join(cells).rstrip())
+    missed = [document for document in documents if not document["matches_expected"]]
+    for document in missed:
+        name = f"{document['scenario']} {document['variant']}"
+        lines += [f"{name}: {sentence}" for sentence in _told(document) or document["evidence"]]
+    total_s = sum(document["seconds"]["total"] for document in documents)
+    lines.append(f"{len(documents) - len(missed)} of {len(documents)} as expected, {total_s:.0f} s")
+    console.print("\n".join(lines), highlight=False, markup=False, soft_wrap=True)
+
+
+def _stalled(document: dict[str, Any]) -> bool:
+    return document["verdict"] not in ("clean", "slow", "corrupt") and not document.get("skipped")
+
+
+def _told(document: dict[str, Any]) -> list[str]:
+    told: list[str] = document["evidence"][-1:] if document["verdict"] == "clean" else document["sentences"]
+    return told

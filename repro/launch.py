@@ -93,15 +93,17 @@ def run(
     interrupt: Callable[[], bool],
     display: Display,
     known_reference: Path | None = None,
+    launcher: str = "torchrun",
 ) -> tuple[RunDir, dict[str, Any]]:
-    """Run one variant under torchrun to its verdict; returns where it is and what verdict.json says.
+    """Run one variant to its verdict; returns where it is and what verdict.json says.
 
-    known_reference: reference.json of an earlier run with the same model, requests and seed.
+    known_reference: reference.json of an earlier run with the same ``reference_key``.
+    launcher: one of LAUNCHERS
     """
     run_dir = prepare_run_dir(out, settings)
     if known_reference is not None and known_reference.exists():
         shutil.copyfile(known_reference, run_dir.reference)
-    job = _start_torchrun(run_dir, settings)
+    job = LAUNCHERS[launcher](run_dir, settings)
     return run_dir, attend(run_dir, settings, interrupt, display, lambda: job.poll() is None, [job])
 
 
@@ -130,7 +132,7 @@ def attend(
     )
     try:
         document = watch.run()
-        if document["verdict"] in ("clean", "corrupt"):
+        if watch.all_done():
             _release(run_dir, job_alive)
     finally:
         end(run_dir, children, watch.processes())
@@ -158,6 +160,14 @@ def _start_torchrun(run_dir: RunDir, settings: RunSettings) -> subprocess.Popen[
         "-m", "repro.worker", settings.scenario, "--variant", settings.variant,
     ]  # fmt: skip
     return _start(command, run_dir, "torchrun.log")
+
+
+def _start_forked(run_dir: RunDir, settings: RunSettings) -> subprocess.Popen[bytes]:
+    return _start([sys.executable, "-m", "repro.forked", str(run_dir.root)], run_dir, "forked.log")
+
+
+LAUNCHERS = {"torchrun": _start_torchrun, "fork": _start_forked}
+"""How the ranks are started: as a server's, by torchrun, or forked from one process, which is quicker."""
 
 
 def _start(command: list[str], run_dir: RunDir, log: str) -> subprocess.Popen[bytes]:

@@ -50,7 +50,6 @@ from repro.witness import create
 
 _ROW = RECORD.size
 _NUM_EVENTS = LIVE_AT // WORD.size  # as a word of the file
-_PRIME = 16_777_619  # FNV-1's for 32 bits
 _LOCAL_KINDS = {
     "lock_wait": Kind.LOCK_WAIT,
     "lock_held": Kind.LOCK_HELD,
@@ -65,12 +64,12 @@ _POINT_TO_POINT = ("send", "recv")
 class _Group:
     """The running state of one group on this rank, and where in the file it stands."""
 
-    __slots__ = ("hash", "index", "last_at", "left", "seq", "state_word")
+    __slots__ = ("hash", "index", "last", "left", "seq", "state_word")
 
     def __init__(self, index: int) -> None:
         slot = SPARE_AT if index == NO_GROUP else GROUPS_AT + index * GROUP_BYTES
         self.index = index
-        self.last_at = slot + LAST_AT
+        self.last = slice(slot + LAST_AT, slot + LAST_AT + _ROW)
         self.state_word = (slot + STATE_AT) // WORD.size
         self.seq = 0
         self.left = 0
@@ -80,11 +79,12 @@ class _Group:
 class _Call:
     """A collective from one call site: all of its records that never changes, packed once."""
 
-    __slots__ = ("digest", "enter", "group", "issue", "leave", "wait")
+    __slots__ = ("digest", "enter", "group", "issue", "leave", "num_sizes", "wait")
 
-    def __init__(self, group: _Group, digest: int, fixed: Callable[[int], bytes]) -> None:
+    def __init__(self, group: _Group, digest: bytes, num_sizes: int, fixed: Callable[[int], bytes]) -> None:
         self.group = group
         self.digest = digest
+        self.num_sizes = num_sizes
         self.enter, self.leave, self.issue, self.wait = map(fixed, (Kind.ENTER, Kind.LEAVE, Kind.ISSUE, Kind.WAIT))
 
 
@@ -107,15 +107,16 @@ class Recorder:
         self._entered_call: _Call | None = None
         self._phase = 0
         self._step = -1
-        self._ring_at = shape.ring_at
-        self._capacity = shape.ring_records
+        self._ring_at = self._next_at = shape.ring_at
+        self._ring_end = shape.vectors_at
         self._intern = Strings(buffer, shape).intern
         self._store_vector = Vectors(buffer, shape).store
         self._groups: dict[str, _Group] = {}
         self._members: dict[str, tuple[int, ...]] = {}
         self._calls: dict[tuple[object, ...], _Call] = {}
         self._schedules: dict[int, tuple[Sequence[ScheduleEntry], int]] = {}
-        self._between: set[int] = set()  # ids of the code between a caller and the recorder
+        self._between = {id(Recorder.issue.__code__)}  # ids of the code between a caller and the recorder
+        self._between_twice: set[int] = set()  # of code that is called from such code alone
         self._codes: list[CodeType] = []  # keeps the ids in _between and _calls from being reused
         self._vector: tuple[int, ...] = ()  # the size vector stored last, and its offset
         self._vector_offset = 0
@@ -168,14 +169,57 @@ class Recorder:
         self._step = step
         self._write(Kind.STEP, sig=self._schedule(schedule), aux=num_live)
 
-    def enter(self, collective: Collective) -> None:
-        self._issue(collective, False)
+    # These two are called hundreds of times a step: written out, since each further call costs a tenth of them.
 
-    def leave(self, collective: Collective) -> None:
+    def enter(self, collective: Collective, asynchronous: bool = False) -> None:
+        frame = sys._getframe(1)
+        code = id(frame.f_code)
+        if code in self._between_twice:  # straight to the frame beyond it: each step back makes a frame object
+            frame = sys._getframe(3)
+            code = id(frame.f_code)
+        while code in self._between:
+            frame = frame.f_back  # type: ignore[assignment]
+            code = id(frame.f_code)
+        group_name, op, layer, sizes, dtype, reduce_op, root = collective
+        key = (group_name, op, layer, dtype, reduce_op, root, len(sizes), code, frame.f_lasti)
+        call = self._calls.get(key) or self._make_call(collective, key, frame)
+        self._entered, self._entered_call = collective, call
+        if call.num_sizes == 1:
+            vector = sizes[0]
+        elif sizes is self._vector or sizes == self._vector:
+            vector = self._vector_offset
+        else:
+            vector = self._vector_offset = self._store_vector(sizes)
+            self._vector = sizes
+        group = call.group
+        group.seq = seq = group.seq + 1
+        group.hash = rolling = crc32(call.digest, group.hash)
+        self._num_events = n = self._num_events + 1
+        fixed = call.issue if asynchronous else call.enter
+        row = ROW.pack(n, self._clock(), seq, vector, self._step, fixed, n & 0xFFFFFFFF)
+        buffer, words, at = self._buffer, self._words, self._next_at
+        end = at + _ROW
+        self._next_at = end if end != self._ring_end else self._ring_at
+        buffer[at:end] = row
+        buffer[group.last] = row
+        words[group.state_word + 1] = rolling
+        words[_NUM_EVENTS] = n
+
+    def leave(self, collective: Collective, ticket: int = 0) -> None:
         call = self._entered_call
         if call is None or collective is not self._entered:
             call = self._call_of(collective)
-        self._follow(call.leave, call.group, call.group.seq)
+        group = call.group
+        seq = ticket or group.seq
+        self._num_events = n = self._num_events + 1
+        at = self._next_at
+        end = at + _ROW
+        self._next_at = end if end != self._ring_end else self._ring_at
+        ROW.pack_into(self._buffer, at, n, self._clock(), seq, 0, self._step, call.leave, n & 0xFFFFFFFF)
+        words = self._words
+        if seq > group.left:
+            group.left = words[group.state_word] = seq
+        words[_NUM_EVENTS] = n
 
     def local(self, event: str, name: str, holder: int = -1) -> None:
         if event == "heartbeat":
@@ -194,7 +238,9 @@ class Recorder:
 
     def issue(self, collective: Collective) -> int:
         """An asynchronous collective is about to be issued; the ticket names it to ``wait`` and ``finish``."""
-        return self._issue(collective, True)
+        self.enter(collective, True)
+        assert self._entered_call is not None
+        return self._entered_call.group.seq
 
     def wait(self, collective: Collective, ticket: int) -> None:
         """The rank begins to wait for the collective of ``ticket``."""
@@ -202,63 +248,18 @@ class Recorder:
 
     def finish(self, collective: Collective, ticket: int) -> None:
         """The collective of ``ticket`` is complete."""
-        call = self._call_of(collective)
-        self._follow(call.leave, call.group, ticket)
+        self.leave(collective, ticket)
 
     # -- writing -------------------------------------------------------------------------------------------------
-
-    def _issue(self, collective: Collective, asynchronous: bool) -> int:
-        frame = sys._getframe(2)
-        code = frame.f_code
-        while id(code) in self._between:
-            frame = frame.f_back  # type: ignore[assignment]
-            code = frame.f_code
-        sizes = collective.sizes
-        num_sizes = len(sizes)
-        key = (
-            collective.group, collective.op, collective.layer, collective.dtype, collective.reduce_op,
-            collective.root, num_sizes, id(code), frame.f_lasti,
-        )  # fmt: skip
-        call = self._calls.get(key) or self._make_call(collective, key, frame)
-        self._entered, self._entered_call = collective, call
-        if num_sizes == 1:
-            vector = sizes[0]
-        elif sizes == self._vector:
-            vector = self._vector_offset
-        else:
-            vector = self._vector_offset = self._store_vector(sizes)
-            self._vector = sizes
-        group = call.group
-        group.seq = seq = group.seq + 1
-        group.hash = rolling = (group.hash * _PRIME ^ call.digest) & 0xFFFFFFFF
-        self._num_events = n = self._num_events + 1
-        fixed = call.issue if asynchronous else call.enter
-        row = ROW.pack(n, self._clock(), seq, vector, self._step, fixed, n & 0xFFFFFFFF)
-        buffer, words = self._buffer, self._words
-        at = self._ring_at + (n - 1) % self._capacity * _ROW
-        buffer[at : at + _ROW] = row
-        at = group.last_at
-        buffer[at : at + _ROW] = row
-        words[group.state_word + 1] = rolling
-        words[_NUM_EVENTS] = n
-        return seq
-
-    def _follow(self, fixed: bytes, group: _Group, seq: int) -> None:
-        """A collective is complete. As long as ``_append``, since to call that costs a tenth of this."""
-        self._num_events = n = self._num_events + 1
-        at = self._ring_at + (n - 1) % self._capacity * _ROW
-        ROW.pack_into(self._buffer, at, n, self._clock(), seq, 0, self._step, fixed, n & 0xFFFFFFFF)
-        words = self._words
-        if seq > group.left:
-            group.left = words[group.state_word] = seq
-        words[_NUM_EVENTS] = n
 
     def _write(self, kind: int, *, sig: int = 0, aux: int = 0) -> None:
         self._append(FIXED.pack(aux, sig, 0, 0, self._phase, NO_GROUP, kind), 0)
 
     def _append(self, fixed: bytes, seq: int) -> None:
         self._num_events = n = self._num_events + 1
-        at = self._ring_at + (n - 1) % self._capacity * _ROW
+        at = self._next_at
+        end = at + _ROW
+        self._next_at = end if end != self._ring_end else self._ring_at
         ROW.pack_into(self._buffer, at, n, self._clock(), seq, 0, self._step, fixed, n & 0xFFFFFFFF)
         self._words[_NUM_EVENTS] = n
 
@@ -277,10 +278,8 @@ class Recorder:
 
     def _call_of(self, collective: Collective) -> _Call:
         """The call of a collective that was issued somewhere else: all of it but the call site."""
-        key = (
-            collective.group, collective.op, collective.layer, collective.dtype, collective.reduce_op,
-            collective.root, len(collective.sizes),
-        )  # fmt: skip
+        group, op, layer, sizes, dtype, reduce_op, root = collective
+        key = (group, op, layer, dtype, reduce_op, root, len(sizes))
         return self._calls.get(key) or self._make_call(collective, key, None)
 
     def _make_call(self, collective: Collective, key: tuple[object, ...], frame: FrameType | None) -> _Call:
@@ -294,10 +293,10 @@ class Recorder:
             self._members[name] = (source, target)
         rest = (collective.layer, collective.dtype, collective.reduce_op)
         string = self._intern(SEPARATOR.join((name, collective.op, *rest)))
-        digest = crc32(SEPARATOR.join((name, op, *rest)).encode())
+        digest = crc32(SEPARATOR.join((name, op, *rest)).encode()).to_bytes(4, "little")
         group = self._group(name)
         shared = (collective.root, string, self._site(frame), len(collective.sizes), self._phase, group.index)
-        self._calls[key] = call = _Call(group, digest, lambda kind: FIXED.pack(*shared, kind))
+        self._calls[key] = call = _Call(group, digest, len(collective.sizes), lambda kind: FIXED.pack(*shared, kind))
         return call
 
     def _schedule(self, schedule: Sequence[ScheduleEntry]) -> int:
@@ -317,6 +316,8 @@ class Recorder:
         while frame is not None and frame.f_code.co_filename.endswith(_NOT_A_CALL_SITE):
             self._codes.append(frame.f_code)
             self._between.add(id(frame.f_code))
+            if frame.f_code.co_name.startswith("_"):  # a private name: its callers are in the same file
+                self._between_twice.add(id(frame.f_code))
             frame = frame.f_back
         if frame is None:
             return 0

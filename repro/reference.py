@@ -24,7 +24,7 @@ def compute(settings: RunSettings) -> dict[str, list[int]]:
     model = HybridMoE(settings.model, device="meta", dtype=getattr(torch, settings.engine.dtype))
     model.init_weights(settings.seed)
     tokens = {}
-    for requests in settings.requests():
+    for requests in settings.requests()[:: settings.tp_size]:
         for request in requests:
             new_tokens_BT = model.generate(torch.tensor([request.prompt]), request.max_new_tokens)
             tokens[request.request_id] = new_tokens_BT[0].tolist()

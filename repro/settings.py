@@ -32,6 +32,7 @@ class RunSettings(Config):
     deadline_s: float = 120.0
     seed: int = 0
     checks: str = ""
+    tp_size: int = 1
     model: ModelConfig = field(default_factory=lambda: preset("tiny"))
     engine: EngineConfig = DEFAULT_ENGINE
     workload: WorkloadConfig = field(default_factory=WorkloadConfig)
@@ -45,6 +46,8 @@ class RunSettings(Config):
             raise ConfigError(f"{self.num_ranks} ranks cannot wait for each other; at least 2", "num_ranks")
         if self.num_ranks > 1024:
             raise ConfigError(f"{self.num_ranks} is more than 1024 ranks of one host", "num_ranks")
+        if self.tp_size < 1 or self.num_ranks % self.tp_size:
+            raise ConfigError(f"{self.num_ranks} ranks do not divide into groups of {self.tp_size}", "tp_size")
         if self.model.num_experts % self.num_ranks:
             raise ConfigError(
                 f"{self.model.num_experts} experts do not divide over {self.num_ranks} ranks", "num_ranks"
@@ -77,20 +80,27 @@ class RunSettings(Config):
             )
 
     @classmethod
-    def from_document(cls, document: Mapping[str, Any], flags: Mapping[str, Any], where: str) -> RunSettings:
-        """Settings from a user's JSON document, with the command line's flags on top.
+    def from_document(
+        cls,
+        document: Mapping[str, Any],
+        flags: Mapping[str, Any],
+        where: str,
+        defaults: Mapping[str, Any] | None = None,
+    ) -> RunSettings:
+        """Settings from a user's JSON document over a scenario's defaults, with the command line's flags on top.
 
         ``model`` may name a ``preset`` and override single fields of it; ``engine`` and ``workload`` override
         single defaults. Raises ConfigError with the path of what is wrong.
         """
         if document.get("scenario", flags["scenario"]) != flags["scenario"]:
             raise ConfigError(f"{document['scenario']!r} is not the scenario to run, {flags['scenario']!r}", where)
-        merged: dict[str, Any] = {**document, **flags}
+        defaults = defaults or {}
+        merged: dict[str, Any] = {**defaults, **document, **flags}
         for part in {"model", "engine", "workload"} & merged.keys():
             path = f"{where}.{part}" if where else part
             if not isinstance(merged[part], Mapping):
                 raise ConfigError(f"wanted a mapping, got {merged[part]!r}"[:80], path)
-            overrides = dict(merged[part])
+            overrides = {**defaults.get(part, {}), **merged[part]}
             base: Config = WorkloadConfig() if part == "workload" else DEFAULT_ENGINE
             if part == "model":
                 name = overrides.pop("preset", "tiny")
@@ -102,9 +112,8 @@ class RunSettings(Config):
 
     def server(self) -> ServerConfig:
         """What the engine of every rank is given."""
-        return ServerConfig(
-            self.model, ParallelConfig(dp_size=self.num_ranks), self.engine, self.seed, self.effective_checks
-        )
+        parallel = ParallelConfig(dp_size=self.num_ranks // self.tp_size, tp_size=self.tp_size)
+        return ServerConfig(self.model, parallel, self.engine, self.seed, self.effective_checks)
 
     @property
     def effective_checks(self) -> str:
@@ -112,5 +121,10 @@ class RunSettings(Config):
         return self.checks or ("observe" if self.variant == "fault" else "agree")
 
     def requests(self) -> list[list[Request]]:
-        """The requests of every rank."""
-        return draw_requests(self.workload, self.num_ranks, self.model.vocab_size, self.seed)
+        """The requests of every rank; the tp ranks of one dp rank run the same ones."""
+        drawn = draw_requests(self.workload, self.num_ranks // self.tp_size, self.model.vocab_size, self.seed)
+        return [requests for requests in drawn for _ in range(self.tp_size)]
+
+    def reference_key(self) -> tuple[Any, ...]:
+        """Equal for two runs whose requests and single-process answers are the same."""
+        return self.model, self.engine.dtype, self.workload, self.num_ranks // self.tp_size, self.seed

@@ -68,8 +68,8 @@ def serve(settings: RunSettings, rank: int, store: dist.Store | None, recorder: 
     from hybrid_moe_ref.parallel.comm import Communicator
 
     torch.set_num_threads(1)
-    server = settings.server()
-    policies = scenarios.load(settings.scenario).policies(settings.variant)
+    scenario = scenarios.load(settings.scenario)
+    server = scenario.server(settings, rank)
     on_gpu = settings.backend == "nccl"
     recorder.phase("connect")
     if settings.effective_checks == "strict" and store is not None:
@@ -83,7 +83,7 @@ def serve(settings: RunSettings, rank: int, store: dist.Store | None, recorder: 
         observer=recorder,
         timeout_s=settings.deadline_s + 600,  # the watcher ends a run; a group's own timeout must not come first
     )
-    return Engine(server, comm, policies).serve(settings.requests()[rank])
+    return Engine(server, comm, scenario.policies(settings, rank)).serve(settings.requests()[rank])
 
 
 def dump_on_signals(run_dir: RunDir, rank: int) -> None:
@@ -128,16 +128,10 @@ def main(argv: list[str] | None = None) -> int:
         return 1  # it was killed before torchrun's death could reach this process
     rank = int(os.environ.get("RANK", "0"))
     if launched := os.environ.get("HMR_RUN_DIR"):
-        run_dir = RunDir(Path(launched))
-        log = os.open(run_dir.log(rank), os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
-        os.dup2(log, 1)
-        os.dup2(log, 2)
-        settings = RunSettings.from_mapping(read_json(run_dir.config))
-        run_rank(run_dir, settings, rank, lambda: _file_store(run_dir, settings.num_ranks))
+        run_launched(RunDir(Path(launched)), rank)
         return 0
     try:
         settings, out = _parse(argv)
-        scenarios.load(settings.scenario)
         run_dir = _meet(settings, out, rank)
     except (ConfigError, OutputError) as error:
         if rank == 0:
@@ -145,6 +139,15 @@ def main(argv: list[str] | None = None) -> int:
         return 2
     run_rank(run_dir, settings, rank, lambda: None)
     return 0
+
+
+def run_launched(run_dir: RunDir, rank: int) -> None:
+    """A rank of a run directory that the launcher made, printing into its log."""
+    log = os.open(run_dir.log(rank), os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+    os.dup2(log, 1)
+    os.dup2(log, 2)
+    settings = RunSettings.from_mapping(read_json(run_dir.config))
+    run_rank(run_dir, settings, rank, lambda: _file_store(run_dir, settings.num_ranks))
 
 
 def _file_store(run_dir: RunDir, num_ranks: int) -> dist.Store:
@@ -186,17 +189,17 @@ def _parse(argv: list[str] | None) -> tuple[RunSettings, Path]:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, default=Path("runs"))
     args = parser.parse_args(argv)
-    settings = RunSettings(
-        args.scenario,
-        args.variant,
-        num_ranks=int(os.environ.get("WORLD_SIZE", "1")),
-        backend=args.backend,
-        quiet_window_s=args.quiet_window,
-        deadline_s=args.deadline,
-        seed=args.seed,
-        checks=args.checks,
-    )
-    return settings, args.out
+    flags = {
+        "scenario": args.scenario,
+        "variant": args.variant,
+        "num_ranks": int(os.environ.get("WORLD_SIZE", "1")),
+        "backend": args.backend,
+        "quiet_window_s": args.quiet_window,
+        "deadline_s": args.deadline,
+        "seed": args.seed,
+        "checks": args.checks,
+    }
+    return scenarios.settings_of(flags), args.out
 
 
 def _meet(settings: RunSettings, out: Path, rank: int) -> RunDir:

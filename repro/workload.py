@@ -42,7 +42,8 @@ class WorkloadConfig(Config):
 def draw_requests(config: WorkloadConfig, num_ranks: int, vocab_size: int, seed: int) -> list[list[Request]]:
     """The requests of each rank; the same for the same arguments, on every machine."""
     rng = random.Random(seed)
-    num_idle = rng.randint(1, min(config.max_idle_ranks, num_ranks - 1))
+    most_idle = min(config.max_idle_ranks, num_ranks - 1)
+    num_idle = rng.randint(min(1, most_idle), most_idle)
     idle = set(rng.sample(range(num_ranks), num_idle))
     return [_draw_rank(config, rank, rank in idle, vocab_size, rng) for rank in range(num_ranks)]
 

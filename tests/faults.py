@@ -145,7 +145,7 @@ def _mispaired(sim: Simulation) -> bool:
     for channel in sim.channels.values():
         for meeting, left in zip(channel.calls, channel.left, strict=True):
             sides = {
-                (replace(call, op="", root=0, layer=""), 0) if call.op in ("send", "recv") else (call, step)
+                (call._replace(op="", root=0, layer=""), 0) if call.op in ("send", "recv") else (call, step)
                 for rank, (call, step) in meeting.items()
                 if rank in left
             }

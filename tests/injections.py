@@ -34,7 +34,7 @@ def _key(item: Item) -> tuple[ScheduleEntry | None, int | None]:
 
 def _extra(case: Case, rng: random.Random, wait_after: int | None = None) -> None:
     numel = rng.choice((8, 32))
-    call = replace(EXTRA, group=rng.choice(("dp", "ep")), sizes=(numel,), dtype=rng.choice(("int32", "float32")))
+    call = EXTRA._replace(group=rng.choice(("dp", "ep")), sizes=(numel,), dtype=rng.choice(("int32", "float32")))
     step = rng.randrange(len(case.steps[0]))
     case.step, case.culprits = step, some_of(range(case.num_ranks), rng)
     index = rng.randrange(min(len(case.steps[rank][step]) for rank in case.culprits) + 1)
@@ -107,7 +107,7 @@ def _change(case: Case, rng: random.Random, ops: tuple[str, ...], **fields: obje
             sizes[position] += 1 + rng.randrange(3)
         fields = {"sizes": tuple(sizes)}
     case.step, case.culprits = step, (rank,)
-    call = replace(item.call, **fields)  # type: ignore[arg-type]
+    call = item.call._replace(**fields)  # type: ignore[arg-type]
     case.steps[rank][step][index] = replace(item, call=call, before=item.before + MARK)
 
 

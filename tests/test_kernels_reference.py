@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from hybrid_moe_kernels.causal_conv.reference import causal_conv
 from hybrid_moe_kernels.gated_delta_rule.reference import chunk_gated_delta_rule, recurrent_gated_delta_rule
-from hybrid_moe_kernels.moe.reference import expert_by_expert, experts_mlp, pick_by_pick
+from hybrid_moe_kernels.moe.reference import expert_by_expert, experts, pick_by_pick
 from hybrid_moe_kernels.ssd.reference import chunk_ssd, recurrent_ssd
 from torch import Tensor
 
@@ -133,7 +133,7 @@ def test_experts_are_their_definition_whichever_way(dtype: torch.dtype, sizes: t
                 gate, up = (gate_up[e].double() @ x[n].double()).chunk(2)
                 want[n] += w * (down[e].double() @ (F.silu(gate) * up))
     tolerance = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 3e-2}[dtype]
-    got = experts_mlp(x, weights, ids, gate_up, down)
+    got = experts(x, weights, ids, gate_up, down)
     assert got.dtype == dtype and got.shape == (num_rows, H)
     for per_pick in (pick_by_pick, expert_by_expert):
         out = per_pick(x, ids, gate_up, down).double().view(num_rows, K, H)

@@ -28,7 +28,8 @@ from hybrid_moe_ref.batch import Batch
 from hybrid_moe_ref.cache import HybridCache, Sequence
 from hybrid_moe_ref.engine.backends import apply_backends
 from hybrid_moe_ref.engine.builds import BuildPlace, BuildStopped
-from hybrid_moe_ref.engine.plan import ANYONE_UNFINISHED, StepPlan
+from hybrid_moe_ref.engine.graphs import padded_size
+from hybrid_moe_ref.engine.plan import ANYONE_UNFINISHED, EAGER, GRAPH, StepPlan
 from hybrid_moe_ref.engine.policies import Policies
 from hybrid_moe_ref.engine.runner import ModelRunner
 from hybrid_moe_ref.engine.scheduler import Request, Running, Scheduler
@@ -85,7 +86,7 @@ class Engine:
             checkpoint.load_weights(model, self.config.checkpoint, self.comm.device)
         else:
             model.init_weights(self.config.seed, device=self.comm.device)
-        return model, ModelRunner(model, context, self.comm, self._policies, context.schedule, self.config.checks)
+        return model, ModelRunner(model, context, self.comm, self._policies, self.config)
 
     def _page_setup(self) -> PageLayout:
         dtype = getattr(torch, self.config.engine.dtype)
@@ -146,13 +147,16 @@ class Engine:
 
     def _profile(self) -> None:
         """The first model execution: every rank brings as many dummy tokens as a step may ever hold."""
-        self._execute_dummy(self.config.engine.max_num_batched_tokens)
+        self._execute_dummy(self.config.engine.max_num_batched_tokens, may_replay=False)
 
     def _compile(self) -> None:
         """Nothing to compile in eager mode."""
 
     def _capture(self) -> None:
-        """Nothing to capture in eager mode."""
+        """For each size, largest first, a step that warms up and one that is captured; all ranks do the same."""
+        for size in reversed(self.config.engine.graph_sizes):
+            self._execute_dummy(size, may_replay=False)
+            self._execute_dummy(size)
 
     def _allocate(self) -> HybridCache:
         engine = self.config.engine
@@ -216,15 +220,26 @@ class Engine:
             self.cache.free(sequences.pop(complete.request.request_id))
         return [(r.request.request_id, token) for r, token in zip(running, new_tokens, strict=True)]
 
-    def _execute_dummy(self, num_tokens: int, asks_unfinished: bool = False) -> None:
+    def _execute_dummy(self, num_tokens: int, asks_unfinished: bool = False, may_replay: bool = True) -> None:
         """A rank with nothing to run still takes part in every collective of the step."""
-        plan = self._plan(num_tokens, 0, asks_unfinished)
+        plan = self._plan(num_tokens, 0, asks_unfinished, may_replay)
         tokens_N = torch.zeros(num_tokens, dtype=torch.long, device=self.comm.device)
         with torch.inference_mode():
             self.runner.execute(plan, tokens_N, Batch.dummy(num_tokens) if num_tokens else Batch.of([]), None)
 
-    def _plan(self, num_tokens: int, num_live: int, asks_unfinished: bool) -> StepPlan:
-        plan = StepPlan(self._num_steps, num_tokens, num_live, asks_unfinished=asks_unfinished)
+    def _plan(self, num_tokens: int, num_live: int, asks_unfinished: bool, may_replay: bool = True) -> StepPlan:
+        """What this rank would like: a graph if one holds its tokens, else two halves if there are enough of them."""
+        engine = self.config.engine
+        padded = padded_size(num_tokens, engine.graph_sizes) if may_replay else None
+        plan = StepPlan(
+            self._num_steps,
+            num_tokens,
+            num_live,
+            padded_tokens=padded or 0,
+            mode=GRAPH if padded else EAGER,
+            wants_microbatch=0 < engine.microbatch_tokens <= num_tokens,
+            asks_unfinished=asks_unfinished,
+        )
         self._num_steps += 1
         return plan
 

@@ -11,7 +11,9 @@ from dataclasses import dataclass
 from hybrid_moe_ref.parallel.observer import ScheduleEntry
 
 EAGER = 0
-"""Graph mode 0: run eagerly, with the tokens as they are. Higher modes replay a graph of a padded size."""
+GRAPH = 1
+"""Modes of a step: eager, with the tokens as they are, or a graph that is replayed at a padded size. The ranks take the
+lowest that one of them asks for."""
 
 STEP_AGREEMENT = ScheduleEntry("dp", "all_reduce", "step")
 ANYONE_UNFINISHED = ScheduleEntry("dp", "all_reduce", "unfinished")
@@ -27,6 +29,7 @@ class StepPlan:
     step                 number of the model execution, counted alike on all ranks
     num_tokens           rows this rank brings; a rank with nothing scheduled brings a dummy batch of one
     num_live             requests among them; 0 for a dummy batch
+    padded_tokens        rows it would bring to a graph; 0 for no more than its own
     mode                 graph mode this rank could run
     wants_microbatch     whether this rank would split the step in two
     asks_unfinished      whether the step ends with the "anyone unfinished?" all-reduce
@@ -36,6 +39,7 @@ class StepPlan:
     step: int
     num_tokens: int
     num_live: int
+    padded_tokens: int = 0
     mode: int = EAGER
     wants_microbatch: bool = False
     asks_unfinished: bool = False
@@ -46,7 +50,8 @@ class StepPlan:
         in four parts of 16 bits, so that the sum over columns of zeros stays exact in int32.
         """
         parts = [self.schedule_hash >> shift & 0xFFFF for shift in (48, 32, 16, 0)]
-        return [self.num_tokens, self.num_tokens, int(self.wants_microbatch), self.mode, *parts]
+        padded = max(self.num_tokens, self.padded_tokens)
+        return [self.num_tokens, padded, int(self.wants_microbatch), self.mode, *parts]
 
 
 @dataclass(frozen=True)
@@ -60,19 +65,24 @@ class AgreedStep:
 
 
 def resolve(rows: Sequence[Sequence[int]]) -> AgreedStep:
-    """Turn the C1 matrix, int[8][dp], into one decision: mode is the MIN, microbatch the AND, and the sizes are
-    padded to the MAX only when a graph is replayed (mode is not eager), else they stay uneven.
+    """Turn the C1 matrix, int[8][dp], into one decision: mode is the MIN, and the sizes are padded to the MAX only
+    when a graph is replayed (mode is not eager), else they stay uneven. Eager steps are split in two when all want it.
     """
     tokens, padded, wants_microbatch, modes, *hash_parts = rows
     mode = min(modes)
     sizes = tuple(tokens) if mode == EAGER else (max(padded),) * len(padded)
     same_schedule = len(set(zip(*hash_parts, strict=True))) <= 1
-    return AgreedStep(sizes, mode, all(wants_microbatch), same_schedule)
+    return AgreedStep(sizes, mode, mode == EAGER and all(wants_microbatch), same_schedule)
 
 
 def step_schedule(forward: tuple[ScheduleEntry, ...], plan: StepPlan) -> tuple[ScheduleEntry, ...]:
     """The ordered collectives of a step: one agreement, the forward pass, and the question every so often."""
-    return (STEP_AGREEMENT, *forward, *((ANYONE_UNFINISHED,) if plan.asks_unfinished else ()))
+    return (STEP_AGREEMENT, *rest_of_schedule(forward, plan, microbatch=False))
+
+
+def rest_of_schedule(forward: tuple[ScheduleEntry, ...], plan: StepPlan, microbatch: bool) -> tuple[ScheduleEntry, ...]:
+    """What comes after the agreement; a step that is split in two has the forward pass twice."""
+    return (*forward * (2 if microbatch else 1), *((ANYONE_UNFINISHED,) if plan.asks_unfinished else ()))
 
 
 def first_recurrent_layer(layer_pattern: str) -> tuple[int, str] | None:

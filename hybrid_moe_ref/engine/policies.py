@@ -47,6 +47,17 @@ class StateBinding:
         return agreed
 
 
+class GraphChoice:
+    """Whether a step replays a graph, and of which size.
+
+    What a rank could run is a wish, which C1 carries. What the ranks agreed on is what each of them runs.
+    """
+
+    def choose(self, plan: StepPlan, agreed: AgreedStep) -> AgreedStep:
+        """The step as this rank runs it: ``agreed``."""
+        return agreed
+
+
 class IdlePolicy:
     """What a rank with nothing to run does in a step: it takes part, with as few rows as the kernels allow."""
 
@@ -61,6 +72,7 @@ class Policies:
 
     agreement: StepAgreement = field(default_factory=StepAgreement)
     binding: StateBinding = field(default_factory=StateBinding)
+    graphs: GraphChoice = field(default_factory=GraphChoice)
     idle: IdlePolicy = field(default_factory=IdlePolicy)
     builds: KernelBuilds = field(default_factory=KernelBuilds)
     dispatch: type[AllGatherReduceScatter] = AllGatherReduceScatter

@@ -13,8 +13,17 @@ from torch import Tensor, nn
 
 from hybrid_moe_ref.batch import Batch
 from hybrid_moe_ref.cache import HybridCache
-from hybrid_moe_ref.engine.plan import STEP_AGREEMENT, AgreedStep, StepPlan, first_recurrent_layer, step_schedule
+from hybrid_moe_ref.engine.graphs import Graphs, halves, pad, part_of
+from hybrid_moe_ref.engine.plan import (
+    STEP_AGREEMENT,
+    AgreedStep,
+    StepPlan,
+    first_recurrent_layer,
+    rest_of_schedule,
+    step_schedule,
+)
 from hybrid_moe_ref.engine.policies import Policies
+from hybrid_moe_ref.engine.server_config import ServerConfig
 from hybrid_moe_ref.model import HybridMoE
 from hybrid_moe_ref.parallel.comm import Communicator
 from hybrid_moe_ref.parallel.dispatch import ForwardContext
@@ -26,21 +35,17 @@ class ModelRunner:
     """Runs steps of a model in any layout; all ranks must execute the same steps in the same order."""
 
     def __init__(
-        self,
-        model: HybridMoE,
-        context: ForwardContext,
-        comm: Communicator,
-        policies: Policies,
-        forward_schedule: tuple[ScheduleEntry, ...],
-        checks: str,
+        self, model: HybridMoE, context: ForwardContext, comm: Communicator, policies: Policies, config: ServerConfig
     ) -> None:
         self._model = model
         self._blocks = model.blocks
         self._context = context
         self._comm = comm
         self._policies = policies
-        self._forward_schedule = forward_schedule
-        self._agree_on_schedules = checks != "observe"
+        self._forward_schedule = context.schedule
+        self._agree_on_schedules = config.checks != "observe"
+        self._may_split = config.engine.microbatch_tokens > 0
+        self.graphs = Graphs(model, comm)
         self._bind_at_first_recurrent_layer()
 
     def execute(self, plan: StepPlan, tokens_N: Tensor, batch: Batch, cache: HybridCache | None) -> Tensor:
@@ -50,16 +55,45 @@ class ModelRunner:
         """
         schedule = step_schedule(self._forward_schedule, plan)
         self._plan = dataclasses.replace(plan, schedule_hash=schedule_hash(schedule))
-        self._comm.observer.begin_step(plan.step, schedule, plan.num_live)
-        if self._agree_on_schedules:
-            self._comm.guard.begin(plan.step, schedule)
+        # Whether the step is split, and so issues its collectives twice, is known once the ranks have agreed.
+        self._declare(schedule[:1] if self._may_split else schedule)
         self._agreed = self._agree(STEP_AGREEMENT.layer)
-        self._context.sizes = self._agreed.sizes
+        if self._agree_on_schedules and not self._agreed.same_schedule:
+            self._raise_mismatch(schedule)
+        if self._may_split:
+            rest = rest_of_schedule(self._forward_schedule, plan, self._agreed.microbatch)
+            self._comm.observer.begin_step(plan.step, rest, plan.num_live)
+            if self._agree_on_schedules:
+                self._comm.guard.extend(rest)
+        if self._agreed.microbatch:
+            return self._execute_halves(tokens_N, batch, cache)
+        self._set_sizes(self._agreed.sizes)
+        chosen = self._policies.graphs.choose(self._plan, self._agreed)
+        self._context.sizes = chosen.sizes
+        size = chosen.sizes[self._comm.group_rank("dp")]
+        padded_N, padded = pad(tokens_N, batch, size)
+        with self.graphs.running(chosen.mode, size):
+            return self._model.step(padded_N, padded, cache)[: batch.num_tokens]
+
+    def _declare(self, schedule: tuple[ScheduleEntry, ...]) -> None:
+        self._comm.observer.begin_step(self._plan.step, schedule, self._plan.num_live)
         if self._agree_on_schedules:
-            if not self._agreed.same_schedule:
-                self._raise_mismatch(schedule)
+            self._comm.guard.begin(self._plan.step, schedule)
+
+    def _set_sizes(self, sizes: tuple[int, ...]) -> None:
+        """The layers read them, and the guard holds this rank to them."""
+        self._context.sizes = sizes
+        if self._agree_on_schedules:
             self._comm.guard.agree("ep", self._context.ep_sizes)
-        return self._model.step(tokens_N, batch, cache)
+
+    def _execute_halves(self, tokens_N: Tensor, batch: Batch, cache: HybridCache | None) -> Tensor:
+        """Both halves of every rank run one after the other: two dispatches and combines a layer."""
+        hidden = []
+        splits = [halves(size) for size in self._agreed.sizes]
+        for index, half in enumerate(splits[self._comm.group_rank("dp")]):
+            self._set_sizes(tuple(split[index].stop - split[index].start for split in splits))
+            hidden.append(self._model.step(tokens_N[half.start : half.stop], part_of(batch, half), cache))
+        return torch.cat(hidden)
 
     def leave(self) -> None:
         """Called by a rank that would stop on its own account; raises ScheduleMismatch if it is held to the others."""
@@ -102,6 +136,7 @@ class ModelRunner:
 
         def bind(module: nn.Module, args: Any) -> None:
             agreed = self._policies.binding.bind(self._plan, self._agreed, lambda: self._agree(layer))
-            self._context.sizes = agreed.sizes
+            if agreed != self._agreed:
+                self._context.sizes = agreed.sizes
 
         self._blocks[index].mixer.register_forward_pre_hook(bind)

@@ -5,8 +5,7 @@ Shapes: B sequences, T tokens, H hidden, N value heads, M key heads, K key dim, 
 
 import torch
 import torch.nn.functional as F
-from hybrid_moe_kernels.causal_conv.reference import causal_conv
-from hybrid_moe_kernels.gated_delta_rule.reference import chunk_gated_delta_rule, recurrent_gated_delta_rule
+from hybrid_moe_kernels import causal_conv, gated_delta_rule
 from torch import Tensor, nn
 
 from hybrid_moe_ref.batch import Group
@@ -17,8 +16,6 @@ from hybrid_moe_ref.layers.norm import NormThenGate
 
 
 class GatedDeltaNet(Mixer):
-    prefill_rule = staticmethod(chunk_gated_delta_rule)  # an engine puts another backend's here
-
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         hidden = config.hidden_size
@@ -37,35 +34,53 @@ class GatedDeltaNet(Mixer):
         self.out_proj = nn.Linear(values, hidden, bias=False)
 
     def mix(self, x_BTH: Tensor, group: Group, past: StatePast | None) -> Tensor:
-        conv, state = past.load() if past else (None, None)
-        qkv_BTC, conv = causal_conv(self.in_proj_qkv(x_BTH), self.conv1d.weight[:, 0], None, conv)
-        q_BTNK, k_BTNK, v_BTNV = self._heads(qkv_BTC)
-        beta_BTN, g_BTN = self._gates(x_BTH)
-        rule = recurrent_gated_delta_rule if group.length == 1 else self.prefill_rule
-        o_BTNV, state = rule(q_BTNK, k_BTNK, v_BTNV, g_BTN, beta_BTN, state)
-        if past:
-            past.store(conv, state)
-        z_BTNV = self.in_proj_z(x_BTH).unflatten(-1, (-1, self.value_dim))
-        return self.out_proj(self.norm(o_BTNV, z_BTNV).flatten(-2))
+        x_TH = x_BTH.flatten(0, 1)
+        past = past or self._nothing(x_TH, group)
+        qkv_TC, z_THV = self.in_proj_qkv(x_TH), self.in_proj_z(x_TH).unflatten(-1, (-1, self.value_dim))
+        b_TN, a_TN = self.in_proj_b(x_TH), self.in_proj_a(x_TH)
+        mixed = self._decode if group.length == 1 else self._prefill
+        y_TNV = mixed(qkv_TC, z_THV, b_TN, a_TN, group, past)
+        return self.out_proj(y_TNV.flatten(-2)).view(x_BTH.shape)
 
-    def _heads(self, qkv_BTC: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Unit-length q (scaled) and k, repeated to the value heads that share them, and v."""
+    def _decode(
+        self, qkv_TC: Tensor, z_TNV: Tensor, b_TN: Tensor, a_TN: Tensor, group: Group, past: StatePast
+    ) -> Tensor:
+        return gated_delta_rule.decode(
+            qkv_TC,
+            z_TNV,
+            b_TN,
+            a_TN,
+            self.conv1d.weight[:, 0],
+            self.A_log,
+            self.dt_bias,
+            self.norm.weight,
+            past.conv_PWC,
+            past.ssm_P___,
+            past.slots_B,
+            num_key_heads=self.num_key_heads,
+            eps=self.norm.eps,
+        )
+
+    def _prefill(
+        self, qkv_TC: Tensor, z_TNV: Tensor, b_TN: Tensor, a_TN: Tensor, group: Group, past: StatePast
+    ) -> Tensor:
+        weight_CW, starts_X = self.conv1d.weight[:, 0], group.cu_seqlens_X
+        qkv_TC = causal_conv.prefill(qkv_TC, weight_CW, None, past.conv_PWC, past.slots_B, starts_X)
         keys = self.num_key_heads * self.key_dim
-        qk, v = qkv_BTC.split([2 * keys, self.num_value_heads * self.value_dim], dim=-1)
-        qk_BTMK = _unit(qk.unflatten(-1, (-1, self.key_dim)))
-        repeats = self.num_value_heads // self.num_key_heads
-        q_BTNK, k_BTNK = qk_BTMK.repeat_interleave(repeats, dim=2).chunk(2, dim=2)
-        return q_BTNK * self.key_dim**-0.5, k_BTNK, v.unflatten(-1, (-1, self.value_dim))
+        q, k, v = qkv_TC.split([keys, keys, self.num_value_heads * self.value_dim], dim=-1)
+        q, k, v = (x.unflatten(-1, (-1, dim)) for x, dim in ((q, self.key_dim), (k, self.key_dim), (v, self.value_dim)))
+        beta_TN, g_TN = self._gates(b_TN, a_TN)
+        o_TNV = gated_delta_rule.prefill(q, k, v, g_TN, beta_TN, past.ssm_P___, past.slots_B, starts_X)
+        return self.norm(o_TNV, z_TNV)
 
-    def _gates(self, x_BTH: Tensor) -> tuple[Tensor, Tensor]:
+    def _gates(self, b_TN: Tensor, a_TN: Tensor) -> tuple[Tensor, Tensor]:
         """How much of the correction is written, and the logarithm of the decay."""
-        wide = torch.promote_types(x_BTH.dtype, torch.float32)
-        beta = self.in_proj_b(x_BTH).sigmoid()
-        dt = F.softplus(self.in_proj_a(x_BTH).to(wide) + self.dt_bias.to(wide))
-        return beta, -self.A_log.to(wide).exp() * dt
+        wide = torch.promote_types(b_TN.dtype, torch.float32)
+        dt_TN = F.softplus(a_TN.to(wide) + self.dt_bias.to(wide))
+        return b_TN.to(wide).sigmoid(), -self.A_log.to(wide).exp() * dt_TN
 
-
-def _unit(x: Tensor) -> Tensor:
-    """x / |x| in float32 or wider."""
-    x = x.to(torch.promote_types(x.dtype, torch.float32))
-    return x * torch.rsqrt(x.square().sum(-1, keepdim=True) + 1e-6)
+    def _nothing(self, x_TH: Tensor, group: Group) -> StatePast:
+        """The past of sequences that have none, and whose states nobody keeps."""
+        channels, width = self.conv1d.weight.shape[0], self.conv1d.weight.shape[2]
+        state = (self.num_value_heads, self.key_dim, self.value_dim)
+        return StatePast.zeros(len(group.starts), (width - 1, channels), state, x_TH)

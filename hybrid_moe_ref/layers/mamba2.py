@@ -5,8 +5,7 @@ Shapes: B sequences, T tokens, H hidden, N heads, P head dim, G groups, S state 
 
 import torch
 import torch.nn.functional as F
-from hybrid_moe_kernels.causal_conv.reference import causal_conv
-from hybrid_moe_kernels.ssd.reference import chunk_ssd, recurrent_ssd
+from hybrid_moe_kernels import causal_conv, ssd
 from torch import Tensor, nn
 
 from hybrid_moe_ref.batch import Group
@@ -39,23 +38,58 @@ class Mamba2(Mixer):
         self.out_proj = nn.Linear(inner, config.hidden_size, bias=False)
 
     def mix(self, x_BTH: Tensor, group: Group, past: StatePast | None) -> Tensor:
-        conv, state = past.load() if past else (None, None)
+        x_TH = x_BTH.flatten(0, 1)
+        past = past or self._nothing(x_TH, group)
         inner, shared = self.num_heads * self.head_dim, self.num_groups * self.state_size
-        z, xbc_BTC, dt_BTN = self.in_proj(x_BTH).split([inner, inner + 2 * shared, self.num_heads], dim=-1)
-        xbc_BTC, conv = causal_conv(xbc_BTC, self.conv1d.weight[:, 0], self.conv1d.bias, conv)
-        x, b, c = xbc_BTC.split([inner, shared, shared], dim=-1)
-        wide = torch.promote_types(x_BTH.dtype, torch.float32)
-        dt_BTN = F.softplus(dt_BTN.to(wide) + self.dt_bias.to(wide)).clamp(*self.time_step_limit)
-        scan = recurrent_ssd if group.length == 1 else chunk_ssd
-        y_BTNP, state = scan(
+        z_TI, xbc_TC, dt_TN = self.in_proj(x_TH).split([inner, inner + 2 * shared, self.num_heads], dim=-1)
+        mixed = self._decode if group.length == 1 else self._prefill
+        y_TI = mixed(xbc_TC, z_TI, dt_TN, group, past)
+        return self.out_proj(y_TI).view(x_BTH.shape)
+
+    def _decode(self, xbc_TC: Tensor, z_TI: Tensor, dt_TN: Tensor, group: Group, past: StatePast) -> Tensor:
+        is_watched = bool(self.norm._forward_hooks)  # then the norm is called as a module
+        y_TI = ssd.decode(
+            xbc_TC,
+            z_TI,
+            dt_TN,
+            self.conv1d.weight[:, 0],
+            self.conv1d.bias,
+            self.A_log,
+            self.D,
+            self.dt_bias,
+            None if is_watched else self.norm.weight,
+            past.conv_PWC,
+            past.ssm_P___,
+            past.slots_B,
+            num_groups=self.num_groups,
+            dt_limit=self.time_step_limit,
+            eps=self.norm.eps,
+        )
+        return self.norm(y_TI[:, None], z_TI[:, None])[:, 0] if is_watched else y_TI
+
+    def _prefill(self, xbc_TC: Tensor, z_TI: Tensor, dt_TN: Tensor, group: Group, past: StatePast) -> Tensor:
+        inner, shared = self.num_heads * self.head_dim, self.num_groups * self.state_size
+        weight_CW, starts_X = self.conv1d.weight[:, 0], group.cu_seqlens_X
+        xbc_TC = causal_conv.prefill(xbc_TC, weight_CW, self.conv1d.bias, past.conv_PWC, past.slots_B, starts_X)
+        x, b, c = xbc_TC.split([inner, shared, shared], dim=-1)
+        wide = torch.promote_types(xbc_TC.dtype, torch.float32)
+        y_TNP = ssd.prefill(
             x.unflatten(-1, (-1, self.head_dim)),
-            dt_BTN,
+            F.softplus(dt_TN.to(wide) + self.dt_bias.to(wide)).clamp(*self.time_step_limit),
             -self.A_log.to(wide).exp(),
             b.unflatten(-1, (-1, self.state_size)),
             c.unflatten(-1, (-1, self.state_size)),
             self.D,
-            state,
+            past.ssm_P___,
+            past.slots_B,
+            starts_X,
         )
-        if past:
-            past.store(conv, state)
-        return self.out_proj(self.norm(y_BTNP.flatten(-2), z))
+        sequences = len(group.starts), group.length
+        y_BTI, z_BTI = y_TNP.flatten(-2).unflatten(0, sequences), z_TI.unflatten(0, sequences)
+        return self.norm(y_BTI, z_BTI).flatten(0, 1)
+
+    def _nothing(self, x_TH: Tensor, group: Group) -> StatePast:
+        """The past of sequences that have none, and whose states nobody keeps."""
+        channels, width = self.conv1d.weight.shape[0], self.conv1d.weight.shape[2]
+        state = (self.num_heads, self.head_dim, self.state_size)
+        return StatePast.zeros(len(group.starts), (width - 1, channels), state, x_TH)

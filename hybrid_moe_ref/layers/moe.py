@@ -10,7 +10,7 @@ from typing import Self
 
 import torch
 import torch.nn.functional as F
-from hybrid_moe_kernels.moe.reference import experts_mlp
+from hybrid_moe_kernels import moe
 from torch import Tensor, nn
 
 from hybrid_moe_ref.config import ModelConfig
@@ -38,16 +38,12 @@ class Router(nn.Module):
         self.weight = nn.Parameter(torch.empty(num_experts, hidden_size))
 
     def forward(self, x_NH: Tensor) -> tuple[Tensor, Tensor]:
-        logits_NE = F.linear(x_NH, self.weight)
-        logits_NK, ids_NK = logits_NE.to(torch.promote_types(x_NH.dtype, torch.float32)).topk(self.top_k, dim=-1)
-        # A softmax over all, renormalised over some, is the softmax over these.
-        return logits_NK.softmax(-1), ids_NK
+        weights_NK, ids_NK = moe.route(F.linear(x_NH, self.weight), self.top_k)
+        return weights_NK, ids_NK
 
 
 class Experts(nn.Module):
     """The experts `first_expert` to `first_expert + num_local` of a layer's `num_experts`."""
-
-    mlp = staticmethod(experts_mlp)  # an engine puts another backend's here
 
     def __init__(
         self,
@@ -89,7 +85,9 @@ class Experts(nn.Module):
 
     def forward(self, x_NH: Tensor, weights_NK: Tensor, ids_NK: Tensor) -> Tensor:
         """For each row, the weighted sum over those of its experts that are held here; zero where none is."""
-        return self.mlp(x_NH, weights_NK, ids_NK - self.first_expert, self.gate_up_proj, self.down_proj)
+        local_NK = ids_NK - self.first_expert
+        y_NH: Tensor = moe.experts(x_NH, weights_NK, local_NK, self.gate_up_proj, self.down_proj)
+        return y_NH
 
 
 class MoE(nn.Module):

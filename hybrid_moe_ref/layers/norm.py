@@ -4,16 +4,8 @@ Shapes: ... anything, H features, G groups of features.
 """
 
 import torch
-import torch.nn.functional as F
+from hybrid_moe_kernels import norm
 from torch import Tensor, nn
-
-
-def _normalise(x: Tensor, eps: float) -> Tensor:
-    return F.rms_norm(x, x.shape[-1:], eps=eps)
-
-
-def _widen(x: Tensor) -> Tensor:
-    return x if x.dtype in (torch.float32, torch.float64) else x.float()
 
 
 class RMSNorm(nn.Module):
@@ -25,8 +17,7 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.zeros(size))
 
     def forward(self, x__H: Tensor) -> Tensor:
-        y__H = _normalise(_widen(x__H), self.eps)
-        return torch.addcmul(y__H, y__H, _widen(self.weight)).to(x__H.dtype)
+        return norm.rms_norm(_rows(x__H), self.weight, self.eps).view(x__H.shape)
 
 
 class NormThenGate(nn.Module):
@@ -38,8 +29,7 @@ class NormThenGate(nn.Module):
         self.weight = nn.Parameter(torch.ones(size))
 
     def forward(self, x__H: Tensor, gate__H: Tensor) -> Tensor:
-        y = _widen(self.weight) * _normalise(_widen(x__H), self.eps)
-        return (y * F.silu(_widen(gate__H))).to(x__H.dtype)
+        return norm.norm_then_gate(_rows(x__H), _rows(gate__H), self.weight, self.eps).view(x__H.shape)
 
 
 class GateThenNorm(nn.Module):
@@ -53,6 +43,9 @@ class GateThenNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(size))
 
     def forward(self, x__H: Tensor, gate__H: Tensor) -> Tensor:
-        y = _widen(x__H) * F.silu(_widen(gate__H))
-        y = _normalise(y.unflatten(-1, (self.num_groups, -1)), self.eps).flatten(-2)
-        return (_widen(self.weight) * y).to(x__H.dtype)
+        y_NH = norm.gate_then_norm(_rows(x__H), _rows(gate__H), self.weight, self.num_groups, self.eps)
+        return y_NH.view(x__H.shape)
+
+
+def _rows(x__H: Tensor) -> Tensor:
+    return x__H if x__H.dim() == 2 else x__H.reshape(-1, x__H.shape[-1])

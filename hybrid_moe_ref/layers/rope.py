@@ -7,6 +7,7 @@ Shapes: B sequences, T tokens, H heads, D head dim, R rotary dim.
 from functools import lru_cache
 
 import torch
+from hybrid_moe_kernels import rope
 from torch import Tensor
 
 
@@ -25,7 +26,5 @@ def _frequencies(rotary_dim: int, theta: float, dtype: torch.dtype, device: torc
 
 def rotate(x_BTHD: Tensor, cos_BTR: Tensor, sin_BTR: Tensor) -> Tensor:
     """Turn each pair of dimensions by its angle; the rest of the head passes through."""
-    half = cos_BTR.shape[-1]
-    a, b, rest = x_BTHD.split([half, half, x_BTHD.shape[-1] - 2 * half], dim=-1)
-    cos, sin = cos_BTR[:, :, None], sin_BTR[:, :, None]
-    return torch.cat([a * cos - b * sin, b * cos + a * sin, rest], dim=-1)
+    y_THD = rope.rotate(x_BTHD.flatten(0, 1), cos_BTR.flatten(0, 1), sin_BTR.flatten(0, 1))
+    return y_THD.view(x_BTHD.shape)

@@ -12,8 +12,10 @@ Shape suffixes: N rows of this rank, S rows of all ranks (sum of sizes), R ranks
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
 from datetime import timedelta
+from functools import lru_cache
 
 import torch
 import torch.distributed as dist
@@ -72,6 +74,7 @@ class Communicator:
         self._store = store
         self._halt = Halt(store)
         self._preflight: StorePreflight | None = None
+        self._hear: Callable[[Collective], None] | None = None
         self.guard = ScheduleGuard(rank, self._halt)
         self._groups = groups
         self._members = {name: tuple(dist.get_process_group_ranks(group)) for name, group in groups.items()}
@@ -117,6 +120,15 @@ class Communicator:
         """From here on compare every collective with its members' through the store before it is issued."""
         assert self._store is not None, "ranks that compare need a store to compare through"
         self._preflight = StorePreflight(self.rank, self._store, self._halt)
+
+    @contextlib.contextmanager
+    def taped(self, hear: Callable[[Collective], None]) -> Iterator[None]:
+        """Within the ``with``, ``hear`` is told of every collective before it is issued, and may refuse it."""
+        self._hear = hear
+        try:
+            yield
+        finally:
+            self._hear = None
 
     def stop_all(self, message: str) -> str:
         """Stop every rank that waits in a collective or asks `stopped_by`; the message that won, maybe another's."""
@@ -200,6 +212,8 @@ class Communicator:
 
     def _enter(self, event: Collective) -> None:
         self.guard.admit(event)
+        if self._hear is not None:
+            self._hear(event)
         self.observer.enter(event)
         if self._preflight is not None:
             self._preflight.check(event, self.members(event.group))
@@ -278,5 +292,6 @@ def _as_bytes(x: Tensor) -> Tensor:
     return flat.clone(memory_format=torch.contiguous_format).view(torch.uint8)
 
 
+@lru_cache(maxsize=64)
 def _name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")

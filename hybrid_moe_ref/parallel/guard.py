@@ -64,6 +64,10 @@ class ScheduleGuard:
         self._step, self._schedule, self._next = step, schedule, 0
         self._sizes = {}
 
+    def extend(self, schedule: Sequence[ScheduleEntry]) -> None:
+        """The rest of the step, where it was known only after the ranks had agreed."""
+        self._schedule = (*(self._schedule or ()), *schedule)
+
     def agree(self, group: str, sizes: Sequence[int]) -> None:
         """From here on the -v collectives of ``group`` must carry these sizes."""
         self._sizes[group] = tuple(sizes)
@@ -128,6 +132,12 @@ def first_difference(schedules: Sequence[Sequence[str]]) -> tuple[int, dict[str,
 def schedule_words(schedule: Sequence[ScheduleEntry]) -> list[str]:
     """Each entry as people read it."""
     return [_words(entry) for entry in schedule]
+
+
+def collective_words(collective: Collective) -> str:
+    """A collective as people read it, with its sizes."""
+    words = _words(ScheduleEntry(collective.group, collective.op, collective.layer))
+    return f"{words} with sizes {list(collective.sizes)}"
 
 
 def _words(entry: ScheduleEntry) -> str:

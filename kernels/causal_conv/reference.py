@@ -1,20 +1,48 @@
 """Depthwise causal convolution over time followed by SiLU, in plain torch.
 
-Shapes: B batch, T time, C channels, W filter width, S = W - 1 inputs remembered.
+Shapes: B sequences, T time (of all sequences in `prefill`), C channels, W filter width, S = W - 1 inputs remembered,
+J slots of the pool of states, X = B + 1.
 """
 
 import torch
 import torch.nn.functional as F
+from hybrid_moe_kernels.sequences import by_length, load, store
 from torch import Tensor
+
+
+def prefill(
+    x_TC: Tensor,
+    weight_CW: Tensor,
+    bias_C: Tensor | None,
+    state_JSC: Tensor,
+    slots_B: Tensor,
+    cu_seqlens_X: Tensor,
+) -> Tensor:
+    """y[t] = silu(bias + sum_w weight[w] x[t - S + w]) [T, C]; sequence b's x before its first is state[slots[b]].
+
+    The state becomes the sequence's S newest inputs, oldest first. A sequence of no tokens keeps its state.
+    """
+    y_TC = torch.empty_like(x_TC)
+    for sequences, rows, length in by_length(cu_seqlens_X):
+        slots = slots_B[sequences]
+        y_BTC, state_BSC = causal_conv(x_TC[rows].unflatten(0, (-1, length)), weight_CW, bias_C, load(state_JSC, slots))
+        y_TC[rows] = y_BTC.flatten(0, 1)
+        store(state_JSC, slots, state_BSC)
+    return y_TC
+
+
+def update(x_BC: Tensor, weight_CW: Tensor, bias_C: Tensor | None, state_JSC: Tensor, slots_B: Tensor) -> Tensor:
+    """The same for one token of each sequence: y [B, C]."""
+    y_B1C, state_BSC = causal_conv(x_BC[:, None], weight_CW, bias_C, load(state_JSC, slots_B))
+    store(state_JSC, slots_B, state_BSC)
+    return y_B1C[:, 0]
 
 
 def causal_conv(
     x_BTC: Tensor, weight_CW: Tensor, bias_C: Tensor | None = None, state_BSC: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """y[t] = silu(bias + sum_w weight[w] x[t - S + w]), where x before time 0 is the state (None: zeros).
-
-    Returns y [B, T, C] and the state after the last token: the S newest inputs, oldest first.
-    """
+    """The same for sequences of one length, with states that are handed in and out: y [B, T, C] and the state after
+    the last token. No state: zeros."""
     (B, T, C), S = x_BTC.shape, weight_CW.shape[1] - 1
     if state_BSC is None:
         state_BSC = x_BTC.new_zeros(B, S, C)

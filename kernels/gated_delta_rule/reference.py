@@ -7,14 +7,96 @@ For every head, with a state S [K, V] that starts at `state` (None: zeros), at e
     S = S + k d^T                     write
     o = S^T q                         read
 
-Shapes: B batch, T time, H heads, K key dim, V value dim, N chunks, C tokens of a chunk.
-q and k come already normalised and scaled. Arithmetic is in float32, or float64 for float64 inputs; the
-output has v's dtype, the state stays in the arithmetic's.
+`prefill` and `decode` have the ops' signatures. Below them, for sequences of one length, q and k come already
+normalised and scaled, one of each for every value head, and states are handed in and out.
+
+Shapes: B sequences, T time (of all sequences, one after another, in `prefill`), M key heads, H value heads, K key dim,
+V value dim, N chunks, C tokens of a chunk (in `decode` the channels 2 M K + H V), W filter width, S = W - 1, J slots of
+the pools, X = B + 1. Arithmetic is in float32, or float64 for float64 inputs; the output has v's dtype, the state stays
+in the arithmetic's.
 """
 
 import torch
 import torch.nn.functional as F
+from hybrid_moe_kernels.causal_conv.reference import update
+from hybrid_moe_kernels.norm.reference import norm_then_gate
+from hybrid_moe_kernels.sequences import by_length, load, store
 from torch import Tensor
+
+
+def prefill(
+    q_TMK: Tensor,
+    k_TMK: Tensor,
+    v_THV: Tensor,
+    g_TH: Tensor,
+    beta_TH: Tensor,
+    state_JHKV: Tensor,
+    slots_B: Tensor,
+    cu_seqlens_X: Tensor,
+) -> Tensor:
+    """o [T, H, V]; sequence b starts from state[slots[b]] and leaves its last state there.
+
+    q and k as the convolution gives them: they are brought to length 1 (over K, eps 1e-6), and q is scaled by K^-0.5.
+    g is the logarithm of the decay, beta how much of the correction is written.
+    """
+    q_TMK, k_TMK = _unit(q_TMK) * q_TMK.shape[-1] ** -0.5, _unit(k_TMK)
+    repeats = v_THV.shape[1] // q_TMK.shape[1]
+    inputs = (q_TMK.repeat_interleave(repeats, 1), k_TMK.repeat_interleave(repeats, 1), v_THV, g_TH, beta_TH)
+    o_THV = torch.empty(v_THV.shape, dtype=v_THV.dtype, device=v_THV.device)
+    for sequences, rows, length in by_length(cu_seqlens_X):
+        rule = recurrent_gated_delta_rule if length == 1 else chunk_gated_delta_rule
+        slots = slots_B[sequences]
+        q, k, v, g, beta = (x[rows].unflatten(0, (-1, length)) for x in inputs)
+        o_BTHV, state_BHKV = rule(q, k, v, g, beta, load(state_JHKV, slots))
+        o_THV[rows] = o_BTHV.flatten(0, 1)
+        store(state_JHKV, slots, state_BHKV)
+    return o_THV
+
+
+def decode(
+    qkv_BC: Tensor,
+    z_BHV: Tensor,
+    b_BH: Tensor,
+    a_BH: Tensor,
+    conv_weight_CW: Tensor,
+    A_log_H: Tensor,
+    dt_bias_H: Tensor,
+    norm_weight_V: Tensor,
+    conv_JSC: Tensor,
+    state_JHKV: Tensor,
+    slots_B: Tensor,
+    *,
+    num_key_heads: int,
+    eps: float,
+) -> Tensor:
+    """One token of each sequence: convolution, gates, the rule, and the gated norm; y [B, H, V].
+
+    qkv, z, b and a come from the input projections: beta = sigmoid(b), g = -exp(A_log) softplus(a + dt_bias).
+    """
+    (H, V), M, K = z_BHV.shape[1:], num_key_heads, state_JHKV.shape[2]
+    qkv_BC = update(qkv_BC, conv_weight_CW, None, conv_JSC, slots_B)
+    qk_BC, v_BC = qkv_BC.split([2 * M * K, H * V], dim=-1)
+    q_BMK, k_BMK = _unit(qk_BC.unflatten(-1, (2 * M, K))).chunk(2, dim=1)
+    q_BHK, k_BHK = ((x.repeat_interleave(H // M, 1)) for x in (q_BMK * K**-0.5, k_BMK))
+    beta_BH, g_BH = gates(b_BH, a_BH, A_log_H, dt_bias_H)
+    inputs = (q_BHK, k_BHK, v_BC.unflatten(-1, (H, V)), g_BH, beta_BH)
+    q, k, v, g, beta = (x[:, None] for x in inputs)
+    o_B1HV, state_BHKV = recurrent_gated_delta_rule(q, k, v, g, beta, load(state_JHKV, slots_B))
+    store(state_JHKV, slots_B, state_BHKV)
+    return norm_then_gate(o_B1HV[:, 0], z_BHV, norm_weight_V, eps)
+
+
+def gates(b__H: Tensor, a__H: Tensor, A_log_H: Tensor, dt_bias_H: Tensor) -> tuple[Tensor, Tensor]:
+    """How much of the correction is written, and the logarithm of the decay."""
+    wide = torch.promote_types(b__H.dtype, torch.float32)
+    dt__H = F.softplus(a__H.to(wide) + dt_bias_H.to(wide))
+    return b__H.to(wide).sigmoid(), -A_log_H.to(wide).exp() * dt__H
+
+
+def _unit(x: Tensor) -> Tensor:
+    """x / |x| in float32 or wider."""
+    x = x.to(torch.promote_types(x.dtype, torch.float32))
+    return x * torch.rsqrt(x.square().sum(-1, keepdim=True) + 1e-6)
 
 
 def _start(v_BTHV: Tensor, num_keys: int, state_BHKV: Tensor | None) -> Tensor:

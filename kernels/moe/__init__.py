@@ -1,1 +1,30 @@
-"""The experts of a mixture, each applied to the rows that chose it."""
+"""Mixture of experts: the router's choice, and the experts, each applied to the rows that chose it.
+
+Shapes: N rows, H hidden, E experts (those held here in `experts`), K picks of a row, I intermediate, J = 2 I (gate,
+then up).
+"""
+
+from hybrid_moe_kernels.checks import FLOATS, Sizes, wide
+from hybrid_moe_kernels.registry import Op
+from torch import Tensor, int64
+
+
+def _check_route(logits_NE: Tensor, top_k: int) -> None:
+    Sizes(logits_NE.device).take("logits_NE", logits_NE, *FLOATS)
+    if not 1 <= top_k <= logits_NE.shape[1]:
+        raise ValueError(f"top_k: {top_k}, wanted 1 to E = {logits_NE.shape[1]}")
+
+
+def _check_experts(x_NH: Tensor, weights_NK: Tensor, ids_NK: Tensor, gate_up_EJH: Tensor, down_EHI: Tensor) -> None:
+    sizes, dtype = Sizes(x_NH.device), x_NH.dtype
+    sizes.take("x_NH", x_NH, *FLOATS)
+    sizes.take("weights_NK", weights_NK, dtype, wide(dtype))
+    sizes.take("ids_NK", ids_NK, int64)
+    sizes.take("gate_up_EJH", gate_up_EJH, dtype, dense=2)
+    sizes.take("down_EHI", down_EHI, dtype, dense=2)
+    if gate_up_EJH.shape[1] != 2 * down_EHI.shape[2]:
+        raise ValueError(f"gate_up_EJH: J = {gate_up_EJH.shape[1]}, wanted 2 I = {2 * down_EHI.shape[2]}")
+
+
+route = Op(__name__, "route", _check_route)
+experts = Op(__name__, "experts", _check_experts)

@@ -12,8 +12,17 @@ import torch.nn.functional as F
 from torch import Tensor
 
 
-def experts_mlp(x_NH: Tensor, weights_NK: Tensor, ids_NK: Tensor, gate_up_EJH: Tensor, down_EHI: Tensor) -> Tensor:
-    """Ids outside 0 to E - 1 are experts held elsewhere: they contribute nothing. Sums are in float32, or float64."""
+def route(logits_NE: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
+    """The weights and ids [N, K] of the `top_k` likeliest experts of each row, largest first: softmax over all in
+    float32 (float64 for float64), renormalised to sum to one over the picks."""
+    logits_NK, ids_NK = logits_NE.to(torch.promote_types(logits_NE.dtype, torch.float32)).topk(top_k, dim=-1)
+    # A softmax over all, renormalised over some, is the softmax over these.
+    return logits_NK.softmax(-1), ids_NK
+
+
+def experts(x_NH: Tensor, weights_NK: Tensor, ids_NK: Tensor, gate_up_EJH: Tensor, down_EHI: Tensor) -> Tensor:
+    """y [N, H]. Ids outside 0 to E - 1 are experts held elsewhere: they contribute nothing. Sums are in float32, or
+    float64."""
     per_pick = pick_by_pick if 2 * ids_NK.numel() <= gate_up_EJH.shape[0] else expert_by_expert
     out_PH = per_pick(x_NH, ids_NK, gate_up_EJH, down_EHI)
     wide = torch.promote_types(x_NH.dtype, torch.float32)

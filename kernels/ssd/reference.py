@@ -5,14 +5,90 @@ For every head, with a state S [P, N] that starts at `state` (None: zeros), at e
     S = exp(dt A) S + dt x b^T
     y = S c + D x
 
-Shapes: B batch, T time, H heads, P head dim, G groups of heads that share b and c, N state size, Z chunks, C
-tokens of a chunk. dt is positive, A negative. Arithmetic is in float32, or float64 for float64 inputs; y has
-x's dtype, the state stays in the arithmetic's.
+`prefill` and `decode` have the ops' signatures; below them, sequences have one length, and states are handed in and
+out.
+
+Shapes: B sequences, T time (of all sequences, one after another, in `prefill`), H heads, P head dim, G groups of heads
+that share b and c, N state size, I = H P, Z chunks, C tokens of a chunk (in `decode` the channels I + 2 G N), W filter
+width, S = W - 1, J slots of the pools, X = B + 1. dt is positive, A negative. Arithmetic is in float32, or float64 for
+float64 inputs; y has x's dtype, the state stays in the arithmetic's.
 """
 
 import torch
 import torch.nn.functional as F
+from hybrid_moe_kernels.causal_conv.reference import update
+from hybrid_moe_kernels.norm.reference import gate_then_norm
+from hybrid_moe_kernels.sequences import by_length, load, store
 from torch import Tensor
+
+
+def prefill(
+    x_THP: Tensor,
+    dt_TH: Tensor,
+    A_H: Tensor,
+    b_TGN: Tensor,
+    c_TGN: Tensor,
+    D_H: Tensor,
+    state_JHPN: Tensor,
+    slots_B: Tensor,
+    cu_seqlens_X: Tensor,
+) -> Tensor:
+    """y [T, H, P]; sequence s starts from state[slots[s]] and leaves its last state there."""
+    y_THP = torch.empty(x_THP.shape, dtype=x_THP.dtype, device=x_THP.device)
+    for sequences, rows, length in by_length(cu_seqlens_X):
+        scan = recurrent_ssd if length == 1 else chunk_ssd
+        slots = slots_B[sequences]
+        x, dt, b, c = (z[rows].unflatten(0, (-1, length)) for z in (x_THP, dt_TH, b_TGN, c_TGN))
+        y_BTHP, state_BHPN = scan(x, dt, A_H, b, c, D_H, load(state_JHPN, slots))
+        y_THP[rows] = y_BTHP.flatten(0, 1)
+        store(state_JHPN, slots, state_BHPN)
+    return y_THP
+
+
+def decode(
+    xbc_BC: Tensor,
+    z_BI: Tensor,
+    dt_BH: Tensor,
+    conv_weight_CW: Tensor,
+    conv_bias_C: Tensor | None,
+    A_log_H: Tensor,
+    D_H: Tensor,
+    dt_bias_H: Tensor,
+    norm_weight_I: Tensor | None,
+    conv_JSC: Tensor,
+    state_JHPN: Tensor,
+    slots_B: Tensor,
+    *,
+    num_groups: int,
+    dt_limit: tuple[float, float | None],
+    eps: float,
+) -> Tensor:
+    """One token of each sequence: convolution, time step, recurrence, and the gated norm; y [B, I].
+
+    xbc, z and dt come from the input projection: dt = clamp(softplus(dt + dt_bias), *dt_limit), A = -exp(A_log).
+    norm_weight None leaves gate and norm to the caller.
+    """
+    (H, P, N), G = state_JHPN.shape[1:], num_groups
+    xbc_BC = update(xbc_BC, conv_weight_CW, conv_bias_C, conv_JSC, slots_B)
+    x, b, c = xbc_BC.split([H * P, G * N, G * N], dim=-1)
+    x, b, c = x.unflatten(-1, (H, P)), b.unflatten(-1, (G, N)), c.unflatten(-1, (G, N))
+    dt_BH, A_H = time_step(dt_BH, dt_bias_H, dt_limit), decay_rate(A_log_H)
+    state_BHPN = load(state_JHPN, slots_B)
+    y_B1HP, state_BHPN = recurrent_ssd(x[:, None], dt_BH[:, None], A_H, b[:, None], c[:, None], D_H, state_BHPN)
+    store(state_JHPN, slots_B, state_BHPN)
+    y_BI = y_B1HP[:, 0].flatten(-2)
+    return y_BI if norm_weight_I is None else gate_then_norm(y_BI, z_BI, norm_weight_I, G, eps)
+
+
+def time_step(dt__H: Tensor, dt_bias_H: Tensor, limit: tuple[float, float | None]) -> Tensor:
+    """softplus(dt + dt_bias), clamped."""
+    wide = torch.promote_types(dt__H.dtype, torch.float32)
+    return F.softplus(dt__H.to(wide) + dt_bias_H.to(wide)).clamp(*limit)
+
+
+def decay_rate(A_log_H: Tensor) -> Tensor:
+    """A < 0."""
+    return -A_log_H.to(torch.promote_types(A_log_H.dtype, torch.float32)).exp()
 
 
 def _start(x_BTHP: Tensor, state_size: int, state_BHPN: Tensor | None) -> Tensor:

@@ -4,18 +4,25 @@ from __future__ import annotations
 
 import importlib
 import pkgutil
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 from hybrid_moe_ref.config import ConfigError, nearest
 from hybrid_moe_ref.engine.policies import Policies
+from hybrid_moe_ref.engine.server_config import ServerConfig
 from repro.settings import RunSettings
 
 
 @dataclass(frozen=True)
 class Expected:
-    """What the verdict of a variant must be; a None is not checked. ``error`` is the type that every rank raises."""
+    """What the verdict of a variant must be; a None is not checked.
+
+    step, layer    of every culprit, or of every rank where there is no culprit
+    error          the type that every rank raises that still lives
+    suspects       the ranks that stand out where nothing is proven
+    or_else        what may come instead, where the backend decides by a race
+    """
 
     verdict: str
     cause: str | None = None
@@ -23,13 +30,24 @@ class Expected:
     step: int | None = None
     layer: str | None = None
     error: str | None = None
+    suspects: tuple[int, ...] | None = None
+    or_else: Expected | None = None
 
     def to_json(self) -> dict[str, Any]:
         """verdict and cause always, the rest where it is known."""
-        culprits = None if self.culprits is None else list(self.culprits)
-        extra = {"culprits": culprits, "step": self.step, "layer": self.layer, "error": self.error}
-        known = {key: value for key, value in extra.items() if value is not None}
-        return {"verdict": self.verdict, "cause": self.cause, **known}
+        known: dict[str, Any] = {"step": self.step, "layer": self.layer, "error": self.error}
+        known |= {"culprits": _listed(self.culprits), "suspects": _listed(self.suspects)}
+        known["or_else"] = self.or_else.to_json() if self.or_else else None
+        return {"verdict": self.verdict, "cause": self.cause, **{k: v for k, v in known.items() if v is not None}}
+
+    def words(self) -> str:
+        """Verdict and cause: "deadlock, extra"."""
+        told = ", ".join(part for part in (self.verdict, self.cause) if part)
+        return f"{told} or {self.or_else.words()}" if self.or_else else told
+
+
+def _listed(ranks: tuple[int, ...] | None) -> list[int] | None:
+    return None if ranks is None else list(ranks)
 
 
 CLEAN = Expected("clean")
@@ -39,25 +57,37 @@ REFUSED = Expected("crash", "error", error="ScheduleMismatch")
 
 @dataclass(frozen=True)
 class Scenario:
-    """A fault and its cure.
+    """A fault and its cure. The callables must give every rank what follows from the settings and its rank alone.
 
-    summary   one line: what goes wrong
-    source    the upstream issue or change it mirrors
-    policies  variant -> the engine's policies; hybrid_moe_ref's own for "control"
-    hang      settings -> what the verdict must say of the unguarded fault, computed from the workload alone
+    summary    one line: what goes wrong
+    source     the upstream issue or change it mirrors
+    policies   settings, rank -> the engine's policies; hybrid_moe_ref's own for the variant "control"
+    hang       settings -> what the verdict must say of the unguarded fault, computed from the workload alone
+    refused    settings -> what it must say of the fault under the guard (checks agree or strict)
+    fixed      settings -> what it must say of the fix; not clean where no server can save the run, only end it well
+    server     settings, rank -> what the engine is started with, where it is not the same on all ranks
+    missing    settings -> why it cannot run on this machine, or ""
+    defaults   what the scenario needs to be different from a run's defaults, as in config.json; a user's file wins
     """
 
     name: str
     summary: str
     source: str
-    policies: Callable[[str], Policies]
+    policies: Callable[[RunSettings, int], Policies]
     hang: Callable[[RunSettings], Expected]
+    refused: Callable[[RunSettings], Expected] = lambda settings: REFUSED
+    fixed: Callable[[RunSettings], Expected] = lambda settings: CLEAN
+    server: Callable[[RunSettings, int], ServerConfig] = lambda settings, rank: settings.server()
+    missing: Callable[[RunSettings], str] = lambda settings: ""
+    defaults: Mapping[str, Any] = field(default_factory=dict)
 
     def expected(self, settings: RunSettings) -> Expected:
         """What the verdict of ``settings.variant`` must say."""
-        if settings.variant != "fault":
+        if settings.variant == "control":
             return CLEAN
-        return self.hang(settings) if settings.effective_checks == "observe" else REFUSED
+        if settings.variant == "fix":
+            return self.fixed(settings)
+        return self.hang(settings) if settings.effective_checks == "observe" else self.refused(settings)
 
 
 def names() -> list[str]:
@@ -72,3 +102,11 @@ def load(name: str) -> Scenario:
         raise ConfigError(f"unknown scenario {name!r}{hint}")
     scenario: Scenario = importlib.import_module(f"{__name__}.{name}").SCENARIO
     return scenario
+
+
+def settings_of(flags: Mapping[str, Any], document: Mapping[str, Any] | None = None, where: str = "") -> RunSettings:
+    """One run of the scenario that the flags name: its defaults, under a user's document, under the flags.
+
+    Raises ConfigError with the path of what is wrong, or for an unknown scenario.
+    """
+    return RunSettings.from_document(document or {}, flags, where, load(flags["scenario"]).defaults)

@@ -65,13 +65,13 @@ class CountEarlyUnderLoad(CountTokens):
         return self.context.ep_sizes[self.comm.group_rank("ep")] > MANY_ROWS
 
 
-def policies(variant: str) -> Policies:
+def policies(settings: RunSettings, rank: int) -> Policies:
     """control: no statistics; fault: placed by local load; fix: placed by the schedule."""
     return {
         "control": Policies(),
         "fault": Policies(dispatch=CountEarlyUnderLoad),
         "fix": Policies(dispatch=CountTokens),
-    }[variant]
+    }[settings.variant]
 
 
 def hang(settings: RunSettings) -> Expected:

@@ -22,9 +22,9 @@ class LeaveWhenFinished(IdlePolicy):
         return 1 if unfinished else None
 
 
-def policies(variant: str) -> Policies:
+def policies(settings: RunSettings, rank: int) -> Policies:
     """control and fix are the engine's own: its idle ranks take part."""
-    return Policies(idle=LeaveWhenFinished()) if variant == "fault" else Policies()
+    return Policies(idle=LeaveWhenFinished()) if settings.variant == "fault" else Policies()
 
 
 def hang(settings: RunSettings) -> Expected:

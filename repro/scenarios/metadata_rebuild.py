@@ -37,13 +37,13 @@ class AgreeOnEveryCall(StepAgreement):
         return resolve(exchange(plan.row(), layer))
 
 
-def policies(variant: str) -> Policies:
+def policies(settings: RunSettings, rank: int) -> Policies:
     """control: nobody rebuilds; fault: rebuilding communicates; fix: it is answered from the step's agreement."""
     return {
         "control": Policies(),
         "fault": Policies(agreement=AgreeOnEveryCall(), binding=RebindWithMetadata()),
         "fix": Policies(binding=RebindWithMetadata()),
-    }[variant]
+    }[settings.variant]
 
 
 def hang(settings: RunSettings) -> Expected:

@@ -38,13 +38,13 @@ class ReturnEarlyAtZeroTokens(AllGatherReduceScatter):
         return super().combine(experts, args, partial_SH) if len(partial_SH) else partial_SH
 
 
-def policies(variant: str) -> Policies:
+def policies(settings: RunSettings, rank: int) -> Policies:
     """control: idle ranks bring a token; fault and fix: they bring none."""
     return {
         "control": Policies(),
         "fault": Policies(idle=IdleWithZeroTokens(), dispatch=ReturnEarlyAtZeroTokens),
         "fix": Policies(idle=IdleWithZeroTokens()),
-    }[variant]
+    }[settings.variant]
 
 
 def hang(settings: RunSettings) -> Expected:

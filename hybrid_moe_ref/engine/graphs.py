@@ -1,0 +1,186 @@
+"""Graphs: steps of a few sizes, captured at start and replayed while serving.
+
+A captured step has a fixed number of rows and fixed collectives. A step of fewer rows is padded to a captured size, and
+all ranks must replay the same one, so mode and size are part of the step's agreement (C1). Collectives stay outside the
+graphs: what is captured on a GPU are the row-wise modules between them. On the CPU, where nothing can be captured, the
+same two passes run with the same padding. On both the collectives of the capture are kept, and a replay that
+would issue another one is refused before it does.
+
+Shapes: N rows of a step, H hidden.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from hybrid_moe_ref.batch import Batch, Group
+from hybrid_moe_ref.engine.plan import EAGER
+from hybrid_moe_ref.layers.moe import MLP, MoE, Router
+from hybrid_moe_ref.layers.norm import RMSNorm
+from hybrid_moe_ref.model import HybridMoE
+from hybrid_moe_ref.parallel.comm import Communicator
+from hybrid_moe_ref.parallel.guard import ScheduleMismatch, collective_words
+from hybrid_moe_ref.parallel.observer import Collective
+
+
+class Graphs:
+    """The captured steps of one rank, by mode and size."""
+
+    def __init__(self, model: HybridMoE, comm: Communicator) -> None:
+        self._comm = comm
+        self._captured: dict[tuple[int, int], tuple[Collective, ...]] = {}
+        self._pieces = [_Piece(module) for module in _row_wise(model)] if comm.device.type == "cuda" else []
+
+    @property
+    def captured(self) -> dict[tuple[int, int], tuple[Collective, ...]]:
+        """(mode, size) -> the collectives that its replay issues, in order."""
+        return dict(self._captured)
+
+    @contextlib.contextmanager
+    def running(self, mode: int, size: int) -> Iterator[None]:
+        """Around the layers of a step: the first one of its mode and size is captured, later ones are replays.
+
+        Raises ScheduleMismatch, before it is issued, for a collective that was not captured.
+        """
+        if mode == EAGER:
+            yield
+            return
+        known = self._captured.get((mode, size))
+        tape = Tape(known)
+        for piece in self._pieces:
+            piece.capturing, piece.replaying = known is None, True
+        try:
+            with self._comm.taped(tape.hear):
+                yield
+            tape.end()
+        finally:
+            for piece in self._pieces:
+                piece.replaying = False
+        self._captured.setdefault((mode, size), tuple(tape.heard))
+
+
+class Tape:
+    """Keeps the collectives of a captured step, or holds a replay to them."""
+
+    def __init__(self, recorded: Sequence[Collective] | None) -> None:
+        self._recorded = recorded
+        self.heard: list[Collective] = []
+
+    def hear(self, collective: Collective) -> None:
+        """Told of each collective before it is issued."""
+        place = len(self.heard)
+        if self._recorded is not None:
+            planned = self._recorded[place] if place < len(self._recorded) else None
+            if collective != planned:
+                captured = collective_words(planned) if planned else "no further collective"
+                raise ScheduleMismatch(f"a replay would issue {collective_words(collective)}, captured is {captured}")
+        self.heard.append(collective)
+
+    def end(self) -> None:
+        """The layers are through."""
+        if self._recorded is not None and len(self.heard) < len(self._recorded):
+            missing = collective_words(self._recorded[len(self.heard)])
+            raise ScheduleMismatch(f"a replay ended, but captured is {missing}")
+
+
+def padded_size(num_tokens: int, sizes: Sequence[int]) -> int | None:
+    """The smallest of the ascending `sizes` that holds the tokens, or None."""
+    return next((size for size in sizes if size >= num_tokens), None)
+
+
+def pad(tokens_N: Tensor, batch: Batch, size: int) -> tuple[Tensor, Batch]:
+    """The step with rows added up to `size`: sequences of one token that nobody remembers, so no other row sees them.
+
+    Their hidden states come last.
+    """
+    missing = size - batch.num_tokens
+    if missing == 0:
+        return tokens_N, batch
+    device = tokens_N.device
+    rows_BT = torch.arange(batch.num_tokens, size, device=device)[:, None]
+    padding = Group(rows_BT, torch.zeros_like(rows_BT), starts=(0,) * missing, length=1)
+    return (
+        torch.cat([tokens_N, tokens_N.new_zeros(missing)]),
+        Batch((*batch.groups, padding), size, batch.last_rows),
+    )
+
+
+@dataclass(frozen=True)
+class Half:
+    """Rows `start` to `stop` of a step."""
+
+    start: int
+    stop: int
+
+
+def halves(num_rows: int) -> tuple[Half, Half]:
+    """How a step is split in two; the first half is the larger, the second may be empty."""
+    middle = (num_rows + 1) // 2
+    return Half(0, middle), Half(middle, num_rows)
+
+
+def part_of(batch: Batch, half: Half) -> Batch:
+    """The part of the step in one half. To be built when what comes before it has run, as a sequence that lies in
+    both halves goes on where its first part ended.
+    """
+    sequences = batch.sequences
+    if not sequences:
+        return Batch.dummy(half.stop - half.start, batch.last_rows.device)
+    first_rows = [int(row) for group in batch.groups if group.sequences for row in group.rows_BT[:, 0]]
+    parts = []
+    for first, (sequence, count) in sorted(zip(first_rows, sequences, strict=True), key=lambda item: item[0]):
+        held = min(first + count, half.stop) - max(first, half.start)
+        if held > 0:
+            parts.append((sequence, held))
+    return Batch.of(parts, batch.last_rows.device)
+
+
+def _row_wise(model: HybridMoE) -> list[nn.Module]:
+    """Modules that take rows [N, H] and communicate nothing: norms, routers, shared experts, dense MLPs."""
+    found: list[nn.Module] = []
+    for block in model.blocks:
+        found += [block.input_layernorm, block.post_attention_layernorm]
+        found += [block.mlp.gate, block.mlp.shared_expert] if isinstance(block.mlp, MoE) else [block.mlp]
+    return [m for m in found if isinstance(m, RMSNorm | Router | MLP) and not m._forward_hooks]
+
+
+class _Piece:
+    """A row-wise module whose forward is replayed as a CUDA graph, one for each number of rows.
+
+    Written to the documentation; not run on a GPU yet.
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        self.capturing = self.replaying = False
+        self._eager = module.forward
+        self._graphs: dict[int, tuple[torch.cuda.CUDAGraph, Tensor, object]] = {}
+        module.forward = self._run
+
+    def _run(self, x_NH: Tensor) -> object:
+        if not self.replaying or not x_NH.shape[0]:
+            return self._eager(x_NH)
+        if self.capturing and x_NH.shape[0] not in self._graphs:
+            self._capture(x_NH)
+        if x_NH.shape[0] not in self._graphs:
+            return self._eager(x_NH)
+        graph, input_NH, output = self._graphs[x_NH.shape[0]]
+        input_NH.copy_(x_NH)
+        graph.replay()
+        return output
+
+    def _capture(self, x_NH: Tensor) -> None:
+        input_NH = x_NH.clone()
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):  # libraries allocate what they need before the capture, which must not
+            self._eager(input_NH)
+        torch.cuda.current_stream().wait_stream(side)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            output = self._eager(input_NH)
+        self._graphs[x_NH.shape[0]] = graph, input_NH, output

@@ -1,0 +1,78 @@
+"""What the ops' checks share: errors that name the argument, and what it is beside what was wanted.
+
+Names of arguments carry their shape, a letter for each dimension: `k_TMK` is [T, M, K]. A letter stands for the same
+number in every argument of a call.
+"""
+
+import itertools
+
+import torch
+from torch import Tensor
+
+FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+
+
+class Sizes:
+    """The numbers that the letters of one call stand for, learnt from its arguments in order."""
+
+    def __init__(self, device: torch.device, **known: int) -> None:
+        self.device, self.known = device, known
+
+    def take(self, name: str, x: Tensor, *dtypes: torch.dtype, dense: int = 1) -> None:
+        """Check an argument whose name ends in its letters; its last `dense` dimensions must be contiguous."""
+        letters = name.rpartition("_")[2]
+        shape = tuple(x.shape)
+        wanted = [self.known.get(letter, -1) for letter in letters]
+        fits = len(shape) == len(wanted) and all(w in (-1, s) for w, s in zip(wanted, shape, strict=True))
+        if not fits:
+            text = ", ".join(f"{l} = {w}" if w >= 0 else l for l, w in zip(letters, wanted, strict=True))
+            raise ValueError(f"{name}: shape {list(shape)}, wanted [{text}]")
+        self.known.update(zip(letters, shape, strict=True))
+        if x.dtype not in dtypes:
+            names = " or ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
+            raise ValueError(f"{name}: dtype {str(x.dtype).removeprefix('torch.')}, wanted {names}")
+        if x.device != self.device:
+            raise ValueError(f"{name}: device {x.device}, wanted {self.device}")
+        step = 1
+        for stride, size in zip(reversed(x.stride()[-dense:] if dense else ()), reversed(shape), strict=False):
+            if size > 1 and stride != step and x.numel():
+                raise ValueError(f"{name}: strides {list(x.stride())}, wanted the last {dense} dimensions contiguous")
+            step *= size
+
+    def multiple(self, letter: str, of: str) -> None:
+        """`letter` must be a multiple of the letter `of`."""
+        number, divisor = self.known[letter], self.known[of]
+        if divisor == 0 or number % divisor:
+            raise ValueError(f"{letter}: {number}, wanted a multiple of {of} = {divisor}")
+
+
+def wide(dtype: torch.dtype) -> torch.dtype:
+    """In what states are kept and sums are made: float32, or float64 for float64."""
+    return torch.promote_types(dtype, torch.float32)
+
+
+def slots(name: str, slots_B: Tensor, num_slots: int) -> None:
+    """Indices into a pool of states, each at most once. On a GPU the look costs a synchronisation."""
+    if slots_B.is_cuda and torch.cuda.is_current_stream_capturing():
+        return
+    values = slots_B.tolist()
+    for value in values:
+        if not 0 <= value < num_slots:
+            raise ValueError(f"{name}: index {value}, wanted 0 to {num_slots - 1}")
+    if len(set(values)) != len(values):
+        twice = next(value for value in values if values.count(value) > 1)
+        raise ValueError(f"{name}: index {twice} appears {values.count(twice)} times, wanted once")
+
+
+def cu_seqlens(name: str, cu_seqlens_X: Tensor, num_sequences: int, num_tokens: int) -> None:
+    """Where each sequence begins, and the number of tokens at the end: B + 1 numbers that never fall."""
+    if cu_seqlens_X.shape != (num_sequences + 1,):
+        raise ValueError(f"{name}: shape {list(cu_seqlens_X.shape)}, wanted [X = {num_sequences + 1}]")
+    if cu_seqlens_X.is_cuda and torch.cuda.is_current_stream_capturing():
+        return
+    values = cu_seqlens_X.tolist()
+    if values[0] != 0 or values[-1] != num_tokens:
+        raise ValueError(f"{name}: from {values[0]} to {values[-1]}, wanted 0 to {num_tokens}")
+    for before, after in itertools.pairwise(values):
+        if after < before:
+            raise ValueError(f"{name}: {after} after {before}, wanted numbers that never fall")

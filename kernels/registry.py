@@ -1,0 +1,181 @@
+"""Which implementation of an operation runs, for a device and a dtype.
+
+    from hybrid_moe_kernels import gated_delta_rule, registry
+
+    y = gated_delta_rule.decode(...)         the call is the same whatever runs
+    registry.use("native")                   for this process; builds or loads what the choice needs
+    with registry.using("torch"): ...
+    registry.table("cpu", torch.bfloat16)    {"gated_delta_rule.decode": "native", ...}
+
+An operation is a folder. Its `__init__.py` has the signature as an `Op`, with a check of the arguments;
+`reference.py` is the definition in torch, and `native.py` and `triton.py` hold functions of the same names. A backend
+that has no function of that name, or not for that dtype, leaves the operation to the next one. The choice:
+
+    auto      triton on CUDA, else torch
+    native    C++ on the CPU for float32 and bfloat16
+    triton    also on the CPU, through its interpreter (TRITON_INTERPRET=1)
+    torch, fla, mamba_ssm
+
+The environment variable HMR_KERNELS sets the choice a process starts with. What is chosen but cannot run here (no
+compiler, no Triton) is one line of warning, and torch runs instead.
+
+An implementation module may define
+    DTYPES            of the first argument; absent: any
+    DEVICES           absent: any
+    CHECKS            True: it checks its arguments itself, as well as the op's check does
+    missing() -> str  what it lacks on this machine, "" for nothing; asked once
+"""
+
+import contextlib
+import importlib
+import logging
+import os
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+CHOICES = ("auto", "torch", "native", "triton", "fla", "mamba_ssm")
+"""What `use` takes."""
+
+_MODULES = {"torch": "reference"}
+_log = logging.getLogger("hybrid_moe_kernels")
+_ops: dict[str, "Op"] = {}
+_said: set[str] = set()
+_picked: dict[tuple[str, str, torch.dtype], "Implementation"] = {}
+_choice = os.environ.get("HMR_KERNELS", "auto")
+_checks = __debug__ and os.environ.get("HMR_KERNEL_CHECKS", "1") != "0"
+
+
+class Implementation:
+    """A backend's function for an op, and the check that goes before it."""
+
+    __slots__ = ("backend", "check", "run")
+
+    def __init__(self, backend: str, run: Callable[..., Any], check: Callable[..., None] | None) -> None:
+        self.backend, self.run, self.check = backend, run, check
+
+
+class Op:
+    """One operation, called like its reference. The first argument's device and dtype pick the implementation."""
+
+    def __init__(self, package: str, function: str, check: Callable[..., None]) -> None:
+        self.package, self.function = package, function
+        self.name = f"{package.rpartition('.')[2]}.{function}"
+        self.check = check
+        _ops[self.name] = self
+
+    def __call__(self, x: Tensor, *args: Any, **options: Any) -> Any:
+        """Raises ValueError naming the argument that does not fit, before anything is launched."""
+        chosen = _picked.get((self.name, x.device.type, x.dtype)) or self.pick(x.device.type, x.dtype)
+        if _checks and chosen.check is not None:
+            chosen.check(x, *args, **options)
+        return chosen.run(x, *args, **options)
+
+    def pick(self, device: str, dtype: torch.dtype) -> Implementation:
+        """What runs on such a device for such a dtype under the present choice."""
+        key = (self.name, device, dtype)
+        if key not in _picked:
+            candidates = (self.implementation(backend, device, dtype) for backend in _preference(device))
+            _picked[key] = next(found for found in candidates if found is not None)
+        return _picked[key]
+
+    def implementation(self, backend: str, device: str, dtype: torch.dtype) -> Implementation | None:
+        """The backend's, or None where it has none or lacks something."""
+        path = f"{self.package}.{_MODULES.get(backend, backend)}"
+        try:
+            module = importlib.import_module(path)
+        except ModuleNotFoundError as error:
+            if error.name != path:  # the file is there, a package that it needs is not
+                _say_once(f"kernels: {backend} needs the package {error.name}; {_fallback(backend)}")
+            return None
+        run = getattr(module, self.function, None)
+        if run is None or device not in getattr(module, "DEVICES", (device,)):
+            return None
+        if dtype not in getattr(module, "DTYPES", (dtype,)):
+            return None
+        lack = module.missing() if hasattr(module, "missing") else ""
+        if lack:
+            _say_once(f"kernels: {backend}: {lack}; {_fallback(backend)}")
+            return None
+        return Implementation(backend, run, None if getattr(module, "CHECKS", False) else self.check)
+
+
+def _fallback(backend: str) -> str:
+    return "torch runs instead" if backend != "torch" else "there is no other"
+
+
+def _preference(device: str) -> tuple[str, ...]:
+    if _choice not in CHOICES:
+        raise ValueError(f"kernels (HMR_KERNELS or use): {_choice!r} is not one of {', '.join(CHOICES)}")
+    if _choice == "auto":
+        return ("triton", "torch") if device == "cuda" else ("torch",)
+    if _choice == "native":
+        return ("native", "torch") if device == "cpu" else ("triton", "torch")
+    return (_choice, "torch") if _choice != "torch" else ("torch",)
+
+
+def _say_once(line: str) -> None:
+    if line not in _said:
+        _said.add(line)
+        _log.warning(line)
+
+
+def use(choice: str) -> None:
+    """Make `choice` this process's. "native" builds or loads its library now, so that no call has to; a failed build is
+    one line of warning. Raises ValueError for an unknown choice."""
+    global _choice
+    if choice not in CHOICES:
+        raise ValueError(f"kernels: {choice!r} is not one of {', '.join(CHOICES)}")
+    _choice = choice
+    _picked.clear()
+    prepare()
+
+
+def prepare() -> None:
+    """Do now what the present choice needs before its first call."""
+    if _choice == "native":
+        native = importlib.import_module("hybrid_moe_kernels.native")
+        lack = native.prepare()
+        if lack:
+            _say_once(f"kernels: native: {lack}; torch runs instead")
+        _picked.clear()
+
+
+@contextlib.contextmanager
+def using(choice: str) -> Iterator[None]:
+    """`use(choice)`, until the block ends."""
+    before = _choice
+    use(choice)
+    try:
+        yield
+    finally:
+        use(before)
+
+
+def choice() -> str:
+    """The present one."""
+    return _choice
+
+
+@contextlib.contextmanager
+def unchecked() -> Iterator[None]:
+    """Leave out all argument checks, as HMR_KERNEL_CHECKS=0 and `python -O` do: for code whose calls were checked
+    once, such as a captured graph."""
+    global _checks
+    before, _checks = _checks, False
+    try:
+        yield
+    finally:
+        _checks = before
+
+
+def checking() -> bool:
+    """Whether arguments are checked."""
+    return _checks
+
+
+def table(device: str = "cpu", dtype: torch.dtype = torch.float32) -> dict[str, str]:
+    """The backend that runs each imported operation."""
+    return {name: op.pick(device, dtype).backend for name, op in sorted(_ops.items())}

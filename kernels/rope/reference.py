@@ -1,0 +1,15 @@
+"""Rotary position embedding in plain torch.
+
+Shapes: T tokens, H heads, D head dim, R half of the rotary dim.
+"""
+
+import torch
+from torch import Tensor
+
+
+def rotate(x_THD: Tensor, cos_TR: Tensor, sin_TR: Tensor) -> Tensor:
+    """Turn dimension i together with i + R by the token's angle i, for i < R; the rest of the head passes through."""
+    half = cos_TR.shape[-1]
+    a, b, rest = x_THD.split([half, half, x_THD.shape[-1] - 2 * half], dim=-1)
+    cos, sin = cos_TR[:, None], sin_TR[:, None]
+    return torch.cat([a * cos - b * sin, b * cos + a * sin, rest], dim=-1)
