@@ -182,6 +182,13 @@ class HybridCache:
             buffer[pages] = states
         sequence.length = snapshot.length
 
+    def truncate(self, sequence: Sequence, length: int) -> None:
+        """Forget the tokens from `length` on. Only for layers without recurrent state, which cannot be cut."""
+        self._check(sequence)
+        if self.layout.states or length > sequence.length:
+            raise ValueError(f"a sequence of {sequence.length} tokens cannot be cut to {length}")
+        sequence.length = length
+
     def _state_pages(self, sequence: Sequence) -> list[int]:
         return [
             page for g, pages in zip(self.layout.groups, sequence.pages, strict=True) if g.kind != "A" for page in pages

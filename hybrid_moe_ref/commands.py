@@ -124,8 +124,8 @@ def _generate_on_ranks(args: argparse.Namespace, ids: list[int], show: Callable[
     from hybrid_moe_ref.engine.local import generate
     from hybrid_moe_ref.engine.server_config import ServerConfig
 
-    if args.drafts or args.prefill_chunk:
-        raise ConfigError("drafts and chunked prefill need the layout 'single'", "--layout")
+    if args.prefill_chunk:
+        raise ConfigError("chunked prefill needs the layout 'single'", "--layout")
     folder = args.model if (Path(args.model) / "config.json").exists() else ""
     config, saved_dtype = checkpoint.read_config(folder) if folder else (preset(args.model), None)
     for token in ids:
@@ -135,10 +135,11 @@ def _generate_on_ranks(args: argparse.Namespace, ids: list[int], show: Callable[
     pages = page_layout(config, _ITEMSIZES[{"bfloat16": "bf16", "float16": "fp16"}.get(dtype, "fp32")])
     engine = EngineConfig(
         max_num_seqs=1,
-        max_num_batched_tokens=max(1, len(ids)),
+        max_num_batched_tokens=max(1 + args.drafts, len(ids)),
         num_pages=2 * pages.pages_for(len(ids) + args.max_new_tokens),
         unfinished_interval=4,
         dtype=dtype,
+        num_drafts=args.drafts,
     )
     layouts = {"dp8ep8": ParallelConfig(dp_size=8), "tp8": ParallelConfig(tp_size=8, expert_parallel=False)}
     server = ServerConfig(config, layouts[args.layout], engine, args.seed, checkpoint=folder)

@@ -259,6 +259,7 @@ class EngineConfig(Config):
                        modules, which then go to the user's own cache
     gdn_prefill_backend, moe_backend
                        what computes these layers; "jit" is compiled where it runs, "triton" needs a GPU
+    num_drafts         tokens of each request that the MTP layer guesses ahead
     """
 
     max_num_seqs: int = 8
@@ -274,10 +275,11 @@ class EngineConfig(Config):
     cache_dir: str = ""
     gdn_prefill_backend: str = "torch"
     moe_backend: str = "torch"
+    num_drafts: int = 0
 
     def __post_init__(self) -> None:
         _at_least(self, 1, "max_num_seqs", "max_num_batched_tokens", "num_pages", "unfinished_interval")
-        _at_least(self, 0, "microbatch_tokens")
+        _at_least(self, 0, "microbatch_tokens", "num_drafts")
         if self.mode not in ENGINE_MODES:
             raise ConfigError(f"unknown mode {self.mode!r}{nearest(self.mode, ENGINE_MODES)}", "mode")
         for index, size in enumerate(self.capture_sizes):
@@ -286,10 +288,11 @@ class EngineConfig(Config):
                     f"{size} is not between 1 and max_num_batched_tokens {self.max_num_batched_tokens}",
                     f"capture_sizes[{index}]",
                 )
-        if self.max_num_batched_tokens < self.max_num_seqs:
+        if self.max_num_batched_tokens < self.max_num_seqs * (1 + self.num_drafts):
+            drafts = f" x (1 + num_drafts {self.num_drafts})" if self.num_drafts else ""
             raise ConfigError(
-                f"{self.max_num_batched_tokens} is less than max_num_seqs {self.max_num_seqs}: "
-                "a decode step would not hold one token of every sequence",
+                f"{self.max_num_batched_tokens} is less than max_num_seqs {self.max_num_seqs}{drafts}: "
+                "a decode step would not hold the tokens of every sequence",
                 "max_num_batched_tokens",
             )
         if self.dtype not in DTYPES:

@@ -101,6 +101,12 @@ class HybridMoE(nn.Module):
         return [block for block in self.model.layers if isinstance(block, Block)]
 
     @property
+    def draft_blocks(self) -> list[Block]:
+        """The layers of the MTP module, none without one."""
+        layers = self.mtp.layers if self.config.num_mtp_layers else ()
+        return [block for block in layers if isinstance(block, Block)]
+
+    @property
     def dtype(self) -> torch.dtype:
         return self.model.embed_tokens.weight.dtype
 
@@ -137,6 +143,16 @@ class HybridMoE(nn.Module):
         if cache is not None:
             cache.commit(batch)
         return self.model.norm(x_NH)
+
+    def draft(self, tokens_N: Tensor, hidden_NH: Tensor, batch: Batch, cache: HybridCache | None = None) -> Tensor:
+        """One pass of the MTP layer: `tokens_N[i]` comes after the position whose hidden state is `hidden_NH[i]`; the
+        result guesses the token after it, through `logits`. `cache` is a `draft_cache`'s, and holds the rows
+        afterwards."""
+        pasts = cache.begin(batch) if cache is not None else None
+        hidden_NH = self.mtp(self.model.embed_tokens(tokens_N), hidden_NH, batch, pasts)
+        if cache is not None:
+            cache.commit(batch)
+        return hidden_NH
 
     def logits(self, hidden_NH: Tensor) -> Tensor:
         return F.linear(hidden_NH, self.lm_head.weight)

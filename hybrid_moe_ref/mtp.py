@@ -16,6 +16,9 @@ from hybrid_moe_ref.cache import Past
 from hybrid_moe_ref.config import ModelConfig
 from hybrid_moe_ref.layers.norm import RMSNorm
 
+DRAFT_STACK = "mtp.layers"
+"""What its layers are called, in events and in checkpoints."""
+
 
 class MTP(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
@@ -24,7 +27,7 @@ class MTP(nn.Module):
         self.fc = nn.Linear(2 * hidden, hidden, bias=False)
         self.pre_fc_norm_embedding = RMSNorm(hidden, eps)
         self.pre_fc_norm_hidden = RMSNorm(hidden, eps)
-        self.layers = nn.ModuleList([Block(config, "A", "mtp.layers.0")])
+        self.layers = nn.ModuleList([Block(config, "A", f"{DRAFT_STACK}.0")])
         self.norm = RMSNorm(hidden, eps)
 
     def forward(

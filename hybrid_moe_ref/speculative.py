@@ -42,6 +42,13 @@ class Statistics:
     num_accepted: int = 0
 
 
+def draft_cache(model: "HybridMoE", num_tokens: int, num_sequences: int) -> HybridCache:
+    """The MTP layer's own cache, for so many tokens in so many sequences."""
+    config = dataclasses.replace(model.config, layer_pattern="A")
+    num_pages = page_layout(config, model.dtype.itemsize).pages_for(num_tokens) + num_sequences
+    return HybridCache(config, num_pages, model.device, model.dtype)
+
+
 class MTPDrafter:
     """Guesses with the model's MTP layer, one token after another. `max_length` bounds the tokens it will see."""
 
@@ -49,29 +56,24 @@ class MTPDrafter:
         if not model.config.num_mtp_layers:
             raise ValueError("the model has no MTP layer (num_mtp_layers is 0)")
         self._model = model
-        config = dataclasses.replace(model.config, layer_pattern="A")
-        num_pages = page_layout(config, model.dtype.itemsize).pages_for(max_length)
-        self._cache = HybridCache(config, num_pages, model.device, model.dtype)
+        self._cache = draft_cache(model, max_length, 1)
         self._sequence = self._cache.allocate()
 
     def propose(self, tokens_T: Tensor, hidden_TH: Tensor, count: int) -> Tensor:
         if not count:
             return tokens_T[:0]
         hidden_H = self._step(tokens_T, hidden_TH)
-        certain = self._cache.snapshot(self._sequence)
+        certain = self._sequence.length
         guesses = [self._model.logits(hidden_H).argmax(-1)]
         while len(guesses) < count:
             hidden_H = self._step(guesses[-1][None], hidden_H[None])
             guesses.append(self._model.logits(hidden_H).argmax(-1))
-        self._cache.restore(self._sequence, certain)
+        self._cache.truncate(self._sequence, certain)
         return torch.stack(guesses)
 
     def _step(self, tokens_T: Tensor, hidden_TH: Tensor) -> Tensor:
         batch = Batch.of([(self._sequence, len(tokens_T))])
-        pasts = self._cache.begin(batch)
-        hidden_TH = self._model.mtp(self._model.model.embed_tokens(tokens_T), hidden_TH, batch, pasts)
-        self._cache.commit(batch)
-        return hidden_TH[-1]
+        return self._model.draft(tokens_T, hidden_TH, batch, self._cache)[-1]
 
 
 def speculative_stream(

@@ -28,12 +28,12 @@ def test_generate_prints_the_greedy_tokens(folder: Path, capsys: pytest.CaptureF
 
 
 def test_every_layout_generates_the_tokens_of_one_process(tmp_path: Path, capfd: pytest.CaptureFixture) -> None:
-    config = replace(CONFIG, linear_num_key_heads=8, linear_num_value_heads=8, num_mtp_layers=0)
+    config = replace(CONFIG, linear_num_key_heads=8, linear_num_value_heads=8)
     HybridMoE(config, device="meta", dtype=torch.float64).init_weights(1).save_pretrained(tmp_path)
     told = []
-    for layout in ("single", "dp8ep8", "tp8"):
+    for layout, drafts in (("single", "0"), ("dp8ep8", "2"), ("tp8", "0")):
         command = ["generate", str(tmp_path), "--tokens", "5,6,7", "--max-new-tokens", "5", "--layout", layout]
-        assert main(command) == 0, layout
+        assert main([*command, "--drafts", drafts]) == 0, layout
         told.append(capfd.readouterr().out.split())
     assert told[0] == told[1] == told[2] and len(told[0]) == 5
 
@@ -83,7 +83,11 @@ def test_bench_measures(folder: Path, capsys: pytest.CaptureFixture) -> None:
             ["generate", "FOLDER", "--tokens", "1", "--layout", "tp8"],
             "linear_num_key_heads: 2 does not divide over tp_size 8",
         ),
-        (["generate", "FOLDER", "--tokens", "1", "--layout", "tp8", "--drafts", "1"], "need the layout 'single'"),
+        (
+            ["generate", "FOLDER", "--tokens", "1", "--layout", "tp8", "--prefill-chunk", "1"],
+            "needs the layout 'single'",
+        ),
+        (["generate", "tiny", "--tokens", "1", "--layout", "dp8ep8", "--drafts", "1"], "the model has no MTP layer"),
         (["generate", "FOLDER", "--tokens", "64", "--layout", "dp8ep8"], "token id 64 is outside the vocabulary"),
         (["generate", "FOLDER", "--prompt", "x"], "tokenizer.json is not there: give token ids with --tokens"),
         (["generate", "FOLDER", "--tokens", "1", "--drafts", "-1"], "num_drafts: -1 is less than 1"),

@@ -39,9 +39,10 @@ class Diary(NullObserver):
 
 
 def test_c1_takes_the_lowest_mode_and_pads_only_for_a_graph():
-    rows = [[3, 1, 7], [4, 2, 8], [1, 1, 0], [2, 1, 2]]
-    assert resolve(rows) == AgreedStep((8, 8, 8), mode=1, microbatch=False)
-    assert resolve([*rows[:2], [1, 1, 1], [2, 0, 2]]) == AgreedStep((3, 1, 7), mode=0, microbatch=True)
+    rows, drafts = [[3, 1, 7], [4, 2, 8], [1, 1, 0], [2, 1, 2], [2, 1, 5]], ((3, 1, 7), (2, 1, 5))
+    assert resolve(rows) == AgreedStep((8, 8, 8), mode=1, microbatch=False, draft_sizes=drafts)
+    eager = resolve([*rows[:2], [1, 1, 1], [2, 0, 2], rows[4]])
+    assert eager == AgreedStep((3, 1, 7), mode=0, microbatch=True, draft_sizes=drafts)
 
 
 def test_a_step_agrees_once_however_often_it_is_asked():
@@ -66,7 +67,7 @@ def test_scheduler_decodes_first_and_admits_prompts_within_its_budgets():
     for step in range(4):
         running = scheduler.schedule(step)
         fed.append([(r.request.request_id, len(r.next_tokens())) for r in running])
-        scheduler.update([40 + step] * len(running))
+        scheduler.update([[40 + step]] * len(running))
     # b does not fit beside a's prompt; when it runs, a decodes and c has arrived.
     assert fed == [[("a", 5)], [("a", 1), ("b", 4), ("c", 1)], [("b", 1)], []]
     assert scheduler.finished == {"a": [40, 41], "b": [41, 42], "c": [41]}

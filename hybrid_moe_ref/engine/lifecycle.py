@@ -28,6 +28,7 @@ from hybrid_moe_ref.batch import Batch
 from hybrid_moe_ref.cache import HybridCache, Sequence
 from hybrid_moe_ref.engine.backends import apply_backends
 from hybrid_moe_ref.engine.builds import BuildPlace, BuildStopped
+from hybrid_moe_ref.engine.drafting import Drafting
 from hybrid_moe_ref.engine.graphs import padded_size
 from hybrid_moe_ref.engine.plan import ANYONE_UNFINISHED, EAGER, GRAPH, StepPlan
 from hybrid_moe_ref.engine.policies import Policies
@@ -65,6 +66,7 @@ class Engine:
             comm.start_preflight()
         self.model, self.runner = self._phase("load", self._load)
         self.page_layout = self._phase("page_setup", self._page_setup)
+        self._drafting = Drafting(self.model, self.runner, self._policies.drafts, config.engine, self.page_layout)
         self._phase("prepare", self._prepare)
         self._phase("profile", self._profile)
         self._phase("compile", self._compile)
@@ -161,6 +163,7 @@ class Engine:
     def _allocate(self) -> HybridCache:
         engine = self.config.engine
         dtype = getattr(torch, engine.dtype)
+        self._drafting.allocate()
         return HybridCache(self.model.config, engine.num_pages, device=self.comm.device, dtype=dtype)
 
     @torch.inference_mode()
@@ -204,7 +207,7 @@ class Engine:
     def _execute_live(
         self, scheduler: Scheduler, running: list[Running], sequences: dict[str, Sequence], asks: bool
     ) -> list[tuple[str, int]]:
-        """One step of this rank's requests; the new token of each."""
+        """One step of this rank's requests; the new tokens of each."""
         fed = [running_request.next_tokens() for running_request in running]
         for running_request in running:
             if not running_request.output:
@@ -214,18 +217,23 @@ class Engine:
         )
         tokens_N = torch.tensor([token for tokens in fed for token in tokens], device=self.comm.device)
         plan = self._plan(batch.num_tokens, len(running), asks)
+        check = self._drafting.begin(running, [sequences[r.request.request_id] for r in running], batch)
         hidden_NH = self.runner.execute(plan, tokens_N, batch, self.cache)
-        new_tokens = self.model.logits(hidden_NH[batch.last_rows]).argmax(dim=-1).tolist()
-        for complete in scheduler.update(new_tokens):
+        new_tokens = check.new_tokens(hidden_NH)
+        completed = scheduler.update(new_tokens)
+        self._drafting.draft(check, tokens_N, hidden_NH)
+        for complete in completed:
             self.cache.free(sequences.pop(complete.request.request_id))
-        return [(r.request.request_id, token) for r, token in zip(running, new_tokens, strict=True)]
+            self._drafting.end(complete)
+        return [(r.request.request_id, token) for r, new in zip(running, new_tokens, strict=True) for token in new]
 
     def _execute_dummy(self, num_tokens: int, asks_unfinished: bool = False, may_replay: bool = True) -> None:
         """A rank with nothing to run still takes part in every collective of the step."""
         plan = self._plan(num_tokens, 0, asks_unfinished, may_replay)
         tokens_N = torch.zeros(num_tokens, dtype=torch.long, device=self.comm.device)
         with torch.inference_mode():
-            self.runner.execute(plan, tokens_N, Batch.dummy(num_tokens) if num_tokens else Batch.of([]), None)
+            batch = Batch.dummy(num_tokens, self.comm.device)
+            self._drafting.draft_dummy(tokens_N, self.runner.execute(plan, tokens_N, batch, None), batch)
 
     def _plan(self, num_tokens: int, num_live: int, asks_unfinished: bool, may_replay: bool = True) -> StepPlan:
         """What this rank would like: a graph if one holds its tokens, else two halves if there are enough of them."""
@@ -239,6 +247,7 @@ class Engine:
             mode=GRAPH if padded else EAGER,
             wants_microbatch=0 < engine.microbatch_tokens <= num_tokens,
             asks_unfinished=asks_unfinished,
+            draft_rows=self._drafting.num_rows(num_live),
         )
         self._num_steps += 1
         return plan

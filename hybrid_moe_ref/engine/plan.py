@@ -34,6 +34,7 @@ class StepPlan:
     wants_microbatch     whether this rank would split the step in two
     asks_unfinished      whether the step ends with the "anyone unfinished?" all-reduce
     schedule_hash        64 bits of the schedule that this rank is about to run
+    draft_rows           rows this rank brings to each pass of the drafter after its first, which has the step's rows
     """
 
     step: int
@@ -44,45 +45,57 @@ class StepPlan:
     wants_microbatch: bool = False
     asks_unfinished: bool = False
     schedule_hash: int = 0
+    draft_rows: int = 0
 
     def row(self) -> list[int]:
-        """This rank's column of C1: tokens, padded tokens, wants-microbatch, graph mode, and the schedule's hash
-        in four parts of 16 bits, so that the sum over columns of zeros stays exact in int32.
+        """This rank's column of C1: tokens, padded tokens, wants-microbatch, graph mode, the schedule's hash in four
+        parts of 16 bits, so that the sum over columns of zeros stays exact in int32, and the drafter's rows.
         """
         parts = [self.schedule_hash >> shift & 0xFFFF for shift in (48, 32, 16, 0)]
         padded = max(self.num_tokens, self.padded_tokens)
-        return [self.num_tokens, padded, int(self.wants_microbatch), self.mode, *parts]
+        return [self.num_tokens, padded, int(self.wants_microbatch), self.mode, *parts, self.draft_rows]
 
 
 @dataclass(frozen=True)
 class AgreedStep:
-    """What all ranks agreed on in C1; equal on every rank, so everything decided from it is decided alike."""
+    """What all ranks agreed on in C1; equal on every rank, so everything decided from it is decided alike.
+
+    draft_sizes: rows of each rank in the drafter's first pass, which is never padded, and in those after it
+    """
 
     sizes: tuple[int, ...]
     mode: int
     microbatch: bool
     same_schedule: bool = True
+    draft_sizes: tuple[tuple[int, ...], tuple[int, ...]] = ((), ())
 
 
 def resolve(rows: Sequence[Sequence[int]]) -> AgreedStep:
-    """Turn the C1 matrix, int[8][dp], into one decision: mode is the MIN, and the sizes are padded to the MAX only
+    """Turn the C1 matrix, int[9][dp], into one decision: mode is the MIN, and the sizes are padded to the MAX only
     when a graph is replayed (mode is not eager), else they stay uneven. Eager steps are split in two when all want it.
     """
-    tokens, padded, wants_microbatch, modes, *hash_parts = rows
+    tokens, padded, wants_microbatch, modes, *hash_parts, draft_rows = rows
     mode = min(modes)
     sizes = tuple(tokens) if mode == EAGER else (max(padded),) * len(padded)
     same_schedule = len(set(zip(*hash_parts, strict=True))) <= 1
-    return AgreedStep(sizes, mode, mode == EAGER and all(wants_microbatch), same_schedule)
+    draft_sizes = (tuple(tokens), tuple(draft_rows))
+    return AgreedStep(sizes, mode, mode == EAGER and all(wants_microbatch), same_schedule, draft_sizes)
 
 
-def step_schedule(forward: tuple[ScheduleEntry, ...], plan: StepPlan) -> tuple[ScheduleEntry, ...]:
-    """The ordered collectives of a step: one agreement, the forward pass, and the question every so often."""
-    return (STEP_AGREEMENT, *rest_of_schedule(forward, plan, microbatch=False))
+def step_schedule(
+    forward: tuple[ScheduleEntry, ...], plan: StepPlan, drafts: tuple[ScheduleEntry, ...] = ()
+) -> tuple[ScheduleEntry, ...]:
+    """The ordered collectives of a step: one agreement, the forward pass, all passes of the drafter, and the question
+    every so often."""
+    return (STEP_AGREEMENT, *rest_of_schedule(forward, plan, False, drafts))
 
 
-def rest_of_schedule(forward: tuple[ScheduleEntry, ...], plan: StepPlan, microbatch: bool) -> tuple[ScheduleEntry, ...]:
+def rest_of_schedule(
+    forward: tuple[ScheduleEntry, ...], plan: StepPlan, microbatch: bool, drafts: tuple[ScheduleEntry, ...] = ()
+) -> tuple[ScheduleEntry, ...]:
     """What comes after the agreement; a step that is split in two has the forward pass twice."""
-    return (*forward * (2 if microbatch else 1), *((ANYONE_UNFINISHED,) if plan.asks_unfinished else ()))
+    question = (ANYONE_UNFINISHED,) if plan.asks_unfinished else ()
+    return (*forward * (2 if microbatch else 1), *drafts, *question)
 
 
 def first_recurrent_layer(layer_pattern: str) -> tuple[int, str] | None:

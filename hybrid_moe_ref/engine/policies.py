@@ -66,6 +66,16 @@ class IdlePolicy:
         return 1
 
 
+class DraftPolicy:
+    """How often a rank runs the drafter after a step's forward pass. The drafter has experts, so its passes are
+    collective like the step's own."""
+
+    def num_passes(self, num_drafts: int, room: int) -> int:
+        """As many on every rank, needed or not: ``num_drafts``, which is the server's setting. ``room`` is how many
+        drafts could still serve a request of this rank, 0 when all are about to end or there is none."""
+        return num_drafts
+
+
 @dataclass(frozen=True)
 class Policies:
     """One of each. Stateful ones belong to one engine, so make a new set for every engine."""
@@ -75,4 +85,5 @@ class Policies:
     graphs: GraphChoice = field(default_factory=GraphChoice)
     idle: IdlePolicy = field(default_factory=IdlePolicy)
     builds: KernelBuilds = field(default_factory=KernelBuilds)
+    drafts: DraftPolicy = field(default_factory=DraftPolicy)
     dispatch: type[AllGatherReduceScatter] = AllGatherReduceScatter

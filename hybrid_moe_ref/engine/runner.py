@@ -43,6 +43,7 @@ class ModelRunner:
         self._comm = comm
         self._policies = policies
         self._forward_schedule = context.schedule
+        self._drafts_schedule = context.draft_schedule * config.engine.num_drafts
         self._agree_on_schedules = config.checks != "observe"
         self._may_split = config.engine.microbatch_tokens > 0
         self.graphs = Graphs(model, comm)
@@ -53,7 +54,7 @@ class ModelRunner:
 
         Raises ScheduleMismatch on every rank when their schedules differ, or one of them leaves its own.
         """
-        schedule = step_schedule(self._forward_schedule, plan)
+        schedule = step_schedule(self._forward_schedule, plan, self._drafts_schedule)
         self._plan = dataclasses.replace(plan, schedule_hash=schedule_hash(schedule))
         # Whether the step is split, and so issues its collectives twice, is known once the ranks have agreed.
         self._declare(schedule[:1] if self._may_split else schedule)
@@ -61,7 +62,8 @@ class ModelRunner:
         if self._agree_on_schedules and not self._agreed.same_schedule:
             self._raise_mismatch(schedule)
         if self._may_split:
-            rest = rest_of_schedule(self._forward_schedule, plan, self._agreed.microbatch)
+            split = self._agreed.microbatch
+            rest = rest_of_schedule(self._forward_schedule, plan, split, self._drafts_schedule)
             self._comm.observer.begin_step(plan.step, rest, plan.num_live)
             if self._agree_on_schedules:
                 self._comm.guard.extend(rest)
@@ -95,6 +97,13 @@ class ModelRunner:
             hidden.append(self._model.step(tokens_N[half.start : half.stop], part_of(batch, half), cache))
         return torch.cat(hidden)
 
+    def draft(
+        self, number: int, tokens_N: Tensor, hidden_NH: Tensor, batch: Batch, cache: HybridCache | None
+    ) -> Tensor:
+        """Pass ``number`` of the drafter, after the step: hidden states [N, H], see :meth:`HybridMoE.draft`."""
+        self._set_sizes(self._agreed.draft_sizes[min(number, 1)])
+        return self._model.draft(tokens_N, hidden_NH, batch, cache)
+
     def leave(self) -> None:
         """Called by a rank that would stop on its own account; raises ScheduleMismatch if it is held to the others."""
         if self._agree_on_schedules:
@@ -122,7 +131,7 @@ class ModelRunner:
         return self._policies.agreement.agree(self._plan, self._exchange, layer)
 
     def _exchange(self, column: list[int], layer: str) -> list[list[int]]:
-        """C1: int32[8, dp], every rank fills its own column, and the sum is the whole matrix."""
+        """C1: int32[9, dp], every rank fills its own column, and the sum is the whole matrix."""
         matrix = torch.zeros(len(column), len(self._comm.members("dp")), dtype=torch.int32)
         matrix[:, self._comm.group_rank("dp")] = torch.tensor(column, dtype=torch.int32)
         rows: list[list[int]] = self._comm.all_reduce("dp", matrix, layer=layer).tolist()

@@ -24,14 +24,25 @@ class Request:
 
 @dataclass(eq=False)
 class Running:
-    """A request that has begun: the tokens it made so far; no token yet means that its prompt is still to run."""
+    """A request that has begun: the tokens it made so far; no token yet means that its prompt is still to run.
+
+    forgotten   tokens before the last one that the model has run, but had to forget with wrong drafts behind them
+    drafts      guesses of what follows the last token
+    """
 
     request: Request
     output: list[int] = field(default_factory=list)
+    forgotten: list[int] = field(default_factory=list)
+    drafts: list[int] = field(default_factory=list)
 
     def next_tokens(self) -> Sequence[int]:
-        """What to feed next: the whole prompt, then one token at a time."""
-        return self.output[-1:] or self.request.prompt
+        """What to feed next: the whole prompt, then one token at a time, with drafts behind it."""
+        return [*self.forgotten, self.output[-1], *self.drafts] if self.output else self.request.prompt
+
+    @property
+    def num_left(self) -> int:
+        """Tokens that are still to make."""
+        return self.request.max_new_tokens - len(self.output)
 
 
 class Scheduler:
@@ -61,7 +72,7 @@ class Scheduler:
 
     def schedule(self, step: int) -> list[Running]:
         """The requests of ``step``, admitting what arrived; empty when this rank is idle."""
-        budget = self._config.max_num_batched_tokens - len(self._running)
+        budget = self._config.max_num_batched_tokens - sum(len(running.next_tokens()) for running in self._running)
         while self._waiting and len(self._running) < self._config.max_num_seqs:
             request = self._waiting[0]
             if request.arrival_step > step or len(request.prompt) > budget:
@@ -70,12 +81,12 @@ class Scheduler:
             self._running.append(Running(self._waiting.popleft()))
         return list(self._running)
 
-    def update(self, tokens: Sequence[int]) -> list[Running]:
-        """Append the step's new tokens, one per scheduled request; returns the requests that are complete."""
+    def update(self, tokens: Sequence[Sequence[int]]) -> list[Running]:
+        """Append the step's new tokens of each scheduled request; returns the requests that are complete."""
         complete = []
-        for running, token in zip(self._running, tokens, strict=True):
-            running.output.append(token)
-            if len(running.output) >= running.request.max_new_tokens:
+        for running, new in zip(self._running, tokens, strict=True):
+            running.output.extend(new)
+            if running.num_left <= 0:
                 self.finished[running.request.request_id] = running.output
                 complete.append(running)
         self._running = [running for running in self._running if running not in complete]
@@ -85,7 +96,7 @@ class Scheduler:
 def step_rows(requests_by_rank: Sequence[Sequence[Request]], config: EngineConfig) -> list[list[int]]:
     """For each serve step, the rows that each rank's requests bring, 0 for an idle rank, until all are idle.
 
-    Exact without a model: greedy requests end by length alone.
+    Exact without a model, and without drafts: greedy requests end by length alone.
     """
     schedulers = [Scheduler(requests, config) for requests in requests_by_rank]
     steps: list[list[int]] = []
@@ -94,7 +105,7 @@ def step_rows(requests_by_rank: Sequence[Sequence[Request]], config: EngineConfi
         for scheduler in schedulers:
             running = scheduler.schedule(len(steps))
             rows.append(sum(len(request.next_tokens()) for request in running))
-            scheduler.update([0] * len(running))
+            scheduler.update([[0]] * len(running))
         steps.append(rows)
     return steps
 

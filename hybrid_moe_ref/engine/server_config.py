@@ -37,6 +37,11 @@ class ServerConfig(Config):
         if self.checks not in CHECKS:
             raise ConfigError(f"unknown strength {self.checks!r}{nearest(self.checks, CHECKS)}", "checks")
         self.parallel.check(self.model)
+        if self.engine.num_drafts and not self.model.num_mtp_layers:
+            raise ConfigError(
+                f"{self.engine.num_drafts} drafts, but the model has no MTP layer (model.num_mtp_layers is 0)",
+                "engine.num_drafts",
+            )
         if self.parallel.tp_size > 1:
             local_config(self.model, self.parallel.tp_size, expert_sharing(self.parallel))
 

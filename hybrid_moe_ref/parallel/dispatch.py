@@ -24,14 +24,16 @@ if TYPE_CHECKING:
 class ForwardContext:
     """What the layers of the running step may know of the other ranks; the engine sets it before the model runs.
 
-    sizes     tokens of each dp rank in this step, as agreed
-    tp_size   ranks that run the same tokens; each of them dispatches its chunk of these
-    schedule  the collectives that one forward pass issues, in order
+    sizes           tokens of each dp rank in this step, as agreed
+    tp_size         ranks that run the same tokens; each of them dispatches its chunk of these
+    schedule        the collectives that one forward pass issues, in order
+    draft_schedule  those of one pass of the draft layer
     """
 
     sizes: tuple[int, ...] = ()
     tp_size: int = 1
     schedule: tuple[ScheduleEntry, ...] = ()
+    draft_schedule: tuple[ScheduleEntry, ...] = ()
 
     @property
     def ep_sizes(self) -> tuple[int, ...]:
@@ -70,13 +72,13 @@ class AllGatherReduceScatter:
         return self.comm.reduce_scatter_v("ep", partial_SH, self.context.ep_sizes, layer=self.layer)
 
 
-def moe_layer_name(index: int) -> str:
-    """How events and schedules name the MoE of layer ``index``."""
-    return f"layers.{index}.moe"
+def moe_layer_name(block: str) -> str:
+    """How events and schedules name the MoE of the layer ``block``."""
+    return f"{block}.moe"
 
 
 def expert_schedule(
-    num_layers: int, backend: type[AllGatherReduceScatter] = AllGatherReduceScatter
+    num_layers: int, backend: type[AllGatherReduceScatter] = AllGatherReduceScatter, stack: str = "layers"
 ) -> tuple[ScheduleEntry, ...]:
-    """The collectives that one forward pass issues, in order."""
-    return tuple(entry for index in range(num_layers) for entry in backend.plan(moe_layer_name(index)))
+    """The collectives that one pass through a stack of layers issues, in order."""
+    return tuple(entry for index in range(num_layers) for entry in backend.plan(moe_layer_name(f"{stack}.{index}")))

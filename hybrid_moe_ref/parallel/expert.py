@@ -15,6 +15,7 @@ from __future__ import annotations
 from hybrid_moe_ref.config import ConfigError
 from hybrid_moe_ref.layers.moe import MoE
 from hybrid_moe_ref.model import HybridMoE
+from hybrid_moe_ref.mtp import DRAFT_STACK
 from hybrid_moe_ref.parallel.comm import Communicator
 from hybrid_moe_ref.parallel.dispatch import (
     AllGatherReduceScatter,
@@ -27,7 +28,8 @@ from hybrid_moe_ref.parallel.dispatch import (
 def apply_expert_parallel(
     model: HybridMoE, comm: Communicator, backend: type[AllGatherReduceScatter] = AllGatherReduceScatter
 ) -> ForwardContext:
-    """Replace the experts of every layer by this rank's shard of them; returns the context the layers will read.
+    """Replace the experts of every layer, the draft layer's too, by this rank's shard of them; returns the context the
+    layers will read.
 
     Works on a model on the meta device, so that no rank ever holds all experts.
 
@@ -38,12 +40,15 @@ def apply_expert_parallel(
     if num_experts % num_ranks:
         raise ConfigError(f"model.num_experts: {num_experts} experts cannot be shared by {num_ranks} ranks evenly")
     per_rank = num_experts // num_ranks
-    context = ForwardContext(schedule=expert_schedule(model.config.num_layers, backend))
-    for index, block in enumerate(model.blocks):
+    context = ForwardContext(
+        schedule=expert_schedule(model.config.num_layers, backend),
+        draft_schedule=expert_schedule(model.config.num_mtp_layers, backend, DRAFT_STACK),
+    )
+    for block in (*model.blocks, *model.draft_blocks):
         moe = block.mlp
         assert isinstance(moe, MoE)
         shard = moe.experts.shard(comm.group_rank("ep") * per_rank, per_rank)
-        exchange = backend(comm, context, moe_layer_name(index))
+        exchange = backend(comm, context, moe_layer_name(block.name))
         shard.register_forward_pre_hook(exchange.dispatch)
         shard.register_forward_hook(exchange.combine)
         moe.experts = shard

@@ -32,6 +32,7 @@ from hybrid_moe_ref.config import LAYER_KINDS, ConfigError, ModelConfig
 from hybrid_moe_ref.layers.mamba2 import Mamba2
 from hybrid_moe_ref.layers.moe import MLP, Experts, MoE
 from hybrid_moe_ref.model import HybridMoE
+from hybrid_moe_ref.mtp import DRAFT_STACK
 from hybrid_moe_ref.parallel.comm import Communicator
 from hybrid_moe_ref.parallel.dispatch import AllGatherReduceScatter, ForwardContext, chunk_sizes
 from hybrid_moe_ref.parallel.observer import ScheduleEntry
@@ -140,7 +141,11 @@ def apply_tensor_parallel(
     if experts != "intermediate" and whole.num_experts % num_holders:
         raise ConfigError(f"{whole.num_experts} experts cannot be shared by {num_holders} ranks evenly", "num_experts")
     model.config = local_config(whole, place.size, experts)
-    context = ForwardContext(tp_size=place.size, schedule=tensor_schedule(whole, experts, backend))
+    context = ForwardContext(
+        tp_size=place.size,
+        schedule=tensor_schedule(whole, experts, backend),
+        draft_schedule=draft_schedule(whole, experts, backend),
+    )
     sharding = _Sharding(model, whole, place, comm, experts, backend, context)
     for path, block in _blocks(model):
         sharding.share_mixer(path, block)
@@ -165,6 +170,19 @@ def tensor_schedule(
     )
 
 
+def draft_schedule(
+    config: ModelConfig,
+    experts: ExpertSharing = "intermediate",
+    backend: type[AllGatherReduceScatter] = AllGatherReduceScatter,
+) -> tuple[ScheduleEntry, ...]:
+    """The same for one pass of the draft layer."""
+    return tuple(
+        entry
+        for index in range(config.num_mtp_layers)
+        for entry in layer_schedule(f"{DRAFT_STACK}.{index}", "A", bool(config.num_experts), experts, backend)
+    )
+
+
 def layer_schedule(
     name: str, kind: str, is_moe: bool, experts: ExpertSharing, backend: type[AllGatherReduceScatter]
 ) -> tuple[ScheduleEntry, ...]:
@@ -180,8 +198,7 @@ def layer_schedule(
 def _blocks(model: HybridMoE) -> list[tuple[str, Any]]:
     """The layers and their paths, with the draft layers of a model that has them."""
     found: list[tuple[str, Any]] = [(f"model.layers.{index}", block) for index, block in enumerate(model.blocks)]
-    drafts = model.mtp.layers if model.config.num_mtp_layers else ()
-    return found + [(f"mtp.layers.{index}", block) for index, block in enumerate(drafts)]
+    return found + [(block.name, block) for block in model.draft_blocks]
 
 
 @dataclass(frozen=True)

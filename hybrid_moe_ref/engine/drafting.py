@@ -1,0 +1,145 @@
+"""Speculative decoding in the server: a step checks the drafts of the last one, and its drafter guesses new ones.
+
+The schedule of every step is fixed, whatever was guessed and on whichever rank:
+
+    C1, the forward pass over known tokens and drafts, then `num_drafts` passes of the MTP layer
+
+The first pass has the rows of the step, which brings the MTP layer's cache up to date, and those after it one row per
+request. A rank with nothing to draft takes part with rows that nobody reads: the layer has experts, and the other
+ranks' tokens need them.
+
+A recurrent state cannot be cut back to the last right draft. After a wrong one the request goes back to where the step
+began, and its next step feeds the right ones again, without new drafts. So a wrong guess costs rows of the next step,
+never a step of its own that other ranks would not know of.
+
+Shapes: N rows of the step, B requests of this rank, H hidden.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from hybrid_moe_ref.batch import Batch
+from hybrid_moe_ref.cache import HybridCache, Sequence, Snapshot
+from hybrid_moe_ref.config import EngineConfig
+from hybrid_moe_ref.engine.policies import DraftPolicy
+from hybrid_moe_ref.engine.runner import ModelRunner
+from hybrid_moe_ref.engine.scheduler import Running
+from hybrid_moe_ref.model import HybridMoE
+from hybrid_moe_ref.pages import TOKEN_MULTIPLE, PageLayout
+from hybrid_moe_ref.speculative import draft_cache
+
+
+@dataclass(frozen=True, eq=False)
+class Check:
+    """The drafts that a step checks, and how to undo them."""
+
+    model: HybridMoE
+    running: list[Running]
+    sequences: list[Sequence]
+    batch: Batch
+    before: list[Snapshot | None]
+
+    def new_tokens(self, hidden_NH: Tensor) -> list[list[int]]:
+        """The right drafts of each request, and the model's own choice behind them. A request with a wrong one is taken
+        back to before the step."""
+        fed = [running.next_tokens() for running in self.running]
+        counts = [1 + len(running.drafts) for running in self.running]
+        rows = [
+            row for last, count in zip(self.batch.last_rows.tolist(), counts, strict=True)
+            for row in range(last + 1 - count, last + 1)
+        ]  # fmt: skip
+        chosen = self.model.logits(hidden_NH[rows]).argmax(dim=-1).split(counts)
+        new = []
+        for running, sequence, before, tokens, chosen_T in zip(
+            self.running, self.sequences, self.before, fed, chosen, strict=True
+        ):
+            choices = chosen_T.tolist()
+            num_right = next((i for i, draft in enumerate(running.drafts) if draft != choices[i]), len(running.drafts))
+            num_wrong, running.forgotten = len(running.drafts) - num_right, []
+            if num_wrong:
+                assert before is not None
+                sequence.cache.restore(sequence, before)
+                running.forgotten = list(tokens[: len(tokens) - num_wrong])
+            running.drafts = []
+            new.append(choices[: num_right + 1])
+        return new
+
+
+class Drafting:
+    """One rank's drafter. With `num_drafts` 0 it drafts nothing, and every step makes one token per request."""
+
+    def __init__(
+        self,
+        model: HybridMoE,
+        runner: ModelRunner,
+        policy: DraftPolicy,
+        engine: EngineConfig,
+        pages: PageLayout,
+    ) -> None:
+        self._model, self._runner, self._policy, self._engine = model, runner, policy, engine
+        self._max_tokens = engine.num_pages * max(pages.tokens, TOKEN_MULTIPLE)
+        self._cache: HybridCache | None = None
+        self._sequences: dict[Running, Sequence] = {}
+
+    def num_rows(self, num_live: int) -> int:
+        """Rows of this rank in every pass but the first; an idle one has a dummy row."""
+        return max(1, num_live) if self._engine.num_drafts else 0
+
+    def allocate(self) -> None:
+        """The MTP layer's cache, for all tokens that the model's own can hold, and their drafts."""
+        if self._engine.num_drafts:
+            num_tokens = self._max_tokens + self._engine.max_num_seqs * self._engine.num_drafts
+            self._cache = draft_cache(self._model, num_tokens, self._engine.max_num_seqs)
+
+    def begin(self, running: list[Running], sequences: list[Sequence], batch: Batch) -> Check:
+        """Before a step over the requests' next tokens."""
+        before = [
+            sequence.cache.snapshot(sequence) if request.drafts else None
+            for request, sequence in zip(running, sequences, strict=True)
+        ]
+        return Check(self._model, running, sequences, batch, before)
+
+    def draft(self, check: Check, tokens_N: Tensor, hidden_NH: Tensor) -> None:
+        """Guess what follows the last token of each request, for its next step."""
+        running, cache = check.running, self._cache
+        room = [max(0, min(self._engine.num_drafts, request.num_left - 1)) for request in running]
+        num_passes = self._policy.num_passes(self._engine.num_drafts, max(room))
+        if not num_passes or cache is None:
+            return
+        for request in running:
+            if request not in self._sequences:
+                self._sequences[request] = cache.allocate()
+        mine = [self._sequences[request] for request in running]
+        last_rows = check.batch.last_rows
+        counts = last_rows.diff(prepend=last_rows.new_full((1,), -1)).tolist()
+        follows_N = tokens_N.roll(-1)
+        follows_N[last_rows] = torch.tensor([request.output[-1] for request in running], device=tokens_N.device)
+        guesses: list[list[int]] = []
+        for number in range(num_passes):
+            batch = Batch.of(list(zip(mine, counts, strict=True)))
+            hidden_BH = self._runner.draft(number, follows_N, hidden_NH, batch, cache)[batch.last_rows]
+            follows_N, hidden_NH, counts = self._model.logits(hidden_BH).argmax(dim=-1), hidden_BH, [1] * len(mine)
+            guesses.append(follows_N.tolist())
+        for request, sequence, kept, count, drafts in zip(
+            running, mine, check.sequences, room, zip(*guesses, strict=True), strict=True
+        ):
+            # A rank that left passes out lags behind the model; what it guesses is then worse, and nothing else.
+            cache.truncate(sequence, min(kept.length, sequence.length))
+            request.drafts = [] if request.forgotten else list(drafts[:count])
+
+    def draft_dummy(self, tokens_N: Tensor, hidden_NH: Tensor, batch: Batch) -> None:
+        """A rank without requests takes part in the others' drafting."""
+        for number in range(self._policy.num_passes(self._engine.num_drafts, 0)):
+            hidden_NH = self._runner.draft(number, tokens_N, hidden_NH, batch, None)
+            if not number:
+                batch = Batch.dummy(1, tokens_N.device)
+                tokens_N, hidden_NH = tokens_N.new_zeros(1), hidden_NH.new_zeros(1, hidden_NH.shape[1])
+
+    def end(self, request: Running) -> None:
+        """The request is complete."""
+        if self._cache is not None and request in self._sequences:
+            self._cache.free(self._sequences.pop(request))
