@@ -13,8 +13,8 @@ from typing import Any, Self
 
 LAYER_KINDS = {"G": "linear_attn", "A": "self_attn", "M": "mamba"}
 ENGINE_MODES = ("eager", "graphs")
-GDN_PREFILL_BACKENDS = ("torch", "triton", "jit")
-MOE_BACKENDS = ("torch", "jit")
+GDN_PREFILL_BACKENDS = ("auto", "torch", "triton", "jit")
+MOE_BACKENDS = ("auto", "torch", "jit")
 DTYPES = ("float32", "float64", "bfloat16", "float16")
 
 
@@ -258,7 +258,8 @@ class EngineConfig(Config):
     cache_dir          folder where tuning and compiled code outlive the process; "" keeps nothing, but for compiled
                        modules, which then go to the user's own cache
     gdn_prefill_backend, moe_backend
-                       what computes these layers; "jit" is compiled where it runs, "triton" needs a GPU
+                       what computes these layers: "auto" leaves it to the kernels' registry, "jit" is compiled where
+                       it runs, "triton" needs a GPU
     num_drafts         tokens of each request that the MTP layer guesses ahead
     """
 
@@ -273,8 +274,8 @@ class EngineConfig(Config):
     compile: bool = False
     autotune: bool = False
     cache_dir: str = ""
-    gdn_prefill_backend: str = "torch"
-    moe_backend: str = "torch"
+    gdn_prefill_backend: str = "auto"
+    moe_backend: str = "auto"
     num_drafts: int = 0
 
     def __post_init__(self) -> None:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-import importlib
+from collections.abc import Callable
+from typing import Any
 
 import torch
+from hybrid_moe_kernels import gated_delta_rule, moe
 from hybrid_moe_kernels.extension import Extension
 from hybrid_moe_kernels.gated_delta_rule import jit as gdn_jit
 from hybrid_moe_kernels.moe import jit as moe_jit
+from hybrid_moe_kernels.registry import Op
 
 from hybrid_moe_ref.config import ConfigError, EngineConfig
 from hybrid_moe_ref.layers.gated_delta_net import GatedDeltaNet
@@ -16,31 +19,30 @@ from hybrid_moe_ref.model import HybridMoE
 
 
 def apply_backends(model: HybridMoE, engine: EngineConfig, device: torch.device) -> list[Extension]:
-    """Put the backends in place, all ways of cutting the model alike; the modules that they will use, in order.
+    """Put the backends in place, however the model was cut; the modules that they will use, in order.
 
     Raises ConfigError for a backend that this device cannot run.
     """
     extensions: list[Extension] = []
-    if engine.gdn_prefill_backend != "torch" and "G" in model.config.layer_pattern:
+    if engine.gdn_prefill_backend != "auto" and "G" in model.config.layer_pattern:
+        rule = _function(gated_delta_rule.prefill, engine.gdn_prefill_backend, device, model, "gdn_prefill_backend")
         if engine.gdn_prefill_backend == "jit":
-            rule = gdn_jit.chunk_gated_delta_rule
             extensions.append(gdn_jit.extension(device))
-        else:
-            rule = _triton_rule(device)
         for layer in model.modules():
             if isinstance(layer, GatedDeltaNet):
                 layer.prefill_rule = rule
-    if engine.moe_backend == "jit" and model.config.num_experts:
-        if device.type != "cpu":
-            raise ConfigError(f"'jit' is compiled for a CPU, not for {device.type}; use 'torch'", "moe_backend")
-        extensions.append(moe_jit.EXPERTS)
+    if engine.moe_backend != "auto" and model.config.num_experts:
+        if engine.moe_backend == "jit":
+            extensions.append(moe_jit.EXPERTS)
+        mlp = _function(moe.experts, engine.moe_backend, device, model, "moe_backend")
         for layer in model.modules():
             if isinstance(layer, Experts):
-                layer.mlp = moe_jit.experts_mlp
+                layer.mlp = mlp
     return extensions
 
 
-def _triton_rule(device: torch.device):
-    if device.type != "cuda":
-        raise ConfigError(f"'triton' needs a GPU, the device is {device.type}; use 'torch'", "gdn_prefill_backend")
-    return importlib.import_module("hybrid_moe_kernels.gated_delta_rule.triton").chunk_gated_delta_rule
+def _function(op: Op, backend: str, device: torch.device, model: HybridMoE, field: str) -> Callable[..., Any]:
+    found = op.implementation(backend, device.type, model.dtype)
+    if found is None:
+        raise ConfigError(f"{backend!r} does not run on {device.type} in {model.dtype} here; use 'auto'", field)
+    return found.run

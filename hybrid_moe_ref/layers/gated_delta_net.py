@@ -16,6 +16,8 @@ from hybrid_moe_ref.layers.norm import NormThenGate
 
 
 class GatedDeltaNet(Mixer):
+    prefill_rule = staticmethod(gated_delta_rule.prefill)  # an engine may put a backend of its own choice here
+
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         hidden = config.hidden_size
@@ -70,7 +72,7 @@ class GatedDeltaNet(Mixer):
         q, k, v = qkv_TC.split([keys, keys, self.num_value_heads * self.value_dim], dim=-1)
         q, k, v = (x.unflatten(-1, (-1, dim)) for x, dim in ((q, self.key_dim), (k, self.key_dim), (v, self.value_dim)))
         beta_TN, g_TN = self._gates(b_TN, a_TN)
-        o_TNV = gated_delta_rule.prefill(q, k, v, g_TN, beta_TN, past.ssm_P___, past.slots_B, starts_X)
+        o_TNV = self.prefill_rule(q, k, v, g_TN, beta_TN, past.ssm_P___, past.slots_B, starts_X)
         return self.norm(o_TNV, z_TNV)
 
     def _gates(self, b_TN: Tensor, a_TN: Tensor) -> tuple[Tensor, Tensor]:

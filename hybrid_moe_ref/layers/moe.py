@@ -45,6 +45,8 @@ class Router(nn.Module):
 class Experts(nn.Module):
     """The experts `first_expert` to `first_expert + num_local` of a layer's `num_experts`."""
 
+    mlp = staticmethod(moe.experts)  # an engine may put a backend of its own choice here
+
     def __init__(
         self,
         num_experts: int,
@@ -86,7 +88,7 @@ class Experts(nn.Module):
     def forward(self, x_NH: Tensor, weights_NK: Tensor, ids_NK: Tensor) -> Tensor:
         """For each row, the weighted sum over those of its experts that are held here; zero where none is."""
         local_NK = ids_NK - self.first_expert
-        y_NH: Tensor = moe.experts(x_NH, weights_NK, local_NK, self.gate_up_proj, self.down_proj)
+        y_NH: Tensor = self.mlp(x_NH, weights_NK, local_NK, self.gate_up_proj, self.down_proj)
         return y_NH
 
 

@@ -1,15 +1,15 @@
 // The gated delta rule of one head, token by token, with the head's sizes known to the compiler: one function for
 // each pair of them, as GPU libraries generate their kernels. The formulas are in reference.py.
 //
-// Row-major: q, k [T, H, K], v, o [T, H, V], g, beta [T, H], state [K, V]; the pointers are those of the head's first
-// element in each.
+// Row-major: q, k [T, M, K], v, o [T, H, V], g, beta [T, H], state [K, V]; the pointers are those of the head's first
+// element in each. M key heads, each shared by H / M value heads.
 #pragma once
 #include <cmath>
 #include <cstdint>
 
 template <class T>
 struct Rows {
-  int64_t num_tokens, num_heads;
+  int64_t num_tokens, num_key_heads, num_heads;
   const T *q, *k, *v, *g, *beta;
   T *o, *state;
 };
@@ -20,7 +20,7 @@ void run_head(const Rows<T>& x) {
   for (int i = 0; i < K; i++)
     for (int j = 0; j < V; j++) S[i][j] = x.state[i * V + j];
   for (int64_t t = 0; t < x.num_tokens; t++) {
-    const T *q = x.q + t * x.num_heads * K, *k = x.k + t * x.num_heads * K, *v = x.v + t * x.num_heads * V;
+    const T *q = x.q + t * x.num_key_heads * K, *k = x.k + t * x.num_key_heads * K, *v = x.v + t * x.num_heads * V;
     T* o = x.o + t * x.num_heads * V;
     const T decay = std::exp(x.g[t * x.num_heads]), beta = x.beta[t * x.num_heads];
     T d[V] = {}, read[V] = {};
@@ -68,18 +68,18 @@ Head<T> head_of(int64_t key_dim, int64_t value_dim) {
   return nullptr;
 }
 
-// q, k [B, T, H, K], v, o [B, T, H, V], g, beta [B, T, H]; state [B, H, K, V] is read and written. Returns 0, or 1
-// when no function was made for these sizes.
+// Sequence b has the tokens starts[b] to starts[b + 1], and its state lies at state + slots[b] * slot_stride. Returns 0,
+// or 1 when no function was made for heads of these sizes.
 template <class T>
-int prefill(int64_t B, int64_t num_tokens, int64_t H, int64_t K, int64_t V, const T* q, const T* k, const T* v,
-            const T* g, const T* beta, T* o, T* state) {
+int prefill(int64_t B, int64_t M, int64_t H, int64_t K, int64_t V, int64_t slot_stride, const int64_t* starts,
+            const int64_t* slots, const T* q, const T* k, const T* v, const T* g, const T* beta, T* o, T* state) {
   const Head<T> run = head_of<T>(K, V);
   if (!run) return 1;
   for (int64_t b = 0; b < B; b++)
     for (int64_t h = 0; h < H; h++) {
-      const int64_t row = b * num_tokens * H + h;
-      run({num_tokens, H, q + row * K, k + row * K, v + row * V, g + row, beta + row, o + row * V,
-           state + (b * H + h) * K * V});
+      const int64_t t = starts[b], row = t * H + h, key_row = t * M + h / (H / M);
+      run({starts[b + 1] - t, M, H, q + key_row * K, k + key_row * K, v + row * V, g + row, beta + row, o + row * V,
+           state + slots[b] * slot_stride + h * K * V});
     }
   return 0;
 }

@@ -1,9 +1,9 @@
 """The gated delta rule of a prefill as a module that is compiled at its first use: C++ on a CPU, CUDA on a GPU.
 
 What serving libraries do: a function for each pair of head sizes, compiled where it is needed. It is here for what
-this does to the start of a server, not for speed.
+this does to the start of a server, not for speed, so the registry never picks it by itself.
 
-Shapes: B batch, T time, H heads, K key dim, V value dim.
+Shapes: as in the package.
 """
 
 import ctypes
@@ -21,34 +21,36 @@ _SUFFIXES = {torch.float32: "f32", torch.float64: "f64"}
 
 
 def extension(device: torch.device) -> Extension:
-    """What `chunk_gated_delta_rule` uses on this device."""
+    """What `prefill` uses on this device."""
     return PREFILL_CUDA if device.type == "cuda" else PREFILL
 
 
-def chunk_gated_delta_rule(
-    q_BTHK: Tensor,
-    k_BTHK: Tensor,
-    v_BTHV: Tensor,
-    g_BTH: Tensor,
-    beta_BTH: Tensor,
-    state_BHKV: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
-    """As the reference's: o [B, T, H, V] of v's dtype, and the final state in float32 or float64.
+def prefill(
+    q_TMK: Tensor,
+    k_TMK: Tensor,
+    v_THV: Tensor,
+    g_TH: Tensor,
+    beta_TH: Tensor,
+    state_JHKV: Tensor,
+    slots_B: Tensor,
+    cu_seqlens_X: Tensor,
+) -> Tensor:
+    """As the reference's: o [T, H, V]; sequence b starts from state[slots[b]] and leaves its last state there.
 
     Raises ValueError for head sizes that no function is made for.
     """
-    wide = torch.promote_types(v_BTHV.dtype, torch.float32)
-    q, k, v, g, beta = (x.to(wide).contiguous() for x in (q_BTHK, k_BTHK, v_BTHV, g_BTH, beta_BTH))
-    B, T, H, V = v.shape
-    K = k.shape[-1]
-    # A copy: the caller's state is not to change.
-    state = v.new_zeros(B, H, K, V) if state_BHKV is None else state_BHKV.to(wide, copy=True).contiguous()
+    wide = state_JHKV.dtype
+    q, k, v, g, beta = (x.to(wide) for x in (q_TMK, k_TMK, v_THV, g_TH, beta_TH))
+    q, k = (x * torch.rsqrt(x.square().sum(-1, keepdim=True) + 1e-6) for x in (q, k))
+    q, k, v, g, beta = (x.contiguous() for x in (q * q.shape[-1] ** -0.5, k, v, g, beta))
+    starts, slots = (x.to(v.device, torch.int64).contiguous() for x in (cu_seqlens_X, slots_B))
+    (_, M, K), (_, H, V) = q.shape, v.shape
     o = torch.empty_like(v)
-    pointers = [ctypes.c_void_p(x.data_ptr()) for x in (q, k, v, g, beta, o, state)]
-    name = f"{extension(v.device).name}_{_SUFFIXES[wide]}"
+    pointers = [ctypes.c_void_p(x.data_ptr()) for x in (starts, slots, q, k, v, g, beta, o, state_JHKV)]
     if v.is_cuda:
         pointers.append(ctypes.c_void_p(torch.cuda.current_stream(v.device).cuda_stream))
-    run = getattr(extension(v.device).library(), name)
-    if run(*map(ctypes.c_int64, (B, T, H, K, V)), *pointers):
-        raise ValueError(f"{name} was not made for heads of key dim {K} and value dim {V}")
-    return o.to(v_BTHV.dtype), state
+    module = extension(v.device)
+    run = getattr(module.library(), f"{module.name}_{_SUFFIXES[wide]}")
+    if run(*map(ctypes.c_int64, (slots.numel(), M, H, K, V, state_JHKV.stride(0))), *pointers):
+        raise ValueError(f"{module.name}: not made for heads of K = {K}, V = {V}")
+    return o.to(v_THV.dtype)
