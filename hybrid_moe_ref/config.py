@@ -261,6 +261,7 @@ class EngineConfig(Config):
                        what computes these layers: "auto" leaves it to the kernels' registry, "jit" is compiled where
                        it runs, "triton" needs a GPU
     num_drafts         tokens of each request that the MTP layer guesses ahead
+    collective_limit_s a rank that waits so long in one collective while it serves stops all ranks; 0 for no limit
     """
 
     max_num_seqs: int = 8
@@ -277,10 +278,13 @@ class EngineConfig(Config):
     gdn_prefill_backend: str = "auto"
     moe_backend: str = "auto"
     num_drafts: int = 0
+    collective_limit_s: float = 0.0
 
     def __post_init__(self) -> None:
         _at_least(self, 1, "max_num_seqs", "max_num_batched_tokens", "num_pages", "unfinished_interval")
         _at_least(self, 0, "microbatch_tokens", "num_drafts")
+        if not 0 <= self.collective_limit_s < float("inf"):
+            raise ConfigError(f"{self.collective_limit_s} is not a number of seconds", "collective_limit_s")
         if self.mode not in ENGINE_MODES:
             raise ConfigError(f"unknown mode {self.mode!r}{nearest(self.mode, ENGINE_MODES)}", "mode")
         for index, size in enumerate(self.capture_sizes):

@@ -31,7 +31,10 @@ SLOW_WINDOWS = 3
 """A run that ends well is called slow when ranks waited for the same ones through so many quiet windows on end."""
 
 DEATH_GRACE_S = 0.5
-"""How long a rank may be dead before its death is the verdict: its peers may be about to finish without it."""
+DEATH_PATIENCE_S = 5.0
+"""After a death the verdict waits until nothing has happened for the first, at most for the second: the peers may be
+about to finish without the dead rank, or to say that they miss it.
+"""
 
 
 @dataclass
@@ -172,7 +175,8 @@ class Watch:
             self._died_ns = 0
             return False
         self._died_ns = self._died_ns or now_ns
-        return now_ns - self._died_ns > DEATH_GRACE_S * 1e9
+        quiet_ns = now_ns - max(self._died_ns, self._last_event_ns())
+        return quiet_ns > DEATH_GRACE_S * 1e9 or now_ns - self._died_ns > DEATH_PATIENCE_S * 1e9
 
     def _collect_evidence(self) -> list[str]:
         pids = {rank: self._tails[rank].who().pid for rank, alive in self._alive().items() if alive}
@@ -269,6 +273,9 @@ def _matches(verdict: Verdict, expected: Expected) -> bool:
             return False
     living = [position for position in verdict.ranks if position.state != "dead"]
     if expected.error and not all(p.detail.startswith(f"{expected.error}:") for p in living):
+        return False
+    sides = (verdict.first_divergence or {}).get("sides", ())
+    if expected.planned and not any(side.get("planned") == expected.planned for side in sides):
         return False
     named = verdict.culprits or range(len(verdict.ranks))
     positions = [position for position in verdict.ranks if position.rank in named]

@@ -176,7 +176,7 @@ def test_a_collective_that_ends_right_after_a_look_up_is_no_failure():
 def test_what_a_rank_told_before_it_went_says_more_than_its_closed_connection():
     class Told(Halt):
         def heard(self):
-            return "rank 2 would issue ..."
+            return ScheduleMismatch("rank 2 would issue ...")
 
     with pytest.raises(ScheduleMismatch, match="rank 2 would issue"):
         wait_or_halt(Work("Connection closed by peer"), Told(None))

@@ -15,6 +15,7 @@ one rank alone does so before any rank depends on it.
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -64,6 +65,8 @@ class Engine:
         self._num_steps = 0
         if config.checks == "strict":
             comm.start_preflight()
+        if config.checks != "observe":
+            comm.start_watchdog()
         self.model, self.runner = self._phase("load", self._load)
         self.page_layout = self._phase("page_setup", self._page_setup)
         self._drafting = Drafting(self.model, self.runner, self._policies.drafts, config.engine, self.page_layout)
@@ -123,7 +126,8 @@ class Engine:
         return BuildPlace(cache, self.comm.rank, self.comm.observer, self.comm.stopped_by, sum_up)
 
     def _vote(self, error: str) -> None:
-        rank, num_ranks, digest = self.comm.rank, self.config.parallel.world_size, self.config.digest()
+        rank, num_ranks = self.comm.rank, self.config.parallel.world_size
+        digest = self._policies.ballot.digest(self.config)
         ballot = torch.tensor([rank if error else num_ranks, digest, -digest])
         first_failed, lowest, negative_highest = self._over_all_ranks(ballot, "min", "vote")
         if lowest != -negative_highest:
@@ -177,6 +181,7 @@ class Engine:
         Returns the new tokens of each request by its id.
         """
         self.comm.observer.phase("serve")
+        self.comm.limit_waits(self.config.engine.collective_limit_s)
         try:
             return self._serve(requests, on_token)
         except Exception as error:
@@ -196,7 +201,7 @@ class Engine:
                     for request_id, token in tokens:
                         on_token(request_id, token)
             elif (num_tokens := self._policies.idle.dummy_tokens(scheduler.unfinished)) is not None:
-                self._execute_dummy(num_tokens, asks)
+                self._policies.idle.run(functools.partial(self._execute_dummy, num_tokens, asks))
             else:
                 self.runner.leave()
                 break

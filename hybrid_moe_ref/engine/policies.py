@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 
 from hybrid_moe_ref.engine.builds import KernelBuilds
 from hybrid_moe_ref.engine.plan import AgreedStep, StepPlan, resolve
+from hybrid_moe_ref.engine.server_config import ServerConfig
 from hybrid_moe_ref.parallel.dispatch import AllGatherReduceScatter
 
 ExchangeRows = Callable[[list[int], str], list[list[int]]]
@@ -65,6 +66,18 @@ class IdlePolicy:
         """Rows of its dummy batch; 0 is legal, None leaves the loop. ``unfinished``: requests are still to arrive."""
         return 1
 
+    def run(self, execute: Callable[[], None]) -> None:
+        """Run the dummy batch; what fails in it fails this rank, and the others are told."""
+        execute()
+
+
+class Ballot:
+    """What a rank says of itself in the vote that ends `prepare`."""
+
+    def digest(self, config: ServerConfig) -> int:
+        """A number that is equal on all ranks only when they were started with the same configuration."""
+        return config.digest()
+
 
 class DraftPolicy:
     """How often a rank runs the drafter after a step's forward pass. The drafter has experts, so its passes are
@@ -84,6 +97,7 @@ class Policies:
     binding: StateBinding = field(default_factory=StateBinding)
     graphs: GraphChoice = field(default_factory=GraphChoice)
     idle: IdlePolicy = field(default_factory=IdlePolicy)
+    ballot: Ballot = field(default_factory=Ballot)
     builds: KernelBuilds = field(default_factory=KernelBuilds)
     drafts: DraftPolicy = field(default_factory=DraftPolicy)
     dispatch: type[AllGatherReduceScatter] = AllGatherReduceScatter

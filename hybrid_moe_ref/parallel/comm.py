@@ -25,6 +25,7 @@ from hybrid_moe_ref.config import ParallelConfig
 from hybrid_moe_ref.parallel.guard import Halt, ScheduleGuard, ScheduleMismatch
 from hybrid_moe_ref.parallel.observer import Collective, NullObserver, Observer
 from hybrid_moe_ref.parallel.preflight import StorePreflight
+from hybrid_moe_ref.parallel.watchdog import RollCall, Watchdog
 
 # torch 2.13 renamed these two and warns about the old names; 2.11 and 2.12 know only the old ones.
 _all_gather_single = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
@@ -74,6 +75,7 @@ class Communicator:
         self._store = store
         self._halt = Halt(store)
         self._preflight: StorePreflight | None = None
+        self._watchdog = Watchdog(rank, self._halt)
         self._hear: Callable[[Collective], None] | None = None
         self.guard = ScheduleGuard(rank, self._halt)
         self._groups = groups
@@ -132,11 +134,22 @@ class Communicator:
 
     def stop_all(self, message: str) -> str:
         """Stop every rank that waits in a collective or asks `stopped_by`; the message that won, maybe another's."""
-        return self._halt.tell(message)
+        return str(self._halt.tell(ScheduleMismatch(message)))
 
     def stopped_by(self) -> str:
         """What a rank said that stopped the job, "" while none did."""
-        return self._halt.heard()
+        return str(self._halt.heard() or "")
+
+    def start_watchdog(self) -> None:
+        """From here on a rank that waits looks whether the others still live. On NCCL, where a wait only orders
+        streams, it does not look.
+        """
+        assert self._store is not None, "ranks that look for each other need a store to be found in"
+        self._watchdog.roll_call = RollCall(self.rank, range(dist.get_world_size()), self._store)
+
+    def limit_waits(self, limit_s: float) -> None:
+        """From here on a rank that has waited so long in one collective stops all; 0 is no limit."""
+        self._watchdog.limit_s = limit_s
 
     def close(self) -> None:
         """Leave the job. Peers that still communicate with this rank fail."""
@@ -212,6 +225,7 @@ class Communicator:
 
     def _enter(self, event: Collective) -> None:
         self.guard.admit(event)
+        self._watchdog.entered(event)
         if self._hear is not None:
             self._hear(event)
         self.observer.enter(event)
@@ -223,7 +237,7 @@ class Communicator:
         if dist.get_backend(pg) == "nccl":
             work.wait()
         else:
-            wait_or_halt(work, self._halt)
+            wait_or_halt(work, self._halt, self._watchdog)
 
     def _gather_rows(self, group: str, rows_NB: Tensor, sizes: tuple[int, ...]) -> Tensor:
         pg, widest = self._groups[group], max(sizes)
@@ -258,10 +272,11 @@ class Communicator:
         return parts_RNH.view(num_ranks, num_rows, x_SH.shape[1]).sum(dim=0)
 
 
-def wait_or_halt(work: dist.Work, halt: Halt) -> None:
-    """Wait for a collective, looking up now and then whether another rank has stopped the job.
+def wait_or_halt(work: dist.Work, halt: Halt, watchdog: Watchdog | None = None) -> None:
+    """Wait for a collective, looking up now and then whether there is still a use in it.
 
-    Raises ScheduleMismatch when one has, and what the collective raises when it fails.
+    Raises what another rank told when it stopped the job, what the watchdog finds, and what the collective raises
+    when it fails.
     """
     while True:
         try:
@@ -269,19 +284,19 @@ def wait_or_halt(work: dist.Work, halt: Halt) -> None:
             return
         except RuntimeError:
             if work.is_completed():
-                _finish(work, halt)  # it ended just then, well or with an error of its own
+                _finish(work, halt, watchdog)  # it ended just then, well or with an error of its own
                 return
-        if told := halt.heard():
-            raise ScheduleMismatch(told)
+        if error := halt.heard() or (watchdog and watchdog.error()):
+            raise error
 
 
-def _finish(work: dist.Work, halt: Halt) -> None:
-    """A rank that stopped the job may be gone already; what it told says more than that its connection closed."""
+def _finish(work: dist.Work, halt: Halt, watchdog: Watchdog | None) -> None:
+    """A rank that stopped the job may be gone already; why it went says more than that its connection closed."""
     try:
         work.wait()
-    except RuntimeError as error:
-        if told := halt.heard():
-            raise ScheduleMismatch(told) from error
+    except RuntimeError as failure:
+        if error := halt.heard() or (watchdog and watchdog.reason()):
+            raise error from failure
         raise
 
 

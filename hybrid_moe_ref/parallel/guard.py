@@ -16,12 +16,24 @@ from hybrid_moe_ref.parallel.observer import Collective, ScheduleEntry
 _HALT = "halt"
 
 
-class ScheduleMismatch(RuntimeError):
+class Stopped(RuntimeError):
+    """Every rank stops, with the same type and words."""
+
+
+class ScheduleMismatch(Stopped):
     """The ranks, or a rank and its own plan, part ways; raised instead of hanging, with the first difference."""
 
 
+class PeerLost(Stopped):
+    """The process of a rank is gone, so that the collectives it belongs to will never end."""
+
+
+class CollectiveStalled(Stopped):
+    """A collective did not end within the limit that the engine was given."""
+
+
 class Halt:
-    """How one rank stops all: the first message wins, and every rank that looks finds it.
+    """How one rank stops all: the first error wins, and every rank that looks finds it.
 
     store: shared by all ranks of the job; None when a rank stands alone, and then nobody is told.
     """
@@ -29,17 +41,23 @@ class Halt:
     def __init__(self, store: dist.Store | None) -> None:
         self._store = store
 
-    def tell(self, message: str) -> str:
-        """Stop the others; returns the message that won."""
+    def tell(self, error: Stopped) -> Stopped:
+        """Stop the others; returns the error that won, to be raised."""
         if self._store is None:
-            return message
-        return self._store.compare_set(_HALT, "", message).decode()
+            return error
+        said = f"{type(error).__name__}\n{error}"
+        return _error(self._store.compare_set(_HALT, "", said).decode())
 
-    def heard(self) -> str:
-        """What another rank told, or "" while nobody did."""
+    def heard(self) -> Stopped | None:
+        """What another rank told, or None while nobody did."""
         if self._store is None or not self._store.check([_HALT]):
-            return ""
-        return self._store.get(_HALT).decode()
+            return None
+        return _error(self._store.get(_HALT).decode())
+
+
+def _error(said: str) -> Stopped:
+    name, _, words = said.partition("\n")
+    return {kind.__name__: kind for kind in (ScheduleMismatch, PeerLost, CollectiveStalled)}[name](words)
 
 
 class ScheduleGuard:
@@ -74,7 +92,8 @@ class ScheduleGuard:
 
     def stop_others(self, error: Exception) -> None:
         """This rank fails for a reason of its own: those that wait for it are told, and raise it too."""
-        self._halt.tell(f"rank {self._rank} failed: {type(error).__name__}: {error}")
+        if not isinstance(error, Stopped):
+            self._halt.tell(ScheduleMismatch(f"rank {self._rank} failed: {type(error).__name__}: {error}"))
 
     def leave(self) -> None:
         """The rank wants to issue no more steps, although the ranks have not agreed that all work is done.
@@ -108,7 +127,7 @@ class ScheduleGuard:
         self._next += 1
 
     def _refuse(self, what: str) -> None:
-        raise ScheduleMismatch(self._halt.tell(f"rank {self._rank} {what}"))
+        raise self._halt.tell(ScheduleMismatch(f"rank {self._rank} {what}"))
 
 
 def schedule_hash(schedule: Sequence[ScheduleEntry]) -> int:

@@ -47,7 +47,7 @@ class StorePreflight:
         if len(set(said)) > 1:
             sides = {text: [r for r, words in zip(members, said, strict=True) if words == text] for text in said}
             told = "; ".join(f"ranks {ranks} {text}" for text, ranks in sides.items())
-            raise ScheduleMismatch(self._halt.tell(f"{collective.group} #{seq}: {told}"))
+            raise self._halt.tell(ScheduleMismatch(f"{collective.group} #{seq}: {told}"))
         if seq > KEPT:
             self._store.delete_key(self._key(collective.group, seq - KEPT, self._rank))
 
@@ -63,11 +63,11 @@ class StorePreflight:
             except RuntimeError:  # a DistStoreError over TCP, a plain one over a file: not all are there yet
                 pass
             if told := self._halt.heard():
-                raise ScheduleMismatch(told)
+                raise told
             if time.monotonic() - since > self._patience_s:
                 absent = [rank for rank, key in zip(members, keys, strict=True) if not self._store.check([key])]
                 what = f"{collective.group} #{seq}, {_words(collective)}"
-                raise ScheduleMismatch(self._halt.tell(f"ranks {absent} did not come to {what}"))
+                raise self._halt.tell(ScheduleMismatch(f"ranks {absent} did not come to {what}"))
 
     @staticmethod
     def _key(group: str, seq: int, rank: int) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import pkgutil
+import random
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -20,6 +21,7 @@ class Expected:
 
     step, layer    of every culprit, or of every rank where there is no culprit
     error          the type that every rank raises that still lives
+    planned        what was due where the culprits left their schedule: "ep all_gather_v of layers.0.moe"
     suspects       the ranks that stand out where nothing is proven
     or_else        what may come instead, where the backend decides by a race
     """
@@ -30,12 +32,13 @@ class Expected:
     step: int | None = None
     layer: str | None = None
     error: str | None = None
+    planned: str | None = None
     suspects: tuple[int, ...] | None = None
     or_else: Expected | None = None
 
     def to_json(self) -> dict[str, Any]:
         """verdict and cause always, the rest where it is known."""
-        known: dict[str, Any] = {"step": self.step, "layer": self.layer, "error": self.error}
+        known: dict[str, Any] = {"step": self.step, "layer": self.layer, "planned": self.planned, "error": self.error}
         known |= {"culprits": _listed(self.culprits), "suspects": _listed(self.suspects)}
         known["or_else"] = self.or_else.to_json() if self.or_else else None
         return {"verdict": self.verdict, "cause": self.cause, **{k: v for k, v in known.items() if v is not None}}
@@ -88,6 +91,11 @@ class Scenario:
         if settings.variant == "fix":
             return self.fixed(settings)
         return self.hang(settings) if settings.effective_checks == "observe" else self.refused(settings)
+
+
+def struck_rank(settings: RunSettings) -> int:
+    """The rank that a fault of one rank strikes; drawn from the seed."""
+    return random.Random(settings.seed).randrange(settings.num_ranks)
 
 
 def names() -> list[str]:

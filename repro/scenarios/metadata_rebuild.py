@@ -21,6 +21,8 @@ from hybrid_moe_ref.engine.scheduler import live_ranks
 from repro.scenarios import CLEAN, Expected, Scenario
 from repro.settings import RunSettings
 
+FIRST_DISPATCH = "ep all_gather_v of layers.0.moe"
+
 
 class RebindWithMetadata(StateBinding):
     """The trigger: a rank that has recurrent state to bind builds the step's metadata again while it is at it."""
@@ -52,7 +54,7 @@ def hang(settings: RunSettings) -> Expected:
     for serve_step, live in enumerate(live_ranks(settings.requests(), settings.engine)):
         if binder and 0 < len(live) < settings.num_ranks:
             # Step 0 is the profile run, so serve step i is step i + 1.
-            return Expected("deadlock", "extra", tuple(live), serve_step + 1, binder[1])
+            return Expected("deadlock", "extra", tuple(live), serve_step + 1, binder[1], planned=FIRST_DISPATCH)
     return CLEAN
 
 

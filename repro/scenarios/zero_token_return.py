@@ -21,6 +21,9 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
 
+FIRST_DISPATCH = "ep all_gather_v of layers.0.moe"
+
+
 class IdleWithZeroTokens(IdlePolicy):
     """The trigger: an idle rank takes part with an empty batch."""
 
@@ -50,9 +53,11 @@ def policies(settings: RunSettings, rank: int) -> Policies:
 def hang(settings: RunSettings) -> Expected:
     """In the first step with idle ranks these skip the MoE of every layer."""
     everyone = set(range(settings.num_ranks))
-    for live in live_ranks(settings.requests(), settings.engine):
+    for serve_step, live in enumerate(live_ranks(settings.requests(), settings.engine)):
         if 0 < len(live) < settings.num_ranks:
-            return Expected("deadlock", "skipped", tuple(sorted(everyone - set(live))))
+            idle = tuple(sorted(everyone - set(live)))
+            # Step 0 is the profile run; they wait in the agreement of the step after this one.
+            return Expected("deadlock", "skipped", idle, serve_step + 2, "step", planned=FIRST_DISPATCH)
     return CLEAN
 
 

@@ -214,6 +214,9 @@ def _plan_finding(witnesses: Mapping[int, Witness], all_steps: Mapping[int, list
     if usual & set(sides) and len(suspects) < sum(map(len, sides.values())):
         finding.suspects = tuple(suspects)
         finding.evidence.append(f"{name_ranks(suspects)} changed a schedule that all had shared until then")
+    elif len(few := min(sides.values(), key=len)) * 2 < sum(map(len, sides.values())):
+        finding.suspects = tuple(few)
+        finding.evidence.append(f"{name_ranks(few)} declared what most did not; who is right is not in the witnesses")
     return finding
 
 
