@@ -90,3 +90,29 @@ def kill(processes: Iterable[psutil.Process]) -> None:
         with contextlib.suppress(psutil.NoSuchProcess):
             process.kill()
     psutil.wait_procs(processes, timeout=REAP_PATIENCE_S)
+
+
+def with_ancestors(pid: int) -> list[int]:
+    """The pid and those of the processes that it comes from, nearest first."""
+    try:
+        return [pid, *(parent.pid for parent in psutil.Process(pid).parents())]
+    except psutil.Error:
+        return [pid]
+
+
+def cpu_seconds(pids: Iterable[int]) -> dict[int, float]:
+    """Processor time of each process and of all that it started, those included that have ended and were waited for."""
+    own: dict[int, float] = {}
+    children: dict[int, list[int]] = {}
+    for found in psutil.process_iter(["ppid", "cpu_times"]):
+        times, parent = found.info["cpu_times"], found.info["ppid"]
+        if times is not None:
+            own[found.pid] = times.user + times.system + times.children_user + times.children_system
+            children.setdefault(parent, []).append(found.pid)
+    used: dict[int, float] = {}
+    for pid in pids:
+        family = [pid]
+        for member in family:
+            family += children.get(member, [])
+        used[pid] = sum(own.get(member, 0.0) for member in family)
+    return used

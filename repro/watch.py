@@ -15,12 +15,13 @@ from typing import Any
 
 import psutil
 
-from repro import evidence, process, scenarios
+from repro import evidence, scenarios
 from repro.layout import Kind
 from repro.parse import WitnessError
 from repro.rundir import RunDir, read_json, write_json
 from repro.scenarios import Expected
 from repro.settings import RunSettings
+from repro.system import STOPPED, Facts, System
 from repro.verdict import Verdict, judge
 from repro.witness import Tail, Witness, read_dir
 
@@ -30,6 +31,7 @@ EVIDENCE_PATIENCE_S = 0.7
 SLOW_WINDOWS = 3
 """A run that ends well is called slow when ranks waited for the same ones through so many quiet windows on end."""
 
+LOOK_S = 0.5
 DEATH_GRACE_S = 0.5
 DEATH_PATIENCE_S = 5.0
 """After a death the verdict waits until nothing has happened for the first, at most for the second: the peers may be
@@ -58,8 +60,11 @@ class Watch:
 
     def __post_init__(self) -> None:
         self._tails = [Tail(self.run_dir.witness(rank)) for rank in range(self.settings.num_ranks)]
+        self._system = System(self.settings.quiet_window_s)
+        self._facts = Facts()
         self._judged_ns = 0
         self._died_ns = 0
+        self._measuring = False
         self._noticed: list[str] = []
         self._slowest: Verdict | None = None
 
@@ -72,8 +77,7 @@ class Watch:
 
     def processes(self) -> list[psutil.Process]:
         """The ranks that run, by what their witnesses said, even if the files are gone by now."""
-        found = (process.find(tail.who()) for tail in self._tails)
-        return [it for it in found if it is not None]
+        return [it for it in self._running().values() if it is not None]
 
     def all_done(self) -> bool:
         """Whether every rank has finished all its work."""
@@ -91,7 +95,13 @@ class Watch:
         if self._somebody_died(now_ns):
             return self._conclude()
         quiet_ns = self.settings.quiet_window_s * 1e9
-        if now_ns - max(self._last_event_ns(), self._judged_ns) < quiet_ns:
+        waited_ns = now_ns - max(self._last_event_ns(), self._judged_ns)
+        if waited_ns < quiet_ns:
+            if waited_ns < quiet_ns / 2:
+                self._measuring = False
+            elif not self._measuring:  # what the ranks' processors do in the second half of the silence
+                self._measuring = True
+                self._system.cores({rank: it.pid for rank, it in self._running().items() if it is not None})
             return None
         return self._decide_in_quiet()
 
@@ -121,15 +131,15 @@ class Watch:
                 witnesses[rank] = tail.witness()
             except WitnessError as error:
                 unreadable.append(str(error))
+        self._facts = self._system.look(witnesses)
         verdict = judge(
             witnesses,
             num_ranks=self.settings.num_ranks,
             now_ns=time.monotonic_ns(),
             quiet_window_s=self.settings.quiet_window_s,
-            alive=self._alive(),
             final=final,
             wrong_numbers=wrong_numbers,
-            excused=self._excused(),
+            **vars(self._facts),
         )
         return _with_evidence(verdict, unreadable)
 
@@ -158,19 +168,12 @@ class Watch:
     def _last_event_ns(self) -> int:
         return max(self.started_ns, *(tail.last_event_ns() for tail in self._tails))
 
-    def _alive(self) -> dict[int, bool]:
-        """Whether the process of each rank that came far enough to say its pid still runs."""
-        identities = {rank: tail.who() for rank, tail in enumerate(self._tails)}
-        return {rank: process.find(who) is not None for rank, who in identities.items() if who.pid}
-
-    def _excused(self) -> dict[int, str]:
-        """Ranks that cannot move because somebody stopped their process, wherever their witness says they are."""
-        found = {rank: process.find(tail.who()) for rank, tail in enumerate(self._tails)}
-        return {rank: "stopped by a signal" for rank, it in found.items() if it is not None and process.is_stopped(it)}
+    def _running(self) -> dict[int, psutil.Process | None]:
+        return self._system.running({rank: tail.who() for rank, tail in enumerate(self._tails)})
 
     def _somebody_died(self, now_ns: int) -> bool:
         """A rank is gone or failed, or all processes are, and nobody else is about to say something."""
-        gone = any(not alive for alive in self._alive().values()) or not self.job_alive()
+        gone = None in self._running().values() or not self.job_alive()
         if not gone and not any(_last_kind(tail) == Kind.FAILED for tail in self._tails):
             self._died_ns = 0
             return False
@@ -179,15 +182,19 @@ class Watch:
         return quiet_ns > DEATH_GRACE_S * 1e9 or now_ns - self._died_ns > DEATH_PATIENCE_S * 1e9
 
     def _collect_evidence(self) -> list[str]:
-        pids = {rank: self._tails[rank].who().pid for rank, alive in self._alive().items() if alive}
+        pids = {rank: it.pid for rank, it in self._running().items() if it is not None}
         return evidence.collect(self.run_dir, pids, EVIDENCE_PATIENCE_S)
 
     def _remember(self, verdict: Verdict) -> None:
         """Keep the longest silence in which ranks waited for one that worked on."""
         waiting = any(position.state in ("blocked", "locked") for position in verdict.ranks)
         longest = self._slowest is None or verdict.quiet_s > self._slowest.quiet_s
-        if verdict.verdict == "slow" and waiting and longest:
+        if verdict.verdict == "slow" and waiting and longest and not set(verdict.culprits) <= self._stopped():
             self._slowest = verdict
+
+    def _stopped(self) -> set[int]:
+        """Ranks that somebody stopped from outside, which says nothing about the run."""
+        return {rank for rank, why in self._facts.excused.items() if why == STOPPED}
 
     def _notice(self, verdict: Verdict) -> None:
         """Tell who waits for whom; a silence in which nobody waits for anybody is no news."""
@@ -212,6 +219,7 @@ class Watch:
             "sentences": verdict.sentences(),
             "expected": expected.to_json(),
             "matches_expected": matches(verdict, expected),
+            "system": self._facts.to_json(),
             "seconds": {
                 "stall_to_verdict": round((now_ns - self._last_event_ns()) / 1e9, 3),
                 "total": round((now_ns - self.started_ns) / 1e9, 3),
@@ -224,27 +232,31 @@ class Watch:
 def judge_again(run_dir: RunDir, settings: RunSettings) -> tuple[Verdict, list[str]]:
     """The verdict on a run from the files it left, and a line for each witness that cannot be used.
 
-    A decided run is judged as of the moment of its verdict.json, from where also comes who was alive then; any other
-    as of now.
+    A decided run is judged as of the moment of its verdict.json, from where also comes what the system said then; any
+    other as of now, after a look of LOOK_S at its processes.
     """
     witnesses, refused = read_dir(run_dir.root / "events")
     if run_dir.verdict.exists():
         told = read_json(run_dir.verdict)
         last_event_ns = max((witness.last_event_ns() for witness in witnesses.values()), default=0)
         now_ns = last_event_ns + int(told["quiet_s"] * 1e9) + 1_000_000  # the file has milliseconds
-        alive = {position["rank"]: position["state"] != "dead" for position in told["ranks"]}
+        facts = Facts.from_json(told["system"])
     else:
+        system = System(LOOK_S)
+        system.look(witnesses)
+        time.sleep(LOOK_S)
+        witnesses, refused = read_dir(run_dir.root / "events")
+        facts = system.look(witnesses)
         now_ns = time.monotonic_ns()
-        alive = {rank: process.find(witness.who) is not None for rank, witness in witnesses.items()}
     finished = run_dir.reference.exists() and all(run_dir.output(r).exists() for r in range(settings.num_ranks))
     verdict = judge(
         witnesses,
         num_ranks=settings.num_ranks,
         now_ns=now_ns,
         quiet_window_s=settings.quiet_window_s,
-        alive=alive,
         final=run_dir.verdict.exists(),
         wrong_numbers=wrong_tokens(run_dir, settings.num_ranks) if finished else (),
+        **vars(facts),
     )
     return verdict, refused
 

@@ -18,13 +18,24 @@ from repro.settings import RunSettings
 from repro.witness import Tail
 
 QUIET_S, SLOW_S = 0.5, 2.5
+REPEATS = int(os.environ.get("HMR_LIVE_REPEATS", "10"))
+"""How often each way is tried with eight ranks and five seconds by the thorough tests."""
+
+WAYS = [
+    pytest.param(4, 1, id="4 ranks"),
+    pytest.param(8, REPEATS, id="8 ranks", marks=[pytest.mark.full, pytest.mark.timeout(1800)]),
+]
 
 
-def settings(**changes):
-    """Four ranks, four layers, a short quiet window."""
-    document = {"num_ranks": 4, "model": {"layer_pattern": "GMAG"}, "engine": {"unfinished_interval": 16}}
+def settings(num_ranks=4, **changes):
+    """Four layers and a short quiet window."""
+    document = {"num_ranks": num_ranks, "model": {"layer_pattern": "GMAG"}, "engine": {"unfinished_interval": 16}}
     flags = {"scenario": "metadata_rebuild", "variant": "control", "quiet_window_s": QUIET_S, **changes}
     return RunSettings.from_document(document, flags, "")
+
+
+def slow_s(num_ranks):
+    return 5.0 if num_ranks == 8 else SLOW_S
 
 
 def wait_for_step(run_dir, rank, step):
@@ -42,25 +53,27 @@ def slow_rank_named(notices, rank):
     return [line for line in notices if line.startswith("slow: ") and f"rank {rank} " in line]
 
 
-def test_a_stopped_rank_is_slow_and_the_run_ends_clean(tmp_path):
-    notices: list[str] = []
+@pytest.mark.parametrize(("num_ranks", "repeats"), WAYS)
+def test_a_stopped_rank_is_slow_and_the_run_ends_clean(tmp_path, num_ranks, repeats):
+    for _ in range(repeats):
+        notices: list[str] = []
 
-    def stop(run_dir, pids):
-        def pause():
-            wait_for_step(run_dir, 2, 3)
-            os.kill(pids[2], signal.SIGSTOP)
-            time.sleep(SLOW_S)
-            os.kill(pids[2], signal.SIGCONT)
+        def stop(run_dir, pids):
+            def pause():
+                wait_for_step(run_dir, 2, 3)
+                os.kill(pids[2], signal.SIGSTOP)
+                time.sleep(slow_s(num_ranks))
+                os.kill(pids[2], signal.SIGCONT)
 
-        threading.Thread(target=pause, daemon=True).start()
+            threading.Thread(target=pause, daemon=True).start()
 
-    _, document = run_forked(settings(), tmp_path, during=stop, notice=notices.append)
-    assert document["verdict"] == "clean", document
-    assert any("stopped by a signal" in line for line in slow_rank_named(notices, 2)), notices
+        _, document = run_forked(settings(num_ranks), tmp_path, during=stop, notice=notices.append)
+        assert document["verdict"] == "clean", document
+        assert any("stopped by a signal" in line for line in slow_rank_named(notices, 2)), notices
 
 
 def at_step_three(do):
-    """Make rank 2 do something for SLOW_S at the start of step 3."""
+    """Make rank 2 do something at the start of step 3."""
 
     def in_rank(rank):
         if rank == 2:
@@ -76,22 +89,40 @@ def at_step_three(do):
     return in_rank
 
 
-def spin():
-    until = time.monotonic() + SLOW_S
+def spin(seconds):
+    until = time.monotonic() + seconds
     while time.monotonic() < until:
         pass
 
 
-def hold_the_gil():
-    ctypes.PyDLL(None).usleep(int(SLOW_S * 1e6))  # PyDLL keeps the GIL for the call
+def hold_the_gil(seconds):
+    ctypes.PyDLL(None).usleep(int(seconds * 1e6))  # PyDLL keeps the GIL for the call
 
 
+@pytest.mark.parametrize(("num_ranks", "repeats"), WAYS)
 @pytest.mark.parametrize("do", [pytest.param(spin, marks=pytest.mark.full), hold_the_gil])
-def test_a_rank_that_is_busy_with_itself_is_slow_and_the_run_ends_clean(tmp_path, do):
-    notices: list[str] = []
-    _, document = run_forked(settings(), tmp_path, in_rank=at_step_three(do), notice=notices.append)
-    assert document["verdict"] == "clean", document
-    assert slow_rank_named(notices, 2), notices
+def test_a_rank_that_is_busy_with_itself_is_slow_and_the_run_goes_on(tmp_path, do, num_ranks, repeats):
+    for _ in range(repeats):
+        notices: list[str] = []
+        in_rank = at_step_three(lambda: do(slow_s(num_ranks)))
+        _, document = run_forked(settings(num_ranks), tmp_path, in_rank=in_rank, notice=notices.append)
+        assert (document["verdict"], document["culprits"]) == ("slow", [2]), document
+        assert "then all ranks finished" in document["evidence"], document
+        assert document["confidence"] == ("certain" if do is spin else "likely"), document["evidence"]
+        assert slow_rank_named(notices, 2), notices
+
+
+@pytest.mark.parametrize(("num_ranks", "repeats"), WAYS)
+def test_a_rank_that_is_killed_is_the_culprit_of_the_crash(tmp_path, num_ranks, repeats):
+    for _ in range(repeats):
+
+        def kill(run_dir, pids):
+            wait_for_step(run_dir, 1, 3)
+            os.kill(pids[1], signal.SIGKILL)
+
+        _, document = run_forked(settings(num_ranks), tmp_path, during=kill)
+        assert (document["verdict"], document["cause"]) == ("crash", "dead_rank"), document
+        assert document["culprits"] == [1], document
 
 
 def test_a_run_whose_ranks_are_all_killed_is_a_crash(tmp_path):

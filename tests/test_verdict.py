@@ -116,6 +116,79 @@ def test_a_build_is_slow_and_says_when_its_heart_last_beat() -> None:
     assert "gdn_sm90" in " ".join(verdict.evidence)
 
 
+def cold_build() -> Scene:
+    """Rank 2 builds under a lock that the others wait for, before the first collective."""
+    made = scene()
+    made.recorders[2].local("lock_held", "/cache/gdn.lock", holder=102)
+    made.recorders[2].local("build_begin", "gdn_sm90")
+    for rank in (0, 1, 3, 4, 5, 6, 7):
+        made.recorders[rank].local("lock_wait", "/cache/gdn.lock", holder=102)
+    made.recorders[2].local("heartbeat", "builds gdn_sm90")
+    for rank in (0, 1, 3, 4, 5, 6, 7):
+        made.recorders[rank].local("heartbeat", "waits for gdn.lock of rank 2")
+    return made
+
+
+@pytest.mark.parametrize("after_s", [1, 1.5, 10, 600])
+@pytest.mark.parametrize("holders", [{}, {"/cache/gdn.lock": 102}])
+def test_a_cold_build_behind_a_lock_is_slow_and_says_who_builds_what_and_who_waits(
+    after_s: float, holders: dict[str, int]
+) -> None:
+    verdict = look(cold_build(), after_s=after_s, lock_holders=holders)
+    assert (verdict.verdict, verdict.culprits) == ("slow", (2,))
+    told = " ".join(verdict.evidence)
+    assert "rank 2 building for" in told and "gdn_sm90, heartbeat" in told
+    assert "lock /cache/gdn.lock, for which ranks 0,1,3-7 wait, is with rank 2" in told
+    assert "rank 2 builds gdn_sm90 (serve)" in verdict.sentences()
+
+
+def test_a_build_whose_rank_uses_no_processor_and_is_silent_is_only_likely_to_work() -> None:
+    made = scene()
+    made.begin_step(1, PLAN)
+    made.enter(range(7), C1)
+    verdict = look(made, cores={7: 0.0})
+    assert (verdict.verdict, verdict.culprits, verdict.confidence) == ("slow", (7,), "likely")
+    assert "the stack tells" in " ".join(verdict.evidence)
+    busy = look(made, cores={7: 0.97})
+    assert (busy.verdict, busy.confidence) == ("slow", "certain")
+    assert "keeps 0.97 processors busy" in " ".join(busy.evidence)
+    made.recorders[7].local("heartbeat", "compile 3 of 64")
+    beating = look(made, cores={7: 0.0})
+    assert (beating.verdict, beating.confidence) == ("slow", "certain")
+    assert "(compile 3 of 64)" in " ".join(beating.evidence)
+
+
+def test_a_lock_whose_holder_changes_is_waited_for_since_the_first_word() -> None:
+    made = scene()
+    made.recorders[1].local("lock_wait", "/l", holder=100)
+    made.now_ns += 5_000 * MS
+    made.recorders[1].local("lock_wait", "/l", holder=102)
+    made.recorders[2].local("lock_held", "/l")
+    assert look(made, after_s=0).ranks[1].since_s > 5
+    assert look(made).ranks[2].detail == "holds lock /l"
+
+
+def test_a_baton_that_outlived_its_holder_is_a_deadlock_without_a_culprit_among_the_ranks() -> None:
+    made = scene()
+    for recorder in made.recorders:
+        recorder.local("lock_wait", "/cache/gdn/lock", holder=4711)
+    verdict = look(made, lock_holders={"/cache/gdn/lock": 0})
+    assert (verdict.verdict, verdict.cause, verdict.culprits) == ("deadlock", "lock", ())
+    assert "when they began to wait it was with process 4711" in " ".join(verdict.evidence)
+    assert look(made, lock_holders={"/cache/gdn/lock": 0}, after_s=0.5).verdict == "inconclusive"
+    assert look(made).verdict == "slow", "the waiters name a holder, and nobody says that it is gone"
+
+
+def test_a_baton_whose_holder_was_a_rank_that_died_is_its_crash() -> None:
+    made = scene()
+    made.recorders[4].local("lock_held", "/cache/gdn/lock")
+    for rank in (0, 1, 2, 3, 5, 6, 7):
+        made.recorders[rank].local("lock_wait", "/cache/gdn/lock", holder=104)
+    for holders in ({}, {"/cache/gdn/lock": 0}):
+        verdict = look(made, alive={4: False}, lock_holders=holders)
+        assert (verdict.verdict, verdict.cause, verdict.culprits) == ("crash", "dead_rank", (4,))
+
+
 def test_a_rank_that_has_not_started_is_slow() -> None:
     made = Scene(4, {"dp": range(4)})
     made.enter(range(3), C1)

@@ -22,7 +22,8 @@ class Node:
     lacks: set[int] = field(default_factory=set)  # ranks that must act before these can go on
     lost: set[int] = field(default_factory=set)  # ranks that are here, or were, but whose process cannot go on
     differs: str = ""  # mismatch or sizes: they will not pair although all are there
-    outside: int | None = None  # pid of a lock holder that is no rank; -1 unknown
+    outside: int | None = None  # pid of a lock holder that is no rank; -1 unknown, 0 nobody
+    named: int = -1  # pid that those who wait for a lock were told
 
     def __str__(self) -> str:
         return f"{self.name} ({list_ranks(self.ranks)})"
@@ -115,8 +116,8 @@ def _lock_edges(
     if holders:
         node.lacks |= holders
         return
-    named = max({standings[rank].lock_holder for rank in node.ranks}, default=-1)
-    pid = lock_holders.get(lock, named)
+    node.named = max({standings[rank].lock_holder for rank in node.ranks}, default=-1)
+    pid = lock_holders.get(lock, node.named)
     rank = pids.get((str(host), pid))
     if rank is None:
         node.outside = pid

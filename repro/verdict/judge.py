@@ -20,6 +20,9 @@ from repro.verdict.result import Finding, Position, Verdict, list_ranks, name_ra
 from repro.verdict.schedule import steps_of
 from repro.witness import Witness
 
+_BUSY = 0.02
+"""Processors in use that count as work; a process that only sleeps uses fewer."""
+
 
 @dataclass(frozen=True, slots=True)
 class _Case:
@@ -33,6 +36,7 @@ class _Case:
     quiet_window_s: float
     final: bool
     notes: Sequence[str]
+    cores: Mapping[int, float]
 
     @property
     def quiet(self) -> bool:
@@ -71,6 +75,7 @@ def judge(
     wrong_numbers: Sequence[str] = (),
     excused: Mapping[int, str] | None = None,
     lock_holders: Mapping[str, int] | None = None,
+    cores: Mapping[int, float] | None = None,
 ) -> Verdict:
     """What these witnesses prove.
 
@@ -80,6 +85,7 @@ def judge(
     wrong_numbers  one line for each result that differs from the reference: a clean run becomes corrupt
     excused        ranks whose process is known not to wait, with the reason ("stopped by a signal")
     lock_holders   who holds a lock according to the system: name -> pid, 0 for nobody
+    cores          processors that each rank's process and its children keep busy; a rank not named is not measured
     """
     usable, notes = _one_run(witnesses, num_ranks)
     nows, clock_notes = clocks(usable, now_ns)
@@ -98,7 +104,8 @@ def judge(
         if standings[rank].state not in ("done", "dead", "failed") and witness.last
     ]
     quiet_s = min(quiet_ns, default=0) / 1e9
-    return _decide(_Case(usable, standings, ledger, waits, quiet_s, quiet_window_s, final, notes), wrong_numbers)
+    case = _Case(usable, standings, ledger, waits, quiet_s, quiet_window_s, final, notes, cores or {})
+    return _decide(case, wrong_numbers)
 
 
 def _one_run(witnesses: Mapping[int, Witness], num_ranks: int) -> tuple[dict[int, Witness], list[str]]:
@@ -251,15 +258,45 @@ def _waiting(case: _Case) -> Verdict:
 
 
 def _slow(case: _Case, movers: Sequence[int]) -> Finding:
+    """Who is waited for and what shows that they work; ``likely`` where nothing does."""
     finding = Finding("", tuple(movers))
+    signs = {rank: _signs_of_life(case, rank) for rank in movers}
     for rank in movers[:8]:
         at: Position = case.standings[rank].position
+        what = ", ".join([at.detail or "outside any collective", *signs[rank]])
+        finding.evidence.append(f"rank {rank} {at.state} for {at.since_s:.1f} s: {what}")
+    silent = [rank for rank, told in signs.items() if rank in case.cores and not told]
+    if silent == list(movers):
+        finding.confidence = "likely"
         finding.evidence.append(
-            f"rank {rank} {at.state} for {at.since_s:.1f} s" + (f": {at.detail}" if at.detail else "")
+            f"{name_ranks(silent)} used no processor and gave no sign of life: asleep, or waiting for something that "
+            "is not recorded; the stack tells"
         )
+    return _tell_waits(case, finding)
+
+
+def _signs_of_life(case: _Case, rank: int) -> list[str]:
+    """What shows that a rank outside any collective works on."""
+    standing, cores = case.standings[rank], case.cores.get(rank, 0.0)
+    signs = []
+    if standing.beat_s is not None:
+        signs.append(f"heartbeat {standing.beat_s:.1f} s ago" + (f" ({standing.beat})" if standing.beat else ""))
+    if cores >= _BUSY:
+        signs.append(f"keeps {cores:.2f} processors busy")
+    return signs
+
+
+def _tell_waits(case: _Case, finding: Finding) -> Finding:
+    """Who waits, and for which lock of whom."""
     waiting = case.ranks("blocked", "locked")
     if waiting:
         finding.evidence.append(f"{name_ranks(waiting)} wait for it")
+    for node in case.waits.nodes.values():
+        holders = sorted(node.lacks)
+        if node.key[0] == "lock" and holders:
+            finding.evidence.append(
+                f"{node.name}, for which {name_ranks(node.ranks)} wait, is with {name_ranks(holders)}"
+            )
     return finding
 
 
@@ -302,6 +339,8 @@ def _outsider(case: _Case, node: Node) -> Verdict:
     if pid == 0 and case.quiet:
         finding = Finding("lock")
         finding.evidence.append(f"nobody holds {node.name} any more, and {name_ranks(node.ranks)} still wait for it")
+        if node.named > 0:
+            finding.evidence.append(f"when they began to wait it was with process {node.named}")
         return case.verdict("deadlock", finding)
     if pid is not None and pid > 0:
         finding = Finding("lock")

@@ -28,6 +28,8 @@ class Standing:
     host: str = ""
     pid: int = 0
     seen: bool = False  # its witness is there and tells all there was
+    beat: str = ""  # what the rank's last heartbeat named
+    beat_s: float | None = None  # how long ago it was; None if none came since its last event
 
     @property
     def rank(self) -> int:
@@ -87,6 +89,7 @@ def _read(rank: int, witness: Witness, now_ns: int, num_ranks: int) -> Standing:
     if blocked is not None and blocked.kind == Kind.LOCK_WAIT:
         state, detail = "locked", witness.text(blocked.sig)
         standing.lock, standing.lock_holder = detail, blocked.aux
+        since_ns = _waits_since(witness)
     elif blocked is not None:
         state = "blocked"
         call = _issue_of(witness, blocked)
@@ -98,8 +101,11 @@ def _read(rank: int, witness: Witness, now_ns: int, num_ranks: int) -> Standing:
     elif builds:
         state, detail = "building", next(reversed(builds))
         since_ns = builds[detail]
-        if witness.heartbeat_ns > since_ns:
-            detail += f", heartbeat {max(0, now_ns - witness.heartbeat_ns) / 1e9:.1f} s ago"
+    elif held:
+        detail = "holds lock " + ", ".join(sorted(held))
+    if witness.heartbeat_ns > since_ns:
+        standing.beat = witness.heartbeat if witness.heartbeat != detail else ""
+        standing.beat_s = max(0, now_ns - witness.heartbeat_ns) / 1e9
     if last.kind == Kind.DONE:
         state = "done"
     elif last.kind == Kind.FAILED:
@@ -141,6 +147,17 @@ def _blocked_in(witness: Witness) -> Event | None:
     while index >= 0 and kinds[index] in (Kind.DONE, Kind.FAILED):
         index -= 1
     return witness.event(index) if index >= 0 and kinds[index] in (Kind.ENTER, Kind.WAIT, Kind.LOCK_WAIT) else None
+
+
+def _waits_since(witness: Witness) -> int:
+    """When the rank began to wait for a lock; it may have said so again, as the holder changed."""
+    since_ns, last = witness.last_event_ns(), witness.last
+    for index in range(len(witness.column("kind")) - 1, -1, -1):
+        event = witness.event(index)
+        if last is None or (event.kind, event.sig) != (Kind.LOCK_WAIT, last.sig):
+            break
+        since_ns = event.t_ns
+    return since_ns
 
 
 def _issue_of(witness: Witness, event: Event) -> Event:

@@ -1,0 +1,114 @@
+"""What this host's system says about its ranks: who lives, is stopped, uses a processor, holds a lock.
+
+A witness tells what a rank last said; this tells what its process does meanwhile. Ranks of other hosts are left out:
+their watcher sees them.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any, Self
+
+import psutil
+
+from repro import locks, process
+from repro.layout import Identity, Kind
+from repro.record import myself
+from repro.witness import Witness
+
+STOPPED = "stopped by a signal"
+
+
+@dataclass(frozen=True)
+class Facts:
+    """One look, in the words of :func:`repro.verdict.judge`.
+
+    alive          rank -> whether its process runs
+    excused        rank -> why it cannot move, wherever its witness says that it is
+    lock_holders   lock that a rank waits for -> pid of who holds it, 0 for nobody; not known: not named
+    cores          rank -> processors that it and what it started kept busy since the look before
+    """
+
+    alive: dict[int, bool] = field(default_factory=dict)
+    excused: dict[int, str] = field(default_factory=dict)
+    lock_holders: dict[str, int] = field(default_factory=dict)
+    cores: dict[int, float] = field(default_factory=dict)
+
+    def to_json(self) -> dict[str, Any]:
+        return {what: {str(key): value for key, value in told.items()} for what, told in asdict(self).items()}
+
+    @classmethod
+    def from_json(cls, told: Mapping[str, Any]) -> Self:
+        """What ``to_json`` wrote; raises KeyError, TypeError or ValueError for anything else."""
+        return cls(
+            {int(rank): bool(alive) for rank, alive in told["alive"].items()},
+            {int(rank): str(why) for rank, why in told["excused"].items()},
+            {str(name): int(pid) for name, pid in told["lock_holders"].items()},
+            {int(rank): float(cores) for rank, cores in told["cores"].items()},
+        )
+
+
+class System:
+    """Looks again and again; what takes time to see, like the use of a processor, is seen from the second look on.
+
+    patience_s   how long a lock file must have had no holder before nobody is said to hold it: whoever waits for it
+                 may only look now and then
+    """
+
+    def __init__(self, patience_s: float) -> None:
+        self._patience_s = patience_s
+        self._here = myself(0, 1)
+        self._unheld_since: dict[str, float] = {}
+        self._used: dict[int, float] = {}  # rank -> seconds
+        self._looked_at = 0.0
+
+    def look(self, witnesses: Mapping[int, Witness]) -> Facts:
+        running = self.running({rank: witness.who for rank, witness in witnesses.items()})
+        return Facts(
+            {rank: it is not None for rank, it in running.items()},
+            {rank: STOPPED for rank, it in running.items() if it is not None and process.is_stopped(it)},
+            self._lock_holders(witnesses),
+            self.cores({rank: it.pid for rank, it in running.items() if it is not None}),
+        )
+
+    def running(self, writers: Mapping[int, Identity]) -> dict[int, psutil.Process | None]:
+        """The process of each rank of this host that came far enough to say its pid, None where it has ended."""
+        return {rank: process.find(who) for rank, who in writers.items() if who.pid and self._is_here(who)}
+
+    def cores(self, pids: Mapping[int, int]) -> dict[int, float]:
+        """Processors in use by each rank since the last call; {} at the first, and when that was just now."""
+        now, used = time.monotonic(), process.cpu_seconds(pids.values())
+        passed_s, before = now - self._looked_at, self._used
+        self._looked_at, self._used = now, {rank: used[pid] for rank, pid in pids.items()}
+        if passed_s < 0.1:
+            return {}
+        return {
+            rank: round(max(0.0, seconds - before[rank]) / passed_s, 3)
+            for rank, seconds in self._used.items()
+            if rank in before
+        }
+
+    def _is_here(self, who: Identity) -> bool:
+        return (who.boot_id, who.hostname) == (self._here.boot_id, self._here.hostname)
+
+    def _lock_holders(self, witnesses: Mapping[int, Witness]) -> dict[str, int]:
+        waiting: dict[str, list[int]] = {}
+        for witness in witnesses.values():
+            if witness.last is not None and witness.last.kind == Kind.LOCK_WAIT and self._is_here(witness.who):
+                waiting.setdefault(witness.text(witness.last.sig), []).append(witness.who.pid)
+        ranks = {witness.who.pid for witness in witnesses.values() if self._is_here(witness.who)}
+        found: dict[str, int] = {}
+        now = time.monotonic()
+        for name, pids in waiting.items():
+            pid = locks.holder(name, [*pids, os.getpid()])
+            since = self._unheld_since.setdefault(name, now)
+            if pid != locks.NOBODY:
+                del self._unheld_since[name]
+            if pid > 0:
+                found[name] = next((it for it in process.with_ancestors(pid) if it in ranks), pid)
+            elif pid == locks.NOBODY and now - since >= self._patience_s:
+                found[name] = pid
+        return found

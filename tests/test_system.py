@@ -1,0 +1,145 @@
+"""What the watcher asks the system: lock holders, processor time, who is stopped, and which ranks are here at all."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import fcntl
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from scene import SMALL
+
+from repro import locks, process
+from repro.layout import pack_header
+from repro.record import Recorder, myself
+from repro.system import STOPPED, Facts, System
+from repro.verdict import judge
+from repro.witness import Witness, parse
+
+
+@contextlib.contextmanager
+def python(source: str) -> Iterator[subprocess.Popen[str]]:
+    """A process that runs ``source`` and has printed a line."""
+    started = subprocess.Popen([sys.executable, "-c", source], stdout=subprocess.PIPE, text=True)
+    try:
+        assert started.stdout is not None
+        assert started.stdout.readline()
+        yield started
+    finally:
+        started.kill()
+        started.wait()
+
+
+HOLD = "print('held', flush=True)\nimport time\ntime.sleep(60)"
+FLOCK = "import fcntl\nfile = open({!r}, 'w')\nfcntl.{}(file, fcntl.LOCK_EX)\n" + HOLD
+BATON = "import os\nos.open({!r}, os.O_CREAT | os.O_EXCL)\n" + HOLD
+
+
+@pytest.mark.parametrize("call", ["flock", "lockf"])
+def test_the_holder_of_a_kernel_lock_is_found_among_those_who_have_it_open(tmp_path: Path, call: str) -> None:
+    path = str(tmp_path / "build.lock")
+    with open(path, "w"), python(FLOCK.format(path, call)) as holder:
+        assert locks.holder(path) == holder.pid
+
+
+def test_the_maker_of_a_baton_file_is_found_and_when_it_is_killed_nobody_holds_it(tmp_path: Path) -> None:
+    path = str(tmp_path / "lock")
+    with python(BATON.format(path)) as holder:
+        assert locks.holder(path) == holder.pid
+    assert os.path.exists(path)
+    assert locks.holder(path) == locks.NOBODY
+    with open(path):
+        assert locks.holder(path, [os.getpid()]) == locks.NOBODY, "a waiter that looks into the file does not hold it"
+
+
+def test_of_a_file_that_is_gone_or_a_lock_that_is_none_nothing_is_said(tmp_path: Path) -> None:
+    assert locks.holder(tmp_path / "lock") == locks.UNKNOWN
+    assert locks.holder("build") == locks.UNKNOWN
+
+
+def waiter(name: str, pid: int, rank: int = 0, num_ranks: int = 1, **who: object) -> Witness:
+    """The witness of a process that waits for a lock."""
+    identity = dataclasses.replace(myself(rank, num_ranks), pid=pid, **who)  # type: ignore[arg-type]
+    with contextlib.suppress(OSError), open(f"/proc/{pid}/stat") as file:
+        identity = dataclasses.replace(identity, pid_start_ticks=int(file.read().rpartition(")")[2].split()[19]))
+    buffer = bytearray(SMALL.file_bytes)
+    header = pack_header(identity, SMALL)
+    buffer[: len(header)] = header
+    recorder = Recorder(buffer, identity, SMALL)
+    recorder.groups({"dp": range(num_ranks)})
+    recorder.local("lock_wait", name)
+    return parse(bytes(buffer), f"rank{rank:03d}.wit")
+
+
+def test_a_stale_baton_is_a_deadlock_only_after_nobody_held_it_for_the_quiet_window(tmp_path: Path) -> None:
+    path = str(tmp_path / "lock")
+    Path(path).touch()
+    with python(HOLD) as waits:
+        _stale_then_held(path, {0: waiter(path, waits.pid)})
+
+
+def _stale_then_held(path: str, witnesses: dict[int, Witness]) -> None:
+    system = System(patience_s=0.2)
+    assert system.look(witnesses).lock_holders == {}
+    time.sleep(0.25)
+    facts = system.look(witnesses)
+    assert facts.lock_holders == {path: 0}
+    now_ns = time.monotonic_ns() + 2_000_000_000
+    verdict = judge(witnesses, num_ranks=1, now_ns=now_ns, quiet_window_s=1.0, **vars(facts))
+    assert (verdict.verdict, verdict.cause, verdict.culprits) == ("deadlock", "lock", ())
+    with open(path, "w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        assert system.look(witnesses).lock_holders == {path: os.getpid()}
+    assert system.look(witnesses).lock_holders == {}, "the time without a holder counts from its end"
+
+
+def test_a_lock_held_by_a_child_of_a_rank_is_that_ranks(tmp_path: Path) -> None:
+    path = str(tmp_path / "lock")
+    with python(BATON.format(path)):
+        witnesses = {0: waiter("other", os.getpid(), 0, 2), 1: waiter(path, os.getppid(), 1, 2)}
+        assert System(1.0).look(witnesses).lock_holders == {path: os.getpid()}
+
+
+def test_a_process_that_works_is_told_from_one_that_sleeps() -> None:
+    with (
+        python(HOLD) as asleep,
+        python(
+            "import subprocess, sys; subprocess.run([sys.executable, '-c', 'print(1, flush=True)\\nwhile True: pass'])"
+        ) as busy,
+    ):  # its child is
+        system = System(1.0)
+        pids = {0: asleep.pid, 1: busy.pid}
+        assert system.cores(pids) == {}
+        time.sleep(0.5)
+        cores = system.cores(pids)
+        assert cores[0] < 0.02 and cores[1] > 0.05, cores
+        process.kill(process.with_descendants(busy.pid))
+
+
+def test_stopped_and_ended_processes_are_told_and_those_of_other_hosts_are_not() -> None:
+    with python(HOLD) as stopped:
+        witnesses = {
+            0: waiter("x", stopped.pid, 0, 3),
+            1: waiter("x", stopped.pid, 1, 3, hostname="elsewhere"),
+            2: waiter("x", stopped.pid, 2, 3, boot_id="another boot"),
+        }
+        assert System(1.0).look(witnesses).alive == {0: True}
+        stopped.send_signal(signal.SIGSTOP)
+        deadline = time.monotonic() + 10
+        while not (facts := System(1.0).look(witnesses)).excused and time.monotonic() < deadline:
+            time.sleep(0.01)
+        assert facts.excused == {0: STOPPED}
+    assert System(1.0).look(witnesses).alive == {0: False}
+
+
+def test_facts_survive_json() -> None:
+    facts = Facts({0: True}, {1: STOPPED}, {"a": 7}, {0: 0.5})
+    assert Facts.from_json(json.loads(json.dumps(facts.to_json()))) == facts
