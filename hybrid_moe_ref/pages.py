@@ -64,18 +64,35 @@ def _share(config: ModelConfig, name: str, tp_size: int) -> int:
     return value // tp_size
 
 
+def _share_or_hold(config: ModelConfig, name: str, tp_size: int) -> int:
+    """The same; of fewer than ranks, each holds the one that it shares with others."""
+    value: int = getattr(config, name)
+    if value % tp_size and tp_size % value:
+        raise ConfigError(f"{value} neither divides over tp_size {tp_size} nor is a divisor of it", name)
+    return max(1, value // tp_size)
+
+
 def state_size(config: ModelConfig, kind: str, conv_itemsize: int, ssm_itemsize: int, tp_size: int = 1) -> StateSize:
     """The state of one G or M layer on one of `tp_size` ranks."""
     if kind == "G":
         keys, values = (
-            _share(config, "linear_num_key_heads", tp_size),
-            _share(config, "linear_num_value_heads", tp_size),
+            _share_or_hold(config, "linear_num_key_heads", tp_size),
+            _share_or_hold(config, "linear_num_value_heads", tp_size),
         )
-        channels = 2 * keys * config.linear_key_head_dim + values * config.linear_value_head_dim
+        # Ranks that share a value head hold some columns of its state each.
+        ranks_per_head = max(1, tp_size // config.linear_num_value_heads)
+        if config.linear_value_head_dim % ranks_per_head:
+            what = f"does not divide over the {ranks_per_head} ranks that share a value head (tp_size {tp_size})"
+            raise ConfigError(f"{config.linear_value_head_dim} {what}", "linear_value_head_dim")
+        value_dim = config.linear_value_head_dim // ranks_per_head
+        channels = 2 * keys * config.linear_key_head_dim + values * value_dim
         conv = (config.linear_conv_kernel_dim - 1, channels)
-        ssm = (values, config.linear_key_head_dim, config.linear_value_head_dim)
+        ssm = (values, config.linear_key_head_dim, value_dim)
     else:
-        heads, groups = _share(config, "mamba_num_heads", tp_size), max(1, config.mamba_num_groups // tp_size)
+        heads, groups = (
+            _share(config, "mamba_num_heads", tp_size),
+            _share_or_hold(config, "mamba_num_groups", tp_size),
+        )
         channels = heads * config.mamba_head_dim + 2 * groups * config.mamba_state_size
         conv = (config.mamba_conv_kernel_dim - 1, channels)
         ssm = (heads, config.mamba_head_dim, config.mamba_state_size)
@@ -98,15 +115,15 @@ def page_layout(
     """The page layout of `config` on one of `tp_size` ranks.
 
     `itemsize` is the model dtype's (the convolution state has it), `kv_itemsize` that of keys and values
-    (None: the same). KV heads that do not suffice for all ranks are replicated.
+    (None: the same). KV heads, key heads and Mamba-2 groups that do not suffice for all ranks are
+    replicated.
     """
     kinds = Counter(config.layer_pattern)
     states = {kind: state_size(config, kind, itemsize, ssm_itemsize, tp_size) for kind in kinds if kind != "A"}
     largest = max((state.num_bytes for state in states.values()), default=0)
     bytes_per_token = tokens = 0
     if "A" in kinds:
-        kv_heads = config.num_key_value_heads
-        kv_heads = _share(config, "num_key_value_heads", tp_size) if kv_heads >= tp_size else 1
+        kv_heads = _share_or_hold(config, "num_key_value_heads", tp_size)
         bytes_per_token = 2 * kv_heads * config.head_dim * (kv_itemsize or itemsize)
         tokens = TOKEN_MULTIPLE * max(1, -(-largest // (TOKEN_MULTIPLE * bytes_per_token)))
     # Without attention the page is the largest state, rounded so that any dtype's view of any row is aligned.

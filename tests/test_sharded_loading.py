@@ -46,10 +46,13 @@ def test_a_rank_reads_its_rows_and_the_whole_of_what_is_cut_by_columns(tmp_path,
     assert shards.bytes_read == sum(p.nbytes * factor.get(name, 1) for name, p in part.named_parameters())
 
 
-@pytest.mark.parametrize("experts", SHARINGS)
-def test_the_grouped_layout_and_experts_one_by_one(tmp_path, experts):
-    HybridMoE(QWEN, device="meta").init_weights(SEED).save_pretrained(tmp_path, family="qwen3_next")
-    check_part(tmp_path, QWEN, experts)
+@pytest.mark.parametrize(
+    ("experts", "key_heads", "value_heads"), [("intermediate", 8, 16), ("expert", 2, 4), ("sequence", 1, 2)]
+)
+def test_the_grouped_layout_and_experts_one_by_one(tmp_path, experts, key_heads, value_heads):
+    config = dataclasses.replace(QWEN, linear_num_key_heads=key_heads, linear_num_value_heads=value_heads)
+    HybridMoE(config, device="meta").init_weights(SEED).save_pretrained(tmp_path, family="qwen3_next")
+    check_part(tmp_path, config, experts)
     path = tmp_path / "model.safetensors"
     state = load_file(path)
     for name in [name for name in state if name.endswith("experts.gate_up_proj")]:
@@ -59,7 +62,7 @@ def test_the_grouped_layout_and_experts_one_by_one(tmp_path, experts):
             state[f"{prefix}{e}.gate_proj.weight"], state[f"{prefix}{e}.up_proj.weight"] = gate.clone(), up.clone()
             state[f"{prefix}{e}.down_proj.weight"] = down.clone()
     save_file(state, path)
-    check_part(tmp_path, QWEN, experts)
+    check_part(tmp_path, config, experts)
 
 
 def test_float8_blocks_are_dequantised_before_the_cut(tmp_path):

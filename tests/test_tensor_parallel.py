@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import random
+import typing
 
 import pytest
 import torch
@@ -11,13 +12,13 @@ from ranks import run_ranks
 
 from hybrid_moe_ref.batch import Batch
 from hybrid_moe_ref.cache import HybridCache
-from hybrid_moe_ref.config import ConfigError, ModelConfig, ParallelConfig
+from hybrid_moe_ref.config import PRESETS, ConfigError, ModelConfig, ParallelConfig
 from hybrid_moe_ref.model import HybridMoE
 from hybrid_moe_ref.pages import page_layout
 from hybrid_moe_ref.parallel.comm import Communicator
 from hybrid_moe_ref.parallel.dispatch import chunk_sizes
 from hybrid_moe_ref.parallel.observer import NullObserver
-from hybrid_moe_ref.parallel.shares import Place, local_config, mixer_cuts
+from hybrid_moe_ref.parallel.shares import ExpertSharing, Place, local_config, mixer_cuts
 from hybrid_moe_ref.parallel.tensor import apply_tensor_parallel, tensor_schedule
 from hybrid_moe_ref.slices import Slice
 from hybrid_moe_ref.speculative import speculative_stream
@@ -121,9 +122,15 @@ def check_layout(tmp_path, parallel, config, experts, steps_by_dp, dtype=torch.f
 
 
 @pytest.mark.parametrize("tp_size", [2, 4, 8])
-@pytest.mark.parametrize(("experts", "kv_heads", "groups"), [("intermediate", 1, 1), ("expert", 2, 2)])
-def test_tp_equals_the_single_process_in_prefill_and_decode(tmp_path, tp_size, experts, kv_heads, groups):
-    config = dataclasses.replace(CONFIG, num_key_value_heads=kv_heads, mamba_num_groups=groups)
+@pytest.mark.parametrize(
+    ("experts", "kv_heads", "groups", "key_heads", "value_heads"),
+    [("intermediate", 1, 1, 1, 2), ("expert", 2, 2, 2, 8)],
+)
+def test_tp_equals_the_single_process_in_prefill_and_decode(
+    tmp_path, tp_size, experts, kv_heads, groups, key_heads, value_heads
+):
+    heads = {"linear_num_key_heads": key_heads, "linear_num_value_heads": value_heads}
+    config = dataclasses.replace(CONFIG, num_key_value_heads=kv_heads, mamba_num_groups=groups, **heads)
     check_layout(tmp_path, ParallelConfig(tp_size=tp_size), config, experts, [RAGGED])
 
 
@@ -164,7 +171,7 @@ def draw_layout(seed):
     draw = random.Random(f"layout {seed}")
     dp_size, tp_size = draw.choice([(1, 2), (1, 4), (1, 8), (2, 2), (4, 2), (2, 4)])
     sharing = draw.choice(["intermediate", "expert"]) if dp_size == 1 else "sequence"
-    kv_heads, groups = draw.choice([1, 2, 8]), draw.choice([1, 2, 8])
+    kv_heads, groups, key_heads = draw.choice([1, 2, 8]), draw.choice([1, 2, 8]), draw.choice([1, 2, 4, 8])
     config = ModelConfig(
         layer_pattern="".join(draw.choice("GAM") for _ in range(draw.randint(2, 4))),
         vocab_size=61,
@@ -172,10 +179,10 @@ def draw_layout(seed):
         num_attention_heads=8 * draw.randint(1, 3),
         num_key_value_heads=kv_heads,
         head_dim=draw.choice([8, 16, 24]),
-        linear_num_key_heads=8,
-        linear_num_value_heads=8 * draw.randint(1, 3),
+        linear_num_key_heads=key_heads,
+        linear_num_value_heads=max(key_heads, draw.choice([2, 4, 8, 16, 24])),
         linear_key_head_dim=draw.choice([4, 6]),
-        linear_value_head_dim=draw.choice([4, 10]),
+        linear_value_head_dim=draw.choice([4, 12]),
         linear_conv_kernel_dim=draw.randint(2, 4),
         mamba_num_heads=8 * draw.randint(1, 2),
         mamba_head_dim=draw.choice([4, 6]),
@@ -213,9 +220,12 @@ class OneOf:
         return self.rank
 
 
-@pytest.mark.parametrize("experts", ["intermediate", "expert", "sequence"])
-def test_every_rank_draws_exactly_its_slice_and_the_slices_cover_the_model(experts):
-    config = dataclasses.replace(CONFIG, mamba_num_groups=2)
+@pytest.mark.parametrize(
+    ("experts", "key_heads", "value_heads"), [("intermediate", 8, 16), ("expert", 2, 4), ("sequence", 1, 2)]
+)
+def test_every_rank_draws_exactly_its_slice_and_the_slices_cover_the_model(experts, key_heads, value_heads):
+    heads = {"linear_num_key_heads": key_heads, "linear_num_value_heads": value_heads}
+    config = dataclasses.replace(CONFIG, mamba_num_groups=2, **heads)
     single = HybridMoE(config, device="meta").init_weights(SEED)
     whole = dict(single.named_parameters())
     unseen = {name: torch.ones(parameter.shape, dtype=torch.bool) for name, parameter in whole.items()}
@@ -230,14 +240,14 @@ def test_every_rank_draws_exactly_its_slice_and_the_slices_cover_the_model(exper
             unseen[name].view(-1)[piece.of(place).flatten()] = False
         assert model.slices.keys() <= whole.keys()
         held_whole = {name for name in whole if name not in model.slices}
-        assert held_whole == {name for name in whole if is_whole(name, experts)}
+        assert held_whole == {name for name in whole if is_whole(name, experts, value_heads < 4)}
     assert not any(mask.any() for mask in unseen.values())
 
 
-def is_whole(name, experts):
+def is_whole(name, experts, splits_heads):
     """Norms over a head or a row, embedding, head, routers and gates; sequence chunks need the shared expert too."""
     if "norm" in name:
-        return "mamba.norm" not in name
+        return "mamba.norm" not in name and not (splits_heads and "linear_attn.norm" in name)
     return name.endswith(("embed_tokens.weight", "lm_head.weight", "gate.weight")) or (
         experts == "sequence" and "shared_expert." in name
     )
@@ -251,10 +261,24 @@ def apply_to_whole(config, comm, experts):
 
 
 @pytest.mark.parametrize("tp_size", [2, 4, 8])
-@pytest.mark.parametrize(("kv_heads", "groups"), [(1, 1), (2, 2), (8, 8)])
-def test_the_cache_of_a_rank_has_the_pages_of_its_heads(tp_size, kv_heads, groups):
-    config = dataclasses.replace(CONFIG, num_key_value_heads=kv_heads, mamba_num_groups=groups)
+@pytest.mark.parametrize(("kv_heads", "groups", "key_heads", "value_heads"), [(1, 1, 1, 2), (2, 2, 4, 4), (8, 8, 8, 8)])
+def test_the_cache_of_a_rank_has_the_pages_of_its_heads(tp_size, kv_heads, groups, key_heads, value_heads):
+    heads = {"linear_num_key_heads": key_heads, "linear_num_value_heads": value_heads}
+    config = dataclasses.replace(CONFIG, num_key_value_heads=kv_heads, mamba_num_groups=groups, **heads)
     assert page_layout(local_config(config, tp_size), 4) == page_layout(config, 4, tp_size=tp_size)
+
+
+@pytest.mark.parametrize("tp_size", [2, 4, 8])
+@pytest.mark.parametrize("name", PRESETS)
+def test_every_preset_can_be_cut(name, tp_size):
+    config = PRESETS[name]
+    for experts in typing.get_args(ExpertSharing):
+        assert page_layout(local_config(config, tp_size, experts)) == page_layout(config, tp_size=tp_size)
+
+
+def test_the_smallest_preset_on_eight_ranks_that_split_its_value_heads(tmp_path):
+    config = dataclasses.replace(PRESETS["tiny"], vocab_size=61, num_experts=64)
+    check_layout(tmp_path, ParallelConfig(tp_size=8), config, "intermediate", [RAGGED])
 
 
 def test_ranks_that_share_a_kv_head_hold_the_one_that_their_query_heads_read():
@@ -276,7 +300,12 @@ def test_chunks_are_as_even_as_can_be_and_may_be_empty():
         ({"num_attention_heads": 6}, "intermediate", "num_attention_heads: 6 does not divide over tp_size 4"),
         ({"num_attention_heads": 24, "num_key_value_heads": 3}, "intermediate",
          "num_key_value_heads: 3 neither divides over tp_size 4 nor is a divisor of it"),
-        ({"linear_num_key_heads": 2}, "expert", "linear_num_key_heads: 2 does not divide over tp_size 4"),
+        ({"linear_num_key_heads": 6, "linear_num_value_heads": 12}, "expert",
+         "linear_num_key_heads: 6 neither divides"),
+        ({"linear_num_key_heads": 1, "linear_num_value_heads": 3}, "expert",
+         "linear_num_value_heads: 3 neither divides"),
+        ({"linear_num_key_heads": 2, "linear_num_value_heads": 2, "linear_value_head_dim": 5}, "expert",
+         "linear_value_head_dim: 5 does not divide over the 2 ranks that share a value head"),
         ({"mamba_num_heads": 10}, "expert", "mamba_num_heads: 10 does not divide over tp_size 4"),
         ({"mamba_num_heads": 24, "mamba_num_groups": 6}, "expert", "mamba_num_groups: 6 neither divides"),
         ({"moe_intermediate_size": 18}, "intermediate", "moe_intermediate_size: 18 does not divide over tp_size 4"),

@@ -3,12 +3,12 @@
 The model may hold only a part of itself: some experts of each layer, or the slices that `model.slices` tells of. Then
 only that is read, except that columns of a matrix are cut from the whole of it.
 
-Shapes: H hidden, I intermediate, M key heads of Gated DeltaNet, R value heads per key head.
+Shapes: H hidden, I intermediate, M key heads of Gated DeltaNet, K key dim, V value dim, R value heads per key head.
 """
 
 import dataclasses
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,7 +20,7 @@ from hybrid_moe_ref.checkpoint.shards import Shards
 from hybrid_moe_ref.config import ModelConfig
 from hybrid_moe_ref.layers.gated_delta_net import GatedDeltaNet
 from hybrid_moe_ref.layers.moe import Experts
-from hybrid_moe_ref.slices import Slice, scaled
+from hybrid_moe_ref.slices import Range, Slice
 
 BLOCK = 128
 VISION = ("model.visual.", "visual.", "vision_tower.")
@@ -83,8 +83,12 @@ def pieces(model: nn.Module, shards: Shards) -> list[Piece]:
             }
             found += _expert_pieces(name.split(".experts")[0] + ".experts", module, parts, shards)
         elif isinstance(module, GatedDeltaNet) and f"{name}.in_proj_qkvz.weight" in shards:
-            values = slices.get(f"{module_name}.in_proj_b.weight", Slice(tuple(module.in_proj_b.weight.shape)))
-            found += _grouped_pieces(name, module, values)
+            projections = {kind: module.get_parameter(f"{kind}.weight") for kind in _GROUPED}
+            held = {
+                kind: slices.get(f"{module_name}.{kind}.weight", Slice(tuple(weight.shape)))
+                for kind, weight in projections.items()
+            }
+            found += _grouped_pieces(name, module, held)
         for parameter_name, parameter in module.named_parameters(recurse=False):
             full_name = f"{name}.{parameter_name}"
             part = slices.get(f"{module_name}.{parameter_name}", Slice(tuple(parameter.shape)))
@@ -132,35 +136,44 @@ _GROUPED = {
 }
 
 
-def _grouped_pieces(name: str, net: GatedDeltaNet, values: Slice) -> list[Piece]:
-    """Qwen3-Next keeps the projections together by key head: [q | k | R v | R z] and [R b | R a] for each. `values`
-    says which value heads the model holds; their key heads follow."""
-    M, K, V = net.num_key_heads, net.key_dim, net.value_dim
-    R = net.num_value_heads // M
-    H = net.in_proj_z.weight.shape[1]
+def _grouped_pieces(name: str, net: GatedDeltaNet, slices: dict[str, Slice]) -> list[Piece]:
+    """Qwen3-Next keeps the projections together by key head: [q | k | R v | R z] and [R b | R a] for each. `slices`
+    says which rows of our own projections are held; each of these is a piece that picks its rows from the blocks."""
+    K = net.key_dim
+    values, per_head = slices["in_proj_z"].full_shape[0], slices["in_proj_b"].full_shape[0]
+    M = (slices["in_proj_qkv"].full_shape[0] - values) // (2 * K)  # key heads of the whole model
+    RV, R, H = values // M, per_head // M, net.in_proj_z.weight.shape[1]
+    whole = ((0, M * K), (M * K, 2 * M * K), (2 * M * K, 2 * M * K + values))
+    q, k, v = slices["in_proj_qkv"].cuts[0][1] if slices["in_proj_qkv"].cuts else whole
+    (z,) = slices["in_proj_z"].cuts[0][1] if slices["in_proj_z"].cuts else ((0, values),)
+    (heads,) = slices["in_proj_b"].cuts[0][1] if slices["in_proj_b"].cuts else ((0, per_head),)
+    k, v = (k[0] - M * K, k[1] - M * K), (v[0] - 2 * M * K, v[1] - 2 * M * K)
 
-    def store_qkvz(x: Tensor) -> None:
-        q, k, v, z = x.unflatten(0, (M, -1)).split([K, K, R * V, R * V], dim=1)
-        parts = net.in_proj_qkv.weight.split([M * K, M * K, M * R * V])
-        for part, source in zip([*parts, net.in_proj_z.weight], (q, k, v, z), strict=True):
-            part.copy_(source.flatten(0, 1))
-
-    def store_ba(x: Tensor) -> None:
-        b, a = x.unflatten(0, (M, -1)).chunk(2, dim=1)
-        net.in_proj_b.weight.copy_(b.flatten(0, 1))
-        net.in_proj_a.weight.copy_(a.flatten(0, 1))
-
-    first = values.cuts[0][1][0][0] // R if values.cuts else 0
-
-    def piece(kind: str, rows_per_head: int, store: Callable[[Tensor], object]) -> Piece:
-        shape = (values.full_shape[0] // R * rows_per_head, H)
-        held = ((0, (scaled((first, first + M), rows_per_head),)),)
-        return Piece(f"{name}.{kind}.weight", shape, store, part=Slice(shape, held))
+    def piece(kind: str, target: nn.Linear, *parts: tuple[Range, int, int]) -> Piece:
+        """Each part: the range held of q, k, v, z, b or a, how much of that a block has, and where in the block."""
+        block = 2 * (K + RV) if kind == "in_proj_qkvz" else 2 * R
+        held = tuple(rows for part in parts for rows in _in_blocks(*part, block))
+        return Piece(
+            f"{name}.{kind}.weight", (M * block, H), target.weight.copy_, part=Slice((M * block, H), ((0, held),))
+        )
 
     return [
-        piece("in_proj_qkvz", 2 * (K + R * V), store_qkvz),
-        piece("in_proj_ba", 2 * R, store_ba),
+        piece("in_proj_qkvz", net.in_proj_qkv, (q, K, 0), (k, K, K), (v, RV, 2 * K)),
+        piece("in_proj_qkvz", net.in_proj_z, (z, RV, 2 * K + RV)),
+        piece("in_proj_ba", net.in_proj_b, (heads, R, 0)),
+        piece("in_proj_ba", net.in_proj_a, (heads, R, R)),
     ]
+
+
+def _in_blocks(held: Range, size: int, offset: int, block: int) -> Iterator[Range]:
+    """Where a range lies when each `size` of its elements stand `offset` after the start of another block."""
+    start, stop = held
+    while start < stop:
+        index, inside = divmod(start, size)
+        count = min(size - inside, stop - start)
+        first = index * block + offset + inside
+        yield first, first + count
+        start += count
 
 
 def _check(expected: list[Piece], shards: Shards, model: nn.Module) -> None:

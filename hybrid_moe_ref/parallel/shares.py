@@ -1,10 +1,12 @@
 """What one of the tensor-parallel ranks gets: the sizes of its part of the model, and which part of each parameter.
 
-Heads are dealt out in order, and everything that belongs to a head goes with it. KV heads and Mamba-2 groups, when
-there are fewer than ranks, are held by each of the ranks that share them. Arithmetic on a configuration, no torch.
+Heads are dealt out in order, and everything that belongs to a head goes with it. KV heads, the key heads of Gated
+DeltaNet and Mamba-2 groups, when there are fewer than ranks, are held by each of the ranks that share them. Arithmetic
+on a configuration, no torch.
 
     gated attention  query heads, with the KV heads that they read
-    Gated DeltaNet   key heads, with the value heads that share them and the convolution channels of both
+    Gated DeltaNet   value heads, with the key heads that they read and the convolution channels of both; with fewer
+                     value heads than ranks, columns of one head's state, which do not depend on one another
     Mamba-2          heads, with the groups that they read
     MLP              intermediate features: shared expert, dense MLP, and routed experts where they are not dealt out
 """
@@ -71,7 +73,13 @@ def local_config(config: ModelConfig, tp_size: int, experts: ExpertSharing = "in
         divide("num_attention_heads")
         divide_or_share("num_key_value_heads")
     if "G" in config.layer_pattern:
-        divide("linear_num_key_heads", "linear_num_value_heads")
+        divide_or_share("linear_num_key_heads")
+        divide_or_share("linear_num_value_heads")
+        ranks_per_head = max(1, tp_size // config.linear_num_value_heads)
+        if config.linear_value_head_dim % ranks_per_head:
+            what = f"does not divide over the {ranks_per_head} ranks that share a value head (tp_size {tp_size})"
+            raise ConfigError(f"{config.linear_value_head_dim} {what}", "linear_value_head_dim")
+        local["linear_value_head_dim"] = config.linear_value_head_dim // ranks_per_head
     if "M" in config.layer_pattern:
         divide("mamba_num_heads")
         divide_or_share("mamba_num_groups")
@@ -133,7 +141,8 @@ def _delta_net_cuts(config: ModelConfig, place: Place) -> dict[str, Cuts]:
     keys, key_dim = config.linear_num_key_heads, config.linear_key_head_dim
     values, value_dim = config.linear_num_value_heads, config.linear_value_head_dim
     value_heads = place.share(values)
-    k, v = scaled(place.share(keys), key_dim), scaled(value_heads, value_dim)
+    k, v = scaled(place.share(keys), key_dim), place.share(values * value_dim)
+    within = v[0] % value_dim, v[0] % value_dim + value_dim * values // place.size
     qkv = rows(*sections([(keys * key_dim, k), (keys * key_dim, k), (values * value_dim, v)]))
     return {
         "in_proj_qkv.weight": qkv,
@@ -143,6 +152,7 @@ def _delta_net_cuts(config: ModelConfig, place: Place) -> dict[str, Cuts]:
         "conv1d.weight": qkv,
         "A_log": rows(value_heads),
         "dt_bias": rows(value_heads),
+        **({"norm.weight": rows(within)} if values < place.size else {}),
         "out_proj.weight": columns(v),
     }
 

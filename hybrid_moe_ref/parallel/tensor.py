@@ -8,14 +8,14 @@ Every rank of a tp group runs the same tokens through its share of each layer's 
             take a chunk, C2, experts, C3,              routed experts over all ranks: each tp rank sends its chunk of
             all-gather-v on tp                          the rows, as its peers have the same rows ("sequence")
 
-There is one all-reduce per mixer and step, whatever the batch. A Mamba-2 group that spans ranks needs its mean square
-from all of them: it travels in the same all-reduce, see `SplitGroups`.
+There is one all-reduce per mixer and step, whatever the batch. A Mamba-2 group, or a Gated DeltaNet head, that spans
+ranks needs its mean square from all of them: it travels in the same all-reduce, see `SplitNorm`.
 
 Embedding and head are whole on every rank: logits then need no collective, so a rank with requests and an idle one
 issue the same schedule. It costs 2 x vocab x hidden x (1 - 1/tp) parameters a rank (3.6 GB for the 397B in bf16 at
 tp 8, of about 100 GB). Norms, routers and the shared expert's gate are whole too.
 
-Shape suffixes: N tokens, H hidden, G Mamba-2 groups, X = H + 1.
+Shape suffixes: N tokens, H hidden, G groups of a norm, X = H + 1.
 """
 
 from __future__ import annotations
@@ -29,7 +29,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hybrid_moe_ref.config import LAYER_KINDS, ConfigError, ModelConfig
-from hybrid_moe_ref.layers.mamba2 import Mamba2
 from hybrid_moe_ref.layers.moe import MLP, Experts, MoE
 from hybrid_moe_ref.model import HybridMoE
 from hybrid_moe_ref.mtp import DRAFT_STACK
@@ -56,10 +55,11 @@ class SumOverRanks:
 
 
 @dataclass
-class SplitGroups:
-    """The hooks of a Mamba-2 mixer whose `num_groups` groups span several ranks each.
+class SplitNorm:
+    """The hooks of a mixer whose output norm is over `num_groups` groups that span several ranks each: the groups of
+    Mamba-2, which gates before it normalises, or the value heads of Gated DeltaNet, which gates after.
 
-    Its norm divides by the root mean square of a whole group, of which a rank sees a part. But that is one number for
+    The norm divides by the root mean square of a whole group, of which a rank sees a part. But that is one number for
     a row and group, and the projection behind it is linear: the rank's part is scaled back by its own root, parts and
     mean squares are summed over the ranks in one all-reduce, and the group's root divides the sum.
     """
@@ -67,6 +67,7 @@ class SplitGroups:
     comm: Communicator
     layer: str
     num_groups: int
+    gates_first: bool
     eps: float
     mean_squares: list[Tensor] = field(default_factory=list)
 
@@ -76,14 +77,14 @@ class SplitGroups:
     def hear(self, norm: nn.Module, args: tuple[Tensor, Tensor], y: object) -> None:
         """Keep the mean square of what this rank's norm normalised, for each group of sequences."""
         x, gate = (z.to(torch.promote_types(z.dtype, torch.float32)) for z in args)
-        self.mean_squares.append((x * F.silu(gate)).square().mean(-1))
+        self.mean_squares.append((x * F.silu(gate) if self.gates_first else x).square().mean(-1))
 
     def combine(self, mixer: nn.Module, args: tuple[Any, ...], partial_NH: Tensor) -> Tensor:
         """partial_NH -> y_NH, on every rank"""
         (N, H), batch = partial_NH.shape, args[1]
         square_N = partial_NH.new_zeros(N, dtype=torch.promote_types(partial_NH.dtype, torch.float32))
         for group, square_BT in zip(batch.groups, self.mean_squares, strict=True):
-            square_N[group.rows_BT] = square_BT.to(square_N.dtype)
+            square_N[group.rows_BT] = square_BT.to(square_N.dtype).view_as(group.rows_BT)
         tp_rank, tp_size = self.comm.group_rank("tp"), len(self.comm.members("tp"))
         sum_NGX = square_N.new_zeros(N, self.num_groups, H + 1)
         mine_NX = sum_NGX[:, tp_rank * self.num_groups // tp_size]
@@ -218,8 +219,9 @@ class _Sharding:
         with torch.device("meta"):
             part = type(block.mixer)(self.model.config)
         self._replace(f"{path}.{LAYER_KINDS[block.kind]}", part, mixer_cuts(self.whole, block.kind, self.place))
-        if isinstance(part, Mamba2) and self.whole.mamba_num_groups < self.place.size:
-            split = SplitGroups(self.comm, layer, self.whole.mamba_num_groups, part.norm.eps)
+        num_groups = {"G": self.whole.linear_num_value_heads, "M": self.whole.mamba_num_groups}.get(block.kind)
+        if num_groups is not None and num_groups < self.place.size:
+            split = SplitNorm(self.comm, layer, num_groups, block.kind == "M", part.norm.eps)
             part.register_forward_pre_hook(split.begin)
             part.norm.register_forward_hook(split.hear)
             part.register_forward_hook(split.combine)
