@@ -305,6 +305,8 @@ class EngineConfig(Config):
         for name, known in (("gdn_prefill_backend", GDN_PREFILL_BACKENDS), ("moe_backend", MOE_BACKENDS)):
             if (backend := getattr(self, name)) not in known:
                 raise ConfigError(f"unknown backend {backend!r}; known: {', '.join(known)}", name)
+        if self.autotune and self.moe_backend != "auto":
+            raise ConfigError(f"there is nothing to choose with moe_backend {self.moe_backend!r}", "autotune")
         if self.moe_backend == "jit" and self.dtype not in ("float32", "float64"):
             raise ConfigError(f"'jit' computes in float32 and float64, not in dtype {self.dtype}", "moe_backend")
 

@@ -95,6 +95,11 @@ class RunDir:
         return self.root / "verdict.json"
 
     @property
+    def cache(self) -> Path:
+        """What ranks tuned or compiled; made when something is kept, and removed with the run's temporary files."""
+        return self.root / "tmp" / "cache"
+
+    @property
     def release(self) -> Path:
         return self.root / "release"
 

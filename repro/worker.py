@@ -10,6 +10,7 @@ parks until the watcher lets it go.
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import faulthandler
 import os
 import signal
@@ -50,7 +51,7 @@ def run_rank(run_dir: RunDir, settings: RunSettings, rank: int, join: Callable[[
     recorder = Recorder.open(run_dir.witness(rank), rank, settings.num_ranks)
     try:
         recorder.phase("import")
-        outputs = serve(settings, rank, join(), recorder)
+        outputs = serve(settings, rank, join(), recorder, run_dir.cache)
         write_json(run_dir.output(rank), outputs)
         recorder.done()
         print(f"[rank {rank}] done: {len(outputs)} requests", flush=True)
@@ -60,8 +61,13 @@ def run_rank(run_dir: RunDir, settings: RunSettings, rank: int, join: Callable[[
     park(run_dir)
 
 
-def serve(settings: RunSettings, rank: int, store: dist.Store | None, recorder: Recorder) -> dict[str, list[int]]:
-    """Start the engine with the scenario's policies and serve this rank's requests; the new tokens by request."""
+def serve(
+    settings: RunSettings, rank: int, store: dist.Store | None, recorder: Recorder, cache_dir: Path
+) -> dict[str, list[int]]:
+    """Start the engine with the scenario's policies and serve this rank's requests; the new tokens by request.
+
+    cache_dir: where an engine that tunes or compiles keeps the outcome, unless the settings name a folder
+    """
     import torch
 
     from hybrid_moe_ref.engine.lifecycle import Engine
@@ -70,6 +76,8 @@ def serve(settings: RunSettings, rank: int, store: dist.Store | None, recorder: 
     torch.set_num_threads(1)
     scenario = scenarios.load(settings.scenario)
     server = scenario.server(settings, rank)
+    if (server.engine.autotune or server.engine.compile) and not server.engine.cache_dir:
+        server = dataclasses.replace(server, engine=dataclasses.replace(server.engine, cache_dir=str(cache_dir)))
     on_gpu = settings.backend == "nccl"
     recorder.phase("connect")
     if settings.effective_checks == "strict" and store is not None:
@@ -83,6 +91,8 @@ def serve(settings: RunSettings, rank: int, store: dist.Store | None, recorder: 
         observer=recorder,
         timeout_s=settings.deadline_s + 600,  # the watcher ends a run; a group's own timeout must not come first
     )
+    for _ in range(scenario.starts - 1):
+        Engine(server, comm, scenario.policies(settings, rank))
     return Engine(server, comm, scenario.policies(settings, rank)).serve(settings.requests()[rank])
 
 

@@ -3,7 +3,8 @@
     load        build this rank's part of the model                      no collective
     page_setup  unify the page size of KV and recurrent state            no collective
     prepare     builds and other local lazy work, then one vote          a small all-reduce on dp, one on tp
-    profile     one full-size dummy step                                 C1, then the layers' (C2, C3, tp)
+    profile     one full-size dummy step                                 C1, then the layers' (C2, C3, tp); before
+                                                                         it those of tuning, where asked for
     compile     local, where asked for, then one vote                    none, or as prepare
     allocate    pages for the cache                                      no collective
     capture     two dummy steps for each captured size, where asked for  none, or as profile for each
@@ -27,6 +28,7 @@ from hybrid_moe_kernels.extension import default_cache, on_first_use
 from hybrid_moe_ref import checkpoint
 from hybrid_moe_ref.batch import Batch
 from hybrid_moe_ref.cache import HybridCache, Sequence
+from hybrid_moe_ref.engine.autotune import ExpertTuner
 from hybrid_moe_ref.engine.backends import apply_backends
 from hybrid_moe_ref.engine.builds import BuildPlace, BuildStopped
 from hybrid_moe_ref.engine.drafting import Drafting
@@ -41,6 +43,7 @@ from hybrid_moe_ref.pages import PageLayout, page_layout
 from hybrid_moe_ref.parallel.comm import Communicator
 from hybrid_moe_ref.parallel.guard import ScheduleMismatch
 from hybrid_moe_ref.parallel.layout import apply_layout
+from hybrid_moe_ref.parallel.observer import ScheduleEntry
 
 T = TypeVar("T")
 
@@ -48,8 +51,20 @@ ERROR_BYTES = 512
 """How much of the first error's text every rank is told."""
 
 
+COULD_NOT_PREPARE = "could not prepare"
+CONFIGURED_DIFFERENTLY = "the ranks are configured differently"
+
+
 class PrepareFailed(RuntimeError):
     """A rank could not prepare, or was configured differently; raised on every rank with the same words."""
+
+
+def _stopped(told: str) -> RuntimeError:
+    """What stopped this rank, by the words: a rank that could not prepare, or one that is through with that already and
+    was refused by its guard.
+    """
+    in_prepare = COULD_NOT_PREPARE in told or CONFIGURED_DIFFERENTLY in told
+    return PrepareFailed(told) if in_prepare else ScheduleMismatch(told)
 
 
 class Engine:
@@ -63,6 +78,7 @@ class Engine:
         self.comm = comm
         self._policies = policies or Policies()
         self._num_steps = 0
+        comm.guard.release()  # of the last step of an engine that had these ranks before
         if config.checks == "strict":
             comm.start_preflight()
         if config.checks != "observe":
@@ -108,13 +124,13 @@ class Engine:
             pass  # the rank that stopped the others has said why
         except Exception as failure:  # told at once to those that still work, and by the vote to every rank
             error = f"{type(failure).__name__}: {failure}"
-            self.comm.stop_all(f"rank {self.comm.rank} could not prepare: {error}")
+            self.comm.stop_all(f"rank {self.comm.rank} {COULD_NOT_PREPARE}: {error}")
         try:
             self._vote(error)
         except (ScheduleMismatch, PrepareFailed) as stopped:  # whichever way a rank hears of it, the words are the same
-            raise PrepareFailed(self.comm.stopped_by() or str(stopped)) from None
+            raise _stopped(self.comm.stopped_by() or str(stopped)) from None
         if told := self.comm.stopped_by():
-            raise PrepareFailed(told)
+            raise _stopped(told)
 
     def _build_place(self) -> BuildPlace:
         def sum_up(numbers: list[int], layer: str) -> list[int]:
@@ -132,7 +148,7 @@ class Engine:
         first_failed, lowest, negative_highest = self._over_all_ranks(ballot, "min", "vote")
         if lowest != -negative_highest:
             raise PrepareFailed(
-                "the ranks are configured differently (model, parallel, engine or seed): "
+                f"{CONFIGURED_DIFFERENTLY} (model, parallel, engine or seed): "
                 "start every rank with the same configuration"
             )
         if first_failed < num_ranks:
@@ -141,7 +157,7 @@ class Engine:
             )
             told = self._over_all_ranks(torch.tensor(list(words), dtype=torch.int32), "sum", "first error")
             text = bytes(told).rstrip(b"\0").decode(errors="replace")
-            raise PrepareFailed(f"rank {first_failed} could not prepare: {text}")
+            raise PrepareFailed(f"rank {first_failed} {COULD_NOT_PREPARE}: {text}")
 
     def _over_all_ranks(self, x: torch.Tensor, reduce_op: str, layer: str) -> list[int]:
         """Over the dp ranks, and then over the tp ranks of each: that is over all."""
@@ -152,8 +168,23 @@ class Engine:
         return numbers
 
     def _profile(self) -> None:
-        """The first model execution: every rank brings as many dummy tokens as a step may ever hold."""
+        """Tuning, where asked for; then the first model execution: every rank brings as many dummy tokens as a step may
+        ever hold.
+        """
+        if self.config.engine.autotune and self.config.model.num_experts:
+            self._policies.tuning.tune(self._tuner())
         self._execute_dummy(self.config.engine.max_num_batched_tokens, may_replay=False)
+
+    def _tuner(self) -> ExpertTuner:
+        """For the rows that the experts see in a decode step and in a full one."""
+        engine, parallel = self.config.engine, self.config.parallel
+        num_senders = parallel.dp_size if parallel.expert_parallel else 1
+        rows = (engine.max_num_seqs * num_senders, engine.max_num_batched_tokens * num_senders)
+        return ExpertTuner(self.model, self.comm, rows, engine.cache_dir, self._declare)
+
+    def _declare(self, schedule: tuple[ScheduleEntry, ...]) -> None:
+        """A step without a model execution."""
+        self.runner.declare(self._plan(0, 0, False), schedule)
 
     def _compile(self) -> None:
         """Nothing to compile in eager mode."""

@@ -17,6 +17,7 @@ lowest that one of them asks for."""
 
 STEP_AGREEMENT = ScheduleEntry("dp", "all_reduce", "step")
 ANYONE_UNFINISHED = ScheduleEntry("dp", "all_reduce", "unfinished")
+TUNING_VOTE = ScheduleEntry("ep", "all_reduce", "autotune.vote")
 
 RECURRENT = {"G": "gated_delta_net", "M": "mamba2"}
 """Layer kinds that carry state from token to token, and how events name them."""

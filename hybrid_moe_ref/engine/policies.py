@@ -7,11 +7,15 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 from hybrid_moe_ref.engine.builds import KernelBuilds
-from hybrid_moe_ref.engine.plan import AgreedStep, StepPlan, resolve
+from hybrid_moe_ref.engine.plan import TUNING_VOTE, AgreedStep, StepPlan, resolve
 from hybrid_moe_ref.engine.server_config import ServerConfig
 from hybrid_moe_ref.parallel.dispatch import AllGatherReduceScatter
+
+if TYPE_CHECKING:
+    from hybrid_moe_ref.engine.autotune import Chosen, ExpertTuner
 
 ExchangeRows = Callable[[list[int], str], list[list[int]]]
 """Sum every rank's column into one matrix over the dp group: (own column, layer) -> rows. One all-reduce."""
@@ -59,6 +63,29 @@ class GraphChoice:
         return agreed
 
 
+class Tuning:
+    """How the ranks come by a choice of kernels: by what every one of them remembers, else they measure together."""
+
+    def tune(self, tuner: ExpertTuner) -> None:
+        """Choose, and put the choice to use; called on every rank at the same point of its start."""
+        chosen = self.load(tuner)
+        tuner.declare((TUNING_VOTE,))
+        everyone_remembers = tuner.vote(chosen is not None)
+        if chosen is None or not everyone_remembers:
+            tuner.declare(tuner.timings)
+            chosen = tuner.time_all()
+            self.save(tuner, chosen)
+        tuner.use(chosen)
+
+    def load(self, tuner: ExpertTuner) -> Chosen | None:
+        """What this rank remembers."""
+        return tuner.load(f"rank{tuner.rank}.json", tuner.key)
+
+    def save(self, tuner: ExpertTuner, chosen: Chosen) -> None:
+        """Remember a choice, each rank in a file of its own."""
+        tuner.save(f"rank{tuner.rank}.json", tuner.key, chosen)
+
+
 class IdlePolicy:
     """What a rank with nothing to run does in a step: it takes part, with as few rows as the kernels allow."""
 
@@ -100,4 +127,5 @@ class Policies:
     ballot: Ballot = field(default_factory=Ballot)
     builds: KernelBuilds = field(default_factory=KernelBuilds)
     drafts: DraftPolicy = field(default_factory=DraftPolicy)
+    tuning: Tuning = field(default_factory=Tuning)
     dispatch: type[AllGatherReduceScatter] = AllGatherReduceScatter

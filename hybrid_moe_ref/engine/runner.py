@@ -57,7 +57,7 @@ class ModelRunner:
         schedule = step_schedule(self._forward_schedule, plan, self._drafts_schedule)
         self._plan = dataclasses.replace(plan, schedule_hash=schedule_hash(schedule))
         # Whether the step is split, and so issues its collectives twice, is known once the ranks have agreed.
-        self._declare(schedule[:1] if self._may_split else schedule)
+        self.declare(self._plan, schedule[:1] if self._may_split else schedule)
         self._agreed = self._agree(STEP_AGREEMENT.layer)
         if self._agree_on_schedules and not self._agreed.same_schedule:
             self._raise_mismatch(schedule)
@@ -77,10 +77,11 @@ class ModelRunner:
         with self.graphs.running(chosen.mode, size):
             return self._model.step(padded_N, padded, cache)[: batch.num_tokens]
 
-    def _declare(self, schedule: tuple[ScheduleEntry, ...]) -> None:
-        self._comm.observer.begin_step(self._plan.step, schedule, self._plan.num_live)
+    def declare(self, plan: StepPlan, schedule: tuple[ScheduleEntry, ...]) -> None:
+        """A step begins, and this is what it will issue: an observer is told, and the guard holds this rank to it."""
+        self._comm.observer.begin_step(plan.step, schedule, plan.num_live)
         if self._agree_on_schedules:
-            self._comm.guard.begin(self._plan.step, schedule)
+            self._comm.guard.begin(plan.step, schedule)
 
     def _set_sizes(self, sizes: tuple[int, ...]) -> None:
         """The layers read them, and the guard holds this rank to them."""

@@ -121,7 +121,7 @@ class Communicator:
     def start_preflight(self) -> None:
         """From here on compare every collective with its members' through the store before it is issued."""
         assert self._store is not None, "ranks that compare need a store to compare through"
-        self._preflight = StorePreflight(self.rank, self._store, self._halt)
+        self._preflight = self._preflight or StorePreflight(self.rank, self._store, self._halt)
 
     @contextlib.contextmanager
     def taped(self, hear: Callable[[Collective], None]) -> Iterator[None]:

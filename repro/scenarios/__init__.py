@@ -70,6 +70,7 @@ class Scenario:
     fixed      settings -> what it must say of the fix; not clean where no server can save the run, only end it well
     server     settings, rank -> what the engine is started with, where it is not the same on all ranks
     missing    settings -> why it cannot run on this machine, or ""
+    starts     how often the server starts in one run; what it leaves in its caches is there for the next start
     defaults   what the scenario needs to be different from a run's defaults, as in config.json; a user's file wins
     """
 
@@ -82,6 +83,7 @@ class Scenario:
     fixed: Callable[[RunSettings], Expected] = lambda settings: CLEAN
     server: Callable[[RunSettings, int], ServerConfig] = lambda settings, rank: settings.server()
     missing: Callable[[RunSettings], str] = lambda settings: ""
+    starts: int = 1
     defaults: Mapping[str, Any] = field(default_factory=dict)
 
     def expected(self, settings: RunSettings) -> Expected:

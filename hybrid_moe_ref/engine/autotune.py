@@ -1,0 +1,186 @@
+"""Autotuning: the ways to compute the experts are timed at start, and all ranks take the fastest on average.
+
+Each timing is averaged over the ranks, one all-reduce for each way and number of rows, so that all choose alike. What
+was chosen is kept in a file per rank. A rank that finds its file needs no timing - but the others count on it in the
+all-reduces, so whether to time at all is put to the vote first.
+
+Shapes: N rows, K picks of a row, P = N K picks, H hidden, E experts held, I intermediate, J = 2 I.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from hybrid_moe_kernels.moe.reference import expert_by_expert, pick_by_pick
+from torch import Tensor
+
+from hybrid_moe_ref.engine.plan import TUNING_VOTE
+from hybrid_moe_ref.layers.moe import Experts
+from hybrid_moe_ref.model import HybridMoE
+from hybrid_moe_ref.parallel.comm import Communicator
+from hybrid_moe_ref.parallel.observer import ScheduleEntry
+
+REPEATS = 3
+Declare = Callable[[tuple[ScheduleEntry, ...]], None]
+"""Announces the collectives that come next."""
+
+Chosen = dict[int, str]
+"""Number of rows -> the tactic for steps of up to so many rows; larger steps take the last."""
+
+
+def padded_to_widest(x_NH: Tensor, ids_NK: Tensor, gate_up_EJH: Tensor, down_EHI: Tensor) -> Tensor:
+    """Each pick's output [P, H], zero where its expert is not held: all experts at once, each with as many rows as the
+    busiest one has.
+    """
+    E, K = gate_up_EJH.shape[0], ids_NK.shape[1]
+    out_PH = x_NH.new_zeros(ids_NK.numel(), x_NH.shape[1])
+    ids_P = ids_NK.flatten()
+    held_R = ((ids_P >= 0) & (ids_P < E)).nonzero()[:, 0]
+    if not len(held_R):
+        return out_PH
+    held_R = held_R[ids_P[held_R].argsort(stable=True)]
+    expert_R = ids_P[held_R]
+    counts_E = expert_R.bincount(minlength=E)
+    place_R = torch.arange(len(held_R), device=x_NH.device) - (counts_E.cumsum(0) - counts_E)[expert_R]
+    rows_EWH = x_NH.new_zeros(E, int(counts_E.max()), x_NH.shape[1])
+    rows_EWH[expert_R, place_R] = x_NH[held_R // K]
+    gate, up = torch.bmm(rows_EWH, gate_up_EJH.mT).chunk(2, dim=-1)
+    out_PH[held_R] = torch.bmm(F.silu(gate) * up, down_EHI.mT)[expert_R, place_R]
+    return out_PH
+
+
+TACTICS: dict[str, Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]] = {
+    "picks": pick_by_pick,
+    "experts": expert_by_expert,
+    "padded": padded_to_widest,
+}
+"""Each computes the output of every pick, [P, H]."""
+
+
+class ChosenExperts:
+    """Stands in for a layer's expert computation, with the tactic that was chosen for the number of rows."""
+
+    def __init__(self, chosen: Chosen) -> None:
+        self._chosen = sorted(chosen.items())
+
+    def __call__(
+        self, x_NH: Tensor, weights_NK: Tensor, ids_NK: Tensor, gate_up_EJH: Tensor, down_EHI: Tensor
+    ) -> Tensor:
+        tactic = next((name for rows, name in self._chosen if x_NH.shape[0] <= rows), self._chosen[-1][1])
+        out_PH = TACTICS[tactic](x_NH, ids_NK, gate_up_EJH, down_EHI)
+        wide = torch.promote_types(x_NH.dtype, torch.float32)
+        out_NKH = out_PH.unflatten(0, ids_NK.shape).to(wide)
+        return (weights_NK[:, None].to(wide) @ out_NKH)[:, 0].to(x_NH.dtype)
+
+
+class ExpertTuner:
+    """What one rank can do about it: time, average, vote, remember.
+
+    rows       numbers of rows to tune for
+    cache_dir  where choices are kept; "" keeps none
+    declare    announces collectives before they are issued
+    """
+
+    def __init__(
+        self, model: HybridMoE, comm: Communicator, rows: Sequence[int], cache_dir: str, declare: Declare
+    ) -> None:
+        self._layers = [layer for layer in model.modules() if isinstance(layer, Experts)]
+        self._top_k = model.config.num_experts_per_tok
+        self._comm = comm
+        self._rows = tuple(sorted(set(rows)))
+        self.folder = Path(cache_dir) / "autotune" if cache_dir else None
+        self.declare = declare
+
+    @property
+    def rank(self) -> int:
+        return self._comm.rank
+
+    @property
+    def key(self) -> str:
+        """What a choice is good for."""
+        experts = self._layers[0]
+        shape = "x".join(map(str, experts.gate_up_proj.shape))
+        device = self._comm.device.type
+        rows = ",".join(map(str, self._rows))
+        return f"torch {torch.__version__} {device} {experts.gate_up_proj.dtype} {shape} rows {rows}"
+
+    @property
+    def timings(self) -> tuple[ScheduleEntry, ...]:
+        """The collectives of :meth:`time_all`, in order."""
+        names = [f"autotune.{rows}.{tactic}" for rows in self._rows for tactic in TACTICS]
+        return tuple(ScheduleEntry("ep", "all_reduce", name) for name in names)
+
+    def vote(self, mine: bool) -> bool:
+        """Whether all ranks say yes."""
+        ballot = torch.tensor([int(mine)], dtype=torch.int32, device=self._comm.device)
+        return bool(self._comm.all_reduce("ep", ballot, "min", layer=TUNING_VOTE.layer).item())
+
+    @torch.inference_mode()
+    def time_all(self) -> Chosen:
+        """Time every tactic for every number of rows, and average over the ranks; the fastest of each."""
+        chosen = {}
+        for rows in self._rows:
+            seconds = {tactic: self._average(self._time(tactic, rows), rows, tactic) for tactic in TACTICS}
+            chosen[rows] = min(seconds, key=lambda tactic: seconds[tactic])
+        return chosen
+
+    def _average(self, seconds: float, rows: int, tactic: str) -> float:
+        x = torch.tensor([seconds], dtype=torch.float64, device=self._comm.device)
+        total = self._comm.all_reduce("ep", x, layer=f"autotune.{rows}.{tactic}")
+        return float(total.item()) / len(self._comm.members("ep"))
+
+    def _time(self, tactic: str, num_rows: int) -> float:
+        experts, device = self._layers[0], self._comm.device
+        random = torch.Generator().manual_seed(num_rows)  # the same rows on every rank, as after a dispatch
+        x_NH = torch.randn(num_rows, experts.hidden_size, generator=random).to(device, experts.gate_up_proj.dtype)
+        ids_NK = torch.randint(experts.num_experts, (num_rows, self._top_k), generator=random).to(device)
+        local_NK = ids_NK - experts.first_expert
+        seconds = []
+        for _ in range(REPEATS):
+            begin = self._now()
+            TACTICS[tactic](x_NH, local_NK, experts.gate_up_proj, experts.down_proj)
+            seconds.append(self._now() - begin)
+        return statistics.median(seconds)
+
+    def _now(self) -> float:
+        if self._comm.device.type == "cuda":
+            torch.cuda.synchronize(self._comm.device)
+        return time.perf_counter()
+
+    def use(self, chosen: Chosen) -> None:
+        """From here on all layers compute their experts so."""
+        experts = ChosenExperts(chosen)
+        for layer in self._layers:
+            layer.mlp = experts
+
+    def load(self, file_name: str, key: str) -> Chosen | None:
+        """What was kept under `key`, or None; a file that cannot be read or understood counts as none."""
+        if self.folder is None:
+            return None
+        try:
+            kept: Any = json.loads((self.folder / file_name).read_text())
+            chosen = {int(rows): tactic for rows, tactic in kept[key].items()}
+        except (OSError, ValueError, KeyError, TypeError, AttributeError):
+            return None
+        return chosen if set(chosen) == set(self._rows) and set(chosen.values()) <= set(TACTICS) else None
+
+    def save(self, file_name: str, key: str, chosen: Chosen) -> None:
+        """Keep a choice. That it cannot be kept is told, and costs the next start its time, no more."""
+        if self.folder is None:
+            return
+        path = self.folder / file_name
+        partial = path.with_name(f"{file_name}.{os.getpid()}.partial")
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            partial.write_text(json.dumps({key: chosen}))
+            partial.replace(path)
+        except OSError as error:
+            print(f"[rank {self.rank}] tuning is not kept: {path}: {error.strerror or error}", flush=True)
