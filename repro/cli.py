@@ -23,7 +23,7 @@ from repro.display import display, overview, summary
 from repro.junit import write_junit
 from repro.rundir import RUN_NAME, OutputError, RunDir, read_json
 from repro.settings import VARIANTS, RunSettings
-from repro.watch import judge_again
+from repro.watch import judge_again, matches
 from repro.witness import Tail, read_dir
 
 EXPECTED, UNEXPECTED, USAGE, CANNOT_TELL, INTERRUPTED = 0, 1, 2, 125, 130
@@ -230,15 +230,18 @@ def _watch(args: argparse.Namespace) -> int:
             raise ConfigError("the run is decided; without --end it is judged once more", str(run_dir.verdict))
         return _watch_to_end(run_dir, settings, console, args.json)
     try:
-        verdict, refused = judge_again(run_dir, settings)
+        expected = scenarios.load(settings.scenario).expected(settings)
+        verdict, whole = judge_again(run_dir, settings)
     except (AttributeError, KeyError, TypeError) as error:
         raise ConfigError(f"holds a file that no run of this program leaves: {error}", str(run_dir.root)) from error
     if args.json:
         print(json.dumps(verdict.to_json(), indent=1))
     else:
-        for line in (verdict.verdict, *verdict.sentences(), *verdict.evidence, *refused):
+        for line in (verdict.verdict, *verdict.sentences(), *verdict.evidence):
             print(line)
-    return CANNOT_TELL if verdict.verdict == "inconclusive" else EXPECTED
+    if verdict.verdict == "inconclusive" or not whole:
+        return CANNOT_TELL
+    return EXPECTED if matches(verdict, expected) else UNEXPECTED
 
 
 def _watch_to_end(run_dir: RunDir, settings: RunSettings, console: Console, as_json: bool) -> int:

@@ -7,6 +7,7 @@ verdict included, is all that stays.
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import os
 import shutil
 import signal
@@ -21,7 +22,7 @@ from typing import Any
 
 import psutil
 
-from repro import process
+from repro import locks, process
 from repro.layout import Identity
 from repro.rundir import OutputError, RunDir, write_json
 from repro.settings import RunSettings
@@ -115,8 +116,36 @@ def attend(
     job_alive: Callable[[], bool],
     started: Sequence[subprocess.Popen[bytes]] = (),
 ) -> dict[str, Any]:
-    """Watch a run that was started, to its verdict and its end; returns what verdict.json says."""
-    children = list(started)
+    """Watch a run that was started, to its verdict and its end; returns what verdict.json says.
+
+    Raises OutputError when another process does so already: only one may end a run.
+    """
+    with _only_one(run_dir):
+        return _attend(run_dir, settings, interrupt, display, job_alive, list(started))
+
+
+@contextlib.contextmanager
+def _only_one(run_dir: RunDir) -> Iterator[None]:
+    """A lock on config.json, which the kernel lets go of however its holder ends."""
+    with run_dir.config.open("rb") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            pid = locks.holder(run_dir.config.resolve())
+            raise OutputError(
+                f"{run_dir.root}: process {pid} watches this run to its end; without --end it is judged as it is now"
+            ) from None
+        yield
+
+
+def _attend(
+    run_dir: RunDir,
+    settings: RunSettings,
+    interrupt: Callable[[], bool],
+    display: Display,
+    job_alive: Callable[[], bool],
+    children: list[subprocess.Popen[bytes]],
+) -> dict[str, Any]:
     reference = None
     if not run_dir.reference.exists():
         reference = _start([sys.executable, "-m", "repro.reference", str(run_dir.root)], run_dir, "reference.log")

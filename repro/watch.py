@@ -229,13 +229,14 @@ class Watch:
         return document
 
 
-def judge_again(run_dir: RunDir, settings: RunSettings) -> tuple[Verdict, list[str]]:
-    """The verdict on a run from the files it left, and a line for each witness that cannot be used.
+def judge_again(run_dir: RunDir, settings: RunSettings) -> tuple[Verdict, bool]:
+    """The verdict on a run from the files it left, and whether all of these could be used to their last byte.
 
     A decided run is judged as of the moment of its verdict.json, from where also comes what the system said then; any
     other as of now, after a look of LOOK_S at its processes.
     """
     witnesses, refused = read_dir(run_dir.root / "events")
+    told: dict[str, Any] = {}
     if run_dir.verdict.exists():
         told = read_json(run_dir.verdict)
         last_event_ns = max((witness.last_event_ns() for witness in witnesses.values()), default=0)
@@ -258,7 +259,17 @@ def judge_again(run_dir: RunDir, settings: RunSettings) -> tuple[Verdict, list[s
         wrong_numbers=wrong_tokens(run_dir, settings.num_ranks) if finished else (),
         **vars(facts),
     )
-    return verdict, refused
+    if verdict.verdict == "clean" and told.get("verdict") == "slow":  # only who watched could see that
+        verdict = dataclasses.replace(
+            verdict,
+            verdict="slow",
+            culprits=tuple(told["culprits"]),
+            confidence=told["confidence"],
+            evidence=tuple(told["evidence"]),
+        )
+    used = {witness.who.run_id for witness in witnesses.values()}
+    whole = not refused and len(used) <= 1 and not any(witness.problems for witness in witnesses.values())
+    return _with_evidence(verdict, refused), whole
 
 
 def wrong_tokens(run_dir: RunDir, num_ranks: int) -> list[str]:

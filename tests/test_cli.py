@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import fcntl
 import json
 import os
 import subprocess
@@ -10,8 +11,12 @@ import sys
 from pathlib import Path
 
 import pytest
+from scene import Scene
 
+from hybrid_moe_ref.parallel.observer import Collective
 from repro.cli import CANNOT_TELL, EXPECTED, UNEXPECTED, USAGE, exit_code, main
+from repro.parse import parse_header
+from repro.rundir import RunDir
 from repro.settings import RunSettings
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -143,6 +148,94 @@ def test_a_decided_run_is_not_decided_again(capsys, tmp_path):
     assert (tmp_path / "verdict.json").read_text() == '{"verdict": "deadlock"}'
     code, told = fails(capsys, "watch", tmp_path)
     assert code == USAGE and "that no run of this program leaves" in told
+
+
+def left_by_a_run(root, scene):
+    """A run directory of a control run with the witnesses of a scene."""
+    settings = RunSettings("metadata_rebuild", "control", num_ranks=scene.num_ranks)
+    run_dir = RunDir(root)
+    (root / "events").mkdir()
+    run_dir.config.write_text(json.dumps(settings.to_mapping()))
+    for rank, data in enumerate(scene.files):
+        run_dir.witness(rank).write_bytes(data)
+    return run_dir
+
+
+def finished():
+    scene = Scene(4, {"dp": range(4)})
+    for recorder in scene.recorders:
+        recorder.done()
+    return scene
+
+
+def test_watch_exits_with_0_for_the_expected_verdict_1_for_another_and_125_for_none(capsys, tmp_path):
+    run_dir = left_by_a_run(tmp_path, finished())
+    assert main(["watch", str(tmp_path)]) == EXPECTED
+    assert capsys.readouterr().out.startswith("clean\n")
+    scene = finished()
+    scene.enter([0], Collective("dp", "all_reduce", "step", (4,), "int32", "sum"))
+    run_dir.witness(0).write_bytes(scene.files[0])
+    assert main(["watch", str(tmp_path)]) == UNEXPECTED
+    assert capsys.readouterr().out.startswith("deadlock\n")
+    run_dir.witness(0).unlink()
+    assert main(["watch", str(tmp_path), "--json"]) == CANNOT_TELL
+    assert json.loads(capsys.readouterr().out)["verdict"] == "inconclusive"
+
+
+def newer(data):
+    data[8] = 9
+
+
+def empty(data):
+    data.clear()
+
+
+def cut(data):
+    del data[len(data) // 2 :]
+
+
+def impossible(data):
+    data[finished_shape().ring_at + 66] = 99  # the kind of the first record
+
+
+def of_another_run(data):
+    data[:] = Scene(4, {"dp": range(4)}, run_id="another").files[2]
+
+
+def finished_shape():
+    return parse_header(bytes(finished().files[0]), "x")[1]
+
+
+@pytest.mark.parametrize(
+    ("damage", "words"),
+    [
+        (empty, "rank002.wit:0: the file ends inside its header"),
+        (newer, "rank002.wit:8: witness version 9, this reader knows 1"),
+        (cut, "rank002.wit:{half}: the file ends early"),
+        (impossible, "rank002.wit:{ring}: impossible record, event 1 kind 99"),
+        (of_another_run, "rank002.wit:0: of run 'another' with 4 ranks, not of 'test'"),
+    ],
+)
+def test_a_bad_witness_is_named_with_its_offset_and_the_rest_is_still_used(capsys, tmp_path, damage, words):
+    scene = finished()
+    scene.files[2] = bytearray(bytes(scene.files[2]))  # a copy that no recorder holds on to
+    damage(scene.files[2])
+    left_by_a_run(tmp_path, scene)
+    words = words.format(half=len(scene.files[2]), ring=finished_shape().ring_at)
+    for flags in ([], ["--json"]):
+        assert main(["watch", str(tmp_path), *flags]) == CANNOT_TELL
+        told = capsys.readouterr()
+        assert words in told.out and not told.err
+    assert [position["state"] for position in json.loads(told.out)["ranks"]].count("done") >= 3
+
+
+def test_only_one_process_may_watch_a_run_to_its_end(capsys, tmp_path):
+    run_dir = left_by_a_run(tmp_path, finished())
+    with run_dir.config.open("rb") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        code, told = fails(capsys, "watch", tmp_path, "--end")
+    assert code == USAGE and f"process {os.getpid()} watches this run to its end" in told
+    assert not run_dir.verdict.exists()
 
 
 def test_exit_codes_tell_wrong_from_undecided():
