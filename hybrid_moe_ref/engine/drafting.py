@@ -133,7 +133,7 @@ class Drafting:
 
     def draft_dummy(self, tokens_N: Tensor, hidden_NH: Tensor, batch: Batch) -> None:
         """A rank without requests takes part in the others' drafting."""
-        for number in range(self._policy.num_passes(self._engine.num_drafts, 0)):
+        for number in range(self._policy.num_passes(self._engine.num_drafts, None)):
             hidden_NH = self._runner.draft(number, tokens_N, hidden_NH, batch, None)
             if not number:
                 batch = Batch.dummy(1, tokens_N.device)

@@ -110,9 +110,9 @@ class DraftPolicy:
     """How often a rank runs the drafter after a step's forward pass. The drafter has experts, so its passes are
     collective like the step's own."""
 
-    def num_passes(self, num_drafts: int, room: int) -> int:
+    def num_passes(self, num_drafts: int, room: int | None) -> int:
         """As many on every rank, needed or not: ``num_drafts``, which is the server's setting. ``room`` is how many
-        drafts could still serve a request of this rank, 0 when all are about to end or there is none."""
+        drafts could still serve a request of this rank, 0 when all are about to end, None when it has none."""
         return num_drafts
 
 

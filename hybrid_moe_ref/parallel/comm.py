@@ -173,12 +173,19 @@ class Communicator:
         return x
 
     def all_gather_v(
-        self, group: str, tensors: Sequence[Tensor], sizes: Sequence[int], *, layer: str = ""
+        self,
+        group: str,
+        tensors: Sequence[Tensor],
+        sizes: Sequence[int],
+        *,
+        layer: str = "",
+        broadcast_uneven: bool = False,
     ) -> list[Tensor]:
         """Gather rows of several tensors at once: each [N, ...] -> [S, ...], ranks in group order.
 
         ``sizes[r]`` is the number of rows that group rank r brings; the tensors may differ in dtype, since the
-        rows travel as bytes (which is also how fp8 crosses gloo).
+        rows travel as bytes (which is also how fp8 crosses gloo). Uneven rows travel padded to the widest, or with
+        ``broadcast_uneven`` in one broadcast per rank, as vLLM's and TensorRT-LLM's do.
 
         Raises ValueError when this rank's rows are not what the agreed sizes say.
         """
@@ -190,7 +197,8 @@ class Communicator:
         packed_NB = torch.cat([_as_bytes(x) for x in tensors], dim=1)
         event = Collective(group, "all_gather_v", layer, sizes, "uint8")
         self._enter(event)
-        packed_SB = self._gather_rows(group, packed_NB, sizes)
+        gather = self._broadcast_rows if broadcast_uneven and min(sizes) != max(sizes) else self._gather_rows
+        packed_SB = gather(group, packed_NB, sizes)
         self.observer.leave(event)
         gathered, column = [], 0
         for x in tensors:
@@ -253,6 +261,14 @@ class Communicator:
         if min(sizes) == widest:
             return rows_SB
         return torch.cat([rows[:size] for rows, size in zip(rows_SB.split(widest), sizes, strict=True)])
+
+    def _broadcast_rows(self, group: str, rows_NB: Tensor, sizes: tuple[int, ...]) -> Tensor:
+        pg, rows_SB = self._groups[group], rows_NB.new_empty(sum(sizes), rows_NB.shape[1])
+        for root, part in enumerate(rows_SB.split(sizes)):
+            if root == self.group_rank(group):
+                part.copy_(rows_NB)
+            self._wait(pg, dist.broadcast(part, group_src=root, group=pg, async_op=True))
+        return rows_SB
 
     def _reduce_rows(self, group: str, x_SH: Tensor, sizes: tuple[int, ...]) -> Tensor:
         pg, num_rows = self._groups[group], sizes[self.group_rank(group)]

@@ -161,6 +161,10 @@ def _victims(case: _Case) -> set[int]:
         for side in case.ledger.refused(key, over, max(case.ledger.diverged[key])):
             victims |= gone & set(side.ranks)
             victims |= {rank for rank in gone & set(key[1]) if not case.standings[rank].seen}
+        for rank in gone & set(key[1]):  # the others may have completed what it died in
+            standing = case.standings[rank]
+            sides = case.ledger.refused(key, standing.left.get(key, 0), standing.issued.get(key, 0))
+            victims |= {rank for side in sides if rank in side.ranks}
     return victims
 
 
