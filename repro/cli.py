@@ -10,7 +10,7 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +18,10 @@ from rich.console import Console
 
 from hybrid_moe_ref.config import ConfigError, nearest
 from hybrid_moe_ref.engine.server_config import CHECKS
-from repro import launch, process, scenarios
+from repro import launch, process, report, scenarios
 from repro.display import display, overview, summary
 from repro.junit import write_junit
+from repro.report import command as report_command
 from repro.rundir import RUN_NAME, OutputError, RunDir, read_json
 from repro.settings import VARIANTS, RunSettings
 from repro.watch import judge_again, matches
@@ -100,6 +101,8 @@ def _parser() -> argparse.ArgumentParser:
     watch.add_argument("--json", action="store_true")
     watch.set_defaults(command=_watch, parser=watch)
 
+    report_command.add(commands)
+
     clean = commands.add_parser("clean", help="remove the runs")
     clean.add_argument("--out", type=Path, default=Path("runs"), metavar="DIR", help="default: runs")
     clean.set_defaults(command=_clean, parser=clean)
@@ -133,6 +136,7 @@ def _run(args: argparse.Namespace) -> int:
     console = Console(stderr=args.json)
     documents: list[dict[str, Any]] = []
     references: dict[tuple[Any, ...], Path] = {}
+    done: list[Path] = []
     interrupt = launch.Interrupt()
     with interrupt.installed():
         for number, settings in enumerate(runs, start=1):
@@ -149,9 +153,15 @@ def _run(args: argparse.Namespace) -> int:
                 run_dir, document = launch.run(settings, args.out, interrupt, shown, known, launcher)
             documents.append(document)
             references.setdefault(settings.reference_key(), run_dir.reference)
+            done.append(run_dir.root)
             told = "" if document["matches_expected"] else ", not as expected"
             told = f"  {document['verdict']}{told}: {run_dir.verdict}"
             console.print(told, highlight=False, markup=False, soft_wrap=True)
+            if settings.variant == variants[-1]:
+                _report(console, done)  # once more, now that the siblings are there
+                done = []
+            else:
+                _report(console, done[-1:])
             if interrupt():
                 break
     if args.junit:
@@ -169,6 +179,14 @@ def _skipped(settings: RunSettings, why: str) -> dict[str, Any]:
         "culprits": [], "sentences": [], "evidence": [why], "skipped": why, "expected": expected,
         "matches_expected": False, "seconds": {"stall_to_verdict": 0.0, "total": 0.0},
     }  # fmt: skip
+
+
+def _report(console: Console, roots: Sequence[Path]) -> None:
+    """Every run so far is shown beside its siblings. A page that cannot be written changes no verdict."""
+    try:
+        report.write_all(roots)
+    except (OSError, ValueError) as error:
+        console.print(f"  no report: {error}", highlight=False, markup=False, soft_wrap=True)
 
 
 def _print_verdicts(console: Console, documents: list[dict[str, Any]], as_json: bool) -> None:
@@ -255,6 +273,7 @@ def _watch_to_end(run_dir: RunDir, settings: RunSettings, console: Console, as_j
     with interrupt.installed():
         shown = launch.Display(notice=lambda text: console.print(text, highlight=False, markup=False))
         document = launch.attend(run_dir, settings, interrupt, shown, job_alive)
+    _report(console, [run_dir.root])
     _print_verdicts(console, [document], as_json)
     return INTERRUPTED if interrupt() else exit_code([document])
 

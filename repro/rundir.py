@@ -5,6 +5,7 @@ events/rank000.wit     the witness a rank leaves             the rank, as it goe
 stacks/rank000.txt     Python stacks                         the rank's faulthandler, when asked
 fr/rank000.json        PyTorch's Flight Recorder             the rank, when asked
 logs/rank000.log       what the rank printed                 the rank
+env/rank000.txt        versions it loaded                    the rank, once connected
 outputs/rank000.json   tokens served                         the rank, when done
 reference.json         tokens of the single-process model    repro.reference
 verdict.json           the verdict                           watcher, before anything is killed
@@ -31,7 +32,7 @@ RUN_NAME = re.compile(r"\d{8}T\d{6}\.\d{3}Z-[a-z0-9_]+-(control|fault|fix)-(-?\d
 
 MAX_JSON_BYTES = 64 << 20
 
-PARTS = ("events", "stacks", "fr", "logs", "outputs")
+PARTS = ("events", "stacks", "fr", "logs", "env", "outputs")
 
 
 class OutputError(OSError):
@@ -77,6 +78,9 @@ class RunDir:
 
     def output(self, rank: int) -> Path:
         return self._rank_file("outputs", rank, "json")
+
+    def environment(self, rank: int) -> Path:
+        return self._rank_file("env", rank, "txt")
 
     @property
     def launcher_log(self) -> Path:

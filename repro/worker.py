@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING, Any
 
 from hybrid_moe_ref.config import ConfigError
 from hybrid_moe_ref.engine.server_config import CHECKS
-from repro import process, scenarios
+from repro import loaded, process, scenarios
 from repro.launch import prepare_run_dir
 from repro.record import Recorder
 from repro.rundir import OutputError, RunDir, read_json, write_atomically, write_json
@@ -51,7 +51,9 @@ def run_rank(run_dir: RunDir, settings: RunSettings, rank: int, join: Callable[[
     recorder = Recorder.open(run_dir.witness(rank), rank, settings.num_ranks)
     try:
         recorder.phase("import")
-        outputs = serve(settings, rank, join(), recorder, run_dir.cache)
+        store = join()
+        write_atomically(run_dir.environment(rank), loaded.describe())
+        outputs = serve(settings, rank, store, recorder, run_dir.cache)
         write_json(run_dir.output(rank), outputs)
         recorder.done()
         print(f"[rank {rank}] done: {len(outputs)} requests", flush=True)

@@ -1,0 +1,54 @@
+"""What a rank has really loaded: versions, libraries and the variables that steer them, as text for env/rank000.txt.
+
+Asked in the rank itself, because what is installed, what torch was built with and what the process maps may differ.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import re
+import sys
+from pathlib import Path
+
+_LIBRARIES = re.compile(
+    r"/(lib(?:nccl|rccl|cudart|cublas|cudnn|nvshmem|gloo|mpi|torch_c(?:pu|uda)|triton)[^/]*\.so[^/]*)$"
+)
+_VARIABLES = ("HMR_CHECKS", "NCCL_", "TORCH_", "GLOO_", "CUDA_", "OMP_", "LD_PRELOAD", "VLLM_", "TRITON_")
+
+
+def describe() -> str:
+    """Lines of "what: value", equal on ranks that loaded the same. Needs torch."""
+    import torch
+
+    lines = [
+        f"python: {platform.python_version()} on {platform.platform()}",
+        f"torch: {torch.__version__} (git {(torch.version.git_version or 'unknown')[:12]}, CUDA {torch.version.cuda})",
+    ]
+    if torch.cuda.is_available():
+        nccl: tuple[int, ...] = torch.cuda.nccl.version()  # type: ignore[no-untyped-call]
+        lines.append(f"NCCL, as the library itself says: {'.'.join(map(str, nccl))}")
+        lines += sorted({f"GPU: {torch.cuda.get_device_name(i)}" for i in range(torch.cuda.device_count())})
+    lines += [f"module {name}: {version}" for name, version in _modules()]
+    lines += [f"library: {name}" for name in _libraries()]
+    lines += [f"{name}={os.environ[name]}" for name in sorted(os.environ) if name.startswith(_VARIABLES)]
+    return "\n".join(lines) + "\n"
+
+
+def _modules() -> list[tuple[str, str]]:
+    """Third-party packages that are imported, by what they say of themselves."""
+    found = {}
+    for name, module in list(sys.modules.items()):
+        version = getattr(module, "__version__", None) if "." not in name and name != "torch" else None
+        if isinstance(version, str) and "site-packages" in (getattr(module, "__file__", None) or ""):
+            found[name] = version
+    return sorted(found.items())
+
+
+def _libraries() -> list[str]:
+    """File names of the communication and compute libraries that the process maps (Linux)."""
+    try:
+        mapped = Path("/proc/self/maps").read_text(errors="replace")
+    except OSError:
+        return []
+    return sorted({match.group(1) for line in mapped.splitlines() if (match := _LIBRARIES.search(line))})

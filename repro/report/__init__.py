@@ -1,0 +1,38 @@
+"""What a person is shown of a run: report.html, timeline.svg and trace.json, from the files that the run left.
+
+Pure standard library. Never imports torch, never trusts a file: what is missing or damaged is said on the page.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+from repro.report import drawing
+from repro.report.gather import Facts, gather, siblings
+from repro.report.page import page
+from repro.report.trace import trace
+from repro.rundir import write_atomically
+
+FILES = ("report.html", "timeline.svg", "trace.json")
+
+
+def write(root: Path, beside: Sequence[Path] | None = None) -> Facts:
+    """Write the three files into a run directory; returns what they were made from.
+
+    beside: runs to set beside this one; by default the newest ones of its folder that differ in their variant only.
+
+    Raises ConfigError when the folder holds nothing of a run, OSError when it cannot be written to.
+    """
+    facts = gather(root)
+    others = [gather(path) for path in (siblings(root, facts) if beside is None else beside)]
+    picture = drawing.timeline(facts)
+    write_atomically(root / "timeline.svg", picture)
+    write_atomically(root / "trace.json", trace(facts))
+    write_atomically(root / "report.html", page(facts, others, picture))
+    return facts
+
+
+def write_all(roots: Iterable[Path]) -> list[Facts]:
+    """:func:`write` for each run."""
+    return [write(root) for root in roots]

@@ -1,0 +1,285 @@
+"""Everything that a run directory tells, read without trust: what is missing or damaged is said, not raised."""
+
+from __future__ import annotations
+
+import dataclasses
+import shlex
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from hybrid_moe_ref.config import ConfigError
+from repro.parse import WitnessError
+from repro.report.lanes import Label, Labels, Lane, SharedClock, read_lane
+from repro.rundir import RunDir, read_json
+from repro.settings import RunSettings
+from repro.verdict.result import list_ranks, name_ranks
+from repro.witness import SUFFIX, read
+
+MAX_RANKS = 4096
+MAX_TEXT_BYTES = 1 << 20
+_RANK_TEXTS = ("state", "phase", "layer", "group", "op", "detail", "site")
+_RANK_NUMBERS = {"step": -1, "seq": 0, "since_s": 0.0}
+
+
+@dataclass
+class Facts:
+    """One run as the report sees it.
+
+    verdict   what verdict.json says, with every field there and of its type
+    settings  the configuration, where it is one that this program understands
+    missing   one sentence for each thing that should be there and is not, or is damaged
+    """
+
+    root: Path
+    config: dict[str, Any] = field(default_factory=dict)
+    settings: RunSettings | None = None
+    verdict: dict[str, Any] = field(default_factory=dict)
+    lanes: dict[int, Lane] = field(default_factory=dict)
+    labels: Labels = field(default_factory=Labels)
+    missing: list[str] = field(default_factory=list)
+
+    @property
+    def run_dir(self) -> RunDir:
+        return RunDir(self.root)
+
+    @property
+    def num_ranks(self) -> int:
+        return max([int(self.verdict["num_ranks"]), *(rank + 1 for rank in self.lanes)])
+
+    @property
+    def stuck(self) -> bool:
+        """Whether the run ended with ranks that did not."""
+        return self.verdict["verdict"] not in ("clean", "corrupt", "")
+
+    def span_ns(self) -> tuple[int, int]:
+        """From the first event to the verdict, on the shared clock; (0, 1) of a run that recorded nothing."""
+        starts = [lane.starts[0] for lane in self.lanes.values() if len(lane)]
+        if not starts:
+            return 0, 1
+        last_ns = max(lane.last_ns for lane in self.lanes.values())
+        return min(starts), max(last_ns + int(self.verdict["quiet_s"] * 1e9), min(starts) + 1)
+
+    def command(self) -> str:
+        """The command that runs this again."""
+        if self.settings is None:
+            return ""
+        plain = RunSettings(self.settings.scenario, self.settings.variant)
+        words = ["python", "-m", "repro", "run", self.settings.scenario, "--variant", self.settings.variant]
+        for name in ("num_ranks", "backend", "quiet_window_s", "deadline_s", "seed", "checks"):
+            value = getattr(self.settings, name)
+            if value != getattr(plain, name):
+                flag = {"num_ranks": "ranks"}.get(name, name.removesuffix("_s").replace("_", "-"))
+                words += [f"--{flag}", str(value)]
+        if any(getattr(self.settings, part) != getattr(plain, part) for part in ("model", "engine", "workload")):
+            words += ["--config", "config.json"]
+        return shlex.join(words)
+
+
+def gather(root: Path, with_lanes: bool = True) -> Facts:
+    """Read a run directory. Raises ConfigError when there is nothing of a run in it."""
+    facts = Facts(root)
+    if not root.is_dir():
+        raise ConfigError("no such folder", str(root))
+    if not any((root / part).exists() for part in ("config.json", "verdict.json", "events")):
+        raise ConfigError("not a run directory: it has no config.json, no verdict.json and no events", str(root))
+    facts.config = _read_document(facts, "config.json", "what was run is not known")
+    try:
+        facts.settings = RunSettings.from_mapping(facts.config, "config.json") if facts.config else None
+    except (ConfigError, TypeError, ValueError) as error:
+        facts.missing.append(f"config.json is not one of this program: {error}")
+    document = _read_document(facts, "verdict.json", "the run was not decided; `python -m repro watch RUN` judges it")
+    facts.verdict = sound_verdict(document, facts.config, facts.missing)
+    if with_lanes:
+        _read_lanes(facts)
+        _look_for_rank_files(facts)
+    return facts
+
+
+def _read_document(facts: Facts, name: str, loss: str) -> dict[str, Any]:
+    path = facts.root / name
+    try:
+        document = read_json(path)
+    except FileNotFoundError:
+        facts.missing.append(f"{name} is missing: {loss}")
+    except (OSError, ValueError) as error:
+        facts.missing.append(f"{name} is damaged ({str(error).replace(f'{facts.root}/', '')}): {loss}")
+    else:
+        if isinstance(document, dict):
+            return document
+        facts.missing.append(f"{name} is damaged (not a mapping): {loss}")
+    return {}
+
+
+def _read_lanes(facts: Facts) -> None:
+    clock = SharedClock()
+    files = sorted((facts.root / "events").glob(f"*{SUFFIX}"))[:MAX_RANKS]
+    for path in files:
+        try:
+            witness = read(path)
+        except (OSError, WitnessError) as error:
+            facts.missing.append(f"{str(error).replace(f'{facts.root}/', '')}: this rank's events are not shown")
+            continue
+        if witness.rank in facts.lanes:
+            facts.missing.append(f"events/{path.name}: rank {witness.rank} is already told by another file")
+            continue
+        if witness.num_events == 0 and not witness.who.pid:
+            continue  # made by the launcher, never opened by its rank
+        facts.lanes[witness.rank] = lane = read_lane(witness, facts.labels, clock)
+        facts.missing += [problem.replace(f"{facts.root}/", "") for problem in lane.problems]
+        if lane.first_event > 1:
+            facts.missing.append(f"events/{path.name}: the {lane.first_event - 1} oldest events were overwritten")
+    facts.lanes = dict(sorted(facts.lanes.items()))
+
+
+def _look_for_rank_files(facts: Facts) -> None:
+    """Say which ranks lack which file; stacks and recorder dumps are taken only when a run does not finish."""
+    ranks = range(min(facts.num_ranks, MAX_RANKS))
+    wanted: list[tuple[str, Callable[[int], Path]]] = [("logs", facts.run_dir.log)]
+    if facts.stuck:
+        wanted += [("stacks", facts.run_dir.stack), ("fr", facts.run_dir.flight_recorder)]
+    absent = [rank for rank in ranks if rank not in facts.lanes]
+    if absent:
+        facts.missing.append(f"events: {name_ranks(absent)} left no readable witness")
+    for what, path in wanted:
+        absent = [rank for rank in ranks if not path(rank).is_file()]
+        if absent:
+            facts.missing.append(f"{what}: no file of {name_ranks(absent)}")
+
+
+def sound_verdict(document: Mapping[str, Any], config: Mapping[str, Any], missing: list[str]) -> dict[str, Any]:
+    """verdict.json with every field of its type; what was not is replaced and named in ``missing``."""
+    wrong: list[str] = []
+
+    def take(owner: Mapping[str, Any], name: str, kind: type | tuple[type, ...], default: Any) -> Any:
+        value = owner.get(name)
+        if isinstance(value, kind) and not (isinstance(value, bool) and kind is not bool):
+            return value
+        if value is not None and owner:
+            wrong.append(name)
+        return default
+
+    def ranks_of(owner: Mapping[str, Any], name: str) -> list[int]:
+        values = take(owner, name, list, [])
+        good = [r for r in values if isinstance(r, int) and not isinstance(r, bool) and 0 <= r < MAX_RANKS]
+        if len(good) != len(values):
+            wrong.append(name)
+        return good
+
+    def mappings(owner: Mapping[str, Any], name: str) -> list[dict[str, Any]]:
+        return [row for row in take(owner, name, list, []) if isinstance(row, dict)]
+
+    def words(owner: Mapping[str, Any], name: str) -> list[str]:
+        return [text for text in take(owner, name, list, []) if isinstance(text, str)]
+
+    def position(row: Mapping[str, Any]) -> dict[str, Any]:
+        told: dict[str, Any] = {name: take(row, name, str, "") for name in _RANK_TEXTS}
+        told |= {name: take(row, name, (int, float), default) for name, default in _RANK_NUMBERS.items()}
+        sizes = [size for size in take(row, "sizes", list, []) if isinstance(size, int)]
+        return {"rank": take(row, "rank", int, -1), **told, "sizes": sizes}
+
+    ranks = [position(row) for row in mappings(document, "ranks")[:MAX_RANKS]]
+    divergence = take(document, "first_divergence", dict, {})
+    seconds = take(document, "seconds", dict, {})
+    expected = take(document, "expected", dict, {})
+    verdict = {
+        "scenario": take(document, "scenario", str, "") or take(config, "scenario", str, "unknown"),
+        "variant": take(document, "variant", str, "") or take(config, "variant", str, "unknown"),
+        "backend": take(document, "backend", str, "") or take(config, "backend", str, "unknown"),
+        "num_ranks": take(document, "num_ranks", int, 0) or take(config, "num_ranks", int, 0),
+        "seed": take(document, "seed", int, take(config, "seed", int, 0)),
+        "verdict": take(document, "verdict", str, ""),
+        "cause": take(document, "cause", str, ""),
+        "confidence": take(document, "confidence", str, ""),
+        "culprits": ranks_of(document, "culprits"),
+        "suspects": ranks_of(document, "suspects"),
+        "ranks": [row for row in ranks if 0 <= row["rank"] < MAX_RANKS],
+        "sides": [
+            {**position(side), "ranks": ranks_of(side, "ranks"), "planned": take(side, "planned", str, "")}
+            for side in mappings(divergence, "sides")
+        ],
+        "cycle": [
+            {
+                "ranks": ranks_of(link, "ranks"),
+                "waits_in": take(link, "waits_in", str, ""),
+                "for": ranks_of(link, "for"),
+            }
+            for link in mappings(document, "cycle")
+        ],
+        "evidence": words(document, "evidence"),
+        "sentences": words(document, "sentences"),
+        "quiet_s": min(max(0.0, float(take(document, "quiet_s", (int, float), 0.0))), 1e6),
+        "expected": {name: take(expected, name, str, "") for name in ("verdict", "cause")},
+        "matches_expected": take(document, "matches_expected", bool, None),
+        "seconds": {name: take(seconds, name, (int, float), None) for name in ("stall_to_verdict", "total")},
+    }
+    verdict["num_ranks"] = min(max(verdict["num_ranks"], 0), MAX_RANKS)
+    if wrong:
+        missing.append(f"verdict.json is damaged: {', '.join(dict.fromkeys(wrong))} not of the type written there")
+    return verdict
+
+
+def headline(verdict: Mapping[str, Any]) -> str:
+    """The verdict in a sentence."""
+    culprits = list_ranks(verdict["culprits"])
+    name = verdict["verdict"]
+    if name == "clean":
+        told = next((text for text in reversed(verdict["evidence"]) if "equal" in text), "")
+        return f"All {verdict['num_ranks']} ranks finished{f': {told}' if told else ''}."
+    if not name:
+        return "This run has no verdict."
+    where = "; ".join(verdict["sentences"][:4]) or "no rank said where it is"
+    more = len(verdict["sentences"]) - 4
+    if more > 0:
+        where += f"; and {more} more places"
+    cause = _CAUSES.get((name, verdict["cause"])) or verdict["cause"]
+    blame = f" {cause}".rstrip() + (f" by ranks {culprits}" if culprits else "") if cause else ""
+    return f"{name.capitalize()}:{blame}{';' if blame else ''} {where}."
+
+
+_CAUSES = {
+    ("deadlock", "extra"): "a collective too many",
+    ("deadlock", "skipped"): "a collective left out",
+    ("deadlock", "order"): "two groups entered in another order",
+    ("deadlock", "mismatch"): "different collectives under one number",
+    ("deadlock", "sizes"): "sizes that differ",
+    ("deadlock", "lock"): "a lock held across a collective",
+    ("crash", "dead_rank"): "a process died",
+    ("crash", "error"): "an error raised",
+}
+
+
+def siblings(root: Path, facts: Facts) -> list[Path]:
+    """The newest runs beside ``root`` that are the same but for their variant."""
+    if facts.settings is None:
+        return []
+    same = dataclasses.replace(facts.settings, variant="control", checks="")
+    newest: dict[str, Path] = {}
+    for path in sorted(root.resolve().parent.glob(f"*-{facts.settings.scenario}-*-{facts.settings.seed}")):
+        if path.is_symlink() or path == root.resolve() or not (path / "verdict.json").is_file():
+            continue
+        try:
+            other = RunSettings.from_mapping(read_json(path / "config.json"))
+        except (OSError, ValueError):
+            continue
+        if other.variant != facts.settings.variant and same == dataclasses.replace(other, variant="control", checks=""):
+            newest[other.variant] = path
+    return [newest[variant] for variant in ("control", "fault", "fix") if variant in newest]
+
+
+def read_text(path: Path, limit: int = MAX_TEXT_BYTES) -> str:
+    """The end of a text file; "" where there is none."""
+    try:
+        with path.open("rb") as file:
+            size = file.seek(0, 2)
+            file.seek(max(0, size - limit))
+            return file.read(limit).decode(errors="replace")
+    except OSError:
+        return ""
+
+
+def describe(label: Label) -> str:
+    """A span's name as the trace and the pictures show it."""
+    parts = (label.group, label.name, label.layer) if label.kind in ("call", "async") else (label.name,)
+    return " ".join(part for part in parts if part)

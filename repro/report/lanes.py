@@ -1,0 +1,214 @@
+"""A rank's witness as spans of time: phases, steps, collectives, locks and builds, on a clock that all ranks share.
+
+Reading is linear in events and keeps five numbers a span, so that hundreds of ranks fit into memory.
+"""
+
+from __future__ import annotations
+
+from array import array
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+from repro.layout import RECORD, Kind
+from repro.report.text import short_site
+from repro.verdict.result import list_ranks
+from repro.witness import Witness
+
+OPEN = -1
+"""The end of a span that never ended."""
+
+_MOST_SIZES = 16
+
+
+class Label(NamedTuple):
+    """What a span says. kind: phase, step, call, async, lock (waited for), held or build."""
+
+    kind: str
+    name: str
+    group: str = ""
+    layer: str = ""
+    note: str = ""
+    site: str = ""
+
+
+class Span(NamedTuple):
+    """One span; times in ns of the shared clock, ``end_ns`` OPEN when it never ended."""
+
+    start_ns: int
+    end_ns: int
+    label: int
+    seq: int
+    step: int
+
+
+class Labels:
+    """Each label once for all ranks, known by its number."""
+
+    def __init__(self) -> None:
+        self.table: list[Label] = []
+        self._numbers: dict[Label, int] = {}
+
+    def number(self, label: Label) -> int:
+        known = self._numbers.get(label)
+        if known is None:
+            known = self._numbers[label] = len(self.table)
+            self.table.append(label)
+        return known
+
+
+@dataclass(slots=True)
+class Lane:
+    """What one rank did, in the order in which it began.
+
+    groups    name -> (members, number of collectives issued)
+    problems  what could not be read, one line each
+    """
+
+    rank: int
+    host: str = ""
+    starts: array[int] = field(default_factory=lambda: array("q"))
+    ends: array[int] = field(default_factory=lambda: array("q"))
+    labels: array[int] = field(default_factory=lambda: array("q"))
+    seqs: array[int] = field(default_factory=lambda: array("q"))
+    steps: array[int] = field(default_factory=lambda: array("q"))
+    groups: dict[str, tuple[tuple[int, ...], int]] = field(default_factory=dict)
+    first_event: int = 0
+    last_ns: int = 0
+    problems: tuple[str, ...] = ()
+
+    def __len__(self) -> int:
+        return len(self.starts)
+
+    def spans(self) -> Iterator[Span]:
+        return map(Span, self.starts, self.ends, self.labels, self.seqs, self.steps)
+
+    def open(self, start_ns: int, label: int, seq: int = 0, step: int = -1) -> int:
+        """Begin a span; returns its place, for :meth:`close`."""
+        self.starts.append(start_ns)
+        self.ends.append(OPEN)
+        self.labels.append(label)
+        self.seqs.append(seq)
+        self.steps.append(step)
+        return len(self.starts) - 1
+
+    def close(self, place: int | None, end_ns: int) -> None:
+        if place is not None:
+            self.ends[place] = end_ns
+
+
+class SharedClock:
+    """Turns a rank's monotonic time into one time for all: one offset per host, or ranks of one host would drift."""
+
+    def __init__(self) -> None:
+        self._offsets: dict[str, int] = {}
+
+    def offset_ns(self, witness: Witness) -> int:
+        return self._offsets.setdefault(witness.who.boot_id or witness.who.hostname, witness.who.wall_offset_ns)
+
+
+def read_lane(witness: Witness, labels: Labels, clock: SharedClock) -> Lane:
+    """The spans of one witness."""
+    lane = Lane(witness.rank, witness.who.hostname, first_event=witness.first_event, problems=witness.problems)
+    lane.groups = {group.name: (group.members, group.issued) for group in witness.groups}
+    shift_ns = clock.offset_ns(witness)
+    name_call = _call_names(witness, labels)
+    phase = step = None
+    calls: dict[tuple[int, int], list[int]] = {}  # (group, seq) -> places of the spans that its end closes
+    locks: dict[int, int] = {}
+    held: dict[int, int] = {}
+    builds: dict[int, int] = {}
+    for _, t_ns, seq, vector, number, aux, sig, site, num_sizes, words, group, kind, _ in RECORD.iter_unpack(
+        witness.records
+    ):
+        t_ns += shift_ns
+        lane.last_ns = t_ns
+        match kind:
+            case Kind.ENTER | Kind.ISSUE | Kind.WAIT:
+                label = name_call("async" if kind == Kind.ISSUE else "call", sig, site, vector, num_sizes)
+                calls.setdefault((group, seq), []).append(lane.open(t_ns, label, seq, number))
+            case Kind.LEAVE:
+                for place in calls.pop((group, seq), ()):
+                    lane.close(place, t_ns)
+            case Kind.STEP:
+                lane.close(step, t_ns)
+                step = lane.open(t_ns, labels.number(Label("step", f"step {number}", note=f"{aux} live")), 0, number)
+            case Kind.PHASE:
+                lane.close(phase, t_ns)
+                phase = lane.open(t_ns, labels.number(Label("phase", witness.text(words))), 0, number)
+            case Kind.LOCK_WAIT:
+                holder = f"held by pid {aux}" if aux > 0 else ""
+                label = labels.number(Label("lock", witness.text(sig), note=holder))
+                locks[sig] = lane.open(t_ns, label, 0, number)
+            case Kind.LOCK_HELD:
+                lane.close(locks.pop(sig, None), t_ns)
+                held[sig] = lane.open(t_ns, labels.number(Label("held", witness.text(sig))), 0, number)
+            case Kind.LOCK_FREED:
+                lane.close(held.pop(sig, None), t_ns)
+            case Kind.BUILD_BEGIN:
+                builds[sig] = lane.open(t_ns, labels.number(Label("build", witness.text(sig))), 0, number)
+            case Kind.BUILD_END:
+                lane.close(builds.pop(sig, None), t_ns)
+            case Kind.DONE:
+                lane.close(step, t_ns)
+                lane.close(phase, t_ns)
+                step = phase = None
+            case Kind.FAILED:
+                lane.open(t_ns, labels.number(Label("failed", "failed", note=witness.text(sig))), 0, number)
+    return lane
+
+
+def _call_names(witness: Witness, labels: Labels) -> Callable[[str, int, int, int, int], int]:
+    """The label number of a collective; a call repeated with the same sizes is named once."""
+    known: dict[tuple[str, int, int, tuple[int, ...]], int] = {}
+
+    def name(kind: str, sig: int, site: int, vector: int, num_sizes: int) -> int:
+        sizes = witness.sizes(vector, num_sizes)
+        key = kind, sig, site, sizes
+        number = known.get(key)
+        if number is None:
+            group, op, layer, dtype, reduce_op = witness.signature(sig)
+            note = " ".join(part for part in (dtype, reduce_op, name_sizes(sizes)) if part)
+            label = Label(kind, op, group, layer, note, short_site(witness.text(site)))
+            number = known[key] = labels.number(label)
+        return number
+
+    return name
+
+
+def name_sizes(sizes: tuple[int, ...]) -> str:
+    """A size vector in words that fit a line."""
+    if not sizes:
+        return ""
+    if len(sizes) <= _MOST_SIZES:
+        return f"[{', '.join(map(str, sizes))}]"
+    return f"[{len(sizes)} sizes {min(sizes)}..{max(sizes)}, sum {sum(sizes)}]"
+
+
+class Wait(NamedTuple):
+    """Ranks that stand at one place, and the ranks they wait for."""
+
+    ranks: tuple[int, ...]
+    waits_in: str
+    lacks: tuple[int, ...]
+    in_cycle: bool
+
+    def words(self) -> str:
+        return f"{list_ranks(self.ranks)} in {self.waits_in} wait for {list_ranks(self.lacks)}"
+
+
+def waits(verdict: Mapping[str, object], lanes: Mapping[int, Lane]) -> list[Wait]:
+    """The verdict's cycle, and beyond it each collective that ranks wait in with the members that have not come."""
+    found: list[Wait] = []
+    for link in verdict["cycle"]:  # type: ignore[attr-defined]
+        found.append(Wait(tuple(link["ranks"]), link["waits_in"], tuple(link["for"]), True))
+    told = {rank for wait in found for rank in wait.ranks}
+    places: dict[tuple[str, str, int], list[int]] = {}
+    for position in verdict["ranks"]:  # type: ignore[attr-defined]
+        if position["state"] == "blocked" and position["rank"] not in told:
+            places.setdefault((position["group"], position["op"], position["seq"]), []).append(position["rank"])
+    for (group, op, seq), ranks in places.items():
+        members = next((lanes[r].groups[group][0] for r in ranks if r in lanes and group in lanes[r].groups), ())
+        lacks = [r for r in members if r in lanes and group in lanes[r].groups and lanes[r].groups[group][1] < seq]
+        found.append(Wait(tuple(ranks), f"{group} {op} #{seq}", tuple(lacks), False))
+    return found

@@ -1,0 +1,44 @@
+"""Strings that strangers wrote, made safe to look at: names, logs and paths of a run are shown, never interpreted."""
+
+from __future__ import annotations
+
+import html
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[2]
+
+# Control characters, terminal escapes among them, and the marks that turn the direction of writing.
+_HIDDEN = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u200b-\u200f\u2028-\u202e\u2066-\u2069\ufeff\ud800-\udfff]")
+_JSON_ESCAPES = {ord(c): f"\\u{ord(c):04x}" for c in "<>&\u2028\u2029"}
+
+
+def visible(text: object, limit: int = 400) -> str:
+    """The text on which nothing acts: what cannot be seen as a picture or code point, and no more than ``limit``."""
+    shown = _HIDDEN.sub(_picture, str(text))
+    return shown if len(shown) <= limit else f"{shown[: limit - 1]}…"
+
+
+def _picture(match: re.Match[str]) -> str:
+    code = ord(match.group())
+    if code < 0x20:
+        return chr(0x2400 + code)
+    return "\u2421" if code == 0x7F else f"<U+{code:04X}>"
+
+
+def escape(text: object, limit: int = 400) -> str:
+    """:func:`visible` text for an HTML or XML document, in an attribute too."""
+    return html.escape(visible(text, limit))
+
+
+def embed(value: Any) -> str:
+    """JSON that can stand inside a script element: nothing in it can end the element."""
+    return json.dumps(value, separators=(",", ":")).translate(_JSON_ESCAPES)
+
+
+def short_site(site: str) -> str:
+    """A call site without the part of its path that is the same everywhere."""
+    _, installed, inside = site.rpartition("/site-packages/")
+    return inside if installed else site.removeprefix(f"{ROOT}/")

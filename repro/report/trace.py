@@ -1,0 +1,123 @@
+"""trace.json: the run in the Trace Event Format that Perfetto and chrome://tracing open.
+
+A process per rank; in it a track for each group, and one each for phases, steps, locks and builds.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from typing import Any
+
+from repro.report.gather import Facts, describe
+from repro.report.lanes import OPEN, Label, Lane
+
+MAX_SPANS = 250_000
+"""What a viewer still opens; of more spans each rank's newest are kept, and the trace says so."""
+
+_OWN_TRACKS = {"phase": "phases", "step": "steps", "lock": "locks", "held": "locks held", "build": "builds"}
+_MAY_OVERLAP = ("async", "held", "build")
+
+
+def trace(facts: Facts) -> str:
+    """The whole file."""
+    start_ns, end_ns = facts.span_ns()
+    per_rank = max(1, MAX_SPANS // max(1, len(facts.lanes)))
+    events: list[dict[str, Any]] = []
+    dropped = 0
+    for lane in facts.lanes.values():
+        events += _metadata(facts, lane)
+        dropped += max(0, len(lane) - per_rank)
+        events += _spans(facts, lane, start_ns, end_ns, len(lane) - per_rank)
+    events += _waiting_flows(facts, start_ns, end_ns)
+    verdict = facts.verdict
+    told = {name: verdict[name] for name in ("scenario", "variant", "backend", "num_ranks", "seed", "verdict", "cause")}
+    if dropped:
+        told["left_out"] = f"the {dropped} oldest spans"
+    document = {"displayTimeUnit": "ms", "otherData": told, "traceEvents": events}
+    return json.dumps(document, separators=(",", ":")) + "\n"
+
+
+def _track(label: Label) -> str:
+    return _OWN_TRACKS.get(label.kind) or (f"{label.group} (async)" if label.kind == "async" else label.group) or "rank"
+
+
+def _tracks(facts: Facts, lane: Lane) -> dict[str, int]:
+    """Track -> thread id; phases and steps first, then the groups."""
+    names = {_track(facts.labels.table[number]) for number in set(lane.labels)}
+    order = [*_OWN_TRACKS.values()]
+    ordered = sorted(names, key=lambda name: (0, order.index(name)) if name in order[:2] else (1, 0))
+    return {name: number for number, name in enumerate(ordered, start=1)}
+
+
+def _metadata(facts: Facts, lane: Lane) -> list[dict[str, Any]]:
+    def row(what: str, tid: int, args: dict[str, Any]) -> dict[str, Any]:
+        return {"ph": "M", "name": what, "pid": lane.rank + 1, "tid": tid, "args": args}
+
+    rows = [
+        row("process_name", 0, {"name": f"rank {lane.rank}"}),
+        row("process_sort_index", 0, {"sort_index": lane.rank}),
+    ]
+    for track, tid in _tracks(facts, lane).items():
+        rows += [row("thread_name", tid, {"name": track}), row("thread_sort_index", tid, {"sort_index": tid})]
+    return rows
+
+
+def _spans(facts: Facts, lane: Lane, start_ns: int, end_ns: int, skip: int) -> Iterator[dict[str, Any]]:
+    tracks = _tracks(facts, lane)
+    for place, span in enumerate(lane.spans()):
+        if place < skip:
+            continue
+        label = facts.labels.table[span.label]
+        never = span.end_ns == OPEN and label.kind in ("call", "lock")
+        args: dict[str, Any] = {"step": span.step}
+        if span.seq:
+            args["seq"] = span.seq
+        args |= {name: value for name in ("layer", "note", "site") if (value := getattr(label, name))}
+        event = {
+            "ph": "X",
+            "name": f"{describe(label)}{f' #{span.seq}' if span.seq else ''}{' (never returns)' if never else ''}",
+            "cat": label.group or label.kind,
+            "pid": lane.rank + 1,
+            "tid": tracks[_track(label)],
+            "ts": (span.start_ns - start_ns) / 1e3,
+            "dur": ((end_ns if span.end_ns == OPEN else span.end_ns) - span.start_ns) / 1e3,
+            "args": args,
+        }
+        if never:
+            event["cname"] = "terrible"
+        if label.kind in _MAY_OVERLAP:
+            yield from _as_async(event, lane.rank * MAX_SPANS + place)
+        else:
+            yield event
+
+
+def _as_async(event: dict[str, Any], identity: int) -> Iterator[dict[str, Any]]:
+    """A span that may overlap another on its track without lying inside it, which complete events must not."""
+    dur = event.pop("dur")
+    yield {**event, "ph": "b", "id": identity}
+    yield {**event, "ph": "e", "id": identity, "ts": event["ts"] + dur, "args": {}}
+
+
+def _waiting_flows(facts: Facts, start_ns: int, end_ns: int) -> Iterator[dict[str, Any]]:
+    """An arrow from one rank of each place in the cycle to one of those it waits for."""
+    for number, link in enumerate(facts.verdict["cycle"], start=1):
+        ends = [next((facts.lanes[r] for r in link[side] if r in facts.lanes), None) for side in ("ranks", "for")]
+        for phase, lane in zip("sf", ends, strict=True):
+            place = _last_wait(facts, lane)
+            if lane is None or place is None:
+                continue
+            yield {
+                "ph": phase, "bp": "e", "id": number, "name": "waits for", "cat": "waits",
+                "pid": lane.rank + 1, "tid": _tracks(facts, lane)[_track(facts.labels.table[lane.labels[place]])],
+                "ts": ((lane.starts[place] + end_ns) / 2 - start_ns) / 1e3 + (phase == "f"),
+            }  # fmt: skip
+
+
+def _last_wait(facts: Facts, lane: Lane | None) -> int | None:
+    for place in range(len(lane) - 1, -1, -1) if lane is not None else ():
+        if lane is not None and lane.ends[place] == OPEN and facts.labels.table[lane.labels[place]].kind in (
+            "call", "lock",
+        ):  # fmt: skip
+            return place
+    return None
