@@ -154,14 +154,14 @@ def _run(args: argparse.Namespace) -> int:
             documents.append(document)
             references.setdefault(settings.reference_key(), run_dir.reference)
             done.append(run_dir.root)
-            told = "" if document["matches_expected"] else ", not as expected"
-            told = f"  {document['verdict']}{told}: {run_dir.verdict}"
-            console.print(told, highlight=False, markup=False, soft_wrap=True)
             if settings.variant == variants[-1]:
                 _report(console, done)  # once more, now that the siblings are there
                 done = []
             else:
                 _report(console, done[-1:])
+            told = "" if document["matches_expected"] else ", not as expected"
+            told = f"  {document['verdict']}{told}: {run_dir.root / 'report.html'}"
+            console.print(told, highlight=False, markup=False, soft_wrap=True)
             if interrupt():
                 break
     if args.junit:

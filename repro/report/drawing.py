@@ -5,6 +5,7 @@ Groups keep their colour in every picture of a run; a stall is hatched in red, s
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Iterator, Sequence
 
 from repro.report.gather import Facts, describe
@@ -88,7 +89,7 @@ def timeline(facts: Facts, width: int = 1200) -> str:
         note += "spans narrower than a pixel are merged"
     if note:
         parts.append(f'<text class="dim small" x="{width - 14}" y="24" text-anchor="end">{note.rstrip("; ")}</text>')
-    return _document(width, height, parts, _title(facts))
+    return _document("timeline", width, height, parts, _title(facts))
 
 
 def strip(facts: Facts, width: int = 560) -> str:
@@ -96,7 +97,9 @@ def strip(facts: Facts, width: int = 560) -> str:
     rows = choose_ranks(facts, 16)
     row_px = 9 if len(rows) <= 8 else 6
     chart = _Chart(facts, interesting_ns(facts), 4, width - 4, 4, row_px, rows, labels=False)
-    return _document(width, 8 + row_px * max(1, len(rows)), chart.lanes(), f"lanes of {_title(facts)}")
+    title = f"lanes of {_title(facts)}"
+    key = f"strip-{re.sub('[^a-z]', '', facts.verdict['variant'])}"
+    return _document(key, width, 8 + row_px * max(1, len(rows)), chart.lanes(), title)
 
 
 def who_waits(facts: Facts) -> str:
@@ -126,7 +129,7 @@ def who_waits(facts: Facts) -> str:
             ranks = set(other.ranks) if other else set(others)
             if target != k and ranks & set(wait.lacks):
                 parts += _arc(k, target, box_width, gap, top, box_height)
-    return _document(width, top * 2 + box_height, parts, "who waits for whom", paper=False)
+    return _document("waits", width, top * 2 + box_height, parts, "who waits for whom", paper=False)
 
 
 def _arc(source: int, target: int, box_width: int, gap: int, top: int, box_height: int) -> list[str]:
@@ -353,13 +356,18 @@ def _legend(facts: Facts, x: float, y: float, width: int) -> Iterator[str]:
         yield f'<circle class="guilty" cx="{x}" cy="{y - 4}" r="3.5"/><text class="small" x="{x + 8}" y="{y}">culprit</text>'
 
 
-def _document(width: float, height: float, parts: Iterable[str], title: str, paper: bool = True) -> str:
+def _document(key: str, width: float, height: float, parts: Iterable[str], title: str, paper: bool = True) -> str:
+    """A whole SVG. key: tells its patterns and arrow heads from those of other pictures of one page."""
     back = f'<rect class="paper" width="{width}" height="{height}"/>' if paper else ""
     return (
         f'<svg {_NS} viewBox="0 0 {width} {height}" width="{width}" height="{height}" role="img" '
-        f'aria-label="{escape(title)}"><title>{escape(title)}</title><style>{STYLE}</style><defs>{_DEFS}</defs>'
-        f"{back}{''.join(parts)}</svg>\n"
+        f'aria-label="{escape(title)}"><title>{escape(title)}</title><style>{STYLE}</style><defs>{_keyed(_DEFS, key)}</defs>'
+        f"{back}{_keyed(''.join(parts), key)}</svg>\n"
     )
+
+
+def _keyed(markup: str, key: str) -> str:
+    return markup.replace('id="', f'id="{key}-').replace("(#", f"(#{key}-")
 
 
 def _round_step(about_ns: float) -> int:

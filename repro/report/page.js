@@ -39,10 +39,11 @@
     const all = new Uint32Array(await new Response(stream).arrayBuffer());
     const n = all.length / 5;
     const column = (k) => all.subarray(k * n, (k + 1) * n);
-    const lane = { start: new Float64Array(n), length: column(1), label: column(2), seq: column(3), step: column(4), calls: [], asyncs: [], others: [], steps: [] };
+    const lane = { start: new Float64Array(n), length: column(1), label: column(2), seq: column(3), step: column(4), calls: [], asyncs: [], others: [], local: [], steps: [] };
     for (let i = 0, t = 0; i < n; i++) {
       lane.start[i] = t += all[i];
       const kind = facts.labels[lane.label[i]][KIND];
+      if (kind === "lock" || kind === "held" || kind === "build") lane.local.push(i);
       (kind === "call" ? lane.calls : kind === "async" ? lane.asyncs : kind === "step" ? lane.steps : lane.others).push(i);
     }
     lanes.set(rank, lane);
@@ -113,7 +114,7 @@
       if (label[KIND] !== "phase" || lane.start[i] > to || stop(lane, i) < from) continue;
       const x1 = Math.max(at(lane.start[i]), left), x2 = Math.min(at(stop(lane, i)), left + room);
       pen.fillStyle = colours.phase; pen.fillRect(x1, y, Math.max(1, x2 - x1 - 1), small ? tallness : 3);
-      if (words && tallness > 18 && x2 - x1 > 40 && !lane.calls.some((c) => lane.start[c] < stop(lane, i) && stop(lane, c) > lane.start[i])) {
+      if (words && tallness > 18 && x2 - x1 > 40 && firstAfter(lane, lane.calls, lane.start[i]) === firstAfter(lane, lane.calls, stop(lane, i))) {
         pen.save(); pen.beginPath(); pen.rect(x1, y, x2 - x1, tallness); pen.clip(); pen.fillStyle = colours.dim; pen.fillText(label[NAME], x1 + 5, y + tallness / 2 + 5); pen.restore();
       }
     }
@@ -129,8 +130,7 @@
     const top = small ? y : y + 4, high = small ? tallness : tallness - 4;
     spans(lane.calls, top, high);
     if (lane.asyncs.length) spans(lane.asyncs, top + high * 0.62, high * 0.38);
-    const local = lane.others.filter((i) => facts.labels[lane.label[i]][KIND] !== "phase");
-    if (local.length) spans(local, top, high);
+    if (lane.local.length) spans(lane.local, top, high);
   }
 
   function timeName(units, step) {
@@ -207,7 +207,9 @@
     pen.restore();
     if (triangles.length) { // above the lanes, so after the clip
       const x = Math.min(...triangles.map((t) => t[0]));
-      pen.strokeStyle = colours.ink; pen.globalAlpha = 0.5; pen.setLineDash([3, 3]); pen.beginPath(); pen.moveTo(x, 17); pen.lineTo(x, height); pen.stroke(); pen.setLineDash([]); pen.globalAlpha = 1;
+      pen.strokeStyle = colours.ink; pen.globalAlpha = 0.5; pen.setLineDash([3, 3]); pen.beginPath(); pen.moveTo(x, 4); pen.lineTo(x, height); pen.stroke(); pen.setLineDash([]); pen.globalAlpha = 1;
+      const told = "first divergent entry", wide = pen.measureText(told).width + 10, left = x - wide > gutter ? x - wide : x + 4;
+      pen.fillStyle = colours.paper; pen.fillRect(left, 2, wide, 15); pen.fillStyle = colours.ink; pen.fillText(told, left + 3, 14);
     }
     drawOverview();
   }

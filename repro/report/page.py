@@ -134,7 +134,9 @@ def _waits(facts: Facts) -> str:
     )
     cycle = " The waits close a cycle: none of these ranks can go on." if facts.verdict["cycle"] else ""
     body = f'<div class="wide" tabindex="0" role="group" aria-label="Who waits for whom">{picture}</div>'
-    return _section("waits", "Who waits for whom", f"{body}<p>{escape(told[:1].upper() + told[1:], 2000)}.{cycle}</p>", "waits")
+    return _section(
+        "waits", "Who waits for whom", f"{body}<p>{escape(told[:1].upper() + told[1:], 2000)}.{cycle}</p>", "waits"
+    )
 
 
 def _sides(facts: Facts) -> str:
