@@ -247,7 +247,9 @@ def test_exit_codes_tell_wrong_from_undecided():
     assert exit_code([undecided, wrong]) == UNEXPECTED
 
 
-@pytest.mark.parametrize("module", ["repro.verdict", "repro.cli", "repro.watch", "repro.witness", "repro.scenarios"])
+@pytest.mark.parametrize(
+    "module", ["repro.verdict", "repro.cli", "repro.watch", "repro.witness", "repro.scenarios", "repro.report"]
+)
 def test_what_watches_and_judges_never_imports_torch(module):
     code = f"import sys, {module}; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
@@ -262,6 +264,7 @@ def test_dependencies_point_one_way():
         "hybrid_moe_ref/engine": ("repro",),
         "hybrid_moe_ref": ("repro",),
         "repro/verdict": ("torch",),
+        "repro/report": ("torch",),
     }
     for folder, modules in forbidden.items():
         for path in (ROOT / folder).rglob("*.py"):

@@ -12,6 +12,7 @@ from typing import Any
 from hybrid_moe_ref.config import ConfigError
 from repro.parse import WitnessError
 from repro.report.lanes import Label, Labels, Lane, SharedClock, read_lane
+from repro.report.text import few
 from repro.rundir import RunDir, read_json
 from repro.settings import RunSettings
 from repro.verdict.result import list_ranks, name_ranks
@@ -235,7 +236,7 @@ def headline(verdict: Mapping[str, Any]) -> str:
         where += f"; and {more} more places"
     cause = _CAUSES.get((name, verdict["cause"])) or verdict["cause"]
     blame = f" {cause}".rstrip() + (f" by ranks {culprits}" if culprits else "") if cause else ""
-    return f"{name.capitalize()}:{blame}{';' if blame else ''} {where}."
+    return few(f"{name.capitalize()}:{blame}{';' if blame else ''} {where}.")
 
 
 _CAUSES = {

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from repro.layout import RECORD, Kind
-from repro.report.text import short_site
+from repro.report.text import few, short_site
 from repro.verdict.result import list_ranks
 from repro.witness import Witness
 
@@ -194,7 +194,7 @@ class Wait(NamedTuple):
     in_cycle: bool
 
     def words(self) -> str:
-        return f"{list_ranks(self.ranks)} in {self.waits_in} wait for {list_ranks(self.lacks)}"
+        return few(f"{list_ranks(self.ranks)} in {self.waits_in} wait for {list_ranks(self.lacks)}")
 
 
 def waits(verdict: Mapping[str, object], lanes: Mapping[int, Lane]) -> list[Wait]:

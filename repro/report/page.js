@@ -16,7 +16,7 @@
   const tool = $("tool"), view = $("view"), canvas = $("lanes"), tall = $("tall"), overview = $("overview"), detail = $("detail");
   const KIND = 0, NAME = 1, GROUP = 2, LAYER = 3, NOTE = 4, SITE = 5, NEVER = 0xffffffff;
   const AXIS = 24, MOST_IN_OVERVIEW = 128;
-  const end = facts.end, lanes = new Map(), pending = new Set();
+  const end = facts.end, lanes = new Map(), pending = new Map();
   const groupNumber = new Map(facts.groups.map((name, k) => [name, k % 6]));
   const culprits = new Set(facts.culprits);
   const marks = new Map(facts.marks.map(([rank, group, seq]) => [rank, { group, seq }]));
@@ -29,9 +29,11 @@
   tool.hidden = false;
 
   // -- lanes ---------------------------------------------------------------------------------------------------------
-  async function load(rank) {
-    if (lanes.has(rank) || pending.has(rank)) return lanes.get(rank);
-    pending.add(rank);
+  function load(rank) {
+    if (!pending.has(rank)) pending.set(rank, unpack(rank));
+    return pending.get(rank);
+  }
+  async function unpack(rank) {
     const coded = atob($("lane" + rank).textContent);
     const bytes = new Uint8Array(coded.length);
     for (let i = 0; i < coded.length; i++) bytes[i] = coded.charCodeAt(i);
@@ -47,7 +49,6 @@
       (kind === "call" ? lane.calls : kind === "async" ? lane.asyncs : kind === "step" ? lane.steps : lane.others).push(i);
     }
     lanes.set(rank, lane);
-    pending.delete(rank);
     return lane;
   }
   const stop = (lane, i) => (lane.length[i] === NEVER ? end : lane.start[i] + lane.length[i]);
@@ -76,6 +77,8 @@
     const scale = room / (to - from), at = (t) => left + (t - from) * scale;
     const spans = (list, top, high) => {
       let k = Math.max(0, firstAfter(lane, list, from) - (list === lane.calls ? 2 : 64)), last = -1e9;
+      let begun = 0, colour = null, faint = false; // neighbours of one colour, too narrow to tell apart, are one bar
+      const flush = () => { if (colour) { pen.globalAlpha = faint ? 0.12 : 1; pen.fillStyle = colour; pen.fillRect(begun, top, Math.max(last - begun, 0.8), high); colour = null; } };
       for (; k < list.length; k++) {
         const i = list[k];
         if (lane.start[i] > to) break;
@@ -83,18 +86,25 @@
         if (over < from) continue;
         const label = facts.labels[lane.label[i]];
         if (hidden.has(layerOf(label))) continue;
-        const x1 = Math.max(at(lane.start[i]), left), x2 = Math.min(at(over), left + room);
-        if (x2 < last + 0.6) { // nothing more to see before the next pixel: jump there
-          const next = firstAfter(lane, list, from + (last - left) / scale);
-          if (next > k + 1) k = next - 2;
-          if (x2 < last + 0.3) continue;
+        const x1 = Math.max(at(lane.start[i]), left), x2 = Math.min(at(over), left + room), wide = Math.max(x2 - x1, 0.8);
+        const never = lane.length[i] === NEVER && facts.stuck, dim = Boolean(matching && !matching[lane.label[i]]);
+        if (wide < 2.5 && !never) {
+          if (x2 < last + 0.5 && !matching) { // nothing more to see before the next pixel: jump there
+            const next = firstAfter(lane, list, from + (last + 0.5 - left) / scale);
+            if (next > k + 1) k = next - 2;
+            continue;
+          }
+          const tone = colourOf(label);
+          if (tone !== colour || dim !== faint || x1 > last + 0.7) { flush(); begun = x1; colour = tone; faint = dim; }
+          last = Math.max(last, x1 + wide);
+          continue;
         }
-        pen.globalAlpha = matching && !matching[lane.label[i]] ? 0.12 : 1;
-        const wide = Math.max(x2 - x1, 0.8), never = lane.length[i] === NEVER && facts.stuck;
+        flush();
+        pen.globalAlpha = dim ? 0.12 : 1;
         pen.fillStyle = colourOf(label);
         if (never && tallness > 6) {
           pen.globalAlpha *= 0.25; pen.fillRect(x1, top, wide, high);
-          pen.globalAlpha = matching && !matching[lane.label[i]] ? 0.15 : 0.7; pen.fillStyle = hatch; pen.fillRect(x1, top, wide, high);
+          pen.globalAlpha = dim ? 0.15 : 0.7; pen.fillStyle = hatch; pen.fillRect(x1, top, wide, high);
           pen.globalAlpha = 1; pen.strokeStyle = colours.stall; pen.lineWidth = 1; pen.strokeRect(x1 + 0.5, top + 0.5, wide - 1, high - 1);
         } else { if (never) pen.fillStyle = colours.stall; pen.fillRect(x1, top, wide - (wide > 3 ? 0.6 : 0), high); }
         if (words && wide > 46 && high > 10) {
@@ -106,6 +116,7 @@
         }
         last = x2;
       }
+      flush();
       pen.globalAlpha = 1;
     };
     const small = tallness < 7;
@@ -146,7 +157,7 @@
   function layout() {
     const nodes = facts.waits.filter((w) => w[2].length).length;
     width = view.clientWidth;
-    gutter = width < 500 ? 42 : 74;
+    gutter = (width < 500 ? 42 : 74) + (facts.ranks.length > 99 ? 10 : 0);
     right = nodes ? 14 + Math.min(nodes, 4) * (width < 500 ? 14 : 26) : 8;
     const full = AXIS + shown.length * rank0 + 2;
     height = Math.min(full, Math.max(160, Math.round(innerHeight * 0.66)));
@@ -235,21 +246,23 @@
     }));
   }
 
-  let overviewPicture = null, overviewed = 0;
-  const sample = facts.ranks.length <= MOST_IN_OVERVIEW ? facts.ranks : facts.ranks.filter((_, k) => k % Math.ceil(facts.ranks.length / MOST_IN_OVERVIEW) === 0);
-  function drawOverview() {
-    const density = devicePixelRatio || 1, wide = overview.clientWidth, pen = overview.getContext("2d");
-    if (!overviewPicture || overviewed < sample.length) {
-      if (!overviewPicture) { overviewPicture = document.createElement("canvas"); overviewPicture.width = overview.width; overviewPicture.height = overview.height; overviewed = 0; }
-      const brush = overviewPicture.getContext("2d");
-      brush.setTransform(density, 0, 0, density, 0, 0);
-      for (const until = performance.now() + 12; overviewed < sample.length && performance.now() < until; overviewed++) {
-        const lane = lanes.get(sample[overviewed]);
-        if (!lane) { load(sample[overviewed]).then(redraw); break; }
-        row(brush, lane, (overviewed * 64) / sample.length, Math.min(6, Math.max(1, 64 / sample.length - 1)), 0, end, 0, wide, false);
-      }
-      if (overviewed < sample.length && lanes.has(sample[overviewed])) redraw();
+  let overviewPicture = null, filling = 0;
+  const every = Math.ceil(facts.ranks.length / MOST_IN_OVERVIEW), sample = facts.ranks.filter((_, k) => k % every === 0);
+  async function fillOverview() { // lane by lane, apart from the timeline, which must not wait for it
+    const mine = ++filling, density = devicePixelRatio || 1, picture = document.createElement("canvas"), pen = picture.getContext("2d");
+    picture.width = overview.width; picture.height = overview.height;
+    pen.setTransform(density, 0, 0, density, 0, 0);
+    overviewPicture = picture;
+    for (let k = 0, shownAt = 0; k < sample.length; k++) {
+      const lane = await load(sample[k]);
+      if (mine !== filling) return;
+      row(pen, lane, (k * 64) / sample.length, Math.min(6, Math.max(0.6, 64 / sample.length - 1)), 0, end, 0, overview.clientWidth, false);
+      if (performance.now() - shownAt > 60 || k + 1 === sample.length) { drawOverview(); await new Promise((go) => setTimeout(go)); shownAt = performance.now(); }
     }
+  }
+  function drawOverview() {
+    if (!overviewPicture) fillOverview();
+    const density = devicePixelRatio || 1, wide = overview.clientWidth, pen = overview.getContext("2d");
     pen.setTransform(1, 0, 0, 1, 0, 0); pen.clearRect(0, 0, overview.width, overview.height); pen.drawImage(overviewPicture, 0, 0);
     pen.setTransform(density, 0, 0, density, 0, 0);
     const x1 = (a / end) * wide, x2 = (b / end) * wide;

@@ -19,7 +19,7 @@ from repro.report import drawing
 from repro.report.gather import Facts, headline, read_text
 from repro.report.lanes import OPEN, Lane, waits
 from repro.report.sides import side_by_side
-from repro.report.text import ROOT, embed, escape, short_site, visible
+from repro.report.text import ROOT, embed, escape, few, short_site, visible
 from repro.verdict.result import list_ranks, name_ranks
 
 HERE = Path(__file__).parent
@@ -78,8 +78,8 @@ def _strip(facts: Facts) -> str:
         ("ranks", str(facts.num_ranks)),
         ("backend", verdict["backend"]),
         ("seed", str(verdict["seed"])),
-        ("culprits", list_ranks(verdict["culprits"]) or "none proven" * facts.stuck),
-        ("suspects", list_ranks(verdict["suspects"])),
+        ("culprits", few(list_ranks(verdict["culprits"])) or "none proven" * facts.stuck),
+        ("suspects", few(list_ranks(verdict["suspects"]))),
         ("confidence", verdict["confidence"] if facts.stuck else ""),
         (
             "stall to verdict",
@@ -189,7 +189,9 @@ def _table(facts: Facts) -> str:
 def _evidence(facts: Facts) -> str:
     if not facts.verdict["evidence"]:
         return ""
-    rows = "".join(f"<li>{escape(text.replace(f'{ROOT}/', ''), 1000)}</li>" for text in facts.verdict["evidence"][:60])
+    rows = "".join(
+        f"<li>{escape(few(text.replace(f'{ROOT}/', '')), 1000)}</li>" for text in facts.verdict["evidence"][:60]
+    )
     return _section("evidence", "What the verdict rests on", f'<ol class="evidence">{rows}</ol>')
 
 

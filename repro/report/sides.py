@@ -8,6 +8,7 @@ from difflib import SequenceMatcher
 
 from repro.parse import WitnessError
 from repro.report.gather import Facts
+from repro.report.text import few
 from repro.verdict.result import name_ranks
 from repro.verdict.schedule import Entry, Step, steps_of
 from repro.witness import read
@@ -61,7 +62,7 @@ def side_by_side(facts: Facts) -> SideBySide | None:
     if first is None:
         first = next((i for i, row in enumerate(rows) if len({bool(cell) for cell in row.issued}) > 1), 0)
     begin = max(0, first - _BEFORE)
-    heads = tuple(f"{name_ranks(side['ranks'])} issued" for side in sides)
+    heads = tuple(few(f"{name_ranks(side['ranks'])} issued") for side in sides)
     return SideBySide(heads, known[0].number, tuple(rows[begin : first + _AFTER + 1]), begin)
 
 

@@ -42,3 +42,17 @@ def short_site(site: str) -> str:
     """A call site without the part of its path that is the same everywhere."""
     _, installed, inside = site.rpartition("/site-packages/")
     return inside if installed else site.removeprefix(f"{ROOT}/")
+
+
+_MANY_RANKS = re.compile(r"\b\d+(?:-\d+)?(?:,\d+(?:-\d+)?){8,}")
+
+
+def few(text: str) -> str:
+    """The text with long lists of ranks cut to their first and their number."""
+
+    def cut(match: re.Match[str]) -> str:
+        runs = [part.split("-") for part in match.group().split(",")]
+        count = sum(int(run[-1]) - int(run[0]) + 1 for run in runs)
+        return f"{','.join('-'.join(run) for run in runs[:3])},… ({count})"
+
+    return _MANY_RANKS.sub(cut, text)

@@ -1,0 +1,247 @@
+"""The report: whole in one file, true to the evidence, inert against its strings, and honest about what is missing."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import subprocess
+import sys
+from html.parser import HTMLParser
+from pathlib import Path
+from xml.etree import ElementTree
+
+import pytest
+from reported import AGREE, write_hang, write_run
+from scene import Scene
+
+from repro import report
+from repro.cli import EXPECTED, USAGE, main
+from repro.report.gather import gather, headline
+from repro.report.page import main_stack
+from repro.report.sides import side_by_side
+from repro.report.text import few, visible
+
+ROOT = Path(__file__).resolve().parent.parent
+CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
+
+
+class Page(HTMLParser):
+    """What a browser would make of the document: its elements, and the text that a person reads."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.elements: list[tuple[str, dict[str, str | None]]] = []
+        self.text = ""
+        self._inside: list[str] = []
+        self.feed(text)
+
+    def handle_starttag(self, tag, attrs):
+        self.elements.append((tag, dict(attrs)))
+        if tag in ("script", "style"):
+            self._inside.append(tag)
+
+    def handle_endtag(self, tag):
+        if self._inside and tag == self._inside[-1]:
+            self._inside.pop()
+
+    def handle_data(self, data):
+        if not self._inside:
+            self.text += data + " "
+
+
+def page_of(root: Path) -> Page:
+    report.write(root)
+    return Page((root / "report.html").read_text())
+
+
+def test_the_page_tells_verdict_positions_and_the_way_back(tmp_path):
+    root, _ = write_hang(tmp_path)
+    page = page_of(root)
+    told = " ".join(page.text.split())
+    assert "Deadlock: a collective too many by ranks 0-2" in told
+    assert "anks 0-2 in dp all_reduce #4 wait for 3" in told, told
+    assert "ank 3 in ep all_gather_v #5 wait for 0-2" in told, told
+    assert "python -m repro run metadata_rebuild --variant fault --ranks 4" in told
+    assert "Missing or damaged" not in told
+    assert [tag for tag, _ in page.elements].count("main") == 1
+
+
+def test_the_page_needs_nothing_from_outside(tmp_path):
+    root, _ = write_hang(tmp_path)
+    page = page_of(root)
+    for tag, attributes in page.elements:
+        assert tag not in ("iframe", "object", "embed", "img"), tag
+        for name in ("src", "href"):
+            link = attributes.get(name) or ""
+            assert not re.match(r"(https?:)?//", link), (tag, link)
+    (policy,) = [a["content"] for t, a in page.elements if a.get("http-equiv") == "Content-Security-Policy"]
+    assert "default-src 'none'" in policy and "sha256-" in policy
+
+
+def test_the_schedules_are_set_side_by_side_where_they_part(tmp_path):
+    root, _ = write_hang(tmp_path)
+    found = side_by_side(gather(root))
+    assert found is not None and found.heads == ("ranks 0-2 issued", "rank 3 issued") and found.step == 2
+    told = [(row.planned, row.issued, row.diverges) for row in found.rows]
+    assert told == [
+        ("dp all_reduce · step", ("dp all_reduce · step",) * 2, (False, False)),
+        ("", ("dp all_reduce · layers.0.gated_delta_net", ""), (True, False)),
+        ("ep all_gather_v · layers.0.moe", ("", "ep all_gather_v · layers.0.moe"), (False, False)),
+        ("ep reduce_scatter_v · layers.0.moe", ("", ""), (False, False)),
+    ]
+
+
+def test_the_control_run_stands_beside_the_fault(tmp_path):
+    scene = Scene(4, {"dp": (0, 1, 2, 3), "ep": (0, 1, 2, 3)})
+    scene.begin_step(0, [], (0,))
+    scene.all_of((0, 1, 2, 3), AGREE)
+    for recorder in scene.recorders:
+        recorder.done()
+    control = write_run(tmp_path, scene, "control")
+    root, _ = write_hang(tmp_path)
+    page = page_of(root)
+    links = [a["href"] for t, a in page.elements if t == "a"]
+    assert f"../{control.name}/report.html" in links
+    assert "control clean" in " ".join(page.text.split())
+
+
+HOSTILE = "</script><img src=x onerror=alert(1)>\x1b[31m\"'&{{facts}}" + "x" * 3000
+
+
+def test_hostile_strings_are_shown_and_do_nothing(tmp_path):
+    root, _ = write_hang(tmp_path, layer=f"a{HOSTILE}", op=f"b{HOSTILE[:200]}")
+    (root / "logs" / "rank000.log").write_text(f"log {HOSTILE}\x1b]0;title\x07\n<svg onload=alert(2)>")
+    verdict = json.loads((root / "verdict.json").read_text())
+    verdict["scenario"] = f"scenario {HOSTILE}"
+    verdict["ranks"][0]["detail"] = verdict["evidence"][0] = f"told {HOSTILE}"
+    verdict["cycle"][0]["waits_in"] = f"place {HOSTILE}"
+    (root / "verdict.json").write_text(json.dumps(verdict))
+    page = page_of(root)
+    scripts = [a for t, a in page.elements if t == "script"]
+    assert len(scripts) == 2 + 4, "the data, the program and a lane a rank"
+    assert all(tag != "img" and not any(name.startswith("on") for name in a) for tag, a in page.elements)
+    for name in report.FILES:
+        assert "\x1b" not in (root / name).read_text(), name
+    assert "<img src=x onerror=alert(1)>␛[31m" in page.text
+    ElementTree.fromstring((root / "timeline.svg").read_text())
+    json.loads((root / "trace.json").read_text())
+
+
+def test_the_trace_has_one_track_a_rank_and_group(tmp_path):
+    root, _ = write_hang(tmp_path)
+    report.write(root)
+    events = json.loads((root / "trace.json").read_text())["traceEvents"]
+    tracks = {(e["pid"], e["args"]["name"]) for e in events if e["name"] == "thread_name"}
+    ranks = {e["args"]["name"]: e["pid"] for e in events if e["name"] == "process_name"}
+    assert sorted(ranks) == [f"rank {rank}" for rank in range(4)]
+    for pid in ranks.values():
+        assert {name for owner, name in tracks if owner == pid} == {"phases", "steps", "dp", "ep"}
+    stuck = [e for e in events if e["name"].endswith("(never returns)")]
+    assert len(stuck) == 4 and all(e["dur"] > 1e6 for e in stuck)
+    assert all(e["dur"] >= 0 for e in events if e["ph"] == "X")
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "words"),
+    [
+        ("verdict.json", None, "verdict.json is missing"),
+        ("verdict.json", "{", "verdict.json is damaged"),
+        ("verdict.json", "[]", "verdict.json is damaged"),
+        ("verdict.json", '{"ranks": 3, "cycle": [{"ranks": ["a"]}], "culprits": [-1, 1e9]}', "not of the type"),
+        ("config.json", None, "config.json is missing"),
+        ("config.json", '{"scenario": 5}', "config.json is not one of this program"),
+        ("events/rank001.wit", None, "rank 1 left no readable witness"),
+        ("events/rank001.wit", "x" * 100, "the file ends inside its header"),
+        ("stacks/rank002.txt", None, "stacks: no file of rank 2"),
+        ("fr/rank003.json", None, "fr: no file of rank 3"),
+        ("logs/rank003.log", None, "logs: no file of rank 3"),
+    ],
+)
+def test_a_page_of_a_damaged_run_says_what_is_missing(tmp_path, name, content, words):
+    root, _ = write_hang(tmp_path)
+    if content is None:
+        (root / name).unlink()
+    else:
+        (root / name).write_text(content)
+    page = page_of(root)
+    assert words in page.text, page.text[:2000]
+
+
+def test_a_torn_witness_still_gives_its_lane(tmp_path):
+    root, _ = write_hang(tmp_path)
+    path = root / "events" / "rank001.wit"
+    path.write_bytes(path.read_bytes()[:9000])
+    page = page_of(root)
+    assert "rank001.wit:9000: the file ends early" in page.text
+    assert any(a.get("id") == "lane1" for _, a in page.elements)
+
+
+def test_what_is_no_run_is_refused_in_one_line(tmp_path, capsys):
+    assert main(["report", str(tmp_path)]) == USAGE
+    assert "not a run directory" in capsys.readouterr().err
+    assert main(["report", str(tmp_path / "none")]) == USAGE
+    assert "no such folder" in capsys.readouterr().err
+
+
+def test_the_command_lists_its_files(tmp_path, capsys):
+    root, _ = write_hang(tmp_path)
+    assert main(["report", str(root), "--json"]) == EXPECTED
+    (told,) = json.loads(capsys.readouterr().out)
+    assert [Path(path).name for path in told["files"]] == ["report.html", "timeline.svg", "trace.json"]
+    assert all(Path(path).is_file() for path in told["files"]) and told["missing"] == []
+
+
+def test_the_main_thread_is_the_last_of_a_dump_wherever_the_signal_landed():
+    told = 'Current thread 0x1 (most recent call first):\n  File "a.py", line 1 in dump\n\n'
+    told += 'Thread 0x2 (most recent call first):\n  File "/x/site-packages/torch/b.py", line 2 in wait\n'
+    assert main_stack(told) == '  File "torch/b.py", line 2 in wait'
+
+
+def test_many_ranks_are_counted_not_listed():
+    long = ",".join(str(rank) for rank in range(0, 40, 2))
+    assert few(f"ranks {long} wait") == "ranks 0,2,4,… (20) wait"
+    assert few("ranks 1-5,7 wait") == "ranks 1-5,7 wait"
+
+
+def test_nothing_acts_in_visible_text():
+    assert visible("a\x1b[2J\u202eb\x7f\x9b") == "a␛[2J<U+202E>b␡<U+009B>"
+    assert len(visible("x" * 10_000)) == 400
+
+
+def test_the_headline_of_no_verdict_says_so(tmp_path):
+    root, _ = write_hang(tmp_path)
+    (root / "verdict.json").unlink()
+    assert headline(gather(root).verdict) == "This run has no verdict."
+
+
+def test_the_report_never_imports_torch():
+    code = "import sys, repro.report.command; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
+
+
+# -- in a browser ----------------------------------------------------------------------------------------------------
+
+
+def browse(path: Path, profile: Path, width: int) -> subprocess.CompletedProcess[str]:
+    """The document after its script has run, and what the console said."""
+    command = [
+        CHROMIUM or "", "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run",
+        "--disable-background-networking", "--disable-component-update", "--disable-sync", "--enable-logging=stderr",
+        f"--user-data-dir={profile}", f"--window-size={width},900", "--virtual-time-budget=4000", "--dump-dom",
+        path.as_uri(),
+    ]  # fmt: skip
+    return subprocess.run(command, capture_output=True, text=True, timeout=100)
+
+
+@pytest.mark.full
+@pytest.mark.skipif(CHROMIUM is None, reason="no chromium (Debian: apt-get install chromium)")
+@pytest.mark.parametrize("width", [1280, 390])
+@pytest.mark.parametrize("layer", ["layers.0.moe", HOSTILE])
+def test_a_browser_draws_the_page_without_a_word_on_its_console(tmp_path, width, layer):
+    root, _ = write_hang(tmp_path, layer=layer)
+    report.write(root)
+    seen = browse(root / "report.html", tmp_path / "profile", width)
+    assert "CONSOLE" not in seen.stderr, seen.stderr[-3000:]
+    assert re.search(r'<html[^>]* data-drawn="\d+"', seen.stdout), seen.stdout[:500]
+    assert 'class="hung interactive"' in seen.stdout
