@@ -20,6 +20,12 @@ UNFINISHED = VENV / ".unfinished"
 INPUTS = [ROOT / "pyproject.toml", ROOT / "setup.py", Path(__file__).resolve()]
 
 EXTRAS = {"repro": "", "test": "[test]", "lint": "[dev]"}
+# Packages of which tests load single files of plain torch. They lie apart, where no other import finds them: with fla
+# in sight transformers uses its kernels, which fail without a GPU, and without one mamba-ssm cannot be imported as a
+# whole. Exact versions, as internals are used; without what they depend on, which is gigabytes.
+APART = VENV / "oracles"
+APART_PACKAGES = {"fla-core==0.6.0": ["einops"], "mamba-ssm==2.3.2.post1": ["einops"]}
+APART_ENVIRONMENT = {"MAMBA_SKIP_CUDA_BUILD": "TRUE", "MAMBA_FORCE_BUILD": "TRUE"}  # its Python files and no more
 CPU_TORCH = "torch==2.13.0+cpu"
 PROBE = """
 import importlib.metadata, torch, torch.distributed
@@ -85,12 +91,27 @@ def make_venv() -> None:
         Path(inner, "outer_environment.pth").write_text(outer + "\n")
 
 
-def pip_install(requirement: str, torch: str) -> str:
-    """Install this project with an extra; naming torch keeps pip from replacing it. Returns pip's error."""
-    command = [str(VENV_PYTHON), "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
-    command += [torch, "--editable", requirement]
-    pip = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, close_fds=False)
+def pip_install(*arguments: str) -> str:
+    """Returns pip's error."""
+    command = [str(VENV_PYTHON), "-m", "pip", "install", "--quiet", "--disable-pip-version-check", *arguments]
+    environment = os.environ | APART_ENVIRONMENT
+    pip = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, close_fds=False, env=environment)
     return (pip.stderr.strip() or "pip failed") if pip.returncode else ""
+
+
+def install_oracles(torch: str) -> None:
+    """Code that others wrote, for tests that compare with it; what cannot be had is named, and its tests skip."""
+    error = pip_install(torch, "--editable", ".[oracles]")
+    if error:
+        say(f"no oracles, tests that compare with them will skip: {error.splitlines()[-1]}")
+        return
+    for package, needed in APART_PACKAGES.items():
+        if not list(APART.glob(package.replace("-", "_", 1).replace("==", "-") + ".dist-info")):
+            error = pip_install(
+                "--no-deps", "--no-build-isolation", "--upgrade", "--target", str(APART), package, *needed
+            )
+            if error:
+                say(f"no {package}, the tests that compare with it will skip: {error.splitlines()[-1]}")
 
 
 def install(use: str) -> None:
@@ -98,7 +119,7 @@ def install(use: str) -> None:
     torch = f"torch=={version}" if version else torch_to_install()
     say(f"installing what `make {use}` needs, with {torch}")
     requirement = "." + EXTRAS[use]
-    error = pip_install(requirement, torch)
+    error = pip_install(torch, "--editable", requirement)  # naming torch keeps pip from replacing it
     if torch == CPU_TORCH and CPU_TORCH in error:
         sys.exit(
             f"setup: the package index in use has no CPU build of torch ({torch}); set PIP_EXTRA_INDEX_URL "
@@ -111,9 +132,7 @@ def install(use: str) -> None:
         if not version:
             sys.exit(f"setup: torch was installed but does not work: {why_not}")
     if use == "test":
-        error = pip_install(".[oracles]", f"torch=={version}")
-        if error:
-            say(f"no oracles, tests that compare with them will skip: {error.splitlines()[-1]}")
+        install_oracles(f"torch=={version}")
 
 
 def main(use: str) -> None:
