@@ -36,6 +36,8 @@ def test_an_unknown_scenario_is_refused_with_the_nearest_name():
 def small(name, variant, **flags):
     """A run that shows the mechanism on four ranks and four layers, to keep the suite short."""
     document = {"num_ranks": 4, "model": {"layer_pattern": "GMAG"}, "engine": {"unfinished_interval": 16}}
+    if "tp_size" in scenarios.load(name).defaults:
+        document["tp_size"] = 4
     return scenarios.settings_of({"scenario": name, "variant": variant, **flags}, document)
 
 

@@ -100,7 +100,7 @@ class Engine:
         """The model is cut while it has no memory yet, so no rank ever holds the whole."""
         dtype = getattr(torch, self.config.engine.dtype)
         model = HybridMoE(self.config.model, device="meta", dtype=dtype)
-        context = apply_layout(model, self.comm, self.config.parallel, self._policies.dispatch)
+        context = apply_layout(model, self.comm, self.config.parallel, self._policies.dispatch, self._policies.adder)
         self._extensions = apply_backends(model, self.config.engine, self.comm.device)
         on_first_use(lambda extension: self._policies.builds.first_use(extension, self._build_place()))
         if self.config.checkpoint:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from hybrid_moe_ref.engine.builds import KernelBuilds
 from hybrid_moe_ref.engine.plan import TUNING_VOTE, AgreedStep, StepPlan, resolve
 from hybrid_moe_ref.engine.server_config import ServerConfig
-from hybrid_moe_ref.parallel.dispatch import AllGatherReduceScatter
+from hybrid_moe_ref.parallel.dispatch import AllGatherReduceScatter, SumOverRanks
 
 if TYPE_CHECKING:
     from hybrid_moe_ref.engine.autotune import Chosen, ExpertTuner
@@ -129,3 +129,4 @@ class Policies:
     drafts: DraftPolicy = field(default_factory=DraftPolicy)
     tuning: Tuning = field(default_factory=Tuning)
     dispatch: type[AllGatherReduceScatter] = AllGatherReduceScatter
+    adder: type[SumOverRanks] = SumOverRanks

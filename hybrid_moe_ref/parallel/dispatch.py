@@ -72,6 +72,18 @@ class AllGatherReduceScatter:
         return self.comm.reduce_scatter_v("ep", partial_SH, self.context.ep_sizes, layer=self.layer)
 
 
+@dataclass(frozen=True)
+class SumOverRanks:
+    """The hook after a module whose output is a tensor-parallel rank's part of a sum."""
+
+    comm: Communicator
+    layer: str
+
+    def combine(self, module: nn.Module, args: object, partial_NH: Tensor) -> Tensor:
+        """partial_NH -> y_NH, on every rank"""
+        return self.comm.all_reduce("tp", partial_NH.contiguous(), layer=self.layer)
+
+
 def moe_layer_name(block: str) -> str:
     """How events and schedules name the MoE of the layer ``block``."""
     return f"{block}.moe"

@@ -14,7 +14,7 @@ from __future__ import annotations
 from hybrid_moe_ref.config import ParallelConfig
 from hybrid_moe_ref.model import HybridMoE
 from hybrid_moe_ref.parallel.comm import Communicator
-from hybrid_moe_ref.parallel.dispatch import AllGatherReduceScatter, ForwardContext
+from hybrid_moe_ref.parallel.dispatch import AllGatherReduceScatter, ForwardContext, SumOverRanks
 from hybrid_moe_ref.parallel.expert import apply_expert_parallel
 from hybrid_moe_ref.parallel.shares import expert_sharing
 from hybrid_moe_ref.parallel.tensor import apply_tensor_parallel
@@ -25,6 +25,7 @@ def apply_layout(
     comm: Communicator,
     parallel: ParallelConfig,
     backend: type[AllGatherReduceScatter] = AllGatherReduceScatter,
+    adder: type[SumOverRanks] = SumOverRanks,
 ) -> ForwardContext:
     """Cut `model`, best while on the meta device, to this rank's part; returns the context its layers will read,
     with the collectives that a forward pass issues.
@@ -32,7 +33,7 @@ def apply_layout(
     Raises ConfigError for what does not divide over the ranks.
     """
     if parallel.tp_size > 1:
-        return apply_tensor_parallel(model, comm, expert_sharing(parallel), backend)
+        return apply_tensor_parallel(model, comm, expert_sharing(parallel), backend, adder)
     if parallel.expert_parallel and model.config.num_experts:
         return apply_expert_parallel(model, comm, backend)
     return ForwardContext()

@@ -33,25 +33,13 @@ from hybrid_moe_ref.layers.moe import MLP, Experts, MoE
 from hybrid_moe_ref.model import HybridMoE
 from hybrid_moe_ref.mtp import DRAFT_STACK
 from hybrid_moe_ref.parallel.comm import Communicator
-from hybrid_moe_ref.parallel.dispatch import AllGatherReduceScatter, ForwardContext, chunk_sizes
+from hybrid_moe_ref.parallel.dispatch import AllGatherReduceScatter, ForwardContext, SumOverRanks, chunk_sizes
 from hybrid_moe_ref.parallel.observer import ScheduleEntry
 from hybrid_moe_ref.parallel.shares import ExpertSharing, Place, expert_cuts, local_config, mixer_cuts, mlp_cuts, rows
 from hybrid_moe_ref.slices import Cuts, Slice
 
 MIXER_NAMES = {"G": "gated_delta_net", "A": "gated_attention", "M": "mamba2"}
 """How events and schedules name the mixer of a layer."""
-
-
-@dataclass(frozen=True)
-class SumOverRanks:
-    """The hook after a module whose output is this rank's part of a sum."""
-
-    comm: Communicator
-    layer: str
-
-    def combine(self, module: nn.Module, args: object, partial_NH: Tensor) -> Tensor:
-        """partial_NH -> y_NH, on every rank"""
-        return self.comm.all_reduce("tp", partial_NH.contiguous(), layer=self.layer)
 
 
 @dataclass
@@ -124,6 +112,7 @@ def apply_tensor_parallel(
     comm: Communicator,
     experts: ExpertSharing = "intermediate",
     backend: type[AllGatherReduceScatter] = AllGatherReduceScatter,
+    adder: type[SumOverRanks] = SumOverRanks,
 ) -> ForwardContext:
     """Replace what is shared in every layer by this rank's share; returns the context the layers will read.
 
@@ -147,14 +136,14 @@ def apply_tensor_parallel(
         schedule=tensor_schedule(whole, experts, backend),
         draft_schedule=draft_schedule(whole, experts, backend),
     )
-    sharding = _Sharding(model, whole, place, comm, experts, backend, context)
+    sharding = _Sharding(model, whole, place, comm, experts, backend, adder, context)
     for path, block in _blocks(model):
         sharding.share_mixer(path, block)
         if isinstance(block.mlp, MoE):
             sharding.share_moe(path, block)
         else:
             sharding.share_mlp(f"{path}.mlp", whole.intermediate_size)
-            block.mlp.register_forward_hook(SumOverRanks(comm, f"{block.name}.mlp").combine)
+            block.mlp.register_forward_hook(adder(comm, f"{block.name}.mlp").combine)
     return context
 
 
@@ -212,6 +201,7 @@ class _Sharding:
     comm: Communicator
     experts: ExpertSharing
     backend: type[AllGatherReduceScatter]
+    adder: type[SumOverRanks]
     context: ForwardContext
 
     def share_mixer(self, path: str, block: Any) -> None:
@@ -226,7 +216,7 @@ class _Sharding:
             part.norm.register_forward_hook(split.hear)
             part.register_forward_hook(split.combine)
         else:
-            part.register_forward_hook(SumOverRanks(self.comm, layer).combine)
+            part.register_forward_hook(self.adder(self.comm, layer).combine)
 
     def share_mlp(self, path: str, intermediate_size: int) -> None:
         with torch.device("meta"):
@@ -238,7 +228,7 @@ class _Sharding:
         self._replace(f"{path}.mlp.experts", *self._experts())
         if self.experts != "sequence":
             self.share_mlp(f"{path}.mlp.shared_expert", self.whole.shared_expert_intermediate_size)
-            moe.register_forward_hook(SumOverRanks(self.comm, layer).combine)
+            moe.register_forward_hook(self.adder(self.comm, layer).combine)
             return
         exchange = self.backend(self.comm, self.context, layer)
         moe.experts.register_forward_pre_hook(exchange.dispatch)

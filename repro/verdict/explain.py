@@ -15,6 +15,7 @@ from repro.verdict.ledger import Call, Ledger, Side, calls, widest
 from repro.verdict.position import GroupKey, Standing
 from repro.verdict.result import Finding, name_ranks
 from repro.verdict.schedule import (
+    RECENT_STEPS,
     Deviation,
     Entry,
     Step,
@@ -36,10 +37,13 @@ def explain(
     if lock is not None:
         return lock
     divergence = ledger.first_divergence()
-    all_steps = {rank: steps_of(witness) for rank, witness in witnesses.items()}
-    since = min((s.position.step for s in standings.values() if s.position.step >= 0), default=0)
+    steps = [standing.position.step for standing in standings.values() if standing.position.step >= 0]
+    since = min(steps, default=0)
     if divergence is not None:
         since = min(since, *(side.call.step for side in divergence[2]))
+    # A wrong pairing may go on for long before it is looked at.
+    num_steps = max(RECENT_STEPS, max(steps, default=0) - since + 2)
+    all_steps = {rank: steps_of(witness, num_steps) for rank, witness in witnesses.items()}
 
     fresh, habitual = blamable(witnesses, all_steps, since)
     finding = _deviation_finding(fresh, standings) or _plan_finding(witnesses, all_steps, since)

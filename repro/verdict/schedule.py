@@ -14,6 +14,9 @@ from repro.verdict.position import GroupKey
 from repro.witness import Witness
 
 _STEP = int(Kind.STEP)
+RECENT_STEPS = 10
+"""How far back a rank's steps are looked at, unless what they are looked at for is older."""
+
 Entry = tuple[str, str, str]  # group, op, layer
 
 
@@ -67,7 +70,7 @@ class Deviation:
         return self.kind, self.index, self.entry
 
 
-def steps_of(witness: Witness, num_steps: int = 10) -> list[Step]:
+def steps_of(witness: Witness, num_steps: int = RECENT_STEPS) -> list[Step]:
     """The last steps of a rank, as far as their beginning is still in the ring."""
     keys = [(group.name, group.members) for group in witness.groups]
     everyone = tuple(range(witness.who.num_ranks))
