@@ -5,7 +5,7 @@ PYTHON ?= python3
 ARGS ?=
 VENV_PYTHON := .venv/bin/python
 
-.PHONY: help setup repro test test-all test-gpu bench lint clean distclean
+.PHONY: help setup repro test test-all test-gpu bench bundle lint clean distclean
 
 help:  ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' Makefile
@@ -29,6 +29,9 @@ bench: .venv/.ready-test  ## what the verdict, the watching and the model cost, 
 	$(VENV_PYTHON) benchmarks/bench_verdict.py
 	$(VENV_PYTHON) benchmarks/bench_engine.py --json benchmarks/results/engine.json
 	$(VENV_PYTHON) benchmarks/bench_model.py --json benchmarks/results/model.json
+
+bundle: .venv/.ready-repro  ## the newest run as one zip to attach to a bug report
+	@$(VENV_PYTHON) -m repro bundle runs/latest $(ARGS)
 
 lint: .venv/.ready-lint  ## ruff, its formatter, mypy
 	$(VENV_PYTHON) -m ruff check

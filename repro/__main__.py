@@ -1,4 +1,4 @@
-"""python -m repro {list,run,watch,report,clean}: rebuild a hang, watch it, and say who waits for whom."""
+"""python -m repro {list,run,watch,report,bundle,clean}: rebuild a hang, watch it, and say who waits for whom."""
 
 from __future__ import annotations
 

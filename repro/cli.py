@@ -18,7 +18,7 @@ from rich.console import Console
 
 from hybrid_moe_ref.config import ConfigError, nearest
 from hybrid_moe_ref.engine.server_config import CHECKS
-from repro import launch, process, report, scenarios
+from repro import bundle, launch, process, report, scenarios
 from repro.display import display, overview, summary
 from repro.junit import write_junit
 from repro.report import command as report_command
@@ -57,7 +57,7 @@ def main(argv: list[str] | None = None) -> int:
     except (ConfigError, OutputError, ValueError) as error:
         print(f"repro: {error}", file=sys.stderr)
         return USAGE
-    except CannotRunHere as error:
+    except (CannotRunHere, bundle.LeakError) as error:
         print(f"repro: {error}", file=sys.stderr)
         return CANNOT_TELL
     except BrokenPipeError:
@@ -95,13 +95,14 @@ def _parser() -> argparse.ArgumentParser:
     run.add_argument("--junit", type=Path, metavar="FILE", help="write the verdicts as JUnit XML")
     run.set_defaults(command=_run, parser=run)
 
-    watch = commands.add_parser("watch", help="the verdict on a run directory, live or finished")
-    watch.add_argument("dir", type=Path, metavar="DIR")
+    watch = commands.add_parser("watch", help="the verdict on a run directory, live or finished, or on a bundle")
+    watch.add_argument("dir", type=Path, metavar="RUN|ZIP")
     watch.add_argument("--end", action="store_true", help="end the run and write verdict.json when it is decided")
     watch.add_argument("--json", action="store_true")
     watch.set_defaults(command=_watch, parser=watch)
 
     report_command.add(commands)
+    bundle.add(commands)
 
     clean = commands.add_parser("clean", help="remove the runs")
     clean.add_argument("--out", type=Path, default=Path("runs"), metavar="DIR", help="default: runs")
@@ -237,7 +238,11 @@ def _require_gpus(num_ranks: int) -> None:
 
 
 def _watch(args: argparse.Namespace) -> int:
-    run_dir = RunDir(args.dir)
+    with bundle.opened(args.dir) as root:
+        return _watch_run(args, RunDir(root))
+
+
+def _watch_run(args: argparse.Namespace, run_dir: RunDir) -> int:
     try:
         settings = RunSettings.from_mapping(read_json(run_dir.config), str(run_dir.config))
     except OSError as error:

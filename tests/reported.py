@@ -10,6 +10,7 @@ from scene import Scene
 from hybrid_moe_ref.parallel.observer import Collective, ScheduleEntry
 from repro.rundir import RunDir, write_json
 from repro.settings import RunSettings
+from repro.system import Facts
 from repro.verdict import judge
 
 MOE, GDN = "layers.0.moe", "layers.0.gated_delta_net"
@@ -62,5 +63,5 @@ def document(verdict: Any, num_ranks: int, variant: str) -> dict[str, Any]:
         "schema_version": 1, "scenario": "metadata_rebuild", "variant": variant, "backend": "gloo",
         "num_ranks": num_ranks, "seed": 0, **verdict.to_json(), "sentences": verdict.sentences(),
         "expected": {"verdict": "deadlock", "cause": "extra"}, "matches_expected": True,
-        "seconds": {"stall_to_verdict": 1.2, "total": 4.5},
+        "system": Facts().to_json(), "seconds": {"stall_to_verdict": 1.2, "total": 4.5},
     }  # fmt: skip

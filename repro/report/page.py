@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import base64
 import hashlib
+import os
 import re
 import zlib
 from array import array
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 from repro.report import drawing
 from repro.report.gather import Facts, headline, read_text
@@ -113,7 +115,7 @@ def _runs(facts: Facts, others: Sequence[Facts]) -> str:
     for run in shown:
         verdict, this = run.verdict, run is facts
         words = headline(verdict)
-        link = "" if this else f' <a href="../{escape(run.root.name)}/report.html">its report</a>'
+        link = "" if this else f' <a href="{_link(facts.root, run.root)}">its report</a>'
         cards.append(
             f'<article class="card{" this" * this}"><h3>{escape(verdict["variant"])}{" (this run)" * this}'
             f'<span class="badge {_kind(verdict["verdict"])}">{escape(verdict["verdict"] or "no verdict")}</span></h3>'
@@ -121,6 +123,10 @@ def _runs(facts: Facts, others: Sequence[Facts]) -> str:
         )
     note = "<p>The same requests and seed: without the fault, with it, and with its trigger present but cured.</p>"
     return _section("runs", "Control, fault and fix", f'{note}<div class="cards">{"".join(cards)}</div>')
+
+
+def _link(root: Path, other: Path) -> str:
+    return escape("/".join(quote(part) for part in Path(os.path.relpath(other / "report.html", root)).parts))
 
 
 def _waits(facts: Facts) -> str:

@@ -1,0 +1,384 @@
+"""A run as one zip to attach to a bug report: the evidence, the pictures, the issue's text, and how to do it again.
+
+What could name a person, a machine or a secret is taken out first, of the witnesses too; the report is then made
+anew from what is left, so that nothing else can be in it. Before the zip is written every file of it is searched for
+what was to be gone.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import hashlib
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import zipfile
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from hybrid_moe_ref.config import ConfigError
+from repro import replay, report, scenarios
+from repro.archive import MANIFEST, ArchiveError, differences, unpack
+from repro.parse import WitnessError
+from repro.redact import RULES, Redactor, redact_witness
+from repro.report.gather import Facts, gather, headline, siblings
+from repro.report.lanes import waits
+from repro.report.page import commands
+from repro.report.text import few, short_site, visible
+from repro.rundir import MAX_JSON_BYTES
+from repro.settings import VARIANTS
+from repro.verdict.result import list_ranks, name_ranks
+from repro.witness import SUFFIX
+
+SCHEMA_VERSION = 1
+MAX_ISSUE_LINES = 60
+COLLECT_ENV_S = 60
+_FOLDERS = ("events", "fr", "stacks", "logs", "env", "outputs")
+_FILES = ("config.json", "verdict.json", "reference.json")
+_MAX_LOG_BYTES = 512 << 10
+
+
+class LeakError(RuntimeError):
+    """Something that was to be removed is still there; nothing was written."""
+
+
+@dataclass
+class Made:
+    """What was bundled: removed counts replacements by rule, notes are files that were left out or cut."""
+
+    path: Path
+    size: int
+    removed: Mapping[str, int]
+    notes: list[str] = field(default_factory=list)
+
+
+def make(root: Path, path: Path | None = None, keep: frozenset[str] = frozenset()) -> Made:
+    """Write the bundle of a run and its siblings; ``path`` is by default beside the runs.
+
+    keep: names of redaction rules that are off. The fault is the bundle's main run where there is one.
+
+    Raises ConfigError when there is no run, LeakError when redaction failed, OSError when it cannot be written.
+    """
+    root = root.resolve()
+    family = _family(root)
+    main = family.get("fault", root)
+    path = path or main.parent / f"{main.name}.zip"
+    redactor = Redactor.of_this_machine(keep)
+    notes: list[str] = []
+    with tempfile.TemporaryDirectory(prefix="repro-bundle-") as name:
+        folder = Path(name) / "bundle"
+        for variant, run in family.items():
+            _copy_run(run, folder if run == main else folder / variant, redactor, notes)
+        beside = [folder / variant for variant, run in family.items() if run != main]
+        facts = report.write(folder, beside)
+        for other in beside:
+            report.write(other, [folder, *(run for run in beside if run != other)])
+        others = [gather(run, with_lanes=False) for run in beside]
+        environment = _environment(redactor)
+        (folder / "env.txt").write_text(environment)
+        try:
+            (folder / "repro.py").write_text(_reproducer(facts))
+        except replay.ReplayError as error:
+            notes.append(f"no repro.py: {str(error).replace(f'{folder}/', '')}")
+        (folder / "ISSUE.md").write_text(issue(facts, others))
+        (folder / "COMMANDS.sh").write_text(commands_script(facts))
+        _refuse_leaks(folder, redactor)
+        size = _pack(folder, path, facts, redactor)
+    return Made(path, size, dict(redactor.removed), notes)
+
+
+def verify(path: Path) -> list[str]:
+    """What is wrong with a bundle, one line each. Raises ArchiveError for what is none, or is not safe to open."""
+    with tempfile.TemporaryDirectory(prefix="repro-verify-") as name:
+        return differences(Path(name), unpack(path, Path(name)), str(path))
+
+
+@contextlib.contextmanager
+def opened(path: Path) -> Iterator[Path]:
+    """A run directory as it is, or that of a bundle, unpacked for the length of a ``with``.
+
+    Raises ArchiveError for a zip that is no bundle, is not safe to open, or is not as its manifest says.
+    """
+    if not path.is_file():
+        yield path
+        return
+    with tempfile.TemporaryDirectory(prefix="repro-bundle-") as name:
+        if wrong := differences(Path(name), unpack(path, Path(name)), str(path)):
+            raise ArchiveError(f"{path}: {wrong[0]}" + (f", and {len(wrong) - 1} more" if len(wrong) > 1 else ""))
+        yield Path(name)
+
+
+def _family(root: Path) -> dict[str, Path]:
+    facts = gather(root, with_lanes=False)
+    variant = facts.verdict["variant"]
+    runs = {gather(path, with_lanes=False).verdict["variant"]: path for path in siblings(root, facts)}
+    runs[variant if variant in VARIANTS else "fault"] = root
+    return {name: runs[name] for name in VARIANTS if name in runs}
+
+
+# -- copying -----------------------------------------------------------------------------------------------------------
+
+
+def _copy_run(source: Path, target: Path, redactor: Redactor, notes: list[str]) -> None:
+    """Copy what a run left, redacted; witnesses first, because their headers name the hosts."""
+    target.mkdir(parents=True, exist_ok=True)
+    names = [*_FILES, *(f"{folder}/{file.name}" for folder in _FOLDERS for file in sorted((source / folder).glob("*")))]
+    for name in names:
+        path = source / name
+        if path.is_symlink() or not path.is_file():
+            continue
+        try:
+            data = _redacted(path, redactor, notes)
+        except (OSError, WitnessError) as error:
+            notes.append(f"{name} is left out: {str(error).replace(f'{source}/', '')}")
+            continue
+        (target / name).parent.mkdir(exist_ok=True)
+        (target / name).write_bytes(data)
+
+
+def _redacted(path: Path, redactor: Redactor, notes: list[str]) -> bytes:
+    if path.stat().st_size > MAX_JSON_BYTES:
+        raise WitnessError(f"{path}: larger than {MAX_JSON_BYTES} bytes")
+    data = path.read_bytes()
+    if path.suffix == SUFFIX:
+        return redact_witness(data, str(path), redactor)
+    if path.suffix == ".log" and len(data) > _MAX_LOG_BYTES:
+        notes.append(f"{path.name} is cut to its last {_MAX_LOG_BYTES >> 10} KiB")
+        data = data[-_MAX_LOG_BYTES:]
+    text = data.decode(errors="replace")
+    if path.suffix == ".json":
+        try:
+            return (json.dumps(redactor.document(json.loads(text)), indent=1) + "\n").encode()
+        except (ValueError, RecursionError):
+            notes.append(f"{path.name} is not JSON and is copied as text")
+    return redactor.text(text).encode()
+
+
+def _refuse_leaks(folder: Path, redactor: Redactor) -> None:
+    forbidden = redactor.forbidden()
+    for path in sorted(folder.rglob("*")):
+        if not path.is_file() or path.name == "repro.py":
+            continue
+        data = path.read_bytes()
+        for text, rule in forbidden.items():
+            if text in data and redactor.text(text.decode()) != text.decode() and _stands_alone(data, text):
+                raise LeakError(
+                    f"{path.relative_to(folder)} still holds something of the rule {rule!r}; nothing was written"
+                )
+
+
+def _stands_alone(data: bytes, text: bytes) -> bool:
+    """Whether the text is in the data other than as a part of a longer word."""
+    at = data.find(text)
+    while at >= 0:
+        around = data[at - 1 : at] + data[at + len(text) : at + len(text) + 1]
+        if not any(chr(c).isalnum() or c in b"-_" for c in around):
+            return True
+        at = data.find(text, at + 1)
+    return False
+
+
+def _pack(folder: Path, path: Path, facts: Facts, redactor: Redactor) -> int:
+    files = sorted(file for file in folder.rglob("*") if file.is_file())
+    names = [str(file.relative_to(folder)) for file in files]
+    manifest = {
+        "schema_version": SCHEMA_VERSION,
+        "scenario": facts.verdict["scenario"],
+        "verdict": facts.verdict["verdict"],
+        "cause": facts.verdict["cause"],
+        "redacted": {rule: redactor.removed[rule] for rule in RULES if rule not in redactor.keep},
+        "kept": sorted(redactor.keep),
+        "files": {
+            name: {"bytes": file.stat().st_size, "sha256": hashlib.sha256(file.read_bytes()).hexdigest()}
+            for name, file in zip(names, files, strict=True)
+        },
+    }
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    try:
+        with zipfile.ZipFile(partial, "w", zipfile.ZIP_DEFLATED, compresslevel=9) as archive:
+            for name, file in zip(names, files, strict=True):
+                _add(archive, name, file.read_bytes())
+            _add(archive, MANIFEST, (json.dumps(manifest, indent=1) + "\n").encode())
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
+    return path.stat().st_size
+
+
+def _add(archive: zipfile.ZipFile, name: str, data: bytes) -> None:
+    """The same bytes give the same zip, whenever it is made."""
+    entry = zipfile.ZipInfo(name, (1980, 1, 1, 0, 0, 0))
+    entry.external_attr = (0o755 if name.endswith((".sh", ".py")) else 0o644) << 16
+    archive.writestr(entry, data, zipfile.ZIP_DEFLATED, 9)
+
+
+# -- what is written for it ------------------------------------------------------------------------------------------
+
+
+def _environment(redactor: Redactor) -> str:
+    """torch's own report of this machine, asked in a process of its own."""
+    command = [sys.executable, "-m", "torch.utils.collect_env"]
+    try:
+        answer = subprocess.run(command, capture_output=True, text=True, timeout=COLLECT_ENV_S)
+        told = answer.stdout if answer.returncode == 0 else f"failed: {answer.stderr[-500:]}"
+    except (OSError, subprocess.TimeoutExpired) as error:
+        told = f"failed: {error}"
+    intro = (
+        "torch.utils.collect_env, on the machine and at the time that made this bundle.\n"
+        "What each rank of the run had loaded stands in env/.\n\n"
+    )
+    return redactor.text(intro + told)
+
+
+def _reproducer(facts: Facts) -> str:
+    if facts.verdict["scenario"] == "metadata_rebuild":
+        return (Path(__file__).parent / "ep_deadlock.py").read_text()
+    return replay.of_runs(facts, facts.root / "fix")
+
+
+def _one_file(facts: Facts) -> str:
+    if not (facts.root / "repro.py").exists():
+        return ""
+    return f"torchrun --standalone --nproc-per-node {facts.num_ranks} repro.py"
+
+
+def commands_script(facts: Facts) -> str:
+    """COMMANDS.sh: each thing that can be done again, with what it does."""
+    lines = [
+        "#!/bin/sh",
+        "# Run in a clone of the repository after `make setup`, with this bundle unpacked in the folder `bundle`.",
+        "set -eu",
+        "PATH=$PWD/.venv/bin:$PATH",
+        "",
+        "# the verdict once more, from the evidence in this bundle",
+        "python -m repro watch bundle",
+    ]
+    for what, command in commands(facts):
+        if " watch " not in command:
+            lines += ["", f"# {what}", command.replace("config.json", "bundle/config.json")]
+    if one_file := _one_file(facts):
+        lines += ["", "# the same in one file", one_file.replace("repro.py", "bundle/repro.py")]
+    return "\n".join(lines) + "\n"
+
+
+def issue(facts: Facts, others: list[Facts]) -> str:
+    """ISSUE.md: what a maintainer needs to see first, at most MAX_ISSUE_LINES lines."""
+    verdict = facts.verdict
+    lines = [
+        f"# {verdict['verdict'] or 'no verdict'} in {verdict['scenario']}"
+        + (f": {verdict['cause']}" if verdict["cause"] else ""),
+        "",
+        f"**Claim.** {_line(headline(verdict))} {_mechanism(verdict['scenario'])}",
+        "",
+        "**Command**",
+        "```",
+        *([_line(facts.command())] if facts.command() else ["(the configuration is missing)"]),
+        *([f"{_one_file(facts)}    # the same in one file; --fix shows the cure"] if _one_file(facts) else []),
+        "```",
+        "",
+        *_issue_table(facts),
+        "",
+        "**Who waits for whom**",
+        *[f"- {_line(wait.words())}" for wait in waits(verdict, facts.lanes)[:6] if wait.lacks],
+        *[f"- {_line(text)}" for text in verdict["evidence"] if "schedule" in text][:3],
+        "",
+        "**Control and fix**, same requests and seed",
+        "",
+        "| variant | verdict | what it rests on |",
+        "|---|---|---|",
+        *[
+            f"| {run.verdict['variant']} | {run.verdict['verdict']} | {_line(run.verdict['evidence'][-1])} |"
+            for run in others
+            if run.verdict["evidence"]
+        ],
+        *([] if others else ["| - | - | not run |"]),
+        "",
+        "**What is not shown.** That any other server's hang has this cause; this rebuilds one mechanism on a small "
+        f"model, {verdict['backend']} backend. Nothing about speed.",
+        "",
+        "**Versions**, as loaded by rank 0",
+        "```",
+        *_versions(facts)[:10],
+        "```",
+        "",
+        "Attached: report.html (timeline, schedules, stacks), verdict.json, the witnesses it rests on (events/, fr/, "
+        "stacks/), control/ and fix/. `python -m repro bundle --verify ZIP` checks it.",
+    ]
+    return "\n".join(lines[:MAX_ISSUE_LINES]) + "\n"
+
+
+def _issue_table(facts: Facts) -> list[str]:
+    rows: dict[tuple[str, ...], list[int]] = {}
+    for p in facts.verdict["ranks"]:
+        call = f"{p['group']} {p['op']} #{p['seq']}" if p["op"] else p["detail"]
+        step = str(p["step"]) if p["step"] >= 0 else p["phase"]
+        rows.setdefault((p["state"], step, call, p["layer"], short_site(p["site"])), []).append(p["rank"])
+    table = ["| ranks | state | step | in | layer | called from |", "|---|---|---|---|---|---|"]
+    for cells, ranks in list(rows.items())[:10]:
+        table.append(f"| {few(list_ranks(ranks))} | " + " | ".join(_line(cell) for cell in cells) + " |")
+    culprits = facts.verdict["culprits"]
+    told = f"Culprits: {few(name_ranks(culprits))}." if culprits else "Nobody is proven to be the culprit."
+    return [*table, "", f"{told} Confidence: {facts.verdict['confidence'] or 'unknown'}."]
+
+
+def _versions(facts: Facts) -> list[str]:
+    path = facts.run_dir.environment(0)
+    with contextlib.suppress(OSError):
+        return [_line(line) for line in path.read_text(errors="replace").splitlines() if line.strip()]
+    return ["(not recorded)"]
+
+
+def _mechanism(name: str) -> str:
+    try:
+        scenario = scenarios.load(name)
+    except ConfigError:
+        return ""
+    return f"Mechanism: {scenario.summary} (mirrors {scenario.source})."
+
+
+def _line(text: str) -> str:
+    """One line of Markdown in which a stranger's text marks up nothing."""
+    plain = visible(few(text), 300).replace("\n", " ").replace("|", "\\|")
+    return plain.replace("<", "&lt;").replace("`", "'").replace("[", "\\[")
+
+
+def add(commands: Any) -> None:
+    """Add the command to the program's parser."""
+    parser = commands.add_parser("bundle", help="a run as one zip to attach to a bug report; or check such a zip")
+    parser.add_argument("run", type=Path, metavar="RUN", help="a run directory, or with --verify a zip")
+    parser.add_argument("--verify", action="store_true", help="compare a zip with its manifest")
+    parser.add_argument("--to", type=Path, metavar="ZIP", help="default: beside the run")
+    for rule, what in RULES.items():
+        parser.add_argument(f"--keep-{rule}", dest="keep", action="append_const", const=rule, help=f"keep {what}")
+    parser.add_argument("--json", action="store_true")
+    parser.set_defaults(command=run, parser=parser)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Make a bundle and say what was removed, or verify one: 0, 1 where it is not as its manifest says."""
+    if args.verify:
+        wrong = verify(args.run)
+        if args.json:
+            print(json.dumps({"bundle": str(args.run), "wrong": wrong}, indent=1))
+        else:
+            print("\n".join(wrong) or f"{args.run}: every file is as {MANIFEST} says")
+        return int(bool(wrong))
+    made = make(args.run, args.to, frozenset(args.keep or ()))
+    if args.json:
+        told = {"bundle": str(made.path), "bytes": made.size, "removed": dict(made.removed), "notes": made.notes}
+        print(json.dumps(told, indent=1))
+        return 0
+    print(f"{made.path}: {made.size / 1e6:.2f} MB")
+    for rule, what in RULES.items():
+        kept = rule in (args.keep or ())
+        print(
+            f"  kept: {what}" if kept else f"  removed {made.removed.get(rule, 0)}: {what} (--keep-{rule} keeps them)"
+        )
+    for note in made.notes:
+        print(f"  {note}")
+    return 0

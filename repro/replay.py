@@ -1,0 +1,167 @@
+"""A run as one file to paste into an issue: the collectives and locks of each rank, in its own order, issued anew.
+
+Only what the ranks said to each other is kept, not the model: a hang that follows from who issues what in which order
+comes back, one that needs the model's arithmetic or a device does not.
+"""
+
+from __future__ import annotations
+
+import textwrap
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from repro.layout import Kind
+from repro.report.gather import Facts, headline
+from repro.report.text import visible
+from repro.verdict.result import list_ranks
+from repro.witness import Witness, read_dir
+
+TEMPLATE = Path(__file__).parent / "replay_template.txt"
+OPS = ("all_reduce", "all_gather_v", "reduce_scatter_v", "all_gather", "broadcast", "barrier")
+
+
+class ReplayError(ValueError):
+    """A run that cannot be replayed; the text says why."""
+
+
+class Act(NamedTuple):
+    """One thing a rank does: a collective (name is the group), "acquire" or "release" of a lock, or "die"."""
+
+    name: str
+    op: str
+    where: str = ""
+    sizes: tuple[int, ...] = ()
+    dtype: str = ""
+    reduce_op: str = ""
+    root: int = -1
+
+
+def of_runs(fault: Facts, fix: Path | None) -> str:
+    """The source of a reproducer: the faulty run by default, with --fix the fixed one up to the same step.
+
+    Raises ReplayError when a run holds something that cannot be replayed, or is not whole.
+    """
+    programs, groups = _programs(fault.root, None)
+    stuck = [p["step"] for p in fault.verdict["ranks"] if p["state"] in ("blocked", "locked", "dead", "failed")]
+    if not stuck:
+        raise ReplayError("no rank of this run waits, so there is nothing to replay")
+    cured: dict[int, list[Act]] = {}
+    if fix is not None and (fix / "events").is_dir():
+        cured, _ = _programs(fix, max(max(stuck) + 1, 1))
+    for rank, position in ((p["rank"], p) for p in fault.verdict["ranks"]):
+        if position["state"] in ("dead", "failed") and rank in programs:
+            programs[rank].append(Act("", "die", position["detail"][:60]))
+    table = list(dict.fromkeys(act for program in (*programs.values(), *cured.values()) for act in program))
+    number = {act: k for k, act in enumerate(table)}
+    stale = _stale_locks(programs)
+    return _fill(
+        TEMPLATE.read_text(),
+        {
+            "TITLE": visible(f"{fault.verdict['scenario']} on {len(programs)} ranks", 90),
+            "CLAIM": textwrap.fill(
+                visible(headline(fault.verdict), 500).replace("\\", "/"), 100, subsequent_indent="    "
+            ),
+            "RANKS": str(len(programs)),
+            "GROUPS": _literal("GROUPS", {name: list(members) for name, members in groups.items()}),
+            "ACTS": _rows("ACTS", [tuple(act) for act in table]),
+            "FAULT": _classes("FAULT", programs, number),
+            "FIX": _classes("FIX", cured, number),
+            "STALE": _literal("STALE_LOCKS", stale),
+        },
+    )
+
+
+def _programs(root: Path, steps: int | None) -> tuple[dict[int, list[Act]], dict[str, tuple[int, ...]]]:
+    """What every rank did, and the groups; ``steps`` ends it before that step."""
+    witnesses, refused = read_dir(root / "events")
+    if refused or not witnesses:
+        raise ReplayError(refused[0] if refused else f"{root}: no witness")
+    if len(witnesses) != next(iter(witnesses.values())).who.num_ranks:
+        raise ReplayError(f"{root}: {len(witnesses)} witnesses are not those of all ranks")
+    groups: dict[str, tuple[int, ...]] = {}
+    programs = {}
+    for rank, witness in sorted(witnesses.items()):
+        if witness.first_event > 1 or not witness.complete:
+            raise ReplayError(f"{witness.name}: its oldest events were overwritten, or its newest are torn")
+        for group in witness.groups:
+            if groups.setdefault(group.name, group.members) != group.members:
+                raise ReplayError(f"{witness.name}: group {group.name} has other members on other ranks")
+        programs[rank] = list(_acts(witness, steps))
+    return programs, groups
+
+
+def _acts(witness: Witness, steps: int | None) -> Iterator[Act]:
+    asked: set[int] = set()
+    for event in witness.events():
+        if steps is not None and event.step >= steps:
+            return
+        where = f"step {event.step}" if event.step >= 0 else witness.text(event.phase)
+        match event.kind:
+            case Kind.ENTER:
+                group, op, layer, dtype, reduce_op = witness.signature(event.sig)
+                if op not in OPS:
+                    raise ReplayError(f"{witness.name}: {op} cannot be replayed")
+                sizes = witness.sizes(event.vector, event.num_sizes)
+                yield Act(group, op, f"{where} {layer}".strip(), sizes, dtype, reduce_op, event.aux)
+            case Kind.ISSUE | Kind.WAIT:
+                raise ReplayError(f"{witness.name}: asynchronous collectives cannot be replayed")
+            case Kind.LOCK_WAIT:
+                asked.add(event.sig)
+                yield Act(witness.text(event.sig), "acquire", where)
+            case Kind.LOCK_HELD:
+                if event.sig not in asked:
+                    yield Act(witness.text(event.sig), "acquire", where)
+                asked.discard(event.sig)
+            case Kind.LOCK_FREED:
+                yield Act(witness.text(event.sig), "release", where)
+            case _:
+                pass
+
+
+def _stale_locks(programs: Mapping[int, Sequence[Act]]) -> list[str]:
+    """Locks that are only waited for, last of all, and that nobody let go or got: somebody outside has them."""
+    last = {program[-1].name for program in programs.values() if program and program[-1].op == "acquire"}
+    used = {act.name for program in programs.values() for act in program[:-1] if act.op in ("acquire", "release")}
+    return sorted(last - used)
+
+
+def _classes(name: str, programs: Mapping[int, Sequence[Act]], number: Mapping[Act, int]) -> str:
+    """Ranks with the same program together."""
+    together: dict[tuple[int, ...], list[int]] = {}
+    for rank, program in programs.items():
+        together.setdefault(tuple(number[act] for act in program), []).append(rank)
+    lines = [f"{name} = {{"]
+    for acts, ranks in together.items():
+        lines.append(f"    # ranks {list_ranks(ranks)}" if len(ranks) > 1 else f"    # rank {ranks[0]}")
+        lines += textwrap.wrap(
+            f"{tuple(ranks)}: {_runs(acts)},", 112, initial_indent="    ", subsequent_indent="        "
+        )
+    return "\n".join([*lines, "}"])
+
+
+def _runs(acts: Sequence[int]) -> str:
+    """The numbers, with stretches that count up written as ranges."""
+    parts: list[str] = []
+    k = 0
+    while k < len(acts):
+        end = k
+        while end + 1 < len(acts) and acts[end + 1] == acts[end] + 1:
+            end += 1
+        parts.append(f"*range({acts[k]}, {acts[end] + 1})" if end - k > 2 else ", ".join(map(str, acts[k : end + 1])))
+        k = end + 1
+    return f"[{', '.join(parts)}]"
+
+
+def _rows(name: str, rows: Sequence[tuple[object, ...]]) -> str:
+    return "\n".join([f"{name} = [", *(f"    {row!r}," for row in rows), "]"])
+
+
+def _literal(name: str, value: object) -> str:
+    return f"{name} = {value!r}"
+
+
+def _fill(template: str, parts: Mapping[str, str]) -> str:
+    for name, text in parts.items():
+        template = template.replace(f"@{name}@", text)
+    return template

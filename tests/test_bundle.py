@@ -1,0 +1,253 @@
+"""The bundle: complete, checkable, judged again elsewhere, free of what was to be removed, and safe to open."""
+
+from __future__ import annotations
+
+import io
+import json
+import shutil
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+from reported import write_hang
+
+from repro import bundle
+from repro.archive import ArchiveError, unpack
+from repro.cli import EXPECTED, UNEXPECTED, USAGE, main
+from repro.redact import Redactor, redact_witness
+from repro.witness import parse, read
+
+ROOT = Path(__file__).resolve().parent.parent
+SECRET, HOME, HOST, ADDRESS = "hunter2-swordfish", "/home/alice-example", "gpu-node-17.example.org", "10.20.30.40"
+PLANTED = [SECRET, "alice-example", "gpu-node-17", ADDRESS, "example.org", "secret_project"]
+
+
+@pytest.fixture
+def planted(tmp_path, monkeypatch):
+    """A run whose files hold a secret, a home path, a host name and an address, everywhere they could be."""
+    monkeypatch.setenv("MY_API_TOKEN", SECRET)
+    monkeypatch.setenv("HOME", HOME)
+    monkeypatch.setenv("USER", "alice-example")
+    monkeypatch.setattr("socket.gethostname", lambda: HOST)
+    monkeypatch.setattr("socket.getfqdn", lambda: HOST)
+    root, scene = write_hang(tmp_path / "runs")
+    words = f"{HOME}/secret_project/train.py on {HOST} ({ADDRESS}) argv --auth-token {SECRET} HF_TOKEN=hf_abcdefgh"
+    for recorder in scene.recorders:
+        recorder.local("build_begin", words)
+        recorder.local("build_end", words)
+    for rank, data in enumerate(scene.files):
+        (root / "events" / f"rank{rank:03d}.wit").write_bytes(bytes(data))
+    (root / "logs" / "rank000.log").write_text(words)
+    (root / "stacks" / "rank001.txt").write_text(f'Current thread 0x1:\n  File "{HOME}/secret_project/a.py", line 3\n')
+    (root / "env").mkdir(exist_ok=True)
+    (root / "env" / "rank000.txt").write_text(f"NCCL_SOCKET_IFNAME=eth0 {words}\n")
+    (root / "fr" / "rank000.json").write_text(json.dumps({"entries": [], "where": words, "DB_PASSWORD": "abc123"}))
+    verdict = json.loads((root / "verdict.json").read_text())
+    verdict["evidence"].append(words)
+    verdict["ranks"][0]["detail"] = words
+    (root / "verdict.json").write_text(json.dumps(verdict))
+    monkeypatch.setattr(bundle, "_environment", lambda redactor: redactor.text(words))
+    return root
+
+
+@pytest.fixture
+def quick(monkeypatch):
+    """Without torch's collect_env, which takes seconds and has a test of its own."""
+    monkeypatch.setattr(bundle, "_environment", lambda redactor: "not asked\n")
+
+
+def contents(path: Path) -> dict[str, bytes]:
+    with zipfile.ZipFile(path) as archive:
+        return {name: archive.read(name) for name in archive.namelist()}
+
+
+def test_a_bundle_holds_everything_and_verifies(tmp_path, quick, capsys):
+    root, _ = write_hang(tmp_path)
+    assert main(["bundle", str(root), "--to", str(tmp_path / "b.zip")]) == EXPECTED
+    told = capsys.readouterr().out
+    assert "removed 0: values of variables" in told and "--keep-hostnames" in told
+    names = set(contents(tmp_path / "b.zip"))
+    assert names >= {
+        "ISSUE.md", "COMMANDS.sh", "MANIFEST.json", "config.json", "verdict.json", "env.txt", "repro.py", "report.html",
+        "timeline.svg", "trace.json", "events/rank000.wit", "fr/rank003.json", "stacks/rank003.txt", "logs/rank000.log",
+    }  # fmt: skip
+    assert (tmp_path / "b.zip").stat().st_size < 5_000_000
+    assert main(["bundle", "--verify", str(tmp_path / "b.zip")]) == EXPECTED
+
+
+def test_its_verdict_is_recomputed_from_its_witnesses(tmp_path, quick, capsys):
+    root, _ = write_hang(tmp_path)
+    main(["watch", str(root), "--json"])
+    here = json.loads(capsys.readouterr().out)
+    made = bundle.make(root, tmp_path / "b.zip")
+    shutil.rmtree(root)
+    code = main(["watch", str(made.path), "--json"])
+    there = json.loads(capsys.readouterr().out)
+    assert code in (EXPECTED, UNEXPECTED)
+    for key in ("verdict", "cause", "culprits", "cycle"):
+        assert here[key] == there[key], key
+    assert (there["verdict"], there["cause"], there["culprits"]) == ("deadlock", "extra", [0, 1, 2])
+
+
+def test_what_was_planted_is_nowhere_in_it(planted, tmp_path):
+    made = bundle.make(planted, tmp_path / "b.zip")
+    for name, data in contents(made.path).items():
+        for text in PLANTED:
+            assert text.encode() not in data, f"{text} in {name}"
+        assert b"hf_abcdefgh" not in data and b"abc123" not in data, name
+    assert all(made.removed[rule] for rule in ("secrets", "hostnames", "addresses", "paths")), made.removed
+    assert b"host-1" in contents(made.path)["logs/rank000.log"]
+    assert b"train.py" in contents(made.path)["logs/rank000.log"], "a file's own name stays"
+
+
+@pytest.mark.parametrize(
+    ("rule", "kept"), [("hostnames", HOST), ("secrets", SECRET), ("addresses", ADDRESS), ("paths", "secret_project")]
+)
+def test_a_single_rule_can_be_undone(planted, tmp_path, rule, kept):
+    made = bundle.make(planted, tmp_path / "b.zip", frozenset({rule}))
+    data = b"".join(contents(made.path).values())
+    assert kept.encode() in data
+    others = {"hostnames": HOST, "secrets": SECRET, "addresses": ADDRESS}
+    assert not any(text.encode() in data for other, text in others.items() if other != rule)
+
+
+def test_something_that_slipped_through_stops_the_bundle(planted, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(bundle, "redact_witness", lambda data, name, redactor: data)
+    assert main(["bundle", str(planted), "--to", str(tmp_path / "b.zip")]) == 125
+    assert "nothing was written" in capsys.readouterr().err and not (tmp_path / "b.zip").exists()
+
+
+def test_a_redacted_witness_says_the_same(tmp_path):
+    root, _ = write_hang(tmp_path)
+    path = root / "events" / "rank000.wit"
+    redactor = Redactor()
+    again = parse(redact_witness(path.read_bytes(), str(path), redactor), str(path))
+    before = read(path)
+    assert again.who.hostname == "host-1" and before.who.hostname == "host0"
+    assert again.problems == before.problems == ()
+    assert again.records == before.records and again.groups == before.groups and again.vectors == before.vectors
+    assert len(again.strings) == len(before.strings)
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("max_prompt_tokens: 12, linear_num_key_heads=2, 70 tokens", None),
+        ("--tokens 1,2,3 --api-key abc", "--tokens 1,2,3 --api-key <secret>"),
+        ("AWS_SECRET_ACCESS_KEY='abc/def'", "AWS_SECRET_ACCESS_KEY='<secret>'"),
+        ("at 127.0.0.1:80, ::1, 12:34:56, nvidia-cudnn==9.10.2.21", None),
+        ("from 192.168.1.7:80 and fe80::1 and 00:1a:2b:3c:4d:5e", "from <address>:80 and <address> and <mac>"),
+        ('File "/data/x/y/model.py", line 3', 'File "<path>/model.py", line 3'),
+        ("~/work/notes.txt", "<path>/notes.txt"),
+        ("/opt/venv/lib/python3.11/site-packages/torch/nn/a.py:3", "site-packages/torch/nn/a.py:3"),
+        ("ep all_gather_v/reduce_scatter_v of layers.0", None),
+        ("see https://example.org/a/b", None),
+    ],
+)
+def test_what_is_redacted_and_what_is_not(text, expected):
+    assert Redactor().text(text) == (text if expected is None else expected)
+
+
+def test_two_hosts_stay_two():
+    redactor = Redactor()
+    for name in ("alpha.example.org", "beta.example.org"):
+        redactor.name_host(name)
+    assert redactor.text("alpha waits for beta.example.org") == "host-1 waits for host-2"
+
+
+def test_the_issue_is_short_and_marks_up_nothing_of_a_strangers(tmp_path, quick):
+    root, _ = write_hang(tmp_path, layer="<img src=x>`|[a](b)" + "y" * 500)
+    text = contents(bundle.make(root, tmp_path / "b.zip").path)["ISSUE.md"].decode()
+    assert len(text.splitlines()) <= bundle.MAX_ISSUE_LINES and len(text) < 10_000
+    assert "<img" not in text and "\\[a" in text and "`|" not in text
+    assert "deadlock" in text and "Culprits: ranks 0-2" in text and "python -m repro run metadata_rebuild" in text
+
+
+def test_the_bundle_of_a_damaged_run_says_what_was_left_out(tmp_path, quick, capsys):
+    root, _ = write_hang(tmp_path)
+    (root / "events" / "rank001.wit").write_bytes(b"x" * 100)
+    (root / "fr" / "rank001.json").write_text("{")
+    assert main(["bundle", str(root), "--to", str(tmp_path / "b.zip")]) == EXPECTED
+    told = capsys.readouterr().out
+    assert "events/rank001.wit is left out" in told and "rank001.json is not JSON" in told
+
+
+def entry(name: str, data: bytes = b"x", mode: int = 0o100644) -> bytes:
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w", zipfile.ZIP_DEFLATED) as archive:
+        info = zipfile.ZipInfo("placeholder")
+        info.filename = name
+        info.external_attr = mode << 16
+        archive.writestr(info, data)
+    return buffer.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("data", "words"),
+    [
+        (entry("/etc/passwd"), "/etc/passwd is an absolute"),
+        (entry("C:/x"), "C:/x is an absolute"),
+        (entry("events/../../x"), "events/../../x leads out"),
+        (entry("events/rank000.wit", b"/etc/passwd", 0o120777), "events/rank000.wit is not a regular file but a link"),
+        (entry("deep/er/and/deeper"), "deep/er/and/deeper is not a file of a bundle"),
+        (entry("events/rank\x1b[2J.wit"), "events/rank\\x1b[2J.wit is not a file of a bundle"),
+        (entry("events/rank000.wit", bytes(129 << 20)), "events/rank000.wit unpacks to"),
+        (b"PK\x03\x04 no zip", "not a zip"),
+        (entry("config.json"), "no MANIFEST.json"),
+    ],
+    ids=["absolute", "drive", "slip", "link", "foreign", "escape", "bomb", "torn", "no-manifest"],
+)
+def test_a_zip_that_is_not_safe_is_refused_by_name(tmp_path, capsys, data, words):
+    path = tmp_path / "bad.zip"
+    path.write_bytes(data)
+    for command in (["watch", str(path)], ["bundle", "--verify", str(path)]):
+        assert main(command) == USAGE
+        told = capsys.readouterr().err
+        assert words in told and told.count("\n") == 1, told
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["bad.zip"]
+
+
+def test_a_zip_that_lies_about_its_sizes_is_refused(tmp_path):
+    data = bytearray(entry("events/rank000.wit", bytes(1 << 20)))
+    at = data.rfind(b"PK\x01\x02")
+    data[at + 24 : at + 28] = (100).to_bytes(4, "little")  # the uncompressed size in the directory
+    (tmp_path / "liar.zip").write_bytes(data)
+    (tmp_path / "into").mkdir()
+    with pytest.raises(ArchiveError):
+        unpack(tmp_path / "liar.zip", tmp_path / "into")
+
+
+def test_a_changed_file_is_named(tmp_path, quick, capsys):
+    root, _ = write_hang(tmp_path)
+    made = bundle.make(root, tmp_path / "b.zip")
+    files = contents(made.path)
+    files["verdict.json"] = files["verdict.json"].replace(b"extra", b"order")
+    del files["fr/rank000.json"]
+    with zipfile.ZipFile(tmp_path / "changed.zip", "w") as archive:
+        for name, data in {**files, "logs/added.log": b"x"}.items():
+            archive.writestr(name, data)
+    assert main(["bundle", "--verify", str(tmp_path / "changed.zip")]) == UNEXPECTED
+    told = capsys.readouterr().out.splitlines()
+    assert told == ["fr/rank000.json is missing", "logs/added.log is not in the manifest", "verdict.json was changed"]
+    assert main(["watch", str(tmp_path / "changed.zip")]) == USAGE
+    assert "fr/rank000.json is missing, and 2 more" in capsys.readouterr().err
+
+
+def test_the_same_run_gives_the_same_bytes(tmp_path, quick):
+    root, _ = write_hang(tmp_path)
+    first = bundle.make(root, tmp_path / "a.zip").path.read_bytes()
+    assert bundle.make(root, tmp_path / "b.zip").path.read_bytes() == first
+
+
+@pytest.mark.full
+def test_env_txt_is_torchs_own_report(tmp_path):
+    root, _ = write_hang(tmp_path)
+    text = contents(bundle.make(root, tmp_path / "b.zip").path)["env.txt"].decode()
+    assert "PyTorch version:" in text
+
+
+def test_bundles_never_import_torch():
+    code = "import sys, repro.bundle; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
