@@ -11,6 +11,7 @@ gradient.
 Shapes: B sequences, T tokens of each, N tokens of a step, H hidden, V vocabulary.
 """
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Self
 
@@ -67,10 +68,21 @@ class HybridMoE(nn.Module):
 
     @classmethod
     def from_pretrained(
-        cls, folder: str | Path, *, dtype: torch.dtype | None = None, device: torch.device | str = "cpu"
+        cls,
+        folder: str | Path,
+        *,
+        dtype: torch.dtype | None = None,
+        device: torch.device | str = "cpu",
+        cut: Callable[[Self], object] = lambda model: None,
     ) -> Self:
-        """The model of a checkpoint folder in Hugging Face's format; `dtype` None is the one it was saved
-        in."""
+        """The model of a checkpoint folder in Hugging Face's format; `dtype` None is the one it was saved in.
+
+        `cut` is given the model while it is on the meta device, and may leave only a part of it: the rest is not read.
+        `parallel.layout.load_part` cuts it to a rank's.
+
+        Raises CheckpointError with everything that is wrong with the folder, ValueError for a device that cannot
+        compute in `dtype`.
+        """
         config, saved_dtype = checkpoint.read_config(folder)
         if dtype is None:
             if saved_dtype not in (None, *DTYPES):
@@ -79,6 +91,7 @@ class HybridMoE(nn.Module):
         check_device(device, dtype)
         shards = checkpoint.Shards(Path(folder))
         model = cls(checkpoint.without_absent_mtp(config, shards), device="meta", dtype=dtype)
+        cut(model)
         checkpoint.load_weights(model, shards, device)
         return model
 

@@ -1,14 +1,15 @@
-"""From the tensors of a folder into the parameters of a model, one tensor at a time.
+"""From the tensors of a folder into the parameters of a model, a few rows at a time.
 
 The model may hold only a part of itself: some experts of each layer, or the slices that `model.slices` tells of. Then
-only that is read, except that columns of a matrix are cut from the whole of it.
+only that is read, except that columns are cut from whole rows: what a rank holds of a row is mostly less than a page of
+the file.
 
 Shapes: H hidden, I intermediate, M key heads of Gated DeltaNet, K key dim, V value dim, R value heads per key head.
 """
 
 import dataclasses
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -30,12 +31,12 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Piece:
-    """A tensor that the checkpoint must have, with the shape it must have. `store` puts it, or its row `index`, or
-    `part` of one of these, into the model; None means that another rank needs it."""
+    """A tensor that the checkpoint must have, with the shape it must have. It, or its row `index`, or `part` of one of
+    these, belongs in `target`; None means that another rank needs it."""
 
     name: str
     shape: tuple[int, ...]
-    store: Callable[[Tensor], object] | None
+    target: Tensor | None
     index: int | None = None
     part: Slice | None = None
 
@@ -52,8 +53,8 @@ def load_weights(model: nn.Module, folder: str | Path | Shards, device: torch.de
         materialise(device=device)
     # The plan is made again: the parameters it writes to are new tensors.
     for piece in pieces(model, shards):
-        if piece.store is not None:
-            piece.store(_dequantised(shards, piece))
+        if piece.target is not None:
+            _fill(piece.target, piece, shards)
     return shards
 
 
@@ -95,7 +96,7 @@ def pieces(model: nn.Module, shards: Shards) -> list[Piece]:
             tied = full_name == "lm_head.weight" and parameter is model.get_parameter("model.embed_tokens.weight")
             grouped = any(f"{name.rpartition('.')[0]}.{x}.weight" in shards for x in _GROUPED.get(_last(name), ()))
             if not isinstance(module, Experts) and not tied and not grouped:
-                found.append(Piece(full_name, part.full_shape, parameter.copy_, part=part))
+                found.append(Piece(full_name, part.full_shape, parameter, part=part))
     return found
 
 
@@ -111,7 +112,7 @@ def _expert_pieces(name: str, experts: Experts, parts: dict[str, Slice], shards:
     if f"{name}.gate_up_proj" in shards:
         for kind, weight in experts.named_parameters():
             part, shape = parts[kind], (experts.num_experts, *parts[kind].full_shape)
-            found += [Piece(f"{name}.{kind}", shape, weight[e - first].copy_, index=e, part=part) for e in held]
+            found += [Piece(f"{name}.{kind}", shape, weight[e - first], index=e, part=part) for e in held]
         return found
     gate_up, down = parts["gate_up_proj"], parts["down_proj"]
     # The two halves of gate_up are cut alike.
@@ -119,12 +120,12 @@ def _expert_pieces(name: str, experts: Experts, parts: dict[str, Slice], shards:
         (gate_up.full_shape[0] // 2, gate_up.full_shape[1]), tuple((dim, ranges[:1]) for dim, ranges in gate_up.cuts)
     )
     for e in range(experts.num_experts):
-        targets: list[Callable | None] = [None] * 3
+        targets: list[Tensor | None] = [None] * 3
         if e in held:
             gate, up = experts.gate_up_proj[e - first].chunk(2)
-            targets = [gate.copy_, up.copy_, experts.down_proj[e - first].copy_]
-        for kind, part, store in zip(("gate_proj", "up_proj", "down_proj"), (half, half, down), targets, strict=True):
-            found.append(Piece(f"{name}.{e}.{kind}.weight", part.full_shape, store, part=part))
+            targets = [gate, up, experts.down_proj[e - first]]
+        for kind, part, target in zip(("gate_proj", "up_proj", "down_proj"), (half, half, down), targets, strict=True):
+            found.append(Piece(f"{name}.{e}.{kind}.weight", part.full_shape, target, part=part))
     return found
 
 
@@ -149,13 +150,12 @@ def _grouped_pieces(name: str, net: GatedDeltaNet, slices: dict[str, Slice]) -> 
     (heads,) = slices["in_proj_b"].cuts[0][1] if slices["in_proj_b"].cuts else ((0, per_head),)
     k, v = (k[0] - M * K, k[1] - M * K), (v[0] - 2 * M * K, v[1] - 2 * M * K)
 
-    def piece(kind: str, target: nn.Linear, *parts: tuple[Range, int, int]) -> Piece:
+    def piece(kind: str, linear: nn.Linear, *parts: tuple[Range, int, int]) -> Piece:
         """Each part: the range held of q, k, v, z, b or a, how much of that a block has, and where in the block."""
         block = 2 * (K + RV) if kind == "in_proj_qkvz" else 2 * R
         held = tuple(rows for part in parts for rows in _in_blocks(*part, block))
-        return Piece(
-            f"{name}.{kind}.weight", (M * block, H), target.weight.copy_, part=Slice((M * block, H), ((0, held),))
-        )
+        part = Slice((M * block, H), ((0, held),))
+        return Piece(f"{name}.{kind}.weight", part.full_shape, linear.weight, part=part)
 
     return [
         piece("in_proj_qkvz", net.in_proj_qkv, (q, K, 0), (k, K, K), (v, RV, 2 * K)),
@@ -220,12 +220,17 @@ def _num_blocks(shape: tuple[int, ...]) -> tuple[int, ...]:
     return (*shape[:-2], *(-(-size // BLOCK) for size in shape[-2:]))
 
 
-def _dequantised(shards: Shards, piece: Piece) -> Tensor:
-    if shards[piece.name].dtype != torch.float8_e4m3fn:
-        return shards.read(piece.name, piece.index, piece.part)
-    weight = shards.read(piece.name, piece.index)
-    scale = shards.read(f"{piece.name}_scale_inv", piece.index).float()
-    rows, columns = weight.shape
-    scale = scale.repeat_interleave(BLOCK, 0)[:rows].repeat_interleave(BLOCK, 1)[:, :columns]
-    weight = weight.float().mul_(scale)
-    return weight if piece.part is None else piece.part.of(weight)
+def _fill(target: Tensor, piece: Piece, shards: Shards) -> None:
+    """A few rows at a time, so that little but the model itself is ever in memory."""
+    cuts = dict(piece.part.cuts) if piece.part else {}
+    ranges = cuts.pop(0, None)
+    quantised = shards[piece.name].dtype == torch.float8_e4m3fn
+    scale = shards.read(f"{piece.name}_scale_inv", piece.index).float() if quantised else None
+    done = 0
+    for first, block in shards.rows(piece.name, piece.index, ranges):
+        if scale is not None:
+            rows = torch.arange(first, first + len(block)) // BLOCK
+            columns = torch.arange(block.shape[1]) // BLOCK
+            block = block.float().mul_(scale[rows][:, columns])
+        target[done : done + len(block)].copy_(Slice(tuple(block.shape), tuple(cuts.items())).of(block))
+        done += len(block)

@@ -1,4 +1,4 @@
-"""The tensors of a checkpoint folder, read one at a time.
+"""The tensors of a checkpoint folder, read a few rows at a time.
 
 A safetensors file is eight bytes of header length, a JSON header, and raw little-endian tensors. It is read here with
 plain seeks: a mapped file would count into the process's memory page by page, and a wrong size should name the file,
@@ -7,6 +7,7 @@ the tensor and both numbers.
 
 import json
 import math
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from io import FileIO
 from pathlib import Path
@@ -16,7 +17,7 @@ import torch
 from torch import Tensor
 
 from hybrid_moe_ref.checkpoint.errors import CheckpointError
-from hybrid_moe_ref.slices import Slice
+from hybrid_moe_ref.slices import Range
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 DTYPES = {
@@ -27,6 +28,7 @@ DTYPES = {
     "F8_E4M3": torch.float8_e4m3fn,
 }
 MAX_JSON_BYTES = 100_000_000
+BLOCK_BYTES = 1 << 23
 
 
 @dataclass(frozen=True)
@@ -67,30 +69,31 @@ class Shards:
     def names(self) -> set[str]:
         return set(self._entries)
 
-    def read(self, name: str, index: int | None = None, part: Slice | None = None) -> Tensor:
-        """A tensor on the CPU, or only row `index` of it, or `part` of either. What is cut along the first dimension is
-        not read."""
+    def rows(
+        self, name: str, index: int | None = None, ranges: Iterable[Range] | None = None
+    ) -> Iterator[tuple[int, Tensor]]:
+        """A tensor on the CPU, or only its row `index`, some rows at a time: the number of the first row and a block of
+        at most BLOCK_BYTES, or one row. Only the rows in `ranges` are read, in that order."""
         entry = self._entries[name]
         shape, start, size = entry.shape, entry.start, entry.end - entry.start
         if index is not None:
             size //= shape[0]
             shape, start = shape[1:], start + index * size
-        runs, cuts = [(start, size)], dict(part.cuts) if part else {}
-        if 0 in cuts:
-            row = size // shape[0]
-            runs = [(start + first * row, (stop - first) * row) for first, stop in cuts.pop(0)]
-            size = sum(count for _, count in runs)
-            shape = (size // row, *shape[1:])
-        raw = torch.empty(size, dtype=torch.uint8)
-        if size:
-            with entry.file.open("rb", buffering=0) as file:
-                view = raw.numpy().data
-                for start, count in runs:
-                    file.seek(start)
-                    self._fill(view[:count], file, f"{entry.file}: {name}")
-                    view = view[count:]
-        self.bytes_read += size
-        return Slice(tuple(shape), tuple(cuts.items())).of(raw.view(entry.dtype).view(shape))
+        row_bytes = size // max(1, shape[0])
+        at_once = max(1, BLOCK_BYTES // max(1, row_bytes))
+        with entry.file.open("rb", buffering=0) as file:
+            for first, stop in [(0, shape[0])] if ranges is None else ranges:
+                file.seek(start + first * row_bytes)
+                for row in range(first, stop, at_once):
+                    count = min(at_once, stop - row)
+                    raw = torch.empty(count * row_bytes, dtype=torch.uint8)
+                    self._fill(raw.numpy().data, file, f"{entry.file}: {name}")
+                    self.bytes_read += len(raw)
+                    yield row, raw.view(entry.dtype).view(count, *shape[1:])
+
+    def read(self, name: str, index: int | None = None) -> Tensor:
+        """All rows together."""
+        return torch.cat([block for _, block in self.rows(name, index)])
 
     def _fill(self, view: memoryview, file: FileIO, what: str) -> None:
         while view:

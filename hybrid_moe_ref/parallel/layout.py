@@ -11,6 +11,10 @@ D        N        no                heads over N             as 1 x N, D times
 
 from __future__ import annotations
 
+from pathlib import Path
+
+import torch
+
 from hybrid_moe_ref.config import ParallelConfig
 from hybrid_moe_ref.model import HybridMoE
 from hybrid_moe_ref.parallel.comm import Communicator
@@ -37,3 +41,24 @@ def apply_layout(
     if parallel.expert_parallel and model.config.num_experts:
         return apply_expert_parallel(model, comm, backend)
     return ForwardContext()
+
+
+def load_part(
+    folder: str | Path,
+    comm: Communicator,
+    parallel: ParallelConfig,
+    backend: type[AllGatherReduceScatter] = AllGatherReduceScatter,
+    *,
+    dtype: torch.dtype | None = None,
+    device: torch.device | str = "cpu",
+) -> tuple[HybridMoE, ForwardContext]:
+    """This rank's part of a checkpoint, as :meth:`HybridMoE.from_pretrained`, of which only that is read; and the
+    context its layers will read."""
+    contexts: list[ForwardContext] = []
+    model = HybridMoE.from_pretrained(
+        folder,
+        dtype=dtype,
+        device=device,
+        cut=lambda whole: contexts.append(apply_layout(whole, comm, parallel, backend)),
+    )
+    return model, contexts[0]
