@@ -1,0 +1,190 @@
+"""What the Triton kernels share: where they run, how a ragged batch is cut into tiles, and products of tiles.
+
+Ragged batches: the rows of B sequences follow one another; sequence b has the rows start[b] to start[b + 1]. A grid
+must not depend on lengths that only the device knows (a CUDA graph replays it for other lengths), so it is sized by
+what always suffices, `num_tiles`. A program finds its tile by `locate`; some programs find none.
+"""
+
+import contextlib
+import functools
+from collections.abc import Iterator
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+INTERPRETED: bool = triton.knobs.runtime.interpret  # TRITON_INTERPRET when the kernels were made, that is at import
+ROUNDS = tl.constexpr(INTERPRETED)
+DTYPES = (torch.float32, torch.bfloat16)
+DEVICES = ("cuda", "cpu")  # on a CPU `missing` says what is lacking unless the interpreter is on
+
+Config = dict[str, int]
+_forced: dict[str, Config] = {}
+
+
+@functools.cache
+def missing() -> str:
+    """What Triton lacks here to run a kernel; "" for nothing."""
+    if INTERPRETED:
+        return ""
+    if not torch.cuda.is_available():
+        return "there is no CUDA device, and TRITON_INTERPRET=1 was not set before the start"
+    try:
+        triton.runtime.driver.active.get_current_target()  # builds its C part on first use
+    except Exception as error:  # no compiler, no Python headers, no driver: each has its own type
+        return f"its driver does not work ({error})"
+    return ""
+
+
+def config(kernel: str, default: Config) -> Config:
+    """The sizes a kernel is launched with: the default, a function of shapes alone, unless `forcing` another.
+
+    Nothing is timed at launch. What is chosen by a stopwatch differs between ranks, and a rank that still tunes keeps
+    its peers waiting in a collective; it would also run a kernel that updates states in place several times.
+    """
+    return _forced.get(kernel, default)
+
+
+@contextlib.contextmanager
+def forcing(kernel: str, chosen: Config) -> Iterator[None]:
+    """Launch with these sizes, to compare them in a benchmark."""
+    _forced[kernel] = chosen
+    try:
+        yield
+    finally:
+        del _forced[kernel]
+
+
+@functools.cache
+def _counters(device: torch.device, size: int) -> Tensor:
+    return torch.zeros(size, dtype=torch.int32, device=device)
+
+
+def arrival_counters(device: torch.device, count: int) -> Tensor:
+    """At least `count` zeros, which a kernel leaves as zeros. They are kept for good: graphs hold their address.
+
+    Kernels that share them must not run at the same time, so two decode steps on one device belong on one stream.
+    """
+    return _counters(device, max(1024, triton.next_power_of_2(count)))
+
+
+def num_tiles(num_rows: int, num_sequences: int, tile: int) -> int:
+    """Tiles that suffice for any split of the rows into sequences, if none spans two sequences."""
+    return num_rows // tile + num_sequences
+
+
+@triton.jit
+def locate(tile, start_ptr, num_sequences, TILE: tl.constexpr):
+    """(sequence, its first row, its number of rows, this tile's first row within the sequence).
+
+    Sequence b owns the tiles from start[b] // TILE + b on. Its ceil(length / TILE) tiles end before those of b + 1
+    begin, because floor(x) + ceil(y) <= floor(x + y) + 1; no sum over the other sequences is needed. A program between
+    the two gets a first row that is not below the number of rows.
+    """
+    low = tile * 0
+    high = low + num_sequences
+    while high - low > 1:
+        middle = (low + high) // 2
+        if tl.load(start_ptr + middle) // TILE + middle <= tile:
+            low = middle
+        else:
+            high = middle
+    first = tl.load(start_ptr + low)
+    length = (tl.load(start_ptr + low + 1) - first).to(tl.int32)
+    return low, first, length, ((tile - low - first // TILE) * TILE).to(tl.int32)
+
+
+@triton.jit
+def product(a, b, KIND: tl.constexpr):
+    """a @ b in float32. KIND says what the operands keep of their bits, and on a GPU how fast it goes:
+
+    "bf16"    8 and 8; exact for operands that are bfloat16
+    "bf16x2"  8 and 16, as two such products: for an `a` that is bfloat16, half as fast
+    "tf32"    11 and 11, also half as fast
+    "tf32x3"  22 and 22, a sixth as fast
+    """
+    if KIND == "tf32x3":
+        c = tl.dot(a.to(tl.float32), b.to(tl.float32), input_precision="tf32x3")
+    elif KIND == "tf32":
+        c = tl.dot(_keep(a.to(tl.float32), 13), _keep(b.to(tl.float32), 13), input_precision="tf32")
+    elif KIND == "bf16x2":
+        high = cast(b, tl.bfloat16)
+        c = _product_bf16(a, high) + _product_bf16(a, cast(b - high.to(tl.float32), tl.bfloat16))
+    else:
+        c = _product_bf16(a, b)
+    return c
+
+
+@triton.jit
+def _product_bf16(a, b):
+    a, b = cast(a, tl.bfloat16), cast(b, tl.bfloat16)
+    if ROUNDS:  # the interpreter's products of bfloat16 are wrong
+        c = tl.dot(a.to(tl.float32), b.to(tl.float32))
+    else:
+        c = tl.dot(a, b)
+    return c
+
+
+@triton.jit
+def _keep(x, dropped_bits: tl.constexpr):
+    """In the interpreter, x without its last bits, which a GPU's product would not look at; else x."""
+    if ROUNDS:
+        x = (x.to(tl.int32, bitcast=True) & -(2**dropped_bits)).to(tl.float32, bitcast=True)
+    return x
+
+
+@triton.jit
+def cast(x, dtype: tl.constexpr):
+    """x.to(dtype), to the nearest also in the interpreter, whose own cast to bfloat16 cuts bits off."""
+    if ROUNDS and dtype == tl.bfloat16:
+        wide = x.to(tl.float32)
+        bits = wide.to(tl.int32, bitcast=True)
+        bits = (bits + 0x7FFF + ((bits >> 16) & 1)) & -65536
+        x = tl.where(wide == wide, bits.to(tl.float32, bitcast=True), wide)
+    return x.to(dtype)
+
+
+@triton.jit
+def silu(x):
+    return x / (1 + tl.exp(-x))
+
+
+@triton.jit
+def softplus(x):
+    """log(1 + e^x) = max(x, 0) + log(1 + u), u = e^-|x|, good to some 1e-7 of the result also where it is small.
+
+    The device's logarithm is not: near 1 its error is absolute. log(1 + u) = 2 artanh(s), s = u / (2 + u) <= 1/3.
+    """
+    u = tl.exp(-tl.abs(x))
+    s = u / (2 + u)
+    r = s * s
+    series = 1.0 / 17 + r * (1.0 / 19)
+    for step in tl.static_range(8):
+        series = 1.0 / (15 - 2 * step) + r * series
+    return tl.maximum(x, 0.0) + 2 * s * series
+
+
+@triton.jit
+def convolve(x_at, past_at, weight_at, bias_at, channel, is_in, past_row, W: tl.constexpr):
+    """silu of a causal convolution of width W at the newest input, for a vector of channels.
+
+    past holds the W - 1 inputs before, a row each. bias_at None: no bias.
+    """
+    y = tl.load(x_at + channel, is_in, 0.0).to(tl.float32)
+    y *= tl.load(weight_at + channel * W + W - 1, is_in, 0.0).to(tl.float32)
+    for w in tl.static_range(W - 1):
+        past = tl.load(past_at + w * past_row + channel, is_in, 0.0).to(tl.float32)
+        y += past * tl.load(weight_at + channel * W + w, is_in, 0.0).to(tl.float32)
+    if bias_at is not None:
+        y += tl.load(bias_at + channel, is_in, 0.0).to(tl.float32)
+    return silu(y)
+
+
+@triton.jit
+def shift(x_at, past_at, channel, is_in, past_row, W: tl.constexpr):
+    """Forget the oldest of the W - 1 inputs, append the newest. A channel's values stay within one thread."""
+    for w in tl.static_range(W - 2):
+        tl.store(past_at + w * past_row + channel, tl.load(past_at + (w + 1) * past_row + channel, is_in), is_in)
+    if W > 1:
+        tl.store(past_at + (W - 2) * past_row + channel, tl.load(x_at + channel, is_in), is_in)
