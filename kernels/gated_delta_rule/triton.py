@@ -1,9 +1,9 @@
 """The gated delta rule for GPUs: ragged prompts in chunks, and a whole decode step in one launch.
 
-Prefill takes two launches. The first, over all chunks at once, makes what does not depend on the state; the second walks
-through each sequence with the state in registers. Per token and value head of 128 x 128 in bfloat16, the second reads v
-(256 B), q and k (512 B, mostly from L2: value heads share them) and two rows of the first's tiles (256 B), and writes o
-(256 B); the state moves once per prompt. Written and read again between the two: 256 B + 16 B of scales.
+Prefill takes two launches. The first, over all chunks at once, makes what does not depend on the state; the second
+walks through each sequence with the state in registers. Per token and value head of 128 x 128 in bfloat16, the second
+reads v (256 B), q and k (512 B, mostly from L2: value heads share them) and two rows of the first's tiles (512 B), and
+writes o (256 B); q, k and tiles once for each of the V / BV programs of a head. The state moves once per prompt.
 
 Decode is bound by its state, read and written once: 2 x 4 x H K V bytes a sequence, 8.39 MB for 64 heads of 128 x 128,
 which at 4.3 TB/s is 1.95 us; its other operands are less than 2 % of that. A program has a whole head in registers
@@ -16,8 +16,6 @@ value dim, C tokens of a chunk (in `decode` the channels 2 M K + H V), W filter 
 import torch
 import triton
 import triton.language as tl
-from torch import Tensor
-
 from hybrid_moe_kernels.tile import (
     DEVICES,
     DTYPES,
@@ -33,14 +31,18 @@ from hybrid_moe_kernels.tile import (
     silu,
     softplus,
 )
+from torch import Tensor
 
 __all__ = ["CONFIGS", "DEVICES", "DTYPES", "decode", "missing", "prefill"]
 
 CONFIGS = {
     "gated_delta_rule.prefill": [
-        {"BV": BV, "num_warps": warps, "num_stages": stages} for BV in (32, 64) for warps in (4, 8) for stages in (1, 2, 3)
+        {"BV": BV, "num_warps": warps, "num_stages": stages}
+        for BV in (32, 64)
+        for warps in (4, 8)
+        for stages in (1, 2, 3)
     ],
-    "gated_delta_rule.decode": [{"num_warps": warps} for warps in (2, 4, 8, 16)],
+    "gated_delta_rule.decode": [{"BV": BV, "num_warps": warps} for BV in (16, 32, 64, 128) for warps in (2, 4, 8, 16)],
 }
 
 
@@ -106,14 +108,19 @@ def decode(
     y_BHV = torch.empty(B, H, V, dtype=qkv_BC.dtype, device=qkv_BC.device)
     if y_BHV.numel() == 0:
         return y_BHV
-    BK, BV = triton.next_power_of_2(K), triton.next_power_of_2(V)
-    chosen = config("gated_delta_rule.decode", {"num_warps": 8 if BK * BV >= 8192 else 4})
+    whole = triton.next_power_of_2(V)
+    # Few heads: all loads at once, as wide as can be. Many: small programs, of which several share a multiprocessor.
+    chosen = config(
+        "gated_delta_rule.decode",
+        {"BV": whole, "num_warps": 16} if B * H <= 256 else {"BV": min(32, whole), "num_warps": 4},
+    )
     _decode[(H, B)](
         qkv_BC, z_BHV, b_BH, a_BH, conv_JSC, state_JHKV, slots_B, conv_weight_CW, A_log_H, dt_bias_H, norm_weight_V,
         arrival_counters(qkv_BC.device, B * M), y_BHV,
         qkv_BC.stride(0), z_BHV.stride(0), b_BH.stride(0), a_BH.stride(0), conv_JSC.stride(0), qkv_BC.shape[1],
         state_JHKV.stride(0), eps,
-        H=H, R=H // M, K=K, V=V, W=conv_weight_CW.shape[1], BK=BK, BV=BV, **chosen,
+        H=H, R=H // M, K=K, V=V, W=conv_weight_CW.shape[1], BK=triton.next_power_of_2(K),
+        TILES=max(1, whole // chosen["BV"]), **chosen,
     )  # fmt: skip
     return y_BHV
 
@@ -127,8 +134,8 @@ def _solve_chunks(
 ):  # fmt: skip
     """What of a chunk of one head does not depend on the state.
 
-    solve [C, C] = (I + L)^-1 diag(beta), L as in the reference; reads [C, C], the masked and decayed products of q with k;
-    and four rows of factors: from the state to q's reads and to k's, from a write to the state behind the chunk, and
+    solve [C, C] = (I + L)^-1 diag(beta), L as in the reference; reads [C, C], the masked and decayed products of q with
+    k; and four rows of factors: from the state to q's reads and to k's, from a write to the state behind the chunk, and
     from the state before the chunk to the one behind. The lengths of q and k are among the factors, so that products
     take q and k as they are.
     """
@@ -213,7 +220,11 @@ def _scan_chunks(
 
             lacks = product(solve, v - to_recall[:, None] * product(k, S, STATE), CHUNK)
             o = to_read[:, None] * product(q, S, STATE) + product(reads, lacks, CHUNK)
-            tl.store(o_ptr + (row * H + h) * V + (c[:, None] * (H * V) + e[None, :]), cast(o, o_ptr.dtype.element_ty), is_value)
+            tl.store(
+                o_ptr + (row * H + h) * V + (c[:, None] * (H * V) + e[None, :]),
+                cast(o, o_ptr.dtype.element_ty),
+                is_value,
+            )
             S = S * through + product(tl.trans(k), to_keep[:, None] * lacks, STATE)
         tl.store(state_at, cast(S, state_ptr.dtype.element_ty), is_state)
 
@@ -224,44 +235,56 @@ def _decode(
     arrived_ptr, y_ptr,
     x_row, z_row, b_row, a_row, conv_slot, conv_row, state_slot, eps,
     H: tl.constexpr, R: tl.constexpr, K: tl.constexpr, V: tl.constexpr, W: tl.constexpr, BK: tl.constexpr,
-    BV: tl.constexpr,
+    BV: tl.constexpr, TILES: tl.constexpr,
 ):  # fmt: skip
-    """One token of one sequence for one value head."""
+    """One token of one sequence for one value head, the state in TILES tiles of BV value dimensions."""
     h, n = tl.program_id(0), tl.program_id(1).to(tl.int64)
-    d, e = tl.arange(0, BK), tl.arange(0, BV)
-    is_key, is_value = d < K, e < V
+    d, j, i = tl.arange(0, BK), tl.arange(0, BV), tl.arange(0, TILES)
+    e = i[:, None] * BV + j[None, :]
+    is_key = d < K
     slot = tl.load(slot_ptr + n)
     y_at = y_ptr + (n * H + h) * V + e
     if slot < 0:
-        tl.store(y_at, tl.zeros([BV], y_ptr.dtype.element_ty), is_value)
+        tl.store(y_at, tl.zeros([TILES, BV], y_ptr.dtype.element_ty), e < V)
     else:
-        state_at = state_ptr + slot * state_slot + h * K * V + (d[:, None] * V + e[None, :])
-        is_state = is_key[:, None] & is_value[None, :]
-        S = tl.load(state_at, is_state, 0.0).to(tl.float32)  # the bytes that take the time: asked for first
+        state_at = state_ptr + slot * state_slot + h * K * V + (d[:, None] * V + j[None, :])
+        S = tl.load(state_at, is_key[:, None] & (j < V)[None, :], 0.0).to(tl.float32)  # what takes the time comes first
 
         past_at, x_at = conv_ptr + slot * conv_slot, x_ptr + n * x_row
         q_channel = (h // R) * K + d
         k_channel = (H // R) * K + q_channel
-        v_channel = (2 * (H // R)) * K + h * V + e
+        v_channel = (2 * (H // R)) * K + h * V
         q = convolve(x_at, past_at, weight_ptr, None, q_channel, is_key, conv_row, W)
         k = convolve(x_at, past_at, weight_ptr, None, k_channel, is_key, conv_row, W)
-        v = convolve(x_at, past_at, weight_ptr, None, v_channel, is_value, conv_row, W)
         q *= tl.rsqrt(tl.sum(q * q, 0) + 1e-6) * (K**-0.5)
         k *= tl.rsqrt(tl.sum(k * k, 0) + 1e-6)
+        qk = tl.sum(q * k, 0)
         beta = 1 / (1 + tl.exp(-tl.load(b_ptr + n * b_row + h).to(tl.float32)))
         dt = softplus(tl.load(a_ptr + n * a_row + h).to(tl.float32) + tl.load(dt_bias_ptr + h).to(tl.float32))
-        S *= tl.exp(-tl.exp(tl.load(a_log_ptr + h).to(tl.float32)) * dt)
+        decay = tl.exp(-tl.exp(tl.load(a_log_ptr + h).to(tl.float32)) * dt)
 
-        lacks = beta * (v - tl.sum(k[:, None] * S, 0))
-        y = tl.sum(q[:, None] * S, 0) + tl.sum(q * k, 0) * lacks  # what q reads after the write, without waiting for it
-        tl.store(state_at, cast(S + k[:, None] * lacks[None, :], state_ptr.dtype.element_ty), is_state)
-        z = tl.load(z_ptr + n * z_row + h * V + e, is_value, 0.0).to(tl.float32)
-        y *= tl.rsqrt(tl.sum(y * y, 0) / V + eps) * tl.load(norm_ptr + e, is_value, 0.0).to(tl.float32)
-        tl.store(y_at, cast(y * silu(z), y_ptr.dtype.element_ty), is_value)
+        y = tl.zeros([TILES, BV], tl.float32)
+        for tile in tl.static_range(TILES):
+            is_value = tile * BV + j < V
+            if tile + 1 < TILES:  # ask for the next before the store that it could not overtake
+                is_next = (tile + 1) * BV + j < V
+                following = tl.load(state_at + (tile + 1) * BV, is_key[:, None] & is_next[None, :], 0.0).to(tl.float32)
+            v = convolve(x_at, past_at, weight_ptr, None, v_channel + tile * BV + j, is_value, conv_row, W)
+            lacks = beta * (v - decay * tl.sum(k[:, None] * S, 0))
+            # What q reads after the write, without waiting for it.
+            y = tl.where(i[:, None] == tile, (decay * tl.sum(q[:, None] * S, 0) + qk * lacks)[None, :], y)
+            S = decay * S + k[:, None] * lacks[None, :]
+            tl.store(state_at + tile * BV, S, is_key[:, None] & is_value[None, :])
+            if tile + 1 < TILES:
+                S = following
+        z = tl.load(z_ptr + n * z_row + h * V + e, e < V, 0.0).to(tl.float32)
+        y *= tl.rsqrt(tl.sum(tl.sum(y * y, 0), 0) / V + eps) * tl.load(norm_ptr + e, e < V, 0.0).to(tl.float32)
+        tl.store(y_at, cast(y * silu(z), y_ptr.dtype.element_ty), e < V)
 
         # The R programs of a key head all read its past inputs of q and k; the last to have done so moves them on.
         tl.debug_barrier()
-        shift(x_at, past_at, v_channel, is_value, conv_row, W)
+        for tile in tl.static_range(TILES):
+            shift(x_at, past_at, v_channel + tile * BV + j, tile * BV + j < V, conv_row, W)
         arrived_at = arrived_ptr + n * (H // R) + h // R
         if tl.atomic_add(arrived_at, 1, sem="acq_rel") == R - 1:
             shift(x_at, past_at, q_channel, is_key, conv_row, W)

@@ -1,0 +1,305 @@
+"""Random inputs for every kernel, and the comparison of an implementation with the float64 reference.
+
+Inputs are views into larger tensors of NaN, pools of states have slots and gaps that no sequence uses, and what an
+implementation allocates is NaN until it is written: what reads or leaves out too much shows.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from hybrid_moe_kernels.registry import Op
+from torch import Tensor
+
+
+@dataclass
+class Case:
+    """One call of an op: what it is called with in float64, and which arguments are states in place."""
+
+    op: str
+    sizes: dict[str, Any]
+    seed: int
+    args: list[Any]
+    options: dict[str, Any] = field(default_factory=dict)
+    states: tuple[int, ...] = ()  # places of the states among args
+    dense: dict[int, int] = field(default_factory=dict)  # how many last dimensions stay contiguous, if not one
+    wide: tuple[int, ...] = ()  # places of what stays float32 when the rest is bfloat16
+
+    def __str__(self) -> str:
+        return f"{self.op} of {self.sizes}, seed {self.seed}"
+
+    def inputs(self, dtype: torch.dtype, device: str, spaced: bool = True) -> list[Any]:
+        """Fresh arguments of that dtype, spaced apart in memory."""
+        out = []
+        for place, x in enumerate(self.args):
+            if not isinstance(x, Tensor):
+                out.append(x)
+                continue
+            if x.is_floating_point():
+                is_wide = place in self.wide or dtype == torch.float64
+                x = x.to(torch.promote_types(dtype, torch.float32) if is_wide else dtype)
+            x = x.to(device, copy=True)
+            out.append(_space(x, self.dense.get(place, 1)) if spaced and x.is_floating_point() else x)
+        return out
+
+
+def _space(x: Tensor, dense: int) -> Tensor:
+    """The same numbers as a view into a tensor of NaN in which only the last dimensions are contiguous."""
+    if x.dim() <= dense or x.numel() == 0:
+        return x
+    flat = x.flatten(-dense)
+    room = torch.full((*flat.shape[:-1], flat.shape[-1] + 16), math.nan, dtype=x.dtype, device=x.device)
+    view = room[..., 8 : 8 + flat.shape[-1]]
+    view.copy_(flat)
+    return view.unflatten(-1, x.shape[-dense:])
+
+
+@contextlib.contextmanager
+def poisoned() -> Iterator[None]:
+    """torch.empty gives NaN, and for integers the largest."""
+    before = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    assert torch.utils.deterministic.fill_uninitialized_memory
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before)
+
+
+def error(got: Tensor, want: Tensor) -> float:
+    """Of the whole tensor, relative; infinite where anything is not finite."""
+    got, want = got.double().cpu(), want.double()
+    if not torch.isfinite(got).all():
+        return math.inf
+    return float((got - want).norm() / want.norm().clamp_min(1e-30)) if want.numel() else 0.0
+
+
+Result = list[Tensor]
+
+
+def call(case: Case, module: Any, dtype: torch.dtype, device: str, checked: bool = False) -> Result:
+    """The outputs, and then the states, of the module's function."""
+    function = case.op.rpartition(".")[2]
+    args = case.inputs(dtype, device)
+    if checked:
+        op: Op = getattr(importlib.import_module(f"hybrid_moe_kernels.{case.op.rpartition('.')[0]}"), function)
+        op.check(*args, **case.options)
+    before = [args[place].clone() for place in case.states]
+    with poisoned():
+        out = getattr(module, function)(*args, **case.options)
+    for place, old in zip(case.states, before, strict=True):
+        used = torch.zeros(old.shape[0], dtype=torch.bool, device=old.device)
+        used[args[case.states[-1] + 1]] = True  # slots come after the states
+        assert torch.equal(args[place][~used], old[~used]), f"{case}: a slot changed that no sequence has"
+    return [*(out if isinstance(out, tuple) else (out,)), *(args[place] for place in case.states)]
+
+
+def reference(case: Case, dtype: torch.dtype) -> Result:
+    module = importlib.import_module(f"hybrid_moe_kernels.{case.op.rpartition('.')[0]}.reference")
+    return call(case, module, dtype, "cpu")
+
+
+def check(case: Case, module: Any, dtype: torch.dtype, device: str = "cpu") -> None:
+    """float32: within 5e-6 of float64. bfloat16: at most 1.2 times as far from it as the reference in bfloat16."""
+    want, got = reference(case, torch.float64), call(case, module, dtype, device, checked=True)
+    allowed = [5e-6] * len(want)
+    if dtype == torch.bfloat16:
+        allowed = [1.2 * error(theirs, w) + 1e-5 for theirs, w in zip(reference(case, dtype), want, strict=True)]
+    for number, (g, w, limit) in enumerate(zip(got, want, allowed, strict=True)):
+        assert g.shape == w.shape, f"{case}: result {number} has shape {list(g.shape)}, wanted {list(w.shape)}"
+        if not w.is_floating_point():
+            assert torch.equal(g.cpu(), w), f"{case}: result {number} differs"
+            continue
+        off = error(g, w)
+        assert off <= limit, f"{case}, {dtype}: result {number} is off by {off:.2e}, allowed {limit:.2e}"
+
+
+def _rows(r: torch.Generator, lengths: list[int], num_spare: int = 2) -> tuple[Tensor, Tensor, int]:
+    """Slots and starts of sequences, and how many slots there are."""
+    num_slots = len(lengths) + num_spare
+    slots = torch.randperm(num_slots, generator=r)[: len(lengths)]
+    return slots, torch.tensor([0, *lengths]).cumsum(0), num_slots
+
+
+def _draw(seed: int) -> tuple[torch.Generator, Callable[..., Tensor]]:
+    r = torch.Generator().manual_seed(seed)
+    # What float32 holds exactly, so that only arithmetic differs between float32 and float64.
+    return r, lambda *shape: torch.randn(*shape, generator=r).double()
+
+
+def conv_prefill(seed: int, lengths: list[int], C: int, W: int, bias: bool) -> Case:
+    r, draw = _draw(seed)
+    slots, starts, J = _rows(r, lengths)
+    args = [draw(sum(lengths), C), draw(C, W), draw(C) if bias else None, draw(J, W - 1, C), slots, starts]
+    sizes = {"lengths": lengths, "C": C, "W": W, "bias": bias}
+    return Case("causal_conv.prefill", sizes, seed, args, states=(3,), dense={1: 2, 3: 2})
+
+
+def conv_update(seed: int, B: int, C: int, W: int, bias: bool) -> Case:
+    r, draw = _draw(seed)
+    slots, _, J = _rows(r, [1] * B)
+    args = [draw(B, C), draw(C, W), draw(C) if bias else None, draw(J, W - 1, C), slots]
+    return Case(
+        "causal_conv.update",
+        {"B": B, "C": C, "W": W, "bias": bias},
+        seed,
+        args,
+        states=(3,),
+        dense={1: 2, 3: 2},
+    )
+
+
+def gdn_prefill(seed: int, lengths: list[int], M: int, R: int, K: int, V: int, repeated: bool = False) -> Case:
+    """repeated: all keys of a head are the same, so that nothing but the rule's corrections keeps the state small."""
+    r, draw = _draw(seed)
+    slots, starts, J = _rows(r, lengths)
+    T, H = sum(lengths), M * R
+    k = draw(1, M, K).expand(T, M, K).clone() if repeated else draw(T, M, K)
+    g = -torch.rand(T, H, generator=r).double() * 10.0 ** torch.randint(-3, 2, (H,), generator=r)
+    beta = torch.rand(T, H, generator=r).double()
+    args = [draw(T, M, K), k, draw(T, H, V), g, beta, draw(J, H, K, V), slots, starts]
+    sizes = {"lengths": lengths, "M": M, "R": R, "K": K, "V": V, "repeated": repeated}
+    return Case("gated_delta_rule.prefill", sizes, seed, args, states=(5,), dense={5: 3}, wide=(3, 4, 5))
+
+
+def gdn_decode(seed: int, B: int, M: int, R: int, K: int, V: int, W: int) -> Case:
+    r, draw = _draw(seed)
+    slots, _, J = _rows(r, [1] * B)
+    H, C = M * R, 2 * M * K + M * R * V
+    args = [
+        draw(B, C),
+        draw(B, H, V),
+        draw(B, H),
+        draw(B, H),
+        draw(C, W),
+        draw(H),
+        draw(H) * 3,
+        draw(V),
+        draw(J, W - 1, C),
+        draw(J, H, K, V),
+        slots,
+    ]
+    sizes = {"B": B, "M": M, "R": R, "K": K, "V": V, "W": W}
+    dense = {1: 2, 4: 2, 8: 2, 9: 3}
+    options = {"num_key_heads": M, "eps": 1e-6}
+    return Case("gated_delta_rule.decode", sizes, seed, args, options, (8, 9), dense, wide=(9,))
+
+
+def ssd_prefill(seed: int, lengths: list[int], G: int, R: int, P: int, N: int) -> Case:
+    r, draw = _draw(seed)
+    slots, starts, J = _rows(r, lengths)
+    T, H = sum(lengths), G * R
+    dt = torch.rand(T, H, generator=r).double()
+    A = -(10.0 ** torch.randint(-2, 2, (H,), generator=r).double())
+    args = [draw(T, H, P), dt, A, draw(T, G, N), draw(T, G, N), draw(H), draw(J, H, P, N), slots, starts]
+    sizes = {"lengths": lengths, "G": G, "R": R, "P": P, "N": N}
+    return Case("ssd.prefill", sizes, seed, args, states=(6,), dense={6: 3}, wide=(1, 2, 6))
+
+
+def ssd_decode(seed: int, B: int, G: int, R: int, P: int, N: int, W: int, bias: bool, norm: bool) -> Case:
+    r, draw = _draw(seed)
+    slots, _, J = _rows(r, [1] * B)
+    H, I, C = G * R, G * R * P, G * R * P + 2 * G * N
+    args = [
+        draw(B, C),
+        draw(B, I),
+        draw(B, H),
+        draw(C, W),
+        draw(C) if bias else None,
+        draw(H),
+        draw(H),
+        draw(H) * 3,
+        draw(I) if norm else None,
+        draw(J, W - 1, C),
+        draw(J, H, P, N),
+        slots,
+    ]
+    sizes = {"B": B, "G": G, "R": R, "P": P, "N": N, "W": W, "bias": bias, "norm": norm}
+    limits = [(0.0, None), (0.001, 0.1)]
+    options = {"num_groups": G, "dt_limit": limits[seed % 2], "eps": 1e-5}
+    return Case("ssd.decode", sizes, seed, args, options, (9, 10), {3: 2, 9: 2, 10: 3}, wide=(10,))
+
+
+def route(seed: int, N: int, E: int, K: int) -> Case:
+    r, draw = _draw(seed)
+    logits = torch.stack([torch.randperm(8 * E, generator=r)[:E] for _ in range(N)]) if N else draw(0, E)
+    logits = logits.double() / 8 if 8 * E <= 256 else draw(N, E)  # no two equal also in bfloat16, where that can be
+    return Case("moe.route", {"N": N, "E": E, "K": K}, seed, [logits, K])
+
+
+def experts(seed: int, N: int, E: int, K: int, H: int, I: int) -> Case:
+    """Some picks are of experts held elsewhere."""
+    r, draw = _draw(seed)
+    ids = torch.randint(-2, E + 2, (N, K), generator=r)
+    weights = torch.rand(N, K, generator=r).double()
+    args = [draw(N, H), weights, ids, draw(E, 2 * I, H) * H**-0.5, draw(E, H, I) * I**-0.5]
+    sizes = {"N": N, "E": E, "K": K, "H": H, "I": I}
+    return Case("moe.experts", sizes, seed, args, dense={3: 2, 4: 2}, wide=(1,))
+
+
+def rms_norm(seed: int, N: int, H: int) -> Case:
+    _, draw = _draw(seed)
+    return Case("norm.rms_norm", {"N": N, "H": H}, seed, [draw(N, H), draw(H), 1e-6])
+
+
+def norm_then_gate(seed: int, N: int, H: int) -> Case:
+    _, draw = _draw(seed)
+    return Case("norm.norm_then_gate", {"N": N, "H": H}, seed, [draw(N, H), draw(N, H), draw(H), 1e-6])
+
+
+def gate_then_norm(seed: int, N: int, G: int, H: int) -> Case:
+    _, draw = _draw(seed)
+    args = [draw(N, G * H), draw(N, G * H), draw(G * H), G, 1e-5]
+    return Case("norm.gate_then_norm", {"N": N, "G": G, "H": H}, seed, args)
+
+
+def rotate(seed: int, T: int, H: int, D: int, R: int) -> Case:
+    _, draw = _draw(seed)
+    angles = draw(T, R) * 10
+    cos, sin = angles.cos().float().double(), angles.sin().float().double()
+    return Case("rope.rotate", {"T": T, "H": H, "D": D, "R": R}, seed, [draw(T, H, D), cos, sin])
+
+
+SMALL: list[Case] = [
+    conv_prefill(1, [5, 0, 33, 1, 2], C=13, W=4, bias=True),
+    conv_prefill(2, [17], C=130, W=3, bias=False),
+    conv_update(3, B=3, C=37, W=4, bias=True),
+    conv_update(4, B=1, C=5, W=2, bias=False),
+    gdn_prefill(5, [5, 0, 70, 1], M=1, R=3, K=20, V=24),
+    gdn_prefill(6, [40], M=1, R=1, K=32, V=16, repeated=True),
+    gdn_decode(7, B=3, M=2, R=3, K=20, V=40, W=4),
+    gdn_decode(8, B=1, M=1, R=1, K=16, V=16, W=2),
+    ssd_prefill(9, [5, 0, 70, 1], G=1, R=3, P=20, N=24),
+    ssd_decode(10, B=2, G=2, R=3, P=12, N=20, W=4, bias=True, norm=True),
+    ssd_decode(11, B=1, G=1, R=1, P=16, N=16, W=2, bias=False, norm=False),
+    route(12, N=5, E=24, K=3),
+    experts(13, N=9, E=5, K=3, H=40, I=24),
+    experts(14, N=1, E=40, K=4, H=16, I=16),
+    rms_norm(15, N=7, H=100),
+    norm_then_gate(16, N=9, H=24),
+    gate_then_norm(17, N=3, G=3, H=20),
+    rotate(18, T=5, H=3, D=20, R=4),
+]
+"""A few of each op, quick enough for a Triton interpreter."""
+
+EMPTY: list[Case] = [
+    conv_prefill(1, [0, 0], C=13, W=4, bias=True),
+    conv_update(2, B=0, C=13, W=4, bias=True),
+    gdn_prefill(3, [0], M=1, R=3, K=20, V=24),
+    gdn_decode(4, B=0, M=2, R=3, K=20, V=40, W=4),
+    ssd_prefill(5, [0, 0], G=1, R=3, P=20, N=24),
+    ssd_decode(6, B=0, G=2, R=3, P=12, N=20, W=4, bias=True, norm=True),
+    route(7, N=0, E=24, K=3),
+    experts(8, N=0, E=5, K=3, H=40, I=24),
+    rms_norm(9, N=0, H=100),
+    norm_then_gate(10, N=0, H=24),
+    gate_then_norm(11, N=0, G=3, H=20),
+    rotate(12, T=0, H=3, D=20, R=4),
+]
+"""No tokens: nothing may be launched, nothing may change."""
