@@ -107,7 +107,7 @@ def product(a, b, KIND: tl.constexpr):
     if KIND == "tf32x3":
         c = tl.dot(a.to(tl.float32), b.to(tl.float32), input_precision="tf32x3")
     elif KIND == "tf32":
-        c = tl.dot(_keep(a.to(tl.float32), 13), _keep(b.to(tl.float32), 13), input_precision="tf32")
+        c = tl.dot(_round(a.to(tl.float32), 13), _round(b.to(tl.float32), 13), input_precision="tf32")
     elif KIND == "bf16x2":
         high = cast(b, tl.bfloat16)
         c = _product_bf16(a, high) + _product_bf16(a, cast(b - high.to(tl.float32), tl.bfloat16))
@@ -127,21 +127,18 @@ def _product_bf16(a, b):
 
 
 @triton.jit
-def _keep(x, dropped_bits: tl.constexpr):
-    """In the interpreter, x without its last bits, which a GPU's product would not look at; else x."""
-    if ROUNDS:
-        x = (x.to(tl.int32, bitcast=True) & -(2**dropped_bits)).to(tl.float32, bitcast=True)
-    return x
+def _round(x, num_bits: tl.constexpr):
+    """A float32 to the nearest, ties to even, without its last bits, which tensor cores and casts may just cut off."""
+    bits = x.to(tl.int32, bitcast=True)
+    bits = (bits + (2 ** (num_bits - 1) - 1) + ((bits >> num_bits) & 1)) & -(2**num_bits)
+    return tl.where(x == x, bits.to(tl.float32, bitcast=True), x)
 
 
 @triton.jit
 def cast(x, dtype: tl.constexpr):
     """x.to(dtype), to the nearest also in the interpreter, whose own cast to bfloat16 cuts bits off."""
     if ROUNDS and dtype == tl.bfloat16:
-        wide = x.to(tl.float32)
-        bits = wide.to(tl.int32, bitcast=True)
-        bits = (bits + 0x7FFF + ((bits >> 16) & 1)) & -65536
-        x = tl.where(wide == wide, bits.to(tl.float32, bitcast=True), wide)
+        x = _round(x.to(tl.float32), 16)
     return x.to(dtype)
 
 

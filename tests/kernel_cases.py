@@ -267,24 +267,21 @@ def rotate(seed: int, T: int, H: int, D: int, R: int) -> Case:
 
 
 SMALL: list[Case] = [
-    conv_prefill(1, [5, 0, 33, 1, 2], C=13, W=4, bias=True),
-    conv_prefill(2, [17], C=130, W=3, bias=False),
-    conv_update(3, B=3, C=37, W=4, bias=True),
-    conv_update(4, B=1, C=5, W=2, bias=False),
-    gdn_prefill(5, [5, 0, 70, 1], M=1, R=3, K=20, V=24),
-    gdn_prefill(6, [40], M=1, R=1, K=32, V=16, repeated=True),
-    gdn_decode(7, B=3, M=2, R=3, K=20, V=40, W=4),
-    gdn_decode(8, B=1, M=1, R=1, K=16, V=16, W=2),
-    ssd_prefill(9, [5, 0, 70, 1], G=1, R=3, P=20, N=24),
-    ssd_decode(10, B=2, G=2, R=3, P=12, N=20, W=4, bias=True, norm=True),
+    conv_prefill(1, [5, 0, 19, 1, 2], C=13, W=4, bias=True),
+    conv_update(3, B=2, C=37, W=3, bias=False),
+    gdn_prefill(5, [5, 0, 35], M=1, R=2, K=20, V=24),
+    gdn_prefill(6, [33], M=1, R=1, K=16, V=16, repeated=True),
+    gdn_decode(7, B=2, M=1, R=3, K=20, V=40, W=4),
+    ssd_prefill(9, [5, 0, 35], G=1, R=2, P=20, N=24),
+    ssd_decode(10, B=1, G=2, R=3, P=12, N=20, W=4, bias=True, norm=True),
     ssd_decode(11, B=1, G=1, R=1, P=16, N=16, W=2, bias=False, norm=False),
-    route(12, N=5, E=24, K=3),
-    experts(13, N=9, E=5, K=3, H=40, I=24),
-    experts(14, N=1, E=40, K=4, H=16, I=16),
+    route(12, N=3, E=24, K=3),
+    experts(13, N=9, E=4, K=3, H=40, I=24),
+    experts(14, N=1, E=9, K=2, H=16, I=16),
     rms_norm(15, N=7, H=100),
     norm_then_gate(16, N=9, H=24),
     gate_then_norm(17, N=3, G=3, H=20),
-    rotate(18, T=5, H=3, D=20, R=4),
+    rotate(18, T=3, H=3, D=20, R=4),
 ]
 """A few of each op, quick enough for a Triton interpreter."""
 

@@ -111,8 +111,8 @@ def _route(
     for i in range(K):
         top = tl.max(key, 0)
         key = tl.where(key == top, none, key)
-        bits = (top >> 32).to(tl.int32)
-        logit = (bits ^ ((bits >> 31) & 0x7FFFFFFF)).to(tl.float32, bitcast=True)
+        high = (top >> 32).to(tl.int32)
+        logit = (high ^ ((high >> 31) & 0x7FFFFFFF)).to(tl.float32, bitcast=True)
         best = tl.where(k == i, logit, best)
         picks = tl.where(k == i, BE - 1 - (top & 0xFFFFFFFF), picks)
     # A softmax over all, renormalised over some, is the softmax over these.

@@ -201,8 +201,8 @@ def _decode(
                 feature = (h // R) * (R * P) + i
                 is_in = i < R * P
                 # Past the first cache, which belongs to this multiprocessor alone.
-                y = tl.load(gated_ptr + s * (H * P) + feature, is_in, 0.0, cache_modifier=".cg")
-                y *= tl.rsqrt(tl.sum(y * y, 0) / (R * P) + eps)
-                y *= tl.load(norm_ptr + feature, is_in, 0.0).to(tl.float32)
-                tl.store(y_at + feature, cast(y, y_ptr.dtype.element_ty), is_in)
+                gated = tl.load(gated_ptr + s * (H * P) + feature, is_in, 0.0, cache_modifier=".cg")
+                gated *= tl.rsqrt(tl.sum(gated * gated, 0) / (R * P) + eps)
+                gated *= tl.load(norm_ptr + feature, is_in, 0.0).to(tl.float32)
+                tl.store(y_at + feature, cast(gated, y_ptr.dtype.element_ty), is_in)
             tl.store(arrived_at, 0)

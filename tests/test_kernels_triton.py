@@ -1,0 +1,191 @@
+"""The Triton kernels on a CPU, through Triton's interpreter, against the reference in float64.
+
+What the interpreter cannot show - layouts, memory order, speed - is for test_kernels_gpu.py; that the kernels compile
+for an H200 needs no GPU and stands at the end. With a GPU in the machine this file stands aside, as a process runs
+kernels either compiled or interpreted.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+if importlib.util.find_spec("triton") is None:
+    pytest.skip("triton is not installed", allow_module_level=True)
+if list(Path("/dev").glob("nvidia[0-9]*")):
+    pytest.skip("a GPU is here: test_kernels_gpu.py runs the kernels compiled", allow_module_level=True)
+
+OPS = ["causal_conv", "gated_delta_rule", "moe", "norm", "rope", "ssd"]
+_set_outside = os.environ.get("TRITON_INTERPRET")
+os.environ["TRITON_INTERPRET"] = "1"  # kernels look at it when they are made
+import triton.experimental.gluon  # noqa: E402  # imported late, and it too looks then
+
+KERNELS = {name: importlib.import_module(f"hybrid_moe_kernels.{name}.triton") for name in OPS}
+if _set_outside is None:
+    del os.environ["TRITON_INTERPRET"]  # not for the processes that other tests start
+
+import kernel_cases as cases  # noqa: E402
+from hybrid_moe_kernels import causal_conv, norm, registry, tile  # noqa: E402
+from hypothesis import HealthCheck, given, seed, settings  # noqa: E402
+from hypothesis import strategies as some  # noqa: E402
+
+pytestmark = pytest.mark.skipif(not tile.INTERPRETED, reason="triton was imported before, without its interpreter")
+
+
+def module_of(case: cases.Case):
+    return KERNELS[case.op.partition(".")[0]]
+
+
+@pytest.mark.parametrize("case", cases.SMALL, ids=str)
+def test_a_kernel_computes_the_reference_in_float32(case):
+    cases.check(case, module_of(case), torch.float32)
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("case", cases.SMALL, ids=str)
+def test_a_kernel_computes_the_reference_in_bfloat16(case):
+    cases.check(case, module_of(case), torch.bfloat16)
+
+
+@pytest.mark.parametrize("case", cases.EMPTY, ids=str)
+def test_no_tokens_launch_nothing(case, monkeypatch):
+    def launched(self, *args, **options):
+        raise AssertionError(f"{case}: a kernel was launched")
+
+    monkeypatch.setattr(triton.runtime.interpreter.GridExecutor, "__call__", launched)
+    cases.check(case, module_of(case), torch.float32)
+
+
+def test_a_slot_below_zero_fills_up_a_batch_and_touches_nothing():
+    for case in (cases.conv_update(1, 3, 13, 4, True), cases.gdn_decode(2, 3, 1, 2, 16, 16, 4)):
+        want = cases.reference(case, torch.float64)
+        args = case.inputs(torch.float32, "cpu")
+        slots = args[-1]
+        before = [args[place].clone() for place in case.states]
+        kept, slots[1] = slots[1].item(), -1
+        with cases.poisoned():
+            y = getattr(module_of(case), case.op.rpartition(".")[2])(*args, **case.options)
+        assert not y[1].any() and cases.error(y[[0, 2]], want[0][[0, 2]]) < 5e-6, str(case)
+        for place, old in zip(case.states, before, strict=True):
+            assert torch.equal(args[place][kept], old[kept]), str(case)
+
+
+def test_the_registry_runs_triton_on_a_cpu_only_when_told_to():
+    case = cases.SMALL[0]
+    assert causal_conv.prefill.pick("cpu", torch.float32).backend == "torch"
+    with registry.using("triton"):
+        assert causal_conv.prefill.pick("cpu", torch.float32).backend == "triton"
+        assert causal_conv.prefill.pick("cpu", torch.float64).backend == "torch"
+        y = causal_conv.prefill(*case.inputs(torch.float32, "cpu"))
+        with pytest.raises(ValueError, match=r"weight_CW: shape \[12, 4\], wanted \[C = 13, W\]"):
+            args = case.inputs(torch.float32, "cpu")
+            causal_conv.prefill(args[0], args[1][1:], *args[2:])
+    assert cases.error(y, cases.reference(case, torch.float64)[0]) < 5e-6
+
+
+def test_without_a_gpu_or_the_interpreter_one_line_says_what_runs_instead(monkeypatch, caplog):
+    monkeypatch.setattr(tile, "INTERPRETED", False)
+    monkeypatch.setattr(KERNELS["norm"], "missing", tile.missing.__wrapped__)
+    monkeypatch.setattr(registry, "_said", set())
+    x = torch.ones(2, 8)
+    with registry.using("triton"):
+        for _ in range(2):
+            assert norm.rms_norm.pick("cpu", torch.float32).backend == "torch"
+            assert norm.norm_then_gate(x, x, torch.ones(8), 1e-6).shape == (2, 8)
+    assert [record.message for record in caplog.records] == [
+        "kernels: triton: there is no CUDA device, and TRITON_INTERPRET=1 was not set before the start; "
+        "torch runs instead"
+    ]
+
+
+LENGTHS = some.lists(some.sampled_from([0, 1, 2, 3, 31, 32, 33, 65]) | some.integers(0, 12), min_size=1, max_size=3)
+ONE_TO = {limit: some.integers(1, limit) for limit in (2, 3, 4, 6, 20, 40)}
+NUMBERS = some.integers(0, 2**31)
+ANY = {
+    "causal_conv.prefill": some.builds(
+        cases.conv_prefill, NUMBERS, LENGTHS, C=ONE_TO[40], W=some.integers(2, 5), bias=some.booleans()
+    ),
+    "causal_conv.update": some.builds(
+        cases.conv_update, NUMBERS, some.integers(0, 4), C=ONE_TO[40], W=some.integers(2, 5), bias=some.booleans()
+    ),
+    "gated_delta_rule.prefill": some.builds(
+        cases.gdn_prefill, NUMBERS, LENGTHS, ONE_TO[2], ONE_TO[3], ONE_TO[20], ONE_TO[20], repeated=some.booleans()
+    ),
+    "gated_delta_rule.decode": some.builds(
+        cases.gdn_decode,
+        NUMBERS,
+        some.integers(0, 3),
+        ONE_TO[3],
+        ONE_TO[4],
+        ONE_TO[20],
+        ONE_TO[40],
+        some.integers(2, 5),
+    ),
+    "ssd.prefill": some.builds(cases.ssd_prefill, NUMBERS, LENGTHS, ONE_TO[2], ONE_TO[3], ONE_TO[20], ONE_TO[20]),
+    "ssd.decode": some.builds(
+        cases.ssd_decode,
+        *(NUMBERS, some.integers(0, 3), ONE_TO[3], ONE_TO[3], ONE_TO[20], ONE_TO[20], some.integers(2, 5)),
+        bias=some.booleans(),
+        norm=some.booleans(),
+    ),
+    "moe.route": some.builds(cases.route, NUMBERS, some.integers(0, 5), E=some.integers(6, 40), K=ONE_TO[6]),
+    "moe.experts": some.builds(
+        cases.experts, NUMBERS, some.integers(0, 20), ONE_TO[6], ONE_TO[3], H=ONE_TO[40], I=ONE_TO[40]
+    ),
+    "norm.rms_norm": some.builds(cases.rms_norm, NUMBERS, some.integers(0, 9), some.integers(1, 300)),
+    "norm.norm_then_gate": some.builds(cases.norm_then_gate, NUMBERS, some.integers(0, 9), ONE_TO[40]),
+    "norm.gate_then_norm": some.builds(cases.gate_then_norm, NUMBERS, some.integers(0, 9), ONE_TO[4], ONE_TO[40]),
+    "rope.rotate": some.builds(
+        cases.rotate, NUMBERS, some.integers(0, 5), ONE_TO[6], D=some.integers(8, 40), R=ONE_TO[4]
+    ),
+}
+
+
+@pytest.mark.full
+@pytest.mark.timeout(1800)
+@pytest.mark.parametrize("op", ANY)
+def test_any_sizes_in_float32(op):
+    @seed(1)
+    @settings(max_examples=500, deadline=None, database=None, suppress_health_check=list(HealthCheck))
+    @given(ANY[op])
+    def run(case):
+        cases.check(case, module_of(case), torch.float32)
+
+    run()
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("length", [257, 2000])
+def test_long_prompts(length):
+    for case in (
+        cases.gdn_prefill(length, [length, 3], M=1, R=1, K=16, V=16),
+        cases.ssd_prefill(length, [3, length], G=1, R=1, P=16, N=16),
+        cases.conv_prefill(length, [length, 3], C=8, W=4, bias=True),
+    ):
+        cases.check(case, module_of(case), torch.float32)
+
+
+@pytest.mark.full
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("dtype", ["bf16", "f32"])
+def test_every_kernel_compiles_for_an_h200_and_fits(dtype, tmp_path):
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    environment["TRITON_CACHE_DIR"] = str(tmp_path / "cache")
+    script = Path(__file__).parent.parent / "benchmarks" / "kernel_registers.py"
+    command = [sys.executable, script, "--dtype", dtype, "--json", tmp_path / "rows.json"]
+    run = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert run.returncode == 0, run.stdout + run.stderr
+    rows = json.loads((tmp_path / "rows.json").read_text())["rows"]
+    assert {row["op"].partition(",")[0].partition(" ")[0] for row in rows} >= set(ANY), run.stdout
+    for row in rows:
+        assert row["programs_per_multiprocessor"] >= 1, row
+        if dtype == "bf16":
+            assert row["spilt_bytes"] <= 64, row
