@@ -2,10 +2,11 @@
 
     python benchmarks/kernel_registers.py [--json FILE] [--dtype bf16|f32]
 
-The ops are called as ever, on tensors without content, but each launch only compiles: the launch code, its sizes and the
-alignment that it finds are the real ones. Columns: registers per thread, bytes spilt (stores + loads), bytes of shared
-memory, the tensor core instructions, and how many programs fit on a multiprocessor by registers, threads and shared
-memory. Sizes: Gated DeltaNet of Qwen3.5-397B-A17B, Mamba-2 with 128 heads of 64 x 128 in 8 groups, experts of 4096 x 1024.
+The ops are called as ever, on tensors without content, but each launch only compiles: the launch code, its sizes and
+the alignment that it finds are the real ones. Columns: registers per thread, bytes spilt (stores + loads), bytes of
+shared memory, the tensor core instructions, and how many programs fit on a multiprocessor by registers, threads and
+shared memory. Sizes: Gated DeltaNet of Qwen3.5-397B-A17B, Mamba-2 with 128 heads of 64 x 128 in 8 groups, experts of
+4096 x 1024.
 
 Exit status 1 if a kernel would not start: more than 227 KiB of shared memory.
 """
