@@ -112,7 +112,8 @@ def test_a_process_that_works_is_told_from_one_that_sleeps() -> None:
     with (
         python(HOLD) as asleep,
         python(
-            "import subprocess, sys; subprocess.run([sys.executable, '-c', 'print(1, flush=True)\\nwhile True: pass'])"
+            "import subprocess, sys; subprocess.run([sys.executable, '-c', "
+            "'import time; print(1, flush=True); end = time.monotonic() + 30\\nwhile time.monotonic() < end: pass'])"
         ) as busy,
     ):  # its child is
         system = System(1.0)
@@ -120,8 +121,8 @@ def test_a_process_that_works_is_told_from_one_that_sleeps() -> None:
         assert system.cores(pids) == {}
         time.sleep(0.5)
         cores = system.cores(pids)
-        assert cores[0] < 0.02 and cores[1] > 0.05, cores
         process.kill(process.with_descendants(busy.pid))
+        assert cores[0] < 0.02 and cores[1] > 0.05, cores
 
 
 def test_stopped_and_ended_processes_are_told_and_those_of_other_hosts_are_not() -> None:
