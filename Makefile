@@ -19,7 +19,7 @@ test: .venv/.ready-test  ## all tests but the slowest and those that need a GPU
 	$(VENV_PYTHON) -m pytest $(ARGS)
 
 test-all: .venv/.ready-test  ## every test; what the machine cannot run is skipped
-	$(VENV_PYTHON) -m pytest -m "" $(ARGS)
+	HMR_SCENARIO_SEEDS=$${HMR_SCENARIO_SEEDS:-5} $(VENV_PYTHON) -m pytest -m "" $(ARGS)
 
 test-gpu: .venv/.ready-test  ## what needs a CUDA device; all skipped without one
 	$(VENV_PYTHON) -m pytest -m gpu $(ARGS)
