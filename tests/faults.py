@@ -57,6 +57,13 @@ class Case:
     step: int = -1  # where the fault is, counted from 0
     stalls: list[tuple[str, int]] = field(default_factory=list)
     locks: dict[str, int] = field(default_factory=dict)
+    second: str = ""  # another fault
+    victim: int = -1  # of a kill inside a collective
+    one_clock: bool = False  # judged by the time of one host; that of the others follows from their wall clocks
+
+    @property
+    def faults(self) -> set[str]:
+        return {self.fault, self.second}
 
     def programs(self) -> list[list[Action]]:
         return [self._program(rank) for rank in range(self.num_ranks)]
@@ -83,10 +90,10 @@ class Case:
     def simulate(self, until_ns: int | None = None) -> Simulation:
         sim = Simulation(
             self.programs(), self.groups, seed=self.seed, shape=self.shape, hosts=self.hosts, stalls=self.stalls,
-            locks=self.locks, aborts=self.fault == "sizes_abort",
+            locks=self.locks, aborts="sizes_abort" in self.faults,
         )  # fmt: skip
-        if self.fault == "kill_inside":
-            while (victim := sim.ranks[self.culprits[0]]).state == "running":
+        if self.victim >= 0:
+            while (victim := sim.ranks[self.victim]).state == "running":
                 moment = sim.next_event_ns()
                 if moment is None or (victim.blocked and victim.step >= 1 + self.seed % len(self.steps[0])):
                     victim.state = "dead"
@@ -96,7 +103,7 @@ class Case:
         return sim
 
     def lock_holders(self) -> dict[str, int]:
-        return {} if self.fault == "unknown_lock" else self.locks
+        return {} if "unknown_lock" in self.faults else self.locks
 
 
 @dataclass(frozen=True)
@@ -140,6 +147,34 @@ def truth(case: Case, sim: Simulation) -> Truth:
     return Truth("deadlock", culprits, provable)
 
 
+def class_of(case: Case, sim: Simulation) -> str:
+    """What became of a run with any number of faults, from the scheduler's own state alone."""
+    states = {rank: each.state for rank, each in enumerate(sim.ranks)}
+    waited_for = {other for rank, each in enumerate(sim.ranks) if each.blocked for other in sim.waits_for(rank)}
+    aborted = any(
+        channel.jammed == "differ" and states[rank] in ("dead", "failed")
+        for channel in sim.channels.values()
+        for rank in channel.members
+    )
+    if _mispaired(sim):
+        return "corrupt"
+    if set(states.values()) == {"done"}:
+        return "clean"
+    if sim.in_a_circle() and not aborted:
+        return "deadlock"
+    if {"dead", "failed"} & set(states.values()):
+        return "crash"
+    if any(states[rank] == "done" for rank in waited_for):
+        return "deadlock"
+    moving = {rank for rank, each in enumerate(sim.ranks) if not each.blocked and states[rank] != "done"}
+    if moving & waited_for:
+        return "slow"
+    if any(each.blocked and each.blocked[0] == "lock" and (sim.locks[each.blocked[1]] or 0) < 0 for each in sim.ranks):
+        pid = next(iter(case.locks.values()))
+        return "inconclusive" if "unknown_lock" in case.faults else "slow" if pid else "deadlock"
+    return "slow" if moving and not any(c.jammed == "stall" for c in sim.channels.values()) else "stall"
+
+
 def _mispaired(sim: Simulation) -> bool:
     """Whether a meeting was completed, on both sides, by ranks that meant different collectives."""
     for channel in sim.channels.values():
@@ -168,9 +203,10 @@ def draw(seed: int, fault: str | None = None, rng: random.Random | None = None) 
         groups["pp"] = [everyone]
     # A duplicate before a habitual extra looks like that extra where it was not shared, and is: the schedule decides.
     habit = fault == "habit" or (rng.random() < 0.15 and fault != "duplicate")
-    declared, hosts = rng.random() < 0.85, rng.choice((1, 1, 2))
+    declared, hosts = rng.random() < 0.85, min(num_ranks, rng.choice((1, 1, 1, 2, 2, 3, 4)))
     shape = WRAPPING if rng.random() < 0.1 else SMALL
     case = Case(seed, fault, num_ranks, groups, [[] for _ in everyone], declared, habit, hosts, shape)
+    case.one_clock = rng.random() < 0.5
     constant = rng.random() < 0.7
     template = _template(rng, groups)
     for number in range(rng.randint(2, 5)):
@@ -183,7 +219,22 @@ def draw(seed: int, fault: str | None = None, rng: random.Random | None = None) 
             for items in steps:
                 items.insert(1, Item(call))
     _local_work(case, rng)
-    _inject(case, rng)
+    _inject(case, rng, fault)
+    return case
+
+
+SECOND = ("extra", "extra_async", "skip", "swap", "replace", "dtype", "sizes", "lock", "kill", "kill_inside", "fail")
+SECOND += ("spin", "stall", "straggler", "builder", "early_done", "stale_lock", "held_lock")
+
+
+def draw_pair(seed: int) -> Case:
+    """A case with two faults that know nothing of each other; ``culprits`` are those of both."""
+    rng = random.Random(~seed)
+    case = draw(seed, rng.choice([fault for fault in FAULTS if fault not in ("none", "habit")]))
+    first = case.culprits
+    case.second = rng.choice([fault for fault in SECOND if "_lock" not in fault or not case.locks])
+    _inject(case, rng, case.second)
+    case.culprits = tuple(sorted({*first, *case.culprits}))
     return case
 
 
@@ -191,6 +242,10 @@ def _template(rng: random.Random, groups: dict[str, list[tuple[int, ...]]]) -> l
     """(group, op, layer, wait_after) of each collective of a step; "dp all_reduce" first, as an engine does."""
     entries: list[tuple[str, str, str, int | None]] = [("dp", "all_reduce", "", None)]
     for layer in range(rng.randint(1, 4)):
+        if rng.random() < 0.15:  # coalesced: issued one after the other, then waited for in turn
+            group, number = rng.choice(sorted(set(groups) - {"pp"})), rng.randint(2, 3)
+            ops = rng.sample(("all_reduce", "broadcast", "all_gather_v", "reduce_scatter_v"), number)
+            entries += [(group, op, f"layers.{layer}.kv", number - 1 - index) for index, op in enumerate(ops)]
         for _ in range(rng.randint(1, 3)):
             group = rng.choice(sorted(groups))
             ops = ("transfer",) if group == "pp" else ("all_reduce", "broadcast", "all_gather_v", "reduce_scatter_v")
@@ -244,10 +299,10 @@ def _local_work(case: Case, rng: random.Random) -> None:
                     items[index] = replace(item, before=work + item.before)
 
 
-def _inject(case: Case, rng: random.Random) -> None:
+def _inject(case: Case, rng: random.Random, fault: str) -> None:
     from injections import INJECTIONS
 
-    INJECTIONS[case.fault](case, rng)
+    INJECTIONS[fault](case, rng)
 
 
 def pick(case: Case, rng: random.Random, *, group: str | None = None, collective: bool = True) -> tuple[int, int, int]:

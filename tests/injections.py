@@ -24,7 +24,9 @@ def _same_place(case: Case, rank: int, step: int, index: int) -> list[int]:
     return [
         other
         for other in members_of(case, rank, call)
-        if index < len(case.steps[other][step]) and _key(case.steps[other][step][index]) == key
+        if step < len(case.steps[other])
+        and index < len(case.steps[other][step])
+        and _key(case.steps[other][step][index]) == key
     ]
 
 
@@ -35,7 +37,7 @@ def _key(item: Item) -> tuple[ScheduleEntry | None, int | None]:
 def _extra(case: Case, rng: random.Random, wait_after: int | None = None) -> None:
     numel = rng.choice((8, 32))
     call = EXTRA._replace(group=rng.choice(("dp", "ep")), sizes=(numel,), dtype=rng.choice(("int32", "float32")))
-    step = rng.randrange(len(case.steps[0]))
+    step = rng.randrange(min(map(len, case.steps)))
     case.step, case.culprits = step, some_of(range(case.num_ranks), rng)
     index = rng.randrange(min(len(case.steps[rank][step]) for rank in case.culprits) + 1)
     for rank in case.culprits:
@@ -171,7 +173,8 @@ def _stall(case: Case, rng: random.Random) -> None:
 
 
 def _kill_inside(case: Case, rng: random.Random) -> None:
-    case.culprits = (rng.randrange(case.num_ranks),)
+    case.victim = rng.randrange(case.num_ranks)
+    case.culprits = (case.victim,)
 
 
 def _late_starter(case: Case, rng: random.Random) -> None:

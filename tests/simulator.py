@@ -83,11 +83,15 @@ class Simulation:
         self.ranks: list[Rank] = []
         self.files: list[bytearray] = []
         self.recorders: list[Recorder] = []
+        # A host's monotonic clock counts from its own start, and its wall clock is off by some tenths of a second.
+        skews_ns = [0, *(self._rng.randint(-(10**15), 10**15) for _ in range(1, hosts))]
+        self.wall_errors_ns = [0, *(self._rng.randint(-300 * MS, 300 * MS) for _ in range(1, hosts))]
         for rank, program in enumerate(programs):
             host = rank * hosts // self.num_ranks
-            skew_ns = host * self._rng.randint(-(10**15), 10**15)
+            skew_ns = skews_ns[host]
             clock = self._clock(10**16 + skew_ns)
-            buffer, recorder = make_recorder(rank, self.num_ranks, clock, shape, "run", host, 10**16 + skew_ns)
+            off_ns = 10**16 + skew_ns + self.wall_errors_ns[host]
+            buffer, recorder = make_recorder(rank, self.num_ranks, clock, shape, "run", host, off_ns)
             mine = {name: members for name, sets in groups.items() for members in sets if rank in members}
             recorder.groups(mine)
             self._of_rank.append(mine)
@@ -110,6 +114,26 @@ class Simulation:
         """What every rank did, for a failing test to print."""
         rows = sorted((t, rank, text) for rank, each in enumerate(self.ranks) for t, text in each.log)
         return "\n".join(f"{t / MS:10.3f} ms  rank {rank:2d}  {text}" for t, rank, text in rows)
+
+    def waits_for(self, rank: int) -> set[int]:
+        """The ranks without which this one cannot go on."""
+        kind, what = self.ranks[rank].blocked or ("", None)
+        if kind == "lock":
+            holder = self.locks.get(what)
+            return {holder} - {rank} if holder is not None and holder >= 0 else set()
+        if kind != "meeting":
+            return set()
+        key, seq = what[:2]
+        channel = self.channels[key]
+        lacking = {member for member in channel.members if channel.issued.get(member, 0) < seq}
+        if channel.jammed == "differ":
+            lacking |= channel.calls[channel.completed].keys()
+        return lacking
+
+    def in_a_circle(self) -> set[int]:
+        """Ranks that wait, at some remove, for themselves."""
+        edges = {rank: self.waits_for(rank) for rank, each in enumerate(self.ranks) if each.blocked}
+        return {rank for rank in edges if rank in _reached(edges, rank)}
 
     # -- the scheduler -------------------------------------------------------------------------------------------
 
@@ -268,19 +292,30 @@ class Simulation:
             if len(meeting) < len(channel.members):
                 return
             seq = channel.completed + 1
-            if (key[0], seq) in self._stalls:
-                channel.jammed = "stall"
-                return
             if len({_shape_of(call) for call, _ in meeting.values()}) > 1:
                 channel.jammed = "differ"
                 if self._aborts:
                     victim = min(meeting)
                     self.ranks[victim].state = "dead"
                 return
+            if (key[0], seq) in self._stalls:
+                channel.jammed = "stall"
+                return
             channel.completed = seq
             for rank, each in enumerate(self.ranks):
                 if each.blocked and each.blocked[0] == "meeting" and each.blocked[1][:2] == (key, seq):
                     self._wake(rank, self._latency())
+
+
+def _reached(edges: Mapping[int, set[int]], start: int) -> set[int]:
+    found: set[int] = set()
+    ahead = list(edges[start])
+    while ahead:
+        rank = ahead.pop()
+        if rank not in found:
+            found.add(rank)
+            ahead += edges.get(rank, ())
+    return found
 
 
 def _shape_of(call: Collective) -> Any:

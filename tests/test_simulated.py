@@ -14,7 +14,7 @@ import random
 from collections.abc import Mapping
 
 import pytest
-from faults import FAULTS, FOREVER_NS, LATE, Case, Truth, draw, truth
+from faults import FAULTS, FOREVER_NS, LATE, Case, Truth, class_of, draw, draw_pair, truth
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from scene import MS
@@ -31,17 +31,19 @@ WINDOW_S = 1.0
 
 def rest(case: Case) -> Simulation:
     """The run when nothing happens any more, or when all wait for the one that is late."""
-    return case.simulate(until_ns=FOREVER_NS // 2 if case.fault in LATE else None)
+    return case.simulate(until_ns=FOREVER_NS // 2 if case.faults & {*LATE} else None)
 
 
 def verdict_of(
     case: Case, sim: Simulation, witnesses: Mapping[int, Witness] | None = None, *, later_s: float = 2.0,
     window_s: float = WINDOW_S,
 ) -> Verdict:  # fmt: skip
+    now_ns = sim.clocks(int(later_s * 1e9))
+    witnesses = sim.witnesses() if witnesses is None else witnesses
     return judge(
-        sim.witnesses() if witnesses is None else witnesses,
+        witnesses,
         num_ranks=case.num_ranks,
-        now_ns=sim.clocks(int(later_s * 1e9)),
+        now_ns=now_ns[min(witnesses)] if case.one_clock and witnesses and later_s >= WINDOW_S else now_ns,
         quiet_window_s=window_s,
         alive={rank: each.state != "dead" for rank, each in enumerate(sim.ranks)},
         lock_holders=case.lock_holders(),
@@ -102,6 +104,22 @@ def check_damaged_seeds(seeds: range) -> None:
         exact += got.verdict == want.verdict and got.culprits in (want.culprits, ours)
         assert is_harmless(want, got), f"witnesses left: {sorted(witnesses)}\n{report(case, sim, want, got)}"
     print(f"{exact} of {len(seeds)} seeds with damaged witnesses judged as if whole")
+
+
+def check_pairs(seeds: range) -> None:
+    """Two faults in one run: the class is right, and nobody is blamed who did nothing."""
+    inexact: list[str] = []
+    for seed in seeds:
+        case = draw_pair(seed)
+        sim = rest(case)
+        want, got = Truth(class_of(case, sim), case.culprits), verdict_of(case, sim)
+        text = f"and {case.second}: {report(case, sim, want, got)}"
+        assert got.verdict in (want.verdict, "inconclusive"), text
+        assert set(got.culprits) <= set(case.culprits), text
+        if got.verdict != want.verdict:
+            inexact.append(f"seed {seed}: {case.fault} and {case.second}: {want.verdict} judged {got.verdict}")
+    print(f"{len(seeds) - len(inexact)} of {len(seeds)} runs with two faults judged exactly", *inexact, sep="\n")
+    assert len(inexact) <= len(seeds) / 1000, "\n".join(inexact)
 
 
 def damaged(sim: Simulation, rng: random.Random) -> dict[int, Witness]:
@@ -181,6 +199,16 @@ def test_missing_and_torn_witnesses_never_mislead() -> None:
 
 def test_the_verdict_never_speaks_too_soon() -> None:
     check_moments(range(QUICK // 4))
+
+
+def test_two_faults_in_one_run_blame_nobody_who_did_nothing() -> None:
+    check_pairs(range(QUICK // 4))
+
+
+@pytest.mark.full
+@pytest.mark.timeout(3600)
+def test_two_faults_in_two_thousand_runs_blame_nobody_who_did_nothing() -> None:
+    check_pairs(range(max(2_000, QUICK)))
 
 
 @pytest.mark.full

@@ -139,7 +139,7 @@ def _decide(case: _Case, wrong_numbers: Sequence[str]) -> Verdict:
         finding.evidence.append(f"{key[0]} #{seq} completed on both sides although they differ")
         return case.verdict("corrupt", finding, evidence=[*wrong_numbers])
     hidden = case.ledger.hidden_divergence()
-    if hidden and len(case.ranks("done")) == len(case.standings):
+    if hidden:
         return case.verdict("corrupt", evidence=[*wrong_numbers, *hidden], confidence="undecided")
     if wrong_numbers:
         return case.verdict("corrupt", evidence=wrong_numbers)
@@ -215,13 +215,18 @@ def _crash(case: _Case) -> Verdict:
     elif dead:
         finding = Finding("dead_rank", dead)
     else:
-        first = min(failed, key=lambda rank: case.witnesses[rank].last_event_ns())
+        first = min(failed, key=lambda rank: _wall_ns(case.witnesses[rank]))
         finding = Finding("error", (first,))
     if dead:
         finding.evidence.append(f"{name_ranks(dead)} died")
     for rank in failed:
         finding.evidence.append(f"rank {rank}: {case.standings[rank].position.detail}")
     return case.verdict("crash", finding)
+
+
+def _wall_ns(witness: Witness) -> int:
+    """When a rank last said something, on a clock that ranks of several hosts share as well as they can."""
+    return witness.last_event_ns() + witness.who.wall_offset_ns
 
 
 def _unseen_partners(case: _Case, dead: Sequence[int]) -> list[int]:
