@@ -1,11 +1,15 @@
 """What watching and agreeing cost a step of the engine: 8 forked ranks, gloo, the tiny preset, idle steps.
 
-    python benchmarks/bench_engine.py [--ranks 8] [--rounds 7] [--json FILE]
+    python benchmarks/bench_engine.py [--ranks 8] [--rounds 15] [--json FILE]
 
-Every rank holds one engine for each row and all ranks run 32 steps of one row after the other, round after round, so
+Every rank holds one engine for each row and all ranks run 8 steps of one row after the other, round after round, so
 that a busy machine slows all rows alike; the median round counts. Steps of dummy batches are the fastest there are, so
-the shares below are upper bounds. The last row is the same as the first under TORCH_DISTRIBUTED_DEBUG=DETAIL, PyTorch's
-own check of collectives, in ranks of their own since the setting is made when groups are.
+the shares below are upper bounds. The last row is the same as the first with TORCH_DISTRIBUTED_DEBUG=DETAIL, PyTorch's
+own check of collectives.
+
+A recorder costs so little that the difference of two step times may be all noise. So it is also put together from what
+can be measured well: processor time of an event in the communicator's own code, with and without a recorder, times the
+events that a step was seen to record, over the step's time.
 """
 
 from __future__ import annotations
@@ -18,6 +22,7 @@ import statistics
 import subprocess
 import tempfile
 import time
+import traceback
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -27,88 +32,153 @@ import torch.distributed as dist
 
 from hybrid_moe_ref.engine.lifecycle import Engine
 from hybrid_moe_ref.parallel.comm import Communicator
-from hybrid_moe_ref.parallel.observer import NullObserver, Observer
+from hybrid_moe_ref.parallel.observer import Collective, NullObserver, Observer
 from repro.record import Recorder
 from repro.settings import RunSettings
+from repro.witness import read
 from repro.worker import loopback_store
 
-ROWS = ("nothing", "recorded", "recorded, agree", "recorded, strict")
-CHECKS = {"nothing": "observe", "recorded": "observe", "recorded, agree": "agree", "recorded, strict": "strict"}
+STEPS = 8  # of a round: few, so that rounds of all rows lie close together
+CHECKS = {
+    "nothing": "observe",
+    "recorded": "observe",
+    "recorded, agree": "agree",
+    "recorded, strict": "strict",
+    "nothing, DETAIL": "observe",
+}
 
 
-def run_rank(rank: int, num_ranks: int, rounds: int, rows: tuple[str, ...], folder: Path) -> dict[str, list[float]]:
-    """Seconds of each round of 32 steps, by row."""
+def run_rank(rank: int, num_ranks: int, rounds: int, folder: Path) -> dict[str, Any]:
+    """Seconds of each round of steps, by row; events of a step, and microseconds of one by observer."""
     torch.set_num_threads(1)
     server = RunSettings("any", "control", num_ranks=num_ranks).server()
+    server = replace(server, engine=replace(server.engine, unfinished_interval=STEPS))
     meeting = dist.FileStore(str(folder / "store"), num_ranks)
     store = loopback_store(meeting, rank, num_ranks)
     first = Communicator.connect(server.parallel, rank, store=store, timeout_s=300)
+    dist.set_debug_level(dist.DebugLevel.DETAIL)
+    detailed = {
+        name: dist.new_group(list(first.members(name)), backend="gloo", group_desc=name) for name in first._groups
+    }
     engines = {}
-    for row in rows:
+    for row, checks in CHECKS.items():
         observer: Observer = NullObserver()
-        if row != "nothing":
+        if row.startswith("recorded"):
             observer = Recorder.open(folder / f"{row}-{rank}.wit", rank, num_ranks)
-        prefixed = dist.PrefixStore(row, store)
-        comm = Communicator(rank, first.device, first._groups, observer, prefixed)
-        engines[row] = Engine(replace(server, checks=CHECKS[row]), comm)
-    seconds: dict[str, list[float]] = {row: [] for row in rows}
+        groups = detailed if "DETAIL" in row else first._groups
+        comm = Communicator(rank, first.device, groups, observer, dist.PrefixStore(row, store))
+        engines[row] = Engine(replace(server, checks=checks), comm)
+    path = folder / f"recorded-{rank}.wit"
+    before = read(path).num_events
+    seconds: dict[str, list[float]] = {row: [] for row in CHECKS}
     for _ in range(rounds + 1):
         for row, engine in engines.items():
             begin = time.perf_counter()
             engine.serve([])
             seconds[row].append(time.perf_counter() - begin)
-    return {row: times[1:] for row, times in seconds.items()}  # the first round warms up
+    events = (read(path).num_events - before) / (rounds + 1) / STEPS
+    return {
+        "seconds": {row: times[1:] for row, times in seconds.items()},  # the first round warms up
+        "events": events,
+        "event_us": {row: event_us(engines[row].comm) for row in ("nothing", "recorded")} if rank == 0 else {},
+    }
 
 
-def measure(num_ranks: int, rounds: int, rows: tuple[str, ...], debug: str) -> dict[str, float]:
-    """Milliseconds of a step on rank 0, the median of the rounds."""
+def event_us(comm: Communicator, num_calls: int = 500, num_repeats: int = 60) -> float:
+    """Processor time of one event, in us, as the communicator tells its observer: the best of many short loops."""
+    sizes = tuple(range(len(comm.members("ep"))))
+
+    def dispatch() -> None:
+        event = Collective("ep", "all_gather_v", "layers.0.moe", sizes, "uint8")
+        comm._enter(event)
+        comm.observer.leave(event)
+
+    times = []
+    for _ in range(num_repeats):
+        begin = time.thread_time_ns()
+        for _ in range(num_calls):
+            dispatch()
+        times.append(time.thread_time_ns() - begin)
+    return min(times) / num_calls / 2 / 1e3
+
+
+def measure(num_ranks: int, rounds: int) -> dict[str, Any]:
+    """What rank 0 found, with the median of the rounds as milliseconds of a step."""
     with tempfile.TemporaryDirectory() as name:
         folder, pids = Path(name), []
         for rank in range(num_ranks):
             pid = os.fork()
             if pid == 0:
-                os.environ["TORCH_DISTRIBUTED_DEBUG"] = debug
-                dist.set_debug_level_from_env()
                 try:
-                    seconds = run_rank(rank, num_ranks, rounds, rows, folder)
-                    if rank == 0:
-                        (folder / "seconds.json").write_text(json.dumps(seconds))
+                    found = run_rank(rank, num_ranks, rounds, folder)
+                    (folder / f"found-{rank}.json").write_text(json.dumps(found))
+                except BaseException:
+                    traceback.print_exc()
                 finally:
                     os._exit(0)
             pids.append(pid)
         for pid in pids:
             os.waitpid(pid, 0)
-        seconds = json.loads((folder / "seconds.json").read_text())
-    return {row: statistics.median(times) / 32 * 1e3 for row, times in seconds.items()}
+        found: dict[str, Any] = json.loads((folder / "found-0.json").read_text())
+    step_ms = {row: statistics.median(times) / STEPS * 1e3 for row, times in found["seconds"].items()}
+    # Rounds of two rows stand side by side, so their ratio suffers less from a busy machine than that of the medians.
+    base = found["seconds"]["nothing"]
+    ratios = {
+        row: statistics.median(ours / theirs for ours, theirs in zip(times, base, strict=True))
+        for row, times in found["seconds"].items()
+    }
+    return {**found, "step_ms": step_ms, "ratio": ratios}
+
+
+def recorder_cost(found: dict[str, Any]) -> dict[str, float]:
+    """What the recorder adds to a step, from the cost of an event and the number of events."""
+    event_us = found["event_us"]["recorded"] - found["event_us"]["nothing"]
+    step_us = event_us * found["events"]
+    return {
+        "event_us": round(event_us, 3), "events_per_step": round(found["events"], 1), "step_us": round(step_us, 1),
+        "share": step_us / 1e3 / found["step_ms"]["nothing"],
+    }  # fmt: skip
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--ranks", type=int, default=8)
-    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--json", type=Path, help="write the rows there too")
     arguments = parser.parse_args()
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
-    step_ms = measure(arguments.ranks, arguments.rounds, ROWS, "OFF")
-    detail = measure(arguments.ranks, max(1, arguments.rounds // 2), ("nothing",), "DETAIL")
-    step_ms["nothing, DETAIL"] = detail["nothing"]
+    found = measure(arguments.ranks, arguments.rounds)
     collectives = 1 + 2 * 8  # a step of 8 layers
-    base = step_ms["nothing"]
+    base = found["step_ms"]["nothing"]
     rows: list[dict[str, Any]] = [
         {
-            "row": row, "step_ms": round(ms, 2), "ratio": round(ms / base, 4),
+            "row": row, "step_ms": round(ms, 2), "ratio": round(found["ratio"][row], 4),
             "extra_ms_per_collective": round((ms - base) / collectives, 3),
         }
-        for row, ms in step_ms.items()
+        for row, ms in found["step_ms"].items()
     ]  # fmt: skip
-    print(f"{arguments.ranks} ranks, {os.cpu_count()} cores, torch {torch.__version__}, gloo")
+    print(
+        f"{arguments.ranks} ranks, {os.cpu_count()} cores, torch {torch.__version__}, gloo, {arguments.rounds} rounds"
+    )
     print(f"{'row':18} {'step ms':>9} {'ratio':>8} {'extra ms a collective':>23}")
     for row in rows:
         print(f"{row['row']:18} {row['step_ms']:>9} {row['ratio']:>8} {row['extra_ms_per_collective']:>23}")
+    cost = recorder_cost(found)
+    print(
+        f"recorder: {cost['event_us']} us an event, {cost['events_per_step']:g} events a step: "
+        f"{cost['step_us']} us of {base * 1e3:.0f} us, {cost['share']:.4%}"
+    )
     if arguments.json:
         commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True).stdout.strip()
         machine = {"cores": os.cpu_count(), "machine": platform.machine(), "python": platform.python_version()}
-        document = {**machine, "torch": torch.__version__, "commit": commit, "ranks": arguments.ranks, "rows": rows}
+        document = {
+            **machine,
+            "torch": torch.__version__,
+            "commit": commit,
+            "ranks": arguments.ranks,
+            "rows": rows,
+            "recorder": cost,
+        }
         arguments.json.write_text(json.dumps(document, indent=1) + "\n")
 
 

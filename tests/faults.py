@@ -160,7 +160,11 @@ def class_of(case: Case, sim: Simulation) -> str:
         return "corrupt"
     if set(states.values()) == {"done"}:
         return "clean"
-    if sim.in_a_circle() and not aborted:
+    differ = any(  # whether the device or the difference holds them up, nobody could tell
+        channel.jammed == "stall" and len({call for call, _ in channel.calls[channel.completed].values()}) > 1
+        for channel in sim.channels.values()
+    )
+    if (sim.in_a_circle() and not aborted) or differ:
         return "deadlock"
     if {"dead", "failed"} & set(states.values()):
         return "crash"

@@ -30,9 +30,13 @@ from repro.witness import Witness
 
 
 def explain(
-    witnesses: Mapping[int, Witness], standings: Mapping[int, Standing], ledger: Ledger, waits: Waits
+    witnesses: Mapping[int, Witness],
+    standings: Mapping[int, Standing],
+    ledger: Ledger,
+    waits: Waits,
+    mispaired: tuple[GroupKey, int] | None = None,
 ) -> Finding:
-    """The cause of a hang or of a wrong pairing."""
+    """The cause of a hang, or of the wrong pairing of one collective: what a rank did after that did not cause it."""
     lock = _lock_finding(waits, standings)
     if lock is not None:
         return lock
@@ -45,7 +49,7 @@ def explain(
     num_steps = max(RECENT_STEPS, max(steps, default=0) - since + 2)
     all_steps = {rank: steps_of(witness, num_steps) for rank, witness in witnesses.items()}
 
-    fresh, habitual = blamable(witnesses, all_steps, since)
+    fresh, habitual = (_until(mispaired, found, witnesses) for found in blamable(witnesses, all_steps, since))
     finding = _deviation_finding(fresh, standings) or _plan_finding(witnesses, all_steps, since)
     if finding is not None and finding.cause == "order" and (ranks := inverted_before(fresh, witnesses, all_steps)):
         finding.evidence.append(f"in earlier steps {name_ranks(ranks)} issued both, in that order")
@@ -63,6 +67,21 @@ def explain(
     if finding.first_divergence is None:
         finding.first_divergence = _sides(divergence) if divergence else _positions(waits.cycle, standings)
     return finding
+
+
+def _until(
+    meeting: tuple[GroupKey, int] | None, deviations: list[Deviation], witnesses: Mapping[int, Witness]
+) -> list[Deviation]:
+    """The deviations that a rank had made by the time it issued its part of a collective, by its own clock."""
+    if meeting is None:
+        return deviations
+    issued_ns = {
+        rank: row.t_ns
+        for rank in meeting[0][1]
+        if rank in witnesses
+        for _, _, row, _ in calls(witnesses[rank], *meeting)
+    }
+    return [d for d in deviations if d.issued is None or d.issued.t_ns <= issued_ns.get(d.rank, d.issued.t_ns)]
 
 
 def _lock_finding(waits: Waits, standings: Mapping[int, Standing]) -> Finding | None:

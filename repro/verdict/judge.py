@@ -98,11 +98,7 @@ def judge(
     notes += clock_notes + [problem for witness in usable.values() for problem in witness.problems]
     ledger = Ledger(usable)
     waits = wait_graph(standings, ledger, lock_holders or {})
-    quiet_ns = [
-        max(0, nows[rank] - witness.last_event_ns())
-        for rank, witness in usable.items()
-        if standings[rank].state not in ("done", "dead", "failed") and witness.last
-    ]
+    quiet_ns = [max(0, nows[rank] - witness.last_event_ns()) for rank, witness in usable.items() if witness.last]
     quiet_s = min(quiet_ns, default=0) / 1e9
     case = _Case(usable, standings, ledger, waits, quiet_s, quiet_window_s, final, notes, cores or {})
     return _decide(case, wrong_numbers)
@@ -134,8 +130,8 @@ def _one_run(witnesses: Mapping[int, Witness], num_ranks: int) -> tuple[dict[int
 def _decide(case: _Case, wrong_numbers: Sequence[str]) -> Verdict:
     mispaired = _mispaired(case)
     if mispaired is not None:
-        finding = explain(case.witnesses, case.standings, case.ledger, case.waits)
         key, seq, _ = mispaired
+        finding = explain(case.witnesses, case.standings, case.ledger, case.waits, (key, seq))
         finding.evidence.append(f"{key[0]} #{seq} completed on both sides although they differ")
         return case.verdict("corrupt", finding, evidence=[*wrong_numbers])
     hidden = case.ledger.hidden_divergence()
