@@ -57,7 +57,11 @@ _LOCAL_KINDS = {
     "build_begin": Kind.BUILD_BEGIN,
     "build_end": Kind.BUILD_END,
 }
-_NOT_A_CALL_SITE = ("parallel/comm.py", "contextlib.py")  # frames between the caller and the observer
+_NOT_A_CALL_SITE = (
+    "parallel/comm.py",
+    "repro/watched.py",
+    "contextlib.py",
+)  # frames between the caller and the observer
 _POINT_TO_POINT = ("send", "recv")
 
 

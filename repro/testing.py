@@ -1,0 +1,274 @@
+"""Test an expert-parallel backend of your own for hangs: real ranks, watched from outside, a verdict when they stick.
+
+    from repro.testing import assert_no_deadlock
+
+    def exchange(rank):                                   # runs in every rank's own process
+        dispatcher = YourDispatcher(rank.world, rank.device)
+        with assert_no_deadlock("layer 0"):
+            dispatcher.dispatch(...)
+
+    def test_it(ep_ranks):
+        ep_ranks(4, "gloo").run(exchange)
+
+Inside the ``with`` every torch.distributed collective is recorded. When all ranks have been silent for the quiet
+window and the evidence explains why, the test fails with who waits for whom, the stacks, and a report to open; a
+rank that raises fails the test with its traceback. Nothing is left running.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import faulthandler
+import os
+import pickle
+import signal
+import sys
+import time
+import traceback
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from repro import evidence, process, report
+from repro.layout import Identity, Kind
+from repro.report.page import main_stack
+from repro.rundir import PARTS, RunDir, write_json
+from repro.system import Facts, System
+from repro.verdict import Verdict, judge
+from repro.verdict.result import name_ranks
+from repro.witness import Tail, create, read_dir
+
+if TYPE_CHECKING:
+    import torch
+
+    from repro.record import Recorder
+
+POLL_S = 0.02
+EVIDENCE_PATIENCE_S = 1.0
+PARK_S = 10.0
+_NOT_THEIRS = ("repro/watched.py", "repro/testing.py", '"torch/', '"_pytest/', '"pluggy/')  # frames nobody looks for
+_MOVING = ("slow", "inconclusive", "clean")
+
+
+class DeadlockError(AssertionError):
+    """The ranks did not come through; the text is the verdict."""
+
+
+@dataclass(frozen=True)
+class Rank:
+    """What a function in a rank is given. torch.distributed is initialised; ``world`` is its default group."""
+
+    rank: int
+    num_ranks: int
+    device: torch.device
+    recorder: Recorder
+
+    @property
+    def world(self) -> Any:
+        import torch.distributed as dist
+
+        return dist.group.WORLD
+
+
+_current: list[Rank] = []
+
+
+@contextlib.contextmanager
+def assert_no_deadlock(name: str = "") -> Iterator[None]:
+    """Record the collectives of the block, so that a hang in it can be explained; for code run by ``ep_ranks``.
+
+    name: stands in the verdict where a server names its layer.
+
+    Raises RuntimeError outside of a rank.
+    """
+    if not _current:
+        raise RuntimeError("assert_no_deadlock() belongs in a function that ep_ranks(n, backend).run(...) runs")
+    from repro.watched import watched
+
+    recorder = _current[0].recorder
+    recorder.phase(name or "watched")
+    with watched(recorder, name):
+        yield
+    recorder.phase("after")
+
+
+@dataclass
+class Ranks:
+    """Real ranks on this host, forked, so that eight start in about a second where torch is imported already.
+
+    root             where the evidence of each run goes
+    quiet_window_s   how long nothing must happen before the ranks are judged
+    deadline_s       a run ends after so long whatever happens
+    """
+
+    num_ranks: int
+    backend: str
+    root: Path
+    quiet_window_s: float = 1.0
+    deadline_s: float = 60.0
+    _runs: int = field(default=0, repr=False)
+
+    def run(self, function: Callable[[Rank], Any]) -> list[Any]:
+        """Call ``function(rank)`` in a process per rank; what each returned, by rank (pickled).
+
+        Raises DeadlockError with the verdict when the ranks get stuck, die, raise or are not done by the deadline.
+        """
+        import torch  # noqa: F401 - once here, not once in every rank
+
+        self._runs += 1
+        run_dir = RunDir(self.root / f"run{self._runs}")
+        for part in PARTS:
+            (run_dir.root / part).mkdir(parents=True)
+        for rank in range(self.num_ranks):
+            create(run_dir.witness(rank), Identity(rank, self.num_ranks, run_id=run_dir.root.name))
+        pids = [self._fork(run_dir, rank, function) for rank in range(self.num_ranks)]
+        try:
+            self._watch(run_dir)
+            return [pickle.loads(run_dir.output(rank).read_bytes()) for rank in range(self.num_ranks)]
+        finally:
+            run_dir.release.touch()
+            _end(pids)
+
+    # -- the parent ------------------------------------------------------------------------------------------------
+
+    def _watch(self, run_dir: RunDir) -> None:
+        tails = [Tail(run_dir.witness(rank)) for rank in range(self.num_ranks)]
+        system = System(self.quiet_window_s)
+        started = judged = time.monotonic_ns()
+        while True:
+            kinds = [event.kind if (event := tail.last_event()) else None for tail in tails]
+            if all(kind == Kind.DONE for kind in kinds):
+                return
+            now = time.monotonic_ns()
+            late = now - started > self.deadline_s * 1e9
+            quiet = now - max(judged, *(tail.last_event_ns() for tail in tails)) > self.quiet_window_s * 1e9
+            if quiet or late or Kind.FAILED in kinds or self._somebody_died(tails):
+                if Kind.FAILED in kinds:
+                    time.sleep(0.2)  # the first to fail is often not the last
+                judged = now
+                verdict, facts = self._judge(run_dir, system, late)
+                if late or verdict.verdict not in _MOVING:
+                    raise DeadlockError(self._explain(run_dir, verdict, facts, late))
+            time.sleep(POLL_S)
+
+    def _somebody_died(self, tails: list[Tail]) -> bool:
+        return any((who := tail.who()).pid and process.find(who) is None for tail in tails)
+
+    def _judge(self, run_dir: RunDir, system: System, final: bool) -> tuple[Verdict, Facts]:
+        witnesses, _ = read_dir(run_dir.root / "events")
+        facts = system.look(witnesses)
+        verdict = judge(
+            witnesses, num_ranks=self.num_ranks, now_ns=time.monotonic_ns(), quiet_window_s=self.quiet_window_s,
+            alive=facts.alive, excused=facts.excused, final=final,
+        )  # fmt: skip
+        return verdict, facts
+
+    def _explain(self, run_dir: RunDir, verdict: Verdict, facts: Facts, late: bool) -> str:
+        pids = {rank: Tail(run_dir.witness(rank)).who().pid for rank, alive in facts.alive.items() if alive}
+        gaps = evidence.collect(run_dir, pids, EVIDENCE_PATIENCE_S)
+        write_json(run_dir.verdict, {
+            "schema_version": 1, "scenario": self.root.name, "variant": "test", "backend": self.backend,
+            "num_ranks": self.num_ranks, "seed": 0, **verdict.to_json(), "sentences": verdict.sentences(),
+            "system": facts.to_json(),
+        })  # fmt: skip
+        cause = f" ({verdict.cause})" if verdict.cause else ""
+        lines = [f"{verdict.verdict}{cause} on {self.num_ranks} {self.backend} ranks"]
+        if late:
+            lines[0] = f"not done after {self.deadline_s:g} s: {lines[0]}"
+        lines += [f"  {text}" for text in (*verdict.sentences(), *verdict.evidence, *gaps)]
+        lines += self._stacks(run_dir)
+        for rank in range(self.num_ranks):
+            if told := run_dir.log(rank).read_text(errors="replace").strip():
+                lines += [f"rank {rank} printed:", *(f"  {line}" for line in told.splitlines()[-25:])]
+        with contextlib.suppress(OSError, ValueError):
+            report.write(run_dir.root, [])
+            lines.append(f"report: {run_dir.root / 'report.html'}")
+        return "\n".join(lines)
+
+    def _stacks(self, run_dir: RunDir) -> list[str]:
+        together: dict[str, list[int]] = {}
+        for rank in range(self.num_ranks):
+            stack = main_stack(run_dir.stack(rank).read_text(errors="replace")) if run_dir.stack(rank).exists() else ""
+            frames = [line for line in stack.splitlines() if not any(part in line for part in _NOT_THEIRS)]
+            if frames:
+                together.setdefault("\n".join(frames[:6]), []).append(rank)
+        return [f"{name_ranks(ranks)}, most recent call first:\n{frames}" for frames, ranks in together.items()]
+
+    # -- a rank ----------------------------------------------------------------------------------------------------
+
+    def _fork(self, run_dir: RunDir, rank: int, function: Callable[[Rank], Any]) -> int:
+        parent = os.getpid()
+        sys.stdout.flush()
+        if pid := os.fork():
+            return pid
+        try:
+            process.die_with_parent(parent)
+            self._be(run_dir, rank, function)
+        except BaseException:
+            traceback.print_exc()
+        finally:
+            sys.stdout.flush()
+            os._exit(0)
+
+    def _be(self, run_dir: RunDir, rank: int, function: Callable[[Rank], Any]) -> None:
+        """Everything one rank does. It parks at the end: the first rank to leave takes its peers' evidence along."""
+        from repro.record import Recorder
+        from repro.worker import dump_on_signals
+
+        log = run_dir.log(rank).open("w", buffering=1)
+        sys.stdout = sys.stderr = log
+        os.dup2(log.fileno(), 1)
+        os.dup2(log.fileno(), 2)
+        dump_on_signals(run_dir, rank)
+        faulthandler.dump_traceback_later(self.deadline_s + PARK_S, exit=True)
+        recorder = Recorder.open(run_dir.witness(rank), rank, self.num_ranks)
+        recorder.phase("start")
+        try:
+            result = function(self._connect(run_dir, rank, recorder))
+            run_dir.output(rank).write_bytes(pickle.dumps(result))
+            recorder.done()
+        except BaseException as error:
+            traceback.print_exc()
+            recorder.failed(f"{type(error).__name__}: {error}")
+        until = time.monotonic() + self.deadline_s + PARK_S
+        while not run_dir.release.exists() and time.monotonic() < until:
+            time.sleep(POLL_S)
+
+    def _connect(self, run_dir: RunDir, rank: int, recorder: Recorder) -> Rank:
+        from datetime import timedelta
+
+        import torch
+        import torch.distributed as dist
+
+        torch.set_num_threads(1)
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+        device = torch.device("cuda", rank) if self.backend == "nccl" else torch.device("cpu")
+        if device.type == "cuda":
+            torch.cuda.set_device(device)
+        dist.init_process_group(
+            self.backend,
+            store=dist.FileStore(str(run_dir.store), self.num_ranks),
+            rank=rank,
+            world_size=self.num_ranks,
+            timeout=timedelta(seconds=self.deadline_s + 600),  # the watcher ends a run, not the group
+        )
+        _current[:] = [Rank(rank, self.num_ranks, device, recorder)]
+        return _current[0]
+
+
+def _end(pids: list[int]) -> None:
+    """Let ranks leave by themselves, and kill those that do not."""
+    deadline = time.monotonic() + 2.0
+    left = set(pids)
+    while left:
+        for pid in list(left):
+            with contextlib.suppress(ChildProcessError):
+                if os.waitpid(pid, os.WNOHANG)[0] == 0:
+                    continue
+            left.discard(pid)
+        if left and time.monotonic() > deadline:
+            for pid in left:
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
+        time.sleep(0.01)

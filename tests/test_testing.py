@@ -1,0 +1,131 @@
+"""The harness for other people's code: what is right passes, what hangs, raises or dies fails with the reason."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch.distributed import all_reduce as imported_by_name
+
+from repro.testing import DeadlockError, Ranks, assert_no_deadlock
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def told_by(ranks, function) -> str:
+    with pytest.raises(DeadlockError) as caught:
+        ranks.run(function)
+    return str(caught.value)
+
+
+def test_what_the_ranks_return_comes_back_by_rank(tmp_path):
+    def sums(rank):
+        x = torch.full((4,), float(rank.rank))
+        gathered = [torch.zeros(4) for _ in range(3)]
+        with assert_no_deadlock("layer 0"):
+            dist.all_reduce(x)
+            work = dist.all_gather(gathered, x, async_op=True)
+            work.wait()
+            dist.broadcast(x, src=1)
+            dist.barrier()
+        return x.sum().item(), len(gathered)
+
+    assert Ranks(3, "gloo", tmp_path).run(sums) == [(12.0, 3)] * 3
+    assert dist.all_reduce is imported_by_name, "nothing stays exchanged"
+
+
+def test_a_skipped_collective_names_the_ranks_the_call_and_the_place(tmp_path):
+    def skips(rank):
+        with assert_no_deadlock("dispatch"):
+            if rank.rank != 2:
+                imported_by_name(torch.zeros(8))
+
+    told = told_by(Ranks(3, "gloo", tmp_path), skips)
+    assert "deadlock" in told and "ranks 0,1 wait in world all_reduce #1" in told, told
+    assert "rank 2 is done" in told and "in skips" in told, told
+    assert (tmp_path / "run1" / "report.html").is_file()
+
+
+def test_two_groups_in_another_order_are_a_cycle(tmp_path):
+    def crossed(rank):
+        a = dist.new_group([0, 1], group_desc="a")
+        b = dist.new_group([0, 1], group_desc="b")
+        with assert_no_deadlock():
+            for group in (a, b) if rank.rank else (b, a):
+                dist.all_reduce(torch.zeros(1), group=group)
+
+    told = told_by(Ranks(2, "gloo", tmp_path), crossed)
+    assert told.startswith("deadlock"), told
+    assert "rank 0 waits in b all_reduce #1" in told and "rank 1 waits in a all_reduce #1" in told, told
+
+
+def test_a_rank_that_raises_fails_the_test_with_its_traceback(tmp_path):
+    def raises(rank):
+        with assert_no_deadlock():
+            if rank.rank == 1:
+                raise ValueError("the router is upside down")
+            dist.barrier()
+
+    told = told_by(Ranks(2, "gloo", tmp_path), raises)
+    assert "ValueError: the router is upside down" in told and "in raises" in told, told
+
+
+def test_a_rank_that_dies_is_the_culprit(tmp_path):
+    def dies(rank):
+        with assert_no_deadlock():
+            if rank.rank == 1:
+                os._exit(3)
+            dist.barrier()
+
+    told = told_by(Ranks(2, "gloo", tmp_path), dies)
+    assert told.startswith("crash (dead_rank)") and "rank 1 died" in told, told
+
+
+def test_a_rank_that_never_comes_ends_at_the_deadline(tmp_path):
+    def spins(rank):
+        with assert_no_deadlock():
+            while rank.rank == 1:
+                pass
+            dist.barrier()
+
+    told = told_by(Ranks(2, "gloo", tmp_path, quiet_window_s=0.3, deadline_s=2), spins)
+    assert told.startswith("not done after 2 s") and "in spins" in told, told
+
+
+def test_outside_of_a_rank_it_says_where_it_belongs():
+    with pytest.raises(RuntimeError, match="ep_ranks"), assert_no_deadlock():
+        pass
+
+
+@pytest.mark.full
+def test_the_plugin_gives_fixture_and_marker(tmp_path):
+    (tmp_path / "test_theirs.py").write_text(
+        "import pytest, torch.distributed as dist\n"
+        "def test_runs(ep_ranks):\n    assert ep_ranks(2).run(lambda rank: rank.rank) == [0, 1]\n"
+        "@pytest.mark.requires_gpus(512)\ndef test_needs_gpus():\n    raise AssertionError\n"
+        "def test_nccl(ep_ranks):\n    ep_ranks(512, 'nccl')\n"
+    )
+    command = [sys.executable, "-m", "pytest", "-p", "no:hybrid_moe_repro", "-p", "repro.pytest_plugin", "-rs", "-q"]
+    run = subprocess.run(
+        [*command, "--strict-markers", str(tmp_path)], capture_output=True, text=True,
+        env={**os.environ, "PYTHONPATH": str(ROOT)}, cwd=tmp_path,
+    )  # fmt: skip
+    assert run.returncode == 0 and "1 passed, 2 skipped" in run.stdout, run.stdout + run.stderr
+    assert "needs 512 GPUs" in run.stdout
+
+
+@pytest.mark.full
+def test_the_example_runs():
+    command = [sys.executable, "-m", "pytest", "-p", "no:hybrid_moe_repro", "-p", "repro.pytest_plugin", "-q"]
+    run = subprocess.run([*command, "examples/test_dispatcher.py"], capture_output=True, text=True, cwd=ROOT)
+    assert run.returncode == 0 and "2 passed" in run.stdout, run.stdout + run.stderr
+
+
+def test_the_plugin_imports_neither_torch_nor_the_harness():
+    code = "import sys, repro.pytest_plugin; sys.exit(any(m in sys.modules for m in ('torch', 'repro.testing')))"
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
