@@ -8,7 +8,8 @@ import argparse
 import sys
 from typing import Any
 
-from hybrid_moe_ref.config import DTYPES, ConfigError
+from hybrid_moe_ref.config import DTYPES, ENGINE_MODES, ConfigError
+from hybrid_moe_ref.engine.server_config import CHECKS
 
 LAYOUTS = ("single", "dp8ep8", "tp8")
 
@@ -54,6 +55,11 @@ def parser() -> Parser:
     generate.add_argument("--prefill-chunk", type=positive, metavar="N", help="prompt tokens per step (default: all)")
     generate.add_argument("--drafts", type=int, default=0, metavar="N", help="tokens that the MTP layer guesses ahead")
     generate.add_argument("--layout", choices=LAYOUTS, default="single")
+    generate.add_argument(
+        "--checks", choices=CHECKS, default="agree", help="how the ranks of a layout are kept in step"
+    )
+    generate.add_argument("--mode", choices=ENGINE_MODES, default="eager", help="of the steps of a layout")
+    generate.add_argument("--allow-unsafe", action="store_true", help="start a layout whose ranks could hang")
 
     check = commands.add_parser("check", help="load a checkpoint folder, and compare with transformers if installed")
 

@@ -122,6 +122,7 @@ def _generate_on_ranks(args: argparse.Namespace, ids: list[int], show: Callable[
     """The same on eight ranks of this machine."""
     from hybrid_moe_ref import checkpoint
     from hybrid_moe_ref.engine.local import generate
+    from hybrid_moe_ref.engine.refusal import preflight
     from hybrid_moe_ref.engine.server_config import ServerConfig
 
     if args.prefill_chunk:
@@ -140,9 +141,13 @@ def _generate_on_ranks(args: argparse.Namespace, ids: list[int], show: Callable[
         unfinished_interval=4,
         dtype=dtype,
         num_drafts=args.drafts,
+        mode=args.mode,
     )
     layouts = {"dp8ep8": ParallelConfig(dp_size=8), "tp8": ParallelConfig(tp_size=8, expert_parallel=False)}
-    server = ServerConfig(config, layouts[args.layout], engine, args.seed, checkpoint=folder)
+    server = ServerConfig(
+        config, layouts[args.layout], engine, args.seed, args.checks, checkpoint=folder, allow_unsafe=args.allow_unsafe
+    )
+    preflight(server)
     generate(server, ids, args.max_new_tokens, args.device, show)
 
 

@@ -253,7 +253,7 @@ class EngineConfig(Config):
     mode               "eager", or "graphs": steps of few tokens are padded to a captured size and replayed
     capture_sizes      those sizes; () is 1, 2, 4, ... and max_num_seqs, which hold every pure decode step
     microbatch_tokens  a rank with so many tokens would split the step in two; 0 for never
-    compile            run the row-wise parts of the layers through torch.compile
+    compile            run the row-wise parts of the layers through torch.compile (needs a C++ compiler on a CPU)
     autotune           time the ways to compute the experts at start, and agree on the fastest
     cache_dir          folder where tuning and compiled code outlive the process; "" keeps nothing, but for compiled
                        modules, which then go to the user's own cache

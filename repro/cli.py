@@ -17,6 +17,7 @@ from typing import Any
 from rich.console import Console
 
 from hybrid_moe_ref.config import ConfigError, nearest
+from hybrid_moe_ref.engine.refusal import preflight
 from hybrid_moe_ref.engine.server_config import CHECKS
 from repro import bundle, launch, process, report, scenarios
 from repro.display import display, overview, summary
@@ -88,6 +89,7 @@ def _parser() -> argparse.ArgumentParser:
     run.add_argument("--seed", type=int, metavar="N", help="default: 0")
     run.add_argument("--checks", choices=CHECKS, help="default: observe for fault, agree for control and fix")
     run.add_argument("--strict", dest="checks", action="store_const", const="strict", help="as --checks strict")
+    run.add_argument("--allow-unsafe", action="store_true", help="start what could hang; a fault is started so anyway")
     run.add_argument("--config", type=Path, metavar="FILE", help="JSON with the keys of a run's config.json")
     run.add_argument("--out", type=Path, default=Path("runs"), metavar="DIR", help="default: runs")
     run.add_argument("--launcher", choices=launch.LAUNCHERS, help="default: torchrun, for all fork, which is quicker")
@@ -131,6 +133,7 @@ def _run(args: argparse.Namespace) -> int:
     variants = VARIANTS if args.variant == "all" else (args.variant,)
     names = scenarios.names() if args.scenario == "all" else [args.scenario]
     runs = [_settings(args, name, variant) for name in names for variant in variants]
+    unsafe = {settings: _preflight(settings) for settings in runs}
     if runs[0].backend == "nccl":
         _require_gpus(runs[0].num_ranks)
     launcher = args.launcher or ("fork" if args.scenario == "all" else "torchrun")
@@ -149,6 +152,8 @@ def _run(args: argparse.Namespace) -> int:
                 documents.append(_skipped(settings, missing))
                 console.print(f"{title}: {missing}", highlight=False, markup=False, soft_wrap=True)
                 continue
+            for finding in unsafe[settings][:1]:
+                console.print(f"unsafe: {finding}", highlight=False, markup=False, soft_wrap=True)
             known = references.get(settings.reference_key())
             with display(console, title) as shown:
                 run_dir, document = launch.run(settings, args.out, interrupt, shown, known, launcher)
@@ -169,6 +174,12 @@ def _run(args: argparse.Namespace) -> int:
         write_junit(args.junit, documents)
     _print_verdicts(console, documents, args.json)
     return INTERRUPTED if interrupt() else exit_code(documents)
+
+
+def _preflight(settings: RunSettings) -> list[str]:
+    """What would hang, for a run that is allowed to; raises Refused for one that is not."""
+    scenario = scenarios.load(settings.scenario)
+    return preflight(scenario.server(settings, 0), scenario.policies(settings, 0))
 
 
 def _skipped(settings: RunSettings, why: str) -> dict[str, Any]:
@@ -224,6 +235,8 @@ def _settings(args: argparse.Namespace, scenario: str, variant: str) -> RunSetti
         for name in ("num_ranks", "backend", "quiet_window_s", "deadline_s", "seed", "checks")
         if (value := getattr(args, name)) is not None
     }
+    if args.allow_unsafe:
+        flags["allow_unsafe"] = True
     where = str(args.config) if args.config else ""
     return scenarios.settings_of({**flags, "scenario": scenario, "variant": variant}, document, where)
 

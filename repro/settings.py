@@ -33,6 +33,7 @@ class RunSettings(Config):
     seed: int = 0
     checks: str = ""
     tp_size: int = 1
+    allow_unsafe: bool = False
     model: ModelConfig = field(default_factory=lambda: preset("tiny"))
     engine: EngineConfig = DEFAULT_ENGINE
     workload: WorkloadConfig = field(default_factory=WorkloadConfig)
@@ -113,7 +114,14 @@ class RunSettings(Config):
     def server(self) -> ServerConfig:
         """What the engine of every rank is given."""
         parallel = ParallelConfig(dp_size=self.num_ranks // self.tp_size, tp_size=self.tp_size)
-        return ServerConfig(self.model, parallel, self.engine, self.seed, self.effective_checks)
+        return ServerConfig(
+            self.model, parallel, self.engine, self.seed, self.effective_checks, allow_unsafe=self.starts_unsafe
+        )
+
+    @property
+    def starts_unsafe(self) -> bool:
+        """Whether what a server would refuse is started all the same: as asked for, and always a fault."""
+        return self.allow_unsafe or self.variant == "fault"
 
     @property
     def effective_checks(self) -> str:

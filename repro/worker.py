@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hybrid_moe_ref.config import ConfigError
+from hybrid_moe_ref.engine.refusal import preflight
 from hybrid_moe_ref.engine.server_config import CHECKS
 from repro import loaded, process, scenarios
 from repro.launch import prepare_run_dir
@@ -196,6 +197,7 @@ def _parse(argv: list[str] | None) -> tuple[RunSettings, Path]:
     parser.add_argument("--variant", choices=VARIANTS, default="fault")
     parser.add_argument("--backend", choices=("gloo", "nccl"), default="gloo")
     parser.add_argument("--checks", choices=CHECKS, default="")
+    parser.add_argument("--allow-unsafe", action="store_true")
     parser.add_argument("--quiet-window", type=float, default=1.0, metavar="S")
     parser.add_argument("--deadline", type=float, default=120.0, metavar="S")
     parser.add_argument("--seed", type=int, default=0)
@@ -210,8 +212,12 @@ def _parse(argv: list[str] | None) -> tuple[RunSettings, Path]:
         "deadline_s": args.deadline,
         "seed": args.seed,
         "checks": args.checks,
+        "allow_unsafe": args.allow_unsafe,
     }
-    return scenarios.settings_of(flags), args.out
+    settings = scenarios.settings_of(flags)
+    scenario = scenarios.load(settings.scenario)
+    preflight(scenario.server(settings, 0), scenario.policies(settings, 0))
+    return settings, args.out
 
 
 def _meet(settings: RunSettings, out: Path, rank: int) -> RunDir:

@@ -33,8 +33,9 @@ class Graphs:
 
     def __init__(self, model: HybridMoE, comm: Communicator) -> None:
         self._comm = comm
+        self._model = model
         self._captured: dict[tuple[int, int], tuple[Collective, ...]] = {}
-        self._pieces = [_Piece(module) for module in _row_wise(model)] if comm.device.type == "cuda" else []
+        self._pieces: list[_Piece] = []
 
     @property
     def captured(self) -> dict[tuple[int, int], tuple[Collective, ...]]:
@@ -50,6 +51,8 @@ class Graphs:
         if mode == EAGER:
             yield
             return
+        if not self._captured and self._comm.device.type == "cuda":  # after compilation, so that its output is captured
+            self._pieces = [_Piece(module) for module in row_wise(self._model)]
         known = self._captured.get((mode, size))
         tape = Tape(known)
         for piece in self._pieces:
@@ -140,7 +143,7 @@ def part_of(batch: Batch, half: Half) -> Batch:
     return Batch.of(parts, batch.last_rows.device)
 
 
-def _row_wise(model: HybridMoE) -> list[nn.Module]:
+def row_wise(model: HybridMoE) -> list[nn.Module]:
     """Modules that take rows [N, H] and communicate nothing: norms, routers, shared experts, dense MLPs."""
     found: list[nn.Module] = []
     for block in model.blocks:

@@ -5,7 +5,7 @@
     prepare     builds and other local lazy work, then one vote          a small all-reduce on dp, one on tp
     profile     one full-size dummy step                                 C1, then the layers' (C2, C3, tp); before
                                                                          it those of tuning, where asked for
-    compile     local, where asked for, then one vote                    none, or as prepare
+    compile     torch.compile, where asked for, then one vote            none, or as prepare
     allocate    pages for the cache                                      no collective
     capture     two dummy steps for each captured size, where asked for  none, or as profile for each
     serve       steps until nobody has work left                         the same; every 32nd step one more
@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import functools
 import itertools
+import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TypeVar
@@ -31,10 +32,12 @@ from hybrid_moe_ref.cache import HybridCache, Sequence
 from hybrid_moe_ref.engine.autotune import ExpertTuner
 from hybrid_moe_ref.engine.backends import apply_backends
 from hybrid_moe_ref.engine.builds import BuildPlace, BuildStopped
+from hybrid_moe_ref.engine.compilation import Compiler
 from hybrid_moe_ref.engine.drafting import Drafting
 from hybrid_moe_ref.engine.graphs import padded_size
 from hybrid_moe_ref.engine.plan import ANYONE_UNFINISHED, EAGER, GRAPH, StepPlan
 from hybrid_moe_ref.engine.policies import Policies
+from hybrid_moe_ref.engine.refusal import preflight
 from hybrid_moe_ref.engine.runner import ModelRunner
 from hybrid_moe_ref.engine.scheduler import Request, Running, Scheduler
 from hybrid_moe_ref.engine.server_config import ServerConfig
@@ -70,13 +73,17 @@ def _stopped(told: str) -> RuntimeError:
 class Engine:
     """One rank of the server. Constructing it runs every phase up to `serve`; :meth:`serve` runs the loop.
 
-    Raises PrepareFailed on every rank when one of them cannot take part, ConfigError for sizes that do not fit.
+    Raises PrepareFailed on every rank when one of them cannot take part, ConfigError for sizes that do not fit, and
+    Refused for what could not be kept free of deadlock.
     """
 
     def __init__(self, config: ServerConfig, comm: Communicator, policies: Policies | None = None) -> None:
         self.config = config
         self.comm = comm
         self._policies = policies or Policies()
+        for finding in preflight(config, self._policies):
+            if comm.rank == 0:
+                print(f"[rank 0] --allow-unsafe: started although {finding}", file=sys.stderr, flush=True)
         self._num_steps = 0
         comm.guard.release()  # of the last step of an engine that had these ranks before
         if config.checks == "strict":
@@ -115,11 +122,18 @@ class Engine:
         return page_layout(self.model.config, dtype.itemsize, ssm_itemsize=ssm_dtype.itemsize)
 
     def _prepare(self) -> None:
-        """Do the local work that may fail or take long, then vote: all go on, or all stop with the first error."""
-        error = ""
-        try:
+        def work() -> None:
             self._policies.builds.prepare(self._extensions, self._build_place())
             self.runner.warm_up()
+
+        self._all_or_none(work)
+
+    def _all_or_none(self, work: Callable[[], None]) -> None:
+        """Do local work that may fail or take long, then vote: all go on, or all stop with the first error."""
+        self.comm.guard.finish()
+        error = ""
+        try:
+            work()
         except BuildStopped:
             pass  # the rank that stopped the others has said why
         except Exception as failure:  # told at once to those that still work, and by the vote to every rank
@@ -187,7 +201,9 @@ class Engine:
         self.runner.declare(self._plan(0, 0, False), schedule)
 
     def _compile(self) -> None:
-        """Nothing to compile in eager mode."""
+        if self.config.engine.compile:
+            compiler = Compiler(self.model, self._build_place())
+            self._all_or_none(lambda: self._policies.compilation.prepare(compiler))
 
     def _capture(self) -> None:
         """For each size, largest first, a step that warms up and one that is captured; all ranks do the same."""

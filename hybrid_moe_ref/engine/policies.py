@@ -16,6 +16,7 @@ from hybrid_moe_ref.parallel.dispatch import AllGatherReduceScatter, SumOverRank
 
 if TYPE_CHECKING:
     from hybrid_moe_ref.engine.autotune import Chosen, ExpertTuner
+    from hybrid_moe_ref.engine.compilation import Compiler
 
 ExchangeRows = Callable[[list[int], str], list[list[int]]]
 """Sum every rank's column into one matrix over the dp group: (own column, layer) -> rows. One all-reduce."""
@@ -86,6 +87,14 @@ class Tuning:
         tuner.save(f"rank{tuner.rank}.json", tuner.key, chosen)
 
 
+class Compilation:
+    """Who compiles, and when: every rank, before the step in which others would wait for it."""
+
+    def prepare(self, compiler: Compiler) -> None:
+        """Called on every rank in the phase `compile`, which ends in a vote."""
+        compiler.compile_in_turn()
+
+
 class IdlePolicy:
     """What a rank with nothing to run does in a step: it takes part, with as few rows as the kernels allow."""
 
@@ -127,6 +136,7 @@ class Policies:
     ballot: Ballot = field(default_factory=Ballot)
     builds: KernelBuilds = field(default_factory=KernelBuilds)
     drafts: DraftPolicy = field(default_factory=DraftPolicy)
+    compilation: Compilation = field(default_factory=Compilation)
     tuning: Tuning = field(default_factory=Tuning)
     dispatch: type[AllGatherReduceScatter] = AllGatherReduceScatter
     adder: type[SumOverRanks] = SumOverRanks

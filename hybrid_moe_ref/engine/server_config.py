@@ -23,7 +23,8 @@ strict   besides, all members of a collective compare it through the store befor
 class ServerConfig(Config):
     """The model, its layout, the bounds of the serve loop, the seed of random weights, and one of CHECKS.
 
-    ``checkpoint`` is a folder in Hugging Face's format; "" draws the weights from ``seed``.
+    ``checkpoint`` is a folder in Hugging Face's format; "" draws the weights from ``seed``. ``allow_unsafe`` starts
+    what would be refused because nothing keeps it free of deadlock (see `refusal`).
     """
 
     model: ModelConfig
@@ -32,6 +33,7 @@ class ServerConfig(Config):
     seed: int = 0
     checks: str = "agree"
     checkpoint: str = ""
+    allow_unsafe: bool = False
 
     def __post_init__(self) -> None:
         if self.checks not in CHECKS:

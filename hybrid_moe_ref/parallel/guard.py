@@ -102,6 +102,16 @@ class ScheduleGuard:
         """
         self._refuse(f"would leave after step {self._step}, but nobody has agreed that no rank has work left")
 
+    def finish(self) -> None:
+        """The last step is over, and what follows belongs to none.
+
+        Raises ScheduleMismatch when a planned collective was never issued.
+        """
+        if self._schedule is not None and self._next < len(self._schedule):
+            planned = _words(self._schedule[self._next])
+            self._refuse(f"ended step {self._step}, but its schedule still had {planned} to come")
+        self.release()
+
     def release(self) -> None:
         """What follows belongs to no schedule."""
         self._schedule = None

@@ -1,0 +1,157 @@
+"""Compilation: the row-wise parts of the layers through torch.compile, before anybody waits for them.
+
+What is compiled are norms, routers and shared experts: everything between mixers and collectives. The mixers' own
+recurrences and the collectives stay outside, so the compiler never sees a hook that communicates. A part is compiled
+once for all layers that have it, for one row and for more than one.
+
+One rank of the host compiles first and keeps what it made (Inductor's cache); the others wait for its lock, which has a
+deadline and a named holder, and take what is there.
+
+Shapes: N rows, H hidden.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from hybrid_moe_kernels.extension import BuildFailed
+from torch import Tensor, nn
+
+from hybrid_moe_ref.engine.build_lock import BEAT_S, BuildLock
+from hybrid_moe_ref.engine.builds import BuildPlace
+from hybrid_moe_ref.engine.graphs import row_wise
+from hybrid_moe_ref.model import HybridMoE
+
+NUM_ROWS = (1, 2)
+"""A size of one is compiled apart from all larger ones."""
+
+
+class Compiler:
+    """What one rank can do: put compiled parts in place, and run them once so that they are compiled.
+
+    place  the folder of what is kept, and who is told and asked meanwhile
+    """
+
+    def __init__(self, model: HybridMoE, place: BuildPlace) -> None:
+        self._model = model
+        self.place = place
+        self._parts: list[_Part] = []
+
+    @property
+    def folder(self) -> Path:
+        """Where Inductor keeps its output."""
+        return self.place.cache / f"inductor-torch{torch.__version__}"
+
+    def install(self) -> None:
+        """From here on the parts are compiled when they are first called."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(self.folder)
+        import torch._inductor.config as inductor  # seconds, so only for those that compile
+
+        inductor.compile_threads = 1  # no pool of processes: the ranks share the machine's cores as it is
+        announced = _Announcements(self.place)
+        compiled: dict[type[nn.Module], Callable[..., Any]] = {}
+        for module in row_wise(self._model):
+            kind = type(module)
+            if kind not in compiled:
+                compiled[kind] = torch.compile(kind.forward, dynamic=True)
+            part = _Part(module, compiled[kind], announced)
+            module.forward = part.run
+            self._parts.append(part)
+
+    @torch.inference_mode()
+    def compile_all(self) -> None:
+        """Call every part for every class of sizes."""
+        weight = self._model.model.embed_tokens.weight
+        for part in self._parts:
+            for num_rows in NUM_ROWS:
+                part.run(torch.zeros(num_rows, weight.shape[1], dtype=weight.dtype, device=weight.device))
+
+    def compile_in_turn(self) -> None:
+        """Compile if nobody of this host has, else wait for who does and take what it made.
+
+        Raises BuildFailed with the compiler's reason in one line, LockTimeout, or what `place.check` raises.
+        """
+        try:
+            self.install()
+            done = self.folder / "done"
+            lock = BuildLock(
+                self.folder.with_name(f"{self.folder.name}.lock"),
+                self.place.rank, self.place.deadline_s, self.place.observer.local, self.place.check,
+            )  # fmt: skip
+            if not done.exists():
+                with lock, _every(BEAT_S, lock.beat):
+                    if not done.exists():
+                        self.compile_all()
+                        done.touch()
+            self.compile_all()
+        except OSError as error:
+            told = f"cannot compile in {self.folder}: {error.strerror or error}; name another folder (engine.cache_dir)"
+            raise BuildFailed(told) from error
+        except RuntimeError as error:
+            if type(error).__module__.startswith("hybrid_moe_"):
+                raise  # not the compiler's
+            reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
+            raise BuildFailed(f"torch.compile: {reason}; without it: engine.compile = false") from error
+
+
+class _Announcements:
+    """Tells who compiles what, at the first call of each part for each class of sizes."""
+
+    def __init__(self, place: BuildPlace) -> None:
+        self._place = place
+        self._seen: set[tuple[str, int]] = set()
+
+    @contextlib.contextmanager
+    def around(self, part: str, num_rows: int) -> Iterator[None]:
+        kind = (part, min(num_rows, max(NUM_ROWS)))
+        if kind in self._seen:
+            yield
+            return
+        name = f"torch.compile of {part}, {'one row' if num_rows == 1 else 'rows'}"
+        local = self._place.observer.local
+        local("build_begin", name)
+        try:
+            with _every(BEAT_S, lambda: local("heartbeat", name)):
+                yield
+        finally:
+            local("build_end", name)
+        self._seen.add(kind)
+
+
+class _Part:
+    """A module whose forward is compiled. No rows at all are not worth a compilation of their own."""
+
+    def __init__(self, module: nn.Module, compiled: Callable[..., Any], announced: _Announcements) -> None:
+        self._module, self._compiled, self._announced = module, compiled, announced
+        self._eager = module.forward
+
+    def run(self, x_NH: Tensor) -> Any:
+        if not x_NH.shape[0]:
+            return self._eager(x_NH)
+        with self._announced.around(type(self._module).__name__, x_NH.shape[0]):
+            return self._compiled(self._module, x_NH)
+
+
+@contextlib.contextmanager
+def _every(interval_s: float, call: Callable[[], Any]) -> Iterator[None]:
+    """Call it now and then from a thread for the length of a ``with``."""
+    over = threading.Event()
+
+    def repeat() -> None:
+        while not over.wait(interval_s):
+            call()
+
+    thread = threading.Thread(target=repeat, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        over.set()
+        thread.join()

@@ -1,0 +1,148 @@
+"""What is refused before a server starts, because nothing would keep its ranks from waiting for each other for ever.
+
+    preflight(config)                 raises Refused, one line, with the flag to change
+    preflight(config, policies)       also tries the policies: on a rank with requests, an idle one, one that finds its
+                                      cache and one that does not
+
+A policy must lead every rank to the same collectives whatever is particular to the rank. It is tried by calling it:
+what it would communicate goes to a stand-in that only counts. That finds what is known to go wrong, not all that may;
+the schedule guard is there for the rest. No torch, no communication.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any, cast
+
+from hybrid_moe_ref.config import ConfigError
+from hybrid_moe_ref.engine.plan import EAGER, GRAPH, RECURRENT, AgreedStep, StepPlan, first_recurrent_layer
+from hybrid_moe_ref.engine.policies import Policies
+from hybrid_moe_ref.engine.server_config import ServerConfig
+
+if TYPE_CHECKING:
+    from hybrid_moe_ref.engine.autotune import ExpertTuner
+
+NUM_RANKS = 2  # of the trials
+
+
+class Refused(ConfigError):
+    """A server that could not be kept free of deadlock; the text says why, and what to change."""
+
+
+def preflight(config: ServerConfig, policies: Policies | None = None) -> list[str]:
+    """Raise Refused with the first finding; with `config.allow_unsafe` return all findings instead."""
+    found = list(findings(config, policies))
+    if found and not config.allow_unsafe:
+        raise Refused(f"{found[0]} (--allow-unsafe starts it all the same)")
+    return found
+
+
+def findings(config: ServerConfig, policies: Policies | None = None) -> Iterator[str]:
+    """A line for each thing that may leave ranks waiting for each other."""
+    yield from _unagreed(config)
+    if policies is not None:
+        for tried in (_leaves_when_idle, _agrees_on_some_ranks_only, _chooses_its_own_graph, _tunes_without_vote):
+            with contextlib.suppress(Exception):  # a policy that cannot be tried outside a server shows nothing
+                yield from list(tried(config, policies))
+
+
+def _unagreed(config: ServerConfig) -> Iterator[str]:
+    """Expert parallelism, or graphs, over layers that carry state, and nothing that compares the ranks' schedules."""
+    parallel = config.parallel
+    exchanges = parallel.expert_parallel and parallel.dp_size > 1 and config.model.num_experts > 0
+    kinds = [RECURRENT[kind] for kind in RECURRENT if kind in config.model.layer_pattern]
+    if config.checks != "observe" or not exchanges or not kinds:
+        return
+    layers = f"models with {' and '.join(kinds)} hybrid layers while the ranks do not agree on their schedules"
+    change = "use --checks agree, or tensor parallelism instead (dp_size 1)"
+    yield f"expert parallelism is not supported for {layers}: {change}"
+    if config.engine.mode == "graphs":
+        yield f"graph mode is not supported for {layers}: use --checks agree, or engine.mode = eager"
+
+
+def _leaves_when_idle(config: ServerConfig, policies: Policies) -> Iterator[str]:
+    if policies.idle.dummy_tokens(unfinished=False) is None:
+        yield (
+            f"{_name(policies.idle)}: a rank without requests would leave while others still count on it: "
+            "an idle rank must run a dummy batch (policies.idle)"
+        )
+
+
+def _agrees_on_some_ranks_only(config: ServerConfig, policies: Policies) -> Iterator[str]:
+    """Binding recurrent state must not cost a collective on ranks with requests that idle ones never issue."""
+    layer = first_recurrent_layer(config.model.layer_pattern)
+    if layer is None:
+        return
+    busy, idle = (_exchanges(policies, StepPlan(-2 - live, 1, live), layer[1]) for live in (1, 0))
+    if busy != idle:
+        yield (
+            f"{_name(policies.binding)} and {_name(policies.agreement)}: at {layer[1]} a rank with requests would "
+            f"issue {busy} agreements in a step, an idle one {idle}: agree once a step and hand the answer to whoever "
+            "asks again (policies.agreement)"
+        )
+
+
+def _exchanges(policies: Policies, plan: StepPlan, layer: str) -> int:
+    """How often a rank with this plan would communicate from the agreement to the binding of its state."""
+    count = 0
+
+    def exchange(column: list[int], asker: str) -> list[list[int]]:
+        nonlocal count
+        count += 1
+        return [[number] * NUM_RANKS for number in column]
+
+    agreed = policies.agreement.agree(plan, exchange, "step")
+    policies.binding.bind(plan, agreed, lambda: policies.agreement.agree(plan, exchange, layer))
+    return count
+
+
+def _chooses_its_own_graph(config: ServerConfig, policies: Policies) -> Iterator[str]:
+    """A rank that could replay a graph, while another could not: all run eagerly."""
+    plan = StepPlan(-1, 1, 1, padded_tokens=4, mode=GRAPH)
+    agreed = AgreedStep((1, 9), EAGER, False)
+    if config.engine.mode == "graphs" and policies.graphs.choose(plan, agreed) != agreed:
+        yield (
+            f"{_name(policies.graphs)}: graph mode is not supported where each rank chooses it by itself: run what the "
+            "ranks agreed on (policies.graphs), or use engine.mode = eager"
+        )
+
+
+def _tunes_without_vote(config: ServerConfig, policies: Policies) -> Iterator[str]:
+    """A rank that remembers its tuning while another does not."""
+    if not config.engine.autotune:
+        return
+    tuner = _OneRemembers()
+    policies.tuning.tune(cast("ExpertTuner", tuner))
+    if not tuner.timed:
+        yield (
+            f"{_name(policies.tuning)}: a rank with a warm tuning cache would skip the all-reduces of the others: "
+            "vote on the cache first (policies.tuning), or use engine.autotune = false"
+        )
+
+
+class _OneRemembers:
+    """Stands in for the tuner of a rank that has a cache, among others that have none."""
+
+    rank, key, timings = 0, "", ()
+
+    def __init__(self) -> None:
+        self.timed = False
+
+    def load(self, file_name: str, key: str) -> dict[int, str]:
+        return {1: "remembered"}
+
+    def vote(self, mine: bool) -> bool:
+        return False
+
+    def time_all(self) -> dict[int, str]:
+        self.timed = True
+        return {1: "timed"}
+
+    def declare(self, schedule: Any) -> None: ...
+    def save(self, file_name: str, key: str, chosen: Any) -> None: ...
+    def use(self, chosen: Any) -> None: ...
+
+
+def _name(policy: object) -> str:
+    return type(policy).__name__

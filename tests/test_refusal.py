@@ -1,0 +1,105 @@
+"""What could not be kept free of deadlock is refused at once, in one line that names the flag to change."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from hybrid_moe_ref.config import ParallelConfig
+from hybrid_moe_ref.engine.refusal import Refused, preflight
+from repro import cli, scenarios
+from repro.settings import RunSettings
+
+DP8 = ParallelConfig(dp_size=8)
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def server(checks, pattern="GGMA", parallel=DP8, **engine):
+    settings = RunSettings.from_document(
+        {"model": {"layer_pattern": pattern}, "engine": engine}, {"scenario": "any", "variant": "control"}, ""
+    )
+    return dataclasses.replace(settings.server(), checks=checks, parallel=parallel)
+
+
+def test_expert_parallelism_over_hybrid_layers_without_agreement_is_refused_with_the_flag_to_change():
+    with pytest.raises(Refused) as refused:
+        preflight(server("observe"))
+    assert str(refused.value) == (
+        "expert parallelism is not supported for models with gated_delta_net and mamba2 hybrid layers while the ranks "
+        "do not agree on their schedules: use --checks agree, or tensor parallelism instead (dp_size 1) "
+        "(--allow-unsafe starts it all the same)"
+    )
+    allowed = dataclasses.replace(server("observe", mode="graphs"), allow_unsafe=True)
+    assert [finding.split(" is not")[0] for finding in preflight(allowed)] == ["expert parallelism", "graph mode"]
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        server("agree"),
+        server("strict", mode="graphs"),
+        server("observe", pattern="AA"),
+        server("observe", parallel=ParallelConfig(tp_size=8, expert_parallel=False)),
+        server("observe", parallel=ParallelConfig(dp_size=8, expert_parallel=False)),
+    ],
+)
+def test_what_can_be_kept_free_of_deadlock_is_not_refused(config):
+    assert preflight(config) == []
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        (
+            "metadata_rebuild",
+            r"at layers.0.gated_delta_net a rank with requests would issue 2 .*an idle one 1",
+        ),
+        ("idle_skip", r"a rank without requests would leave.*policies.idle"),
+        ("graph_mode", r"graph mode is not supported where each rank chooses it by itself.*engine.mode = eager"),
+        ("autotune_cache", r"a rank with a warm tuning cache would skip.*policies.tuning"),
+    ],
+)
+def test_a_policy_that_leads_ranks_apart_is_found_by_trying_it_even_where_they_agree(name, words):
+    settings = scenarios.settings_of({"scenario": name, "variant": "fault", "checks": "agree"})
+    scenario = scenarios.load(name)
+    config = dataclasses.replace(scenario.server(settings, 0), allow_unsafe=False)
+    with pytest.raises(Refused, match=words):
+        preflight(config, scenario.policies(settings, 0))
+
+
+@pytest.mark.parametrize("variant", ["control", "fix"])
+@pytest.mark.parametrize("name", scenarios.names())
+def test_no_cure_is_refused(name, variant):
+    settings = scenarios.settings_of({"scenario": name, "variant": variant})
+    scenario = scenarios.load(name)
+    assert preflight(scenario.server(settings, 0), scenario.policies(settings, 0)) == [], f"{name} {variant}"
+
+
+def test_a_run_that_is_not_to_hang_is_refused_without_agreement(tmp_path, capsys):
+    arguments = ["run", "metadata_rebuild", "--variant", "fix", "--checks", "observe", "--out", str(tmp_path)]
+    assert cli.main(arguments) == cli.USAGE
+    line = capsys.readouterr().err
+    assert re.fullmatch(r"repro: expert parallelism is not supported for .*--checks agree.*--allow-unsafe.*\n", line), (
+        line
+    )
+    assert not list(tmp_path.iterdir()), "it was refused before anything was made"
+
+
+@pytest.mark.parametrize("extra", [[], pytest.param(["--allow-unsafe"], marks=pytest.mark.full)])
+def test_generate_refuses_and_is_overridden_in_words(extra):
+    command = [sys.executable, "-m", "hybrid_moe_ref", "generate", "tiny", "--tokens", "1,2", "--max-new-tokens", "2"]
+    run = subprocess.run(
+        [*command, "--layout", "dp8ep8", "--checks", "observe", "--mode", "graphs", *extra],
+        cwd=ROOT, capture_output=True, text=True, timeout=100,
+    )  # fmt: skip
+    if extra:
+        assert run.returncode == 0 and len(run.stdout.split()) == 2, run.stderr
+        assert "--allow-unsafe: started although expert parallelism" in run.stderr
+    else:
+        assert run.returncode == 2 and run.stdout == "", run.stderr
+        assert run.stderr.count("\n") == 1 and "expert parallelism is not supported" in run.stderr
