@@ -186,10 +186,10 @@ class Watch:
         return evidence.collect(self.run_dir, pids, EVIDENCE_PATIENCE_S)
 
     def _remember(self, verdict: Verdict) -> None:
-        """Keep the longest silence in which ranks waited for one that worked on."""
-        waiting = any(position.state in ("blocked", "locked") for position in verdict.ranks)
+        """Keep the longest silence in which most ranks waited for few that worked on; the reverse is a busy start."""
+        num_waiting = sum(position.state in ("blocked", "locked") for position in verdict.ranks)
         longest = self._slowest is None or verdict.quiet_s > self._slowest.quiet_s
-        if verdict.verdict == "slow" and waiting and longest and not set(verdict.culprits) <= self._stopped():
+        if verdict.verdict == "slow" and num_waiting > len(verdict.culprits) and longest:
             self._slowest = verdict
 
     def _stopped(self) -> set[int]:

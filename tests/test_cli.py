@@ -9,14 +9,19 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from xml.etree import ElementTree
 
 import pytest
+from rich.console import Console
 from scene import Scene
 
 from hybrid_moe_ref.parallel.observer import Collective
 from repro.cli import CANNOT_TELL, EXPECTED, UNEXPECTED, USAGE, exit_code, main
+from repro.display import overview
+from repro.junit import write_junit
 from repro.parse import parse_header
 from repro.rundir import RunDir
+from repro.scenarios import settings_of
 from repro.settings import RunSettings
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -37,7 +42,7 @@ def fails(capsys, *argv) -> tuple[int, str]:
     ("argv", "words"),
     [
         (["run", "metadata_rebild"], "unknown scenario 'metadata_rebild' (did you mean 'metadata_rebuild'?)"),
-        (["run", "nonsense"], "known: group_order"),
+        (["run", "nonsense"], "known: autotune_cache"),
         (["run", "metadata_rebuild", "--variant", "cure"], "invalid choice: 'cure'"),
         (["run", "metadata_rebuild", "--rank", "4"], "unknown argument --rank (did you mean '--ranks'?)"),
         (["run", "metadata_rebuild", "--ranks", "7"], "512 experts do not divide over 7 ranks"),
@@ -120,6 +125,7 @@ def test_list_names_every_scenario_with_its_source(capsys):
     assert main(["list", "--json"]) == EXPECTED
     (listed,) = [s for s in json.loads(capsys.readouterr().out) if s["name"] == "metadata_rebuild"]
     assert listed["source"] == "ROCm/ATOM#1690"
+    assert (listed["expected"]["verdict"], listed["expected"]["cause"]) == ("deadlock", "extra")
 
 
 def test_clean_removes_runs_and_nothing_else(tmp_path):
@@ -284,3 +290,49 @@ def test_only_comm_calls_collectives():
             if isinstance(node, ast.Attribute) and node.attr in collectives and path.name != "comm.py":
                 owner = ast.unparse(node.value)
                 assert "dist" not in owner.split("."), f"{path}:{node.lineno}: {owner}.{node.attr}"
+
+
+def decided(scenario, variant, verdict, **more):
+    return {
+        "scenario": scenario, "variant": variant, "seed": 0, "num_ranks": 8, "verdict": verdict, "cause": "extra",
+        "culprits": [1, 2], "sentences": ["rank 1 waits"], "evidence": ["rank 1: \x1b[31mred"],
+        "expected": {"verdict": "clean"}, "matches_expected": False,
+        "seconds": {"stall_to_verdict": 1.1, "total": 3.5}, **more,
+    }  # fmt: skip
+
+
+def test_junit_tells_a_wrong_verdict_from_none_and_from_what_was_not_run(tmp_path):
+    documents = [
+        decided("a_scenario", "control", "clean", matches_expected=True),
+        decided("a_scenario", "fault", "slow"),
+        decided("a_scenario", "fix", "inconclusive"),
+        decided("needs_a_gpu", "fault", "inconclusive", skipped="no GPU here"),
+    ]
+    write_junit(tmp_path / "junit.xml", documents)
+    first, second = ElementTree.parse(tmp_path / "junit.xml").getroot()
+    assert {key: first.get(key) for key in ("tests", "failures", "errors", "skipped")} == {
+        "tests": "3", "failures": "1", "errors": "1", "skipped": "0",
+    }  # fmt: skip
+    assert second.get("skipped") == "1" and second[0][0].get("message") == "no GPU here"
+    assert first[1].find("failure") is not None and "\x1b" not in first[1].find("system-out").text
+
+
+def test_the_table_of_several_scenarios_is_aligned_and_cut_nowhere(capsys):
+    documents = [
+        decided("a_scenario_of_a_long_name", "control", "clean", matches_expected=True),
+        decided("another", "fault", "deadlock", culprits=[0, 2, 4, 6]),
+    ]
+    overview(Console(width=40), documents)
+    _, header, *rows = capsys.readouterr().out.splitlines()
+    assert rows[0].index("clean") == rows[1].index("deadlock, extra") == header.index("verdict")
+    assert rows[0].index("yes") == rows[1].index("NO") == header.index("as expected")
+    assert "another fault: rank 1 waits" in rows and "1 of 2 as expected, 7 s" in rows
+
+
+def test_a_scenarios_defaults_stand_under_a_users_file_and_that_under_the_flags():
+    flags = {"scenario": "silent_pairing", "seed": 3}
+    plain = settings_of(flags)
+    assert (plain.tp_size, plain.workload.max_requests, plain.engine.unfinished_interval) == (8, 1, 16)
+    changed = settings_of(flags, {"seed": 1, "engine": {"unfinished_interval": 4}, "tp_size": 4})
+    assert (changed.seed, changed.tp_size, changed.engine.unfinished_interval) == (3, 4, 4)
+    assert changed.model == plain.model and changed.workload == plain.workload

@@ -2,18 +2,29 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import time
 
 import pytest
 import torch
+import torch.distributed as dist
 from ranks import run_ranks
 
 from hybrid_moe_ref.config import ParallelConfig
 from hybrid_moe_ref.engine.lifecycle import Engine
 from hybrid_moe_ref.engine.plan import StepPlan, resolve
 from hybrid_moe_ref.parallel.comm import Communicator, wait_or_halt
-from hybrid_moe_ref.parallel.guard import Halt, ScheduleGuard, ScheduleMismatch, first_difference, schedule_hash
+from hybrid_moe_ref.parallel.guard import (
+    CollectiveStalled,
+    Halt,
+    ScheduleGuard,
+    ScheduleMismatch,
+    first_difference,
+    schedule_hash,
+)
 from hybrid_moe_ref.parallel.observer import Collective, ScheduleEntry
+from hybrid_moe_ref.parallel.watchdog import RollCall
 from repro.settings import RunSettings
 
 AGREE = ScheduleEntry("dp", "all_reduce", "step")
@@ -180,3 +191,43 @@ def test_what_a_rank_told_before_it_went_says_more_than_its_closed_connection():
 
     with pytest.raises(ScheduleMismatch, match="rank 2 would issue"):
         wait_or_halt(Work("Connection closed by peer"), Told(None))
+
+
+def test_a_process_that_is_gone_is_missed_and_one_that_is_stopped_is_not(tmp_path):
+    def store():
+        return dist.FileStore(str(tmp_path / "store"), 2)
+
+    if (pid := os.fork()) == 0:
+        RollCall(1, range(2), store())
+        time.sleep(60)
+        os._exit(0)
+    try:
+        mine = RollCall(0, range(2), store())
+        store().wait(["roll_call/1"])
+        assert mine.lost() == []
+        os.kill(pid, signal.SIGSTOP)
+        assert mine.lost() == [] and mine.pid(1) == pid
+    finally:
+        os.kill(pid, signal.SIGKILL)
+    deadline = time.monotonic() + 10
+    while not mine.lost() and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert mine.lost() == [1], "not reaped yet, it is gone all the same"
+    os.waitpid(pid, 0)
+    assert mine.lost() == [1]
+
+
+def test_with_a_limit_a_collective_that_does_not_end_stops_all_with_its_layer(tmp_path):
+    def run(rank, store):
+        comm = Communicator.connect(ParallelConfig(dp_size=3), rank, store=store, timeout_s=30)
+        comm.start_watchdog()
+        comm.limit_waits(0.4)
+        if rank == 2:
+            time.sleep(1.5)
+        with pytest.raises(CollectiveStalled) as caught:
+            comm.all_reduce("dp", torch.ones(1), layer="layers.0.moe")
+            comm.all_reduce("dp", torch.ones(1), layer="layers.0.moe")
+        return str(caught.value)
+
+    told = run_ranks(3, tmp_path, run)
+    assert len(set(told)) == 1 and "in dp all_reduce of layers.0.moe; the limit is 0.4 s" in told[0], told
