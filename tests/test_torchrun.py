@@ -14,7 +14,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from repro.cli import EXPECTED, INTERRUPTED
+from repro.cli import EXPECTED, INTERRUPTED, UNEXPECTED
 from repro.layout import Kind
 from repro.parse import WitnessError
 from repro.rundir import read_json
@@ -22,6 +22,7 @@ from repro.witness import Tail
 
 ROOT = Path(__file__).resolve().parent.parent
 DEADLINE_S = 90
+REPEATS = int(os.environ.get("HMR_LIVE_REPEATS", "10"))
 
 
 def command(*arguments) -> list[str]:
@@ -154,3 +155,78 @@ def test_two_runs_side_by_side_do_not_disturb_each_other(tmp_path, leaves_nothin
     assert [run.wait(DEADLINE_S) for run in runs] == [EXPECTED, EXPECTED]
     verdicts = [read_json(path) for path in tmp_path.glob("*Z-*/verdict.json")]
     assert sorted(verdict["seed"] for verdict in verdicts) == [0, 1]
+
+
+def _descendant(pid: int, word: str) -> psutil.Process:
+    """The process below ``pid`` that was started with an argument of that name."""
+    deadline = time.monotonic() + DEADLINE_S
+    while time.monotonic() < deadline:
+        for process in psutil.Process(pid).children(recursive=True):
+            with contextlib.suppress(psutil.Error):
+                if word in process.cmdline():
+                    return process
+        time.sleep(0.02)
+    raise AssertionError(f"no process with {word} below {pid} within {DEADLINE_S} s")
+
+
+def _watch(run_dir: Path, *flags: str) -> tuple[int, dict]:
+    arguments = [sys.executable, "-m", "repro", "watch", str(run_dir), "--json", *flags]
+    run = subprocess.run(arguments, cwd=ROOT, capture_output=True, text=True, timeout=DEADLINE_S)
+    told = json.loads(run.stdout)
+    return run.returncode, told[0] if isinstance(told, list) else told
+
+
+@pytest.mark.full
+@pytest.mark.timeout(1800)
+def test_killing_torchrun_is_a_crash(tmp_path, leaves_nothing):
+    for repeat in range(REPEATS):
+        out = tmp_path / str(repeat)
+        run = subprocess.Popen(command("--variant", "control", "--out", out), cwd=ROOT)
+        try:
+            run_dir = _wait_until_serving(out, 8)
+            _descendant(run.pid, "torch.distributed.run").kill()
+            assert run.wait(DEADLINE_S) == UNEXPECTED
+        finally:
+            run.kill()
+            run.wait()
+        verdict = read_json(run_dir / "verdict.json")
+        assert (verdict["verdict"], verdict["cause"]) == ("crash", "dead_rank"), verdict
+
+
+@pytest.mark.full
+@pytest.mark.timeout(1800)
+def test_when_the_watcher_of_a_plain_torchrun_is_killed_another_gives_the_verdict(tmp_path, leaves_nothing):
+    for repeat in range(REPEATS):
+        out = tmp_path / str(repeat)
+        run = subprocess.Popen(
+            [
+                *(sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "8"),
+                *("-m", "repro.worker", "metadata_rebuild", "--variant", "fault", "--out", str(out)),
+            ],
+            cwd=ROOT, env={**os.environ, "TMPDIR": str(tmp_path)},
+        )  # fmt: skip
+        try:
+            _descendant(run.pid, "--end").kill()
+            run_dir = _wait_until_serving(out, 8)
+            code, verdict = _watch(run_dir, "--end")
+            assert (code, verdict["verdict"], verdict["cause"]) == (EXPECTED, "deadlock", "extra"), verdict
+            assert read_json(run_dir / "verdict.json") == verdict
+            run.wait(DEADLINE_S)
+        finally:
+            run.kill()
+            run.wait()
+
+
+@pytest.mark.full
+@pytest.mark.timeout(1800)
+def test_when_the_launcher_is_killed_its_run_directory_still_tells_a_crash(tmp_path, leaves_nothing):
+    for repeat in range(REPEATS):
+        out = tmp_path / str(repeat)
+        run = subprocess.Popen(command("--variant", "control", "--out", out), cwd=ROOT)
+        try:
+            run_dir = _wait_until_serving(out, 8)
+        finally:
+            run.kill()
+            run.wait()
+        code, told = _watch(run_dir)
+        assert (code, told["verdict"], told["cause"]) == (UNEXPECTED, "crash", "dead_rank"), told
