@@ -188,8 +188,10 @@ class Watch:
     def _remember(self, verdict: Verdict) -> None:
         """Keep the longest silence in which most ranks waited for few that worked on; the reverse is a busy start."""
         num_waiting = sum(position.state in ("blocked", "locked") for position in verdict.ranks)
+        if verdict.verdict != "slow" or num_waiting <= len(verdict.culprits):
+            return
         longest = self._slowest is None or verdict.quiet_s > self._slowest.quiet_s
-        if verdict.verdict == "slow" and num_waiting > len(verdict.culprits) and longest:
+        if longest and not set(verdict.culprits) <= self._stopped():
             self._slowest = verdict
 
     def _stopped(self) -> set[int]:
