@@ -1,4 +1,4 @@
-"""python -m repro {list,run,watch,report,bundle,clean}: rebuild a hang, watch it, and say who waits for whom."""
+"""python -m repro COMMAND: rebuild a hang, watch it, say who waits for whom, and pack that for others."""
 
 from __future__ import annotations
 

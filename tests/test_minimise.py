@@ -1,0 +1,96 @@
+"""Shrinking: what a scenario foretells is run before it is believed; what is left is a file that hangs by itself."""
+
+from __future__ import annotations
+
+import ast
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from reported import write_hang
+
+from hybrid_moe_ref.config import ConfigError
+from repro import replay, scenarios
+from repro.minimise import minimise
+from repro.report.gather import gather
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def start(**flags):
+    return scenarios.settings_of({"scenario": "metadata_rebuild", "variant": "fault", "checks": "observe", **flags})
+
+
+def answer(verdict="deadlock", cause="extra", step=2):
+    return {"verdict": verdict, "cause": cause, "ranks": [{"step": step}]}
+
+
+def test_what_is_foretold_is_shrunk_to_two_ranks_and_one_layer_and_then_run():
+    tried = []
+    result = minimise(scenarios.load("metadata_rebuild"), start(), lambda s: tried.append(s) or answer())
+    assert (result.after.num_ranks, result.after.model.layer_pattern) == (2, "G")
+    assert result.after.model.num_experts == 2 and result.after.workload.max_requests == 1
+    assert (result.verdict, result.cause, result.steps) == ("deadlock", "extra", 3)
+    assert tried == [start(), result.after]
+
+
+@pytest.mark.parametrize("least", [2, 3, 4, 5])
+def test_where_the_small_run_says_otherwise_the_smallest_that_holds_is_found(least):
+    """A trial in which the hang needs more layers than the scenario foretells."""
+
+    def trial(settings):
+        return answer() if len(settings.model.layer_pattern) >= least else answer("clean", None)
+
+    result = minimise(scenarios.load("metadata_rebuild"), start(), trial)
+    assert len(result.after.model.layer_pattern) >= least
+    assert result.after.num_ranks == 2, "what was shrunk before still counts"
+
+
+def test_a_run_that_is_not_the_foretold_hang_is_not_shrunk():
+    with pytest.raises(ConfigError, match="not deadlock extra"):
+        minimise(scenarios.load("metadata_rebuild"), start(), lambda s: answer("clean", None))
+
+
+def test_a_replay_is_short_and_needs_torch_alone(tmp_path):
+    root, _ = write_hang(tmp_path, 2)
+    text = replay.of_runs(gather(root), None)
+    assert text.count("\n") <= 200
+    imported = {
+        name.split(".")[0]
+        for node in ast.walk(ast.parse(text))
+        for name in (
+            [alias.name for alias in node.names] if isinstance(node, ast.Import)
+            else [node.module or ""] if isinstance(node, ast.ImportFrom) else []
+        )
+    }  # fmt: skip
+    assert imported <= {"torch", *sys.stdlib_module_names}
+
+
+def test_hostile_names_stay_strings_in_a_replay(tmp_path):
+    root, _ = write_hang(tmp_path, 2, layer='"""\nimport os; os.abort()\n"""\'@FAULT@\\')
+    text = replay.of_runs(gather(root), None)
+    called = {ast.unparse(node.func) for node in ast.walk(ast.parse(text)) if isinstance(node, ast.Call)}
+    assert "os.abort" not in called
+
+
+def test_a_run_that_is_not_whole_is_not_replayed(tmp_path):
+    root, _ = write_hang(tmp_path, 2)
+    (root / "events" / "rank001.wit").unlink()
+    with pytest.raises(replay.ReplayError, match="not those of all ranks"):
+        replay.of_runs(gather(root), None)
+
+
+@pytest.mark.full
+def test_metadata_rebuild_is_minimised_to_a_file_that_hangs_and_its_fix_passes(tmp_path):
+    env = {**os.environ, "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-m", "repro", "minimise", "metadata_rebuild"]
+    run = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=110)
+    assert run.returncode == 0, run.stdout + run.stderr
+    assert "deadlock extra with 2 ranks, 1 layers (G)" in run.stdout
+    path = tmp_path / "metadata_rebuild_minimal.py"
+    assert path.read_text().count("\n") <= 200
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    fixed = subprocess.run([*torchrun, str(path), "--fix"], cwd=tmp_path, capture_output=True, text=True, timeout=60)
+    assert fixed.returncode == 0 and "PASSED" in fixed.stdout, fixed.stdout + fixed.stderr
