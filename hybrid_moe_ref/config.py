@@ -311,6 +311,11 @@ class EngineConfig(Config):
             raise ConfigError(f"'jit' computes in float32 and float64, not in dtype {self.dtype}", "moe_backend")
 
     @property
+    def compiles_kernels(self) -> bool:
+        """Whether a backend is compiled where it runs."""
+        return "jit" in (self.gdn_prefill_backend, self.moe_backend)
+
+    @property
     def graph_sizes(self) -> tuple[int, ...]:
         """The captured sizes in ascending order; none in eager mode."""
         if self.mode == "eager":

@@ -19,6 +19,7 @@ import hashlib
 import importlib.metadata
 import os
 import platform
+import subprocess
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -106,7 +107,7 @@ class Extension:
                     build_directory=str(folder),
                     is_python_module=False,
                 )
-        except (RuntimeError, ImportError) as error:
+        except (RuntimeError, ImportError, subprocess.SubprocessError) as error:  # the last: not even its version
             raise BuildFailed(f"{self.name} could not be built: {_reason(str(error))}") from error
         self._load(Path(path))
         partial = folder / f"{_STAMP}.{os.getpid()}"

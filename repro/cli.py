@@ -16,15 +16,15 @@ from typing import Any
 
 from rich.console import Console
 
-from hybrid_moe_ref.config import ConfigError, nearest
+from hybrid_moe_ref.config import GDN_PREFILL_BACKENDS, MOE_BACKENDS, ConfigError, nearest
 from hybrid_moe_ref.engine.refusal import preflight
 from hybrid_moe_ref.engine.server_config import CHECKS
-from repro import bundle, launch, minimise, process, report, scenarios
+from repro import bundle, kernel_cache, launch, minimise, process, report, scenarios
 from repro.display import display, overview, summary
 from repro.junit import write_junit
 from repro.report import command as report_command
 from repro.rundir import RUN_NAME, OutputError, RunDir, read_json
-from repro.settings import VARIANTS, RunSettings
+from repro.settings import KERNEL_CACHES, VARIANTS, RunSettings
 from repro.watch import judge_again, matches
 from repro.witness import Tail, read_dir
 
@@ -58,7 +58,7 @@ def main(argv: list[str] | None = None) -> int:
     except (ConfigError, OutputError, ValueError) as error:
         print(f"repro: {error}", file=sys.stderr)
         return USAGE
-    except (CannotRunHere, bundle.LeakError) as error:
+    except (CannotRunHere, bundle.LeakError, kernel_cache.CannotBuild) as error:
         print(f"repro: {error}", file=sys.stderr)
         return CANNOT_TELL
     except BrokenPipeError:
@@ -90,6 +90,7 @@ def _parser() -> argparse.ArgumentParser:
     run.add_argument("--checks", choices=CHECKS, help="default: observe for fault, agree for control and fix")
     run.add_argument("--strict", dest="checks", action="store_const", const="strict", help="as --checks strict")
     run.add_argument("--allow-unsafe", action="store_true", help="start what could hang; a fault is started so anyway")
+    _add_server_flags(run)
     run.add_argument("--config", type=Path, metavar="FILE", help="JSON with the keys of a run's config.json")
     run.add_argument("--out", type=Path, default=Path("runs"), metavar="DIR", help="default: runs")
     run.add_argument("--launcher", choices=launch.LAUNCHERS, help="default: torchrun, for all fork, which is quicker")
@@ -111,6 +112,16 @@ def _parser() -> argparse.ArgumentParser:
     clean.add_argument("--out", type=Path, default=Path("runs"), metavar="DIR", help="default: runs")
     clean.set_defaults(command=_clean, parser=clean)
     return parser
+
+
+def _add_server_flags(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--gdn-prefill-backend", choices=GDN_PREFILL_BACKENDS, help="jit is compiled where it runs")
+    parser.add_argument("--moe-backend", choices=MOE_BACKENDS, help="the same for the experts")
+    told = "compiled kernels at the start; split: every rank has a cache of its own, and rank 0's alone is cold"
+    parser.add_argument("--kernel-cache", choices=KERNEL_CACHES, help=told)
+    parser.add_argument(
+        "--group-timeout", type=float, dest="group_timeout_s", metavar="S", help="after how long a collective gives up"
+    )
 
 
 def _list(args: argparse.Namespace) -> int:
@@ -233,11 +244,20 @@ def _settings(args: argparse.Namespace, scenario: str, variant: str) -> RunSetti
             raise ConfigError("wanted a mapping", str(args.config))
     flags = {
         name: value
-        for name in ("num_ranks", "backend", "quiet_window_s", "deadline_s", "seed", "checks")
-        if (value := getattr(args, name)) is not None
+        for name in (
+            "num_ranks", "backend", "quiet_window_s", "deadline_s", "seed", "checks", "kernel_cache", "group_timeout_s"
+        )
+        if (value := getattr(args, name, None)) is not None
+    }  # fmt: skip
+    engine = {
+        name: value
+        for name in ("gdn_prefill_backend", "moe_backend")
+        if (value := getattr(args, name, None)) is not None
     }
     if args.allow_unsafe:
         flags["allow_unsafe"] = True
+    if engine and isinstance(of_engine := document.get("engine", {}), dict):
+        document = {**document, "engine": {**of_engine, **engine}}
     where = str(args.config) if args.config else ""
     return scenarios.settings_of({**flags, "scenario": scenario, "variant": variant}, document, where)
 

@@ -22,7 +22,7 @@ from typing import Any
 
 import psutil
 
-from repro import locks, process
+from repro import kernel_cache, locks, process, scenarios
 from repro.layout import Identity
 from repro.rundir import OutputError, RunDir, write_json
 from repro.settings import RunSettings
@@ -78,12 +78,16 @@ def prepare_run_dir(out: Path, settings: RunSettings) -> RunDir:
         if shutil.disk_usage(run_dir.root).free < FREE_BYTES:
             raise OSError(None, "no space left on device")
         write_json(run_dir.config, settings.to_mapping())
+        kernel_cache.fill(run_dir, settings)
+        scenarios.load(settings.scenario).before(settings, kernel_cache.folder(run_dir, settings))
         for rank in range(settings.num_ranks):
             create(run_dir.witness(rank), Identity(rank, settings.num_ranks, run_id=run_dir.root.name))
-    except OSError as error:
+    except BaseException as error:
         shutil.rmtree(run_dir.root, ignore_errors=True)
         with contextlib.suppress(OSError):
             (out / "latest").unlink()
+        if not isinstance(error, OSError):
+            raise
         raise OutputError(f"cannot write to {out}: {error.strerror}; choose another --out") from error
     return run_dir
 

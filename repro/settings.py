@@ -14,6 +14,7 @@ from repro.workload import WorkloadConfig, draw_requests
 
 VARIANTS = ("control", "fault", "fix")
 BACKENDS = ("gloo", "nccl")
+KERNEL_CACHES = ("cold", "warm", "split")
 
 # Served in float64: a sum in another order then changes a logit by 1e-15, not 1e-6, so greedy tokens and expert
 # choices equal the single-process model's on every seed, and a difference means a fault, not rounding.
@@ -22,7 +23,12 @@ DEFAULT_ENGINE = EngineConfig(max_num_seqs=4, max_num_batched_tokens=48, num_pag
 
 @dataclass(frozen=True)
 class RunSettings(Config):
-    """One run of one variant. This is config.json, and with ``--config`` a user's file of the same keys."""
+    """One run of one variant. This is config.json, and with ``--config`` a user's file of the same keys.
+
+    kernel_cache     what the run's own cache of compiled kernels holds at the start: "cold" nothing, "warm" all;
+                     "split": every rank has a cache of its own, and rank 0's alone is cold
+    group_timeout_s  after how long a collective gives up; 0: long after the deadline
+    """
 
     scenario: str
     variant: str = "fault"
@@ -34,6 +40,9 @@ class RunSettings(Config):
     checks: str = ""
     tp_size: int = 1
     allow_unsafe: bool = False
+    expert_parallel: bool = True
+    kernel_cache: str = ""
+    group_timeout_s: float = 0.0
     model: ModelConfig = field(default_factory=lambda: preset("tiny"))
     engine: EngineConfig = DEFAULT_ENGINE
     workload: WorkloadConfig = field(default_factory=WorkloadConfig)
@@ -55,6 +64,10 @@ class RunSettings(Config):
             )
         if self.checks and self.checks not in CHECKS:
             raise ConfigError(f"unknown strength {self.checks!r}; known: {', '.join(CHECKS)}", "checks")
+        if self.kernel_cache and self.kernel_cache not in KERNEL_CACHES:
+            raise ConfigError(f"unknown state {self.kernel_cache!r}; known: {', '.join(KERNEL_CACHES)}", "kernel_cache")
+        if not 0 <= self.group_timeout_s < 1e6:
+            raise ConfigError(f"{self.group_timeout_s} is not a number of seconds", "group_timeout_s")
         for name in ("quiet_window_s", "deadline_s"):
             if not 0 < getattr(self, name) < 1e6:
                 raise ConfigError(f"{getattr(self, name)} is not a positive number of seconds", name)
@@ -113,7 +126,8 @@ class RunSettings(Config):
 
     def server(self) -> ServerConfig:
         """What the engine of every rank is given."""
-        parallel = ParallelConfig(dp_size=self.num_ranks // self.tp_size, tp_size=self.tp_size)
+        dp_size = self.num_ranks // self.tp_size
+        parallel = ParallelConfig(dp_size, self.tp_size, self.expert_parallel)
         return ServerConfig(
             self.model, parallel, self.engine, self.seed, self.effective_checks, allow_unsafe=self.starts_unsafe
         )
@@ -127,6 +141,11 @@ class RunSettings(Config):
     def effective_checks(self) -> str:
         """As asked for; else off in a `fault` run, which is to hang, and on in the others."""
         return self.checks or ("observe" if self.variant == "fault" else "agree")
+
+    @property
+    def effective_kernel_cache(self) -> str:
+        """As asked for; else warm in a `control` run, where nothing is to be built, and cold in the others."""
+        return self.kernel_cache or ("warm" if self.variant == "control" else "cold")
 
     def requests(self) -> list[list[Request]]:
         """The requests of every rank; the tp ranks of one dp rank run the same ones."""

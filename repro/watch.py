@@ -8,6 +8,7 @@ it collects stacks and Flight Recorder dumps, and writes verdict.json before any
 from __future__ import annotations
 
 import dataclasses
+import re
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -186,9 +187,14 @@ class Watch:
         return evidence.collect(self.run_dir, pids, EVIDENCE_PATIENCE_S)
 
     def _remember(self, verdict: Verdict) -> None:
-        """Keep the longest silence in which most ranks waited for few that worked on; the reverse is a busy start."""
+        """Keep the longest silence in which most ranks waited for few that worked on; the reverse is a busy start. What
+        gives signs of life, such as a build before the first step, is no silence.
+        """
         num_waiting = sum(position.state in ("blocked", "locked") for position in verdict.ranks)
         if verdict.verdict != "slow" or num_waiting <= len(verdict.culprits):
+            return
+        heard_ns = max(tail.heartbeat_ns() for tail in self._tails)
+        if time.monotonic_ns() - heard_ns < self.settings.quiet_window_s * 1e9:
             return
         longest = self._slowest is None or verdict.quiet_s > self._slowest.quiet_s
         if longest and not set(verdict.culprits) <= self._stopped():
@@ -202,8 +208,9 @@ class Watch:
         """Tell who waits for whom; a silence in which nobody waits for anybody is no news."""
         sentences = verdict.sentences()
         waiting = any(position.state in ("blocked", "locked") for position in verdict.ranks)
-        if waiting and sentences != self._noticed:
-            self._noticed = sentences
+        news = [re.sub(r"heartbeat [\d.]+ s ago", "", sentence) for sentence in sentences]
+        if waiting and news != self._noticed:
+            self._noticed = news
             self.notice(f"{verdict.verdict}: {'; '.join(sentences)}")
 
     def _write(self, verdict: Verdict) -> dict[str, Any]:

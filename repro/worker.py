@@ -79,8 +79,9 @@ def serve(
     torch.set_num_threads(1)
     scenario = scenarios.load(settings.scenario)
     server = scenario.server(settings, rank)
-    if (server.engine.autotune or server.engine.compile) and not server.engine.cache_dir:
-        server = dataclasses.replace(server, engine=dataclasses.replace(server.engine, cache_dir=str(cache_dir)))
+    engine = server.engine
+    if (engine.autotune or engine.compile or engine.compiles_kernels) and not engine.cache_dir:
+        server = dataclasses.replace(server, engine=dataclasses.replace(engine, cache_dir=str(cache_dir)))
     on_gpu = settings.backend == "nccl"
     recorder.phase("connect")
     if settings.effective_checks == "strict" and store is not None:
@@ -92,7 +93,8 @@ def serve(
         store=store,
         device=torch.device("cuda", rank % torch.cuda.device_count()) if on_gpu else torch.device("cpu"),
         observer=recorder,
-        timeout_s=settings.deadline_s + 600,  # the watcher ends a run; a group's own timeout must not come first
+        # The watcher ends a run: unless it is asked for, a group's own timeout must not come first.
+        timeout_s=settings.group_timeout_s or settings.deadline_s + 600,
     )
     for _ in range(scenario.starts - 1):
         Engine(server, comm, scenario.policies(settings, rank))

@@ -33,12 +33,14 @@ def run_forked(
     out: Path,
     *,
     with_reference: bool = True,
+    before: Callable[[RunDir], object] = lambda run_dir: None,
     in_rank: Callable[[int], None] = lambda rank: None,
     during: Callable[[RunDir, list[int]], None] = lambda run_dir, pids: None,
     notice: Callable[[str], None] = lambda text: None,
 ) -> tuple[RunDir, dict[str, Any]]:
     """Run one variant; in_rank runs in each rank before it starts, during in this process once all have forked."""
     run_dir = launch.prepare_run_dir(out, settings)
+    before(run_dir)
     write_json(run_dir.reference, reference_tokens(_shared(settings)) if with_reference else {})
     pids = [_fork(run_dir, settings, rank, in_rank) for rank in range(settings.num_ranks)]
     try:

@@ -6,8 +6,11 @@ names it, and load what it built. Nobody waits beyond a deadline, and all stop w
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import os
 import shutil
+import signal
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -20,12 +23,10 @@ from hybrid_moe_kernels.extension import BATON, BuildFailed, Extension
 from hybrid_moe_ref.engine.build_lock import BEAT_S, POLL_S, BuildLock, LockTimeout
 from hybrid_moe_ref.parallel.observer import Observer
 
+_SHARED_KINDS = ("nfs", "cifs", "smb", "lustre", "ceph", "gpfs", "beegfs", "glusterfs", "fuse", "9p", "virtiofs")
+
 DEADLINE_S = 900.0
 """How long a build, or the wait for one, may take."""
-
-
-class BuildStopped(RuntimeError):
-    """Another rank has failed, so this one builds no further."""
 
 
 @dataclass(frozen=True)
@@ -45,9 +46,11 @@ class BuildPlace:
     deadline_s: float = DEADLINE_S
 
     def check(self) -> None:
-        """Raises BuildStopped when another rank has stopped the job."""
+        """Raises ScheduleMismatch, as a collective would, when another rank has stopped the job."""
         if told := self.heard():
-            raise BuildStopped(told)
+            from hybrid_moe_ref.parallel.guard import ScheduleMismatch
+
+            raise ScheduleMismatch(told)
 
 
 class KernelBuilds:
@@ -68,7 +71,7 @@ class KernelBuilds:
 def ensure(extension: Extension, place: BuildPlace) -> None:
     """Load a module, which one rank of the host builds if nobody has before.
 
-    Raises BuildFailed, LockTimeout or BuildStopped, each with the whole reason in one line.
+    Raises BuildFailed, LockTimeout, or ScheduleMismatch when another rank stopped the job; each says why in one line.
     """
     if extension.is_loaded:
         return
@@ -109,6 +112,7 @@ def _build(extension: Extension, place: BuildPlace, lock: BuildLock) -> None:
         except BaseException as error:
             outcome.append(error)
 
+    others = {child.pid for child in psutil.Process().children(recursive=True)}
     started = time.monotonic()
     thread = threading.Thread(target=build, name=f"build {extension.name}", daemon=True)
     thread.start()
@@ -122,20 +126,18 @@ def _build(extension: Extension, place: BuildPlace, lock: BuildLock) -> None:
                 raise LockTimeout(f"{extension.name} was not built within {place.deadline_s:g} s")
     finally:
         while thread.is_alive():
-            _end_compilers(extension.folder(place.cache))
+            _end_children_but(others)
             thread.join(POLL_S)
     if outcome[0] is not None:
         raise outcome[0]
 
 
-def _end_compilers(folder: Path) -> None:
-    """Kill the build's processes, which are those that this one started and that work in its folder."""
+def _end_children_but(others: set[int]) -> None:
+    """Kill what the build started: this process does nothing else meanwhile."""
     for child in psutil.Process().children(recursive=True):
-        try:
-            if Path(child.cwd()) == folder.resolve():
+        if child.pid not in others:
+            with contextlib.suppress(psutil.Error):
                 child.kill()
-        except (psutil.Error, OSError):
-            continue
 
 
 def _clear_baton(folder: Path, place: BuildPlace, lock: BuildLock) -> None:
@@ -155,39 +157,65 @@ def _clear_baton(folder: Path, place: BuildPlace, lock: BuildLock) -> None:
             place.observer.local("lock_wait", str(baton), pid)
         if now - beaten > BEAT_S:
             beaten = now
-            place.observer.local("heartbeat", f"waits for {baton} of pid {pid}")
+            place.observer.local("heartbeat", f"waits for {baton}")
         lock.beat()
         place.check()
         if now - started > place.deadline_s:
-            raise LockTimeout(f"{baton} is held by pid {pid}, which is no rank, for {now - started:.0f} s")
+            who = f"by pid {pid}, which is no rank," if pid > 0 else "by a process that cannot be found from here"
+            raise LockTimeout(f"{baton} is held {who} for more than {now - started:.0f} s")
         time.sleep(POLL_S)
     if beaten:
         place.observer.local("lock_freed", str(baton))
 
 
 def who_has_open(path: Path) -> int:
-    """The pid of a process of this host that has the file open, 0 if none has, -1 if that cannot be told.
-
-    Only processes of the file's owner, or root's, can have made it.
+    """The pid of a process of this host that has the file open, 0 if none has, -1 if that cannot be told, as on a file
+    system that other hosts share.
     """
     try:
-        wanted = path.stat()
-    except OSError:
+        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    except FileNotFoundError:
         return 0
-    unknown = 0
-    for process in psutil.process_iter():
-        try:
-            if process.uids().effective not in (wanted.st_uid, 0):
-                continue
-            for name in os.listdir(f"/proc/{process.pid}/fd"):
-                try:
-                    held = os.stat(f"/proc/{process.pid}/fd/{name}")
-                except FileNotFoundError:
-                    continue
-                if (held.st_dev, held.st_ino) == (wanted.st_dev, wanted.st_ino):
-                    return process.pid
-        except (psutil.NoSuchProcess, FileNotFoundError):
+    except OSError:
+        return -1
+    try:
+        mine = os.fstat(descriptor)
+        if _is_shared(mine.st_dev):
+            return -1
+        # The kernel grants a write lease only on a file that nobody else has open, whosever processes those are. Who
+        # opens it meanwhile breaks the lease, of which a signal tells that does nothing by default.
+        fcntl.fcntl(descriptor, fcntl.F_SETSIG, signal.SIGURG)
+        fcntl.fcntl(descriptor, fcntl.F_SETLEASE, fcntl.F_WRLCK)
+        return 0
+    except OSError:
+        return _pid_with_open(mine.st_dev, mine.st_ino)
+    finally:
+        os.close(descriptor)
+
+
+def _pid_with_open(device: int, inode: int) -> int:
+    """A process that has this file open, as far as one may look; -1 if none is seen."""
+    for pid in psutil.pids():
+        if pid == os.getpid():
             continue
-        except (psutil.AccessDenied, PermissionError):
-            unknown = -1
-    return unknown
+        try:
+            for name in os.listdir(f"/proc/{pid}/fd"):
+                with contextlib.suppress(FileNotFoundError):
+                    held = os.stat(f"/proc/{pid}/fd/{name}")
+                    if (held.st_dev, held.st_ino) == (device, inode):
+                        return pid
+        except OSError:  # it has ended, or is not ours to look at
+            continue
+    return -1
+
+
+def _is_shared(device: int) -> bool:
+    """Whether a file system may be mounted on other hosts too; also where that is not known."""
+    try:
+        with open("/proc/self/mountinfo") as file:
+            mounts = [line.split() for line in file]
+    except OSError:
+        return True
+    number = f"{os.major(device)}:{os.minor(device)}"
+    kinds = [fields[fields.index("-") + 1] for fields in mounts if fields[2] == number]
+    return any(kind.startswith(_SHARED_KINDS) for kind in kinds)

@@ -31,7 +31,7 @@ from hybrid_moe_ref.batch import Batch
 from hybrid_moe_ref.cache import HybridCache, Sequence
 from hybrid_moe_ref.engine.autotune import ExpertTuner
 from hybrid_moe_ref.engine.backends import apply_backends
-from hybrid_moe_ref.engine.builds import BuildPlace, BuildStopped
+from hybrid_moe_ref.engine.builds import BuildPlace
 from hybrid_moe_ref.engine.compilation import Compiler
 from hybrid_moe_ref.engine.drafting import Drafting
 from hybrid_moe_ref.engine.graphs import padded_size
@@ -134,7 +134,7 @@ class Engine:
         error = ""
         try:
             work()
-        except BuildStopped:
+        except ScheduleMismatch:
             pass  # the rank that stopped the others has said why
         except Exception as failure:  # told at once to those that still work, and by the vote to every rank
             error = f"{type(failure).__name__}: {failure}"

@@ -51,6 +51,7 @@ Head<T> head_of(int64_t value_dim) {
     case 32: return run_head<T, K, 32>;
     case 64: return run_head<T, K, 64>;
     case 128: return run_head<T, K, 128>;
+    case 192: return run_head<T, K, 192>;
     case 256: return run_head<T, K, 256>;
   }
   return nullptr;
@@ -63,6 +64,7 @@ Head<T> head_of(int64_t key_dim, int64_t value_dim) {
     case 32: return head_of<T, 32>(value_dim);
     case 64: return head_of<T, 64>(value_dim);
     case 128: return head_of<T, 128>(value_dim);
+    case 192: return head_of<T, 192>(value_dim);
     case 256: return head_of<T, 256>(value_dim);
   }
   return nullptr;

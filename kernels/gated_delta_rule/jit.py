@@ -14,7 +14,7 @@ from hybrid_moe_kernels.extension import Extension
 from torch import Tensor
 
 HERE = Path(__file__).parent
-PREFILL = Extension("gdn_prefill", (HERE / "jit_f32.cpp", HERE / "jit_f64.cpp"), (HERE / "jit.h",))
+PREFILL = Extension("gdn_prefill", (HERE / "jit.cpp",), (HERE / "jit.h",), ("-O3", "-funroll-loops"))
 PREFILL_CUDA = Extension("gdn_prefill_cuda", (HERE / "jit.cu",))  # not yet run on a GPU
 
 _SUFFIXES = {torch.float32: "f32", torch.float64: "f64"}

@@ -1,12 +1,12 @@
 """The experts of a mixture as a module that is compiled at its first use, in C++ for a CPU.
 
 Under expert parallelism this stands for the MoE backend whose first use comes after the dispatch of the first layer.
-`block_rows` is a choice that a server may tune: the results are the same.
 
 Shapes: N rows, K picks of a row, H hidden, E experts held, I intermediate, J = 2 I (gate, then up).
 """
 
 import ctypes
+import time
 from pathlib import Path
 
 import torch
@@ -17,20 +17,17 @@ HERE = Path(__file__).parent
 EXPERTS = Extension("moe_experts", (HERE / "jit_f32.cpp", HERE / "jit_f64.cpp"), (HERE / "jit.h",))
 
 BLOCK_ROWS = (1, 4, 16)
-"""Sensible choices of `block_rows`."""
+"""How many rows of an expert may be computed at once: the choices that a server can time and pick from."""
+
+_block_rows = [4]
 
 DEVICES = ("cpu",)
 _SUFFIXES = {torch.float32: "f32", torch.float64: "f64"}
 DTYPES = tuple(_SUFFIXES)
 
 
-def experts(
-    x_NH: Tensor, weights_NK: Tensor, ids_NK: Tensor, gate_up_EJH: Tensor, down_EHI: Tensor, block_rows: int = 4
-) -> Tensor:
-    """As the reference's: ids outside 0 to E - 1 are experts held elsewhere and contribute nothing.
-
-    Raises ValueError for a `block_rows` that no function is made for.
-    """
+def experts(x_NH: Tensor, weights_NK: Tensor, ids_NK: Tensor, gate_up_EJH: Tensor, down_EHI: Tensor) -> Tensor:
+    """As the reference's: ids outside 0 to E - 1 are experts held elsewhere and contribute nothing."""
     dtype = gate_up_EJH.dtype
     x, weights = x_NH.to(dtype).contiguous(), weights_NK.to(dtype).contiguous()
     ids, gate_up, down = ids_NK.contiguous(), gate_up_EJH.contiguous(), down_EHI.contiguous()
@@ -38,6 +35,26 @@ def experts(
     out = torch.zeros(N, H, dtype=dtype)
     pointers = [ctypes.c_void_p(tensor.data_ptr()) for tensor in (x, weights, ids, gate_up, down, out)]
     run = getattr(EXPERTS.library(), f"moe_experts_{_SUFFIXES[dtype]}")
-    if run(*map(ctypes.c_int64, (N, K, H, E, I, block_rows)), *pointers):
-        raise ValueError(f"block_rows: {block_rows} is not one of 1, 2, 3, 4, 6, 8, 12, 16")
+    if run(*map(ctypes.c_int64, (N, K, H, E, I, _block_rows[0])), *pointers):
+        raise ValueError(f"block_rows: no function was made for {_block_rows[0]}")
     return out.to(x_NH.dtype)
+
+
+def time_blocks() -> list[int]:
+    """Microseconds of a small mixture for each of BLOCK_ROWS; they compute the same."""
+    N, K, H, E, I = 32, 2, 64, 4, 32
+    x, weights, ids = torch.ones(N, H), torch.ones(N, K), torch.arange(N * K).view(N, K) % E
+    gate_up, down = torch.ones(E, 2 * I, H), torch.ones(E, H, I)
+    before, times = _block_rows[0], []
+    for rows in BLOCK_ROWS:
+        _block_rows[0] = rows
+        started = time.perf_counter_ns()
+        experts(x, weights, ids, gate_up, down)
+        times.append((time.perf_counter_ns() - started) // 1000)
+    _block_rows[0] = before
+    return times
+
+
+def use_block_rows(rows: int) -> None:
+    """From here on compute so many rows of an expert at once, in this process."""
+    _block_rows[0] = rows

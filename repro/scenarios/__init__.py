@@ -7,6 +7,7 @@ import pkgutil
 import random
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from hybrid_moe_ref.config import ConfigError, nearest
@@ -69,6 +70,7 @@ class Scenario:
     refused    settings -> what it must say of the fault under the guard (checks agree or strict)
     fixed      settings -> what it must say of the fix; not clean where no server can save the run, only end it well
     server     settings, rank -> what the engine is started with, where it is not the same on all ranks
+    before     settings, the run's cache folder: what had happened on this machine before the server was started
     missing    settings -> why it cannot run on this machine, or ""
     starts     how often the server starts in one run; what it leaves in its caches is there for the next start
     defaults   what the scenario needs to be different from a run's defaults, as in config.json; a user's file wins
@@ -82,6 +84,7 @@ class Scenario:
     refused: Callable[[RunSettings], Expected] = lambda settings: REFUSED
     fixed: Callable[[RunSettings], Expected] = lambda settings: CLEAN
     server: Callable[[RunSettings, int], ServerConfig] = lambda settings, rank: settings.server()
+    before: Callable[[RunSettings, Path], None] = lambda settings, cache: None
     missing: Callable[[RunSettings], str] = lambda settings: ""
     starts: int = 1
     defaults: Mapping[str, Any] = field(default_factory=dict)

@@ -1,7 +1,0 @@
-#include "jit.h"
-
-extern "C" int gdn_prefill_f32(int64_t B, int64_t M, int64_t H, int64_t K, int64_t V, int64_t slot_stride,
-                               const int64_t* starts, const int64_t* slots, const float* q, const float* k,
-                               const float* v, const float* g, const float* beta, float* o, float* state) {
-  return prefill(B, M, H, K, V, slot_stride, starts, slots, q, k, v, g, beta, o, state);
-}
