@@ -54,7 +54,7 @@ def cold_run(tmp_path_factory):
     out, noticed = tmp_path_factory.mktemp("cold"), []
     run_dir, document = run_forked(small("cold_jit", cache_dir=out / "cache"), out, notice=noticed.append)
     os.environ["HMR_KERNEL_CACHE"] = str(out / "cache" / "kernels")
-    yield run_dir, document, noticed
+    yield run_dir, document, noticed, out / "cache" / "kernels"
     del os.environ["HMR_KERNEL_CACHE"]
 
 
@@ -139,12 +139,13 @@ def test_a_backend_that_cannot_run_here_is_refused_by_name():
 
 
 def test_a_cold_build_in_the_first_step_is_slow_and_names_builder_lock_and_time(cold_run):
-    run_dir, document, noticed = cold_run
+    run_dir, document, noticed, _ = cold_run
     assert document["verdict"] == "slow" and document["matches_expected"], document
     assert not any(line.startswith("deadlock") for line in noticed), noticed
     (builder,) = document["culprits"]
     told = " ".join(document["evidence"])
-    assert f"rank {builder} building for " in told and "gdn_prefill; it holds lock " in told, told
+    assert f"rank {builder} building for " in told and "gdn_prefill" in told and f"lock {cold_run[3]}/" in told, told
+    assert told.count(f"is with rank {builder}") == 1
     others = {position["rank"]: position for position in document["ranks"] if position["rank"] != builder}
     assert {position["state"] for position in others.values()} == {"locked"}, document
     first = min(builds_begun(run_dir, "gdn_prefill"))
@@ -356,28 +357,31 @@ def leftovers(cache):
     return [path for path in (Path(cache) / "kernels").rglob("*") if path.is_file()]
 
 
-def builds_first(rank, leader, folder):
+def leads(rank, leader, marker):
     """Let one rank come to the lock first, so that it is the one that builds."""
-    if rank != leader:
-        deadline = time.monotonic() + 20
-        while not list((Path(folder) / "kernels").glob("*.lock")) and time.monotonic() < deadline:
-            time.sleep(0.005)
+    if rank == leader:
+        acquire = BuildLock._try
+
+        def first(self):
+            mine = acquire(self)
+            marker.touch()
+            return mine
+
+        BuildLock._try = first
+    else:
+        prepare = Engine._prepare
+
+        def later(self):
+            wait_for(marker)
+            prepare(self)
+
+        Engine._prepare = later
 
 
-def on_leader(leader, cache, do):
-    def sabotage(rank):
-        if rank == leader:
-            do()
-        else:
-            prepare = Engine._prepare
-
-            def later(self):
-                builds_first(rank, leader, cache)
-                prepare(self)
-
-            Engine._prepare = later
-
-    return sabotage
+def wait_for(path):
+    deadline = time.monotonic() + 30
+    while not path.exists() and time.monotonic() < deadline:
+        time.sleep(0.005)
 
 
 @pytest.mark.parametrize(
@@ -393,9 +397,13 @@ def on_leader(leader, cache, do):
 )
 def test_a_compiler_that_is_missing_or_fails_on_one_rank_stops_all_with_its_words(tmp_path, compiler, words):
     path = fake_compiler(tmp_path, compiler) if compiler else "/nowhere/c++"
-    told = start_and_catch(
-        tmp_path, tmp_path / "cache", on_leader(1, tmp_path / "cache", lambda: os.environ.update(CXX=path))
-    )
+
+    def sabotage(rank):
+        leads(rank, 1, tmp_path / "leader")
+        if rank == 1:
+            os.environ["CXX"] = path
+
+    told = start_and_catch(tmp_path, tmp_path / "cache", sabotage)
     assert told.startswith("rank 1 could not prepare: BuildFailed: gdn_prefill could not be built: "), told
     assert words in told and "\n" not in told, told
     assert not leftovers(tmp_path / "cache")
@@ -409,9 +417,7 @@ def test_a_rank_that_raises_while_another_builds_ends_the_build(tmp_path):
         if rank == 2:
 
             def fail(self):
-                builds_first(2, 0, tmp_path / "cache")
-                while not (tmp_path / "compiler").exists():
-                    time.sleep(0.01)
+                wait_for(tmp_path / "compiler")
                 raise MemoryError("no room for the state")
 
             ModelRunner.warm_up = fail
