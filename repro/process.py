@@ -116,3 +116,13 @@ def cpu_seconds(pids: Iterable[int]) -> dict[int, float]:
             family += children.get(member, [])
         used[pid] = sum(own.get(member, 0.0) for member in family)
     return used
+
+
+def starved_seconds(pid: int) -> float:
+    """How long the threads of a process were ready to run and had no processor; 0.0 where the kernel does not say."""
+    waited_ns = 0
+    with contextlib.suppress(OSError, ValueError, IndexError):
+        for thread in os.listdir(f"/proc/{pid}/task"):
+            with open(f"/proc/{pid}/task/{thread}/schedstat") as file:
+                waited_ns += int(file.read().split()[1])
+    return waited_ns / 1e9

@@ -30,12 +30,14 @@ class Facts:
     excused        rank -> why it cannot move, wherever its witness says that it is
     lock_holders   lock that a rank waits for -> pid of who holds it, 0 for nobody; not known: not named
     cores          rank -> processors that it and what it started kept busy since the look before
+    starved        rank -> share of that time that its threads were ready to run and had no processor, summed
     """
 
     alive: dict[int, bool] = field(default_factory=dict)
     excused: dict[int, str] = field(default_factory=dict)
     lock_holders: dict[str, int] = field(default_factory=dict)
     cores: dict[int, float] = field(default_factory=dict)
+    starved: dict[int, float] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
         return {what: {str(key): value for key, value in told.items()} for what, told in asdict(self).items()}
@@ -48,6 +50,7 @@ class Facts:
             {int(rank): str(why) for rank, why in told["excused"].items()},
             {str(name): int(pid) for name, pid in told["lock_holders"].items()},
             {int(rank): float(cores) for rank, cores in told["cores"].items()},
+            {int(rank): float(share) for rank, share in told["starved"].items()},
         )
 
 
@@ -62,7 +65,7 @@ class System:
         self._patience_s = patience_s
         self._here = myself(0, 1)
         self._unheld_since: dict[str, float] = {}
-        self._used: dict[int, float] = {}  # rank -> seconds
+        self._used: dict[int, tuple[float, float]] = {}  # rank -> seconds of processors, and without one
         self._looked_at = 0.0
 
     def look(self, witnesses: Mapping[int, Witness]) -> Facts:
@@ -71,24 +74,28 @@ class System:
             {rank: it is not None for rank, it in running.items()},
             {rank: STOPPED for rank, it in running.items() if it is not None and process.is_stopped(it)},
             self._lock_holders(witnesses),
-            self.cores({rank: it.pid for rank, it in running.items() if it is not None}),
+            *self.use({rank: it.pid for rank, it in running.items() if it is not None}),
         )
 
     def running(self, writers: Mapping[int, Identity]) -> dict[int, psutil.Process | None]:
         """The process of each rank of this host that came far enough to say its pid, None where it has ended."""
         return {rank: process.find(who) for rank, who in writers.items() if who.pid and self._is_here(who)}
 
-    def cores(self, pids: Mapping[int, int]) -> dict[int, float]:
-        """Processors in use by each rank since the last call; {} at the first, and when that was just now."""
+    def use(self, pids: Mapping[int, int]) -> tuple[dict[int, float], dict[int, float]]:
+        """``cores`` and ``starved`` since the last call; both {} at the first, and when that was just now."""
         now, used = time.monotonic(), process.cpu_seconds(pids.values())
         passed_s, before = now - self._looked_at, self._used
-        self._looked_at, self._used = now, {rank: used[pid] for rank, pid in pids.items()}
+        self._looked_at = now
+        self._used = {rank: (used[pid], process.starved_seconds(pid)) for rank, pid in pids.items()}
         if passed_s < 0.1:
-            return {}
-        return {
-            rank: round(max(0.0, seconds - before[rank]) / passed_s, 3)
+            return {}, {}
+        shares = {
+            rank: [round(max(0.0, this - last) / passed_s, 3) for this, last in zip(seconds, before[rank], strict=True)]
             for rank, seconds in self._used.items()
             if rank in before
+        }
+        return {rank: cores for rank, (cores, _) in shares.items()}, {
+            rank: share for rank, (_, share) in shares.items()
         }
 
     def _is_here(self, who: Identity) -> bool:

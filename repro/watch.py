@@ -102,7 +102,7 @@ class Watch:
                 self._measuring = False
             elif not self._measuring:  # what the ranks' processors do in the second half of the silence
                 self._measuring = True
-                self._system.cores({rank: it.pid for rank, it in self._running().items() if it is not None})
+                self._system.use({rank: it.pid for rank, it in self._running().items() if it is not None})
             return None
         return self._decide_in_quiet()
 

@@ -30,7 +30,8 @@ WAYS = [
 def settings(num_ranks=4, **changes):
     """Four layers and a short quiet window."""
     document = {"num_ranks": num_ranks, "model": {"layer_pattern": "GMAG"}, "engine": {"unfinished_interval": 16}}
-    flags = {"scenario": "metadata_rebuild", "variant": "control", "quiet_window_s": QUIET_S, **changes}
+    quiet_s = 1.0 if num_ranks == 8 else QUIET_S
+    flags = {"scenario": "metadata_rebuild", "variant": "control", "quiet_window_s": quiet_s, **changes}
     return RunSettings.from_document(document, flags, "")
 
 

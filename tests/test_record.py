@@ -9,6 +9,7 @@ import sys
 import threading
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -58,6 +59,38 @@ def test_the_call_site_is_the_line_that_called_the_communicator(tmp_path: Path) 
     witness = read(tmp_path / "w")
     site = witness.text(next(witness.events()).site)
     assert site.startswith(f"{__file__}:{line} ")
+
+
+COMMUNICATOR = """
+def _enter(recorder, call):
+    recorder.enter(call)
+
+def all_reduce(recorder, call):
+    _enter(recorder, call)
+    recorder.leave(call)
+
+def all_gather_text(recorder, call):
+    all_reduce(recorder, call)
+    _enter(recorder, call)
+"""
+
+
+def test_call_sites_are_told_apart_however_deep_the_communicator_is(tmp_path: Path) -> None:
+    recorder = recorder_at(tmp_path / "w")
+    comm: dict[str, Any] = {}
+    exec(compile(COMMUNICATOR, "hybrid_moe_ref/parallel/comm.py", "exec"), comm)
+    first = sys._getframe().f_lineno + 1
+    comm["all_reduce"](recorder, REDUCE)
+    comm["all_reduce"](recorder, REDUCE)
+    comm["all_gather_text"](recorder, REDUCE)
+    recorder.issue(REDUCE)
+    witness = read(tmp_path / "w")
+    lines = [
+        int(witness.text(event.site).rpartition(":")[2].split()[0])
+        for event in witness.events()
+        if event.kind in (Kind.ENTER, Kind.ISSUE)
+    ]
+    assert lines == [first, first + 1, first + 2, first + 2, first + 3]
 
 
 def test_asynchronous_collectives_keep_their_tickets(tmp_path: Path) -> None:

@@ -118,11 +118,22 @@ def test_a_process_that_works_is_told_from_one_that_sleeps() -> None:
     ):  # its child is
         system = System(1.0)
         pids = {0: asleep.pid, 1: busy.pid}
-        assert system.cores(pids) == {}
+        assert system.use(pids) == ({}, {})
         time.sleep(0.5)
-        cores = system.cores(pids)
+        cores, _ = system.use(pids)
         process.kill(process.with_descendants(busy.pid))
         assert cores[0] < 0.02 and cores[1] > 0.05, cores
+
+
+def test_a_process_that_lacks_a_processor_is_told() -> None:
+    loop = "import os; os.sched_setaffinity(0, {0}); print('up', flush=True)\nwhile True: pass"
+    with python(loop) as one, python(loop) as two:  # one processor for both
+        system = System(1.0)
+        pids = {0: one.pid, 1: two.pid}
+        system.use(pids)
+        time.sleep(0.5)
+        _, starved = system.use(pids)
+        assert starved[0] + starved[1] > 0.5, starved
 
 
 def test_stopped_and_ended_processes_are_told_and_those_of_other_hosts_are_not() -> None:
@@ -142,5 +153,5 @@ def test_stopped_and_ended_processes_are_told_and_those_of_other_hosts_are_not()
 
 
 def test_facts_survive_json() -> None:
-    facts = Facts({0: True}, {1: STOPPED}, {"a": 7}, {0: 0.5})
+    facts = Facts({0: True}, {1: STOPPED}, {"a": 7}, {0: 0.5}, {1: 0.25})
     assert Facts.from_json(json.loads(json.dumps(facts.to_json()))) == facts

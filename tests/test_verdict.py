@@ -224,6 +224,9 @@ def test_everybody_in_one_collective_is_a_stall() -> None:
     assert look(made).verdict == "stall"
     assert look(made, after_s=0.5).verdict == "inconclusive"
     assert look(made, excused={3: "stopped by a signal"}).verdict == "slow"
+    busy = look(made, starved={3: 0.4})
+    assert busy.verdict == "inconclusive" and "lacked a processor for 40%" in " ".join(busy.evidence)
+    assert look(made, starved={3: 0.4}, after_s=11).verdict == "stall"
 
 
 def test_a_skipped_collective_blames_the_rank_that_passed_it_over() -> None:

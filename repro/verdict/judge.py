@@ -23,6 +23,9 @@ from repro.witness import Witness
 _BUSY = 0.02
 """Processors in use that count as work; a process that only sleeps uses fewer."""
 
+_STARVED, _STARVED_WINDOWS = 0.1, 10
+"""Lack of a processor that makes a collective take longer than it should, and how much longer it is then given."""
+
 
 @dataclass(frozen=True, slots=True)
 class _Case:
@@ -37,6 +40,7 @@ class _Case:
     final: bool
     notes: Sequence[str]
     cores: Mapping[int, float]
+    starved: Mapping[int, float]
 
     @property
     def quiet(self) -> bool:
@@ -76,6 +80,7 @@ def judge(
     excused: Mapping[int, str] | None = None,
     lock_holders: Mapping[str, int] | None = None,
     cores: Mapping[int, float] | None = None,
+    starved: Mapping[int, float] | None = None,
 ) -> Verdict:
     """What these witnesses prove.
 
@@ -86,6 +91,7 @@ def judge(
     excused        ranks whose process is known not to wait, with the reason ("stopped by a signal")
     lock_holders   who holds a lock according to the system: name -> pid, 0 for nobody
     cores          processors that each rank's process and its children keep busy; a rank not named is not measured
+    starved        share of the time that a rank's threads were ready to run and had no processor
     """
     usable, notes = _one_run(witnesses, num_ranks)
     nows, clock_notes = clocks(usable, now_ns)
@@ -100,7 +106,7 @@ def judge(
     waits = wait_graph(standings, ledger, lock_holders or {})
     quiet_ns = [max(0, nows[rank] - witness.last_event_ns()) for rank, witness in usable.items() if witness.last]
     quiet_s = min(quiet_ns, default=0) / 1e9
-    case = _Case(usable, standings, ledger, waits, quiet_s, quiet_window_s, final, notes, cores or {})
+    case = _Case(usable, standings, ledger, waits, quiet_s, quiet_window_s, final, notes, cores or {}, starved or {})
     return _decide(case, wrong_numbers)
 
 
@@ -361,6 +367,13 @@ def _attended(case: _Case) -> Verdict:
     unseen = [rank for rank in _members(node) if not case.standings[rank].seen]
     if unseen:
         told = [f"all are in {node.name}, but {name_ranks(unseen)} left no whole witness to compare arguments with"]
+        return case.verdict("inconclusive", evidence=told, confidence="undecided")
+    starved = max((case.starved.get(rank, 0.0) for rank in _members(node)), default=0.0)
+    if starved >= _STARVED and case.quiet_s < _STARVED_WINDOWS * case.quiet_window_s:
+        told = [
+            f"all are in {node.name} since {case.quiet_s:.1f} s, but ranks lacked a processor for {starved:.0%} of the "
+            f"time: on so busy a machine it takes {_STARVED_WINDOWS} quiet windows to be sure"
+        ]
         return case.verdict("inconclusive", evidence=told, confidence="undecided")
     if case.quiet:
         told = [f"all members are in {node.name} and nobody is absent: a device or network stall"]
