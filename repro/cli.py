@@ -110,6 +110,7 @@ def _parser() -> argparse.ArgumentParser:
 
     clean = commands.add_parser("clean", help="remove the runs")
     clean.add_argument("--out", type=Path, default=Path("runs"), metavar="DIR", help="default: runs")
+    clean.add_argument("--json", action="store_true", help="print what was removed and what still runs")
     clean.set_defaults(command=_clean, parser=clean)
     return parser
 
@@ -321,15 +322,21 @@ def _clean(args: argparse.Namespace) -> int:
     """Remove what is certainly a run and does not run any more; say what is left."""
     if not args.out.is_dir():
         raise ConfigError("no such folder", str(args.out))
+    removed: list[str] = []
+    running: list[str] = []
     for root in sorted(args.out.iterdir()):
         if root.is_symlink() or not RUN_NAME.fullmatch(root.name) or not (root / "config.json").is_file():
             continue
         witnesses, _ = read_dir(root / "events")
         if any(process.find(witness.who) for witness in witnesses.values()):
+            running.append(str(root))
             print(f"repro: {root}: still runs, left as it is", file=sys.stderr)
             continue
         shutil.rmtree(root)
+        removed.append(str(root))
     latest = args.out / "latest"
     if latest.is_symlink() and not latest.exists():
         latest.unlink()
+    if args.json:
+        print(json.dumps({"removed": removed, "still_running": running}, indent=1))
     return EXPECTED

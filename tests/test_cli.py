@@ -16,7 +16,7 @@ from rich.console import Console
 from scene import Scene
 
 from hybrid_moe_ref.parallel.observer import Collective
-from repro.cli import CANNOT_TELL, EXPECTED, UNEXPECTED, USAGE, exit_code, main
+from repro.cli import CANNOT_TELL, EXPECTED, UNEXPECTED, USAGE, _parser, exit_code, main
 from repro.display import overview
 from repro.junit import write_junit
 from repro.parse import parse_header
@@ -138,6 +138,38 @@ def test_clean_removes_runs_and_nothing_else(tmp_path):
     (tmp_path / "latest").symlink_to(run.name)
     assert main(["clean", "--out", str(tmp_path)]) == EXPECTED
     assert sorted(tmp_path.iterdir()) == sorted(others)
+
+
+def test_every_command_answers_in_json(capsys, tmp_path):
+    parsers = _parser()._subparsers._group_actions[0].choices
+    assert {name for name, parser in parsers.items() if "--json" not in parser._option_string_actions} <= {"prove"}
+    assert main(["clean", "--out", str(tmp_path), "--json"]) == EXPECTED
+    assert json.loads(capsys.readouterr().out) == {"removed": [], "still_running": []}
+
+
+@pytest.mark.parametrize("flags", [{}, {"NO_COLOR": "1", "TERM": "xterm-256color"}, {"FORCE_COLOR": "1"}])
+def test_colours_are_off_without_a_terminal_and_under_no_color(flags):
+    told = {
+        "scenario": "s",
+        "num_ranks": 2,
+        "variant": "fault",
+        "verdict": "deadlock",
+        "cause": "extra",
+        "culprits": [1],
+    }
+    told |= {"seconds": {"total": 1.0, "stall_to_verdict": 1.0}, "matches_expected": False, "sentences": []}
+    terminal = "NO_COLOR" in flags or None
+    code = (
+        "from rich.console import Console; from repro.display import summary;"
+        f"summary(Console(force_terminal={terminal}), [{told | {'evidence': []}}])"
+    )
+    clean = {name: value for name, value in os.environ.items() if name not in ("NO_COLOR", "FORCE_COLOR")}
+    told = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, env={**clean, **flags}, capture_output=True, text=True
+    )
+    assert "deadlock" in told.stdout, told.stderr
+    coloured = any(f"\x1b[{n}m" in told.stdout for n in range(30, 38))
+    assert coloured == ("FORCE_COLOR" in flags), told.stdout
 
 
 def test_clean_of_no_folder_is_refused(capsys, tmp_path):
