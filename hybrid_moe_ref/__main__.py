@@ -11,6 +11,7 @@ from typing import Any
 from hybrid_moe_ref.config import DTYPES, ENGINE_MODES, ConfigError
 from hybrid_moe_ref.engine.server_config import CHECKS
 
+KERNELS = ("auto", "torch", "native", "triton")
 LAYOUTS = ("single", "dp8ep8", "tp8")
 
 
@@ -76,6 +77,9 @@ def parser() -> Parser:
         )
         command.add_argument("--dtype", choices=DTYPES, help="default: the checkpoint's, or float32")
         command.add_argument("--device", default="cpu")
+        command.add_argument(
+            "--kernels", choices=KERNELS, help="what computes the layers; native is built here first (default: auto)"
+        )
         if command is not check:
             command.add_argument("--seed", type=int, default=0, help="of a preset's random weights")
     for command in (params, pages, check, bench):

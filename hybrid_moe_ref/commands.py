@@ -260,8 +260,11 @@ def _load(args: argparse.Namespace) -> "HybridMoE":
     """A checkpoint folder, or a preset with random weights."""
     import torch
 
+    from hybrid_moe_kernels import registry
+
     from hybrid_moe_ref.model import HybridMoE, check_device
 
+    registry.use(args.kernels or registry.choice())
     dtype = getattr(torch, args.dtype) if args.dtype else None
     if (Path(args.model) / "config.json").exists() or args.command == "check":
         return HybridMoE.from_pretrained(args.model, dtype=dtype, device=args.device)

@@ -17,6 +17,7 @@ from typing import Any, Self
 
 import torch
 import torch.nn.functional as F
+from hybrid_moe_kernels import linear
 from torch import Tensor, nn
 
 from hybrid_moe_ref import checkpoint, generation, weights
@@ -168,7 +169,8 @@ class HybridMoE(nn.Module):
         return hidden_NH
 
     def logits(self, hidden_NH: Tensor) -> Tensor:
-        return F.linear(hidden_NH, self.lm_head.weight)
+        (logits_NV,) = linear.project(hidden_NH.view(-1, hidden_NH.shape[-1]), [self.lm_head.weight])
+        return logits_NV.view(*hidden_NH.shape[:-1], -1)
 
     def generate(self, prompts: Tensor | list[Tensor], max_new_tokens: int, **options: Any) -> Tensor:
         """The likeliest next token, `max_new_tokens` times: [B, max_new_tokens], without the prompts, which may

@@ -6,6 +6,7 @@ Shapes: B sequences, T new tokens, S tokens to attend to, H hidden, Q query head
 
 import torch
 import torch.nn.functional as F
+from hybrid_moe_kernels import linear
 from torch import Tensor, nn
 
 from hybrid_moe_ref.batch import Group
@@ -31,15 +32,19 @@ class GatedAttention(Mixer):
         self.k_norm = RMSNorm(head_dim, config.rms_norm_eps)
 
     def mix(self, x_BTH: Tensor, group: Group, past: KVPast | KVRun | None) -> Tensor:
-        q_BTQD, gate_BTQD = self.q_proj(x_BTH).unflatten(-1, (-1, 2 * self.head_dim)).chunk(2, dim=-1)
-        k_BTKD = self.k_proj(x_BTH).unflatten(-1, (-1, self.head_dim))
-        v_BTKD = self.v_proj(x_BTH).unflatten(-1, (-1, self.head_dim))
+        sequences, dim = x_BTH.shape[:2], self.head_dim
+        weights = [self.q_proj.weight, self.k_proj.weight, self.v_proj.weight]
+        q_N_, k_N_, v_N_ = linear.project(x_BTH.flatten(0, 1), weights)
+        q_BTQD, gate_BTQD = q_N_.view(*sequences, -1, 2 * dim).chunk(2, dim=-1)
+        k_BTKD, v_BTKD = k_N_.view(*sequences, -1, dim), v_N_.view(*sequences, -1, dim)
         cos, sin = rotary_table(group.positions_BT, self.rotary_dim, self.rope_theta, x_BTH.dtype)
         q_BTQD = rotate(self.q_norm(q_BTQD), cos, sin)
         k_BTKD = rotate(self.k_norm(k_BTKD), cos, sin)
         k_BSKD, v_BSKD = past.extend(k_BTKD, v_BTKD) if past else (k_BTKD, v_BTKD)
         out_BTQD = attend(q_BTQD, k_BSKD, v_BSKD, group)
-        return self.o_proj((out_BTQD * gate_BTQD.sigmoid()).flatten(-2))
+        gated_N_ = (out_BTQD * gate_BTQD.sigmoid()).view(x_BTH.shape[0] * x_BTH.shape[1], -1)
+        (y_NH,) = linear.project(gated_N_, [self.o_proj.weight])
+        return y_NH.view(x_BTH.shape)
 
 
 def attend(q_BTQD: Tensor, k_BSKD: Tensor, v_BSKD: Tensor, group: Group) -> Tensor:

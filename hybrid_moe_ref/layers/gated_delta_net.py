@@ -5,7 +5,7 @@ Shapes: B sequences, T tokens, H hidden, N value heads, M key heads, K key dim, 
 
 import torch
 import torch.nn.functional as F
-from hybrid_moe_kernels import causal_conv, gated_delta_rule
+from hybrid_moe_kernels import causal_conv, gated_delta_rule, linear
 from torch import Tensor, nn
 
 from hybrid_moe_ref.batch import Group
@@ -38,12 +38,14 @@ class GatedDeltaNet(Mixer):
     def mix(self, x_BTH: Tensor, group: Group, past: StatePast | None) -> Tensor:
         x_TH = x_BTH.flatten(0, 1)
         past = past or self._nothing(x_TH, group)
-        qkv_TC, z_THV = self.in_proj_qkv(x_TH), self.in_proj_z(x_TH).unflatten(-1, (-1, self.value_dim))
-        b_TN, a_TN = self.in_proj_b(x_TH), self.in_proj_a(x_TH)
+        projections = (self.in_proj_qkv, self.in_proj_z, self.in_proj_b, self.in_proj_a)
+        qkv_TC, z_TI, b_TN, a_TN = linear.project(x_TH, [projection.weight for projection in projections])
+        z_TNV = z_TI.unflatten(-1, (-1, self.value_dim))
         # The decode kernel has the norm in it; a norm that someone watches has to be called as a module.
         mixed = self._decode if group.length == 1 and not self.norm._forward_hooks else self._prefill
-        y_TNV = mixed(qkv_TC, z_THV, b_TN, a_TN, group, past)
-        return self.out_proj(y_TNV.flatten(-2)).view(x_BTH.shape)
+        y_TNV = mixed(qkv_TC, z_TNV, b_TN, a_TN, group, past)
+        (y_TH,) = linear.project(y_TNV.flatten(-2), [self.out_proj.weight])
+        return y_TH.view(x_BTH.shape)
 
     def _decode(
         self, qkv_TC: Tensor, z_TNV: Tensor, b_TN: Tensor, a_TN: Tensor, group: Group, past: StatePast

@@ -5,7 +5,7 @@ Shapes: B sequences, T tokens, H hidden, N heads, P head dim, G groups, S state 
 
 import torch
 import torch.nn.functional as F
-from hybrid_moe_kernels import causal_conv, ssd
+from hybrid_moe_kernels import causal_conv, linear, ssd
 from torch import Tensor, nn
 
 from hybrid_moe_ref.batch import Group
@@ -41,10 +41,12 @@ class Mamba2(Mixer):
         x_TH = x_BTH.flatten(0, 1)
         past = past or self._nothing(x_TH, group)
         inner, shared = self.num_heads * self.head_dim, self.num_groups * self.state_size
-        z_TI, xbc_TC, dt_TN = self.in_proj(x_TH).split([inner, inner + 2 * shared, self.num_heads], dim=-1)
+        (projected_T_,) = linear.project(x_TH, [self.in_proj.weight])
+        z_TI, xbc_TC, dt_TN = projected_T_.split([inner, inner + 2 * shared, self.num_heads], dim=-1)
         mixed = self._decode if group.length == 1 else self._prefill
         y_TI = mixed(xbc_TC, z_TI, dt_TN, group, past)
-        return self.out_proj(y_TI).view(x_BTH.shape)
+        (y_TH,) = linear.project(y_TI, [self.out_proj.weight])
+        return y_TH.view(x_BTH.shape)
 
     def _decode(self, xbc_TC: Tensor, z_TI: Tensor, dt_TN: Tensor, group: Group, past: StatePast) -> Tensor:
         is_watched = bool(self.norm._forward_hooks)  # then the norm is called as a module

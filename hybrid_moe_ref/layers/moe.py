@@ -102,6 +102,31 @@ class MoE(nn.Module):
         self.shared_expert_gate = nn.Linear(hidden, 1, bias=False)
 
     def forward(self, x_NH: Tensor) -> Tensor:
+        if self._is_one_call(x_NH):
+            shared = self.shared_expert
+            y_NH: Tensor = moe.mixture(
+                x_NH,
+                self.gate.weight,
+                self.experts.gate_up_proj,
+                self.experts.down_proj,
+                shared.gate_proj.weight,
+                shared.up_proj.weight,
+                shared.down_proj.weight,
+                self.shared_expert_gate.weight,
+                top_k=self.gate.top_k,
+            )
+            return y_NH
         weights_NK, ids_NK = self.gate(x_NH)
         routed_NH = self.experts(x_NH, weights_NK, ids_NK)
         return routed_NH + self.shared_expert_gate(x_NH).sigmoid() * self.shared_expert(x_NH)
+
+    def _is_one_call(self, x_NH: Tensor) -> bool:
+        """Whether a kernel computes the whole layer. Not if its parts were replaced, or if someone watches them."""
+        if moe.mixture.pick(x_NH.device.type, x_NH.dtype).backend == "torch":
+            return False
+        parts = (self.gate, self.experts, self.shared_expert, self.shared_expert_gate)
+        return (
+            self.experts.num_local == self.experts.num_experts
+            and self.experts.mlp is moe.experts
+            and not any(part._forward_hooks or part._forward_pre_hooks or "forward" in vars(part) for part in parts)
+        )

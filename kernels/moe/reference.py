@@ -3,8 +3,8 @@
 Two ways to the same result. With few picks, each is a matrix-vector product that reads nothing but its own expert.
 With many, rows are sorted by expert, and each expert multiplies its rows at once.
 
-Shapes: N rows, K picks of a row, P = N K picks, H hidden, E experts held, I intermediate, J = 2 I (gate, then up),
-R picks whose expert is held, A and B any sizes.
+Shapes: N rows, K picks of a row, P = N K picks, H hidden, E experts held, I intermediate, J = 2 I (gate, then up), S
+intermediate of the shared expert, R picks whose expert is held, A and B any sizes.
 """
 
 import torch
@@ -28,6 +28,26 @@ def experts(x_NH: Tensor, weights_NK: Tensor, ids_NK: Tensor, gate_up_EJH: Tenso
     wide = torch.promote_types(x_NH.dtype, torch.float32)
     out_NKH = out_PH.unflatten(0, ids_NK.shape).to(wide)
     return (weights_NK[:, None].to(wide) @ out_NKH)[:, 0].to(x_NH.dtype)
+
+
+def mixture(
+    x_NH: Tensor,
+    router_EH: Tensor,
+    gate_up_EJH: Tensor,
+    down_EHI: Tensor,
+    shared_gate_SH: Tensor,
+    shared_up_SH: Tensor,
+    shared_down_HS: Tensor,
+    shared_scale_1H: Tensor,
+    *,
+    top_k: int,
+) -> Tensor:
+    """A whole layer where all experts are held: the router's `top_k` experts of each row, and the shared expert times
+    sigmoid(shared_scale x). y [N, H]."""
+    weights_NK, ids_NK = route(F.linear(x_NH, router_EH), top_k)
+    routed_NH = experts(x_NH, weights_NK, ids_NK, gate_up_EJH, down_EHI)
+    hidden_NS = F.silu(F.linear(x_NH, shared_gate_SH)) * F.linear(x_NH, shared_up_SH)
+    return routed_NH + F.linear(x_NH, shared_scale_1H).sigmoid() * F.linear(hidden_NS, shared_down_HS)
 
 
 def pick_by_pick(x_NH: Tensor, ids_NK: Tensor, gate_up_EJH: Tensor, down_EHI: Tensor) -> Tensor:

@@ -1,0 +1,18 @@
+"""The causal convolution in C++."""
+
+from typing import Any
+
+from hybrid_moe_kernels import native
+from hybrid_moe_kernels.native import CHECKS, DEVICES, DTYPES, missing
+
+__all__ = ["CHECKS", "DEVICES", "DTYPES", "missing", "prefill", "update"]
+
+
+def prefill(*args: Any, **options: Any) -> Any:
+    """As the reference's."""
+    return native.library().conv_prefill(*args, **options)
+
+
+def update(*args: Any, **options: Any) -> Any:
+    """As the reference's."""
+    return native.library().conv_update(*args, **options)

@@ -1,0 +1,7 @@
+// The kernels for whatever the compiler's default instruction set is.
+#include "headers.h"
+#define ISA generic
+#define LANES 4
+#include "kernels.h"
+
+const hmr::Table hmr::generic_table = HMR_TABLE("generic");

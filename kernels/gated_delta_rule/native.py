@@ -1,0 +1,18 @@
+"""The gated delta rule in C++."""
+
+from typing import Any
+
+from hybrid_moe_kernels import native
+from hybrid_moe_kernels.native import CHECKS, DEVICES, DTYPES, missing
+
+__all__ = ["CHECKS", "DEVICES", "DTYPES", "decode", "missing", "prefill"]
+
+
+def prefill(*args: Any, **options: Any) -> Any:
+    """As the reference's."""
+    return native.library().rule_prefill(*args, **options)
+
+
+def decode(*args: Any, **options: Any) -> Any:
+    """As the reference's."""
+    return native.library().rule_decode(*args, **options)

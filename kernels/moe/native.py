@@ -1,0 +1,18 @@
+"""Mixture of experts in C++."""
+
+from typing import Any
+
+from hybrid_moe_kernels import native
+from hybrid_moe_kernels.native import CHECKS, DEVICES, DTYPES, missing
+
+__all__ = ["CHECKS", "DEVICES", "DTYPES", "experts", "missing", "mixture"]
+
+
+def experts(*args: Any, **options: Any) -> Any:
+    """As the reference's."""
+    return native.library().experts(*args, **options)
+
+
+def mixture(*args: Any, **options: Any) -> Any:
+    """As the reference's."""
+    return native.library().mixture(*args, **options)

@@ -1,0 +1,176 @@
+"""The C++ kernels as one library: built by torch's extension loader, kept per source in a cache, loaded once.
+
+Nothing here runs on the way of a call: `prepare` builds or loads, and until it has, the native backend is missing. The
+library lies in `folder()`, named by a digest of the sources, the compiler and torch. It is built in a private folder
+beside it and moved there when it is complete, so a failed or killed build leaves no half library. One process at a time
+builds, under a lock that the system takes back from whoever dies, and that is waited for no longer than LOCK_LIMIT_S.
+
+The best instruction set that the processor has is picked when the library is loaded; HMR_NATIVE_ISA names another
+(generic, avx2, avx512bf16).
+"""
+
+import contextlib
+import fcntl
+import hashlib
+import importlib.machinery
+import importlib.util
+import io
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType
+
+import torch
+
+DTYPES = (torch.float32, torch.bfloat16)
+DEVICES = ("cpu",)
+CHECKS = True  # in C++, at a cost that does not show
+
+LOCK_LIMIT_S = 600.0
+"""How long a process waits while another one builds."""
+
+_NAME = "hybrid_moe_native"
+_FLAGS = [
+    "-O3",
+    "-std=c++20",
+    "-fopenmp",
+    "-fno-math-errno",
+    "-fno-trapping-math",
+    "-Wno-psabi",
+    "-Wno-unknown-pragmas",
+]
+_HERE = Path(__file__).parent
+_library: ModuleType | None = None
+_error = ""
+
+
+def library() -> ModuleType:
+    """The loaded library; only after a `prepare` that found nothing missing."""
+    assert _library is not None, _error
+    return _library
+
+
+def missing() -> str:
+    """What the native backend lacks, "" for nothing."""
+    return "" if _library else _error or "its library is not loaded: it is built in prepare, not when it is called"
+
+
+def folder() -> Path:
+    """Where built libraries are kept: HMR_NATIVE_DIR, else in the user's cache."""
+    if "HMR_NATIVE_DIR" in os.environ:
+        return Path(os.environ["HMR_NATIVE_DIR"])
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "hybrid_moe_kernels"
+
+
+def sources() -> list[Path]:
+    """Files whose change asks for a new library."""
+    return sorted([*_HERE.glob("cpp/*.h"), *_HERE.glob("cpp/*.cpp"), *_HERE.glob("*/native.cpp")])
+
+
+def path() -> Path:
+    """Where this library is, or would be."""
+    digest = hashlib.sha256()
+    for source in sources():
+        digest.update(source.relative_to(_HERE).as_posix().encode() + b"\0" + source.read_bytes() + b"\0")
+    told = [torch.__version__, sys.implementation.cache_tag, platform.machine(), _compiler_version(), *_FLAGS]
+    digest.update("\0".join(map(str, told)).encode())
+    return folder() / f"{_NAME}-{digest.hexdigest()[:16]}.so"
+
+
+def prepare() -> str:
+    """Load the library, after building it if the cache has none. Returns why there is none, "" when there is one."""
+    global _library, _error
+    if _library is None:
+        try:
+            target = path()
+            if not target.exists():
+                target.parent.mkdir(parents=True, exist_ok=True)
+                with _only_one(target.parent):
+                    if not target.exists():
+                        build(target)
+            _library = _load(target)
+            _error = ""
+        except (BuildFailed, OSError, ImportError) as error:
+            _error = " ".join(str(error).split())
+    return missing()
+
+
+class BuildFailed(RuntimeError):
+    """The library could not be built; one line says why."""
+
+
+@contextlib.contextmanager
+def _only_one(place: Path) -> Iterator[None]:
+    """Inside, no other process is. The folder itself is what is locked: nothing is left behind."""
+    descriptor, deadline = os.open(place, os.O_RDONLY), time.monotonic() + LOCK_LIMIT_S
+    try:
+        while True:
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                if time.monotonic() > deadline:
+                    raise BuildFailed(f"another process has been building in {place} for {LOCK_LIMIT_S:g} s") from None
+                time.sleep(0.05)
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def build(target: Path) -> None:
+    """Compile and link into `target`. Raises BuildFailed, OSError."""
+    if not _compiler_version():
+        raise BuildFailed(f"there is no C++ compiler ({_compiler()!r} does not run; CXX names another)")
+    from torch.utils import cpp_extension
+
+    if not cpp_extension.is_ninja_available():
+        raise BuildFailed("the program ninja, which builds it, is not installed (pip install ninja)")
+    private = Path(tempfile.mkdtemp(prefix=f".{target.stem}-", dir=target.parent))
+    said = io.StringIO()
+    try:
+        with contextlib.redirect_stdout(said):
+            cpp_extension.load(
+                _NAME,
+                [str(source) for source in sorted(_HERE.glob("cpp/*.cpp"))],
+                extra_cflags=_FLAGS,
+                extra_ldflags=["-fopenmp"],
+                build_directory=str(private),
+                is_python_module=False,  # it is loaded from where it will stay
+                is_standalone=False,
+            )
+        os.replace(private / f"{_NAME}.so", target)
+    except RuntimeError as error:
+        lines = [line.strip() for line in f"{error}\n{said.getvalue()}".splitlines() if "error" in line.lower()]
+        raise BuildFailed(f"the build failed: {lines[1] if len(lines) > 1 else error}") from None
+    finally:
+        shutil.rmtree(private, ignore_errors=True)
+
+
+def _load(target: Path) -> ModuleType:
+    loader = importlib.machinery.ExtensionFileLoader(_NAME, str(target))
+    spec = importlib.util.spec_from_loader(_NAME, loader)
+    assert spec is not None
+    module = importlib.util.module_from_spec(spec)
+    loader.exec_module(module)
+    if "HMR_NATIVE_ISA" in os.environ:
+        module.use_instruction_set(os.environ["HMR_NATIVE_ISA"])
+    return module
+
+
+def _compiler() -> str:
+    return os.environ.get("CXX", "c++")
+
+
+def _compiler_version() -> str:
+    """The first line that the compiler says of itself; "" without one."""
+    try:
+        told = subprocess.run([_compiler(), "--version"], capture_output=True, text=True, timeout=20)
+    except (OSError, subprocess.TimeoutExpired):
+        return ""
+    return told.stdout.partition("\n")[0] if told.returncode == 0 else ""

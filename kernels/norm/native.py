@@ -1,0 +1,23 @@
+"""Root-mean-square norms in C++."""
+
+from typing import Any
+
+from hybrid_moe_kernels import native
+from hybrid_moe_kernels.native import CHECKS, DEVICES, DTYPES, missing
+
+__all__ = ["CHECKS", "DEVICES", "DTYPES", "gate_then_norm", "missing", "norm_then_gate", "rms_norm"]
+
+
+def rms_norm(*args: Any, **options: Any) -> Any:
+    """As the reference's."""
+    return native.library().rms_norm(*args, **options)
+
+
+def norm_then_gate(*args: Any, **options: Any) -> Any:
+    """As the reference's."""
+    return native.library().norm_then_gate(*args, **options)
+
+
+def gate_then_norm(*args: Any, **options: Any) -> Any:
+    """As the reference's."""
+    return native.library().gate_then_norm(*args, **options)

@@ -1,0 +1,18 @@
+"""The Mamba-2 recurrence in C++."""
+
+from typing import Any
+
+from hybrid_moe_kernels import native
+from hybrid_moe_kernels.native import CHECKS, DEVICES, DTYPES, missing
+
+__all__ = ["CHECKS", "DEVICES", "DTYPES", "decode", "missing", "prefill"]
+
+
+def prefill(*args: Any, **options: Any) -> Any:
+    """As the reference's."""
+    return native.library().scan_prefill(*args, **options)
+
+
+def decode(*args: Any, **options: Any) -> Any:
+    """As the reference's."""
+    return native.library().scan_decode(*args, **options)
