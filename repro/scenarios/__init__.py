@@ -45,9 +45,12 @@ class Expected:
         return {"verdict": self.verdict, "cause": self.cause, **{k: v for k, v in known.items() if v is not None}}
 
     def words(self) -> str:
-        """Verdict and cause: "deadlock, extra"."""
-        told = ", ".join(part for part in (self.verdict, self.cause) if part)
-        return f"{told} or {self.or_else.words()}" if self.or_else else told
+        """Verdict and cause: "deadlock, extra"; where it may be another one: "crash or deadlock, sizes"."""
+        told = [self]
+        while (other := told[-1].or_else) is not None:
+            told.append(other)
+        verdicts = " or ".join(expected.verdict for expected in told)
+        return f"{verdicts}, {self.cause}" if self.cause else verdicts
 
 
 def _listed(ranks: tuple[int, ...] | None) -> list[int] | None:
