@@ -5,7 +5,7 @@ PYTHON ?= python3
 ARGS ?=
 VENV_PYTHON := .venv/bin/python
 
-.PHONY: help setup repro test test-all test-gpu bench bundle lint clean distclean
+.PHONY: help setup repro matrix test test-all test-gpu bench bundle lint clean distclean
 
 help:  ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' Makefile
@@ -14,6 +14,9 @@ setup: .venv/.ready-repro  ## make .venv with torch (CPU build on a machine with
 
 repro: .venv/.ready-repro  ## the hang, its diagnosis and the fixed run, on 8 ranks without a GPU
 	@$(VENV_PYTHON) -m repro run metadata_rebuild --variant all $(ARGS)
+
+matrix: .venv/.ready-repro  ## which of layout, kernel backends and kernel cache makes a start slow; needs a compiler
+	@$(VENV_PYTHON) -m repro matrix $(ARGS)
 
 test: .venv/.ready-test  ## all tests but the slowest and those that need a GPU
 	$(VENV_PYTHON) -m pytest $(ARGS)

@@ -19,7 +19,7 @@ from rich.console import Console
 from hybrid_moe_ref.config import GDN_PREFILL_BACKENDS, MOE_BACKENDS, ConfigError, nearest
 from hybrid_moe_ref.engine.refusal import preflight
 from hybrid_moe_ref.engine.server_config import CHECKS
-from repro import bundle, kernel_cache, launch, minimise, process, report, scenarios
+from repro import bundle, kernel_cache, launch, matrix, minimise, process, report, scenarios
 from repro.display import display, overview, summary
 from repro.junit import write_junit
 from repro.report import command as report_command
@@ -97,6 +97,19 @@ def _parser() -> argparse.ArgumentParser:
     run.add_argument("--json", action="store_true", help="print the verdicts as a JSON list")
     run.add_argument("--junit", type=Path, metavar="FILE", help="write the verdicts as JUnit XML")
     run.set_defaults(command=_run, parser=run)
+
+    told = "which of layout, kernel backends and kernel cache makes a start slow"
+    grid = commands.add_parser("matrix", help=told)
+    grid.add_argument("--seed", type=int, metavar="N", help="default: 0")
+    grid.add_argument("--deadline", type=float, dest="deadline_s", metavar="S", help="default: 120")
+    grid.add_argument("--only", metavar="WORDS", default="", help='cells that have them all, such as "TP8 jit cold"')
+    grid.add_argument("--config", type=Path, metavar="FILE", help="JSON with the keys of a run's config.json")
+    grid.add_argument("--out", type=Path, default=Path("runs"), metavar="DIR", help="default: runs")
+    grid.add_argument("--launcher", choices=launch.LAUNCHERS, default="fork", help="default: fork")
+    grid.add_argument("--json", action="store_true", help="print the verdicts as a JSON list")
+    grid.add_argument("--junit", type=Path, metavar="FILE", help="write the verdicts as JUnit XML")
+    grid.add_argument("--script", action="store_true", help="print a shell script for vLLM on 8 GPUs, and run nothing")
+    grid.set_defaults(command=_matrix, parser=grid)
 
     watch = commands.add_parser("watch", help="the verdict on a run directory, live or finished, or on a bundle")
     watch.add_argument("dir", type=Path, metavar="RUN|ZIP")
@@ -189,6 +202,37 @@ def _run(args: argparse.Namespace) -> int:
     return INTERRUPTED if interrupt() else exit_code(documents)
 
 
+def _matrix(args: argparse.Namespace) -> int:
+    if args.script:
+        print(matrix.script(), end="")
+        return EXPECTED
+    document = _document(args)
+    flags = {name: value for name in ("seed", "deadline_s") if (value := getattr(args, name)) is not None}
+    words = args.only.split()
+    wanted = [
+        (cell, cell.settings(document, flags))
+        for cell in matrix.cells()
+        if set(words) <= {cell.layout, cell.gdn, cell.moe, cell.cache}
+    ]
+    if not wanted:
+        raise ConfigError(f"no cell has all of {args.only!r}", "--only")
+    console = Console(stderr=args.json)
+
+    def tell(line: str) -> None:
+        console.print(line, highlight=False, markup=False, soft_wrap=True)
+
+    interrupt = launch.Interrupt()
+    with interrupt.installed():
+        documents = matrix.run(wanted, args.out, interrupt, tell, args.launcher)
+    if args.junit:
+        write_junit(args.junit, [{**it, "variant": matrix.name(it)} for it in documents])
+    if args.json:
+        print(json.dumps(documents, indent=1), flush=True)
+    else:
+        tell("\n".join(matrix.table(documents)))
+    return INTERRUPTED if interrupt() else exit_code(documents)
+
+
 def _preflight(settings: RunSettings) -> list[str]:
     """What would hang, for a run that is allowed to; raises Refused for one that is not."""
     scenario = scenarios.load(settings.scenario)
@@ -234,7 +278,8 @@ def exit_code(documents: list[dict[str, Any]]) -> int:
     return CANNOT_TELL if set(missed) == {"inconclusive"} else UNEXPECTED
 
 
-def _settings(args: argparse.Namespace, scenario: str, variant: str) -> RunSettings:
+def _document(args: argparse.Namespace) -> Mapping[str, Any]:
+    """The user's --config."""
     document: Mapping[str, Any] = {}
     if args.config is not None:
         try:
@@ -243,6 +288,11 @@ def _settings(args: argparse.Namespace, scenario: str, variant: str) -> RunSetti
             raise ConfigError(f"cannot read it: {error.strerror}", str(args.config)) from error
         if not isinstance(document, dict):
             raise ConfigError("wanted a mapping", str(args.config))
+    return document
+
+
+def _settings(args: argparse.Namespace, scenario: str, variant: str) -> RunSettings:
+    document = _document(args)
     flags = {
         name: value
         for name in (

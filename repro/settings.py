@@ -27,6 +27,7 @@ class RunSettings(Config):
 
     kernel_cache     what the run's own cache of compiled kernels holds at the start: "cold" nothing, "warm" all;
                      "split": every rank has a cache of its own, and rank 0's alone is cold
+    drawn_for        for how many dp ranks requests are drawn, which those that there are share; 0: for these
     group_timeout_s  after how long a collective gives up; 0: long after the deadline
     """
 
@@ -43,6 +44,7 @@ class RunSettings(Config):
     expert_parallel: bool = True
     kernel_cache: str = ""
     group_timeout_s: float = 0.0
+    drawn_for: int = 0
     model: ModelConfig = field(default_factory=lambda: preset("tiny"))
     engine: EngineConfig = DEFAULT_ENGINE
     workload: WorkloadConfig = field(default_factory=WorkloadConfig)
@@ -66,6 +68,8 @@ class RunSettings(Config):
             raise ConfigError(f"unknown strength {self.checks!r}; known: {', '.join(CHECKS)}", "checks")
         if self.kernel_cache and self.kernel_cache not in KERNEL_CACHES:
             raise ConfigError(f"unknown state {self.kernel_cache!r}; known: {', '.join(KERNEL_CACHES)}", "kernel_cache")
+        if not 0 <= self.drawn_for <= 1024:
+            raise ConfigError(f"{self.drawn_for} is not a number of dp ranks", "drawn_for")
         if not 0 <= self.group_timeout_s < 1e6:
             raise ConfigError(f"{self.group_timeout_s} is not a number of seconds", "group_timeout_s")
         for name in ("quiet_window_s", "deadline_s"):
@@ -149,9 +153,11 @@ class RunSettings(Config):
 
     def requests(self) -> list[list[Request]]:
         """The requests of every rank; the tp ranks of one dp rank run the same ones."""
-        drawn = draw_requests(self.workload, self.num_ranks // self.tp_size, self.model.vocab_size, self.seed)
-        return [requests for requests in drawn for _ in range(self.tp_size)]
+        dp_size = self.num_ranks // self.tp_size
+        drawn = draw_requests(self.workload, self.drawn_for or dp_size, self.model.vocab_size, self.seed)
+        shared = [[request for requests in drawn[rank::dp_size] for request in requests] for rank in range(dp_size)]
+        return [requests for requests in shared for _ in range(self.tp_size)]
 
     def reference_key(self) -> tuple[Any, ...]:
         """Equal for two runs whose requests and single-process answers are the same."""
-        return self.model, self.engine.dtype, self.workload, self.num_ranks // self.tp_size, self.seed
+        return self.model, self.engine.dtype, self.workload, self.drawn_for or self.num_ranks // self.tp_size, self.seed

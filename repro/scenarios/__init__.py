@@ -112,9 +112,13 @@ def names() -> list[str]:
 
 
 def load(name: str) -> Scenario:
-    """The scenario of that name; raises ConfigError with the nearest known one."""
+    """The scenario, or the report's configuration, of that name; raises ConfigError with the nearest known one."""
     if name not in names():
-        hint = nearest(name, names()) or f"; known: {', '.join(names())}"
+        from repro.configurations import CONFIGURATIONS  # made of scenarios
+
+        if name in CONFIGURATIONS:
+            return CONFIGURATIONS[name]
+        hint = nearest(name, [*names(), *CONFIGURATIONS]) or f"; known: {', '.join(names())}"
         raise ConfigError(f"unknown scenario {name!r}{hint}")
     scenario: Scenario = importlib.import_module(f"{__name__}.{name}").SCENARIO
     return scenario
