@@ -102,7 +102,7 @@ def race(runners: dict[str, Any], tokens_BT: torch.Tensor, rounds: int) -> dict[
 
 
 def peak_mib(which: str, dtype: str, threads: int) -> float:
-    """Peak resident memory of a fresh process that holds the weights, prefills and decodes."""
+    """Peak resident memory of a fresh process that makes one model with random weights, prefills and decodes."""
     done = subprocess.run(
         [sys.executable, __file__, "--peak", which, "--dtype", dtype, "--threads", str(threads)],
         capture_output=True,
@@ -115,11 +115,13 @@ def peak_mib(which: str, dtype: str, threads: int) -> float:
 def print_peak(which: str, config: ModelConfig, dtype: torch.dtype) -> None:
     import resource
 
-    ours = HybridMoE(config, device="meta", dtype=dtype).init_weights(0)
-    runner: Any = Ours(ours, 1)
-    if which != "ours":
-        theirs = build_theirs(config, dtype)
-        share_weights(ours, theirs)
+    if which == "ours":
+        runner: Any = Ours(HybridMoE(config, device="meta", dtype=dtype).init_weights(0), 1)
+    else:
+        theirs = build_theirs(config, dtype).to_empty(device="cpu")
+        theirs.model.rotary_emb = type(theirs.model.rotary_emb)(theirs.config)
+        for parameter in theirs.parameters():
+            parameter.normal_(std=0.02)
         runner = Theirs(theirs, which)
     tokens_B = runner.prefill(torch.zeros(1, PROMPT, dtype=torch.long))
     for _ in range(STEPS):

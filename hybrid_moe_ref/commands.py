@@ -129,6 +129,8 @@ def _generate_on_ranks(args: argparse.Namespace, ids: list[int], show: Callable[
         raise ConfigError("chunked prefill needs the layout 'single'", "--layout")
     folder = args.model if (Path(args.model) / "config.json").exists() else ""
     config, saved_dtype = checkpoint.read_config(folder) if folder else (preset(args.model), None)
+    if folder:
+        config = checkpoint.without_absent_mtp(config, checkpoint.Shards(Path(folder)))
     for token in ids:
         if not 0 <= token < config.vocab_size:
             raise ValueError(f"token id {token} is outside the vocabulary of {config.vocab_size}")

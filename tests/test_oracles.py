@@ -30,6 +30,10 @@ FAMILIES = {
     "qwen3_5_text": "Qwen3_5ForCausalLM",
 }
 NUM_CONFIGS = 12
+REDRAWN = {("qwen3_next", 6): 12}
+"""Draws whose weights cannot be compared to 5e-5 in float32, with anything: half of the last bit of the weights moves
+some token's logits by more than SENSITIVE. `test_which_draws_are_too_sensitive` measures it."""
+SENSITIVE = 2e-5
 
 
 @pytest.fixture(scope="module")
@@ -107,6 +111,20 @@ def effect_of_rounding(config: ModelConfig, seed: int, tokens_BT: Tensor) -> Ten
     return moved
 
 
+@pytest.mark.full
+@pytest.mark.parametrize("family", FAMILIES)
+def test_which_draws_are_too_sensitive(family: str) -> None:
+    found = set()
+    for seed in {*range(NUM_CONFIGS), *REDRAWN.values()}:
+        config = draw_config(seed, family)
+        tokens = draw_tokens(seed, config)
+        moved = effect_of_rounding(config, seed, tokens)
+        _, margins = smallest_margins(HybridMoE(config, device="meta").init_weights(seed), tokens)
+        if (moved[margins >= 1e-5] > SENSITIVE).any():
+            found.add((family, seed))
+    assert found == {draw for draw in REDRAWN if draw[0] == family}
+
+
 def load_theirs(transformers, family: str, folder: Path, dtype: torch.dtype):
     model = getattr(transformers, FAMILIES[family])
     return model.from_pretrained(folder, dtype=dtype, experts_implementation="eager").eval()
@@ -115,6 +133,7 @@ def load_theirs(transformers, family: str, folder: Path, dtype: torch.dtype):
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("seed", range(NUM_CONFIGS))
 def test_logits_and_checkpoints_agree_with_transformers(transformers, family: str, seed: int, tmp_path: Path) -> None:
+    seed = REDRAWN.get((family, seed), seed)
     config = draw_config(seed, family)
     ours = HybridMoE(config, device="meta").init_weights(seed)
     ours.save_pretrained(tmp_path / "ours", family=family)
@@ -124,13 +143,10 @@ def test_logits_and_checkpoints_agree_with_transformers(transformers, family: st
     with torch.no_grad():
         want = theirs(tokens, use_cache=False).logits
     errors = (got - want).norm(dim=-1) / want.norm(dim=-1)
-    # Experts that are all but tied may be chosen differently, and rounding alone may move a token; nothing else
-    # excuses a difference.
+    # Experts that are all but tied may be chosen differently; nothing else excuses a difference.
     apart = errors > 5e-5
     note = f"{family}, seed {seed}, {config}"
-    if (margins[apart] >= 1e-5).any():
-        excused = (margins < 1e-5) | (effect_of_rounding(config, seed, tokens) > 1e-5)
-        assert excused[apart].all(), f"relative error {errors.max():.1e}: {note}"
+    assert (margins[apart] < 1e-5).all(), f"relative error {errors.max():.1e}: {note}"
     assert apart.float().mean() <= 0.005, f"{int(apart.sum())} of {apart.numel()} tokens excused: {note}"
 
     theirs.save_pretrained(tmp_path / "theirs")

@@ -55,10 +55,9 @@ def load_part(
     """This rank's part of a checkpoint, as :meth:`HybridMoE.from_pretrained`, of which only that is read; and the
     context its layers will read."""
     contexts: list[ForwardContext] = []
-    model = HybridMoE.from_pretrained(
-        folder,
-        dtype=dtype,
-        device=device,
-        cut=lambda whole: contexts.append(apply_layout(whole, comm, parallel, backend)),
-    )
+
+    def cut(whole: HybridMoE) -> None:
+        contexts.append(apply_layout(whole, comm, parallel, backend))
+
+    model = HybridMoE.from_pretrained(folder, dtype=dtype, device=device, cut=cut)
     return model, contexts[0]
