@@ -27,8 +27,7 @@ from typing import Any
 try:
     import triton
 except ModuleNotFoundError:
-    print("kernel_registers: not run: the package triton is not installed")
-    sys.exit(0)
+    sys.exit("kernel_registers: not run: the package triton is not installed")
 if triton.knobs.runtime.interpret:
     sys.exit("kernel_registers: unset TRITON_INTERPRET, under which nothing is compiled")
 

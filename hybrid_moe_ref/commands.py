@@ -261,7 +261,6 @@ def bench(args: argparse.Namespace) -> int:
 def _load(args: argparse.Namespace) -> "HybridMoE":
     """A checkpoint folder, or a preset with random weights."""
     import torch
-
     from hybrid_moe_kernels import registry
 
     from hybrid_moe_ref.model import HybridMoE, check_device

@@ -16,6 +16,7 @@ one rank alone does so before any rank depends on it.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import itertools
 import sys
@@ -31,7 +32,7 @@ from hybrid_moe_ref.batch import Batch
 from hybrid_moe_ref.cache import HybridCache, Sequence
 from hybrid_moe_ref.engine.autotune import ExpertTuner
 from hybrid_moe_ref.engine.backends import apply_backends
-from hybrid_moe_ref.engine.builds import BuildPlace
+from hybrid_moe_ref.engine.builds import DEADLINE_S, BuildPlace
 from hybrid_moe_ref.engine.compilation import Compiler
 from hybrid_moe_ref.engine.drafting import Drafting
 from hybrid_moe_ref.engine.graphs import padded_size
@@ -140,11 +141,18 @@ class Engine:
             error = f"{type(failure).__name__}: {failure}"
             self.comm.stop_all(f"rank {self.comm.rank} {COULD_NOT_PREPARE}: {error}")
         try:
-            self._vote(error)
+            with self._patiently():
+                self._vote(error)
         except (ScheduleMismatch, PrepareFailed) as stopped:  # whichever way a rank hears of it, the words are the same
             raise _stopped(self.comm.stopped_by() or str(stopped)) from None
         if told := self.comm.stopped_by():
             raise _stopped(told)
+
+    def _patiently(self) -> contextlib.AbstractContextManager[None]:
+        """The vote waits for those that still build or compile, however short the time limit of a collective; where
+        ranks look after each other, that is, since a rank that waits in the store sees no broken connection.
+        """
+        return self.comm.patiently(DEADLINE_S) if self.config.checks != "observe" else contextlib.nullcontext()
 
     def _build_place(self) -> BuildPlace:
         def sum_up(numbers: list[int], layer: str) -> list[int]:

@@ -76,6 +76,7 @@ class Communicator:
         self._halt = Halt(store)
         self._preflight: StorePreflight | None = None
         self._watchdog = Watchdog(rank, self._halt)
+        self._meeting: StorePreflight | None = None
         self._hear: Callable[[Collective], None] | None = None
         self.guard = ScheduleGuard(rank, self._halt)
         self._groups = groups
@@ -122,6 +123,23 @@ class Communicator:
         """From here on compare every collective with its members' through the store before it is issued."""
         assert self._store is not None, "ranks that compare need a store to compare through"
         self._preflight = self._preflight or StorePreflight(self.rank, self._store, self._halt)
+
+    @contextlib.contextmanager
+    def patiently(self, patience_s: float) -> Iterator[None]:
+        """Within the ``with``, the members of a collective meet in the store before they issue it: however long one of
+        them still works, up to `patience_s`, the time limit of the collective itself does not run.
+        """
+        if self._store is None:
+            yield
+            return
+        if self._meeting is None:
+            store = dist.PrefixStore("meeting", self._store)
+            self._meeting = StorePreflight(self.rank, store, self._halt, patience_s, self._watchdog.error)
+        before, self._preflight = self._preflight, self._meeting
+        try:
+            yield
+        finally:
+            self._preflight = before
 
     @contextlib.contextmanager
     def taped(self, hear: Callable[[Collective], None]) -> Iterator[None]:

@@ -8,7 +8,7 @@ and it sees it before any data is touched. The price is a round trip to the stor
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from datetime import timedelta
 
 import torch.distributed as dist
@@ -27,11 +27,19 @@ KEPT = 2
 class StorePreflight:
     """One rank's side of the comparison."""
 
-    def __init__(self, rank: int, store: dist.Store, halt: Halt, patience_s: float = PATIENCE_S) -> None:
+    def __init__(
+        self,
+        rank: int,
+        store: dist.Store,
+        halt: Halt,
+        patience_s: float = PATIENCE_S,
+        lost: Callable[[], Exception | None] = lambda: None,
+    ) -> None:
         self._rank = rank
         self._store = dist.PrefixStore("preflight", store)
         self._halt = halt
         self._patience_s = patience_s
+        self._lost = lost  # why it is no use to wait for the others, if it is none
         self._seq: dict[str, int] = {}
 
     def check(self, collective: Collective, members: Sequence[int]) -> None:
@@ -62,7 +70,7 @@ class StorePreflight:
                 raise
             except RuntimeError:  # a DistStoreError over TCP, a plain one over a file: not all are there yet
                 pass
-            if told := self._halt.heard():
+            if told := self._halt.heard() or self._lost():
                 raise told
             if time.monotonic() - since > self._patience_s:
                 absent = [rank for rank, key in zip(members, keys, strict=True) if not self._store.check([key])]
