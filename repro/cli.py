@@ -20,6 +20,7 @@ from hybrid_moe_ref.config import GDN_PREFILL_BACKENDS, MOE_BACKENDS, ConfigErro
 from hybrid_moe_ref.engine.refusal import preflight
 from hybrid_moe_ref.engine.server_config import CHECKS
 from repro import bundle, kernel_cache, launch, matrix, minimise, process, report, scenarios
+from repro.configurations import CONFIGURATIONS
 from repro.display import display, overview, summary
 from repro.junit import write_junit
 from repro.report import command as report_command
@@ -140,7 +141,7 @@ def _add_server_flags(parser: argparse.ArgumentParser) -> None:
 
 def _list(args: argparse.Namespace) -> int:
     rows = []
-    for scenario in map(scenarios.load, scenarios.names()):
+    for scenario in map(scenarios.load, [*scenarios.names(), *CONFIGURATIONS]):
         faulty = scenarios.settings_of({"scenario": scenario.name, "variant": "fault"})
         rows.append({
             "name": scenario.name, "summary": scenario.summary, "source": scenario.source,

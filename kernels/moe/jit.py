@@ -14,7 +14,7 @@ from hybrid_moe_kernels.extension import Extension
 from torch import Tensor
 
 HERE = Path(__file__).parent
-EXPERTS = Extension("moe_experts", (HERE / "jit_f32.cpp", HERE / "jit_f64.cpp"), (HERE / "jit.h",))
+EXPERTS = Extension("moe_experts", (HERE / "jit.cpp",), (HERE / "jit.h",), ("-O3", "-funroll-loops"))
 
 BLOCK_ROWS = (1, 4, 16)
 """How many rows of an expert may be computed at once: the choices that a server can time and pick from."""
