@@ -43,7 +43,8 @@ def leaves_nothing(tmp_path):
     for verdict in tmp_path.glob("*Z-*/verdict.json"):
         assert {path.name for path in verdict.parent.iterdir()} <= {
             *("config.json", "verdict.json", "reference.json"),
-            *("events", "fr", "logs", "outputs", "stacks"),
+            *("events", "fr", "logs", "env", "outputs", "stacks"),
+            *("report.html", "timeline.svg", "trace.json"),
         }
 
 
