@@ -244,7 +244,8 @@ def _reproducer(facts: Facts) -> str:
 def _one_file(facts: Facts) -> str:
     if not (facts.root / "repro.py").exists():
         return ""
-    return f"torchrun --standalone --nproc-per-node {facts.num_ranks} repro.py"
+    most = 8 if facts.verdict["scenario"] == "metadata_rebuild" else facts.num_ranks  # what ep_deadlock.py is made for
+    return f"torchrun --standalone --nproc-per-node {min(facts.num_ranks, most)} repro.py"
 
 
 def commands_script(facts: Facts) -> str:
