@@ -58,6 +58,8 @@ def forcing(kernel: str, chosen: Config) -> Iterator[None]:
 
 @functools.cache
 def _counters(device: torch.device, size: int) -> Tensor:
+    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+        raise RuntimeError("a decode step must run once on the device before one is captured in a graph")
     return torch.zeros(size, dtype=torch.int32, device=device)
 
 
@@ -65,6 +67,7 @@ def arrival_counters(device: torch.device, count: int) -> Tensor:
     """At least `count` zeros, which a kernel leaves as zeros. They are kept for good: graphs hold their address.
 
     Kernels that share them must not run at the same time, so two decode steps on one device belong on one stream.
+    Raises RuntimeError when they would be made within a capture, which records zeroing them but does not do it.
     """
     return _counters(device, max(1024, triton.next_power_of_2(count)))
 

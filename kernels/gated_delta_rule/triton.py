@@ -79,7 +79,7 @@ def prefill(
     chosen = config(
         "gated_delta_rule.prefill", {"BV": min(C, max(16, triton.next_power_of_2(V))), "num_warps": 8, "num_stages": 2}
     )
-    _scan_chunks[(triton.cdiv(V, chosen["BV"]), B * H)](
+    _scan_chunks[(B * H * triton.cdiv(V, chosen["BV"]),)](
         q_TMK, k_TMK, v_THV, state_JHKV, slots_B, cu_seqlens_X, solve, reads, scales, o_THV,
         *strides, v_THV.stride(0), v_THV.stride(1), state_JHKV.stride(0),
         H=H, R=H // M, K=K, V=V, BK=BK, C=C, STATE=with_state, CHUNK=chunk, **chosen,
@@ -194,8 +194,10 @@ def _scan_chunks(
     C: tl.constexpr, STATE: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
     """The chunks of one sequence and head in order, for some of the value dimensions."""
-    b, h = tl.program_id(1) // H, tl.program_id(1) % H
-    c, d, e = tl.arange(0, C), tl.arange(0, BK), tl.program_id(0) * BV + tl.arange(0, BV)
+    parts: tl.constexpr = (V + BV - 1) // BV  # of a head; neighbours, so that they find q and k in the cache
+    part, head = tl.program_id(0) % parts, tl.program_id(0) // parts
+    b, h = head // H, head % H
+    c, d, e = tl.arange(0, C), tl.arange(0, BK), part * BV + tl.arange(0, BV)
     first = tl.load(start_ptr + b)
     length = (tl.load(start_ptr + b + 1) - first).to(tl.int32)
     slot = tl.load(slot_ptr + b)

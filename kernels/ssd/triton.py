@@ -63,7 +63,7 @@ def prefill(
     kinds = ("tf32x3", "tf32x3", "tf32x3") if is_wide else ("bf16", "bf16x2", "tf32")
     BP = min(32 if is_wide else 64, max(16, triton.next_power_of_2(P)))
     chosen = config("ssd.prefill", {"BP": BP, "num_warps": 8, "num_stages": 2})
-    _scan_chunks[(triton.cdiv(P, chosen["BP"]), B * H)](
+    _scan_chunks[(B * H * triton.cdiv(P, chosen["BP"]),)](
         x_THP, dt_TH, A_H, b_TGN, c_TGN, D_H, state_JHPN, slots_B, cu_seqlens_X, y_THP,
         x_THP.stride(0), x_THP.stride(1), dt_TH.stride(0), b_TGN.stride(0), b_TGN.stride(1), c_TGN.stride(0),
         c_TGN.stride(1), state_JHPN.stride(0),
@@ -118,8 +118,10 @@ def _scan_chunks(
     C: tl.constexpr, SHARED: tl.constexpr, STATE: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
     """The chunks of one sequence and head in order, for some of the head's dimensions. S is the state's transpose."""
-    s, h = tl.program_id(1) // H, tl.program_id(1) % H
-    t, n, p = tl.arange(0, C), tl.arange(0, BN), tl.program_id(0) * BP + tl.arange(0, BP)
+    parts: tl.constexpr = (P + BP - 1) // BP  # of a head; neighbours, so that they find b and c in the cache
+    part, head = tl.program_id(0) % parts, tl.program_id(0) // parts
+    s, h = head // H, head % H
+    t, n, p = tl.arange(0, C), tl.arange(0, BN), part * BP + tl.arange(0, BP)
     first = tl.load(start_ptr + s)
     length = (tl.load(start_ptr + s + 1) - first).to(tl.int32)
     slot = tl.load(slot_ptr + s)
