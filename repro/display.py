@@ -108,16 +108,20 @@ def summary(console: Console, documents: Sequence[dict[str, Any]]) -> None:
 
 
 def overview(console: Console, documents: Sequence[dict[str, Any]]) -> None:
-    """The table of several scenarios, cut nowhere, and sentences for those alone that did not end as expected."""
+    """The table of several scenarios, cut nowhere, and sentences for those alone that did not end as expected.
+
+    Ranks with a question mark are suspects: they stand out, and nothing is proven.
+    """
     rows = [("scenario", "variant", "verdict", "culprits", "seconds", "stalled", "as expected")]
     previous = ""
     for document in documents:
         told = "not run" if document.get("skipped") else "NO"
+        suspects = list_ranks(document.get("suspects", ()))
         rows.append((
             "" if document["scenario"] == previous else document["scenario"],
             document["variant"],
             ", ".join(filter(None, (document["verdict"], document["cause"]))),
-            list_ranks(document["culprits"]) or "-",
+            list_ranks(document["culprits"]) or (f"{suspects}?" if suspects else "-"),
             f"{document['seconds']['total']:.1f}",
             f"{document['seconds']['stall_to_verdict']:.2f} s" if _stalled(document) else "-",
             "yes" if document["matches_expected"] else told,
