@@ -11,7 +11,10 @@ import torch
 from ranks import run_ranks
 
 from hybrid_moe_ref.batch import Batch
-from hybrid_moe_ref.config import ParallelConfig, preset
+from hybrid_moe_ref.config import EngineConfig, ParallelConfig, preset
+from hybrid_moe_ref.engine.lifecycle import Engine
+from hybrid_moe_ref.engine.scheduler import Request
+from hybrid_moe_ref.engine.server_config import ServerConfig
 from hybrid_moe_ref.model import HybridMoE
 from hybrid_moe_ref.parallel.comm import Communicator
 from hybrid_moe_ref.parallel.expert import apply_expert_parallel
@@ -74,3 +77,20 @@ def test_the_scenario_hangs_and_runs_fixed_on_nccl(tmp_path):
     command = [sys.executable, "-m", "repro", "run", "metadata_rebuild", "--variant", "all", "--backend", "nccl"]
     run = subprocess.run([*command, "--ranks", str(num_ranks), "--out", tmp_path], capture_output=True, text=True)
     assert run.returncode == 0, run.stdout + run.stderr
+
+
+def test_cuda_graphs_of_the_row_wise_modules_serve_the_tokens_of_an_eager_engine(tmp_path):
+    def run(rank, store):
+        device = torch.device("cuda", 0)
+        comm = Communicator.connect(ParallelConfig(), rank, store=store, device=device, timeout_s=120)
+        served = []
+        for mode in ("eager", "graphs"):
+            sizes = EngineConfig(max_num_seqs=4, max_num_batched_tokens=48, dtype="float64", mode=mode)
+            engine = Engine(ServerConfig(preset("tiny"), ParallelConfig(), sizes), comm)
+            requests = [Request(f"{n}", tuple(range(1, 4 + n)), 6, arrival_step=n) for n in range(4)]
+            served.append(engine.serve(requests))
+        assert any(piece._graphs for piece in engine.runner.graphs._pieces), "nothing was captured"
+        return served
+
+    ((eager, replayed),) = run_ranks(1, tmp_path, run, deadline_s=300)
+    assert replayed == eager

@@ -161,6 +161,18 @@ def test_strict_ranks_name_who_does_not_come(tmp_path):
     assert told[0] == told[2] == "ranks [1] did not come to dp #1, all_reduce of step float32 sum sizes [2]"
 
 
+@pytest.mark.full
+def test_ranks_that_meet_in_the_store_wait_longer_than_a_collective_would(tmp_path):
+    def run(rank, store):
+        comm = Communicator.connect(ParallelConfig(dp_size=2), rank, store=store, timeout_s=5)
+        if rank == 1:
+            time.sleep(8)
+        with comm.patiently(60):
+            return comm.all_reduce("dp", torch.ones(1), layer="vote").item()
+
+    assert run_ranks(2, tmp_path, run) == [2.0, 2.0]
+
+
 class Work:
     """A collective that is still running at the first look, and has ended when asked whether it has."""
 
