@@ -11,6 +11,7 @@ import ctypes
 import os
 import signal
 import sys
+import time
 from collections.abc import Iterable
 
 import psutil
@@ -98,6 +99,16 @@ def with_ancestors(pid: int) -> list[int]:
         return [pid, *(parent.pid for parent in psutil.Process(pid).parents())]
     except psutil.Error:
         return [pid]
+
+
+def describe(pid: int) -> str:
+    """What a process is and since when, for people."""
+    try:
+        found = psutil.Process(pid)
+        command = " ".join(found.cmdline()) or found.name()
+        return f"process {pid} runs for {time.time() - found.create_time():.0f} s: {command[:120]}"
+    except psutil.Error:
+        return f"process {pid} is gone"
 
 
 def cpu_seconds(pids: Iterable[int]) -> dict[int, float]:

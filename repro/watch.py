@@ -16,7 +16,7 @@ from typing import Any
 
 import psutil
 
-from repro import evidence, scenarios
+from repro import evidence, process, scenarios
 from repro.layout import Kind
 from repro.parse import WitnessError
 from repro.rundir import RunDir, read_json, write_json
@@ -142,7 +142,9 @@ class Watch:
             wrong_numbers=wrong_numbers,
             **vars(self._facts),
         )
-        return _with_evidence(verdict, unreadable)
+        strangers = set(self._facts.lock_holders.values()) - {witness.who.pid for witness in witnesses.values()}
+        told = [process.describe(pid) for pid in sorted(strangers) if pid > 0]
+        return _with_evidence(verdict, [*told, *unreadable])
 
     def _with_dumps(self, verdict: Verdict, texts: list[str]) -> Verdict:
         return _with_evidence(verdict, [*evidence.compare_with_flight_recorder(self.run_dir, verdict.ranks), *texts])

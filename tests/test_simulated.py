@@ -114,7 +114,9 @@ def check_pairs(seeds: range) -> None:
         sim = rest(case)
         want, got = Truth(class_of(case, sim), case.culprits), verdict_of(case, sim)
         text = f"and {case.second}: {report(case, sim, want, got)}"
-        assert got.verdict in (want.verdict, "inconclusive"), text
+        # A rank killed in a meeting whose arguments differ may as well have been ended by the backend for that.
+        died = want.verdict == "deadlock" and "dead" in {each.state for each in sim.ranks}
+        assert got.verdict in (want.verdict, "inconclusive", "crash" if died else want.verdict), text
         assert set(got.culprits) <= set(case.culprits), text
         if got.verdict != want.verdict:
             inexact.append(f"seed {seed}: {case.fault} and {case.second}: {want.verdict} judged {got.verdict}")

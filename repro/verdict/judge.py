@@ -277,7 +277,11 @@ def _slow(case: _Case, movers: Sequence[int]) -> Finding:
         what = ", ".join([at.detail or "outside any collective", *signs[rank]])
         finding.evidence.append(f"rank {rank} {at.state} for {at.since_s:.1f} s: {what}")
     silent = [rank for rank, told in signs.items() if rank in case.cores and not told]
-    if silent == list(movers):
+    starved = [rank for rank in silent if case.starved.get(rank, 0.0) >= _STARVED]
+    if starved:
+        finding.confidence = "likely"
+        finding.evidence.append(f"{name_ranks(starved)} lacked a processor: on so busy a machine work hardly shows")
+    elif silent == list(movers):
         finding.confidence = "likely"
         finding.evidence.append(
             f"{name_ranks(silent)} used no processor and gave no sign of life: asleep, or waiting for something that "
@@ -349,7 +353,7 @@ def _outsider(case: _Case, node: Node) -> Verdict:
         return case.verdict("inconclusive", evidence=told, confidence="undecided")
     if pid == 0 and case.quiet:
         finding = Finding("lock")
-        finding.evidence.append(f"nobody holds {node.name} any more, and {name_ranks(node.ranks)} still wait for it")
+        finding.evidence.append(f"nobody holds {node.name} any more, for which {name_ranks(node.ranks)} still wait")
         if node.named > 0:
             finding.evidence.append(f"when they began to wait it was with process {node.named}")
         return case.verdict("deadlock", finding)
