@@ -38,6 +38,8 @@ from repro.settings import RunSettings
 from repro.watch import judge_again
 from repro.witness import read
 
+pytestmark = pytest.mark.timeout(300)  # one run compiles, on machines that may have other things to do
+
 STOP_S = 5.0
 """All ranks must have stopped so soon after the first of them failed."""
 
@@ -454,7 +456,9 @@ def test_a_full_cache_stops_all_ranks_and_leaves_nothing(tmp_path):
     mounted(cache, "-o", "size=64k")
     try:
         (cache / "kernels").mkdir()
-        (cache / "fill").write_bytes(b"x" * (40 << 10))
+        with pytest.raises(OSError), (cache / "fill").open("wb", buffering=0) as file:
+            while True:
+                file.write(b"x" * 4096)
         told = start_and_catch(tmp_path, cache, lambda rank: None)
         assert "could not prepare: BuildFailed: " in told and "no space left" in told.lower(), told
         assert not leftovers(cache)

@@ -79,9 +79,13 @@ class BuildLock:
                 raise LockTimeout(f"{self.path} is held by {told}; last sign of life {now - heard:.1f} s ago")
             time.sleep(POLL_S)
         holder = Holder(self.rank, os.getpid(), socket.gethostname(), time.time())
-        os.ftruncate(self._descriptor, 0)
-        os.pwrite(self._descriptor, json.dumps(asdict(holder)).encode(), 0)
         self.tell("lock_held", str(self.path), os.getpid())
+        try:
+            os.ftruncate(self._descriptor, 0)
+            os.pwrite(self._descriptor, json.dumps(asdict(holder)).encode(), 0)
+        except OSError:  # the disk is full
+            self.__exit__()
+            raise
         return self
 
     def __exit__(self, *error: object) -> None:
