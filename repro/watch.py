@@ -117,7 +117,10 @@ class Watch:
         gaps = self._collect_evidence()
         if self._last_event_ns() != last_event_ns:
             return None  # somebody moved while the evidence was taken: it was not a hang
-        return self._with_dumps(self._judge(), gaps)
+        verdict = self._judge()
+        if verdict.verdict in ("slow", "inconclusive"):
+            return None  # the machine turned out too busy while the evidence was taken
+        return self._with_dumps(verdict, gaps)
 
     def _conclude(self, why: str = "") -> Verdict:
         """The last word, with what there is: nothing more will be seen of this run."""

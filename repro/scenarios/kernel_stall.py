@@ -93,5 +93,5 @@ SCENARIO = Scenario(
     fixed=ends_well,
     server=server,
     missing=missing,
-    defaults={"quiet_window_s": 4.0},
+    defaults={"quiet_window_s": 2.0},
 )
