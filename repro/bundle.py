@@ -242,10 +242,8 @@ def _reproducer(facts: Facts) -> str:
 
 
 def _one_file(facts: Facts) -> str:
-    if not (facts.root / "repro.py").exists():
-        return ""
     most = 8 if facts.verdict["scenario"] == "metadata_rebuild" else facts.num_ranks  # what ep_deadlock.py is made for
-    return f"torchrun --standalone --nproc-per-node {min(facts.num_ranks, most)} repro.py"
+    return f"torchrun --standalone --nproc-per-node {min(facts.num_ranks, most)} bundle/repro.py"
 
 
 def commands_script(facts: Facts) -> str:
@@ -262,24 +260,31 @@ def commands_script(facts: Facts) -> str:
     for what, command in commands(facts):
         if " watch " not in command:
             lines += ["", f"# {what}", command.replace("config.json", "bundle/config.json")]
-    if one_file := _one_file(facts):
-        lines += ["", "# the same in one file", one_file.replace("repro.py", "bundle/repro.py")]
+    if (facts.root / "repro.py").exists():
+        lines += ["", "# the same in one file", _one_file(facts)]
     return "\n".join(lines) + "\n"
 
 
 def issue(facts: Facts, others: list[Facts]) -> str:
     """ISSUE.md: what a maintainer needs to see first, at most MAX_ISSUE_LINES lines."""
     verdict = facts.verdict
+    one_file = [f"{_one_file(facts)}    # the same in one file; --fix shows the cure"]
+    if not (facts.root / "repro.py").exists():
+        one_file = []
     lines = [
         f"# {verdict['verdict'] or 'no verdict'} in {verdict['scenario']}"
         + (f": {verdict['cause']}" if verdict["cause"] else ""),
         "",
         f"**Claim.** {_line(headline(verdict))} {_mechanism(verdict['scenario'])}",
         "",
-        "**Command**",
+        "**Command**, in a clone of the repository after `make setup`, with the attached zip unpacked in `bundle`",
         "```",
-        *([_line(facts.command())] if facts.command() else ["(the configuration is missing)"]),
-        *([f"{_one_file(facts)}    # the same in one file; --fix shows the cure"] if _one_file(facts) else []),
+        *(
+            [_line(facts.command().replace("config.json", "bundle/config.json"))]
+            if facts.command()
+            else ["(the configuration is missing)"]
+        ),
+        *one_file,
         "```",
         "",
         *_issue_table(facts),

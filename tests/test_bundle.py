@@ -11,12 +11,14 @@ import zipfile
 from pathlib import Path
 
 import pytest
+from forked import run_forked
 from reported import write_hang
 
 from repro import bundle
 from repro.archive import ArchiveError, unpack
 from repro.cli import EXPECTED, UNEXPECTED, USAGE, main
 from repro.redact import Redactor, redact_witness
+from repro.settings import RunSettings
 from repro.witness import parse, read
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -251,3 +253,33 @@ def test_env_txt_is_torchs_own_report(tmp_path):
 def test_bundles_never_import_torch():
     code = "import sys, repro.bundle; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
+
+
+@pytest.mark.full
+def test_a_bundle_is_verified_judged_and_run_again_in_another_clone_with_an_empty_home(tmp_path, quick):
+    settings = RunSettings.from_document(
+        {"num_ranks": 2, "model": {"layer_pattern": "GA"}}, {"scenario": "metadata_rebuild", "variant": "fault"}, ""
+    )
+    run_dir, document = run_forked(settings, tmp_path / "runs", with_reference=False)
+    made = bundle.make(run_dir.root, tmp_path / "b.zip")
+    clone, home = tmp_path / "clone", tmp_path / "home"
+    home.mkdir()
+    if subprocess.run(["git", "clone", "-q", str(ROOT), str(clone)]).returncode:
+        pytest.skip("not in a git repository")
+    shutil.unpack_archive(made.path, clone / "bundle", "zip")
+
+    def there(*words) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            [sys.executable, *words], cwd=clone, env={"HOME": str(home), "PATH": "/usr/bin:/bin"},
+            capture_output=True, text=True, timeout=100,
+        )  # fmt: skip
+
+    assert there("-m", "repro", "bundle", "--verify", str(made.path)).returncode == 0
+    judged = json.loads(there("-m", "repro", "watch", str(made.path), "--json").stdout)
+    issue = (clone / "bundle" / "ISSUE.md").read_text().splitlines()
+    (command,) = [line for line in issue if line.startswith("python -m repro run")]
+    again = there(*command.split()[1:], "--json")
+    assert again.returncode == 0, again.stderr
+    (rerun,) = json.loads(again.stdout)
+    for key in ("verdict", "cause", "culprits"):
+        assert document[key] == judged[key] == rerun[key], key

@@ -24,7 +24,8 @@ def start(**flags):
 
 
 def answer(verdict="deadlock", cause="extra", step=2):
-    return {"verdict": verdict, "cause": cause, "ranks": [{"step": step}]}
+    expected = (verdict, cause) == ("deadlock", "extra")
+    return {"verdict": verdict, "cause": cause, "ranks": [{"step": step}], "matches_expected": expected}
 
 
 def test_what_is_foretold_is_shrunk_to_two_ranks_and_one_layer_and_then_run():
