@@ -1,6 +1,6 @@
-"""Our plain-torch model against transformers on the CPU: the same weights, prompts and threads, in one process.
+"""Our model against transformers on the CPU: the same weights, prompts and threads, in one process.
 
-    python benchmarks/bench_model.py [--dtype float32] [--threads 2] [--rounds 5] [--json FILE]
+    python benchmarks/bench_model.py [--dtype float32] [--kernels torch native] [--threads 2] [--rounds 5] [--json FILE]
 
 Prefill of 512 tokens and decode steps after them, batch 1 and 8, the race preset. Rounds alternate between the
 implementations, so that a busy machine slows both; the best of all rounds counts. transformers is measured with each of
@@ -18,9 +18,11 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from hybrid_moe_kernels import registry
 
 from hybrid_moe_ref import Batch, HybridCache, HybridMoE, ModelConfig, preset
 from hybrid_moe_ref.generation import pages_needed, prefill
+from hybrid_moe_ref.pages import page_layout
 
 PROMPT, STEPS = 512, 24
 EXPERTS = ("grouped_mm", "eager", "batched_mm")
@@ -45,12 +47,13 @@ def share_weights(ours: HybridMoE, theirs: Any) -> None:
 
 
 class Ours:
-    def __init__(self, model: HybridMoE, batch: int) -> None:
-        self.model, self.batch = model, batch
+    def __init__(self, model: HybridMoE, batch: int, kernels: str = "torch") -> None:
+        self.model, self.batch, self.kernels = model, batch, kernels
         pages = pages_needed(model, [PROMPT + STEPS] * batch)
         self.cache = HybridCache(model.config, pages, dtype=model.dtype)
 
     def prefill(self, tokens_BT: torch.Tensor) -> torch.Tensor:
+        registry.use(self.kernels)
         self.sequences = [self.cache.allocate() for _ in range(self.batch)]
         return prefill(self.model, list(tokens_BT), self.sequences, self.cache)
 
@@ -81,10 +84,13 @@ class Theirs:
         del self.past
 
 
+clock: list[Callable[[], float]] = [time.perf_counter]
+
+
 def timed(call: Callable[[torch.Tensor], torch.Tensor], tokens: torch.Tensor) -> tuple[float, torch.Tensor]:
-    start = time.perf_counter()
+    start = clock[0]()
     result = call(tokens)
-    return 1e3 * (time.perf_counter() - start), result
+    return 1e3 * (clock[0]() - start), result
 
 
 def race(runners: dict[str, Any], tokens_BT: torch.Tensor, rounds: int) -> dict[str, dict[str, float]]:
@@ -101,6 +107,25 @@ def race(runners: dict[str, Any], tokens_BT: torch.Tensor, rounds: int) -> dict[
     return best
 
 
+def floor_ms(model: HybridMoE, batch: int) -> float:
+    """The weights and states that a decode step touches, over the bandwidth that a copy of 256 MB reaches."""
+    config, touched = model.config, 0.0
+    expected = 1 - (1 - config.num_experts_per_tok / config.num_experts) ** batch  # of the experts, by chance
+    for name, parameter in model.named_parameters():
+        if "embed_tokens" not in name:
+            touched += parameter.numel() * parameter.itemsize * (expected if ".experts." in name else 1)
+    layout = page_layout(config, model.dtype.itemsize)
+    for kind in config.layer_pattern:
+        if kind == "A":
+            touched += batch * PROMPT * 2 * config.num_key_value_heads * config.head_dim * model.dtype.itemsize
+        else:
+            touched += 2 * batch * layout.states[kind].num_bytes  # read and written
+    source = torch.zeros(1 << 28, dtype=torch.uint8)
+    target = torch.ones_like(source)
+    copy_ms = min(timed(target.copy_, source)[0] for _ in range(10))
+    return touched / (2 * source.numel() / copy_ms)
+
+
 def peak_mib(which: str, dtype: str, threads: int) -> float:
     """Peak resident memory of a fresh process that makes one model with random weights, prefills and decodes."""
     done = subprocess.run(
@@ -115,8 +140,9 @@ def peak_mib(which: str, dtype: str, threads: int) -> float:
 def print_peak(which: str, config: ModelConfig, dtype: torch.dtype) -> None:
     import resource
 
-    if which == "ours":
-        runner: Any = Ours(HybridMoE(config, device="meta", dtype=dtype).init_weights(0), 1)
+    if which.startswith("ours"):
+        kernels = which.removeprefix("ours ")
+        runner: Any = Ours(HybridMoE(config, device="meta", dtype=dtype).init_weights(0), 1, kernels)
     else:
         theirs = build_theirs(config, dtype).to_empty(device="cpu")
         theirs.model.rotary_emb = type(theirs.model.rotary_emb)(theirs.config)
@@ -135,10 +161,16 @@ def main() -> int:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--batch", type=int, nargs="+", default=[1, 8])
-    parser.add_argument("--experts", nargs="+", choices=EXPERTS, default=["grouped_mm", "eager"])
+    parser.add_argument("--experts", nargs="+", choices=EXPERTS, default=list(EXPERTS))
+    parser.add_argument("--kernels", nargs="+", choices=("torch", "native"), default=["torch", "native"])
+    parser.add_argument(
+        "--cpu-time", action="store_true", help="of one thread: what others do on the machine counts less"
+    )
     parser.add_argument("--json", metavar="FILE")
     parser.add_argument("--peak", help=argparse.SUPPRESS)
     args = parser.parse_args()
+    if args.cpu_time:
+        clock[0], args.threads = time.process_time, 1
     torch.set_num_threads(args.threads)
     torch.set_flush_denormal(True)
     config, dtype = preset("race"), getattr(torch, args.dtype)
@@ -154,6 +186,8 @@ def main() -> int:
         record: dict[str, Any] = {
             "hardware": f"{platform.processor() or platform.machine()}, {args.threads} threads",
             "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
+            "commit": subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True).stdout.strip(),
+            "clock": "CPU time" if args.cpu_time else "wall",
             "dtype": args.dtype,
             "prompt_tokens": PROMPT,
             "rows": [],
@@ -163,23 +197,28 @@ def main() -> int:
             tokens_BT = torch.randint(config.vocab_size, (batch, PROMPT), generator=r)
             if dtype == torch.float32:
                 want = theirs(tokens_BT[:1], use_cache=False).logits
-                error = float((ours(tokens_BT[:1]) - want).norm() / want.norm())
-                assert error < 1e-4, f"the logits differ by {error:.1e}: no race"
-            runners: dict[str, Any] = {"ours": Ours(ours, batch)} | {
-                name: Theirs(theirs, name) for name in args.experts
-            }
+                for kernels in args.kernels:
+                    with registry.using(kernels):
+                        error = float((ours(tokens_BT[:1]) - want).norm() / want.norm())
+                    assert error < 1e-4, f"the logits of {kernels} differ by {error:.1e}: no race"
+            runners: dict[str, Any] = {f"ours {kernels}": Ours(ours, batch, kernels) for kernels in args.kernels}
+            runners |= {name: Theirs(theirs, name) for name in args.experts}
             times = race(runners, tokens_BT, args.rounds)
             peers = [times[name] for name in args.experts]
-            row: dict[str, Any] = {"batch": batch, "times": times}
-            for key in ("prefill_ms", "decode_ms"):
-                row[f"{key.removesuffix('_ms')}_ratio"] = min(peer[key] for peer in peers) / times["ours"][key]
+            row: dict[str, Any] = {"batch": batch, "times": times, "decode_floor_ms": floor_ms(ours, batch)}
+            for kernels in args.kernels:
+                for key in ("prefill_ms", "decode_ms"):
+                    ratio = min(peer[key] for peer in peers) / times[f"ours {kernels}"][key]
+                    row[f"{kernels}_{key.removesuffix('_ms')}_ratio"] = ratio
             record["rows"].append(row)
             for name, result in times.items():
                 prefill_ms, decode_ms = result["prefill_ms"], result["decode_ms"]
                 print(f"batch {batch}  {name:12} prefill {prefill_ms:8.1f} ms   decode {decode_ms:6.2f} ms")
-            ratios = f"prefill {row['prefill_ratio']:.2f}, decode {row['decode_ratio']:.2f}"
-            print(f"batch {batch}  best of transformers / ours: {ratios}")
-    record["peak_mib"] = {name: peak_mib(name, args.dtype, args.threads) for name in ("ours", *args.experts)}
+            for kernels in args.kernels:
+                ratios = f"prefill {row[f'{kernels}_prefill_ratio']:.2f}, decode {row[f'{kernels}_decode_ratio']:.2f}"
+                over = times[f"ours {kernels}"]["decode_ms"] / row["decode_floor_ms"]
+                print(f"batch {batch}  best of transformers / ours {kernels}: {ratios}; decode {over:.2f} x its floor")
+    record["peak_mib"] = {name: peak_mib(name, args.dtype, args.threads) for name in runners}
     print("peak MiB " + ", ".join(f"{name} {value:.0f}" for name, value in record["peak_mib"].items()))
     if args.json:
         with open(args.json, "w", encoding="utf-8") as file:

@@ -170,7 +170,7 @@ def _compiler() -> str:
 def _compiler_version() -> str:
     """The first line that the compiler says of itself; "" without one."""
     try:
-        told = subprocess.run([_compiler(), "--version"], capture_output=True, text=True, timeout=20)
+        told = subprocess.run([_compiler(), "--version"], capture_output=True, text=True, timeout=120)
     except (OSError, subprocess.TimeoutExpired):
         return ""
     return told.stdout.partition("\n")[0] if told.returncode == 0 else ""
