@@ -95,8 +95,8 @@ def test_state_bytes_of_the_397b_model() -> None:
 
 
 def test_heads_that_do_not_divide_over_tp_are_refused() -> None:
-    with pytest.raises(ConfigError, match="linear_num_key_heads: 16 does not divide over tp_size 32"):
-        page_layout(preset("qwen3.5-397b-a17b"), tp_size=32)
+    with pytest.raises(ConfigError, match="linear_num_value_heads: 64 neither divides over tp_size 48"):
+        page_layout(preset("qwen3.5-397b-a17b"), tp_size=48)
 
 
 def test_configuration_does_not_import_torch() -> None:
@@ -112,7 +112,7 @@ def test_configuration_does_not_import_torch() -> None:
         (["pages", "tiny", "--tp", "0"], "0 is less than 1"),
         (
             ["pages", "qwen3.5-397b-a17b", "--tp", "3"],
-            "linear_num_key_heads: 16 does not divide over tp_size 3",
+            "linear_num_key_heads: 16 neither divides over tp_size 3",
         ),
         (["parms", "tiny"], "invalid choice: 'parms'"),
         ([], "COMMAND"),
