@@ -163,6 +163,12 @@ def test_any_sizes_in_float32(op):
 
 
 @pytest.mark.full
+def test_strong_decays_lose_no_bits_in_long_sums():
+    case = cases.gdn_prefill(5428, [3, 3, 31], M=1, R=1, K=1, V=12, repeated=True)  # found by the sweep above
+    cases.check(case, module_of(case), torch.float32)
+
+
+@pytest.mark.full
 @pytest.mark.parametrize("length", [257, 2000])
 def test_long_prompts(length):
     for case in (

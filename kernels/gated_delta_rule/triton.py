@@ -154,9 +154,9 @@ def _solve_chunks(
         q_scale = tl.rsqrt(tl.sum(q_wide * q_wide, 1) + 1e-6) * (K**-0.5)
         k_scale = tl.rsqrt(tl.sum(k_wide * k_wide, 1) + 1e-6)
 
-        since = tl.cumsum(g, 0)
-        whole = tl.sum(g, 0)
-        gap = since[:, None] - since[None, :]
+        # Sums of g between two tokens, added up rather than subtracted: differences of long sums lose their last bits.
+        gap = tl.cumsum(tl.where(c[:, None] > c[None, :], g[:, None], 0.0), 0)
+        since, after = tl.cumsum(g, 0), tl.sum(tl.where(c[:, None] == C - 1, gap, 0.0), 0)
         decay = tl.exp(tl.where(c[:, None] >= c[None, :], gap, float("-inf"))) * k_scale[None, :]
         reads = product(q, tl.trans(k), KEYS) * decay * q_scale[:, None]
         lower = product(k, tl.trans(k), KEYS) * decay * (beta * k_scale)[:, None]
@@ -182,8 +182,8 @@ def _solve_chunks(
         at = scales_ptr + place * 4 * C + c
         tl.store(at, tl.exp(since) * q_scale)
         tl.store(at + C, tl.exp(since) * k_scale)
-        tl.store(at + 2 * C, tl.exp(whole - since) * k_scale)
-        tl.store(at + 3 * C, tl.exp(whole + since * 0))
+        tl.store(at + 2 * C, tl.exp(after) * k_scale)
+        tl.store(at + 3 * C, tl.exp(tl.sum(g, 0) + since * 0))
 
 
 @triton.jit

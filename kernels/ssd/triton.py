@@ -140,16 +140,16 @@ def _scan_chunks(
             c = tl.load(c_ptr + row * c_row + (h // R) * c_group + (t[:, None] * c_row + n[None, :]), is_bc, 0.0)
             dt = tl.load(dt_ptr + row * dt_row + h + t * dt_row, is_row, 0.0).to(tl.float32)
 
-            since = tl.cumsum(dt * a, 0)
-            whole = tl.sum(dt * a, 0)
-            gap = since[:, None] - since[None, :]
+            # Sums between two tokens, added up rather than subtracted: differences of long sums lose their last bits.
+            gap = tl.cumsum(tl.where(t[:, None] > t[None, :], (dt * a)[:, None], 0.0), 0)
+            since, after = tl.cumsum(dt * a, 0), tl.sum(tl.where(t[:, None] == C - 1, gap, 0.0), 0)
             decay = tl.exp(tl.where(t[:, None] >= t[None, :], gap, float("-inf"))) * dt[None, :]
             y = product(product(c, tl.trans(b), SHARED) * decay, x, CHUNK)
             y += tl.exp(since)[:, None] * product(c, S, STATE) + skip * x.to(tl.float32)
             y_at = y_ptr + (row * H + h) * P + (t[:, None] * (H * P) + p[None, :])
             tl.store(y_at, cast(y, y_ptr.dtype.element_ty), is_x)
-            kept = x.to(tl.float32) * (dt * tl.exp(whole - since))[:, None]
-            S = S * tl.exp(whole) + product(tl.trans(b), kept, STATE)
+            kept = x.to(tl.float32) * (dt * tl.exp(after))[:, None]
+            S = S * tl.exp(tl.sum(dt * a, 0)) + product(tl.trans(b), kept, STATE)
         tl.store(state_at, S, is_state)
 
 
