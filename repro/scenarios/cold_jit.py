@@ -64,7 +64,7 @@ def hang(settings: RunSettings) -> Expected:
     if not settings.engine.compiles_kernels or settings.effective_kernel_cache == "warm":
         return CLEAN
     if settings.effective_kernel_cache == "split" and settings.group_timeout_s:
-        return Expected("crash", "error")
+        return Expected("crash", "error", step=0)
     culprits = (0,) if settings.effective_kernel_cache == "split" else None
     return Expected("slow", culprits=culprits, step=0, or_else=CLEAN if settings.quiet_window_s > 1 else None)
 
