@@ -174,6 +174,10 @@ def main() -> int:
     torch.set_num_threads(args.threads)
     torch.set_flush_denormal(True)
     config, dtype = preset("race"), getattr(torch, args.dtype)
+    if "native" in args.kernels:
+        with registry.using("native"):
+            if registry.table("cpu", dtype)["moe.mixture"] != "native":  # the registry has said why
+                args.kernels.remove("native")
     with torch.inference_mode():
         if args.peak:
             print_peak(args.peak, config, dtype)
