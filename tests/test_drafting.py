@@ -80,7 +80,7 @@ def test_drafts_change_no_token_and_no_schedule(tmp_path, dp_size, tp_size, expe
 def test_a_rank_that_leaves_the_drafter_out_is_named_and_stops_all(tmp_path):
     class OnlyWhereItHelps(DraftPolicy):
         def num_passes(self, num_drafts, room):
-            return min(num_drafts, room)
+            return min(num_drafts, room or 0)
 
     config = ServerConfig(MODEL, ParallelConfig(2), DRAFTS, SEED)
 
