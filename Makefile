@@ -32,6 +32,8 @@ bench: .venv/.ready-test  ## what the verdict, the watching and the model cost, 
 	$(VENV_PYTHON) benchmarks/bench_verdict.py
 	$(VENV_PYTHON) benchmarks/bench_engine.py --json benchmarks/results/engine.json
 	$(VENV_PYTHON) benchmarks/bench_model.py --json benchmarks/results/model.json
+	$(VENV_PYTHON) benchmarks/kernel_registers.py --json benchmarks/results/kernel_registers.json
+	$(VENV_PYTHON) benchmarks/bench_kernels_gpu.py --json benchmarks/results/kernels_gpu.json
 
 bundle: .venv/.ready-repro  ## the newest run as one zip to attach to a bug report
 	@$(VENV_PYTHON) -m repro bundle runs/latest $(ARGS)

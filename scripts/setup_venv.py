@@ -114,6 +114,13 @@ def install_oracles(torch: str) -> None:
                 say(f"no {package}, the tests that compare with it will skip: {error.splitlines()[-1]}")
 
 
+def install_interpreter(torch: str) -> None:
+    """Triton, whose interpreter runs the GPU kernels on a CPU, and whose compiler needs no GPU either."""
+    error = pip_install(torch, "--editable", ".[interpreter]")
+    if error:
+        say(f"no triton, the tests of the GPU kernels will skip: {error.splitlines()[-1]}")
+
+
 def install(use: str) -> None:
     version, _ = working_torch(VENV_PYTHON)
     torch = f"torch=={version}" if version else torch_to_install()
@@ -133,6 +140,7 @@ def install(use: str) -> None:
             sys.exit(f"setup: torch was installed but does not work: {why_not}")
     if use == "test":
         install_oracles(f"torch=={version}")
+        install_interpreter(f"torch=={version}")
 
 
 def main(use: str) -> None:

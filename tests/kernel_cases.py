@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import importlib
 import math
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -300,3 +301,11 @@ EMPTY: list[Case] = [
     rotate(12, T=0, H=3, D=20, R=4),
 ]
 """No tokens: nothing may be launched, nothing may change."""
+
+
+if __name__ == "__main__":  # `python kernel_cases.py OP`: the small cases of an op on the GPU, for compute-sanitizer
+    for small in SMALL:
+        if small.op == sys.argv[1]:
+            implementation = importlib.import_module(f"hybrid_moe_kernels.{small.op.partition('.')[0]}.triton")
+            check(small, implementation, torch.float32, "cuda")
+            print(f"{small}: right")

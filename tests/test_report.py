@@ -61,7 +61,7 @@ def test_the_page_tells_verdict_positions_and_the_way_back(tmp_path):
     told = " ".join(page.text.split())
     assert "Deadlock: a collective too many by ranks 0-2" in told
     assert "anks 0-2 in dp all_reduce #4 wait for 3" in told, told
-    assert "ank 3 in ep all_gather_v #5 wait for 0-2" in told, told
+    assert "ank 3 in ep all_gather_v #5 waits for 0-2" in told, told
     assert "python -m repro run metadata_rebuild --variant fault --ranks 4" in told
     assert "Missing or damaged" not in told
     assert [tag for tag, _ in page.elements].count("main") == 1

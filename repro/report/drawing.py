@@ -11,7 +11,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from repro.report.gather import Facts, describe
 from repro.report.lanes import OPEN, Label, Lane, Wait, waits
 from repro.report.text import escape, few
-from repro.verdict.result import list_ranks
+from repro.verdict.result import list_ranks, name_ranks
 
 MAX_ROWS = 48
 _NS = 'xmlns="http://www.w3.org/2000/svg"'
@@ -79,7 +79,7 @@ def timeline(facts: Facts, width: int = 1200) -> str:
     parts += _legend(facts, 14, bottom + 36, width)
     for k, wait in enumerate(found[:6]):
         colour, y = k % _NUM_NODE_COLOURS, bottom + 56 + 17 * k
-        words = ("ranks " if len(wait.ranks) > 1 else "rank ") + wait.words() if wait.lacks else f"{wait.waits_in}"
+        words = wait.words() if wait.lacks else f"{name_ranks(wait.ranks)} in {wait.waits_in}"
         parts.append(
             f'<circle class="n{colour}" cx="20" cy="{y - 4}" r="5"/><text x="32" y="{y}">{escape(words)}</text>'
         )

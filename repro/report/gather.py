@@ -15,7 +15,7 @@ from repro.report.lanes import Label, Labels, Lane, SharedClock, read_lane
 from repro.report.text import few
 from repro.rundir import RunDir, read_json
 from repro.settings import RunSettings
-from repro.verdict.result import list_ranks, name_ranks
+from repro.verdict.result import name_ranks
 from repro.witness import SUFFIX, read
 
 MAX_RANKS = 4096
@@ -223,7 +223,7 @@ def sound_verdict(document: Mapping[str, Any], config: Mapping[str, Any], missin
 
 def headline(verdict: Mapping[str, Any]) -> str:
     """The verdict in a sentence."""
-    culprits = list_ranks(verdict["culprits"])
+    culprits = name_ranks(verdict["culprits"])
     name = verdict["verdict"]
     if name == "clean":
         told = next((text for text in reversed(verdict["evidence"]) if "equal" in text), "")
@@ -235,7 +235,7 @@ def headline(verdict: Mapping[str, Any]) -> str:
     if more > 0:
         where += f"; and {more} more places"
     cause = _CAUSES.get((name, verdict["cause"])) or verdict["cause"]
-    blame = f" {cause}".rstrip() + (f" by ranks {culprits}" if culprits else "") if cause else ""
+    blame = f" {cause}".rstrip() + (f" by {culprits}" if verdict["culprits"] else "") if cause else ""
     return few(f"{name.capitalize()}:{blame}{';' if blame else ''} {where}.")
 
 

@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 from repro.layout import RECORD, Kind
 from repro.report.text import few, short_site
-from repro.verdict.result import list_ranks
+from repro.verdict.result import list_ranks, name_ranks
 from repro.witness import Witness
 
 OPEN = -1
@@ -194,7 +194,9 @@ class Wait(NamedTuple):
     in_cycle: bool
 
     def words(self) -> str:
-        return few(f"{list_ranks(self.ranks)} in {self.waits_in} wait for {list_ranks(self.lacks)}")
+        at = "at" if self.waits_in.startswith("lock ") else "in"
+        verb = "wait" if len(self.ranks) > 1 else "waits"
+        return few(f"{name_ranks(self.ranks)} {at} {self.waits_in} {verb} for {list_ranks(self.lacks)}")
 
 
 def waits(verdict: Mapping[str, object], lanes: Mapping[int, Lane]) -> list[Wait]:

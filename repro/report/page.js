@@ -41,11 +41,12 @@
     const all = new Uint32Array(await new Response(stream).arrayBuffer());
     const n = all.length / 5;
     const column = (k) => all.subarray(k * n, (k + 1) * n);
-    const lane = { start: new Float64Array(n), length: column(1), label: column(2), seq: column(3), step: column(4), calls: [], asyncs: [], others: [], local: [], steps: [] };
+    const lane = { start: new Float64Array(n), length: column(1), label: column(2), seq: column(3), step: column(4), calls: [], asyncs: [], others: [], local: [], held: [], steps: [] };
     for (let i = 0, t = 0; i < n; i++) {
       lane.start[i] = t += all[i];
       const kind = facts.labels[lane.label[i]][KIND];
-      if (kind === "lock" || kind === "held" || kind === "build") lane.local.push(i);
+      if (kind === "lock" || kind === "build") lane.local.push(i);
+      if (kind === "held") lane.held.push(i);
       (kind === "call" ? lane.calls : kind === "async" ? lane.asyncs : kind === "step" ? lane.steps : lane.others).push(i);
     }
     lanes.set(rank, lane);
@@ -71,6 +72,7 @@
   const colourOf = (label) => label[KIND] === "call" || label[KIND] === "async" ? colours["g" + (groupNumber.get(label[GROUP]) ?? 0)]
     : label[KIND] === "build" ? colours.build : label[KIND] === "phase" ? colours.phase : colours.lock;
   const layerOf = (label) => (label[KIND] === "call" || label[KIND] === "async" ? "group " + label[GROUP] : label[KIND] === "held" ? "lock" : label[KIND]);
+  const stuckIn = (label, seq) => label[KIND] === "lock" ? `waits for lock ${label[NAME]}` : label[KIND] === "build" ? `builds ${label[NAME]}` : `waits in ${label[GROUP]} ${label[NAME]} #${seq} ${label[LAYER]}`;
   const nodeColours = () => ["#7d5fd3", "#c07a1a", "#1f8fa3", "#b8478a"];
 
   function row(pen, lane, y, tallness, from, to, left, room, words) {
@@ -87,7 +89,7 @@
         const label = facts.labels[lane.label[i]];
         if (hidden.has(layerOf(label))) continue;
         const x1 = Math.max(at(lane.start[i]), left), x2 = Math.min(at(over), left + room), wide = Math.max(x2 - x1, 0.8);
-        const never = lane.length[i] === NEVER && facts.stuck, dim = Boolean(matching && !matching[lane.label[i]]);
+        const never = lane.length[i] === NEVER && facts.stuck && label[KIND] !== "held", dim = Boolean(matching && !matching[lane.label[i]]);
         if (wide < 2.5 && !never) {
           if (x2 < last + 0.5 && !matching) { // nothing more to see before the next pixel: jump there
             const next = firstAfter(lane, list, from + (last + 0.5 - left) / scale);
@@ -108,7 +110,7 @@
           pen.globalAlpha = 1; pen.strokeStyle = colours.stall; pen.lineWidth = 1; pen.strokeRect(x1 + 0.5, top + 0.5, wide - 1, high - 1);
         } else { if (never) pen.fillStyle = colours.stall; pen.fillRect(x1, top, wide - (wide > 3 ? 0.6 : 0), high); }
         if (words && wide > 46 && high > 10) {
-          const told = never ? `waits in ${label[GROUP]} ${label[NAME]} #${lane.seq[i]} ${label[LAYER]}` : `${label[NAME]} ${label[LAYER]}`;
+          const told = never ? stuckIn(label, lane.seq[i]) : `${label[NAME]} ${label[LAYER]}`;
           pen.save(); pen.beginPath(); pen.rect(x1, top, wide, high); pen.clip(); pen.globalAlpha = 1;
           if (never) { const w = pen.measureText(told).width + 8; pen.fillStyle = colours.paper; pen.globalAlpha = 0.82; pen.fillRect(x1 + 3, top + 2, w, high - 4); pen.globalAlpha = 1; pen.fillStyle = colours.bad; }
           else pen.fillStyle = colours.on;
@@ -142,6 +144,7 @@
     spans(lane.calls, top, high);
     if (lane.asyncs.length) spans(lane.asyncs, top + high * 0.62, high * 0.38);
     if (lane.local.length) spans(lane.local, top, high);
+    if (lane.held.length && !small) spans(lane.held, top + high - 3, 3); // while it does other things, waiting included
   }
 
   function timeName(units, step) {

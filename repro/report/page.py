@@ -133,11 +133,7 @@ def _waits(facts: Facts) -> str:
     picture = drawing.who_waits(facts)
     if not picture:
         return ""
-    told = "; ".join(
-        ("ranks " if len(wait.ranks) > 1 else "rank ") + wait.words()
-        for wait in waits(facts.verdict, facts.lanes)
-        if wait.lacks
-    )
+    told = "; ".join(wait.words() for wait in waits(facts.verdict, facts.lanes) if wait.lacks)
     cycle = " The waits close a cycle: none of these ranks can go on." if facts.verdict["cycle"] else ""
     body = f'<div class="wide" tabindex="0" role="group" aria-label="Who waits for whom">{picture}</div>'
     return _section(
@@ -152,10 +148,11 @@ def _sides(facts: Facts) -> str:
     heads = "".join(f'<th scope="col">{escape(head)}</th>' for head in ("declared for the step", *found.heads))
     rows = []
     first = True
+    nothing = "not in the schedule" if any(row.planned for row in found.rows) else "none was declared"
     for row in found.rows:
         parted = any(row.diverges) and first
         first = first and not parted
-        cells = [f"<td>{escape(row.planned) if row.planned else '<span class=none>not in the schedule</span>'}</td>"]
+        cells = [f"<td>{escape(row.planned) if row.planned else f'<span class=none>{nothing}</span>'}</td>"]
         for cell, diverges in zip(row.issued, row.diverges, strict=True):
             words = escape(cell) if cell else "left out" if diverges else "<span class=none>not reached</span>"
             if not cell and not row.planned:
@@ -178,13 +175,13 @@ def _table(facts: Facts) -> str:
     rows = []
     for p in facts.verdict["ranks"]:
         call = f"{p['op']} #{p['seq']}" if p["op"] else p["detail"]
-        sizes = ", ".join(map(str, p["sizes"][:16])) + ("…" if len(p["sizes"]) > 16 else "")
+        sizes = ",".join(map(str, p["sizes"][:16])) + ("…" if len(p["sizes"]) > 16 else "")
         state = p["state"] + (" (culprit)" if p["rank"] in culprits else "")
         rows.append(
             f'<tr{" class=guilty" if p["rank"] in culprits else ""}><th scope="row" class="n">{p["rank"]}</th>'
             f'<td class="nowrap">{escape(state)}</td><td>{escape(p["phase"])}</td><td class="n">{p["step"] if p["step"] >= 0 else ""}</td>'
             f'<td>{escape(p["group"], 60)}</td><td class="nowrap">{escape(call, 120)}</td><td>{escape(p["layer"], 120)}</td>'
-            f'<td>{escape(sizes)}</td><td class="n nowrap">{p["since_s"]:.2f} s</td><td>{escape(short_site(p["site"]), 160)}</td></tr>'
+            f'<td class="nowrap">{escape(sizes)}</td><td class="n nowrap">{p["since_s"]:.2f} s</td><td>{escape(short_site(p["site"]), 160)}</td></tr>'
         )
     if not rows:
         return ""
@@ -269,11 +266,11 @@ def commands(facts: Facts) -> list[tuple[str, str]]:
 
 def _commands(facts: Facts) -> str:
     rows = "".join(
-        f'<p>{escape(what)}</p><div class="command"><pre>{escape(command, 2000)}</pre>'
+        f'<p>{escape(what[:1].upper() + what[1:])}</p><div class="command"><pre>{escape(command, 2000)}</pre>'
         f'<button data-copy aria-label="Copy the command: {escape(what)}">Copy</button></div>'
         for what, command in commands(facts)
     )
-    return _section("commands", "Commands", rows)
+    return _section("commands", "Commands", rows, "commands")
 
 
 def _environment(facts: Facts) -> str:

@@ -52,7 +52,7 @@ def side_by_side(facts: Facts) -> SideBySide | None:
         extras = [column[0].get(index, []) for column in columns]
         for k in range(max(map(len, extras))):
             cells = tuple(name_entry(extra[k]) if k < len(extra) else "" for extra in extras)
-            rows.append(Row("", cells, tuple(bool(cell) for cell in cells)))
+            rows.append(Row("", cells, tuple(bool(cell and plan) for cell in cells)))
         if index < len(plan):
             issued = tuple(name_entry(plan[index]) if index in column[1] else "" for column in columns)
             # Left out, not merely not reached: something later of the plan was issued.

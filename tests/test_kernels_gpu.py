@@ -1,0 +1,188 @@
+"""The Triton kernels compiled, on a CUDA device: numbers, graphs, memory. Skipped without one.
+
+CUDA is used in this process, so these tests come after those of test_gpu.py, whose ranks are forked from it; the
+alphabet sees to that.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import kernel_cases as cases
+import pytest
+import torch
+from hybrid_moe_kernels import registry
+from kernel_cases import error, poisoned
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.timeout(600),  # the first launch of each size compiles
+    pytest.mark.skipif(not list(Path("/dev").glob("nvidia[0-9]*")), reason="no CUDA device"),
+    pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed"),
+]
+DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["f32", "bf16"])
+
+REAL = [
+    cases.gdn_prefill(101, [1, 63, 64, 65, 0, 777], M=2, R=4, K=128, V=128),
+    cases.gdn_prefill(102, [2000], M=1, R=3, K=64, V=64),
+    cases.gdn_prefill(103, [200, 3], M=1, R=2, K=128, V=128, repeated=True),
+    cases.gdn_decode(104, B=7, M=2, R=4, K=128, V=128, W=4),
+    cases.gdn_decode(105, B=300, M=1, R=3, K=64, V=64, W=4),
+    cases.ssd_prefill(106, [1, 63, 64, 65, 0, 777], G=2, R=3, P=64, N=128),
+    cases.ssd_prefill(107, [2000], G=1, R=4, P=64, N=64),
+    cases.ssd_decode(108, B=7, G=2, R=16, P=64, N=128, W=4, bias=True, norm=True),
+    cases.ssd_decode(109, B=7, G=1, R=3, P=64, N=64, W=4, bias=False, norm=False),
+    cases.conv_prefill(110, [1, 2, 0, 500, 2000], C=300, W=4, bias=True),
+    cases.conv_update(111, B=130, C=1111, W=4, bias=True),
+    cases.route(112, N=1000, E=512, K=10),
+    cases.experts(113, N=1, E=64, K=8, H=256, I=128),
+    cases.experts(114, N=70, E=16, K=4, H=200, I=136),
+    cases.experts(115, N=1000, E=8, K=4, H=256, I=128),
+    cases.rms_norm(116, N=3000, H=256),
+    cases.rms_norm(117, N=70, H=4096),
+    cases.norm_then_gate(118, N=3000, H=128),
+    cases.gate_then_norm(119, N=70, G=8, H=1024),
+    cases.rotate(120, T=300, H=32, D=256, R=32),
+]
+
+
+def module_of(case):
+    return importlib.import_module(f"hybrid_moe_kernels.{case.op.partition('.')[0]}.triton")
+
+
+def check(case, dtype):
+    if case.op == "moe.route" and dtype == torch.bfloat16:
+        pytest.skip("equal logits, whose order is free")
+    cases.check(case, module_of(case), dtype, "cuda")
+
+
+@DTYPES
+@pytest.mark.parametrize("case", cases.SMALL + REAL, ids=str)
+def test_a_kernel_computes_the_reference(case, dtype):
+    check(case, dtype)
+
+
+@pytest.mark.parametrize("case", cases.EMPTY, ids=str)
+def test_no_tokens_are_no_launch(case):
+    check(case, torch.float32)
+
+
+@DTYPES
+@pytest.mark.parametrize("first_seed", [0, 20])
+def test_any_lengths(dtype, first_seed):
+    """Sizes stay, as each new one compiles; lengths, states, slots and numbers are new each time."""
+    random = torch.Generator().manual_seed(first_seed)
+    for seed in range(first_seed, first_seed + 20):
+        lengths = (2000 ** torch.rand(4, generator=random)).long().tolist()
+        lengths[seed % 4] *= seed % 3
+        check(cases.gdn_prefill(seed, lengths, M=1, R=3, K=64, V=32), dtype)
+        check(cases.ssd_prefill(seed, lengths, G=1, R=3, P=32, N=64), dtype)
+        check(cases.conv_prefill(seed, lengths, C=70, W=4, bias=True), dtype)
+
+
+@pytest.mark.parametrize("kernel", ["gated_delta_rule.prefill", "gated_delta_rule.decode", "ssd.prefill", "ssd.decode"])
+def test_every_launch_size_that_a_benchmark_compares_is_right(kernel):
+    from hybrid_moe_kernels.tile import forcing
+
+    for case in REAL:
+        if case.op == kernel:
+            for config in module_of(case).CONFIGS[kernel]:
+                with forcing(kernel, config):
+                    check(case, torch.bfloat16)
+
+
+STEPS = [
+    case for case in REAL if case.op.endswith((".decode", ".update", ".experts", ".route", ".rms_norm", ".rotate"))
+]
+
+
+@DTYPES
+@pytest.mark.parametrize("case", STEPS, ids=str)
+def test_a_captured_step_replays_for_new_inputs(case, dtype):
+    """Three replays, each with other numbers and other slots, against the reference on the same states."""
+    function, reference = (
+        case.op.rpartition(".")[2],
+        importlib.import_module(f"hybrid_moe_kernels.{case.op.partition('.')[0]}.reference"),
+    )
+    run = getattr(module_of(case), function)
+    args = case.inputs(dtype, "cuda")
+    kept = [x.clone() if isinstance(x, torch.Tensor) else x for x in args]
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side), registry.unchecked():
+        run(*args, **case.options)  # compiles
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph), registry.unchecked():
+        out = run(*args, **case.options)
+    for x, old in zip(args, kept, strict=True):
+        if isinstance(x, torch.Tensor):
+            x.copy_(old)
+    inputs = [n for n, x in enumerate(args) if isinstance(x, torch.Tensor) and x.is_floating_point()]
+    for replay in range(3):
+        random = torch.Generator().manual_seed(replay)
+        for place in inputs:
+            if place not in case.states:
+                shuffled = torch.randperm(args[place].shape[0], generator=random).cuda()
+                args[place].copy_(args[place][shuffled].clone())
+        if case.states:
+            slots = args[case.states[-1] + 1]
+            num_slots = args[case.states[0]].shape[0]
+            slots.copy_(torch.randperm(num_slots, generator=random)[: slots.shape[0]])
+        wide = [
+            x.double().cpu() if isinstance(x, torch.Tensor) and x.is_floating_point()
+            else x.cpu() if isinstance(x, torch.Tensor) else x
+            for x in args
+        ]  # fmt: skip
+        want = getattr(reference, function)(*wide, **case.options)
+        graph.replay()
+        torch.cuda.synchronize()
+        results = [*(out if isinstance(out, tuple) else (out,)), *(args[place] for place in case.states)]
+        wanted = [*(want if isinstance(want, tuple) else (want,)), *(wide[place] for place in case.states)]
+        for got, right in zip(results, wanted, strict=True):
+            if right.is_floating_point():
+                assert error(got, right) <= (5e-6 if dtype == torch.float32 else 2e-2), f"{case}, replay {replay}"
+
+
+@pytest.mark.parametrize("num_sequences", [1, 64, 500])
+def test_heads_that_share_inputs_never_see_them_shifted(num_sequences):
+    """100 steps in a row: were a program to shift a key head's inputs before its fellows have read them, or a counter
+    to be left behind, the states would part from those of the reference."""
+    case = cases.gdn_decode(1, num_sequences, M=2, R=4, K=32, V=32, W=4)
+    module = module_of(case)
+    reference = importlib.import_module("hybrid_moe_kernels.gated_delta_rule.reference")
+    args, wide = case.inputs(torch.float32, "cuda"), case.inputs(torch.float64, "cpu", spaced=False)
+    for step in range(100):
+        x = torch.randn(args[0].shape, generator=torch.Generator().manual_seed(step))
+        args[0].copy_(x)
+        wide[0].copy_(x)
+        y = module.decode(*args, **case.options)
+        want = reference.decode(*wide, **case.options)
+        assert torch.equal(args[8].cpu(), wide[8].float()), f"step {step}: remembered inputs"
+        assert error(y, want) < 2e-5, f"step {step}"
+
+
+@pytest.mark.parametrize("op", sorted({case.op for case in cases.SMALL}))
+def test_no_access_out_of_bounds(op, tmp_path):
+    """compute-sanitizer over the small cases of an op, each tensor an allocation of its own."""
+    tool = shutil.which("compute-sanitizer") or shutil.which("/usr/local/cuda/bin/compute-sanitizer")
+    if tool is None:
+        pytest.skip("compute-sanitizer is not installed")
+    environment = {**os.environ, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
+    program = Path(__file__).parent / "kernel_cases.py"
+    command = [tool, "--tool", "memcheck", "--error-exitcode", "86", sys.executable, program, op]
+    run = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=500)
+    if "Device not supported" in run.stdout + run.stderr:
+        pytest.skip("compute-sanitizer does not support this device")
+    assert run.returncode == 0, (run.stdout + run.stderr)[-4000:]
+
+
+def test_what_is_allocated_starts_as_nan():
+    with poisoned():
+        assert torch.empty(3, device="cuda").isnan().all()
