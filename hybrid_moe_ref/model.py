@@ -170,7 +170,7 @@ class HybridMoE(nn.Module):
 
     def logits(self, hidden_NH: Tensor) -> Tensor:
         (logits_NV,) = linear.project(hidden_NH.view(-1, hidden_NH.shape[-1]), [self.lm_head.weight])
-        return logits_NV.view(*hidden_NH.shape[:-1], -1)
+        return logits_NV.view(*hidden_NH.shape[:-1], logits_NV.shape[-1])
 
     def generate(self, prompts: Tensor | list[Tensor], max_new_tokens: int, **options: Any) -> Tensor:
         """The likeliest next token, `max_new_tokens` times: [B, max_new_tokens], without the prompts, which may
