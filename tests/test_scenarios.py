@@ -127,8 +127,8 @@ def test_metadata_rebuild_fault_is_a_deadlock_of_exactly_the_live_ranks(tmp_path
         assert "all_reduce" in run_dir.stack(rank).read_text() or "all_gather" in run_dir.stack(rank).read_text()
         assert read_json(run_dir.flight_recorder(rank))["entries"], told
     assert read_json(run_dir.verdict) == document
-    again, refused = judge_again(run_dir, settings)
-    assert not refused
+    again, whole = judge_again(run_dir, settings)
+    assert whole
     assert (again.verdict, again.cause, list(again.culprits)) == ("deadlock", "extra", document["culprits"]), told
 
 

@@ -214,8 +214,8 @@ def _combine(
     h = tl.program_id(1) * BH + tl.arange(0, BH)
     y = tl.zeros([BH], tl.float32)
     for k in range(K):
-        expert = tl.load(ids_ptr + n * K + k)
+        expert = tl.where(h < H, tl.load(ids_ptr + n * K + k), -1)
         is_held = (expert >= 0) & (expert < E)
-        out = tl.load(out_ptr + (n * K + k) * H + h, is_held & (h < H), 0.0).to(tl.float32)
+        out = tl.load(out_ptr + (n * K + k) * H + h, is_held, 0.0).to(tl.float32)
         y += out * tl.load(weights_ptr + n * weights_row + k).to(tl.float32)
     tl.store(y_ptr + n * H + h, cast(y, y_ptr.dtype.element_ty), h < H)
