@@ -234,6 +234,7 @@ def test_a_killed_rank_is_the_culprit_and_not_those_that_wait_for_it(tmp_path):
     assert document["culprits"] == [3], document
 
 
+@pytest.mark.full
 def test_at_the_deadline_a_hang_that_was_not_quiet_long_enough_is_inconclusive(tmp_path):
     settings = small("metadata_rebuild", "fault", quiet_window_s=60, deadline_s=8)
     started = time.monotonic()

@@ -135,6 +135,7 @@ def test_killing_the_parent_during_start_up_ends_everything_it_started(tmp_path,
     run.wait()
 
 
+@pytest.mark.full
 def test_a_run_listens_on_loopback_alone(tmp_path, leaves_nothing):
     run = subprocess.Popen(command("--variant", "control", "--ranks", 2, "--out", tmp_path), cwd=ROOT)
     try:
