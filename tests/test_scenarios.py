@@ -132,7 +132,8 @@ def test_metadata_rebuild_fault_is_a_deadlock_of_exactly_the_live_ranks(tmp_path
     assert (again.verdict, again.cause, list(again.culprits)) == ("deadlock", "extra", document["culprits"]), told
 
 
-@pytest.mark.parametrize("variant", [pytest.param("control", marks=pytest.mark.full), "fix"])
+@pytest.mark.full
+@pytest.mark.parametrize("variant", ["control", "fix"])
 @pytest.mark.parametrize("seed", SEEDS)
 def test_metadata_rebuild_control_and_fix_serve_the_tokens_of_one_process(tmp_path, variant, seed):
     settings = RunSettings("metadata_rebuild", variant, seed=seed)

@@ -89,10 +89,14 @@ def test_all_variants_give_their_verdicts_as_json(tmp_path, leaves_nothing):
     assert read_json(tmp_path / "latest" / "verdict.json") == documents[-1]
 
 
+LAUNCHERS = pytest.mark.parametrize("launcher", ["fork", pytest.param("torchrun", marks=pytest.mark.full)])
+"""The launcher's own duties are the same for both; forked ranks start in half a second."""
+
+
 def test_plain_torchrun_ends_by_itself_with_the_same_verdict_file(tmp_path, leaves_nothing):
     run = subprocess.run(
         [
-            *(sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "8"),
+            *(sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "4"),
             *("-m", "repro.worker", "metadata_rebuild", "--variant", "fault", "--out", str(tmp_path)),
         ],
         cwd=ROOT, capture_output=True, text=True, timeout=DEADLINE_S,
@@ -103,9 +107,11 @@ def test_plain_torchrun_ends_by_itself_with_the_same_verdict_file(tmp_path, leav
     assert (verdict["verdict"], verdict["cause"]) == ("deadlock", "extra") and verdict["matches_expected"], verdict
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.full)])
-def test_an_interrupted_run_writes_its_evidence_first(tmp_path, leaves_nothing, number):
-    run = subprocess.Popen(command("--variant", "control", "--ranks", 2, "--out", tmp_path), cwd=ROOT)
+@LAUNCHERS
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupted_run_writes_its_evidence_first(tmp_path, leaves_nothing, number, launcher):
+    arguments = ("--variant", "control", "--ranks", 2, "--launcher", launcher, "--out", tmp_path)
+    run = subprocess.Popen(command(*arguments), cwd=ROOT)
     try:
         run_dir = _wait_until_serving(tmp_path, 2)
         run.send_signal(number)
@@ -126,6 +132,7 @@ def test_killing_the_parent_ends_everything_it_started(tmp_path, leaves_nothing)
     run.wait()
 
 
+@pytest.mark.full
 def test_killing_the_parent_during_start_up_ends_everything_it_started(tmp_path, leaves_nothing):
     run = subprocess.Popen(command("--variant", "control", "--ranks", 2, "--out", tmp_path), cwd=ROOT)
     deadline = time.monotonic() + DEADLINE_S
@@ -148,12 +155,10 @@ def test_a_run_listens_on_loopback_alone(tmp_path, leaves_nothing):
         run.wait(20)
 
 
-def test_two_runs_side_by_side_do_not_disturb_each_other(tmp_path, leaves_nothing):
-    outs = [tmp_path, tmp_path]
-    runs = [
-        subprocess.Popen(command("--variant", "fault", "--ranks", 2, "--seed", seed, "--out", out), cwd=ROOT)
-        for seed, out in enumerate(outs)
-    ]
+@LAUNCHERS
+def test_two_runs_side_by_side_do_not_disturb_each_other(tmp_path, leaves_nothing, launcher):
+    arguments = ("--variant", "fault", "--ranks", 2, "--launcher", launcher, "--out", tmp_path)
+    runs = [subprocess.Popen(command(*arguments, "--seed", seed), cwd=ROOT) for seed in (0, 1)]
     assert [run.wait(DEADLINE_S) for run in runs] == [EXPECTED, EXPECTED]
     verdicts = [read_json(path) for path in tmp_path.glob("*Z-*/verdict.json")]
     assert sorted(verdict["seed"] for verdict in verdicts) == [0, 1]
