@@ -31,6 +31,7 @@ class Facts:
     lock_holders   lock that a rank waits for -> pid of who holds it, 0 for nobody; not known: not named
     cores          rank -> processors that it and what it started kept busy since the look before
     starved        rank -> share of that time that its threads were ready to run and had no processor, summed
+    died           rank -> when its process was first missed; equal for those between whose deaths nobody looked
     """
 
     alive: dict[int, bool] = field(default_factory=dict)
@@ -38,6 +39,7 @@ class Facts:
     lock_holders: dict[str, int] = field(default_factory=dict)
     cores: dict[int, float] = field(default_factory=dict)
     starved: dict[int, float] = field(default_factory=dict)
+    died: dict[int, float] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
         return {what: {str(key): value for key, value in told.items()} for what, told in asdict(self).items()}
@@ -51,6 +53,7 @@ class Facts:
             {str(name): int(pid) for name, pid in told["lock_holders"].items()},
             {int(rank): float(cores) for rank, cores in told["cores"].items()},
             {int(rank): float(share) for rank, share in told["starved"].items()},
+            {int(rank): float(when_s) for rank, when_s in told.get("died", {}).items()},
         )
 
 
@@ -67,6 +70,7 @@ class System:
         self._unheld_since: dict[str, float] = {}
         self._used: dict[int, tuple[float, float]] = {}  # rank -> seconds of processors, and without one
         self._looked_at = 0.0
+        self._died: dict[int, float] = {}
 
     def look(self, witnesses: Mapping[int, Witness]) -> Facts:
         running = self.running({rank: witness.who for rank, witness in witnesses.items()})
@@ -75,11 +79,20 @@ class System:
             {rank: STOPPED for rank, it in running.items() if it is not None and process.is_stopped(it)},
             self._lock_holders(witnesses),
             *self.use({rank: it.pid for rank, it in running.items() if it is not None}),
+            dict(self._died),
         )
 
     def running(self, writers: Mapping[int, Identity]) -> dict[int, psutil.Process | None]:
         """The process of each rank of this host that came far enough to say its pid, None where it has ended."""
-        return {rank: process.find(who) for rank, who in writers.items() if who.pid and self._is_here(who)}
+        found = {rank: process.find(who) for rank, who in writers.items() if who.pid and self._is_here(who)}
+        if any(it is None and rank not in self._died for rank, it in found.items()):
+            # Those that were looked at first may have died before one that was looked at later: then there is no order.
+            found = {rank: it and process.find(writers[rank]) for rank, it in found.items()}
+            now = time.monotonic()
+            for rank, it in found.items():
+                if it is None:
+                    self._died.setdefault(rank, now)
+        return found
 
     def use(self, pids: Mapping[int, int]) -> tuple[dict[int, float], dict[int, float]]:
         """``cores`` and ``starved`` since the last call; both {} at the first, and when that was just now."""

@@ -37,6 +37,11 @@ if TYPE_CHECKING:
     import torch.distributed as dist
 
 PARK_INTERVAL_S = 0.05
+TERM_PATIENCE_S = 8.0
+"""How long a rank that is asked to end stays: torchrun asks all others 0.1 s after one died, and the watcher waits for
+up to 5 s and a look at their stacks before it says why.
+"""
+
 LAST_RESORT_S = 25.0
 """How long after its deadline a rank ends itself, should the watcher be gone: within the 30 s that are promised."""
 
@@ -102,23 +107,31 @@ def serve(
 
 
 def dump_on_signals(run_dir: RunDir, rank: int) -> None:
-    """SIGUSR1: Python stacks to the stack file. SIGUSR2: the Flight Recorder to the fr file.
+    """SIGUSR1: Python stacks to the stack file. SIGUSR2: the Flight Recorder to the fr file. SIGTERM: to end, but not
+    before its stack could be taken.
 
-    Both work while the main thread waits inside a collective, where a Python signal handler would not run:
-    faulthandler writes from the C handler, and the Flight Recorder is dumped by a thread that the C handler
-    wakes through the wake-up descriptor.
+    All work while the main thread waits inside a collective, where a Python signal handler would not run:
+    faulthandler writes from the C handler, and the rest is done by a thread that the C handler wakes through the
+    wake-up descriptor.
     """
     stack_file = run_dir.stack(rank).open("w")  # faulthandler keeps the descriptor; it lives as long as the rank
     faulthandler.register(signal.SIGUSR1, file=stack_file, all_threads=True)
     read_end, write_end = os.pipe()
     os.set_blocking(write_end, False)
-    signal.signal(signal.SIGUSR2, lambda *_: None)
+    for number in (signal.SIGUSR2, signal.SIGTERM):
+        signal.signal(number, lambda *_: None)
     signal.set_wakeup_fd(write_end, warn_on_full_buffer=False)
-    threading.Thread(target=_dump_when_woken, args=(run_dir, rank, read_end), daemon=True).start()
+    threading.Thread(target=_act_on_signals, args=(run_dir, rank, read_end), daemon=True).start()
 
 
-def _dump_when_woken(run_dir: RunDir, rank: int, read_end: int) -> None:
-    while os.read(read_end, 64):
+def _act_on_signals(run_dir: RunDir, rank: int, read_end: int) -> None:
+    while numbers := os.read(read_end, 64):
+        if signal.SIGTERM in numbers:
+            end = threading.Timer(TERM_PATIENCE_S, os._exit, (128 + signal.SIGTERM,))
+            end.daemon = True
+            end.start()
+        if signal.SIGUSR2 not in numbers:
+            continue
         c10d = sys.modules.get("torch._C._distributed_c10d")
         dump = getattr(c10d, "_dump_nccl_trace_json", None) or getattr(c10d, "_dump_fr_trace_json", None)
         if dump is None:

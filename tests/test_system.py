@@ -152,6 +152,24 @@ def test_stopped_and_ended_processes_are_told_and_those_of_other_hosts_are_not()
     assert System(1.0).look(witnesses).alive == {0: False}
 
 
+def test_who_was_missed_first_is_remembered_and_of_those_missed_at_once_none_is_first() -> None:
+    with python(HOLD) as first, python(HOLD) as second, python(HOLD) as third:
+        started = [first, second, third]
+        writers = {rank: waiter("x", it.pid, rank, 3).who for rank, it in enumerate(started)}
+        system = System(1.0)
+        assert None not in system.running(writers).values()
+        second.kill()
+        second.wait()
+        system.running(writers)
+        for it in (first, third):
+            it.kill()
+            it.wait()
+        assert system.look({}).died.keys() == {1}
+        system.running(writers)
+        died = system.look({}).died
+        assert died[1] < died[0] == died[2]
+
+
 def test_facts_survive_json() -> None:
-    facts = Facts({0: True}, {1: STOPPED}, {"a": 7}, {0: 0.5}, {1: 0.25})
+    facts = Facts({0: True}, {1: STOPPED}, {"a": 7}, {0: 0.5}, {1: 0.25}, {1: 3.5})
     assert Facts.from_json(json.loads(json.dumps(facts.to_json()))) == facts

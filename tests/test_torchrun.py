@@ -237,3 +237,22 @@ def test_when_the_launcher_is_killed_its_run_directory_still_tells_a_crash(tmp_p
             run.wait()
         code, told = _watch(run_dir)
         assert (code, told["verdict"], told["cause"]) == (UNEXPECTED, "crash", "dead_rank"), told
+
+
+@pytest.mark.full
+def test_the_rank_that_torchrun_loses_is_the_one_culprit_and_the_others_leave_their_stacks(tmp_path, leaves_nothing):
+    """torchrun asks all others to end 0.1 s after it has lost one; they stay until they were looked at."""
+    run = subprocess.run(
+        [
+            *(sys.executable, "-m", "repro", "run", "rank_death", "--variant", "fault", "--ranks", "4"),
+            *("--out", str(tmp_path), "--json"),
+        ],
+        cwd=ROOT, capture_output=True, text=True, timeout=DEADLINE_S,
+    )  # fmt: skip
+    assert run.returncode == EXPECTED, run.stdout + run.stderr
+    (document,) = json.loads(run.stdout)
+    (culprit,) = document["culprits"]
+    states = [position["state"] for position in document["ranks"]]
+    assert [rank for rank, state in enumerate(states) if state == "dead"] == [culprit], states
+    stacks = tmp_path / "latest" / "stacks"
+    assert all((stacks / f"rank{rank:03d}.txt").stat().st_size for rank in range(4) if rank != culprit)

@@ -209,6 +209,20 @@ def test_a_dead_rank_is_a_crash_and_the_waits_are_its_consequence() -> None:
     assert (verdict.verdict, verdict.cause, verdict.culprits) == ("crash", "dead_rank", (7,))
 
 
+def test_of_several_dead_ranks_the_first_is_to_blame_and_without_an_order_none() -> None:
+    made = scene()
+    made.begin_step(1, PLAN)
+    made.enter(EVERYONE, C1)
+    alive = dict.fromkeys((2, 5, 6), False)
+    first = look(made, alive=alive, died={5: 10.0, 2: 10.1, 6: 10.1})
+    assert (first.verdict, first.cause, first.culprits) == ("crash", "dead_rank", (5,))
+    assert "rank 5 was gone first, ranks 2,6 later" in first.evidence
+    for died in ({}, {5: 10.0, 2: 10.0, 6: 10.1}, {5: 10.0}):
+        unordered = look(made, alive=alive, died=died)
+        assert (unordered.verdict, unordered.cause, unordered.culprits) == ("crash", "dead_rank", ())
+        assert (unordered.suspects, unordered.confidence) == ((2, 5, 6), "undecided")
+
+
 def test_an_error_is_a_crash_that_quotes_it() -> None:
     made = scene()
     made.begin_step(1, PLAN)

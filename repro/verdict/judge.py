@@ -41,6 +41,7 @@ class _Case:
     notes: Sequence[str]
     cores: Mapping[int, float]
     starved: Mapping[int, float]
+    died: Mapping[int, float]
 
     @property
     def quiet(self) -> bool:
@@ -81,6 +82,7 @@ def judge(
     lock_holders: Mapping[str, int] | None = None,
     cores: Mapping[int, float] | None = None,
     starved: Mapping[int, float] | None = None,
+    died: Mapping[int, float] | None = None,
 ) -> Verdict:
     """What these witnesses prove.
 
@@ -92,6 +94,7 @@ def judge(
     lock_holders   who holds a lock according to the system: name -> pid, 0 for nobody
     cores          processors that each rank's process and its children keep busy; a rank not named is not measured
     starved        share of the time that a rank's threads were ready to run and had no processor
+    died           when each dead rank was first missed, on one clock; of equal times neither is the earlier
     """
     usable, notes = _one_run(witnesses, num_ranks)
     nows, clock_notes = clocks(usable, now_ns)
@@ -106,7 +109,9 @@ def judge(
     waits = wait_graph(standings, ledger, lock_holders or {})
     quiet_ns = [max(0, nows[rank] - witness.last_event_ns()) for rank, witness in usable.items() if witness.last]
     quiet_s = min(quiet_ns, default=0) / 1e9
-    case = _Case(usable, standings, ledger, waits, quiet_s, quiet_window_s, final, notes, cores or {}, starved or {})
+    case = _Case(
+        usable, standings, ledger, waits, quiet_s, quiet_window_s, final, notes, cores or {}, starved or {}, died or {}
+    )
     return _decide(case, wrong_numbers)
 
 
@@ -215,7 +220,7 @@ def _crash(case: _Case) -> Verdict:
             f"without a witness of {name_ranks(unseen)} it is not known whether arguments differed where they died"
         )
     elif dead:
-        finding = Finding("dead_rank", dead)
+        finding = _first_death(case, dead)
     else:
         first = min(failed, key=lambda rank: _wall_ns(case.witnesses[rank]))
         finding = Finding("error", (first,))
@@ -224,6 +229,21 @@ def _crash(case: _Case) -> Verdict:
     for rank in failed:
         finding.evidence.append(f"rank {rank}: {case.standings[rank].position.detail}")
     return case.verdict("crash", finding)
+
+
+def _first_death(case: _Case, dead: Sequence[int]) -> Finding:
+    """Of several dead ranks the one that was missed first; without an order each may have followed another."""
+    missed_s = [case.died.get(rank, float("-inf")) for rank in dead]
+    first = tuple(rank for rank, when_s in zip(dead, missed_s, strict=True) if when_s == min(missed_s))
+    if len(dead) == 1:
+        return Finding("dead_rank", first)
+    if len(first) > 1 or not set(dead) <= case.died.keys():
+        finding = Finding("dead_rank", suspects=tuple(dead), confidence="undecided")
+        finding.evidence.append(f"which of {name_ranks(dead)} died first was not seen")
+        return finding
+    finding = Finding("dead_rank", first)
+    finding.evidence.append(f"{name_ranks(first)} was gone first, {name_ranks(sorted({*dead} - {*first}))} later")
+    return finding
 
 
 def _wall_ns(witness: Witness) -> int:
