@@ -13,9 +13,14 @@ outlives SIGKILL. Little-endian, no padding beyond what is shown. Version 1::
     ...    STRINGS  string_bytes: u32 length + UTF-8, one after another; id k is the k-th (id 0 is "")
 
 A record starts with its event number and ends with the low half of it, and is written in that order: a record
-whose two ends differ is torn. The order of writing one event is string, vector, ring, group slot, LIVE; a reader
+whose two ends differ is torn. The order of writing one event is string, vector, ring, the group's hash and last
+record or its last completion, LIVE; a reader
 copies the file front to back, so that whatever a record refers to is in the copy. A string's length is written
 after its bytes, a vector's head before its sizes: both are seen whole or not at all.
+
+The hash of a group is crc32(d, hash), zlib's CRC-32 from 0 on, over all collectives that the rank issued in it; d is
+the CRC-32 of the signature's text (group, op, layer, dtype, reduce_op, joined by SEPARATOR) in four bytes. Sizes,
+root and step are not in it. In a channel of transfers the group is the channel, and both ends are called p2p.
 
 Only little-endian hosts write or read these files. Times are CLOCK_MONOTONIC nanoseconds of the writer's host;
 wall time = monotonic + wall_offset_ns.

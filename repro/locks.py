@@ -3,22 +3,24 @@
 A lock of the kernel (flock, fcntl) ends with its holder. One that is no more than a file made with O_EXCL, as
 torch's FileBaton, outlives it; its maker keeps the file open as long as it lives, and that is what tells.
 
-What cannot be seen from here: processes of other hosts and other process namespaces that share the file, and those
-whose open files this user may not read. Where they may exist the holder is unknown, never nobody.
+Processes of other process namespaces, and those whose open files this user may not read, are not seen from here, but
+the kernel knows whether any has the file open. Processes of other hosts that share the file system it does not know:
+there, and where it will not say, the holder is unknown, never nobody.
 """
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Collection, Iterator
 from pathlib import Path
 
 import psutil
 
-NOBODY, UNKNOWN = 0, -1
+from hybrid_moe_ref.engine.builds import who_has_open
 
-_SHARED = ("nfs", "cifs", "smb", "lustre", "ceph", "gpfs", "beegfs", "9p", "fuse", "afs", "gfs", "ocfs")
-"""How the names of file systems begin whose files may be locked from another host."""
+NOBODY, UNKNOWN = 0, -1
+LOOKS = 3
 
 
 def holder(path: str | Path, waiting: Collection[int] = ()) -> int:
@@ -34,18 +36,14 @@ def holder(path: str | Path, waiting: Collection[int] = ()) -> int:
         return UNKNOWN  # not there: whoever waits for it is about to see that
     for pid in _in_kernel_table(wanted):
         return pid
-    unseen = False
-    for process in psutil.process_iter():
-        if process.pid in waiting:
-            continue
-        try:
-            if _has_open(process.pid, wanted, os.path.basename(path)):
-                return process.pid
-        except PermissionError:
-            unseen |= _may_be_maker(process, wanted.st_uid)
-        except OSError:
-            continue
-    return UNKNOWN if unseen or _on_shared_file_system(path) else NOBODY
+    for pid in psutil.pids():
+        with contextlib.suppress(OSError):  # it has ended, or is not ours to look at
+            if pid not in waiting and _has_open(pid, wanted, os.path.basename(path)):
+                return pid
+    # Nobody is seen, which proves little where processes may hide; that nobody has it open is for the kernel to say.
+    # One that waits for the file may have looked into it just now.
+    unopened = any(who_has_open(Path(path)) == 0 for _ in range(LOOKS))
+    return NOBODY if unopened and os.path.exists(path) else UNKNOWN
 
 
 def _in_kernel_table(wanted: os.stat_result) -> Iterator[int]:
@@ -76,22 +74,3 @@ def _has_open(pid: int, wanted: os.stat_result, name: str) -> bool:
         if (found.st_dev, found.st_ino) == (wanted.st_dev, wanted.st_ino):
             return True
     return False
-
-
-def _may_be_maker(process: psutil.Process, owner: int) -> bool:
-    """A file belongs to the user who made it. The first process of a container often hides its files and locks none."""
-    try:
-        return process.pid != 1 and bool(process.uids().effective == owner)
-    except psutil.Error:
-        return False
-
-
-def _on_shared_file_system(path: str | Path) -> bool:
-    real = os.path.realpath(path)
-    mounts = [part for part in psutil.disk_partitions(all=True) if _is_below(real, part.mountpoint)]
-    deepest = max(mounts, key=lambda part: len(part.mountpoint), default=None)
-    return deepest is not None and deepest.fstype.startswith(_SHARED)
-
-
-def _is_below(path: str, folder: str) -> bool:
-    return path == folder or path.startswith(folder.rstrip("/") + "/")

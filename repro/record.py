@@ -205,8 +205,8 @@ class Recorder:
         end = at + _ROW
         self._next_at = end if end != self._ring_end else self._ring_at
         buffer[at:end] = row
+        words[group.state_word + 1] = rolling  # a slot that is behind the ring tells that its hash may be ahead of it
         buffer[group.last] = row
-        words[group.state_word + 1] = rolling
         words[_NUM_EVENTS] = n
 
     def leave(self, collective: Collective, ticket: int = 0) -> None:

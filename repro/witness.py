@@ -12,11 +12,12 @@ from __future__ import annotations
 
 import mmap
 import os
+import stat
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from pathlib import Path
-from typing import NamedTuple
+from typing import BinaryIO, NamedTuple
 
 from repro.layout import (
     ENTRY_SEPARATOR,
@@ -45,6 +46,7 @@ from repro.parse import WitnessError, parse_header, parse_ring, parse_strings
 __all__ = ["Event", "GroupTrace", "Signature", "Tail", "Witness", "WitnessError", "create", "parse", "read", "read_dir"]
 
 SUFFIX = ".wit"
+MAX_BYTES = 1 << 28
 _MAX_PROBLEMS = 20
 _RECENT = 16  # events at the end of the ring that a group's slot may lack; one, in truth
 
@@ -181,7 +183,18 @@ def create(path: str | os.PathLike[str], who: Identity, shape: Geometry | None =
 
 def read(path: str | os.PathLike[str]) -> Witness:
     """Read one witness file; OSError or WitnessError says why not."""
-    return parse(Path(path).read_bytes(), str(path))
+    with _opened(path) as file:
+        return parse(file.read(MAX_BYTES), str(path))
+
+
+def _opened(path: str | os.PathLike[str]) -> BinaryIO:
+    """A regular file of a size that a witness may have; a pipe of that name would be waited for without end."""
+    file = os.fdopen(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb")
+    status = os.fstat(file.fileno())
+    if stat.S_ISREG(status.st_mode) and status.st_size <= MAX_BYTES:
+        return file
+    file.close()
+    raise WitnessError(f"{path}:0: not a regular file of at most {MAX_BYTES} bytes")
 
 
 def read_dir(path: str | os.PathLike[str]) -> tuple[dict[int, Witness], list[str]]:
@@ -212,23 +225,31 @@ def parse(data: bytes, name: str) -> Witness:
     promised = LIVE.unpack_from(data, LIVE_AT)[0]
     records, last, torn = parse_ring(data, shape, promised, len(strings), name, problems)
     num_events = last.n if last else 0
+    if promised > num_events + torn and size >= shape.file_bytes:
+        problems.append(
+            f"{name}:{LIVE_AT}: {promised} events are promised, the newest that can be read is {num_events}"
+        )
     first = num_events - len(records) // RECORD.size + 1 if last else 0
     beat_ns, beat_name, _ = HEART.unpack_from(data, HEART_AT)
     complete = not torn and num_events >= promised and size >= GROUPS_AT
     beat = strings[beat_name] if beat_name < len(strings) else "?"
     vectors = data[shape.vectors_at : shape.strings_at]
     witness = Witness(name, who, strings, (), records, last, num_events, first, complete, beat_ns, beat, (), vectors)
-    groups = _parse_groups(data, shape, witness, problems)
-    if any(not group.members for group in groups):
-        complete = False  # what this rank did in a nameless group cannot be set against its peers
+    groups, sound = _parse_groups(data, shape, witness, problems)
+    if not sound or any(not group.members for group in groups):
+        complete = False  # what this rank did in such a group cannot be set against its peers
     if len(problems) > _MAX_PROBLEMS:
         problems[_MAX_PROBLEMS:] = [f"{name}: {len(problems) - _MAX_PROBLEMS} further problems"]
     return replace(witness, groups=groups, complete=complete, problems=tuple(problems))
 
 
-def _parse_groups(data: bytes, shape: Geometry, witness: Witness, problems: list[str]) -> tuple[GroupTrace, ...]:
+def _parse_groups(
+    data: bytes, shape: Geometry, witness: Witness, problems: list[str]
+) -> tuple[tuple[GroupTrace, ...], bool]:
+    """The groups, and whether nothing is wrong with what their slots say."""
     ahead = _newest_calls(witness)
     traces = []
+    known = len(problems)
     for index in range(min(shape.group_slots, (len(data) - GROUPS_AT) // GROUP_BYTES)):
         at = GROUPS_AT + index * GROUP_BYTES
         name, members = GROUP_NAME.unpack_from(data, at)
@@ -238,14 +259,30 @@ def _parse_groups(data: bytes, shape: Geometry, witness: Witness, problems: list
             problems.append(f"{witness.name}:{at}: the name or the members of group {index} are lost")
         left_seq, rolling = GROUP_STATE.unpack_from(data, at + STATE_AT)
         slot = Event._make(RECORD.unpack_from(data, at + LAST_AT))
-        last: Event | None = slot if slot.n and slot.n & 0xFFFFFFFF == slot.check else None
         issued, left = ahead.get(index, (None, None))
+        last: Event | None = slot if slot.n and slot.n & 0xFFFFFFFF == slot.check else None
+        if last is not None and not _may_stand_in_slot(last, index, witness):
+            problems.append(f"{witness.name}:{at + LAST_AT}: not the last collective issued in group {index}")
+            last = None
+        elif last is None and slot.n and issued is None:
+            problems.append(f"{witness.name}:{at + LAST_AT}: torn record of group {index}")
         if issued and (last is None or last.n < issued.n):
             last, rolling = issued, 0
         left_seq = max(left_seq, left.seq if left else 0)
+        if left_seq > (last.seq if last else 0):
+            problems.append(f"{witness.name}:{at + STATE_AT}: #{left_seq} of group {index} completed, but never issued")
+            left_seq, rolling = last.seq if last else 0, 0
         ranks = _members(witness.text(members))
         traces.append(GroupTrace(witness.text(name), ranks, last.seq if last else 0, left_seq, rolling, last))
-    return tuple(traces)
+    return tuple(traces), len(problems) == known
+
+
+def _may_stand_in_slot(last: Event, index: int, witness: Witness) -> bool:
+    """Whether a group's slot holds an issue in that group, the same as the ring has where it still has it."""
+    if last.kind not in (Kind.ENTER, Kind.ISSUE) or last.group != index or not last.seq:
+        return False
+    in_ring = witness.first_event <= last.n <= witness.num_events
+    return not in_ring or witness.event(last.n - witness.first_event) == last
 
 
 def _newest_calls(witness: Witness) -> dict[int, tuple[Event | None, Event | None]]:
@@ -265,7 +302,7 @@ class Tail:
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.path = Path(path)
-        with open(self.path, "rb") as file:
+        with _opened(self.path) as file:
             size = os.fstat(file.fileno()).st_size
             if size < GROUPS_AT:
                 raise WitnessError(f"{self.path}:{size}: the file ends inside its header")

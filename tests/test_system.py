@@ -13,6 +13,7 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from scene import SMALL
@@ -56,8 +57,17 @@ def test_the_maker_of_a_baton_file_is_found_and_when_it_is_killed_nobody_holds_i
         assert locks.holder(path) == holder.pid
     assert os.path.exists(path)
     assert locks.holder(path) == locks.NOBODY
-    with open(path):
-        assert locks.holder(path, [os.getpid()]) == locks.NOBODY, "a waiter that looks into the file does not hold it"
+    with open(path):  # by a waiter that looks into it: then whether another has it open too, nothing tells
+        assert locks.holder(path, [os.getpid()]) == locks.UNKNOWN
+
+
+def test_a_holder_that_cannot_be_seen_is_unknown_and_not_nobody(tmp_path: Path, monkeypatch: Any) -> None:
+    """As in another process namespace that shares the folder: the kernel still knows that the file is open."""
+    path = str(tmp_path / "lock")
+    with python(BATON.format(path)):
+        monkeypatch.setattr("psutil.pids", lambda: [os.getpid()])
+        assert locks.holder(path) == locks.UNKNOWN
+    assert locks.holder(path) == locks.NOBODY
 
 
 def test_of_a_file_that_is_gone_or_a_lock_that_is_none_nothing_is_said(tmp_path: Path) -> None:

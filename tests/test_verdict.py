@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import time
+from dataclasses import replace
 from typing import Any
 
 import pytest
 from scene import MS, Scene
 
 from hybrid_moe_ref.parallel.observer import Collective, ScheduleEntry
+from repro.layout import Geometry
 from repro.verdict import Verdict, judge
 
 EVERYONE = range(8)
@@ -410,6 +412,63 @@ def test_a_rank_that_is_done_while_others_serve_left_too_early() -> None:
     verdict = look(made)
     assert (verdict.verdict, verdict.cause, verdict.culprits) == ("deadlock", "skipped", (7,))
     assert "rank 3 had requests" in " ".join(verdict.evidence)
+
+
+def test_a_group_beyond_the_slots_hides_who_waits_in_it_and_makes_no_deadlock() -> None:
+    made = Scene(4, {"a": range(4), "b": range(4), "c": range(4)}, shape=Geometry(512, 512, 16_384, 2))
+    calls = [Collective(name, "all_reduce", "", (4,), "int32", "sum") for name in "abc"]
+    for call in calls:
+        made.all_of(range(4), call)
+    made.enter(range(3), calls[2])
+    verdict = look(made)
+    assert (verdict.verdict, verdict.culprits) == ("slow", (3,)), verdict.evidence
+    assert "ranks 0-2 wait in c all_reduce #2, a group that the witness could not follow" in verdict.sentences()
+    made.enter([3], calls[0])  # and who waits for these waits for ranks that are hidden
+    verdict = look(made)
+    assert (verdict.verdict, verdict.culprits) == ("inconclusive", ()), verdict.evidence
+
+
+def test_containers_of_one_host_do_not_share_their_locks_and_pids() -> None:
+    def judged(container: str) -> Verdict:
+        made = scene()
+        made.begin_step(1, PLAN)
+        made.recorders[3].local("lock_held", "/cache/lock")
+        made.enter([r for r in EVERYONE if r != 7], C1)
+        made.recorders[7].local("lock_wait", "/cache/lock", holder=103)
+        witnesses = made.witnesses()
+        witnesses[7] = replace(witnesses[7], who=replace(witnesses[7].who, hostname=container))
+        return judge(witnesses, num_ranks=8, now_ns=made.now_ns + 2000 * MS, quiet_window_s=1)
+
+    assert (judged("host0").verdict, judged("host0").culprits) == ("deadlock", (3,))
+    assert (judged("pod-7").verdict, judged("pod-7").culprits) == ("slow", ())
+
+
+def test_what_the_system_says_of_a_lock_holds_on_its_own_host_alone() -> None:
+    made = scene()
+    for recorder in made.recorders:
+        recorder.local("lock_wait", "/cache/lock")
+    witnesses = made.witnesses()
+    for rank in range(4, 8):
+        witnesses[rank] = replace(witnesses[rank], who=replace(witnesses[rank].who, hostname="elsewhere"))
+    here = dict.fromkeys(range(4), True)
+    now_ns = made.now_ns + 2000 * MS
+    more: dict[str, Any] = {"alive": here, "lock_holders": {"/cache/lock": 0}}
+    verdict = judge(
+        {r: w for r, w in witnesses.items() if r >= 4}, num_ranks=8, now_ns=now_ns, quiet_window_s=1, **more
+    )
+    assert verdict.verdict == "inconclusive", verdict
+
+
+def test_a_failed_rank_whose_groups_lost_their_members_is_still_a_crash() -> None:
+    made = scene()
+    made.begin_step(1, PLAN)
+    made.enter(EVERYONE, C1)
+    made.recorders[2].failed("out of memory")
+    at = made.files[2].index(b"0,1,2,3,4,5,6,7")
+    made.files[2][at] = ord("x")
+    verdict = look(made)
+    assert (verdict.verdict, verdict.cause, verdict.culprits) == ("crash", "error", (2,))
+    assert look(made, alive={2: False}).verdict == "crash"
 
 
 def test_witnesses_of_another_run_are_named_and_left_out() -> None:

@@ -2,21 +2,38 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import struct
+import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from scene import Scene
 
 from hybrid_moe_ref.parallel.observer import Collective
-from repro.layout import CRC, HEADER, LIVE_AT, RECORD, Geometry, Identity, Kind
+from repro.layout import (
+    CRC,
+    GROUP_BYTES,
+    GROUPS_AT,
+    HEADER,
+    LAST_AT,
+    LIVE_AT,
+    RECORD,
+    STATE_AT,
+    Geometry,
+    Identity,
+    Kind,
+)
 from repro.record import Recorder
 from repro.verdict import judge
 from repro.witness import Event, Tail, WitnessError, create, parse, read, read_dir
 
 TINY = Geometry(ring_records=32, vector_words=64, string_bytes=512, group_slots=4)
 REDUCE = Collective("dp", "all_reduce", "", (32,), "int32", "sum")
+SLOT = GROUPS_AT + GROUP_BYTES  # of the second group
 GATHER = Collective("ep", "all_gather_v", "layers.0.mlp", (3, 0, 2, 1), "float32")
 
 
@@ -156,6 +173,79 @@ def test_random_damage_is_survived() -> None:
         judge({**others, 2: witness}, num_ranks=4, now_ns=scene.now_ns, quiet_window_s=1.0).to_json()
 
 
+@pytest.mark.parametrize(
+    ("at", "code", "value", "words"),
+    [
+        (LIVE_AT, "<Q", 900, "900 events are promised, the newest that can be read is 14"),
+        (SLOT + STATE_AT, "<Q", 2**40, "#1099511627776 of group 1 completed, but never issued"),
+        (SLOT + LAST_AT + 16, "<Q", 2**40, "not the last collective issued in group 1"),
+        (SLOT + LAST_AT + 64, "<H", 7, "not the last collective issued in group 1"),
+        (SLOT + LAST_AT + 66, "<B", Kind.LEAVE, "not the last collective issued in group 1"),
+        (SLOT + LAST_AT + 66, "<B", 99, "not the last collective issued in group 1"),
+    ],
+)
+def test_damage_to_what_is_kept_of_a_group_is_named_and_nothing_is_concluded_from_it(
+    at: int, code: str, value: int, words: str
+) -> None:
+    scene = sample()
+    for rank in (1, 2):  # in two files alike: neither stands alone
+        scene.enter([rank], GATHER)
+        struct.pack_into(code, scene.files[rank], at, value)
+    witness = scene.witnesses()[1]
+    slot = at if at < SLOT + LAST_AT else SLOT + LAST_AT
+    assert (f"rank001.wit:{slot}: {words}",) == witness.problems
+    assert not witness.complete
+    verdict = judge(scene.witnesses(), num_ranks=4, now_ns=scene.now_ns + 2 * 10**9, quiet_window_s=1.0)
+    assert verdict.verdict in ("slow", "inconclusive") and not set(verdict.culprits) - {3}, verdict
+
+
+def states_of(recorder: Recorder, data: bytearray, do: Callable[[], object]) -> list[bytes]:
+    """The file after each line that stores something in it, and with each store cut after any byte."""
+    seen = [bytes(data)]
+
+    def trace(frame: Any, event: str, argument: object) -> Any:
+        if (now := bytes(data)) != seen[-1]:
+            seen.append(now)
+        return trace
+
+    before = sys.gettrace()
+    sys.settrace(trace)
+    try:
+        do()
+    finally:
+        sys.settrace(before)
+    if bytes(data) != seen[-1]:
+        seen.append(bytes(data))
+    states = []
+    for old, new in itertools.pairwise(seen):
+        changed = [at for at, (this, that) in enumerate(zip(old, new, strict=True)) if this != that]
+        states += [new[:at] + old[at:] for at in range(changed[0], changed[-1] + 2)]
+    return states
+
+
+@pytest.mark.parametrize("op", ["enter", "leave"])
+def test_a_writer_killed_between_or_within_any_two_stores_accuses_nobody(op: str) -> None:
+    scene = sample()
+    new = GATHER._replace(layer="layers.1.mlp", sizes=(1, 2, 3, 4))  # its name and its sizes are stored as well
+    scene.leave([0], GATHER)
+    scene.enter([1, 2, 3], GATHER)
+    scene.leave([1, 2, 3], GATHER)
+    scene.enter([1, 2, 3], new)
+    if op == "leave":
+        scene.enter([0], new)
+        scene.leave([1, 2, 3], new)
+    recorder = scene.recorders[0]
+    states = states_of(recorder, scene.files[0], lambda: getattr(recorder, op)(new))
+    assert len(states) > 72
+    others = scene.witnesses()
+    for number, state in enumerate(states):
+        witness = parse(state, "rank000.wit")
+        verdict = judge(
+            {**others, 0: witness}, num_ranks=4, now_ns=scene.now_ns + 2 * 10**9, quiet_window_s=1.0, alive={0: False}
+        )
+        assert verdict.verdict == "crash" and not set(verdict.culprits) - {0}, (number, witness.problems, verdict)
+
+
 def test_a_full_string_area_costs_names_but_no_events() -> None:
     scene = Scene(1, {"dp": [0]}, shape=Geometry(64, 64, 32, 4))
     scene.phase("a phase with a name that does not fit into so few bytes")
@@ -169,11 +259,15 @@ def test_a_directory_gives_the_good_files_and_names_the_bad(tmp_path: Path) -> N
     for rank in range(3):
         (tmp_path / f"rank{rank:03d}.wit").write_bytes(sample().files[rank])
     (tmp_path / "rank001.wit").write_bytes(b"")
+    os.mkfifo(tmp_path / "rank003.wit")  # nobody writes to it: whoever waited for it would wait for ever
     (tmp_path / "rank004.wit").write_bytes(sample().files[0])
     witnesses, refused = read_dir(tmp_path)
     assert sorted(witnesses) == [0, 2]
     assert "rank001.wit:0:" in refused[0]
-    assert "already told by" in refused[1]
+    assert "rank003.wit:0: not a regular file" in refused[1]
+    assert "already told by" in refused[2]
+    with pytest.raises(WitnessError, match="not a regular file"):
+        Tail(tmp_path / "rank003.wit")
 
 
 def test_a_tail_follows_a_live_file(tmp_path: Path) -> None:

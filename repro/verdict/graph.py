@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 
 from repro.verdict.ledger import Ledger, widest
@@ -41,8 +41,16 @@ class Waits:
     attended: list[Node]  # collectives that lack nobody and are not over
 
 
-def wait_graph(standings: Mapping[int, Standing], ledger: Ledger, lock_holders: Mapping[str, int]) -> Waits:
-    """Build the graph. A rank that died or gave up inside a collective still stands there."""
+def wait_graph(
+    standings: Mapping[int, Standing],
+    ledger: Ledger,
+    lock_holders: Mapping[str, int],
+    here: Collection[int] | None = None,
+) -> Waits:
+    """Build the graph. A rank that died or gave up inside a collective still stands there.
+
+    here: the ranks for whose locks ``lock_holders`` speaks: those of one host; None for all
+    """
     nodes: dict[NodeKey, Node] = {}
     at: dict[int, Node] = {}
     for rank, standing in standings.items():
@@ -53,7 +61,7 @@ def wait_graph(standings: Mapping[int, Standing], ledger: Ledger, lock_holders: 
     pids = {(s.host, s.pid): rank for rank, s in standings.items() if s.pid}
     for node in nodes.values():
         if node.key[0] == "lock":
-            _lock_edges(node, standings, pids, lock_holders)
+            _lock_edges(node, standings, pids, lock_holders if here is None or {*here} & {*node.ranks} else {})
         else:
             _collective_edges(node, standings, ledger)
     cycle = _find_cycle(nodes, at)

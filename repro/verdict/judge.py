@@ -91,7 +91,8 @@ def judge(
     final          nobody will look again: what moves now counts as moving, not as "ask later"
     wrong_numbers  one line for each result that differs from the reference: a clean run becomes corrupt
     excused        ranks whose process is known not to wait, with the reason ("stopped by a signal")
-    lock_holders   who holds a lock according to the system: name -> pid, 0 for nobody
+    lock_holders   who holds a lock according to the system: name -> pid, 0 for nobody; of the host of those in
+                   ``alive``, if that is given
     cores          processors that each rank's process and its children keep busy; a rank not named is not measured
     starved        share of the time that a rank's threads were ready to run and had no processor
     died           when each dead rank was first missed, on one clock; of equal times neither is the earlier
@@ -99,14 +100,12 @@ def judge(
     usable, notes = _one_run(witnesses, num_ranks)
     nows, clock_notes = clocks(usable, now_ns)
     standings = {
-        rank: locate(
-            rank, usable.get(rank), nows.get(rank, 0), (alive or {}).get(rank), (excused or {}).get(rank, ""), num_ranks
-        )
+        rank: locate(rank, usable.get(rank), nows.get(rank, 0), (alive or {}).get(rank), (excused or {}).get(rank, ""))
         for rank in range(num_ranks)
     }
     notes += clock_notes + [problem for witness in usable.values() for problem in witness.problems]
     ledger = Ledger(usable)
-    waits = wait_graph(standings, ledger, lock_holders or {})
+    waits = wait_graph(standings, ledger, lock_holders or {}, alive)
     quiet_ns = [max(0, nows[rank] - witness.last_event_ns()) for rank, witness in usable.items() if witness.last]
     quiet_s = min(quiet_ns, default=0) / 1e9
     case = _Case(

@@ -46,6 +46,8 @@ class Ledger:
         for witness in witnesses.values():
             tables: dict[int, dict[int, Call]] = {}  # by the identity of the key: to hash it costs its members
             for key, seq, _, call in calls(witness):
+                if not key[1]:
+                    continue  # its members are lost
                 table = tables.get(id(key))
                 if table is None:
                     table = tables[id(key)] = self._first.setdefault(key, {})
@@ -126,7 +128,6 @@ def calls(witness: Witness, only: GroupKey | None = None, number: int = 0) -> It
     What the ring has lost but a group remembers, its last one, comes first.
     """
     keys = [(group.name, group.members) for group in witness.groups]
-    everyone = tuple(range(witness.who.num_ranks))
     for group, key in zip(witness.groups, keys, strict=True):
         last = group.last
         if last is None or witness.first_event <= last.n <= witness.num_events or last.sig >= len(witness.strings):
@@ -134,7 +135,6 @@ def calls(witness: Witness, only: GroupKey | None = None, number: int = 0) -> It
         if only is None or (only, number) == (key, last.seq):
             call = Call(witness.signature(last.sig), last.aux, witness.sizes(last.vector, last.num_sizes), last.step)
             yield key, last.seq, Row(last.site, last.t_ns), call
-    untracked: dict[str, GroupKey] = {}  # groups beyond the file's slots, taken to hold everyone
     num_strings = len(witness.strings)  # a call whose name is lost cannot be compared
     wanted = -1 if only is None or only not in keys else keys.index(only)
     sized = (-1, -1)
@@ -143,13 +143,12 @@ def calls(witness: Witness, only: GroupKey | None = None, number: int = 0) -> It
     for kind, seq, vector, step, aux, sig, num_sizes, index, site, t_ns in zip(
         *map(witness.column, names), strict=True
     ):
-        if (kind != _ENTER and kind != _ISSUE) or sig >= num_strings:
-            continue
+        if (kind != _ENTER and kind != _ISSUE) or sig >= num_strings or index >= len(keys):
+            continue  # of a group beyond the file's slots the members are not known: nothing to match it with
         if only is not None and (seq != number or (wanted >= 0 and index != wanted)):
             continue
         signature = witness.signature(sig)
-        name = signature.group
-        key = keys[index] if index < len(keys) else untracked.setdefault(name, (name, everyone))
+        key = keys[index]
         if only is None or key == only:
             if sized != (vector, num_sizes):
                 sized, sizes = (vector, num_sizes), witness.sizes(vector, num_sizes)

@@ -45,13 +45,11 @@ class Standing:
         return self.position.state
 
 
-def locate(
-    rank: int, witness: Witness | None, now_ns: int, alive: bool | None, excuse: str, num_ranks: int
-) -> Standing:
+def locate(rank: int, witness: Witness | None, now_ns: int, alive: bool | None, excuse: str) -> Standing:
     """One rank's standing. ``excuse`` says why its process is not waiting whatever its witness says."""
     if witness is None:
         return Standing(Position(rank, "dead" if alive is False else "missing"))
-    standing = _read(rank, witness, now_ns, num_ranks)
+    standing = _read(rank, witness, now_ns)
     position = standing.position
     if alive is False and position.state not in ("done", "failed"):
         standing.position = _with_state(position, "dead")
@@ -65,7 +63,7 @@ def _with_state(position: Position, state: str, detail: str = "") -> Position:
     return Position(**{**fields, "state": state, "detail": detail or position.detail})
 
 
-def _read(rank: int, witness: Witness, now_ns: int, num_ranks: int) -> Standing:
+def _read(rank: int, witness: Witness, now_ns: int) -> Standing:
     keys = {index: (group.name, group.members) for index, group in enumerate(witness.groups)}
     held, builds = _local_work(witness)
     last = witness.last
@@ -75,7 +73,7 @@ def _read(rank: int, witness: Witness, now_ns: int, num_ranks: int) -> Standing:
         holds=held,
         issued={keys[i]: group.issued for i, group in enumerate(witness.groups)},
         left={keys[i]: group.left for i, group in enumerate(witness.groups)},
-        host=witness.who.boot_id or witness.who.hostname,
+        host=f"{witness.who.boot_id}/{witness.who.hostname}",  # containers of one host share its boot
         pid=witness.who.pid,
         seen=witness.complete,
     )
@@ -97,7 +95,11 @@ def _read(rank: int, witness: Witness, now_ns: int, num_ranks: int) -> Standing:
         layer, op, seq, group_name = signature.layer, signature.op, blocked.seq, signature.group
         sizes, site = witness.sizes(call.vector, call.num_sizes), witness.text(call.site)
         since_ns = blocked.t_ns
-        standing.group = keys.get(blocked.group, (group_name, tuple(range(num_ranks))))
+        key = keys.get(blocked.group)
+        if key is not None and key[1]:
+            standing.group = key
+        else:  # beyond the slots of the file, or its members are lost: who else should be there is not known
+            state = "hidden"
     elif builds:
         state, detail = "building", next(reversed(builds))
         since_ns = builds[detail]

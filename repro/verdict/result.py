@@ -13,8 +13,8 @@ VERDICTS = ("clean", "slow", "deadlock", "stall", "corrupt", "crash", "inconclus
 class Position:
     """Where one rank stands.
 
-    state      missing, hidden (its last event is unreadable), starting, running, building, locked, blocked, done,
-               failed or dead
+    state      missing, hidden (its last event is unreadable, or in a group of which nothing is kept), starting,
+               running, building, locked, blocked, done, failed or dead
     layer, group, seq, op, sizes    of the collective it is blocked in, else of nothing
     detail     the lock, build or message, or what the system says about the rank
     since_s    how long it has been there
@@ -61,6 +61,8 @@ class Position:
                 return f"failed{where}: {self.detail}"
             case "dead":
                 return f"died in {self.group} {self.op} #{self.seq}{where}" if self.op else f"died{where}"
+            case "hidden" if self.op:
+                return f"wait in {self.group} {self.op} #{self.seq}{where}, a group that the witness could not follow"
             case "hidden":
                 return "left a torn witness"
             case _:

@@ -73,7 +73,6 @@ class Deviation:
 def steps_of(witness: Witness, num_steps: int = RECENT_STEPS) -> list[Step]:
     """The last steps of a rank, as far as their beginning is still in the ring."""
     keys = [(group.name, group.members) for group in witness.groups]
-    everyone = tuple(range(witness.who.num_ranks))
     kinds = witness.column("kind")
     begins = [index for index, kind in enumerate(kinds) if kind == _STEP][-num_steps:]
     steps: list[Step] = []
@@ -88,7 +87,7 @@ def steps_of(witness: Witness, num_steps: int = RECENT_STEPS) -> list[Step]:
             case Kind.ENTER | Kind.ISSUE:
                 signature = witness.signature(event.sig)
                 name = signature.group.split(":")[0] if is_transfer(signature) else signature.group
-                key = keys[event.group] if event.group < len(keys) else (signature.group, everyone)
+                key = keys[event.group] if event.group < len(keys) else (signature.group, ())
                 entry = (name, signature.op, signature.layer)
                 steps[-1].issued.append(Issued(entry, key, event.seq, event.t_ns, witness.text(event.site)))
     return steps
