@@ -26,7 +26,8 @@ from repro.junit import write_junit
 from repro.report import command as report_command
 from repro.rundir import RUN_NAME, OutputError, RunDir, read_json
 from repro.settings import KERNEL_CACHES, VARIANTS, RunSettings
-from repro.watch import judge_again, matches
+from repro.verdict import Verdict
+from repro.watch import document_of, judge_again
 from repro.witness import Tail, read_dir
 
 EXPECTED, UNEXPECTED, USAGE, CANNOT_TELL, INTERRUPTED = 0, 1, 2, 125, 130
@@ -242,13 +243,9 @@ def _preflight(settings: RunSettings) -> list[str]:
 
 def _skipped(settings: RunSettings, why: str) -> dict[str, Any]:
     """Stands in a list of verdicts for a run that this machine cannot do."""
-    expected = scenarios.load(settings.scenario).expected(settings).to_json()
-    return {
-        "scenario": settings.scenario, "variant": settings.variant, "backend": settings.backend,
-        "num_ranks": settings.num_ranks, "seed": settings.seed, "verdict": "inconclusive", "cause": None,
-        "culprits": [], "sentences": [], "evidence": [why], "skipped": why, "expected": expected,
-        "matches_expected": False, "seconds": {"stall_to_verdict": 0.0, "total": 0.0},
-    }  # fmt: skip
+    verdict = Verdict("inconclusive", evidence=(why,), confidence="undecided")
+    no_time = {"stall_to_verdict": 0.0, "total": 0.0}
+    return {**document_of(settings, verdict), "matches_expected": False, "skipped": why, "seconds": no_time}
 
 
 def _report(console: Console, roots: Sequence[Path]) -> None:
@@ -339,18 +336,17 @@ def _watch_run(args: argparse.Namespace, run_dir: RunDir) -> int:
             raise ConfigError("the run is decided; without --end it is judged once more", str(run_dir.verdict))
         return _watch_to_end(run_dir, settings, console, args.json)
     try:
-        expected = scenarios.load(settings.scenario).expected(settings)
-        verdict, whole = judge_again(run_dir, settings)
+        document, whole = judge_again(run_dir, settings)
     except (AttributeError, KeyError, TypeError) as error:
         raise ConfigError(f"holds a file that no run of this program leaves: {error}", str(run_dir.root)) from error
     if args.json:
-        print(json.dumps(verdict.to_json(), indent=1))
+        print(json.dumps(document, indent=1))
     else:
-        for line in (verdict.verdict, *verdict.sentences(), *verdict.evidence):
+        for line in (document["verdict"], *document["sentences"], *document["evidence"]):
             print(line)
-    if verdict.verdict == "inconclusive" or not whole:
+    if document["verdict"] == "inconclusive" or not whole:
         return CANNOT_TELL
-    return EXPECTED if matches(verdict, expected) else UNEXPECTED
+    return EXPECTED if document["matches_expected"] else UNEXPECTED
 
 
 def _watch_to_end(run_dir: RunDir, settings: RunSettings, console: Console, as_json: bool) -> int:

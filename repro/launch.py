@@ -82,10 +82,9 @@ def prepare_run_dir(out: Path, settings: RunSettings) -> RunDir:
         scenarios.load(settings.scenario).before(settings, kernel_cache.folder(run_dir, settings))
         for rank in range(settings.num_ranks):
             create(run_dir.witness(rank), Identity(rank, settings.num_ranks, run_id=run_dir.root.name))
+        run_dir.point_latest()
     except BaseException as error:
         shutil.rmtree(run_dir.root, ignore_errors=True)
-        with contextlib.suppress(OSError):
-            (out / "latest").unlink()
         if not isinstance(error, OSError):
             raise
         raise OutputError(f"cannot write to {out}: {error.strerror}; choose another --out") from error
@@ -150,6 +149,7 @@ def _attend(
     job_alive: Callable[[], bool],
     children: list[subprocess.Popen[bytes]],
 ) -> dict[str, Any]:
+    started_here = bool(children)
     reference = None
     if not run_dir.reference.exists():
         reference = _start([sys.executable, "-m", "repro.reference", str(run_dir.root)], run_dir, "reference.log")
@@ -165,7 +165,9 @@ def _attend(
     )
     try:
         document = watch.run()
-        if watch.all_done():
+        # Their work is on the disk, and to leave takes eight interpreters seconds: ours are ended, unless a library
+        # has something of the host's to give back. Of another's job the launcher wants to see its ranks exit well.
+        if watch.all_done() and not (started_here and settings.backend == "gloo"):
             _release(run_dir, job_alive)
     finally:
         end(run_dir, children, watch.processes())

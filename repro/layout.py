@@ -152,6 +152,12 @@ class Identity:
     pid_start_ticks: int = 0
     wall_offset_ns: int = 0
 
+    def clock_ahead_ns(self, other: Identity) -> int:
+        """How far the monotonic clock of this host is ahead of another's, as well as their wall clocks agree."""
+        if self.boot_id == other.boot_id or not self.boot_id or not other.boot_id:
+            return 0
+        return other.wall_offset_ns - self.wall_offset_ns
+
 
 def column(records: bytes, field: str) -> list[int]:
     """One field of every record, many times faster than unpacking them."""

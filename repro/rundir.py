@@ -47,7 +47,7 @@ class RunDir:
 
     @classmethod
     def create(cls, out: Path, scenario: str, variant: str, seed: int) -> RunDir:
-        """Make ``<out>/<utc>-<scenario>-<variant>-<seed>``, never one that exists, and point ``latest`` at it.
+        """Make ``<out>/<utc>-<scenario>-<variant>-<seed>``, never one that exists.
 
         Raises OutputError when that cannot be done.
         """
@@ -56,10 +56,20 @@ class RunDir:
             root = _make_unique(out.resolve(), f"{scenario}-{variant}-{seed}")
             for part in PARTS:
                 (root / part).mkdir()
-            _point_latest(out, root)
         except OSError as error:
             raise OutputError(f"cannot write to {out}: {error.strerror}; choose another --out") from error
         return cls(root)
+
+    def point_latest(self) -> None:
+        """Let ``latest`` beside it name this run; OSError when that cannot be done, and then nothing has changed."""
+        link = self.root.with_name(f".latest.{os.getpid()}")
+        try:
+            link.symlink_to(self.root.name)
+            os.replace(link, self.root.with_name("latest"))
+        except OSError as error:
+            link.unlink(missing_ok=True)
+            if error.errno != errno.EPERM:  # a file system without links: a convenience lost, not a run
+                raise
 
     def _rank_file(self, part: str, rank: int, suffix: str) -> Path:
         return self.root / part / f"rank{rank:03d}.{suffix}"
@@ -162,13 +172,3 @@ def _make_unique(out: Path, name: str) -> Path:
             return out / f"{utc}-{name}"
         except FileExistsError:
             time.sleep(0.001)
-
-
-def _point_latest(out: Path, root: Path) -> None:
-    link = out / f".latest.{os.getpid()}"
-    try:
-        link.symlink_to(root.name)
-        os.replace(link, out / "latest")
-    except OSError as error:
-        if error.errno != errno.EPERM:  # a file system without links: a convenience lost, not a run
-            raise

@@ -147,7 +147,7 @@ class Ranks:
                 if Kind.FAILED in kinds:
                     time.sleep(0.2)  # the first to fail is often not the last
                 judged = now
-                verdict, facts = self._judge(run_dir, system, late)
+                verdict, facts = self._judge(run_dir, system)
                 if late or verdict.verdict not in _MOVING:
                     raise DeadlockError(self._explain(run_dir, verdict, facts, late))
             time.sleep(POLL_S)
@@ -155,12 +155,13 @@ class Ranks:
     def _somebody_died(self, tails: list[Tail]) -> bool:
         return any((who := tail.who()).pid and process.find(who) is None for tail in tails)
 
-    def _judge(self, run_dir: RunDir, system: System, final: bool) -> tuple[Verdict, Facts]:
+    def _judge(self, run_dir: RunDir, system: System) -> tuple[Verdict, Facts]:
         witnesses, _ = read_dir(run_dir.root / "events")
         facts = system.look(witnesses)
         verdict = judge(
             witnesses, num_ranks=self.num_ranks, now_ns=time.monotonic_ns(), quiet_window_s=self.quiet_window_s,
-            alive=facts.alive, excused=facts.excused, final=final,
+            alive=facts.alive, excused=facts.excused, died=facts.died,
+            queued={g.name for w in witnesses.values() for g in w.groups} if self.backend == "nccl" else (),
         )  # fmt: skip
         return verdict, facts
 

@@ -19,6 +19,7 @@ import psutil
 from repro import evidence, process, scenarios
 from repro.layout import Kind
 from repro.parse import WitnessError
+from repro.record import myself
 from repro.rundir import RunDir, read_json, write_json
 from repro.scenarios import Expected
 from repro.settings import RunSettings
@@ -60,6 +61,7 @@ class Watch:
     started_ns: int = field(default_factory=time.monotonic_ns)
 
     def __post_init__(self) -> None:
+        self._here = myself(0, 1)
         self._tails = [Tail(self.run_dir.witness(rank)) for rank in range(self.settings.num_ranks)]
         self._system = System(self.settings.quiet_window_s)
         self._facts = Facts()
@@ -92,6 +94,8 @@ class Watch:
         if now_ns - self.started_ns > self.settings.deadline_s * 1e9:
             return self._conclude(f"the deadline of {self.settings.deadline_s:g} s passed")
         if self.all_done():
+            if not self.run_dir.reference.exists() and self.reference_alive():
+                return None
             return self._compare_with_reference()
         if self._somebody_died(now_ns):
             return self._conclude()
@@ -124,10 +128,13 @@ class Watch:
 
     def _conclude(self, why: str = "") -> Verdict:
         """The last word, with what there is: nothing more will be seen of this run."""
+        told = [why] if why else []
+        if self.all_done():
+            return _with_evidence(self._compare_with_reference(), told)
         gaps = self._collect_evidence()
-        return self._with_dumps(self._judge(final=True), [*([why] if why else []), *gaps])
+        return self._with_dumps(self._judge(), [*told, *gaps])
 
-    def _judge(self, final: bool = False, wrong_numbers: Sequence[str] = ()) -> Verdict:
+    def _judge(self, wrong_numbers: Sequence[str] = ()) -> Verdict:
         witnesses: dict[int, Witness] = {}
         unreadable = []
         for rank, tail in enumerate(self._tails):
@@ -141,8 +148,9 @@ class Watch:
             num_ranks=self.settings.num_ranks,
             now_ns=time.monotonic_ns(),
             quiet_window_s=self.settings.quiet_window_s,
-            final=final,
+            home=self._here,
             wrong_numbers=wrong_numbers,
+            queued=_queued(self.settings),
             **vars(self._facts),
         )
         strangers = set(self._facts.lock_holders.values()) - {witness.who.pid for witness in witnesses.values()}
@@ -152,16 +160,13 @@ class Watch:
     def _with_dumps(self, verdict: Verdict, texts: list[str]) -> Verdict:
         return _with_evidence(verdict, [*evidence.compare_with_flight_recorder(self.run_dir, verdict.ranks), *texts])
 
-    def _compare_with_reference(self) -> Verdict | None:
+    def _compare_with_reference(self) -> Verdict:
         """All ranks finished: `clean` only if they served what one process serves."""
-        if not self.run_dir.reference.exists() and self.reference_alive():
-            return None
         if not self.run_dir.reference.exists():
-            verdict = self._judge(final=True)
-            text = "the single-process reference failed (logs/reference.log), so the tokens were not compared"
-            return dataclasses.replace(verdict, verdict="inconclusive", evidence=(*verdict.evidence, text))
+            why = "is not ready" if self.reference_alive() else "failed (logs/reference.log)"
+            return _uncompared(self._judge(), f"the single-process reference {why}")
         wrong = wrong_tokens(self.run_dir, self.settings.num_ranks)
-        verdict = self._judge(final=True, wrong_numbers=wrong)
+        verdict = self._judge(wrong_numbers=wrong)
         if wrong:
             return verdict
         reference = read_json(self.run_dir.reference)
@@ -172,7 +177,11 @@ class Watch:
         return _with_evidence(verdict, [text])
 
     def _last_event_ns(self) -> int:
-        return max(self.started_ns, *(tail.last_event_ns() for tail in self._tails))
+        return max(self.started_ns, *(self._on_my_clock(tail, tail.last_event_ns()) for tail in self._tails))
+
+    def _on_my_clock(self, tail: Tail, then_ns: int) -> int:
+        """A moment on the clock of a rank's host, 0 for never."""
+        return then_ns and then_ns + self._here.clock_ahead_ns(tail.who())
 
     def _running(self) -> dict[int, psutil.Process | None]:
         return self._system.running({rank: tail.who() for rank, tail in enumerate(self._tails)})
@@ -198,7 +207,7 @@ class Watch:
         num_waiting = sum(position.state in ("blocked", "locked") for position in verdict.ranks)
         if verdict.verdict != "slow" or num_waiting <= len(verdict.culprits):
             return
-        heard_ns = max(tail.heartbeat_ns() for tail in self._tails)
+        heard_ns = max(self._on_my_clock(tail, tail.heartbeat_ns()) for tail in self._tails)
         if time.monotonic_ns() - heard_ns < self.settings.quiet_window_s * 1e9:
             return
         longest = self._slowest is None or verdict.quiet_s > self._slowest.quiet_s
@@ -219,20 +228,9 @@ class Watch:
             self.notice(f"{verdict.verdict}: {'; '.join(sentences)}")
 
     def _write(self, verdict: Verdict) -> dict[str, Any]:
-        expected = scenarios.load(self.settings.scenario).expected(self.settings)
         now_ns = time.monotonic_ns()
         document = {
-            "schema_version": SCHEMA_VERSION,
-            "scenario": self.settings.scenario,
-            "variant": self.settings.variant,
-            "backend": self.settings.backend,
-            "num_ranks": self.settings.num_ranks,
-            "seed": self.settings.seed,
-            **verdict.to_json(),
-            "cause": verdict.cause or None,
-            "sentences": verdict.sentences(),
-            "expected": expected.to_json(),
-            "matches_expected": matches(verdict, expected),
+            **document_of(self.settings, verdict),
             "system": self._facts.to_json(),
             "seconds": {
                 "stall_to_verdict": round((now_ns - self._last_event_ns()) / 1e9, 3),
@@ -243,18 +241,37 @@ class Watch:
         return document
 
 
-def judge_again(run_dir: RunDir, settings: RunSettings) -> tuple[Verdict, bool]:
-    """The verdict on a run from the files it left, and whether all of these could be used to their last byte.
+def document_of(settings: RunSettings, verdict: Verdict) -> dict[str, Any]:
+    """What verdict.json and every list of verdicts say, but for the times."""
+    expected = scenarios.load(settings.scenario).expected(settings)
+    return {
+        "schema_version": SCHEMA_VERSION,
+        "scenario": settings.scenario,
+        "variant": settings.variant,
+        "backend": settings.backend,
+        "num_ranks": settings.num_ranks,
+        "seed": settings.seed,
+        **verdict.to_json(),
+        "sentences": verdict.sentences(),
+        "expected": expected.to_json(),
+        "matches_expected": matches(verdict, expected),
+    }
+
+
+def judge_again(run_dir: RunDir, settings: RunSettings) -> tuple[dict[str, Any], bool]:
+    """The verdict on a run from the files it left, as in verdict.json, and whether all of these could be used to their
+    last byte.
 
     A decided run is judged as of the moment of its verdict.json, from where also comes what the system said then; any
     other as of now, after a look of LOOK_S at its processes.
     """
     witnesses, refused = read_dir(run_dir.root / "events")
     told: dict[str, Any] = {}
+    here = myself(0, 1)
     if run_dir.verdict.exists():
         told = read_json(run_dir.verdict)
-        last_event_ns = max((witness.last_event_ns() for witness in witnesses.values()), default=0)
-        now_ns = last_event_ns + int(told["quiet_s"] * 1e9) + 1_000_000  # the file has milliseconds
+        last_ns = (w.last_event_ns() + here.clock_ahead_ns(w.who) for w in witnesses.values() if w.last)
+        now_ns = max(last_ns, default=0) + int(told["quiet_s"] * 1e9) + 1_000_000  # the file has milliseconds
         facts = Facts.from_json(told["system"])
     else:
         system = System(LOOK_S)
@@ -269,10 +286,13 @@ def judge_again(run_dir: RunDir, settings: RunSettings) -> tuple[Verdict, bool]:
         num_ranks=settings.num_ranks,
         now_ns=now_ns,
         quiet_window_s=settings.quiet_window_s,
-        final=run_dir.verdict.exists(),
+        home=here,
         wrong_numbers=wrong_tokens(run_dir, settings.num_ranks) if finished else (),
+        queued=_queued(settings),
         **vars(facts),
     )
+    if not finished and told.get("verdict") not in ("clean", "slow"):  # else who watched has compared them
+        verdict = _uncompared(verdict, "reference.json or an output is not there")
     if verdict.verdict == "clean" and told.get("verdict") == "slow":  # only who watched could see that
         verdict = dataclasses.replace(
             verdict,
@@ -283,7 +303,28 @@ def judge_again(run_dir: RunDir, settings: RunSettings) -> tuple[Verdict, bool]:
         )
     used = {witness.who.run_id for witness in witnesses.values()}
     whole = not refused and len(used) <= 1 and not any(witness.problems for witness in witnesses.values())
-    return _with_evidence(verdict, refused), whole
+    passed_s = time.time() - run_dir.config.stat().st_mtime
+    seconds = {"stall_to_verdict": round(verdict.quiet_s, 3), "total": round(passed_s, 3)}
+    return {
+        **document_of(settings, _with_evidence(verdict, refused)), "system": facts.to_json(),
+        "seconds": told.get("seconds", seconds),
+    }, whole  # fmt: skip
+
+
+def _uncompared(verdict: Verdict, why: str) -> Verdict:
+    """A run may be well in all but its numbers: it is not clean before these were looked at."""
+    told = f"{why}, so the tokens were not compared"
+    return dataclasses.replace(
+        verdict,
+        verdict="inconclusive" if verdict.verdict == "clean" else verdict.verdict,
+        confidence="undecided" if verdict.verdict == "clean" else verdict.confidence,
+        evidence=(*verdict.evidence, told),
+    )
+
+
+def _queued(settings: RunSettings) -> tuple[str, ...]:
+    """The groups of a run whose collectives are recorded as they are queued; agreements go by the CPU in any run."""
+    return ("ep", "tp") if settings.backend == "nccl" else ()
 
 
 def wrong_tokens(run_dir: RunDir, num_ranks: int) -> list[str]:

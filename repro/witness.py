@@ -307,7 +307,7 @@ class Tail:
             if size < GROUPS_AT:
                 raise WitnessError(f"{self.path}:{size}: the file ends inside its header")
             self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-        self._shape = parse_header(self._map[:GROUPS_AT], str(self.path))[1]
+        self._who, self._shape = parse_header(self._map[:GROUPS_AT], str(self.path))
         self._num_events = 0
 
     def num_events(self) -> int:
@@ -333,7 +333,9 @@ class Tail:
 
     def who(self) -> Identity:
         """The writer; its pid is 0 until the rank has opened the file."""
-        return parse_header(self._map[:GROUPS_AT], str(self.path))[0]
+        if not self._who.pid:
+            self._who = parse_header(self._map[:GROUPS_AT], str(self.path))[0]
+        return self._who
 
     def witness(self) -> Witness:
         return read(self.path)

@@ -56,6 +56,13 @@ def run_forked(
     return run_dir, document
 
 
+def in_time(document: dict[str, Any], limit_s: float, settings: RunSettings) -> bool:
+    """Whether the verdict came so soon after the last event. Where ranks lacked a processor so did the watcher."""
+    starved = max(document["system"]["starved"].values(), default=0.0)
+    patience_s = 10 * settings.quiet_window_s if starved > 0.1 else 0.0
+    return bool(document["seconds"]["stall_to_verdict"] <= limit_s + patience_s)
+
+
 def _shared(settings: RunSettings) -> RunSettings:
     return dataclasses.replace(settings, scenario="any", variant="control", checks="", quiet_window_s=1, deadline_s=1)
 

@@ -212,7 +212,7 @@ def test_a_lock_held_into_a_collective_is_a_deadlock_of_its_holder(cold_run, tmp
     lock = BuildLock(tmp_path / "cache" / "kernels" / "experts.lock", 0, 1.0)
     assert lock.holder().rank == culprit, "the lock's file names the holder, independently of the witnesses"
     again, _ = judge_again(run_dir, settings)
-    assert (again.verdict, again.cause, again.culprits) == ("deadlock", "lock", (culprit,))
+    assert (again["verdict"], again["cause"], again["culprits"]) == ("deadlock", "lock", [culprit])
 
 
 @pytest.mark.full
@@ -229,7 +229,7 @@ def test_a_lock_file_of_a_killed_builder_is_a_deadlock_that_blames_no_rank(cold_
     assert (document["verdict"], document["cause"], document["culprits"]) == ("deadlock", "lock", []), document
     assert any(f"nobody holds lock {run_dir.cache}" in line for line in document["evidence"]), document["evidence"]
     again, _ = judge_again(run_dir, settings)
-    assert (again.verdict, again.cause) == ("deadlock", "lock")
+    assert (again["verdict"], again["cause"]) == ("deadlock", "lock")
 
 
 @pytest.mark.full

@@ -8,6 +8,8 @@ import json
 import os
 import subprocess
 import sys
+import time
+from dataclasses import replace
 from pathlib import Path
 from xml.etree import ElementTree
 
@@ -19,10 +21,14 @@ from hybrid_moe_ref.parallel.observer import Collective
 from repro.cli import CANNOT_TELL, EXPECTED, UNEXPECTED, USAGE, _parser, exit_code, main
 from repro.display import overview
 from repro.junit import write_junit
+from repro.launch import prepare_run_dir
+from repro.layout import Geometry, pack_header
 from repro.parse import parse_header
-from repro.rundir import RunDir
+from repro.record import Recorder, myself
+from repro.rundir import OutputError, RunDir
 from repro.scenarios import settings_of
 from repro.settings import RunSettings
+from repro.watch import Watch, judge_again
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -194,8 +200,11 @@ def left_by_a_run(root, scene):
     run_dir = RunDir(root)
     (root / "events").mkdir()
     run_dir.config.write_text(json.dumps(settings.to_mapping()))
+    (root / "outputs").mkdir()
+    run_dir.reference.write_text('{"a": [1, 2]}')
     for rank, data in enumerate(scene.files):
         run_dir.witness(rank).write_bytes(data)
+        run_dir.output(rank).write_text('{"a": [1, 2]}' if rank == 0 else "{}")
     return run_dir
 
 
@@ -217,7 +226,77 @@ def test_watch_exits_with_0_for_the_expected_verdict_1_for_another_and_125_for_n
     assert capsys.readouterr().out.startswith("deadlock\n")
     run_dir.witness(0).unlink()
     assert main(["watch", str(tmp_path), "--json"]) == CANNOT_TELL
-    assert json.loads(capsys.readouterr().out)["verdict"] == "inconclusive"
+    told = json.loads(capsys.readouterr().out)
+    assert (told["verdict"], told["cause"], told["schema_version"]) == ("inconclusive", None, 1)
+    contract = "scenario variant backend num_ranks seed culprits ranks first_divergence cycle evidence expected seconds"
+    assert {*contract.split(), "matches_expected"} <= told.keys()
+
+
+def test_a_run_whose_numbers_nobody_compared_is_not_clean(capsys, tmp_path):
+    run_dir = left_by_a_run(tmp_path, finished())
+    run_dir.output(3).unlink()
+    assert main(["watch", str(tmp_path)]) == CANNOT_TELL
+    assert "an output is not there, so the tokens were not compared" in capsys.readouterr().out
+    run_dir.output(3).write_text('{"a": [1, 3]}')
+    assert main(["watch", str(tmp_path)]) == UNEXPECTED
+    assert capsys.readouterr().out.startswith("corrupt\n")
+
+
+@pytest.mark.parametrize(("reference", "verdict"), [(True, "clean"), (False, "inconclusive")])
+def test_what_was_not_compared_by_the_deadline_is_not_clean(tmp_path, reference, verdict):
+    run_dir = left_by_a_run(tmp_path, finished())
+    if not reference:
+        run_dir.reference.unlink()
+    settings = RunSettings("metadata_rebuild", "control", num_ranks=4, deadline_s=0.2)
+    watch = Watch(run_dir, settings, job_alive=lambda: True, reference_alive=lambda: True)
+    watch.started_ns -= 10**9
+    document = watch.run()
+    assert document["verdict"] == verdict, document
+    assert any("deadline" in line for line in document["evidence"]), document
+
+
+def test_ranks_of_hosts_whose_clocks_have_nothing_in_common_are_judged_in_time(tmp_path):
+    """One host has been up for twelve days longer than this one, and another was started last."""
+    call = Collective("dp", "all_reduce", "step", (4,), "int32", "sum")
+    files = []
+    for rank, ahead_ns in enumerate((0, 0, 10**15, -(10**12))):
+        who = replace(myself(rank, 4), run_id="test", pid=2**22 + 1 + rank)
+        if ahead_ns:
+            offset_ns = who.wall_offset_ns - ahead_ns
+            who = replace(who, boot_id=f"boot{rank}", hostname=f"host{rank}", wall_offset_ns=offset_ns)
+        data = bytearray(Geometry().file_bytes)
+        header = pack_header(who, Geometry())
+        data[: len(header)] = header
+        recorder = Recorder(data, who, Geometry(), clock=lambda ahead_ns=ahead_ns: time.monotonic_ns() + ahead_ns)
+        recorder.groups({"dp": range(4), "ep": range(4)})
+        recorder.enter(call if rank < 3 else call._replace(group="ep"))
+        files.append(data)
+    scene = finished()
+    scene.files = files
+    run_dir = left_by_a_run(tmp_path, scene)
+    settings = RunSettings("metadata_rebuild", "control", num_ranks=4, quiet_window_s=0.3, deadline_s=20)
+    watch = Watch(run_dir, settings, job_alive=lambda: True, reference_alive=lambda: False)
+    watch.processes = watch._running = lambda: {}
+    document = watch.run()
+    assert (document["verdict"], document["cause"]) == ("deadlock", None), document
+    assert "times of 2 ranks on other hosts rest on wall clocks" in document["evidence"], document
+    assert 0.3 <= document["seconds"]["stall_to_verdict"] < 5 and document["seconds"]["total"] < 10, document
+    assert judge_again(run_dir, settings)[0]["verdict"] == "deadlock"
+
+
+def test_a_run_that_cannot_begin_leaves_nothing_and_latest_where_it_was(tmp_path):
+    settings = RunSettings("metadata_rebuild", "control")
+    (tmp_path / "latest").mkdir()
+    with pytest.raises(OutputError, match=f"cannot write to {tmp_path}"):
+        prepare_run_dir(tmp_path, settings)
+    assert [path.name for path in tmp_path.iterdir()] == ["latest"]
+    (tmp_path / "latest").rmdir()
+    (tmp_path / "latest").symlink_to("earlier")
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(OutputError):
+        patch.setattr("shutil.disk_usage", lambda path: type("Usage", (), {"free": 0}))
+        prepare_run_dir(tmp_path, settings)
+    assert [path.name for path in tmp_path.iterdir()] == ["latest"]
+    assert os.readlink(tmp_path / "latest") == "earlier"
 
 
 def newer(data):

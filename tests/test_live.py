@@ -12,7 +12,7 @@ import time
 from pathlib import Path
 
 import pytest
-from forked import run_forked
+from forked import in_time, run_forked
 
 from repro.layout import Kind
 from repro.record import Recorder
@@ -126,6 +126,8 @@ def test_a_rank_that_is_killed_is_the_culprit_of_the_crash(tmp_path, num_ranks, 
         _, document = run_forked(settings(num_ranks), tmp_path, during=kill)
         assert (document["verdict"], document["cause"]) == ("crash", "dead_rank"), document
         assert document["culprits"] == [1], document
+        # A death is told without waiting for the quiet window, but not before the others had their say.
+        assert in_time(document, settings(num_ranks).quiet_window_s + 1.0, settings(num_ranks)), document
 
 
 def test_a_run_whose_ranks_are_all_killed_is_a_crash(tmp_path):

@@ -445,18 +445,42 @@ def test_containers_of_one_host_do_not_share_their_locks_and_pids() -> None:
 
 def test_what_the_system_says_of_a_lock_holds_on_its_own_host_alone() -> None:
     made = scene()
-    for recorder in made.recorders:
+    made.enter(range(4), C1)
+    for recorder in made.recorders[4:]:
         recorder.local("lock_wait", "/cache/lock")
     witnesses = made.witnesses()
     for rank in range(4, 8):
         witnesses[rank] = replace(witnesses[rank], who=replace(witnesses[rank].who, hostname="elsewhere"))
-    here = dict.fromkeys(range(4), True)
-    now_ns = made.now_ns + 2000 * MS
-    more: dict[str, Any] = {"alive": here, "lock_holders": {"/cache/lock": 0}}
-    verdict = judge(
-        {r: w for r, w in witnesses.items() if r >= 4}, num_ranks=8, now_ns=now_ns, quiet_window_s=1, **more
-    )
-    assert verdict.verdict == "inconclusive", verdict
+
+    def judged(here: range) -> str:
+        told: dict[str, Any] = {"alive": dict.fromkeys(here, True), "lock_holders": {"/cache/lock": 0}}
+        return judge(witnesses, num_ranks=8, now_ns=made.now_ns + 2000 * MS, quiet_window_s=1, **told).verdict
+
+    assert (judged(range(4, 8)), judged(range(4))) == ("deadlock", "inconclusive")
+
+
+def test_where_collectives_are_only_queued_neither_their_end_nor_work_is_taken_for_granted() -> None:
+    """As on NCCL: a mismatch is queued on both sides, and a rank that waits for its device looks idle."""
+    made = scene()
+    made.begin_step(1, PLAN)
+    made.all_of(EVERYONE, C1)
+    made.all_of(EVERYONE, dispatch(0))
+    made.enter(range(7), C1)
+    assert (look(made).verdict, look(made).culprits) == ("slow", (7,))
+    queued = look(made, queued=("ep",))
+    assert (queued.verdict, queued.culprits, queued.suspects) == ("inconclusive", (), (7,))
+    assert "wait on their devices" in " ".join(queued.evidence)
+    made.recorders[7].local("heartbeat", "builds")
+    assert look(made, queued=("ep",)).verdict == "slow", "it gives a sign of work"
+    made = scene()
+    made.begin_step(1, PLAN)
+    made.all_of(EVERYONE, C1)
+    made.all_of(range(7), dispatch(0))
+    made.all_of([7], Collective("ep", "broadcast", "layers.0.mlp", (4,), "float32", root=0))
+    assert (look(made).verdict, look(made).culprits) == ("corrupt", (7,))
+    queued = look(made, queued=("ep",))
+    assert (queued.verdict, queued.culprits, queued.suspects) == ("inconclusive", (), (7,))
+    assert "ep #1 is queued on both sides" in " ".join(queued.evidence)
 
 
 def test_a_failed_rank_whose_groups_lost_their_members_is_still_a_crash() -> None:

@@ -8,14 +8,17 @@ witness, or does everybody stand in one collective that does not end.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
+from repro.layout import Identity
+from repro.verdict.case import Case
+from repro.verdict.crash import crash, victims
 from repro.verdict.explain import explain
-from repro.verdict.graph import Node, Waits, wait_graph
+from repro.verdict.graph import Node, wait_graph
 from repro.verdict.ledger import Ledger, Side, widest
-from repro.verdict.position import GroupKey, Standing, clocks, locate
+from repro.verdict.position import GroupKey, clocks, locate
 from repro.verdict.result import Finding, Position, Verdict, list_ranks, name_ranks
 from repro.verdict.schedule import steps_of
 from repro.witness import Witness
@@ -27,48 +30,6 @@ _STARVED, _STARVED_WINDOWS = 0.1, 10
 """Lack of a processor that makes a collective take longer than it should, and how much longer it is then given."""
 
 
-@dataclass(frozen=True, slots=True)
-class _Case:
-    """All there is to judge by."""
-
-    witnesses: Mapping[int, Witness]
-    standings: Mapping[int, Standing]
-    ledger: Ledger
-    waits: Waits
-    quiet_s: float
-    quiet_window_s: float
-    final: bool
-    notes: Sequence[str]
-    cores: Mapping[int, float]
-    starved: Mapping[int, float]
-    died: Mapping[int, float]
-
-    @property
-    def quiet(self) -> bool:
-        return self.quiet_s >= self.quiet_window_s
-
-    def ranks(self, *states: str) -> tuple[int, ...]:
-        return tuple(rank for rank, standing in sorted(self.standings.items()) if standing.state in states)
-
-    def verdict(self, verdict: str, finding: Finding | None = None, **more: Any) -> Verdict:
-        """A verdict with everything that does not depend on its class."""
-        finding = finding or Finding()
-        positions = tuple(self.standings[rank].position for rank in sorted(self.standings))
-        evidence = [*more.pop("evidence", ()), *finding.evidence, *self.notes]
-        found = Verdict(
-            verdict,
-            finding.cause,
-            finding.culprits,
-            finding.suspects,
-            positions,
-            finding.first_divergence,
-            evidence=tuple(evidence),
-            confidence=finding.confidence,
-            quiet_s=self.quiet_s,
-        )
-        return replace(found, **more)
-
-
 def judge(
     witnesses: Mapping[int, Witness],
     *,
@@ -76,19 +37,20 @@ def judge(
     now_ns: int | Mapping[int, int],
     quiet_window_s: float,
     alive: Mapping[int, bool] | None = None,
-    final: bool = False,
+    home: Identity | None = None,
     wrong_numbers: Sequence[str] = (),
     excused: Mapping[int, str] | None = None,
     lock_holders: Mapping[str, int] | None = None,
     cores: Mapping[int, float] | None = None,
     starved: Mapping[int, float] | None = None,
     died: Mapping[int, float] | None = None,
+    queued: Collection[str] = (),
 ) -> Verdict:
     """What these witnesses prove.
 
-    now_ns         the monotonic clock when the witnesses were read: of the host of the lowest rank, or by rank
+    now_ns         the monotonic clock when the witnesses were read: of the host of ``home``, or by rank
+    home           who read the clock; not given, the lowest rank
     alive          which processes live; a rank not named is taken to live
-    final          nobody will look again: what moves now counts as moving, not as "ask later"
     wrong_numbers  one line for each result that differs from the reference: a clean run becomes corrupt
     excused        ranks whose process is known not to wait, with the reason ("stopped by a signal")
     lock_holders   who holds a lock according to the system: name -> pid, 0 for nobody; of the host of those in
@@ -96,9 +58,10 @@ def judge(
     cores          processors that each rank's process and its children keep busy; a rank not named is not measured
     starved        share of the time that a rank's threads were ready to run and had no processor
     died           when each dead rank was first missed, on one clock; of equal times neither is the earlier
+    queued         groups in which the record of a collective ends when it is queued, as on NCCL
     """
     usable, notes = _one_run(witnesses, num_ranks)
-    nows, clock_notes = clocks(usable, now_ns)
+    nows, clock_notes = clocks(usable, now_ns, home)
     standings = {
         rank: locate(rank, usable.get(rank), nows.get(rank, 0), (alive or {}).get(rank), (excused or {}).get(rank, ""))
         for rank in range(num_ranks)
@@ -108,8 +71,8 @@ def judge(
     waits = wait_graph(standings, ledger, lock_holders or {}, alive)
     quiet_ns = [max(0, nows[rank] - witness.last_event_ns()) for rank, witness in usable.items() if witness.last]
     quiet_s = min(quiet_ns, default=0) / 1e9
-    case = _Case(
-        usable, standings, ledger, waits, quiet_s, quiet_window_s, final, notes, cores or {}, starved or {}, died or {}
+    case = Case(
+        usable, standings, ledger, waits, quiet_s, quiet_window_s, notes, cores or {}, starved or {}, died or {}, queued
     )
     return _decide(case, wrong_numbers)
 
@@ -137,46 +100,32 @@ def _one_run(witnesses: Mapping[int, Witness], num_ranks: int) -> tuple[dict[int
     return usable, notes
 
 
-def _decide(case: _Case, wrong_numbers: Sequence[str]) -> Verdict:
+def _decide(case: Case, wrong_numbers: Sequence[str]) -> Verdict:
     mispaired = _mispaired(case)
     if mispaired is not None:
         key, seq, _ = mispaired
         finding = explain(case.witnesses, case.standings, case.ledger, case.waits, (key, seq))
+        if key[0] in case.queued:
+            return _queued_differently(case, key, seq, finding)
         finding.evidence.append(f"{key[0]} #{seq} completed on both sides although they differ")
         return case.verdict("corrupt", finding, evidence=[*wrong_numbers])
-    hidden = case.ledger.hidden_divergence()
+    hidden = case.ledger.hidden_divergence(case.queued)
     if hidden:
         return case.verdict("corrupt", evidence=[*wrong_numbers, *hidden], confidence="undecided")
     if wrong_numbers:
         return case.verdict("corrupt", evidence=wrong_numbers)
     if len(case.ranks("done")) == len(case.standings):
         return case.verdict("clean")
-    if case.waits.cycle and not _victims(case):
+    if case.waits.cycle and not victims(case):
         return _deadlock(case, case.waits.cycle)
     if case.ranks("dead", "failed"):
-        return _crash(case)
+        return crash(case)
     return _waiting(case)
 
 
-def _victims(case: _Case) -> set[int]:
-    """Ranks that died or gave up with a collective pending whose arguments differ: the backend ended them for it."""
-    gone = set(case.ranks("dead", "failed"))
-    victims: set[int] = set()
-    for key in case.ledger.diverged if gone else ():
-        over = max(standing.left.get(key, 0) for standing in case.standings.values())
-        for side in case.ledger.refused(key, over, max(case.ledger.diverged[key])):
-            victims |= gone & set(side.ranks)
-            victims |= {rank for rank in gone & set(key[1]) if not case.standings[rank].seen}
-        for rank in gone & set(key[1]):  # the others may have completed what it died in
-            standing = case.standings[rank]
-            sides = case.ledger.refused(key, standing.left.get(key, 0), standing.issued.get(key, 0))
-            victims |= {rank for side in sides if rank in side.ranks}
-    return victims
-
-
-def _mispaired(case: _Case) -> tuple[GroupKey, int, list[Side]] | None:
+def _mispaired(case: Case) -> tuple[GroupKey, int, list[Side]] | None:
     """A collective that ranks completed although they had issued different ones under its number."""
-    for key, seqs in case.ledger.diverged.items():
+    for key, seqs in sorted(case.ledger.diverged.items(), key=lambda item: item[0][0] in case.queued):
         for seq in sorted(seqs)[:1]:
             sides = case.ledger.sides(key, seq)
             if sum(bool(side.left) for side in sides) > 1:
@@ -184,7 +133,18 @@ def _mispaired(case: _Case) -> tuple[GroupKey, int, list[Side]] | None:
     return None
 
 
-def _deadlock(case: _Case, cycle: Sequence[Node]) -> Verdict:
+def _queued_differently(case: Case, key: GroupKey, seq: int, finding: Finding) -> Verdict:
+    """Nothing says whether it completed, with wrong numbers, or hangs on the devices."""
+    finding.evidence.append(
+        f"{key[0]} #{seq} is queued on both sides although they differ; whether it completed is not recorded: look at "
+        "what the devices have pending"
+    )
+    finding.suspects = tuple(sorted({*finding.suspects, *finding.culprits}))
+    finding.culprits, finding.confidence = (), "undecided"
+    return case.verdict("inconclusive", finding)
+
+
+def _deadlock(case: Case, cycle: Sequence[Node]) -> Verdict:
     """There is a cycle, or a rank that is waited for is done: wait for quiet, then say who did it."""
     links = _links(cycle)
     told = [f"{name_ranks(link['ranks'])} in {link['waits_in']} wait for {list_ranks(link['for'])}" for link in links]
@@ -208,68 +168,18 @@ def _links(cycle: Sequence[Node]) -> tuple[dict[str, Any], ...]:
     return tuple(links)
 
 
-def _crash(case: _Case) -> Verdict:
-    """Somebody died or gave up; that others wait is the consequence."""
-    dead, failed = case.ranks("dead"), case.ranks("failed")
-    if _victims(case):
-        finding = explain(case.witnesses, case.standings, case.ledger, case.waits)
-    elif dead and (unseen := _unseen_partners(case, dead)):
-        finding = Finding("dead_rank", suspects=dead, confidence="undecided")
-        finding.evidence.append(
-            f"without a witness of {name_ranks(unseen)} it is not known whether arguments differed where they died"
-        )
-    elif dead:
-        finding = _first_death(case, dead)
-    else:
-        first = min(failed, key=lambda rank: _wall_ns(case.witnesses[rank]))
-        finding = Finding("error", (first,))
-    if dead:
-        finding.evidence.append(f"{name_ranks(dead)} died")
-    for rank in failed:
-        finding.evidence.append(f"rank {rank}: {case.standings[rank].position.detail}")
-    return case.verdict("crash", finding)
-
-
-def _first_death(case: _Case, dead: Sequence[int]) -> Finding:
-    """Of several dead ranks the one that was missed first; without an order each may have followed another."""
-    missed_s = [case.died.get(rank, float("-inf")) for rank in dead]
-    first = tuple(rank for rank, when_s in zip(dead, missed_s, strict=True) if when_s == min(missed_s))
-    if len(dead) == 1:
-        return Finding("dead_rank", first)
-    if len(first) > 1 or not set(dead) <= case.died.keys():
-        finding = Finding("dead_rank", suspects=tuple(dead), confidence="undecided")
-        finding.evidence.append(f"which of {name_ranks(dead)} died first was not seen")
-        return finding
-    finding = Finding("dead_rank", first)
-    finding.evidence.append(f"{name_ranks(first)} was gone first, {name_ranks(sorted({*dead} - {*first}))} later")
-    return finding
-
-
-def _wall_ns(witness: Witness) -> int:
-    """When a rank last said something, on a clock that ranks of several hosts share as well as they can."""
-    return witness.last_event_ns() + witness.who.wall_offset_ns
-
-
-def _unseen_partners(case: _Case, dead: Sequence[int]) -> list[int]:
-    """Ranks without a whole witness that were, or may have been, in a collective with the dead when they died."""
-    unseen = {rank for rank, standing in case.standings.items() if not standing.seen}
-    if unseen & set(dead):
-        return sorted(unseen)
-    pending = {
-        key
-        for rank in dead
-        for key, issued in case.standings[rank].issued.items()
-        if issued > case.standings[rank].left.get(key, 0)
-    }
-    return sorted({rank for key in pending for rank in key[1]} & unseen)
-
-
-def _waiting(case: _Case) -> Verdict:
+def _waiting(case: Case) -> Verdict:
     """No cycle and nobody dead: judge by what the waits end in."""
     ends = case.waits.ends
     if ends.get("done"):
         return _waits_for_done(case)
     movers = sorted(set(ends.get("running", ())) | set(ends.get("building", ())) | set(ends.get("starting", ())))
+    if movers and all(_may_wait_for_device(case, rank) for rank in movers):
+        told = [
+            f"{name_ranks(movers)} run, or wait on their devices for what they have queued, which is not recorded: the "
+            "stacks tell"
+        ]
+        return case.verdict("inconclusive", Finding(suspects=tuple(movers), confidence="undecided", evidence=told))
     if movers:
         return case.verdict("slow", _slow(case, movers))
     unseen = sorted(set(ends.get("missing", ())) | set(ends.get("hidden", ())))
@@ -287,7 +197,14 @@ def _waiting(case: _Case) -> Verdict:
     return case.verdict("inconclusive", evidence=told, confidence="undecided")
 
 
-def _slow(case: _Case, movers: Sequence[int]) -> Finding:
+def _may_wait_for_device(case: Case, rank: int) -> bool:
+    """Whether a rank outside any collective has queued some and gives no sign of work of its own."""
+    standing = case.standings[rank]
+    has_queued = any(key[0] in case.queued and issued for key, issued in standing.issued.items())
+    return has_queued and standing.state == "running" and standing.beat_s is None and not standing.position.detail
+
+
+def _slow(case: Case, movers: Sequence[int]) -> Finding:
     """Who is waited for and what shows that they work; ``likely`` where nothing does."""
     finding = Finding("", tuple(movers))
     signs = {rank: _signs_of_life(case, rank) for rank in movers}
@@ -309,7 +226,7 @@ def _slow(case: _Case, movers: Sequence[int]) -> Finding:
     return _tell_waits(case, finding)
 
 
-def _signs_of_life(case: _Case, rank: int) -> list[str]:
+def _signs_of_life(case: Case, rank: int) -> list[str]:
     """What shows that a rank outside any collective works on."""
     standing, cores = case.standings[rank], case.cores.get(rank, 0.0)
     signs = []
@@ -320,7 +237,7 @@ def _signs_of_life(case: _Case, rank: int) -> list[str]:
     return signs
 
 
-def _tell_waits(case: _Case, finding: Finding) -> Finding:
+def _tell_waits(case: Case, finding: Finding) -> Finding:
     """Who waits, and for which lock of whom."""
     waiting = case.ranks("blocked", "locked")
     if waiting:
@@ -334,7 +251,7 @@ def _tell_waits(case: _Case, finding: Finding) -> Finding:
     return finding
 
 
-def _waits_for_done(case: _Case) -> Verdict:
+def _waits_for_done(case: Case) -> Verdict:
     done = case.waits.ends["done"]
     nodes = [node for node in case.waits.nodes.values() if node.lacks & done]
     verdict = _deadlock(case, nodes[:1])
@@ -355,7 +272,7 @@ def _waits_for_done(case: _Case) -> Verdict:
     return replace(verdict, cycle=(), evidence=(told, *verdict.evidence))
 
 
-def _busy_without(case: _Case, done: set[int], waiting: Sequence[int]) -> list[int]:
+def _busy_without(case: Case, done: set[int], waiting: Sequence[int]) -> list[int]:
     """Ranks that wait by their declared schedule, with live requests, in a step that no done rank began."""
     last = {rank: steps_of(case.witnesses[rank], 1) for rank in {*done, *waiting} if rank in case.witnesses}
     began = max((steps[-1].number for rank, steps in last.items() if rank in done and steps), default=-1)
@@ -363,7 +280,7 @@ def _busy_without(case: _Case, done: set[int], waiting: Sequence[int]) -> list[i
     return sorted(rank for rank, step in newest.items() if step.plan and step.live > 0 and step.number > began)
 
 
-def _outsider(case: _Case, node: Node) -> Verdict:
+def _outsider(case: Case, node: Node) -> Verdict:
     """A lock whose holder is no rank."""
     pid = node.outside
     unseen = case.ranks("missing", "hidden")
@@ -384,7 +301,7 @@ def _outsider(case: _Case, node: Node) -> Verdict:
     return case.verdict("inconclusive", evidence=told, confidence="undecided")
 
 
-def _attended(case: _Case) -> Verdict:
+def _attended(case: Case) -> Verdict:
     """Everybody is in the collective that all waits end in."""
     node = case.waits.attended[0]
     unseen = [rank for rank in _members(node) if not case.standings[rank].seen]
@@ -413,7 +330,7 @@ def _members(node: Node) -> tuple[int, ...]:
     return members
 
 
-def _differs_in_place(case: _Case, node: Node) -> bool:
+def _differs_in_place(case: Case, node: Node) -> bool:
     group, seq = node.key[1], node.key[2]
     assert isinstance(group[1], tuple)
     key = (group[0], group[1])

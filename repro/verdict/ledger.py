@@ -5,7 +5,7 @@ One pass over the events, and one entry kept per (group, seq): cost and memory a
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from typing import NamedTuple
 
 from repro.layout import Kind
@@ -84,15 +84,15 @@ class Ledger:
                 return sides
         return []
 
-    def hidden_divergence(self) -> list[str]:
-        """Groups whose members issued equally many collectives, but by the rolling hash not the same ones.
+    def hidden_divergence(self, but: Collection[str] = ()) -> list[str]:
+        """Groups, but for some, whose members issued equally many collectives, by the rolling hash not the same ones.
 
         Of interest where no divergence is visible: then it is older than the oldest event in a ring.
         """
         hashes: dict[tuple[GroupKey, int], dict[int, list[int]]] = {}
         for rank, witness in self._witnesses.items():
             for group in witness.groups if witness.complete else ():
-                if group.hash and ":" not in group.name:
+                if group.hash and ":" not in group.name and group.name not in but:
                     key = (group.name, group.members), group.issued
                     hashes.setdefault(key, {}).setdefault(group.hash, []).append(rank)
         return [

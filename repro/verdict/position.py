@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from repro.layout import Event, Kind
+from repro.layout import Event, Identity, Kind
 from repro.verdict.result import Position
 from repro.witness import Witness
 
@@ -171,25 +171,19 @@ def _issue_of(witness: Witness, event: Event) -> Event:
     return next((witness.event(index) for index, row in enumerate(rows) if row == wanted), event)
 
 
-def clocks(witnesses: Mapping[int, Witness], now_ns: int | Mapping[int, int]) -> tuple[dict[int, int], list[str]]:
+def clocks(
+    witnesses: Mapping[int, Witness], now_ns: int | Mapping[int, int], home: Identity | None = None
+) -> tuple[dict[int, int], list[str]]:
     """What time it is on each rank's own clock.
 
-    One number is the clock of the host of the lowest rank; ranks of other hosts are converted through wall time,
-    which is only as good as the hosts' agreement on it.
+    One number is the clock of the host of ``home``, or of the lowest rank; ranks of other hosts are converted through
+    wall time, which is only as good as the hosts' agreement on it.
     """
     if isinstance(now_ns, Mapping):
         return {rank: now_ns[rank] for rank in witnesses}, []
     if not witnesses:
         return {}, []
-    home = witnesses[min(witnesses)].who
-    nows: dict[int, int] = {}
-    away = 0
-    for rank, witness in witnesses.items():
-        who = witness.who
-        if who.boot_id == home.boot_id:
-            nows[rank] = now_ns
-        else:
-            nows[rank] = now_ns + home.wall_offset_ns - who.wall_offset_ns
-            away += 1
-    note = [f"times of {away} ranks on other hosts rest on wall clocks"] if away else []
-    return nows, note
+    home = home or witnesses[min(witnesses)].who
+    nows = {rank: now_ns + witness.who.clock_ahead_ns(home) for rank, witness in witnesses.items()}
+    away = sum(witness.who.boot_id not in ("", home.boot_id) for witness in witnesses.values())
+    return nows, [f"times of {away} ranks on other hosts rest on wall clocks"] if away else []

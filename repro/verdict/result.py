@@ -110,7 +110,7 @@ class Verdict:
     def to_json(self) -> dict[str, Any]:
         return {
             "verdict": self.verdict,
-            "cause": self.cause,
+            "cause": self.cause or None,
             "culprits": list(self.culprits),
             "suspects": list(self.suspects),
             "ranks": [position.to_json() for position in self.ranks],

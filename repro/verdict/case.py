@@ -1,0 +1,55 @@
+"""All there is to judge by."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from repro.verdict.graph import Waits
+from repro.verdict.ledger import Ledger
+from repro.verdict.position import Standing
+from repro.verdict.result import Finding, Verdict
+from repro.witness import Witness
+
+
+@dataclass(frozen=True, slots=True)
+class Case:
+    """What was read, what the system said, and what follows from both."""
+
+    witnesses: Mapping[int, Witness]
+    standings: Mapping[int, Standing]
+    ledger: Ledger
+    waits: Waits
+    quiet_s: float
+    quiet_window_s: float
+    notes: Sequence[str]
+    cores: Mapping[int, float]
+    starved: Mapping[int, float]
+    died: Mapping[int, float]
+    queued: Collection[str]
+
+    @property
+    def quiet(self) -> bool:
+        return self.quiet_s >= self.quiet_window_s
+
+    def ranks(self, *states: str) -> tuple[int, ...]:
+        return tuple(rank for rank, standing in sorted(self.standings.items()) if standing.state in states)
+
+    def verdict(self, verdict: str, finding: Finding | None = None, **more: Any) -> Verdict:
+        """A verdict with everything that does not depend on its class."""
+        finding = finding or Finding()
+        positions = tuple(self.standings[rank].position for rank in sorted(self.standings))
+        evidence = [*more.pop("evidence", ()), *finding.evidence, *self.notes]
+        found = Verdict(
+            verdict,
+            finding.cause,
+            finding.culprits,
+            finding.suspects,
+            positions,
+            finding.first_divergence,
+            evidence=tuple(evidence),
+            confidence=finding.confidence,
+            quiet_s=self.quiet_s,
+        )
+        return replace(found, **more)
