@@ -70,7 +70,7 @@ class Scenario:
     source     the upstream issue or change it mirrors
     policies   settings, rank -> the engine's policies; hybrid_moe_ref's own for the variant "control"
     hang       settings -> what the verdict must say of the unguarded fault, computed from the workload alone
-    refused    settings -> what it must say of the fault under the guard (checks agree or strict)
+    refused    settings -> what it must say of the fault under the guard (checks agree or strict), where it shows at all
     fixed      settings -> what it must say of the fix; not clean where no server can save the run, only end it well
     server     settings, rank -> what the engine is started with, where it is not the same on all ranks
     before     settings, the run's cache folder: what had happened on this machine before the server was started
@@ -98,7 +98,10 @@ class Scenario:
             return CLEAN
         if settings.variant == "fix":
             return self.fixed(settings)
-        return self.hang(settings) if settings.effective_checks == "observe" else self.refused(settings)
+        hang = self.hang(settings)
+        if settings.effective_checks == "observe" or hang == CLEAN:  # nothing goes wrong, so nothing is refused
+            return hang
+        return self.refused(settings)
 
 
 def struck_rank(settings: RunSettings) -> int:
