@@ -17,6 +17,7 @@ HERE = Path(__file__).parent
 PREFILL = Extension("gdn_prefill", (HERE / "jit.cpp",), (HERE / "jit.h",), ("-O3", "-funroll-loops"))
 PREFILL_CUDA = Extension("gdn_prefill_cuda", (HERE / "jit.cu",))  # not yet run on a GPU
 
+LAUNCH_FAILED = 2  # of jit.cu; 1 is for sizes that no function is made for
 _SUFFIXES = {torch.float32: "f32", torch.float64: "f64"}
 
 
@@ -51,6 +52,9 @@ def prefill(
         pointers.append(ctypes.c_void_p(torch.cuda.current_stream(v.device).cuda_stream))
     module = extension(v.device)
     run = getattr(module.library(), f"{module.name}_{_SUFFIXES[wide]}")
-    if run(*map(ctypes.c_int64, (slots.numel(), M, H, K, V, state_JHKV.stride(0))), *pointers):
+    failed = run(*map(ctypes.c_int64, (slots.numel(), M, H, K, V, state_JHKV.stride(0))), *pointers)
+    if failed == LAUNCH_FAILED:
+        raise RuntimeError(f"{module.name}: the device refused the launch, heads of K = {K}, V = {V}")
+    if failed:
         raise ValueError(f"{module.name}: not made for heads of K = {K}, V = {V}")
     return o.to(v_THV.dtype)
