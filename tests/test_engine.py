@@ -2,17 +2,25 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
+import torch
 from ranks import run_ranks
 
 from hybrid_moe_ref.config import ConfigError, EngineConfig
 from hybrid_moe_ref.engine.lifecycle import Engine, PrepareFailed
 from hybrid_moe_ref.engine.plan import AgreedStep, StepPlan, resolve, step_schedule
-from hybrid_moe_ref.engine.policies import StepAgreement
+from hybrid_moe_ref.engine.policies import Policies, StepAgreement
+from hybrid_moe_ref.engine.runner import ModelRunner
 from hybrid_moe_ref.engine.scheduler import Request, Scheduler, live_ranks
 from hybrid_moe_ref.engine.server_config import ServerConfig
+from hybrid_moe_ref.layers.mixer import Mixer
+from hybrid_moe_ref.layers.moe import Experts
+from hybrid_moe_ref.model import HybridMoE
 from hybrid_moe_ref.parallel.comm import Communicator
-from hybrid_moe_ref.parallel.dispatch import expert_schedule
+from hybrid_moe_ref.parallel.dispatch import ForwardContext, expert_schedule
+from hybrid_moe_ref.parallel.guard import ScheduleMismatch
 from hybrid_moe_ref.parallel.observer import NullObserver
 from repro import reference
 from repro.settings import RunSettings
@@ -153,6 +161,65 @@ def test_a_rank_that_cannot_prepare_stops_all_ranks_with_its_error(tmp_path):
 
     told = start_and_catch(tmp_path, lambda rank: small(), sabotage)
     assert told == ["rank 1 could not prepare: OSError: no compiler found"] * 2
+
+
+@pytest.mark.parametrize(
+    "phase", ["profile", *(pytest.param(p, marks=pytest.mark.full) for p in ("load", "page_setup", *PHASES[4:7]))]
+)
+def test_a_rank_that_fails_in_any_phase_stops_all_ranks_with_its_error(tmp_path, phase):
+    config = small()
+    config = dataclasses.replace(config, engine=dataclasses.replace(config.engine, mode="graphs"))
+
+    def run(rank, store):
+        comm = Communicator.connect(config.parallel, rank, store=store, timeout_s=30)
+        if rank == 1:
+
+            def fail(self):
+                raise MemoryError("no room")
+
+            setattr(Engine, f"_{phase}", fail)
+        with pytest.raises((MemoryError, ScheduleMismatch)) as caught:
+            Engine(config, comm).serve([])
+        return type(caught.value), str(caught.value)
+
+    told = run_ranks(2, tmp_path, run, deadline_s=20)
+    assert told == [(ScheduleMismatch, "rank 1 failed: MemoryError: no room"), (MemoryError, "no room")]
+
+
+@pytest.mark.parametrize("odd", ["observe", pytest.param("strict", marks=pytest.mark.full)])
+def test_ranks_that_were_told_different_checks_meet_in_the_vote_and_stop(tmp_path, odd):
+    def checks(rank):
+        return dataclasses.replace(small(), checks=odd if rank else "agree", allow_unsafe=True)
+
+    told = start_and_catch(tmp_path, checks)
+    assert told[0] == told[1] and "configured differently" in told[0]
+
+
+def test_warming_up_uses_both_kernels_of_a_mixer_the_experts_and_the_drafter():
+    settings = RunSettings.from_document(
+        {"model": {"layer_pattern": "GM", "num_mtp_layers": 1}}, {"scenario": "any"}, ""
+    )
+    model, called = HybridMoE(settings.model).init_weights(0), []
+
+    def noting(name, forward):
+        def run(x_NH, *args):
+            called.append((name, len(x_NH)))
+            return forward(x_NH, *args)
+
+        return run
+
+    for name, module in model.named_modules():
+        if isinstance(module, (Mixer, Experts)):
+            module.forward = noting(name, module.forward)
+    comm = Communicator(0, torch.device("cpu"), {})
+    ModelRunner(model, ForwardContext(), comm, Policies(), settings.server()).warm_up()
+    used = [
+        "model.layers.0.linear_attn",
+        "model.layers.1.mamba",
+        "mtp.layers.0.self_attn",
+        "model.layers.0.mlp.experts",
+    ]
+    assert sorted(called) == sorted((name, rows) for name in used for rows in (1, 2))
 
 
 def test_the_digest_of_a_server_changes_with_any_value():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import time
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -18,13 +19,14 @@ from hybrid_moe_ref.parallel.comm import Communicator, wait_or_halt
 from hybrid_moe_ref.parallel.guard import (
     CollectiveStalled,
     Halt,
+    PeerLost,
     ScheduleGuard,
     ScheduleMismatch,
     first_difference,
     schedule_hash,
 )
 from hybrid_moe_ref.parallel.observer import Collective, ScheduleEntry
-from hybrid_moe_ref.parallel.watchdog import RollCall
+from hybrid_moe_ref.parallel.watchdog import RollCall, Watchdog
 from repro.settings import RunSettings
 
 AGREE = ScheduleEntry("dp", "all_reduce", "step")
@@ -196,6 +198,18 @@ def test_a_collective_that_ends_right_after_a_look_up_is_no_failure():
         wait_or_halt(Work("Connection closed by peer"), Halt(None))
 
 
+def test_a_peer_that_is_gone_after_the_collective_has_ended_is_not_missed():
+    class Ends(Work):
+        def is_completed(self):
+            return self.waits > 1
+
+    watchdog = Watchdog(0, Halt(None))
+    watchdog.roll_call = SimpleNamespace(lost=lambda: [1], pid=lambda rank: 7)
+    wait_or_halt(Ends(""), Halt(None), watchdog)
+    with pytest.raises(PeerLost, match="rank 1 is gone: its process 7 has ended"):
+        wait_or_halt(SimpleNamespace(wait=Work("not yet").wait, is_completed=lambda: False), Halt(None), watchdog)
+
+
 def test_what_a_rank_told_before_it_went_says_more_than_its_closed_connection():
     class Told(Halt):
         def heard(self):
@@ -229,11 +243,14 @@ def test_a_process_that_is_gone_is_missed_and_one_that_is_stopped_is_not(tmp_pat
     assert mine.lost() == [1]
 
 
-def test_with_a_limit_a_collective_that_does_not_end_stops_all_with_its_layer(tmp_path):
+@pytest.mark.parametrize("strict", [False, pytest.param(True, marks=pytest.mark.full)])
+def test_with_a_limit_a_collective_that_does_not_end_stops_all_with_its_layer(tmp_path, strict):
     def run(rank, store):
         comm = Communicator.connect(ParallelConfig(dp_size=3), rank, store=store, timeout_s=30)
         comm.start_watchdog()
         comm.limit_waits(0.4)
+        if strict:
+            comm.start_preflight()
         if rank == 2:
             time.sleep(1.5)
         with pytest.raises(CollectiveStalled) as caught:

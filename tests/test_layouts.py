@@ -77,6 +77,23 @@ def test_tp_ranks_that_are_given_different_requests_are_told_apart_in_strict_mod
     assert first == second and "ranks [0] all_reduce of layers.0.gated_delta_net" in first, first
 
 
+@pytest.mark.full
+def test_a_difference_that_one_dp_group_sees_stops_the_ranks_of_all(tmp_path):
+    config = server(2, 2)
+
+    def run(rank, store):
+        comm = Communicator.connect(config.parallel, rank, store=store, timeout_s=30)
+        engine = Engine(config, comm)
+        if rank == 3:
+            engine.runner._forward_schedule = engine.runner._forward_schedule[:-2]
+        with pytest.raises(ScheduleMismatch) as told:
+            engine.serve([])
+        return str(told.value)
+
+    told = run_ranks(4, tmp_path, run, deadline_s=20)
+    assert len(set(told)) == 1 and told[0].startswith("step 1: the schedules differ at entry "), told
+
+
 def test_a_tp_rank_that_cannot_prepare_stops_the_ranks_of_all_groups(tmp_path):
     config = server(2, 2)
 

@@ -63,6 +63,10 @@ class KernelBuilds:
         for extension in extensions:
             ensure(extension, place)
 
+    def warm_up(self, run: Callable[[], None]) -> None:
+        """Called after `prepare`: use everything once, so that what else is compiled at its first use is compiled."""
+        run()
+
     def first_use(self, extension: Extension, place: BuildPlace) -> None:
         """Load a module in the middle of a forward pass."""
         ensure(extension, place)

@@ -16,7 +16,6 @@ one rank alone does so before any rank depends on it.
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import itertools
 import sys
@@ -75,17 +74,28 @@ class Engine:
     """One rank of the server. Constructing it runs every phase up to `serve`; :meth:`serve` runs the loop.
 
     Raises PrepareFailed on every rank when one of them cannot take part, ConfigError for sizes that do not fit, and
-    Refused for what could not be kept free of deadlock.
+    Refused for what could not be kept free of deadlock. A rank that fails in another phase than `prepare` raises its
+    own error, and all others raise ScheduleMismatch, which tells it.
     """
 
     def __init__(self, config: ServerConfig, comm: Communicator, policies: Policies | None = None) -> None:
         self.config = config
         self.comm = comm
         self._policies = policies or Policies()
+        self._num_steps = 0
+        try:
+            self._start()
+        except PrepareFailed:
+            raise  # as on every other rank
+        except Exception as error:
+            comm.guard.stop_others(error)
+            raise
+
+    def _start(self) -> None:
+        config, comm = self.config, self.comm
         for finding in preflight(config, self._policies):
             if comm.rank == 0:
                 print(f"[rank 0] --allow-unsafe: started although {finding}", file=sys.stderr, flush=True)
-        self._num_steps = 0
         comm.guard.release()  # of the last step of an engine that had these ranks before
         if config.checks == "strict":
             comm.start_preflight()
@@ -125,7 +135,7 @@ class Engine:
     def _prepare(self) -> None:
         def work() -> None:
             self._policies.builds.prepare(self._extensions, self._build_place())
-            self.runner.warm_up()
+            self._policies.builds.warm_up(self.runner.warm_up)
 
         self._all_or_none(work)
 
@@ -141,18 +151,14 @@ class Engine:
             error = f"{type(failure).__name__}: {failure}"
             self.comm.stop_all(f"rank {self.comm.rank} {COULD_NOT_PREPARE}: {error}")
         try:
-            with self._patiently():
+            # However short the time limit of a collective: the vote waits for those that still build or compile. And
+            # whatever this rank was told of checks: where the ranks vote cannot depend on what they vote on.
+            with self.comm.patiently(DEADLINE_S):
                 self._vote(error)
         except (ScheduleMismatch, PrepareFailed) as stopped:  # whichever way a rank hears of it, the words are the same
             raise _stopped(self.comm.stopped_by() or str(stopped)) from None
         if told := self.comm.stopped_by():
             raise _stopped(told)
-
-    def _patiently(self) -> contextlib.AbstractContextManager[None]:
-        """The vote waits for those that still build or compile, however short the time limit of a collective; where
-        ranks look after each other, that is, since a rank that waits in the store sees no broken connection.
-        """
-        return self.comm.patiently(DEADLINE_S) if self.config.checks != "observe" else contextlib.nullcontext()
 
     def _build_place(self) -> BuildPlace:
         def sum_up(numbers: list[int], layer: str) -> list[int]:

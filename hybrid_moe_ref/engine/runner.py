@@ -24,6 +24,7 @@ from hybrid_moe_ref.engine.plan import (
 )
 from hybrid_moe_ref.engine.policies import Policies
 from hybrid_moe_ref.engine.server_config import ServerConfig
+from hybrid_moe_ref.layers.moe import MoE
 from hybrid_moe_ref.model import HybridMoE
 from hybrid_moe_ref.parallel.comm import Communicator
 from hybrid_moe_ref.parallel.dispatch import ForwardContext
@@ -116,17 +117,25 @@ class ModelRunner:
         words = self._comm.all_gather_text("dp", "\n".join(schedule_words(schedule)), layer="mismatch")
         index, sides = first_difference([said.splitlines() for said in words])
         told = "; ".join(f"{what} on dp ranks {ranks}" for what, ranks in sides.items())
-        raise ScheduleMismatch(f"step {self._plan.step}: the schedules differ at entry {index}: {told}")
+        told = f"step {self._plan.step}: the schedules differ at entry {index}: {told}"
+        # Those that run the same tokens agree in other dp groups, which may see no difference.
+        raise ScheduleMismatch(self._comm.stop_all(told))
 
     @torch.inference_mode()
     def warm_up(self) -> None:
-        """Run one layer of each kind on one token, past every hook: first uses are paid, or fail, before any
-        rank depends on this one.
+        """Run one layer of each kind, past every hook: first uses are paid, or fail, before any rank depends on this
+        one. On one token and on two, since decoding and prefilling are different kernels.
         """
         parameters = next(self._model.parameters())
-        x_NH = torch.zeros(1, self._model.config.hidden_size, dtype=parameters.dtype, device=parameters.device)
-        for mixer in {block.kind: block.mixer for block in self._blocks}.values():
-            mixer.forward(x_NH, Batch.dummy(1), None)
+        blocks = list({block.kind: block for block in self._blocks}.values()) + self._model.draft_blocks
+        mixtures = [block.mlp for block in blocks if isinstance(block.mlp, MoE)][:1]
+        for num_rows in (1, 2):
+            x_NH = parameters.new_zeros(num_rows, self._model.config.hidden_size)
+            batch = Batch.dummy(num_rows, parameters.device)
+            for block in blocks:
+                block.mixer.forward(x_NH, batch, None)
+            for mixture in mixtures:
+                mixture.experts.forward(x_NH, *mixture.gate.forward(x_NH))
 
     def _agree(self, layer: str) -> AgreedStep:
         return self._policies.agreement.agree(self._plan, self._exchange, layer)

@@ -68,11 +68,13 @@ class Communicator:
         groups: dict[str, dist.ProcessGroup],
         observer: Observer | None = None,
         store: dist.Store | None = None,
+        timeout_s: float = 1800.0,
     ) -> None:
         self.rank = rank
         self.device = device
         self.observer: Observer = observer or NullObserver()
         self._store = store
+        self._timeout_s = timeout_s
         self._halt = Halt(store)
         self._preflight: StorePreflight | None = None
         self._watchdog = Watchdog(rank, self._halt)
@@ -81,6 +83,8 @@ class Communicator:
         self.guard = ScheduleGuard(rank, self._halt)
         self._groups = groups
         self._members = {name: tuple(dist.get_process_group_ranks(group)) for name, group in groups.items()}
+        everyone = sorted({member for members in self._members.values() for member in members})
+        self._roll_call = RollCall(rank, everyone, store) if store is not None else None
         self.observer.groups(self._members)
 
     @classmethod
@@ -99,6 +103,9 @@ class Communicator:
 
         Raises what torch.distributed raises when a peer does not come within ``timeout_s``.
         """
+        device = torch.device(device)
+        if device.type == "cuda" and device.index is not None:
+            torch.cuda.set_device(device)  # what asks for "the" GPU, as NCCL and Triton do, must not get another's
         num_ranks = parallel.dp_size * parallel.tp_size
         timeout = timedelta(seconds=timeout_s)
         if store is None:
@@ -117,24 +124,31 @@ class Communicator:
                 )
                 if rank in members:
                     mine[name] = group
-        return cls(rank, torch.device(device), mine, observer, dist.PrefixStore("hybrid_moe_ref", store))
+        return cls(rank, device, mine, observer, dist.PrefixStore("hybrid_moe_ref", store), timeout_s)
 
     def start_preflight(self) -> None:
-        """From here on compare every collective with its members' through the store before it is issued."""
+        """From here on compare every collective with its members' through the store before it is issued. A member that
+        is late is waited for as it would be in the collective itself.
+        """
         assert self._store is not None, "ranks that compare need a store to compare through"
-        self._preflight = self._preflight or StorePreflight(self.rank, self._store, self._halt)
+        self._preflight = self._preflight or StorePreflight(
+            self.rank, self._store, self._halt, self._timeout_s, self._watchdog.error
+        )
 
     @contextlib.contextmanager
     def patiently(self, patience_s: float) -> Iterator[None]:
         """Within the ``with``, the members of a collective meet in the store before they issue it: however long one of
-        them still works, up to `patience_s`, the time limit of the collective itself does not run.
+        them still works, up to `patience_s`, the time limit of the collective itself does not run. Since a rank
+        that waits in the store sees no broken connection, it looks whether the others live.
         """
         if self._store is None:
             yield
             return
         if self._meeting is None:
             store = dist.PrefixStore("meeting", self._store)
-            self._meeting = StorePreflight(self.rank, store, self._halt, patience_s, self._watchdog.error)
+            looking = Watchdog(self.rank, self._halt)
+            looking.roll_call = self._roll_call
+            self._meeting = StorePreflight(self.rank, store, self._halt, patience_s, looking.error)
         before, self._preflight = self._preflight, self._meeting
         try:
             yield
@@ -162,8 +176,8 @@ class Communicator:
         """From here on a rank that waits looks whether the others still live. On NCCL, where a wait only orders
         streams, it does not look.
         """
-        assert self._store is not None, "ranks that look for each other need a store to be found in"
-        self._watchdog.roll_call = RollCall(self.rank, range(dist.get_world_size()), self._store)
+        assert self._roll_call is not None, "ranks that look for each other need a store to be found in"
+        self._watchdog.roll_call = self._roll_call
 
     def limit_waits(self, limit_s: float) -> None:
         """From here on a rank that has waited so long in one collective stops all; 0 is no limit."""
@@ -320,8 +334,17 @@ def wait_or_halt(work: dist.Work, halt: Halt, watchdog: Watchdog | None = None) 
             if work.is_completed():
                 _finish(work, halt, watchdog)  # it ended just then, well or with an error of its own
                 return
-        if error := halt.heard() or (watchdog and watchdog.error()):
+        if error := halt.heard():
             raise error
+        if watchdog and watchdog.finding():
+            # A peer may be gone because the collective has ended, and all its work with it, since the last look.
+            with contextlib.suppress(RuntimeError):
+                work.wait(LOOK_UP_INTERVAL)
+            if work.is_completed():
+                _finish(work, halt, watchdog)
+                return
+            if error := watchdog.error():
+                raise error
 
 
 def _finish(work: dist.Work, halt: Halt, watchdog: Watchdog | None) -> None:

@@ -17,29 +17,30 @@ from hybrid_moe_ref.parallel.guard import Halt, ScheduleMismatch
 from hybrid_moe_ref.parallel.observer import Collective
 
 LOOK_UP_INTERVAL = timedelta(milliseconds=500)
-PATIENCE_S = 30.0
-"""How long a member may be missing before it is called absent; a rank may build or load for a while."""
-
 KEPT = 2
 """A rank deletes what it published so many collectives ago: by then every member has read it."""
 
 
 class StorePreflight:
-    """One rank's side of the comparison."""
+    """One rank's side of the comparison.
+
+    patience_s  how long a member may be missing before it is called absent: as long as a collective may take
+    lost        why it is no use to wait for the others, if it is none
+    """
 
     def __init__(
         self,
         rank: int,
         store: dist.Store,
         halt: Halt,
-        patience_s: float = PATIENCE_S,
-        lost: Callable[[], Exception | None] = lambda: None,
+        patience_s: float,
+        lost: Callable[[], Exception | None],
     ) -> None:
         self._rank = rank
         self._store = dist.PrefixStore("preflight", store)
         self._halt = halt
         self._patience_s = patience_s
-        self._lost = lost  # why it is no use to wait for the others, if it is none
+        self._lost = lost
         self._seq: dict[str, int] = {}
 
     def check(self, collective: Collective, members: Sequence[int]) -> None:

@@ -80,14 +80,19 @@ class Watchdog:
 
     def error(self) -> Stopped | None:
         """Why there is no use in waiting on, told to all; or None."""
+        found = self.finding()
+        return self._halt.tell(found) if found else None
+
+    def finding(self) -> Stopped | None:
+        """As `error`, but told to nobody."""
         for rank in self.roll_call.lost() if self.roll_call else ():
             assert self.roll_call is not None
-            return self._halt.tell(PeerLost(f"rank {rank} is gone: its process {self.roll_call.pid(rank)} has ended"))
+            return PeerLost(f"rank {rank} is gone: its process {self.roll_call.pid(rank)} has ended")
         waited_s = time.monotonic() - self._entered_s
         if self.limit_s and waited_s > self.limit_s and self._event is not None:
             what = f"{self._event.group} {self._event.op} of {self._event.layer}"
             told = f"rank {self._rank} has waited {waited_s:.1f} s in {what}; the limit is {self.limit_s:g} s"
-            return self._halt.tell(CollectiveStalled(told))
+            return CollectiveStalled(told)
         return None
 
 

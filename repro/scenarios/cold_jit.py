@@ -13,7 +13,7 @@ gives signs of life, and those that wait know for whom.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 from hybrid_moe_ref.engine.builds import BuildPlace, KernelBuilds
@@ -36,6 +36,9 @@ class BuildAtFirstUse(KernelBuilds):
     rank: int
 
     def prepare(self, extensions: Sequence[Extension], place: BuildPlace) -> None:
+        pass
+
+    def warm_up(self, run: Callable[[], None]) -> None:
         pass
 
     def first_use(self, extension: Extension, place: BuildPlace) -> None:

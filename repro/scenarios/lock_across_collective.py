@@ -12,7 +12,7 @@ the first step.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 from hybrid_moe_ref.engine.build_lock import BuildLock
@@ -39,6 +39,9 @@ class TuneUnderLock(KernelBuilds):
     """The fault: build and agreement are one critical section, entered where the experts are used first."""
 
     def prepare(self, extensions: Sequence[Extension], place: BuildPlace) -> None:
+        pass
+
+    def warm_up(self, run: Callable[[], None]) -> None:
         pass
 
     def first_use(self, extension: Extension, place: BuildPlace) -> None:
