@@ -116,6 +116,8 @@ class BuildLock:
         except (BlockingIOError, FileNotFoundError):
             pass
         except BaseException:
+            if not os.fstat(descriptor).st_size:  # nobody has put a name in it, so it was made here
+                self.path.unlink(missing_ok=True)
             os.close(descriptor)
             raise
         os.close(descriptor)

@@ -28,6 +28,9 @@ _SHARED_KINDS = ("nfs", "cifs", "smb", "lustre", "ceph", "gpfs", "beegfs", "glus
 DEADLINE_S = 900.0
 """How long a build, or the wait for one, may take."""
 
+END_S = 3.0
+"""How long a build that is given up may take to end. A thread that hangs without a compiler is left behind."""
+
 
 @dataclass(frozen=True)
 class BuildPlace:
@@ -129,7 +132,8 @@ def _build(extension: Extension, place: BuildPlace, lock: BuildLock) -> None:
             if time.monotonic() - started > place.deadline_s:
                 raise LockTimeout(f"{extension.name} was not built within {place.deadline_s:g} s")
     finally:
-        while thread.is_alive():
+        given_up = time.monotonic()
+        while thread.is_alive() and time.monotonic() - given_up < END_S:
             _end_children_but(others)
             thread.join(POLL_S)
     if outcome[0] is not None:
