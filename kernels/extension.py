@@ -19,7 +19,10 @@ import hashlib
 import importlib.metadata
 import os
 import platform
+import shlex
+import shutil
 import subprocess
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -32,7 +35,9 @@ Tell = Callable[[str, str, int], None]
 BATON = "lock"
 """What torch calls its lock file, in the folder that it builds in."""
 
-_STAMP = "built"
+BUILT = "built"
+"""The file that is there when a module has been built to its end; it names the library."""
+
 _use_lock, _loader_lock = threading.Lock(), threading.Lock()
 
 
@@ -80,24 +85,22 @@ class Extension:
 
     def is_built(self, cache: Path) -> bool:
         """Whether `load` has nothing to compile. What was interrupted does not count as built."""
-        return (self.folder(cache) / _STAMP).exists()
+        return (self.folder(cache) / BUILT).exists()
 
     def load_built(self, cache: Path) -> None:
         """Load what `is_built`, without a compiler and without a lock."""
         folder = self.folder(cache)
-        self._load(folder / (folder / _STAMP).read_text())
+        self._load(folder / (folder / BUILT).read_text())
 
     def load(self, cache: Path, tell: Tell = lambda event, name, holder: None) -> None:
         """Compile what is not compiled yet, and load it: torch's way, with torch's lock.
 
         Raises BuildFailed, or an OSError when the folder cannot be used. Waits for as long as the lock file exists.
         """
-        from torch.utils import cpp_extension
-
         folder = self.folder(cache)
         folder.mkdir(parents=True, exist_ok=True)
         try:
-            with _loader_lock, _observed_baton(self.name, tell):
+            with loader() as cpp_extension, _observed_baton(self.name, tell):
                 path = cpp_extension.load(
                     self.name,
                     [str(source) for source in self.sources],
@@ -110,9 +113,9 @@ class Extension:
         except (RuntimeError, ImportError, subprocess.SubprocessError) as error:  # the last: not even its version
             raise BuildFailed(f"{self.name} could not be built: {_reason(str(error))}") from error
         self._load(Path(path))
-        partial = folder / f"{_STAMP}.{os.getpid()}"
+        partial = folder / f"{BUILT}.{os.getpid()}"
         partial.write_text(Path(path).name)
-        partial.replace(folder / _STAMP)
+        partial.replace(folder / BUILT)
 
     def _load(self, path: Path) -> None:
         """For functions of its own and for operators that it registers with torch alike."""
@@ -132,6 +135,63 @@ _first_use: list[Callable[[Extension], None]] = [lambda extension: extension.loa
 def on_first_use(load: Callable[[Extension], None]) -> None:
     """From here on `load` brings in whatever is used and not loaded yet, in this process."""
     _first_use[0] = load
+
+
+def missing() -> str:
+    """What this machine lacks to build an extension, "" for nothing. Programs are looked for, and not run."""
+    compiler = (shlex.split(os.environ.get("CXX", "")) or ["c++"])[0]
+    if not shutil.which(compiler, path=_search_path()):
+        return f"kernels are compiled, and there is no C++ compiler {compiler}: install one, or name one in CXX"
+    if not shutil.which("ninja", path=_search_path()):
+        return "kernels are compiled with the program ninja, which is not installed (pip install ninja)"
+    return ""
+
+
+def _search_path() -> str:
+    """Programs beside this interpreter come first: a virtual environment has its ninja there, activated or not."""
+    return os.pathsep.join([os.path.dirname(sys.executable), os.environ.get("PATH", os.defpath)])
+
+
+@contextlib.contextmanager
+def loader() -> Iterator[Any]:
+    """torch's extension loader, for one build at a time. Inside, it finds what `missing` finds, and its ninja ends with
+    this process, however that ends.
+    """
+    from torch.utils import cpp_extension
+
+    with _loader_lock:
+        path = os.environ.get("PATH")
+        os.environ["PATH"] = _search_path()
+        cpp_extension.subprocess = _Subprocess()  # type: ignore[assignment]
+        try:
+            yield cpp_extension
+        finally:
+            cpp_extension.subprocess = subprocess
+            if path is None:
+                del os.environ["PATH"]
+            else:
+                os.environ["PATH"] = path
+
+
+class _Subprocess:
+    """The module subprocess as torch's loader sees it: what it runs, which is ninja, gets SIGTERM when this process is
+    gone, and then ends its compilers.
+    """
+
+    _START = """
+import ctypes, os, signal, sys
+ctypes.CDLL(None).prctl(1, signal.SIGTERM, 0, 0, 0)  # PR_SET_PDEATHSIG, which an exec keeps
+if os.getppid() == int(sys.argv[1]):
+    os.execvp(sys.argv[2], sys.argv[2:])
+"""
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(subprocess, name)
+
+    def run(self, command: list[str], **options: Any) -> Any:
+        if sys.platform == "linux":
+            command = [sys.executable, "-IS", "-c", self._START, str(os.getpid()), *command]
+        return subprocess.run(command, **options)
 
 
 @contextlib.contextmanager

@@ -27,6 +27,7 @@ from pathlib import Path
 from types import ModuleType
 
 import torch
+from hybrid_moe_kernels.extension import loader
 
 DTYPES = (torch.float32, torch.bfloat16)
 DEVICES = ("cpu",)
@@ -127,14 +128,12 @@ def build(target: Path) -> None:
     """Compile and link into `target`. Raises BuildFailed, OSError."""
     if not _compiler_version():
         raise BuildFailed(f"there is no C++ compiler ({_compiler()!r} does not run; CXX names another)")
-    from torch.utils import cpp_extension
-
-    if not cpp_extension.is_ninja_available():
-        raise BuildFailed("the program ninja, which builds it, is not installed (pip install ninja)")
     private = Path(tempfile.mkdtemp(prefix=f".{target.stem}-", dir=target.parent))
     said = io.StringIO()
     try:
-        with contextlib.redirect_stdout(said):
+        with loader() as cpp_extension, contextlib.redirect_stdout(said):
+            if not cpp_extension.is_ninja_available():
+                raise BuildFailed("the program ninja, which builds it, is not installed (pip install ninja)")
             cpp_extension.load(
                 _NAME,
                 [str(source) for source in sorted(_HERE.glob("cpp/*.cpp"))],
@@ -145,6 +144,8 @@ def build(target: Path) -> None:
                 is_standalone=False,
             )
         os.replace(private / f"{_NAME}.so", target)
+    except BuildFailed:
+        raise
     except RuntimeError as error:
         lines = [line.strip() for line in f"{error}\n{said.getvalue()}".splitlines() if "error" in line.lower()]
         raise BuildFailed(f"the build failed: {lines[1] if len(lines) > 1 else error}") from None

@@ -26,8 +26,7 @@ from repro.junit import write_junit
 from repro.report import command as report_command
 from repro.rundir import RUN_NAME, OutputError, RunDir, read_json
 from repro.settings import KERNEL_CACHES, VARIANTS, RunSettings
-from repro.verdict import Verdict
-from repro.watch import document_of, judge_again
+from repro.watch import judge_again
 from repro.witness import Tail, read_dir
 
 EXPECTED, UNEXPECTED, USAGE, CANNOT_TELL, INTERRUPTED = 0, 1, 2, 125, 130
@@ -60,7 +59,7 @@ def main(argv: list[str] | None = None) -> int:
     except (ConfigError, OutputError, ValueError) as error:
         print(f"repro: {error}", file=sys.stderr)
         return USAGE
-    except (CannotRunHere, bundle.LeakError, kernel_cache.CannotBuild) as error:
+    except (CannotRunHere, bundle.LeakError) as error:
         print(f"repro: {error}", file=sys.stderr)
         return CANNOT_TELL
     except BrokenPipeError:
@@ -174,17 +173,21 @@ def _run(args: argparse.Namespace) -> int:
         for number, settings in enumerate(runs, start=1):
             count = f"[{number}/{len(runs)}] " if len(names) > 1 else ""
             title = f"{count}{settings.scenario} {settings.variant}: {settings.num_ranks} ranks, seed {settings.seed}"
-            if missing := scenarios.load(settings.scenario).missing(settings):
-                if len(names) == 1:
+            if not (missing := scenarios.load(settings.scenario).missing(settings)):
+                for finding in unsafe[settings][:1]:
+                    console.print(f"unsafe: {finding}", highlight=False, markup=False, soft_wrap=True)
+                known = references.get(settings.reference_key())
+                try:
+                    with display(console, title) as shown:
+                        run_dir, document = launch.run(settings, args.out, interrupt, shown, known, launcher)
+                except kernel_cache.CannotFill as error:
+                    missing = str(error)
+            if missing:
+                if len(names) == 1 and not documents:
                     raise CannotRunHere(f"{settings.scenario}: {missing}")
-                documents.append(_skipped(settings, missing))
+                documents.append(launch.skipped(settings, missing))
                 console.print(f"{title}: {missing}", highlight=False, markup=False, soft_wrap=True)
                 continue
-            for finding in unsafe[settings][:1]:
-                console.print(f"unsafe: {finding}", highlight=False, markup=False, soft_wrap=True)
-            known = references.get(settings.reference_key())
-            with display(console, title) as shown:
-                run_dir, document = launch.run(settings, args.out, interrupt, shown, known, launcher)
             documents.append(document)
             references.setdefault(settings.reference_key(), run_dir.reference)
             done.append(run_dir.root)
@@ -239,13 +242,6 @@ def _preflight(settings: RunSettings) -> list[str]:
     """What would hang, for a run that is allowed to; raises Refused for one that is not."""
     scenario = scenarios.load(settings.scenario)
     return preflight(scenario.server(settings, 0), scenario.policies(settings, 0))
-
-
-def _skipped(settings: RunSettings, why: str) -> dict[str, Any]:
-    """Stands in a list of verdicts for a run that this machine cannot do."""
-    verdict = Verdict("inconclusive", evidence=(why,), confidence="undecided")
-    no_time = {"stall_to_verdict": 0.0, "total": 0.0}
-    return {**document_of(settings, verdict), "matches_expected": False, "skipped": why, "seconds": no_time}
 
 
 def _report(console: Console, roots: Sequence[Path]) -> None:

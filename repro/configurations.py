@@ -32,6 +32,7 @@ def _configuration(name: str, summary: str, mode: str, engine: dict[str, Any], l
         policies=cold_jit.policies,
         hang=cold_jit.hang,
         refused=cold_jit.hang,
+        missing=cold_jit.missing,
         defaults={"model": MODEL, "engine": {"mode": mode, **engine}, **layout},
     )
 

@@ -11,13 +11,15 @@ import subprocess
 import sys
 from pathlib import Path
 
+from hybrid_moe_kernels.extension import BUILT
+
 from repro import process
 from repro.rundir import RunDir, read_json
 from repro.settings import RunSettings
 
 
-class CannotBuild(RuntimeError):
-    """This machine cannot compile the kernels; the text says why."""
+class CannotFill(RuntimeError):
+    """The run cannot find in its cache what it is to find there; the text says why."""
 
 
 def folder(run_dir: RunDir, settings: RunSettings) -> Path:
@@ -26,17 +28,29 @@ def folder(run_dir: RunDir, settings: RunSettings) -> Path:
 
 
 def fill(run_dir: RunDir, settings: RunSettings) -> None:
-    """Put into the run's cache what it is to find there.
+    """Put into the run's cache what it is to find there, within the run's deadline.
 
-    Raises CannotBuild, for want of a compiler for one.
+    Raises CannotFill: for want of a compiler for one, or for a cold start in a user's folder that is filled.
     """
-    if not settings.engine.compiles_kernels or settings.effective_kernel_cache == "cold":
+    if not settings.engine.compiles_kernels:
+        return
+    kernels = folder(run_dir, settings) / "kernels"
+    to_be_cold = of_rank(kernels, settings, 0)
+    if settings.effective_kernel_cache != "warm" and any(to_be_cold.glob(f"*/{BUILT}")):
+        raise CannotFill(f"no cold start: {to_be_cold} holds compiled kernels; empty it, or use --kernel-cache warm")
+    if settings.effective_kernel_cache == "cold":
         return
     command = [sys.executable, "-m", "repro.kernel_cache", str(run_dir.root)]
-    done = subprocess.run(command, capture_output=True, text=True)
-    if done.returncode:
-        reason = done.stderr.strip().splitlines()[-1:] or ["no reason given"]
-        raise CannotBuild(f"no warm kernel cache: {reason[0]}")
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) as builder:
+        try:
+            _, told = builder.communicate(timeout=settings.deadline_s)
+        except subprocess.TimeoutExpired:
+            raise CannotFill(f"no warm kernel cache: not built within {settings.deadline_s:g} s (--deadline)") from None
+        finally:
+            builder.kill()  # its compilers end with it
+    if builder.returncode:
+        reason = told.strip().splitlines()[-1:] or ["no reason given"]
+        raise CannotFill(f"no warm kernel cache: {reason[0]}")
 
 
 def of_rank(cache: Path, settings: RunSettings, rank: int) -> Path:
@@ -64,7 +78,8 @@ def main() -> None:
         ensure(extension, BuildPlace(default_cache(), -1, NullObserver()))
         built = extension.folder(default_cache())
         for target in targets:
-            shutil.copytree(built, target / built.name)  # with times, by which ninja knows what is up to date
+            # With times, by which ninja knows what is up to date. A user's folder may have it from the run before.
+            shutil.copytree(built, target / built.name, dirs_exist_ok=True)
 
 
 if __name__ == "__main__":

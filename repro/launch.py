@@ -26,7 +26,8 @@ from repro import kernel_cache, locks, process, scenarios
 from repro.layout import Identity
 from repro.rundir import OutputError, RunDir, write_json
 from repro.settings import RunSettings
-from repro.watch import Watch
+from repro.verdict import Verdict
+from repro.watch import Watch, document_of
 from repro.witness import Tail, create
 
 RELEASE_PATIENCE_S = 8.0
@@ -109,6 +110,13 @@ def run(
         shutil.copyfile(known_reference, run_dir.reference)
     job = LAUNCHERS[launcher](run_dir, settings)
     return run_dir, attend(run_dir, settings, interrupt, display, lambda: job.poll() is None, [job])
+
+
+def skipped(settings: RunSettings, why: str) -> dict[str, Any]:
+    """Stands in a list of verdicts for a run that this machine cannot do."""
+    verdict = Verdict("inconclusive", evidence=(why,), confidence="undecided")
+    no_time = {"stall_to_verdict": 0.0, "total": 0.0}
+    return {**document_of(settings, verdict), "matches_expected": False, "skipped": why, "seconds": no_time}
 
 
 def attend(

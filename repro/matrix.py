@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from repro import launch, scenarios
+from repro import kernel_cache, launch, scenarios
 from repro.layout import Kind
 from repro.rundir import RunDir
 from repro.settings import RunSettings
@@ -67,17 +67,25 @@ def run(
     documents: list[dict[str, Any]] = []
     references: dict[tuple[Any, ...], Path] = {}
     for number, (cell, settings) in enumerate(wanted, start=1):
-        known = references.get(settings.reference_key())
-        run_dir, document = launch.run(settings, out, interrupt, launch.Display(), known, launcher)
-        references.setdefault(settings.reference_key(), run_dir.reference)
-        document |= {
+        mine: dict[str, Any] = {
             "layout": cell.layout, "gdn_prefill_backend": cell.gdn, "moe_backend": cell.moe,
-            "kernel_cache": cell.cache, "group_timeout_s": cell.group_timeout_s,
-            "phases": [phases(run_dir, rank) for rank in range(settings.num_ranks)],
-            "stalled_s": document["quiet_s"] if document["verdict"] == "slow" else 0.0,
+            "kernel_cache": cell.cache, "group_timeout_s": cell.group_timeout_s, "phases": [], "stalled_s": 0.0,
         }  # fmt: skip
+        if not (missing := scenarios.load(settings.scenario).missing(settings)):
+            known = references.get(settings.reference_key())
+            try:
+                run_dir, document = launch.run(settings, out, interrupt, launch.Display(), known, launcher)
+            except kernel_cache.CannotFill as error:
+                missing = str(error)
+        if missing:
+            document = launch.skipped(settings, missing) | mine
+        else:
+            references.setdefault(settings.reference_key(), run_dir.reference)
+            document |= mine | {"phases": [phases(run_dir, rank) for rank in range(settings.num_ranks)]}
+            if document["verdict"] == "slow":
+                document["stalled_s"] = document["quiet_s"]
         documents.append(document)
-        tell(f"[{number}/{len(wanted)}] {name(document)}: {document['verdict']}")
+        tell(f"[{number}/{len(wanted)}] {name(document)}: {missing or document['verdict']}")
         if interrupt():
             break
     return documents
@@ -126,6 +134,8 @@ def table(documents: Sequence[Mapping[str, Any]]) -> list[str]:
     lines = _aligned(rows, range(6, 8 + len(PHASES)))
     for document in documents:
         ranks = document["phases"]
+        if not ranks:
+            continue  # it could not run here
         lines += ["", f"{name(document)}: seconds in each phase, ranks 0 to {len(ranks) - 1}"]
         names = dict.fromkeys(phase for rank in ranks for phase in rank if rank[phase] >= 0.05)
         rows = [(phase, *(f"{rank.get(phase, 0.0):.1f}" for rank in ranks)) for phase in names]

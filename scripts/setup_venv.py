@@ -19,7 +19,7 @@ VENV_PYTHON = VENV / "bin" / "python"
 UNFINISHED = VENV / ".unfinished"
 INPUTS = [ROOT / "pyproject.toml", ROOT / "setup.py", Path(__file__).resolve()]
 
-EXTRAS = {"repro": "", "test": "[test]", "lint": "[dev]"}
+EXTRAS = {"repro": "[native]", "test": "[native,test]", "lint": "[native,dev]"}
 # Packages of which tests load single files of plain torch. They lie apart, where no other import finds them: with fla
 # in sight transformers uses its kernels, which fail without a GPU, and without one mamba-ssm cannot be imported as a
 # whole. Exact versions, as internals are used; without what they depend on, which is gigabytes.

@@ -8,15 +8,19 @@ from __future__ import annotations
 import dataclasses
 import errno
 import fcntl
+import json
 import os
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 from forked import run_forked
+from hybrid_moe_kernels import extension as extensions
 from hybrid_moe_kernels.extension import BATON, Extension
 from hybrid_moe_kernels.gated_delta_rule import jit as gdn_jit
 from hybrid_moe_kernels.gated_delta_rule import reference as gdn_reference
@@ -25,14 +29,17 @@ from hybrid_moe_kernels.moe import reference as moe_reference
 from ranks import run_ranks
 
 from hybrid_moe_ref.config import ConfigError
+from hybrid_moe_ref.engine import builds
 from hybrid_moe_ref.engine.build_lock import BuildLock, LockTimeout
 from hybrid_moe_ref.engine.builds import BuildPlace, ensure, who_has_open
 from hybrid_moe_ref.engine.lifecycle import Engine, PrepareFailed
 from hybrid_moe_ref.engine.runner import ModelRunner
 from hybrid_moe_ref.parallel.comm import Communicator
+from hybrid_moe_ref.parallel.guard import ScheduleMismatch
 from hybrid_moe_ref.parallel.observer import NullObserver
-from repro import matrix, scenarios
-from repro.cli import USAGE, main
+from repro import launch, matrix, scenarios
+from repro.cli import CANNOT_TELL, USAGE, main
+from repro.kernel_cache import CannotFill
 from repro.layout import Kind
 from repro.settings import RunSettings
 from repro.watch import judge_again
@@ -438,6 +445,76 @@ def test_a_rank_that_raises_while_another_builds_ends_the_build(tmp_path):
     assert not leftovers(tmp_path / "cache")
 
 
+def test_a_build_that_does_not_end_when_it_is_told_to_is_left_behind(tmp_path, monkeypatch):
+    over = threading.Event()
+    monkeypatch.setattr(builds, "END_S", 0.2)
+    monkeypatch.setattr(Extension, "load", lambda self, cache, tell: over.wait(60))
+    started = time.monotonic()
+    with pytest.raises(ScheduleMismatch, match="rank 1 is out of memory"):
+        ensure(Extension("endless", ()), place(tmp_path, heard=lambda: "rank 1 is out of memory"))
+    assert time.monotonic() - started < 30
+    over.set()
+
+
+@pytest.mark.full
+def test_a_builder_that_is_killed_takes_its_compilers_with_it(tmp_path):
+    sleeps = f'case "$*" in *jit.cpp*) echo $$ > {tmp_path}/pid; mv {tmp_path}/pid {tmp_path}/compiler; exec sleep 300'
+    compiler = fake_compiler(tmp_path, f'{sleeps};; esac; exec c++ "$@"')
+    code = f"from pathlib import Path; from {gdn_jit.__name__} import PREFILL; PREFILL.load(Path({str(tmp_path)!r}))"
+    builder = subprocess.Popen([sys.executable, "-c", code], env={**os.environ, "CXX": compiler})
+    try:
+        wait_for(tmp_path / "compiler")
+    finally:
+        builder.kill()
+        builder.wait()
+    compiler_pid = int((tmp_path / "compiler").read_text())
+    deadline = time.monotonic() + STOP_S
+    while psutil.pid_exists(compiler_pid) and time.monotonic() < deadline:
+        time.sleep(0.02)
+    assert not psutil.pid_exists(compiler_pid)
+
+
+def test_what_a_build_lacks_is_named_and_ninja_is_found_beside_the_interpreter(tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "executable", str(tmp_path / "bin" / "python"))
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setenv("CXX", "c++ -pipe")
+    assert "there is no C++ compiler c++" in extensions.missing()
+    fake_compiler(tmp_path, "exit 0")
+    assert "ninja, which is not installed" in extensions.missing()
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin" / "ninja").write_text("#!/bin/sh\necho 1.11\n")
+    (tmp_path / "bin" / "ninja").chmod(0o755)
+    assert not extensions.missing()
+    with extensions.loader() as cpp_extension:
+        assert cpp_extension.is_ninja_available()
+    assert os.environ["PATH"] == str(tmp_path)
+    for name in ("cold_jit", "stale_baton", "lock_across_collective", "config1"):
+        monkeypatch.setenv("CXX", "/nowhere/c++")
+        assert "/nowhere/c++" in scenarios.load(name).missing(scenarios.settings_of({"scenario": name}))
+    assert not scenarios.load("tp8").missing(scenarios.settings_of({"scenario": "tp8"})), "it compiles nothing"
+
+
+def test_a_user_s_folder_that_is_filled_is_no_cold_cache(tmp_path):
+    built = tmp_path / "cache" / "kernels" / "gdn_prefill-0123" / "built"
+    built.parent.mkdir(parents=True)
+    built.write_text("")
+    with pytest.raises(CannotFill, match=r"no cold start: .*/cache/kernels holds compiled kernels"):
+        launch.prepare_run_dir(tmp_path / "runs", small("cold_jit", cache_dir=tmp_path / "cache"))
+    assert not list((tmp_path / "runs").iterdir())
+
+
+def test_a_warm_cache_that_is_not_built_by_the_deadline_is_given_up(tmp_path):
+    with pytest.raises(CannotFill, match=r"not built within 0.1 s"):
+        launch.prepare_run_dir(tmp_path, small("cold_jit", kernel_cache="warm", deadline_s=0.1))
+
+
+@pytest.mark.full
+def test_a_user_s_folder_may_be_filled_again_and_again(cold_run, tmp_path):
+    for _ in range(2):
+        launch.prepare_run_dir(tmp_path / "runs", small("cold_jit", kernel_cache="warm", cache_dir=tmp_path / "cache"))
+    assert len(list((tmp_path / "cache" / "kernels").glob("*/built"))) == 2
+
+
 def mounted(tmp_path, *options):
     if os.geteuid() or subprocess.run(["mount", "-t", "tmpfs", *options, "tmpfs", str(tmp_path)]).returncode:
         pytest.skip("cannot mount a small file system")
@@ -481,6 +558,7 @@ def test_a_file_system_without_locks_stops_all_ranks_and_names_the_folder(tmp_pa
 
     told = start_and_catch(tmp_path, tmp_path / "cache", sabotage)
     assert f"BuildFailed: cannot build in {tmp_path}/cache/kernels: No locks available; name another folder" in told
+    assert not leftovers(tmp_path / "cache")
 
 
 def test_a_warm_cache_needs_neither_compiler_nor_lock_nor_permission_to_write(cold_run, tmp_path):
@@ -537,6 +615,26 @@ def test_a_cell_of_the_matrix_ends_as_it_expects(cold_run, tmp_path, cell):
     for rank in range(8):
         told = matrix.phases(run_dir, rank)
         assert {"load", "prepare", "profile"} <= told.keys() and all(seconds >= 0 for seconds in told.values()), told
+
+
+@pytest.mark.parametrize("argv", [["run", "cold_jit", "--variant", "all"], ["matrix", "--only", "TP8 jit cold"]])
+def test_a_run_whose_cache_cannot_be_filled_costs_no_other_run_its_verdict(tmp_path, monkeypatch, capsys, argv):
+    """The first one gets its verdict, and the others are told what this machine lacks."""
+
+    def run(settings, out, *others):
+        if done:
+            raise CannotFill("no warm kernel cache: the disk is full")
+        done.append(settings)
+        run_dir = launch.prepare_run_dir(out, dataclasses.replace(settings, kernel_cache="cold"))
+        return run_dir, {**launch.skipped(settings, ""), "verdict": "clean", "matches_expected": True, "ranks": []}
+
+    done = []
+    monkeypatch.setattr(launch, "run", run)
+    assert main([*argv, "--out", str(tmp_path), "--json"]) == CANNOT_TELL
+    told = capsys.readouterr()
+    verdicts = [document["verdict"] for document in json.loads(told.out)]
+    assert verdicts[0] == "clean" and set(verdicts[1:]) == {"inconclusive"} and len(verdicts) > 1
+    assert "the disk is full" in told.err
 
 
 def test_the_script_for_vllm_starts_every_combination_and_is_a_script(tmp_path):

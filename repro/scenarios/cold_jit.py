@@ -16,6 +16,8 @@ import dataclasses
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
+from hybrid_moe_kernels import extension
+
 from hybrid_moe_ref.engine.builds import BuildPlace, KernelBuilds
 from hybrid_moe_ref.engine.policies import Policies
 from repro.kernel_cache import of_rank
@@ -72,6 +74,11 @@ def hang(settings: RunSettings) -> Expected:
     return Expected("slow", culprits=culprits, step=0, or_else=CLEAN if settings.quiet_window_s > 1 else None)
 
 
+def missing(settings: RunSettings) -> str:
+    """What compiles, where something is to be compiled."""
+    return extension.missing() if settings.engine.compiles_kernels else ""
+
+
 SCENARIO = Scenario(
     name="cold_jit",
     summary="one rank compiles kernels in the first step, the others wait for its lock silently: no deadlock",
@@ -79,5 +86,6 @@ SCENARIO = Scenario(
     policies=policies,
     hang=hang,
     refused=hang,
+    missing=missing,
     defaults={"engine": JIT},
 )

@@ -19,6 +19,7 @@ from hybrid_moe_ref.engine.build_lock import BuildLock
 from hybrid_moe_ref.engine.builds import BuildPlace, KernelBuilds, ensure
 from hybrid_moe_ref.engine.policies import Policies
 from repro.scenarios import Expected, Scenario
+from repro.scenarios.cold_jit import missing
 from repro.settings import RunSettings
 
 if TYPE_CHECKING:
@@ -78,5 +79,6 @@ SCENARIO = Scenario(
     source="generic; vllm#54618",
     policies=policies,
     hang=hang,
+    missing=missing,
     defaults={"engine": {"moe_backend": "jit"}},
 )

@@ -22,7 +22,7 @@ from pathlib import Path
 from hybrid_moe_ref.engine.policies import Policies
 from repro import process
 from repro.scenarios import Expected, Scenario
-from repro.scenarios.cold_jit import BuildAtFirstUse
+from repro.scenarios.cold_jit import BuildAtFirstUse, missing
 from repro.settings import RunSettings
 
 PATIENCE_S = 60.0
@@ -76,6 +76,7 @@ SCENARIO = Scenario(
     hang=hang,
     refused=hang,
     before=kill_a_builder,
+    missing=missing,
     defaults={"engine": {"gdn_prefill_backend": "jit"}},
 )
 
