@@ -7,10 +7,16 @@ import os
 import shutil
 
 import pytest
+import torch
 from ranks import run_ranks
 
+from hybrid_moe_ref.config import preset
+from hybrid_moe_ref.engine.builds import BuildPlace
+from hybrid_moe_ref.engine.compilation import Compiler, _Announcements
 from hybrid_moe_ref.engine.lifecycle import Engine, PrepareFailed
+from hybrid_moe_ref.model import HybridMoE
 from hybrid_moe_ref.parallel.comm import Communicator
+from hybrid_moe_ref.parallel.guard import ScheduleMismatch
 from hybrid_moe_ref.parallel.observer import NullObserver
 from repro import reference
 from repro.settings import RunSettings
@@ -74,6 +80,23 @@ def test_compiled_ranks_serve_the_tokens_of_one_process_and_compile_before_they_
         assert {phase for phase, event, _ in told.events if event.startswith("build")} == {"compile"}, told.events
     held = [rank for rank, (_, told) in enumerate(results) for _, event, _ in told.events if event == "lock_held"]
     assert held, "nobody took the lock"
+
+
+def test_what_was_compiled_for_one_model_is_not_done_for_another(tmp_path):
+    place = BuildPlace(tmp_path, 0, NullObserver())
+
+    def done(dtype=torch.float32, **engine):
+        return Compiler(HybridMoE(dataclasses.replace(preset("tiny"), **engine), dtype=dtype), place).done
+
+    assert done() == done(layer_pattern="GAGA") != done(hidden_size=32) != done(dtype=torch.float64)
+
+
+def test_no_part_is_compiled_any_more_once_another_rank_has_stopped_the_job(tmp_path):
+    told = Told()
+    place = BuildPlace(tmp_path, 0, told, heard=lambda: "rank 1 could not prepare: no room")
+    with pytest.raises(ScheduleMismatch, match="rank 1 could not prepare"), _Announcements(place).around("MLP", 1):
+        pass
+    assert not told.events
 
 
 @pytest.mark.full

@@ -13,6 +13,7 @@ Shapes: N rows, H hidden.
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import os
 import threading
 from collections.abc import Callable, Iterator
@@ -48,6 +49,15 @@ class Compiler:
         """Where Inductor keeps its output."""
         return self.place.cache / f"inductor-torch{torch.__version__}"
 
+    @property
+    def done(self) -> Path:
+        """The file that says that all parts of such a model have been compiled here."""
+        kinds = set()
+        for part in row_wise(self._model):
+            weights = [(name, tuple(x.shape), x.dtype, x.device.type) for name, x in part.named_parameters()]
+            kinds.add(f"{type(part).__name__} {weights}")
+        return self.folder / f"done-{hashlib.sha256(repr(sorted(kinds)).encode()).hexdigest()[:12]}"
+
     def install(self) -> None:
         """From here on the parts are compiled when they are first called."""
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -80,16 +90,15 @@ class Compiler:
         """
         try:
             self.install()
-            done = self.folder / "done"
             lock = BuildLock(
                 self.folder.with_name(f"{self.folder.name}.lock"),
                 self.place.rank, self.place.deadline_s, self.place.observer.local, self.place.check,
             )  # fmt: skip
-            if not done.exists():
+            if not self.done.exists():
                 with lock, _every(BEAT_S, lock.beat):
-                    if not done.exists():
+                    if not self.done.exists():
                         self.compile_all()
-                        done.touch()
+                        self.done.touch()
             self.compile_all()
         except OSError as error:
             told = f"cannot compile in {self.folder}: {error.strerror or error}; name another folder (engine.cache_dir)"
@@ -114,6 +123,7 @@ class _Announcements:
         if kind in self._seen:
             yield
             return
+        self._place.check()  # a compilation cannot be ended, but the next one need not begin
         name = f"torch.compile of {part}, {'one row' if num_rows == 1 else 'rows'}"
         local = self._place.observer.local
         local("build_begin", name)
