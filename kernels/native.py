@@ -1,8 +1,9 @@
 """The C++ kernels as one library: built by torch's extension loader, kept per source in a cache, loaded once.
 
 Nothing here runs on the way of a call: `prepare` builds or loads, and until it has, the native backend is missing. The
-library lies in `folder()`, named by a digest of the sources, the compiler and torch. It is built in a private folder
-beside it and moved there when it is complete, so a failed or killed build leaves no half library. One process at a time
+library lies in `folder()`, named by a digest of the sources and torch; loading it needs no compiler, and another
+compiler's is had by removing it. It is built in a private folder beside it and moved there when it is complete, so a
+failed or killed build leaves no half library, and the next one sweeps what a killed one left. One process at a time
 builds, under a lock that the system takes back from whoever dies, and that is waited for no longer than LOCK_LIMIT_S.
 
 The best instruction set that the processor has is picked when the library is loaded; HMR_NATIVE_ISA names another
@@ -10,19 +11,22 @@ The best instruction set that the processor has is picked when the library is lo
 """
 
 import contextlib
+import errno
 import fcntl
 import hashlib
 import importlib.machinery
 import importlib.util
 import io
+import logging
 import os
 import platform
 import shutil
 import subprocess
 import sys
 import tempfile
+import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
 
@@ -36,6 +40,9 @@ CHECKS = True  # in C++, at a cost that does not show
 LOCK_LIMIT_S = 600.0
 """How long a process waits while another one builds."""
 
+SILENT_S = 5.0
+"""How long it does so without a word."""
+
 _NAME = "hybrid_moe_native"
 _FLAGS = [
     "-O3",
@@ -47,8 +54,13 @@ _FLAGS = [
     "-Wno-unknown-pragmas",
 ]
 _HERE = Path(__file__).parent
+_log = logging.getLogger("hybrid_moe_kernels")
 _library: ModuleType | None = None
 _error = ""
+_failed: Path | None = None  # it is not tried again
+
+
+def _nothing() -> None: ...
 
 
 def library() -> ModuleType:
@@ -79,26 +91,30 @@ def path() -> Path:
     digest = hashlib.sha256()
     for source in sources():
         digest.update(source.relative_to(_HERE).as_posix().encode() + b"\0" + source.read_bytes() + b"\0")
-    told = [torch.__version__, sys.implementation.cache_tag, platform.machine(), _compiler_version(), *_FLAGS]
+    told = [torch.__version__, sys.implementation.cache_tag, platform.machine(), *_FLAGS]
     digest.update("\0".join(map(str, told)).encode())
     return folder() / f"{_NAME}-{digest.hexdigest()[:16]}.so"
 
 
-def prepare() -> str:
-    """Load the library, after building it if the cache has none. Returns why there is none, "" when there is one."""
-    global _library, _error
-    if _library is None:
+def prepare(tick: Callable[[], None] = _nothing) -> str:
+    """Load the library, after building it if the cache has none. Returns why there is none, "" when there is one.
+
+    tick: called several times a second meanwhile, for signs of life; what it raises ends a wait for another process,
+    and goes on when a build of this one is through.
+    """
+    global _library, _error, _failed
+    target = path()
+    if _library is None and target != _failed:
         try:
-            target = path()
             if not target.exists():
                 target.parent.mkdir(parents=True, exist_ok=True)
-                with _only_one(target.parent):
+                with _only_one(target.parent, tick):
                     if not target.exists():
-                        build(target)
+                        _ticking(lambda: build(target), tick)
             _library = _load(target)
             _error = ""
-        except (BuildFailed, OSError, ImportError) as error:
-            _error = " ".join(str(error).split())
+        except (BuildFailed, OSError, ImportError, ValueError) as error:
+            _error, _failed = " ".join(str(error).split()), target
     return missing()
 
 
@@ -106,34 +122,80 @@ class BuildFailed(RuntimeError):
     """The library could not be built; one line says why."""
 
 
+def _ticking(work: Callable[[], None], tick: Callable[[], None]) -> None:
+    """Do the work in a thread, and tick in this one."""
+    failure: list[BaseException] = []
+
+    def run() -> None:
+        try:
+            work()
+        except BaseException as error:
+            failure.append(error)
+
+    thread = threading.Thread(target=run, name="build native")
+    thread.start()
+    try:
+        while thread.is_alive():
+            thread.join(0.2)
+            tick()
+    finally:
+        thread.join()
+    if failure:
+        raise failure[0]
+
+
 @contextlib.contextmanager
-def _only_one(place: Path) -> Iterator[None]:
-    """Inside, no other process is. The folder itself is what is locked: nothing is left behind."""
-    descriptor, deadline = os.open(place, os.O_RDONLY), time.monotonic() + LOCK_LIMIT_S
+def _only_one(place: Path, tick: Callable[[], None]) -> Iterator[None]:
+    """Inside, no other process is. The folder itself is what is locked, so that nothing is left behind; a network file
+    system may lock only what is open for writing, and has a file."""
+    descriptor, is_folder = os.open(place, os.O_RDONLY), True
+    started, told = time.monotonic(), False
     try:
         while True:
             try:
                 fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 break
             except BlockingIOError:
-                if time.monotonic() > deadline:
-                    raise BuildFailed(f"another process has been building in {place} for {LOCK_LIMIT_S:g} s") from None
-                time.sleep(0.05)
+                waited = time.monotonic() - started
+            except OSError as error:
+                if error.errno != errno.EBADF or not is_folder:
+                    raise
+                os.close(descriptor)
+                descriptor, is_folder = os.open(place / ".lock", os.O_RDWR | os.O_CREAT, 0o666), False
+                continue
+            if waited > LOCK_LIMIT_S:
+                raise BuildFailed(f"{_builder(place)} has been building in {place} for {LOCK_LIMIT_S:g} s")
+            if waited > SILENT_S and not told:
+                told = True
+                _log.warning(f"kernels: native: waiting for {_builder(place)}, which builds in {place}")
+            tick()
+            time.sleep(0.05)
         yield
     finally:
         os.close(descriptor)
 
 
+def _builder(place: Path) -> str:
+    """Who builds there, by the name of its private folder."""
+    for private in place.glob(f".{_NAME}+*"):
+        _, host, pid, _ = private.name.rsplit("+", 3)
+        return f"process {pid} of {host}"
+    return "another process"
+
+
 def build(target: Path) -> None:
     """Compile and link into `target`. Raises BuildFailed, OSError."""
-    if not _compiler_version():
+    if not _compiler_runs():
         raise BuildFailed(f"there is no C++ compiler ({_compiler()!r} does not run; CXX names another)")
-    private = Path(tempfile.mkdtemp(prefix=f".{target.stem}-", dir=target.parent))
+    for left in target.parent.glob(f".{_NAME}+*"):  # by a build that was killed, as there is no other now
+        shutil.rmtree(left, ignore_errors=True)
+    private = Path(tempfile.mkdtemp(prefix=f".{_NAME}+{platform.node()}+{os.getpid()}+", dir=target.parent))
     said = io.StringIO()
     try:
         with loader() as cpp_extension, contextlib.redirect_stdout(said):
             if not cpp_extension.is_ninja_available():
                 raise BuildFailed("the program ninja, which builds it, is not installed (pip install ninja)")
+            cpp_extension.JIT_EXTENSION_VERSIONER.entries.pop(_NAME, None)  # it would give a second build another name
             cpp_extension.load(
                 _NAME,
                 [str(source) for source in sorted(_HERE.glob("cpp/*.cpp"))],
@@ -159,8 +221,10 @@ def _load(target: Path) -> ModuleType:
     assert spec is not None
     module = importlib.util.module_from_spec(spec)
     loader.exec_module(module)
-    if "HMR_NATIVE_ISA" in os.environ:
-        module.use_instruction_set(os.environ["HMR_NATIVE_ISA"])
+    if isa := os.environ.get("HMR_NATIVE_ISA"):
+        if isa not in module.instruction_sets():
+            raise ValueError(f"HMR_NATIVE_ISA: {isa!r} is not one of {', '.join(module.instruction_sets())}")
+        module.use_instruction_set(isa)
     return module
 
 
@@ -168,10 +232,8 @@ def _compiler() -> str:
     return os.environ.get("CXX", "c++")
 
 
-def _compiler_version() -> str:
-    """The first line that the compiler says of itself; "" without one."""
+def _compiler_runs() -> bool:
     try:
-        told = subprocess.run([_compiler(), "--version"], capture_output=True, text=True, timeout=120)
+        return subprocess.run([_compiler(), "--version"], capture_output=True, timeout=120).returncode == 0
     except (OSError, subprocess.TimeoutExpired):
-        return ""
-    return told.stdout.partition("\n")[0] if told.returncode == 0 else ""
+        return False

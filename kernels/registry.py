@@ -39,6 +39,9 @@ from torch import Tensor
 CHOICES = ("auto", "torch", "native", "triton", "fla", "mamba_ssm")
 """What `use` takes."""
 
+SLOWER: dict[tuple[str, str, torch.dtype], str] = {}
+"""What a backend has and the registry never picks, by what benchmarks/bench_kernels.py measured against torch."""
+
 _MODULES = {"torch": "reference"}
 _log = logging.getLogger("hybrid_moe_kernels")
 _ops: dict[str, "Op"] = {}
@@ -77,7 +80,8 @@ class Op:
         """What runs on such a device for such a dtype under the present choice."""
         key = (self.name, device, dtype)
         if key not in _picked:
-            candidates = (self.implementation(backend, device, dtype) for backend in _preference(device))
+            backends = (b for b in _preference(device) if (b, self.name, dtype) not in SLOWER)
+            candidates = (self.implementation(backend, device, dtype) for backend in backends)
             _picked[key] = next(found for found in candidates if found is not None)
         return _picked[key]
 
@@ -90,11 +94,24 @@ class Op:
             if error.name != path:  # the file is there, a package that it needs is not
                 _say_once(f"kernels: {backend} needs the package {error.name}; {_fallback(backend)}")
             return None
+        except Exception as error:
+            if backend == "torch":
+                raise
+            # A package that is there but does not load here fails in a way of its own.
+            told = " ".join(str(error).split())
+            _say_once(f"kernels: {backend} cannot be imported ({type(error).__name__}: {told}); {_fallback(backend)}")
+            return None
         run = getattr(module, self.function, None)
-        if run is None or device not in getattr(module, "DEVICES", (device,)):
+        if run is None:
             return None
-        if dtype not in getattr(module, "DTYPES", (dtype,)):
-            return None
+        for what, mine in (("DEVICES", device), ("DTYPES", dtype)):
+            takes = getattr(module, what, (mine,))
+            if mine not in takes:
+                if backend == _choice:
+                    listed = " and ".join(str(each).removeprefix("torch.") for each in takes)
+                    here = str(mine).removeprefix("torch.")
+                    _say_once(f"kernels: {backend} runs on {listed}, not on {here}; {_fallback(backend)}")
+                return None
         lack = module.missing() if hasattr(module, "missing") else ""
         if lack:
             _say_once(f"kernels: {backend}: {lack}; {_fallback(backend)}")
@@ -133,11 +150,11 @@ def use(choice: str) -> None:
     prepare()
 
 
-def prepare() -> None:
-    """Do now what the present choice needs before its first call."""
+def prepare(tick: Callable[[], None] = lambda: None) -> None:
+    """Do now what the present choice needs before its first call; `tick` is called meanwhile, see `native.prepare`."""
     if _choice == "native":
         native = importlib.import_module("hybrid_moe_kernels.native")
-        lack = native.prepare()
+        lack = native.prepare(tick)
         if lack:
             _say_once(f"kernels: native: {lack}; torch runs instead")
         _picked.clear()

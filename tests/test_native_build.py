@@ -1,0 +1,154 @@
+"""How the native library comes to be: found, built, waited for, and what is left when any of it fails.
+
+Compilers here are scripts, or compile next to nothing; the kernels themselves are for test_native.py.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import os
+import shutil
+import signal
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from hybrid_moe_kernels import native
+
+BROKEN = 'echo "x.cpp:1: error: broken"; exit 1'
+
+
+@pytest.fixture(autouse=True)
+def nothing_loaded(monkeypatch) -> None:
+    for name, value in {"_library": None, "_error": "", "_failed": None}.items():
+        monkeypatch.setattr(native, name, value)
+
+
+def script(folder: Path, body: str) -> str:
+    """A compiler that knows its version, and says each other call in the file `calls`."""
+    path = folder / "g++"
+    path.write_text(f'#!/bin/sh\n[ "$1" = --version ] && echo 1.0 && exit 0\necho . >> {folder}/calls\n{body}\n')
+    path.chmod(0o755)
+    return str(path)
+
+
+def ninja() -> str:
+    beside = Path(sys.executable).with_name("ninja")
+    found = str(beside) if beside.exists() else shutil.which("ninja")
+    if found is None:
+        pytest.skip("native kernels: ninja is not installed")
+    return found
+
+
+@pytest.fixture
+def cache(tmp_path, monkeypatch) -> Path:
+    monkeypatch.setenv("HMR_NATIVE_DIR", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
+def test_a_library_that_is_there_needs_no_compiler(monkeypatch) -> None:
+    if not native.path().exists() and native.prepare():
+        pytest.skip(f"native kernels: {native.missing()}")
+    monkeypatch.setattr(native, "_library", None)
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    assert native.prepare() == ""
+
+
+def test_an_instruction_set_that_is_not_here_is_one_line(monkeypatch) -> None:
+    if native.prepare():
+        pytest.skip(f"native kernels: {native.missing()}")
+    monkeypatch.setattr(native, "_library", None)
+    monkeypatch.setenv("HMR_NATIVE_ISA", "mmx")
+    assert native.prepare().startswith("HMR_NATIVE_ISA: 'mmx' is not one of generic")
+
+
+def test_a_failed_build_is_not_tried_again(tmp_path, cache, monkeypatch) -> None:
+    ninja()
+    monkeypatch.setenv("CXX", script(tmp_path, BROKEN))
+    assert native.prepare() == "the build failed: x.cpp:1: error: broken"
+    calls = (tmp_path / "calls").read_text()
+    assert native.prepare() == "the build failed: x.cpp:1: error: broken"
+    assert (tmp_path / "calls").read_text() == calls
+    assert list(cache.iterdir()) == []
+
+
+def test_a_second_build_in_one_process_works_with_the_ninja_beside_this_python(tmp_path, monkeypatch) -> None:
+    real = ninja()
+    if shutil.which(native._compiler()) is None:
+        pytest.skip("there is no C++ compiler")
+    (tmp_path / "cpp").mkdir()
+    (tmp_path / "cpp" / "small.cpp").write_text("int small = 1;\n")
+    monkeypatch.setattr(native, "_HERE", tmp_path)
+    beside = tmp_path / "bin" / "ninja"
+    beside.parent.mkdir()
+    beside.write_text(f'#!/bin/sh\necho . >> {tmp_path}/asked\nexec {real} "$@"\n')
+    beside.chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(beside.with_name("python")))
+    before = os.environ["PATH"]
+    for number in range(2):
+        folder = tmp_path / str(number)
+        folder.mkdir()
+        native.build(folder / "built.so")
+        assert [path.name for path in folder.iterdir()] == ["built.so"]
+    assert os.environ["PATH"] == before and (tmp_path / "asked").exists()
+
+
+def test_what_a_killed_build_left_is_swept_by_the_next(tmp_path, cache, monkeypatch) -> None:
+    ninja()
+    monkeypatch.setenv("CXX", script(tmp_path, "exec sleep 2"))
+    child = os.fork()
+    if child == 0:
+        native.prepare()
+        os._exit(0)
+    deadline = time.monotonic() + 60
+    while not (tmp_path / "calls").exists() and time.monotonic() < deadline:
+        time.sleep(0.02)
+    os.kill(child, signal.SIGKILL)
+    os.waitpid(child, 0)
+    (left,) = cache.iterdir()
+    assert f"+{child}+" in left.name
+    monkeypatch.setenv("CXX", script(tmp_path, BROKEN))
+    assert native.prepare() == "the build failed: x.cpp:1: error: broken"
+    assert list(cache.iterdir()) == []
+
+
+def test_who_waits_says_for_whom_and_not_for_ever(cache, monkeypatch, caplog) -> None:
+    (cache / ".hybrid_moe_native+thathost+123+abc").mkdir(parents=True)
+    monkeypatch.setattr(native, "SILENT_S", 0.05)
+    monkeypatch.setattr(native, "LOCK_LIMIT_S", 0.3)
+    ticks: list[float] = []
+    holder = os.open(cache, os.O_RDONLY)
+    try:
+        fcntl.flock(holder, fcntl.LOCK_EX)
+        told = native.prepare(lambda: ticks.append(time.monotonic()))
+    finally:
+        os.close(holder)
+    assert told == f"process 123 of thathost has been building in {cache} for 0.3 s" and len(ticks) > 2
+    (line,) = caplog.messages
+    assert line == f"kernels: native: waiting for process 123 of thathost, which builds in {cache}"
+
+
+def test_a_file_system_that_locks_only_what_is_written_has_a_file(tmp_path, monkeypatch) -> None:
+    flock = fcntl.flock
+
+    def as_on_nfs(descriptor: int, how: int) -> None:
+        if fcntl.fcntl(descriptor, fcntl.F_GETFL) & os.O_ACCMODE == os.O_RDONLY:
+            raise OSError(errno.EBADF, "Bad file descriptor")
+        flock(descriptor, how)
+
+    monkeypatch.setattr(fcntl, "flock", as_on_nfs)
+    with native._only_one(tmp_path, lambda: None):
+        other = os.open(tmp_path / ".lock", os.O_RDWR)
+        with pytest.raises(BlockingIOError):
+            flock(other, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        os.close(other)
+
+
+def test_signs_of_life_are_given_while_this_process_builds(monkeypatch) -> None:
+    ticks: list[int] = []
+    native._ticking(lambda: time.sleep(0.5), lambda: ticks.append(1))
+    assert len(ticks) >= 2
+    with pytest.raises(native.BuildFailed, match="no"):
+        native._ticking(lambda: (_ for _ in ()).throw(native.BuildFailed("no")), lambda: None)

@@ -1,0 +1,107 @@
+"""What the registry does about a backend that is not all there."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import subprocess
+import sys
+import types
+from typing import Any
+
+import pytest
+import torch
+from hybrid_moe_kernels import norm, registry
+
+X, WEIGHT = torch.ones(2, 4), torch.zeros(4)
+
+
+@pytest.fixture(autouse=True)
+def nothing_said(monkeypatch) -> None:
+    monkeypatch.setattr(registry, "_said", set())
+    monkeypatch.setattr(registry, "_picked", {})
+
+
+def serve(monkeypatch, backend: str, module: types.ModuleType | Exception) -> None:
+    """What importing an op's backend gives."""
+    real = importlib.import_module
+
+    def load(path: str, package: str | None = None):
+        if not path.endswith(f".{backend}"):
+            return real(path, package)
+        if isinstance(module, Exception):
+            raise module
+        return module
+
+    monkeypatch.setattr(importlib, "import_module", load)
+
+
+@pytest.mark.parametrize(
+    "error", [ImportError("cannot import name 'knobs'"), RuntimeError("0 active drivers\n(2 wanted)")], ids=str
+)
+def test_a_backend_that_does_not_import_is_one_line(error, monkeypatch, caplog) -> None:
+    serve(monkeypatch, "triton", error)
+    with registry.using("triton"):
+        for _ in range(2):
+            assert norm.rms_norm(X, WEIGHT, 1e-6).sum() == pytest.approx(8)
+            assert norm.rms_norm.pick("cpu", torch.bfloat16).backend == "torch"
+    told = f"{type(error).__name__}: {' '.join(str(error).split())}"
+    assert caplog.messages == [f"kernels: triton cannot be imported ({told}); torch runs instead"]
+
+
+def test_a_reference_that_does_not_import_is_an_error(monkeypatch) -> None:
+    serve(monkeypatch, "reference", ImportError("broken"))
+    with pytest.raises(ImportError, match="broken"):
+        norm.rms_norm(X, WEIGHT, 1e-6)
+
+
+def test_a_choice_that_does_not_take_the_device_or_dtype_is_one_line(monkeypatch, caplog) -> None:
+    module = types.ModuleType("fla")
+    module.rms_norm = lambda *args: "ran"  # type: ignore[attr-defined]
+    module.DEVICES, module.DTYPES = ("cuda",), (torch.float32, torch.bfloat16)  # type: ignore[attr-defined]
+    serve(monkeypatch, "fla", module)
+    with registry.using("fla"):
+        for _ in range(2):
+            assert norm.rms_norm.pick("cpu", torch.float32).backend == "torch"
+        assert norm.rms_norm.pick("cuda", torch.float32).backend == "fla"
+        assert norm.rms_norm.pick("cuda", torch.float64).backend == "torch"
+        assert norm.norm_then_gate.pick("cpu", torch.float32).backend == "torch"  # it has none: nothing to say
+    assert caplog.messages == [
+        "kernels: fla runs on cuda, not on cpu; torch runs instead",
+        "kernels: fla runs on float32 and bfloat16, not on float64; torch runs instead",
+    ]
+
+
+def test_what_was_measured_slower_is_not_picked(monkeypatch) -> None:
+    module = types.ModuleType("fla")
+    module.rms_norm = lambda *args: "ran"  # type: ignore[attr-defined]
+    serve(monkeypatch, "fla", module)
+    monkeypatch.setitem(registry.SLOWER, ("fla", "norm.rms_norm", torch.float32), "0.5 x")
+    with registry.using("fla"):
+        assert norm.rms_norm.pick("cpu", torch.float32).backend == "torch"
+        assert norm.rms_norm.pick("cpu", torch.bfloat16).backend == "fla"
+
+
+def test_a_call_is_checked_except_inside_unchecked(monkeypatch) -> None:
+    checked: list[Any] = []
+    monkeypatch.setattr(norm.rms_norm, "check", lambda *args: checked.append(args))
+    norm.rms_norm(X, WEIGHT, 1e-6)
+    with registry.unchecked():
+        assert not registry.checking()
+        norm.rms_norm(X, WEIGHT, 1e-6)
+    assert len(checked) == 1 and registry.checking()
+
+
+@pytest.mark.full
+@pytest.mark.parametrize(("options", "environment"), [([], {}), (["-O"], {}), ([], {"HMR_KERNEL_CHECKS": "0"})])
+def test_a_process_can_do_without_checks(options, environment) -> None:
+    code = """
+import torch
+from hybrid_moe_kernels import norm, registry
+norm.rms_norm.check = lambda *args: print("checked")
+norm.rms_norm(torch.ones(2, 4), torch.zeros(4), 1e-6)
+"""
+    done = subprocess.run(
+        [sys.executable, *options, "-c", code], capture_output=True, text=True, env=os.environ | environment
+    )
+    assert done.returncode == 0 and done.stdout == ("" if options or environment else "checked\n"), done.stderr
