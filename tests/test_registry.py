@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib
 import os
 import subprocess
@@ -11,7 +12,13 @@ from typing import Any
 
 import pytest
 import torch
-from hybrid_moe_kernels import norm, registry
+from hybrid_moe_kernels import native, norm, registry
+from ranks import run_ranks
+
+from hybrid_moe_ref.engine.lifecycle import Engine
+from hybrid_moe_ref.parallel.comm import Communicator
+from repro import reference
+from repro.settings import DEFAULT_ENGINE, RunSettings
 
 X, WEIGHT = torch.ones(2, 4), torch.zeros(4)
 
@@ -97,7 +104,13 @@ def test_a_call_is_checked_except_inside_unchecked(monkeypatch) -> None:
 def test_a_process_can_do_without_checks(options, environment) -> None:
     code = """
 import torch
-from hybrid_moe_kernels import norm, registry
+from hybrid_moe_kernels import native, norm, registry
+from ranks import run_ranks
+
+from hybrid_moe_ref.engine.lifecycle import Engine
+from hybrid_moe_ref.parallel.comm import Communicator
+from repro import reference
+from repro.settings import DEFAULT_ENGINE, RunSettings
 norm.rms_norm.check = lambda *args: print("checked")
 norm.rms_norm(torch.ones(2, 4), torch.zeros(4), 1e-6)
 """
@@ -105,3 +118,23 @@ norm.rms_norm(torch.ones(2, 4), torch.zeros(4), 1e-6)
         [sys.executable, *options, "-c", code], capture_output=True, text=True, env=os.environ | environment
     )
     assert done.returncode == 0 and done.stdout == ("" if options or environment else "checked\n"), done.stderr
+
+
+@pytest.mark.full  # ranks, each with a library to load
+def test_the_engine_prepares_native_kernels_and_serves_the_same_tokens(tmp_path, monkeypatch) -> None:
+    if native.prepare():
+        pytest.skip(f"native kernels: {native.missing()}")
+    engine = dataclasses.replace(DEFAULT_ENGINE, dtype="float32")  # native kernels know no float64
+    settings = RunSettings("metadata_rebuild", "control", num_ranks=2, engine=engine)
+
+    def run(rank, store):
+        monkeypatch.setattr(native, "_library", None)  # as in a process of its own
+        monkeypatch.setattr(registry, "_choice", "native")  # as HMR_KERNELS sets it
+        server = settings.server()
+        comm = Communicator.connect(server.parallel, rank, store=store, timeout_s=60)
+        return Engine(server, comm).serve(settings.requests()[rank]), registry.table(), registry._said
+
+    outcomes = run_ranks(2, tmp_path, run, deadline_s=100)
+    for _, table, said in outcomes:
+        assert table["gated_delta_rule.decode"] == "native" and not said
+    assert outcomes[0][0] | outcomes[1][0] == reference.compute(settings)

@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import TypeVar
 
 import torch
+from hybrid_moe_kernels import registry
 from hybrid_moe_kernels.extension import default_cache, on_first_use
 
 from hybrid_moe_ref import checkpoint
@@ -133,8 +134,15 @@ class Engine:
         return page_layout(self.model.config, dtype.itemsize, ssm_itemsize=ssm_dtype.itemsize)
 
     def _prepare(self) -> None:
+        place = self._build_place()
+
+        def sign_of_life() -> None:
+            self.comm.observer.local("heartbeat", "prepares kernels")
+            place.check()
+
         def work() -> None:
-            self._policies.builds.prepare(self._extensions, self._build_place())
+            registry.prepare(sign_of_life)
+            self._policies.builds.prepare(self._extensions, place)
             self._policies.builds.warm_up(self.runner.warm_up)
 
         self._all_or_none(work)
