@@ -3,6 +3,7 @@
 namespace hmr {
 namespace ISA {
 #include "simd.h"
+#include "product.h"
 #include "../linear/native.cpp"
 #include "../moe/native.cpp"
 #include "../causal_conv/native.cpp"

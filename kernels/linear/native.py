@@ -1,10 +1,12 @@
-"""Projections in C++, for as many rows as leave them bound by memory; more are the library's business.
+"""Projections in C++. Beyond a few rows torch's own product is as fast, except in bfloat16 on a processor without
+instructions for it, where it is eight times slower.
 
 Shapes: N rows, H inputs, O outputs of a weight.
 """
 
 from collections.abc import Sequence
 
+import torch
 from hybrid_moe_kernels import native
 from hybrid_moe_kernels.linear import reference
 from hybrid_moe_kernels.native import CHECKS, DEVICES, DTYPES, missing
@@ -12,11 +14,12 @@ from torch import Tensor
 
 __all__ = ["CHECKS", "DEVICES", "DTYPES", "MAX_ROWS", "missing", "project"]
 
-MAX_ROWS = 8
+MAX_ROWS = {torch.float32: 8, torch.bfloat16: 8 if torch.ops.mkldnn._is_mkldnn_bf16_supported() else 1 << 62}
+"""Of how many rows the product is computed here."""
 
 
 def project(x_NH: Tensor, weights: Sequence[Tensor]) -> list[Tensor]:
     """As the reference's."""
-    if x_NH.shape[0] > MAX_ROWS:
+    if x_NH.shape[0] > MAX_ROWS[x_NH.dtype]:
         return reference.project(x_NH, weights)
     return native.library().project(x_NH, weights)

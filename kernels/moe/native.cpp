@@ -1,66 +1,71 @@
 // Router, experts, shared expert and their sum. Only experts that are hit are read, each once.
 
-// The K largest of E logits, the first of equals first, and their softmax. The logits are destroyed.
+// The K largest of E logits, the first of equals first, and their softmax. A NaN among the logits makes all weights NaN. The
+// logits are destroyed: one that is taken becomes a NaN, which is no largest of anything.
 static void choose(float* logits, int64_t E, int64_t K, int64_t* ids, float* weights) {
-    for (int64_t k = 0; k < K; k++) {
-        vf best = splat(-INFINITY);
-        for (int64_t e = 0; e < E; e += LANES) {
+    const int64_t BLOCK = 32, blocks = (E + BLOCK - 1) / BLOCK;
+    float* most = (float*)malloc(blocks * sizeof(float));
+    auto largest_of = [&](int64_t block) {
+        vf found = splat(-INFINITY);
+        for (int64_t e = block * BLOCK; e < E && e < (block + 1) * BLOCK; e += LANES) {
             vf l = load_upto(logits + e, E - e);
-            if (E - e < LANES)
-                for (int64_t i = E - e; i < LANES; i++) l[i] = -INFINITY;
-            best = vmax(l, best);
+            for (int64_t i = E - e; i < LANES; i++) l[i] = -INFINITY;
+            found = l > found ? l : found;
         }
-        float largest = best[0];
-        for (int i = 1; i < LANES; i++) largest = best[i] > largest ? best[i] : largest;
-        int64_t at = -1, fallback = -1;  // the fallback is for rows of NaN: some expert that was not yet chosen
-        for (int64_t e = 0; e < E; e++) {
-            if (logits[e] == largest && largest > -INFINITY) {
-                at = e;
-                break;
-            }
-            if (fallback < 0) {
-                bool taken = false;
-                for (int64_t j = 0; j < k; j++) taken |= ids[j] == e;
-                if (!taken) fallback = e;
-            }
-        }
-        ids[k] = at >= 0 ? at : fallback;
-        weights[k] = at >= 0 ? largest : logits[ids[k]];
-        logits[ids[k]] = -INFINITY;
+        float largest = found[0];
+        for (int i = 1; i < LANES; i++) largest = found[i] > largest ? found[i] : largest;
+        return largest;
+    };
+    float nan = 0;
+    for (int64_t e = 0; e < E; e++) nan += logits[e] != logits[e];
+    if (nan)
+        for (int64_t e = 0; e < E; e++) logits[e] = 0;
+    for (int64_t block = 0; block < blocks; block++) most[block] = largest_of(block);
+    for (int64_t k = 0; k < K; k++) {
+        float largest = most[0];
+        for (int64_t block = 1; block < blocks; block++) largest = most[block] > largest ? most[block] : largest;
+        int64_t e = 0;
+        while (most[e / BLOCK] != largest || logits[e] != largest) e += most[e / BLOCK] != largest ? BLOCK : 1;
+        ids[k] = e;
+        weights[k] = largest;
+        logits[e] = NAN;
+        most[e / BLOCK] = largest_of(e / BLOCK);
     }
-    float top = weights[0], total = 0;
+    free(most);
+    float top = nan ? NAN : weights[0], total = 0;
     for (int64_t k = 0; k < K; k++) total += weights[k] = expf(weights[k] - top);
     for (int64_t k = 0; k < K; k++) weights[k] /= total;
 }
 
-// act[m][i] = silu(gate[i] . x[m]) * (up[i] . x[m]), rows of act `I` apart
-template <typename T>
-static void gated(const T* const* x, int64_t M, const T* gate, const T* up, int64_t I, int64_t H, float* hidden, T* act, int64_t ldact) {
+// act[m][i] = silu(gate[i] . x[m]) * (up[i] . x[m]) for I rows of gate and up, ready for the product with down
+template <typename T, typename X = typename Ready<T>::type>
+static void gated(const X* const* x, int64_t M, const T* gate, const T* up, int64_t I, int64_t H, float* hidden, X* act, int64_t ldact) {
     const int64_t BLOCK = 64;
     for (int64_t i = 0; i < I; i += BLOCK) {
         int64_t count = I - i < BLOCK ? I - i : BLOCK;
         rows_times(x, M, gate + i * H, H, count, H, hidden, 2 * BLOCK);
         rows_times(x, M, up + i * H, H, count, H, hidden + BLOCK, 2 * BLOCK);
-        for (int64_t m = 0; m < M; m++)
-            for (int64_t j = 0; j < count; j += LANES) {
-                const float* h = hidden + m * 2 * BLOCK + j;
-                store_upto(act + m * ldact + i + j, vsilu(load_upto(h, count - j)) * load_upto(h + BLOCK, count - j), count - j);
-            }
+        for (int64_t m = 0; m < M; m++) {
+            float* h = hidden + m * 2 * BLOCK;
+            for (int64_t j = 0; j < count; j += LANES) store(h + j, vsilu(load(h + j)) * load(h + BLOCK + j));  // behind count: not used
+            ready<T>(h, count, act + m * ldact + i);
+        }
     }
 }
 
 // One row: all threads share each expert.
 template <typename T> static void one_row(const Experts& p, int threads) {
-    const int64_t K = p.K, I = p.I, H = p.H, S = p.S;
-    float* logits = (float*)malloc(2 * p.E * sizeof(float));
-    T* acts = (T*)malloc((K * I + S) * sizeof(T));
-    const T* x = (const T*)p.x;
+    const int64_t K = p.K, I = p.I, H = p.H, S = p.S, UNIT = Ready<T>::UNIT;
+    float* logits = (float*)malloc(p.E * sizeof(float));
+    ReadyRows<T> acts(K + (S > 0), I > S ? I : S), xs(1, H);
+    xs.set(0, (const T*)p.x, H);
+    const auto* x = xs.data;
 #pragma omp parallel num_threads(threads) if (K * I * H > PARALLEL)
     {
         const int index = omp_get_thread_num(), count = omp_get_num_threads();
         int64_t* ids = (int64_t*)malloc(K * sizeof(int64_t));
         float* weights = (float*)malloc(K * sizeof(float));
-        float hidden[128];
+        float hidden[128] = {};
         if (p.router) {
             Range mine = share(p.E, index, count, LANES);
             row_times(x, (const T*)p.router + mine.begin * H, H, mine.end - mine.begin, H, logits + mine.begin);
@@ -75,20 +80,21 @@ template <typename T> static void one_row(const Experts& p, int threads) {
                 weights[k] = p.weights[k];
             }
         }
-        const int64_t units = (I + LANES - 1) / LANES, shared_units = (S + LANES - 1) / LANES;
+        const int64_t units = (I + UNIT - 1) / UNIT, shared_units = (S + UNIT - 1) / UNIT;
         Range mine = share(K * units + shared_units, index, count);
-        for (int64_t u = mine.begin; u < mine.end; u++) {
-            int64_t k = u / units, i = (k < K ? u % units : u - K * units) * LANES, size = k < K ? I : S;
-            int64_t n = size - i < LANES ? size - i : LANES;
-            if (k < K) {
-                if (ids[k] < 0) continue;
-                const T* gate_up = (const T*)p.gate_up + ids[k] * p.ld_gate_up;
-                gated(&x, 1, gate_up + i * H, gate_up + (I + i) * H, n, H, hidden, acts + k * I + i, I);
-            } else {
-                gated(&x, 1, (const T*)p.shared_gate + i * H, (const T*)p.shared_up + i * H, n, H, hidden, acts + K * I + i, S);
-            }
+        for (int64_t u = mine.begin, many; u < mine.end; u += many) {
+            const bool routed = u < K * units;
+            const int64_t k = routed ? u / units : K, first = u - k * units, size = routed ? I : S;
+            many = (routed ? units : shared_units) - first;  // what is left of the expert, or of this thread's share
+            many = many < mine.end - u ? many : mine.end - u;
+            if (routed && ids[k] < 0) continue;
+            const int64_t i = first * UNIT, n = size - i < many * UNIT ? size - i : many * UNIT;
+            const T* gate = routed ? (const T*)p.gate_up + ids[k] * p.ld_gate_up : (const T*)p.shared_gate;
+            const T* up = routed ? gate + I * H : (const T*)p.shared_up;
+            gated<T>(&x, 1, gate + i * H, up + i * H, n, H, hidden, acts.data + k * acts.ld + i, 0);
         }
-        float scale = S ? sigmoid(sum(dot(x, (const T*)p.shared_scale, H))) : 0;
+        float scale = 0;
+        if (S) row_times(x, (const T*)p.shared_scale, H, 1, H, &scale), scale = sigmoid(scale);
 #pragma omp barrier
         mine = share(H, index, count, LANES);
         const int64_t rows = mine.end - mine.begin, padded = (rows + LANES - 1) / LANES * LANES;
@@ -98,7 +104,7 @@ template <typename T> static void one_row(const Experts& p, int threads) {
             if (k < K && ids[k] < 0) continue;
             const int64_t size = k < K ? I : S;
             const T* down = k < K ? (const T*)p.down + ids[k] * p.ld_down : (const T*)p.shared_down;
-            row_times(acts + k * I, down + mine.begin * size, size, rows, size, part);
+            row_times(acts.rows[k], down + mine.begin * size, size, rows, size, part);
             const vf weight = splat(k < K ? weights[k] : scale);
             for (int64_t h = 0; h < padded; h += LANES) store(y + h, load(y + h) + weight * load(part + h));
         }
@@ -109,14 +115,16 @@ template <typename T> static void one_row(const Experts& p, int threads) {
         free(weights);
     }
     free(logits);
-    free(acts);
 }
 
 // Many rows: each thread takes whole experts, with the rows that chose them.
 template <typename T> static void many_rows(const Experts& p, int threads) {
     const int64_t N = p.N, K = p.K, I = p.I, H = p.H, S = p.S, E = p.E, P = N * K, BLOCK = 64;
-    const T** x = (const T**)malloc(N * sizeof(T*));
-    for (int64_t n = 0; n < N; n++) x[n] = (const T*)p.x + n * p.ldx;
+    typedef typename Ready<T>::type X;
+    ReadyRows<T> xs(N, H);
+    const X* const* x = xs.rows;
+#pragma omp parallel for num_threads(threads) if (N * H > PARALLEL)
+    for (int64_t n = 0; n < N; n++) xs.set(n, (const T*)p.x + n * p.ldx, H);
     int64_t* ids = (int64_t*)malloc(P * sizeof(int64_t));
     float* weights = (float*)malloc(P * sizeof(float));
     if (p.router) {
@@ -139,7 +147,7 @@ template <typename T> static void many_rows(const Experts& p, int threads) {
     int64_t* begin = (int64_t*)calloc(E + 1, sizeof(int64_t));
     int64_t* hit = (int64_t*)malloc(E * sizeof(int64_t));
     int64_t* place = (int64_t*)malloc(P * sizeof(int64_t));
-    const T** picked = (const T**)malloc(P * sizeof(T*));
+    const X** picked = (const X**)malloc(P * sizeof(X*));
     for (int64_t i = 0; i < P; i++)
         if (ids[i] >= 0 && ids[i] < E) begin[ids[i] + 1]++;
     int64_t hits = 0;
@@ -159,7 +167,7 @@ template <typename T> static void many_rows(const Experts& p, int threads) {
 #pragma omp parallel num_threads(threads) if (P * I * H > PARALLEL)
     {
         float* hidden = (float*)malloc(BLOCK * 128 * sizeof(float));
-        T* act = (T*)malloc(BLOCK * (I > S ? I : S) * sizeof(T));
+        ReadyRows<T> acts(BLOCK, I > S ? I : S);
 #pragma omp for schedule(dynamic, 1)
         for (int64_t task = 0; task < hits + shared_tasks; task++) {
             const bool routed = task < hits;
@@ -169,20 +177,18 @@ template <typename T> static void many_rows(const Experts& p, int threads) {
             const T* gate = routed ? (const T*)p.gate_up + e * p.ld_gate_up : (const T*)p.shared_gate;
             const T* up = routed ? gate + I * H : (const T*)p.shared_up;
             const T* down = routed ? (const T*)p.down + e * p.ld_down : (const T*)p.shared_down;
-            const T* const* rows = routed ? picked : x;
+            const X* const* rows = routed ? picked : x;
             for (int64_t r = from; r < to; r += BLOCK) {
                 const int64_t M = to - r < BLOCK ? to - r : BLOCK;
-                const T* act_rows[BLOCK];
-                for (int64_t m = 0; m < M; m++) act_rows[m] = act + m * size;
-                gated(rows + r, M, gate, up, size, H, hidden, act, size);
-                rows_times(act_rows, M, down, size, H, size, out + (routed ? r : held + r) * H, H);
+                gated<T>(rows + r, M, gate, up, size, H, hidden, acts.data, acts.ld);
+                rows_times(acts.rows, M, down, size, H, size, out + (routed ? r : held + r) * H, H);
             }
         }
         free(hidden);
-        free(act);
 #pragma omp for
         for (int64_t n = 0; n < N; n++) {
-            const float scale = S ? sigmoid(sum(dot(x[n], (const T*)p.shared_scale, H))) : 0;
+            float scale = 0;
+            if (S) row_times(x[n], (const T*)p.shared_scale, H, 1, H, &scale), scale = sigmoid(scale);
             for (int64_t h = 0; h < H; h += LANES) {
                 vf y = S ? splat(scale) * load_upto(out + (held + n) * H + h, H - h) : vf{};
                 for (int64_t i = n * K; i < n * K + K; i++)
@@ -191,7 +197,7 @@ template <typename T> static void many_rows(const Experts& p, int threads) {
             }
         }
     }
-    free(out), free(picked), free(place), free(hit), free(begin), free(weights), free(ids), free(x);
+    free(out), free(picked), free(place), free(hit), free(begin), free(weights), free(ids);
 }
 
 template <typename T> static void experts(const Experts& p, int threads) {

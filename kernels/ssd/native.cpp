@@ -3,14 +3,24 @@
 
 // One token on `rows` rows of a state whose rows lie `ld` apart, a multiple of LANES: S = decay S + (dt x) b^T, y = S c.
 INLINE vf scan_token(float* S, int64_t ld, int64_t rows, const float* b, const float* c, float decay, float dt, vf x) {
-    vf acc[LANES] = {};
-    for (int64_t r = 0; r < rows; r++)
+    float dtx[LANES], y[LANES] = {};
+    store(dtx, dt * x);
+    auto row = [&](int64_t r) {
+        vf acc = vf{};
         for (int64_t n = 0; n < ld; n += LANES) {
-            const vf s = decay * load(S + r * ld + n) + (dt * x[r]) * load(b + n);
+            const vf s = decay * load(S + r * ld + n) + dtx[r] * load(b + n);
             store(S + r * ld + n, s);
-            acc[r] += s * load(c + n);
+            acc += s * load(c + n);
         }
-    return sums(acc);
+        return acc;
+    };
+    int64_t r = 0;
+    for (; r + 4 <= rows; r += 4) {
+        const v4 four = sums(row(r), row(r + 1), row(r + 2), row(r + 3));
+        __builtin_memcpy(y + r, &four, sizeof four);
+    }
+    for (; r < rows; r++) y[r] = sum(row(r));
+    return load(y);
 }
 
 template <typename T> INLINE void widen_row(const T* x, int64_t n, float* wide) {
@@ -71,7 +81,7 @@ template <typename T> static void scan_decode(const ScanDecode& p, int threads) 
             const int64_t s = task / H, h = task % H, g = h / (H / G);
             const float* row = xbc + s * C;
             const float raw = softplus(widen(((const T*)p.dt)[s * p.lddt + h]) + widen(((const T*)p.dt_bias)[h]));
-            const float dt = fminf(fmaxf(raw, p.dt_min), p.dt_max);
+            const float dt = raw < p.dt_min ? p.dt_min : raw > p.dt_max ? p.dt_max : raw;  // a NaN stays one
             const float decay = expf(-expf(widen(((const T*)p.A_log)[h])) * dt), D = widen(((const T*)p.D)[h]);
             widen_row(row + I + g * N, N, b_row);
             widen_row(row + I + (G + g) * N, N, c_row);
