@@ -2,18 +2,23 @@
 
 Each rule can be kept off (``--keep-hostnames``). Names that stand for different things stay different: hosts become
 host-1, host-2, so that who waits for whom is still told. What was replaced is counted, and what must be nowhere can
-be looked for afterwards in bytes.
+be looked for afterwards in bytes, in any case and inside of longer words.
+
+A name that is also a word of this program (a user called repro) is replaced only where it stands as a name, or the
+commands and verdicts of the bundle would no longer say what they say.
 """
 
 from __future__ import annotations
 
+import functools
 import getpass
 import ipaddress
 import os
 import re
 import socket
+import sys
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -30,19 +35,49 @@ RULES = {
 }
 
 ROOT = Path(__file__).resolve().parents[1]
-_WORDS = r"secret|token|key|passwd|password|credential"
-_VARIABLE = re.compile(rf"\b([A-Z0-9_]*(?:{_WORDS.upper()})[A-Z0-9_]*)(['\"]?\s*[=:]\s*['\"]?)([^\s'\",;]+)")
-_OPTION = re.compile(rf"(--[\w-]*(?:{_WORDS})[\w-]*)(['\"]?[=,\s]\s*['\"]?)([^\s'\",;]+)")
-_NAME = re.compile(rf"[A-Z0-9_]*(?:{_WORDS.upper()})[A-Z0-9_]*")
+
+# What names a secret: some words wherever they stand in a name, "token" and "key" where they end it (a tokenizer and
+# max_tokens are none), "key" only after another word, and in capitals, as in the environment, all of them anywhere.
+_SECRET = r"(?:secret|passw|passphrase|credential)"
+_NAME = (
+    rf"[\w-]{{0,64}}{_SECRET}[\w-]{{0,64}}|(?:[\w-]{{0,64}}[_-])?token|[\w-]{{1,64}}[_-]key|[\w-]{{0,64}}apikey"
+    r"|(?-i:\w{0,64}[a-z](?:Token|Key)|[A-Z0-9_]{0,64}(?:TOKEN|KEY)[A-Z0-9_]{0,64})"
+)
+_VALUE = r"(?P<value>\"[^\"\n]*\"|'[^'\n]*'|[^\s'\"]+?(?=[,;)\]}]{0,8}(?:[\s'\"]|$)))"
+_SECRET_NAME = re.compile(_NAME, re.IGNORECASE)
+_PASSWORD_NAME = re.compile(rf"[\w-]*{_SECRET}[\w-]*", re.IGNORECASE)
+_OPTION_NAME = re.compile(rf"--(?:{_NAME}|key)", re.IGNORECASE)
+_SECRETS = (
+    re.compile(
+        rf"(?P<name>[?&][\w.-]{{0,64}}(?:{_SECRET}|token|key|sig)[\w.-]{{0,64}}=)(?P<value>[^&\s\"'<>#]+)",
+        re.IGNORECASE,
+    ),
+    re.compile(
+        r"(?P<name>\bauthorization[\"']?[ \t]*[:=][ \t]*[\"']?(?:\w+[ \t]+)?)(?P<value>[^\s\"']+)", re.IGNORECASE
+    ),
+    re.compile(r"(?P<name>\bbearer[ \t]+)(?P<value>[\w.~+/=-]{8,})", re.IGNORECASE),
+    re.compile(rf"(?P<name>(?<![\w-])(?:{_NAME})[\"']?[ \t]*[=:][ \t]*){_VALUE}", re.IGNORECASE),
+    re.compile(rf"(?P<name>(?<![\w-])--(?:{_NAME}|key)[\"']?[=,\s][ \t]*)(?!--){_VALUE}", re.IGNORECASE),
+)
+_SHAPES = re.compile(  # what is a secret whatever its name, as its issuer writes it
+    r"-----BEGIN [A-Z ]*PRIVATE KEY-----[^-]*(?:-----END [A-Z ]*PRIVATE KEY-----)?"
+    r"|\b(?:hf_[A-Za-z0-9]{20,}|sk-[\w-]{20,}|gh[pousr]_[A-Za-z0-9]{20,}|glpat-[\w-]{16,}|xox[abp]-[\w-]{10,}"
+    r"|AKIA[A-Z0-9]{16}|eyJ[\w-]{10,200}\.[\w-]{10,4096}\.[\w-]*)"
+)
 _NUMBERS = re.compile(r"[\d.,]+")
-_V4 = re.compile(r"(?<![\d.=])(?:\d{1,3}\.){3}\d{1,3}(?![\d.])")
+_V4 = re.compile(r"(?<![\d.])(?<!==)(?:\d{1,3}\.){3}\d{1,3}(?!\.?\d)")  # after == stands a version
 _V6 = re.compile(r"(?<![\w:.])(?:[0-9A-Fa-f]{0,4}:){2,7}[0-9A-Fa-f]{0,4}(?:%\w+)?(?![\w:])")
 _MAC = re.compile(r"(?<![\w:])(?:[0-9A-Fa-f]{2}:){5}[0-9A-Fa-f]{2}(?![\w:])")
-_PATH = re.compile(r"(?<![\w.<>~/])(?:~|/[\w.@+%~-]+)(?:/[\w.@+%~-]+)+/?")
-_URL = re.compile(r"\b[a-z][a-z0-9+.-]*://[^\s\"'<>]+", re.IGNORECASE)
+_INSIDE = r"(?:/[\w.@+%~-]+)"
+_PATH = re.compile(rf"(?:(?<![\w.<>~/])|(?<=-[ILFB])|(?<=-isystem)|(?<=file://))(?:~[\w.-]*|/[\w.@+%~-]+){_INSIDE}+/?")
+_QUOTED_PATH = re.compile(r"(?<=[\"'])/[^\"'\n/]+/[^\"'\n]+(?=[\"'])")  # may hold blanks
+_HOME = re.compile(r"/(?:home|Users)/[^/]+/?|~[\w.-]*/?")
+_INSTALLED = re.compile(r"(?<![^\s\"'=:,(])(-[ILFB]|-isystem)?[^\s\"'=:,(]*?/site-packages/")
+_URL = re.compile(r"(?<![a-z0-9+.-])[a-z][a-z0-9+.-]{1,20}://[^\s\"'<>]+", re.IGNORECASE)
 _PUBLIC = ("/proc/", "/dev/", "/sys/", "/usr/lib/", "/usr/bin/", "/lib/", "/bin/")
 _COMMON_USERS = {"root", "user", "admin", "ubuntu", "nobody", "runner"}
-_LEAST = 4  # characters of a literal that is looked for anywhere, not only as a word
+_DISTINCT = 6
+"""Characters from which on a name is replaced inside of longer words too."""
 
 
 @dataclass
@@ -67,10 +102,14 @@ class Redactor:
         redactor = cls(frozenset(keep))
         redactor.name_host(socket.gethostname())
         redactor.name_host(socket.getfqdn())
-        secrets = {
-            value for name, value in environment.items() if re.search(_WORDS, name, re.IGNORECASE) and len(value) >= 6
+        redactor.literals["secrets"] = {
+            value
+            for name, value in environment.items()
+            if re.search(rf"{_SECRET}|token|key", name, re.IGNORECASE)
+            and len(value) >= _DISTINCT
+            and not _NUMBERS.fullmatch(value)
+            and not _is_own_word(value)
         }
-        redactor.literals["secrets"] = {value for value in secrets if not _NUMBERS.fullmatch(value)}
         try:
             user = environment.get("USER") or getpass.getuser()
         except (KeyError, OSError):
@@ -85,8 +124,16 @@ class Redactor:
         short = name.partition(".")[0]
         if not short or short == "localhost" or _NUMBERS.fullmatch(name):
             return
-        stand_in = self.hosts.get(short) or f"host-{len(set(self.hosts.values())) + 1}"
-        self.hosts[short] = self.hosts[name] = stand_in
+        stand_in = self.hosts.get(short) or self.hosts.get(name) or f"host-{len(set(self.hosts.values())) + 1}"
+        self.hosts[name] = stand_in
+        if not _NUMBERS.fullmatch(short):
+            self.hosts[short] = stand_in
+
+    def host(self, name: str) -> str:
+        """What stands for a host where only a host can stand."""
+        if "hostnames" in self.keep or name not in self.hosts:
+            return self.text(name)
+        return self._count("hostnames", self.hosts[name])
 
     def name_boot(self, boot_id: str) -> str:
         """The stand-in of a boot id, which tells machines apart."""
@@ -109,33 +156,55 @@ class Redactor:
         if isinstance(value, str):
             return self.text(value)
         if isinstance(value, list):
-            return [self.document(item) for item in value]
+            return [
+                self._hidden(item) if self._is_secret(_OPTION_NAME, before) else self.document(item)
+                for before, item in zip([None, *value], value, strict=False)
+            ]
         if not isinstance(value, dict):
             return value
-        hide = "secrets" not in self.keep
         return {
-            self.text(key): self._count("secrets", "<secret>")
-            if hide and isinstance(item, str) and _NAME.fullmatch(key)
+            self.text(key): self._hidden(item, bool(_PASSWORD_NAME.fullmatch(key)))
+            if self._is_secret(_SECRET_NAME, key)
             else self.document(item)
             for key, item in value.items()
         }
+
+    def _is_secret(self, names: re.Pattern[str], name: object) -> bool:
+        return "secrets" not in self.keep and isinstance(name, str) and names.fullmatch(name) is not None
+
+    def _hidden(self, value: Any, numbers: bool = False) -> Any:
+        """The value of a secret's name: its strings gone at every depth; a number may be a count, or a password."""
+        if isinstance(value, list):
+            return [self._hidden(item, numbers) for item in value]
+        if isinstance(value, dict):
+            return {self.text(key): self._hidden(item, numbers) for key, item in value.items()}
+        if isinstance(value, str) and (numbers or not _NUMBERS.fullmatch(value)) and value:
+            return self._count("secrets", "<secret>")
+        if numbers and isinstance(value, (int, float)) and not isinstance(value, bool):
+            return self._count("secrets", "<secret>")
+        return value
 
     def _count(self, rule: str, stand_in: str) -> str:
         self.removed[rule] += 1
         return stand_in
 
     def _secrets(self, text: str) -> str:
-        for value in self.literals.get("secrets", ()):
+        for value in sorted(self.literals.get("secrets", ()), key=len, reverse=True):
             if value in text:
                 self.removed["secrets"] += text.count(value)
                 text = text.replace(value, "<secret>")
+        text = _SHAPES.sub(lambda match: self._count("secrets", "<secret>"), text)
+        for pattern in _SECRETS:
+            text = pattern.sub(self._secret, text)
+        return text
 
-        def hide(match: re.Match[str]) -> str:
-            if _NUMBERS.fullmatch(match[3]) or match[3].startswith("<secret>"):
-                return match[0]
-            return self._count("secrets", f"{match[1]}{match[2]}<secret>")
-
-        return _OPTION.sub(hide, _VARIABLE.sub(hide, text))
+    def _secret(self, match: re.Match[str]) -> str:
+        value = match["value"]
+        quote = value[0] if value[0] in "\"'" else ""
+        plain = value.strip(quote) if quote else value
+        if not plain or _NUMBERS.fullmatch(plain) or plain.startswith("<secret>"):
+            return match[0]
+        return self._count("secrets", f"{match['name']}{quote}<secret>{quote}")
 
     def _addresses(self, text: str) -> str:
         text = _MAC.sub(lambda match: self._count("addresses", "<mac>"), text)
@@ -152,39 +221,82 @@ class Redactor:
 
     def _paths(self, text: str) -> str:
         text = text.replace(f"{ROOT}/", "")
-        text = re.sub(r"[^\s\"'=:,(]*/site-packages/", "site-packages/", text)
+        text = _INSTALLED.sub(lambda match: f"{match[1] or ''}site-packages/", text)
         text = _URL.sub(lambda match: match[0] if "@" not in match[0] else self._count("paths", "<url>"), text)
+        text = _QUOTED_PATH.sub(self._path, text)
+        for home in self.literals.get("paths", ()):  # wherever it stands, after whatever letter
+            text = re.sub(rf"{re.escape(home)}(?![\w-])(?:{_INSIDE}+/?)?", self._path, text)
         return _PATH.sub(self._path, text)
 
     def _path(self, match: re.Match[str]) -> str:
-        path = match[0]
+        path = match[0].rstrip("/")
         if path.startswith(_PUBLIC):
-            return path
-        return self._count("paths", f"<path>/{path.rstrip('/').rpartition('/')[2]}")
+            return match[0]
+        if path in self.literals.get("paths", ()) or _HOME.fullmatch(path):
+            return self._count("paths", "<home>")
+        return self._count("paths", f"<path>/{path.rpartition('/')[2]}")
 
     def _users(self, text: str) -> str:
         for user in self.literals.get("users", ()):
-            text = self._word(text, user, "<user>", "users")
+            text = self._name(text, user, "<user>", "users")
         return text
 
     def _hostnames(self, text: str) -> str:
         for name in sorted(self.hosts, key=len, reverse=True):
-            text = self._word(text, name, self.hosts[name], "hostnames")
+            text = self._name(text, name, self.hosts[name], "hostnames")
         return text
 
-    def _word(self, text: str, word: str, stand_in: str, rule: str) -> str:
-        if word not in text:
+    def _name(self, text: str, name: str, stand_in: str, rule: str) -> str:
+        if len(text) < len(name) or name.lower() not in text.lower():
             return text
-        return re.sub(rf"(?<![\w-]){re.escape(word)}(?![\w-])", lambda match: self._count(rule, stand_in), text)
+        return _pattern(name).sub(lambda match: self._count(rule, stand_in), text)
 
-    def forbidden(self) -> dict[bytes, str]:
-        """Texts that must be in no file afterwards, with their rule; short ones are only ever looked for as words."""
-        found = {
-            text.encode(): rule for rule, texts in self.literals.items() if rule not in self.keep for text in texts
-        }
-        if "hostnames" not in self.keep:
-            found |= {name.encode(): "hostnames" for name in self.hosts}
-        return {text: rule for text, rule in found.items() if len(text) >= _LEAST}
+    def forbidden(self) -> Iterator[tuple[re.Pattern[bytes], str]]:
+        """What must be in no file afterwards, with its rule: plain text in any case, not the rules' own patterns.
+
+        Names too short to be searched for in longer words are looked for as words, this program's own words not.
+        """
+        found = {text: rule for rule, texts in self.literals.items() for text in texts}
+        found |= dict.fromkeys(self.hosts, "hostnames")
+        for text, rule in found.items():
+            if rule in self.keep or _is_own_word(text):
+                continue
+            plain = re.escape(text.encode())
+            if not _is_distinct(text) and rule in ("users", "hostnames"):
+                plain = rb"(?<![A-Za-z0-9])" + plain + rb"(?![A-Za-z0-9])"
+            yield re.compile(plain, re.IGNORECASE), rule
+
+
+@functools.cache
+def _own_text() -> str:
+    """What this program is written in, and so writes: its sources, and the names of Python's modules."""
+    folders = [ROOT / name for name in ("repro", "hybrid_moe_ref", "kernels")]
+    files = [path for folder in folders for path in folder.rglob("*") if path.suffix in (".py", ".txt", ".js", ".html")]
+    return "\n".join([*(path.read_text(errors="replace") for path in files), *sys.stdlib_module_names]).lower()
+
+
+def _alone(name: str) -> str:
+    return rf"(?<![^\W_]){re.escape(name)}(?![^\W_])"
+
+
+@functools.cache
+def _is_own_word(name: str) -> bool:
+    return re.search(_alone(name.lower()), _own_text()) is not None
+
+
+@functools.cache
+def _is_distinct(name: str) -> bool:
+    return len(name) >= _DISTINCT and name.lower() not in _own_text()
+
+
+@functools.cache
+def _pattern(name: str) -> re.Pattern[str]:
+    """Where a name of a person or host is to be replaced."""
+    if _is_own_word(name):
+        word, owner = re.escape(name), "|".join(("user", "logname", "hostname", "host", "node", "machine"))
+        told = "|".join(rf"(?<={kind}{sign})" for kind in owner.split("|") for sign in ("=", ": "))
+        return re.compile(rf"(?<=@){word}(?![\w-])|(?<![\w-]){word}(?=@)|(?:{told}){word}(?![\w-])", re.IGNORECASE)
+    return re.compile(re.escape(name) if _is_distinct(name) else _alone(name), re.IGNORECASE)
 
 
 def redact_witness(data: bytes, name: str, redactor: Redactor) -> bytes:
@@ -199,7 +311,7 @@ def redact_witness(data: bytes, name: str, redactor: Redactor) -> bytes:
     strings = parse_strings(data, shape, name, problems)[1:]
     who = replace(
         who,
-        hostname=redactor.text(who.hostname),
+        hostname=redactor.host(who.hostname),
         boot_id=redactor.name_boot(who.boot_id),
         run_id=redactor.text(who.run_id),
     )
