@@ -6,13 +6,17 @@ import hashlib
 import json
 import re
 import stat
+import struct
 import zipfile
+import zlib
 from pathlib import Path
 from typing import Any
 
+from repro.report.text import visible
+
 MAX_FILES = 20_000
 MAX_FILE_BYTES = 128 << 20
-MAX_TOTAL_BYTES = 6 << 30
+MAX_TOTAL_BYTES = 1 << 30
 MANIFEST = "MANIFEST.json"
 _BLOCK = 1 << 20
 _NAME = re.compile(
@@ -26,36 +30,47 @@ class ArchiveError(ValueError):
 
 def check_names(archive: zipfile.ZipFile) -> list[zipfile.ZipInfo]:
     """The entries, if nothing about them is suspicious. Raises ArchiveError with the first that is."""
-    entries = [entry for entry in archive.infolist() if not entry.is_dir()]
+    entries = archive.infolist()
     where = archive.filename or "zip"
     if len(entries) > MAX_FILES:
         raise ArchiveError(f"{where}: {len(entries)} files, at most {MAX_FILES} are read")
-    seen: set[str] = set()
+    files: dict[str, zipfile.ZipInfo] = {}
+    folders: set[str] = set()
+    total = 0
     for entry in entries:
-        name = entry.orig_filename
-        shown = name[:120].encode("unicode_escape").decode()
+        name = entry.orig_filename.rstrip("/") if entry.is_dir() else entry.orig_filename
+        shown = visible(name, 120)
         mode = entry.external_attr >> 16
-        if stat.S_IFMT(mode) not in (0, stat.S_IFREG):
+        if stat.S_IFMT(mode) not in (0, stat.S_IFDIR if entry.is_dir() else stat.S_IFREG):
             raise ArchiveError(f"{where}: {shown} is not a regular file but a link or a device")
-        if name.startswith(("/", "\\")) or ":" in name or "\\" in name:
+        if entry.orig_filename.startswith(("/", "\\")) or ":" in name or "\\" in name:
             raise ArchiveError(f"{where}: {shown} is an absolute or foreign path")
         if ".." in name.split("/"):
             raise ArchiveError(f"{where}: {shown} leads out of the folder")
         if not _NAME.fullmatch(name):
             raise ArchiveError(f"{where}: {shown} is not a file of a bundle")
-        if name in seen:
+        folders.add(name if entry.is_dir() else name.rpartition("/")[0])
+        if entry.is_dir():
+            continue
+        if name in files:
             raise ArchiveError(f"{where}: {shown} is in it twice")
         if entry.flag_bits & 1:
             raise ArchiveError(f"{where}: {shown} is encrypted")
+        if entry.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
+            raise ArchiveError(f"{where}: {shown} is compressed as no bundle is")
         if entry.file_size > MAX_FILE_BYTES:
             raise ArchiveError(
                 f"{where}: {shown} unpacks to {entry.file_size} bytes, at most {MAX_FILE_BYTES} are read"
             )
-        seen.add(name)
-    total = sum(entry.file_size for entry in entries)
-    if total > MAX_TOTAL_BYTES:
-        raise ArchiveError(f"{where}: unpacks to {total} bytes, at most {MAX_TOTAL_BYTES} are read")
-    return entries
+        files[name] = entry
+        total += entry.file_size
+        if total > MAX_TOTAL_BYTES:
+            raise ArchiveError(
+                f"{where}: up to {shown} it unpacks to {total} bytes, at most {MAX_TOTAL_BYTES} are read"
+            )
+    if both := sorted(files.keys() & {*folders, *(folder.partition("/")[0] for folder in folders)}):
+        raise ArchiveError(f"{where}: {both[0]} is in it as a file and as a folder")
+    return list(files.values())
 
 
 def unpack(path: Path, into: Path) -> dict[str, str]:
@@ -70,8 +85,10 @@ def unpack(path: Path, into: Path) -> dict[str, str]:
                 target = into / entry.filename
                 target.parent.mkdir(parents=True, exist_ok=True)
                 sums[entry.filename] = _unpack_one(archive, entry, target)
-    except (zipfile.BadZipFile, NotImplementedError, EOFError) as error:
+    except (zipfile.BadZipFile, zlib.error, NotImplementedError, EOFError, UnicodeError, struct.error) as error:
         raise ArchiveError(f"{path}: not a zip that can be read: {error}") from None
+    except FileExistsError as error:  # names that differ in case only, where the file system sees no difference
+        raise ArchiveError(f"{path}: {Path(error.filename).name} is in it twice") from None
     return sums
 
 
@@ -97,7 +114,7 @@ def differences(folder: Path, sums: dict[str, str], where: str) -> list[str]:
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
         raise ArchiveError(f"{where}: {MANIFEST} cannot be read") from None
     found = {name: digest for name, digest in sums.items() if name != MANIFEST}
-    told = [f"{name} is missing" for name in promised.keys() - found.keys()]
-    told += [f"{name} is not in the manifest" for name in found.keys() - promised.keys()]
-    told += [f"{name} was changed" for name in promised.keys() & found.keys() if promised[name] != found[name]]
+    told = [f"{visible(name)} is missing" for name in promised.keys() - found.keys()]
+    told += [f"{visible(name)} is not in the manifest" for name in found.keys() - promised.keys()]
+    told += [f"{visible(name)} was changed" for name in promised.keys() & found.keys() if promised[name] != found[name]]
     return sorted(told)

@@ -24,14 +24,14 @@ from typing import Any
 
 from hybrid_moe_ref.config import ConfigError
 from repro import replay, report, scenarios
-from repro.archive import MANIFEST, ArchiveError, differences, unpack
+from repro.archive import MANIFEST, MAX_TOTAL_BYTES, ArchiveError, differences, unpack
 from repro.layout import CRC, HEADER
 from repro.parse import WitnessError, parse_header
 from repro.redact import RULES, Redactor, redact_witness
 from repro.report.gather import Facts, gather, headline, siblings
 from repro.report.lanes import waits
 from repro.report.page import commands
-from repro.report.text import few, short_site, visible
+from repro.report.text import few, short_site, visible, visible_lines
 from repro.rundir import MAX_JSON_BYTES
 from repro.settings import VARIANTS
 from repro.verdict.result import list_ranks, name_ranks
@@ -194,6 +194,11 @@ def _refuse_leaks(folder: Path, redactor: Redactor) -> None:
 def _pack(folder: Path, path: Path, facts: Facts, redactor: Redactor) -> int:
     files = sorted(file for file in folder.rglob("*") if file.is_file())
     names = [str(file.relative_to(folder)) for file in files]
+    total = sum(file.stat().st_size for file in files)
+    if total > MAX_TOTAL_BYTES:  # nobody could open it
+        raise ArchiveError(
+            f"{path}: would unpack to {total} bytes, at most {MAX_TOTAL_BYTES} are read; fewer ranks fit"
+        )
     manifest = {
         "schema_version": SCHEMA_VERSION,
         "scenario": facts.verdict["scenario"],
@@ -380,7 +385,7 @@ def run(args: argparse.Namespace) -> int:
         if args.json:
             print(json.dumps({"bundle": str(args.run), "wrong": wrong}, indent=1))
         else:
-            print("\n".join(wrong) or f"{args.run}: every file is as {MANIFEST} says")
+            print(visible_lines("\n".join(wrong)) or f"{args.run}: every file is as {MANIFEST} says")
         return int(bool(wrong))
     made = make(args.run, args.to, frozenset(args.keep or ()))
     if args.json:
@@ -394,5 +399,5 @@ def run(args: argparse.Namespace) -> int:
             f"  kept: {what}" if kept else f"  removed {made.removed.get(rule, 0)}: {what} (--keep-{rule} keeps them)"
         )
     for note in made.notes:
-        print(f"  {note}")
+        print(visible(f"  {note}", 4000))
     return 0

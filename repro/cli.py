@@ -21,9 +21,10 @@ from hybrid_moe_ref.engine.refusal import preflight
 from hybrid_moe_ref.engine.server_config import CHECKS
 from repro import bundle, kernel_cache, launch, matrix, minimise, process, report, scenarios
 from repro.configurations import CONFIGURATIONS
-from repro.display import display, overview, summary
+from repro.display import display, overview, say, summary
 from repro.junit import write_junit
 from repro.report import command as report_command
+from repro.report.text import visible_lines
 from repro.rundir import RUN_NAME, OutputError, RunDir, read_json
 from repro.settings import KERNEL_CACHES, VARIANTS, RunSettings
 from repro.watch import judge_again
@@ -43,7 +44,7 @@ class Parser(argparse.ArgumentParser):
         super().__init__(**options, allow_abbrev=False)
 
     def error(self, message: str) -> Any:
-        print(f"{self.prog}: {message}", file=sys.stderr)
+        print(f"{self.prog}: {visible_lines(message)}", file=sys.stderr)
         sys.exit(USAGE)
 
 
@@ -57,10 +58,10 @@ def main(argv: list[str] | None = None) -> int:
         code: int = args.command(args)
         return code
     except (ConfigError, OutputError, ValueError) as error:
-        print(f"repro: {error}", file=sys.stderr)
+        print(f"repro: {visible_lines(str(error))}", file=sys.stderr)
         return USAGE
     except (CannotRunHere, bundle.LeakError) as error:
-        print(f"repro: {error}", file=sys.stderr)
+        print(f"repro: {visible_lines(str(error))}", file=sys.stderr)
         return CANNOT_TELL
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # whoever read the output has left
@@ -175,7 +176,7 @@ def _run(args: argparse.Namespace) -> int:
             title = f"{count}{settings.scenario} {settings.variant}: {settings.num_ranks} ranks, seed {settings.seed}"
             if not (missing := scenarios.load(settings.scenario).missing(settings)):
                 for finding in unsafe[settings][:1]:
-                    console.print(f"unsafe: {finding}", highlight=False, markup=False, soft_wrap=True)
+                    say(console, f"unsafe: {finding}")
                 known = references.get(settings.reference_key())
                 try:
                     with display(console, title) as shown:
@@ -186,7 +187,7 @@ def _run(args: argparse.Namespace) -> int:
                 if len(names) == 1 and not documents:
                     raise CannotRunHere(f"{settings.scenario}: {missing}")
                 documents.append(launch.skipped(settings, missing))
-                console.print(f"{title}: {missing}", highlight=False, markup=False, soft_wrap=True)
+                say(console, f"{title}: {missing}")
                 continue
             documents.append(document)
             references.setdefault(settings.reference_key(), run_dir.reference)
@@ -198,7 +199,7 @@ def _run(args: argparse.Namespace) -> int:
                 _report(console, done[-1:])
             told = "" if document["matches_expected"] else ", not as expected"
             told = f"  {document['verdict']}{told}: {run_dir.root / 'report.html'}"
-            console.print(told, highlight=False, markup=False, soft_wrap=True)
+            say(console, told)
             if interrupt():
                 break
     if args.junit:
@@ -223,18 +224,15 @@ def _matrix(args: argparse.Namespace) -> int:
         raise ConfigError(f"no cell has all of {args.only!r}", "--only")
     console = Console(stderr=args.json)
 
-    def tell(line: str) -> None:
-        console.print(line, highlight=False, markup=False, soft_wrap=True)
-
     interrupt = launch.Interrupt()
     with interrupt.installed():
-        documents = matrix.run(wanted, args.out, interrupt, tell, args.launcher)
+        documents = matrix.run(wanted, args.out, interrupt, lambda line: say(console, line), args.launcher)
     if args.junit:
         write_junit(args.junit, [{**it, "variant": matrix.name(it)} for it in documents])
     if args.json:
         print(json.dumps(documents, indent=1), flush=True)
     else:
-        tell("\n".join(matrix.table(documents)))
+        say(console, "\n".join(matrix.table(documents)))
     return INTERRUPTED if interrupt() else exit_code(documents)
 
 
@@ -249,7 +247,7 @@ def _report(console: Console, roots: Sequence[Path]) -> None:
     try:
         report.write_all(roots)
     except (OSError, ValueError) as error:
-        console.print(f"  no report: {error}", highlight=False, markup=False, soft_wrap=True)
+        say(console, f"  no report: {error}")
 
 
 def _print_verdicts(console: Console, documents: list[dict[str, Any]], as_json: bool) -> None:
@@ -339,7 +337,7 @@ def _watch_run(args: argparse.Namespace, run_dir: RunDir) -> int:
         print(json.dumps(document, indent=1))
     else:
         for line in (document["verdict"], *document["sentences"], *document["evidence"]):
-            print(line)
+            print(visible_lines(line))
     if document["verdict"] == "inconclusive" or not whole:
         return CANNOT_TELL
     return EXPECTED if document["matches_expected"] else UNEXPECTED
@@ -354,7 +352,7 @@ def _watch_to_end(run_dir: RunDir, settings: RunSettings, console: Console, as_j
 
     interrupt = launch.Interrupt()
     with interrupt.installed():
-        shown = launch.Display(notice=lambda text: console.print(text, highlight=False, markup=False))
+        shown = launch.Display(notice=lambda text: say(console, text))
         document = launch.attend(run_dir, settings, interrupt, shown, job_alive)
     _report(console, [run_dir.root])
     _print_verdicts(console, [document], as_json)

@@ -14,6 +14,7 @@ from rich.table import Table
 from repro.launch import Display
 from repro.layout import Kind
 from repro.parse import WitnessError
+from repro.report.text import visible_lines
 from repro.verdict.result import list_ranks
 from repro.witness import Tail
 
@@ -45,7 +46,7 @@ class LiveTable:
 
     def notice(self, text: str) -> None:
         """A line above the table."""
-        self._live.console.print(text, highlight=False, markup=False)
+        say(self._live.console, text)
 
     def _draw(self, tails: list[Tail]) -> Table:
         table = Table(title=self._title, title_justify="left")
@@ -75,12 +76,17 @@ def _position(tail: Tail) -> tuple[str, str, str, str]:
 def display(console: Console, title: str) -> Iterator[Display]:
     """A live table when the console is a terminal, else a line at the start and one for each notice."""
     if not console.is_terminal:
-        console.print(title, highlight=False, markup=False)
-        yield Display(notice=lambda text: console.print(f"  {text}", highlight=False, markup=False, soft_wrap=True))
+        say(console, title)
+        yield Display(notice=lambda text: say(console, f"  {text}"))
         return
     with Live(console=console, auto_refresh=False, transient=True) as live:
         table = LiveTable(title, live)
         yield Display(show=table.show, notice=table.notice)
+
+
+def say(console: Console, text: str) -> None:
+    """Plain lines: nothing in them marks up, and nothing acts on the terminal."""
+    console.print(visible_lines(text), highlight=False, markup=False, soft_wrap=True)
 
 
 def summary(console: Console, documents: Sequence[dict[str, Any]]) -> None:
@@ -104,7 +110,7 @@ def summary(console: Console, documents: Sequence[dict[str, Any]]) -> None:
     console.print(table)
     for document in documents:
         for sentence in _told(document):
-            console.print(f"{document['variant']}: {sentence}", highlight=False, markup=False, soft_wrap=True)
+            say(console, f"{document['variant']}: {sentence}")
 
 
 def overview(console: Console, documents: Sequence[dict[str, Any]]) -> None:
@@ -143,7 +149,7 @@ def overview(console: Console, documents: Sequence[dict[str, Any]]) -> None:
         lines += [f"{name}: {sentence}" for sentence in _told(document) or document["evidence"]]
     total_s = sum(document["seconds"]["total"] for document in documents)
     lines.append(f"{len(documents) - len(missed)} of {len(documents)} as expected, {total_s:.0f} s")
-    console.print("\n".join(lines), highlight=False, markup=False, soft_wrap=True)
+    say(console, "\n".join(lines))
 
 
 def _stalled(document: dict[str, Any]) -> bool:

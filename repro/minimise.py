@@ -23,6 +23,7 @@ from typing import Any
 from hybrid_moe_ref.config import ConfigError
 from repro import launch, replay, scenarios
 from repro.report.gather import gather
+from repro.report.text import visible_lines
 from repro.rundir import write_atomically, write_json
 from repro.scenarios import Expected, Scenario
 from repro.settings import RunSettings
@@ -255,7 +256,7 @@ def run(args: argparse.Namespace) -> int:
     where = sys.stderr if args.json else sys.stdout
 
     def say(text: str) -> None:
-        print(text, file=where, flush=True)
+        print(visible_lines(text), file=where, flush=True)
 
     interrupt = launch.Interrupt()
     with interrupt.installed(), tempfile.TemporaryDirectory(prefix="repro-minimise-") as folder:
@@ -298,6 +299,6 @@ def _tell(result: Result, path: Path, as_json: bool) -> None:
     print(f"{result.verdict} {result.cause or ''} with {describe(result.after)}, {result.steps} steps")
     print(f"{result.runs} runs in {result.seconds:.0f} s")
     for note in result.notes:
-        print(note)
+        print(visible_lines(note))
     if result.source:
-        print(f"{path}: {lines} lines; run with torchrun it said: {result.confirmed}")
+        print(f"{path}: {lines} lines; run with torchrun it said: {visible_lines(result.confirmed)}")

@@ -33,6 +33,7 @@ from typing import TYPE_CHECKING, Any
 from repro import evidence, process, report
 from repro.layout import Identity, Kind
 from repro.report.page import main_stack
+from repro.report.text import visible_lines
 from repro.rundir import PARTS, RunDir, write_json
 from repro.system import Facts, System
 from repro.verdict import Verdict, judge
@@ -185,7 +186,7 @@ class Ranks:
         with contextlib.suppress(OSError, ValueError):
             report.write(run_dir.root, [])
             lines.append(f"report: {run_dir.root / 'report.html'}")
-        return "\n".join(lines)
+        return visible_lines("\n".join(lines))
 
     def _stacks(self, run_dir: RunDir) -> list[str]:
         together: dict[str, list[int]] = {}

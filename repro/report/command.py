@@ -9,6 +9,7 @@ from typing import Any
 
 from repro import report
 from repro.report.gather import headline
+from repro.report.text import visible
 
 
 def add(commands: Any) -> None:
@@ -27,9 +28,9 @@ def run(args: argparse.Namespace) -> int:
         files = [str(facts.root / name) for name in report.FILES]
         documents.append({"run": str(facts.root), "files": files, "missing": facts.missing})
         if not args.json:
-            print(f"{files[0]}: {headline(facts.verdict)}")
+            print(visible(f"{files[0]}: {headline(facts.verdict)}", 4000))
             for text in facts.missing:
-                print(f"  {text}")
+                print(visible(f"  {text}", 4000))
     if args.json:
         print(json.dumps(documents, indent=1))
     return 0

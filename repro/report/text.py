@@ -21,6 +21,11 @@ def visible(text: object, limit: int = 400) -> str:
     return shown if len(shown) <= limit else f"{shown[: limit - 1]}…"
 
 
+def visible_lines(text: str, limit: int = 4000) -> str:
+    """:func:`visible` text, of which each line may be so long."""
+    return "\n".join(visible(line, limit) for line in text.split("\n"))
+
+
 def _picture(match: re.Match[str]) -> str:
     code = ord(match.group())
     if code < 0x20:
