@@ -85,6 +85,8 @@ def _convert(value: Any, wanted: Any, where: str) -> Any:
         return tuple(_convert(item, item_type, f"{where}[{i}]") for i, item in enumerate(value))
     if isinstance(wanted, type) and issubclass(wanted, Config):
         return value if isinstance(value, wanted) else wanted.from_mapping(value, where)
+    if isinstance(value, int) and not -(2**63) <= value < 2**63:
+        raise ConfigError(f"{_type_name(value)} has no room in 64 bits", where)
     if wanted is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
     if not isinstance(value, wanted) or (isinstance(value, bool) and wanted is not bool):

@@ -331,7 +331,7 @@ def _watch_run(args: argparse.Namespace, run_dir: RunDir) -> int:
         return _watch_to_end(run_dir, settings, console, args.json)
     try:
         document, whole = judge_again(run_dir, settings)
-    except (AttributeError, KeyError, TypeError) as error:
+    except (AttributeError, KeyError, TypeError, ArithmeticError) as error:
         raise ConfigError(f"holds a file that no run of this program leaves: {error}", str(run_dir.root)) from error
     if args.json:
         print(json.dumps(document, indent=1))

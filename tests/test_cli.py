@@ -28,6 +28,7 @@ from repro.record import Recorder, myself
 from repro.rundir import OutputError, RunDir
 from repro.scenarios import settings_of
 from repro.settings import RunSettings
+from repro.system import Facts
 from repro.watch import Watch, judge_again
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -192,6 +193,18 @@ def test_a_decided_run_is_not_decided_again(capsys, tmp_path):
     assert (tmp_path / "verdict.json").read_text() == '{"verdict": "deadlock"}'
     code, told = fails(capsys, "watch", tmp_path)
     assert code == USAGE and "that no run of this program leaves" in told
+
+
+@pytest.mark.parametrize(
+    ("name", "key"), [("verdict.json", "quiet_s"), ("config.json", "deadline_s"), ("config.json", "seed")]
+)
+def test_numbers_without_measure_are_refused_by_watch(capsys, tmp_path, name, key):
+    left_by_a_run(tmp_path, finished())
+    (tmp_path / "verdict.json").write_text(json.dumps({"quiet_s": 1.0, "system": Facts().to_json()}))
+    document = json.loads((tmp_path / name).read_text())
+    (tmp_path / name).write_text(json.dumps(document | {key: 10**400}))
+    code, _ = fails(capsys, "watch", tmp_path)
+    assert code == USAGE
 
 
 def left_by_a_run(root, scene):

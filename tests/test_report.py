@@ -106,7 +106,8 @@ def test_the_control_run_stands_beside_the_fault(tmp_path):
     assert "control clean" in " ".join(page.text.split())
 
 
-HOSTILE = "</script><img src=x onerror=alert(1)>\x1b[31m\"'&{{facts}}" + "x" * 3000
+HUGE = "9" * 400
+HOSTILE = "\uffff\ufffe\u2066</script><img src=x onerror=alert(1)>\x1b[31m\"'&{{facts}}" + "x" * 3000
 
 
 def test_hostile_strings_are_shown_and_do_nothing(tmp_path):
@@ -149,7 +150,10 @@ def test_the_trace_has_one_track_a_rank_and_group(tmp_path):
         ("verdict.json", "{", "verdict.json is damaged"),
         ("verdict.json", "[]", "verdict.json is damaged"),
         ("verdict.json", '{"ranks": 3, "cycle": [{"ranks": ["a"]}], "culprits": [-1, 1e9]}', "not of the type"),
+        ("verdict.json", f'{{"quiet_s": {HUGE}, "seconds": {{"total": {HUGE}}}, "seed": 1e999}}', "not of the type"),
+        ("verdict.json", f'{{"ranks": [{{"rank": 0, "since_s": {HUGE}, "sizes": [{HUGE}]}}]}}', "not of the type"),
         ("config.json", None, "config.json is missing"),
+        ("config.json", f'{{"scenario": "metadata_rebuild", "deadline_s": {HUGE}}}', "has no room in 64 bits"),
         ("config.json", '{"scenario": 5}', "config.json is not one of this program"),
         ("events/rank001.wit", None, "rank 1 left no readable witness"),
         ("events/rank001.wit", "x" * 100, "the file ends inside its header"),
@@ -202,6 +206,8 @@ def test_many_ranks_are_counted_not_listed():
     long = ",".join(str(rank) for rank in range(0, 40, 2))
     assert few(f"ranks {long} wait") == "ranks 0,2,4,… (20) wait"
     assert few("ranks 1-5,7 wait") == "ranks 1-5,7 wait"
+    huge = ",".join(["9" * 5000] * 12)
+    assert few(huge) == huge, "no list of ranks"
 
 
 def test_nothing_acts_in_visible_text():

@@ -20,6 +20,9 @@ from repro.witness import SUFFIX, read
 
 MAX_RANKS = 4096
 MAX_TEXT_BYTES = 1 << 20
+_MOST = 10**18
+"""Numbers of a verdict are smaller; JSON has room for ones that no arithmetic here can do."""
+
 _RANK_TEXTS = ("state", "phase", "layer", "group", "op", "detail", "site")
 _RANK_NUMBERS = {"step": -1, "seq": 0, "since_s": 0.0}
 
@@ -155,7 +158,8 @@ def sound_verdict(document: Mapping[str, Any], config: Mapping[str, Any], missin
 
     def take(owner: Mapping[str, Any], name: str, kind: type | tuple[type, ...], default: Any) -> Any:
         value = owner.get(name)
-        if isinstance(value, kind) and not (isinstance(value, bool) and kind is not bool):
+        measured = not isinstance(value, (int, float)) or abs(value) < _MOST
+        if isinstance(value, kind) and measured and not (isinstance(value, bool) and kind is not bool):
             return value
         if value is not None and owner:
             wrong.append(name)
@@ -177,7 +181,7 @@ def sound_verdict(document: Mapping[str, Any], config: Mapping[str, Any], missin
     def position(row: Mapping[str, Any]) -> dict[str, Any]:
         told: dict[str, Any] = {name: take(row, name, str, "") for name in _RANK_TEXTS}
         told |= {name: take(row, name, (int, float), default) for name, default in _RANK_NUMBERS.items()}
-        sizes = [size for size in take(row, "sizes", list, []) if isinstance(size, int)]
+        sizes = [size for size in take(row, "sizes", list, []) if isinstance(size, int) and abs(size) < _MOST]
         return {"rank": take(row, "rank", int, -1), **told, "sizes": sizes}
 
     ranks = [position(row) for row in mappings(document, "ranks")[:MAX_RANKS]]

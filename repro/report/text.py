@@ -10,8 +10,10 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parents[2]
 
-# Control characters, terminal escapes among them, and the marks that turn the direction of writing.
-_HIDDEN = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u200b-\u200f\u2028-\u202e\u2066-\u2069\ufeff\ud800-\udfff]")
+# Control characters, terminal escapes among them, the marks that turn the direction of writing, and what XML has no place for.
+_HIDDEN = re.compile(
+    r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u200b-\u200f\u061c\u2028-\u202e\u2060-\u2069\ufeff\ufffe\uffff\ud800-\udfff\U000e0000-\U000e007f]"
+)
 _JSON_ESCAPES = {ord(c): f"\\u{ord(c):04x}" for c in "<>&\u2028\u2029"}
 
 
@@ -49,7 +51,7 @@ def short_site(site: str) -> str:
     return inside if installed else site.removeprefix(f"{ROOT}/")
 
 
-_MANY_RANKS = re.compile(r"\b\d+(?:-\d+)?(?:,\d+(?:-\d+)?){8,}")
+_MANY_RANKS = re.compile(r"\b\d{1,6}(?:-\d{1,6})?(?:,\d{1,6}(?:-\d{1,6})?){8,}\b")
 
 
 def few(text: str) -> str:
