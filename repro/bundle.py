@@ -22,23 +22,19 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from hybrid_moe_ref.config import ConfigError
-from repro import replay, report, scenarios
+from repro import replay, report
 from repro.archive import MANIFEST, MAX_TOTAL_BYTES, ArchiveError, differences, unpack
+from repro.issue import UNPACKED, commands_script, issue
 from repro.layout import CRC, HEADER
 from repro.parse import WitnessError, parse_header
 from repro.redact import RULES, Redactor, redact_witness
-from repro.report.gather import Facts, gather, headline, siblings
-from repro.report.lanes import waits
-from repro.report.page import commands
-from repro.report.text import few, short_site, visible, visible_lines
+from repro.report.gather import Facts, gather, siblings
+from repro.report.text import visible, visible_lines
 from repro.rundir import MAX_JSON_BYTES
 from repro.settings import VARIANTS
-from repro.verdict.result import list_ranks, name_ranks
 from repro.witness import SUFFIX
 
 SCHEMA_VERSION = 1
-MAX_ISSUE_LINES = 60
 COLLECT_ENV_S = 60
 _FOLDERS = ("events", "fr", "stacks", "logs", "env", "outputs")
 _FILES = ("config.json", "verdict.json", "reference.json")
@@ -77,13 +73,13 @@ def make(root: Path, path: Path | None = None, keep: frozenset[str] = frozenset(
     for run in family.values():
         _name_hosts(run, redactor)
     with tempfile.TemporaryDirectory(prefix="repro-bundle-") as name:
-        folder = Path(name) / "bundle"
+        folder = Path(name) / UNPACKED
         for variant, run in family.items():
             _copy_run(run, folder if run == main else folder / variant, redactor, notes)
         beside = [folder / variant for variant, run in family.items() if run != main]
-        facts = report.write(folder, beside)
+        facts = report.write(folder, beside, UNPACKED)
         for other in beside:
-            report.write(other, [folder, *(run for run in beside if run != other)])
+            report.write(other, [folder, *(run for run in beside if run != other)], f"{UNPACKED}/{other.name}")
         others = [gather(run, with_lanes=False) for run in beside]
         environment = _environment(redactor)
         (folder / "env.txt").write_text(environment)
@@ -252,118 +248,6 @@ def _reproducer(facts: Facts) -> str:
     if facts.verdict["scenario"] == "metadata_rebuild":
         return (Path(__file__).parent / "ep_deadlock.py").read_text()
     return replay.of_runs(facts, facts.root / "fix")
-
-
-def _one_file(facts: Facts) -> str:
-    most = 8 if facts.verdict["scenario"] == "metadata_rebuild" else facts.num_ranks  # what ep_deadlock.py is made for
-    return f"torchrun --standalone --nproc-per-node {min(facts.num_ranks, most)} bundle/repro.py"
-
-
-def commands_script(facts: Facts) -> str:
-    """COMMANDS.sh: each thing that can be done again, with what it does."""
-    lines = [
-        "#!/bin/sh",
-        "# Run in a clone of the repository after `make setup`, with this bundle unpacked in the folder `bundle`.",
-        "set -eu",
-        "PATH=$PWD/.venv/bin:$PATH",
-        "",
-        "# the verdict once more, from the evidence in this bundle",
-        "python -m repro watch bundle",
-    ]
-    for what, command in commands(facts):
-        if " watch " not in command:
-            lines += ["", f"# {what}", command.replace("config.json", "bundle/config.json")]
-    if (facts.root / "repro.py").exists():
-        lines += ["", "# the same in one file", _one_file(facts)]
-    return "\n".join(lines) + "\n"
-
-
-def issue(facts: Facts, others: list[Facts]) -> str:
-    """ISSUE.md: what a maintainer needs to see first, at most MAX_ISSUE_LINES lines."""
-    verdict = facts.verdict
-    one_file = [f"{_one_file(facts)}    # the same in one file; --fix shows the cure"]
-    if not (facts.root / "repro.py").exists():
-        one_file = []
-    lines = [
-        f"# {verdict['verdict'] or 'no verdict'} in {verdict['scenario']}"
-        + (f": {verdict['cause']}" if verdict["cause"] else ""),
-        "",
-        f"**Claim.** {_line(headline(verdict))} {_mechanism(verdict['scenario'])}",
-        "",
-        "**Command**, in a clone of the repository after `make setup`, with the attached zip unpacked in `bundle`",
-        "```",
-        *(
-            [_line(facts.command().replace("config.json", "bundle/config.json"))]
-            if facts.command()
-            else ["(the configuration is missing)"]
-        ),
-        *one_file,
-        "```",
-        "",
-        *_issue_table(facts),
-        "",
-        "**Who waits for whom**",
-        *[f"- {_line(wait.words())}" for wait in waits(verdict, facts.lanes)[:6] if wait.lacks],
-        *[f"- {_line(text)}" for text in verdict["evidence"] if "schedule" in text][:3],
-        "",
-        "**Control and fix**, same requests and seed",
-        "",
-        "| variant | verdict | what it rests on |",
-        "|---|---|---|",
-        *[
-            f"| {run.verdict['variant']} | {run.verdict['verdict']} | {_line(run.verdict['evidence'][-1])} |"
-            for run in others
-            if run.verdict["evidence"]
-        ],
-        *([] if others else ["| - | - | not run |"]),
-        "",
-        "**What is not shown.** That any other server's hang has this cause; this rebuilds one mechanism on a small "
-        f"model, {verdict['backend']} backend. Nothing about speed.",
-        "",
-        "**Versions**, as loaded by rank 0",
-        "```",
-        *_versions(facts)[:10],
-        "```",
-        "",
-        "Attached: report.html (timeline, schedules, stacks), verdict.json, the witnesses it rests on (events/, fr/, "
-        "stacks/), control/ and fix/. `python -m repro bundle --verify ZIP` checks it.",
-    ]
-    return "\n".join(lines[:MAX_ISSUE_LINES]) + "\n"
-
-
-def _issue_table(facts: Facts) -> list[str]:
-    rows: dict[tuple[str, ...], list[int]] = {}
-    for p in facts.verdict["ranks"]:
-        call = f"{p['group']} {p['op']} #{p['seq']}" if p["op"] else p["detail"]
-        step = str(p["step"]) if p["step"] >= 0 else p["phase"]
-        rows.setdefault((p["state"], step, call, p["layer"], short_site(p["site"])), []).append(p["rank"])
-    table = ["| ranks | state | step | in | layer | called from |", "|---|---|---|---|---|---|"]
-    for cells, ranks in list(rows.items())[:10]:
-        table.append(f"| {few(list_ranks(ranks))} | " + " | ".join(_line(cell) for cell in cells) + " |")
-    culprits = facts.verdict["culprits"]
-    told = f"Culprits: {few(name_ranks(culprits))}." if culprits else "Nobody is proven to be the culprit."
-    return [*table, "", f"{told} Confidence: {facts.verdict['confidence'] or 'unknown'}."]
-
-
-def _versions(facts: Facts) -> list[str]:
-    path = facts.run_dir.environment(0)
-    with contextlib.suppress(OSError):
-        return [_line(line) for line in path.read_text(errors="replace").splitlines() if line.strip()]
-    return ["(not recorded)"]
-
-
-def _mechanism(name: str) -> str:
-    try:
-        scenario = scenarios.load(name)
-    except ConfigError:
-        return ""
-    return f"Mechanism: {scenario.summary} (mirrors {scenario.source})."
-
-
-def _line(text: str) -> str:
-    """One line of Markdown in which a stranger's text marks up nothing."""
-    plain = visible(few(text), 300).replace("\n", " ").replace("|", "\\|")
-    return plain.replace("<", "&lt;").replace("`", "'").replace("[", "\\[")
 
 
 def add(commands: Any) -> None:

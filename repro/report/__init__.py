@@ -17,14 +17,16 @@ from repro.rundir import write_atomically
 FILES = ("report.html", "timeline.svg", "trace.json")
 
 
-def write(root: Path, beside: Sequence[Path] | None = None) -> Facts:
+def write(root: Path, beside: Sequence[Path] | None = None, place: str = "") -> Facts:
     """Write the three files into a run directory; returns what they were made from.
 
     beside: runs to set beside this one; by default the newest ones of its folder that differ in their variant only.
+    place: what commands call the directory, where that is not its place here.
 
     Raises ConfigError when the folder holds nothing of a run, OSError when it cannot be written to.
     """
     facts = gather(root)
+    facts.place = place
     others = [gather(path) for path in (siblings(root, facts) if beside is None else beside)]
     picture = drawing.timeline(facts)
     write_atomically(root / "timeline.svg", picture)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import shlex
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -34,6 +33,7 @@ class Facts:
     verdict   what verdict.json says, with every field there and of its type
     settings  the configuration, where it is one that this program understands
     missing   one sentence for each thing that should be there and is not, or is damaged
+    place     what commands call the directory, where that is not its place here
     """
 
     root: Path
@@ -43,6 +43,7 @@ class Facts:
     lanes: dict[int, Lane] = field(default_factory=dict)
     labels: Labels = field(default_factory=Labels)
     missing: list[str] = field(default_factory=list)
+    place: str = ""
 
     @property
     def run_dir(self) -> RunDir:
@@ -64,21 +65,6 @@ class Facts:
             return 0, 1
         last_ns = max(lane.last_ns for lane in self.lanes.values())
         return min(starts), max(last_ns + int(self.verdict["quiet_s"] * 1e9), min(starts) + 1)
-
-    def command(self) -> str:
-        """The command that runs this again."""
-        if self.settings is None:
-            return ""
-        plain = RunSettings(self.settings.scenario, self.settings.variant)
-        words = ["python", "-m", "repro", "run", self.settings.scenario, "--variant", self.settings.variant]
-        for name in ("num_ranks", "backend", "quiet_window_s", "deadline_s", "seed", "checks"):
-            value = getattr(self.settings, name)
-            if value != getattr(plain, name):
-                flag = {"num_ranks": "ranks"}.get(name, name.removesuffix("_s").replace("_", "-"))
-                words += [f"--{flag}", str(value)]
-        if any(getattr(self.settings, part) != getattr(plain, part) for part in ("model", "engine", "workload")):
-            words += ["--config", "config.json"]
-        return shlex.join(words)
 
 
 def gather(root: Path, with_lanes: bool = True) -> Facts:

@@ -20,6 +20,7 @@ from urllib.parse import quote
 from repro.report import drawing
 from repro.report.gather import Facts, headline, read_text
 from repro.report.lanes import OPEN, Lane, waits
+from repro.report.rerun import commands
 from repro.report.sides import side_by_side
 from repro.report.text import ROOT, embed, escape, few, short_site, visible
 from repro.verdict.result import list_ranks, name_ranks
@@ -248,20 +249,6 @@ def _logs(facts: Facts) -> str:
 
 def _block(text: str) -> str:
     return "\n".join(escape(line, 2000) for line in text.splitlines())
-
-
-def commands(facts: Facts) -> list[tuple[str, str]]:
-    """(what it does, command) for all that can be done again."""
-    found = []
-    if command := facts.command():
-        found.append(("run it again", command))
-        found.append(("with its control and its fix", re.sub(r"--variant \w+", "--variant all", command)))
-    if facts.settings is not None and "--config" not in command:
-        s = facts.settings
-        torchrun = f"torchrun --nproc-per-node {s.num_ranks} -m repro.worker {s.scenario} --variant {s.variant}"
-        found.append(("the same by plain torchrun", torchrun + (f" --seed {s.seed}" if s.seed else "")))
-    found.append(("judge these files once more", f"python -m repro watch {facts.root.name}"))
-    return found
 
 
 def _commands(facts: Facts) -> str:

@@ -1,0 +1,145 @@
+"""What a bundle says in words: ISSUE.md, ready to paste, and COMMANDS.sh, ready to run."""
+
+from __future__ import annotations
+
+from hybrid_moe_ref.config import ConfigError
+from repro import scenarios
+from repro.report.gather import Facts, headline, read_text
+from repro.report.lanes import waits
+from repro.report.rerun import command, commands
+from repro.report.text import few, short_site, visible
+from repro.verdict.result import list_ranks, name_ranks
+
+MAX_ISSUE_LINES = 60
+MAX_PLACES, MAX_VERSIONS = 9, 10
+UNPACKED = "bundle"
+"""What the commands take the folder to be called that a bundle is unpacked in."""
+
+
+def _one_file(facts: Facts) -> str:
+    most = 8 if facts.verdict["scenario"] == "metadata_rebuild" else facts.num_ranks  # what ep_deadlock.py is made for
+    return f"torchrun --standalone --nproc-per-node {min(facts.num_ranks, most)} {UNPACKED}/repro.py"
+
+
+def commands_script(facts: Facts) -> str:
+    """COMMANDS.sh: each thing that can be done again, with what it does; a hang's exit code is not the script's end."""
+    found = [
+        ("the verdict once more, from the evidence in this bundle", command) for _, command in commands(facts)[-1:]
+    ]
+    found += commands(facts)[:-1]
+    if (facts.root / "repro.py").exists():
+        found.append(("the same in one file", _one_file(facts)))
+    lines = [
+        "#!/bin/sh",
+        f"# Run in a clone of the repository after `make setup`, with this bundle unpacked in the folder `{UNPACKED}`.",
+        "# Exit code 0: as expected. torchrun's is 1 when the ranks hung and were ended.",
+        "PATH=$PWD/.venv/bin:$PATH",
+        """again() { printf '\\n+ %s\\n' "$*"; "$@"; printf 'exit code %s\\n' "$?"; }""",
+    ]
+    for what, told in found:
+        lines += ["", f"# {what}", f"again {told}"]
+    return "\n".join(lines) + "\n"
+
+
+def issue(facts: Facts, others: list[Facts]) -> str:
+    """ISSUE.md: what a maintainer needs to see first, at most MAX_ISSUE_LINES lines."""
+    verdict = facts.verdict
+    one_file = [f"{_one_file(facts)}    # the same in one file; --fix shows the cure"]
+    if not (facts.root / "repro.py").exists():
+        one_file = []
+    lines = [
+        "# "
+        + _line(f"{verdict['verdict'] or 'no verdict'} in {verdict['scenario']}")
+        + (f": {_line(verdict['cause'])}" if verdict["cause"] else ""),
+        "",
+        f"**Claim.** {_line(headline(verdict))} {_mechanism(verdict['scenario'])}",
+        "",
+        f"**Command**, in a clone of the repository after `make setup`, with the attached zip unpacked in `{UNPACKED}`",
+        "```",
+        _fenced(command(facts) or "(the configuration is missing)"),
+        *one_file,
+        "```",
+        "",
+        *_issue_table(facts),
+        "",
+        "**Who waits for whom**",
+        *[f"- {_line(wait.words())}" for wait in waits(verdict, facts.lanes)[:6] if wait.lacks],
+        *[f"- {_line(text)}" for text in verdict["evidence"] if "schedule" in text][:3],
+        "",
+        "**Control and fix**, same requests and seed",
+        "",
+        "| variant | verdict | what it rests on |",
+        "|---|---|---|",
+        *[
+            "| "
+            + " | ".join(map(_line, (run.verdict["variant"], run.verdict["verdict"], run.verdict["evidence"][-1])))
+            + " |"
+            for run in others
+            if run.verdict["evidence"]
+        ],
+        *([] if others else ["| - | - | not run |"]),
+        "",
+        "**What is not shown.** That any other server's hang has this cause; this rebuilds one mechanism on a small "
+        f"model, {_line(verdict['backend'])} backend. Nothing about speed.",
+        "",
+        "**Versions**, as loaded by the ranks",
+        "```",
+        *_versions(facts),
+        "```",
+        "",
+        "Attached: report.html (timeline, schedules, stacks), verdict.json, the witnesses it rests on (events/, fr/, "
+        "stacks/), control/ and fix/. `python -m repro bundle --verify ZIP` checks it.",
+    ]
+    return "\n".join(lines[:MAX_ISSUE_LINES]) + "\n"
+
+
+def _issue_table(facts: Facts) -> list[str]:
+    rows: dict[tuple[str, ...], list[int]] = {}
+    for p in facts.verdict["ranks"]:
+        call = f"{p['group']} {p['op']} #{p['seq']}" if p["op"] else p["detail"]
+        step = str(p["step"]) if p["step"] >= 0 else p["phase"]
+        rows.setdefault((p["state"], step, call, p["layer"], short_site(p["site"])), []).append(p["rank"])
+    table = ["| ranks | state | step | in | layer | called from |", "|---|---|---|---|---|---|"]
+    for cells, ranks in list(rows.items())[:MAX_PLACES]:
+        table.append(f"| {few(list_ranks(ranks))} | " + " | ".join(_line(cell) for cell in cells) + " |")
+    if len(rows) > MAX_PLACES:
+        table.append(f"| {len(rows) - MAX_PLACES} more places | | | | | |")
+    culprits = facts.verdict["culprits"]
+    told = f"Culprits: {few(name_ranks(culprits))}." if culprits else "Nobody is proven to be the culprit."
+    return [*table, "", f"{told} Confidence: {facts.verdict['confidence'] or 'unknown'}."]
+
+
+def _versions(facts: Facts) -> list[str]:
+    """What the ranks had loaded, those alike together; at most MAX_VERSIONS lines."""
+    together: dict[str, list[int]] = {}
+    for rank in range(facts.num_ranks):
+        text = read_text(facts.run_dir.environment(rank))
+        together.setdefault(text.strip() or "(not recorded)", []).append(rank)
+    lines: list[str] = []
+    room = MAX_VERSIONS // max(1, min(len(together), 3)) - 1
+    for text, ranks in list(together.items())[:3]:
+        found = [_fenced(line) for line in text.splitlines() if line.strip()]
+        more = f" ({len(found) - room} more lines in env/)" if len(found) > room else ""
+        lines += [f"{few(name_ranks(ranks))}:{more}", *found[:room]]
+    if len(together) > 3:
+        lines[-1] = f"and {len(together) - 3} more kinds of ranks, see env/"
+    return lines or ["(not recorded)"]
+
+
+def _mechanism(name: str) -> str:
+    try:
+        scenario = scenarios.load(name)
+    except ConfigError:
+        return ""
+    return f"Mechanism: {scenario.summary} (mirrors {scenario.source})."
+
+
+def _line(text: str) -> str:
+    """One line of Markdown in which a stranger's text marks up nothing."""
+    plain = visible(few(text), 300).replace("\n", " ").replace("|", "\\|")
+    return plain.replace("<", "&lt;").replace("`", "'").replace("[", "\\[")
+
+
+def _fenced(text: str) -> str:
+    """One line of a fenced block, to copy as it is: nothing is escaped there, and nothing in it ends the block."""
+    return visible(text, 4000).replace("\n", " ").replace("```", "'''")

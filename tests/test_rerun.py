@@ -1,0 +1,106 @@
+"""The commands that a report and a bundle print do the run again exactly, and the issue's text keeps its shape."""
+
+from __future__ import annotations
+
+import json
+import re
+import shlex
+
+import pytest
+from reported import write_hang
+
+from repro import cli, issue, report
+from repro.report.gather import gather
+from repro.report.rerun import command, commands, place, torchrun_command
+from repro.scenarios import settings_of
+from repro.worker import _parse
+
+CHANGES = [
+    {},
+    {"num_ranks": 4, "seed": 3, "deadline_s": 60.0, "quiet_window_s": 0.5, "checks": "agree"},
+    {"seed": -3, "variant": "fix", "checks": "strict"},
+    {"kernel_cache": "split", "group_timeout_s": 3.0, "allow_unsafe": True},
+    {"tp_size": 2, "drawn_for": 8},
+    {"expert_parallel": False},
+    {"model": {"layer_pattern": "GA"}, "workload": {"max_requests": 1}},
+    {"engine": {"gdn_prefill_backend": "jit", "moe_backend": "jit"}},
+    {"engine": {"gdn_prefill_backend": "jit", "mode": "graphs"}, "kernel_cache": "warm"},
+    {"num_ranks": 1024, "model": {"num_experts": 1024}},
+    {"scenario": "cold_jit"},
+    {"scenario": "cold_jit", "checks": "agree", "group_timeout_s": 2.5},
+    {"scenario": "config2", "kernel_cache": "warm"},
+]
+
+
+@pytest.mark.parametrize(
+    ("changes", "named"), [*((changes, "") for changes in CHANGES), (CHANGES[6], "a folder/of $mine")]
+)
+def test_the_commands_run_with_the_very_same_settings(tmp_path, monkeypatch, changes, named):
+    monkeypatch.chdir(tmp_path)
+    names = {"scenario": "metadata_rebuild", "variant": "fault"}
+    parts = {name: changes[name] for name in ("model", "engine", "workload") if name in changes}
+    rest = {name: value for name, value in changes.items() if name not in parts}
+    settings = settings_of({**names, **rest}, parts)
+    root, _ = write_hang(tmp_path / "runs", 2)
+    (root / "config.json").write_text(json.dumps(settings.to_mapping()))
+    facts = gather(root)
+    if named:
+        facts.place = named
+        (tmp_path / named).parent.mkdir(exist_ok=True)
+        (tmp_path / named).symlink_to(root)
+    again = shlex.split(command(facts))
+    assert again[:3] == ["python", "-m", "repro"]
+    args = cli._parser().parse_args(again[3:])
+    assert cli._settings(args, args.scenario, args.variant) == settings
+    if told := torchrun_command(facts):
+        words = shlex.split(told)
+        monkeypatch.setenv("WORLD_SIZE", words[2])
+        assert words[:2] == ["torchrun", "--nproc-per-node"] and words[3:5] == ["-m", "repro.worker"]
+        assert _parse(words[5:])[0] == settings
+    else:
+        assert changes.keys() & {"kernel_cache", "tp_size", "expert_parallel", "model", "engine", "group_timeout_s"}
+    watch = shlex.split(commands(facts)[-1][1])
+    assert (tmp_path / watch[-1]).resolve() == root.resolve()
+
+
+def test_a_run_elsewhere_is_named_by_its_whole_path(tmp_path, monkeypatch):
+    root, _ = write_hang(tmp_path / "runs", 2)
+    facts = gather(root)
+    monkeypatch.chdir(tmp_path)
+    assert place(facts) == f"runs/{root.name}"
+    (tmp_path / "below").mkdir()
+    monkeypatch.chdir(tmp_path / "below")
+    assert place(facts) == str(root.resolve())
+
+
+def test_the_longest_issue_has_every_part_and_ends_its_blocks(tmp_path):
+    root, _ = write_hang(tmp_path, 16)
+    verdict = json.loads((root / "verdict.json").read_text())
+    for number, position in enumerate(verdict["ranks"]):
+        position["layer"] = f"layers.{number}.moe"
+        (root / "env" / f"rank{number:03d}.txt").write_text(f"torch: {number % 5}\n```\n" + "module x: 1\n" * 40)
+    verdict["cycle"] = [{"ranks": [n], "waits_in": f"ep x #{n}", "for": [n + 1]} for n in range(9)]
+    verdict["evidence"] += [f"rank {n} left its schedule" for n in range(9)]
+    verdict["scenario"] = "a\n# b"
+    (root / "verdict.json").write_text(json.dumps(verdict))
+    facts = report.write(root, [], issue.UNPACKED)
+    (root / "repro.py").write_text("")
+    others = [gather(root), gather(root)]
+    lines = issue.issue(facts, others).splitlines()
+    assert len(lines) <= issue.MAX_ISSUE_LINES, len(lines)
+    assert [line for line in lines if line.startswith("#")] == ["# deadlock in a # b: extra"]
+    text = "\n".join(lines)
+    for heading in ("Claim", "Command", "Who waits for whom", "Control and fix", "What is not shown", "Versions"):
+        assert f"**{heading}" in text, heading
+    assert lines[-1].startswith("Attached:") and text.count("```") == 4
+    assert "7 more places" in text and "and 2 more kinds of ranks" in text
+    (told,) = [line for line in lines if line.startswith("python -m repro run")]
+    assert not re.search(r"&lt;|\\\[|…", told)
+
+
+def test_versions_of_ranks_that_are_alike_stand_once(tmp_path):
+    root, _ = write_hang(tmp_path, 4)
+    for rank in range(4):
+        (root / "env" / f"rank{rank:03d}.txt").write_text("torch: 1\nNCCL: 2\n" if rank < 3 else "torch: 1\nNCCL: 3\n")
+    told = issue._versions(gather(root))
+    assert told == ["ranks 0-2:", "torch: 1", "NCCL: 2", "rank 3:", "torch: 1", "NCCL: 3"]
