@@ -251,20 +251,20 @@ class Redactor:
             return text
         return _pattern(name).sub(lambda match: self._count(rule, stand_in), text)
 
-    def forbidden(self) -> Iterator[tuple[re.Pattern[bytes], str]]:
+    def forbidden(self) -> Iterator[tuple[re.Pattern[bytes], str, bool]]:
         """What must be in no file afterwards, with its rule: plain text in any case, not the rules' own patterns.
 
-        Names too short to be searched for in longer words are looked for as words, this program's own words not.
+        Of a name too short for that, the last value is false: it is looked for as a word, in files of text alone.
         """
         found = {text: rule for rule, texts in self.literals.items() for text in texts}
         found |= dict.fromkeys(self.hosts, "hostnames")
         for text, rule in found.items():
             if rule in self.keep or _is_own_word(text):
                 continue
-            plain = re.escape(text.encode())
-            if not _is_distinct(text) and rule in ("users", "hostnames"):
-                plain = rb"(?<![A-Za-z0-9])" + plain + rb"(?![A-Za-z0-9])"
-            yield re.compile(plain, re.IGNORECASE), rule
+            plain, anywhere = re.escape(text.encode()), _is_distinct(text) or rule in ("secrets", "paths")
+            if not anywhere:
+                plain = rb"(?<![A-Za-z0-9\x80-\xff])" + plain + rb"(?![A-Za-z0-9\x80-\xff])"
+            yield re.compile(plain, re.IGNORECASE), rule, anywhere
 
 
 @functools.cache

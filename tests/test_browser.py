@@ -10,13 +10,14 @@ import functools
 import http.server
 import random
 import shutil
+import statistics
 import threading
 import time
 from pathlib import Path
 
 import pytest
-from reported import AGREE, EXTRA, document, write_hang
-from scene import make_recorder
+from reported import AGREE, EXTRA, document, write_hang, write_run
+from scene import Scene, make_recorder
 
 from hybrid_moe_ref.parallel.observer import Collective, ScheduleEntry
 from repro import report
@@ -111,6 +112,48 @@ def test_keys_and_mouse_move_the_timeline(browser, hang):
     assert not wrong, wrong
 
 
+def test_keys_reach_locks_builds_and_asynchronous_collectives(browser, tmp_path):
+    scene = Scene(2, {"dp": (0, 1)})
+    scene.begin_step(0, [])
+    scene.all_of((0, 1), AGREE)
+    first, second = scene.recorders
+    first.local("lock_wait", "build.lock")
+    first.local("lock_held", "build.lock")
+    ticket = first.issue(EXTRA)
+    first.local("build_begin", "kernel.cu")
+    first.local("build_end", "kernel.cu")
+    first.wait(EXTRA, ticket)
+    second.local("lock_wait", "build.lock", 100)
+    root = write_run(tmp_path, scene, "fault")
+    report.write(root)
+    page, wrong = visit(browser, (root / "report.html").as_uri(), viewport={"width": 1280, "height": 900})
+    page.focus("#view")
+    page.keyboard.press("0")
+    page.keyboard.press("ArrowUp")
+    page.wait_for_function("document.getElementById('detail').textContent.startsWith('rank 0 · dp all_reduce #1')")
+    told = []
+    for _ in range(4):
+        page.keyboard.press("n")
+        told.append(page.text_content("#detail").split(" · ")[1])
+    assert told == ["lock build.lock", "dp all_reduce #2", "build kernel.cu", "dp all_reduce #2"]
+    page.keyboard.press("ArrowDown")
+    page.wait_for_function("document.getElementById('detail').textContent.startsWith('rank 1 · lock build.lock')")
+    assert "never returns" in page.text_content("#detail") and not wrong
+
+
+def test_on_paper_the_static_figure_stands_in_for_the_tool(browser, hang):
+    page, _ = visit(browser, (hang / "report.html").as_uri(), viewport={"width": 1280, "height": 900})
+    assert page.is_visible("#tool") and not page.is_visible("figure.static")
+    page.emulate_media(media="print", color_scheme="light")
+    assert not page.is_visible("#tool") and page.is_visible("figure.static svg")
+    assert page.evaluate(
+        "[...document.querySelectorAll('details')].every((d) => d.querySelector('pre').checkVisibility())"
+    )
+    paper = page.pdf(format="A4", print_background=True)
+    num_pages = paper.count(b"/Type /Page\n") + paper.count(b"/Type /Page ") + paper.count(b"/Type/Page\n")
+    assert paper.startswith(b"%PDF") and len(paper) > 20_000 and 1 <= num_pages <= 8, (len(paper), num_pages)
+
+
 def test_axe_finds_nothing_serious(browser, hang):
     axe = pytest.importorskip("axe_core_python", reason="no axe (pip install axe-core-python)")
     script = (Path(axe.__file__).parent / "axe.min.js").read_text()
@@ -143,7 +186,7 @@ def write_many(out: Path, num_ranks: int, num_events: int) -> Path:
         buffer, recorder = make_recorder(rank, num_ranks, clock, Geometry())
         recorder.groups({"dp": everyone, "ep": everyone})
         recorder.phase("serve")
-        for step in range(num_events // (2 * len(calls) + 1)):
+        for step in range(-(-num_events // (2 * len(calls) + 1))):
             clock_ns[0] = max(clock_ns[0], 10**9 + step * 60_000_000)
             recorder.begin_step(step, schedule, 1)
             for call in calls:
@@ -164,7 +207,8 @@ def write_many(out: Path, num_ranks: int, num_events: int) -> Path:
 @pytest.mark.timeout(900)
 def test_512_ranks_with_20000_events_load_in_3_seconds_and_stay_fluent(browser, tmp_path):
     root = write_many(tmp_path, 512, 20_000)
-    report.write(root, [])
+    facts = report.write(root, [])
+    assert all(sum(1 + (end >= 0) for end in lane.ends) >= 20_000 for lane in facts.lanes.values())
     shutil.rmtree(root / "events")
     url, took = (root / "report.html").as_uri(), []
     for _ in range(3):
@@ -184,8 +228,9 @@ def test_512_ranks_with_20000_events_load_in_3_seconds_and_stay_fluent(browser, 
         )
         for key in ("0", "d", "s", "0", "+", "ArrowLeft")
     ]
-    assert min(took) <= 3.0, f"loads took {took} s"
-    assert sorted(answers)[len(answers) // 2] <= 500, f"keys took {answers} ms"
+    print(f"loads took {took} s, keys took {answers} ms, {(root / 'report.html').stat().st_size / 1e6:.1f} MB")
+    assert statistics.median(took) <= 3.0, f"loads took {took} s"
+    assert statistics.median(answers) <= 200, f"keys took {answers} ms"
 
 
 def test_perfettos_own_ui_opens_the_trace_with_a_track_a_rank_and_group(browser, hang):

@@ -20,7 +20,7 @@ from repro import bundle
 from repro.archive import ArchiveError, unpack
 from repro.cli import EXPECTED, UNEXPECTED, USAGE, main
 from repro.issue import MAX_ISSUE_LINES
-from repro.layout import pack_header
+from repro.layout import HEADER, pack_header
 from repro.parse import parse_header
 from repro.redact import Redactor, redact_witness
 from repro.settings import RunSettings
@@ -112,7 +112,7 @@ def test_a_bundle_holds_everything_and_verifies(tmp_path, quick, capsys):
 
 
 def test_control_and_fix_lie_in_folders_of_their_own(tmp_path, quick):
-    root, _ = write_hang(tmp_path)
+    write_hang(tmp_path)
     for variant in ("control", "fix"):
         scene = Scene(4, {"dp": range(4)})
         for recorder in scene.recorders:
@@ -233,6 +233,19 @@ def test_a_name_that_is_a_word_of_this_program_is_replaced_only_where_it_stands_
     ):
         redactor.keep = frozenset({"paths"})
         assert redactor.text(text) == expected.replace("{}", stand_in)
+
+
+def test_a_host_of_two_letters_is_looked_for_in_text_and_not_in_numbers(tmp_path, quick, monkeypatch):
+    monkeypatch.setattr("socket.gethostname", lambda: "zq")
+    monkeypatch.setattr("socket.getfqdn", lambda: "zq")
+    root, scene = write_hang(tmp_path)
+    (root / "logs" / "rank000.log").write_text("on zq: zq-ib0 zqx")
+    path = root / "events" / "rank000.wit"
+    data = bytearray(path.read_bytes())
+    data[HEADER.size + 100 : HEADER.size + 104] = b" zq "  # a number that happens to look so
+    path.write_bytes(data)
+    made = bundle.make(root, tmp_path / "b.zip")
+    assert contents(made.path)["logs/rank000.log"].decode() == "on host-1: host-1-ib0 zqx"
 
 
 def test_no_text_takes_a_rule_more_than_linear_time():

@@ -41,12 +41,13 @@
     const all = new Uint32Array(await new Response(stream).arrayBuffer());
     const n = all.length / 5;
     const column = (k) => all.subarray(k * n, (k + 1) * n);
-    const lane = { start: new Float64Array(n), length: column(1), label: column(2), seq: column(3), step: column(4), calls: [], asyncs: [], others: [], local: [], held: [], steps: [] };
+    const lane = { start: new Float64Array(n), length: column(1), label: column(2), seq: column(3), step: column(4), calls: [], asyncs: [], others: [], local: [], held: [], steps: [], walk: [] };
     for (let i = 0, t = 0; i < n; i++) {
       lane.start[i] = t += all[i];
       const kind = facts.labels[lane.label[i]][KIND];
       if (kind === "lock" || kind === "build") lane.local.push(i);
       if (kind === "held") lane.held.push(i);
+      if (kind === "call" || kind === "async" || kind === "lock" || kind === "build") lane.walk.push(i); // by when they begin
       (kind === "call" ? lane.calls : kind === "async" ? lane.asyncs : kind === "step" ? lane.steps : lane.others).push(i);
     }
     lanes.set(rank, lane);
@@ -312,7 +313,7 @@
     if (label[LAYER]) parts.push(label[LAYER]);
     if (lane.step[i]) parts.push(`step ${lane.step[i] - 1}`);
     const long = lasting(stop(lane, i) - lane.start[i]);
-    parts.push(`at ${((lane.start[i] * facts.unit) / 1e9).toFixed(4)} s, ` + (lane.length[i] === NEVER ? (facts.stuck && call ? `never returns (${long} until the verdict)` : `not ended, ${long}`) : long));
+    parts.push(`at ${((lane.start[i] * facts.unit) / 1e9).toFixed(4)} s, ` + (lane.length[i] === NEVER ? (facts.stuck && (call || label[KIND] === "lock") ? `never returns (${long} until the verdict)` : `not ended, ${long}`) : long));
     if (label[NOTE]) parts.push(label[NOTE]);
     if (label[SITE]) parts.push(`from ${label[SITE]}`);
     detail.textContent = parts.join(" · ");
@@ -358,7 +359,7 @@
   function move(by) { // to the next or previous span of the selected rank
     const rank = selected ? selected.rank : facts.marks.length ? facts.marks[0][0] : shown[0], lane = lanes.get(rank);
     if (!lane) { load(rank).then(() => move(by)); return; }
-    const list = lane.calls.filter((i) => !hidden.has(layerOf(facts.labels[lane.label[i]])) && (!matching || matching[lane.label[i]]));
+    const list = lane.walk.filter((i) => !hidden.has(layerOf(facts.labels[lane.label[i]])) && (!matching || matching[lane.label[i]]));
     if (!list.length) { select(rank, -1); return; }
     const at = selected && selected.i >= 0 && selected.rank === rank ? list.indexOf(selected.i) : -1;
     const next = at < 0 ? Math.min(list.length - 1, firstAfter(lane, list, a)) : Math.min(list.length - 1, Math.max(0, at + by));
@@ -367,8 +368,8 @@
   async function changeRank(by) {
     const at = selected ? shown.indexOf(selected.rank) : -1, rank = shown[Math.min(shown.length - 1, Math.max(0, at + by))];
     const old = selected && lanes.get(selected.rank), t = old && selected.i >= 0 ? old.start[selected.i] : a, lane = await load(rank);
-    const place = Math.min(lane.calls.length - 1, Math.max(0, firstAfter(lane, lane.calls, t)));
-    select(rank, place >= 0 ? lane.calls[place] : -1);
+    const place = Math.min(lane.walk.length - 1, Math.max(0, firstAfter(lane, lane.walk, t)));
+    select(rank, place >= 0 ? lane.walk[place] : -1);
   }
   const keys = {
     ArrowLeft: () => go(a - (b - a) / 8, b - (b - a) / 8), ArrowRight: () => go(a + (b - a) / 8, b + (b - a) / 8),
