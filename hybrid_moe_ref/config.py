@@ -101,6 +101,12 @@ def _at_least(config: object, minimum: int, *names: str) -> None:
             raise ConfigError(f"{value} is less than {minimum}", name)
 
 
+def _finite(config: object, name: str) -> None:
+    value = getattr(config, name)
+    if not 0 < value < float("inf"):
+        raise ConfigError(f"{value} is not positive and finite", name)
+
+
 def _multiple(config: object, name: str, of: str) -> None:
     value, divisor = getattr(config, name), getattr(config, of)
     if value % divisor:
@@ -167,7 +173,9 @@ class ModelConfig(Config):
             _at_least(self, 1, "mamba_num_heads", "mamba_head_dim", "mamba_state_size", "mamba_num_groups")
             _at_least(self, 2, "mamba_conv_kernel_dim")
             _multiple(self, "mamba_num_heads", "mamba_num_groups")
-            if self.mamba_time_step_max is not None and self.mamba_time_step_max < self.mamba_time_step_min:
+            if not 0 <= self.mamba_time_step_min < float("inf"):
+                raise ConfigError(f"{self.mamba_time_step_min} is not a number of at least 0", "mamba_time_step_min")
+            if self.mamba_time_step_max is not None and not self.mamba_time_step_max >= self.mamba_time_step_min:
                 limits = f"{self.mamba_time_step_max} is less than mamba_time_step_min {self.mamba_time_step_min}"
                 raise ConfigError(limits, "mamba_time_step_max")
         self._check_mlp()
@@ -176,12 +184,12 @@ class ModelConfig(Config):
             self._check_attention()
             if self.num_mtp_layers > 1:
                 raise ConfigError(f"{self.num_mtp_layers} layers are not implemented, only 1", "num_mtp_layers")
-        if self.rms_norm_eps <= 0:
-            raise ConfigError(f"{self.rms_norm_eps} is not positive", "rms_norm_eps")
+        _finite(self, "rms_norm_eps")
 
     def _check_attention(self) -> None:
         _at_least(self, 1, "num_attention_heads", "num_key_value_heads", "head_dim")
         _multiple(self, "num_attention_heads", "num_key_value_heads")
+        _finite(self, "rope_theta")
         if not 0 <= self.partial_rotary_factor <= 1:
             raise ConfigError(f"{self.partial_rotary_factor} is not between 0 and 1", "partial_rotary_factor")
         if self.rotary_dim % 2:

@@ -112,6 +112,44 @@ def test_multimodal_prefix_is_read_and_the_vision_part_named(folder: Path, caplo
     assert "skipped 2 tensors model.visual.*" in caplog.text
 
 
+def multimodal(folder: Path, text_changes: dict[str, object], **changes: object) -> None:
+    """Turn the config into that of a multimodal model around it."""
+    text = json.loads((folder / "config.json").read_text())
+    outer = {"model_type": "qwen3_5_moe", "text_config": text | text_changes} | changes
+    (folder / "config.json").write_text(json.dumps(outer))
+
+
+@pytest.mark.parametrize(
+    ("text_changes", "changes", "words"),
+    [
+        (
+            {"model_type": "qwen3_next"},
+            {},
+            "text_config.model_type: 'qwen3_next' contradicts model_type 'qwen3_5_moe', whose text is 'qwen3_5_moe_t",
+        ),
+        (
+            {"tie_word_embeddings": False},
+            {"tie_word_embeddings": [1]},
+            r"tie_word_embeddings: \[1\] contradicts text_config.tie_word_embeddings False",
+        ),
+    ],
+)
+def test_a_multimodal_config_that_contradicts_its_text_is_refused(
+    folder: Path, text_changes: dict, changes: dict, words: str
+) -> None:
+    multimodal(folder, text_changes, **changes)
+    with pytest.raises(CheckpointError, match=words):
+        read_config(folder)
+
+
+@pytest.mark.parametrize("key", ["dtype", "torch_dtype"])
+def test_the_dtype_of_a_multimodal_model_is_its_texts(folder: Path, key: str) -> None:
+    multimodal(folder, {"dtype": None, key: "bfloat16"})
+    assert read_config(folder)[1] == "bfloat16"
+    edit_config(folder, dtype="float16")
+    assert read_config(folder)[1] == "float16"
+
+
 @pytest.mark.parametrize("stacked", [True, False])
 def test_float8_blocks_are_dequantised(folder: Path, stacked: bool) -> None:
     """Block scales along both dimensions, with sizes that 128 does not divide."""
@@ -185,13 +223,32 @@ print(peak() - before - sum(p.nbytes for p in model.parameters()))
     ("changes", "text"),
     [
         ({"model_type": "qwen3_nex"}, "model_type: 'qwen3_nex' is not one of"),
+        ({"model_type": ["qwen3_next"]}, r"model_type: wanted a string, got \['qwen3_next'\]"),
+        ({"model_type": None}, "model_type: wanted a string, got None"),
         ({"hidden_act": "gelu"}, "hidden_act: 'gelu' is not implemented, only 'silu'"),
         ({"attention_bias": True}, "attention_bias: True is not implemented, only False"),
         (
             {"rope_parameters": {"rope_type": "yarn", "rope_theta": 1.0}},
             "rope_parameters.rope_type: 'yarn' is not impl",
         ),
+        (
+            {"rope_parameters": {"rope_type": "default", "type": "yarn", "rope_theta": 1.0}},
+            "rope_parameters.type: 'yarn' is not impl",
+        ),
         ({"rope_parameters": {"rope_theta": 1.0, "factor": 2}}, "rope_parameters.factor: unknown key with value 2"),
+        ({"rope_scaling": {"type": "yarn", "factor": 4.0}}, "rope_scaling.type: 'yarn' is not implemented"),
+        ({"rope_scaling": {"factor": 4.0}}, "rope_scaling.factor: unknown key with value 4.0"),
+        (
+            {"rope_scaling": {"rope_theta": 5.0}},
+            "rope_parameters.rope_theta: 1.* contradicts rope_scaling.rope_theta 5.0",
+        ),
+        ({"rope_theta": 5.0}, "rope_theta: 5.0 contradicts rope_parameters.rope_theta 1"),
+        ({"partial_rotary_factor": 0.5}, "rotary_factor: 0.5 contradicts rope_parameters.partial_rotary_factor 0.25"),
+        ({"rope_parameters": {"rope_theta": 0}}, "rope_theta: 0.0 is not positive and finite"),
+        ({"rope_parameters": {"rope_theta": -1}}, "rope_theta: -1.0 is not positive and finite"),
+        ({"rope_parameters": {"rope_theta": float("nan")}}, "rope_theta: nan is not positive and finite"),
+        ({"rms_norm_eps": float("nan")}, "rms_norm_eps: nan is not positive and finite"),
+        ({"full_attention_interval": 2}, "full_attention_interval: 2 would be GAGA, the layer_types are GGGA"),
         (
             {"quantization_config": {"quant_method": "awq"}},
             "quantization_config.quant_method: 'awq' is not implemented",
@@ -205,9 +262,12 @@ print(peak() - before - sum(p.nbytes for p in model.parameters()))
         ({"vocab_size": "64"}, "vocab_size: wanted int, got str '64'"),
         ({"mlp_only_layers": [1]}, r"mlp_only_layers: \[1\] is not implemented, only \[\]"),
         ({"layer_types": ["full_attention", "mamba"]}, r"layer_types\[1\]: 'mamba' is not one of"),
+        ({"layer_types": [[]]}, r"layer_types\[0\]: \[\] is not one of"),
+        ({"tie_word_embeddings": [1]}, r"tie_word_embeddings: wanted bool, got list \[1\]"),
         ({"sliding_window": 4096}, "sliding_window: unknown key with value 4096: not implemented"),
         ({"num_experts": None}, "num_experts: wanted int, got NoneType None"),
         ({"dtype": "int8"}, "dtype: 'int8' is not one of"),
+        ({"dtype": ["float32"]}, r"dtype: wanted a string, got \['float32'\]"),
     ],
 )
 def test_config_that_is_not_implemented_is_refused_by_name(folder: Path, changes: dict, text: str) -> None:

@@ -30,7 +30,9 @@ _SIZES = {
     "rms_norm_eps",
 }
 _MOE_SIZES = {"num_experts", "num_experts_per_tok", "moe_intermediate_size", "shared_expert_intermediate_size"}
-_LAYERS = {"num_hidden_layers", "layer_types", "full_attention_interval"}
+_TIED = "tie_word_embeddings"
+_INTERVAL = "full_attention_interval"
+_LAYERS = {"num_hidden_layers", "layer_types", _INTERVAL}
 _ROPE = {"rope_parameters", "rope_scaling", "rope_theta", "partial_rotary_factor"}
 # The only values that are implemented.
 _FIXED: dict[str, Any] = {
@@ -80,18 +82,32 @@ def read_config(folder: str | Path) -> tuple[ModelConfig, str | None]:
     path = Path(folder) / "config.json"
     raw = read_json(path)
     try:
-        return _model_config(raw), raw.get("dtype") or raw.get("torch_dtype") or _text(raw).get("dtype")
+        return _model_config(raw), _dtype(raw)
     except ConfigError as error:
         raise CheckpointError(f"{path}: {error}") from None
 
 
-def _text(raw: dict[str, Any]) -> dict[str, Any]:
-    text = raw.get("text_config", raw)
-    return text if isinstance(text, dict) else {}
+def family_in(folder: str | Path) -> str:
+    """The family's name in a folder whose config can be read."""
+    return str(read_json(Path(folder) / "config.json").get("model_type"))
+
+
+def _dtype(raw: dict[str, Any]) -> str | None:
+    """Multimodal configs tell it of the text model only, older ones by the key's old name."""
+    for where in (raw, raw.get("text_config")):
+        for key in ("dtype", "torch_dtype"):
+            value = where.get(key) if isinstance(where, dict) else None
+            if not isinstance(value, str | None):
+                raise ConfigError(f"wanted a string, got {value!r:.60}", key)
+            if value:
+                return value
+    return None
 
 
 def _model_config(raw: dict[str, Any]) -> ModelConfig:
     kind = raw.get("model_type")
+    if not isinstance(kind, str):
+        raise ConfigError(f"wanted a string, got {kind!r:.60}", "model_type")
     if kind == OWN:
         return ModelConfig.from_mapping({k: v for k, v in raw.items() if k not in ("model_type", "dtype")})
     _check_quantisation(raw.get("quantization_config"))
@@ -101,15 +117,24 @@ def _model_config(raw: dict[str, Any]) -> ModelConfig:
         if not isinstance(text, dict):
             raise ConfigError("required, but missing or not a mapping", "text_config")
         _check_keys(raw, _MULTIMODAL_ONLY | _NO_MATTER, "")
-        tied = {where.get("tie_word_embeddings") for where in (raw, text)} - {None}
-        if len(tied) > 1:
-            raise ConfigError("contradicts text_config.tie_word_embeddings", "tie_word_embeddings")
-        merged = text | {"tie_word_embeddings": tied.pop() if tied else False}
-        return _text_config(merged, MULTIMODAL[str(kind)], "text_config")
+        if text.get("model_type") not in (None, MULTIMODAL[kind]):
+            told = f"{text['model_type']!r} contradicts model_type {kind!r}, whose text is {MULTIMODAL[kind]!r}"
+            raise ConfigError(told, "text_config.model_type")
+        tied = _agreed({f"{place}{_TIED}": values.get(_TIED) for place, values in (("", raw), ("text_config.", text))})
+        return _text_config(text | {_TIED: tied}, MULTIMODAL[kind], "text_config")
     if kind not in TEXT:
         known = (OWN, *TEXT, *MULTIMODAL)
-        raise ConfigError(f"{kind!r} is not one of {', '.join(known)}{nearest(str(kind), known)}", "model_type")
-    return _text_config(raw, str(kind), "")
+        raise ConfigError(f"{kind!r} is not one of {', '.join(known)}{nearest(kind, known)}", "model_type")
+    return _text_config(raw, kind, "")
+
+
+def _agreed(said: dict[str, Any]) -> Any:
+    """The one value of what a config says in several places, by their paths; None if it says nothing."""
+    there = [(path, value) for path, value in said.items() if value is not None]
+    for path, value in there[1:]:
+        if value != there[0][1]:
+            raise ConfigError(f"{there[0][1]!r:.60} contradicts {path} {value!r:.60}", there[0][0])
+    return there[0][1] if there else None
 
 
 def _text_config(text: dict[str, Any], kind: str, where: str) -> ModelConfig:
@@ -125,7 +150,7 @@ def _text_config(text: dict[str, Any], kind: str, where: str) -> ModelConfig:
         raise ConfigError("required, but missing", prefix + key)
     values: dict[str, Any] = {key: text[key] for key in sizes} | _rope(text, prefix)
     values["layer_pattern"] = _layer_pattern(text, prefix)
-    values["tie_word_embeddings"] = text.get("tie_word_embeddings", False)
+    values[_TIED] = False if text.get(_TIED) is None else text[_TIED]
     values["num_mtp_layers"] = text.get("mtp_num_hidden_layers") or 0
     if dense:
         values["num_experts"] = 0
@@ -140,38 +165,53 @@ def _check_keys(raw: dict[str, Any], known: set[str], where: str) -> None:
 
 
 def _layer_pattern(text: dict[str, Any], prefix: str) -> str:
-    num_layers, types = text.get("num_hidden_layers"), text.get("layer_types")
-    if types is None:
-        interval = text.get("full_attention_interval", 4)
-        for key, value in (("num_hidden_layers", num_layers), ("full_attention_interval", interval)):
+    num_layers, types, interval = (text.get(key) for key in ("num_hidden_layers", "layer_types", _INTERVAL))
+    if interval is None and types is None:
+        interval = 4
+    by_interval = None
+    if interval is not None:
+        for key, value in (("num_hidden_layers", num_layers), (_INTERVAL, interval)):
             if type(value) is not int or not 1 <= value <= 100_000:
                 raise ConfigError(f"wanted a positive int, got {value!r:.60}", prefix + key)
-        return "".join("G" if (index + 1) % interval else "A" for index in range(num_layers or 0))
+        by_interval = "".join("G" if (index + 1) % interval else "A" for index in range(num_layers or 0))
+    if types is None:
+        return by_interval or ""
     if not isinstance(types, list):
         raise ConfigError(f"wanted a list, got {types!r:.60}", prefix + "layer_types")
     for index, name in enumerate(types):
-        if name not in _LAYER_TYPES:
+        if not isinstance(name, str) or name not in _LAYER_TYPES:
             raise ConfigError(f"{name!r} is not one of {', '.join(_LAYER_TYPES)}", f"{prefix}layer_types[{index}]")
     if num_layers != len(types):
         raise ConfigError(f"{num_layers!r} contradicts the {len(types)} layer_types", prefix + "num_hidden_layers")
-    return "".join(_LAYER_TYPES[name] for name in types)
+    pattern = "".join(_LAYER_TYPES[name] for name in types)
+    if by_interval not in (None, pattern):
+        raise ConfigError(
+            f"{interval} would be {by_interval:.60}, the layer_types are {pattern:.60}", prefix + _INTERVAL
+        )
+    return pattern
 
 
 def _rope(text: dict[str, Any], prefix: str) -> dict[str, Any]:
     """theta and the rotated fraction. Multimodal sections need nothing: text has the same position on all axes."""
-    rope = text.get("rope_parameters") or text.get("rope_scaling") or {}
-    where = prefix + ("rope_parameters" if text.get("rope_parameters") else "rope_scaling")
-    if not isinstance(rope, dict):
-        raise ConfigError(f"wanted a mapping, got {rope!r:.60}", where)
-    kind = rope.get("rope_type", rope.get("type", "default"))
-    if kind not in ("default", "mrope"):
-        raise ConfigError(f"{kind!r} is not implemented, only 'default'", f"{where}.rope_type")
     known = {"rope_type", "type", "rope_theta", "partial_rotary_factor", "mrope_section", "mrope_interleaved"}
-    _check_keys(rope, known, where)
-    theta = rope.get("rope_theta", text.get("rope_theta"))
+    places = {prefix: text}
+    for name in ("rope_parameters", "rope_scaling"):  # the second is the older name
+        rope, where = text.get(name), prefix + name
+        if rope is None:
+            continue
+        if not isinstance(rope, dict):
+            raise ConfigError(f"wanted a mapping, got {rope!r:.60}", where)
+        for key in ("rope_type", "type"):
+            if rope.get(key) not in (None, "default", "mrope"):
+                raise ConfigError(f"{rope[key]!r} is not implemented, only 'default'", f"{where}.{key}")
+        _check_keys(rope, known, where)
+        places[f"{where}."] = rope
+    theta, factor = (
+        _agreed({place + key: values.get(key) for place, values in places.items()})
+        for key in ("rope_theta", "partial_rotary_factor")
+    )
     if theta is None:
         raise ConfigError("required, but missing", prefix + "rope_parameters.rope_theta")
-    factor = rope.get("partial_rotary_factor", text.get("partial_rotary_factor"))
     return {"rope_theta": theta, "partial_rotary_factor": 0.25 if factor is None else factor}
 
 
