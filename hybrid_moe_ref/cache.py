@@ -11,7 +11,13 @@ from torch import Tensor
 
 from hybrid_moe_ref.batch import Batch, Group
 from hybrid_moe_ref.config import ModelConfig
-from hybrid_moe_ref.pages import page_layout
+from hybrid_moe_ref.pages import PageLayout, page_layout
+
+
+def cache_layout(config: ModelConfig, dtype: torch.dtype) -> PageLayout:
+    """The pages of a cache in `dtype`; recurrent states are at least float32."""
+    wide = torch.promote_types(dtype, torch.float32)
+    return page_layout(config, dtype.itemsize, ssm_itemsize=wide.itemsize)
 
 
 class CacheExhausted(RuntimeError):
@@ -114,7 +120,7 @@ class HybridCache:
             raise ValueError(f"num_pages: {num_pages} is less than 1")
         self.config, self.num_pages, self.dtype = config, num_pages, dtype
         self.ssm_dtype = torch.promote_types(dtype, torch.float32)
-        self.layout = page_layout(config, dtype.itemsize, ssm_itemsize=self.ssm_dtype.itemsize)
+        self.layout = cache_layout(config, dtype)
         self.buffers = [
             torch.zeros(num_pages, self.layout.page_bytes, dtype=torch.uint8, device=device)
             for _ in range(self.layout.group_size)

@@ -10,8 +10,7 @@ import torch
 from torch import Tensor
 
 from hybrid_moe_ref.batch import Batch
-from hybrid_moe_ref.cache import CacheExhausted, HybridCache, Sequence
-from hybrid_moe_ref.pages import page_layout
+from hybrid_moe_ref.cache import CacheExhausted, HybridCache, Sequence, cache_layout
 
 if TYPE_CHECKING:
     from hybrid_moe_ref.model import HybridMoE
@@ -30,7 +29,7 @@ def stream(
     `prompts` is [B, T], or a list of B prompts of any lengths. `prefill_chunk` bounds the tokens of a prompt that one
     step takes. `cache` None makes one that is just large enough. All is checked before the first step.
     """
-    prompts = [prompt.to(model.device) for prompt in prompts]
+    prompts = list(prompts)
     if not prompts:
         raise ValueError("wanted at least 1 prompt, got 0")
     for index, prompt in enumerate(prompts):
@@ -41,6 +40,7 @@ def stream(
         raise ValueError(f"max_new_tokens: {max_new_tokens} is less than 1")
     if prefill_chunk is not None and prefill_chunk < 1:
         raise ValueError(f"prefill_chunk: {prefill_chunk} is less than 1")
+    prompts = [prompt.to(model.device) for prompt in prompts]
     # The last token is given out, not stored.
     num_pages = pages_needed(model, [len(prompt) + max_new_tokens - 1 for prompt in prompts])
     if cache is None:
@@ -55,8 +55,7 @@ def stream(
 
 def pages_needed(model: "HybridMoE", lengths: list[int]) -> int:
     """Pages that sequences of these lengths take in a cache of the model's dtype."""
-    wide = torch.promote_types(model.dtype, torch.float32)
-    layout = page_layout(model.config, model.dtype.itemsize, ssm_itemsize=wide.itemsize)
+    layout = cache_layout(model.config, model.dtype)
     return sum(layout.pages_for(length) for length in lengths)
 
 

@@ -139,7 +139,9 @@ class HybridMoE(nn.Module):
     def forward(self, tokens_BT: Tensor) -> Tensor:
         """Logits [B, T, V] of whole sequences, from nothing."""
         B, T = _sizes(tokens_BT)
-        hidden_NH = self.step(tokens_BT.flatten(), Batch.dense(B, T, self.device))
+        if not tokens_BT.is_meta:
+            self.check_tokens(tokens_BT)
+        hidden_NH = self.step(tokens_BT.flatten().to(self.device), Batch.dense(B, T, self.device))
         return self.logits(hidden_NH).unflatten(0, (B, T))
 
     def step(self, tokens_N: Tensor, batch: Batch, cache: HybridCache | None = None) -> Tensor:
@@ -147,7 +149,7 @@ class HybridMoE(nn.Module):
         afterwards."""
         if tokens_N.shape != (batch.num_tokens,):
             raise ValueError(f"tokens of shape {tuple(tokens_N.shape)} for a batch of {batch.num_tokens} tokens")
-        self.check_tokens(tokens_N)
+        self._check_on_cpu(tokens_N)
         if cache is None and batch.sequences:
             raise ValueError("the batch has cached sequences, but the step was given no cache")
         pasts = cache.begin(batch) if cache is not None else None
@@ -177,14 +179,22 @@ class HybridMoE(nn.Module):
         have different lengths. `generation.stream` yields the tokens as they come, and has the options."""
         return torch.stack(list(generation.stream(self, prompts, max_new_tokens, **options)), dim=1)
 
-    def check_tokens(self, tokens_N: Tensor) -> None:
-        """An id that is out of range is a clear error on the CPU; elsewhere the look would cost a
-        synchronisation."""
-        if tokens_N.device.type == "cpu" and tokens_N.numel():
-            low, high = (int(x) for x in tokens_N.aminmax())
-            if low < 0 or high >= self.config.vocab_size:
-                bad = low if low < 0 else high
-                raise ValueError(f"token id {bad} is outside the vocabulary of {self.config.vocab_size}")
+    def check_tokens(self, tokens: Tensor) -> None:
+        """Raise ValueError for an id that is outside the vocabulary. On a GPU the look is a synchronisation: a step
+        does without, so whoever brings tokens from outside looks before they go there."""
+        check_token_ids(tokens, self.config.vocab_size)
+
+    def _check_on_cpu(self, tokens_N: Tensor) -> None:
+        if tokens_N.is_cpu:
+            self.check_tokens(tokens_N)
+
+
+def check_token_ids(tokens: Tensor, vocab_size: int) -> None:
+    """Raise ValueError naming an id that is not 0 <= id < `vocab_size`."""
+    if tokens.numel():
+        low, high = (int(x) for x in tokens.aminmax())
+        if low < 0 or high >= vocab_size:
+            raise ValueError(f"token id {low if low < 0 else high} is outside the vocabulary of {vocab_size}")
 
 
 def _sizes(tokens_BT: Tensor) -> tuple[int, int]:

@@ -92,6 +92,7 @@ def speculative_stream(
         name, value = ("max_new_tokens", max_new_tokens) if max_new_tokens < 1 else ("num_drafts", num_drafts)
         raise ValueError(f"{name}: {value} is less than 1")
     model.check_tokens(prompt_T)
+    prompt_T = prompt_T.to(model.device)
     length = len(prompt_T) + max_new_tokens
     drafter = drafter or MTPDrafter(model, length)
     return _speculative_stream(model, prompt_T, max_new_tokens, num_drafts, drafter, statistics or Statistics())

@@ -149,6 +149,18 @@ def test_bad_requests_are_refused_before_the_first_step(model: HybridMoE) -> Non
         speculative_stream(bare, prompt, 3)
 
 
+def test_token_ids_are_looked_at_before_they_go_to_a_device() -> None:
+    """Where the look would cost, and a bad id would end the process; the meta device stands for such a one."""
+    elsewhere, bad = HybridMoE(CONFIG, device="meta"), torch.tensor([1, 64])
+    for call in (
+        lambda: elsewhere(bad[None]),
+        lambda: stream(elsewhere, [bad], 3),
+        lambda: speculative_stream(elsewhere, bad, 3),
+    ):
+        with pytest.raises(ValueError, match="token id 64 is outside the vocabulary of 64"):
+            call()
+
+
 def test_a_prompt_longer_than_the_cache_is_refused_and_the_cache_stays_usable(model: HybridMoE) -> None:
     cache = HybridCache(CONFIG, pages_needed(model, [100]), dtype=torch.float64)
     free = cache.num_free_pages

@@ -29,7 +29,7 @@ from hybrid_moe_kernels.extension import default_cache, on_first_use
 
 from hybrid_moe_ref import checkpoint
 from hybrid_moe_ref.batch import Batch
-from hybrid_moe_ref.cache import HybridCache, Sequence
+from hybrid_moe_ref.cache import HybridCache, Sequence, cache_layout
 from hybrid_moe_ref.engine.autotune import ExpertTuner
 from hybrid_moe_ref.engine.backends import apply_backends
 from hybrid_moe_ref.engine.builds import DEADLINE_S, BuildPlace
@@ -43,7 +43,7 @@ from hybrid_moe_ref.engine.runner import ModelRunner
 from hybrid_moe_ref.engine.scheduler import Request, Running, Scheduler
 from hybrid_moe_ref.engine.server_config import ServerConfig
 from hybrid_moe_ref.model import HybridMoE
-from hybrid_moe_ref.pages import PageLayout, page_layout
+from hybrid_moe_ref.pages import PageLayout
 from hybrid_moe_ref.parallel.comm import Communicator
 from hybrid_moe_ref.parallel.guard import ScheduleMismatch
 from hybrid_moe_ref.parallel.layout import apply_layout
@@ -129,9 +129,7 @@ class Engine:
         return model, ModelRunner(model, context, self.comm, self._policies, self.config)
 
     def _page_setup(self) -> PageLayout:
-        dtype = getattr(torch, self.config.engine.dtype)
-        ssm_dtype = torch.promote_types(dtype, torch.float32)
-        return page_layout(self.model.config, dtype.itemsize, ssm_itemsize=ssm_dtype.itemsize)
+        return cache_layout(self.model.config, getattr(torch, self.config.engine.dtype))
 
     def _prepare(self) -> None:
         place = self._build_place()
@@ -259,6 +257,9 @@ class Engine:
             raise
 
     def _serve(self, requests: Iterable[Request], on_token: Callable[[str, int], None] | None) -> dict[str, list[int]]:
+        requests = list(requests)
+        for request in requests:
+            self.model.check_tokens(torch.tensor(request.prompt))
         scheduler = Scheduler(requests, self.config.engine)
         sequences: dict[str, Sequence] = {}
         for serve_step in itertools.count():
