@@ -57,9 +57,9 @@ def parser() -> Parser:
     generate.add_argument("--drafts", type=int, default=0, metavar="N", help="tokens that the MTP layer guesses ahead")
     generate.add_argument("--layout", choices=LAYOUTS, default="single")
     generate.add_argument(
-        "--checks", choices=CHECKS, default="agree", help="how the ranks of a layout are kept in step"
+        "--checks", choices=CHECKS, help="how the ranks of a layout are kept in step (default: agree)"
     )
-    generate.add_argument("--mode", choices=ENGINE_MODES, default="eager", help="of the steps of a layout")
+    generate.add_argument("--mode", choices=ENGINE_MODES, help="of the steps of a layout (default: eager)")
     generate.add_argument("--allow-unsafe", action="store_true", help="start a layout whose ranks could hang")
 
     check = commands.add_parser("check", help="load a checkpoint folder, and compare with transformers if installed")
@@ -96,6 +96,13 @@ def main(argv: list[str] | None = None) -> int:
         return status
     except (ConfigError, ValueError, OSError, MemoryError) as error:
         text = str(error) or type(error).__name__
+        print(f"hybrid_moe_ref: {text}", file=sys.stderr)
+        return 2
+    except RuntimeError as error:
+        from hybrid_moe_ref.memory import shortage
+
+        if not (text := shortage(error)):
+            raise
         print(f"hybrid_moe_ref: {text}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:

@@ -4,21 +4,19 @@ torch is imported by those that need it.
 """
 
 import argparse
+import dataclasses
 import importlib.util
 import json
-import os
-import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hybrid_moe_ref.config import PRESETS, ConfigError, EngineConfig, ModelConfig, ParallelConfig, preset
+from hybrid_moe_ref.config import DTYPES, PRESETS, ConfigError, EngineConfig, ModelConfig, ParallelConfig, preset
 from hybrid_moe_ref.pages import page_layout
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
     from hybrid_moe_ref.model import HybridMoE
 
 _ITEMSIZES = {"fp8": 1, "bf16": 2, "fp16": 2, "fp32": 4}
@@ -86,27 +84,57 @@ def pages(args: argparse.Namespace) -> int:
 
 def generate(args: argparse.Namespace) -> int:
     """Continue a prompt, printing each token as it comes."""
+    _refuse_idle_options(args)
+    tokenizer = _tokenizer(Path(args.model)) if args.prompt is not None else None
+    ids = tokenizer.encode(args.prompt).ids if tokenizer else args.tokens
+    show: Callable[[int], None] = _show_id
+    if tokenizer:
+        show = partial(_show_text, tokenizer, args.max_new_tokens, [], [])
+    if args.layout == "single":
+        _generate_here(args, ids, show)
+    else:
+        _generate_on_ranks(args, ids, show)
+    print()
+    return 0
+
+
+def _refuse_idle_options(args: argparse.Namespace) -> None:
+    """What was asked for and would change nothing."""
+    if args.layout == "single":
+        idle = {"--checks": args.checks, "--mode": args.mode, "--allow-unsafe": args.allow_unsafe}
+        why = f"is for ranks, the layout is {args.layout!r}"
+    else:
+        idle = {"--kernels": args.kernels, "--prefill-chunk": args.prefill_chunk}
+        why = f"needs the layout 'single', not {args.layout!r}"
+    for option, value in idle.items():
+        if value:
+            raise ConfigError(why, option)
+    if args.prefill_chunk and args.drafts:
+        raise ConfigError(f"{args.prefill_chunk} cannot be had with --drafts {args.drafts}", "--prefill-chunk")
+
+
+def _show_id(token: int) -> None:
+    print(token, end=" ", flush=True)
+
+
+def _show_text(tokenizer: Any, count: int, new: list[int], printed: list[str], token: int) -> None:
+    """Some characters are made of several tokens, and the first of them decode to a replacement: text is held back
+    until it ends otherwise, or with the last of the `count` tokens."""
+    new.append(token)
+    text = tokenizer.decode(new)
+    if not text.endswith("\ufffd") or len(new) == count:
+        printed.append(text[sum(map(len, printed)) :])
+        print(printed[-1], end="", flush=True)
+
+
+def _generate_here(args: argparse.Namespace, ids: list[int], show: Callable[[int], None]) -> None:
     import torch
 
     from hybrid_moe_ref.generation import stream
     from hybrid_moe_ref.speculative import speculative_stream
 
-    tokenizer = _tokenizer(Path(args.model)) if args.prompt is not None else None
-    ids = tokenizer.encode(args.prompt).ids if tokenizer else args.tokens
-    new: list[int] = []
-
-    def show(token: int) -> None:
-        # Some characters are made of several tokens, so the text is decoded anew and only what is added is printed.
-        before = tokenizer.decode(new) if tokenizer else ""
-        new.append(token)
-        print(tokenizer.decode(new)[len(before) :] if tokenizer else f"{token} ", end="", flush=True)
-
-    if args.layout != "single":
-        _generate_on_ranks(args, ids, show)
-        print()
-        return 0
-    model = _load(args)
-    prompt_T = torch.tensor(ids, dtype=torch.long, device=model.device)
+    model = _load(args, [len(ids) + args.max_new_tokens])
+    prompt_T = torch.tensor(ids, dtype=torch.long)
     if args.drafts:
         tokens = speculative_stream(model, prompt_T, args.max_new_tokens, num_drafts=args.drafts)
     else:
@@ -114,40 +142,48 @@ def generate(args: argparse.Namespace) -> int:
         tokens = (int(token_B[0]) for token_B in chosen)
     for token in tokens:
         show(token)
-    print()
-    return 0
 
 
 def _generate_on_ranks(args: argparse.Namespace, ids: list[int], show: Callable[[int], None]) -> None:
     """The same on eight ranks of this machine."""
-    from hybrid_moe_ref import checkpoint
+    import torch
+
+    from hybrid_moe_ref.cache import cache_layout
     from hybrid_moe_ref.engine.local import generate
     from hybrid_moe_ref.engine.refusal import preflight
     from hybrid_moe_ref.engine.server_config import ServerConfig
+    from hybrid_moe_ref.memory import check_memory
+    from hybrid_moe_ref.model import check_token_ids
+    from hybrid_moe_ref.parallel.layout import sizes_of_a_rank
 
-    if args.prefill_chunk:
-        raise ConfigError("chunked prefill needs the layout 'single'", "--layout")
-    folder = args.model if (Path(args.model) / "config.json").exists() else ""
-    config, saved_dtype = checkpoint.read_config(folder) if folder else (preset(args.model), None)
-    if folder:
-        config = checkpoint.without_absent_mtp(config, checkpoint.Shards(Path(folder)))
-    for token in ids:
-        if not 0 <= token < config.vocab_size:
-            raise ValueError(f"token id {token} is outside the vocabulary of {config.vocab_size}")
-    dtype = args.dtype or saved_dtype or "float32"
-    pages = page_layout(config, _ITEMSIZES[{"bfloat16": "bf16", "float16": "fp16"}.get(dtype, "fp32")])
+    parallel = {"dp8ep8": ParallelConfig(dp_size=8), "tp8": ParallelConfig(tp_size=8, expert_parallel=False)}[
+        args.layout
+    ]
+    if args.device not in ("cpu", "cuda"):
+        raise ConfigError(f"{args.device!r} is not 'cpu' or 'cuda', which is every GPU in turn", "--device")
+    if args.device == "cuda" and not torch.cuda.device_count():
+        raise ConfigError("'cuda', but this machine has 0 GPUs that torch can use", "--device")
+    config, saved_dtype = _config_of(args)
+    check_token_ids(torch.tensor(ids), config.vocab_size)
     engine = EngineConfig(
         max_num_seqs=1,
         max_num_batched_tokens=max(1 + args.drafts, len(ids)),
-        num_pages=2 * pages.pages_for(len(ids) + args.max_new_tokens),
         unfinished_interval=4,
-        dtype=dtype,
+        dtype=args.dtype or saved_dtype or "float32",
         num_drafts=args.drafts,
-        mode=args.mode,
+        mode=args.mode or "eager",
     )
-    layouts = {"dp8ep8": ParallelConfig(dp_size=8), "tp8": ParallelConfig(tp_size=8, expert_parallel=False)}
+    rank = sizes_of_a_rank(config, parallel, getattr(torch, engine.dtype))
+    num_pages = cache_layout(rank.config, rank.dtype).pages_for(len(ids) + args.max_new_tokens)
+    check_memory(rank, num_pages, args.device, parallel.world_size)
     server = ServerConfig(
-        config, layouts[args.layout], engine, args.seed, args.checks, checkpoint=folder, allow_unsafe=args.allow_unsafe
+        config,
+        parallel,
+        dataclasses.replace(engine, num_pages=num_pages),
+        args.seed,
+        args.checks or "agree",
+        checkpoint=args.model if _is_folder(args) else "",
+        allow_unsafe=args.allow_unsafe,
     )
     preflight(server)
     generate(server, ids, args.max_new_tokens, args.device, show)
@@ -157,67 +193,43 @@ def check(args: argparse.Namespace) -> int:
     """Load a checkpoint, say what was found, and compare with transformers where it is installed."""
     import torch
 
+    from hybrid_moe_ref import checkpoint
+    from hybrid_moe_ref.comparison import compare, logits_and_margins
+
     model = _load(args)
     config = model.config
-    r = torch.Generator().manual_seed(0)
-    tokens_BT = torch.randint(config.vocab_size, (1, 65), generator=r)
-    logits_BTV = model(tokens_BT.to(model.device)).cpu()
+    tokens_BT = torch.randint(config.vocab_size, (4, 65), generator=torch.Generator().manual_seed(0))
+    logits_BTV, margins_BT = logits_and_margins(model, tokens_BT)
     answer: dict[str, Any] = {
         "folder": args.model,
+        **checkpoint.describe(args.model, model),
         "layer_pattern": config.layer_pattern,
         "dtype": str(model.dtype).removeprefix("torch."),
         "parameters": sum(parameter.numel() for parameter in model.parameters()),
         "mtp_layers": config.num_mtp_layers,
         "finite": bool(logits_BTV.isfinite().all()),
-        **_compare(args.model, model, tokens_BT, logits_BTV),
+        **compare(args.model, model, tokens_BT, logits_BTV, margins_BT),
     }
     _show(answer, args.json)
     return 0 if answer["finite"] and answer.get("agrees", True) else 1
 
 
-def _compare(folder: str, model: "HybridMoE", tokens_BT: "Tensor", logits_BTV: "Tensor") -> dict[str, Any]:
-    """Relative error of our logits against transformers' on the same checkpoint."""
-    import torch
-
-    from hybrid_moe_ref.checkpoint.families import OWN
-    from hybrid_moe_ref.checkpoint.shards import read_json
-
-    if read_json(Path(folder) / "config.json").get("model_type") == OWN:
-        return {"transformers": "not compared: it does not know this stack"}
-    if importlib.util.find_spec("transformers") is None:
-        return {"transformers": "not compared: not installed"}
-    if not torch.cuda.is_available():
-        sys.modules.setdefault("fla", None)  # type: ignore[arg-type]  # importable without a GPU, it fails when called
-    import transformers
-
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
-    theirs = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=model.dtype).eval()
-    with torch.no_grad():
-        want_BTV = theirs(tokens_BT, use_cache=False).logits.double()
-    error = float((logits_BTV.double() - want_BTV).norm() / want_BTV.norm())
-    limit = {torch.float64: 1e-9, torch.float32: 5e-5}.get(model.dtype)
-    answer: dict[str, Any] = {"transformers": transformers.__version__, "relative_error": error}
-    # Two half-precision models route some tokens differently: that says nothing about either.
-    return answer | ({"agrees": error <= limit} if limit else {})
-
-
 def bench(args: argparse.Namespace) -> int:
     """Milliseconds of a prefill and of a decode step, best of several, and the process's peak memory."""
-    import resource
-
     import torch
 
     from hybrid_moe_ref.batch import Batch
     from hybrid_moe_ref.cache import HybridCache
     from hybrid_moe_ref.generation import pages_needed, prefill
+    from hybrid_moe_ref.memory import peak_rss
 
     if args.threads:
         torch.set_num_threads(args.threads)
-    model, B, T = _load(args), args.batch, args.prompt_tokens
+    B, T = args.batch, args.prompt_tokens
+    model = _load(args, [T + args.new_tokens] * B)
     torch.set_flush_denormal(True)  # random weights drive states there, where CPUs crawl
-    prompts = list(torch.randint(model.config.vocab_size, (B, T), generator=torch.Generator().manual_seed(0)))
-    prompts = [prompt.to(model.device) for prompt in prompts]
+    tokens_BT = torch.randint(model.config.vocab_size, (B, T), generator=torch.Generator().manual_seed(0))
+    prompts = list(tokens_BT.to(model.device))
     num_pages = pages_needed(model, [T + args.new_tokens] * B)
     cache = HybridCache(model.config, num_pages, model.device, model.dtype)
 
@@ -252,44 +264,52 @@ def bench(args: argparse.Namespace) -> int:
         "decode_ms": min(decode_s) * 1e3,
         "decode_median_ms": sorted(decode_s)[len(decode_s) // 2] * 1e3,
         "decode_tokens_per_s": B / min(decode_s),
-        "peak_rss_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
+        "peak_rss_mib": peak_rss() / 2**20,
     }
+    if model.device.type == "cuda":
+        answer["peak_gpu_mib"] = torch.cuda.max_memory_allocated(model.device) / 2**20
     _show(answer, args.json)
     return 0
 
 
-def _load(args: argparse.Namespace) -> "HybridMoE":
-    """A checkpoint folder, or a preset with random weights."""
-    import torch
-    from hybrid_moe_kernels import registry
+def _is_folder(args: argparse.Namespace) -> bool:
+    return args.command == "check" or (Path(args.model) / "config.json").exists()
 
-    from hybrid_moe_ref.model import HybridMoE, check_device
 
-    registry.use(args.kernels or registry.choice())
-    dtype = getattr(torch, args.dtype) if args.dtype else None
-    if (Path(args.model) / "config.json").exists() or args.command == "check":
-        return HybridMoE.from_pretrained(args.model, dtype=dtype, device=args.device)
+def _config_of(args: argparse.Namespace) -> tuple[ModelConfig, str | None]:
+    """Of a checkpoint folder, with the dtype it was saved in, or of a preset."""
+    if _is_folder(args):
+        from hybrid_moe_ref import checkpoint
+
+        config, saved_dtype = checkpoint.read_config(args.model)
+        return checkpoint.without_absent_mtp(config, checkpoint.Shards(Path(args.model))), saved_dtype
     if Path(args.model).exists():
         raise ConfigError(f"{args.model} has no config.json")
     if args.model not in PRESETS:
         raise ConfigError(f"{args.model!r} is neither a folder nor a preset ({', '.join(PRESETS)})")
-    config, dtype = preset(args.model), dtype or torch.float32
+    return preset(args.model), None
+
+
+def _load(args: argparse.Namespace, lengths: Sequence[int] = ()) -> "HybridMoE":
+    """A checkpoint folder, or a preset with random weights, where it fits in memory beside a cache for sequences of
+    these lengths."""
+    import torch
+    from hybrid_moe_kernels import registry
+
+    from hybrid_moe_ref.generation import pages_needed
+    from hybrid_moe_ref.memory import check_memory
+    from hybrid_moe_ref.model import HybridMoE, check_device
+
+    config, saved_dtype = _config_of(args)
+    name = args.dtype or (saved_dtype if saved_dtype in DTYPES else None) or "float32"
+    dtype = getattr(torch, name)
     check_device(args.device, dtype)
-    _check_memory(config, dtype.itemsize, args.device)
     model = HybridMoE(config, device="meta", dtype=dtype)
+    check_memory(model, pages_needed(model, list(lengths)), args.device)
+    registry.use(args.kernels or registry.choice())
+    if _is_folder(args):
+        return HybridMoE.from_pretrained(args.model, dtype=dtype if args.dtype else None, device=args.device)
     return model.init_weights(args.seed, args.device)
-
-
-def _check_memory(config: ModelConfig, itemsize: int, device: str) -> None:
-    """A model that cannot fit is one line at once, not a machine that swaps."""
-    from hybrid_moe_ref.model import HybridMoE
-
-    if device != "cpu":
-        return
-    needed = itemsize * sum(parameter.numel() for parameter in HybridMoE(config, device="meta").parameters())
-    there = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    if needed > there:
-        raise ConfigError(f"the model needs {needed / 1e9:.1f} GB, this machine has {there / 1e9:.1f} GB")
 
 
 def _tokenizer(folder: Path) -> Any:

@@ -10,8 +10,8 @@ checked before anything is allocated, and nothing in them is executed.
 
 from hybrid_moe_ref.checkpoint.errors import CheckpointError
 from hybrid_moe_ref.checkpoint.families import read_config
-from hybrid_moe_ref.checkpoint.load import load_weights, without_absent_mtp
+from hybrid_moe_ref.checkpoint.load import describe, load_weights, without_absent_mtp
 from hybrid_moe_ref.checkpoint.save import save
 from hybrid_moe_ref.checkpoint.shards import Shards
 
-__all__ = ["CheckpointError", "Shards", "load_weights", "read_config", "save", "without_absent_mtp"]
+__all__ = ["CheckpointError", "Shards", "describe", "load_weights", "read_config", "save", "without_absent_mtp"]

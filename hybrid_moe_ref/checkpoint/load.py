@@ -9,14 +9,17 @@ Shapes: H hidden, I intermediate, M key heads of Gated DeltaNet, K key dim, V va
 
 import dataclasses
 import logging
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from hybrid_moe_ref.checkpoint.errors import CheckpointError
+from hybrid_moe_ref.checkpoint.families import family_in
 from hybrid_moe_ref.checkpoint.shards import Shards
 from hybrid_moe_ref.config import ModelConfig
 from hybrid_moe_ref.layers.gated_delta_net import GatedDeltaNet
@@ -195,18 +198,42 @@ def _check(expected: list[Piece], shards: Shards, model: nn.Module) -> None:
             elif shards[scale].shape != shape:
                 got = list(shards[scale].shape)
                 problems.append(f"{shards[scale].file}: {scale}: shape {got}, wanted {list(shape)}")
-    skipped = {name for name in shards.names - known if name.startswith(VISION)}
-    if not hasattr(model, "mtp"):
-        skipped |= {name for name in shards.names - known if name.startswith(MTP)}
-    if getattr(getattr(model, "config", None), "tie_word_embeddings", False):
-        skipped |= {"lm_head.weight"} & shards.names
+    skipped = _skipped(shards.names - known, model)
     for name in sorted(shards.names - known - skipped):
         problems.append(f"{shards[name].file}: {name}: not part of this model")
     if problems:
         raise CheckpointError(problems)
-    for prefix in sorted({_family_name(name) for name in skipped}):
-        count = sum(_family_name(name) == prefix for name in skipped)
+    for prefix, count in _families(skipped).items():
         log.warning("%s: skipped %d tensors %s", shards.folder, count, prefix)
+
+
+def describe(folder: str | Path, model: nn.Module) -> dict[str, Any]:
+    """What is in a folder that `model` was loaded from."""
+    shards = Shards(Path(folder))
+    needed = {piece.name for piece in pieces(model, shards)}
+    quantised = [name for name in needed if shards[name].dtype == torch.float8_e4m3fn]
+    unused = shards.names - needed - {f"{name}_scale_inv" for name in quantised}
+    return {
+        "family": family_in(folder),
+        "files": sorted({shards[name].file.name for name in shards.names}),
+        "tensors": len(shards.names),
+        "quantisation": f"{len(quantised)} tensors in float8 blocks of {BLOCK} x {BLOCK}" if quantised else "none",
+        "skipped": _families(_skipped(unused, model)),
+    }
+
+
+def _skipped(unused: set[str], model: nn.Module) -> set[str]:
+    """Those that may be there although the model has no use for them."""
+    skipped = {name for name in unused if name.startswith(VISION)}
+    if not hasattr(model, "mtp"):
+        skipped |= {name for name in unused if name.startswith(MTP)}
+    if getattr(getattr(model, "config", None), "tie_word_embeddings", False):
+        skipped |= {"lm_head.weight"} & unused
+    return skipped
+
+
+def _families(names: set[str]) -> dict[str, int]:
+    return dict(sorted(Counter(map(_family_name, names)).items()))
 
 
 def _family_name(name: str) -> str:

@@ -12,12 +12,13 @@ D        N        no                heads over N             as 1 x N, D times
 from __future__ import annotations
 
 from pathlib import Path
+from typing import cast
 
 import torch
 
-from hybrid_moe_ref.config import ParallelConfig
+from hybrid_moe_ref.config import ModelConfig, ParallelConfig
 from hybrid_moe_ref.model import HybridMoE
-from hybrid_moe_ref.parallel.comm import Communicator
+from hybrid_moe_ref.parallel.comm import Communicator, group_members
 from hybrid_moe_ref.parallel.dispatch import AllGatherReduceScatter, ForwardContext, SumOverRanks
 from hybrid_moe_ref.parallel.expert import apply_expert_parallel
 from hybrid_moe_ref.parallel.shares import expert_sharing
@@ -41,6 +42,27 @@ def apply_layout(
     if parallel.expert_parallel and model.config.num_experts:
         return apply_expert_parallel(model, comm, backend)
     return ForwardContext()
+
+
+class Seat:
+    """A rank's place in its groups: as much of a communicator as a model is cut by, without the others."""
+
+    def __init__(self, parallel: ParallelConfig, rank: int) -> None:
+        self.rank = rank
+        self._members = group_members(parallel, rank)
+
+    def members(self, group: str) -> tuple[int, ...]:
+        return self._members[group]
+
+    def group_rank(self, group: str) -> int:
+        return self._members[group].index(self.rank)
+
+
+def sizes_of_a_rank(config: ModelConfig, parallel: ParallelConfig, dtype: torch.dtype) -> HybridMoE:
+    """What rank 0 will hold, on the meta device: every rank has parameters and a cache of these sizes."""
+    model = HybridMoE(config, device="meta", dtype=dtype)
+    apply_layout(model, cast(Communicator, Seat(parallel, 0)), parallel)
+    return model
 
 
 def load_part(
