@@ -73,7 +73,7 @@ def place(facts: Facts) -> str:
 
 def _plain(settings: RunSettings) -> RunSettings:
     """What runs without a flag."""
-    names = {"scenario": settings.scenario, "variant": settings.variant}
+    names: dict[str, Any] = {"scenario": settings.scenario, "variant": settings.variant}
     try:
         return scenarios.settings_of(names)
     except ConfigError:
