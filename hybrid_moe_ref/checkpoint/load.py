@@ -190,6 +190,9 @@ def _check(expected: list[Piece], shards: Shards, model: nn.Module) -> None:
         entry = shards[piece.name]
         if entry.shape != piece.shape:
             problems.append(f"{entry.file}: {piece.name}: shape {list(entry.shape)}, wanted {list(piece.shape)}")
+        elif entry.dtype == torch.float8_e4m3fn and len(entry.shape) < 2:
+            told = f"float8 with shape {list(entry.shape)}: its blocks need 2 dimensions"
+            problems.append(f"{entry.file}: {piece.name}: {told}")
         elif entry.dtype == torch.float8_e4m3fn:
             scale, shape = f"{piece.name}_scale_inv", _num_blocks(piece.shape)
             known.add(scale)

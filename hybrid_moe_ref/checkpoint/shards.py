@@ -185,4 +185,18 @@ def _header(path: Path, problems: list[str]) -> dict[str, Entry]:
         else:
             offset = 8 + length
             entries[name] = Entry(path, DTYPES[dtype_name], tuple(shape), offset + start, offset + end)
+    if not problems:
+        problems += _gaps(path, entries, 8 + length, file_size)
     return entries
+
+
+def _gaps(path: Path, entries: dict[str, Entry], start: int, file_size: int) -> Iterator[str]:
+    """Tensors follow one another from the header to the end of the file, as the format demands."""
+    before = "the header"
+    for name, entry in sorted(entries.items(), key=lambda item: (item[1].start, item[1].end)):
+        if entry.start != start:
+            how = "overlaps" if entry.start < start else "leaves a gap after"
+            yield f"{path}: {name}: corrupt: begins at byte {entry.start} and {how} {before}, which ends at {start}"
+        start, before = max(start, entry.end), name
+    if start != file_size:
+        yield f"{path}: corrupt: the tensors end at byte {start}, the file has {file_size}"
