@@ -200,6 +200,15 @@ class HybridCache:
             page for g, pages in zip(self.layout.groups, sequence.pages, strict=True) if g.kind != "A" for page in pages
         ]
 
+    def check_model(self, config: ModelConfig, dtype: torch.dtype) -> None:
+        """Raise ValueError for a model other than the cache was made for."""
+        if dtype != self.dtype:
+            raise ValueError(f"a cache in {self.dtype} for a model in {dtype}")
+        if config is not self.config and config != self.config:
+            ours, theirs = self.config.to_mapping(), config.to_mapping()
+            name = next(name for name in ours if ours[name] != theirs[name])
+            raise ValueError(f"a cache with {name} {ours[name]!r} for a model with {name} {theirs[name]!r}")
+
     def begin(self, batch: Batch) -> list[list[Past]]:
         """Make room for the batch's tokens; for each layer and group of sequences, the view that the layer
         needs."""

@@ -45,7 +45,9 @@ def stream(
     num_pages = pages_needed(model, [len(prompt) + max_new_tokens - 1 for prompt in prompts])
     if cache is None:
         cache = HybridCache(model.config, num_pages, model.device, model.dtype)
-    elif num_pages > cache.num_free_pages:
+    else:
+        cache.check_model(model.config, model.dtype)
+    if num_pages > cache.num_free_pages:
         lengths = f"{max(map(len, prompts))} + {max_new_tokens} tokens"
         raise CacheExhausted(
             num_pages, cache.num_free_pages, f"generation for {len(prompts)} prompts of up to {lengths}"

@@ -26,7 +26,7 @@ from hybrid_moe_ref.block import Block
 from hybrid_moe_ref.cache import HybridCache
 from hybrid_moe_ref.config import DTYPES, ModelConfig
 from hybrid_moe_ref.layers.norm import RMSNorm
-from hybrid_moe_ref.mtp import MTP
+from hybrid_moe_ref.mtp import MTP, draft_config
 from hybrid_moe_ref.slices import Slice
 
 
@@ -152,6 +152,8 @@ class HybridMoE(nn.Module):
         self._check_on_cpu(tokens_N)
         if cache is None and batch.sequences:
             raise ValueError("the batch has cached sequences, but the step was given no cache")
+        if cache is not None:
+            cache.check_model(self.config, self.dtype)
         pasts = cache.begin(batch) if cache is not None else None
         x_NH = self.model.embed_tokens(tokens_N)
         for index, block in enumerate(self.blocks):
@@ -164,6 +166,8 @@ class HybridMoE(nn.Module):
         """One pass of the MTP layer: `tokens_N[i]` comes after the position whose hidden state is `hidden_NH[i]`; the
         result guesses the token after it, through `logits`. `cache` is a `draft_cache`'s, and holds the rows
         afterwards."""
+        if cache is not None:
+            cache.check_model(draft_config(self.config), self.dtype)
         pasts = cache.begin(batch) if cache is not None else None
         hidden_NH = self.mtp(self.model.embed_tokens(tokens_N), hidden_NH, batch, pasts)
         if cache is not None:

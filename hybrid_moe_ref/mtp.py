@@ -7,6 +7,9 @@ the model's.
 Shapes: N tokens of a step, H hidden.
 """
 
+import dataclasses
+import functools
+
 import torch
 from torch import Tensor, nn
 
@@ -18,6 +21,12 @@ from hybrid_moe_ref.layers.norm import RMSNorm
 
 DRAFT_STACK = "mtp.layers"
 """What its layers are called, in events and in checkpoints."""
+
+
+@functools.lru_cache
+def draft_config(config: ModelConfig) -> ModelConfig:
+    """Of the model that the MTP layer's cache is made for."""
+    return dataclasses.replace(config, layer_pattern="A")
 
 
 class MTP(nn.Module):

@@ -10,7 +10,6 @@ tokens run again; a step whose guesses were all right needs no second run.
 Shapes: T tokens, H hidden.
 """
 
-import dataclasses
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
@@ -21,6 +20,7 @@ from torch import Tensor
 from hybrid_moe_ref.batch import Batch
 from hybrid_moe_ref.cache import HybridCache
 from hybrid_moe_ref.generation import pages_needed
+from hybrid_moe_ref.mtp import draft_config
 from hybrid_moe_ref.pages import page_layout
 
 if TYPE_CHECKING:
@@ -44,7 +44,7 @@ class Statistics:
 
 def draft_cache(model: "HybridMoE", num_tokens: int, num_sequences: int) -> HybridCache:
     """The MTP layer's own cache, for so many tokens in so many sequences."""
-    config = dataclasses.replace(model.config, layer_pattern="A")
+    config = draft_config(model.config)
     num_pages = page_layout(config, model.dtype.itemsize).pages_for(num_tokens) + num_sequences
     return HybridCache(config, num_pages, model.device, model.dtype)
 

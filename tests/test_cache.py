@@ -1,5 +1,7 @@
 """Pages: taken and given back exactly, exhausted without harm, never shared by two sequences."""
 
+import dataclasses
+
 import pytest
 import torch
 
@@ -82,6 +84,52 @@ def test_a_freed_page_starts_clean_for_its_next_owner() -> None:
     hidden = model.step(text[:, 3], Batch.of([(long, 1), (short, 1)]), cache)
     want = model(text[1:, :4])[0, -1]
     torch.testing.assert_close(model.logits(hidden)[1], want, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("change", "dtype", "words"),
+    [
+        ({"num_key_value_heads": 1}, torch.float32, "num_key_value_heads 1 for a model with num_key_value_heads 2"),
+        ({"layer_pattern": "GA"}, torch.float32, "layer_pattern 'GA' for a model with layer_pattern 'GGGAMGGA'"),
+        ({}, torch.float64, "a cache in torch.float64 for a model in torch.float32"),
+    ],
+)
+def test_a_cache_of_another_model_is_refused(change: dict, dtype: torch.dtype, words: str) -> None:
+    model = HybridMoE(SMALL, device="meta").init_weights(0)
+    cache = HybridCache(dataclasses.replace(SMALL, **change), 40, dtype=dtype)
+    with pytest.raises(ValueError, match=words):
+        model.step(torch.zeros(3, dtype=torch.long), Batch.of([(cache.allocate(), 3)]), cache)
+    with pytest.raises(ValueError, match=words):
+        model.generate(torch.zeros(1, 3, dtype=torch.long), 2, cache=cache)
+
+
+def test_a_failed_step_leaves_the_cache_usable(monkeypatch: pytest.MonkeyPatch) -> None:
+    """After a refused id the sequence itself goes on; after a failure inside, it is freed and the others go on."""
+    model = HybridMoE(SMALL, device="meta", dtype=torch.float64).init_weights(0)
+    cache, text = HybridCache(SMALL, 30, dtype=torch.float64), torch.randint(64, (2, 40))
+    want = model(text)
+    a, b = cache.allocate(), cache.allocate()
+    model.step(text[:, :30].flatten(), Batch.of([(a, 30), (b, 30)]), cache)
+    with pytest.raises(ValueError, match="token id 64 is outside"):
+        model.step(torch.tensor([64]), Batch.of([(a, 1)]), cache)
+    got = model.logits(model.step(text[0, 30:32], Batch.of([(a, 2)]), cache))
+    torch.testing.assert_close(got, want[0, 30:32], rtol=1e-9, atol=1e-9)
+
+    def fail(*args: object) -> None:
+        raise RuntimeError("halfway")
+
+    with monkeypatch.context() as broken, pytest.raises(RuntimeError, match="halfway"):
+        broken.setattr(model.blocks[4].mixer, "forward", fail)
+        model.step(text[0, 32:], Batch.of([(a, 8)]), cache)
+    cache.free(a)
+    got = model.logits(model.step(text[1, 30:], Batch.of([(b, 10)]), cache))
+    torch.testing.assert_close(got, want[1, 30:], rtol=1e-9, atol=1e-9)
+    again = cache.allocate()
+    got = model.logits(model.step(text[0], Batch.of([(again, 40)]), cache))
+    torch.testing.assert_close(got, want[0], rtol=1e-9, atol=1e-9)
+    for sequence in (again, b):
+        cache.free(sequence)
+    assert cache.num_free_pages == cache.num_pages
 
 
 def test_misuse_is_a_clear_error() -> None:
