@@ -179,6 +179,39 @@ def test_bfloat16_is_as_close_to_the_truth_as_transformers(transformers, family:
     assert ours_error <= 1.2 * theirs_error, f"{family}: ours {ours_error:.4f}, transformers' {theirs_error:.4f}"
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("seed", range(2))
+def test_the_draft_layer_is_transformers_decoder_layer_behind_its_projection(
+    transformers, family: str, seed: int, tmp_path: Path
+) -> None:
+    """transformers drops `mtp.*`, but has its parts: fc of the two norms' outputs, one layer, a norm, the head."""
+    sizes = {"layer_pattern": "A", "num_mtp_layers": 1}
+    config = ModelConfig.from_mapping(draw_config(seed, family).to_mapping() | sizes)
+    ours = HybridMoE(config, device="meta").init_weights(seed)
+    ours.save_pretrained(tmp_path, family=family)
+    theirs = load_theirs(transformers, family, tmp_path, torch.float32)
+    layer, mtp = theirs.model.layers[0], ours.mtp
+    layer.load_state_dict(mtp.layers[0].state_dict(), strict=True)
+
+    def normed(norm: torch.nn.Module, x: Tensor) -> Tensor:
+        like = type(theirs.model.norm)(config.hidden_size, config.rms_norm_eps)
+        like.load_state_dict(norm.state_dict(), strict=True)
+        return like(x)
+
+    B, T, r = 2, 67, torch.Generator().manual_seed(seed)
+    tokens = torch.randint(config.vocab_size, (B, T), generator=r)
+    hidden = torch.randn(B, T, config.hidden_size, generator=r)
+    with torch.no_grad():
+        embedded = normed(mtp.pre_fc_norm_embedding, theirs.model.embed_tokens(tokens))
+        x = torch.cat([embedded, normed(mtp.pre_fc_norm_hidden, hidden)], -1) @ mtp.fc.weight.T
+        places = torch.arange(T).expand(B, T)
+        x = layer(x, position_embeddings=theirs.model.rotary_emb(x, places), attention_mask=None, position_ids=places)
+        want = theirs.lm_head(normed(mtp.norm, x))
+    got = ours.logits(ours.draft(tokens.flatten(), hidden.flatten(0, 1), Batch.dense(B, T))).view_as(want)
+    errors = (got - want).norm(dim=-1) / want.norm(dim=-1)
+    assert errors.max() <= 5e-5, f"{family}, seed {seed}: relative error {errors.max():.1e}: {config}"
+
+
 def draw_mamba(seed: int) -> ModelConfig:
     r = random.Random(seed)
     groups = r.choice([1, 2, 4])

@@ -16,9 +16,10 @@ from hybrid_moe_ref.config import PRESETS, ConfigError, ModelConfig, ParallelCon
 from hybrid_moe_ref.model import HybridMoE
 from hybrid_moe_ref.pages import page_layout
 from hybrid_moe_ref.parallel.comm import Communicator
-from hybrid_moe_ref.parallel.dispatch import chunk_sizes
+from hybrid_moe_ref.parallel.dispatch import AllGatherReduceScatter, chunk_sizes, expert_schedule
+from hybrid_moe_ref.parallel.layout import apply_layout
 from hybrid_moe_ref.parallel.observer import NullObserver
-from hybrid_moe_ref.parallel.shares import ExpertSharing, Place, local_config, mixer_cuts
+from hybrid_moe_ref.parallel.shares import ExpertSharing, Place, expert_sharing, local_config, mixer_cuts
 from hybrid_moe_ref.parallel.tensor import apply_tensor_parallel, tensor_schedule
 from hybrid_moe_ref.slices import Slice
 from hybrid_moe_ref.speculative import speculative_stream
@@ -48,6 +49,7 @@ SEED = 5
 RAGGED = [[(0, 5), (1, 1), (2, 9)], [(0, 1), (1, 1), (2, 1)], [(0, 1), (3, 7), (1, 3)], [(3, 1)]]
 EVEN = [[(0, 4), (1, 4)], [(0, 1), (1, 1)], [(0, 1), (1, 1)], [(0, 2), (1, 2)]]
 SHORT = [[(0, 1)], [(0, 1)], [(0, 2)], []]
+IDLE = [[]] * 4
 
 
 class Listener(NullObserver):
@@ -80,21 +82,29 @@ def run_steps(model, steps, dp_rank, before_step=lambda index: None):
     return logits
 
 
-def build(config, comm, experts, dtype=torch.float32):
+def build(config, comm, experts, dtype=torch.float32, parallel=None):
+    """By the layout's own choice of sharing where it is `experts`."""
     model = HybridMoE(config, device="meta", dtype=dtype)
-    context = apply_tensor_parallel(model, comm, experts)
+    if parallel and experts == (expert_sharing(parallel) if parallel.tp_size > 1 else "whole"):
+        context = apply_layout(model, comm, parallel)
+    else:
+        context = apply_tensor_parallel(model, comm, experts)
     assert all(parameter.is_meta for parameter in model.parameters()), "nothing is allocated before it is cut"
     return model.init_weights(SEED), context
 
 
 def run_layout(tmp_path, parallel, config, experts, steps_by_dp, dtype):
     """On every rank of one layout: the logits of each step, and what was issued."""
-    declared = [(e.group, e.op, e.layer) for e in tensor_schedule(config, experts)]
+    if experts == "whole":
+        entries = expert_schedule(config.num_layers, AllGatherReduceScatter)
+    else:
+        entries = tensor_schedule(config, experts)
+    declared = [(e.group, e.op, e.layer) for e in entries]
 
     def run(rank, store):
         listener, dp_rank = Listener(), rank // parallel.tp_size
         comm = Communicator.connect(parallel, rank, store=store, observer=listener, timeout_s=30)
-        model, context = build(config, comm, experts, dtype)
+        model, context = build(config, comm, experts, dtype, parallel)
         assert [(e.group, e.op, e.layer) for e in context.schedule] == declared
 
         def agree(index):
@@ -131,12 +141,20 @@ def test_tp_equals_the_single_process_in_prefill_and_decode(
 ):
     heads = {"linear_num_key_heads": key_heads, "linear_num_value_heads": value_heads}
     config = dataclasses.replace(CONFIG, num_key_value_heads=kv_heads, mamba_num_groups=groups, **heads)
-    check_layout(tmp_path, ParallelConfig(tp_size=tp_size), config, experts, [RAGGED])
+    check_layout(
+        tmp_path, ParallelConfig(tp_size=tp_size, expert_parallel=experts == "expert"), config, experts, [RAGGED]
+    )
+
+
+@pytest.mark.parametrize("dp_size", [2, 4, 8])
+def test_dp_x_ep_equals_the_single_process_in_prefill_and_decode(tmp_path, dp_size):
+    steps_by_dp = [RAGGED, SHORT, EVEN, IDLE, RAGGED, EVEN, SHORT, RAGGED][-dp_size:]
+    check_layout(tmp_path, ParallelConfig(dp_size), CONFIG, "whole", steps_by_dp)
 
 
 @pytest.mark.parametrize(
     ("dp_size", "tp_size", "steps_by_dp"),
-    [(2, 2, [RAGGED, SHORT]), (2, 4, [EVEN, EVEN]), (4, 2, [SHORT, RAGGED, EVEN, RAGGED])],
+    [(1, 2, [RAGGED]), (2, 2, [RAGGED, SHORT]), (2, 4, [EVEN, EVEN]), (4, 2, [SHORT, RAGGED, EVEN, RAGGED])],
 )
 def test_dp_x_tp_x_ep_with_sequence_chunks_equals_the_single_process(tmp_path, dp_size, tp_size, steps_by_dp):
     check_layout(tmp_path, ParallelConfig(dp_size, tp_size), CONFIG, "sequence", steps_by_dp)
