@@ -5,7 +5,9 @@ chosen expert and the first one left out were tied but for MARGIN, and no more t
 
 bfloat16 and float16 change a third of the routings, so two such models are not compared with each other: each is with
 transformers in float32, where that fits into memory beside the model, and ours may be off by FACTOR of theirs. The
-median token decides: the few that were routed differently would outweigh all others in a mean, by luck, either way.
+median token decides: the few that were routed differently would outweigh all others in a mean, by luck, either way. Of
+32 small MoE models with random weights the ratio of one was 0.80 to 1.24, and 1.01 in the middle: a single checkpoint
+needs that much room.
 """
 
 import importlib.util
@@ -23,7 +25,7 @@ from hybrid_moe_ref.checkpoint.shards import read_json
 from hybrid_moe_ref.layers.moe import Router
 from hybrid_moe_ref.model import HybridMoE
 
-LIMIT, MARGIN, EXCUSED, FACTOR = 5e-5, 1e-5, 0.005, 1.2
+LIMIT, MARGIN, EXCUSED, FACTOR = 5e-5, 1e-5, 0.005, 1.5
 
 
 def compare(folder: str, model: HybridMoE, tokens_BT: Tensor, logits_BTV: Tensor, margins_BT: Tensor) -> dict[str, Any]:

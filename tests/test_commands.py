@@ -101,7 +101,7 @@ def test_check_compares_with_transformers(tmp_path: Path, capsys: pytest.Capture
     status, answer = checked(tmp_path, capsys)
     assert status == 0 and answer["agrees"]
     if dtype == "bfloat16":
-        assert 0 < answer["error_to_float32"] <= 1.2 * answer["their_error_to_float32"]
+        assert 0 < answer["error_to_float32"] <= 1.5 * answer["their_error_to_float32"]
     else:
         assert answer["tokens"] == 260 and answer["largest_error"] < 5e-5
 

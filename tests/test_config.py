@@ -75,6 +75,8 @@ def test_engine_config_needs_room_for_a_decode_step() -> None:
         ("qwen3.5-397b-a17b", 1, 2, 2096, 0.58),
         ("qwen3.5-397b-a17b", 2, 2, 2096, 0.58),
         ("qwen3.5-397b-a17b", 4, 2, 1056, None),
+        ("qwen3.5-122b-a10b", 1, 2, 2096, 0.58),
+        ("qwen3-next-80b-a3b", 1, 2, 1056, 0.76),
         ("qwen3.5-35b-a3b", 1, 2, 1056, 0.76),
         ("qwen3.5-35b-a3b", 1, 1, 2096, 0.00),
     ],
@@ -85,6 +87,16 @@ def test_pages_have_the_published_sizes(
     layout = page_layout(preset(name), kv_itemsize=kv_itemsize, tp_size=tp_size)
     assert layout.tokens == tokens
     assert percent is None or round(100 * layout.padding, 2) == percent
+
+
+def test_the_pages_command_prints_the_layout(capsys: pytest.CaptureFixture) -> None:
+    from hybrid_moe_ref.__main__ import main
+
+    assert main(["pages", "qwen3.5-397b-a17b", "--tp", "2", "--json"]) == 0
+    answer = json.loads(capsys.readouterr().out)
+    assert (answer["tokens"], answer["padding_percent"], answer["tp"], answer["groups"]) == (2096, 0.58, 2, 4)
+    assert main(["pages", "qwen3.5-397b-a17b"]) == 0
+    assert "tokens               2096\npadding_percent      0.58\n" in capsys.readouterr().out
 
 
 def test_state_bytes_of_the_397b_model() -> None:

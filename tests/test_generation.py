@@ -111,6 +111,18 @@ def test_speculation_with_the_mtp_layer_yields_the_greedy_tokens(model: HybridMo
     assert got == model.generate(prompt[None], 12)[0].tolist(), f"seed {seed}"
 
 
+def test_in_float32_speculation_parts_from_greedy_only_where_two_tokens_tie(model: HybridMoE) -> None:
+    small = HybridMoE(CONFIG, device="meta").init_weights(5)
+    for seed in range(3):
+        prompt = tokens(30 + seed, seed)
+        want, got = small.generate(prompt[None], 12)[0].tolist(), list(speculative_stream(small, prompt, 12))
+        parting = next((i for i, (a, b) in enumerate(zip(want, got, strict=True)) if a != b), None)
+        if parting is not None:
+            logits = model(torch.cat([prompt, torch.tensor(want[:parting], dtype=torch.long)])[None])[0, -1]
+            gap = float(logits[want[parting]] - logits[got[parting]]) / float(logits.norm())
+            assert abs(gap) <= 1e-5, f"seed {seed}, token {parting}: {gap:.1e}"
+
+
 def test_mtp_drafts_do_not_depend_on_how_its_input_is_cut(model: HybridMoE) -> None:
     """Its cache gives what one pass over everything gives."""
     from hybrid_moe_ref.speculative import MTPDrafter

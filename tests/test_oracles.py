@@ -7,6 +7,7 @@ it saves again, we load bit for bit.
 
 import importlib.util
 import random
+import statistics
 import sys
 import types
 from pathlib import Path
@@ -22,7 +23,7 @@ from torch import Tensor
 from hybrid_moe_ref import Batch, HybridCache, HybridMoE, ModelConfig
 from hybrid_moe_ref.checkpoint import describe
 from hybrid_moe_ref.checkpoint.families import to_json
-from hybrid_moe_ref.comparison import judge, logits_and_margins
+from hybrid_moe_ref.comparison import judge, judge_half, logits_and_margins
 from hybrid_moe_ref.layers.mamba2 import Mamba2
 from hybrid_moe_ref.weights import init_weights
 
@@ -36,6 +37,15 @@ REDRAWN = {("qwen3_next", 6): 12}
 """Draws whose weights cannot be compared to 5e-5 in float32, with anything: half of the last bit of the weights moves
 some token's logits by more than SENSITIVE. `test_which_draws_are_too_sensitive` measures it."""
 SENSITIVE = 2e-5
+PINNED: dict[int, dict[str, object]] = {
+    9: {"layer_pattern": "GA", "num_experts": 1, "num_experts_per_tok": 1, "num_key_value_heads": 6,
+        "num_attention_heads": 6, "linear_num_key_heads": 3, "linear_num_value_heads": 3},
+    10: {"layer_pattern": "AG", "num_experts": 64, "num_experts_per_tok": 22, "num_key_value_heads": 8,
+         "num_attention_heads": 24},
+    11: {"layer_pattern": "GAG", "num_experts": 512, "num_experts_per_tok": 10, "num_key_value_heads": 7,
+         "num_attention_heads": 14, "linear_conv_kernel_dim": 4},
+}  # fmt: skip
+"""Sizes that the draws of these seeds have in every family, as no draw is sure to."""
 
 
 @pytest.fixture(scope="module")
@@ -72,7 +82,10 @@ def draw_config(seed: int, family: str) -> ModelConfig:
         "tie_word_embeddings": r.random() < 0.5,
         "rms_norm_eps": r.choice([1e-6, 1e-5]),
     }
-    return ModelConfig.from_mapping(sizes)
+    pinned = PINNED.get(seed, {})
+    if family == "qwen3_5_text":
+        pinned = {key: value for key, value in pinned.items() if "expert" not in key}
+    return ModelConfig.from_mapping(sizes | pinned)
 
 
 def draw_tokens(seed: int, config: ModelConfig) -> Tensor:
@@ -94,6 +107,30 @@ def effect_of_rounding(config: ModelConfig, seed: int, tokens_BT: Tensor) -> Ten
             parameter.mul_(1 + torch.finfo(torch.float32).eps * noise)
         moved = moved.maximum((other(tokens_BT) - want).norm(dim=-1) / want.norm(dim=-1))
     return moved
+
+
+def test_the_draws_cover_what_was_promised() -> None:
+    """Each family on its own where a size is named, and all together."""
+    drawn = {
+        family: [draw_config(REDRAWN.get((family, seed), seed), family) for seed in range(NUM_CONFIGS)]
+        for family in FAMILIES
+    }
+    for family, configs in drawn.items():
+        assert {c.linear_conv_kernel_dim for c in configs} == {2, 3, 4}, family
+        assert {c.tie_word_embeddings for c in configs} == {False, True}, family
+        assert any(c.num_key_value_heads == 8 and "A" in c.layer_pattern for c in configs), family
+        if family != "qwen3_5_text":
+            sizes = {(c.num_experts, c.num_experts_per_tok, c.linear_conv_kernel_dim) for c in configs}
+            assert (512, 10, 4) in sizes and {1, 22} <= {top_k for _, top_k, _ in sizes}, family
+            assert 1 in {num_experts for num_experts, _, _ in sizes}, family
+            assert any(c.shared_expert_intermediate_size != c.moe_intermediate_size for c in configs), family
+    everything = [c for configs in drawn.values() for c in configs]
+    assert {c.num_key_value_heads for c in everything if "A" in c.layer_pattern} == set(range(1, 9))
+    ratios = {c.linear_num_value_heads // c.linear_num_key_heads for c in everything if "G" in c.layer_pattern}
+    assert ratios == {1, 2, 3, 4}
+    assert {3, 5} <= {c.num_attention_heads // c.num_key_value_heads for c in everything if "A" in c.layer_pattern}
+    lengths = {draw_tokens(seed, everything[0]).shape[1] for seed in range(NUM_CONFIGS)}
+    assert any(length > 64 and length % 64 for length in lengths)
 
 
 @pytest.mark.full
@@ -137,12 +174,15 @@ def test_logits_and_checkpoints_agree_with_transformers(transformers, family: st
         assert torch.equal(a, b), f"{name}: {family}, seed {seed}, {config}"
 
 
+@pytest.mark.parametrize("num_seeds", [4, pytest.param(16, marks=pytest.mark.full)])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_bfloat16_is_as_close_to_the_truth_as_transformers(transformers, family: str, tmp_path: Path) -> None:
+def test_bfloat16_is_as_close_to_the_truth_as_transformers(
+    transformers, family: str, num_seeds: int, tmp_path: Path
+) -> None:
     """bfloat16 changes a third of the routings, so two bfloat16 models are not compared; each is with float32 on the
-    same weights, over several configurations together, as a single one is luck."""
-    ours_squared = theirs_squared = 0.0
-    for seed in range(4):
+    same weights, over several configurations together, as a single one is luck: its ratio may be 0.8 or 1.25."""
+    ratios, ours_squared, theirs_squared = [], 0.0, 0.0
+    for seed in range(num_seeds):
         sizes = {"layer_pattern": "GGGA", "hidden_size": 64, "vocab_size": 250}
         if family != "qwen3_5_text":
             sizes |= {"num_experts": 64, "num_experts_per_tok": 8, "moe_intermediate_size": 32}
@@ -154,10 +194,15 @@ def test_bfloat16_is_as_close_to_the_truth_as_transformers(transformers, family:
         with torch.no_grad():
             truth = load_theirs(transformers, family, folder, torch.float32)(tokens, use_cache=False).logits
             theirs = load_theirs(transformers, family, folder, torch.bfloat16)(tokens, use_cache=False).logits.float()
-        ours_squared += float((half(tokens).float() - truth).square().mean() / truth.square().mean())
+        ours = half(tokens).float()
+        ours_squared += float((ours - truth).square().mean() / truth.square().mean())
         theirs_squared += float((theirs - truth).square().mean() / truth.square().mean())
-    ours_error, theirs_error = (ours_squared / 4) ** 0.5, (theirs_squared / 4) ** 0.5
-    assert ours_error <= 1.2 * theirs_error, f"{family}: ours {ours_error:.4f}, transformers' {theirs_error:.4f}"
+        one = judge_half(ours, theirs, truth)
+        ratios.append(round(one["error_to_float32"] / one["their_error_to_float32"], 3))
+        assert one["agrees"], f"{family}, seed {seed}: {one}"
+    told = f"{family}: the median token's error over transformers', by seed: {ratios}"
+    assert ours_squared**0.5 <= 1.2 * theirs_squared**0.5, told
+    assert statistics.median(ratios) <= 1.2, told
 
 
 @pytest.mark.parametrize("kind", ["Qwen3_5Moe", "Qwen3_5"])
