@@ -23,6 +23,7 @@ from repro import bundle, kernel_cache, launch, matrix, minimise, process, repor
 from repro.configurations import CONFIGURATIONS
 from repro.display import display, overview, say, summary
 from repro.junit import write_junit
+from repro.launch import CannotRunHere
 from repro.report import command as report_command
 from repro.report.text import visible_lines
 from repro.rundir import RUN_NAME, OutputError, RunDir, read_json
@@ -30,11 +31,7 @@ from repro.settings import KERNEL_CACHES, VARIANTS, RunSettings
 from repro.watch import judge_again
 from repro.witness import Tail, read_dir
 
-EXPECTED, UNEXPECTED, USAGE, CANNOT_TELL, INTERRUPTED = 0, 1, 2, 125, 130
-
-
-class CannotRunHere(RuntimeError):
-    """This machine lacks what the run needs; the text says what."""
+EXPECTED, UNEXPECTED, USAGE, CANNOT_TELL, INTERRUPTED = 0, 1, 2, launch.CANNOT_TELL, 130
 
 
 class Parser(argparse.ArgumentParser):

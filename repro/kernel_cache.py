@@ -62,7 +62,7 @@ def main() -> None:
     """Build what is missing in the user's cache, and copy it."""
     process.die_with_parent()
     from hybrid_moe_kernels.extension import default_cache
-    from hybrid_moe_kernels.gated_delta_rule.jit import PREFILL
+    from hybrid_moe_kernels.gated_delta_rule.jit import PREFILL, PREFILL_CUDA
     from hybrid_moe_kernels.moe.jit import EXPERTS
 
     from hybrid_moe_ref.engine.builds import BuildPlace, ensure
@@ -74,7 +74,7 @@ def main() -> None:
     targets = [kernels]
     if settings.effective_kernel_cache == "split":
         targets = [of_rank(kernels, settings, rank) for rank in range(1, settings.num_ranks)]
-    for extension in (PREFILL, EXPERTS):
+    for extension in (PREFILL_CUDA,) if settings.backend == "nccl" else (PREFILL, EXPERTS):
         ensure(extension, BuildPlace(default_cache(), -1, NullObserver()))
         built = extension.folder(default_cache())
         for target in targets:

@@ -37,6 +37,14 @@ FREE_BYTES = 32 << 20
 """Room that a run must find on the disk besides its witnesses: logs, stacks, dumps and the verdict."""
 
 
+CANNOT_TELL = 125
+"""Exit code of what cannot run on this machine."""
+
+
+class CannotRunHere(RuntimeError):
+    """This machine lacks what the run needs; the text says what."""
+
+
 class Interrupt:
     """Turns SIGINT, SIGTERM and SIGHUP into a flag, so that evidence can be written before anything ends."""
 

@@ -49,10 +49,10 @@ class Cell:
         return scenarios.settings_of({**flags, **mine, **timeout}, {**document, "engine": {"mode": "eager", **engine}})
 
 
-def cells(gdn_plain: str = "torch") -> list[Cell]:
-    """All of them. gdn_plain: the backend beside "jit", triton on a GPU."""
+def cells() -> list[Cell]:
+    """All of them, for a CPU: the compiled experts are C++. For GPUs there is the script."""
     layouts, caches = ("tp8", "config2"), ("cold", "warm")
-    found = [Cell(*parts) for parts in itertools.product(layouts, (gdn_plain, "jit"), ("auto", "jit"), caches)]
+    found = [Cell(*parts) for parts in itertools.product(layouts, ("torch", "jit"), ("auto", "jit"), caches)]
     return [*found, Cell("config2", "jit", "jit", "split"), Cell("config2", "jit", "jit", "split", SHORT_TIMEOUT_S)]
 
 
@@ -174,11 +174,12 @@ printf 'layout\tgdn\tmoe\tcache\tup\tseconds\n' > "$RESULTS/summary.tsv"
 
 COMMON=(--trust-remote-code --language-model-only --gpu-memory-utilization 0.90 --max-model-len 32768 --port "$PORT")
 TP8=(--tensor-parallel-size 8)
-DP8EP8=(--data-parallel-size 8 --enable-expert-parallel)
+DP8EP8=(--data-parallel-size 8 --enable-expert-parallel)  # the report's first command; its second adds --enforce-eager
 
 start() {  # layout gdn moe cache
   local name="$1-$2-$3-$4" layout=("${TP8[@]}") caches="$RESULTS/caches-$1-$2-$3" begun=$SECONDS up=no
   [ "$1" = dp8ep8 ] && layout=("${DP8EP8[@]}")
+  [ "$1" = dp8ep8eager ] && layout=("${DP8EP8[@]}" --enforce-eager)
   [ "$4" = cold ] && rm -rf "$caches"
   mkdir -p "$caches"
   # Lines that vLLM logs "once" come from local rank 0 alone: that others do not print them means nothing.
@@ -212,7 +213,7 @@ def script() -> str:
     """The shell script for real vLLM."""
     lines = []
     for layout, gdn, moe, cache in itertools.product(
-        ("tp8", "dp8ep8"), ("triton", "flashinfer"), ("triton", "flashinfer_cutlass"), ("cold", "warm")
+        ("tp8", "dp8ep8", "dp8ep8eager"), ("triton", "flashinfer"), ("triton", "flashinfer_cutlass"), ("cold", "warm")
     ):
         lines.append(f"start {layout} {gdn} {moe} {cache}")
     return SCRIPT + "\n".join(lines) + "\n"

@@ -28,7 +28,8 @@ from hybrid_moe_ref.config import ConfigError
 from hybrid_moe_ref.engine.refusal import preflight
 from hybrid_moe_ref.engine.server_config import CHECKS
 from repro import loaded, process, scenarios
-from repro.launch import prepare_run_dir
+from repro.kernel_cache import CannotFill
+from repro.launch import CANNOT_TELL, CannotRunHere, prepare_run_dir
 from repro.record import Recorder
 from repro.rundir import OutputError, RunDir, read_json, write_atomically, write_json
 from repro.settings import VARIANTS, RunSettings
@@ -161,10 +162,10 @@ def main(argv: list[str] | None = None) -> int:
     try:
         settings, out = _parse(argv)
         run_dir = _meet(settings, out, rank)
-    except (ConfigError, OutputError) as error:
+    except (ConfigError, OutputError, CannotRunHere, CannotFill) as error:
         if rank == 0:
             print(f"repro.worker: {error}", file=sys.stderr)
-        return 2
+        return CANNOT_TELL if isinstance(error, CannotRunHere | CannotFill) else 2
     run_rank(run_dir, settings, rank, lambda: None)
     return 0
 
@@ -232,7 +233,20 @@ def _parse(argv: list[str] | None) -> tuple[RunSettings, Path]:
     settings = scenarios.settings_of(flags)
     scenario = scenarios.load(settings.scenario)
     preflight(scenario.server(settings, 0), scenario.policies(settings, 0))
+    if missing := scenario.missing(settings):
+        raise CannotRunHere(f"{settings.scenario}: {missing}")
+    if settings.backend == "nccl":
+        _require_gpus()
     return settings, args.out
+
+
+def _require_gpus() -> None:
+    """One for each rank of this host."""
+    import torch
+
+    found, needed = torch.cuda.device_count(), int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    if found < needed:
+        raise CannotRunHere(f"--backend nccl needs a GPU for each of {needed} ranks of a host; {found} found")
 
 
 def _meet(settings: RunSettings, out: Path, rank: int) -> RunDir:
@@ -250,7 +264,7 @@ def _meet(settings: RunSettings, out: Path, rank: int) -> RunDir:
         return RunDir(Path(told))
     try:
         run_dir = prepare_run_dir(out, settings)
-    except OutputError:
+    except (OutputError, CannotFill):
         store.set("run_dir", "")
         raise
     subprocess.Popen(

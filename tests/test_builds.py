@@ -37,7 +37,7 @@ from hybrid_moe_ref.engine.runner import ModelRunner
 from hybrid_moe_ref.parallel.comm import Communicator
 from hybrid_moe_ref.parallel.guard import ScheduleMismatch
 from hybrid_moe_ref.parallel.observer import NullObserver
-from repro import launch, matrix, scenarios
+from repro import launch, matrix, process, scenarios, worker
 from repro.cli import CANNOT_TELL, USAGE, main
 from repro.kernel_cache import CannotFill
 from repro.layout import Kind
@@ -175,10 +175,13 @@ def builds_begun(run_dir, module):
 
 
 @pytest.mark.full
+@pytest.mark.parametrize("name", ["cold_jit", "compile_skew", "straggler"])
 @pytest.mark.parametrize("quiet_window_s", [1.0, 1.5, 3.0])
-def test_a_cold_build_is_never_a_deadlock_at_any_quiet_window(tmp_path, quiet_window_s):
-    noticed = []
-    _, document = run_forked(small("cold_jit", quiet_window_s=quiet_window_s), tmp_path, notice=noticed.append)
+def test_what_is_slow_is_never_a_deadlock_at_any_quiet_window(tmp_path, name, quiet_window_s):
+    settings, noticed = small(name, quiet_window_s=quiet_window_s), []
+    if missing := scenarios.load(name).missing(settings):
+        pytest.skip(missing)
+    _, document = run_forked(settings, tmp_path, notice=noticed.append)
     assert document["verdict"] in ("slow", "clean") and document["matches_expected"], document
     assert not any(line.startswith("deadlock") for line in noticed), noticed
 
@@ -492,6 +495,27 @@ def test_what_a_build_lacks_is_named_and_ninja_is_found_beside_the_interpreter(t
         monkeypatch.setenv("CXX", "/nowhere/c++")
         assert "/nowhere/c++" in scenarios.load(name).missing(scenarios.settings_of({"scenario": name}))
     assert not scenarios.load("tp8").missing(scenarios.settings_of({"scenario": "tp8"})), "it compiles nothing"
+    on_gpus = scenarios.settings_of({"scenario": "config2", "backend": "nccl"})
+    assert "C++ for a CPU" in scenarios.load("config2").missing(on_gpus)
+
+
+@pytest.mark.parametrize(
+    ("argv", "words"),
+    [
+        (["cold_jit"], "cold_jit: kernels are compiled, and there is no C++ compiler /nowhere/c++"),
+        (
+            ["metadata_rebuild", "--backend", "nccl"],
+            "--backend nccl needs a GPU for each of 2 ranks of a host; 0 found",
+        ),
+    ],
+)
+def test_under_plain_torchrun_what_cannot_run_here_is_told_before_the_ranks_meet(monkeypatch, capsys, argv, words):
+    monkeypatch.setattr(process, "die_with_parent", lambda: None)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    for name, value in {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "CXX": "/nowhere/c++"}.items():
+        monkeypatch.setenv(name, value)
+    assert worker.main(argv) == CANNOT_TELL
+    assert words in capsys.readouterr().err
 
 
 def test_a_user_s_folder_that_is_filled_is_no_cold_cache(tmp_path):
@@ -642,7 +666,7 @@ def test_the_script_for_vllm_starts_every_combination_and_is_a_script(tmp_path):
     path.write_text(matrix.script())
     subprocess.run(["bash", "-n", path], check=True)
     starts = [line.split()[1:] for line in path.read_text().splitlines() if line.startswith("start ")]
-    assert len(starts) == len({tuple(words) for words in starts}) == 16
+    assert len(starts) == len({tuple(words) for words in starts}) == 24
     assert starts[0] == ["tp8", "triton", "triton", "cold"] and starts[1][-1] == "warm"
 
 

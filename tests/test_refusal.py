@@ -31,7 +31,7 @@ def test_expert_parallelism_over_hybrid_layers_without_agreement_is_refused_with
         preflight(server("observe"))
     assert str(refused.value) == (
         "expert parallelism is not supported for models with gated_delta_net and mamba2 hybrid layers while the ranks "
-        "do not agree on their schedules: use --checks agree, or tensor parallelism instead (dp_size 1) "
+        "do not agree on their schedules: use --checks agree, or tensor parallelism instead (tp_size = 8) "
         "(--allow-unsafe starts it all the same)"
     )
     allowed = dataclasses.replace(server("observe", mode="graphs"), allow_unsafe=True)

@@ -204,6 +204,17 @@ def test_the_fault_under_the_guard_stops_every_rank_with_the_layer_named(tmp_pat
     ), details
 
 
+@pytest.mark.full
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize("name", scenarios.names())
+def test_each_scenario_hangs_as_foretold_on_eight_ranks_and_eight_layers(tmp_path, name):
+    settings = scenarios.settings_of({"scenario": name, "variant": "fault"})
+    if missing := scenarios.load(name).missing(settings):
+        pytest.skip(missing)
+    _, document = run_forked(settings, tmp_path)
+    assert document["matches_expected"], document
+
+
 @pytest.mark.parametrize(
     ("name", "group"), [("size_vector", "ep"), pytest.param("silent_pairing", "tp", marks=pytest.mark.full)]
 )

@@ -55,7 +55,7 @@ def _unagreed(config: ServerConfig) -> Iterator[str]:
     if config.checks != "observe" or not exchanges or not kinds:
         return
     layers = f"models with {' and '.join(kinds)} hybrid layers while the ranks do not agree on their schedules"
-    change = "use --checks agree, or tensor parallelism instead (dp_size 1)"
+    change = f"use --checks agree, or tensor parallelism instead (tp_size = {parallel.world_size})"
     yield f"expert parallelism is not supported for {layers}: {change}"
     if config.engine.mode == "graphs":
         yield f"graph mode is not supported for {layers}: use --checks agree, or engine.mode = eager"

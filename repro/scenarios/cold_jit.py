@@ -76,6 +76,8 @@ def hang(settings: RunSettings) -> Expected:
 
 def missing(settings: RunSettings) -> str:
     """What compiles, where something is to be compiled."""
+    if settings.backend == "nccl" and settings.engine.moe_backend == "jit":
+        return "the compiled experts are C++ for a CPU: with --backend nccl use --moe-backend auto"
     return extension.missing() if settings.engine.compiles_kernels else ""
 
 
