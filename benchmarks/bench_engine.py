@@ -22,6 +22,7 @@ import os
 import platform
 import statistics
 import subprocess
+import sys
 import tempfile
 import time
 import traceback
@@ -41,6 +42,9 @@ from repro.record import Recorder
 from repro.settings import RunSettings
 from repro.witness import read
 from repro.worker import loopback_store
+
+AGREE_SHARE, STRICT_MS = 0.01, 4.0
+"""What the cure may cost: of a step, and a collective at 8 ranks on 2 cores. The program fails when it costs more."""
 
 STEPS = 8  # of a round: few, so that rounds of all rows lie close together
 CHECKS = {
@@ -198,7 +202,14 @@ def main() -> None:
         f"{cost['step_us']} us of {base * 1e3:.0f} us, {cost['share']:.4%}"
     )
     agree_share = found["agree_us"] / 1e3 / base
-    print(f"agreeing: {found['agree_us']:.1f} us of {base * 1e3:.0f} us a step, {agree_share:.4%}")
+    strict_ms = next(row["extra_ms_per_collective"] for row in rows if CHECKS[row["row"]] == "strict")
+    kept = {"agree": agree_share <= AGREE_SHARE, "strict": strict_ms <= STRICT_MS}
+    told = {name: "ok" if ok else "MISSED" for name, ok in kept.items()}
+    print(
+        f"agreeing: {found['agree_us']:.1f} us of {base * 1e3:.0f} us a step, {agree_share:.4%}; "
+        f"limit {AGREE_SHARE:.0%}: {told['agree']}"
+    )
+    print(f"strict: {strict_ms} ms a collective; limit {STRICT_MS:g} ms: {told['strict']}")
     if arguments.json:
         commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True).stdout.strip()
         machine = {"cores": os.cpu_count(), "machine": platform.machine(), "python": platform.python_version()}
@@ -210,8 +221,11 @@ def main() -> None:
             "rows": rows,
             "recorder": cost,
             "agree": {"step_us": round(found["agree_us"], 1), "share": agree_share},
+            "limits": {"agree_share": AGREE_SHARE, "strict_ms_per_collective": STRICT_MS, "kept": kept},
         }
         arguments.json.write_text(json.dumps(document, indent=1) + "\n")
+    if not all(kept.values()):
+        sys.exit(1)
 
 
 if __name__ == "__main__":
