@@ -16,7 +16,8 @@ import torch.distributed as dist
 from hybrid_moe_ref.parallel.guard import Halt, ScheduleMismatch
 from hybrid_moe_ref.parallel.observer import Collective
 
-LOOK_UP_INTERVAL = timedelta(milliseconds=500)
+ANSWER_INTERVAL = timedelta(milliseconds=500)
+LOOK_UP_S = 0.1
 KEPT = 2
 """A rank deletes what it published so many collectives ago: by then every member has read it."""
 
@@ -62,21 +63,23 @@ class StorePreflight:
 
     def _await(self, keys: list[str], members: Sequence[int], collective: Collective, seq: int) -> None:
         since = time.monotonic()
-        while True:
-            try:
-                # The store answers when the last member comes; asking it again and again costs ten times as much.
-                self._store.wait(keys, LOOK_UP_INTERVAL)
-                return
-            except dist.DistNetworkError:
-                raise
-            except RuntimeError:  # a DistStoreError over TCP, a plain one over a file: not all are there yet
-                pass
+        try:
+            # The store answers when the last member comes; asking it again and again costs ten times as much.
+            self._store.wait(keys, ANSWER_INTERVAL)
+            return
+        except dist.DistNetworkError:
+            raise
+        except RuntimeError:  # a DistStoreError over TCP, a plain one over a file: not all are there yet
+            pass
+        # Somebody is late, maybe by minutes. Another `wait` that ends in vain would log two lines of C++ each time.
+        while not self._store.check(keys):
             if told := self._halt.heard() or self._lost():
                 raise told
             if time.monotonic() - since > self._patience_s:
                 absent = [rank for rank, key in zip(members, keys, strict=True) if not self._store.check([key])]
                 what = f"{collective.group} #{seq}, {_words(collective)}"
                 raise self._halt.tell(ScheduleMismatch(f"ranks {absent} did not come to {what}"))
+            time.sleep(LOOK_UP_S)
 
     @staticmethod
     def _key(group: str, seq: int, rank: int) -> str:

@@ -34,7 +34,10 @@ def hang(settings: RunSettings) -> Expected:
         max(step for step, ranks in enumerate(live) if rank in ranks) for rank in range(settings.num_ranks)
     ]
     first = min(last_live_step)
-    return Expected("deadlock", "skipped", tuple(r for r, step in enumerate(last_live_step) if step == first))
+    # Step 0 is the profile run, so serve step i is step i + 1; it is the last that they took part in.
+    return Expected(
+        "deadlock", "skipped", tuple(r for r, step in enumerate(last_live_step) if step == first), first + 1
+    )
 
 
 SCENARIO = Scenario(
