@@ -5,9 +5,11 @@ from __future__ import annotations
 import dataclasses
 import os
 import shutil
+import time
 
 import pytest
 import torch
+from folders import read_only
 from ranks import run_ranks
 
 from hybrid_moe_ref.config import preset
@@ -60,6 +62,7 @@ def serve(tmp_path, settings, in_rank=lambda rank: None):
         try:
             served = Engine(dataclasses.replace(server, engine=engine), comm).serve(settings.requests()[rank])
         except PrepareFailed as error:
+            told.stopped_s = time.monotonic()
             return str(error), told
         return served, told
 
@@ -111,3 +114,15 @@ def test_a_compiler_that_fails_on_one_rank_stops_all_with_its_reason(tmp_path):
     words = {text for text, _ in results}
     assert len(words) == 1, words
     assert "could not prepare: BuildFailed: torch.compile: " in words.pop()
+    assert not list((tmp_path / "cache").rglob("*.lock"))
+
+
+@pytest.mark.full
+def test_a_folder_that_cannot_be_written_to_stops_all_that_would_compile(tmp_path):
+    (tmp_path / "cache").mkdir()
+    with read_only(tmp_path / "cache"):
+        results = serve(tmp_path, settings_with({}))
+    (words,) = {text for text, _ in results}
+    assert "could not prepare: BuildFailed: cannot compile in " in words and "name another folder" in words, words
+    stopped_s = [told.stopped_s for _, told in results]
+    assert max(stopped_s) - min(stopped_s) < 5, stopped_s
