@@ -7,12 +7,14 @@ kernels either compiled or interpreted.
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import importlib.util
 import json
 import os
 import subprocess
 import sys
+import types
 from pathlib import Path
 
 import pytest
@@ -106,7 +108,75 @@ def test_without_a_gpu_or_the_interpreter_one_line_says_what_runs_instead(monkey
     ]
 
 
-LENGTHS = some.lists(some.sampled_from([0, 1, 2, 3, 31, 32, 33, 65]) | some.integers(0, 12), min_size=1, max_size=3)
+@contextlib.contextmanager
+def peer(package: str, module: str):
+    """The op's module of another project's kernels, which set-up keeps apart; no other test sees it."""
+    folder = Path(sys.prefix, "oracles")
+    if not (folder / package).is_dir():
+        pytest.skip(f"{package} is not installed")
+    before, there = dict(sys.modules), os.environ.get("TRITON_INTERPRET")
+    sys.path.insert(0, str(folder))
+    os.environ["TRITON_INTERPRET"] = "1"
+    sys.modules.pop(package, None)  # may be None, which keeps transformers from finding it
+    if package == "mamba_ssm":
+        sys.modules[package] = types.ModuleType(package)  # its own __init__ needs a GPU
+        sys.modules[package].__path__ = [str(folder / package)]
+    try:
+        yield importlib.import_module(module)
+    except ImportError as error:
+        pytest.skip(f"{module} does not import on a CPU: {error}")
+    finally:
+        sys.path.remove(str(folder))
+        if there is None:
+            del os.environ["TRITON_INTERPRET"]
+        for name in set(sys.modules) - set(before):
+            if name.split(".")[0] in ("fla", "mamba_ssm", "einops") or name == module:
+                del sys.modules[name]
+        if package in before:
+            sys.modules[package] = before[package]
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("seed", [0, 1])  # without and with limits of the time step
+def test_mamba_ssms_decode_is_called_as_it_wants_to_be(seed, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device", lambda index: contextlib.nullcontext())
+    case = cases.ssd_decode(seed, B=2, G=2, R=3, P=12, N=20, W=4, bias=True, norm=True)
+    with peer("mamba_ssm", "hybrid_moe_kernels.ssd.mamba_ssm") as module:
+        cases.check(case, module, torch.float32)
+
+
+@pytest.mark.full
+@pytest.mark.timeout(600)  # its import brings torch's compiler with it
+def test_flas_decode_is_called_as_it_wants_to_be(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device", lambda index: contextlib.nullcontext())
+    case = cases.gdn_decode(3, B=2, M=2, R=2, K=16, V=16, W=4)
+    with peer("fla", "hybrid_moe_kernels.gated_delta_rule.fla") as module:
+        cases.check(case, module, torch.float32)
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        cases.gdn_decode(20, B=1, M=1, R=2, K=16, V=16, W=2),
+        cases.ssd_decode(21, B=1, G=1, R=2, P=8, N=16, W=2, bias=True, norm=True),
+    ],
+    ids=str,
+)
+def test_a_decode_step_is_one_launch(case, monkeypatch):
+    launched, launch = [], triton.runtime.interpreter.GridExecutor.__call__
+
+    def count(self, *args, **options):
+        launched.append(self.fn.__name__)
+        return launch(self, *args, **options)
+
+    monkeypatch.setattr(triton.runtime.interpreter.GridExecutor, "__call__", count)
+    cases.check(case, module_of(case), torch.float32)
+    assert launched == ["_decode"]
+
+
+LENGTHS = some.lists(
+    some.sampled_from([0, 1, 2, 3, 31, 32, 33, 65, 130]) | some.integers(0, 12), min_size=1, max_size=3
+)
 ONE_TO = {limit: some.integers(1, limit) for limit in (2, 3, 4, 6, 20, 40)}
 NUMBERS = some.integers(0, 2**31)
 ANY = {

@@ -1,7 +1,7 @@
 """mamba_ssm behind the ops' signatures, to compare with; choose it with `registry.use("mamba_ssm")`.
 
 `prefill` runs sequences of one length together, as their kernel takes states in only for a dense batch. `decode` is the
-chain of launches around their `selective_state_update`.
+chain of launches around their `selective_state_update`, which also makes the time step where that has no limits.
 """
 
 import torch
@@ -65,14 +65,19 @@ def decode(
         return torch.empty_like(z_BI)
     xbc_BC = update(xbc_BC, conv_weight_CW, conv_bias_C, conv_JSC, slots_B)
     x, b, c = xbc_BC.split([H * P, G * N, G * N], dim=-1)
+    is_stock = dt_limit == (0.0, None)
+    dt_BH = dt_BH if is_stock else time_step(dt_BH, dt_bias_H, dt_limit)
+    dt_bias_H = dt_bias_H if is_stock else torch.zeros_like(dt_bias_H)  # not None, whose stride it would ask for
     y_BHP = selective_state_update(
         state_JHPN,
         x.unflatten(-1, (H, P)),
-        time_step(dt_BH, dt_bias_H, dt_limit)[..., None].expand(-1, -1, P),
+        dt_BH[..., None].expand(-1, -1, P),
         decay_rate(A_log_H)[:, None, None].expand(-1, P, N),
         b.unflatten(-1, (G, N)),
         c.unflatten(-1, (G, N)),
         D_H[:, None].expand(-1, P),
+        dt_bias=dt_bias_H[:, None].expand(-1, P),
+        dt_softplus=is_stock,
         state_batch_indices=slots_B.int(),
     )
     y_BI = y_BHP.flatten(-2)
