@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import argparse
 import functools
-import json
 import re
 import subprocess
 import sys
@@ -39,6 +38,7 @@ from hybrid_moe_kernels.moe import triton as moe
 from hybrid_moe_kernels.norm import triton as norm
 from hybrid_moe_kernels.rope import triton as rope
 from hybrid_moe_kernels.ssd import triton as ssd
+from machine import commit, cpu, versions, write
 from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction
 
@@ -181,8 +181,13 @@ def main() -> int:
     parser.add_argument("--dtype", choices=["bf16", "f32"], default="bf16")
     args = parser.parse_args()
     rows = report(torch.bfloat16 if args.dtype == "bf16" else torch.float32)
-    versions = {"triton": triton.__version__, "ptxas": triton.knobs.nvidia.ptxas.version, "torch": torch.__version__}
-    print(f"{args.dtype}, sm_90a; " + ", ".join(f"{name} {version}" for name, version in versions.items()))
+    document = {
+        "hardware": f"compiled for sm_90a on {cpu()}; nothing ran",
+        "versions": versions("triton") | {"ptxas": triton.knobs.nvidia.ptxas.version},
+        "commit": commit(),
+        "rows": rows,
+    }
+    print(f"{args.dtype}, sm_90a; " + ", ".join(f"{name} {version}" for name, version in document["versions"].items()))
     print(f"{'op':40}{'kernel':15}{'warps':>6}{'registers':>10}{'spilt':>7}{'shared':>9}{'programs':>9}  tensor cores")
     for row in rows:
         print(
@@ -190,8 +195,7 @@ def main() -> int:
             f"{row['shared_bytes']:9}{row['programs_per_multiprocessor']:9}  {row['tensor_cores']}"
         )
     if args.json:
-        args.json.parent.mkdir(parents=True, exist_ok=True)
-        args.json.write_text(json.dumps({"versions": versions, "rows": rows}, indent=1) + "\n")
+        write(args.json, document)
     too_large = [row["kernel"] for row in rows if row["shared_bytes"] > SHARED_LIMIT]
     if too_large:
         print(f"more than {SHARED_LIMIT} bytes of shared memory: {', '.join(too_large)}")
