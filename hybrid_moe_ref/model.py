@@ -18,6 +18,7 @@ from typing import Any, Self
 import torch
 import torch.nn.functional as F
 from hybrid_moe_kernels import linear
+from hybrid_moe_kernels.checks import values_known
 from torch import Tensor, nn
 
 from hybrid_moe_ref import checkpoint, generation, weights
@@ -156,8 +157,9 @@ class HybridMoE(nn.Module):
             cache.check_model(self.config, self.dtype)
         pasts = cache.begin(batch) if cache is not None else None
         x_NH = self.model.embed_tokens(tokens_N)
-        for index, block in enumerate(self.blocks):
-            x_NH = block(x_NH, batch, pasts[index] if pasts is not None else None)
+        with values_known():  # the cache gave out the slots, and the batch counted the rows
+            for index, block in enumerate(self.blocks):
+                x_NH = block(x_NH, batch, pasts[index] if pasts is not None else None)
         if cache is not None:
             cache.commit(batch)
         return self.model.norm(x_NH)
@@ -169,7 +171,8 @@ class HybridMoE(nn.Module):
         if cache is not None:
             cache.check_model(draft_config(self.config), self.dtype)
         pasts = cache.begin(batch) if cache is not None else None
-        hidden_NH = self.mtp(self.model.embed_tokens(tokens_N), hidden_NH, batch, pasts)
+        with values_known():
+            hidden_NH = self.mtp(self.model.embed_tokens(tokens_N), hidden_NH, batch, pasts)
         if cache is not None:
             cache.commit(batch)
         return hidden_NH

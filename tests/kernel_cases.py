@@ -37,17 +37,19 @@ class Case:
 
     def inputs(self, dtype: torch.dtype, device: str, spaced: bool = True) -> list[Any]:
         """Fresh arguments of that dtype, spaced apart in memory."""
-        out = []
-        for place, x in enumerate(self.args):
+
+        def one(place: int, x: Any) -> Any:
+            if isinstance(x, list):
+                return [one(place, each) for each in x]
             if not isinstance(x, Tensor):
-                out.append(x)
-                continue
+                return x
             if x.is_floating_point():
                 is_wide = place in self.wide or dtype == torch.float64
                 x = x.to(torch.promote_types(dtype, torch.float32) if is_wide else dtype)
             x = x.to(device, copy=True)
-            out.append(_space(x, self.dense.get(place, 1)) if spaced and x.is_floating_point() else x)
-        return out
+            return _space(x, self.dense.get(place, 1)) if spaced and x.is_floating_point() else x
+
+        return [one(place, x) for place, x in enumerate(self.args)]
 
 
 def _space(x: Tensor, dense: int) -> Tensor:
@@ -98,7 +100,7 @@ def call(case: Case, module: Any, dtype: torch.dtype, device: str, checked: bool
         used = torch.zeros(old.shape[0], dtype=torch.bool, device=old.device)
         used[args[case.states[-1] + 1]] = True  # slots come after the states
         assert torch.equal(args[place][~used], old[~used]), f"{case}: a slot changed that no sequence has"
-    return [*(out if isinstance(out, tuple) else (out,)), *(args[place] for place in case.states)]
+    return [*(out if isinstance(out, tuple | list) else (out,)), *(args[place] for place in case.states)]
 
 
 def reference(case: Case, dtype: torch.dtype) -> Result:
@@ -242,6 +244,21 @@ def experts(seed: int, N: int, E: int, K: int, H: int, I: int) -> Case:
     args = [draw(N, H), weights, ids, draw(E, 2 * I, H) * H**-0.5, draw(E, H, I) * I**-0.5]
     sizes = {"N": N, "E": E, "K": K, "H": H, "I": I}
     return Case("moe.experts", sizes, seed, args, dense={3: 2, 4: 2}, wide=(1,))
+
+
+def mixture(seed: int, N: int, E: int, K: int, H: int, I: int, S: int) -> Case:
+    """With K = E, no rounding changes the choice."""
+    _, draw = _draw(seed)
+    args = [draw(N, H), draw(E, H) * H**-0.5, draw(E, 2 * I, H) * H**-0.5, draw(E, H, I) * I**-0.5]
+    args += [draw(S, H) * H**-0.5, draw(S, H) * H**-0.5, draw(H, S) * S**-0.5, draw(1, H) * H**-0.5]
+    sizes = {"N": N, "E": E, "K": K, "H": H, "I": I, "S": S}
+    return Case("moe.mixture", sizes, seed, args, {"top_k": K}, dense=dict.fromkeys(range(1, 8), 3))
+
+
+def project(seed: int, N: int, H: int, O: list[int]) -> Case:
+    _, draw = _draw(seed)
+    weights = [draw(size, H) * H**-0.5 for size in O]
+    return Case("linear.project", {"N": N, "H": H, "O": O}, seed, [draw(N, H), weights], dense={1: 2})
 
 
 def rms_norm(seed: int, N: int, H: int) -> Case:

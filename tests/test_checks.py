@@ -1,0 +1,73 @@
+"""What is refused before anything is launched, and when nobody looks."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable
+
+import kernel_cases as cases
+import pytest
+import torch
+from hybrid_moe_kernels import checks, native, registry
+from torch import Tensor
+
+from hybrid_moe_ref import HybridMoE, preset
+
+CASES = [
+    *{case.op: case for case in cases.SMALL}.values(),
+    cases.mixture(19, N=3, E=4, K=2, H=16, I=8, S=12),
+    cases.project(20, N=3, H=16, O=[8, 5]),
+]
+
+
+def spoil_strides(x: Tensor) -> Tensor | None:
+    """The same numbers with a gap between the last dimension's."""
+    return x.repeat_interleave(2, -1)[..., ::2] if x.dim() and x.shape[-1] > 1 else None
+
+
+MUTATIONS: dict[str, Callable[[Tensor], Tensor | None]] = {
+    "shape": lambda x: x[None],
+    "dtype": lambda x: x.int(),
+    "strides": spoil_strides,
+    "device": lambda x: x.to("meta"),
+}
+
+
+@pytest.mark.parametrize("backend", ["torch", "native"])
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.op)
+def test_every_argument_is_checked(case: cases.Case, backend: str) -> None:
+    """In each way that it can be wrong; the text names an argument, not always the one that was changed."""
+    if backend == "native" and native.prepare():
+        pytest.skip(f"native kernels: {native.missing()}")
+    package, _, function = case.op.partition(".")
+    op: registry.Op = getattr(importlib.import_module(f"hybrid_moe_kernels.{package}"), function)
+    good = case.inputs(torch.float32, "cpu", spaced=False)
+    places = [place for place, x in enumerate(good) if isinstance(x, Tensor)]
+    with registry.using(backend):
+        op(*good, **case.options)
+        for place in places:
+            for what, mutate in MUTATIONS.items():
+                bad = mutate(good[place])
+                if bad is None or (what == "device" and len(places) == 1):
+                    continue
+                args = [*good[:place], bad, *good[place + 1 :]]
+                with pytest.raises(ValueError, match=r"^\w+: .*wanted"):
+                    op(*args, **case.options)
+                    pytest.fail(f"{case.op}: argument {place} with another {what} was taken")
+
+
+def test_a_models_step_looks_at_no_index_on_a_device() -> None:
+    """There, looking would wait for the device in every layer. A meta tensor has no values, so looking is an error."""
+    slots, starts = torch.empty(2, dtype=torch.int64, device="meta"), torch.empty(3, dtype=torch.int64, device="meta")
+    with pytest.raises((NotImplementedError, RuntimeError)):
+        checks.slots("slots_B", slots, 4)
+    with checks.values_known():
+        checks.slots("slots_B", slots, 4)
+        checks.cu_seqlens("cu_seqlens_X", starts, 2, 7)
+        with pytest.raises(ValueError, match="index 9, wanted 0 to 3"):  # on a CPU the look is free
+            checks.slots("slots_B", torch.tensor([9]), 4)
+    model, seen = HybridMoE(preset("tiny"), device="meta").init_weights(0), []
+    for block in model.blocks:
+        block.register_forward_pre_hook(lambda *args: seen.append(checks._looks))
+    model(torch.zeros(1, 3, dtype=torch.long))
+    assert seen and not any(seen) and checks._looks
