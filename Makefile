@@ -27,13 +27,16 @@ test-all: .venv/.ready-test  ## every test; what the machine cannot run is skipp
 test-gpu: .venv/.ready-test  ## what needs a CUDA device; all skipped without one
 	$(VENV_PYTHON) -m pytest -m gpu $(ARGS)
 
-bench: .venv/.ready-test  ## what the verdict, the watching and the model cost, beside a peer in the same run
-	mkdir -p benchmarks/results
-	$(VENV_PYTHON) benchmarks/bench_verdict.py
-	$(VENV_PYTHON) benchmarks/bench_engine.py --json benchmarks/results/engine.json
-	$(VENV_PYTHON) benchmarks/bench_model.py --json benchmarks/results/model.json
-	$(VENV_PYTHON) benchmarks/kernel_registers.py --json benchmarks/results/kernel_registers.json
-	$(VENV_PYTHON) benchmarks/bench_kernels_gpu.py --json benchmarks/results/kernels_gpu.json
+bench: .venv/.ready-bench  ## what the verdict, the watching, the kernels and the model cost, beside a peer in the same run
+	@set -e; to=benchmarks/results; on=$$($(VENV_PYTHON) benchmarks/machine.py); mkdir -p $$to; \
+	run() { echo "$$@"; $(VENV_PYTHON) "$$@"; }; \
+	run benchmarks/bench_verdict.py; \
+	run benchmarks/bench_engine.py --json $$to/engine_$$on.json; \
+	run benchmarks/bench_kernels.py --json $$to/kernels_$$on.json; \
+	run benchmarks/bench_model.py --json $$to/model_$$on.json; \
+	run benchmarks/kernel_registers.py --json $$to/kernel_registers_$$on.json; \
+	run benchmarks/bench_kernels_gpu.py --json $$to/kernels_gpu_$$on.json; \
+	run benchmarks/plots.py $$to/*_$$on.json
 
 bundle: .venv/.ready-repro  ## the newest run as one zip to attach to a bug report
 	@$(VENV_PYTHON) -m repro bundle runs/latest $(ARGS)

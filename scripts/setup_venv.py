@@ -1,4 +1,4 @@
-"""Make or complete .venv for one use of it: ``setup_venv.py repro | test | lint``. Called by the Makefile.
+"""Make or complete .venv for one use of it: ``setup_venv.py repro | test | bench | lint``. Called by the Makefile.
 
 A torch >= 2.11 that this Python already has is used as it is; otherwise torch is installed, and on Linux
 without a GPU only its CPU build, never the gigabytes of CUDA libraries. While something is being installed,
@@ -19,7 +19,9 @@ VENV_PYTHON = VENV / "bin" / "python"
 UNFINISHED = VENV / ".unfinished"
 INPUTS = [ROOT / "pyproject.toml", ROOT / "setup.py", Path(__file__).resolve()]
 
-EXTRAS = {"repro": "[native]", "test": "[native,test]", "lint": "[native,dev]"}
+EXTRAS = {
+    "repro": "[native]", "test": "[native,test]", "bench": "[native,test,bench]", "lint": "[native,dev]"
+}  # fmt: skip
 # Packages of which tests load single files of plain torch. They lie apart, where no other import finds them: with fla
 # in sight transformers uses its kernels, which fail without a GPU, and without one mamba-ssm cannot be imported as a
 # whole. Exact versions, as internals are used; without what they depend on, which is gigabytes.
@@ -138,7 +140,7 @@ def install(use: str) -> None:
         version, why_not = working_torch(VENV_PYTHON)
         if not version:
             sys.exit(f"setup: torch was installed but does not work: {why_not}")
-    if use == "test":
+    if use in ("test", "bench"):
         install_oracles(f"torch=={version}")
         install_interpreter(f"torch=={version}")
 

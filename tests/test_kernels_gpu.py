@@ -12,6 +12,7 @@ import os
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import kernel_cases as cases
@@ -27,6 +28,9 @@ pytestmark = [
     pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed"),
 ]
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["f32", "bf16"])
+
+FRESH = int(os.environ.get("HMR_SEED") or time.time_ns() % 10**6)
+"""First seed of inputs that nobody has tried before; HMR_SEED repeats them."""
 
 REAL = [
     cases.gdn_prefill(101, [1, 63, 64, 65, 0, 777], M=2, R=4, K=128, V=128),
@@ -74,9 +78,10 @@ def test_no_tokens_are_no_launch(case):
 
 
 @DTYPES
-@pytest.mark.parametrize("first_seed", [0, 20])
+@pytest.mark.parametrize("first_seed", [0, FRESH], ids=["fixed", "fresh"])
 def test_any_lengths(dtype, first_seed):
-    """Sizes stay, as each new one compiles; lengths, states, slots and numbers are new each time."""
+    """Sizes stay, as each new one compiles; lengths, states, slots and numbers are new each time, and a failure names
+    its seed."""
     random = torch.Generator().manual_seed(first_seed)
     for seed in range(first_seed, first_seed + 20):
         lengths = (2000 ** torch.rand(4, generator=random)).long().tolist()
@@ -105,28 +110,30 @@ STEPS = [
 @DTYPES
 @pytest.mark.parametrize("case", STEPS, ids=str)
 def test_a_captured_step_replays_for_new_inputs(case, dtype):
-    """Three replays, each with other numbers and other slots, against the reference on the same states."""
-    function, reference = (
-        case.op.rpartition(".")[2],
-        importlib.import_module(f"hybrid_moe_kernels.{case.op.partition('.')[0]}.reference"),
-    )
-    run = getattr(module_of(case), function)
+    """Three replays, each with other numbers and other slots, against the reference on the same states; what the graph
+    allocates is NaN before each."""
+    if case.op == "moe.route" and dtype == torch.bfloat16:
+        pytest.skip("equal logits, whose order is free")
+    package, _, function = case.op.partition(".")
+    op = getattr(importlib.import_module(f"hybrid_moe_kernels.{package}"), function)
+    reference = getattr(importlib.import_module(f"hybrid_moe_kernels.{package}.reference"), function)
     args = case.inputs(dtype, "cuda")
+    assert op.pick("cuda", dtype).run is getattr(module_of(case), function)
     kept = [x.clone() if isinstance(x, torch.Tensor) else x for x in args]
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side), registry.unchecked():
-        run(*args, **case.options)  # compiles
+    with torch.cuda.stream(side):
+        op(*args, **case.options)  # checks its arguments, and compiles
     torch.cuda.current_stream().wait_stream(side)
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph), registry.unchecked():
-        out = run(*args, **case.options)
+    with poisoned(), torch.cuda.graph(graph), registry.unchecked():
+        out = op(*args, **case.options)
     for x, old in zip(args, kept, strict=True):
         if isinstance(x, torch.Tensor):
             x.copy_(old)
     inputs = [n for n, x in enumerate(args) if isinstance(x, torch.Tensor) and x.is_floating_point()]
-    for replay in range(3):
-        random = torch.Generator().manual_seed(replay)
+    for seed in range(FRESH, FRESH + 3):
+        random = torch.Generator().manual_seed(seed)
         for place in inputs:
             if place not in case.states:
                 shuffled = torch.randperm(args[place].shape[0], generator=random).cuda()
@@ -135,19 +142,23 @@ def test_a_captured_step_replays_for_new_inputs(case, dtype):
             slots = args[case.states[-1] + 1]
             num_slots = args[case.states[0]].shape[0]
             slots.copy_(torch.randperm(num_slots, generator=random)[: slots.shape[0]])
-        wide = [
-            x.double().cpu() if isinstance(x, torch.Tensor) and x.is_floating_point()
-            else x.cpu() if isinstance(x, torch.Tensor) else x
-            for x in args
-        ]  # fmt: skip
-        want = getattr(reference, function)(*wide, **case.options)
+        here = [x.cpu().clone() if isinstance(x, torch.Tensor) else x for x in args]
+        wide = [x.double() if isinstance(x, torch.Tensor) and x.is_floating_point() else x for x in here]
+        want, theirs = results(case, reference, wide), results(case, reference, here)
         graph.replay()
         torch.cuda.synchronize()
-        results = [*(out if isinstance(out, tuple) else (out,)), *(args[place] for place in case.states)]
-        wanted = [*(want if isinstance(want, tuple) else (want,)), *(wide[place] for place in case.states)]
-        for got, right in zip(results, wanted, strict=True):
-            if right.is_floating_point():
-                assert error(got, right) <= (5e-6 if dtype == torch.float32 else 2e-2), f"{case}, replay {replay}"
+        got = [*(out if isinstance(out, tuple) else (out,)), *(args[place] for place in case.states)]
+        for mine, yours, right in zip(got, theirs, want, strict=True):
+            if not right.is_floating_point():
+                assert torch.equal(mine.cpu(), right), f"{case}, shuffled by seed {seed}"
+                continue
+            limit = 5e-6 if dtype == torch.float32 else 1.2 * error(yours, right) + 1e-5
+            assert error(mine, right) <= limit, f"{case}, shuffled by seed {seed}"
+
+
+def results(case, run, args):
+    out = run(*args, **case.options)
+    return [*(out if isinstance(out, tuple) else (out,)), *(args[place] for place in case.states)]
 
 
 @pytest.mark.parametrize("num_sequences", [1, 64, 500])
