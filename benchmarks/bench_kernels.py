@@ -1,0 +1,298 @@
+"""The C++ kernels on this CPU, op by op, beside the torch reference and what others run, in one process.
+
+    python benchmarks/bench_kernels.py [--only OP] [--budget 0.05] [--strict] [--json FILE]
+
+A row is an op at one size and dtype. It is timed only if the native result is right on the inputs that are timed:
+float32 within 5e-6 of float64, bfloat16 no farther from it than 1.2 times the torch reference in bfloat16. (Those of
+`moe` are checked on fewer experts, a mixture with all of them picked, as rounding may change a choice.) The
+implementations take turns, and the best call of each counts. `floor` are the bytes that a call must touch over the
+bandwidth of a copy. Sizes are those of a layer of the race configuration, and, as "wide", of one with heads of 128.
+
+`--strict`: exit status 1 where the registry would pick native and torch or the peer is faster; 1 anyway where a result
+is wrong. What is not covered: small inputs stay in the caches between calls, for all that are compared; that is faster
+than the floor, which is of memory.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import itertools
+import math
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from hybrid_moe_kernels import native, registry
+from machine import ROOT, commit, copy_bandwidth, cpu, product_rate, versions, write
+from torch import Tensor
+
+sys.path.insert(0, str(ROOT / "tests"))  # for the cases that the tests check
+import cpu_peers
+import kernel_cases as cases
+
+DTYPES = {"f32": torch.float32, "bf16": torch.bfloat16}
+LARGE = 2000  # results of fewer numbers round by luck
+ROUNDS = 4  # in which the implementations alternate, so that a busy machine slows all
+
+
+@dataclass
+class Row:
+    """`size` is what grows along a series; `work` the multiplications and additions of a call."""
+
+    op: str
+    series: str
+    size: int
+    case: cases.Case
+    work: float
+    gate: cases.Case | None = None
+    held: tuple[int, ...] = ()  # places of weights of which a call touches only the experts that it hits
+    found: dict[str, Any] = field(default_factory=dict)
+
+
+def rows(only: str = "") -> Iterator[Row]:
+    """Race: GDN of 4 key and 8 value heads of 64, hidden 256, 512 experts of 64, 10 picks. Wide: heads of 128."""
+    for packages, make in (
+        (("gated_delta_rule", "ssd", "causal_conv"), recurrent_rows),
+        (("moe",), expert_rows),  # not made for nothing: 200 MB of weights in float64
+        (("norm", "rope", "linear"), small_rows),
+    ):
+        if any(package.startswith(only.partition(".")[0]) for package in packages):
+            yield from (row for row in make() if row.op.startswith(only))
+
+
+def recurrent_rows() -> Iterator[Row]:
+    for series, M, R, K in (("race", 4, 2, 64), ("wide", 8, 2, 128)):
+        H, C = M * R, 2 * M * K + M * R * K
+        for T in (1, 16, 64, 512, 2048) if series == "race" else (512,):
+            case = cases.gdn_prefill(T, [T], M, R, K, K)
+            yield Row("gated_delta_rule.prefill", series, T, case, 7 * T * H * K * K)
+        for B in (1, 2, 8, 32) if series == "race" else (1, 8):
+            case = cases.gdn_decode(B, B, M, R, K, K, 4)
+            yield Row("gated_delta_rule.decode", series, B, case, B * (7 * H * K * K + 8 * C))
+    for series, G, R, P, N in (("race", 1, 8, 64, 64), ("wide", 8, 4, 64, 128)):
+        H = G * R
+        for T in (1, 16, 64, 512, 2048) if series == "race" else (512,):
+            yield Row("ssd.prefill", series, T, cases.ssd_prefill(T, [T], G, R, P, N), 5 * T * H * P * N)
+        for B in (1, 2, 8, 32) if series == "race" else (1, 8):
+            case = cases.ssd_decode(2 * B, B, G, R, P, N, 4, bias=True, norm=True)
+            yield Row("ssd.decode", series, B, case, B * H * P * (5 * N + 8))
+    for T in (1, 16, 64, 512, 2048):
+        yield Row("causal_conv.prefill", "race", T, cases.conv_prefill(T, [T], 1024, 4, False), 8 * T * 1024)
+    for B in (1, 2, 8, 32):
+        yield Row("causal_conv.update", "race", B, cases.conv_update(B, B, 1024, 4, False), 8 * B * 1024)
+
+
+def expert_rows() -> Iterator[Row]:
+    E, K, H, I = 512, 10, 256, 64
+    for N in (1, 2, 8, 32, 128, 512):
+        work = 6 * N * K * H * I
+        gate = cases.experts(N, N, 32, K, H, I)
+        yield Row("moe.experts", "race", N, cases.experts(N, N, E, K, H, I), work, gate, held=(3, 4))
+        work += N * (2 * E * H + 6 * H * I)
+        gate = cases.mixture(N, min(N, 8), 16, 16, H, I, I)
+        yield Row("moe.mixture", "race", N, cases.mixture(N, N, E, K, H, I, I), work, gate, held=(2, 3))
+
+
+def small_rows() -> Iterator[Row]:
+    for N in (1, 8, 64, 512, 2048):
+        yield Row("norm.rms_norm", "race", N, cases.rms_norm(N, N, 256), 4 * N * 256)
+        yield Row("norm.norm_then_gate", "race", N, cases.norm_then_gate(N, N * 8, 64), 8 * N * 512)
+        yield Row("norm.gate_then_norm", "race", N, cases.gate_then_norm(N, N, 1, 512), 8 * N * 512)
+        yield Row("rope.rotate", "race", N, cases.rotate(N, N, 8, 64, 8), 6 * N * 8 * 8)
+    for N in (1, 2, 8):
+        outputs = [1024, 512, 8, 8]
+        yield Row("linear.project", "race", N, cases.project(N, N, 256, outputs), 2 * N * 256 * sum(outputs))
+
+
+def function(op: str, backend: str) -> Callable[..., Any]:
+    package, _, name = op.partition(".")
+    return getattr(importlib.import_module(f"hybrid_moe_kernels.{package}.{backend}"), name)
+
+
+def results(case: cases.Case, run: Callable[..., Any], dtype: torch.dtype) -> list[Tensor]:
+    """The outputs, and then the states."""
+    args = case.inputs(dtype, "cpu", spaced=False)
+    out = run(*args, **case.options)
+    return [*(out if isinstance(out, tuple | list) else (out,)), *(args[place] for place in case.states)]
+
+
+def wrong(op: str, case: cases.Case, dtype: torch.dtype) -> str:
+    """What is wrong with the native result, "" for nothing."""
+    reference = function(op, "reference")
+    truth = results(case, reference, torch.float64)
+    got = results(case, function(op, "native"), dtype)
+    theirs = results(case, reference, dtype) if dtype == torch.bfloat16 else got
+    for number, (mine, yours, want) in enumerate(zip(got, theirs, truth, strict=True)):
+        limit = 5e-6
+        if dtype == torch.bfloat16:
+            limit = max(1.2 * cases.error(yours, want), 2.0**-9 if want.numel() < LARGE else limit)
+        off = cases.error(mine, want)
+        if not off <= limit:
+            return f"result {number} is off by {off:.1e}, allowed {limit:.1e}"
+    return ""
+
+
+def inputs_of(row: Row, dtype: torch.dtype) -> list[list[Any]]:
+    """Argument lists of calls that take turns: of experts, each hits others."""
+    first = row.case.inputs(dtype, "cpu", spaced=False)
+    if row.op == "moe.experts":
+        E = first[3].shape[0]
+        return [[*first[:2], (first[2].clamp(0, E - 1) + 61 * turn) % E, *first[3:]] for turn in range(8)]
+    if row.op == "moe.mixture":
+        return [[torch.randn_like(first[0]), *first[1:]] for turn in range(8)]
+    return [first]
+
+
+def touched(row: Row, args: list[Any]) -> float:
+    """Bytes that a call must read or write: of states only those of its sequences, of experts those that it hits."""
+    total = 0.0
+    flat = itertools.chain.from_iterable(
+        [(place, x)] if not isinstance(x, list) else [(place, each) for each in x] for place, x in enumerate(args)
+    )
+    for place, x in flat:
+        if not isinstance(x, Tensor):
+            continue
+        share = 1.0
+        if place in row.case.states:
+            share = 2 * args[row.case.states[-1] + 1].numel() / x.shape[0]
+        elif place in row.held:
+            picks = row.size * (args[2].shape[1] if row.op == "moe.experts" else row.case.options["top_k"])
+            share = 1 - (1 - 1 / x.shape[0]) ** picks
+        total += share * x.numel() * x.element_size()
+    out = row.case.args[0].numel() if row.op != "linear.project" else row.size * sum(row.case.sizes["O"])
+    return total + out * args[0].element_size()
+
+
+def race(
+    runners: dict[str, Callable[..., Any]], row: Row, inputs: list[list[Any]], dtype: torch.dtype, budget_s: float
+) -> dict[str, float]:
+    """Best microseconds of a call of each, on states of their own."""
+    turns = {name: itertools.cycle(inputs_of(row, dtype) if row.case.states else inputs) for name in runners}
+    best: dict[str, float] = {}
+    for name, run in runners.items():
+        start = time.perf_counter()
+        run(*next(turns[name]), **row.case.options)
+        best[name] = time.perf_counter() - start
+    first = dict(best)
+    for _ in range(ROUNDS):
+        for name, run in runners.items():
+            repeat = max(1, min(20, int(1e-3 / first[name])))  # short calls go several at a time
+            for _ in range(max(1, min(30, int(budget_s / ROUNDS / (repeat * first[name]))))):
+                args = [next(turns[name]) for _ in range(repeat)]
+                start = time.perf_counter()
+                for each in args:
+                    run(*each, **row.case.options)
+                best[name] = min(best[name], (time.perf_counter() - start) / repeat)
+    return {name: seconds * 1e6 for name, seconds in best.items()}
+
+
+def measure(row: Row, dtype: torch.dtype, peers: dict[str, Any], bandwidth: float, budget_s: float) -> None:
+    """Fill in what was found."""
+    row.found["wrong"] = wrong(row.op, row.gate or row.case, dtype)
+    if row.found["wrong"]:
+        return
+    runners = {"native": function(row.op, "native"), "torch": function(row.op, "reference")}
+    for key, (name, peer) in peers.items():
+        if key.partition(" ")[0] == row.op and not (key.endswith("batched_mm") and row.size > 8):
+            runners[name] = peer
+    theirs = [name for name in runners if name not in ("native", "torch")]
+    inputs = inputs_of(row, dtype)
+    row.found["bytes"] = touched(row, inputs[0])
+    row.found["floor_us"] = row.found["bytes"] / bandwidth * 1e6
+    row.found["work"] = row.work
+    if theirs:  # the same maths? in bfloat16, as far apart as rounding takes them
+        states = [inputs_of(row, dtype)[0] if row.case.states else inputs[0] for _ in range(2)]
+        mine, yours = (
+            runners[name](*args, **row.case.options) for name, args in zip(("torch", theirs[0]), states, strict=True)
+        )
+        row.found["peer_apart"] = cases.error(yours, mine.double())
+    times = race(runners, row, inputs, dtype, budget_s)
+    row.found |= {"native_us": times["native"], "torch_us": times["torch"]}
+    row.found["torch_ratio"] = times["torch"] / times["native"]
+    if theirs:
+        row.found["peer"] = min(theirs, key=times.__getitem__)
+        row.found["peer_us"] = times[row.found["peer"]]
+        row.found["ratio"] = row.found["peer_us"] / times["native"]
+
+
+def line(row: Row, dtype: str) -> str:
+    name, found = f"{row.op:25}{row.series:5}{row.size:6} {dtype:5}", row.found
+    if found["wrong"]:
+        return f"{name} WRONG: {found['wrong']}"
+    peer = f"{found['peer']:24}{found['peer_us']:10.1f} {found['ratio']:6.2f}x" if "peer" in found else ""
+    return f"{name}{found['native_us']:10.1f}{found['torch_us']:10.1f} {found['torch_ratio']:6.2f}x  {peer}"
+
+
+def losses(all_rows: list[dict[str, Any]]) -> list[str]:
+    """An op and dtype whose native function, over its sizes together, does not beat torch or the peer."""
+    told = []
+    for op, dtype in sorted({(row["op"], row["dtype"]) for row in all_rows}):
+        for against in ("torch_ratio", "ratio"):
+            ratios = [row[against] for row in all_rows if (row["op"], row["dtype"]) == (op, dtype) and against in row]
+            mean = math.exp(sum(map(math.log, ratios)) / len(ratios)) if ratios else math.inf
+            if mean < 1:
+                skipped = ("native", op, DTYPES[dtype]) in registry.SLOWER
+                told.append(f"{op} {dtype}: {mean:.2f} x {'torch' if against == 'torch_ratio' else 'the peer'}"
+                            + (", and the registry does not pick it" if skipped else " MISSED"))  # fmt: skip
+    return told
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", default="", metavar="OP", help="ops whose name begins so")
+    parser.add_argument("--dtype", nargs="+", choices=DTYPES, default=list(DTYPES))
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--budget", type=float, default=0.05, help="seconds for each implementation of a row")
+    parser.add_argument("--strict", action="store_true", help="exit status 1 where native is picked and loses")
+    parser.add_argument("--json", type=Path, metavar="FILE")
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    torch.set_flush_denormal(True)
+    lack = native.prepare()
+    if lack:
+        print(f"bench_kernels: not run: native kernels: {lack}")
+        return 0
+    peers, lacking = cpu_peers.peers()
+    for what in lacking:
+        print(f"bench_kernels: not compared: {what}")
+    bandwidth, rate = copy_bandwidth(), product_rate()
+    document: dict[str, Any] = {
+        "hardware": cpu(),
+        "instruction_set": native.library().instruction_set(),
+        "versions": versions("transformers", "mamba_ssm"),
+        "commit": commit(),
+        "copy_bytes_per_s": bandwidth,
+        "product_per_s": rate,
+        "rows": [],
+    }
+    print(f"{document['hardware']}, {document['instruction_set']}, torch {torch.__version__}, {document['commit'][:9]}")
+    print(
+        f"copy {bandwidth / 1e9:.1f} GB/s, products {rate / 1e9:.0f} GFLOP/s in float32; microseconds, and times ours"
+    )
+    print(f"{'op':25}{'':5}{'size':>6} {'dtype':5}{'native':>10}{'torch':>10}          peer")
+    with torch.inference_mode():
+        for row in rows(args.only):
+            for dtype in args.dtype:
+                row.found = {}
+                measure(row, DTYPES[dtype], peers, bandwidth, args.budget)
+                print(line(row, dtype), flush=True)
+                about = {"op": row.op, "series": row.series, "size": row.size, "dtype": dtype, "sizes": row.case.sizes}
+                document["rows"].append({**about, **row.found})
+                if args.json:
+                    write(args.json, document)
+    document["losses"] = losses(document["rows"])
+    for told in document["losses"]:
+        print(told)
+    if args.json:
+        write(args.json, document)
+    is_wrong = any(row["wrong"] for row in document["rows"])
+    return 1 if is_wrong or (args.strict and any("MISSED" in told for told in document["losses"])) else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
