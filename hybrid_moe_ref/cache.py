@@ -48,34 +48,47 @@ class Snapshot:
 
 @dataclass(frozen=True, eq=False)
 class KVPast:
-    """One attention layer's view of a group's sequences."""
+    """One attention layer's view of a group's sequences. `lengths_B` and the longest of them, `length`, count the new
+    tokens."""
 
     kv_PL2KD: Tensor
     page_BT: Tensor
     offset_BT: Tensor
     table_BP: Tensor
+    lengths_B: Tensor
     length: int
 
-    def extend(self, k_BTKD: Tensor, v_BTKD: Tensor) -> tuple[Tensor, Tensor]:
-        """Append the new keys and values; return all of them, [B, S, K, D]. Entries after a sequence's own end are
-        finite, and hidden by their positions."""
+    def append(self, k_BTKD: Tensor, v_BTKD: Tensor) -> None:
+        """Keep the new keys and values."""
         new_BT2KD = torch.stack([k_BTKD, v_BTKD], dim=2)
         self.kv_PL2KD[self.page_BT, self.offset_BT] = new_BT2KD.to(self.kv_PL2KD.dtype)
+
+    def extend(self, k_BTKD: Tensor, v_BTKD: Tensor) -> tuple[Tensor, Tensor]:
+        """Append, and return all keys and values, [B, S, K, D]. Entries after a sequence's own end are finite, and
+        hidden by their positions."""
+        self.append(k_BTKD, v_BTKD)
         kv_BS2KD = self.kv_PL2KD[self.table_BP].flatten(1, 2)[:, : self.length]
         return kv_BS2KD[:, :, 0].to(k_BTKD.dtype), kv_BS2KD[:, :, 1].to(v_BTKD.dtype)
 
 
 @dataclass(frozen=True, eq=False)
 class KVRun:
-    """The same for a single sequence whose pages follow one another: nothing is gathered."""
+    """The same for a single sequence whose pages follow one another, as one long page: nothing is gathered."""
 
-    kv_S2KD: Tensor
+    kv_PL2KD: Tensor
     start: int
+    table_BP: Tensor
+    lengths_B: Tensor
+    length: int
+
+    def append(self, k_BTKD: Tensor, v_BTKD: Tensor) -> None:
+        """Keep the new keys and values."""
+        torch.stack([k_BTKD, v_BTKD], dim=2, out=self.kv_PL2KD[:, self.start :])
 
     def extend(self, k_BTKD: Tensor, v_BTKD: Tensor) -> tuple[Tensor, Tensor]:
-        kv_1S2KD = self.kv_S2KD[None]
-        torch.stack([k_BTKD, v_BTKD], dim=2, out=kv_1S2KD[:, self.start :])
-        return kv_1S2KD[:, :, 0], kv_1S2KD[:, :, 1]
+        """Append, and return all keys and values, [B, S, K, D]."""
+        self.append(k_BTKD, v_BTKD)
+        return self.kv_PL2KD[:, :, 0], self.kv_PL2KD[:, :, 1]
 
 
 @dataclass(frozen=True, eq=False)
@@ -248,10 +261,12 @@ class HybridCache:
                 pasts[layer].append(StatePast(conv, ssm, slots_B))
             return
         length = max(rows.starts) + rows.length
+        lengths_B = rows.positions_BT[:, -1] + 1
         if one and one == list(range(one[0], one[0] + len(one))):
+            table_11 = torch.zeros(1, 1, dtype=torch.long, device=self.device)
             for layer, (kv,) in zip(layers, views, strict=True):
-                kv_S2KD = kv[one[0] : one[0] + len(one)].flatten(0, 1)[:length]
-                pasts[layer].append(KVRun(kv_S2KD, rows.starts[0]))
+                kv_1S2KD = kv[one[0] : one[0] + len(one)].flatten(0, 1)[None, :length]
+                pasts[layer].append(KVRun(kv_1S2KD, rows.starts[0], table_11, lengths_B, length))
             return
         # Short sequences repeat their last page: what is there is finite, and lies behind their last position.
         width = max(map(len, pages))
@@ -259,7 +274,7 @@ class HybridCache:
         page_BT = table_BP.gather(1, rows.positions_BT // self.layout.tokens)
         offset_BT = rows.positions_BT % self.layout.tokens
         for layer, (kv,) in zip(layers, views, strict=True):
-            pasts[layer].append(KVPast(kv, page_BT, offset_BT, table_BP, length))
+            pasts[layer].append(KVPast(kv, page_BT, offset_BT, table_BP, lengths_B, length))
 
     def _check(self, sequence: Sequence) -> None:
         if sequence.cache is not self:

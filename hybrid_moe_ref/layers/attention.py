@@ -6,7 +6,7 @@ Shapes: B sequences, T new tokens, S tokens to attend to, H hidden, Q query head
 
 import torch
 import torch.nn.functional as F
-from hybrid_moe_kernels import linear
+from hybrid_moe_kernels import attention, linear
 from torch import Tensor, nn
 
 from hybrid_moe_ref.batch import Group
@@ -40,8 +40,13 @@ class GatedAttention(Mixer):
         cos, sin = rotary_table(group.positions_BT, self.rotary_dim, self.rope_theta, x_BTH.dtype)
         q_BTQD = rotate(self.q_norm(q_BTQD), cos, sin)
         k_BTKD = rotate(self.k_norm(k_BTKD), cos, sin)
-        k_BSKD, v_BSKD = past.extend(k_BTKD, v_BTKD) if past else (k_BTKD, v_BTKD)
-        out_BTQD = attend(q_BTQD, k_BSKD, v_BSKD, group)
+        if past is not None and group.length == 1 and past.kv_PL2KD.dtype == x_BTH.dtype:
+            past.append(k_BTKD, v_BTKD)
+            pages = past.kv_PL2KD, past.table_BP, past.lengths_B, past.length
+            out_BTQD = attention.decode(q_BTQD[:, 0], *pages)[:, None]
+        else:
+            k_BSKD, v_BSKD = past.extend(k_BTKD, v_BTKD) if past else (k_BTKD, v_BTKD)
+            out_BTQD = attend(q_BTQD, k_BSKD, v_BSKD, group)
         gated_N_ = (out_BTQD * gate_BTQD.sigmoid()).view(x_BTH.shape[0] * x_BTH.shape[1], -1)
         (y_NH,) = linear.project(gated_N_, [self.o_proj.weight])
         return y_NH.view(x_BTH.shape)
@@ -53,8 +58,6 @@ def attend(q_BTQD: Tensor, k_BSKD: Tensor, v_BSKD: Tensor, group: Group) -> Tens
     T, S = q.shape[2], k.shape[2]
     if T == S:
         out = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
-    elif T == 1 and len(set(group.starts)) == 1:
-        out = F.scaled_dot_product_attention(q, k, v, enable_gqa=True)
     else:
         visible_B1TS = torch.arange(S, device=q.device) <= group.positions_BT[:, None, :, None]
         out = F.scaled_dot_product_attention(q, k, v, attn_mask=visible_B1TS, enable_gqa=True)

@@ -231,6 +231,33 @@ Tensor mixture(const Tensor& x_NH, const Tensor& router_EH, const Tensor& gate_u
     return run_experts(x_NH, args);
 }
 
+Tensor attention_decode(const Tensor& q_BQD, const Tensor& kv_PL2KD, const Tensor& table_BX, const Tensor& lengths_B, int64_t longest) {
+    Sizes sizes;
+    sizes.take("q_BQD", q_BQD, FLOATS, 2);
+    sizes.known['2'] = 2;
+    sizes.take("kv_PL2KD", kv_PL2KD, {q_BQD.scalar_type()}, 3);
+    sizes.multiple('Q', 'K');
+    sizes.take("table_BX", table_BX, {at::kLong});
+    sizes.take("lengths_B", lengths_B, {at::kLong});
+    const int64_t B = sizes['B'], L = sizes['L'], most = sizes['X'] * L, *lengths = indices(lengths_B), *table_of = indices(table_BX);
+    if (longest < 1 || longest > most)
+        throw py::value_error("longest: " + std::to_string(longest) + ", wanted 1 to X L = " + std::to_string(most));
+    for (int64_t b = 0; b < B; b++) {
+        if (lengths[b] < 1 || lengths[b] > longest)
+            throw py::value_error("lengths_B: " + std::to_string(lengths[b]) + ", wanted 1 to longest = " + std::to_string(longest));
+        for (int64_t x = 0; x < sizes['X']; x++) {
+            const int64_t page = table_of[b * table_BX.stride(0) + x];
+            if (page < 0 || page >= sizes['P'])
+                throw py::value_error("table_BX: page " + std::to_string(page) + ", wanted 0 to " + std::to_string(sizes['P'] - 1));
+        }
+    }
+    const Tensor o = empty_like(q_BQD, {B, sizes['Q'], sizes['D']});
+    table->attend({in(q_BQD), in(kv_PL2KD), q_BQD.stride(0), kv_PL2KD.stride(0), kv_PL2KD.stride(1), B, sizes['Q'], sizes['K'], sizes['D'], L,
+                   table_of, lengths, table_BX.stride(0), o.data_ptr()},
+                  is_bf16(q_BQD), threads());
+    return o;
+}
+
 Tensor run_conv(const char* name, const Tensor& x, const Tensor& weight_CW, const optional<Tensor>& bias_C, const Tensor& state_JSC,
                 const Tensor& slots_B, const Tensor* cu_seqlens) {
     Sizes sizes;
@@ -426,24 +453,27 @@ Tensor rotate(const Tensor& x_THD, const Tensor& cos_TR, const Tensor& sin_TR) {
 PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
     using py::arg;
     table = runnable().back();
+    // Other Python threads run meanwhile. An error is thrown as a C++ exception, and made a Python one with the lock held again.
+    const py::call_guard<py::gil_scoped_release> unlocked;
     m.def("instruction_sets", &instruction_sets);
     m.def("use_instruction_set", &use_instruction_set);
     m.def("instruction_set", [] { return table->name; });
-    m.def("project", &project);
-    m.def("experts", &experts);
-    m.def("mixture", &mixture, arg("x_NH"), arg("router_EH"), arg("gate_up_EJH"), arg("down_EHI"), arg("shared_gate_SH"), arg("shared_up_SH"),
+    m.def("project", &project, unlocked);
+    m.def("experts", &experts, unlocked);
+    m.def("mixture", &mixture, unlocked, arg("x_NH"), arg("router_EH"), arg("gate_up_EJH"), arg("down_EHI"), arg("shared_gate_SH"), arg("shared_up_SH"),
           arg("shared_down_HS"), arg("shared_scale_1H"), py::kw_only(), arg("top_k"));
-    m.def("conv_prefill", &conv_prefill);
-    m.def("conv_update", &conv_update);
-    m.def("rule_prefill", &rule_prefill);
-    m.def("rule_decode", &rule_decode, arg("qkv_BC"), arg("z_BHV"), arg("b_BH"), arg("a_BH"), arg("conv_weight_CW"), arg("A_log_H"),
+    m.def("attention_decode", &attention_decode, unlocked);
+    m.def("conv_prefill", &conv_prefill, unlocked);
+    m.def("conv_update", &conv_update, unlocked);
+    m.def("rule_prefill", &rule_prefill, unlocked);
+    m.def("rule_decode", &rule_decode, unlocked, arg("qkv_BC"), arg("z_BHV"), arg("b_BH"), arg("a_BH"), arg("conv_weight_CW"), arg("A_log_H"),
           arg("dt_bias_H"), arg("norm_weight_V"), arg("conv_JSC"), arg("state_JHKV"), arg("slots_B"), py::kw_only(), arg("num_key_heads"), arg("eps"));
-    m.def("scan_prefill", &scan_prefill);
-    m.def("scan_decode", &scan_decode, arg("xbc_BC"), arg("z_BI"), arg("dt_BH"), arg("conv_weight_CW"), arg("conv_bias_C"), arg("A_log_H"),
+    m.def("scan_prefill", &scan_prefill, unlocked);
+    m.def("scan_decode", &scan_decode, unlocked, arg("xbc_BC"), arg("z_BI"), arg("dt_BH"), arg("conv_weight_CW"), arg("conv_bias_C"), arg("A_log_H"),
           arg("D_H"), arg("dt_bias_H"), arg("norm_weight_I"), arg("conv_JSC"), arg("state_JHPN"), arg("slots_B"), py::kw_only(), arg("num_groups"),
           arg("dt_limit"), arg("eps"));
-    m.def("rms_norm", &rms_norm);
-    m.def("norm_then_gate", &norm_then_gate);
-    m.def("gate_then_norm", &gate_then_norm);
-    m.def("rotate", &rotate);
+    m.def("rms_norm", &rms_norm, unlocked);
+    m.def("norm_then_gate", &norm_then_gate, unlocked);
+    m.def("gate_then_norm", &gate_then_norm, unlocked);
+    m.def("rotate", &rotate, unlocked);
 }

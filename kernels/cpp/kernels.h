@@ -6,6 +6,7 @@ namespace ISA {
 #include "product.h"
 #include "../linear/native.cpp"
 #include "../moe/native.cpp"
+#include "../attention/native.cpp"
 #include "../causal_conv/native.cpp"
 #include "../norm/native.cpp"
 #include "../rope/native.cpp"
@@ -19,6 +20,7 @@ namespace ISA {
     }
 EITHER(project, Project)
 EITHER(experts, Experts)
+EITHER(attend, Attend)
 EITHER(conv, Conv)
 EITHER(rule, Rule)
 EITHER(rule_decode, RuleDecode)
@@ -32,7 +34,7 @@ EITHER(rope, Rope)
 
 #define HMR_TABLE(name)                                                                                          \
     {                                                                                                            \
-        name, hmr::ISA::project_any, hmr::ISA::experts_any, hmr::ISA::conv_any, hmr::ISA::rule_any,              \
-            hmr::ISA::rule_decode_any, hmr::ISA::scan_any, hmr::ISA::scan_decode_any, hmr::ISA::norm_any,        \
-            hmr::ISA::rope_any                                                                                   \
+        name, hmr::ISA::project_any, hmr::ISA::experts_any, hmr::ISA::attend_any, hmr::ISA::conv_any,            \
+            hmr::ISA::rule_any, hmr::ISA::rule_decode_any, hmr::ISA::scan_any, hmr::ISA::scan_decode_any,        \
+            hmr::ISA::norm_any, hmr::ISA::rope_any                                                               \
     }

@@ -31,6 +31,14 @@ struct Experts {
     void* y;
 };
 
+struct Attend {
+    const void *q, *kv;
+    int64_t ldq, ld_page, ld_token, B, Q, K, D, L;
+    const int64_t *table, *lengths;
+    int64_t ld_table;
+    void* o;
+};
+
 struct Conv {
     const void* x;
     int64_t ldx, B, C, W;
@@ -109,6 +117,7 @@ struct Table {
     const char* name;
     void (*project)(const Project&, bool is_bf16, int threads);
     void (*experts)(const Experts&, bool is_bf16, int threads);
+    void (*attend)(const Attend&, bool is_bf16, int threads);
     void (*conv)(const Conv&, bool is_bf16, int threads);
     void (*rule)(const Rule&, bool is_bf16, int threads);
     void (*rule_decode)(const RuleDecode&, bool is_bf16, int threads);

@@ -63,7 +63,7 @@ template <typename T> static void scan(const Scan& p, int threads) {
 // Convolution, time step, recurrence, and the gated norm if it has a weight, of one token of each sequence.
 template <typename T> static void scan_decode(const ScanDecode& p, int threads) {
     const int64_t B = p.B, H = p.H, P = p.P, G = p.G, N = p.N, I = H * P, C = I + 2 * G * N;
-    const int64_t blocks = (C + LANES - 1) / LANES, ld = (N + LANES - 1) / LANES * LANES;
+    const int64_t blocks = (C + STRIP - 1) / STRIP, ld = (N + LANES - 1) / LANES * LANES;
     float* xbc = (float*)malloc(B * (C + I) * sizeof(float));
     float* ys = xbc + B * C;
     const Conv in = {p.xbc, p.ldxbc, B, C, p.W, nullptr, p.conv_weight, p.conv_bias, p.conv, p.ld_conv, p.slots, nullptr, 0};
@@ -71,7 +71,7 @@ template <typename T> static void scan_decode(const ScanDecode& p, int threads) 
     {
 #pragma omp for
         for (int64_t task = 0; task < B * blocks; task++) {
-            const int64_t b = task / blocks, c = task % blocks * LANES;
+            const int64_t b = task / blocks, c = task % blocks * STRIP;
             conv_channels(in, c, b, b + 1, (T*)p.conv + p.slots[b] * p.ld_conv, xbc + b * C, C);
         }
         float* S = (float*)calloc((LANES + 2) * ld, sizeof(float));

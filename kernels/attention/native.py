@@ -1,0 +1,13 @@
+"""Attention over a paged KV cache in C++."""
+
+from typing import Any
+
+from hybrid_moe_kernels import native
+from hybrid_moe_kernels.native import CHECKS, DEVICES, DTYPES, missing
+
+__all__ = ["CHECKS", "DEVICES", "DTYPES", "decode", "missing"]
+
+
+def decode(*args: Any, **options: Any) -> Any:
+    """As the reference's."""
+    return native.library().attention_decode(*args, **options)

@@ -1,0 +1,29 @@
+"""Attention over a paged KV cache in plain torch: gather, then torch's attention.
+
+Shapes: B sequences, Q query heads, K KV heads, D head dim, P pages of the pool, L tokens of a page, X pages of the
+longest sequence, S tokens to attend to.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def decode(q_BQD: Tensor, kv_PL2KD: Tensor, table_BX: Tensor, lengths_B: Tensor, longest: int) -> Tensor:
+    """o [B, Q, D] = softmax(q k^T / sqrt(D)) v over the first `lengths_B` tokens in the pages `table_BX` of each
+    sequence, the longest of which has `longest`. What lies behind a sequence's end must be finite."""
+    kv_BS2KD = (
+        kv_PL2KD[table_BX].flatten(1, 2)[:, :longest] if len(table_BX) != 1 else _run(kv_PL2KD, table_BX, longest)
+    )
+    q_BQ1D, k_BKSD, v_BKSD = q_BQD[:, :, None], kv_BS2KD[:, :, 0].transpose(1, 2), kv_BS2KD[:, :, 1].transpose(1, 2)
+    visible_B11S = None
+    if len(table_BX) != 1:
+        visible_B11S = (torch.arange(longest, device=q_BQD.device) < lengths_B[:, None])[:, None, None]
+    return F.scaled_dot_product_attention(q_BQ1D, k_BKSD, v_BKSD, attn_mask=visible_B11S, enable_gqa=True)[:, :, 0]
+
+
+def _run(kv_PL2KD: Tensor, table_1X: Tensor, longest: int) -> Tensor:
+    """One sequence's tokens; nothing is gathered where it has one page, or the pool is its run of pages."""
+    if kv_PL2KD.shape[0] == 1:
+        return kv_PL2KD[:, :longest]
+    return kv_PL2KD[table_1X[0]].flatten(0, 1)[None, :longest]
