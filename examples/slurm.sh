@@ -33,5 +33,8 @@ srun --kill-on-bad-exit=0 .venv/bin/python -m torch.distributed.run \
     -m repro.worker "$scenario" --variant "$variant" --backend "${BACKEND:-nccl}" --out "$out" || true
 
 # The verdict is in the newest run directory, whatever the ranks' exit code was: they are ended when they hang.
-.venv/bin/python -m repro watch "$out/latest"
+# watch ends with 1 for an unexpected verdict and 125 for none; the bundle is wanted then most of all.
+code=0
+.venv/bin/python -m repro watch "$out/latest" || code=$?
 .venv/bin/python -m repro bundle "$out/latest"
+exit "$code"

@@ -223,7 +223,14 @@ def _matrix(args: argparse.Namespace) -> int:
 
     interrupt = launch.Interrupt()
     with interrupt.installed():
-        documents = matrix.run(wanted, args.out, interrupt, lambda line: say(console, line), args.launcher)
+        documents = matrix.run(
+            wanted,
+            args.out,
+            interrupt,
+            lambda line: say(console, line),
+            args.launcher,
+            lambda it: _report(console, [it]),
+        )
     if args.junit:
         write_junit(args.junit, [{**it, "variant": matrix.name(it)} for it in documents])
     if args.json:

@@ -10,11 +10,12 @@ from typing import Any
 from rich.console import Console
 from rich.live import Live
 from rich.table import Table
+from rich.text import Text
 
 from repro.launch import Display
 from repro.layout import Kind
 from repro.parse import WitnessError
-from repro.report.text import visible_lines
+from repro.report.text import visible, visible_lines
 from repro.verdict.result import list_ranks
 from repro.witness import Tail
 
@@ -53,21 +54,32 @@ class LiveTable:
         for column in ("rank", "phase", "step", "where", "for"):
             table.add_column(column, justify="right" if column in ("rank", "step", "for") else "left")
         for rank, tail in enumerate(tails):
-            table.add_row(str(rank), *_position(tail))
+            table.add_row(str(rank), *(Text(visible(cell, 120)) for cell in position(tail)))
         return table
 
 
-def _position(tail: Tail) -> tuple[str, str, str, str]:
+def position(tail: Tail) -> tuple[str, str, str, str]:
+    """Where a rank stands, in words: its phase, step, place, and for how long."""
     try:
         witness = tail.witness()
     except (OSError, WitnessError):
         return "-", "-", "-", "-"
     if (last := witness.last) is None:
         return "starting", "-", "-", "-"
-    where = "done" if last.kind == Kind.DONE else "failed" if last.kind == Kind.FAILED else "computing"
-    if last.kind == Kind.ENTER:
-        signature = witness.signature(last.sig)
-        where = f"in {signature.group} {signature.op} #{last.seq} {signature.layer}"
+    match last.kind:
+        case Kind.DONE:
+            where = "done"
+        case Kind.FAILED:
+            where = "failed"
+        case Kind.ENTER | Kind.WAIT:
+            signature = witness.signature(last.sig)
+            where = f"in {signature.group} {signature.op} #{last.seq} {signature.layer}"
+        case Kind.LOCK_WAIT:
+            where = f"waits for lock {witness.text(last.sig)}"
+        case Kind.BUILD_BEGIN:
+            where = f"builds {witness.text(last.sig)}"
+        case _:
+            where = "computing"
     step = str(last.step) if last.step >= 0 else "-"
     return witness.text(last.phase), step, where, f"{(time.monotonic_ns() - last.t_ns) / 1e9:.1f} s"
 

@@ -62,8 +62,12 @@ def run(
     interrupt: Callable[[], bool],
     tell: Callable[[str], None],
     launcher: str,
+    done: Callable[[Path], None] = lambda root: None,
 ) -> list[dict[str, Any]]:
-    """Run the cells one after another; each verdict with its cell and the seconds of each phase on each rank."""
+    """Run the cells one after another; each verdict with its cell and the seconds of each phase on each rank.
+
+    done: called with each run directory once the run is over
+    """
     documents: list[dict[str, Any]] = []
     references: dict[tuple[Any, ...], Path] = {}
     for number, (cell, settings) in enumerate(wanted, start=1):
@@ -84,6 +88,7 @@ def run(
             document |= mine | {"phases": [phases(run_dir, rank) for rank in range(settings.num_ranks)]}
             if document["verdict"] == "slow":
                 document["stalled_s"] = document["quiet_s"]
+            done(run_dir.root)
         documents.append(document)
         tell(f"[{number}/{len(wanted)}] {name(document)}: {missing or document['verdict']}")
         if interrupt():

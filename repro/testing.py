@@ -32,6 +32,7 @@ from typing import TYPE_CHECKING, Any
 
 from repro import evidence, process, report
 from repro.layout import Identity, Kind
+from repro.report.gather import read_text
 from repro.report.page import main_stack
 from repro.report.text import visible_lines
 from repro.rundir import PARTS, RunDir, write_json
@@ -181,7 +182,7 @@ class Ranks:
         lines += [f"  {text}" for text in (*verdict.sentences(), *verdict.evidence, *gaps)]
         lines += self._stacks(run_dir)
         for rank in range(self.num_ranks):
-            if told := run_dir.log(rank).read_text(errors="replace").strip():
+            if told := read_text(run_dir.log(rank)).strip():  # none of a rank that died before it opened it
                 lines += [f"rank {rank} printed:", *(f"  {line}" for line in told.splitlines()[-25:])]
         with contextlib.suppress(OSError, ValueError):
             report.write(run_dir.root, [])
@@ -191,7 +192,7 @@ class Ranks:
     def _stacks(self, run_dir: RunDir) -> list[str]:
         together: dict[str, list[int]] = {}
         for rank in range(self.num_ranks):
-            stack = main_stack(run_dir.stack(rank).read_text(errors="replace")) if run_dir.stack(rank).exists() else ""
+            stack = main_stack(read_text(run_dir.stack(rank)))
             frames = [line for line in stack.splitlines() if not any(part in line for part in _NOT_THEIRS)]
             if frames:
                 together.setdefault("\n".join(frames[:6]), []).append(rank)

@@ -238,7 +238,7 @@ def test_a_name_that_is_a_word_of_this_program_is_replaced_only_where_it_stands_
 def test_a_host_of_two_letters_is_looked_for_in_text_and_not_in_numbers(tmp_path, quick, monkeypatch):
     monkeypatch.setattr("socket.gethostname", lambda: "zq")
     monkeypatch.setattr("socket.getfqdn", lambda: "zq")
-    root, scene = write_hang(tmp_path)
+    root, _ = write_hang(tmp_path)
     (root / "logs" / "rank000.log").write_text("on zq: zq-ib0 zqx")
     path = root / "events" / "rank000.wit"
     data = bytearray(path.read_bytes())

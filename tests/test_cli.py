@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import fcntl
+import io
 import json
 import os
 import subprocess
@@ -14,12 +15,14 @@ from pathlib import Path
 from xml.etree import ElementTree
 
 import pytest
+from reported import write_hang
 from rich.console import Console
+from rich.live import Live
 from scene import Scene
 
 from hybrid_moe_ref.parallel.observer import Collective
 from repro.cli import CANNOT_TELL, EXPECTED, UNEXPECTED, USAGE, _parser, exit_code, main
-from repro.display import overview
+from repro.display import LiveTable, overview, position
 from repro.junit import write_junit
 from repro.launch import prepare_run_dir
 from repro.layout import Geometry, pack_header
@@ -30,6 +33,7 @@ from repro.scenarios import settings_of
 from repro.settings import RunSettings
 from repro.system import Facts
 from repro.watch import Watch, judge_again
+from repro.witness import Tail
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -439,6 +443,43 @@ def test_junit_tells_a_wrong_verdict_from_none_and_from_what_was_not_run(tmp_pat
     }  # fmt: skip
     assert second.get("skipped") == "1" and second[0][0].get("message") == "no GPU here"
     assert first[1].find("failure") is not None and "\x1b" not in first[1].find("system-out").text
+
+
+def test_every_run_of_a_matrix_gets_a_report_and_a_case_in_the_junit_file(capsys, tmp_path, monkeypatch):
+    def run(settings, out, *rest):
+        root, _ = write_hang(out, settings.num_ranks)
+        return RunDir(root), json.loads((root / "verdict.json").read_text())
+
+    monkeypatch.setattr("repro.launch.run", run)
+    command = ["matrix", "--only", "TP8 jit cold", "--out", str(tmp_path), "--junit", str(tmp_path / "j.xml"), "--json"]
+    assert main(command) == EXPECTED
+    documents = json.loads(capsys.readouterr().out)
+    assert len(documents) >= 2
+    assert len(list(tmp_path.glob("*-0/report.html"))) == len(documents)
+    names = [case.get("name") for case in ElementTree.parse(tmp_path / "j.xml").iter("testcase")]
+    assert len(set(names)) == len(documents) and all("TP8" in name and "cold" in name for name in names), names
+
+
+@pytest.mark.parametrize(
+    ("events", "where"),
+    [
+        ([("lock_wait", "a.lock")], "waits for lock a.lock"),
+        ([("lock_wait", "a.lock"), ("lock_held", "a.lock")], "computing"),
+        ([("build_begin", "kernel\x1b[2J")], "builds kernel\x1b[2J"),
+        ([("build_begin", "k"), ("build_end", "k")], "computing"),
+    ],
+)
+def test_the_live_table_tells_who_waits_for_a_lock_and_who_builds(tmp_path, events, where):
+    scene = Scene(2, {"dp": (0, 1)})
+    scene.phase("serve")
+    for event, name in events:
+        scene.recorders[0].local(event, name)
+    (tmp_path / "rank000.wit").write_bytes(bytes(scene.files[0]))
+    tail = Tail(tmp_path / "rank000.wit")
+    assert position(tail)[2] == where
+    console = Console(file=io.StringIO(), width=200)
+    console.print(LiveTable("t", Live(console=console))._draw([tail]))
+    assert "\x1b" not in console.file.getvalue() and where.replace("\x1b", "␛") in console.file.getvalue()
 
 
 def test_the_table_of_several_scenarios_is_aligned_and_cut_nowhere(capsys):

@@ -33,6 +33,24 @@ def test_the_slurm_script_parses():
     assert subprocess.run(["bash", "-n", str(SLURM)]).returncode == 0
 
 
+@pytest.mark.parametrize("code", [0, 1, 125])
+def test_the_slurm_script_bundles_whatever_the_verdict_is(tmp_path, code):
+    """With stand-ins for what only a cluster has; srun ends as it does when the ranks hang."""
+    for name, text in {
+        "bin/scontrol": "echo host1",
+        "bin/srun": "exit 1",
+        ".venv/bin/python": f'echo "$@" >> {tmp_path}/told; [ "$3" = watch ] && exit {code}; exit 0',
+    }.items():
+        path = tmp_path / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(f"#!/bin/sh\n{text}\n")
+        path.chmod(0o755)
+    env = {"PATH": f"{tmp_path}/bin:/usr/bin:/bin", "SLURM_JOB_NODELIST": "x", "SLURM_JOB_ID": "7", "SLURM_NNODES": "2"}
+    run = subprocess.run(["bash", str(SLURM)], cwd=tmp_path, env=env, capture_output=True, text=True)
+    assert run.returncode == code, run.stderr
+    assert [line.split()[2] for line in (tmp_path / "told").read_text().splitlines()] == ["watch", "bundle"]
+
+
 def test_the_slurm_script_passes_shellcheck():
     shellcheck(SLURM)
 

@@ -97,6 +97,17 @@ def test_a_rank_that_never_comes_ends_at_the_deadline(tmp_path):
     assert told.startswith("not done after 2 s") and "in spins" in told, told
 
 
+def test_a_rank_that_dies_before_it_opens_its_log_hides_nothing_and_escapes_do_nothing(tmp_path, monkeypatch):
+    be = Ranks._be
+    monkeypatch.setattr(Ranks, "_be", lambda self, *args: os._exit(3) if args[1] == 1 else be(self, *args))
+
+    def prints(rank):
+        print("\x1b[2Jhello")
+
+    told = told_by(Ranks(2, "gloo", tmp_path, quiet_window_s=0.3, deadline_s=1), prints)
+    assert told.startswith("not done after 1 s") and "\x1b" not in told, told
+
+
 def test_outside_of_a_rank_it_says_where_it_belongs():
     with pytest.raises(RuntimeError, match="ep_ranks"), assert_no_deadlock():
         pass

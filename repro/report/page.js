@@ -179,6 +179,7 @@
   function draw() {
     queued = false;
     const density = devicePixelRatio || 1, pen = canvas.getContext("2d"), room = width - gutter - right;
+    if (room < 10) return; // not on show, as when the page is printed
     pen.setTransform(density, 0, 0, density, 0, 0);
     pen.fillStyle = colours.paper; pen.fillRect(0, 0, width, height);
     pen.font = "11px ui-sans-serif,system-ui,sans-serif";
@@ -426,7 +427,7 @@
   legend();
   readColours();
   matchMedia("(prefers-color-scheme: dark)").addEventListener("change", () => { readColours(); overviewPicture = null; redraw(); });
-  new ResizeObserver(() => { if (view.clientWidth !== width) layout(); }).observe(view);
+  new ResizeObserver(() => { if (view.clientWidth && view.clientWidth !== width) layout(); }).observe(view);
   addEventListener("beforeprint", () => document.querySelectorAll("details").forEach((d) => { d.open = true; }));
   layout();
   requestAnimationFrame(() => requestAnimationFrame(() => { document.documentElement.dataset.drawn = String(Math.round(performance.now())); }));
