@@ -33,6 +33,14 @@ RUN_DEADLINE_S = 45.0
 CHECK_DEADLINE_S = 90.0
 
 
+class AnotherVerdict(RuntimeError):
+    """The run to shrink is not the hang that its scenario foretells; ``verdict`` is what it is."""
+
+    def __init__(self, text: str, verdict: str) -> None:
+        super().__init__(text)
+        self.verdict = verdict
+
+
 @dataclass
 class Result:
     """What came out.
@@ -59,7 +67,7 @@ Trial = Callable[[RunSettings], dict[str, Any]]
 def minimise(scenario: Scenario, start: RunSettings, trial: Trial, budget_s: float = BUDGET_S) -> Result:
     """The smallest settings found whose run has the verdict and cause of the run of ``start``.
 
-    Raises ConfigError when the run of ``start`` itself is not the hang that the scenario foretells.
+    Raises AnotherVerdict when the run of ``start`` itself is not the hang that the scenario foretells.
     """
     began = time.monotonic()
     runs = 0
@@ -74,9 +82,8 @@ def minimise(scenario: Scenario, start: RunSettings, trial: Trial, budget_s: flo
     path = [start, *_reductions(scenario, start, wanted)]
     verdict, cause, document = says(start)
     if (verdict, cause) != (wanted.verdict, wanted.cause):
-        raise ConfigError(
-            f"the run says {verdict} {cause or ''}, not {wanted.verdict} {wanted.cause or ''}: not shrunk"
-        )
+        told = f"the run says {verdict} {cause or ''}, not {wanted.verdict} {wanted.cause or ''}: not shrunk"
+        raise AnotherVerdict(told, verdict)
     low, high = 0, len(path)  # path[low] is known to hold, path[high] not to
     middle = high - 1  # the smallest first: what a scenario foretells is mostly so
     while low < middle < high and time.monotonic() - began < budget_s:
@@ -247,7 +254,9 @@ def add(commands: Any) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """0; 125 when what is left cannot be written as one file, or the file did not hang."""
+    """0; 1 when the scenario's own run has another verdict; 125 when that says nothing, when what is left cannot be
+    written as one file, or when the file did not hang.
+    """
     flags = {name: value for name in ("num_ranks", "seed") if (value := getattr(args, name)) is not None}
     start = scenarios.settings_of(
         {**flags, "scenario": args.scenario, "variant": "fault", "deadline_s": RUN_DEADLINE_S, "checks": "observe"}
@@ -263,7 +272,11 @@ def run(args: argparse.Namespace) -> int:
         runner = Runner(Path(folder), interrupt, say)
         scenario = scenarios.load(args.scenario)
         say(f"{args.scenario}: from {describe(start)}")
-        result = minimise(scenario, start, runner, args.budget)
+        try:
+            result = minimise(scenario, start, runner, args.budget)
+        except AnotherVerdict as error:
+            print(f"repro: {args.scenario}: {visible_lines(str(error))}", file=sys.stderr)
+            return 125 if error.verdict == "inconclusive" else 1
         if runner.settings != result.after:  # the last run that was tried did not hold
             runner(result.after)
         fault = runner.last

@@ -18,6 +18,8 @@ from repro.worker import _parse
 
 EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
 SLURM, JOBSET = EXAMPLES / "slurm.sh", EXAMPLES / "k8s-jobset.yaml"
+REPORT = EXAMPLES.parent / "docs" / "REPORT.md"  # its torchrun line for several hosts
+# No package carries the schema of the JobSet itself: its fields, as its documentation names them.
 JOBSET_FIELDS = {"network", "failurePolicy", "replicatedJobs", "successPolicy", "startupPolicy", "suspend"}
 
 
@@ -92,14 +94,20 @@ def test_the_pods_have_shared_memory_and_meet_at_the_first_of_them():
     assert f"--nproc-per-node={container['resources']['limits']['nvidia.com/gpu']}" in told
 
 
-@pytest.mark.parametrize("path", [SLURM, JOBSET], ids=["slurm", "k8s"])
+@pytest.mark.parametrize("path", [SLURM, JOBSET, REPORT], ids=["slurm", "k8s", "docs"])
 def test_the_worker_knows_the_arguments_that_it_is_started_with(path, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "16")
     text = re.sub(r"\\\n|^ *- ", " ", path.read_text(), flags=re.MULTILINE)
     after = re.search(r"repro\.worker((?:\s+(?:--[\w-]+[= ]?)?\"?[\w${}:./-]+\"?)+)", text)
     assert after is not None
     words = after.group(1).split("resources:")[0].replace('"', "").replace("=", " ").split()
-    known = {"$scenario": "metadata_rebuild", "$variant": "fault", "${BACKEND:-nccl}": "nccl", "$out": "runs"}
+    known = {
+        "$scenario": "metadata_rebuild",
+        "$variant": "fault",
+        "${BACKEND:-nccl}": "nccl",
+        "$out": "runs",
+        "SHARED/runs": "runs",
+    }
     settings, _ = _parse([known.get(word, word) for word in words if not word.startswith("||")])
     assert (settings.scenario, settings.variant, settings.backend, settings.num_ranks) == (
         "metadata_rebuild", "fault", "nccl", 16,

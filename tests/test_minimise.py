@@ -11,9 +11,9 @@ from pathlib import Path
 import pytest
 from reported import write_hang
 
-from hybrid_moe_ref.config import ConfigError
 from repro import replay, scenarios
-from repro.minimise import minimise
+from repro.cli import main
+from repro.minimise import AnotherVerdict, Runner, minimise
 from repro.report.gather import gather
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -50,8 +50,16 @@ def test_where_the_small_run_says_otherwise_the_smallest_that_holds_is_found(lea
 
 
 def test_a_run_that_is_not_the_foretold_hang_is_not_shrunk():
-    with pytest.raises(ConfigError, match="not deadlock extra"):
+    with pytest.raises(AnotherVerdict, match="not deadlock extra"):
         minimise(scenarios.load("metadata_rebuild"), start(), lambda s: answer("clean", None))
+
+
+@pytest.mark.parametrize(("verdict", "code"), [("clean", 1), ("inconclusive", 125)])
+def test_minimise_exits_as_run_does_when_the_verdict_is_another(tmp_path, monkeypatch, capsys, verdict, code):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(Runner, "__call__", lambda self, settings: answer(verdict, None))
+    assert main(["minimise", "metadata_rebuild"]) == code
+    assert f"the run says {verdict}" in capsys.readouterr().err and not list(tmp_path.iterdir())
 
 
 def test_a_replay_is_short_and_needs_torch_alone(tmp_path):
