@@ -150,6 +150,9 @@ def test_on_paper_the_static_figure_stands_in_for_the_tool(browser, hang):
     assert page.evaluate(
         "[...document.querySelectorAll('details')].every((d) => d.querySelector('pre').checkVisibility())"
     )
+    page.set_viewport_size({"width": 700, "height": 900})  # about what A4 leaves between its margins
+    wide = "[...document.querySelectorAll('table,svg')].map((it) => it.getBoundingClientRect().right)"
+    assert max(page.evaluate(wide)) <= 700, "nothing is cut off"
     paper = page.pdf(format="A4", print_background=True)
     num_pages = paper.count(b"/Type /Page\n") + paper.count(b"/Type /Page ") + paper.count(b"/Type/Page\n")
     assert paper.startswith(b"%PDF") and len(paper) > 20_000 and 1 <= num_pages <= 8, (len(paper), num_pages)
