@@ -1,4 +1,4 @@
-"""Make or complete .venv for one use of it, ``setup_venv.py repro | test | test-all | bench | lint``, as the Makefile does.
+"""Make or complete .venv for one use of it, ``setup_venv.py repro | test | test-all | bench | lint``, as make does.
 
 A torch >= 2.11 that this Python already has is used as it is; otherwise torch is installed, and on Linux
 without a GPU only its CPU build, never the gigabytes of CUDA libraries. While something is being installed,
