@@ -11,11 +11,12 @@ import fcntl
 import json
 import os
 import socket
+import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Self
+from typing import Any, Self
 
 POLL_S = 0.05
 BEAT_S = 0.5
@@ -128,3 +129,21 @@ class BuildLock:
             return self.path.stat().st_mtime_ns
         except OSError:
             return 0
+
+
+@contextlib.contextmanager
+def every(interval_s: float, call: Callable[[], Any]) -> Iterator[None]:
+    """Call it now and then from a thread for the length of a ``with``."""
+    over = threading.Event()
+
+    def repeat() -> None:
+        while not over.wait(interval_s):
+            call()
+
+    thread = threading.Thread(target=repeat, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        over.set()
+        thread.join()

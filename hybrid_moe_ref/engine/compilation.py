@@ -15,7 +15,6 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import os
-import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -24,7 +23,7 @@ import torch
 from hybrid_moe_kernels.extension import BuildFailed
 from torch import Tensor, nn
 
-from hybrid_moe_ref.engine.build_lock import BEAT_S, BuildLock
+from hybrid_moe_ref.engine.build_lock import BEAT_S, BuildLock, every
 from hybrid_moe_ref.engine.builds import BuildPlace
 from hybrid_moe_ref.engine.graphs import row_wise
 from hybrid_moe_ref.model import HybridMoE
@@ -95,7 +94,7 @@ class Compiler:
                 self.place.rank, self.place.deadline_s, self.place.observer.local, self.place.check,
             )  # fmt: skip
             if not self.done.exists():
-                with lock, _every(BEAT_S, lock.beat):
+                with lock, every(BEAT_S, lock.beat):
                     if not self.done.exists():
                         self.compile_all()
                         self.done.touch()
@@ -128,7 +127,7 @@ class _Announcements:
         local = self._place.observer.local
         local("build_begin", name)
         try:
-            with _every(BEAT_S, lambda: local("heartbeat", name)):
+            with every(BEAT_S, lambda: local("heartbeat", name)):
                 yield
         finally:
             local("build_end", name)
@@ -147,21 +146,3 @@ class _Part:
             return self._eager(x_NH)
         with self._announced.around(type(self._module).__name__, x_NH.shape[0]):
             return self._compiled(self._module, x_NH)
-
-
-@contextlib.contextmanager
-def _every(interval_s: float, call: Callable[[], Any]) -> Iterator[None]:
-    """Call it now and then from a thread for the length of a ``with``."""
-    over = threading.Event()
-
-    def repeat() -> None:
-        while not over.wait(interval_s):
-            call()
-
-    thread = threading.Thread(target=repeat, daemon=True)
-    thread.start()
-    try:
-        yield
-    finally:
-        over.set()
-        thread.join()

@@ -15,7 +15,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
-from hybrid_moe_ref.engine.build_lock import BuildLock
+from hybrid_moe_ref.engine.build_lock import BEAT_S, BuildLock, every
 from hybrid_moe_ref.engine.builds import BuildPlace, KernelBuilds, ensure
 from hybrid_moe_ref.engine.policies import Policies
 from repro.scenarios import Expected, Scenario
@@ -48,8 +48,8 @@ class TuneUnderLock(KernelBuilds):
     def first_use(self, extension: Extension, place: BuildPlace) -> None:
         place.cache.mkdir(parents=True, exist_ok=True)
         with BuildLock(place.cache / LOCK, place.rank, place.deadline_s, place.observer.local, place.check) as lock:
-            extension.load(place.cache)
-            lock.beat()
+            with every(BEAT_S, lock.beat):
+                extension.load(place.cache)
             tune(extension, place)
 
 
