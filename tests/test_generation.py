@@ -111,6 +111,7 @@ def test_speculation_with_the_mtp_layer_yields_the_greedy_tokens(model: HybridMo
     assert got == model.generate(prompt[None], 12)[0].tolist(), f"seed {seed}"
 
 
+@pytest.mark.full
 def test_in_float32_speculation_parts_from_greedy_only_where_two_tokens_tie(model: HybridMoE) -> None:
     small = HybridMoE(CONFIG, device="meta").init_weights(5)
     for seed in range(3):

@@ -241,7 +241,7 @@ def test_the_text_of_multimodal_checkpoints_agrees_with_transformers(transformer
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("seed", range(2))
+@pytest.mark.parametrize("seed", [0, *(pytest.param(seed, marks=pytest.mark.full) for seed in range(1, 6))])
 def test_the_draft_layer_is_transformers_decoder_layer_behind_its_projection(
     transformers, family: str, seed: int, tmp_path: Path
 ) -> None:
