@@ -28,15 +28,15 @@ test-gpu: .venv/.ready-test  ## what needs a CUDA device; all skipped without on
 	$(VENV_PYTHON) -m pytest -m gpu $(ARGS)
 
 bench: .venv/.ready-bench  ## what the verdict, the watching, the kernels and the model cost, beside a peer in the same run
-	@set -e; to=benchmarks/results; on=$$($(VENV_PYTHON) benchmarks/machine.py); mkdir -p $$to; \
-	run() { echo "$$@"; $(VENV_PYTHON) "$$@"; }; \
-	run benchmarks/bench_verdict.py; \
+	@to=benchmarks/results; on=$$($(VENV_PYTHON) benchmarks/machine.py) || exit; mkdir -p $$to; missed=0; \
+	run() { echo "$$@"; $(VENV_PYTHON) "$$@" || missed=1; }; \
+	run benchmarks/bench_verdict.py --json $$to/verdict_$$on.json; \
 	run benchmarks/bench_engine.py --json $$to/engine_$$on.json; \
 	run benchmarks/bench_kernels.py --json $$to/kernels_$$on.json; \
 	run benchmarks/bench_model.py --json $$to/model_$$on.json; \
 	run benchmarks/kernel_registers.py --json $$to/kernel_registers_$$on.json; \
 	run benchmarks/bench_kernels_gpu.py --json $$to/kernels_gpu_$$on.json; \
-	run benchmarks/plots.py $$to/*_$$on.json
+	run benchmarks/plots.py $$to/*_$$on.json; exit $$missed
 
 bundle: .venv/.ready-repro  ## the newest run as one zip to attach to a bug report
 	@$(VENV_PYTHON) -m repro bundle runs/latest $(ARGS)

@@ -1,29 +1,36 @@
 """How long a verdict takes, by number of ranks, and what one event costs the rank that records it.
 
-    python benchmarks/bench_verdict.py [--ranks 64 256 1024] [--events 2000] [--json]
+    python benchmarks/bench_verdict.py [--ranks 64 256 1024] [--events 2000] [--json FILE]
 
 Each row is the metadata_rebuild hang (one all_reduce too many on the ranks with live requests) on witnesses of
 ``--events`` events a rank: parse is bytes to witnesses, judge is witnesses to verdict, in CPU seconds of one core.
 The verdict must be right, or there is no row. Recording is timed beside the same loop with an observer that does
-nothing.
+nothing. Each row has a process of its own, whose peak of memory is its own.
+
+Exits with 1 when a row of at most 1,024 ranks x 2,000 events takes more than 10 s or 1 GiB.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import platform
-import resource
+import subprocess
 import sys
 import tempfile
 import time
 from pathlib import Path
+from typing import Any
 
 from hybrid_moe_ref.parallel.observer import Collective, NullObserver, Observer, ScheduleEntry
 from repro.layout import Geometry, Identity, pack_header
 from repro.record import Recorder
 from repro.verdict import judge
 from repro.witness import parse
+
+MOST_S, MOST_MIB = 10.0, 1024
+MOST_EVENTS = 1024 * 2000  # of all ranks, for which these hold
 
 LAYERS = 12
 IDLE = 4  # every fourth rank
@@ -72,8 +79,8 @@ def record(rank: int, num_ranks: int, num_events: int, steps: list[list[Collecti
     return bytes(buffer)
 
 
-def bench_verdict(num_ranks: int, num_events: int) -> dict[str, object]:
-    """One row: CPU seconds to parse and to judge, and the memory peak of the process so far."""
+def bench_verdict(num_ranks: int, num_events: int) -> dict[str, Any]:
+    """One row: CPU seconds to parse and to judge, and the memory peak of this process."""
     num_steps = max(2, num_events // (2 * (2 * LAYERS + 1) + 1))
     steps = [step_calls(num_ranks, step) for step in range(num_steps)]
     witnesses = {}
@@ -93,8 +100,35 @@ def bench_verdict(num_ranks: int, num_events: int) -> dict[str, object]:
     return {
         "ranks": num_ranks, "events": events, "parse_s": round(parse_s, 2), "judge_s": round(judge_s, 2),
         "us_per_event": round((parse_s + judge_s) / events * 1e6, 2),
-        "peak_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024,
+        "peak_mib": peak_mib(),
     }  # fmt: skip
+
+
+def peak_mib() -> int:
+    """The most that this process has had in memory; ru_maxrss would begin at what its parent had when it forked."""
+    with open("/proc/self/status") as file:
+        return next(int(line.split()[1]) // 1024 for line in file if line.startswith("VmHWM"))
+
+
+def in_own_process(num_ranks: int, num_events: int) -> dict[str, Any]:
+    """One row, by a process that does nothing else."""
+    command = [sys.executable, __file__, "--row", str(num_ranks), "--events", str(num_events)]
+    answer = subprocess.run(command, stdout=subprocess.PIPE, text=True)
+    if answer.returncode:
+        raise SystemExit(answer.returncode)
+    row: dict[str, Any] = json.loads(answer.stdout)
+    return row
+
+
+def beyond(rows: list[dict[str, Any]]) -> list[str]:
+    """A line for each limit that does not hold."""
+    told = []
+    for row in rows:
+        seconds = row["parse_s"] + row["judge_s"]
+        if row["events"] <= MOST_EVENTS and (seconds > MOST_S or row["peak_mib"] > MOST_MIB):
+            limits = f"more than {MOST_S:g} s or {MOST_MIB} MiB"
+            told.append(f"{row['ranks']} ranks take {seconds:.2f} s and {row['peak_mib']} MiB, {limits}")
+    return told
 
 
 def bench_recorder(num_rounds: int = 2000, num_repeats: int = 40) -> dict[str, float]:
@@ -121,24 +155,22 @@ def bench_recorder(num_rounds: int = 2000, num_repeats: int = 40) -> dict[str, f
         return {"recorder_us": round(best(recorder), 3), "null_us": round(best(NullObserver()), 3)}
 
 
-def main() -> None:
+def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--ranks", type=int, nargs="+", default=[64, 256, 1024])
     parser.add_argument("--events", type=int, default=2000)
-    parser.add_argument("--json", action="store_true", help="one JSON object instead of a table")
+    parser.add_argument("--row", type=int, help=argparse.SUPPRESS)
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the rows, the machine and the commit")
     arguments = parser.parse_args()
-    machine = {"python": platform.python_version(), "machine": platform.machine(), "system": platform.system()}
+    if arguments.row:
+        print(json.dumps(bench_verdict(arguments.row, arguments.events)))
+        return 0
     recorder = bench_recorder()
-    rows = [bench_verdict(num_ranks, arguments.events) for num_ranks in arguments.ranks]
-    ratio = 0.0
-    if len(rows) > 1:
-        first, last = rows[0], rows[-1]
-        ratio = round(float(str(last["us_per_event"])) / float(str(first["us_per_event"])), 2)
-    if arguments.json:
-        json.dump({**machine, **recorder, "rows": rows, "cost_ratio": ratio}, sys.stdout, indent=1)
-        print()
-        return
-    print(f"Python {machine['python']} on {machine['machine']}")
+    rows = [in_own_process(num_ranks, arguments.events) for num_ranks in arguments.ranks]
+    ratio = round(rows[-1]["us_per_event"] / rows[0]["us_per_event"], 2) if len(rows) > 1 else 0.0
+    failures = beyond(rows)
+    hardware = f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores"
+    print(f"Python {platform.python_version()} on {hardware}")
     print(f"recording: {recorder['recorder_us']} us an event (loop alone {recorder['null_us']} us)")
     print("ranks    events   parse s   judge s   us/event   peak MiB")
     for row in rows:
@@ -148,7 +180,17 @@ def main() -> None:
         )
     if ratio:
         print(f"cost of an event, {rows[-1]['ranks']} ranks to {rows[0]['ranks']}: {ratio} times (1 is linear)")
+    for line in failures:
+        print(f"beyond the limit: {line}")
+    if arguments.json:
+        commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True).stdout.strip()
+        document = {
+            "hardware": hardware, "system": platform.platform(), "versions": {"python": platform.python_version()},
+            "commit": commit, **recorder, "rows": rows, "cost_ratio": ratio, "beyond": failures,
+        }  # fmt: skip
+        arguments.json.write_text(json.dumps(document, indent=1) + "\n")
+    return 1 if failures else 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

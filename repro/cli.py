@@ -189,16 +189,16 @@ def _run(args: argparse.Namespace) -> int:
             documents.append(document)
             references.setdefault(settings.reference_key(), run_dir.reference)
             done.append(run_dir.root)
-            if settings.variant == variants[-1]:
-                _report(console, done)  # once more, now that the siblings are there
+            if settings.variant == variants[-1] or interrupt():
+                _report(console, done)  # each shows its siblings: not before they are all there
                 done = []
-            else:
-                _report(console, done[-1:])
             told = "" if document["matches_expected"] else ", not as expected"
             told = f"  {document['verdict']}{told}: {run_dir.root / 'report.html'}"
             say(console, told)
             if interrupt():
                 break
+    if done:  # the last variant could not run here
+        _report(console, done)
     if args.junit:
         write_junit(args.junit, documents)
     _print_verdicts(console, documents, args.json)

@@ -20,7 +20,7 @@ after its bytes, a vector's head before its sizes: both are seen whole or not at
 
 The hash of a group is crc32(d, hash), zlib's CRC-32 from 0 on, over all collectives that the rank issued in it; d is
 the CRC-32 of the signature's text (group, op, layer, dtype, reduce_op, joined by SEPARATOR) in four bytes. Sizes,
-root and step are not in it. In a channel of transfers the group is the channel, and both ends are called p2p.
+root and step are not in it. Of a transfer d covers what both ends share: channel, "p2p" and dtype.
 
 Only little-endian hosts write or read these files. Times are CLOCK_MONOTONIC nanoseconds of the writer's host;
 wall time = monotonic + wall_offset_ns.

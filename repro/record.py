@@ -289,15 +289,16 @@ class Recorder:
     def _make_call(self, collective: Collective, key: tuple[object, ...], frame: FrameType | None) -> _Call:
         """Intern a collective. A send or receive counts in a channel of its own: a group of two."""
         name, op = collective.group, collective.op
+        rest = (collective.layer, collective.dtype, collective.reduce_op)
+        digested: tuple[str, ...] = (op, *rest)
         if op in _POINT_TO_POINT:
             members = self._members.get(name, range(self._who.num_ranks))
             ends = (self._who.rank, members[collective.root])
             source, target = ends if op == "send" else ends[::-1]
-            name, op = f"{name}:{source}>{target}", "p2p"
+            name, digested = f"{name}:{source}>{target}", ("p2p", collective.dtype)  # all that both ends share
             self._members[name] = (source, target)
-        rest = (collective.layer, collective.dtype, collective.reduce_op)
-        string = self._intern(SEPARATOR.join((name, collective.op, *rest)))
-        digest = crc32(SEPARATOR.join((name, op, *rest)).encode()).to_bytes(4, "little")
+        string = self._intern(SEPARATOR.join((name, op, *rest)))
+        digest = crc32(SEPARATOR.join((name, *digested)).encode()).to_bytes(4, "little")
         group = self._group(name)
         shared = (collective.root, string, self._site(frame), len(collective.sizes), self._phase, group.index)
         self._calls[key] = call = _Call(group, digest, len(collective.sizes), lambda kind: FIXED.pack(*shared, kind))

@@ -90,6 +90,7 @@ class Witness:
     heartbeat: str
     problems: tuple[str, ...]
     vectors: bytes = b""
+    shape: Geometry = field(default_factory=Geometry, repr=False)
     _signatures: dict[int, Signature] = field(default_factory=dict, repr=False)
 
     @property
@@ -99,6 +100,11 @@ class Witness:
     def last_event_ns(self) -> int:
         """When the rank last said anything but a heartbeat, 0 if never."""
         return self.last.t_ns if self.last else 0
+
+    def line(self, n: int) -> str:
+        """Where event ``n`` stands: "rank003.wit:38912 event 118"."""
+        at = self.shape.ring_at + (n - 1) % self.shape.ring_records * RECORD.size
+        return f"{self.name.rpartition('/')[2]}:{at} event {n}"
 
     def events(self, newest: int | None = None) -> Iterator[Event]:
         """All readable events, or only so many of the newest; oldest first."""
@@ -234,7 +240,9 @@ def parse(data: bytes, name: str) -> Witness:
     complete = not torn and num_events >= promised and size >= GROUPS_AT
     beat = strings[beat_name] if beat_name < len(strings) else "?"
     vectors = data[shape.vectors_at : shape.strings_at]
-    witness = Witness(name, who, strings, (), records, last, num_events, first, complete, beat_ns, beat, (), vectors)
+    witness = Witness(
+        name, who, strings, (), records, last, num_events, first, complete, beat_ns, beat, (), vectors, shape
+    )
     groups, sound = _parse_groups(data, shape, witness, problems)
     if not sound or any(not group.members for group in groups):
         complete = False  # what this rank did in such a group cannot be set against its peers

@@ -18,9 +18,10 @@ from hybrid_moe_ref.parallel.observer import Collective, ScheduleEntry
 from repro.layout import Geometry
 
 # Off the declared schedule: the witnesses show who did it.
-OFF_PLAN = ("extra", "extra_async", "duplicate", "skip", "swap", "swap_async", "replace", "habit")
+OFF_PLAN = ("extra", "extra_async", "duplicate", "skip", "swap", "swap_async", "replace", "habit", "transfer_skip")
 # By the declared schedule or in the arguments: they show only who differs.
 SILENT = ("plan_swap", "plan_skip", "dtype", "reduce_op", "root", "numel", "sizes", "sizes_abort", "early_done")
+SILENT += ("transfer_dtype",)
 OTHER = ("none", "lock", "stale_lock", "held_lock", "unknown_lock", "kill", "kill_inside", "fail", "spin", "stall")
 LATE = ("straggler", "builder", "late_starter")
 FAULTS = OFF_PLAN + SILENT + OTHER + LATE
@@ -203,7 +204,7 @@ def draw(seed: int, fault: str | None = None, rng: random.Random | None = None) 
     if rng.random() < 0.4:
         size = rng.choice((2, 3, 4))
         groups["tp"] = [everyone[i : i + size] for i in range(0, num_ranks, size)]
-    if rng.random() < 0.3:
+    if rng.random() < 0.3 or fault.startswith("transfer"):
         groups["pp"] = [everyone]
     # A duplicate before a habitual extra looks like that extra where it was not shared, and is: the schedule decides.
     habit = fault == "habit" or (rng.random() < 0.15 and fault != "duplicate")

@@ -67,6 +67,23 @@ def _skip(case: Case, rng: random.Random, planned: bool = True) -> None:
         )
 
 
+def _skip_transfer(case: Case, rng: random.Random) -> None:
+    """One end of a transfer is left out."""
+    places = [
+        (rank, step, index)
+        for rank, steps in enumerate(case.steps)
+        for step, items in enumerate(steps)
+        for index, item in enumerate(items)
+        if item.call is not None and item.call.group == "pp"
+    ]
+    if not places:
+        return
+    rank, step, index = rng.choice(places)
+    item = case.steps[rank][step][index]
+    case.step, case.culprits = step, (rank,)
+    case.steps[rank][step][index] = replace(item, call=None, before=item.before + MARK)
+
+
 def _swap(case: Case, rng: random.Random, planned: bool = False, asynchronous: bool = False) -> None:
     """Two neighbours change places; where the place drawn has no fit neighbour, nothing does."""
     rank, step, index = pick(case, rng)
@@ -187,6 +204,8 @@ INJECTIONS: dict[str, Callable[[Case, random.Random], None]] = {
     "extra_async": lambda case, rng: _extra(case, rng, wait_after=rng.randrange(4)),
     "duplicate": _duplicate,
     "skip": _skip,
+    "transfer_skip": _skip_transfer,
+    "transfer_dtype": lambda case, rng: _change(case, rng, ("send", "recv"), dtype="int32"),
     "swap": _swap,
     "swap_async": lambda case, rng: _swap(case, rng, asynchronous=True),
     "replace": lambda case, rng: _change(case, rng, ("all_reduce",), op="all_to_all", reduce_op=""),

@@ -14,7 +14,7 @@ import random
 from collections.abc import Mapping
 
 import pytest
-from faults import FAULTS, FOREVER_NS, LATE, Case, Truth, class_of, draw, draw_pair, truth
+from faults import FAULTS, FOREVER_NS, LATE, WRAPPING, Case, Truth, class_of, draw, draw_pair, truth
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from scene import MS
@@ -27,6 +27,10 @@ from repro.witness import Witness, WitnessError, parse
 
 QUICK = int(os.environ.get("HMR_SEEDS", "500"))
 WINDOW_S = 1.0
+LEAST_NAMED, LEAST_OF_DAMAGED = 0.65, 0.35
+"""The share of runs in which whoever is to blame is named, and with damaged witnesses that judged as if whole: 0.77 and
+0.47 when this was written. To say less and less would be harmless, and of no use.
+"""
 
 
 def rest(case: Case) -> Simulation:
@@ -50,18 +54,42 @@ def verdict_of(
     )
 
 
-def is_exact(want: Truth, got: Verdict) -> bool:
-    """The class is right, and so are the culprits unless nothing in the witnesses could show them."""
+CAUSES = {
+    **dict.fromkeys(("extra", "extra_async", "habit"), ("extra",)),
+    "duplicate": ("extra", "order", "skipped", "mismatch"),  # a planned entry that comes early reads as any of these
+    "skip": ("skipped", "order", "extra"),
+    "transfer_skip": ("skipped", "order", "extra"),
+    "swap": ("order", "skipped"),
+    "swap_async": ("order", "skipped"),
+    "replace": ("mismatch", "extra"),
+    **dict.fromkeys(("plan_swap", "plan_skip"), ("order", "mismatch", "sizes", "skipped")),
+    **dict.fromkeys(("dtype", "reduce_op", "root", "transfer_dtype"), ("mismatch",)),
+    **dict.fromkeys(("numel", "sizes", "sizes_abort"), ("sizes",)),
+    "early_done": ("skipped",),
+    **dict.fromkeys(("lock", "stale_lock", "held_lock"), ("lock",)),
+    **dict.fromkeys(("kill", "kill_inside"), ("dead_rank",)),
+    "fail": ("error",),
+}
+"""What may be said of a fault whose culprits are named. Of one whose are not, no cause at all is no error either."""
+
+
+def is_exact(case: Case, want: Truth, got: Verdict) -> bool:
+    """The class is right, and so are cause and culprits unless nothing in the witnesses could show them."""
     if got.verdict != want.verdict:
         return False
-    return got.culprits == want.culprits or (not want.provable and got.culprits == ())
+    if got.culprits != want.culprits:
+        return not want.provable and got.culprits == ()
+    blamed = got.culprits and want.verdict != "slow"
+    return got.cause in CAUSES.get(case.fault, ("",)) or (not blamed and got.cause == "")
 
 
-def is_harmless(want: Truth, got: Verdict) -> bool:
-    """Not all that could be known, but nothing false: no wrong deadlock, nobody blamed who did nothing."""
-    if got.verdict == "deadlock" and want.verdict not in ("deadlock", "corrupt"):
-        return False
-    return set(got.culprits) <= set(want.culprits) and got.verdict in (want.verdict, "inconclusive", "deadlock")
+def is_harmless(want: Truth, got: Verdict, whole: bool = True) -> bool:
+    """Not all that could be known, but nothing false: no wrong deadlock, nobody blamed who did nothing.
+
+    whole: nothing is lost; with a witness, or the beginning of its ring, may be lost that a wrong pairing came first
+    """
+    told = (want.verdict, "inconclusive", *(("deadlock",) if want.verdict == "corrupt" and not whole else ()))
+    return set(got.culprits) <= set(want.culprits) and got.verdict in told
 
 
 def report(case: Case, sim: Simulation, want: Truth, got: Verdict) -> str:
@@ -79,16 +107,20 @@ def report(case: Case, sim: Simulation, want: Truth, got: Verdict) -> str:
 
 def check_seeds(seeds: range) -> None:
     inexact: list[str] = []
+    silent = 0
     for seed in seeds:
         case = draw(seed)
         sim = rest(case)
         want, got = truth(case, sim), verdict_of(case, sim)
-        if is_exact(want, got):
+        if is_exact(case, want, got):
+            silent += got.culprits != want.culprits
             continue
-        assert is_harmless(want, got), report(case, sim, want, got)
-        inexact.append(f"seed {seed}: {case.fault}: {want} judged {got.verdict} {got.culprits}")
-    print(f"{len(seeds) - len(inexact)} of {len(seeds)} seeds judged exactly", *inexact, sep="\n")
-    assert len(inexact) <= len(seeds) / 1000, "\n".join(inexact)
+        assert is_harmless(want, got, whole=case.shape is not WRAPPING), report(case, sim, want, got)
+        inexact.append(f"seed {seed}: {case.fault}: {want} judged {got.verdict} {got.cause} {got.culprits}")
+    exact = len(seeds) - len(inexact)
+    print(f"{exact} of {len(seeds)} seeds judged exactly, in {exact - silent} every culprit named", *inexact, sep="\n")
+    assert len(inexact) <= max(1, len(seeds) / 1000), "\n".join(inexact)
+    assert exact - silent >= LEAST_NAMED * len(seeds), "culprits are named too seldom"
 
 
 def check_damaged_seeds(seeds: range) -> None:
@@ -101,9 +133,12 @@ def check_damaged_seeds(seeds: range) -> None:
         witnesses = damaged(sim, rng)
         want, got = truth(case, sim), verdict_of(case, sim, witnesses)
         ours = tuple(rank for rank in want.culprits if rank in witnesses)
-        exact += got.verdict == want.verdict and got.culprits in (want.culprits, ours)
-        assert is_harmless(want, got), f"witnesses left: {sorted(witnesses)}\n{report(case, sim, want, got)}"
+        exact += got.verdict == want.verdict and (got.culprits in (want.culprits, ours) or not want.provable)
+        assert is_harmless(want, got, whole=False), (
+            f"witnesses left: {sorted(witnesses)}\n{report(case, sim, want, got)}"
+        )
     print(f"{exact} of {len(seeds)} seeds with damaged witnesses judged as if whole")
+    assert exact >= LEAST_OF_DAMAGED * len(seeds), "damage leaves too little to say"
 
 
 def check_pairs(seeds: range) -> None:
@@ -116,12 +151,15 @@ def check_pairs(seeds: range) -> None:
         text = f"and {case.second}: {report(case, sim, want, got)}"
         # A rank killed in a meeting whose arguments differ may as well have been ended by the backend for that.
         died = want.verdict == "deadlock" and "dead" in {each.state for each in sim.ranks}
-        assert got.verdict in (want.verdict, "inconclusive", "crash" if died else want.verdict), text
+        # And with the beginning of the ring it may be lost that before they hung they were paired wrongly.
+        forgotten = want.verdict == "corrupt" and case.shape is WRAPPING
+        allowed = {want.verdict, "inconclusive", *(["crash"] if died else []), *(["deadlock"] if forgotten else [])}
+        assert got.verdict in allowed, text
         assert set(got.culprits) <= set(case.culprits), text
         if got.verdict != want.verdict:
             inexact.append(f"seed {seed}: {case.fault} and {case.second}: {want.verdict} judged {got.verdict}")
     print(f"{len(seeds) - len(inexact)} of {len(seeds)} runs with two faults judged exactly", *inexact, sep="\n")
-    assert len(inexact) <= len(seeds) / 1000, "\n".join(inexact)
+    assert len(inexact) <= max(1, len(seeds) / 1000), "\n".join(inexact)
 
 
 def damaged(sim: Simulation, rng: random.Random) -> dict[int, Witness]:
@@ -241,4 +279,4 @@ def test_hypothesis_finds_no_smaller_counterexample(fault: str, rng: random.Rand
     case = draw(seed, fault, rng)
     sim = rest(case)
     want, got = truth(case, sim), verdict_of(case, sim)
-    assert is_exact(want, got) or (got.verdict == "inconclusive"), report(case, sim, want, got)
+    assert is_exact(case, want, got) or (got.verdict == "inconclusive"), report(case, sim, want, got)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import time
 from dataclasses import replace
 from typing import Any
@@ -11,7 +12,7 @@ import pytest
 from scene import MS, Scene
 
 from hybrid_moe_ref.parallel.observer import Collective, ScheduleEntry
-from repro.layout import Geometry
+from repro.layout import RECORD, Event, Geometry, Kind
 from repro.verdict import Verdict, judge
 
 EVERYONE = range(8)
@@ -64,7 +65,8 @@ def metadata_rebuild(**more: Any) -> Scene:
 
 
 def test_extra_collective_of_the_live_ranks_is_a_deadlock_with_exactly_them_as_culprits() -> None:
-    verdict = look(metadata_rebuild())
+    made = metadata_rebuild()
+    verdict = look(made)
     assert (verdict.verdict, verdict.cause, verdict.culprits) == ("deadlock", "extra", tuple(range(6)))
     assert verdict.confidence == "certain"
     assert verdict.sentence() == (
@@ -77,6 +79,13 @@ def test_extra_collective_of_the_live_ranks_is_a_deadlock_with_exactly_them_as_c
     assert live["planned"] == "ep all_gather_v of layers.0.mlp"
     assert (idle["ranks"], idle["layer"]) == ([6, 7], "layers.0.mlp")
     assert "not in the schedule" in " ".join(verdict.evidence)
+    for rank, position in enumerate(verdict.ranks):  # each rests on a record that can be looked up
+        name, at, event = re.fullmatch(r"(.*):(\d+) event (\d+)", position.line).groups()  # type: ignore[union-attr]
+        record = Event._make(RECORD.unpack_from(made.files[rank], int(at)))
+        assert (name, int(event)) == (f"rank{rank:03d}.wit", record.n)
+        assert (record.kind, record.seq, record.step) == (Kind.ENTER, position.seq, position.step)
+    for line in (verdict.ranks[0].line, verdict.ranks[6].line):
+        assert line in " ".join(verdict.evidence)
     assert json.loads(json.dumps(verdict.to_json()))["ranks"][7]["sizes"] == list(SIZES)
 
 
@@ -332,6 +341,57 @@ def test_a_lock_held_across_a_collective_is_a_deadlock_of_its_holder() -> None:
     assert (verdict.verdict, verdict.cause, verdict.culprits) == ("deadlock", "lock", (3,))
 
 
+def test_two_locks_taken_in_two_orders_are_a_deadlock_of_both_holders() -> None:
+    made = scene()
+    for rank, first, second in ((2, "a.lock", "b.lock"), (5, "b.lock", "a.lock")):
+        made.recorders[rank].local("lock_held", first)
+        made.recorders[rank].local("lock_wait", second, holder=107 - rank)
+    made.enter([r for r in EVERYONE if r not in (2, 5)], C1)
+    verdict = look(made)
+    assert (verdict.verdict, verdict.cause, verdict.culprits) == ("deadlock", "lock", (2, 5))
+    assert {link["waits_in"] for link in verdict.cycle} == {"lock a.lock", "lock b.lock"}
+
+
+def transfer(op: str, peer: int, **more: Any) -> Collective:
+    return Collective("pp", op, "layers.0.mlp", (8,), "float32", "", peer)._replace(**more)
+
+
+def pipeline() -> Scene:
+    made = Scene(4, {"pp": range(4)})
+    for rank in range(4):
+        first, second = ("send", "recv") if rank % 2 == 0 else ("recv", "send")
+        plan = tuple(ScheduleEntry("pp", op, "layers.0.mlp") for op in (first, second))
+        made.begin_step(1, plan, ranks=[rank])
+    return made
+
+
+def test_two_ranks_that_both_send_first_are_a_deadlock_of_who_left_its_schedule() -> None:
+    made = pipeline()
+    made.enter([0], transfer("send", 1))
+    made.enter([1], transfer("send", 0))
+    verdict = look(made)
+    assert (verdict.verdict, verdict.culprits) == ("deadlock", (1,)), verdict
+    assert {link["waits_in"] for link in verdict.cycle} == {"pp:0>1 send #1", "pp:1>0 send #1"}
+    made = pipeline()
+    made.enter([0], transfer("send", 1))
+    made.enter([1], transfer("recv", 0))
+    assert look(made).verdict == "stall"
+    made.leave([0], transfer("send", 1))
+    made.leave([1], transfer("recv", 0))
+    made.enter([0], transfer("recv", 1))
+    assert (look(made).verdict, look(made).culprits) == ("slow", (1,))
+
+
+def test_a_transfer_whose_ends_differ_is_a_mismatch() -> None:
+    made = pipeline()
+    made.enter([0], transfer("send", 1))
+    made.enter([1], transfer("recv", 0, dtype="int32"))
+    assert (look(made).verdict, look(made).cause, look(made).culprits) == ("deadlock", "mismatch", ())
+    made.leave([0], transfer("send", 1))
+    made.leave([1], transfer("recv", 0, dtype="int32"))
+    assert look(made).verdict == "corrupt"
+
+
 def test_a_rank_that_dies_between_taking_a_lock_and_saying_so_is_a_crash() -> None:
     made = scene()
     made.recorders[0].local("lock_wait", "build.lock")
@@ -501,7 +561,8 @@ def test_witnesses_of_another_run_are_named_and_left_out() -> None:
     witnesses[7] = scene(run_id="another").witnesses()[7]
     verdict = judge(witnesses, num_ranks=8, now_ns=made.now_ns + 2000 * MS, quiet_window_s=1)
     assert "another" in " ".join(verdict.evidence)
-    assert verdict.culprits in ((), tuple(range(6)))
+    assert (verdict.verdict, verdict.cause, verdict.culprits) == ("deadlock", "extra", tuple(range(6)))
+    assert verdict.confidence == "likely"
 
 
 def test_eight_ranks_are_judged_in_milliseconds() -> None:

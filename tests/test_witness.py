@@ -84,6 +84,18 @@ def test_ranks_with_equal_schedules_have_equal_rolling_hashes() -> None:
     assert hashes[0][1] != hashes[1][1]
 
 
+def test_a_wrong_pairing_older_than_the_ring_is_seen_by_the_hash() -> None:
+    send, receive = (Collective("ep", op, "", (4,), "float32", "", peer) for op, peer in (("send", 1), ("recv", 0)))
+    for calls in ((GATHER, GATHER, GATHER, GATHER), (send, receive)):
+        scene = Scene(4, {"dp": range(4), "ep": range(4)}, shape=TINY)
+        for rank, call in enumerate(calls):
+            for number in range(50):
+                scene.all_of([rank], call._replace(dtype="int32") if (rank, number) == (1, 3) else call)
+        verdict = judge(scene.witnesses(), num_ranks=4, now_ns=scene.now_ns + 2 * 10**9, quiet_window_s=1.0)
+        assert (verdict.verdict, verdict.culprits, verdict.confidence) == ("corrupt", (), "undecided"), calls
+        assert "by their rolling hashes" in " ".join(verdict.evidence)
+
+
 def test_a_file_cut_at_any_byte_is_read_as_far_as_it_goes_or_refused_by_name() -> None:
     scene = sample()
     whole = bytes(scene.files[1])

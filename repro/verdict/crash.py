@@ -44,7 +44,8 @@ def crash(case: Case) -> Verdict:
     if dead:
         finding.evidence.append(f"{name_ranks(dead)} died")
     for rank in failed:
-        finding.evidence.append(f"rank {rank}: {case.standings[rank].position.detail}")
+        position = case.standings[rank].position
+        finding.evidence.append(f"rank {rank}: {position.detail} ({position.line})")
     return case.verdict("crash", finding)
 
 

@@ -116,7 +116,8 @@ def _deviation_finding(deviations: Sequence[Deviation], standings: Mapping[int, 
     if {rank for rank in first.concerned if standings[rank].seen} <= set(culprits):
         return None  # all members did it, though not at one place: that is no difference to explain anything with
     finding = Finding(first.kind, culprits)
-    finding.evidence.append(f"{name_ranks(culprits)} {_tell(first)}")
+    line = standings[first.rank].line(first.issued.n) if first.issued else ""
+    finding.evidence.append(f"{name_ranks(culprits)} {_tell(first)}" + (f" ({line})" if line else ""))
     if first.kind == "order" and first.entry == first.planned:
         finding.evidence.append("had it never come, it would have been skipped; from here both look the same")
     rivals = [d for d in deviations if d.rank not in culprits]

@@ -147,7 +147,11 @@ def _queued_differently(case: Case, key: GroupKey, seq: int, finding: Finding) -
 def _deadlock(case: Case, cycle: Sequence[Node]) -> Verdict:
     """There is a cycle, or a rank that is waited for is done: wait for quiet, then say who did it."""
     links = _links(cycle)
-    told = [f"{name_ranks(link['ranks'])} in {link['waits_in']} wait for {list_ranks(link['for'])}" for link in links]
+    told = [
+        f"{name_ranks(link['ranks'])} in {link['waits_in']} wait for {list_ranks(link['for'])}"
+        f" ({case.standings[link['ranks'][0]].position.line})"
+        for link in links
+    ]
     if not case.quiet:
         told.append(f"quiet for {case.quiet_s:.3f} s only, {case.quiet_window_s:g} s are needed: look again")
         return case.verdict("inconclusive", cycle=links, evidence=told, confidence="undecided")

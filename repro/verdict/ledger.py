@@ -92,7 +92,7 @@ class Ledger:
         hashes: dict[tuple[GroupKey, int], dict[int, list[int]]] = {}
         for rank, witness in self._witnesses.items():
             for group in witness.groups if witness.complete else ():
-                if group.hash and ":" not in group.name and group.name not in but:
+                if group.hash and group.name not in but:
                     key = (group.name, group.members), group.issued
                     hashes.setdefault(key, {}).setdefault(group.hash, []).append(rank)
         return [

@@ -27,9 +27,14 @@ class Standing:
     left: dict[GroupKey, int] = field(default_factory=dict)
     host: str = ""
     pid: int = 0
+    witness: Witness | None = None
     seen: bool = False  # its witness is there and tells all there was
     beat: str = ""  # what the rank's last heartbeat named
     beat_s: float | None = None  # how long ago it was; None if none came since its last event
+
+    def line(self, n: int) -> str:
+        """Where event ``n`` stands in its witness."""
+        return self.witness.line(n) if self.witness is not None and n else ""
 
     @property
     def rank(self) -> int:
@@ -75,6 +80,7 @@ def _read(rank: int, witness: Witness, now_ns: int) -> Standing:
         left={keys[i]: group.left for i, group in enumerate(witness.groups)},
         host=f"{witness.who.boot_id}/{witness.who.hostname}",  # containers of one host share its boot
         pid=witness.who.pid,
+        witness=witness,
         seen=witness.complete,
     )
     if last is None:
@@ -116,7 +122,7 @@ def _read(rank: int, witness: Witness, now_ns: int) -> Standing:
         state = "hidden"
     standing.position = Position(
         rank, state, witness.text(last.phase), last.step, layer, group_name, seq, op, sizes,
-        max(0, now_ns - since_ns) / 1e9, detail, site,
+        max(0, now_ns - since_ns) / 1e9, detail, site, witness.line(last.n),
     )  # fmt: skip
     return standing
 

@@ -18,6 +18,7 @@ class Position:
     layer, group, seq, op, sizes    of the collective it is blocked in, else of nothing
     detail     the lock, build or message, or what the system says about the rank
     since_s    how long it has been there
+    line       the record of its witness that says so: "rank003.wit:38912 event 118"
     """
 
     rank: int
@@ -32,12 +33,13 @@ class Position:
     since_s: float = 0.0
     detail: str = ""
     site: str = ""
+    line: str = ""
 
     def to_json(self) -> dict[str, Any]:
         return {
             "rank": self.rank, "state": self.state, "phase": self.phase, "step": self.step, "layer": self.layer,
             "group": self.group, "seq": self.seq, "op": self.op, "sizes": list(self.sizes),
-            "since_s": round(self.since_s, 3), "detail": self.detail, "site": self.site,
+            "since_s": round(self.since_s, 3), "detail": self.detail, "site": self.site, "line": self.line,
         }  # fmt: skip
 
     def words(self) -> str:

@@ -29,6 +29,7 @@ class Issued:
     seq: int
     t_ns: int
     site: str
+    n: int  # of the event
 
 
 @dataclass(slots=True)
@@ -89,7 +90,7 @@ def steps_of(witness: Witness, num_steps: int = RECENT_STEPS) -> list[Step]:
                 name = signature.group.split(":")[0] if is_transfer(signature) else signature.group
                 key = keys[event.group] if event.group < len(keys) else (signature.group, ())
                 entry = (name, signature.op, signature.layer)
-                steps[-1].issued.append(Issued(entry, key, event.seq, event.t_ns, witness.text(event.site)))
+                steps[-1].issued.append(Issued(entry, key, event.seq, event.t_ns, witness.text(event.site), event.n))
     return steps
 
 
