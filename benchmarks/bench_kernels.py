@@ -229,8 +229,14 @@ def line(row: Row, dtype: str) -> str:
 
 
 def losses(all_rows: list[dict[str, Any]]) -> list[str]:
-    """An op and dtype whose native function, over its sizes together, does not beat torch or the peer."""
-    told = []
+    """An op and dtype whose native function, over its sizes together, does not beat torch or the peer; and the sizes
+    at which one that does loses by more than noise."""
+    told = [
+        f"{row['op']} {row['dtype']} at {row['series']} {row['size']}: {row[against]:.2f} x {name}"
+        for row in all_rows
+        for against, name in (("torch_ratio", "torch"), ("ratio", "the peer"))
+        if row.get(against, 1) < 0.9
+    ]
     for op, dtype in sorted({(row["op"], row["dtype"]) for row in all_rows}):
         for against in ("torch_ratio", "ratio"):
             ratios = [row[against] for row in all_rows if (row["op"], row["dtype"]) == (op, dtype) and against in row]

@@ -12,6 +12,7 @@ import os
 import platform
 import re
 import subprocess
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -35,20 +36,19 @@ def processor() -> str:
 
 
 def cpu() -> str:
-    """The processor, and the number of cores and of threads in use."""
-    return f"{processor()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads"
+    """The processor, and the number of cores, and of threads in use."""
+    return f"{processor()}, {os.cpu_count()} cores, threads: {torch.get_num_threads()}"
 
 
 def versions(*packages: str) -> dict[str, str]:
     """Of Python, torch, and these; "not installed" where one is not."""
-    found = {"python": platform.python_version(), "torch": torch.__version__}
+    found = {"python": platform.python_version(), "torch": torch.__version__} | dict.fromkeys(packages, "not installed")
+    places = [str(Path(sys.prefix, "oracles")), *sys.path]  # the first is where set-up puts what only tests may see
+    installed = {each.name.replace("_", "-"): each.version for each in importlib.metadata.distributions(path=places)}
     for package in packages:
-        found[package] = "not installed"
         for name in DISTRIBUTIONS.get(package, (package,)):
-            try:
-                found[package] = importlib.metadata.version(name)
-            except importlib.metadata.PackageNotFoundError:
-                continue
+            if name in installed:
+                found[package] = installed[name]
     return found
 
 

@@ -78,6 +78,8 @@ def ratios(document: Document, path: Path) -> None:
         panel.set_xscale("log", base=2)
         low, high = panel.get_ylim()
         panel.set_ylim(min(low, 0.8), max(high, 4))
+        if high / low < 50:
+            panel.yaxis.set_major_locator(matplotlib.ticker.LogLocator(subs=(1, 2, 5)))
         panel.yaxis.set_major_formatter(matplotlib.ticker.FuncFormatter(lambda y, _: f"{y:g}x"))
         panel.yaxis.set_minor_formatter(matplotlib.ticker.NullFormatter())
         panel.xaxis.set_major_formatter(matplotlib.ticker.FuncFormatter(lambda x, _: f"{x:g}"))
@@ -97,7 +99,7 @@ def roofline(document: Document, path: Path) -> None:
     rows = [row for row in document["rows"] if "native_us" in row]
     figure, panel = pyplot.subplots(figsize=(7.5, 5.2))
     ops = list(dict.fromkeys(row["op"] for row in rows))
-    markers = dict(zip(ops, "osD^v<>pP*XhHd", strict=False))
+    markers = dict(zip(ops, [*"osD^v<>pP*Xh", "$L$"], strict=False))
     for row in rows:
         panel.plot(
             row["work"] / row["bytes"],
@@ -115,14 +117,8 @@ def roofline(document: Document, path: Path) -> None:
     panel.annotate(
         f"products in float32, {rate / 1e9:.0f} GFLOP/s", (xs[2], rate / 1e9), ha="right", va="bottom", fontsize=8
     )
-    panel.annotate(
-        f"copy, {bandwidth / 1e9:.1f} GB/s",
-        (xs[0], xs[0] * bandwidth / 1e9),
-        va="top",
-        fontsize=8,
-        xytext=(12, 0),
-        textcoords="offset points",
-    )
+    at = (xs[0], xs[0] * bandwidth / 1e9)
+    panel.annotate(f"copy, {bandwidth / 1e9:.1f} GB/s", at, (0, 14), textcoords="offset points", fontsize=8)
     panel.set(xscale="log", yscale="log", xlabel="operations a byte touched", ylabel="GFLOP/s")
     line = matplotlib.lines.Line2D
     handles = [line([], [], color=colour, marker="o", linestyle="", label=dtype) for dtype, colour in COLOURS.items()]
@@ -147,6 +143,7 @@ def of_copy(document: Document, path: Path) -> None:
         panel.plot(sizes, peers, "--s", color="gray", markersize=3, label=mine[0]["peer"])
         panel.set(title=op, ylabel="% of copy", ylim=(0, None))
         panel.set_xscale("log", base=2)
+        panel.xaxis.set_major_formatter(matplotlib.ticker.FuncFormatter(lambda x, _: f"{x:g}"))
         panel.legend(fontsize=7)
     figure.tight_layout(rect=(0, 0.03, 1, 1))
     save(figure, path.with_name(f"{path.stem}_copy.svg"), document)
@@ -170,7 +167,10 @@ def model(document: Document, path: Path) -> None:
                 continue
             ratio = values[dtype, batch][f"{kernels}_{phase}_ratio"]
             panel.bar(place + shift, ratio, 0.38, color=colour)
-            panel.annotate(f"{ratio:.1f}", (place + shift, ratio), ha="center", va="bottom", fontsize=8)
+            at, colour = (place + shift, 0), "white" if kernels == "native" else "black"
+            panel.annotate(
+                f"{ratio:.1f}", at, (0, 3), textcoords="offset points", ha="center", fontsize=8, color=colour
+            )
             wanted = MARKS.get((dtype, kernels, batch), {}).get(f"{phase}_ratio")
             if wanted:
                 panel.plot([place + shift - 0.19, place + shift + 0.19], [wanted, wanted], color="#d62728", linewidth=2)
