@@ -111,7 +111,7 @@
           pen.globalAlpha = 1; pen.strokeStyle = colours.stall; pen.lineWidth = 1; pen.strokeRect(x1 + 0.5, top + 0.5, wide - 1, high - 1);
         } else { if (never) pen.fillStyle = colours.stall; pen.fillRect(x1, top, wide - (wide > 3 ? 0.6 : 0), high); }
         if (words && wide > 46 && high > 10) {
-          const told = never ? stuckIn(label, lane.seq[i]) : `${label[NAME]} ${label[LAYER]}`;
+          const both = `${label[NAME]} ${label[LAYER]}`, told = never ? stuckIn(label, lane.seq[i]) : [both, label[NAME], ""].find((it) => pen.measureText(it).width + 10 < wide);
           pen.save(); pen.beginPath(); pen.rect(x1, top, wide, high); pen.clip(); pen.globalAlpha = 1;
           if (never) { const w = pen.measureText(told).width + 8; pen.fillStyle = colours.paper; pen.globalAlpha = 0.82; pen.fillRect(x1 + 3, top + 2, w, high - 4); pen.globalAlpha = 1; pen.fillStyle = colours.bad; }
           else pen.fillStyle = colours.on;
@@ -185,13 +185,12 @@
     pen.font = "11px ui-sans-serif,system-ui,sans-serif";
     const top = view.scrollTop, first = Math.max(0, Math.floor(top / rank0)), last = Math.min(shown.length, Math.ceil((top + height - AXIS) / rank0));
     let step = 1; while ((step * room) / (b - a) < 90) step *= String(step)[0] === "2" ? 2.5 : 2;
-    pen.textAlign = "center";
+    const ticks = [];
     for (let t = Math.ceil(a / step) * step; t <= b; t += step) {
       const x = gutter + ((t - a) / (b - a)) * room;
       pen.fillStyle = colours.grid; pen.fillRect(x, AXIS - 4, 1, height);
-      pen.fillStyle = colours.dim; if (x > gutter + 14 && x < width - right - 14) pen.fillText(timeName(t, step), x, 14);
+      if (x > gutter + 14 && x < width - right - 14) ticks.push([x, timeName(t, step)]);
     }
-    pen.textAlign = "left";
     pen.save(); pen.beginPath(); pen.rect(0, AXIS - 2, width, height); pen.clip();
     const triangles = [];
     for (let k = first; k < last; k++) {
@@ -221,12 +220,17 @@
     }
     rails(pen, first, last, top);
     pen.restore();
+    let from = Infinity, to = -Infinity; // where the words stand that no time may stand under
     if (triangles.length) { // above the lanes, so after the clip
       const x = Math.min(...triangles.map((t) => t[0]));
       pen.strokeStyle = colours.ink; pen.globalAlpha = 0.5; pen.setLineDash([3, 3]); pen.beginPath(); pen.moveTo(x, 4); pen.lineTo(x, height); pen.stroke(); pen.setLineDash([]); pen.globalAlpha = 1;
       const told = "first divergent entry", wide = pen.measureText(told).width + 10, left = x - wide > gutter ? x - wide : x + 4;
-      pen.fillStyle = colours.paper; pen.fillRect(left, 2, wide, 15); pen.fillStyle = colours.ink; pen.fillText(told, left + 3, 14);
+      pen.fillStyle = colours.ink; pen.fillText(told, left + 3, 14);
+      from = left; to = left + wide;
     }
+    pen.textAlign = "center"; pen.fillStyle = colours.dim;
+    for (const [x, told] of ticks) if (x + 24 < from || x - 24 > to) pen.fillText(told, x, 14);
+    pen.textAlign = "left";
     drawOverview();
   }
 
