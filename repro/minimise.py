@@ -82,8 +82,8 @@ def minimise(scenario: Scenario, start: RunSettings, trial: Trial, budget_s: flo
     path = [start, *_reductions(scenario, start, wanted)]
     verdict, cause, document = says(start)
     if (verdict, cause) != (wanted.verdict, wanted.cause):
-        told = f"the run says {verdict} {cause or ''}, not {wanted.verdict} {wanted.cause or ''}: not shrunk"
-        raise AnotherVerdict(told, verdict)
+        why = f"the run says {verdict} {cause or ''}, not {wanted.verdict} {wanted.cause or ''}: not shrunk"
+        raise AnotherVerdict(why, verdict)
     low, high = 0, len(path)  # path[low] is known to hold, path[high] not to
     middle = high - 1  # the smallest first: what a scenario foretells is mostly so
     while low < middle < high and time.monotonic() - began < budget_s:
