@@ -252,7 +252,7 @@ class Redactor:
         return _pattern(name).sub(lambda match: self._count(rule, stand_in), text)
 
     def forbidden(self) -> Iterator[tuple[re.Pattern[bytes], str, bool]]:
-        """What must be in no file afterwards, with its rule: plain text in any case, not the rules' own patterns.
+        """What must be in no file afterwards, with its rule: plain text, names in any case, not the rules' own patterns.
 
         Of a name too short for that, the last value is false: it is looked for as a word, in files of text alone.
         """
@@ -264,7 +264,8 @@ class Redactor:
             plain, anywhere = re.escape(text.encode()), _is_distinct(text) or rule in ("secrets", "paths")
             if not anywhere:
                 plain = rb"(?<![A-Za-z0-9\x80-\xff])" + plain + rb"(?![A-Za-z0-9\x80-\xff])"
-            yield re.compile(plain, re.IGNORECASE), rule, anywhere
+            exact = rule in ("secrets", "paths")  # a secret in another case is none
+            yield re.compile(plain, 0 if exact else re.IGNORECASE), rule, anywhere
 
 
 @functools.cache

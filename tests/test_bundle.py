@@ -235,6 +235,14 @@ def test_a_name_that_is_a_word_of_this_program_is_replaced_only_where_it_stands_
         assert redactor.text(text) == expected.replace("{}", stand_in)
 
 
+def test_a_secret_that_is_a_word_in_another_case_stops_no_bundle(tmp_path, quick, monkeypatch):
+    monkeypatch.setenv("MY_TOKEN", "Zorblaxx")
+    root, _ = write_hang(tmp_path)
+    (root / "logs" / "rank000.log").write_text("zorblaxx Zorblaxx")
+    made = bundle.make(root, tmp_path / "b.zip")
+    assert contents(made.path)["logs/rank000.log"].decode() == "zorblaxx <secret>"
+
+
 def test_a_host_of_two_letters_is_looked_for_in_text_and_not_in_numbers(tmp_path, quick, monkeypatch):
     monkeypatch.setattr("socket.gethostname", lambda: "zq")
     monkeypatch.setattr("socket.getfqdn", lambda: "zq")
