@@ -252,7 +252,7 @@ class Redactor:
         return _pattern(name).sub(lambda match: self._count(rule, stand_in), text)
 
     def forbidden(self) -> Iterator[tuple[re.Pattern[bytes], str, bool]]:
-        """What must be in no file afterwards, with its rule: plain text, names in any case, not the rules' own patterns.
+        """What must be in no file afterwards, with its rule: plain text, names in any case, not the rules' patterns.
 
         Of a name too short for that, the last value is false: it is looked for as a word, in files of text alone.
         """
