@@ -218,8 +218,8 @@ model = extra(lambda: HybridMoE.from_pretrained({str(tmp_path)!r}))
         [sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=Path(__file__).parent
     )
     part, whole = map(int, done.stdout.split())
-    # Not below nothing: then it would not be the loading that was measured.
-    assert min(part, whole) >= -2_000_000 and max(part, whole) <= 30_000_000, done.stdout
+    # A block of 8 MiB, and little else. Not below nothing: then it would not be the loading that was measured.
+    assert min(part, whole) >= -2_000_000 and max(part, whole) <= 16_000_000, done.stdout
 
 
 @pytest.mark.parametrize(

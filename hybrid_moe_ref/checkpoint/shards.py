@@ -49,6 +49,7 @@ class Shards:
         self.folder = folder
         self.bytes_read = 0
         self._entries: dict[str, Entry] = {}
+        self._buffer = torch.empty(0, dtype=torch.uint8)
         problems: list[str] = []
         if (folder / INDEX).exists():
             self._read_index(problems)
@@ -73,7 +74,8 @@ class Shards:
         self, name: str, index: int | None = None, ranges: Iterable[Range] | None = None
     ) -> Iterator[tuple[int, Tensor]]:
         """A tensor on the CPU, or only its row `index`, some rows at a time: the number of the first row and a block of
-        at most BLOCK_BYTES, or one row. Only the rows in `ranges` are read, in that order."""
+        at most BLOCK_BYTES, or one row. Only the rows in `ranges` are read, in that order. Each block is gone with the
+        next one: all lie in one buffer, as an allocator that is given back block after block keeps several of them."""
         entry = self._entries[name]
         shape, start, size = entry.shape, entry.start, entry.end - entry.start
         if index is not None:
@@ -86,14 +88,16 @@ class Shards:
                 file.seek(start + first * row_bytes)
                 for row in range(first, stop, at_once):
                     count = min(at_once, stop - row)
-                    raw = torch.empty(count * row_bytes, dtype=torch.uint8)
+                    if (needed := count * row_bytes) > len(self._buffer):
+                        self._buffer = torch.empty(max(needed, BLOCK_BYTES), dtype=torch.uint8)
+                    raw = self._buffer[:needed]
                     self._fill(raw.numpy().data, file, f"{entry.file}: {name}")
                     self.bytes_read += len(raw)
                     yield row, raw.view(entry.dtype).view(count, *shape[1:])
 
     def read(self, name: str, index: int | None = None) -> Tensor:
         """All rows together."""
-        return torch.cat([block for _, block in self.rows(name, index)])
+        return torch.cat([block.clone() for _, block in self.rows(name, index)])
 
     def _fill(self, view: memoryview, file: FileIO, what: str) -> None:
         while view:
