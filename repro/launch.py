@@ -23,7 +23,7 @@ from typing import Any
 import psutil
 
 from repro import kernel_cache, locks, process, scenarios
-from repro.layout import Identity
+from repro.layout import Geometry, Identity
 from repro.rundir import OutputError, RunDir, write_json
 from repro.settings import RunSettings
 from repro.verdict import Verdict
@@ -89,8 +89,9 @@ def prepare_run_dir(out: Path, settings: RunSettings) -> RunDir:
         write_json(run_dir.config, settings.to_mapping())
         kernel_cache.fill(run_dir, settings)
         scenarios.load(settings.scenario).before(settings, kernel_cache.folder(run_dir, settings))
+        shape = Geometry(ring_records=settings.ring_records)
         for rank in range(settings.num_ranks):
-            create(run_dir.witness(rank), Identity(rank, settings.num_ranks, run_id=run_dir.root.name))
+            create(run_dir.witness(rank), Identity(rank, settings.num_ranks, run_id=run_dir.root.name), shape)
         run_dir.point_latest()
     except BaseException as error:
         shutil.rmtree(run_dir.root, ignore_errors=True)

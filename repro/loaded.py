@@ -14,7 +14,19 @@ from pathlib import Path
 _LIBRARIES = re.compile(
     r"/(lib(?:nccl|rccl|cudart|cublas|cudnn|nvshmem|gloo|mpi|torch_c(?:pu|uda)|triton)[^/]*\.so[^/]*)$"
 )
-_VARIABLES = ("HMR_CHECKS", "NCCL_", "TORCH_", "GLOO_", "CUDA_", "OMP_", "LD_PRELOAD", "VLLM_", "TRITON_")
+_VARIABLES = (
+    "HMR_KERNELS",
+    "HMR_KERNEL_CHECKS",
+    "HMR_NATIVE_ISA",
+    "NCCL_",
+    "TORCH_",
+    "GLOO_",
+    "CUDA_",
+    "OMP_",
+    "LD_PRELOAD",
+    "VLLM_",
+    "TRITON_",
+)
 
 
 def describe() -> str:

@@ -10,10 +10,12 @@ from hybrid_moe_ref.config import Config, ConfigError, EngineConfig, ModelConfig
 from hybrid_moe_ref.engine.scheduler import Request
 from hybrid_moe_ref.engine.server_config import CHECKS, ServerConfig
 from hybrid_moe_ref.pages import page_layout
+from repro.layout import Geometry
 from repro.workload import WorkloadConfig, draw_requests
 
 VARIANTS = ("control", "fault", "fix")
 BACKENDS = ("gloo", "nccl")
+MAX_RING_RECORDS = 1 << 20  # 72 MiB a rank
 KERNEL_CACHES = ("cold", "warm", "split")
 
 # Served in float64: a sum in another order then changes a logit by 1e-15, not 1e-6, so greedy tokens and expert
@@ -27,6 +29,7 @@ class RunSettings(Config):
 
     kernel_cache     what the run's own cache of compiled kernels holds at the start: "cold" nothing, "warm" all;
                      "split": every rank has a cache of its own, and rank 0's alone is cold
+    ring_records     how many events a rank's witness keeps; what each group did last it keeps anyway
     drawn_for        for how many dp ranks requests are drawn, which those that there are share; 0: for these
     group_timeout_s  after how long a collective gives up; 0: long after the deadline
     """
@@ -45,6 +48,7 @@ class RunSettings(Config):
     kernel_cache: str = ""
     group_timeout_s: float = 0.0
     drawn_for: int = 0
+    ring_records: int = Geometry().ring_records
     model: ModelConfig = field(default_factory=lambda: preset("tiny"))
     engine: EngineConfig = DEFAULT_ENGINE
     workload: WorkloadConfig = field(default_factory=WorkloadConfig)
@@ -70,6 +74,9 @@ class RunSettings(Config):
             raise ConfigError(f"unknown state {self.kernel_cache!r}; known: {', '.join(KERNEL_CACHES)}", "kernel_cache")
         if not 0 <= self.drawn_for <= 1024:
             raise ConfigError(f"{self.drawn_for} is not a number of dp ranks", "drawn_for")
+        if not 64 <= self.ring_records <= MAX_RING_RECORDS or self.ring_records % 2:
+            wanted = f"an even number of events in 64..{MAX_RING_RECORDS}"
+            raise ConfigError(f"{self.ring_records} is not {wanted}", "ring_records")
         if not 0 <= self.group_timeout_s < 1e6:
             raise ConfigError(f"{self.group_timeout_s} is not a number of seconds", "group_timeout_s")
         for name in ("quiet_window_s", "deadline_s"):

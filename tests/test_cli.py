@@ -20,7 +20,7 @@ from rich.console import Console
 from rich.live import Live
 from scene import Scene
 
-from hybrid_moe_ref.parallel.observer import Collective
+from hybrid_moe_ref.parallel.observer import Collective, ScheduleEntry
 from repro.cli import CANNOT_TELL, EXPECTED, UNEXPECTED, USAGE, _parser, exit_code, main
 from repro.display import LiveTable, overview, position
 from repro.junit import write_junit
@@ -90,6 +90,7 @@ def test_usage_errors_are_one_line_and_exit_code_2(capsys, tmp_path, argv, words
         ('{"engine": 5}', "engine: wanted a mapping"),
         ('{"workload": {"max_prompt_tokens": 4000}}', "workload.max_prompt_tokens: 4000 is more than"),
         ("[1]", "wanted a mapping"),
+        ('{"ring_records": 7}', "ring_records: 7 is not an even number of events in 64.."),
         ('{"seed": 1,\n}', ":2: "),
     ],
 )
@@ -361,6 +362,25 @@ def test_a_bad_witness_is_named_with_its_offset_and_the_rest_is_still_used(capsy
         told = capsys.readouterr()
         assert words in told.out and not told.err
     assert [position["state"] for position in json.loads(told.out)["ranks"]].count("done") >= 3
+
+
+@pytest.mark.parametrize("twentieth", [3, *(pytest.param(n, marks=pytest.mark.full) for n in range(20) if n != 3)])
+def test_a_witness_cut_anywhere_never_ends_in_a_traceback_or_a_wrong_culprit(capsys, tmp_path, twentieth):
+    scene = Scene(4, {"dp": range(4), "ep": range(4)})
+    reduce, gather = Collective("dp", "all_reduce", "", (4,)), Collective("ep", "all_gather_v", "l", (1, 1, 1, 1))
+    scene.begin_step(1, (ScheduleEntry("dp", "all_reduce"), ScheduleEntry("ep", "all_gather_v", "l")))
+    scene.all_of(range(4), reduce)
+    scene.enter([0, 1, 3], gather)
+    scene.enter([2], reduce._replace(layer="extra"))
+    used = 1024 + 16 * 128 + 12 * 72  # header, slots and the records that there are; then the rest of the file
+    whole = len(scene.files[2])
+    cut = used * twentieth // 10 if twentieth < 10 else used + (whole - used) * (twentieth - 10) // 10
+    scene.files[2] = scene.files[2][:cut]
+    left_by_a_run(tmp_path, scene)
+    assert main(["watch", str(tmp_path), "--json"]) == CANNOT_TELL
+    told = capsys.readouterr()
+    assert not told.err and "rank002.wit" in " ".join(json.loads(told.out)["evidence"])
+    assert set(json.loads(told.out)["culprits"]) <= {2}
 
 
 def test_only_one_process_may_watch_a_run_to_its_end(capsys, tmp_path):

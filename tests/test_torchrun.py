@@ -31,13 +31,15 @@ def command(*arguments) -> list[str]:
 
 @pytest.fixture
 def leaves_nothing(tmp_path):
-    """Fails the test when a process, a shared-memory entry or a temporary file outlives it."""
+    """Fails the test when a process, a listening port, a shared-memory entry or a temporary file outlives it."""
     shared_before, temporary_before = set(os.listdir("/dev/shm")), set(Path("/tmp").glob("torchelastic_*"))
+    listening_before = _listeners()
     yield
     deadline = time.monotonic() + 10
     while (alive := _processes_of(tmp_path)) and time.monotonic() < deadline:
         time.sleep(0.1)
     assert not alive, alive
+    assert _listeners() <= listening_before
     assert set(os.listdir("/dev/shm")) <= shared_before
     assert set(Path("/tmp").glob("torchelastic_*")) <= temporary_before
     for verdict in tmp_path.glob("*Z-*/verdict.json"):
@@ -46,6 +48,17 @@ def leaves_nothing(tmp_path):
             *("events", "fr", "logs", "env", "outputs", "stacks"),
             *("report.html", "timeline.svg", "trace.json"),
         }
+
+
+def _listeners() -> set[tuple[int, int]]:
+    """(port, pid) of what listens for processes that were started here."""
+    found = set()
+    for connection in psutil.net_connections("inet"):
+        if connection.status == psutil.CONN_LISTEN and connection.pid:
+            with contextlib.suppress(psutil.Error):
+                if psutil.Process(connection.pid).cwd() == str(ROOT):
+                    found.add((connection.laddr.port, connection.pid))
+    return found
 
 
 def _processes_of(out: Path) -> list[str]:

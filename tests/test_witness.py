@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 from scene import Scene
 
-from hybrid_moe_ref.parallel.observer import Collective
+from hybrid_moe_ref.parallel.observer import Collective, ScheduleEntry
 from repro.layout import (
     CRC,
     GROUP_BYTES,
@@ -112,6 +112,31 @@ def test_a_file_cut_at_any_byte_is_read_as_far_as_it_goes_or_refused_by_name() -
         assert witness.num_events <= full.num_events
         verdict = judge({**others, 1: witness}, num_ranks=4, now_ns=scene.now_ns, quiet_window_s=1.0)
         assert verdict.verdict in ("slow", "inconclusive"), size
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("wrapped", [False, True])
+def test_a_cut_file_in_a_hang_never_makes_another_rank_guilty(wrapped: bool) -> None:
+    """Rank 2 issues one all_reduce too many; its file, or that of a rank that waits for it, ends at any byte."""
+    scene = Scene(4, {"dp": range(4), "ep": range(4)}, shape=TINY)
+    plan = (ScheduleEntry("dp", "all_reduce"), ScheduleEntry("ep", "all_gather_v", "layers.0.mlp"))
+    for step in range(9 if wrapped else 3):
+        scene.begin_step(step, plan)
+        scene.all_of(range(4), REDUCE)
+        scene.enter([0, 1, 3], GATHER)
+        if step < (8 if wrapped else 2):
+            scene.enter([2], GATHER)
+            scene.leave(range(4), GATHER)
+    scene.enter([2], REDUCE._replace(layer="extra"))
+    others = scene.witnesses()
+    assert (others[0].first_event > 1) is wrapped
+    for rank in (2, 0):
+        whole = bytes(scene.files[rank])
+        for size in range(HEADER.size + CRC.size, len(whole), 1 if wrapped else 3):
+            witness = parse(whole[:size], f"rank{rank:03d}.wit")
+            verdict = judge({**others, rank: witness}, num_ranks=4, now_ns=scene.now_ns + 2 * 10**9, quiet_window_s=1.0)
+            assert set(verdict.culprits) <= {2}, (rank, size, verdict)
+            assert verdict.verdict in ("deadlock", "slow", "inconclusive"), (rank, size, verdict)
 
 
 def test_a_writer_killed_at_any_byte_of_a_record_leaves_the_records_before_it() -> None:
