@@ -9,6 +9,8 @@ import os
 import shutil
 import subprocess
 import sys
+import threading
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -345,10 +347,40 @@ def test_a_nan_reaches_whatever_depends_on_it(name: str, library: Any) -> None:
                     assert not lost.any(), f"{name} argument {place}, result {number}, {isa} {dtype}: {lost.nonzero()}"
 
 
+@pytest.mark.parametrize(("name", "places"), [("gated_delta_rule.prefill", (0, 1, 2)), ("ssd.prefill", (0, 3, 4))])
+def test_heads_may_lie_apart(name: str, places: tuple[int, ...], library: Any) -> None:
+    case = MAKERS[name](Draw(5), lengths=[7, 2], heads=2, repeat=2, K=9, V=12)
+    for place in places:
+        x = case.args[place]
+        case.args[place] = torch.full((*x.shape[:2], x.shape[2] + 3), torch.nan)[..., : x.shape[2]].copy_(x)
+    OPS[name].check(*case.args)
+    prove(name, case, torch.float32, "heads apart")
+
+
 @pytest.mark.parametrize("name", OPS)
 def test_no_tokens_at_all(name: str, library: Any) -> None:
     sizes = {"lengths": [0] if "decode" not in name and "update" not in name else [], "heads": 2, "repeat": 2}
     prove(name, MAKERS[name](Draw(1), **sizes, K=8, V=16), torch.float32, "no tokens")
+
+
+def test_other_threads_run_during_a_native_call(library: Any) -> None:
+    x, weight, span = torch.ones(256, 1024), torch.ones(2048, 1024), [0.0, 0.0]
+
+    def call_it() -> None:
+        span[0] = time.monotonic()
+        library.project(x, [weight])
+        span[1] = time.monotonic()
+
+    for _ in range(10):  # on a busy machine this thread may get no processor for one of them
+        seen: list[float] = []
+        worker = threading.Thread(target=call_it)
+        worker.start()
+        while worker.is_alive():
+            seen.append(time.monotonic())
+        quarter = (span[1] - span[0]) / 4
+        if any(span[0] + quarter < at < span[1] - quarter for at in seen):
+            return
+    pytest.fail("no other thread ran in the middle of any of ten calls")
 
 
 @pytest.mark.parametrize("backend", ["torch", "native"])

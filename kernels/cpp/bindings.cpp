@@ -154,6 +154,8 @@ const void* in(const optional<Tensor>& x) { return x ? x->const_data_ptr() : nul
 float* floats(const Tensor& x) { return x.data_ptr<float>(); }
 const int64_t* indices(const Tensor& x) { return x.const_data_ptr<int64_t>(); }
 Tensor empty_like(const Tensor& x, at::IntArrayRef shape) { return at::empty(shape, x.options()); }
+// Rows [N, heads, D] whose heads follow one another; a copy where they do not.
+Tensor with_dense_heads(const Tensor& x) { return x.stride(1) == x.size(2) || x.size(1) <= 1 ? x : x.contiguous(); }
 const auto FLOATS = {at::kFloat, at::kBFloat16};
 
 std::vector<Tensor> project(const Tensor& x_NH, const std::vector<Tensor>& weights) {
@@ -294,9 +296,9 @@ Tensor rule_prefill(const Tensor& q_TMK, const Tensor& k_TMK, const Tensor& v_TH
                     const Tensor& state_JHKV, const Tensor& slots_B, const Tensor& cu_seqlens_X) {
     Sizes sizes;
     const auto type = q_TMK.scalar_type();
-    sizes.take("q_TMK", q_TMK, FLOATS, 2);
-    sizes.take("k_TMK", k_TMK, {type}, 2);
-    sizes.take("v_THV", v_THV, {type}, 2);
+    sizes.take("q_TMK", q_TMK, FLOATS);
+    sizes.take("k_TMK", k_TMK, {type});
+    sizes.take("v_THV", v_THV, {type});
     sizes.multiple('H', 'M');
     sizes.take("g_TH", g_TH, {at::kFloat});
     sizes.take("beta_TH", beta_TH, {at::kFloat});
@@ -306,7 +308,8 @@ Tensor rule_prefill(const Tensor& q_TMK, const Tensor& k_TMK, const Tensor& v_TH
     sizes.take("cu_seqlens_X", cu_seqlens_X, {at::kLong});
     check_cu_seqlens(cu_seqlens_X, sizes['B'], sizes['T']);
     const Tensor o = empty_like(v_THV, {sizes['T'], sizes['H'], sizes['V']});
-    table->rule({in(q_TMK), in(k_TMK), in(v_THV), q_TMK.stride(0), k_TMK.stride(0), v_THV.stride(0), sizes['B'], sizes['M'], sizes['H'],
+    const Tensor q = with_dense_heads(q_TMK), k = with_dense_heads(k_TMK), v = with_dense_heads(v_THV);
+    table->rule({in(q), in(k), in(v), q.stride(0), k.stride(0), v.stride(0), sizes['B'], sizes['M'], sizes['H'],
                  sizes['K'], sizes['V'], g_TH.const_data_ptr<float>(), beta_TH.const_data_ptr<float>(), g_TH.stride(0), beta_TH.stride(0),
                  floats(state_JHKV), state_JHKV.stride(0), indices(slots_B), indices(cu_seqlens_X), o.data_ptr()},
                 is_bf16(q_TMK), threads());
@@ -350,11 +353,11 @@ Tensor scan_prefill(const Tensor& x_THP, const Tensor& dt_TH, const Tensor& A_H,
                     const Tensor& state_JHPN, const Tensor& slots_B, const Tensor& cu_seqlens_X) {
     Sizes sizes;
     const auto type = x_THP.scalar_type();
-    sizes.take("x_THP", x_THP, FLOATS, 2);
+    sizes.take("x_THP", x_THP, FLOATS);
     sizes.take("dt_TH", dt_TH, {at::kFloat});
     sizes.take("A_H", A_H, {at::kFloat});
-    sizes.take("b_TGN", b_TGN, {type}, 2);
-    sizes.take("c_TGN", c_TGN, {type}, 2);
+    sizes.take("b_TGN", b_TGN, {type});
+    sizes.take("c_TGN", c_TGN, {type});
     sizes.multiple('H', 'G');
     sizes.take("D_H", D_H, {type});
     sizes.take("state_JHPN", state_JHPN, {at::kFloat}, 3);
@@ -363,7 +366,8 @@ Tensor scan_prefill(const Tensor& x_THP, const Tensor& dt_TH, const Tensor& A_H,
     sizes.take("cu_seqlens_X", cu_seqlens_X, {at::kLong});
     check_cu_seqlens(cu_seqlens_X, sizes['B'], sizes['T']);
     const Tensor y = empty_like(x_THP, {sizes['T'], sizes['H'], sizes['P']});
-    table->scan({in(x_THP), in(b_TGN), in(c_TGN), in(D_H), x_THP.stride(0), b_TGN.stride(0), c_TGN.stride(0), sizes['B'], sizes['H'], sizes['P'],
+    const Tensor x = with_dense_heads(x_THP), b = with_dense_heads(b_TGN), c = with_dense_heads(c_TGN);
+    table->scan({in(x), in(b), in(c), in(D_H), x.stride(0), b.stride(0), c.stride(0), sizes['B'], sizes['H'], sizes['P'],
                  sizes['G'], sizes['N'], dt_TH.const_data_ptr<float>(), A_H.const_data_ptr<float>(), dt_TH.stride(0), floats(state_JHPN),
                  state_JHPN.stride(0), indices(slots_B), indices(cu_seqlens_X), y.data_ptr()},
                 is_bf16(x_THP), threads());
