@@ -165,6 +165,7 @@ def main(argv: list[str] | None = None) -> int:
         return 0
     try:
         settings, out = _parse(argv)
+        _check_machine(settings)
         run_dir = _meet(settings, out, rank)
     except (ConfigError, OutputError, CannotRunHere, CannotFill) as error:
         if rank == 0:
@@ -237,15 +238,15 @@ def _parse(argv: list[str] | None) -> tuple[RunSettings, Path]:
     settings = scenarios.settings_of(flags)
     scenario = scenarios.load(settings.scenario)
     preflight(scenario.server(settings, 0), scenario.policies(settings, 0))
-    if missing := scenario.missing(settings):
-        raise CannotRunHere(f"{settings.scenario}: {missing}")
-    if settings.backend == "nccl":
-        _require_gpus()
     return settings, args.out
 
 
-def _require_gpus() -> None:
-    """One for each rank of this host."""
+def _check_machine(settings: RunSettings) -> None:
+    """Raises CannotRunHere for what the scenario lacks here, and without a GPU for each rank of this host."""
+    if missing := scenarios.load(settings.scenario).missing(settings):
+        raise CannotRunHere(f"{settings.scenario}: {missing}")
+    if settings.backend != "nccl":
+        return
     import torch
 
     found, needed = torch.cuda.device_count(), int(os.environ.get("LOCAL_WORLD_SIZE", "1"))

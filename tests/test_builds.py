@@ -373,7 +373,16 @@ def fake_compiler(tmp_path, text):
 
 
 def leftovers(cache):
-    """Files of a kernel cache, and processes that run in it, as ninja and its compilers do."""
+    """Files of a kernel cache, and processes that run in it, as ninja and its compilers do, once killed ones had time to
+    end.
+    """
+    deadline = time.monotonic() + 5
+    while (found := _of_builds(cache)) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    return found
+
+
+def _of_builds(cache):
     found = [path for path in (Path(cache) / "kernels").rglob("*") if path.is_file()]
     for running in psutil.process_iter():
         with contextlib.suppress(psutil.Error):

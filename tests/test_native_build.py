@@ -85,6 +85,7 @@ def test_a_second_build_in_one_process_works_with_the_ninja_beside_this_python(t
     beside.parent.mkdir()
     beside.write_text(f'#!/bin/sh\necho . >> {tmp_path}/asked\nexec {real} "$@"\n')
     beside.chmod(0o755)
+    beside.with_name("python").symlink_to(sys.executable)
     monkeypatch.setattr(sys, "executable", str(beside.with_name("python")))
     before = os.environ["PATH"]
     for number in range(2):
