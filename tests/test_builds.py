@@ -87,6 +87,7 @@ def place(cache, rank=0, **options):
 # -- what they compute ---------------------------------------------------------------------------------------------
 
 
+@pytest.mark.full
 @pytest.mark.parametrize(("dtype", "limit"), [(torch.float32, 1e-5), (torch.float64, 1e-12)])
 @pytest.mark.parametrize("seed", range(3))
 def test_the_compiled_prefill_computes_the_gated_delta_rule(loaded, dtype, limit, seed):
@@ -373,9 +374,7 @@ def fake_compiler(tmp_path, text):
 
 
 def leftovers(cache):
-    """Files of a kernel cache, and processes that run in it, as ninja and its compilers do, once killed ones had time to
-    end.
-    """
+    """Files of a kernel cache, and processes that run in it, as ninja and its compilers do; the killed have time to end."""
     deadline = time.monotonic() + 5
     while (found := _of_builds(cache)) and time.monotonic() < deadline:
         time.sleep(0.1)

@@ -165,6 +165,7 @@ def test_a_baton_whose_maker_is_gone_is_a_deadlock_that_blames_no_rank_and_names
     assert document["system"]["lock_holders"] == {str(baton): 0}
 
 
+@pytest.mark.full
 def test_a_baton_that_another_program_holds_is_slow_until_it_lets_go(tmp_path):
     baton = tmp_path / "lock"
     source = f"import os, time; os.open({str(baton)!r}, os.O_CREAT | os.O_EXCL); time.sleep(60)"

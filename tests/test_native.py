@@ -479,6 +479,7 @@ def test_without_a_compiler_torch_runs_and_one_line_says_so(tmp_path) -> None:
     assert done.stderr.count("\n") == 1 and "there is no C++ compiler ('no-such-compiler'" in done.stderr
 
 
+@pytest.mark.full
 def test_a_failed_build_leaves_nothing_behind(tmp_path) -> None:
     if shutil.which("ninja") is None:
         pytest.skip("native kernels: ninja is not installed")

@@ -52,7 +52,6 @@ def small(name, variant, **flags):
 
 SHORT = {
     ("group_order", "fault", "observe"),
-    ("drafter_skip", "fault", "agree"),
     ("rank_death", "fix", ""),
     ("silent_pairing", "fault", "observe"),
     ("zero_token_return", "fix", ""),
@@ -260,6 +259,7 @@ def test_a_rank_that_sleeps_between_steps_raises_no_alarm(tmp_path):
     assert document["verdict"] == "clean", document
 
 
+@pytest.mark.full
 def test_a_rank_that_sleeps_far_beyond_the_quiet_window_is_slow_not_stuck(tmp_path):
     def sleepy(rank):
         if rank == 3:

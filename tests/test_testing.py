@@ -86,6 +86,7 @@ def test_a_rank_that_dies_is_the_culprit(tmp_path):
     assert told.startswith("crash (dead_rank)") and "rank 1 died" in told, told
 
 
+@pytest.mark.full
 def test_a_rank_that_never_comes_ends_at_the_deadline(tmp_path):
     def spins(rank):
         with assert_no_deadlock():

@@ -103,7 +103,7 @@ def test_all_variants_give_their_verdicts_as_json(tmp_path, leaves_nothing):
 
 
 LAUNCHERS = pytest.mark.parametrize("launcher", ["fork", pytest.param("torchrun", marks=pytest.mark.full)])
-"""The launcher's own duties are the same for both; forked ranks start in half a second."""
+"""What the launcher owes its user is the same for both; forked ranks start in half a second."""
 
 
 def test_plain_torchrun_ends_by_itself_with_the_same_verdict_file(tmp_path, leaves_nothing):
@@ -121,7 +121,7 @@ def test_plain_torchrun_ends_by_itself_with_the_same_verdict_file(tmp_path, leav
 
 
 @LAUNCHERS
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.full)])
 def test_an_interrupted_run_writes_its_evidence_first(tmp_path, leaves_nothing, number, launcher):
     arguments = ("--variant", "control", "--ranks", 2, "--launcher", launcher, "--out", tmp_path)
     run = subprocess.Popen(command(*arguments), cwd=ROOT)
@@ -168,6 +168,7 @@ def test_a_run_listens_on_loopback_alone(tmp_path, leaves_nothing):
         run.wait(20)
 
 
+@pytest.mark.full
 @LAUNCHERS
 def test_two_runs_side_by_side_do_not_disturb_each_other(tmp_path, leaves_nothing, launcher):
     arguments = ("--variant", "fault", "--ranks", 2, "--launcher", launcher, "--out", tmp_path)
