@@ -374,7 +374,7 @@ def fake_compiler(tmp_path, text):
 
 
 def leftovers(cache):
-    """Files of a kernel cache, and processes that run in it, as ninja and its compilers do; the killed have time to end."""
+    """Files of a kernel cache, and processes that run in it, as compilers do; the killed get some time to end."""
     deadline = time.monotonic() + 5
     while (found := _of_builds(cache)) and time.monotonic() < deadline:
         time.sleep(0.1)
