@@ -137,10 +137,14 @@ def test_only_ties_between_experts_excuse_a_token() -> None:
     assert not judge(ours, truth, margins)["agrees"]
     margins[1, 5] = 1e-6
     assert judge(ours, truth, margins) | {"largest_error": 0} == {
-        "largest_error": 0, "tokens_apart": 1, "tokens_excused": 1, "tokens": 260, "agrees": True,
+        "largest_error": 0, "tokens_apart": 1, "tokens_excused": 1, "tokens_settled": 200, "tokens": 260, "agrees": True
     }  # fmt: skip
-    ours[2, 6], margins[2, 6] = 0, 0
-    assert not judge(ours, truth, margins)["agrees"], "more than 0.5 % of the tokens"
+    ours[1, 6] = 0
+    assert judge(ours, truth, margins)["agrees"], "it reads what the token before it left"
+    ours[1, 4] = 0
+    assert not judge(ours, truth, margins)["agrees"], "it comes before the tie"
+    margins[:, 4] = 0
+    assert not judge(ours, truth, margins)["agrees"], "too few tokens stand before a tie"
     assert not judge(truth * torch.nan, truth, margins)["agrees"]
 
 
