@@ -1,6 +1,6 @@
 """Our model against transformers on the CPU: the same weights, prompts and threads, in one process.
 
-    python benchmarks/bench_model.py [--dtype float32 bfloat16] [--kernels torch native] [--threads 2] [--rounds 5]
+    python benchmarks/bench_model.py [--dtype float32 bfloat16] [--kernels torch native] [--threads 2] [--rounds 3]
                                      [--strict] [--json FILE]
 
 Prefill of 512 tokens and decode steps after them, batch 1 and 8, the race preset. Rounds alternate between the
@@ -246,7 +246,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--dtype", nargs="+", choices=("float32", "bfloat16"), default=["float32", "bfloat16"])
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--batch", type=int, nargs="+", default=[1, 8])
     parser.add_argument("--experts", nargs="+", choices=EXPERTS, default=list(EXPERTS))
     parser.add_argument("--kernels", nargs="+", choices=("torch", "native"), default=["torch", "native"])

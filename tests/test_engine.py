@@ -99,7 +99,9 @@ def serve(settings, tmp_path, num_ranks):
 
 @pytest.mark.parametrize("num_ranks", [4, pytest.param(8, marks=pytest.mark.full)])
 def test_ranks_serve_the_tokens_of_one_process_and_issue_what_they_planned(tmp_path, num_ranks):
-    settings = RunSettings("metadata_rebuild", "control", num_ranks=num_ranks, seed=11)
+    pattern = "GGGA MGGA" if num_ranks == 8 else "GMAG"
+    flags = {"scenario": "metadata_rebuild", "variant": "control", "num_ranks": num_ranks, "seed": 11}
+    settings = RunSettings.from_document({"model": {"layer_pattern": pattern}}, flags, "")
     results = serve(settings, tmp_path, num_ranks)
     tokens = {name: output for outputs, _ in results for name, output in outputs.items()}
     assert tokens == reference.compute(settings), f"seed {settings.seed}"

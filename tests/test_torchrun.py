@@ -109,7 +109,7 @@ LAUNCHERS = pytest.mark.parametrize("launcher", ["fork", pytest.param("torchrun"
 def test_plain_torchrun_ends_by_itself_with_the_same_verdict_file(tmp_path, leaves_nothing):
     run = subprocess.run(
         [
-            *(sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "4"),
+            *(sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"),
             *("-m", "repro.worker", "metadata_rebuild", "--variant", "fault", "--out", str(tmp_path)),
         ],
         cwd=ROOT, capture_output=True, text=True, timeout=DEADLINE_S,
