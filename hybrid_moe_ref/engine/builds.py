@@ -134,18 +134,22 @@ def _build(extension: Extension, place: BuildPlace, lock: BuildLock) -> None:
     finally:
         given_up = time.monotonic()
         while thread.is_alive() and time.monotonic() - given_up < END_S:
-            _end_children_but(others)
+            _end_children_but(others, by_force=time.monotonic() - given_up > END_S / 3)
             thread.join(POLL_S)
     if outcome[0] is not None:
         raise outcome[0]
 
 
-def _end_children_but(others: set[int]) -> None:
-    """Kill what the build started: this process does nothing else meanwhile."""
+def _end_children_but(others: set[int], by_force: bool) -> None:
+    """End what the build started: this process does nothing else meanwhile.
+
+    Not by force at first: ninja that is asked to end takes the compiler with it that it started a moment ago, which is
+    not seen here yet, and which nobody would find once ninja is gone.
+    """
     for child in psutil.Process().children(recursive=True):
         if child.pid not in others:
             with contextlib.suppress(psutil.Error):
-                child.kill()
+                child.kill() if by_force else child.terminate()
 
 
 def _clear_baton(folder: Path, place: BuildPlace, lock: BuildLock) -> None:
