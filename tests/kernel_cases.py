@@ -14,9 +14,21 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
+import pytest
 import torch
+from hybrid_moe_kernels import native
 from hybrid_moe_kernels.registry import Op
 from torch import Tensor
+
+
+def need_native(request: pytest.FixtureRequest) -> None:
+    """Skip where there is no native library. The full suite builds it, which takes half a minute; the default one takes
+    what is there.
+    """
+    if "not full" in str(request.config.getoption("markexpr")) and not native.path().exists():
+        pytest.skip("native kernels: the library is not built yet, make test-all builds it")
+    if lack := native.prepare():
+        pytest.skip(f"native kernels: {lack}")
 
 
 @dataclass

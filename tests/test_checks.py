@@ -8,7 +8,7 @@ from collections.abc import Callable
 import kernel_cases as cases
 import pytest
 import torch
-from hybrid_moe_kernels import checks, native, registry
+from hybrid_moe_kernels import checks, registry
 from torch import Tensor
 
 from hybrid_moe_ref import HybridMoE, preset
@@ -35,10 +35,10 @@ MUTATIONS: dict[str, Callable[[Tensor], Tensor | None]] = {
 
 @pytest.mark.parametrize("backend", ["torch", "native"])
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.op)
-def test_every_argument_is_checked(case: cases.Case, backend: str) -> None:
+def test_every_argument_is_checked(case: cases.Case, backend: str, request: pytest.FixtureRequest) -> None:
     """In each way that it can be wrong; the text names an argument, not always the one that was changed."""
-    if backend == "native" and native.prepare():
-        pytest.skip(f"native kernels: {native.missing()}")
+    if backend == "native":
+        cases.need_native(request)
     package, _, function = case.op.partition(".")
     op: registry.Op = getattr(importlib.import_module(f"hybrid_moe_kernels.{package}"), function)
     good = case.inputs(torch.float32, "cpu", spaced=False)

@@ -85,6 +85,7 @@ def test_steps_that_fit_a_graph_are_padded_alike_and_serve_the_tokens_of_one_pro
     assert len(seen) > 1 or sizes == [16], f"{told}: eager steps and graphs were to be seen, not {seen}"
 
 
+@pytest.mark.full
 def test_tensor_parallel_ranks_replay_graphs_too(tmp_path):
     settings = settings_with({"mode": "graphs", "unfinished_interval": 16}, num_ranks=2)
     results = serve(settings, tmp_path, ParallelConfig(dp_size=2, tp_size=2))

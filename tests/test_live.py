@@ -130,6 +130,7 @@ def test_a_rank_that_is_killed_is_the_culprit_of_the_crash(tmp_path, num_ranks, 
         assert in_time(document, settings(num_ranks).quiet_window_s + 1.0, settings(num_ranks)), document
 
 
+@pytest.mark.full
 def test_a_run_whose_ranks_are_all_killed_is_a_crash(tmp_path):
     def kill_all(run_dir, pids):
         wait_for_step(run_dir, 0, 3)
@@ -150,6 +151,7 @@ def test_a_rank_whose_memory_is_not_there_is_told_with_its_message(tmp_path):
     assert Path(tmp_path / "latest" / "logs" / "rank002.log").read_text().count("MemoryError") >= 1
 
 
+@pytest.mark.full
 def test_a_baton_whose_maker_is_gone_is_a_deadlock_that_blames_no_rank_and_names_the_file(tmp_path):
     baton = tmp_path / "lock"
     baton.touch()

@@ -1,6 +1,6 @@
 """The C++ kernels against the definitions in float64, for every instruction set that this processor has.
 
-The library is built once per source and kept in the user's cache; without a compiler these tests are skipped by name.
+The full suite builds the library, once per source, into the user's cache; without it all are skipped by name.
 Exact sizes, odd sizes, ragged lengths, rows that lie apart. In bfloat16 the error must not exceed 1.2 times the
 reference's own. Lengths and sizes are drawn by hypothesis: few here, HMR_CASES of each op under `full`.
 """
@@ -21,7 +21,7 @@ from hybrid_moe_kernels import attention, causal_conv, gated_delta_rule, linear,
 from hybrid_moe_kernels.linear import native as linear_native
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from kernel_cases import poisoned
+from kernel_cases import need_native, poisoned
 from torch import Tensor
 
 from hybrid_moe_ref import HybridMoE, preset
@@ -228,10 +228,8 @@ MAKERS: dict[str, Callable[..., Case]] = {
 
 
 @pytest.fixture(scope="module")
-def library() -> Any:
-    lack = native.prepare()
-    if lack:
-        pytest.skip(f"native kernels: {lack}")
+def library(request: pytest.FixtureRequest) -> Any:
+    need_native(request)
     best, num_threads = native.library().instruction_set(), torch.get_num_threads()
     torch.set_num_threads(1)  # on a busy machine, threads that wait for each other are most of the time
     max_rows, linear_native.MAX_ROWS = linear_native.MAX_ROWS, dict.fromkeys(native.DTYPES, 1 << 62)

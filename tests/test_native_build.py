@@ -16,6 +16,7 @@ from pathlib import Path
 
 import pytest
 from hybrid_moe_kernels import native
+from kernel_cases import need_native
 
 BROKEN = 'echo "x.cpp:1: error: broken"; exit 1'
 
@@ -48,17 +49,15 @@ def cache(tmp_path, monkeypatch) -> Path:
     return tmp_path / "cache"
 
 
-def test_a_library_that_is_there_needs_no_compiler(monkeypatch) -> None:
-    if not native.path().exists() and native.prepare():
-        pytest.skip(f"native kernels: {native.missing()}")
+def test_a_library_that_is_there_needs_no_compiler(monkeypatch, request) -> None:
+    need_native(request)
     monkeypatch.setattr(native, "_library", None)
     monkeypatch.setenv("CXX", "no-such-compiler")
     assert native.prepare() == ""
 
 
-def test_an_instruction_set_that_is_not_here_is_one_line(monkeypatch) -> None:
-    if native.prepare():
-        pytest.skip(f"native kernels: {native.missing()}")
+def test_an_instruction_set_that_is_not_here_is_one_line(monkeypatch, request) -> None:
+    need_native(request)
     monkeypatch.setattr(native, "_library", None)
     monkeypatch.setenv("HMR_NATIVE_ISA", "mmx")
     assert native.prepare().startswith("HMR_NATIVE_ISA: 'mmx' is not one of generic")
