@@ -1,6 +1,6 @@
 """What watching and agreeing cost a step of the engine: 8 forked ranks, gloo, the tiny preset, idle steps.
 
-    python benchmarks/bench_engine.py [--ranks 8] [--rounds 15] [--json FILE]
+    python benchmarks/bench_engine.py [--ranks 8] [--rounds 6] [--json FILE]
 
 Every rank holds one engine for each row and all ranks run 8 steps of one row after the other, round after round, so
 that a busy machine slows all rows alike; the median round counts. Steps of dummy batches are the fastest there are, so
@@ -176,7 +176,7 @@ def recorder_cost(found: dict[str, Any]) -> dict[str, float]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--ranks", type=int, default=8)
-    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--rounds", type=int, default=6)
     parser.add_argument("--json", type=Path, help="write the rows there too")
     arguments = parser.parse_args()
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
