@@ -40,21 +40,25 @@ class Sizes:
 
     def take(self, name: str, x: Tensor, *dtypes: torch.dtype, dense: int = 1) -> None:
         """Check an argument whose name ends in its letters; its last `dense` dimensions must be contiguous."""
-        letters = name.rpartition("_")[2]
-        shape = tuple(x.shape)
-        wanted = [self.known.get(letter, -1) for letter in letters]
-        fits = len(shape) == len(wanted) and all(w in (-1, s) for w, s in zip(wanted, shape, strict=True))
+        letters, shape, known = name.rpartition("_")[2], x.shape, self.known
+        fits = len(shape) == len(letters)
+        for letter, size in zip(letters, shape, strict=False):
+            fits = fits and known.get(letter, size) == size
         if not fits:
-            text = ", ".join(f"{l} = {w}" if w >= 0 else l for l, w in zip(letters, wanted, strict=True))
+            text = ", ".join(f"{letter} = {known[letter]}" if letter in known else letter for letter in letters)
             raise ValueError(f"{name}: shape {list(shape)}, wanted [{text}]")
-        self.known.update(zip(letters, shape, strict=True))
+        known.update(zip(letters, shape, strict=True))
         if x.dtype not in dtypes:
             names = " or ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
             raise ValueError(f"{name}: dtype {str(x.dtype).removeprefix('torch.')}, wanted {names}")
         if x.device != self.device:
             raise ValueError(f"{name}: device {x.device}, wanted {self.device}")
+        if not x.is_contiguous():
+            self._last_contiguous(name, x, dense)
+
+    def _last_contiguous(self, name: str, x: Tensor, dense: int) -> None:
         step = 1
-        for stride, size in zip(reversed(x.stride()[-dense:] if dense else ()), reversed(shape), strict=False):
+        for stride, size in zip(reversed(x.stride()[-dense:] if dense else ()), reversed(x.shape), strict=False):
             if size > 1 and stride != step and x.numel():
                 raise ValueError(f"{name}: strides {list(x.stride())}, wanted the last {dense} dimensions contiguous")
             step *= size
