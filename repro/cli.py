@@ -167,7 +167,7 @@ def _run(args: argparse.Namespace) -> int:
     references: dict[tuple[Any, ...], Path] = {}
     done: list[Path] = []
     interrupt = launch.Interrupt()
-    with interrupt.installed():
+    with interrupt.installed(), launch.launcher(launcher) as start:
         for number, settings in enumerate(runs, start=1):
             count = f"[{number}/{len(runs)}] " if len(names) > 1 else ""
             title = f"{count}{settings.scenario} {settings.variant}: {settings.num_ranks} ranks, seed {settings.seed}"
@@ -177,7 +177,7 @@ def _run(args: argparse.Namespace) -> int:
                 known = references.get(settings.reference_key())
                 try:
                     with display(console, title) as shown:
-                        run_dir, document = launch.run(settings, args.out, interrupt, shown, known, launcher)
+                        run_dir, document = launch.run(settings, args.out, interrupt, shown, start, known)
                 except kernel_cache.CannotFill as error:
                     missing = str(error)
             if missing:
@@ -222,13 +222,13 @@ def _matrix(args: argparse.Namespace) -> int:
     console = Console(stderr=args.json)
 
     interrupt = launch.Interrupt()
-    with interrupt.installed():
+    with interrupt.installed(), launch.launcher(args.launcher) as start:
         documents = matrix.run(
             wanted,
             args.out,
             interrupt,
             lambda line: say(console, line),
-            args.launcher,
+            start,
             lambda it: _report(console, [it]),
         )
     if args.junit:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import json
 import os
 import shutil
 import signal
@@ -18,7 +19,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import Any, Protocol
 
 import psutil
 
@@ -69,6 +70,22 @@ class Interrupt:
                 signal.signal(number, handler)
 
 
+class Job(Protocol):
+    """What was started for a run; a Popen is one."""
+
+    @property
+    def pid(self) -> int: ...
+
+    def poll(self) -> int | None:
+        """None while it runs."""
+
+    def wait(self) -> int:
+        """Return when it has ended."""
+
+
+Start = Callable[[RunDir, RunSettings], Job]
+
+
 @dataclass
 class Display:
     """Where a run tells how it goes: ``show`` at every poll, ``notice`` for what is worth a line."""
@@ -106,18 +123,18 @@ def run(
     out: Path,
     interrupt: Callable[[], bool],
     display: Display,
+    start: Start,
     known_reference: Path | None = None,
-    launcher: str = "torchrun",
 ) -> tuple[RunDir, dict[str, Any]]:
     """Run one variant to its verdict; returns where it is and what verdict.json says.
 
-    known_reference: reference.json of an earlier run with the same ``reference_key``.
-    launcher: one of LAUNCHERS
+    start: starts the ranks, as :func:`launcher` gives it
+    known_reference: reference.json of an earlier run with the same ``reference_key``
     """
     run_dir = prepare_run_dir(out, settings)
     if known_reference is not None and known_reference.exists():
         shutil.copyfile(known_reference, run_dir.reference)
-    job = LAUNCHERS[launcher](run_dir, settings)
+    job = start(run_dir, settings)
     return run_dir, attend(run_dir, settings, interrupt, display, lambda: job.poll() is None, [job])
 
 
@@ -134,7 +151,7 @@ def attend(
     interrupt: Callable[[], bool],
     display: Display,
     job_alive: Callable[[], bool],
-    started: Sequence[subprocess.Popen[bytes]] = (),
+    started: Sequence[Job] = (),
 ) -> dict[str, Any]:
     """Watch a run that was started, to its verdict and its end; returns what verdict.json says.
 
@@ -164,7 +181,7 @@ def _attend(
     interrupt: Callable[[], bool],
     display: Display,
     job_alive: Callable[[], bool],
-    children: list[subprocess.Popen[bytes]],
+    children: list[Job],
 ) -> dict[str, Any]:
     started_here = bool(children)
     reference = None
@@ -191,7 +208,7 @@ def _attend(
     return document
 
 
-def end(run_dir: RunDir, started: list[subprocess.Popen[bytes]], ranks: list[psutil.Process]) -> None:
+def end(run_dir: RunDir, started: list[Job], ranks: list[psutil.Process]) -> None:
     """Kill what was started and the ranks that run, and remove what only the processes needed."""
     doomed = [*ranks, *(found for child in started for found in process.with_descendants(child.pid))]
     process.kill(doomed)
@@ -202,7 +219,24 @@ def end(run_dir: RunDir, started: list[subprocess.Popen[bytes]], ranks: list[psu
     shutil.rmtree(run_dir.root / "tmp", ignore_errors=True)
 
 
-def _start_torchrun(run_dir: RunDir, settings: RunSettings) -> subprocess.Popen[bytes]:
+@contextlib.contextmanager
+def launcher(name: str) -> Iterator[Start]:
+    """How the ranks of one run after another are started: one of LAUNCHERS."""
+    if name == "torchrun":
+        yield _start_torchrun
+        return
+    nursery = Nursery()
+    try:
+        yield nursery.start
+    finally:
+        nursery.close()
+
+
+LAUNCHERS = ("torchrun", "fork")
+"""As a server's, by torchrun, or forked from one process, which is quicker."""
+
+
+def _start_torchrun(run_dir: RunDir, settings: RunSettings) -> Job:
     command = [
         sys.executable, "-m", "torch.distributed.run",
         "--nnodes=1", f"--nproc-per-node={settings.num_ranks}", "--max-restarts=0", "--monitor-interval=0.1",
@@ -214,19 +248,69 @@ def _start_torchrun(run_dir: RunDir, settings: RunSettings) -> subprocess.Popen[
     return _start(command, run_dir, "torchrun.log")
 
 
-def _start_forked(run_dir: RunDir, settings: RunSettings) -> subprocess.Popen[bytes]:
-    return _start([sys.executable, "-m", "repro.forked", str(run_dir.root)], run_dir, "forked.log")
+class Nursery:
+    """A process that has imported torch and forks a job for each run: the import is paid for once."""
+
+    def __init__(self) -> None:
+        self._process: subprocess.Popen[bytes] | None = None
+
+    def start(self, run_dir: RunDir, settings: RunSettings) -> Job:
+        """Start the ranks of a run."""
+        if self._process is None or self._process.poll() is not None:
+            self._process = _start([sys.executable, "-m", "repro.forked"], run_dir, "forked.log", talks=True)
+        assert self._process.stdin is not None and self._process.stdout is not None
+        log = run_dir.root / "logs" / "forked.log"
+        wanted = {"run_dir": str(run_dir.root), "log": str(log), "environment": _environment(run_dir)}
+        with contextlib.suppress(BrokenPipeError):  # what ended it is in the log, and the run is judged without ranks
+            self._process.stdin.write(json.dumps(wanted).encode() + b"\n")
+            self._process.stdin.flush()
+        pid = self._process.stdout.readline()
+        return Forked(int(pid)) if pid else self._process
+
+    def close(self) -> None:
+        """End it, and whatever it still has."""
+        if self._process is not None:
+            process.kill(process.with_descendants(self._process.pid))
+            self._process.wait()
 
 
-LAUNCHERS = {"torchrun": _start_torchrun, "fork": _start_forked}
-"""How the ranks are started: as a server's, by torchrun, or forked from one process, which is quicker."""
+class Forked:
+    """A process that another one forked, and reaps."""
+
+    def __init__(self, pid: int) -> None:
+        self.pid = pid
+        self._ticks = process.start_ticks(pid)
+
+    def poll(self) -> int | None:
+        """None while it runs."""
+        return None if process.running(self.pid, self._ticks) else 0
+
+    def wait(self) -> int:
+        """Return when it has ended."""
+        while self.poll() is None:
+            time.sleep(0.01)
+        return 0
 
 
-def _start(command: list[str], run_dir: RunDir, log: str) -> subprocess.Popen[bytes]:
+def _start(command: list[str], run_dir: RunDir, log: str, *, talks: bool = False) -> subprocess.Popen[bytes]:
+    """talks: through pipes at its standard input and output, and only its errors go to the log."""
     parent = os.getpid()
+    with (run_dir.root / "logs" / log).open("wb") as output:
+        return subprocess.Popen(
+            command,
+            stdin=subprocess.PIPE if talks else subprocess.DEVNULL,
+            stdout=subprocess.PIPE if talks else output,
+            stderr=output if talks else subprocess.STDOUT,
+            env=_environment(run_dir),
+            start_new_session=True,  # a terminal's Ctrl-C reaches this process alone, which ends the others in order
+            preexec_fn=lambda: process.die_with_parent(parent),
+        )
+
+
+def _environment(run_dir: RunDir) -> dict[str, str]:
     temporary = run_dir.root / "tmp"
     temporary.mkdir(exist_ok=True)
-    environment = {
+    return {
         **os.environ,
         "HMR_RUN_DIR": str(run_dir.root),
         "HMR_LAUNCHER": process.name_myself(),
@@ -236,16 +320,6 @@ def _start(command: list[str], run_dir: RunDir, log: str) -> subprocess.Popen[by
         "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1",
         "PYTHONUNBUFFERED": "1",
     }
-    with (run_dir.root / "logs" / log).open("wb") as output:
-        return subprocess.Popen(
-            command,
-            stdin=subprocess.DEVNULL,
-            stdout=output,
-            stderr=subprocess.STDOUT,
-            env=environment,
-            start_new_session=True,  # a terminal's Ctrl-C reaches this process alone, which ends the others in order
-            preexec_fn=lambda: process.die_with_parent(parent),
-        )
 
 
 def _release(run_dir: RunDir, job_alive: Callable[[], bool]) -> None:

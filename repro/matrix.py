@@ -61,7 +61,7 @@ def run(
     out: Path,
     interrupt: Callable[[], bool],
     tell: Callable[[str], None],
-    launcher: str,
+    start: launch.Start,
     done: Callable[[Path], None] = lambda root: None,
 ) -> list[dict[str, Any]]:
     """Run the cells one after another; each verdict with its cell and the seconds of each phase on each rank.
@@ -78,7 +78,7 @@ def run(
         if not (missing := scenarios.load(settings.scenario).missing(settings)):
             known = references.get(settings.reference_key())
             try:
-                run_dir, document = launch.run(settings, out, interrupt, launch.Display(), known, launcher)
+                run_dir, document = launch.run(settings, out, interrupt, launch.Display(), start, known)
             except kernel_cache.CannotFill as error:
                 missing = str(error)
         if missing:

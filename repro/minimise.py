@@ -192,6 +192,7 @@ class Runner:
 
     folder: Path
     interrupt: launch.Interrupt
+    start: launch.Start
     say: Callable[[str], None]
     last: Path | None = None
     settings: RunSettings | None = None
@@ -202,8 +203,8 @@ class Runner:
         return self.run(settings, none)
 
     def run(self, settings: RunSettings, reference: Path | None = None) -> dict[str, Any]:
-        """One variant with its ranks forked. Raises KeyboardInterrupt when the user wants an end."""
-        run_dir, document = launch.run(settings, self.folder, self.interrupt, launch.Display(), reference, "fork")
+        """One variant. Raises KeyboardInterrupt when the user wants an end."""
+        run_dir, document = launch.run(settings, self.folder, self.interrupt, launch.Display(), self.start, reference)
         self.last, self.settings = run_dir.root, settings
         if self.interrupt():
             raise KeyboardInterrupt
@@ -268,8 +269,12 @@ def run(args: argparse.Namespace) -> int:
         print(visible_lines(text), file=where, flush=True)
 
     interrupt = launch.Interrupt()
-    with interrupt.installed(), tempfile.TemporaryDirectory(prefix="repro-minimise-") as folder:
-        runner = Runner(Path(folder), interrupt, say)
+    with (
+        interrupt.installed(),
+        tempfile.TemporaryDirectory(prefix="repro-minimise-") as folder,
+        launch.launcher("fork") as start_ranks,
+    ):
+        runner = Runner(Path(folder), interrupt, start_ranks, say)
         scenario = scenarios.load(args.scenario)
         say(f"{args.scenario}: from {describe(start)}")
         try:

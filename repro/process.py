@@ -50,21 +50,30 @@ def name_myself() -> str:
 def still_runs(name: str) -> bool:
     """Whether the process that :func:`name_myself` named still runs."""
     pid, _, ticks = name.partition(":")
-    return psutil.pid_exists(int(pid)) and start_ticks(int(pid)) == int(ticks)
+    return running(int(pid), int(ticks)) is not None
+
+
+def running(pid: int, ticks: int) -> psutil.Process | None:
+    """The process of that pid that began at those :func:`start_ticks`; None when it has ended, or is a zombie."""
+    try:
+        process = psutil.Process(pid)
+    except psutil.NoSuchProcess:
+        return None
+    # A pid alone may be somebody else's by now. psutil's own start time is in another unit.
+    return process if not _has_ended(process) and start_ticks(pid) == ticks else None
+
+
+def _has_ended(process: psutil.Process) -> bool:
+    """Whether nothing of it runs any more; it may be waiting for its parent to notice."""
+    try:
+        return process.status() in (psutil.STATUS_ZOMBIE, psutil.STATUS_DEAD)
+    except psutil.NoSuchProcess:
+        return True
 
 
 def find(who: Identity) -> psutil.Process | None:
     """The running process that wrote a witness; None when it has not begun, has ended, or is a zombie."""
-    if not who.pid:
-        return None
-    try:
-        process = psutil.Process(who.pid)
-        if process.status() in (psutil.STATUS_ZOMBIE, psutil.STATUS_DEAD):
-            return None
-        # A pid alone may be somebody else's by now. psutil's own start time is in another unit than the witness's.
-        return process if start_ticks(who.pid) == who.pid_start_ticks else None
-    except psutil.NoSuchProcess:
-        return None
+    return running(who.pid, who.pid_start_ticks) if who.pid else None
 
 
 def is_stopped(process: psutil.Process) -> bool:
@@ -85,12 +94,16 @@ def with_descendants(pid: int) -> list[psutil.Process]:
 
 
 def kill(processes: Iterable[psutil.Process]) -> None:
-    """SIGKILL them all, and wait until they are gone or REAP_PATIENCE_S passed."""
+    """SIGKILL them all, and wait until they have ended or REAP_PATIENCE_S passed. Their parents reap them, which of an
+    orphan is the system's first process and may take seconds.
+    """
     processes = list(processes)
     for process in processes:
         with contextlib.suppress(psutil.NoSuchProcess):
             process.kill()
-    psutil.wait_procs(processes, timeout=REAP_PATIENCE_S)
+    deadline = time.monotonic() + REAP_PATIENCE_S
+    while not all(map(_has_ended, processes)) and time.monotonic() < deadline:
+        time.sleep(0.01)
 
 
 def with_ancestors(pid: int) -> list[int]:
