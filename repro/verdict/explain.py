@@ -18,8 +18,10 @@ from repro.verdict.schedule import (
     RECENT_STEPS,
     Deviation,
     Entry,
+    Parting,
     Step,
     blamable,
+    first_parting,
     habitual_plan,
     inverted_before,
     plans_of,
@@ -49,8 +51,12 @@ def explain(
     num_steps = max(RECENT_STEPS, max(steps, default=0) - since + 2)
     all_steps = {rank: steps_of(witness, num_steps) for rank, witness in witnesses.items()}
 
-    fresh, habitual = (_until(mispaired, found, witnesses) for found in blamable(witnesses, all_steps, since))
-    finding = _deviation_finding(fresh, standings) or _plan_finding(witnesses, all_steps, since)
+    parting = first_parting(witnesses, all_steps, since)
+    fresh, habitual = (
+        _until(mispaired, [d for d in found if parting is None or parting.comes_after(d)], witnesses)
+        for found in blamable(witnesses, all_steps, since)
+    )
+    finding = _deviation_finding(fresh, standings) or _plan_finding(witnesses, all_steps, parting)
     if finding is not None and finding.cause == "order" and (ranks := inverted_before(fresh, witnesses, all_steps)):
         finding.evidence.append(f"in earlier steps {name_ranks(ranks)} issued both, in that order")
     finding = (
@@ -72,7 +78,7 @@ def explain(
 def _until(
     meeting: tuple[GroupKey, int] | None, deviations: list[Deviation], witnesses: Mapping[int, Witness]
 ) -> list[Deviation]:
-    """The deviations that a rank had made by the time it issued its part of a collective, by its own clock."""
+    """The deviations that a member had made by the time it issued its part of a collective, by its own clock."""
     if meeting is None:
         return deviations
     issued_ns = {
@@ -81,7 +87,8 @@ def _until(
         if rank in witnesses
         for _, _, row, _ in calls(witnesses[rank], *meeting)
     }
-    return [d for d in deviations if d.issued is None or d.issued.t_ns <= issued_ns.get(d.rank, d.issued.t_ns)]
+    members = [d for d in deviations if d.rank in issued_ns]
+    return [d for d in members if d.issued is None or d.issued.t_ns <= issued_ns[d.rank]]
 
 
 def _lock_finding(waits: Waits, standings: Mapping[int, Standing]) -> Finding | None:
@@ -217,17 +224,13 @@ def _sides(divergence: tuple[GroupKey, int, list[Side]]) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _plan_finding(witnesses: Mapping[int, Witness], all_steps: Mapping[int, list[Step]], since: int) -> Finding | None:
+def _plan_finding(
+    witnesses: Mapping[int, Witness], all_steps: Mapping[int, list[Step]], parting: Parting | None
+) -> Finding | None:
     """Every rank kept its word, but the words of a group's members differ: who changed its own is suspect."""
-    differing = [
-        (number, key, sides)
-        for key in sorted({(g.name, g.members) for witness in witnesses.values() for g in witness.groups})
-        for number, sides in plans_of(key, witnesses, all_steps).items()
-        if number >= since and len(sides) > 1
-    ]
-    if not differing:
+    if parting is None:
         return None
-    number, key, sides = min(differing, key=lambda row: (row[0], -len(row[1][1])))
+    number, key, sides = parting.step, parting.group, parting.sides
     before = [set(plans) for step, plans in sorted(plans_of(key, witnesses, all_steps).items()) if step < number]
     usual = before[-1] if len(before) >= 2 and len(before[-1]) == 1 and before[-1] == before[-2] else set()
     suspects = sorted(rank for plan, ranks in sides.items() if plan not in usual for rank in ranks)
@@ -276,11 +279,20 @@ def _pairing_finding(witnesses: Mapping[int, Witness], divergence: tuple[GroupKe
         finding.evidence.append(
             f"{name_ranks(culprits)} named sizes of other ranks that those ranks and all third ones contradict"
         )
+        if all(_comes_next(witnesses[rank], key, seq, sides) for rank in culprits):
+            finding.cause = "order"
+            finding.evidence.append(f"{name_ranks(culprits)} issued as #{seq + 1} what others issued as #{seq}")
         return finding
     finding.suspects = _changed(witnesses, key, seq, sides)
     if finding.suspects:
         finding.evidence.append(f"{name_ranks(finding.suspects)} changed what all ranks had done alike until then")
     return finding
+
+
+def _comes_next(witness: Witness, key: GroupKey, seq: int, sides: Sequence[Side]) -> bool:
+    """Whether a rank's next collective of the group is another side's present one."""
+    others = {side.call for side in sides if witness.rank not in side.ranks}
+    return any(call in others for _, _, _, call in calls(witness, key, seq + 1))
 
 
 def _call(call: Call) -> str:

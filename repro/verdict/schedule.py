@@ -5,6 +5,7 @@ A rank that leaves its own plan deviates, and that is guilt; a rank that differs
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -230,6 +231,43 @@ def plans_of(
             if step.plan:
                 plans.setdefault(step.number, {}).setdefault(plan, []).append(rank)
     return plans
+
+
+@dataclass(frozen=True, slots=True)
+class Parting:
+    """The step in which the declared schedules of a group's members part, and the schedules, as in `plans_of`."""
+
+    step: int
+    group: GroupKey
+    sides: Mapping[tuple[Entry, ...], list[int]]
+    places: Mapping[int, int]  # rank -> the entry of its whole plan from which on they may differ
+
+    def comes_after(self, deviation: Deviation) -> bool:
+        """Whether a rank left its plan before the plans parted: what it did afterwards is no cause."""
+        place = self.places.get(deviation.rank, deviation.index + 1)
+        return (deviation.step, deviation.index) < (self.step, place)
+
+
+def first_parting(witnesses: Mapping[int, Witness], all_steps: Mapping[int, list[Step]], since: int) -> Parting | None:
+    """The first step from ``since`` on, and in it the largest group, whose members declared different schedules."""
+    differing = [
+        (number, key, sides)
+        for key in sorted({(g.name, g.members) for witness in witnesses.values() for g in witness.groups})
+        for number, sides in plans_of(key, witnesses, all_steps).items()
+        if number >= since and len(sides) > 1
+    ]
+    if not differing:
+        return None
+    number, key, sides = min(differing, key=lambda row: (row[0], -len(row[1][1])))
+    alike = (len(set(entries)) == 1 for entries in zip(*sides, strict=False))
+    common = sum(itertools.takewhile(bool, alike))
+    places = {}
+    for plan, ranks in sides.items():
+        for rank in ranks:
+            (whole,) = (step.plan for step in all_steps[rank] if step.number == number)
+            shared = [place for place, entry in enumerate(whole) if entry in plan]
+            places[rank] = shared[common - 1] + 1 if common else 0
+    return Parting(number, key, sides, places)
 
 
 def habitual_plan(all_steps: Mapping[int, list[Step]], before: int) -> tuple[Entry, ...]:
