@@ -183,7 +183,8 @@ def class_of(case: Case, sim: Simulation) -> str:
 def _mispaired(sim: Simulation) -> bool:
     """Whether a meeting was completed, on both sides, by ranks that meant different collectives."""
     for channel in sim.channels.values():
-        for meeting, left in zip(channel.calls, channel.left, strict=True):
+        for number, meeting in enumerate(channel.calls):
+            left = set().union(*channel.left[number:])  # who is through with a later one, is through with this
             sides = {
                 (call._replace(op="", root=0, layer=""), 0) if call.op in ("send", "recv") else (call, step)
                 for rank, (call, step) in meeting.items()

@@ -273,15 +273,13 @@ def _pairing_finding(witnesses: Mapping[int, Witness], divergence: tuple[GroupKe
     finding = Finding(cause, confidence="undecided", first_divergence=_sides(divergence))
     for side in sides:
         finding.evidence.append(f"{name_ranks(side.ranks)} issued {key[0]} #{seq} as {_call(side.call)}")
-    culprits = _false_sizes(key, sides) if cause == "sizes" else ()
-    if culprits:
+    if cause == "sizes" and len({(side.call.signature.layer, side.call.step) for side in sides}) > 1:
+        _explain_places(finding, witnesses, divergence)
+    elif cause == "sizes" and (culprits := _false_sizes(key, sides)):
         finding.culprits, finding.confidence = culprits, "certain"
         finding.evidence.append(
             f"{name_ranks(culprits)} named sizes of other ranks that those ranks and all third ones contradict"
         )
-        if all(_comes_next(witnesses[rank], key, seq, sides) for rank in culprits):
-            finding.cause = "order"
-            finding.evidence.append(f"{name_ranks(culprits)} issued as #{seq + 1} what others issued as #{seq}")
         return finding
     finding.suspects = _changed(witnesses, key, seq, sides)
     if finding.suspects:
@@ -289,10 +287,20 @@ def _pairing_finding(witnesses: Mapping[int, Witness], divergence: tuple[GroupKe
     return finding
 
 
-def _comes_next(witness: Witness, key: GroupKey, seq: int, sides: Sequence[Side]) -> bool:
-    """Whether a rank's next collective of the group is another side's present one."""
-    others = {side.call for side in sides if witness.rank not in side.ranks}
-    return any(call in others for _, _, _, call in calls(witness, key, seq + 1))
+def _explain_places(
+    finding: Finding, witnesses: Mapping[int, Witness], divergence: tuple[GroupKey, int, list[Side]]
+) -> None:
+    """Sizes of two layers need not be equal: that the ranks are not at the same place is what is to be explained."""
+    key, seq, sides = divergence
+    finding.cause = ""
+    finding.evidence.append("they did not issue it for the same layer and step")
+    for side in sides:
+        others = {other.call for other in sides if other is not side}
+        following = [call for rank in side.ranks for _, _, _, call in calls(witnesses[rank], key, seq + 1)]
+        if len(following) == len(side.ranks) and others.issuperset(following):
+            finding.cause = "order"
+            finding.evidence.append(f"{name_ranks(side.ranks)} issued as #{seq + 1} what others issued as #{seq}")
+            return
 
 
 def _call(call: Call) -> str:
