@@ -37,10 +37,9 @@ all_gather = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)
 reduce_scatter = getattr(dist, "reduce_scatter_single", dist.reduce_scatter_tensor)
 
 HIDDEN, HEADS, LAYERS, EXPERTS_PER_RANK, TOP_K = 64, 4, 2, 16, 4
-QUIET_S = 5.0  # no rank moved for so long: a hang
-
 parser = argparse.ArgumentParser()
 parser.add_argument("--fix", action="store_true", help="agree once per step")
+parser.add_argument("--quiet", type=float, default=5.0, help="seconds in which no rank moved: a hang")
 parser.add_argument("--deadline", type=float, default=30.0, help="seconds after which the run ends whatever happens")
 args = parser.parse_args()
 
@@ -71,7 +70,7 @@ def at(where):
 
 
 def watch():
-    """End the run, with everybody's position, when no rank has moved for QUIET_S."""
+    """End the run, with everybody's position, when no rank has moved for --quiet seconds."""
     seen, since = None, time.monotonic()
     while True:
         time.sleep(0.25)
@@ -81,11 +80,11 @@ def watch():
         now = [positions.get(str(other)).decode() for other in range(world)]
         if now != seen:
             seen, since = now, time.monotonic()
-        elif time.monotonic() - since > QUIET_S and "done" not in now:
+        elif time.monotonic() - since > args.quiet and "done" not in now:
             if rank == 0:
                 together = {where: [r for r in range(world) if now[r] == where] for where in dict.fromkeys(now)}
                 lines = [f"  ranks {ranks} wait in {where}" for where, ranks in together.items()]
-                print(f"HANG: no rank has moved for {QUIET_S:g} s\n" + "\n".join(lines), flush=True)
+                print(f"HANG: no rank has moved for {args.quiet:g} s\n" + "\n".join(lines), flush=True)
             time.sleep(1)  # let every rank come to the same conclusion while all positions can still be read
             os._exit(1)
 

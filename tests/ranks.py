@@ -5,6 +5,7 @@ A rank that raises makes the test fail with its traceback; one that does not end
 
 from __future__ import annotations
 
+import gc
 import os
 import pickle
 import signal
@@ -40,6 +41,7 @@ def _fork(
 ) -> int:
     if pid := os.fork():
         return pid
+    gc.disable()  # it would write to, and so copy, the pages that all ranks share
     code = 1
     try:
         torch.set_num_threads(1)

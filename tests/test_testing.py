@@ -59,7 +59,7 @@ def test_two_groups_in_another_order_are_a_cycle(tmp_path):
             for group in (a, b) if rank.rank else (b, a):
                 dist.all_reduce(torch.zeros(1), group=group)
 
-    told = told_by(Ranks(2, "gloo", tmp_path), crossed)
+    told = told_by(Ranks(2, "gloo", tmp_path, quiet_window_s=0.3), crossed)
     assert told.startswith("deadlock"), told
     assert "rank 0 waits in b all_reduce #1" in told and "rank 1 waits in a all_reduce #1" in told, told
 
@@ -98,6 +98,7 @@ def test_a_rank_that_never_comes_ends_at_the_deadline(tmp_path):
     assert told.startswith("not done after 2 s") and "in spins" in told, told
 
 
+@pytest.mark.full
 def test_a_rank_that_dies_before_it_opens_its_log_hides_nothing_and_escapes_do_nothing(tmp_path, monkeypatch):
     be = Ranks._be
     monkeypatch.setattr(Ranks, "_be", lambda self, *args: os._exit(3) if args[1] == 1 else be(self, *args))

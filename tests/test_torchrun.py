@@ -84,11 +84,19 @@ def _wait_until_serving(out: Path, num_ranks: int) -> Path:
     raise AssertionError(f"no run below {out} came to serve within {DEADLINE_S} s")
 
 
-def test_all_variants_give_their_verdicts_as_json(tmp_path, leaves_nothing):
+LAUNCHERS = pytest.mark.parametrize("launcher", ["fork", pytest.param("torchrun", marks=pytest.mark.full)])
+"""What the launcher owes its user is the same for both; forked ranks start in half a second."""
+
+
+@LAUNCHERS
+def test_all_variants_give_their_verdicts_as_json(tmp_path, leaves_nothing, launcher):
     config = tmp_path / "config.json"
     config.write_text('{"model": {"layer_pattern": "GMAG"}, "engine": {"unfinished_interval": 16}}')
     run = subprocess.run(
-        command("--variant", "all", "--ranks", 2, "--config", config, "--out", tmp_path, "--json"),
+        command(
+            *("--variant", "all", "--ranks", 2, "--launcher", launcher),
+            *("--config", config, "--out", tmp_path, "--json"),
+        ),
         cwd=ROOT, capture_output=True, text=True, timeout=DEADLINE_S,
     )  # fmt: skip
     assert run.returncode == EXPECTED, run.stdout + run.stderr
@@ -100,10 +108,6 @@ def test_all_variants_give_their_verdicts_as_json(tmp_path, leaves_nothing):
     ]
     assert all(d["matches_expected"] for d in documents)
     assert read_json(tmp_path / "latest" / "verdict.json") == documents[-1]
-
-
-LAUNCHERS = pytest.mark.parametrize("launcher", ["fork", pytest.param("torchrun", marks=pytest.mark.full)])
-"""What the launcher owes its user is the same for both; forked ranks start in half a second."""
 
 
 def test_plain_torchrun_ends_by_itself_with_the_same_verdict_file(tmp_path, leaves_nothing):
@@ -136,10 +140,10 @@ def test_an_interrupted_run_writes_its_evidence_first(tmp_path, leaves_nothing, 
     assert all((run_dir / "stacks" / f"rank{rank:03d}.txt").stat().st_size for rank in range(2))
 
 
-def test_killing_the_parent_ends_everything_it_started(tmp_path, leaves_nothing):
-    run = subprocess.Popen(
-        command("--variant", "fault", "--ranks", 2, "--quiet-window", 60, "--out", tmp_path), cwd=ROOT
-    )
+@pytest.mark.parametrize("launcher", ["torchrun", pytest.param("fork", marks=pytest.mark.full)])
+def test_killing_the_parent_ends_everything_it_started(tmp_path, leaves_nothing, launcher):
+    arguments = ("--variant", "fault", "--ranks", 2, "--quiet-window", 60, "--launcher", launcher, "--out", tmp_path)
+    run = subprocess.Popen(command(*arguments), cwd=ROOT)
     _wait_until_serving(tmp_path, 2)
     run.kill()
     run.wait()

@@ -1,0 +1,14 @@
+"""What holds for all tests."""
+
+import gc
+import os
+
+# Before torch is imported, and for the processes that tests start: threads that wait for each other are most of the
+# time of small tensors, and a rank that is forked finds none of its parent's.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+
+def pytest_collection_finish() -> None:
+    """Modules and tests are no garbage: to look through them slows each collection, and makes ranks copy their pages."""
+    gc.collect()
+    gc.freeze()
