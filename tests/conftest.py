@@ -9,6 +9,6 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
 def pytest_collection_finish() -> None:
-    """Modules and tests are no garbage: to look through them slows each collection, and makes ranks copy their pages."""
+    """Modules and tests are no garbage: looking through them takes time, and makes ranks copy their pages."""
     gc.collect()
     gc.freeze()
