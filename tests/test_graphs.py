@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 
 import pytest
 import torch
@@ -116,8 +117,13 @@ def test_a_step_that_all_want_to_split_dispatches_twice_in_each_layer(tmp_path):
     assert split_steps, f"{told}: no step was split"
 
 
+@functools.cache
+def tiny() -> HybridMoE:
+    return HybridMoE(preset("tiny"), device="meta", dtype=torch.float64).init_weights(0)
+
+
 def test_padding_adds_rows_that_no_other_row_sees():
-    model = HybridMoE(preset("tiny"), device="meta", dtype=torch.float64).init_weights(0)
+    model = tiny()
     hidden = []
     for size in (5, 5 + 6):
         cache = HybridCache(model.config, 16, dtype=torch.float64)
@@ -132,7 +138,7 @@ def test_padding_adds_rows_that_no_other_row_sees():
 
 @pytest.mark.parametrize("counts", [(6,), (1, 1, 1), (5, 1, 2), (1, 7), (3, 3), (1,)])
 def test_two_halves_of_a_step_leave_the_hidden_states_and_the_cache_as_one_step_does(counts):
-    model = HybridMoE(preset("tiny"), device="meta", dtype=torch.float64).init_weights(0)
+    model = tiny()
     tokens = torch.arange(sum(counts))
     whole, split = [], []
     for out in (whole, split):

@@ -19,7 +19,7 @@ from repro.record import Recorder
 from repro.settings import RunSettings
 from repro.witness import Tail
 
-QUIET_S, SLOW_S = 0.5, 2.5
+QUIET_S, SLOW_S = 0.5, 1.8
 REPEATS = int(os.environ.get("HMR_LIVE_REPEATS", "10"))
 """How often each way is tried with eight ranks and five seconds by the thorough tests."""
 
