@@ -48,6 +48,7 @@ from repro.layout import (
 from repro.parse import WitnessError, parse_header
 from repro.witness import create
 
+_pack_into, _getframe = ROW.pack_into, sys._getframe
 _ROW = RECORD.size
 _NUM_EVENTS = LIVE_AT // WORD.size  # as a word of the file
 _LOCAL_KINDS = {
@@ -68,13 +69,14 @@ _POINT_TO_POINT = ("send", "recv")
 class _Group:
     """The running state of one group on this rank, and where in the file it stands."""
 
-    __slots__ = ("hash", "index", "last", "left", "seq", "state_word")
+    __slots__ = ("hash", "hash_word", "index", "last", "left", "seq", "state_word")
 
     def __init__(self, index: int) -> None:
         slot = SPARE_AT if index == NO_GROUP else GROUPS_AT + index * GROUP_BYTES
         self.index = index
         self.last = slice(slot + LAST_AT, slot + LAST_AT + _ROW)
         self.state_word = (slot + STATE_AT) // WORD.size
+        self.hash_word = self.state_word + 1
         self.seq = 0
         self.left = 0
         self.hash = 0
@@ -103,7 +105,8 @@ class Recorder:
     ) -> None:
         self._buffer = buffer
         self._who = who
-        self._words = memoryview(buffer).cast("B")[: GROUPS_AT + shape.group_slots * GROUP_BYTES].cast("Q")
+        self._bytes = memoryview(buffer).cast("B")
+        self._words = self._bytes[: GROUPS_AT + shape.group_slots * GROUP_BYTES].cast("Q")
         self._shape = shape
         self._clock = clock
         self._num_events = 0
@@ -176,10 +179,10 @@ class Recorder:
     # These two are called hundreds of times a step: written out, since each further call costs a tenth of them.
 
     def enter(self, collective: Collective, asynchronous: bool = False) -> None:
-        frame = sys._getframe(1)
+        frame = _getframe(1)
         code = id(frame.f_code)
         if code in self._between_twice:  # straight to the frame beyond it: each step back makes a frame object
-            frame = sys._getframe(3)
+            frame = _getframe(3)
             code = id(frame.f_code)
         while code in self._between:
             frame = frame.f_back  # type: ignore[assignment]
@@ -200,13 +203,12 @@ class Recorder:
         group.hash = rolling = crc32(call.digest, group.hash)
         self._num_events = n = self._num_events + 1
         fixed = call.issue if asynchronous else call.enter
-        row = ROW.pack(n, self._clock(), seq, vector, self._step, fixed, n & 0xFFFFFFFF)
-        buffer, words, at = self._buffer, self._words, self._next_at
+        words, at = self._words, self._next_at
         end = at + _ROW
         self._next_at = end if end != self._ring_end else self._ring_at
-        buffer[at:end] = row
-        words[group.state_word + 1] = rolling  # a slot that is behind the ring tells that its hash may be ahead of it
-        buffer[group.last] = row
+        _pack_into(self._buffer, at, n, self._clock(), seq, vector, self._step, fixed, n & 0xFFFFFFFF)
+        words[group.hash_word] = rolling  # a slot that is behind the ring tells that its hash may be ahead of it
+        self._bytes[group.last] = self._bytes[at:end]  # packing would clear it first, and it must never be without one
         words[_NUM_EVENTS] = n
 
     def leave(self, collective: Collective, ticket: int = 0) -> None:
@@ -219,7 +221,7 @@ class Recorder:
         at = self._next_at
         end = at + _ROW
         self._next_at = end if end != self._ring_end else self._ring_at
-        ROW.pack_into(self._buffer, at, n, self._clock(), seq, 0, self._step, call.leave, n & 0xFFFFFFFF)
+        _pack_into(self._buffer, at, n, self._clock(), seq, 0, self._step, call.leave, n & 0xFFFFFFFF)
         words = self._words
         if seq > group.left:
             group.left = words[group.state_word] = seq
@@ -264,7 +266,7 @@ class Recorder:
         at = self._next_at
         end = at + _ROW
         self._next_at = end if end != self._ring_end else self._ring_at
-        ROW.pack_into(self._buffer, at, n, self._clock(), seq, 0, self._step, fixed, n & 0xFFFFFFFF)
+        _pack_into(self._buffer, at, n, self._clock(), seq, 0, self._step, fixed, n & 0xFFFFFFFF)
         self._words[_NUM_EVENTS] = n
 
     # -- interning -----------------------------------------------------------------------------------------------
