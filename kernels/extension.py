@@ -23,6 +23,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+import sysconfig
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -75,12 +76,16 @@ class Extension:
         return self._loaded[0]
 
     def folder(self, cache: Path) -> Path:
-        """Where it is built: its name, and a digest of everything that the result depends on."""
+        """Where it is built: its name, and a digest of everything that the result depends on. Also of where the sources
+        and torch are: ninja builds anew when a path is another, and two clones share a user's cache.
+        """
         digest = hashlib.sha256()
         for path in (*self.sources, *self.headers):
-            digest.update(path.name.encode() + path.read_bytes())
+            digest.update(str(path.resolve()).encode() + path.read_bytes())
         flags = (self.cflags, self.cuda_cflags, self.ldflags, os.environ.get("CXX", ""))
-        digest.update(repr((flags, importlib.metadata.version("torch"), platform.machine())).encode())
+        torch = importlib.metadata.distribution("torch")
+        made_with = (torch.version, str(torch.locate_file("torch")), sysconfig.get_path("include"), platform.machine())
+        digest.update(repr((flags, made_with)).encode())
         return cache / f"{self.name}-{digest.hexdigest()[:12]}"
 
     def is_built(self, cache: Path) -> bool:

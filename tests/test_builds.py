@@ -11,6 +11,7 @@ import errno
 import fcntl
 import json
 import os
+import shutil
 import re
 import subprocess
 import sys
@@ -131,7 +132,7 @@ def test_the_compiled_experts_compute_the_mixture_for_any_block_of_rows(loaded, 
         moe_jit.use_block_rows(4)
 
 
-def test_a_change_of_a_source_a_header_or_a_flag_is_another_module(tmp_path):
+def test_a_change_of_a_source_a_header_a_flag_or_the_place_is_another_module(tmp_path):
     source, header = tmp_path / "a.cpp", tmp_path / "a.h"
     source.write_text("1")
     header.write_text("1")
@@ -139,7 +140,9 @@ def test_a_change_of_a_source_a_header_or_a_flag_is_another_module(tmp_path):
     for text, flag in (("1", "-O3"), ("2", "-O3"), ("2", "-O2")):
         header.write_text(text)
         folders.add(Extension("a", (source,), (header,), (flag,)).folder(tmp_path))
-    assert len(folders) == 3
+    moved = shutil.copy(source, tmp_path / "clone.cpp")
+    folders.add(Extension("a", (Path(moved),), (header,), (flag,)).folder(tmp_path))
+    assert len(folders) == 4
 
 
 def test_a_backend_that_cannot_run_here_is_refused_by_name():
