@@ -11,8 +11,8 @@ import errno
 import fcntl
 import json
 import os
-import shutil
 import re
+import shutil
 import subprocess
 import sys
 import threading
