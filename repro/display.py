@@ -169,5 +169,6 @@ def _stalled(document: dict[str, Any]) -> bool:
 
 
 def _told(document: dict[str, Any]) -> list[str]:
-    told: list[str] = document["evidence"][-1:] if document["verdict"] == "clean" else document["sentences"]
-    return told
+    if document["verdict"] == "clean":
+        return list(document["evidence"][-1:])
+    return [*document["sentences"], *([] if document["matches_expected"] else document["evidence"])]

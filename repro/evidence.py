@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import signal
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 from repro.rundir import RunDir, read_json
@@ -45,6 +46,18 @@ def collect(run_dir: RunDir, pids: Mapping[int, int], patience_s: float) -> list
         for path, (rank, what, before) in wanted.items()
         if _stamp(path) == before
     ]
+
+
+def of_launcher(run_dir: RunDir, ranks: Sequence[int]) -> str:
+    """Why ranks never began, by the launcher's log: its last line that is an error, else its last line."""
+    try:
+        lines = [line.strip() for line in run_dir.launcher_log.read_text(errors="replace").splitlines()]
+    except OSError:
+        lines = []
+    lines = [line for line in lines if re.search(r"\w", line)]
+    errors = [line for line in lines if re.match(r"[\w.]*(Error|Exception)\b", line)]
+    last = (errors or lines or ["nothing"])[-1]
+    return f"{name_ranks(ranks)} never began: logs/{run_dir.launcher_log.name} says {last[:300]}"
 
 
 def compare_with_flight_recorder(run_dir: RunDir, positions: Iterable[Position]) -> list[str]:

@@ -48,11 +48,11 @@ def _job(wanted: dict[str, Any]) -> None:
     os.setsid()
     os.environ.update(wanted["environment"])
     tempfile.tempdir = None  # of this run, as its TMPDIR says
-    log = os.open(wanted["log"], os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+    run_dir = RunDir(Path(wanted["run_dir"]))
+    log = os.open(run_dir.launcher_log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
     nothing = os.open(os.devnull, os.O_RDONLY)
     for number, replaced in enumerate((nothing, log, log)):
         os.dup2(replaced, number)
-    run_dir = RunDir(Path(wanted["run_dir"]))
     num_ranks = RunSettings.from_mapping(read_json(run_dir.config)).num_ranks
     pids = [_fork(lambda rank=rank: worker.run_launched(run_dir, rank)) for rank in range(num_ranks)]
     for pid in pids:

@@ -186,7 +186,7 @@ def _attend(
     started_here = bool(children)
     reference = None
     if not run_dir.reference.exists():
-        reference = _start([sys.executable, "-m", "repro.reference", str(run_dir.root)], run_dir, "reference.log")
+        reference = _start([sys.executable, "-m", "repro.reference", str(run_dir.root)], run_dir, run_dir.reference_log)
         children.append(reference)
     watch = Watch(
         run_dir,
@@ -245,7 +245,7 @@ def _start_torchrun(run_dir: RunDir, settings: RunSettings) -> Job:
         "--local-addr=127.0.0.1",
         "-m", "repro.worker", settings.scenario, "--variant", settings.variant,
     ]  # fmt: skip
-    return _start(command, run_dir, "torchrun.log")
+    return _start(command, run_dir)
 
 
 class Nursery:
@@ -257,10 +257,9 @@ class Nursery:
     def start(self, run_dir: RunDir, settings: RunSettings) -> Job:
         """Start the ranks of a run."""
         if self._process is None or self._process.poll() is not None:
-            self._process = _start([sys.executable, "-m", "repro.forked"], run_dir, "forked.log", talks=True)
+            self._process = _start([sys.executable, "-m", "repro.forked"], run_dir, talks=True)
         assert self._process.stdin is not None and self._process.stdout is not None
-        log = run_dir.root / "logs" / "forked.log"
-        wanted = {"run_dir": str(run_dir.root), "log": str(log), "environment": _environment(run_dir)}
+        wanted = {"run_dir": str(run_dir.root), "environment": _environment(run_dir)}
         with contextlib.suppress(BrokenPipeError):  # what ended it is in the log, and the run is judged without ranks
             self._process.stdin.write(json.dumps(wanted).encode() + b"\n")
             self._process.stdin.flush()
@@ -292,10 +291,14 @@ class Forked:
         return 0
 
 
-def _start(command: list[str], run_dir: RunDir, log: str, *, talks: bool = False) -> subprocess.Popen[bytes]:
-    """talks: through pipes at its standard input and output, and only its errors go to the log."""
+def _start(
+    command: list[str], run_dir: RunDir, log: Path | None = None, *, talks: bool = False
+) -> subprocess.Popen[bytes]:
+    """log: the launcher's, unless named. talks: through pipes at its standard input and output, and only its errors
+    go to the log.
+    """
     parent = os.getpid()
-    with (run_dir.root / "logs" / log).open("wb") as output:
+    with (log or run_dir.launcher_log).open("wb") as output:
         return subprocess.Popen(
             command,
             stdin=subprocess.PIPE if talks else subprocess.DEVNULL,

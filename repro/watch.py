@@ -143,6 +143,11 @@ class Watch:
             except WitnessError as error:
                 unreadable.append(str(error))
         self._facts = self._system.look(witnesses)
+        told: list[str] = []
+        never = [rank for rank, witness in witnesses.items() if not witness.who.pid]
+        if never and not self.job_alive():  # nobody is left who could start them
+            self._facts.alive.update(dict.fromkeys(never, False))
+            told.append(evidence.of_launcher(self.run_dir, never))
         verdict = judge(
             witnesses,
             num_ranks=self.settings.num_ranks,
@@ -154,7 +159,7 @@ class Watch:
             **vars(self._facts),
         )
         strangers = set(self._facts.lock_holders.values()) - {witness.who.pid for witness in witnesses.values()}
-        told = [process.describe(pid) for pid in sorted(strangers) if pid > 0]
+        told += [process.describe(pid) for pid in sorted(strangers) if pid > 0]
         return _with_evidence(verdict, [*told, *unreadable])
 
     def _with_dumps(self, verdict: Verdict, texts: list[str]) -> Verdict:

@@ -14,6 +14,7 @@ from pathlib import Path
 import psutil
 import pytest
 
+from repro import launch, scenarios
 from repro.cli import EXPECTED, INTERRUPTED, UNEXPECTED
 from repro.layout import Kind
 from repro.parse import WitnessError
@@ -147,6 +148,38 @@ def test_killing_the_parent_ends_everything_it_started(tmp_path, leaves_nothing,
     _wait_until_serving(tmp_path, 2)
     run.kill()
     run.wait()
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("launcher", ["torchrun", "fork"])
+def test_a_torch_that_does_not_load_is_told_and_not_called_slow(tmp_path, leaves_nothing, launcher):
+    broken = tmp_path / "path" / "torch"
+    broken.mkdir(parents=True)
+    (broken / "__init__.py").write_text("raise ImportError('libcudart.so.12: cannot open shared object file')")
+    arguments = ("--ranks", 2, "--launcher", launcher, "--out", tmp_path)
+    environment = {**os.environ, "PYTHONPATH": str(broken.parent)}
+    run = subprocess.run(command(*arguments), cwd=ROOT, capture_output=True, text=True, timeout=60, env=environment)
+    assert run.returncode == UNEXPECTED, run.stdout + run.stderr
+    told = " ".join(run.stdout.split())
+    assert "ranks 0,1 never began: logs/launcher.log says ImportError: libcudart.so.12: cannot open" in told, told
+    assert read_json(tmp_path / "latest" / "verdict.json")["verdict"] == "crash"
+
+
+@pytest.mark.full
+def test_runs_share_the_process_that_forks_and_one_that_was_killed_is_replaced(tmp_path, leaves_nothing):
+    document = {"num_ranks": 2, "model": {"layer_pattern": "G"}, "engine": {"unfinished_interval": 8}}
+    settings = scenarios.settings_of({"scenario": "metadata_rebuild", "variant": "fault", "checks": "agree"}, document)
+    nursery, pids = launch.Nursery(), []
+    try:
+        for _ in range(3):
+            _, verdict = launch.run(settings, tmp_path, launch.Interrupt(), launch.Display(), nursery.start)
+            assert verdict["matches_expected"], verdict
+            pids.append(nursery._process.pid)
+            if len(pids) == 2:
+                nursery.close()
+    finally:
+        nursery.close()
+    assert pids[0] == pids[1] != pids[2]
 
 
 @pytest.mark.full
