@@ -8,6 +8,7 @@ one with the launcher.
 
 from __future__ import annotations
 
+import functools
 import gc
 import json
 import os
@@ -37,7 +38,7 @@ def main() -> int:
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # whoever watches a job asks the system for it; nobody reaps it
     for line in sys.stdin.buffer:
         wanted = json.loads(line)
-        pid = _fork(lambda wanted=wanted: _job(wanted))
+        pid = _fork(functools.partial(_job, wanted))
         print(pid, flush=True)
     return 0
 
@@ -54,7 +55,7 @@ def _job(wanted: dict[str, Any]) -> None:
     for number, replaced in enumerate((nothing, log, log)):
         os.dup2(replaced, number)
     num_ranks = RunSettings.from_mapping(read_json(run_dir.config)).num_ranks
-    pids = [_fork(lambda rank=rank: worker.run_launched(run_dir, rank)) for rank in range(num_ranks)]
+    pids = [_fork(functools.partial(worker.run_launched, run_dir, rank)) for rank in range(num_ranks)]
     for pid in pids:
         os.waitpid(pid, 0)
 
