@@ -10,6 +10,7 @@ import contextlib
 import fcntl
 import json
 import os
+import select
 import shutil
 import signal
 import subprocess
@@ -263,7 +264,10 @@ class Nursery:
         with contextlib.suppress(BrokenPipeError):  # what ended it is in the log, and the run is judged without ranks
             self._process.stdin.write(json.dumps(wanted).encode() + b"\n")
             self._process.stdin.flush()
-        pid = self._process.stdout.readline()
+        answers, _, _ = select.select([self._process.stdout], [], [], settings.deadline_s)  # the import may be stuck
+        pid = self._process.stdout.readline() if answers else b""
+        if not pid:
+            self.close()
         return Forked(int(pid)) if pid else self._process
 
     def close(self) -> None:
@@ -274,7 +278,7 @@ class Nursery:
 
 
 class Forked:
-    """A process that another one forked, and reaps."""
+    """A process that another one forked."""
 
     def __init__(self, pid: int) -> None:
         self.pid = pid
