@@ -103,7 +103,8 @@ def hold_the_gil(seconds):
 
 
 @pytest.mark.parametrize(("num_ranks", "repeats"), WAYS)
-@pytest.mark.parametrize("do", [pytest.param(spin, marks=pytest.mark.full), hold_the_gil])
+@pytest.mark.full
+@pytest.mark.parametrize("do", [spin, hold_the_gil])
 def test_a_rank_that_is_busy_with_itself_is_slow_and_the_run_goes_on(tmp_path, do, num_ranks, repeats):
     for _ in range(repeats):
         notices: list[str] = []

@@ -141,7 +141,7 @@ def test_an_interrupted_run_writes_its_evidence_first(tmp_path, leaves_nothing, 
     assert all((run_dir / "stacks" / f"rank{rank:03d}.txt").stat().st_size for rank in range(2))
 
 
-@pytest.mark.parametrize("launcher", ["torchrun", pytest.param("fork", marks=pytest.mark.full)])
+@LAUNCHERS
 def test_killing_the_parent_ends_everything_it_started(tmp_path, leaves_nothing, launcher):
     arguments = ("--variant", "fault", "--ranks", 2, "--quiet-window", 60, "--launcher", launcher, "--out", tmp_path)
     run = subprocess.Popen(command(*arguments), cwd=ROOT)
