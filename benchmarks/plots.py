@@ -104,7 +104,7 @@ def roofline(document: Document, path: Path) -> None:
         panel.plot(
             row["work"] / row["bytes"],
             row["work"] / row["native_us"] / 1e3,
-            markers[row["op"]],
+            marker=markers[row["op"]],
             color=COLOURS[row["dtype"]],
             markersize=5,
             alpha=0.75,
