@@ -5,7 +5,7 @@ events/rank000.wit     the witness a rank leaves             the rank, as it goe
 stacks/rank000.txt     Python stacks                         the rank's faulthandler, when asked
 fr/rank000.json        PyTorch's Flight Recorder             the rank, when asked
 logs/rank000.log       what the rank printed                 the rank
-logs/launcher.log      what torchrun printed, or what forks   either of them
+logs/launcher.log      what started the ranks printed        torchrun, or repro.forked
 logs/reference.log     what the reference printed            repro.reference
 env/rank000.txt        versions it loaded                    the rank, once connected
 outputs/rank000.json   tokens served                         the rank, when done

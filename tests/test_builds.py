@@ -140,7 +140,8 @@ def test_a_change_of_a_source_a_header_a_flag_or_the_place_is_another_module(tmp
     for text, flag in (("1", "-O3"), ("2", "-O3"), ("2", "-O2")):
         header.write_text(text)
         folders.add(Extension("a", (source,), (header,), (flag,)).folder(tmp_path))
-    moved = shutil.copy(source, tmp_path / "clone.cpp")
+    (tmp_path / "clone").mkdir()
+    moved = shutil.copy(source, tmp_path / "clone")
     folders.add(Extension("a", (Path(moved),), (header,), (flag,)).folder(tmp_path))
     assert len(folders) == 4
 
