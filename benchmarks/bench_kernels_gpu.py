@@ -248,7 +248,7 @@ def replayed_step(B: int = 8, layers: int = 4, hidden: int = 4096) -> dict[str, 
     return {"layers": layers, "sequences": B, f"{how}_us": in_graph, "one_by_one_us": one_by_one}
 
 
-def median_us(calls: list[Call], budget_s: float = 1.0, capture: bool = True) -> tuple[float, str]:
+def median_us(calls: list[Call], budget_s: float = 0.4, capture: bool = True) -> tuple[float, str]:
     """Microseconds of one call, and how it was timed; the calls take turns."""
     for call in calls:
         call()  # compiles, and settles the allocator
@@ -361,7 +361,7 @@ def try_configs(row: Row, module: Any, inputs: list[Any]) -> list[tuple[float, A
     for config in module.CONFIGS[kernel]:
         try:
             with forcing(kernel, config):
-                tried.append((median_us([lambda a=a, o=o: run(*a, **o) for a, o in inputs], 0.3)[0], config))
+                tried.append((median_us([lambda a=a, o=o: run(*a, **o) for a, o in inputs], 0.15)[0], config))
         except Exception as error:  # does not fit on this device: each version of Triton has its own error
             tried.append((float("inf"), {**config, "error": str(error)[:80]}))
     return sorted(tried, key=lambda pair: pair[0])

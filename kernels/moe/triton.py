@@ -25,10 +25,12 @@ CONFIGS = {
     "moe.route": [{"num_warps": warps} for warps in (1, 2, 4)],
     "moe.experts": [
         {"BM": BM, "BN": BN, "BK": BK, "num_warps": warps, "num_stages": stages}
-        for BM, BN, warps in ((16, 64, 4), (16, 128, 4), (32, 64, 4), (64, 64, 4), (64, 128, 8), (128, 128, 8))
-        for BK in (64, 128)
+        for BM, BN, warps in (
+            (16, 32, 4), (16, 64, 4), (16, 128, 4), (32, 64, 4), (64, 64, 4), (64, 128, 8), (128, 128, 8)
+        )
+        for BK in (64, 128, 256)
         for stages in (3, 4)
-        if BM + 2 * BN <= 256 or BK == 64
+        if (BM + 2 * BN) * BK <= 20480
     ],
 }
 
