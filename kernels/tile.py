@@ -103,17 +103,20 @@ def product(a, b, KIND: tl.constexpr):
     """a @ b in float32. KIND says what the operands keep of their bits, and on a GPU how fast it goes:
 
     "bf16"    8 and 8; exact for operands that are bfloat16
-    "bf16x2"  8 and 16, as two such products: for an `a` that is bfloat16, half as fast
-    "tf32"    11 and 11, also half as fast
+    "f16"     11 and 11, as fast; numbers must stay below 65,504
+    "bf16x2"  8 and 16, as two such products, half as fast: for two operands of which one is bfloat16
     "tf32x3"  22 and 22, a sixth as fast
     """
     if KIND == "tf32x3":
         c = tl.dot(a.to(tl.float32), b.to(tl.float32), input_precision="tf32x3")
-    elif KIND == "tf32":
-        c = tl.dot(_round(a.to(tl.float32), 13), _round(b.to(tl.float32), 13), input_precision="tf32")
+    elif KIND == "f16":
+        c = tl.dot(a.to(tl.float16), b.to(tl.float16))
+    elif KIND == "bf16x2" and b.dtype == tl.bfloat16:
+        high = cast(a, tl.bfloat16)
+        c = _product_bf16(cast(a - high.to(tl.float32), tl.bfloat16), b) + _product_bf16(high, b)
     elif KIND == "bf16x2":
         high = cast(b, tl.bfloat16)
-        c = _product_bf16(a, high) + _product_bf16(a, cast(b - high.to(tl.float32), tl.bfloat16))
+        c = _product_bf16(a, cast(b - high.to(tl.float32), tl.bfloat16)) + _product_bf16(a, high)
     else:
         c = _product_bf16(a, b)
     return c

@@ -125,7 +125,10 @@ def check(case: Case, module: Any, dtype: torch.dtype, device: str = "cpu") -> N
     want, got = reference(case, torch.float64), call(case, module, dtype, device, checked=True)
     allowed = [5e-6] * len(want)
     if dtype == torch.bfloat16:
-        allowed = [1.2 * error(theirs, w) + 1e-5 for theirs, w in zip(reference(case, dtype), want, strict=True)]
+        allowed = [
+            (1.2 if w.numel() >= 2000 else 1.5) * error(theirs, w) + 1e-5  # a short result rounds by luck
+            for theirs, w in zip(reference(case, dtype), want, strict=True)
+        ]
     for number, (g, w, limit) in enumerate(zip(got, want, allowed, strict=True)):
         assert g.shape == w.shape, f"{case}: result {number} has shape {list(g.shape)}, wanted {list(w.shape)}"
         if not w.is_floating_point():

@@ -55,8 +55,9 @@ def check_against_the_cpu(logits, sizes):
 
 
 @pytest.mark.timeout(400)
-def test_one_gpu_computes_what_the_cpu_computes(tmp_path):
-    check_against_the_cpu(expert_parallel_logits(1, tmp_path, "gloo", (7,)), (7,))
+@pytest.mark.parametrize("backend", ["gloo", "nccl"])
+def test_one_gpu_computes_what_the_cpu_computes(tmp_path, backend):
+    check_against_the_cpu(expert_parallel_logits(1, tmp_path, backend, (7,)), (7,))
 
 
 @pytest.mark.timeout(400)
@@ -105,10 +106,11 @@ def test_the_scenario_hangs_and_runs_fixed_on_nccl(tmp_path):
     assert run.returncode == 0, run.stdout + run.stderr
 
 
-def test_cuda_graphs_of_the_row_wise_modules_serve_the_tokens_of_an_eager_engine(tmp_path):
+@pytest.mark.parametrize("backend", ["gloo", "nccl"])
+def test_cuda_graphs_of_the_row_wise_modules_serve_the_tokens_of_an_eager_engine(tmp_path, backend):
     def run(rank, store):
         device = torch.device("cuda", 0)
-        comm = Communicator.connect(ParallelConfig(), rank, store=store, device=device, timeout_s=120)
+        comm = Communicator.connect(ParallelConfig(), rank, backend=backend, store=store, device=device, timeout_s=120)
         served = []
         for mode in ("eager", "graphs"):
             sizes = EngineConfig(max_num_seqs=4, max_num_batched_tokens=48, dtype="float64", mode=mode)

@@ -47,7 +47,7 @@ class GatedAttention(Mixer):
         else:
             k_BSKD, v_BSKD = past.extend(k_BTKD, v_BTKD) if past else (k_BTKD, v_BTKD)
             out_BTQD = attend(q_BTQD, k_BSKD, v_BSKD, group)
-        gated_N_ = (out_BTQD * gate_BTQD.sigmoid()).view(x_BTH.shape[0] * x_BTH.shape[1], -1)
+        gated_N_ = (out_BTQD * gate_BTQD.sigmoid()).flatten(2).flatten(0, 1)
         (y_NH,) = linear.project(gated_N_, [self.o_proj.weight])
         return y_NH.view(x_BTH.shape)
 

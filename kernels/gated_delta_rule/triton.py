@@ -2,8 +2,9 @@
 
 Prefill takes two launches. The first, over all chunks at once, makes what does not depend on the state; the second
 walks through each sequence with the state in registers. Per token and value head of 128 x 128 in bfloat16, the second
-reads v (256 B), q and k (512 B, mostly from L2: value heads share them) and two rows of the first's tiles (512 B), and
-writes o (256 B); q, k and tiles once for each of the V / BV programs of a head. The state moves once per prompt.
+reads v (256 B), q and k of length 1 (512 B, mostly from L2: value heads share them) and two rows of the first's tiles
+(256 B), and writes o (256 B); q, k and tiles once for each of the V / BV programs of a head. The state moves once per
+prompt.
 
 Decode is bound by its state, read and written once: 2 x 4 x H K V bytes a sequence, 8.39 MB for 64 heads of 128 x 128,
 which at 4.3 TB/s is 1.95 us; its other operands are less than 2 % of that. A program has a whole head in registers
@@ -38,11 +39,10 @@ __all__ = ["CONFIGS", "DEVICES", "DTYPES", "decode", "missing", "prefill"]
 CONFIGS = {
     "gated_delta_rule.prefill": [
         {"BV": BV, "num_warps": warps, "num_stages": stages}
-        for BV in (32, 64)
-        for warps in (4, 8)
+        for BV, warps in ((32, 4), (64, 4), (64, 8), (128, 8))
         for stages in (1, 2, 3)
     ],
-    "gated_delta_rule.decode": [{"BV": BV, "num_warps": warps} for BV in (16, 32, 64, 128) for warps in (2, 4, 8, 16)],
+    "gated_delta_rule.decode": [{"BV": BV, "num_warps": warps} for BV in (32, 64, 128) for warps in (2, 4, 8)],
 }
 
 
@@ -56,33 +56,29 @@ def prefill(
     slots_B: Tensor,
     cu_seqlens_X: Tensor,
 ) -> Tensor:
-    """As the reference. The state is float32; for bfloat16 inputs, products see 16 bits of it, and 11 of what is made
-    within a chunk: with the 8 that would be natural there, errors are a third larger than the reference's."""
+    """As the reference. The state is float32. For bfloat16 inputs, products are of float16: its 11 bits add nothing to
+    the error of 8-bit inputs; bfloat16 would be a third worse than the reference."""
     (T, M, K), (_, H, V), B = q_TMK.shape, v_THV.shape, slots_B.shape[0]
     o_THV = torch.empty(v_THV.shape, dtype=v_THV.dtype, device=v_THV.device)
     if o_THV.numel() == 0:
         return o_THV
-    is_wide = q_TMK.dtype == torch.float32
-    keys, with_state, chunk = ("tf32x3", "tf32x3", "tf32x3") if is_wide else ("bf16", "bf16x2", "tf32")
-    C = 32 if is_wide else 64
+    kind, dtype, C = ("tf32x3", torch.float32, 32) if q_TMK.dtype == torch.float32 else ("f16", torch.float16, 64)
     BK = max(16, triton.next_power_of_2(K))
     tiles = num_tiles(T, B, C)
-    solve = torch.empty(tiles, H, C, C, dtype=torch.float32, device=q_TMK.device)
-    reads = torch.empty_like(solve)
-    scales = torch.empty(tiles, H, 4, C, dtype=torch.float32, device=q_TMK.device)
-    strides = (q_TMK.stride(0), q_TMK.stride(1), k_TMK.stride(0), k_TMK.stride(1))
-    _solve_chunks[(tiles, H)](
-        q_TMK, k_TMK, g_TH, beta_TH, cu_seqlens_X, solve, reads, scales,
-        *strides, g_TH.stride(0), beta_TH.stride(0), B,
-        H=H, R=H // M, K=K, BK=BK, C=C, LOG_C=C.bit_length() - 1, KEYS=keys, CHUNK=chunk, num_warps=4,
+    unit_q_TMK, unit_k_TMK = torch.empty(2, T, M, K, dtype=dtype, device=q_TMK.device)
+    solve, reads = torch.empty(2, tiles, H, C, C, dtype=dtype, device=q_TMK.device)
+    scales = torch.empty(tiles, H, 3, C, dtype=torch.float32, device=q_TMK.device)
+    _prepare_chunks[(tiles, H)](
+        q_TMK, k_TMK, g_TH, beta_TH, cu_seqlens_X, unit_q_TMK, unit_k_TMK, solve, reads, scales,
+        q_TMK.stride(0), q_TMK.stride(1), k_TMK.stride(0), k_TMK.stride(1), g_TH.stride(0), beta_TH.stride(0), B,
+        H=H, R=H // M, K=K, BK=BK, C=C, LOG_HALF=C.bit_length() - 2, KIND=kind, num_warps=4,
     )  # fmt: skip
-    chosen = config(
-        "gated_delta_rule.prefill", {"BV": min(C, max(16, triton.next_power_of_2(V))), "num_warps": 8, "num_stages": 2}
-    )
+    tiling = {"BV": 16, "num_warps": 2} if kind == "tf32x3" else {"BV": 32, "num_warps": 4}
+    chosen = config("gated_delta_rule.prefill", {**tiling, "num_stages": 2})
     _scan_chunks[(B * H * triton.cdiv(V, chosen["BV"]),)](
-        q_TMK, k_TMK, v_THV, state_JHKV, slots_B, cu_seqlens_X, solve, reads, scales, o_THV,
-        *strides, v_THV.stride(0), v_THV.stride(1), state_JHKV.stride(0),
-        H=H, R=H // M, K=K, V=V, BK=BK, C=C, STATE=with_state, CHUNK=chunk, **chosen,
+        unit_q_TMK, unit_k_TMK, v_THV, state_JHKV, slots_B, cu_seqlens_X, solve, reads, scales, o_THV,
+        v_THV.stride(0), v_THV.stride(1), state_JHKV.stride(0),
+        H=H, R=H // M, K=K, V=V, BK=BK, C=C, KIND=kind, **chosen,
     )  # fmt: skip
     return o_THV
 
@@ -109,11 +105,7 @@ def decode(
     if y_BHV.numel() == 0:
         return y_BHV
     whole = triton.next_power_of_2(V)
-    # Few heads: all loads at once, as wide as can be. Many: small programs, of which several share a multiprocessor.
-    chosen = config(
-        "gated_delta_rule.decode",
-        {"BV": whole, "num_warps": 16} if B * H <= 256 else {"BV": min(32, whole), "num_warps": 4},
-    )
+    chosen = config("gated_delta_rule.decode", {"BV": whole, "num_warps": 4})
     _decode[(H, B)](
         qkv_BC, z_BHV, b_BH, a_BH, conv_JSC, state_JHKV, slots_B, conv_weight_CW, A_log_H, dt_bias_H, norm_weight_V,
         arrival_counters(qkv_BC.device, B * M), y_BHV,
@@ -126,74 +118,126 @@ def decode(
 
 
 @triton.jit
-def _solve_chunks(
-    q_ptr, k_ptr, g_ptr, beta_ptr, start_ptr, solve_ptr, reads_ptr, scales_ptr,
+def _prepare_chunks(
+    q_ptr, k_ptr, g_ptr, beta_ptr, start_ptr, unit_q_ptr, unit_k_ptr, solve_ptr, reads_ptr, scales_ptr,
     q_row, q_head, k_row, k_head, g_row, beta_row, num_sequences,
-    H: tl.constexpr, R: tl.constexpr, K: tl.constexpr, BK: tl.constexpr, C: tl.constexpr, LOG_C: tl.constexpr,
-    KEYS: tl.constexpr, CHUNK: tl.constexpr,
+    H: tl.constexpr, R: tl.constexpr, K: tl.constexpr, BK: tl.constexpr, C: tl.constexpr, LOG_HALF: tl.constexpr,
+    KIND: tl.constexpr,
 ):  # fmt: skip
     """What of a chunk of one head does not depend on the state.
 
-    solve [C, C] = (I + L)^-1 diag(beta), L as in the reference; reads [C, C], the masked and decayed products of q with
-    k; and four rows of factors: from the state to q's reads and to k's, from a write to the state behind the chunk, and
-    from the state before the chunk to the one behind. The lengths of q and k are among the factors, so that products
-    take q and k as they are.
+    q and k of length 1; solve [C, C] = (I + L)^-1 diag(beta), L as in the reference; reads [C, C], the masked and
+    decayed products of q with k; and three rows of factors: from the state to what is read of it, from a write to the
+    state behind the chunk, and from the state before the chunk to the one behind.
+
+    The chunk is cut into two halves, a and b, for half of L is zero: with X and Y the inverses of the halves and Z the
+    part of L that takes a to b, the inverse of the whole has -Y Z X there.
     """
     tile, h = tl.program_id(0), tl.program_id(1)
     _, first, length, begin = locate(tile, start_ptr, num_sequences, C)
     if begin < length:
-        c, d = tl.arange(0, C), tl.arange(0, BK)
-        is_row = c < length - begin
-        row = first + begin + c
-        is_in = is_row[:, None] & (d < K)[None, :]
-        q = tl.load(q_ptr + row[:, None] * q_row + (h // R) * q_head + d[None, :], is_in, 0.0)
-        k = tl.load(k_ptr + row[:, None] * k_row + (h // R) * k_head + d[None, :], is_in, 0.0)
-        g = tl.load(g_ptr + row * g_row + h, is_row, 0.0).to(tl.float32)
-        beta = tl.load(beta_ptr + row * beta_row + h, is_row, 0.0).to(tl.float32)
-        q_wide, k_wide = q.to(tl.float32), k.to(tl.float32)
-        q_scale = tl.rsqrt(tl.sum(q_wide * q_wide, 1) + 1e-6) * (K**-0.5)
-        k_scale = tl.rsqrt(tl.sum(k_wide * k_wide, 1) + 1e-6)
-
+        HALF: tl.constexpr = C // 2
+        c, d = tl.arange(0, HALF), tl.arange(0, BK)
+        row, left = first + begin, length - begin
+        is_a, is_b = c < left, c + HALF < left
+        g_at, beta_at = g_ptr + row * g_row + h, beta_ptr + row * beta_row + h
+        g_a, beta_a = _numbers(g_at + c * g_row, is_a), _numbers(beta_at + c * beta_row, is_a)
+        g_b, beta_b = _numbers(g_at + (c + HALF) * g_row, is_b), _numbers(beta_at + (c + HALF) * beta_row, is_b)
         # Sums of g between two tokens, added up rather than subtracted: differences of long sums lose their last bits.
-        gap = tl.cumsum(tl.where(c[:, None] > c[None, :], g[:, None], 0.0), 0)
-        since, after = tl.cumsum(g, 0), tl.sum(tl.where(c[:, None] == C - 1, gap, 0.0), 0)
-        decay = tl.exp(tl.where(c[:, None] >= c[None, :], gap, float("-inf"))) * k_scale[None, :]
-        reads = product(q, tl.trans(k), KEYS) * decay * q_scale[:, None]
-        lower = product(k, tl.trans(k), KEYS) * decay * (beta * k_scale)[:, None]
-        lower = tl.where(c[:, None] > c[None, :], lower, 0.0)
-
-        # Inverses of the diagonal blocks of size 1, then 2, 4, ..., C: with X and Y those of a block's two halves and Z
-        # the part of L below X, the block's inverse has -Y Z X there. The other way that needs only products, powers
-        # of L, overflows float32 when keys repeat.
-        solve = tl.where(c[:, None] == c[None, :], 1.0, 0.0)
-        for step in tl.static_range(LOG_C):
-            left = c[None, :] // 2**step
-            below = tl.where((c[:, None] // 2**step == left + 1) & (left % 2 == 0), lower, 0.0)
-            if step == 0:
-                solve -= below
-            else:
-                solve -= product(product(solve, below, CHUNK), solve, CHUNK)
-        solve *= beta[None, :]
-
+        decay_a, after_a = _decay(g_a, c, HALF)
+        decay_b, after_b = _decay(g_b, c, HALF)
+        since_a, since_b, sum_a, sum_b = tl.cumsum(g_a, 0), tl.cumsum(g_b, 0), tl.sum(g_a, 0), tl.sum(g_b, 0)
+        decay_ba = tl.exp(since_b[:, None] + after_a[None, :])
         place = tile.to(tl.int64) * H + h
-        at = place * C * C + c[:, None] * C + c[None, :]
-        tl.store(solve_ptr + at, solve)
-        tl.store(reads_ptr + at, reads)
-        at = scales_ptr + place * 4 * C + c
-        tl.store(at, tl.exp(since) * q_scale)
-        tl.store(at + C, tl.exp(since) * k_scale)
-        tl.store(at + 2 * C, tl.exp(after) * k_scale)
-        tl.store(at + 3 * C, tl.exp(tl.sum(g, 0) + since * 0))
+        at = scales_ptr + place * 3 * C + c
+        tl.store(at, tl.exp(since_a))
+        tl.store(at + HALF, tl.exp(sum_a + since_b))
+        tl.store(at + C, tl.exp(after_a + sum_b))
+        tl.store(at + C + HALF, tl.exp(after_b))
+        tl.store(at + 2 * C, tl.exp(sum_a + sum_b + c * 0.0))
+
+        q_at, k_at = q_ptr + row * q_row + (h // R) * q_head, k_ptr + row * k_row + (h // R) * k_head
+        dtype: tl.constexpr = unit_q_ptr.dtype.element_ty
+        k_a, k_b = _unit(k_at, k_row, c, d, is_a, K, dtype), _unit(k_at, k_row, c + HALF, d, is_b, K, dtype)
+        q_a, q_b = _unit(q_at, q_row, c, d, is_a, K, dtype), _unit(q_at, q_row, c + HALF, d, is_b, K, dtype)
+        if h % R == 0:  # once for all value heads of a key head
+            unit = (row * (H // R) + h // R) * K + (c[:, None] * (H // R * K) + d[None, :])
+            is_key_a, is_key_b = is_a[:, None] & (d < K)[None, :], is_b[:, None] & (d < K)[None, :]
+            tl.store(unit_k_ptr + unit, k_a, is_key_a)
+            tl.store(unit_k_ptr + unit + HALF * (H // R) * K, k_b, is_key_b)
+            tl.store(unit_q_ptr + unit, q_a, is_key_a)
+            tl.store(unit_q_ptr + unit + HALF * (H // R) * K, q_b, is_key_b)
+
+        scale: tl.constexpr = K**-0.5
+        zero = tl.zeros([HALF, HALF], dtype)
+        at = reads_ptr + place * C * C + c[:, None] * C + c[None, :]
+        tl.store(at, cast(product(q_a, tl.trans(k_a), KIND) * decay_a * scale, dtype))
+        tl.store(at + HALF, zero)
+        tl.store(at + HALF * C, cast(product(q_b, tl.trans(k_a), KIND) * decay_ba * scale, dtype))
+        tl.store(at + HALF * C + HALF, cast(product(q_b, tl.trans(k_b), KIND) * decay_b * scale, dtype))
+
+        is_below = c[:, None] > c[None, :]
+        lower_a = tl.where(is_below, product(k_a, tl.trans(k_a), KIND) * decay_a * beta_a[:, None], 0.0)
+        lower_b = tl.where(is_below, product(k_b, tl.trans(k_b), KIND) * decay_b * beta_b[:, None], 0.0)
+        lower_ba = product(k_b, tl.trans(k_a), KIND) * decay_ba * beta_b[:, None]
+        solve_a, solve_b = _invert(lower_a, c, LOG_HALF, KIND), _invert(lower_b, c, LOG_HALF, KIND)
+        solve_ba = -product(product(solve_b, lower_ba, KIND), solve_a, KIND)
+        at = solve_ptr + place * C * C + c[:, None] * C + c[None, :]
+        tl.store(at, cast(solve_a * beta_a[None, :], dtype))
+        tl.store(at + HALF, zero)
+        tl.store(at + HALF * C, cast(solve_ba * beta_a[None, :], dtype))
+        tl.store(at + HALF * C + HALF, cast(solve_b * beta_b[None, :], dtype))
+
+
+@triton.jit
+def _unit(at, row, c, d, is_row, K: tl.constexpr, dtype: tl.constexpr):
+    """Rows c of length 1."""
+    x = _numbers(at + (c[:, None] * row + d[None, :]), is_row[:, None] & (d < K)[None, :])
+    return cast(x * tl.rsqrt(tl.sum(x * x, 1) + 1e-6)[:, None], dtype)
+
+
+@triton.jit
+def _numbers(at, is_in):
+    return tl.load(at, is_in, 0.0).to(tl.float32)
+
+
+@triton.jit
+def _decay(g, c, SIZE: tl.constexpr):
+    """Of a write at j until the read at i, [SIZE, SIZE], zero before the write; and the sums of g after each j."""
+    gap = tl.cumsum(tl.where(c[:, None] > c[None, :], g[:, None], 0.0), 0)
+    after = tl.sum(tl.where(c[:, None] == SIZE - 1, gap, 0.0), 0)
+    return tl.exp(tl.where(c[:, None] >= c[None, :], gap, float("-inf"))), after
+
+
+@triton.jit
+def _invert(lower, c, LOG_SIZE: tl.constexpr, KIND: tl.constexpr):
+    """(I + lower)^-1, by the inverses of the diagonal blocks of size 1, then 2, 4, ...: with X and Y those of a block's
+    two halves and Z the part of `lower` below X, the block's inverse has -Y Z X there. The other way that needs only
+    products, powers of `lower`, overflows float32 when keys repeat."""
+    inverse = tl.where(c[:, None] == c[None, :], 1.0, 0.0)
+    for step in tl.static_range(LOG_SIZE):
+        left = c[None, :] // 2**step
+        below = tl.where((c[:, None] // 2**step == left + 1) & (left % 2 == 0), lower, 0.0)
+        if step == 0:
+            inverse -= below
+        else:
+            inverse -= product(product(inverse, below, KIND), inverse, KIND)
+    return inverse
 
 
 @triton.jit
 def _scan_chunks(
     q_ptr, k_ptr, v_ptr, state_ptr, slot_ptr, start_ptr, solve_ptr, reads_ptr, scales_ptr, o_ptr,
-    q_row, q_head, k_row, k_head, v_row, v_head, state_slot,
+    v_row, v_head, state_slot,
     H: tl.constexpr, R: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
-    C: tl.constexpr, STATE: tl.constexpr, CHUNK: tl.constexpr,
+    C: tl.constexpr, KIND: tl.constexpr,
 ):  # fmt: skip
-    """The chunks of one sequence and head in order, for some of the value dimensions."""
+    """The chunks of one sequence and head in order, for some of the value dimensions.
+
+    What goes into a product of float16 must stay below 65,504. q, k, solve and reads are at most 1. Where state and v
+    are at most 64, what a chunk writes is below 64 x 64 + 64 x sqrt(128) x 64; where they are larger, the products see
+    them scaled down to that.
+    """
     parts: tl.constexpr = (V + BV - 1) // BV  # of a head; neighbours, so that they find q and k in the cache
     part, head = tl.program_id(0) % parts, tl.program_id(0) // parts
     b, h = head // H, head % H
@@ -206,28 +250,35 @@ def _scan_chunks(
         is_state = (d < K)[:, None] & (e < V)[None, :]
         S = tl.load(state_at, is_state, 0.0).to(tl.float32)
         place = (first // C + b) * H + h
+        key_row: tl.constexpr = H // R * K
         for begin in range(0, length, C):
             is_row = c < length - begin
             is_key, is_value = is_row[:, None] & (d < K)[None, :], is_row[:, None] & (e < V)[None, :]
             row = first + begin  # a scalar, as all that is large: within a tile, distances fit into 32 bits
-            q = tl.load(q_ptr + row * q_row + (h // R) * q_head + (c[:, None] * q_row + d[None, :]), is_key, 0.0)
-            k = tl.load(k_ptr + row * k_row + (h // R) * k_head + (c[:, None] * k_row + d[None, :]), is_key, 0.0)
+            key = row * key_row + (h // R) * K + (c[:, None] * key_row + d[None, :])
+            q, k = tl.load(q_ptr + key, is_key, 0.0), tl.load(k_ptr + key, is_key, 0.0)
             v = tl.load(v_ptr + row * v_row + h * v_head + (c[:, None] * v_row + e[None, :]), is_value, 0.0)
+            v = v.to(tl.float32)
             at = c[:, None] * C + c[None, :]
             solve, reads = tl.load(solve_ptr + place * C * C + at), tl.load(reads_ptr + place * C * C + at)
-            at = scales_ptr + place * 4 * C
-            to_read, to_recall, to_keep = tl.load(at + c), tl.load(at + C + c), tl.load(at + 2 * C + c)
-            through = tl.load(at + 3 * C)
+            at = scales_ptr + place * 3 * C
+            since, after, through = tl.load(at + c), tl.load(at + C + c), tl.load(at + 2 * C)
             place += H
 
-            lacks = product(solve, v - to_recall[:, None] * product(k, S, STATE), CHUNK)
-            o = to_read[:, None] * product(q, S, STATE) + product(reads, lacks, CHUNK)
+            if KIND == "f16":
+                peak = tl.maximum(tl.max(tl.max(tl.abs(S), 1), 0), tl.max(tl.max(tl.abs(v), 1), 0))
+                down, up = tl.minimum(64 / peak, 1.0), tl.maximum(peak / 64, 1.0)
+            else:
+                down, up = 1.0, 1.0
+            seen = cast(S * down, k.dtype)
+            lacks = product(solve, v * down - since[:, None] * product(k, seen, KIND), KIND)
+            o = (K**-0.5 * since)[:, None] * product(q, seen, KIND) + product(reads, lacks, KIND)
             tl.store(
                 o_ptr + (row * H + h) * V + (c[:, None] * (H * V) + e[None, :]),
-                cast(o, o_ptr.dtype.element_ty),
+                cast(o * up, o_ptr.dtype.element_ty),
                 is_value,
             )
-            S = S * through + product(tl.trans(k), to_keep[:, None] * lacks, STATE)
+            S = S * through + up * product(tl.trans(k), after[:, None] * lacks, KIND)
         tl.store(state_at, cast(S, state_ptr.dtype.element_ty), is_state)
 
 

@@ -26,7 +26,13 @@ CONFIGS = {
     "moe.experts": [
         {"BM": BM, "BN": BN, "BK": BK, "num_warps": warps, "num_stages": stages}
         for BM, BN, warps in (
-            (16, 32, 4), (16, 64, 4), (16, 128, 4), (32, 64, 4), (64, 64, 4), (64, 128, 8), (128, 128, 8)
+            (16, 32, 4),
+            (16, 64, 4),
+            (16, 128, 4),
+            (32, 64, 4),
+            (64, 64, 4),
+            (64, 128, 8),
+            (128, 128, 8),
         )
         for BK in (64, 128, 256)
         for stages in (3, 4)
@@ -86,12 +92,12 @@ def experts(x_NH: Tensor, weights_NK: Tensor, ids_NK: Tensor, gate_up_EJH: Tenso
 
 
 def _tiling(num_picks: int, num_experts: int, dtype: torch.dtype) -> Config:
-    """Tiles about as high as the picks an expert gets, for the matrices are read once for each tile."""
-    BM = min(128, max(16, triton.next_power_of_2(triton.cdiv(num_picks, num_experts))))
+    """Tiles that hold the picks of most experts, for the matrices are read once for each tile."""
+    BM = min(128, max(16, triton.next_power_of_2(triton.cdiv(2 * num_picks, num_experts))))
     if dtype == torch.float32:
-        return {"BM": min(BM, 64), "BN": 32, "BK": 32, "num_warps": 4, "num_stages": 3}
-    if BM <= 32:
-        return {"BM": BM, "BN": 64, "BK": 128, "num_warps": 4, "num_stages": 4}
+        return {"BM": min(BM, 32), "BN": 32, "BK": 32, "num_warps": 4, "num_stages": 3}
+    if BM <= 32:  # small: an expert or two must fill the device
+        return {"BM": BM, "BN": 2 * BM, "BK": 128, "num_warps": 4, "num_stages": 4}
     return {"BM": BM, "BN": 128, "BK": 64, "num_warps": 8, "num_stages": 3}
 
 

@@ -35,11 +35,10 @@ __all__ = ["CONFIGS", "DEVICES", "DTYPES", "decode", "missing", "prefill"]
 CONFIGS = {
     "ssd.prefill": [
         {"BP": BP, "num_warps": warps, "num_stages": stages}
-        for BP in (32, 64)
-        for warps in (4, 8)
+        for BP, warps in ((16, 2), (16, 4), (32, 4))
         for stages in (1, 2, 3)
     ],
-    "ssd.decode": [{"num_warps": warps} for warps in (2, 4, 8)],
+    "ssd.decode": [{"num_warps": warps} for warps in (1, 2, 4)],
 }
 
 
@@ -59,16 +58,16 @@ def prefill(
     y_THP = torch.empty(x_THP.shape, dtype=x_THP.dtype, device=x_THP.device)
     if y_THP.numel() == 0:
         return y_THP
-    is_wide = x_THP.dtype == torch.float32
-    kinds = ("tf32x3", "tf32x3", "tf32x3") if is_wide else ("bf16", "bf16x2", "tf32")
-    BP = min(32 if is_wide else 64, max(16, triton.next_power_of_2(P)))
-    chosen = config("ssd.prefill", {"BP": BP, "num_warps": 8, "num_stages": 2})
+    if x_THP.dtype == torch.float32:
+        shared, with_state, C, tiling = "tf32x3", "tf32x3", 16, {"BP": 16, "num_warps": 4, "num_stages": 1}
+    else:
+        shared, with_state, C, tiling = "bf16", "bf16x2", 32, {"BP": 32, "num_warps": 4, "num_stages": 2}
+    chosen = config("ssd.prefill", tiling)
     _scan_chunks[(B * H * triton.cdiv(P, chosen["BP"]),)](
         x_THP, dt_TH, A_H, b_TGN, c_TGN, D_H, state_JHPN, slots_B, cu_seqlens_X, y_THP,
         x_THP.stride(0), x_THP.stride(1), dt_TH.stride(0), b_TGN.stride(0), b_TGN.stride(1), c_TGN.stride(0),
         c_TGN.stride(1), state_JHPN.stride(0),
-        H=H, R=H // G, P=P, N=N, BN=max(16, triton.next_power_of_2(N)), C=32 if is_wide else 64,
-        SHARED=kinds[0], STATE=kinds[1], CHUNK=kinds[2], **chosen,
+        H=H, R=H // G, P=P, N=N, BN=max(16, triton.next_power_of_2(N)), C=C, SHARED=shared, STATE=with_state, **chosen,
     )  # fmt: skip
     return y_THP
 
@@ -99,7 +98,7 @@ def decode(
     gated_BI = None if norm_weight_I is None else torch.empty(B, I, dtype=torch.float32, device=xbc_BC.device)
     low, high = dt_limit
     BP, BN, GROUP = triton.next_power_of_2(P), triton.next_power_of_2(N), triton.next_power_of_2(H // G * P)
-    chosen = config("ssd.decode", {"num_warps": 4 if BP * BN <= 8192 else 8})
+    chosen = config("ssd.decode", {"num_warps": 2 if BP * BN <= 8192 else 4})
     _decode[(H, B)](
         xbc_BC, z_BI, dt_BH, conv_JSC, state_JHPN, slots_B, conv_weight_CW, conv_bias_C, A_log_H, D_H, dt_bias_H,
         norm_weight_I, arrival_counters(xbc_BC.device, B * G), gated_BI, y_BI,
@@ -115,9 +114,9 @@ def _scan_chunks(
     x_ptr, dt_ptr, a_ptr, b_ptr, c_ptr, d_ptr, state_ptr, slot_ptr, start_ptr, y_ptr,
     x_row, x_head, dt_row, b_row, b_group, c_row, c_group, state_slot,
     H: tl.constexpr, R: tl.constexpr, P: tl.constexpr, N: tl.constexpr, BP: tl.constexpr, BN: tl.constexpr,
-    C: tl.constexpr, SHARED: tl.constexpr, STATE: tl.constexpr, CHUNK: tl.constexpr,
+    C: tl.constexpr, SHARED: tl.constexpr, STATE: tl.constexpr,
 ):  # fmt: skip
-    """The chunks of one sequence and head in order, for some of the head's dimensions. S is the state's transpose."""
+    """The chunks of one sequence and head in order, for some of the head's dimensions."""
     parts: tl.constexpr = (P + BP - 1) // BP  # of a head; neighbours, so that they find b and c in the cache
     part, head = tl.program_id(0) % parts, tl.program_id(0) // parts
     s, h = head // H, head % H
@@ -126,8 +125,8 @@ def _scan_chunks(
     length = (tl.load(start_ptr + s + 1) - first).to(tl.int32)
     slot = tl.load(slot_ptr + s)
     if (length > 0) & (slot >= 0):
-        state_at = state_ptr + slot * state_slot + h * P * N + (p[None, :] * N + n[:, None])
-        is_state = (p < P)[None, :] & (n < N)[:, None]
+        state_at = state_ptr + slot * state_slot + h * P * N + (p[:, None] * N + n[None, :])
+        is_state = (p < P)[:, None] & (n < N)[None, :]
         S = tl.load(state_at, is_state, 0.0).to(tl.float32)
         a = tl.load(a_ptr + h).to(tl.float32)
         skip = tl.load(d_ptr + h).to(tl.float32)
@@ -144,12 +143,12 @@ def _scan_chunks(
             gap = tl.cumsum(tl.where(t[:, None] > t[None, :], (dt * a)[:, None], 0.0), 0)
             since, after = tl.cumsum(dt * a, 0), tl.sum(tl.where(t[:, None] == C - 1, gap, 0.0), 0)
             decay = tl.exp(tl.where(t[:, None] >= t[None, :], gap, float("-inf"))) * dt[None, :]
-            y = product(product(c, tl.trans(b), SHARED) * decay, x, CHUNK)
-            y += tl.exp(since)[:, None] * product(c, S, STATE) + skip * x.to(tl.float32)
+            y = product(product(c, tl.trans(b), SHARED) * decay, x, STATE)
+            y += tl.exp(since)[:, None] * product(c, tl.trans(S), STATE) + skip * x.to(tl.float32)
             y_at = y_ptr + (row * H + h) * P + (t[:, None] * (H * P) + p[None, :])
             tl.store(y_at, cast(y, y_ptr.dtype.element_ty), is_x)
             kept = x.to(tl.float32) * (dt * tl.exp(after))[:, None]
-            S = S * tl.exp(tl.sum(dt * a, 0)) + product(tl.trans(b), kept, STATE)
+            S = S * tl.exp(tl.sum(dt * a, 0)) + product(tl.trans(kept), b, STATE)
         tl.store(state_at, S, is_state)
 
 
