@@ -24,6 +24,7 @@ from repro.configurations import CONFIGURATIONS
 from repro.display import display, overview, say, summary
 from repro.junit import write_junit
 from repro.launch import CannotRunHere
+from repro.lookout import Lookout
 from repro.report import command as report_command
 from repro.report.text import visible_lines
 from repro.rundir import RUN_NAME, OutputError, RunDir, read_json
@@ -113,6 +114,8 @@ def _parser() -> argparse.ArgumentParser:
     watch = commands.add_parser("watch", help="the verdict on a run directory, live or finished, or on a bundle")
     watch.add_argument("dir", type=Path, metavar="RUN|ZIP")
     watch.add_argument("--end", action="store_true", help="end the run and write verdict.json when it is decided")
+    told = "look after the ranks of this host, of which RANK is the first, for a watcher on another host"
+    watch.add_argument("--lookout", type=int, metavar="RANK", help=told)
     watch.add_argument("--json", action="store_true")
     watch.set_defaults(command=_watch, parser=watch)
 
@@ -329,6 +332,12 @@ def _watch_run(args: argparse.Namespace, run_dir: RunDir) -> int:
     except OSError as error:
         raise ConfigError(f"not a run directory: {error.strerror}", str(run_dir.config)) from error
     console = Console(stderr=args.json)
+    if args.lookout is not None:
+        if args.end or not 0 <= args.lookout < settings.num_ranks:
+            why = "cannot be had with --end" if args.end else f"{args.lookout} is none of {settings.num_ranks} ranks"
+            raise ConfigError(why, "--lookout")
+        Lookout(run_dir, settings, args.lookout).run()
+        return EXPECTED
     if args.end:
         if run_dir.verdict.exists():
             raise ConfigError("the run is decided; without --end it is judged once more", str(run_dir.verdict))

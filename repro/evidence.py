@@ -18,6 +18,8 @@ from repro.rundir import RunDir, read_json
 from repro.verdict.result import Position, name_ranks
 
 POLL_S = 0.01
+PATIENCE_S = 0.7
+"""How long live ranks may take to leave their files."""
 
 
 def collect(run_dir: RunDir, pids: Mapping[int, int], patience_s: float) -> list[str]:

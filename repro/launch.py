@@ -24,7 +24,7 @@ from typing import Any, Protocol
 
 import psutil
 
-from repro import kernel_cache, locks, process, scenarios
+from repro import kernel_cache, locks, lookout, process, scenarios
 from repro.layout import Geometry, Identity
 from repro.rundir import OutputError, RunDir, write_json
 from repro.settings import RunSettings
@@ -203,7 +203,7 @@ def _attend(
         # Their work is on the disk, and to leave takes eight interpreters seconds: ours are ended, unless a library
         # has something of the host's to give back. Of another's job the launcher wants to see its ranks exit well.
         if watch.all_done() and not (started_here and settings.backend == "gloo"):
-            _release(run_dir, job_alive)
+            _release(run_dir, lambda: job_alive() or watch.others_run())
     finally:
         end(run_dir, children, watch.processes())
     return document
@@ -215,8 +215,7 @@ def end(run_dir: RunDir, started: list[Job], ranks: list[psutil.Process]) -> Non
     process.kill(doomed)
     for child in started:
         child.wait()
-    for leftover in (run_dir.store, run_dir.root / "rendezvous"):
-        leftover.unlink(missing_ok=True)
+    lookout.tidy(run_dir, (run_dir.store, run_dir.root / "rendezvous"))
     shutil.rmtree(run_dir.root / "tmp", ignore_errors=True)
 
 

@@ -12,6 +12,7 @@ outputs/rank000.json   tokens served                         the rank, when done
 reference.json         tokens of the single-process model    repro.reference
 verdict.json           the verdict                           watcher, before anything is killed
 release                tells parked ranks to exit            watcher
+asked, lookouts/       between watcher and other hosts       see repro.lookout; gone when the run is decided
 """
 
 from __future__ import annotations
@@ -122,6 +123,17 @@ class RunDir:
     @property
     def release(self) -> Path:
         return self.root / "release"
+
+    @property
+    def asked(self) -> Path:
+        return self.root / "asked"
+
+    @property
+    def lookouts(self) -> Path:
+        return self.root / "lookouts"
+
+    def lookout(self, first_rank: int) -> Path:
+        return self._rank_file("lookouts", first_rank, "json")
 
     @property
     def store(self) -> Path:

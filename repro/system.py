@@ -1,7 +1,7 @@
 """What this host's system says about its ranks: who lives, is stopped, uses a processor, holds a lock.
 
 A witness tells what a rank last said; this tells what its process does meanwhile. Ranks of other hosts are left out:
-their watcher sees them.
+their lookout sees them (`repro.lookout`).
 """
 
 from __future__ import annotations
@@ -84,7 +84,7 @@ class System:
 
     def running(self, writers: Mapping[int, Identity]) -> dict[int, psutil.Process | None]:
         """The process of each rank of this host that came far enough to say its pid, None where it has ended."""
-        found = {rank: process.find(who) for rank, who in writers.items() if who.pid and self._is_here(who)}
+        found = {rank: process.find(who) for rank, who in writers.items() if who.pid and self.is_here(who)}
         if any(it is None and rank not in self._died for rank, it in found.items()):
             # Those that were looked at first may have died before one that was looked at later: then there is no order.
             found = {rank: it and process.find(writers[rank]) for rank, it in found.items()}
@@ -111,15 +111,16 @@ class System:
             rank: share for rank, (_, share) in shares.items()
         }
 
-    def _is_here(self, who: Identity) -> bool:
+    def is_here(self, who: Identity) -> bool:
+        """Whether the writer of a witness runs, or ran, on this host."""
         return (who.boot_id, who.hostname) == (self._here.boot_id, self._here.hostname)
 
     def _lock_holders(self, witnesses: Mapping[int, Witness]) -> dict[str, int]:
         waiting: dict[str, list[int]] = {}
         for witness in witnesses.values():
-            if witness.last is not None and witness.last.kind == Kind.LOCK_WAIT and self._is_here(witness.who):
+            if witness.last is not None and witness.last.kind == Kind.LOCK_WAIT and self.is_here(witness.who):
                 waiting.setdefault(witness.text(witness.last.sig), []).append(witness.who.pid)
-        ranks = {witness.who.pid for witness in witnesses.values() if self._is_here(witness.who)}
+        ranks = {witness.who.pid for witness in witnesses.values() if self.is_here(witness.who)}
         found: dict[str, int] = {}
         now = time.monotonic()
         for name, pids in waiting.items():

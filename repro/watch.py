@@ -18,6 +18,7 @@ import psutil
 
 from repro import evidence, process, scenarios
 from repro.layout import Kind
+from repro.lookout import Others
 from repro.parse import WitnessError
 from repro.record import myself
 from repro.rundir import RunDir, read_json, write_json
@@ -29,11 +30,13 @@ from repro.witness import Tail, Witness, read_dir
 
 SCHEMA_VERSION = 1
 POLL_S = 0.05
-EVIDENCE_PATIENCE_S = 0.7
 SLOW_WINDOWS = 3
 """A run that ends well is called slow when ranks waited for the same ones through so many quiet windows on end."""
 
 LOOK_S = 0.5
+ANSWER_PATIENCE_S = 2.0
+"""How long the other hosts may take to collect evidence from their ranks."""
+
 DEATH_GRACE_S = 0.5
 DEATH_PATIENCE_S = 5.0
 """After a death the verdict waits until nothing has happened for the first, at most for the second: the peers may be
@@ -64,6 +67,7 @@ class Watch:
         self._here = myself(0, 1)
         self._tails = [Tail(self.run_dir.witness(rank)) for rank in range(self.settings.num_ranks)]
         self._system = System(self.settings.quiet_window_s)
+        self._others = Others(self.run_dir, self._here)
         self._facts = Facts()
         self._judged_ns = 0
         self._died_ns = 0
@@ -81,6 +85,10 @@ class Watch:
     def processes(self) -> list[psutil.Process]:
         """The ranks that run, by what their witnesses said, even if the files are gone by now."""
         return [it for it in self._running().values() if it is not None]
+
+    def others_run(self) -> bool:
+        """Whether ranks run on other hosts, as far as their lookouts say."""
+        return self._others.someone_runs()
 
     def all_done(self) -> bool:
         """Whether every rank has finished all its work."""
@@ -142,8 +150,8 @@ class Watch:
                 witnesses[rank] = tail.witness()
             except WitnessError as error:
                 unreadable.append(str(error))
-        self._facts = self._system.look(witnesses)
-        told: list[str] = []
+        self._facts = self._others.merged(self._system.look(witnesses))
+        told = self._others.silent()
         never = [rank for rank, witness in witnesses.items() if not witness.who.pid]
         if never and not self.job_alive():  # nobody is left who could start them
             self._facts.alive.update(dict.fromkeys(never, False))
@@ -193,7 +201,7 @@ class Watch:
 
     def _somebody_died(self, now_ns: int) -> bool:
         """A rank is gone or failed, or all processes are, and nobody else is about to say something."""
-        gone = None in self._running().values() or not self.job_alive()
+        gone = None in self._running().values() or not self.job_alive() or self._others.someone_is_gone()
         if not gone and not any(_last_kind(tail) == Kind.FAILED for tail in self._tails):
             self._died_ns = 0
             return False
@@ -203,7 +211,9 @@ class Watch:
 
     def _collect_evidence(self) -> list[str]:
         pids = {rank: it.pid for rank, it in self._running().items() if it is not None}
-        return evidence.collect(self.run_dir, pids, EVIDENCE_PATIENCE_S)
+        question = self._others.ask()
+        gaps = evidence.collect(self.run_dir, pids, evidence.PATIENCE_S)
+        return gaps + self._others.answers(question, ANSWER_PATIENCE_S)
 
     def _remember(self, verdict: Verdict) -> None:
         """Keep the longest silence in which most ranks waited for few that worked on; the reverse is a busy start. What

@@ -255,7 +255,8 @@ def _check_machine(settings: RunSettings) -> None:
 
 
 def _meet(settings: RunSettings, out: Path, rank: int) -> RunDir:
-    """Rank 0 makes the run directory and starts the watcher; the others are told where through torchrun's store."""
+    """Rank 0 makes the run directory and starts the watcher; the others are told where through torchrun's store, and
+    the first of each other host starts its lookout."""
     import torch.distributed as dist
 
     if os.environ.get("LOCAL_WORLD_SIZE") == os.environ.get("WORLD_SIZE"):
@@ -266,19 +267,26 @@ def _meet(settings: RunSettings, out: Path, rank: int) -> RunDir:
         told = store.get("run_dir").decode()
         if not told:
             sys.exit(2)  # rank 0 said why
-        return RunDir(Path(told))
+        run_dir = RunDir(Path(told))
+        if os.environ.get("LOCAL_RANK") == "0":
+            _start_watch(run_dir, "--lookout", str(rank))
+        return run_dir
     try:
         run_dir = prepare_run_dir(out, settings)
     except (OutputError, CannotFill):
         store.set("run_dir", "")
         raise
-    subprocess.Popen(
-        [sys.executable, "-m", "repro", "watch", str(run_dir.root), "--end"],
-        stdin=subprocess.DEVNULL,
-        start_new_session=True,  # it outlives the ranks, writes the verdict, and ends when they are gone
-    )
+    _start_watch(run_dir, "--end")
     store.set("run_dir", str(run_dir.root))
     return run_dir
+
+
+def _start_watch(run_dir: RunDir, *options: str) -> None:
+    subprocess.Popen(
+        [sys.executable, "-m", "repro", "watch", str(run_dir.root), *options],
+        stdin=subprocess.DEVNULL,
+        start_new_session=True,  # it outlives the ranks, and ends when the run is decided and they are gone
+    )
 
 
 if __name__ == "__main__":

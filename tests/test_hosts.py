@@ -1,0 +1,204 @@
+"""Ranks on two hosts, which here are two process and host name namespaces on a network of their own."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+
+from repro.lookout import Lookout, Others
+from repro.record import Recorder, myself
+from repro.rundir import RunDir, write_json
+from repro.settings import RunSettings
+from repro.watch import Watch
+
+ROOT = Path(__file__).resolve().parent.parent
+SETTINGS = RunSettings("metadata_rebuild", "fault", num_ranks=2, quiet_window_s=1.0)
+A_RANK = """
+import os, signal, sys, time
+from pathlib import Path
+sys.path.insert(0, {root!r})
+from repro import record
+from repro.rundir import RunDir
+from repro.worker import dump_on_signals
+record.socket.gethostname = lambda: "elsewhere"
+run_dir = RunDir(Path({run!r}))
+dump_on_signals(run_dir, 1)
+record.Recorder.open(run_dir.witness(1), 1, 2).phase("connect")
+print("ready", flush=True)
+time.sleep(60)
+"""
+
+
+@pytest.fixture
+def elsewhere(tmp_path, monkeypatch):
+    """A run of which rank 0 is this process and rank 1 lives, with its lookout, under another host name."""
+    run_dir = RunDir.create(tmp_path, "metadata_rebuild", "fault", 0)
+    recorder = Recorder.open(run_dir.witness(0), 0, 2)
+    recorder.phase("connect")
+    command = [sys.executable, "-c", A_RANK.format(root=str(ROOT), run=str(run_dir.root))]
+    rank = subprocess.Popen(command, stdout=subprocess.PIPE)
+    assert rank.stdout is not None
+    assert rank.stdout.readline() == b"ready\n"
+    lookout = Lookout(run_dir, SETTINGS, 1)
+    there = dataclasses.replace(myself(0, 1), hostname="elsewhere")
+    lookout._here = lookout._system._here = there
+    thread = threading.Thread(target=lookout.run)
+    thread.start()
+    yield run_dir, rank
+    write_json(run_dir.verdict, {})
+    thread.join(10)
+    rank.kill()
+    rank.wait()
+    assert not thread.is_alive()
+
+
+def wait_for(what, patience_s=10.0):
+    deadline = time.monotonic() + patience_s
+    while not what() and time.monotonic() < deadline:
+        time.sleep(0.02)
+    assert what()
+
+
+def test_on_another_host_stacks_are_collected_and_a_death_is_seen(elsewhere):
+    run_dir, rank = elsewhere
+    watch = Watch(run_dir, SETTINGS, job_alive=lambda: True, reference_alive=lambda: True)
+    others = Others(run_dir, myself(0, 1))
+    wait_for(others.someone_runs)
+    gaps = others.answers(others.ask(), patience_s=5)
+    assert "<string>" in run_dir.stack(1).read_text()
+    assert gaps == ["rank 1 left no Flight Recorder dump within 0.7 s"]  # it never loaded torch
+    verdict = watch._judge()
+    assert watch._facts.alive == {0: True, 1: True}
+    assert verdict.verdict != "crash"
+    assert not others.someone_is_gone()
+    rank.kill()
+    rank.wait()
+    wait_for(others.someone_is_gone)
+    verdict = watch._judge()
+    assert (verdict.verdict, verdict.culprits) == ("crash", (1,))
+
+
+def test_a_decided_run_is_ended_there_and_who_is_silent_is_not_believed(elsewhere, monkeypatch):
+    run_dir, rank = elsewhere
+    others = Others(run_dir, myself(0, 1))
+    wait_for(others.reports)
+    write_json(run_dir.verdict, {})
+    assert rank.wait(timeout=10) == -signal.SIGKILL
+    monkeypatch.setattr("repro.lookout.UNHEARD_S", 1.0)
+    wait_for(lambda: not others.reports())
+    (told,) = others.silent()
+    assert told.startswith("the lookout of rank 1 was last heard")
+
+
+HOSTS = """
+ip link set lo up || exit 77
+for n in 1 2; do
+    unshare --uts --pid --fork --mount-proc --kill-child sh -c "hostname host$n; exec \\
+        {python} -m torch.distributed.run --nnodes=2 --nproc-per-node=2 --max-restarts=0 --monitor-interval=0.1 \\
+        --rdzv-backend=c10d --rdzv-endpoint=127.0.0.1:29400 --rdzv-id=hang --local-addr=127.0.0.$n \\
+        -m repro.worker {arguments} --out {out}" > {out}/host$n.log 2>&1 &
+    pids="$pids $!"
+done
+for pid in $pids; do wait $pid; codes="$codes $?"; done
+echo $codes > {out}/codes
+"""
+NAMESPACES = ["unshare", "--user", "--map-root-user", "--net", "--pid", "--fork", "--mount-proc", "--kill-child"]
+
+
+@pytest.fixture
+def two_hosts(tmp_path):
+    """Starts four ranks of a scenario on two hosts; afterwards everything is ended."""
+    if subprocess.run([*NAMESPACES, "ip", "link", "set", "lo", "up"], capture_output=True).returncode:
+        pytest.skip("namespaces: this user cannot make them here, or there is no unshare or ip")
+    started: list[subprocess.Popen[bytes]] = []
+
+    def start(*arguments: str) -> subprocess.Popen[bytes]:
+        script = HOSTS.format(python=sys.executable, arguments=" ".join(arguments), out=tmp_path)
+        environment = {**os.environ, "GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1", "TMPDIR": str(tmp_path)}
+        started.append(subprocess.Popen([*NAMESPACES, "bash", "-c", script], cwd=ROOT, env=environment))
+        return started[0]
+
+    yield start
+    for process in started:
+        process.kill()  # and the kernel all that is in its namespaces
+        process.wait()
+
+
+def verdict_of(out: Path, patience_s: float = 90.0) -> tuple[Path, dict]:
+    def written():
+        return list(out.glob("2*/verdict.json"))
+
+    wait_for(written, patience_s)
+    return written()[0].parent, json.loads(written()[0].read_text())
+
+
+def rank_process(out: Path, rank: int) -> psutil.Process:
+    for process in psutil.process_iter():
+        with contextlib.suppress(psutil.Error):
+            if str(out) in " ".join(process.cmdline()) and process.environ().get("RANK") == str(rank):
+                return process
+    raise AssertionError(f"no process of rank {rank}")
+
+
+@pytest.mark.full
+@pytest.mark.timeout(200)
+def test_a_hang_over_two_hosts_leaves_the_stacks_of_all_ranks(two_hosts, tmp_path):
+    two_hosts("metadata_rebuild", "--variant", "fault")
+    run_dir, verdict = verdict_of(tmp_path)
+    assert (verdict["verdict"], verdict["cause"], verdict["matches_expected"]) == ("deadlock", "extra", True), verdict
+    assert verdict["system"]["alive"] == {str(rank): True for rank in range(4)}
+    for rank in range(4):
+        assert "hybrid_moe_ref" in (run_dir / f"stacks/rank{rank:03d}.txt").read_text(), f"rank {rank}"
+        assert (run_dir / f"fr/rank{rank:03d}.json").stat().st_size, f"rank {rank}"
+    for rank in range(4):
+        wait_for(lambda rank=rank: not _lives(tmp_path, rank))
+    assert not (run_dir / "lookouts").exists()
+
+
+@pytest.mark.full
+@pytest.mark.timeout(200)
+def test_a_rank_that_is_killed_on_the_second_host_is_named(two_hosts, tmp_path):
+    two_hosts("metadata_rebuild", "--variant", "control", "--deadline", "100")
+    wait_for(lambda: list(tmp_path.glob("2*/outputs")) and _lives(tmp_path, 3), 60)
+    wait_for(lambda: _serves(tmp_path, 3), 60)
+    rank_process(tmp_path, 3).kill()
+    _, verdict = verdict_of(tmp_path)
+    assert (verdict["verdict"], verdict["culprits"]) == ("crash", [3]), verdict["evidence"]
+
+
+@pytest.mark.full
+@pytest.mark.timeout(200)
+def test_ranks_on_two_hosts_that_finish_exit_well(two_hosts, tmp_path):
+    process = two_hosts("metadata_rebuild", "--variant", "control")
+    _, verdict = verdict_of(tmp_path)
+    assert verdict["verdict"] == "clean", verdict["evidence"]
+    process.wait(timeout=90)
+    assert (tmp_path / "codes").read_text().split() == ["0", "0"]
+
+
+def _lives(out: Path, rank: int) -> bool:
+    try:
+        return rank_process(out, rank).is_running()
+    except AssertionError:
+        return False
+
+
+def _serves(out: Path, rank: int) -> bool:
+    from repro.parse import WitnessError
+    from repro.witness import Tail
+
+    with contextlib.suppress(OSError, WitnessError, IndexError):
+        event = Tail(next(out.glob("2*")) / f"events/rank{rank:03d}.wit").last_event()
+        return event is not None and event.step >= 1
+    return False
