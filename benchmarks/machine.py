@@ -44,7 +44,9 @@ def versions(*packages: str) -> dict[str, str]:
     """Of Python, torch, and these; "not installed" where one is not."""
     found = {"python": platform.python_version(), "torch": torch.__version__} | dict.fromkeys(packages, "not installed")
     places = [str(Path(sys.prefix, "oracles")), *sys.path]  # the first is where set-up puts what only tests may see
-    installed = {each.name.replace("_", "-"): each.version for each in importlib.metadata.distributions(path=places)}
+    installed: dict[str, str] = {}
+    for each in importlib.metadata.distributions(path=places):  # the first is what an import finds
+        installed.setdefault(each.name.replace("_", "-"), each.version)
     for package in packages:
         for name in DISTRIBUTIONS.get(package, (package,)):
             if name in installed:

@@ -40,7 +40,7 @@ CONFIGS = {
     "gated_delta_rule.prefill": [
         {"BV": BV, "num_warps": warps, "num_stages": stages}
         for BV, warps in ((32, 4), (64, 4), (64, 8), (128, 8))
-        for stages in (1, 2, 3)
+        for stages in (2, 3)  # with one, Triton 3.6 compiles (32, 4) for an H200 wrong
     ],
     "gated_delta_rule.decode": [{"BV": BV, "num_warps": warps} for BV in (32, 64, 128) for warps in (2, 4, 8)],
 }
