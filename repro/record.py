@@ -16,6 +16,7 @@ import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from types import CodeType, FrameType
 from zlib import crc32
 
@@ -66,6 +67,11 @@ _NOT_A_CALL_SITE = (
 _POINT_TO_POINT = ("send", "recv")
 
 
+def _move_within(buffer: bytearray, target: int, source: int, count: int) -> None:
+    """What ``mmap.move`` does."""
+    buffer[target : target + count] = buffer[source : source + count]
+
+
 class _Group:
     """The running state of one group on this rank, and where in the file it stands."""
 
@@ -74,7 +80,7 @@ class _Group:
     def __init__(self, index: int) -> None:
         slot = SPARE_AT if index == NO_GROUP else GROUPS_AT + index * GROUP_BYTES
         self.index = index
-        self.last = slice(slot + LAST_AT, slot + LAST_AT + _ROW)
+        self.last = slot + LAST_AT
         self.state_word = (slot + STATE_AT) // WORD.size
         self.hash_word = self.state_word + 1
         self.seq = 0
@@ -105,8 +111,8 @@ class Recorder:
     ) -> None:
         self._buffer = buffer
         self._who = who
-        self._bytes = memoryview(buffer).cast("B")
-        self._words = self._bytes[: GROUPS_AT + shape.group_slots * GROUP_BYTES].cast("Q")
+        self._words = memoryview(buffer).cast("B")[: GROUPS_AT + shape.group_slots * GROUP_BYTES].cast("Q")
+        self._move = buffer.move if isinstance(buffer, mmap.mmap) else partial(_move_within, buffer)
         self._shape = shape
         self._clock = clock
         self._num_events = 0
@@ -122,8 +128,8 @@ class Recorder:
         self._members: dict[str, tuple[int, ...]] = {}
         self._calls: dict[tuple[object, ...], _Call] = {}
         self._schedules: dict[int, tuple[Sequence[ScheduleEntry], int]] = {}
-        self._between = {id(Recorder.issue.__code__)}  # ids of the code between a caller and the recorder
-        self._between_twice: set[int] = set()  # of code that is called from such code alone
+        # Ids of the code between a caller and the recorder, and whether it is called from such code alone.
+        self._between = {id(Recorder.issue.__code__): False}
         self._codes: list[CodeType] = []  # keeps the ids in _between and _calls from being reused
         self._vector: tuple[int, ...] = ()  # the size vector stored last, and its offset
         self._vector_offset = 0
@@ -181,12 +187,13 @@ class Recorder:
     def enter(self, collective: Collective, asynchronous: bool = False) -> None:
         frame = _getframe(1)
         code = id(frame.f_code)
-        if code in self._between_twice:  # straight to the frame beyond it: each step back makes a frame object
-            frame = _getframe(3)
-            code = id(frame.f_code)
-        while code in self._between:
-            frame = frame.f_back  # type: ignore[assignment]
-            code = id(frame.f_code)
+        if code in self._between:
+            if self._between[code]:  # straight to the frame beyond it: each step back makes a frame object
+                frame = _getframe(3)
+                code = id(frame.f_code)
+            while code in self._between:
+                frame = frame.f_back  # type: ignore[assignment]
+                code = id(frame.f_code)
         group_name, op, layer, sizes, dtype, reduce_op, root = collective
         key = (group_name, op, layer, dtype, reduce_op, root, len(sizes), code, frame.f_lasti)
         call = self._calls.get(key) or self._make_call(collective, key, frame)
@@ -208,7 +215,7 @@ class Recorder:
         self._next_at = end if end != self._ring_end else self._ring_at
         _pack_into(self._buffer, at, n, self._clock(), seq, vector, self._step, fixed, n & 0xFFFFFFFF)
         words[group.hash_word] = rolling  # a slot that is behind the ring tells that its hash may be ahead of it
-        self._bytes[group.last] = self._bytes[at:end]  # packing would clear it first, and it must never be without one
+        self._move(group.last, at, _ROW)  # packing would clear it first, and it must never be without one
         words[_NUM_EVENTS] = n
 
     def leave(self, collective: Collective, ticket: int = 0) -> None:
@@ -322,9 +329,8 @@ class Recorder:
         """The interned "file:line function" of the first frame outside the communicator."""
         while frame is not None and frame.f_code.co_filename.endswith(_NOT_A_CALL_SITE):
             self._codes.append(frame.f_code)
-            self._between.add(id(frame.f_code))
-            if frame.f_code.co_name.startswith("_"):  # a private name: its callers are in the same file
-                self._between_twice.add(id(frame.f_code))
+            private = frame.f_code.co_name.startswith("_")  # its callers are in the same file
+            self._between[id(frame.f_code)] = private
             frame = frame.f_back
         if frame is None:
             return 0
