@@ -219,8 +219,8 @@ class Recorder:
         words[_NUM_EVENTS] = n
 
     def leave(self, collective: Collective, ticket: int = 0) -> None:
-        call = self._entered_call
-        if call is None or collective is not self._entered:
+        call = self._entered_call if collective is self._entered else None
+        if call is None:
             call = self._call_of(collective)
         group = call.group
         seq = ticket or group.seq
