@@ -17,7 +17,7 @@ from typing import Any, Self
 
 import torch
 import torch.nn.functional as F
-from hybrid_moe_kernels import linear
+from hybrid_moe_kernels import linear, registry
 from hybrid_moe_kernels.checks import values_known
 from torch import Tensor, nn
 
@@ -157,7 +157,7 @@ class HybridMoE(nn.Module):
             cache.check_model(self.config, self.dtype)
         pasts = cache.begin(batch) if cache is not None else None
         x_NH = self.model.embed_tokens(tokens_N)
-        with values_known():  # the cache gave out the slots, and the batch counted the rows
+        with registry.trusted(), values_known():  # the cache gave out the slots, and the batch counted the rows
             for index, block in enumerate(self.blocks):
                 x_NH = block(x_NH, batch, pasts[index] if pasts is not None else None)
         if cache is not None:
@@ -171,7 +171,7 @@ class HybridMoE(nn.Module):
         if cache is not None:
             cache.check_model(draft_config(self.config), self.dtype)
         pasts = cache.begin(batch) if cache is not None else None
-        with values_known():
+        with registry.trusted(), values_known():
             hidden_NH = self.mtp(self.model.embed_tokens(tokens_N), hidden_NH, batch, pasts)
         if cache is not None:
             cache.commit(batch)

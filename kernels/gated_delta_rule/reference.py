@@ -79,11 +79,11 @@ def decode(
     q_BMK, k_BMK = _unit(qk_BC.unflatten(-1, (2 * M, K))).chunk(2, dim=1)
     q_BHK, k_BHK = ((x.repeat_interleave(H // M, 1)) for x in (q_BMK * K**-0.5, k_BMK))
     beta_BH, g_BH = gates(b_BH, a_BH, A_log_H, dt_bias_H)
-    inputs = (q_BHK, k_BHK, v_BC.unflatten(-1, (H, V)), g_BH, beta_BH)
-    q, k, v, g, beta = (x[:, None] for x in inputs)
-    o_B1HV, state_BHKV = recurrent_gated_delta_rule(q, k, v, g, beta, load(state_JHKV, slots_B))
+    state_BHKV = load(state_JHKV, slots_B).to(q_BHK.dtype)
+    v_BHV = v_BC.unflatten(-1, (H, V))
+    o_BHV = _write_and_read(state_BHKV, q_BHK, k_BHK, v_BHV.to(q_BHK.dtype), g_BH, beta_BH).to(v_BHV.dtype)
     store(state_JHKV, slots_B, state_BHKV)
-    return norm_then_gate(o_B1HV[:, 0], z_BHV, norm_weight_V, eps)
+    return norm_then_gate(o_BHV, z_BHV, norm_weight_V, eps)
 
 
 def gates(b__H: Tensor, a__H: Tensor, A_log_H: Tensor, dt_bias_H: Tensor) -> tuple[Tensor, Tensor]:
@@ -116,16 +116,22 @@ def recurrent_gated_delta_rule(
     state_BHKV: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """One token after another; the definition. Returns o [B, T, H, V] and the final state [B, H, K, V]."""
-    S_BHKV = _start(v_BTHV, k_BTHK.shape[-1], state_BHKV)
-    q, k, v, g, beta = (x.to(S_BHKV.dtype) for x in (q_BTHK, k_BTHK, v_BTHV, g_BTH, beta_BTH))
-    o_BTHV = torch.empty_like(v)
-    for t in range(v.shape[1]):
-        S_BHKV = S_BHKV * g[:, t, :, None, None].exp()
-        k_BHK1, v_BH1V = k[:, t, :, :, None], v[:, t, :, None]
-        d_BH1V = beta[:, t, :, None, None] * (v_BH1V - k_BHK1.mT @ S_BHKV)
-        S_BHKV += k_BHK1 * d_BH1V
-        o_BTHV[:, t] = (q[:, t, :, None] @ S_BHKV)[:, :, 0]
+    S_BHKV = _start(v_BTHV, k_BTHK.shape[-1], state_BHKV).clone()
+    inputs = [x.to(S_BHKV.dtype) for x in (q_BTHK, k_BTHK, v_BTHV, g_BTH, beta_BTH)]
+    o_BTHV = torch.empty_like(inputs[2])
+    for t in range(o_BTHV.shape[1]):
+        o_BTHV[:, t] = _write_and_read(S_BHKV, *(x[:, t] for x in inputs))
     return o_BTHV.to(v_BTHV.dtype), S_BHKV
+
+
+def _write_and_read(
+    S_BHKV: Tensor, q_BHK: Tensor, k_BHK: Tensor, v_BHV: Tensor, g_BH: Tensor, beta_BH: Tensor
+) -> Tensor:
+    """One token, all of one dtype: o [B, H, V]; the state changes in place."""
+    S_BHKV.mul_(g_BH.exp()[..., None, None])
+    d_BH1V = beta_BH[..., None, None] * (v_BHV[..., None, :] - k_BHK[..., None, :] @ S_BHKV)
+    S_BHKV.addcmul_(k_BHK[..., None], d_BH1V)
+    return (q_BHK[..., None, :] @ S_BHKV)[..., 0, :]
 
 
 def chunk_gated_delta_rule(
