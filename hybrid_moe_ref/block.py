@@ -34,7 +34,9 @@ class Block(nn.Module):
 
     @property
     def mixer(self) -> nn.Module:
-        return self.get_submodule(LAYER_KINDS[self.kind])
+        mixer = self._modules[LAYER_KINDS[self.kind]]
+        assert mixer is not None
+        return mixer
 
     def forward(self, x_NH: Tensor, batch: Batch, pasts: list[Past] | None = None) -> Tensor:
         x_NH = x_NH + self.mixer(self.input_layernorm(x_NH), batch, pasts)

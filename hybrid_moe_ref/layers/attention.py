@@ -1,7 +1,7 @@
 """Gated grouped-query attention: normalised q and k, partial rotary embedding, and an output gate from the
 query projection.
 
-Shapes: B sequences, T new tokens, S tokens to attend to, H hidden, Q query heads, K KV heads, D head dim.
+Shapes: N rows of a group, B sequences, T new tokens, S tokens to attend to, H hidden, Q query heads, K KV heads, D head dim.
 """
 
 import torch
@@ -31,25 +31,25 @@ class GatedAttention(Mixer):
         self.q_norm = RMSNorm(head_dim, config.rms_norm_eps)
         self.k_norm = RMSNorm(head_dim, config.rms_norm_eps)
 
-    def mix(self, x_BTH: Tensor, group: Group, past: KVPast | KVRun | None) -> Tensor:
-        sequences, dim = x_BTH.shape[:2], self.head_dim
+    def mix(self, x_NH: Tensor, group: Group, past: KVPast | KVRun | None) -> Tensor:
+        sequences, dim = (x_NH.shape[0] // group.length, group.length), self.head_dim
         weights = [self.q_proj.weight, self.k_proj.weight, self.v_proj.weight]
-        q_N_, k_N_, v_N_ = linear.project(x_BTH.flatten(0, 1), weights)
+        q_N_, k_N_, v_N_ = linear.project(x_NH, weights)
         q_BTQD, gate_BTQD = q_N_.view(*sequences, -1, 2 * dim).chunk(2, dim=-1)
         k_BTKD, v_BTKD = k_N_.view(*sequences, -1, dim), v_N_.view(*sequences, -1, dim)
-        cos, sin = rotary_table(group.positions_BT, self.rotary_dim, self.rope_theta, x_BTH.dtype)
+        cos, sin = rotary_table(group.positions_BT, self.rotary_dim, self.rope_theta, x_NH.dtype)
         q_BTQD = rotate(self.q_norm(q_BTQD), cos, sin)
         k_BTKD = rotate(self.k_norm(k_BTKD), cos, sin)
-        if past is not None and group.length == 1 and past.kv_PL2KD.dtype == x_BTH.dtype:
+        if past is not None and group.length == 1 and past.kv_PL2KD.dtype == x_NH.dtype:
             past.append(k_BTKD, v_BTKD)
             pages = past.kv_PL2KD, past.table_BP, past.lengths_B, past.length
             out_BTQD = attention.decode(q_BTQD[:, 0], *pages)[:, None]
         else:
             k_BSKD, v_BSKD = past.extend(k_BTKD, v_BTKD) if past else (k_BTKD, v_BTKD)
             out_BTQD = attend(q_BTQD, k_BSKD, v_BSKD, group)
-        gated_N_ = (out_BTQD * gate_BTQD.sigmoid()).flatten(2).flatten(0, 1)
+        gated_N_ = (out_BTQD * gate_BTQD.sigmoid()).reshape(x_NH.shape[0], -1)
         (y_NH,) = linear.project(gated_N_, [self.o_proj.weight])
-        return y_NH.view(x_BTH.shape)
+        return y_NH
 
 
 def attend(q_BTQD: Tensor, k_BSKD: Tensor, v_BSKD: Tensor, group: Group) -> Tensor:

@@ -1,6 +1,6 @@
 """Gated DeltaNet: a linear recurrence whose state is corrected, not only added to.
 
-Shapes: B sequences, T tokens, H hidden, N value heads, M key heads, K key dim, V value dim, C conv channels.
+Shapes: T rows of a group, H hidden, N value heads, M key heads, K key dim, V value dim, C conv channels.
 """
 
 import torch
@@ -35,8 +35,7 @@ class GatedDeltaNet(Mixer):
         self.norm = NormThenGate(self.value_dim, config.rms_norm_eps)
         self.out_proj = nn.Linear(values, hidden, bias=False)
 
-    def mix(self, x_BTH: Tensor, group: Group, past: StatePast | None) -> Tensor:
-        x_TH = x_BTH.flatten(0, 1)
+    def mix(self, x_TH: Tensor, group: Group, past: StatePast | None) -> Tensor:
         past = past or self._nothing(x_TH, group)
         projections = (self.in_proj_qkv, self.in_proj_z, self.in_proj_b, self.in_proj_a)
         qkv_TC, z_TI, b_TN, a_TN = linear.project(x_TH, [projection.weight for projection in projections])
@@ -45,7 +44,7 @@ class GatedDeltaNet(Mixer):
         mixed = self._decode if group.length == 1 and not self.norm._forward_hooks else self._prefill
         y_TNV = mixed(qkv_TC, z_TNV, b_TN, a_TN, group, past)
         (y_TH,) = linear.project(y_TNV.flatten(-2), [self.out_proj.weight])
-        return y_TH.view(x_BTH.shape)
+        return y_TH
 
     def _decode(
         self, qkv_TC: Tensor, z_TNV: Tensor, b_TN: Tensor, a_TN: Tensor, group: Group, past: StatePast

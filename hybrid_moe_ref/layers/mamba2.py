@@ -1,6 +1,6 @@
 """Mamba-2: a linear recurrence with one decay per head.
 
-Shapes: B sequences, T tokens, H hidden, N heads, P head dim, G groups, S state size, C conv channels.
+Shapes: T rows of a group (in `_prefill`, behind B sequences, of one of them), H hidden, N heads, P head dim, G groups, S state size, C conv channels.
 """
 
 import torch
@@ -37,8 +37,7 @@ class Mamba2(Mixer):
         self.norm = GateThenNorm(inner, self.num_groups, config.rms_norm_eps)
         self.out_proj = nn.Linear(inner, config.hidden_size, bias=False)
 
-    def mix(self, x_BTH: Tensor, group: Group, past: StatePast | None) -> Tensor:
-        x_TH = x_BTH.flatten(0, 1)
+    def mix(self, x_TH: Tensor, group: Group, past: StatePast | None) -> Tensor:
         past = past or self._nothing(x_TH, group)
         inner, shared = self.num_heads * self.head_dim, self.num_groups * self.state_size
         (projected_T_,) = linear.project(x_TH, [self.in_proj.weight])
@@ -46,7 +45,7 @@ class Mamba2(Mixer):
         mixed = self._decode if group.length == 1 else self._prefill
         y_TI = mixed(xbc_TC, z_TI, dt_TN, group, past)
         (y_TH,) = linear.project(y_TI, [self.out_proj.weight])
-        return y_TH.view(x_BTH.shape)
+        return y_TH
 
     def _decode(self, xbc_TC: Tensor, z_TI: Tensor, dt_TN: Tensor, group: Group, past: StatePast) -> Tensor:
         is_watched = bool(self.norm._forward_hooks)  # then the norm is called as a module

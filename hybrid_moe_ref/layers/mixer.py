@@ -1,7 +1,7 @@
 """What the three token mixers share: a step's rows go through `mix` one group of equally long sequences at a
 time.
 
-Shapes: N rows of the step, B sequences of a group, T tokens each, H hidden.
+Shapes: N rows of the step, T of them of one group, H hidden.
 """
 
 from collections.abc import Sequence
@@ -21,12 +21,14 @@ class Mixer(nn.Module):
         if len(batch.groups) == 1 and batch.num_tokens == x_NH.shape[0]:
             group = batch.groups[0]
             past = next(cached, None) if group.sequences else None
-            return self.mix(x_NH.unflatten(0, (-1, group.length)), group, past).flatten(0, 1)
+            return self.mix(x_NH, group, past)
         y_NH = torch.empty_like(x_NH)
         for group in batch.groups:
             past = next(cached, None) if group.sequences else None
-            y_NH[group.rows_BT] = self.mix(x_NH[group.rows_BT], group, past)
+            rows_T = group.rows_BT.flatten()
+            y_NH[rows_T] = self.mix(x_NH[rows_T], group, past)
         return y_NH
 
-    def mix(self, x_BTH: Tensor, group: Group, past) -> Tensor:
+    def mix(self, x_TH: Tensor, group: Group, past) -> Tensor:
+        """The rows of one group, its sequences one after another."""
         raise NotImplementedError

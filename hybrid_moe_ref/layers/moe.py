@@ -103,12 +103,12 @@ class MoE(nn.Module):
 
     def forward(self, x_NH: Tensor) -> Tensor:
         if self._is_one_call(x_NH):
-            shared = self.shared_expert
+            experts, shared = self.experts, self.shared_expert
             y_NH: Tensor = moe.mixture(
                 x_NH,
                 self.gate.weight,
-                self.experts.gate_up_proj,
-                self.experts.down_proj,
+                experts.gate_up_proj,
+                experts.down_proj,
                 shared.gate_proj.weight,
                 shared.up_proj.weight,
                 shared.down_proj.weight,
@@ -124,9 +124,8 @@ class MoE(nn.Module):
         """Whether a kernel computes the whole layer. Not if its parts were replaced, or if someone watches them."""
         if moe.mixture.pick(x_NH.device.type, x_NH.dtype).backend == "torch":
             return False
-        parts = (self.gate, self.experts, self.shared_expert, self.shared_expert_gate)
-        return (
-            self.experts.num_local == self.experts.num_experts
-            and self.experts.mlp is moe.experts
-            and not any(part._forward_hooks or part._forward_pre_hooks or "forward" in vars(part) for part in parts)
-        )
+        for part in self._modules.values():
+            if part._forward_hooks or part._forward_pre_hooks or "forward" in part.__dict__:
+                return False
+        experts = self.experts
+        return experts.num_local == experts.num_experts and experts.mlp is moe.experts

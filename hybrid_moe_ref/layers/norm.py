@@ -17,6 +17,9 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.zeros(size))
 
     def forward(self, x__H: Tensor) -> Tensor:
+        if x__H.dim() == 2:
+            y_NH: Tensor = norm.rms_norm(x__H, self.weight, self.eps)
+            return y_NH
         return norm.rms_norm(_rows(x__H), self.weight, self.eps).view(x__H.shape)
 
 
