@@ -1,7 +1,8 @@
 """Gated grouped-query attention: normalised q and k, partial rotary embedding, and an output gate from the
 query projection.
 
-Shapes: N rows of a group, B sequences, T new tokens, S tokens to attend to, H hidden, Q query heads, K KV heads, D head dim.
+Shapes: N rows of a group, B sequences, T new tokens, S tokens to attend to, H hidden, Q query heads, K KV heads, D head
+dim.
 """
 
 import torch

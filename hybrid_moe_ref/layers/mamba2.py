@@ -1,6 +1,6 @@
 """Mamba-2: a linear recurrence with one decay per head.
 
-Shapes: T rows of a group (in `_prefill`, behind B sequences, of one of them), H hidden, N heads, P head dim, G groups, S state size, C conv channels.
+Shapes: T rows of a group, B sequences, N heads, P head dim, G groups, S state size, H hidden, I inner, C conv channels.
 """
 
 import torch

@@ -125,6 +125,7 @@ class MoE(nn.Module):
         if moe.mixture.pick(x_NH.device.type, x_NH.dtype).backend == "torch":
             return False
         for part in self._modules.values():
+            assert part is not None
             if part._forward_hooks or part._forward_pre_hooks or "forward" in part.__dict__:
                 return False
         experts = self.experts
