@@ -104,8 +104,9 @@ class Lookout:
             looked_at = time.monotonic()
             try:
                 self._report()
-            except FileNotFoundError:
-                break  # the watcher has tidied up
+            except OSError:
+                if not self._path.parent.exists():
+                    break  # the watcher has tidied up
         self._let_go()
 
     def _report(self) -> None:
@@ -136,7 +137,7 @@ class Lookout:
         while self._running() and self._all_done() and time.monotonic() < deadline:
             time.sleep(POLL_S)
         process.kill(self._running().values())
-        with contextlib.suppress(FileNotFoundError):
+        with contextlib.suppress(OSError):
             self._report()
 
     def _all_done(self) -> bool:
