@@ -153,10 +153,7 @@ def row_wise(model: HybridMoE) -> list[nn.Module]:
 
 
 class _Piece:
-    """A row-wise module whose forward is replayed as a CUDA graph, one for each number of rows.
-
-    Written to the documentation; not run on a GPU yet.
-    """
+    """A row-wise module whose forward is replayed as a CUDA graph, one for each number of rows."""
 
     def __init__(self, module: nn.Module) -> None:
         self.capturing = self.replaying = False

@@ -1,5 +1,5 @@
 // The gated delta rule on a GPU, the plain way: a block for each head of each sequence, a thread for each value
-// channel, which keeps its column of the state in registers. Written to the documentation, not yet run on a GPU.
+// channel, which keeps its column of the state in registers.
 //
 // Row-major: q, k [T, M, K], v, o [T, H, V], g, beta [T, H]. Sequence b has the tokens starts[b] to starts[b + 1], and
 // its state [H, K, V] lies at state + slots[b] * slot_stride.

@@ -15,7 +15,7 @@ from torch import Tensor
 
 HERE = Path(__file__).parent
 PREFILL = Extension("gdn_prefill", (HERE / "jit.cpp",), (HERE / "jit.h",), ("-O3", "-funroll-loops"))
-PREFILL_CUDA = Extension("gdn_prefill_cuda", (HERE / "jit.cu",))  # not yet run on a GPU
+PREFILL_CUDA = Extension("gdn_prefill_cuda", (HERE / "jit.cu",))
 
 LAUNCH_FAILED = 2  # of jit.cu; 1 is for sizes that no function is made for
 _SUFFIXES = {torch.float32: "f32", torch.float64: "f64"}

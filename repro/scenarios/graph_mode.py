@@ -7,7 +7,7 @@ graph, a rank that runs eagerly the sizes that were agreed. The first step whose
 parts them in the dispatch of its first layer.
 
 What follows depends on the backend. gloo ends a rank that is sent more than it has room for, and its peers fail with
-it. NCCL gathers equal sizes in another way than unequal ones, so there it is a hang; not run on a GPU yet.
+it. NCCL gathers equal sizes in another way than unequal ones, so there it is a hang; not run on two GPUs yet.
 
 The cure is a vote: mode is the MIN over all ranks, the size their MAX, and every rank runs what came of it.
 """
