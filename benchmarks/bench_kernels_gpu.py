@@ -5,7 +5,7 @@
 A row is timed only if its op is right first, against float64, on a small case of the same head sizes and fresh
 numbers; and its output is compared with the peer's. Beside a ratio that has a mark to pass stands whether it did. Times
 are medians over CUDA graphs of calls on buffers that take turns and together are larger than the L2 cache; what cannot
-be captured is timed as it is, and says so. Before that, a decode step of several layers is replayed as one graph.
+be captured is timed as it is, and says so. First of all, a decode step of several layers is replayed as one graph.
 `--tune` also tries the launch sizes that the kernels list, and prints the best. Without a CUDA device every row says
 so, and the exit status is 0.
 

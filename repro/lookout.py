@@ -192,7 +192,8 @@ class Others:
         """Have the lookouts collect evidence; the number of the question."""
         question = times_asked(self.run_dir) + 1
         if self.reports():
-            write_json(self.run_dir.asked, question)
+            with contextlib.suppress(OSError):  # a full disk: then none comes, and that is said
+                write_json(self.run_dir.asked, question)
         return question
 
     def answers(self, question: int, patience_s: float) -> list[str]:

@@ -74,6 +74,7 @@ class Watch:
         self._measuring = False
         self._noticed: list[str] = []
         self._slowest: Verdict | None = None
+        self._slowest_s = 0.0
 
     def run(self) -> dict[str, Any]:
         """Watch until the run is decided; returns what was written to verdict.json."""
@@ -185,7 +186,7 @@ class Watch:
         reference = read_json(self.run_dir.reference)
         num_tokens = sum(map(len, reference.values()))
         text = f"{num_tokens} tokens of {len(reference)} requests equal the single-process reference's"
-        if self._slowest is not None and self._slowest.quiet_s >= SLOW_WINDOWS * self.settings.quiet_window_s:
+        if self._slowest is not None and self._slowest_s >= SLOW_WINDOWS * self.settings.quiet_window_s:
             return _with_evidence(self._slowest, ["then all ranks finished", text])
         return _with_evidence(verdict, [text])
 
@@ -217,17 +218,20 @@ class Watch:
 
     def _remember(self, verdict: Verdict) -> None:
         """Keep the longest silence in which most ranks waited for few that worked on; the reverse is a busy start. What
-        gives signs of life, such as a build before the first step, is no silence.
+        gives signs of life, such as a build before the first step, is no silence, but in a collective that others wait
+        in it is a wait like any other.
         """
         num_waiting = sum(position.state in ("blocked", "locked") for position in verdict.ranks)
         if verdict.verdict != "slow" or num_waiting <= len(verdict.culprits):
             return
-        heard_ns = max(self._on_my_clock(tail, tail.heartbeat_ns()) for tail in self._tails)
-        if time.monotonic_ns() - heard_ns < self.settings.quiet_window_s * 1e9:
-            return
-        longest = self._slowest is None or verdict.quiet_s > self._slowest.quiet_s
-        if longest and not set(verdict.culprits) <= self._stopped():
-            self._slowest = verdict
+        waited_s = _waited_for_a_build(verdict)
+        if not waited_s:
+            heard_ns = max(self._on_my_clock(tail, tail.heartbeat_ns()) for tail in self._tails)
+            if time.monotonic_ns() - heard_ns < self.settings.quiet_window_s * 1e9:
+                return
+            waited_s = verdict.quiet_s
+        if waited_s > self._slowest_s and not set(verdict.culprits) <= self._stopped():
+            self._slowest, self._slowest_s = verdict, waited_s
 
     def _stopped(self) -> set[int]:
         """Ranks that somebody stopped from outside, which says nothing about the run."""
@@ -254,6 +258,14 @@ class Watch:
         }
         write_json(self.run_dir.verdict, document)
         return document
+
+
+def _waited_for_a_build(verdict: Verdict) -> float:
+    """Seconds that all who wait in collectives have done so, if all who are waited for build; else 0."""
+    awaited = [position for position in verdict.ranks if position.rank in verdict.culprits]
+    if not awaited or any(position.state != "building" for position in awaited):
+        return 0.0
+    return min((position.since_s for position in verdict.ranks if position.state == "blocked"), default=0.0)
 
 
 def document_of(settings: RunSettings, verdict: Verdict) -> dict[str, Any]:
