@@ -121,7 +121,8 @@ def reference(case: Case, dtype: torch.dtype) -> Result:
 
 
 def check(case: Case, module: Any, dtype: torch.dtype, device: str = "cpu") -> None:
-    """float32: within 5e-6 of float64. bfloat16: at most 1.2 times as far from it as the reference in bfloat16."""
+    """float32: within 5e-6 of float64. bfloat16: at most 1.2 times as far from it as the reference in bfloat16, 1.5
+    times for results of fewer than 2,000 numbers."""
     want, got = reference(case, torch.float64), call(case, module, dtype, device, checked=True)
     allowed = [5e-6] * len(want)
     if dtype == torch.bfloat16:
