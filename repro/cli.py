@@ -332,6 +332,9 @@ def _watch_run(args: argparse.Namespace, run_dir: RunDir) -> int:
     except OSError as error:
         raise ConfigError(f"not a run directory: {error.strerror}", str(run_dir.config)) from error
     console = Console(stderr=args.json)
+    if (args.end or args.lookout is not None) and run_dir.verdict.exists():
+        option = "--end" if args.end else "--lookout"
+        raise ConfigError(f"the run is decided; without {option} it is judged once more", str(run_dir.verdict))
     if args.lookout is not None:
         if args.end or not 0 <= args.lookout < settings.num_ranks:
             why = "cannot be had with --end" if args.end else f"{args.lookout} is none of {settings.num_ranks} ranks"
@@ -339,8 +342,6 @@ def _watch_run(args: argparse.Namespace, run_dir: RunDir) -> int:
         Lookout(run_dir, settings, args.lookout).run()
         return EXPECTED
     if args.end:
-        if run_dir.verdict.exists():
-            raise ConfigError("the run is decided; without --end it is judged once more", str(run_dir.verdict))
         return _watch_to_end(run_dir, settings, console, args.json)
     try:
         document, whole = judge_again(run_dir, settings)

@@ -16,6 +16,8 @@ from pathlib import Path
 import psutil
 import pytest
 
+from repro.cli import USAGE, main
+from repro.launch import prepare_run_dir
 from repro.lookout import Lookout, Others
 from repro.record import Recorder, myself
 from repro.rundir import RunDir, write_json
@@ -99,6 +101,20 @@ def test_a_decided_run_is_ended_there_and_who_is_silent_is_not_believed(elsewher
     wait_for(lambda: not others.reports())
     (told,) = others.silent()
     assert told.startswith("the lookout of rank 1 was last heard")
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [(["7"], "7 is none of 2 ranks"), (["1", "--end"], "cannot be had with --end"), (["1"], "the run is decided")],
+)
+def test_a_lookout_that_makes_no_sense_is_refused_in_one_line(tmp_path, capsys, options, words):
+    run_dir = prepare_run_dir(tmp_path, SETTINGS)
+    if words == "the run is decided":
+        write_json(run_dir.verdict, {})
+    before = set(run_dir.root.iterdir())
+    assert main(["watch", str(run_dir.root), "--lookout", *options]) == USAGE
+    assert words in capsys.readouterr().err
+    assert set(run_dir.root.iterdir()) == before
 
 
 HOSTS = """
