@@ -40,6 +40,7 @@ from hybrid_moe_kernels.rope import triton as rope
 from hybrid_moe_kernels.ssd import triton as ssd
 from machine import commit, cpu, versions, write
 from triton.backends.compiler import GPUTarget
+from triton.backends.nvidia.compiler import get_ptxas  # Triton carries several, and takes one by the device
 from triton.runtime.jit import JITFunction
 
 SHARED_LIMIT = 227 * 1024  # bytes that one program can have
@@ -79,7 +80,7 @@ def resources(kernel: Any) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         source = Path(folder, "kernel.ptx")
         source.write_text(kernel.asm["ptx"])
-        command = [triton.knobs.nvidia.ptxas.path, "-v", "--gpu-name=sm_90a", "-o", f"{folder}/kernel.cubin", source]
+        command = [get_ptxas(90).path, "-v", "--gpu-name=sm_90a", "-o", f"{folder}/kernel.cubin", source]
         log = subprocess.run(command, capture_output=True, text=True, check=True).stderr
     registers = int(re.findall(r"Used (\d+) registers", log)[0])
     spills = [int(number) for number in re.findall(r"(\d+) bytes spill", log)]
@@ -183,7 +184,7 @@ def main() -> int:
     rows = report(torch.bfloat16 if args.dtype == "bf16" else torch.float32)
     document = {
         "hardware": f"compiled for sm_90a on {cpu()}; nothing ran",
-        "versions": versions("triton") | {"ptxas": triton.knobs.nvidia.ptxas.version},
+        "versions": versions("triton") | {"ptxas": get_ptxas(90).version},
         "commit": commit(),
         "rows": rows,
     }
