@@ -57,8 +57,9 @@ def prefill(
     slots_B: Tensor,
     cu_seqlens_X: Tensor,
 ) -> Tensor:
-    """As the reference. The state is float32. For bfloat16 inputs, products are of float16: its 11 bits add nothing to
-    the error of 8-bit inputs; bfloat16 would be a third worse than the reference."""
+    """As the reference. The state is float32. For bfloat16 inputs, products are of float16: what its 11 bits add to the
+    error of 8-bit inputs shows in the states of small heads alone, up to 1.6 times the reference's at K of 1 to 10 (3
+    of 72 drawn cases); bfloat16 would be a third worse everywhere."""
     (T, M, K), (_, H, V), B = q_TMK.shape, v_THV.shape, slots_B.shape[0]
     o_THV = torch.empty(v_THV.shape, dtype=v_THV.dtype, device=v_THV.device)
     if o_THV.numel() == 0:
