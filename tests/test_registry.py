@@ -99,6 +99,14 @@ def test_a_call_is_checked_except_inside_unchecked(monkeypatch) -> None:
     assert len(checked) == 1 and registry.checking()
 
 
+@pytest.mark.parametrize(("wanted", "checks"), [("", False), ("1", True)])
+def test_what_a_model_calls_is_checked_when_that_is_asked_for(monkeypatch, wanted, checks) -> None:
+    monkeypatch.setattr(registry, "_wanted", wanted)
+    with registry.trusted():
+        assert registry.checking() is checks
+    assert registry.checking()
+
+
 @pytest.mark.full
 @pytest.mark.parametrize(("options", "environment"), [([], {}), (["-O"], {}), ([], {"HMR_KERNEL_CHECKS": "0"})])
 def test_a_process_can_do_without_checks(options, environment) -> None:

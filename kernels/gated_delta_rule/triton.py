@@ -9,7 +9,8 @@ prompt.
 Decode is bound by its state, read and written once: 2 x 4 x H K V bytes a sequence, 8.39 MB for 64 heads of 128 x 128,
 which at 4.3 TB/s is 1.95 us; its other operands are less than 2 % of that. A program has a whole head in registers
 (64 KB; 128 threads hold 128 numbers each), so that two on a multiprocessor keep 128 KB of loads in flight: 3.4 TB/s on
-an H200 from 128 sequences on. More threads for it, or parts of a head, were slower at every batch.
+an H200 from 128 sequences on. On an H100, two halves of a head one after the other were within 2 % to 8 sequences and
+slower from 32 on; more threads were slower.
 
 Shapes: T tokens of all sequences, one after another, B sequences, H value heads, M key heads, R = H / M, K key dim, V
 value dim, C tokens of a chunk (in `decode` the channels 2 M K + H V), W filter width, S = W - 1, J slots, X = B + 1.
@@ -237,8 +238,8 @@ def _scan_chunks(
     """The chunks of one sequence and head in order, for some of the value dimensions.
 
     What goes into a product of float16 must stay below 65,504. q, k, solve and reads are at most 1. Where state and v
-    are at most 64, what a chunk writes is below 64 x 64 + 64 x sqrt(128) x 64; where they are larger, the products see
-    them scaled down to that.
+    are at most 64, what a chunk writes is below 64 x 64 + 64 x sqrt(K) x 64, which for K to 128 is 50,437; where they
+    are larger, the products see them scaled down to that. For K of 256 the bound is 69,632: there it is not proven.
     """
     parts: tl.constexpr = (V + BV - 1) // BV  # of a head; neighbours, so that they find q and k in the cache
     part, head = tl.program_id(0) % parts, tl.program_id(0) // parts
