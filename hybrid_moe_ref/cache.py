@@ -7,6 +7,7 @@ tokens to attend to, K KV heads, D head dim, C conv channels, W remembered conv 
 from dataclasses import dataclass, field
 
 import torch
+from hybrid_moe_kernels.precision import wide
 from torch import Tensor
 
 from hybrid_moe_ref.batch import Batch, Group
@@ -16,8 +17,7 @@ from hybrid_moe_ref.pages import PageLayout, page_layout
 
 def cache_layout(config: ModelConfig, dtype: torch.dtype) -> PageLayout:
     """The pages of a cache in `dtype`; recurrent states are at least float32."""
-    wide = torch.promote_types(dtype, torch.float32)
-    return page_layout(config, dtype.itemsize, ssm_itemsize=wide.itemsize)
+    return page_layout(config, dtype.itemsize, ssm_itemsize=wide(dtype).itemsize)
 
 
 class CacheExhausted(RuntimeError):
@@ -105,9 +105,8 @@ class StatePast:
         cls, num_sequences: int, conv_shape: tuple[int, ...], ssm_shape: tuple[int, ...], like: Tensor
     ) -> "StatePast":
         """Pools of their own for sequences that start from nothing."""
-        wide = torch.promote_types(like.dtype, torch.float32)
         conv_BWC = like.new_zeros(num_sequences, *conv_shape)
-        ssm_B___ = like.new_zeros(num_sequences, *ssm_shape, dtype=wide)
+        ssm_B___ = like.new_zeros(num_sequences, *ssm_shape, dtype=wide(like.dtype))
         return cls(conv_BWC, ssm_B___, torch.arange(num_sequences, device=like.device))
 
 
@@ -132,7 +131,7 @@ class HybridCache:
         if num_pages < 1:
             raise ValueError(f"num_pages: {num_pages} is less than 1")
         self.config, self.num_pages, self.dtype = config, num_pages, dtype
-        self.ssm_dtype = torch.promote_types(dtype, torch.float32)
+        self.ssm_dtype = wide(dtype)
         self.layout = cache_layout(config, dtype)
         self.buffers = [
             torch.zeros(num_pages, self.layout.page_bytes, dtype=torch.uint8, device=device)

@@ -70,11 +70,6 @@ class Sizes:
             raise ValueError(f"{letter}: {number}, wanted a multiple of {of} = {divisor}")
 
 
-def wide(dtype: torch.dtype) -> torch.dtype:
-    """In what states are kept and sums are made: float32, or float64 for float64."""
-    return torch.promote_types(dtype, torch.float32)
-
-
 def slots(name: str, slots_B: Tensor, num_slots: int) -> None:
     """Indices into a pool of states, each at most once. On a GPU the look costs a synchronisation."""
     if not _may_look(slots_B):

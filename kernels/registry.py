@@ -46,7 +46,6 @@ _MODULES = {"torch": "reference"}
 _log = logging.getLogger("hybrid_moe_kernels")
 _ops: dict[str, "Op"] = {}
 _said: set[str] = set()
-_picked: dict[tuple[str, str, torch.dtype], "Implementation"] = {}
 _choice = os.environ.get("HMR_KERNELS", "auto")
 _wanted = os.environ.get("HMR_KERNEL_CHECKS", "")
 _checks = __debug__ and _wanted != "0"
@@ -68,23 +67,29 @@ class Op:
         self.package, self.function = package, function
         self.name = f"{package.rpartition('.')[2]}.{function}"
         self.check = check
+        self._picked: dict[tuple[torch.device, torch.dtype], Implementation] = {}
         _ops[self.name] = self
 
     def __call__(self, x: Tensor, *args: Any, **options: Any) -> Any:
         """Raises ValueError naming the argument that does not fit, before anything is launched."""
-        chosen = _picked.get((self.name, x.device.type, x.dtype)) or self.pick(x.device.type, x.dtype)
+        chosen = self._picked.get((x.device, x.dtype)) or self.pick(x.device, x.dtype)
         if _checks and chosen.check is not None:
             chosen.check(x, *args, **options)
         return chosen.run(x, *args, **options)
 
-    def pick(self, device: str, dtype: torch.dtype) -> Implementation:
+    def pick(self, device: torch.device | str, dtype: torch.dtype) -> Implementation:
         """What runs on such a device for such a dtype under the present choice."""
-        key = (self.name, device, dtype)
-        if key not in _picked:
-            backends = (b for b in _preference(device) if (b, self.name, dtype) not in SLOWER)
-            candidates = (self.implementation(backend, device, dtype) for backend in backends)
-            _picked[key] = next(found for found in candidates if found is not None)
-        return _picked[key]
+        place = torch.device(device), dtype
+        if place not in self._picked:
+            kind = place[0].type
+            backends = (b for b in _preference(kind) if (b, self.name, dtype) not in SLOWER)
+            candidates = (self.implementation(backend, kind, dtype) for backend in backends)
+            self._picked[place] = next(found for found in candidates if found is not None)
+        return self._picked[place]
+
+    def forget(self) -> None:
+        """Pick anew at the next call."""
+        self._picked.clear()
 
     def implementation(self, backend: str, device: str, dtype: torch.dtype) -> Implementation | None:
         """The backend's, or None where it has none or lacks something."""
@@ -140,6 +145,11 @@ def _say_once(line: str) -> None:
         _log.warning(line)
 
 
+def _forget() -> None:
+    for op in _ops.values():
+        op.forget()
+
+
 def use(choice: str) -> None:
     """Make `choice` this process's. "native" builds or loads its library now, so that no call has to; a failed build is
     one line of warning. Raises ValueError for an unknown choice."""
@@ -147,7 +157,7 @@ def use(choice: str) -> None:
     if choice not in CHOICES:
         raise ValueError(f"kernels: {choice!r} is not one of {', '.join(CHOICES)}")
     _choice = choice
-    _picked.clear()
+    _forget()
     prepare()
 
 
@@ -158,7 +168,7 @@ def prepare(tick: Callable[[], None] = lambda: None) -> None:
         lack = native.prepare(tick)
         if lack:
             _say_once(f"kernels: native: {lack}; torch runs instead")
-        _picked.clear()
+        _forget()
 
 
 @contextlib.contextmanager

@@ -8,6 +8,7 @@ import os
 import subprocess
 import sys
 import types
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -24,9 +25,11 @@ X, WEIGHT = torch.ones(2, 4), torch.zeros(4)
 
 
 @pytest.fixture(autouse=True)
-def nothing_said(monkeypatch) -> None:
+def nothing_said(monkeypatch) -> Iterator[None]:
     monkeypatch.setattr(registry, "_said", set())
-    monkeypatch.setattr(registry, "_picked", {})
+    registry.use(registry.choice())  # what was picked is forgotten, before and after a test
+    yield
+    registry.use(registry.choice())
 
 
 def serve(monkeypatch, backend: str, module: types.ModuleType | Exception) -> None:

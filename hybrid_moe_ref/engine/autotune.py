@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from hybrid_moe_kernels.moe.reference import expert_by_expert, pick_by_pick
+from hybrid_moe_kernels.moe.reference import combine, expert_by_expert, pick_by_pick
 from torch import Tensor
 
 from hybrid_moe_ref.engine.plan import TUNING_VOTE
@@ -76,9 +76,7 @@ class ChosenExperts:
     ) -> Tensor:
         tactic = next((name for rows, name in self._chosen if x_NH.shape[0] <= rows), self._chosen[-1][1])
         out_PH = TACTICS[tactic](x_NH, ids_NK, gate_up_EJH, down_EHI)
-        wide = torch.promote_types(x_NH.dtype, torch.float32)
-        out_NKH = out_PH.unflatten(0, ids_NK.shape).to(wide)
-        return (weights_NK[:, None].to(wide) @ out_NKH)[:, 0].to(x_NH.dtype)
+        return combine(out_PH, weights_NK)
 
 
 class ExpertTuner:

@@ -6,6 +6,7 @@ Shapes: T rows of a group, H hidden, N value heads, M key heads, K key dim, V va
 import torch
 import torch.nn.functional as F
 from hybrid_moe_kernels import causal_conv, gated_delta_rule, linear
+from hybrid_moe_kernels.precision import widen
 from torch import Tensor, nn
 
 from hybrid_moe_ref.batch import Group
@@ -39,7 +40,7 @@ class GatedDeltaNet(Mixer):
         past = past or self._nothing(x_TH, group)
         projections = (self.in_proj_qkv, self.in_proj_z, self.in_proj_b, self.in_proj_a)
         qkv_TC, z_TI, b_TN, a_TN = linear.project(x_TH, [projection.weight for projection in projections])
-        z_TNV = z_TI.unflatten(-1, (-1, self.value_dim))
+        z_TNV = z_TI.view(-1, self.num_value_heads, self.value_dim)
         # The decode kernel has the norm in it; a norm that someone watches has to be called as a module.
         mixed = self._decode if group.length == 1 and not self.norm._forward_hooks else self._prefill
         y_TNV = mixed(qkv_TC, z_TNV, b_TN, a_TN, group, past)
@@ -79,9 +80,8 @@ class GatedDeltaNet(Mixer):
 
     def _gates(self, b_TN: Tensor, a_TN: Tensor) -> tuple[Tensor, Tensor]:
         """How much of the correction is written, and the logarithm of the decay."""
-        wide = torch.promote_types(b_TN.dtype, torch.float32)
-        dt_TN = F.softplus(a_TN.to(wide) + self.dt_bias.to(wide))
-        return b_TN.to(wide).sigmoid(), -self.A_log.to(wide).exp() * dt_TN
+        dt_TN = F.softplus(widen(a_TN) + widen(self.dt_bias))
+        return widen(b_TN).sigmoid(), -widen(self.A_log).exp() * dt_TN
 
     def _nothing(self, x_TH: Tensor, group: Group) -> StatePast:
         """The past of sequences that have none, and whose states nobody keeps."""

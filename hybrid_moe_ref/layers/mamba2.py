@@ -6,6 +6,7 @@ Shapes: T rows of a group, B sequences, N heads, P head dim, G groups, S state s
 import torch
 import torch.nn.functional as F
 from hybrid_moe_kernels import causal_conv, linear, ssd
+from hybrid_moe_kernels.precision import widen
 from torch import Tensor, nn
 
 from hybrid_moe_ref.batch import Group
@@ -73,11 +74,10 @@ class Mamba2(Mixer):
         weight_CW, starts_X = self.conv1d.weight[:, 0], group.cu_seqlens_X
         xbc_TC = causal_conv.prefill(xbc_TC, weight_CW, self.conv1d.bias, past.conv_PWC, past.slots_B, starts_X)
         x, b, c = xbc_TC.split([inner, shared, shared], dim=-1)
-        wide = torch.promote_types(xbc_TC.dtype, torch.float32)
         y_TNP = ssd.prefill(
             x.unflatten(-1, (-1, self.head_dim)),
-            F.softplus(dt_TN.to(wide) + self.dt_bias.to(wide)).clamp(*self.time_step_limit),
-            -self.A_log.to(wide).exp(),
+            F.softplus(widen(dt_TN) + widen(self.dt_bias)).clamp(*self.time_step_limit),
+            -widen(self.A_log).exp(),
             b.unflatten(-1, (-1, self.state_size)),
             c.unflatten(-1, (-1, self.state_size)),
             self.D,

@@ -121,8 +121,10 @@ class MoE(nn.Module):
         return routed_NH + self.shared_expert_gate(x_NH).sigmoid() * self.shared_expert(x_NH)
 
     def _is_one_call(self, x_NH: Tensor) -> bool:
-        """Whether a kernel computes the whole layer. Not if its parts were replaced, or if someone watches them."""
-        if moe.mixture.pick(x_NH.device.type, x_NH.dtype).backend == "torch":
+        """Whether one operation computes the whole layer. Not if the backend of the experts has none such, if the
+        layer's parts were replaced, or if someone watches them."""
+        place = x_NH.device, x_NH.dtype
+        if moe.mixture.pick(*place).backend != moe.experts.pick(*place).backend:
             return False
         for part in self._modules.values():
             assert part is not None

@@ -8,13 +8,14 @@ from functools import lru_cache
 
 import torch
 from hybrid_moe_kernels import rope
+from hybrid_moe_kernels.precision import wide
 from torch import Tensor
 
 
 def rotary_table(positions_BT: Tensor, rotary_dim: int, theta: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """Cosine and sine for each position, [B, T, R/2], computed in float32 (float64 for float64) and cast."""
-    wide = torch.promote_types(dtype, torch.float32)
-    angles = positions_BT[..., None].to(wide) * _frequencies(rotary_dim, theta, wide, positions_BT.device)
+    frequencies = _frequencies(rotary_dim, theta, wide(dtype), positions_BT.device)
+    angles = positions_BT[..., None] * frequencies
     return angles.cos().to(dtype), angles.sin().to(dtype)
 
 

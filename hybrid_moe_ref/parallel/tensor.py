@@ -26,6 +26,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from hybrid_moe_kernels.precision import wide, widen
 from torch import Tensor, nn
 
 from hybrid_moe_ref.config import LAYER_KINDS, ConfigError, ModelConfig
@@ -64,13 +65,13 @@ class SplitNorm:
 
     def hear(self, norm: nn.Module, args: tuple[Tensor, Tensor], y: object) -> None:
         """Keep the mean square of what this rank's norm normalised, for each group of sequences."""
-        x, gate = (z.to(torch.promote_types(z.dtype, torch.float32)) for z in args)
+        x, gate = (widen(z) for z in args)
         self.mean_squares.append((x * F.silu(gate) if self.gates_first else x).square().mean(-1))
 
     def combine(self, mixer: nn.Module, args: tuple[Any, ...], partial_NH: Tensor) -> Tensor:
         """partial_NH -> y_NH, on every rank"""
         (N, H), batch = partial_NH.shape, args[1]
-        square_N = partial_NH.new_zeros(N, dtype=torch.promote_types(partial_NH.dtype, torch.float32))
+        square_N = partial_NH.new_zeros(N, dtype=wide(partial_NH.dtype))
         for group, square_BT in zip(batch.groups, self.mean_squares, strict=True):
             square_N[group.rows_BT] = square_BT.to(square_N.dtype).view_as(group.rows_BT)
         tp_rank, tp_size = self.comm.group_rank("tp"), len(self.comm.members("tp"))

@@ -33,9 +33,10 @@ def prefill(
 
 def update(x_BC: Tensor, weight_CW: Tensor, bias_C: Tensor | None, state_JSC: Tensor, slots_B: Tensor) -> Tensor:
     """The same for one token of each sequence: y [B, C]."""
-    y_B1C, state_BSC = causal_conv(x_BC[:, None], weight_CW, bias_C, load(state_JSC, slots_B))
-    store(state_JSC, slots_B, state_BSC)
-    return y_B1C[:, 0]
+    inputs_BWC = torch.cat([load(state_JSC, slots_B), x_BC[:, None]], dim=1)
+    store(state_JSC, slots_B, inputs_BWC[:, 1:])
+    y_BC = (inputs_BWC * weight_CW.mT).sum(1)
+    return F.silu(y_BC if bias_C is None else y_BC + bias_C)
 
 
 def causal_conv(

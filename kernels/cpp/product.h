@@ -135,28 +135,49 @@ INLINE void tiles(const typename Ready<T>::type* const* x, const T* w, int64_t l
     for (; o < to; o++) tile<M, 1>(x, w + o * ldw, ldw, K, out + o, ldo);
 }
 
-// One row: the rows of w are read as they lie in memory.
-template <typename T> static void row_times(const typename Ready<T>::type* x, const T* w, int64_t ldw, int64_t O, int64_t K, float* out) {
-    tiles<1, 8>(&x, w, ldw, 0, O, K, out, 0);
-    if (K % Ready<T>::UNIT) add_rest(&x, 1, w, ldw, O, K, out, 0);
+// M rows, with w as four streams, a quarter of it apart and each in order. That is how one thread gets most from memory: twice
+// as much as from one stream, or from four rows side by side, in whose pages prefetchers lose their way.
+template <int M, typename T>
+INLINE void streams(const typename Ready<T>::type* const* x, const T* w, int64_t ldw, int64_t quarter, int64_t K, float* out, int64_t ldo) {
+    float four[M][4];
+    tile<M, 4>(x, w, quarter * ldw, K, four[0], 4);
+    for (int m = 0; m < M; m++)
+        for (int stream = 0; stream < 4; stream++) out[m * ldo + stream * quarter] = four[m][stream];
 }
 
-// M ready rows times O rows w, which lie `ldw` apart. A panel of w stays in the first-level cache for all rows of x.
+template <int N> struct Count {
+    static const int value = N;
+};
+
+// Calls group(first row, Count) for M rows in groups, three or two in each and one only where there is one.
+template <typename T, typename Group> INLINE void in_groups(int64_t M, Group group) {
+    const bool three = sizeof(T) == sizeof(typename Ready<T>::type);  // else a weight is two operands, for which there is no room
+    for (int64_t m = 0, count; m < M; m += count) {
+        const int64_t left = M - m;
+        count = left == 1 ? 1 : left == 3 || (three && left > 4) ? 3 : 2;
+        if (count == 3) group(m, Count<3>{});
+        if (count == 2) group(m, Count<2>{});
+        if (count == 1) group(m, Count<1>{});
+    }
+}
+
+// M ready rows times O rows w, which lie `ldw` apart. Few rows wait for w, which is then read in streams; many share a panel
+// of w that stays in the first-level cache.
 template <typename T>
 static void rows_times(const typename Ready<T>::type* const* x, int64_t M, const T* w, int64_t ldw, int64_t O, int64_t K, float* out, int64_t ldo) {
-    if (M == 1) return row_times(x[0], w, ldw, O, K, out);
-    const int64_t PANEL = 24;
-    const bool three = sizeof(T) == sizeof(x[0][0]);  // else a weight is two operands, for which there is no room
-    for (int64_t o = 0; o < O; o += PANEL) {
+    const int64_t FEW = 8, PANEL = 24, quarter = M <= FEW && K >= Ready<T>::UNIT ? O / 4 : 0;
+    for (int64_t o = 0; o < quarter; o++)
+        in_groups<T>(M, [&](int64_t m, auto count) { streams<count.value>(x + m, w + o * ldw, ldw, quarter, K, out + m * ldo + o, ldo); });
+    for (int64_t o = 4 * quarter; o < O; o += PANEL) {
         const int64_t to = O - o < PANEL ? O : o + PANEL;
-        for (int64_t m = 0; m < M;) {
-            const int64_t left = M - m, count = left == 3 || (three && left > 4) ? 3 : 2;  // never one
-            if (count == 3) tiles<3, 4>(x + m, w, ldw, o, to, K, out + m * ldo, ldo);
-            if (count == 2) tiles<2, 4>(x + m, w, ldw, o, to, K, out + m * ldo, ldo);
-            m += count;
-        }
+        in_groups<T>(M, [&](int64_t m, auto count) { tiles<count.value, 4>(x + m, w, ldw, o, to, K, out + m * ldo, ldo); });
     }
     if (K % Ready<T>::UNIT) add_rest(x, M, w, ldw, O, K, out, ldo);
+}
+
+// The same for one row.
+template <typename T> static void row_times(const typename Ready<T>::type* x, const T* w, int64_t ldw, int64_t O, int64_t K, float* out) {
+    rows_times(&x, 1, w, ldw, O, K, out, 0);
 }
 
 // Rows made ready in memory of their own.

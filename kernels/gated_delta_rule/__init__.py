@@ -8,7 +8,8 @@ M; head h reads key head h // (H / M)), K key dim, V value dim, C = 2 M K + H V 
 q, k, v, W filter width, S = W - 1, J slots. States are float32, float64 for float64 inputs.
 """
 
-from hybrid_moe_kernels.checks import FLOATS, Sizes, cu_seqlens, slots, wide
+from hybrid_moe_kernels.checks import FLOATS, Sizes, cu_seqlens, slots
+from hybrid_moe_kernels.precision import wide
 from hybrid_moe_kernels.registry import Op
 from torch import Tensor, int64
 

@@ -20,6 +20,7 @@ import torch
 import torch.nn.functional as F
 from hybrid_moe_kernels.causal_conv.reference import update
 from hybrid_moe_kernels.norm.reference import norm_then_gate
+from hybrid_moe_kernels.precision import wide, widen
 from hybrid_moe_kernels.sequences import by_length, load, store
 from torch import Tensor
 
@@ -75,36 +76,32 @@ def decode(
     """
     (H, V), M, K = z_BHV.shape[1:], num_key_heads, state_JHKV.shape[2]
     qkv_BC = update(qkv_BC, conv_weight_CW, None, conv_JSC, slots_B)
-    qk_BC, v_BC = qkv_BC.split([2 * M * K, H * V], dim=-1)
-    q_BMK, k_BMK = _unit(qk_BC.unflatten(-1, (2 * M, K))).chunk(2, dim=1)
-    q_BHK, k_BHK = ((x.repeat_interleave(H // M, 1)) for x in (q_BMK * K**-0.5, k_BMK))
+    qk_BNK, v_BHV = qkv_BC[:, : 2 * M * K].view(-1, 2 * M, K), qkv_BC[:, 2 * M * K :].view(-1, H, V)
+    q_BHK, k_BHK = _unit(qk_BNK).repeat_interleave(H // M, 1).chunk(2, dim=1)
     beta_BH, g_BH = gates(b_BH, a_BH, A_log_H, dt_bias_H)
-    state_BHKV = load(state_JHKV, slots_B).to(q_BHK.dtype)
-    v_BHV = v_BC.unflatten(-1, (H, V))
-    o_BHV = _write_and_read(state_BHKV, q_BHK, k_BHK, v_BHV.to(q_BHK.dtype), g_BH, beta_BH).to(v_BHV.dtype)
+    state_BHKV = load(state_JHKV, slots_B)
+    o_BHV = _write_and_read(state_BHKV, q_BHK * K**-0.5, k_BHK, widen(v_BHV), g_BH, beta_BH)
     store(state_JHKV, slots_B, state_BHKV)
-    return norm_then_gate(o_BHV, z_BHV, norm_weight_V, eps)
+    return norm_then_gate(o_BHV.to(qkv_BC.dtype), z_BHV, norm_weight_V, eps)
 
 
 def gates(b__H: Tensor, a__H: Tensor, A_log_H: Tensor, dt_bias_H: Tensor) -> tuple[Tensor, Tensor]:
     """How much of the correction is written, and the logarithm of the decay."""
-    wide = torch.promote_types(b__H.dtype, torch.float32)
-    dt__H = F.softplus(a__H.to(wide) + dt_bias_H.to(wide))
-    return b__H.to(wide).sigmoid(), -A_log_H.to(wide).exp() * dt__H
+    dt__H = F.softplus(widen(a__H) + widen(dt_bias_H))
+    return widen(b__H).sigmoid(), -widen(A_log_H).exp() * dt__H
 
 
 def _unit(x: Tensor) -> Tensor:
     """x / |x| in float32 or wider."""
-    x = x.to(torch.promote_types(x.dtype, torch.float32))
+    x = widen(x)
     return x * torch.rsqrt(x.square().sum(-1, keepdim=True) + 1e-6)
 
 
 def _start(v_BTHV: Tensor, num_keys: int, state_BHKV: Tensor | None) -> Tensor:
-    dtype = torch.promote_types(v_BTHV.dtype, torch.float32)
     if state_BHKV is not None:
-        return state_BHKV.to(dtype)
+        return state_BHKV.to(wide(v_BTHV.dtype))
     B, _, H, V = v_BTHV.shape
-    return torch.zeros(B, H, num_keys, V, dtype=dtype, device=v_BTHV.device)
+    return torch.zeros(B, H, num_keys, V, dtype=wide(v_BTHV.dtype), device=v_BTHV.device)
 
 
 def recurrent_gated_delta_rule(

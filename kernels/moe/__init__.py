@@ -4,7 +4,8 @@ Shapes: N rows, H hidden, E experts (those held here in `experts`), K picks of a
 then up), S intermediate of the shared expert.
 """
 
-from hybrid_moe_kernels.checks import FLOATS, Sizes, wide
+from hybrid_moe_kernels.checks import FLOATS, Sizes
+from hybrid_moe_kernels.precision import wide
 from hybrid_moe_kernels.registry import Op
 from torch import Tensor, int64
 

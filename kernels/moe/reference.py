@@ -9,13 +9,14 @@ intermediate of the shared expert, R picks whose expert is held, A and B any siz
 
 import torch
 import torch.nn.functional as F
+from hybrid_moe_kernels.precision import widen
 from torch import Tensor
 
 
 def route(logits_NE: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
     """The weights and ids [N, K] of the `top_k` likeliest experts of each row, largest first: softmax over all in
     float32 (float64 for float64), renormalised to sum to one over the picks."""
-    logits_NK, ids_NK = logits_NE.to(torch.promote_types(logits_NE.dtype, torch.float32)).topk(top_k, dim=-1)
+    logits_NK, ids_NK = widen(logits_NE).topk(top_k, dim=-1)
     # A softmax over all, renormalised over some, is the softmax over these.
     return logits_NK.softmax(-1), ids_NK
 
@@ -24,10 +25,13 @@ def experts(x_NH: Tensor, weights_NK: Tensor, ids_NK: Tensor, gate_up_EJH: Tenso
     """y [N, H]. Ids outside 0 to E - 1 are experts held elsewhere: they contribute nothing. Sums are in float32, or
     float64."""
     per_pick = pick_by_pick if 2 * ids_NK.numel() <= gate_up_EJH.shape[0] else expert_by_expert
-    out_PH = per_pick(x_NH, ids_NK, gate_up_EJH, down_EHI)
-    wide = torch.promote_types(x_NH.dtype, torch.float32)
-    out_NKH = out_PH.unflatten(0, ids_NK.shape).to(wide)
-    return (weights_NK[:, None].to(wide) @ out_NKH)[:, 0].to(x_NH.dtype)
+    return combine(per_pick(x_NH, ids_NK, gate_up_EJH, down_EHI), weights_NK)
+
+
+def combine(out_PH: Tensor, weights_NK: Tensor) -> Tensor:
+    """The weighted sum [N, H] of each row's picks."""
+    out_NKH = widen(out_PH).view(*weights_NK.shape, out_PH.shape[-1])
+    return torch.bmm(weights_NK[:, None].to(out_NKH.dtype), out_NKH)[:, 0].to(out_PH.dtype)
 
 
 def mixture(

@@ -12,4 +12,5 @@ def rotate(x_THD: Tensor, cos_TR: Tensor, sin_TR: Tensor) -> Tensor:
     half = cos_TR.shape[-1]
     a, b, rest = x_THD.split([half, half, x_THD.shape[-1] - 2 * half], dim=-1)
     cos, sin = cos_TR[:, None], sin_TR[:, None]
-    return torch.cat([a * cos - b * sin, b * cos + a * sin, rest], dim=-1)
+    turned = torch.addcmul(a * cos, b, sin, value=-1), torch.addcmul(b * cos, a, sin)
+    return torch.cat([*turned, rest], dim=-1)

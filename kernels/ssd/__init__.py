@@ -8,7 +8,8 @@ that share b and c (head h reads group h // (H / G)), N state size, I = H P, C =
 in the order x, b, c, W filter width, S = W - 1, J slots. States are float32, float64 for float64 inputs.
 """
 
-from hybrid_moe_kernels.checks import FLOATS, Sizes, cu_seqlens, slots, wide
+from hybrid_moe_kernels.checks import FLOATS, Sizes, cu_seqlens, slots
+from hybrid_moe_kernels.precision import wide
 from hybrid_moe_kernels.registry import Op
 from torch import Tensor, int64
 

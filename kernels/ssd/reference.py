@@ -18,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from hybrid_moe_kernels.causal_conv.reference import update
 from hybrid_moe_kernels.norm.reference import gate_then_norm
+from hybrid_moe_kernels.precision import wide, widen
 from hybrid_moe_kernels.sequences import by_length, load, store
 from torch import Tensor
 
@@ -82,17 +83,16 @@ def decode(
 
 def time_step(dt__H: Tensor, dt_bias_H: Tensor, limit: tuple[float, float | None]) -> Tensor:
     """softplus(dt + dt_bias), clamped."""
-    wide = torch.promote_types(dt__H.dtype, torch.float32)
-    return F.softplus(dt__H.to(wide) + dt_bias_H.to(wide)).clamp(*limit)
+    return F.softplus(widen(dt__H) + widen(dt_bias_H)).clamp(*limit)
 
 
 def decay_rate(A_log_H: Tensor) -> Tensor:
     """A < 0."""
-    return -A_log_H.to(torch.promote_types(A_log_H.dtype, torch.float32)).exp()
+    return -widen(A_log_H).exp()
 
 
 def _start(x_BTHP: Tensor, state_size: int, state_BHPN: Tensor | None) -> Tensor:
-    dtype = torch.promote_types(x_BTHP.dtype, torch.float32)
+    dtype = wide(x_BTHP.dtype)
     if state_BHPN is not None:
         return state_BHPN.to(dtype)
     B, _, H, P = x_BTHP.shape

@@ -1,0 +1,16 @@
+"""In what states are kept and sums are made: float32, or float64 for float64 inputs."""
+
+import torch
+from torch import Tensor
+
+_WIDE = (torch.float32, torch.float64)
+
+
+def wide(dtype: torch.dtype) -> torch.dtype:
+    """Of arguments in `dtype`."""
+    return dtype if dtype in _WIDE else torch.float32
+
+
+def widen(x: Tensor) -> Tensor:
+    """x in it. What is so already is returned as it is: to ask torch costs as much as a small product."""
+    return x if x.dtype in _WIDE else x.float()
