@@ -14,3 +14,8 @@ def wide(dtype: torch.dtype) -> torch.dtype:
 def widen(x: Tensor) -> Tensor:
     """x in it. What is so already is returned as it is: to ask torch costs as much as a small product."""
     return x if x.dtype in _WIDE else x.float()
+
+
+def narrow(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """x in `dtype`, the other way."""
+    return x if x.dtype == dtype else x.to(dtype)

@@ -36,9 +36,9 @@ def load(pool_J_: Tensor, slots_B: Tensor) -> Tensor:
 
 def store(pool_J_: Tensor, slots_B: Tensor, states_B_: Tensor) -> None:
     """Put the states back."""
+    if states_B_.untyped_storage().data_ptr() == pool_J_.untyped_storage().data_ptr():
+        return  # what `load` gave was changed where it is
     if slots_B.numel() == 1 and not slots_B.is_cuda:
-        place_1_ = pool_J_.narrow(0, int(slots_B), 1)
-        if place_1_.data_ptr() != states_B_.data_ptr():  # what `load` gave may have been changed where it is
-            place_1_.copy_(states_B_)
+        pool_J_.narrow(0, int(slots_B), 1).copy_(states_B_)
     else:
         pool_J_[slots_B] = states_B_.to(pool_J_.dtype)

@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from hybrid_moe_kernels.causal_conv.reference import update
 from hybrid_moe_kernels.norm.reference import norm_then_gate
-from hybrid_moe_kernels.precision import wide, widen
+from hybrid_moe_kernels.precision import narrow, wide, widen
 from hybrid_moe_kernels.sequences import by_length, load, store
 from torch import Tensor
 
@@ -82,7 +82,7 @@ def decode(
     state_BHKV = load(state_JHKV, slots_B)
     o_BHV = _write_and_read(state_BHKV, q_BHK * K**-0.5, k_BHK, widen(v_BHV), g_BH, beta_BH)
     store(state_JHKV, slots_B, state_BHKV)
-    return norm_then_gate(o_BHV.to(qkv_BC.dtype), z_BHV, norm_weight_V, eps)
+    return norm_then_gate(narrow(o_BHV, qkv_BC.dtype), z_BHV, norm_weight_V, eps)
 
 
 def gates(b__H: Tensor, a__H: Tensor, A_log_H: Tensor, dt_bias_H: Tensor) -> tuple[Tensor, Tensor]:
@@ -113,7 +113,7 @@ def recurrent_gated_delta_rule(
     state_BHKV: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """One token after another; the definition. Returns o [B, T, H, V] and the final state [B, H, K, V]."""
-    S_BHKV = _start(v_BTHV, k_BTHK.shape[-1], state_BHKV).clone()
+    S_BHKV = _start(v_BTHV, k_BTHK.shape[-1], state_BHKV).clone(memory_format=torch.contiguous_format)
     inputs = [x.to(S_BHKV.dtype) for x in (q_BTHK, k_BTHK, v_BTHV, g_BTH, beta_BTH)]
     o_BTHV = torch.empty_like(inputs[2])
     for t in range(o_BTHV.shape[1]):
@@ -124,11 +124,13 @@ def recurrent_gated_delta_rule(
 def _write_and_read(
     S_BHKV: Tensor, q_BHK: Tensor, k_BHK: Tensor, v_BHV: Tensor, g_BH: Tensor, beta_BH: Tensor
 ) -> Tensor:
-    """One token, all of one dtype: o [B, H, V]; the state changes in place."""
-    S_BHKV.mul_(g_BH.exp()[..., None, None])
-    d_BH1V = beta_BH[..., None, None] * (v_BHV[..., None, :] - k_BHK[..., None, :] @ S_BHKV)
-    S_BHKV.addcmul_(k_BHK[..., None], d_BH1V)
-    return (q_BHK[..., None, :] @ S_BHKV)[..., 0, :]
+    """One token, all of one dtype: o [B, H, V]; the state changes in place. All heads are one batch, P = B H."""
+    (B, H, K, V), decay_P11 = S_BHKV.shape, g_BH.exp().view(-1, 1, 1)
+    S_PKV, k_P1K, v_P1V = S_BHKV.view(-1, K, V), k_BHK.reshape(-1, 1, K), v_BHV.reshape(-1, 1, V)
+    S_PKV.mul_(decay_P11)
+    d_P1V = torch.baddbmm(v_P1V, k_P1K, S_PKV, alpha=-1).mul_(beta_BH.reshape(-1, 1, 1))
+    S_PKV.baddbmm_(k_P1K.mT, d_P1V)
+    return torch.bmm(q_BHK.reshape(-1, 1, K), S_PKV).view(B, H, V)
 
 
 def chunk_gated_delta_rule(

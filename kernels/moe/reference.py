@@ -9,7 +9,7 @@ intermediate of the shared expert, R picks whose expert is held, A and B any siz
 
 import torch
 import torch.nn.functional as F
-from hybrid_moe_kernels.precision import widen
+from hybrid_moe_kernels.precision import narrow, widen
 from torch import Tensor
 
 
@@ -31,7 +31,8 @@ def experts(x_NH: Tensor, weights_NK: Tensor, ids_NK: Tensor, gate_up_EJH: Tenso
 def combine(out_PH: Tensor, weights_NK: Tensor) -> Tensor:
     """The weighted sum [N, H] of each row's picks."""
     out_NKH = widen(out_PH).view(*weights_NK.shape, out_PH.shape[-1])
-    return torch.bmm(weights_NK[:, None].to(out_NKH.dtype), out_NKH)[:, 0].to(out_PH.dtype)
+    y_NH = torch.bmm(narrow(weights_NK, out_NKH.dtype)[:, None], out_NKH)[:, 0]
+    return narrow(y_NH, out_PH.dtype)
 
 
 def mixture(
@@ -59,7 +60,8 @@ def pick_by_pick(x_NH: Tensor, ids_NK: Tensor, gate_up_EJH: Tensor, down_EHI: Te
     E, J, H = gate_up_EJH.shape
     K = ids_NK.shape[1]
     held = [(pick, e) for pick, e in enumerate(ids_NK.flatten().tolist()) if 0 <= e < E]
-    hidden_PJ, out_PH = x_NH.new_zeros(ids_NK.numel(), J), x_NH.new_zeros(ids_NK.numel(), H)
+    make = x_NH.new_empty if len(held) == ids_NK.numel() else x_NH.new_zeros
+    hidden_PJ, out_PH = make(ids_NK.numel(), J), make(ids_NK.numel(), H)
     x, hidden, out = x_NH.unbind(), hidden_PJ.unbind(), out_PH.unbind()
     for pick, e in held:
         torch.mv(gate_up_EJH[e], x[pick // K], out=hidden[pick])
