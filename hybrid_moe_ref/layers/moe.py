@@ -10,7 +10,7 @@ from typing import Self
 
 import torch
 import torch.nn.functional as F
-from hybrid_moe_kernels import moe
+from hybrid_moe_kernels import linear, moe
 from torch import Tensor, nn
 
 from hybrid_moe_ref.config import ModelConfig
@@ -26,7 +26,9 @@ class MLP(nn.Module):
         self.down_proj = nn.Linear(intermediate_size, hidden_size, bias=False)
 
     def forward(self, x_NH: Tensor) -> Tensor:
-        return self.down_proj(F.silu(self.gate_proj(x_NH)) * self.up_proj(x_NH))
+        gate_NI, up_NI = linear.project(x_NH, [self.gate_proj.weight, self.up_proj.weight])
+        (y_NH,) = linear.project(F.silu(gate_NI) * up_NI, [self.down_proj.weight])
+        return y_NH
 
 
 class Router(nn.Module):

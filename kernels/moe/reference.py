@@ -9,6 +9,7 @@ intermediate of the shared expert, R picks whose expert is held, A and B any siz
 
 import torch
 import torch.nn.functional as F
+from hybrid_moe_kernels.linear.reference import product, project
 from hybrid_moe_kernels.precision import narrow, widen
 from torch import Tensor
 
@@ -49,9 +50,10 @@ def mixture(
 ) -> Tensor:
     """A whole layer where all experts are held: the router's `top_k` experts of each row, and the shared expert times
     sigmoid(shared_scale x). y [N, H]."""
-    weights_NK, ids_NK = route(F.linear(x_NH, router_EH), top_k)
+    weights_NK, ids_NK = route(product(x_NH, router_EH), top_k)
     routed_NH = experts(x_NH, weights_NK, ids_NK, gate_up_EJH, down_EHI)
-    hidden_NS = F.silu(F.linear(x_NH, shared_gate_SH)) * F.linear(x_NH, shared_up_SH)
+    gate_NS, up_NS = project(x_NH, [shared_gate_SH, shared_up_SH])
+    hidden_NS = F.silu(gate_NS) * up_NS
     return routed_NH + F.linear(x_NH, shared_scale_1H).sigmoid() * F.linear(hidden_NS, shared_down_HS)
 
 
