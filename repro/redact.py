@@ -270,8 +270,9 @@ class Redactor:
 
 @functools.cache
 def _own_text() -> str:
-    """What this program is written in, and so writes: its sources, and the names of Python's modules."""
-    folders = [ROOT / name for name in ("repro", "hybrid_moe_ref", "kernels")]
+    """What this program is written in, and so writes: its sources, and the names of Python's modules. Kernels write
+    nothing; their words are those of mathematics, and names of hosts too."""
+    folders = [ROOT / name for name in ("repro", "hybrid_moe_ref")]
     files = [path for folder in folders for path in folder.rglob("*") if path.suffix in (".py", ".txt", ".js", ".html")]
     return "\n".join([*(path.read_text(errors="replace") for path in files), *sys.stdlib_module_names]).lower()
 
