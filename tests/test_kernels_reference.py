@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from hybrid_moe_kernels.causal_conv.reference import causal_conv
 from hybrid_moe_kernels.gated_delta_rule.reference import chunk_gated_delta_rule, recurrent_gated_delta_rule
+from hybrid_moe_kernels.linear import reference as linear
 from hybrid_moe_kernels.moe.reference import expert_by_expert, experts, pick_by_pick
 from hybrid_moe_kernels.ssd.reference import chunk_ssd, recurrent_ssd
 from torch import Tensor
@@ -139,6 +140,24 @@ def test_experts_are_their_definition_whichever_way(dtype: torch.dtype, sizes: t
         out = per_pick(x, ids, gate_up, down).double().view(num_rows, K, H)
         for y in (got, (out * weights[..., None]).sum(1)):
             assert (y - want).norm() <= tolerance * want.norm(), f"{per_pick.__name__}, {num_rows} rows"
+
+
+@pytest.mark.parametrize(("threads", "num_parts"), [(1, 1), (2, 2), (12, 8)])
+@pytest.mark.parametrize("num_rows", [0, 1, 5, linear.MAX_ROWS, linear.MAX_ROWS + 1])
+def test_a_product_is_the_same_for_any_rows_and_threads(
+    threads: int, num_parts: int, num_rows: int, monkeypatch
+) -> None:
+    r = torch.Generator().manual_seed(num_rows)
+    weights = [torch.randn(O, 256, generator=r) for O in (512, 513, 8)]  # in parts, odd, too small
+    weights.append(torch.randn(256, 512, generator=r).mT)  # not dense
+    x = torch.randn(num_rows, 256, generator=r)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    parts = []
+    monkeypatch.setattr(torch, "bmm", lambda a, b, bmm=torch.bmm: parts.append(len(a)) or bmm(a, b))
+    for got, weight in zip(linear.project(x, weights), weights, strict=True):
+        assert got.is_contiguous(), (threads, num_rows)
+        torch.testing.assert_close(got.double(), x.double() @ weight.double().T, rtol=1e-5, atol=1e-4)
+    assert parts == ([num_parts] if num_parts > 1 and 0 < num_rows <= linear.MAX_ROWS else [])
 
 
 def test_input_dtype_comes_back_and_arithmetic_is_wider() -> None:
