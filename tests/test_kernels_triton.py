@@ -242,6 +242,15 @@ def test_strong_decays_lose_no_bits_in_long_sums():
 
 
 @pytest.mark.full
+def test_states_of_small_heads_keep_their_bits_in_bfloat16():
+    for case in (  # found by a sweep in which products were of float16
+        cases.gdn_prefill(30, [31, 90, 0], M=1, R=2, K=1, V=26),
+        cases.gdn_prefill(45, [64, 65], M=2, R=1, K=5, V=22, repeated=True),
+    ):
+        cases.check(case, module_of(case), torch.bfloat16)
+
+
+@pytest.mark.full
 @pytest.mark.parametrize("length", [257, 2000])
 def test_long_prompts(length):
     for case in (

@@ -144,6 +144,22 @@ def test_experts_are_their_definition() -> None:
     torch.testing.assert_close(moe.experts(x, weights, ids), want, rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.parametrize("part", ["gate", "experts", "shared_expert", "shared_expert_gate"])
+@pytest.mark.parametrize("how", ["after", "before", "replaced"])
+def test_whoever_watches_or_replaces_a_part_of_a_mixture_sees_every_call(part: str, how: str) -> None:
+    moe, seen = seeded(MoE(CONFIG).double(), "mlp"), []
+    x = torch.randn(5, CONFIG.hidden_size, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    want, module = moe(x), moe.get_submodule(part)
+    if how == "after":
+        module.register_forward_hook(lambda *args: seen.append(part))
+    elif how == "before":
+        module.register_forward_pre_hook(lambda *args: seen.append(part))
+    else:
+        module.forward = lambda *args, real=module.forward: seen.append(part) or real(*args)
+    torch.testing.assert_close(moe(x), want)
+    assert seen == [part]
+
+
 def test_a_row_without_a_local_expert_is_zero() -> None:
     experts = seeded(Experts(8, 4, 6), "experts").shard(4, 2)
     y = experts(torch.ones(3, 4), torch.ones(3, 1), torch.tensor([[0], [4], [7]]))

@@ -4,9 +4,8 @@ Shapes: T rows of a group, H hidden, N value heads, M key heads, K key dim, V va
 """
 
 import torch
-import torch.nn.functional as F
 from hybrid_moe_kernels import causal_conv, gated_delta_rule, linear
-from hybrid_moe_kernels.precision import widen
+from hybrid_moe_kernels.gated_delta_rule.reference import gates
 from torch import Tensor, nn
 
 from hybrid_moe_ref.batch import Group
@@ -74,14 +73,9 @@ class GatedDeltaNet(Mixer):
         keys = self.num_key_heads * self.key_dim
         q, k, v = qkv_TC.split([keys, keys, self.num_value_heads * self.value_dim], dim=-1)
         q, k, v = (x.unflatten(-1, (-1, dim)) for x, dim in ((q, self.key_dim), (k, self.key_dim), (v, self.value_dim)))
-        beta_TN, g_TN = self._gates(b_TN, a_TN)
+        beta_TN, g_TN = gates(b_TN, a_TN, self.A_log, self.dt_bias)
         o_TNV = self.prefill_rule(q, k, v, g_TN, beta_TN, past.ssm_P___, past.slots_B, starts_X)
         return self.norm(o_TNV, z_TNV)
-
-    def _gates(self, b_TN: Tensor, a_TN: Tensor) -> tuple[Tensor, Tensor]:
-        """How much of the correction is written, and the logarithm of the decay."""
-        dt_TN = F.softplus(widen(a_TN) + widen(self.dt_bias))
-        return widen(b_TN).sigmoid(), -widen(self.A_log).exp() * dt_TN
 
     def _nothing(self, x_TH: Tensor, group: Group) -> StatePast:
         """The past of sequences that have none, and whose states nobody keeps."""

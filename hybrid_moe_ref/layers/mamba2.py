@@ -4,9 +4,8 @@ Shapes: T rows of a group, B sequences, N heads, P head dim, G groups, S state s
 """
 
 import torch
-import torch.nn.functional as F
 from hybrid_moe_kernels import causal_conv, linear, ssd
-from hybrid_moe_kernels.precision import widen
+from hybrid_moe_kernels.ssd.reference import decay_rate, time_step
 from torch import Tensor, nn
 
 from hybrid_moe_ref.batch import Group
@@ -76,8 +75,8 @@ class Mamba2(Mixer):
         x, b, c = xbc_TC.split([inner, shared, shared], dim=-1)
         y_TNP = ssd.prefill(
             x.unflatten(-1, (-1, self.head_dim)),
-            F.softplus(widen(dt_TN) + widen(self.dt_bias)).clamp(*self.time_step_limit),
-            -widen(self.A_log).exp(),
+            time_step(dt_TN, self.dt_bias, self.time_step_limit),
+            decay_rate(self.A_log),
             b.unflatten(-1, (-1, self.state_size)),
             c.unflatten(-1, (-1, self.state_size)),
             self.D,

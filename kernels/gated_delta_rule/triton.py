@@ -60,7 +60,8 @@ def prefill(
 ) -> Tensor:
     """As the reference. The state is float32. For bfloat16 inputs, products are of float16. What its 11 bits add to the
     error of 8-bit inputs would show in the states of heads of K to 10, up to 1.6 times the reference's; such heads,
-    which no large model has, take the float32 way."""
+    which no large model has, take the float32 way. With K of 17 to 64, one of 120 drawn cases was 1.29 times as far off
+    as the reference: all its keys are the same."""
     (T, M, K), (_, H, V), B = q_TMK.shape, v_THV.shape, slots_B.shape[0]
     o_THV = torch.empty(v_THV.shape, dtype=v_THV.dtype, device=v_THV.device)
     if o_THV.numel() == 0:
