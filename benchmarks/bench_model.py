@@ -9,14 +9,16 @@ its expert implementations, and the best one of a phase is its peer. Denormals a
 fresh process each. A speed counts only if the logits are right, so that is checked first: in float32 against
 transformers', in bfloat16 no farther from transformers in float32 than 1.2 times what transformers in bfloat16 is.
 
-Beside each ratio that has a mark to pass stands whether it did; `--strict`: exit status 1 if one did not.
+Beside each ratio that has a mark to pass stands whether it did, and under one that is missed, where the time goes: in
+each operation's kernels, and outside of them; `--strict`: exit status 1 if one was missed.
 """
 
 import argparse
+import contextlib
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -125,6 +127,42 @@ def race(runners: dict[str, Any], tokens_BT: torch.Tensor, rounds: int) -> dict[
     return best
 
 
+@contextlib.contextmanager
+def op_times() -> Iterator[dict[str, list[float]]]:
+    """Milliseconds of each call of each operation inside."""
+    times: dict[str, list[float]] = {}
+    call = registry.Op.__call__
+
+    def timed_call(op: registry.Op, *args: Any, **options: Any) -> Any:
+        start = clock[0]()
+        result = call(op, *args, **options)
+        times.setdefault(op.name, []).append(1e3 * (clock[0]() - start))
+        return result
+
+    registry.Op.__call__ = timed_call  # type: ignore[method-assign]
+    try:
+        yield times
+    finally:
+        registry.Op.__call__ = call  # type: ignore[method-assign]
+
+
+def profile(runner: Ours, tokens_BT: torch.Tensor) -> dict[str, dict[str, float]]:
+    """Milliseconds of the quickest prefill and decode step in each operation and outside of all, the clock's own left
+    in. Operations that another one is made of count as that one."""
+    quickest: dict[str, dict[str, float]] = {}
+    tokens_B = tokens_BT
+    for phase, call, count in (("prefill", runner.prefill, 1), ("decode", runner.decode, STEPS)):
+        for _ in range(count):
+            with op_times() as times:
+                ms, tokens_B = timed(call, tokens_B)
+            if ms < quickest.get(phase, {"whole": float("inf")})["whole"]:
+                parts = {name: sum(each) for name, each in times.items()}
+                ordered = dict(sorted(parts.items(), key=lambda part: -part[1]))
+                quickest[phase] = {"whole": ms, **ordered, "outside": ms - sum(parts.values())}
+    runner.end()
+    return quickest
+
+
 def floor_ms(model: HybridMoE, batch: int) -> float:
     """The weights and states that a decode step touches, over the bandwidth that a copy of 256 MB reaches."""
     config, touched = model.config, 0.0
@@ -225,7 +263,12 @@ def one_row(
         wanted = f" ({mark(over, OVER_FLOOR, at_most=True)})" if kernels == "native" and batch == 1 else ""
         told.append(f"decode {over:.2f} x its memory floor{wanted}")
         print(f"{dtype} batch {batch}  best of transformers / ours {kernels}: {', '.join(told)}", flush=True)
-        missed.extend(f"{dtype} batch {batch} {kernels}: {text}" for text in told if "MISSED" in text)
+        row[f"{kernels}_profile_ms"] = parts = profile(runners[f"ours {kernels}"], tokens_BT)
+        for text in told:
+            if "MISSED" in text:
+                missed.append(f"{dtype} batch {batch} {kernels}: {text}")
+                spent = (f"{what} {ms:.2f}" for what, ms in parts[text.split()[0]].items())
+                print(f"    {text.split()[0]}, where the time goes, ms: {', '.join(spent)}", flush=True)
     return row
 
 
