@@ -8,9 +8,9 @@ prompt.
 
 Decode is bound by its state, read and written once: 2 x 4 x H K V bytes a sequence, 8.39 MB for 64 heads of 128 x 128,
 which at 4.3 TB/s is 1.95 us; its other operands are less than 2 % of that. A program has a whole head in registers
-(64 KB; 128 threads hold 128 numbers each), so that two on a multiprocessor keep 128 KB of loads in flight: 3.4 TB/s on
-an H200 from 128 sequences on. On an H100, two halves of a head one after the other were within 2 % to 8 sequences and
-slower from 32 on; more threads were slower.
+(64 KB; 128 threads hold 128 numbers each), so that two on a multiprocessor keep 128 KB of loads in flight: 3.8 TB/s on
+an H200 from 128 sequences on, where a kernel that only reads and writes in place moves 4.0. Parts of a head, several
+heads one after the other with the next one's state on its way, more threads, and hints to the caches were slower.
 
 Shapes: T tokens of all sequences, one after another, B sequences, H value heads, M key heads, R = H / M, K key dim, V
 value dim, C tokens of a chunk (in `decode` the channels 2 M K + H V), W filter width, S = W - 1, J slots, X = B + 1.
@@ -44,7 +44,7 @@ CONFIGS = {
         for BV, warps in ((32, 4), (64, 4), (64, 8), (128, 8))
         for stages in (2, 3)  # with one, Triton 3.6 compiles (32, 4) for an H200 wrong
     ],
-    "gated_delta_rule.decode": [{"BV": BV, "num_warps": warps} for BV in (32, 64, 128) for warps in (2, 4, 8)],
+    "gated_delta_rule.decode": [{"num_warps": warps} for warps in (2, 4, 8)],
 }
 
 
@@ -109,15 +109,14 @@ def decode(
     y_BHV = torch.empty(B, H, V, dtype=qkv_BC.dtype, device=qkv_BC.device)
     if y_BHV.numel() == 0:
         return y_BHV
-    whole = triton.next_power_of_2(V)
-    chosen = config("gated_delta_rule.decode", {"BV": whole, "num_warps": 4})
+    chosen = config("gated_delta_rule.decode", {"num_warps": 4})
     _decode[(H, B)](
         qkv_BC, z_BHV, b_BH, a_BH, conv_JSC, state_JHKV, slots_B, conv_weight_CW, A_log_H, dt_bias_H, norm_weight_V,
         arrival_counters(qkv_BC.device, B * M), y_BHV,
         qkv_BC.stride(0), z_BHV.stride(0), b_BH.stride(0), a_BH.stride(0), conv_JSC.stride(0), qkv_BC.shape[1],
         state_JHKV.stride(0), eps,
         H=H, R=H // M, K=K, V=V, W=conv_weight_CW.shape[1], BK=triton.next_power_of_2(K),
-        TILES=max(1, whole // chosen["BV"]), **chosen,
+        BV=triton.next_power_of_2(V), **chosen,
     )  # fmt: skip
     return y_BHV
 
@@ -293,58 +292,52 @@ def _decode(
     arrived_ptr, y_ptr,
     x_row, z_row, b_row, a_row, conv_slot, conv_row, state_slot, eps,
     H: tl.constexpr, R: tl.constexpr, K: tl.constexpr, V: tl.constexpr, W: tl.constexpr, BK: tl.constexpr,
-    BV: tl.constexpr, TILES: tl.constexpr,
+    BV: tl.constexpr,
 ):  # fmt: skip
-    """One token of one sequence for one value head, the state in TILES tiles of BV value dimensions."""
+    """One token of one sequence for one value head."""
     h, n = tl.program_id(0), tl.program_id(1).to(tl.int64)
-    d, j, i = tl.arange(0, BK), tl.arange(0, BV), tl.arange(0, TILES)
-    e = i[:, None] * BV + j[None, :]
-    is_key = d < K
+    d, e = tl.arange(0, BK), tl.arange(0, BV)
+    is_key, is_value = d < K, e < V
     slot = tl.load(slot_ptr + n)
+    # What does not need the slot is asked for while the slot comes.
+    z = tl.load(z_ptr + n * z_row + h * V + e, is_value, 0.0).to(tl.float32)
+    norm = tl.load(norm_ptr + e, is_value, 0.0).to(tl.float32)
+    b, a = tl.load(b_ptr + n * b_row + h).to(tl.float32), tl.load(a_ptr + n * a_row + h).to(tl.float32)
+    dt_bias, a_log = tl.load(dt_bias_ptr + h).to(tl.float32), tl.load(a_log_ptr + h).to(tl.float32)
     y_at = y_ptr + (n * H + h) * V + e
     if slot < 0:
-        tl.store(y_at, tl.zeros([TILES, BV], y_ptr.dtype.element_ty), e < V)
+        tl.store(y_at, tl.zeros([BV], y_ptr.dtype.element_ty), is_value)
     else:
-        state_at = state_ptr + slot * state_slot + h * K * V + (d[:, None] * V + j[None, :])
-        S = tl.load(state_at, is_key[:, None] & (j < V)[None, :], 0.0).to(tl.float32)  # what takes the time comes first
+        state_at = state_ptr + slot * state_slot + h * K * V + (d[:, None] * V + e[None, :])
+        is_state = is_key[:, None] & is_value[None, :]
+        S = tl.load(state_at, is_state, 0.0).to(tl.float32)
 
         past_at, x_at = conv_ptr + slot * conv_slot, x_ptr + n * x_row
         q_channel = (h // R) * K + d
         k_channel = (H // R) * K + q_channel
-        v_channel = (2 * (H // R)) * K + h * V
+        v_channel = (2 * (H // R)) * K + h * V + e
         q = convolve(x_at, past_at, weight_ptr, None, q_channel, is_key, conv_row, W)
         k = convolve(x_at, past_at, weight_ptr, None, k_channel, is_key, conv_row, W)
+        v = convolve(x_at, past_at, weight_ptr, None, v_channel, is_value, conv_row, W)
         q *= tl.rsqrt(tl.sum(q * q, 0) + 1e-6) * (K**-0.5)
         k *= tl.rsqrt(tl.sum(k * k, 0) + 1e-6)
         qk = tl.sum(q * k, 0)
-        beta = 1 / (1 + tl.exp(-tl.load(b_ptr + n * b_row + h).to(tl.float32)))
-        dt = softplus(tl.load(a_ptr + n * a_row + h).to(tl.float32) + tl.load(dt_bias_ptr + h).to(tl.float32))
-        decay = tl.exp(-tl.exp(tl.load(a_log_ptr + h).to(tl.float32)) * dt)
+        beta, decay = 1 / (1 + tl.exp(-b)), tl.exp(-tl.exp(a_log) * softplus(a + dt_bias))
+        lacks = beta * (v - decay * tl.sum(k[:, None] * S, 0))
+        y = decay * tl.sum(q[:, None] * S, 0) + qk * lacks  # what q reads after the write, without waiting for it
+        S = decay * S + k[:, None] * lacks[None, :]
 
-        y = tl.zeros([TILES, BV], tl.float32)
-        for tile in tl.static_range(TILES):
-            is_value = tile * BV + j < V
-            if tile + 1 < TILES:  # ask for the next before the store that it could not overtake
-                is_next = (tile + 1) * BV + j < V
-                following = tl.load(state_at + (tile + 1) * BV, is_key[:, None] & is_next[None, :], 0.0).to(tl.float32)
-            v = convolve(x_at, past_at, weight_ptr, None, v_channel + tile * BV + j, is_value, conv_row, W)
-            lacks = beta * (v - decay * tl.sum(k[:, None] * S, 0))
-            # What q reads after the write, without waiting for it.
-            y = tl.where(i[:, None] == tile, (decay * tl.sum(q[:, None] * S, 0) + qk * lacks)[None, :], y)
-            S = decay * S + k[:, None] * lacks[None, :]
-            tl.store(state_at + tile * BV, S, is_key[:, None] & is_value[None, :])
-            if tile + 1 < TILES:
-                S = following
-        z = tl.load(z_ptr + n * z_row + h * V + e, e < V, 0.0).to(tl.float32)
-        y *= tl.rsqrt(tl.sum(tl.sum(y * y, 0), 0) / V + eps) * tl.load(norm_ptr + e, e < V, 0.0).to(tl.float32)
-        tl.store(y_at, cast(y * silu(z), y_ptr.dtype.element_ty), e < V)
-
-        # The R programs of a key head all read its past inputs of q and k; the last to have done so moves them on.
+        # The R programs of a key head all read its past inputs of q and k; the last to have done so moves them on. What
+        # a program read has arrived, for it is part of sums over its threads, and nobody reads what it wrote: so its
+        # arrival orders nothing else ("relaxed"). A fence would wait while the registers of a state are held: 8 %.
         tl.debug_barrier()
-        for tile in tl.static_range(TILES):
-            shift(x_at, past_at, v_channel + tile * BV + j, tile * BV + j < V, conv_row, W)
         arrived_at = arrived_ptr + n * (H // R) + h // R
-        if tl.atomic_add(arrived_at, 1, sem="acq_rel") == R - 1:
+        is_last = tl.atomic_add(arrived_at, 1, sem="relaxed") == R - 1
+        tl.store(state_at, S, is_state)
+        y *= tl.rsqrt(tl.sum(y * y, 0) / V + eps) * norm
+        tl.store(y_at, cast(y * silu(z), y_ptr.dtype.element_ty), is_value)
+        shift(x_at, past_at, v_channel, is_value, conv_row, W)
+        if is_last:
             shift(x_at, past_at, q_channel, is_key, conv_row, W)
             shift(x_at, past_at, k_channel, is_key, conv_row, W)
             tl.store(arrived_at, 0)

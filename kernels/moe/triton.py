@@ -1,9 +1,10 @@
-"""The router's choice and the experts for GPUs: four launches, whatever the batch, and nothing that the host waits for.
+"""The router's choice and the experts for GPUs: four launches at most, and nothing that the host waits for.
 
-`experts`: 1. `_plan` groups the picks by expert and cuts each group into tiles of BM picks; 2. `_gate_up` multiplies
-the rows of each tile, gathered, with its expert's gate and up matrices and applies SiLU; 3. `_down` multiplies with
-the down matrix; 4. `_combine` sums a row's picks with their weights in a fixed order, so that results do not depend
-on the grouping. Grids are sized for the worst split of the picks over the experts; programs without a tile end at once.
+`experts`: 1. `_plan` groups the picks by expert and cuts each group into tiles of BM picks; it is left out where the
+picks are so few that hardly two share an expert, and each is a tile; 2. `_gate_up` multiplies the rows of each tile,
+gathered, with its expert's gate and up matrices and applies SiLU; 3. `_down` multiplies with the down matrix; 4.
+`_combine` sums a row's picks with their weights in a fixed order, so that results do not depend on the grouping. Grids
+are sized for the worst split of the picks over the experts; programs without a tile end at once.
 
 Memory traffic at few rows is the weights of the experts that are hit, 6 H I bytes each in bfloat16 (25.2 MB for 4096 x
 1024), read once: a tile is BM picks of one expert, and its BM grows with the picks per expert. B rows hit E (1 - (1 -
@@ -67,22 +68,27 @@ def experts(x_NH: Tensor, weights_NK: Tensor, ids_NK: Tensor, gate_up_EJH: Tenso
     chosen = dict(config("moe.experts", _tiling(P, E, dtype)))
     BM, BN = chosen.pop("BM"), chosen.pop("BN")
     ids_NK = ids_NK.contiguous()
-    num_tiles = P // BM + min(E, P)
-    tile_expert, tile_picks = (torch.empty(n, dtype=torch.int32, device=device) for n in (num_tiles, num_tiles * BM))
-    _plan[(E,)](
-        ids_NK, tile_expert, tile_picks, P, num_tiles,
-        E=E, BE=triton.next_power_of_2(E), BM=BM, BP=min(1024, max(32, triton.next_power_of_2(P))), num_warps=4,
-    )  # fmt: skip
+    if N == 1 or P * P <= 4 * E:  # few share an expert: each pick is a tile
+        num_tiles, tile_expert, tile_picks = P, ids_NK, None
+    else:
+        num_tiles = P // BM + min(E, P)
+        tile_expert = torch.empty(num_tiles, dtype=torch.int32, device=device)
+        tile_picks = torch.empty(num_tiles * BM, dtype=torch.int32, device=device)
+        _plan[(E,)](
+            ids_NK, tile_expert, tile_picks, P, num_tiles,
+            E=E, BE=triton.next_power_of_2(E), BM=BM, BP=min(1024, max(32, triton.next_power_of_2(P))), num_warps=4,
+        )  # fmt: skip
     kind = "tf32x3" if dtype == torch.float32 else "bf16"
     hidden_PI = torch.empty(P, I, dtype=dtype, device=device)
     _gate_up[(num_tiles, triton.cdiv(I, BN))](
         x_NH, gate_up_EJH, tile_expert, tile_picks, hidden_PI, x_NH.stride(0), gate_up_EJH.stride(0), P,
-        K=K, H=H, I=I, KIND=kind, BM=BM, BN=BN, **chosen,
+        K=K, H=H, I=I, E=E, KIND=kind, BM=BM, BN=BN, **chosen,
     )  # fmt: skip
     out_PH = torch.empty(P, H, dtype=dtype, device=device)
+    BN *= 2 if BM == 16 else 1  # as much of the weights as a program of _gate_up, where they are what takes the time
     _down[(num_tiles, triton.cdiv(H, BN))](
         hidden_PI, down_EHI, tile_expert, tile_picks, out_PH, down_EHI.stride(0), P,
-        H=H, I=I, KIND=kind, BM=BM, BN=BN, **chosen,
+        H=H, I=I, E=E, KIND=kind, BM=BM, BN=BN, **chosen,
     )  # fmt: skip
     BH = min(1024, triton.next_power_of_2(H))
     _combine[(N, triton.cdiv(H, BH))](
@@ -97,7 +103,7 @@ def _tiling(num_picks: int, num_experts: int, dtype: torch.dtype) -> Config:
     if dtype == torch.float32:
         return {"BM": min(BM, 32), "BN": 32, "BK": 32, "num_warps": 4, "num_stages": 3}
     if BM <= 32:  # small: an expert or two must fill the device
-        return {"BM": BM, "BN": 2 * BM, "BK": 128, "num_warps": 4, "num_stages": 4}
+        return {"BM": BM, "BN": 2 * BM, "BK": 128, "num_warps": 4, "num_stages": 3 if BM == 16 else 4}
     return {"BM": BM, "BN": 128, "BK": 64, "num_warps": 8, "num_stages": 3}
 
 
@@ -165,16 +171,27 @@ def _plan(
 
 
 @triton.jit
+def _picks(tile_picks_ptr, tile, num_picks, BM: tl.constexpr):
+    """A tile's picks, filled up with num_picks; without a plan, pick `tile` alone."""
+    m = tl.arange(0, BM)
+    if tile_picks_ptr is None:
+        pick = tl.where(m == 0, tile, num_picks)
+    else:
+        pick = tl.load(tile_picks_ptr + tile * BM + m)
+    return pick.to(tl.int64)
+
+
+@triton.jit
 def _gate_up(
     x_ptr, weight_ptr, tile_expert_ptr, tile_picks_ptr, hidden_ptr, x_row, weight_expert, num_picks,
-    K: tl.constexpr, H: tl.constexpr, I: tl.constexpr, KIND: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
-    BK: tl.constexpr,
+    K: tl.constexpr, H: tl.constexpr, I: tl.constexpr, E: tl.constexpr, KIND: tl.constexpr, BM: tl.constexpr,
+    BN: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
     """hidden[p] = silu(gate x) * (up x) for the picks of a tile and BN of the intermediate dimensions."""
     tile = tl.program_id(0)
     expert = tl.load(tile_expert_ptr + tile).to(tl.int64)
-    if expert >= 0:
-        pick = tl.load(tile_picks_ptr + tile * BM + tl.arange(0, BM)).to(tl.int64)
+    if (expert >= 0) & (expert < E):
+        pick = _picks(tile_picks_ptr, tile, num_picks, BM)
         is_pick = (pick < num_picks)[:, None]
         i, h = tl.program_id(1) * BN + tl.arange(0, BN), tl.arange(0, BK)
         x_at = x_ptr + (pick // K)[:, None] * x_row + h[None, :]
@@ -192,13 +209,14 @@ def _gate_up(
 @triton.jit
 def _down(
     hidden_ptr, weight_ptr, tile_expert_ptr, tile_picks_ptr, out_ptr, weight_expert, num_picks,
-    H: tl.constexpr, I: tl.constexpr, KIND: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
+    H: tl.constexpr, I: tl.constexpr, E: tl.constexpr, KIND: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+    BK: tl.constexpr,
 ):  # fmt: skip
     """out[p] = down hidden[p] for the picks of a tile and BN of the hidden dimensions."""
     tile = tl.program_id(0)
     expert = tl.load(tile_expert_ptr + tile).to(tl.int64)
-    if expert >= 0:
-        pick = tl.load(tile_picks_ptr + tile * BM + tl.arange(0, BM)).to(tl.int64)
+    if (expert >= 0) & (expert < E):
+        pick = _picks(tile_picks_ptr, tile, num_picks, BM)
         is_pick = (pick < num_picks)[:, None]
         h, i = tl.program_id(1) * BN + tl.arange(0, BN), tl.arange(0, BK)
         hidden_at = hidden_ptr + pick[:, None] * I + i[None, :]
