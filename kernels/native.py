@@ -7,7 +7,7 @@ failed or killed build leaves no half library, and the next one sweeps what a ki
 builds, under a lock that the system takes back from whoever dies, and that is waited for no longer than LOCK_LIMIT_S.
 
 The best instruction set that the processor has is picked when the library is loaded; HMR_NATIVE_ISA names another
-(generic, avx2, avx512bf16).
+(generic, avx2, avx512bf16, amx).
 """
 
 import contextlib

@@ -271,8 +271,9 @@ def prove(name: str, case: Case, dtype: torch.dtype, about: str) -> None:
         if dtype == torch.bfloat16:
             limit += 1.2 * error(yours, truth)
             if mine.dtype == dtype and mine.numel() < 2000:
-                # A short result rounds by luck: it is allowed its own rounding, and one of what it is made of.
-                limit = max(limit, 2.0**-8)
+                # A short result rounds by luck: it is allowed its own rounding, and one of what it is made of, which
+                # counts for more where a few numbers nearly cancel.
+                limit = max(limit, 2.0**-8 if mine.numel() >= 100 else 2.0**-7)
         assert error(mine, truth) <= limit, f"{name} result {index}: {error(mine, truth):.2e} > {limit:.2e}, {about}"
 
 

@@ -1,8 +1,11 @@
 // All kernels, compiled for the instruction set that the including file has chosen: it defines ISA (a namespace), LANES,
-// and HMR_BF16_DOT where the set has it, after the standard headers are in.
+// and HMR_BF16_DOT and HMR_AMX where the set has them, after the standard headers are in.
 namespace hmr {
 namespace ISA {
 #include "simd.h"
+#if defined(HMR_AMX)
+#include "amx.h"
+#endif
 #include "product.h"
 #include "../linear/native.cpp"
 #include "../moe/native.cpp"

@@ -165,10 +165,15 @@ template <typename T, typename Group> INLINE void in_groups(int64_t M, Group gro
 // of w that stays in the first-level cache.
 template <typename T>
 static void rows_times(const typename Ready<T>::type* const* x, int64_t M, const T* w, int64_t ldw, int64_t O, int64_t K, float* out, int64_t ldo) {
-    const int64_t FEW = 8, PANEL = 24, quarter = M <= FEW && K >= Ready<T>::UNIT ? O / 4 : 0;
-    for (int64_t o = 0; o < quarter; o++)
+    const int64_t FEW = 8, PANEL = 24;
+    int64_t from = 0;
+#if defined(HMR_AMX)
+    if constexpr (sizeof(T) == 2) from = tiles_times(x, M, w, ldw, O, K, out, ldo);
+#endif
+    const int64_t quarter = M <= FEW && K >= Ready<T>::UNIT ? (O - from) / 4 : 0;
+    for (int64_t o = from; o < from + quarter; o++)
         in_groups<T>(M, [&](int64_t m, auto count) { streams<count.value>(x + m, w + o * ldw, ldw, quarter, K, out + m * ldo + o, ldo); });
-    for (int64_t o = 4 * quarter; o < O; o += PANEL) {
+    for (int64_t o = from + 4 * quarter; o < O; o += PANEL) {
         const int64_t to = O - o < PANEL ? O : o + PANEL;
         in_groups<T>(M, [&](int64_t m, auto count) { tiles<count.value, 4>(x + m, w, ldw, o, to, K, out + m * ldo, ldo); });
     }

@@ -127,6 +127,7 @@ struct Table {
     void (*rope)(const Rope&, bool is_bf16, int threads);
 };
 
-extern const Table generic_table, avx2_table, avx512_table;
+extern const Table generic_table, avx2_table, avx512_table, amx_table;
+extern bool tiles_allowed;  // the last two are the same code, which uses AMX where this is so
 
 }  // namespace hmr
