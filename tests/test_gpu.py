@@ -1,4 +1,5 @@
-"""What needs a CUDA device; skipped without one. Ranks fork before CUDA is touched, which this process never does."""
+"""What needs a CUDA device; skipped without one. Ranks fork before CUDA is touched, which this process never does: no
+test module may ask for a device when it is imported, not even whether there is one."""
 
 from __future__ import annotations
 
