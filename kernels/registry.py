@@ -77,6 +77,10 @@ class Op:
             chosen.check(x, *args, **options)
         return chosen.run(x, *args, **options)
 
+    def backend(self, x: Tensor) -> str:
+        """The one that runs where `x` is the first argument."""
+        return (self._picked.get((x.device, x.dtype)) or self.pick(x.device, x.dtype)).backend
+
     def pick(self, device: torch.device | str, dtype: torch.dtype) -> Implementation:
         """What runs on such a device for such a dtype under the present choice."""
         place = torch.device(device), dtype

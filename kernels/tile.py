@@ -104,6 +104,7 @@ def product(a, b, KIND: tl.constexpr):
 
     "bf16"    8 and 8; exact for operands that are bfloat16
     "f16"     11 and 11, as fast; numbers must stay below 65,504
+    "f16x2"   11 and 22, as two such products, half as fast: for an `a` that is float16
     "bf16x2"  8 and 16, as two such products, half as fast: for two operands of which one is bfloat16
     "tf32x3"  22 and 22, a sixth as fast
     """
@@ -111,6 +112,9 @@ def product(a, b, KIND: tl.constexpr):
         c = tl.dot(a.to(tl.float32), b.to(tl.float32), input_precision="tf32x3")
     elif KIND == "f16":
         c = tl.dot(a.to(tl.float16), b.to(tl.float16))
+    elif KIND == "f16x2":
+        high = b.to(tl.float16)
+        c = tl.dot(a, (b - high.to(tl.float32)).to(tl.float16)) + tl.dot(a, high)
     elif KIND == "bf16x2" and b.dtype == tl.bfloat16:
         high = cast(a, tl.bfloat16)
         c = _product_bf16(cast(a - high.to(tl.float32), tl.bfloat16), b) + _product_bf16(high, b)

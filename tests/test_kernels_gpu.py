@@ -36,6 +36,7 @@ REAL = [
     cases.gdn_prefill(101, [1, 63, 64, 65, 0, 777], M=2, R=4, K=128, V=128),
     cases.gdn_prefill(102, [2000], M=1, R=3, K=64, V=64),
     cases.gdn_prefill(103, [200, 3], M=1, R=2, K=128, V=128, repeated=True),
+    cases.gdn_prefill(14, [90], M=1, R=2, K=64, V=17, repeated=True),
     cases.gdn_decode(104, B=7, M=2, R=4, K=128, V=128, W=4),
     cases.gdn_decode(105, B=300, M=1, R=3, K=64, V=64, W=4),
     cases.ssd_prefill(106, [1, 63, 64, 65, 0, 777], G=2, R=3, P=64, N=128),

@@ -246,6 +246,7 @@ def test_states_of_small_heads_keep_their_bits_in_bfloat16():
     for case in (  # found by a sweep in which products were of float16
         cases.gdn_prefill(30, [31, 90, 0], M=1, R=2, K=1, V=26),
         cases.gdn_prefill(45, [64, 65], M=2, R=1, K=5, V=22, repeated=True),
+        cases.gdn_prefill(14, [90], M=1, R=2, K=64, V=17, repeated=True),
     ):
         cases.check(case, module_of(case), torch.bfloat16)
 

@@ -125,8 +125,7 @@ class MoE(nn.Module):
     def _is_one_call(self, x_NH: Tensor) -> bool:
         """Whether one operation computes the whole layer. Not if the backend of the experts has none such, if the
         layer's parts were replaced, or if someone watches them."""
-        place = x_NH.device, x_NH.dtype
-        if moe.mixture.pick(*place).backend != moe.experts.pick(*place).backend:
+        if moe.mixture.backend(x_NH) != moe.experts.backend(x_NH):
             return False
         for part in self._modules.values():
             assert part is not None
