@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -130,18 +131,21 @@ def roofline(document: Document, path: Path) -> None:
 
 def of_copy(document: Document, path: Path) -> None:
     """GPU rows: what of a copy's bandwidth an op reaches, ours and the peer's."""
-    rows = [row for row in document["rows"] if "of_copy" in row]
-    ops = list(dict.fromkeys(row["op"] for row in rows))
+    rows = [
+        row for row in document["rows"] if "of_copy" in row and not ("tokens" in row and row.get("sequences", 1) > 1)
+    ]
+    ops = [op for op, count in Counter(row["op"] for row in rows).items() if count > 1]  # a point is no curve
     figure, panels = pyplot.subplots(-(-len(ops) // 3), 3, figsize=(10, 2.4 * -(-len(ops) // 3) + 0.6), squeeze=False)
     for panel in panels.flat[len(ops) :]:
         panel.axis("off")
     for panel, op in zip(panels.flat, ops, strict=False):
-        mine = [row for row in rows if row["op"] == op]
-        sizes = [next(row[key] for key in ("rows", "sequences", "tokens") if key in row) for row in mine]
+        key = next(key for key in ("tokens", "rows", "sequences") if all(key in row for row in rows if row["op"] == op))
+        mine = sorted((row for row in rows if row["op"] == op), key=lambda row: row[key])
+        sizes = [row[key] for row in mine]
         panel.plot(sizes, [100 * row["of_copy"] for row in mine], "-o", color=OURS, markersize=3, label="triton")
         peers = [100 * row["of_copy"] / row["ratio"] if "ratio" in row else float("nan") for row in mine]
         panel.plot(sizes, peers, "--s", color="gray", markersize=3, label=mine[0]["peer"])
-        panel.set(title=op, ylabel="% of copy", ylim=(0, None))
+        panel.set(title=op, xlabel=key, ylabel="% of copy", ylim=(0, 115))
         panel.set_xscale("log", base=2)
         panel.xaxis.set_major_formatter(matplotlib.ticker.FuncFormatter(lambda x, _: f"{x:g}"))
         panel.legend(fontsize=7)
