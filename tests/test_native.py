@@ -6,6 +6,7 @@ reference's own. Lengths and sizes are drawn by hypothesis: few here, HMR_CASES 
 """
 
 import os
+import platform
 import shutil
 import subprocess
 import sys
@@ -13,6 +14,7 @@ import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -511,3 +513,24 @@ def test_a_failed_build_leaves_nothing_behind(tmp_path) -> None:
     assert (done.returncode, done.stdout) == (0, "8 torch\n"), done.stderr
     assert "kernels: native: the build failed: x.cpp:1: error: broken; torch runs instead" in done.stderr
     assert done.stderr.count("kernels:") == 1 and list(cache.iterdir()) == []
+
+
+@pytest.mark.full
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="AMX is of x86")
+def test_products_by_amx_are_right_where_its_instructions_are_emulated(tmp_path: Path) -> None:
+    """With the address sanitizer: what is read or written beyond rows ends the program."""
+    compiler, source = os.environ.get("CXX", "c++"), Path(__file__).with_name("amx_emulated.cpp")
+    if shutil.which(compiler) is None:
+        pytest.skip("there is no C++ compiler")
+    program = tmp_path / "amx_emulated"
+    flags = [
+        "-O1",
+        "-std=c++20",
+        "-fopenmp",
+        "-Wno-psabi",
+        "-fsanitize=address,undefined",
+        f"-I{Path(native.__file__).parent}",
+    ]
+    subprocess.run([compiler, *flags, source, "-o", program], check=True, capture_output=True, text=True)
+    run = subprocess.run([program], capture_output=True, text=True, timeout=300)
+    assert (run.returncode, run.stdout) == (0, "200 products\n"), run.stdout + run.stderr
