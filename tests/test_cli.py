@@ -2,51 +2,31 @@
 
 from __future__ import annotations
 
-import ast
-import fcntl
 import io
 import json
 import os
 import subprocess
 import sys
-import time
-from dataclasses import replace
 from pathlib import Path
 from xml.etree import ElementTree
 
 import pytest
+from command_line import fails
 from reported import write_hang
 from rich.console import Console
 from rich.live import Live
 from scene import Scene
 
-from hybrid_moe_ref.parallel.observer import Collective, ScheduleEntry
 from repro.cli import CANNOT_TELL, EXPECTED, UNEXPECTED, USAGE, _parser, exit_code, main
 from repro.display import LiveTable, overview, position
 from repro.junit import write_junit
 from repro.launch import prepare_run_dir
-from repro.layout import Geometry, pack_header
-from repro.parse import parse_header
-from repro.record import Recorder, myself
 from repro.rundir import OutputError, RunDir
 from repro.scenarios import settings_of
 from repro.settings import RunSettings
-from repro.system import Facts
-from repro.watch import Watch, judge_again
 from repro.witness import Tail
 
 ROOT = Path(__file__).resolve().parent.parent
-
-
-def fails(capsys, *argv) -> tuple[int, str]:
-    """Exit code and the one line on stderr."""
-    try:
-        code = main([str(arg) for arg in argv])
-    except SystemExit as exit_:
-        code = exit_.code
-    told = capsys.readouterr().err
-    assert told.count("\n") == 1 and "Traceback" not in told, told
-    return code, told
 
 
 @pytest.mark.parametrize(
@@ -189,119 +169,6 @@ def test_clean_of_no_folder_is_refused(capsys, tmp_path):
     assert code == USAGE and "no such folder" in told
 
 
-def test_a_decided_run_is_not_decided_again(capsys, tmp_path):
-    settings = RunSettings("metadata_rebuild")
-    (tmp_path / "config.json").write_text(json.dumps(settings.to_mapping()))
-    (tmp_path / "verdict.json").write_text('{"verdict": "deadlock"}')
-    code, told = fails(capsys, "watch", tmp_path, "--end")
-    assert code == USAGE and "is decided" in told
-    assert (tmp_path / "verdict.json").read_text() == '{"verdict": "deadlock"}'
-    code, told = fails(capsys, "watch", tmp_path)
-    assert code == USAGE and "that no run of this program leaves" in told
-
-
-@pytest.mark.parametrize(
-    ("name", "key"), [("verdict.json", "quiet_s"), ("config.json", "deadline_s"), ("config.json", "seed")]
-)
-def test_numbers_without_measure_are_refused_by_watch(capsys, tmp_path, name, key):
-    left_by_a_run(tmp_path, finished())
-    (tmp_path / "verdict.json").write_text(json.dumps({"quiet_s": 1.0, "system": Facts().to_json()}))
-    document = json.loads((tmp_path / name).read_text())
-    (tmp_path / name).write_text(json.dumps(document | {key: 10**400}))
-    code, _ = fails(capsys, "watch", tmp_path)
-    assert code == USAGE
-
-
-def left_by_a_run(root, scene):
-    """A run directory of a control run with the witnesses of a scene."""
-    settings = RunSettings("metadata_rebuild", "control", num_ranks=scene.num_ranks)
-    run_dir = RunDir(root)
-    (root / "events").mkdir()
-    run_dir.config.write_text(json.dumps(settings.to_mapping()))
-    (root / "outputs").mkdir()
-    run_dir.reference.write_text('{"a": [1, 2]}')
-    for rank, data in enumerate(scene.files):
-        run_dir.witness(rank).write_bytes(data)
-        run_dir.output(rank).write_text('{"a": [1, 2]}' if rank == 0 else "{}")
-    return run_dir
-
-
-def finished():
-    scene = Scene(4, {"dp": range(4)})
-    for recorder in scene.recorders:
-        recorder.done()
-    return scene
-
-
-def test_watch_exits_with_0_for_the_expected_verdict_1_for_another_and_125_for_none(capsys, tmp_path):
-    run_dir = left_by_a_run(tmp_path, finished())
-    assert main(["watch", str(tmp_path)]) == EXPECTED
-    assert capsys.readouterr().out.startswith("clean\n")
-    scene = finished()
-    scene.enter([0], Collective("dp", "all_reduce", "step", (4,), "int32", "sum"))
-    run_dir.witness(0).write_bytes(scene.files[0])
-    assert main(["watch", str(tmp_path)]) == UNEXPECTED
-    assert capsys.readouterr().out.startswith("deadlock\n")
-    run_dir.witness(0).unlink()
-    assert main(["watch", str(tmp_path), "--json"]) == CANNOT_TELL
-    told = json.loads(capsys.readouterr().out)
-    assert (told["verdict"], told["cause"], told["schema_version"]) == ("inconclusive", None, 1)
-    contract = "scenario variant backend num_ranks seed culprits ranks first_divergence cycle evidence expected seconds"
-    assert {*contract.split(), "matches_expected"} <= told.keys()
-
-
-def test_a_run_whose_numbers_nobody_compared_is_not_clean(capsys, tmp_path):
-    run_dir = left_by_a_run(tmp_path, finished())
-    run_dir.output(3).unlink()
-    assert main(["watch", str(tmp_path)]) == CANNOT_TELL
-    assert "an output is not there, so the tokens were not compared" in capsys.readouterr().out
-    run_dir.output(3).write_text('{"a": [1, 3]}')
-    assert main(["watch", str(tmp_path)]) == UNEXPECTED
-    assert capsys.readouterr().out.startswith("corrupt\n")
-
-
-@pytest.mark.parametrize(("reference", "verdict"), [(True, "clean"), (False, "inconclusive")])
-def test_what_was_not_compared_by_the_deadline_is_not_clean(tmp_path, reference, verdict):
-    run_dir = left_by_a_run(tmp_path, finished())
-    if not reference:
-        run_dir.reference.unlink()
-    settings = RunSettings("metadata_rebuild", "control", num_ranks=4, deadline_s=0.2)
-    watch = Watch(run_dir, settings, job_alive=lambda: True, reference_alive=lambda: True)
-    watch.started_ns -= 10**9
-    document = watch.run()
-    assert document["verdict"] == verdict, document
-    assert any("deadline" in line for line in document["evidence"]), document
-
-
-def test_ranks_of_hosts_whose_clocks_have_nothing_in_common_are_judged_in_time(tmp_path):
-    """One host has been up for twelve days longer than this one, and another was started last."""
-    call = Collective("dp", "all_reduce", "step", (4,), "int32", "sum")
-    files = []
-    for rank, ahead_ns in enumerate((0, 0, 10**15, -(10**12))):
-        who = replace(myself(rank, 4), run_id="test", pid=2**22 + 1 + rank)
-        if ahead_ns:
-            offset_ns = who.wall_offset_ns - ahead_ns
-            who = replace(who, boot_id=f"boot{rank}", hostname=f"host{rank}", wall_offset_ns=offset_ns)
-        data = bytearray(Geometry().file_bytes)
-        header = pack_header(who, Geometry())
-        data[: len(header)] = header
-        recorder = Recorder(data, who, Geometry(), clock=lambda ahead_ns=ahead_ns: time.monotonic_ns() + ahead_ns)
-        recorder.groups({"dp": range(4), "ep": range(4)})
-        recorder.enter(call if rank < 3 else call._replace(group="ep"))
-        files.append(data)
-    scene = finished()
-    scene.files = files
-    run_dir = left_by_a_run(tmp_path, scene)
-    settings = RunSettings("metadata_rebuild", "control", num_ranks=4, quiet_window_s=0.3, deadline_s=20)
-    watch = Watch(run_dir, settings, job_alive=lambda: True, reference_alive=lambda: False)
-    watch.processes = watch._running = lambda: {}
-    document = watch.run()
-    assert (document["verdict"], document["cause"]) == ("deadlock", None), document
-    assert "times of 2 ranks on other hosts rest on wall clocks" in document["evidence"], document
-    assert 0.3 <= document["seconds"]["stall_to_verdict"] < 5 and document["seconds"]["total"] < 10, document
-    assert judge_again(run_dir, settings)[0]["verdict"] == "deadlock"
-
-
 def test_a_run_that_cannot_begin_leaves_nothing_and_latest_where_it_was(tmp_path):
     settings = RunSettings("metadata_rebuild", "control")
     (tmp_path / "latest").mkdir()
@@ -317,81 +184,6 @@ def test_a_run_that_cannot_begin_leaves_nothing_and_latest_where_it_was(tmp_path
     assert os.readlink(tmp_path / "latest") == "earlier"
 
 
-def newer(data):
-    data[8] = 9
-
-
-def empty(data):
-    data.clear()
-
-
-def cut(data):
-    del data[len(data) // 2 :]
-
-
-def impossible(data):
-    data[finished_shape().ring_at + 66] = 99  # the kind of the first record
-
-
-def of_another_run(data):
-    data[:] = Scene(4, {"dp": range(4)}, run_id="another").files[2]
-
-
-def finished_shape():
-    return parse_header(bytes(finished().files[0]), "x")[1]
-
-
-@pytest.mark.parametrize(
-    ("damage", "words"),
-    [
-        (empty, "rank002.wit:0: the file ends inside its header"),
-        (newer, "rank002.wit:8: witness version 9, this reader knows 1"),
-        (cut, "rank002.wit:{half}: the file ends early"),
-        (impossible, "rank002.wit:{ring}: impossible record, event 1 kind 99"),
-        (of_another_run, "rank002.wit:0: of run 'another' with 4 ranks, not of 'test'"),
-    ],
-)
-def test_a_bad_witness_is_named_with_its_offset_and_the_rest_is_still_used(capsys, tmp_path, damage, words):
-    scene = finished()
-    scene.files[2] = bytearray(bytes(scene.files[2]))  # a copy that no recorder holds on to
-    damage(scene.files[2])
-    left_by_a_run(tmp_path, scene)
-    words = words.format(half=len(scene.files[2]), ring=finished_shape().ring_at)
-    for flags in ([], ["--json"]):
-        assert main(["watch", str(tmp_path), *flags]) == CANNOT_TELL
-        told = capsys.readouterr()
-        assert words in told.out and not told.err
-    assert [position["state"] for position in json.loads(told.out)["ranks"]].count("done") >= 3
-
-
-@pytest.mark.parametrize("twentieth", [3, *(pytest.param(n, marks=pytest.mark.full) for n in range(20) if n != 3)])
-def test_a_witness_cut_anywhere_never_ends_in_a_traceback_or_a_wrong_culprit(capsys, tmp_path, twentieth):
-    scene = Scene(4, {"dp": range(4), "ep": range(4)})
-    reduce, gather = Collective("dp", "all_reduce", "", (4,)), Collective("ep", "all_gather_v", "l", (1, 1, 1, 1))
-    scene.begin_step(1, (ScheduleEntry("dp", "all_reduce"), ScheduleEntry("ep", "all_gather_v", "l")))
-    scene.all_of(range(4), reduce)
-    scene.enter([0, 1, 3], gather)
-    scene.enter([2], reduce._replace(layer="extra"))
-    used = 1024 + 16 * 128 + 12 * 72  # header, slots and the records that there are; then the rest of the file
-    whole = len(scene.files[2])
-    cut = used * twentieth // 10 if twentieth < 10 else used + (whole - used) * (twentieth - 10) // 10
-    scene.files[2] = scene.files[2][:cut]
-    left_by_a_run(tmp_path, scene)
-    assert main(["watch", str(tmp_path), "--json"]) == CANNOT_TELL
-    told = capsys.readouterr()
-    assert not told.err and "rank002.wit" in " ".join(json.loads(told.out)["evidence"])
-    assert set(json.loads(told.out)["culprits"]) <= {2}
-
-
-def test_only_one_process_may_watch_a_run_to_its_end(capsys, tmp_path):
-    run_dir = left_by_a_run(tmp_path, finished())
-    with run_dir.config.open("rb") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        code, told = fails(capsys, "watch", tmp_path, "--end")
-    assert code == USAGE and f"process {os.getpid()} watches this run to its end" in told
-    assert not run_dir.verdict.exists()
-
-
 def test_exit_codes_tell_wrong_from_undecided():
     expected = {"verdict": "clean", "matches_expected": True}
     undecided = {"verdict": "inconclusive", "matches_expected": False}
@@ -399,45 +191,6 @@ def test_exit_codes_tell_wrong_from_undecided():
     assert exit_code([expected, expected]) == EXPECTED
     assert exit_code([expected, undecided]) == CANNOT_TELL
     assert exit_code([undecided, wrong]) == UNEXPECTED
-
-
-@pytest.mark.parametrize(
-    "module", ["repro.verdict", "repro.cli", "repro.watch", "repro.witness", "repro.scenarios", "repro.report"]
-)
-def test_what_watches_and_judges_never_imports_torch(module):
-    code = f"import sys, {module}; sys.exit('torch' in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
-
-
-def test_dependencies_point_one_way():
-    """layers -> kernels, model -> layers, parallel -> model, engine -> parallel, repro -> engine; never back."""
-    forbidden = {
-        "kernels": ("hybrid_moe_ref", "repro"),
-        "hybrid_moe_ref/layers": ("hybrid_moe_ref.parallel", "hybrid_moe_ref.engine", "hybrid_moe_ref.model", "repro"),
-        "hybrid_moe_ref/parallel": ("hybrid_moe_ref.engine", "repro"),
-        "hybrid_moe_ref/engine": ("repro",),
-        "hybrid_moe_ref": ("repro",),
-        "repro/verdict": ("torch",),
-        "repro/report": ("torch",),
-    }
-    for folder, modules in forbidden.items():
-        for path in (ROOT / folder).rglob("*.py"):
-            for line in path.read_text().splitlines():
-                words = line.split()
-                if words[:1] in (["import"], ["from"]):
-                    imported = words[1]
-                    assert not any(imported == m or imported.startswith(f"{m}.") for m in modules), f"{path}: {line}"
-
-
-def test_only_comm_calls_collectives():
-    collectives = {"all_reduce", "reduce_scatter", "broadcast", "barrier", "all_gather", "all_to_all_single"}
-    for path in (ROOT / "hybrid_moe_ref").rglob("*.py"):
-        for node in ast.walk(ast.parse(path.read_text())):
-            if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("torch.distributed"):
-                raise AssertionError(f"{path}:{node.lineno} imports from torch.distributed by name")
-            if isinstance(node, ast.Attribute) and node.attr in collectives and path.name != "comm.py":
-                owner = ast.unparse(node.value)
-                assert "dist" not in owner.split("."), f"{path}:{node.lineno}: {owner}.{node.attr}"
 
 
 def decided(scenario, variant, verdict, **more):

@@ -1,0 +1,14 @@
+"""The command line, called from a test."""
+
+from repro.cli import main
+
+
+def fails(capsys, *argv) -> tuple[int, str]:
+    """Exit code and the one line on stderr."""
+    try:
+        code = main([str(arg) for arg in argv])
+    except SystemExit as exit_:
+        code = exit_.code
+    told = capsys.readouterr().err
+    assert told.count("\n") == 1 and "Traceback" not in told, told
+    return code, told

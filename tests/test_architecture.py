@@ -1,0 +1,51 @@
+"""What may import and call what, and what stays free of torch."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+@pytest.mark.parametrize(
+    "module", ["repro.verdict", "repro.cli", "repro.watch", "repro.witness", "repro.scenarios", "repro.report"]
+)
+def test_what_watches_and_judges_never_imports_torch(module):
+    code = f"import sys, {module}; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
+
+
+def test_dependencies_point_one_way():
+    """layers -> kernels, model -> layers, parallel -> model, engine -> parallel, repro -> engine; never back."""
+    forbidden = {
+        "kernels": ("hybrid_moe_ref", "repro"),
+        "hybrid_moe_ref/layers": ("hybrid_moe_ref.parallel", "hybrid_moe_ref.engine", "hybrid_moe_ref.model", "repro"),
+        "hybrid_moe_ref/parallel": ("hybrid_moe_ref.engine", "repro"),
+        "hybrid_moe_ref/engine": ("repro",),
+        "hybrid_moe_ref": ("repro",),
+        "repro/verdict": ("torch",),
+        "repro/report": ("torch",),
+    }
+    for folder, modules in forbidden.items():
+        for path in (ROOT / folder).rglob("*.py"):
+            for line in path.read_text().splitlines():
+                words = line.split()
+                if words[:1] in (["import"], ["from"]):
+                    imported = words[1]
+                    assert not any(imported == m or imported.startswith(f"{m}.") for m in modules), f"{path}: {line}"
+
+
+def test_only_comm_calls_collectives():
+    collectives = {"all_reduce", "reduce_scatter", "broadcast", "barrier", "all_gather", "all_to_all_single"}
+    for path in (ROOT / "hybrid_moe_ref").rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("torch.distributed"):
+                raise AssertionError(f"{path}:{node.lineno} imports from torch.distributed by name")
+            if isinstance(node, ast.Attribute) and node.attr in collectives and path.name != "comm.py":
+                owner = ast.unparse(node.value)
+                assert "dist" not in owner.split("."), f"{path}:{node.lineno}: {owner}.{node.attr}"
