@@ -315,6 +315,7 @@ SMALL: list[Case] = [
     route(12, N=3, E=24, K=3),
     experts(13, N=9, E=4, K=3, H=40, I=24),
     experts(14, N=1, E=9, K=2, H=16, I=16),
+    experts(15, N=2, E=12, K=3, H=40, I=24),  # so few picks that each is a tile
     rms_norm(15, N=7, H=100),
     norm_then_gate(16, N=9, H=24),
     gate_then_norm(17, N=3, G=3, H=20),

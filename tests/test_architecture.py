@@ -49,3 +49,21 @@ def test_only_comm_calls_collectives():
             if isinstance(node, ast.Attribute) and node.attr in collectives and path.name != "comm.py":
                 owner = ast.unparse(node.value)
                 assert "dist" not in owner.split("."), f"{path}:{node.lineno}: {owner}.{node.attr}"
+
+
+def test_no_test_module_asks_for_a_gpu_when_it_is_imported():
+    """After that, no rank that uses one can be forked: one such line makes all of test_gpu.py fail when it is not run
+    alone."""
+
+    def at_import(node):
+        """What runs then: everything but the bodies of functions."""
+        yield node
+        skipped = node.body if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda) else []
+        for child in ast.iter_child_nodes(node):
+            if child not in (skipped if isinstance(skipped, list) else [skipped]):
+                yield from at_import(child)
+
+    for path in (ROOT / "tests").glob("*.py"):
+        for node in at_import(ast.parse(path.read_text())):
+            if isinstance(node, ast.Call) and ast.unparse(node.func).startswith("torch.cuda."):
+                raise AssertionError(f"{path}:{node.lineno}: {ast.unparse(node)}")

@@ -28,9 +28,10 @@ INLINE void transpose(vu* rows) {
     }
 }
 
-// Of up to sixteen rows x, the whole TILE_Ks as right sides: row r of a tile has numbers 2r and 2r + 1 of each row x.
+// Of up to sixteen rows x, K numbers, a multiple of TILE_K here and below, as right sides: row r of a tile has numbers 2r and
+// 2r + 1 of each row x.
 static void pack_tiles(const bf16* const* x, int64_t M, int64_t K, bf16* to) {
-    for (int64_t k = 0; k + TILE_K <= K; k += TILE_K, to += TILE * TILE_K) {
+    for (int64_t k = 0; k < K; k += TILE_K, to += TILE * TILE_K) {
         vu rows[TILE] = {};
         for (int64_t m = 0; m < M; m++) __builtin_memcpy(&rows[m], x[m] + k, sizeof(vu));
         transpose(rows);
@@ -82,8 +83,8 @@ INLINE void multiply_tiles(const bf16* w, int64_t ldw, const bf16* packed, int64
 
 template <int WT> INLINE void multiply_rows(const bf16* w, int64_t ldw, const bf16* packed, int64_t K, int64_t M, float* out, int64_t ldo) {
     int64_t m = 0;
-    for (; m + TILE < M; m += 2 * TILE) multiply_tiles<WT, 2>(w, ldw, packed + m * (K / TILE_K * TILE_K), K, M - m < 2 * TILE ? M - m : 2 * TILE, out + m * ldo, ldo);
-    if (m < M) multiply_tiles<WT, 1>(w, ldw, packed + m * (K / TILE_K * TILE_K), K, M - m, out + m * ldo, ldo);
+    for (; m + TILE < M; m += 2 * TILE) multiply_tiles<WT, 2>(w, ldw, packed + m * K, K, M - m < 2 * TILE ? M - m : 2 * TILE, out + m * ldo, ldo);
+    if (m < M) multiply_tiles<WT, 1>(w, ldw, packed + m * K, K, M - m, out + m * ldo, ldo);
 }
 
 // As rows_times, for the whole TILE_Ks of the first rows w, a multiple of TILE. Returns how many these are: none where tiles
@@ -91,11 +92,12 @@ template <int WT> INLINE void multiply_rows(const bf16* w, int64_t ldw, const bf
 static int64_t tiles_times(const bf16* const* x, int64_t M, const bf16* w, int64_t ldw, int64_t O, int64_t K, float* out, int64_t ldo) {
     if (!tiles_allowed || M < TILES_FROM || O < TILE || K < TILE_K) return 0;
     const int64_t most = M < TILES_ROWS ? (M + TILE - 1) / TILE * TILE : TILES_ROWS, whole = O / TILE * TILE;
-    bf16* packed = (bf16*)aligned_alloc(64, most * (K / TILE_K) * 64);
+    K = K / TILE_K * TILE_K;
+    bf16* packed = (bf16*)aligned_alloc(64, most * K * sizeof(bf16));
     _tile_loadconfig(&tile_shapes);
     for (int64_t first = 0; first < M; first += TILES_ROWS) {
         const int64_t count = M - first < TILES_ROWS ? M - first : TILES_ROWS;
-        for (int64_t m = 0; m < count; m += TILE) pack_tiles(x + first + m, count - m < TILE ? count - m : TILE, K, packed + m * (K / TILE_K * TILE_K));
+        for (int64_t m = 0; m < count; m += TILE) pack_tiles(x + first + m, count - m < TILE ? count - m : TILE, K, packed + m * K);
         before_tiles(packed);
         int64_t o = 0;
         for (; o + 2 * TILE <= whole; o += 2 * TILE) multiply_rows<2>(w + o * ldw, ldw, packed, K, count, out + first * ldo + o, ldo);

@@ -1,5 +1,5 @@
-// The ops' signatures in C++: checks of every argument, and the kernels of the best instruction set that this processor
-// has. A bad argument is a ValueError that names it, with what it is and what was wanted.
+// The ops' signatures in C++: checks of every argument, and the kernels of the instruction set that is used, at first the best
+// one. A bad argument is a ValueError that names it, with what it is and what was wanted.
 #include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
@@ -12,68 +12,18 @@
 #include <tuple>
 #include <vector>
 
-#if defined(__x86_64__) && defined(__linux__)
-#include <cpuid.h>
-#include <sys/syscall.h>
-#include <unistd.h>
-#endif
-
-#include "table.h"
-
-bool hmr::tiles_allowed = false;
+#include "instruction_sets.h"
 
 namespace py = pybind11;
 using at::Tensor;
+using hmr::table;
 using std::optional;
 using std::string;
 
 namespace {
 
-const hmr::Table* table = &hmr::generic_table;
-
-// Whether this processor has AMX and lends its tiles to this process, which Linux is asked for once: it makes room for 8 KB
-// more of registers for each thread.
-bool has_tiles() {
-#if defined(__x86_64__) && defined(__linux__) && defined(SYS_arch_prctl)
-    const unsigned BF16_AND_TILE = 1u << 22 | 1u << 24;
-    const int REQUEST_PERMISSION = 0x1023, TILE_DATA = 18;
-    unsigned a, b, c, d;
-    return __get_cpuid_count(7, 0, &a, &b, &c, &d) && (d & BF16_AND_TILE) == BF16_AND_TILE &&
-           syscall(SYS_arch_prctl, REQUEST_PERMISSION, TILE_DATA) == 0;
-#else
-    return false;
-#endif
-}
-
-// Which of the tables this processor can run, worst first.
-std::vector<const hmr::Table*> runnable() {
-    std::vector<const hmr::Table*> found = {&hmr::generic_table};
-#if defined(__x86_64__)
-    __builtin_cpu_init();
-    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) found.push_back(&hmr::avx2_table);
-    if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
-        __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512bf16")) {
-        found.push_back(&hmr::avx512_table);
-        if (has_tiles()) found.push_back(&hmr::amx_table);
-    }
-#endif
-    return found;
-}
-
-std::vector<string> instruction_sets() {
-    std::vector<string> names;
-    for (const auto* each : runnable()) names.push_back(each->name);
-    return names;
-}
-
 void use_instruction_set(const string& name) {
-    for (const auto* each : runnable())
-        if (each->name == name) {
-            table = each;
-            hmr::tiles_allowed = each == &hmr::amx_table;
-            return;
-        }
-    throw py::value_error("instruction_set: " + name + " is not one that this processor has");
+    if (!hmr::use(name)) throw py::value_error("instruction_set: " + name + " is not one that this processor has");
 }
 
 int threads() { return at::get_num_threads(); }
@@ -481,10 +431,10 @@ Tensor rotate(const Tensor& x_THD, const Tensor& cos_TR, const Tensor& sin_TR) {
 
 PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
     using py::arg;
-    use_instruction_set(runnable().back()->name);
+    use_instruction_set(hmr::instruction_sets().back());
     // Other Python threads run meanwhile. An error is thrown as a C++ exception, and made a Python one with the lock held again.
     const py::call_guard<py::gil_scoped_release> unlocked;
-    m.def("instruction_sets", &instruction_sets);
+    m.def("instruction_sets", &hmr::instruction_sets);
     m.def("use_instruction_set", &use_instruction_set);
     m.def("instruction_set", [] { return table->name; });
     m.def("project", &project, unlocked);

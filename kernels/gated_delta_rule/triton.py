@@ -275,8 +275,8 @@ def _scan_chunks(
                 down, up = tl.minimum(64 / peak, 1.0), tl.maximum(peak / 64, 1.0)
             else:
                 down, up = 1.0, 1.0
-            seen = cast(S * down, k.dtype)
-            lacks = product(solve, v * down - since[:, None] * product(k, S * down, STATE), KIND)
+            seen = S * down
+            lacks = product(solve, v * down - since[:, None] * product(k, seen, STATE), KIND)
             o = (K**-0.5 * since)[:, None] * product(q, seen, KIND) + product(reads, lacks, KIND)
             tl.store(
                 o_ptr + (row * H + h) * V + (c[:, None] * (H * V) + e[None, :]),
