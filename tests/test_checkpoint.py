@@ -190,6 +190,7 @@ def test_a_rank_reads_only_its_experts(folder: Path) -> None:
     assert shards.bytes_read == sum(p.nbytes for p in part.parameters())
 
 
+@pytest.mark.full
 def test_loading_takes_little_more_memory_than_what_is_held(tmp_path: Path) -> None:
     """Of a part too, in both layouts of the checkpoint: what is cut by columns is never there as a whole."""
     wide = {"num_experts": 64, "hidden_size": 512, "moe_intermediate_size": 64, "vocab_size": 16384}

@@ -19,7 +19,7 @@ import kernel_cases as cases
 import pytest
 import torch
 from hybrid_moe_kernels import registry
-from kernel_cases import error, poisoned
+from kernel_cases import error, module_of, op_of, poisoned, results
 
 pytestmark = [
     pytest.mark.gpu,
@@ -57,14 +57,10 @@ REAL = [
 ]
 
 
-def module_of(case):
-    return importlib.import_module(f"hybrid_moe_kernels.{case.op.partition('.')[0]}.triton")
-
-
 def check(case, dtype):
     if case.op == "moe.route" and dtype == torch.bfloat16:
         pytest.skip("equal logits, whose order is free")
-    cases.check(case, module_of(case), dtype, "cuda")
+    cases.check(case, module_of(case, "triton"), dtype, "cuda")
 
 
 @DTYPES
@@ -98,7 +94,7 @@ def test_every_launch_size_that_a_benchmark_compares_is_right(kernel):
 
     for case in REAL:
         if case.op == kernel:
-            for config in module_of(case).CONFIGS[kernel]:
+            for config in module_of(case, "triton").CONFIGS[kernel]:
                 with forcing(kernel, config):
                     check(case, torch.bfloat16)
 
@@ -115,11 +111,9 @@ def test_a_captured_step_replays_for_new_inputs(case, dtype):
     allocates is NaN before each."""
     if case.op == "moe.route" and dtype == torch.bfloat16:
         pytest.skip("equal logits, whose order is free")
-    package, _, function = case.op.partition(".")
-    op = getattr(importlib.import_module(f"hybrid_moe_kernels.{package}"), function)
-    reference = getattr(importlib.import_module(f"hybrid_moe_kernels.{package}.reference"), function)
+    op, reference = op_of(case), module_of(case, "reference")
     args = case.inputs(dtype, "cuda")
-    assert op.pick("cuda", dtype).run is getattr(module_of(case), function)
+    assert op.pick("cuda", dtype).backend == "triton"
     kept = [x.clone() if isinstance(x, torch.Tensor) else x for x in args]
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
@@ -157,19 +151,13 @@ def test_a_captured_step_replays_for_new_inputs(case, dtype):
             assert error(mine, right) <= limit, f"{case}, shuffled by seed {seed}"
 
 
-def results(case, run, args):
-    out = run(*args, **case.options)
-    return [*(out if isinstance(out, tuple) else (out,)), *(args[place] for place in case.states)]
-
-
 @pytest.mark.parametrize("num_sequences", [1, 64, 500])
 def test_heads_that_share_inputs_never_see_them_shifted(num_sequences):
     """100 steps in a row: were a program to shift a key head's inputs before its fellows have read them, or a counter
     to be left behind, the states would part from those of the reference."""
     case = cases.gdn_decode(1, num_sequences, M=2, R=4, K=32, V=32, W=4)
-    module = module_of(case)
-    reference = importlib.import_module("hybrid_moe_kernels.gated_delta_rule.reference")
-    args, wide = case.inputs(torch.float32, "cuda"), case.inputs(torch.float64, "cpu", spaced=False)
+    module, reference = module_of(case, "triton"), module_of(case, "reference")
+    args, wide = case.inputs(torch.float32, "cuda"), case.inputs(torch.float64, "cpu", gap=0)
     for step in range(100):
         x = torch.randn(args[0].shape, generator=torch.Generator().manual_seed(step))
         args[0].copy_(x)
@@ -187,7 +175,7 @@ def test_a_prefill_that_is_compiled_at_first_use_computes_the_reference(dtype, m
 
     monkeypatch.setenv("HMR_KERNEL_CACHE", str(tmp_path))
     for case in (REAL[0], REAL[1]):
-        args, wide = case.inputs(dtype, "cuda"), case.inputs(torch.float64, "cpu", spaced=False)
+        args, wide = case.inputs(dtype, "cuda"), case.inputs(torch.float64, "cpu", gap=0)
         y, want = jit.prefill(*args), reference.prefill(*wide)
         limit = 5e-6 if dtype == torch.float32 else 1e-12
         assert error(y, want) <= limit and error(args[5], wide[5]) <= limit, f"{case}"

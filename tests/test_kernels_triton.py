@@ -35,6 +35,7 @@ if _set_outside is None:
     del os.environ["TRITON_INTERPRET"]  # not for the processes that other tests start
 
 import kernel_cases as cases  # noqa: E402
+from drawn_cases import any_sizes  # noqa: E402
 from hybrid_moe_kernels import causal_conv, norm, registry, tile  # noqa: E402
 from hypothesis import HealthCheck, given, seed, settings  # noqa: E402
 from hypothesis import strategies as some  # noqa: E402
@@ -177,58 +178,19 @@ def test_a_decode_step_is_one_launch(case, monkeypatch):
     assert launched == ["_decode"]
 
 
-LENGTHS = some.lists(
-    some.sampled_from([0, 1, 2, 3, 31, 32, 33, 65, 130]) | some.integers(0, 12), min_size=1, max_size=3
-)
-ONE_TO = {limit: some.integers(1, limit) for limit in (2, 3, 4, 6, 20, 40)}
-NUMBERS = some.integers(0, 2**31)
-ANY = {
-    "causal_conv.prefill": some.builds(
-        cases.conv_prefill, NUMBERS, LENGTHS, C=ONE_TO[40], W=some.integers(2, 5), bias=some.booleans()
-    ),
-    "causal_conv.update": some.builds(
-        cases.conv_update, NUMBERS, some.integers(0, 4), C=ONE_TO[40], W=some.integers(2, 5), bias=some.booleans()
-    ),
-    "gated_delta_rule.prefill": some.builds(
-        cases.gdn_prefill, NUMBERS, LENGTHS, ONE_TO[2], ONE_TO[3], ONE_TO[20], ONE_TO[40], repeated=some.booleans()
-    ),
-    "gated_delta_rule.decode": some.builds(
-        cases.gdn_decode,
-        NUMBERS,
-        some.integers(0, 3),
-        ONE_TO[3],
-        ONE_TO[4],
-        ONE_TO[20],
-        ONE_TO[40],
-        some.integers(2, 5),
-    ),
-    "ssd.prefill": some.builds(cases.ssd_prefill, NUMBERS, LENGTHS, ONE_TO[2], ONE_TO[3], ONE_TO[40], ONE_TO[20]),
-    "ssd.decode": some.builds(
-        cases.ssd_decode,
-        *(NUMBERS, some.integers(0, 3), ONE_TO[3], ONE_TO[3], ONE_TO[20], ONE_TO[20], some.integers(2, 5)),
-        bias=some.booleans(),
-        norm=some.booleans(),
-    ),
-    "moe.route": some.builds(cases.route, NUMBERS, some.integers(0, 5), E=some.integers(6, 40), K=ONE_TO[6]),
-    "moe.experts": some.builds(
-        cases.experts, NUMBERS, some.integers(0, 20), ONE_TO[6], ONE_TO[3], H=ONE_TO[40], I=ONE_TO[40]
-    ),
-    "norm.rms_norm": some.builds(cases.rms_norm, NUMBERS, some.integers(0, 9), some.integers(1, 300)),
-    "norm.norm_then_gate": some.builds(cases.norm_then_gate, NUMBERS, some.integers(0, 9), ONE_TO[40]),
-    "norm.gate_then_norm": some.builds(cases.gate_then_norm, NUMBERS, some.integers(0, 9), ONE_TO[4], ONE_TO[40]),
-    "rope.rotate": some.builds(
-        cases.rotate, NUMBERS, some.integers(0, 5), ONE_TO[6], D=some.integers(8, 40), R=ONE_TO[4]
-    ),
-}
+LENGTHS = some.lists(some.sampled_from([0, 1, 2, 3, 31, 32, 33, 65, 130]) | some.integers(0, 12), max_size=3)
+DRAWN = any_sizes(LENGTHS, rows=some.integers(0, 20), most=32)
+for case in cases.WITHOUT_TRITON:
+    del DRAWN[case.op]
 
 
 @pytest.mark.full
 @pytest.mark.timeout(1800)
-@pytest.mark.parametrize("op", ANY)
+@pytest.mark.parametrize("op", DRAWN)
 def test_any_sizes_in_float32(op):
     @seed(1)
     @settings(max_examples=500, deadline=None, database=None, suppress_health_check=list(HealthCheck))
-    @given(ANY[op])
+    @given(DRAWN[op])
     def run(case):
         cases.check(case, module_of(case), torch.float32)
 
@@ -273,7 +235,7 @@ def test_every_kernel_compiles_for_an_h200_and_fits(dtype, tmp_path):
     run = subprocess.run(command, capture_output=True, text=True, env=environment)
     assert run.returncode == 0, run.stdout + run.stderr
     rows = json.loads((tmp_path / "rows.json").read_text())["rows"]
-    assert {row["op"].partition(",")[0].partition(" ")[0] for row in rows} >= set(ANY), run.stdout
+    assert {row["op"].partition(",")[0].partition(" ")[0] for row in rows} >= set(DRAWN), run.stdout
     for row in rows:
         assert row["programs_per_multiprocessor"] >= 1, row
         if dtype == "bf16" and not row["op"].endswith(".prefill"):  # the two scans do spill: see the report

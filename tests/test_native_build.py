@@ -8,8 +8,10 @@ from __future__ import annotations
 import errno
 import fcntl
 import os
+import platform
 import shutil
 import signal
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -152,3 +154,60 @@ def test_signs_of_life_are_given_while_this_process_builds(monkeypatch) -> None:
     assert len(ticks) >= 2
     with pytest.raises(native.BuildFailed, match="no"):
         native._ticking(lambda: (_ for _ in ()).throw(native.BuildFailed("no")), lambda: None)
+
+
+def run_python(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, env=os.environ | environment, timeout=300
+    )
+
+
+CALL = """
+import torch
+from hybrid_moe_kernels import norm, registry
+registry.prepare()
+print(round(norm.rms_norm(torch.ones(2, 4), torch.zeros(4), 1e-6).sum().item()), registry.table()["norm.rms_norm"])
+"""
+
+
+def test_without_a_compiler_torch_runs_and_one_line_says_so(tmp_path) -> None:
+    done = run_python(CALL, HMR_KERNELS="native", HMR_NATIVE_DIR=str(tmp_path), CXX="no-such-compiler")
+    assert (done.returncode, done.stdout) == (0, "8 torch\n"), done.stderr
+    assert done.stderr.count("\n") == 1 and "there is no C++ compiler ('no-such-compiler'" in done.stderr
+
+
+@pytest.mark.full
+def test_a_failed_build_leaves_nothing_behind(tmp_path) -> None:
+    if shutil.which("ninja") is None:
+        pytest.skip("native kernels: ninja is not installed")
+    compiler = tmp_path / "g++"
+    compiler.write_text(
+        '#!/bin/sh\n[ "$1" = --version ] && echo broken 1.0 && exit 0\necho "x.cpp:1: error: broken"\nexit 1\n'
+    )
+    compiler.chmod(0o755)
+    cache = tmp_path / "cache"
+    done = run_python(CALL, HMR_KERNELS="native", HMR_NATIVE_DIR=str(cache), CXX=str(compiler))
+    assert (done.returncode, done.stdout) == (0, "8 torch\n"), done.stderr
+    assert "kernels: native: the build failed: x.cpp:1: error: broken; torch runs instead" in done.stderr
+    assert done.stderr.count("kernels:") == 1 and list(cache.iterdir()) == []
+
+
+@pytest.mark.full
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="AMX is of x86")
+def test_products_by_amx_are_right_where_its_instructions_are_emulated(tmp_path: Path) -> None:
+    """With the address sanitizer: what is read or written beyond rows ends the program."""
+    compiler, source = os.environ.get("CXX", "c++"), Path(__file__).with_name("amx_emulated.cpp")
+    if shutil.which(compiler) is None:
+        pytest.skip("there is no C++ compiler")
+    program = tmp_path / "amx_emulated"
+    flags = [
+        "-O1",
+        "-std=c++20",
+        "-fopenmp",
+        "-Wno-psabi",
+        "-fsanitize=address,undefined",
+        f"-I{Path(native.__file__).parent}",
+    ]
+    subprocess.run([compiler, *flags, source, "-o", program], check=True, capture_output=True, text=True)
+    run = subprocess.run([program], capture_output=True, text=True, timeout=300)
+    assert (run.returncode, run.stdout) == (0, "200 products\n"), run.stdout + run.stderr

@@ -101,7 +101,7 @@ def test_the_observer_hears_of_every_collective_before_and_after(tmp_path):
         assert heard == [{"dp": everyone, "ep": everyone}, ("enter", event), ("leave", event)]
 
 
-@pytest.mark.parametrize("name", ["uneven", "some zero"])
+@pytest.mark.parametrize("name", ["some zero", pytest.param("uneven", marks=pytest.mark.full)])
 def test_dp8_ep8_equals_the_single_process_in_float32(tmp_path, name):
     config, seed = preset("tiny"), 3
     draw = random.Random(seed)

@@ -294,6 +294,7 @@ def test_every_preset_can_be_cut(name, tp_size):
         assert page_layout(local_config(config, tp_size, experts)) == page_layout(config, tp_size=tp_size)
 
 
+@pytest.mark.full
 def test_the_smallest_preset_on_eight_ranks_that_split_its_value_heads(tmp_path):
     config = dataclasses.replace(PRESETS["tiny"], layer_pattern="GMA", vocab_size=61, num_experts=16)
     check_layout(tmp_path, ParallelConfig(tp_size=8), config, "intermediate", [RAGGED])
