@@ -78,9 +78,13 @@ class Watch:
 
     def run(self) -> dict[str, Any]:
         """Watch until the run is decided; returns what was written to verdict.json."""
-        while (verdict := self._decide()) is None:
-            self.show(self._tails)
-            time.sleep(POLL_S)
+        try:
+            while (verdict := self._decide()) is None:
+                self.show(self._tails)
+                time.sleep(POLL_S)
+        except Exception:
+            self._collect_evidence()  # whoever called ends the ranks, and what they could tell with them
+            raise
         return self._write(verdict)
 
     def processes(self) -> list[psutil.Process]:

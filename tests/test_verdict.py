@@ -89,6 +89,30 @@ def test_extra_collective_of_the_live_ranks_is_a_deadlock_with_exactly_them_as_c
     assert json.loads(json.dumps(verdict.to_json()))["ranks"][7]["sizes"] == list(SIZES)
 
 
+@pytest.mark.parametrize(("ring_records", "culprits"), [(40, tuple(range(6))), (4, ())])
+def test_a_schedule_in_two_parts_is_one_and_who_declared_only_the_first_does_not_differ(
+    ring_records: int, culprits: tuple[int, ...]
+) -> None:
+    """As a step that may be split declares it: what comes after its agreement depends on that. A ring that has lost
+    the first part has lost the beginning of the step."""
+    made = scene(shape=Geometry(ring_records=ring_records))
+    for step in range(8, 12):
+        made.begin_step(step, PLAN[:1], live=EVERYONE)
+        made.all_of(EVERYONE, C1)
+        made.begin_step(step, PLAN[1:], live=EVERYONE)
+        for call in STEP[1:]:
+            made.all_of(EVERYONE, call)
+    made.begin_step(12, PLAN[:1], live=EVERYONE)
+    made.all_of(EVERYONE, C1)
+    for rank in range(7):
+        made.recorders[rank].begin_step(12, PLAN[1:], 1)
+    made.enter(range(6), EXTRA)
+    made.enter((6,), dispatch(0))
+    verdict = look(made)
+    assert (verdict.verdict, verdict.culprits) == ("deadlock", culprits), verdict
+    assert not any("schedules" in line for line in verdict.evidence), verdict
+
+
 def test_a_cycle_is_not_called_a_deadlock_before_the_quiet_window_is_over() -> None:
     verdict = look(metadata_rebuild(), after_s=0.4)
     assert verdict.verdict == "inconclusive"

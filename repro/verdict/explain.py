@@ -231,7 +231,8 @@ def _plan_finding(
     if parting is None:
         return None
     number, key, sides = parting.step, parting.group, parting.sides
-    before = [set(plans) for step, plans in sorted(plans_of(key, witnesses, all_steps).items()) if step < number]
+    declared = sorted(plans_of(key, witnesses, all_steps).items())
+    before = [set(plans) for (step, part), plans in declared if step < number and part == parting.part]
     usual = before[-1] if len(before) >= 2 and len(before[-1]) == 1 and before[-1] == before[-2] else set()
     suspects = sorted(rank for plan, ranks in sides.items() if plan not in usual for rank in ranks)
     same_entries = len({tuple(sorted(plan)) for plan in sides}) == 1

@@ -38,10 +38,14 @@ class Step:
     """What one rank planned and issued in one step."""
 
     number: int
-    plan: tuple[Entry, ...]
+    parts: list[tuple[Entry, ...]]  # as declared: what depends on the step's agreement comes after it
     live: int
     issued: list[Issued] = field(default_factory=list)
     over: bool = False  # a later step began, or the rank was done: what is missing now stays missing
+
+    @property
+    def plan(self) -> tuple[Entry, ...]:
+        return tuple(itertools.chain.from_iterable(self.parts))
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,15 +79,23 @@ class Deviation:
 def steps_of(witness: Witness, num_steps: int = RECENT_STEPS) -> list[Step]:
     """The last steps of a rank, as far as their beginning is still in the ring."""
     keys = [(group.name, group.members) for group in witness.groups]
-    kinds = witness.column("kind")
-    begins = [index for index, kind in enumerate(kinds) if kind == _STEP][-num_steps:]
+    kinds, numbers = witness.column("kind"), witness.column("step")
+    declared = [index for index, kind in enumerate(kinds) if kind == _STEP]
+    # The first event of a ring that has wrapped may declare the rest of a step.
+    begins = [n for n in declared if (numbers[n - 1] != numbers[n] if n else witness.first_event <= 1)][-num_steps:]
     steps: list[Step] = []
     for event in witness.events(len(kinds) - begins[0]) if begins else ():
         match event.kind:
             case Kind.STEP:
-                if steps:
+                plan = witness.schedule(event.sig)
+                if steps and steps[-1].number == event.step and not steps[-1].over:
+                    steps[-1].parts.append(plan)
+                    continue
+                if steps and steps[-1].number >= event.step:
+                    steps.clear()  # another engine, which counts anew
+                elif steps:
                     steps[-1].over = True
-                steps.append(Step(event.step, witness.schedule(event.sig), event.aux))
+                steps.append(Step(event.step, [plan], event.aux))
             case Kind.DONE:
                 steps[-1].over = True
             case Kind.ENTER | Kind.ISSUE:
@@ -217,19 +229,19 @@ def inverted_before(
 
 def plans_of(
     key: GroupKey, witnesses: Mapping[int, Witness], all_steps: Mapping[int, list[Step]]
-) -> dict[int, dict[tuple[Entry, ...], list[int]]]:
-    """Step -> declared schedule -> ranks, for what all members of a group share: it and the groups around it.
+) -> dict[tuple[int, int], dict[tuple[Entry, ...], list[int]]]:
+    """(step, part) -> declared schedule -> ranks, for what all members of a group share: it and the groups around it.
 
     Transfers are left out: the two ends of one declare different things, and others declare nothing.
     """
     members = set(key[1])
-    plans: dict[int, dict[tuple[Entry, ...], list[int]]] = {}
+    plans: dict[tuple[int, int], dict[tuple[Entry, ...], list[int]]] = {}
     for rank in sorted(members & all_steps.keys()):
         shared = {group.name for group in witnesses[rank].groups if members <= set(group.members)}
         for step in all_steps[rank]:
-            plan = tuple(e for e in step.plan if e[0] in shared and e[1] not in TRANSFERS)
-            if step.plan:
-                plans.setdefault(step.number, {}).setdefault(plan, []).append(rank)
+            for part, declared in enumerate(step.parts if step.plan else ()):
+                plan = tuple(e for e in declared if e[0] in shared and e[1] not in TRANSFERS)
+                plans.setdefault((step.number, part), {}).setdefault(plan, []).append(rank)
     return plans
 
 
@@ -238,6 +250,7 @@ class Parting:
     """The step in which the declared schedules of a group's members part, and the schedules, as in `plans_of`."""
 
     step: int
+    part: int
     group: GroupKey
     sides: Mapping[tuple[Entry, ...], list[int]]
     places: Mapping[int, int]  # rank -> the entry of its whole plan from which on they may differ
@@ -251,23 +264,23 @@ class Parting:
 def first_parting(witnesses: Mapping[int, Witness], all_steps: Mapping[int, list[Step]], since: int) -> Parting | None:
     """The first step from ``since`` on, and in it the largest group, whose members declared different schedules."""
     differing = [
-        (number, key, sides)
+        (at, key, sides)
         for key in sorted({(g.name, g.members) for witness in witnesses.values() for g in witness.groups})
-        for number, sides in plans_of(key, witnesses, all_steps).items()
-        if number >= since and len(sides) > 1
+        for at, sides in plans_of(key, witnesses, all_steps).items()
+        if at[0] >= since and len(sides) > 1
     ]
     if not differing:
         return None
-    number, key, sides = min(differing, key=lambda row: (row[0], -len(row[1][1])))
+    (number, part), key, sides = min(differing, key=lambda row: (row[0], -len(row[1][1])))
     alike = (len(set(entries)) == 1 for entries in zip(*sides, strict=False))
     common = sum(itertools.takewhile(bool, alike))
     places = {}
     for plan, ranks in sides.items():
         for rank in ranks:
-            (whole,) = (step.plan for step in all_steps[rank] if step.number == number)
-            shared = [place for place, entry in enumerate(whole) if entry in plan]
-            places[rank] = shared[common - 1] + 1 if common else 0
-    return Parting(number, key, sides, places)
+            (parts,) = (step.parts for step in all_steps[rank] if step.number == number)
+            shared = [place for place, entry in enumerate(parts[part]) if entry in plan]
+            places[rank] = sum(map(len, parts[:part])) + (shared[common - 1] + 1 if common else 0)
+    return Parting(number, part, key, sides, places)
 
 
 def habitual_plan(all_steps: Mapping[int, list[Step]], before: int) -> tuple[Entry, ...]:
@@ -284,6 +297,6 @@ def habitual_plan(all_steps: Mapping[int, list[Step]], before: int) -> tuple[Ent
 def with_plan(all_steps: Mapping[int, Iterable[Step]], plan: tuple[Entry, ...]) -> dict[int, list[Step]]:
     """The same steps as if each rank had declared ``plan``."""
     return {
-        rank: [Step(step.number, plan, step.live, step.issued, step.over) for step in steps]
+        rank: [Step(step.number, [plan], step.live, step.issued, step.over) for step in steps]
         for rank, steps in all_steps.items()
     }
