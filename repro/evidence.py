@@ -65,12 +65,15 @@ def of_launcher(run_dir: RunDir, ranks: Sequence[int]) -> str:
 def compare_with_flight_recorder(run_dir: RunDir, positions: Iterable[Position]) -> list[str]:
     """One sentence for all blocked ranks whose dump agrees with their position, and one for each that does not."""
     agree: list[int] = []
+    ahead: list[int] = []
     differ: list[str] = []
     for position in positions:
         if position.state != "blocked" or (pending := _pending(run_dir.flight_recorder(position.rank))) is None:
             continue
         if (position.group, position.seq) in pending:
             agree.append(position.rank)
+        elif any(group == position.group and seq > position.seq for group, seq in pending):
+            ahead.append(position.rank)
         else:
             told = ", ".join(f"{group} #{seq}" for group, seq in pending) or "nothing"
             differ.append(
@@ -79,6 +82,11 @@ def compare_with_flight_recorder(run_dir: RunDir, positions: Iterable[Position])
             )
     if agree:
         differ.insert(0, f"{name_ranks(agree)}: the Flight Recorder has the same collective pending")
+    if ahead:
+        differ.append(
+            f"{name_ranks(ahead)}: the Flight Recorder has a collective of the same group pending, under a higher "
+            "number: it counts each of those that one call is made of"
+        )
     return differ
 
 

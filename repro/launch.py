@@ -211,7 +211,8 @@ def _attend(
 
 def end(run_dir: RunDir, started: list[Job], ranks: list[psutil.Process]) -> None:
     """Kill what was started and the ranks that run, and remove what only the processes needed."""
-    doomed = [*ranks, *(found for child in started for found in process.with_descendants(child.pid))]
+    running = [child for child in started if child.poll() is None]  # the pid of another may be somebody else's by now
+    doomed = [*ranks, *(found for child in running for found in process.with_descendants(child.pid))]
     process.kill(doomed)
     for child in started:
         child.wait()

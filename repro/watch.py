@@ -73,8 +73,7 @@ class Watch:
         self._died_ns = 0
         self._measuring = False
         self._noticed: list[str] = []
-        self._slowest: Verdict | None = None
-        self._slowest_s = 0.0
+        self._silences: dict[tuple[int, ...], tuple[float, Verdict]] = {}  # by who was waited for, the longest
 
     def run(self) -> dict[str, Any]:
         """Watch until the run is decided; returns what was written to verdict.json."""
@@ -103,7 +102,7 @@ class Watch:
         """The final verdict, or None while there is reason to go on."""
         now_ns = time.monotonic_ns()
         if self.interrupted():
-            return self._conclude("the run was interrupted before it was decided")
+            return _interrupted(self._conclude())
         if now_ns - self.started_ns > self.settings.deadline_s * 1e9:
             return self._conclude(f"the deadline of {self.settings.deadline_s:g} s passed")
         if self.all_done():
@@ -190,9 +189,13 @@ class Watch:
         reference = read_json(self.run_dir.reference)
         num_tokens = sum(map(len, reference.values()))
         text = f"{num_tokens} tokens of {len(reference)} requests equal the single-process reference's"
-        if self._slowest is not None and self._slowest_s >= SLOW_WINDOWS * self.settings.quiet_window_s:
-            return _with_evidence(self._slowest, ["then all ranks finished", text])
-        return _with_evidence(verdict, [text])
+        silences = sorted(self._silences.values(), key=lambda silence: -silence[0])
+        silences = [s for s in silences if s[0] >= SLOW_WINDOWS * self.settings.quiet_window_s]
+        if not silences:
+            return _with_evidence(verdict, [text])
+        (_, slowest), *others = silences
+        also = [f"for {waited_s:.1f} s also: {other.evidence[0]}" for waited_s, other in others if other.evidence]
+        return _with_evidence(slowest, [*also, "then all ranks finished", text])
 
     def _last_event_ns(self) -> int:
         return max(self.started_ns, *(self._on_my_clock(tail, tail.last_event_ns()) for tail in self._tails))
@@ -234,8 +237,9 @@ class Watch:
             if time.monotonic_ns() - heard_ns < self.settings.quiet_window_s * 1e9:
                 return
             waited_s = verdict.quiet_s
-        if waited_s > self._slowest_s and not set(verdict.culprits) <= self._stopped():
-            self._slowest, self._slowest_s = verdict, waited_s
+        before_s, _ = self._silences.get(verdict.culprits, (0.0, verdict))
+        if waited_s > before_s and not set(verdict.culprits) <= self._stopped():
+            self._silences[verdict.culprits] = waited_s, verdict
 
     def _stopped(self) -> set[int]:
         """Ranks that somebody stopped from outside, which says nothing about the run."""
@@ -255,6 +259,7 @@ class Watch:
         document = {
             **document_of(self.settings, verdict),
             "system": self._facts.to_json(),
+            "interrupted": self.interrupted(),
             "seconds": {
                 "stall_to_verdict": round((now_ns - self._last_event_ns()) / 1e9, 3),
                 "total": round((now_ns - self.started_ns) / 1e9, 3),
@@ -262,6 +267,13 @@ class Watch:
         }
         write_json(self.run_dir.verdict, document)
         return document
+
+
+def _interrupted(verdict: Verdict) -> Verdict:
+    """Where nothing had been decided, that ranks still worked when the user had enough is no finding."""
+    if verdict.verdict == "slow":
+        verdict = dataclasses.replace(verdict, verdict="inconclusive", culprits=(), confidence="undecided")
+    return _with_evidence(verdict, ["the run was interrupted before it was decided"])
 
 
 def _waited_for_a_build(verdict: Verdict) -> float:
@@ -332,13 +344,15 @@ def judge_again(run_dir: RunDir, settings: RunSettings) -> tuple[dict[str, Any],
             confidence=told["confidence"],
             evidence=tuple(told["evidence"]),
         )
+    if told.get("interrupted"):
+        verdict = _interrupted(verdict)
     used = {witness.who.run_id for witness in witnesses.values()}
     whole = not refused and len(used) <= 1 and not any(witness.problems for witness in witnesses.values())
     passed_s = time.time() - run_dir.config.stat().st_mtime
     seconds = {"stall_to_verdict": round(verdict.quiet_s, 3), "total": round(passed_s, 3)}
     return {
         **document_of(settings, _with_evidence(verdict, refused)), "system": facts.to_json(),
-        "seconds": told.get("seconds", seconds),
+        "interrupted": bool(told.get("interrupted")), "seconds": told.get("seconds", seconds),
     }, whole  # fmt: skip
 
 

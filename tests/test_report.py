@@ -18,6 +18,7 @@ from scene import Scene
 from repro import report
 from repro.cli import EXPECTED, USAGE, main
 from repro.report.gather import gather, headline
+from repro.report.lanes import Labels, SharedClock, read_lane
 from repro.report.page import main_stack
 from repro.report.sides import side_by_side
 from repro.report.text import few, visible
@@ -179,6 +180,15 @@ def test_a_torn_witness_still_gives_its_lane(tmp_path):
     page = page_of(root)
     assert "rank001.wit:9000: the file ends early" in page.text
     assert any(a.get("id") == "lane1" for _, a in page.elements)
+
+
+def test_a_wait_for_a_lock_that_was_given_up_is_over():
+    """A baton is waited for until it is gone, and then not taken."""
+    made = Scene(1, {})
+    for event in ("lock_wait", "lock_freed"):
+        made.recorders[0].local(event, "/cache/lock")
+    (wait,) = read_lane(made.witnesses()[0], Labels(), SharedClock()).spans()
+    assert wait.end_ns > wait.start_ns
 
 
 def test_what_is_no_run_is_refused_in_one_line(tmp_path, capsys):

@@ -9,10 +9,10 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
-from scene import MS, Scene
+from scene import MS, SMALL, Scene
 
 from hybrid_moe_ref.parallel.observer import Collective, ScheduleEntry
-from repro.layout import RECORD, Event, Geometry, Kind
+from repro.layout import RECORD, Event, Geometry, Identity, Kind, pack_header
 from repro.verdict import Verdict, judge
 
 EVERYONE = range(8)
@@ -265,6 +265,46 @@ def test_an_error_is_a_crash_that_quotes_it() -> None:
     verdict = look(made)
     assert (verdict.verdict, verdict.cause, verdict.culprits) == ("crash", "error", (2,))
     assert "ScheduleMismatch: entry 4" in " ".join(verdict.evidence)
+
+
+def test_an_error_in_a_wait_for_others_is_not_the_fault_of_who_waited() -> None:
+    """As when a backend's timeout ends it."""
+    made = scene()
+    made.begin_step(1, PLAN)
+    made.enter(range(1, 8), C1)
+    made.recorders[5].failed("RuntimeError: timed out waiting")
+    verdict = look(made)
+    assert (verdict.verdict, verdict.cause, verdict.culprits) == ("crash", "error", ())
+    assert (verdict.suspects, verdict.confidence) == ((0,), "undecided")
+    assert "rank 5 gave up inside a collective for which rank 0 had not come" in verdict.evidence
+    made.recorders[0].failed("MemoryError: the cause")
+    assert (look(made).culprits, look(made).confidence) == ((0,), "certain")
+
+
+def test_an_error_that_all_were_told_is_the_fault_of_whom_it_names_and_not_of_who_said_it_first() -> None:
+    made = scene()
+    made.begin_step(1, PLAN)
+    for rank in (0, 4, 1):
+        made.recorders[rank].failed("ScheduleMismatch: rank 1 would issue another")
+    verdict = look(made)
+    assert (verdict.verdict, verdict.culprits, verdict.confidence) == ("crash", (), "undecided")
+    made.recorders[7].failed("ValueError: of its own")
+    assert (look(made).culprits, look(made).confidence) == ((0,), "likely")
+
+
+@pytest.mark.parametrize(("dead", "culprits"), [([0, 2, 3], ()), ([2], (2,))])
+def test_where_a_rank_never_began_who_died_may_have_been_ended_for_it(dead: list[int], culprits: tuple[int]) -> None:
+    """A rank that cannot even import what it needs leaves no word, and the launcher ends all others. One that died
+    while others live was not ended."""
+    made = Scene(4, {"dp": range(4)})
+    made.phase("connect")
+    header = pack_header(Identity(1, 4, "test"), SMALL)
+    made.files[1][:] = header + bytes(SMALL.file_bytes - len(header))
+    verdict = look(made, alive=dict.fromkeys(dead, False), died={rank: 10.0 + rank for rank in dead})
+    assert (verdict.verdict, verdict.cause, verdict.culprits) == ("crash", "dead_rank", culprits)
+    if not culprits:
+        assert (verdict.suspects, verdict.confidence) == ((0, 1, 2, 3), "undecided")
+        assert any(line.startswith("rank 1 never began") for line in verdict.evidence), verdict
 
 
 def test_everybody_in_one_collective_is_a_stall() -> None:

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import subprocess
 from pathlib import Path
 
 import pytest
 
+from repro.evidence import compare_with_flight_recorder
+from repro.launch import end
 from repro.layout import Identity
 from repro.record import Recorder
-from repro.rundir import RunDir
+from repro.rundir import RunDir, write_json
 from repro.settings import RunSettings
 from repro.verdict import Verdict
 from repro.verdict.result import Position
-from repro.watch import Watch
+from repro.watch import Watch, judge_again
 from repro.witness import create
 
 SETTINGS = RunSettings("compile_skew", "fault", num_ranks=4, quiet_window_s=1.0)
@@ -40,8 +43,7 @@ def test_who_waits_in_a_collective_for_a_build_has_waited_however_lively_that_is
     places = [*(Position(rank, waiting, since_s=3.2 + rank) for rank in range(3)), Position(3, awaited, since_s=0.4)]
     verdict = Verdict("slow", culprits=(3,), ranks=tuple(places), quiet_s=1.1)
     watch._remember(verdict)
-    assert watch._slowest_s == kept_s
-    assert watch._slowest is (verdict if kept_s else None)
+    assert watch._silences == ({(3,): (kept_s, verdict)} if kept_s else {})
 
 
 def test_a_silence_without_signs_of_life_counts_by_its_length(tmp_path):
@@ -49,4 +51,87 @@ def test_a_silence_without_signs_of_life_counts_by_its_length(tmp_path):
     places = [*(Position(rank, "blocked", since_s=9.0) for rank in range(3)), Position(3, "running")]
     for quiet_s in (2.0, 4.0, 3.0):
         watch._remember(Verdict("slow", culprits=(3,), ranks=tuple(places), quiet_s=quiet_s))
-    assert watch._slowest_s == 4.0
+    assert watch._silences[3,][0] == 4.0
+
+
+def test_a_run_in_which_several_were_waited_for_in_turn_names_them_all(tmp_path):
+    """Who mends only what took longest keeps the other wait."""
+    _, watch = started(tmp_path)
+    for culprit, quiet_s in ((3, 4.0), (1, 5.0), (2, 1.5)):
+        places = [Position(rank, "running" if rank == culprit else "blocked", since_s=9.0) for rank in range(4)]
+        told = (f"rank {culprit} building for {quiet_s:.1f} s: gdn",)
+        watch._remember(Verdict("slow", culprits=(culprit,), ranks=tuple(places), evidence=told, quiet_s=quiet_s))
+    watch.run_dir.reference.write_text("{}")
+    for rank in range(4):
+        watch.run_dir.output(rank).write_text("{}")
+    verdict = watch._compare_with_reference()
+    assert (verdict.verdict, verdict.culprits) == ("slow", (1,))
+    assert verdict.evidence[:2] == (
+        "rank 1 building for 5.0 s: gdn",
+        "for 4.0 s also: rank 3 building for 4.0 s: gdn",
+    )
+
+
+def test_what_an_interrupted_run_had_not_decided_is_no_finding(tmp_path):
+    """Nor when it is judged once more."""
+    run_dir, watch = started(tmp_path)
+    watch.interrupted = lambda: True
+    write_json(run_dir.config, SETTINGS.to_mapping())
+    document = watch.run()
+    again, _ = judge_again(run_dir, SETTINGS)
+    for told in (document, again):
+        assert (told["verdict"], told["culprits"], told["confidence"]) == ("inconclusive", [], "undecided")
+        assert "the run was interrupted before it was decided" in told["evidence"]
+
+
+def test_the_evidence_is_taken_also_if_the_judge_fails(tmp_path, monkeypatch):
+    _, watch = started(tmp_path)
+    taken = []
+    monkeypatch.setattr(watch, "_decide", lambda: 1 / 0)
+    monkeypatch.setattr(watch, "_collect_evidence", lambda: taken.append("evidence"))
+    with pytest.raises(ZeroDivisionError):
+        watch.run()
+    assert taken == ["evidence"]
+
+
+@pytest.mark.parametrize(
+    ("pending", "told"),
+    [
+        ([("ep", 3)], "rank 2: the Flight Recorder has the same collective pending"),
+        # One of ours may be several of torch's: an uneven gather in broadcasts.
+        ([("ep", 6)], "rank 2: the Flight Recorder has a collective of the same group pending, under a higher number"),
+        ([("ep", 2)], "rank 2: the Flight Recorder has ep #2 pending, the witness ep #3"),
+        ([("dp", 9)], "rank 2: the Flight Recorder has dp #9 pending, the witness ep #3"),
+        ([], "rank 2: the Flight Recorder has nothing pending, the witness ep #3"),
+    ],
+)
+def test_the_flight_recorder_is_held_against_the_witness_as_far_as_the_two_count_alike(tmp_path, pending, told):
+    run_dir, _ = started(tmp_path)
+    entries = [{"process_group": ["1", name], "collective_seq_id": seq, "retired": False} for name, seq in pending]
+    write_json(run_dir.flight_recorder(2), {"entries": entries})
+    position = Position(2, "blocked", group="ep", op="all_gather_v", seq=3)
+    (line,) = compare_with_flight_recorder(run_dir, [position])
+    assert line.startswith(told)
+
+
+def test_only_what_still_runs_is_ended_by_its_pid(tmp_path):
+    """The system may have given the number of a launcher that has ended to somebody else."""
+
+    class Ended:
+        pid = 0
+
+        def poll(self):
+            return 0
+
+        def wait(self):
+            return 0
+
+    run_dir, _ = started(tmp_path)
+    bystander = subprocess.Popen(["sleep", "60"])
+    try:
+        Ended.pid = bystander.pid
+        end(run_dir, [Ended()], [])
+        assert bystander.poll() is None
+    finally:
+        bystander.kill()
+        bystander.wait()

@@ -143,7 +143,8 @@ def read_lane(witness: Witness, labels: Labels, clock: SharedClock) -> Lane:
             case Kind.LOCK_HELD:
                 lane.close(locks.pop(sig, None), t_ns)
                 held[sig] = lane.open(t_ns, labels.number(Label("held", witness.text(sig))), 0, number)
-            case Kind.LOCK_FREED:
+            case Kind.LOCK_FREED:  # of one that it only waited for: it does not want it any more
+                lane.close(locks.pop(sig, None), t_ns)
                 lane.close(held.pop(sig, None), t_ns)
             case Kind.BUILD_BEGIN:
                 builds[sig] = lane.open(t_ns, labels.number(Label("build", witness.text(sig))), 0, number)

@@ -36,11 +36,16 @@ def crash(case: Case) -> Verdict:
         finding.evidence.append(
             f"without a witness of {name_ranks(unseen)} it is not known whether arguments differed where they died"
         )
+    elif dead and (never := _never_began(case)):
+        finding = Finding("dead_rank", suspects=tuple(sorted({*dead, *never})), confidence="undecided")
+        finding.evidence.append(
+            f"{name_ranks(never)} never began, and nobody else is left: who died before its witness was open may have "
+            "been the first, and the others have been ended for it"
+        )
     elif dead:
         finding = _first_death(case, dead)
     else:
-        first = min(failed, key=lambda rank: _wall_ns(case.witnesses[rank]))
-        finding = Finding("error", (first,))
+        finding = _error(case, failed)
     if dead:
         finding.evidence.append(f"{name_ranks(dead)} died")
     for rank in failed:
@@ -62,6 +67,34 @@ def _first_death(case: Case, dead: Sequence[int]) -> Finding:
     finding = Finding("dead_rank", first)
     finding.evidence.append(f"{name_ranks(first)} was gone first, {name_ranks(sorted({*dead} - {*first}))} later")
     return finding
+
+
+def _never_began(case: Case) -> list[int]:
+    """Ranks that did not come to open their witness, where no rank that did is left alive: a launcher ends all others
+    when it loses one."""
+    never = [rank for rank, witness in sorted(case.witnesses.items()) if not witness.who.pid]
+    began = case.witnesses.keys() - set(never)
+    return never if began and all(case.standings[rank].state == "dead" for rank in began) else []
+
+
+def _error(case: Case, failed: Sequence[int]) -> Finding:
+    """Who gave up on its own account: not those whose wait for others ended in an error, and of those who were all
+    told the same nobody."""
+    alone = [rank for rank in failed if rank not in case.waits.at]
+    if not alone:
+        absent = sorted({rank for gone in failed for rank in case.waits.at[gone].lacks})
+        finding = Finding("error", suspects=tuple(absent), confidence="undecided")
+        who = f"for which {name_ranks(absent)} had not come" if absent else "to which all had come"
+        finding.evidence.append(f"{name_ranks(failed)} gave up inside a collective {who}")
+        return finding
+    if len(alone) > 1 and len({case.standings[rank].position.detail for rank in alone}) == 1:
+        finding = Finding("error", confidence="undecided")
+        finding.evidence.append(
+            f"{name_ranks(alone)} gave up with the same words: they tell who is at fault, if any do"
+        )
+        return finding
+    first = min(alone, key=lambda rank: _wall_ns(case.witnesses[rank]))
+    return Finding("error", (first,), confidence="certain" if len(alone) == 1 else "likely")
 
 
 def _wall_ns(witness: Witness) -> int:
