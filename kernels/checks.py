@@ -6,6 +6,7 @@ number in every argument of a call.
 
 import contextlib
 import itertools
+import threading
 from collections.abc import Iterator
 
 import torch
@@ -13,23 +14,37 @@ from torch import Tensor
 
 FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
-_looks = True
+
+class Inside:
+    """How many blocks of a kind are being run, by all threads: they may overlap."""
+
+    def __init__(self) -> None:
+        self.count, self._lock = 0, threading.Lock()
+
+    @contextlib.contextmanager
+    def block(self) -> Iterator[None]:
+        with self._lock:
+            self.count += 1
+        try:
+            yield
+        finally:
+            with self._lock:
+                self.count -= 1
+
+
+_known = Inside()
 
 
 @contextlib.contextmanager
 def values_known() -> Iterator[None]:
     """For calls whose slots and starts were made from numbers that the host knows to be right: inside, those that lie
     on a device are not looked at, which would wait for it in every layer. Shapes, dtypes and strides are checked."""
-    global _looks
-    before, _looks = _looks, False
-    try:
+    with _known.block():
         yield
-    finally:
-        _looks = before
 
 
 def _may_look(x: Tensor) -> bool:
-    return x.device.type == "cpu" or (_looks and not torch.cuda.is_current_stream_capturing())
+    return x.device.type == "cpu" or (not _known.count and not torch.cuda.is_current_stream_capturing())
 
 
 class Sizes:

@@ -34,6 +34,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
+from hybrid_moe_kernels.checks import Inside
 from torch import Tensor
 
 CHOICES = ("auto", "torch", "native", "triton", "fla", "mamba_ssm")
@@ -49,6 +50,7 @@ _said: set[str] = set()
 _choice = os.environ.get("HMR_KERNELS", "auto")
 _wanted = os.environ.get("HMR_KERNEL_CHECKS", "")
 _checks = __debug__ and _wanted != "0"
+_unchecked = Inside()
 
 
 class Implementation:
@@ -73,7 +75,7 @@ class Op:
     def __call__(self, x: Tensor, *args: Any, **options: Any) -> Any:
         """Raises ValueError naming the argument that does not fit, before anything is launched."""
         chosen = self._picked.get((x.device, x.dtype)) or self.pick(x.device, x.dtype)
-        if _checks and chosen.check is not None:
+        if _checks and not _unchecked.count and chosen.check is not None:
             chosen.check(x, *args, **options)
         return chosen.run(x, *args, **options)
 
@@ -195,12 +197,8 @@ def choice() -> str:
 def unchecked() -> Iterator[None]:
     """Leave out all argument checks, as HMR_KERNEL_CHECKS=0 and `python -O` do: for code whose calls were checked
     once, such as a captured graph."""
-    global _checks
-    before, _checks = _checks, False
-    try:
+    with _unchecked.block():
         yield
-    finally:
-        _checks = before
 
 
 @contextlib.contextmanager
@@ -216,7 +214,7 @@ def trusted() -> Iterator[None]:
 
 def checking() -> bool:
     """Whether arguments are checked."""
-    return _checks
+    return _checks and not _unchecked.count
 
 
 def table(device: str = "cpu", dtype: torch.dtype = torch.float32) -> dict[str, str]:

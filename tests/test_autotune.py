@@ -64,6 +64,9 @@ def test_a_choice_is_remembered_when_all_have_it_and_measured_again_when_one_doe
     timed, chosen = start(tmp_path)
     assert timed == [0] * 3 and str(chosen) == str([(int(n), t) for n, t in json.loads(kept[0]).popitem()[1].items()])
     files[1].write_text("{ not JSON")
+    files[2].write_text(
+        json.dumps({key: {n: [t] for n, t in rows.items()} for key, rows in json.loads(kept[2]).items()})
+    )
     assert start(tmp_path)[0] == [timings] * 3, "one rank without a usable file makes all measure"
 
 

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -188,6 +189,19 @@ def test_a_rank_reads_only_its_experts(folder: Path) -> None:
         assert torch.equal(a.mlp.experts.gate_up_proj[2:4], b.mlp.experts.gate_up_proj)
         assert torch.equal(a.mlp.experts.down_proj[2:4], b.mlp.experts.down_proj)
     assert shards.bytes_read == sum(p.nbytes for p in part.parameters())
+
+
+def test_what_is_no_regular_file_is_refused_and_not_waited_for(tmp_path: Path) -> None:
+    build(QWEN).save_pretrained(tmp_path)
+    weights, config = tmp_path / "model.safetensors", tmp_path / "config.json"
+    weights.unlink()
+    os.mkfifo(weights)
+    with pytest.raises(CheckpointError, match=r"model\.safetensors: not a regular file"):
+        HybridMoE.from_pretrained(tmp_path)
+    config.unlink()
+    config.symlink_to("/dev/zero")
+    with pytest.raises(CheckpointError, match=r"config\.json: not a regular file"):
+        HybridMoE.from_pretrained(tmp_path)
 
 
 @pytest.mark.full

@@ -102,6 +102,16 @@ def test_a_call_is_checked_except_inside_unchecked(monkeypatch) -> None:
     assert len(checked) == 1 and registry.checking()
 
 
+def test_blocks_of_two_threads_may_overlap_and_checks_are_on_again_afterwards() -> None:
+    first, second = registry.unchecked(), registry.unchecked()
+    first.__enter__()
+    second.__enter__()
+    first.__exit__(None, None, None)
+    assert not registry.checking()
+    second.__exit__(None, None, None)
+    assert registry.checking()
+
+
 @pytest.mark.parametrize(("wanted", "checks"), [("", False), ("1", True)])
 def test_what_a_model_calls_is_checked_when_that_is_asked_for(monkeypatch, wanted, checks) -> None:
     monkeypatch.setattr(registry, "_wanted", wanted)

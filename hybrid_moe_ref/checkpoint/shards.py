@@ -7,6 +7,7 @@ the tensor and both numbers.
 
 import json
 import math
+import stat
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from io import FileIO
@@ -137,7 +138,10 @@ class Shards:
 def read_json(path: Path) -> dict[str, Any]:
     """A JSON object from a file of reasonable size."""
     try:
-        if (size := path.stat().st_size) > MAX_JSON_BYTES:
+        status = path.stat()
+        if not stat.S_ISREG(status.st_mode):
+            raise CheckpointError(f"{path}: not a regular file")
+        if (size := status.st_size) > MAX_JSON_BYTES:
             raise CheckpointError(f"{path}: {size} bytes, more than the {MAX_JSON_BYTES} that are read")
         value = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -155,6 +159,9 @@ def read_json(path: Path) -> dict[str, Any]:
 
 def _header(path: Path, problems: list[str]) -> dict[str, Entry]:
     """The entries of one file; what does not fit is added to `problems`."""
+    if not path.is_file():  # a pipe would be waited for
+        problems.append(f"{path}: not a regular file")
+        return {}
     with path.open("rb") as file:
         file_size = path.stat().st_size
         length = int.from_bytes(file.read(8), "little")

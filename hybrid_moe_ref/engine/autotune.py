@@ -166,9 +166,10 @@ class ExpertTuner:
         try:
             kept: Any = json.loads((self.folder / file_name).read_text())
             chosen = {int(rows): tactic for rows, tactic in kept[key].items()}
+            is_whole = set(chosen) == set(self._rows) and set(chosen.values()) <= set(TACTICS)
         except (OSError, ValueError, KeyError, TypeError, AttributeError):
             return None
-        return chosen if set(chosen) == set(self._rows) and set(chosen.values()) <= set(TACTICS) else None
+        return chosen if is_whole else None
 
     def save(self, file_name: str, key: str, chosen: Chosen) -> None:
         """Keep a choice. That it cannot be kept is told, and costs the next start its time, no more."""
