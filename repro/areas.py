@@ -58,8 +58,8 @@ class Vectors:
             self._next += room - self._next % room
         offset = self._next
         at = self._start + offset % room * WORD.size
+        WORD.pack_into(self._buffer, at, offset + 1)  # first: else an older head would stand before newer sizes
         for i, size in enumerate(sizes, start=1):
             WORD.pack_into(self._buffer, at + i * WORD.size, size)
-        WORD.pack_into(self._buffer, at, offset + 1)  # last, as above
         self._next += num_words
         return offset

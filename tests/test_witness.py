@@ -283,6 +283,25 @@ def test_a_writer_killed_between_or_within_any_two_stores_accuses_nobody(op: str
         assert verdict.verdict == "crash" and not set(verdict.culprits) - {0}, (number, witness.problems, verdict)
 
 
+def test_a_store_into_a_wrapped_vector_ring_that_is_cut_short_mixes_no_old_sizes_with_new_ones() -> None:
+    scene = Scene(1, {"ep": [0]}, shape=TINY)
+    told: dict[int, tuple[int, ...]] = {}
+    torn = 0
+    for number in range(1, 40):
+        sizes = tuple(1000 * number + place for place in range(3 + number % 3))
+        told[number] = sizes
+        states = states_of(
+            scene.recorders[0], scene.files[0], lambda sizes=sizes: scene.enter([0], GATHER._replace(sizes=sizes))
+        )
+        for state in states if number > 25 else states[-1:]:
+            witness = parse(state, "x")
+            for event in witness.events():
+                read_back = witness.sizes(event.vector, event.num_sizes)
+                assert read_back in ((), told[event.n]), (number, event.n, read_back)
+                torn += not read_back
+    assert torn, "the ring never wrapped"
+
+
 def test_a_full_string_area_costs_names_but_no_events() -> None:
     scene = Scene(1, {"dp": [0]}, shape=Geometry(64, 64, 32, 4))
     scene.phase("a phase with a name that does not fit into so few bytes")
