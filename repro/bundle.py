@@ -30,7 +30,7 @@ from repro.parse import WitnessError, parse_header
 from repro.redact import RULES, Redactor, redact_witness
 from repro.report.gather import Facts, gather, siblings
 from repro.report.text import visible, visible_lines
-from repro.rundir import MAX_JSON_BYTES
+from repro.rundir import MAX_JSON_BYTES, RunDir
 from repro.settings import VARIANTS
 from repro.witness import SUFFIX
 
@@ -38,7 +38,7 @@ SCHEMA_VERSION = 1
 COLLECT_ENV_S = 60
 _FOLDERS = ("events", "fr", "stacks", "logs", "env", "outputs")
 _FILES = ("config.json", "verdict.json", "reference.json")
-_OF_A_RUN = re.compile(r"rank\d{1,6}\.[a-z]{1,5}|(?:torchrun|forked|reference)\.log")
+_OF_A_RANK = re.compile(r"rank\d{1,6}\.[a-z]{1,5}")
 _LANES = re.compile(rb'<script type="text/plain" id="lane\d+">[A-Za-z0-9+/=]*</script>')
 _MAX_LOG_BYTES = 512 << 10
 
@@ -136,12 +136,14 @@ def _name_hosts(run: Path, redactor: Redactor) -> None:
 def _copy_run(source: Path, target: Path, redactor: Redactor, notes: list[str]) -> None:
     """Copy what a run left, redacted, but for files whose names a run of this program does not give."""
     target.mkdir(parents=True, exist_ok=True)
+    run_dir = RunDir(source)
+    of_no_rank = {run_dir.launcher_log, run_dir.reference_log, *(source / name for name in _FILES)}
     names = [*_FILES, *(f"{folder}/{file.name}" for folder in _FOLDERS for file in sorted((source / folder).glob("*")))]
     for name in names:
         path = source / name
         if path.is_symlink() or not path.is_file():
             continue
-        if name not in _FILES and not _OF_A_RUN.fullmatch(path.name):
+        if path not in of_no_rank and not _OF_A_RANK.fullmatch(path.name):
             notes.append(f"{visible(name)} is left out: not a file that a run leaves")
             continue
         try:

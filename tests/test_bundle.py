@@ -69,7 +69,8 @@ def planted(tmp_path, monkeypatch):
         who, shape = parse_header(path.read_bytes(), "")
         header = pack_header(replace(who, hostname=PEER if rank == 3 else HOST), shape)
         path.write_bytes(header + path.read_bytes()[len(header) :])
-    (root / "logs" / "rank000.log").write_text("\n".join(FORMS))
+    for name in ("rank000.log", "launcher.log", "reference.log"):
+        (root / "logs" / name).write_text("\n".join(FORMS))
     (root / "logs" / "gpu-node-17.log").write_text("named like a host")
     (root / "stacks" / "rank001.txt").write_text(f'Current thread 0x1:\n  File "{HOME}/secret_project/a.py", line 3\n')
     (root / "env").mkdir(exist_ok=True)
@@ -153,9 +154,10 @@ def test_what_was_planted_is_nowhere_in_it(planted, tmp_path):
         for text in [*PLANTED, "abc123", "90210"]:
             assert text.encode() not in data.lower() and text not in name, f"{text} in {name}"
     assert all(made.removed[rule] for rule in ("secrets", "hostnames", "addresses", "paths")), made.removed
-    log = files["logs/rank000.log"].decode()
-    assert "host-1" in log and "host-2" in log
-    assert "train.py" in log, "a file's own name stays"
+    for name in ("rank000.log", "launcher.log", "reference.log"):
+        log = files[f"logs/{name}"].decode()
+        assert "host-1" in log and "host-2" in log
+        assert "train.py" in log, "a file's own name stays"
     dump = json.loads(files["fr/rank000.json"])
     assert dump["argv"] == ["--api-key", "<secret>", "--seed", "3", "--tokenizer", "Qwen/Q"]
     assert dump["max_tokens"] == "kept" and "gpu-node-17.log is left out: not a file" in " ".join(made.notes)
