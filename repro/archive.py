@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import re
 import stat
 import struct
 import zipfile
 import zlib
 from pathlib import Path
-from typing import Any
 
+from repro.regular import open_regular
 from repro.report.text import visible
+from repro.rundir import read_json
 
 MAX_FILES = 20_000
 MAX_FILE_BYTES = 128 << 20
@@ -76,11 +76,12 @@ def check_names(archive: zipfile.ZipFile) -> list[zipfile.ZipInfo]:
 def unpack(path: Path, into: Path) -> dict[str, str]:
     """Unpack a zip into a folder of its own; returns the SHA-256 of each file.
 
-    Raises ArchiveError for what is no zip, is damaged, or holds anything that a bundle would not.
+    Raises ValueError for what is no regular file, ArchiveError for what is no zip, is damaged, or holds anything that
+    a bundle would not.
     """
     sums: dict[str, str] = {}
     try:
-        with zipfile.ZipFile(path) as archive:
+        with open_regular(path, MAX_TOTAL_BYTES) as file, zipfile.ZipFile(file) as archive:
             for entry in check_names(archive):
                 target = into / entry.filename
                 target.parent.mkdir(parents=True, exist_ok=True)
@@ -107,11 +108,11 @@ def _unpack_one(archive: zipfile.ZipFile, entry: zipfile.ZipInfo, target: Path) 
 def differences(folder: Path, sums: dict[str, str], where: str) -> list[str]:
     """What is not as MANIFEST.json says, one line each; raises ArchiveError when there is no manifest."""
     try:
-        document: Any = json.loads((folder / MANIFEST).read_text())
+        document = read_json(folder / MANIFEST)
         promised = {str(name): str(row["sha256"]) for name, row in document["files"].items()}
     except FileNotFoundError:
         raise ArchiveError(f"{where}: no {MANIFEST}: not a bundle") from None
-    except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
+    except (ValueError, TypeError, KeyError, AttributeError):
         raise ArchiveError(f"{where}: {MANIFEST} cannot be read") from None
     found = {name: digest for name, digest in sums.items() if name != MANIFEST}
     told = [f"{visible(name)} is missing" for name in promised.keys() - found.keys()]

@@ -26,13 +26,14 @@ from repro import replay, report
 from repro.archive import MANIFEST, MAX_TOTAL_BYTES, ArchiveError, differences, unpack
 from repro.issue import UNPACKED, commands_script, issue
 from repro.layout import CRC, HEADER
-from repro.parse import WitnessError, parse_header
+from repro.parse import parse_header
 from repro.redact import RULES, Redactor, redact_witness
+from repro.regular import open_regular
 from repro.report.gather import Facts, gather, siblings
 from repro.report.text import visible, visible_lines
 from repro.rundir import MAX_JSON_BYTES, RunDir
 from repro.settings import VARIANTS
-from repro.witness import SUFFIX
+from repro.witness import MAX_BYTES, SUFFIX
 
 SCHEMA_VERSION = 1
 COLLECT_ENV_S = 60
@@ -129,7 +130,7 @@ def _family(root: Path) -> dict[str, Path]:
 def _name_hosts(run: Path, redactor: Redactor) -> None:
     """Learn the hosts of the ranks before anything is copied: any file may name any of them."""
     for path in sorted((run / "events").glob(f"*{SUFFIX}")):
-        with contextlib.suppress(OSError, WitnessError), path.open("rb") as file:
+        with contextlib.suppress(OSError, ValueError), open_regular(path, MAX_BYTES) as file:
             redactor.name_host(parse_header(file.read(HEADER.size + CRC.size), path.name)[0].hostname)
 
 
@@ -141,14 +142,16 @@ def _copy_run(source: Path, target: Path, redactor: Redactor, notes: list[str]) 
     names = [*_FILES, *(f"{folder}/{file.name}" for folder in _FOLDERS for file in sorted((source / folder).glob("*")))]
     for name in names:
         path = source / name
-        if path.is_symlink() or not path.is_file():
+        if not os.path.lexists(path):
             continue
         if path not in of_no_rank and not _OF_A_RANK.fullmatch(path.name):
             notes.append(f"{visible(name)} is left out: not a file that a run leaves")
             continue
         try:
+            if path.is_symlink():  # to a file that is none of the run's
+                raise ValueError("a link")
             data = _redacted(path, redactor, notes)
-        except (OSError, WitnessError) as error:
+        except (OSError, ValueError) as error:
             notes.append(f"{name} is left out: {str(error).replace(f'{source}/', '')}")
             continue
         (target / name).parent.mkdir(exist_ok=True)
@@ -156,9 +159,8 @@ def _copy_run(source: Path, target: Path, redactor: Redactor, notes: list[str]) 
 
 
 def _redacted(path: Path, redactor: Redactor, notes: list[str]) -> bytes:
-    if path.stat().st_size > MAX_JSON_BYTES:
-        raise WitnessError(f"{path}: larger than {MAX_JSON_BYTES} bytes")
-    data = path.read_bytes()
+    with open_regular(path, MAX_JSON_BYTES) as file:
+        data = file.read()
     if path.suffix == SUFFIX:
         return redact_witness(data, str(path), redactor)
     if path.suffix == ".log" and len(data) > _MAX_LOG_BYTES:

@@ -14,7 +14,7 @@ import time
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
-from repro.rundir import RunDir, read_json
+from repro.rundir import RunDir, read_json, read_text
 from repro.verdict.result import Position, name_ranks
 
 POLL_S = 0.01
@@ -52,11 +52,7 @@ def collect(run_dir: RunDir, pids: Mapping[int, int], patience_s: float) -> list
 
 def of_launcher(run_dir: RunDir, ranks: Sequence[int]) -> str:
     """Why ranks never began, by the launcher's log: its last line that is an error, else its last line."""
-    try:
-        lines = [line.strip() for line in run_dir.launcher_log.read_text(errors="replace").splitlines()]
-    except OSError:
-        lines = []
-    lines = [line for line in lines if re.search(r"\w", line)]
+    lines = [line.strip() for line in read_text(run_dir.launcher_log).splitlines() if re.search(r"\w", line)]
     errors = [line for line in lines if re.match(r"[\w.]*(Error|Exception)\b", line)]
     last = (errors or lines or ["nothing"])[-1]
     return f"{name_ranks(ranks)} never began: logs/{run_dir.launcher_log.name} says {last[:300]}"

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from hybrid_moe_ref.config import ConfigError
 from repro import scenarios
-from repro.report.gather import Facts, headline, read_text
+from repro.report.gather import Facts, headline
 from repro.report.lanes import waits
 from repro.report.rerun import command, commands
 from repro.report.text import few, short_site, visible
+from repro.rundir import read_text
 from repro.verdict.result import list_ranks, name_ranks
 
 MAX_ISSUE_LINES = 60

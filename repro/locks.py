@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import stat
 from collections.abc import Collection, Iterator
 from pathlib import Path
 
@@ -34,6 +35,8 @@ def holder(path: str | Path, waiting: Collection[int] = ()) -> int:
         wanted = os.stat(path)
     except OSError:
         return UNKNOWN  # not there: whoever waits for it is about to see that
+    if not stat.S_ISREG(wanted.st_mode):
+        return UNKNOWN  # nothing to open: a pipe would be waited for without end
     for pid in _in_kernel_table(wanted):
         return pid
     for pid in psutil.pids():

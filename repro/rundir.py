@@ -22,18 +22,19 @@ import errno
 import json
 import os
 import re
-import stat
 import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from repro.regular import open_regular
 from repro.witness import SUFFIX
 
 RUN_NAME = re.compile(r"\d{8}T\d{6}\.\d{3}Z-[a-z0-9_]+-(control|fault|fix)-(-?\d+)")
 """What a run directory is called: utc, scenario, variant, seed."""
 
 MAX_JSON_BYTES = 64 << 20
+MAX_TEXT_BYTES = 1 << 20
 
 PARTS = ("events", "stacks", "fr", "logs", "env", "outputs")
 
@@ -162,11 +163,10 @@ def write_json(path: Path, value: Any) -> None:
 
 def read_json(path: Path) -> Any:
     """The file's value; raises ValueError naming the file, and the line where it is not JSON."""
-    status = path.stat()
-    if not stat.S_ISREG(status.st_mode) or status.st_size > MAX_JSON_BYTES:
-        raise ValueError(f"{path}:1: not a regular file of at most {MAX_JSON_BYTES} bytes")
+    with open_regular(path, MAX_JSON_BYTES) as file:
+        data = file.read()
     try:
-        return json.loads(path.read_text(), parse_constant=_refuse_constant)
+        return json.loads(data.decode(), parse_constant=_refuse_constant)
     except json.JSONDecodeError as error:
         raise ValueError(f"{path}:{error.lineno}: {error.msg}") from None
     except UnicodeDecodeError:
@@ -175,6 +175,17 @@ def read_json(path: Path) -> Any:
         raise ValueError(f"{path}:1: nested too deep") from None
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
+
+
+def read_text(path: Path, limit: int = MAX_TEXT_BYTES) -> str:
+    """The end of a text file; "" where there is none."""
+    try:
+        with open_regular(path) as file:
+            size = file.seek(0, 2)
+            file.seek(max(0, size - limit))
+            return file.read(limit).decode(errors="replace")
+    except (OSError, ValueError):
+        return ""
 
 
 def _refuse_constant(name: str) -> None:

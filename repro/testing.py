@@ -32,10 +32,9 @@ from typing import TYPE_CHECKING, Any
 
 from repro import evidence, process, report
 from repro.layout import Identity, Kind
-from repro.report.gather import read_text
 from repro.report.page import main_stack
 from repro.report.text import visible_lines
-from repro.rundir import PARTS, RunDir, write_json
+from repro.rundir import PARTS, RunDir, read_text, write_json
 from repro.system import Facts, System
 from repro.verdict import Verdict, judge
 from repro.verdict.result import name_ranks

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import mmap
 import os
-import stat
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
@@ -42,6 +41,7 @@ from repro.layout import (
     pack_header,
 )
 from repro.parse import WitnessError, parse_header, parse_ring, parse_strings
+from repro.regular import open_regular
 
 __all__ = ["Event", "GroupTrace", "Signature", "Tail", "Witness", "WitnessError", "create", "parse", "read", "read_dir"]
 
@@ -194,13 +194,11 @@ def read(path: str | os.PathLike[str]) -> Witness:
 
 
 def _opened(path: str | os.PathLike[str]) -> BinaryIO:
-    """A regular file of a size that a witness may have; a pipe of that name would be waited for without end."""
-    file = os.fdopen(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb")
-    status = os.fstat(file.fileno())
-    if stat.S_ISREG(status.st_mode) and status.st_size <= MAX_BYTES:
-        return file
-    file.close()
-    raise WitnessError(f"{path}:0: not a regular file of at most {MAX_BYTES} bytes")
+    """A regular file of a size that a witness may have."""
+    try:
+        return open_regular(path, MAX_BYTES)
+    except ValueError as error:
+        raise WitnessError(str(error)) from None
 
 
 def read_dir(path: str | os.PathLike[str]) -> tuple[dict[int, Witness], list[str]]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import subprocess
 import sys
 import time
@@ -288,6 +289,36 @@ def test_the_bundle_of_a_damaged_run_says_what_was_left_out(tmp_path, quick, cap
     assert main(["bundle", str(root), "--to", str(tmp_path / "b.zip")]) == EXPECTED
     told = capsys.readouterr().out
     assert "events/rank001.wit is left out" in told and "rank001.json is not JSON" in told
+
+
+@pytest.mark.timeout(20)
+def test_what_is_no_file_is_left_out_with_a_note_and_not_waited_for(tmp_path, quick, capsys):
+    root, _ = write_hang(tmp_path)
+    pipes = ["events/rank002.wit", "fr/rank002.json", "stacks/rank002.txt", "logs/rank002.log", "logs/launcher.log"]
+    for name in pipes:  # nobody writes to them: whoever waited for one would wait for ever
+        (root / name).unlink(missing_ok=True)
+        os.mkfifo(root / name)
+    (root / "logs" / "rank003.log").unlink()
+    (root / "logs" / "rank003.log").symlink_to("/etc/passwd")
+    (root / "env" / "rank003.txt").mkdir()
+    assert main(["report", str(root)]) == EXPECTED
+    assert main(["bundle", str(root), "--to", str(tmp_path / "b.zip")]) == EXPECTED
+    told = capsys.readouterr().out
+    for name in (*pipes, "env/rank003.txt"):
+        assert f"{name} is left out: {name}:0: not a regular file" in told
+    assert "logs/rank003.log is left out: a link" in told
+    assert not contents(tmp_path / "b.zip").keys() & {*pipes, "logs/rank003.log", "env/rank003.txt"}
+
+
+@pytest.mark.timeout(20)
+def test_a_pipe_in_place_of_a_bundle_is_refused_in_one_line(tmp_path, capsys):
+    os.mkfifo(tmp_path / "b.zip")
+    for command in (["bundle", "--verify"], ["watch"], ["bundle"]):
+        assert main([*command, str(tmp_path / "b.zip")]) == USAGE
+        told = capsys.readouterr().err
+        assert "b.zip" in told and told.count("\n") == 1, told
+    assert main(["bundle", "--verify", str(tmp_path)]) == USAGE
+    assert capsys.readouterr().err == f"repro: {tmp_path}:0: not a regular file\n"
 
 
 def entry(

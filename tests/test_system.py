@@ -18,9 +18,10 @@ from typing import Any
 import pytest
 from scene import SMALL
 
-from repro import locks, process
+from repro import evidence, locks, process
 from repro.layout import pack_header
 from repro.record import Recorder, myself
+from repro.rundir import RunDir
 from repro.system import STOPPED, Facts, System
 from repro.verdict import judge
 from repro.witness import Witness, parse
@@ -70,9 +71,20 @@ def test_a_holder_that_cannot_be_seen_is_unknown_and_not_nobody(tmp_path: Path, 
     assert locks.holder(path) == locks.NOBODY
 
 
+@pytest.mark.timeout(20)
 def test_of_a_file_that_is_gone_or_a_lock_that_is_none_nothing_is_said(tmp_path: Path) -> None:
     assert locks.holder(tmp_path / "lock") == locks.UNKNOWN
     assert locks.holder("build") == locks.UNKNOWN
+    os.mkfifo(tmp_path / "pipe")  # nobody writes to it: whoever opened it would wait for ever
+    assert locks.holder(tmp_path / "pipe") == locks.UNKNOWN
+
+
+@pytest.mark.timeout(20)
+def test_a_pipe_in_place_of_the_launchers_log_is_not_waited_for(tmp_path: Path) -> None:
+    run_dir = RunDir(tmp_path)
+    run_dir.launcher_log.parent.mkdir()
+    os.mkfifo(run_dir.launcher_log)
+    assert evidence.of_launcher(run_dir, [0]) == "rank 0 never began: logs/launcher.log says nothing"
 
 
 def waiter(name: str, pid: int, rank: int = 0, num_ranks: int = 1, **who: object) -> Witness:

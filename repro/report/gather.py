@@ -18,7 +18,6 @@ from repro.verdict.result import name_ranks
 from repro.witness import SUFFIX, read
 
 MAX_RANKS = 4096
-MAX_TEXT_BYTES = 1 << 20
 _MOST = 10**18
 """Numbers of a verdict are smaller; JSON has room for ones that no arithmetic here can do."""
 
@@ -257,17 +256,6 @@ def siblings(root: Path, facts: Facts) -> list[Path]:
         if other.variant != facts.settings.variant and same == dataclasses.replace(other, variant="control", checks=""):
             newest[other.variant] = path
     return [newest[variant] for variant in ("control", "fault", "fix") if variant in newest]
-
-
-def read_text(path: Path, limit: int = MAX_TEXT_BYTES) -> str:
-    """The end of a text file; "" where there is none."""
-    try:
-        with path.open("rb") as file:
-            size = file.seek(0, 2)
-            file.seek(max(0, size - limit))
-            return file.read(limit).decode(errors="replace")
-    except OSError:
-        return ""
 
 
 def describe(label: Label) -> str:
