@@ -85,7 +85,7 @@ def make(root: Path, path: Path | None = None, keep: frozenset[str] = frozenset(
         environment = _environment(redactor)
         (folder / "env.txt").write_text(environment)
         try:
-            (folder / "repro.py").write_text(_reproducer(facts))
+            (folder / "repro.py").write_text(_reproducer(facts, others, notes))
         except replay.ReplayError as error:
             notes.append(f"no repro.py: {str(error).replace(f'{folder}/', '')}")
         (folder / "ISSUE.md").write_text(issue(facts, others))
@@ -248,10 +248,17 @@ def _environment(redactor: Redactor) -> str:
     return redactor.text(intro + told)
 
 
-def _reproducer(facts: Facts) -> str:
-    if facts.verdict["scenario"] == "metadata_rebuild":
-        return (Path(__file__).parent / "ep_deadlock.py").read_text()
-    return replay.of_runs(facts, facts.root / "fix")
+def _reproducer(facts: Facts, others: list[Facts], notes: list[str]) -> str:
+    """The hang in one file, with the cure if there is a run of it that went well and can be replayed."""
+    if replay.is_that_of_ep_deadlock(facts.verdict):
+        return replay.EP_DEADLOCK.read_text()
+    hang = replay.of_runs(facts, None)
+    for fix in (run for run in others if (run.verdict["variant"], run.verdict["verdict"]) == ("fix", "clean")):
+        try:
+            return replay.of_runs(facts, fix.root)
+        except replay.ReplayError as error:
+            notes.append(f"repro.py is without --fix: {str(error).replace(f'{facts.root}/', '')}")
+    return hang
 
 
 def add(commands: Any) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from hybrid_moe_ref.config import ConfigError
 from repro import scenarios
+from repro.replay import is_that_of_ep_deadlock
 from repro.report.gather import Facts, headline
 from repro.report.lanes import waits
 from repro.report.rerun import command, commands
@@ -11,6 +12,7 @@ from repro.report.text import few, short_site, visible
 from repro.rundir import read_text
 from repro.verdict.result import list_ranks, name_ranks
 
+ATTACHED = ("verdict.json", "events/", "fr/", "stacks/", "logs/", "control/", "fix/")
 MAX_ISSUE_LINES = 60
 MAX_PLACES, MAX_VERSIONS = 9, 10
 UNPACKED = "bundle"
@@ -18,7 +20,7 @@ UNPACKED = "bundle"
 
 
 def _one_file(facts: Facts) -> str:
-    most = 8 if facts.verdict["scenario"] == "metadata_rebuild" else facts.num_ranks  # what ep_deadlock.py is made for
+    most = 8 if is_that_of_ep_deadlock(facts.verdict) else facts.num_ranks
     return f"torchrun --standalone --nproc-per-node {min(facts.num_ranks, most)} {UNPACKED}/repro.py"
 
 
@@ -45,9 +47,10 @@ def commands_script(facts: Facts) -> str:
 def issue(facts: Facts, others: list[Facts]) -> str:
     """ISSUE.md: what a maintainer needs to see first, at most MAX_ISSUE_LINES lines."""
     verdict = facts.verdict
-    one_file = [f"{_one_file(facts)}    # the same in one file; --fix shows the cure"]
-    if not (facts.root / "repro.py").exists():
-        one_file = []
+    source = read_text(facts.root / "repro.py")
+    cure = "; --fix shows the cure" if '"--fix"' in source else ""
+    one_file = [f"{_one_file(facts)}    # the same in one file{cure}"] if source else []
+    attached = ["report.html (timeline, schedules, stacks)", *(it for it in ATTACHED if (facts.root / it).exists())]
     lines = [
         "# "
         + _line(f"{verdict['verdict'] or 'no verdict'} in {verdict['scenario']}")
@@ -88,8 +91,7 @@ def issue(facts: Facts, others: list[Facts]) -> str:
         *_versions(facts),
         "```",
         "",
-        "Attached: report.html (timeline, schedules, stacks), verdict.json, the witnesses it rests on (events/, fr/, "
-        "stacks/), control/ and fix/. `python -m repro bundle --verify ZIP` checks it.",
+        f"Attached: {', '.join(attached)}. `python -m repro bundle --verify ZIP` checks it.",
     ]
     return "\n".join(lines[:MAX_ISSUE_LINES]) + "\n"
 

@@ -1,7 +1,7 @@
 """A run as one file to paste into an issue: the collectives and locks of each rank, in its own order, issued anew.
 
 Only what the ranks said to each other is kept, not the model: a hang that follows from who issues what in which order
-comes back, one that needs the model's arithmetic or a device does not.
+comes back. What needs the model's arithmetic, a device, a death or a backend's race does not, and is refused.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import re
 import textwrap
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from repro.layout import Kind
 from repro.report.gather import Facts, headline
@@ -19,6 +19,13 @@ from repro.verdict.result import list_ranks
 from repro.witness import Witness, read_dir
 
 TEMPLATE = Path(__file__).parent / "replay_template.txt"
+EP_DEADLOCK = Path(__file__).parent / "ep_deadlock.py"
+"""The hang of metadata_rebuild with the model that causes it, and its cure, on at most 8 ranks."""
+
+_USAGE_OF_FIX = """\
+    torchrun --standalone --nproc-per-node {} THIS_FILE --fix    the cured run up to the same step, exits with 0
+"""
+_OPTION = """parser.add_argument("--fix", action="store_true", help="replay the cured run")\n"""
 OPS = ("all_reduce", "all_gather_v", "reduce_scatter_v", "all_gather", "broadcast", "barrier")
 
 
@@ -38,17 +45,24 @@ class Act(NamedTuple):
     root: int = -1
 
 
-def of_runs(fault: Facts, fix: Path | None) -> str:
-    """The source of a reproducer: the faulty run by default, with --fix the fixed one up to the same step.
+def is_that_of_ep_deadlock(verdict: Mapping[str, Any]) -> bool:
+    """Whether a run ended in the hang that EP_DEADLOCK shows."""
+    told = tuple(verdict[name] for name in ("scenario", "variant", "verdict", "cause"))
+    return told == ("metadata_rebuild", "fault", "deadlock", "extra")
 
-    Raises ReplayError when a run holds something that cannot be replayed, or is not whole.
+
+def of_runs(fault: Facts, fix: Path | None) -> str:
+    """The source of a reproducer: the faulty run by default, with --fix the fixed one, if given, up to the same step.
+
+    Raises ReplayError when a run is no hang that a replay brings back, or is not whole.
     """
+    _refuse_what_would_not_hang(fault.verdict)
     programs, groups = _programs(fault.root, None)
     stuck = [p["step"] for p in fault.verdict["ranks"] if p["state"] in ("blocked", "locked", "dead", "failed")]
     if not stuck:
         raise ReplayError("no rank of this run waits, so there is nothing to replay")
     cured: dict[int, list[Act]] = {}
-    if fix is not None and (fix / "events").is_dir():
+    if fix is not None:
         cured, _ = _programs(fix, max(max(stuck) + 1, 1))
     for rank, position in ((p["rank"], p) for p in fault.verdict["ranks"]):
         if position["state"] in ("dead", "failed") and rank in programs:
@@ -65,10 +79,26 @@ def of_runs(fault: Facts, fix: Path | None) -> str:
             "GROUPS": _literal("GROUPS", {name: list(members) for name, members in groups.items()}),
             "ACTS": _rows("ACTS", [tuple(act) for act in table]),
             "FAULT": _classes("FAULT", programs, number),
-            "FIX": _classes("FIX", cured, number),
+            "FIX": _classes("FIX", cured, number) + "\n" if cured else "",
+            "USAGE": _USAGE_OF_FIX.format(len(programs)) if cured else "",
+            "OPTION": _OPTION if cured else "",
+            "PROGRAMS": "FIX if args.fix else FAULT" if cured else "FAULT",
             "STALE": _literal("STALE_LOCKS", stale),
         },
     )
+
+
+def _refuse_what_would_not_hang(verdict: Mapping[str, Any]) -> None:
+    """Raise ReplayError unless the ranks' waits follow from the order of what they issued."""
+    if verdict["verdict"] != "deadlock":
+        told = f"the verdict is {verdict['verdict']}" if verdict["verdict"] else "there is no verdict"
+        raise ReplayError(f"{told}; only a deadlock follows from who issues what in which order")
+    meetings: dict[tuple[str, int], set[tuple[str, tuple[int, ...]]]] = {}
+    for p in verdict["ranks"]:
+        if p["state"] == "blocked":
+            meetings.setdefault((p["group"], p["seq"]), set()).add((p["op"], tuple(p["sizes"])))
+    if verdict["cause"] == "sizes" or any(len(calls) > 1 for calls in meetings.values()):
+        raise ReplayError("ranks met with other operations or sizes; whether that hangs is a race in the backend")
 
 
 def _programs(root: Path, steps: int | None) -> tuple[dict[int, list[Act]], dict[str, tuple[int, ...]]]:

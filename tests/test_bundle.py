@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import io
 import json
 import os
@@ -14,7 +15,7 @@ from pathlib import Path
 
 import pytest
 from forked import run_forked
-from reported import write_hang, write_run
+from reported import AGREE, write_hang, write_run
 from scene import Scene
 
 from repro import bundle
@@ -132,6 +133,61 @@ def test_control_and_fix_lie_in_folders_of_their_own(tmp_path, quick):
         "python -m repro watch bundle/fix" in page
         and "python -m repro watch bundle<" in contents(made.path)["report.html"].decode()
     )
+
+
+def changed(root: Path, **verdict) -> Path:
+    """The run with other words in its verdict."""
+    path = root / "verdict.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | verdict))
+    return root
+
+
+@pytest.mark.parametrize("scenario", ["metadata_rebuild", "group_order"])
+@pytest.mark.parametrize(
+    ("verdict", "cause", "why"),
+    [
+        ("slow", None, "the verdict is slow; only a deadlock follows from who issues what in which order"),
+        ("crash", "dead_rank", "the verdict is crash"),
+        ("clean", None, "the verdict is clean"),
+        ("inconclusive", None, "the verdict is inconclusive"),
+        ("", None, "there is no verdict"),
+        ("deadlock", "sizes", "whether that hangs is a race in the backend"),
+    ],
+)
+def test_what_no_replay_brings_back_has_no_file_that_claims_to(tmp_path, quick, scenario, verdict, cause, why):
+    root = changed(write_hang(tmp_path)[0], scenario=scenario, verdict=verdict, cause=cause)
+    if not verdict:  # the run was interrupted before there was one
+        (root / "verdict.json").unlink()
+    made = bundle.make(root, tmp_path / "b.zip")
+    files = contents(made.path)
+    assert "repro.py" not in files and any(n.startswith("no repro.py: ") and why in n for n in made.notes), made.notes
+    for name in ("ISSUE.md", "COMMANDS.sh"):
+        assert b"repro.py" not in files[name] and b"--fix" not in files[name] and b"one file" not in files[name]
+    told = files["ISSUE.md"].decode().splitlines()[-1]
+    assert "control/" not in told and ("verdict.json" in told) == bool(verdict)
+
+
+@pytest.mark.parametrize(("fix", "offered"), [("none", False), ("clean", True), ("crash", False), ("torn", False)])
+def test_the_cure_is_offered_only_where_a_run_of_it_can_be_replayed(tmp_path, quick, fix, offered):
+    root = changed(write_hang(tmp_path)[0], scenario="group_order")
+    if fix != "none":
+        scene = Scene(4, {"dp": range(4)})
+        scene.begin_step(0, [], range(4))
+        scene.all_of(range(4), AGREE)
+        for recorder in scene.recorders:
+            recorder.done()
+        cured = write_run(tmp_path, scene, "fix")
+        if fix == "crash":
+            changed(cured, verdict="crash")
+        if fix == "torn":
+            (cured / "events" / "rank003.wit").unlink()
+    made = bundle.make(root, tmp_path / "b.zip")
+    files = contents(made.path)
+    source = files["repro.py"].decode()
+    assert ("--fix" in source) == ("cured" in source) == (b"--fix" in files["ISSUE.md"]) == offered
+    assert ("fix/" in files["ISSUE.md"].decode().splitlines()[-1]) == (fix != "none")
+    assert any(note.startswith("repro.py is without --fix: fix: 3 witnesses") for note in made.notes) == (fix == "torn")
+    ast.parse(source)
 
 
 def test_its_verdict_is_recomputed_from_its_witnesses(tmp_path, quick, capsys):
