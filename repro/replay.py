@@ -34,7 +34,9 @@ class ReplayError(ValueError):
 
 
 class Act(NamedTuple):
-    """One thing a rank does: a collective (name is the group), "acquire" or "release" of a lock, or "die"."""
+    """One thing a rank does: a collective (name is the group), "acquire" or "release" of a lock, "ask" for one that it
+    never got, or "die".
+    """
 
     name: str
     op: str
@@ -121,7 +123,7 @@ def _programs(root: Path, steps: int | None) -> tuple[dict[int, list[Act]], dict
 
 
 def _acts(witness: Witness, steps: int | None) -> Iterator[Act]:
-    asked: set[int] = set()
+    asked: dict[int, Act] = {}
     for event in witness.events():
         if steps is not None and event.step >= steps:
             return
@@ -136,23 +138,22 @@ def _acts(witness: Witness, steps: int | None) -> Iterator[Act]:
             case Kind.ISSUE | Kind.WAIT:
                 raise ReplayError(f"{witness.name}: asynchronous collectives cannot be replayed")
             case Kind.LOCK_WAIT:
-                asked.add(event.sig)
-                yield Act(witness.text(event.sig), "acquire", where)
+                asked[event.sig] = Act(witness.text(event.sig), "ask", where)
             case Kind.LOCK_HELD:
-                if event.sig not in asked:
-                    yield Act(witness.text(event.sig), "acquire", where)
-                asked.discard(event.sig)
+                yield asked.pop(event.sig, Act(witness.text(event.sig), "", where))._replace(op="acquire")
             case Kind.LOCK_FREED:
                 yield Act(witness.text(event.sig), "release", where)
             case _:
                 pass
+    if witness.last is not None and witness.last.kind == Kind.LOCK_WAIT:
+        yield asked[witness.last.sig]
 
 
 def _stale_locks(programs: Mapping[int, Sequence[Act]]) -> list[str]:
-    """Locks that are only waited for, last of all, and that nobody let go or got: somebody outside has them."""
-    last = {program[-1].name for program in programs.values() if program and program[-1].op == "acquire"}
-    used = {act.name for program in programs.values() for act in program[:-1] if act.op in ("acquire", "release")}
-    return sorted(last - used)
+    """Locks that are only asked for, and that no rank had: somebody outside has them."""
+    acts = {act for program in programs.values() for act in program}
+    had = {act.name for act in acts if act.op in ("acquire", "release")}
+    return sorted({act.name for act in acts if act.op == "ask"} - had)
 
 
 def _classes(name: str, programs: Mapping[int, Sequence[Act]], number: Mapping[Act, int]) -> str:

@@ -9,7 +9,8 @@ import sys
 from pathlib import Path
 
 import pytest
-from reported import write_hang
+from reported import AGREE, write_hang, write_run
+from scene import Scene
 
 from repro import replay, scenarios
 from repro.cli import main
@@ -75,6 +76,21 @@ def test_a_replay_is_short_and_needs_torch_alone(tmp_path):
         )
     }  # fmt: skip
     assert imported <= {"torch", *sys.stdlib_module_names}
+
+
+def test_in_a_replay_a_lock_goes_to_the_rank_that_had_it(tmp_path):
+    scene = Scene(4, {"dp": range(4)})
+    scene.recorders[1].local("lock_held", "build")
+    for rank in (0, 2, 3):
+        scene.recorders[rank].local("lock_wait", "build", 101)
+    scene.enter([1], AGREE)
+    root = write_run(tmp_path, scene, "fault")
+    assert gather(root).verdict["cause"] == "lock"
+    programs, _ = replay._programs(root, None)
+    told = {rank: [(act.name, act.op) for act in program] for rank, program in programs.items()}
+    waits = [("build", "ask")]
+    assert told == {0: waits, 1: [("build", "acquire"), ("dp", "all_reduce")], 2: waits, 3: waits}
+    assert "STALE_LOCKS = []" in replay.of_runs(gather(root), None)
 
 
 def test_hostile_names_stay_strings_in_a_replay(tmp_path):
