@@ -94,7 +94,10 @@ class RunSettings(Config):
     def _check_pages(self) -> None:
         """A cache that may run out in the middle of a run is refused at its start."""
         itemsize = {"float64": 8, "float32": 4}.get(self.engine.dtype, 2)
-        layout = page_layout(self.model, itemsize, ssm_itemsize=max(4, itemsize))
+        try:  # a tp rank's page holds fewer tokens than the whole model's
+            layout = page_layout(self.model, itemsize, ssm_itemsize=max(4, itemsize), tp_size=self.tp_size)
+        except ConfigError as error:  # heads that do not divide over the ranks
+            raise ConfigError(error.message, f"model.{error.field}") from None
         longest = self.workload.max_prompt_tokens + self.workload.max_new_tokens
         needed = self.engine.max_num_seqs * layout.pages_for(longest)
         if self.engine.num_pages < needed:

@@ -64,6 +64,14 @@ def test_usage_errors_are_one_line_and_exit_code_2(capsys, tmp_path, argv, words
         ('{"seed": NaN}', "NaN is not JSON"),
         ("[" * 200_000, "nested too deep"),
         ('{"engine": {"num_pages": 1}}', "engine.num_pages: 1 is less than"),
+        (
+            '{"tp_size": 8, "workload": {"max_new_tokens": 288}, "engine": {"num_pages": 80}}',
+            "engine.num_pages: 80 is less than 176, which 4 sequences of 300 tokens take",
+        ),
+        (
+            '{"num_ranks": 12, "tp_size": 3, "model": {"num_experts": 24}}',
+            "model.linear_num_key_heads: 2 neither divides over tp_size 3",
+        ),
         ('{"model": {"num_expert": 256}}', "model.num_expert: unknown key (did you mean 'num_experts'?)"),
         ('{"model": {"num_experts": true}}', "model.num_experts: wanted int, got bool True"),
         ('{"engine": {"max_num_seqs": 0}}', "engine.max_num_seqs: 0 is less than 1"),
