@@ -27,7 +27,7 @@ from repro.launch import CannotRunHere
 from repro.lookout import Lookout
 from repro.report import command as report_command
 from repro.report.text import visible_lines
-from repro.rundir import RUN_NAME, OutputError, RunDir, read_json
+from repro.rundir import RUN_NAME, OutputError, RunDir, read_json, refuse_unwritable
 from repro.settings import KERNEL_CACHES, VARIANTS, RunSettings
 from repro.watch import judge_again
 from repro.witness import Tail, read_dir
@@ -121,6 +121,7 @@ def _parser() -> argparse.ArgumentParser:
 
     report_command.add(commands)
     bundle.add(commands)
+    commands.choices["bundle"].set_defaults(command=_bundle)
     minimise.add(commands)
 
     clean = commands.add_parser("clean", help="remove the runs")
@@ -161,6 +162,7 @@ def _run(args: argparse.Namespace) -> int:
     variants = VARIANTS if args.variant == "all" else (args.variant,)
     names = scenarios.names() if args.scenario == "all" else [args.scenario]
     runs = [_settings(args, name, variant) for name in names for variant in variants]
+    _refuse_junit(args)
     unsafe = {settings: _preflight(settings) for settings in runs}
     if runs[0].backend == "nccl":
         _require_gpus(runs[0].num_ranks)
@@ -222,6 +224,7 @@ def _matrix(args: argparse.Namespace) -> int:
     ]
     if not wanted:
         raise ConfigError(f"no cell has all of {args.only!r}", "--only")
+    _refuse_junit(args)
     console = Console(stderr=args.json)
 
     interrupt = launch.Interrupt()
@@ -241,6 +244,19 @@ def _matrix(args: argparse.Namespace) -> int:
     else:
         say(console, "\n".join(matrix.table(documents)))
     return INTERRUPTED if interrupt() else exit_code(documents)
+
+
+def _refuse_junit(args: argparse.Namespace) -> None:
+    """Verdicts are not kept from being told by a file that cannot be written; --out may be yet to be made."""
+    if args.junit and (args.junit.parent != args.out or args.out.exists()):
+        refuse_unwritable(args.junit, "; choose another --junit")
+
+
+def _bundle(args: argparse.Namespace) -> int:
+    if not args.verify and args.run.is_dir():
+        root = args.run.resolve()
+        refuse_unwritable(args.to or root.with_name(f"{root.name}.zip"), "; choose another --to")
+    return bundle.run(args)
 
 
 def _preflight(settings: RunSettings) -> list[str]:
@@ -387,7 +403,10 @@ def _clean(args: argparse.Namespace) -> int:
             running.append(str(root))
             print(f"repro: {root}: still runs, left as it is", file=sys.stderr)
             continue
-        shutil.rmtree(root)
+        try:
+            shutil.rmtree(root)
+        except OSError as error:
+            raise OutputError(f"cannot remove {root}: {error.strerror}") from error
         removed.append(str(root))
     latest = args.out / "latest"
     if latest.is_symlink() and not latest.exists():

@@ -24,7 +24,7 @@ from hybrid_moe_ref.config import ConfigError
 from repro import launch, replay, scenarios
 from repro.report.gather import gather
 from repro.report.text import visible_lines
-from repro.rundir import write_atomically, write_json
+from repro.rundir import refuse_unwritable, write_atomically, write_json
 from repro.scenarios import Expected, Scenario
 from repro.settings import RunSettings
 
@@ -263,6 +263,7 @@ def run(args: argparse.Namespace) -> int:
         {**flags, "scenario": args.scenario, "variant": "fault", "deadline_s": RUN_DEADLINE_S, "checks": "observe"}
     )
     path = args.to or Path(f"{args.scenario}_minimal.py")
+    refuse_unwritable(path, "; choose another --to")
     where = sys.stderr if args.json else sys.stdout
 
     def say(text: str) -> None:

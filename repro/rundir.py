@@ -22,6 +22,7 @@ import errno
 import json
 import os
 import re
+import tempfile
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -150,10 +151,21 @@ def write_atomically(path: Path, content: str | bytes) -> None:
         with partial.open("wb") as file:
             file.write(data)
         os.replace(partial, path)
-    except OSError:
+    except OSError as error:
         with contextlib.suppress(OSError):
             partial.unlink()
-        raise
+        raise OSError(error.errno, error.strerror, str(path)) from error
+
+
+def refuse_unwritable(path: Path, hint: str = "") -> None:
+    """Raise OutputError where a file of this name could not be written; asked before the work that it is to hold."""
+    try:
+        with tempfile.TemporaryFile(dir=path.parent):
+            pass
+        if path.exists() and not path.is_file():
+            raise OSError(None, "not a regular file")
+    except OSError as error:
+        raise OutputError(f"cannot write to {path}: {error.strerror}{hint}") from error
 
 
 def write_json(path: Path, value: Any) -> None:

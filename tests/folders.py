@@ -13,9 +13,10 @@ import pytest
 
 @contextlib.contextmanager
 def mounted(folder: Path, *options: str) -> Iterator[None]:
-    """A file system of its own in the place of the folder; skips where that is not allowed."""
-    if os.geteuid() or subprocess.run(["mount", "-t", "tmpfs", *options, "tmpfs", str(folder)]).returncode:
-        pytest.skip("cannot mount a small file system")
+    """A file system of its own in the place of the folder, with ``--bind`` the folder again; skips if not allowed."""
+    source = [str(folder)] if "--bind" in options else ["-t", "tmpfs", "tmpfs"]
+    if os.geteuid() or subprocess.run(["mount", *options, *source, str(folder)]).returncode:
+        pytest.skip("cannot mount a file system")
     try:
         yield
     finally:
@@ -24,9 +25,9 @@ def mounted(folder: Path, *options: str) -> Iterator[None]:
 
 @contextlib.contextmanager
 def read_only(folder: Path) -> Iterator[None]:
-    """By a mount for root, whom no permission stops, and by the permissions for everybody else."""
+    """With what is in it; by a mount for root, whom no permission stops, and by the permissions for everybody else."""
     if not os.geteuid():
-        with mounted(folder, "-o", "ro"):
+        with mounted(folder, "--bind", "-o", "ro"):
             yield
         return
     folder.chmod(0o555)

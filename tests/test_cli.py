@@ -12,6 +12,7 @@ from xml.etree import ElementTree
 
 import pytest
 from command_line import fails
+from folders import read_only
 from reported import write_hang
 from rich.console import Console
 from rich.live import Live
@@ -117,6 +118,41 @@ def test_a_full_disk_is_refused_and_nothing_is_left(capsys, tmp_path):
         assert not any(tmp_path.iterdir())
     finally:
         subprocess.run(["umount", tmp_path], check=True)
+
+
+@pytest.mark.parametrize("place", ["nowhere/it", "."])
+@pytest.mark.parametrize("command", ["run metadata_rebuild --junit", "matrix --junit", "minimise idle_skip --to"])
+def test_an_output_file_that_cannot_be_written_is_refused_before_the_work(
+    capsys, tmp_path, monkeypatch, command, place
+):
+    monkeypatch.setattr("repro.launch.run", lambda *args: pytest.fail("has begun"))
+    monkeypatch.chdir(tmp_path)
+    code, told = fails(capsys, *command.split(), tmp_path / place)
+    assert code == USAGE and f"cannot write to {tmp_path / place}: " in told and ".partial" not in told
+    assert not any(tmp_path.iterdir())
+
+
+def test_a_bundle_that_cannot_be_written_is_refused_before_the_work(capsys, tmp_path):
+    root, _ = write_hang(tmp_path, 2)
+    code, told = fails(capsys, "bundle", root, "--to", tmp_path / "nowhere" / "it.zip")
+    assert code == USAGE and f"cannot write to {tmp_path}/nowhere/it.zip: No such file or directory" in told
+
+
+def test_no_bundle_to_verify_is_a_usage_error(capsys, tmp_path):
+    code, told = fails(capsys, "bundle", "--verify", tmp_path / "none.zip")
+    assert code == USAGE and f"{tmp_path}/none.zip: no such file" in told
+
+
+def test_what_is_written_beside_runs_is_named_in_a_read_only_folder(capsys, tmp_path):
+    root, _ = write_hang(tmp_path, 2)
+    with read_only(root):
+        code, told = fails(capsys, "report", root)
+        assert code == USAGE and f"cannot write to {root}/report.html: " in told
+    with read_only(tmp_path):
+        code, told = fails(capsys, "bundle", root)
+        assert code == USAGE and f"cannot write to {root}.zip: " in told
+        code, told = fails(capsys, "clean", "--out", tmp_path)
+        assert code == USAGE and f"cannot remove {root}: " in told
 
 
 def test_list_names_every_scenario_with_its_source(capsys):

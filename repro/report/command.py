@@ -10,6 +10,7 @@ from typing import Any
 from repro import report
 from repro.report.gather import headline
 from repro.report.text import visible
+from repro.rundir import refuse_unwritable
 
 
 def add(commands: Any) -> None:
@@ -23,6 +24,8 @@ def add(commands: Any) -> None:
 def run(args: argparse.Namespace) -> int:
     """Write the reports; 0."""
     documents = []
+    for root in filter(Path.is_dir, args.runs):
+        refuse_unwritable(root / report.FILES[0])
     for root in args.runs:
         facts = report.write(root.resolve())
         files = [str(facts.root / name) for name in report.FILES]
