@@ -6,6 +6,7 @@ builds what is missing: ``python -m repro.kernel_cache RUN_DIR``.
 
 from __future__ import annotations
 
+import re
 import shutil
 import subprocess
 import sys
@@ -30,8 +31,14 @@ def folder(run_dir: RunDir, settings: RunSettings) -> Path:
 def fill(run_dir: RunDir, settings: RunSettings) -> None:
     """Put into the run's cache what it is to find there, within the run's deadline.
 
-    Raises CannotFill: for want of a compiler for one, or for a cold start in a user's folder that is filled.
+    Raises CannotFill: for want of a compiler for one, for a cold start in a user's folder that is filled, or for a
+    folder that torch.compile cannot have: it names its files to the compiler without quotes.
     """
+    for place in (run_dir.root, folder(run_dir, settings)) if settings.engine.compile else ():
+        if re.search(r"[\s'\"\\]", str(place)):
+            raise CannotFill(
+                f"torch.compile cannot work in {place}, for the space or quote in it; choose another --out"
+            )
     if not settings.engine.compiles_kernels:
         return
     kernels = folder(run_dir, settings) / "kernels"

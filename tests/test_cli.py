@@ -102,6 +102,15 @@ def test_nccl_without_gpus_cannot_run_here(capsys, tmp_path):
     assert not any(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize("name", ["a b", "it's"])
+def test_torch_compile_cannot_run_in_a_folder_that_it_would_not_quote(capsys, tmp_path, monkeypatch, name):
+    monkeypatch.setattr("repro.scenarios.compile_skew.shutil.which", lambda name: name)
+    code, told = fails(capsys, "run", "compile_skew", "--out", tmp_path / name)
+    assert code == CANNOT_TELL and f"torch.compile cannot work in {tmp_path / name}" in told
+    assert not any((tmp_path / name).iterdir())
+    prepare_run_dir(tmp_path / name, RunSettings("metadata_rebuild"))
+
+
 def test_an_out_that_is_a_file_is_refused(capsys, tmp_path):
     out = tmp_path / "file"
     out.write_text("")
