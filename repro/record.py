@@ -13,6 +13,7 @@ import mmap
 import os
 import socket
 import sys
+import textwrap
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
@@ -48,6 +49,9 @@ from repro.layout import (
 )
 from repro.parse import WitnessError, parse_header
 from repro.witness import create
+
+MAX_MESSAGE = 600
+"""Characters of an error that are kept."""
 
 _pack_into, _getframe = ROW.pack_into, sys._getframe
 _ROW = RECORD.size
@@ -245,7 +249,8 @@ class Recorder:
         self._write(Kind.DONE)
 
     def failed(self, message: str) -> None:
-        self._write(Kind.FAILED, sig=self._intern(message[:2000]))
+        """A compiler's message may be pages, and a verdict's sentence is one line; the log has it all."""
+        self._write(Kind.FAILED, sig=self._intern(textwrap.shorten(message, MAX_MESSAGE, placeholder=" …")))
 
     # -- asynchronous collectives --------------------------------------------------------------------------------
 

@@ -15,7 +15,7 @@ import pytest
 
 from hybrid_moe_ref.parallel.observer import Collective, Observer, ScheduleEntry
 from repro.layout import Geometry, Kind
-from repro.record import Recorder
+from repro.record import MAX_MESSAGE, Recorder
 from repro.witness import WitnessError, read
 
 REDUCE = Collective("dp", "all_reduce", "", (32,), "int32", "sum")
@@ -47,6 +47,15 @@ def test_a_recorder_is_an_observer(tmp_path: Path) -> None:
     assert witness.who.pid == os.getpid()
     assert witness.who.boot_id
     assert witness.who.pid_start_ticks > 0
+
+
+def test_an_error_of_many_lines_is_kept_as_one_of_bounded_length(tmp_path: Path) -> None:
+    recorder = recorder_at(tmp_path / "w")
+    recorder.failed("CompileError: g++\n\n  said:\n" + 500 * "more of it\n")
+    witness = read(tmp_path / "w")
+    told = witness.text(next(witness.events()).sig)
+    assert told.startswith("CompileError: g++ said: more of it") and told.endswith("it …")
+    assert "\n" not in told and len(told) <= MAX_MESSAGE
 
 
 def test_the_call_site_is_the_line_that_called_the_communicator(tmp_path: Path) -> None:
