@@ -7,7 +7,7 @@ failed or killed build leaves no half library, and the next one sweeps what a ki
 builds, under a lock that the system takes back from whoever dies, and that is waited for no longer than LOCK_LIMIT_S.
 
 The best instruction set that the processor has is picked when the library is loaded; HMR_NATIVE_ISA names another
-(generic, avx2, avx512bf16, amx).
+(INSTRUCTION_SETS).
 """
 
 import contextlib
@@ -36,6 +36,9 @@ from hybrid_moe_kernels.extension import loader
 DTYPES = (torch.float32, torch.bfloat16)
 DEVICES = ("cpu",)
 CHECKS = True  # in C++, at a cost that does not show
+
+INSTRUCTION_SETS = ("generic", "avx2", "avx512bf16", "amx")
+"""Worst first; a processor has the first of them at least."""
 
 LOCK_LIMIT_S = 600.0
 """How long a process waits while another one builds."""
@@ -101,8 +104,13 @@ def prepare(tick: Callable[[], None] = _nothing) -> str:
 
     tick: called several times a second meanwhile, for signs of life; what it raises ends a wait for another process,
     and goes on when a build of this one is through.
+
+    Raises ValueError, before any build, for an HMR_NATIVE_ISA that no processor has.
     """
     global _library, _error, _failed
+    isa = os.environ.get("HMR_NATIVE_ISA", "")
+    if isa not in ("", *INSTRUCTION_SETS):
+        raise ValueError(f"HMR_NATIVE_ISA: {isa!r} is not one of {', '.join(INSTRUCTION_SETS)}")
     target = path()
     if _library is None and target != _failed:
         try:
@@ -111,7 +119,7 @@ def prepare(tick: Callable[[], None] = _nothing) -> str:
                 with _only_one(target.parent, tick):
                     if not target.exists():
                         _ticking(lambda: build(target), tick)
-            _library = _load(target)
+            _library = _load(target, isa)
             _error = ""
         except (BuildFailed, OSError, ImportError, ValueError) as error:
             _error, _failed = " ".join(str(error).split()), target
@@ -215,15 +223,16 @@ def build(target: Path) -> None:
         shutil.rmtree(private, ignore_errors=True)
 
 
-def _load(target: Path) -> ModuleType:
+def _load(target: Path, isa: str) -> ModuleType:
     loader = importlib.machinery.ExtensionFileLoader(_NAME, str(target))
     spec = importlib.util.spec_from_loader(_NAME, loader)
     assert spec is not None
     module = importlib.util.module_from_spec(spec)
     loader.exec_module(module)
-    if isa := os.environ.get("HMR_NATIVE_ISA"):
+    if isa:
         if isa not in module.instruction_sets():
-            raise ValueError(f"HMR_NATIVE_ISA: {isa!r} is not one of {', '.join(module.instruction_sets())}")
+            has = ", ".join(module.instruction_sets())
+            raise ValueError(f"HMR_NATIVE_ISA: {isa!r} is not one of this processor's: {has}")
         module.use_instruction_set(isa)
     return module
 

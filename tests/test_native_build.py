@@ -17,8 +17,10 @@ import time
 from pathlib import Path
 
 import pytest
-from hybrid_moe_kernels import native
+from hybrid_moe_kernels import native, registry
 from kernel_cases import need_native
+
+from hybrid_moe_ref.__main__ import main
 
 BROKEN = 'echo "x.cpp:1: error: broken"; exit 1'
 
@@ -60,9 +62,21 @@ def test_a_library_that_is_there_needs_no_compiler(monkeypatch, request) -> None
 
 def test_an_instruction_set_that_is_not_here_is_one_line(monkeypatch, request) -> None:
     need_native(request)
+    assert set(native.library().instruction_sets()) <= set(native.INSTRUCTION_SETS)
     monkeypatch.setattr(native, "_library", None)
-    monkeypatch.setenv("HMR_NATIVE_ISA", "mmx")
-    assert native.prepare().startswith("HMR_NATIVE_ISA: 'mmx' is not one of generic")
+    monkeypatch.setattr(native, "INSTRUCTION_SETS", (*native.INSTRUCTION_SETS, "avx10"))
+    monkeypatch.setenv("HMR_NATIVE_ISA", "avx10")
+    assert native.prepare().startswith("HMR_NATIVE_ISA: 'avx10' is not one of this processor's: generic")
+
+
+def test_an_unknown_instruction_set_is_refused_before_a_build(cache, monkeypatch, capsys) -> None:
+    monkeypatch.setenv("HMR_NATIVE_ISA", "bogus")
+    monkeypatch.setattr(registry, "_choice", registry.choice())
+    assert main(["generate", "tiny", "--tokens", "1", "--max-new-tokens", "1", "--kernels", "native"]) == 2
+    told = capsys.readouterr().err
+    assert told == "hybrid_moe_ref: HMR_NATIVE_ISA: 'bogus' is not one of generic, avx2, avx512bf16, amx\n"
+    assert not cache.exists()
+    assert main(["generate", "tiny", "--tokens", "1", "--max-new-tokens", "1", "--kernels", "torch"]) == 0
 
 
 def test_a_failed_build_is_not_tried_again(tmp_path, cache, monkeypatch) -> None:
