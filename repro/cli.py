@@ -54,6 +54,7 @@ def main(argv: list[str] | None = None) -> int:
         args.parser.error(f"unknown argument {unknown[0]}{hint}")
     try:
         code: int = args.command(args)
+        sys.stdout.flush()
         return code
     except (ConfigError, OutputError, ValueError) as error:
         print(f"repro: {visible_lines(str(error))}", file=sys.stderr)
@@ -65,10 +66,21 @@ def main(argv: list[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # whoever read the output has left
         return EXPECTED
     except OSError as error:  # a disk that filled up during the run, for one
-        print(f"repro: {error.filename or 'this machine'}: {error.strerror or error}", file=sys.stderr)
+        place = error.filename or ("standard output" if _output_is_stuck() else "this machine")
+        print(f"repro: {place}: {error.strerror or error}", file=sys.stderr)
         return CANNOT_TELL
     except KeyboardInterrupt:
         return INTERRUPTED
+
+
+def _output_is_stuck() -> bool:
+    """Whether standard output takes nothing, not even a line's end; it is then let go of, or the exit code were 120."""
+    try:
+        print(flush=True)
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        return True
+    return False
 
 
 def _parser() -> argparse.ArgumentParser:

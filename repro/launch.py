@@ -156,10 +156,17 @@ def attend(
 ) -> dict[str, Any]:
     """Watch a run that was started, to its verdict and its end; returns what verdict.json says.
 
-    Raises OutputError when another process does so already: only one may end a run.
+    Raises OutputError when another process does so already: only one may end a run. Any other OSError, of a disk that
+    fills up for one, says where the run is.
     """
-    with _only_one(run_dir):
-        return _attend(run_dir, settings, interrupt, display, job_alive, list(started))
+    try:
+        with _only_one(run_dir):
+            return _attend(run_dir, settings, interrupt, display, job_alive, list(started))
+    except OutputError:
+        raise
+    except OSError as error:
+        told = f"{error.strerror or error}; what is kept of the run is in {run_dir.root}"
+        raise OSError(error.errno, told, error.filename) from error
 
 
 @contextlib.contextmanager

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import json
 import os
@@ -12,7 +13,7 @@ from xml.etree import ElementTree
 
 import pytest
 from command_line import fails
-from folders import read_only
+from folders import mounted, read_only
 from reported import write_hang
 from rich.console import Console
 from rich.live import Live
@@ -162,6 +163,26 @@ def test_what_is_written_beside_runs_is_named_in_a_read_only_folder(capsys, tmp_
         assert code == USAGE and f"cannot write to {root}.zip: " in told
         code, told = fails(capsys, "clean", "--out", tmp_path)
         assert code == USAGE and f"cannot remove {root}: " in told
+
+
+def test_a_disk_that_fills_during_a_run_is_named_with_the_evidence(capsys, tmp_path):
+    with mounted(tmp_path, "-o", "size=8m"):
+        root, _ = write_hang(tmp_path, 2)
+        (root / "verdict.json").unlink()
+        (root / "reference.json").write_text("{}")
+        with contextlib.suppress(OSError), (tmp_path / "filler").open("wb") as file:
+            file.write(bytes(8 << 20))
+        code, told = fails(capsys, "watch", root, "--end")
+        assert code == CANNOT_TELL and f"{root}/verdict.json: No space left on device; " in told
+        assert f"what is kept of the run is in {root}\n" in told
+
+
+def test_a_full_standard_output_is_called_so():
+    with Path("/dev/full").open("w") as full:
+        done = subprocess.run(
+            [sys.executable, "-m", "repro", "list"], cwd=ROOT, stdout=full, stderr=subprocess.PIPE, text=True
+        )
+    assert (done.returncode, done.stderr) == (CANNOT_TELL, "repro: standard output: No space left on device\n")
 
 
 def test_list_names_every_scenario_with_its_source(capsys):
