@@ -6,10 +6,13 @@ builds what is missing: ``python -m repro.kernel_cache RUN_DIR``.
 
 from __future__ import annotations
 
+import contextlib
 import re
 import shutil
 import subprocess
 import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
 
 from hybrid_moe_kernels.extension import BUILT
@@ -17,6 +20,8 @@ from hybrid_moe_kernels.extension import BUILT
 from repro import process
 from repro.rundir import RunDir, read_json
 from repro.settings import RunSettings
+
+POLL_S = 0.1
 
 
 class CannotFill(RuntimeError):
@@ -28,11 +33,12 @@ def folder(run_dir: RunDir, settings: RunSettings) -> Path:
     return Path(settings.engine.cache_dir or run_dir.cache)
 
 
-def fill(run_dir: RunDir, settings: RunSettings) -> None:
+def fill(run_dir: RunDir, settings: RunSettings, interrupt: Callable[[], bool]) -> None:
     """Put into the run's cache what it is to find there, within the run's deadline.
 
     Raises CannotFill: for want of a compiler for one, for a cold start in a user's folder that is filled, or for a
-    folder that torch.compile cannot have: it names its files to the compiler without quotes.
+    folder that torch.compile cannot have: it names its files to the compiler without quotes. KeyboardInterrupt when
+    the user wants no more.
     """
     for place in (run_dir.root, folder(run_dir, settings)) if settings.engine.compile else ():
         if re.search(r"[\s'\"\\]", str(place)):
@@ -49,10 +55,16 @@ def fill(run_dir: RunDir, settings: RunSettings) -> None:
         return
     command = [sys.executable, "-m", "repro.kernel_cache", str(run_dir.root)]
     with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) as builder:
+        until = time.monotonic() + settings.deadline_s
+        told = None
         try:
-            _, told = builder.communicate(timeout=settings.deadline_s)
-        except subprocess.TimeoutExpired:
-            raise CannotFill(f"no warm kernel cache: not built within {settings.deadline_s:g} s (--deadline)") from None
+            while told is None:
+                if interrupt():
+                    raise KeyboardInterrupt
+                if time.monotonic() > until:
+                    raise CannotFill(f"no warm kernel cache: not built within {settings.deadline_s:g} s (--deadline)")
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    _, told = builder.communicate(timeout=POLL_S)
         finally:
             builder.kill()  # its compilers end with it
     if builder.returncode:

@@ -95,7 +95,7 @@ class Display:
     notice: Callable[[str], None] = lambda text: None
 
 
-def prepare_run_dir(out: Path, settings: RunSettings) -> RunDir:
+def prepare_run_dir(out: Path, settings: RunSettings, interrupt: Callable[[], bool] = lambda: False) -> RunDir:
     """Make the run directory with its configuration and every rank's witness, all blocks allocated.
 
     Raises OutputError, and leaves nothing, when there is no room.
@@ -105,7 +105,7 @@ def prepare_run_dir(out: Path, settings: RunSettings) -> RunDir:
         if shutil.disk_usage(run_dir.root).free < FREE_BYTES:
             raise OSError(None, "no space left on device")
         write_json(run_dir.config, settings.to_mapping())
-        kernel_cache.fill(run_dir, settings)
+        kernel_cache.fill(run_dir, settings, interrupt)
         scenarios.load(settings.scenario).before(settings, kernel_cache.folder(run_dir, settings))
         shape = Geometry(ring_records=settings.ring_records)
         for rank in range(settings.num_ranks):
@@ -132,7 +132,7 @@ def run(
     start: starts the ranks, as :func:`launcher` gives it
     known_reference: reference.json of an earlier run with the same ``reference_key``
     """
-    run_dir = prepare_run_dir(out, settings)
+    run_dir = prepare_run_dir(out, settings, interrupt)
     if known_reference is not None and known_reference.exists():
         shutil.copyfile(known_reference, run_dir.reference)
     job = start(run_dir, settings)

@@ -327,6 +327,12 @@ def test_a_warm_cache_that_is_not_built_by_the_deadline_is_given_up(tmp_path):
         launch.prepare_run_dir(tmp_path, small("cold_jit", kernel_cache="warm", deadline_s=0.1))
 
 
+def test_a_warm_cache_is_not_waited_for_by_a_user_who_has_had_enough(tmp_path):
+    with pytest.raises(KeyboardInterrupt):
+        launch.prepare_run_dir(tmp_path, small("cold_jit", kernel_cache="warm"), lambda: True)
+    assert not list(tmp_path.iterdir())
+
+
 @pytest.mark.full
 def test_a_user_s_folder_may_be_filled_again_and_again(cold_run, tmp_path):
     for _ in range(2):
