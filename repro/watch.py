@@ -12,6 +12,7 @@ import re
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import psutil
@@ -26,6 +27,7 @@ from repro.scenarios import Expected
 from repro.settings import RunSettings
 from repro.system import STOPPED, Facts, System
 from repro.verdict import Verdict, judge
+from repro.verdict.result import VERDICTS
 from repro.witness import Tail, Witness, read_dir
 
 SCHEMA_VERSION = 1
@@ -306,16 +308,20 @@ def judge_again(run_dir: RunDir, settings: RunSettings) -> tuple[dict[str, Any],
     last byte.
 
     A decided run is judged as of the moment of its verdict.json, from where also comes what the system said then; any
-    other as of now, after a look of LOOK_S at its processes.
+    other, and one whose verdict.json is damaged, as of now, after a look of LOOK_S at its processes.
     """
     witnesses, refused = read_dir(run_dir.root / "events")
     told: dict[str, Any] = {}
+    damaged: list[str] = []
     here = myself(0, 1)
     if run_dir.verdict.exists():
-        told = read_json(run_dir.verdict)
+        try:
+            told, facts = _decided(run_dir.verdict)
+        except (OSError, ValueError) as error:
+            damaged.append(f"{error}; the run is judged as if it had no verdict.json")
+    if told:
         last_ns = (w.last_event_ns() + here.clock_ahead_ns(w.who) for w in witnesses.values() if w.last)
         now_ns = max(last_ns, default=0) + int(told["quiet_s"] * 1e9) + 1_000_000  # the file has milliseconds
-        facts = Facts.from_json(told["system"])
     else:
         system = System(LOOK_S)
         system.look(witnesses)
@@ -347,6 +353,7 @@ def judge_again(run_dir: RunDir, settings: RunSettings) -> tuple[dict[str, Any],
     if told.get("interrupted"):
         verdict = _interrupted(verdict)
     used = {witness.who.run_id for witness in witnesses.values()}
+    refused += damaged
     whole = not refused and len(used) <= 1 and not any(witness.problems for witness in witnesses.values())
     passed_s = time.time() - run_dir.config.stat().st_mtime
     seconds = {"stall_to_verdict": round(verdict.quiet_s, 3), "total": round(passed_s, 3)}
@@ -354,6 +361,33 @@ def judge_again(run_dir: RunDir, settings: RunSettings) -> tuple[dict[str, Any],
         **document_of(settings, _with_evidence(verdict, refused)), "system": facts.to_json(),
         "interrupted": bool(told.get("interrupted")), "seconds": told.get("seconds", seconds),
     }, whole  # fmt: skip
+
+
+_WRITTEN: dict[str, Callable[[Any], bool]] = {
+    "verdict": lambda told: told in VERDICTS,
+    "confidence": lambda told: isinstance(told, str),
+    "culprits": lambda told: isinstance(told, list) and all(isinstance(rank, int) for rank in told),
+    "evidence": lambda told: isinstance(told, list) and all(isinstance(text, str) for text in told),
+    "quiet_s": lambda told: isinstance(told, (int, float)) and 0 <= told < 1e6,
+    "seconds": lambda told: isinstance(told, dict),
+}
+"""What is taken from a verdict.json, and whether it may stand there."""
+
+
+def _decided(path: Path) -> tuple[dict[str, Any], Facts]:
+    """A verdict.json and what the system said then; raises ValueError with the file and what is wrong with it."""
+    told = read_json(path)
+    if not isinstance(told, dict):
+        raise ValueError(f"{path}:1: not a mapping")
+    for name, may_stand_there in _WRITTEN.items():
+        if name not in told:
+            raise ValueError(f"{path}:1: {name} is missing")
+        if not may_stand_there(told[name]):
+            raise ValueError(f"{path}:1: {name} is not what a run writes there")
+    try:
+        return told, Facts.from_json(told["system"])
+    except (AttributeError, KeyError, TypeError, ValueError, OverflowError):
+        raise ValueError(f"{path}:1: system is not what a run writes there") from None
 
 
 def _uncompared(verdict: Verdict, why: str) -> Verdict:

@@ -150,6 +150,7 @@ def test_the_trace_has_one_track_a_rank_and_group(tmp_path):
         ("verdict.json", None, "verdict.json is missing"),
         ("verdict.json", "{", "verdict.json is damaged"),
         ("verdict.json", "[]", "verdict.json is damaged"),
+        ("verdict.json", "{}", "verdict.json is damaged (empty)"),
         ("verdict.json", '{"ranks": 3, "cycle": [{"ranks": ["a"]}], "culprits": [-1, 1e9]}', "not of the type"),
         ("verdict.json", f'{{"quiet_s": {HUGE}, "seconds": {{"total": {HUGE}}}, "seed": 1e999}}', "not of the type"),
         ("verdict.json", f'{{"ranks": [{{"rank": 0, "since_s": {HUGE}, "sizes": [{HUGE}]}}]}}', "not of the type"),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import fcntl
 import json
 import os
+import re
 import time
 from dataclasses import replace
 
@@ -30,20 +31,52 @@ def test_a_decided_run_is_not_decided_again(capsys, tmp_path):
     code, told = fails(capsys, "watch", tmp_path, "--end")
     assert code == USAGE and "is decided" in told
     assert (tmp_path / "verdict.json").read_text() == '{"verdict": "deadlock"}'
-    code, told = fails(capsys, "watch", tmp_path)
-    assert code == USAGE and "that no run of this program leaves" in told
+
+
+@pytest.mark.parametrize("key", ["deadline_s", "seed"])
+def test_numbers_without_measure_are_refused_by_watch(capsys, tmp_path, key):
+    run_dir = left_by_a_run(tmp_path, finished())
+    run_dir.config.write_text(json.dumps(json.loads(run_dir.config.read_text()) | {key: 10**400}))
+    code, _ = fails(capsys, "watch", tmp_path)
+    assert code == USAGE
+
+
+def decided(**changes):
+    """What of a verdict.json a second judgement uses, so changed."""
+    told = {"verdict": "clean", "confidence": "certain", "culprits": [], "evidence": [], "quiet_s": 1.0, "seconds": {}}
+    return json.dumps({**told, "system": Facts().to_json(), **changes}).encode()
 
 
 @pytest.mark.parametrize(
-    ("name", "key"), [("verdict.json", "quiet_s"), ("config.json", "deadline_s"), ("config.json", "seed")]
+    ("data", "words"),
+    [
+        (b"", "Expecting value"),
+        (b"{}", "verdict is missing"),
+        (b"[]", "not a mapping"),
+        (b'{"verdict": 5}', "verdict is not what a run writes there"),
+        (b'{"verdict": "deadlock"}', "confidence is missing"),
+        (b"\xff\xfe\x00", "not UTF-8 text"),
+        (decided()[:-9], "Unterminated string"),
+        (decided(quiet_s=10**400), "quiet_s is not what a run writes there"),
+        (decided(culprits=["0"]), "culprits is not what a run writes there"),
+        (decided(evidence=[5]), "evidence is not what a run writes there"),
+        (decided(system={"alive": 3}), "system is not what a run writes there"),
+    ],
 )
-def test_numbers_without_measure_are_refused_by_watch(capsys, tmp_path, name, key):
-    left_by_a_run(tmp_path, finished())
-    (tmp_path / "verdict.json").write_text(json.dumps({"quiet_s": 1.0, "system": Facts().to_json()}))
-    document = json.loads((tmp_path / name).read_text())
-    (tmp_path / name).write_text(json.dumps(document | {key: 10**400}))
-    code, _ = fails(capsys, "watch", tmp_path)
-    assert code == USAGE
+def test_a_run_with_a_damaged_verdict_is_judged_by_its_witnesses(capsys, tmp_path, monkeypatch, data, words):
+    monkeypatch.setattr("repro.watch.LOOK_S", 0.1)
+    run_dir = left_by_a_run(tmp_path, finished())
+    run_dir.verdict.write_bytes(data)
+    assert main(["watch", str(tmp_path)]) == CANNOT_TELL
+    told = capsys.readouterr()
+    assert told.out.startswith("clean\n") and not told.err
+    (line,) = [line for line in told.out.splitlines() if str(run_dir.verdict) in line]
+    assert re.match(rf"{re.escape(str(run_dir.verdict))}:\d+: .*{words}.*; the run is judged as if it had no", line)
+
+
+def test_a_whole_verdict_is_no_damage(capsys, tmp_path):
+    left_by_a_run(tmp_path, finished()).verdict.write_bytes(decided())
+    assert main(["watch", str(tmp_path)]) == EXPECTED
 
 
 def left_by_a_run(root, scene):

@@ -95,9 +95,9 @@ def _read_document(facts: Facts, name: str, loss: str) -> dict[str, Any]:
     except (OSError, ValueError) as error:
         facts.missing.append(f"{name} is damaged ({str(error).replace(f'{facts.root}/', '')}): {loss}")
     else:
-        if isinstance(document, dict):
+        if isinstance(document, dict) and document:
             return document
-        facts.missing.append(f"{name} is damaged (not a mapping): {loss}")
+        facts.missing.append(f"{name} is damaged ({'empty' if document == {} else 'not a mapping'}): {loss}")
     return {}
 
 
