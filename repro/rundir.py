@@ -189,6 +189,15 @@ def read_json(path: Path) -> Any:
         raise ValueError(f"{path}: {error}") from None
 
 
+def read_tokens(path: Path) -> dict[str, list[int]]:
+    """The tokens of each request, from reference.json or an output; raises ValueError as :func:`read_json`."""
+    told = read_json(path)
+    rows = told.values() if isinstance(told, dict) else [None]
+    if not all(isinstance(row, list) and all(isinstance(token, int) for token in row) for row in rows):
+        raise ValueError(f"{path}:1: not lists of tokens by request")
+    return dict(told)
+
+
 def read_text(path: Path, limit: int = MAX_TEXT_BYTES) -> str:
     """The end of a text file; "" where there is none."""
     try:

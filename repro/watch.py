@@ -22,12 +22,12 @@ from repro.layout import Kind
 from repro.lookout import Others
 from repro.parse import WitnessError
 from repro.record import myself
-from repro.rundir import RunDir, read_json, write_json
+from repro.rundir import RunDir, read_json, read_tokens, write_json
 from repro.scenarios import Expected
 from repro.settings import RunSettings
 from repro.system import STOPPED, Facts, System
 from repro.verdict import Verdict, judge
-from repro.verdict.result import VERDICTS
+from repro.verdict.result import VERDICTS, name_ranks
 from repro.witness import Tail, Witness, read_dir
 
 SCHEMA_VERSION = 1
@@ -184,11 +184,14 @@ class Watch:
         if not self.run_dir.reference.exists():
             why = "is not ready" if self.reference_alive() else "failed (logs/reference.log)"
             return _uncompared(self._judge(), f"the single-process reference {why}")
-        wrong = wrong_tokens(self.run_dir, self.settings.num_ranks)
+        try:
+            reference = read_tokens(self.run_dir.reference)
+            wrong = wrong_tokens(self.run_dir, self.settings.num_ranks)
+        except (OSError, ValueError) as error:
+            return _uncompared(self._judge(), str(error))
         verdict = self._judge(wrong_numbers=wrong)
         if wrong:
             return verdict
-        reference = read_json(self.run_dir.reference)
         num_tokens = sum(map(len, reference.values()))
         text = f"{num_tokens} tokens of {len(reference)} requests equal the single-process reference's"
         silences = sorted(self._silences.values(), key=lambda silence: -silence[0])
@@ -329,19 +332,27 @@ def judge_again(run_dir: RunDir, settings: RunSettings) -> tuple[dict[str, Any],
         witnesses, refused = read_dir(run_dir.root / "events")
         facts = system.look(witnesses)
         now_ns = time.monotonic_ns()
-    finished = run_dir.reference.exists() and all(run_dir.output(r).exists() for r in range(settings.num_ranks))
+    wrong: list[str] = []
+    uncompared = ""
+    try:
+        wrong = wrong_tokens(run_dir, settings.num_ranks)
+    except FileNotFoundError as error:
+        uncompared = str(error)
+    except (OSError, ValueError) as error:
+        uncompared = "a file with tokens is damaged"
+        damaged.append(str(error))
     verdict = judge(
         witnesses,
         num_ranks=settings.num_ranks,
         now_ns=now_ns,
         quiet_window_s=settings.quiet_window_s,
         home=here,
-        wrong_numbers=wrong_tokens(run_dir, settings.num_ranks) if finished else (),
+        wrong_numbers=wrong,
         queued=_queued(settings),
         **vars(facts),
     )
-    if not finished and told.get("verdict") not in ("clean", "slow"):  # else who watched has compared them
-        verdict = _uncompared(verdict, "reference.json or an output is not there")
+    if uncompared and told.get("verdict") not in ("clean", "slow"):  # else who watched has compared them
+        verdict = _uncompared(verdict, uncompared)
     if verdict.verdict == "clean" and told.get("verdict") == "slow":  # only who watched could see that
         verdict = dataclasses.replace(
             verdict,
@@ -407,11 +418,19 @@ def _queued(settings: RunSettings) -> tuple[str, ...]:
 
 
 def wrong_tokens(run_dir: RunDir, num_ranks: int) -> list[str]:
-    """A line for each request whose tokens differ from the single-process reference's."""
-    reference = read_json(run_dir.reference)
+    """A line for each request whose tokens differ from the single-process reference's.
+
+    Raises FileNotFoundError saying which files are not there, ValueError naming one that is damaged.
+    """
+    known = run_dir.reference.exists()
+    reference = read_tokens(run_dir.reference) if known else {}
+    absent = [rank for rank in range(num_ranks) if not run_dir.output(rank).exists()]
+    if absent or not known:
+        gone = [] if known else ["reference.json is not there"]
+        raise FileNotFoundError(" and ".join(gone + [f"no output of {name_ranks(absent)} is there"] * bool(absent)))
     served: dict[str, list[list[int]]] = {}  # the ranks of a tp group serve the same requests
     for rank in range(num_ranks):
-        for name, tokens in read_json(run_dir.output(rank)).items():
+        for name, tokens in read_tokens(run_dir.output(rank)).items():
             served.setdefault(name, []).append(tokens)
     found = (_difference(name, copy, reference[name]) for name in reference for copy in served.get(name, [None]))
     return sorted({text for text in found if text})

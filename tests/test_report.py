@@ -162,6 +162,13 @@ def test_the_trace_has_one_track_a_rank_and_group(tmp_path):
         ("stacks/rank002.txt", None, "stacks: no file of rank 2"),
         ("fr/rank003.json", None, "fr: no file of rank 3"),
         ("logs/rank003.log", None, "logs: no file of rank 3"),
+        ("stacks/rank002.txt", "\0\1\2", "stacks/rank002.txt:1: no stack"),
+        ("stacks/rank002.txt", 'Thread 0x1:\n  File "a.py", li', "stacks/rank002.txt:2: cut short"),
+        ("fr/rank001.json", "{", "fr/rank001.json:1: Expecting property name"),
+        ("fr/rank001.json", '{"entries": 5}', "fr/rank001.json:1: no dump of the Flight Recorder"),
+        ("reference.json", '{"a": [1, 2', "reference.json:1: Expecting"),
+        ("reference.json", '{"a": [1, "2"]}', "reference.json:1: not lists of tokens by request"),
+        ("outputs/rank001.json", "[]", "outputs/rank001.json:1: not lists of tokens by request"),
     ],
 )
 def test_a_page_of_a_damaged_run_says_what_is_missing(tmp_path, name, content, words):

@@ -117,14 +117,37 @@ def test_watch_exits_with_0_for_the_expected_verdict_1_for_another_and_125_for_n
     assert {*contract.split(), "matches_expected"} <= told.keys()
 
 
-def test_a_run_whose_numbers_nobody_compared_is_not_clean(capsys, tmp_path):
+def test_a_run_whose_numbers_nobody_compared_is_not_clean(capsys, tmp_path, monkeypatch):
+    monkeypatch.setattr("repro.watch.LOOK_S", 0.1)
     run_dir = left_by_a_run(tmp_path, finished())
     run_dir.output(3).unlink()
     assert main(["watch", str(tmp_path)]) == CANNOT_TELL
-    assert "an output is not there, so the tokens were not compared" in capsys.readouterr().out
+    told = capsys.readouterr().out.splitlines()
+    assert "no output of rank 3 is there, so the tokens were not compared" in told
+    whole = run_dir.reference.read_text()
+    run_dir.reference.unlink()
+    assert main(["watch", str(tmp_path)]) == CANNOT_TELL
+    told = capsys.readouterr().out.splitlines()
+    assert "reference.json is not there and no output of rank 3 is there, so the tokens were not compared" in told
+    run_dir.reference.write_text(whole)
     run_dir.output(3).write_text('{"a": [1, 3]}')
     assert main(["watch", str(tmp_path)]) == UNEXPECTED
     assert capsys.readouterr().out.startswith("corrupt\n")
+
+
+@pytest.mark.parametrize("name", ["reference.json", "outputs/rank002.json"])
+@pytest.mark.parametrize(("data", "words"), [("{", "Expecting"), ("[]", "not lists of tokens by request")])
+def test_a_damaged_file_of_tokens_is_named_and_the_run_still_judged(capsys, tmp_path, monkeypatch, name, data, words):
+    monkeypatch.setattr("repro.watch.LOOK_S", 0.1)
+    run_dir = left_by_a_run(tmp_path, finished())
+    (tmp_path / name).write_text(data)
+    assert main(["watch", str(tmp_path)]) == CANNOT_TELL
+    told = capsys.readouterr()
+    assert told.out.startswith("inconclusive\n") and not told.err
+    assert f"{tmp_path / name}:1: {words}" in told.out and "so the tokens were not compared" in told.out
+    settings = RunSettings("metadata_rebuild", "control", num_ranks=4)
+    document = Watch(run_dir, settings, job_alive=lambda: True, reference_alive=lambda: False).run()
+    assert document["verdict"] == "inconclusive" and str(tmp_path / name) in document["evidence"][-1]
 
 
 @pytest.mark.parametrize(("reference", "verdict"), [(True, "clean"), (False, "inconclusive")])

@@ -317,11 +317,13 @@ def test_a_directory_gives_the_good_files_and_names_the_bad(tmp_path: Path) -> N
     (tmp_path / "rank001.wit").write_bytes(b"")
     os.mkfifo(tmp_path / "rank003.wit")  # nobody writes to it: whoever waited for it would wait for ever
     (tmp_path / "rank004.wit").write_bytes(sample().files[0])
+    (tmp_path / "rank005.wit").mkdir()
     witnesses, refused = read_dir(tmp_path)
     assert sorted(witnesses) == [0, 2]
     assert "rank001.wit:0:" in refused[0]
     assert "rank003.wit:0: not a regular file" in refused[1]
     assert "already told by" in refused[2]
+    assert refused[3] == f"{tmp_path}/rank005.wit:0: not a regular file"
     with pytest.raises(WitnessError, match="not a regular file"):
         Tail(tmp_path / "rank003.wit")
 

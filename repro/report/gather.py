@@ -10,9 +10,10 @@ from typing import Any
 
 from hybrid_moe_ref.config import ConfigError
 from repro.parse import WitnessError
+from repro.regular import open_regular
 from repro.report.lanes import Label, Labels, Lane, SharedClock, read_lane
 from repro.report.text import few
-from repro.rundir import RunDir, read_json
+from repro.rundir import RunDir, read_json, read_text, read_tokens
 from repro.settings import RunSettings
 from repro.verdict.result import name_ranks
 from repro.witness import SUFFIX, read
@@ -124,17 +125,49 @@ def _read_lanes(facts: Facts) -> None:
 
 def _look_for_rank_files(facts: Facts) -> None:
     """Say which ranks lack which file; stacks and recorder dumps are taken only when a run does not finish."""
-    ranks = range(min(facts.num_ranks, MAX_RANKS))
-    wanted: list[tuple[str, Callable[[int], Path]]] = [("logs", facts.run_dir.log)]
+    ranks, run_dir = range(min(facts.num_ranks, MAX_RANKS)), facts.run_dir
+    wanted: list[tuple[str, Callable[[int], Path], Callable[[Path], object]]] = [("logs", run_dir.log, _check_log)]
     if facts.stuck:
-        wanted += [("stacks", facts.run_dir.stack), ("fr", facts.run_dir.flight_recorder)]
+        wanted += [("stacks", run_dir.stack, _check_stack), ("fr", run_dir.flight_recorder, _check_dump)]
     absent = [rank for rank in ranks if rank not in facts.lanes]
     if absent:
         facts.missing.append(f"events: {name_ranks(absent)} left no readable witness")
-    for what, path in wanted:
-        absent = [rank for rank in ranks if not path(rank).is_file()]
+    for what, path, check in wanted:
+        absent = [rank for rank in ranks if not _is_there(facts, path(rank), check)]
         if absent:
             facts.missing.append(f"{what}: no file of {name_ranks(absent)}")
+    if facts.settings is not None:  # a run of this program, which leaves tokens when it has some
+        for file in (run_dir.reference, *map(run_dir.output, ranks)):
+            _is_there(facts, file, read_tokens)
+
+
+def _is_there(facts: Facts, path: Path, check: Callable[[Path], object]) -> bool:
+    """Whether there is such a file; what ``check`` says against it is listed."""
+    try:
+        check(path)
+    except FileNotFoundError:
+        return False
+    except (OSError, ValueError) as error:
+        facts.missing.append(str(error).replace(f"{facts.root}/", ""))
+    return True
+
+
+def _check_log(path: Path) -> None:
+    open_regular(path).close()
+
+
+def _check_stack(path: Path) -> None:
+    """A rank that was not asked for its stack leaves an empty file."""
+    open_regular(path).close()
+    told = read_text(path)
+    if told and not (told.endswith("\n") and "hread 0x" in told):
+        raise ValueError(f"{path}:{told.count(chr(10)) + 1}: {'cut short' if 'hread 0x' in told else 'no stack in it'}")
+
+
+def _check_dump(path: Path) -> None:
+    told = read_json(path)
+    if not isinstance(told, dict) or not isinstance(told.get("entries", []), list):
+        raise ValueError(f"{path}:1: no dump of the Flight Recorder")
 
 
 def sound_verdict(document: Mapping[str, Any], config: Mapping[str, Any], missing: list[str]) -> dict[str, Any]:
