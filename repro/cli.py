@@ -25,6 +25,7 @@ from repro.display import display, overview, say, summary
 from repro.junit import write_junit
 from repro.launch import CannotRunHere
 from repro.lookout import Lookout
+from repro.memory import refuse_too_large
 from repro.report import command as report_command
 from repro.report.text import visible_lines
 from repro.rundir import RUN_NAME, OutputError, RunDir, read_json, refuse_unwritable
@@ -176,6 +177,8 @@ def _run(args: argparse.Namespace) -> int:
     runs = [_settings(args, name, variant) for name in names for variant in variants]
     _refuse_junit(args)
     unsafe = {settings: _preflight(settings) for settings in runs}
+    if args.config:  # of the sizes that are not a user's, all fit
+        refuse_too_large(runs)
     if runs[0].backend == "nccl":
         _require_gpus(runs[0].num_ranks)
     launcher = args.launcher or ("fork" if args.scenario == "all" else "torchrun")
@@ -237,6 +240,8 @@ def _matrix(args: argparse.Namespace) -> int:
     if not wanted:
         raise ConfigError(f"no cell has all of {args.only!r}", "--only")
     _refuse_junit(args)
+    if args.config:
+        refuse_too_large([settings for _, settings in wanted])
     console = Console(stderr=args.json)
 
     interrupt = launch.Interrupt()

@@ -6,6 +6,7 @@ import contextlib
 import io
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -89,6 +90,15 @@ def test_config_errors_name_file_field_and_value(capsys, tmp_path, text, words):
     config.write_text(text)
     code, told = fails(capsys, "run", "metadata_rebuild", "--config", config, "--out", out)
     assert code == USAGE and words in told and not out.exists()
+
+
+@pytest.mark.full  # a process that imports torch
+@pytest.mark.parametrize("command", [["run", "metadata_rebuild", "--variant", "all"], ["matrix"]])
+def test_a_model_that_cannot_fit_is_refused_before_a_rank_starts(capsys, tmp_path, command):
+    config, out = tmp_path / "config.json", tmp_path / "out"
+    config.write_text('{"model": {"hidden_size": 1000000000}}')
+    code, told = fails(capsys, *command, "--config", config, "--out", out)
+    assert code == USAGE and re.search(r"the model needs 3\d{6}\.0 GB on 8 ranks", told) and not out.exists()
 
 
 def test_a_missing_config_file_is_named(capsys, tmp_path):

@@ -14,6 +14,8 @@ from hybrid_moe_ref.commands import _show_text
 from hybrid_moe_ref.comparison import judge
 from hybrid_moe_ref.engine import local
 from hybrid_moe_ref.pages import page_layout
+from repro.memory import shortage_of
+from repro.settings import RunSettings
 
 CONFIG = replace(preset("tiny"), num_experts=8, num_experts_per_tok=2, vocab_size=64, num_mtp_layers=1)
 
@@ -214,6 +216,16 @@ def test_errors_are_one_line_and_exit_2(args: list[str], text: str, folder: Path
     assert main([str(folder) if arg == "FOLDER" else arg for arg in args]) == 2
     out, err = capsys.readouterr()
     assert out == "" and text in err and err.count("\n") == 1
+
+
+def test_a_run_that_cannot_fit_is_known_before_it_starts() -> None:
+    def shortage(**changes: object) -> str:
+        return shortage_of(RunSettings.from_document(changes, {"scenario": "any", "variant": "control"}, ""))
+
+    assert shortage() == shortage(tp_size=8) == ""
+    assert "the model needs 3924544.0 GB on 8 ranks" in shortage(model={"hidden_size": 10**9})
+    assert "and its cache 393216.0 GB" in shortage(engine={"num_pages": 10**9})
+    assert "Storage size calculation overflowed" in shortage(model={"moe_intermediate_size": 10**15})
 
 
 def test_a_layout_on_gpus_needs_one(capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
