@@ -80,7 +80,7 @@ def unpack(path: Path, into: Path) -> dict[str, str]:
     a bundle would not.
     """
     sums: dict[str, str] = {}
-    if not path.is_file():
+    if not path.exists():
         raise ArchiveError(f"{path}: no such file")
     try:
         with open_regular(path, MAX_TOTAL_BYTES) as file, zipfile.ZipFile(file) as archive:
