@@ -23,7 +23,7 @@ from typing import Any
 from hybrid_moe_ref.config import ConfigError
 from repro import launch, replay, scenarios
 from repro.report.gather import gather
-from repro.report.text import visible_lines
+from repro.report.text import counted, visible_lines
 from repro.rundir import refuse_unwritable, write_atomically, write_json
 from repro.scenarios import Expected, Scenario
 from repro.settings import RunSettings
@@ -218,9 +218,9 @@ def describe(settings: RunSettings) -> str:
     """The sizes that are shrunk, in words."""
     work, model = settings.workload, settings.model
     return (
-        f"{settings.num_ranks} ranks, {len(model.layer_pattern)} layers ({model.layer_pattern}), "
-        f"{model.num_experts} experts top-{model.num_experts_per_tok}, {work.max_requests} requests of at most "
-        f"{work.max_prompt_tokens}+{work.max_new_tokens} tokens"
+        f"{settings.num_ranks} ranks, {counted(len(model.layer_pattern), 'layer')} ({model.layer_pattern}), "
+        f"{model.num_experts} experts top-{model.num_experts_per_tok}, {counted(work.max_requests, 'request')} of "
+        f"at most {work.max_prompt_tokens}+{work.max_new_tokens} tokens"
     )
 
 
@@ -315,8 +315,8 @@ def _tell(result: Result, path: Path, as_json: bool) -> None:
         }  # fmt: skip
         print(json.dumps(told, indent=1))
         return
-    print(f"{result.verdict} {result.cause or ''} with {describe(result.after)}, {result.steps} steps")
-    print(f"{result.runs} runs in {result.seconds:.0f} s")
+    print(f"{result.verdict} {result.cause or ''} with {describe(result.after)}, {counted(result.steps, 'step')}")
+    print(f"{counted(result.runs, 'run')} in {result.seconds:.0f} s")
     for note in result.notes:
         print(visible_lines(note))
     if result.source:

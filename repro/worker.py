@@ -66,7 +66,7 @@ def run_rank(run_dir: RunDir, settings: RunSettings, rank: int, join: Callable[[
         write_atomically(run_dir.environment(rank), loaded.describe())
         outputs = serve(settings, rank, store, recorder, run_dir.cache)
         write_json(run_dir.output(rank), outputs)
-        print(f"[rank {rank}] done: {len(outputs)} requests", flush=True)
+        print(f"[rank {rank}] requests done: {len(outputs)}", flush=True)
         recorder.done()
     except Exception as error:  # recorded, printed and parked: peers and watcher must see who failed, and where
         recorder.failed(f"{type(error).__name__}: {error}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import dataclasses
 import os
 import subprocess
 import sys
@@ -14,7 +15,7 @@ from scene import Scene
 
 from repro import replay, scenarios
 from repro.cli import main
-from repro.minimise import AnotherVerdict, Runner, minimise
+from repro.minimise import AnotherVerdict, Runner, _tell, describe, minimise
 from repro.report.gather import gather
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -61,6 +62,15 @@ def test_minimise_exits_as_run_does_when_the_verdict_is_another(tmp_path, monkey
     monkeypatch.setattr(Runner, "__call__", lambda self, settings: answer(verdict, None))
     assert main(["minimise", "metadata_rebuild"]) == code
     assert f"the run says {verdict}" in capsys.readouterr().err and not list(tmp_path.iterdir())
+
+
+def test_one_is_not_told_as_several(capsys):
+    result = minimise(scenarios.load("metadata_rebuild"), start(), lambda s: answer(step=0))
+    assert "8 ranks, 8 layers (GGGAMGGA)" in describe(result.before)
+    assert describe(result.after).startswith("2 ranks, 1 layer (G), 2 experts top-1, 1 request of at most ")
+    _tell(dataclasses.replace(result, runs=1), Path("x.py"), False)
+    told = capsys.readouterr().out
+    assert ", 1 step\n1 run in " in told
 
 
 def test_a_replay_is_short_and_needs_torch_alone(tmp_path):
@@ -113,7 +123,7 @@ def test_metadata_rebuild_is_minimised_to_a_file_that_hangs_and_its_fix_passes(t
     command = [sys.executable, "-m", "repro", "minimise", "metadata_rebuild"]
     run = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=110)
     assert run.returncode == 0, run.stdout + run.stderr
-    assert "deadlock extra with 2 ranks, 1 layers (G)" in run.stdout
+    assert "deadlock extra with 2 ranks, 1 layer (G)" in run.stdout
     path = tmp_path / "metadata_rebuild_minimal.py"
     assert path.read_text().count("\n") <= 200
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]

@@ -28,6 +28,11 @@ def visible_lines(text: str, limit: int = 4000) -> str:
     return "\n".join(visible(line, limit) for line in text.split("\n"))
 
 
+def counted(number: int, noun: str) -> str:
+    """``1 run``, ``2 runs``."""
+    return f"{number} {noun}{'s' * (number != 1)}"
+
+
 def _picture(match: re.Match[str]) -> str:
     code = ord(match.group())
     if code < 0x20:
