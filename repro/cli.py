@@ -186,14 +186,16 @@ def _run(args: argparse.Namespace) -> int:
     documents: list[dict[str, Any]] = []
     references: dict[tuple[Any, ...], Path] = {}
     done: list[Path] = []
+    said: set[str] = set()
     interrupt = launch.Interrupt()
     with interrupt.installed(), launch.launcher(launcher) as start:
         for number, settings in enumerate(runs, start=1):
             count = f"[{number}/{len(runs)}] " if len(names) > 1 else ""
             title = f"{count}{settings.scenario} {settings.variant}: {settings.num_ranks} ranks, seed {settings.seed}"
             if not (missing := scenarios.load(settings.scenario).missing(settings)):
-                for finding in unsafe[settings][:1]:
+                for finding in {*unsafe[settings][:1]} - said:
                     say(console, f"unsafe: {finding}")
+                    said.add(finding)
                 known = references.get(settings.reference_key())
                 try:
                     with display(console, title) as shown:

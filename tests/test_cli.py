@@ -302,6 +302,18 @@ def test_junit_tells_a_wrong_verdict_from_none_and_from_what_was_not_run(tmp_pat
     assert first[1].find("failure") is not None and "\x1b" not in first[1].find("system-out").text
 
 
+def test_what_is_unsafe_about_many_runs_is_told_once(capsys, tmp_path, monkeypatch):
+    def run(settings, out, *rest):
+        return RunDir(out), decided(settings.scenario, settings.variant, "clean", matches_expected=True)
+
+    monkeypatch.setattr("repro.launch.run", run)
+    monkeypatch.setattr("repro.cli._report", lambda *args: None)
+    monkeypatch.setattr("repro.scenarios.names", lambda: ["idle_skip", "metadata_rebuild", "zero_token_return"])
+    assert main(["run", "all", "--out", str(tmp_path)]) == EXPECTED
+    told = [line for line in capsys.readouterr().out.splitlines() if line.startswith("unsafe: ")]
+    assert len(told) == 1 and "expert parallelism is not supported" in told[0]
+
+
 def test_every_run_of_a_matrix_gets_a_report_and_a_case_in_the_junit_file(capsys, tmp_path, monkeypatch):
     def run(settings, out, *rest):
         root, _ = write_hang(out, settings.num_ranks)
