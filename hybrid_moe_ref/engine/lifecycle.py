@@ -76,7 +76,8 @@ class Engine:
 
     Raises PrepareFailed on every rank when one of them cannot take part, ConfigError for sizes that do not fit, and
     Refused for what could not be kept free of deadlock. A rank that fails in another phase than `prepare` raises its
-    own error, and all others raise ScheduleMismatch, which tells it.
+    own error, and all others raise ScheduleMismatch, which tells it. Not so in `serve` with checks="observe": there the
+    others are not told, and wait for as long as a collective may take.
     """
 
     def __init__(self, config: ServerConfig, comm: Communicator, policies: Policies | None = None) -> None:

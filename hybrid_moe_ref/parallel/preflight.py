@@ -2,7 +2,8 @@
 
 Where the schedule guard holds a rank to its own plan, this holds the ranks to each other, in everything that must be
 equal: operation, layer, agreed sizes, dtype, reduce op and root. So it also sees what would not hang but pair wrongly,
-and it sees it before any data is touched. The price is a round trip to the store for every collective.
+and it sees it before any data is touched. The price is four requests to the store for every collective:
+to say what comes, to wait for the others, to read what they said, and to delete what was said before.
 """
 
 from __future__ import annotations
