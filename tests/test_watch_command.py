@@ -24,6 +24,12 @@ from repro.system import Facts
 from repro.watch import Watch, judge_again
 
 
+@pytest.fixture(autouse=True)
+def short_look(monkeypatch):
+    """Nothing runs here that a look of half a second could find at work."""
+    monkeypatch.setattr("repro.watch.LOOK_S", 0.05)
+
+
 def test_a_decided_run_is_not_decided_again(capsys, tmp_path):
     settings = RunSettings("metadata_rebuild")
     (tmp_path / "config.json").write_text(json.dumps(settings.to_mapping()))
@@ -63,8 +69,7 @@ def decided(**changes):
         (decided(system={"alive": 3}), "system is not what a run writes there"),
     ],
 )
-def test_a_run_with_a_damaged_verdict_is_judged_by_its_witnesses(capsys, tmp_path, monkeypatch, data, words):
-    monkeypatch.setattr("repro.watch.LOOK_S", 0.1)
+def test_a_run_with_a_damaged_verdict_is_judged_by_its_witnesses(capsys, tmp_path, data, words):
     run_dir = left_by_a_run(tmp_path, finished())
     run_dir.verdict.write_bytes(data)
     assert main(["watch", str(tmp_path)]) == CANNOT_TELL
@@ -117,8 +122,7 @@ def test_watch_exits_with_0_for_the_expected_verdict_1_for_another_and_125_for_n
     assert {*contract.split(), "matches_expected"} <= told.keys()
 
 
-def test_a_run_whose_numbers_nobody_compared_is_not_clean(capsys, tmp_path, monkeypatch):
-    monkeypatch.setattr("repro.watch.LOOK_S", 0.1)
+def test_a_run_whose_numbers_nobody_compared_is_not_clean(capsys, tmp_path):
     run_dir = left_by_a_run(tmp_path, finished())
     run_dir.output(3).unlink()
     assert main(["watch", str(tmp_path)]) == CANNOT_TELL
@@ -137,8 +141,7 @@ def test_a_run_whose_numbers_nobody_compared_is_not_clean(capsys, tmp_path, monk
 
 @pytest.mark.parametrize("name", ["reference.json", "outputs/rank002.json"])
 @pytest.mark.parametrize(("data", "words"), [("{", "Expecting"), ("[]", "not lists of tokens by request")])
-def test_a_damaged_file_of_tokens_is_named_and_the_run_still_judged(capsys, tmp_path, monkeypatch, name, data, words):
-    monkeypatch.setattr("repro.watch.LOOK_S", 0.1)
+def test_a_damaged_file_of_tokens_is_named_and_the_run_still_judged(capsys, tmp_path, name, data, words):
     run_dir = left_by_a_run(tmp_path, finished())
     (tmp_path / name).write_text(data)
     assert main(["watch", str(tmp_path)]) == CANNOT_TELL
