@@ -267,7 +267,7 @@ def _matrix(args: argparse.Namespace) -> int:
 
 def _refuse_junit(args: argparse.Namespace) -> None:
     """Verdicts are not kept from being told by a file that cannot be written; --out may be yet to be made."""
-    if args.junit and (args.junit.parent != args.out or args.out.exists()):
+    if args.junit and (args.junit.parent.resolve() != args.out.resolve() or args.out.exists()):
         refuse_unwritable(args.junit, "; choose another --junit")
 
 

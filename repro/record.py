@@ -13,7 +13,6 @@ import mmap
 import os
 import socket
 import sys
-import textwrap
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
@@ -250,7 +249,9 @@ class Recorder:
 
     def failed(self, message: str) -> None:
         """A compiler's message may be pages, and a verdict's sentence is one line; the log has it all."""
-        self._write(Kind.FAILED, sig=self._intern(textwrap.shorten(message, MAX_MESSAGE, placeholder=" …")))
+        line = " ".join(message.split())
+        line = line if len(line) <= MAX_MESSAGE else f"{line[: MAX_MESSAGE - 2]} …"
+        self._write(Kind.FAILED, sig=self._intern(line))
 
     # -- asynchronous collectives --------------------------------------------------------------------------------
 

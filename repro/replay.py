@@ -142,7 +142,8 @@ def _acts(witness: Witness, steps: int | None) -> Iterator[Act]:
             case Kind.LOCK_HELD:
                 yield asked.pop(event.sig, Act(witness.text(event.sig), "", where))._replace(op="acquire")
             case Kind.LOCK_FREED:
-                yield Act(witness.text(event.sig), "release", where)
+                if asked.pop(event.sig, None) is None:  # else it was only waited for, until it was gone
+                    yield Act(witness.text(event.sig), "release", where)
             case _:
                 pass
     if witness.last is not None and witness.last.kind == Kind.LOCK_WAIT:

@@ -186,7 +186,7 @@ class Watch:
             return _uncompared(self._judge(), f"the single-process reference {why}")
         try:
             reference = read_tokens(self.run_dir.reference)
-            wrong = wrong_tokens(self.run_dir, self.settings.num_ranks)
+            wrong = wrong_tokens(self.run_dir, self.settings.num_ranks, self.settings.tp_size)
         except (OSError, ValueError) as error:
             return _uncompared(self._judge(), str(error))
         verdict = self._judge(wrong_numbers=wrong)
@@ -335,7 +335,7 @@ def judge_again(run_dir: RunDir, settings: RunSettings) -> tuple[dict[str, Any],
     wrong: list[str] = []
     uncompared = ""
     try:
-        wrong = wrong_tokens(run_dir, settings.num_ranks)
+        wrong = wrong_tokens(run_dir, settings.num_ranks, settings.tp_size)
     except FileNotFoundError as error:
         uncompared = str(error)
     except (OSError, ValueError) as error:
@@ -417,8 +417,9 @@ def _queued(settings: RunSettings) -> tuple[str, ...]:
     return ("ep", "tp") if settings.backend == "nccl" else ()
 
 
-def wrong_tokens(run_dir: RunDir, num_ranks: int) -> list[str]:
-    """A line for each request whose tokens differ from the single-process reference's.
+def wrong_tokens(run_dir: RunDir, num_ranks: int, tp_size: int) -> list[str]:
+    """A line for each request whose tokens differ from the single-process reference's, or that not all who should
+    have served.
 
     Raises FileNotFoundError saying which files are not there, ValueError naming one that is damaged.
     """
@@ -432,7 +433,12 @@ def wrong_tokens(run_dir: RunDir, num_ranks: int) -> list[str]:
     for rank in range(num_ranks):
         for name, tokens in read_tokens(run_dir.output(rank)).items():
             served.setdefault(name, []).append(tokens)
-    found = (_difference(name, copy, reference[name]) for name in reference for copy in served.get(name, [None]))
+    found = [_difference(name, copy, reference[name]) for name in reference for copy in served.get(name, [None])]
+    for name, copies in served.items():
+        if name not in reference:
+            found.append(f"request {name} is none of the single-process reference's")
+        elif len(copies) != tp_size:
+            found.append(f"request {name} was served by {len(copies)} ranks, not by {tp_size}")
     return sorted({text for text in found if text})
 
 

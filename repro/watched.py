@@ -114,7 +114,8 @@ def describe(op: str, arguments: dict[str, Any], layer: str, recorder: Recorder,
     elif tensor is not None:
         sizes = (min(t.numel() for t in _tensors(arguments)),)
     root = arguments.get("src", arguments.get("dst"))
-    reduce_op = str(arguments["op"]).rpartition(".")[2].lower() if "op" in arguments else ""
+    given = arguments.get("op", "")
+    reduce_op = str(getattr(given, "op", given)).rpartition(".")[2].lower()  # a ReduceOp, or one of its constants
     dtype = str(tensor.dtype).removeprefix("torch.") if tensor is not None else ""
     return Collective(name, op, layer, sizes, dtype, reduce_op, -1 if root is None else int(root))
 

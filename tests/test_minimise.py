@@ -129,3 +129,11 @@ def test_metadata_rebuild_is_minimised_to_a_file_that_hangs_and_its_fix_passes(t
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     fixed = subprocess.run([*torchrun, str(path), "--fix"], cwd=tmp_path, capture_output=True, text=True, timeout=60)
     assert fixed.returncode == 0 and "PASSED" in fixed.stdout, fixed.stdout + fixed.stderr
+
+
+def test_a_lock_that_was_only_waited_for_is_no_act_of_a_replay():
+    """A baton is waited for until it is gone: to let it go would be to remove a file that is not there."""
+    made = Scene(1, {})
+    for event in ("lock_wait", "lock_freed", "lock_wait", "lock_held", "lock_freed"):
+        made.recorders[0].local(event, "/cache/lock")
+    assert [act.op for act in replay._acts(made.witnesses()[0], None)] == ["acquire", "release"]

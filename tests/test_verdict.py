@@ -276,7 +276,7 @@ def test_an_error_in_a_wait_for_others_is_not_the_fault_of_who_waited() -> None:
     verdict = look(made)
     assert (verdict.verdict, verdict.cause, verdict.culprits) == ("crash", "error", ())
     assert (verdict.suspects, verdict.confidence) == ((0,), "undecided")
-    assert "rank 5 gave up inside a collective for which rank 0 had not come" in verdict.evidence
+    assert "rank 5 gave up in dp all_reduce #1, waiting for 0" in verdict.evidence
     made.recorders[0].failed("MemoryError: the cause")
     assert (look(made).culprits, look(made).confidence) == ((0,), "certain")
 
@@ -292,6 +292,49 @@ def test_an_error_that_all_were_told_is_the_fault_of_whom_it_names_and_not_of_wh
     assert (look(made).culprits, look(made).confidence) == ((0,), "likely")
 
 
+@pytest.mark.parametrize(
+    ("missed_s", "cause", "culprits", "confidence"),
+    [(60.0, "error", (0,), "likely"), (0.1, "dead_rank", (), "undecided"), (None, "dead_rank", (), "undecided")],
+)
+def test_who_gave_up_clearly_before_another_died_is_not_its_victim(
+    missed_s: float | None, cause: str, culprits: tuple[int, ...], confidence: str
+) -> None:
+    """As when a backend aborts the others long after the one that they wait for has failed."""
+    made = scene()
+    made.begin_step(1, PLAN)
+    made.all_of(EVERYONE, C1)
+    made.recorders[0].failed("ValueError: of its own")
+    made.enter(range(1, 8), dispatch(0))
+    died = {} if missed_s is None else {3: made.now_ns / 1e9 + missed_s}
+    verdict = look(made, after_s=70.0, alive={3: False}, died=died)
+    assert (verdict.verdict, verdict.cause, verdict.culprits) == ("crash", cause, culprits), verdict
+    assert verdict.confidence == confidence and (culprits or verdict.suspects == (0, 3)), verdict
+
+
+def test_deaths_on_two_hosts_are_in_no_order_unless_far_apart() -> None:
+    made = Scene(4, {"dp": range(4)})
+    for rank in (2, 3):
+        elsewhere = Identity(rank, 4, "test", "host1", "boot1", pid=100 + rank, wall_offset_ns=10**18)
+        header = pack_header(elsewhere, SMALL)
+        made.files[rank][: len(header)] = header
+    made.phase("serve")
+    alive = {0: False, 3: False}
+    near = look(made, alive=alive, died={0: 10.25, 3: 10.5})
+    assert (near.culprits, near.suspects, near.confidence) == ((), (0, 3), "undecided")
+    assert look(made, alive=alive, died={0: 10.0, 3: 12.0}).culprits == (0,)
+
+
+def test_a_lock_that_was_waited_for_to_the_limit_is_told_as_a_lock() -> None:
+    made = Scene(2, {"dp": range(2)})
+    made.recorders[1].local("lock_held", "/cache/lock")
+    made.recorders[1].local("build_begin", "gdn")
+    made.recorders[0].local("lock_wait", "/cache/lock")
+    made.recorders[0].failed("LockTimeout: not let go")
+    verdict = look(made)
+    assert (verdict.verdict, verdict.culprits, verdict.suspects) == ("crash", (), (1,))
+    assert "rank 0 gave up in lock /cache/lock, waiting for 1" in verdict.evidence
+
+
 @pytest.mark.parametrize(("dead", "culprits"), [([0, 2, 3], ()), ([2], (2,))])
 def test_where_a_rank_never_began_who_died_may_have_been_ended_for_it(dead: list[int], culprits: tuple[int]) -> None:
     """A rank that cannot even import what it needs leaves no word, and the launcher ends all others. One that died
@@ -305,6 +348,56 @@ def test_where_a_rank_never_began_who_died_may_have_been_ended_for_it(dead: list
     if not culprits:
         assert (verdict.suspects, verdict.confidence) == ((0, 1, 2, 3), "undecided")
         assert any(line.startswith("rank 1 never began") for line in verdict.evidence), verdict
+
+
+def test_a_vote_of_a_later_phase_is_no_part_of_the_step_before() -> None:
+    """Who leaves it out and begins to serve is odd; those who vote have kept their word."""
+    made = scene()
+    whole_step(made, 0)
+    made.phase("compile")
+    made.enter(range(7), Collective("dp", "all_reduce", "compile.vote", (1,), "int32", "min"))
+    made.recorders[7].phase("serve")
+    made.recorders[7].begin_step(1, PLAN, 1)
+    made.enter([7], C1)
+    verdict = look(made)
+    assert not set(verdict.culprits) & set(range(7)), verdict
+    assert verdict.confidence != "certain" or verdict.culprits == (7,), verdict
+
+
+@pytest.mark.parametrize("went_on", ["phase", "enter", "done"])
+def test_who_went_on_from_a_collective_that_did_not_end_is_not_in_it(went_on: str) -> None:
+    """As after an exception that was caught; a stall would be of those who are all there."""
+    made = scene()
+    made.begin_step(1, PLAN)
+    made.enter(EVERYONE, C1)
+    match went_on:
+        case "phase":
+            made.recorders[0].phase("fallback")
+        case "enter":
+            made.enter([0], dispatch(0))
+        case "done":
+            made.recorders[0].done()
+    verdict = look(made)
+    assert verdict.verdict == {"phase": "slow", "enter": "deadlock", "done": "deadlock"}[went_on], verdict
+    assert set(verdict.culprits) <= {0} and "nobody is absent" not in " ".join(verdict.evidence), verdict
+
+
+def test_a_rank_that_is_done_with_a_lock_in_its_hand_is_to_blame_for_it() -> None:
+    made = scene()
+    made.recorders[1].local("lock_held", "/cache/lock")
+    made.recorders[1].done()
+    made.recorders[0].local("lock_wait", "/cache/lock")
+    verdict = look(made)
+    assert (verdict.verdict, verdict.cause, verdict.culprits) == ("deadlock", "lock", (1,))
+
+
+def test_a_group_of_other_ranks_hides_who_waits_in_it() -> None:
+    """A witness may say anything."""
+    made = scene()
+    made.recorders[0].groups({"odd": (70, 80)})
+    made.enter([0], Collective("odd", "all_reduce", "", (4,), "float32", "sum"))
+    verdict = look(made)
+    assert verdict.ranks[0].state == "hidden" and verdict.verdict != "deadlock", verdict
 
 
 def test_everybody_in_one_collective_is_a_stall() -> None:
@@ -414,6 +507,10 @@ def test_two_locks_taken_in_two_orders_are_a_deadlock_of_both_holders() -> None:
     verdict = look(made)
     assert (verdict.verdict, verdict.cause, verdict.culprits) == ("deadlock", "lock", (2, 5))
     assert {link["waits_in"] for link in verdict.cycle} == {"lock a.lock", "lock b.lock"}
+    assert verdict.evidence[-2:] == tuple(
+        f"rank {rank} holds lock {held} and waits for lock {wanted} (serve)"
+        for rank, held, wanted in ((2, "a.lock", "b.lock"), (5, "b.lock", "a.lock"))
+    ), verdict.evidence
 
 
 def transfer(op: str, peer: int, **more: Any) -> Collective:

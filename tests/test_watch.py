@@ -15,7 +15,7 @@ from repro.rundir import RunDir, write_json
 from repro.settings import RunSettings
 from repro.verdict import Verdict
 from repro.verdict.result import Position
-from repro.watch import Watch, judge_again
+from repro.watch import Watch, judge_again, wrong_tokens
 from repro.witness import create
 
 SETTINGS = RunSettings("compile_skew", "fault", num_ranks=4, quiet_window_s=1.0)
@@ -135,3 +135,20 @@ def test_only_what_still_runs_is_ended_by_its_pid(tmp_path):
     finally:
         bystander.kill()
         bystander.wait()
+
+
+@pytest.mark.parametrize(
+    ("reference", "outputs", "told"),
+    [
+        ({"a": [1]}, [{"a": [1]}, {"a": [1]}], []),
+        ({"a": [1]}, [{"a": [1]}, {}], ["request a was served by 1 ranks, not by 2"]),
+        ({}, [{"a": [1]}, {"a": [1]}], ["request a is none of the single-process reference's"]),
+        ({"a": [1]}, [{}, {}], ["request a was not served"]),
+    ],
+)
+def test_each_request_is_served_by_all_ranks_of_its_group_and_no_other_is(tmp_path, reference, outputs, told):
+    run_dir, _ = started(tmp_path)
+    write_json(run_dir.reference, reference)
+    for rank, output in enumerate(outputs):
+        write_json(run_dir.output(rank), output)
+    assert wrong_tokens(run_dir, num_ranks=2, tp_size=2) == told

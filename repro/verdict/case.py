@@ -28,6 +28,7 @@ class Case:
     starved: Mapping[int, float]
     died: Mapping[int, float]
     queued: Collection[str]
+    now_s: float  # on the clock of ``died``
 
     @property
     def quiet(self) -> bool:

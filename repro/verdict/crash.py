@@ -6,8 +6,12 @@ from collections.abc import Sequence
 
 from repro.verdict.case import Case
 from repro.verdict.explain import explain
-from repro.verdict.result import Finding, Verdict, name_ranks
+from repro.verdict.result import Finding, Verdict, list_ranks, name_ranks
 from repro.witness import Witness
+
+LOOKS_S = 1.0
+"""Events of two processes are in no order where they are noticed closer together than this: a watcher looks for its
+processes twenty times a second, other hosts' lookouts twice."""
 
 
 def victims(case: Case) -> set[int]:
@@ -37,13 +41,13 @@ def crash(case: Case) -> Verdict:
             f"without a witness of {name_ranks(unseen)} it is not known whether arguments differed where they died"
         )
     elif dead and (never := _never_began(case)):
-        finding = Finding("dead_rank", suspects=tuple(sorted({*dead, *never})), confidence="undecided")
+        finding = Finding("dead_rank", suspects=tuple(sorted({*dead, *never, *failed})), confidence="undecided")
         finding.evidence.append(
             f"{name_ranks(never)} never began, and nobody else is left: who died before its witness was open may have "
             "been the first, and the others have been ended for it"
         )
     elif dead:
-        finding = _first_death(case, dead)
+        finding = _first_loss(case, dead, _on_their_own(case, failed))
     else:
         finding = _error(case, failed)
     if dead:
@@ -54,13 +58,35 @@ def crash(case: Case) -> Verdict:
     return case.verdict("crash", finding)
 
 
+def _first_loss(case: Case, dead: Sequence[int], gave_up: Sequence[int]) -> Finding:
+    """Who died first, unless somebody gave up on its own account clearly before that was noticed."""
+    finding = _first_death(case, dead)
+    if not gave_up:
+        return finding
+    since_s = min((case.now_s - case.died[rank] for rank in dead if rank in case.died), default=0.0)
+    early = [rank for rank in gave_up if case.standings[rank].position.since_s > since_s + LOOKS_S]
+    if len(early) < len(gave_up) or not case.died:
+        finding.suspects = tuple(sorted({*finding.suspects, *finding.culprits, *gave_up}))
+        finding.culprits, finding.confidence = (), "undecided"
+        finding.evidence.append(f"{name_ranks(gave_up)} gave up too, and what came first was not seen")
+        return finding
+    finding = Finding("error", (min(early, key=lambda rank: _wall_ns(case.witnesses[rank])),), confidence="likely")
+    finding.evidence.append(f"{name_ranks(early)} gave up before {name_ranks(dead)} was missed")
+    return finding
+
+
 def _first_death(case: Case, dead: Sequence[int]) -> Finding:
     """Of several dead ranks the one that was missed first; without an order each may have followed another."""
     missed_s = [case.died.get(rank, float("-inf")) for rank in dead]
     first = tuple(rank for rank, when_s in zip(dead, missed_s, strict=True) if when_s == min(missed_s))
     if len(dead) == 1:
         return Finding("dead_rank", first)
-    if len(first) > 1 or not set(dead) <= case.died.keys():
+    hosts = {case.standings[rank].host for rank in dead}
+    ordered = len(first) == 1 and set(dead) <= case.died.keys()
+    if ordered and len(hosts) > 1:  # each host is looked at in its own time
+        there = [case.died[rank] for rank in dead if case.standings[rank].host != case.standings[first[0]].host]
+        ordered = min(there, default=float("inf")) - min(missed_s) > LOOKS_S
+    if not ordered:
         finding = Finding("dead_rank", suspects=tuple(dead), confidence="undecided")
         finding.evidence.append(f"which of {name_ranks(dead)} died first was not seen")
         return finding
@@ -70,31 +96,37 @@ def _first_death(case: Case, dead: Sequence[int]) -> Finding:
 
 
 def _never_began(case: Case) -> list[int]:
-    """Ranks that did not come to open their witness, where no rank that did is left alive: a launcher ends all others
+    """Ranks that did not come to open their witness, where no rank that did is left at work: a launcher ends all others
     when it loses one."""
     never = [rank for rank, witness in sorted(case.witnesses.items()) if not witness.who.pid]
     began = case.witnesses.keys() - set(never)
-    return never if began and all(case.standings[rank].state == "dead" for rank in began) else []
+    return never if began and all(case.standings[rank].state in ("dead", "failed") for rank in began) else []
+
+
+def _on_their_own(case: Case, failed: Sequence[int]) -> list[int]:
+    """Of ranks that gave up those who did so on their own account: not in a wait for others that ended in an error, and
+    not on a word that several were told alike."""
+    alone = [rank for rank in failed if rank not in case.waits.at]
+    told_alike = len({case.standings[rank].position.detail for rank in alone}) == 1
+    return [] if told_alike and len(alone) > 1 else alone
 
 
 def _error(case: Case, failed: Sequence[int]) -> Finding:
-    """Who gave up on its own account: not those whose wait for others ended in an error, and of those who were all
-    told the same nobody."""
-    alone = [rank for rank in failed if rank not in case.waits.at]
-    if not alone:
-        absent = sorted({rank for gone in failed for rank in case.waits.at[gone].lacks})
-        finding = Finding("error", suspects=tuple(absent), confidence="undecided")
-        who = f"for which {name_ranks(absent)} had not come" if absent else "to which all had come"
-        finding.evidence.append(f"{name_ranks(failed)} gave up inside a collective {who}")
-        return finding
-    if len(alone) > 1 and len({case.standings[rank].position.detail for rank in alone}) == 1:
-        finding = Finding("error", confidence="undecided")
-        finding.evidence.append(
-            f"{name_ranks(alone)} gave up with the same words: they tell who is at fault, if any do"
-        )
-        return finding
-    first = min(alone, key=lambda rank: _wall_ns(case.witnesses[rank]))
-    return Finding("error", (first,), confidence="certain" if len(alone) == 1 else "likely")
+    """Nobody died."""
+    alone = _on_their_own(case, failed)
+    if alone:
+        first = min(alone, key=lambda rank: _wall_ns(case.witnesses[rank]))
+        return Finding("error", (first,), confidence="certain" if len(alone) == 1 else "likely")
+    waited = {case.waits.at[rank].key: case.waits.at[rank] for rank in failed if rank in case.waits.at}
+    absent = {rank for node in waited.values() for rank in node.lacks}
+    finding = Finding("error", suspects=tuple(sorted(absent)), confidence="undecided")
+    for node in waited.values():
+        gone = [rank for rank in node.ranks if rank in failed]
+        whom = f"waiting for {list_ranks(node.lacks)}" if node.lacks else "waiting for nobody"
+        finding.evidence.append(f"{name_ranks(gone)} gave up in {node.name}, {whom}")
+    if told := [rank for rank in failed if rank not in case.waits.at]:
+        finding.evidence.append(f"{name_ranks(told)} gave up with the same words, which tell who is at fault if any do")
+    return finding
 
 
 def _wall_ns(witness: Witness) -> int:

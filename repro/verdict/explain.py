@@ -95,10 +95,10 @@ def _lock_finding(waits: Waits, standings: Mapping[int, Standing]) -> Finding | 
     locks = [node for node in waits.cycle if node.key[0] == "lock"]
     if not locks:
         return None
-    holders = sorted(rank for node in locks for rank in node.lacks if rank in waits.at)
-    finding = Finding("lock", tuple(holders))
-    for rank in holders:
-        finding.evidence.append(f"rank {rank} holds {locks[0].name} and {_waits(standings[rank])}")
+    holders = sorted((rank, node.name) for node in locks for rank in node.lacks if rank in waits.at)
+    finding = Finding("lock", tuple(sorted({rank for rank, _ in holders})))
+    for rank, lock in holders:
+        finding.evidence.append(f"rank {rank} holds {lock} and {_waits(standings[rank])}")
     finding.first_divergence = _positions(waits.cycle, standings)
     return finding
 

@@ -100,12 +100,12 @@ def _collective_edges(node: Node, standings: Mapping[int, Standing], ledger: Led
         standing = standings.get(member)
         if standing is None:
             continue
-        if standing.issued.get(key, 0) < seq:
+        if standing.issued.get(key, 0) < seq or standing.gave_up(key, seq):
             node.lacks.add(member)
         elif standing.left.get(key, 0) < seq and standing.unable:
             node.lost.add(member)
     over = max((standings[member].left.get(key, 0) for member in key[1] if member in standings), default=0)
-    here = min(standings[member].issued.get(key, 0) for member in key[1] if member in standings)
+    here = min((standings[member].issued.get(key, 0) for member in key[1] if member in standings), default=0)
     sides = ledger.refused(key, over, min(seq, here))  # in a group nothing later completes either
     if sides:
         node.differs = widest(sides)

@@ -72,7 +72,18 @@ def judge(
     quiet_ns = [max(0, nows[rank] - witness.last_event_ns()) for rank, witness in usable.items() if witness.last]
     quiet_s = min(quiet_ns, default=0) / 1e9
     case = Case(
-        usable, standings, ledger, waits, quiet_s, quiet_window_s, notes, cores or {}, starved or {}, died or {}, queued
+        usable,
+        standings,
+        ledger,
+        waits,
+        quiet_s,
+        quiet_window_s,
+        notes,
+        cores or {},
+        starved or {},
+        died or {},
+        queued,
+        now_s=(max(now_ns.values(), default=0) if isinstance(now_ns, Mapping) else now_ns) / 1e9,
     )
     return _decide(case, wrong_numbers)
 
@@ -197,6 +208,12 @@ def _waiting(case: Case) -> Verdict:
     movers = list(case.ranks("running", "building", "starting"))
     if movers:
         return case.verdict("slow", _slow(case, movers))
+    own = [node for node in case.waits.nodes.values() if node.key[0] == "lock" and node.lost]
+    if own:
+        told = [
+            f"{node.name} is with {name_ranks(sorted(node.lost))}, which has not said that it got it" for node in own
+        ]
+        return case.verdict("inconclusive", evidence=told, confidence="undecided")
     told = [f"{name_ranks(case.ranks('missing', 'hidden'))} left no usable witness, and nobody waits"]
     return case.verdict("inconclusive", evidence=told, confidence="undecided")
 
@@ -259,6 +276,18 @@ def _waits_for_done(case: Case) -> Verdict:
     done = case.waits.ends["done"]
     nodes = [node for node in case.waits.nodes.values() if node.lacks & done]
     verdict = _deadlock(case, nodes[:1])
+    if verdict.verdict == "deadlock" and (locks := [node for node in nodes if node.key[0] == "lock"]):
+        holders = sorted(rank for node in locks for rank in node.lacks & done)
+        told = f"{name_ranks(holders)} said done and still holds {locks[0].name}"
+        return replace(
+            verdict,
+            cause="lock",
+            culprits=tuple(holders),
+            suspects=(),
+            confidence="certain",
+            cycle=(),
+            evidence=(told,),
+        )
     if verdict.verdict == "deadlock" and not verdict.cause:
         verdict = replace(verdict, cause="skipped", confidence="undecided")
     if verdict.cause == "skipped" and not verdict.culprits:
@@ -279,7 +308,8 @@ def _waits_for_done(case: Case) -> Verdict:
 def _busy_without(case: Case, done: set[int], waiting: Sequence[int]) -> list[int]:
     """Ranks that wait by their declared schedule, with live requests, in a step that no done rank began."""
     last = {rank: steps_of(case.witnesses[rank], 1) for rank in {*done, *waiting} if rank in case.witnesses}
-    began = max((steps[-1].number for rank, steps in last.items() if rank in done and steps), default=-1)
+    begun = (case.witnesses[rank].last for rank in done if rank in case.witnesses)
+    began = max((event.step for event in begun if event is not None), default=-1)  # also where its ring lost the step
     newest = {rank: steps[-1] for rank, steps in last.items() if rank in waiting and steps}
     return sorted(rank for rank, step in newest.items() if step.plan and step.live > 0 and step.number > began)
 

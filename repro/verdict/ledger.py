@@ -42,6 +42,7 @@ class Ledger:
     def __init__(self, witnesses: Mapping[int, Witness]) -> None:
         self._witnesses = witnesses
         self._first: dict[GroupKey, dict[int, Call]] = {}
+        self._differing: dict[GroupKey, dict[int, list[tuple[int, Row, Call]]]] = {}
         self.diverged: dict[GroupKey, set[int]] = {}  # sequence numbers at which ranks differ
         for witness in witnesses.values():
             tables: dict[int, dict[int, Call]] = {}  # by the identity of the key: to hash it costs its members
@@ -58,15 +59,10 @@ class Ledger:
     def sides(self, key: GroupKey, seq: int) -> list[Side]:
         """The different calls made as number ``seq``, those of the lowest rank first."""
         together: dict[Call, list[tuple[int, bool, str, int]]] = {}
-        for rank in key[1]:
-            witness = self._witnesses.get(rank)
-            if witness is None:
-                continue
-            found = next((row for row in calls(witness, key, seq)), None)
-            if found is not None:
-                _, _, event, call = found
-                left = any(g.left >= seq for g in witness.groups if (g.name, g.members) == key)
-                together.setdefault(call, []).append((rank, left, witness.text(event.site), event.t_ns))
+        for rank, event, call in self._rows(key, seq):
+            witness = self._witnesses[rank]
+            left = any(g.left >= seq for g in witness.groups if (g.name, g.members) == key)
+            together.setdefault(call, []).append((rank, left, witness.text(event.site), event.t_ns))
         merged: list[Side] = []
         for call, rows in together.items():
             side = Side(
@@ -75,6 +71,24 @@ class Ledger:
             )  # fmt: skip
             merged.append(side)
         return merged
+
+    def _rows(self, key: GroupKey, seq: int) -> list[tuple[int, Row, Call]]:
+        """Each member's first call under a number; those of a group that differ are looked up together, once."""
+        members = [rank for rank in key[1] if rank in self._witnesses]
+        numbers = self.diverged.get(key, set())
+        if seq not in numbers:
+            found = ((rank, next(calls(self._witnesses[rank], key, seq), None)) for rank in members)
+            return [(rank, row[2], row[3]) for rank, row in found if row is not None]
+        if key not in self._differing:
+            rows: dict[int, list[tuple[int, Row, Call]]] = {number: [] for number in numbers}
+            for rank in members:
+                seen: set[int] = set()
+                for other, number, row, call in calls(self._witnesses[rank]):
+                    if number in numbers and number not in seen and other == key:
+                        seen.add(number)
+                        rows[number].append((rank, row, call))
+            self._differing[key] = rows
+        return self._differing[key][seq]
 
     def refused(self, key: GroupKey, over: int, upto: int) -> list[Side]:
         """The sides of the first meeting in over + 1..upto that differ so much that it cannot complete."""

@@ -40,6 +40,19 @@ class Standing:
     def rank(self) -> int:
         return self.position.rank
 
+    def gave_up(self, key: GroupKey, seq: int) -> bool:
+        """Whether it issued a collective that it will not complete: it said done, or went on from a blocking call that
+        did not end, as after an exception that somebody caught."""
+        if self.left.get(key, 0) >= seq or not self.seen or self.witness is None or self.state in ("dead", "failed"):
+            return False
+        if self.state == "done":
+            return True
+        if (self.group, self.position.seq) == (key, seq):
+            return False  # it stands there
+        names = [(group.name, group.members) for group in self.witness.groups]
+        rows = zip(*(self.witness.column(field) for field in ("kind", "group", "seq")), strict=True)
+        return (int(Kind.ENTER), names.index(key), seq) in rows
+
     @property
     def unable(self) -> bool:
         """Whether its process cannot finish a collective that it has entered: gone, or stopped inside one."""
@@ -102,7 +115,7 @@ def _read(rank: int, witness: Witness, now_ns: int) -> Standing:
         sizes, site = witness.sizes(call.vector, call.num_sizes), witness.text(call.site)
         since_ns = blocked.t_ns
         key = keys.get(blocked.group)
-        if key is not None and key[1]:
+        if key is not None and rank in key[1]:
             standing.group = key
         else:  # beyond the slots of the file, or its members are lost: who else should be there is not known
             state = "hidden"

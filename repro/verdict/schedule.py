@@ -14,7 +14,7 @@ from repro.verdict.ledger import TRANSFERS, is_transfer
 from repro.verdict.position import GroupKey
 from repro.witness import Witness
 
-_STEP = int(Kind.STEP)
+_PHASE, _STEP = int(Kind.PHASE), int(Kind.STEP)
 RECENT_STEPS = 10
 """How far back a rank's steps are looked at, unless what they are looked at for is older."""
 
@@ -81,13 +81,19 @@ def steps_of(witness: Witness, num_steps: int = RECENT_STEPS) -> list[Step]:
     keys = [(group.name, group.members) for group in witness.groups]
     kinds, numbers = witness.column("kind"), witness.column("step")
     declared = [index for index, kind in enumerate(kinds) if kind == _STEP]
-    # The first event of a ring that has wrapped may declare the rest of a step.
-    begins = [n for n in declared if (numbers[n - 1] != numbers[n] if n else witness.first_event <= 1)][-num_steps:]
+
+    def begins_step(n: int) -> bool:
+        if n == 0:
+            return witness.first_event <= 1  # of a ring that has wrapped, it may declare the rest of a step
+        return kinds[n - 1] == _PHASE or numbers[n - 1] != numbers[n]
+
+    begins = [n for n in declared if begins_step(n)][-num_steps:]
     steps: list[Step] = []
+    within = False
     for event in witness.events(len(kinds) - begins[0]) if begins else ():
         match event.kind:
             case Kind.STEP:
-                plan = witness.schedule(event.sig)
+                plan, within = witness.schedule(event.sig), True
                 if steps and steps[-1].number == event.step and not steps[-1].over:
                     steps[-1].parts.append(plan)
                     continue
@@ -96,9 +102,11 @@ def steps_of(witness: Witness, num_steps: int = RECENT_STEPS) -> list[Step]:
                 elif steps:
                     steps[-1].over = True
                 steps.append(Step(event.step, [plan], event.aux))
-            case Kind.DONE:
-                steps[-1].over = True
-            case Kind.ENTER | Kind.ISSUE:
+            case Kind.PHASE | Kind.DONE:  # what comes now belongs to no step
+                within = False
+                if steps:
+                    steps[-1].over = True
+            case Kind.ENTER | Kind.ISSUE if within:
                 signature = witness.signature(event.sig)
                 name = signature.group.split(":")[0] if is_transfer(signature) else signature.group
                 key = keys[event.group] if event.group < len(keys) else (signature.group, ())
