@@ -47,6 +47,8 @@ def ep_ranks(tmp_path: Path) -> Callable[..., Ranks]:
     def make(num_ranks: int, backend: str = "gloo", quiet_window_s: float = 1.0, deadline_s: float = 60.0) -> Ranks:
         from repro.testing import Ranks
 
+        if num_ranks < 1:
+            raise ValueError(f"ep_ranks({num_ranks}): at least 1 rank is needed to test anything")
         if backend not in ("gloo", "nccl"):
             raise ValueError(f"unknown backend {backend!r}; known: gloo, nccl")
         if backend == "nccl" and num_gpus() < num_ranks:

@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import contextlib
 import faulthandler
+import itertools
 import os
 import pickle
 import signal
@@ -26,7 +27,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -108,17 +109,17 @@ class Ranks:
     root: Path
     quiet_window_s: float = 1.0
     deadline_s: float = 60.0
-    _runs: int = field(default=0, repr=False)
 
     def run(self, function: Callable[[Rank], Any]) -> list[Any]:
         """Call ``function(rank)`` in a process per rank; what each returned, by rank (pickled).
 
-        Raises DeadlockError with the verdict when the ranks get stuck, die, raise or are not done by the deadline.
+        Raises DeadlockError with the verdict when the ranks get stuck, die, raise or are not done by the deadline, and
+        when they were done but had paired different collectives: their numbers are wrong then.
         """
         import torch  # noqa: F401 - once here, not once in every rank
 
-        self._runs += 1
-        run_dir = RunDir(self.root / f"run{self._runs}")
+        numbers = itertools.count(1)
+        run_dir = RunDir(next(root for n in numbers if not (root := self.root / f"run{n}").exists()))
         for part in PARTS:
             (run_dir.root / part).mkdir(parents=True)
         for rank in range(self.num_ranks):
@@ -128,8 +129,10 @@ class Ranks:
             self._watch(run_dir)
             return [pickle.loads(run_dir.output(rank).read_bytes()) for rank in range(self.num_ranks)]
         finally:
+            started = [child for pid in pids for child in process.with_descendants(pid)[1:]]
             run_dir.release.touch()
             _end(pids)
+            process.kill(started)
 
     # -- the parent ------------------------------------------------------------------------------------------------
 
@@ -140,6 +143,9 @@ class Ranks:
         while True:
             kinds = [event.kind if (event := tail.last_event()) else None for tail in tails]
             if all(kind == Kind.DONE for kind in kinds):
+                verdict, facts = self._judge(run_dir, system)
+                if verdict.verdict == "corrupt":
+                    raise DeadlockError(self._explain(run_dir, verdict, facts, late=False))
                 return
             now = time.monotonic_ns()
             late = now - started > self.deadline_s * 1e9

@@ -19,6 +19,7 @@ import torch.distributed as dist
 
 from hybrid_moe_ref.parallel.observer import Collective
 from repro.record import Recorder
+from repro.verdict.result import list_ranks
 
 WATCHED = (
     "all_reduce", "all_gather", "all_gather_into_tensor", "all_gather_single", "reduce_scatter",
@@ -77,6 +78,8 @@ def _recorded(op: str, original: Any, recorder: Recorder, layer: str, known: dic
             return original(*args, **options)
         given = signature.bind(*args, **options)
         given.apply_defaults()
+        if given.arguments.get("group") == dist.GroupMember.NON_GROUP_MEMBER:
+            return original(*args, **options)  # nothing is issued by who is no member
         collective = describe(op, given.arguments, layer, recorder, known)
         depth[0] += 1
         try:
@@ -103,8 +106,9 @@ def describe(op: str, arguments: dict[str, Any], layer: str, recorder: Recorder,
     group = arguments.get("group")
     name = known.get(group)
     if name is None:
-        name = known[group] = _name_group(group)
-        recorder.groups({name: dist.get_process_group_ranks(group or dist.group.WORLD)})
+        members = dist.get_process_group_ranks(group or dist.group.WORLD)
+        name = known[group] = _name_group(group, members)
+        recorder.groups({name: members})
     sizes: tuple[int, ...] = ()
     tensor = next((it for key in _TENSORS if isinstance(it := arguments.get(key), torch.Tensor)), None)
     if op in _LISTS:
@@ -125,9 +129,24 @@ def _tensors(arguments: dict[str, Any]) -> list[torch.Tensor]:
     return [it for key in _TENSORS if isinstance(it := arguments.get(key), torch.Tensor)]
 
 
-def _name_group(group: Any) -> str:
+def _name_group(group: Any, members: list[int]) -> str:
+    """The same on all members, and another for each group of this process: groups may share a description, as those of
+    one dimension of a mesh do."""
     if group is None or group is dist.group.WORLD:
         return "world"
-    told = getattr(group, "group_desc", "") or ""
-    name = told if told not in ("", "undefined") else f"group{group.group_name}"
-    return str(name).replace(":", "_")
+    told = _described(group)
+    if not told:
+        return f"group{group.group_name}".replace(":", "_")
+    name = told if len(members) == dist.get_world_size() else f"{told}[{list_ranks(members)}]"
+    alike = [
+        other
+        for other in dist.distributed_c10d._world.pg_map
+        if _described(other) == told and dist.get_process_group_ranks(other) == members
+    ]
+    place = alike.index(group) if group in alike else 0  # in the order of their making, which is that of all members
+    return f"{name}.{place + 1}" if place else name
+
+
+def _described(group: Any) -> str:
+    told = str(getattr(group, "group_desc", "") or "").replace(":", "_")
+    return "" if told == "undefined" else told

@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 import torch.distributed as dist
@@ -62,6 +63,54 @@ def test_two_groups_in_another_order_are_a_cycle(tmp_path):
     told = told_by(Ranks(2, "gloo", tmp_path, quiet_window_s=0.3), crossed)
     assert told.startswith("deadlock"), told
     assert "rank 0 waits in b all_reduce #1" in told and "rank 1 waits in a all_reduce #1" in told, told
+
+
+def test_two_groups_of_one_description_are_two(tmp_path):
+    """As those of one dimension of two meshes, or two that a library makes alike."""
+
+    def crossed(rank):
+        a, b = (dist.new_group([0, 1], group_desc="ep") for _ in range(2))
+        with assert_no_deadlock():
+            for group in (a, b) if rank.rank else (b, a):
+                dist.all_reduce(torch.zeros(1), group=group)
+
+    told = told_by(Ranks(2, "gloo", tmp_path, quiet_window_s=0.3), crossed)
+    assert told.startswith("deadlock"), told
+    assert "rank 0 waits in ep.2 all_reduce #1" in told and "rank 1 waits in ep all_reduce #1" in told, told
+
+    def in_pairs(rank):
+        """Whoever is no member of a group issues nothing in it."""
+        groups = [dist.new_group(pair, group_desc="pair") for pair in ((0, 1), (0, 2), (1, 2))]
+        with assert_no_deadlock():
+            for group in groups:
+                dist.all_reduce(torch.zeros(1), group=group)
+        return rank.rank
+
+    assert Ranks(3, "gloo", tmp_path).run(in_pairs) == [0, 1, 2]  # beside the evidence of the run before
+
+
+def test_a_run_that_ends_with_wrong_numbers_fails(tmp_path):
+    """What was done is not yet right: other operations under one number give every rank another sum."""
+
+    def mixes(rank):
+        with assert_no_deadlock():
+            dist.all_reduce(torch.ones(4), op=dist.ReduceOp.MAX if rank.rank == 1 else dist.ReduceOp(dist.ReduceOp.SUM))
+
+    told = told_by(Ranks(3, "gloo", tmp_path), mixes)
+    assert told.startswith("corrupt (mismatch)") and "world #1" in told, told
+
+
+def test_no_ranks_test_nothing(ep_ranks):
+    with pytest.raises(ValueError, match=r"ep_ranks\(0\): at least 1 rank"):
+        ep_ranks(0)
+
+
+def test_what_a_rank_started_ends_with_it(tmp_path):
+    def starts(rank):
+        return subprocess.Popen(["sleep", "60"]).pid
+
+    for pid in Ranks(2, "gloo", tmp_path).run(starts):
+        assert not psutil.pid_exists(pid) or psutil.Process(pid).status() == psutil.STATUS_ZOMBIE
 
 
 def test_a_rank_that_raises_fails_the_test_with_its_traceback(tmp_path):
