@@ -42,3 +42,9 @@ def store(pool_J_: Tensor, slots_B: Tensor, states_B_: Tensor) -> None:
         pool_J_.narrow(0, int(slots_B), 1).copy_(states_B_)
     else:
         pool_J_[slots_B] = states_B_.to(pool_J_.dtype)
+
+
+def sums_between(a__C: Tensor) -> Tensor:
+    """[..., t, s]: the sum of a over s < u <= t, zero where s >= t. Added up rather than subtracted: differences of
+    long sums lose their last bits."""
+    return a__C[..., None].expand(*a__C.shape, a__C.shape[-1]).tril(-1).cumsum(-2)

@@ -3,6 +3,8 @@
 Shapes: B batch, T time, H heads, K key dim, V value dim, P head dim, G groups, N state size.
 """
 
+import math
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -64,6 +66,26 @@ def test_chunked_ssd_equals_the_float64_recurrence(T: int, dtype: torch.dtype) -
     for name, a, b in zip(["output", "state"], got, want, strict=True):
         assert a.dtype == dtype
         close(a, b, 5e-6 if dtype == torch.float32 else 1e-13, f"{name}, T {T}")
+
+
+@pytest.mark.parametrize("log_decay", [-20.0, -3000.0, -math.inf])
+def test_what_comes_after_strong_decays_keeps_its_digits(log_decay: float) -> None:
+    """A state that is forgotten leaves no rounding behind."""
+    q, k, v, g, beta, state = delta_rule_inputs(3, 64, torch.float32)
+    g[:, :16], g[:, 16:] = log_decay, -0.01
+    inputs = q, k, v, g, beta, state
+    want = recurrent_gated_delta_rule(*(x.double() for x in inputs))
+    got = chunk_gated_delta_rule(*inputs)
+    close(got[0][:, 16:], want[0][:, 16:], 5e-6, f"delta rule output after {log_decay}")
+    close(got[1], want[1], 5e-6, f"delta rule state, {log_decay}")
+
+    x, dt, A, *rest = ssd_inputs(3, 64, torch.float32)
+    dt[:, :32], dt[:, 32:] = max(-log_decay, 1.0) if log_decay > -math.inf else 1e4, 0.01
+    inputs = x, dt, A, *rest
+    want = recurrent_ssd(*(z.double() for z in inputs))
+    got = chunk_ssd(*inputs)
+    close(got[0][:, 32:], want[0][:, 32:], 5e-6, f"ssd output after {log_decay}")
+    close(got[1], want[1], 5e-6, f"ssd state, {log_decay}")
 
 
 @pytest.mark.parametrize("chunk_size", [1, 16, 33, 500])

@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from hybrid_moe_kernels.causal_conv.reference import update
 from hybrid_moe_kernels.norm.reference import norm_then_gate
 from hybrid_moe_kernels.precision import narrow, wide, widen
-from hybrid_moe_kernels.sequences import by_length, load, store
+from hybrid_moe_kernels.sequences import by_length, load, store, sums_between
 from torch import Tensor
 
 
@@ -155,9 +155,8 @@ def chunk_gated_delta_rule(
     T, C = v_BTHV.shape[1], min(chunk_size, v_BTHV.shape[1])
     q, k, v, g, beta = (_chunks(x.to(S_BHKV.dtype), C) for x in (q_BTHK, k_BTHK, v_BTHV, g_BTH, beta_BTH))
 
-    G_BHNC = g.cumsum(-1)
+    G_BHNC, gap_BHNCC = g.cumsum(-1), sums_between(g)
     causal_CC = torch.ones(C, C, dtype=torch.bool, device=v.device).tril()
-    gap_BHNCC = G_BHNC[..., :, None] - G_BHNC[..., None, :]
     decay_BHNCC = gap_BHNCC.masked_fill(~causal_CC, -torch.inf).exp()
     L_BHNCC = (beta[..., None] * (k @ k.transpose(-1, -2)) * decay_BHNCC).tril(-1)
     eye_CC = torch.eye(C, dtype=L_BHNCC.dtype, device=v.device)
@@ -167,7 +166,7 @@ def chunk_gated_delta_rule(
 
     reads_BHNCC = (q @ k.transpose(-1, -2)) * decay_BHNCC
     q_BHNCK = q * G_BHNC.exp()[..., None]
-    k_BHNCK = k * (G_BHNC[..., -1:] - G_BHNC).exp()[..., None]
+    k_BHNCK = k * gap_BHNCC[..., -1, :].exp()[..., None]
     through_BHN = G_BHNC[..., -1].exp()
     o_BHNCV = torch.empty_like(v)
     for n in range(v.shape[2]):

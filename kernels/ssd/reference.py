@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from hybrid_moe_kernels.causal_conv.reference import update
 from hybrid_moe_kernels.norm.reference import gate_then_norm
 from hybrid_moe_kernels.precision import wide, widen
-from hybrid_moe_kernels.sequences import by_length, load, store
+from hybrid_moe_kernels.sequences import by_length, load, store, sums_between
 from torch import Tensor
 
 
@@ -143,13 +143,12 @@ def chunk_ssd(
     written, a = _chunks(x * dt[..., None], C), _chunks(dt * A, C)
     b, c = _chunks(_per_head(b, H), C), _chunks(_per_head(c, H), C)
 
-    sum_BHZC = a.cumsum(-1)
+    sum_BHZC, gap_BHZCC = a.cumsum(-1), sums_between(a)
     causal_CC = torch.ones(C, C, dtype=torch.bool, device=x.device).tril()
-    gap_BHZCC = sum_BHZC[..., :, None] - sum_BHZC[..., None, :]
     decay_BHZCC = gap_BHZCC.masked_fill(~causal_CC, -torch.inf).exp()
     y_BHZCP = ((c @ b.transpose(-1, -2)) * decay_BHZCC) @ written
     c_BHZCN = c * sum_BHZC.exp()[..., None]
-    b_BHZCN = b * (sum_BHZC[..., -1:] - sum_BHZC).exp()[..., None]
+    b_BHZCN = b * gap_BHZCC[..., -1, :].exp()[..., None]
     added_BHZPN = written.transpose(-1, -2) @ b_BHZCN
     through_BHZ = sum_BHZC[..., -1].exp()
     for z in range(y_BHZCP.shape[2]):
