@@ -59,15 +59,17 @@ def crash(case: Case) -> Verdict:
 
 
 def _first_loss(case: Case, dead: Sequence[int], gave_up: Sequence[int]) -> Finding:
-    """Who died first, unless somebody gave up on its own account clearly before that was noticed."""
+    """Who died first, unless somebody gave up on its own account clearly before that was noticed. Where it was at about
+    the same time, to miss a peer is the likelier reason to give up than the reverse.
+    """
     finding = _first_death(case, dead)
     if not gave_up:
         return finding
     since_s = min((case.now_s - case.died[rank] for rank in dead if rank in case.died), default=0.0)
     early = [rank for rank in gave_up if case.standings[rank].position.since_s > since_s + LOOKS_S]
     if len(early) < len(gave_up) or not case.died:
-        finding.suspects = tuple(sorted({*finding.suspects, *finding.culprits, *gave_up}))
-        finding.culprits, finding.confidence = (), "undecided"
+        finding.suspects = tuple(sorted({*finding.suspects, *gave_up}))
+        finding.confidence = "likely" if finding.culprits else "undecided"
         finding.evidence.append(f"{name_ranks(gave_up)} gave up too, and what came first was not seen")
         return finding
     finding = Finding("error", (min(early, key=lambda rank: _wall_ns(case.witnesses[rank])),), confidence="likely")
