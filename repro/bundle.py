@@ -31,7 +31,7 @@ from repro.redact import RULES, Redactor, redact_witness
 from repro.regular import open_regular
 from repro.report.gather import Facts, gather, siblings
 from repro.report.text import visible, visible_lines
-from repro.rundir import MAX_JSON_BYTES, RunDir
+from repro.rundir import MAX_JSON_BYTES, RunDir, refuse_unwritable
 from repro.settings import VARIANTS
 from repro.witness import MAX_BYTES, SUFFIX
 
@@ -282,6 +282,9 @@ def run(args: argparse.Namespace) -> int:
         else:
             print(visible_lines("\n".join(wrong)) or f"{args.run}: every file is as {MANIFEST} says")
         return int(bool(wrong))
+    if args.run.is_dir():
+        root = args.run.resolve()
+        refuse_unwritable(args.to or root.with_name(f"{root.name}.zip"), "; choose another --to")
     made = make(args.run, args.to, frozenset(args.keep or ()))
     if args.json:
         told = {"bundle": str(made.path), "bytes": made.size, "removed": dict(made.removed), "notes": made.notes}

@@ -26,11 +26,11 @@ from repro.junit import write_junit
 from repro.launch import CannotRunHere
 from repro.lookout import Lookout
 from repro.memory import refuse_too_large
+from repro.rejudge import judge_again
 from repro.report import command as report_command
 from repro.report.text import visible_lines
 from repro.rundir import RUN_NAME, OutputError, RunDir, read_json, refuse_unwritable
 from repro.settings import KERNEL_CACHES, VARIANTS, RunSettings
-from repro.watch import judge_again
 from repro.witness import Tail, read_dir
 
 EXPECTED, UNEXPECTED, USAGE, CANNOT_TELL, INTERRUPTED = 0, 1, 2, launch.CANNOT_TELL, 130
@@ -134,7 +134,6 @@ def _parser() -> argparse.ArgumentParser:
 
     report_command.add(commands)
     bundle.add(commands)
-    commands.choices["bundle"].set_defaults(command=_bundle)
     minimise.add(commands)
 
     clean = commands.add_parser("clean", help="remove the runs")
@@ -269,13 +268,6 @@ def _refuse_junit(args: argparse.Namespace) -> None:
     """Verdicts are not kept from being told by a file that cannot be written; --out may be yet to be made."""
     if args.junit and (args.junit.parent.resolve() != args.out.resolve() or args.out.exists()):
         refuse_unwritable(args.junit, "; choose another --junit")
-
-
-def _bundle(args: argparse.Namespace) -> int:
-    if not args.verify and args.run.is_dir():
-        root = args.run.resolve()
-        refuse_unwritable(args.to or root.with_name(f"{root.name}.zip"), "; choose another --to")
-    return bundle.run(args)
 
 
 def _preflight(settings: RunSettings) -> list[str]:

@@ -12,7 +12,6 @@ import re
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import psutil
@@ -22,20 +21,19 @@ from repro.layout import Kind
 from repro.lookout import Others
 from repro.parse import WitnessError
 from repro.record import myself
-from repro.rundir import RunDir, read_json, read_tokens, write_json
+from repro.rundir import RunDir, read_tokens, write_json
 from repro.scenarios import Expected
 from repro.settings import RunSettings
 from repro.system import STOPPED, Facts, System
 from repro.verdict import Verdict, judge
-from repro.verdict.result import VERDICTS, name_ranks
-from repro.witness import Tail, Witness, read_dir
+from repro.verdict.result import name_ranks
+from repro.witness import Tail, Witness
 
 SCHEMA_VERSION = 1
 POLL_S = 0.05
 SLOW_WINDOWS = 3
 """A run that ends well is called slow when ranks waited for the same ones through so many quiet windows on end."""
 
-LOOK_S = 0.5
 ANSWER_PATIENCE_S = 2.0
 """How long the other hosts may take to collect evidence from their ranks."""
 
@@ -104,7 +102,7 @@ class Watch:
         """The final verdict, or None while there is reason to go on."""
         now_ns = time.monotonic_ns()
         if self.interrupted():
-            return _interrupted(self._conclude())
+            return not_decided(self._conclude())
         if now_ns - self.started_ns > self.settings.deadline_s * 1e9:
             return self._conclude(f"the deadline of {self.settings.deadline_s:g} s passed")
         if self.all_done():
@@ -144,7 +142,7 @@ class Watch:
         """The last word, with what there is: nothing more will be seen of this run."""
         told = [why] if why else []
         if self.all_done():
-            return _with_evidence(self._compare_with_reference(), told)
+            return with_evidence(self._compare_with_reference(), told)
         gaps = self._collect_evidence()
         return self._with_dumps(self._judge(), [*told, *gaps])
 
@@ -169,26 +167,26 @@ class Watch:
             quiet_window_s=self.settings.quiet_window_s,
             home=self._here,
             wrong_numbers=wrong_numbers,
-            queued=_queued(self.settings),
+            queued=queued(self.settings),
             **vars(self._facts),
         )
         strangers = set(self._facts.lock_holders.values()) - {witness.who.pid for witness in witnesses.values()}
         told += [process.describe(pid) for pid in sorted(strangers) if pid > 0]
-        return _with_evidence(verdict, [*told, *unreadable])
+        return with_evidence(verdict, [*told, *unreadable])
 
     def _with_dumps(self, verdict: Verdict, texts: list[str]) -> Verdict:
-        return _with_evidence(verdict, [*evidence.compare_with_flight_recorder(self.run_dir, verdict.ranks), *texts])
+        return with_evidence(verdict, [*evidence.compare_with_flight_recorder(self.run_dir, verdict.ranks), *texts])
 
     def _compare_with_reference(self) -> Verdict:
         """All ranks finished: `clean` only if they served what one process serves."""
         if not self.run_dir.reference.exists():
             why = "is not ready" if self.reference_alive() else "failed (logs/reference.log)"
-            return _uncompared(self._judge(), f"the single-process reference {why}")
+            return uncompared(self._judge(), f"the single-process reference {why}")
         try:
             reference = read_tokens(self.run_dir.reference)
             wrong = wrong_tokens(self.run_dir, self.settings.num_ranks, self.settings.tp_size)
         except (OSError, ValueError) as error:
-            return _uncompared(self._judge(), str(error))
+            return uncompared(self._judge(), str(error))
         verdict = self._judge(wrong_numbers=wrong)
         if wrong:
             return verdict
@@ -197,10 +195,10 @@ class Watch:
         silences = sorted(self._silences.values(), key=lambda silence: -silence[0])
         silences = [s for s in silences if s[0] >= SLOW_WINDOWS * self.settings.quiet_window_s]
         if not silences:
-            return _with_evidence(verdict, [text])
+            return with_evidence(verdict, [text])
         (_, slowest), *others = silences
         also = [f"for {waited_s:.1f} s also: {other.evidence[0]}" for waited_s, other in others if other.evidence]
-        return _with_evidence(slowest, [*also, "then all ranks finished", text])
+        return with_evidence(slowest, [*also, "then all ranks finished", text])
 
     def _last_event_ns(self) -> int:
         return max(self.started_ns, *(self._on_my_clock(tail, tail.last_event_ns()) for tail in self._tails))
@@ -274,11 +272,11 @@ class Watch:
         return document
 
 
-def _interrupted(verdict: Verdict) -> Verdict:
+def not_decided(verdict: Verdict) -> Verdict:
     """Where nothing had been decided, that ranks still worked when the user had enough is no finding."""
     if verdict.verdict == "slow":
         verdict = dataclasses.replace(verdict, verdict="inconclusive", culprits=(), confidence="undecided")
-    return _with_evidence(verdict, ["the run was interrupted before it was decided"])
+    return with_evidence(verdict, ["the run was interrupted before it was decided"])
 
 
 def _waited_for_a_build(verdict: Verdict) -> float:
@@ -306,102 +304,7 @@ def document_of(settings: RunSettings, verdict: Verdict) -> dict[str, Any]:
     }
 
 
-def judge_again(run_dir: RunDir, settings: RunSettings) -> tuple[dict[str, Any], bool]:
-    """The verdict on a run from the files it left, as in verdict.json, and whether all of these could be used to their
-    last byte.
-
-    A decided run is judged as of the moment of its verdict.json, from where also comes what the system said then; any
-    other, and one whose verdict.json is damaged, as of now, after a look of LOOK_S at its processes.
-    """
-    witnesses, refused = read_dir(run_dir.root / "events")
-    told: dict[str, Any] = {}
-    damaged: list[str] = []
-    here = myself(0, 1)
-    if run_dir.verdict.exists():
-        try:
-            told, facts = _decided(run_dir.verdict)
-        except (OSError, ValueError) as error:
-            damaged.append(f"{error}; the run is judged as if it had no verdict.json")
-    if told:
-        last_ns = (w.last_event_ns() + here.clock_ahead_ns(w.who) for w in witnesses.values() if w.last)
-        now_ns = max(last_ns, default=0) + int(told["quiet_s"] * 1e9) + 1_000_000  # the file has milliseconds
-    else:
-        system = System(LOOK_S)
-        system.look(witnesses)
-        time.sleep(LOOK_S)
-        witnesses, refused = read_dir(run_dir.root / "events")
-        facts = system.look(witnesses)
-        now_ns = time.monotonic_ns()
-    wrong: list[str] = []
-    uncompared = ""
-    try:
-        wrong = wrong_tokens(run_dir, settings.num_ranks, settings.tp_size)
-    except FileNotFoundError as error:
-        uncompared = str(error)
-    except (OSError, ValueError) as error:
-        uncompared = "a file with tokens is damaged"
-        damaged.append(str(error))
-    verdict = judge(
-        witnesses,
-        num_ranks=settings.num_ranks,
-        now_ns=now_ns,
-        quiet_window_s=settings.quiet_window_s,
-        home=here,
-        wrong_numbers=wrong,
-        queued=_queued(settings),
-        **vars(facts),
-    )
-    if uncompared and told.get("verdict") not in ("clean", "slow"):  # else who watched has compared them
-        verdict = _uncompared(verdict, uncompared)
-    if verdict.verdict == "clean" and told.get("verdict") == "slow":  # only who watched could see that
-        verdict = dataclasses.replace(
-            verdict,
-            verdict="slow",
-            culprits=tuple(told["culprits"]),
-            confidence=told["confidence"],
-            evidence=tuple(told["evidence"]),
-        )
-    if told.get("interrupted"):
-        verdict = _interrupted(verdict)
-    used = {witness.who.run_id for witness in witnesses.values()}
-    refused += damaged
-    whole = not refused and len(used) <= 1 and not any(witness.problems for witness in witnesses.values())
-    passed_s = time.time() - run_dir.config.stat().st_mtime
-    seconds = {"stall_to_verdict": round(verdict.quiet_s, 3), "total": round(passed_s, 3)}
-    return {
-        **document_of(settings, _with_evidence(verdict, refused)), "system": facts.to_json(),
-        "interrupted": bool(told.get("interrupted")), "seconds": told.get("seconds", seconds),
-    }, whole  # fmt: skip
-
-
-_WRITTEN: dict[str, Callable[[Any], bool]] = {
-    "verdict": lambda told: told in VERDICTS,
-    "confidence": lambda told: isinstance(told, str),
-    "culprits": lambda told: isinstance(told, list) and all(isinstance(rank, int) for rank in told),
-    "evidence": lambda told: isinstance(told, list) and all(isinstance(text, str) for text in told),
-    "quiet_s": lambda told: isinstance(told, (int, float)) and 0 <= told < 1e6,
-    "seconds": lambda told: isinstance(told, dict),
-}
-"""What is taken from a verdict.json, and whether it may stand there."""
-
-
-def _decided(path: Path) -> tuple[dict[str, Any], Facts]:
-    """A verdict.json and what the system said then; raises ValueError with the file and what is wrong with it."""
-    told = read_json(path)
-    if not isinstance(told, dict):
-        raise ValueError(f"{path}:1: not a mapping")
-    for name, may_stand_there in _WRITTEN.items():
-        if name not in told:
-            raise ValueError(f"{path}:1: {name} is missing")
-        if not may_stand_there(told[name]):
-            raise ValueError(f"{path}:1: {name} is not what a run writes there")
-    try:
-        return told, Facts.from_json(told["system"])
-    except (AttributeError, KeyError, TypeError, ValueError, OverflowError):
-        raise ValueError(f"{path}:1: system is not what a run writes there") from None
-
-
-def _uncompared(verdict: Verdict, why: str) -> Verdict:
+def uncompared(verdict: Verdict, why: str) -> Verdict:
     """A run may be well in all but its numbers: it is not clean before these were looked at."""
     told = f"{why}, so the tokens were not compared"
     return dataclasses.replace(
@@ -412,7 +315,7 @@ def _uncompared(verdict: Verdict, why: str) -> Verdict:
     )
 
 
-def _queued(settings: RunSettings) -> tuple[str, ...]:
+def queued(settings: RunSettings) -> tuple[str, ...]:
     """The groups of a run whose collectives are recorded as they are queued; agreements go by the CPU in any run."""
     return ("ep", "tp") if settings.backend == "nccl" else ()
 
@@ -466,7 +369,7 @@ def _matches(verdict: Verdict, expected: Expected) -> bool:
     )
 
 
-def _with_evidence(verdict: Verdict, texts: list[str]) -> Verdict:
+def with_evidence(verdict: Verdict, texts: list[str]) -> Verdict:
     return dataclasses.replace(verdict, evidence=(*verdict.evidence, *texts))
 
 

@@ -22,8 +22,8 @@ from hybrid_moe_ref.engine.build_lock import BuildLock
 from hybrid_moe_ref.engine.builds import ensure
 from repro import scenarios
 from repro.layout import Kind
+from repro.rejudge import judge_again
 from repro.settings import RunSettings
-from repro.watch import judge_again
 from repro.witness import read
 
 pytestmark = pytest.mark.timeout(300)  # one run compiles, on machines that may have other things to do

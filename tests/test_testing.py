@@ -28,8 +28,9 @@ def test_what_the_ranks_return_comes_back_by_rank(tmp_path):
     def sums(rank):
         x = torch.full((4,), float(rank.rank))
         gathered = [torch.zeros(4) for _ in range(3)]
+        adds = [dist.ReduceOp(dist.ReduceOp.SUM) for _ in range(1 + rank.rank)]  # the last at another address in each
         with assert_no_deadlock("layer 0"):
-            dist.all_reduce(x)
+            dist.all_reduce(x, op=adds[-1])
             work = dist.all_gather(gathered, x, async_op=True)
             work.wait()
             dist.broadcast(x, src=1)

@@ -400,6 +400,46 @@ def test_a_group_of_other_ranks_hides_who_waits_in_it() -> None:
     assert verdict.ranks[0].state == "hidden" and verdict.verdict != "deadlock", verdict
 
 
+def test_ranks_that_failed_are_no_more_left_at_work_than_those_that_died() -> None:
+    """One never began; two lost their connection, and the launcher ended the last."""
+    made = Scene(4, {"dp": range(4)})
+    made.phase("connect")
+    header = pack_header(Identity(1, 4, "test"), SMALL)
+    made.files[1][:] = header + bytes(SMALL.file_bytes - len(header))
+    for rank in (0, 3):
+        made.recorders[rank].failed("ConnectionError: closed by peer")
+    verdict = look(made, alive={2: False}, died={2: 10.0})
+    assert (verdict.verdict, verdict.culprits, verdict.suspects) == ("crash", (), (0, 1, 2, 3))
+
+
+def test_a_done_rank_whose_ring_lost_the_step_is_not_said_to_have_never_begun_it() -> None:
+    made = scene(shape=Geometry(ring_records=16))
+    whole_step(made, 6)
+    made.begin_step(7, PLAN[:1], ranks=[7])
+    made.recorders[7].enter(C1)
+    made.begin_step(7, PLAN, live=range(7), ranks=range(7))
+    made.enter(range(7), C1)
+    made.leave(EVERYONE, C1)
+    for _ in range(20):
+        made.recorders[7].local("lock_held", "a")
+        made.recorders[7].local("lock_freed", "a")
+    made.recorders[7].done()
+    made.enter(range(7), dispatch(0))
+    verdict = look(made)
+    assert verdict.verdict == "deadlock" and not any("never began" in line for line in verdict.evidence), verdict
+    assert verdict.culprits == (), verdict
+
+
+def test_a_lock_that_is_with_a_rank_which_still_waits_for_it_is_told() -> None:
+    """The kernel has given it, and the rank has not come to say so."""
+    made = Scene(2, {"dp": range(2)})
+    for rank in range(2):
+        made.recorders[rank].local("lock_wait", "/cache/lock")
+    verdict = look(made, lock_holders={"/cache/lock": 101})
+    assert verdict.verdict == "inconclusive", verdict
+    assert "lock /cache/lock is with rank 1, which has not said that it got it" in verdict.evidence, verdict
+
+
 def test_everybody_in_one_collective_is_a_stall() -> None:
     made = scene()
     made.begin_step(1, PLAN)

@@ -11,11 +11,12 @@ from repro.evidence import compare_with_flight_recorder
 from repro.launch import end
 from repro.layout import Identity
 from repro.record import Recorder
+from repro.rejudge import judge_again
 from repro.rundir import RunDir, write_json
 from repro.settings import RunSettings
 from repro.verdict import Verdict
 from repro.verdict.result import Position
-from repro.watch import Watch, judge_again, wrong_tokens
+from repro.watch import Watch, wrong_tokens
 from repro.witness import create
 
 SETTINGS = RunSettings("compile_skew", "fault", num_ranks=4, quiet_window_s=1.0)

@@ -18,16 +18,17 @@ from repro.cli import CANNOT_TELL, EXPECTED, UNEXPECTED, USAGE, main
 from repro.layout import Geometry, pack_header
 from repro.parse import parse_header
 from repro.record import Recorder, myself
+from repro.rejudge import judge_again
 from repro.rundir import RunDir
 from repro.settings import RunSettings
 from repro.system import Facts
-from repro.watch import Watch, judge_again
+from repro.watch import Watch
 
 
 @pytest.fixture(autouse=True)
 def short_look(monkeypatch):
     """Nothing runs here that a look of half a second could find at work."""
-    monkeypatch.setattr("repro.watch.LOOK_S", 0.05)
+    monkeypatch.setattr("repro.rejudge.LOOK_S", 0.05)
 
 
 def test_a_decided_run_is_not_decided_again(capsys, tmp_path):
