@@ -172,14 +172,11 @@ class Others:
         facts = Facts.from_json(mine.to_json())
         for report in self.reports():
             theirs = report.facts
-            for what in ("alive", "excused", "cores", "starved"):
+            for what in ("alive", "excused", "lock_holders", "cores", "starved"):
                 getattr(facts, what).update(getattr(theirs, what))
             there = Identity(0, 1, boot_id=report.boot_id, wall_offset_ns=report.wall_offset_ns)
             ahead_s = self.here.clock_ahead_ns(there) / 1e9
             facts.died.update({rank: when_s + ahead_s for rank, when_s in theirs.died.items()})
-            for lock, pid in theirs.lock_holders.items():
-                if facts.lock_holders.setdefault(lock, pid) != pid:
-                    del facts.lock_holders[lock]  # two files of one name
         return facts
 
     def someone_is_gone(self) -> bool:

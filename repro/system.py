@@ -28,7 +28,7 @@ class Facts:
 
     alive          rank -> whether its process runs
     excused        rank -> why it cannot move, wherever its witness says that it is
-    lock_holders   lock that a rank waits for -> pid of who holds it, 0 for nobody; not known: not named
+    lock_holders   rank that waits for a lock -> that lock and the pid of its holder, 0 for none; unknown: no entry
     cores          rank -> processors that it and what it started kept busy since the look before
     starved        rank -> share of that time that its threads were ready to run and had no processor, summed
     died           rank -> when its process was first missed; equal for those between whose deaths nobody looked
@@ -36,7 +36,7 @@ class Facts:
 
     alive: dict[int, bool] = field(default_factory=dict)
     excused: dict[int, str] = field(default_factory=dict)
-    lock_holders: dict[str, int] = field(default_factory=dict)
+    lock_holders: dict[int, tuple[str, int]] = field(default_factory=dict)
     cores: dict[int, float] = field(default_factory=dict)
     starved: dict[int, float] = field(default_factory=dict)
     died: dict[int, float] = field(default_factory=dict)
@@ -50,7 +50,7 @@ class Facts:
         return cls(
             {int(rank): bool(alive) for rank, alive in told["alive"].items()},
             {int(rank): str(why) for rank, why in told["excused"].items()},
-            {str(name): int(pid) for name, pid in told["lock_holders"].items()},
+            {int(rank): (str(lock), int(pid)) for rank, (lock, pid) in told["lock_holders"].items()},
             {int(rank): float(cores) for rank, cores in told["cores"].items()},
             {int(rank): float(share) for rank, share in told["starved"].items()},
             {int(rank): float(when_s) for rank, when_s in told.get("died", {}).items()},
@@ -115,21 +115,21 @@ class System:
         """Whether the writer of a witness runs, or ran, on this host."""
         return (who.boot_id, who.hostname) == (self._here.boot_id, self._here.hostname)
 
-    def _lock_holders(self, witnesses: Mapping[int, Witness]) -> dict[str, int]:
-        waiting: dict[str, list[int]] = {}
-        for witness in witnesses.values():
+    def _lock_holders(self, witnesses: Mapping[int, Witness]) -> dict[int, tuple[str, int]]:
+        waiting: dict[str, dict[int, int]] = {}  # lock -> rank -> pid
+        for rank, witness in witnesses.items():
             if witness.last is not None and witness.last.kind == Kind.LOCK_WAIT and self.is_here(witness.who):
-                waiting.setdefault(witness.text(witness.last.sig), []).append(witness.who.pid)
+                waiting.setdefault(witness.text(witness.last.sig), {})[rank] = witness.who.pid
         ranks = {witness.who.pid for witness in witnesses.values() if self.is_here(witness.who)}
-        found: dict[str, int] = {}
+        holders: dict[int, tuple[str, int]] = {}
         now = time.monotonic()
-        for name, pids in waiting.items():
-            pid = locks.holder(name, [*pids, os.getpid()])
+        for name, waiters in waiting.items():
+            pid = locks.holder(name, [*waiters.values(), os.getpid()])
             since = self._unheld_since.setdefault(name, now)
             if pid != locks.NOBODY:
                 del self._unheld_since[name]
             if pid > 0:
-                found[name] = next((it for it in process.with_ancestors(pid) if it in ranks), pid)
-            elif pid == locks.NOBODY and now - since >= self._patience_s:
-                found[name] = pid
-        return found
+                pid = next((ancestor for ancestor in process.with_ancestors(pid) if ancestor in ranks), pid)
+            if pid > 0 or (pid == locks.NOBODY and now - since >= self._patience_s):
+                holders.update(dict.fromkeys(waiters, (name, pid)))
+        return holders

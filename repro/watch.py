@@ -170,8 +170,9 @@ class Watch:
             queued=queued(self.settings),
             **vars(self._facts),
         )
-        strangers = set(self._facts.lock_holders.values()) - {witness.who.pid for witness in witnesses.values()}
-        told += [process.describe(pid) for pid in sorted(strangers) if pid > 0]
+        here = [rank for rank, witness in witnesses.items() if self._system.is_here(witness.who)]
+        holders = {pid for rank, (_, pid) in self._facts.lock_holders.items() if rank in here and pid > 0}
+        told += [process.describe(pid) for pid in sorted(holders - {witnesses[rank].who.pid for rank in here})]
         return with_evidence(verdict, [*told, *unreadable])
 
     def _with_dumps(self, verdict: Verdict, texts: list[str]) -> Verdict:

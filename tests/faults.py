@@ -103,8 +103,11 @@ class Case:
         sim.run(until_ns)
         return sim
 
-    def lock_holders(self) -> dict[str, int]:
-        return {} if "unknown_lock" in self.faults else self.locks
+    def lock_holders(self, sim: Simulation) -> dict[int, tuple[str, int]]:
+        """What the systems of all hosts say about the locks that ranks wait for."""
+        known = {} if "unknown_lock" in self.faults else self.locks
+        waits = {rank: each.blocked for rank, each in enumerate(sim.ranks) if each.blocked}
+        return {rank: (name, known[name]) for rank, (kind, name) in waits.items() if kind == "lock" and name in known}
 
 
 @dataclass(frozen=True)

@@ -165,7 +165,7 @@ def test_a_baton_whose_maker_is_gone_is_a_deadlock_that_blames_no_rank_and_names
     _, document = run_forked(settings(), tmp_path, in_rank=at_step_three(wait))
     assert (document["verdict"], document["cause"], document["culprits"]) == ("deadlock", "lock", []), document
     assert f"nobody holds lock {baton} any more, for which rank 2 still wait" in document["evidence"], document
-    assert document["system"]["lock_holders"] == {str(baton): 0}
+    assert document["system"]["lock_holders"] == {"2": [str(baton), 0]}
 
 
 @pytest.mark.full

@@ -50,7 +50,7 @@ def verdict_of(
         now_ns=now_ns[min(witnesses)] if case.one_clock and witnesses and later_s >= WINDOW_S else now_ns,
         quiet_window_s=window_s,
         alive={rank: each.state != "dead" for rank, each in enumerate(sim.ranks)},
-        lock_holders=case.lock_holders(),
+        lock_holders=case.lock_holders(sim),
     )
 
 

@@ -113,13 +113,13 @@ def _stale_then_held(path: str, witnesses: dict[int, Witness]) -> None:
     assert system.look(witnesses).lock_holders == {}
     time.sleep(0.25)
     facts = system.look(witnesses)
-    assert facts.lock_holders == {path: 0}
+    assert facts.lock_holders == {0: (path, 0)}
     now_ns = time.monotonic_ns() + 2_000_000_000
     verdict = judge(witnesses, num_ranks=1, now_ns=now_ns, quiet_window_s=1.0, **vars(facts))
     assert (verdict.verdict, verdict.cause, verdict.culprits) == ("deadlock", "lock", ())
     with open(path, "w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
-        assert system.look(witnesses).lock_holders == {path: os.getpid()}
+        assert system.look(witnesses).lock_holders == {0: (path, os.getpid())}
     assert system.look(witnesses).lock_holders == {}, "the time without a holder counts from its end"
 
 
@@ -127,7 +127,7 @@ def test_a_lock_held_by_a_child_of_a_rank_is_that_ranks(tmp_path: Path) -> None:
     path = str(tmp_path / "lock")
     with python(BATON.format(path)):
         witnesses = {0: waiter("other", os.getpid(), 0, 2), 1: waiter(path, os.getppid(), 1, 2)}
-        assert System(1.0).look(witnesses).lock_holders == {path: os.getpid()}
+        assert System(1.0).look(witnesses).lock_holders == {1: (path, os.getpid())}
 
 
 def test_a_process_that_works_is_told_from_one_that_sleeps() -> None:
@@ -193,5 +193,5 @@ def test_who_was_missed_first_is_remembered_and_of_those_missed_at_once_none_is_
 
 
 def test_facts_survive_json() -> None:
-    facts = Facts({0: True}, {1: STOPPED}, {"a": 7}, {0: 0.5}, {1: 0.25}, {1: 3.5})
+    facts = Facts({0: True}, {1: STOPPED}, {2: ("a", 7)}, {0: 0.5}, {1: 0.25}, {1: 3.5})
     assert Facts.from_json(json.loads(json.dumps(facts.to_json()))) == facts

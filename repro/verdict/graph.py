@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from repro.verdict.ledger import Ledger, widest
@@ -41,16 +41,8 @@ class Waits:
     attended: list[Node]  # collectives that lack nobody and are not over
 
 
-def wait_graph(
-    standings: Mapping[int, Standing],
-    ledger: Ledger,
-    lock_holders: Mapping[str, int],
-    here: Collection[int] | None = None,
-) -> Waits:
-    """Build the graph. A rank that died or gave up inside a collective still stands there.
-
-    here: the ranks for whose locks ``lock_holders`` speaks: those of one host; None for all
-    """
+def wait_graph(standings: Mapping[int, Standing], ledger: Ledger, lock_holders: Mapping[int, tuple[str, int]]) -> Waits:
+    """Build the graph. A rank that died or gave up inside a collective still stands there."""
     nodes: dict[NodeKey, Node] = {}
     at: dict[int, Node] = {}
     for rank, standing in standings.items():
@@ -61,7 +53,7 @@ def wait_graph(
     pids = {(s.host, s.pid): rank for rank, s in standings.items() if s.pid}
     for node in nodes.values():
         if node.key[0] == "lock":
-            _lock_edges(node, standings, pids, lock_holders if here is None or {*here} & {*node.ranks} else {})
+            _lock_edges(node, standings, pids, lock_holders)
         else:
             _collective_edges(node, standings, ledger)
     cycle = _find_cycle(nodes, at)
@@ -116,7 +108,7 @@ def _lock_edges(
     node: Node,
     standings: Mapping[int, Standing],
     pids: Mapping[tuple[str, int], int],
-    lock_holders: Mapping[str, int],
+    lock_holders: Mapping[int, tuple[str, int]],
 ) -> None:
     host, lock = node.key[1]
     assert isinstance(lock, str)
@@ -125,13 +117,17 @@ def _lock_edges(
         node.lacks |= holders
         return
     node.named = max({standings[rank].lock_holder for rank in node.ranks}, default=-1)
-    pid = lock_holders.get(lock, node.named)
+    seen = {holder for rank in node.ranks for name, holder in (lock_holders.get(rank, ("", 0)),) if name == lock}
+    if len(seen) > 1:  # the looks at it fell before and after a change of holder
+        node.outside = -1
+        return
+    pid = next(iter(seen), node.named)
     rank = pids.get((str(host), pid))
     if rank is None:
         node.outside = pid
     elif rank in node.ranks:
         node.lost.add(rank)  # it has the lock and stopped before it could say so
-    elif lock in lock_holders or not standings[rank].seen:
+    elif seen or not standings[rank].seen:
         node.lacks.add(rank)
     else:
         node.outside = -1  # it held the lock when somebody began to wait, and has let go since

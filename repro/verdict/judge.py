@@ -40,7 +40,7 @@ def judge(
     home: Identity | None = None,
     wrong_numbers: Sequence[str] = (),
     excused: Mapping[int, str] | None = None,
-    lock_holders: Mapping[str, int] | None = None,
+    lock_holders: Mapping[int, tuple[str, int]] | None = None,
     cores: Mapping[int, float] | None = None,
     starved: Mapping[int, float] | None = None,
     died: Mapping[int, float] | None = None,
@@ -53,8 +53,8 @@ def judge(
     alive          which processes live; a rank not named is taken to live
     wrong_numbers  one line for each result that differs from the reference: a clean run becomes corrupt
     excused        ranks whose process is known not to wait, with the reason ("stopped by a signal")
-    lock_holders   who holds a lock according to the system: name -> pid, 0 for nobody; of the host of those in
-                   ``alive``, if that is given
+    lock_holders   rank that waits for a lock -> that lock and the pid of its holder according to the system of the
+                   rank's host, 0 for none
     cores          processors that each rank's process and its children keep busy; a rank not named is not measured
     starved        share of the time that a rank's threads were ready to run and had no processor
     died           when each dead rank was first missed, on one clock; of equal times neither is the earlier
@@ -68,7 +68,7 @@ def judge(
     }
     notes += clock_notes + [problem for witness in usable.values() for problem in witness.problems]
     ledger = Ledger(usable)
-    waits = wait_graph(standings, ledger, lock_holders or {}, alive)
+    waits = wait_graph(standings, ledger, lock_holders or {})
     quiet_ns = [max(0, nows[rank] - witness.last_event_ns()) for rank, witness in usable.items() if witness.last]
     quiet_s = min(quiet_ns, default=0) / 1e9
     case = Case(

@@ -1,0 +1,88 @@
+"""The verdict on ranks whose collectives differ in operation, type, size or root, and on transfers."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from scene import Scene
+from serving import C1, EVERYONE, EXTRA, PLAN, STEP, dispatch, eight_ranks, look, whole_step
+
+from hybrid_moe_ref.parallel.observer import Collective, ScheduleEntry
+
+
+def test_different_operations_under_one_number_are_a_mismatch() -> None:
+    made = eight_ranks()
+    whole_step(made, 1)
+    made.begin_step(2, PLAN)
+    made.all_of(EVERYONE, C1)
+    made.enter(range(7), dispatch(0))
+    made.enter([7], Collective("ep", "broadcast", "layers.0.mlp", (4,), "float32", root=0))
+    verdict = look(made)
+    assert (verdict.verdict, verdict.cause, verdict.culprits) == ("deadlock", "mismatch", (7,))
+
+
+def test_a_stale_size_vector_is_found_by_what_the_others_say_of_themselves() -> None:
+    made = eight_ranks()
+    made.begin_step(1, PLAN)
+    made.all_of(EVERYONE, C1)
+    made.enter(range(1, 8), dispatch(0))
+    made.enter([0], Collective("ep", "all_gather_v", "layers.0.mlp", (4, 4, 9, 4, 4, 4, 1, 1), "float32"))
+    verdict = look(made)
+    assert (verdict.verdict, verdict.cause, verdict.culprits) == ("deadlock", "sizes", (0,))
+    verdict = look(made, alive={3: False})
+    assert (verdict.verdict, verdict.cause, verdict.culprits) == ("crash", "sizes", (0,))
+
+
+def test_an_extra_collective_that_pairs_silently_is_corrupt() -> None:
+    made = eight_ranks()
+    whole_step(made, 1)
+    made.begin_step(2, PLAN, live=[0])
+    made.all_of(EVERYONE, C1)
+    made.enter([0], EXTRA)
+    for call in STEP[1:]:
+        made.all_of(range(1, 8), call)
+    made.begin_step(3, PLAN, ranks=range(1, 8))
+    made.all_of(range(1, 8), C1)
+    made.leave([0], EXTRA)
+    verdict = look(made)
+    assert (verdict.verdict, verdict.cause, verdict.culprits) == ("corrupt", "extra", (0,))
+
+
+def transfer(op: str, peer: int, **more: Any) -> Collective:
+    return Collective("pp", op, "layers.0.mlp", (8,), "float32", "", peer)._replace(**more)
+
+
+def pipeline() -> Scene:
+    made = Scene(4, {"pp": range(4)})
+    for rank in range(4):
+        first, second = ("send", "recv") if rank % 2 == 0 else ("recv", "send")
+        plan = tuple(ScheduleEntry("pp", op, "layers.0.mlp") for op in (first, second))
+        made.begin_step(1, plan, ranks=[rank])
+    return made
+
+
+def test_two_ranks_that_both_send_first_are_a_deadlock_of_who_left_its_schedule() -> None:
+    made = pipeline()
+    made.enter([0], transfer("send", 1))
+    made.enter([1], transfer("send", 0))
+    verdict = look(made)
+    assert (verdict.verdict, verdict.culprits) == ("deadlock", (1,)), verdict
+    assert {link["waits_in"] for link in verdict.cycle} == {"pp:0>1 send #1", "pp:1>0 send #1"}
+    made = pipeline()
+    made.enter([0], transfer("send", 1))
+    made.enter([1], transfer("recv", 0))
+    assert look(made).verdict == "stall"
+    made.leave([0], transfer("send", 1))
+    made.leave([1], transfer("recv", 0))
+    made.enter([0], transfer("recv", 1))
+    assert (look(made).verdict, look(made).culprits) == ("slow", (1,))
+
+
+def test_a_transfer_whose_ends_differ_is_a_mismatch() -> None:
+    made = pipeline()
+    made.enter([0], transfer("send", 1))
+    made.enter([1], transfer("recv", 0, dtype="int32"))
+    assert (look(made).verdict, look(made).cause, look(made).culprits) == ("deadlock", "mismatch", ())
+    made.leave([0], transfer("send", 1))
+    made.leave([1], transfer("recv", 0, dtype="int32"))
+    assert look(made).verdict == "corrupt"
