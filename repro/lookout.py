@@ -27,7 +27,8 @@ from repro.parse import WitnessError
 from repro.record import myself
 from repro.rundir import RunDir, read_json, write_json
 from repro.settings import RunSettings
-from repro.system import Facts, System
+from repro.system import System
+from repro.verdict.facts import Facts
 from repro.verdict.result import name_ranks
 from repro.witness import Tail, Witness
 
@@ -169,14 +170,10 @@ class Others:
 
     def merged(self, mine: Facts) -> Facts:
         """What all hosts' systems say, on the clock of this one."""
-        facts = Facts.from_json(mine.to_json())
+        facts = mine
         for report in self.reports():
-            theirs = report.facts
-            for what in ("alive", "excused", "lock_holders", "cores", "starved"):
-                getattr(facts, what).update(getattr(theirs, what))
             there = Identity(0, 1, boot_id=report.boot_id, wall_offset_ns=report.wall_offset_ns)
-            ahead_s = self.here.clock_ahead_ns(there) / 1e9
-            facts.died.update({rank: when_s + ahead_s for rank, when_s in theirs.died.items()})
+            facts = facts.joined(report.facts, self.here.clock_ahead_ns(there) / 1e9)
         return facts
 
     def someone_is_gone(self) -> bool:

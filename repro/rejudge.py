@@ -11,8 +11,9 @@ from typing import Any
 from repro.record import myself
 from repro.rundir import RunDir, read_json
 from repro.settings import RunSettings
-from repro.system import Facts, System
+from repro.system import System
 from repro.verdict import judge
+from repro.verdict.facts import Facts
 from repro.verdict.result import VERDICTS
 from repro.watch import document_of, not_decided, queued, uncompared, with_evidence, wrong_tokens
 from repro.witness import read_dir
@@ -57,13 +58,13 @@ def judge_again(run_dir: RunDir, settings: RunSettings) -> tuple[dict[str, Any],
         damaged.append(str(error))
     verdict = judge(
         witnesses,
+        facts,
         num_ranks=settings.num_ranks,
         now_ns=now_ns,
         quiet_window_s=settings.quiet_window_s,
         home=here,
         wrong_numbers=wrong,
         queued=queued(settings),
-        **vars(facts),
     )
     if not_compared and told.get("verdict") not in ("clean", "slow"):  # else who watched has compared them
         verdict = uncompared(verdict, not_compared)

@@ -9,52 +9,16 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
-from typing import Any, Self
 
 import psutil
 
 from repro import locks, process
 from repro.layout import Identity, Kind
 from repro.record import myself
+from repro.verdict.facts import Facts
 from repro.witness import Witness
 
 STOPPED = "stopped by a signal"
-
-
-@dataclass(frozen=True)
-class Facts:
-    """One look, in the words of :func:`repro.verdict.judge`.
-
-    alive          rank -> whether its process runs
-    excused        rank -> why it cannot move, wherever its witness says that it is
-    lock_holders   rank that waits for a lock -> that lock and the pid of its holder, 0 for none; unknown: no entry
-    cores          rank -> processors that it and what it started kept busy since the look before
-    starved        rank -> share of that time that its threads were ready to run and had no processor, summed
-    died           rank -> when its process was first missed; equal for those between whose deaths nobody looked
-    """
-
-    alive: dict[int, bool] = field(default_factory=dict)
-    excused: dict[int, str] = field(default_factory=dict)
-    lock_holders: dict[int, tuple[str, int]] = field(default_factory=dict)
-    cores: dict[int, float] = field(default_factory=dict)
-    starved: dict[int, float] = field(default_factory=dict)
-    died: dict[int, float] = field(default_factory=dict)
-
-    def to_json(self) -> dict[str, Any]:
-        return {what: {str(key): value for key, value in told.items()} for what, told in asdict(self).items()}
-
-    @classmethod
-    def from_json(cls, told: Mapping[str, Any]) -> Self:
-        """What ``to_json`` wrote; raises KeyError, TypeError or ValueError for anything else."""
-        return cls(
-            {int(rank): bool(alive) for rank, alive in told["alive"].items()},
-            {int(rank): str(why) for rank, why in told["excused"].items()},
-            {int(rank): (str(lock), int(pid)) for rank, (lock, pid) in told["lock_holders"].items()},
-            {int(rank): float(cores) for rank, cores in told["cores"].items()},
-            {int(rank): float(share) for rank, share in told["starved"].items()},
-            {int(rank): float(when_s) for rank, when_s in told.get("died", {}).items()},
-        )
 
 
 class System:

@@ -36,8 +36,9 @@ from repro.layout import Identity, Kind
 from repro.report.page import main_stack
 from repro.report.text import visible_lines
 from repro.rundir import PARTS, RunDir, read_text, write_json
-from repro.system import Facts, System
+from repro.system import System
 from repro.verdict import Verdict, judge
+from repro.verdict.facts import Facts
 from repro.verdict.result import name_ranks
 from repro.witness import Tail, create, read_dir
 
@@ -166,8 +167,7 @@ class Ranks:
         witnesses, _ = read_dir(run_dir.root / "events")
         facts = system.look(witnesses)
         verdict = judge(
-            witnesses, num_ranks=self.num_ranks, now_ns=time.monotonic_ns(), quiet_window_s=self.quiet_window_s,
-            alive=facts.alive, excused=facts.excused, died=facts.died,
+            witnesses, facts, num_ranks=self.num_ranks, now_ns=time.monotonic_ns(), quiet_window_s=self.quiet_window_s,
             queued={g.name for w in witnesses.values() for g in w.groups} if self.backend == "nccl" else (),
         )  # fmt: skip
         return verdict, facts

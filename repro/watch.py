@@ -24,8 +24,9 @@ from repro.record import myself
 from repro.rundir import RunDir, read_tokens, write_json
 from repro.scenarios import Expected
 from repro.settings import RunSettings
-from repro.system import STOPPED, Facts, System
+from repro.system import STOPPED, System
 from repro.verdict import Verdict, judge
+from repro.verdict.facts import Facts
 from repro.verdict.result import name_ranks
 from repro.witness import Tail, Witness
 
@@ -158,17 +159,17 @@ class Watch:
         told = self._others.silent()
         never = [rank for rank, witness in witnesses.items() if not witness.who.pid]
         if never and not self.job_alive():  # nobody is left who could start them
-            self._facts.alive.update(dict.fromkeys(never, False))
+            self._facts = self._facts.joined(Facts(alive=dict.fromkeys(never, False)))
             told.append(evidence.of_launcher(self.run_dir, never))
         verdict = judge(
             witnesses,
+            self._facts,
             num_ranks=self.settings.num_ranks,
             now_ns=time.monotonic_ns(),
             quiet_window_s=self.settings.quiet_window_s,
             home=self._here,
             wrong_numbers=wrong_numbers,
             queued=queued(self.settings),
-            **vars(self._facts),
         )
         here = [rank for rank, witness in witnesses.items() if self._system.is_here(witness.who)]
         holders = {pid for rank, (_, pid) in self._facts.lock_holders.items() if rank in here and pid > 0}

@@ -10,8 +10,7 @@ from scene import Scene
 from hybrid_moe_ref.parallel.observer import Collective, ScheduleEntry
 from repro.rundir import RunDir, write_json
 from repro.settings import RunSettings
-from repro.system import Facts
-from repro.verdict import judge
+from repro.verdict import Facts, judge
 
 MOE, GDN = "layers.0.moe", "layers.0.gated_delta_net"
 AGREE = Collective("dp", "all_reduce", "step", (64,), "int32", "sum")

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from scene import Scene
 
 from hybrid_moe_ref.parallel.observer import Collective, ScheduleEntry
-from repro.verdict import Verdict, judge
+from repro.verdict import Facts, Verdict, judge
 
 EVERYONE = range(8)
 C1 = Collective("dp", "all_reduce", "", (32,), "int32", "sum")
@@ -42,9 +42,15 @@ def whole_step(made: Scene, step: int, *, plan: tuple[ScheduleEntry, ...] = PLAN
         made.all_of(EVERYONE, call)
 
 
-def look(made: Scene, *, after_s: float = 2.0, **more: Any) -> Verdict:
+def look(
+    made: Scene, *, after_s: float = 2.0, wrong_numbers: Sequence[str] = (), queued: Sequence[str] = (), **facts: Any
+) -> Verdict:
+    """The verdict on a scene ``after_s`` after its last event, with a quiet window of a second."""
     now_ns = made.now_ns + int(after_s * 1e9)
-    return judge(made.witnesses(), num_ranks=made.num_ranks, now_ns=now_ns, quiet_window_s=1.0, **more)
+    return judge(
+        made.witnesses(), Facts(**facts), num_ranks=made.num_ranks, now_ns=now_ns, quiet_window_s=1.0,
+        wrong_numbers=wrong_numbers, queued=queued,
+    )  # fmt: skip
 
 
 def held(lock: str, pid: int, ranks: Iterable[int] = EVERYONE) -> dict[int, tuple[str, int]]:

@@ -22,7 +22,7 @@ from simulator import Simulation
 
 from repro.layout import GROUP_BYTES, GROUPS_AT, LAST_AT, LIVE, LIVE_AT, RECORD, STATE_AT, Event, Kind
 from repro.parse import parse_header
-from repro.verdict import Verdict, judge
+from repro.verdict import Facts, Verdict, judge
 from repro.witness import Witness, WitnessError, parse
 
 QUICK = int(os.environ.get("HMR_SEEDS", "500"))
@@ -46,11 +46,13 @@ def verdict_of(
     witnesses = sim.witnesses() if witnesses is None else witnesses
     return judge(
         witnesses,
+        Facts(
+            alive={rank: each.state != "dead" for rank, each in enumerate(sim.ranks)},
+            lock_holders=case.lock_holders(sim),
+        ),
         num_ranks=case.num_ranks,
         now_ns=now_ns[min(witnesses)] if case.one_clock and witnesses and later_s >= WINDOW_S else now_ns,
         quiet_window_s=window_s,
-        alive={rank: each.state != "dead" for rank, each in enumerate(sim.ranks)},
-        lock_holders=case.lock_holders(sim),
     )
 
 

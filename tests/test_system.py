@@ -22,8 +22,8 @@ from repro import evidence, locks, process
 from repro.layout import pack_header
 from repro.record import Recorder, myself
 from repro.rundir import RunDir
-from repro.system import STOPPED, Facts, System
-from repro.verdict import judge
+from repro.system import STOPPED, System
+from repro.verdict import Facts, judge
 from repro.witness import Witness, parse
 
 
@@ -115,7 +115,7 @@ def _stale_then_held(path: str, witnesses: dict[int, Witness]) -> None:
     facts = system.look(witnesses)
     assert facts.lock_holders == {0: (path, 0)}
     now_ns = time.monotonic_ns() + 2_000_000_000
-    verdict = judge(witnesses, num_ranks=1, now_ns=now_ns, quiet_window_s=1.0, **vars(facts))
+    verdict = judge(witnesses, facts, num_ranks=1, now_ns=now_ns, quiet_window_s=1.0)
     assert (verdict.verdict, verdict.cause, verdict.culprits) == ("deadlock", "lock", ())
     with open(path, "w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
@@ -193,5 +193,5 @@ def test_who_was_missed_first_is_remembered_and_of_those_missed_at_once_none_is_
 
 
 def test_facts_survive_json() -> None:
-    facts = Facts({0: True}, {1: STOPPED}, {2: ("a", 7)}, {0: 0.5}, {1: 0.25}, {1: 3.5})
+    facts = Facts({0: True}, {1: STOPPED}, {2: ("a", 7)}, {0: 0.5}, {1: 0.25}, {1: 3.5}, {2: "other"}, {0: "stack"})
     assert Facts.from_json(json.loads(json.dumps(facts.to_json()))) == facts

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import pytest
 from scene import MS, Scene
@@ -14,8 +13,7 @@ from hybrid_moe_ref.parallel.observer import Collective
 from repro.lookout import Others, Report
 from repro.record import myself
 from repro.rundir import RunDir, write_json
-from repro.system import Facts
-from repro.verdict import Verdict, judge
+from repro.verdict import Facts, Verdict, judge
 
 
 def cold_build() -> Scene:
@@ -167,8 +165,8 @@ def test_what_the_system_says_of_a_lock_holds_on_its_own_host_alone() -> None:
         witnesses[rank] = replace(witnesses[rank], who=replace(witnesses[rank].who, hostname="elsewhere"))
 
     def judged(here: range) -> str:
-        told: dict[str, Any] = {"alive": dict.fromkeys(here, True), "lock_holders": held("/cache/lock", 0, here)}
-        return judge(witnesses, num_ranks=8, now_ns=made.now_ns + 2000 * MS, quiet_window_s=1, **told).verdict
+        facts = Facts(alive=dict.fromkeys(here, True), lock_holders=held("/cache/lock", 0, here))
+        return judge(witnesses, facts, num_ranks=8, now_ns=made.now_ns + 2000 * MS, quiet_window_s=1).verdict
 
     assert (judged(range(4, 8)), judged(range(4))) == ("deadlock", "inconclusive")
 
@@ -195,7 +193,7 @@ def test_each_host_has_a_lock_file_of_its_own_and_a_holder_on_one_host_is_nobody
     assert facts.lock_holders == {0: (lock, 11), 2: (lock, 22), 4: (lock, 12)}
     for holders in (facts.lock_holders, {rank: facts.lock_holders[rank] for rank in (2, 4)}):
         verdict = judge(
-            witnesses, num_ranks=6, now_ns=made.now_ns + 3_000 * MS, quiet_window_s=1.0, alive=facts.alive,
-            lock_holders=holders,
+            witnesses, replace(facts, lock_holders=holders), num_ranks=6, now_ns=made.now_ns + 3_000 * MS,
+            quiet_window_s=1.0,
         )  # fmt: skip
         assert (verdict.verdict, verdict.culprits) == ("inconclusive", ()), verdict

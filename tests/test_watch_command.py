@@ -21,7 +21,7 @@ from repro.record import Recorder, myself
 from repro.rejudge import judge_again
 from repro.rundir import RunDir
 from repro.settings import RunSettings
-from repro.system import Facts
+from repro.verdict import Facts
 from repro.watch import Watch
 
 

@@ -1,12 +1,13 @@
 """From witnesses to a verdict: who waits for whom in what, why, and how sure that is.
 
-    verdict = judge(witnesses, num_ranks=8, now_ns=time.monotonic_ns(), quiet_window_s=1.0)
+    verdict = judge(witnesses, facts, num_ranks=8, now_ns=time.monotonic_ns(), quiet_window_s=1.0)
     print(verdict.sentence())
 
 Pure: no torch, no files, no clock. ``docs/VERDICTS.md`` tells what proves each class and what would refute it.
 """
 
+from repro.verdict.facts import Facts
 from repro.verdict.judge import judge
 from repro.verdict.result import Position, Verdict
 
-__all__ = ["Position", "Verdict", "judge"]
+__all__ = ["Facts", "Position", "Verdict", "judge"]

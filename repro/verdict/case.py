@@ -6,6 +6,7 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+from repro.verdict.facts import Facts
 from repro.verdict.graph import Waits
 from repro.verdict.ledger import Ledger
 from repro.verdict.position import Standing
@@ -24,11 +25,9 @@ class Case:
     quiet_s: float
     quiet_window_s: float
     notes: Sequence[str]
-    cores: Mapping[int, float]
-    starved: Mapping[int, float]
-    died: Mapping[int, float]
+    facts: Facts
     queued: Collection[str]
-    now_s: float  # on the clock of ``died``
+    now_s: float  # on the clock of ``facts.died``
 
     @property
     def quiet(self) -> bool:

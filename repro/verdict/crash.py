@@ -65,9 +65,9 @@ def _first_loss(case: Case, dead: Sequence[int], gave_up: Sequence[int]) -> Find
     finding = _first_death(case, dead)
     if not gave_up:
         return finding
-    since_s = min((case.now_s - case.died[rank] for rank in dead if rank in case.died), default=0.0)
+    since_s = min((case.now_s - case.facts.died[rank] for rank in dead if rank in case.facts.died), default=0.0)
     early = [rank for rank in gave_up if case.standings[rank].position.since_s > since_s + LOOKS_S]
-    if len(early) < len(gave_up) or not case.died:
+    if len(early) < len(gave_up) or not case.facts.died:
         finding.suspects = tuple(sorted({*finding.suspects, *gave_up}))
         finding.confidence = "likely" if finding.culprits else "undecided"
         finding.evidence.append(f"{name_ranks(gave_up)} gave up too, and what came first was not seen")
@@ -79,14 +79,14 @@ def _first_loss(case: Case, dead: Sequence[int], gave_up: Sequence[int]) -> Find
 
 def _first_death(case: Case, dead: Sequence[int]) -> Finding:
     """Of several dead ranks the one that was missed first; without an order each may have followed another."""
-    missed_s = [case.died.get(rank, float("-inf")) for rank in dead]
+    missed_s = [case.facts.died.get(rank, float("-inf")) for rank in dead]
     first = tuple(rank for rank, when_s in zip(dead, missed_s, strict=True) if when_s == min(missed_s))
     if len(dead) == 1:
         return Finding("dead_rank", first)
     hosts = {case.standings[rank].host for rank in dead}
-    ordered = len(first) == 1 and set(dead) <= case.died.keys()
+    ordered = len(first) == 1 and set(dead) <= case.facts.died.keys()
     if ordered and len(hosts) > 1:  # each host is looked at in its own time
-        there = [case.died[rank] for rank in dead if case.standings[rank].host != case.standings[first[0]].host]
+        there = [case.facts.died[rank] for rank in dead if case.standings[rank].host != case.standings[first[0]].host]
         ordered = min(there, default=float("inf")) - min(missed_s) > LOOKS_S
     if not ordered:
         finding = Finding("dead_rank", suspects=tuple(dead), confidence="undecided")

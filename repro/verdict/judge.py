@@ -16,6 +16,7 @@ from repro.layout import Identity
 from repro.verdict.case import Case
 from repro.verdict.crash import crash, victims
 from repro.verdict.explain import explain
+from repro.verdict.facts import Facts
 from repro.verdict.graph import Node, wait_graph
 from repro.verdict.ledger import Ledger, Side, widest
 from repro.verdict.position import GroupKey, clocks, locate
@@ -29,46 +30,38 @@ _BUSY = 0.02
 _STARVED, _STARVED_WINDOWS = 0.1, 10
 """Lack of a processor that makes a collective take longer than it should, and how much longer it is then given."""
 
+NOTHING_SEEN = Facts()
+
 
 def judge(
     witnesses: Mapping[int, Witness],
+    facts: Facts = NOTHING_SEEN,
     *,
     num_ranks: int,
     now_ns: int | Mapping[int, int],
     quiet_window_s: float,
-    alive: Mapping[int, bool] | None = None,
     home: Identity | None = None,
     wrong_numbers: Sequence[str] = (),
-    excused: Mapping[int, str] | None = None,
-    lock_holders: Mapping[int, tuple[str, int]] | None = None,
-    cores: Mapping[int, float] | None = None,
-    starved: Mapping[int, float] | None = None,
-    died: Mapping[int, float] | None = None,
     queued: Collection[str] = (),
 ) -> Verdict:
-    """What these witnesses prove.
+    """Judge what the witnesses and the systems of their hosts prove.
 
+    facts          what the systems say; a rank whose process was not seen is taken to live
     now_ns         the monotonic clock when the witnesses were read: of the host of ``home``, or by rank
+    quiet_window_s for how long no rank must have recorded an event before a hang is certain
     home           who read the clock; not given, the lowest rank
-    alive          which processes live; a rank not named is taken to live
     wrong_numbers  one line for each result that differs from the reference: a clean run becomes corrupt
-    excused        ranks whose process is known not to wait, with the reason ("stopped by a signal")
-    lock_holders   rank that waits for a lock -> that lock and the pid of its holder according to the system of the
-                   rank's host, 0 for none
-    cores          processors that each rank's process and its children keep busy; a rank not named is not measured
-    starved        share of the time that a rank's threads were ready to run and had no processor
-    died           when each dead rank was first missed, on one clock; of equal times neither is the earlier
     queued         groups in which the record of a collective ends when it is queued, as on NCCL
     """
     usable, notes = _one_run(witnesses, num_ranks)
     nows, clock_notes = clocks(usable, now_ns, home)
     standings = {
-        rank: locate(rank, usable.get(rank), nows.get(rank, 0), (alive or {}).get(rank), (excused or {}).get(rank, ""))
+        rank: locate(rank, usable.get(rank), nows.get(rank, 0), facts.alive.get(rank), facts.excused.get(rank, ""))
         for rank in range(num_ranks)
     }
     notes += clock_notes + [problem for witness in usable.values() for problem in witness.problems]
     ledger = Ledger(usable)
-    waits = wait_graph(standings, ledger, lock_holders or {})
+    waits = wait_graph(standings, ledger, facts.lock_holders)
     quiet_ns = [max(0, nows[rank] - witness.last_event_ns()) for rank, witness in usable.items() if witness.last]
     quiet_s = min(quiet_ns, default=0) / 1e9
     case = Case(
@@ -79,9 +72,7 @@ def judge(
         quiet_s,
         quiet_window_s,
         notes,
-        cores or {},
-        starved or {},
-        died or {},
+        facts,
         queued,
         now_s=(max(now_ns.values(), default=0) if isinstance(now_ns, Mapping) else now_ns) / 1e9,
     )
@@ -233,8 +224,8 @@ def _slow(case: Case, movers: Sequence[int]) -> Finding:
         at: Position = case.standings[rank].position
         what = ", ".join([at.detail or "outside any collective", *signs[rank]])
         finding.evidence.append(f"rank {rank} {at.state} for {at.since_s:.1f} s: {what}")
-    silent = [rank for rank, told in signs.items() if rank in case.cores and not told]
-    starved = [rank for rank in silent if case.starved.get(rank, 0.0) >= _STARVED]
+    silent = [rank for rank, told in signs.items() if rank in case.facts.cores and not told]
+    starved = [rank for rank in silent if case.facts.starved.get(rank, 0.0) >= _STARVED]
     if starved:
         finding.confidence = "likely"
         finding.evidence.append(f"{name_ranks(starved)} lacked a processor: on so busy a machine work hardly shows")
@@ -249,7 +240,7 @@ def _slow(case: Case, movers: Sequence[int]) -> Finding:
 
 def _signs_of_life(case: Case, rank: int) -> list[str]:
     """What shows that a rank outside any collective works on."""
-    standing, cores = case.standings[rank], case.cores.get(rank, 0.0)
+    standing, cores = case.standings[rank], case.facts.cores.get(rank, 0.0)
     signs = []
     if standing.beat_s is not None:
         signs.append(f"heartbeat {standing.beat_s:.1f} s ago" + (f" ({standing.beat})" if standing.beat else ""))
@@ -342,7 +333,7 @@ def _attended(case: Case) -> Verdict:
     if unseen:
         told = [f"all are in {node.name}, but {name_ranks(unseen)} left no whole witness to compare arguments with"]
         return case.verdict("inconclusive", evidence=told, confidence="undecided")
-    starved = max((case.starved.get(rank, 0.0) for rank in _members(node)), default=0.0)
+    starved = max((case.facts.starved.get(rank, 0.0) for rank in _members(node)), default=0.0)
     if starved >= _STARVED and case.quiet_s < _STARVED_WINDOWS * case.quiet_window_s:
         told = [
             f"all are in {node.name} since {case.quiet_s:.1f} s, but ranks lacked a processor for {starved:.0%} of the "
