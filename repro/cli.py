@@ -22,6 +22,7 @@ from hybrid_moe_ref.engine.server_config import CHECKS
 from repro import bundle, kernel_cache, launch, matrix, minimise, process, report, scenarios
 from repro.configurations import CONFIGURATIONS
 from repro.display import display, overview, say, summary
+from repro.expectation import watch_options
 from repro.junit import write_junit
 from repro.launch import CannotRunHere
 from repro.lookout import Lookout
@@ -366,7 +367,7 @@ def _watch_run(args: argparse.Namespace, run_dir: RunDir) -> int:
         if args.end or not 0 <= args.lookout < settings.num_ranks:
             why = "cannot be had with --end" if args.end else f"{args.lookout} is none of {settings.num_ranks} ranks"
             raise ConfigError(why, "--lookout")
-        Lookout(run_dir, settings, args.lookout).run()
+        Lookout(run_dir, watch_options(settings), args.lookout).run()
         return EXPECTED
     if args.end:
         return _watch_to_end(run_dir, settings, console, args.json)

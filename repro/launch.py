@@ -25,11 +25,13 @@ from typing import Any, Protocol
 import psutil
 
 from repro import kernel_cache, locks, lookout, process, scenarios
+from repro.comparison import compare_tokens
+from repro.expectation import document_of, watch_options
 from repro.layout import Geometry, Identity
 from repro.rundir import OutputError, RunDir, write_json
 from repro.settings import RunSettings
 from repro.verdict import Verdict
-from repro.watch import Watch, document_of
+from repro.watch import Watch
 from repro.witness import Tail, create
 
 RELEASE_PATIENCE_S = 8.0
@@ -196,11 +198,16 @@ def _attend(
     if not run_dir.reference.exists():
         reference = _start([sys.executable, "-m", "repro.reference", str(run_dir.root)], run_dir, run_dir.reference_log)
         children.append(reference)
+
+    def reference_alive() -> bool:
+        return reference is not None and reference.poll() is None
+
     watch = Watch(
         run_dir,
-        settings,
+        watch_options(settings),
         job_alive=job_alive,
-        reference_alive=lambda: reference is not None and reference.poll() is None,
+        compare=lambda final: compare_tokens(run_dir, settings.num_ranks, settings.tp_size, reference_alive, final),
+        describe=lambda verdict: document_of(settings, verdict),
         interrupted=interrupt,
         show=display.show,
         notice=display.notice,

@@ -23,10 +23,10 @@ import psutil
 
 from repro import evidence, process
 from repro.layout import Identity, Kind
+from repro.options import WatchOptions
 from repro.parse import WitnessError
 from repro.record import myself
 from repro.rundir import RunDir, read_json, write_json
-from repro.settings import RunSettings
 from repro.system import System
 from repro.verdict.facts import Facts
 from repro.verdict.result import name_ranks
@@ -80,19 +80,19 @@ class Report:
 class Lookout:
     """Looks after the ranks of this host until the run is decided, and then sees them end."""
 
-    def __init__(self, run_dir: RunDir, settings: RunSettings, first_rank: int) -> None:
-        self._run_dir, self._settings = run_dir, settings
+    def __init__(self, run_dir: RunDir, options: WatchOptions, first_rank: int) -> None:
+        self._run_dir, self._options = run_dir, options
         self._path = run_dir.lookout(first_rank)
         self._here = myself(0, 1)
-        self._tails = [Tail(run_dir.witness(rank)) for rank in range(settings.num_ranks)]
-        self._system = System(settings.quiet_window_s)
+        self._tails = [Tail(run_dir.witness(rank)) for rank in range(options.num_ranks)]
+        self._system = System(options.quiet_window_s)
         self._answered = 0
         self._gaps: tuple[str, ...] = ()
         self._beat = 0
 
     def run(self) -> None:
         self._path.parent.mkdir(exist_ok=True)
-        deadline = time.monotonic() + self._settings.deadline_s + OVERTIME_S
+        deadline = time.monotonic() + self._options.deadline_s + OVERTIME_S
         looked_at = 0.0
         while time.monotonic() < deadline and not self._run_dir.verdict.exists():
             asked = times_asked(self._run_dir)

@@ -8,6 +8,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from repro.comparison import wrong_tokens
+from repro.expectation import document_of, watch_options
 from repro.record import myself
 from repro.rundir import RunDir, read_json
 from repro.settings import RunSettings
@@ -15,7 +17,7 @@ from repro.system import System
 from repro.verdict import judge
 from repro.verdict.facts import Facts
 from repro.verdict.result import VERDICTS
-from repro.watch import document_of, not_decided, queued, uncompared, with_evidence, wrong_tokens
+from repro.watch import not_decided, uncompared, with_evidence
 from repro.witness import read_dir
 
 LOOK_S = 0.5
@@ -64,7 +66,7 @@ def judge_again(run_dir: RunDir, settings: RunSettings) -> tuple[dict[str, Any],
         quiet_window_s=settings.quiet_window_s,
         home=here,
         wrong_numbers=wrong,
-        queued=queued(settings),
+        queued=watch_options(settings).queued_groups,
     )
     if not_compared and told.get("verdict") not in ("clean", "slow"):  # else who watched has compared them
         verdict = uncompared(verdict, not_compared)

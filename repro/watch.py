@@ -16,18 +16,16 @@ from typing import Any
 
 import psutil
 
-from repro import evidence, process, scenarios
+from repro import evidence, process
 from repro.layout import Kind
 from repro.lookout import Others
+from repro.options import WatchOptions
 from repro.parse import WitnessError
 from repro.record import myself
-from repro.rundir import RunDir, read_tokens, write_json
-from repro.scenarios import Expected
-from repro.settings import RunSettings
+from repro.rundir import RunDir, write_json
 from repro.system import STOPPED, System
 from repro.verdict import Verdict, judge
 from repro.verdict.facts import Facts
-from repro.verdict.result import name_ranks
 from repro.witness import Tail, Witness
 
 SCHEMA_VERSION = 1
@@ -45,20 +43,43 @@ about to finish without the dead rank, or to say that they miss it.
 """
 
 
+@dataclass(frozen=True)
+class Comparison:
+    """What is known about the results of ranks that are all done.
+
+    wrong     a line for each wrong result
+    missing   why the results were not compared; "" if they were
+    evidence  what was compared, in a sentence
+    """
+
+    wrong: tuple[str, ...] = ()
+    missing: str = ""
+    evidence: str = ""
+
+
+def describe(verdict: Verdict) -> dict[str, Any]:
+    """The entries of verdict.json that follow from the verdict alone."""
+    return {"schema_version": SCHEMA_VERSION, **verdict.to_json(), "sentences": verdict.sentences()}
+
+
 @dataclass
 class Watch:
     """One watch over one run.
 
     job_alive         whether the processes that were started still exist
-    reference_alive   whether reference.json may still come
+    compare           compares the results once all ranks are done. It may return None, to be asked again, unless its
+                      argument is True: then the watch ends now
+    describe          the entries of verdict.json that do not depend on the watch
     interrupted       whether the user wants the run to end
     show              called at every poll with the tails, for a display
+    notice            called with a line when it has changed who waits for whom
     """
 
     run_dir: RunDir
-    settings: RunSettings
+    options: WatchOptions
     job_alive: Callable[[], bool]
-    reference_alive: Callable[[], bool]
+    compare: Callable[[bool], Comparison | None] = lambda final: Comparison()
+    describe: Callable[[Verdict], dict[str, Any]] = describe
     interrupted: Callable[[], bool] = lambda: False
     show: Callable[[list[Tail]], None] = lambda tails: None
     notice: Callable[[str], None] = lambda text: None
@@ -66,8 +87,8 @@ class Watch:
 
     def __post_init__(self) -> None:
         self._here = myself(0, 1)
-        self._tails = [Tail(self.run_dir.witness(rank)) for rank in range(self.settings.num_ranks)]
-        self._system = System(self.settings.quiet_window_s)
+        self._tails = [Tail(self.run_dir.witness(rank)) for rank in range(self.options.num_ranks)]
+        self._system = System(self.options.quiet_window_s)
         self._others = Others(self.run_dir, self._here)
         self._facts = Facts()
         self._judged_ns = 0
@@ -104,15 +125,13 @@ class Watch:
         now_ns = time.monotonic_ns()
         if self.interrupted():
             return not_decided(self._conclude())
-        if now_ns - self.started_ns > self.settings.deadline_s * 1e9:
-            return self._conclude(f"the deadline of {self.settings.deadline_s:g} s passed")
+        if now_ns - self.started_ns > self.options.deadline_s * 1e9:
+            return self._conclude(f"the deadline of {self.options.deadline_s:g} s passed")
         if self.all_done():
-            if not self.run_dir.reference.exists() and self.reference_alive():
-                return None
-            return self._compare_with_reference()
+            return self._compared(final=False)
         if self._somebody_died(now_ns):
             return self._conclude()
-        quiet_ns = self.settings.quiet_window_s * 1e9
+        quiet_ns = self.options.quiet_window_s * 1e9
         waited_ns = now_ns - max(self._last_event_ns(), self._judged_ns)
         if waited_ns < quiet_ns:
             if waited_ns < quiet_ns / 2:
@@ -141,11 +160,11 @@ class Watch:
 
     def _conclude(self, why: str = "") -> Verdict:
         """The last word, with what there is: nothing more will be seen of this run."""
-        told = [why] if why else []
-        if self.all_done():
-            return with_evidence(self._compare_with_reference(), told)
+        reasons = [why] if why else []
+        if self.all_done() and (verdict := self._compared(final=True)) is not None:
+            return with_evidence(verdict, reasons)
         gaps = self._collect_evidence()
-        return self._with_dumps(self._judge(), [*told, *gaps])
+        return self._with_dumps(self._judge(), [*reasons, *gaps])
 
     def _judge(self, wrong_numbers: Sequence[str] = ()) -> Verdict:
         witnesses: dict[int, Witness] = {}
@@ -164,12 +183,12 @@ class Watch:
         verdict = judge(
             witnesses,
             self._facts,
-            num_ranks=self.settings.num_ranks,
+            num_ranks=self.options.num_ranks,
             now_ns=time.monotonic_ns(),
-            quiet_window_s=self.settings.quiet_window_s,
+            quiet_window_s=self.options.quiet_window_s,
             home=self._here,
             wrong_numbers=wrong_numbers,
-            queued=queued(self.settings),
+            queued=self.options.queued_groups,
         )
         here = [rank for rank, witness in witnesses.items() if self._system.is_here(witness.who)]
         holders = {pid for rank, (_, pid) in self._facts.lock_holders.items() if rank in here and pid > 0}
@@ -179,28 +198,24 @@ class Watch:
     def _with_dumps(self, verdict: Verdict, texts: list[str]) -> Verdict:
         return with_evidence(verdict, [*evidence.compare_with_flight_recorder(self.run_dir, verdict.ranks), *texts])
 
-    def _compare_with_reference(self) -> Verdict:
-        """All ranks finished: `clean` only if they served what one process serves."""
-        if not self.run_dir.reference.exists():
-            why = "is not ready" if self.reference_alive() else "failed (logs/reference.log)"
-            return uncompared(self._judge(), f"the single-process reference {why}")
-        try:
-            reference = read_tokens(self.run_dir.reference)
-            wrong = wrong_tokens(self.run_dir, self.settings.num_ranks, self.settings.tp_size)
-        except (OSError, ValueError) as error:
-            return uncompared(self._judge(), str(error))
-        verdict = self._judge(wrong_numbers=wrong)
-        if wrong:
+    def _compared(self, final: bool) -> Verdict | None:
+        """The verdict on ranks that are all done: `clean` only if their results are right. None to ask again."""
+        comparison = self.compare(final)
+        if comparison is None:
+            return None
+        if comparison.missing:
+            return uncompared(self._judge(), comparison.missing)
+        verdict = self._judge(wrong_numbers=comparison.wrong)
+        if comparison.wrong:
             return verdict
-        num_tokens = sum(map(len, reference.values()))
-        text = f"{num_tokens} tokens of {len(reference)} requests equal the single-process reference's"
+        compared = [comparison.evidence] if comparison.evidence else []
         silences = sorted(self._silences.values(), key=lambda silence: -silence[0])
-        silences = [s for s in silences if s[0] >= SLOW_WINDOWS * self.settings.quiet_window_s]
+        silences = [s for s in silences if s[0] >= SLOW_WINDOWS * self.options.quiet_window_s]
         if not silences:
-            return with_evidence(verdict, [text])
+            return with_evidence(verdict, compared)
         (_, slowest), *others = silences
         also = [f"for {waited_s:.1f} s also: {other.evidence[0]}" for waited_s, other in others if other.evidence]
-        return with_evidence(slowest, [*also, "then all ranks finished", text])
+        return with_evidence(slowest, [*also, "then all ranks finished", *compared])
 
     def _last_event_ns(self) -> int:
         return max(self.started_ns, *(self._on_my_clock(tail, tail.last_event_ns()) for tail in self._tails))
@@ -239,7 +254,7 @@ class Watch:
         waited_s = _waited_for_a_build(verdict)
         if not waited_s:
             heard_ns = max(self._on_my_clock(tail, tail.heartbeat_ns()) for tail in self._tails)
-            if time.monotonic_ns() - heard_ns < self.settings.quiet_window_s * 1e9:
+            if time.monotonic_ns() - heard_ns < self.options.quiet_window_s * 1e9:
                 return
             waited_s = verdict.quiet_s
         before_s, _ = self._silences.get(verdict.culprits, (0.0, verdict))
@@ -262,7 +277,7 @@ class Watch:
     def _write(self, verdict: Verdict) -> dict[str, Any]:
         now_ns = time.monotonic_ns()
         document = {
-            **document_of(self.settings, verdict),
+            **self.describe(verdict),
             "system": self._facts.to_json(),
             "interrupted": self.interrupted(),
             "seconds": {
@@ -289,101 +304,15 @@ def _waited_for_a_build(verdict: Verdict) -> float:
     return min((position.since_s for position in verdict.ranks if position.state == "blocked"), default=0.0)
 
 
-def document_of(settings: RunSettings, verdict: Verdict) -> dict[str, Any]:
-    """What verdict.json and every list of verdicts say, but for the times."""
-    expected = scenarios.load(settings.scenario).expected(settings)
-    return {
-        "schema_version": SCHEMA_VERSION,
-        "scenario": settings.scenario,
-        "variant": settings.variant,
-        "backend": settings.backend,
-        "num_ranks": settings.num_ranks,
-        "seed": settings.seed,
-        **verdict.to_json(),
-        "sentences": verdict.sentences(),
-        "expected": expected.to_json(),
-        "matches_expected": matches(verdict, expected),
-    }
-
-
 def uncompared(verdict: Verdict, why: str) -> Verdict:
-    """A run may be well in all but its numbers: it is not clean before these were looked at."""
-    told = f"{why}, so the tokens were not compared"
-    return dataclasses.replace(
-        verdict,
-        verdict="inconclusive" if verdict.verdict == "clean" else verdict.verdict,
-        confidence="undecided" if verdict.verdict == "clean" else verdict.confidence,
-        evidence=(*verdict.evidence, told),
-    )
-
-
-def queued(settings: RunSettings) -> tuple[str, ...]:
-    """The groups of a run whose collectives are recorded as they are queued; agreements go by the CPU in any run."""
-    return ("ep", "tp") if settings.backend == "nccl" else ()
-
-
-def wrong_tokens(run_dir: RunDir, num_ranks: int, tp_size: int) -> list[str]:
-    """A line for each request whose tokens differ from the single-process reference's, or that not all who should
-    have served.
-
-    Raises FileNotFoundError saying which files are not there, ValueError naming one that is damaged.
-    """
-    known = run_dir.reference.exists()
-    reference = read_tokens(run_dir.reference) if known else {}
-    absent = [rank for rank in range(num_ranks) if not run_dir.output(rank).exists()]
-    if absent or not known:
-        gone = [] if known else ["reference.json is not there"]
-        raise FileNotFoundError(" and ".join(gone + [f"no output of {name_ranks(absent)} is there"] * bool(absent)))
-    served: dict[str, list[list[int]]] = {}  # the ranks of a tp group serve the same requests
-    for rank in range(num_ranks):
-        for name, tokens in read_tokens(run_dir.output(rank)).items():
-            served.setdefault(name, []).append(tokens)
-    found = [_difference(name, copy, reference[name]) for name in reference for copy in served.get(name, [None])]
-    for name, copies in served.items():
-        if name not in reference:
-            found.append(f"request {name} is none of the single-process reference's")
-        elif len(copies) != tp_size:
-            found.append(f"request {name} was served by {len(copies)} ranks, not by {tp_size}")
-    return sorted({text for text in found if text})
-
-
-def matches(verdict: Verdict, expected: Expected) -> bool:
-    """Whether the verdict says all that is expected, for each culprit as well, or what may come instead."""
-    return _matches(verdict, expected) or (expected.or_else is not None and matches(verdict, expected.or_else))
-
-
-def _matches(verdict: Verdict, expected: Expected) -> bool:
-    if (verdict.verdict, verdict.cause or None) != (expected.verdict, expected.cause):
-        return False
-    for told, wanted in ((verdict.culprits, expected.culprits), (verdict.suspects, expected.suspects)):
-        if wanted is not None and tuple(sorted(told)) != wanted:
-            return False
-    living = [position for position in verdict.ranks if position.state != "dead"]
-    if expected.error and not all(p.detail.startswith(f"{expected.error}:") for p in living):
-        return False
-    sides = (verdict.first_divergence or {}).get("sides", ())
-    if expected.planned and not any(side.get("planned") == expected.planned for side in sides):
-        return False
-    named = verdict.culprits or range(len(verdict.ranks))
-    positions = [position for position in verdict.ranks if position.rank in named]
-    return all(
-        expected.step in (None, position.step) and expected.layer in (None, position.layer) for position in positions
-    )
+    """The verdict on ranks whose results were not compared: it cannot be `clean`."""
+    if verdict.verdict == "clean":
+        verdict = dataclasses.replace(verdict, verdict="inconclusive", confidence="undecided")
+    return with_evidence(verdict, [f"{why}, so the tokens were not compared"])
 
 
 def with_evidence(verdict: Verdict, texts: list[str]) -> Verdict:
     return dataclasses.replace(verdict, evidence=(*verdict.evidence, *texts))
-
-
-def _difference(name: str, served: list[int] | None, reference: list[int]) -> str:
-    if served is None:
-        return f"request {name} was not served"
-    for index, (ours, theirs) in enumerate(zip(served, reference, strict=False)):
-        if ours != theirs:
-            return f"request {name}: token {index} is {ours}, {theirs} in the single-process reference"
-    if len(served) != len(reference):
-        return f"request {name}: {len(served)} tokens served, {len(reference)} in the single-process reference"
-    return ""
 
 
 def _last_kind(tail: Tail) -> int | None:

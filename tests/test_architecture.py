@@ -20,6 +20,11 @@ def test_what_watches_and_judges_never_imports_torch(module):
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
 
 
+def test_the_watcher_knows_nothing_of_the_lab():
+    code = "import sys, repro.watch; sys.exit(any(f'repro.{lab}' in sys.modules for lab in ('scenarios', 'settings')))"
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
+
+
 def test_dependencies_point_one_way():
     """layers -> kernels, model -> layers, parallel -> model, engine -> parallel, repro -> engine; never back."""
     forbidden = {

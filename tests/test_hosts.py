@@ -17,6 +17,7 @@ import psutil
 import pytest
 
 from repro.cli import USAGE, main
+from repro.expectation import watch_options
 from repro.launch import prepare_run_dir
 from repro.lookout import Lookout, Others
 from repro.record import Recorder, myself
@@ -52,7 +53,7 @@ def elsewhere(tmp_path, monkeypatch):
     rank = subprocess.Popen(command, stdout=subprocess.PIPE)
     assert rank.stdout is not None
     assert rank.stdout.readline() == b"ready\n"
-    lookout = Lookout(run_dir, SETTINGS, 1)
+    lookout = Lookout(run_dir, watch_options(SETTINGS), 1)
     there = dataclasses.replace(myself(0, 1), hostname="elsewhere")
     lookout._here = lookout._system._here = there
     thread = threading.Thread(target=lookout.run)
@@ -74,7 +75,7 @@ def wait_for(what, patience_s=10.0):
 
 def test_on_another_host_stacks_are_collected_and_a_death_is_seen(elsewhere):
     run_dir, rank = elsewhere
-    watch = Watch(run_dir, SETTINGS, job_alive=lambda: True, reference_alive=lambda: True)
+    watch = Watch(run_dir, watch_options(SETTINGS), job_alive=lambda: True)
     others = Others(run_dir, myself(0, 1))
     wait_for(others.someone_runs)
     gaps = others.answers(others.ask(), patience_s=5)

@@ -15,13 +15,13 @@ from hybrid_moe_ref.engine.scheduler import live_ranks
 from hybrid_moe_ref.parallel.guard import ScheduleGuard
 from hybrid_moe_ref.parallel.observer import ScheduleEntry
 from repro import scenarios
+from repro.expectation import matches
 from repro.layout import Kind
 from repro.record import Recorder
 from repro.rejudge import judge_again
 from repro.rundir import read_json
 from repro.settings import RunSettings
 from repro.verdict import Position, Verdict
-from repro.watch import matches
 from repro.witness import read
 
 NUM_SEEDS = int(os.environ.get("HMR_SCENARIO_SEEDS", "1"))

@@ -7,7 +7,9 @@ from pathlib import Path
 
 import pytest
 
+from repro.comparison import wrong_tokens
 from repro.evidence import compare_with_flight_recorder
+from repro.expectation import document_of, watch_options
 from repro.launch import end
 from repro.layout import Identity
 from repro.record import Recorder
@@ -16,7 +18,7 @@ from repro.rundir import RunDir, write_json
 from repro.settings import RunSettings
 from repro.verdict import Verdict
 from repro.verdict.result import Position
-from repro.watch import Watch, wrong_tokens
+from repro.watch import Comparison, Watch
 from repro.witness import create
 
 SETTINGS = RunSettings("compile_skew", "fault", num_ranks=4, quiet_window_s=1.0)
@@ -26,7 +28,13 @@ def started(out: Path) -> tuple[RunDir, Watch]:
     run_dir = RunDir.create(out, "compile_skew", "fault", 0)
     for rank in range(4):
         create(run_dir.witness(rank), Identity(rank, 4))
-    return run_dir, Watch(run_dir, SETTINGS, job_alive=lambda: True, reference_alive=lambda: True)
+    return run_dir, Watch(
+        run_dir,
+        watch_options(SETTINGS),
+        job_alive=lambda: True,
+        compare=lambda final: Comparison(evidence="all equal"),
+        describe=lambda verdict: document_of(SETTINGS, verdict),
+    )
 
 
 @pytest.mark.parametrize(
@@ -62,10 +70,7 @@ def test_a_run_in_which_several_were_waited_for_in_turn_names_them_all(tmp_path)
         places = [Position(rank, "running" if rank == culprit else "blocked", since_s=9.0) for rank in range(4)]
         told = (f"rank {culprit} building for {quiet_s:.1f} s: gdn",)
         watch._remember(Verdict("slow", culprits=(culprit,), ranks=tuple(places), evidence=told, quiet_s=quiet_s))
-    watch.run_dir.reference.write_text("{}")
-    for rank in range(4):
-        watch.run_dir.output(rank).write_text("{}")
-    verdict = watch._compare_with_reference()
+    verdict = watch._compared(final=False)
     assert (verdict.verdict, verdict.culprits) == ("slow", (1,))
     assert verdict.evidence[:2] == (
         "rank 1 building for 5.0 s: gdn",

@@ -15,6 +15,8 @@ from scene import Scene
 
 from hybrid_moe_ref.parallel.observer import Collective, ScheduleEntry
 from repro.cli import CANNOT_TELL, EXPECTED, UNEXPECTED, USAGE, main
+from repro.comparison import compare_tokens
+from repro.expectation import document_of, watch_options
 from repro.layout import Geometry, pack_header
 from repro.parse import parse_header
 from repro.record import Recorder, myself
@@ -106,6 +108,18 @@ def finished():
     return scene
 
 
+def watching(run_dir, settings, reference_alive):
+    return Watch(
+        run_dir,
+        watch_options(settings),
+        job_alive=lambda: True,
+        compare=lambda final: compare_tokens(
+            run_dir, settings.num_ranks, settings.tp_size, lambda: reference_alive, final
+        ),
+        describe=lambda verdict: document_of(settings, verdict),
+    )
+
+
 def test_watch_exits_with_0_for_the_expected_verdict_1_for_another_and_125_for_none(capsys, tmp_path):
     run_dir = left_by_a_run(tmp_path, finished())
     assert main(["watch", str(tmp_path)]) == EXPECTED
@@ -150,7 +164,7 @@ def test_a_damaged_file_of_tokens_is_named_and_the_run_still_judged(capsys, tmp_
     assert told.out.startswith("inconclusive\n") and not told.err
     assert f"{tmp_path / name}:1: {words}" in told.out and "so the tokens were not compared" in told.out
     settings = RunSettings("metadata_rebuild", "control", num_ranks=4)
-    document = Watch(run_dir, settings, job_alive=lambda: True, reference_alive=lambda: False).run()
+    document = watching(run_dir, settings, reference_alive=False).run()
     assert document["verdict"] == "inconclusive" and str(tmp_path / name) in document["evidence"][-1]
 
 
@@ -160,7 +174,7 @@ def test_what_was_not_compared_by_the_deadline_is_not_clean(tmp_path, reference,
     if not reference:
         run_dir.reference.unlink()
     settings = RunSettings("metadata_rebuild", "control", num_ranks=4, deadline_s=0.2)
-    watch = Watch(run_dir, settings, job_alive=lambda: True, reference_alive=lambda: True)
+    watch = watching(run_dir, settings, reference_alive=True)
     watch.started_ns -= 10**9
     document = watch.run()
     assert document["verdict"] == verdict, document
@@ -168,10 +182,10 @@ def test_what_was_not_compared_by_the_deadline_is_not_clean(tmp_path, reference,
 
 
 def test_ranks_of_hosts_whose_clocks_have_nothing_in_common_are_judged_in_time(tmp_path):
-    """One host has been up for twelve days longer than this one, and another was started last."""
+    """One host has been up for twelve days longer than this one, another for half as long."""
     call = Collective("dp", "all_reduce", "step", (4,), "int32", "sum")
     files = []
-    for rank, ahead_ns in enumerate((0, 0, 10**15, -(10**12))):
+    for rank, ahead_ns in enumerate((0, 0, 10**15, -(time.monotonic_ns() // 2))):
         who = replace(myself(rank, 4), run_id="test", pid=2**22 + 1 + rank)
         if ahead_ns:
             offset_ns = who.wall_offset_ns - ahead_ns
@@ -187,7 +201,7 @@ def test_ranks_of_hosts_whose_clocks_have_nothing_in_common_are_judged_in_time(t
     scene.files = files
     run_dir = left_by_a_run(tmp_path, scene)
     settings = RunSettings("metadata_rebuild", "control", num_ranks=4, quiet_window_s=0.3, deadline_s=20)
-    watch = Watch(run_dir, settings, job_alive=lambda: True, reference_alive=lambda: False)
+    watch = watching(run_dir, settings, reference_alive=False)
     watch.processes = watch._running = lambda: {}
     document = watch.run()
     assert (document["verdict"], document["cause"]) == ("deadlock", None), document
