@@ -1,7 +1,7 @@
 """The bytes of a witness file: what one rank writes and what its readers trust.
 
 A witness is one preallocated file per rank, mapped into the rank's memory, so that a record costs a store and
-outlives SIGKILL. Little-endian, no padding beyond what is shown. Version 1::
+outlives SIGKILL. Little-endian, no padding beyond what is shown. Version 2::
 
     0      HEADER   who writes: identity, clocks, geometry; ends in a CRC-32 of itself; written once
     512    LIVE     num_events u64                           how far the ring is whole, for cheap polling
@@ -35,11 +35,11 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 MAGIC = b"HMRWITN\x00"
-VERSION = 1
+VERSION = 2
 
 # magic, version, record bytes, rank, num_ranks, ring_records, vector_words, string_bytes, group_slots,
-# pid, pid start (clock ticks since boot), wall_offset_ns, run id, hostname, boot id
-HEADER = struct.Struct("<8sIIIIIIIIqQq64s64s40s")
+# pid, pid start (clock ticks since boot), pid namespace, wall_offset_ns, run id, hostname, boot id
+HEADER = struct.Struct("<8sIIIIIIIIqQQq64s64s40s")
 CRC = struct.Struct("<I")
 LIVE = struct.Struct("<Q")
 HEART = struct.Struct("<QII")
@@ -141,7 +141,13 @@ class Geometry:
 
 @dataclass(frozen=True, slots=True)
 class Identity:
-    """Who wrote a witness. ``pid`` is 0 while a launcher has made the file and no rank has opened it."""
+    """The process that wrote a witness.
+
+    pid              0 while a launcher has made the file and no rank has opened it
+    pid_start_ticks  when the process started, in clock ticks since boot: tells a reused pid apart
+    pid_namespace    inode number of the process's pid namespace, in which alone ``pid`` means anything; 0 = unknown
+    wall_offset_ns   wall time minus monotonic time on the writer's host
+    """
 
     rank: int
     num_ranks: int
@@ -150,6 +156,7 @@ class Identity:
     boot_id: str = ""
     pid: int = 0
     pid_start_ticks: int = 0
+    pid_namespace: int = 0
     wall_offset_ns: int = 0
 
     def clock_ahead_ns(self, other: Identity) -> int:
@@ -172,7 +179,7 @@ def pack_header(who: Identity, shape: Geometry) -> bytes:
     body = HEADER.pack(
         MAGIC, VERSION, RECORD.size, who.rank, who.num_ranks,
         shape.ring_records, shape.vector_words, shape.string_bytes, shape.group_slots,
-        who.pid, who.pid_start_ticks, who.wall_offset_ns,
+        who.pid, who.pid_start_ticks, who.pid_namespace, who.wall_offset_ns,
         clip(who.run_id, 64), clip(who.hostname, 64), clip(who.boot_id, 40),
     )  # fmt: skip
     return body + CRC.pack(zlib.crc32(body))

@@ -30,13 +30,12 @@ def parse_header(data: bytes, name: str) -> tuple[Identity, Geometry]:
     """The header, or a WitnessError that names file and offset."""
     if len(data) < HEADER.size + CRC.size:
         raise WitnessError(f"{name}:{len(data)}: the file ends inside its header")
-    magic, version, record_bytes, rank, num_ranks, *areas, pid, start, offset, run, host, boot = HEADER.unpack_from(
-        data
-    )
+    magic, version, record_bytes, rank, num_ranks, *rest = HEADER.unpack_from(data)
+    *areas, pid, start, namespace, offset, run, host, boot = rest
     if magic != MAGIC:
         raise WitnessError(f"{name}:0: not a witness file")
     if version != VERSION:
-        raise WitnessError(f"{name}:8: witness version {version}, this reader knows {VERSION}")
+        raise WitnessError(f"{name}:8: witness version {version}, this release reads version {VERSION} only")
     if CRC.unpack_from(data, HEADER.size)[0] != zlib.crc32(data[: HEADER.size]):
         raise WitnessError(f"{name}:{HEADER.size}: the header's checksum is wrong")
     if record_bytes != RECORD.size or rank >= num_ranks:
@@ -46,7 +45,7 @@ def parse_header(data: bytes, name: str) -> tuple[Identity, Geometry]:
     except ValueError as error:
         raise WitnessError(f"{name}:24: {error}") from None
     run_id, hostname, boot_id = (text.rstrip(b"\0").decode(errors="replace") for text in (run, host, boot))
-    return Identity(rank, num_ranks, run_id, hostname, boot_id, pid, start, offset), shape
+    return Identity(rank, num_ranks, run_id, hostname, boot_id, pid, start, namespace, offset), shape
 
 
 def parse_strings(data: bytes, shape: Geometry, name: str, problems: list[str]) -> list[str]:

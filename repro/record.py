@@ -346,7 +346,7 @@ class Recorder:
 
 
 def myself(rank: int, num_ranks: int) -> Identity:
-    """This process as a witness writer."""
+    """Identify this process as a witness writer; what /proc does not say stays empty or 0."""
     try:
         with open("/proc/sys/kernel/random/boot_id") as file:
             boot_id = file.read().strip()
@@ -354,5 +354,17 @@ def myself(rank: int, num_ranks: int) -> Identity:
             start_ticks = int(file.read().rpartition(")")[2].split()[19])
     except OSError:
         boot_id, start_ticks = "", 0
-    wall_offset_ns = time.time_ns() - time.monotonic_ns()
-    return Identity(rank, num_ranks, "", socket.gethostname(), boot_id, os.getpid(), start_ticks, wall_offset_ns)
+    try:
+        pid_namespace = os.stat("/proc/self/ns/pid").st_ino
+    except OSError:
+        pid_namespace = 0
+    return Identity(
+        rank,
+        num_ranks,
+        hostname=socket.gethostname(),
+        boot_id=boot_id,
+        pid=os.getpid(),
+        pid_start_ticks=start_ticks,
+        pid_namespace=pid_namespace,
+        wall_offset_ns=time.time_ns() - time.monotonic_ns(),
+    )

@@ -47,6 +47,7 @@ def test_a_recorder_is_an_observer(tmp_path: Path) -> None:
     assert witness.who.pid == os.getpid()
     assert witness.who.boot_id
     assert witness.who.pid_start_ticks > 0
+    assert witness.who.pid_namespace == os.stat("/proc/self/ns/pid").st_ino
 
 
 def test_an_error_of_many_lines_is_kept_as_one_of_bounded_length(tmp_path: Path) -> None:

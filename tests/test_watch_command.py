@@ -238,7 +238,7 @@ def finished_shape():
     ("damage", "words"),
     [
         (empty, "rank002.wit:0: the file ends inside its header"),
-        (newer, "rank002.wit:8: witness version 9, this reader knows 1"),
+        (newer, "rank002.wit:8: witness version 9, this release reads version 2 only"),
         (cut, "rank002.wit:{half}: the file ends early"),
         (impossible, "rank002.wit:{ring}: impossible record, event 1 kind 99"),
         (of_another_run, "rank002.wit:0: of run 'another' with 4 ranks, not of 'test'"),

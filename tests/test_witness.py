@@ -164,7 +164,7 @@ def test_a_lost_live_counter_loses_no_record() -> None:
     ("at", "value", "message"),
     [
         (0, b"notawitn", "x:0: not a witness file"),
-        (8, struct.pack("<I", 2), "x:8: witness version 2, this reader knows 1"),
+        (8, struct.pack("<I", 1), "x:8: witness version 1, this release reads version 2 only"),
         (16, struct.pack("<I", 3), "x:184?: the header's checksum is wrong"),
     ],
 )
