@@ -28,7 +28,7 @@ from repro.layout import (
     Kind,
 )
 from repro.record import Recorder
-from repro.verdict import judge
+from repro.verdict import Facts, judge
 from repro.witness import Event, Tail, WitnessError, create, parse, read, read_dir
 
 TINY = Geometry(ring_records=32, vector_words=64, string_bytes=512, group_slots=4)
@@ -278,7 +278,11 @@ def test_a_writer_killed_between_or_within_any_two_stores_accuses_nobody(op: str
     for number, state in enumerate(states):
         witness = parse(state, "rank000.wit")
         verdict = judge(
-            {**others, 0: witness}, num_ranks=4, now_ns=scene.now_ns + 2 * 10**9, quiet_window_s=1.0, alive={0: False}
+            {**others, 0: witness},
+            Facts(alive={0: False}),
+            num_ranks=4,
+            now_ns=scene.now_ns + 2 * 10**9,
+            quiet_window_s=1.0,
         )
         assert verdict.verdict == "crash" and not set(verdict.culprits) - {0}, (number, witness.problems, verdict)
 
