@@ -169,7 +169,7 @@ def _only_one(place: Path, tick: Callable[[], None]) -> Iterator[None]:
                 if error.errno != errno.EBADF or not is_folder:
                     raise
                 os.close(descriptor)
-                descriptor, is_folder = os.open(place / ".lock", os.O_RDWR | os.O_CREAT, 0o666), False
+                descriptor, is_folder = os.open(place / ".lock", os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666), False
                 continue
             if waited > LOCK_LIMIT_S:
                 raise BuildFailed(f"{_builder(place)} has been building in {place} for {LOCK_LIMIT_S:g} s")

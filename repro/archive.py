@@ -10,7 +10,7 @@ import zipfile
 import zlib
 from pathlib import Path
 
-from repro.regular import open_regular
+from hybrid_moe_ref.files import open_regular
 from repro.report.text import visible
 from repro.rundir import read_json
 

@@ -22,13 +22,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from hybrid_moe_ref.files import open_regular
 from repro import replay, report
 from repro.archive import MANIFEST, MAX_TOTAL_BYTES, ArchiveError, differences, unpack
 from repro.issue import UNPACKED, commands_script, issue
 from repro.layout import CRC, HEADER
 from repro.parse import parse_header
 from repro.redact import RULES, Redactor, redact_witness
-from repro.regular import open_regular
 from repro.report.gather import Facts, gather, siblings
 from repro.report.text import visible, visible_lines
 from repro.rundir import MAX_JSON_BYTES, RunDir, refuse_unwritable

@@ -31,7 +31,7 @@ from repro.rejudge import judge_again
 from repro.report import command as report_command
 from repro.report.text import visible_lines
 from repro.rundir import RUN_NAME, OutputError, RunDir, read_json, refuse_unwritable
-from repro.settings import KERNEL_CACHES, VARIANTS, RunSettings
+from repro.settings import KERNEL_CACHES, VARIANTS, RunSettings, read_settings
 from repro.witness import Tail, read_dir
 
 EXPECTED, UNEXPECTED, USAGE, CANNOT_TELL, INTERRUPTED = 0, 1, 2, launch.CANNOT_TELL, 130
@@ -356,7 +356,7 @@ def _watch(args: argparse.Namespace) -> int:
 
 def _watch_run(args: argparse.Namespace, run_dir: RunDir) -> int:
     try:
-        settings = RunSettings.from_mapping(read_json(run_dir.config), str(run_dir.config))
+        settings = read_settings(run_dir.config)
     except OSError as error:
         raise ConfigError(f"not a run directory: {error.strerror}", str(run_dir.config)) from error
     console = Console(stderr=args.json)

@@ -21,8 +21,8 @@ from pathlib import Path
 from typing import Any
 
 from repro import process, worker
-from repro.rundir import RunDir, read_json
-from repro.settings import RunSettings
+from repro.rundir import RunDir
+from repro.settings import read_settings
 
 
 def main() -> int:
@@ -54,7 +54,7 @@ def _job(wanted: dict[str, Any]) -> None:
     nothing = os.open(os.devnull, os.O_RDONLY)
     for number, replaced in enumerate((nothing, log, log)):
         os.dup2(replaced, number)
-    num_ranks = RunSettings.from_mapping(read_json(run_dir.config)).num_ranks
+    num_ranks = read_settings(run_dir.config).num_ranks
     pids = [_fork(functools.partial(worker.run_launched, run_dir, rank)) for rank in range(num_ranks)]
     for pid in pids:
         os.waitpid(pid, 0)

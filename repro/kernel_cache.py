@@ -18,8 +18,8 @@ from pathlib import Path
 from hybrid_moe_kernels.extension import BUILT
 
 from repro import process
-from repro.rundir import RunDir, read_json
-from repro.settings import RunSettings
+from repro.rundir import RunDir
+from repro.settings import RunSettings, read_settings
 
 POLL_S = 0.1
 
@@ -88,7 +88,7 @@ def main() -> None:
     from hybrid_moe_ref.parallel.observer import NullObserver
 
     run_dir = RunDir(Path(sys.argv[1]))
-    settings = RunSettings.from_mapping(read_json(run_dir.config))
+    settings = read_settings(run_dir.config)
     kernels = folder(run_dir, settings) / "kernels"
     targets = [kernels]
     if settings.effective_kernel_cache == "split":

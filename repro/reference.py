@@ -10,8 +10,8 @@ import sys
 from pathlib import Path
 
 from repro import process
-from repro.rundir import RunDir, read_json, write_json
-from repro.settings import RunSettings
+from repro.rundir import RunDir, write_json
+from repro.settings import RunSettings, read_settings
 
 
 def compute(settings: RunSettings) -> dict[str, list[int]]:
@@ -35,7 +35,7 @@ def main() -> None:
     """Entry point."""
     process.die_with_parent()
     run_dir = RunDir(Path(sys.argv[1]))
-    write_json(run_dir.reference, compute(RunSettings.from_mapping(read_json(run_dir.config))))
+    write_json(run_dir.reference, compute(read_settings(run_dir.config)))
 
 
 if __name__ == "__main__":

@@ -17,7 +17,6 @@ asked, lookouts/       between watcher and other hosts       see repro.lookout; 
 
 from __future__ import annotations
 
-import contextlib
 import errno
 import json
 import os
@@ -28,13 +27,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from repro.regular import open_regular
+from hybrid_moe_ref.files import MAX_JSON_BYTES as MAX_JSON_BYTES
+from hybrid_moe_ref.files import open_regular
+from hybrid_moe_ref.files import read_json as read_json
+from hybrid_moe_ref.files import write_atomically as write_atomically
 from repro.witness import SUFFIX
 
 RUN_NAME = re.compile(r"\d{8}T\d{6}\.\d{3}Z-[a-z0-9_]+-(control|fault|fix)-(-?\d+)")
 """What a run directory is called: utc, scenario, variant, seed."""
 
-MAX_JSON_BYTES = 64 << 20
+MAX_TOKENS_BYTES = 4 << 20
 MAX_TEXT_BYTES = 1 << 20
 
 PARTS = ("events", "stacks", "fr", "logs", "env", "outputs")
@@ -69,6 +71,7 @@ class RunDir:
         """Let ``latest`` beside it name this run; OSError when that cannot be done, and then nothing has changed."""
         link = self.root.with_name(f".latest.{os.getpid()}")
         try:
+            link.unlink(missing_ok=True)
             link.symlink_to(self.root.name)
             os.replace(link, self.root.with_name("latest"))
         except OSError as error:
@@ -143,20 +146,6 @@ class RunDir:
         return self.root / "store"
 
 
-def write_atomically(path: Path, content: str | bytes) -> None:
-    """Write a file so that readers see all of it or none, even when the writer is killed."""
-    data = content.encode() if isinstance(content, str) else content
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    try:
-        with partial.open("wb") as file:
-            file.write(data)
-        os.replace(partial, path)
-    except OSError as error:
-        with contextlib.suppress(OSError):
-            partial.unlink()
-        raise OSError(error.errno, error.strerror, str(path)) from error
-
-
 def refuse_unwritable(path: Path, hint: str = "") -> None:
     """Raise OutputError where a file of this name could not be written; asked before the work that it is to hold."""
     try:
@@ -168,34 +157,18 @@ def refuse_unwritable(path: Path, hint: str = "") -> None:
         raise OutputError(f"cannot write to {path}: {error.strerror}{hint}") from error
 
 
-def write_json(path: Path, value: Any) -> None:
+def write_json(path: Path, value: Any, *, durable: bool = False) -> None:
     """:func:`write_atomically` of readable JSON."""
-    write_atomically(path, json.dumps(value, indent=1) + "\n")
-
-
-def read_json(path: Path) -> Any:
-    """The file's value; raises ValueError naming the file, and the line where it is not JSON."""
-    with open_regular(path, MAX_JSON_BYTES) as file:
-        data = file.read()
-    try:
-        return json.loads(data.decode(), parse_constant=_refuse_constant)
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path}:{error.lineno}: {error.msg}") from None
-    except UnicodeDecodeError:
-        raise ValueError(f"{path}:1: not UTF-8 text") from None
-    except RecursionError:
-        raise ValueError(f"{path}:1: nested too deep") from None
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}") from None
+    write_atomically(path, json.dumps(value, indent=1) + "\n", durable=durable)
 
 
 def read_tokens(path: Path) -> dict[str, list[int]]:
-    """The tokens of each request, from reference.json or an output; raises ValueError as :func:`read_json`."""
-    told = read_json(path)
-    rows = told.values() if isinstance(told, dict) else [None]
+    """Read the tokens of each request from reference.json or an output; raises ValueError as :func:`read_json`."""
+    document = read_json(path, MAX_TOKENS_BYTES)
+    rows = document.values() if isinstance(document, dict) else [None]
     if not all(isinstance(row, list) and all(isinstance(token, int) for token in row) for row in rows):
         raise ValueError(f"{path}:1: not lists of tokens by request")
-    return dict(told)
+    return dict(document)
 
 
 def read_text(path: Path, limit: int = MAX_TEXT_BYTES) -> str:
@@ -207,10 +180,6 @@ def read_text(path: Path, limit: int = MAX_TEXT_BYTES) -> str:
             return file.read(limit).decode(errors="replace")
     except (OSError, ValueError):
         return ""
-
-
-def _refuse_constant(name: str) -> None:
-    raise ValueError(f"{name} is not JSON")
 
 
 def _make_unique(out: Path, name: str) -> Path:

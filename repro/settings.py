@@ -4,17 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from hybrid_moe_ref.config import Config, ConfigError, EngineConfig, ModelConfig, ParallelConfig, preset
 from hybrid_moe_ref.engine.scheduler import Request
 from hybrid_moe_ref.engine.server_config import CHECKS, ServerConfig
+from hybrid_moe_ref.files import read_json
 from hybrid_moe_ref.pages import page_layout
 from repro.layout import Geometry
 from repro.workload import WorkloadConfig, draw_requests
 
 VARIANTS = ("control", "fault", "fix")
 BACKENDS = ("gloo", "nccl")
+MAX_CONFIG_BYTES = 1 << 20
 MAX_RING_RECORDS = 1 << 20  # 72 MiB a rank
 KERNEL_CACHES = ("cold", "warm", "split")
 
@@ -171,3 +174,11 @@ class RunSettings(Config):
     def reference_key(self) -> tuple[Any, ...]:
         """Equal for two runs whose requests and single-process answers are the same."""
         return self.model, self.engine.dtype, self.workload, self.drawn_for or self.num_ranks // self.tp_size, self.seed
+
+
+def read_settings(path: Path) -> RunSettings:
+    """The settings of a run from its config.json.
+
+    Raises OSError, and ValueError (or ConfigError, which is one) with the file and what is wrong in it.
+    """
+    return RunSettings.from_mapping(read_json(path, MAX_CONFIG_BYTES), str(path))

@@ -18,6 +18,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
+from hybrid_moe_ref.files import open_regular
 from repro.layout import (
     ENTRY_SEPARATOR,
     GROUP_BYTES,
@@ -41,7 +42,6 @@ from repro.layout import (
     pack_header,
 )
 from repro.parse import WitnessError, parse_header, parse_ring, parse_strings
-from repro.regular import open_regular
 
 __all__ = ["Event", "GroupTrace", "Signature", "Tail", "Witness", "WitnessError", "create", "parse", "read", "read_dir"]
 

@@ -32,8 +32,8 @@ from repro import loaded, process, scenarios
 from repro.kernel_cache import CannotFill
 from repro.launch import CANNOT_TELL, CannotRunHere, prepare_run_dir
 from repro.record import Recorder
-from repro.rundir import OutputError, RunDir, read_json, write_atomically, write_json
-from repro.settings import VARIANTS, RunSettings
+from repro.rundir import OutputError, RunDir, write_atomically, write_json
+from repro.settings import VARIANTS, RunSettings, read_settings
 
 if TYPE_CHECKING:
     import torch.distributed as dist
@@ -180,7 +180,7 @@ def run_launched(run_dir: RunDir, rank: int) -> None:
     log = os.open(run_dir.log(rank), os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
     os.dup2(log, 1)
     os.dup2(log, 2)
-    settings = RunSettings.from_mapping(read_json(run_dir.config))
+    settings = read_settings(run_dir.config)
     run_rank(run_dir, settings, rank, lambda: _file_store(run_dir, settings.num_ranks))
 
 

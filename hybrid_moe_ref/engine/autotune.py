@@ -10,7 +10,6 @@ Shapes: N rows, K picks of a row, P = N K picks, H hidden, E experts held, I int
 from __future__ import annotations
 
 import json
-import os
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -23,12 +22,14 @@ from hybrid_moe_kernels.moe.reference import combine, expert_by_expert, pick_by_
 from torch import Tensor
 
 from hybrid_moe_ref.engine.plan import TUNING_VOTE
+from hybrid_moe_ref.files import read_json, write_atomically
 from hybrid_moe_ref.layers.moe import Experts
 from hybrid_moe_ref.model import HybridMoE
 from hybrid_moe_ref.parallel.comm import Communicator
 from hybrid_moe_ref.parallel.observer import ScheduleEntry
 
 REPEATS = 3
+MAX_CACHE_BYTES = 1 << 20
 Declare = Callable[[tuple[ScheduleEntry, ...]], None]
 """Announces the collectives that come next."""
 
@@ -160,11 +161,11 @@ class ExpertTuner:
             layer.mlp = experts
 
     def load(self, file_name: str, key: str) -> Chosen | None:
-        """What was kept under `key`, or None; a file that cannot be read or understood counts as none."""
+        """The choice that was kept under `key`; None where the file is absent, damaged or too large."""
         if self.folder is None:
             return None
         try:
-            kept: Any = json.loads((self.folder / file_name).read_text())
+            kept: Any = read_json(self.folder / file_name, MAX_CACHE_BYTES)
             chosen = {int(rows): tactic for rows, tactic in kept[key].items()}
             is_whole = set(chosen) == set(self._rows) and set(chosen.values()) <= set(TACTICS)
         except (OSError, ValueError, KeyError, TypeError, AttributeError):
@@ -172,14 +173,12 @@ class ExpertTuner:
         return chosen if is_whole else None
 
     def save(self, file_name: str, key: str, chosen: Chosen) -> None:
-        """Keep a choice. That it cannot be kept is told, and costs the next start its time, no more."""
+        """Keep a choice. Where that fails, a line says so, and the next start measures again."""
         if self.folder is None:
             return
         path = self.folder / file_name
-        partial = path.with_name(f"{file_name}.{os.getpid()}.partial")
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            partial.write_text(json.dumps({key: chosen}))
-            partial.replace(path)
+            write_atomically(path, json.dumps({key: chosen}))
         except OSError as error:
             print(f"[rank {self.rank}] tuning is not kept: {path}: {error.strerror or error}", flush=True)

@@ -1,7 +1,8 @@
-"""A lock between processes whose waiters know whom they wait for, and for how long they will.
+"""A lock between processes that names its holder to those who wait, and limits how long they wait.
 
 The lock itself is the kernel's (flock), so it ends with its holder, however that ends. The file names the holder, and
-its time of change is the holder's sign of life.
+its modification time is the holder's sign of life. The file may stand in a folder that others can write to: what it
+says is checked, and a link in its place is refused.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import json
+import math
 import os
 import socket
 import threading
@@ -18,10 +20,15 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Self
 
+from hybrid_moe_ref.files import open_own, read_json
+
 POLL_S = 0.05
 BEAT_S = 0.5
 STALE_S = 15.0
 """How old a holder's last sign of life may be: it gives one every BEAT_S, whatever it does."""
+
+MAX_HOLDER_BYTES = 4096
+MAX_PID = 2**31 - 1
 
 
 class LockTimeout(RuntimeError):
@@ -37,6 +44,18 @@ class Holder:
     host: str
     since: float
 
+    @classmethod
+    def from_json(cls, document: Any) -> Self:
+        """Check what a lock file says, which anybody may have written; raises TypeError or ValueError."""
+        holder = cls(**document)
+        if type(holder.rank) is not int or type(holder.pid) is not int or not isinstance(holder.host, str):
+            raise TypeError("rank and pid are integers, host is text")
+        if not (abs(holder.rank) <= MAX_PID and 0 < holder.pid <= MAX_PID and holder.host.isprintable()):
+            raise ValueError("no rank, pid and host of a process")
+        if not math.isfinite(holder.since):
+            raise ValueError("no time of the epoch")
+        return holder
+
     def words(self) -> str:
         return f"rank {self.rank} (pid {self.pid} on {self.host}), for {time.time() - self.since:.1f} s"
 
@@ -49,7 +68,8 @@ class BuildLock:
     tell         hears (event, name, pid) as an Observer's `local`: lock_wait, heartbeat, lock_held, lock_freed
     check        called while waiting; may raise
 
-    Raises LockTimeout, and OSError where the folder cannot be written to or its file system has no locks.
+    Raises LockTimeout, and OSError where the folder cannot be written to, its file system has no locks, or the path is
+    a link or anything else than a regular file.
     """
 
     path: Path
@@ -100,18 +120,18 @@ class BuildLock:
         os.utime(self._descriptor)
 
     def holder(self) -> Holder | None:
-        """Who holds it, as far as the file says."""
+        """The holder that the file names; None where it names none that could exist."""
         try:
-            return Holder(**json.loads(self.path.read_text()))
+            return Holder.from_json(read_json(self.path, MAX_HOLDER_BYTES))
         except (OSError, ValueError, TypeError):
             return None
 
     def _try(self) -> bool:
         """Take the lock if nobody has it. The file may be removed at any time by who had it."""
-        descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        descriptor = open_own(self.path, os.O_RDWR | os.O_CREAT)
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            if os.fstat(descriptor).st_ino == self.path.stat().st_ino:
+            if os.path.samestat(os.fstat(descriptor), self.path.lstat()):
                 self._descriptor = descriptor
                 return True
         except (BlockingIOError, FileNotFoundError):
@@ -126,7 +146,7 @@ class BuildLock:
 
     def _sign_of_life(self) -> int:
         try:
-            return self.path.stat().st_mtime_ns
+            return self.path.lstat().st_mtime_ns
         except OSError:
             return 0
 

@@ -185,7 +185,7 @@ def who_has_open(path: Path) -> int:
     system that other hosts share.
     """
     try:
-        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)  # a pipe is not waited for
     except FileNotFoundError:
         return 0
     except OSError:

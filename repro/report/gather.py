@@ -9,12 +9,12 @@ from pathlib import Path
 from typing import Any
 
 from hybrid_moe_ref.config import ConfigError
+from hybrid_moe_ref.files import open_regular
 from repro.parse import WitnessError
-from repro.regular import open_regular
 from repro.report.lanes import Label, Labels, Lane, SharedClock, read_lane
 from repro.report.text import few
 from repro.rundir import RunDir, read_json, read_text, read_tokens
-from repro.settings import RunSettings
+from repro.settings import RunSettings, read_settings
 from repro.verdict.result import name_ranks
 from repro.witness import SUFFIX, read
 
@@ -283,7 +283,7 @@ def siblings(root: Path, facts: Facts) -> list[Path]:
         if path.is_symlink() or path == root.resolve() or not (path / "verdict.json").is_file():
             continue
         try:
-            other = RunSettings.from_mapping(read_json(path / "config.json"))
+            other = read_settings(path / "config.json")
         except (OSError, ValueError):
             continue
         if other.variant != facts.settings.variant and same == dataclasses.replace(other, variant="control", checks=""):
