@@ -1,7 +1,8 @@
-"""Ranks that died or gave up: which of them is to blame, and which were ended by the backend for what others did."""
+"""Ranks that died or failed: which of them was the first, and which were ended by the backend for what others did."""
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 
 from repro.verdict.case import Case
@@ -10,12 +11,15 @@ from repro.verdict.result import Finding, Verdict, list_ranks, name_ranks
 from repro.witness import Witness
 
 LOOKS_S = 1.0
-"""Events of two processes are in no order where they are noticed closer together than this: a watcher looks for its
-processes twenty times a second, other hosts' lookouts twice."""
+"""Two events that were noticed closer together than this are in no order: the watcher looks at its processes twenty
+times a second, the lookouts of other hosts twice."""
+
+TIMEOUT_S = 10.0
+"""A rank that died after so long a wait may have been ended by a timeout of its backend, which is never shorter."""
 
 
 def victims(case: Case) -> set[int]:
-    """Ranks that died or gave up with a collective pending whose arguments differ: the backend ended them for it."""
+    """Find the ranks that died or failed in a collective whose arguments differ: the backend may have ended them."""
     gone = set(case.ranks("dead", "failed"))
     victims: set[int] = set()
     for key in case.ledger.diverged if gone else ():
@@ -31,20 +35,20 @@ def victims(case: Case) -> set[int]:
 
 
 def crash(case: Case) -> Verdict:
-    """Somebody died or gave up; that others wait is the consequence."""
+    """Judge a run in which a rank died or failed; the waits of the others are the consequence."""
     dead, failed = case.ranks("dead"), case.ranks("failed")
     if victims(case):
         finding = explain(case.witnesses, case.standings, case.ledger, case.waits)
     elif dead and (unseen := _unseen_partners(case, dead)):
         finding = Finding("dead_rank", suspects=dead, confidence="undecided")
         finding.evidence.append(
-            f"without a witness of {name_ranks(unseen)} it is not known whether arguments differed where they died"
+            f"{name_ranks(unseen)} left no whole witness, so arguments may have differed where {name_ranks(dead)} died"
         )
     elif dead and (never := _never_began(case)):
         finding = Finding("dead_rank", suspects=tuple(sorted({*dead, *never, *failed})), confidence="undecided")
         finding.evidence.append(
-            f"{name_ranks(never)} never began, and nobody else is left: who died before its witness was open may have "
-            "been the first, and the others have been ended for it"
+            f"{name_ranks(never)} never began, and no other rank is left: one that died before it opened its witness "
+            "may have been the first, and the launcher may have ended the others"
         )
     elif dead:
         finding = _first_loss(case, dead, _on_their_own(case, failed))
@@ -58,86 +62,103 @@ def crash(case: Case) -> Verdict:
     return case.verdict("crash", finding)
 
 
-def _first_loss(case: Case, dead: Sequence[int], gave_up: Sequence[int]) -> Finding:
-    """Who died first, unless somebody gave up on its own account clearly before that was noticed. Where it was at about
-    the same time, to miss a peer is the likelier reason to give up than the reverse.
+def _first_loss(case: Case, dead: Sequence[int], failed: Sequence[int]) -> Finding:
+    """Name the first death, unless a rank failed on its own account clearly before any death was noticed.
+
+    At about the same time the death is the likelier cause: ranks fail because they miss a peer.
     """
+    early: list[int] = []
+    if set(dead) <= case.facts.died.keys():
+        first_s = max(case.now_s - case.facts.died[rank] for rank in dead)
+        early = [rank for rank in failed if case.standings[rank].position.since_s > first_s + LOOKS_S]
+    if early:
+        finding = Finding("error", (_first_to_fail(case, early),), confidence="likely")
+        finding.evidence.append(f"{name_ranks(early)} failed before {name_ranks(dead)} was missed")
+        return finding
     finding = _first_death(case, dead)
-    if not gave_up:
-        return finding
-    since_s = min((case.now_s - case.facts.died[rank] for rank in dead if rank in case.facts.died), default=0.0)
-    early = [rank for rank in gave_up if case.standings[rank].position.since_s > since_s + LOOKS_S]
-    if len(early) < len(gave_up) or not case.facts.died:
-        finding.suspects = tuple(sorted({*finding.suspects, *gave_up}))
+    if failed:
+        finding.suspects = tuple(sorted({*finding.suspects, *failed}))
         finding.confidence = "likely" if finding.culprits else "undecided"
-        finding.evidence.append(f"{name_ranks(gave_up)} gave up too, and what came first was not seen")
-        return finding
-    finding = Finding("error", (min(early, key=lambda rank: _wall_ns(case.witnesses[rank])),), confidence="likely")
-    finding.evidence.append(f"{name_ranks(early)} gave up before {name_ranks(dead)} was missed")
+        finding.evidence.append(f"{name_ranks(failed)} failed too; which came first was not seen")
     return finding
 
 
 def _first_death(case: Case, dead: Sequence[int]) -> Finding:
-    """Of several dead ranks the one that was missed first; without an order each may have followed another."""
-    missed_s = [case.facts.died.get(rank, float("-inf")) for rank in dead]
-    first = tuple(rank for rank, when_s in zip(dead, missed_s, strict=True) if when_s == min(missed_s))
-    if len(dead) == 1:
-        return Finding("dead_rank", first)
-    hosts = {case.standings[rank].host for rank in dead}
-    ordered = len(first) == 1 and set(dead) <= case.facts.died.keys()
-    if ordered and len(hosts) > 1:  # each host is looked at in its own time
-        there = [case.facts.died[rank] for rank in dead if case.standings[rank].host != case.standings[first[0]].host]
-        ordered = min(there, default=float("inf")) - min(missed_s) > LOOKS_S
-    if not ordered:
-        finding = Finding("dead_rank", suspects=tuple(dead), confidence="undecided")
-        finding.evidence.append(f"which of {name_ranks(dead)} died first was not seen")
+    """Name the dead rank that was missed first; without an order each may have followed another."""
+    died = case.facts.died
+    first = min(dead, key=lambda rank: died.get(rank, float("inf")))
+    if len(dead) > 1:
+        later = [rank for rank in dead if rank != first]
+
+        def apart_s(rank: int) -> float:  # each host is looked at by a watcher of its own
+            return LOOKS_S if case.standings[rank].host != case.standings[first].host else 0.0
+
+        ordered = set(dead) <= died.keys() and all(died[rank] - died[first] > apart_s(rank) for rank in later)
+        if not ordered:
+            finding = Finding("dead_rank", suspects=tuple(dead), confidence="undecided")
+            finding.evidence.append(f"which of {name_ranks(dead)} died first was not seen")
+            return finding
+    waited_s = case.standings[first].position.since_s - max(0.0, case.now_s - died.get(first, case.now_s))
+    node = case.waits.at.get(first)
+    if node is not None and waited_s >= TIMEOUT_S:
+        finding = Finding("dead_rank", suspects=tuple(sorted({first, *node.lacks})), confidence="undecided")
+        finding.evidence.append(
+            f"rank {first} had waited in {node.name} for {'' if first in died else 'up to '}{waited_s:.0f} s when it "
+            "died: a timeout of the backend may have ended it"
+        )
         return finding
-    finding = Finding("dead_rank", first)
-    finding.evidence.append(f"{name_ranks(first)} was gone first, {name_ranks(sorted({*dead} - {*first}))} later")
+    finding = Finding("dead_rank", (first,))
+    if len(dead) > 1:
+        finding.evidence.append(f"rank {first} was missed first, {name_ranks(later)} later")
     return finding
 
 
 def _never_began(case: Case) -> list[int]:
-    """Ranks that did not come to open their witness, where no rank that did is left at work: a launcher ends all others
-    when it loses one."""
+    """Find the ranks that never opened their witness in a run of which no rank is left: a launcher that loses one rank
+    ends all others."""
     never = [rank for rank, witness in sorted(case.witnesses.items()) if not witness.who.pid]
     began = case.witnesses.keys() - set(never)
     return never if began and all(case.standings[rank].state in ("dead", "failed") for rank in began) else []
 
 
 def _on_their_own(case: Case, failed: Sequence[int]) -> list[int]:
-    """Of ranks that gave up those who did so on their own account: not in a wait for others that ended in an error, and
-    not on a word that several were told alike."""
+    """Find the ranks that failed on their own account: not in a wait for others, and with words of their own."""
     alone = [rank for rank in failed if rank not in case.waits.at]
-    told_alike = len({case.standings[rank].position.detail for rank in alone}) == 1
-    return [] if told_alike and len(alone) > 1 else alone
+    words = Counter(case.standings[rank].position.detail for rank in alone)
+    return [rank for rank in alone if words[case.standings[rank].position.detail] == 1]
 
 
 def _error(case: Case, failed: Sequence[int]) -> Finding:
-    """Nobody died."""
+    """Name the rank that failed first, if it failed on its own account."""
     alone = _on_their_own(case, failed)
-    if alone:
-        first = min(alone, key=lambda rank: _wall_ns(case.witnesses[rank]))
-        return Finding("error", (first,), confidence="certain" if len(alone) == 1 else "likely")
-    waited = {case.waits.at[rank].key: case.waits.at[rank] for rank in failed if rank in case.waits.at}
-    absent = {rank for node in waited.values() for rank in node.lacks}
-    finding = Finding("error", suspects=tuple(sorted(absent)), confidence="undecided")
-    for node in waited.values():
+    outside = [rank for rank in failed if rank not in case.waits.at]
+    if alone and (first := _first_to_fail(case, outside)) in alone:
+        since_s = case.standings[first].position.since_s
+        earlier = [rank for rank in failed if case.standings[rank].position.since_s > since_s + LOOKS_S]
+        return Finding("error", (first,), confidence="certain" if len(outside) == 1 and not earlier else "likely")
+    nodes = {case.waits.at[rank].key: case.waits.at[rank] for rank in failed if rank in case.waits.at}
+    absent = {rank for node in nodes.values() for rank in node.lacks}
+    finding = Finding("error", suspects=tuple(sorted({*absent, *alone})), confidence="undecided")
+    for node in nodes.values():
         gone = [rank for rank in node.ranks if rank in failed]
-        whom = f"waiting for {list_ranks(node.lacks)}" if node.lacks else "waiting for nobody"
-        finding.evidence.append(f"{name_ranks(gone)} gave up in {node.name}, {whom}")
-    if told := [rank for rank in failed if rank not in case.waits.at]:
-        finding.evidence.append(f"{name_ranks(told)} gave up with the same words, which tell who is at fault if any do")
+        lacked = f"waiting for {list_ranks(node.lacks)}" if node.lacks else "waiting for nobody"
+        finding.evidence.append(f"{name_ranks(gone)} gave up in {node.name}, {lacked}")
+    if alike := [rank for rank in outside if rank not in alone]:
+        finding.evidence.append(f"{name_ranks(alike)} failed with the same message; it says more than the order does")
     return finding
 
 
+def _first_to_fail(case: Case, failed: Sequence[int]) -> int:
+    """The rank whose last event is the oldest, on the wall clock that hosts share as well as they can."""
+    return min(failed, key=lambda rank: _wall_ns(case.witnesses[rank]))
+
+
 def _wall_ns(witness: Witness) -> int:
-    """When a rank last said something, on a clock that ranks of several hosts share as well as they can."""
     return witness.last_event_ns() + witness.who.wall_offset_ns
 
 
 def _unseen_partners(case: Case, dead: Sequence[int]) -> list[int]:
-    """Ranks without a whole witness that were, or may have been, in a collective with the dead when they died."""
+    """Find the ranks without a whole witness that may have been in a collective with the dead when these died."""
     unseen = {rank for rank, standing in case.standings.items() if not standing.seen}
     if unseen & set(dead):
         return sorted(unseen)

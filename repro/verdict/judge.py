@@ -74,7 +74,7 @@ def judge(
         notes,
         facts,
         queued,
-        now_s=(max(now_ns.values(), default=0) if isinstance(now_ns, Mapping) else now_ns) / 1e9,
+        now_s=(now_ns.get(min(now_ns, default=0), 0) if isinstance(now_ns, Mapping) else now_ns) / 1e9,
     )
     return _decide(case, wrong_numbers)
 
