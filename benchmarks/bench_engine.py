@@ -34,7 +34,6 @@ import torch
 import torch.distributed as dist
 
 from hybrid_moe_ref.engine.lifecycle import Engine
-from hybrid_moe_ref.engine.plan import StepPlan, step_schedule
 from hybrid_moe_ref.parallel.comm import Communicator
 from hybrid_moe_ref.parallel.guard import schedule_hash
 from hybrid_moe_ref.parallel.observer import Collective, NullObserver, Observer
@@ -95,9 +94,9 @@ def run_rank(rank: int, num_ranks: int, rounds: int, folder: Path) -> dict[str, 
 
 def agree_us(engine: Engine, num_calls: int = 50, num_repeats: int = 60) -> float:
     """Processor time of what agreeing adds to a step on one rank, in us: the best of many short loops."""
-    guard, runner, plan = engine.comm.guard, engine.runner, StepPlan(0, 1, 0)
+    guard, runner = engine.comm.guard, engine.runner
     sizes = (1,) * len(engine.comm.members("ep"))
-    schedule = step_schedule(runner._forward_schedule, plan, runner._drafts_schedule)
+    schedule = runner.schedules.whole(asks_unfinished=False)
     issued = [Collective(entry.group, entry.op, entry.layer, sizes) for entry in schedule]
     guard.release()
     times = []

@@ -108,7 +108,7 @@ def serve(
     )
     for _ in range(scenario.starts - 1):
         Engine(server, comm, scenario.policies(settings, rank))
-    return Engine(server, comm, scenario.policies(settings, rank)).serve(settings.requests()[rank])
+    return Engine(server, comm, scenario.policies(settings, rank)).serve(scenario.requests(settings, rank))
 
 
 def dump_on_signals(run_dir: RunDir, rank: int) -> None:

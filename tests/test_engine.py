@@ -10,7 +10,7 @@ from ranks import run_ranks
 
 from hybrid_moe_ref.config import ConfigError, EngineConfig
 from hybrid_moe_ref.engine.lifecycle import Engine, PrepareFailed
-from hybrid_moe_ref.engine.plan import AgreedStep, StepPlan, resolve, step_schedule
+from hybrid_moe_ref.engine.plan import AgreedStep, StepPlan, StepSchedules, resolve
 from hybrid_moe_ref.engine.policies import Policies, StepAgreement
 from hybrid_moe_ref.engine.runner import ModelRunner
 from hybrid_moe_ref.engine.scheduler import Request, Scheduler, live_ranks
@@ -56,9 +56,9 @@ def test_c1_takes_the_lowest_mode_and_pads_only_for_a_graph():
 def test_a_step_agrees_once_however_often_it_is_asked():
     exchanged = []
 
-    def exchange(column, layer):
+    def exchange(plan, layer):
         exchanged.append(layer)
-        return [[number] for number in column]
+        return resolve([[number] for number in plan.row()])
 
     agreement, plan = StepAgreement(), StepPlan(step=4, num_tokens=2, num_live=1)
     first = agreement.agree(plan, exchange, "step")
@@ -118,8 +118,8 @@ def test_ranks_serve_the_tokens_of_one_process_and_issue_what_they_planned(tmp_p
 
 
 def test_schedule_of_a_step_is_one_agreement_two_collectives_a_layer_and_the_question():
-    plan = StepPlan(step=32, num_tokens=1, num_live=0, asks_unfinished=True)
-    entries = [(e.group, e.op, e.layer) for e in step_schedule(expert_schedule(2), plan)]
+    schedule = StepSchedules("dp", expert_schedule(2)).whole(asks_unfinished=True)
+    entries = [(e.group, e.op, e.layer) for e in schedule]
     assert entries == [
         ("dp", "all_reduce", "step"),
         ("ep", "all_gather_v", "layers.0.moe"), ("ep", "reduce_scatter_v", "layers.0.moe"),

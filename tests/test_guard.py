@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import signal
 import time
@@ -86,6 +87,8 @@ def test_schedules_are_compared_by_hash_and_the_first_difference_is_found():
     rows = [list(row) for row in zip(*(StepPlan(1, 1, 1, schedule_hash=h).row() for h in (5, 5, 6)), strict=True)]
     assert not resolve(rows).same_schedule
     assert resolve([row[:2] for row in rows]).same_schedule
+    rows = [list(row) for row in zip(*(StepPlan(1, 1, 1, feed_hash=h).row() for h in (5, 5, 6, 6)), strict=True)]
+    assert resolve(rows, tp_size=2).same_feed and not resolve(rows, tp_size=4).same_feed
 
 
 def test_ranks_with_different_schedules_all_raise_with_the_first_entry_that_differs(tmp_path):
@@ -94,15 +97,16 @@ def test_ranks_with_different_schedules_all_raise_with_the_first_entry_that_diff
         comm = Communicator.connect(server.parallel, rank, store=store, timeout_s=30)
         engine = Engine(server, comm)
         if rank == 1:  # as a rank whose drafter does not run
-            engine.runner._forward_schedule = engine.runner._forward_schedule[:-2]
+            known = engine.runner.schedules
+            engine.runner.schedules = dataclasses.replace(known, forward=known.forward[:-2])
         with pytest.raises(ScheduleMismatch) as caught:
             engine.serve([])
         return str(caught.value)
 
     told = run_ranks(2, tmp_path, run)
     assert told[0] == told[1] == (
-        "step 1: the schedules differ at entry 15: ep all_gather_v of layers.7.moe on dp ranks [0]; "
-        "nothing on dp ranks [1]"
+        "step 1: the schedules differ at entry 15: ep all_gather_v of layers.7.moe on ranks [0]; "
+        "nothing on ranks [1]"
     )  # fmt: skip
 
 

@@ -63,18 +63,42 @@ def test_the_server_gives_the_tokens_of_one_process_and_issues_what_it_planned(
             assert [(e.group, e.op, e.layer) for e in schedule] == issued, f"rank {rank} step {step}"
 
 
-def test_tp_ranks_that_are_given_different_requests_are_told_apart_in_strict_mode(tmp_path):
-    config = server(1, 2, checks="strict")
+P = (5, 9, 2)
+OTHER_REQUESTS = {
+    "longer": ([Request("a", (*P, 3, 3), 2)], "rank {odd} has 5 tokens of a, {rest} 3 tokens of a"),
+    "other tokens": (
+        [Request("a", (5, 7, 2), 2)],
+        "rank {odd} has token 7 at position 1 of a, {rest} token 9 at position 1 of a",
+    ),
+    "another id": ([Request("b", P, 2)], "rank {odd} has 3 tokens of b, {rest} 3 tokens of a"),
+    "none": ([], "rank {odd} has 1 token of dummy, {rest} 3 tokens of a"),
+}
+
+
+@pytest.mark.parametrize("checks", ["agree", pytest.param("strict", marks=pytest.mark.full)])
+@pytest.mark.parametrize("other", OTHER_REQUESTS)
+@pytest.mark.parametrize(("dp_size", "tp_size"), [(2, 2), pytest.param(1, 8, marks=pytest.mark.full)])
+def test_a_tp_rank_that_is_given_other_requests_stops_all_ranks_before_the_first_layer(
+    tmp_path, dp_size, tp_size, other, checks
+):
+    config, odd = server(dp_size, tp_size, checks=checks), dp_size * tp_size - 1
+    requests, words = OTHER_REQUESTS[other]
 
     def run(rank, store):
-        comm = Communicator.connect(config.parallel, rank, store=store, timeout_s=30)
+        diary = Diary()
+        comm = Communicator.connect(config.parallel, rank, store=store, observer=diary, timeout_s=30)
         engine = Engine(config, comm)
-        with pytest.raises(ScheduleMismatch) as told:
-            engine.serve([Request("a", (1,) * (3 + rank), 2)])
-        return str(told.value)
+        with pytest.raises(ScheduleMismatch) as stopped:
+            engine.serve(requests if rank == odd else [Request("a", P, 2)])
+        return str(stopped.value), [layer for _, _, layer in diary.issued[-1] if layer.startswith("layers")]
 
-    first, second = run_ranks(2, tmp_path, run)
-    assert first == second and "ranks [0] all_reduce of layers.0.gated_delta_net" in first, first
+    group = range(odd + 1 - tp_size, odd + 1)
+    rest = f"ranks {','.join(map(str, group[:-1]))} have" if tp_size > 2 else f"rank {group[0]} has"
+    message = (
+        "step 1: the ranks of a tp group do not run the same tokens: "
+        f"tp group {','.join(map(str, group))}: {words.format(odd=odd, rest=rest)}"
+    )
+    assert run_ranks(odd + 1, tmp_path, run) == [(message, [])] * (odd + 1)
 
 
 @pytest.mark.full
@@ -85,7 +109,8 @@ def test_a_difference_that_one_dp_group_sees_stops_the_ranks_of_all(tmp_path):
         comm = Communicator.connect(config.parallel, rank, store=store, timeout_s=30)
         engine = Engine(config, comm)
         if rank == 3:
-            engine.runner._forward_schedule = engine.runner._forward_schedule[:-2]
+            known = engine.runner.schedules
+            engine.runner.schedules = dataclasses.replace(known, forward=known.forward[:-2])
         with pytest.raises(ScheduleMismatch) as told:
             engine.serve([])
         return str(told.value)

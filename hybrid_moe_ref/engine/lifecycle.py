@@ -2,7 +2,7 @@
 
     load        build this rank's part of the model                      no collective
     page_setup  unify the page size of KV and recurrent state            no collective
-    prepare     builds and other local lazy work, then one vote          a small all-reduce on dp, one on tp
+    prepare     builds and other local lazy work, then one vote          a small all-reduce over all ranks
     profile     one full-size dummy step                                 C1, then the layers' (C2, C3, tp); before
                                                                          it those of tuning, where asked for
     compile     torch.compile, where asked for, then one vote            none, or as prepare
@@ -35,6 +35,7 @@ from hybrid_moe_ref.engine.backends import apply_backends
 from hybrid_moe_ref.engine.builds import DEADLINE_S, BuildPlace
 from hybrid_moe_ref.engine.compilation import Compiler
 from hybrid_moe_ref.engine.drafting import Drafting
+from hybrid_moe_ref.engine.feed import DUMMY, Feed, feed_hash
 from hybrid_moe_ref.engine.graphs import padded_size
 from hybrid_moe_ref.engine.plan import ANYONE_UNFINISHED, EAGER, GRAPH, StepPlan
 from hybrid_moe_ref.engine.policies import Policies
@@ -169,7 +170,7 @@ class Engine:
 
     def _build_place(self) -> BuildPlace:
         def sum_up(numbers: list[int], layer: str) -> list[int]:
-            sums: list[int] = self.comm.all_reduce("dp", torch.tensor(numbers), layer=layer).tolist()
+            sums: list[int] = self.comm.all_reduce(self.comm.everyone, torch.tensor(numbers), layer=layer).tolist()
             return sums
 
         folder = self.config.engine.cache_dir
@@ -195,11 +196,7 @@ class Engine:
             raise PrepareFailed(f"rank {first_failed} {COULD_NOT_PREPARE}: {text}")
 
     def _over_all_ranks(self, x: torch.Tensor, reduce_op: str, layer: str) -> list[int]:
-        """Over the dp ranks, and then over the tp ranks of each: that is over all."""
-        x = self.comm.all_reduce("dp", x, reduce_op, layer=layer)
-        if self.config.parallel.tp_size > 1:
-            x = self.comm.all_reduce("tp", x.to(self.comm.device), reduce_op, layer=layer)
-        numbers: list[int] = x.tolist()
+        numbers: list[int] = self.comm.all_reduce(self.comm.everyone, x, reduce_op, layer=layer).tolist()
         return numbers
 
     def _profile(self) -> None:
@@ -219,7 +216,7 @@ class Engine:
 
     def _declare(self, schedule: tuple[ScheduleEntry, ...]) -> None:
         """A step without a model execution."""
-        self.runner.declare(self._plan(0, 0, False), schedule)
+        self.runner.declare(self._plan([], 0, False), schedule)
 
     def _compile(self) -> None:
         if self.config.engine.compile:
@@ -292,9 +289,13 @@ class Engine:
             [(sequences[r.request.request_id], len(tokens)) for r, tokens in zip(running, fed, strict=True)]
         )
         tokens_N = torch.tensor([token for tokens in fed for token in tokens], device=self.comm.device)
-        plan = self._plan(batch.num_tokens, len(running), asks)
+        feeds = [
+            Feed(r.request.request_id, sequences[r.request.request_id].length, tuple(tokens))
+            for r, tokens in zip(running, fed, strict=True)
+        ]
+        plan = self._plan(feeds, len(running), asks)
         check = self._drafting.begin(running, [sequences[r.request.request_id] for r in running], batch)
-        hidden_NH = self.runner.execute(plan, tokens_N, batch, self.cache)
+        hidden_NH = self.runner.execute(plan, tokens_N, batch, self.cache, feeds)
         new_tokens = check.new_tokens(hidden_NH)
         completed = scheduler.update(new_tokens)
         self._drafting.draft(check, tokens_N, hidden_NH)
@@ -305,15 +306,16 @@ class Engine:
 
     def _execute_dummy(self, num_tokens: int, asks_unfinished: bool = False, may_replay: bool = True) -> None:
         """A rank with nothing to run still takes part in every collective of the step."""
-        plan = self._plan(num_tokens, 0, asks_unfinished, may_replay)
+        feeds = [Feed(DUMMY, 0, (0,) * num_tokens)]
+        plan = self._plan(feeds, 0, asks_unfinished, may_replay)
         tokens_N = torch.zeros(num_tokens, dtype=torch.long, device=self.comm.device)
         with torch.inference_mode():
             batch = Batch.dummy(num_tokens, self.comm.device)
-            self._drafting.draft_dummy(tokens_N, self.runner.execute(plan, tokens_N, batch, None), batch)
+            self._drafting.draft_dummy(tokens_N, self.runner.execute(plan, tokens_N, batch, None, feeds), batch)
 
-    def _plan(self, num_tokens: int, num_live: int, asks_unfinished: bool, may_replay: bool = True) -> StepPlan:
+    def _plan(self, feeds: list[Feed], num_live: int, asks_unfinished: bool, may_replay: bool = True) -> StepPlan:
         """What this rank would like: a graph if one holds its tokens, else two halves if there are enough of them."""
-        engine = self.config.engine
+        engine, num_tokens = self.config.engine, sum(len(feed.tokens) for feed in feeds)
         padded = padded_size(num_tokens, engine.graph_sizes) if may_replay else None
         plan = StepPlan(
             self._num_steps,
@@ -324,10 +326,11 @@ class Engine:
             wants_microbatch=0 < engine.microbatch_tokens <= num_tokens,
             asks_unfinished=asks_unfinished,
             draft_rows=self._drafting.num_rows(num_live),
+            feed_hash=feed_hash(feeds) if self.config.parallel.tp_size > 1 else 0,
         )
         self._num_steps += 1
         return plan
 
     def _anyone_unfinished(self, mine: bool) -> bool:
         answer = torch.tensor([int(mine)], dtype=torch.int32)
-        return bool(self.comm.all_reduce("dp", answer, "max", layer=ANYONE_UNFINISHED.layer).item())
+        return bool(self.comm.all_reduce(self.runner.agreeing, answer, "max", layer=ANYONE_UNFINISHED).item())

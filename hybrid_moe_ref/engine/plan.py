@@ -15,8 +15,10 @@ GRAPH = 1
 """Modes of a step: eager, with the tokens as they are, or a graph that is replayed at a padded size. The ranks take the
 lowest that one of them asks for."""
 
-STEP_AGREEMENT = ScheduleEntry("dp", "all_reduce", "step")
-ANYONE_UNFINISHED = ScheduleEntry("dp", "all_reduce", "unfinished")
+STEP_AGREEMENT = "step"
+ANYONE_UNFINISHED = "unfinished"
+"""How events name the all-reduce that begins a step, and the one that asks whether any rank has work left."""
+
 TUNING_VOTE = ScheduleEntry("ep", "all_reduce", "autotune.vote")
 
 RECURRENT = {"G": "gated_delta_net", "M": "mamba2"}
@@ -36,6 +38,8 @@ class StepPlan:
     asks_unfinished      whether the step ends with the "anyone unfinished?" all-reduce
     schedule_hash        64 bits of the schedule that this rank is about to run
     draft_rows           rows this rank brings to each pass of the drafter after its first, which has the step's rows
+    feed_hash            64 bits of the requests and tokens of this step, which the ranks of one tp group share; 0
+                         where every rank has requests of its own
     """
 
     step: int
@@ -47,56 +51,87 @@ class StepPlan:
     asks_unfinished: bool = False
     schedule_hash: int = 0
     draft_rows: int = 0
+    feed_hash: int = 0
 
     def row(self) -> list[int]:
-        """This rank's column of C1: tokens, padded tokens, wants-microbatch, graph mode, the schedule's hash in four
-        parts of 16 bits, so that the sum over columns of zeros stays exact in int32, and the drafter's rows.
+        """This rank's column of C1: tokens, padded tokens, wants-microbatch, graph mode, the drafter's rows, and the
+        hashes of schedule and feed in four parts of 16 bits each, so that a sum over columns of zeros stays exact in
+        int32.
         """
-        parts = [self.schedule_hash >> shift & 0xFFFF for shift in (48, 32, 16, 0)]
         padded = max(self.num_tokens, self.padded_tokens)
-        return [self.num_tokens, padded, int(self.wants_microbatch), self.mode, *parts, self.draft_rows]
+        numbers = [self.num_tokens, padded, int(self.wants_microbatch), self.mode, self.draft_rows]
+        return [*numbers, *_parts(self.schedule_hash), *_parts(self.feed_hash)]
 
 
 @dataclass(frozen=True)
 class AgreedStep:
     """What all ranks agreed on in C1; equal on every rank, so everything decided from it is decided alike.
 
-    draft_sizes: rows of each rank in the drafter's first pass, which is never padded, and in those after it
+    sizes          rows of each dp rank
+    same_schedule  whether all ranks that agreed are about to run the same schedule
+    same_feed      whether the ranks of each tp group run the same tokens of the same requests
+    draft_sizes    rows of each dp rank in the drafter's first pass, which is never padded, and in those after it
     """
 
     sizes: tuple[int, ...]
     mode: int
     microbatch: bool
     same_schedule: bool = True
+    same_feed: bool = True
     draft_sizes: tuple[tuple[int, ...], tuple[int, ...]] = ((), ())
 
 
-def resolve(rows: Sequence[Sequence[int]]) -> AgreedStep:
-    """Turn the C1 matrix, int[9][dp], into one decision: mode is the MIN, and the sizes are padded to the MAX only
-    when a graph is replayed (mode is not eager), else they stay uneven. Eager steps are split in two when all want it.
+def resolve(rows: Sequence[Sequence[int]], tp_size: int = 1) -> AgreedStep:
+    """Turn the C1 matrix, int[13][ranks that agree], into one decision: mode is the MIN, and the sizes are padded to
+    the MAX only when a graph is replayed (mode is not eager), else they stay uneven. Eager steps are split in two when
+    all want it.
+
+    tp_size: so many columns after one another are of one tp group, which brings its rows once
     """
-    tokens, padded, wants_microbatch, modes, *hash_parts, draft_rows = rows
+    tokens, padded, wants_microbatch, modes, draft_rows, *hash_parts = rows
+    schedules, feeds = (list(zip(*parts, strict=True)) for parts in (hash_parts[:4], hash_parts[4:]))
     mode = min(modes)
-    sizes = tuple(tokens) if mode == EAGER else (max(padded),) * len(padded)
-    same_schedule = len(set(zip(*hash_parts, strict=True))) <= 1
-    draft_sizes = (tuple(tokens), tuple(draft_rows))
-    return AgreedStep(sizes, mode, mode == EAGER and all(wants_microbatch), same_schedule, draft_sizes)
+    sizes = tuple(tokens[::tp_size])
+    return AgreedStep(
+        sizes if mode == EAGER else (max(padded),) * len(sizes),
+        mode,
+        microbatch=mode == EAGER and all(wants_microbatch),
+        same_schedule=len(set(schedules)) <= 1,
+        same_feed=all(len(set(feeds[first : first + tp_size])) <= 1 for first in range(0, len(feeds), tp_size)),
+        draft_sizes=(sizes, tuple(draft_rows[::tp_size])),
+    )
 
 
-def step_schedule(
-    forward: tuple[ScheduleEntry, ...], plan: StepPlan, drafts: tuple[ScheduleEntry, ...] = ()
-) -> tuple[ScheduleEntry, ...]:
-    """The ordered collectives of a step: one agreement, the forward pass, all passes of the drafter, and the question
-    every so often."""
-    return (STEP_AGREEMENT, *rest_of_schedule(forward, plan, False, drafts))
+def _parts(number: int) -> list[int]:
+    return [number >> shift & 0xFFFF for shift in (48, 32, 16, 0)]
 
 
-def rest_of_schedule(
-    forward: tuple[ScheduleEntry, ...], plan: StepPlan, microbatch: bool, drafts: tuple[ScheduleEntry, ...] = ()
-) -> tuple[ScheduleEntry, ...]:
-    """What comes after the agreement; a step that is split in two has the forward pass twice."""
-    question = (ANYONE_UNFINISHED,) if plan.asks_unfinished else ()
-    return (*forward * (2 if microbatch else 1), *drafts, *question)
+@dataclass(frozen=True)
+class StepSchedules:
+    """The collectives that each kind of step of one rank issues, in order.
+
+    group    the ranks that agree on a step
+    forward  those of one forward pass
+    drafts   those of all passes of the drafter
+    """
+
+    group: str
+    forward: tuple[ScheduleEntry, ...] = ()
+    drafts: tuple[ScheduleEntry, ...] = ()
+
+    def agreement(self) -> tuple[ScheduleEntry, ...]:
+        """What every step begins with."""
+        return (ScheduleEntry(self.group, "all_reduce", STEP_AGREEMENT),)
+
+    def rest(self, asks_unfinished: bool, microbatch: bool) -> tuple[ScheduleEntry, ...]:
+        """What comes after the agreement: the forward pass, twice where the step is split in two, the passes of the
+        drafter, and the question every so often."""
+        question = (ScheduleEntry(self.group, "all_reduce", ANYONE_UNFINISHED),) if asks_unfinished else ()
+        return (*self.forward * (2 if microbatch else 1), *self.drafts, *question)
+
+    def whole(self, asks_unfinished: bool) -> tuple[ScheduleEntry, ...]:
+        """A step that is not split in two."""
+        return (*self.agreement(), *self.rest(asks_unfinished, microbatch=False))
 
 
 def first_recurrent_layer(layer_pattern: str) -> tuple[int, str] | None:

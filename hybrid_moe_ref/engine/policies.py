@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from hybrid_moe_ref.engine.builds import KernelBuilds
-from hybrid_moe_ref.engine.plan import TUNING_VOTE, AgreedStep, StepPlan, resolve
+from hybrid_moe_ref.engine.plan import TUNING_VOTE, AgreedStep, StepPlan
 from hybrid_moe_ref.engine.server_config import ServerConfig
 from hybrid_moe_ref.parallel.dispatch import AllGatherReduceScatter, SumOverRanks
 
@@ -18,12 +18,12 @@ if TYPE_CHECKING:
     from hybrid_moe_ref.engine.autotune import Chosen, ExpertTuner
     from hybrid_moe_ref.engine.compilation import Compiler
 
-ExchangeRows = Callable[[list[int], str], list[list[int]]]
-"""Sum every rank's column into one matrix over the dp group: (own column, layer) -> rows. One all-reduce."""
+Exchange = Callable[[StepPlan, str], AgreedStep]
+"""C1 itself: (own plan, layer that asks) -> what the plans of all ranks come to. One all-reduce."""
 
 
 class StepAgreement:
-    """C1: how the dp ranks agree on a step.
+    """How the ranks agree on a step.
 
     One agreement per step: whoever asks again within the step is given the same answer without a collective.
     A second one could be joined only by ranks that happen to ask, and no rank can know that the others will.
@@ -33,10 +33,10 @@ class StepAgreement:
         self._step = -1
         self._agreed: AgreedStep | None = None
 
-    def agree(self, plan: StepPlan, exchange: ExchangeRows, layer: str) -> AgreedStep:
+    def agree(self, plan: StepPlan, exchange: Exchange, layer: str) -> AgreedStep:
         """What all ranks do in ``plan.step``; ``layer`` says who asks."""
         if self._agreed is None or plan.step != self._step:
-            self._agreed = resolve(exchange(plan.row(), layer))
+            self._agreed = exchange(plan, layer)
             self._step = plan.step
         return self._agreed
 

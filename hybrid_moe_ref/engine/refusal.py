@@ -16,7 +16,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, cast
 
 from hybrid_moe_ref.config import ConfigError
-from hybrid_moe_ref.engine.plan import EAGER, GRAPH, RECURRENT, AgreedStep, StepPlan, first_recurrent_layer
+from hybrid_moe_ref.engine.plan import EAGER, GRAPH, RECURRENT, AgreedStep, StepPlan, first_recurrent_layer, resolve
 from hybrid_moe_ref.engine.policies import Policies
 from hybrid_moe_ref.engine.server_config import ServerConfig
 
@@ -87,10 +87,10 @@ def _exchanges(policies: Policies, plan: StepPlan, layer: str) -> int:
     """How often a rank with this plan would communicate from the agreement to the binding of its state."""
     count = 0
 
-    def exchange(column: list[int], asker: str) -> list[list[int]]:
+    def exchange(plan: StepPlan, asker: str) -> AgreedStep:
         nonlocal count
         count += 1
-        return [[number] * NUM_RANKS for number in column]
+        return resolve([[number] * NUM_RANKS for number in plan.row()])
 
     agreed = policies.agreement.agree(plan, exchange, "step")
     policies.binding.bind(plan, agreed, lambda: policies.agreement.agree(plan, exchange, layer))

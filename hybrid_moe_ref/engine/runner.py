@@ -6,6 +6,7 @@ Shape suffixes: N tokens of this rank in the step, H hidden.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any, NoReturn
 
 import torch
@@ -13,14 +14,15 @@ from torch import Tensor, nn
 
 from hybrid_moe_ref.batch import Batch
 from hybrid_moe_ref.cache import HybridCache
+from hybrid_moe_ref.engine.feed import Feed, feed_differences, from_text, to_text
 from hybrid_moe_ref.engine.graphs import Graphs, halves, pad, part_of
 from hybrid_moe_ref.engine.plan import (
     STEP_AGREEMENT,
     AgreedStep,
     StepPlan,
+    StepSchedules,
     first_recurrent_layer,
-    rest_of_schedule,
-    step_schedule,
+    resolve,
 )
 from hybrid_moe_ref.engine.policies import Policies
 from hybrid_moe_ref.engine.server_config import ServerConfig
@@ -43,28 +45,36 @@ class ModelRunner:
         self._context = context
         self._comm = comm
         self._policies = policies
-        self._forward_schedule = context.schedule
-        self._drafts_schedule = context.draft_schedule * config.engine.num_drafts
         self._agree_on_schedules = config.checks != "observe"
+        # Ranks that only observe agree as vLLM's do: tp ranks trust each other to run the same.
+        self.agreeing = comm.everyone if self._agree_on_schedules else "dp"
+        self._tp_size = config.parallel.tp_size if self._agree_on_schedules else 1
+        self.schedules = StepSchedules(
+            self.agreeing, context.schedule, context.draft_schedule * config.engine.num_drafts
+        )
         self._may_split = config.engine.microbatch_tokens > 0
         self.graphs = Graphs(model, comm)
         self._bind_at_first_recurrent_layer()
 
-    def execute(self, plan: StepPlan, tokens_N: Tensor, batch: Batch, cache: HybridCache | None) -> Tensor:
-        """Run one step and return hidden states [N, H].
+    def execute(
+        self, plan: StepPlan, tokens_N: Tensor, batch: Batch, cache: HybridCache | None, feeds: Sequence[Feed] = ()
+    ) -> Tensor:
+        """Run one step and return hidden states [N, H]. ``feeds`` says whose tokens these are.
 
-        Raises ScheduleMismatch on every rank when their schedules differ, or one of them leaves its own.
+        Raises ScheduleMismatch on every rank when their schedules differ, the ranks of a tp group feed differently, or
+        a rank leaves its schedule.
         """
-        schedule = step_schedule(self._forward_schedule, plan, self._drafts_schedule)
+        schedule = self.schedules.whole(plan.asks_unfinished)
         self._plan = dataclasses.replace(plan, schedule_hash=schedule_hash(schedule))
         # Whether the step is split, and so issues its collectives twice, is known once the ranks have agreed.
-        self.declare(self._plan, schedule[:1] if self._may_split else schedule)
-        self._agreed = self._agree(STEP_AGREEMENT.layer)
+        self.declare(self._plan, self.schedules.agreement() if self._may_split else schedule)
+        self._agreed = self._agree(STEP_AGREEMENT)
         if self._agree_on_schedules and not self._agreed.same_schedule:
             self._raise_mismatch(schedule)
+        if self._agree_on_schedules and not self._agreed.same_feed:
+            self._raise_feed_mismatch(feeds)
         if self._may_split:
-            split = self._agreed.microbatch
-            rest = rest_of_schedule(self._forward_schedule, plan, split, self._drafts_schedule)
+            rest = self.schedules.rest(plan.asks_unfinished, self._agreed.microbatch)
             self._comm.observer.begin_step(plan.step, rest, plan.num_live)
             if self._agree_on_schedules:
                 self._comm.guard.extend(rest)
@@ -114,12 +124,19 @@ class ModelRunner:
     def _raise_mismatch(self, schedule: tuple[ScheduleEntry, ...]) -> NoReturn:
         """All ranks know that they differ and are here together, so they can still afford to say how."""
         self._comm.guard.release()
-        words = self._comm.all_gather_text("dp", "\n".join(schedule_words(schedule)), layer="mismatch")
-        index, sides = first_difference([said.splitlines() for said in words])
-        told = "; ".join(f"{what} on dp ranks {ranks}" for what, ranks in sides.items())
-        told = f"step {self._plan.step}: the schedules differ at entry {index}: {told}"
-        # Those that run the same tokens agree in other dp groups, which may see no difference.
-        raise ScheduleMismatch(self._comm.stop_all(told))
+        words = self._comm.all_gather_text(self.agreeing, "\n".join(schedule_words(schedule)), layer="mismatch")
+        index, sides = first_difference([lines.splitlines() for lines in words])
+        differences = "; ".join(f"{what} on ranks {ranks}" for what, ranks in sides.items())
+        message = f"step {self._plan.step}: the schedules differ at entry {index}: {differences}"
+        raise ScheduleMismatch(self._comm.stop_all(message))
+
+    def _raise_feed_mismatch(self, feeds: Sequence[Feed]) -> NoReturn:
+        """The same for tp ranks that were given other requests, or chose others to run."""
+        self._comm.guard.release()
+        texts = self._comm.all_gather_text(self.agreeing, to_text(feeds), layer="mismatch")
+        differences = "; ".join(feed_differences([from_text(text) for text in texts], self._tp_size))
+        message = f"step {self._plan.step}: the ranks of a tp group do not run the same tokens: {differences}"
+        raise ScheduleMismatch(self._comm.stop_all(message))
 
     @torch.inference_mode()
     def warm_up(self) -> None:
@@ -140,12 +157,12 @@ class ModelRunner:
     def _agree(self, layer: str) -> AgreedStep:
         return self._policies.agreement.agree(self._plan, self._exchange, layer)
 
-    def _exchange(self, column: list[int], layer: str) -> list[list[int]]:
-        """C1: int32[9, dp], every rank fills its own column, and the sum is the whole matrix."""
-        matrix = torch.zeros(len(column), len(self._comm.members("dp")), dtype=torch.int32)
-        matrix[:, self._comm.group_rank("dp")] = torch.tensor(column, dtype=torch.int32)
-        rows: list[list[int]] = self._comm.all_reduce("dp", matrix, layer=layer).tolist()
-        return rows
+    def _exchange(self, plan: StepPlan, layer: str) -> AgreedStep:
+        """C1: int32[13, ranks], every rank fills its own column, and the sum is the whole matrix."""
+        column = torch.tensor(plan.row(), dtype=torch.int32)
+        matrix = torch.zeros(len(column), len(self._comm.members(self.agreeing)), dtype=torch.int32)
+        matrix[:, self._comm.group_rank(self.agreeing)] = column
+        return resolve(self._comm.all_reduce(self.agreeing, matrix, layer=layer).tolist(), self._tp_size)
 
     def _bind_at_first_recurrent_layer(self) -> None:
         first = first_recurrent_layer(self._model.config.layer_pattern)

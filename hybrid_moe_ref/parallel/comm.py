@@ -38,8 +38,8 @@ _REDUCE_OPS = {"sum": dist.ReduceOp.SUM, "min": dist.ReduceOp.MIN, "max": dist.R
 
 
 def group_members(parallel: ParallelConfig, rank: int) -> dict[str, tuple[int, ...]]:
-    """The groups that ``rank`` belongs to, as name -> global ranks: "dp" for agreements, "ep" for experts, and with
-    several tensor-parallel ranks "tp" for those that share its tokens.
+    """The groups that ``rank`` belongs to, as name -> global ranks: "dp" for ranks with requests of their own, "ep" for
+    experts, and with several tensor-parallel ranks "tp" for those that share its tokens and "world" for all.
 
     Ranks are numbered dp-major: rank = dp_rank * tp_size + tp_rank.
     """
@@ -51,14 +51,15 @@ def group_members(parallel: ParallelConfig, rank: int) -> dict[str, tuple[int, .
     }
     if parallel.tp_size > 1:
         groups["tp"] = tuple(range(rank - tp_rank, rank - tp_rank + parallel.tp_size))
+        groups["world"] = groups["ep"]
     return groups
 
 
 class Communicator:
     """The process groups of one rank, by name, with an observer in front of every collective.
 
-    "dp" is always a CPU group (gloo), as in vLLM: agreements are a few integers and must not wait for a
-    device. "ep" and "tp" carry hidden states and use the backend that was asked for.
+    "dp" and "world" are always CPU groups (gloo), as "dp" is in vLLM: agreements are a few integers and must not wait
+    for a device. "ep" and "tp" carry hidden states and use the backend that was asked for.
     """
 
     def __init__(
@@ -120,7 +121,10 @@ class Communicator:
                     continue
                 made.add((name, members))
                 group = dist.new_group(
-                    list(members), backend="gloo" if name == "dp" else backend, timeout=timeout, group_desc=name
+                    list(members),
+                    backend="gloo" if name in ("dp", "world") else backend,
+                    timeout=timeout,
+                    group_desc=name,
                 )
                 if rank in members:
                     mine[name] = group
@@ -194,6 +198,11 @@ class Communicator:
     def group_rank(self, group: str) -> int:
         """This rank's place in ``group``."""
         return self._members[group].index(self.rank)
+
+    @property
+    def everyone(self) -> str:
+        """The name of the CPU group of all ranks: "dp" where each rank has requests of its own."""
+        return "world" if "world" in self._members else "dp"
 
     def all_reduce(self, group: str, x: Tensor, reduce_op: str = "sum", *, layer: str = "") -> Tensor:
         """Reduce ``x`` in place over ``group``; every rank ends with the result. reduce_op: sum, min or max."""

@@ -12,6 +12,7 @@ from typing import Any
 
 from hybrid_moe_ref.config import ConfigError, nearest
 from hybrid_moe_ref.engine.policies import Policies
+from hybrid_moe_ref.engine.scheduler import Request
 from hybrid_moe_ref.engine.server_config import ServerConfig
 from repro.settings import RunSettings
 
@@ -73,6 +74,7 @@ class Scenario:
     refused    settings -> what it must say of the fault under the guard (checks agree or strict), where it shows at all
     fixed      settings -> what it must say of the fix; not clean where no server can save the run, only end it well
     server     settings, rank -> what the engine is started with, where it is not the same on all ranks
+    requests   settings, rank -> the requests that reach this rank
     before     settings, the run's cache folder: what had happened on this machine before the server was started
     missing    settings -> why it cannot run on this machine, or ""
     starts     how often the server starts in one run; what it leaves in its caches is there for the next start
@@ -87,6 +89,7 @@ class Scenario:
     refused: Callable[[RunSettings], Expected] = lambda settings: REFUSED
     fixed: Callable[[RunSettings], Expected] = lambda settings: CLEAN
     server: Callable[[RunSettings, int], ServerConfig] = lambda settings, rank: settings.server()
+    requests: Callable[[RunSettings, int], list[Request]] = lambda settings, rank: settings.requests()[rank]
     before: Callable[[RunSettings, Path], None] = lambda settings, cache: None
     missing: Callable[[RunSettings], str] = lambda settings: ""
     starts: int = 1

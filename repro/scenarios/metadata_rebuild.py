@@ -15,8 +15,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from hybrid_moe_ref.engine.plan import AgreedStep, StepPlan, first_recurrent_layer, resolve
-from hybrid_moe_ref.engine.policies import ExchangeRows, Policies, StateBinding, StepAgreement
+from hybrid_moe_ref.engine.plan import AgreedStep, StepPlan, first_recurrent_layer
+from hybrid_moe_ref.engine.policies import Exchange, Policies, StateBinding, StepAgreement
 from hybrid_moe_ref.engine.scheduler import live_ranks
 from repro.scenarios import CLEAN, Expected, Scenario
 from repro.settings import RunSettings
@@ -35,8 +35,8 @@ class RebindWithMetadata(StateBinding):
 class AgreeOnEveryCall(StepAgreement):
     """The fault: building the metadata always communicates, whoever asks and however often."""
 
-    def agree(self, plan: StepPlan, exchange: ExchangeRows, layer: str) -> AgreedStep:
-        return resolve(exchange(plan.row(), layer))
+    def agree(self, plan: StepPlan, exchange: Exchange, layer: str) -> AgreedStep:
+        return exchange(plan, layer)
 
 
 def policies(settings: RunSettings, rank: int) -> Policies:

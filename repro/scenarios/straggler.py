@@ -14,7 +14,7 @@ import threading
 import time
 
 from hybrid_moe_ref.engine.plan import AgreedStep, StepPlan
-from hybrid_moe_ref.engine.policies import ExchangeRows, Policies, StepAgreement
+from hybrid_moe_ref.engine.policies import Exchange, Policies, StepAgreement
 from repro.scenarios import Expected, Scenario, struck_rank
 from repro.settings import RunSettings
 
@@ -29,7 +29,7 @@ class KeepHouse(StepAgreement):
         super().__init__()
         self.write_s = write_s
 
-    def agree(self, plan: StepPlan, exchange: ExchangeRows, layer: str) -> AgreedStep:
+    def agree(self, plan: StepPlan, exchange: Exchange, layer: str) -> AgreedStep:
         if plan.step == STEP:
             self.keep_house()
         return super().agree(plan, exchange, layer)
