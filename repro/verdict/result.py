@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -103,7 +103,7 @@ class Verdict:
         together: dict[str, list[int]] = {}
         for position in self.ranks:
             together.setdefault(position.words(), []).append(position.rank)
-        return [f"{name_ranks(ranks)} {_agree(words, ranks)}" for words, ranks in together.items()]
+        return [say(ranks, words) for words, ranks in together.items()]
 
     def sentence(self) -> str:
         """All positions in one line."""
@@ -150,14 +150,19 @@ def list_ranks(ranks: Iterable[int]) -> str:
     return ",".join(parts)
 
 
-def name_ranks(ranks: Sequence[int]) -> str:
+def name_ranks(ranks: Collection[int]) -> str:
     """ "rank 3" or "ranks 0-5"."""
     return f"rank{'s' if len(ranks) != 1 else ''} {list_ranks(ranks)}"
 
 
-_SINGULAR = {"wait": "waits", "build": "builds", "run": "runs", "have": "has", "are": "is"}
+_SINGULAR = {
+    "wait": "waits", "build": "builds", "run": "runs", "have": "has", "are": "is", "keep": "keeps", "hold": "holds",
+    "differ": "differs", "do": "does",
+}  # fmt: skip
 
 
-def _agree(words: str, ranks: Sequence[int]) -> str:
+def say(ranks: Collection[int], words: str) -> str:
+    """A sentence about ranks, from words that begin with a verb in the plural: "rank 3 waits in dp all_reduce #41"."""
     verb, _, rest = words.partition(" ")
-    return f"{_SINGULAR.get(verb, verb)} {rest}".rstrip() if len(ranks) == 1 else words
+    verb = _SINGULAR.get(verb, verb) if len(ranks) == 1 else verb
+    return f"{name_ranks(ranks)} {verb} {rest}".rstrip()
