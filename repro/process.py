@@ -34,12 +34,16 @@ def die_with_parent(parent: int | None = None) -> None:
 
 
 def start_ticks(pid: int) -> int:
-    """When the process began, in clock ticks since boot; 0 where that cannot be told."""
+    """When the process began, in clock ticks since boot; 0 if the system does not say."""
     try:
-        with open(f"/proc/{pid}/stat") as file:
-            return int(file.read().rpartition(")")[2].split()[19])
+        return _read_start_ticks(pid)
     except (OSError, ValueError, IndexError):
         return 0
+
+
+def _read_start_ticks(pid: int) -> int:
+    with open(f"/proc/{pid}/stat") as file:
+        return int(file.read().rpartition(")")[2].split()[19])
 
 
 def name_myself() -> str:
@@ -54,13 +58,30 @@ def still_runs(name: str) -> bool:
 
 
 def running(pid: int, ticks: int) -> psutil.Process | None:
-    """The process of that pid that began at those :func:`start_ticks`; None when it has ended, or is a zombie."""
+    """The process of that pid that began at those :func:`start_ticks`; None when it has ended, or is a zombie.
+
+    Raises psutil.AccessDenied if the process is hidden from this user, and OSError if the system does not answer, as
+    when this process has no file descriptor left: neither says that it has ended.
+    """
     try:
         process = psutil.Process(pid)
-    except psutil.NoSuchProcess:
+        # A pid alone may be another process's by now. psutil's own start time is in another unit.
+        return process if not _has_ended(process) and _read_start_ticks(pid) == ticks else None
+    except (psutil.NoSuchProcess, FileNotFoundError, ProcessLookupError):
+        if _is_hidden(pid):
+            raise psutil.AccessDenied(pid) from None
         return None
-    # A pid alone may be somebody else's by now. psutil's own start time is in another unit.
-    return process if not _has_ended(process) and start_ticks(pid) == ticks else None
+
+
+def _is_hidden(pid: int) -> bool:
+    """Whether the pid is in use although /proc does not show it, as when it is mounted with hidepid."""
+    try:
+        os.kill(pid, 0)
+    except PermissionError:
+        return not os.path.exists(f"/proc/{pid}")
+    except OSError:
+        return False
+    return False
 
 
 def _has_ended(process: psutil.Process) -> bool:
@@ -97,13 +118,21 @@ def kill(processes: Iterable[psutil.Process]) -> None:
     """SIGKILL them all, and wait until they have ended or REAP_PATIENCE_S passed. Their parents reap them, which of an
     orphan is the system's first process and may take seconds.
     """
-    processes = list(processes)
-    for process in processes:
-        with contextlib.suppress(psutil.NoSuchProcess):
-            process.kill()
+    left = list(processes)
     deadline = time.monotonic() + REAP_PATIENCE_S
-    while not all(map(_has_ended, processes)) and time.monotonic() < deadline:
-        time.sleep(0.01)
+    while left and time.monotonic() < deadline:
+        for process in left:
+            with contextlib.suppress(psutil.Error, OSError):  # the next round tries again
+                process.kill()
+        left = [process for process in left if not _seen_to_end(process)]
+        time.sleep(0.01 if left else 0)
+
+
+def _seen_to_end(process: psutil.Process) -> bool:
+    try:
+        return _has_ended(process)
+    except (psutil.Error, OSError):
+        return False
 
 
 def with_ancestors(pid: int) -> list[int]:
