@@ -27,10 +27,14 @@ _LARGE_NUMBER = re.compile(rb"[eE]\+?0*\d{3}|\d{300}")
 _ESCAPE = re.compile(rb"\\(?:u[dD][89abAB]..\\u[dD][c-fC-F]..|(?P<lone>u[dD][89a-fA-F]..)|.)", re.DOTALL)
 
 
+class DamagedFile(ValueError):
+    """A file that cannot be read as what it should be; the text is "file:line: what"."""
+
+
 def open_regular(path: str | os.PathLike[str], most: int | None = None) -> BinaryIO:
     """Open a regular file of at most ``most`` bytes for reading.
 
-    Raises ValueError with the name of what is not one, OSError for what cannot be opened.
+    Raises DamagedFile with the name of what is not one, OSError for what cannot be opened.
     """
 
     def opener(name: str, flags: int) -> int:
@@ -42,7 +46,7 @@ def open_regular(path: str | os.PathLike[str], most: int | None = None) -> Binar
         if not wrong:
             return descriptor
         os.close(descriptor)
-        raise ValueError(f"{name}:0: {wrong}")
+        raise DamagedFile(f"{name}:0: {wrong}")
 
     return open(os.fspath(path), "rb", opener=opener)
 
@@ -87,16 +91,16 @@ def write_atomically(path: Path, content: str | bytes, *, durable: bool = False)
                 os.fsync(file.fileno())
         os.replace(partial, path)
         if durable:
-            sync_folder(path.parent)
+            sync(path.parent)
     except OSError as error:
         with contextlib.suppress(OSError):
             partial.unlink()
         raise OSError(error.errno, error.strerror, str(path)) from error
 
 
-def sync_folder(folder: Path) -> None:
-    """Return when the disk has the names of the files in a folder."""
-    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+def sync(path: Path) -> None:
+    """Return when the disk has what a file, or the list of names in a folder, holds."""
+    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
     try:
         os.fsync(descriptor)
     finally:
@@ -106,12 +110,12 @@ def sync_folder(folder: Path) -> None:
 def read_json(path: str | os.PathLike[str], most: int = MAX_JSON_BYTES) -> Any:
     """Read the JSON value of a regular file of at most ``most`` bytes.
 
-    Raises ValueError with the file, the line where there is one, and what is wrong; OSError for what cannot be read.
+    Raises DamagedFile with the file, the line where there is one, and what is wrong; OSError for what cannot be read.
     """
     with open_regular(path, most) as file:
         data = file.read(most + 1)  # the file may grow meanwhile
     if len(data) > most:
-        raise ValueError(f"{os.fspath(path)}:0: larger than {most} bytes")
+        raise DamagedFile(f"{os.fspath(path)}:0: larger than {most} bytes")
     return parse_json(data, os.fspath(path))
 
 
@@ -122,23 +126,23 @@ def parse_json(data: bytes, where: str) -> Any:
 
     where: the file, for error messages
 
-    Raises ValueError: "file:line: what".
+    Raises DamagedFile.
     """
     if _parsed_bytes(data) > MAX_JSON_MEMORY:
-        raise ValueError(f"{where}:1: more values than the {MAX_JSON_MEMORY >> 20} MiB that are read would hold")
+        raise DamagedFile(f"{where}:1: more values than the {MAX_JSON_MEMORY >> 20} MiB that are read would hold")
     if _depth(data) > MAX_JSON_DEPTH:
-        raise ValueError(f"{where}:1: nested too deep: more than {MAX_JSON_DEPTH} levels")
+        raise DamagedFile(f"{where}:1: nested too deep: more than {MAX_JSON_DEPTH} levels")
     if b"\\ud" in data or b"\\uD" in data:
         data = _ESCAPE.sub(lambda match: b"\\ufffd" if match["lone"] else match[0], data)
     parse_float = _finite if _LARGE_NUMBER.search(data) else None  # only there: it is slower than json's own
     try:
         return json.loads(data.decode(), parse_constant=_refuse_constant, parse_float=parse_float)
     except json.JSONDecodeError as error:
-        raise ValueError(f"{where}:{error.lineno}: {error.msg}") from None
+        raise DamagedFile(f"{where}:{error.lineno}: {error.msg}") from None
     except UnicodeDecodeError:
-        raise ValueError(f"{where}:1: not UTF-8 text") from None
+        raise DamagedFile(f"{where}:1: not UTF-8 text") from None
     except ValueError as error:  # an integer of thousands of digits
-        raise ValueError(f"{where}:1: {error}") from None
+        raise DamagedFile(f"{where}:1: {error}") from None
 
 
 def _parsed_bytes(data: bytes) -> int:

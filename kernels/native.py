@@ -31,14 +31,12 @@ from pathlib import Path
 from types import ModuleType
 
 import torch
+from hybrid_moe_kernels.choices import INSTRUCTION_SETS as INSTRUCTION_SETS
 from hybrid_moe_kernels.extension import loader
 
 DTYPES = (torch.float32, torch.bfloat16)
 DEVICES = ("cpu",)
 CHECKS = True  # in C++, at a cost that does not show
-
-INSTRUCTION_SETS = ("generic", "avx2", "avx512bf16", "amx")
-"""Worst first; a processor has the first of them at least."""
 
 LOCK_LIMIT_S = 600.0
 """How long a process waits while another one builds."""

@@ -35,10 +35,8 @@ from typing import Any
 
 import torch
 from hybrid_moe_kernels.checks import Inside
+from hybrid_moe_kernels.choices import CHOICES as CHOICES
 from torch import Tensor
-
-CHOICES = ("auto", "torch", "native", "triton", "fla", "mamba_ssm")
-"""What `use` takes."""
 
 SLOWER: dict[tuple[str, str, torch.dtype], str] = {}
 """What a backend has and the registry never picks, by what benchmarks/bench_kernels.py measured against torch."""
@@ -47,7 +45,7 @@ _MODULES = {"torch": "reference"}
 _log = logging.getLogger("hybrid_moe_kernels")
 _ops: dict[str, "Op"] = {}
 _said: set[str] = set()
-_choice = os.environ.get("HMR_KERNELS", "auto")
+_choice = os.environ.get("HMR_KERNELS") or "auto"
 _wanted = os.environ.get("HMR_KERNEL_CHECKS", "")
 _checks = __debug__ and _wanted != "0"
 _unchecked = Inside()

@@ -20,14 +20,15 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from repro import process, worker
+from repro import worker
+from repro.parent import die_with_parent
 from repro.rundir import RunDir
 from repro.settings import read_settings
 
 
 def main() -> int:
     """Entry point: 0 when the launcher has no more runs."""
-    process.die_with_parent()
+    die_with_parent()
     import torch
 
     import hybrid_moe_ref.engine.lifecycle
@@ -64,7 +65,7 @@ def _fork(work: Callable[[], None]) -> int:
     parent = os.getpid()
     if pid := os.fork():
         return pid
-    process.die_with_parent(parent)
+    die_with_parent(parent)
     try:
         work()
     except BaseException:

@@ -17,7 +17,7 @@ from pathlib import Path
 
 from hybrid_moe_kernels.extension import BUILT
 
-from repro import process
+from repro.parent import die_with_parent
 from repro.rundir import RunDir
 from repro.settings import RunSettings, read_settings
 
@@ -79,7 +79,7 @@ def of_rank(cache: Path, settings: RunSettings, rank: int) -> Path:
 
 def main() -> None:
     """Build what is missing in the user's cache, and copy it."""
-    process.die_with_parent()
+    die_with_parent()
     from hybrid_moe_kernels.extension import default_cache
     from hybrid_moe_kernels.gated_delta_rule.jit import PREFILL, PREFILL_CUDA
     from hybrid_moe_kernels.moe.jit import EXPERTS

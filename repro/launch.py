@@ -12,27 +12,38 @@ import json
 import os
 import select
 import shutil
-import signal
 import subprocess
 import sys
+import threading
 import time
+import traceback
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from types import FrameType
 from typing import Any, Protocol
 
 import psutil
 
+from hybrid_moe_ref.files import open_regular, sync, write_atomically
 from repro import kernel_cache, locks, lookout, process, scenarios
 from repro.comparison import compare_tokens
 from repro.expectation import document_of, watch_options
+from repro.interrupt import Interrupt
 from repro.layout import Geometry, Identity
+from repro.parent import die_with_parent, name_myself, start_ticks
 from repro.rundir import OutputError, RunDir, write_json
 from repro.settings import RunSettings
 from repro.verdict import Verdict
+from repro.verdict.facts import Facts
 from repro.watch import Watch
 from repro.witness import Tail, create
+
+POLL_S = 0.05
+PERSIST_PATIENCE_S = 5.0
+"""How long the disk may take to keep the evidence."""
+
+SYNCS = 8
+"""How many files are written to the disk at a time: one after another takes ten times as long."""
 
 RELEASE_PATIENCE_S = 8.0
 """How long ranks that are done may take to exit on their own."""
@@ -49,30 +60,6 @@ class CannotRunHere(RuntimeError):
     """This machine lacks what the run needs; the text says what."""
 
 
-class Interrupt:
-    """Turns SIGINT, SIGTERM and SIGHUP into a flag, so that evidence can be written before anything ends."""
-
-    def __init__(self) -> None:
-        self.number = 0
-
-    def __call__(self) -> bool:
-        return self.number != 0
-
-    def _note(self, number: int, frame: FrameType | None) -> None:
-        self.number = number
-
-    @contextlib.contextmanager
-    def installed(self) -> Iterator[Interrupt]:
-        """Handle the signals for the length of a ``with``."""
-        numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-        before = {number: signal.signal(number, self._note) for number in numbers}
-        try:
-            yield self
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
-
-
 class Job(Protocol):
     """What was started for a run; a Popen is one."""
 
@@ -82,11 +69,9 @@ class Job(Protocol):
     def poll(self) -> int | None:
         """None while it runs."""
 
-    def wait(self) -> int:
-        """Return when it has ended."""
 
-
-Start = Callable[[RunDir, RunSettings], Job]
+Start = Callable[[RunDir, RunSettings, Callable[[], bool]], Job]
+"""Starts the ranks of a run; the last argument says whether the user wants an end."""
 
 
 @dataclass
@@ -104,13 +89,15 @@ def prepare_run_dir(out: Path, settings: RunSettings, interrupt: Callable[[], bo
     """
     run_dir = RunDir.create(out, settings.scenario, settings.variant, settings.seed)
     try:
-        if shutil.disk_usage(run_dir.root).free < FREE_BYTES:
+        shape = Geometry(ring_records=settings.ring_records)
+        if shutil.disk_usage(run_dir.root).free < FREE_BYTES + settings.num_ranks * shape.file_bytes:
             raise OSError(None, "no space left on device")
         write_json(run_dir.config, settings.to_mapping())
         kernel_cache.fill(run_dir, settings, interrupt)
         scenarios.load(settings.scenario).before(settings, kernel_cache.folder(run_dir, settings))
-        shape = Geometry(ring_records=settings.ring_records)
         for rank in range(settings.num_ranks):
+            if interrupt():
+                raise KeyboardInterrupt
             create(run_dir.witness(rank), Identity(rank, settings.num_ranks, run_id=run_dir.root.name), shape)
         run_dir.point_latest()
     except BaseException as error:
@@ -124,21 +111,28 @@ def prepare_run_dir(out: Path, settings: RunSettings, interrupt: Callable[[], bo
 def run(
     settings: RunSettings,
     out: Path,
-    interrupt: Callable[[], bool],
+    interrupt: Interrupt,
     display: Display,
     start: Start,
     known_reference: Path | None = None,
 ) -> tuple[RunDir, dict[str, Any]]:
-    """Run one variant to its verdict; returns where it is and what verdict.json says.
+    """Run one variant to its verdict; returns its directory and the content of verdict.json.
 
     start: starts the ranks, as :func:`launcher` gives it
     known_reference: reference.json of an earlier run with the same ``reference_key``
+
+    Raises KeyboardInterrupt when the user ends it before there are ranks; later the verdict says so.
     """
     run_dir = prepare_run_dir(out, settings, interrupt)
-    if known_reference is not None and known_reference.exists():
-        shutil.copyfile(known_reference, run_dir.reference)
-    job = start(run_dir, settings)
-    return run_dir, attend(run_dir, settings, interrupt, display, lambda: job.poll() is None, [job])
+    with interrupt.deferred():
+        if known_reference is not None and known_reference.exists():
+            shutil.copyfile(known_reference, run_dir.reference)
+        job = start(run_dir, settings, interrupt)
+
+        def job_alive() -> bool:
+            return interrupt() or job.poll() is None  # that it has ended since is no finding about the run
+
+        return run_dir, attend(run_dir, settings, interrupt, display, job_alive, [job])
 
 
 def skipped(settings: RunSettings, why: str) -> dict[str, Any]:
@@ -158,23 +152,39 @@ def attend(
 ) -> dict[str, Any]:
     """Watch a run that was started, to its verdict and its end; returns what verdict.json says.
 
-    Raises OutputError when another process does so already: only one may end a run. Any other OSError, of a disk that
-    fills up for one, says where the run is.
+    Raises OutputError when another process does so already: only one may end a run. Where this program itself fails
+    the verdict is `inconclusive`; OSError with the place of the run where not even that can be written.
     """
-    try:
-        with _only_one(run_dir):
+    with _only_one(run_dir):
+        try:
             return _attend(run_dir, settings, interrupt, display, job_alive, list(started))
-    except OutputError:
-        raise
-    except OSError as error:
-        told = f"{error.strerror or error}; what is kept of the run is in {run_dir.root}"
-        raise OSError(error.errno, told, error.filename) from error
+        except Exception as error:
+            if run_dir.verdict.exists():  # what failed came after it
+                raise
+            try:
+                return _undecided(run_dir, settings, error)
+            except OSError as full:
+                reason = f"{full.strerror or full}; what is kept of the run is in {run_dir.root}"
+                raise OSError(full.errno, reason, full.filename) from error
+
+
+def _undecided(run_dir: RunDir, settings: RunSettings, error: Exception) -> dict[str, Any]:
+    """Write the verdict of a run whose watch failed, with the traceback in a log of the run."""
+    reason = f"the watcher failed, which says nothing about the run: {type(error).__name__}: {error}"
+    with contextlib.suppress(OSError):  # a full disk: the verdict is smaller, and may find room
+        write_atomically(run_dir.watcher_log, "".join(traceback.format_exception(error)))
+        reason += f" (logs/{run_dir.watcher_log.name})"
+    verdict = Verdict("inconclusive", evidence=(reason[:1000],), confidence="undecided")
+    seconds = {"stall_to_verdict": 0.0, "total": round(time.time() - run_dir.config.stat().st_mtime, 3)}
+    document = {**document_of(settings, verdict), "system": Facts().to_json(), "interrupted": False, "seconds": seconds}
+    write_json(run_dir.verdict, document, durable=True)
+    return document
 
 
 @contextlib.contextmanager
 def _only_one(run_dir: RunDir) -> Iterator[None]:
     """A lock on config.json, which the kernel lets go of however its holder ends."""
-    with run_dir.config.open("rb") as file:
+    with open_regular(run_dir.config) as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -194,44 +204,80 @@ def _attend(
     children: list[Job],
 ) -> dict[str, Any]:
     started_here = bool(children)
-    reference = None
-    if not run_dir.reference.exists():
-        reference = _start([sys.executable, "-m", "repro.reference", str(run_dir.root)], run_dir, run_dir.reference_log)
-        children.append(reference)
+    reference: subprocess.Popen[bytes] | None = None
+    ranks: Callable[[], list[psutil.Process]] = list
 
     def reference_alive() -> bool:
         return reference is not None and reference.poll() is None
 
-    watch = Watch(
-        run_dir,
-        watch_options(settings),
-        job_alive=job_alive,
-        compare=lambda final: compare_tokens(run_dir, settings.num_ranks, settings.tp_size, reference_alive, final),
-        describe=lambda verdict: document_of(settings, verdict),
-        interrupted=interrupt,
-        show=display.show,
-        notice=display.notice,
-    )
     try:
+        if not run_dir.reference.exists():
+            command = [sys.executable, "-m", "repro.reference", str(run_dir.root)]
+            reference = _start(command, run_dir, run_dir.reference_log)
+            children.append(reference)
+        watch = Watch(
+            run_dir,
+            watch_options(settings),
+            job_alive=job_alive,
+            compare=lambda final: compare_tokens(run_dir, settings.num_ranks, settings.tp_size, reference_alive, final),
+            describe=lambda verdict: document_of(settings, verdict),
+            interrupted=lambda: interrupt() or run_dir.interrupted.exists(),
+            show=display.show,
+            notice=display.notice,
+        )
+        ranks = watch.processes
         document = watch.run()
+        persist(run_dir, display.notice)
         # Their work is on the disk, and to leave takes eight interpreters seconds: ours are ended, unless a library
         # has something of the host's to give back. Of another's job the launcher wants to see its ranks exit well.
         if watch.all_done() and not (started_here and settings.backend == "gloo"):
             _release(run_dir, lambda: job_alive() or watch.others_run())
     finally:
-        end(run_dir, children, watch.processes())
+        for text in end(run_dir, children, ranks()):
+            display.notice(text)
     return document
 
 
-def end(run_dir: RunDir, started: list[Job], ranks: list[psutil.Process]) -> None:
-    """Kill what was started and the ranks that run, and remove what only the processes needed."""
+def persist(run_dir: RunDir, notice: Callable[[str], None], patience_s: float = PERSIST_PATIENCE_S) -> None:
+    """Have the disk keep the evidence before its writers are ended; a machine with a hang is often reset next.
+
+    In threads that nobody waits for at exit: a file server that does not answer must not keep the ranks of the run.
+    """
+    paths, failures = run_dir.contents(), []
+
+    def sync_all(share: list[Path]) -> None:
+        for path in share:
+            try:
+                sync(path)
+            except OSError as error:
+                failures.append(f"{path}: {error.strerror or error}")
+
+    shares = [paths[first::SYNCS] for first in range(SYNCS)]
+    threads = [threading.Thread(target=sync_all, args=(share,), daemon=True) for share in shares]
+    until = time.monotonic() + patience_s
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(max(0.0, until - time.monotonic()))
+    if any(thread.is_alive() for thread in threads):
+        failures.append(f"{run_dir.root} was not written to its disk within {patience_s:g} s")
+    for failure in failures[:1]:
+        notice(f"evidence may be lost when this machine is reset now: {failure}")
+
+
+def end(run_dir: RunDir, started: list[Job], ranks: list[psutil.Process]) -> list[str]:
+    """Kill what was started and the ranks that run, and remove what only the processes needed.
+
+    Returns a sentence for each process that did not end within process.REAP_PATIENCE_S.
+    """
     running = [child for child in started if child.poll() is None]  # the pid of another may be somebody else's by now
     doomed = [*ranks, *(found for child in running for found in process.with_descendants(child.pid))]
-    process.kill(doomed)
-    for child in started:
-        child.wait()
-    lookout.tidy(run_dir, (run_dir.store, run_dir.root / "rendezvous"))
+    left = process.kill(doomed)
+    for child in started:  # reaps what was a child of this process
+        child.poll()
+    lookout.tidy(run_dir, (run_dir.store, run_dir.interrupted, run_dir.root / "rendezvous"))
     shutil.rmtree(run_dir.root / "tmp", ignore_errors=True)
+    return [f"{process.describe(pid)} could not be ended: it does not return from a system call" for pid in left]
 
 
 @contextlib.contextmanager
@@ -251,7 +297,7 @@ LAUNCHERS = ("torchrun", "fork")
 """As a server's, by torchrun, or forked from one process, which is quicker."""
 
 
-def _start_torchrun(run_dir: RunDir, settings: RunSettings) -> Job:
+def _start_torchrun(run_dir: RunDir, settings: RunSettings, interrupt: Callable[[], bool]) -> Job:
     command = [
         sys.executable, "-m", "torch.distributed.run",
         "--nnodes=1", f"--nproc-per-node={settings.num_ranks}", "--max-restarts=0", "--monitor-interval=0.1",
@@ -269,8 +315,8 @@ class Nursery:
     def __init__(self) -> None:
         self._process: subprocess.Popen[bytes] | None = None
 
-    def start(self, run_dir: RunDir, settings: RunSettings) -> Job:
-        """Start the ranks of a run."""
+    def start(self, run_dir: RunDir, settings: RunSettings, interrupt: Callable[[], bool] = lambda: False) -> Job:
+        """Start the ranks of a run; what is returned has ended already where that failed or was interrupted."""
         if self._process is None or self._process.poll() is not None:
             self._process = _start([sys.executable, "-m", "repro.forked"], run_dir, talks=True)
         assert self._process.stdin is not None and self._process.stdout is not None
@@ -278,17 +324,27 @@ class Nursery:
         with contextlib.suppress(BrokenPipeError):  # what ended it is in the log, and the run is judged without ranks
             self._process.stdin.write(json.dumps(wanted).encode() + b"\n")
             self._process.stdin.flush()
-        answers, _, _ = select.select([self._process.stdout], [], [], settings.deadline_s)  # the import may be stuck
-        pid = self._process.stdout.readline() if answers else b""
-        if not pid:
-            self.close()
-        return Forked(int(pid)) if pid else self._process
+        until = time.monotonic() + settings.deadline_s  # the import may be stuck
+        answers: list[Any] = []
+        while not answers and not interrupt() and time.monotonic() < until:
+            answers, _, _ = select.select([self._process.stdout], [], [], POLL_S)
+        if pid := self._process.stdout.readline() if answers else b"":
+            return Forked(int(pid))
+        ended = self._process
+        self.close()
+        return ended
 
     def close(self) -> None:
-        """End it, and whatever it still has."""
-        if self._process is not None:
-            process.kill(process.with_descendants(self._process.pid))
-            self._process.wait()
+        """End the process and its children, and close the pipes to it."""
+        if self._process is None:
+            return
+        process.kill(process.with_descendants(self._process.pid))
+        self._process.poll()
+        for pipe in (self._process.stdin, self._process.stdout):
+            assert pipe is not None
+            with contextlib.suppress(OSError):  # what could not be written is of no use any more
+                pipe.close()
+        self._process = None
 
 
 class Forked:
@@ -296,17 +352,11 @@ class Forked:
 
     def __init__(self, pid: int) -> None:
         self.pid = pid
-        self._ticks = process.start_ticks(pid)
+        self._ticks = start_ticks(pid)
 
     def poll(self) -> int | None:
         """None while it runs."""
         return None if process.running(self.pid, self._ticks) else 0
-
-    def wait(self) -> int:
-        """Return when it has ended."""
-        while self.poll() is None:
-            time.sleep(0.01)
-        return 0
 
 
 def _start(
@@ -324,7 +374,7 @@ def _start(
             stderr=output if talks else subprocess.STDOUT,
             env=_environment(run_dir),
             start_new_session=True,  # a terminal's Ctrl-C reaches this process alone, which ends the others in order
-            preexec_fn=lambda: process.die_with_parent(parent),
+            preexec_fn=lambda: die_with_parent(parent),
         )
 
 
@@ -334,7 +384,7 @@ def _environment(run_dir: RunDir) -> dict[str, str]:
     return {
         **os.environ,
         "HMR_RUN_DIR": str(run_dir.root),
-        "HMR_LAUNCHER": process.name_myself(),
+        "HMR_LAUNCHER": name_myself(),
         "GLOO_SOCKET_IFNAME": os.environ.get("GLOO_SOCKET_IFNAME", "lo"),
         "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1"),
         "TMPDIR": str(temporary),

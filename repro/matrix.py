@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from repro import kernel_cache, launch, scenarios
+from repro.interrupt import Interrupt
 from repro.layout import Kind
 from repro.rundir import RunDir
 from repro.settings import RunSettings
@@ -59,7 +60,7 @@ def cells() -> list[Cell]:
 def run(
     wanted: Sequence[tuple[Cell, RunSettings]],
     out: Path,
-    interrupt: Callable[[], bool],
+    interrupt: Interrupt,
     tell: Callable[[str], None],
     start: launch.Start,
     done: Callable[[Path], None] = lambda root: None,

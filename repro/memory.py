@@ -1,7 +1,7 @@
-"""Whether the ranks of runs fit into this machine's memory, asked before any starts.
+"""Check before any rank starts whether the ranks of runs fit into this machine's memory.
 
-``python -m repro.memory`` reads a list of settings from standard input, and prints what does not fit. A process of its
-own, as it needs torch, which the launcher never loads.
+``python -m repro.memory`` reads a list of settings from standard input and prints what does not fit. It is a process of
+its own because it needs torch, which the launcher never loads.
 """
 
 from __future__ import annotations
@@ -16,16 +16,22 @@ from repro.settings import RunSettings
 
 
 def refuse_too_large(runs: Iterable[RunSettings]) -> None:
-    """Raises ConfigError for a run whose ranks cannot fit, with what they need and what is there."""
-    asked = json.dumps([settings.to_mapping() for settings in runs])
+    """Raise ConfigError for a run whose ranks cannot fit, with what they need and what the machine has.
+
+    Raises RuntimeError where that cannot be worked out.
+    """
+    documents = json.dumps([settings.to_mapping() for settings in runs])
     command = [sys.executable, "-m", "repro.memory"]
-    answer = subprocess.run(command, input=asked, stdout=subprocess.PIPE, text=True)
-    if told := answer.stdout.strip():
-        raise ConfigError(told)
+    answer = subprocess.run(command, input=documents, capture_output=True, text=True)
+    if answer.returncode:
+        last = answer.stderr.strip().splitlines()[-1:] or [f"exit code {answer.returncode}"]
+        raise RuntimeError(f"cannot work out whether the run fits into memory: {last[0]}")
+    if shortage := answer.stdout.strip():
+        raise ConfigError(shortage)
 
 
 def shortage_of(settings: RunSettings) -> str:
-    """What the run needs and the machine has, "" where that is enough. A GPU's memory is not looked at."""
+    """What the run needs and what the machine has; "" where that is enough. The memory of GPUs is not checked."""
     import torch
 
     from hybrid_moe_ref import memory
@@ -39,17 +45,13 @@ def shortage_of(settings: RunSettings) -> str:
         memory.check_memory(rank, server.engine.num_pages, "cpu", settings.num_ranks)
     except ConfigError as error:
         return str(error)
-    except RuntimeError as error:  # sizes beyond what a tensor can have
-        if not (told := memory.shortage(error)):
-            raise
-        return told
     return ""
 
 
 def main() -> None:
     """Entry point."""
-    told = (shortage_of(RunSettings.from_mapping(document)) for document in json.load(sys.stdin))
-    print(next(filter(None, told), ""))
+    shortages = (shortage_of(RunSettings.from_mapping(document)) for document in json.load(sys.stdin))
+    print(next(filter(None, shortages), ""))
 
 
 if __name__ == "__main__":

@@ -22,6 +22,7 @@ from typing import Any
 
 from hybrid_moe_ref.config import ConfigError
 from repro import launch, replay, scenarios
+from repro.interrupt import Interrupt
 from repro.report.gather import gather
 from repro.report.text import counted, visible_lines
 from repro.rundir import refuse_unwritable, write_atomically, write_json
@@ -191,7 +192,7 @@ class Runner:
     """Runs trials in a folder that is thrown away; a hang needs no single-process reference."""
 
     folder: Path
-    interrupt: launch.Interrupt
+    interrupt: Interrupt
     start: launch.Start
     say: Callable[[str], None]
     last: Path | None = None
@@ -269,13 +270,11 @@ def run(args: argparse.Namespace) -> int:
     def say(text: str) -> None:
         print(visible_lines(text), file=where, flush=True)
 
-    interrupt = launch.Interrupt()
     with (
-        interrupt.installed(),
         tempfile.TemporaryDirectory(prefix="repro-minimise-") as folder,
         launch.launcher("fork") as start_ranks,
     ):
-        runner = Runner(Path(folder), interrupt, start_ranks, say)
+        runner = Runner(Path(folder), args.interrupt, start_ranks, say)
         scenario = scenarios.load(args.scenario)
         say(f"{args.scenario}: from {describe(start)}")
         try:

@@ -1,4 +1,4 @@
-"""Processes that a run started: find them, see whether they run, end them, and end with their parent.
+"""Processes that a run started: find them, see whether they run, and end them.
 
 Only processes are ended that this run started: descendants of its launcher, and pids that its own witnesses
 name, with the start time they name, so that a pid used again is never hit.
@@ -7,81 +7,27 @@ name, with the start time they name, so that a pid used again is never hit.
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import os
-import signal
-import sys
 import time
 from collections.abc import Iterable
 
 import psutil
 
 from repro.layout import Identity
+from repro.parent import die_with_parent as die_with_parent
+from repro.parent import start_ticks
 
-_PR_SET_PDEATHSIG = 1
 REAP_PATIENCE_S = 5.0
 
 
-def die_with_parent(parent: int | None = None) -> None:
-    """Be killed when the process that started this one ends, however it ends (Linux).
-
-    parent: its pid, where known; if it is gone already this process ends at once.
-    """
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
-    if parent is not None and os.getppid() != parent:
-        os._exit(1)
-
-
-def start_ticks(pid: int) -> int:
-    """When the process began, in clock ticks since boot; 0 if the system does not say."""
-    try:
-        return _read_start_ticks(pid)
-    except (OSError, ValueError, IndexError):
-        return 0
-
-
-def _read_start_ticks(pid: int) -> int:
-    with open(f"/proc/{pid}/stat") as file:
-        return int(file.read().rpartition(")")[2].split()[19])
-
-
-def name_myself() -> str:
-    """This process, so that a child can ask whether it still runs."""
-    return f"{os.getpid()}:{start_ticks(os.getpid())}"
-
-
-def still_runs(name: str) -> bool:
-    """Whether the process that :func:`name_myself` named still runs."""
-    pid, _, ticks = name.partition(":")
-    return running(int(pid), int(ticks)) is not None
-
-
 def running(pid: int, ticks: int) -> psutil.Process | None:
-    """The process of that pid that began at those :func:`start_ticks`; None when it has ended, or is a zombie.
-
-    Raises psutil.AccessDenied if the process is hidden from this user, and OSError if the system does not answer, as
-    when this process has no file descriptor left: neither says that it has ended.
-    """
+    """The process of that pid that began at those `parent.start_ticks`; None when it has ended, or is a zombie."""
     try:
         process = psutil.Process(pid)
-        # A pid alone may be another process's by now. psutil's own start time is in another unit.
-        return process if not _has_ended(process) and _read_start_ticks(pid) == ticks else None
-    except (psutil.NoSuchProcess, FileNotFoundError, ProcessLookupError):
-        if _is_hidden(pid):
-            raise psutil.AccessDenied(pid) from None
+    except psutil.NoSuchProcess:
         return None
-
-
-def _is_hidden(pid: int) -> bool:
-    """Whether the pid is in use although /proc does not show it, as when it is mounted with hidepid."""
-    try:
-        os.kill(pid, 0)
-    except PermissionError:
-        return not os.path.exists(f"/proc/{pid}")
-    except OSError:
-        return False
-    return False
+    # A pid alone may be somebody else's by now. psutil's own start time is in another unit.
+    return process if not _has_ended(process) and start_ticks(pid) == ticks else None
 
 
 def _has_ended(process: psutil.Process) -> bool:
@@ -114,25 +60,18 @@ def with_descendants(pid: int) -> list[psutil.Process]:
         return []
 
 
-def kill(processes: Iterable[psutil.Process]) -> None:
-    """SIGKILL them all, and wait until they have ended or REAP_PATIENCE_S passed. Their parents reap them, which of an
-    orphan is the system's first process and may take seconds.
+def kill(processes: Iterable[psutil.Process]) -> list[int]:
+    """SIGKILL processes and wait until they have ended or REAP_PATIENCE_S passed; returns the pids of those that have
+    not. Their parents reap them, which of an orphan is the system's first process and may take seconds.
     """
-    left = list(processes)
+    processes = list(processes)
+    for process in processes:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            process.kill()
     deadline = time.monotonic() + REAP_PATIENCE_S
-    while left and time.monotonic() < deadline:
-        for process in left:
-            with contextlib.suppress(psutil.Error, OSError):  # the next round tries again
-                process.kill()
-        left = [process for process in left if not _seen_to_end(process)]
-        time.sleep(0.01 if left else 0)
-
-
-def _seen_to_end(process: psutil.Process) -> bool:
-    try:
-        return _has_ended(process)
-    except (psutil.Error, OSError):
-        return False
+    while (running := [process for process in processes if not _has_ended(process)]) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    return sorted({process.pid for process in running})
 
 
 def with_ancestors(pid: int) -> list[int]:

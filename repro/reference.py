@@ -9,7 +9,7 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from repro import process
+from repro.parent import die_with_parent
 from repro.rundir import RunDir, write_json
 from repro.settings import RunSettings, read_settings
 
@@ -33,7 +33,7 @@ def compute(settings: RunSettings) -> dict[str, list[int]]:
 
 def main() -> None:
     """Entry point."""
-    process.die_with_parent()
+    die_with_parent()
     run_dir = RunDir(Path(sys.argv[1]))
     write_json(run_dir.reference, compute(read_settings(run_dir.config)))
 

@@ -7,12 +7,13 @@ fr/rank000.json        PyTorch's Flight Recorder             the rank, when aske
 logs/rank000.log       what the rank printed                 the rank
 logs/launcher.log      what started the ranks printed        torchrun, or repro.forked
 logs/reference.log     what the reference printed            repro.reference
-logs/watcher.log       traceback of a failed watcher         watcher
+logs/watcher.log       why the watch failed, if it did       watcher
 env/rank000.txt        versions it loaded                    the rank, once connected
 outputs/rank000.json   tokens served                         the rank, when done
 reference.json         tokens of the single-process model    repro.reference
 verdict.json           the verdict                           watcher, before anything is killed
 release                tells parked ranks to exit            watcher
+interrupted            the user wants an end                 a rank that got SIGINT; gone when the run is decided
 asked, lookouts/       between watcher and other hosts       see repro.lookout; gone when the run is decided
 """
 
@@ -29,7 +30,7 @@ from pathlib import Path
 from typing import Any
 
 from hybrid_moe_ref.files import MAX_JSON_BYTES as MAX_JSON_BYTES
-from hybrid_moe_ref.files import open_regular
+from hybrid_moe_ref.files import DamagedFile, open_regular
 from hybrid_moe_ref.files import read_json as read_json
 from hybrid_moe_ref.files import write_atomically as write_atomically
 from repro.witness import SUFFIX
@@ -135,6 +136,10 @@ class RunDir:
         return self.root / "release"
 
     @property
+    def interrupted(self) -> Path:
+        return self.root / "interrupted"
+
+    @property
     def asked(self) -> Path:
         return self.root / "asked"
 
@@ -144,6 +149,11 @@ class RunDir:
 
     def lookout(self, first_rank: int) -> Path:
         return self._rank_file("lookouts", first_rank, "json")
+
+    def contents(self) -> list[Path]:
+        """All files of the run and the folders that they are in."""
+        folders = [self.root, *(self.root / part for part in PARTS)]
+        return [path for folder in folders for path in (folder, *folder.glob("*")) if path == folder or path.is_file()]
 
     @property
     def store(self) -> Path:
@@ -168,11 +178,11 @@ def write_json(path: Path, value: Any, *, durable: bool = False) -> None:
 
 
 def read_tokens(path: Path) -> dict[str, list[int]]:
-    """Read the tokens of each request from reference.json or an output; raises ValueError as :func:`read_json`."""
+    """Read the tokens of each request from reference.json or an output; raises DamagedFile as :func:`read_json`."""
     document = read_json(path, MAX_TOKENS_BYTES)
     rows = document.values() if isinstance(document, dict) else [None]
     if not all(isinstance(row, list) and all(isinstance(token, int) for token in row) for row in rows):
-        raise ValueError(f"{path}:1: not lists of tokens by request")
+        raise DamagedFile(f"{path}:1: not lists of tokens by request")
     return dict(document)
 
 

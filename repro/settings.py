@@ -11,15 +11,33 @@ from hybrid_moe_ref.config import Config, ConfigError, EngineConfig, ModelConfig
 from hybrid_moe_ref.engine.scheduler import Request
 from hybrid_moe_ref.engine.server_config import CHECKS, ServerConfig
 from hybrid_moe_ref.files import read_json
-from hybrid_moe_ref.pages import PageLayout, page_layout
+from hybrid_moe_ref.pages import page_layout
 from repro.layout import Geometry
 from repro.workload import WorkloadConfig, draw_requests
 
 VARIANTS = ("control", "fault", "fix")
 BACKENDS = ("gloo", "nccl")
 MAX_CONFIG_BYTES = 1 << 20
+MAX_WORK = 100_000
+"""Tokens and idle steps of all ranks together, drawn at most: each verdict on a run goes through them."""
+
 MAX_RING_RECORDS = 1 << 20  # 72 MiB a rank
 KERNEL_CACHES = ("cold", "warm", "split")
+
+LARGEST: dict[str, float] = {
+    "num_ranks": 1024,
+    "tp_size": 1024,
+    "drawn_for": 1024,
+    "ring_records": MAX_RING_RECORDS,
+    "seed": 2**63 - 1,
+    "quiet_window_s": 1e6,
+    "deadline_s": 1e6,
+    "group_timeout_s": 1e6,
+    "engine.collective_limit_s": 1e6,
+    "model.layer_pattern": 256,
+    "engine.capture_sizes": 256,
+}
+"""What a number may be at most, or how long a list or text. Others: 1,000,000, 1e12 for a float, 4096 characters."""
 
 # Served in float64: a sum in another order then changes a logit by 1e-15, not 1e-6, so greedy tokens and expert
 # choices equal the single-process model's on every seed, and a difference means a fault, not rounding.
@@ -57,14 +75,13 @@ class RunSettings(Config):
     workload: WorkloadConfig = field(default_factory=WorkloadConfig)
 
     def __post_init__(self) -> None:
+        _check_bounds(self)
         if self.variant not in VARIANTS:
             raise ConfigError(f"unknown variant {self.variant!r}; known: {', '.join(VARIANTS)}", "variant")
         if self.backend not in BACKENDS:
             raise ConfigError(f"unknown backend {self.backend!r}; known: {', '.join(BACKENDS)}", "backend")
         if self.num_ranks < 2:
             raise ConfigError(f"{self.num_ranks} ranks cannot wait for each other; at least 2", "num_ranks")
-        if self.num_ranks > 1024:
-            raise ConfigError(f"{self.num_ranks} is more than 1024 ranks of one host", "num_ranks")
         if self.tp_size < 1 or self.num_ranks % self.tp_size:
             raise ConfigError(f"{self.num_ranks} ranks do not divide into groups of {self.tp_size}", "tp_size")
         if self.model.num_experts % self.num_ranks:
@@ -75,15 +92,15 @@ class RunSettings(Config):
             raise ConfigError(f"unknown strength {self.checks!r}; known: {', '.join(CHECKS)}", "checks")
         if self.kernel_cache and self.kernel_cache not in KERNEL_CACHES:
             raise ConfigError(f"unknown state {self.kernel_cache!r}; known: {', '.join(KERNEL_CACHES)}", "kernel_cache")
-        if not 0 <= self.drawn_for <= 1024:
+        if self.drawn_for < 0:
             raise ConfigError(f"{self.drawn_for} is not a number of dp ranks", "drawn_for")
-        if not 64 <= self.ring_records <= MAX_RING_RECORDS or self.ring_records % 2:
+        if self.ring_records < 64 or self.ring_records % 2:
             wanted = f"an even number of events in 64..{MAX_RING_RECORDS}"
             raise ConfigError(f"{self.ring_records} is not {wanted}", "ring_records")
-        if not 0 <= self.group_timeout_s < 1e6:
+        if not self.group_timeout_s >= 0:
             raise ConfigError(f"{self.group_timeout_s} is not a number of seconds", "group_timeout_s")
         for name in ("quiet_window_s", "deadline_s"):
-            if not 0 < getattr(self, name) < 1e6:
+            if not getattr(self, name) > 0:
                 raise ConfigError(f"{getattr(self, name)} is not a positive number of seconds", name)
         if self.workload.max_prompt_tokens > self.engine.max_num_batched_tokens:
             raise ConfigError(
@@ -92,12 +109,25 @@ class RunSettings(Config):
                 "workload.max_prompt_tokens",
             )
 
+        self._check_work()
         self._check_pages()
 
+    def _check_work(self) -> None:
+        """Refuse a workload that takes long to draw, which every command that judges a run does."""
+        work, num_ranks = self.workload, self.drawn_for or self.num_ranks // self.tp_size
+        of_a_rank = work.max_requests * (work.max_prompt_tokens + work.max_new_tokens) + work.max_arrival_step
+        if num_ranks * of_a_rank > MAX_WORK:
+            raise ConfigError(
+                f"up to {num_ranks * of_a_rank} tokens and steps of {num_ranks} dp ranks, at most {MAX_WORK}; "
+                "choose smaller max_requests, max_new_tokens or max_arrival_step",
+                "workload",
+            )
+
     def _check_pages(self) -> None:
-        """A cache that may become full is refused: what scenarios expect of a run assumes that no rank preempts."""
-        try:
-            layout = self.page_layout()
+        """A cache that may run out in the middle of a run is refused at its start."""
+        itemsize = {"float64": 8, "float32": 4}.get(self.engine.dtype, 2)
+        try:  # a tp rank's page holds fewer tokens than the whole model's
+            layout = page_layout(self.model, itemsize, ssm_itemsize=max(4, itemsize), tp_size=self.tp_size)
         except ConfigError as error:  # heads that do not divide over the ranks
             raise ConfigError(error.message, f"model.{error.field}") from None
         longest = self.workload.max_prompt_tokens + self.workload.max_new_tokens
@@ -108,11 +138,6 @@ class RunSettings(Config):
                 f"of {longest} tokens take",
                 "engine.num_pages",
             )
-
-    def page_layout(self) -> PageLayout:
-        """The pages of a rank's cache. A page of a tp rank holds fewer tokens than one of the whole model."""
-        itemsize = {"float64": 8, "float32": 4}.get(self.engine.dtype, 2)
-        return page_layout(self.model, itemsize, ssm_itemsize=max(4, itemsize), tp_size=self.tp_size)
 
     @classmethod
     def from_document(
@@ -180,9 +205,24 @@ class RunSettings(Config):
         return self.model, self.engine.dtype, self.workload, self.drawn_for or self.num_ranks // self.tp_size, self.seed
 
 
+def _check_bounds(config: Config, where: str = "") -> None:
+    """Raise ConfigError for the first number, list or text beyond :data:`LARGEST`, in this or a nested config."""
+    for name, value in vars(config).items():
+        path = f"{where}{name}"
+        if isinstance(value, Config):
+            _check_bounds(value, f"{path}.")
+        elif isinstance(value, str | tuple):
+            if len(value) > LARGEST.get(path, 4096):
+                raise ConfigError(f"{len(value)} is longer than {LARGEST.get(path, 4096)}", path)
+        elif isinstance(value, int | float):
+            largest = LARGEST.get(path, 1_000_000 if isinstance(value, int) else 1e12)
+            if abs(value) > largest:
+                raise ConfigError(f"{value} is more than {largest:,.0f}", path)
+
+
 def read_settings(path: Path) -> RunSettings:
     """The settings of a run from its config.json.
 
-    Raises OSError, and ValueError (or ConfigError, which is one) with the file and what is wrong in it.
+    Raises OSError, DamagedFile for what is not JSON, ConfigError with the path of what is wrong in it.
     """
     return RunSettings.from_mapping(read_json(path, MAX_CONFIG_BYTES), str(path))

@@ -9,7 +9,14 @@ parks until the watcher lets it go.
 
 from __future__ import annotations
 
+if __name__ == "__main__":  # before the imports that take seconds on a busy machine
+    from repro.parent import die_with_parent, end_without_launcher
+
+    die_with_parent()
+    end_without_launcher()
+
 import argparse
+import contextlib
 import dataclasses
 import faulthandler
 import gc
@@ -28,10 +35,12 @@ from typing import TYPE_CHECKING, Any
 from hybrid_moe_ref.config import ConfigError
 from hybrid_moe_ref.engine.refusal import preflight
 from hybrid_moe_ref.engine.server_config import CHECKS
-from repro import loaded, process, scenarios
+from repro import loaded, scenarios
+from repro.environment import RankEnvironment, refuse_bad_variables
 from repro.kernel_cache import CannotFill
 from repro.launch import CANNOT_TELL, CannotRunHere, prepare_run_dir
 from repro.record import Recorder
+from repro.report.text import visible_lines
 from repro.rundir import OutputError, RunDir, write_atomically, write_json
 from repro.settings import VARIANTS, RunSettings, read_settings
 
@@ -44,6 +53,9 @@ TERM_PATIENCE_S = 8.0
 up to 5 s and a look at their stacks before it says why.
 """
 
+INT_PATIENCE_S = 3.0
+"""The same for SIGINT, which torchrun passes on to all ranks when the user presses Ctrl-C."""
+
 LAST_RESORT_S = 25.0
 """How long after its deadline a rank ends itself, should the watcher be gone: within the 30 s that are promised."""
 
@@ -54,7 +66,7 @@ def run_rank(run_dir: RunDir, settings: RunSettings, rank: int, join: Callable[[
     join: called after the witness is open; imports torch and returns the store that the ranks meet through,
     or None for torchrun's environment.
     """
-    dump_on_signals(run_dir, rank)
+    dump_on_signals(run_dir, rank, interrupts=True)
     faulthandler.dump_traceback_later(settings.deadline_s + LAST_RESORT_S, exit=True)
     recorder = Recorder.open(run_dir.witness(rank), rank, settings.num_ranks)
     try:
@@ -111,9 +123,10 @@ def serve(
     return Engine(server, comm, scenario.policies(settings, rank)).serve(scenario.requests(settings, rank))
 
 
-def dump_on_signals(run_dir: RunDir, rank: int) -> None:
+def dump_on_signals(run_dir: RunDir, rank: int, *, interrupts: bool = False) -> None:
     """SIGUSR1: Python stacks to the stack file. SIGUSR2: the Flight Recorder to the fr file. SIGTERM: to end, but not
-    before its stack could be taken.
+    before its stack could be taken. With ``interrupts`` SIGINT does the same, and tells the watcher that the user wants
+    an end.
 
     All work while the main thread waits inside a collective, where a Python signal handler would not run:
     faulthandler writes from the C handler, and the rest is done by a thread that the C handler wakes through the
@@ -123,7 +136,7 @@ def dump_on_signals(run_dir: RunDir, rank: int) -> None:
     faulthandler.register(signal.SIGUSR1, file=stack_file, all_threads=True)
     read_end, write_end = os.pipe()
     os.set_blocking(write_end, False)
-    for number in (signal.SIGUSR2, signal.SIGTERM):
+    for number in (signal.SIGUSR2, signal.SIGTERM, *[signal.SIGINT] * interrupts):
         signal.signal(number, lambda *_: None)
     signal.set_wakeup_fd(write_end, warn_on_full_buffer=False)
     threading.Thread(target=_act_on_signals, args=(run_dir, rank, read_end), daemon=True).start()
@@ -132,19 +145,30 @@ def dump_on_signals(run_dir: RunDir, rank: int) -> None:
 def _act_on_signals(run_dir: RunDir, rank: int, read_end: int) -> None:
     while numbers := os.read(read_end, 64):
         if signal.SIGTERM in numbers:
-            end = threading.Timer(TERM_PATIENCE_S, os._exit, (128 + signal.SIGTERM,))
-            end.daemon = True
-            end.start()
-        if signal.SIGUSR2 not in numbers:
-            continue
-        c10d = sys.modules.get("torch._C._distributed_c10d")
-        dump = getattr(c10d, "_dump_nccl_trace_json", None) or getattr(c10d, "_dump_fr_trace_json", None)
-        if dump is None:
-            continue  # torch is not imported yet: there is nothing to dump
-        try:
-            write_atomically(run_dir.flight_recorder(rank), dump(True, False))
-        except (OSError, RuntimeError) as error:
-            print(f"[rank {rank}] Flight Recorder not dumped: {error}", flush=True)
+            _end_in(TERM_PATIENCE_S, signal.SIGTERM)
+        if signal.SIGINT in numbers:
+            with contextlib.suppress(OSError):  # a full disk: then the watcher sees ranks that end
+                run_dir.interrupted.touch()
+            _end_in(INT_PATIENCE_S, signal.SIGINT)
+        if signal.SIGUSR2 in numbers:
+            _dump_flight_recorder(run_dir, rank)
+
+
+def _end_in(patience_s: float, number: int) -> None:
+    end = threading.Timer(patience_s, os._exit, (128 + number,))
+    end.daemon = True
+    end.start()
+
+
+def _dump_flight_recorder(run_dir: RunDir, rank: int) -> None:
+    c10d = sys.modules.get("torch._C._distributed_c10d")
+    dump = getattr(c10d, "_dump_nccl_trace_json", None) or getattr(c10d, "_dump_fr_trace_json", None)
+    if dump is None:
+        return  # torch is not imported yet: there is nothing to dump
+    try:
+        write_atomically(run_dir.flight_recorder(rank), dump(True, False))
+    except (OSError, RuntimeError) as error:
+        print(f"[rank {rank}] Flight Recorder not dumped: {error}", flush=True)
 
 
 def park(run_dir: RunDir) -> None:
@@ -154,22 +178,24 @@ def park(run_dir: RunDir) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Entry point under torchrun: 0, or 2 for a usage error."""
-    process.die_with_parent()
-    launcher = os.environ.get("HMR_LAUNCHER")
-    if launcher and not process.still_runs(launcher):
-        return 1  # it was killed before torchrun's death could reach this process
-    rank = int(os.environ.get("RANK", "0"))
-    if launched := os.environ.get("HMR_RUN_DIR"):
-        run_launched(RunDir(Path(launched)), rank)
+    """Entry point under torchrun: 0, 2 for a usage error, 125 for what cannot run here."""
+    try:
+        environment = RankEnvironment.read()
+    except ConfigError as error:  # rank 0 may not be known, so each says it
+        print(f"repro.worker: {error}", file=sys.stderr)
+        return 2
+    rank = environment.rank
+    if environment.run_dir:
+        run_launched(RunDir(environment.run_dir), rank)
         return 0
     try:
-        settings, out = _parse(argv)
-        _check_machine(settings)
-        run_dir = _meet(settings, out, rank)
+        refuse_bad_variables()
+        settings, out = _parse(argv, environment.num_ranks)
+        _check_machine(settings, environment.num_local_ranks)
+        run_dir = _meet(settings, out, environment)
     except (ConfigError, OutputError, CannotRunHere, CannotFill) as error:
         if rank == 0:
-            print(f"repro.worker: {error}", file=sys.stderr)
+            print(f"repro.worker: {visible_lines(str(error))}", file=sys.stderr)
         return CANNOT_TELL if isinstance(error, CannotRunHere | CannotFill) else 2
     run_rank(run_dir, settings, rank, lambda: None)
     return 0
@@ -212,7 +238,7 @@ class _Parser(argparse.ArgumentParser):
         raise ConfigError(message)
 
 
-def _parse(argv: list[str] | None) -> tuple[RunSettings, Path]:
+def _parse(argv: list[str] | None, num_ranks: int) -> tuple[RunSettings, Path]:
     parser = _Parser(prog="torchrun ... -m repro.worker", allow_abbrev=False)
     parser.add_argument("scenario")
     parser.add_argument("--variant", choices=VARIANTS, default="fault")
@@ -227,7 +253,7 @@ def _parse(argv: list[str] | None) -> tuple[RunSettings, Path]:
     flags = {
         "scenario": args.scenario,
         "variant": args.variant,
-        "num_ranks": int(os.environ.get("WORLD_SIZE", "1")),
+        "num_ranks": num_ranks,
         "backend": args.backend,
         "quiet_window_s": args.quiet_window,
         "deadline_s": args.deadline,
@@ -241,7 +267,7 @@ def _parse(argv: list[str] | None) -> tuple[RunSettings, Path]:
     return settings, args.out
 
 
-def _check_machine(settings: RunSettings) -> None:
+def _check_machine(settings: RunSettings, num_local_ranks: int) -> None:
     """Raises CannotRunHere for what the scenario lacks here, and without a GPU for each rank of this host."""
     if missing := scenarios.load(settings.scenario).missing(settings):
         raise CannotRunHere(f"{settings.scenario}: {missing}")
@@ -249,27 +275,26 @@ def _check_machine(settings: RunSettings) -> None:
         return
     import torch
 
-    found, needed = torch.cuda.device_count(), int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    if found < needed:
-        raise CannotRunHere(f"--backend nccl needs a GPU for each of {needed} ranks of a host; {found} found")
+    if (count := torch.cuda.device_count()) < num_local_ranks:
+        raise CannotRunHere(f"--backend nccl needs a GPU for each of {num_local_ranks} ranks of a host; {count} found")
 
 
-def _meet(settings: RunSettings, out: Path, rank: int) -> RunDir:
-    """Rank 0 makes the run directory and starts the watcher; the others are told where through torchrun's store, and
-    the first of each other host starts its lookout."""
+def _meet(settings: RunSettings, out: Path, environment: RankEnvironment) -> RunDir:
+    """Agree on the run directory through torchrun's store. Rank 0 makes it and starts the watcher, and the first rank
+    of each other host starts the lookout there."""
     import torch.distributed as dist
 
-    if os.environ.get("LOCAL_WORLD_SIZE") == os.environ.get("WORLD_SIZE"):
+    if environment.num_local_ranks == environment.num_ranks:
         os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
     store, _, _ = next(dist.rendezvous("env://"))
     store = dist.PrefixStore("repro", store)
-    if rank != 0:
-        told = store.get("run_dir").decode()
-        if not told:
+    if environment.rank != 0:
+        root = store.get("run_dir").decode()
+        if not root:
             sys.exit(2)  # rank 0 said why
-        run_dir = RunDir(Path(told))
-        if os.environ.get("LOCAL_RANK") == "0":
-            _start_watch(run_dir, "--lookout", str(rank))
+        run_dir = RunDir(Path(root))
+        if environment.local_rank == 0:
+            _start_watch(run_dir, "--lookout", str(environment.rank))
         return run_dir
     try:
         run_dir = prepare_run_dir(out, settings)

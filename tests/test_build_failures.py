@@ -31,8 +31,8 @@ from hybrid_moe_ref.engine.lifecycle import Engine, PrepareFailed
 from hybrid_moe_ref.engine.runner import ModelRunner
 from hybrid_moe_ref.parallel.comm import Communicator
 from hybrid_moe_ref.parallel.guard import ScheduleMismatch
-from repro import launch, process, scenarios, worker
-from repro.cli import CANNOT_TELL
+from repro import launch, scenarios, worker
+from repro.commands import CANNOT_TELL
 from repro.kernel_cache import CannotFill
 from repro.settings import RunSettings
 
@@ -305,7 +305,6 @@ def test_what_a_build_lacks_is_named_and_ninja_is_found_beside_the_interpreter(t
     ],
 )
 def test_under_plain_torchrun_what_cannot_run_here_is_told_before_the_ranks_meet(monkeypatch, capsys, argv, words):
-    monkeypatch.setattr(process, "die_with_parent", lambda: None)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
     for name, value in {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "CXX": "/nowhere/c++"}.items():
         monkeypatch.setenv(name, value)

@@ -20,7 +20,8 @@ from scene import Scene
 
 from repro import bundle
 from repro.archive import ArchiveError, unpack
-from repro.cli import EXPECTED, UNEXPECTED, USAGE, main
+from repro.cli import main
+from repro.commands import EXPECTED, UNEXPECTED, USAGE
 from repro.issue import MAX_ISSUE_LINES
 from repro.layout import HEADER, pack_header
 from repro.parse import parse_header

@@ -20,7 +20,8 @@ from rich.console import Console
 from rich.live import Live
 from scene import Scene
 
-from repro.cli import CANNOT_TELL, EXPECTED, UNEXPECTED, USAGE, _parser, exit_code, main
+from repro.cli import _parser, main
+from repro.commands import CANNOT_TELL, EXPECTED, UNEXPECTED, USAGE, exit_code
 from repro.display import LiveTable, overview, position
 from repro.junit import write_junit
 from repro.launch import prepare_run_dir
@@ -80,6 +81,20 @@ def test_usage_errors_are_one_line_and_exit_code_2(capsys, tmp_path, argv, words
         ('{"engine": {"max_num_seqs": 0}}', "engine.max_num_seqs: 0 is less than 1"),
         ('{"engine": 5}', "engine: wanted a mapping"),
         ('{"workload": {"max_prompt_tokens": 4000}}', "workload.max_prompt_tokens: 4000 is more than"),
+        ('{"workload": {"max_requests": 2000000000}}', "workload.max_requests: 2000000000 is more than 1,000,000"),
+        ('{"workload": {"max_arrival_step": 2000000000}}', "workload.max_arrival_step: 2000000000 is more than"),
+        (
+            '{"workload": {"max_requests": 1000000}}',
+            "workload: up to 168000064 tokens and steps of 8 dp ranks, at most",
+        ),
+        ('{"workload": {"max_arrival_step": 1000000}}', "workload: up to 8000504 tokens and steps of 8 dp ranks"),
+        ('{"engine": {"unfinished_interval": 2000000000}}', "engine.unfinished_interval: 2000000000 is more"),
+        ('{"engine": {"collective_limit_s": 1e300}}', "engine.collective_limit_s: 1e+300 is more than 1,000,000"),
+        ('{"model": {"hidden_size": 2000000000}}', "model.hidden_size: 2000000000 is more than"),
+        ('{"model": {"rope_theta": 1e300}}', "model.rope_theta: 1e+300 is more than 1,000,000,000,000"),
+        ('{"model": {"layer_pattern": "' + "G" * 300 + '"}}', "model.layer_pattern: 300 is longer than 256"),
+        ('{"num_ranks": 2000000000}', "num_ranks: 2000000000 is more than 1,024"),
+        ('{"seed": 9223372036854775808}', "has no room in 64 bits"),
         ("[1]", "wanted a mapping"),
         ('{"ring_records": 7}', "ring_records: 7 is not an even number of events in 64.."),
         ('{"seed": 1,\n}', ":2: "),
@@ -96,9 +111,9 @@ def test_config_errors_name_file_field_and_value(capsys, tmp_path, text, words):
 @pytest.mark.parametrize("command", [["run", "metadata_rebuild", "--variant", "all"], ["matrix"]])
 def test_a_model_that_cannot_fit_is_refused_before_a_rank_starts(capsys, tmp_path, command):
     config, out = tmp_path / "config.json", tmp_path / "out"
-    config.write_text('{"model": {"hidden_size": 1000000000}}')
+    config.write_text('{"model": {"hidden_size": 1000000}}')
     code, told = fails(capsys, *command, "--config", config, "--out", out)
-    assert code == USAGE and re.search(r"the model needs 3\d{6}\.0 GB on 8 ranks", told) and not out.exists()
+    assert code == USAGE and re.search(r"the model needs 3\d{3}\.\d GB on 8 ranks", told) and not out.exists()
 
 
 def test_a_missing_config_file_is_named(capsys, tmp_path):
@@ -307,7 +322,7 @@ def test_what_is_unsafe_about_many_runs_is_told_once(capsys, tmp_path, monkeypat
         return RunDir(out), decided(settings.scenario, settings.variant, "clean", matches_expected=True)
 
     monkeypatch.setattr("repro.launch.run", run)
-    monkeypatch.setattr("repro.cli._report", lambda *args: None)
+    monkeypatch.setattr("repro.commands.run.write_reports", lambda *args: None)
     monkeypatch.setattr("repro.scenarios.names", lambda: ["idle_skip", "metadata_rebuild", "zero_token_return"])
     assert main(["run", "all", "--out", str(tmp_path)]) == EXPECTED
     told = [line for line in capsys.readouterr().out.splitlines() if line.startswith("unsafe: ")]

@@ -108,7 +108,7 @@ def test_the_worker_knows_the_arguments_that_it_is_started_with(path, monkeypatc
         "$out": "runs",
         "SHARED/runs": "runs",
     }
-    settings, _ = _parse([known.get(word, word) for word in words if not word.startswith("||")])
+    settings, _ = _parse([known.get(word, word) for word in words if not word.startswith("||")], 16)
     assert (settings.scenario, settings.variant, settings.backend, settings.num_ranks) == (
         "metadata_rebuild", "fault", "nccl", 16,
     )  # fmt: skip

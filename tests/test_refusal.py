@@ -12,7 +12,7 @@ import pytest
 
 from hybrid_moe_ref.config import ParallelConfig
 from hybrid_moe_ref.engine.refusal import Refused, preflight
-from repro import cli, scenarios
+from repro import cli, commands, scenarios
 from repro.settings import RunSettings
 
 DP8 = ParallelConfig(dp_size=8)
@@ -62,7 +62,6 @@ def test_what_can_be_kept_free_of_deadlock_is_not_refused(config):
         ("idle_skip", r"a rank without requests would leave.*policies.idle"),
         ("graph_mode", r"graph mode is not supported where each rank chooses it by itself.*engine.mode = eager"),
         ("autotune_cache", r"a rank with a warm tuning cache would skip.*policies.tuning"),
-        ("late_preemption", r"a rank whose cache is full would leave a step.*make room before.*policies.preemption"),
     ],
 )
 def test_a_policy_that_leads_ranks_apart_is_found_by_trying_it_even_where_they_agree(name, words):
@@ -83,7 +82,7 @@ def test_no_cure_is_refused(name, variant):
 
 def test_a_run_that_is_not_to_hang_is_refused_without_agreement(tmp_path, capsys):
     arguments = ["run", "metadata_rebuild", "--variant", "fix", "--checks", "observe", "--out", str(tmp_path)]
-    assert cli.main(arguments) == cli.USAGE
+    assert cli.main(arguments) == commands.USAGE
     line = capsys.readouterr().err
     assert re.fullmatch(r"repro: expert parallelism is not supported for .*--checks agree.*--allow-unsafe.*\n", line), (
         line

@@ -16,7 +16,8 @@ from reported import AGREE, write_hang, write_run
 from scene import Scene
 
 from repro import report
-from repro.cli import EXPECTED, USAGE, main
+from repro.cli import main
+from repro.commands import EXPECTED, USAGE
 from repro.report.gather import gather, headline
 from repro.report.lanes import Labels, SharedClock, read_lane
 from repro.report.page import main_stack

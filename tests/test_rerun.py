@@ -10,6 +10,7 @@ import pytest
 from reported import write_hang
 
 from repro import cli, issue, report
+from repro.commands import run as run_command
 from repro.report.gather import gather
 from repro.report.rerun import command, commands, place, torchrun_command
 from repro.scenarios import settings_of
@@ -51,12 +52,11 @@ def test_the_commands_run_with_the_very_same_settings(tmp_path, monkeypatch, cha
     again = shlex.split(command(facts))
     assert again[:3] == ["python", "-m", "repro"]
     args = cli._parser().parse_args(again[3:])
-    assert cli._settings(args, args.scenario, args.variant) == settings
+    assert run_command.settings_of(args, args.scenario, args.variant) == settings
     if told := torchrun_command(facts):
         words = shlex.split(told)
-        monkeypatch.setenv("WORLD_SIZE", words[2])
         assert words[:2] == ["torchrun", "--nproc-per-node"] and words[3:5] == ["-m", "repro.worker"]
-        assert _parse(words[5:])[0] == settings
+        assert _parse(words[5:], int(words[2]))[0] == settings
     else:
         assert changes.keys() & {"kernel_cache", "tp_size", "expert_parallel", "model", "engine", "group_timeout_s"}
     watch = shlex.split(commands(facts)[-1][1])

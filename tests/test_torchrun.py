@@ -15,7 +15,7 @@ import psutil
 import pytest
 
 from repro import launch, scenarios
-from repro.cli import EXPECTED, INTERRUPTED, UNEXPECTED
+from repro.commands import EXPECTED, INTERRUPTED, UNEXPECTED
 from repro.layout import Kind
 from repro.parse import WitnessError
 from repro.rundir import read_json

@@ -14,7 +14,8 @@ from command_line import fails
 from scene import Scene
 
 from hybrid_moe_ref.parallel.observer import Collective, ScheduleEntry
-from repro.cli import CANNOT_TELL, EXPECTED, UNEXPECTED, USAGE, main
+from repro.cli import main
+from repro.commands import CANNOT_TELL, EXPECTED, UNEXPECTED, USAGE
 from repro.comparison import compare_tokens
 from repro.expectation import document_of, watch_options
 from repro.layout import Geometry, pack_header

@@ -91,7 +91,7 @@ def _read(rank: int, witness: Witness, now_ns: int) -> Standing:
         holds=held,
         issued={keys[i]: group.issued for i, group in enumerate(witness.groups)},
         left={keys[i]: group.left for i, group in enumerate(witness.groups)},
-        host=f"{witness.who.boot_id}/{witness.who.hostname}/{witness.who.pid_namespace}",  # containers share a boot
+        host=f"{witness.who.boot_id}/{witness.who.hostname}",  # containers of one host share its boot
         pid=witness.who.pid,
         witness=witness,
         seen=witness.complete,

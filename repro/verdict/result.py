@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 VERDICTS = ("clean", "slow", "deadlock", "stall", "corrupt", "crash", "inconclusive")
@@ -97,10 +97,6 @@ class Verdict:
     evidence: tuple[str, ...] = ()
     confidence: str = "certain"
     quiet_s: float = 0.0
-
-    def with_evidence(self, lines: Iterable[str]) -> Verdict:
-        """The same verdict with further lines of evidence."""
-        return replace(self, evidence=(*self.evidence, *lines))
 
     def sentences(self) -> list[str]:
         """One sentence per distinct position, the fullest first."""

@@ -1,0 +1,7 @@
+"""Values of the environment variables HMR_KERNELS and HMR_NATIVE_ISA, also for programs that never load torch."""
+
+CHOICES = ("auto", "torch", "native", "triton", "fla", "mamba_ssm")
+"""Values of HMR_KERNELS, and what `registry.use` takes."""
+
+INSTRUCTION_SETS = ("generic", "avx2", "avx512bf16", "amx")
+"""Values of HMR_NATIVE_ISA, worst first; a processor has the first of them at least."""

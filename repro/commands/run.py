@@ -1,0 +1,204 @@
+"""``python -m repro run SCENARIO``: run variants of a scenario, or of all, and give their verdicts."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import subprocess
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from hybrid_moe_ref.config import GDN_PREFILL_BACKENDS, MOE_BACKENDS, ConfigError
+from hybrid_moe_ref.engine.refusal import preflight
+from hybrid_moe_ref.engine.server_config import CHECKS
+from repro import kernel_cache, launch, scenarios
+from repro.commands import INTERRUPTED, exit_code, print_verdicts, read_config, refuse_junit, write_reports
+from repro.display import display, say
+from repro.interrupt import Interrupt
+from repro.junit import write_junit
+from repro.launch import CannotRunHere
+from repro.memory import refuse_too_large
+from repro.settings import KERNEL_CACHES, VARIANTS, RunSettings
+
+
+@dataclass(frozen=True)
+class Planned:
+    """One run that was asked for.
+
+    unsafe    what would hang, of a run that is allowed to
+    refused   why there is no such run of a scenario among others: it does not exist with these flags
+    """
+
+    settings: RunSettings
+    unsafe: tuple[str, ...] = ()
+    refused: str = ""
+
+
+def add(commands: Any) -> None:
+    """Add the command to the program's parser."""
+    parser = commands.add_parser("run", help="run a scenario and give its verdict")
+    parser.add_argument("scenario", metavar="SCENARIO", help='one of them, or "all"')
+    parser.add_argument("--variant", choices=(*VARIANTS, "all"), default="fault", help="default: fault")
+    parser.add_argument("--ranks", type=int, dest="num_ranks", metavar="N", help="default: 8")
+    parser.add_argument("--backend", choices=("gloo", "nccl"), help="default: gloo")
+    parser.add_argument("--quiet-window", type=float, dest="quiet_window_s", metavar="S", help="default: 1")
+    parser.add_argument("--deadline", type=float, dest="deadline_s", metavar="S", help="default: 120")
+    parser.add_argument("--seed", type=int, metavar="N", help="default: 0")
+    parser.add_argument("--checks", choices=CHECKS, help="default: observe for fault, agree for control and fix")
+    parser.add_argument("--strict", dest="checks", action="store_const", const="strict", help="as --checks strict")
+    parser.add_argument("--allow-unsafe", action="store_true", help="start what could hang, as a fault always is")
+    _add_server_flags(parser)
+    parser.add_argument("--config", type=Path, metavar="FILE", help="JSON with the keys of a run's config.json")
+    parser.add_argument("--out", type=Path, default=Path("runs"), metavar="DIR", help="default: runs")
+    parser.add_argument("--launcher", choices=launch.LAUNCHERS, help="default: torchrun, or fork for all")
+    parser.add_argument("--json", action="store_true", help="print the verdicts as a JSON list")
+    parser.add_argument("--junit", type=Path, metavar="FILE", help="write the verdicts as JUnit XML")
+    parser.set_defaults(command=run, parser=parser)
+
+
+def _add_server_flags(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--gdn-prefill-backend", choices=GDN_PREFILL_BACKENDS, help="jit is compiled where it runs")
+    parser.add_argument("--moe-backend", choices=MOE_BACKENDS, help="the same for the experts")
+    told = "compiled kernels at the start; split: every rank has a cache of its own, and rank 0's alone is cold"
+    parser.add_argument("--kernel-cache", choices=KERNEL_CACHES, help=told)
+    parser.add_argument(
+        "--group-timeout", type=float, dest="group_timeout_s", metavar="S", help="after how long a collective gives up"
+    )
+
+
+def run(args: argparse.Namespace) -> int:
+    """Run what was asked for, one after another; the exit code of all verdicts."""
+    planned = plan(args)
+    refuse_junit(args)
+    able = [one.settings for one in planned if not one.refused]
+    if args.config:  # of the sizes that are not a user's, all fit
+        refuse_too_large(able)
+    if able[0].backend == "nccl":
+        _require_gpus(able[0].num_ranks)
+    session = Session(args, Console(stderr=args.json), args.interrupt)
+    launcher = args.launcher or ("fork" if args.scenario == "all" else "torchrun")
+    # The user may end it at any point: what has a verdict by then is shown.
+    with contextlib.suppress(KeyboardInterrupt), launch.launcher(launcher) as start:
+        for number, one in enumerate(planned, start=1):
+            session.run(one, start, f"[{number}/{len(planned)}] " if args.scenario == "all" else "")
+            if args.interrupt():
+                break
+    session.write_reports()
+    if args.junit:
+        write_junit(args.junit, session.documents)
+    print_verdicts(session.console, session.documents, args.json)
+    return INTERRUPTED if args.interrupt() else exit_code(session.documents)
+
+
+def plan(args: argparse.Namespace) -> list[Planned]:
+    """The runs that were asked for, checked. Raises ConfigError where no scenario can run with these flags."""
+    variants = VARIANTS if args.variant == "all" else (args.variant,)
+    planned: list[Planned] = []
+    errors: list[ConfigError] = []
+    for name in scenarios.names() if args.scenario == "all" else [args.scenario]:
+        try:
+            runs = [settings_of(args, name, variant) for variant in variants]
+            planned += [Planned(settings, tuple(_preflight(settings))) for settings in runs]
+        except ConfigError as error:
+            errors.append(error)
+            usual = [scenarios.settings_of({"scenario": name, "variant": variant}) for variant in variants]
+            planned += [Planned(settings, refused=str(error)) for settings in usual]
+    if errors and all(one.refused for one in planned):
+        raise errors[0]
+    return planned
+
+
+def settings_of(args: argparse.Namespace, scenario: str, variant: str) -> RunSettings:
+    """The settings of one run by the command line. Raises ConfigError."""
+    document = read_config(args.config)
+    flags = {
+        name: value
+        for name in (
+            "num_ranks", "backend", "quiet_window_s", "deadline_s", "seed", "checks", "kernel_cache", "group_timeout_s"
+        )
+        if (value := getattr(args, name, None)) is not None
+    }  # fmt: skip
+    engine = {
+        name: value
+        for name in ("gdn_prefill_backend", "moe_backend")
+        if (value := getattr(args, name, None)) is not None
+    }
+    if args.allow_unsafe:
+        flags["allow_unsafe"] = True
+    if engine and isinstance(of_engine := document.get("engine", {}), dict):
+        document = {**document, "engine": {**of_engine, **engine}}
+    where = str(args.config) if args.config else ""
+    return scenarios.settings_of({**flags, "scenario": scenario, "variant": variant}, document, where)
+
+
+def _preflight(settings: RunSettings) -> list[str]:
+    """What would hang, for a run that is allowed to; raises Refused for one that is not."""
+    scenario = scenarios.load(settings.scenario)
+    return preflight(scenario.server(settings, 0), scenario.policies(settings, 0))
+
+
+def _require_gpus(num_ranks: int) -> None:
+    """Raise CannotRunHere without a GPU for each rank; asked in a process of its own, as this one never loads torch."""
+    ask = "import torch; print(torch.cuda.device_count())"
+    answer = subprocess.run([sys.executable, "-c", ask], capture_output=True, text=True)
+    count = int(answer.stdout.strip() or 0) if answer.returncode == 0 else 0
+    if count < num_ranks:
+        raise CannotRunHere(f"--backend nccl needs a GPU for each of {num_ranks} ranks; {count} found")
+
+
+@dataclass
+class Session:
+    """The runs of one command, one after another: their verdicts, and what later ones reuse or need not say again.
+
+    unreported   run directories whose report is written once all variants are there: each shows its siblings
+    """
+
+    args: argparse.Namespace
+    console: Console
+    interrupt: Interrupt
+    documents: list[dict[str, Any]] = field(default_factory=list)
+    unreported: list[Path] = field(default_factory=list)
+    _references: dict[tuple[Any, ...], Path] = field(default_factory=dict)
+    _said: set[str] = field(default_factory=set)
+
+    def run(self, planned: Planned, start: launch.Start, count: str) -> None:
+        """One run, its verdict added to ``documents``; raises CannotRunHere where it was the only scenario."""
+        settings = planned.settings
+        num_ranks = settings.num_ranks if not planned.refused else self.args.num_ranks or settings.num_ranks
+        title = f"{count}{settings.scenario} {settings.variant}: {num_ranks} ranks, seed {settings.seed}"
+        if self.unreported and self.documents[-1]["scenario"] != settings.scenario:
+            self.write_reports()
+        missing = planned.refused or scenarios.load(settings.scenario).missing(settings)
+        if not missing:
+            for finding in {*planned.unsafe[:1]} - self._said:
+                say(self.console, f"unsafe: {finding}")
+                self._said.add(finding)
+            reference = self._references.get(settings.reference_key())
+            try:
+                with display(self.console, title) as shown:
+                    run_dir, document = launch.run(settings, self.args.out, self.interrupt, shown, start, reference)
+            except kernel_cache.CannotFill as error:
+                missing = str(error)
+        if missing:
+            if self.args.scenario != "all" and not self.documents:
+                raise CannotRunHere(f"{settings.scenario}: {missing}")
+            self.documents.append({**launch.skipped(settings, missing), "num_ranks": num_ranks})
+            say(self.console, f"{title}: {missing}")
+            return
+        self.documents.append(document)
+        self._references.setdefault(settings.reference_key(), run_dir.reference)
+        self.unreported.append(run_dir.root)
+        if self.args.variant != "all" or settings.variant == VARIANTS[-1] or self.interrupt():
+            self.write_reports()
+        remark = "" if document["matches_expected"] else ", not as expected"
+        say(self.console, f"  {document['verdict']}{remark}: {run_dir.root / 'report.html'}")
+
+    def write_reports(self) -> None:
+        """Write the reports that are due."""
+        if self.unreported:
+            write_reports(self.console, self.unreported)
+            self.unreported = []

@@ -1,0 +1,83 @@
+"""``python -m repro watch RUN|ZIP``: the verdict on a run, live or finished, or on a bundle."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from hybrid_moe_ref.config import ConfigError
+from repro import bundle, launch, process
+from repro.commands import CANNOT_TELL, EXPECTED, INTERRUPTED, UNEXPECTED, exit_code, print_verdicts, write_reports
+from repro.display import say
+from repro.expectation import watch_options
+from repro.interrupt import Interrupt
+from repro.lookout import Lookout
+from repro.rejudge import judge_again
+from repro.report.text import visible_lines
+from repro.rundir import RunDir
+from repro.settings import RunSettings, read_settings
+from repro.witness import Tail
+
+
+def add(commands: Any) -> None:
+    """Add the command to the program's parser."""
+    parser = commands.add_parser("watch", help="the verdict on a run directory, live or finished, or on a bundle")
+    parser.add_argument("dir", type=Path, metavar="RUN|ZIP")
+    parser.add_argument("--end", action="store_true", help="end the run and write verdict.json when it is decided")
+    lookout = "look after the ranks of this host, of which RANK is the first, for a watcher on another host"
+    parser.add_argument("--lookout", type=int, metavar="RANK", help=lookout)
+    parser.add_argument("--json", action="store_true")
+    parser.set_defaults(command=run, parser=parser)
+
+
+def run(args: argparse.Namespace) -> int:
+    with bundle.opened(args.dir) as root:
+        return _watch_run(args, RunDir(root))
+
+
+def _watch_run(args: argparse.Namespace, run_dir: RunDir) -> int:
+    try:
+        settings = read_settings(run_dir.config)
+    except OSError as error:
+        raise ConfigError(f"not a run directory: {error.strerror}", str(run_dir.config)) from error
+    console = Console(stderr=args.json)
+    if (args.end or args.lookout is not None) and run_dir.verdict.exists():
+        option = "--end" if args.end else "--lookout"
+        raise ConfigError(f"the run is decided; without {option} it is judged once more", str(run_dir.verdict))
+    if args.lookout is not None:
+        if args.end or not 0 <= args.lookout < settings.num_ranks:
+            why = "cannot be had with --end" if args.end else f"{args.lookout} is none of {settings.num_ranks} ranks"
+            raise ConfigError(why, "--lookout")
+        Lookout(run_dir, watch_options(settings), args.lookout).run()
+        return EXPECTED
+    if args.end:
+        return _watch_to_end(run_dir, settings, console, args)
+    document, whole = judge_again(run_dir, settings)
+    if args.json:
+        print(json.dumps(document, indent=1))
+    else:
+        for line in (document["verdict"], *document["sentences"], *document["evidence"]):
+            print(visible_lines(line))
+    if document["verdict"] == "inconclusive" or not whole:
+        return CANNOT_TELL
+    return EXPECTED if document["matches_expected"] else UNEXPECTED
+
+
+def _watch_to_end(run_dir: RunDir, settings: RunSettings, console: Console, args: argparse.Namespace) -> int:
+    tails = [Tail(run_dir.witness(rank)) for rank in range(settings.num_ranks)]
+
+    def job_alive() -> bool:
+        identities = [tail.who() for tail in tails]
+        return any(not who.pid or process.find(who) for who in identities)
+
+    interrupt: Interrupt = args.interrupt
+    with interrupt.deferred():
+        shown = launch.Display(notice=lambda text: say(console, text))
+        document = launch.attend(run_dir, settings, interrupt, shown, job_alive)
+    write_reports(console, [run_dir.root])
+    print_verdicts(console, [document], args.json)
+    return INTERRUPTED if interrupt() else exit_code([document])

@@ -1,0 +1,314 @@
+"""Where the program meets what it does not control: readers that leave, closed files, signals, its own failures."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import pytest
+from command_line import fails
+from reported import write_hang
+
+from repro import launch, process, scenarios, worker
+from repro.cli import main
+from repro.commands import CANNOT_TELL, EXPECTED, INTERRUPTED, UNEXPECTED, USAGE
+from repro.interrupt import Interrupt
+from repro.rundir import RunDir, read_json
+from repro.settings import read_settings
+from repro.watch import Watch
+
+ROOT = Path(__file__).resolve().parent.parent
+REPRO = [sys.executable, "-W", "error", "-m", "repro"]
+
+
+def start(*arguments, **options) -> subprocess.Popen:
+    command = [*REPRO, *map(str, arguments)]
+    return subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True, **options)
+
+
+# -- output ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("command", ["list", "watch", "report", pytest.param("run", marks=pytest.mark.full)])
+def test_a_reader_that_leaves_changes_neither_verdict_nor_exit_code(tmp_path, command):
+    """Also run with every warning an error: nothing is left open."""
+    arguments = [command]
+    if command == "run":
+        config = tmp_path / "config.json"
+        config.write_text('{"model": {"layer_pattern": "G"}, "engine": {"unfinished_interval": 8}}')
+        arguments += ["metadata_rebuild", "--ranks", "2", "--launcher", "fork", "--config", config, "--out", tmp_path]
+    elif command != "list":
+        arguments.append(write_hang(tmp_path, 2)[0])
+    run = start(*arguments, stdout=subprocess.PIPE)
+    run.stdout.close()
+    _, errors = run.communicate(timeout=60)
+    assert (run.returncode, errors) == (UNEXPECTED if command == "watch" else EXPECTED, "")
+    if command == "run":
+        verdict = read_json(tmp_path / "latest" / "verdict.json")
+        assert (verdict["verdict"], verdict["matches_expected"]) == ("deadlock", True), verdict
+        assert (tmp_path / "latest" / "report.html").exists()
+
+
+@pytest.mark.parametrize("closed", [">&-", "2>&-", "<&- >&- 2>&-"])
+@pytest.mark.parametrize("command", ["list", "watch", "report"])
+def test_a_standard_file_that_is_closed_changes_no_exit_code(tmp_path, command, closed):
+    root, _ = write_hang(tmp_path, 2)
+    before = (root / "verdict.json").read_bytes()
+    line = " ".join([*REPRO, command, *([str(root)] if command != "list" else []), closed])
+    done = subprocess.run(line, shell=True, cwd=ROOT, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (UNEXPECTED if command == "watch" else EXPECTED, "")
+    assert (root / "verdict.json").read_bytes() == before, "output went into a file that took its number"
+
+
+def test_a_full_disk_under_the_output_does_not_end_a_command_before_its_work_is_done(tmp_path):
+    root, _ = write_hang(tmp_path, 2)
+    with Path("/dev/full").open("w") as full:
+        run = start("report", root, stdout=full)
+        _, errors = run.communicate(timeout=60)
+    assert (run.returncode, errors) == (CANNOT_TELL, "repro: standard output: No space left on device\n")
+    assert (root / "report.html").exists()
+
+
+def test_text_that_the_terminal_cannot_show_is_escaped(tmp_path):
+    environment = {**os.environ, "PYTHONIOENCODING": "ascii"}
+    run = start("watch", tmp_path / "ä", stdout=subprocess.PIPE, env=environment)
+    _, errors = run.communicate(timeout=60)
+    assert run.returncode == USAGE and errors.count("\n") == 1 and r"\xe4/config.json" in errors
+
+
+# -- our own failures --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("error", [TypeError("unhashable"), ValueError("a\nb"), KeyError("x"), RecursionError()])
+def test_a_failure_of_the_program_is_one_line_that_says_so(capsys, monkeypatch, error):
+    def names():
+        raise error
+
+    monkeypatch.delenv("HMR_DEBUG", raising=False)
+    monkeypatch.setattr(scenarios, "names", names)
+    code, line = fails(capsys, "list")
+    assert code == CANNOT_TELL and line.startswith("repro: internal error at ")
+    assert type(error).__name__ in line and "not of your run or files; set HMR_DEBUG=1" in line
+    monkeypatch.setenv("HMR_DEBUG", "1")
+    assert main(["list"]) == CANNOT_TELL
+    assert "Traceback (most recent call last)" in capsys.readouterr().err
+
+
+def test_a_failure_of_the_report_loses_no_verdict(capsys, tmp_path, monkeypatch):
+    root, _ = write_hang(tmp_path, 2)
+    monkeypatch.setattr("repro.launch.run", lambda *args: (RunDir(root), read_json(root / "verdict.json")))
+    monkeypatch.setattr("repro.report.page", lambda *args: [][1])
+    assert main(["run", "metadata_rebuild", "--out", str(tmp_path), "--json"]) == EXPECTED
+    out, err = capsys.readouterr()
+    assert json.loads(out)[0]["verdict"] == "deadlock" and "no report: internal error at " in err
+
+
+@pytest.fixture
+def hanging(tmp_path):
+    """A run that waits for its verdict, and a process of its."""
+    run_dir = RunDir(write_hang(tmp_path, 2)[0])
+    run_dir.verdict.unlink()
+    run_dir.reference.write_text("{}")
+    job = subprocess.Popen(["sleep", "600"])
+    yield run_dir, read_settings(run_dir.config), job
+    job.kill()
+    job.wait()
+
+
+def attend(run_dir, settings, job):
+    return launch.attend(run_dir, settings, lambda: False, launch.Display(), lambda: job.poll() is None, [job])
+
+
+FAILURES = [OSError(errno.EIO, "Input/output error"), OSError(errno.EMFILE, "Too many open files"), TypeError("a slip")]
+
+
+@pytest.mark.parametrize("place", ["repro.launch.Watch", "repro.launch.watch_options", "repro.launch._start"])
+@pytest.mark.parametrize("error", FAILURES, ids=repr)
+def test_a_watch_that_cannot_begin_leaves_a_verdict_and_no_process(hanging, monkeypatch, place, error):
+    def fail(*args, **options):
+        raise error
+
+    run_dir, settings, job = hanging
+    if place.endswith("_start"):
+        run_dir.reference.unlink()
+    monkeypatch.setattr(place, fail)
+    document = attend(run_dir, settings, job)
+    assert job.poll() is not None
+    assert document == read_json(run_dir.verdict)
+    assert (document["verdict"], document["culprits"], document["matches_expected"]) == ("inconclusive", [], False)
+    assert type(error).__name__ in document["evidence"][0] and "says nothing about the run" in document["evidence"][0]
+    assert "Traceback" in run_dir.watcher_log.read_text()
+
+
+def test_a_full_disk_while_the_failure_is_written_is_named_with_the_run(hanging, monkeypatch):
+    def fail(*args, **options):
+        raise OSError(errno.ENOSPC, "No space left on device", "f")
+
+    run_dir, settings, job = hanging
+    monkeypatch.setattr(Watch, "run", fail)
+    monkeypatch.setattr("repro.launch.write_json", fail)
+    monkeypatch.setattr("repro.launch.write_atomically", fail)
+    with pytest.raises(OSError, match=f"what is kept of the run is in {run_dir.root}"):
+        attend(run_dir, settings, job)
+    assert job.poll() is not None and run_dir.witness(0).exists()
+
+
+def test_a_process_that_cannot_be_killed_is_named_and_not_waited_for(hanging, monkeypatch):
+    """As one that waits in the kernel for a driver or a file server."""
+    run_dir, _, job = hanging
+    monkeypatch.setattr(process, "REAP_PATIENCE_S", 0.05)
+    monkeypatch.setattr("psutil.Process.kill", lambda self: None)
+    (line,) = launch.end(run_dir, [job], [])
+    assert line.startswith(f"process {job.pid} runs for ") and "could not be ended" in line
+
+
+def test_evidence_is_on_the_disk_before_anything_is_killed(hanging, monkeypatch):
+    order = []
+    run_dir, settings, job = hanging
+    monkeypatch.setattr(os, "fsync", lambda descriptor: order.append(os.readlink(f"/proc/self/fd/{descriptor}")))
+    monkeypatch.setattr(process, "kill", lambda doomed: order.append("kill") or [])
+    attend(run_dir, settings, job)
+    synced = set(order[: order.index("kill")])
+    wanted = [run_dir.witness(0), run_dir.stack(1), run_dir.flight_recorder(0), run_dir.log(1), run_dir.verdict]
+    assert {str(path) for path in (*wanted, run_dir.root, run_dir.root / "events")} <= synced
+
+
+def test_a_disk_that_does_not_answer_is_not_waited_for(hanging):
+    run_dir, _, _ = hanging
+    (run_dir.root / "stacks" / "rank001.txt").unlink()
+    os.mkfifo(run_dir.root / "stacks" / "pipe")
+    notices, answered = [], threading.Event()
+    launch.persist(run_dir, notices.append)
+    assert notices == [], "a pipe is not written to a disk"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "fsync", lambda descriptor: answered.wait(60))
+        launch.persist(run_dir, notices.append, patience_s=0.01)
+    answered.set()
+    assert len(notices) == 1 and f"{run_dir.root} was not written to its disk within 0.01 s" in notices[0]
+
+
+# -- signals -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_stops_a_command_at_once_and_is_only_noted_where_evidence_must_be_kept(number):
+    interrupt, before = Interrupt(), signal.getsignal(number)
+    with interrupt.installed():
+        with interrupt.deferred():
+            signal.raise_signal(number)
+        assert interrupt()
+    interrupt = Interrupt()
+    with pytest.raises(KeyboardInterrupt), interrupt.installed():
+        signal.raise_signal(number)
+    assert interrupt() and signal.getsignal(number) == before
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+@pytest.mark.parametrize("place", ["repro.launch.kernel_cache.fill", "repro.launch.create", "repro.commands.run.plan"])
+def test_a_signal_before_the_ranks_start_ends_the_command_and_leaves_nothing(
+    capsys, tmp_path, monkeypatch, number, place
+):
+    monkeypatch.setattr(place, lambda *args: signal.raise_signal(number))
+    assert main(["run", "metadata_rebuild", "--out", str(tmp_path)]) == INTERRUPTED
+    assert not any(tmp_path.iterdir())
+
+
+def test_a_signal_while_torch_is_imported_for_the_ranks_gives_a_verdict(tmp_path, monkeypatch):
+    """The process that forks the ranks may take long to start, and is not waited for then."""
+    command = [sys.executable, "-c", "import time; time.sleep(600)"]
+    begin = launch._start
+
+    def start_slowly(argv, run_dir, *rest, **options):
+        os.kill(os.getpid(), signal.SIGTERM)
+        return begin(command, run_dir, *rest, **options)
+
+    monkeypatch.setattr(launch, "_start", start_slowly)
+    arguments = ["run", "metadata_rebuild", "--ranks", "2", "--launcher", "fork", "--out", str(tmp_path)]
+    assert main(arguments) == INTERRUPTED
+    verdict = read_json(tmp_path / "latest" / "verdict.json")
+    assert verdict["verdict"] == "inconclusive" and verdict["interrupted"]
+
+
+# -- environment -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "words"),
+    [
+        ("HMR_KERNELS", "nonsense", "HMR_KERNELS: 'nonsense' is not one of auto, torch, native"),
+        ("HMR_KERNELS", "nativ", "(did you mean 'native'?)"),
+        ("HMR_KERNEL_CHECKS", "yes", "HMR_KERNEL_CHECKS: 'yes' is not one of 0, 1"),
+        ("HMR_NATIVE_ISA", "avx9", "HMR_NATIVE_ISA: 'avx9' is not one of generic, avx2"),
+        ("HMR_KERNEL_CACHE", "/dev/null", "HMR_KERNEL_CACHE: '/dev/null' is not a folder"),
+        ("HMR_NATIVE_DIR", "/etc/passwd", "HMR_NATIVE_DIR: '/etc/passwd' is not a folder"),
+    ],
+)
+def test_a_variable_that_every_rank_would_fail_on_is_refused_before_they_start(
+    capsys, tmp_path, monkeypatch, name, value, words
+):
+    monkeypatch.setenv(name, value)
+    code, line = fails(capsys, "run", "metadata_rebuild", "--out", tmp_path)
+    assert code == USAGE and words in line and not any(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "words"),
+    [
+        ("HMR_LAUNCHER", "abc", "HMR_LAUNCHER: 'abc' is not PID:TICKS"),
+        ("HMR_RUN_DIR", "/nonexistent", "HMR_RUN_DIR: '/nonexistent' is not a run directory"),
+        ("RANK", "x", "RANK: 'x' is not a number of at least 0"),
+        ("RANK", "-1", "RANK: '-1' is not a number"),
+        ("RANK", "2", "RANK: 2 is none of WORLD_SIZE 2 ranks"),
+        ("WORLD_SIZE", "0", "WORLD_SIZE: '0' is not a number of at least 1"),
+        ("WORLD_SIZE", "1e18", "WORLD_SIZE: '1e18' is not a number"),
+        ("LOCAL_RANK", "²", "LOCAL_RANK: '²' is not a number"),
+        ("HMR_KERNELS", "nonsense", "HMR_KERNELS: 'nonsense' is not one of"),
+    ],
+)
+def test_a_rank_names_the_variable_that_is_wrong(capsys, tmp_path, monkeypatch, name, value, words):
+    for usual, number in {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "2"}.items():
+        monkeypatch.setenv(usual, number)
+    monkeypatch.setenv(name, value)
+    assert worker.main(["metadata_rebuild", "--out", str(tmp_path)]) == USAGE
+    line = capsys.readouterr().err
+    assert line.count("\n") == 1 and words in line and not any(tmp_path.iterdir())
+
+
+def test_a_rank_whose_launcher_is_gone_ends_before_its_long_imports():
+    gone = subprocess.Popen(["true"])
+    gone.wait()
+    run = subprocess.run(
+        [sys.executable, "-X", "importtime", "-m", "repro.worker", "metadata_rebuild"],
+        cwd=ROOT, capture_output=True, text=True, env={**os.environ, "HMR_LAUNCHER": f"{gone.pid}:12345"},
+    )  # fmt: skip
+    assert run.returncode == 1 and "argparse" not in run.stderr, run.stderr[-2000:]
+
+
+# -- all scenarios -----------------------------------------------------------------------------------------------------
+
+
+def test_a_scenario_that_cannot_be_with_so_many_ranks_is_named_and_the_others_run(capsys, tmp_path, monkeypatch):
+    ran = []
+
+    def run(settings, out, *rest):
+        ran.append(settings.scenario)
+        document = {**launch.skipped(settings, ""), "matches_expected": True, "verdict": "clean"}
+        return RunDir(out), document
+
+    monkeypatch.setattr("repro.launch.run", run)
+    monkeypatch.setattr("repro.commands.run.write_reports", lambda *args: None)
+    monkeypatch.setattr("repro.scenarios.names", lambda: ["idle_skip", "silent_pairing"])
+    assert main(["run", "all", "--ranks", "4", "--out", str(tmp_path), "--json"]) == CANNOT_TELL
+    out, err = capsys.readouterr()
+    documents = json.loads(out)
+    assert ran == ["idle_skip"] and [d["scenario"] for d in documents] == ["idle_skip", "silent_pairing"]
+    assert documents[1]["skipped"] == "tp_size: 4 ranks do not divide into groups of 8"
+    assert "[2/2] silent_pairing fault: 4 ranks, seed 0: tp_size: 4 ranks do not divide into groups of 8" in err
+    code, line = fails(capsys, "run", "all", "--quiet-window", "0", "--out", tmp_path)
+    assert code == USAGE and "quiet_window_s: 0.0 is not a positive number of seconds" in line
