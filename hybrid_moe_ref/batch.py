@@ -1,13 +1,15 @@
 """One step's tokens: those of all sequences, flattened, one row per token.
 
-Sequences that bring equally many tokens form a group, which the mixers run as one dense [B, T] batch: all
-decoding sequences are one group with T = 1.
+Sequences that bring equally many tokens form a group: a dense [B, T] block of rows. All decoding sequences are one
+group with T = 1. The mixers take several groups at once, as a part of the step: those of one token, or those of more,
+whatever their lengths.
 
-Shapes: N rows of the step, B sequences of a group, T tokens each, X = B + 1.
+Shapes: N rows of the step, B sequences of a group, T tokens each (in a part: the rows of all), X = 1 + the sequences of
+a part.
 """
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING, Self
 
@@ -29,11 +31,46 @@ class Group:
     length: int
     sequences: tuple["Sequence", ...] = ()
 
+
+@dataclass(frozen=True, eq=False)
+class Part:
+    """Groups that the mixers take together, their rows one group after another: all of them decode, or none does.
+
+    cached   where the groups stand among the cached groups of the step; empty for tokens that no cache remembers
+    is_step  the part is the whole step, and has its rows in order
+    tables   rotary tables by what they depend on beside the positions, see `layers.rope`
+    """
+
+    groups: tuple[Group, ...]
+    cached: tuple[int, ...]
+    is_step: bool
+    tables: dict[tuple, tuple[Tensor, Tensor]] = field(default_factory=dict)
+
+    @property
+    def is_decode(self) -> bool:
+        """Whether every sequence brings one token."""
+        return self.groups[0].length == 1
+
+    @property
+    def num_sequences(self) -> int:
+        return sum(len(group.starts) for group in self.groups)
+
+    @cached_property
+    def rows_T(self) -> Tensor:
+        """The part's rows among those of the step."""
+        return torch.cat([group.rows_BT.flatten() for group in self.groups])
+
+    @cached_property
+    def positions_T(self) -> Tensor:
+        return torch.cat([group.positions_BT.flatten() for group in self.groups])
+
     @cached_property
     def cu_seqlens_X(self) -> Tensor:
-        """Where each sequence begins among the group's rows, and the number of rows: [B + 1]."""
-        num_rows = len(self.starts) * self.length
-        return torch.arange(0, num_rows + 1, self.length, device=self.rows_BT.device)
+        """Where each sequence begins among the part's rows, and the number of rows."""
+        starts = [0]
+        for group in self.groups:
+            starts += [starts[-1] + group.length * (number + 1) for number in range(len(group.starts))]
+        return torch.tensor(starts, device=self.groups[0].rows_BT.device)
 
 
 @dataclass(frozen=True, eq=False)
@@ -93,6 +130,27 @@ class Batch:
             )
         last_rows = [row + count - 1 for row, (_, count, _) in zip(first_rows, items, strict=True)]
         return cls(tuple(groups), num_tokens, torch.tensor(last_rows, dtype=torch.long, device=device))
+
+    @cached_property
+    def parts(self) -> tuple[Part, ...]:
+        """The groups as the mixers take them."""
+        members: dict[tuple[bool, bool], list[Group]] = {}
+        for group in self.groups:
+            members.setdefault((bool(group.sequences), group.length == 1), []).append(group)
+        cached = [group for group in self.groups if group.sequences]
+        return tuple(
+            Part(
+                tuple(groups),
+                tuple(cached.index(group) for group in groups) if is_cached else (),
+                is_step=len(self.groups) == 1,
+            )
+            for (is_cached, _), groups in members.items()
+        )
+
+    @cached_property
+    def order_N(self) -> Tensor:
+        """Where each row of the step stands among the rows of its parts, one part after another."""
+        return torch.cat([part.rows_T for part in self.parts]).argsort()
 
     @property
     def sequences(self) -> list[tuple["Sequence", int]]:

@@ -109,6 +109,13 @@ class StatePast:
         ssm_B___ = like.new_zeros(num_sequences, *ssm_shape, dtype=wide(like.dtype))
         return cls(conv_BWC, ssm_B___, torch.arange(num_sequences, device=like.device))
 
+    @classmethod
+    def joined(cls, pasts: "list[StatePast]") -> "StatePast":
+        """The view of several groups of one layer, whose pools are the same."""
+        if len(pasts) == 1:
+            return pasts[0]
+        return cls(pasts[0].conv_PWC, pasts[0].ssm_P___, torch.cat([past.slots_B for past in pasts]))
+
 
 Past = KVPast | KVRun | StatePast
 

@@ -260,6 +260,7 @@ class ParallelConfig(Config):
 class EngineConfig(Config):
     """Bounds of one rank's serve loop, and how it runs a step.
 
+    num_pages          pages of a rank's cache; when they do not suffice for all requests, the youngest wait
     mode               "eager", or "graphs": steps of few tokens are padded to a captured size and replayed
     capture_sizes      those sizes; () is 1, 2, 4, ... and max_num_seqs, which hold every pure decode step
     microbatch_tokens  a rank with so many tokens would split the step in two; 0 for never

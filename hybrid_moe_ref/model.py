@@ -5,8 +5,9 @@
     logits_BTV = model(tokens_BT)
     new_tokens_BT = model.generate(tokens_BT, max_new_tokens=16)
 
-Parameters carry the names of Hugging Face checkpoints. The model is for inference: its parameters need no
-gradient.
+Parameters carry the names of Hugging Face checkpoints. They want no gradient until `model.requires_grad_()` asks for
+it; then `backward` works, with plain torch kernels. Submodules may be hooked, wrapped or replaced. Of the convolutions
+only weight and bias are read: their modules are not called.
 
 Shapes: B sequences, T tokens of each, N tokens of a step, H hidden, V vocabulary.
 """
@@ -17,7 +18,7 @@ from typing import Any, Self
 
 import torch
 import torch.nn.functional as F
-from hybrid_moe_kernels import linear, registry
+from hybrid_moe_kernels import registry
 from hybrid_moe_kernels.checks import values_known
 from torch import Tensor, nn
 
@@ -26,6 +27,7 @@ from hybrid_moe_ref.batch import Batch
 from hybrid_moe_ref.block import Block
 from hybrid_moe_ref.cache import HybridCache
 from hybrid_moe_ref.config import DTYPES, ModelConfig
+from hybrid_moe_ref.layers.linear import project
 from hybrid_moe_ref.layers.norm import RMSNorm
 from hybrid_moe_ref.mtp import MTP, draft_config
 from hybrid_moe_ref.slices import Slice
@@ -178,7 +180,8 @@ class HybridMoE(nn.Module):
         return hidden_NH
 
     def logits(self, hidden_NH: Tensor) -> Tensor:
-        (logits_NV,) = linear.project(hidden_NH.view(-1, hidden_NH.shape[-1]), [self.lm_head.weight])
+        """Logits [..., V] of hidden states [..., H]."""
+        (logits_NV,) = project(hidden_NH.view(-1, hidden_NH.shape[-1]), self.lm_head)
         return logits_NV.view(*hidden_NH.shape[:-1], logits_NV.shape[-1])
 
     def generate(self, prompts: Tensor | list[Tensor], max_new_tokens: int, **options: Any) -> Tensor:

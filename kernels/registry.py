@@ -16,6 +16,8 @@ that has no function of that name, or not for that dtype, leaves the operation t
     triton    also on the CPU, through its interpreter (TRITON_INTERPRET=1)
     torch, fla, mamba_ssm
 
+A call that autograd has to record runs the reference, whatever the choice: no other implementation is differentiable.
+
 The environment variable HMR_KERNELS sets the choice a process starts with. What is chosen but cannot run here (no
 compiler, no Triton) is one line of warning, and torch runs instead.
 
@@ -73,6 +75,8 @@ class Op:
     def __call__(self, x: Tensor, *args: Any, **options: Any) -> Any:
         """Raises ValueError naming the argument that does not fit, before anything is launched."""
         chosen = self._picked.get((x.device, x.dtype)) or self.pick(x.device, x.dtype)
+        if chosen.backend != "torch" and torch.is_grad_enabled() and _wants_gradient(x, args):
+            chosen = self._reference(x)
         if _checks and not _unchecked.count and chosen.check is not None:
             chosen.check(x, *args, **options)
         return chosen.run(x, *args, **options)
@@ -90,6 +94,11 @@ class Op:
             candidates = (self.implementation(backend, kind, dtype) for backend in backends)
             self._picked[place] = next(found for found in candidates if found is not None)
         return self._picked[place]
+
+    def _reference(self, x: Tensor) -> Implementation:
+        reference = self.implementation("torch", x.device.type, x.dtype)
+        assert reference is not None, f"{self.name} has no reference"
+        return reference
 
     def forget(self) -> None:
         """Pick anew at the next call."""
@@ -127,6 +136,12 @@ class Op:
             _say_once(f"kernels: {backend}: {lack}; {_fallback(backend)}")
             return None
         return Implementation(backend, run, None if getattr(module, "CHECKS", False) else self.check)
+
+
+def _wants_gradient(x: Tensor, args: tuple[Any, ...]) -> bool:
+    """Whether autograd would record the call: only the reference is differentiable."""
+    others = (each for arg in args for each in (arg if isinstance(arg, list) else (arg,)))
+    return x.requires_grad or any(isinstance(each, Tensor) and each.requires_grad for each in others)
 
 
 def _fallback(backend: str) -> str:

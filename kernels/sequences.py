@@ -1,12 +1,15 @@
 """Sequences of any lengths in one batch, for implementations in plain torch.
 
-Shapes: T rows of all sequences, one after another, B sequences, X = B + 1, J slots of a pool.
+Shapes: T rows of all sequences, one after another, B sequences, X = B + 1, J slots of a pool, Z chunks of all
+sequences, C rows of a chunk.
 """
 
 import itertools
 from collections.abc import Iterator
+from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 
@@ -27,17 +30,82 @@ def by_length(cu_seqlens_X: Tensor) -> Iterator[tuple[list[int] | slice, Tensor 
         yield indices, (first_rows[:, None] + steps).flatten(), length
 
 
-def load(pool_J_: Tensor, slots_B: Tensor) -> Tensor:
-    """The states of the slots: a view for a single one on the CPU, else a copy."""
-    if slots_B.numel() == 1 and not slots_B.is_cuda:
+@dataclass(frozen=True)
+class Chunks:
+    """Sequences of any lengths, cut into chunks of `size` rows; the last chunk of each is padded with zeros.
+
+    Chunks are in the order in which a recurrence needs them: the first chunks of all sequences, then the second ones.
+    Sequences are sorted by length, longest first, so those that have an n-th chunk are the first `counts[n]` ones.
+
+    order    the sequences in that order, without those of no rows
+    counts   for each n, how many sequences have an n-th chunk
+    rows_Z_  the row in each place of each chunk, [Z C]; None where the rows are in order already
+    """
+
+    size: int
+    order: list[int]
+    counts: list[int]
+    num_rows: int
+    rows_Z_: Tensor | None
+
+    @classmethod
+    def of(cls, cu_seqlens_X: Tensor, size: int) -> "Chunks":
+        """Chunks of at most `size` rows; of fewer if no sequence has so many."""
+        starts = cu_seqlens_X.tolist()
+        lengths = [end - start for start, end in itertools.pairwise(starts)]
+        order = sorted((index for index, length in enumerate(lengths) if length), key=lambda index: -lengths[index])
+        longest = lengths[order[0]] if order else 0
+        size = min(size, max(1, longest))
+        begins: list[int] = []
+        ends: list[int] = []
+        counts: list[int] = []
+        for first in range(0, longest, size):
+            having = [index for index in order if lengths[index] > first]
+            counts.append(len(having))
+            begins += [starts[index] + first for index in having]
+            ends += [starts[index + 1] for index in having]
+        rows_Z_ = None
+        if len(order) > 1:
+            device = cu_seqlens_X.device
+            rows_ZC = torch.tensor(begins, device=device)[:, None] + torch.arange(size, device=device)
+            is_padding_ZC = rows_ZC >= torch.tensor(ends, device=device)[:, None]
+            rows_Z_ = rows_ZC.masked_fill(is_padding_ZC, starts[-1]).flatten()
+        return cls(size, order, counts, starts[-1], rows_Z_)
+
+    def cut(self, x_T_: Tensor) -> Tensor:
+        """[T, ...] -> [Z, C, ...]"""
+        if self.rows_Z_ is None:
+            padding = -x_T_.shape[0] % self.size
+            return F.pad(x_T_, (*(0, 0) * (x_T_.dim() - 1), 0, padding)).unflatten(0, (-1, self.size))
+        zeros = x_T_.new_zeros(1, *x_T_.shape[1:])
+        return torch.cat([x_T_, zeros]).index_select(0, self.rows_Z_).unflatten(0, (-1, self.size))
+
+    def join(self, x_ZC_: Tensor) -> Tensor:
+        """[Z, C, ...] -> [T, ...]"""
+        x_Z_ = x_ZC_.flatten(0, 1)
+        if self.rows_Z_ is None:
+            return x_Z_[: self.num_rows]
+        return x_Z_.index_select(0, self.rows_Z_.argsort()[: self.num_rows])
+
+
+def differentiable(*tensors: Tensor | None) -> bool:
+    """Whether autograd records what is computed from these: then nothing that they were read from may change in
+    place."""
+    return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
+
+
+def load(pool_J_: Tensor, slots_B: Tensor, *, copy: bool = False) -> Tensor:
+    """The states of the slots: a view for a single one on the CPU unless `copy`, else a copy."""
+    if slots_B.numel() == 1 and not slots_B.is_cuda and not copy:
         return pool_J_.narrow(0, int(slots_B), 1)
     return pool_J_[slots_B]
 
 
 def store(pool_J_: Tensor, slots_B: Tensor, states_B_: Tensor) -> None:
-    """Put the states back."""
+    """Put the states back, as values: no gradient flows through a pool."""
+    states_B_ = states_B_.detach()
     if states_B_.untyped_storage().data_ptr() == pool_J_.untyped_storage().data_ptr():
-        return  # what `load` gave was changed where it is
+        return  # `load` gave a view, and it was changed in place
     if slots_B.numel() == 1 and not slots_B.is_cuda:
         pool_J_.narrow(0, int(slots_B), 1).copy_(states_B_)
     else:

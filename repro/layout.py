@@ -159,6 +159,15 @@ class Identity:
     pid_namespace: int = 0
     wall_offset_ns: int = 0
 
+    def shares_processes(self, other: Identity) -> bool:
+        """Whether the pids of both are numbers of the same processes: one host, and one pid namespace of it.
+
+        Containers may share boot and host name and not their processes. Where a namespace is unknown, as in files of
+        version 1, they are taken to share it.
+        """
+        namespaces = {self.pid_namespace, other.pid_namespace} - {0}
+        return (self.boot_id, self.hostname) == (other.boot_id, other.hostname) and len(namespaces) <= 1
+
     def clock_ahead_ns(self, other: Identity) -> int:
         """How far the monotonic clock of this host is ahead of another's, as well as their wall clocks agree."""
         if self.boot_id == other.boot_id or not self.boot_id or not other.boot_id:

@@ -13,7 +13,7 @@ What the ranks did is in their witnesses, which the watcher reads by itself, als
 from __future__ import annotations
 
 import contextlib
-import time
+import traceback
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,11 +21,11 @@ from typing import Any, Self
 
 import psutil
 
-from repro import evidence, process
+from repro import process
+from repro.host import Host
 from repro.layout import Identity, Kind
 from repro.options import WatchOptions
 from repro.parse import WitnessError
-from repro.record import myself
 from repro.rundir import RunDir, read_json, write_json
 from repro.system import System
 from repro.verdict.facts import Facts
@@ -46,13 +46,13 @@ UNHEARD_S = 10.0
 
 @dataclass(frozen=True)
 class Report:
-    """What a lookout has seen.
+    """What an agent has seen of the ranks of its host.
 
-    beat       grows with every look
-    ranks      of its host, as far as they have said who they are
-    facts      about these; `died` is on the clock of its host
-    answered   up to which question it has collected evidence
-    gaps       what of it did not come, in sentences
+    beat         grows with every look
+    ranks        of its host, as far as they have opened their witnesses
+    facts        about these; `died` is on the clock of its host
+    answered     up to which question it has collected evidence
+    unanswered   rank -> what of it the rank did not leave
     """
 
     beat: int
@@ -61,83 +61,108 @@ class Report:
     ranks: tuple[int, ...]
     facts: Facts
     answered: int = 0
-    gaps: tuple[str, ...] = ()
+    unanswered: Mapping[int, str] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
-        listed = {"ranks": list(self.ranks), "facts": self.facts.to_json(), "gaps": list(self.gaps)}
-        return {"beat": self.beat, "boot_id": self.boot_id, "wall_offset_ns": self.wall_offset_ns,
-                "answered": self.answered, **listed}  # fmt: skip
+        return {
+            "beat": self.beat,
+            "boot_id": self.boot_id,
+            "wall_offset_ns": self.wall_offset_ns,
+            "ranks": list(self.ranks),
+            "facts": self.facts.to_json(),
+            "answered": self.answered,
+            "unanswered": {str(rank): what for rank, what in self.unanswered.items()},
+        }
 
     @classmethod
-    def from_json(cls, told: Mapping[str, Any]) -> Self:
+    def from_json(cls, document: Mapping[str, Any]) -> Self:
         """Raises KeyError, TypeError or ValueError for what ``to_json`` does not write."""
         return cls(
-            int(told["beat"]), str(told["boot_id"]), int(told["wall_offset_ns"]), tuple(map(int, told["ranks"])),
-            Facts.from_json(told["facts"]), int(told["answered"]), tuple(map(str, told["gaps"])),
-        )  # fmt: skip
+            int(document["beat"]),
+            str(document["boot_id"]),
+            int(document["wall_offset_ns"]),
+            tuple(map(int, document["ranks"])),
+            Facts.from_json(document["facts"]),
+            int(document["answered"]),
+            {int(rank): str(what) for rank, what in document["unanswered"].items()},
+        )
 
 
 class Lookout:
-    """Looks after the ranks of this host until the run is decided, and then sees them end."""
+    """The agent of a host: it looks after the ranks there until the run is decided, and then sees them end."""
 
-    def __init__(self, run_dir: RunDir, options: WatchOptions, first_rank: int) -> None:
+    def __init__(self, run_dir: RunDir, options: WatchOptions, first_rank: int, host: Host | None = None) -> None:
         self._run_dir, self._options = run_dir, options
         self._path = run_dir.lookout(first_rank)
-        self._here = myself(0, 1)
+        self._host = host or Host()
         self._tails = [Tail(run_dir.witness(rank)) for rank in range(options.num_ranks)]
-        self._system = System(options.quiet_window_s)
+        self._system = System(options.quiet_window_s, self._host)
         self._answered = 0
-        self._gaps: tuple[str, ...] = ()
+        self._unanswered: dict[int, str] = {}
         self._beat = 0
+        self._looked_ns = 0
 
     def run(self) -> None:
+        """Look after the ranks; returns when they have ended."""
         self._path.parent.mkdir(exist_ok=True)
-        deadline = time.monotonic() + self._options.deadline_s + OVERTIME_S
-        looked_at = 0.0
-        while time.monotonic() < deadline and not self._run_dir.verdict.exists():
-            asked = times_asked(self._run_dir)
-            if asked > self._answered:
-                self._gaps = tuple(evidence.collect(self._run_dir, self._pids(), evidence.PATIENCE_S))
-                self._answered = asked
-            elif time.monotonic() - looked_at < LOOK_S:
-                time.sleep(POLL_S)
-                continue
-            looked_at = time.monotonic()
+        deadline_ns = self._host.now_ns() + int((self._options.deadline_s + OVERTIME_S) * 1e9)
+        while self._host.now_ns() < deadline_ns and not self._run_dir.verdict.exists():
             try:
-                self._report()
-            except OSError:
+                self.poll()
+            except (OSError, psutil.Error):  # the next look may meet no failure
                 if not self._path.parent.exists():
                     break  # the watcher has tidied up
-        self._let_go()
+            except Exception:  # whatever fails here, the ranks need an agent that ends them
+                traceback.print_exc()
+            self._host.sleep(POLL_S)
+        self._end_ranks()
+
+    def poll(self) -> None:
+        """Collect evidence if the watcher asks for it, and report twice a second."""
+        asked = times_asked(self._run_dir)
+        if asked > self._answered:
+            self._unanswered = self._host.collect(self._run_dir, self._pids())
+            self._answered = asked
+            self._report()
+            self._system.begin_measuring(self._pids())  # to write evidence takes a processor, which says nothing
+        elif self._host.now_ns() - self._looked_ns >= LOOK_S * 1e9:
+            self._system.measure(self._pids())
+            self._report()
 
     def _report(self) -> None:
+        self._looked_ns = self._host.now_ns()
         self._beat += 1
-        facts = self._system.look(self._witnesses())
-        here, ranks = self._here, tuple(facts.alive)
-        report = Report(self._beat, here.boot_id, here.wall_offset_ns, ranks, facts, self._answered, self._gaps)
+        running = self._running()
+        facts = self._system.look(self._witnesses(), running)
+        here = self._host.here
+        report = Report(
+            self._beat, here.boot_id, here.wall_offset_ns, tuple(running), facts, self._answered, self._unanswered
+        )
         write_json(self._path, report.to_json())
 
     def _witnesses(self) -> dict[int, Witness]:
-        found = {}
+        witnesses = {}
         for rank, tail in enumerate(self._tails):
             if self._system.is_here(tail.who()):
-                with contextlib.suppress(WitnessError):  # the watcher says so
-                    found[rank] = tail.witness()
-        return found
+                with contextlib.suppress(OSError, WitnessError):  # the watcher says so
+                    witnesses[rank] = tail.witness()
+        return witnesses
 
-    def _running(self) -> dict[int, psutil.Process]:
-        writers = {rank: tail.who() for rank, tail in enumerate(self._tails)}
-        return {rank: it for rank, it in self._system.running(writers).items() if it is not None}
+    def _running(self) -> dict[int, psutil.Process | None]:
+        return self._system.running({rank: tail.who() for rank, tail in enumerate(self._tails)})
+
+    def _alive(self) -> list[psutil.Process]:
+        return [found for found in self._running().values() if found is not None]
 
     def _pids(self) -> dict[int, int]:
-        return {rank: it.pid for rank, it in self._running().items()}
+        return {rank: found.pid for rank, found in self._running().items() if found is not None}
 
-    def _let_go(self) -> None:
-        """Ranks that only waited for the watcher's word leave by themselves, others are ended."""
-        deadline = time.monotonic() + LETTING_GO_S
-        while self._running() and self._all_done() and time.monotonic() < deadline:
-            time.sleep(POLL_S)
-        process.kill(self._running().values())
+    def _end_ranks(self) -> None:
+        """Ranks that only waited to be released leave by themselves, others are ended."""
+        deadline_ns = self._host.now_ns() + int(LETTING_GO_S * 1e9)
+        while self._alive() and self._all_done() and self._host.now_ns() < deadline_ns:
+            self._host.sleep(POLL_S)
+        process.kill(self._alive())
         with contextlib.suppress(OSError):
             self._report()
 
@@ -147,33 +172,34 @@ class Lookout:
 
 @dataclass
 class Others:
-    """The watcher's side: what the lookouts of other hosts said."""
+    """The watcher's side: what the agents of other hosts said."""
 
     run_dir: RunDir
-    here: Identity
-    _heard: dict[Path, tuple[Report, float]] = field(default_factory=dict)
+    host: Host
+    _heard: dict[Path, tuple[Report, int]] = field(default_factory=dict)  # with the moment, on the watcher's clock
 
     def reports(self) -> list[Report]:
-        """Those of lookouts that are at work."""
+        """Those of agents that are at work."""
         self._listen()
-        return [report for report, at in self._heard.values() if time.monotonic() - at < UNHEARD_S]
+        now_ns = self.host.now_ns()
+        return [report for report, heard_ns in self._heard.values() if now_ns - heard_ns < UNHEARD_S * 1e9]
 
     def silent(self) -> list[str]:
-        """A sentence for each lookout that was at work and is not any more."""
+        """A sentence for each agent that was at work and is not any more."""
         self._listen()
-        now = time.monotonic()
+        now_ns = self.host.now_ns()
         return [
-            f"the lookout of {name_ranks(report.ranks)} was last heard {now - at:.0f} s ago: they are not seen any more"
-            for report, at in self._heard.values()
-            if now - at >= UNHEARD_S
+            f"the lookout of {name_ranks(report.ranks)} was last heard {(now_ns - heard_ns) / 1e9:.0f} s ago: they are "
+            "not seen any more"
+            for report, heard_ns in self._heard.values()
+            if now_ns - heard_ns >= UNHEARD_S * 1e9
         ]
 
-    def merged(self, mine: Facts) -> Facts:
+    def merged(self, facts: Facts) -> Facts:
         """What all hosts' systems say, on the clock of this one."""
-        facts = mine
         for report in self.reports():
             there = Identity(0, 1, boot_id=report.boot_id, wall_offset_ns=report.wall_offset_ns)
-            facts = facts.joined(report.facts, self.here.clock_ahead_ns(there) / 1e9)
+            facts = facts.joined(report.facts, self.host.here.clock_ahead_ns(there) / 1e9)
         return facts
 
     def someone_is_gone(self) -> bool:
@@ -183,31 +209,34 @@ class Others:
         return any(alive for report in self.reports() for alive in report.facts.alive.values())
 
     def ask(self) -> int:
-        """Have the lookouts collect evidence; the number of the question."""
+        """Have the agents collect evidence; the number of the question."""
         question = times_asked(self.run_dir) + 1
         if self.reports():
             with contextlib.suppress(OSError):  # a full disk: then none comes, and that is said
                 write_json(self.run_dir.asked, question)
         return question
 
-    def answers(self, question: int, patience_s: float) -> list[str]:
-        """What of the evidence did not come, in sentences, after waiting for it at most ``patience_s``."""
-        deadline = time.monotonic() + patience_s
-        while any(report.answered < question for report in self.reports()) and time.monotonic() < deadline:
-            time.sleep(POLL_S / 2)
-        gaps = [gap for report in self.reports() if report.answered >= question for gap in report.gaps]
-        late = [rank for report in self.reports() if report.answered < question for rank in report.ranks]
-        return gaps + ([f"no evidence came from the host of {name_ranks(late)}"] if late else [])
+    def answers(self, question: int, patience_s: float) -> dict[int, str]:
+        """Wait for the agents at most ``patience_s`` seconds; returns what of the evidence each rank did not leave."""
+        deadline_ns = self.host.now_ns() + int(patience_s * 1e9)
+        while any(report.answered < question for report in self.reports()) and self.host.now_ns() < deadline_ns:
+            self.host.sleep(POLL_S / 2)
+        unanswered: dict[int, str] = {}
+        for report in self.reports():
+            late = dict.fromkeys(report.ranks, "evidence") if report.answered < question else report.unanswered
+            unanswered.update(late)
+        return unanswered
 
     def _listen(self) -> None:
         for path in sorted(self.run_dir.lookouts.glob("rank*.json")):
-            with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+            with contextlib.suppress(OSError, ValueError, KeyError, TypeError, AttributeError):
                 report = Report.from_json(read_json(path))
                 if path not in self._heard or self._heard[path][0] != report:
-                    self._heard[path] = report, time.monotonic()
+                    self._heard[path] = report, self.host.now_ns()
 
 
 def times_asked(run_dir: RunDir) -> int:
+    """How often the watcher has wanted evidence."""
     try:
         return int(read_json(run_dir.asked))
     except (OSError, ValueError, TypeError):
@@ -215,8 +244,9 @@ def times_asked(run_dir: RunDir) -> int:
 
 
 def tidy(run_dir: RunDir, leftovers: Iterable[Path] = ()) -> None:
-    """Remove what is of use to nobody once the run is decided."""
-    for path in (run_dir.asked, *run_dir.lookouts.glob("*"), *leftovers):
+    """Remove what is of use to nobody once the run is decided, files that a killed process was writing included."""
+    partials = run_dir.root.glob("**/.*.partial")
+    for path in (run_dir.asked, *run_dir.lookouts.glob("*"), *partials, *leftovers):
         path.unlink(missing_ok=True)
     with contextlib.suppress(OSError):
         run_dir.lookouts.rmdir()

@@ -26,10 +26,15 @@ def die_with_parent(parent: int | None = None) -> None:
 def start_ticks(pid: int) -> int:
     """When a process began, in clock ticks since boot; 0 where that cannot be read."""
     try:
-        with open(f"/proc/{pid}/stat") as file:
-            return int(file.read().rpartition(")")[2].split()[19])
+        return read_start_ticks(pid)
     except (OSError, ValueError, IndexError):
         return 0
+
+
+def read_start_ticks(pid: int) -> int:
+    """As :func:`start_ticks`; raises OSError where that cannot be read, ValueError or IndexError for nonsense."""
+    with open(f"/proc/{pid}/stat") as file:
+        return int(file.read().rpartition(")")[2].split()[19])
 
 
 def name_myself() -> str:

@@ -15,19 +15,36 @@ import psutil
 
 from repro.layout import Identity
 from repro.parent import die_with_parent as die_with_parent
-from repro.parent import start_ticks
+from repro.parent import read_start_ticks
 
 REAP_PATIENCE_S = 5.0
 
 
 def running(pid: int, ticks: int) -> psutil.Process | None:
-    """The process of that pid that began at those `parent.start_ticks`; None when it has ended, or is a zombie."""
+    """The process of that pid that began at those `parent.start_ticks`; None when it has ended, or is a zombie.
+
+    Raises psutil.AccessDenied if the process is hidden from this user, and OSError if the system does not answer, as
+    when this process has no file descriptor left: neither says that it has ended.
+    """
     try:
         process = psutil.Process(pid)
-    except psutil.NoSuchProcess:
+        # A pid alone may be another process's by now. psutil's own start time is in another unit.
+        return process if not _has_ended(process) and read_start_ticks(pid) == ticks else None
+    except (psutil.NoSuchProcess, FileNotFoundError, ProcessLookupError):
+        if _is_hidden(pid):
+            raise psutil.AccessDenied(pid) from None
         return None
-    # A pid alone may be somebody else's by now. psutil's own start time is in another unit.
-    return process if not _has_ended(process) and start_ticks(pid) == ticks else None
+
+
+def _is_hidden(pid: int) -> bool:
+    """Whether the pid is in use although /proc does not show it, as when it is mounted with hidepid."""
+    try:
+        os.kill(pid, 0)
+    except PermissionError:
+        return not os.path.exists(f"/proc/{pid}")
+    except OSError:
+        return False
+    return False
 
 
 def _has_ended(process: psutil.Process) -> bool:
@@ -64,14 +81,22 @@ def kill(processes: Iterable[psutil.Process]) -> list[int]:
     """SIGKILL processes and wait until they have ended or REAP_PATIENCE_S passed; returns the pids of those that have
     not. Their parents reap them, which of an orphan is the system's first process and may take seconds.
     """
-    processes = list(processes)
-    for process in processes:
-        with contextlib.suppress(psutil.NoSuchProcess):
-            process.kill()
+    left = list(processes)
     deadline = time.monotonic() + REAP_PATIENCE_S
-    while (running := [process for process in processes if not _has_ended(process)]) and time.monotonic() < deadline:
-        time.sleep(0.01)
-    return sorted({process.pid for process in running})
+    while left and time.monotonic() < deadline:
+        for process in left:
+            with contextlib.suppress(psutil.Error, OSError):  # the next round tries again
+                process.kill()
+        left = [process for process in left if not _seen_to_end(process)]
+        time.sleep(0.01 if left else 0)
+    return sorted({process.pid for process in left})
+
+
+def _seen_to_end(process: psutil.Process) -> bool:
+    try:
+        return _has_ended(process)
+    except (psutil.Error, OSError):
+        return False
 
 
 def with_ancestors(pid: int) -> list[int]:

@@ -1,118 +1,214 @@
-"""A run judged once more from the files it left, which somebody may have damaged since, or made up."""
+"""Judge a run once more from the files it left, which somebody may have damaged since, or made up."""
 
 from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Callable
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from repro import locks
 from repro.comparison import wrong_tokens
 from repro.expectation import document_of, watch_options
-from repro.record import myself
+from repro.host import Host
+from repro.look import Look, watcher_from_json
+from repro.options import WatchOptions
 from repro.rundir import RunDir, read_json
 from repro.settings import RunSettings
 from repro.system import System
-from repro.verdict import judge
+from repro.verdict import Verdict
 from repro.verdict.facts import Facts
 from repro.verdict.result import VERDICTS
-from repro.watch import not_decided, uncompared, with_evidence
-from repro.witness import read_dir
+from repro.watch import Comparison, ended_from_outside, not_decided, uncompared
+from repro.witness import Witness, read_dir
 
 LOOK_S = 0.5
 
 
-def judge_again(run_dir: RunDir, settings: RunSettings) -> tuple[dict[str, Any], bool]:
-    """The verdict on a run from the files it left, as in verdict.json, and whether all of these could be used to their
-    last byte.
+@dataclass(frozen=True)
+class Decided:
+    """What a second judgement takes from a verdict.json.
 
-    A decided run is judged as of the moment of its verdict.json, from where also comes what the system said then; any
-    other, and one whose verdict.json is damaged, as of now, after a look of LOOK_S at its processes.
+    look       who looked, when, and the facts; without witnesses. None in a file of an older version, which does not
+               say whose clock its times are on
     """
-    witnesses, refused = read_dir(run_dir.root / "events")
-    told: dict[str, Any] = {}
+
+    verdict: Verdict
+    facts: Facts
+    look: Look | None
+    interrupted: bool
+    ended_by: str
+    seconds: Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Again:
+    """A second judgement.
+
+    decided   what verdict.json says, None for a run that is not decided or whose verdict.json is damaged
+    whole     whether all files could be used to their last byte
+    """
+
+    verdict: Verdict
+    look: Look
+    decided: Decided | None
+    whole: bool
+
+
+def judge_again(run_dir: RunDir, settings: RunSettings) -> tuple[dict[str, Any], bool]:
+    """The verdict on a run of the lab as in verdict.json, and whether all its files could be used to the last byte."""
     damaged: list[str] = []
-    here = myself(0, 1)
-    if run_dir.verdict.exists():
-        try:
-            told, facts = _decided(run_dir.verdict)
-        except (OSError, ValueError) as error:
-            damaged.append(f"{error}; the run is judged as if it had no verdict.json")
-    if told:
-        last_ns = (w.last_event_ns() + here.clock_ahead_ns(w.who) for w in witnesses.values() if w.last)
-        now_ns = max(last_ns, default=0) + int(told["quiet_s"] * 1e9) + 1_000_000  # the file has milliseconds
-    else:
-        system = System(LOOK_S)
-        system.look(witnesses)
-        time.sleep(LOOK_S)
-        witnesses, refused = read_dir(run_dir.root / "events")
-        facts = system.look(witnesses)
-        now_ns = time.monotonic_ns()
-    wrong: list[str] = []
-    not_compared = ""
+    comparison = Comparison()
     try:
         wrong = wrong_tokens(run_dir, settings.num_ranks, settings.tp_size)
+        comparison = Comparison(wrong=tuple(wrong))
     except FileNotFoundError as error:
-        not_compared = str(error)
+        comparison = Comparison(missing=str(error))
     except (OSError, ValueError) as error:
-        not_compared = "a file with tokens is damaged"
+        comparison = Comparison(missing="a file with tokens is damaged")
         damaged.append(str(error))
-    verdict = judge(
-        witnesses,
-        facts,
-        num_ranks=settings.num_ranks,
-        now_ns=now_ns,
-        quiet_window_s=settings.quiet_window_s,
-        home=here,
-        wrong_numbers=wrong,
-        queued=watch_options(settings).queued_groups,
-    )
-    if not_compared and told.get("verdict") not in ("clean", "slow"):  # else who watched has compared them
-        verdict = uncompared(verdict, not_compared)
-    if verdict.verdict == "clean" and told.get("verdict") == "slow":  # only who watched could see that
+    again = judge_files(run_dir, watch_options(settings), comparison)
+    passed_s = time.time() - run_dir.config.stat().st_mtime
+    seconds = {"stall_to_verdict": round(again.verdict.quiet_s, 3), "total": round(passed_s, 3)}
+    decided = again.decided
+    document = {
+        **document_of(settings, again.verdict.with_evidence(damaged)),
+        **again.look.to_json(),
+        "interrupted": decided is not None and decided.interrupted,
+        "ended_by": decided.ended_by if decided else "",
+        "seconds": decided.seconds if decided else seconds,
+    }
+    return document, again.whole and not damaged
+
+
+def judge_files(run_dir: RunDir, options: WatchOptions, comparison: Comparison) -> Again:
+    """Judge a run from its files.
+
+    A decided run is judged as its watcher saw it: at that moment, on that host's clock, with the facts in verdict.json.
+    So the verdict is the same on any machine. Another run, or one whose verdict.json is damaged, is judged as of now,
+    after a look of LOOK_S at its processes.
+    """
+    damaged: list[str] = []
+    decided: Decided | None = None
+    if run_dir.verdict.exists():
+        try:
+            decided = read_decided(run_dir.verdict)
+        except (OSError, ValueError) as error:
+            damaged.append(f"{error}; the run is judged as if it had no verdict.json")
+    look, refused = _look_at_decided(run_dir, decided) if decided else _look_now(run_dir)
+    verdict = look.verdict(options, comparison.wrong).with_evidence(look.notes)
+    if decided is None and look.witnesses and not any(witness.who.pid for witness in look.witnesses.values()):
+        verdict = _not_begun(verdict, run_dir)
+    before = decided.verdict.verdict if decided else ""
+    if comparison.missing and before not in ("clean", "slow"):  # else the watcher has compared the results
+        verdict = uncompared(verdict, comparison.missing)
+    if decided and verdict.verdict == "clean" and before == "slow":  # only the watcher could see that
         verdict = dataclasses.replace(
             verdict,
             verdict="slow",
-            culprits=tuple(told["culprits"]),
-            confidence=told["confidence"],
-            evidence=tuple(told["evidence"]),
+            culprits=decided.verdict.culprits,
+            confidence=decided.verdict.confidence,
+            evidence=decided.verdict.evidence,
         )
-    if told.get("interrupted"):
+    if decided and decided.interrupted:
         verdict = not_decided(verdict)
-    used = {witness.who.run_id for witness in witnesses.values()}
-    refused += damaged
-    whole = not refused and len(used) <= 1 and not any(witness.problems for witness in witnesses.values())
-    passed_s = time.time() - run_dir.config.stat().st_mtime
-    seconds = {"stall_to_verdict": round(verdict.quiet_s, 3), "total": round(passed_s, 3)}
-    return {
-        **document_of(settings, with_evidence(verdict, refused)), "system": facts.to_json(),
-        "interrupted": bool(told.get("interrupted")), "seconds": told.get("seconds", seconds),
-    }, whole  # fmt: skip
+    if decided and decided.ended_by:
+        verdict = ended_from_outside(verdict, decided.ended_by)
+    runs = {witness.who.run_id for witness in look.witnesses.values()}
+    problems = any(witness.problems for witness in look.witnesses.values())
+    whole = not refused and not damaged and len(runs) <= 1 and not problems
+    return Again(verdict.with_evidence([*refused, *damaged]), look, decided, whole)
 
 
-_WRITTEN: dict[str, Callable[[Any], bool]] = {
-    "verdict": lambda told: told in VERDICTS,
-    "confidence": lambda told: isinstance(told, str),
-    "culprits": lambda told: isinstance(told, list) and all(isinstance(rank, int) for rank in told),
-    "evidence": lambda told: isinstance(told, list) and all(isinstance(text, str) for text in told),
-    "quiet_s": lambda told: isinstance(told, (int, float)) and 0 <= told < 1e6,
-    "seconds": lambda told: isinstance(told, dict),
-}
-"""What is taken from a verdict.json, and whether it may stand there."""
+def _look_at_decided(run_dir: RunDir, decided: Decided) -> tuple[Look, list[str]]:
+    witnesses, refused = read_dir(run_dir.root / "events")
+    if decided.look is not None:
+        return dataclasses.replace(decided.look, witnesses=witnesses), refused
+    here = Host().here
+    last_ns = max((w.last_event_ns() + here.clock_ahead_ns(w.who) for w in witnesses.values() if w.last), default=0)
+    now_ns = last_ns + int(decided.verdict.quiet_s * 1e9) + 1_000_000  # the file has milliseconds
+    return Look(here, now_ns, witnesses, decided.facts), refused
 
 
-def _decided(path: Path) -> tuple[dict[str, Any], Facts]:
-    """A verdict.json and what the system said then; raises ValueError with the file and what is wrong with it."""
-    told = read_json(path)
-    if not isinstance(told, dict):
+def _look_now(run_dir: RunDir) -> tuple[Look, list[str]]:
+    host = Host()
+    system = System(LOOK_S, host)
+    witnesses, _ = read_dir(run_dir.root / "events")
+    system.look(witnesses, system.running(_writers(witnesses)))
+    system.begin_measuring(_pids(system, witnesses))
+    host.sleep(LOOK_S)
+    system.measure(_pids(system, witnesses))
+    now_ns = host.now_ns()
+    running = system.running(_writers(witnesses))
+    witnesses, refused = read_dir(run_dir.root / "events")
+    return Look(host.here, now_ns, witnesses, system.look(witnesses, running)), refused
+
+
+def _writers(witnesses: Mapping[int, Witness]) -> dict[int, Any]:
+    return {rank: witness.who for rank, witness in witnesses.items()}
+
+
+def _pids(system: System, witnesses: Mapping[int, Witness]) -> dict[int, int]:
+    return {rank: found.pid for rank, found in system.running(_writers(witnesses)).items() if found is not None}
+
+
+def _not_begun(verdict: Verdict, run_dir: RunDir) -> Verdict:
+    """The verdict on a run of which no rank has opened its witness: nobody can be named for that."""
+    age_s = time.time() - run_dir.config.stat().st_mtime
+    pid = locks.holder(run_dir.config.resolve())
+    watcher = (
+        f"process {pid} watches it"
+        if pid > 0
+        else "no process is seen to watch it: its launcher was ended, or has not come so far"
+    )
+    line = f"no rank has begun; the run was prepared {age_s:.0f} s ago, and {watcher}"
+    return dataclasses.replace(
+        verdict, verdict="inconclusive", cause="", culprits=(), suspects=(), confidence="undecided", evidence=(line,)
+    )
+
+
+def read_decided(path: Path) -> Decided:
+    """Read a verdict.json; raises ValueError with the file and what is wrong with it."""
+    document = read_json(path)
+    if not isinstance(document, dict):
         raise ValueError(f"{path}:1: not a mapping")
-    for name, may_stand_there in _WRITTEN.items():
-        if name not in told:
-            raise ValueError(f"{path}:1: {name} is missing")
-        if not may_stand_there(told[name]):
-            raise ValueError(f"{path}:1: {name} is not what a run writes there")
+    name = ""
     try:
-        return told, Facts.from_json(told["system"])
-    except (AttributeError, KeyError, TypeError, ValueError, OverflowError):
-        raise ValueError(f"{path}:1: system is not what a run writes there") from None
+        name = "verdict"
+        if document["verdict"] not in VERDICTS:
+            raise ValueError
+        name = "confidence"
+        confidence = _checked(document[name], str)
+        name = "culprits"
+        culprits = tuple(_checked(rank, int) for rank in _checked(document[name], list))
+        name = "evidence"
+        evidence = tuple(_checked(text, str) for text in _checked(document[name], list))
+        name = "quiet_s"
+        quiet_s = float(document[name])
+        if not 0 <= quiet_s < 1e6:
+            raise ValueError
+        name = "seconds"
+        seconds = _checked(document[name], dict)
+        name = "system"
+        facts = Facts.from_json(document[name])
+        name = "watcher"
+        look = None
+        if name in document:
+            identity, now_ns = watcher_from_json(document[name])
+            look = Look(identity, now_ns, facts=facts)
+    except (AttributeError, KeyError, TypeError, ValueError, OverflowError) as error:
+        wrong = (
+            "is missing" if isinstance(error, KeyError) and name not in document else "is not what a run writes there"
+        )
+        raise ValueError(f"{path}:1: {name} {wrong}") from None
+    verdict = Verdict(document["verdict"], culprits=culprits, evidence=evidence, confidence=confidence, quiet_s=quiet_s)
+    ended_by = document.get("ended_by", "")
+    return Decided(verdict, facts, look, bool(document.get("interrupted")), str(ended_by), seconds)
+
+
+def _checked(value: Any, wanted: type) -> Any:
+    if not isinstance(value, wanted):
+        raise TypeError
+    return value

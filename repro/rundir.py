@@ -7,7 +7,7 @@ fr/rank000.json        PyTorch's Flight Recorder             the rank, when aske
 logs/rank000.log       what the rank printed                 the rank
 logs/launcher.log      what started the ranks printed        torchrun, or repro.forked
 logs/reference.log     what the reference printed            repro.reference
-logs/watcher.log       why the watch failed, if it did       watcher
+logs/watcher.log       traceback of a failed watcher         watcher
 env/rank000.txt        versions it loaded                    the rank, once connected
 outputs/rank000.json   tokens served                         the rank, when done
 reference.json         tokens of the single-process model    repro.reference

@@ -11,7 +11,7 @@ from hybrid_moe_ref.config import Config, ConfigError, EngineConfig, ModelConfig
 from hybrid_moe_ref.engine.scheduler import Request
 from hybrid_moe_ref.engine.server_config import CHECKS, ServerConfig
 from hybrid_moe_ref.files import read_json
-from hybrid_moe_ref.pages import page_layout
+from hybrid_moe_ref.pages import PageLayout, page_layout
 from repro.layout import Geometry
 from repro.workload import WorkloadConfig, draw_requests
 
@@ -124,10 +124,9 @@ class RunSettings(Config):
             )
 
     def _check_pages(self) -> None:
-        """A cache that may run out in the middle of a run is refused at its start."""
-        itemsize = {"float64": 8, "float32": 4}.get(self.engine.dtype, 2)
-        try:  # a tp rank's page holds fewer tokens than the whole model's
-            layout = page_layout(self.model, itemsize, ssm_itemsize=max(4, itemsize), tp_size=self.tp_size)
+        """A cache that may become full is refused: what scenarios expect of a run assumes that no rank preempts."""
+        try:
+            layout = self.page_layout()
         except ConfigError as error:  # heads that do not divide over the ranks
             raise ConfigError(error.message, f"model.{error.field}") from None
         longest = self.workload.max_prompt_tokens + self.workload.max_new_tokens
@@ -138,6 +137,11 @@ class RunSettings(Config):
                 f"of {longest} tokens take",
                 "engine.num_pages",
             )
+
+    def page_layout(self) -> PageLayout:
+        """The pages of a rank's cache. A page of a tp rank holds fewer tokens than one of the whole model."""
+        itemsize = {"float64": 8, "float32": 4}.get(self.engine.dtype, 2)
+        return page_layout(self.model, itemsize, ssm_itemsize=max(4, itemsize), tp_size=self.tp_size)
 
     @classmethod
     def from_document(

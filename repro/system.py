@@ -1,83 +1,127 @@
 """What this host's system says about its ranks: who lives, is stopped, uses a processor, holds a lock.
 
-A witness tells what a rank last said; this tells what its process does meanwhile. Ranks of other hosts are left out:
-their lookout sees them (`repro.lookout`).
+A witness says what a rank did last; this says what its process does meanwhile. Ranks of other hosts are left out: the
+agent of their host sees them (`repro.lookout`).
 """
 
 from __future__ import annotations
 
-import os
-import time
 from collections.abc import Mapping
 
 import psutil
 
-from repro import locks, process
+from repro import locks
+from repro.host import Host
 from repro.layout import Identity, Kind
-from repro.record import myself
 from repro.verdict.facts import Facts
 from repro.witness import Witness
 
 STOPPED = "stopped by a signal"
+SHORTEST_MEASURE_S = 0.1
+"""The kernel counts processor time in ticks of 10 ms; over less time than this a share means nothing."""
 
 
 class System:
-    """Looks again and again; what takes time to see, like the use of a processor, is seen from the second look on.
+    """Collects the facts about the ranks of this host. Deaths, unheld locks and processor use need several looks.
 
-    patience_s   how long a lock file must have had no holder before nobody is said to hold it: whoever waits for it
-                 may only look now and then
+    patience_s   how long a lock file must have had no holder before it is said to have none: a process that waits for
+                 the lock may only look now and then
     """
 
-    def __init__(self, patience_s: float) -> None:
+    def __init__(self, patience_s: float, host: Host | None = None) -> None:
         self._patience_s = patience_s
-        self._here = myself(0, 1)
+        self._host = host or Host()
         self._unheld_since: dict[str, float] = {}
         self._used: dict[int, tuple[float, float]] = {}  # rank -> seconds of processors, and without one
-        self._looked_at = 0.0
+        self._lost_s = 0.0  # processor time that the whole host lacked, at the last measurement
+        self._measured_at = 0.0
+        self._late_s = 0.0
+        self._cores: dict[int, float] = {}
+        self._starved: dict[int, float] = {}
         self._died: dict[int, float] = {}
 
-    def look(self, witnesses: Mapping[int, Witness]) -> Facts:
-        running = self.running({rank: witness.who for rank, witness in witnesses.items()})
+    def look(self, witnesses: Mapping[int, Witness], running: Mapping[int, psutil.Process | None]) -> Facts:
+        """The facts, with the processor use that was measured last.
+
+        running: what :meth:`running` said before the witnesses were read. A rank that ends well in between would else
+        be dead by the system and unfinished by its witness.
+        """
         return Facts(
-            {rank: it is not None for rank, it in running.items()},
-            {rank: STOPPED for rank, it in running.items() if it is not None and process.is_stopped(it)},
+            {rank: found is not None for rank, found in running.items()},
+            {rank: STOPPED for rank, found in running.items() if found is not None and self._host.is_stopped(found)},
             self._lock_holders(witnesses),
-            *self.use({rank: it.pid for rank, it in running.items() if it is not None}),
+            dict(self._cores),
+            dict(self._starved),
             dict(self._died),
         )
 
     def running(self, writers: Mapping[int, Identity]) -> dict[int, psutil.Process | None]:
-        """The process of each rank of this host that came far enough to say its pid, None where it has ended."""
-        found = {rank: process.find(who) for rank, who in writers.items() if who.pid and self.is_here(who)}
-        if any(it is None and rank not in self._died for rank, it in found.items()):
+        """The process of each rank of this host that has opened its witness, None if it has ended.
+
+        A rank whose process is hidden from this user is left out.
+        """
+        here = {rank: who for rank, who in writers.items() if who.pid and self.is_here(who)}
+        found = self._find(here)
+        if any(process is None and rank not in self._died for rank, process in found.items()):
             # Those that were looked at first may have died before one that was looked at later: then there is no order.
-            found = {rank: it and process.find(writers[rank]) for rank, it in found.items()}
-            now = time.monotonic()
-            for rank, it in found.items():
-                if it is None:
+            found = self._find({rank: here[rank] for rank, process in found.items() if process}) | {
+                rank: None for rank, process in found.items() if process is None
+            }
+            now = self._now_s()
+            for rank, process in found.items():
+                if process is None:
                     self._died.setdefault(rank, now)
         return found
 
-    def use(self, pids: Mapping[int, int]) -> tuple[dict[int, float], dict[int, float]]:
-        """``cores`` and ``starved`` since the last call; both {} at the first, and when that was just now."""
-        now, used = time.monotonic(), process.cpu_seconds(pids.values())
-        passed_s, before = now - self._looked_at, self._used
-        self._looked_at = now
-        self._used = {rank: (used[pid], process.starved_seconds(pid)) for rank, pid in pids.items()}
-        if passed_s < 0.1:
-            return {}, {}
+    def begin_measuring(self, pids: Mapping[int, int]) -> None:
+        """Begin to measure what the ranks use of the processors. pids: rank -> pid."""
+        self._used = self._read_use(pids)
+        self._lost_s = self._host.stolen_seconds()
+        self._late_s = 0.0
+        self._measured_at = self._now_s()
+
+    def measure(self, pids: Mapping[int, int]) -> None:
+        """Measure the use since the last measurement or :meth:`begin_measuring`; nothing if that was just now."""
+        before, measured_at, lost_s, late_s = self._used, self._measured_at, self._lost_s, self._late_s
+        self.begin_measuring(pids)
+        passed_s = self._measured_at - measured_at
+        if not before or passed_s < SHORTEST_MEASURE_S:
+            self._cores, self._starved = {}, {}
+            return
+        # A stolen processor is not in a thread's own account. It shows in the hypervisor's, and in that this process,
+        # which wanted no more than to sleep, was woken late.
+        host_share = max(self._lost_s - lost_s, late_s) / passed_s
         shares = {
-            rank: [round(max(0.0, this - last) / passed_s, 3) for this, last in zip(seconds, before[rank], strict=True)]
+            rank: [max(0.0, this - last) / passed_s for this, last in zip(seconds, before[rank], strict=True)]
             for rank, seconds in self._used.items()
             if rank in before
         }
-        return {rank: cores for rank, (cores, _) in shares.items()}, {
-            rank: share for rank, (_, share) in shares.items()
-        }
+        self._cores = {rank: round(cores, 3) for rank, (cores, _) in shares.items()}
+        self._starved = {rank: round(max(share, host_share), 3) for rank, (_, share) in shares.items()}
+
+    def note_late(self, late_s: float) -> None:
+        """Note that this process was woken so many seconds later than it had asked for."""
+        self._late_s += max(0.0, late_s)
 
     def is_here(self, who: Identity) -> bool:
         """Whether the writer of a witness runs, or ran, on this host."""
-        return (who.boot_id, who.hostname) == (self._here.boot_id, self._here.hostname)
+        return who.shares_processes(self._host.here)
+
+    def _now_s(self) -> float:
+        return self._host.now_ns() / 1e9
+
+    def _find(self, writers: Mapping[int, Identity]) -> dict[int, psutil.Process | None]:
+        found: dict[int, psutil.Process | None] = {}
+        for rank, who in writers.items():
+            try:
+                found[rank] = self._host.find(who)
+            except psutil.AccessDenied:
+                continue
+        return found
+
+    def _read_use(self, pids: Mapping[int, int]) -> dict[int, tuple[float, float]]:
+        used = self._host.cpu_seconds(pids.values())
+        return {rank: (used[pid], self._host.starved_seconds(pid)) for rank, pid in pids.items()}
 
     def _lock_holders(self, witnesses: Mapping[int, Witness]) -> dict[int, tuple[str, int]]:
         waiting: dict[str, dict[int, int]] = {}  # lock -> rank -> pid
@@ -86,14 +130,14 @@ class System:
                 waiting.setdefault(witness.text(witness.last.sig), {})[rank] = witness.who.pid
         ranks = {witness.who.pid for witness in witnesses.values() if self.is_here(witness.who)}
         holders: dict[int, tuple[str, int]] = {}
-        now = time.monotonic()
+        now = self._now_s()
         for name, waiters in waiting.items():
-            pid = locks.holder(name, [*waiters.values(), os.getpid()])
+            pid = self._host.lock_holder(name, list(waiters.values()))
             since = self._unheld_since.setdefault(name, now)
             if pid != locks.NOBODY:
                 del self._unheld_since[name]
             if pid > 0:
-                pid = next((ancestor for ancestor in process.with_ancestors(pid) if ancestor in ranks), pid)
+                pid = next((ancestor for ancestor in self._host.with_ancestors(pid) if ancestor in ranks), pid)
             if pid > 0 or (pid == locks.NOBODY and now - since >= self._patience_s):
                 holders.update(dict.fromkeys(waiters, (name, pid)))
         return holders

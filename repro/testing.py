@@ -165,7 +165,7 @@ class Ranks:
 
     def _judge(self, run_dir: RunDir, system: System) -> tuple[Verdict, Facts]:
         witnesses, _ = read_dir(run_dir.root / "events")
-        facts = system.look(witnesses)
+        facts = system.look(witnesses, system.running({rank: w.who for rank, w in witnesses.items()}))
         verdict = judge(
             witnesses, facts, num_ranks=self.num_ranks, now_ns=time.monotonic_ns(), quiet_window_s=self.quiet_window_s,
             queued={g.name for w in witnesses.values() for g in w.groups} if self.backend == "nccl" else (),

@@ -1,37 +1,40 @@
 """The watcher: outside the ranks, it follows their witnesses and decides when and how a run has ended.
 
-It only reads what the ranks leave. When nothing has happened on any rank for the quiet window, it asks the
-verdict engine; while the answer is that somebody still works it goes on watching. Before it says anything final
-it collects stacks and Flight Recorder dumps, and writes verdict.json before anything is ended.
+It only reads what the ranks leave. When nothing has happened on any rank for the quiet window, it asks the judge; while
+the answer is that some rank still works, it goes on watching. Before it says anything final it collects stacks and
+Flight Recorder dumps, and it writes verdict.json before anything is ended. A failure of the watcher itself is a verdict
+as well: `inconclusive`, with the traceback in logs/watcher.log.
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import re
-import time
-from collections.abc import Callable, Sequence
+import traceback
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import psutil
 
-from repro import evidence, process
+from repro import evidence
+from repro.flight_recorder import compare_dumps
+from repro.host import Host
 from repro.layout import Kind
+from repro.look import Look
 from repro.lookout import Others
 from repro.options import WatchOptions
 from repro.parse import WitnessError
-from repro.record import myself
 from repro.rundir import RunDir, write_json
-from repro.system import STOPPED, System
-from repro.verdict import Verdict, judge
+from repro.silences import Silences
+from repro.system import System
+from repro.verdict import Verdict
 from repro.verdict.facts import Facts
 from repro.witness import Tail, Witness
 
 SCHEMA_VERSION = 1
 POLL_S = 0.05
-SLOW_WINDOWS = 3
-"""A run that ends well is called slow when ranks waited for the same ones through so many quiet windows on end."""
 
 ANSWER_PATIENCE_S = 2.0
 """How long the other hosts may take to collect evidence from their ranks."""
@@ -41,6 +44,9 @@ DEATH_PATIENCE_S = 5.0
 """After a death the verdict waits until nothing has happened for the first, at most for the second: the peers may be
 about to finish without the dead rank, or to say that they miss it.
 """
+
+READ_PATIENCE_S = 5.0
+"""How long reads may fail before the watcher gives up. A stale handle, an I/O error or a lack of descriptors passes."""
 
 
 @dataclass(frozen=True)
@@ -66,13 +72,13 @@ def describe(verdict: Verdict) -> dict[str, Any]:
 class Watch:
     """One watch over one run.
 
-    job_alive         whether the processes that were started still exist
-    compare           compares the results once all ranks are done. It may return None, to be asked again, unless its
-                      argument is True: then the watch ends now
-    describe          the entries of verdict.json that do not depend on the watch
-    interrupted       whether the user wants the run to end
-    show              called at every poll with the tails, for a display
-    notice            called with a line when it has changed who waits for whom
+    job_alive     whether the processes that were started still exist
+    compare       compares the results once all ranks are done. It may return None, to be asked again, unless its
+                  argument is True: then the watch ends now
+    describe      the entries of verdict.json that do not depend on the watch
+    interrupted   whether the user wants the run to end
+    show          called at every poll with the tails, for a display
+    notice        called with a line when it has changed who waits for whom
     """
 
     run_dir: RunDir
@@ -83,46 +89,80 @@ class Watch:
     interrupted: Callable[[], bool] = lambda: False
     show: Callable[[list[Tail]], None] = lambda tails: None
     notice: Callable[[str], None] = lambda text: None
-    started_ns: int = field(default_factory=time.monotonic_ns)
+    host: Host = field(default_factory=Host)
 
     def __post_init__(self) -> None:
-        self._here = myself(0, 1)
-        self._tails = [Tail(self.run_dir.witness(rank)) for rank in range(self.options.num_ranks)]
-        self._system = System(self.options.quiet_window_s)
-        self._others = Others(self.run_dir, self._here)
-        self._facts = Facts()
+        self.started_ns = self.host.now_ns()
+        self._tails: dict[int, Tail] = {}
+        self._system = System(self.options.quiet_window_s, self.host)
+        self._others = Others(self.run_dir, self.host)
+        self._look = Look(self.host.here, self.started_ns)
         self._judged_ns = 0
         self._died_ns = 0
+        self._failing_since_ns = 0
         self._measuring = False
+        self._ended_by = ""
         self._noticed: list[str] = []
-        self._silences: dict[tuple[int, ...], tuple[float, Verdict]] = {}  # by who was waited for, the longest
+        self._silences = Silences()
 
     def run(self) -> dict[str, Any]:
-        """Watch until the run is decided; returns what was written to verdict.json."""
+        """Watch until the run is decided; returns what was written to verdict.json.
+
+        Raises OSError if verdict.json cannot be written.
+        """
         try:
-            while (verdict := self._decide()) is None:
-                self.show(self._tails)
-                time.sleep(POLL_S)
-        except Exception:
-            self._collect_evidence()  # whoever called ends the ranks, and what they could tell with them
-            raise
+            while (verdict := self._poll()) is None:
+                self.show(list(self._tails.values()))
+                self._pause()
+        except Exception as error:
+            verdict = self._failed(error)
         return self._write(verdict)
 
     def processes(self) -> list[psutil.Process]:
         """The ranks that run, by what their witnesses said, even if the files are gone by now."""
-        return [it for it in self._running().values() if it is not None]
+        return [found for found in self._running().values() if found is not None]
 
     def others_run(self) -> bool:
-        """Whether ranks run on other hosts, as far as their lookouts say."""
+        """Whether ranks run on other hosts, as far as the agents there say."""
         return self._others.someone_runs()
 
     def all_done(self) -> bool:
         """Whether every rank has finished all its work."""
-        return all(_last_kind(tail) == Kind.DONE for tail in self._tails)
+        return len(self._tails) == self.options.num_ranks and all(
+            _last_kind(tail) == Kind.DONE for tail in self._tails.values()
+        )
+
+    def _poll(self) -> Verdict | None:
+        """Decide, unless a read fails: the next poll may meet no failure."""
+        try:
+            self._open()
+            verdict = self._decide()
+        except (OSError, WitnessError, psutil.Error) as error:
+            now_ns = self.host.now_ns()
+            self._failing_since_ns = self._failing_since_ns or now_ns
+            if now_ns - self._failing_since_ns > READ_PATIENCE_S * 1e9:
+                raise error
+            return None
+        self._failing_since_ns = 0
+        return verdict
+
+    def _open(self) -> None:
+        """Open the witnesses that are not open yet. One that cannot be opened is named when the run is judged."""
+        for rank in range(self.options.num_ranks):
+            if rank not in self._tails:
+                with contextlib.suppress(OSError, WitnessError):
+                    self._tails[rank] = Tail(self.run_dir.witness(rank))
+        self._tails = dict(sorted(self._tails.items()))
+
+    def _pause(self) -> None:
+        """Sleep until the next poll. To be woken late is a sign that the machine has no processor to spare."""
+        asleep_ns = self.host.now_ns()
+        self.host.sleep(POLL_S)
+        self._system.note_late((self.host.now_ns() - asleep_ns) / 1e9 - POLL_S)
 
     def _decide(self) -> Verdict | None:
         """The final verdict, or None while there is reason to go on."""
-        now_ns = time.monotonic_ns()
+        now_ns = self.host.now_ns()
         if self.interrupted():
             return not_decided(self._conclude())
         if now_ns - self.started_ns > self.options.deadline_s * 1e9:
@@ -130,73 +170,88 @@ class Watch:
         if self.all_done():
             return self._compared(final=False)
         if self._somebody_died(now_ns):
-            return self._conclude()
+            verdict, self._ended_by = self._conclude(), evidence.launcher_was_ended(self.run_dir)
+            return ended_from_outside(verdict, self._ended_by) if self._ended_by else verdict
         quiet_ns = self.options.quiet_window_s * 1e9
         waited_ns = now_ns - max(self._last_event_ns(), self._judged_ns)
         if waited_ns < quiet_ns:
             if waited_ns < quiet_ns / 2:
                 self._measuring = False
-            elif not self._measuring:  # what the ranks' processors do in the second half of the silence
+            elif not self._measuring:  # what the ranks use of the processors in the second half of the silence
                 self._measuring = True
-                self._system.use({rank: it.pid for rank, it in self._running().items() if it is not None})
+                self._system.begin_measuring(self._pids())
             return None
         return self._decide_in_quiet()
 
     def _decide_in_quiet(self) -> Verdict | None:
         """Judge once per quiet window: a rank that works on without events is `slow`, and the watch goes on."""
-        last_event_ns, self._judged_ns = self._last_event_ns(), time.monotonic_ns()
+        last_event_ns, self._judged_ns = self._last_event_ns(), self.host.now_ns()
+        self._system.measure(self._pids())
         verdict = self._judge()
         if verdict.verdict in ("slow", "inconclusive"):
             self._notice(verdict)
-            self._remember(verdict)
+            self._silences.remember(verdict, self._look.facts, self._since_heartbeat_s(), self.options.quiet_window_s)
             return None
-        gaps = self._collect_evidence()
-        if self._last_event_ns() != last_event_ns:
-            return None  # somebody moved while the evidence was taken: it was not a hang
-        verdict = self._judge()
-        if verdict.verdict in ("slow", "inconclusive"):
-            return None  # the machine turned out too busy while the evidence was taken
-        return self._with_dumps(verdict, gaps)
+        verdict = self._judge_with_evidence()
+        # A rank may have moved while the evidence was taken, or the evidence may speak against the verdict.
+        moved = self._last_event_ns() != last_event_ns
+        return None if moved or verdict.verdict in ("slow", "inconclusive") else verdict
 
     def _conclude(self, why: str = "") -> Verdict:
-        """The last word, with what there is: nothing more will be seen of this run."""
+        """The last verdict, with what there is: nothing more will be seen of this run."""
         reasons = [why] if why else []
         if self.all_done() and (verdict := self._compared(final=True)) is not None:
-            return with_evidence(verdict, reasons)
-        gaps = self._collect_evidence()
-        return self._with_dumps(self._judge(), [*reasons, *gaps])
+            return verdict.with_evidence(reasons)
+        self._system.measure(self._pids())
+        return self._judge_with_evidence().with_evidence(reasons)
+
+    def _judge_with_evidence(self) -> Verdict:
+        """Collect stacks and dumps, look again, and judge with what they confirm, contradict, or do not say.
+
+        Processor use stays as it was measured before: to write the evidence takes a processor too.
+        """
+        unanswered = self._collect_evidence()
+        verdict = self._judge()
+        check = compare_dumps(self.run_dir, verdict.ranks)
+        if unanswered or check.contradicted:
+            further = Facts(unanswered=unanswered, contradicted=check.contradicted)
+            self._look = dataclasses.replace(self._look, facts=self._look.facts.joined(further))
+            verdict = self._look.verdict(self.options).with_evidence(self._look.notes)
+        contradictions = [f"rank {rank}: {text}" for rank, text in check.contradicted.items()]
+        missing = evidence.name_missing(unanswered, evidence.PATIENCE_S)
+        return verdict.with_evidence([*check.sentences(), *contradictions, *missing])
 
     def _judge(self, wrong_numbers: Sequence[str] = ()) -> Verdict:
+        self._look = self._take_look()
+        return self._look.verdict(self.options, wrong_numbers).with_evidence(self._look.notes)
+
+    def _take_look(self) -> Look:
+        """Read all there is: first the clock, then the processes, then what they have written."""
+        now_ns = self.host.now_ns()
+        self._open()
+        running = self._running()
         witnesses: dict[int, Witness] = {}
-        unreadable = []
-        for rank, tail in enumerate(self._tails):
+        notes = self._others.silent()
+        for rank in range(self.options.num_ranks):
             try:
-                witnesses[rank] = tail.witness()
-            except WitnessError as error:
-                unreadable.append(str(error))
-        self._facts = self._others.merged(self._system.look(witnesses))
-        told = self._others.silent()
+                if rank not in self._tails:
+                    self._tails[rank] = Tail(self.run_dir.witness(rank))
+                witnesses[rank] = self._tails[rank].witness()
+            except (OSError, WitnessError) as error:
+                notes.append(str(error))
+        facts = self._others.merged(self._system.look(witnesses, running))
         never = [rank for rank, witness in witnesses.items() if not witness.who.pid]
         if never and not self.job_alive():  # nobody is left who could start them
-            self._facts = self._facts.joined(Facts(alive=dict.fromkeys(never, False)))
-            told.append(evidence.of_launcher(self.run_dir, never))
-        verdict = judge(
-            witnesses,
-            self._facts,
-            num_ranks=self.options.num_ranks,
-            now_ns=time.monotonic_ns(),
-            quiet_window_s=self.options.quiet_window_s,
-            home=self._here,
-            wrong_numbers=wrong_numbers,
-            queued=self.options.queued_groups,
-        )
-        here = [rank for rank, witness in witnesses.items() if self._system.is_here(witness.who)]
-        holders = {pid for rank, (_, pid) in self._facts.lock_holders.items() if rank in here and pid > 0}
-        told += [process.describe(pid) for pid in sorted(holders - {witnesses[rank].who.pid for rank in here})]
-        return with_evidence(verdict, [*told, *unreadable])
+            facts = facts.joined(Facts(alive=dict.fromkeys(never, False)))
+            notes.append(evidence.of_launcher(self.run_dir, never))
+        notes += self._describe_strangers(witnesses, facts)
+        return Look(self.host.here, now_ns, witnesses, facts, tuple(notes))
 
-    def _with_dumps(self, verdict: Verdict, texts: list[str]) -> Verdict:
-        return with_evidence(verdict, [*evidence.compare_with_flight_recorder(self.run_dir, verdict.ranks), *texts])
+    def _describe_strangers(self, witnesses: Mapping[int, Witness], facts: Facts) -> list[str]:
+        """A sentence for each process of this host that holds a lock and is no rank."""
+        here = [rank for rank, witness in witnesses.items() if self._system.is_here(witness.who)]
+        holders = {pid for rank, (_, pid) in facts.lock_holders.items() if rank in here and pid > 0}
+        return [self.host.describe(pid) for pid in sorted(holders - {witnesses[rank].who.pid for rank in here})]
 
     def _compared(self, final: bool) -> Verdict | None:
         """The verdict on ranks that are all done: `clean` only if their results are right. None to ask again."""
@@ -206,64 +261,46 @@ class Watch:
         if comparison.missing:
             return uncompared(self._judge(), comparison.missing)
         verdict = self._judge(wrong_numbers=comparison.wrong)
-        if comparison.wrong:
+        if verdict.verdict != "clean":
             return verdict
         compared = [comparison.evidence] if comparison.evidence else []
-        silences = sorted(self._silences.values(), key=lambda silence: -silence[0])
-        silences = [s for s in silences if s[0] >= SLOW_WINDOWS * self.options.quiet_window_s]
-        if not silences:
-            return with_evidence(verdict, compared)
-        (_, slowest), *others = silences
-        also = [f"for {waited_s:.1f} s also: {other.evidence[0]}" for waited_s, other in others if other.evidence]
-        return with_evidence(slowest, [*also, "then all ranks finished", *compared])
+        slowest = self._silences.slowest(self.options.quiet_window_s)
+        if slowest is None:
+            return verdict.with_evidence(compared)
+        return slowest.with_evidence(["then all ranks finished", *compared])
 
     def _last_event_ns(self) -> int:
-        return max(self.started_ns, *(self._on_my_clock(tail, tail.last_event_ns()) for tail in self._tails))
+        return max([self.started_ns, *(self._on_my_clock(tail, tail.last_event_ns()) for tail in self._tails.values())])
+
+    def _since_heartbeat_s(self) -> float:
+        beats = [self._on_my_clock(tail, tail.heartbeat_ns()) for tail in self._tails.values()]
+        return (self.host.now_ns() - max(beats, default=0)) / 1e9
 
     def _on_my_clock(self, tail: Tail, then_ns: int) -> int:
         """A moment on the clock of a rank's host, 0 for never."""
-        return then_ns and then_ns + self._here.clock_ahead_ns(tail.who())
+        return then_ns and then_ns + self.host.here.clock_ahead_ns(tail.who())
 
     def _running(self) -> dict[int, psutil.Process | None]:
-        return self._system.running({rank: tail.who() for rank, tail in enumerate(self._tails)})
+        return self._system.running({rank: tail.who() for rank, tail in self._tails.items()})
+
+    def _pids(self) -> dict[int, int]:
+        return {rank: found.pid for rank, found in self._running().items() if found is not None}
 
     def _somebody_died(self, now_ns: int) -> bool:
         """A rank is gone or failed, or all processes are, and nobody else is about to say something."""
         gone = None in self._running().values() or not self.job_alive() or self._others.someone_is_gone()
-        if not gone and not any(_last_kind(tail) == Kind.FAILED for tail in self._tails):
+        if not gone and not any(_last_kind(tail) == Kind.FAILED for tail in self._tails.values()):
             self._died_ns = 0
             return False
         self._died_ns = self._died_ns or now_ns
         quiet_ns = now_ns - max(self._died_ns, self._last_event_ns())
         return quiet_ns > DEATH_GRACE_S * 1e9 or now_ns - self._died_ns > DEATH_PATIENCE_S * 1e9
 
-    def _collect_evidence(self) -> list[str]:
-        pids = {rank: it.pid for rank, it in self._running().items() if it is not None}
+    def _collect_evidence(self) -> dict[int, str]:
+        """Have all ranks leave their evidence; what each did not leave."""
         question = self._others.ask()
-        gaps = evidence.collect(self.run_dir, pids, evidence.PATIENCE_S)
-        return gaps + self._others.answers(question, ANSWER_PATIENCE_S)
-
-    def _remember(self, verdict: Verdict) -> None:
-        """Keep the longest silence in which most ranks waited for few that worked on; the reverse is a busy start. What
-        gives signs of life, such as a build before the first step, is no silence, but in a collective that others wait
-        in it is a wait like any other.
-        """
-        num_waiting = sum(position.state in ("blocked", "locked") for position in verdict.ranks)
-        if verdict.verdict != "slow" or num_waiting <= len(verdict.culprits):
-            return
-        waited_s = _waited_for_a_build(verdict)
-        if not waited_s:
-            heard_ns = max(self._on_my_clock(tail, tail.heartbeat_ns()) for tail in self._tails)
-            if time.monotonic_ns() - heard_ns < self.options.quiet_window_s * 1e9:
-                return
-            waited_s = verdict.quiet_s
-        before_s, _ = self._silences.get(verdict.culprits, (0.0, verdict))
-        if waited_s > before_s and not set(verdict.culprits) <= self._stopped():
-            self._silences[verdict.culprits] = waited_s, verdict
-
-    def _stopped(self) -> set[int]:
-        """Ranks that somebody stopped from outside, which says nothing about the run."""
-        return {rank for rank, why in self._facts.excused.items() if why == STOPPED}
+        unanswered = self.host.collect(self.run_dir, self._pids())
+        return unanswered | self._others.answers(question, ANSWER_PATIENCE_S)
 
     def _notice(self, verdict: Verdict) -> None:
         """Tell who waits for whom; a silence in which nobody waits for anybody is no news."""
@@ -274,14 +311,36 @@ class Watch:
             self._noticed = news
             self.notice(f"{verdict.verdict}: {'; '.join(sentences)}")
 
+    def _failed(self, error: Exception) -> Verdict:
+        """The verdict after a failure of the watcher itself: it says nothing about the run, and loses nothing of it."""
+        tracebacks = [_traceback_of(error)]
+        try:  # before the caller ends the ranks
+            gaps = evidence.name_missing(self._collect_evidence(), evidence.PATIENCE_S)
+        except Exception as second:
+            tracebacks.append(_traceback_of(second))
+            gaps = ["no stacks and dumps could be collected"]
+        log = self.run_dir.watcher_log
+        try:
+            log.parent.mkdir(exist_ok=True)
+            log.write_text("\n".join(tracebacks))
+            where = f"the traceback is in logs/{log.name}"
+        except OSError as full:
+            where = f"the traceback could not be written: {full.strerror}"
+        cause = " ".join(f"{type(error).__name__}: {error}".split())
+        said = f"the watcher failed, which says nothing about the run: {cause[:300]}; {where}"
+        return Verdict("inconclusive", evidence=(said, *gaps), confidence="undecided")
+
     def _write(self, verdict: Verdict) -> dict[str, Any]:
-        now_ns = time.monotonic_ns()
+        now_ns = last_event_ns = self.host.now_ns()
+        with contextlib.suppress(OSError, WitnessError):
+            last_event_ns = self._last_event_ns()
         document = {
             **self.describe(verdict),
-            "system": self._facts.to_json(),
+            **self._look.to_json(),
             "interrupted": self.interrupted(),
+            "ended_by": self._ended_by,
             "seconds": {
-                "stall_to_verdict": round((now_ns - self._last_event_ns()) / 1e9, 3),
+                "stall_to_verdict": round((now_ns - last_event_ns) / 1e9, 3),
                 "total": round((now_ns - self.started_ns) / 1e9, 3),
             },
         }
@@ -290,31 +349,32 @@ class Watch:
 
 
 def not_decided(verdict: Verdict) -> Verdict:
-    """Where nothing had been decided, that ranks still worked when the user had enough is no finding."""
+    """The verdict on a run that its user ended: that ranks still worked then is no finding."""
     if verdict.verdict == "slow":
         verdict = dataclasses.replace(verdict, verdict="inconclusive", culprits=(), confidence="undecided")
-    return with_evidence(verdict, ["the run was interrupted before it was decided"])
+    return verdict.with_evidence(["the run was interrupted before it was decided"])
 
 
-def _waited_for_a_build(verdict: Verdict) -> float:
-    """Seconds that all who wait in collectives have done so, if all who are waited for build; else 0."""
-    awaited = [position for position in verdict.ranks if position.rank in verdict.culprits]
-    if not awaited or any(position.state != "building" for position in awaited):
-        return 0.0
-    return min((position.since_s for position in verdict.ranks if position.state == "blocked"), default=0.0)
+def ended_from_outside(verdict: Verdict, why: str) -> Verdict:
+    """The verdict on a run whose launcher was ended by a signal and ended the ranks: no death in it is a cause."""
+    if verdict.verdict in ("slow", "crash"):
+        verdict = dataclasses.replace(
+            verdict, verdict="inconclusive", cause="", culprits=(), suspects=(), confidence="undecided"
+        )
+    return verdict.with_evidence([why])
 
 
 def uncompared(verdict: Verdict, why: str) -> Verdict:
     """The verdict on ranks whose results were not compared: it cannot be `clean`."""
     if verdict.verdict == "clean":
         verdict = dataclasses.replace(verdict, verdict="inconclusive", confidence="undecided")
-    return with_evidence(verdict, [f"{why}, so the tokens were not compared"])
-
-
-def with_evidence(verdict: Verdict, texts: list[str]) -> Verdict:
-    return dataclasses.replace(verdict, evidence=(*verdict.evidence, *texts))
+    return verdict.with_evidence([f"{why}, so the tokens were not compared"])
 
 
 def _last_kind(tail: Tail) -> int | None:
     event = tail.last_event()
     return event.kind if event else None
+
+
+def _traceback_of(error: Exception) -> str:
+    return "".join(traceback.format_exception(error))

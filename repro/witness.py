@@ -106,6 +106,21 @@ class Witness:
         at = self.shape.ring_at + (n - 1) % self.shape.ring_records * RECORD.size
         return f"{self.name.rpartition('/')[2]}:{at} event {n}"
 
+    @property
+    def has_free_slots(self) -> bool:
+        """Whether a group without a slot would have got one: then the rank has issued nothing in it."""
+        return len(self.groups) < self.shape.group_slots
+
+    def last_kind(self, group: tuple[str, tuple[int, ...]], seq: int) -> int | None:
+        """What the rank last recorded about a collective: the kind of the event, None if the ring has lost it."""
+        index = next((i for i, each in enumerate(self.groups) if (each.name, each.members) == group), None)
+        if index is None:
+            return None
+        newest_first = zip(*(reversed(self.column(name)) for name in ("group", "seq", "kind")), strict=True)
+        last = self.groups[index].last
+        remembered = last.kind if last is not None and last.seq == seq else None
+        return next((kind for place, number, kind in newest_first if (place, number) == (index, seq)), remembered)
+
     def events(self, newest: int | None = None) -> Iterator[Event]:
         """All readable events, or only so many of the newest; oldest first."""
         start = 0 if newest is None else max(0, len(self.records) - newest * RECORD.size)

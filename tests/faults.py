@@ -10,6 +10,7 @@ import itertools
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 
 from scene import MS, SMALL
 from simulator import Action, Simulation
@@ -88,10 +89,10 @@ class Case:
             actions += [("wait", tag) for tags in pending.values() for tag in tags]
         return actions
 
-    def simulate(self, until_ns: int | None = None) -> Simulation:
+    def simulate(self, until_ns: int | None = None, scale: int = 1, folder: Path | None = None) -> Simulation:
         sim = Simulation(
             self.programs(), self.groups, seed=self.seed, shape=self.shape, hosts=self.hosts, stalls=self.stalls,
-            locks=self.locks, aborts="sizes_abort" in self.faults,
+            locks=self.locks, aborts="sizes_abort" in self.faults, scale=scale, folder=folder,
         )  # fmt: skip
         if self.victim >= 0:
             while (victim := sim.ranks[self.victim]).state == "running":

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import mmap
 from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from hybrid_moe_ref.parallel.observer import Collective, ScheduleEntry
@@ -22,12 +24,17 @@ def make_recorder(
     run_id: str = "test",
     host: int = 0,
     skew_ns: int = 0,
-) -> tuple[bytearray, Recorder]:
-    """A recorder on a byte array; ``host`` and the ``skew_ns`` of its monotonic clock go into the header."""
+    path: Path | None = None,
+) -> tuple[bytearray | mmap.mmap, Recorder]:
+    """A recorder on a byte array, or on a file. ``host`` and the ``skew_ns`` of its clock go into the header."""
     who = Identity(
         rank, num_ranks, run_id, f"host{host}", f"boot{host}", pid=100 + rank, wall_offset_ns=10**18 - skew_ns
     )
-    buffer = bytearray(shape.file_bytes)
+    buffer: bytearray | mmap.mmap = bytearray(shape.file_bytes)
+    if path is not None:
+        path.write_bytes(buffer)
+        with path.open("r+b") as file:
+            buffer = mmap.mmap(file.fileno(), 0)
     header = pack_header(who, shape)
     buffer[: len(header)] = header
     return buffer, Recorder(buffer, who, shape, clock=clock)
@@ -41,7 +48,7 @@ class Scene:
     ) -> None:
         self.num_ranks = num_ranks
         self.now_ns = 1_000 * MS
-        self.files: list[bytearray] = []
+        self.files: list[Any] = []
         self.recorders: list[Recorder] = []
         for rank in range(num_ranks):
             buffer, recorder = make_recorder(rank, num_ranks, self._tick, shape, run_id)

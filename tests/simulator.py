@@ -10,6 +10,7 @@ import heapq
 import random
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from scene import MS, SMALL, make_recorder
@@ -17,6 +18,7 @@ from scene import MS, SMALL, make_recorder
 from hybrid_moe_ref.parallel.observer import Collective, ScheduleEntry
 from repro.layout import Geometry
 from repro.record import Recorder
+from repro.rundir import RunDir
 from repro.witness import Witness, parse
 
 Action = tuple[Any, ...]
@@ -55,6 +57,8 @@ class Simulation:
     stalls   (group name, seq) whose completion the device swallows
     locks    name -> pid of an outside process that holds it from the start, 0 for a stale file
     aborts   a rank dies when its size vector is not its peers', as a backend that checks late does
+    scale    how many times longer everything takes
+    folder   of a run, whose witness files the ranks write
     """
 
     def __init__(
@@ -68,30 +72,36 @@ class Simulation:
         stalls: Iterable[tuple[str, int]] = (),
         locks: Mapping[str, int] | None = None,
         aborts: bool = False,
+        scale: int = 1,
+        folder: Path | None = None,
     ) -> None:
         self.num_ranks = len(programs)
+        self._scale = scale
         self.now_ns = 0
         self._rng = random.Random(seed)
         self._stalls, self._aborts = set(stalls), aborts
         self.channels: dict[GroupKey, Channel] = {}
         self._of_rank: list[dict[str, tuple[int, ...]]] = []
         self.locks: dict[str, int | None] = {name: -1 - pid for name, pid in (locks or {}).items()}  # holder
+        self.frozen: dict[int, int] = {}  # until when a signal has stopped the process of a rank
         self.acted: set[int] = set()  # ranks whose fault has shown: they issued something, or ended, after their mark
         self._outside, self._hosts = set(self.locks), hosts
         self._queue: list[tuple[int, int, int]] = []
         self._count = 0
         self.ranks: list[Rank] = []
-        self.files: list[bytearray] = []
+        self.files: list[Any] = []
         self.recorders: list[Recorder] = []
         # A host's monotonic clock counts from its own start, and its wall clock is off by some tenths of a second.
         skews_ns = [0, *(self._rng.randint(-(10**15), 10**15) for _ in range(1, hosts))]
+        self.skews_ns = skews_ns
         self.wall_errors_ns = [0, *(self._rng.randint(-300 * MS, 300 * MS) for _ in range(1, hosts))]
         for rank, program in enumerate(programs):
             host = rank * hosts // self.num_ranks
             skew_ns = skews_ns[host]
             clock = self._clock(10**16 + skew_ns)
             off_ns = 10**16 + skew_ns + self.wall_errors_ns[host]
-            buffer, recorder = make_recorder(rank, self.num_ranks, clock, shape, "run", host, off_ns)
+            path = RunDir(folder).witness(rank) if folder else None
+            buffer, recorder = make_recorder(rank, self.num_ranks, clock, shape, "run", host, off_ns, path)
             mine = {name: members for name, sets in groups.items() for members in sets if rank in members}
             recorder.groups(mine)
             self._of_rank.append(mine)
@@ -141,7 +151,10 @@ class Simulation:
         """Go on until nothing is left to happen, or until a moment."""
         while self._queue and (until_ns is None or self._queue[0][0] <= until_ns):
             self.now_ns, _, rank = heapq.heappop(self._queue)
-            self._advance(rank)
+            if self.now_ns < self.frozen.get(rank, 0):  # its process is stopped
+                self._wake(rank, 1 + (self.frozen[rank] - self.now_ns) // self._scale)
+            else:
+                self._advance(rank)
         if until_ns is not None:
             self.now_ns = max(self.now_ns, until_ns)
 
@@ -150,7 +163,7 @@ class Simulation:
 
     def _wake(self, rank: int, delay_ns: int) -> None:
         self._count += 1
-        heapq.heappush(self._queue, (self.now_ns + delay_ns, self._count, rank))
+        heapq.heappush(self._queue, (self.now_ns + self._scale * delay_ns, self._count, rank))
 
     def _advance(self, rank: int) -> None:
         me = self.ranks[rank]

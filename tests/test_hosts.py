@@ -19,9 +19,10 @@ import pytest
 from repro.cli import main
 from repro.commands import USAGE
 from repro.expectation import watch_options
+from repro.host import Host
 from repro.launch import prepare_run_dir
 from repro.lookout import Lookout, Others
-from repro.record import Recorder, myself
+from repro.record import Recorder
 from repro.rundir import RunDir, write_json
 from repro.settings import RunSettings
 from repro.watch import Watch
@@ -54,9 +55,9 @@ def elsewhere(tmp_path, monkeypatch):
     rank = subprocess.Popen(command, stdout=subprocess.PIPE)
     assert rank.stdout is not None
     assert rank.stdout.readline() == b"ready\n"
-    lookout = Lookout(run_dir, watch_options(SETTINGS), 1)
-    there = dataclasses.replace(myself(0, 1), hostname="elsewhere")
-    lookout._here = lookout._system._here = there
+    host = Host()
+    host.here = dataclasses.replace(host.here, hostname="elsewhere")
+    lookout = Lookout(run_dir, watch_options(SETTINGS), 1, host)
     thread = threading.Thread(target=lookout.run)
     thread.start()
     yield run_dir, rank
@@ -77,13 +78,13 @@ def wait_for(what, patience_s=10.0):
 def test_on_another_host_stacks_are_collected_and_a_death_is_seen(elsewhere):
     run_dir, rank = elsewhere
     watch = Watch(run_dir, watch_options(SETTINGS), job_alive=lambda: True)
-    others = Others(run_dir, myself(0, 1))
+    others = Others(run_dir, Host())
     wait_for(others.someone_runs)
     gaps = others.answers(others.ask(), patience_s=5)
     assert "<string>" in run_dir.stack(1).read_text()
-    assert gaps == ["rank 1 left no Flight Recorder dump within 0.7 s"]  # it never loaded torch
+    assert gaps == {1: "Flight Recorder dump"}  # it never loaded torch
     verdict = watch._judge()
-    assert watch._facts.alive == {0: True, 1: True}
+    assert watch._look.facts.alive == {0: True, 1: True}
     assert verdict.verdict != "crash"
     assert not others.someone_is_gone()
     rank.kill()
@@ -95,7 +96,7 @@ def test_on_another_host_stacks_are_collected_and_a_death_is_seen(elsewhere):
 
 def test_a_decided_run_is_ended_there_and_who_is_silent_is_not_believed(elsewhere, monkeypatch):
     run_dir, rank = elsewhere
-    others = Others(run_dir, myself(0, 1))
+    others = Others(run_dir, Host())
     wait_for(others.reports)
     write_json(run_dir.verdict, {})
     assert rank.wait(timeout=10) == -signal.SIGKILL

@@ -92,6 +92,18 @@ def test_what_was_measured_slower_is_not_picked(monkeypatch) -> None:
         assert norm.rms_norm.pick("cpu", torch.bfloat16).backend == "fla"
 
 
+def test_a_call_that_autograd_records_runs_the_reference(monkeypatch) -> None:
+    module = types.ModuleType("fla")
+    module.rms_norm = lambda *args: X  # type: ignore[attr-defined]
+    serve(monkeypatch, "fla", module)
+    with registry.using("fla"):
+        assert norm.rms_norm(X, WEIGHT, 1e-6) is X
+        assert norm.rms_norm(X, WEIGHT.clone().requires_grad_(), 1e-6).requires_grad
+        assert norm.rms_norm(X.clone().requires_grad_(), WEIGHT, 1e-6).requires_grad
+        with torch.no_grad():
+            assert norm.rms_norm(X, WEIGHT.clone().requires_grad_(), 1e-6) is X
+
+
 def test_a_call_is_checked_except_inside_unchecked(monkeypatch) -> None:
     checked: list[Any] = []
     monkeypatch.setattr(norm.rms_norm, "check", lambda *args: checked.append(args))

@@ -11,7 +11,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ import pytest
 from scene import SMALL
 
 from repro import evidence, locks, process
+from repro.host import Host
 from repro.layout import pack_header
 from repro.record import Recorder, myself
 from repro.rundir import RunDir
@@ -108,54 +109,106 @@ def test_a_stale_baton_is_a_deadlock_only_after_nobody_held_it_for_the_quiet_win
         _stale_then_held(path, {0: waiter(path, waits.pid)})
 
 
+def look(system: System, witnesses: dict[int, Witness]) -> Facts:
+    """What a watcher does: first the processes, then what they wrote."""
+    return system.look(witnesses, system.running({rank: witness.who for rank, witness in witnesses.items()}))
+
+
+class Clockwork(Host):
+    """This host with a clock that a test turns, and processor times that it sets."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.now_s = 1000.0
+        self.used: dict[int, float] = {}
+        self.starved: dict[int, float] = {}
+        self.stolen_s = 0.0
+
+    def now_ns(self) -> int:
+        return int(self.now_s * 1e9)
+
+    def cpu_seconds(self, pids: Iterable[int]) -> dict[int, float]:
+        return {pid: self.used.get(pid, 0.0) for pid in pids}
+
+    def starved_seconds(self, pid: int) -> float:
+        return self.starved.get(pid, 0.0)
+
+    def stolen_seconds(self) -> float:
+        return self.stolen_s
+
+
 def _stale_then_held(path: str, witnesses: dict[int, Witness]) -> None:
-    system = System(patience_s=0.2)
-    assert system.look(witnesses).lock_holders == {}
-    time.sleep(0.25)
-    facts = system.look(witnesses)
+    host = Clockwork()
+    system = System(1.0, host)
+    assert look(system, witnesses).lock_holders == {}
+    host.now_s += 1.0
+    facts = look(system, witnesses)
     assert facts.lock_holders == {0: (path, 0)}
     now_ns = time.monotonic_ns() + 2_000_000_000
     verdict = judge(witnesses, facts, num_ranks=1, now_ns=now_ns, quiet_window_s=1.0)
     assert (verdict.verdict, verdict.cause, verdict.culprits) == ("deadlock", "lock", ())
     with open(path, "w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
-        assert system.look(witnesses).lock_holders == {0: (path, os.getpid())}
-    assert system.look(witnesses).lock_holders == {}, "the time without a holder counts from its end"
+        assert look(system, witnesses).lock_holders == {0: (path, os.getpid())}
+    assert look(system, witnesses).lock_holders == {}, "the time without a holder counts from its end"
 
 
 def test_a_lock_held_by_a_child_of_a_rank_is_that_ranks(tmp_path: Path) -> None:
     path = str(tmp_path / "lock")
     with python(BATON.format(path)):
         witnesses = {0: waiter("other", os.getpid(), 0, 2), 1: waiter(path, os.getppid(), 1, 2)}
-        assert System(1.0).look(witnesses).lock_holders == {1: (path, os.getpid())}
+        assert look(System(1.0), witnesses).lock_holders == {1: (path, os.getpid())}
 
 
-def test_a_process_that_works_is_told_from_one_that_sleeps() -> None:
-    with (
-        python(HOLD) as asleep,
-        python(
-            "import subprocess, sys; subprocess.run([sys.executable, '-c', "
-            "'import time; print(1, flush=True); end = time.monotonic() + 30\\nwhile time.monotonic() < end: pass'])"
-        ) as busy,
-    ):  # its child is
-        system = System(1.0)
-        pids = {0: asleep.pid, 1: busy.pid}
-        assert system.use(pids) == ({}, {})
-        time.sleep(0.5)
-        cores, _ = system.use(pids)
+def test_the_work_of_a_process_that_a_rank_started_is_the_ranks() -> None:
+    child = "import time; print(1, flush=True)\nwhile True: pass"
+    parent = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {child!r}])"
+    with python(HOLD) as asleep, python(parent) as busy:
+        before = process.cpu_seconds([asleep.pid, busy.pid])
+        deadline = time.monotonic() + 10
+        while (used := process.cpu_seconds([asleep.pid, busy.pid]))[busy.pid] - before[busy.pid] < 0.05:
+            assert time.monotonic() < deadline, used
+            time.sleep(0.01)
         process.kill(process.with_descendants(busy.pid))
-        assert cores[0] < 0.02 and cores[1] > 0.05, cores
 
 
-def test_a_process_that_lacks_a_processor_is_told() -> None:
+def test_the_kernel_says_how_long_a_process_had_no_processor() -> None:
     loop = "import os; os.sched_setaffinity(0, {0}); print('up', flush=True)\nwhile True: pass"
     with python(loop) as one, python(loop) as two:  # one processor for both
-        system = System(1.0)
-        pids = {0: one.pid, 1: two.pid}
-        system.use(pids)
-        time.sleep(0.5)
-        _, starved = system.use(pids)
-        assert starved[0] + starved[1] > 0.5, starved
+        deadline = time.monotonic() + 10
+        while process.starved_seconds(one.pid) + process.starved_seconds(two.pid) < 0.05:
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+
+
+def test_processor_use_is_a_share_of_the_time_since_the_measurement_before() -> None:
+    host = Clockwork()
+    system = System(1.0, host)
+    pids = {0: 10, 1: 11}
+    system.measure(pids)
+    assert (system.look({}, {}).cores, system.look({}, {}).starved) == ({}, {}), "one measurement says nothing"
+    host.now_s += 0.5
+    host.used, host.starved = {10: 0.25, 11: 0.0}, {11: 0.2}
+    system.measure(pids)
+    assert (system.look({}, {}).cores, system.look({}, {}).starved) == ({0: 0.5, 1: 0.0}, {0: 0.0, 1: 0.4})
+    host.now_s += 0.05
+    system.measure(pids)
+    assert system.look({}, {}).cores == {}, "over 50 ms the kernel's ticks say nothing"
+
+
+@pytest.mark.parametrize(("stolen_s", "late_s"), [(0.3, 0.0), (0.0, 0.3)])
+def test_a_host_that_has_no_processor_to_spare_starves_its_ranks_although_their_own_accounts_are_clean(
+    stolen_s: float, late_s: float
+) -> None:
+    host = Clockwork()
+    system = System(1.0, host)
+    system.begin_measuring({0: 10, 1: 11})
+    host.now_s += 0.5
+    host.starved, host.stolen_s = {10: 0.45}, stolen_s
+    system.note_late(late_s)
+    system.note_late(-0.001)
+    system.measure({0: 10, 1: 11})
+    assert system.look({}, {}).starved == {0: 0.9, 1: 0.6}
 
 
 def test_stopped_and_ended_processes_are_told_and_those_of_other_hosts_are_not() -> None:
@@ -165,13 +218,13 @@ def test_stopped_and_ended_processes_are_told_and_those_of_other_hosts_are_not()
             1: waiter("x", stopped.pid, 1, 3, hostname="elsewhere"),
             2: waiter("x", stopped.pid, 2, 3, boot_id="another boot"),
         }
-        assert System(1.0).look(witnesses).alive == {0: True}
+        assert look(System(1.0), witnesses).alive == {0: True}
         stopped.send_signal(signal.SIGSTOP)
         deadline = time.monotonic() + 10
-        while not (facts := System(1.0).look(witnesses)).excused and time.monotonic() < deadline:
+        while not (facts := look(System(1.0), witnesses)).excused and time.monotonic() < deadline:
             time.sleep(0.01)
         assert facts.excused == {0: STOPPED}
-    assert System(1.0).look(witnesses).alive == {0: False}
+    assert look(System(1.0), witnesses).alive == {0: False}
 
 
 def test_who_was_missed_first_is_remembered_and_of_those_missed_at_once_none_is_first() -> None:
@@ -186,9 +239,9 @@ def test_who_was_missed_first_is_remembered_and_of_those_missed_at_once_none_is_
         for it in (first, third):
             it.kill()
             it.wait()
-        assert system.look({}).died.keys() == {1}
+        assert system.look({}, {}).died.keys() == {1}
         system.running(writers)
-        died = system.look({}).died
+        died = system.look({}, {}).died
         assert died[1] < died[0] == died[2]
 
 

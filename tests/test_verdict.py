@@ -82,7 +82,7 @@ def test_a_build_whose_rank_uses_no_processor_and_is_silent_is_only_likely_to_wo
     made.enter(range(7), C1)
     verdict = look(made, cores={7: 0.0})
     assert (verdict.verdict, verdict.culprits, verdict.confidence) == ("slow", (7,), "likely")
-    assert "the stack tells" in " ".join(verdict.evidence)
+    assert "the stack shows which" in " ".join(verdict.evidence)
     starved = look(made, cores={7: 0.0}, starved={7: 0.8})
     assert starved.confidence == "likely" and "rank 7 lacked a processor" in " ".join(starved.evidence)
     busy = look(made, cores={7: 0.97})

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import pytest
 from scene import Scene
 from serving import C1, EVERYONE, EXTRA, PLAN, STEP, dispatch, eight_ranks, look, whole_step
 
@@ -86,3 +87,53 @@ def test_a_transfer_whose_ends_differ_is_a_mismatch() -> None:
     made.leave([0], transfer("send", 1))
     made.leave([1], transfer("recv", 0, dtype="int32"))
     assert look(made).verdict == "corrupt"
+
+
+SUM = Collective("world", "all_reduce", "x", (4,), "float32", "sum")
+BROADCAST = Collective("world", "broadcast", "x", (4,), "float32", "", 0)
+
+
+@pytest.mark.parametrize(
+    ("most", "one", "cause"),
+    [
+        (SUM, SUM._replace(sizes=(8,)), "sizes"),
+        (SUM, SUM._replace(reduce_op="max"), "mismatch"),
+        (SUM, SUM._replace(dtype="float64"), "mismatch"),
+        (SUM, SUM._replace(op="all_gather", reduce_op=""), "mismatch"),
+        (BROADCAST, BROADCAST._replace(root=1), "mismatch"),
+    ],
+)
+@pytest.mark.parametrize("then", ["next", "done", "caught"])
+def test_arguments_that_differ_are_named_where_only_one_side_completed_the_collective(
+    most: Collective, one: Collective, cause: str, then: str
+) -> None:
+    """As gloo completes a meeting for ranks 0, 2 and 3, and never for rank 1."""
+    made = Scene(4, {"world": range(4)})
+    made.enter((0, 2, 3), most)
+    made.enter((1,), one)
+    made.leave((0, 2, 3), most)
+    if then == "next":
+        made.enter((0, 2, 3), SUM)
+    else:
+        for rank in (0, 2, 3) if then == "done" else range(4):
+            made.recorders[rank].done()
+    verdict = look(made)
+    assert verdict.verdict == ("corrupt" if then == "caught" else "deadlock"), verdict
+    assert (verdict.cause, verdict.culprits, verdict.suspects) == (cause, (), (1,)), verdict
+    assert verdict.confidence == "undecided" and "nobody is absent" not in " ".join(verdict.evidence), verdict
+    sides = {tuple(side["ranks"]) for side in verdict.first_divergence["sides"]}  # type: ignore[index]
+    assert sides == {(0, 2, 3), (1,)}, verdict
+    if then != "caught":
+        assert "ranks 0,2,3 completed it" in " ".join(verdict.evidence), verdict
+        assert look(made, after_s=0.5).verdict == "inconclusive"
+
+
+def test_a_difference_that_one_side_completed_long_ago_does_not_hide_a_later_one() -> None:
+    """Each group is looked at from where its own ranks stand."""
+    made = Scene(4, {"world": range(4)})
+    made.enter((0, 2, 3), SUM)
+    made.enter((1,), SUM._replace(dtype="float64"))
+    made.leave((0, 2, 3), SUM)
+    made.enter((0, 2, 3), BROADCAST)
+    verdict = look(made, alive={1: False}, died={1: made.now_ns / 1e9 + 0.5})
+    assert (verdict.verdict, verdict.cause, verdict.culprits) == ("crash", "mismatch", ()), verdict

@@ -58,7 +58,7 @@ def test_a_baton_that_outlived_its_holder_is_a_deadlock_without_a_culprit_among_
         recorder.local("lock_wait", "/cache/gdn/lock", holder=4711)
     verdict = look(made, lock_holders=held("/cache/gdn/lock", 0))
     assert (verdict.verdict, verdict.cause, verdict.culprits) == ("deadlock", "lock", ())
-    assert "when they began to wait it was with process 4711" in " ".join(verdict.evidence)
+    assert "when they began to wait, process 4711 held it" in " ".join(verdict.evidence)
     assert look(made, lock_holders=held("/cache/gdn/lock", 0), after_s=0.5).verdict == "inconclusive"
     assert look(made).verdict == "slow", "the waiters name a holder, and nobody says that it is gone"
 
@@ -89,7 +89,7 @@ def test_a_lock_that_is_with_a_rank_which_still_waits_for_it_is_told() -> None:
         made.recorders[rank].local("lock_wait", "/cache/lock")
     verdict = look(made, lock_holders=held("/cache/lock", 101))
     assert verdict.verdict == "inconclusive", verdict
-    assert "lock /cache/lock is with rank 1, which has not said that it got it" in verdict.evidence, verdict
+    assert "lock /cache/lock is with rank 1, which has not recorded that it got it" in verdict.evidence, verdict
 
 
 def test_a_lock_held_across_a_collective_is_a_deadlock_of_its_holder() -> None:

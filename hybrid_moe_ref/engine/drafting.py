@@ -44,27 +44,21 @@ class Check:
     before: list[Snapshot | None]
 
     def new_tokens(self, hidden_NH: Tensor) -> list[list[int]]:
-        """The right drafts of each request, and the model's own choice behind them. A request with a wrong one is taken
-        back to before the step."""
-        fed = [running.next_tokens() for running in self.running]
-        counts = [1 + len(running.drafts) for running in self.running]
+        """The right drafts of each request, and the model's own choice behind them; nothing for a request that still
+        has pending tokens. The cache of a request with a wrong draft goes back to before the step."""
+        counts = [1 + len(running.drafts) if running.makes_tokens else 0 for running in self.running]
         rows = [
             row for last, count in zip(self.batch.last_rows.tolist(), counts, strict=True)
             for row in range(last + 1 - count, last + 1)
         ]  # fmt: skip
         chosen = self.model.logits(hidden_NH[rows]).argmax(dim=-1).split(counts)
         new = []
-        for running, sequence, before, tokens, chosen_T in zip(
-            self.running, self.sequences, self.before, fed, chosen, strict=True
-        ):
+        for running, sequence, before, chosen_T in zip(self.running, self.sequences, self.before, chosen, strict=True):
             choices = chosen_T.tolist()
             num_right = next((i for i, draft in enumerate(running.drafts) if draft != choices[i]), len(running.drafts))
-            num_wrong, running.forgotten = len(running.drafts) - num_right, []
-            if num_wrong:
+            if num_right < len(running.drafts):
                 assert before is not None
                 sequence.cache.restore(sequence, before)
-                running.forgotten = list(tokens[: len(tokens) - num_wrong])
-            running.drafts = []
             new.append(choices[: num_right + 1])
         return new
 
@@ -117,7 +111,7 @@ class Drafting:
         last_rows = check.batch.last_rows
         counts = last_rows.diff(prepend=last_rows.new_full((1,), -1)).tolist()
         follows_N = tokens_N.roll(-1)
-        follows_N[last_rows] = torch.tensor([request.output[-1] for request in running], device=tokens_N.device)
+        follows_N[last_rows] = torch.tensor([request.pending[0] for request in running], device=tokens_N.device)
         guesses: list[list[int]] = []
         for number in range(num_passes):
             batch = Batch.of(list(zip(mine, counts, strict=True)))
@@ -129,7 +123,7 @@ class Drafting:
         ):
             # A rank that left passes out lags behind the model; what it guesses is then worse, and nothing else.
             cache.truncate(sequence, min(kept.length, sequence.length))
-            request.drafts = [] if request.forgotten else list(drafts[:count])
+            request.drafts = [] if len(request.pending) > 1 else list(drafts[:count])
 
     def draft_dummy(self, tokens_N: Tensor, hidden_NH: Tensor, batch: Batch) -> None:
         """A rank without requests takes part in the others' drafting."""
@@ -140,6 +134,6 @@ class Drafting:
                 tokens_N, hidden_NH = tokens_N.new_zeros(1), hidden_NH.new_zeros(1, hidden_NH.shape[1])
 
     def end(self, request: Running) -> None:
-        """The request is complete."""
+        """The request is complete, or has to run from the beginning again."""
         if self._cache is not None and request in self._sequences:
             self._cache.free(self._sequences.pop(request))

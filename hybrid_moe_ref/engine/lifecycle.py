@@ -30,6 +30,7 @@ from hybrid_moe_kernels.extension import default_cache, on_first_use
 from hybrid_moe_ref import checkpoint
 from hybrid_moe_ref.batch import Batch
 from hybrid_moe_ref.cache import HybridCache, Sequence, cache_layout
+from hybrid_moe_ref.config import ConfigError
 from hybrid_moe_ref.engine.autotune import ExpertTuner
 from hybrid_moe_ref.engine.backends import apply_backends
 from hybrid_moe_ref.engine.builds import DEADLINE_S, BuildPlace
@@ -38,7 +39,7 @@ from hybrid_moe_ref.engine.drafting import Drafting
 from hybrid_moe_ref.engine.feed import DUMMY, Feed, feed_hash
 from hybrid_moe_ref.engine.graphs import padded_size
 from hybrid_moe_ref.engine.plan import ANYONE_UNFINISHED, EAGER, GRAPH, StepPlan
-from hybrid_moe_ref.engine.policies import Policies
+from hybrid_moe_ref.engine.policies import NewTokens, Policies
 from hybrid_moe_ref.engine.refusal import preflight
 from hybrid_moe_ref.engine.runner import ModelRunner
 from hybrid_moe_ref.engine.scheduler import Request, Running, Scheduler
@@ -131,7 +132,11 @@ class Engine:
         return model, ModelRunner(model, context, self.comm, self._policies, self.config)
 
     def _page_setup(self) -> PageLayout:
-        return cache_layout(self.model.config, getattr(torch, self.config.engine.dtype))
+        layout = cache_layout(self.model.config, getattr(torch, self.config.engine.dtype))
+        if (needed := layout.pages_for(1)) > self.config.engine.num_pages:
+            have = f"{self.config.engine.num_pages} is less than {needed}"
+            raise ConfigError(f"{have}, which a sequence of one token takes", "engine.num_pages")
+        return layout
 
     def _prepare(self) -> None:
         place = self._build_place()
@@ -258,13 +263,16 @@ class Engine:
         requests = list(requests)
         for request in requests:
             self.model.check_tokens(torch.tensor(request.prompt))
-        scheduler = Scheduler(requests, self.config.engine)
-        sequences: dict[str, Sequence] = {}
+        scheduler = Scheduler(requests, self.config.engine, self.page_layout.pages_for)
+        sequences: dict[Running, Sequence] = {}
+        make_room = functools.partial(self._make_room, scheduler, sequences)
         for serve_step in itertools.count():
             asks = (serve_step + 1) % self.config.engine.unfinished_interval == 0
+            self._policies.preemption.before_step(make_room)
             running = scheduler.schedule(serve_step)
             if running:
-                tokens = self._execute_live(scheduler, running, sequences, asks)
+                step = functools.partial(self._execute_live, scheduler, running, sequences, asks)
+                tokens = self._policies.preemption.run(step, make_room)
                 if on_token is not None:
                     for request_id, token in tokens:
                         on_token(request_id, token)
@@ -278,31 +286,34 @@ class Engine:
         return scheduler.finished
 
     def _execute_live(
-        self, scheduler: Scheduler, running: list[Running], sequences: dict[str, Sequence], asks: bool
-    ) -> list[tuple[str, int]]:
+        self, scheduler: Scheduler, running: list[Running], sequences: dict[Running, Sequence], asks: bool
+    ) -> NewTokens:
         """One step of this rank's requests; the new tokens of each."""
-        fed = [running_request.next_tokens() for running_request in running]
-        for running_request in running:
-            if not running_request.output:
-                sequences[running_request.request.request_id] = self.cache.allocate()
-        batch = Batch.of(
-            [(sequences[r.request.request_id], len(tokens)) for r, tokens in zip(running, fed, strict=True)]
-        )
-        tokens_N = torch.tensor([token for tokens in fed for token in tokens], device=self.comm.device)
-        feeds = [
-            Feed(r.request.request_id, sequences[r.request.request_id].length, tuple(tokens))
-            for r, tokens in zip(running, fed, strict=True)
-        ]
+        for request in running:
+            if request not in sequences:
+                sequences[request] = self.cache.allocate()
+        mine = [sequences[request] for request in running]
+        feeds = [Feed(r.request.request_id, r.num_cached, tuple(r.next_tokens())) for r in running]
+        batch = Batch.of([(sequence, len(feed.tokens)) for sequence, feed in zip(mine, feeds, strict=True)])
+        tokens_N = torch.tensor([token for feed in feeds for token in feed.tokens], device=self.comm.device)
         plan = self._plan(feeds, len(running), asks)
-        check = self._drafting.begin(running, [sequences[r.request.request_id] for r in running], batch)
+        check = self._drafting.begin(running, mine, batch)
         hidden_NH = self.runner.execute(plan, tokens_N, batch, self.cache, feeds)
         new_tokens = check.new_tokens(hidden_NH)
         completed = scheduler.update(new_tokens)
         self._drafting.draft(check, tokens_N, hidden_NH)
-        for complete in completed:
-            self.cache.free(sequences.pop(complete.request.request_id))
-            self._drafting.end(complete)
+        self._release(completed, sequences)
         return [(r.request.request_id, token) for r, new in zip(running, new_tokens, strict=True) for token in new]
+
+    def _make_room(self, scheduler: Scheduler, sequences: dict[Running, Sequence]) -> None:
+        """Preempt requests that the cache has no pages for; they wait, and run from the beginning again."""
+        self._release(scheduler.make_room(), sequences)
+
+    def _release(self, requests: list[Running], sequences: dict[Running, Sequence]) -> None:
+        """Give back what the cache holds of requests."""
+        for request in requests:
+            self.cache.free(sequences.pop(request))
+            self._drafting.end(request)
 
     def _execute_dummy(self, num_tokens: int, asks_unfinished: bool = False, may_replay: bool = True) -> None:
         """A rank with nothing to run still takes part in every collective of the step."""

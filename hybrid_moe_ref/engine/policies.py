@@ -21,6 +21,9 @@ if TYPE_CHECKING:
 Exchange = Callable[[StepPlan, str], AgreedStep]
 """C1 itself: (own plan, layer that asks) -> what the plans of all ranks come to. One all-reduce."""
 
+NewTokens = list[tuple[str, int]]
+"""(request id, token) of one step of one rank."""
+
 
 class StepAgreement:
     """How the ranks agree on a step.
@@ -115,6 +118,21 @@ class Ballot:
         return config.digest()
 
 
+class Preemption:
+    """When a rank whose cache is full makes room: before the step, so that what it brings is what the ranks agree on.
+
+    ``make_room`` preempts this rank's youngest requests, if need be, until the others have their pages.
+    """
+
+    def before_step(self, make_room: Callable[[], None]) -> None:
+        """Called on a rank with requests before each step is scheduled, and so before its agreement."""
+        make_room()
+
+    def run(self, step: Callable[[], NewTokens], make_room: Callable[[], None]) -> NewTokens:
+        """Run the step; returns its new tokens by request. An error in it fails this rank, and the others with it."""
+        return step()
+
+
 class DraftPolicy:
     """How often a rank runs the drafter after a step's forward pass. The drafter has experts, so its passes are
     collective like the step's own."""
@@ -135,6 +153,7 @@ class Policies:
     idle: IdlePolicy = field(default_factory=IdlePolicy)
     ballot: Ballot = field(default_factory=Ballot)
     builds: KernelBuilds = field(default_factory=KernelBuilds)
+    preemption: Preemption = field(default_factory=Preemption)
     drafts: DraftPolicy = field(default_factory=DraftPolicy)
     compilation: Compilation = field(default_factory=Compilation)
     tuning: Tuning = field(default_factory=Tuning)

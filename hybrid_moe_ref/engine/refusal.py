@@ -42,7 +42,13 @@ def findings(config: ServerConfig, policies: Policies | None = None) -> Iterator
     """A line for each thing that may leave ranks waiting for each other."""
     yield from _unagreed(config)
     if policies is not None:
-        for tried in (_leaves_when_idle, _agrees_on_some_ranks_only, _chooses_its_own_graph, _tunes_without_vote):
+        for tried in (
+            _leaves_when_idle,
+            _agrees_on_some_ranks_only,
+            _chooses_its_own_graph,
+            _tunes_without_vote,
+            _preempts_late,
+        ):
             with contextlib.suppress(Exception):  # a policy that cannot be tried outside a server shows nothing
                 yield from list(tried(config, policies))
 
@@ -118,6 +124,17 @@ def _tunes_without_vote(config: ServerConfig, policies: Policies) -> Iterator[st
         yield (
             f"{_name(policies.tuning)}: a rank with a warm tuning cache would skip the all-reduces of the others: "
             "vote on the cache first (policies.tuning), or use engine.autotune = false"
+        )
+
+
+def _preempts_late(config: ServerConfig, policies: Policies) -> Iterator[str]:
+    """A rank that finds its cache full only in the step that the others count on it in."""
+    calls: list[str] = []
+    policies.preemption.before_step(lambda: calls.append("make room"))
+    if not calls:
+        yield (
+            f"{_name(policies.preemption)}: a rank whose cache is full would leave a step that the ranks have agreed "
+            "on: make room before the step (policies.preemption)"
         )
 
 

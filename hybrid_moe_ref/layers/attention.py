@@ -1,18 +1,21 @@
 """Gated grouped-query attention: normalised q and k, partial rotary embedding, and an output gate from the
 query projection.
 
-Shapes: N rows of a group, B sequences, T new tokens, S tokens to attend to, H hidden, Q query heads, K KV heads, D head
-dim.
+Shapes: T rows of a part (in a group: new tokens of each of its B sequences), S tokens to attend to, H hidden, Q query
+heads, K KV heads, D head dim, R half of the rotary dim.
 """
+
+from itertools import zip_longest
 
 import torch
 import torch.nn.functional as F
-from hybrid_moe_kernels import attention, linear
+from hybrid_moe_kernels import attention
 from torch import Tensor, nn
 
-from hybrid_moe_ref.batch import Group
+from hybrid_moe_ref.batch import Group, Part
 from hybrid_moe_ref.cache import KVPast, KVRun
 from hybrid_moe_ref.config import ModelConfig
+from hybrid_moe_ref.layers.linear import project
 from hybrid_moe_ref.layers.mixer import Mixer
 from hybrid_moe_ref.layers.norm import RMSNorm
 from hybrid_moe_ref.layers.rope import rotary_table, rotate
@@ -32,25 +35,41 @@ class GatedAttention(Mixer):
         self.q_norm = RMSNorm(head_dim, config.rms_norm_eps)
         self.k_norm = RMSNorm(head_dim, config.rms_norm_eps)
 
-    def mix(self, x_NH: Tensor, group: Group, past: KVPast | KVRun | None) -> Tensor:
-        sequences, dim = (x_NH.shape[0] // group.length, group.length), self.head_dim
-        weights = [self.q_proj.weight, self.k_proj.weight, self.v_proj.weight]
-        q_N_, k_N_, v_N_ = linear.project(x_NH, weights)
-        q_BTQD, gate_BTQD = q_N_.view(*sequences, -1, 2 * dim).chunk(2, dim=-1)
-        k_BTKD, v_BTKD = k_N_.view(*sequences, -1, dim), v_N_.view(*sequences, -1, dim)
-        cos, sin = rotary_table(group.positions_BT, self.rotary_dim, self.rope_theta, x_NH.dtype)
-        q_BTQD = rotate(self.q_norm(q_BTQD), cos, sin)
-        k_BTKD = rotate(self.k_norm(k_BTKD), cos, sin)
-        if past is not None and group.length == 1 and past.kv_PL2KD.dtype == x_NH.dtype:
-            past.append(k_BTKD, v_BTKD)
-            pages = past.kv_PL2KD, past.table_BP, past.lengths_B, past.length
-            out_BTQD = attention.decode(q_BTQD[:, 0], *pages)[:, None]
-        else:
-            k_BSKD, v_BSKD = past.extend(k_BTKD, v_BTKD) if past else (k_BTKD, v_BTKD)
-            out_BTQD = attend(q_BTQD, k_BSKD, v_BSKD, group)
-        gated_N_ = (out_BTQD * gate_BTQD.sigmoid()).reshape(x_NH.shape[0], -1)
-        (y_NH,) = linear.project(gated_N_, [self.o_proj.weight])
-        return y_NH
+    def mix(self, x_TH: Tensor, part: Part, pasts: list[KVPast | KVRun]) -> Tensor:
+        dim = self.head_dim
+        q_T_, k_T_, v_T_ = project(x_TH, self.q_proj, self.k_proj, self.v_proj)
+        q_TQD, gate_TQD = q_T_.unflatten(-1, (-1, 2 * dim)).chunk(2, dim=-1)
+        k_TKD, v_TKD = k_T_.unflatten(-1, (-1, dim)), v_T_.unflatten(-1, (-1, dim))
+        cos_TR, sin_TR = rotary_table(part, self.rotary_dim, self.rope_theta, x_TH.dtype)
+        q_TQD = rotate(self.q_norm(q_TQD), cos_TR, sin_TR)
+        k_TKD = rotate(self.k_norm(k_TKD), cos_TR, sin_TR)
+        outputs, first = [], 0
+        for group, past in zip_longest(part.groups, pasts):
+            size = len(group.starts), group.length
+            rows, first = slice(first, first + size[0] * size[1]), first + size[0] * size[1]
+            q_BTQD, k_BTKD, v_BTKD = (x[rows].unflatten(0, size) for x in (q_TQD, k_TKD, v_TKD))
+            outputs.append(_attend_group(q_BTQD, k_BTKD, v_BTKD, group, past).flatten(0, 1))
+        out_TQD = outputs[0] if len(outputs) == 1 else torch.cat(outputs)
+        (y_TH,) = project((out_TQD * gate_TQD.sigmoid()).flatten(1), self.o_proj)
+        return y_TH
+
+
+def _attend_group(q_BTQD: Tensor, k_BTKD: Tensor, v_BTKD: Tensor, group: Group, past: KVPast | KVRun | None) -> Tensor:
+    """Attention of one group; its new keys and values are kept, as values: no gradient flows through a cache."""
+    if past is None:
+        return attend(q_BTQD, k_BTKD, v_BTKD, group)
+    is_differentiable = torch.is_grad_enabled() and q_BTQD.requires_grad
+    if group.length == 1 and past.kv_PL2KD.dtype == q_BTQD.dtype and not is_differentiable:
+        past.append(k_BTKD.detach(), v_BTKD.detach())
+        pages = past.kv_PL2KD, past.table_BP, past.lengths_B, past.length
+        out_BQD: Tensor = attention.decode(q_BTQD[:, 0], *pages)
+        return out_BQD[:, None]
+    k_BSKD, v_BSKD = past.extend(k_BTKD.detach(), v_BTKD.detach())
+    if not any(group.starts):
+        k_BSKD, v_BSKD = k_BTKD, v_BTKD
+    elif is_differentiable:  # the next step changes the cache, and backward needs what this one read
+        k_BSKD, v_BSKD = k_BSKD.clone(), v_BSKD.clone()
+    return attend(q_BTQD, k_BSKD, v_BSKD, group)
 
 
 def attend(q_BTQD: Tensor, k_BSKD: Tensor, v_BSKD: Tensor, group: Group) -> Tensor:

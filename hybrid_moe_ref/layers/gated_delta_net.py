@@ -1,16 +1,17 @@
 """Gated DeltaNet: a linear recurrence whose state is corrected, not only added to.
 
-Shapes: T rows of a group, H hidden, N value heads, M key heads, K key dim, V value dim, C conv channels.
+Shapes: T rows of a part, H hidden, N value heads, M key heads, K key dim, V value dim, C conv channels.
 """
 
 import torch
-from hybrid_moe_kernels import causal_conv, gated_delta_rule, linear
+from hybrid_moe_kernels import causal_conv, gated_delta_rule
 from hybrid_moe_kernels.gated_delta_rule.reference import gates
 from torch import Tensor, nn
 
-from hybrid_moe_ref.batch import Group
+from hybrid_moe_ref.batch import Part
 from hybrid_moe_ref.cache import StatePast
 from hybrid_moe_ref.config import ModelConfig
+from hybrid_moe_ref.layers.linear import is_every_module_watched, is_unwatched, project
 from hybrid_moe_ref.layers.mixer import Mixer
 from hybrid_moe_ref.layers.norm import NormThenGate
 
@@ -35,20 +36,18 @@ class GatedDeltaNet(Mixer):
         self.norm = NormThenGate(self.value_dim, config.rms_norm_eps)
         self.out_proj = nn.Linear(values, hidden, bias=False)
 
-    def mix(self, x_TH: Tensor, group: Group, past: StatePast | None) -> Tensor:
-        past = past or self._nothing(x_TH, group)
+    def mix(self, x_TH: Tensor, part: Part, pasts: list[StatePast]) -> Tensor:
+        past = StatePast.joined(pasts) if pasts else self._nothing(x_TH, part)
         projections = (self.in_proj_qkv, self.in_proj_z, self.in_proj_b, self.in_proj_a)
-        qkv_TC, z_TI, b_TN, a_TN = linear.project(x_TH, [projection.weight for projection in projections])
-        z_TNV = z_TI.view(-1, self.num_value_heads, self.value_dim)
+        qkv_TC, z_TI, b_TN, a_TN = project(x_TH, *projections)
+        z_TNV = z_TI.unflatten(-1, (self.num_value_heads, self.value_dim))
         # The decode kernel has the norm in it; a norm that someone watches has to be called as a module.
-        mixed = self._decode if group.length == 1 and not self.norm._forward_hooks else self._prefill
-        y_TNV = mixed(qkv_TC, z_TNV, b_TN, a_TN, group, past)
-        (y_TH,) = linear.project(y_TNV.flatten(-2), [self.out_proj.weight])
+        mixed = self._decode if part.is_decode and self._has_plain_norm() else self._prefill
+        y_TNV = mixed(qkv_TC, z_TNV, b_TN, a_TN, part, past)
+        (y_TH,) = project(y_TNV.flatten(-2), self.out_proj)
         return y_TH
 
-    def _decode(
-        self, qkv_TC: Tensor, z_TNV: Tensor, b_TN: Tensor, a_TN: Tensor, group: Group, past: StatePast
-    ) -> Tensor:
+    def _decode(self, qkv_TC: Tensor, z_TNV: Tensor, b_TN: Tensor, a_TN: Tensor, part: Part, past: StatePast) -> Tensor:
         return gated_delta_rule.decode(
             qkv_TC,
             z_TNV,
@@ -66,9 +65,9 @@ class GatedDeltaNet(Mixer):
         )
 
     def _prefill(
-        self, qkv_TC: Tensor, z_TNV: Tensor, b_TN: Tensor, a_TN: Tensor, group: Group, past: StatePast
+        self, qkv_TC: Tensor, z_TNV: Tensor, b_TN: Tensor, a_TN: Tensor, part: Part, past: StatePast
     ) -> Tensor:
-        weight_CW, starts_X = self.conv1d.weight[:, 0], group.cu_seqlens_X
+        weight_CW, starts_X = self.conv1d.weight[:, 0], part.cu_seqlens_X
         qkv_TC = causal_conv.prefill(qkv_TC, weight_CW, None, past.conv_PWC, past.slots_B, starts_X)
         keys = self.num_key_heads * self.key_dim
         q, k, v = qkv_TC.split([keys, keys, self.num_value_heads * self.value_dim], dim=-1)
@@ -77,8 +76,11 @@ class GatedDeltaNet(Mixer):
         o_TNV = self.prefill_rule(q, k, v, g_TN, beta_TN, past.ssm_P___, past.slots_B, starts_X)
         return self.norm(o_TNV, z_TNV)
 
-    def _nothing(self, x_TH: Tensor, group: Group) -> StatePast:
+    def _has_plain_norm(self) -> bool:
+        return type(self.norm) is NormThenGate and is_unwatched(self.norm) and not is_every_module_watched()
+
+    def _nothing(self, x_TH: Tensor, part: Part) -> StatePast:
         """The past of sequences that have none, and whose states nobody keeps."""
         channels, width = self.conv1d.weight.shape[0], self.conv1d.weight.shape[2]
         state = (self.num_value_heads, self.key_dim, self.value_dim)
-        return StatePast.zeros(len(group.starts), (width - 1, channels), state, x_TH)
+        return StatePast.zeros(part.num_sequences, (width - 1, channels), state, x_TH)

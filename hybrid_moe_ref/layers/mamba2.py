@@ -1,16 +1,17 @@
 """Mamba-2: a linear recurrence with one decay per head.
 
-Shapes: T rows of a group, B sequences, N heads, P head dim, G groups, S state size, H hidden, I inner, C conv channels.
+Shapes: T rows of a part, N heads, P head dim, G groups, S state size, H hidden, I inner, C conv channels.
 """
 
 import torch
-from hybrid_moe_kernels import causal_conv, linear, ssd
+from hybrid_moe_kernels import causal_conv, ssd
 from hybrid_moe_kernels.ssd.reference import decay_rate, time_step
 from torch import Tensor, nn
 
-from hybrid_moe_ref.batch import Group
+from hybrid_moe_ref.batch import Part
 from hybrid_moe_ref.cache import StatePast
 from hybrid_moe_ref.config import ModelConfig
+from hybrid_moe_ref.layers.linear import is_every_module_watched, is_unwatched, project
 from hybrid_moe_ref.layers.mixer import Mixer
 from hybrid_moe_ref.layers.norm import GateThenNorm
 
@@ -37,18 +38,18 @@ class Mamba2(Mixer):
         self.norm = GateThenNorm(inner, self.num_groups, config.rms_norm_eps)
         self.out_proj = nn.Linear(inner, config.hidden_size, bias=False)
 
-    def mix(self, x_TH: Tensor, group: Group, past: StatePast | None) -> Tensor:
-        past = past or self._nothing(x_TH, group)
+    def mix(self, x_TH: Tensor, part: Part, pasts: list[StatePast]) -> Tensor:
+        past = StatePast.joined(pasts) if pasts else self._nothing(x_TH, part)
         inner, shared = self.num_heads * self.head_dim, self.num_groups * self.state_size
-        (projected_T_,) = linear.project(x_TH, [self.in_proj.weight])
+        (projected_T_,) = project(x_TH, self.in_proj)
         z_TI, xbc_TC, dt_TN = projected_T_.split([inner, inner + 2 * shared, self.num_heads], dim=-1)
-        mixed = self._decode if group.length == 1 else self._prefill
-        y_TI = mixed(xbc_TC, z_TI, dt_TN, group, past)
-        (y_TH,) = linear.project(y_TI, [self.out_proj.weight])
+        mixed = self._decode if part.is_decode else self._prefill
+        (y_TH,) = project(mixed(xbc_TC, z_TI, dt_TN, part, past), self.out_proj)
         return y_TH
 
-    def _decode(self, xbc_TC: Tensor, z_TI: Tensor, dt_TN: Tensor, group: Group, past: StatePast) -> Tensor:
-        is_watched = bool(self.norm._forward_hooks)  # then the norm is called as a module
+    def _decode(self, xbc_TC: Tensor, z_TI: Tensor, dt_TN: Tensor, part: Part, past: StatePast) -> Tensor:
+        # The decode kernel has the norm in it; a norm that someone watches has to be called as a module.
+        is_plain = type(self.norm) is GateThenNorm and is_unwatched(self.norm) and not is_every_module_watched()
         y_TI = ssd.decode(
             xbc_TC,
             z_TI,
@@ -58,7 +59,7 @@ class Mamba2(Mixer):
             self.A_log,
             self.D,
             self.dt_bias,
-            None if is_watched else self.norm.weight,
+            self.norm.weight if is_plain else None,
             past.conv_PWC,
             past.ssm_P___,
             past.slots_B,
@@ -66,11 +67,11 @@ class Mamba2(Mixer):
             dt_limit=self.time_step_limit,
             eps=self.norm.eps,
         )
-        return self.norm(y_TI[:, None], z_TI[:, None])[:, 0] if is_watched else y_TI
+        return y_TI if is_plain else self.norm(y_TI, z_TI)
 
-    def _prefill(self, xbc_TC: Tensor, z_TI: Tensor, dt_TN: Tensor, group: Group, past: StatePast) -> Tensor:
+    def _prefill(self, xbc_TC: Tensor, z_TI: Tensor, dt_TN: Tensor, part: Part, past: StatePast) -> Tensor:
         inner, shared = self.num_heads * self.head_dim, self.num_groups * self.state_size
-        weight_CW, starts_X = self.conv1d.weight[:, 0], group.cu_seqlens_X
+        weight_CW, starts_X = self.conv1d.weight[:, 0], part.cu_seqlens_X
         xbc_TC = causal_conv.prefill(xbc_TC, weight_CW, self.conv1d.bias, past.conv_PWC, past.slots_B, starts_X)
         x, b, c = xbc_TC.split([inner, shared, shared], dim=-1)
         y_TNP = ssd.prefill(
@@ -84,12 +85,10 @@ class Mamba2(Mixer):
             past.slots_B,
             starts_X,
         )
-        sequences = len(group.starts), group.length
-        y_BTI, z_BTI = y_TNP.flatten(-2).unflatten(0, sequences), z_TI.unflatten(0, sequences)
-        return self.norm(y_BTI, z_BTI).flatten(0, 1)
+        return self.norm(y_TNP.flatten(-2), z_TI)
 
-    def _nothing(self, x_TH: Tensor, group: Group) -> StatePast:
+    def _nothing(self, x_TH: Tensor, part: Part) -> StatePast:
         """The past of sequences that have none, and whose states nobody keeps."""
         channels, width = self.conv1d.weight.shape[0], self.conv1d.weight.shape[2]
         state = (self.num_heads, self.head_dim, self.state_size)
-        return StatePast.zeros(len(group.starts), (width - 1, channels), state, x_TH)
+        return StatePast.zeros(part.num_sequences, (width - 1, channels), state, x_TH)

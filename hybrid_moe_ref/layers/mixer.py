@@ -1,7 +1,7 @@
-"""What the three token mixers share: a step's rows go through `mix` one group of equally long sequences at a
-time.
+"""What the three token mixers share: a step's rows go through `mix` in one call, or in two where some sequences bring
+one token and others more.
 
-Shapes: N rows of the step, T of them of one group, H hidden.
+Shapes: N rows of the step, T of them of one part, H hidden.
 """
 
 from collections.abc import Sequence
@@ -9,26 +9,22 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from hybrid_moe_ref.batch import Batch, Group
+from hybrid_moe_ref.batch import Batch, Part
 
 
 class Mixer(nn.Module):
-    """Called once per step and layer. `pasts` has what the cache holds for each group; None or an entry
-    missing means that the group starts from nothing and nothing is kept."""
+    """Called once per step and layer. `pasts` has the cache's view of each group of cached sequences; without it, every
+    sequence starts from nothing and no state is kept."""
 
     def forward(self, x_NH: Tensor, batch: Batch, pasts: Sequence | None = None) -> Tensor:
-        cached = iter(pasts or ())
-        if len(batch.groups) == 1 and batch.num_tokens == x_NH.shape[0]:
-            group = batch.groups[0]
-            past = next(cached, None) if group.sequences else None
-            return self.mix(x_NH, group, past)
-        y_NH = torch.empty_like(x_NH)
-        for group in batch.groups:
-            past = next(cached, None) if group.sequences else None
-            rows_T = group.rows_BT.flatten()
-            y_NH[rows_T] = self.mix(x_NH[rows_T], group, past)
-        return y_NH
+        outputs = []
+        for part in batch.parts:
+            mine = [pasts[index] for index in part.cached] if pasts else []
+            outputs.append(self.mix(x_NH if part.is_step else x_NH[part.rows_T], part, mine))
+        if len(outputs) == 1 and batch.parts[0].is_step:
+            return outputs[0]
+        return torch.cat(outputs)[batch.order_N] if outputs else torch.empty_like(x_NH)
 
-    def mix(self, x_TH: Tensor, group: Group, past) -> Tensor:
-        """The rows of one group, its sequences one after another."""
+    def mix(self, x_TH: Tensor, part: Part, pasts: list) -> Tensor:
+        """The rows of one part, its sequences one after another. `pasts` has an entry for each group, or is empty."""
         raise NotImplementedError

@@ -10,10 +10,11 @@ from typing import Self
 
 import torch
 import torch.nn.functional as F
-from hybrid_moe_kernels import linear, moe
+from hybrid_moe_kernels import moe
 from torch import Tensor, nn
 
 from hybrid_moe_ref.config import ModelConfig
+from hybrid_moe_ref.layers.linear import is_every_module_watched, is_plain_linear, is_unwatched, project
 
 
 class MLP(nn.Module):
@@ -26,8 +27,8 @@ class MLP(nn.Module):
         self.down_proj = nn.Linear(intermediate_size, hidden_size, bias=False)
 
     def forward(self, x_NH: Tensor) -> Tensor:
-        gate_NI, up_NI = linear.project(x_NH, [self.gate_proj.weight, self.up_proj.weight])
-        (y_NH,) = linear.project(F.silu(gate_NI) * up_NI, [self.down_proj.weight])
+        gate_NI, up_NI = project(x_NH, self.gate_proj, self.up_proj)
+        (y_NH,) = project(F.silu(gate_NI) * up_NI, self.down_proj)
         return y_NH
 
 
@@ -123,13 +124,18 @@ class MoE(nn.Module):
         return routed_NH + self.shared_expert_gate(x_NH).sigmoid() * self.shared_expert(x_NH)
 
     def _is_one_call(self, x_NH: Tensor) -> bool:
-        """Whether one operation computes the whole layer. Not if the backend of the experts has none such, if the
-        layer's parts were replaced, or if someone watches them."""
-        if moe.mixture.backend(x_NH) != moe.experts.backend(x_NH):
-            return False
-        for part in self._modules.values():
-            assert part is not None
-            if part._forward_hooks or part._forward_pre_hooks or "forward" in part.__dict__:
-                return False
-        experts = self.experts
-        return experts.num_local == experts.num_experts and experts.mlp is moe.experts
+        """Whether one operation may compute the whole layer: the backend of the experts has it, and no part of the
+        layer is replaced or watched."""
+        experts, shared = self.experts, self.shared_expert
+        return (
+            moe.mixture.backend(x_NH) == moe.experts.backend(x_NH)
+            and not is_every_module_watched()
+            and (type(self.gate), type(experts), type(shared)) == (Router, Experts, MLP)
+            and is_unwatched(self.gate)
+            and is_unwatched(experts)
+            and is_unwatched(shared)
+            and experts.num_local == experts.num_experts
+            and experts.mlp is moe.experts
+            and is_plain_linear(self.shared_expert_gate)
+            and all(map(is_plain_linear, shared.children()))
+        )

@@ -1,7 +1,7 @@
 """Rotary position embedding of the first `rotary_dim` dimensions; dimension i turns together with i +
 rotary_dim/2.
 
-Shapes: B sequences, T tokens, H heads, D head dim, R rotary dim.
+Shapes: T rows, H heads, D head dim, R half of the rotary dim.
 """
 
 from functools import lru_cache
@@ -11,12 +11,17 @@ from hybrid_moe_kernels import rope
 from hybrid_moe_kernels.precision import wide
 from torch import Tensor
 
+from hybrid_moe_ref.batch import Part
 
-def rotary_table(positions_BT: Tensor, rotary_dim: int, theta: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Cosine and sine for each position, [B, T, R/2], computed in float32 (float64 for float64) and cast."""
-    frequencies = _frequencies(rotary_dim, theta, wide(dtype), positions_BT.device)
-    angles = positions_BT[..., None] * frequencies
-    return angles.cos().to(dtype), angles.sin().to(dtype)
+
+def rotary_table(part: Part, rotary_dim: int, theta: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Cosine and sine for the position of each row, [T, R], computed in float32 (float64 for float64) and cast; once
+    for all layers of a step."""
+    key = (rotary_dim, theta, dtype)
+    if key not in part.tables:
+        angles = part.positions_T[:, None] * _frequencies(rotary_dim, theta, wide(dtype), part.positions_T.device)
+        part.tables[key] = angles.cos().to(dtype), angles.sin().to(dtype)
+    return part.tables[key]
 
 
 @lru_cache(maxsize=16)
@@ -25,7 +30,7 @@ def _frequencies(rotary_dim: int, theta: float, dtype: torch.dtype, device: torc
     return 1.0 / theta**exponents
 
 
-def rotate(x_BTHD: Tensor, cos_BTR: Tensor, sin_BTR: Tensor) -> Tensor:
+def rotate(x_THD: Tensor, cos_TR: Tensor, sin_TR: Tensor) -> Tensor:
     """Turn each pair of dimensions by its angle; the rest of the head passes through."""
-    y_THD = rope.rotate(x_BTHD.flatten(0, 1), cos_BTR.flatten(0, 1), sin_BTR.flatten(0, 1))
-    return y_THD.view(x_BTHD.shape)
+    y_THD: Tensor = rope.rotate(x_THD, cos_TR, sin_TR)
+    return y_THD

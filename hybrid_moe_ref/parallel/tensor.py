@@ -64,7 +64,7 @@ class SplitNorm:
         self.mean_squares.clear()
 
     def hear(self, norm: nn.Module, args: tuple[Tensor, Tensor], y: object) -> None:
-        """Keep the mean square of what this rank's norm normalised, for each group of sequences."""
+        """Keep the mean square of what this rank's norm normalised, for each part of the step."""
         x, gate = (widen(z) for z in args)
         self.mean_squares.append((x * F.silu(gate) if self.gates_first else x).square().mean(-1))
 
@@ -72,8 +72,8 @@ class SplitNorm:
         """partial_NH -> y_NH, on every rank"""
         (N, H), batch = partial_NH.shape, args[1]
         square_N = partial_NH.new_zeros(N, dtype=wide(partial_NH.dtype))
-        for group, square_BT in zip(batch.groups, self.mean_squares, strict=True):
-            square_N[group.rows_BT] = square_BT.to(square_N.dtype).view_as(group.rows_BT)
+        for part, square in zip(batch.parts, self.mean_squares, strict=True):
+            square_N[part.rows_T] = square.to(square_N.dtype).view_as(part.rows_T)
         tp_rank, tp_size = self.comm.group_rank("tp"), len(self.comm.members("tp"))
         sum_NGX = square_N.new_zeros(N, self.num_groups, H + 1)
         mine_NX = sum_NGX[:, tp_rank * self.num_groups // tp_size]

@@ -1,12 +1,12 @@
 """Depthwise causal convolution over time followed by SiLU, in plain torch.
 
 Shapes: B sequences, T time (of all sequences in `prefill`), C channels, W filter width, S = W - 1 inputs remembered,
-J slots of the pool of states, X = B + 1.
+J slots of the pool of states, X = B + 1, P = T + B S.
 """
 
 import torch
 import torch.nn.functional as F
-from hybrid_moe_kernels.sequences import by_length, load, store
+from hybrid_moe_kernels.sequences import load, store
 from torch import Tensor
 
 
@@ -22,13 +22,24 @@ def prefill(
 
     The state becomes the sequence's S newest inputs, oldest first. A sequence of no tokens keeps its state.
     """
-    y_TC = torch.empty_like(x_TC)
-    for sequences, rows, length in by_length(cu_seqlens_X):
-        slots = slots_B[sequences]
-        y_BTC, state_BSC = causal_conv(x_TC[rows].unflatten(0, (-1, length)), weight_CW, bias_C, load(state_JSC, slots))
-        y_TC[rows] = y_BTC.flatten(0, 1)
-        store(state_JSC, slots, state_BSC)
-    return y_TC
+    state_BSC = load(state_JSC, slots_B)
+    if slots_B.shape[0] == 1:
+        y_1TC, state_BSC = causal_conv(x_TC[None], weight_CW, bias_C, state_BSC)
+        store(state_JSC, slots_B, state_BSC)
+        return y_1TC[0]
+    # One long sequence, in which the remembered inputs of each sequence come before its own. The S rows that the
+    # convolution needs of the sequence before yield outputs that are left out.
+    (B, S, _), T = state_BSC.shape, x_TC.shape[0]
+    ends_B = cu_seqlens_X[1:] + S * torch.arange(1, B + 1, device=x_TC.device)
+    lengths_B, remembered_S = cu_seqlens_X.diff(), torch.arange(S, device=x_TC.device)
+    numbers_T = torch.arange(B, device=x_TC.device).repeat_interleave(lengths_B, output_size=T)
+    places_T = torch.arange(T, device=x_TC.device) + S * (1 + numbers_T)
+    places_BS = (ends_B - lengths_B)[:, None] - S + remembered_S
+    order = torch.cat([places_BS.flatten(), places_T]).argsort()
+    inputs_PC = torch.cat([state_BSC.flatten(0, 1), x_TC]).index_select(0, order)
+    y_1PC, _ = causal_conv(inputs_PC[None], weight_CW, bias_C)
+    store(state_JSC, slots_B, inputs_PC[(ends_B[:, None] - S + remembered_S).flatten()].view_as(state_BSC))
+    return y_1PC[0].index_select(0, places_T)
 
 
 def update(x_BC: Tensor, weight_CW: Tensor, bias_C: Tensor | None, state_JSC: Tensor, slots_B: Tensor) -> Tensor:

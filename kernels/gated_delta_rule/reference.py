@@ -11,7 +11,7 @@ For every head, with a state S [K, V] that starts at `state` (None: zeros), at e
 normalised and scaled, one of each for every value head, and states are handed in and out.
 
 Shapes: B sequences, T time (of all sequences, one after another, in `prefill`), M key heads, H value heads, K key dim,
-V value dim, N chunks, C tokens of a chunk (in `decode` the channels 2 M K + H V), W filter width, S = W - 1, J slots of
+V value dim, Z chunks, C tokens of a chunk (in `decode` the channels 2 M K + H V), W filter width, S = W - 1, J slots of
 the pools, X = B + 1. Arithmetic is in float32, or float64 for float64 inputs; the output has v's dtype, the state stays
 in the arithmetic's.
 """
@@ -21,8 +21,11 @@ import torch.nn.functional as F
 from hybrid_moe_kernels.causal_conv.reference import update
 from hybrid_moe_kernels.norm.reference import norm_then_gate
 from hybrid_moe_kernels.precision import narrow, wide, widen
-from hybrid_moe_kernels.sequences import by_length, load, store, sums_between
+from hybrid_moe_kernels.sequences import Chunks, differentiable, load, store, sums_between
 from torch import Tensor
+
+CHUNK = 32
+"""Tokens of a chunk."""
 
 
 def prefill(
@@ -43,14 +46,10 @@ def prefill(
     q_TMK, k_TMK = _unit(q_TMK) * q_TMK.shape[-1] ** -0.5, _unit(k_TMK)
     repeats = v_THV.shape[1] // q_TMK.shape[1]
     inputs = (q_TMK.repeat_interleave(repeats, 1), k_TMK.repeat_interleave(repeats, 1), v_THV, g_TH, beta_TH)
-    o_THV = torch.empty(v_THV.shape, dtype=v_THV.dtype, device=v_THV.device)
-    for sequences, rows, length in by_length(cu_seqlens_X):
-        rule = recurrent_gated_delta_rule if length == 1 else chunk_gated_delta_rule
-        slots = slots_B[sequences]
-        q, k, v, g, beta = (x[rows].unflatten(0, (-1, length)) for x in inputs)
-        o_BTHV, state_BHKV = rule(q, k, v, g, beta, load(state_JHKV, slots))
-        o_THV[rows] = o_BTHV.flatten(0, 1)
-        store(state_JHKV, slots, state_BHKV)
+    chunks = Chunks.of(cu_seqlens_X, CHUNK)
+    slots = slots_B[chunks.order]
+    o_THV, state_BHKV = _by_chunks(*inputs, load(state_JHKV, slots, copy=differentiable(*inputs)), chunks)
+    store(state_JHKV, slots, state_BHKV)
     return o_THV
 
 
@@ -79,8 +78,10 @@ def decode(
     qk_BNK, v_BHV = qkv_BC[:, : 2 * M * K].view(-1, 2 * M, K), qkv_BC[:, 2 * M * K :].view(-1, H, V)
     q_BHK, k_BHK = _unit(qk_BNK).repeat_interleave(H // M, 1).chunk(2, dim=1)
     beta_BH, g_BH = gates(b_BH, a_BH, A_log_H, dt_bias_H)
-    state_BHKV = load(state_JHKV, slots_B)
-    o_BHV = _write_and_read(state_BHKV, q_BHK * K**-0.5, k_BHK, widen(v_BHV), g_BH, beta_BH)
+    in_place = not differentiable(qkv_BC, g_BH, beta_BH)
+    state_BHKV = load(state_JHKV, slots_B, copy=not in_place)
+    inputs = q_BHK * K**-0.5, k_BHK, widen(v_BHV), g_BH, beta_BH
+    o_BHV, state_BHKV = _write_and_read(state_BHKV, *inputs, in_place=in_place)
     store(state_JHKV, slots_B, state_BHKV)
     return norm_then_gate(narrow(o_BHV, qkv_BC.dtype), z_BHV, norm_weight_V, eps)
 
@@ -113,24 +114,33 @@ def recurrent_gated_delta_rule(
     state_BHKV: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """One token after another; the definition. Returns o [B, T, H, V] and the final state [B, H, K, V]."""
-    S_BHKV = _start(v_BTHV, k_BTHK.shape[-1], state_BHKV).clone(memory_format=torch.contiguous_format)
+    S_BHKV, outputs = _start(v_BTHV, k_BTHK.shape[-1], state_BHKV).contiguous(), []
     inputs = [x.to(S_BHKV.dtype) for x in (q_BTHK, k_BTHK, v_BTHV, g_BTH, beta_BTH)]
-    o_BTHV = torch.empty_like(inputs[2])
-    for t in range(o_BTHV.shape[1]):
-        o_BTHV[:, t] = _write_and_read(S_BHKV, *(x[:, t] for x in inputs))
-    return o_BTHV.to(v_BTHV.dtype), S_BHKV
+    for t in range(v_BTHV.shape[1]):
+        o_BHV, S_BHKV = _write_and_read(S_BHKV, *(x[:, t] for x in inputs))
+        outputs.append(o_BHV)
+    return torch.stack(outputs, 1).to(v_BTHV.dtype), S_BHKV
 
 
 def _write_and_read(
-    S_BHKV: Tensor, q_BHK: Tensor, k_BHK: Tensor, v_BHV: Tensor, g_BH: Tensor, beta_BH: Tensor
-) -> Tensor:
-    """One token, all of one dtype: o [B, H, V]; the state changes in place. All heads are one batch, P = B H."""
+    S_BHKV: Tensor,
+    q_BHK: Tensor,
+    k_BHK: Tensor,
+    v_BHV: Tensor,
+    g_BH: Tensor,
+    beta_BH: Tensor,
+    *,
+    in_place: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """One token, all of one dtype: o [B, H, V] and the state, which is the given one if `in_place`. All heads are one
+    batch, P = B H."""
     (B, H, K, V), decay_P11 = S_BHKV.shape, g_BH.exp().view(-1, 1, 1)
     S_PKV, k_P1K, v_P1V = S_BHKV.view(-1, K, V), k_BHK.reshape(-1, 1, K), v_BHV.reshape(-1, 1, V)
-    S_PKV.mul_(decay_P11)
-    d_P1V = torch.baddbmm(v_P1V, k_P1K, S_PKV, alpha=-1).mul_(beta_BH.reshape(-1, 1, 1))
-    S_PKV.baddbmm_(k_P1K.mT, d_P1V)
-    return torch.bmm(q_BHK.reshape(-1, 1, K), S_PKV).view(B, H, V)
+    out = S_PKV if in_place else None
+    S_PKV = torch.mul(S_PKV, decay_P11, out=out)
+    d_P1V = torch.baddbmm(v_P1V, k_P1K, S_PKV, alpha=-1) * beta_BH.reshape(-1, 1, 1)
+    S_PKV = torch.baddbmm(S_PKV, k_P1K.mT, d_P1V, out=out)
+    return torch.bmm(q_BHK.reshape(-1, 1, K), S_PKV).view(B, H, V), S_PKV.view(B, H, K, V)
 
 
 def chunk_gated_delta_rule(
@@ -140,44 +150,52 @@ def chunk_gated_delta_rule(
     g_BTH: Tensor,
     beta_BTH: Tensor,
     state_BHKV: Tensor | None = None,
-    chunk_size: int = 32,
+    chunk_size: int = CHUNK,
 ) -> tuple[Tensor, Tensor]:
-    """The same map, a chunk at a time.
+    """The same map, a chunk at a time: see `_by_chunks`."""
+    (B, T, _, _), S_BHKV = v_BTHV.shape, _start(v_BTHV, k_BTHK.shape[-1], state_BHKV)
+    chunks = Chunks.of(T * torch.arange(B + 1, device=S_BHKV.device), chunk_size)
+    q_THK, k_THK, v_THV, g_TH, beta_TH = (x.flatten(0, 1) for x in (q_BTHK, k_BTHK, v_BTHV, g_BTH, beta_BTH))
+    o_THV, S_BHKV = _by_chunks(q_THK, k_THK, v_THV, g_TH, beta_TH, S_BHKV, chunks)
+    return o_THV.view(v_BTHV.shape), S_BHKV
+
+
+def _by_chunks(
+    q_THK: Tensor, k_THK: Tensor, v_THV: Tensor, g_TH: Tensor, beta_TH: Tensor, S_BHKV: Tensor, chunks: Chunks
+) -> tuple[Tensor, Tensor]:
+    """o [T, H, V] and the last states, of sequences in the order of `chunks`, which is that of their first states.
 
     Let G be the running sum of g inside a chunk and S the state before it. Unrolling the recurrence gives
 
         d_t = beta_t (v_t - e^{G_t} S^T k_t - sum_{s<t} e^{G_t-G_s} (k_t . k_s) d_s)
 
     which is a unit lower triangular system (I + L) D = beta V - (beta e^G K) S. (I + L)^-1 does not depend on S, so
-    it is computed for all chunks at once; only small products are sequential.
+    it is computed for all chunks at once; only small products are sequential. Padding is no decay and no write.
     """
-    S_BHKV = _start(v_BTHV, k_BTHK.shape[-1], state_BHKV)
-    T, C = v_BTHV.shape[1], min(chunk_size, v_BTHV.shape[1])
-    q, k, v, g, beta = (_chunks(x.to(S_BHKV.dtype), C) for x in (q_BTHK, k_BTHK, v_BTHV, g_BTH, beta_BTH))
+    inputs = (x.to(S_BHKV.dtype) for x in (q_THK, k_THK, v_THV, g_TH, beta_TH))
+    q, k, v, g, beta = (chunks.cut(x).transpose(1, 2).contiguous() for x in inputs)
 
-    G_BHNC, gap_BHNCC = g.cumsum(-1), sums_between(g)
-    causal_CC = torch.ones(C, C, dtype=torch.bool, device=v.device).tril()
-    decay_BHNCC = gap_BHNCC.masked_fill(~causal_CC, -torch.inf).exp()
-    L_BHNCC = (beta[..., None] * (k @ k.transpose(-1, -2)) * decay_BHNCC).tril(-1)
-    eye_CC = torch.eye(C, dtype=L_BHNCC.dtype, device=v.device)
-    inverse_BHNCC = torch.linalg.solve_triangular(L_BHNCC, eye_CC, upper=False, unitriangular=True)
-    inverse_BHNCC = inverse_BHNCC * beta[..., None, :]
-    from_value, from_state = inverse_BHNCC @ v, inverse_BHNCC @ (k * G_BHNC.exp()[..., None])
+    G_ZHC, gap_ZHCC = g.cumsum(-1), sums_between(g)
+    causal_CC = torch.ones(chunks.size, chunks.size, dtype=torch.bool, device=v.device).tril()
+    decay_ZHCC = gap_ZHCC.masked_fill(~causal_CC, -torch.inf).exp()
+    L_ZHCC = (beta[..., None] * (k @ k.mT) * decay_ZHCC).tril(-1)
+    eye_CC = torch.eye(chunks.size, dtype=L_ZHCC.dtype, device=v.device)
+    inverse_ZHCC = torch.linalg.solve_triangular(L_ZHCC, eye_CC, upper=False, unitriangular=True)
+    inverse_ZHCC = inverse_ZHCC * beta[..., None, :]
+    from_value, from_state = inverse_ZHCC @ v, inverse_ZHCC @ (k * G_ZHC.exp()[..., None])
 
-    reads_BHNCC = (q @ k.transpose(-1, -2)) * decay_BHNCC
-    q_BHNCK = q * G_BHNC.exp()[..., None]
-    k_BHNCK = k * gap_BHNCC[..., -1, :].exp()[..., None]
-    through_BHN = G_BHNC[..., -1].exp()
-    o_BHNCV = torch.empty_like(v)
-    for n in range(v.shape[2]):
-        d_BHCV = from_value[:, :, n] - from_state[:, :, n] @ S_BHKV
-        o_BHNCV[:, :, n] = q_BHNCK[:, :, n] @ S_BHKV + reads_BHNCC[:, :, n] @ d_BHCV
-        S_BHKV = S_BHKV * through_BHN[:, :, n, None, None] + k_BHNCK[:, :, n].transpose(-1, -2) @ d_BHCV
-    return o_BHNCV.flatten(2, 3)[:, :, :T].transpose(1, 2).to(v_BTHV.dtype), S_BHKV
-
-
-def _chunks(x_BTH_: Tensor, chunk: int) -> Tensor:
-    """[B, T, H, ...] -> [B, H, N, C, ...], the last chunk padded with zeros: no decay, no write."""
-    pad = -x_BTH_.shape[1] % chunk
-    tail = (0, 0) * (x_BTH_.dim() - 2)
-    return F.pad(x_BTH_, (*tail, 0, pad)).unflatten(1, (-1, chunk)).movedim(3, 1).contiguous()
+    reads_ZHCC = (q @ k.mT) * decay_ZHCC
+    q_ZHCK = q * G_ZHC.exp()[..., None]
+    k_ZHCK = k * gap_ZHCC[..., -1, :].exp()[..., None]
+    through_ZH11 = G_ZHC[..., -1].exp()[..., None, None]
+    first, outputs, ended = 0, [v[:0]], []
+    for count in chunks.counts:
+        now = slice(first, first + count)
+        ended.append(S_BHKV[count:])
+        S_BHKV = S_BHKV[:count]
+        d_BHCV = from_value[now] - from_state[now] @ S_BHKV
+        outputs.append(q_ZHCK[now] @ S_BHKV + reads_ZHCC[now] @ d_BHCV)
+        S_BHKV = S_BHKV * through_ZH11[now] + k_ZHCK[now].mT @ d_BHCV
+        first += count
+    o_ZCHV = torch.cat(outputs).transpose(1, 2)
+    return chunks.join(o_ZCHV).to(v_THV.dtype), torch.cat([S_BHKV, *reversed(ended)])

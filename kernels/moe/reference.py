@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from hybrid_moe_kernels.linear.reference import product, project
 from hybrid_moe_kernels.precision import narrow, widen
+from hybrid_moe_kernels.sequences import differentiable
 from torch import Tensor
 
 
@@ -25,7 +26,8 @@ def route(logits_NE: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
 def experts(x_NH: Tensor, weights_NK: Tensor, ids_NK: Tensor, gate_up_EJH: Tensor, down_EHI: Tensor) -> Tensor:
     """y [N, H]. Ids outside 0 to E - 1 are experts held elsewhere: they contribute nothing. Sums are in float32, or
     float64."""
-    per_pick = pick_by_pick if 2 * ids_NK.numel() <= gate_up_EJH.shape[0] else expert_by_expert
+    few = 2 * ids_NK.numel() <= gate_up_EJH.shape[0] and not differentiable(x_NH, gate_up_EJH, down_EHI)
+    per_pick = pick_by_pick if few else expert_by_expert
     return combine(per_pick(x_NH, ids_NK, gate_up_EJH, down_EHI), weights_NK)
 
 
@@ -58,7 +60,7 @@ def mixture(
 
 
 def pick_by_pick(x_NH: Tensor, ids_NK: Tensor, gate_up_EJH: Tensor, down_EHI: Tensor) -> Tensor:
-    """Each pick's output [P, H], zero where its expert is not held."""
+    """Each pick's output [P, H], zero where its expert is not held. Not differentiable: products go into place."""
     E, J, H = gate_up_EJH.shape
     K = ids_NK.shape[1]
     held = [(pick, e) for pick, e in enumerate(ids_NK.flatten().tolist()) if 0 <= e < E]
@@ -95,8 +97,10 @@ def _grouped_product(x_RA: Tensor, weight_EAB: Tensor, counts_E: Tensor) -> Tens
     """The first counts[0] rows times weight[0], the next counts[1] rows times weight[1], ..."""
     if _grouped_mm_takes(x_RA, weight_EAB):
         return F.grouped_mm(x_RA, weight_EAB, offs=counts_E.cumsum(0, dtype=torch.int32))
-    out_RB = x_RA.new_empty(x_RA.shape[0], weight_EAB.shape[2])
     counts = counts_E.tolist()
+    if differentiable(x_RA, weight_EAB):
+        return torch.cat([x @ weight_EAB[e] for e, x in enumerate(x_RA.split(counts))])
+    out_RB = x_RA.new_empty(x_RA.shape[0], weight_EAB.shape[2])
     for e, x, out in zip(range(len(counts)), x_RA.split(counts), out_RB.split(counts), strict=True):
         if counts[e]:
             torch.mm(x, weight_EAB[e], out=out)

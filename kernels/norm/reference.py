@@ -11,7 +11,7 @@ from torch import Tensor
 
 def _normalise(x: Tensor, eps: float) -> Tensor:
     """x / sqrt(mean(x^2) + eps), in five steps where torch's rms_norm takes eight."""
-    root_mean_square = torch.linalg.vector_norm(x, dim=-1, keepdim=True).mul_(x.shape[-1] ** -0.5)
+    root_mean_square = torch.linalg.vector_norm(x, dim=-1, keepdim=True) * x.shape[-1] ** -0.5
     return x / root_mean_square.hypot_(torch.full_like(root_mean_square, eps**0.5))
 
 

@@ -19,8 +19,11 @@ import torch.nn.functional as F
 from hybrid_moe_kernels.causal_conv.reference import update
 from hybrid_moe_kernels.norm.reference import gate_then_norm
 from hybrid_moe_kernels.precision import wide, widen
-from hybrid_moe_kernels.sequences import by_length, load, store, sums_between
+from hybrid_moe_kernels.sequences import Chunks, differentiable, load, store, sums_between
 from torch import Tensor
+
+CHUNK = 64
+"""Tokens of a chunk."""
 
 
 def prefill(
@@ -35,14 +38,11 @@ def prefill(
     cu_seqlens_X: Tensor,
 ) -> Tensor:
     """y [T, H, P]; sequence s starts from state[slots[s]] and leaves its last state there."""
-    y_THP = torch.empty(x_THP.shape, dtype=x_THP.dtype, device=x_THP.device)
-    for sequences, rows, length in by_length(cu_seqlens_X):
-        scan = recurrent_ssd if length == 1 else chunk_ssd
-        slots = slots_B[sequences]
-        x, dt, b, c = (z[rows].unflatten(0, (-1, length)) for z in (x_THP, dt_TH, b_TGN, c_TGN))
-        y_BTHP, state_BHPN = scan(x, dt, A_H, b, c, D_H, load(state_JHPN, slots))
-        y_THP[rows] = y_BTHP.flatten(0, 1)
-        store(state_JHPN, slots, state_BHPN)
+    chunks = Chunks.of(cu_seqlens_X, CHUNK)
+    slots = slots_B[chunks.order]
+    copy = differentiable(x_THP, dt_TH, A_H, b_TGN, c_TGN)
+    y_THP, state_BHPN = _by_chunks(x_THP, dt_TH, A_H, b_TGN, c_TGN, D_H, load(state_JHPN, slots, copy=copy), chunks)
+    store(state_JHPN, slots, state_BHPN)
     return y_THP
 
 
@@ -74,7 +74,7 @@ def decode(
     x, b, c = xbc_BC.split([H * P, G * N, G * N], dim=-1)
     x, b, c = x.unflatten(-1, (H, P)), b.unflatten(-1, (G, N)), c.unflatten(-1, (G, N))
     dt_BH, A_H = time_step(dt_BH, dt_bias_H, dt_limit), decay_rate(A_log_H)
-    state_BHPN = load(state_JHPN, slots_B)
+    state_BHPN = load(state_JHPN, slots_B, copy=differentiable(xbc_BC, dt_BH, A_H))
     y_B1HP, state_BHPN = recurrent_ssd(x[:, None], dt_BH[:, None], A_H, b[:, None], c[:, None], D_H, state_BHPN)
     store(state_JHPN, slots_B, state_BHPN)
     y_BI = y_B1HP[:, 0].flatten(-2)
@@ -99,8 +99,8 @@ def _start(x_BTHP: Tensor, state_size: int, state_BHPN: Tensor | None) -> Tensor
     return torch.zeros(B, H, P, state_size, dtype=dtype, device=x_BTHP.device)
 
 
-def _per_head(bc_BTGN: Tensor, num_heads: int) -> Tensor:
-    return bc_BTGN.repeat_interleave(num_heads // bc_BTGN.shape[2], dim=2)
+def _per_head(bc__GN: Tensor, num_heads: int) -> Tensor:
+    return bc__GN.repeat_interleave(num_heads // bc__GN.shape[-2], dim=-2)
 
 
 def recurrent_ssd(
@@ -116,13 +116,13 @@ def recurrent_ssd(
     S_BHPN = _start(x_BTHP, b_BTGN.shape[-1], state_BHPN)
     x, dt, A, b, c, D = (z.to(S_BHPN.dtype) for z in (x_BTHP, dt_BTH, A_H, b_BTGN, c_BTGN, D_H))
     b, c = _per_head(b, x.shape[2]), _per_head(c, x.shape[2])
-    y_BTHP = torch.empty_like(x)
+    outputs = []
     for t in range(x.shape[1]):
         decay_BH = (dt[:, t] * A).exp()
         write_BHPN = (dt[:, t, :, None] * x[:, t])[..., None] * b[:, t, :, None, :]
         S_BHPN = S_BHPN * decay_BH[..., None, None] + write_BHPN
-        y_BTHP[:, t] = torch.einsum("bhpn,bhn->bhp", S_BHPN, c[:, t])
-    return (y_BTHP + D[:, None] * x).to(x_BTHP.dtype), S_BHPN
+        outputs.append(torch.einsum("bhpn,bhn->bhp", S_BHPN, c[:, t]))
+    return (torch.stack(outputs, 1) + D[:, None] * x).to(x_BTHP.dtype), S_BHPN
 
 
 def chunk_ssd(
@@ -133,33 +133,47 @@ def chunk_ssd(
     c_BTGN: Tensor,
     D_H: Tensor,
     state_BHPN: Tensor | None = None,
-    chunk_size: int = 64,
+    chunk_size: int = CHUNK,
 ) -> tuple[Tensor, Tensor]:
-    """The same map, a chunk at a time: masked attention inside a chunk, the recurrence only between
-    chunks."""
-    S_BHPN = _start(x_BTHP, b_BTGN.shape[-1], state_BHPN)
-    T, H, C = x_BTHP.shape[1], x_BTHP.shape[2], min(chunk_size, x_BTHP.shape[1])
-    x, dt, A, b, c, D = (z.to(S_BHPN.dtype) for z in (x_BTHP, dt_BTH, A_H, b_BTGN, c_BTGN, D_H))
-    written, a = _chunks(x * dt[..., None], C), _chunks(dt * A, C)
-    b, c = _chunks(_per_head(b, H), C), _chunks(_per_head(c, H), C)
-
-    sum_BHZC, gap_BHZCC = a.cumsum(-1), sums_between(a)
-    causal_CC = torch.ones(C, C, dtype=torch.bool, device=x.device).tril()
-    decay_BHZCC = gap_BHZCC.masked_fill(~causal_CC, -torch.inf).exp()
-    y_BHZCP = ((c @ b.transpose(-1, -2)) * decay_BHZCC) @ written
-    c_BHZCN = c * sum_BHZC.exp()[..., None]
-    b_BHZCN = b * gap_BHZCC[..., -1, :].exp()[..., None]
-    added_BHZPN = written.transpose(-1, -2) @ b_BHZCN
-    through_BHZ = sum_BHZC[..., -1].exp()
-    for z in range(y_BHZCP.shape[2]):
-        y_BHZCP[:, :, z] += c_BHZCN[:, :, z] @ S_BHPN.transpose(-1, -2)
-        S_BHPN = S_BHPN * through_BHZ[:, :, z, None, None] + added_BHZPN[:, :, z]
-    y_BTHP = y_BHZCP.flatten(2, 3)[:, :, :T].transpose(1, 2)
-    return (y_BTHP + D[:, None] * x).to(x_BTHP.dtype), S_BHPN
+    """The same map, a chunk at a time: see `_by_chunks`."""
+    (B, T, _, _), S_BHPN = x_BTHP.shape, _start(x_BTHP, b_BTGN.shape[-1], state_BHPN)
+    chunks = Chunks.of(T * torch.arange(B + 1, device=S_BHPN.device), chunk_size)
+    x_THP, dt_TH, b_TGN, c_TGN = (z.flatten(0, 1) for z in (x_BTHP, dt_BTH, b_BTGN, c_BTGN))
+    y_THP, S_BHPN = _by_chunks(x_THP, dt_TH, A_H, b_TGN, c_TGN, D_H, S_BHPN, chunks)
+    return y_THP.view(x_BTHP.shape), S_BHPN
 
 
-def _chunks(x_BTH_: Tensor, chunk: int) -> Tensor:
-    """[B, T, H, ...] -> [B, H, Z, C, ...], the last chunk padded with zeros: no decay, no write."""
-    pad = -x_BTH_.shape[1] % chunk
-    tail = (0, 0) * (x_BTH_.dim() - 2)
-    return F.pad(x_BTH_, (*tail, 0, pad)).unflatten(1, (-1, chunk)).movedim(3, 1).contiguous()
+def _by_chunks(
+    x_THP: Tensor,
+    dt_TH: Tensor,
+    A_H: Tensor,
+    b_TGN: Tensor,
+    c_TGN: Tensor,
+    D_H: Tensor,
+    S_BHPN: Tensor,
+    chunks: Chunks,
+) -> tuple[Tensor, Tensor]:
+    """y [T, H, P] and the last states, of sequences in the order of `chunks`, which is that of their first states:
+    masked attention inside a chunk, the recurrence only between chunks. Padding is no decay and no write."""
+    x, dt, A, b, c, D = (z.to(S_BHPN.dtype) for z in (x_THP, dt_TH, A_H, b_TGN, c_TGN, D_H))
+    rows = x * dt[..., None], dt * A, _per_head(b, x.shape[1]), _per_head(c, x.shape[1])
+    written, a, b, c = (chunks.cut(z).transpose(1, 2).contiguous() for z in rows)
+
+    sum_ZHC, gap_ZHCC = a.cumsum(-1), sums_between(a)
+    causal_CC = torch.ones(chunks.size, chunks.size, dtype=torch.bool, device=x.device).tril()
+    decay_ZHCC = gap_ZHCC.masked_fill(~causal_CC, -torch.inf).exp()
+    y_ZHCP = ((c @ b.mT) * decay_ZHCC) @ written
+    c_ZHCN = c * sum_ZHC.exp()[..., None]
+    b_ZHCN = b * gap_ZHCC[..., -1, :].exp()[..., None]
+    added_ZHPN = written.mT @ b_ZHCN
+    through_ZH11 = sum_ZHC[..., -1].exp()[..., None, None]
+    first, outputs, ended = 0, [y_ZHCP[:0]], []
+    for count in chunks.counts:
+        now = slice(first, first + count)
+        ended.append(S_BHPN[count:])
+        S_BHPN = S_BHPN[:count]
+        outputs.append(y_ZHCP[now] + c_ZHCN[now] @ S_BHPN.mT)
+        S_BHPN = S_BHPN * through_ZH11[now] + added_ZHPN[now]
+        first += count
+    y_THP = chunks.join(torch.cat(outputs).transpose(1, 2))
+    return (y_THP + D[:, None] * x).to(x_THP.dtype), torch.cat([S_BHPN, *reversed(ended)])

@@ -36,6 +36,11 @@ class Case:
     def ranks(self, *states: str) -> tuple[int, ...]:
         return tuple(rank for rank, standing in sorted(self.standings.items()) if standing.state in states)
 
+    def place(self, rank: int) -> str:
+        """Where a rank waits, in words."""
+        node = self.waits.at.get(rank)
+        return "outside any collective" if node is None else f"in {node.name}"
+
     def verdict(self, verdict: str, finding: Finding | None = None, **more: Any) -> Verdict:
         """A verdict with everything that does not depend on its class."""
         finding = finding or Finding()

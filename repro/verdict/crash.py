@@ -24,12 +24,12 @@ def victims(case: Case) -> set[int]:
     victims: set[int] = set()
     for key in case.ledger.diverged if gone else ():
         over = max(standing.left.get(key, 0) for standing in case.standings.values())
-        for side in case.ledger.refused(key, over, max(case.ledger.diverged[key])):
+        for side in case.ledger.refused(key, over, max(case.ledger.diverged[key]))[1]:
             victims |= gone & set(side.ranks)
             victims |= {rank for rank in gone & set(key[1]) if not case.standings[rank].seen}
         for rank in gone & set(key[1]):  # the others may have completed what it died in
             standing = case.standings[rank]
-            sides = case.ledger.refused(key, standing.left.get(key, 0), standing.issued.get(key, 0))
+            _, sides = case.ledger.refused(key, standing.left.get(key, 0), standing.issued.get(key, 0))
             victims |= {rank for side in sides if rank in side.ranks}
     return victims
 
@@ -101,7 +101,7 @@ def _first_death(case: Case, dead: Sequence[int]) -> Finding:
     waited_s = case.standings[first].position.since_s - max(0.0, case.now_s - died.get(first, case.now_s))
     node = case.waits.at.get(first)
     if node is not None and waited_s >= TIMEOUT_S:
-        finding = Finding("dead_rank", suspects=tuple(sorted({first, *node.lacks})), confidence="undecided")
+        finding = Finding("dead_rank", suspects=tuple(sorted({first, *node.waits_for})), confidence="undecided")
         finding.evidence.append(
             f"rank {first} had waited in {node.name} for {'' if first in died else 'up to '}{waited_s:.0f} s when it "
             "died: a timeout of the backend may have ended it"
@@ -137,11 +137,11 @@ def _error(case: Case, failed: Sequence[int]) -> Finding:
         earlier = [rank for rank in failed if case.standings[rank].position.since_s > since_s + LOOKS_S]
         return Finding("error", (first,), confidence="certain" if len(outside) == 1 and not earlier else "likely")
     nodes = {case.waits.at[rank].key: case.waits.at[rank] for rank in failed if rank in case.waits.at}
-    absent = {rank for node in nodes.values() for rank in node.lacks}
+    absent = {rank for node in nodes.values() for rank in node.waits_for}
     finding = Finding("error", suspects=tuple(sorted({*absent, *alone})), confidence="undecided")
     for node in nodes.values():
         gone = [rank for rank in node.ranks if rank in failed]
-        lacked = f"waiting for {list_ranks(node.lacks)}" if node.lacks else "waiting for nobody"
+        lacked = f"waiting for {list_ranks(node.waits_for)}" if node.waits_for else "waiting for nobody"
         finding.evidence.append(f"{name_ranks(gone)} gave up in {node.name}, {lacked}")
     if alike := [rank for rank in outside if rank not in alone]:
         finding.evidence.append(f"{name_ranks(alike)} failed with the same message; it says more than the order does")

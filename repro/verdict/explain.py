@@ -13,7 +13,7 @@ from typing import Any
 from repro.verdict.graph import Node, Waits
 from repro.verdict.ledger import Call, Ledger, Side, calls, widest
 from repro.verdict.position import GroupKey, Standing
-from repro.verdict.result import Finding, name_ranks
+from repro.verdict.result import Finding, name_ranks, say
 from repro.verdict.schedule import (
     RECENT_STEPS,
     Deviation,
@@ -95,7 +95,7 @@ def _lock_finding(waits: Waits, standings: Mapping[int, Standing]) -> Finding | 
     locks = [node for node in waits.cycle if node.key[0] == "lock"]
     if not locks:
         return None
-    holders = sorted((rank, node.name) for node in locks for rank in node.lacks if rank in waits.at)
+    holders = sorted((rank, node.name) for node in locks for rank in node.waits_for if rank in waits.at)
     finding = Finding("lock", tuple(sorted({rank for rank, _ in holders})))
     for rank, lock in holders:
         finding.evidence.append(f"rank {rank} holds {lock} and {_waits(standings[rank])}")
@@ -285,7 +285,17 @@ def _pairing_finding(witnesses: Mapping[int, Witness], divergence: tuple[GroupKe
     finding.suspects = _changed(witnesses, key, seq, sides)
     if finding.suspects:
         finding.evidence.append(f"{name_ranks(finding.suspects)} changed what all ranks had done alike until then")
+    elif few := _fewest(sides):
+        finding.suspects = few
+        finding.evidence.append(f"{say(few, 'differ')} from most members; which side is right is not in the witnesses")
     return finding
+
+
+def _fewest(sides: Sequence[Side]) -> tuple[int, ...]:
+    """The ranks that do not do what more than half of the members do; () where no side is that large."""
+    most = max(sides, key=lambda side: len(side.ranks))
+    others = sorted(rank for side in sides if side is not most for rank in side.ranks)
+    return tuple(others) if len(others) < len(most.ranks) else ()
 
 
 def _explain_places(

@@ -1,4 +1,4 @@
-"""The wait-for graph: ranks that stand at the same place are one node, its edges are the ranks they lack."""
+"""The wait-for graph: ranks that stand at the same place are one node, its edges lead to the ranks they wait for."""
 
 from __future__ import annotations
 
@@ -9,40 +9,61 @@ from repro.verdict.ledger import Ledger, widest
 from repro.verdict.position import GroupKey, Standing
 from repro.verdict.result import list_ranks
 
+AMBIGUOUS = -1
 NodeKey = tuple[str, GroupKey | tuple[str, str], int]  # ("collective", group, seq) or ("lock", (host, name), 0)
+
+
+SENT_BY_ONE = ("broadcast", "scatter")
+"""Operations that a member leaves as soon as the root has sent: without the root and its own part it needs nobody."""
 
 
 @dataclass(slots=True)
 class Node:
-    """Ranks that wait in one collective or for one lock."""
+    """Ranks that wait in one collective or for one lock, and the other members of the collective."""
 
     key: NodeKey
     name: str
     ranks: list[int] = field(default_factory=list)
-    lacks: set[int] = field(default_factory=set)  # ranks that must act before these can go on
-    lost: set[int] = field(default_factory=set)  # ranks that are here, or were, but whose process cannot go on
-    differs: str = ""  # mismatch or sizes: they will not pair although all are there
+    waits_for: set[int] = field(default_factory=set)  # ranks that must act before these can go on
+    returned: set[int] = field(default_factory=set)  # members that have left the collective, or a later one
+    cannot_return: set[int] = field(default_factory=set)  # ranks that are here, or were, but cannot go on
+    unknown: set[int] = field(default_factory=set)  # members whose witness cannot say whether they have come
+    differs: str = ""  # mismatch or sizes: members issued it, or one before it, with different arguments
+    differs_at: int = 0  # the number of the collective that was issued so
     outside: int | None = None  # pid of a lock holder that is no rank; -1 unknown, 0 nobody
-    named: int = -1  # pid that those who wait for a lock were told
+    named: int = -1  # pid of the lock holder that those who wait recorded
 
     def __str__(self) -> str:
         return f"{self.name} ({list_ranks(self.ranks)})"
 
+    @property
+    def collective(self) -> tuple[GroupKey, int]:
+        """The group and the number of a collective."""
+        kind, (name, members), seq = self.key
+        assert kind == "collective" and isinstance(members, tuple)
+        return (name, members), seq
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether this is a collective that every member has issued, with arguments that agree."""
+        return self.key[0] == "collective" and not self.waits_for | self.cannot_return | self.unknown
+
 
 @dataclass(slots=True)
 class Waits:
-    """The graph with what follows from it."""
+    """The graph and what follows from it."""
 
     nodes: dict[NodeKey, Node]
     at: dict[int, Node]  # rank -> the node it waits in
     cycle: list[Node]
-    ends: dict[str, set[int]]  # state -> the ranks of that state that somebody waits for, at any remove
+    ends: dict[str, set[int]]  # state -> the ranks of that state that a node waits for or that cannot return from it
     outsiders: list[Node]
-    attended: list[Node]  # collectives that lack nobody and are not over
+    attended: list[Node]  # collectives that every member has issued and none has left
+    left_by_some: list[Node]  # collectives that every member has issued and some have left
 
 
 def wait_graph(standings: Mapping[int, Standing], ledger: Ledger, lock_holders: Mapping[int, tuple[str, int]]) -> Waits:
-    """Build the graph. A rank that died or gave up inside a collective still stands there."""
+    """Build the graph. A rank that died or failed inside a collective still stands there."""
     nodes: dict[NodeKey, Node] = {}
     at: dict[int, Node] = {}
     for rank, standing in standings.items():
@@ -50,24 +71,36 @@ def wait_graph(standings: Mapping[int, Standing], ledger: Ledger, lock_holders: 
         if node is not None:
             node.ranks.append(rank)
             at[rank] = node
-    pids = {(s.host, s.pid): rank for rank, s in standings.items() if s.pid}
+    pids = _pids(standings)
     for node in nodes.values():
         if node.key[0] == "lock":
             _lock_edges(node, standings, pids, lock_holders)
         else:
             _collective_edges(node, standings, ledger)
-    cycle = _find_cycle(nodes, at)
     ends: dict[str, set[int]] = {}
     for node in nodes.values():
-        for rank in node.lacks | node.lost:
-            if standings[rank].state not in ("blocked", "locked"):
-                ends.setdefault(standings[rank].state, set()).add(rank)
-    waiting = list(nodes.values())
+        for rank in node.waits_for | node.cannot_return | node.unknown:
+            state = standings[rank].end_state if rank in standings else "missing"
+            if rank in node.unknown and state not in ("dead", "failed", "missing"):
+                state = "hidden"
+            if state not in ("blocked", "locked"):
+                ends.setdefault(state, set()).add(rank)
+    complete = [node for node in nodes.values() if node.is_complete]
     return Waits(
-        nodes, at, cycle, ends,
-        [node for node in waiting if node.outside is not None],
-        [node for node in waiting if node.key[0] == "collective" and not node.lacks | node.lost],
+        nodes, at, _find_cycle(nodes, at), ends,
+        [node for node in nodes.values() if node.outside is not None],
+        [node for node in complete if not node.returned],
+        [node for node in complete if node.returned],
     )  # fmt: skip
+
+
+def _pids(standings: Mapping[int, Standing]) -> dict[tuple[str, int], int]:
+    """(host, pid) -> rank, without the pids that two ranks share: they are not of one host, though it looks so."""
+    ranks: dict[tuple[str, int], list[int]] = {}
+    for rank, standing in standings.items():
+        if standing.pid:
+            ranks.setdefault((standing.host, standing.pid), []).append(rank)
+    return {process: owners[0] if len(owners) == 1 else AMBIGUOUS for process, owners in ranks.items()}
 
 
 def _node_of(standing: Standing, nodes: dict[NodeKey, Node]) -> Node | None:
@@ -85,23 +118,26 @@ def _node_of(standing: Standing, nodes: dict[NodeKey, Node]) -> Node | None:
 
 
 def _collective_edges(node: Node, standings: Mapping[int, Standing], ledger: Ledger) -> None:
-    _, group, seq = node.key
-    assert isinstance(group[1], tuple)
-    key = (group[0], group[1])
+    key, seq = node.collective
     for member in key[1]:
         standing = standings.get(member)
-        if standing is None:
-            continue
-        if standing.issued.get(key, 0) < seq or standing.gave_up(key, seq):
-            node.lacks.add(member)
-        elif standing.left.get(key, 0) < seq and standing.unable:
-            node.lost.add(member)
-    over = max((standings[member].left.get(key, 0) for member in key[1] if member in standings), default=0)
+        if standing is not None and standing.left.get(key, 0) >= seq:
+            node.returned.add(member)
+        elif standing is None or (standing.issued.get(key, 0) < seq and not standing.knows(key)):
+            node.unknown.add(member)
+        elif standing.issued.get(key, 0) < seq or standing.gave_up(key, seq):
+            node.waits_for.add(member)
+        elif standing.unable:
+            node.cannot_return.add(member)
+    if node.returned and standings[node.ranks[0]].position.op in SENT_BY_ONE:
+        node.waits_for.clear()  # the root has sent
+    # In a group nothing later completes either, and each rank has its own place from which on nothing has for it.
     here = min((standings[member].issued.get(key, 0) for member in key[1] if member in standings), default=0)
-    sides = ledger.refused(key, over, min(seq, here))  # in a group nothing later completes either
+    low = min(standings[rank].left.get(key, 0) for rank in node.ranks)
+    seq, sides = ledger.refused(key, low, min(seq, here))
     if sides:
-        node.differs = widest(sides)
-        node.lacks |= {rank for side in sides for rank in side.ranks}
+        node.differs, node.differs_at = widest(sides), seq
+        node.waits_for |= {rank for side in sides for rank in side.ranks if standings[rank].left.get(key, 0) < seq}
 
 
 def _lock_edges(
@@ -114,7 +150,7 @@ def _lock_edges(
     assert isinstance(lock, str)
     holders = {rank for rank, s in standings.items() if lock in s.holds and s.host == host}
     if holders:
-        node.lacks |= holders
+        node.waits_for |= holders
         return
     node.named = max({standings[rank].lock_holder for rank in node.ranks}, default=-1)
     seen = {holder for rank in node.ranks for name, holder in (lock_holders.get(rank, ("", 0)),) if name == lock}
@@ -123,12 +159,12 @@ def _lock_edges(
         return
     pid = next(iter(seen), node.named)
     rank = pids.get((str(host), pid))
-    if rank is None:
-        node.outside = pid
+    if rank is None or rank == AMBIGUOUS:
+        node.outside = pid if rank is None else -1
     elif rank in node.ranks:
-        node.lost.add(rank)  # it has the lock and stopped before it could say so
+        node.cannot_return.add(rank)  # it has the lock and stopped before it could say so
     elif seen or not standings[rank].seen:
-        node.lacks.add(rank)
+        node.waits_for.add(rank)
     else:
         node.outside = -1  # it held the lock when somebody began to wait, and has let go since
 
@@ -154,7 +190,7 @@ def _find_cycle(nodes: Mapping[NodeKey, Node], at: Mapping[int, Node]) -> list[N
             on_path[node.key] = len(path)
             path.append(node)
             stack.append((node, True))
-            for following in {at[rank].key: at[rank] for rank in sorted(node.lacks) if rank in at}.values():
+            for following in {at[rank].key: at[rank] for rank in sorted(node.waits_for) if rank in at}.values():
                 if following.key in on_path:
                     return path[on_path[following.key] :]
                 if following.key not in done:

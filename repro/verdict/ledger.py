@@ -90,13 +90,14 @@ class Ledger:
             self._differing[key] = rows
         return self._differing[key][seq]
 
-    def refused(self, key: GroupKey, over: int, upto: int) -> list[Side]:
-        """The sides of the first meeting in over + 1..upto that differ so much that it cannot complete."""
+    def refused(self, key: GroupKey, over: int, upto: int) -> tuple[int, list[Side]]:
+        """Find the first collective in over + 1..upto whose arguments differ so much that a backend may not complete
+        it: its number and its sides; (0, []) if there is none."""
         for seq in sorted(number for number in self.diverged.get(key, ()) if over < number <= upto):
             sides = self.sides(key, seq)
             if widest(sides) in ("mismatch", "sizes"):
-                return sides
-        return []
+                return seq, sides
+        return 0, []
 
     def hidden_divergence(self, but: Collection[str] = ()) -> list[str]:
         """Groups, but for some, whose members issued equally many collectives, by the rolling hash not the same ones.

@@ -29,6 +29,7 @@ class Standing:
     pid: int = 0
     witness: Witness | None = None
     seen: bool = False  # its witness is there and tells all there was
+    is_gone: bool = False  # its process has ended
     beat: str = ""  # what the rank's last heartbeat named
     beat_s: float | None = None  # how long ago it was; None if none came since its last event
 
@@ -40,23 +41,30 @@ class Standing:
     def rank(self) -> int:
         return self.position.rank
 
+    def knows(self, key: GroupKey) -> bool:
+        """Whether the witness can say how many collectives of a group the rank has issued."""
+        return self.seen and self.witness is not None and (key in self.issued or self.witness.has_free_slots)
+
     def gave_up(self, key: GroupKey, seq: int) -> bool:
-        """Whether it issued a collective that it will not complete: it said done, or went on from a blocking call that
-        did not end, as after an exception that somebody caught."""
+        """Whether the rank issued a collective and went on from a wait for it that did not end, as after an exception
+        that the program caught. A collective that it never waited for goes on without it."""
         if self.left.get(key, 0) >= seq or not self.seen or self.witness is None or self.state in ("dead", "failed"):
             return False
-        if self.state == "done":
-            return True
-        if (self.group, self.position.seq) == (key, seq):
+        if self.state != "done" and (self.group, self.position.seq) == (key, seq):
             return False  # it stands there
-        names = [(group.name, group.members) for group in self.witness.groups]
-        rows = zip(*(self.witness.column(field) for field in ("kind", "group", "seq")), strict=True)
-        return (int(Kind.ENTER), names.index(key), seq) in rows
+        return self.witness.last_kind(key, seq) in (Kind.ENTER, Kind.WAIT)
 
     @property
     def unable(self) -> bool:
-        """Whether its process cannot finish a collective that it has entered: gone, or stopped inside one."""
+        """Whether the process cannot finish a collective that it has entered: it is gone, or stopped inside one."""
+        if self.state == "done":
+            return self.is_gone
         return self.state in ("dead", "failed") or (self.state == "running" and self.group is not None)
+
+    @property
+    def end_state(self) -> str:
+        """The state for those who wait for the rank: hidden where its witness may not tell all."""
+        return self.state if self.seen or self.state in ("dead", "failed", "missing") else "hidden"
 
     @property
     def state(self) -> str:
@@ -68,6 +76,7 @@ def locate(rank: int, witness: Witness | None, now_ns: int, alive: bool | None, 
     if witness is None:
         return Standing(Position(rank, "dead" if alive is False else "missing"))
     standing = _read(rank, witness, now_ns)
+    standing.is_gone = alive is False
     position = standing.position
     if alive is False and position.state not in ("done", "failed"):
         standing.position = _with_state(position, "dead")
@@ -91,7 +100,7 @@ def _read(rank: int, witness: Witness, now_ns: int) -> Standing:
         holds=held,
         issued={keys[i]: group.issued for i, group in enumerate(witness.groups)},
         left={keys[i]: group.left for i, group in enumerate(witness.groups)},
-        host=f"{witness.who.boot_id}/{witness.who.hostname}",  # containers of one host share its boot
+        host=f"{witness.who.boot_id}/{witness.who.hostname}/{witness.who.pid_namespace}",  # containers share a boot
         pid=witness.who.pid,
         witness=witness,
         seen=witness.complete,

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Collection, Iterable
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 VERDICTS = ("clean", "slow", "deadlock", "stall", "corrupt", "crash", "inconclusive")
@@ -98,12 +98,16 @@ class Verdict:
     confidence: str = "certain"
     quiet_s: float = 0.0
 
+    def with_evidence(self, lines: Iterable[str]) -> Verdict:
+        """The same verdict with further lines of evidence."""
+        return replace(self, evidence=(*self.evidence, *lines))
+
     def sentences(self) -> list[str]:
         """One sentence per distinct position, the fullest first."""
         together: dict[str, list[int]] = {}
         for position in self.ranks:
             together.setdefault(position.words(), []).append(position.rank)
-        return [f"{name_ranks(ranks)} {_agree(words, ranks)}" for words, ranks in together.items()]
+        return [say(ranks, words) for words, ranks in together.items()]
 
     def sentence(self) -> str:
         """All positions in one line."""
@@ -150,14 +154,19 @@ def list_ranks(ranks: Iterable[int]) -> str:
     return ",".join(parts)
 
 
-def name_ranks(ranks: Sequence[int]) -> str:
+def name_ranks(ranks: Collection[int]) -> str:
     """ "rank 3" or "ranks 0-5"."""
     return f"rank{'s' if len(ranks) != 1 else ''} {list_ranks(ranks)}"
 
 
-_SINGULAR = {"wait": "waits", "build": "builds", "run": "runs", "have": "has", "are": "is"}
+_SINGULAR = {
+    "wait": "waits", "build": "builds", "run": "runs", "have": "has", "are": "is", "keep": "keeps", "hold": "holds",
+    "differ": "differs", "do": "does",
+}  # fmt: skip
 
 
-def _agree(words: str, ranks: Sequence[int]) -> str:
+def say(ranks: Collection[int], words: str) -> str:
+    """A sentence about ranks, from words that begin with a verb in the plural: "rank 3 waits in dp all_reduce #41"."""
     verb, _, rest = words.partition(" ")
-    return f"{_SINGULAR.get(verb, verb)} {rest}".rstrip() if len(ranks) == 1 else words
+    verb = _SINGULAR.get(verb, verb) if len(ranks) == 1 else verb
+    return f"{name_ranks(ranks)} {verb} {rest}".rstrip()

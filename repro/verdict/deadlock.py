@@ -1,0 +1,49 @@
+"""A cycle of waits, or a wait for a rank that will not come: a deadlock once it has been quiet for long enough."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from repro.verdict.case import Case
+from repro.verdict.explain import explain
+from repro.verdict.graph import Node
+from repro.verdict.result import Verdict, list_ranks, name_ranks, say
+
+
+def deadlock(case: Case, cycle: Sequence[Node]) -> Verdict:
+    """Wait for quiet, then explain."""
+    links = _links(cycle)
+    lines = [
+        f"{_sentence(node, link)} ({case.standings[node.ranks[0]].position.line})"
+        for node, link in zip(cycle, links, strict=True)
+    ]
+    if not case.quiet:
+        lines.append(f"quiet for {case.quiet_s:.3f} s only, {case.quiet_window_s:g} s are needed: look again")
+        return case.verdict("inconclusive", cycle=links, evidence=lines, confidence="undecided")
+    finding = explain(case.witnesses, case.standings, case.ledger, case.waits)
+    unseen = case.ranks("missing", "hidden")
+    if unseen and finding.culprits:
+        finding.evidence.append(f"{name_ranks(unseen)} left no usable witness and may have done the same")
+        finding.confidence = "likely"
+    return case.verdict("deadlock", finding, cycle=links, evidence=lines)
+
+
+def _sentence(node: Node, link: dict[str, Any]) -> str:
+    if node.key[0] == "lock":
+        return f"{say(node.ranks, 'wait')} for {node.name}, which {say(link['for'], 'hold')}"
+    if not node.differs:
+        return f"{say(node.ranks, 'wait')} in {node.name} for {list_ranks(link['for'])}"
+    (group, _), seq = node.collective
+    where = "it" if node.differs_at == seq else f"{group} #{node.differs_at} before it"
+    sentence = f"{say(node.ranks, 'wait')} in {node.name}; {where} was issued with different arguments"
+    return f"{sentence}, and {say(node.returned, 'completed it')}" if node.returned else sentence
+
+
+def _links(cycle: Sequence[Node]) -> tuple[dict[str, Any], ...]:
+    links = []
+    for i, node in enumerate(cycle):
+        following = cycle[(i + 1) % len(cycle)]
+        awaited = sorted(node.waits_for & set(following.ranks)) or sorted(node.waits_for)
+        links.append({"ranks": sorted(node.ranks), "waits_in": node.name, "for": awaited})
+    return tuple(links)

@@ -1,0 +1,68 @@
+"""Ranks that work on while others wait for them, and what shows that they do."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from repro.verdict.case import Case
+from repro.verdict.result import Finding, name_ranks, say
+
+BUSY = 0.02
+"""Processors in use that count as work; a process that only sleeps uses fewer."""
+
+STARVED = 0.1
+"""Share of the time that a rank was ready to run and had no processor, from which on its silence proves little."""
+
+
+def slow(case: Case, movers: Sequence[int]) -> Finding:
+    """Name the ranks that the others wait for, and what shows that they work; ``likely`` where nothing does, or where
+    the machine had no processor to show it with."""
+    finding = Finding("", tuple(movers))
+    signs = {rank: signs_of_life(case, rank) for rank in movers}
+    for rank in movers[:8]:
+        at = case.standings[rank].position
+        what = ", ".join([at.detail or case.place(rank), *signs[rank]])
+        finding.evidence.append(f"rank {rank} {at.state} for {at.since_s:.1f} s: {what}")
+    silent = [rank for rank, shown in signs.items() if rank in case.facts.cores and not shown]
+    waiting = case.ranks("blocked", "locked")
+    starved = [rank for rank in sorted({*movers, *waiting}) if case.facts.starved.get(rank, 0.0) >= STARVED]
+    if starved:
+        finding.confidence = "likely"
+        finding.evidence.append(f"{name_ranks(starved)} lacked a processor: on so busy a machine work hardly shows")
+    elif silent == list(movers):
+        finding.confidence = "likely"
+        finding.evidence.append(
+            f"{name_ranks(silent)} used no processor and gave no sign of life: asleep, or waiting for something that "
+            "is not recorded; the stack shows which"
+        )
+    return _with_waits(case, finding)
+
+
+def signs_of_life(case: Case, rank: int) -> list[str]:
+    """What shows that a rank works on."""
+    standing, cores = case.standings[rank], case.facts.cores.get(rank, 0.0)
+    signs = []
+    if standing.beat_s is not None:
+        signs.append(f"heartbeat {standing.beat_s:.1f} s ago" + (f" ({standing.beat})" if standing.beat else ""))
+    if cores >= BUSY:
+        signs.append(f"keeps {cores:.2f} processors busy")
+    return signs
+
+
+def may_wait_for_device(case: Case, rank: int) -> bool:
+    """Whether a rank outside any collective has queued some and gives no sign of work of its own."""
+    standing = case.standings[rank]
+    has_queued = any(key[0] in case.queued and issued for key, issued in standing.issued.items())
+    return has_queued and standing.state == "running" and standing.beat_s is None and not standing.position.detail
+
+
+def _with_waits(case: Case, finding: Finding) -> Finding:
+    """Add which ranks wait, and for which lock of which rank."""
+    waiting = [rank for rank in case.ranks("blocked", "locked") if rank not in finding.culprits]
+    if waiting:
+        finding.evidence.append(say(waiting, "wait"))
+    for node in case.waits.nodes.values():
+        holders = sorted(node.waits_for)
+        if node.key[0] == "lock" and holders:
+            finding.evidence.append(f"{node.name}, for which {say(node.ranks, 'wait')}, is with {name_ranks(holders)}")
+    return finding
