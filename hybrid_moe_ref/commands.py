@@ -282,7 +282,7 @@ def _config_of(args: argparse.Namespace) -> tuple[ModelConfig, str | None]:
         from hybrid_moe_ref import checkpoint
 
         config, saved_dtype = checkpoint.read_config(args.model)
-        return checkpoint.without_absent_mtp(config, checkpoint.Shards(Path(args.model))), saved_dtype
+        return checkpoint.with_mtp_of(config, checkpoint.Shards(Path(args.model))), saved_dtype
     if Path(args.model).exists():
         raise ConfigError(f"{args.model} has no config.json")
     if args.model not in PRESETS:

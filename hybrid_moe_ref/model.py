@@ -94,7 +94,7 @@ class HybridMoE(nn.Module):
             dtype = getattr(torch, saved_dtype or "float32")
         check_device(device, dtype)
         shards = checkpoint.Shards(Path(folder))
-        model = cls(checkpoint.without_absent_mtp(config, shards), device="meta", dtype=dtype)
+        model = cls(checkpoint.with_mtp_of(config, shards), device="meta", dtype=dtype)
         cut(model)
         checkpoint.load_weights(model, shards, device)
         return model

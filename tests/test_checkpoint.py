@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from hybrid_moe_ref import HybridMoE, ModelConfig
-from hybrid_moe_ref.checkpoint import CheckpointError, load_weights, read_config, save
+from hybrid_moe_ref.checkpoint import CheckpointError, describe, load_weights, read_config, save
 from hybrid_moe_ref.config import preset
 
 THREE_WAY = ModelConfig.from_mapping(
@@ -206,25 +206,36 @@ def test_what_is_no_regular_file_is_refused_and_not_waited_for(tmp_path: Path) -
 
 @pytest.mark.full
 def test_loading_takes_little_more_memory_than_what_is_held(tmp_path: Path) -> None:
-    """Of a part too, in both layouts of the checkpoint: what is cut by columns is never there as a whole."""
+    """Of a part too, in both layouts of the checkpoint: what is cut by columns is never there as a whole. Pages of the
+    mapped file do not count: the system drops them when it needs the memory."""
     wide = {"num_experts": 64, "hidden_size": 512, "moe_intermediate_size": 64, "vocab_size": 16384}
     model = build(ModelConfig.from_mapping(QWEN.to_mapping() | wide))
     model.save_pretrained(tmp_path)
     assert max(p.nbytes for p in model.parameters()) > 30_000_000
     code = f"""
-import torch
+import re, torch
 from test_tensor_parallel import OneOf
 from hybrid_moe_ref import HybridMoE
+from hybrid_moe_ref.checkpoint.shards import Shards
 from hybrid_moe_ref.config import ParallelConfig
-from hybrid_moe_ref.memory import peak_rss
 from hybrid_moe_ref.model import check_device
 from hybrid_moe_ref.parallel.layout import load_part
 check_device("cpu", torch.float32)
+def held():
+    return 1024 * int(re.search(r"RssAnon:\\s+(\\d+)", open("/proc/self/status").read())[1])
+rows, most = Shards.rows, 0
+def watched(*args):
+    global most
+    for row in rows(*args):
+        most = max(most, held())
+        yield row
+        most = max(most, held())
+Shards.rows = watched
 def extra(load):
-    open("/proc/self/clear_refs", "w").write("5")  # the peak starts again at what is held now
-    before = peak_rss()
+    global most
+    before = most = held()
     model = load()
-    print(peak_rss() - before - sum(p.nbytes for p in model.parameters()))
+    print(most - before - sum(p.nbytes for p in model.parameters()))
     return model
 part = extra(lambda: load_part({str(tmp_path)!r}, OneOf(1, 2), ParallelConfig(tp_size=2))[0])
 model = extra(lambda: HybridMoE.from_pretrained({str(tmp_path)!r}))
@@ -233,7 +244,7 @@ model = extra(lambda: HybridMoE.from_pretrained({str(tmp_path)!r}))
         [sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=Path(__file__).parent
     )
     part, whole = map(int, done.stdout.split())
-    # A block of 8 MiB, and little else. Not below nothing: then it would not be the loading that was measured.
+    # Not below nothing: then it would not be the loading that was measured.
     assert min(part, whole) >= -2_000_000 and max(part, whole) <= 16_000_000, done.stdout
 
 
@@ -322,54 +333,128 @@ def test_truncated_file_is_named(folder: Path, keep: float) -> None:
         HybridMoE.from_pretrained(folder)
 
 
-@pytest.mark.parametrize(
-    ("header", "text"),
-    [
-        (b"[1, 2]", "is not a JSON object"),
-        (b"\xff\xfe", "is not a JSON object"),
-        (b"[" * 200_000, "is not a JSON object"),
-        (
-            b'{"x": {"dtype": "F32", "shape": [2], "data_offsets": [0, 4]}}',
-            r"x: shape \[2\] needs 8 bytes, .* gives it 4",
-        ),
-        (b'{"x": {"dtype": "I4", "shape": [2], "data_offsets": [0, 8]}}', "x: dtype 'I4' is not one of F64"),
-        (b'{"x": {"dtype": "F32", "shape": [-2], "data_offsets": [0, 8]}}', "x: corrupt header entry"),
-        (b'{"x": {"dtype": ["F32"], "shape": [2], "data_offsets": [0, 8]}}', "x: corrupt header entry"),
-        (b'{"x": 3}', "x: corrupt header entry"),
-        (b'{"x": {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}}', "x: truncated: ends at byte"),
-    ],
-)
-def test_corrupt_header_is_named(folder: Path, header: bytes, text: str) -> None:
-    (folder / "model.safetensors").write_bytes(len(header).to_bytes(8, "little") + header)
-    with pytest.raises(CheckpointError, match=text):
-        HybridMoE.from_pretrained(folder)
-
-
-def header_of(*entries: tuple[str, int, int]) -> bytes:
+def header_of(*entries: tuple[str, int, int], dtype: str = "F8_E4M3") -> bytes:
     fields = {
-        name: {"dtype": "F8_E4M3", "shape": [end - start], "data_offsets": [start, end]} for name, start, end in entries
+        name: {"dtype": dtype, "shape": [end - start], "data_offsets": [start, end]} for name, start, end in entries
     }
     text = json.dumps(fields).encode()
     return len(text).to_bytes(8, "little") + text
 
 
 @pytest.mark.parametrize(
-    ("entries", "num_bytes", "text"),
+    "data",
     [
-        ([("x", 0, 8), ("y", 4, 12)], 12, "y: corrupt: begins at byte {4} and overlaps x, which ends at {8}"),
-        ([("y", 0, 8), ("x", 0, 8)], 8, "overlaps"),
-        ([("x", 0, 8), ("y", 10, 12)], 12, "y: corrupt: begins at byte {10} and leaves a gap after x"),
-        ([("x", 2, 8)], 8, "x: corrupt: begins at byte {2} and leaves a gap after the header"),
-        ([("x", 0, 8)], 11, "corrupt: the tensors end at byte {8}, the file has {11}"),
+        b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 5000000000\n",
+        b"\xff" * 8 + b"{}",
+        b"\2" + bytes(7) + b"\xff\xfe",
+        (200_000).to_bytes(8, "little") + b"[" * 200_000,
+        b"\x08" + bytes(7) + b'{"x": 3}',
+        header_of(("x", 0, 8), dtype="I4") + bytes(8),
+        header_of(("x", 0, 8), dtype="F32") + bytes(8),
+        header_of(("x", 0, 8)) + bytes(7),
+        header_of(("x", 0, 8)) + bytes(11),
+        header_of(("x", 0, 8), ("y", 4, 12)) + bytes(12),
+        header_of(("x", 0, 8), ("y", 10, 12)) + bytes(12),
+    ],
+    ids=["lfs", "size", "text", "deep", "entry", "dtype", "bytes", "short", "long", "overlap", "gap"],
+)
+def test_a_file_that_safetensors_refuses_is_one_line_with_its_name_and_size(folder: Path, data: bytes) -> None:
+    path = folder / "model.safetensors"
+    path.write_bytes(data)
+    with pytest.raises(CheckpointError) as caught:
+        HybridMoE.from_pretrained(folder)
+    (problem,) = caught.value.problems
+    assert problem.startswith(f"{path}: truncated, corrupt or not a safetensors file ({len(data)} bytes): ")
+    assert "\n" not in problem and len(problem) < 300 + len(str(path))
+
+
+def test_a_weight_of_another_dtype_is_named(folder: Path) -> None:
+    name = "model.layers.0.input_layernorm.weight"
+    edit_tensors(folder, lambda state: state.update({name: state[name].to(torch.int64)}))
+    with pytest.raises(CheckpointError, match=rf"{name}: dtype I64 is not one of F64, F32, F16, BF16, F8_E4M3"):
+        HybridMoE.from_pretrained(folder)
+
+
+def with_float8(folder: Path, scale: Tensor) -> str:
+    name = "model.layers.3.self_attn.q_proj.weight"
+
+    def quantise(state: dict[str, Tensor]) -> None:
+        blocks = [-(-size // 128) for size in state[name].shape]
+        state[name] = torch.ones_like(state[name]).to(torch.float8_e4m3fn)
+        state[f"{name}_scale_inv"] = scale.expand(blocks).contiguous()
+
+    edit_tensors(folder, quantise)
+    edit_config(folder, quantization_config={"quant_method": "fp8", "weight_block_size": [128, 128], "scale_fmt": "e8"})
+    return name
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float8_e8m0fnu])
+def test_scales_of_float8_blocks_may_be_powers_of_two(folder: Path, dtype: torch.dtype) -> None:
+    name = with_float8(folder, torch.tensor(0.25).to(dtype))
+    assert (HybridMoE.from_pretrained(folder).get_parameter(name) == 0.25).all()
+
+
+def test_scales_of_another_dtype_are_refused_by_it(folder: Path) -> None:
+    name = with_float8(folder, torch.tensor(2, dtype=torch.uint8))
+    with pytest.raises(CheckpointError, match=rf"{name}_scale_inv: scales of dtype U8 are not implemented, only F64"):
+        HybridMoE.from_pretrained(folder)
+
+
+@pytest.fixture
+def next_with_mtp(tmp_path: Path) -> Path:
+    """As released: the config does not know of the layer."""
+    config = ModelConfig.from_mapping(QWEN.to_mapping() | {"num_mtp_layers": 1})
+    build(config).save_pretrained(tmp_path, family="qwen3_next")
+    edit_config(tmp_path, mtp_num_hidden_layers=None)
+    return tmp_path
+
+
+@pytest.mark.parametrize("key", [None, "mtp_num_hidden_layers", "num_nextn_predict_layers"])
+def test_a_draft_layer_is_loaded_where_its_tensors_are(next_with_mtp: Path, key: str | None) -> None:
+    if key:
+        edit_config(next_with_mtp, **{key: 1})
+    model = HybridMoE.from_pretrained(next_with_mtp)
+    assert model.config.num_mtp_layers == 1 and len(model.draft_blocks) == 1
+    assert_same(build(model.config), model)
+    assert describe(next_with_mtp, model)["skipped"] == {}
+
+
+def test_a_draft_layer_that_is_there_in_part_is_one_line(next_with_mtp: Path) -> None:
+    def damage(state: dict[str, Tensor]) -> None:
+        del state["mtp.fc.weight"], state["mtp.layers.0.self_attn.q_proj.weight"]
+
+    edit_tensors(next_with_mtp, damage)
+    with pytest.raises(CheckpointError) as caught:
+        HybridMoE.from_pretrained(next_with_mtp)
+    (problem,) = caught.value.problems
+    assert problem.startswith(f"{next_with_mtp}: the MTP layer is there in part: ") and "\n" not in problem
+    assert "without mtp.fc.weight and 1 others; remove mtp.* to load the model without it" in problem
+
+
+@pytest.mark.parametrize(
+    ("said", "text"),
+    [
+        ({}, "have 2 MTP layers, only 1 is implemented"),
+        ({"mtp_num_hidden_layers": 1}, "the config has 1 MTP layers, the tensors mtp.* have 2"),
+        ({"mtp_num_hidden_layers": 1, "num_nextn_predict_layers": 2}, "contradicts num_nextn_predict_layers 2"),
     ],
 )
-def test_tensors_that_overlap_or_leave_gaps_are_named(folder: Path, entries: list, num_bytes: int, text: str) -> None:
-    header = header_of(*entries)
-    (folder / "model.safetensors").write_bytes(header + bytes(num_bytes))
-    for number in range(num_bytes + 1):
-        text = text.replace(f"{{{number}}}", str(len(header) + number))
+def test_other_numbers_of_draft_layers_are_refused(next_with_mtp: Path, said: dict, text: str) -> None:
+    edit_tensors(next_with_mtp, lambda state: state.update({"mtp.layers.1.input_layernorm.weight": torch.zeros(3)}))
+    edit_config(next_with_mtp, **said)
     with pytest.raises(CheckpointError, match=text):
-        HybridMoE.from_pretrained(folder)
+        HybridMoE.from_pretrained(next_with_mtp)
+
+
+def test_a_config_may_name_a_draft_layer_that_was_not_saved(next_with_mtp: Path) -> None:
+    edit_config(next_with_mtp, mtp_num_hidden_layers=1)
+
+    def drop(state: dict[str, Tensor]) -> None:
+        for name in [name for name in state if name.startswith("mtp.")]:
+            del state[name]
+
+    edit_tensors(next_with_mtp, drop)
+    assert HybridMoE.from_pretrained(next_with_mtp).config.num_mtp_layers == 0
 
 
 def test_a_float8_tensor_without_blocks_is_named(folder: Path) -> None:

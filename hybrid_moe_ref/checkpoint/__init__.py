@@ -1,6 +1,6 @@
 """Checkpoints in Hugging Face's format: a folder with config.json and safetensors files.
 
-    config, skipped = read_config(folder)
+    config, saved_dtype = read_config(folder)
     model = HybridMoE(config, device="meta")     # here experts may be cut to this rank's share
     load_weights(model, folder)
 
@@ -10,8 +10,8 @@ checked before anything is allocated, and nothing in them is executed.
 
 from hybrid_moe_ref.checkpoint.errors import CheckpointError
 from hybrid_moe_ref.checkpoint.families import read_config
-from hybrid_moe_ref.checkpoint.load import describe, load_weights, without_absent_mtp
+from hybrid_moe_ref.checkpoint.load import describe, load_weights, with_mtp_of
 from hybrid_moe_ref.checkpoint.save import save
 from hybrid_moe_ref.checkpoint.shards import Shards
 
-__all__ = ["CheckpointError", "Shards", "describe", "load_weights", "read_config", "save", "without_absent_mtp"]
+__all__ = ["CheckpointError", "Shards", "describe", "load_weights", "read_config", "save", "with_mtp_of"]

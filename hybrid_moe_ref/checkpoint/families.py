@@ -32,6 +32,7 @@ _SIZES = {
 _MOE_SIZES = {"num_experts", "num_experts_per_tok", "moe_intermediate_size", "shared_expert_intermediate_size"}
 _TIED = "tie_word_embeddings"
 _INTERVAL = "full_attention_interval"
+_MTP_LAYERS = ("mtp_num_hidden_layers", "num_nextn_predict_layers")
 _LAYERS = {"num_hidden_layers", "layer_types", _INTERVAL}
 _ROPE = {"rope_parameters", "rope_scaling", "rope_theta", "partial_rotary_factor"}
 # The only values that are implemented.
@@ -58,6 +59,7 @@ _NO_MATTER = {
     "max_position_embeddings",
     "model_type",
     "mtp_num_hidden_layers",
+    "num_nextn_predict_layers",
     "output_router_logits",
     "pad_token_id",
     "router_aux_loss_coef",
@@ -151,7 +153,7 @@ def _text_config(text: dict[str, Any], kind: str, where: str) -> ModelConfig:
     values: dict[str, Any] = {key: text[key] for key in sizes} | _rope(text, prefix)
     values["layer_pattern"] = _layer_pattern(text, prefix)
     values[_TIED] = False if text.get(_TIED) is None else text[_TIED]
-    values["num_mtp_layers"] = text.get("mtp_num_hidden_layers") or 0
+    values["num_mtp_layers"] = _agreed({prefix + key: text.get(key) for key in _MTP_LAYERS}) or 0
     if dense:
         values["num_experts"] = 0
     return ModelConfig.from_mapping(values, where)

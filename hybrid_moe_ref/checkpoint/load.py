@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from hybrid_moe_ref.checkpoint.errors import CheckpointError
 from hybrid_moe_ref.checkpoint.families import family_in
-from hybrid_moe_ref.checkpoint.shards import Shards
+from hybrid_moe_ref.checkpoint.shards import FLOAT8, SCALES, WEIGHTS, Shards
 from hybrid_moe_ref.config import ModelConfig
 from hybrid_moe_ref.layers.gated_delta_net import GatedDeltaNet
 from hybrid_moe_ref.layers.moe import Experts
@@ -61,14 +61,26 @@ def load_weights(model: nn.Module, folder: str | Path | Shards, device: torch.de
     return shards
 
 
-def without_absent_mtp(config: ModelConfig, shards: Shards) -> ModelConfig:
-    """The model without its draft layer when the folder has none: transformers drops it, but not its config key."""
-    if config.num_mtp_layers and not any(name.startswith(MTP) for name in shards.names):
-        log.warning(
-            "%s: the config has %d MTP layers, no tensor is named %s*", shards.folder, config.num_mtp_layers, MTP
-        )
+def with_mtp_of(config: ModelConfig, shards: Shards) -> ModelConfig:
+    """`config` with as many MTP layers as the folder has tensors for. Qwen3-Next's config.json does not name them, and
+    transformers drops the tensors when it saves, but keeps the key of Qwen3.5.
+
+    Raises CheckpointError when config and tensors contradict each other, or there are more layers than one.
+    """
+    names = [name for name in shards.names if name.startswith(MTP)]
+    if not names:
+        if config.num_mtp_layers:
+            told = "%s: the config has %d MTP layers, no tensor is named %s*: loaded without"
+            log.warning(told, shards.folder, config.num_mtp_layers, MTP)
         return dataclasses.replace(config, num_mtp_layers=0)
-    return config
+    numbers = [int(number) for name in names if (number := name.removeprefix(f"{MTP}layers.").split(".")[0]).isdigit()]
+    count = 1 + max(numbers, default=0)
+    if config.num_mtp_layers not in (0, count):
+        told = f"the config has {config.num_mtp_layers} MTP layers, the tensors {MTP}* have {count}"
+        raise CheckpointError(f"{shards.folder}: {told}")
+    if count > 1:
+        raise CheckpointError(f"{shards.folder}: the tensors {MTP}* have {count} MTP layers, only 1 is implemented")
+    return dataclasses.replace(config, num_mtp_layers=count)
 
 
 def pieces(model: nn.Module, shards: Shards) -> list[Piece]:
@@ -181,26 +193,22 @@ def _in_blocks(held: Range, size: int, offset: int, block: int) -> Iterator[Rang
 
 def _check(expected: list[Piece], shards: Shards, model: nn.Module) -> None:
     """One error that lists every tensor that is missing, misshapen or left over."""
-    problems, known = [], set()
+    problems, known, absent_mtp = [], set(), []
     for piece in {piece.name: piece for piece in expected}.values():
         known.add(piece.name)
-        if piece.name not in shards:
+        if piece.name not in shards and piece.name.startswith(MTP):
+            absent_mtp.append(piece.name)
+        elif piece.name not in shards:
             problems.append(f"{shards.folder}: {piece.name}: missing, wanted shape {list(piece.shape)}")
-            continue
-        entry = shards[piece.name]
-        if entry.shape != piece.shape:
-            problems.append(f"{entry.file}: {piece.name}: shape {list(entry.shape)}, wanted {list(piece.shape)}")
-        elif entry.dtype == torch.float8_e4m3fn and len(entry.shape) < 2:
-            told = f"float8 with shape {list(entry.shape)}: its blocks need 2 dimensions"
-            problems.append(f"{entry.file}: {piece.name}: {told}")
-        elif entry.dtype == torch.float8_e4m3fn:
-            scale, shape = f"{piece.name}_scale_inv", _num_blocks(piece.shape)
-            known.add(scale)
-            if scale not in shards:
-                problems.append(f"{shards.folder}: {scale}: missing, wanted shape {list(shape)}")
-            elif shards[scale].shape != shape:
-                got = list(shards[scale].shape)
-                problems.append(f"{shards[scale].file}: {scale}: shape {got}, wanted {list(shape)}")
+        else:
+            problems += _misfits(piece, shards)
+            if shards[piece.name].dtype == FLOAT8:
+                known.add(f"{piece.name}_scale_inv")
+    if absent_mtp:
+        there = sum(name.startswith(MTP) for name in shards.names)
+        told = f"the MTP layer is there in part: {there} tensors, without {absent_mtp[0]}"
+        more = f" and {len(absent_mtp) - 1} others" if len(absent_mtp) > 1 else ""
+        problems.append(f"{shards.folder}: {told}{more}; remove {MTP}* to load the model without it")
     skipped = _skipped(shards.names - known, model)
     for name in sorted(shards.names - known - skipped):
         problems.append(f"{shards[name].file}: {name}: not part of this model")
@@ -210,11 +218,29 @@ def _check(expected: list[Piece], shards: Shards, model: nn.Module) -> None:
         log.warning("%s: skipped %d tensors %s", shards.folder, count, prefix)
 
 
+def _misfits(piece: Piece, shards: Shards) -> Iterator[str]:
+    """A line for each thing about a tensor, and its scales, that does not fit its piece."""
+    entry, name = shards[piece.name], f"{piece.name}_scale_inv"
+    where = f"{entry.file}: {piece.name}"
+    if entry.shape != piece.shape:
+        yield f"{where}: shape {list(entry.shape)}, wanted {list(piece.shape)}"
+    elif entry.dtype not in WEIGHTS:
+        yield f"{where}: dtype {entry.dtype} is not one of {', '.join(WEIGHTS)}"
+    elif entry.dtype == FLOAT8 and len(entry.shape) < 2:
+        yield f"{where}: float8 with shape {list(entry.shape)}: its blocks need 2 dimensions"
+    elif entry.dtype == FLOAT8 and name not in shards:
+        yield f"{shards.folder}: {name}: missing, wanted shape {list(_num_blocks(piece.shape))}"
+    elif entry.dtype == FLOAT8 and (scale := shards[name]).shape != _num_blocks(piece.shape):
+        yield f"{scale.file}: {name}: shape {list(scale.shape)}, wanted {list(_num_blocks(piece.shape))}"
+    elif entry.dtype == FLOAT8 and scale.dtype not in SCALES:
+        yield f"{scale.file}: {name}: scales of dtype {scale.dtype} are not implemented, only {', '.join(SCALES)}"
+
+
 def describe(folder: str | Path, model: nn.Module) -> dict[str, Any]:
     """What is in a folder that `model` was loaded from."""
     shards = Shards(Path(folder))
     needed = {piece.name for piece in pieces(model, shards)}
-    quantised = [name for name in needed if shards[name].dtype == torch.float8_e4m3fn]
+    quantised = [name for name in needed if shards[name].dtype == FLOAT8]
     unused = shards.names - needed - {f"{name}_scale_inv" for name in quantised}
     return {
         "family": family_in(folder),
@@ -254,7 +280,7 @@ def _fill(target: Tensor, piece: Piece, shards: Shards) -> None:
     """A few rows at a time, so that little but the model itself is ever in memory."""
     cuts = dict(piece.part.cuts) if piece.part else {}
     ranges = cuts.pop(0, None)
-    quantised = shards[piece.name].dtype == torch.float8_e4m3fn
+    quantised = shards[piece.name].dtype == FLOAT8
     scale = shards.read(f"{piece.name}_scale_inv", piece.index).float() if quantised else None
     done = 0
     for first, block in shards.rows(piece.name, piece.index, ranges):

@@ -1,4 +1,4 @@
-"""A model's parameters into a folder of safetensors files, one tensor at a time.
+"""A model's parameters into a folder of safetensors files.
 
 Files are written under another name and renamed when complete, config.json last: a folder with a config.json is
 whole.
@@ -11,11 +11,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
+from safetensors.torch import save_file
 from torch import Tensor
 
 from hybrid_moe_ref.checkpoint.errors import CheckpointError
 from hybrid_moe_ref.checkpoint.families import OWN, TEXT, family_of, to_json
-from hybrid_moe_ref.checkpoint.shards import DTYPES, INDEX, SINGLE
+from hybrid_moe_ref.checkpoint.shards import INDEX, SINGLE
 from hybrid_moe_ref.config import nearest
 from hybrid_moe_ref.layers.gated_delta_net import GatedDeltaNet
 from hybrid_moe_ref.layers.moe import Experts
@@ -102,20 +103,8 @@ def _grouped(name: str, net: GatedDeltaNet) -> Iterator[tuple[str, Tensor]]:
 
 
 def _write(path: Path, shard: list[tuple[str, Tensor]]) -> None:
-    names = {dtype: name for name, dtype in DTYPES.items()}
-    header: dict[str, object] = {"__metadata__": {"format": "pt"}}
-    offset = 0
-    for name, tensor in shard:
-        offsets = [offset, offset + tensor.nbytes]
-        header[name] = {"dtype": names[tensor.dtype], "shape": list(tensor.shape), "data_offsets": offsets}
-        offset += tensor.nbytes
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)  # the data starts aligned
     temporary = path.with_name(path.name + ".tmp")
-    with temporary.open("wb") as file:
-        file.write(len(text).to_bytes(8, "little") + text)
-        for _, tensor in shard:
-            file.write(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    save_file({name: tensor.detach().contiguous() for name, tensor in shard}, temporary, metadata={"format": "pt"})
     os.replace(temporary, path)
 
 
