@@ -18,8 +18,8 @@ that has no function of that name, or not for that dtype, leaves the operation t
 
 A call that autograd has to record runs the reference, whatever the choice: no other implementation is differentiable.
 
-The environment variable HMR_KERNELS sets the choice a process starts with. What is chosen but cannot run here (no
-compiler, no Triton) is one line of warning, and torch runs instead.
+The environment variable HMR_KERNELS sets the choice a process starts with; what it needs is built or loaded at the
+first call. What is chosen but cannot run here (no compiler, no Triton) is one line of warning, and torch runs instead.
 
 An implementation module may define
     DTYPES            of the first argument; absent: any
@@ -32,6 +32,7 @@ import contextlib
 import importlib
 import logging
 import os
+import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -51,6 +52,7 @@ _choice = os.environ.get("HMR_KERNELS") or "auto"
 _wanted = os.environ.get("HMR_KERNEL_CHECKS", "")
 _checks = __debug__ and _wanted != "0"
 _unchecked = Inside()
+_is_prepared = False
 
 
 class Implementation:
@@ -131,6 +133,8 @@ class Op:
                     here = str(mine).removeprefix("torch.")
                     _say_once(f"kernels: {backend} runs on {listed}, not on {here}; {_fallback(backend)}")
                 return None
+        if backend == "native" == _choice and not _is_prepared:
+            prepare()
         lack = module.missing() if hasattr(module, "missing") else ""
         if lack:
             _say_once(f"kernels: {backend}: {lack}; {_fallback(backend)}")
@@ -172,20 +176,29 @@ def _forget() -> None:
 def use(choice: str) -> None:
     """Make `choice` this process's. "native" builds or loads its library now, so that no call has to; a failed build is
     one line of warning. Raises ValueError for an unknown choice."""
-    global _choice
+    global _choice, _is_prepared
     if choice not in CHOICES:
         raise ValueError(f"kernels: {choice!r} is not one of {', '.join(CHOICES)}")
-    _choice = choice
+    _choice, _is_prepared = choice, False
     _forget()
     prepare()
 
 
 def prepare(tick: Callable[[], None] = lambda: None) -> None:
-    """Do now what the present choice needs before its first call; `tick` is called meanwhile, see `native.prepare`."""
+    """Do now what the present choice needs before its first call; `tick` is called meanwhile, see `native.prepare`. A
+    server does this before its ranks depend on each other; without it, the first call does."""
+    global _is_prepared
+    _is_prepared = True
     if _choice == "native":
         native = importlib.import_module("hybrid_moe_kernels.native")
-        lack = native.prepare(tick)
-        if lack:
+        started = time.monotonic()
+
+        def tick_and_say() -> None:
+            if time.monotonic() - started > native.SILENT_S:
+                _say_once(f"kernels: native: building {native.path()}, which takes minutes, once for this machine")
+            tick()
+
+        if lack := native.prepare(tick_and_say):
             _say_once(f"kernels: native: {lack}; torch runs instead")
         _forget()
 

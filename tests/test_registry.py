@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 from hybrid_moe_kernels import native, norm, registry
+from kernel_cases import need_native
 from ranks import run_ranks
 
 from hybrid_moe_ref.engine.lifecycle import Engine
@@ -145,6 +146,64 @@ norm.rms_norm(torch.ones(2, 4), torch.zeros(4), 1e-6)
         [sys.executable, *options, "-c", code], capture_output=True, text=True, env=os.environ | environment
     )
     assert done.returncode == 0 and done.stdout == ("" if options or environment else "checked\n"), done.stderr
+
+
+def prepared_by(monkeypatch, prepare) -> None:
+    """As in a process that HMR_KERNELS=native started, and whose library `prepare` loads."""
+    monkeypatch.setattr(native, "_library", None)
+    monkeypatch.setattr(native, "_error", "")
+    monkeypatch.setattr(registry, "_choice", "native")
+    monkeypatch.setattr(registry, "_is_prepared", False)
+    monkeypatch.setattr(native, "prepare", prepare)
+    registry._forget()
+
+
+def test_the_first_call_loads_the_library_that_the_environment_asks_for(monkeypatch, caplog) -> None:
+    library, calls = types.SimpleNamespace(rms_norm=lambda *args: "native ran"), []
+
+    def load(tick: Any) -> str:
+        calls.append(tick)
+        monkeypatch.setattr(native, "_library", library)
+        return ""
+
+    prepared_by(monkeypatch, load)
+    assert norm.rms_norm(X.double(), WEIGHT.double(), 1e-6).sum() == pytest.approx(8) and not calls, "torch's dtype"
+    assert norm.rms_norm(X, WEIGHT, 1e-6) == "native ran"
+    assert norm.rms_norm.pick("cpu", torch.bfloat16).backend == "native"
+    assert registry.table()["norm.rms_norm"] == "native"
+    assert len(calls) == 1 and "torch runs instead" not in "".join(caplog.messages[1:])
+    monkeypatch.setattr(native, "_library", None)  # or what is picked would stay
+
+
+def test_a_long_build_at_the_first_call_is_one_line_and_so_is_a_failed_one(monkeypatch, caplog) -> None:
+    def build(tick: Any) -> str:
+        monkeypatch.setattr(native, "SILENT_S", -1.0)
+        tick()
+        tick()
+        monkeypatch.setattr(native, "_error", "the build failed: no")
+        return native.missing()
+
+    prepared_by(monkeypatch, build)
+    for _ in range(2):
+        assert norm.rms_norm(X, WEIGHT, 1e-6).sum() == pytest.approx(8)
+    building, failed = caplog.messages
+    assert building.startswith(f"kernels: native: building {native.path()}, which takes minutes")
+    assert failed == "kernels: native: the build failed: no; torch runs instead"
+
+
+@pytest.mark.full
+def test_the_environment_variable_is_enough_for_a_model_of_the_python_interface(request) -> None:
+    need_native(request)
+    code = """
+import torch
+from hybrid_moe_kernels import registry
+from hybrid_moe_ref import HybridMoE, preset
+HybridMoE(preset("tiny"), device="meta").init_weights(0)(torch.tensor([[1, 2, 3]]))
+print(sorted(name for name, backend in registry.table().items() if backend != "native"))
+"""
+    environment = os.environ | {"HMR_KERNELS": "native"}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "['moe.route']\n", ""), done.stderr
 
 
 @pytest.mark.full  # ranks, each with a library to load
