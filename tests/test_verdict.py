@@ -234,7 +234,7 @@ def test_where_collectives_are_only_queued_neither_their_end_nor_work_is_taken_f
     assert (look(made).verdict, look(made).culprits) == ("slow", (7,))
     queued = look(made, queued=("ep",))
     assert (queued.verdict, queued.culprits, queued.suspects) == ("inconclusive", (), (7,))
-    assert "wait on their devices" in " ".join(queued.evidence)
+    assert "wait until the device" in " ".join(queued.evidence)
     made.recorders[7].local("heartbeat", "builds")
     assert look(made, queued=("ep",)).verdict == "slow", "it gives a sign of work"
     made = eight_ranks()

@@ -197,3 +197,36 @@ def test_each_host_has_a_lock_file_of_its_own_and_a_holder_on_one_host_is_nobody
             quiet_window_s=1.0,
         )  # fmt: skip
         assert (verdict.verdict, verdict.culprits) == ("inconclusive", ()), verdict
+
+
+def test_a_lock_that_two_ranks_record_as_theirs_names_neither() -> None:
+    made = eight_ranks()
+    for rank in (2, 3):
+        made.recorders[rank].local("lock_held", "build.lock")
+    made.enter(range(7), C1)
+    made.recorders[7].local("lock_wait", "build.lock")
+    verdict = look(made)
+    assert (verdict.verdict, verdict.cause, verdict.culprits) == ("deadlock", "lock", ()), verdict
+    assert (verdict.suspects, verdict.confidence) == ((2, 3), "undecided"), verdict
+
+
+def test_a_lock_that_the_system_sees_with_another_rank_than_the_witnesses_names_neither() -> None:
+    made = eight_ranks()
+    made.recorders[3].local("lock_held", "build.lock")
+    made.enter(range(7), C1)
+    made.recorders[7].local("lock_wait", "build.lock", holder=103)
+    verdict = look(made, lock_holders=held("build.lock", 105, [7]))
+    assert (verdict.verdict, verdict.culprits) == ("inconclusive", ()), verdict
+
+
+def test_waiters_that_name_different_holders_of_a_lock_name_none() -> None:
+    """The holder changed while they came."""
+    made = eight_ranks()
+    for rank in range(8):
+        made.recorders[rank].local("lock_wait", "build.lock", holder=4711 + rank % 2)
+    assert look(made).verdict == "inconclusive", look(made)
+    made = eight_ranks()
+    for rank in range(8):
+        made.recorders[rank].local("lock_wait", "build.lock", holder=4711)
+    assert (look(made).verdict, look(made).confidence) == ("slow", "likely"), look(made)
+    assert look(made, lock_holders=held("build.lock", 4712)).confidence == "certain"

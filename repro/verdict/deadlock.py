@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from repro.verdict.case import Case
+from repro.verdict.crash import LOOKS_S
 from repro.verdict.explain import explain
 from repro.verdict.graph import Node
 from repro.verdict.result import Verdict, list_ranks, name_ranks, say
@@ -26,7 +27,25 @@ def deadlock(case: Case, cycle: Sequence[Node]) -> Verdict:
     if unseen and finding.culprits:
         finding.evidence.append(f"{name_ranks(unseen)} left no usable witness and may have done the same")
         finding.confidence = "likely"
+    if finding.culprits and (lost := _lost_before(case, finding.culprits)):
+        finding.evidence.append(f"{name_ranks(lost)} died or failed, perhaps before: the rest may follow from that")
+        finding.suspects = tuple(sorted({*finding.suspects, *lost}))
+        finding.confidence = "likely"
     return case.verdict("deadlock", finding, cycle=links, evidence=lines)
+
+
+def _lost_before(case: Case, culprits: Sequence[int]) -> list[int]:
+    """Find the ranks that died or failed, but for those that clearly did so after the culprits had come to a stop."""
+    stopped_s = min(case.standings[rank].position.since_s for rank in culprits)
+    lost = []
+    for rank in case.ranks("dead", "failed"):
+        died_s = case.facts.died.get(rank)
+        since_s = case.standings[rank].position.since_s
+        if case.standings[rank].state == "dead":
+            since_s = float("inf") if died_s is None else case.now_s - died_s
+        if rank not in culprits and since_s + LOOKS_S > stopped_s:
+            lost.append(rank)
+    return lost
 
 
 def _sentence(node: Node, link: dict[str, Any]) -> str:

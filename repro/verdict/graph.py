@@ -148,14 +148,16 @@ def _lock_edges(
 ) -> None:
     host, lock = node.key[1]
     assert isinstance(lock, str)
+    named = {standings[rank].lock_holder for rank in node.ranks}
+    node.named = named.pop() if len(named) == 1 else -1
+    seen = {holder for rank in node.ranks for name, holder in (lock_holders.get(rank, ("", 0)),) if name == lock}
     holders = {rank for rank, s in standings.items() if lock in s.holds and s.host == host}
+    others = {pid for pid in seen if pid > 0} - {standings[rank].pid for rank in holders}
+    if len(seen) > 1 or (holders and others):  # what was seen at different moments does not agree
+        node.outside = -1
+        return
     if holders:
         node.waits_for |= holders
-        return
-    node.named = max({standings[rank].lock_holder for rank in node.ranks}, default=-1)
-    seen = {holder for rank in node.ranks for name, holder in (lock_holders.get(rank, ("", 0)),) if name == lock}
-    if len(seen) > 1:  # the looks at it fell before and after a change of holder
-        node.outside = -1
         return
     pid = next(iter(seen), node.named)
     rank = pids.get((str(host), pid))

@@ -162,6 +162,7 @@ def name_ranks(ranks: Collection[int]) -> str:
 _SINGULAR = {
     "wait": "waits", "build": "builds", "run": "runs", "have": "has", "are": "is", "keep": "keeps", "hold": "holds",
     "differ": "differs", "do": "does",
+    "work": "works",
 }  # fmt: skip
 
 

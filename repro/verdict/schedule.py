@@ -1,6 +1,6 @@
-"""Each rank against its own word: the collectives it issued in a step beside the schedule it declared for it.
+"""The collectives that each rank issued in a step beside the schedule that it declared for the step.
 
-A rank that leaves its own plan deviates, and that is guilt; a rank that differs from others is only odd.
+A rank that leaves its own schedule deviates; a rank that differs from others may be right.
 """
 
 from __future__ import annotations
@@ -41,6 +41,7 @@ class Step:
     parts: list[tuple[Entry, ...]]  # as declared: what depends on the step's agreement comes after it
     live: int
     issued: list[Issued] = field(default_factory=list)
+    is_lost: bool = False  # a name in it could not be stored: it cannot be compared
     over: bool = False  # a later step began, or the rank was done: what is missing now stays missing
 
     @property
@@ -77,7 +78,7 @@ class Deviation:
 
 
 def steps_of(witness: Witness, num_steps: int = RECENT_STEPS) -> list[Step]:
-    """The last steps of a rank, as far as their beginning is still in the ring."""
+    """Read the last steps of a rank, as far as their beginning is still in the ring and all names are known."""
     keys = [(group.name, group.members) for group in witness.groups]
     kinds, numbers = witness.column("kind"), witness.column("step")
     declared = [index for index, kind in enumerate(kinds) if kind == _STEP]
@@ -89,30 +90,32 @@ def steps_of(witness: Witness, num_steps: int = RECENT_STEPS) -> list[Step]:
 
     begins = [n for n in declared if begins_step(n)][-num_steps:]
     steps: list[Step] = []
-    within = False
+    within, num_strings = False, len(witness.strings)
     for event in witness.events(len(kinds) - begins[0]) if begins else ():
         match event.kind:
             case Kind.STEP:
-                plan, within = witness.schedule(event.sig), True
+                plan, within, is_lost = witness.schedule(event.sig), True, event.sig >= num_strings
                 if steps and steps[-1].number == event.step and not steps[-1].over:
                     steps[-1].parts.append(plan)
+                    steps[-1].is_lost |= is_lost
                     continue
                 if steps and steps[-1].number >= event.step:
                     steps.clear()  # another engine, which counts anew
                 elif steps:
                     steps[-1].over = True
-                steps.append(Step(event.step, [plan], event.aux))
+                steps.append(Step(event.step, [plan], event.aux, is_lost=is_lost))
             case Kind.PHASE | Kind.DONE:  # what comes now belongs to no step
                 within = False
                 if steps:
                     steps[-1].over = True
             case Kind.ENTER | Kind.ISSUE if within:
+                steps[-1].is_lost |= event.sig >= num_strings
                 signature = witness.signature(event.sig)
                 name = signature.group.split(":")[0] if is_transfer(signature) else signature.group
                 key = keys[event.group] if event.group < len(keys) else (signature.group, ())
                 entry = (name, signature.op, signature.layer)
                 steps[-1].issued.append(Issued(entry, key, event.seq, event.t_ns, witness.text(event.site), event.n))
-    return steps
+    return [step for step in steps if not step.is_lost]
 
 
 def align(rank: int, step: Step, groups: Mapping[str, GroupKey]) -> list[Deviation]:
@@ -192,13 +195,13 @@ def _permuted(entries: Sequence[Entry], plan: Sequence[Entry]) -> int:
     return 0
 
 
-def blamable(
+def unshared_deviations(
     witnesses: Mapping[int, Witness], all_steps: Mapping[int, list[Step]], since: int
 ) -> tuple[list[Deviation], list[Deviation]]:
-    """The first deviation of each rank from step ``since`` on that the other members did not share.
+    """Find the first deviation of each rank from step ``since`` on that the other members did not share.
 
-    What every member of the group did alike harms nobody. The second list holds what every member used to do alike
-    in earlier steps, and this time did not: to be blamed only when nothing else can be.
+    What every member of a group does cannot explain a hang. The second list holds what every member used to do in
+    earlier steps, and this time did not: an explanation only where there is no other.
     """
     found: dict[int, list[Deviation]] = {}
     shared: dict[tuple[str, int, int, Entry], set[int]] = {}

@@ -23,18 +23,23 @@ def slow(case: Case, movers: Sequence[int]) -> Finding:
         at = case.standings[rank].position
         what = ", ".join([at.detail or case.place(rank), *signs[rank]])
         finding.evidence.append(f"rank {rank} {at.state} for {at.since_s:.1f} s: {what}")
-    silent = [rank for rank, shown in signs.items() if rank in case.facts.cores and not shown]
+    silent = [rank for rank, shown in signs.items() if not shown and rank not in case.facts.excused]
+    unmeasured = [rank for rank in silent if rank not in case.facts.cores]
+    asleep = [rank for rank in silent if rank in case.facts.cores]
     waiting = case.ranks("blocked", "locked")
     starved = [rank for rank in sorted({*movers, *waiting}) if case.facts.starved.get(rank, 0.0) >= STARVED]
     if starved:
         finding.confidence = "likely"
         finding.evidence.append(f"{name_ranks(starved)} lacked a processor: on so busy a machine work hardly shows")
-    elif silent == list(movers):
+    elif silent:
         finding.confidence = "likely"
+    if asleep and not starved:
         finding.evidence.append(
-            f"{name_ranks(silent)} used no processor and gave no sign of life: asleep, or waiting for something that "
+            f"{name_ranks(asleep)} used no processor and gave no sign of life: asleep, or waiting for something that "
             "is not recorded; the stack shows which"
         )
+    if unmeasured:
+        finding.evidence.append(f"nothing shows that {say(unmeasured, 'work')}: no use of processors was measured")
     return _with_waits(case, finding)
 
 

@@ -20,11 +20,8 @@ def waiting(case: Case) -> Verdict:
     if ends.get("done"):
         return _waits_for_done(case)
     movers = sorted(set(ends.get("running", ())) | set(ends.get("building", ())) | set(ends.get("starting", ())))
-    if movers and all(may_wait_for_device(case, rank) for rank in movers):
-        line = say(movers, "run") + ", or wait on their devices for what they have queued: the stacks show which"
-        return case.verdict("inconclusive", Finding(suspects=tuple(movers), confidence="undecided", evidence=[line]))
     if movers:
-        return case.verdict("slow", slow(case, movers))
+        return _waits_for_movers(case, movers)
     unseen = sorted(set(ends.get("missing", ())) | set(ends.get("hidden", ())))
     if unseen:
         line = f"the waits end in {name_ranks(unseen)}, without a usable witness: collect it, or a stack"
@@ -46,6 +43,18 @@ def waiting(case: Case) -> Verdict:
     if not lines:
         lines = [f"{name_ranks(case.ranks('missing', 'hidden'))} left no usable witness, and no rank waits"]
     return case.verdict("inconclusive", evidence=lines, confidence="undecided")
+
+
+def _waits_for_movers(case: Case, movers: Sequence[int]) -> Verdict:
+    on_device = [rank for rank in movers if may_wait_for_device(case, rank)]
+    line = f"{name_ranks(on_device)} may work, or wait until the device has done what is queued: the stacks show which"
+    if on_device == movers:
+        finding = Finding(suspects=tuple(on_device), confidence="undecided", evidence=[line])
+        return case.verdict("inconclusive", finding)
+    finding = slow(case, [rank for rank in movers if rank not in on_device])
+    if on_device:
+        finding.suspects, finding.evidence = tuple(on_device), [*finding.evidence, line]
+    return case.verdict("slow", finding)
 
 
 def _waits_for_done(case: Case) -> Verdict:
@@ -116,7 +125,7 @@ def _outsider(case: Case, node: Node) -> Verdict:
             finding.evidence.append(f"when they began to wait, process {node.named} held it")
         return case.verdict("deadlock", finding)
     if pid is not None and pid > 0:
-        finding = Finding("lock")
+        finding = Finding("lock", confidence="likely" if node.named == pid else "certain")
         finding.evidence.append(f"process {pid}, which is no rank, holds {node.name}")
         return case.verdict("slow", finding)
     line = f"the holder of {node.name} is not known: look for it on the host"

@@ -1,0 +1,115 @@
+"""Ranks that agree on the order of their collectives, but not on the arguments of one."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from repro.verdict.ledger import Call, Side, calls, widest
+from repro.verdict.position import GroupKey
+from repro.verdict.result import Finding, name_ranks, say
+from repro.verdict.sides import calls_of_sides
+from repro.witness import Witness
+
+
+def arguments_finding(witnesses: Mapping[int, Witness], divergence: tuple[GroupKey, int, list[Side]]) -> Finding | None:
+    """Explain a divergence by its arguments; None where only layer or step differ."""
+    key, seq, sides = divergence
+    cause = widest(sides)
+    if cause not in ("mismatch", "sizes"):
+        return None
+    finding = Finding(cause, confidence="undecided", first_divergence=calls_of_sides(divergence))
+    for side in sides:
+        finding.evidence.append(f"{name_ranks(side.ranks)} issued {key[0]} #{seq} as {_call(side.call)}")
+    if cause == "sizes" and len({(side.call.signature.layer, side.call.step) for side in sides}) > 1:
+        _explain_places(finding, witnesses, divergence)
+    elif cause == "sizes" and (culprits := _false_sizes(key, sides)):
+        finding.culprits, finding.confidence = culprits, "certain"
+        finding.evidence.append(
+            f"{name_ranks(culprits)} gave sizes of other ranks that these ranks and all third ones contradict"
+        )
+        return finding
+    finding.suspects = _changed(witnesses, key, seq, sides)
+    if finding.suspects:
+        finding.evidence.append(f"{name_ranks(finding.suspects)} changed arguments that had been the same on all ranks")
+    elif few := _fewest(sides):
+        finding.suspects = few
+        finding.evidence.append(f"{say(few, 'differ')} from most members; which side is right is not in the witnesses")
+    return finding
+
+
+def _fewest(sides: Sequence[Side]) -> tuple[int, ...]:
+    """Find the ranks that differ from the largest side; () where they are not fewer than it."""
+    most = max(sides, key=lambda side: len(side.ranks))
+    others = sorted(rank for side in sides if side is not most for rank in side.ranks)
+    return tuple(others) if len(others) < len(most.ranks) else ()
+
+
+def _explain_places(
+    finding: Finding, witnesses: Mapping[int, Witness], divergence: tuple[GroupKey, int, list[Side]]
+) -> None:
+    """Explain why the ranks are not at the same place: the sizes of two layers need not be equal."""
+    key, seq, sides = divergence
+    finding.cause = ""
+    finding.evidence.append("they did not issue it for the same layer and step")
+    for side in sides:
+        others = {other.call for other in sides if other is not side}
+        following = [call for rank in side.ranks for _, _, _, call in calls(witnesses[rank], key, seq + 1)]
+        if len(following) == len(side.ranks) and others.issuperset(following):
+            finding.cause = "order"
+            finding.evidence.append(f"{name_ranks(side.ranks)} issued as #{seq + 1} what others issued as #{seq}")
+            return
+
+
+def _call(call: Call) -> str:
+    parts = [call.signature.op, call.signature.dtype, call.signature.reduce_op]
+    parts += [f"sizes {list(call.sizes)}"] if call.sizes else []
+    parts += [f"root {call.root}"] if call.root >= 0 else []
+    return " ".join(part for part in parts if part)
+
+
+def _false_sizes(key: GroupKey, sides: Sequence[Side]) -> tuple[int, ...]:
+    """Find the ranks whose size of another rank is contradicted by that rank and by every third one.
+
+    A third rank knows the size only from the agreement, so the culprit does not hold what was agreed. A rank that
+    contradicts all others about its own size may be right.
+    """
+    members = key[1]
+    vector = {rank: side.call.sizes for side in sides for rank in side.ranks}
+    if any(len(sizes) != len(members) for sizes in vector.values()):
+        return ()
+
+    def is_wrong(rank: int) -> bool:
+        for i, owner in enumerate(members):
+            if owner == rank or owner not in vector or vector[rank][i] == vector[owner][i]:
+                continue
+            third = [sizes[i] for other, sizes in vector.items() if other not in (rank, owner)]
+            if third and all(size == vector[owner][i] for size in third):
+                return True
+        return False
+
+    return tuple(sorted(rank for rank in vector if is_wrong(rank)))
+
+
+def _changed(witnesses: Mapping[int, Witness], key: GroupKey, seq: int, sides: Sequence[Side]) -> tuple[int, ...]:
+    """Find the side that changed the arguments of a collective that all members used to call alike."""
+    layer = {side.call.signature.layer for side in sides}
+    ops = {side.call.signature.op for side in sides}
+    if len(layer) != 1 or len(ops) != 1:
+        return ()
+    habit: set[Call] = set()
+    times: list[int] = []
+    for rank in key[1]:
+        if rank not in witnesses:
+            continue
+        past = [
+            call._replace(step=-1)
+            for other, number, _, call in calls(witnesses[rank])
+            if other == key and number < seq and {call.signature.layer} == layer and {call.signature.op} == ops
+        ]
+        habit.update(past)
+        times.append(len(past))
+    if len(habit) != 1 or min(times, default=0) < 2:
+        return ()
+    usual = habit.pop()
+    odd = [side for side in sides if side.call._replace(step=-1) != usual]
+    return tuple(sorted(rank for side in odd for rank in side.ranks)) if len(odd) < len(sides) else ()

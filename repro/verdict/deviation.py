@@ -1,0 +1,134 @@
+"""Ranks that left the schedule that they declared: who was the first, and what it did instead, in words."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from repro.verdict.ledger import TRANSFERS
+from repro.verdict.position import Standing
+from repro.verdict.result import Finding, name_ranks
+from repro.verdict.schedule import Deviation, Entry, Step
+from repro.verdict.sides import places
+
+MOST_SENTENCES = 8
+
+
+def deviation_finding(
+    deviations: Sequence[Deviation], standings: Mapping[int, Standing], all_steps: Mapping[int, Sequence[Step]]
+) -> Finding | None:
+    """Name the ranks of the earliest deviation, and all that did the same; None where all members did it."""
+    if not deviations:
+        return None
+
+    def when(deviation: Deviation) -> tuple[int, int]:
+        return deviation.step, deviation.index
+
+    first = min(deviations, key=when)
+    alike = [d for d in deviations if _same_act(d, first)]
+    if first.kind == "order":  # one that is seen to have skipped it shows what the others were about to do
+        first = next((d for d in alike if d.kind == "skipped"), first)
+    culprits = tuple(sorted({d.rank for d in alike}))
+    if {rank for rank in first.concerned if standings[rank].seen} <= set(culprits):
+        return None  # all members did it, though not at one place: no difference that could explain anything
+    finding = Finding(first.kind, culprits)
+    finding.evidence += _sentences([first, *alike], standings)
+    if first.kind == "order" and first.entry == first.planned:
+        finding.evidence.append("it may have been left out altogether: until it comes, both look the same")
+    rivals = [d for d in deviations if d.rank not in culprits]
+    finding.evidence += _sentences(rivals, standings)
+    if any(not _comes_before(first, rival, standings, all_steps) for rival in rivals):
+        finding.suspects = tuple(sorted(d.rank for d in deviations))
+        finding.culprits, finding.confidence = (), "undecided"
+    finding.first_divergence = {"sides": [_deviant(first, culprits), *_conforming(first, culprits, standings)]}
+    return finding
+
+
+def _sentences(deviations: Sequence[Deviation], standings: Mapping[int, Standing]) -> list[str]:
+    """What the ranks did, the first of them with the record that shows it; the same words are said once."""
+    together: dict[str, dict[int, Deviation]] = {}
+    for deviation in deviations:
+        together.setdefault(_words(deviation), {})[deviation.rank] = deviation
+    sentences = []
+    for words, by_rank in together.items():
+        first = next(iter(by_rank.values()))
+        line = standings[first.rank].line(first.issued.n) if first.issued else ""
+        sentences.append(f"{name_ranks(by_rank)} {words}" + (f" ({line})" if line else ""))
+    more = [f"{len(sentences) - MOST_SENTENCES} further differences are left out"] if sentences[MOST_SENTENCES:] else []
+    return sentences[:MOST_SENTENCES] + more
+
+
+def _comes_before(
+    first: Deviation,
+    other: Deviation,
+    standings: Mapping[int, Standing],
+    all_steps: Mapping[int, Sequence[Step]],
+) -> bool:
+    """Whether a rank left its schedule before another did: in one step only the collectives of groups that both are in
+    put their places in an order."""
+    if first.step != other.step:
+        return first.step < other.step
+    shared = {key[0] for key in standings[first.rank].issued.keys() & standings[other.rank].issued.keys()}
+
+    def place(deviation: Deviation) -> int:
+        plan = next(step.plan for step in all_steps[deviation.rank] if step.number == deviation.step)
+        return sum(group in shared and op not in TRANSFERS for group, op, _ in plan[: deviation.index])
+
+    return place(first) < place(other)
+
+
+def _same_act(one: Deviation, two: Deviation) -> bool:
+    """Whether two ranks did the same thing, though their own plans may make it look different."""
+    passed_over = {one.kind, two.kind} <= {"skipped", "order"}
+    if (one.step, one.entry) == (two.step, two.entry) and (one.kind == two.kind or passed_over):
+        return True
+    if one.issued is None or two.issued is None:
+        return False
+    return (one.issued.group, one.issued.seq, one.issued.entry) == (two.issued.group, two.issued.seq, two.issued.entry)
+
+
+def _words(deviation: Deviation) -> str:
+    entry = _entry(deviation.entry)
+    where = f"in step {deviation.step}"
+    planned = f"the schedule said {_entry(deviation.planned)}" if deviation.planned else "the schedule was over"
+    site = f" at {deviation.issued.site}" if deviation.issued and deviation.issued.site else ""
+    match deviation.kind:
+        case "skipped" if deviation.issued is None:
+            return f"ended step {deviation.step} without {entry}"
+        case "skipped":
+            assert deviation.issued is not None
+            return f"passed over {entry} {where} and issued {_entry(deviation.issued.entry)}{site}"
+        case "order" if deviation.issued is not None and deviation.entry == deviation.planned:
+            return f"issued {_entry(deviation.issued.entry)} {where}{site} before {entry}, which was due first"
+        case "order":
+            return f"issued {entry} {where}{site} where {planned}, and that later"
+        case "mismatch":
+            return f"issued {entry} {where}{site} in place of {_entry(deviation.planned)}"
+        case _:
+            return f"issued {entry} {where}{site} which is not in the schedule: {planned}"
+
+
+def _entry(entry: Entry | None) -> str:
+    if entry is None:
+        return "nothing"
+    group, op, layer = entry
+    return f"{group} {op}" + (f" of {layer}" if layer else "")
+
+
+def _deviant(deviation: Deviation, culprits: Sequence[int]) -> dict[str, Any]:
+    """What the culprits did, as a side of the divergence."""
+    issued = deviation.issued
+    group, op, layer = issued.entry if issued else deviation.entry
+    return {
+        "ranks": list(culprits), "group": group, "seq": issued.seq if issued else 0, "op": op if issued else "",
+        "layer": layer if issued else "", "step": deviation.step, "site": issued.site if issued else "",
+        "planned": _entry(deviation.planned), "conforms": False,
+    }  # fmt: skip
+
+
+def _conforming(
+    deviation: Deviation, culprits: Sequence[int], standings: Mapping[int, Standing]
+) -> list[dict[str, Any]]:
+    """Where the members that did not deviate stand."""
+    members = set(deviation.group[1]) if deviation.group else set(standings)
+    return places([standings[rank] for rank in sorted(members - set(culprits)) if rank in standings])

@@ -1,0 +1,42 @@
+"""Both sides of a divergence, as they stand in verdict.json."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from repro.verdict.graph import Node
+from repro.verdict.ledger import Side
+from repro.verdict.position import GroupKey, Standing
+
+
+def places(standings: Sequence[Standing]) -> list[dict[str, Any]]:
+    places: dict[tuple[str, int, str, str, int, str], list[int]] = {}
+    for standing in standings:
+        at = standing.position
+        places.setdefault((at.group, at.seq, at.op, at.layer, at.step, at.site), []).append(standing.rank)
+    return [
+        {"ranks": ranks, "group": group, "seq": seq, "op": op, "layer": layer, "step": step, "site": site}
+        for (group, seq, op, layer, step, site), ranks in places.items()
+    ]
+
+
+def positions(cycle: Sequence[Node], standings: Mapping[int, Standing]) -> dict[str, Any] | None:
+    sides = [place for node in cycle for place in places([standings[rank] for rank in node.ranks])]
+    return {"sides": sides} if sides else None
+
+
+def calls_of_sides(divergence: tuple[GroupKey, int, list[Side]]) -> dict[str, Any]:
+    """What each side issued under one number of a group."""
+    key, seq, sides = divergence
+    return {
+        "sides": [
+            {
+                "ranks": list(side.ranks), "group": key[0], "seq": seq, "op": side.call.signature.op,
+                "layer": side.call.signature.layer, "step": side.call.step, "site": side.site,
+                "sizes": list(side.call.sizes), "dtype": side.call.signature.dtype,
+                "reduce_op": side.call.signature.reduce_op, "root": side.call.root,
+            }
+            for side in sides
+        ]
+    }  # fmt: skip
