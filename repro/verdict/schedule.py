@@ -5,7 +5,9 @@ A rank that leaves its own schedule deviates; a rank that differs from others ma
 
 from __future__ import annotations
 
+import bisect
 import itertools
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -41,8 +43,8 @@ class Step:
     parts: list[tuple[Entry, ...]]  # as declared: what depends on the step's agreement comes after it
     live: int
     issued: list[Issued] = field(default_factory=list)
-    is_lost: bool = False  # a name in it could not be stored: it cannot be compared
     over: bool = False  # a later step began, or the rank was done: what is missing now stays missing
+    is_lost: bool = False  # a name in it could not be stored: it cannot be compared
 
     @property
     def plan(self) -> tuple[Entry, ...]:
@@ -119,7 +121,7 @@ def steps_of(witness: Witness, num_steps: int = RECENT_STEPS) -> list[Step]:
 
 
 def align(rank: int, step: Step, groups: Mapping[str, GroupKey]) -> list[Deviation]:
-    """Where the issued collectives leave the plan, in order.
+    """Find where the issued collectives leave the plan, in order; the cost is linear in both.
 
     A rank that waits in one group's collective while entries of other groups are still due before it keeps each
     group's own order, so it has inverted the order between groups; whether it would have come to those entries
@@ -128,7 +130,7 @@ def align(rank: int, step: Step, groups: Mapping[str, GroupKey]) -> list[Deviati
     plan, issued = step.plan, step.issued
     if not plan:
         return []
-    entries = [call.entry for call in issued]
+    comparison = _Comparison(plan, [call.entry for call in issued])
     deviations: list[Deviation] = []
 
     def deviate(kind: str, entry: Entry, call: Issued | None) -> None:
@@ -137,62 +139,77 @@ def align(rank: int, step: Step, groups: Mapping[str, GroupKey]) -> list[Deviati
         deviations.append(Deviation(kind, rank, step.number, i, entry, planned, call, group))
 
     i = k = 0
-    while k < len(entries):
-        if i < len(plan) and entries[k] == plan[i]:
+    while k < len(issued):
+        if i < len(plan) and issued[k].entry == plan[i]:
             i, k = i + 1, k + 1
             continue
-        kind, skip = _explain(entries, k, plan, i)
+        kind, skip = comparison.explain(k, i)
         if kind == "skipped":
-            only_other_groups = entries[k][0] not in {group for group, _, _ in plan[i : i + skip]}
-            inverted = only_other_groups and k + 1 == len(entries) and not step.over
+            only_other_groups = issued[k].entry[0] not in {group for group, _, _ in plan[i : i + skip]}
+            inverted = only_other_groups and k + 1 == len(issued) and not step.over
             deviate("order" if inverted else kind, plan[i], issued[k])
             i += skip
         elif kind == "order":
-            deviate(kind, entries[k], issued[k])
+            deviate(kind, issued[k].entry, issued[k])
             i, k = i + skip, k + skip
         else:
-            deviate(kind, entries[k], issued[k])
+            deviate(kind, issued[k].entry, issued[k])
             i, k = i + skip, k + 1
     if step.over and i < len(plan):
         deviate("skipped", plan[i], None)
     return deviations
 
 
-def _explain(entries: Sequence[Entry], k: int, plan: Sequence[Entry], i: int) -> tuple[str, int]:
-    """The likeliest reading of ``entries[k]`` where ``plan[i]`` was due, by what fits best afterwards."""
-    if i == len(plan):
+class _Comparison:
+    """A plan and the entries issued instead.
+
+    `explain` compares from a deviation on as far as its readings fit, and of these the caller passes over the longest:
+    so an entry is compared a few times in all, and not once for each deviation before it.
+    """
+
+    def __init__(self, plan: Sequence[Entry], entries: Sequence[Entry]) -> None:
+        self._plan, self._entries = plan, entries
+        self._places: dict[Entry, list[int]] = {}
+        for place, entry in enumerate(plan):
+            self._places.setdefault(entry, []).append(place)
+
+    def explain(self, k: int, i: int) -> tuple[str, int]:
+        """Read ``entries[k]`` where ``plan[i]`` was due: the kind that fits best afterwards, and how many entries of
+        the plan it takes."""
+        plan, entry = self._plan, self._entries[k]
+        if i == len(plan):
+            return "extra", 0
+        if block := self._permuted(k, i):
+            return "order", block
+        fits_extra = self._run(k + 1, i)
+        later = self._next_place(entry, i)
+        if later is not None:
+            return ("skipped", later - i) if self._run(k, later) > fits_extra else ("extra", 0)
+        same_place = (entry[0], entry[2]) == (plan[i][0], plan[i][2])
+        if same_place and self._run(k + 1, i + 1) >= fits_extra:
+            return "mismatch", 1
         return "extra", 0
-    entry = entries[k]
-    rest = list(plan[i:])
-    block = _permuted(entries[k:], rest)
-    if block:
-        return "order", block
-    fits_extra = _run(entries[k + 1 :], rest)
-    if entry in rest:
-        jump = rest.index(entry)
-        fits_skip = _run(entries[k:], rest[jump:])
-        return ("skipped", jump) if fits_skip > fits_extra else ("extra", 0)
-    fits_instead = _run(entries[k + 1 :], rest[1:])
-    same_place = entry[0] == rest[0][0] and entry[2] == rest[0][2]
-    if same_place and fits_instead >= fits_extra:
-        return "mismatch", 1
-    return "extra", 0
 
+    def _next_place(self, entry: Entry, i: int) -> int | None:
+        """Where the plan has an entry from place ``i`` on."""
+        places = self._places.get(entry, [])
+        at = bisect.bisect_left(places, i)
+        return places[at] if at < len(places) else None
 
-def _run(entries: Sequence[Entry], plan: Sequence[Entry]) -> int:
-    """How many entries follow the plan from the start."""
-    for count, (entry, planned) in enumerate(zip(entries, plan, strict=False)):
-        if entry != planned:
-            return count
-    return min(len(entries), len(plan))
+    def _run(self, k: int, i: int) -> int:
+        """How many entries from ``k`` on follow the plan from ``i`` on."""
+        most = min(len(self._entries) - k, len(self._plan) - i)
+        return next((n for n in range(most) if self._entries[k + n] != self._plan[i + n]), most)
 
-
-def _permuted(entries: Sequence[Entry], plan: Sequence[Entry]) -> int:
-    """The length of the shortest start that both have in different order, 0 if there is none."""
-    for length in range(2, min(len(entries), len(plan), 8) + 1):
-        if sorted(entries[:length]) == sorted(plan[:length]):
-            return length
-    return 0
+    def _permuted(self, k: int, i: int) -> int:
+        """The length of the shortest run that both have in different order, 0 if there is none of up to eight."""
+        surplus: Counter[Entry] = Counter()
+        for n in range(min(len(self._entries) - k, len(self._plan) - i, 8)):
+            surplus[self._entries[k + n]] += 1
+            surplus[self._plan[i + n]] -= 1
+            if not any(surplus.values()):
+                return n + 1
+        return 0
 
 
 def unshared_deviations(
@@ -215,8 +232,16 @@ def unshared_deviations(
                 found.setdefault(rank, []).append(deviation)
                 shared.setdefault(deviation.identity, set()).add(rank)
 
+    known: dict[tuple[object, ...], bool] = {}  # by the identity of the members: to hash them costs their number
+
     def is_shared(deviation: Deviation) -> bool:
-        return deviation.concerned & seen.get(deviation.step, set()) <= shared[deviation.identity]
+        members = tuple(
+            id(group[1]) for group in (deviation.group, deviation.issued and deviation.issued.group) if group
+        )
+        case = (*deviation.identity, *members)
+        if case not in known:
+            known[case] = deviation.concerned & seen.get(deviation.step, set()) <= shared[deviation.identity]
+        return known[case]
 
     habits = {d.habit for ds in found.values() for d in ds if is_shared(d)}
     alone = [[d for d in ds if d.step >= since and not is_shared(d)] for ds in found.values()]
