@@ -10,8 +10,8 @@ from scene import MS, Scene
 from serving import C1, EVERYONE, PLAN, eight_ranks, held, look
 
 from hybrid_moe_ref.parallel.observer import Collective
+from repro.host import Host
 from repro.lookout import Others, Report
-from repro.record import myself
 from repro.rundir import RunDir, write_json
 from repro.verdict import Facts, Verdict, judge
 
@@ -189,7 +189,7 @@ def test_each_host_has_a_lock_file_of_its_own_and_a_holder_on_one_host_is_nobody
         report = Report(1, boot, 0, (first, first + 1), facts)
         write_json(run_dir.lookout(first), report.to_json())
     mine = Facts(alive={0: True, 1: True}, lock_holders={0: (lock, 11)})
-    facts = Others(run_dir, myself(0, 1)).merged(mine)
+    facts = Others(run_dir, Host()).merged(mine)
     assert facts.lock_holders == {0: (lock, 11), 2: (lock, 22), 4: (lock, 12)}
     for holders in (facts.lock_holders, {rank: facts.lock_holders[rank] for rank in (2, 4)}):
         verdict = judge(
