@@ -23,6 +23,7 @@ from repro.report.lanes import Labels, SharedClock, read_lane
 from repro.report.page import main_stack
 from repro.report.sides import side_by_side
 from repro.report.text import few, visible
+from repro.rundir import RunDir, write_json
 
 ROOT = Path(__file__).resolve().parent.parent
 CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
@@ -181,6 +182,28 @@ def test_a_page_of_a_damaged_run_says_what_is_missing(tmp_path, name, content, w
         (root / name).write_text(content)
     page = page_of(root)
     assert words in page.text, page.text[:2000]
+
+
+def write_slow(out: Path, finished: int) -> Path:
+    """A run of four ranks that was slow, and of which so many finished."""
+    scene = Scene(4, {"dp": range(4), "ep": range(4)})
+    scene.phase("serve")
+    scene.all_of(range(4), AGREE)
+    for recorder in scene.recorders[:finished]:
+        recorder.done()
+    run_dir = RunDir(write_run(out, scene, "fault"))
+    document = json.loads(run_dir.verdict.read_text()) | {"verdict": "slow", "culprits": [2]}
+    write_json(run_dir.verdict, document)
+    for rank in range(4):  # no hang, so nobody asked for them
+        run_dir.flight_recorder(rank).unlink()
+        run_dir.stack(rank).write_text("")
+    return run_dir.root
+
+
+def test_a_slow_run_that_ended_well_lacks_no_dumps_and_has_no_call_that_never_returns(tmp_path):
+    ended, ended_by_deadline = gather(write_slow(tmp_path, 4)), gather(write_slow(tmp_path, 3))
+    assert not ended.stuck and not any(text.startswith(("fr:", "stacks:")) for text in ended.missing), ended.missing
+    assert ended_by_deadline.stuck and "fr: no file of ranks 0-3" in ended_by_deadline.missing
 
 
 def test_a_torn_witness_still_gives_its_lane(tmp_path):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -307,3 +308,27 @@ def test_the_rank_that_torchrun_loses_is_the_one_culprit_and_the_others_leave_th
     assert [rank for rank, state in enumerate(states) if state == "dead"] == [culprit], states
     stacks = tmp_path / "latest" / "stacks"
     assert all((stacks / f"rank{rank:03d}.txt").stat().st_size for rank in range(4) if rank != culprit)
+
+
+@pytest.mark.full
+def test_an_interrupt_of_a_plain_torchrun_ends_ranks_that_wait_in_gloo_and_blames_none(tmp_path, leaves_nothing):
+    """Waiting in gloo a rank runs no Python handler; torchrun kills one only after 30 s."""
+    run = subprocess.Popen(
+        [
+            *(sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"),
+            *("-m", "repro.worker", "metadata_rebuild", "--variant", "fault", "--quiet-window", "60"),
+            *("--out", str(tmp_path)),
+        ],
+        cwd=ROOT, env={**os.environ, "TMPDIR": str(tmp_path)},
+    )  # fmt: skip
+    try:
+        run_dir = _wait_until_serving(tmp_path, 2)
+        time.sleep(1.0)  # until they hang: the quiet window is too long for a verdict
+        run.send_signal(signal.SIGINT)
+        run.wait(20)
+    finally:
+        run.kill()
+        run.wait()
+    verdict = read_json(run_dir / "verdict.json")
+    assert (verdict["verdict"], verdict["culprits"], verdict["interrupted"]) == ("inconclusive", [], True), verdict
+    shutil.rmtree(next(tmp_path.glob("torchelastic_*")), ignore_errors=True)  # which torch leaves behind

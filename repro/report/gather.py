@@ -55,7 +55,9 @@ class Facts:
 
     @property
     def stuck(self) -> bool:
-        """Whether the run ended with ranks that did not."""
+        """Whether ranks had not finished when the run was decided; a slow run may have ended well."""
+        if self.verdict["verdict"] == "slow":
+            return len(self.lanes) < self.num_ranks or not all(lane.done for lane in self.lanes.values())
         return self.verdict["verdict"] not in ("clean", "corrupt", "")
 
     def span_ns(self) -> tuple[int, int]:

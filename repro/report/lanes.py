@@ -62,6 +62,7 @@ class Lane:
     """What one rank did, in the order in which it began.
 
     groups    name -> (members, number of collectives issued)
+    done      whether the rank finished all its work
     problems  what could not be read, one line each
     """
 
@@ -75,6 +76,7 @@ class Lane:
     groups: dict[str, tuple[tuple[int, ...], int]] = field(default_factory=dict)
     first_event: int = 0
     last_ns: int = 0
+    done: bool = False
     problems: tuple[str, ...] = ()
 
     def __len__(self) -> int:
@@ -154,6 +156,7 @@ def read_lane(witness: Witness, labels: Labels, clock: SharedClock) -> Lane:
                 lane.close(step, t_ns)
                 lane.close(phase, t_ns)
                 step = phase = None
+                lane.done = True
             case Kind.FAILED:
                 lane.open(t_ns, labels.number(Label("failed", "failed", note=witness.text(sig))), 0, number)
     return lane
