@@ -1,26 +1,35 @@
-"""The bytes of a witness file: what one rank writes and what its readers trust.
+"""The bytes of a witness file: what one rank writes and what its readers may trust.
 
 A witness is one preallocated file per rank, mapped into the rank's memory, so that a record costs a store and
 outlives SIGKILL. Little-endian, no padding beyond what is shown. Version 2::
 
-    0      HEADER   who writes: identity, clocks, geometry; ends in a CRC-32 of itself; written once
-    512    LIVE     num_events u64                           how far the ring is whole, for cheap polling
-    528    HEART    last_heartbeat_ns u64, name u32, count u32   heartbeats never enter the ring
+    0      HEADER   who writes: identity, clocks, geometry, and a CRC-32 of these; written by launcher and rank
+    512    LIVE     3 guarded words: events recorded, vector words stored, strings stored
+    544    HEART    last_heartbeat_ns u64, name u32, count u32, CRC-32 of these; heartbeats never enter the ring
     640    SPARE    128 bytes that groups beyond the slots share; nobody reads them
     1024   GROUPS   group_slots x 128 bytes: the last event of each group, which survives ring wrap
     ...    RING     ring_records x 72 bytes; event n (from 1) lies in slot (n - 1) % ring_records
-    ...    VECTORS  vector_words x i64, a ring of size vectors: [offset + 1, size, size, ...]
-    ...    STRINGS  string_bytes: u32 length + UTF-8, one after another; id k is the k-th (id 0 is "")
+    ...    VECTORS  vector_words x i64, a ring of size vectors: [check, size, size, ...]
+    ...    STRINGS  u32 length, u32 check, UTF-8, one after another; string k is the k-th (string 0 is "")
 
-A record starts with its event number and ends with the low half of it, and is written in that order: a record
-whose two ends differ is torn. The order of writing one event is string, vector, ring, the group's hash and last
-record or its last completion, LIVE; a reader
-copies the file front to back, so that whatever a record refers to is in the copy. A string's length is written
-after its bytes, a vector's head before its sizes: both are seen whole or not at all.
+**Checks.** Whatever a verdict rests on carries one, so that a flipped bit is found and is never read as an event:
 
-The hash of a group is crc32(d, hash), zlib's CRC-32 from 0 on, over all collectives that the rank issued in it; d is
-the CRC-32 of the signature's text (group, op, layer, dtype, reduce_op, joined by SEPARATOR) in four bytes. Sizes,
-root and step are not in it. Of a transfer d covers what both ends share: channel, "p2p" and dtype.
+- A record ends in the CRC-32 of its other bytes, started from RESIDUE. The CRC-32 of intact records in a row, started
+  from RESIDUE, is RESIDUE again: one call checks a whole ring.
+- A vector's check is the CRC-32 of its sizes, started from its offset; a string's is that of its bytes, started from
+  its length.
+- A guarded word is value * GUARD in one aligned 8-byte store, which no reader sees by halves. A flipped bit changes
+  the word by a power of two, which is no multiple of GUARD.
+
+**Order of writing.** One event: its strings (bytes, check, length, then the count in LIVE), its vector (the count in
+LIVE, then the words), the ring, its group's last record or last completion, the events in LIVE. A reader
+copies the file front to back, so whatever a record refers to is in the copy. A writer that dies leaves at most the
+record after the last whole one torn, and LIVE does not count that one; every other check that fails is damage, unless
+a second copy of the file no longer shows it. A vector is overwritten from vector_words words after its offset on.
+
+**Hash.** Of an issue: crc32(d, hash), from 0 on, over all collectives that the rank issued in the group; d is the
+CRC-32 of the signature's text (group, op, layer, dtype, reduce_op, joined by SEPARATOR) in four bytes. Sizes, root and
+step are not in it. For a transfer d covers what both ends share: channel, "p2p" and dtype.
 
 Only little-endian hosts write or read these files. Times are CLOCK_MONOTONIC nanoseconds of the writer's host;
 wall time = monotonic + wall_offset_ns.
@@ -41,34 +50,47 @@ VERSION = 2
 # pid, pid start (clock ticks since boot), pid namespace, wall_offset_ns, run id, hostname, boot id
 HEADER = struct.Struct("<8sIIIIIIIIqQQq64s64s40s")
 CRC = struct.Struct("<I")
-LIVE = struct.Struct("<Q")
-HEART = struct.Struct("<QII")
-LIVE_AT, HEART_AT, SPARE_AT, GROUPS_AT = 512, 528, 640, 1024
+LIVE = struct.Struct("<QQQ")
+HEART = struct.Struct("<QIII")
+LIVE_AT, HEART_AT, SPARE_AT, GROUPS_AT = 512, 544, 640, 1024
 
-# n, t_ns, seq, vector, step | aux, sig, site, num_sizes, phase, group, kind | check
-# Writers pack the middle part once per call site and reuse its bytes: 7 fields cost half of 13.
-RECORD = struct.Struct("<QQQQqqIIIIHBxI")
-ROW = struct.Struct("<QQQQq28sI")
-FIXED = struct.Struct("<qIIIIHBx")
+GUARD = 251
+"""A prime, so small that the guarded number of a common event is still one digit of Python's integers."""
+
+RESIDUE = 0x2144DF1C
+"""The CRC-32 of any bytes that end in their own CRC-32."""
+
+# aux, num_sizes, sig, site, phase, group, kind | n, t_ns, seq, vector, step, hash | check
+# Writers pack the first part once per call site, with the check up to there: the rest costs half as much.
+RECORD = struct.Struct("<qIHHHHBxxxQQQQqII")
+FIXED = struct.Struct("<qIHHHHBxxx")
+VARIABLE = struct.Struct("<QQQQqI")
+SEALED = struct.Struct("<24s44sI")
 
 # Where a field lies in a record, for reading one field of all records at once: type and place in units of it.
 COLUMNS = {
-    "n": ("Q", 0), "t_ns": ("Q", 1), "seq": ("Q", 2), "vector": ("Q", 3), "step": ("q", 4), "aux": ("q", 5),
-    "sig": ("I", 12), "site": ("I", 13), "num_sizes": ("I", 14), "phase": ("I", 15), "group": ("H", 32),
-    "kind": ("B", 66), "check": ("I", 17),
+    "aux": ("q", 0), "num_sizes": ("I", 2), "sig": ("H", 6), "site": ("H", 7), "phase": ("H", 8), "group": ("H", 9),
+    "kind": ("B", 20), "n": ("Q", 3), "t_ns": ("Q", 4), "seq": ("Q", 5), "vector": ("Q", 6), "step": ("q", 7),
+    "hash": ("I", 16),
 }  # fmt: skip
 
 GROUP_BYTES = 128
-GROUP_NAME = struct.Struct("<II")  # name, members (both string ids)
-GROUP_STATE = struct.Struct("<QQ")  # seq of the last completion, rolling hash of all signatures issued
-STATE_AT, LAST_AT = 8, 24  # at LAST_AT: a copy of the last issue's record
+GROUP_NAME = struct.Struct("<III")  # name, members (both string ids), CRC-32 of these
+GROUP_LEFT = struct.Struct("<Q")  # guarded: seq of the last completion
+LEFT_AT, LAST_AT = 16, 24  # at LAST_AT: a copy of the last issue's record
 
 WORD = struct.Struct("<q")
-LENGTH = struct.Struct("<I")
+STRING = struct.Struct("<II")  # length, check
 
 NO_GROUP = 0xFFFF
-LOST_STRING = 0xFFFFFFFF  # what a record refers to when the string area was full
+NO_VECTOR = 0xFFFFFFFFFFFFFFFF  # what a record refers to when its sizes were too many to keep
+LOST_STRING = 0xFFFF  # what a record refers to when the string area was full
+MAX_STRINGS = LOST_STRING - 1
+"""Strings in one file: no rank needs more, and a reader's time and memory are bounded by it."""
+
 SEPARATOR, ENTRY_SEPARATOR = "\x1f", "\x1e"  # inside a signature; between the entries of a schedule
+
+_LARGEST = {"ring_records": 1 << 20, "vector_words": 1 << 20, "string_bytes": 1 << 23, "group_slots": 1 << 12}
 
 
 class Kind(enum.IntEnum):
@@ -92,24 +114,25 @@ class Kind(enum.IntEnum):
 class Event(NamedTuple):
     """One record, as stored; a witness resolves the ids."""
 
+    aux: int
+    num_sizes: int
+    sig: int
+    site: int
+    phase: int
+    group: int
+    kind: int
     n: int
     t_ns: int
     seq: int
     vector: int
     step: int
-    aux: int
-    sig: int
-    site: int
-    num_sizes: int
-    phase: int
-    group: int
-    kind: int
+    hash: int
     check: int
 
 
 @dataclass(frozen=True, slots=True)
 class Geometry:
-    """How large the areas of one file are, and where they start."""
+    """How large the areas of one file are, and where they start. Raises ValueError for sizes that no file may have."""
 
     ring_records: int = 20_480
     vector_words: int = 32_768
@@ -117,10 +140,10 @@ class Geometry:
     group_slots: int = 256
 
     def __post_init__(self) -> None:
-        for field in ("ring_records", "vector_words", "string_bytes", "group_slots"):
+        for field, largest in _LARGEST.items():
             value = getattr(self, field)
-            if not 2 <= value <= 1 << 30 or value % 2:
-                raise ValueError(f"witness {field} = {value} is not an even number in 2..{1 << 30}")
+            if not 2 <= value <= largest or value % 2:
+                raise ValueError(f"witness {field} = {value} is not an even number in 2..{largest}")
 
     @property
     def ring_at(self) -> int:
@@ -137,6 +160,10 @@ class Geometry:
     @property
     def file_bytes(self) -> int:
         return self.strings_at + self.string_bytes
+
+
+MAX_BYTES = Geometry(**_LARGEST).file_bytes
+"""The length of the largest witness file: 92 MiB."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -175,12 +202,23 @@ class Identity:
         return other.wall_offset_ns - self.wall_offset_ns
 
 
-def column(records: bytes, field: str) -> list[int]:
+def column(records: bytes | memoryview, field: str) -> list[int]:
     """One field of every record, many times faster than unpacking them."""
     code, place = COLUMNS[field]
     values: Any = memoryview(records).cast(code)  # type: ignore[call-overload]
     picked: list[int] = values[place :: RECORD.size // values.itemsize].tolist()
     return picked
+
+
+def is_whole(records: bytes | memoryview) -> bool:
+    """Whether every one of these records matches its check."""
+    return zlib.crc32(records, RESIDUE) == RESIDUE
+
+
+def unguarded(word: int) -> int | None:
+    """The value of a guarded word; None where the word is damaged."""
+    value, rest = divmod(word, GUARD)
+    return None if rest else value
 
 
 def pack_header(who: Identity, shape: Geometry) -> bytes:
@@ -192,6 +230,23 @@ def pack_header(who: Identity, shape: Geometry) -> bytes:
         clip(who.run_id, 64), clip(who.hostname, 64), clip(who.boot_id, 40),
     )  # fmt: skip
     return body + CRC.pack(zlib.crc32(body))
+
+
+def pack_heartbeat(now_ns: int, name: int, count: int) -> bytes:
+    """A heartbeat with its check."""
+    body = HEART.pack(now_ns, name, count, 0)[: -CRC.size]
+    return body + CRC.pack(zlib.crc32(body))
+
+
+def pack_group_name(name: int, members: int) -> bytes:
+    """The head of a group's slot with its check."""
+    body = GROUP_NAME.pack(name, members, 0)[: -CRC.size]
+    return body + CRC.pack(zlib.crc32(body))
+
+
+def pack_string(text: bytes) -> bytes:
+    """One entry of the string area."""
+    return STRING.pack(len(text), zlib.crc32(text, len(text))) + text
 
 
 def clip(text: str, num_bytes: int) -> bytes:

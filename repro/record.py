@@ -29,22 +29,27 @@ from repro.layout import (
     GROUP_BYTES,
     GROUP_NAME,
     GROUPS_AT,
+    GUARD,
     HEADER,
     HEART,
     HEART_AT,
     LAST_AT,
+    LEFT_AT,
     LIVE_AT,
     NO_GROUP,
     RECORD,
-    ROW,
+    RESIDUE,
+    SEALED,
     SEPARATOR,
     SPARE_AT,
-    STATE_AT,
+    VARIABLE,
     WORD,
     Geometry,
     Identity,
     Kind,
+    pack_group_name,
     pack_header,
+    pack_heartbeat,
 )
 from repro.parse import WitnessError, parse_header
 from repro.witness import create
@@ -52,8 +57,8 @@ from repro.witness import create
 MAX_MESSAGE = 600
 """Characters of an error that are kept."""
 
-_pack_into, _getframe = ROW.pack_into, sys._getframe
-_ROW = RECORD.size
+_pack, _seal_into, _getframe = VARIABLE.pack, SEALED.pack_into, sys._getframe
+_RECORD = RECORD.size
 _NUM_EVENTS = LIVE_AT // WORD.size  # as a word of the file
 _LOCAL_KINDS = {
     "lock_wait": Kind.LOCK_WAIT,
@@ -75,28 +80,33 @@ def _move_within(buffer: bytearray, target: int, source: int, count: int) -> Non
     buffer[target : target + count] = buffer[source : source + count]
 
 
+def _sealed_part(*fields: int) -> tuple[bytes, int]:
+    """The first part of a record and the check up to there."""
+    fixed = FIXED.pack(*fields)
+    return fixed, crc32(fixed, RESIDUE)
+
+
 class _Group:
     """The running state of one group on this rank, and where in the file it stands."""
 
-    __slots__ = ("hash", "hash_word", "index", "last", "left", "seq", "state_word")
+    __slots__ = ("hash", "index", "last", "left", "left_word", "seq")
 
     def __init__(self, index: int) -> None:
         slot = SPARE_AT if index == NO_GROUP else GROUPS_AT + index * GROUP_BYTES
         self.index = index
         self.last = slot + LAST_AT
-        self.state_word = (slot + STATE_AT) // WORD.size
-        self.hash_word = self.state_word + 1
+        self.left_word = (slot + LEFT_AT) // WORD.size
         self.seq = 0
         self.left = 0
         self.hash = 0
 
 
 class _Call:
-    """A collective from one call site: all of its records that never changes, packed once."""
+    """A collective from one call site: what never changes in its records, packed once, each with its check so far."""
 
     __slots__ = ("digest", "enter", "group", "issue", "leave", "num_sizes", "wait")
 
-    def __init__(self, group: _Group, digest: bytes, num_sizes: int, fixed: Callable[[int], bytes]) -> None:
+    def __init__(self, group: _Group, digest: bytes, num_sizes: int, fixed: Callable[[int], tuple[bytes, int]]) -> None:
         self.group = group
         self.digest = digest
         self.num_sizes = num_sizes
@@ -212,14 +222,14 @@ class Recorder:
         group.seq = seq = group.seq + 1
         group.hash = rolling = crc32(call.digest, group.hash)
         self._num_events = n = self._num_events + 1
-        fixed = call.issue if asynchronous else call.enter
+        fixed, check = call.issue if asynchronous else call.enter
         words, at = self._words, self._next_at
-        end = at + _ROW
+        end = at + _RECORD
         self._next_at = end if end != self._ring_end else self._ring_at
-        _pack_into(self._buffer, at, n, self._clock(), seq, vector, self._step, fixed, n & 0xFFFFFFFF)
-        words[group.hash_word] = rolling  # a slot that is behind the ring tells that its hash may be ahead of it
-        self._move(group.last, at, _ROW)  # packing would clear it first, and it must never be without one
-        words[_NUM_EVENTS] = n
+        row = _pack(n, self._clock(), seq, vector, self._step, rolling)
+        _seal_into(self._buffer, at, fixed, row, crc32(row, check))
+        self._move(group.last, at, _RECORD)  # packing would clear it first, and it must never be without one
+        words[_NUM_EVENTS] = n * GUARD
 
     def leave(self, collective: Collective, ticket: int = 0) -> None:
         call = self._entered_call if collective is self._entered else None
@@ -229,18 +239,23 @@ class Recorder:
         seq = ticket or group.seq
         self._num_events = n = self._num_events + 1
         at = self._next_at
-        end = at + _ROW
+        end = at + _RECORD
         self._next_at = end if end != self._ring_end else self._ring_at
-        _pack_into(self._buffer, at, n, self._clock(), seq, 0, self._step, call.leave, n & 0xFFFFFFFF)
+        fixed, check = call.leave
+        row = _pack(n, self._clock(), seq, 0, self._step, 0)
+        _seal_into(self._buffer, at, fixed, row, crc32(row, check))
         words = self._words
         if seq > group.left:
-            group.left = words[group.state_word] = seq
-        words[_NUM_EVENTS] = n
+            group.left = seq
+            words[group.left_word] = seq * GUARD
+        words[_NUM_EVENTS] = n * GUARD
 
     def local(self, event: str, name: str, holder: int = -1) -> None:
         if event == "heartbeat":
             self._heartbeats += 1
-            HEART.pack_into(self._buffer, HEART_AT, self._clock(), self._intern(name), self._heartbeats)
+            self._buffer[HEART_AT : HEART_AT + HEART.size] = pack_heartbeat(
+                self._clock(), self._intern(name), self._heartbeats
+            )
         else:
             self._write(_LOCAL_KINDS[event], sig=self._intern(name), aux=holder)
 
@@ -263,7 +278,7 @@ class Recorder:
 
     def wait(self, collective: Collective, ticket: int) -> None:
         """The rank begins to wait for the collective of ``ticket``."""
-        self._append(self._call_of(collective).wait, ticket)
+        self._append(*self._call_of(collective).wait, ticket)
 
     def finish(self, collective: Collective, ticket: int) -> None:
         """The collective of ``ticket`` is complete."""
@@ -272,15 +287,16 @@ class Recorder:
     # -- writing -------------------------------------------------------------------------------------------------
 
     def _write(self, kind: int, *, sig: int = 0, aux: int = 0) -> None:
-        self._append(FIXED.pack(aux, sig, 0, 0, self._phase, NO_GROUP, kind), 0)
+        self._append(*_sealed_part(aux, 0, sig, 0, self._phase, NO_GROUP, kind), 0)
 
-    def _append(self, fixed: bytes, seq: int) -> None:
+    def _append(self, fixed: bytes, check: int, seq: int) -> None:
         self._num_events = n = self._num_events + 1
         at = self._next_at
-        end = at + _ROW
+        end = at + _RECORD
         self._next_at = end if end != self._ring_end else self._ring_at
-        _pack_into(self._buffer, at, n, self._clock(), seq, 0, self._step, fixed, n & 0xFFFFFFFF)
-        self._words[_NUM_EVENTS] = n
+        row = _pack(n, self._clock(), seq, 0, self._step, 0)
+        _seal_into(self._buffer, at, fixed, row, crc32(row, check))
+        self._words[_NUM_EVENTS] = n * GUARD
 
     # -- interning -----------------------------------------------------------------------------------------------
 
@@ -292,7 +308,7 @@ class Recorder:
             if group.index != NO_GROUP:
                 members = ",".join(map(str, self._members.get(name, range(self._who.num_ranks))))
                 at = GROUPS_AT + group.index * GROUP_BYTES
-                GROUP_NAME.pack_into(self._buffer, at, self._intern(name), self._intern(members))
+                self._buffer[at : at + GROUP_NAME.size] = pack_group_name(self._intern(name), self._intern(members))
         return group
 
     def _call_of(self, collective: Collective) -> _Call:
@@ -315,8 +331,9 @@ class Recorder:
         string = self._intern(SEPARATOR.join((name, op, *rest)))
         digest = crc32(SEPARATOR.join((name, *digested)).encode()).to_bytes(4, "little")
         group = self._group(name)
-        shared = (collective.root, string, self._site(frame), len(collective.sizes), self._phase, group.index)
-        self._calls[key] = call = _Call(group, digest, len(collective.sizes), lambda kind: FIXED.pack(*shared, kind))
+        num_sizes = len(collective.sizes)
+        shared = (collective.root, num_sizes, string, self._site(frame), self._phase, group.index)
+        self._calls[key] = call = _Call(group, digest, num_sizes, lambda kind: _sealed_part(*shared, kind))
         return call
 
     def _schedule(self, schedule: Sequence[ScheduleEntry]) -> int:

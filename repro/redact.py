@@ -18,13 +18,13 @@ import re
 import socket
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from repro.layout import CRC, HEADER, LENGTH, Geometry, pack_header
-from repro.parse import parse_header, parse_strings
+from repro.compact import compact
+from repro.parse import parse_header
 
 RULES = {
     "secrets": "values of variables and options named like a secret, token, key or password",
@@ -302,34 +302,17 @@ def _pattern(name: str) -> re.Pattern[str]:
 
 
 def redact_witness(data: bytes, name: str, redactor: Redactor) -> bytes:
-    """A witness with its header and strings redacted, every id as it was.
+    """Redact the header and the strings of a witness, every id as it was; the copy is as short as it can be.
 
     Raises WitnessError for what is no witness.
     """
-    who, shape = parse_header(data, name)
+    who, _ = parse_header(data, name)
     if "hostnames" not in redactor.keep:
         redactor.name_host(who.hostname)
-    problems: list[str] = []
-    strings = parse_strings(data, shape, name, problems)[1:]
     who = replace(
         who,
         hostname=redactor.host(who.hostname),
         boot_id=redactor.name_boot(who.boot_id),
         run_id=redactor.text(who.run_id),
     )
-    header = pack_header(who, shape)
-    body = header.ljust(HEADER.size + CRC.size, b"\0") + data[HEADER.size + CRC.size : shape.strings_at]
-    return body + _pack_strings(strings, shape, redactor.text).ljust(max(0, len(data) - shape.strings_at), b"\0")
-
-
-def _pack_strings(strings: Iterable[str], shape: Geometry, change: Callable[[str], str]) -> bytes:
-    """The string area; where stand-ins take more room than is there, the last strings are cut short, none is lost."""
-    packed = bytearray()
-    encoded = [change(text).encode() for text in strings]
-    left = sum(len(text) + LENGTH.size for text in encoded)
-    for text in encoded:
-        over = max(0, len(packed) + left - shape.string_bytes)
-        left -= len(text) + LENGTH.size
-        text = text[: max(1, len(text) - over)] if text else b"?"
-        packed += LENGTH.pack(len(text)) + text
-    return bytes(packed)
+    return compact(data, name, who=who, change=redactor.text)

@@ -246,7 +246,7 @@ def test_a_redacted_witness_says_the_same(tmp_path):
     before = read(path)
     assert again.who.hostname == "host-1" and before.who.hostname == "host0"
     assert again.problems == before.problems == ()
-    assert again.records == before.records and again.groups == before.groups and again.vectors == before.vectors
+    assert again.ring == before.ring and again.groups == before.groups and again.vectors == before.vectors
     assert len(again.strings) == len(before.strings)
 
 

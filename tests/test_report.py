@@ -211,7 +211,7 @@ def test_a_torn_witness_still_gives_its_lane(tmp_path):
     path = root / "events" / "rank001.wit"
     path.write_bytes(path.read_bytes()[:9000])
     page = page_of(root)
-    assert "rank001.wit:9000: the file ends early" in page.text
+    assert "rank001.wit:9000: damage: the file ends early" in page.text
     assert any(a.get("id") == "lane1" for _, a in page.elements)
 
 

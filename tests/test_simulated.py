@@ -20,7 +20,20 @@ from hypothesis import strategies as st
 from scene import MS
 from simulator import Simulation
 
-from repro.layout import GROUP_BYTES, GROUPS_AT, LAST_AT, LIVE, LIVE_AT, RECORD, STATE_AT, Event, Kind
+from repro.layout import (
+    FIXED,
+    GROUP_BYTES,
+    GROUPS_AT,
+    GUARD,
+    LAST_AT,
+    LEFT_AT,
+    LIVE_AT,
+    RECORD,
+    WORD,
+    Event,
+    Kind,
+    unguarded,
+)
 from repro.parse import parse_header
 from repro.verdict import Facts, Verdict, judge
 from repro.witness import Witness, WitnessError, parse
@@ -189,19 +202,25 @@ def damaged(sim: Simulation, rng: random.Random) -> dict[int, Witness]:
 def tear(data: bytearray, rng: random.Random) -> None:
     """Cut the newest record as a kill in the middle of its writing would have: nothing after it is written yet."""
     _, shape = parse_header(bytes(data), "x")
-    (newest,) = LIVE.unpack_from(data, LIVE_AT)
-    if newest == 0:
+    newest = unguarded(WORD.unpack_from(data, LIVE_AT)[0])
+    if not newest:
         return
     at = shape.ring_at + (newest - 1) % shape.ring_records * RECORD.size
     event = Event._make(RECORD.unpack_from(data, at))
     slot = GROUPS_AT + event.group * GROUP_BYTES
-    if event.kind in (Kind.ENTER, Kind.ISSUE):  # the group's slot still held an older one
-        data[slot + LAST_AT : slot + LAST_AT + RECORD.size] = bytes(RECORD.size)
-    elif event.kind == Kind.LEAVE and LIVE.unpack_from(data, slot + STATE_AT)[0] == event.seq:
-        LIVE.pack_into(data, slot + STATE_AT, event.seq - 1)
-    keep = rng.randrange(1, RECORD.size)
+    if event.kind in (Kind.ENTER, Kind.ISSUE):  # the group's slot still held the issue before
+        ring = (data[place : place + RECORD.size] for place in range(shape.ring_at, shape.vectors_at, RECORD.size))
+        issues = {
+            each.seq: row
+            for row in ring
+            if (each := Event._make(RECORD.unpack(row))).group == event.group and each.kind in (Kind.ENTER, Kind.ISSUE)
+        }
+        data[slot + LAST_AT : slot + LAST_AT + RECORD.size] = issues.get(event.seq - 1, bytes(RECORD.size))
+    elif event.kind == Kind.LEAVE and WORD.unpack_from(data, slot + LEFT_AT)[0] == event.seq * GUARD:
+        WORD.pack_into(data, slot + LEFT_AT, (event.seq - 1) * GUARD)
+    keep = rng.randrange(FIXED.size + 1, RECORD.size)  # of less of it nothing but zeros may show
     data[at + keep : at + RECORD.size] = bytes(RECORD.size - keep)
-    LIVE.pack_into(data, LIVE_AT, newest - 1)
+    WORD.pack_into(data, LIVE_AT, (newest - 1) * GUARD)
 
 
 def check_moments(seeds: range) -> None:

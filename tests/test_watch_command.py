@@ -224,7 +224,7 @@ def cut(data):
 
 
 def impossible(data):
-    data[finished_shape().ring_at + 66] = 99  # the kind of the first record
+    data[finished_shape().ring_at + 20] = 99  # the kind of the first record
 
 
 def of_another_run(data):
@@ -240,8 +240,8 @@ def finished_shape():
     [
         (empty, "rank002.wit:0: the file ends inside its header"),
         (newer, "rank002.wit:8: witness version 9, this release reads version 2 only"),
-        (cut, "rank002.wit:{half}: the file ends early"),
-        (impossible, "rank002.wit:{ring}: impossible record, event 1 kind 99"),
+        (cut, "rank002.wit:{half}: damage: the file ends early"),
+        (impossible, "rank002.wit:{ring}: damage: event 1 does not match its check"),
         (of_another_run, "rank002.wit:0: of run 'another' with 4 ranks, not of 'test'"),
     ],
 )

@@ -6,6 +6,7 @@ import itertools
 import os
 import struct
 import sys
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,11 +19,13 @@ from repro.layout import (
     CRC,
     GROUP_BYTES,
     GROUPS_AT,
+    GUARD,
     HEADER,
     LAST_AT,
+    LEFT_AT,
     LIVE_AT,
     RECORD,
-    STATE_AT,
+    RESIDUE,
     Geometry,
     Identity,
     Kind,
@@ -151,7 +154,8 @@ def test_a_writer_killed_at_any_byte_of_a_record_leaves_the_records_before_it() 
         if after[at + cut : at + RECORD.size].strip(b"\0"):
             assert witness.num_events == 14
             assert not witness.complete
-            assert witness.problems == (f"torn:{at}: torn record",)
+            assert witness.problems == (f"torn:{at}: torn record: the rank was writing it",)
+            assert not witness.damaged
 
 
 def test_a_lost_live_counter_loses_no_record() -> None:
@@ -165,7 +169,7 @@ def test_a_lost_live_counter_loses_no_record() -> None:
     [
         (0, b"notawitn", "x:0: not a witness file"),
         (8, struct.pack("<I", 1), "x:8: witness version 1, this release reads version 2 only"),
-        (16, struct.pack("<I", 3), "x:184?: the header's checksum is wrong"),
+        (16, struct.pack("<I", 3), "x:184?: damage: the header does not match its checksum"),
     ],
 )
 def test_a_header_that_cannot_be_trusted_is_refused(at: int, value: bytes, message: str) -> None:
@@ -181,15 +185,21 @@ def test_an_empty_file_is_refused() -> None:
 
 
 @pytest.mark.parametrize(
-    ("field", "value"), [("kind", 99), ("kind", 0), ("sig", 1000), ("site", 1000), ("phase", 1000)]
+    ("field", "value", "checked"),
+    [(field, value, False) for field, value in (("kind", 99), ("n", 7), ("n", 38), ("sig", 1), ("hash", 1))]
+    + [("kind", 99, True), ("kind", 0, True), ("n", 7, True)],
 )
-def test_impossible_values_in_a_record_are_named_and_left_out(field: str, value: int) -> None:
+def test_a_record_that_cannot_be_right_is_named_and_left_out(field: str, value: int, checked: bool) -> None:
+    """checked: somebody has given the wrong record a right check."""
     data = bytearray(sample().files[0])
     at = TINY.ring_at + 5 * RECORD.size
     event = Event._make(RECORD.unpack_from(data, at))
     RECORD.pack_into(data, at, *event._replace(**{field: value}))
+    if checked:
+        CRC.pack_into(data, at + RECORD.size - CRC.size, zlib.crc32(data[at : at + RECORD.size - CRC.size], RESIDUE))
     witness = parse(bytes(data), "x")
-    assert witness.problems == (f"x:{at}: impossible record, event 6 kind {value if field == 'kind' else event.kind}",)
+    assert witness.problems == (f"x:{at}: damage: event 6 does not match its check",)
+    assert witness.damaged and not witness.complete
     assert (witness.num_events, witness.first_event) == (14, 7)
 
 
@@ -213,12 +223,13 @@ def test_random_damage_is_survived() -> None:
 @pytest.mark.parametrize(
     ("at", "code", "value", "words"),
     [
-        (LIVE_AT, "<Q", 900, "900 events are promised, the newest that can be read is 14"),
-        (SLOT + STATE_AT, "<Q", 2**40, "#1099511627776 of group 1 completed, but never issued"),
-        (SLOT + LAST_AT + 16, "<Q", 2**40, "not the last collective issued in group 1"),
-        (SLOT + LAST_AT + 64, "<H", 7, "not the last collective issued in group 1"),
-        (SLOT + LAST_AT + 66, "<B", Kind.LEAVE, "not the last collective issued in group 1"),
-        (SLOT + LAST_AT + 66, "<B", 99, "not the last collective issued in group 1"),
+        (LIVE_AT, "<Q", 900, "the number of events does not match its check"),
+        (SLOT, "<I", 900, "the name of group 1 does not match its check"),
+        (SLOT + LEFT_AT, "<Q", 2**40, "the last completion of group 1 does not match its check"),
+        (SLOT + LEFT_AT, "<Q", 2**40 * GUARD, "#1099511627776 of group 1 completed, but never issued"),
+        (SLOT + LEFT_AT, "<Q", 2 * GUARD, "group 1 lacks the completion of #3"),
+        (SLOT + LAST_AT + 18, "<H", 7, "the last record of group 1 does not match its check"),
+        (SLOT + LAST_AT + 20, "<B", Kind.LEAVE, "the last record of group 1 does not match its check"),
     ],
 )
 def test_damage_to_what_is_kept_of_a_group_is_named_and_nothing_is_concluded_from_it(
@@ -230,7 +241,7 @@ def test_damage_to_what_is_kept_of_a_group_is_named_and_nothing_is_concluded_fro
         struct.pack_into(code, scene.files[rank], at, value)
     witness = scene.witnesses()[1]
     slot = at if at < SLOT + LAST_AT else SLOT + LAST_AT
-    assert (f"rank001.wit:{slot}: {words}",) == witness.problems
+    assert (f"rank001.wit:{slot}: damage: {words}",) == witness.problems
     assert not witness.complete
     verdict = judge(scene.witnesses(), num_ranks=4, now_ns=scene.now_ns + 2 * 10**9, quiet_window_s=1.0)
     assert verdict.verdict in ("slow", "inconclusive") and not set(verdict.culprits) - {3}, verdict
@@ -326,7 +337,7 @@ def test_a_directory_gives_the_good_files_and_names_the_bad(tmp_path: Path) -> N
     assert sorted(witnesses) == [0, 2]
     assert "rank001.wit:0:" in refused[0]
     assert "rank003.wit:0: not a regular file" in refused[1]
-    assert "already told by" in refused[2]
+    assert "already the witness of" in refused[2]
     assert refused[3] == f"{tmp_path}/rank005.wit:0: not a regular file"
     with pytest.raises(WitnessError, match="not a regular file"):
         Tail(tmp_path / "rank003.wit")

@@ -120,8 +120,8 @@ def read_lane(witness: Witness, labels: Labels, clock: SharedClock) -> Lane:
     locks: dict[int, int] = {}
     held: dict[int, int] = {}
     builds: dict[int, int] = {}
-    for _, t_ns, seq, vector, number, aux, sig, site, num_sizes, words, group, kind, _ in RECORD.iter_unpack(
-        witness.records
+    for aux, num_sizes, sig, site, words, group, kind, _, t_ns, seq, vector, number, _, _ in RECORD.iter_unpack(
+        witness.ring.records
     ):
         t_ns += shift_ns
         lane.last_ns = t_ns

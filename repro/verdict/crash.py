@@ -150,11 +150,11 @@ def _error(case: Case, failed: Sequence[int]) -> Finding:
 
 def _first_to_fail(case: Case, failed: Sequence[int]) -> int:
     """The rank whose last event is the oldest, on the wall clock that hosts share as well as they can."""
-    return min(failed, key=lambda rank: _wall_ns(case.witnesses[rank]))
+    return min(failed, key=lambda rank: _wall_ns(case.standings[rank].witness))
 
 
-def _wall_ns(witness: Witness) -> int:
-    return witness.last_event_ns() + witness.who.wall_offset_ns
+def _wall_ns(witness: Witness | None) -> int:
+    return witness.last_event_ns() + witness.who.wall_offset_ns if witness is not None else 0
 
 
 def _unseen_partners(case: Case, dead: Sequence[int]) -> list[int]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
+from dataclasses import replace
 
 from repro.layout import Identity
 from repro.verdict.case import Case
@@ -53,12 +54,14 @@ def judge(
         for rank in range(num_ranks)
     }
     notes += clock_notes + [problem for witness in usable.values() for problem in witness.problems]
-    ledger = Ledger(usable)
+    damaged = {rank for rank, witness in usable.items() if witness.damaged}
+    sound = {rank: witness for rank, witness in usable.items() if rank not in damaged}
+    ledger = Ledger(sound)
     waits = wait_graph(standings, ledger, facts.lock_holders)
     quiet_ns = [max(0, nows[rank] - witness.last_event_ns()) for rank, witness in usable.items() if witness.last]
     quiet_s = min(quiet_ns, default=0) / 1e9
     case = Case(
-        usable,
+        sound,
         standings,
         ledger,
         waits,
@@ -69,7 +72,23 @@ def judge(
         queued,
         now_s=(now_ns.get(min(now_ns, default=0), 0) if isinstance(now_ns, Mapping) else now_ns) / 1e9,
     )
-    return _decide(case, wrong_numbers)
+    return _beside_damage(_decide(case, wrong_numbers), damaged)
+
+
+def _beside_damage(verdict: Verdict, damaged: set[int]) -> Verdict:
+    """Conclude nothing against ranks whose evidence is damaged, and nothing for certain about the others."""
+    if not damaged:
+        return verdict
+    culprits = tuple(rank for rank in verdict.culprits if rank not in damaged)
+    text = f"the witness of {name_ranks(sorted(damaged))} is damaged: what else it held may change the verdict"
+    return replace(
+        verdict,
+        verdict="inconclusive" if verdict.verdict == "clean" else verdict.verdict,
+        culprits=culprits,
+        suspects=tuple(sorted({*verdict.suspects, *verdict.culprits} - {*culprits})),
+        confidence="likely" if verdict.confidence != "undecided" and culprits else "undecided",
+        evidence=(*verdict.evidence, text),
+    )
 
 
 def _one_run(witnesses: Mapping[int, Witness], num_ranks: int) -> tuple[dict[int, Witness], list[str]]:

@@ -95,11 +95,12 @@ def _read(rank: int, witness: Witness, now_ns: int) -> Standing:
     held, builds = _local_work(witness)
     last = witness.last
     blocked = _blocked_in(witness)
+    groups = [] if witness.damaged else list(enumerate(witness.groups))
     standing = Standing(
         Position(rank, "starting"),
         holds=held,
-        issued={keys[i]: group.issued for i, group in enumerate(witness.groups)},
-        left={keys[i]: group.left for i, group in enumerate(witness.groups)},
+        issued={keys[i]: group.issued for i, group in groups},
+        left={keys[i]: group.left for i, group in groups},
         host=f"{witness.who.boot_id}/{witness.who.hostname}/{witness.who.pid_namespace}",  # containers share a boot
         pid=witness.who.pid,
         witness=witness,
