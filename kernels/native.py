@@ -1,13 +1,14 @@
-"""The C++ kernels as one library: built by torch's extension loader, kept per source in a cache, loaded once.
+"""The C++ kernels as one library: built by torch's extension loader, cached by a digest of the sources, loaded once.
 
-Nothing here runs on the way of a call: `prepare` builds or loads, and until it has, the native backend is missing. The
-library lies in `folder()`, named by a digest of the sources and torch; loading it needs no compiler, and another
-compiler's is had by removing it. It is built in a private folder beside it and moved there when it is complete, so a
-failed or killed build leaves no half library, and the next one sweeps what a killed one left. One process at a time
-builds, under a lock that the system takes back from whoever dies, and that is waited for no longer than LOCK_LIMIT_S.
+`prepare` builds or loads the library; until then the native backend is missing. The file lies in `folder()`; its name
+carries a digest of the sources, the flags and torch's version, but not of the compiler: remove the file to build it
+with another one. Loading needs no compiler.
 
-The best instruction set that the processor has is picked when the library is loaded; HMR_NATIVE_ISA names another
-(INSTRUCTION_SETS).
+A build works in a private folder and moves the complete library into place, so a failed or killed build leaves no
+partial library; the next build removes a killed one's folder. One process builds at a time. The others wait on a file
+lock, which the system releases when its holder dies, for at most LOCK_LIMIT_S.
+
+Loading picks the best instruction set that the processor has; HMR_NATIVE_ISA names another (INSTRUCTION_SETS).
 """
 
 import contextlib
@@ -21,8 +22,8 @@ import logging
 import os
 import platform
 import shutil
-import subprocess
 import sys
+import sysconfig
 import tempfile
 import threading
 import time
@@ -31,8 +32,8 @@ from pathlib import Path
 from types import ModuleType
 
 import torch
+from hybrid_moe_kernels import extension
 from hybrid_moe_kernels.choices import INSTRUCTION_SETS as INSTRUCTION_SETS
-from hybrid_moe_kernels.extension import loader
 
 DTYPES = (torch.float32, torch.bfloat16)
 DEVICES = ("cpu",)
@@ -42,7 +43,7 @@ LOCK_LIMIT_S = 600.0
 """How long a process waits while another one builds."""
 
 SILENT_S = 5.0
-"""How long it does so without a word."""
+"""How long it waits before it logs for which process."""
 
 _NAME = "hybrid_moe_native"
 _FLAGS = [
@@ -71,7 +72,7 @@ def library() -> ModuleType:
 
 
 def missing() -> str:
-    """What the native backend lacks, "" for nothing."""
+    """What the native backend lacks in this process, "" for nothing."""
     return "" if _library else _error or "its library is not loaded: it is built in prepare, not when it is called"
 
 
@@ -92,8 +93,8 @@ def path() -> Path:
     digest = hashlib.sha256()
     for source in sources():
         digest.update(source.relative_to(_HERE).as_posix().encode() + b"\0" + source.read_bytes() + b"\0")
-    told = [torch.__version__, sys.implementation.cache_tag, platform.machine(), *_FLAGS]
-    digest.update("\0".join(map(str, told)).encode())
+    built_with = [torch.__version__, sys.implementation.cache_tag, platform.machine(), *_FLAGS]
+    digest.update("\0".join(map(str, built_with)).encode())
     return folder() / f"{_NAME}-{digest.hexdigest()[:16]}.so"
 
 
@@ -189,18 +190,24 @@ def _builder(place: Path) -> str:
     return "another process"
 
 
+def cannot_build() -> str:
+    """What this machine lacks to build the library, "" for nothing. Looks for programs and headers, runs none."""
+    python_h = Path(sysconfig.get_path("include"), "Python.h")
+    if not python_h.exists():
+        return f"Python's headers are not installed: there is no {python_h} (Debian: apt-get install python3-dev)"
+    return extension.missing()
+
+
 def build(target: Path) -> None:
     """Compile and link into `target`. Raises BuildFailed, OSError."""
-    if not _compiler_runs():
-        raise BuildFailed(f"there is no C++ compiler ({_compiler()!r} does not run; CXX names another)")
+    if lack := cannot_build():
+        raise BuildFailed(lack)
     for left in target.parent.glob(f".{_NAME}+*"):  # by a build that was killed, as there is no other now
         shutil.rmtree(left, ignore_errors=True)
     private = Path(tempfile.mkdtemp(prefix=f".{_NAME}+{platform.node()}+{os.getpid()}+", dir=target.parent))
     said = io.StringIO()
     try:
-        with loader() as cpp_extension, contextlib.redirect_stdout(said):
-            if not cpp_extension.is_ninja_available():
-                raise BuildFailed("the program ninja, which builds it, is not installed (pip install ninja)")
+        with extension.loader() as cpp_extension, contextlib.redirect_stdout(said):
             cpp_extension.JIT_EXTENSION_VERSIONER.entries.pop(_NAME, None)  # it would give a second build another name
             cpp_extension.load(
                 _NAME,
@@ -212,8 +219,6 @@ def build(target: Path) -> None:
                 is_standalone=False,
             )
         os.replace(private / f"{_NAME}.so", target)
-    except BuildFailed:
-        raise
     except RuntimeError as error:
         lines = [line.strip() for line in f"{error}\n{said.getvalue()}".splitlines() if "error" in line.lower()]
         raise BuildFailed(f"the build failed: {lines[1] if len(lines) > 1 else error}") from None
@@ -233,14 +238,3 @@ def _load(target: Path, isa: str) -> ModuleType:
             raise ValueError(f"HMR_NATIVE_ISA: {isa!r} is not one of this processor's: {has}")
         module.use_instruction_set(isa)
     return module
-
-
-def _compiler() -> str:
-    return os.environ.get("CXX", "c++")
-
-
-def _compiler_runs() -> bool:
-    try:
-        return subprocess.run([_compiler(), "--version"], capture_output=True, timeout=120).returncode == 0
-    except (OSError, subprocess.TimeoutExpired):
-        return False

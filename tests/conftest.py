@@ -1,26 +1,76 @@
-"""What holds for all tests, and the one run that compiles for them."""
+"""What holds for all tests: their environment, and what is compiled once for them."""
+
+from __future__ import annotations
 
 import gc
 import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from typing import Any
 
+import environment
 import pytest
 
-# Before torch is imported, and for the processes that tests start: threads that wait for each other are most of the
-# time of small tensors, and a rank that is forked finds none of its parent's.
-os.environ.setdefault("OMP_NUM_THREADS", "1")
-os.environ.setdefault("HMR_KERNEL_CHECKS", "1")  # also of the calls that a model makes
+HOME, BUILD = pytest.StashKey[str](), pytest.StashKey[Any]()
 
 
-def pytest_collection_finish() -> None:
-    """Modules and tests are no garbage: looking through them takes time, and makes ranks copy their pages."""
+def pytest_configure(config: pytest.Config) -> None:
+    """Before any test module, and so torch, is imported."""
+    config.stash[HOME] = tempfile.mkdtemp(prefix="home-of-tests-")
+    environment.settle(config.stash[HOME])
+
+
+def pytest_unconfigure(config: pytest.Config) -> None:
+    if build := config.stash.get(BUILD, None):
+        build.end()
+    shutil.rmtree(config.stash[HOME], ignore_errors=True)
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Tests of the native library run last, while it is built beside the others; the first of them may wait for it."""
+    items.sort(key=needs_native_library)
+    for first in filter(needs_native_library, items):
+        from hybrid_moe_kernels import native
+
+        first.add_marker(pytest.mark.timeout(native.LOCK_LIMIT_S + 60))
+        break
+
+
+def needs_native_library(item: pytest.Item) -> bool:
+    return "native_library" in getattr(item, "fixturenames", ())
+
+
+def pytest_collection_finish(session: pytest.Session) -> None:
+    """Start the build. Then spare the garbage collector the modules and tests, which are none: looking through them
+    takes time, and makes ranks copy their pages."""
+    if any(map(needs_native_library, session.items)) and not session.config.option.collectonly:
+        from hybrid_moe_kernels import native
+        from native_build import NativeBuild
+
+        if not native.cannot_build():
+            session.config.stash[BUILD] = NativeBuild()
     gc.collect()
     gc.freeze()
 
 
 @pytest.fixture(scope="session")
-def cold_run(tmp_path_factory):
+def native_library() -> Any:
+    """The loaded library of native kernels; skips on a machine that cannot compile, and fails where a build does."""
+    from hybrid_moe_kernels import native
+
+    if lack := native.cannot_build():
+        pytest.skip(f"native kernels: {lack}")
+    if error := native.prepare():
+        pytest.fail(f"native kernels: {error}")
+    return native.library()
+
+
+@pytest.fixture(scope="session")
+def cold_run(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Any, ...]]:
     """The one run that compiles: its directory, verdict, notices and cache, which is the warm one of the others."""
-    from building import small  # not before the environment above is set
+    from building import small
     from forked import run_forked
 
     out, noticed = tmp_path_factory.mktemp("cold"), []

@@ -15,21 +15,9 @@ from dataclasses import dataclass, field, replace
 from types import ModuleType
 from typing import Any
 
-import pytest
 import torch
-from hybrid_moe_kernels import native
 from hybrid_moe_kernels.registry import Op
 from torch import Tensor
-
-
-def need_native(request: pytest.FixtureRequest) -> None:
-    """Skip where there is no native library. The full suite builds it, which takes half a minute; the default one takes
-    what is there.
-    """
-    if "not full" in str(request.config.getoption("markexpr")) and not native.path().exists():
-        pytest.skip("native kernels: the library is not built yet, make test-all builds it")
-    if lack := native.prepare():
-        pytest.skip(f"native kernels: {lack}")
 
 
 @dataclass
@@ -143,11 +131,25 @@ def reference(case: Case, dtype: torch.dtype) -> Result:
     return call(case, module_of(case, "reference"), dtype, "cpu")
 
 
-def check(case: Case, module: Any, dtype: torch.dtype, device: str = "cpu", gap: int = 16) -> None:
-    """float32: within 5e-6 of float64. bfloat16: at most 1.2 times as far from it as the reference in bfloat16, 1.5
+def expected(case: Case, dtype: torch.dtype) -> tuple[Result, Result]:
+    """The reference's results in float64 and in `dtype`: what `check` compares with."""
+    return reference(case, torch.float64), reference(case, dtype)
+
+
+def check(
+    case: Case,
+    module: Any,
+    dtype: torch.dtype,
+    device: str = "cpu",
+    gap: int = 16,
+    results: tuple[Result, Result] | None = None,
+) -> None:
+    """Compare the module's results with `expected(case, dtype)`, which a caller of many modules computes once.
+
+    float32: within 5e-6 of float64. bfloat16: at most 1.2 times as far from it as the reference in bfloat16, 1.5
     times for results of fewer than 2,000 numbers, which round by luck. Fewer than 100 different numbers may be what
     large ones leave when they cancel: they are allowed four times what a rounding of the arguments does to them."""
-    want, theirs = reference(case, torch.float64), reference(case, dtype)
+    want, theirs = results or expected(case, dtype)
     op_of(case).check(*case.inputs(dtype, device, gap), **case.options)
     got = call(case, module, dtype, device, gap)
     for number, (mine, yours, right) in enumerate(zip(got, theirs, want, strict=True)):

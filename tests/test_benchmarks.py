@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hybrid_moe_kernels import native
 
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
 pytestmark = [pytest.mark.full, pytest.mark.timeout(600)]
@@ -29,9 +28,8 @@ def load(path: Path) -> dict[str, Any]:
     return document
 
 
+@pytest.mark.usefixtures("native_library")
 def test_kernels_on_a_cpu(tmp_path) -> None:
-    if native.prepare():
-        pytest.skip(f"native kernels: {native.missing()}")
     path = tmp_path / "kernels.json"
     run("bench_kernels.py", "--only", "rope", "--budget", "0.001", "--threads", "1", "--json", path)
     rows = load(path)["rows"]
@@ -42,9 +40,8 @@ def test_kernels_on_a_cpu(tmp_path) -> None:
         assert (tmp_path / "kernels_ratio.svg").exists() and (tmp_path / "kernels_roofline.svg").exists()
 
 
-def test_a_wrong_kernel_is_not_timed(tmp_path) -> None:
-    if native.prepare():
-        pytest.skip(f"native kernels: {native.missing()}")
+@pytest.mark.usefixtures("native_library")
+def test_a_wrong_kernel_is_not_timed() -> None:
     code = f"""
 import sys; sys.path.insert(0, {str(BENCHMARKS)!r}); sys.argv = ["bench", "--only", "linear", "--dtype", "f32"]
 import bench_kernels

@@ -1,6 +1,5 @@
 """The C++ kernels against the definitions in float64, for every instruction set that this processor has.
 
-The full suite builds the library, once per source, into the user's cache; without it all are skipped by name.
 Lengths and sizes are drawn by hypothesis: few here, HMR_CASES of each op under `full`.
 """
 
@@ -34,24 +33,25 @@ CASES = {case.op: case for case in cases.SMALL + cases.WITHOUT_TRITON if case.op
 
 
 @pytest.fixture(scope="module")
-def library(request: pytest.FixtureRequest) -> Any:
-    cases.need_native(request)
-    best, num_threads = native.library().instruction_set(), torch.get_num_threads()
+def library(native_library: Any) -> Any:
+    best, num_threads = native_library.instruction_set(), torch.get_num_threads()
     torch.set_num_threads(1)  # on a busy machine, threads that wait for each other are most of the time
     max_rows, linear_native.MAX_ROWS = linear_native.MAX_ROWS, dict.fromkeys(native.DTYPES, 1 << 62)
-    yield native.library()
+    yield native_library
     linear_native.MAX_ROWS = max_rows
     torch.set_num_threads(num_threads)
-    native.library().use_instruction_set(best)
+    native_library.use_instruction_set(best)
 
 
 def check(case: cases.Case, library: Any, gap: int) -> None:
     torch.set_num_threads(1 + case.seed % 2)
-    for isa in library.instruction_sets():
-        library.use_instruction_set(isa)
-        for dtype in native.DTYPES:
+    for dtype in native.DTYPES:
+        rounded = case.rounded(dtype)
+        results = cases.expected(rounded, dtype)
+        for isa in library.instruction_sets():
+            library.use_instruction_set(isa)
             try:
-                cases.check(case.rounded(dtype), module_of(case, "native"), dtype, gap=gap)
+                cases.check(rounded, module_of(case, "native"), dtype, gap=gap, results=results)
             except AssertionError as error:
                 raise AssertionError(f"{isa}: {error}") from None
 

@@ -18,7 +18,6 @@ from pathlib import Path
 
 import pytest
 from hybrid_moe_kernels import native, registry
-from kernel_cases import need_native
 
 from hybrid_moe_ref.__main__ import main
 
@@ -27,6 +26,7 @@ BROKEN = 'echo "x.cpp:1: error: broken"; exit 1'
 
 @pytest.fixture(autouse=True)
 def nothing_loaded(monkeypatch) -> None:
+    """As in a process that has not prepared anything."""
     for name, value in {"_library": None, "_error": "", "_failed": None}.items():
         monkeypatch.setattr(native, name, value)
 
@@ -39,12 +39,9 @@ def script(folder: Path, body: str) -> str:
     return str(path)
 
 
-def ninja() -> str:
-    beside = Path(sys.executable).with_name("ninja")
-    found = str(beside) if beside.exists() else shutil.which("ninja")
-    if found is None:
-        pytest.skip("native kernels: ninja is not installed")
-    return found
+def need_build_tools() -> None:
+    if lack := native.cannot_build():
+        pytest.skip(f"native kernels: {lack}")
 
 
 @pytest.fixture
@@ -53,17 +50,13 @@ def cache(tmp_path, monkeypatch) -> Path:
     return tmp_path / "cache"
 
 
-def test_a_library_that_is_there_needs_no_compiler(monkeypatch, request) -> None:
-    need_native(request)
-    monkeypatch.setattr(native, "_library", None)
+def test_a_library_that_is_there_needs_no_compiler(native_library, monkeypatch) -> None:
     monkeypatch.setenv("CXX", "no-such-compiler")
     assert native.prepare() == ""
 
 
-def test_an_instruction_set_that_is_not_here_is_one_line(monkeypatch, request) -> None:
-    need_native(request)
-    assert set(native.library().instruction_sets()) <= set(native.INSTRUCTION_SETS)
-    monkeypatch.setattr(native, "_library", None)
+def test_an_instruction_set_that_is_not_here_is_one_line(native_library, monkeypatch) -> None:
+    assert set(native_library.instruction_sets()) <= set(native.INSTRUCTION_SETS)
     monkeypatch.setattr(native, "INSTRUCTION_SETS", (*native.INSTRUCTION_SETS, "avx10"))
     monkeypatch.setenv("HMR_NATIVE_ISA", "avx10")
     assert native.prepare().startswith("HMR_NATIVE_ISA: 'avx10' is not one of this processor's: generic")
@@ -80,8 +73,8 @@ def test_an_unknown_instruction_set_is_refused_before_a_build(cache, monkeypatch
 
 
 def test_a_failed_build_is_not_tried_again(tmp_path, cache, monkeypatch) -> None:
-    ninja()
     monkeypatch.setenv("CXX", script(tmp_path, BROKEN))
+    need_build_tools()
     assert native.prepare() == "the build failed: x.cpp:1: error: broken"
     calls = (tmp_path / "calls").read_text()
     assert native.prepare() == "the build failed: x.cpp:1: error: broken"
@@ -90,9 +83,9 @@ def test_a_failed_build_is_not_tried_again(tmp_path, cache, monkeypatch) -> None
 
 
 def test_a_second_build_in_one_process_works_with_the_ninja_beside_this_python(tmp_path, monkeypatch) -> None:
-    real = ninja()
-    if shutil.which(native._compiler()) is None:
-        pytest.skip("there is no C++ compiler")
+    need_build_tools()
+    beside_this_python = Path(sys.executable).with_name("ninja")
+    real = beside_this_python if beside_this_python.exists() else shutil.which("ninja")
     (tmp_path / "cpp").mkdir()
     (tmp_path / "cpp" / "small.cpp").write_text("int small = 1;\n")
     monkeypatch.setattr(native, "_HERE", tmp_path)
@@ -112,8 +105,8 @@ def test_a_second_build_in_one_process_works_with_the_ninja_beside_this_python(t
 
 
 def test_what_a_killed_build_left_is_swept_by_the_next(tmp_path, cache, monkeypatch) -> None:
-    ninja()
     monkeypatch.setenv("CXX", script(tmp_path, "exec sleep 2"))
+    need_build_tools()
     child = os.fork()
     if child == 0:
         native.prepare()
@@ -187,13 +180,19 @@ print(round(norm.rms_norm(torch.ones(2, 4), torch.zeros(4), 1e-6).sum().item()),
 def test_without_a_compiler_torch_runs_and_one_line_says_so(tmp_path) -> None:
     done = run_python(CALL, HMR_KERNELS="native", HMR_NATIVE_DIR=str(tmp_path), CXX="no-such-compiler")
     assert (done.returncode, done.stdout) == (0, "8 torch\n"), done.stderr
-    assert done.stderr.count("\n") == 1 and "there is no C++ compiler ('no-such-compiler'" in done.stderr
+    assert done.stderr.count("\n") == 1 and "there is no C++ compiler no-such-compiler" in done.stderr
+
+
+def test_without_pythons_headers_nothing_is_compiled_and_one_line_says_so(tmp_path, cache, monkeypatch) -> None:
+    monkeypatch.setattr("sysconfig.get_path", lambda name: str(tmp_path / name))
+    monkeypatch.setenv("CXX", script(tmp_path, BROKEN))
+    assert native.prepare().startswith(f"Python's headers are not installed: there is no {tmp_path}/include/Python.h")
+    assert list(cache.iterdir()) == [] and not (tmp_path / "calls").exists()
 
 
 @pytest.mark.full
 def test_a_failed_build_leaves_nothing_behind(tmp_path) -> None:
-    if shutil.which("ninja") is None:
-        pytest.skip("native kernels: ninja is not installed")
+    need_build_tools()
     compiler = tmp_path / "g++"
     compiler.write_text(
         '#!/bin/sh\n[ "$1" = --version ] && echo broken 1.0 && exit 0\necho "x.cpp:1: error: broken"\nexit 1\n'
@@ -210,9 +209,8 @@ def test_a_failed_build_leaves_nothing_behind(tmp_path) -> None:
 @pytest.mark.skipif(platform.machine() != "x86_64", reason="AMX is of x86")
 def test_products_by_amx_are_right_where_its_instructions_are_emulated(tmp_path: Path) -> None:
     """With the address sanitizer: what is read or written beyond rows ends the program."""
+    need_build_tools()
     compiler, source = os.environ.get("CXX", "c++"), Path(__file__).with_name("amx_emulated.cpp")
-    if shutil.which(compiler) is None:
-        pytest.skip("there is no C++ compiler")
     program = tmp_path / "amx_emulated"
     flags = [
         "-O1",

@@ -14,7 +14,6 @@ from typing import Any
 import pytest
 import torch
 from hybrid_moe_kernels import native, norm, registry
-from kernel_cases import need_native
 from ranks import run_ranks
 
 from hybrid_moe_ref.engine.lifecycle import Engine
@@ -192,8 +191,8 @@ def test_a_long_build_at_the_first_call_is_one_line_and_so_is_a_failed_one(monke
 
 
 @pytest.mark.full
-def test_the_environment_variable_is_enough_for_a_model_of_the_python_interface(request) -> None:
-    need_native(request)
+@pytest.mark.usefixtures("native_library")
+def test_the_environment_variable_is_enough_for_a_model_of_the_python_interface() -> None:
     code = """
 import torch
 from hybrid_moe_kernels import registry
@@ -207,9 +206,8 @@ print(sorted(name for name, backend in registry.table().items() if backend != "n
 
 
 @pytest.mark.full  # ranks, each with a library to load
+@pytest.mark.usefixtures("native_library")
 def test_the_engine_prepares_native_kernels_and_serves_the_same_tokens(tmp_path, monkeypatch) -> None:
-    if native.prepare():
-        pytest.skip(f"native kernels: {native.missing()}")
     engine = dataclasses.replace(DEFAULT_ENGINE, dtype="float32")  # native kernels know no float64
     settings = RunSettings("metadata_rebuild", "control", num_ranks=2, engine=engine)
 

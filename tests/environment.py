@@ -1,0 +1,32 @@
+"""The environment of the tests and of the processes that they start: the same on every machine."""
+
+from __future__ import annotations
+
+import os
+
+OPTIONS = ("HMR_CASES", "HMR_LIVE_REPEATS", "HMR_SCENARIO_SEEDS")
+"""Variables with which a user makes the tests more thorough."""
+
+FIXED = {
+    "HMR_KERNEL_CHECKS": "1",  # also of the calls that a model makes
+    "LC_ALL": "C",  # what compilers and the system say is compared with English text
+    "OMP_NUM_THREADS": "1",  # threads that wait for each other are most of the time of small tensors
+    "TERM": "xterm-256color",
+}
+
+DROPPED = (
+    *("COLUMNS", "LINES", "NO_COLOR", "FORCE_COLOR", "CLICOLOR", "CLICOLOR_FORCE"),
+    *("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "GROUP_RANK", "MASTER_ADDR", "MASTER_PORT"),
+)
+DROPPED_PREFIXES = ("HMR_", "TORCH", "TRITON_", "XDG_")
+
+
+def settle(home: str) -> None:
+    """Give this process and its children the environment of the tests, with ``home``, an empty folder, as HOME.
+
+    Call it before torch is imported: torch reads some variables then.
+    """
+    for name in list(os.environ):
+        if name in DROPPED or (name.startswith(DROPPED_PREFIXES) and name not in OPTIONS):
+            del os.environ[name]
+    os.environ |= FIXED | {"HOME": home}

@@ -1,0 +1,29 @@
+"""The library of native kernels, built once a session by a process that runs beside the tests."""
+
+from __future__ import annotations
+
+import contextlib
+import subprocess
+import sys
+
+import psutil
+
+_BUILD = "from hybrid_moe_kernels import native; native.prepare()"
+_END_S = 10
+
+
+class NativeBuild:
+    """A process that builds the library into the cache below HOME. What it does not complete, `native.prepare` does.
+
+    It is no child of this process: some tests end or count the children that they find.
+    """
+
+    def __init__(self) -> None:
+        detached = ["sh", "-c", '"$@" >/dev/null 2>&1 & echo $!', "sh", sys.executable, "-c", _BUILD]
+        self._process = psutil.Process(int(subprocess.check_output(detached)))
+
+    def end(self) -> None:
+        """End the process, and with it its compilers."""
+        with contextlib.suppress(psutil.Error):
+            self._process.terminate()
+            self._process.wait(_END_S)
