@@ -4,6 +4,7 @@
 tokens to attend to, K KV heads, D head dim, C conv channels, W remembered conv inputs.
 """
 
+import weakref
 from dataclasses import dataclass, field
 
 import torch
@@ -31,11 +32,16 @@ class CacheExhausted(RuntimeError):
 
 @dataclass(eq=False)
 class Sequence:
-    """A cached sequence: how many tokens it has seen, and its pages in each layer group."""
+    """A cached sequence: how many tokens it has seen, and its pages in each layer group. One that nobody refers to any
+    more gives its pages back."""
 
     cache: "HybridCache"
     pages: list[list[int]] = field(default_factory=list)
     length: int = 0
+
+    def __post_init__(self) -> None:
+        self.release = weakref.finalize(self, self.cache._give_back, self.pages)
+        self.release.atexit = False
 
 
 @dataclass(frozen=True, eq=False)
@@ -146,7 +152,6 @@ class HybridCache:
         ]
         self.device = self.buffers[0].device
         self._free = list(reversed(range(num_pages)))
-        self._live: set[int] = set()
         # views[g][i]: the storage of layer i of group g, as that layer reads it
         self._views = [
             [self._view(group.kind, self.buffers[i]) for i in range(len(group.layers))] for group in self.layout.groups
@@ -169,15 +174,15 @@ class HybridCache:
         """A new, empty sequence. Its recurrent states are taken now, KV pages as tokens come."""
         counts = [0 if group.kind == "A" else 1 for group in self.layout.groups]
         self._need(sum(counts), "a new sequence")
-        sequence = Sequence(self, [self._take(count) for count in counts])
-        self._live.add(id(sequence))
-        return sequence
+        return Sequence(self, [self._take(count) for count in counts])
 
     def free(self, sequence: Sequence) -> None:
         """Give the sequence's pages back; it cannot be used any more."""
         self._check(sequence)
-        self._live.remove(id(sequence))
-        for pages in sequence.pages:
+        sequence.release()
+
+    def _give_back(self, pages_of_group: list[list[int]]) -> None:
+        for pages in pages_of_group:
             self._free.extend(reversed(pages))
             pages.clear()
 
@@ -189,7 +194,6 @@ class HybridCache:
         for source, target in zip(sequence.pages, copy.pages, strict=True):
             for buffer in self.buffers:
                 buffer[target] = buffer[source]
-        self._live.add(id(copy))
         return copy
 
     def snapshot(self, sequence: Sequence) -> Snapshot:
@@ -285,7 +289,7 @@ class HybridCache:
     def _check(self, sequence: Sequence) -> None:
         if sequence.cache is not self:
             raise ValueError("the sequence belongs to another cache")
-        if id(sequence) not in self._live:
+        if not sequence.release.alive:
             raise ValueError("the sequence was freed")
 
     def _need(self, count: int, what: str) -> None:

@@ -173,7 +173,8 @@ def _generate_on_ranks(args: argparse.Namespace, ids: list[int], show: Callable[
         num_drafts=args.drafts,
         mode=args.mode or "eager",
     )
-    rank = sizes_of_a_rank(config, parallel, getattr(torch, engine.dtype))
+    served = config if args.drafts else dataclasses.replace(config, num_mtp_layers=0)
+    rank = sizes_of_a_rank(served, parallel, getattr(torch, engine.dtype))
     num_pages = cache_layout(rank.config, rank.dtype).pages_for(len(ids) + args.max_new_tokens)
     check_memory(rank, num_pages, args.device, parallel.world_size)
     server = ServerConfig(

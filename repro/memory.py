@@ -41,7 +41,7 @@ def shortage_of(settings: RunSettings) -> str:
         return ""
     server = settings.server()
     try:
-        rank = sizes_of_a_rank(server.model, server.parallel, getattr(torch, server.engine.dtype))
+        rank = sizes_of_a_rank(server.served_model, server.parallel, getattr(torch, server.engine.dtype))
         memory.check_memory(rank, server.engine.num_pages, "cpu", settings.num_ranks)
     except ConfigError as error:
         return str(error)

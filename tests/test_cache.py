@@ -132,6 +132,18 @@ def test_a_failed_step_leaves_the_cache_usable(monkeypatch: pytest.MonkeyPatch) 
     assert cache.num_free_pages == cache.num_pages
 
 
+def test_a_sequence_that_nobody_refers_to_gives_its_pages_back() -> None:
+    cache = HybridCache(SMALL, 20)
+    kept, dropped = cache.allocate(), cache.allocate()
+    copy = cache.fork(dropped)
+    assert cache.num_free_pages == 20 - 3 * 6
+    del dropped, copy
+    assert cache.num_free_pages == 20 - 6
+    cache.free(kept)
+    del kept
+    assert cache.num_free_pages == 20 and sorted(cache._free) == list(range(20)), "each page came back once"
+
+
 def test_misuse_is_a_clear_error() -> None:
     cache, other = HybridCache(SMALL, 20), HybridCache(SMALL, 20)
     model = HybridMoE(SMALL, device="meta").init_weights(0)

@@ -6,15 +6,17 @@ import dataclasses
 
 import pytest
 import torch
+from hybrid_moe_kernels import extension as kernel_extension
 from ranks import run_ranks
 
-from hybrid_moe_ref.config import EngineConfig
+from hybrid_moe_ref.config import ConfigError, EngineConfig
+from hybrid_moe_ref.engine.builds import KernelBuilds
 from hybrid_moe_ref.engine.lifecycle import Engine, PrepareFailed
 from hybrid_moe_ref.engine.plan import AgreedStep, StepPlan, StepSchedules, resolve
 from hybrid_moe_ref.engine.policies import Policies, StepAgreement
 from hybrid_moe_ref.engine.runner import ModelRunner
 from hybrid_moe_ref.engine.scheduler import Request, Scheduler, live_ranks
-from hybrid_moe_ref.engine.server_config import ServerConfig
+from hybrid_moe_ref.engine.server_config import ServerConfig, configuration_differences
 from hybrid_moe_ref.layers.mixer import Mixer
 from hybrid_moe_ref.layers.moe import Experts
 from hybrid_moe_ref.model import HybridMoE
@@ -137,13 +139,91 @@ def start_and_catch(tmp_path, config_of, sabotage=lambda rank, engine_class: Non
     return run_ranks(2, tmp_path, run)
 
 
-def small(seed=0):
-    return RunSettings("metadata_rebuild", num_ranks=2, seed=seed).server()
+SMALL = {"layer_pattern": "GA", "num_experts": 8, "num_experts_per_tok": 2}
 
 
-def test_a_rank_configured_differently_stops_all_ranks_before_the_first_step(tmp_path):
-    told = start_and_catch(tmp_path, lambda rank: small(seed=rank))
-    assert told[0] == told[1] and "configured differently" in told[0]
+def small(seed=0, **document):
+    flags = {"scenario": "metadata_rebuild", "num_ranks": 2, "seed": seed}
+    defaults = {"model": SMALL, "engine": {"unfinished_interval": 4}}
+    return RunSettings.from_document({**defaults, **document}, flags, "").server()
+
+
+def test_ranks_configured_differently_all_stop_before_the_first_step_and_name_the_values(tmp_path):
+    def config(rank):
+        server = small(seed=rank)
+        return dataclasses.replace(server, engine=dataclasses.replace(server.engine, num_pages=64 - rank))
+
+    words = "engine.num_pages is 64 on rank 0 and 63 on rank 1; seed is 0 on rank 0 and 1 on rank 1"
+    message = f"the ranks are configured differently: {words}: start every rank with the same configuration"
+    assert start_and_catch(tmp_path, config) == [message] * 2
+
+
+def test_ranks_may_keep_their_files_in_different_folders(tmp_path):
+    def checkpoint(folder, last):
+        folder.mkdir()
+        (folder / "config.json").write_text("{}")
+        (folder / "model.safetensors").write_bytes(b"weights" * 10_000 + last)
+        return str(folder)
+
+    def config(folder, cache_dir):
+        server = dataclasses.replace(small(), checkpoint=folder)
+        return dataclasses.replace(server, engine=dataclasses.replace(server.engine, cache_dir=cache_dir))
+
+    one, other = (config(checkpoint(tmp_path / name, b"1"), f"/{name}") for name in ("one", "other"))
+    assert one.digest() == other.digest()
+    trained_on = config(checkpoint(tmp_path / "trained on", b"2"), "")
+    (difference,) = configuration_differences([one.shared_text(), trained_on.shared_text()]).split("; ")
+    assert difference.startswith('checkpoint is "'), difference
+
+
+def test_a_communicator_is_reused_after_success_and_refused_after_a_stop(tmp_path):
+    config = dataclasses.replace(small(), checks="agree")
+
+    def run(rank, store):
+        comm = Communicator.connect(config.parallel, rank, store=store, timeout_s=30)
+        Engine(config, comm).serve([])
+        engine = Engine(config, comm)
+        with pytest.raises((ConfigError, ScheduleMismatch)) as first:
+            engine.serve([Request("a", (), 1)] if rank else [])
+        with pytest.raises(ScheduleMismatch) as again:
+            engine.serve([])
+        with pytest.raises(RuntimeError) as reused:
+            Engine(config, comm)
+        return type(first.value), str(again.value), str(reused.value)
+
+    message = "rank 1 failed: ConfigError: request a: prompt of 0 tokens; at least 1 is needed"
+    refusal = f"this communicator was stopped ({message}): connect a new one"
+    assert run_ranks(2, tmp_path, run) == [(kind, message, refusal) for kind in (ScheduleMismatch, ConfigError)]
+
+
+def test_each_of_two_engines_in_a_process_loads_modules_by_its_own_policies(tmp_path):
+    class Noted(KernelBuilds):
+        def __init__(self):
+            self.uses = []
+
+        def first_use(self, extension, place):
+            self.uses.append(extension)
+
+    def run(rank, store):
+        comm = Communicator.connect(small().parallel, rank, store=store, timeout_s=30)
+        builds = [Noted(), Noted()]
+        engines = [Engine(small(), comm, Policies(builds=each)) for each in builds]
+        engines[0].serve([])
+        kernel_extension._first_use[0]("module")
+        return [each.uses for each in builds]
+
+    assert run_ranks(2, tmp_path, run) == [[["module"], []]] * 2
+
+
+@pytest.mark.parametrize("num_drafts", [0, 1])
+def test_the_draft_layer_is_held_only_where_something_drafts(tmp_path, num_drafts):
+    server = small(model={**SMALL, "num_mtp_layers": 1}, engine={"num_drafts": num_drafts})
+
+    def run(rank, store):
+        engine = Engine(server, Communicator.connect(server.parallel, rank, store=store, timeout_s=30))
+        return len(engine.model.draft_blocks), any("mtp" in name for name, _ in engine.model.named_parameters())
+
+    assert run_ranks(2, tmp_path, run) == [(num_drafts, bool(num_drafts))] * 2
 
 
 def test_a_rank_that_cannot_prepare_stops_all_ranks_with_its_error(tmp_path):

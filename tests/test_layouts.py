@@ -76,7 +76,10 @@ OTHER_REQUESTS = {
 
 
 @pytest.mark.parametrize("checks", ["agree", pytest.param("strict", marks=pytest.mark.full)])
-@pytest.mark.parametrize("other", OTHER_REQUESTS)
+@pytest.mark.parametrize(
+    "other",
+    [pytest.param(name, marks=[pytest.mark.full] * (name in ("another id", "none"))) for name in OTHER_REQUESTS],
+)
 @pytest.mark.parametrize(("dp_size", "tp_size"), [(2, 2), pytest.param(1, 8, marks=pytest.mark.full)])
 def test_a_tp_rank_that_is_given_other_requests_stops_all_ranks_before_the_first_layer(
     tmp_path, dp_size, tp_size, other, checks

@@ -43,7 +43,7 @@ from hybrid_moe_ref.engine.policies import NewTokens, Policies
 from hybrid_moe_ref.engine.refusal import preflight
 from hybrid_moe_ref.engine.runner import ModelRunner
 from hybrid_moe_ref.engine.scheduler import Request, Running, Scheduler
-from hybrid_moe_ref.engine.server_config import ServerConfig
+from hybrid_moe_ref.engine.server_config import ServerConfig, configuration_differences
 from hybrid_moe_ref.model import HybridMoE
 from hybrid_moe_ref.pages import PageLayout
 from hybrid_moe_ref.parallel.comm import Communicator
@@ -87,6 +87,7 @@ class Engine:
         self.comm = comm
         self._policies = policies or Policies()
         self._num_steps = 0
+        comm.begin_use()
         try:
             self._start()
         except PrepareFailed:
@@ -121,15 +122,20 @@ class Engine:
     def _load(self) -> tuple[HybridMoE, ModelRunner]:
         """The model is cut while it has no memory yet, so no rank ever holds the whole."""
         dtype = getattr(torch, self.config.engine.dtype)
-        model = HybridMoE(self.config.model, device="meta", dtype=dtype)
+        model = HybridMoE(self.config.served_model, device="meta", dtype=dtype)
         context = apply_layout(model, self.comm, self.config.parallel, self._policies.dispatch, self._policies.adder)
         self._extensions = apply_backends(model, self.config.engine, self.comm.device)
-        on_first_use(lambda extension: self._policies.builds.first_use(extension, self._build_place()))
+        self._take_first_uses()
         if self.config.checkpoint:
             checkpoint.load_weights(model, self.config.checkpoint, self.comm.device)
         else:
             model.init_weights(self.config.seed, device=self.comm.device)
         return model, ModelRunner(model, context, self.comm, self._policies, self.config)
+
+    def _take_first_uses(self) -> None:
+        """From here on modules that this process uses for the first time are loaded as this engine's policies say,
+        whichever engines were started in this process after it."""
+        on_first_use(lambda extension: self._policies.builds.first_use(extension, self._build_place()))
 
     def _page_setup(self) -> PageLayout:
         layout = cache_layout(self.model.config, getattr(torch, self.config.engine.dtype))
@@ -188,9 +194,10 @@ class Engine:
         ballot = torch.tensor([rank if error else num_ranks, digest, -digest])
         first_failed, lowest, negative_highest = self._over_all_ranks(ballot, "min", "vote")
         if lowest != -negative_highest:
+            texts = self.comm.all_gather_text(self.comm.everyone, self.config.shared_text(), layer="configuration")
+            differences = configuration_differences(texts)
             raise PrepareFailed(
-                f"{CONFIGURED_DIFFERENTLY} (model, parallel, engine or seed): "
-                "start every rank with the same configuration"
+                f"{CONFIGURED_DIFFERENTLY}: {differences}: start every rank with the same configuration"
             )
         if first_failed < num_ranks:
             words = (
@@ -251,6 +258,8 @@ class Engine:
         Returns the new tokens of each request by its id.
         """
         self.comm.observer.phase("serve")
+        self.comm.check_running()
+        self._take_first_uses()
         self.comm.limit_waits(self.config.engine.collective_limit_s)
         try:
             return self._serve(requests, on_token)

@@ -81,6 +81,7 @@ class Communicator:
         self._watchdog = Watchdog(rank, self._halt)
         self._meeting: StorePreflight | None = None
         self._hear: Callable[[Collective], None] | None = None
+        self._was_used = False
         self.guard = ScheduleGuard(rank, self._halt)
         self._groups = groups
         self._members = {name: tuple(dist.get_process_group_ranks(group)) for name, group in groups.items()}
@@ -175,6 +176,22 @@ class Communicator:
     def stopped_by(self) -> str:
         """What a rank said that stopped the job, "" while none did."""
         return str(self._halt.heard() or "")
+
+    def begin_use(self) -> None:
+        """An engine starts on these groups.
+
+        Raises RuntimeError when an earlier engine on them was stopped: what it left unfinished in a group would pair
+        with the first collectives of this one.
+        """
+        message = self.stopped_by() if self._was_used else ""
+        if message:
+            raise RuntimeError(f"this communicator was stopped ({message}): connect a new one")
+        self._was_used = True
+
+    def check_running(self) -> None:
+        """Raises the error with which a rank stopped the job, if one did."""
+        if error := self._halt.heard():
+            raise error
 
     def start_watchdog(self) -> None:
         """From here on a rank that waits looks whether the others still live. On NCCL, where a wait only orders
