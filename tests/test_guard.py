@@ -23,10 +23,9 @@ from hybrid_moe_ref.parallel.guard import (
     PeerLost,
     ScheduleGuard,
     ScheduleMismatch,
-    first_difference,
-    schedule_hash,
 )
 from hybrid_moe_ref.parallel.observer import Collective, ScheduleEntry
+from hybrid_moe_ref.parallel.schedule import first_difference, schedule_hash
 from hybrid_moe_ref.parallel.watchdog import RollCall, Watchdog
 from repro.settings import RunSettings
 

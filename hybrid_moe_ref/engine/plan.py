@@ -7,8 +7,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 from hybrid_moe_ref.parallel.observer import ScheduleEntry
+from hybrid_moe_ref.parallel.schedule import schedule_hash
 
 EAGER = 0
 GRAPH = 1
@@ -108,7 +110,7 @@ def _parts(number: int) -> list[int]:
 
 @dataclass(frozen=True)
 class StepSchedules:
-    """The collectives that each kind of step of one rank issues, in order.
+    """The collectives that each kind of step of one rank issues, in order. Each is made once.
 
     group    the ranks that agree on a step
     forward  those of one forward pass
@@ -119,6 +121,7 @@ class StepSchedules:
     forward: tuple[ScheduleEntry, ...] = ()
     drafts: tuple[ScheduleEntry, ...] = ()
 
+    @cached_property
     def agreement(self) -> tuple[ScheduleEntry, ...]:
         """What every step begins with."""
         return (ScheduleEntry(self.group, "all_reduce", STEP_AGREEMENT),)
@@ -126,12 +129,32 @@ class StepSchedules:
     def rest(self, asks_unfinished: bool, microbatch: bool) -> tuple[ScheduleEntry, ...]:
         """What comes after the agreement: the forward pass, twice where the step is split in two, the passes of the
         drafter, and the question every so often."""
-        question = (ScheduleEntry(self.group, "all_reduce", ANYONE_UNFINISHED),) if asks_unfinished else ()
-        return (*self.forward * (2 if microbatch else 1), *self.drafts, *question)
+        return self._rests[asks_unfinished, microbatch]
 
     def whole(self, asks_unfinished: bool) -> tuple[ScheduleEntry, ...]:
         """A step that is not split in two."""
-        return (*self.agreement(), *self.rest(asks_unfinished, microbatch=False))
+        return self._wholes[asks_unfinished]
+
+    def hash(self, asks_unfinished: bool) -> int:
+        """64 bits of `whole`."""
+        return self._hashes[asks_unfinished]
+
+    @cached_property
+    def _rests(self) -> dict[tuple[bool, bool], tuple[ScheduleEntry, ...]]:
+        question = (ScheduleEntry(self.group, "all_reduce", ANYONE_UNFINISHED),)
+        return {
+            (asks, split): (*self.forward * (1 + split), *self.drafts, *question * asks)
+            for asks in (False, True)
+            for split in (False, True)
+        }
+
+    @cached_property
+    def _wholes(self) -> dict[bool, tuple[ScheduleEntry, ...]]:
+        return {asks: (*self.agreement, *self._rests[asks, False]) for asks in (False, True)}
+
+    @cached_property
+    def _hashes(self) -> dict[bool, int]:
+        return {asks: schedule_hash(schedule) for asks, schedule in self._wholes.items()}
 
 
 def first_recurrent_layer(layer_pattern: str) -> tuple[int, str] | None:

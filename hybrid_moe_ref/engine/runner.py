@@ -30,8 +30,9 @@ from hybrid_moe_ref.layers.moe import MoE
 from hybrid_moe_ref.model import HybridMoE
 from hybrid_moe_ref.parallel.comm import Communicator
 from hybrid_moe_ref.parallel.dispatch import ForwardContext
-from hybrid_moe_ref.parallel.guard import ScheduleMismatch, first_difference, schedule_hash, schedule_words
+from hybrid_moe_ref.parallel.guard import ScheduleMismatch
 from hybrid_moe_ref.parallel.observer import ScheduleEntry
+from hybrid_moe_ref.parallel.schedule import first_difference, schedule_words
 
 
 class ModelRunner:
@@ -65,9 +66,9 @@ class ModelRunner:
         a rank leaves its schedule.
         """
         schedule = self.schedules.whole(plan.asks_unfinished)
-        self._plan = dataclasses.replace(plan, schedule_hash=schedule_hash(schedule))
+        self._plan = dataclasses.replace(plan, schedule_hash=self.schedules.hash(plan.asks_unfinished))
         # Whether the step is split, and so issues its collectives twice, is known once the ranks have agreed.
-        self.declare(self._plan, self.schedules.agreement() if self._may_split else schedule)
+        self.declare(self._plan, self.schedules.agreement if self._may_split else schedule)
         self._agreed = self._agree(STEP_AGREEMENT)
         if self._agree_on_schedules and not self._agreed.same_schedule:
             self._raise_mismatch(schedule)

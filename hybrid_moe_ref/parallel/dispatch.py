@@ -34,17 +34,26 @@ class ForwardContext:
     tp_size: int = 1
     schedule: tuple[ScheduleEntry, ...] = ()
     draft_schedule: tuple[ScheduleEntry, ...] = ()
+    _chunked: tuple[tuple[int, ...], tuple[int, ...]] = ((), ())
 
     @property
     def ep_sizes(self) -> tuple[int, ...]:
-        """Tokens that each ep rank dispatches."""
-        return tuple(chunk for size in self.sizes for chunk in chunk_sizes(size, self.tp_size))
+        """Tokens that each ep rank dispatches. Every layer asks twice in a step, so the answer is kept."""
+        if self._chunked[0] is not self.sizes:
+            self._chunked = self.sizes, _chunks_of_all(self.sizes, self.tp_size)
+        return self._chunked[1]
 
 
 def chunk_sizes(num_rows: int, num_chunks: int) -> tuple[int, ...]:
     """Rows of each chunk, in order; they differ by one at most, and may be none."""
     each, more = divmod(num_rows, num_chunks)
     return tuple(each + (index < more) for index in range(num_chunks))
+
+
+def _chunks_of_all(sizes: tuple[int, ...], tp_size: int) -> tuple[int, ...]:
+    if tp_size == 1:
+        return sizes
+    return tuple(chunk for size in sizes for chunk in chunk_sizes(size, tp_size))
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,6 @@ This file imports nothing heavy, so that recorders and readers can use its words
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
 
@@ -31,9 +30,9 @@ class Collective(NamedTuple):
     root: int = -1
 
 
-@dataclass(frozen=True, slots=True)
-class ScheduleEntry:
-    """One collective that a step is planned to issue: the part of it that all ranks must share."""
+class ScheduleEntry(NamedTuple):
+    """One collective that a step is planned to issue: the part of it that all ranks must share. Its fields are the
+    first ones of `Collective`, so that the guard compares the two as tuples."""
 
     group: str
     op: str
