@@ -2,7 +2,24 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
+
+
+class _AllGroups(Collection[str]):
+    """Contains every group, whatever it is called."""
+
+    def __contains__(self, name: object) -> bool:
+        return True
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(())
+
+    def __len__(self) -> int:
+        return 0
+
+
+ALL_GROUPS = _AllGroups()
 
 
 @dataclass(frozen=True)
@@ -17,4 +34,4 @@ class WatchOptions:
     num_ranks: int
     quiet_window_s: float
     deadline_s: float
-    queued_groups: tuple[str, ...] = ()
+    queued_groups: Collection[str] = ()

@@ -24,9 +24,14 @@ def pytest_configure(config: pytest.Config) -> None:
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
     for marker in item.iter_markers("requires_gpus"):
-        wanted = int(marker.args[0]) if marker.args else 1
+        wanted = _gpus_wanted(*marker.args, **marker.kwargs)
         if num_gpus() < wanted:
             pytest.skip(f"needs {wanted} GPUs, {num_gpus()} found")
+
+
+def _gpus_wanted(n: int = 1) -> int:
+    """The argument of a marker, by place or by name; a TypeError names what the marker does not take."""
+    return int(n)
 
 
 @functools.cache

@@ -10,9 +10,9 @@
     def test_it(ep_ranks):
         ep_ranks(4, "gloo").run(exchange)
 
-Inside the ``with`` every torch.distributed collective is recorded. When all ranks have been silent for the quiet
-window and the evidence explains why, the test fails with who waits for whom, the stacks, and a report to open; a
-rank that raises fails the test with its traceback. Nothing is left running.
+Inside the ``with`` every torch.distributed collective is recorded. The watcher of this project watches the ranks: when
+all have been silent for the quiet window and the evidence explains why, the test fails with who waits for whom, the
+stacks, and a report to open; a rank that raises fails the test with its traceback. Nothing is left running.
 """
 
 from __future__ import annotations
@@ -26,21 +26,23 @@ import signal
 import sys
 import time
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from repro import evidence, process, report
-from repro.layout import Identity, Kind
+from repro import process, report
+from repro.block_names import blocks_compared
+from repro.layout import Identity
+from repro.options import ALL_GROUPS, WatchOptions
+from repro.parent import start_ticks
 from repro.report.page import main_stack
 from repro.report.text import visible_lines
-from repro.rundir import PARTS, RunDir, read_text, write_json
-from repro.system import System
-from repro.verdict import Verdict, judge
-from repro.verdict.facts import Facts
+from repro.rundir import PARTS, RunDir, read_text
+from repro.verdict import Verdict
 from repro.verdict.result import name_ranks
-from repro.witness import Tail, create, read_dir
+from repro.watch import Watch, describe
+from repro.witness import create
 
 if TYPE_CHECKING:
     import torch
@@ -48,10 +50,8 @@ if TYPE_CHECKING:
     from repro.record import Recorder
 
 POLL_S = 0.02
-EVIDENCE_PATIENCE_S = 1.0
 PARK_S = 10.0
 _NOT_THEIRS = ("repro/watched.py", "repro/testing.py", '"torch/', '"_pytest/', '"pluggy/')  # frames nobody looks for
-_MOVING = ("slow", "inconclusive", "clean")
 
 
 class DeadlockError(AssertionError):
@@ -115,7 +115,8 @@ class Ranks:
         """Call ``function(rank)`` in a process per rank; what each returned, by rank (pickled).
 
         Raises DeadlockError with the verdict when the ranks get stuck, die, raise or are not done by the deadline, and
-        when they were done but had paired different collectives: their numbers are wrong then.
+        when they were done but had paired different collectives: their numbers are wrong then. Raises RuntimeError
+        when the watcher itself fails.
         """
         import torch  # noqa: F401 - once here, not once in every rank
 
@@ -126,8 +127,9 @@ class Ranks:
         for rank in range(self.num_ranks):
             create(run_dir.witness(rank), Identity(rank, self.num_ranks, run_id=run_dir.root.name))
         pids = [self._fork(run_dir, rank, function) for rank in range(self.num_ranks)]
+        children = {pid: start_ticks(pid) for pid in pids}
         try:
-            self._watch(run_dir)
+            self._watch(run_dir, children)
             return [pickle.loads(run_dir.output(rank).read_bytes()) for rank in range(self.num_ranks)]
         finally:
             started = [child for pid in pids for child in process.with_descendants(pid)[1:]]
@@ -137,58 +139,36 @@ class Ranks:
 
     # -- the parent ------------------------------------------------------------------------------------------------
 
-    def _watch(self, run_dir: RunDir) -> None:
-        tails = [Tail(run_dir.witness(rank)) for rank in range(self.num_ranks)]
-        system = System(self.quiet_window_s)
-        started = judged = time.monotonic_ns()
-        while True:
-            kinds = [event.kind if (event := tail.last_event()) else None for tail in tails]
-            if all(kind == Kind.DONE for kind in kinds):
-                verdict, facts = self._judge(run_dir, system)
-                if verdict.verdict == "corrupt":
-                    raise DeadlockError(self._explain(run_dir, verdict, facts, late=False))
-                return
-            now = time.monotonic_ns()
-            late = now - started > self.deadline_s * 1e9
-            quiet = now - max(judged, *(tail.last_event_ns() for tail in tails)) > self.quiet_window_s * 1e9
-            if quiet or late or Kind.FAILED in kinds or self._somebody_died(tails):
-                if Kind.FAILED in kinds:
-                    time.sleep(0.2)  # the first to fail is often not the last
-                judged = now
-                verdict, facts = self._judge(run_dir, system)
-                if late or verdict.verdict not in _MOVING:
-                    raise DeadlockError(self._explain(run_dir, verdict, facts, late))
-            time.sleep(POLL_S)
+    def _watch(self, run_dir: RunDir, children: Mapping[int, int]) -> None:
+        """Watch until the ranks are done; raises DeadlockError for any other end. children: pid -> start ticks."""
+        queued = ALL_GROUPS if self.backend == "nccl" else ()
+        watch = Watch(
+            run_dir,
+            WatchOptions(self.num_ranks, self.quiet_window_s, self.deadline_s, queued),
+            job_alive=lambda: any(process.running(pid, ticks) for pid, ticks in children.items()),
+            describe=lambda verdict: self._describe(run_dir, verdict),
+            read=blocks_compared,
+        )
+        document = watch.run()
+        if run_dir.watcher_log.exists():
+            raise RuntimeError(document["evidence"][0])  # ours, which is no word about the code under test
+        if not watch.all_done() or document["verdict"] == "corrupt":
+            raise DeadlockError(self._explain(run_dir, document))
 
-    def _somebody_died(self, tails: list[Tail]) -> bool:
-        return any((who := tail.who()).pid and process.find(who) is None for tail in tails)
+    def _describe(self, run_dir: RunDir, verdict: Verdict) -> dict[str, Any]:
+        run = {"scenario": self.root.name, "variant": "test", "backend": self.backend}
+        return {**describe(verdict), **run, "num_ranks": self.num_ranks, "seed": 0}
 
-    def _judge(self, run_dir: RunDir, system: System) -> tuple[Verdict, Facts]:
-        witnesses, _ = read_dir(run_dir.root / "events")
-        facts = system.look(witnesses, system.running({rank: w.who for rank, w in witnesses.items()}))
-        verdict = judge(
-            witnesses, facts, num_ranks=self.num_ranks, now_ns=time.monotonic_ns(), quiet_window_s=self.quiet_window_s,
-            queued={g.name for w in witnesses.values() for g in w.groups} if self.backend == "nccl" else (),
-        )  # fmt: skip
-        return verdict, facts
-
-    def _explain(self, run_dir: RunDir, verdict: Verdict, facts: Facts, late: bool) -> str:
-        pids = {rank: Tail(run_dir.witness(rank)).who().pid for rank, alive in facts.alive.items() if alive}
-        gaps = evidence.collect(run_dir, pids, EVIDENCE_PATIENCE_S)
-        write_json(run_dir.verdict, {
-            "schema_version": 1, "scenario": self.root.name, "variant": "test", "backend": self.backend,
-            "num_ranks": self.num_ranks, "seed": 0, **verdict.to_json(), "sentences": verdict.sentences(),
-            "system": facts.to_json(),
-        })  # fmt: skip
-        cause = f" ({verdict.cause})" if verdict.cause else ""
-        lines = [f"{verdict.verdict}{cause} on {self.num_ranks} {self.backend} ranks"]
-        if late:
+    def _explain(self, run_dir: RunDir, document: Mapping[str, Any]) -> str:
+        cause = f" ({document['cause']})" if document["cause"] else ""
+        lines = [f"{document['verdict']}{cause} on {self.num_ranks} {self.backend} ranks"]
+        if document["seconds"]["total"] >= self.deadline_s:
             lines[0] = f"not done after {self.deadline_s:g} s: {lines[0]}"
-        lines += [f"  {text}" for text in (*verdict.sentences(), *verdict.evidence, *gaps)]
+        lines += [f"  {text}" for text in (*document["sentences"], *document["evidence"], *differences(document))]
         lines += self._stacks(run_dir)
         for rank in range(self.num_ranks):
-            if told := read_text(run_dir.log(rank)).strip():  # none of a rank that died before it opened it
-                lines += [f"rank {rank} printed:", *(f"  {line}" for line in told.splitlines()[-25:])]
+            if printed := read_text(run_dir.log(rank)).strip():  # none of a rank that died before it opened it
+                lines += [f"rank {rank} printed:", *(f"  {line}" for line in printed.splitlines()[-25:])]
         with contextlib.suppress(OSError, ValueError):
             report.write(run_dir.root, [])
             lines.append(f"report: {run_dir.root / 'report.html'}")
@@ -263,6 +243,24 @@ class Ranks:
         )
         _current[:] = [Rank(rank, self.num_ranks, device, recorder)]
         return _current[0]
+
+
+_COMPARED = {
+    "op": "operation", "layer": "name of the block", "sizes": "sizes", "dtype": "dtype", "reduce_op": "reduction",
+    "root": "root",
+}  # fmt: skip
+
+
+def differences(document: Mapping[str, Any]) -> list[str]:
+    """In what the sides of the first divergent collective differ, a sentence for each argument."""
+    sides = (document["first_divergence"] or {}).get("sides", ())
+    lines = []
+    for key, what in _COMPARED.items():
+        values = [side.get(key) for side in sides]
+        if None not in values and any(value != values[0] for value in values):
+            each = ", ".join(f"{name_ranks(side['ranks'])} {side[key]!r}" for side in sides)
+            lines.append(f"{sides[0]['group']} #{sides[0]['seq']} differs in {what}: {each}")
+    return lines
 
 
 def _end(pids: list[int]) -> None:

@@ -76,6 +76,7 @@ class Watch:
     compare       compares the results once all ranks are done. It may return None, to be asked again, unless its
                   argument is True: then the watch ends now
     describe      the entries of verdict.json that do not depend on the watch
+    read          changes the witnesses before they are judged
     interrupted   whether the user wants the run to end
     show          called at every poll with the tails, for a display
     notice        called with a line when it has changed who waits for whom
@@ -86,6 +87,7 @@ class Watch:
     job_alive: Callable[[], bool]
     compare: Callable[[bool], Comparison | None] = lambda final: Comparison()
     describe: Callable[[Verdict], dict[str, Any]] = describe
+    read: Callable[[dict[int, Witness]], dict[int, Witness]] = lambda witnesses: witnesses
     interrupted: Callable[[], bool] = lambda: False
     show: Callable[[list[Tail]], None] = lambda tails: None
     notice: Callable[[str], None] = lambda text: None
@@ -239,6 +241,7 @@ class Watch:
                 witnesses[rank] = self._tails[rank].witness()
             except (OSError, WitnessError) as error:
                 notes.append(str(error))
+        witnesses = self.read(witnesses)
         facts = self._others.merged(self._system.look(witnesses, running))
         never = [rank for rank, witness in witnesses.items() if not witness.who.pid]
         if never and not self.job_alive():  # nobody is left who could start them

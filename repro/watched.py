@@ -1,8 +1,9 @@
 """Record the torch.distributed collectives of code that knows nothing of this project, inside one ``with``.
 
-Works by exchanging the functions wherever a loaded module holds them, also under ``from torch.distributed import
-all_reduce``. Not seen: collectives that do not go through torch.distributed's Python functions (a library's own NCCL
-calls), point-to-point transfers, functional collectives inside torch.compile.
+The first block of a process exchanges the functions wherever a loaded module holds them, also under ``from
+torch.distributed import all_reduce``, and they stay exchanged: outside of a block they only pass the call on. Not seen:
+collectives that do not go through torch.distributed's Python functions (a library's own NCCL calls), point-to-point
+transfers, functional collectives inside torch.compile, and what a coalescing manager gathers.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import functools
 import inspect
 import sys
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -24,10 +26,32 @@ from repro.verdict.result import list_ranks
 WATCHED = (
     "all_reduce", "all_gather", "all_gather_into_tensor", "all_gather_single", "reduce_scatter",
     "reduce_scatter_tensor", "reduce_scatter_single", "all_to_all", "all_to_all_single", "broadcast", "reduce",
-    "gather", "scatter", "barrier",
+    "gather", "scatter", "barrier", "monitored_barrier", "all_reduce_coalesced", "all_gather_coalesced",
 )  # fmt: skip
-_LISTS = {"all_gather": "tensor_list", "reduce_scatter": "input_list"}
+_LISTS = {
+    "all_gather": "tensor_list",
+    "reduce_scatter": "input_list",
+    "all_reduce_coalesced": "tensors",
+    "all_gather_coalesced": "input_tensor_list",
+}
+"""The argument whose parts have sizes that all ranks agree on."""
+
 _TENSORS = ("tensor", "input_tensor", "input", "output_tensor", "output")
+_UNCOMPARED = ("all_to_all_single", "all_to_all", "gather", "scatter", "barrier", "monitored_barrier")
+"""Uneven is legal in these, and each rank knows its own part alone."""
+
+
+@dataclass
+class _Block:
+    """The block that this process is in. One call runs at a time: a collective that is made of others is one."""
+
+    recorder: Recorder
+    layer: str
+    names: dict[Any, str] = field(default_factory=dict)  # of the groups seen so far
+    inside: bool = False
+
+
+_blocks: list[_Block] = []
 
 
 class _Watched:
@@ -49,84 +73,95 @@ class _Watched:
 @contextlib.contextmanager
 def watched(recorder: Recorder, name: str = "") -> Iterator[None]:
     """Record every collective of this process in the block; ``name`` stands where a server names its layer."""
-    known: dict[Any, str] = {}
-    depth = [0]
-    originals = {name: getattr(dist, name) for name in WATCHED if hasattr(dist, name)}
-    replaced = {
-        id(original): (original, _recorded(op, original, recorder, name, known, depth))
-        for op, original in originals.items()
-    }
-    changed: list[tuple[Any, str, Any]] = []
-    for module in list(sys.modules.values()):
-        for attribute, value in list(getattr(module, "__dict__", {}).items()):
-            if id(value) in replaced and value is replaced[id(value)][0] and module is not sys.modules[__name__]:
-                changed.append((module, attribute, value))
-                setattr(module, attribute, replaced[id(value)][1])
+    _exchange_functions()
+    _blocks.append(_Block(recorder, name))
     try:
         yield
     finally:
-        for module, attribute, value in changed:
-            setattr(module, attribute, value)
+        _blocks.pop()
 
 
-def _recorded(op: str, original: Any, recorder: Recorder, layer: str, known: dict[Any, str], depth: list[int]) -> Any:
+@functools.cache
+def _exchange_functions() -> None:
+    """Once: a module that is loaded later gets the exchanged functions from torch.distributed itself."""
+    originals = {name: getattr(dist, name) for name in WATCHED if hasattr(dist, name)}
+    replaced = {id(original): (original, _recorded(op, original)) for op, original in originals.items()}
+    for module in list(sys.modules.values()):
+        for attribute, value in list(getattr(module, "__dict__", {}).items()):
+            if id(value) in replaced and value is replaced[id(value)][0] and module is not sys.modules[__name__]:
+                setattr(module, attribute, replaced[id(value)][1])
+
+
+def _recorded(op: str, original: Any) -> Any:
     signature = inspect.signature(original)
 
     @functools.wraps(original)
     def call(*args: Any, **options: Any) -> Any:
-        if depth[0]:  # one collective made of others is one
+        if not _blocks or _blocks[-1].inside:
             return original(*args, **options)
+        block = _blocks[-1]
         given = signature.bind(*args, **options)
         given.apply_defaults()
         if given.arguments.get("group") == dist.GroupMember.NON_GROUP_MEMBER:
             return original(*args, **options)  # nothing is issued by who is no member
-        collective = describe(op, given.arguments, layer, recorder, known)
-        depth[0] += 1
+        collective = describe(op, given.arguments, block.layer, block.recorder, block.names)
+        block.inside = True
         try:
             if given.arguments.get("async_op"):
-                ticket = recorder.issue(collective)
-                work = original(*args, **options)
-                if work is None:
-                    return None
-                return _Watched(
-                    work, lambda: recorder.wait(collective, ticket), lambda: recorder.finish(collective, ticket)
-                )
-            recorder.enter(collective)
+                return _issue(block.recorder, collective, lambda: original(*args, **options))
+            block.recorder.enter(collective)
             result = original(*args, **options)
-            recorder.leave(collective)
+            block.recorder.leave(collective)
             return result
         finally:
-            depth[0] -= 1
+            block.inside = False
 
     return call
 
 
-def describe(op: str, arguments: dict[str, Any], layer: str, recorder: Recorder, known: dict[Any, str]) -> Collective:
+def _issue(recorder: Recorder, collective: Collective, start: Callable[[], Any]) -> Any:
+    ticket = recorder.issue(collective)
+    work = start()
+    if work is None:
+        return None
+    return _Watched(work, lambda: recorder.wait(collective, ticket), lambda: recorder.finish(collective, ticket))
+
+
+def describe(op: str, arguments: dict[str, Any], layer: str, recorder: Recorder, names: dict[Any, str]) -> Collective:
     """What must be equal on all ranks of a call: sizes only where the ranks have to agree on them."""
     group = arguments.get("group")
-    name = known.get(group)
+    members = dist.get_process_group_ranks(group or dist.group.WORLD)
+    name = names.get(group)
     if name is None:
-        members = dist.get_process_group_ranks(group or dist.group.WORLD)
-        name = known[group] = _name_group(group, members)
+        name = names[group] = _name_group(group, members)
         recorder.groups({name: members})
     sizes: tuple[int, ...] = ()
-    tensor = next((it for key in _TENSORS if isinstance(it := arguments.get(key), torch.Tensor)), None)
+    tensor = next((part for key in _TENSORS if isinstance(part := arguments.get(key), torch.Tensor)), None)
     if op in _LISTS:
-        sizes = tuple(part.numel() for part in arguments[_LISTS[op]])
-    elif op in ("all_to_all_single", "all_to_all", "gather", "scatter", "barrier"):
-        pass  # uneven is legal, and each rank knows its own part alone
-    elif tensor is not None:
+        parts = arguments[_LISTS[op]]
+        sizes = tuple(sum(t.numel() for t in part) if isinstance(part, list) else part.numel() for part in parts)
+        tensor = tensor if tensor is not None or not parts else parts[0]
+    elif op not in _UNCOMPARED and tensor is not None:
         sizes = (min(t.numel() for t in _tensors(arguments)),)
-    root = arguments.get("src", arguments.get("dst"))
     given = arguments.get("op", "")
     reduce_op = str(getattr(given, "op", given)).rpartition(".")[2].lower()  # a ReduceOp, or one of its constants
-    dtype = str(tensor.dtype).removeprefix("torch.") if tensor is not None else ""
-    return Collective(name, op, layer, sizes, dtype, reduce_op, -1 if root is None else int(root))
+    dtype = str(tensor.dtype).removeprefix("torch.") if isinstance(tensor, torch.Tensor) else ""
+    return Collective(name, op, layer, sizes, dtype, reduce_op, _root(op, arguments, members))
+
+
+def _root(op: str, arguments: dict[str, Any], members: list[int]) -> int:
+    """The global rank of the root, however the call names it; -1 for a collective without one."""
+    for name in ("src", "dst"):
+        if arguments.get(name) is not None:
+            return int(arguments[name])
+        if arguments.get(f"group_{name}") is not None:
+            return members[int(arguments[f"group_{name}"])]
+    return members[0] if op in ("gather", "scatter") else -1
 
 
 def _tensors(arguments: dict[str, Any]) -> list[torch.Tensor]:
     """The smaller of input and output is a rank's own part of a gather or a scatter, and equal on all."""
-    return [it for key in _TENSORS if isinstance(it := arguments.get(key), torch.Tensor)]
+    return [part for key in _TENSORS if isinstance(part := arguments.get(key), torch.Tensor)]
 
 
 def _name_group(group: Any, members: list[int]) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import psutil
@@ -101,6 +102,103 @@ def test_a_run_that_ends_with_wrong_numbers_fails(tmp_path):
     assert told.startswith("corrupt (mismatch)") and "world #1" in told, told
 
 
+def test_roots_are_compared_whatever_they_are_called(tmp_path):
+    def same(rank):
+        with assert_no_deadlock():
+            if rank.rank == 0:
+                dist.broadcast(torch.zeros(4), src=0)
+            else:
+                dist.broadcast(torch.zeros(4), group_src=0)
+            parts = [torch.zeros(1) for _ in range(3)] if rank.rank == 0 else None
+            dist.gather(torch.zeros(1), parts, **({"dst": 0} if rank.rank == 1 else {}))
+        return rank.rank
+
+    assert Ranks(3, "gloo", tmp_path).run(same) == [0, 1, 2]
+
+    def another(rank):
+        with assert_no_deadlock():
+            dist.broadcast(torch.zeros(4), group_src=1 if rank.rank == 2 else 0)
+
+    assert "mismatch" in told_by(Ranks(3, "gloo", tmp_path, quiet_window_s=0.3), another)
+
+
+def test_names_of_blocks_may_differ_by_rank_but_not_between_names_that_ranks_share(tmp_path):
+    def each_its_own(rank):
+        with assert_no_deadlock(f"expert {rank.rank}"):
+            dist.all_reduce(torch.zeros(4))
+        with assert_no_deadlock("after"):
+            dist.barrier()
+        return rank.rank
+
+    assert Ranks(3, "gloo", tmp_path).run(each_its_own) == [0, 1, 2]
+
+    def one_is_ahead(rank):
+        for layer in ("layer 0", "layer 1") if rank.rank else ("layer 1", "layer 0"):
+            with assert_no_deadlock(layer):
+                dist.all_reduce(torch.zeros(4))
+
+    told = told_by(Ranks(3, "gloo", tmp_path), one_is_ahead)
+    assert told.startswith("corrupt"), told
+    assert "world #1 differs in name of the block: rank 0 'layer 1', ranks 1,2 'layer 0'" in told, told
+
+
+def test_a_coalesced_collective_that_a_rank_leaves_out_is_found(tmp_path):
+    def leaves_out(rank):
+        with assert_no_deadlock():
+            if rank.rank != 2:
+                dist.all_reduce_coalesced([torch.zeros(4), torch.zeros(4)])
+            dist.barrier()
+
+    told = told_by(Ranks(3, "gloo", tmp_path, quiet_window_s=0.3, deadline_s=20), leaves_out)
+    assert told.startswith("deadlock"), told
+
+
+def test_other_sizes_that_one_side_got_through_are_no_stall(tmp_path):
+    def other_sizes(rank):
+        with assert_no_deadlock():
+            dist.all_reduce(torch.zeros(8 if rank.rank == 1 else 4))
+            dist.all_reduce(torch.zeros(4))
+
+    told = told_by(Ranks(4, "gloo", tmp_path, quiet_window_s=0.3), other_sizes)
+    assert not told.startswith("stall") and "sizes" in told, told
+
+
+@pytest.mark.full
+def test_a_collective_that_moves_bytes_for_longer_than_the_quiet_window_is_no_hang(tmp_path):
+    def long(rank):
+        x = torch.ones(60_000_000)
+        with assert_no_deadlock():
+            dist.all_reduce(x)
+        return float(x[-1])
+
+    assert Ranks(4, "gloo", tmp_path, quiet_window_s=0.3).run(long) == [4.0] * 4
+
+
+def test_a_failure_of_the_watcher_is_not_the_fault_of_the_code_under_test(tmp_path, monkeypatch):
+    monkeypatch.setattr("repro.look.judge", lambda *args, **options: {}["slip"])
+
+    def waits(rank):
+        with assert_no_deadlock():
+            if rank.rank:
+                dist.barrier()
+
+    with pytest.raises(RuntimeError, match="the watcher failed, which says nothing about the run: KeyError"):
+        Ranks(2, "gloo", tmp_path, quiet_window_s=0.3).run(waits)
+
+
+def test_a_lock_that_nobody_holds_is_found_in_a_test_too(tmp_path):
+    path = tmp_path / "baton"
+    path.touch()
+
+    def waits(rank):
+        rank.recorder.local("lock_wait", str(path), -1)
+        while path.exists():
+            time.sleep(0.01)
+
+    told = told_by(Ranks(2, "gloo", tmp_path, quiet_window_s=0.3, deadline_s=20), waits)
+    assert told.startswith("deadlock (lock)") and "nobody holds" in told, told
+
+
 def test_no_ranks_test_nothing(ep_ranks):
     with pytest.raises(ValueError, match=r"ep_ranks\(0\): at least 1 rank"):
         ep_ranks(0)
@@ -170,7 +268,7 @@ def test_the_plugin_gives_fixture_and_marker(tmp_path):
     (tmp_path / "test_theirs.py").write_text(
         "import pytest, torch.distributed as dist\n"
         "def test_runs(ep_ranks):\n    assert ep_ranks(2).run(lambda rank: rank.rank) == [0, 1]\n"
-        "@pytest.mark.requires_gpus(512)\ndef test_needs_gpus():\n    raise AssertionError\n"
+        "@pytest.mark.requires_gpus(n=512)\ndef test_needs_gpus():\n    raise AssertionError\n"
         "def test_nccl(ep_ranks):\n    ep_ranks(512, 'nccl')\n"
     )
     command = [sys.executable, "-m", "pytest", "-p", "no:hybrid_moe_repro", "-p", "repro.pytest_plugin", "-rs", "-q"]
