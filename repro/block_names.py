@@ -39,5 +39,5 @@ def _renamed(witness: Witness, own: set[str]) -> Witness:
             parts[_LAYER] = OWN_NAME
         strings.append(SEPARATOR.join(parts))
     # The rolling hashes cover the names, and no longer say which ranks differ.
-    groups = tuple(replace(group, hash=0) for group in witness.groups)
+    groups = tuple(replace(group, last=group.last and group.last._replace(hash=0)) for group in witness.groups)
     return replace(witness, strings=strings, groups=groups, _signatures={})

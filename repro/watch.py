@@ -103,6 +103,7 @@ class Watch:
         self._died_ns = 0
         self._failing_since_ns = 0
         self._measuring = False
+        self._interrupted = False
         self._ended_by = ""
         self._noticed: list[str] = []
         self._silences = Silences()
@@ -166,6 +167,7 @@ class Watch:
         """The final verdict, or None while there is reason to go on."""
         now_ns = self.host.now_ns()
         if self.interrupted():
+            self._interrupted = True
             return not_decided(self._conclude())
         if now_ns - self.started_ns > self.options.deadline_s * 1e9:
             return self._conclude(f"the deadline of {self.options.deadline_s:g} s passed")
@@ -340,7 +342,7 @@ class Watch:
         document = {
             **self.describe(verdict),
             **self._look.to_json(),
-            "interrupted": self.interrupted(),
+            "interrupted": self._interrupted,
             "ended_by": self._ended_by,
             "seconds": {
                 "stall_to_verdict": round((now_ns - last_event_ns) / 1e9, 3),

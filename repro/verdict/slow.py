@@ -40,7 +40,27 @@ def slow(case: Case, movers: Sequence[int]) -> Finding:
         )
     if unmeasured:
         finding.evidence.append(f"nothing shows that {say(unmeasured, 'work')}: no use of processors was measured")
-    return _with_waits(case, finding)
+    return _with_waits(case, _only_quiet(case, finding))
+
+
+def _only_quiet(case: Case, finding: Finding) -> Finding:
+    """Name no rank that moved within the quiet window: in a run that goes on, any rank is outside a collective now and
+    then."""
+    moving = [rank for rank in finding.culprits if _moved(case, rank)]
+    if moving:
+        finding.culprits = tuple(rank for rank in finding.culprits if rank not in moving)
+        finding.confidence = finding.confidence if finding.culprits else "undecided"
+        finding.evidence.append(
+            f"{name_ranks(moving)} moved less than {case.quiet_window_s:g} s ago, which is no reason to name anybody"
+        )
+    return finding
+
+
+def _moved(case: Case, rank: int) -> bool:
+    at = case.standings[rank].position
+    if at.state == "blocked":  # in what others have left, which they may have done just now
+        return not case.quiet
+    return at.state != "starting" and rank not in case.facts.excused and at.since_s < case.quiet_window_s
 
 
 def signs_of_life(case: Case, rank: int) -> list[str]:
