@@ -21,7 +21,8 @@ from pathlib import Path
 from typing import Any
 
 from hybrid_moe_ref.config import ConfigError
-from repro import launch, replay, scenarios
+from repro import launch, scenarios
+from repro.bundle import replay
 from repro.interrupt import Interrupt
 from repro.report.gather import gather
 from repro.report.text import counted, visible_lines

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 from reported import write_hang
 
-from repro.issue import commands_script
+from repro.bundle.issue import commands_script
 from repro.report.gather import gather
 from repro.worker import _parse
 

@@ -13,7 +13,8 @@ import pytest
 from reported import AGREE, write_hang, write_run
 from scene import Scene
 
-from repro import replay, scenarios
+from repro import scenarios
+from repro.bundle import replay
 from repro.cli import main
 from repro.minimise import AnotherVerdict, Runner, _tell, describe, minimise
 from repro.report.gather import gather

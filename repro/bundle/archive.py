@@ -1,18 +1,26 @@
-"""Zip files from strangers: read by name from a closed list, size-bounded, never through ``extractall``."""
+"""Bundles as zip files: written so that the same files give the same bytes, and read without trust.
+
+Zips of others are read by name from a closed list, size-bounded, and never through ``extractall``.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
+import json
+import os
 import re
 import stat
 import struct
 import zipfile
 import zlib
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
-from hybrid_moe_ref.files import open_regular
+from hybrid_moe_ref.files import open_regular, read_json
+from repro.bundle.scratch import scratch_folder
 from repro.report.text import visible
-from repro.rundir import read_json
 
 MAX_FILES = 20_000
 MAX_FILE_BYTES = 128 << 20
@@ -121,3 +129,59 @@ def differences(folder: Path, sums: dict[str, str], where: str) -> list[str]:
     told += [f"{visible(name)} is not in the manifest" for name in found.keys() - promised.keys()]
     told += [f"{visible(name)} was changed" for name in promised.keys() & found.keys() if promised[name] != found[name]]
     return sorted(told)
+
+
+def verify(path: Path) -> list[str]:
+    """What is wrong with a bundle, one line each. Raises ArchiveError for what is none, or is not safe to open."""
+    with scratch_folder("repro-verify-") as folder:
+        return differences(folder, unpack(path, folder), str(path))
+
+
+@contextlib.contextmanager
+def opened(path: Path) -> Iterator[Path]:
+    """A run directory as it is, or that of a bundle, unpacked for the length of a ``with``.
+
+    Raises ArchiveError for a zip that is no bundle, is not safe to open, or is not as its manifest says.
+    """
+    if not path.is_file():
+        yield path
+        return
+    with scratch_folder("repro-bundle-") as folder:
+        if wrong := differences(folder, unpack(path, folder), str(path)):
+            raise ArchiveError(f"{path}: {wrong[0]}" + (f", and {len(wrong) - 1} more" if len(wrong) > 1 else ""))
+        yield folder
+
+
+def pack(folder: Path, path: Path, manifest: Mapping[str, Any]) -> int:
+    """Write all files of a folder and their manifest into a zip; returns its size.
+
+    Raises ArchiveError where it would unpack to more than is read, OSError where it cannot be written.
+    """
+    files = sorted(file for file in folder.rglob("*") if file.is_file())
+    names = [str(file.relative_to(folder)) for file in files]
+    total = sum(file.stat().st_size for file in files)
+    if total > MAX_TOTAL_BYTES:  # nobody could open it
+        raise ArchiveError(
+            f"{path}: would unpack to {total} bytes, at most {MAX_TOTAL_BYTES} are read; fewer ranks fit"
+        )
+    rows = {
+        name: {"bytes": file.stat().st_size, "sha256": hashlib.sha256(file.read_bytes()).hexdigest()}
+        for name, file in zip(names, files, strict=True)
+    }
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    try:
+        with zipfile.ZipFile(partial, "w", zipfile.ZIP_DEFLATED, compresslevel=9) as archive:
+            for name, file in zip(names, files, strict=True):
+                _add(archive, name, file.read_bytes())
+            _add(archive, MANIFEST, (json.dumps({**manifest, "files": rows}, indent=1) + "\n").encode())
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
+    return path.stat().st_size
+
+
+def _add(archive: zipfile.ZipFile, name: str, data: bytes) -> None:
+    """The same bytes give the same zip, whenever it is made."""
+    entry = zipfile.ZipInfo(name, (1980, 1, 1, 0, 0, 0))
+    entry.external_attr = (0o755 if name.endswith((".sh", ".py")) else 0o644) << 16
+    archive.writestr(entry, data, zipfile.ZIP_DEFLATED, 9)

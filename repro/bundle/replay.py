@@ -19,7 +19,7 @@ from repro.verdict.result import list_ranks
 from repro.witness import Witness, read_dir
 
 TEMPLATE = Path(__file__).parent / "replay_template.txt"
-EP_DEADLOCK = Path(__file__).parent / "ep_deadlock.py"
+EP_DEADLOCK = Path(__file__).parents[1] / "ep_deadlock.py"
 """The hang of metadata_rebuild with the model that causes it, and its cure, on at most 8 ranks."""
 
 _USAGE_OF_FIX = """\

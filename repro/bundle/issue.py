@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from hybrid_moe_ref.config import ConfigError
 from repro import scenarios
-from repro.replay import is_that_of_ep_deadlock
+from repro.bundle.replay import is_that_of_ep_deadlock
 from repro.report.gather import Facts, headline
 from repro.report.lanes import waits
 from repro.report.rerun import command, commands
@@ -44,8 +44,11 @@ def commands_script(facts: Facts) -> str:
     return "\n".join(lines) + "\n"
 
 
-def issue(facts: Facts, others: list[Facts]) -> str:
-    """ISSUE.md: what a maintainer needs to see first, at most MAX_ISSUE_LINES lines."""
+def issue(facts: Facts, others: list[Facts], left_out: int = 0) -> str:
+    """ISSUE.md: what a maintainer needs to see first, at most MAX_ISSUE_LINES lines.
+
+    left_out: how many strings, lines and fields of the run the bundle leaves out or replaces
+    """
     verdict = facts.verdict
     source = read_text(facts.root / "repro.py")
     cure = "; --fix shows the cure" if '"--fix"' in source else ""
@@ -91,7 +94,9 @@ def issue(facts: Facts, others: list[Facts]) -> str:
         *_versions(facts),
         "```",
         "",
-        f"Attached: {', '.join(attached)}. `python -m repro bundle --verify ZIP` checks it.",
+        f"Attached: {', '.join(attached)}. `python -m repro bundle --verify ZIP` checks it. {left_out} names, lines "
+        "and fields that are not known to be harmless are left out or replaced (MANIFEST.json counts them by kind); "
+        "`python -m repro bundle RUN --with-logs` adds those lines in which a search finds nothing suspicious.",
     ]
     return "\n".join(lines[:MAX_ISSUE_LINES]) + "\n"
 

@@ -1,0 +1,11 @@
+"""A run as one zip to attach to a bug report: the evidence, the pictures, the issue's text, and how to do it again.
+
+A bundle carries only what is recognised: known fields, known words, numbers, files of known packages. Everything else
+is replaced by a stand-in where it tells things apart, and left out and counted where it does not.
+"""
+
+from repro.bundle.archive import ArchiveError, opened, verify
+from repro.bundle.assemble import LeakError, Made, make
+from repro.bundle.command import add
+
+__all__ = ["ArchiveError", "LeakError", "Made", "add", "make", "opened", "verify"]

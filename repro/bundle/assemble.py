@@ -1,0 +1,309 @@
+"""Make a bundle: copy of a run what is recognised, judge and draw it anew from that, and pack it.
+
+All that a bundle says is made from the copy: the report, the text of the issue, the reproducer. What is not in the copy
+cannot be in them. Before the zip is written, a plain search looks for the names of this machine and its user.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import getpass
+import json
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from hybrid_moe_ref.config import ConfigError
+from hybrid_moe_ref.files import open_regular, read_json
+from repro import report
+from repro.bundle import documents, environment, lines, replay
+from repro.bundle.archive import pack
+from repro.bundle.issue import UNPACKED, commands_script, issue
+from repro.bundle.recognise import Recogniser, this_machine
+from repro.bundle.scratch import scratch_folder
+from repro.bundle.search import Search, literals_of
+from repro.bundle.witnesses import redact_witness
+from repro.bundle.words import is_word
+from repro.layout import CRC, HEADER
+from repro.parse import parse_header
+from repro.rejudge import judge_again
+from repro.report.gather import Facts, gather, siblings
+from repro.report.page import HERE
+from repro.report.text import visible
+from repro.rundir import RunDir, write_json
+from repro.settings import VARIANTS, RunSettings
+from repro.witness import MAX_BYTES, SUFFIX
+
+SCHEMA_VERSION = 2
+COLLECT_ENV_S = 60
+_MAX_LOG_BYTES = 512 << 10
+
+_FOLDERS = {"events": "wit", "fr": "json", "stacks": "txt", "logs": "log", "env": "txt", "outputs": "json"}
+"""Folders with a file of each rank, and what these files' names end in."""
+_LOGS = ("logs/launcher.log", "logs/reference.log")
+_FILES = ("config.json", "verdict.json", "reference.json")
+_GENERATED = ("report.html", "timeline.svg", "trace.json", "repro.py", "ISSUE.md", "COMMANDS.sh")
+
+Document = Callable[[Any, Recogniser], Any]
+_DOCUMENTS: Mapping[str, Document] = {
+    "config.json": documents.config,
+    "verdict.json": documents.verdict,
+    "reference.json": documents.tokens,
+    "outputs": documents.tokens,
+    "fr": documents.recorder,
+}
+_TEXTS: Mapping[str, Callable[[str, Recogniser], str]] = {
+    "stacks": lines.stack,
+    "logs": lines.log,
+    "env": lambda text, recogniser: lines.machine(text, environment.rank_line, recogniser),
+}
+
+
+class LeakError(RuntimeError):
+    """A private name is still in the copy; nothing was written."""
+
+
+@dataclass
+class Made:
+    """What was bundled.
+
+    left_out   how much was left out or replaced, by the keys of recognise.LEFT_OUT
+    notes      files that were left out or cut, and what else the reader should know
+    """
+
+    path: Path
+    size: int
+    left_out: Mapping[str, int]
+    notes: list[str] = field(default_factory=list)
+
+
+def make(root: Path, path: Path | None = None, with_logs: bool = False) -> Made:
+    """Write the bundle of a run and its siblings; ``path`` is by default beside the runs.
+
+    with_logs: keep text that is not recognised where a search finds nothing suspicious in it. The fault is the bundle's
+    main run where there is one.
+
+    Raises ConfigError where there is no run, LeakError where a private name was found, OSError where the zip cannot be
+    written.
+    """
+    root = root.resolve()
+    family = _family(root)
+    main = family.get("fault", root)
+    path = path or main.parent / f"{main.name}.zip"
+    hosts = [*dict.fromkeys(name for run in family.values() for name in _hosts(run)), *this_machine()]
+    private = {*_private(os.environ), *hosts, *(name.partition(".")[0] for name in hosts)}
+    recogniser = Recogniser(Search({*literals_of(os.environ), *private}) if with_logs else None)
+    for name in hosts:
+        recogniser.name_host(name)
+    notes: list[str] = []
+    with scratch_folder("repro-bundle-") as scratch:
+        folder = scratch / UNPACKED
+        for variant, run in family.items():
+            copy = folder if run == main else folder / variant
+            _copy_run(run, copy, recogniser, notes)
+            _judge(copy, run, recogniser, notes)
+        beside = [folder / variant for variant, run in family.items() if run != main]
+        facts = report.write(folder, beside, UNPACKED)
+        for other in beside:
+            report.write(other, [folder, *(run for run in beside if run != other)], f"{UNPACKED}/{other.name}")
+        others = [gather(run, with_lanes=False) for run in beside]
+        (folder / "env.txt").write_text(_environment(recogniser))
+        try:
+            (folder / "repro.py").write_text(_reproducer(facts, others, notes))
+        except replay.ReplayError as error:
+            notes.append(f"no repro.py: {str(error).replace(f'{folder}/', '')}")
+        (folder / "ISSUE.md").write_text(issue(facts, others, recogniser.left_out.total()))
+        (folder / "COMMANDS.sh").write_text(commands_script(facts))
+        _refuse_leaks(folder, {*private, str(scratch)})
+        manifest = {
+            "schema_version": SCHEMA_VERSION,
+            **{name: facts.verdict[name] for name in ("scenario", "verdict", "cause")},
+            "left_out": dict(sorted(recogniser.left_out.items())),
+            "with_logs": with_logs,
+        }
+        size = pack(folder, path, manifest)
+    return Made(path, size, dict(recogniser.left_out), notes)
+
+
+def _family(root: Path) -> dict[str, Path]:
+    facts = gather(root, with_lanes=False)
+    variant = facts.verdict["variant"]
+    runs = {gather(path, with_lanes=False).verdict["variant"]: path for path in siblings(root, facts)}
+    runs[variant if variant in VARIANTS else "fault"] = root
+    return {name: runs[name] for name in VARIANTS if name in runs}
+
+
+def _hosts(run: Path) -> Iterator[str]:
+    """The hosts of the ranks: any file may name any of them."""
+    for path in sorted((run / "events").glob(f"*{SUFFIX}")):
+        with contextlib.suppress(OSError, ValueError), open_regular(path, MAX_BYTES) as file:
+            yield parse_header(file.read(HEADER.size + CRC.size), path.name)[0].hostname
+
+
+def _private(variables: Mapping[str, str]) -> set[str]:
+    """The user's name and home folder, and the values of variables with a name like that of a secret."""
+    try:
+        user = variables.get("USER") or getpass.getuser()
+    except (KeyError, OSError):
+        user = ""
+    home = variables.get("HOME", "").rstrip("/")
+    secret = re.compile("secret|passw|passphrase|credential|token|key|pass$|pwd|cookie|auth|_pat$", re.IGNORECASE)
+    return {user, home if home.count("/") > 1 else ""} | {
+        value for name, value in variables.items() if secret.search(name) and not environment.is_value(value)
+    }
+
+
+# -- copying -----------------------------------------------------------------------------------------------------------
+
+
+def _copy_run(source: Path, target: Path, recogniser: Recogniser, notes: list[str]) -> None:
+    """Copy the files that a run leaves, each as its kind is redacted."""
+    target.mkdir(parents=True, exist_ok=True)
+    names = [f"{folder}/{file.name}" for folder in _FOLDERS for file in sorted((source / folder).glob("*"))]
+    for name in (*names, *_FILES):
+        path = source / name
+        if not os.path.lexists(path):
+            continue
+        folder, _, file = name.rpartition("/")
+        if folder and name not in _LOGS and not re.fullmatch(rf"rank\d{{1,6}}\.{_FOLDERS[folder]}", file):
+            notes.append(f"{visible(name)} is left out: not a file that a run leaves")
+            recogniser.left_out["files"] += 1
+            continue
+        try:
+            if path.is_symlink():  # to a file that is none of the run's
+                raise ValueError("a link")
+            data = _redacted(path, folder or file, recogniser, notes)
+        except (OSError, ValueError) as error:
+            notes.append(f"{name} is left out: {str(error).replace(f'{source}/', '')}")
+            recogniser.left_out["files"] += 1
+            continue
+        (target / name).parent.mkdir(exist_ok=True)
+        (target / name).write_bytes(data)
+
+
+def _redacted(path: Path, kind: str, recogniser: Recogniser, notes: list[str]) -> bytes:
+    """A file's bytes in the bundle. Raises ValueError for what is not of its kind, OSError for what cannot be read."""
+    if kind == "events":
+        with open_regular(path, MAX_BYTES) as file:
+            return redact_witness(file.read(MAX_BYTES), path.name, recogniser)
+    if kind in _DOCUMENTS:
+        return (json.dumps(_DOCUMENTS[kind](read_json(path), recogniser), indent=1) + "\n").encode()
+    with open_regular(path) as file:
+        size = file.seek(0, os.SEEK_END)
+        file.seek(max(0, size - _MAX_LOG_BYTES))
+        text = file.read(_MAX_LOG_BYTES).decode(errors="replace")
+    if size > _MAX_LOG_BYTES:
+        notes.append(f"{path.name} is cut to its last {_MAX_LOG_BYTES >> 10} KiB")
+        text = text.partition("\n")[2]  # the first line may have lost the word that tells what its rest is
+    return _TEXTS[kind](text, recogniser).encode()
+
+
+def _judge(copy: Path, run: Path, recogniser: Recogniser, notes: list[str]) -> None:
+    """Write the copy's verdict.json with evidence and sentences that are judged from the copy.
+
+    Of the run's own evidence a line stays where it is recognised: the watcher's have no counterpart in the copy.
+    """
+    path = copy / "verdict.json"
+    if not path.exists():
+        return
+    document, before = read_json(path), read_json(run / "verdict.json")
+    if not isinstance(document, dict):
+        return
+    recognised = _prose(before.get("evidence"), [], recogniser)  # of a slow run, whose evidence has no second witness
+    write_json(path, document | {"evidence": recognised, "sentences": []})
+    again: dict[str, Any] = {}
+    try:
+        settings = RunSettings.from_mapping(read_json(copy / "config.json"))
+        again, _ = judge_again(RunDir(copy), settings)
+    except (ConfigError, OSError, ValueError, KeyError, TypeError) as error:
+        notes.append(f"{run.name}: the copy cannot be judged: {str(error).replace(f'{copy}/', '')}")
+    for name in ("evidence", "sentences"):
+        document[name] = _prose(before.get(name), again.get(name, []), recogniser)
+    write_json(path, document)
+    for name in ("verdict", "cause", "culprits"):
+        if again and before.get(name) != again[name]:
+            notes.append(
+                f"{run.name}: {name} is {again[name]} by the bundle's files, {before.get(name)} by verdict.json"
+            )
+
+
+def _prose(before: Any, again: list[str], recogniser: Recogniser) -> list[str]:
+    """Each line as the run has it where it is recognised, else what the copy's judgement says in its place."""
+    if not isinstance(before, list):
+        return []
+    again = [line.replace("\n", " ") for line in again]
+    kept: list[str] = []
+    for index, line in enumerate(before):
+        own = recogniser.recognised(line) if isinstance(line, str) else None
+        other = recogniser.recognised(again[index]) if index < len(again) else None
+        if own is None and other is None and again:
+            recogniser.left_out["text"] += 1
+        kept += [text for text in (own or other,) if text]
+    return kept
+
+
+# -- the last look -----------------------------------------------------------------------------------------------------
+
+
+def _refuse_leaks(folder: Path, private: set[str]) -> None:
+    """Raise LeakError where a private name is left, by a plain search that does not use the rules of recognition."""
+    names = sorted(name for name in private if len(name) > 2 and not is_word(name) and not name.isdigit())
+    patterns = [(name, re.compile(_whole(name), re.IGNORECASE)) for name in names]
+    page = [(HERE / file).read_bytes() for file in ("page.js", "page.css")]
+    for path in sorted(folder.rglob("*")):
+        if not path.is_file():
+            continue
+        data = path.read_bytes()
+        generated = path.name in _GENERATED
+        for own in page if path.name == "report.html" else ():
+            data = data.replace(own, b"")
+        for name, pattern in patterns:
+            if (generated and name.isalpha()) or (path.suffix == SUFFIX and len(name) < 6):
+                continue  # a word of the page's own, or a number that happens to look so
+            if pattern.search(data):
+                raise LeakError(
+                    f"{path.relative_to(folder)} still holds a name of this machine or user; nothing was written"
+                )
+
+
+def _whole(name: str) -> bytes:
+    """A pattern for a name: short ones as a word of their own, longer ones inside of words too."""
+    plain = re.escape(name.encode())
+    return plain if len(name) >= 6 else rb"(?<![A-Za-z0-9])" + plain + rb"(?![A-Za-z0-9])"
+
+
+# -- what is written for it --------------------------------------------------------------------------------------------
+
+
+def _environment(recogniser: Recogniser) -> str:
+    """torch's own report of this machine, asked in a process of its own."""
+    command = [sys.executable, "-m", "torch.utils.collect_env"]
+    intro = (
+        "torch.utils.collect_env, on the machine and at the time that made this bundle.\n"
+        "What each rank of the run had loaded stands in env/.\n\n"
+    )
+    try:
+        answer = subprocess.run(command, capture_output=True, text=True, timeout=COLLECT_ENV_S)
+    except (OSError, subprocess.TimeoutExpired) as error:
+        return f"{intro}{type(error).__name__}: no report\n"
+    if answer.returncode != 0:
+        return f"{intro}it failed with exit code {answer.returncode}\n"
+    return intro + lines.machine(answer.stdout, environment.collected_line, recogniser)
+
+
+def _reproducer(facts: Facts, others: list[Facts], notes: list[str]) -> str:
+    """The hang in one file, with the cure if there is a run of it that went well and can be replayed."""
+    if replay.is_that_of_ep_deadlock(facts.verdict):
+        return replay.EP_DEADLOCK.read_text()
+    hang = replay.of_runs(facts, None)
+    for fix in (run for run in others if (run.verdict["variant"], run.verdict["verdict"]) == ("fix", "clean")):
+        try:
+            return replay.of_runs(facts, fix.root)
+        except replay.ReplayError as error:
+            notes.append(f"repro.py is without --fix: {str(error).replace(f'{facts.root}/', '')}")
+    return hang

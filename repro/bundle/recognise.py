@@ -1,0 +1,215 @@
+"""Keep what is recognised of a run's strings, and put a stand-in for everything else, the same for the same string.
+
+A stand-in ("text-003", "host-1") tells different strings apart, so ranks that issued different collectives still differ
+and the verdict stays the same. Whatever is neither recognised nor needed to tell things apart is left out and counted.
+"""
+
+from __future__ import annotations
+
+import re
+import socket
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from repro.bundle.words import below_package, is_file, is_name, is_token, is_word, plain
+from repro.layout import ENTRY_SEPARATOR, SEPARATOR
+
+LEFT_OUT = {
+    "text": "messages, and lines of logs and stacks",
+    "names": "names of layers, groups, files, functions and locks that are not in the list of known words",
+    "identity": "names and boot ids of hosts, and numbers of pid namespaces",
+    "variables": "environment variables and lines about the machine",
+    "fields": "fields of JSON files",
+    "files": "files that no run of this program leaves",
+}
+"""What is counted, with what it is."""
+
+GONE = "(left out)"
+MAX_TEXT = 4000
+"""Characters of a text up to which it is looked at; of our own none is longer."""
+_MEMBERS = re.compile(r"\d{1,5}(?:,\d{1,5})*")
+_SITE = re.compile(r"(?P<path>[^\n]+?):(?P<line>\d{1,7}) (?P<function>\S+)")
+_RUN = re.compile(r"\d{8}T\d{6}\.\d{3}Z-(?P<scenario>[a-z0-9_]+)-(?:control|fault|fix)-\d{1,7}")
+_TRANSFER = re.compile(r"(?P<group>.+)(?P<ends>:\d{1,6}>\d{1,6})")
+_ERROR = re.compile(r"(?P<type>[A-Za-z_][\w.]{0,120}): (?P<message>.*)", re.DOTALL)
+_ABSOLUTE = re.compile(r"/[^\s'\"]+(?:/[^\s'\"]+)*")
+_AROUND = "()[]{}<>\"'`.,;:"
+_LOCATED = re.compile(r"(?P<path>/[\w./+@-]+?)(?P<line>(?::\d{1,6})?)")
+_STAND_IN = re.compile(r"([a-z]+-\d{1,6})(?:\.[a-z]{2,4})?(?:/(?P<file>[\w.]+))?(?::\d{1,7}(?:>\d{1,6})?)?")
+_BRACKETED = re.compile(r"\[(/[^\s\]]+?)((?::\d{1,6})?)\]")
+
+
+@dataclass
+class Recogniser:
+    """The strings of one bundle. All its files share one recogniser, so equal strings get equal stand-ins.
+
+    search     decides about text that is not recognised: True keeps it. None leaves all of it out.
+    left_out   how many strings, lines and fields were left out or replaced, by the keys of LEFT_OUT
+    """
+
+    search: Callable[[str], bool] | None = None
+    left_out: Counter[str] = field(default_factory=Counter)
+    hosts: dict[str, str] = field(default_factory=dict)
+    _boots: dict[str, str] = field(default_factory=dict)
+    _namespaces: dict[int, int] = field(default_factory=dict)
+    _stand_ins: dict[tuple[str, str], str] = field(default_factory=dict)
+    _issued: set[str] = field(default_factory=set)
+    _strings: dict[str, str] = field(default_factory=dict)
+    _sources: dict[str, str] = field(default_factory=dict)
+
+    # -- identity ----------------------------------------------------------------------------------------------------
+
+    def host(self, name: str) -> str:
+        """The stand-in of a host's name, counted."""
+        if not name:
+            return name
+        self.left_out["identity"] += 1
+        return self.name_host(name)
+
+    def name_host(self, name: str) -> str:
+        """The stand-in of a host's name; the short and the full form of one name share it."""
+        short = name.partition(".")[0]
+        stand_in = self.hosts.get(name) or self.hosts.get(short) or f"host-{len(set(self.hosts.values())) + 1}"
+        self.hosts[name] = self.hosts[short] = stand_in
+        self._issued.add(stand_in)
+        return stand_in
+
+    def boot(self, boot_id: str) -> str:
+        """The stand-in of a boot id, which tells machines apart."""
+        if not boot_id:
+            return boot_id
+        self.left_out["identity"] += 1
+        return self._boots.setdefault(boot_id, f"boot-{len(self._boots) + 1}")
+
+    def namespace(self, number: int) -> int:
+        """A small number for that of a pid namespace; 0, unknown, stays."""
+        if not number:
+            return number
+        self.left_out["identity"] += 1
+        return self._namespaces.setdefault(number, len(self._namespaces) + 1)
+
+    # -- strings that must stay distinct -----------------------------------------------------------------------------
+
+    def string(self, text: str) -> str:
+        """A string of a witness, or one that a document took from a witness, as the bundle has it."""
+        known = self._strings.get(text)
+        if known is None:
+            known = self._string(text)
+            if not _SITE.fullmatch(text) and self._sources.setdefault(known, text) != text:
+                known = self._stand_in("text", text)  # two locks must not become one
+            self._strings[text] = known
+        return known
+
+    def _string(self, text: str) -> str:
+        if ENTRY_SEPARATOR in text or SEPARATOR in text:
+            entries = (entry.split(SEPARATOR) for entry in text.split(ENTRY_SEPARATOR))
+            return ENTRY_SEPARATOR.join(SEPARATOR.join(map(self.string, entry)) for entry in entries)
+        if not text or text in self._issued or _are_members(text):
+            return text
+        if (run := _RUN.fullmatch(text)) is not None and is_name(run["scenario"]):
+            return text
+        if (transfer := _TRANSFER.fullmatch(text)) is not None:
+            return f"{self.string(transfer['group'])}{transfer['ends']}"
+        if (site := _SITE.fullmatch(text)) is not None:
+            return f"{self.path(site['path'])}:{site['line']} {self.function(site['function'])}"
+        if _ABSOLUTE.fullmatch(text):
+            return self.path(text)
+        if (error := _ERROR.fullmatch(text)) is not None and is_error(error["type"]):
+            return f"{error['type']}: {self._text(error['message']) or self._stand_in('message', error['message'])}"
+        return self._text(text) or self._stand_in("text" if " " in text else "name", text)
+
+    def function(self, text: str) -> str:
+        """A function's name. Of one that is not recognised at least a word must be: it may be a person's name."""
+        partly = any(len(part) > 2 and is_word(part) for part in re.split(r"[._]", text))
+        return text if is_name(text) or (partly and self._is_free(text)) else self._stand_in("function", text)
+
+    def path(self, text: str) -> str:
+        """A file's path below its package. Of another file the name, where it is recognised, in a folder's stand-in."""
+        if re.fullmatch(r"<frozen [a-z_.]{1,40}>", text):
+            return text if is_name(text[8:-1]) else "<frozen>"
+        inside = below_package(text)
+        if inside is not None:
+            return inside
+        folder, slash, file = text.rpartition("/")
+        if is_file(file) or is_name(file):
+            return f"{self._stand_in('folder', folder)}/{file}" if slash and folder else file
+        extension = re.search(r"\.(?:py|so|cpp|lock)$", text)
+        return self._stand_in("file", text) + (extension[0] if extension else "")
+
+    def _stand_in(self, noun: str, text: str) -> str:
+        """noun-001, noun-002 …, by the order in which strings were first seen."""
+        self.left_out["text" if noun in ("text", "message") else "names"] += 1
+        known = self._stand_ins.get((noun, text))
+        if known is None:
+            number = sum(one == noun for one, _ in self._stand_ins) + 1
+            known = self._stand_ins[noun, text] = f"{noun}-{number:03d}"
+            self._issued.add(known)
+        return known
+
+    # -- text that may be left out -----------------------------------------------------------------------------------
+
+    def line(self, text: str, before: str = "") -> str:
+        """A line of prose, or "" where it is not recognised; the caller says that something was left out.
+
+        before: the line above. Where that is suspicious a line is not free either: it may be the value of a name.
+        """
+        kept = self._text(text) if not before or self._is_free(before) else self.recognised(text)
+        if kept is None:
+            self.left_out["text"] += 1
+        return kept or ""
+
+    def recognised(self, text: str) -> str | None:
+        """The text with its paths reduced, if each of its tokens is recognised; else None."""
+        if len(text) > MAX_TEXT:
+            return None
+        text = _BRACKETED.sub(lambda match: f"[{self._inside(match[1])}{match[2]}]", plain(text))
+        tokens = text.split(" ")
+        kept = [self._token(token) for token in tokens]
+        return None if None in kept else " ".join(map(str, kept))
+
+    def _inside(self, path: str) -> str:
+        return below_package(path) or "…"
+
+    def _token(self, token: str) -> str | None:
+        bare = token.strip(_AROUND)
+        if is_token(token) or self._is_stand_in(bare):
+            return token
+        located = _LOCATED.fullmatch(bare)
+        return token.replace(bare, self.path(located["path"]) + located["line"]) if located else None
+
+    def _is_stand_in(self, bare: str) -> bool:
+        """Whether it is a stand-in of this bundle, perhaps with a file's name, a line or the ends of a transfer."""
+        match = _STAND_IN.fullmatch(bare)
+        return match is not None and match[1] in self._issued and (not match["file"] or is_file(match["file"]))
+
+    def _text(self, text: str) -> str | None:
+        kept = self.recognised(text)
+        if kept is None and self._is_free(text):
+            kept = " ".join(plain(text).split())
+        return kept
+
+    def free(self, text: str, before: str = "") -> str | None:
+        """Text that is not recognised, if it may stay; ``before`` as for :meth:`line`."""
+        return plain(text) if self._is_free(text) and (not before or self._is_free(before)) else None
+
+    def _is_free(self, text: str) -> bool:
+        """Whether text that is not recognised may stay: asked for, and nothing suspicious in it."""
+        return self.search is not None and len(text) <= MAX_TEXT and self.search(text)
+
+
+def _are_members(text: str) -> bool:
+    """Whether a text lists the ranks of a group, none of them twice: "0,1,2"."""
+    ranks = text.split(",")
+    return _MEMBERS.fullmatch(text) is not None and len(set(ranks)) == len(ranks)
+
+
+def is_error(name: str) -> bool:
+    """Whether a name is that of an exception: its last part begins with a capital, and all its words are known."""
+    last = name.rpartition(".")[2]
+    return is_name(name) and last[:1].isupper() and not (last.isupper() and is_word(last) and len(last) < 8)
+
+
+def this_machine() -> list[str]:
+    """Names of the host that makes a bundle."""
+    return sorted({socket.gethostname(), socket.getfqdn()} - {"", "localhost"})

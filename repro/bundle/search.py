@@ -1,0 +1,109 @@
+"""Search free text for what should not be given away. A line that holds anything suspicious is dropped as a whole.
+
+Used only with --with-logs: to drop too much costs a line of a log, to drop too little costs a password. Three nets,
+each of its own kind: words that introduce a secret, a person or a machine; forms that no plain sentence has; and the
+detectors of the package detect-secrets.
+"""
+
+from __future__ import annotations
+
+import functools
+import re
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from repro.bundle.environment import is_value
+from repro.bundle.words import is_token, is_word, plain
+
+CONTEXT = {
+    "secrets": "pass|pwd|pswd|secret|token|cred|key|private|signing|signature|auth|cookie|session|bearer|basic|digest"
+    "|jwt|pin\\b|otp|salt|hash|sha\\d|pgp|rsa|dsa|ssh|certificate|begin |wandb|webhook|license|jdbc|odbc|dsn",
+    "people": "user|usr|sudo|uid|gid|account|owner|author|mail|home|login|logname|person|team|by:|from:|git\\b|commit",
+    "machines": "host|node|machine|server|domain|cluster|pod\\b|slurm|address|addr\\b|peer|endpoint|interface|iface"
+    "|mac\\b|uuid|serial|ipv|\\bip\\b|dns|fqdn|vpn|subnet|gateway|proxy|bucket|remote|origin|registry|repo\\b|branch",
+    "commands": "curl|wget|scp|rsync|mysql|psql|redis|mongo|docker|kubectl|argv|command|export |cd ",
+}
+"""Words, or beginnings of words, after which a line may name a secret, a person or a machine."""
+
+FORMS = (
+    r"[^\x20-\x7e]",  # letters that look like others, control characters
+    r"[@\\$&`^~]",  # mail, Windows paths, escapes, variables, HTML, home folders
+    r"://|%[0-9A-Fa-f]{2}|\\x[0-9A-Fa-f]{2}",  # URLs and their escapes
+    r"(?:^|\s)--?[A-Za-z]",  # options of a command
+    r"[=:]=|=>|:=",  # assignments in other notations than name=value
+    r"(?<![\w.])\d+(?:[._-]\d+){3}(?![\w.])|(?:[0-9A-Fa-f]{1,4}[:-]){3,}|::",  # addresses
+    r"\b[0-9A-Fa-f]{8,}\b|\d{7,}",  # numbers in which an address or key may be written
+    r"[A-Za-z0-9+/_-]{24,}={0,2}",  # base64
+)
+"""Forms that make a line suspicious wherever they stand."""
+
+_CONTEXT = re.compile("|".join(CONTEXT.values()), re.IGNORECASE)
+_FORM = re.compile("|".join(f"(?:{form})" for form in FORMS))
+_TOKEN = re.compile(r"[A-Za-z0-9]+(?:[-_./'][A-Za-z0-9]+)*")
+_WORD = re.compile(r"[A-Z]?[a-z]{1,14}|[A-Z]{1,10}")
+_VOWEL, _CLUSTER = re.compile(r"[aeiouy]", re.IGNORECASE), re.compile(r"[bcdfghjklmnpqrstvwxz]{5}", re.IGNORECASE)
+MIN_LITERAL = 4
+
+
+class Search:
+    """Finds out whether a line of text may be given away.
+
+    literals   texts that this machine knows to be private: values of variables, names of hosts and users
+    """
+
+    def __init__(self, literals: Iterable[str] = ()) -> None:
+        wanted = sorted({text for text in literals if len(text) >= MIN_LITERAL}, key=len, reverse=True)
+        self._literals = re.compile("|".join(map(re.escape, wanted)), re.IGNORECASE) if wanted else None
+
+    def __call__(self, text: str) -> bool:
+        """Whether nothing in the text is suspicious."""
+        text = plain(text)
+        if self._literals is not None and self._literals.search(text):
+            return False
+        if _CONTEXT.search(text) or _FORM.search(text):
+            return False
+        return all(map(_is_plain, _TOKEN.findall(text))) and not _is_detected(text)
+
+
+def literals_of(environment: Mapping[str, str]) -> set[str]:
+    """The values of variables that are not of a harmless form, whole and in pieces: a token may have several lines."""
+    values = [value for value in environment.values() if not is_value(value)]
+    pieces = (piece for value in values for piece in re.split(r"[\s:/@,;=&?'\"]+", value))
+    return {text for text in (*values, *pieces) if len(text) >= 6 and not is_token(text)}
+
+
+def _is_plain(token: str) -> bool:
+    """Whether a token is a listed word, a small number, or looks like a word of a language."""
+    if is_token(token):
+        return True
+    if re.search(r"[-./']", token):
+        return False
+    return all(_is_pronounceable(part) for part in token.split("_"))
+
+
+def _is_pronounceable(word: str) -> bool:
+    return is_word(word) or (
+        _WORD.fullmatch(word) is not None and _VOWEL.search(word) is not None and _CLUSTER.search(word) is None
+    )
+
+
+@functools.cache
+def _detectors() -> list[Any]:
+    """The detectors of detect-secrets, which look at text alone; the package's own checks by network are not used.
+
+    Raises ModuleNotFoundError where it is not installed.
+    """
+    from detect_secrets.core.plugins.util import get_mapping_from_secret_type_to_class
+
+    classes: Mapping[str, Any] = get_mapping_from_secret_type_to_class()
+    return [detector() for detector in classes.values()]
+
+
+def _is_detected(text: str) -> bool:
+    quoted = " ".join(f'"{token}"' for token in _TOKEN.findall(text) if len(token) >= 12)
+    return any(any(detector.analyze_string(part)) for detector in _detectors() for part in (text, quoted) if part)
+
+
+def load() -> None:
+    """Load the detectors before the work begins; raises ModuleNotFoundError."""
+    _detectors()

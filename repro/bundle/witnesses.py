@@ -1,0 +1,25 @@
+"""Witness files for a bundle: identity and strings replaced, every number of an event as it was."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from repro.bundle.recognise import Recogniser
+from repro.compact import compact
+from repro.parse import parse_header
+
+
+def redact_witness(data: bytes, name: str, recogniser: Recogniser) -> bytes:
+    """A witness with its header and strings redacted, each string under its old number, in as few bytes as hold it.
+
+    Raises WitnessError for what is no witness, ValueError when the new strings take more than a file may hold.
+    """
+    who, _ = parse_header(data, name)
+    who = replace(
+        who,
+        hostname=recogniser.host(who.hostname),
+        boot_id=recogniser.boot(who.boot_id),
+        pid_namespace=recogniser.namespace(who.pid_namespace),
+        run_id=recogniser.string(who.run_id),
+    )
+    return compact(data, name, who=who, change=recogniser.string)
