@@ -14,7 +14,7 @@ from rich.console import Console
 from hybrid_moe_ref.config import ConfigError, nearest
 from hybrid_moe_ref.files import DamagedFile
 from repro import bundle, launch, matrix, minimise, process, scenarios
-from repro.archive import ArchiveError
+from repro.bundle import ArchiveError
 from repro.commands import (
     CANNOT_TELL,
     EXPECTED,

@@ -6,8 +6,11 @@ import ast
 import io
 import json
 import os
+import shutil
+import signal
 import subprocess
 import sys
+import tempfile
 import zipfile
 from pathlib import Path
 
@@ -359,3 +362,30 @@ def test_a_bundle_of_8_ranks_is_verified_judged_and_run_again_in_another_clone_w
     assert len(verdicts) == 3, "by run, with control and fix, and by torchrun"
     for key in ("verdict", "cause", "culprits"):
         assert all(documents["fault"][key] == told[key] for told in (judged, *verdicts)), key
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGINT])
+@pytest.mark.parametrize("moment", ["at work", "at the end"])
+def test_a_signal_leaves_no_temporary_folder(tmp_path, quick, monkeypatch, number, moment):
+    root, _ = write_hang(tmp_path / "runs")
+    made = bundle.make(root, tmp_path / "b.zip")
+    scratch = tmp_path / "scratch"
+    scratch.mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(scratch))
+    remove, sent = shutil.rmtree, []
+
+    def interrupted(*args, **options):
+        assert any(scratch.iterdir())
+        if not sent:
+            sent.append(number)
+            os.kill(os.getpid(), number)
+        return remove(*args, **options)
+
+    for module, name in (
+        ((shutil, "rmtree"),) if moment == "at the end" else ((archive, "unpack"), (assemble, "_judge"))
+    ):
+        monkeypatch.setattr(module, name, interrupted)
+    for command in (["watch", str(made.path)], ["bundle", "--verify", str(made.path)], ["bundle", str(root)]):
+        sent.clear()
+        assert main(command) == 130
+        assert sent and not any(scratch.iterdir()), command

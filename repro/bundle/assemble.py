@@ -45,7 +45,7 @@ _MAX_LOG_BYTES = 512 << 10
 
 _FOLDERS = {"events": "wit", "fr": "json", "stacks": "txt", "logs": "log", "env": "txt", "outputs": "json"}
 """Folders with a file of each rank, and what these files' names end in."""
-_LOGS = ("logs/launcher.log", "logs/reference.log")
+_LOGS = ("logs/launcher.log", "logs/reference.log", "logs/watcher.log")
 _FILES = ("config.json", "verdict.json", "reference.json")
 _GENERATED = ("report.html", "timeline.svg", "trace.json", "repro.py", "ISSUE.md", "COMMANDS.sh")
 

@@ -7,6 +7,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from hybrid_moe_ref.config import ConfigError
 from repro.bundle import search
 from repro.bundle.archive import MANIFEST, verify
 from repro.bundle.assemble import make
@@ -43,9 +44,7 @@ def run(args: argparse.Namespace) -> int:
         try:
             search.load()
         except ModuleNotFoundError as error:
-            raise ValueError(
-                f"--with-logs needs the package detect-secrets ({error}): pip install detect-secrets"
-            ) from None
+            raise ConfigError(f"{error}; pip install detect-secrets", "--with-logs") from None
     if args.run.is_dir():
         root = args.run.resolve()
         refuse_unwritable(args.to or root.with_name(f"{root.name}.zip"), "; choose another --to")
