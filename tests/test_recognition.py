@@ -218,7 +218,7 @@ def test_a_redacted_witness_holds_the_same_events(tmp_path):
     before, again = read(path), parse(data, path.name)
     assert again.who.hostname == "host-1" and before.who.hostname == "host0" and len(data) < path.stat().st_size
     assert again.problems == before.problems == ()
-    assert again.records == before.records and again.groups == before.groups
+    assert again.ring == before.ring and again.groups == before.groups
     assert [again.sizes(event.vector, event.num_sizes) for event in again.events()] == [
         before.sizes(event.vector, event.num_sizes) for event in before.events()
     ]
