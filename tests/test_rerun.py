@@ -9,7 +9,8 @@ import shlex
 import pytest
 from reported import write_hang
 
-from repro import cli, issue, report
+from repro import cli, report
+from repro.bundle import issue
 from repro.commands import run as run_command
 from repro.report.gather import gather
 from repro.report.rerun import command, commands, place, torchrun_command
