@@ -6,6 +6,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from scene import Scene
+from sentences import Witnessed, check_sentences
 
 from hybrid_moe_ref.parallel.observer import Collective, ScheduleEntry
 from repro.verdict import Facts, Verdict, judge
@@ -45,12 +46,14 @@ def whole_step(made: Scene, step: int, *, plan: tuple[ScheduleEntry, ...] = PLAN
 def look(
     made: Scene, *, after_s: float = 2.0, wrong_numbers: Sequence[str] = (), queued: Sequence[str] = (), **facts: Any
 ) -> Verdict:
-    """The verdict on a scene ``after_s`` after its last event, with a quiet window of a second."""
-    now_ns = made.now_ns + int(after_s * 1e9)
-    return judge(
-        made.witnesses(), Facts(**facts), num_ranks=made.num_ranks, now_ns=now_ns, quiet_window_s=1.0,
+    """The verdict on a scene ``after_s`` after its last event, with a quiet window of a second; its sentences hold."""
+    now_ns, witnesses = made.now_ns + int(after_s * 1e9), made.witnesses()
+    verdict = judge(
+        witnesses, Facts(**facts), num_ranks=made.num_ranks, now_ns=now_ns, quiet_window_s=1.0,
         wrong_numbers=wrong_numbers, queued=queued,
     )  # fmt: skip
+    check_sentences(verdict, Witnessed(verdict, witnesses))
+    return verdict
 
 
 def held(lock: str, pid: int, ranks: Iterable[int] = EVERYONE) -> dict[int, tuple[str, int]]:

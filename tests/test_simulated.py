@@ -18,6 +18,7 @@ from faults import FAULTS, FOREVER_NS, LATE, WRAPPING, Case, Truth, class_of, dr
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from scene import MS
+from sentences import Simulated, check_sentences
 from simulator import Simulation
 
 from repro.layout import (
@@ -57,7 +58,7 @@ def verdict_of(
 ) -> Verdict:  # fmt: skip
     now_ns = sim.clocks(int(later_s * 1e9))
     witnesses = sim.witnesses() if witnesses is None else witnesses
-    return judge(
+    verdict = judge(
         witnesses,
         Facts(
             alive={rank: each.state != "dead" for rank, each in enumerate(sim.ranks)},
@@ -67,6 +68,8 @@ def verdict_of(
         now_ns=now_ns[min(witnesses)] if case.one_clock and witnesses and later_s >= WINDOW_S else now_ns,
         quiet_window_s=window_s,
     )
+    check_sentences(verdict, Simulated(sim))
+    return verdict
 
 
 CAUSES = {

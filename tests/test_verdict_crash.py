@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 from scene import MS, SMALL, Scene
 from serving import C1, EVERYONE, PLAN, dispatch, eight_ranks, look, whole_step
 
 from repro.layout import Identity, pack_header
+from repro.verdict import Facts, judge
 
 
 def test_a_dead_rank_is_a_crash_and_the_waits_are_its_consequence() -> None:
@@ -196,8 +199,9 @@ def test_a_failed_rank_whose_groups_lost_their_members_is_still_a_crash() -> Non
     made.begin_step(1, PLAN)
     made.enter(EVERYONE, C1)
     made.recorders[2].failed("out of memory")
-    at = made.files[2].index(b"0,1,2,3,4,5,6,7")
-    made.files[2][at] = ord("x")
-    verdict = look(made)
-    assert (verdict.verdict, verdict.cause, verdict.culprits) == ("crash", "error", (2,))
-    assert look(made, alive={2: False}).verdict == "crash"
+    witnesses = made.witnesses()
+    groups = tuple(replace(group, members=()) for group in witnesses[2].groups)
+    witnesses[2] = replace(witnesses[2], groups=groups, complete=False)
+    for alive in (True, False):
+        verdict = judge(witnesses, Facts({2: alive}), num_ranks=8, now_ns=made.now_ns + 2_000 * MS, quiet_window_s=1.0)
+        assert (verdict.verdict, verdict.cause, verdict.culprits) == ("crash", "error", (2,)), verdict

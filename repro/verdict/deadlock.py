@@ -63,6 +63,6 @@ def _links(cycle: Sequence[Node]) -> tuple[dict[str, Any], ...]:
     links = []
     for i, node in enumerate(cycle):
         following = cycle[(i + 1) % len(cycle)]
-        awaited = sorted(node.waits_for & set(following.ranks)) or sorted(node.waits_for)
+        awaited = sorted(node.waits_for & set(following.ranks)) or sorted(node.waits_for or node.cannot_return)
         links.append({"ranks": sorted(node.ranks), "waits_in": node.name, "for": awaited})
     return tuple(links)

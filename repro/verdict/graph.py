@@ -114,7 +114,10 @@ def _node_of(standing: Standing, nodes: dict[NodeKey, Node]) -> Node | None:
         key, name = ("collective", standing.group, position.seq), f"{position.group} {position.op} #{position.seq}"
     else:
         return None
-    return nodes.setdefault(key, Node(key, name))
+    node = nodes.setdefault(key, Node(key, name))
+    if node.name != name:  # ranks that do not issue the same operation
+        node.name = f"{position.group} #{position.seq}"
+    return node
 
 
 def _collective_edges(node: Node, standings: Mapping[int, Standing], ledger: Ledger) -> None:

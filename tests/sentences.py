@@ -1,0 +1,414 @@
+"""Every sentence of a verdict's evidence, read back and compared with what is so: by the witnesses, or in a simulation.
+
+``check_sentences(verdict, world)`` fails for a sentence that is not true in the world, and for one that no rule reads.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from simulator import Simulation
+
+from repro.layout import Kind
+from repro.verdict import Verdict
+from repro.verdict.ledger import calls
+from repro.witness import Witness
+
+Words = tuple[str, str, str]  # group, operation, layer
+
+
+class World(Protocol):
+    """What is so, by rank. A group is the one of that name in which the rank is."""
+
+    def state(self, rank: int) -> str: ...
+    def members(self, rank: int, group: str) -> tuple[int, ...]: ...
+    def is_in(self, rank: int, group: str, seq: int) -> bool: ...
+    def has_issued(self, rank: int, group: str, seq: int) -> bool: ...
+    def has_left(self, rank: int, group: str, seq: int) -> bool: ...
+    def holds_up(self, rank: int, group: str, seq: int) -> bool: ...
+    def call(self, rank: int, group: str, seq: int) -> str: ...
+    def issued_in(self, rank: int, step: int) -> list[Words] | None: ...
+    def awaits_lock(self, rank: int, lock: str) -> bool: ...
+    def holds(self, rank: int, lock: str) -> bool: ...
+
+
+@dataclass
+class Witnessed:
+    """The world as the judge's positions and the witnesses show it."""
+
+    verdict: Verdict
+    witnesses: Mapping[int, Witness]
+
+    def state(self, rank: int) -> str:
+        return self.verdict.ranks[rank].state
+
+    def members(self, rank: int, group: str) -> tuple[int, ...]:
+        trace = self._group(rank, group)
+        return trace.members if trace else ()
+
+    def is_in(self, rank: int, group: str, seq: int) -> bool:
+        at = self.verdict.ranks[rank]
+        return at.state in ("blocked", "dead", "failed") and (at.group, at.seq) == (group, seq)
+
+    def has_issued(self, rank: int, group: str, seq: int) -> bool:
+        trace = self._group(rank, group)
+        return trace is not None and trace.issued >= seq
+
+    def has_left(self, rank: int, group: str, seq: int) -> bool:
+        trace = self._group(rank, group)
+        return trace is not None and trace.left >= seq
+
+    def holds_up(self, rank: int, group: str, seq: int) -> bool:
+        """Whether the others cannot complete the collective without it: it has not come, or went on from it."""
+        return not self.is_in(rank, group, seq) and not self.has_left(rank, group, seq)
+
+    def call(self, rank: int, group: str, seq: int) -> str:
+        trace = self._group(rank, group)
+        if trace is None:
+            return ""
+        found = next(calls(self.witnesses[rank], (trace.name, trace.members), seq), None)
+        return _call(*found[3].signature[1:2], *found[3].signature[3:], found[3].sizes, found[3].root) if found else ""
+
+    def issued_in(self, rank: int, step: int) -> list[Words] | None:
+        witness = self.witnesses[rank]
+        events = [e for e in witness.events() if e.kind in (Kind.ENTER, Kind.ISSUE) and e.step == step]
+        signatures = [witness.signature(e.sig) for e in events]
+        return [(s.group.split(":")[0] if s.op in ("send", "recv") else s.group, s.op, s.layer) for s in signatures]
+
+    def awaits_lock(self, rank: int, lock: str) -> bool:
+        at, last = self.verdict.ranks[rank], self.witnesses[rank].last
+        if at.state == "locked":
+            return at.detail == lock
+        return at.state in ("dead", "failed") and last is not None
+
+    def holds(self, rank: int, lock: str) -> bool:
+        kinds = [
+            event.kind
+            for event in self.witnesses[rank].events()
+            if event.kind in (Kind.LOCK_HELD, Kind.LOCK_FREED) and self.witnesses[rank].text(event.sig) == lock
+        ]
+        return not kinds or kinds[-1] == Kind.LOCK_HELD  # none: the system says so
+
+    def _group(self, rank: int, group: str) -> Any:
+        witness = self.witnesses.get(rank)
+        return next((trace for trace in witness.groups if trace.name == group), None) if witness else None
+
+
+@dataclass
+class Simulated:
+    """The world of a simulation, which has read no witness."""
+
+    sim: Simulation
+
+    def state(self, rank: int) -> str:
+        each = self.sim.ranks[rank]
+        if each.state != "running":
+            return each.state
+        return "running" if each.blocked is None else {"meeting": "blocked", "lock": "locked"}[each.blocked[0]]
+
+    def members(self, rank: int, group: str) -> tuple[int, ...]:
+        return self._key(rank, group)[1]
+
+    def is_in(self, rank: int, group: str, seq: int) -> bool:
+        each = self.sim.ranks[rank]
+        if each.state in ("dead", "failed"):
+            return self.has_issued(rank, group, seq) and not self.has_left(rank, group, seq)
+        return bool(each.blocked) and each.blocked[:1] == ("meeting",) and each.blocked[1][:2] == (
+            self._key(rank, group), seq,
+        )  # fmt: skip
+
+    def has_issued(self, rank: int, group: str, seq: int) -> bool:
+        channel = self.sim.channels.get(self._key(rank, group))
+        return channel is not None and channel.issued.get(rank, 0) >= seq
+
+    def has_left(self, rank: int, group: str, seq: int) -> bool:
+        channel = self.sim.channels.get(self._key(rank, group))
+        return channel is not None and any(rank in left for left in channel.left[seq - 1 :])
+
+    def holds_up(self, rank: int, group: str, seq: int) -> bool:
+        return not self.has_issued(rank, group, seq)
+
+    def call(self, rank: int, group: str, seq: int) -> str:
+        call, _ = self.sim.channels[self._key(rank, group)].calls[seq - 1][rank]
+        return _call(call.op, call.dtype, call.reduce_op, call.sizes, call.root)
+
+    def issued_in(self, rank: int, step: int) -> list[Words] | None:
+        return [
+            (call.group, call.op, call.layer)
+            for channel in self.sim.channels.values()
+            for meeting in channel.calls
+            if rank in meeting
+            for call, number in [meeting[rank]]
+            if number == step
+        ]
+
+    def awaits_lock(self, rank: int, lock: str) -> bool:
+        each = self.sim.ranks[rank]
+        return each.state in ("dead", "failed") or each.blocked == ("lock", lock)
+
+    def holds(self, rank: int, lock: str) -> bool:
+        return self.sim.locks.get(lock) == rank
+
+    def _key(self, rank: int, group: str) -> tuple[str, tuple[int, ...]]:
+        if ">" in group:
+            return group, tuple(map(int, group.partition(":")[2].split(">")))
+        return group, self.sim._of_rank[rank].get(group, ())
+
+
+def _call(op: str, dtype: str, reduce_op: str, sizes: tuple[int, ...], root: int) -> str:
+    parts = [op, dtype, reduce_op, f"sizes {list(sizes)}" if sizes else "", f"root {root}" if root >= 0 else ""]
+    return " ".join(part for part in parts if part)
+
+
+def ranks_in(text: str) -> list[int]:
+    """ "0-2,5" -> [0, 1, 2, 5]."""
+    ranks: list[int] = []
+    for part in text.split(","):
+        first, _, last = part.partition("-")
+        ranks += range(int(first), int(last or first) + 1)
+    return ranks
+
+
+R, S = r"ranks? (?P<r>[\d,-]+)", r"ranks? (?P<s>[\d,-]+)"
+X = r"(?P<g>\S+)(?: (?P<op>\S+))? #(?P<n>\d+)"
+Y = r"\S+(?: \S+)? #\d+"
+LINE = r"( \(\S*rank\d+\.wit:\d+ event \d+\))?"
+E = r"(?P<e>\S+ \S+(?: of \S+)?)"
+RULES: list[tuple[re.Pattern[str], Callable[..., bool]]] = []
+
+
+def rule(pattern: str) -> Callable[[Callable[..., bool]], Callable[..., bool]]:
+    """The function is called with the world, the verdict, the named ranks r and s, and the match."""
+
+    def add(function: Callable[..., bool]) -> Callable[..., bool]:
+        RULES.append((re.compile(pattern, re.DOTALL), function))
+        return function
+
+    return add
+
+
+def check_sentences(verdict: Verdict, world: World) -> None:
+    """Fail for a sentence of the evidence that is not so."""
+    for text in verdict.evidence:
+        for pattern, is_so in RULES:
+            if match := pattern.fullmatch(text):
+                named = match.groupdict()
+                r = ranks_in(named["r"]) if named.get("r") else []
+                s = ranks_in(named["s"]) if named.get("s") else []
+                assert is_so(world, verdict, r, s, match), f"not so: {text!r} in {verdict}"
+                if named.get("op") and pattern.pattern.startswith(R):
+                    issued = {world.call(rank, *_at(match)) or named["op"] for rank in r}
+                    assert {call.split()[0] for call in issued} == {named["op"]}, f"not so: {text!r} in {verdict}"
+                break
+        else:
+            raise AssertionError(f"no rule of tests/sentences.py reads: {text!r}")
+
+
+def _at(match: re.Match[str]) -> tuple[str, int]:
+    return match["g"], int(match["n"])
+
+
+def _words(text: str) -> Words:
+    entry, _, layer = text.partition(" of ")
+    group, _, op = entry.partition(" ")
+    return group, op, layer
+
+
+@rule(rf"{R} waits? in {X} for (?P<s>[\d,-]+){LINE}")
+def _(world: World, verdict: Verdict, r: list[int], s: list[int], match: re.Match[str]) -> bool:
+    at = _at(match)
+    return all(world.is_in(rank, *at) for rank in r) and all(world.holds_up(rank, *at) for rank in s)
+
+
+@rule(
+    rf"{R} waits? in {X}; (it|\S+ #(?P<k>\d+) before it) was issued with different arguments"
+    rf"(, and {S} completed it)?{LINE}"
+)
+def _(world: World, verdict: Verdict, r: list[int], s: list[int], match: re.Match[str]) -> bool:
+    group, seq = _at(match)
+    differing = int(match["k"] or seq)
+    members = world.members(r[0], group)
+    issued = {world.call(rank, group, differing) for rank in members if world.has_issued(rank, group, differing)}
+    return (
+        all(world.is_in(rank, group, seq) for rank in r)
+        and all(world.has_left(rank, group, differing) for rank in s)
+        and (len({words for words in issued if words}) > 1 or ">" in group)
+    )
+
+
+@rule(rf"{R} waits? for lock (?P<lock>.+?), which {S} holds?{LINE}")
+def _(world: World, verdict: Verdict, r: list[int], s: list[int], match: re.Match[str]) -> bool:
+    return all(world.awaits_lock(rank, match["lock"]) for rank in r) and all(
+        world.holds(rank, match["lock"]) for rank in s
+    )
+
+
+@rule(rf"every member has issued {X} and none has left it: a device or network stall")
+@rule(rf"every member has issued {X}, and (nothing has happened for .*|{R} keeps? up to .*)")
+def _(world: World, verdict: Verdict, r: list[int], s: list[int], match: re.Match[str]) -> bool:
+    group, seq = _at(match)
+    inside = [position.rank for position in verdict.ranks if world.is_in(position.rank, group, seq)]
+    sets = {world.members(rank, group) for rank in inside}
+    return any(all(world.has_issued(m, group, seq) and not world.has_left(m, group, seq) for m in ms) for ms in sets)
+
+
+@rule(rf"{R} (are|is) in {X}, which {S} (have|has) left")
+def _(world: World, verdict: Verdict, r: list[int], s: list[int], match: re.Match[str]) -> bool:
+    at = _at(match)
+    return all(world.is_in(rank, *at) for rank in r) and all(world.has_left(rank, *at) for rank in s)
+
+
+@rule(r"rank (?P<r>\d+) (?P<state>\w+) for [\d.]+ s: (in (?P<g>\S+)(?: (?P<op>\S+))? #(?P<n>\d+))?.*")
+def _(world: World, verdict: Verdict, r: list[int], s: list[int], match: re.Match[str]) -> bool:
+    if match["g"]:
+        return world.is_in(r[0], *_at(match))
+    alike = {"building": "running", "starting": "running", "spinning": "running"}
+    state = world.state(r[0])
+    return alike.get(state, state) == alike.get(match["state"], match["state"])
+
+
+@rule(rf"{R} waits?")
+def _(world: World, verdict: Verdict, r: list[int], s: list[int], match: re.Match[str]) -> bool:
+    return all(world.state(rank) in ("blocked", "locked") for rank in r)
+
+
+@rule(rf"lock (?P<lock>.+?), for which {R} waits?, is with {S}")
+def _(world: World, verdict: Verdict, r: list[int], s: list[int], match: re.Match[str]) -> bool:
+    return all(world.awaits_lock(rank, match["lock"]) for rank in r) and all(
+        world.holds(rank, match["lock"]) for rank in s
+    )
+
+
+@rule(rf"nobody holds lock (?P<lock>.+?) any more, for which {R} waits?")
+@rule(rf"lock (?P<lock>.+?) is with {R}, which has not recorded that it got it")
+def _(world: World, verdict: Verdict, r: list[int], s: list[int], match: re.Match[str]) -> bool:
+    return all(world.awaits_lock(rank, match["lock"]) for rank in r)
+
+
+@rule(rf"rank (?P<r>\d+) holds lock (?P<lock>.+?) and waits (in {X}|for lock (?P<other>.+?))( \(.*\))?")
+def _(world: World, verdict: Verdict, r: list[int], s: list[int], match: re.Match[str]) -> bool:
+    waits = world.awaits_lock(r[0], match["other"]) if match["other"] else world.is_in(r[0], *_at(match))
+    return waits and world.holds(r[0], match["lock"])
+
+
+@rule(rf"{R} (are|is) done and (will not come|still holds? lock .*)")
+@rule(rf"{R} (are|is) done and never waited for {Y}")
+@rule(rf"{R} ended before {Y} completed")
+@rule(rf"in a scheduled step that {R} never began, {S} had requests")
+def _(world: World, verdict: Verdict, r: list[int], s: list[int], match: re.Match[str]) -> bool:
+    return all(world.state(rank) == "done" for rank in r) and not any(world.state(rank) == "done" for rank in s)
+
+
+@rule(rf"{R} (runs? outside any collective|waits? in {Y}) with {X} pending")
+def _(world: World, verdict: Verdict, r: list[int], s: list[int], match: re.Match[str]) -> bool:
+    at = _at(match)
+    return all(world.has_issued(rank, *at) and not world.is_in(rank, *at) for rank in r)
+
+
+@rule(rf"{R} died")
+@rule(rf"which of {R} died first was not seen")
+@rule(rf"rank (?P<r>\d+) was missed first, {S} later")
+def _(world: World, verdict: Verdict, r: list[int], s: list[int], match: re.Match[str]) -> bool:
+    return all(world.state(rank) == "dead" for rank in (*r, *s))
+
+
+@rule(rf"rank (?P<r>\d+) had waited in {Y} for .* s when it died: .*")
+def _(world: World, verdict: Verdict, r: list[int], s: list[int], match: re.Match[str]) -> bool:
+    return world.state(r[0]) == "dead"
+
+
+@rule(rf"{R} failed before {S} was missed")
+def _(world: World, verdict: Verdict, r: list[int], s: list[int], match: re.Match[str]) -> bool:
+    return all(world.state(rank) == "failed" for rank in r) and all(world.state(rank) == "dead" for rank in s)
+
+
+@rule(rf"{R} failed too; which came first was not seen")
+@rule(rf"{R} failed with the same message; it says more than the order does")
+@rule(r"rank (?P<r>\d+): .* \(\S*rank\d+\.wit:\d+ event \d+\)")
+def _(world: World, verdict: Verdict, r: list[int], s: list[int], match: re.Match[str]) -> bool:
+    return all(world.state(rank) == "failed" for rank in r)
+
+
+@rule(rf"{R} gave up in (lock (?P<lock>.+?)|{X}), waiting for (nobody|(?P<s>[\d,-]+))")
+def _(world: World, verdict: Verdict, r: list[int], s: list[int], match: re.Match[str]) -> bool:
+    if match["lock"]:
+        return all(world.state(rank) == "failed" for rank in r)
+    at = _at(match)
+    return all(world.state(rank) == "failed" and world.is_in(rank, *at) for rank in r) and not any(
+        world.has_left(rank, *at) for rank in s
+    )
+
+
+@rule(rf"{R} died or failed, perhaps before: the rest may follow from that")
+def _(world: World, verdict: Verdict, r: list[int], s: list[int], match: re.Match[str]) -> bool:
+    return all(world.state(rank) in ("dead", "failed") for rank in r)
+
+
+@rule(rf"{R} ended step (?P<k>\d+) without {E}")
+def _(world: World, verdict: Verdict, r: list[int], s: list[int], match: re.Match[str]) -> bool:
+    steps = [world.issued_in(rank, int(match["k"])) or [] for rank in r]
+    return all(issued.count(_words(match["e"])) <= 1 for issued in steps)
+
+
+@rule(rf"{R} passed over {E} in step (?P<k>\d+) and issued (?P<f>\S+ \S+(?: of \S+)?)( at .*)?{LINE}")
+@rule(rf"{R} issued (?P<f>\S+ \S+(?: of \S+)?) in step (?P<k>\d+)( at .*)? before {E}, which was due first{LINE}")
+@rule(rf"{R} issued (?P<f>\S+ \S+(?: of \S+)?) in step (?P<k>\d+)( at .*)? where the schedule .*, and that later{LINE}")
+@rule(rf"{R} issued (?P<f>\S+ \S+(?: of \S+)?) in step (?P<k>\d+)( at .*)? in place of {E}{LINE}")
+@rule(rf"{R} issued (?P<f>\S+ \S+(?: of \S+)?) in step (?P<k>\d+)( at .*)? which is not in the schedule: .*{LINE}")
+def _(world: World, verdict: Verdict, r: list[int], s: list[int], match: re.Match[str]) -> bool:
+    return all(_words(match["f"]) in (world.issued_in(rank, int(match["k"])) or []) for rank in r)
+
+
+@rule(rf"{R} issued (?P<g>\S+) #(?P<n>\d+) as (?P<call>.*)")
+def _(world: World, verdict: Verdict, r: list[int], s: list[int], match: re.Match[str]) -> bool:
+    return all(world.call(rank, *_at(match)) == match["call"] for rank in r)
+
+
+@rule(r"(?P<g>\S+) #(?P<n>\d+) completed on ranks? (?P<r>[\d,-]+) although the sides differ")
+def _(world: World, verdict: Verdict, r: list[int], s: list[int], match: re.Match[str]) -> bool:
+    return all(world.has_left(rank, *_at(match)) for rank in r)
+
+
+@rule(rf"{R} changed (arguments|a schedule) that had been the same on all .*")
+@rule(rf"{R} (declared what most did not|differs? from most members); which .* is not in the witnesses")
+def _(world: World, verdict: Verdict, r: list[int], s: list[int], match: re.Match[str]) -> bool:
+    return set(r) <= {*verdict.suspects, *verdict.culprits}
+
+
+@rule(rf"{R} gave sizes of other ranks that these ranks and all third ones contradict")
+def _(world: World, verdict: Verdict, r: list[int], s: list[int], match: re.Match[str]) -> bool:
+    return set(r) <= {*verdict.culprits, *verdict.suspects}
+
+
+@rule(rf"{R} left no usable witness.*")
+@rule(rf"{R} left no whole witness, so arguments may have differed where {S} died")
+@rule(rf"{R} never began, and no other rank is left: .*")
+@rule(rf"no rank that was seen holds lock .*, but {R} (have|has) no whole witness")
+@rule(rf"{R} lacked a processor: .*")
+@rule(rf"{R} used no processor and gave no sign of life: .*")
+@rule(rf"nothing shows that {R} works?: no use of processors was measured")
+@rule(rf"{R} may work, or wait until the device has done what is queued: .*")
+@rule(rf"{R} did not return from it yet, or the witness is out of date: .*")
+@rule(rf"{R} (have|has) queued {X} and did not wait for it: .*")
+@rule(rf"{R} moved less than [\d.e-]+ s ago, which is no reason to name anybody")
+@rule(rf"{R} left no .*")
+@rule(r"rank (?P<r>\d+): .*, which contradicts its witness")
+@rule(rf"{R} issued as #\d+ what others issued as #\d+")
+@rule(rf"in earlier steps {R} issued both, in that order")
+def _(world: World, verdict: Verdict, r: list[int], s: list[int], match: re.Match[str]) -> bool:
+    return set(r) <= {position.rank for position in verdict.ranks}
+
+
+@rule(r"quiet for .*|the last event is .*|it takes \d+ quiet windows to .*|ranks lacked a processor for .*")
+@rule(r"process \d+, which is no rank, holds lock .*|the holder of lock .* is not known: .*")
+@rule(r"when they began to wait, .*|not enough evidence to name a culprit: .*|no schedule was declared: .*")
+@rule(r"it may have been left out altogether: .*|\d+ further differences are left out|rank \d+: token .*")
+@rule(r"they d(o|id) not issue it for the same layer and step|the schedules that members of .* differ \(.*\)")
+@rule(r"by their rolling hashes, .*|\S+ #\d+ is queued on both sides although they differ; .*")
+@rule(r"times of \d+ ranks on other hosts rest on wall clocks|\S+\.wit:\d+: .*|\S+\.wit: \d+ further problems")
+@rule(r"the witness(es)? of ranks? .* (is|are) damaged: .*|the waits end in ranks? .*, without a usable witness: .*")
+def _(world: World, verdict: Verdict, r: list[int], s: list[int], match: re.Match[str]) -> bool:
+    return True
