@@ -5,7 +5,7 @@ tokens to attend to, K KV heads, D head dim, C conv channels, W remembered conv 
 """
 
 import weakref
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from hybrid_moe_kernels.precision import wide
@@ -13,6 +13,7 @@ from torch import Tensor
 
 from hybrid_moe_ref.batch import Batch, Group
 from hybrid_moe_ref.config import ModelConfig
+from hybrid_moe_ref.page_table import PageTable
 from hybrid_moe_ref.pages import PageLayout, page_layout
 
 
@@ -36,11 +37,12 @@ class Sequence:
     more gives its pages back."""
 
     cache: "HybridCache"
-    pages: list[list[int]] = field(default_factory=list)
+    pages: list[list[int]]
+    row: int
     length: int = 0
 
     def __post_init__(self) -> None:
-        self.release = weakref.finalize(self, self.cache._give_back, self.pages)
+        self.release = weakref.finalize(self, self.cache._give_back, self.pages, self.row)
         self.release.atexit = False
 
 
@@ -152,6 +154,9 @@ class HybridCache:
         ]
         self.device = self.buffers[0].device
         self._free = list(reversed(range(num_pages)))
+        self._attention = [number for number, group in enumerate(self.layout.groups) if group.kind == "A"]
+        self._recurrent = [number for number, group in enumerate(self.layout.groups) if group.kind != "A"]
+        self._table = PageTable(len(self._attention), len(self._recurrent), self.device)
         # views[g][i]: the storage of layer i of group g, as that layer reads it
         self._views = [
             [self._view(group.kind, self.buffers[i]) for i in range(len(group.layers))] for group in self.layout.groups
@@ -174,23 +179,27 @@ class HybridCache:
         """A new, empty sequence. Its recurrent states are taken now, KV pages as tokens come."""
         counts = [0 if group.kind == "A" else 1 for group in self.layout.groups]
         self._need(sum(counts), "a new sequence")
-        return Sequence(self, [self._take(count) for count in counts])
+        pages = [self._take(count) for count in counts]
+        return Sequence(self, pages, self._table.add([pages[number][0] for number in self._recurrent]))
 
     def free(self, sequence: Sequence) -> None:
         """Give the sequence's pages back; it cannot be used any more."""
         self._check(sequence)
         sequence.release()
 
-    def _give_back(self, pages_of_group: list[list[int]]) -> None:
+    def _give_back(self, pages_of_group: list[list[int]], row: int) -> None:
         for pages in pages_of_group:
             self._free.extend(reversed(pages))
             pages.clear()
+        self._table.remove(row)
 
     def fork(self, sequence: Sequence) -> Sequence:
         """A second sequence with the same past, to continue a common prefix in another way. Pages are copied."""
         self._check(sequence)
         self._need(sum(map(len, sequence.pages)), f"a copy of a sequence of {sequence.length} tokens")
-        copy = Sequence(self, [self._take(len(pages)) for pages in sequence.pages], sequence.length)
+        copy = self.allocate()
+        self._extend(copy, self._num_token_pages(sequence))
+        copy.length = sequence.length
         for source, target in zip(sequence.pages, copy.pages, strict=True):
             for buffer in self.buffers:
                 buffer[target] = buffer[source]
@@ -235,52 +244,65 @@ class HybridCache:
     def begin(self, batch: Batch) -> list[list[Past]]:
         """Make room for the batch's tokens; for each layer and group of sequences, the view that the layer
         needs."""
-        missing: list[tuple[list[int], int]] = []
+        missing: list[tuple[Sequence, int]] = []
         for sequence, count in batch.sequences:
             self._check(sequence)
-            for group, pages in zip(self.layout.groups, sequence.pages, strict=True):
-                if group.kind == "A":
-                    pages_needed = -(-(sequence.length + count) // self.layout.tokens)
-                    missing.append((pages, max(0, pages_needed - len(pages))))
+            if self._attention:
+                pages_needed = -(-(sequence.length + count) // self.layout.tokens)
+                if pages_needed > (held := self._num_token_pages(sequence)):
+                    missing.append((sequence, pages_needed - held))
         for rows in batch.groups:
             if rows.sequences and rows.starts != tuple(sequence.length for sequence in rows.sequences):
                 raise ValueError("the batch was built before its sequences' last step")
-        self._need(sum(count for _, count in missing), f"a step of {batch.num_tokens} tokens")
-        for pages, count in missing:
-            pages.extend(self._take(count))
+        num_pages = sum(count for _, count in missing) * len(self._attention)
+        self._need(num_pages, f"a step of {batch.num_tokens} tokens")
+        for sequence, count in missing:
+            self._extend(sequence, count)
 
         pasts: list[list[Past]] = [[] for _ in self.config.layer_pattern]
         for rows in batch.groups:
             if rows.sequences:
-                for number, group in enumerate(self.layout.groups):
-                    self._bind(rows, number, group.layers, pasts)
+                row_B = torch.tensor([sequence.row for sequence in rows.sequences], device=self.device)
+                for index, number in enumerate(self._recurrent):
+                    self._bind_states(number, self._table.slots(index, row_B), pasts)
+                for index, number in enumerate(self._attention):
+                    self._bind_tokens(rows, index, number, row_B, pasts)
         return pasts
+
+    def _num_token_pages(self, sequence: Sequence) -> int:
+        """Pages that a sequence holds in each attention group: equally many in all."""
+        return len(sequence.pages[self._attention[0]]) if self._attention else 0
+
+    def _extend(self, sequence: Sequence, count: int) -> None:
+        """Take `count` more pages in each attention group."""
+        if not count:
+            return
+        start, new = self._num_token_pages(sequence), [self._take(count) for _ in self._attention]
+        for number, pages in zip(self._attention, new, strict=True):
+            sequence.pages[number].extend(pages)
+        self._table.extend(sequence.row, start, new)
 
     def commit(self, batch: Batch) -> None:
         """The batch's tokens are now part of their sequences."""
         for sequence, count in batch.sequences:
             sequence.length += count
 
-    def _bind(self, rows: Group, number: int, layers: tuple[int, ...], pasts: list[list[Past]]) -> None:
-        pages = [sequence.pages[number] for sequence in rows.sequences]
-        views = self._views[number]
-        one = pages[0] if len(pages) == 1 else []
-        if self.layout.groups[number].kind != "A":
-            slots_B = torch.tensor([page for (page,) in pages], device=self.device)
-            for layer, (conv, ssm) in zip(layers, views, strict=True):
-                pasts[layer].append(StatePast(conv, ssm, slots_B))
-            return
+    def _bind_states(self, number: int, slots_B: Tensor, pasts: list[list[Past]]) -> None:
+        for layer, (conv, ssm) in zip(self.layout.groups[number].layers, self._views[number], strict=True):
+            pasts[layer].append(StatePast(conv, ssm, slots_B))
+
+    def _bind_tokens(self, rows: Group, index: int, number: int, row_B: Tensor, pasts: list[list[Past]]) -> None:
+        layers, views = self.layout.groups[number].layers, self._views[number]
         length = max(rows.starts) + rows.length
         lengths_B = rows.positions_BT[:, -1] + 1
+        one = rows.sequences[0].pages[number] if len(rows.sequences) == 1 else []
         if one and one == list(range(one[0], one[0] + len(one))):
             table_11 = torch.zeros(1, 1, dtype=torch.long, device=self.device)
             for layer, (kv,) in zip(layers, views, strict=True):
                 kv_1S2KD = kv[one[0] : one[0] + len(one)].flatten(0, 1)[None, :length]
                 pasts[layer].append(KVRun(kv_1S2KD, rows.starts[0], table_11, lengths_B, length))
             return
-        # Short sequences repeat their last page: what is there is finite, and lies behind their last position.
-        width = max(map(len, pages))
-        table_BP = torch.tensor([p + p[-1:] * (width - len(p)) for p in pages], device=self.device)
+        table_BP = self._table.pages(index, row_B, max(len(sequence.pages[number]) for sequence in rows.sequences))
         page_BT = table_BP.gather(1, rows.positions_BT // self.layout.tokens)
         offset_BT = rows.positions_BT % self.layout.tokens
         for layer, (kv,) in zip(layers, views, strict=True):

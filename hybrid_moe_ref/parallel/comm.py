@@ -252,7 +252,8 @@ class Communicator:
         for x in tensors:
             if x.shape[0] != num_rows:
                 raise ValueError(f"{group} all_gather_v at {layer}: {x.shape[0]} rows here, {num_rows} agreed")
-        packed_NB = torch.cat([_as_bytes(x) for x in tensors], dim=1)
+        parts = [_as_bytes(x) for x in tensors]
+        packed_NB = torch.cat(parts, dim=1) if len(parts) > 1 else parts[0]
         event = Collective(group, "all_gather_v", layer, sizes, "uint8")
         self._enter(event)
         gather = self._broadcast_rows if broadcast_uneven and min(sizes) != max(sizes) else self._gather_rows
@@ -261,7 +262,7 @@ class Communicator:
         gathered, column = [], 0
         for x in tensors:
             width = _as_bytes(x[:0]).shape[1]
-            rows_SB = packed_SB[:, column : column + width].clone(memory_format=torch.contiguous_format)
+            rows_SB = _plain(packed_SB[:, column : column + width])
             gathered.append(rows_SB.view(x.dtype).view(packed_SB.shape[0], *x.shape[1:]))
             column += width
         return gathered
@@ -384,10 +385,15 @@ def _finish(work: dist.Work, halt: Halt, watchdog: Watchdog | None) -> None:
 
 
 def _as_bytes(x: Tensor) -> Tensor:
-    """[N, ...] of any dtype -> a copy as [N, bytes of a row]."""
-    flat = x.reshape(x.shape[0], x.shape[1:].numel())
-    # clone, not contiguous(): torch calls any strides of a single row contiguous, but views only plain ones as bytes.
-    return flat.clone(memory_format=torch.contiguous_format).view(torch.uint8)
+    """[N, ...] of any dtype -> [N, bytes of a row], without a copy where the rows lie one after another."""
+    return _plain(x.reshape(x.shape[0], x.shape[1:].numel())).view(torch.uint8)
+
+
+def _plain(x_NB: Tensor) -> Tensor:
+    """The same rows with plain strides. `contiguous()` does not do: torch calls any strides of a single row contiguous,
+    but views only plain ones as another dtype."""
+    plain = x_NB.stride() == (x_NB.shape[1], 1)
+    return x_NB if plain else x_NB.clone(memory_format=torch.contiguous_format)
 
 
 @lru_cache(maxsize=64)

@@ -1,0 +1,65 @@
+"""The pages of all live sequences, on the device: a row for each sequence, written only where it takes pages.
+
+A step of many sequences would otherwise send all their page numbers to the device again for every layer group.
+
+Shapes: G layer groups of a kind, R rows, W pages of a row, B sequences of a step.
+"""
+
+import torch
+from torch import Tensor
+
+FIRST_SIZE = 8
+
+
+class PageTable:
+    """Rows of page numbers for `num_attention` layer groups, and of state slots for `num_recurrent` ones.
+
+    Behind its last page a row repeats it, so that shorter sequences can stand beside longer ones: what attention reads
+    there is finite, and lies behind their last position.
+    """
+
+    def __init__(self, num_attention: int, num_recurrent: int, device: torch.device) -> None:
+        self._page_GRW = torch.zeros(num_attention, FIRST_SIZE, FIRST_SIZE, dtype=torch.long, device=device)
+        self._slot_GR = torch.zeros(num_recurrent, FIRST_SIZE, dtype=torch.long, device=device)
+        self._free = list(reversed(range(FIRST_SIZE)))
+
+    def add(self, slots_G: list[int]) -> int:
+        """A row for a new sequence with these state slots and no pages."""
+        if not self._free:
+            num_rows = self._slot_GR.shape[1]
+            self._free = list(reversed(range(num_rows, 2 * num_rows)))
+            self._page_GRW = _joined(self._page_GRW, torch.zeros_like(self._page_GRW), dim=1)
+            self._slot_GR = _joined(self._slot_GR, torch.zeros_like(self._slot_GR), dim=1)
+        row = self._free.pop()
+        self._slot_GR[:, row] = torch.tensor(slots_G, dtype=torch.long, device=self._slot_GR.device)
+        return row
+
+    def extend(self, row: int, start: int, pages: list[list[int]]) -> None:
+        """Put new pages, equally many for each attention group, behind the first `start` of the row."""
+        new_GW = torch.tensor(pages, dtype=torch.long, device=self._page_GRW.device)
+        end = start + new_GW.shape[1]
+        while end > self._page_GRW.shape[2]:
+            self._page_GRW = _joined(self._page_GRW, self._page_GRW[:, :, -1:].expand_as(self._page_GRW), dim=2)
+        self._page_GRW[:, row, start:end] = new_GW
+        self._page_GRW[:, row, end:] = new_GW[:, -1:]
+
+    def remove(self, row: int) -> None:
+        """The row's sequence has ended."""
+        self._free.append(row)
+
+    def pages(self, group: int, rows_B: Tensor, width: int) -> Tensor:
+        """The first `width` pages of the sequences in these rows: [B, width]."""
+        return self._page_GRW[group, rows_B, :width]
+
+    def slots(self, group: int, rows_B: Tensor) -> Tensor:
+        """Their state slots: [B]."""
+        return self._slot_GR[group, rows_B]
+
+
+@torch.inference_mode(False)
+def _joined(x: Tensor, more: Tensor, dim: int) -> Tensor:
+    """Both, as a tensor that can be written to outside of inference mode too, wherever it was made."""
+    joined = x.new_empty([*x.shape[:dim], 2 * x.shape[dim], *x.shape[dim + 1 :]])
+    joined.narrow(dim, 0, x.shape[dim]).copy_(x)
+    joined.narrow(dim, x.shape[dim], x.shape[dim]).copy_(more)
+    return joined
