@@ -151,10 +151,13 @@ def parse_strings(data: bytes, shape: Geometry, stored: int | None, problems: Pr
     """The strings by number, up to the first that is damaged; ``stored`` is how many the writer counted."""
     strings = [""]
     at, end = shape.strings_at, min(shape.file_bytes, len(data))
-    while at + STRING.size <= end and len(strings) <= MAX_STRINGS:
+    while at + STRING.size <= end:
         length, check = STRING.unpack_from(data, at)
         if length == 0:
             break
+        if len(strings) > MAX_STRINGS:
+            problems.damage(at, f"more than {MAX_STRINGS} strings")
+            return strings
         text = data[at + STRING.size : at + STRING.size + length]
         if at + STRING.size + length > end or zlib.crc32(text, length) != check:
             problems.damage(at, f"string {len(strings)} does not match its check; it and those after it are lost")
@@ -226,14 +229,17 @@ def _is_sound(records: bytes, newest: int) -> bool:
 def _salvage(slots: memoryview, shape: Geometry, counted: int, problems: Problems) -> Ring:
     """The newest unbroken run among slots of which some are torn, damaged or empty."""
     capacity, size = shape.ring_records, RECORD.size
-    records = [slots[at : at + size] for at in range(0, len(slots), size)]
-    numbers = [_number(record, slot, capacity) for slot, record in enumerate(records)]
+
+    def record_in(slot: int) -> memoryview:
+        return slots[slot * size : (slot + 1) * size]
+
+    numbers = [_number(record_in(slot), slot, capacity) for slot in range(len(slots) // size)]
     newest = max(numbers, default=0)
     last = max(newest, counted)  # the last event that the writer is known to have recorded
     torn = False
-    for slot, (number, record) in enumerate(zip(numbers, records, strict=True)):
+    for slot, number in enumerate(numbers):
         expected = last - (last - 1 - slot) % capacity  # below 1: none yet
-        at = shape.ring_at + slot * size
+        at, record = shape.ring_at + slot * size, record_in(slot)
         if number == expected or (expected < 1 and record == _EMPTY):
             continue
         if slot == last % capacity and _may_be_torn(record, last + 1):
@@ -248,7 +254,7 @@ def _salvage(slots: memoryview, shape: Geometry, counted: int, problems: Problem
     oldest = newest
     while oldest - 1 in slot_of:
         oldest -= 1
-    return Ring(b"".join(records[slot_of[n]] for n in range(oldest, newest + 1)) if newest else b"", torn)
+    return Ring(b"".join(record_in(slot_of[n]) for n in range(oldest, newest + 1)) if newest else b"", torn)
 
 
 def _may_be_torn(record: memoryview, number: int) -> bool:
@@ -259,6 +265,7 @@ def _may_be_torn(record: memoryview, number: int) -> bool:
 
 def _number(record: memoryview, slot: int, capacity: int) -> int:
     """The number of the event in a slot, 0 where there is no whole one that can stand there."""
+    if not is_whole(record):
+        return 0
     event = Event._make(RECORD.unpack(record))
-    right = is_whole(record) and event.kind in _KINDS and (event.n - 1) % capacity == slot
-    return event.n if right else 0
+    return event.n if event.kind in _KINDS and (event.n - 1) % capacity == slot else 0

@@ -22,10 +22,10 @@ from zlib import crc32
 
 from hybrid_moe_ref.parallel.observer import Collective, ScheduleEntry
 from repro.areas import Buffer, Strings, Vectors
+from repro.calls import Call, Group, sealed_part
 from repro.layout import (
     CRC,
     ENTRY_SEPARATOR,
-    FIXED,
     GROUP_BYTES,
     GROUP_NAME,
     GROUPS_AT,
@@ -33,15 +33,11 @@ from repro.layout import (
     HEADER,
     HEART,
     HEART_AT,
-    LAST_AT,
-    LEFT_AT,
     LIVE_AT,
     NO_GROUP,
     RECORD,
-    RESIDUE,
     SEALED,
     SEPARATOR,
-    SPARE_AT,
     VARIABLE,
     WORD,
     Geometry,
@@ -80,39 +76,6 @@ def _move_within(buffer: bytearray, target: int, source: int, count: int) -> Non
     buffer[target : target + count] = buffer[source : source + count]
 
 
-def _sealed_part(*fields: int) -> tuple[bytes, int]:
-    """The first part of a record and the check up to there."""
-    fixed = FIXED.pack(*fields)
-    return fixed, crc32(fixed, RESIDUE)
-
-
-class _Group:
-    """The running state of one group on this rank, and where in the file it stands."""
-
-    __slots__ = ("hash", "index", "last", "left", "left_word", "seq")
-
-    def __init__(self, index: int) -> None:
-        slot = SPARE_AT if index == NO_GROUP else GROUPS_AT + index * GROUP_BYTES
-        self.index = index
-        self.last = slot + LAST_AT
-        self.left_word = (slot + LEFT_AT) // WORD.size
-        self.seq = 0
-        self.left = 0
-        self.hash = 0
-
-
-class _Call:
-    """A collective from one call site: what never changes in its records, packed once, each with its check so far."""
-
-    __slots__ = ("digest", "enter", "group", "issue", "leave", "num_sizes", "wait")
-
-    def __init__(self, group: _Group, digest: bytes, num_sizes: int, fixed: Callable[[int], tuple[bytes, int]]) -> None:
-        self.group = group
-        self.digest = digest
-        self.num_sizes = num_sizes
-        self.enter, self.leave, self.issue, self.wait = map(fixed, (Kind.ENTER, Kind.LEAVE, Kind.ISSUE, Kind.WAIT))
-
-
 class Recorder:
     """An :class:`hybrid_moe_ref.parallel.observer.Observer` that writes one witness file.
 
@@ -130,16 +93,16 @@ class Recorder:
         self._clock = clock
         self._num_events = 0
         self._entered: Collective | None = None  # the collective issued last, and its call
-        self._entered_call: _Call | None = None
+        self._entered_call: Call | None = None
         self._phase = 0
         self._step = -1
         self._ring_at = self._next_at = shape.ring_at
         self._ring_end = shape.vectors_at
         self._intern = Strings(buffer, shape).intern
         self._store_vector = Vectors(buffer, shape).store
-        self._groups: dict[str, _Group] = {}
+        self._groups: dict[str, Group] = {}
         self._members: dict[str, tuple[int, ...]] = {}
-        self._calls: dict[tuple[object, ...], _Call] = {}
+        self._calls: dict[tuple[object, ...], Call] = {}
         self._schedules: dict[int, tuple[Sequence[ScheduleEntry], int]] = {}
         # Ids of the code between a caller and the recorder, and whether it is called from such code alone.
         self._between = {id(Recorder.issue.__code__): False}
@@ -287,7 +250,7 @@ class Recorder:
     # -- writing -------------------------------------------------------------------------------------------------
 
     def _write(self, kind: int, *, sig: int = 0, aux: int = 0) -> None:
-        self._append(*_sealed_part(aux, 0, sig, 0, self._phase, NO_GROUP, kind), 0)
+        self._append(*sealed_part(aux, 0, sig, 0, self._phase, NO_GROUP, kind), 0)
 
     def _append(self, fixed: bytes, check: int, seq: int) -> None:
         self._num_events = n = self._num_events + 1
@@ -300,24 +263,24 @@ class Recorder:
 
     # -- interning -----------------------------------------------------------------------------------------------
 
-    def _group(self, name: str) -> _Group:
+    def _group(self, name: str) -> Group:
         group = self._groups.get(name)
         if group is None:
             index = len(self._groups)
-            self._groups[name] = group = _Group(index if index < self._shape.group_slots else NO_GROUP)
+            self._groups[name] = group = Group(index if index < self._shape.group_slots else NO_GROUP)
             if group.index != NO_GROUP:
                 members = ",".join(map(str, self._members.get(name, range(self._who.num_ranks))))
                 at = GROUPS_AT + group.index * GROUP_BYTES
                 self._buffer[at : at + GROUP_NAME.size] = pack_group_name(self._intern(name), self._intern(members))
         return group
 
-    def _call_of(self, collective: Collective) -> _Call:
+    def _call_of(self, collective: Collective) -> Call:
         """The call of a collective that was issued somewhere else: all of it but the call site."""
         group, op, layer, sizes, dtype, reduce_op, root = collective
         key = (group, op, layer, dtype, reduce_op, root, len(sizes))
         return self._calls.get(key) or self._make_call(collective, key, None)
 
-    def _make_call(self, collective: Collective, key: tuple[object, ...], frame: FrameType | None) -> _Call:
+    def _make_call(self, collective: Collective, key: tuple[object, ...], frame: FrameType | None) -> Call:
         """Intern a collective. A send or receive counts in a channel of its own: a group of two."""
         name, op = collective.group, collective.op
         rest = (collective.layer, collective.dtype, collective.reduce_op)
@@ -333,7 +296,7 @@ class Recorder:
         group = self._group(name)
         num_sizes = len(collective.sizes)
         shared = (collective.root, num_sizes, string, self._site(frame), self._phase, group.index)
-        self._calls[key] = call = _Call(group, digest, num_sizes, lambda kind: _sealed_part(*shared, kind))
+        self._calls[key] = call = Call(group, digest, num_sizes, lambda kind: sealed_part(*shared, kind))
         return call
 
     def _schedule(self, schedule: Sequence[ScheduleEntry]) -> int:
