@@ -13,7 +13,7 @@ from rich.console import Console
 
 from hybrid_moe_ref.config import ConfigError, nearest
 from hybrid_moe_ref.files import DamagedFile
-from repro import bundle, launch, matrix, minimise, process, scenarios
+from repro import bundle, diagnose, launch, matrix, minimise, process, scenarios
 from repro.bundle import ArchiveError
 from repro.commands import (
     CANNOT_TELL,
@@ -110,6 +110,7 @@ def _parser() -> argparse.ArgumentParser:
 
     watch.add(commands)
     report_command.add(commands)
+    diagnose.add(commands)
     bundle.add(commands)
     minimise.add(commands)
 

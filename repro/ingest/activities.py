@@ -1,0 +1,72 @@
+"""Tell from its frames what a thread does. The knowledge is a table, activities.toml beside this file."""
+
+from __future__ import annotations
+
+import re
+import tomllib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cache, lru_cache
+from pathlib import Path
+
+_TABLE = Path(__file__).with_name("activities.toml")
+
+
+@dataclass(frozen=True, slots=True)
+class _Row:
+    activity: str
+    detail: str
+    generic: bool
+    frames: tuple[re.Pattern[str], ...]
+
+
+@cache
+def _rows() -> tuple[_Row, ...]:
+    rows = tomllib.loads(_TABLE.read_text(encoding="utf-8"))["row"]
+    return tuple(
+        _Row(row["activity"], row["detail"], row.get("generic", False), tuple(map(re.compile, row["frames"])))
+        for row in rows
+    )
+
+
+@cache
+def _first_matches(frame: str) -> tuple[tuple[int, re.Match[str]], ...]:
+    """The rows whose first pattern matches a frame. Stacks of many ranks share most frames."""
+    found = ((index, row.frames[0].search(frame)) for index, row in enumerate(_rows()))
+    return tuple((index, match) for index, match in found if match is not None)
+
+
+@lru_cache(maxsize=4096)
+def activity_of(frames: tuple[str, ...]) -> tuple[str, str]:
+    """(activity, detail) of a stack, innermost frame first; ("", "") where no row of the table matches."""
+    best: tuple[tuple[bool, int, int, int], _Row, list[str]] | None = None
+    for place, frame in enumerate(frames):
+        for index, match in _first_matches(_without_line(frame)):
+            row = _rows()[index]
+            order = (row.generic, place, -len(row.frames), index)
+            if best is not None and best[0] <= order:
+                continue
+            further = _match_outwards(row.frames[1:], frames[place + 1 :])
+            if further is not None:
+                best = order, row, [name for it in (match, *further) for name in it.groups() if name]
+    if best is None:
+        return "", ""
+    _, row, names = best
+    return row.activity, row.detail.format(*(names or [""]))
+
+
+def _match_outwards(patterns: Sequence[re.Pattern[str]], frames: Sequence[str]) -> list[re.Match[str]] | None:
+    """The frames that match the patterns in this order; None where one pattern matches no frame."""
+    rest = iter(frames)
+    matches = []
+    for pattern in patterns:
+        match = next((match for frame in rest if (match := pattern.search(_without_line(frame)))), None)
+        if match is None:
+            return None
+        matches.append(match)
+    return matches
+
+
+def _without_line(frame: str) -> str:
+    """ "wait (threading.py:359)" -> "wait (threading.py)"."""
+    return re.sub(r":\d+\)$", ")", frame)

@@ -1,0 +1,72 @@
+"""Tell which rank a process belongs to and what its part is, from its title, a log's prefix or a file's name."""
+
+from __future__ import annotations
+
+import re
+
+from repro.trace.observed import Process
+
+_RANK_IN_TITLE = re.compile(
+    r"(?:Worker|RayWorkerProc|scheduler|ModelRunner|VllmWorker)[-_A-Za-z]*?((?:[-_](?:DP|PP|TP|EP|PCP|DCP)\d+)+)"
+)
+_PART = re.compile(r"(DP|PP|TP|EP)(\d+)")
+_ENGINE = re.compile(r"Engine_?Core(?:_DP(\d+))?")
+_WORKER_NUMBER = re.compile(r"(?:VllmWorker|Worker)[- ](?:rank=)?(\d+)\b")
+_RANK_PREFIX = re.compile(r"\[rank(\d+)\]")
+_SGLANG_PARTS = re.compile(r"(?:^|[ _])((?:(?:DP|PP|TP|EP)\d+[ _]?)+)(?=[\]\s:]|$)")
+_FILE_RANK = re.compile(r"rank[-_]?(\d+)(?=[-_.]|$)")
+
+
+def process_of(*, title: str = "", file: str = "", pid: int | None = None, line: str = "") -> Process:
+    """The process that a title, a line's prefix or a file's name speak of, as far as they do.
+
+    A title is trusted more than a file's name, and a global rank ("[rank3]") more than a parallel one ("TP3").
+    """
+    role = role_of(title or line) or role_of(file.rpartition("/")[2])
+    rank = None
+    if found := _RANK_PREFIX.search(line):
+        rank = int(found.group(1))
+    if rank is None:
+        rank = rank_in(title)
+    if rank is None and line:
+        rank = rank_in(line[:200])
+    if rank is None and (found := _FILE_RANK.search(file.rpartition("/")[2])):
+        rank = int(found.group(1))
+    return Process(pid, title, rank, role)
+
+
+def rank_in(text: str) -> int | None:
+    """The rank in a title or prefix. With several parts the global one is EP, then DP alone, PP alone, TP.
+
+    "Worker_DP7_EP7" -> 7, "Worker_TP3" -> 3, "Worker_DP0_TP2_EP2" -> 2, "EngineCore_DP3" -> 3.
+    A title that gives two parts of unknown sizes ("PP1_TP3") has no global rank: None.
+    """
+    if found := _ENGINE.search(text):
+        return int(found.group(1)) if found.group(1) else None
+    parts: dict[str, int] = {}
+    if (found := _RANK_IN_TITLE.search(text)) or (found := _SGLANG_PARTS.search(text)):
+        parts = {name: int(number) for name, number in _PART.findall(found.group(1))}
+    elif found := _WORKER_NUMBER.search(text):
+        return int(found.group(1))
+    if "EP" in parts and ("TP" in parts or "DP" in parts) and "PP" not in parts:
+        return parts["EP"]
+    wide = {name: number for name, number in parts.items() if name != "EP"}
+    if len(wide) == 1:
+        return next(iter(wide.values()))
+    if wide and not any(number for name, number in wide.items() if name != "TP"):
+        return wide.get("TP")
+    return parts.get("EP") if not wide else None
+
+
+def role_of(text: str) -> str:
+    lowered = text.lower()
+    if "enginecore" in lowered or "engine_core" in lowered:
+        return "engine"
+    if any(
+        word in lowered
+        for word in ("apiserver", "frontend", "front_end", "api_server", "tokenizermanager", "detokenizer")
+    ):
+        return "front end"
+    if any(word in lowered for word in ("worker", "scheduler")):
+        return "worker"
+    return ""

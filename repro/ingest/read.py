@@ -1,0 +1,153 @@
+"""Read files, folders and zips in any mixture; recognise each by its content; list what was not understood."""
+
+from __future__ import annotations
+
+import io
+import zipfile
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import BinaryIO
+
+from hybrid_moe_ref.files import open_regular
+from repro.ingest import engine_messages, failures, flight_recorder, prefix, ras, stacks, torch_messages
+from repro.ingest.processes import process_of
+from repro.trace.observed import Observation, Source
+
+MAX_STRUCTURED_BYTES = 64 << 20
+MAX_LOG_BYTES = 64 << 30
+MAX_FILES = 20_000
+MAX_LINE = 16_384
+MAX_RECORDS = 200_000
+_PASSED_OVER = {"expect.json"}
+_MESSAGES = (torch_messages, failures, engine_messages)
+_NEEDLES = tuple(dict.fromkeys(needle for module in _MESSAGES for needle in module.NEEDLES))
+
+
+@dataclass
+class Evidence:
+    """What was read: the records, the files they came from, and what could not be used ("file: why")."""
+
+    records: list[Observation] = field(default_factory=list)
+    files: list[str] = field(default_factory=list)
+    not_understood: list[str] = field(default_factory=list)
+
+
+def read(paths: Sequence[Path]) -> Evidence:
+    """Everything readable under the paths. Raises nothing for a bad file: it is listed."""
+    evidence = Evidence()
+    for path in paths:
+        for name, file in _files(path, evidence):
+            try:
+                with file:
+                    records = _records(file, name)
+            except (OSError, ValueError) as error:
+                evidence.not_understood.append(f"{name}: {error}")
+                continue
+            if records:
+                evidence.files.append(name)
+                evidence.records += records
+            else:
+                evidence.not_understood.append(f"{name}: no line or record of a format that is known")
+    return evidence
+
+
+def _files(path: Path, evidence: Evidence) -> Iterator[tuple[str, BinaryIO]]:
+    if path.is_dir():
+        members = sorted(
+            p for p in path.rglob("*") if p.is_file() and not p.is_symlink() and p.name not in _PASSED_OVER
+        )
+        if len(members) > MAX_FILES:
+            evidence.not_understood.append(f"{path}: {len(members)} files; the first {MAX_FILES} are read")
+        for member in members[:MAX_FILES]:
+            yield from _opened(member, str(member.relative_to(path)), evidence)
+    else:
+        yield from _opened(path, path.name, evidence)
+
+
+def _opened(path: Path, name: str, evidence: Evidence) -> Iterator[tuple[str, BinaryIO]]:
+    try:
+        file = open_regular(path, MAX_LOG_BYTES)
+    except (OSError, ValueError) as error:
+        evidence.not_understood.append(f"{name}: {error}")
+        return
+    if file.read(4) == b"PK\x03\x04":
+        with file:
+            yield from _zipped(file, name, evidence)
+        return
+    file.seek(0)
+    yield name, file
+
+
+def _zipped(file: BinaryIO, name: str, evidence: Evidence) -> Iterator[tuple[str, BinaryIO]]:
+    total = 0
+    try:
+        with zipfile.ZipFile(file) as archive:
+            for member in archive.infolist()[:MAX_FILES]:
+                total += member.file_size
+                if member.is_dir() or Path(member.filename).name in _PASSED_OVER:
+                    continue
+                if total > MAX_STRUCTURED_BYTES:
+                    evidence.not_understood.append(
+                        f"{name}: it unpacks to more than {MAX_STRUCTURED_BYTES >> 20} MiB; the rest is left out"
+                    )
+                    return
+                with archive.open(member) as content:
+                    yield f"{name}/{member.filename}", io.BytesIO(content.read(MAX_STRUCTURED_BYTES))
+    except (zipfile.BadZipFile, NotImplementedError, RuntimeError, EOFError) as error:
+        evidence.not_understood.append(f"{name}: no readable zip ({error})")
+
+
+def _records(file: BinaryIO, name: str) -> list[Observation]:
+    head = file.read(65_536)
+    file.seek(0)
+    if flight_recorder.looks_like(head):
+        try:
+            return [flight_recorder.read(_whole(file), name)]
+        except flight_recorder.NotARecorderDump:
+            file.seek(0)
+    if head.lstrip()[:1] in (b"{", b"["):
+        content = stacks.as_json(_whole(file))
+        if stacks.looks_like_json(content):
+            return list(stacks.read_json(content, name))
+        if ras.looks_like_json(content):
+            return [ras.read_json(content, name)]
+        file.seek(0)
+    text = head.decode("utf-8", errors="replace")
+    if "\0" in text[:4096]:
+        raise ValueError("a binary file of a format that is not known")
+    if ras.looks_like(text):
+        return [ras.read(_whole(file).decode("utf-8", errors="replace").splitlines(), name)]
+    return list(_log(file, name))
+
+
+def _whole(file: BinaryIO) -> bytes:
+    data = file.read(MAX_STRUCTURED_BYTES + 1)
+    if len(data) > MAX_STRUCTURED_BYTES:
+        raise ValueError(f"larger than {MAX_STRUCTURED_BYTES >> 20} MiB")
+    return data
+
+
+def _log(file: BinaryIO, name: str) -> Iterator[Observation]:
+    """A text file, line by line: messages, and the stacks between them. One pass, whatever its size."""
+    owner = process_of(file=name)
+    found: list[Observation] = []
+
+    def lines() -> Iterator[tuple[int, str]]:
+        number = 0
+        while raw := file.readline(MAX_LINE):
+            number += raw.endswith(b"\n") or len(raw) < MAX_LINE
+            text = raw.decode("utf-8", errors="replace").rstrip("\r\n")
+            whole = raw.endswith(b"\n") or len(raw) == MAX_LINE  # a file that was cut may end inside a line
+            if whole and len(found) < MAX_RECORDS and any(needle in text for needle in _NEEDLES):
+                line = prefix.parse(number, text, owner)
+                source = Source(name, f"line {number}")
+                for module in _MESSAGES:
+                    if any(needle in line.text for needle in module.NEEDLES):
+                        found.extend(module.read(line, source))
+            yield number, text
+
+    for stack in stacks.read(lines(), name):
+        if len(found) < MAX_RECORDS:
+            found.append(stack)
+    yield from found

@@ -1,0 +1,99 @@
+"""The stacks of all ranks merged into one tree, outermost frame first, as STAT draws it (Arnold et al., IPDPS 2007).
+
+Ranks that share a path are one equivalence class; a small class at the end of a branch is an outlier. An outlier is an
+observation: it may be the only rank that does what it should.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+from repro.trace.observed import Stack
+from repro.verdict.result import list_ranks
+
+MAX_DEPTH = 120
+
+
+@dataclass(slots=True)
+class Node:
+    """A frame that some processes share with everything further out. `names` are the processes, `ends` those that end here."""
+
+    frame: str
+    names: list[str] = field(default_factory=list)
+    ends: list[str] = field(default_factory=list)
+    children: dict[str, Node] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Line:
+    """A line of the drawn tree: a run of frames that all of `names` share, and how deep it stands."""
+
+    depth: int
+    frames: tuple[str, ...]
+    names: tuple[str, ...]
+    ends: tuple[str, ...]
+
+
+def merge(stacks: Iterable[Stack]) -> Node:
+    """The tree of these stacks; line numbers are left out where they would split one function into many branches."""
+    root = Node("")
+    for stack in stacks:
+        name = str(stack.process)
+        node = root
+        node.names.append(name)
+        for frame in reversed(stack.frames[:MAX_DEPTH]):
+            key = re.sub(r":\d+\)$", ")", frame)
+            node = node.children.setdefault(key, Node(key))
+            node.names.append(name)
+        node.ends.append(name)
+    return root
+
+
+def lines(root: Node) -> list[Line]:
+    """The tree from the outside in; frames that do not branch stand on one line. Larger branches come first."""
+    drawn: list[Line] = []
+    stack: list[tuple[Node, int]] = [(child, 0) for child in _ordered(root)]
+    while stack:
+        node, depth = stack.pop()
+        frames = [node.frame]
+        while len(node.children) == 1 and not node.ends:
+            (node,) = node.children.values()
+            frames.append(node.frame)
+        drawn.append(Line(depth, tuple(frames), tuple(node.names), tuple(node.ends)))
+        stack += [(child, depth + 1) for child in _ordered(node)]
+    return drawn
+
+
+def _ordered(node: Node) -> list[Node]:
+    """Children for a stack: the largest is drawn first, so it comes last."""
+    return sorted(node.children.values(), key=lambda child: (len(child.names), child.frame))
+
+
+def text(root: Node, frames_a_line: int = 2) -> list[str]:
+    """The tree as lines of text: "[ranks 0-2,4-7] acquire (filelock/_api.py)"."""
+    out = []
+    for line in lines(root):
+        shown = line.frames[-frames_a_line:]
+        left_out = len(line.frames) - len(shown)
+        dots = f"… {left_out} frames … > " if left_out else ""
+        out.append(f"{'  ' * line.depth}[{name_all(line.names)}] {dots}{' > '.join(shown)}")
+    return out
+
+
+def name_all(names: Sequence[str]) -> str:
+    """ "ranks 0-2,4-7", with engines and other processes behind them."""
+    ranks = sorted({int(match[1]) for name in names if (match := re.fullmatch(r"rank (\d+)", name))})
+    others = sorted({name for name in names if not re.fullmatch(r"rank \d+", name)})
+    parts = [f"rank{'s' if len(ranks) > 1 else ''} {list_ranks(ranks)}"] if ranks else []
+    return ", ".join([*parts, *others])
+
+
+def classes(stacks: Iterable[Stack]) -> Mapping[tuple[str, str], list[str]]:
+    """(activity, innermost frames) -> the processes that stand there, the largest class first."""
+    found: dict[tuple[str, str], list[str]] = {}
+    for stack in stacks:
+        key = (f"{stack.activity} {stack.detail}".strip() or "running", " < ".join(stack.frames[:2]))
+        found.setdefault(key, []).append(str(stack.process))
+    return dict(sorted(found.items(), key=lambda item: -len(item[1])))

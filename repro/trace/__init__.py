@@ -1,0 +1,1 @@
+"""What a rank did, as far as a piece of evidence shows it."""

@@ -1,0 +1,261 @@
+"""What other people's evidence shows: one record type for each thing that a tool can say about a rank.
+
+The readers in `repro.ingest` produce these records; `repro.verdict.partial` judges them. A field that the evidence does
+not give stays at its default, and no rule reads an absence out of it: `rank` is None where only a group rank is known,
+`seq` is None where the tool prints no number, `at_s` is None where it prints no time.
+
+Ranks are global ranks. A reader that meets a group rank converts it, or leaves `rank` None.
+Times (`at_s`, `since_s`) are seconds since the start of the year on the clock that the tool printed; most tools print
+no year and no time zone, so times of two hosts are compared with that much caution.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """Where a record was read: a file and a place in it ("line 88", "entry 14")."""
+
+    file: str
+    place: str = ""
+
+    def __str__(self) -> str:
+        return f"{self.file} {self.place}".rstrip()
+
+
+@dataclass(frozen=True, slots=True)
+class Group:
+    """A process group as the evidence names it. `members` are global ranks, () where they are not listed."""
+
+    name: str
+    description: str = ""
+    members: tuple[int, ...] = ()
+
+    def __str__(self) -> str:
+        if self.description and self.description != "undefined":
+            return self.description
+        return f"group {self.name}" if self.name else "its group"
+
+
+@dataclass(frozen=True, slots=True)
+class Call:
+    """One operation of a process group, as one rank queued it.
+
+    op          canonical name: all_reduce, all_gather, reduce_scatter, broadcast, all_to_all, barrier, send, recv, …
+    seq         number of the collective in its group; None for point to point, or where the tool prints none
+    sizes       sizes of the inputs, then of the outputs, one tuple per tensor
+    dtypes      data types of the inputs, then of the outputs
+    peer        for send and recv: the other end, a global rank
+    frames      "function (file:line)", innermost first; () where no stack was recorded
+    done        whether the operation is over, as far as the recorder can tell
+    """
+
+    op: str
+    seq: int | None
+    sizes: tuple[tuple[int, ...], ...] = ()
+    dtypes: tuple[str, ...] = ()
+    peer: int | None = None
+    frames: tuple[str, ...] = ()
+    done: bool = False
+    at_s: float | None = None
+    source: Source = Source("")
+
+    @property
+    def is_transfer(self) -> bool:
+        return self.op in ("send", "recv")
+
+    @property
+    def arguments(self) -> tuple[object, ...]:
+        """What all members of the group must pass alike."""
+        return self.op, self.sizes, self.dtypes
+
+
+@dataclass(frozen=True, slots=True)
+class GroupRecord:
+    """What a recorder dump says of one group: `calls` oldest first, and the counters of `pg_status`, None if absent.
+
+    enqueued, completed   of collectives and transfers together, as the backend counts them
+    number                the group's id, which `pg_status` is keyed by and which counts a rank's groups
+    """
+
+    group: Group
+    calls: tuple[Call, ...]
+    enqueued: int | None = None
+    completed: int | None = None
+    number: str = ""
+
+    @property
+    def pending(self) -> tuple[Call, ...]:
+        return tuple(call for call in self.calls if not call.done)
+
+
+@dataclass(frozen=True, slots=True)
+class RecorderDump:
+    """A Flight Recorder dump of one rank.
+
+    configured  the groups that the rank belongs to, () where the dump does not list them
+    order       all calls of all groups in the order in which they were queued: (index into groups, index into calls)
+    wrapped     whether older entries were overwritten
+    at_s        when the newest entry was queued: the dump is at least as young
+    """
+
+    rank: int
+    groups: tuple[GroupRecord, ...]
+    order: tuple[tuple[int, int], ...] = ()
+    configured: tuple[Group, ...] = ()
+    backend: str = ""
+    library: str = ""
+    wrapped: bool = False
+    at_s: float | None = None
+    source: Source = Source("")
+
+
+@dataclass(frozen=True, slots=True)
+class TimedOut:
+    """A watchdog said that a collective ran into its time-out.
+
+    rank        global rank, None where only the group rank is printed
+    group_rank  rank in the group
+    since_s     start of the wait: the stamp minus the time that it ran
+    """
+
+    rank: int | None
+    group_rank: int | None
+    group: Group | None
+    call: Call
+    ran_s: float
+    at_s: float | None = None
+    since_s: float | None = None
+    source: Source = Source("")
+
+
+@dataclass(frozen=True, slots=True)
+class Progress:
+    """Counters of one rank in one group: the last operation queued and the last one completed, None where unknown."""
+
+    rank: int | None
+    group_rank: int | None
+    group: Group
+    enqueued: int | None
+    completed: int | None
+    at_s: float | None = None
+    source: Source = Source("")
+
+
+@dataclass(frozen=True, slots=True)
+class Process:
+    """A process of a job: the rank it belongs to and its part in it (worker, engine, front end)."""
+
+    pid: int | None = None
+    title: str = ""
+    rank: int | None = None
+    role: str = ""
+
+    def __str__(self) -> str:
+        part = {"engine": " (engine)", "front end": " (front end)"}.get(self.role, "")
+        if self.rank is not None:
+            return f"rank {self.rank}{part}"
+        return self.title or (f"process {self.pid}" if self.pid is not None else "a process")
+
+
+@dataclass(frozen=True, slots=True)
+class Stack:
+    """One thread of a process at one moment. `frames` as in `Call`; `activity` as the table of activities names it.
+
+    activity    collective, lock, building, compiling, device, queue, idle, answer, loading, saving, data, debugger, ""
+    detail      what of it: the collective, the lock's file, the module that is built
+    look        number of the look, 0 for the first, where the same process was looked at several times
+    """
+
+    process: Process
+    frames: tuple[str, ...]
+    activity: str = ""
+    detail: str = ""
+    thread: str = ""
+    look: int = 0
+    source: Source = Source("")
+
+
+@dataclass(frozen=True, slots=True)
+class Failure:
+    """A process ended, or is about to: out of memory, a device error, an exception, a signal.
+
+    kind        memory, device, exception, killed, start, consequence (of another rank's end), timeout
+    """
+
+    process: Process
+    kind: str
+    text: str
+    at_s: float | None = None
+    source: Source = Source("")
+
+
+@dataclass(frozen=True, slots=True)
+class Left:
+    """A process saw another one leave. `rank` is the one that left, None where only an address is printed."""
+
+    seen_by: Process
+    rank: int | None
+    text: str
+    at_s: float | None = None
+    source: Source = Source("")
+
+
+@dataclass(frozen=True, slots=True)
+class Mismatch:
+    """TORCH_DISTRIBUTED_DEBUG=DETAIL compared two ranks before a collective and found them different."""
+
+    rank: int
+    call: Call
+    other: int | None
+    other_call: Call | None
+    aspects: str
+    source: Source = Source("")
+
+
+@dataclass(frozen=True, slots=True)
+class RasCommunicator:
+    """One communicator in an answer of NCCL's RAS. `launched`: operation -> {rank of the communicator: launches}.
+
+    launched counts what the host queued. It says nothing about completion.
+    """
+
+    name: str
+    size: int
+    status: str
+    errors: str
+    launched: dict[str, dict[int, int]] = field(default_factory=dict)
+    others: dict[str, tuple[int, int]] = field(default_factory=dict)
+    """operation -> (number of ranks not listed one by one, their launches)"""
+
+    missing: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class RasAnswer:
+    """One answer of NCCL's RAS; `order` sorts several answers of one job."""
+
+    communicators: tuple[RasCommunicator, ...]
+    version: str = ""
+    order: str = ""
+    source: Source = Source("")
+
+
+@dataclass(frozen=True, slots=True)
+class Note:
+    """A line that is often misread, or that sets the scene: a heartbeat, a warning, a version, a world size.
+
+    kind        heartbeat, loopback, incomplete, version, world, watchdog, compiled, told
+    """
+
+    kind: str
+    text: str
+    process: Process = Process()
+    value: str = ""
+    at_s: float | None = None
+    source: Source = Source("")
+
+
+Observation = RecorderDump | TimedOut | Progress | Stack | Failure | Left | Mismatch | RasAnswer | Note

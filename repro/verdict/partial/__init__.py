@@ -1,0 +1,33 @@
+"""Judge other people's evidence, which shows a part of what happened and never a schedule.
+
+The rules are asked in this order, from what proves most to what proves least. Each returns a `Diagnosis` or None.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from repro.trace.observed import Observation
+from repro.verdict.partial.counts import judge_counts
+from repro.verdict.partial.diagnosis import Diagnosis
+from repro.verdict.partial.failures import judge_failures
+from repro.verdict.partial.mismatches import judge_mismatches
+from repro.verdict.partial.notes import judge_notes, with_notes
+from repro.verdict.partial.recorders import judge_recorders
+from repro.verdict.partial.scene import Scene
+from repro.verdict.partial.stacks import judge_stacks
+from repro.verdict.partial.timeouts import judge_timeouts
+
+RULES = (judge_mismatches, judge_failures, judge_recorders, judge_timeouts, judge_stacks, judge_counts, judge_notes)
+
+__all__ = ["Diagnosis", "diagnose"]
+
+
+def diagnose(records: Sequence[Observation]) -> Diagnosis:
+    """What these records prove. Never names a culprit that the evidence does not convict; says what to collect next."""
+    scene = Scene.of(records)
+    for rule in RULES:
+        diagnosis = rule(scene)
+        if diagnosis is not None:
+            return with_notes(diagnosis, scene)
+    return with_notes(Diagnosis.inconclusive("The files hold nothing that says where a rank is."), scene)

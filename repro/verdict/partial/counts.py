@@ -1,0 +1,71 @@
+"""Judge answers of NCCL's RAS, which count launches by the host."""
+
+from __future__ import annotations
+
+from repro.trace.observed import RasAnswer, RasCommunicator
+from repro.verdict.partial.diagnosis import COLLECT, Diagnosis
+from repro.verdict.partial.scene import Scene
+
+
+def judge_counts(scene: Scene) -> Diagnosis | None:
+    if not scene.ras:
+        return None
+    answers = sorted(scene.ras, key=lambda answer: answer.order)
+    if len(answers) > 1:
+        return _moving(answers)
+    answer = answers[0]
+    named = [c for c in answer.communicators if c.errors != "OK"]
+    lines = tuple(f"{c.name}: {c.errors}, {_counts(c)} ({answer.source})" for c in named[:4]) or (
+        f"{len(answer.communicators)} communicators: OK ({answer.source})",
+    )
+    return Diagnosis(
+        "inconclusive", "", (), (), "undecided",
+        ("One answer of NCCL's RAS shows one moment. A difference in counts may be benign: "
+        "collectives outrun the query." if named
+         else "NCCL's RAS says OK: all hosts queued equally many operations. It says nothing of what "
+        "the devices completed.",),
+        lines, (), (COLLECT["ras"], COLLECT["recorder"], COLLECT["stacks"]),
+    )  # fmt: skip
+
+
+def _moving(answers: list[RasAnswer]) -> Diagnosis:
+    first, last = answers[0], answers[-1]
+    before, after = _largest(first), _largest(last)
+    common = sorted(before.keys() & after.keys())
+    grown = [(name, before[name], after[name]) for name in common if after[name] > before[name]]
+    lines = [f"{name}: launches went from {one} to {two} ({first.source}, {last.source})" for name, one, two in grown]
+    if grown:
+        return Diagnosis(
+            "inconclusive", "", (), (), "likely",
+            ("The counts advance between the two answers: the job makes progress. RAS lists the "
+        "smaller set of ranks, ahead or behind, and a MISMATCH of moving counts is benign.",),
+            tuple(lines), ("A third answer in which the counts are the same.",),
+            ("another query of NCCL's RAS when the job is thought to hang: ncclras -v; and then a "
+        "third one", COLLECT["stacks"]),
+        )  # fmt: skip
+    return Diagnosis(
+        "inconclusive", "", (), (), "undecided",
+        ("The counts are the same in both answers: no host queued anything between them.",),
+        tuple(f"{name}: {before[name]} launches in both ({first.source}, {last.source})" for name in common),
+        (), (COLLECT["stacks"], COLLECT["recorder"], COLLECT["ras"]),
+    )  # fmt: skip
+
+
+def _largest(answer: RasAnswer) -> dict[str, int]:
+    """Communicator and operation -> the most launches of a rank."""
+    found: dict[str, int] = {}
+    for communicator in answer.communicators:
+        for op, counts in communicator.launched.items():
+            found[f"{communicator.name} {op}"] = max(counts.values(), default=0)
+        for key, (_, count) in communicator.others.items():
+            name = f"{communicator.name} {key.split()[0]}"
+            found[name] = max(found.get(name, 0), count)
+    return found
+
+
+def _counts(communicator: RasCommunicator) -> str:
+    parts = [
+        f"{op} {', '.join(f'rank {r}: {n}' for r, n in sorted(counts.items())[:6])}"
+        for op, counts in communicator.launched.items()
+    ]
+    return "; ".join(parts) or f"{communicator.size} ranks"

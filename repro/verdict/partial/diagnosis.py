@@ -1,0 +1,54 @@
+"""What `diagnose` says: a verdict with its reasons, what would refute it, and what to collect next."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, Self
+
+COLLECT = {
+    "stacks": "stacks of all ranks, twice: for p in PIDS; do py-spy dump --nonblocking --pid $p; done",
+    "recorder": "Flight Recorder dumps of all ranks: set TORCH_FR_BUFFER_SIZE=2000 "
+    "(TORCH_NCCL_TRACE_BUFFER_SIZE before torch 2.9) and TORCH_NCCL_DUMP_ON_TIMEOUT=1",
+    "ras": "a second query of NCCL's RAS, 30 s later: ncclras -v; sleep 30; ncclras -v",
+    "kernel": "the kernel log for Xid and NIC errors: dmesg -T | grep -iE 'xid|nvrm|mlx5|oom'",
+    "nccl": "NCCL's own log: NCCL_DEBUG=INFO NCCL_DEBUG_SUBSYS=INIT,NET,COLL",
+    "topology": "the links between the GPUs: nvidia-smi topo -m; try once with NCCL_P2P_DISABLE=1",
+    "children": "the children of the builder: ps -o pid,etime,time,args --ppid PID (nvcc, cicc, ninja), "
+    "and the size of its cache folder",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Diagnosis:
+    """A verdict on partial evidence; class, cause and confidence as in `repro.verdict.result.Verdict`.
+
+    summary   where the ranks are, a sentence each
+    evidence  why, a sentence each with its source
+    refutes   what would refute the verdict
+    collect   the next things to collect, each a command where there is one; the first is the most useful
+    notes     lines that are often misread, and versions with known defects
+    """
+
+    verdict: str
+    cause: str = ""
+    culprits: tuple[int, ...] = ()
+    suspects: tuple[int, ...] = ()
+    confidence: str = "undecided"
+    summary: tuple[str, ...] = ()
+    evidence: tuple[str, ...] = ()
+    refutes: tuple[str, ...] = ()
+    collect: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
+    waits: tuple[dict[str, Any], ...] = field(default=())
+
+    @classmethod
+    def inconclusive(cls, *summary: str, collect: tuple[str, ...] = ("stacks", "recorder")) -> Self:
+        return cls("inconclusive", summary=summary, collect=tuple(COLLECT.get(it, it) for it in collect))
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "verdict": self.verdict, "cause": self.cause or None, "culprits": list(self.culprits),
+            "suspects": list(self.suspects), "confidence": self.confidence, "sentences": list(self.summary),
+            "evidence": list(self.evidence), "refutes": list(self.refutes), "collect": list(self.collect),
+            "notes": list(self.notes), "waits": list(self.waits),
+        }  # fmt: skip

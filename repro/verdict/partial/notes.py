@@ -1,0 +1,49 @@
+"""What single lines prove, which is mostly nothing, and what they are often taken for."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from repro.verdict.partial.diagnosis import COLLECT, Diagnosis
+from repro.verdict.partial.scene import Scene
+
+KNOWN_BAD_NCCL = {
+    "2.28.9": "NCCL 2.28.9 deadlocks on aarch64 (nccl#2353, fixed in 2.29.3).",
+    "2.29.2": "NCCL 2.29.2 deadlocks on aarch64 (nccl#2353, fixed in 2.29.3).",
+}
+
+
+def judge_notes(scene: Scene) -> Diagnosis | None:
+    beats = [note for note in scene.notes if note.kind == "heartbeat"]
+    if not beats:
+        return None
+    evidence = [
+        f"{len(beats)} heartbeat lines of {beats[0].process}, the first at {beats[0].source}: the "
+        "line is informational, and healthy slow starts and idle servers print it too"
+    ]
+    if any(note.kind == "compiled" for note in scene.notes):
+        evidence.append(
+            "A line about torch.compile stands for one rank, because the engine prints it on one "
+            "rank: it shows nothing of the others."
+        )
+    return Diagnosis(
+        "inconclusive", "", (), (), "undecided",
+        ("A process still waits for a message of another one: the line is a heartbeat, not an "
+        "error. Nothing in these files says where the workers are.",),
+        tuple(evidence), (),
+        (COLLECT["stacks"], "whether a compiler runs, and the caches it fills: ps -ef | grep -E "
+        "'nvcc|cicc|ninja|ptxas'", COLLECT["recorder"]),
+    )  # fmt: skip
+
+
+def with_notes(diagnosis: Diagnosis, scene: Scene) -> Diagnosis:
+    """Add the versions with known defects, and lines that change what other lines mean."""
+    versions = {note.value for note in scene.notes if note.kind == "version"} | {
+        dump.library for dump in scene.recorders.values()
+    }
+    notes = [text for version, text in KNOWN_BAD_NCCL.items() if version in versions]
+    if any(note.kind == "repeated" for note in scene.notes):
+        notes.append("Ray left out repeated lines: that a rank printed nothing here proves nothing.")
+    if any(note.kind == "stuck" for note in scene.notes):
+        notes.append("A watchdog thread was itself blocked: on that rank a time-out may be missing.")
+    return replace(diagnosis, notes=(*diagnosis.notes, *notes)) if notes else diagnosis

@@ -1,0 +1,89 @@
+"""Judge members of a group that queued different operations under one number."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+
+from repro.trace.observed import Call, Group, GroupRecord
+from repro.verdict.partial.diagnosis import COLLECT, Diagnosis
+from repro.verdict.partial.habits import left_rhythm
+from repro.verdict.partial.scene import Scene
+from repro.verdict.partial.words import arguments, program_frames, ranks_of, verb
+
+
+def different_arguments(scene: Scene, groups: Mapping[Group, Mapping[int, GroupRecord]]) -> Diagnosis | None:
+    """The first number under which members queued different operations, sizes or types, if some of it is unfinished."""
+    for group, records in groups.items():
+        by_number: dict[int, dict[tuple[object, ...], list[tuple[int, Call]]]] = {}
+        for rank, record in sorted(records.items()):
+            for call in record.calls:
+                if call.seq is not None and call.op != "coalesced":
+                    by_number.setdefault(call.seq, {}).setdefault(_comparable(call), []).append((rank, call))
+        for number in sorted(by_number):
+            sides = list(by_number[number].values())
+            if len(sides) > 1:
+                return _sides(scene, group, number, sides, records)
+    return None
+
+
+def _comparable(call: Call) -> tuple[object, ...]:
+    """What must agree. Of rooted operations sizes differ with the role: the root of a gather alone has an output."""
+    if call.op in ("gather", "scatter", "reduce", "broadcast"):
+        return call.op, call.dtypes[:1]
+    if call.op in ("all_to_all", "barrier"):
+        return (call.op,)
+    return call.arguments
+
+
+def _sides(
+    scene: Scene,
+    group: Group,
+    number: int,
+    sides: Sequence[Sequence[tuple[int, Call]]],
+    records: Mapping[int, GroupRecord],
+) -> Diagnosis:
+    shown = replace(group, description=next(iter(records.values())).group.description)
+    sides = sorted(sides, key=lambda side: (len(side), side[0][0]))
+    done = [rank for side in sides for rank, call in side if call.done]
+    same_op = len({side[0][1].op for side in sides}) == 1
+    few = [rank for rank, _ in sides[0]] if len(sides[0]) < len(sides[-1]) else []
+    evidence = []
+    for side in sides:
+        ranks, call = [rank for rank, _ in side], side[0][1]
+        place = program_frames(call.frames)
+        evidence.append(
+            f"{ranks_of(ranks).capitalize()} queued #{number} of {shown} as {arguments(call)}"
+            + (f", from {place}" if place else "") + f" ({call.source})"
+        )  # fmt: skip
+    before = [
+        call.op
+        for call in sorted(records.values(), key=lambda r: len(r.calls))[-1].calls
+        if call.seq is not None and call.seq < number
+    ][-2:]
+    if before and set(before) == {"reduce"}:
+        evidence.append(
+            "The operations before it are reduces, whose result one rank alone has: ranks may have "
+            "decided by different numbers."
+        )
+    if few:
+        evidence.append(
+            f"{ranks_of(few).capitalize()} {verb(few, 'stands', 'stand')} out. To be few is no proof "
+            "of who left the common program."
+        )
+    left = left_rhythm(scene, [(rank, call) for side in sides for rank, call in side])
+    if left is not None:
+        evidence.append(left.sentence)
+    culprits = (left.rank,) if left is not None and left.convincing else ()
+    verdict = "corrupt" if len(done) == sum(map(len, sides)) else "deadlock"
+    return Diagnosis(
+        verdict, "sizes" if same_op else "mismatch", culprits, () if culprits else tuple(few), "likely",
+        (f"Members of {shown} queued different operations under number {number}.",),
+        tuple(evidence),
+        ("The dumps are of different jobs, or two groups share the name.",),
+        (
+            "the code that decides between these two calls: log the condition (why each rank took "
+        "its branch) on every rank",
+            COLLECT["stacks"],
+        ),
+    )  # fmt: skip

@@ -1,0 +1,185 @@
+"""Judge stacks alone: a stack shows a place, never a number, so few of them prove more than who builds."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from repro.trace.observed import Stack
+from repro.verdict.partial.diagnosis import COLLECT, Diagnosis
+from repro.verdict.partial.scene import Scene
+from repro.verdict.partial.words import program_frames, ranks_of, verb
+
+AGAIN = "a second set of stacks, some seconds later"
+WORKING = ("building", "compiling", "loading", "saving", "data")
+
+
+def judge_stacks(scene: Scene) -> Diagnosis | None:
+    rows = scene.main_stacks()
+    if not rows and not scene.stacks:
+        return None
+    by_activity: dict[str, list[int]] = {}
+    for rank, stacks in rows.items():
+        by_activity.setdefault(stacks[-1].activity, []).append(rank)
+    return (
+        _builder(scene, rows, by_activity)
+        or _queues(scene, rows, by_activity)
+        or _collectives(scene, rows, by_activity)
+        or _others(scene, rows, by_activity)
+    )
+
+
+def _source(stack: Stack) -> str:
+    return str(stack.source)
+
+
+def _place(stack: Stack) -> str:
+    return program_frames(stack.frames, 2) or (stack.frames[0] if stack.frames else "?")
+
+
+def _builder(
+    scene: Scene, rows: Mapping[int, Sequence[Stack]], by_activity: Mapping[str, list[int]]
+) -> Diagnosis | None:
+    """Some build, the others wait for a lock or in a collective: slow, and the builder is named."""
+    working = sorted(rank for name in WORKING for rank in by_activity.get(name, []))
+    locked = by_activity.get("lock", [])
+    waiting = sorted({*locked, *by_activity.get("collective", []), *by_activity.get("idle", [])})
+    if not working or not waiting or len(working) >= len(rows):
+        return None
+    evidence = [
+        f"Rank {rank} is {rows[rank][-1].activity}: {rows[rank][-1].detail}, at "
+        f"{_place(rows[rank][-1])} ({_source(rows[rank][-1])})"
+        for rank in working[:4]
+    ]
+    if locked:
+        evidence.append(
+            f"{ranks_of(locked).capitalize()} {verb(locked, 'waits', 'wait')} for "
+            f"{rows[locked[0]][-1].detail}, at {_place(rows[locked[0]][-1])} "
+            f"({_source(rows[locked[0]][-1])})"
+        )
+    evidence.append(
+        "A builder looks idle like those who wait, since it waits for a child process: its frames tell them apart."
+    )
+    what = rows[working[0]][-1]
+    return Diagnosis(
+        "slow", "", tuple(working), (), "likely",
+        (f"{ranks_of(working).capitalize()} {verb(working, 'builds', 'build')} ({what.activity}: {what.detail}).",
+         f"{ranks_of(waiting).capitalize()} wait for {'the build lock' if locked else 'it'}."),
+        tuple(evidence),
+        ("A second look in which the builder has no child process that uses a processor: then the "
+        "build stands still.",),
+        (COLLECT["children"], "a second set of stacks, a minute later"),
+    )  # fmt: skip
+
+
+def _queues(
+    scene: Scene, rows: Mapping[int, Sequence[Stack]], by_activity: Mapping[str, list[int]]
+) -> Diagnosis | None:
+    """The workers wait for orders. An engine that waits for an answer meanwhile lost one, or the moment was unlucky."""
+    idle = by_activity.get("idle", [])
+    if not idle or len(idle) < len(rows):
+        return None
+    engines = [s for s in scene.stacks if s.process.role == "engine" and s.activity == "answer"]
+    evidence = [f"Rank {rank}: {rows[rank][-1].detail} ({_source(rows[rank][-1])})" for rank in idle[:4]]
+    evidence += [f"{stack.process}: {stack.detail} ({_source(stack)})" for stack in engines[:4]]
+    if not engines:
+        return Diagnosis(
+            "inconclusive", "", (), (), "undecided",
+            (f"{ranks_of(idle).capitalize()} {verb(idle, 'waits', 'wait')} for orders, and no rank is "
+        "in a collective: an idle server looks like this.",),
+            tuple(evidence), (), ("stacks of the engine and front end processes too", AGAIN),
+        )  # fmt: skip
+    return Diagnosis(
+        "inconclusive", "", (), (), "undecided",
+        ("The engine waits for an answer (response) of its workers, and the workers wait in their "
+        "message queue for the next order. No rank is in a collective.",
+         "Either a message between them was lost, or this dump caught the moment between two steps."),
+        tuple(evidence), ("A second set of stacks in which one of them has moved on.",),
+        (
+            f"{AGAIN}: the same frames again mean a lost message",
+            "the queue's counters: VLLM_LOGGING_LEVEL=DEBUG, shm_broadcast",
+        ),
+    )  # fmt: skip
+
+
+def _collectives(
+    scene: Scene, rows: Mapping[int, Sequence[Stack]], by_activity: Mapping[str, list[int]]
+) -> Diagnosis | None:
+    inside = by_activity.get("collective", [])
+    if not inside:
+        return None
+    kinds: dict[str, list[int]] = {}
+    for rank in inside:
+        kinds.setdefault(_canonical(rows[rank][-1].detail), []).append(rank)
+    evidence = [
+        f"Rank {rank} is in {rows[rank][-1].detail}, at {_place(rows[rank][-1])} ({_source(rows[rank][-1])})"
+        for rank in inside[:6]
+    ]
+    again = [rank for rank in inside if len(rows[rank]) > 1 and len({stack.frames for stack in rows[rank]}) == 1]
+    if again:
+        evidence.append(
+            f"{ranks_of(again).capitalize()} {verb(again, 'stands', 'stand')} at the same frames in "
+            f"{len(rows[again[0]])} dumps ({', '.join(_source(s) for s in rows[again[0]][:2])})"
+        )
+    host_side = [
+        rank
+        for rank in inside
+        if any("ncclLocalOpAppend" in f or "ncclProxySaveOp" in f for f in rows[rank][-1].frames)
+    ]
+    if host_side:
+        evidence.append(
+            f"{ranks_of(host_side).capitalize()} {verb(host_side, 'is', 'are')} on the host side of "
+            "NCCL (ncclLocalOpAppend: it enqueues work for NCCL's proxy), as in nccl#2353, where all "
+            "ranks did issue the collective."
+        )
+    others = sorted(set(rows) - set(inside))
+    if len(kinds) > 1:
+        named = "; ".join(f"{ranks_of(ranks)} in {kind}" for kind, ranks in kinds.items())
+        return Diagnosis(
+            "inconclusive", "", (), tuple(sorted(inside)), "undecided",
+            (f"Ranks are inside different collectives: {named}.",
+             "Stacks carry no group and no number. Whether one of them left the common order, or both "
+        "issued both, is not decided."),
+            tuple(evidence), ("Dumps that show both operations queued on both ranks.",),
+            (COLLECT["recorder"], COLLECT["ras"], "a per-rank log of the decision that leads to these calls"),
+        )  # fmt: skip
+    if others:
+        doing = "; ".join(
+            f"rank {rank} {rows[rank][-1].activity or 'runs'} {rows[rank][-1].detail}".strip()
+            + f" at {_place(rows[rank][-1])}"
+            for rank in others[:4]
+        )
+        return Diagnosis(
+            "inconclusive", "", (), tuple(others), "undecided",
+            (f"{ranks_of(inside).capitalize()} {verb(inside, 'is', 'are')} in {next(iter(kinds))}, "
+        f"{ranks_of(others)} {verb(others, 'is', 'are')} not: {doing}.",),
+            tuple(evidence), (), ("a second set of stacks, some seconds later", COLLECT["recorder"]),
+        )  # fmt: skip
+    return Diagnosis(
+        "inconclusive", "", (), (), "undecided",
+        (f"All {len(inside)} ranks seen are in {next(iter(kinds))}. Stacks carry no number, so "
+        "they may be in different ones.",),
+        tuple(evidence), (), (COLLECT["recorder"], "a second set of stacks, some seconds later", COLLECT["kernel"]),
+    )  # fmt: skip
+
+
+def _canonical(detail: str) -> str:
+    from repro.ingest.flight_recorder import operation  # names only
+
+    return operation(detail.split(" ")[0])
+
+
+def _others(
+    scene: Scene, rows: Mapping[int, Sequence[Stack]], by_activity: Mapping[str, list[int]]
+) -> Diagnosis | None:
+    named = [(name, ranks) for name, ranks in by_activity.items() if name]
+    if not named:
+        return None
+    lines = [
+        f"{ranks_of(ranks).capitalize()}: {name}, {rows[ranks[0]][-1].detail} ({_source(rows[ranks[0]][-1])})"
+        for name, ranks in named
+    ]
+    return Diagnosis(
+        "inconclusive", "", (), (), "undecided",
+        ("The stacks show where the ranks are, and nothing says who waits for whom.",), tuple(lines), (),
+        ("a second set of stacks, some seconds later", COLLECT["recorder"]),
+    )  # fmt: skip

@@ -1,0 +1,98 @@
+"""Judge by counters whose host, or whose device, stopped. The numbers are NCCL's: on gloo they lag on healthy groups.
+
+In a group, a rank whose last completed operation lags behind its fellow members' has a device that stopped; a rank that
+has queued less than its fellow members, and waits for nothing itself, has a host that stopped.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+
+from repro.trace.observed import Group, GroupRecord, RecorderDump
+from repro.verdict.partial.diagnosis import COLLECT, Diagnosis
+from repro.verdict.partial.waits import has_transfers
+from repro.verdict.partial.words import ranks_of, verb
+
+CONVINCING_GROUPS = 2
+"""In so many groups must a rank lag behind its fellow members to be named. One group leaves it a suspect."""
+
+
+def judge_stopped(
+    recorders: Mapping[int, RecorderDump], groups: Mapping[Group, Mapping[int, GroupRecord]]
+) -> Diagnosis | None:
+    device: Counter[int] = Counter()
+    host: Counter[int] = Counter()
+    reasons: dict[int, list[str]] = {}
+    backend = next((dump.backend for dump in recorders.values() if dump.backend), "")
+    if backend == "gloo":  # its counters lag on healthy groups, and it has no device
+        return None
+    for group, records in groups.items():
+        counted = {
+            rank: record for rank, record in records.items()
+            if record.enqueued is not None and record.completed is not None and not has_transfers(record)
+        }  # fmt: skip
+        if len(counted) < 2 or any(has_transfers(record) for record in records.values()):
+            continue
+        completed = max(record.completed or 0 for record in counted.values())
+        enqueued = max(record.enqueued or 0 for record in counted.values())
+        shown = next((r.group for r in records.values() if r.group.description), group)
+        for rank, record in counted.items():
+            if (record.completed or 0) < completed and (record.enqueued or 0) > (record.completed or 0):
+                device[rank] += 1
+                reasons.setdefault(rank, []).append(
+                    f"in {shown} it completed #{record.completed}, fellow members #{completed}, and it has "
+                    f"queued up to #{record.enqueued}"
+                )
+            elif (record.enqueued or 0) < enqueued and not _waits(recorders[rank]):
+                host[rank] += 1
+                reasons.setdefault(rank, []).append(
+                    f"in {shown} it queued up to #{record.enqueued}, fellow members up to #{enqueued}, and it "
+                    "waits for nothing"
+                )
+    for kind, count in (("device", device), ("host", host)):
+        culprits = tuple(sorted(rank for rank, groups_behind in count.items() if groups_behind >= CONVINCING_GROUPS))
+        if culprits:
+            return _stopped_diagnosis(kind, culprits, reasons, recorders)
+    return None
+
+
+def _waits(dump: RecorderDump) -> bool:
+    return any(record.pending or (record.enqueued or 0) > (record.completed or 0) for record in dump.groups)
+
+
+def _stopped_diagnosis(
+    kind: str, culprits: tuple[int, ...], reasons: Mapping[int, Sequence[str]], recorders: Mapping[int, RecorderDump]
+) -> Diagnosis:
+    waiting = sorted(set(recorders) - set(culprits))
+    if kind == "device":
+        summary = (
+            f"The {verb(culprits, 'device', 'devices')} of {ranks_of(culprits)} stopped: the host "
+            "queued work that the device did not complete."
+        )
+        collect = (
+            f"the kernel log on the hosts of {ranks_of(culprits)}: dmesg -T | grep -iE 'xid|nvrm'",
+            COLLECT["stacks"],
+        )
+    else:
+        summary = (
+            f"The {verb(culprits, 'host process', 'host processes')} of {ranks_of(culprits)} stopped: "
+            f"{verb(culprits, 'it queues', 'they queue')} nothing more, and "
+            f"{verb(culprits, 'waits', 'wait')} for nothing."
+        )
+        collect = (
+            f"stacks of {ranks_of(culprits)}: py-spy dump --native --nonblocking --pid PID (a lock, "
+            "Python's GIL, a debugger, a data loader)",
+            COLLECT["stacks"],
+        )
+    evidence = [
+        f"Rank {rank}: {reason} ({recorders[rank].source})" for rank in culprits for reason in list(reasons[rank])[:2]
+    ]
+    return Diagnosis(
+        "stall", kind, culprits, (), "likely",
+        (summary, f"{ranks_of(waiting).capitalize()} {verb(waiting, 'waits', 'wait')} for "
+        f"{verb(culprits, 'it', 'them')}, directly or through others."),
+        tuple(evidence),
+        ("The dumps were taken at different moments: a second set, later, in which these counters moved.",),
+        collect,
+    )  # fmt: skip

@@ -1,0 +1,50 @@
+"""Phrases that several rules share."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+from repro.trace.observed import Call, Group
+from repro.verdict.result import list_ranks
+
+
+def ranks_of(ranks: Iterable[int]) -> str:
+    """ "rank 3" or "ranks 0-5"."""
+    listed = sorted(set(ranks))
+    return f"rank{'s' if len(listed) != 1 else ''} {list_ranks(listed)}"
+
+
+def verb(ranks: Sequence[int] | set[int], singular: str, plural: str) -> str:
+    return singular if len(ranks) == 1 else plural
+
+
+def call_in(call: Call, group: Group | None) -> str:
+    """ "all_gather #5310 of group 5", "recv from rank 6 of PIPELINE_MODEL_PARALLEL_GROUP"."""
+    where = f" of {group}" if group is not None else ""
+    if call.is_transfer:
+        direction = "from" if call.op == "recv" else "to"
+        return f"{call.op} {direction} rank {call.peer}{where}" if call.peer is not None else f"{call.op}{where}"
+    number = f" #{call.seq}" if call.seq is not None else ""
+    return f"{call.op}{number}{where}"
+
+
+def arguments(call: Call) -> str:
+    """ "all_gather, sizes [25600000] [102400000], Float"."""
+    sizes = " ".join(str(list(size)) for size in call.sizes)
+    dtypes = ", ".join(dict.fromkeys(call.dtypes))
+    return ", ".join(part for part in (call.op, f"sizes {sizes}" if sizes else "", dtypes) if part)
+
+
+_LIBRARY = (
+    "torch/distributed/",
+    "torch/nn/modules/module.py",
+    "torch/utils/_contextlib.py",
+    "c10d_logger.py",
+    "contextlib.py",
+)
+
+
+def program_frames(frames: Sequence[str], limit: int = 2) -> str:
+    """The innermost frames of the program itself, without torch's own: "unshard (train/fsdp.py:210)"."""
+    own = [frame for frame in frames if not any(part in frame for part in _LIBRARY) and ".so" not in frame]
+    return " < ".join(own[:limit])
