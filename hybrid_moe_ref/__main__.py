@@ -1,18 +1,26 @@
 """python -m hybrid_moe_ref {params,pages,generate,check,bench}
 
-Exit status: 0; 1 when `check` finds a difference; 2 with one line on standard error when the arguments or files make
-no sense; 130 when interrupted.
+Exit status: 0; 1 when `check` finds a difference or cannot compare; 2 with one line on standard error for arguments,
+files or sizes that cannot be used; 125 for a failure of this program; 130 when interrupted. HMR_DEBUG=1 shows
+tracebacks.
 """
 
 import argparse
+import os
 import sys
+import traceback
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
-from hybrid_moe_ref.config import DTYPES, ENGINE_MODES, ConfigError
+from hybrid_moe_ref.config import DTYPES, ENGINE_MODES, InputError
 from hybrid_moe_ref.engine.server_config import CHECKS
 
 KERNELS = ("auto", "torch", "native", "triton")
 LAYOUTS = ("single", "dp8ep8", "tp8")
+SHORT_DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32", "fp64": "float64", "fp8": "float8"}
+KV_DTYPES = ("float8", "bfloat16", "float16", "float32")
+INTERNAL_ERROR = 125
 
 
 class Parser(argparse.ArgumentParser):
@@ -23,17 +31,42 @@ class Parser(argparse.ArgumentParser):
 
 
 def positive(text: str) -> int:
+    return _at_least(1, text)
+
+
+def not_negative(text: str) -> int:
+    return _at_least(0, text)
+
+
+def _at_least(least: int, text: str) -> int:
     value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{value} is less than 1")
+    if not least <= value < 2**63:
+        raise argparse.ArgumentTypeError(f"{value} is less than {least}" if value < least else f"{value} is too large")
     return value
 
 
 def token_ids(text: str) -> list[int]:
     try:
-        return [int(part) for part in text.replace(",", " ").split()]
+        ids = [int(part) for part in text.replace(",", " ").split()]
     except ValueError:
         raise argparse.ArgumentTypeError(f"{text!r} is not a list of token ids such as 1,2,3") from None
+    if not ids:
+        raise argparse.ArgumentTypeError("it is empty; give at least one token id")
+    return ids
+
+
+def dtype_of(*names: str) -> Callable[[str], str]:
+    """A converter for an option that takes these dtypes, by their long or short names; gives the long one."""
+    shorts = {long: short for short, long in SHORT_DTYPES.items()}
+
+    def dtype(text: str) -> str:
+        name = SHORT_DTYPES.get(text, text)
+        if name not in names:
+            known = ", ".join(f"{each} ({shorts[each]})" for each in names)
+            raise argparse.ArgumentTypeError(f"invalid choice: {text!r} (choose from {known})")
+        return name
+
+    return dtype
 
 
 def parser() -> Parser:
@@ -46,23 +79,40 @@ def parser() -> Parser:
     pages = commands.add_parser("pages", help="the unified page of KV entries and recurrent states of a preset")
     pages.add_argument("preset", metavar="PRESET")
     pages.add_argument("--tp", type=positive, default=1, metavar="N", help="tensor-parallel ranks")
-    pages.add_argument("--kv-dtype", choices=("fp8", "bf16", "fp16", "fp32"), default="bf16")
+    pages.add_argument("--kv-dtype", type=dtype_of(*KV_DTYPES), default="bfloat16", metavar="DTYPE")
 
     generate = commands.add_parser("generate", help="continue a prompt greedily")
     prompt = generate.add_mutually_exclusive_group(required=True)
-    prompt.add_argument("--prompt", metavar="TEXT", help="needs a tokenizer.json in the checkpoint folder")
+    prompt.add_argument(
+        "--prompt",
+        metavar="TEXT",
+        help="text as it is, without a chat template; needs the checkpoint's tokenizer.json and the package tokenizers",
+    )
     prompt.add_argument("--tokens", type=token_ids, metavar="IDS", help="token ids such as 1,2,3")
     generate.add_argument("--max-new-tokens", type=positive, default=32, metavar="N")
+    generate.add_argument("--ignore-eos", action="store_true", help="go on after a token that ends the text")
     generate.add_argument("--prefill-chunk", type=positive, metavar="N", help="prompt tokens per step (default: all)")
-    generate.add_argument("--drafts", type=int, default=0, metavar="N", help="tokens that the MTP layer guesses ahead")
-    generate.add_argument("--layout", choices=LAYOUTS, default="single")
     generate.add_argument(
-        "--checks", choices=CHECKS, help="how the ranks of a layout are kept in step (default: agree)"
+        "--drafts", type=not_negative, default=0, metavar="N", help="tokens that the MTP layer guesses ahead"
     )
-    generate.add_argument("--mode", choices=ENGINE_MODES, help="of the steps of a layout (default: eager)")
+    generate.add_argument("--layout", choices=LAYOUTS, help="single process (default), or 8 ranks of this machine")
+    generate.add_argument("--dp", type=positive, metavar="N", help="groups of ranks with requests of their own")
+    generate.add_argument("--tp", type=positive, metavar="N", help="ranks of a group, which share heads and features")
+    generate.add_argument(
+        "--ep",
+        action=argparse.BooleanOptionalAction,
+        help="spread whole experts over all ranks (default: with more than one --dp)",
+    )
+    generate.add_argument("--checks", choices=CHECKS, help="how ranks are kept in step (default: agree); needs ranks")
+    generate.add_argument(
+        "--mode",
+        choices=ENGINE_MODES,
+        help="run steps eagerly (default) or replay captured graphs of a few sizes; needs ranks",
+    )
     generate.add_argument("--allow-unsafe", action="store_true", help="start a layout whose ranks could hang")
 
-    check = commands.add_parser("check", help="load a checkpoint folder, and compare with transformers if installed")
+    check = commands.add_parser("check", help="load a checkpoint folder, and compare it with transformers in float64")
+    check.add_argument("--load-only", action="store_true", help="load it and run it; do not compare")
 
     bench = commands.add_parser("bench", help="speed and peak memory of prefill and decode")
     bench.add_argument("--prompt-tokens", type=positive, default=512, metavar="N")
@@ -75,7 +125,9 @@ def parser() -> Parser:
         command.add_argument(
             "model", metavar=what, help="checkpoint folder" + (", or preset" if what == "MODEL" else "")
         )
-        command.add_argument("--dtype", choices=DTYPES, help="default: the checkpoint's, or float32")
+        command.add_argument(
+            "--dtype", type=dtype_of(*DTYPES), metavar="DTYPE", help="default: the checkpoint's, or float32"
+        )
         command.add_argument("--device", default="cpu")
         command.add_argument(
             "--kernels", choices=KERNELS, help="what computes the layers; native is built here first (default: auto)"
@@ -94,19 +146,33 @@ def main(argv: list[str] | None = None) -> int:
 
         status: int = getattr(commands, args.command)(args)
         return status
-    except (ConfigError, ValueError, OSError, MemoryError) as error:
-        text = str(error) or type(error).__name__
-        print(f"hybrid_moe_ref: {text}", file=sys.stderr)
-        return 2
-    except RuntimeError as error:
-        from hybrid_moe_ref.memory import shortage
-
-        if not (text := shortage(error)):
-            raise
-        print(f"hybrid_moe_ref: {text}", file=sys.stderr)
-        return 2
     except KeyboardInterrupt:
         return 130
+    except (InputError, OSError, MemoryError) as error:
+        return _fail(error, str(error) or type(error).__name__, 2)
+    except Exception as error:
+        if text := _shortage(error):
+            return _fail(error, text, 2)
+        at = traceback.extract_tb(error.__traceback__)[-1]
+        what = " ".join(f"{type(error).__name__}: {error}".split())[:300]
+        text = (
+            f"internal error at {'/'.join(Path(at.filename).parts[-2:])}:{at.lineno}: {what}; "
+            "this is a fault of hybrid_moe_ref, not of your input; set HMR_DEBUG=1 for the traceback"
+        )
+        return _fail(error, text, INTERNAL_ERROR)
+
+
+def _shortage(error: Exception) -> str:
+    from hybrid_moe_ref.memory import shortage
+
+    return shortage(error)
+
+
+def _fail(error: BaseException, text: str, status: int) -> int:
+    if os.environ.get("HMR_DEBUG", "") not in ("", "0"):
+        traceback.print_exception(error)
+    print(f"hybrid_moe_ref: {text}", file=sys.stderr)
+    return status
 
 
 if __name__ == "__main__":

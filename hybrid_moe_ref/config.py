@@ -18,7 +18,11 @@ MOE_BACKENDS = ("auto", "torch", "jit")
 DTYPES = ("float32", "float64", "bfloat16", "float16")
 
 
-class ConfigError(ValueError):
+class InputError(ValueError):
+    """Something that the user gave and that cannot be used; the text is for the user, in one line."""
+
+
+class ConfigError(InputError):
     """A configuration that cannot work; the text starts with the path of the field."""
 
     def __init__(self, message: str, field: str = "") -> None:

@@ -3,7 +3,7 @@
 Shapes: B sequences, N tokens of a step.
 """
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from typing import TYPE_CHECKING
 
 import torch
@@ -11,6 +11,7 @@ from torch import Tensor
 
 from hybrid_moe_ref.batch import Batch
 from hybrid_moe_ref.cache import CacheExhausted, HybridCache, Sequence, cache_layout
+from hybrid_moe_ref.config import InputError
 
 if TYPE_CHECKING:
     from hybrid_moe_ref.model import HybridMoE
@@ -23,23 +24,29 @@ def stream(
     *,
     cache: HybridCache | None = None,
     prefill_chunk: int | None = None,
+    stop_ids: Collection[int] | None = None,
 ) -> Iterator[Tensor]:
-    """Yield the next token of every sequence, [B], `max_new_tokens` times.
+    """Yield the next token of every sequence, [B], up to `max_new_tokens` times.
 
-    `prompts` is [B, T], or a list of B prompts of any lengths. `prefill_chunk` bounds the tokens of a prompt that one
-    step takes. `cache` None makes one that is just large enough. All is checked before the first step.
+    prompts        [B, T], or a list of B prompts of any lengths
+    cache          None makes one that is just large enough
+    prefill_chunk  bounds the tokens of a prompt that one step takes
+    stop_ids       tokens that end a sequence, None for the model's. An ended sequence repeats its last token, and the
+                   stream ends when all have
+
+    Raises InputError for what cannot be generated, CacheExhausted for a cache that is too small; before the first step.
     """
     prompts = list(prompts)
     if not prompts:
-        raise ValueError("wanted at least 1 prompt, got 0")
+        raise InputError("wanted at least 1 prompt, got 0")
     for index, prompt in enumerate(prompts):
         if prompt.dim() != 1 or prompt.numel() == 0:
-            raise ValueError(f"prompt {index}: wanted a row of at least 1 token, got shape {tuple(prompt.shape)}")
+            raise InputError(f"prompt {index}: wanted a row of at least 1 token, got shape {tuple(prompt.shape)}")
         model.check_tokens(prompt)
     if max_new_tokens < 1:
-        raise ValueError(f"max_new_tokens: {max_new_tokens} is less than 1")
+        raise InputError(f"max_new_tokens: {max_new_tokens} is less than 1")
     if prefill_chunk is not None and prefill_chunk < 1:
-        raise ValueError(f"prefill_chunk: {prefill_chunk} is less than 1")
+        raise InputError(f"prefill_chunk: {prefill_chunk} is less than 1")
     prompts = [prompt.to(model.device) for prompt in prompts]
     # The last token is given out, not stored.
     num_pages = pages_needed(model, [len(prompt) + max_new_tokens - 1 for prompt in prompts])
@@ -52,7 +59,8 @@ def stream(
         raise CacheExhausted(
             num_pages, cache.num_free_pages, f"generation for {len(prompts)} prompts of up to {lengths}"
         )
-    return _stream(model, prompts, max_new_tokens, cache, prefill_chunk)
+    stop_ids = frozenset(model.stop_ids if stop_ids is None else stop_ids)
+    return _stream(model, prompts, max_new_tokens, cache, prefill_chunk, stop_ids)
 
 
 def pages_needed(model: "HybridMoE", lengths: list[int]) -> int:
@@ -61,17 +69,33 @@ def pages_needed(model: "HybridMoE", lengths: list[int]) -> int:
     return sum(layout.pages_for(length) for length in lengths)
 
 
+@torch.no_grad()
 def _stream(
-    model: "HybridMoE", prompts: list[Tensor], max_new_tokens: int, cache: HybridCache, prefill_chunk: int | None
+    model: "HybridMoE",
+    prompts: list[Tensor],
+    max_new_tokens: int,
+    cache: HybridCache,
+    prefill_chunk: int | None,
+    stop_ids: frozenset[int],
 ) -> Iterator[Tensor]:
     sequences: list[Sequence] = []
     try:
         sequences += [cache.allocate() for _ in prompts]
         tokens_B = prefill(model, prompts, sequences, cache, prefill_chunk)
         yield tokens_B
+        running = list(range(len(prompts)))
         for _ in range(max_new_tokens - 1):
-            hidden_BH = model.step(tokens_B, Batch.of([(sequence, 1) for sequence in sequences]), cache)
-            tokens_B = model.logits(hidden_BH).argmax(-1)
+            if stop_ids:  # only then, as a look at the tokens waits for the device
+                newest = tokens_B.tolist()
+                running = [index for index in running if newest[index] not in stop_ids]
+                if not running:
+                    return
+            batch = Batch.of([(sequences[index], 1) for index in running])
+            if len(running) == len(prompts):
+                tokens_B = model.logits(model.step(tokens_B, batch, cache)).argmax(-1)
+            else:
+                next_tokens = model.logits(model.step(tokens_B[running], batch, cache)).argmax(-1)
+                tokens_B = tokens_B.index_put((torch.tensor(running, device=tokens_B.device),), next_tokens)
             yield tokens_B
     finally:
         for sequence in sequences:

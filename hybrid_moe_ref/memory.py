@@ -1,4 +1,4 @@
-"""What a model and its cache will take, told before anything is allocated; and what ran out, told afterwards."""
+"""What a model and its cache will take, before anything is allocated; and what ran out, afterwards."""
 
 import contextlib
 import os
@@ -12,19 +12,24 @@ from hybrid_moe_ref.cache import CacheExhausted, cache_layout
 from hybrid_moe_ref.config import ConfigError
 from hybrid_moe_ref.model import HybridMoE
 
-_ALLOCATORS_SAY = ("can't allocate memory", "out of memory", "Storage size calculation overflowed")
+_ALLOCATOR_WORDS = ("can't allocate memory", "out of memory", "Storage size calculation overflowed")
+_CGROUPS = Path("/sys/fs/cgroup")
 
 
-def check_memory(model: HybridMoE, num_pages: int, device: str, num_ranks: int = 1) -> None:
-    """A model that cannot fit is one line at once, not a machine that swaps. `model` is on the meta device, and stands
-    for each of `num_ranks` ranks on this machine, with a cache of `num_pages`.
+def check_memory(model: HybridMoE, num_pages: int, device: str, num_ranks: int = 1, *, suggestion: str = "") -> None:
+    """Refuse a model that cannot fit, rather than have the machine swap or the process killed. `model` is on the meta
+    device, and stands for each of `num_ranks` ranks on this machine, with a cache of `num_pages`. Activations are not
+    counted.
 
-    Raises ConfigError with what is needed and what is there.
+    Raises ConfigError with what is needed and what is there, and `suggestion` behind it.
     """
     if torch.device(device).type == "cpu":
-        what, there = "this machine has", os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+        what, there = "this machine has", float(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
+        if (limit := container_limit()) < there:
+            what, there = "this container may use", limit
     elif num_ranks == 1:
-        what, there = f"{device} has", torch.cuda.mem_get_info(device)[1]
+        there = torch.cuda.mem_get_info(device)[0]
+        what, suggestion = f"{device} has", f" free{suggestion}"
     else:
         return  # ranks are forked, which a process that has used CUDA must not do
     layout = cache_layout(model.config, model.dtype)
@@ -32,11 +37,31 @@ def check_memory(model: HybridMoE, num_pages: int, device: str, num_ranks: int =
     cache = num_ranks * num_pages * layout.page_bytes * layout.group_size
     if weights + cache > there:
         where = f" on {num_ranks} ranks" if num_ranks > 1 else ""
-        needs = f"the model needs {_gb(weights)}{where} and its cache {_gb(cache)}"
-        raise ConfigError(f"{needs}, {what} {_gb(there)}")
+        dtype = str(model.dtype).removeprefix("torch.")
+        needs = f"the model needs {_gb(weights)}{where} in {dtype} and its cache {_gb(cache)}"
+        raise ConfigError(f"{needs}, {what} {_gb(there)}{suggestion}")
 
 
-def _gb(num_bytes: int) -> str:
+def container_limit(root: Path = _CGROUPS, of_process: Path = Path("/proc/self/cgroup")) -> float:
+    """Bytes that the control groups of this process allow it; infinity where nothing limits it."""
+    limits = [float("inf")]
+    with contextlib.suppress(OSError):
+        for line in of_process.read_text().splitlines():
+            _, controllers, path = line.split(":", 2)
+            file = "memory.limit_in_bytes" if controllers else "memory.max"  # version 1 and 2
+            top = root / "memory" if controllers else root
+            if controllers and "memory" not in controllers.split(","):
+                continue
+            place = top / path.lstrip("/")
+            for folder in (place, *place.parents):
+                if folder == top.parent:
+                    break
+                with contextlib.suppress(OSError, ValueError):  # "max" is no number
+                    limits.append(int((folder / file).read_text()))
+    return min(limits)
+
+
+def _gb(num_bytes: float) -> str:
     return f"{num_bytes / 1e9:.1f} GB"
 
 
@@ -50,9 +75,10 @@ def peak_rss() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
-def shortage(error: RuntimeError) -> str:
+def shortage(error: BaseException) -> str:
     """The line of an allocator, or of a cache, that had no room; "" for any other error."""
     text = str(error).partition("\n")[0]
-    if isinstance(error, CacheExhausted | torch.OutOfMemoryError) or any(words in text for words in _ALLOCATORS_SAY):
+    ran_out = isinstance(error, CacheExhausted | torch.OutOfMemoryError)
+    if ran_out or (isinstance(error, RuntimeError) and any(words in text for words in _ALLOCATOR_WORDS)):
         return text
     return ""

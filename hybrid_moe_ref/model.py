@@ -26,7 +26,7 @@ from hybrid_moe_ref import checkpoint, generation, weights
 from hybrid_moe_ref.batch import Batch
 from hybrid_moe_ref.block import Block
 from hybrid_moe_ref.cache import HybridCache
-from hybrid_moe_ref.config import DTYPES, ModelConfig
+from hybrid_moe_ref.config import DTYPES, InputError, ModelConfig
 from hybrid_moe_ref.layers.linear import project
 from hybrid_moe_ref.layers.norm import RMSNorm
 from hybrid_moe_ref.mtp import MTP, draft_config
@@ -48,8 +48,11 @@ class Stack(nn.Module):
 
 
 class HybridMoE(nn.Module):
-    """Parameters are uninitialised until `init_weights` or a checkpoint fills them. `slices` has the parameters of
-    which this model holds only a part."""
+    """Parameters are uninitialised until `init_weights` or a checkpoint fills them.
+
+    slices    the parameters of which this model holds only a part
+    stop_ids  the tokens that end a text; generation stops at them. From a checkpoint's eos_token_id
+    """
 
     def __init__(
         self,
@@ -61,6 +64,7 @@ class HybridMoE(nn.Module):
         super().__init__()
         self.config = config
         self.slices: dict[str, Slice] = {}
+        self.stop_ids: tuple[int, ...] = ()
         with torch.device("meta"):
             self.model = Stack(config)
             self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
@@ -84,7 +88,7 @@ class HybridMoE(nn.Module):
         `cut` is given the model while it is on the meta device, and may leave only a part of it: the rest is not read.
         `parallel.layout.load_part` cuts it to a rank's.
 
-        Raises CheckpointError with everything that is wrong with the folder, ValueError for a device that cannot
+        Raises CheckpointError with everything that is wrong with the folder, InputError for a device that cannot
         compute in `dtype`.
         """
         config, saved_dtype = checkpoint.read_config(folder)
@@ -97,6 +101,7 @@ class HybridMoE(nn.Module):
         model = cls(checkpoint.with_mtp_of(config, shards), device="meta", dtype=dtype)
         cut(model)
         checkpoint.load_weights(model, shards, device)
+        model.stop_ids = checkpoint.read_stop_ids(folder)
         return model
 
     def save_pretrained(self, folder: str | Path, *, family: str | None = None) -> None:
@@ -185,12 +190,13 @@ class HybridMoE(nn.Module):
         return logits_NV.view(*hidden_NH.shape[:-1], logits_NV.shape[-1])
 
     def generate(self, prompts: Tensor | list[Tensor], max_new_tokens: int, **options: Any) -> Tensor:
-        """The likeliest next token, `max_new_tokens` times: [B, max_new_tokens], without the prompts, which may
-        have different lengths. `generation.stream` yields the tokens as they come, and has the options."""
+        """The likeliest next token, up to `max_new_tokens` times: [B, at most max_new_tokens], without the prompts,
+        which may have different lengths. After a token of `stop_ids` a row repeats that token until all rows have one.
+        `generation.stream` yields the tokens as they come, and has the options."""
         return torch.stack(list(generation.stream(self, prompts, max_new_tokens, **options)), dim=1)
 
     def check_tokens(self, tokens: Tensor) -> None:
-        """Raise ValueError for an id that is outside the vocabulary. On a GPU the look is a synchronisation: a step
+        """Raise InputError for an id that is outside the vocabulary. On a GPU the look is a synchronisation: a step
         does without, so whoever brings tokens from outside looks before they go there."""
         check_token_ids(tokens, self.config.vocab_size)
 
@@ -200,11 +206,11 @@ class HybridMoE(nn.Module):
 
 
 def check_token_ids(tokens: Tensor, vocab_size: int) -> None:
-    """Raise ValueError naming an id that is not 0 <= id < `vocab_size`."""
+    """Raise InputError naming an id that is not 0 <= id < `vocab_size`."""
     if tokens.numel():
         low, high = (int(x) for x in tokens.aminmax())
         if low < 0 or high >= vocab_size:
-            raise ValueError(f"token id {low if low < 0 else high} is outside the vocabulary of {vocab_size}")
+            raise InputError(f"token id {low if low < 0 else high} is outside the vocabulary of {vocab_size}")
 
 
 def _sizes(tokens_BT: Tensor) -> tuple[int, int]:
@@ -215,12 +221,12 @@ def _sizes(tokens_BT: Tensor) -> tuple[int, int]:
 
 
 def check_device(device: torch.device | str, dtype: torch.dtype) -> None:
-    """A device that is absent, or that cannot compute in `dtype`, in one line."""
+    """Raise InputError for a device that is absent, or that cannot compute in `dtype`."""
     if str(dtype).removeprefix("torch.") not in DTYPES:
-        raise ValueError(f"dtype {dtype} is not one of {', '.join(DTYPES)}")
+        raise InputError(f"dtype {dtype} is not one of {', '.join(DTYPES)}")
     try:
         x = torch.ones(1, 1, dtype=dtype, device=device)
         F.linear(x, x)
     except (RuntimeError, AssertionError, TypeError, NotImplementedError) as error:
         reason = str(error).partition("\n")[0]
-        raise ValueError(f"device {device} cannot compute in {dtype}: {reason}") from None
+        raise InputError(f"{reason} (device {device}, {dtype})") from None

@@ -10,7 +10,7 @@ tokens run again; a step whose guesses were all right needs no second run.
 Shapes: T tokens, H hidden.
 """
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
@@ -19,6 +19,7 @@ from torch import Tensor
 
 from hybrid_moe_ref.batch import Batch
 from hybrid_moe_ref.cache import HybridCache
+from hybrid_moe_ref.config import InputError
 from hybrid_moe_ref.generation import pages_needed
 from hybrid_moe_ref.mtp import draft_config
 from hybrid_moe_ref.pages import page_layout
@@ -54,7 +55,7 @@ class MTPDrafter:
 
     def __init__(self, model: "HybridMoE", max_length: int) -> None:
         if not model.config.num_mtp_layers:
-            raise ValueError("the model has no MTP layer (num_mtp_layers is 0)")
+            raise InputError("the model has no MTP layer (num_mtp_layers is 0)")
         self._model = model
         self._cache = draft_cache(model, max_length, 1)
         self._sequence = self._cache.allocate()
@@ -84,20 +85,35 @@ def speculative_stream(
     num_drafts: int = 3,
     drafter: Drafter | None = None,
     statistics: Statistics | None = None,
+    stop_ids: Collection[int] | None = None,
 ) -> Iterator[int]:
-    """Yield greedy tokens after one prompt; `drafter` None is the model's MTP layer."""
+    """Yield up to `max_new_tokens` greedy tokens after one prompt, until one of `stop_ids` (None for the model's);
+    `drafter` None is the model's MTP layer.
+
+    Raises InputError for what cannot be generated, before the first step.
+    """
     if prompt_T.dim() != 1 or prompt_T.numel() == 0:
-        raise ValueError(f"wanted a row of at least 1 token, got shape {tuple(prompt_T.shape)}")
+        raise InputError(f"wanted a row of at least 1 token, got shape {tuple(prompt_T.shape)}")
     if max_new_tokens < 1 or num_drafts < 1:
         name, value = ("max_new_tokens", max_new_tokens) if max_new_tokens < 1 else ("num_drafts", num_drafts)
-        raise ValueError(f"{name}: {value} is less than 1")
+        raise InputError(f"{name}: {value} is less than 1")
     model.check_tokens(prompt_T)
     prompt_T = prompt_T.to(model.device)
     length = len(prompt_T) + max_new_tokens
     drafter = drafter or MTPDrafter(model, length)
-    return _speculative_stream(model, prompt_T, max_new_tokens, num_drafts, drafter, statistics or Statistics())
+    tokens = _speculative_stream(model, prompt_T, max_new_tokens, num_drafts, drafter, statistics or Statistics())
+    return _until(tokens, frozenset(model.stop_ids if stop_ids is None else stop_ids))
 
 
+def _until(tokens: Iterator[int], stop_ids: frozenset[int]) -> Iterator[int]:
+    """The tokens up to and including the first of `stop_ids`."""
+    for token in tokens:
+        yield token
+        if token in stop_ids:
+            return
+
+
+@torch.no_grad()
 def _speculative_stream(
     model: "HybridMoE", prompt_T: Tensor, max_new_tokens: int, num_drafts: int, drafter: Drafter, statistics: Statistics
 ) -> Iterator[int]:

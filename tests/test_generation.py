@@ -46,6 +46,36 @@ def test_chunked_prefill_equals_full_prefill_in_float32(chunk: int) -> None:
     assert error <= 1e-5, f"chunk {chunk}: {error:.1e}"
 
 
+def test_each_sequence_ends_at_a_token_that_ends_texts(model: HybridMoE) -> None:
+    prompts = [tokens(n, seed=n) for n in (3, 30, 95)]
+    whole = model.generate(prompts, 12)
+    stops = sorted({int(whole[0, 2]), int(whole[1, 5])})
+    got = model.generate(prompts, 12, stop_ids=stops)
+    firsts = [next((i for i, token in enumerate(row.tolist()) if token in stops), 11) for row in whole]
+    assert got.shape == (3, max(firsts) + 1)
+    for row, old, first in zip(got, whole, firsts, strict=True):
+        assert torch.equal(row[: first + 1], old[: first + 1])
+        assert (row[first:] == row[first]).all()
+    assert model.generate(prompts[:1], 12, stop_ids=stops).shape[1] == firsts[0] + 1
+    model.stop_ids = tuple(stops)
+    try:
+        assert torch.equal(model.generate(prompts, 12), got)
+        drafted = list(speculative_stream(model, prompts[1], 12))
+        assert drafted == got[1, : firsts[1] + 1].tolist()
+        assert torch.equal(model.generate(prompts, 12, stop_ids=()), whole)
+    finally:
+        model.stop_ids = ()
+
+
+def test_generation_needs_no_gradient(model: HybridMoE) -> None:
+    model.requires_grad_(True)
+    try:
+        new = model.generate([tokens(5)], 3)
+        assert not new.requires_grad and len(list(speculative_stream(model, tokens(5), 3))) == 3
+    finally:
+        model.requires_grad_(False)
+
+
 def test_a_prefix_is_continued_in_two_ways(model: HybridMoE) -> None:
     prefix, ends = tokens(100), [tokens(9, seed=1), tokens(30, seed=2)]
     cache = HybridCache(CONFIG, 2 * pages_needed(model, [150]), dtype=torch.float64)

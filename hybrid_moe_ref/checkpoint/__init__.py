@@ -9,9 +9,18 @@ checked before anything is allocated, and nothing in them is executed.
 """
 
 from hybrid_moe_ref.checkpoint.errors import CheckpointError
-from hybrid_moe_ref.checkpoint.families import read_config
+from hybrid_moe_ref.checkpoint.families import read_config, read_stop_ids
 from hybrid_moe_ref.checkpoint.load import describe, load_weights, with_mtp_of
 from hybrid_moe_ref.checkpoint.save import save
 from hybrid_moe_ref.checkpoint.shards import Shards
 
-__all__ = ["CheckpointError", "Shards", "describe", "load_weights", "read_config", "save", "with_mtp_of"]
+__all__ = [
+    "CheckpointError",
+    "Shards",
+    "describe",
+    "load_weights",
+    "read_config",
+    "read_stop_ids",
+    "save",
+    "with_mtp_of",
+]

@@ -2,8 +2,10 @@
 
 from collections.abc import Sequence
 
+from hybrid_moe_ref.config import InputError
 
-class CheckpointError(ValueError):
+
+class CheckpointError(InputError):
     """A checkpoint that cannot be loaded or saved; several problems are listed together, one a line."""
 
     def __init__(self, problems: str | Sequence[str]) -> None:

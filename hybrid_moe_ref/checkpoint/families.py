@@ -4,6 +4,7 @@ Every key has to be understood: it is a size, or it must have the one value that
 matter for inference. Anything else is refused by name.
 """
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,7 @@ _MOE_SIZES = {"num_experts", "num_experts_per_tok", "moe_intermediate_size", "sh
 _TIED = "tie_word_embeddings"
 _INTERVAL = "full_attention_interval"
 _MTP_LAYERS = ("mtp_num_hidden_layers", "num_nextn_predict_layers")
+_STOP = "eos_token_id"
 _LAYERS = {"num_hidden_layers", "layer_types", _INTERVAL}
 _ROPE = {"rope_parameters", "rope_scaling", "rope_theta", "partial_rotary_factor"}
 # The only values that are implemented.
@@ -89,6 +91,25 @@ def read_config(folder: str | Path) -> tuple[ModelConfig, str | None]:
         raise CheckpointError(f"{path}: {error}") from None
 
 
+def read_stop_ids(folder: str | Path) -> tuple[int, ...]:
+    """The tokens that end a text: eos_token_id of generation_config.json if that names any, else of config.json.
+
+    Raises CheckpointError for what is neither an id nor a list of ids.
+    """
+    for name in ("generation_config.json", "config.json"):
+        path = Path(folder) / name
+        raw = read_json(path) if path.exists() else {}
+        for key, values in (("", raw), ("text_config.", raw.get("text_config"))):
+            ids = values.get(_STOP) if isinstance(values, dict) else None
+            if ids is None:
+                continue
+            ids = ids if isinstance(ids, list) else [ids]
+            if not all(type(each) is int and each >= 0 for each in ids):
+                raise CheckpointError(f"{path}: {key}{_STOP}: wanted an id or a list of ids, got {ids!r:.60}")
+            return tuple(ids)
+    return ()
+
+
 def family_in(folder: str | Path) -> str:
     """The family's name in a folder whose config can be read."""
     return str(read_json(Path(folder) / "config.json").get("model_type"))
@@ -111,7 +132,7 @@ def _model_config(raw: dict[str, Any]) -> ModelConfig:
     if not isinstance(kind, str):
         raise ConfigError(f"wanted a string, got {kind!r:.60}", "model_type")
     if kind == OWN:
-        return ModelConfig.from_mapping({k: v for k, v in raw.items() if k not in ("model_type", "dtype")})
+        return ModelConfig.from_mapping({k: v for k, v in raw.items() if k not in ("model_type", "dtype", _STOP)})
     _check_quantisation(raw.get("quantization_config"))
     raw = {key: value for key, value in raw.items() if key != "quantization_config"}
     if kind in MULTIMODAL:
@@ -233,10 +254,11 @@ def _check_quantisation(raw: Any) -> None:
     _check_keys(raw, {"quant_method", "weight_block_size", "fmt", "activation_scheme"} | lists, "quantization_config")
 
 
-def to_json(config: ModelConfig, family: str, dtype: str) -> dict[str, Any]:
+def to_json(config: ModelConfig, family: str, dtype: str, stop_ids: Sequence[int] = ()) -> dict[str, Any]:
     """The config.json of `family` for this model."""
+    stop: dict[str, Any] = {_STOP: stop_ids[0] if len(stop_ids) == 1 else list(stop_ids)} if stop_ids else {}
     if family == OWN:
-        return {"model_type": OWN, "dtype": dtype} | config.to_mapping()
+        return {"model_type": OWN, "dtype": dtype} | stop | config.to_mapping()
     architecture = {
         "qwen3_5_moe_text": "Qwen3_5MoeForCausalLM",
         "qwen3_5_text": "Qwen3_5ForCausalLM",
@@ -248,6 +270,7 @@ def to_json(config: ModelConfig, family: str, dtype: str) -> dict[str, Any]:
         "architectures": [architecture],
         "model_type": family,
         "dtype": dtype,
+        **stop,
         **{key: getattr(config, key) for key in sizes},
         "num_hidden_layers": config.num_layers,
         "layer_types": [names[kind] for kind in config.layer_pattern],

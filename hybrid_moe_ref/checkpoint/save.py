@@ -55,7 +55,8 @@ def save(
     if len(shards) > 1:
         weight_map = {name: file for file, shard in zip(files, shards, strict=True) for name, _ in shard}
         _write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
-    _write_json(folder / "config.json", to_json(model.config, family, str(model.dtype).removeprefix("torch.")))
+    dtype = str(model.dtype).removeprefix("torch.")
+    _write_json(folder / "config.json", to_json(model.config, family, dtype, model.stop_ids))
 
 
 def _check(model: "HybridMoE", family: str) -> None:

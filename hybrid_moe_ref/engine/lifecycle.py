@@ -308,7 +308,8 @@ class Engine:
         plan = self._plan(feeds, len(running), asks)
         check = self._drafting.begin(running, mine, batch)
         hidden_NH = self.runner.execute(plan, tokens_N, batch, self.cache, feeds)
-        new_tokens = check.new_tokens(hidden_NH)
+        made = check.new_tokens(hidden_NH)
+        new_tokens = [r.request.until_stop(tokens) for r, tokens in zip(running, made, strict=True)]
         completed = scheduler.update(new_tokens)
         self._drafting.draft(check, tokens_N, hidden_NH)
         self._release(completed, sequences)

@@ -19,13 +19,12 @@ from hybrid_moe_ref.engine.scheduler import Request
 from hybrid_moe_ref.engine.server_config import ServerConfig
 from hybrid_moe_ref.parallel.comm import Communicator
 
-REQUEST = "prompt"
-
 
 def generate(
-    server: ServerConfig, prompt: list[int], max_new_tokens: int, device: str, on_token: Callable[[int], None]
+    server: ServerConfig, request: Request, device: str, on_token: Callable[[int], None], on_end: Callable[[], None]
 ) -> None:
-    """Serve one request on forked ranks, telling ``on_token`` in rank 0's process of each new token.
+    """Serve one request on forked ranks. In rank 0's process ``on_token`` is called with each new token, and then
+    ``on_end``.
 
     device: "cpu", or "cuda" for one GPU per rank as far as they go round. Must be called before CUDA is used.
 
@@ -34,7 +33,7 @@ def generate(
     if device == "cpu":
         os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
     with tempfile.TemporaryDirectory() as folder:
-        arguments = (server, prompt, max_new_tokens, device, on_token, str(Path(folder) / "store"))
+        arguments = (server, request, device, on_token, on_end, str(Path(folder) / "store"))
         try:
             multiprocessing.start_processes(
                 _run_rank, args=arguments, nprocs=server.parallel.world_size, start_method="fork"
@@ -49,10 +48,10 @@ def generate(
 def _run_rank(
     rank: int,
     server: ServerConfig,
-    prompt: list[int],
-    max_new_tokens: int,
+    request: Request,
     device: str,
     on_token: Callable[[int], None],
+    on_end: Callable[[], None],
     store_path: str,
 ) -> None:
     torch.set_num_threads(1)
@@ -66,6 +65,7 @@ def _run_rank(
     )
     engine = Engine(server, comm)
     has_request = rank < server.parallel.tp_size
-    requests = [Request(REQUEST, tuple(prompt), max_new_tokens)] if has_request else []
-    engine.serve(requests, on_token=(lambda _, token: on_token(token)) if rank == 0 else None)
+    engine.serve([request] if has_request else [], on_token=(lambda _, token: on_token(token)) if rank == 0 else None)
+    if rank == 0:
+        on_end()
     comm.close()

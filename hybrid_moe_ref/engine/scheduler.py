@@ -14,12 +14,19 @@ from hybrid_moe_ref.config import ConfigError, EngineConfig
 
 @dataclass(frozen=True)
 class Request:
-    """A prompt to continue greedily by ``max_new_tokens``; it reaches its rank at step ``arrival_step``."""
+    """A prompt to continue greedily by ``max_new_tokens``, or until one of ``stop_ids``; it reaches its rank at step
+    ``arrival_step``."""
 
     request_id: str
     prompt: tuple[int, ...]
     max_new_tokens: int
     arrival_step: int = 0
+    stop_ids: tuple[int, ...] = ()
+
+    def until_stop(self, tokens: list[int]) -> list[int]:
+        """The tokens up to and including the first that ends the text."""
+        end = next((index + 1 for index, token in enumerate(tokens) if token in self.stop_ids), len(tokens))
+        return tokens[:end]
 
 
 @dataclass(eq=False)
@@ -67,6 +74,11 @@ class Running:
     def num_left(self) -> int:
         """Tokens that are still to make."""
         return self.request.max_new_tokens - len(self.output)
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether no token is left to make."""
+        return self.num_left <= 0 or any(token in self.request.stop_ids for token in self.output[-1:])
 
     def advance(self, new: Sequence[int]) -> None:
         """The step is over, and made these tokens: right drafts, and one behind them. After a wrong draft the cache is
@@ -175,7 +187,7 @@ class Scheduler:
         complete = []
         for running, new in zip(self._running, tokens, strict=True):
             running.advance(new)
-            if running.num_left <= 0:
+            if running.is_complete:
                 self.finished[running.request.request_id] = running.output
                 complete.append(running)
         self._running = [running for running in self._running if running not in complete]
@@ -189,7 +201,8 @@ class Scheduler:
 def step_rows(requests_by_rank: Sequence[Sequence[Request]], config: EngineConfig) -> list[list[int]]:
     """For each serve step, the rows that each rank's requests bring, 0 for an idle rank, until all are idle.
 
-    Exact without a model, and without drafts, while no cache is full: greedy requests end by length alone.
+    Exact without a model, and without drafts, while no cache is full: greedy requests without `stop_ids` end by length
+    alone.
     """
     schedulers = [Scheduler(requests, config) for requests in requests_by_rank]
     steps: list[list[int]] = []

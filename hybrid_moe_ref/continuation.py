@@ -1,0 +1,184 @@
+"""The command `generate`: continue a prompt, in this process or on ranks of this machine, and print it as it comes."""
+
+import argparse
+import dataclasses
+import importlib.util
+from pathlib import Path
+from typing import Any, Protocol
+
+from hybrid_moe_ref.config import ConfigError, EngineConfig, InputError, ParallelConfig
+from hybrid_moe_ref.sources import Source, load, use_kernels
+
+LAYOUTS = {
+    "single": None,
+    "dp8ep8": ParallelConfig(dp_size=8),
+    "tp8": ParallelConfig(tp_size=8, expert_parallel=False),
+}
+MAX_RANKS = 64
+"""Ranks that one machine starts for one prompt, at most."""
+
+
+def generate(args: argparse.Namespace) -> int:
+    parallel = parallel_of(args)
+    _refuse_options_without_effect(args, parallel)
+    source = Source.of(args.model)
+    tokenizer = _tokenizer(source) if args.prompt is not None else None
+    ids = tokenizer.encode(args.prompt).ids if tokenizer else args.tokens
+    if not ids:
+        raise ConfigError("it is empty, or has no token", "--prompt")
+    printer: Printer = TextPrinter(tokenizer) if tokenizer else IdPrinter()
+    if parallel is None:
+        _generate_here(args, source, ids, printer)
+    else:
+        _generate_on_ranks(args, source, ids, parallel, printer)
+    return 0
+
+
+def parallel_of(args: argparse.Namespace) -> ParallelConfig | None:
+    """How the ranks share the model; None for a single process without ranks. Raises ConfigError."""
+    if args.dp is None and args.tp is None and args.ep is None:
+        return LAYOUTS[args.layout or "single"]
+    if args.layout:
+        raise ConfigError(f"{args.layout!r} says how many ranks there are; leave out --dp, --tp and --ep", "--layout")
+    dp_size, tp_size = args.dp or 1, args.tp or 1
+    if dp_size * tp_size > MAX_RANKS:
+        raise ConfigError(f"{dp_size} x {tp_size} ranks are more than the {MAX_RANKS} of one machine", "--dp, --tp")
+    return ParallelConfig(dp_size, tp_size, expert_parallel=dp_size > 1 if args.ep is None else args.ep)
+
+
+def _refuse_options_without_effect(args: argparse.Namespace, parallel: ParallelConfig | None) -> None:
+    if parallel is None:
+        for option, value in (("--checks", args.checks), ("--mode", args.mode), ("--allow-unsafe", args.allow_unsafe)):
+            if value:
+                raise ConfigError("has no effect without ranks; add --layout dp8ep8, or --dp N", option)
+        if args.prefill_chunk and args.drafts:
+            raise ConfigError(
+                f"{args.prefill_chunk} does not work with --drafts in a single process", "--prefill-chunk"
+            )
+
+
+class Printer(Protocol):
+    """Prints tokens as they come, and what is left at the end."""
+
+    def show(self, token: int) -> None: ...
+    def end(self) -> None: ...
+
+
+class IdPrinter:
+    """Prints token ids."""
+
+    def show(self, token: int) -> None:
+        print(token, end=" ", flush=True)
+
+    def end(self) -> None:
+        print()
+
+
+class TextPrinter:
+    """Prints text. Some characters are made of several tokens, of which the first decode to U+FFFD: text that ends with
+    it is held back until it ends otherwise, or nothing more comes."""
+
+    def __init__(self, tokenizer: Any) -> None:
+        self._tokenizer = tokenizer
+        self._tokens: list[int] = []
+        self._num_printed = 0
+
+    def show(self, token: int) -> None:
+        self._tokens.append(token)
+        text = self._tokenizer.decode(self._tokens)
+        if not text.endswith("\ufffd"):
+            self._print(text)
+
+    def end(self) -> None:
+        self._print(self._tokenizer.decode(self._tokens))
+        print()
+
+    def _print(self, text: str) -> None:
+        print(text[self._num_printed :], end="", flush=True)
+        self._num_printed = len(text)
+
+
+def _generate_here(args: argparse.Namespace, source: Source, ids: list[int], printer: Printer) -> None:
+    import torch
+
+    from hybrid_moe_ref.generation import stream
+    from hybrid_moe_ref.speculative import speculative_stream
+
+    model = load(args, source, [len(ids) + args.max_new_tokens])
+    prompt_T = torch.tensor(ids, dtype=torch.long)
+    stop_ids = () if args.ignore_eos else model.stop_ids
+    if args.drafts:
+        tokens = speculative_stream(model, prompt_T, args.max_new_tokens, num_drafts=args.drafts, stop_ids=stop_ids)
+    else:
+        options: dict[str, Any] = {"prefill_chunk": args.prefill_chunk, "stop_ids": stop_ids}
+        tokens = (int(token_B[0]) for token_B in stream(model, [prompt_T], args.max_new_tokens, **options))
+    for token in tokens:
+        printer.show(token)
+    printer.end()
+
+
+def _generate_on_ranks(
+    args: argparse.Namespace, source: Source, ids: list[int], parallel: ParallelConfig, printer: Printer
+) -> None:
+    import torch
+
+    from hybrid_moe_ref import checkpoint
+    from hybrid_moe_ref.cache import cache_layout
+    from hybrid_moe_ref.engine.local import generate
+    from hybrid_moe_ref.engine.refusal import preflight
+    from hybrid_moe_ref.engine.scheduler import Request
+    from hybrid_moe_ref.engine.server_config import ServerConfig
+    from hybrid_moe_ref.memory import check_memory
+    from hybrid_moe_ref.model import check_token_ids
+    from hybrid_moe_ref.parallel.layout import sizes_of_a_rank
+
+    if args.device not in ("cpu", "cuda"):
+        raise ConfigError(f"{args.device!r} is not 'cpu' or 'cuda'; 'cuda' gives each rank the next GPU", "--device")
+    if args.device == "cuda" and not torch.cuda.device_count():
+        raise ConfigError("this machine has no GPU that torch can use", "--device cuda")
+    check_token_ids(torch.tensor(ids), source.config.vocab_size)
+    at_once = min(args.prefill_chunk or len(ids), len(ids))
+    engine = EngineConfig(
+        max_num_seqs=1,
+        max_num_batched_tokens=max(1 + args.drafts, at_once),
+        unfinished_interval=4,
+        dtype=source.dtype(args.dtype),
+        num_drafts=args.drafts,
+        mode=args.mode or "eager",
+    )
+    served = source.config if args.drafts else dataclasses.replace(source.config, num_mtp_layers=0)
+    rank = sizes_of_a_rank(served, parallel, getattr(torch, engine.dtype))
+    num_pages = cache_layout(rank.config, rank.dtype).pages_for(len(ids) + args.max_new_tokens)
+    suggestion = source.suggestion(args.dtype)
+    check_memory(rank, num_pages, args.device, parallel.world_size, suggestion=suggestion)
+    server = ServerConfig(
+        source.config,
+        parallel,
+        dataclasses.replace(engine, num_pages=num_pages),
+        args.seed,
+        args.checks or "agree",
+        checkpoint=str(source.folder or ""),
+        allow_unsafe=args.allow_unsafe,
+    )
+    preflight(server)
+    use_kernels(args.kernels)  # the ranks are forked, and have this process's choice and library
+    stop_ids = checkpoint.read_stop_ids(source.folder) if source.folder and not args.ignore_eos else ()
+    request = Request("prompt", tuple(ids), args.max_new_tokens, stop_ids=stop_ids)
+    generate(server, request, args.device, printer.show, printer.end)
+
+
+def _tokenizer(source: Source) -> Any:
+    if source.folder is None:
+        raise ConfigError(f"the preset {source.name!r} has no tokenizer: give token ids with --tokens", "--prompt")
+    path = Path(source.folder) / "tokenizer.json"
+    if not path.exists():
+        raise ConfigError(f"{path} is not there: give token ids with --tokens", "--prompt")
+    if importlib.util.find_spec("tokenizers") is None:
+        missing = "the package tokenizers is not installed: pip install tokenizers, or give token ids with --tokens"
+        raise ConfigError(missing, "--prompt")
+    import tokenizers
+
+    try:
+        return tokenizers.Tokenizer.from_file(str(path))
+    except Exception as error:  # the library raises nothing narrower
+        raise InputError(f"{path}: {' '.join(str(error).split())}") from None

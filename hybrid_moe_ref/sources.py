@@ -1,0 +1,90 @@
+"""Where a command's model comes from: a checkpoint folder, or a preset with random weights."""
+
+import argparse
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from hybrid_moe_ref.config import DTYPES, PRESETS, ConfigError, InputError, ModelConfig, nearest
+
+if TYPE_CHECKING:
+    from hybrid_moe_ref.model import HybridMoE
+
+_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+
+
+@dataclass(frozen=True)
+class Source:
+    """The configuration of a model that is not loaded yet.
+
+    folder       the checkpoint; None for a preset
+    saved_dtype  the checkpoint's, None if it does not say
+    """
+
+    name: str
+    config: ModelConfig
+    folder: Path | None = None
+    saved_dtype: str | None = None
+
+    @classmethod
+    def of(cls, name: str, *, only_folders: bool = False) -> "Source":
+        """What `name` means. Raises InputError if it is neither a checkpoint folder nor a preset."""
+        folder = Path(name)
+        if (folder / "config.json").exists():
+            from hybrid_moe_ref import checkpoint
+
+            config, saved_dtype = checkpoint.read_config(folder)
+            return cls(name, checkpoint.with_mtp_of(config, checkpoint.Shards(folder)), folder, saved_dtype)
+        if folder.exists():
+            raise InputError(f"{name} has no config.json")
+        if name in PRESETS and not only_folders:
+            return cls(name, PRESETS[name])
+        if _HUB_ID.fullmatch(name) and not name.startswith("."):
+            download = f"hf download {name} --local-dir DIR"
+            raise InputError(f"{name!r} is no folder; if it is a Hub id, download it first: {download}; then give DIR")
+        if only_folders:
+            raise InputError(f"{name!r}: there is no such folder")
+        raise InputError(f"{name!r} is neither a folder nor a preset ({', '.join(PRESETS)}){nearest(name, PRESETS)}")
+
+    def dtype(self, wanted: str | None) -> str:
+        """The name of the dtype to compute in."""
+        return wanted or (self.saved_dtype if self.saved_dtype in DTYPES else None) or "float32"
+
+    def suggestion(self, wanted: str | None) -> str:
+        """What to change when the model does not fit into memory, for the end of the line; or ""."""
+        if self.folder is None and wanted is None:
+            return "; float32 is a preset's default, --dtype bfloat16 takes half"
+        return ""
+
+
+def load(args: argparse.Namespace, source: Source, lengths: Sequence[int] = ()) -> "HybridMoE":
+    """The model that `--dtype`, `--device`, `--kernels` and `--seed` ask for.
+
+    Raises InputError if it does not fit into memory beside a cache for sequences of these lengths.
+    """
+    import torch
+
+    from hybrid_moe_ref.generation import pages_needed
+    from hybrid_moe_ref.memory import check_memory
+    from hybrid_moe_ref.model import HybridMoE, check_device
+
+    dtype = getattr(torch, source.dtype(args.dtype))
+    check_device(args.device, dtype)
+    model = HybridMoE(source.config, device="meta", dtype=dtype)
+    check_memory(model, pages_needed(model, list(lengths)), args.device, suggestion=source.suggestion(args.dtype))
+    use_kernels(args.kernels)
+    if source.folder is not None:
+        return HybridMoE.from_pretrained(source.folder, dtype=dtype if args.dtype else None, device=args.device)
+    return model.init_weights(args.seed, args.device)
+
+
+def use_kernels(choice: str | None) -> None:
+    """Make `choice`, or what HMR_KERNELS asks for, this process's kernels and its children's. Raises ConfigError."""
+    from hybrid_moe_kernels import registry
+
+    try:
+        registry.use(choice or registry.choice())
+    except ValueError as error:
+        raise ConfigError(str(error)) from None
