@@ -13,8 +13,12 @@ import psutil
 
 from repro import evidence, locks, process
 from repro.layout import Identity
+from repro.parse import WitnessError
 from repro.record import myself
 from repro.rundir import RunDir
+
+READ_FAILURES = (OSError, WitnessError, psutil.Error)
+"""What a read raises that fails, and may not fail the next time."""
 
 
 class Host:

@@ -22,15 +22,14 @@ from typing import Any, Self
 import psutil
 
 from repro import process
-from repro.host import Host
-from repro.layout import Identity, Kind
+from repro.host import READ_FAILURES, Host
+from repro.layout import Identity
 from repro.options import WatchOptions
-from repro.parse import WitnessError
 from repro.rundir import RunDir, read_json, write_json
 from repro.system import System
+from repro.tails import Tails
 from repro.verdict.facts import Facts
 from repro.verdict.result import name_ranks
-from repro.witness import Tail, Witness
 
 POLL_S = 0.1
 LOOK_S = 0.5
@@ -95,7 +94,7 @@ class Lookout:
         self._run_dir, self._options = run_dir, options
         self._path = run_dir.lookout(first_rank)
         self._host = host or Host()
-        self._tails = [Tail(run_dir.witness(rank)) for rank in range(options.num_ranks)]
+        self._tails = Tails(run_dir, options.num_ranks, self._host.here)
         self._system = System(options.quiet_window_s, self._host)
         self._answered = 0
         self._unanswered: dict[int, str] = {}
@@ -109,16 +108,22 @@ class Lookout:
         while self._host.now_ns() < deadline_ns and not self._run_dir.verdict.exists():
             try:
                 self.poll()
-            except (OSError, psutil.Error):  # the next look may meet no failure
+            except READ_FAILURES:  # the next look may meet no failure
                 if not self._path.parent.exists():
                     break  # the watcher has tidied up
             except Exception:  # whatever fails here, the ranks need an agent that ends them
                 traceback.print_exc()
-            self._host.sleep(POLL_S)
+            self._pause()
         self._end_ranks()
+
+    def _pause(self) -> None:
+        asleep_ns = self._host.now_ns()
+        self._host.sleep(POLL_S)
+        self._system.note_late((self._host.now_ns() - asleep_ns) / 1e9 - POLL_S)
 
     def poll(self) -> None:
         """Collect evidence if the watcher asks for it, and report twice a second."""
+        self._tails.open()
         asked = times_asked(self._run_dir)
         if asked > self._answered:
             self._unanswered = self._host.collect(self._run_dir, self._pids())
@@ -133,23 +138,17 @@ class Lookout:
         self._looked_ns = self._host.now_ns()
         self._beat += 1
         running = self._running()
-        facts = self._system.look(self._witnesses(), running)
+        ours = [rank for rank, who in self._tails.writers().items() if self._system.is_here(who)]
+        witnesses, _ = self._tails.read(ours)  # the watcher names those that cannot be read
+        facts = self._system.look(witnesses, running)
         here = self._host.here
         report = Report(
             self._beat, here.boot_id, here.wall_offset_ns, tuple(running), facts, self._answered, self._unanswered
         )
         write_json(self._path, report.to_json())
 
-    def _witnesses(self) -> dict[int, Witness]:
-        witnesses = {}
-        for rank, tail in enumerate(self._tails):
-            if self._system.is_here(tail.who()):
-                with contextlib.suppress(OSError, WitnessError):  # the watcher says so
-                    witnesses[rank] = tail.witness()
-        return witnesses
-
     def _running(self) -> dict[int, psutil.Process | None]:
-        return self._system.running({rank: tail.who() for rank, tail in enumerate(self._tails)})
+        return self._system.running(self._tails.writers())
 
     def _alive(self) -> list[psutil.Process]:
         return [found for found in self._running().values() if found is not None]
@@ -160,14 +159,14 @@ class Lookout:
     def _end_ranks(self) -> None:
         """Ranks that only waited to be released leave by themselves, others are ended."""
         deadline_ns = self._host.now_ns() + int(LETTING_GO_S * 1e9)
-        while self._alive() and self._all_done() and self._host.now_ns() < deadline_ns:
+        while self._host.now_ns() < deadline_ns:
+            with contextlib.suppress(*READ_FAILURES):  # the next look may meet no failure
+                if not self._alive() or not self._tails.all_done():
+                    break
             self._host.sleep(POLL_S)
-        process.kill(self._alive())
-        with contextlib.suppress(OSError):
+        with contextlib.suppress(*READ_FAILURES):
+            process.kill(self._alive())
             self._report()
-
-    def _all_done(self) -> bool:
-        return all((last := tail.last_event()) is not None and last.kind == Kind.DONE for tail in self._tails)
 
 
 @dataclass

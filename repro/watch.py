@@ -20,15 +20,14 @@ import psutil
 
 from repro import evidence
 from repro.flight_recorder import compare_dumps
-from repro.host import Host
-from repro.layout import Kind
+from repro.host import READ_FAILURES, Host
 from repro.look import Look
 from repro.lookout import Others
 from repro.options import WatchOptions
-from repro.parse import WitnessError
 from repro.rundir import RunDir, write_json
 from repro.silences import Silences
 from repro.system import System
+from repro.tails import Tails
 from repro.verdict import Verdict
 from repro.verdict.facts import Facts
 from repro.witness import Tail, Witness
@@ -95,7 +94,7 @@ class Watch:
 
     def __post_init__(self) -> None:
         self.started_ns = self.host.now_ns()
-        self._tails: dict[int, Tail] = {}
+        self._tails = Tails(self.run_dir, self.options.num_ranks, self.host.here)
         self._system = System(self.options.quiet_window_s, self.host)
         self._others = Others(self.run_dir, self.host)
         self._look = Look(self.host.here, self.started_ns)
@@ -115,7 +114,7 @@ class Watch:
         """
         try:
             while (verdict := self._poll()) is None:
-                self.show(list(self._tails.values()))
+                self.show(self._tails.opened())
                 self._pause()
         except Exception as error:
             verdict = self._failed(error)
@@ -131,16 +130,14 @@ class Watch:
 
     def all_done(self) -> bool:
         """Whether every rank has finished all its work."""
-        return len(self._tails) == self.options.num_ranks and all(
-            _last_kind(tail) == Kind.DONE for tail in self._tails.values()
-        )
+        return self._tails.all_done()
 
     def _poll(self) -> Verdict | None:
         """Decide, unless a read fails: the next poll may meet no failure."""
         try:
-            self._open()
+            self._tails.open()
             verdict = self._decide()
-        except (OSError, WitnessError, psutil.Error) as error:
+        except READ_FAILURES as error:
             now_ns = self.host.now_ns()
             self._failing_since_ns = self._failing_since_ns or now_ns
             if now_ns - self._failing_since_ns > READ_PATIENCE_S * 1e9:
@@ -148,14 +145,6 @@ class Watch:
             return None
         self._failing_since_ns = 0
         return verdict
-
-    def _open(self) -> None:
-        """Open the witnesses that are not open yet. One that cannot be opened is named when the run is judged."""
-        for rank in range(self.options.num_ranks):
-            if rank not in self._tails:
-                with contextlib.suppress(OSError, WitnessError):
-                    self._tails[rank] = Tail(self.run_dir.witness(rank))
-        self._tails = dict(sorted(self._tails.items()))
 
     def _pause(self) -> None:
         """Sleep until the next poll. To be woken late is a sign that the machine has no processor to spare."""
@@ -194,7 +183,12 @@ class Watch:
         verdict = self._judge()
         if verdict.verdict in ("slow", "inconclusive"):
             self._notice(verdict)
-            self._silences.remember(verdict, self._look.facts, self._since_heartbeat_s(), self.options.quiet_window_s)
+            self._silences.remember(
+                verdict,
+                self._look.facts,
+                (self.host.now_ns() - self._tails.heartbeat_ns()) / 1e9,
+                self.options.quiet_window_s,
+            )
             return None
         verdict = self._judge_with_evidence()
         # A rank may have moved while the evidence was taken, or the evidence may speak against the verdict.
@@ -232,17 +226,10 @@ class Watch:
     def _take_look(self) -> Look:
         """Read all there is: first the clock, then the processes, then what they have written."""
         now_ns = self.host.now_ns()
-        self._open()
+        self._tails.open()
         running = self._running()
-        witnesses: dict[int, Witness] = {}
-        notes = self._others.silent()
-        for rank in range(self.options.num_ranks):
-            try:
-                if rank not in self._tails:
-                    self._tails[rank] = Tail(self.run_dir.witness(rank))
-                witnesses[rank] = self._tails[rank].witness()
-            except (OSError, WitnessError) as error:
-                notes.append(str(error))
+        witnesses, refused = self._tails.read()
+        notes = [*self._others.silent(), *refused]
         witnesses = self.read(witnesses)
         facts = self._others.merged(self._system.look(witnesses, running))
         never = [rank for rank, witness in witnesses.items() if not witness.who.pid]
@@ -275,18 +262,10 @@ class Watch:
         return slowest.with_evidence(["then all ranks finished", *compared])
 
     def _last_event_ns(self) -> int:
-        return max([self.started_ns, *(self._on_my_clock(tail, tail.last_event_ns()) for tail in self._tails.values())])
-
-    def _since_heartbeat_s(self) -> float:
-        beats = [self._on_my_clock(tail, tail.heartbeat_ns()) for tail in self._tails.values()]
-        return (self.host.now_ns() - max(beats, default=0)) / 1e9
-
-    def _on_my_clock(self, tail: Tail, then_ns: int) -> int:
-        """A moment on the clock of a rank's host, 0 for never."""
-        return then_ns and then_ns + self.host.here.clock_ahead_ns(tail.who())
+        return max(self.started_ns, self._tails.last_event_ns())
 
     def _running(self) -> dict[int, psutil.Process | None]:
-        return self._system.running({rank: tail.who() for rank, tail in self._tails.items()})
+        return self._system.running(self._tails.writers())
 
     def _pids(self) -> dict[int, int]:
         return {rank: found.pid for rank, found in self._running().items() if found is not None}
@@ -294,7 +273,7 @@ class Watch:
     def _somebody_died(self, now_ns: int) -> bool:
         """A rank is gone or failed, or all processes are, and nobody else is about to say something."""
         gone = None in self._running().values() or not self.job_alive() or self._others.someone_is_gone()
-        if not gone and not any(_last_kind(tail) == Kind.FAILED for tail in self._tails.values()):
+        if not gone and not self._tails.any_failed():
             self._died_ns = 0
             return False
         self._died_ns = self._died_ns or now_ns
@@ -337,7 +316,7 @@ class Watch:
 
     def _write(self, verdict: Verdict) -> dict[str, Any]:
         now_ns = last_event_ns = self.host.now_ns()
-        with contextlib.suppress(OSError, WitnessError):
+        with contextlib.suppress(*READ_FAILURES):
             last_event_ns = self._last_event_ns()
         document = {
             **self.describe(verdict),
@@ -374,11 +353,6 @@ def uncompared(verdict: Verdict, why: str) -> Verdict:
     if verdict.verdict == "clean":
         verdict = dataclasses.replace(verdict, verdict="inconclusive", confidence="undecided")
     return verdict.with_evidence([f"{why}, so the tokens were not compared"])
-
-
-def _last_kind(tail: Tail) -> int | None:
-    event = tail.last_event()
-    return event.kind if event else None
 
 
 def _traceback_of(error: Exception) -> str:

@@ -27,6 +27,13 @@ class SimulatedProcess:
     """What a watcher takes for the process of a rank."""
 
     pid: int
+    world: World
+
+    def kill(self) -> None:
+        self.world.sim.ranks[self.pid - 100].state = "dead"
+
+    def status(self) -> str:
+        return "dead" if self.world.sim.ranks[self.pid - 100].state == "dead" else "sleeping"
 
 
 class SimulatedHost(Host):
@@ -57,7 +64,7 @@ class SimulatedHost(Host):
     def find(self, who: Identity) -> Any:
         if self.look_s:
             self._world.advance(self.look_s)
-        return SimulatedProcess(who.pid) if self._world.sim.ranks[who.rank].state != "dead" else None
+        return SimulatedProcess(who.pid, self._world) if self._world.sim.ranks[who.rank].state != "dead" else None
 
     def is_stopped(self, found: Any) -> bool:
         return self._world.sim.frozen.get(found.pid - 100, 0) > self._world.sim.now_ns
@@ -89,7 +96,7 @@ class SimulatedHost(Host):
         self.asked.append(dict(pids))
         if self.index == 0:
             self._world.advance(0.05)
-        return {rank: "stack" for rank in pids if self.is_stopped(SimulatedProcess(pids[rank]))}
+        return {rank: "stack" for rank in pids if self.is_stopped(SimulatedProcess(pids[rank], self._world))}
 
 
 @dataclass
@@ -118,14 +125,18 @@ class World:
         """Start the agents of these hosts."""
         self.run_dir.lookouts.mkdir(exist_ok=True)
         for index in hosts:
-            first = next(r for r in range(self.sim.num_ranks) if r * self.num_hosts // self.sim.num_ranks == index)
-            self._agents[index] = Lookout(self.run_dir, self.options, first, self.hosts[index])
+            self._agents[index] = self.agent(index)
             self._next_ns[index] = self.sim.now_ns
 
     def watch(self, **more: Any) -> Watch:
         """The watcher."""
         more.setdefault("job_alive", lambda: any(each.state != "dead" for each in self.sim.ranks))
         return Watch(self.run_dir, self.options, host=self.hosts[0], **more)
+
+    def agent(self, index: int) -> Lookout:
+        """The agent of a host."""
+        first = next(r for r in range(self.sim.num_ranks) if r * self.num_hosts // self.sim.num_ranks == index)
+        return Lookout(self.run_dir, self.options, first, self.hosts[index])
 
     def advance(self, duration_s: float) -> None:
         """Let time pass; agents look when it is their time."""

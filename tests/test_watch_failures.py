@@ -18,11 +18,13 @@ from simulator import Simulation
 from hybrid_moe_ref.parallel.observer import Collective
 from repro import process
 from repro.layout import Identity
+from repro.lookout import Others
 from repro.options import WatchOptions
 from repro.record import Recorder, myself
+from repro.rundir import write_json
 from repro.system import System
 from repro.watch import Comparison
-from repro.witness import Tail, create
+from repro.witness import create
 
 CALL = Collective("dp", "all_reduce", "step", (4,), "int32", "sum")
 OPTIONS = WatchOptions(num_ranks=2, quiet_window_s=1.0, deadline_s=20.0)
@@ -59,6 +61,15 @@ def failing(times: int, error: Exception) -> tuple[Callable[..., Any], list[int]
     return fail, left
 
 
+def owner_of(site: str) -> tuple[Any, str]:
+    """The module or class that has a name, and the name in it."""
+    path, _, name = site.rpartition(".")
+    owner: Any = __import__(path.split(".")[0])
+    for part in path.split(".")[1:]:
+        owner = getattr(owner, part)
+    return owner, name
+
+
 READS = [
     ("repro.witness.read", "a witness is read"),
     ("repro.witness.Tail.last_event", "its last event is read"),
@@ -83,10 +94,7 @@ ERRORS = [OSError(code, os.strerror(code)) for code in (errno.ESTALE, errno.EIO,
 @pytest.mark.parametrize(("site", "when"), READS)
 def test_reads_that_fail_for_a_moment_change_no_verdict(tmp_path, monkeypatch, site, when, error):
     world = world_of(tmp_path, hang())
-    module, _, name = site.rpartition(".")
-    owner: Any = __import__(module.split(".")[0])
-    for part in module.split(".")[1:]:
-        owner = getattr(owner, part)
+    owner, name = owner_of(site)
     works, left = getattr(owner, name), [3]
 
     def fails_thrice(*args: Any, **options: Any) -> Any:
@@ -184,6 +192,39 @@ def test_a_launcher_that_a_signal_ended_names_no_rank(tmp_path):
     assert not document["ended_by"]
 
 
+AGENT_READS = [(site, when) for site, when in READS if not site.startswith(("repro.flight", "repro.evidence"))]
+
+
+@pytest.mark.parametrize(("site", "when"), AGENT_READS)
+def test_an_agent_whose_reads_fail_for_a_moment_still_reports_and_ends_its_ranks(tmp_path, monkeypatch, site, when):
+    run_dir = make_run_dir(tmp_path / "run")
+    sim = Simulation(hang(), {"dp": [(0, 1)]}, folder=run_dir.root, hosts=2)
+    world = World(sim, run_dir, OPTIONS, 2)
+    agent, owner, name = world.agent(1), *owner_of(site)
+    works, left = getattr(owner, name), [3]
+
+    def fails_thrice(*args: Any, **options: Any) -> Any:
+        if left[0]:
+            left[0] -= 1
+            raise ERRORS[0]
+        return works(*args, **options)
+
+    monkeypatch.setattr(owner, name, fails_thrice)
+    advance, others = world.advance, Others(run_dir, world.hosts[0])
+    heard = []
+
+    def decide_after_three_seconds(duration_s: float) -> None:
+        advance(duration_s)
+        if sim.now_ns > 3e9 and not run_dir.verdict.exists():
+            heard.extend(others.reports())
+            write_json(run_dir.verdict, {})
+
+    monkeypatch.setattr(world, "advance", decide_after_three_seconds)
+    agent.run()
+    assert [report.ranks for report in heard] == [(1,)], when
+    assert sim.ranks[1].state == "dead" and sim.ranks[0].state != "dead", when
+
+
 def test_what_the_watcher_cannot_open_at_first_it_opens_later(tmp_path):
     root = make_run_dir(tmp_path / "run").root
     world = World(Simulation(hang(), {"dp": [(0, 1)]}, folder=root), make_run_dir(tmp_path / "other"), OPTIONS, 1)
@@ -192,4 +233,4 @@ def test_what_the_watcher_cannot_open_at_first_it_opens_later(tmp_path):
     for rank in range(2):
         create(world.run_dir.witness(rank), Identity(rank, 2))
         Recorder.open(world.run_dir.witness(rank), rank, 2).done()
-    assert watch._poll() is not None and isinstance(watch._tails[1], Tail)
+    assert watch._poll() is not None and len(watch._tails.opened()) == 2
