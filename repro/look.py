@@ -42,6 +42,18 @@ class Look:
             queued=options.queued_groups,
         )
 
+    def none_began(self) -> bool:
+        """Whether no rank has opened its witness, and none is known to have ended."""
+        writers = [witness.who for witness in self.witnesses.values()]
+        return bool(writers) and not any(who.pid for who in writers) and False not in self.facts.alive.values()
+
+    def unless_begun(self, verdict: Verdict) -> Verdict:
+        """The verdict; if no rank has begun, an undecided one that names no rank for that."""
+        if not self.none_began():
+            return verdict
+        undecided = Verdict("inconclusive", ranks=verdict.ranks, confidence="undecided", quiet_s=verdict.quiet_s)
+        return undecided.with_evidence(["no rank has begun: the launcher's log may say why"])
+
     def to_json(self) -> dict[str, Any]:
         """All but the witnesses, which are files of the run, and the notes, which the verdict has as evidence."""
         return {

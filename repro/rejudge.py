@@ -99,8 +99,9 @@ def judge_files(run_dir: RunDir, options: WatchOptions, comparison: Comparison) 
             damaged.append(f"{error}; the run is judged as if it had no verdict.json")
     look, refused = _look_at_decided(run_dir, decided) if decided else _look_now(run_dir)
     verdict = look.verdict(options, comparison.wrong).with_evidence(look.notes)
-    if decided is None and look.witnesses and not any(witness.who.pid for witness in look.witnesses.values()):
-        verdict = _not_begun(verdict, run_dir)
+    verdict = look.unless_begun(verdict)
+    if decided is None and look.none_began():
+        verdict = verdict.with_evidence([_launcher_of(run_dir)])
     before = decided.verdict.verdict if decided else ""
     if comparison.missing and before not in ("clean", "slow"):  # else the watcher has compared the results
         verdict = uncompared(verdict, comparison.missing)
@@ -154,19 +155,12 @@ def _pids(system: System, witnesses: Mapping[int, Witness]) -> dict[int, int]:
     return {rank: found.pid for rank, found in system.running(_writers(witnesses)).items() if found is not None}
 
 
-def _not_begun(verdict: Verdict, run_dir: RunDir) -> Verdict:
-    """The verdict on a run of which no rank has opened its witness: nobody can be named for that."""
+def _launcher_of(run_dir: RunDir) -> str:
+    """What shows whether a run that no rank has begun is about to begin."""
     age_s = time.time() - run_dir.config.stat().st_mtime
     pid = locks.holder(run_dir.config.resolve())
-    watcher = (
-        f"process {pid} watches it"
-        if pid > 0
-        else "no process is seen to watch it: its launcher was ended, or has not come so far"
-    )
-    line = f"no rank has begun; the run was prepared {age_s:.0f} s ago, and {watcher}"
-    return dataclasses.replace(
-        verdict, verdict="inconclusive", cause="", culprits=(), suspects=(), confidence="undecided", evidence=(line,)
-    )
+    watched = f"process {pid} watches it" if pid > 0 else "no process is seen to watch it: its launcher may have ended"
+    return f"the run was prepared {age_s:.0f} s ago, and {watched}"
 
 
 def read_decided(path: Path) -> Decided:

@@ -201,7 +201,8 @@ class Watch:
         if self.all_done() and (verdict := self._compared(final=True)) is not None:
             return verdict.with_evidence(reasons)
         self._system.measure(self._pids())
-        return self._judge_with_evidence().with_evidence(reasons)
+        verdict = self._judge_with_evidence()
+        return self._look.unless_begun(verdict).with_evidence(reasons)
 
     def _judge_with_evidence(self) -> Verdict:
         """Collect stacks and dumps, look again, and judge with what they confirm, contradict, or do not say.

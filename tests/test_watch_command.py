@@ -18,14 +18,16 @@ from repro.cli import main
 from repro.commands import CANNOT_TELL, EXPECTED, UNEXPECTED, USAGE
 from repro.comparison import compare_tokens
 from repro.expectation import document_of, watch_options
-from repro.layout import Geometry, pack_header
+from repro.layout import Geometry, Identity, pack_header
+from repro.look import Look
 from repro.parse import parse_header
 from repro.record import Recorder, myself
 from repro.rejudge import judge_again
-from repro.rundir import RunDir
+from repro.rundir import RunDir, write_json
 from repro.settings import RunSettings
 from repro.verdict import Facts
 from repro.watch import Watch
+from repro.witness import create
 
 
 @pytest.fixture(autouse=True)
@@ -275,6 +277,55 @@ def test_a_witness_cut_anywhere_never_ends_in_a_traceback_or_a_wrong_culprit(cap
     told = capsys.readouterr()
     assert not told.err and "rank002.wit" in " ".join(json.loads(told.out)["evidence"])
     assert set(json.loads(told.out)["culprits"]) <= {2}
+
+
+@pytest.mark.parametrize("end", [False, True])
+def test_a_run_whose_launcher_was_killed_before_a_rank_began_names_nobody(capsys, tmp_path, end):
+    """Nor is it slow for ever; and what a killed process was writing goes when the run is ended."""
+    run_dir = left_by_a_run(tmp_path, finished())
+    settings = RunSettings("metadata_rebuild", "fault", num_ranks=4, deadline_s=0.1)
+    run_dir.config.write_text(json.dumps(settings.to_mapping()))
+    for rank in range(4):
+        run_dir.witness(rank).unlink()
+        create(run_dir.witness(rank), Identity(rank, 4))
+    (tmp_path / "env").mkdir()
+    partial = tmp_path / "env" / ".rank002.txt.123.partial"
+    leftovers = [partial, tmp_path / "store", tmp_path / "tmp" / "x"]
+    leftovers[2].parent.mkdir()
+    for path in leftovers:
+        path.touch()
+    assert main(["watch", str(tmp_path), "--json", *(["--end"] if end else [])]) == CANNOT_TELL
+    document = json.loads(capsys.readouterr().out)
+    document = document[0] if end else document
+    assert (document["verdict"], document["culprits"], document["suspects"]) == ("inconclusive", [], []), document
+    assert "no rank has begun: the launcher's log may say why" in document["evidence"]
+    assert end or any("no process is seen to watch it" in line for line in document["evidence"]), document
+    assert [path.exists() for path in leftovers] == [not end] * 3
+
+
+def test_a_death_and_a_failure_are_in_one_order_wherever_the_run_is_judged_again(tmp_path):
+    """The clock of the watcher, which verdict.json names, stood at another time than this one's."""
+    for up_s in (100, 2_000_000):
+        root = tmp_path / str(up_s)
+        root.mkdir()
+        scene = Scene(4, {"dp": range(4)})
+        scene.now_ns = up_s * 10**9
+        scene.enter([0, 1], Collective("dp", "all_reduce", "step", (4,), "int32", "sum"))
+        died_s = scene.now_ns / 1e9 + 0.05
+        scene.now_ns += 5 * 10**9
+        scene.recorders[2].failed("RuntimeError: peer 3 is gone")
+        facts = Facts(alive={0: True, 1: True, 2: True, 3: False}, died={3: died_s})
+        watcher = Identity(0, 1, hostname="host0", boot_id="boot0", wall_offset_ns=10**18)
+        look = Look(watcher, scene.now_ns + 1_500_000_000, scene.witnesses(), facts)
+        run_dir = left_by_a_run(root, scene)
+        settings = RunSettings("metadata_rebuild", "control", num_ranks=4)
+        verdict = look.verdict(watch_options(settings))
+        seconds = {"stall_to_verdict": 1.5, "total": 9.0}
+        write_json(run_dir.verdict, {**document_of(settings, verdict), **look.to_json(), "seconds": seconds})
+        again, _ = judge_again(run_dir, settings)
+        assert (verdict.verdict, verdict.culprits) == ("crash", (3,)), verdict
+        assert (again["verdict"], again["cause"], again["culprits"]) == ("crash", "dead_rank", [3]), again
+        assert again["watcher"] == look.to_json()["watcher"] and again["quiet_s"] == verdict.to_json()["quiet_s"]
 
 
 def test_only_one_process_may_watch_a_run_to_its_end(capsys, tmp_path):
