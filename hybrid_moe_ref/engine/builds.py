@@ -37,7 +37,7 @@ class BuildPlace:
     """Where and for whom a rank builds.
 
     cache     folder of compiled modules, shared by the ranks of a host
-    heard     what another rank said when it stopped the job, "" while none did
+    heard     the message with which another rank stopped the job, "" while none did
     sum_up    sums numbers over the dp ranks: one all-reduce, which all must join; (numbers, layer) -> sums
     """
 
@@ -50,10 +50,10 @@ class BuildPlace:
 
     def check(self) -> None:
         """Raises ScheduleMismatch, as a collective would, when another rank has stopped the job."""
-        if told := self.heard():
+        if message := self.heard():
             from hybrid_moe_ref.parallel.guard import ScheduleMismatch
 
-            raise ScheduleMismatch(told)
+            raise ScheduleMismatch(message)
 
 
 class KernelBuilds:

@@ -54,7 +54,7 @@ from hybrid_moe_ref.parallel.observer import ScheduleEntry
 T = TypeVar("T")
 
 ERROR_BYTES = 512
-"""How much of the first error's text every rank is told."""
+"""How much of the first error's text is sent to every rank."""
 
 
 COULD_NOT_PREPARE = "could not prepare"
@@ -65,12 +65,12 @@ class PrepareFailed(RuntimeError):
     """A rank could not prepare, or was configured differently; raised on every rank with the same words."""
 
 
-def _stopped(told: str) -> RuntimeError:
-    """What stopped this rank, by the words: a rank that could not prepare, or one that is through with that already and
-    was refused by its guard.
+def _stopped(message: str) -> RuntimeError:
+    """The error for a message that stopped this rank: of a rank that could not prepare, or of one that is past that
+    phase and was refused by its guard.
     """
-    in_prepare = COULD_NOT_PREPARE in told or CONFIGURED_DIFFERENTLY in told
-    return PrepareFailed(told) if in_prepare else ScheduleMismatch(told)
+    in_prepare = COULD_NOT_PREPARE in message or CONFIGURED_DIFFERENTLY in message
+    return PrepareFailed(message) if in_prepare else ScheduleMismatch(message)
 
 
 class Engine:
@@ -78,8 +78,8 @@ class Engine:
 
     Raises PrepareFailed on every rank when one of them cannot take part, ConfigError for sizes that do not fit, and
     Refused for what could not be kept free of deadlock. A rank that fails in another phase than `prepare` raises its
-    own error, and all others raise ScheduleMismatch, which tells it. Not so in `serve` with checks="observe": there the
-    others are not told, and wait for as long as a collective may take.
+    own error, and all others raise ScheduleMismatch with its text. In `serve` with checks="observe" the others do not
+    learn of it, and wait for as long as a collective may take.
     """
 
     def __init__(self, config: ServerConfig, comm: Communicator, policies: Policies | None = None) -> None:
@@ -165,19 +165,19 @@ class Engine:
         try:
             work()
         except ScheduleMismatch:
-            pass  # the rank that stopped the others has said why
-        except Exception as failure:  # told at once to those that still work, and by the vote to every rank
+            pass  # the rank that stopped the others published the reason
+        except Exception as failure:  # ranks that still work learn of it at once, and all ranks in the vote
             error = f"{type(failure).__name__}: {failure}"
             self.comm.stop_all(f"rank {self.comm.rank} {COULD_NOT_PREPARE}: {error}")
         try:
-            # However short the time limit of a collective: the vote waits for those that still build or compile. And
-            # whatever this rank was told of checks: where the ranks vote cannot depend on what they vote on.
+            # The vote waits for ranks that still build or compile, however short the time limit of a collective is. It
+            # takes this way whatever `checks` is, because how the ranks vote cannot depend on what they vote on.
             with self.comm.patiently(DEADLINE_S):
                 self._vote(error)
-        except (ScheduleMismatch, PrepareFailed) as stopped:  # whichever way a rank hears of it, the words are the same
+        except (ScheduleMismatch, PrepareFailed) as stopped:  # the same message, whichever way it came
             raise _stopped(self.comm.stopped_by() or str(stopped)) from None
-        if told := self.comm.stopped_by():
-            raise _stopped(told)
+        if message := self.comm.stopped_by():
+            raise _stopped(message)
 
     def _build_place(self) -> BuildPlace:
         def sum_up(numbers: list[int], layer: str) -> list[int]:
@@ -203,8 +203,8 @@ class Engine:
             words = (
                 error.encode()[:ERROR_BYTES].ljust(ERROR_BYTES, b"\0") if rank == first_failed else bytes(ERROR_BYTES)
             )
-            told = self._over_all_ranks(torch.tensor(list(words), dtype=torch.int32), "sum", "first error")
-            text = bytes(told).rstrip(b"\0").decode(errors="replace")
+            numbers = self._over_all_ranks(torch.tensor(list(words), dtype=torch.int32), "sum", "first error")
+            text = bytes(numbers).rstrip(b"\0").decode(errors="replace")
             raise PrepareFailed(f"rank {first_failed} {COULD_NOT_PREPARE}: {text}")
 
     def _over_all_ranks(self, x: torch.Tensor, reduce_op: str, layer: str) -> list[int]:
@@ -253,7 +253,7 @@ class Engine:
     ) -> dict[str, list[int]]:
         """Serve this rank's requests greedily, and keep step with the others until no rank has work left.
 
-        on_token: told of each new token as it comes, with its request's id
+        on_token: called with the request's id and each new token as it comes
 
         Returns the new tokens of each request by its id.
         """

@@ -28,8 +28,8 @@ NewTokens = list[tuple[str, int]]
 class StepAgreement:
     """How the ranks agree on a step.
 
-    One agreement per step: whoever asks again within the step is given the same answer without a collective.
-    A second one could be joined only by ranks that happen to ask, and no rank can know that the others will.
+    One agreement per step: later callers within the step get the same answer without a collective. Only ranks that
+    happen to ask would join a second one, and no rank can know whether the others will.
     """
 
     def __init__(self) -> None:
@@ -106,7 +106,7 @@ class IdlePolicy:
         return 1
 
     def run(self, execute: Callable[[], None]) -> None:
-        """Run the dummy batch; what fails in it fails this rank, and the others are told."""
+        """Run the dummy batch. An error in it fails this rank, and the others with it."""
         execute()
 
 

@@ -84,8 +84,8 @@ def _agrees_on_some_ranks_only(config: ServerConfig, policies: Policies) -> Iter
     if busy != idle:
         yield (
             f"{_name(policies.binding)} and {_name(policies.agreement)}: at {layer[1]} a rank with requests would "
-            f"issue {busy} agreements in a step, an idle one {idle}: agree once a step and hand the answer to whoever "
-            "asks again (policies.agreement)"
+            f"issue {busy} agreements in a step, an idle one {idle}: agree once a step and give later callers "
+            "the same answer (policies.agreement)"
         )
 
 

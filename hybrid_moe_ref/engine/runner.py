@@ -90,7 +90,7 @@ class ModelRunner:
             return self._model.step(padded_N, padded, cache)[: batch.num_tokens]
 
     def declare(self, plan: StepPlan, schedule: tuple[ScheduleEntry, ...]) -> None:
-        """A step begins, and this is what it will issue: an observer is told, and the guard holds this rank to it."""
+        """Begin a step that issues this schedule: pass it to the observer, and make the guard hold this rank to it."""
         self._comm.observer.begin_step(plan.step, schedule, plan.num_live)
         if self._agree_on_schedules:
             self._comm.guard.begin(plan.step, schedule)
@@ -123,7 +123,7 @@ class ModelRunner:
             self._comm.guard.leave()
 
     def _raise_mismatch(self, schedule: tuple[ScheduleEntry, ...]) -> NoReturn:
-        """All ranks know that they differ and are here together, so they can still afford to say how."""
+        """Exchange the schedules and stop. All ranks know that they differ and come here, so they can communicate."""
         self._comm.guard.release()
         words = self._comm.all_gather_text(self.agreeing, "\n".join(schedule_words(schedule)), layer="mismatch")
         index, sides = first_difference([lines.splitlines() for lines in words])
@@ -132,7 +132,7 @@ class ModelRunner:
         raise ScheduleMismatch(self._comm.stop_all(message))
 
     def _raise_feed_mismatch(self, feeds: Sequence[Feed]) -> NoReturn:
-        """The same for tp ranks that were given other requests, or chose others to run."""
+        """The same for tp ranks that were given different requests, or scheduled different ones."""
         self._comm.guard.release()
         texts = self._comm.all_gather_text(self.agreeing, to_text(feeds), layer="mismatch")
         differences = "; ".join(feed_differences([from_text(text) for text in texts], self._tp_size))

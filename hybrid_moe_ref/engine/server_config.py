@@ -16,7 +16,7 @@ from hybrid_moe_ref.parallel.shares import expert_sharing, local_config
 CHECKS = ("observe", "agree", "strict")
 """How strongly ranks are kept in step.
 
-observe  an observer is told of every collective, and nothing is refused
+observe  every collective is passed to an observer, and nothing is refused
 agree    C1 compares the schedules of all ranks, and the requests and tokens of the ranks of a tp group; each rank is
          held to its schedule: a collective that is not the schedule's next entry is refused before it is issued
 strict   besides, all members of a collective compare it through the store before it is issued, sizes and all

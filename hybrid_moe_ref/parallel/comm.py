@@ -1,4 +1,4 @@
-"""The only file that calls torch.distributed: named groups, collectives, and an Observer told of each.
+"""The only file that issues collectives: named groups, and an Observer that is called before and after each one.
 
 Every collective is announced with ``observer.enter`` before it is issued and ``observer.leave`` after it
 completed, so a record of the last ``enter`` without a ``leave`` is where a rank waits. On NCCL a collective is only
@@ -162,7 +162,7 @@ class Communicator:
 
     @contextlib.contextmanager
     def taped(self, hear: Callable[[Collective], None]) -> Iterator[None]:
-        """Within the ``with``, ``hear`` is told of every collective before it is issued, and may refuse it."""
+        """Within the ``with``, call ``hear`` with every collective before it is issued; it may raise to refuse."""
         self._hear = hear
         try:
             yield
@@ -174,7 +174,7 @@ class Communicator:
         return str(self._halt.tell(ScheduleMismatch(message)))
 
     def stopped_by(self) -> str:
-        """What a rank said that stopped the job, "" while none did."""
+        """The message with which a rank stopped the job, "" while none did."""
         return str(self._halt.heard() or "")
 
     def begin_use(self) -> None:
@@ -282,12 +282,12 @@ class Communicator:
         return sum_NH
 
     def all_gather_text(self, group: str, text: str, *, layer: str = "") -> list[str]:
-        """What every rank of ``group`` says, in group order. For the rare case: it takes two collectives."""
-        said = torch.frombuffer(bytearray(text.encode() or b" "), dtype=torch.uint8)
+        """The texts of all ranks of ``group``, in group order. For rare cases: it takes two collectives."""
+        mine = torch.frombuffer(bytearray(text.encode() or b" "), dtype=torch.uint8)
         lengths = torch.zeros(len(self.members(group)), dtype=torch.int64)
-        lengths[self.group_rank(group)] = said.numel()
+        lengths[self.group_rank(group)] = mine.numel()
         sizes = self.all_reduce(group, lengths, layer=layer).tolist()
-        (gathered,) = self.all_gather_v(group, [said[:, None]], sizes, layer=layer)
+        (gathered,) = self.all_gather_v(group, [mine[:, None]], sizes, layer=layer)
         return [bytes(part.flatten().tolist()).decode().strip() for part in gathered.split(sizes)]
 
     def _enter(self, event: Collective) -> None:
@@ -348,9 +348,9 @@ class Communicator:
 
 
 def wait_or_halt(work: dist.Work, halt: Halt, watchdog: Watchdog | None = None) -> None:
-    """Wait for a collective, looking up now and then whether there is still a use in it.
+    """Wait for a collective, and check now and then whether it can still end.
 
-    Raises what another rank told when it stopped the job, what the watchdog finds, and what the collective raises
+    Raises the error with which another rank stopped the job, what the watchdog finds, and what the collective raises
     when it fails.
     """
     while True:
@@ -375,7 +375,7 @@ def wait_or_halt(work: dist.Work, halt: Halt, watchdog: Watchdog | None = None) 
 
 
 def _finish(work: dist.Work, halt: Halt, watchdog: Watchdog | None) -> None:
-    """A rank that stopped the job may be gone already; why it went says more than that its connection closed."""
+    """Raise the error of a rank that stopped the job rather than the closed connection that it left."""
     try:
         work.wait()
     except RuntimeError as failure:

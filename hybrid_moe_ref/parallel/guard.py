@@ -1,7 +1,7 @@
 """The agreed schedule of a step as a guard: a collective that is not its next entry is refused before it is issued.
 
-The comparison is local and costs no communication. A refusal is told to the other ranks through the store, so that
-those that already wait in a collective stop too, with the same words, within a second.
+The comparison is local and costs no communication. A refusal is published in the store, so that ranks that already
+wait in a collective stop too, with the same message, within a second.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ NUM_SHARED = len(ScheduleEntry._fields)
 
 
 class Stopped(RuntimeError):
-    """Every rank stops, with the same type and words."""
+    """Every rank stops, with the same type and message."""
 
 
 class ScheduleMismatch(Stopped):
-    """The ranks, or a rank and its own plan, part ways; raised instead of hanging, with the first difference."""
+    """The ranks differ, or a rank differs from its own plan; raised instead of hanging, with the first difference."""
 
 
 class PeerLost(Stopped):
@@ -36,31 +36,31 @@ class CollectiveStalled(Stopped):
 
 
 class Halt:
-    """How one rank stops all: the first error wins, and every rank that looks finds it.
+    """How one rank stops all: the first error that is published counts, and every rank that looks finds it.
 
-    store: shared by all ranks of the job; None when a rank stands alone, and then nobody is told.
+    store: shared by all ranks of the job; None for a rank without others, which publishes nothing.
     """
 
     def __init__(self, store: dist.Store | None) -> None:
         self._store = store
 
     def tell(self, error: Stopped) -> Stopped:
-        """Stop the others; returns the error that won, to be raised."""
+        """Stop the others; returns the error that was published first, to be raised."""
         if self._store is None:
             return error
-        said = f"{type(error).__name__}\n{error}"
-        return _error(self._store.compare_set(_HALT, "", said).decode())
+        text = f"{type(error).__name__}\n{error}"
+        return _error(self._store.compare_set(_HALT, "", text).decode())
 
     def heard(self) -> Stopped | None:
-        """What another rank told, or None while nobody did."""
+        """The error that a rank published, or None while none did."""
         if self._store is None or not self._store.check([_HALT]):
             return None
         return _error(self._store.get(_HALT).decode())
 
 
-def _error(said: str) -> Stopped:
-    name, _, words = said.partition("\n")
-    return {kind.__name__: kind for kind in (ScheduleMismatch, PeerLost, CollectiveStalled)}[name](words)
+def _error(text: str) -> Stopped:
+    name, _, message = text.partition("\n")
+    return {kind.__name__: kind for kind in (ScheduleMismatch, PeerLost, CollectiveStalled)}[name](message)
 
 
 class ScheduleGuard:
@@ -94,7 +94,7 @@ class ScheduleGuard:
         self._sizes[group] = tuple(sizes)
 
     def stop_others(self, error: Exception) -> None:
-        """This rank fails for a reason of its own: those that wait for it are told, and raise it too."""
+        """This rank fails for a reason of its own: make those that wait for it raise that reason too."""
         if not isinstance(error, Stopped):
             self._halt.tell(ScheduleMismatch(f"rank {self._rank} failed: {type(error).__name__}: {error}"))
 

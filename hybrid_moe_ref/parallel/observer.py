@@ -1,4 +1,4 @@
-"""What a communicator tells the outside world: an :class:`Observer` hears of every event, in order.
+"""How a communicator reports what it does: it calls an :class:`Observer` for every event, in order.
 
 This file imports nothing heavy, so that recorders and readers can use its words without torch.
 """
@@ -14,7 +14,7 @@ class Collective(NamedTuple):
 
     group      name of the process group: "dp", "ep", "tp", ...
     op         all_reduce, all_gather_v, reduce_scatter_v, broadcast, barrier, ...
-    layer      the module it belongs to ("model.layers.0.mlp"), or "" for the step as a whole
+    layer      the module it belongs to ("layers.0.moe"), or "" for the step as a whole
     sizes      rows per group rank for the -v ops (the *agreed* vector, uneven is legal), else (numel,)
     dtype      element type of the payload, e.g. "int32"
     reduce_op  sum, min, max, or "" where nothing is reduced

@@ -3,7 +3,7 @@
 Where the schedule guard holds a rank to its own plan, this holds the ranks to each other, in everything that must be
 equal: operation, layer, agreed sizes, dtype, reduce op and root. So it also sees what would not hang but pair wrongly,
 and it sees it before any data is touched. The price is four requests to the store for every collective:
-to say what comes, to wait for the others, to read what they said, and to delete what was said before.
+to publish what comes, to wait for the others, to read what they published, and to delete what was published before.
 """
 
 from __future__ import annotations
@@ -54,11 +54,11 @@ class StorePreflight:
         keys = [self._key(collective.group, seq, rank) for rank in members]
         self._store.set(self._key(collective.group, seq, self._rank), _words(collective))
         self._await(keys, members, collective, seq)
-        said = [text.decode() for text in self._store.multi_get(keys)]
-        if len(set(said)) > 1:
-            sides = {text: [r for r, words in zip(members, said, strict=True) if words == text] for text in said}
-            told = "; ".join(f"ranks {ranks} {text}" for text, ranks in sides.items())
-            raise self._halt.tell(ScheduleMismatch(f"{collective.group} #{seq}: {told}"))
+        texts = [text.decode() for text in self._store.multi_get(keys)]
+        if len(set(texts)) > 1:
+            sides = {side: [r for r, text in zip(members, texts, strict=True) if text == side] for side in texts}
+            differences = "; ".join(f"ranks {ranks} {side}" for side, ranks in sides.items())
+            raise self._halt.tell(ScheduleMismatch(f"{collective.group} #{seq}: {differences}"))
         if seq > KEPT:
             self._store.delete_key(self._key(collective.group, seq - KEPT, self._rank))
 
@@ -72,10 +72,10 @@ class StorePreflight:
             raise
         except RuntimeError:  # a DistStoreError over TCP, a plain one over a file: not all are there yet
             pass
-        # Somebody is late, maybe by minutes. Another `wait` that ends in vain would log two lines of C++ each time.
+        # A member is late, maybe by minutes. Another `wait` that ends in vain would log two lines of C++ each time.
         while not self._store.check(keys):
-            if told := self._halt.heard() or self._lost():
-                raise told
+            if error := self._halt.heard() or self._lost():
+                raise error
             if time.monotonic() - since > self._patience_s:
                 absent = [rank for rank, key in zip(members, keys, strict=True) if not self._store.check([key])]
                 what = f"{collective.group} #{seq}, {_words(collective)}"

@@ -79,20 +79,20 @@ class Watchdog:
             time.sleep(PATIENCE_S / 50)
 
     def error(self) -> Stopped | None:
-        """Why there is no use in waiting on, told to all; or None."""
-        found = self.finding()
-        return self._halt.tell(found) if found else None
+        """Why there is no use in waiting on, published to all ranks; or None."""
+        finding = self.finding()
+        return self._halt.tell(finding) if finding else None
 
     def finding(self) -> Stopped | None:
-        """As `error`, but told to nobody."""
+        """As `error`, but not published."""
         for rank in self.roll_call.lost() if self.roll_call else ():
             assert self.roll_call is not None
             return PeerLost(f"rank {rank} is gone: its process {self.roll_call.pid(rank)} has ended")
         waited_s = time.monotonic() - self._entered_s
         if self.limit_s and waited_s > self.limit_s and self._event is not None:
             what = f"{self._event.group} {self._event.op} of {self._event.layer}"
-            told = f"rank {self._rank} has waited {waited_s:.1f} s in {what}; the limit is {self.limit_s:g} s"
-            return CollectiveStalled(told)
+            message = f"rank {self._rank} has waited {waited_s:.1f} s in {what}; the limit is {self.limit_s:g} s"
+            return CollectiveStalled(message)
         return None
 
 

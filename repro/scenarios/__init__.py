@@ -47,10 +47,10 @@ class Expected:
 
     def words(self) -> str:
         """Verdict and cause: "deadlock, extra"; where it may be another one: "crash or deadlock, sizes"."""
-        told = [self]
-        while (other := told[-1].or_else) is not None:
-            told.append(other)
-        verdicts = " or ".join(expected.verdict for expected in told)
+        choices = [self]
+        while (other := choices[-1].or_else) is not None:
+            choices.append(other)
+        verdicts = " or ".join(expected.verdict for expected in choices)
         return f"{verdicts}, {self.cause}" if self.cause else verdicts
 
 

@@ -81,7 +81,7 @@ SCENARIO = Scenario(
     hang=hang,
     server=server,
     defaults={
-        # One size and busy ranks: the first step that parts them then has mostly one odd rank, and guilt can be shown.
+        # One size and busy ranks: the first step that parts them then has mostly one odd rank, which can be named.
         "engine": {"mode": "graphs", "capture_sizes": (4,)},
         "workload": {"max_requests": 6, "max_idle_ranks": 1, "max_arrival_step": 0},
     },

@@ -1,7 +1,7 @@
 """Every rank is in the same collective, nobody is absent, and nothing moves: what carries the data has stopped.
 
 Mirrors vLLM issue 48720 (as of its July update) and FlashInfer issue 2623, where a device kernel does not end: every
-rank has issued the same operation, and no order of collectives is to blame. A CPU has no such kernel. What moves data
+rank has issued the same operation, and no order of collectives is the cause. A CPU has no such kernel. What moves data
 behind a rank's back on gloo is a thread of its own that serves the sockets, which gloo names its device. Here it is
 stopped for good in every rank, by a signal whose handler does not return, as a profiler's or a driver's may; the main
 threads enter the next collective and wait for ever, alive and sound. This is the same symptom by another device, and
@@ -76,7 +76,7 @@ def missing(settings: RunSettings) -> str:
 
 
 def hang(settings: RunSettings) -> Expected:
-    """All ranks in one collective, and nobody to blame."""
+    """All ranks in one collective, and no culprit."""
     return Expected("stall", None, (), STEP, "layers.0.moe")
 
 

@@ -3,12 +3,12 @@
 Mirrors ROCm/ATOM pull request 1690 (Qwen3.5 under SGLang, DP x EP). There, binding a GDN layer's state set a new
 forward context, and setting a context builds the data-parallel metadata with an all-reduce over the DP CPU
 group. Ranks that run requests hold GDN metadata and bind; a rank on a dummy batch holds none and skips the
-binder. As long as every rank is busy the extra all-reduce is joined by all and harms nobody. In the first step in
+binder. As long as every rank is busy, all ranks join the extra all-reduce, and it does no harm. In the first step in
 which one rank is idle, the busy ranks wait for it in the all-reduce, while it waits for them in the expert
 dispatch of the same layer: a cycle over two groups, in which neither group alone shows more than an absence.
 
-The cure is not to skip the call there but to make a second one free: one agreement per step, handed to whoever
-asks again.
+The cure is not to skip the call there but to make a second one free: one agreement per step, and later
+callers get its answer.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ class RebindWithMetadata(StateBinding):
 
 
 class AgreeOnEveryCall(StepAgreement):
-    """The fault: building the metadata always communicates, whoever asks and however often."""
+    """The fault: building the metadata always communicates, however often it is asked for."""
 
     def agree(self, plan: StepPlan, exchange: Exchange, layer: str) -> AgreedStep:
         return exchange(plan, layer)

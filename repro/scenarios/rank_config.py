@@ -3,7 +3,7 @@
 Mirrors vLLM issue 26187, where a flag of the expert load balancer differed between leader and workers, and only some
 of them issued an all-reduce. Here one rank lacks expert parallelism: it holds all experts, has nothing to dispatch,
 and runs ahead to the next step's agreement, while the others wait for it in the dispatch of the first layer. Every
-rank keeps to its own schedule, so none is guilty by its own word; the odd one is a suspect.
+rank keeps to its own schedule, so the schedules prove nothing against any of them; the odd one is a suspect.
 
 The cure: before anything else the ranks compare a digest of their configurations, and refuse to start when two
 differ. A server cannot know which of them is meant.
@@ -28,7 +28,7 @@ def server(settings: RunSettings, rank: int) -> ServerConfig:
 
 
 class SayNothing(Ballot):
-    """The fault: the vote asks whether a rank could prepare, and not what it was told to prepare for."""
+    """The fault: the vote asks whether a rank could prepare, and not for which configuration."""
 
     def digest(self, config: ServerConfig) -> int:
         return 0
@@ -40,7 +40,7 @@ def policies(settings: RunSettings, rank: int) -> Policies:
 
 
 def hang(settings: RunSettings) -> Expected:
-    """In the first step of all; from their schedules it cannot be told who is right, only who is alone."""
+    """In the first step of all. The schedules do not show which rank is right, only which one is alone."""
     return Expected("deadlock", "mismatch", (), suspects=(struck_rank(settings),))
 
 

@@ -40,8 +40,8 @@ def kill_a_builder(settings: RunSettings, cache: Path) -> None:
         preexec_fn=lambda: process.die_with_parent(parent),
     )
     assert builder.stdout is not None
-    with builder.stdout as told:
-        told.readline()  # it holds the lock now
+    with builder.stdout as lines:
+        lines.readline()  # it holds the lock now
     os.killpg(builder.pid, signal.SIGKILL)
     builder.wait()
 
@@ -64,7 +64,7 @@ def policies(settings: RunSettings, rank: int) -> Policies:
 
 
 def hang(settings: RunSettings) -> Expected:
-    """All ranks wait at the first GDN layer of the profile step; none of them is to blame."""
+    """All ranks wait at the first GDN layer of the profile step; none of them is a culprit."""
     return Expected("deadlock", "lock", culprits=(), step=0)
 
 

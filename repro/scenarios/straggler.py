@@ -61,7 +61,7 @@ def hang(settings: RunSettings) -> Expected:
 
 SCENARIO = Scenario(
     name="straggler",
-    summary="one rank is late because it keeps house between two steps; the others wait, and nothing is wrong",
+    summary="one rank is late because it does housekeeping between two steps; the others wait, and nothing is wrong",
     source="vllm#46764",
     policies=policies,
     hang=hang,
