@@ -77,13 +77,13 @@ def _space(x: Tensor, dense: int, gap: int) -> Tensor:
 @contextlib.contextmanager
 def poisoned() -> Iterator[None]:
     """torch.empty gives NaN, and for integers the largest."""
-    before = torch.are_deterministic_algorithms_enabled()
-    torch.use_deterministic_algorithms(True, warn_only=True)
+    before = torch.get_deterministic_debug_mode()
+    torch.set_deterministic_debug_mode("warn")  # use_deterministic_algorithms would import Inductor, 70 MB
     assert torch.utils.deterministic.fill_uninitialized_memory
     try:
         yield
     finally:
-        torch.use_deterministic_algorithms(before)
+        torch.set_deterministic_debug_mode(before)
 
 
 def error(got: Tensor, want: Tensor) -> float:

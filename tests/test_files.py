@@ -12,11 +12,11 @@ from hybrid_moe_ref.engine.build_lock import BuildLock, Holder, LockTimeout
 from hybrid_moe_ref.files import MAX_JSON_DEPTH, open_own, open_regular, parse_json, read_json, write_atomically
 
 BOMBS = {
-    "objects": b"[" + b"{}," * 2_000_000 + b"{}]",
-    "lists": b'{"a":[' + b"[]," * 2_000_000 + b"[]]}",
-    "keys": b"{" + b",".join(b'"%x":1' % n for n in range(700_000)) + b"}",
-    "numbers": b"[" + b"1000," * 3_000_000 + b"1]",
-    "texts": b"[" + b'"ab",' * 3_000_000 + b"1]",
+    "objects": lambda: b"[" + b"{}," * 2_000_000 + b"{}]",
+    "lists": lambda: b'{"a":[' + b"[]," * 2_000_000 + b"[]]}",
+    "keys": lambda: b"{" + b",".join(b'"%x":1' % n for n in range(700_000)) + b"}",
+    "numbers": lambda: b"[" + b"1000," * 3_000_000 + b"1]",
+    "texts": lambda: b"[" + b'"ab",' * 3_000_000 + b"1]",
 }
 
 
@@ -24,7 +24,7 @@ BOMBS = {
 def test_a_small_file_of_many_values_is_refused_before_it_is_parsed(name, monkeypatch):
     monkeypatch.setattr(json, "loads", lambda *args, **options: pytest.fail("was parsed"))
     with pytest.raises(ValueError, match=r"^f:1: more values than the 128 MiB"):
-        parse_json(BOMBS[name], "f")
+        parse_json(BOMBS[name](), "f")
 
 
 @pytest.mark.parametrize(
