@@ -51,6 +51,7 @@ if TYPE_CHECKING:
 
 POLL_S = 0.02
 PARK_S = 10.0
+LEAVE_S = 2.0
 _NOT_THEIRS = ("repro/watched.py", "repro/testing.py", '"torch/', '"_pytest/', '"pluggy/')  # frames nobody looks for
 
 
@@ -128,13 +129,15 @@ class Ranks:
             create(run_dir.witness(rank), Identity(rank, self.num_ranks, run_id=run_dir.root.name))
         pids = [self._fork(run_dir, rank, function) for rank in range(self.num_ranks)]
         children = {pid: start_ticks(pid) for pid in pids}
+        patience_s = 0.0  # what is stuck does not leave by itself, and the evidence is collected
         try:
             self._watch(run_dir, children)
+            patience_s = LEAVE_S
             return [pickle.loads(run_dir.output(rank).read_bytes()) for rank in range(self.num_ranks)]
         finally:
             started = [child for pid in pids for child in process.with_descendants(pid)[1:]]
             run_dir.release.touch()
-            _end(pids)
+            _end(pids, patience_s)
             process.kill(started)
 
     # -- the parent ------------------------------------------------------------------------------------------------
@@ -263,9 +266,9 @@ def differences(document: Mapping[str, Any]) -> list[str]:
     return lines
 
 
-def _end(pids: list[int]) -> None:
-    """Let ranks leave by themselves, and kill those that do not."""
-    deadline = time.monotonic() + 2.0
+def _end(pids: list[int], patience_s: float) -> None:
+    """Let ranks leave by themselves for so long, kill those that do not, and reap all."""
+    deadline = time.monotonic() + patience_s
     left = set(pids)
     while left:
         for pid in list(left):

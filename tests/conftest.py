@@ -74,7 +74,8 @@ def cold_run(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Any, ..
     from forked import run_forked
 
     out, noticed = tmp_path_factory.mktemp("cold"), []
-    run_dir, document = run_forked(small("cold_jit", cache_dir=out / "cache"), out, notice=noticed.append)
+    settings = small("cold_jit", cache_dir=out / "cache", quiet_window_s=0.5)  # a third of the quickest build
+    run_dir, document = run_forked(settings, out, notice=noticed.append)
     os.environ["HMR_KERNEL_CACHE"] = str(out / "cache" / "kernels")
     yield run_dir, document, noticed, out / "cache" / "kernels"
     del os.environ["HMR_KERNEL_CACHE"]

@@ -156,10 +156,11 @@ def test_strict_ranks_name_who_does_not_come(tmp_path):
         comm.start_preflight()
         comm._preflight._patience_s = 0.5
         if rank == 1:
-            time.sleep(2)
+            store.wait(["named 0", "named 2"])
             return ""
         with pytest.raises(ScheduleMismatch) as caught:
             comm.all_reduce("dp", torch.ones(2), layer="step")
+        store.set(f"named {rank}", "")
         return str(caught.value)
 
     told = run_ranks(3, tmp_path, run)

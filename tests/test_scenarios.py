@@ -250,12 +250,12 @@ def test_a_rank_that_sleeps_between_steps_raises_no_alarm(tmp_path):
             begin_step = Recorder.begin_step
 
             def slowly(self, step: int, schedule: tuple[ScheduleEntry, ...], num_live: int):
-                time.sleep(0.8 if 3 < step < 7 else 0)
+                time.sleep(0.3 if 3 < step < 7 else 0)
                 begin_step(self, step, schedule, num_live)
 
             Recorder.begin_step = slowly
 
-    settings = small("metadata_rebuild", "control", quiet_window_s=1.0)
+    settings = small("metadata_rebuild", "control", quiet_window_s=0.4)
     _, document = run_forked(settings, tmp_path, in_rank=sleepy)
     assert document["verdict"] == "clean", document
 

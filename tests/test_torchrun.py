@@ -9,6 +9,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -32,18 +33,20 @@ def command(*arguments) -> list[str]:
 
 
 @pytest.fixture
-def leaves_nothing(tmp_path):
+def leaves_nothing(tmp_path, monkeypatch):
     """Fails the test when a process, a listening port, a shared-memory entry or a temporary file outlives it."""
-    shared_before, temporary_before = set(os.listdir("/dev/shm")), set(Path("/tmp").glob("torchelastic_*"))
-    listening_before = _listeners()
+    temporary = Path(tempfile.mkdtemp())  # not below tmp_path, which is too long for the name of a socket
+    monkeypatch.setenv("TMPDIR", str(temporary))
+    shared_before, listening_before = set(os.listdir("/dev/shm")), _listeners()
     yield
     deadline = time.monotonic() + 10
     while time.monotonic() < deadline and (_processes_of(tmp_path) or _listeners() - listening_before):
         time.sleep(0.1)
     assert not (alive := _processes_of(tmp_path)), alive
     assert _listeners() <= listening_before
-    assert set(os.listdir("/dev/shm")) <= shared_before
-    assert set(Path("/tmp").glob("torchelastic_*")) <= temporary_before
+    assert not (left := _without_user(set(os.listdir("/dev/shm")) - shared_before)), left
+    assert not (left := list(temporary.iterdir())), left
+    temporary.rmdir()
     for verdict in tmp_path.glob("*Z-*/verdict.json"):
         assert {path.name for path in verdict.parent.iterdir()} <= {
             *("config.json", "verdict.json", "reference.json"),
@@ -61,6 +64,15 @@ def _listeners() -> set[tuple[int, int]]:
                 if psutil.Process(connection.pid).cwd() == str(ROOT):
                     found.add((connection.laddr.port, connection.pid))
     return found
+
+
+def _without_user(names: set[str]) -> set[str]:
+    """Shared-memory entries that no process maps: another program's are its own business."""
+    mapped = ""
+    for process in psutil.process_iter() if names else ():
+        with contextlib.suppress(OSError):
+            mapped += Path(f"/proc/{process.pid}/maps").read_text(errors="replace")
+    return {name for name in names if f"/dev/shm/{name}" not in mapped}
 
 
 def _processes_of(out: Path) -> list[str]:
