@@ -163,8 +163,9 @@ class Recorder:
     def enter(self, collective: Collective, asynchronous: bool = False) -> None:
         frame = _getframe(1)
         code = id(frame.f_code)
-        if code in self._between:
-            if self._between[code]:  # straight to the frame beyond it: each step back makes a frame object
+        is_private = self._between.get(code)
+        if is_private is not None:
+            if is_private:  # straight to the frame beyond it: each step back makes a frame object
                 frame = _getframe(3)
                 code = id(frame.f_code)
             while code in self._between:

@@ -15,9 +15,7 @@ import mmap
 import os
 import resource
 import sys
-import threading
 import zlib
-from collections.abc import Iterable
 from pathlib import Path
 from typing import BinaryIO
 
@@ -41,8 +39,8 @@ from repro.parse import Problems, WitnessError, parse_header, parse_heartbeat
 from repro.reader import Signature, Witness, parse
 
 __all__ = [
-    "MAX_BYTES", "Event", "GroupTrace", "Signature", "Tail", "Witness", "WitnessError", "create", "parse", "persist",
-    "read", "read_dir",
+    "MAX_BYTES", "Event", "GroupTrace", "Signature", "Tail", "Witness", "WitnessError", "create", "parse", "read",
+    "read_dir",
 ]  # fmt: skip
 
 SUFFIX = ".wit"
@@ -115,33 +113,6 @@ def read_dir(path: str | os.PathLike[str]) -> tuple[dict[int, Witness], list[str
         else:
             witnesses[witness.rank] = witness
     return witnesses, refused
-
-
-def persist(paths: Iterable[str | os.PathLike[str]], patience_s: float = 2.0) -> list[str]:
-    """Force files and their folders to the disk, so that they outlive a reset of the machine.
-
-    Return one line for each that is not there after ``patience_s`` seconds: a disk that hangs must not hang the caller.
-    """
-    files = [Path(path) for path in paths]
-    waiting = dict.fromkeys((*files, *dict.fromkeys(file.parent for file in files)), "not on the disk yet")
-
-    def sync() -> None:
-        for path in tuple(waiting):
-            try:
-                descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
-                try:
-                    os.fsync(descriptor)
-                finally:
-                    os.close(descriptor)
-            except OSError as error:
-                waiting[path] = error.strerror or str(error)
-            else:
-                del waiting[path]
-
-    thread = threading.Thread(target=sync, name="persist", daemon=True)
-    thread.start()
-    thread.join(patience_s)
-    return [f"{path}: {why}" for path, why in tuple(waiting.items())]
 
 
 class Tail:

@@ -1,4 +1,4 @@
-"""Following witness files while they are written, reading them meanwhile, and forcing them to the disk."""
+"""Following witness files while they are written, and reading them meanwhile."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from hybrid_moe_ref.parallel.observer import Collective
 from repro import witness as files
 from repro.layout import GUARD, HEART_AT, LIVE_AT, WORD, Geometry, Identity, pack_header
 from repro.record import Recorder, myself
-from repro.witness import Tail, create, parse, persist, read
+from repro.witness import Tail, create, parse, read
 
 TINY = Geometry(ring_records=32, vector_words=64, string_bytes=512, group_slots=4)
 REDUCE = Collective("dp", "all_reduce", "", (32,), "int32", "sum")
@@ -128,22 +128,3 @@ def test_a_live_file_is_never_taken_for_a_damaged_one(tmp_path: Path) -> None:
         stop.set()
         writer.join()
     assert problems == []
-
-
-def test_persist_reports_what_it_could_not_force_to_the_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    there, missing = tmp_path / "rank000.wit", tmp_path / "rank001.wit"
-    create(there, Identity(0, 2), TINY)
-    synced: list[str] = []
-    force = os.fsync
-    monkeypatch.setattr(os, "fsync", lambda fd: (synced.append(os.readlink(f"/proc/self/fd/{fd}")), force(fd)))
-    assert persist([there, missing]) == [f"{missing}: No such file or directory"]
-    assert synced == [str(there), str(tmp_path)]
-
-
-def test_a_disk_that_hangs_does_not_hang_persist(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    path = tmp_path / "rank000.wit"
-    create(path, Identity(0, 1), TINY)
-    disk = threading.Event()
-    monkeypatch.setattr(os, "fsync", lambda fd: disk.wait())
-    assert persist([path], patience_s=0.01) == [f"{path}: not on the disk yet", f"{tmp_path}: not on the disk yet"]
-    disk.set()
