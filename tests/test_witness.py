@@ -247,6 +247,16 @@ def test_damage_to_what_is_kept_of_a_group_is_named_and_nothing_is_concluded_fro
     assert verdict.verdict in ("slow", "inconclusive") and not set(verdict.culprits) - {3}, verdict
 
 
+def test_where_a_rank_with_a_damaged_witness_stands_is_said_to_rest_on_it() -> None:
+    scene = sample()
+    scene.files[0][TINY.ring_at + 40] ^= 1
+    scene.files[2][TINY.strings_at] ^= 1
+    verdict = judge(scene.witnesses(), num_ranks=4, now_ns=scene.now_ns + 2 * 10**9, quiet_window_s=1.0)
+    assert not {0, 2} & {*verdict.culprits}
+    assert "rank 0 waits in ep all_gather_v #4 (serve, layers.0.mlp), by a damaged witness" in verdict.sentences()
+    assert "rank 2 left a damaged witness" in verdict.sentences()
+
+
 def states_of(recorder: Recorder, data: bytearray, do: Callable[[], object]) -> list[bytes]:
     """The file after each line that stores something in it, and with each store cut after any byte."""
     seen = [bytes(data)]

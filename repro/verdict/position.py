@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from repro.layout import Event, Identity, Kind
-from repro.verdict.result import Position
+from repro.verdict.result import DAMAGED, Position
 from repro.witness import Witness
 
 _LOCAL = frozenset(map(int, (Kind.LOCK_HELD, Kind.LOCK_FREED, Kind.BUILD_BEGIN, Kind.BUILD_END)))
@@ -108,7 +108,7 @@ def _read(rank: int, witness: Witness, now_ns: int) -> Standing:
     )
     if last is None:
         if not witness.complete:
-            standing.position = Position(rank, "hidden")
+            standing.position = Position(rank, "hidden", detail=DAMAGED if witness.damaged else "")
         return standing
     state, detail, layer, group_name, op, seq, site = "running", "", "", "", "", 0, ""
     sizes: tuple[int, ...] = ()
@@ -142,7 +142,7 @@ def _read(rank: int, witness: Witness, now_ns: int) -> Standing:
     elif last.kind == Kind.FAILED:
         state, detail = "failed", witness.text(last.sig)
     elif not witness.complete:
-        state = "hidden"
+        state, detail = "hidden", DAMAGED if witness.damaged else detail
     standing.position = Position(
         rank, state, witness.text(last.phase), last.step, layer, group_name, seq, op, sizes,
         max(0, now_ns - since_ns) / 1e9, detail, site, witness.line(last.n),

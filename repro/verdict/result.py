@@ -6,6 +6,9 @@ from collections.abc import Collection, Iterable
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+DAMAGED = "by a damaged witness"
+"""The detail of a hidden rank whose witness does not match its checks."""
+
 VERDICTS = ("clean", "slow", "deadlock", "stall", "corrupt", "crash", "inconclusive")
 
 
@@ -64,9 +67,10 @@ class Position:
             case "dead":
                 return f"died in {self.group} {self.op} #{self.seq}{where}" if self.op else f"died{where}"
             case "hidden" if self.op:
-                return f"wait in {self.group} {self.op} #{self.seq}{where}, a group that the witness could not follow"
+                why = self.detail if self.detail == DAMAGED else "a group that the witness could not follow"
+                return f"wait in {self.group} {self.op} #{self.seq}{where}, {why}"
             case "hidden":
-                return "left a torn witness"
+                return f"left a {'damaged' if self.detail == DAMAGED else 'torn'} witness"
             case _:
                 return "left no witness"
 
