@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import ast
+import dataclasses
 import io
+import itertools
 import json
 import os
 import shutil
@@ -16,17 +18,23 @@ from pathlib import Path
 
 import pytest
 from forked import run_forked
-from reported import AGREE, write_hang, write_run
-from scene import Scene
+from reported import AGREE, document, write_hang, write_run
+from scene import Scene, make_recorder
 
+from hybrid_moe_ref.config import preset
+from hybrid_moe_ref.parallel.observer import Collective
 from repro import bundle
 from repro.bundle import archive, assemble
 from repro.bundle.archive import ArchiveError, unpack
 from repro.bundle.issue import MAX_ISSUE_LINES, issue
 from repro.cli import main
 from repro.commands import EXPECTED, UNEXPECTED, USAGE
+from repro.layout import Geometry
 from repro.report.gather import gather
+from repro.rundir import RunDir, write_json
 from repro.settings import RunSettings
+from repro.verdict import judge
+from repro.witness import parse
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -219,20 +227,29 @@ def entry(
         (entry("events/rank000.wit", b"/etc/passwd", 0o120777), "events/rank000.wit is not a regular file but a link"),
         (entry("deep/er/and/deeper"), "deep/er/and/deeper is not a file of a bundle"),
         (entry("events/rank\x1b[2J.wit"), "events/rank␛[2J.wit is not a file of a bundle"),
-        (entry("events/rank000.wit", bytes(129 << 20)), "events/rank000.wit unpacks to"),
+        (entry("events/rank000.wit", bytes(129 << 20)), "events/rank000.wit unpacks to 135266304 bytes"),
+        (entry("events/rank000.wit", bytes(9 << 20)), "events/rank000.wit unpacks to more than 200 times its size"),
+        (entry("control/config.json", bytes(2 << 20)), "control/config.json unpacks to 2097152 bytes, at most 1048576"),
+        (entry([f"fr/a{n}" for n in range(9)], bytes(9 << 20)), "it unpacks to more than 200 times its size"),
+        (entry("outputs/rank000.json", b"[]," * (2 << 20)), "outputs/rank000.json unpacks to 6291456 bytes, at most"),
         (entry("../evil/"), "../evil is not a regular file"),
         (entry("../evil/", b"", 0o40755), "../evil leads out"),
         (entry("deep/er/and/deeper/", b"", 0o40755), "deep/er/and/deeper is not a file of a bundle"),
         (entry("events", b"x"), "no MANIFEST.json"),
         (entry(["events", "events/rank000.wit"]), "events is in it as a file and as a folder"),
-        (entry([f"logs/a{n}" for n in range(9)], claims=127 << 20), "up to logs/a8 it unpacks to"),
+        (entry([f"events/a{n}" for n in range(9)], b"x" * (1 << 20), claims=127 << 20), "unpacks to more than"),
+        (
+            entry([f"events/a{n}" for n in range(9)], b"x" * 700_000, method=zipfile.ZIP_STORED, claims=127 << 20),
+            "up to events/a8 it unpacks to",
+        ),
         (entry("config.json", b"x" * 99, method=zipfile.ZIP_BZIP2), "config.json is compressed as no bundle is"),
         (b"PK\x03\x04 no zip", "not a zip"),
         (entry("config.json"), "no MANIFEST.json"),
     ],
     ids=str.split(
-        "absolute drive slip link foreign escape bomb folder-as-file folder-slip foreign-folder file-for-folder"
-        " file-and-folder many-bombs bzip2 torn no-manifest"
+        "absolute drive slip link foreign escape bomb ratio large values many folder-as-file folder-slip foreign-folder"
+        " file-for-folder"
+        " file-and-folder bombs many-bombs bzip2 torn no-manifest"
     ),
 )
 def test_a_zip_that_is_not_safe_is_refused_by_name(tmp_path, capsys, data, words):
@@ -309,7 +326,7 @@ def test_a_bundle_that_nobody_could_open_is_not_made(tmp_path, quick, monkeypatc
     root, _ = write_hang(tmp_path)
     monkeypatch.setattr(archive, "MAX_TOTAL_BYTES", 1000)
     assert main(["bundle", str(root), "--to", str(tmp_path / "b.zip")]) == USAGE
-    assert "would unpack to" in capsys.readouterr().err and not (tmp_path / "b.zip").exists()
+    assert "it unpacks to" in capsys.readouterr().err and not (tmp_path / "b.zip").exists()
 
 
 def test_the_same_run_gives_the_same_bytes(tmp_path, quick):
@@ -389,3 +406,36 @@ def test_a_signal_leaves_no_temporary_folder(tmp_path, quick, monkeypatch, numbe
         sent.clear()
         assert main(command) == 130
         assert sent and not any(scratch.iterdir()), command
+
+
+@pytest.mark.full
+@pytest.mark.timeout(600)
+def test_1024_ranks_fit_in_one_bundle(tmp_path, quick):
+    """Witnesses are preallocated to 2.8 MB each; most of that is empty and stays out."""
+    num_ranks = 1024
+    members, layer = tuple(range(num_ranks)), "layers.0.moe"
+    run_dir = RunDir.create(tmp_path / "runs", "metadata_rebuild", "fault", 0)
+    model = dataclasses.replace(preset("tiny"), num_experts=num_ranks)
+    settings = RunSettings("metadata_rebuild", num_ranks=num_ranks, model=model)
+    write_json(run_dir.config, settings.to_mapping())
+    ticks = itertools.count(10**9, 1000)
+    witnesses = {}
+    for rank in members:
+        data, recorder = make_recorder(rank, num_ranks, lambda: next(ticks), Geometry())
+        recorder.groups({"dp": members, "ep": members})
+        recorder.phase("serve")
+        for seq in range(200):
+            recorder.enter(collective := Collective("dp", "all_reduce", "step", (64,), "int32", "sum"))
+            if rank or seq < 199:
+                recorder.leave(collective)
+        recorder.enter(Collective("ep", "all_gather_v", layer, (1,) * num_ranks, "uint8"))
+        run_dir.witness(rank).write_bytes(data)
+        witnesses[rank] = parse(bytes(data), f"rank{rank:03d}.wit")
+    verdict = judge(witnesses, num_ranks=num_ranks, now_ns=next(ticks) + 2 * 10**9, quiet_window_s=1.0)
+    write_json(run_dir.verdict, document(verdict, num_ranks, "fault"))
+    del witnesses, data, recorder
+    made = bundle.make(run_dir.root, tmp_path / "b.zip")
+    assert not [note for note in made.notes if "left out" in note or "by the bundle" in note], made.notes
+    assert made.size < 100_000_000
+    with bundle.opened(made.path) as root:
+        assert len(list((root / "events").glob("*.wit"))) == num_ranks

@@ -25,6 +25,18 @@ from repro.report.text import visible
 MAX_FILES = 20_000
 MAX_FILE_BYTES = 128 << 20
 MAX_TOTAL_BYTES = 1 << 30
+MAX_RATIO, MIN_RATED_BYTES, MIN_RATED_TOTAL = 200, 1 << 20, 64 << 20
+"""How much larger than compressed an entry, and all of them, may be, and from which size on: a zip of some kilobytes
+must not cost gigabytes. What a run leaves is 5 to 40 times as large as its entry.
+"""
+
+LIMITS = (
+    (r"(?:.*/)?config\.json|(?:.*/)?env/.*", 1 << 20),
+    (r"(?:.*/)?(?:outputs|stacks|logs)/.*", 4 << 20),
+    (r"(?:.*/)?(?:verdict|reference|MANIFEST)\.json", 16 << 20),
+    (r"(?:.*/)?fr/.*", 32 << 20),
+)
+"""Bytes of what is parsed or shown as a whole, by name; of the rest MAX_FILE_BYTES."""
 MANIFEST = "MANIFEST.json"
 _BLOCK = 1 << 20
 _NAME = re.compile(
@@ -36,10 +48,9 @@ class ArchiveError(ValueError):
     """A zip that is refused; the text names zip and entry."""
 
 
-def check_names(archive: zipfile.ZipFile) -> list[zipfile.ZipInfo]:
+def check_entries(archive: zipfile.ZipFile, where: str) -> list[zipfile.ZipInfo]:
     """The entries, if nothing about them is suspicious. Raises ArchiveError with the first that is."""
     entries = archive.infolist()
-    where = archive.filename or "zip"
     if len(entries) > MAX_FILES:
         raise ArchiveError(f"{where}: {len(entries)} files, at most {MAX_FILES} are read")
     files: dict[str, zipfile.ZipInfo] = {}
@@ -66,16 +77,19 @@ def check_names(archive: zipfile.ZipFile) -> list[zipfile.ZipInfo]:
             raise ArchiveError(f"{where}: {shown} is encrypted")
         if entry.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
             raise ArchiveError(f"{where}: {shown} is compressed as no bundle is")
-        if entry.file_size > MAX_FILE_BYTES:
-            raise ArchiveError(
-                f"{where}: {shown} unpacks to {entry.file_size} bytes, at most {MAX_FILE_BYTES} are read"
-            )
+        limit = next((limit for form, limit in LIMITS if re.fullmatch(form, name)), None)
+        if entry.file_size > (most := limit or MAX_FILE_BYTES):
+            raise ArchiveError(f"{where}: {shown} unpacks to {entry.file_size} bytes, at most {most} are read")
+        if limit is None and entry.file_size > max(MIN_RATED_BYTES, MAX_RATIO * entry.compress_size):
+            raise ArchiveError(f"{where}: {shown} unpacks to more than {MAX_RATIO} times its size")
         files[name] = entry
         total += entry.file_size
         if total > MAX_TOTAL_BYTES:
             raise ArchiveError(
                 f"{where}: up to {shown} it unpacks to {total} bytes, at most {MAX_TOTAL_BYTES} are read"
             )
+    if total > max(MIN_RATED_TOTAL, MAX_RATIO * sum(entry.compress_size for entry in files.values())):
+        raise ArchiveError(f"{where}: it unpacks to more than {MAX_RATIO} times its size")
     if both := sorted(files.keys() & {*folders, *(folder.partition("/")[0] for folder in folders)}):
         raise ArchiveError(f"{where}: {both[0]} is in it as a file and as a folder")
     return list(files.values())
@@ -92,7 +106,7 @@ def unpack(path: Path, into: Path) -> dict[str, str]:
         raise ArchiveError(f"{path}: no such file")
     try:
         with open_regular(path, MAX_TOTAL_BYTES) as file, zipfile.ZipFile(file) as archive:
-            for entry in check_names(archive):
+            for entry in check_entries(archive, str(path)):
                 target = into / entry.filename
                 target.parent.mkdir(parents=True, exist_ok=True)
                 sums[entry.filename] = _unpack_one(archive, entry, target)
@@ -155,15 +169,10 @@ def opened(path: Path) -> Iterator[Path]:
 def pack(folder: Path, path: Path, manifest: Mapping[str, Any]) -> int:
     """Write all files of a folder and their manifest into a zip; returns its size.
 
-    Raises ArchiveError where it would unpack to more than is read, OSError where it cannot be written.
+    Raises ArchiveError where it holds more than is read, OSError where it cannot be written.
     """
     files = sorted(file for file in folder.rglob("*") if file.is_file())
     names = [str(file.relative_to(folder)) for file in files]
-    total = sum(file.stat().st_size for file in files)
-    if total > MAX_TOTAL_BYTES:  # nobody could open it
-        raise ArchiveError(
-            f"{path}: would unpack to {total} bytes, at most {MAX_TOTAL_BYTES} are read; fewer ranks fit"
-        )
     rows = {
         name: {"bytes": file.stat().st_size, "sha256": hashlib.sha256(file.read_bytes()).hexdigest()}
         for name, file in zip(names, files, strict=True)
@@ -174,6 +183,8 @@ def pack(folder: Path, path: Path, manifest: Mapping[str, Any]) -> int:
             for name, file in zip(names, files, strict=True):
                 _add(archive, name, file.read_bytes())
             _add(archive, MANIFEST, (json.dumps({**manifest, "files": rows}, indent=1) + "\n").encode())
+        with zipfile.ZipFile(partial) as archive:
+            check_entries(archive, str(path))  # what nobody could open is not written
         os.replace(partial, path)
     finally:
         partial.unlink(missing_ok=True)
