@@ -5,13 +5,15 @@ from __future__ import annotations
 import json
 import re
 import time
+from collections.abc import Callable
 
 import pytest
-from faults import draw
+from faults import Case, draw
 from hypothesis import given
 from hypothesis import strategies as st
 from reported import write_hang
-from test_simulated import rest, verdict_of
+from simulator import Simulation
+from test_simulated import WINDOW_S, rest, verdict_of
 
 from repro import bundle, scenarios
 from repro.bundle import assemble, documents, environment, lines, recognise, words
@@ -20,6 +22,7 @@ from repro.bundle.search import Search
 from repro.bundle.witnesses import redact_witness
 from repro.cli import main
 from repro.settings import RunSettings
+from repro.verdict import Facts, Verdict, judge
 from repro.witness import Witness, parse, read
 
 
@@ -165,6 +168,15 @@ def redacted(files: list[bytearray], recogniser: Recogniser) -> dict[int, Witnes
     }
 
 
+def judged(case: Case, sim: Simulation, witnesses: dict[int, Witness], rename: Callable[[str], str]) -> Verdict:
+    facts = Facts(
+        alive={rank: each.state != "dead" for rank, each in enumerate(sim.ranks)},
+        lock_holders={rank: (rename(lock), pid) for rank, (lock, pid) in case.lock_holders(sim).items()},
+    )
+    now_ns = sim.clocks(2 * 10**9)
+    return judge(witnesses, facts, num_ranks=case.num_ranks, now_ns=now_ns, quiet_window_s=WINDOW_S)
+
+
 @pytest.mark.parametrize("known", [True, False])
 def test_a_verdict_on_redacted_witnesses_is_that_on_the_run(monkeypatch, known):
     """Also where no name at all is known, and each has a stand-in."""
@@ -175,12 +187,10 @@ def test_a_verdict_on_redacted_witnesses_is_that_on_the_run(monkeypatch, known):
     for seed in range(1000 * known, 1000 * known + 60):
         case = draw(seed)
         sim = rest(case)
-        before, recogniser = verdict_of(case, sim), Recogniser()
+        recogniser = Recogniser()
         witnesses = redacted(sim.files, recogniser)
-        holders = {rank: (recogniser.string(lock), pid) for rank, (lock, pid) in case.lock_holders(sim).items()}
-        with monkeypatch.context() as patch:
-            patch.setattr(type(case), "lock_holders", lambda case, sim, holders=holders: holders)
-            after = verdict_of(case, sim, witnesses)
+        before = judged(case, sim, sim.witnesses(), str)
+        after = judged(case, sim, witnesses, recogniser.string)
         for name in ("verdict", "cause", "culprits", "suspects", "confidence"):
             assert getattr(before, name) == getattr(after, name), f"seed {seed}: {name}"
         assert all(who.who.hostname.startswith("host-") for who in witnesses.values())
