@@ -22,6 +22,7 @@ from repro.commands import (
     USAGE,
     describe_failure,
     exit_code,
+    one_line,
     read_config,
     refuse_junit,
     run,
@@ -38,7 +39,6 @@ from repro.launch import CannotRunHere
 from repro.memory import refuse_too_large
 from repro.parse import WitnessError
 from repro.report import command as report_command
-from repro.report.text import visible_lines
 from repro.rundir import RUN_NAME, OutputError
 from repro.witness import read_dir
 
@@ -50,7 +50,7 @@ class Parser(argparse.ArgumentParser):
         super().__init__(**options, allow_abbrev=False)
 
     def error(self, message: str) -> Any:
-        print(f"{self.prog}: {visible_lines(message)}", file=sys.stderr)
+        print(f"{self.prog}: {one_line(message)}", file=sys.stderr)
         sys.exit(USAGE)
 
 
@@ -64,6 +64,8 @@ def main(argv: list[str] | None = None) -> int:
     if unknown:
         hint = nearest(unknown[0], args.parser._option_string_actions)
         args.parser.error(f"unknown argument {unknown[0]}{hint}")
+    if emptied := [name for name, value in vars(args).items() if value == []]:  # argparse drops the "--" of "--out=--"
+        args.parser.error(f"'--' is no value for {', '.join(emptied)}")
     args.interrupt = Interrupt()
     try:
         with args.interrupt.installed():

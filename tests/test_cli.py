@@ -48,6 +48,12 @@ ROOT = Path(__file__).resolve().parent.parent
         (["watch", "/nowhere"], "not a run directory: No such file or directory"),
         ([], "required: COMMAND"),
         (["runn"], "invalid choice: 'runn'"),
+        (["watch", "a\nb\x1b[2J"], "repro: a␊b␛[2J/config.json: not a run directory"),
+        (["run", "metadata_rebuild", "--seed", "a\nb"], "invalid int value: 'a\\nb'"),
+        (["run", "a\nb"], "unknown scenario 'a\\nb'"),
+        (["clean", "--out=--"], "'--' is no value for out"),
+        (["matrix", "--only=--"], "'--' is no value for only"),
+        (["bundle", "/"], "not a run directory"),
     ],
 )
 def test_usage_errors_are_one_line_and_exit_code_2(capsys, tmp_path, argv, words):

@@ -47,7 +47,7 @@ def run(args: argparse.Namespace) -> int:
             raise ConfigError(f"{error}; pip install detect-secrets", "--with-logs") from None
     if args.run.is_dir():
         root = args.run.resolve()
-        refuse_unwritable(args.to or root.with_name(f"{root.name}.zip"), "; choose another --to")
+        refuse_unwritable(args.to or root.parent / f"{root.name}.zip", "; choose another --to")
     made = make(args.run, args.to, args.with_logs)
     if args.json:
         document = {"bundle": str(made.path), "bytes": made.size, "left_out": dict(made.left_out), "notes": made.notes}

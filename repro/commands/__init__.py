@@ -20,7 +20,7 @@ from rich.console import Console
 from hybrid_moe_ref.config import ConfigError
 from repro import launch, report
 from repro.display import overview, say, summary
-from repro.report.text import short_site, visible_lines
+from repro.report.text import short_site, visible
 from repro.rundir import read_json, refuse_unwritable
 from repro.settings import MAX_CONFIG_BYTES
 
@@ -39,7 +39,12 @@ def say_error(error: BaseException, text: str) -> None:
     """One line on standard error, after the traceback where HMR_DEBUG asks for it."""
     if os.environ.get("HMR_DEBUG", "") not in ("", "0"):
         traceback.print_exception(error)
-    print(f"repro: {visible_lines(text)}", file=sys.stderr)
+    print(f"repro: {one_line(text)}", file=sys.stderr)
+
+
+def one_line(text: str) -> str:
+    """An error text that stays one line whatever a path or an argument in it holds."""
+    return visible(text.replace("\n", "\N{SYMBOL FOR LINE FEED}"), 4000)
 
 
 def describe_failure(error: BaseException) -> str:
