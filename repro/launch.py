@@ -233,9 +233,18 @@ def _attend(
         if watch.all_done() and not (started_here and settings.backend == "gloo"):
             _release(run_dir, lambda: job_alive() or watch.others_run())
     finally:
-        for text in end(run_dir, children, ranks()):
+        for text in end(run_dir, children, _living(ranks, display.notice)):
             display.notice(text)
     return document
+
+
+def _living(ranks: Callable[[], list[psutil.Process]], notice: Callable[[str], None]) -> list[psutil.Process]:
+    """The ranks that run; where that cannot be read, those that descend from what was started here are ended at least."""
+    try:
+        return ranks()
+    except Exception as error:
+        notice(f"ranks that others started may still run: {type(error).__name__}: {error}")
+        return []
 
 
 def persist(run_dir: RunDir, notice: Callable[[str], None], patience_s: float = PERSIST_PATIENCE_S) -> None:

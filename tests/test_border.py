@@ -168,6 +168,16 @@ def test_a_process_that_cannot_be_killed_is_named_and_not_waited_for(hanging, mo
     assert line.startswith(f"process {job.pid} runs for ") and "could not be ended" in line
 
 
+def test_ranks_that_cannot_be_looked_up_keep_no_other_process_alive(hanging, monkeypatch):
+    def fail(*args):
+        raise OSError(errno.EMFILE, "Too many open files")
+
+    run_dir, settings, job = hanging
+    monkeypatch.setattr(Watch, "processes", fail)
+    attend(run_dir, settings, job)
+    assert job.poll() is not None and run_dir.verdict.exists()
+
+
 def test_evidence_is_on_the_disk_before_anything_is_killed(hanging, monkeypatch):
     order = []
     run_dir, settings, job = hanging
