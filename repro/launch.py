@@ -239,7 +239,7 @@ def _attend(
 
 
 def _living(ranks: Callable[[], list[psutil.Process]], notice: Callable[[str], None]) -> list[psutil.Process]:
-    """The ranks that run; where that cannot be read, those that descend from what was started here are ended at least."""
+    """The ranks that run; [] with a notice where that cannot be read: the children of this process still end."""
     try:
         return ranks()
     except Exception as error:
