@@ -24,6 +24,7 @@ from typing import Any
 from reported import write_hang
 
 from repro import bundle, rejudge
+from repro.bundle import assemble
 from repro.cli import main
 
 LIMIT_S = 60
@@ -170,7 +171,7 @@ def measured(command: list[str], folder: Path) -> dict[str, Any]:
 
 
 def run_cases(first: int, count: int) -> None:
-    bundle._environment = lambda redactor: ""  # of this machine, asked of torch
+    assemble._environment = lambda recogniser: ""  # of this machine, asked of torch
     rejudge.LOOK_S = 0.01
     with tempfile.TemporaryDirectory() as name:
         run, _ = write_hang(Path(name) / "runs", NUM_RANKS)
