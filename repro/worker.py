@@ -22,7 +22,6 @@ import faulthandler
 import gc
 import os
 import signal
-import socket
 import subprocess
 import sys
 import threading
@@ -97,6 +96,7 @@ def serve(
 
     from hybrid_moe_ref.engine.lifecycle import Engine
     from hybrid_moe_ref.parallel.comm import Communicator
+    from hybrid_moe_ref.parallel.store import loopback_store
 
     torch.set_num_threads(1)
     scenario = scenarios.load(settings.scenario)
@@ -214,21 +214,6 @@ def _file_store(run_dir: RunDir, num_ranks: int) -> dist.Store:
     import torch.distributed as dist
 
     return dist.FileStore(str(run_dir.store), num_ranks)
-
-
-def loopback_store(meeting: dist.Store, rank: int, num_ranks: int) -> dist.Store:
-    """A TCP store that listens on loopback alone: it answers in microseconds, where a file takes milliseconds."""
-    import torch.distributed as dist
-
-    if rank == 0:
-        listener = socket.create_server(("127.0.0.1", 0), backlog=num_ranks + 8)
-        port = listener.getsockname()[1]
-        store = dist.TCPStore(
-            "127.0.0.1", port, num_ranks, True, wait_for_workers=False, master_listen_fd=listener.detach()
-        )
-        meeting.set("loopback", str(port))
-        return store
-    return dist.TCPStore("127.0.0.1", int(meeting.get("loopback")), num_ranks, False)
 
 
 class _Parser(argparse.ArgumentParser):

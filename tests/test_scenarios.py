@@ -134,7 +134,9 @@ def test_a_fault_that_does_not_show_is_clean_under_the_guard_too(name):
     assert found == {"clean"}
 
 
-@pytest.mark.parametrize("name", ["drafter_skip", "group_order", "idle_gdn_crash", "size_vector", "state_order"])
+@pytest.mark.parametrize(
+    "name", ["drafter_skip", "group_order", "idle_gdn_crash", "late_preemption", "size_vector", "state_order"]
+)
 def test_most_seeds_foretell_a_hang_and_not_one_and_the_same(name):
     found = [
         scenarios.load(name).expected(scenarios.settings_of({"scenario": name, "seed": seed})) for seed in range(20)

@@ -76,10 +76,10 @@ def _stopped(message: str) -> RuntimeError:
 class Engine:
     """One rank of the server. Constructing it runs every phase up to `serve`; :meth:`serve` runs the loop.
 
-    Raises PrepareFailed on every rank when one of them cannot take part, ConfigError for sizes that do not fit, and
-    Refused for what could not be kept free of deadlock. A rank that fails in another phase than `prepare` raises its
-    own error, and all others raise ScheduleMismatch with its text. In `serve` with checks="observe" the others do not
-    learn of it, and wait for as long as a collective may take.
+    Raises PrepareFailed on every rank when one of them cannot take part, ConfigError for sizes that do not fit, Refused
+    for what could not be kept free of deadlock, and RuntimeError for a communicator that was stopped before. A rank
+    that fails in another phase than `prepare` raises its own error, and all others raise ScheduleMismatch with its
+    text. In `serve` with checks="observe" the others do not learn of it, and wait for as long as a collective may take.
     """
 
     def __init__(self, config: ServerConfig, comm: Communicator, policies: Policies | None = None) -> None:

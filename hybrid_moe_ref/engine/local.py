@@ -18,6 +18,7 @@ from hybrid_moe_ref.engine.lifecycle import Engine
 from hybrid_moe_ref.engine.scheduler import Request
 from hybrid_moe_ref.engine.server_config import ServerConfig
 from hybrid_moe_ref.parallel.comm import Communicator
+from hybrid_moe_ref.parallel.store import loopback_store
 
 
 def generate(
@@ -56,11 +57,14 @@ def _run_rank(
 ) -> None:
     torch.set_num_threads(1)
     on_gpu = device != "cpu"
+    num_ranks = server.parallel.world_size
+    meeting: dist.Store = dist.FileStore(store_path, num_ranks)
+    store = loopback_store(meeting, rank, num_ranks) if server.checks == "strict" else meeting
     comm = Communicator.connect(
         server.parallel,
         rank,
-        backend="nccl" if on_gpu and torch.cuda.device_count() >= server.parallel.world_size else "gloo",
-        store=dist.FileStore(store_path, server.parallel.world_size),
+        backend="nccl" if on_gpu and torch.cuda.device_count() >= num_ranks else "gloo",
+        store=store,
         device=torch.device("cuda", rank % torch.cuda.device_count()) if on_gpu else "cpu",
     )
     engine = Engine(server, comm)
@@ -69,3 +73,6 @@ def _run_rank(
     if rank == 0:
         on_end()
     comm.close()
+    meeting.set(f"left/{rank}", "")
+    if rank == 0:  # the others may still look something up in a store that this process holds
+        meeting.wait([f"left/{other}" for other in range(num_ranks)])
