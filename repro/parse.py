@@ -240,7 +240,7 @@ def _salvage(slots: memoryview, shape: Geometry, counted: int, problems: Problem
     for slot, number in enumerate(numbers):
         expected = last - (last - 1 - slot) % capacity  # below 1: none yet
         at, record = shape.ring_at + slot * size, record_in(slot)
-        if number == expected or (expected < 1 and record == _EMPTY):
+        if number == expected > 0 or (expected < 1 and record == _EMPTY):
             continue
         if slot == last % capacity and _may_be_torn(record, last + 1):
             torn = True

@@ -40,6 +40,7 @@ class Item:
     planned: ScheduleEntry | None = None
     before: tuple[Action, ...] = ()
     after: tuple[Action, ...] = ()
+    is_forgotten: bool = False  # issued, and never waited for
 
 
 @dataclass
@@ -61,6 +62,7 @@ class Case:
     locks: dict[str, int] = field(default_factory=dict)
     second: str = ""  # another fault
     victim: int = -1  # of a kill inside a collective
+    one_side: bool = False  # the backend completes a meeting whose members differ for the largest side
     one_clock: bool = False  # judged by the time of one host; that of the others follows from their wall clocks
 
     @property
@@ -83,7 +85,8 @@ class Case:
                 elif item.call is not None:
                     tag = f"{number}.{index}"
                     actions.append(("issue", item.call, tag))
-                    pending.setdefault(index + (item.wait_after or 0), []).append(tag)
+                    if not item.is_forgotten:
+                        pending.setdefault(index + (item.wait_after or 0), []).append(tag)
                 actions += [("wait", tag) for tag in pending.pop(index, [])]
                 actions += item.after
             actions += [("wait", tag) for tags in pending.values() for tag in tags]
@@ -92,7 +95,7 @@ class Case:
     def simulate(self, until_ns: int | None = None, scale: int = 1, folder: Path | None = None) -> Simulation:
         sim = Simulation(
             self.programs(), self.groups, seed=self.seed, shape=self.shape, hosts=self.hosts, stalls=self.stalls,
-            locks=self.locks, aborts="sizes_abort" in self.faults, scale=scale, folder=folder,
+            locks=self.locks, aborts="sizes_abort" in self.faults, one_side=self.one_side, scale=scale, folder=folder,
         )  # fmt: skip
         if self.victim >= 0:
             while (victim := sim.ranks[self.victim]).state == "running":
@@ -159,7 +162,7 @@ def class_of(case: Case, sim: Simulation) -> str:
     aborted = any(
         channel.jammed == "differ" and states[rank] in ("dead", "failed")
         for channel in sim.channels.values()
-        for rank in channel.members
+        for rank in {*channel.members} - channel.served
     )
     if _mispaired(sim):
         return "corrupt"
@@ -189,6 +192,8 @@ def _mispaired(sim: Simulation) -> bool:
     for channel in sim.channels.values():
         for number, meeting in enumerate(channel.calls):
             left = set().union(*channel.left[number:])  # who is through with a later one, is through with this
+            if left:
+                left |= {rank for rank in meeting if sim.ranks[rank].state == "done"}  # it never waited for it
             sides = {
                 (call._replace(op="", root=0, layer=""), 0) if call.op in ("send", "recv") else (call, step)
                 for rank, (call, step) in meeting.items()
@@ -230,7 +235,17 @@ def draw(seed: int, fault: str | None = None, rng: random.Random | None = None) 
                 items.insert(1, Item(call))
     _local_work(case, rng)
     _inject(case, rng, fault)
+    _forget(case, random.Random(seed + 1))
+    case.one_side = random.Random(seed + 2).random() < 0.3
     return case
+
+
+def _forget(case: Case, rng: random.Random) -> None:
+    """Now and then a rank never waits for some of what it issues, which is legal: the backend completes it."""
+    if rng.random() < 0.3:
+        rank = rng.randrange(case.num_ranks)
+        for items in case.steps[rank]:
+            items[:] = [replace(item, is_forgotten=rng.random() < 0.5) for item in items]
 
 
 SECOND = ("extra", "extra_async", "skip", "swap", "replace", "dtype", "sizes", "lock", "kill", "kill_inside", "fail")

@@ -393,6 +393,7 @@ def _(world: World, verdict: Verdict, r: list[int], s: list[int], match: re.Matc
 @rule(rf"{R} may work, or wait until the device has done what is queued: .*")
 @rule(rf"{R} did not return from it yet, or the witness is out of date: .*")
 @rule(rf"{R} (have|has) queued {X} and did not wait for it: .*")
+@rule(rf"every member has issued {X}, but {R} (have|has) no whole witness to compare with")
 @rule(rf"{R} moved less than [\d.e-]+ s ago, which is no reason to name anybody")
 @rule(rf"{R} left no .*")
 @rule(r"rank (?P<r>\d+): .*, which contradicts its witness")

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import heapq
 import random
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -35,6 +36,7 @@ class Channel:
     left: list[set[int]] = field(default_factory=list)
     completed: int = 0
     jammed: str = ""  # why it will never complete another meeting
+    served: set[int] = field(default_factory=set)  # those for whom the meeting that jammed it completed
 
 
 @dataclass
@@ -57,6 +59,7 @@ class Simulation:
     stalls   (group name, seq) whose completion the device swallows
     locks    name -> pid of an outside process that holds it from the start, 0 for a stale file
     aborts   a rank dies when its size vector is not its peers', as a backend that checks late does
+    one_side a meeting whose members differ completes for the largest side, as gloo may complete it
     scale    how many times longer everything takes
     folder   of a run, whose witness files the ranks write
     """
@@ -72,6 +75,7 @@ class Simulation:
         stalls: Iterable[tuple[str, int]] = (),
         locks: Mapping[str, int] | None = None,
         aborts: bool = False,
+        one_side: bool = False,
         scale: int = 1,
         folder: Path | None = None,
     ) -> None:
@@ -79,7 +83,7 @@ class Simulation:
         self._scale = scale
         self.now_ns = 0
         self._rng = random.Random(seed)
-        self._stalls, self._aborts = set(stalls), aborts
+        self._stalls, self._aborts, self._one_side = set(stalls), aborts, one_side
         self.channels: dict[GroupKey, Channel] = {}
         self._of_rank: list[dict[str, tuple[int, ...]]] = []
         self.locks: dict[str, int | None] = {name: -1 - pid for name, pid in (locks or {}).items()}  # holder
@@ -278,7 +282,9 @@ class Simulation:
         if self.ranks[rank].state == "dead":
             return None
         self.ranks[rank].blocked = ("meeting", (key, seq, call, ticket or seq))
-        return self._latency() if self.channels[key].completed >= seq else None
+        channel = self.channels[key]
+        served = channel.completed + 1 == seq and rank in channel.served
+        return self._latency() if channel.completed >= seq or served else None
 
     def _latency(self) -> int:
         return self._rng.randrange(MS // 20, MS)
@@ -310,14 +316,24 @@ class Simulation:
                 if self._aborts:
                     victim = min(meeting)
                     self.ranks[victim].state = "dead"
+                elif self._one_side:
+                    shapes = Counter(_shape_of(call) for call, _ in meeting.values())
+                    most = shapes.most_common(1)[0][0]
+                    channel.served = {rank for rank, (call, _) in meeting.items() if _shape_of(call) == most}
+                    self._serve(key, seq, channel.served)
                 return
             if (key[0], seq) in self._stalls:
                 channel.jammed = "stall"
                 return
             channel.completed = seq
-            for rank, each in enumerate(self.ranks):
-                if each.blocked and each.blocked[0] == "meeting" and each.blocked[1][:2] == (key, seq):
-                    self._wake(rank, self._latency())
+            self._serve(key, seq, meeting)
+
+    def _serve(self, key: GroupKey, seq: int, ranks: Iterable[int]) -> None:
+        """Wake those of the ranks that wait in a meeting."""
+        for rank in sorted(ranks):
+            blocked = self.ranks[rank].blocked
+            if blocked and blocked[0] == "meeting" and blocked[1][:2] == (key, seq):
+                self._wake(rank, self._latency())
 
 
 def _reached(edges: Mapping[int, set[int]], start: int) -> set[int]:

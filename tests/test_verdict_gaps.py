@@ -7,7 +7,7 @@ from scene import MS, Scene
 from serving import C1, EVERYONE, EXTRA, PLAN, STEP, dispatch, eight_ranks, look, metadata_rebuild, whole_step
 
 from hybrid_moe_ref.parallel.observer import Collective
-from repro.layout import Geometry
+from repro.layout import GUARD, LIVE_AT, RECORD, WORD, Geometry
 from repro.verdict import judge
 
 
@@ -104,3 +104,19 @@ def test_witnesses_of_another_run_are_named_and_left_out() -> None:
     assert "another" in " ".join(verdict.evidence)
     assert (verdict.verdict, verdict.cause, verdict.culprits) == ("deadlock", "extra", tuple(range(6)))
     assert verdict.confidence == "likely"
+
+
+def test_a_record_that_is_torn_in_the_last_slot_of_a_ring_hides_its_rank() -> None:
+    """The event before it filled the last slot but one."""
+    made = Scene(2, {"dp": range(2)}, shape=Geometry(ring_records=8))
+    made.phase("serve")
+    for _ in range(3):
+        made.all_of(range(2), C1)
+    made.enter(range(2), C1)
+    shape = Geometry(ring_records=8)
+    at = shape.ring_at + 7 * RECORD.size
+    made.files[1][at + 40 : at + RECORD.size] = bytes(RECORD.size - 40)
+    WORD.pack_into(made.files[1], LIVE_AT, 7 * GUARD)
+    witness = made.witnesses()[1]
+    assert (witness.num_events, witness.complete) == (7, False), witness.problems
+    assert look(made).verdict == "inconclusive"

@@ -18,6 +18,10 @@ PATIENT_WINDOWS = 10
 def attended(case: Case) -> Verdict:
     """Judge a wait that ends in a collective which every member has issued and none has left."""
     node = case.waits.attended[0]
+    unseen = [rank for rank in node.collective[0][1] if not case.standings[rank].seen]
+    if unseen:
+        line = f"every member has issued {node.name}, but {say(unseen, 'have')} no whole witness to compare with"
+        return case.verdict("inconclusive", evidence=[line], confidence="undecided")
     if moves := _moves(case, node):
         return case.verdict("inconclusive", evidence=moves, confidence="undecided")
     if not case.quiet:
