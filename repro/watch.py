@@ -299,11 +299,12 @@ class Watch:
     def _failed(self, error: Exception) -> Verdict:
         """The verdict after a failure of the watcher itself: it says nothing about the run, and loses nothing of it."""
         tracebacks = [_traceback_of(error)]
-        try:  # before the caller ends the ranks
+        try:  # before the caller ends the ranks; what a second judgement needs is in the last look
             gaps = evidence.name_missing(self._collect_evidence(), evidence.PATIENCE_S)
+            self._look = self._take_look()
         except Exception as second:
             tracebacks.append(_traceback_of(second))
-            gaps = ["no stacks and dumps could be collected"]
+            gaps = ["not all evidence could be collected"]
         log = self.run_dir.watcher_log
         try:
             log.parent.mkdir(exist_ok=True)

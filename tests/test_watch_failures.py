@@ -12,17 +12,21 @@ from typing import Any
 
 import psutil
 import pytest
+from scene import Scene
 from simulated_watch import World, make_run_dir
 from simulator import Simulation
 
 from hybrid_moe_ref.parallel.observer import Collective
 from repro import process
 from repro.layout import Identity
+from repro.look import Look
 from repro.lookout import Others
 from repro.options import WatchOptions
 from repro.record import Recorder, myself
+from repro.rejudge import judge_files
 from repro.rundir import write_json
 from repro.system import System
+from repro.verdict.facts import Facts
 from repro.watch import Comparison
 from repro.witness import create
 
@@ -133,6 +137,9 @@ def test_a_slip_of_ours_is_a_verdict_of_its_own_with_the_traceback_in_a_log_and_
     assert "logs/watcher.log" in document["evidence"][0]
     assert "Traceback" in world.run_dir.watcher_log.read_text()
     assert world.hosts[0].asked[-1] == {0: 100, 1: 101}
+    monkeypatch.undo()
+    again = judge_files(world.run_dir, world.options, Comparison()).verdict.verdict
+    assert again == ("slow" if "Silences" in site else "deadlock"), "what failed then can be judged now"
     assert json.loads(world.run_dir.verdict.read_text()) == document
 
 
@@ -179,6 +186,22 @@ def test_pids_of_another_process_namespace_are_not_looked_up_in_this_one(tmp_pat
     assert System(1.0).running({0: here, 1: there}).keys() == {0}
     before = dataclasses.replace(there, pid_namespace=0)
     assert System(1.0).running({1: before}) == {1: None}, "a version that did not say"
+
+
+def test_a_rank_of_another_process_namespace_is_not_taken_for_the_holder_of_a_lock_by_its_pid():
+    scene = Scene(2, {"dp": (0, 1)})
+    scene.recorders[0].local("lock_wait", "/cache/x.lock", holder=101)  # in its own namespace
+    scene.enter([1], CALL)
+    witnesses = scene.witnesses()
+    assert witnesses[1].who.pid == 101
+    for namespaces, culprits in (((1, 1), (1,)), ((1, 2), ())):
+        seen = {
+            rank: dataclasses.replace(witness, who=dataclasses.replace(witness.who, pid_namespace=namespaces[rank]))
+            for rank, witness in witnesses.items()
+        }
+        facts = Facts(lock_holders={0: ("/cache/x.lock", 101)})
+        verdict = Look(witnesses[0].who, scene.now_ns + 2 * 10**9, seen, facts).verdict(OPTIONS)
+        assert verdict.culprits == culprits, verdict
 
 
 def test_a_launcher_that_a_signal_ended_names_no_rank(tmp_path):
