@@ -122,13 +122,13 @@ def in_own_process(num_ranks: int, num_events: int) -> dict[str, Any]:
 
 def beyond(rows: list[dict[str, Any]]) -> list[str]:
     """A line for each limit that does not hold."""
-    told = []
+    lines = []
     for row in rows:
         seconds = row["parse_s"] + row["judge_s"]
         if row["events"] <= MOST_EVENTS and (seconds > MOST_S or row["peak_mib"] > MOST_MIB):
             limits = f"more than {MOST_S:g} s or {MOST_MIB} MiB"
-            told.append(f"{row['ranks']} ranks take {seconds:.2f} s and {row['peak_mib']} MiB, {limits}")
-    return told
+            lines.append(f"{row['ranks']} ranks take {seconds:.2f} s and {row['peak_mib']} MiB, {limits}")
+    return lines
 
 
 def bench_recorder(num_rounds: int = 2000, num_repeats: int = 40) -> dict[str, float]:

@@ -24,7 +24,7 @@ Buffer = mmap.mmap | bytearray
 
 
 def live_words(buffer: Buffer) -> memoryview:
-    """The guarded words of LIVE: events, vector words, strings. To assign one is a single 8-byte store."""
+    """The guarded words of LIVE: events, vector words, strings, groups. To assign one is a single 8-byte store."""
     return memoryview(buffer).cast("B")[LIVE_AT : LIVE_AT + LIVE.size].cast("Q")
 
 

@@ -14,16 +14,14 @@ from repro.layout import (
     GROUPS_AT,
     LAST_AT,
     LEFT_AT,
-    NO_GROUP,
     RECORD,
     Event,
     Geometry,
     Kind,
-    column,
     is_whole,
     unguarded,
 )
-from repro.parse import Problems, Ring
+from repro.parse import Live, Problems, Ring
 
 _RECENT = 16  # events at the end of the ring that a group's slot may lack; one, in truth
 _MAX_MEMBERS = 1 << 16
@@ -46,9 +44,9 @@ class GroupTrace:
 
 
 def parse_groups(
-    data: bytes, shape: Geometry, strings: list[str], ring: Ring, counted: int, problems: Problems
+    data: bytes, shape: Geometry, strings: list[str], ring: Ring, live: Live, problems: Problems
 ) -> tuple[GroupTrace, ...]:
-    """The groups by index. ``counted``: how many events LIVE says there are; the slots know of all of these."""
+    """The groups by index. Their slots know of all events that ``live`` counts."""
     newest = _newest_calls(ring)
     traces: list[GroupTrace] = []
     for index in range(max(0, min(shape.group_slots, (len(data) - GROUPS_AT) // GROUP_BYTES))):
@@ -57,10 +55,9 @@ def parse_groups(
         if not any(slot):
             break
         issued, left = newest.get(index, (None, None))
-        traces.append(_Slot(slot, at, index, problems).trace(strings, ring, issued, left, counted))
-    named = max((index for index in column(ring.records, "group") if index != NO_GROUP), default=-1)
-    if named >= len(traces) and len(data) >= shape.file_bytes:
-        problems.damage(GROUPS_AT + len(traces) * GROUP_BYTES, f"group {len(traces)} is missing")
+        traces.append(_Slot(slot, at, index, problems).trace(strings, ring, issued, left, live.events or 0))
+    if live.groups is not None and live.groups > len(traces) and len(data) >= shape.file_bytes:
+        problems.damage(GROUPS_AT + len(traces) * GROUP_BYTES, f"group {len(traces)} of {live.groups} is missing")
     return tuple(traces)
 
 

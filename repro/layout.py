@@ -4,7 +4,7 @@ A witness is one preallocated file per rank, mapped into the rank's memory, so t
 outlives SIGKILL. Little-endian, no padding beyond what is shown. Version 2::
 
     0      HEADER   who writes: identity, clocks, geometry, and a CRC-32 of these; written by launcher and rank
-    512    LIVE     3 guarded words: events recorded, vector words stored, strings stored
+    512    LIVE     4 guarded words: events recorded, vector words stored, strings stored, groups with a slot
     544    HEART    last_heartbeat_ns u64, name u32, count u32, CRC-32 of these; heartbeats never enter the ring
     640    SPARE    128 bytes that groups beyond the slots share; nobody reads them
     1024   GROUPS   group_slots x 128 bytes: the last event of each group, which survives ring wrap
@@ -50,7 +50,7 @@ VERSION = 2
 # pid, pid start (clock ticks since boot), pid namespace, wall_offset_ns, run id, hostname, boot id
 HEADER = struct.Struct("<8sIIIIIIIIqQQq64s64s40s")
 CRC = struct.Struct("<I")
-LIVE = struct.Struct("<QQQ")
+LIVE = struct.Struct("<QQQQ")
 HEART = struct.Struct("<QIII")
 LIVE_AT, HEART_AT, SPARE_AT, GROUPS_AT = 512, 544, 640, 1024
 

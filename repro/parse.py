@@ -76,6 +76,7 @@ class Live(NamedTuple):
     events: int | None
     vector_words: int | None
     strings: int | None
+    groups: int | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -209,6 +210,8 @@ def parse_ring(data: bytes, shape: Geometry, counted: int | None, problems: Prob
     newest = max(column(slots, "n"), default=0)
     cut = newest % capacity * RECORD.size if newest > capacity else 0
     records = b"".join((slots[cut:], slots[:cut])) if cut else bytes(slots[: newest * RECORD.size])
+    if counted == 0 and newest > 1:
+        problems.damage(LIVE_AT, "the number of events is missing")
     begun = b"" if cut else bytes(slots[newest * RECORD.size : (newest + 1) * RECORD.size]).strip(b"\0")
     if begun or not _is_sound(records, newest):
         return _salvage(slots, shape, counted or 0, problems)

@@ -152,11 +152,11 @@ def parse(data: bytes, name: str) -> Witness:
     live = parse_live(data, problems)
     strings = parse_strings(data, shape, live.strings, problems)
     ring = parse_ring(data, shape, live.events, problems)
-    groups = parse_groups(data, shape, strings, ring, live.events or 0, problems)
+    groups = parse_groups(data, shape, strings, ring, live, problems)
     named = vectors_named(ring.records, [group.last for group in groups if group.last is not None])
     vectors = parse_vectors(data, shape, live.vector_words, named, problems)
     beat_ns, beat = parse_heartbeat(data, problems)
-    known = all(group.members for group in groups)  # else what the rank did there cannot be set against its peers
+    followed = all(group.members for group in groups)  # else what the rank did there cannot be set against its peers
     last = ring.last
     return Witness(
         name,
@@ -167,7 +167,7 @@ def parse(data: bytes, name: str) -> Witness:
         last,
         num_events=last.n if last else 0,
         first_event=ring.first,
-        complete=known and not ring.torn and not problems.damaged,
+        complete=followed and not ring.torn and not problems.damaged,
         damaged=problems.damaged,
         heartbeat_ns=beat_ns,
         heartbeat=strings[beat] if beat < len(strings) else "?",

@@ -56,6 +56,7 @@ MAX_MESSAGE = 600
 _pack, _seal_into, _getframe = VARIABLE.pack, SEALED.pack_into, sys._getframe
 _RECORD = RECORD.size
 _NUM_EVENTS = LIVE_AT // WORD.size  # as a word of the file
+_NUM_GROUPS = _NUM_EVENTS + 3
 _LOCAL_KINDS = {
     "lock_wait": Kind.LOCK_WAIT,
     "lock_held": Kind.LOCK_HELD,
@@ -273,6 +274,7 @@ class Recorder:
                 members = ",".join(map(str, self._members.get(name, range(self._who.num_ranks))))
                 at = GROUPS_AT + group.index * GROUP_BYTES
                 self._buffer[at : at + GROUP_NAME.size] = pack_group_name(self._intern(name), self._intern(members))
+                self._words[_NUM_GROUPS] = (group.index + 1) * GUARD
         return group
 
     def _call_of(self, collective: Collective) -> Call:
@@ -301,9 +303,9 @@ class Recorder:
         return call
 
     def _schedule(self, schedule: Sequence[ScheduleEntry]) -> int:
-        known = self._schedules.get(id(schedule))
-        if known is not None and known[0] is schedule:
-            return known[1]
+        interned = self._schedules.get(id(schedule))
+        if interned is not None and interned[0] is schedule:
+            return interned[1]
         text = ENTRY_SEPARATOR.join(SEPARATOR.join((e.group, e.op, e.layer)) for e in schedule)
         string = self._intern(text)
         if isinstance(schedule, tuple):  # immutable, so that the same object is the same schedule

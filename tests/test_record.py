@@ -54,9 +54,9 @@ def test_an_error_of_many_lines_is_kept_as_one_of_bounded_length(tmp_path: Path)
     recorder = recorder_at(tmp_path / "w")
     recorder.failed("CompileError: g++\n\n  said:\n" + 500 * "more of it\n")
     witness = read(tmp_path / "w")
-    told = witness.text(next(witness.events()).sig)
-    assert told.startswith("CompileError: g++ said: more of it") and told.endswith(" …")
-    assert "\n" not in told and len(told) == MAX_MESSAGE
+    text = witness.text(next(witness.events()).sig)
+    assert text.startswith("CompileError: g++ said: more of it") and text.endswith(" …")
+    assert "\n" not in text and len(text) == MAX_MESSAGE
 
 
 def test_the_call_site_is_the_line_that_called_the_communicator(tmp_path: Path) -> None:
