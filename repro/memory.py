@@ -7,12 +7,16 @@ its own because it needs torch, which the launcher never loads.
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Iterable
 
 from hybrid_moe_ref.config import ConfigError
 from repro.settings import RunSettings
+
+RANK_BYTES = 48 << 20
+"""What a rank of the smallest model takes beside the memory that forked ranks share."""
 
 
 def refuse_too_large(runs: Iterable[RunSettings]) -> None:
@@ -28,6 +32,15 @@ def refuse_too_large(runs: Iterable[RunSettings]) -> None:
         raise RuntimeError(f"cannot work out whether the run fits into memory: {last[0]}")
     if shortage := answer.stdout.strip():
         raise ConfigError(shortage)
+
+
+def refuse_too_many(runs: Iterable[RunSettings]) -> None:
+    """Raise ConfigError for more ranks than the machine has memory for, whatever their model is."""
+    total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    for settings in runs:
+        if (needed := settings.num_ranks * RANK_BYTES) > total:
+            text = f"{settings.num_ranks} ranks take {needed / 1e9:.0f} GB at least, this machine has {total / 1e9:.0f}"
+            raise ConfigError(text, "num_ranks")
 
 
 def shortage_of(settings: RunSettings) -> str:

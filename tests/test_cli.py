@@ -122,6 +122,13 @@ def test_a_model_that_cannot_fit_is_refused_before_a_rank_starts(capsys, tmp_pat
     assert code == USAGE and re.search(r"the model needs 3\d{3}\.\d GB on 8 ranks", told) and not out.exists()
 
 
+def test_more_ranks_than_fit_into_memory_are_refused_before_one_starts(capsys, tmp_path, monkeypatch):
+    monkeypatch.setattr(os, "sysconf", {"SC_PAGE_SIZE": 4096, "SC_PHYS_PAGES": 1 << 20}.get)
+    code, line = fails(capsys, "run", "metadata_rebuild", "--ranks", "128", "--out", tmp_path)
+    assert code == USAGE and "num_ranks: 128 ranks take 6 GB at least, this machine has 4" in line
+    assert not any(tmp_path.iterdir())
+
+
 def test_a_missing_config_file_is_named(capsys, tmp_path):
     code, told = fails(capsys, "run", "metadata_rebuild", "--config", tmp_path / "none.json")
     assert code == USAGE and "none.json: cannot read it: No such file or directory" in told

@@ -21,7 +21,7 @@ from repro.display import display, say
 from repro.interrupt import Interrupt
 from repro.junit import write_junit
 from repro.launch import CannotRunHere
-from repro.memory import refuse_too_large
+from repro.memory import refuse_too_large, refuse_too_many
 from repro.settings import KERNEL_CACHES, VARIANTS, RunSettings
 
 
@@ -75,6 +75,7 @@ def run(args: argparse.Namespace) -> int:
     planned = plan(args)
     refuse_junit(args)
     able = [one.settings for one in planned if not one.refused]
+    refuse_too_many(able)
     if args.config:  # of the sizes that are not a user's, all fit
         refuse_too_large(able)
     if able[0].backend == "nccl":
