@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from hybrid_moe_ref.config import ConfigError
-from repro import launch, scenarios
+from repro import launch, process, scenarios
 from repro.bundle import replay
 from repro.interrupt import Interrupt
 from repro.report.gather import gather
@@ -228,20 +228,27 @@ def describe(settings: RunSettings) -> str:
 
 def confirm(path: Path, num_ranks: int) -> str:
     """Run the file as a maintainer would; what it said of the hang, or why it did not."""
-    command = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        f"--nproc-per-node={num_ranks}",
-        str(path),
-    ]
-    try:
-        run = subprocess.run(command, capture_output=True, text=True, timeout=CHECK_DEADLINE_S)
-    except subprocess.TimeoutExpired:
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={num_ranks}"]
+    code, output = run_within([*torchrun, str(path)], CHECK_DEADLINE_S)
+    if code is None:
         return f"did not end within {CHECK_DEADLINE_S:g} s"
-    lines = [line.strip() for line in run.stdout.splitlines() if line.startswith(("HANG", "  ranks"))]
-    return "; ".join(lines) if run.returncode == 1 and lines else f"exit code {run.returncode} and no hang"
+    lines = [line.strip() for line in output.splitlines() if line.startswith(("HANG", "  ranks"))]
+    return "; ".join(lines) if code == 1 and lines else f"exit code {code} and no hang"
+
+
+def run_within(command: list[str], limit_s: float) -> tuple[int | None, str]:
+    """Exit code and standard output of a program, None where it did not end in time. What it started ends with it, also
+    where the user interrupts.
+    """
+    job = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+    with job:
+        try:
+            output, _ = job.communicate(timeout=limit_s)
+            return job.returncode, output
+        except subprocess.TimeoutExpired:
+            return None, ""
+        finally:
+            process.kill(process.with_descendants(job.pid))
 
 
 def add(commands: Any) -> None:

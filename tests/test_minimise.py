@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import ast
+import contextlib
 import dataclasses
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
+import psutil
 import pytest
 from reported import AGREE, write_hang, write_run
 from scene import Scene
@@ -16,7 +19,7 @@ from scene import Scene
 from repro import scenarios
 from repro.bundle import replay
 from repro.cli import main
-from repro.minimise import AnotherVerdict, Runner, _tell, describe, minimise
+from repro.minimise import AnotherVerdict, Runner, _tell, describe, minimise, run_within
 from repro.report.gather import gather
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -138,3 +141,21 @@ def test_a_lock_that_was_only_waited_for_is_no_act_of_a_replay():
     for event in ("lock_wait", "lock_freed", "lock_wait", "lock_held", "lock_freed"):
         made.recorders[0].local(event, "/cache/lock")
     assert [act.op for act in replay._acts(made.witnesses()[0], None)] == ["acquire", "release"]
+
+
+@pytest.mark.parametrize("end", ["time", "interrupt"])
+def test_a_file_that_is_tried_and_does_not_end_is_ended_with_all_that_it_started(tmp_path, monkeypatch, end):
+    """torchrun, when it is killed, leaves its ranks behind."""
+    script, begun = tmp_path / "file.py", tmp_path / "begun"
+    start = "import subprocess, sys, time; child = subprocess.Popen(['sleep', '600'])"
+    script.write_text(f"{start}; open({str(begun)!r}, 'w').write(f'{{child.pid}} '); time.sleep(600)")
+
+    def communicate(job, timeout):
+        while not begun.exists() or not begun.read_text().endswith(" "):
+            time.sleep(0.01)
+        raise KeyboardInterrupt if end == "interrupt" else subprocess.TimeoutExpired("file.py", timeout)
+
+    monkeypatch.setattr(subprocess.Popen, "communicate", communicate)
+    with pytest.raises(KeyboardInterrupt) if end == "interrupt" else contextlib.nullcontext():
+        assert run_within([sys.executable, str(script)], 0.1) == (None, "")
+    assert not psutil.pid_exists(int(begun.read_text())) or psutil.Process(int(begun.read_text())).status() == "zombie"
