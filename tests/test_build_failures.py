@@ -38,7 +38,7 @@ from repro.settings import RunSettings
 
 pytestmark = pytest.mark.timeout(300)  # one run compiles, on machines that may have other things to do
 
-STOP_S = 5.0
+STOP_S = 20.0
 """All ranks must have stopped so soon after the first of them failed."""
 
 
@@ -82,14 +82,13 @@ def test_who_waits_for_the_lock_is_told_whom_for_and_since_when(tmp_path):
 
 def test_a_holder_that_gives_no_sign_of_life_is_not_waited_for_until_the_deadline(tmp_path):
     holder = hold(tmp_path / "lock", 3, "pass")
-    started = time.monotonic()
+    lock = BuildLock(tmp_path / "lock", 0, deadline_s=3600.0, stale_s=0.5)  # the test's own limit comes before
     try:
-        with pytest.raises(LockTimeout, match="last sign of life"), BuildLock(tmp_path / "lock", 0, 60.0, stale_s=0.5):
+        with pytest.raises(LockTimeout, match="last sign of life"), lock:
             pass
     finally:
         holder.kill()
         holder.wait()
-    assert time.monotonic() - started < 10
 
 
 def test_the_lock_of_a_killed_holder_is_had_at_once_and_leaves_nothing(tmp_path):
@@ -246,12 +245,12 @@ def test_a_rank_that_raises_while_another_builds_ends_the_build(tmp_path):
 def test_a_build_that_does_not_end_when_it_is_told_to_is_left_behind(tmp_path, monkeypatch):
     over = threading.Event()
     monkeypatch.setattr(builds, "END_S", 0.2)
-    monkeypatch.setattr(Extension, "load", lambda self, cache, tell: over.wait(60))
-    started = time.monotonic()
-    with pytest.raises(ScheduleMismatch, match="rank 1 is out of memory"):
-        ensure(Extension("endless", ()), place(tmp_path, heard=lambda: "rank 1 is out of memory"))
-    assert time.monotonic() - started < 30
-    over.set()
+    monkeypatch.setattr(Extension, "load", lambda self, cache, tell: over.wait())
+    try:
+        with pytest.raises(ScheduleMismatch, match="rank 1 is out of memory"):
+            ensure(Extension("endless", ()), place(tmp_path, heard=lambda: "rank 1 is out of memory"))
+    finally:
+        over.set()
 
 
 @pytest.mark.full

@@ -99,7 +99,7 @@ def test_a_decided_run_is_ended_there_and_who_is_silent_is_not_believed(elsewher
     others = Others(run_dir, Host())
     wait_for(others.reports)
     write_json(run_dir.verdict, {})
-    assert rank.wait(timeout=10) == -signal.SIGKILL
+    assert rank.wait(timeout=60) == -signal.SIGKILL
     monkeypatch.setattr("repro.lookout.UNHEARD_S", 1.0)
     wait_for(lambda: not others.reports())
     (told,) = others.silent()

@@ -165,7 +165,7 @@ def test_the_work_of_a_process_that_a_rank_started_is_the_ranks() -> None:
     parent = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {child!r}])"
     with python(HOLD) as asleep, python(parent) as busy:
         before = process.cpu_seconds([asleep.pid, busy.pid])
-        deadline = time.monotonic() + 10
+        deadline = time.monotonic() + 60
         while (used := process.cpu_seconds([asleep.pid, busy.pid]))[busy.pid] - before[busy.pid] < 0.05:
             assert time.monotonic() < deadline, used
             time.sleep(0.01)
@@ -175,7 +175,7 @@ def test_the_work_of_a_process_that_a_rank_started_is_the_ranks() -> None:
 def test_the_kernel_says_how_long_a_process_had_no_processor() -> None:
     loop = "import os; os.sched_setaffinity(0, {0}); print('up', flush=True)\nwhile True: pass"
     with python(loop) as one, python(loop) as two:  # one processor for both
-        deadline = time.monotonic() + 10
+        deadline = time.monotonic() + 60
         while process.starved_seconds(one.pid) + process.starved_seconds(two.pid) < 0.05:
             assert time.monotonic() < deadline
             time.sleep(0.01)
@@ -220,7 +220,7 @@ def test_stopped_and_ended_processes_are_told_and_those_of_other_hosts_are_not()
         }
         assert look(System(1.0), witnesses).alive == {0: True}
         stopped.send_signal(signal.SIGSTOP)
-        deadline = time.monotonic() + 10
+        deadline = time.monotonic() + 60
         while not (facts := look(System(1.0), witnesses)).excused and time.monotonic() < deadline:
             time.sleep(0.01)
         assert facts.excused == {0: STOPPED}

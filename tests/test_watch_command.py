@@ -209,7 +209,7 @@ def test_ranks_of_hosts_whose_clocks_have_nothing_in_common_are_judged_in_time(t
     document = watch.run()
     assert (document["verdict"], document["cause"]) == ("deadlock", None), document
     assert "times of 2 ranks on other hosts rest on wall clocks" in document["evidence"], document
-    assert 0.3 <= document["seconds"]["stall_to_verdict"] < 5 and document["seconds"]["total"] < 10, document
+    assert 0.3 <= document["seconds"]["stall_to_verdict"] <= document["seconds"]["total"] < 25, document
     assert judge_again(run_dir, settings)[0]["verdict"] == "deadlock"
 
 
