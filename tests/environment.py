@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import os
 
-OPTIONS = ("HMR_CASES", "HMR_LIVE_REPEATS", "HMR_SCENARIO_SEEDS")
-"""Variables with which a user makes the tests more thorough."""
+OPTIONS = ("HMR_CASES", "HMR_LIVE_REPEATS", "HMR_SCENARIO_SEEDS", "HMR_SEED", "HMR_SEEDS")
+"""Variables that tests themselves read: how thorough they are, and a seed to repeat."""
 
 FIXED = {
     "HMR_KERNEL_CHECKS": "1",  # also of the calls that a model makes
@@ -17,8 +17,9 @@ FIXED = {
 DROPPED = (
     *("COLUMNS", "LINES", "NO_COLOR", "FORCE_COLOR", "CLICOLOR", "CLICOLOR_FORCE"),
     *("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "GROUP_RANK", "MASTER_ADDR", "MASTER_PORT"),
+    *("TORCH_EXTENSIONS_DIR", "TORCH_LOGS", "TRITON_INTERPRET"),
 )
-DROPPED_PREFIXES = ("HMR_", "TORCH", "TRITON_", "XDG_")
+DROPPED_PREFIXES = ("HMR_", "TORCHELASTIC_", "TORCHINDUCTOR_", "TORCH_DISTRIBUTED_", "XDG_")
 
 
 def settle(home: str) -> None:

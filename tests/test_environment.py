@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import re
+from pathlib import Path
 
 import environment
 
@@ -15,3 +17,9 @@ def test_what_a_shell_or_a_cluster_sets_does_not_reach_the_tests(monkeypatch):
     environment.settle("/empty")
     kept = {"PATH": "/bin", "HMR_CASES": "9", "LANG": shell["LANG"]}
     assert os.environ == {**environment.FIXED, **kept, "HOME": "/empty"}
+
+
+def test_every_variable_that_a_test_reads_reaches_it():
+    read = re.compile(r'environ\.get\("(HMR_\w+)"')
+    variables = {name for path in Path(__file__).parent.glob("*.py") for name in read.findall(path.read_text())}
+    assert variables == set(environment.OPTIONS)
