@@ -30,19 +30,19 @@ class Parser(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: {message}\n")
 
 
-def positive(text: str) -> int:
-    return _at_least(1, text)
+def number(least: int, most: int = 2**62) -> Callable[[str], int]:
+    """A converter for an option that takes whole numbers from `least` to `most`."""
+
+    def whole_number(text: str) -> int:
+        value = int(text)
+        if not least <= value <= most:
+            raise argparse.ArgumentTypeError(f"{value} is {f'less than {least}' if value < least else f'over {most}'}")
+        return value
+
+    return whole_number
 
 
-def not_negative(text: str) -> int:
-    return _at_least(0, text)
-
-
-def _at_least(least: int, text: str) -> int:
-    value = int(text)
-    if not least <= value < 2**63:
-        raise argparse.ArgumentTypeError(f"{value} is less than {least}" if value < least else f"{value} is too large")
-    return value
+positive = number(1)
 
 
 def token_ids(text: str) -> list[int]:
@@ -50,6 +50,8 @@ def token_ids(text: str) -> list[int]:
         ids = [int(part) for part in text.replace(",", " ").split()]
     except ValueError:
         raise argparse.ArgumentTypeError(f"{text!r} is not a list of token ids such as 1,2,3") from None
+    if max(map(abs, ids), default=0) >= 2**63:
+        raise argparse.ArgumentTypeError(f"{max(ids, key=abs)} is no token id")
     if not ids:
         raise argparse.ArgumentTypeError("it is empty; give at least one token id")
     return ids
@@ -93,7 +95,7 @@ def parser() -> Parser:
     generate.add_argument("--ignore-eos", action="store_true", help="go on after a token that ends the text")
     generate.add_argument("--prefill-chunk", type=positive, metavar="N", help="prompt tokens per step (default: all)")
     generate.add_argument(
-        "--drafts", type=not_negative, default=0, metavar="N", help="tokens that the MTP layer guesses ahead"
+        "--drafts", type=number(0), default=0, metavar="N", help="tokens that the MTP layer guesses ahead"
     )
     generate.add_argument("--layout", choices=LAYOUTS, help="single process (default), or 8 ranks of this machine")
     generate.add_argument("--dp", type=positive, metavar="N", help="groups of ranks with requests of their own")
@@ -117,8 +119,8 @@ def parser() -> Parser:
     bench = commands.add_parser("bench", help="speed and peak memory of prefill and decode")
     bench.add_argument("--prompt-tokens", type=positive, default=512, metavar="N")
     bench.add_argument("--new-tokens", type=positive, default=32, metavar="N")
-    bench.add_argument("--batch", type=positive, default=1, metavar="B")
-    bench.add_argument("--threads", type=positive, metavar="N", help="CPU threads (default: torch's)")
+    bench.add_argument("--batch", type=number(1, 65536), default=1, metavar="B")
+    bench.add_argument("--threads", type=number(1, 1024), metavar="N", help="CPU threads (default: torch's)")
 
     for command in (generate, check, bench):
         what = "DIR" if command is check else "MODEL"

@@ -27,11 +27,11 @@ def check_memory(model: HybridMoE, num_pages: int, device: str, num_ranks: int =
         what, there = "this machine has", float(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
         if (limit := container_limit()) < there:
             what, there = "this container may use", limit
-    elif num_ranks == 1:
+    elif num_ranks == 1 and torch.device(device).type == "cuda":
         there = torch.cuda.mem_get_info(device)[0]
         what, suggestion = f"{device} has", f" free{suggestion}"
     else:
-        return  # ranks are forked, which a process that has used CUDA must not do
+        return  # ranks are forked, which a process that has used CUDA must not do; other devices do not say
     layout = cache_layout(model.config, model.dtype)
     weights = num_ranks * sum(parameter.nbytes for parameter in model.parameters())
     cache = num_ranks * num_pages * layout.page_bytes * layout.group_size

@@ -196,8 +196,8 @@ class HybridMoE(nn.Module):
         return torch.stack(list(generation.stream(self, prompts, max_new_tokens, **options)), dim=1)
 
     def check_tokens(self, tokens: Tensor) -> None:
-        """Raise InputError for an id that is outside the vocabulary. On a GPU the look is a synchronisation: a step
-        does without, so whoever brings tokens from outside looks before they go there."""
+        """Raise InputError for an id that is outside the vocabulary. On a GPU this synchronises, so a step does not do
+        it: check tokens from outside before they go to the device."""
         check_token_ids(tokens, self.config.vocab_size)
 
     def _check_on_cpu(self, tokens_N: Tensor) -> None:
@@ -230,3 +230,5 @@ def check_device(device: torch.device | str, dtype: torch.dtype) -> None:
     except (RuntimeError, AssertionError, TypeError, NotImplementedError) as error:
         reason = str(error).partition("\n")[0]
         raise InputError(f"{reason} (device {device}, {dtype})") from None
+    if x.is_meta:
+        raise InputError(f"nothing is computed on device {device}")

@@ -25,7 +25,7 @@ DRAFT_STACK = "mtp.layers"
 
 @functools.lru_cache
 def draft_config(config: ModelConfig) -> ModelConfig:
-    """Of the model that the MTP layer's cache is made for."""
+    """The configuration of a model of one attention layer; the MTP layer's cache is made for it."""
     return dataclasses.replace(config, layer_pattern="A")
 
 

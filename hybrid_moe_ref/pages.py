@@ -65,7 +65,7 @@ def _share(config: ModelConfig, name: str, tp_size: int) -> int:
 
 
 def _share_or_hold(config: ModelConfig, name: str, tp_size: int) -> int:
-    """The same; of fewer than ranks, each holds the one that it shares with others."""
+    """As `_share`; with fewer heads than ranks, each rank holds one that it shares with its neighbours."""
     value: int = getattr(config, name)
     if value % tp_size and tp_size % value:
         raise ConfigError(f"{value} neither divides over tp_size {tp_size} nor is a divisor of it", name)

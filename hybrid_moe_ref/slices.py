@@ -1,8 +1,8 @@
 """Which part of a full parameter a rank holds.
 
 `HybridMoE.slices` has one `Slice` for every parameter that is held in part, by its name in the unsharded model;
-a parameter without one is held whole. Whoever fills the parameters, from a seed or from a checkpoint, reads the
-full shape and the ranges there, and needs to know nothing of ranks. Importing this module does not import torch.
+a parameter without one is held whole. Code that fills parameters, from a seed or from a checkpoint, reads the full
+shape and the ranges there, and needs to know nothing of ranks. Importing this module does not import torch.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ class Slice:
 
     @property
     def row(self) -> Slice:
-        """The slice of each row, for whoever handles the rows of the first dimension one by one."""
+        """The slice of each row, for code that handles the rows of the first dimension one by one."""
         return Slice(self.full_shape[1:], tuple((dim - 1, ranges) for dim, ranges in self.cuts if dim))
 
     def of(self, full: Tensor) -> Tensor:

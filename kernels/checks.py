@@ -37,8 +37,8 @@ _known = Inside()
 
 @contextlib.contextmanager
 def values_known() -> Iterator[None]:
-    """For calls whose slots and starts were made from numbers that the host knows to be right: inside, those that lie
-    on a device are not looked at, which would wait for it in every layer. Shapes, dtypes and strides are checked."""
+    """Inside, skip checks of the values of slots and starts on a device, which would synchronise once per layer: for
+    calls whose values the host has made itself. Shapes, dtypes and strides are checked."""
     with _known.block():
         yield
 

@@ -7,15 +7,16 @@ _WIDE = (torch.float32, torch.float64)
 
 
 def wide(dtype: torch.dtype) -> torch.dtype:
-    """Of arguments in `dtype`."""
+    """The dtype of sums and states for arguments in `dtype`."""
     return dtype if dtype in _WIDE else torch.float32
 
 
 def widen(x: Tensor) -> Tensor:
-    """x in it. What is so already is returned as it is: to ask torch costs as much as a small product."""
+    """x in the dtype of sums. An x that has it is returned as it is: a `.to()` that does nothing costs as much as a
+    small product."""
     return x if x.dtype in _WIDE else x.float()
 
 
 def narrow(x: Tensor, dtype: torch.dtype) -> Tensor:
-    """x in `dtype`, the other way."""
+    """x in `dtype`, the inverse of `widen`."""
     return x if x.dtype == dtype else x.to(dtype)

@@ -41,9 +41,6 @@ from hybrid_moe_kernels.checks import Inside
 from hybrid_moe_kernels.choices import CHOICES as CHOICES
 from torch import Tensor
 
-SLOWER: dict[tuple[str, str, torch.dtype], str] = {}
-"""What a backend has and the registry never picks, by what benchmarks/bench_kernels.py measured against torch."""
-
 _MODULES = {"torch": "reference"}
 _log = logging.getLogger("hybrid_moe_kernels")
 _ops: dict[str, "Op"] = {}
@@ -92,9 +89,8 @@ class Op:
         place = torch.device(device), dtype
         if place not in self._picked:
             kind = place[0].type
-            backends = (b for b in _preference(kind) if (b, self.name, dtype) not in SLOWER)
-            candidates = (self.implementation(backend, kind, dtype) for backend in backends)
-            self._picked[place] = next(found for found in candidates if found is not None)
+            candidates = (self.implementation(backend, kind, dtype) for backend in _preference(kind))
+            self._picked[place] = next(candidate for candidate in candidates if candidate is not None)
         return self._picked[place]
 
     def _reference(self, x: Tensor) -> Implementation:
@@ -119,8 +115,8 @@ class Op:
             if backend == "torch":
                 raise
             # A package that is there but does not load here fails in a way of its own.
-            told = " ".join(str(error).split())
-            _say_once(f"kernels: {backend} cannot be imported ({type(error).__name__}: {told}); {_fallback(backend)}")
+            reason = " ".join(str(error).split())
+            _say_once(f"kernels: {backend} cannot be imported ({type(error).__name__}: {reason}); {_fallback(backend)}")
             return None
         run = getattr(module, self.function, None)
         if run is None:

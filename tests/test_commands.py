@@ -1,5 +1,6 @@
 """The commands that load a model: what they print, and one line for what they cannot do."""
 
+import importlib.util
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -56,6 +57,21 @@ def test_generate_decodes_text_with_the_folders_tokenizer(folder: Path, tmp_path
     want = HybridMoE.from_pretrained(folder).generate(torch.tensor([[5, 6]]), 4)[0].tolist()
     assert main(["generate", str(tmp_path), "--prompt", "w5 w6", "--max-new-tokens", "4"]) == 0
     assert capsys.readouterr().out.split() == [f"w{token}" for token in want]
+
+
+def test_a_tokenizer_that_is_missing_is_one_line(folder: Path, tmp_path: Path, capsys, monkeypatch) -> None:
+    for file in folder.iterdir():
+        (tmp_path / file.name).symlink_to(file)
+    (tmp_path / "tokenizer.json").write_text("{")
+    args = ["generate", str(tmp_path), "--prompt", "x"]
+    if importlib.util.find_spec("tokenizers"):
+        assert main(args) == 2
+        assert (
+            f"hybrid_moe_ref: {tmp_path}/tokenizer.json: " in (err := capsys.readouterr().err) and err.count("\n") == 1
+        )
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    assert main(args) == 2
+    assert "--prompt: the package tokenizers is not installed: pip install tokenizers, or" in capsys.readouterr().err
 
 
 def test_a_character_of_several_tokens_is_printed_whole(capsys) -> None:
@@ -296,6 +312,7 @@ def test_bench_measures(folder: Path, capsys: pytest.CaptureFixture) -> None:
         (["check", "nowhere"], "'nowhere': there is no such folder"),
         (["check", "tiny"], "'tiny': there is no such folder"),
         (["bench", "/"], "/ has no config.json"),
+        (["bench", "tiny", "--device", "meta"], "nothing is computed on device meta"),
     ],
 )
 def test_errors_are_one_line_and_exit_2(args: list[str], text: str, folder: Path, capsys) -> None:
@@ -352,7 +369,8 @@ def test_a_failure_of_ours_is_an_internal_error_with_its_place(failure, capsys, 
     ("options", "text"),
     [
         (["--drafts", "-1"], "argument --drafts: -1 is less than 0"),
-        (["--max-new-tokens", "99999999999999999999"], "is too large"),
+        (["--max-new-tokens", "99999999999999999999"], "is over 4611686018427387904"),
+        (["--tokens", "1,99999999999999999999"], "argument --tokens: 99999999999999999999 is no token id"),
         (["--dtype", "bf17"], "invalid choice: 'bf17' (choose from float32 (fp32), float64 (fp64), bfloat16 (bf16)"),
         (["--tokens", ""], "argument --tokens: it is empty; give at least one token id"),
     ],

@@ -82,16 +82,6 @@ def test_a_choice_that_does_not_take_the_device_or_dtype_is_one_line(monkeypatch
     ]
 
 
-def test_what_was_measured_slower_is_not_picked(monkeypatch) -> None:
-    module = types.ModuleType("fla")
-    module.rms_norm = lambda *args: "ran"  # type: ignore[attr-defined]
-    serve(monkeypatch, "fla", module)
-    monkeypatch.setitem(registry.SLOWER, ("fla", "norm.rms_norm", torch.float32), "0.5 x")
-    with registry.using("fla"):
-        assert norm.rms_norm.pick("cpu", torch.float32).backend == "torch"
-        assert norm.rms_norm.pick("cpu", torch.bfloat16).backend == "fla"
-
-
 def test_a_call_that_autograd_records_runs_the_reference(monkeypatch) -> None:
     module = types.ModuleType("fla")
     module.rms_norm = lambda *args: X  # type: ignore[attr-defined]

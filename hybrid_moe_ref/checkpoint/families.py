@@ -116,7 +116,7 @@ def family_in(folder: str | Path) -> str:
 
 
 def _dtype(raw: dict[str, Any]) -> str | None:
-    """Multimodal configs tell it of the text model only, older ones by the key's old name."""
+    """The dtype, which multimodal configs may have in text_config only, and older ones under the key's old name."""
     for where in (raw, raw.get("text_config")):
         for key in ("dtype", "torch_dtype"):
             value = where.get(key) if isinstance(where, dict) else None
@@ -141,8 +141,8 @@ def _model_config(raw: dict[str, Any]) -> ModelConfig:
             raise ConfigError("required, but missing or not a mapping", "text_config")
         _check_keys(raw, _MULTIMODAL_ONLY | _NO_MATTER, "")
         if text.get("model_type") not in (None, MULTIMODAL[kind]):
-            told = f"{text['model_type']!r} contradicts model_type {kind!r}, whose text is {MULTIMODAL[kind]!r}"
-            raise ConfigError(told, "text_config.model_type")
+            problem = f"{text['model_type']!r} contradicts model_type {kind!r}, whose text is {MULTIMODAL[kind]!r}"
+            raise ConfigError(problem, "text_config.model_type")
         tied = _agreed({f"{place}{_TIED}": values.get(_TIED) for place, values in (("", raw), ("text_config.", text))})
         return _text_config(text | {_TIED: tied}, MULTIMODAL[kind], "text_config")
     if kind not in TEXT:

@@ -70,14 +70,14 @@ def with_mtp_of(config: ModelConfig, shards: Shards) -> ModelConfig:
     names = [name for name in shards.names if name.startswith(MTP)]
     if not names:
         if config.num_mtp_layers:
-            told = "%s: the config has %d MTP layers, no tensor is named %s*: loaded without"
-            log.warning(told, shards.folder, config.num_mtp_layers, MTP)
+            message = "%s: the config has %d MTP layers, no tensor is named %s*: loaded without"
+            log.warning(message, shards.folder, config.num_mtp_layers, MTP)
         return dataclasses.replace(config, num_mtp_layers=0)
     numbers = [int(number) for name in names if (number := name.removeprefix(f"{MTP}layers.").split(".")[0]).isdigit()]
     count = 1 + max(numbers, default=0)
     if config.num_mtp_layers not in (0, count):
-        told = f"the config has {config.num_mtp_layers} MTP layers, the tensors {MTP}* have {count}"
-        raise CheckpointError(f"{shards.folder}: {told}")
+        problem = f"the config has {config.num_mtp_layers} MTP layers, the tensors {MTP}* have {count}"
+        raise CheckpointError(f"{shards.folder}: {problem}")
     if count > 1:
         raise CheckpointError(f"{shards.folder}: the tensors {MTP}* have {count} MTP layers, only 1 is implemented")
     return dataclasses.replace(config, num_mtp_layers=count)
@@ -85,7 +85,7 @@ def with_mtp_of(config: ModelConfig, shards: Shards) -> ModelConfig:
 
 def pieces(model: nn.Module, shards: Shards) -> list[Piece]:
     """What `model` needs from these shards, in the layout that they have."""
-    found: list[Piece] = []
+    needed: list[Piece] = []
     slices: dict[str, Slice] = getattr(model, "slices", {})
     multimodal = any(name.startswith("model.language_model.") for name in shards.names)
     for module_name, module in model.named_modules():
@@ -97,22 +97,22 @@ def pieces(model: nn.Module, shards: Shards) -> list[Piece]:
                 kind: slices.get(f"{module_name.split('.experts')[0]}.experts.{kind}", Slice(tuple(weight.shape))).row
                 for kind, weight in module.named_parameters()
             }
-            found += _expert_pieces(name.split(".experts")[0] + ".experts", module, parts, shards)
+            needed += _expert_pieces(name.split(".experts")[0] + ".experts", module, parts, shards)
         elif isinstance(module, GatedDeltaNet) and f"{name}.in_proj_qkvz.weight" in shards:
             projections = {kind: module.get_parameter(f"{kind}.weight") for kind in _GROUPED}
             held = {
                 kind: slices.get(f"{module_name}.{kind}.weight", Slice(tuple(weight.shape)))
                 for kind, weight in projections.items()
             }
-            found += _grouped_pieces(name, module, held)
+            needed += _grouped_pieces(name, module, held)
         for parameter_name, parameter in module.named_parameters(recurse=False):
             full_name = f"{name}.{parameter_name}"
             part = slices.get(f"{module_name}.{parameter_name}", Slice(tuple(parameter.shape)))
             tied = full_name == "lm_head.weight" and parameter is model.get_parameter("model.embed_tokens.weight")
             grouped = any(f"{name.rpartition('.')[0]}.{x}.weight" in shards for x in _GROUPED.get(_last(name), ()))
             if not isinstance(module, Experts) and not tied and not grouped:
-                found.append(Piece(full_name, part.full_shape, parameter, part=part))
-    return found
+                needed.append(Piece(full_name, part.full_shape, parameter, part=part))
+    return needed
 
 
 def _last(name: str) -> str:
@@ -123,12 +123,12 @@ def _expert_pieces(name: str, experts: Experts, parts: dict[str, Slice], shards:
     """`parts` says which part of each expert's matrices the model holds."""
     first = experts.first_expert
     held = range(first, first + experts.num_local)
-    found: list[Piece] = []
+    needed: list[Piece] = []
     if f"{name}.gate_up_proj" in shards:
         for kind, weight in experts.named_parameters():
             part, shape = parts[kind], (experts.num_experts, *parts[kind].full_shape)
-            found += [Piece(f"{name}.{kind}", shape, weight[e - first], index=e, part=part) for e in held]
-        return found
+            needed += [Piece(f"{name}.{kind}", shape, weight[e - first], index=e, part=part) for e in held]
+        return needed
     gate_up, down = parts["gate_up_proj"], parts["down_proj"]
     # The two halves of gate_up are cut alike.
     half = Slice(
@@ -140,8 +140,8 @@ def _expert_pieces(name: str, experts: Experts, parts: dict[str, Slice], shards:
             gate, up = experts.gate_up_proj[e - first].chunk(2)
             targets = [gate, up, experts.down_proj[e - first]]
         for kind, part, target in zip(("gate_proj", "up_proj", "down_proj"), (half, half, down), targets, strict=True):
-            found.append(Piece(f"{name}.{e}.{kind}.weight", part.full_shape, target, part=part))
-    return found
+            needed.append(Piece(f"{name}.{e}.{kind}.weight", part.full_shape, target, part=part))
+    return needed
 
 
 _GROUPED = {
@@ -206,9 +206,9 @@ def _check(expected: list[Piece], shards: Shards, model: nn.Module) -> None:
                 known.add(f"{piece.name}_scale_inv")
     if absent_mtp:
         there = sum(name.startswith(MTP) for name in shards.names)
-        told = f"the MTP layer is there in part: {there} tensors, without {absent_mtp[0]}"
+        problem = f"the MTP layer is there in part: {there} tensors, without {absent_mtp[0]}"
         more = f" and {len(absent_mtp) - 1} others" if len(absent_mtp) > 1 else ""
-        problems.append(f"{shards.folder}: {told}{more}; remove {MTP}* to load the model without it")
+        problems.append(f"{shards.folder}: {problem}{more}; remove {MTP}* to load the model without it")
     skipped = _skipped(shards.names - known, model)
     for name in sorted(shards.names - known - skipped):
         problems.append(f"{shards[name].file}: {name}: not part of this model")

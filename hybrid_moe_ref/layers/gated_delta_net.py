@@ -80,7 +80,7 @@ class GatedDeltaNet(Mixer):
         return type(self.norm) is NormThenGate and is_unwatched(self.norm) and not is_every_module_watched()
 
     def _nothing(self, x_TH: Tensor, part: Part) -> StatePast:
-        """The past of sequences that have none, and whose states nobody keeps."""
+        """Zero states for sequences that no cache remembers."""
         channels, width = self.conv1d.weight.shape[0], self.conv1d.weight.shape[2]
         state = (self.num_value_heads, self.key_dim, self.value_dim)
         return StatePast.zeros(part.num_sequences, (width - 1, channels), state, x_TH)

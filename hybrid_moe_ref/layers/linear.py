@@ -1,4 +1,4 @@
-"""Calls of `nn.Linear` modules, several as one operation where nobody can tell the difference.
+"""Calls of `nn.Linear` modules, several as one operation where that makes no difference.
 
 A linear that is replaced, wrapped, parametrized, quantised or watched by a hook is called as the module that it is.
 
@@ -27,20 +27,19 @@ def is_every_module_watched() -> bool:
 
 def is_plain_linear(module: nn.Module) -> bool:
     """Whether a call of the module does no more than multiply with its weight."""
-    return (
-        type(module) is nn.Linear
-        and is_unwatched(module)
-        and type(module._parameters.get("weight")) is nn.Parameter
-        and module._parameters["bias"] is None
-    )
+    if type(module) is not nn.Linear or not is_unwatched(module):
+        return False
+    parameters = module._parameters
+    return type(parameters.get("weight")) is nn.Parameter and parameters["bias"] is None
 
 
 def is_unwatched(module: nn.Module) -> bool:
     """Whether the module has no hook, and no `forward` of its own, that would miss a call."""
+    have = module.__dict__  # a step asks this of each module of each layer, and attributes take twice as long
     return not (
-        module._forward_hooks
-        or module._forward_pre_hooks
-        or module._backward_hooks
-        or module._backward_pre_hooks
-        or "forward" in module.__dict__
+        have["_forward_hooks"]
+        or have["_forward_pre_hooks"]
+        or have["_backward_hooks"]
+        or have["_backward_pre_hooks"]
+        or "forward" in have
     )

@@ -88,7 +88,7 @@ class Mamba2(Mixer):
         return self.norm(y_TNP.flatten(-2), z_TI)
 
     def _nothing(self, x_TH: Tensor, part: Part) -> StatePast:
-        """The past of sequences that have none, and whose states nobody keeps."""
+        """Zero states for sequences that no cache remembers."""
         channels, width = self.conv1d.weight.shape[0], self.conv1d.weight.shape[2]
         state = (self.num_heads, self.head_dim, self.state_size)
         return StatePast.zeros(part.num_sequences, (width - 1, channels), state, x_TH)

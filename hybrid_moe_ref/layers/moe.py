@@ -1,7 +1,7 @@
 """Mixture of experts: a router picks `top_k` of the experts for each token; one shared expert serves all.
 
-`MoE` hands `experts` its rows with weights and ids and takes their sum back; that an expert may live
-elsewhere is nothing it knows of.
+`MoE` gives `experts` its rows with weights and ids, and gets their weighted sum. It does not know where an expert is
+held.
 
 Shapes: N tokens, H hidden, E experts, K experts per token, I intermediate.
 """
