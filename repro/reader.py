@@ -78,15 +78,16 @@ class Witness:
         """Whether a group without a slot would have got one: then the rank has issued nothing in it."""
         return len(self.groups) < self.shape.group_slots
 
-    def last_kind(self, group: tuple[str, tuple[int, ...]], seq: int) -> int | None:
-        """What the rank last recorded about a collective: the kind of the event, None if the ring has lost it."""
-        index = next((i for i, each in enumerate(self.groups) if (each.name, each.members) == group), None)
-        if index is None:
-            return None
-        newest_first = zip(*(reversed(self.column(name)) for name in ("group", "seq", "kind")), strict=True)
-        last = self.groups[index].last
-        remembered = last.kind if last is not None and last.seq == seq else None
-        return next((kind for place, number, kind in newest_first if (place, number) == (index, seq)), remembered)
+    def last_kinds(self) -> dict[tuple[tuple[str, tuple[int, ...]], int], int]:
+        """What the rank last recorded about each collective, as far as the ring goes: (group, number) -> kind."""
+        keys = [(group.name, group.members) for group in self.groups]
+        kinds = {(key, each.last.seq): each.last.kind for key, each in zip(keys, self.groups, strict=True) if each.last}
+        by_place: dict[tuple[int, int], int] = {}
+        for place, number, kind in zip(*map(self.column, ("group", "seq", "kind")), strict=True):
+            by_place[place, number] = kind
+        return kinds | {
+            (keys[place], seq): kind for (place, seq), kind in by_place.items() if place < len(keys) and seq
+        }
 
     def events(self, newest: int | None = None) -> Iterator[Event]:
         """All readable events, or only so many of the newest; oldest first."""

@@ -106,3 +106,11 @@ def test_of_several_ranks_that_run_those_that_may_wait_for_their_device_are_only
     made.recorders[6].local("build_begin", "gdn")
     verdict = look(made, queued=("ep",), cores={6: 0.9, 7: 0.0})
     assert (verdict.verdict, verdict.culprits, verdict.suspects) == ("slow", (6,), (7,)), verdict
+
+
+def test_a_stall_of_one_group_is_none_while_another_group_moves_data() -> None:
+    made = Scene(4, {"a": (0, 1), "b": (2, 3)})
+    for name, ranks in (("a", (0, 1)), ("b", (2, 3))):
+        made.enter(ranks, C1._replace(group=name))
+    assert look(made, cores={3: 0.5}).verdict == "inconclusive"
+    assert look(made).verdict == "stall"

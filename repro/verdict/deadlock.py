@@ -9,7 +9,7 @@ from repro.verdict.case import Case
 from repro.verdict.crash import LOOKS_S
 from repro.verdict.explain import explain
 from repro.verdict.graph import Node
-from repro.verdict.result import Verdict, list_ranks, name_ranks, say
+from repro.verdict.result import Verdict, list_ranks, name_ranks, say, shorten
 
 
 def deadlock(case: Case, cycle: Sequence[Node]) -> Verdict:
@@ -19,6 +19,7 @@ def deadlock(case: Case, cycle: Sequence[Node]) -> Verdict:
         f"{_sentence(node, link)} ({case.standings[node.ranks[0]].position.line})"
         for node, link in zip(cycle, links, strict=True)
     ]
+    lines = shorten(lines)
     if not case.quiet:
         lines.append(f"quiet for {case.quiet_s:.3f} s only, {case.quiet_window_s:g} s are needed: look again")
         return case.verdict("inconclusive", cycle=links, evidence=lines, confidence="undecided")

@@ -7,11 +7,9 @@ from typing import Any
 
 from repro.verdict.ledger import TRANSFERS
 from repro.verdict.position import Standing
-from repro.verdict.result import Finding, name_ranks
+from repro.verdict.result import Finding, name_ranks, shorten
 from repro.verdict.schedule import Deviation, Entry, Step
 from repro.verdict.sides import places
-
-MOST_SENTENCES = 8
 
 
 def deviation_finding(
@@ -54,8 +52,7 @@ def _sentences(deviations: Sequence[Deviation], standings: Mapping[int, Standing
         first = next(iter(by_rank.values()))
         line = standings[first.rank].line(first.issued.n) if first.issued else ""
         sentences.append(f"{name_ranks(by_rank)} {words}" + (f" ({line})" if line else ""))
-    more = [f"{len(sentences) - MOST_SENTENCES} further differences are left out"] if sentences[MOST_SENTENCES:] else []
-    return sentences[:MOST_SENTENCES] + more
+    return shorten(sentences)
 
 
 def _comes_before(

@@ -14,7 +14,7 @@ from repro.verdict.deviation import deviation_finding
 from repro.verdict.graph import Waits
 from repro.verdict.ledger import Ledger, calls
 from repro.verdict.position import GroupKey, Standing
-from repro.verdict.result import Finding, name_ranks
+from repro.verdict.result import Finding, name_ranks, shorten
 from repro.verdict.schedule import (
     RECENT_STEPS,
     Deviation,
@@ -109,8 +109,7 @@ def _lock_finding(waits: Waits, standings: Mapping[int, Standing]) -> Finding | 
     finding = Finding("lock", ranks)
     if any(len(node.waits_for) > 1 for node in locks):
         finding = Finding("lock", suspects=ranks, confidence="undecided")
-    for rank, lock in holders:
-        finding.evidence.append(f"rank {rank} holds {lock} and {_waits(standings[rank])}")
+    finding.evidence += shorten([f"rank {rank} holds {lock} and {_waits(standings[rank])}" for rank, lock in holders])
     finding.first_divergence = positions(waits.cycle, standings)
     return finding
 

@@ -32,6 +32,7 @@ class Standing:
     is_gone: bool = False  # its process has ended
     beat: str = ""  # what the rank's last heartbeat named
     beat_s: float | None = None  # how long ago it was; None if none came since its last event
+    _pending: set[tuple[GroupKey, int]] | None = None  # collectives with a wait that has not ended; when needed
 
     def line(self, n: int) -> str:
         """Where event ``n`` stands in its witness."""
@@ -52,7 +53,10 @@ class Standing:
             return False
         if self.state != "done" and (self.group, self.position.seq) == (key, seq):
             return False  # it stands there
-        return self.witness.last_kind(key, seq) in (Kind.ENTER, Kind.WAIT)
+        if self._pending is None:
+            kinds = self.witness.last_kinds()
+            self._pending = {at for at, kind in kinds.items() if kind in (Kind.ENTER, Kind.WAIT)}
+        return (key, seq) in self._pending
 
     @property
     def unable(self) -> bool:

@@ -144,6 +144,15 @@ class Finding:
     evidence: list[str] = field(default_factory=list)
 
 
+MOST_SENTENCES = 16
+
+
+def shorten(lines: list[str]) -> list[str]:
+    """The first of many similar sentences, and how many more there are."""
+    more = len(lines) - MOST_SENTENCES
+    return [*lines[:MOST_SENTENCES], f"{more} further lines are left out"] if more > 0 else lines
+
+
 def list_ranks(ranks: Iterable[int]) -> str:
     """Ranks as people write them: "0-5", "6,7", "0-2,5"."""
     runs: list[list[int]] = []

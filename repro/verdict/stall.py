@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from repro.verdict.case import Case
 from repro.verdict.graph import Node
 from repro.verdict.ledger import widest
-from repro.verdict.result import Finding, Verdict, name_ranks, say
+from repro.verdict.result import MOST_SENTENCES, Finding, Verdict, name_ranks, say, shorten
+from repro.verdict.sides import calls_of_sides
 from repro.verdict.slow import STARVED, signs_of_life, slow
 
 MOVES = 0.05
@@ -16,28 +19,45 @@ PATIENT_WINDOWS = 10
 
 
 def attended(case: Case) -> Verdict:
-    """Judge a wait that ends in a collective which every member has issued and none has left."""
-    node = case.waits.attended[0]
-    unseen = [rank for rank in node.collective[0][1] if not case.standings[rank].seen]
+    """Judge waits that end in collectives which every member has issued and none has left."""
+    nodes = case.waits.attended
+    names = ", ".join(node.name for node in nodes[:MOST_SENTENCES])
+    unseen = sorted({rank for node in nodes for rank in node.collective[0][1] if not case.standings[rank].seen})
     if unseen:
-        line = f"every member has issued {node.name}, but {say(unseen, 'have')} no whole witness to compare with"
+        line = f"every member has issued {names}, but {say(unseen, 'have')} no whole witness to compare with"
         return case.verdict("inconclusive", evidence=[line], confidence="undecided")
-    if moves := _moves(case, node):
-        return case.verdict("inconclusive", evidence=moves, confidence="undecided")
+    if moves := [line for node in nodes for line in _moves(case, node)]:
+        return case.verdict("inconclusive", evidence=shorten(moves), confidence="undecided")
     if not case.quiet:
         text = f"the last event is {case.quiet_s:.3f} s old, {case.quiet_window_s:g} s of quiet are needed"
         return case.verdict("inconclusive", evidence=[text], confidence="undecided")
-    doubts = _doubts(case, node)
+    doubts = _doubts(case, sorted({rank for node in nodes for rank in node.collective[0][1]}))
     if doubts and case.quiet_s < PATIENT_WINDOWS * case.quiet_window_s:
-        text = f"every member has issued {node.name}, and nothing has happened for {case.quiet_s:.1f} s"
+        text = f"every member has issued {names}, and nothing has happened for {case.quiet_s:.1f} s"
         needed = f"it takes {PATIENT_WINDOWS} quiet windows to call that a stall"
         return case.verdict("inconclusive", evidence=[text, *doubts, needed], confidence="undecided")
-    absent = _pending_elsewhere(case, node)
-    lines = [f"every member has issued {node.name} and none has left it: a device or network stall", *absent]
-    key, seq = node.collective
-    if seq in case.ledger.diverged.get(key, ()) and widest(case.ledger.sides(key, seq)) == "place":
-        lines.append("they do not issue it for the same layer and step")
-    return case.verdict("stall", evidence=[*lines, *doubts], confidence="likely" if doubts or absent else "certain")
+    lines = [f"every member has issued {node.name} and none has left it: a device or network stall" for node in nodes]
+    for node in nodes:
+        key, seq = node.collective
+        if seq in case.ledger.diverged.get(key, ()) and widest(case.ledger.sides(key, seq)) == "place":
+            lines.append(f"the members did not issue {node.name} for the same layer and step")
+    finding = Finding(evidence=shorten(lines))
+    doubts += shorten([line for node in nodes for line in _pending_elsewhere(case, node)])
+    doubts += _differ_elsewhere(case, finding)
+    finding.evidence += doubts
+    finding.confidence = "likely" if doubts else "certain"
+    return case.verdict("stall", finding)
+
+
+def _differ_elsewhere(case: Case, finding: Finding) -> list[str]:
+    """Collectives with different arguments that nobody waits in, which may hold up the others on one device."""
+    lines = []
+    for key, seqs in sorted(case.ledger.diverged.items()):
+        sides = case.ledger.sides(key, min(seqs))
+        if widest(sides) in ("mismatch", "sizes"):
+            lines.append(f"{key[0]} #{min(seqs)} was issued with different arguments and may be the cause")
+            finding.first_divergence = finding.first_divergence or calls_of_sides((key, min(seqs), sides))
+    return shorten(lines)
 
 
 def left_by_some(case: Case) -> Verdict:
@@ -86,9 +106,8 @@ def _moves(case: Case, node: Node) -> list[str]:
     return lines
 
 
-def _doubts(case: Case, node: Node) -> list[str]:
+def _doubts(case: Case, members: Sequence[int]) -> list[str]:
     """What speaks against a stall for as long as it is young."""
-    (_, members), _ = node.collective
     facts = case.facts
     lines = []
     starved = max((facts.starved.get(rank, 0.0) for rank in members), default=0.0)
