@@ -13,7 +13,7 @@ from rich.console import Console
 
 from hybrid_moe_ref.config import ConfigError, nearest
 from hybrid_moe_ref.files import DamagedFile
-from repro import bundle, diagnose, launch, matrix, minimise, process, scenarios
+from repro import bundle, diagnose, job, matrix, minimise, process, scenarios
 from repro.bundle import ArchiveError
 from repro.commands import (
     CANNOT_TELL,
@@ -104,7 +104,7 @@ def _parser() -> argparse.ArgumentParser:
     grid.add_argument("--only", metavar="WORDS", default="", help='cells that have them all, such as "TP8 jit cold"')
     grid.add_argument("--config", type=Path, metavar="FILE", help="JSON with the keys of a run's config.json")
     grid.add_argument("--out", type=Path, default=Path("runs"), metavar="DIR", help="default: runs")
-    grid.add_argument("--launcher", choices=launch.LAUNCHERS, default="fork", help="default: fork")
+    grid.add_argument("--launcher", choices=job.LAUNCHERS, default="fork", help="default: fork")
     grid.add_argument("--json", action="store_true", help="print the verdicts as a JSON list")
     grid.add_argument("--junit", type=Path, metavar="FILE", help="write the verdicts as JUnit XML")
     grid.add_argument("--script", action="store_true", help="print a shell script for vLLM on 8 GPUs, and run nothing")
@@ -160,7 +160,7 @@ def _matrix(args: argparse.Namespace) -> int:
     console = Console(stderr=args.json)
 
     interrupt: Interrupt = args.interrupt
-    with launch.launcher(args.launcher) as start:
+    with job.launcher(args.launcher) as start:
         documents = matrix.run(
             wanted,
             args.out,

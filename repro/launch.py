@@ -8,9 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
-import json
-import os
-import select
 import shutil
 import subprocess
 import sys
@@ -20,7 +17,7 @@ import traceback
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import psutil
 
@@ -29,8 +26,8 @@ from repro import kernel_cache, locks, lookout, process, scenarios
 from repro.comparison import compare_tokens
 from repro.expectation import document_of, watch_options
 from repro.interrupt import Interrupt
+from repro.job import Job, Start, start_process
 from repro.layout import Geometry, Identity
-from repro.parent import die_with_parent, name_myself, start_ticks
 from repro.rundir import OutputError, RunDir, write_json
 from repro.settings import RunSettings
 from repro.verdict import Verdict
@@ -38,7 +35,6 @@ from repro.verdict.facts import Facts
 from repro.watch import Watch
 from repro.witness import Tail, create
 
-POLL_S = 0.05
 PERSIST_PATIENCE_S = 5.0
 """How long the disk may take to keep the evidence."""
 
@@ -58,20 +54,6 @@ CANNOT_TELL = 125
 
 class CannotRunHere(RuntimeError):
     """This machine lacks what the run needs; the text says what."""
-
-
-class Job(Protocol):
-    """What was started for a run; a Popen is one."""
-
-    @property
-    def pid(self) -> int: ...
-
-    def poll(self) -> int | None:
-        """None while it runs."""
-
-
-Start = Callable[[RunDir, RunSettings, Callable[[], bool]], Job]
-"""Starts the ranks of a run; the last argument says whether the user wants an end."""
 
 
 @dataclass
@@ -127,7 +109,11 @@ def run(
     with interrupt.deferred():
         if known_reference is not None and known_reference.exists():
             shutil.copyfile(known_reference, run_dir.reference)
-        job = start(run_dir, settings, interrupt)
+        try:
+            job = start(run_dir, settings, interrupt)
+        except Exception as error:  # no more processes or descriptors, for one
+            end(run_dir, [], [])
+            return run_dir, _undecided(run_dir, settings, error)
 
         def job_alive() -> bool:
             return interrupt() or job.poll() is None  # that it has ended since is no finding about the run
@@ -169,8 +155,8 @@ def attend(
 
 
 def _undecided(run_dir: RunDir, settings: RunSettings, error: Exception) -> dict[str, Any]:
-    """Write the verdict of a run whose watch failed, with the traceback in a log of the run."""
-    reason = f"the watcher failed, which says nothing about the run: {type(error).__name__}: {error}"
+    """Write the verdict of a run that could not be started or watched, with the traceback in a log of the run."""
+    reason = f"repro itself failed, which says nothing about the run: {type(error).__name__}: {error}"
     with contextlib.suppress(OSError):  # a full disk: the verdict is smaller, and may find room
         write_atomically(run_dir.watcher_log, "".join(traceback.format_exception(error)))
         reason += f" (logs/{run_dir.watcher_log.name})"
@@ -213,7 +199,7 @@ def _attend(
     try:
         if not run_dir.reference.exists():
             command = [sys.executable, "-m", "repro.reference", str(run_dir.root)]
-            reference = _start(command, run_dir, run_dir.reference_log)
+            reference = start_process(command, run_dir, run_dir.reference_log)
             children.append(reference)
         watch = Watch(
             run_dir,
@@ -287,119 +273,6 @@ def end(run_dir: RunDir, started: list[Job], ranks: list[psutil.Process]) -> lis
     lookout.tidy(run_dir, (run_dir.store, run_dir.interrupted, run_dir.root / "rendezvous"))
     shutil.rmtree(run_dir.root / "tmp", ignore_errors=True)
     return [f"{process.describe(pid)} could not be ended: it does not return from a system call" for pid in left]
-
-
-@contextlib.contextmanager
-def launcher(name: str) -> Iterator[Start]:
-    """How the ranks of one run after another are started: one of LAUNCHERS."""
-    if name == "torchrun":
-        yield _start_torchrun
-        return
-    nursery = Nursery()
-    try:
-        yield nursery.start
-    finally:
-        nursery.close()
-
-
-LAUNCHERS = ("torchrun", "fork")
-"""As a server's, by torchrun, or forked from one process, which is quicker."""
-
-
-def _start_torchrun(run_dir: RunDir, settings: RunSettings, interrupt: Callable[[], bool]) -> Job:
-    command = [
-        sys.executable, "-m", "torch.distributed.run",
-        "--nnodes=1", f"--nproc-per-node={settings.num_ranks}", "--max-restarts=0", "--monitor-interval=0.1",
-        # The agents of one host meet through a file: no port is opened, so two runs cannot collide.
-        "--rdzv-backend=c10d", f"--rdzv-endpoint={run_dir.root / 'rendezvous'}", "--rdzv-conf=store_type=file",
-        "--local-addr=127.0.0.1",
-        "-m", "repro.worker", settings.scenario, "--variant", settings.variant,
-    ]  # fmt: skip
-    return _start(command, run_dir)
-
-
-class Nursery:
-    """A process that has imported torch and forks a job for each run: the import is paid for once."""
-
-    def __init__(self) -> None:
-        self._process: subprocess.Popen[bytes] | None = None
-
-    def start(self, run_dir: RunDir, settings: RunSettings, interrupt: Callable[[], bool] = lambda: False) -> Job:
-        """Start the ranks of a run; what is returned has ended already where that failed or was interrupted."""
-        if self._process is None or self._process.poll() is not None:
-            self._process = _start([sys.executable, "-m", "repro.forked"], run_dir, talks=True)
-        assert self._process.stdin is not None and self._process.stdout is not None
-        wanted = {"run_dir": str(run_dir.root), "environment": _environment(run_dir)}
-        with contextlib.suppress(BrokenPipeError):  # what ended it is in the log, and the run is judged without ranks
-            self._process.stdin.write(json.dumps(wanted).encode() + b"\n")
-            self._process.stdin.flush()
-        until = time.monotonic() + settings.deadline_s  # the import may be stuck
-        answers: list[Any] = []
-        while not answers and not interrupt() and time.monotonic() < until:
-            answers, _, _ = select.select([self._process.stdout], [], [], POLL_S)
-        if pid := self._process.stdout.readline() if answers else b"":
-            return Forked(int(pid))
-        ended = self._process
-        self.close()
-        return ended
-
-    def close(self) -> None:
-        """End the process and its children, and close the pipes to it."""
-        if self._process is None:
-            return
-        process.kill(process.with_descendants(self._process.pid))
-        self._process.poll()
-        for pipe in (self._process.stdin, self._process.stdout):
-            assert pipe is not None
-            with contextlib.suppress(OSError):  # what could not be written is of no use any more
-                pipe.close()
-        self._process = None
-
-
-class Forked:
-    """A process that another one forked."""
-
-    def __init__(self, pid: int) -> None:
-        self.pid = pid
-        self._ticks = start_ticks(pid)
-
-    def poll(self) -> int | None:
-        """None while it runs."""
-        return None if process.running(self.pid, self._ticks) else 0
-
-
-def _start(
-    command: list[str], run_dir: RunDir, log: Path | None = None, *, talks: bool = False
-) -> subprocess.Popen[bytes]:
-    """log: the launcher's, unless named. talks: through pipes at its standard input and output, and only its errors
-    go to the log.
-    """
-    parent = os.getpid()
-    with (log or run_dir.launcher_log).open("wb") as output:
-        return subprocess.Popen(
-            command,
-            stdin=subprocess.PIPE if talks else subprocess.DEVNULL,
-            stdout=subprocess.PIPE if talks else output,
-            stderr=output if talks else subprocess.STDOUT,
-            env=_environment(run_dir),
-            start_new_session=True,  # a terminal's Ctrl-C reaches this process alone, which ends the others in order
-            preexec_fn=lambda: die_with_parent(parent),
-        )
-
-
-def _environment(run_dir: RunDir) -> dict[str, str]:
-    temporary = run_dir.root / "tmp"
-    temporary.mkdir(exist_ok=True)
-    return {
-        **os.environ,
-        "HMR_RUN_DIR": str(run_dir.root),
-        "HMR_LAUNCHER": name_myself(),
-        "GLOO_SOCKET_IFNAME": os.environ.get("GLOO_SOCKET_IFNAME", "lo"),
-        "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1"),
-        "TMPDIR": str(temporary),
-        "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1",
-        "PYTHONUNBUFFERED": "1",
-    }
 
 
 def _release(run_dir: RunDir, job_alive: Callable[[], bool]) -> None:

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from repro import kernel_cache, launch, scenarios
+from repro import job, kernel_cache, launch, scenarios
 from repro.interrupt import Interrupt
 from repro.layout import Kind
 from repro.rundir import RunDir
@@ -62,7 +62,7 @@ def run(
     out: Path,
     interrupt: Interrupt,
     tell: Callable[[str], None],
-    start: launch.Start,
+    start: job.Start,
     done: Callable[[Path], None] = lambda root: None,
 ) -> list[dict[str, Any]]:
     """Run the cells one after another; each verdict with its cell and the seconds of each phase on each rank.

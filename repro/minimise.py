@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from hybrid_moe_ref.config import ConfigError
-from repro import launch, process, scenarios
+from repro import job, launch, process, scenarios
 from repro.bundle import replay
 from repro.interrupt import Interrupt
 from repro.report.gather import gather
@@ -194,7 +194,7 @@ class Runner:
 
     folder: Path
     interrupt: Interrupt
-    start: launch.Start
+    start: job.Start
     say: Callable[[str], None]
     last: Path | None = None
     settings: RunSettings | None = None
@@ -280,7 +280,7 @@ def run(args: argparse.Namespace) -> int:
 
     with (
         tempfile.TemporaryDirectory(prefix="repro-minimise-") as folder,
-        launch.launcher("fork") as start_ranks,
+        job.launcher("fork") as start_ranks,
     ):
         runner = Runner(Path(folder), args.interrupt, start_ranks, say)
         scenario = scenarios.load(args.scenario)

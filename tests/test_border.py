@@ -15,7 +15,7 @@ import pytest
 from command_line import fails
 from reported import write_hang
 
-from repro import launch, process, scenarios, worker
+from repro import job, launch, process, scenarios, worker
 from repro.cli import main
 from repro.commands import CANNOT_TELL, EXPECTED, INTERRUPTED, UNEXPECTED, USAGE
 from repro.interrupt import Interrupt
@@ -115,75 +115,85 @@ def hanging(tmp_path):
     run_dir = RunDir(write_hang(tmp_path, 2)[0])
     run_dir.verdict.unlink()
     run_dir.reference.write_text("{}")
-    job = subprocess.Popen(["sleep", "600"])
-    yield run_dir, read_settings(run_dir.config), job
-    job.kill()
-    job.wait()
+    child = subprocess.Popen(["sleep", "600"])
+    yield run_dir, read_settings(run_dir.config), child
+    child.kill()
+    child.wait()
 
 
-def attend(run_dir, settings, job):
-    return launch.attend(run_dir, settings, lambda: False, launch.Display(), lambda: job.poll() is None, [job])
+def attend(run_dir, settings, child):
+    return launch.attend(run_dir, settings, lambda: False, launch.Display(), lambda: child.poll() is None, [child])
 
 
 FAILURES = [OSError(errno.EIO, "Input/output error"), OSError(errno.EMFILE, "Too many open files"), TypeError("a slip")]
 
 
-@pytest.mark.parametrize("place", ["repro.launch.Watch", "repro.launch.watch_options", "repro.launch._start"])
+@pytest.mark.parametrize("place", ["repro.launch.Watch", "repro.launch.watch_options", "repro.launch.start_process"])
 @pytest.mark.parametrize("error", FAILURES, ids=repr)
 def test_a_watch_that_cannot_begin_leaves_a_verdict_and_no_process(hanging, monkeypatch, place, error):
     def fail(*args, **options):
         raise error
 
-    run_dir, settings, job = hanging
-    if place.endswith("_start"):
+    run_dir, settings, child = hanging
+    if place.endswith("start_process"):
         run_dir.reference.unlink()
     monkeypatch.setattr(place, fail)
-    document = attend(run_dir, settings, job)
-    assert job.poll() is not None
+    document = attend(run_dir, settings, child)
+    assert child.poll() is not None
     assert document == read_json(run_dir.verdict)
     assert (document["verdict"], document["culprits"], document["matches_expected"]) == ("inconclusive", [], False)
     assert type(error).__name__ in document["evidence"][0] and "says nothing about the run" in document["evidence"][0]
     assert "Traceback" in run_dir.watcher_log.read_text()
 
 
+def test_ranks_that_cannot_be_started_leave_a_verdict(tmp_path):
+    def start(*args):
+        raise OSError(errno.EAGAIN, "Resource temporarily unavailable")
+
+    settings = scenarios.settings_of({"scenario": "metadata_rebuild", "num_ranks": 2})
+    run_dir, document = launch.run(settings, tmp_path, Interrupt(), launch.Display(), start)
+    assert document == read_json(run_dir.verdict) and document["verdict"] == "inconclusive"
+    assert "repro itself failed" in document["evidence"][0] and not (run_dir.root / "tmp").exists()
+
+
 def test_a_full_disk_while_the_failure_is_written_is_named_with_the_run(hanging, monkeypatch):
     def fail(*args, **options):
         raise OSError(errno.ENOSPC, "No space left on device", "f")
 
-    run_dir, settings, job = hanging
+    run_dir, settings, child = hanging
     monkeypatch.setattr(Watch, "run", fail)
     monkeypatch.setattr("repro.launch.write_json", fail)
     monkeypatch.setattr("repro.launch.write_atomically", fail)
     with pytest.raises(OSError, match=f"what is kept of the run is in {run_dir.root}"):
-        attend(run_dir, settings, job)
-    assert job.poll() is not None and run_dir.witness(0).exists()
+        attend(run_dir, settings, child)
+    assert child.poll() is not None and run_dir.witness(0).exists()
 
 
 def test_a_process_that_cannot_be_killed_is_named_and_not_waited_for(hanging, monkeypatch):
     """As one that waits in the kernel for a driver or a file server."""
-    run_dir, _, job = hanging
+    run_dir, _, child = hanging
     monkeypatch.setattr(process, "REAP_PATIENCE_S", 0.05)
     monkeypatch.setattr("psutil.Process.kill", lambda self: None)
-    (line,) = launch.end(run_dir, [job], [])
-    assert line.startswith(f"process {job.pid} runs for ") and "could not be ended" in line
+    (line,) = launch.end(run_dir, [child], [])
+    assert line.startswith(f"process {child.pid} runs for ") and "could not be ended" in line
 
 
 def test_ranks_that_cannot_be_looked_up_keep_no_other_process_alive(hanging, monkeypatch):
     def fail(*args):
         raise OSError(errno.EMFILE, "Too many open files")
 
-    run_dir, settings, job = hanging
+    run_dir, settings, child = hanging
     monkeypatch.setattr(Watch, "processes", fail)
-    attend(run_dir, settings, job)
-    assert job.poll() is not None and run_dir.verdict.exists()
+    attend(run_dir, settings, child)
+    assert child.poll() is not None and run_dir.verdict.exists()
 
 
 def test_evidence_is_on_the_disk_before_anything_is_killed(hanging, monkeypatch):
     order = []
-    run_dir, settings, job = hanging
+    run_dir, settings, child = hanging
     monkeypatch.setattr(os, "fsync", lambda descriptor: order.append(os.readlink(f"/proc/self/fd/{descriptor}")))
     monkeypatch.setattr(process, "kill", lambda doomed: order.append("kill") or [])
-    attend(run_dir, settings, job)
+    attend(run_dir, settings, child)
     synced = set(order[: order.index("kill")])
     wanted = [run_dir.witness(0), run_dir.stack(1), run_dir.flight_recorder(0), run_dir.log(1), run_dir.verdict]
     assert {str(path) for path in (*wanted, run_dir.root, run_dir.root / "events")} <= synced
@@ -232,13 +242,13 @@ def test_a_signal_before_the_ranks_start_ends_the_command_and_leaves_nothing(
 def test_a_signal_while_torch_is_imported_for_the_ranks_gives_a_verdict(tmp_path, monkeypatch):
     """The process that forks the ranks may take long to start, and is not waited for then."""
     command = [sys.executable, "-c", "import time; time.sleep(600)"]
-    begin = launch._start
+    begin = job.start_process
 
     def start_slowly(argv, run_dir, *rest, **options):
         os.kill(os.getpid(), signal.SIGTERM)
         return begin(command, run_dir, *rest, **options)
 
-    monkeypatch.setattr(launch, "_start", start_slowly)
+    monkeypatch.setattr(job, "start_process", start_slowly)
     arguments = ["run", "metadata_rebuild", "--ranks", "2", "--launcher", "fork", "--out", str(tmp_path)]
     assert main(arguments) == INTERRUPTED
     verdict = read_json(tmp_path / "latest" / "verdict.json")

@@ -16,7 +16,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from repro import launch, scenarios
+from repro import job, launch, scenarios
 from repro.commands import EXPECTED, INTERRUPTED, UNEXPECTED
 from repro.layout import Kind
 from repro.parse import WitnessError
@@ -182,16 +182,16 @@ def test_a_torch_that_does_not_load_is_told_and_not_called_slow(tmp_path, leaves
 def test_runs_share_the_process_that_forks_and_one_that_was_killed_is_replaced(tmp_path, leaves_nothing):
     document = {"num_ranks": 2, "model": {"layer_pattern": "G"}, "engine": {"unfinished_interval": 8}}
     settings = scenarios.settings_of({"scenario": "metadata_rebuild", "variant": "fault", "checks": "agree"}, document)
-    nursery, pids = launch.Nursery(), []
+    server, pids = job.ForkServer(), []
     try:
         for _ in range(3):
-            _, verdict = launch.run(settings, tmp_path, launch.Interrupt(), launch.Display(), nursery.start)
+            _, verdict = launch.run(settings, tmp_path, launch.Interrupt(), launch.Display(), server.start)
             assert verdict["matches_expected"], verdict
-            pids.append(nursery._process.pid)
+            pids.append(server._process.pid)
             if len(pids) == 2:
-                nursery.close()
+                server.close()
     finally:
-        nursery.close()
+        server.close()
     assert pids[0] == pids[1] != pids[2]
 
 

@@ -15,7 +15,7 @@ from rich.console import Console
 from hybrid_moe_ref.config import GDN_PREFILL_BACKENDS, MOE_BACKENDS, ConfigError
 from hybrid_moe_ref.engine.refusal import preflight
 from hybrid_moe_ref.engine.server_config import CHECKS
-from repro import kernel_cache, launch, scenarios
+from repro import job, kernel_cache, launch, scenarios
 from repro.commands import INTERRUPTED, exit_code, print_verdicts, read_config, refuse_junit, write_reports
 from repro.display import display, say
 from repro.interrupt import Interrupt
@@ -54,7 +54,7 @@ def add(commands: Any) -> None:
     _add_server_flags(parser)
     parser.add_argument("--config", type=Path, metavar="FILE", help="JSON with the keys of a run's config.json")
     parser.add_argument("--out", type=Path, default=Path("runs"), metavar="DIR", help="default: runs")
-    parser.add_argument("--launcher", choices=launch.LAUNCHERS, help="default: torchrun, or fork for all")
+    parser.add_argument("--launcher", choices=job.LAUNCHERS, help="default: torchrun, or fork for all")
     parser.add_argument("--json", action="store_true", help="print the verdicts as a JSON list")
     parser.add_argument("--junit", type=Path, metavar="FILE", help="write the verdicts as JUnit XML")
     parser.set_defaults(command=run, parser=parser)
@@ -83,7 +83,7 @@ def run(args: argparse.Namespace) -> int:
     session = Session(args, Console(stderr=args.json), args.interrupt)
     launcher = args.launcher or ("fork" if args.scenario == "all" else "torchrun")
     # The user may end it at any point: what has a verdict by then is shown.
-    with contextlib.suppress(KeyboardInterrupt), launch.launcher(launcher) as start:
+    with contextlib.suppress(KeyboardInterrupt), job.launcher(launcher) as start:
         for number, one in enumerate(planned, start=1):
             session.run(one, start, f"[{number}/{len(planned)}] " if args.scenario == "all" else "")
             if args.interrupt():
@@ -166,7 +166,7 @@ class Session:
     _references: dict[tuple[Any, ...], Path] = field(default_factory=dict)
     _said: set[str] = field(default_factory=set)
 
-    def run(self, planned: Planned, start: launch.Start, count: str) -> None:
+    def run(self, planned: Planned, start: job.Start, count: str) -> None:
         """One run, its verdict added to ``documents``; raises CannotRunHere where it was the only scenario."""
         settings = planned.settings
         num_ranks = settings.num_ranks if not planned.refused else self.args.num_ranks or settings.num_ranks
