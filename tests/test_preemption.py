@@ -8,6 +8,7 @@ import random
 import pytest
 import torch
 from ranks import run_ranks
+from test_drafting import guess_well, wanted_tokens
 from test_engine import Diary
 from test_tensor_parallel import CONFIG, SEED
 
@@ -138,6 +139,40 @@ def test_ranks_whose_cache_holds_two_requests_serve_four(tmp_path, wanted, dp_si
         assert preempted if rank < tp_size else not preempted, f"rank {rank} preempted {preempted}"
         for (step, schedule, _), issued in zip(diary.steps, diary.issued, strict=True):
             assert [(e.group, e.op, e.layer) for e in schedule] == issued, f"rank {rank} step {step}"
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("seed", range(6))
+def test_drawn_requests_drafts_and_pages_give_the_tokens_of_one_process(tmp_path, seed):
+    """With drafts of which some are right, so that steps are undone, cut and preempted in every order."""
+    draw = random.Random(f"preemption {seed}")
+    dp_size, tp_size = draw.choice([(2, 1), (1, 2), (2, 2)])
+    requests = [
+        [
+            Request(f"{rank}-{i}", tuple(draw.choices(range(61), k=draw.randint(1, 60))), draw.randint(1, 12), i)
+            for i in range(draw.randint(1, 5))
+        ]
+        for rank in range(dp_size)
+    ]
+    engine_config = dataclasses.replace(
+        ENGINE,
+        num_pages=draw.randint(4, 8),
+        num_drafts=draw.randint(1, 3),
+        mode=draw.choice(["eager", "graphs"]),
+        microbatch_tokens=draw.choice([0, 4]),
+    )
+    config = ServerConfig(MODEL, ParallelConfig(dp_size, tp_size), engine_config, SEED)
+    right = wanted_tokens([request for mine in requests for request in mine])
+
+    def run(rank, store):
+        engine = Engine(config, Communicator.connect(config.parallel, rank, store=store, timeout_s=30))
+        guess_well(engine, right, 0.3)
+        tokens = engine.serve(requests[rank // tp_size])
+        assert engine.cache.num_free_pages == engine.cache.num_pages
+        return tokens
+
+    for rank, tokens in enumerate(run_ranks(dp_size * tp_size, tmp_path, run)):
+        assert tokens == {r.request_id: right[r.request_id] for r in requests[rank // tp_size]}, f"seed {seed}"
 
 
 def test_a_cache_too_small_for_any_request_is_refused_at_start_and_one_too_small_for_a_request_at_once(tmp_path):
