@@ -176,6 +176,7 @@ class Others:
     run_dir: RunDir
     host: Host
     _heard: dict[Path, tuple[Report, int]] = field(default_factory=dict)  # with the moment, on the watcher's clock
+    _stamps: dict[Path, tuple[int, int]] = field(default_factory=dict)
 
     def reports(self) -> list[Report]:
         """Those of agents that are at work."""
@@ -229,8 +230,11 @@ class Others:
     def _listen(self) -> None:
         for path in sorted(self.run_dir.lookouts.glob("rank*.json")):
             with contextlib.suppress(OSError, ValueError, KeyError, TypeError, AttributeError):
-                report = Report.from_json(read_json(path))
-                if path not in self._heard or self._heard[path][0] != report:
+                status = path.stat()  # a report replaces the file of the one before
+                stamp = status.st_ino, status.st_mtime_ns
+                if self._stamps.get(path) != stamp:
+                    report = Report.from_json(read_json(path))
+                    self._stamps[path] = stamp
                     self._heard[path] = report, self.host.now_ns()
 
 
