@@ -16,8 +16,10 @@ What a reader must know, and what this one does about it:
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+import sys
+from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
+from functools import lru_cache
 from typing import Any
 
 from hybrid_moe_ref.files import DamagedFile, parse_json
@@ -47,6 +49,7 @@ class NotARecorderDump(ValueError):
     """The bytes are something else; another reader may know them."""
 
 
+@lru_cache(maxsize=4096)
 def operation(name: str) -> str:
     """The canonical name of an operation, whatever the tool calls it ("nccl:_all_gather_base", "ALLGATHER", …)."""
     bare = name.rpartition(":")[2].strip()
@@ -175,8 +178,9 @@ def _calls(rows: Sequence[tuple[int, Mapping[str, Any]]], group: Group, backend:
     over = [_is_over(entry, backend) for _, entry in rows]
     if backend != "gloo":
         _complete_the_earlier(rows, over)
+    frames: dict[tuple[int, ...], tuple[str, ...]] = {}
     return [
-        _call(entry, done, group, Source(file, f"entry {entry.get('record_id', place)}"))
+        _call(entry, done, group, frames, Source(file, f"entry {entry.get('record_id', place)}"))
         for (place, entry), done in zip(rows, over, strict=True)
     ]
 
@@ -198,10 +202,16 @@ def _complete_the_earlier(rows: Sequence[tuple[int, Mapping[str, Any]]], over: l
         over[index] = later
 
 
-def _call(entry: Mapping[str, Any], done: bool, group: Group, source: Source) -> Call:
+def _call(
+    entry: Mapping[str, Any],
+    done: bool,
+    group: Group,
+    known_frames: dict[tuple[int, ...], tuple[str, ...]],
+    source: Source,
+) -> Call:
     name = str(entry.get("profiling_name", ""))
     op, peer = operation(name), None
-    if transfer := _TRANSFER.search(name):
+    if " " in name and (transfer := _TRANSFER.search(name)):
         op = transfer.group(1)
         other = int(transfer.group(3))
         peer = group.members[other] if other < len(group.members) else None if group.members else other
@@ -210,35 +220,45 @@ def _call(entry: Mapping[str, Any], done: bool, group: Group, source: Source) ->
     return Call(
         op,
         seq if isinstance(seq, int) and not is_transfer else None,
-        _sizes(entry.get("input_sizes")) + _sizes(entry.get("output_sizes")),
-        _words(entry.get("input_dtypes")) + _words(entry.get("output_dtypes")),
+        _shared(_sizes(entry.get("input_sizes")) + _sizes(entry.get("output_sizes"))),
+        _shared(_words(entry.get("input_dtypes")) + _words(entry.get("output_dtypes"))),
         peer,
-        _frames(entry.get("frames")),
+        _frames(entry.get("frames"), known_frames),
         done,
         seconds_of_year(entry.get("time_created_ns")),
         source,
     )
 
 
+@lru_cache(maxsize=65_536)
+def _shared(value: Any) -> Any:
+    """The same object for equal values of all ranks: a comparison of two calls is then one of two addresses."""
+    return value
+
+
 def _sizes(value: Any) -> tuple[tuple[int, ...], ...]:
     if not isinstance(value, (list, tuple)):
         return ()
-    rows = (row[:MAX_DIMENSIONS] for row in value[:MAX_TENSORS] if isinstance(row, (list, tuple)))
-    return tuple(tuple(n for n in row if isinstance(n, int)) for row in rows)
+    rows = [row[:MAX_DIMENSIONS] for row in value[:MAX_TENSORS] if isinstance(row, (list, tuple))]
+    return tuple([tuple([n for n in row if isinstance(n, int)]) for row in rows])
 
 
 def _words(value: Any) -> tuple[str, ...]:
-    return tuple(str(word)[:64] for word in value[:MAX_TENSORS]) if isinstance(value, (list, tuple)) else ()
+    return tuple([str(word)[:64] for word in value[:MAX_TENSORS]]) if isinstance(value, (list, tuple)) else ()
 
 
-def _frames(value: Any) -> tuple[str, ...]:
-    if not isinstance(value, (list, tuple)):
+def _frames(value: Any, known: dict[tuple[int, ...], tuple[str, ...]]) -> tuple[str, ...]:
+    """The innermost frames. torch writes a frame that many entries share once, so its address tells it again."""
+    if not isinstance(value, (list, tuple)) or not value:
         return ()
-    return tuple(
-        f"{frame.get('name', '?')} ({frame.get('filename', '?')}:{frame.get('line', '?')})"
-        for frame in value[:MAX_FRAMES]
-        if isinstance(frame, dict)
-    )
+    key = tuple(map(id, value[:MAX_FRAMES]))
+    frames = known.get(key)
+    if frames is None:
+        rows = [frame for frame in value[:MAX_FRAMES] if isinstance(frame, dict)]
+        frames = known[key] = tuple(
+            [sys.intern(f"{row.get('name', '?')} ({row.get('filename', '?')}:{row.get('line', '?')})") for row in rows]
+        )
+    return frames
 
 
 def _mapping(value: Any) -> dict[str, Any]:
@@ -249,15 +269,10 @@ def seconds_of_year(wall_ns: Any) -> float | None:
     """Seconds since the start of the year (UTC) of a wall time in nanoseconds; None for no time."""
     if not isinstance(wall_ns, int) or not 0 < wall_ns < 1 << 62:
         return None
-    moment = datetime.fromtimestamp(wall_ns / 1e9, UTC)
-    return (moment - datetime(moment.year, 1, 1, tzinfo=UTC)).total_seconds()
+    seconds = wall_ns / 1e9
+    return seconds - _start_of_year(int(seconds // 86_400))
 
 
-def recorded_by(dumps: Iterable[RecorderDump]) -> dict[str, tuple[int, ...]]:
-    """Group name -> the ranks that recorded operations in it: all that a gloo dump says of members."""
-    ranks: dict[str, set[int]] = {}
-    for dump in dumps:
-        for record in dump.groups:
-            if record.calls:
-                ranks.setdefault(record.group.name, set()).add(dump.rank)
-    return {name: tuple(sorted(members)) for name, members in ranks.items()}
+@lru_cache(maxsize=512)
+def _start_of_year(day: int) -> float:
+    return datetime(datetime.fromtimestamp(day * 86_400, UTC).year, 1, 1, tzinfo=UTC).timestamp()

@@ -15,16 +15,31 @@ from repro.verdict.partial.words import arguments, program_frames, ranks_of, ver
 def different_arguments(scene: Scene, groups: Mapping[Group, Mapping[int, GroupRecord]]) -> Diagnosis | None:
     """The first number under which members queued different operations, sizes or types, if some of it is unfinished."""
     for group, records in groups.items():
-        by_number: dict[int, dict[tuple[object, ...], list[tuple[int, Call]]]] = {}
-        for rank, record in sorted(records.items()):
-            for call in record.calls:
-                if call.seq is not None and call.op != "coalesced":
-                    by_number.setdefault(call.seq, {}).setdefault(_comparable(call), []).append((rank, call))
-        for number in sorted(by_number):
-            sides = list(by_number[number].values())
-            if len(sides) > 1:
-                return _sides(scene, group, number, sides, records)
+        number = _first_difference(records)
+        if number is not None:
+            sides: dict[tuple[object, ...], list[tuple[int, Call]]] = {}
+            for rank, record in sorted(records.items()):
+                for call in record.calls:
+                    if call.seq == number and call.op != "coalesced":
+                        sides.setdefault(_comparable(call), []).append((rank, call))
+            return _sides(scene, group, number, list(sides.values()), records)
     return None
+
+
+def _first_difference(records: Mapping[int, GroupRecord]) -> int | None:
+    """The lowest number under which two members queued different things; linear in the calls of all."""
+    first: dict[int, Call] = {}
+    differing: set[int] = set()
+    for record in records.values():
+        for call in record.calls:
+            if call.seq is None or call.op == "coalesced":
+                continue
+            known = first.setdefault(call.seq, call)
+            if known.op is call.op and known.sizes is call.sizes and known.dtypes is call.dtypes:
+                continue
+            if _comparable(known) != _comparable(call):
+                differing.add(call.seq)
+    return min(differing, default=None)
 
 
 def _comparable(call: Call) -> tuple[object, ...]:

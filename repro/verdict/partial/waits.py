@@ -24,6 +24,8 @@ def waits_of(groups: Mapping[Group, Mapping[int, GroupRecord]], wrapped: bool) -
     """The oldest unfinished operation of each rank in each group. `wrapped`: older entries were overwritten."""
     waits = []
     for group, records in groups.items():
+        queued = {rank: last_queued(record) for rank, record in records.items()}
+        unseen = tuple(member for member in group.members if member not in records)
         for rank, record in sorted(records.items()):
             pending = record.pending
             if not pending:
@@ -34,8 +36,7 @@ def waits_of(groups: Mapping[Group, Mapping[int, GroupRecord]], wrapped: bool) -
             elif call.seq is None:
                 missing = ()
             else:
-                missing = tuple(m for m in group.members if m in records and last_queued(records[m]) < call.seq)
-            unseen = tuple(m for m in group.members if m not in records)
+                missing = tuple(m for m in group.members if queued.get(m, call.seq) < call.seq)
             shown = replace(group, description=record.group.description)
             waits.append(Wait(rank, shown, call, missing, unseen, str(call.source)))
     return waits
