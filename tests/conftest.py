@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import os
 import shutil
+import signal
 import tempfile
 from collections.abc import Iterator
 from typing import Any
@@ -53,6 +54,14 @@ def pytest_collection_finish(session: pytest.Session) -> None:
             session.config.stash[BUILD] = NativeBuild()
     gc.collect()
     gc.freeze()
+
+
+@pytest.fixture
+def without_nohup() -> Iterator[None]:
+    """SIGHUP as a terminal gives it: nohup and some build servers have it ignored, and so commands leave it alone."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    yield
+    signal.signal(signal.SIGHUP, before)
 
 
 @pytest.fixture(scope="session")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 
 OPTIONS = ("HMR_CASES", "HMR_LIVE_REPEATS", "HMR_SCENARIO_SEEDS", "HMR_SEED", "HMR_SEEDS")
 """Variables that tests themselves read: how thorough they are, and a seed to repeat."""
@@ -31,3 +32,5 @@ def settle(home: str) -> None:
         if name in DROPPED or (name.startswith(DROPPED_PREFIXES) and name not in OPTIONS):
             del os.environ[name]
     os.environ |= FIXED | {"HOME": home}
+    if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # as in a shell's background job, and then in its children
+        signal.signal(signal.SIGINT, signal.default_int_handler)

@@ -216,6 +216,7 @@ def test_a_disk_that_does_not_answer_is_not_waited_for(hanging):
 # -- signals -----------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.usefixtures("without_nohup")
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_a_signal_stops_a_command_at_once_and_is_only_noted_where_evidence_must_be_kept(number):
     interrupt, before = Interrupt(), signal.getsignal(number)
@@ -229,6 +230,7 @@ def test_a_signal_stops_a_command_at_once_and_is_only_noted_where_evidence_must_
     assert interrupt() and signal.getsignal(number) == before
 
 
+@pytest.mark.usefixtures("without_nohup")
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 @pytest.mark.parametrize("place", ["repro.launch.kernel_cache.fill", "repro.launch.create", "repro.commands.run.plan"])
 def test_a_signal_before_the_ranks_start_ends_the_command_and_leaves_nothing(

@@ -381,6 +381,7 @@ def test_a_bundle_of_8_ranks_is_verified_judged_and_run_again_in_another_clone_w
         assert all(documents["fault"][key] == told[key] for told in (judged, *verdicts)), key
 
 
+@pytest.mark.usefixtures("without_nohup")
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGINT])
 @pytest.mark.parametrize("moment", ["at work", "at the end"])
 def test_a_signal_leaves_no_temporary_folder(tmp_path, quick, monkeypatch, number, moment):
