@@ -145,7 +145,7 @@ def test_everybody_in_one_collective_is_a_stall() -> None:
     assert look(made, starved={3: 0.4}, after_s=11).verdict == "stall"
 
 
-def test_a_skipped_collective_blames_the_rank_that_passed_it_over() -> None:
+def test_the_rank_that_passed_over_a_collective_is_the_culprit() -> None:
     made = eight_ranks()
     whole_step(made, 1)
     made.begin_step(2, PLAN)
@@ -194,7 +194,7 @@ def test_without_a_schedule_who_leaves_the_habit_of_earlier_steps_is_only_suspec
     assert (verdict.suspects, verdict.confidence) == ((1,), "undecided")
 
 
-def test_without_a_schedule_or_a_habit_guilt_is_undecided() -> None:
+def test_without_a_schedule_or_a_habit_there_is_no_culprit() -> None:
     made = eight_ranks()
     made.enter([1], C1)
     made.enter([r for r in EVERYONE if r != 1], dispatch(0))

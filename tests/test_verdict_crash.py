@@ -156,7 +156,7 @@ def test_deaths_on_two_hosts_are_in_no_order_unless_far_apart() -> None:
     assert look(made, alive=alive, died={0: 10.0, 3: 12.0}).culprits == (0,)
 
 
-def test_a_lock_that_was_waited_for_to_the_limit_is_told_as_a_lock() -> None:
+def test_a_failed_wait_for_a_lock_names_the_lock_and_its_holder() -> None:
     made = Scene(2, {"dp": range(2)})
     made.recorders[1].local("lock_held", "/cache/lock")
     made.recorders[1].local("build_begin", "gdn")

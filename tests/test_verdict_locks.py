@@ -36,9 +36,9 @@ def test_a_cold_build_behind_a_lock_is_slow_and_says_who_builds_what_and_who_wai
 ) -> None:
     verdict = look(cold_build(), after_s=after_s, lock_holders=holders)
     assert (verdict.verdict, verdict.culprits) == ("slow", (2,))
-    told = " ".join(verdict.evidence)
-    assert "rank 2 building for" in told and "gdn_sm90, heartbeat" in told
-    assert "lock /cache/gdn.lock, for which ranks 0,1,3-7 wait, is with rank 2" in told
+    evidence = " ".join(verdict.evidence)
+    assert "rank 2 building for" in evidence and "gdn_sm90, heartbeat" in evidence
+    assert "lock /cache/gdn.lock, for which ranks 0,1,3-7 wait, is with rank 2" in evidence
     assert "rank 2 builds gdn_sm90 (serve)" in verdict.sentences()
 
 
@@ -73,7 +73,7 @@ def test_a_baton_whose_holder_was_a_rank_that_died_is_its_crash() -> None:
         assert (verdict.verdict, verdict.cause, verdict.culprits) == ("crash", "dead_rank", (4,))
 
 
-def test_a_rank_that_is_done_with_a_lock_in_its_hand_is_to_blame_for_it() -> None:
+def test_a_rank_that_is_done_and_still_holds_a_lock_is_the_culprit() -> None:
     made = eight_ranks()
     made.recorders[1].local("lock_held", "/cache/lock")
     made.recorders[1].done()
@@ -82,7 +82,7 @@ def test_a_rank_that_is_done_with_a_lock_in_its_hand_is_to_blame_for_it() -> Non
     assert (verdict.verdict, verdict.cause, verdict.culprits) == ("deadlock", "lock", (1,))
 
 
-def test_a_lock_that_is_with_a_rank_which_still_waits_for_it_is_told() -> None:
+def test_a_lock_that_is_with_a_rank_which_still_waits_for_it_is_named() -> None:
     """The kernel has given it, and the rank has not come to say so."""
     made = Scene(2, {"dp": range(2)})
     for rank in range(2):

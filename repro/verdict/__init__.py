@@ -1,9 +1,9 @@
-"""From witnesses to a verdict: who waits for whom in what, why, and how sure that is.
+"""From witnesses to a verdict: which ranks wait for which, in what, why, and how sure that is.
 
     verdict = judge(witnesses, facts, num_ranks=8, now_ns=time.monotonic_ns(), quiet_window_s=1.0)
     print(verdict.sentence())
 
-Pure: no torch, no files, no clock. ``docs/VERDICTS.md`` tells what proves each class and what would refute it.
+Pure: no torch, no files, no clock. ``docs/VERDICTS.md`` says what proves each class and what would refute it.
 """
 
 from repro.verdict.facts import Facts

@@ -1,4 +1,4 @@
-"""Ranks that left the schedule that they declared: who was the first, and what it did instead, in words."""
+"""Ranks that left the schedule that they declared: which was the first, and what it did instead, in words."""
 
 from __future__ import annotations
 

@@ -171,7 +171,7 @@ def _lock_edges(
     elif seen or not standings[rank].seen:
         node.waits_for.add(rank)
     else:
-        node.outside = -1  # it held the lock when somebody began to wait, and has let go since
+        node.outside = -1  # it held the lock when the others began to wait, and has let go since
 
 
 def _find_cycle(nodes: Mapping[NodeKey, Node], at: Mapping[int, Node]) -> list[Node]:

@@ -1,8 +1,8 @@
 """The judge: positions, graph and explanation to one verdict.
 
-The order of the questions is the rule: is everybody done, did ranks pair different collectives, is there a cycle,
-did somebody die, does somebody wait for a rank that will never come, for one that still runs, for one that left no
-witness, or does everybody stand in one collective that does not end.
+The order of the questions is the rule: did ranks pair different collectives, is every rank done, is there a cycle, did
+a rank die or fail, does a rank wait for one that will never come, for one that still runs, for one that left no
+witness, or is every rank in one collective that does not end.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ def judge(
     facts          what the systems say; a rank whose process was not seen is taken to live
     now_ns         the monotonic clock when the witnesses were read: of the host of ``home``, or by rank
     quiet_window_s for how long no rank must have recorded an event before a hang is certain
-    home           who read the clock; not given, the lowest rank
+    home           the process that read the clock; not given, the lowest rank
     wrong_numbers  one line for each result that differs from the reference: a clean run becomes corrupt
     queued         groups in which the record of a collective ends when it is queued, as on NCCL
     """

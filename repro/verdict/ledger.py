@@ -1,4 +1,4 @@
-"""All ranks' collectives, matched: who issued what as number ``seq`` of a group, and where the ranks part.
+"""All ranks' collectives, matched: what each issued as number ``seq`` of a group, and where the ranks part.
 
 One pass over the events, and one entry kept per (group, seq): cost and memory are linear.
 """

@@ -131,7 +131,7 @@ def _read(rank: int, witness: Witness, now_ns: int) -> Standing:
         key = keys.get(blocked.group)
         if key is not None and rank in key[1]:
             standing.group = key
-        else:  # beyond the slots of the file, or its members are lost: who else should be there is not known
+        else:  # beyond the slots of the file, or its members are lost: which others should be there is not known
             state = "hidden"
     elif builds:
         state, detail = "building", next(reversed(builds))

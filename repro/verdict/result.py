@@ -85,10 +85,10 @@ class Verdict:
     verdict            one of VERDICTS
     cause              skipped, extra, order, mismatch, sizes, lock, dead_rank, error, or ""
     culprits           the ranks that provably did it; empty where nobody did or the evidence does not decide
-    suspects           the ranks that stand out (odd, changed, late) where nothing is proven: an observation, not guilt
+    suspects           the ranks that stand out (odd, changed, late) where nothing is proven: an observation
     first_divergence   where the ranks part, with both sides: {"sides": [{"ranks", "group", "seq", ...}, ...]}
     cycle              each link: {"ranks", "waits_in", "for"}
-    confidence         certain, likely (a missing witness could add culprits), or undecided (class but not guilt)
+    confidence         certain, likely (a missing witness could add culprits), or undecided (class but no culprits)
     """
 
     verdict: str
