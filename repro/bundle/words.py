@@ -27,7 +27,7 @@ _SPECIAL = re.compile(r"<(?:locals|lambda|module|listcomp|dictcomp|setcomp|genex
 _CAMEL = re.compile(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+|.")
 _COUNT = re.compile(r"\d{1,5}")
 _NUMBER = re.compile(r"[+-]?(?:0x0|\d{1,7}(?:\.\d{1,6})?)(?:ns|us|ms|s|min|m|h|%|x|B|[KMGT]i?B|it|it/s|s/it|K|M|G)?")
-_VERSION = re.compile(r"v?\d{1,3}\.\d{1,3}\.\d{1,3}")
+_VERSION = re.compile(r"v?\d{1,3}\.\d{1,3}\.\d{1,3}(?:\+(?:cuda\d{1,2}\.\d|cu\d{2,3}|cpu))?")
 _RANKS = re.compile(r"(?:\d{1,5}(?:-\d{1,5})?)(?:,(?:…|\d{1,5}(?:-\d{1,5})?))*")
 _EVENT = re.compile(r"#\d{1,9}")
 _RATIO = re.compile(r"\d{1,7}/\d{1,7}")
@@ -36,32 +36,7 @@ _LOOPBACK = re.compile(
     r"(?:tcp://)?(?:127\.0\.0\.1|localhost|0\.0\.0\.0|\[?::1\]?|\[(?:::1|127\.0\.0\.1|localhost)\])(?::\d{1,5})?"
 )
 _TRANSFER = re.compile(r"(.+):(\d{1,6})>(\d{1,6})")
-_MARKS = frozenset(
-    [
-        "a",
-        "s",
-        "-",
-        "--",
-        "->",
-        "=>",
-        "=",
-        "==",
-        "!=",
-        "<",
-        ">",
-        "<=",
-        ">=",
-        "+",
-        "*",
-        "/",
-        "|",
-        "·",
-        "…",
-        "...",
-        "&",
-        "×",
-    ]
-)
+_MARKS = frozenset(KNOWN["marks"])
 _LEADING, _TRAILING = "([{<\"'`", ")]}>\"'`.,;:!?…"
 # Emoji, the mark that colours them, and escapes of a terminal: decoration, which a line is recognised without.
 _DECORATION = re.compile(
