@@ -29,7 +29,8 @@ from repro.bundle.archive import ArchiveError, unpack
 from repro.bundle.issue import MAX_ISSUE_LINES, issue
 from repro.cli import main
 from repro.commands import EXPECTED, UNEXPECTED, USAGE
-from repro.layout import Geometry
+from repro.layout import Geometry, pack_header
+from repro.parse import parse_header
 from repro.report.gather import gather
 from repro.rundir import RunDir, write_json
 from repro.settings import RunSettings
@@ -165,6 +166,8 @@ def test_the_issue_is_short_and_marks_up_nothing_of_a_strangers(tmp_path):
 def test_the_bundle_of_a_damaged_run_says_what_was_left_out(tmp_path, quick, capsys):
     root, _ = write_hang(tmp_path)
     (root / "events" / "rank001.wit").write_bytes(b"x" * 100)
+    empty = pack_header(parse_header((root / "events" / "rank002.wit").read_bytes(), "")[0], Geometry())
+    (root / "events" / "rank002.wit").write_bytes(empty.ljust(Geometry().file_bytes, b"\0"))
     (root / "fr" / "rank001.json").write_text("{")
     assert main(["bundle", str(root), "--to", str(tmp_path / "b.zip")]) == EXPECTED
     printed = capsys.readouterr().out

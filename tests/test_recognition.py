@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import time
+import zipfile
 from collections.abc import Callable
 
 import pytest
@@ -253,6 +254,20 @@ def test_a_private_name_that_is_left_stops_the_bundle(tmp_path, monkeypatch, cap
     assert "env.txt still holds a name" in printed and "zorblaxx17" not in printed and not (tmp_path / "b.zip").exists()
 
 
+def test_a_private_name_of_known_words_is_not_recognised(tmp_path, monkeypatch):
+    monkeypatch.setattr(assemble, "_environment", lambda recogniser: "")
+    monkeypatch.setattr("socket.gethostname", lambda: "gpu-layer")
+    monkeypatch.setenv("WIFI_PASSPHRASE", "tensor parallel rank")
+    monkeypatch.setenv("HOME", "/home/worker")
+    root, _ = write_hang(tmp_path, layer="gpu-layer")
+    (root / "logs" / "rank000.log").write_text("waiting on gpu-layer\na tensor parallel rank waits\nrank 0 waits\n")
+    (root / "stacks" / "rank000.txt").write_text('  File "/home/worker/vllm/worker.py", line 1 in run\n')
+    with zipfile.ZipFile(bundle.make(root, tmp_path / "b.zip").path) as made:
+        assert made.read("logs/rank000.log").decode() == "[2 lines left out]\nrank 0 waits\n"
+        assert made.read("stacks/rank000.txt").decode() == '  File "vllm/worker.py", line 1 in run\n'
+        assert b"gpu-layer" not in b"".join(made.read(name) for name in made.namelist())
+
+
 @pytest.mark.parametrize("name", ["worker", "canvas", "zq", "17", "function", "aa"])
 def test_a_name_that_is_a_common_word_or_short_stops_no_bundle(tmp_path, monkeypatch, name):
     monkeypatch.setattr(assemble, "_environment", lambda recogniser: "")
@@ -281,7 +296,7 @@ def test_free_text_stays_where_nothing_is_suspicious(text, free):
 
 def test_no_text_takes_more_than_linear_time():
     pytest.importorskip("detect_secrets")
-    recogniser = Recogniser(Search(["somebody"]))
+    recogniser = Recogniser(search=Search(["somebody"]))
     for piece in ("a", "Aa", "a_", "a.", "token=,", "/a", "'/a/", "1.", "1,", "a:", "eyJ-", "--key ", "(a", "[/a]"):
         text = piece * (40_000 // len(piece))
         for work in (recogniser.string, recogniser.recognised, lambda text: lines.log(text, recogniser)):

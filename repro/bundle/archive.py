@@ -25,9 +25,10 @@ from repro.report.text import visible
 MAX_FILES = 20_000
 MAX_FILE_BYTES = 128 << 20
 MAX_TOTAL_BYTES = 1 << 30
-MAX_RATIO, MIN_RATED_BYTES, MIN_RATED_TOTAL = 200, 1 << 20, 64 << 20
+MAX_RATIO, MIN_RATED_BYTES, MIN_RATED_TOTAL = 200, 4 << 20, 64 << 20
 """How much larger than compressed an entry, and all of them, may be, and from which size on: a zip of some kilobytes
-must not cost gigabytes. What a run leaves is 5 to 40 times as large as its entry.
+must not cost gigabytes. What a run leaves is 5 to 40 times as large as its entry; a damaged witness, which cannot be
+copied without what is empty in it, has 3 MB.
 """
 
 LIMITS = (

@@ -24,11 +24,11 @@ from repro import report
 from repro.bundle import documents, environment, lines, replay
 from repro.bundle.archive import pack
 from repro.bundle.issue import UNPACKED, commands_script, issue
-from repro.bundle.recognise import Recogniser, this_machine
+from repro.bundle.recognise import Recogniser, distinct, form_of, this_machine
 from repro.bundle.scratch import scratch_folder
 from repro.bundle.search import Search, literals_of
 from repro.bundle.witnesses import redact_witness
-from repro.bundle.words import is_word
+from repro.bundle.words import is_token
 from repro.layout import CRC, HEADER
 from repro.parse import parse_header
 from repro.rejudge import judge_again
@@ -96,8 +96,8 @@ def make(root: Path, path: Path | None = None, with_logs: bool = False) -> Made:
     main = family.get("fault", root)
     path = path or main.parent / f"{main.name}.zip"
     hosts = [*dict.fromkeys(name for run in family.values() for name in _hosts(run)), *this_machine()]
-    private = {*_private(os.environ), *hosts, *(name.partition(".")[0] for name in hosts)}
-    recogniser = Recogniser(Search({*literals_of(os.environ), *private}) if with_logs else None)
+    private = distinct({*_private(os.environ), *hosts, *(name.partition(".")[0] for name in hosts)})
+    recogniser = Recogniser(private, Search({*literals_of(os.environ), *private}) if with_logs else None)
     for name in hosts:
         recogniser.name_host(name)
     notes: list[str] = []
@@ -119,7 +119,7 @@ def make(root: Path, path: Path | None = None, with_logs: bool = False) -> Made:
             notes.append(f"no repro.py: {str(error).replace(f'{folder}/', '')}")
         (folder / "ISSUE.md").write_text(issue(facts, others, recogniser.left_out.total()))
         (folder / "COMMANDS.sh").write_text(commands_script(facts))
-        _refuse_leaks(folder, {*private, str(scratch)})
+        _refuse_leaks(folder, private | {str(scratch)})
         manifest = {
             "schema_version": SCHEMA_VERSION,
             **{name: facts.verdict[name] for name in ("scenario", "verdict", "cause")},
@@ -154,7 +154,7 @@ def _private(variables: Mapping[str, str]) -> set[str]:
     home = variables.get("HOME", "").rstrip("/")
     secret = re.compile("secret|passw|passphrase|credential|token|key|pass$|pwd|cookie|auth|_pat$", re.IGNORECASE)
     return {user, home if home.count("/") > 1 else ""} | {
-        value for name, value in variables.items() if secret.search(name) and not environment.is_value(value)
+        value for name, value in variables.items() if secret.search(name) and ("-" in value or not is_token(value))
     }
 
 
@@ -250,10 +250,9 @@ def _prose(before: Any, again: list[str], recogniser: Recogniser) -> list[str]:
 # -- the last look -----------------------------------------------------------------------------------------------------
 
 
-def _refuse_leaks(folder: Path, private: set[str]) -> None:
+def _refuse_leaks(folder: Path, private: frozenset[str]) -> None:
     """Raise LeakError where a private name is left, by a plain search that does not use the rules of recognition."""
-    names = sorted(name for name in private if len(name) > 2 and not is_word(name) and not name.isdigit())
-    patterns = [(name, re.compile(_whole(name), re.IGNORECASE)) for name in names]
+    patterns = [(name, re.compile(form_of(name).encode(), re.IGNORECASE)) for name in sorted(private)]
     page = [(HERE / file).read_bytes() for file in ("page.js", "page.css")]
     for path in sorted(folder.rglob("*")):
         if not path.is_file():
@@ -269,12 +268,6 @@ def _refuse_leaks(folder: Path, private: set[str]) -> None:
                 raise LeakError(
                     f"{path.relative_to(folder)} still holds a name of this machine or user; nothing was written"
                 )
-
-
-def _whole(name: str) -> bytes:
-    """A pattern for a name: short ones as a word of their own, longer ones inside of words too."""
-    plain = re.escape(name.encode())
-    return plain if len(name) >= 6 else rb"(?<![A-Za-z0-9])" + plain + rb"(?![A-Za-z0-9])"
 
 
 # -- what is written for it --------------------------------------------------------------------------------------------

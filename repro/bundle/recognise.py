@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 import socket
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
 from repro.bundle.words import below_package, is_file, is_name, is_token, is_word, plain
@@ -44,10 +44,12 @@ _BRACKETED = re.compile(r"\[(/[^\s\]]+?)((?::\d{1,6})?)\]")
 class Recogniser:
     """The strings of one bundle. All its files share one recogniser, so equal strings get equal stand-ins.
 
+    private    names that are not recognised, though they may consist of known words: "gpu-node"
     search     decides about text that is not recognised: True keeps it. None leaves all of it out.
     left_out   how many strings, lines and fields were left out or replaced, by the keys of LEFT_OUT
     """
 
+    private: frozenset[str] = frozenset()
     search: Callable[[str], bool] | None = None
     left_out: Counter[str] = field(default_factory=Counter)
     hosts: dict[str, str] = field(default_factory=dict)
@@ -57,6 +59,11 @@ class Recogniser:
     _issued: set[str] = field(default_factory=set)
     _strings: dict[str, str] = field(default_factory=dict)
     _sources: dict[str, str] = field(default_factory=dict)
+    _numbers: Counter[str] = field(default_factory=Counter)
+
+    def __post_init__(self) -> None:
+        forms = [form_of(name) for name in sorted(self.private)]
+        self._private = re.compile("|".join(forms), re.IGNORECASE) if forms else None
 
     # -- identity ----------------------------------------------------------------------------------------------------
 
@@ -122,17 +129,18 @@ class Recogniser:
     def function(self, text: str) -> str:
         """A function's name. Of one that is not recognised at least a word must be: it may be a person's name."""
         partly = any(len(part) > 2 and is_word(part) for part in re.split(r"[._]", text))
-        return text if is_name(text) or (partly and self._is_free(text)) else self._stand_in("function", text)
+        known = is_name(text) and not self._is_private(text)
+        return text if known or (partly and self._is_free(text)) else self._stand_in("function", text)
 
     def path(self, text: str) -> str:
         """A file's path below its package. Of another file the name, where it is recognised, in a folder's stand-in."""
         if re.fullmatch(r"<frozen [a-z_.]{1,40}>", text):
             return text if is_name(text[8:-1]) else "<frozen>"
         inside = below_package(text)
-        if inside is not None:
+        if inside is not None and not self._is_private(inside):
             return inside
         folder, slash, file = text.rpartition("/")
-        if is_file(file) or is_name(file):
+        if (is_file(file) or is_name(file)) and not self._is_private(file):
             return f"{self._stand_in('folder', folder)}/{file}" if slash and folder else file
         extension = re.search(r"\.(?:py|so|cpp|lock)$", text)
         return self._stand_in("file", text) + (extension[0] if extension else "")
@@ -142,8 +150,8 @@ class Recogniser:
         self.left_out["text" if noun in ("text", "message") else "names"] += 1
         known = self._stand_ins.get((noun, text))
         if known is None:
-            number = sum(one == noun for one, _ in self._stand_ins) + 1
-            known = self._stand_ins[noun, text] = f"{noun}-{number:03d}"
+            self._numbers[noun] += 1
+            known = self._stand_ins[noun, text] = f"{noun}-{self._numbers[noun]:03d}"
             self._issued.add(known)
         return known
 
@@ -166,7 +174,11 @@ class Recogniser:
         text = _BRACKETED.sub(lambda match: f"[{self._inside(match[1])}{match[2]}]", plain(text))
         tokens = text.split(" ")
         kept = [self._token(token) for token in tokens]
-        return None if None in kept else " ".join(map(str, kept))
+        result = " ".join(map(str, kept))
+        return None if None in kept or self._is_private(result) else result
+
+    def _is_private(self, text: str) -> bool:
+        return self._private is not None and self._private.search(text) is not None
 
     def _inside(self, path: str) -> str:
         return below_package(path) or "…"
@@ -181,7 +193,11 @@ class Recogniser:
     def _is_stand_in(self, bare: str) -> bool:
         """Whether it is a stand-in of this bundle, perhaps with a file's name, a line or the ends of a transfer."""
         match = _STAND_IN.fullmatch(bare)
-        return match is not None and match[1] in self._issued and (not match["file"] or is_file(match["file"]))
+        return (
+            match is not None
+            and match[1] in self._issued
+            and (not match["file"] or is_file(match["file"]) or is_name(match["file"]))
+        )
 
     def _text(self, text: str) -> str | None:
         kept = self.recognised(text)
@@ -208,6 +224,17 @@ def is_error(name: str) -> bool:
     """Whether a name is that of an exception: its last part begins with a capital, and all its words are known."""
     last = name.rpartition(".")[2]
     return is_name(name) and last[:1].isupper() and not (last.isupper() and is_word(last) and len(last) < 8)
+
+
+def distinct(names: Iterable[str]) -> frozenset[str]:
+    """Those names that can be told from common words and numbers."""
+    return frozenset(name for name in names if len(name) > 2 and not is_word(name) and not name.isdigit())
+
+
+def form_of(name: str) -> str:
+    """A pattern for a private name: a short one as a word of its own, a longer one inside of words too."""
+    plain = re.escape(name)
+    return plain if len(name) >= 6 else rf"(?<![A-Za-z0-9]){plain}(?![A-Za-z0-9])"
 
 
 def this_machine() -> list[str]:
