@@ -45,6 +45,13 @@ def number(least: int, most: int = 2**62) -> Callable[[str], int]:
 positive = number(1)
 
 
+def layout(text: str) -> str:
+    if text not in LAYOUTS:
+        other = "for other numbers of ranks give --dp N and --tp N"
+        raise argparse.ArgumentTypeError(f"invalid choice: {text!r} (choose from {', '.join(LAYOUTS)}; {other})")
+    return text
+
+
 def token_ids(text: str) -> list[int]:
     try:
         ids = [int(part) for part in text.replace(",", " ").split()]
@@ -97,7 +104,12 @@ def parser() -> Parser:
     generate.add_argument(
         "--drafts", type=number(0), default=0, metavar="N", help="tokens that the MTP layer guesses ahead"
     )
-    generate.add_argument("--layout", choices=LAYOUTS, help="single process (default), or 8 ranks of this machine")
+    generate.add_argument(
+        "--layout",
+        type=layout,
+        metavar="{" + ",".join(LAYOUTS) + "}",
+        help="a single process (default), or 8 ranks of this machine",
+    )
     generate.add_argument("--dp", type=positive, metavar="N", help="groups of ranks with requests of their own")
     generate.add_argument("--tp", type=positive, metavar="N", help="ranks of a group, which share heads and features")
     generate.add_argument(

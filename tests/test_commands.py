@@ -372,6 +372,10 @@ def test_a_failure_of_ours_is_an_internal_error_with_its_place(failure, capsys, 
         (["--max-new-tokens", "99999999999999999999"], "is over 4611686018427387904"),
         (["--tokens", "1,99999999999999999999"], "argument --tokens: 99999999999999999999 is no token id"),
         (["--dtype", "bf17"], "invalid choice: 'bf17' (choose from float32 (fp32), float64 (fp64), bfloat16 (bf16)"),
+        (
+            ["--layout", "dp2"],
+            "invalid choice: 'dp2' (choose from single, dp8ep8, tp8; for other numbers of ranks give",
+        ),
         (["--tokens", ""], "argument --tokens: it is empty; give at least one token id"),
     ],
 )
