@@ -97,8 +97,8 @@ def _parser() -> argparse.ArgumentParser:
 
     run.add(commands)
 
-    told = "which of layout, kernel backends and kernel cache makes a start slow"
-    grid = commands.add_parser("matrix", help=told)
+    purpose = "which of layout, kernel backends and kernel cache makes a start slow"
+    grid = commands.add_parser("matrix", help=purpose)
     grid.add_argument("--seed", type=int, metavar="N", help="default: 0")
     grid.add_argument("--deadline", type=float, dest="deadline_s", metavar="S", help="default: 120")
     grid.add_argument("--only", metavar="WORDS", default="", help='cells that have them all, such as "TP8 jit cold"')
@@ -147,22 +147,22 @@ def _matrix(args: argparse.Namespace) -> int:
     document = read_config(args.config)
     flags = {name: value for name in ("seed", "deadline_s") if (value := getattr(args, name)) is not None}
     words = args.only.split()
-    wanted = [
+    chosen = [
         (cell, cell.settings(document, flags))
         for cell in matrix.cells()
         if set(words) <= {cell.layout, cell.gdn, cell.moe, cell.cache}
     ]
-    if not wanted:
+    if not chosen:
         raise ConfigError(f"no cell has all of {args.only!r}", "--only")
     refuse_junit(args)
     if args.config:
-        refuse_too_large([settings for _, settings in wanted])
+        refuse_too_large([settings for _, settings in chosen])
     console = Console(stderr=args.json)
 
     interrupt: Interrupt = args.interrupt
     with job.launcher(args.launcher) as start:
         documents = matrix.run(
-            wanted,
+            chosen,
             args.out,
             interrupt,
             lambda line: say(console, line),

@@ -121,7 +121,7 @@ def summary(console: Console, documents: Sequence[dict[str, Any]]) -> None:
         )
     console.print(table)
     for document in documents:
-        for sentence in _told(document):
+        for sentence in _sentences(document):
             say(console, f"{document['variant']}: {sentence}")
 
 
@@ -133,7 +133,7 @@ def overview(console: Console, documents: Sequence[dict[str, Any]]) -> None:
     rows = [("scenario", "variant", "verdict", "culprits", "seconds", "stalled", "as expected")]
     previous = ""
     for document in documents:
-        told = "not run" if document.get("skipped") else "NO"
+        remark = "not run" if document.get("skipped") else "NO"
         suspects = list_ranks(document.get("suspects", ()))
         rows.append((
             "" if document["scenario"] == previous else document["scenario"],
@@ -142,7 +142,7 @@ def overview(console: Console, documents: Sequence[dict[str, Any]]) -> None:
             list_ranks(document["culprits"]) or (f"{suspects}?" if suspects else "-"),
             f"{document['seconds']['total']:.1f}",
             f"{document['seconds']['stall_to_verdict']:.2f} s" if _stalled(document) else "-",
-            "yes" if document["matches_expected"] else told,
+            "yes" if document["matches_expected"] else remark,
         ))  # fmt: skip
         previous = document["scenario"]
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
@@ -158,7 +158,7 @@ def overview(console: Console, documents: Sequence[dict[str, Any]]) -> None:
     missed = [document for document in documents if not document["matches_expected"]]
     for document in missed:
         name = f"{document['scenario']} {document['variant']}"
-        lines += [f"{name}: {sentence}" for sentence in _told(document) or document["evidence"]]
+        lines += [f"{name}: {sentence}" for sentence in _sentences(document) or document["evidence"]]
     total_s = sum(document["seconds"]["total"] for document in documents)
     lines.append(f"{len(documents) - len(missed)} of {len(documents)} as expected, {total_s:.0f} s")
     say(console, "\n".join(lines))
@@ -168,7 +168,7 @@ def _stalled(document: dict[str, Any]) -> bool:
     return document["verdict"] not in ("clean", "slow", "corrupt") and not document.get("skipped")
 
 
-def _told(document: dict[str, Any]) -> list[str]:
+def _sentences(document: dict[str, Any]) -> list[str]:
     if document["verdict"] == "clean":
         return list(document["evidence"][-1:])
     return [*document["sentences"], *([] if document["matches_expected"] else document["evidence"])]

@@ -36,7 +36,7 @@ def main() -> int:
 
     torch.set_num_threads(1)
     gc.freeze()  # a collection in a rank would write to, and so copy, the pages that all share
-    signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # whoever watches a job asks the system for it; nobody reaps it
+    signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # a job's watcher asks the system for it; nobody reaps it
     for line in sys.stdin.buffer:
         wanted = json.loads(line)
         pid = _fork(functools.partial(_job, wanted))

@@ -48,8 +48,10 @@ def _add_case(suite: ET.Element, document: dict[str, Any]) -> str:
     if document["matches_expected"]:
         return ""
     kind = "error" if document["verdict"] == "inconclusive" else "failure"
-    told = f"{document['verdict']}, {document['cause']}, ranks {document['culprits']}; expected {document['expected']}"
-    ET.SubElement(case, kind, message=_printable(told))
+    message = (
+        f"{document['verdict']}, {document['cause']}, ranks {document['culprits']}; expected {document['expected']}"
+    )
+    ET.SubElement(case, kind, message=_printable(message))
     return kind
 
 

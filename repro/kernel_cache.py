@@ -56,19 +56,19 @@ def fill(run_dir: RunDir, settings: RunSettings, interrupt: Callable[[], bool]) 
     command = [sys.executable, "-m", "repro.kernel_cache", str(run_dir.root)]
     with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) as builder:
         until = time.monotonic() + settings.deadline_s
-        told = None
+        output = None
         try:
-            while told is None:
+            while output is None:
                 if interrupt():
                     raise KeyboardInterrupt
                 if time.monotonic() > until:
                     raise CannotFill(f"no warm kernel cache: not built within {settings.deadline_s:g} s (--deadline)")
                 with contextlib.suppress(subprocess.TimeoutExpired):
-                    _, told = builder.communicate(timeout=POLL_S)
+                    _, output = builder.communicate(timeout=POLL_S)
         finally:
             builder.kill()  # its compilers end with it
     if builder.returncode:
-        reason = told.strip().splitlines()[-1:] or ["no reason given"]
+        reason = output.strip().splitlines()[-1:] or ["no reason given"]
         raise CannotFill(f"no warm kernel cache: {reason[0]}")
 
 

@@ -1,8 +1,8 @@
 """Shrink a scenario while its verdict stays the same, and write what is left as one file to paste into an issue.
 
-What a scenario foretells of its own hang costs nothing, so the smallest settings are looked for in what it foretells,
-and then run. Where the run does not say the same, the longest start of the reductions that does is looked for by
-halving. At the end the file itself is run.
+A scenario can predict its verdict without running. Search the predictions for the smallest settings, then confirm them
+by one run. Where that run has another verdict, find by bisection how many of the reductions hold. At the end the
+written file itself is run.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ CHECK_DEADLINE_S = 90.0
 
 
 class AnotherVerdict(RuntimeError):
-    """The run to shrink is not the hang that its scenario foretells; ``verdict`` is what it is."""
+    """The run to shrink is not the hang that its scenario predicts; ``verdict`` is the one it has."""
 
     def __init__(self, text: str, verdict: str) -> None:
         super().__init__(text)
@@ -69,7 +69,7 @@ Trial = Callable[[RunSettings], dict[str, Any]]
 def minimise(scenario: Scenario, start: RunSettings, trial: Trial, budget_s: float = BUDGET_S) -> Result:
     """The smallest settings found whose run has the verdict and cause of the run of ``start``.
 
-    Raises AnotherVerdict when the run of ``start`` itself is not the hang that the scenario foretells.
+    Raises AnotherVerdict when the run of ``start`` itself is not the hang that the scenario predicts.
     """
     began = time.monotonic()
     runs = 0
@@ -87,11 +87,11 @@ def minimise(scenario: Scenario, start: RunSettings, trial: Trial, budget_s: flo
         why = f"the run says {verdict} {cause or ''}, not {wanted.verdict} {wanted.cause or ''}: not shrunk"
         raise AnotherVerdict(why, verdict)
     low, high = 0, len(path)  # path[low] is known to hold, path[high] not to
-    middle = high - 1  # the smallest first: what a scenario foretells is mostly so
+    middle = high - 1  # the smallest first: a prediction is mostly right
     while low < middle < high and time.monotonic() - began < budget_s:
-        *told, found = says(path[middle])
-        if told == [verdict, cause]:
-            low, document = middle, found
+        *outcome, trial_document = says(path[middle])
+        if outcome == [verdict, cause]:
+            low, document = middle, trial_document
         else:
             high = middle
         middle = (low + high) // 2
@@ -101,26 +101,26 @@ def minimise(scenario: Scenario, start: RunSettings, trial: Trial, budget_s: flo
 
 
 def _reductions(scenario: Scenario, start: RunSettings, wanted: Expected) -> Iterator[RunSettings]:
-    """Ever smaller settings of which the scenario foretells the same; one thing smaller at a time, until nothing is."""
+    """Ever smaller settings for which the scenario predicts the same verdict; one thing shrinks at a time."""
     current, moved = start, True
     while moved:
         moved = False
         for smaller in (_ranks, _layers, _experts, _tokens, _requests):
             for candidate in smaller(current):
-                if _foretells(scenario, candidate, wanted):
+                if _predicts(scenario, candidate, wanted):
                     current, moved = candidate, True
                     yield current
                     break
 
 
-def _foretells(scenario: Scenario, settings: RunSettings, wanted: Expected) -> bool:
+def _predicts(scenario: Scenario, settings: RunSettings, wanted: Expected) -> bool:
     try:
-        told = scenario.hang(settings)
+        predicted = scenario.hang(settings)
         usable = not scenario.missing(settings)
     except (ConfigError, ValueError, ArithmeticError, LookupError):
         return False  # the scenario does not exist at this size
-    same = (told.verdict, told.cause) == (wanted.verdict, wanted.cause)
-    return usable and same and bool(told.culprits) == bool(wanted.culprits)
+    same = (predicted.verdict, predicted.cause) == (wanted.verdict, wanted.cause)
+    return usable and same and bool(predicted.culprits) == bool(wanted.culprits)
 
 
 def _change(settings: RunSettings, part: str = "", **changes: Any) -> Iterator[RunSettings]:
@@ -308,19 +308,19 @@ def run(args: argparse.Namespace) -> int:
         write_atomically(path, result.source)
         write_json(path.with_suffix(".json"), result.after.to_mapping())
         result.confirmed = confirm(path, result.after.num_ranks)
-    _tell(result, path, args.json)
+    _print_result(result, path, args.json)
     return 0 if result.confirmed.startswith("HANG") else 125
 
 
-def _tell(result: Result, path: Path, as_json: bool) -> None:
+def _print_result(result: Result, path: Path, as_json: bool) -> None:
     lines = result.source.count("\n")
     if as_json:
-        told = {
+        summary = {
             "verdict": result.verdict, "cause": result.cause, "settings": result.after.to_mapping(),
             "steps": result.steps, "runs": result.runs, "seconds": round(result.seconds, 1), "lines": lines,
             "file": str(path) if result.source else None, "confirmed": result.confirmed, "notes": result.notes,
         }  # fmt: skip
-        print(json.dumps(told, indent=1))
+        print(json.dumps(summary, indent=1))
         return
     print(f"{result.verdict} {result.cause or ''} with {describe(result.after)}, {counted(result.steps, 'step')}")
     print(f"{counted(result.runs, 'run')} in {result.seconds:.0f} s")

@@ -19,7 +19,7 @@ from scene import Scene
 from repro import scenarios
 from repro.bundle import replay
 from repro.cli import main
-from repro.minimise import AnotherVerdict, Runner, _tell, describe, minimise, run_within
+from repro.minimise import AnotherVerdict, Runner, _print_result, describe, minimise, run_within
 from repro.report.gather import gather
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -72,7 +72,7 @@ def test_one_is_not_told_as_several(capsys):
     result = minimise(scenarios.load("metadata_rebuild"), start(), lambda s: answer(step=0))
     assert "8 ranks, 8 layers (GGGAMGGA)" in describe(result.before)
     assert describe(result.after).startswith("2 ranks, 1 layer (G), 2 experts top-1, 1 request of at most ")
-    _tell(dataclasses.replace(result, runs=1), Path("x.py"), False)
+    _print_result(dataclasses.replace(result, runs=1), Path("x.py"), False)
     told = capsys.readouterr().out
     assert ", 1 step\n1 run in " in told
 

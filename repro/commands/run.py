@@ -63,8 +63,8 @@ def add(commands: Any) -> None:
 def _add_server_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--gdn-prefill-backend", choices=GDN_PREFILL_BACKENDS, help="jit is compiled where it runs")
     parser.add_argument("--moe-backend", choices=MOE_BACKENDS, help="the same for the experts")
-    told = "compiled kernels at the start; split: every rank has a cache of its own, and rank 0's alone is cold"
-    parser.add_argument("--kernel-cache", choices=KERNEL_CACHES, help=told)
+    meaning = "compiled kernels at the start; split: every rank has a cache of its own, and rank 0's alone is cold"
+    parser.add_argument("--kernel-cache", choices=KERNEL_CACHES, help=meaning)
     parser.add_argument(
         "--group-timeout", type=float, dest="group_timeout_s", metavar="S", help="after how long a collective gives up"
     )

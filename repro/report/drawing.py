@@ -23,12 +23,12 @@ text{font:12px ui-sans-serif,system-ui,"Segoe UI",Roboto,sans-serif;fill:#1c2330
 .g0{fill:#3f74d8}.g1{fill:#12967a}.g2{fill:#9257c9}.g3{fill:#b8790a}.g4{fill:#c24a8d}.g5{fill:#1f8fb5}
 .lock{fill:#7a6a52}.build{fill:#d9702a}.hatch{stroke:#cf2f2f}.stall{stroke:#cf2f2f;fill:none}
 .n0{stroke:#6d4bc3;fill:#6d4bc3}.n1{stroke:#a05a00;fill:#a05a00}.n2{stroke:#0b7285;fill:#0b7285}.n3{stroke:#9c2f6b;fill:#9c2f6b}
-.guilty{fill:#cf2f2f}
+.culprit{fill:#cf2f2f}
 .line{fill:none}.paper{fill:#fff}.mark{stroke:#1c2330;fill:#1c2330}.onstall{fill:#8f1414;font-weight:600}
 @media (prefers-color-scheme:dark){text{fill:#e6eaf2}.dim{fill:#9aa5b8}.lane{fill:#1d2430}.grid{stroke:#2c3545}
 .phase{fill:#3c4658}.box{fill:#1a202b;stroke:#6d788b}.paper{fill:#12161d}.mark{stroke:#e6eaf2;fill:#e6eaf2}
 .g0{fill:#6d9bf1}.g1{fill:#36b897}.g2{fill:#b285e6}.g3{fill:#d99e35}.g4{fill:#e07bb3}.g5{fill:#4fb4d6}
-.hatch,.stall{stroke:#ff6b6b}.onstall{fill:#ffc9c9}.guilty{fill:#ff7b7b}
+.hatch,.stall{stroke:#ff6b6b}.onstall{fill:#ffc9c9}.culprit{fill:#ff7b7b}
 .n0{stroke:#b39bf5;fill:#b39bf5}.n1{stroke:#e0a458;fill:#e0a458}.n2{stroke:#4cc3d9;fill:#4cc3d9}
 .n3{stroke:#f08fc0;fill:#f08fc0}}
 """
@@ -226,7 +226,7 @@ class _Chart:
             )
             if self.labels:
                 culprit = rank in self.facts.verdict["culprits"]
-                dot = f'<circle class="guilty" cx="12" cy="{y + height / 2:.1f}" r="3.5"/>' if culprit else ""
+                dot = f'<circle class="culprit" cx="12" cy="{y + height / 2:.1f}" r="3.5"/>' if culprit else ""
                 parts.append(
                     f'{dot}<text class="{"bold" if culprit else ""}" x="22" y="{y + height / 2 + 4:.1f}">rank {rank}</text>'
                 )
@@ -353,7 +353,7 @@ def _legend(facts: Facts, x: float, y: float, width: int) -> Iterator[str]:
         yield f'<text class="small" x="{x + 17}" y="{y}">never returns</text>'
     if facts.verdict["culprits"]:
         x += 105
-        yield f'<circle class="guilty" cx="{x}" cy="{y - 4}" r="3.5"/><text class="small" x="{x + 8}" y="{y}">culprit</text>'
+        yield f'<circle class="culprit" cx="{x}" cy="{y - 4}" r="3.5"/><text class="small" x="{x + 8}" y="{y}">culprit</text>'
 
 
 def _document(key: str, width: float, height: float, parts: Iterable[str], title: str, paper: bool = True) -> str:

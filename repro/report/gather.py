@@ -259,8 +259,8 @@ def headline(verdict: Mapping[str, Any]) -> str:
     if more > 0:
         where += f"; and {more} more places"
     cause = _CAUSES.get((name, verdict["cause"])) or verdict["cause"]
-    blame = f" {cause}".rstrip() + (f" by {culprits}" if verdict["culprits"] else "") if cause else ""
-    return few(f"{name.capitalize()}:{blame}{';' if blame else ''} {where}.")
+    finding = f" {cause}".rstrip() + (f" by {culprits}" if verdict["culprits"] else "") if cause else ""
+    return few(f"{name.capitalize()}:{finding}{';' if finding else ''} {where}.")
 
 
 _CAUSES = {

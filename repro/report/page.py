@@ -180,7 +180,7 @@ def _table(facts: Facts) -> str:
         sizes = ",".join(map(str, p["sizes"][:16])) + ("…" if len(p["sizes"]) > 16 else "")
         state = p["state"] + (" (culprit)" if p["rank"] in culprits else "")
         rows.append(
-            f'<tr{" class=guilty" if p["rank"] in culprits else ""}><th scope="row" class="n">{p["rank"]}</th>'
+            f'<tr{" class=culprit" if p["rank"] in culprits else ""}><th scope="row" class="n">{p["rank"]}</th>'
             f'<td class="nowrap">{escape(state)}</td><td>{escape(p["phase"])}</td><td class="n">{p["step"] if p["step"] >= 0 else ""}</td>'
             f'<td>{escape(p["group"], 60)}</td><td class="nowrap">{escape(call, 120)}</td><td>{escape(p["layer"], 120)}</td>'
             f'<td class="nowrap">{escape(sizes)}</td><td class="n nowrap">{p["since_s"]:.2f} s</td><td>{escape(short_site(p["site"]), 160)}</td></tr>'
