@@ -6,7 +6,8 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from scene import Scene
-from sentences import Witnessed, check_sentences
+from sentences import check_sentences
+from worlds import Witnessed
 
 from hybrid_moe_ref.parallel.observer import Collective, ScheduleEntry
 from repro.verdict import Facts, Verdict, judge

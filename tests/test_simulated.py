@@ -18,8 +18,9 @@ from faults import FAULTS, FOREVER_NS, LATE, WRAPPING, Case, Truth, class_of, dr
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from scene import MS
-from sentences import Simulated, check_sentences
+from sentences import check_sentences
 from simulator import Simulation
+from worlds import Simulated
 
 from repro.layout import (
     FIXED,
