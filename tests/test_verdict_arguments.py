@@ -149,3 +149,20 @@ def test_a_difference_that_no_rank_waits_in_makes_a_stall_elsewhere_only_likely_
     assert (verdict.verdict, verdict.culprits, verdict.confidence) == ("stall", (), "likely"), verdict
     assert "world #1 was issued with different arguments and may be the cause" in verdict.evidence, verdict
     assert verdict.first_divergence is not None
+
+
+def test_what_the_others_did_after_a_collective_that_only_they_completed_is_no_cause() -> None:
+    """All ranks issue an undeclared collective in every step. Rank 5 waits before it, with other sizes."""
+    made = eight_ranks()
+    made.begin_step(1, PLAN)
+    made.all_of(EVERYONE, C1)
+    made.all_of(EVERYONE, EXTRA)
+    for call in STEP[1:]:
+        made.all_of(EVERYONE, call)
+    others = [rank for rank in EVERYONE if rank != 5]
+    made.begin_step(2, PLAN)
+    made.enter([5], C1._replace(sizes=(9,)))
+    made.all_of(others, C1)
+    made.enter(others, EXTRA)
+    verdict = look(made)
+    assert verdict.cause == "sizes" and set(verdict.culprits) <= {5} and set(verdict.suspects) <= {5}, verdict

@@ -44,6 +44,11 @@ def explain(
     if lock is not None:
         return lock
     divergence = ledger.first_divergence()
+    if mispaired is None and divergence is not None:
+        key, seq, _ = divergence
+        left = any(standing.left.get(key, 0) >= seq for standing in standings.values())
+        if left and ("collective", key, seq) in waits.nodes:
+            mispaired = key, seq  # ranks stand in it: what others did after they had left it is no cause
     steps = [standing.position.step for standing in standings.values() if standing.position.step >= 0]
     since = min(steps, default=0)
     if divergence is not None:
