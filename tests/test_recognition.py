@@ -47,7 +47,8 @@ def test_technical_prose_is_recognised_as_it_stands(text):
 @pytest.mark.parametrize(
     "text",
     [
-        "password = 123456", "api key 123456", "pin=4711", "10.20.30.40", "10-20-30-40", "peer 2001:db8::5", "zorblaxx",
+        "password = 123456", "api key 123456", "pin=4711", "card 4111 1111 1111 1111",
+        "rank 10 20 30 40", "10.20.30.40", "10-20-30-40", "peer 2001:db8::5", "zorblaxx",
         "on gpu-17", "node17", "alice@example.org", "12345678", "deadbeef", "0x7f001122", "a.b.c",
         "1.2.3.4", "layers.0.zorblaxx", "https://example.org/a", "~/notes", "x" * 200, "a_l_i_c_e", "AlIcE", "wait\x00",
         "pässword",
@@ -287,6 +288,7 @@ def test_a_name_that_is_a_common_word_or_short_stops_no_bundle(tmp_path, monkeyp
         ("the passphrase of it is swordfish", False),
         ("Zq7Xk9Lm2Vb7", False),
         ("bob: began", True),
+        ("card 4111 1111 1111 1111", False),
     ],
 )
 def test_free_text_stays_where_nothing_is_suspicious(text, free):

@@ -37,6 +37,7 @@ _ABSOLUTE = re.compile(r"/[^\s'\"]+(?:/[^\s'\"]+)*")
 _AROUND = "()[]{}<>\"'`.,;:"
 _LOCATED = re.compile(r"(?P<path>/[\w./+@-]+?)(?P<line>(?::\d{1,6})?)")
 _STAND_IN = re.compile(r"([a-z]+-\d{1,6})(?:\.[a-z]{2,4})?(?:/(?P<file>[\w.]+))?(?::\d{1,7}(?:>\d{1,6})?)?")
+_GROUPED = re.compile(r"(?<!\S)\d{2,6}(?: \d{2,6}){2,}(?!\S)")  # the number of a card or a telephone
 _BRACKETED = re.compile(r"\[(/[^\s\]]+?)((?::\d{1,6})?)\]")
 
 
@@ -169,7 +170,7 @@ class Recogniser:
 
     def recognised(self, text: str) -> str | None:
         """The text with its paths reduced, if each of its tokens is recognised; else None."""
-        if len(text) > MAX_TEXT:
+        if len(text) > MAX_TEXT or _GROUPED.search(text):
             return None
         text = _BRACKETED.sub(lambda match: f"[{self._inside(match[1])}{match[2]}]", plain(text))
         tokens = text.split(" ")

@@ -33,6 +33,7 @@ FORMS = (
     r"[=:]=|=>|:=",  # assignments in other notations than name=value
     r"(?<![\w.])\d+(?:[._-]\d+){3}(?![\w.])|(?:[0-9A-Fa-f]{1,4}[:-]){3,}|::",  # addresses
     r"\b[0-9A-Fa-f]{8,}\b|\d{7,}",  # numbers in which an address or key may be written
+    r"\d{2,6}(?: \d{2,6}){2}",  # the number of a card or a telephone
     r"[A-Za-z0-9+/_-]{24,}={0,2}",  # base64
 )
 """Forms that make a line suspicious wherever they stand."""
