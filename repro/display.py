@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from rich.console import Console
@@ -12,7 +13,6 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-from repro.launch import Display
 from repro.layout import Kind
 from repro.parse import WitnessError
 from repro.report.text import visible, visible_lines
@@ -56,6 +56,14 @@ class LiveTable:
         for rank, tail in enumerate(tails):
             table.add_row(str(rank), *(Text(visible(cell, 120)) for cell in position(tail)))
         return table
+
+
+@dataclass
+class Display:
+    """Where a run tells how it goes: ``show`` at every poll, ``notice`` for what is worth a line."""
+
+    show: Callable[[list[Tail]], None] = lambda tails: None
+    notice: Callable[[str], None] = lambda text: None
 
 
 def position(tail: Tail) -> tuple[str, str, str, str]:

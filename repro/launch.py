@@ -15,7 +15,6 @@ import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +23,7 @@ import psutil
 from hybrid_moe_ref.files import open_regular, sync, write_atomically
 from repro import kernel_cache, locks, lookout, process, scenarios
 from repro.comparison import compare_tokens
+from repro.display import Display
 from repro.expectation import document_of, watch_options
 from repro.interrupt import Interrupt
 from repro.job import Job, Start, start_process
@@ -33,7 +33,7 @@ from repro.settings import RunSettings
 from repro.verdict import Verdict
 from repro.verdict.facts import Facts
 from repro.watch import Watch
-from repro.witness import Tail, create
+from repro.witness import create
 
 PERSIST_PATIENCE_S = 5.0
 """How long the disk may take to keep the evidence."""
@@ -54,14 +54,6 @@ CANNOT_TELL = 125
 
 class CannotRunHere(RuntimeError):
     """This machine lacks what the run needs; the text says what."""
-
-
-@dataclass
-class Display:
-    """Where a run tells how it goes: ``show`` at every poll, ``notice`` for what is worth a line."""
-
-    show: Callable[[list[Tail]], None] = lambda tails: None
-    notice: Callable[[str], None] = lambda text: None
 
 
 def prepare_run_dir(out: Path, settings: RunSettings, interrupt: Callable[[], bool] = lambda: False) -> RunDir:

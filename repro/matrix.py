@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from repro import job, kernel_cache, launch, scenarios
+from repro.display import Display
 from repro.interrupt import Interrupt
 from repro.layout import Kind
 from repro.rundir import RunDir
@@ -79,7 +80,7 @@ def run(
         if not (missing := scenarios.load(settings.scenario).missing(settings)):
             known = references.get(settings.reference_key())
             try:
-                run_dir, document = launch.run(settings, out, interrupt, launch.Display(), start, known)
+                run_dir, document = launch.run(settings, out, interrupt, Display(), start, known)
             except kernel_cache.CannotFill as error:
                 missing = str(error)
         if missing:

@@ -23,6 +23,7 @@ from typing import Any
 from hybrid_moe_ref.config import ConfigError
 from repro import job, launch, process, scenarios
 from repro.bundle import replay
+from repro.display import Display
 from repro.interrupt import Interrupt
 from repro.report.gather import gather
 from repro.report.text import counted, visible_lines
@@ -206,7 +207,7 @@ class Runner:
 
     def run(self, settings: RunSettings, reference: Path | None = None) -> dict[str, Any]:
         """One variant. Raises KeyboardInterrupt when the user wants an end."""
-        run_dir, document = launch.run(settings, self.folder, self.interrupt, launch.Display(), self.start, reference)
+        run_dir, document = launch.run(settings, self.folder, self.interrupt, Display(), self.start, reference)
         self.last, self.settings = run_dir.root, settings
         if self.interrupt():
             raise KeyboardInterrupt

@@ -33,7 +33,6 @@ from hybrid_moe_ref.files import MAX_JSON_BYTES as MAX_JSON_BYTES
 from hybrid_moe_ref.files import DamagedFile, open_regular
 from hybrid_moe_ref.files import read_json as read_json
 from hybrid_moe_ref.files import write_atomically as write_atomically
-from repro.witness import SUFFIX
 
 RUN_NAME = re.compile(r"\d{8}T\d{6}\.\d{3}Z-[a-z0-9_]+-(control|fault|fix)-(-?\d+)")
 """What a run directory is called: utc, scenario, variant, seed."""
@@ -46,6 +45,10 @@ PARTS = ("events", "stacks", "fr", "logs", "env", "outputs")
 
 class OutputError(OSError):
     """The output directory cannot be used; the text says where, why and what to do."""
+
+
+SUFFIX = ".wit"
+"""Of the file that a rank writes."""
 
 
 @dataclass(frozen=True)

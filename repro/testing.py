@@ -205,7 +205,7 @@ class Ranks:
     def _be(self, run_dir: RunDir, rank: int, function: Callable[[Rank], Any]) -> None:
         """Everything one rank does. It parks at the end: the first rank to leave takes its peers' evidence along."""
         from repro.record import Recorder
-        from repro.worker import dump_on_signals
+        from repro.signals import dump_on_signals
 
         log = run_dir.log(rank).open("w", buffering=1)
         sys.stdout = sys.stderr = log

@@ -37,13 +37,13 @@ from repro.layout import (
 )
 from repro.parse import Problems, WitnessError, parse_header, parse_heartbeat
 from repro.reader import Signature, Witness, parse
+from repro.rundir import SUFFIX
 
 __all__ = [
     "MAX_BYTES", "Event", "GroupTrace", "Signature", "Tail", "Witness", "WitnessError", "create", "parse", "read",
     "read_dir",
 ]  # fmt: skip
 
-SUFFIX = ".wit"
 _LOOKS = 3
 """How often a file that changes is read before what is wrong with it counts."""
 

@@ -15,6 +15,7 @@ from typing import Any
 import torch.distributed as dist
 
 from repro import launch, reference
+from repro.display import Display
 from repro.rundir import RunDir, write_json
 from repro.settings import RunSettings
 from repro.worker import run_rank
@@ -46,7 +47,7 @@ def run_forked(
     try:
         during(run_dir, pids)
         document = launch.attend(
-            run_dir, settings, lambda: False, launch.Display(notice=notice), lambda: any(map(_running, pids))
+            run_dir, settings, lambda: False, Display(notice=notice), lambda: any(map(_running, pids))
         )
     finally:
         for pid in pids:

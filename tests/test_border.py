@@ -18,6 +18,7 @@ from reported import write_hang
 from repro import job, launch, process, scenarios, worker
 from repro.cli import main
 from repro.commands import CANNOT_TELL, EXPECTED, INTERRUPTED, UNEXPECTED, USAGE
+from repro.display import Display
 from repro.interrupt import Interrupt
 from repro.rundir import RunDir, read_json
 from repro.settings import read_settings
@@ -122,7 +123,7 @@ def hanging(tmp_path):
 
 
 def attend(run_dir, settings, child):
-    return launch.attend(run_dir, settings, lambda: False, launch.Display(), lambda: child.poll() is None, [child])
+    return launch.attend(run_dir, settings, lambda: False, Display(), lambda: child.poll() is None, [child])
 
 
 FAILURES = [OSError(errno.EIO, "Input/output error"), OSError(errno.EMFILE, "Too many open files"), TypeError("a slip")]
@@ -151,7 +152,7 @@ def test_ranks_that_cannot_be_started_leave_a_verdict(tmp_path):
         raise OSError(errno.EAGAIN, "Resource temporarily unavailable")
 
     settings = scenarios.settings_of({"scenario": "metadata_rebuild", "num_ranks": 2})
-    run_dir, document = launch.run(settings, tmp_path, Interrupt(), launch.Display(), start)
+    run_dir, document = launch.run(settings, tmp_path, Interrupt(), Display(), start)
     assert document == read_json(run_dir.verdict) and document["verdict"] == "inconclusive"
     assert "repro itself failed" in document["evidence"][0] and not (run_dir.root / "tmp").exists()
 

@@ -35,7 +35,7 @@ from pathlib import Path
 sys.path.insert(0, {root!r})
 from repro import record
 from repro.rundir import RunDir
-from repro.worker import dump_on_signals
+from repro.signals import dump_on_signals
 record.socket.gethostname = lambda: "elsewhere"
 run_dir = RunDir(Path({run!r}))
 dump_on_signals(run_dir, 1)

@@ -18,6 +18,7 @@ import pytest
 
 from repro import job, launch, scenarios
 from repro.commands import EXPECTED, INTERRUPTED, UNEXPECTED
+from repro.display import Display
 from repro.layout import Kind
 from repro.parse import WitnessError
 from repro.rundir import read_json
@@ -185,7 +186,7 @@ def test_runs_share_the_process_that_forks_and_one_that_was_killed_is_replaced(t
     server, pids = job.ForkServer(), []
     try:
         for _ in range(3):
-            _, verdict = launch.run(settings, tmp_path, launch.Interrupt(), launch.Display(), server.start)
+            _, verdict = launch.run(settings, tmp_path, launch.Interrupt(), Display(), server.start)
             assert verdict["matches_expected"], verdict
             pids.append(server._process.pid)
             if len(pids) == 2:

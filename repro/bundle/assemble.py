@@ -35,9 +35,9 @@ from repro.rejudge import judge_again
 from repro.report.gather import Facts, gather, siblings
 from repro.report.page import HERE
 from repro.report.text import visible
-from repro.rundir import RunDir, write_json
+from repro.rundir import SUFFIX, RunDir, write_json
 from repro.settings import VARIANTS, RunSettings
-from repro.witness import MAX_BYTES, SUFFIX
+from repro.witness import MAX_BYTES
 
 SCHEMA_VERSION = 2
 COLLECT_ENV_S = 60

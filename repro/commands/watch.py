@@ -12,7 +12,7 @@ from rich.console import Console
 from hybrid_moe_ref.config import ConfigError
 from repro import bundle, launch, process
 from repro.commands import CANNOT_TELL, EXPECTED, INTERRUPTED, UNEXPECTED, exit_code, print_verdicts, write_reports
-from repro.display import say
+from repro.display import Display, say
 from repro.expectation import watch_options
 from repro.interrupt import Interrupt
 from repro.lookout import Lookout
@@ -76,7 +76,7 @@ def _watch_to_end(run_dir: RunDir, settings: RunSettings, console: Console, args
 
     interrupt: Interrupt = args.interrupt
     with interrupt.deferred():
-        shown = launch.Display(notice=lambda text: say(console, text))
+        shown = Display(notice=lambda text: say(console, text))
         document = launch.attend(run_dir, settings, interrupt, shown, job_alive)
     write_reports(console, [run_dir.root])
     print_verdicts(console, [document], args.json)

@@ -13,10 +13,10 @@ from hybrid_moe_ref.files import open_regular
 from repro.parse import WitnessError
 from repro.report.lanes import Label, Labels, Lane, SharedClock, read_lane
 from repro.report.text import few
-from repro.rundir import RunDir, read_json, read_text, read_tokens
+from repro.rundir import SUFFIX, RunDir, read_json, read_text, read_tokens
 from repro.settings import RunSettings, read_settings
 from repro.verdict.result import name_ranks
-from repro.witness import SUFFIX, read
+from repro.witness import read
 
 MAX_RANKS = 4096
 _MOST = 10**18
