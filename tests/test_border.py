@@ -56,8 +56,7 @@ def test_a_reader_that_leaves_changes_neither_verdict_nor_exit_code(tmp_path, co
         assert (tmp_path / "latest" / "report.html").exists()
 
 
-@pytest.mark.parametrize("closed", [">&-", "2>&-", "<&- >&- 2>&-"])
-@pytest.mark.parametrize("command", ["list", "watch", "report"])
+@pytest.mark.parametrize(("command", "closed"), [("list", ">&-"), ("watch", "2>&-"), ("report", "<&- >&- 2>&-")])
 def test_a_standard_file_that_is_closed_changes_no_exit_code(tmp_path, command, closed):
     root, _ = write_hang(tmp_path, 2)
     before = (root / "verdict.json").read_bytes()
