@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from repro import locks
 from repro.comparison import wrong_tokens
@@ -15,16 +15,19 @@ from repro.expectation import document_of, watch_options
 from repro.host import Host
 from repro.look import Look, watcher_from_json
 from repro.options import WatchOptions
+from repro.qualified import ended_from_outside, not_decided, uncompared
 from repro.rundir import RunDir, read_json
 from repro.settings import RunSettings
 from repro.system import System
 from repro.verdict import Verdict
 from repro.verdict.facts import Facts
 from repro.verdict.result import VERDICTS
-from repro.watch import Comparison, ended_from_outside, not_decided, uncompared
+from repro.watch import Comparison
 from repro.witness import Witness, read_dir
 
 LOOK_S = 0.5
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -168,41 +171,49 @@ def read_decided(path: Path) -> Decided:
     document = read_json(path)
     if not isinstance(document, dict):
         raise ValueError(f"{path}:1: not a mapping")
-    name = ""
-    try:
-        name = "verdict"
-        if document["verdict"] not in VERDICTS:
-            raise ValueError
-        name = "confidence"
-        confidence = _checked(document[name], str)
-        name = "culprits"
-        culprits = tuple(_checked(rank, int) for rank in _checked(document[name], list))
-        name = "evidence"
-        evidence = tuple(_checked(text, str) for text in _checked(document[name], list))
-        name = "quiet_s"
-        quiet_s = float(document[name])
-        if not 0 <= quiet_s < 1e6:
-            raise ValueError
-        name = "seconds"
-        seconds = _checked(document[name], dict)
-        name = "system"
-        facts = Facts.from_json(document[name])
-        name = "watcher"
-        look = None
-        if name in document:
-            identity, now_ns = watcher_from_json(document[name])
-            look = Look(identity, now_ns, facts=facts)
-    except (AttributeError, KeyError, TypeError, ValueError, OverflowError) as error:
-        wrong = (
-            "is missing" if isinstance(error, KeyError) and name not in document else "is not what a run writes there"
-        )
-        raise ValueError(f"{path}:1: {name} {wrong}") from None
-    verdict = Verdict(document["verdict"], culprits=culprits, evidence=evidence, confidence=confidence, quiet_s=quiet_s)
-    ended_by = document.get("ended_by", "")
-    return Decided(verdict, facts, look, bool(document.get("interrupted")), str(ended_by), seconds)
+
+    def entry(name: str, convert: Callable[[Any], T]) -> T:
+        if name not in document:
+            raise ValueError(f"{path}:1: {name} is missing")
+        try:
+            return convert(document[name])
+        except (AttributeError, KeyError, TypeError, ValueError, OverflowError):
+            raise ValueError(f"{path}:1: {name} is not what a run writes there") from None
+
+    verdict = Verdict(
+        entry("verdict", _verdict),
+        confidence=entry("confidence", _text),
+        culprits=entry("culprits", lambda ranks: tuple(_instance(rank, int) for rank in _instance(ranks, list))),
+        evidence=entry("evidence", lambda lines: tuple(map(_text, _instance(lines, list)))),
+        quiet_s=entry("quiet_s", _seconds),
+    )
+    seconds = entry("seconds", lambda value: _instance(value, dict))
+    facts = entry("system", Facts.from_json)
+    look = None
+    if "watcher" in document:
+        watcher, now_ns = entry("watcher", watcher_from_json)
+        look = Look(watcher, now_ns, facts=facts)
+    ended_by = entry("ended_by", _text) if "ended_by" in document else ""
+    return Decided(verdict, facts, look, bool(document.get("interrupted")), ended_by, seconds)
 
 
-def _checked(value: Any, wanted: type) -> Any:
-    if not isinstance(value, wanted):
+def _instance(value: Any, kind: type[T]) -> T:
+    if not isinstance(value, kind):
         raise TypeError
     return value
+
+
+def _text(value: Any) -> str:
+    return _instance(value, str)
+
+
+def _verdict(value: Any) -> str:
+    if value not in VERDICTS:
+        raise ValueError
+    return _text(value)
+
+
+def _seconds(value: Any) -> float:
+    if isinstance(value, str) or not 0 <= float(value) < 1e6:
+        raise ValueError
+    return float(value)

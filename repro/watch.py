@@ -24,6 +24,7 @@ from repro.host import READ_FAILURES, Host
 from repro.look import Look
 from repro.lookout import Others
 from repro.options import WatchOptions
+from repro.qualified import ended_from_outside, not_decided, uncompared
 from repro.rundir import RunDir, write_json
 from repro.silences import Silences
 from repro.system import System
@@ -332,29 +333,6 @@ class Watch:
         }
         write_json(self.run_dir.verdict, document, durable=True)
         return document
-
-
-def not_decided(verdict: Verdict) -> Verdict:
-    """The verdict on a run that its user ended: that ranks still worked then is no finding."""
-    if verdict.verdict == "slow":
-        verdict = dataclasses.replace(verdict, verdict="inconclusive", culprits=(), confidence="undecided")
-    return verdict.with_evidence(["the run was interrupted before it was decided"])
-
-
-def ended_from_outside(verdict: Verdict, why: str) -> Verdict:
-    """The verdict on a run whose launcher was ended by a signal and ended the ranks: no death in it is a cause."""
-    if verdict.verdict in ("slow", "crash"):
-        verdict = dataclasses.replace(
-            verdict, verdict="inconclusive", cause="", culprits=(), suspects=(), confidence="undecided"
-        )
-    return verdict.with_evidence([why])
-
-
-def uncompared(verdict: Verdict, why: str) -> Verdict:
-    """The verdict on ranks whose results were not compared: it cannot be `clean`."""
-    if verdict.verdict == "clean":
-        verdict = dataclasses.replace(verdict, verdict="inconclusive", confidence="undecided")
-    return verdict.with_evidence([f"{why}, so the tokens were not compared"])
 
 
 def _traceback_of(error: Exception) -> str:

@@ -169,19 +169,20 @@ def _name_group(group: Any, members: list[int]) -> str:
     one dimension of a mesh do."""
     if group is None or group is dist.group.WORLD:
         return "world"
-    told = _described(group)
-    if not told:
+    description = _described(group)
+    if not description:
         return f"group{group.group_name}".replace(":", "_")
-    name = told if len(members) == dist.get_world_size() else f"{told}[{list_ranks(members)}]"
+    everyone = len(members) == dist.get_world_size()
+    name = description if everyone else f"{description}[{list_ranks(members)}]"
     alike = [
         other
         for other in dist.distributed_c10d._world.pg_map
-        if _described(other) == told and dist.get_process_group_ranks(other) == members
+        if _described(other) == description and dist.get_process_group_ranks(other) == members
     ]
     place = alike.index(group) if group in alike else 0  # in the order of their making, which is that of all members
     return f"{name}.{place + 1}" if place else name
 
 
 def _described(group: Any) -> str:
-    told = str(getattr(group, "group_desc", "") or "").replace(":", "_")
-    return "" if told == "undefined" else told
+    description = str(getattr(group, "group_desc", "") or "").replace(":", "_")
+    return "" if description == "undefined" else description
