@@ -10,14 +10,11 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from repro import locks
-from repro.comparison import wrong_tokens
-from repro.expectation import document_of, watch_options
 from repro.host import Host
 from repro.look import Look, watcher_from_json
 from repro.options import WatchOptions
 from repro.qualified import ended_from_outside, not_decided, uncompared
 from repro.rundir import RunDir, read_json
-from repro.settings import RunSettings
 from repro.system import System
 from repro.verdict import Verdict
 from repro.verdict.facts import Facts
@@ -58,32 +55,6 @@ class Again:
     look: Look
     decided: Decided | None
     whole: bool
-
-
-def judge_again(run_dir: RunDir, settings: RunSettings) -> tuple[dict[str, Any], bool]:
-    """The verdict on a run of the lab as in verdict.json, and whether all its files could be used to the last byte."""
-    damaged: list[str] = []
-    comparison = Comparison()
-    try:
-        wrong = wrong_tokens(run_dir, settings.num_ranks, settings.tp_size)
-        comparison = Comparison(wrong=tuple(wrong))
-    except FileNotFoundError as error:
-        comparison = Comparison(missing=str(error))
-    except (OSError, ValueError) as error:
-        comparison = Comparison(missing="a file with tokens is damaged")
-        damaged.append(str(error))
-    again = judge_files(run_dir, watch_options(settings), comparison)
-    passed_s = time.time() - run_dir.config.stat().st_mtime
-    seconds = {"stall_to_verdict": round(again.verdict.quiet_s, 3), "total": round(passed_s, 3)}
-    decided = again.decided
-    document = {
-        **document_of(settings, again.verdict.with_evidence(damaged)),
-        **again.look.to_json(),
-        "interrupted": decided is not None and decided.interrupted,
-        "ended_by": decided.ended_by if decided else "",
-        "seconds": decided.seconds if decided else seconds,
-    }
-    return document, again.whole and not damaged
 
 
 def judge_files(run_dir: RunDir, options: WatchOptions, comparison: Comparison) -> Again:

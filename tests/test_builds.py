@@ -22,7 +22,7 @@ from hybrid_moe_ref.engine.build_lock import BuildLock
 from hybrid_moe_ref.engine.builds import ensure
 from repro import scenarios
 from repro.layout import Kind
-from repro.rejudge import judge_again
+from repro.second_judgement import judge_again
 from repro.settings import RunSettings
 from repro.witness import read
 

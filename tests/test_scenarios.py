@@ -18,8 +18,8 @@ from repro import scenarios
 from repro.expectation import matches
 from repro.layout import Kind
 from repro.record import Recorder
-from repro.rejudge import judge_again
 from repro.rundir import read_json
+from repro.second_judgement import judge_again
 from repro.settings import RunSettings
 from repro.verdict import Position, Verdict
 from repro.witness import read

@@ -13,8 +13,8 @@ from repro.flight_recorder import RecorderCheck, compare_dumps
 from repro.launch import end
 from repro.layout import Identity
 from repro.record import Recorder
-from repro.rejudge import judge_again
 from repro.rundir import RunDir, write_json
+from repro.second_judgement import judge_again
 from repro.settings import RunSettings
 from repro.silences import Silences
 from repro.system import STOPPED

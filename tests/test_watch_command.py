@@ -22,8 +22,8 @@ from repro.layout import Geometry, Identity, pack_header
 from repro.look import Look
 from repro.parse import parse_header
 from repro.record import Recorder, myself
-from repro.rejudge import judge_again
 from repro.rundir import RunDir, write_json
+from repro.second_judgement import judge_again
 from repro.settings import RunSettings
 from repro.verdict import Facts
 from repro.watch import Watch

@@ -31,11 +31,11 @@ from repro.bundle.witnesses import redact_witness
 from repro.bundle.words import is_token
 from repro.layout import CRC, HEADER
 from repro.parse import parse_header
-from repro.rejudge import judge_again
 from repro.report.gather import Facts, gather, siblings
 from repro.report.page import HERE
 from repro.report.text import visible
 from repro.rundir import SUFFIX, RunDir, write_json
+from repro.second_judgement import judge_again
 from repro.settings import VARIANTS, RunSettings
 from repro.witness import MAX_BYTES
 

@@ -16,9 +16,9 @@ from repro.display import Display, say
 from repro.expectation import watch_options
 from repro.interrupt import Interrupt
 from repro.lookout import Lookout
-from repro.rejudge import judge_again
 from repro.report.text import visible_lines
 from repro.rundir import RunDir
+from repro.second_judgement import judge_again
 from repro.settings import RunSettings, read_settings
 from repro.witness import Tail
 
