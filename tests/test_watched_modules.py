@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from test_generation import CONFIG
+from test_model import SMALL as CONFIG
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations, prune
 
