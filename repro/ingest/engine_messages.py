@@ -9,30 +9,46 @@ from repro.ingest.prefix import Line
 from repro.trace.observed import Failure, Note, Observation, Source
 
 NEEDLES = (
-    "shared memory broadcast block", "world_size=", "world size",
-    "torch.compile", "Scheduler watchdog timeout", "Hang detected",
-    "RPC call to", "NCCL version", "nranks", "repeated", "tensor_parallel_size", "Capturing", "profile run",
-    "Waiting for", "nvcc", "ninja", "Compiling", "compiling", "Autotun",
+    "shared memory broadcast block", "world_size=", "world size", "torch.compile", "Compiling a graph",
+    "Dynamo bytecode", "atchdog timeout", "Hang detected", "RPC call to", "NCCL version", "pid=",
 )  # fmt: skip
 
+MAX_PROCESSES = 4096
+
 _HEARTBEAT = re.compile(r"No available shared memory broadcast block found in (\d+) seconds")
-_WORLD = re.compile(r"world_size=(\d+) rank=(\d+)|rank (\d+) in world size (\d+)|nranks (\d+)")
+_WORLD = re.compile(r"world_size=(\d+) rank=(\d+)|rank (\d+) in world size (\d+)")
 _NCCL_VERSION = re.compile(r"NCCL version (\d+\.\d+\.\d+)")
 _RPC = re.compile(r"RPC call to (\w+) timed out")
-_WATCHDOG = re.compile(r"(\w*[Ww]atchdog) timeout \(self\.watchdog_timeout=(\d+)(?:, self\.soft=(\w+))?\)")
+_WATCHDOG = re.compile(
+    r"(\w*(?: [Ww]atchdog|[Ww]atchdog)) timeout \(self\.watchdog_timeout=(\d+)(?:, self\.soft=(\w+))?\)"
+)
 _HANG = re.compile(r"Hang detected (?:after (\d+) seconds|on rank (\d+) in (\w+))")
 _COMPILED = re.compile(r"torch\.compile tak(?:es|ing) ([\d.]+) s|Compiling a graph|Dynamo bytecode transform time")
-_REPEATED = re.compile(r"\[repeated (\d+)x across cluster\]")
 
 
-def read(line: Line, source: Source) -> Iterator[Observation]:
+class Engine:
+    """The engine's lines of one file. The first line of each process gives its rank to whoever names its pid alone."""
+
+    def __init__(self) -> None:
+        self._named: set[tuple[int | None, int | None]] = set()
+
+    def read(self, line: Line, source: Source) -> Iterator[Observation]:
+        pid, rank = line.process.pid, line.process.rank
+        if pid is not None and rank is not None and (pid, rank) not in self._named and len(self._named) < MAX_PROCESSES:
+            self._named.add((pid, rank))
+            yield Note("process", f"process {pid} is {line.process}", line.process, "", line.at_s, source)
+        yield from _messages(line, source)
+
+
+def _messages(line: Line, source: Source) -> Iterator[Observation]:
     text, process, at_s = line.text, line.process, line.at_s
     if match := _HEARTBEAT.search(text):
         yield Note("heartbeat", f"vLLM's queue has waited for another {match[1]} s", process, match[1], at_s, source)
     elif match := _RPC.search(text):
         yield Failure(process, "timeout", f"vLLM gave up its wait for {match[1]}", at_s, source)
     elif match := _WATCHDOG.search(text):
-        yield Note("watchdog", f"SGLang's {match[1]} fired after {match[2]} s", process, match[2], at_s, source)
+        soft = ", as a warning that ends nothing" if match[3] == "True" else ""
+        yield Note("watchdog", f"SGLang's {match[1]} fired after {match[2]} s{soft}", process, match[2], at_s, source)
     elif match := _HANG.search(text):
         where = f" on rank {match[2]} in {match[3]}" if match[2] else f" after {match[1]} s"
         yield Note("watchdog", f"TensorRT-LLM's watchdog fired{where}", process, match[2] or "", at_s, source)
@@ -41,7 +57,5 @@ def read(line: Line, source: Source) -> Iterator[Observation]:
     if match := _NCCL_VERSION.search(text):
         yield Note("version", f"NCCL {match[1]}", process, match[1], at_s, source)
     if match := _WORLD.search(text):
-        size = match[1] or match[4] or match[5]
+        size = match[1] or match[4]
         yield Note("world", f"world size {size}", process, size, at_s, source)
-    if match := _REPEATED.search(text):
-        yield Note("repeated", f"Ray left out {match[1]} lines like this one", process, match[1], at_s, source)

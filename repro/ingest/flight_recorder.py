@@ -24,40 +24,18 @@ from typing import Any
 
 from hybrid_moe_ref.files import DamagedFile, parse_json
 from repro.ingest import pickles
+from repro.ingest.operations import operation
 from repro.trace.observed import Call, Group, GroupRecord, RecorderDump, Source
 
 MAX_ENTRIES = 50_000
 MAX_FRAMES, MAX_TENSORS, MAX_DIMENSIONS = 24, 64, 16
 
-OPERATIONS = {
-    "_all_gather_base": "all_gather", "all_gather_into_tensor": "all_gather", "all_gather_single": "all_gather",
-    "allgather": "all_gather", "allgather_base": "all_gather",
-    "all_gather": "all_gather", "allgather_into_tensor_coalesced": "all_gather",
-    "_reduce_scatter_base": "reduce_scatter", "reduce_scatter_tensor": "reduce_scatter",
-    "reduce_scatter_single": "reduce_scatter", "reducescatter": "reduce_scatter", "reduce_scatter": "reduce_scatter",
-    "allreduce": "all_reduce", "all_reduce": "all_reduce", "all_reduce_barrier": "barrier", "barrier": "barrier",
-    "broadcast": "broadcast", "_broadcast_oop": "broadcast", "reduce": "reduce", "_reduce_oop": "reduce",
-    "alltoall": "all_to_all", "alltoall_base": "all_to_all",
-    "all_to_all": "all_to_all", "all_to_all_single": "all_to_all",
-    "gather": "gather", "scatter": "scatter", "send": "send", "recv": "recv", "coalesced": "coalesced",
-}  # fmt: skip
 _TRANSFER = re.compile(r"(send|recv) (\d+)(?:->|<-)(\d+)")
 _LAST_NUMBER = re.compile(r"(\d+)\D*$")
 
 
 class NotARecorderDump(ValueError):
     """The bytes are something else; another reader may know them."""
-
-
-@lru_cache(maxsize=4096)
-def operation(name: str) -> str:
-    """The canonical name of an operation, whatever the tool calls it ("nccl:_all_gather_base", "ALLGATHER", …)."""
-    bare = name.rpartition(":")[2].strip()
-    lowered = bare.lower()
-    known = OPERATIONS.get(lowered)
-    if known is None and lowered.endswith("_coalesced"):
-        known = OPERATIONS.get(lowered.removesuffix("_coalesced"))
-    return known or OPERATIONS.get(lowered.lstrip("_"), lowered or "unknown")
 
 
 def looks_like(head: bytes) -> bool:

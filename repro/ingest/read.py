@@ -11,18 +11,14 @@ from pathlib import Path
 from typing import BinaryIO
 
 from hybrid_moe_ref.files import open_regular
-from repro.ingest import engine_messages, failures, flight_recorder, prefix, ras, stacks, torch_messages
-from repro.ingest.processes import process_of
-from repro.trace.observed import Observation, Source
+from repro.ingest import flight_recorder, logs, ras, stacks
+from repro.ingest.join import join
+from repro.trace.observed import Observation
 
 MAX_STRUCTURED_BYTES = 64 << 20
 MAX_LOG_BYTES = 64 << 30
 MAX_FILES = 20_000
-MAX_LINE = 16_384
-MAX_RECORDS = 200_000
 _PASSED_OVER = {"expect.json"}
-_MESSAGES = (torch_messages, failures, engine_messages)
-_NEEDLES = tuple(dict.fromkeys(needle for module in _MESSAGES for needle in module.NEEDLES))
 
 
 @dataclass
@@ -41,6 +37,7 @@ def read(paths: Sequence[Path]) -> Evidence:
     gc.disable()  # no cycles are made, and to look for them takes as long as to read
     try:
         _read_all(paths, evidence)
+        evidence.records = join(evidence.records)
     finally:
         if collecting:
             gc.enable()
@@ -122,14 +119,16 @@ def _records(file: BinaryIO, name: str) -> list[Observation]:
         if stacks.looks_like_json(content):
             return list(stacks.read_json(content, name))
         if ras.looks_like_json(content):
-            return [ras.read_json(content, name)]
+            return list(ras.read_json(content, name))
         file.seek(0)
     text = head.decode("utf-8", errors="replace")
     if "\0" in text[:4096]:
         raise ValueError("a binary file of a format that is not known")
     if ras.looks_like(text):
-        return [ras.read(_whole(file).decode("utf-8", errors="replace").splitlines(), name)]
-    return list(_log(file, name))
+        return list(ras.read(_whole(file).decode("utf-8", errors="replace").splitlines(), name))
+    if note := ras.no_answer(name, text):
+        return [note]
+    return list(logs.read(file, name))
 
 
 def _whole(file: BinaryIO) -> bytes:
@@ -137,28 +136,3 @@ def _whole(file: BinaryIO) -> bytes:
     if len(data) > MAX_STRUCTURED_BYTES:
         raise ValueError(f"larger than {MAX_STRUCTURED_BYTES >> 20} MiB")
     return data
-
-
-def _log(file: BinaryIO, name: str) -> Iterator[Observation]:
-    """A text file, line by line: messages, and the stacks between them. One pass, whatever its size."""
-    owner = process_of(file=name)
-    found: list[Observation] = []
-
-    def lines() -> Iterator[tuple[int, str]]:
-        number = 0
-        while raw := file.readline(MAX_LINE):
-            number += raw.endswith(b"\n") or len(raw) < MAX_LINE
-            text = raw.decode("utf-8", errors="replace").rstrip("\r\n")
-            whole = raw.endswith(b"\n") or len(raw) == MAX_LINE  # a file that was cut may end inside a line
-            if whole and len(found) < MAX_RECORDS and any(needle in text for needle in _NEEDLES):
-                line = prefix.parse(number, text, owner)
-                source = Source(name, f"line {number}")
-                for module in _MESSAGES:
-                    if any(needle in line.text for needle in module.NEEDLES):
-                        found.extend(module.read(line, source))
-            yield number, text
-
-    for stack in stacks.read(lines(), name):
-        if len(found) < MAX_RECORDS:
-            found.append(stack)
-    yield from found

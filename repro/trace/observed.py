@@ -133,7 +133,10 @@ class TimedOut:
 
 @dataclass(frozen=True, slots=True)
 class Progress:
-    """Counters of one rank in one group: the last operation queued and the last one completed, None where unknown."""
+    """Counters of one rank in one group: the last operation queued and the last one completed, None where unknown.
+
+    stuck       number of the operation that the watchdog gave up, None where the line is about no operation
+    """
 
     rank: int | None
     group_rank: int | None
@@ -142,6 +145,7 @@ class Progress:
     completed: int | None
     at_s: float | None = None
     source: Source = Source("")
+    stuck: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -158,6 +162,44 @@ class Process:
         if self.rank is not None:
             return f"rank {self.rank}{part}"
         return self.title or (f"process {self.pid}" if self.pid is not None else "a process")
+
+
+@dataclass(frozen=True, slots=True)
+class Member:
+    """A process joined an NCCL communicator.
+
+    name        the same in all processes of the communicator
+    pointer     how this process's later lines call it
+    rank        rank in the communicator
+    bus         PCI address of the GPU, "0000:5d:00"; "" where it is not printed
+    """
+
+    process: Process
+    host: str
+    name: str
+    pointer: str
+    rank: int
+    size: int
+    bus: str = ""
+    source: Source = Source("")
+
+
+@dataclass(frozen=True, slots=True)
+class Launches:
+    """What one process launched on one NCCL communicator, by its NCCL_DEBUG=INFO log. Completion is not in such a log.
+
+    group       the communicator; `members` are global ranks, () where they are not known
+    count       number of launches since the communicator began, None where the log does not show its beginning
+    calls       the newest launches, oldest first
+    """
+
+    process: Process
+    host: str
+    pointer: str
+    group: Group
+    count: int | None
+    calls: tuple[Call, ...]
+    source: Source = Source("")
 
 
 @dataclass(frozen=True, slots=True)
@@ -182,7 +224,9 @@ class Stack:
 class Failure:
     """A process ended, or is about to: out of memory, a device error, an exception, a signal.
 
-    kind        memory, device, exception, killed, start, consequence (of another rank's end), timeout
+    kind        memory, device, exception, killed, ended, start, consequence (of another rank's end), timeout
+    bus         for a device error that the kernel reports: the PCI address of the GPU, "0000:5d:00"
+    host        the host that printed it, "" where the line does not say
     """
 
     process: Process
@@ -190,6 +234,8 @@ class Failure:
     text: str
     at_s: float | None = None
     source: Source = Source("")
+    bus: str = ""
+    host: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -247,7 +293,9 @@ class RasAnswer:
 class Note:
     """A line that is often misread, or that sets the scene: a heartbeat, a warning, a version, a world size.
 
-    kind        heartbeat, loopback, incomplete, version, world, watchdog, compiled, told
+    kind        heartbeat, loopback, incomplete, version, world, watchdog, stuck, compiled, barrier, torchrun,
+                local rank, deepep, network, ras, repeated, process (a pid and its rank),
+                sizes (NCCL met a message of another size), unreadable (a tool that failed to look)
     """
 
     kind: str
@@ -258,4 +306,6 @@ class Note:
     source: Source = Source("")
 
 
-Observation = RecorderDump | TimedOut | Progress | Stack | Failure | Left | Mismatch | RasAnswer | Note
+Observation = (
+    RecorderDump | TimedOut | Progress | Member | Launches | Stack | Failure | Left | Mismatch | RasAnswer | Note
+)

@@ -163,7 +163,7 @@ def _collectives(
 
 
 def _canonical(detail: str) -> str:
-    from repro.ingest.flight_recorder import operation  # names only
+    from repro.ingest.operations import operation  # names only
 
     return operation(detail.split(" ")[0])
 

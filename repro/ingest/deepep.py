@@ -1,0 +1,30 @@
+"""Time-outs of DeepEP's kernels. Good runs print them too while they are torn down.
+
+The ranks are those of one NVLink domain. In a barrier thread t polls peer t, and a value above 0 says that this
+peer has not come. The kernel then traps, so the ranks that waited report "unspecified launch failure".
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+
+from repro.ingest.prefix import Line
+from repro.trace.observed import Note, Observation, Source
+
+NEEDLES = ("DeepEP",)
+
+_BARRIER = re.compile(r"DeepEP timeout check failed: rank = (\d+), thread = (\d+), value = (-?\d+)")
+_OTHER = re.compile(
+    r"DeepEP (?:internode |intranode |low[- ]latency )?(?:dispatch|combine|timeout|\w+ receiver)[^\n]{0,160}"
+)
+
+
+def read(line: Line, source: Source) -> Iterator[Observation]:
+    if match := _BARRIER.search(line.text):
+        late = int(match[3]) > 0
+        words = f"DeepEP: rank {match[1]} of an NVLink domain ran into the time-out of a barrier"
+        words += f", peer {match[2]} had not come" if late else ""
+        yield Note("deepep", words, line.process, match[2] if late else "", line.at_s, source)
+    elif (match := _OTHER.search(line.text)) and "timeout" in match[0].lower():
+        yield Note("deepep", match[0].strip(), line.process, "", line.at_s, source)

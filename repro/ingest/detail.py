@@ -1,0 +1,51 @@
+"""The comparison that TORCH_DISTRIBUTED_DEBUG=DETAIL makes before each collective, and monitored_barrier behind it."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+
+from repro.ingest.operations import operation
+from repro.ingest.prefix import Line
+from repro.trace.observed import Call, Mismatch, Note, Observation, Process, Source
+
+NEEDLES = ("Detected mismatch between collectives", "inconsistent collective", "monitoredBarrier")
+
+_BOTH = re.compile(
+    r"Detected mismatch between collectives on ranks\. Rank (\d+) is running collective: "
+    r"(.*?), but Rank (\d+) is running collective: (.*?)(?:\.\s?Collectives differ in the following aspects:\s*(.*))?$"
+)
+_ONE_SIDE = re.compile(r"Rank (\d+) is running inconsistent collective: (.*)$")
+_MISSED = re.compile(r"(?:\[Rank (\d+)\]: )?Ranks? (\d+(?:, \d+)*) failed to pass monitoredBarrier")
+_SENT_ON = re.compile(r"Rank (\d+) successfully reached monitoredBarrier, but received errors .*? from rank (\d+)")
+
+
+def read(line: Line, source: Source) -> Iterator[Observation]:
+    text = line.text
+    if match := _BOTH.search(text):
+        one, other = _fingerprint(match[2], source), _fingerprint(match[4], source)
+        yield Mismatch(int(match[1]), one, int(match[3]), other, (match[5] or "").strip(), source)
+    elif match := _ONE_SIDE.search(text):
+        yield Mismatch(int(match[1]), _fingerprint(match[2], source), None, None, "", source)
+    elif match := _MISSED.search(text):
+        rank = int(match[1]) if match[1] else line.process.rank
+        words = f"monitored_barrier on rank {rank if rank is not None else 0} missed ranks {match[2]}"
+        yield Note("barrier", words, Process(line.process.pid, rank=rank), match[2], line.at_s, source)
+    elif match := _SENT_ON.search(text):
+        words = (
+            f"rank {match[1]} passed monitored_barrier and points to rank {match[2]}, whose log names who was missed"
+        )
+        yield Note("barrier", words, Process(line.process.pid, rank=int(match[1])), "", line.at_s, source)
+
+
+def _fingerprint(text: str, source: Source) -> Call:
+    """A `CollectiveFingerPrint(…)`. Without tensors the comma after the sequence number is missing."""
+    number = re.search(r"SequenceNumber=(\d{1,18})", text)
+    op = re.search(r"OpType=(\w+)", text)
+    shape = re.search(r"TensorShape=\[([^\]]*)\]", text)
+    dtypes = re.search(r"TensorDtypes=([\w ]+)", text)
+    sizes = (tuple(int(n) for n in re.findall(r"\d{1,18}", shape[1])),) if shape else ()
+    return Call(
+        operation(op[1]) if op else "unknown", int(number[1]) if number else None, sizes,
+        tuple(dtypes[1].split()) if dtypes else (), source=source,
+    )  # fmt: skip

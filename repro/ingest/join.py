@@ -1,0 +1,117 @@
+"""Join what stands in different lines and files: which rank a GPU, a process or an NCCL communicator belongs to.
+
+A number in a communicator is a global rank only if every process that was seen is in that one communicator. Process ids
+and PCI addresses repeat on every host, so what fits the ranks of two hosts is left without a rank.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field, replace
+
+from repro.trace.observed import Failure, Group, Launches, Left, Member, Note, Observation, Process
+
+MAX_LISTED = 1 << 20
+_Key = tuple[str, int | None]
+
+
+@dataclass(slots=True)
+class _Ranks:
+    """Global ranks by process and by GPU. A host is "" where a line did not name it."""
+
+    of_process: dict[_Key, int] = field(default_factory=dict)
+    of_bus: dict[tuple[str, str], int] = field(default_factory=dict)
+    members: dict[tuple[str, int | None, str], Member] = field(default_factory=dict)
+    groups: dict[str, Group] = field(default_factory=dict)
+
+    def find(self, host: str, process: Process, bus: str = "") -> int | None:
+        """The rank of a process or GPU, None where none or several fit."""
+        if process.rank is not None:
+            return process.rank
+        if bus:
+            found = {rank for (at, pci), rank in self.of_bus.items() if pci == bus and _same_host(host, at)}
+        else:
+            found = {rank for (at, pid), rank in self.of_process.items() if pid == process.pid and _same_host(host, at)}
+        return found.pop() if len(found) == 1 else None
+
+
+def join(records: Sequence[Observation]) -> list[Observation]:
+    """The records, with ranks filled in where other records give them."""
+    members = [record for record in records if isinstance(record, Member)]
+    if not members and not any(isinstance(it, Failure) and (it.bus or it.host) for it in records):
+        return list(records)
+    ranks = _ranks_of(members)
+    return [_with_rank(record, ranks) for record in records]
+
+
+def _ranks_of(members: Iterable[Member]) -> _Ranks:
+    ranks = _Ranks()
+    by_name: dict[str, list[Member]] = {}
+    for member in members:
+        by_name.setdefault(member.name, []).append(member)
+        ranks.members[member.host, member.process.pid, member.pointer] = member
+        if member.process.rank is not None:
+            ranks.of_process[_key(member)] = member.process.rank
+    communicators = {name: rows for name, rows in by_name.items() if _is_one_communicator(rows)}
+    if not ranks.of_process:
+        ranks.of_process = _by_the_world(communicators.values(), {_key(m) for m in members})
+    for name, rows in communicators.items():
+        numbers = {m.rank: ranks.of_process.get(_key(m)) for m in rows}
+        size = rows[0].size
+        if all(number == rank for rank, number in numbers.items()) and size <= MAX_LISTED:
+            ranks.groups[name] = Group(name, f"NCCL communicator {name}", tuple(range(size)))
+        elif len(numbers) == size and None not in numbers.values():
+            listed = tuple(number for _, number in sorted(numbers.items()) if number is not None)
+            ranks.groups[name] = Group(name, f"NCCL communicator {name}", listed)
+        else:
+            ranks.groups[name] = Group(name, f"NCCL communicator {name}")
+    for member in ranks.members.values():
+        rank = ranks.of_process.get(_key(member))
+        if rank is not None and member.bus:
+            ranks.of_bus[member.host, member.bus] = rank
+    return ranks
+
+
+def _by_the_world(communicators: Iterable[Sequence[Member]], seen: set[_Key]) -> dict[_Key, int]:
+    """Ranks of processes by the communicator that holds every process that was seen. {} without one."""
+    rows = list(communicators)
+    largest = max((members[0].size for members in rows), default=0)
+    found = [
+        {_key(m): m.rank for m in members}
+        for members in rows
+        if members[0].size == largest and seen == {_key(m) for m in members}
+    ]
+    return found[0] if found and all(numbers == found[0] for numbers in found) else {}
+
+
+def _key(member: Member) -> _Key:
+    return member.host, member.process.pid
+
+
+def _is_one_communicator(rows: Sequence[Member]) -> bool:
+    """Whether the rows can be of one communicator: one size, and each rank one process."""
+    processes: dict[int, _Key] = {}
+    return all(row.size == rows[0].size and processes.setdefault(row.rank, _key(row)) == _key(row) for row in rows)
+
+
+def _same_host(one: str, other: str) -> bool:
+    """Whether two names may be of one host; a line may name none, and one of two may lack the domain."""
+    return not one or not other or one.partition(".")[0] == other.partition(".")[0] or one == other
+
+
+def _with_rank(record: Observation, ranks: _Ranks) -> Observation:
+    match record:
+        case Launches():
+            member = ranks.members.get((record.host, record.process.pid, record.pointer))
+            group = ranks.groups.get(member.name, record.group) if member else record.group
+            process = replace(record.process, rank=ranks.find(record.host, record.process))
+            return replace(record, process=process, group=group)
+        case Failure():
+            rank = ranks.find(record.host, record.process, record.bus)
+            return replace(record, process=replace(record.process, rank=rank))
+        case Left():
+            return replace(record, seen_by=replace(record.seen_by, rank=ranks.find("", record.seen_by)))
+        case Note() if record.process.pid is not None:
+            return replace(record, process=replace(record.process, rank=ranks.find("", record.process)))
+        case _:
+            return record

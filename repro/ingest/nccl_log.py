@@ -1,0 +1,127 @@
+"""NCCL_DEBUG=INFO logs: who joined which communicator, what each process launched on it, who left.
+
+A communicator is a pointer, which is another one in each process; `ncclCommInitRank` lines give its rank. COLL lines
+(NCCL_DEBUG_SUBSYS=COLL) say what the host launched. Nothing in such a log says that an operation is complete.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import deque
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+from repro.ingest.operations import operation
+from repro.ingest.prefix import Line
+from repro.trace.observed import Call, Failure, Group, Launches, Left, Member, Note, Observation, Process, Source
+
+NEEDLES = ("NCCL INFO", "NCCL WARN", "collective mismatch error")
+KEPT_CALLS = 512
+MAX_COMMUNICATORS = 4096
+
+_FROM = re.compile(r"(\S+?):(\d+):\d+ (?:\[(\d+)\] )?(?:\S+ )*?NCCL (?:INFO|WARN)")
+_INIT = re.compile(
+    r"(?:ncclCommInit\w* |ncclCommSplit\w* )?comm (0x[0-9a-f]+) rank (\d+) n[rR]anks (\d+)(?: cudaDev \d+)?"
+    r"(?: nvmlDev \d+)?(?: busId ([0-9a-f]+))?(?: commId (0x[0-9a-f]+))?.*Init COMPLETE"
+)
+_COLL = re.compile(r"(\w+): opCount ([0-9a-f]+) .*?count (\d+) datatype (\d+) op \d+ root (\d+) comm (0x[0-9a-f]+)")
+_LEFT = re.compile(r"\[Service thread\] Connection closed by localRank (\d+)")
+_SIZES = re.compile(r"NET/\w+ : .*?collective mismatch error,? local size (\d+) remote size (\d+)")
+_NETWORK = re.compile(
+    r"NET/\w+ ?: (?:Got completion (?:from peer .{0,60}?)?with (?:error|status)[^\n]{0,80}|Got async event[^\n]{0,60})"
+)
+_CUDA = re.compile(r"Cuda failure (?:\d+ )?'([^']{3,80})'")
+_TYPES = (
+    "int8", "uint8", "int32", "uint32", "int64", "uint64", "float16", "float32", "float64", "bfloat16",
+    "float8e4m3", "float8e5m2",
+)  # fmt: skip
+
+
+@dataclass(slots=True)
+class _Communicator:
+    """One communicator in one process, as far as its lines have been read."""
+
+    process: Process
+    host: str
+    begun: bool
+    size: int = 0
+    count: int = 0
+    numbered: bool = False
+    calls: deque[Call] = field(default_factory=lambda: deque(maxlen=KEPT_CALLS))
+    source: Source = field(default_factory=lambda: Source(""))
+
+
+class NcclLog:
+    """The lines of one file; several processes may write to it."""
+
+    def __init__(self) -> None:
+        self._communicators: dict[tuple[str, int | None, str], _Communicator] = {}
+        self._inits: dict[tuple[str, int | None, int], int] = {}
+
+    def read(self, line: Line, source: Source) -> Iterator[Observation]:
+        text = line.text
+        match = _FROM.search(text)
+        host, pid = (match[1], int(match[2])) if match else ("", line.process.pid)
+        process = Process(pid, line.process.title, line.process.rank, line.process.role)
+        if match := _INIT.search(text):
+            yield from self._joined(match, process, host, source)
+        elif match := _COLL.search(text):
+            self._launched(match, process, host, line, source)
+        elif match := _LEFT.search(text):
+            yield Left(process, None, f"NCCL: connection closed by local rank {match[1]}", line.at_s, source)
+            words = "NCCL's service thread saw it close its connection"
+            yield Note("local rank", words, process, match[1], line.at_s, source)
+        elif match := _SIZES.search(text):
+            words = (
+                f"NCCL received {match[2]} bytes where it expected {match[1]}: two ranks paired different collectives"
+            )
+            yield Note("sizes", words, process, f"{match[1]} {match[2]}", line.at_s, source)
+        elif match := _NETWORK.search(text):
+            yield Note("network", f"NCCL: {match[0]}", process, "", line.at_s, source)
+        elif match := _CUDA.search(text):
+            kind = "memory" if "out of memory" in match[1] else "device"
+            yield Failure(process, kind, f"NCCL met a CUDA failure: {match[1]}", line.at_s, source, host=host)
+
+    def finish(self) -> Iterator[Observation]:
+        """What was launched on each communicator."""
+        for (host, _, pointer), row in self._communicators.items():
+            if row.calls:
+                count = row.count if row.begun or row.numbered else None
+                group = Group(pointer)
+                yield Launches(row.process, host, pointer, group, count, tuple(row.calls), row.source)
+        self._communicators.clear()
+
+    def _joined(self, match: re.Match[str], process: Process, host: str, source: Source) -> Iterator[Observation]:
+        pointer, rank, size, bus, name = match[1], int(match[2]), int(match[3]), match[4], match[5]
+        if not name:  # older lines have no id: the k-th communicator of a size is the k-th in every process
+            place = self._inits[host, process.pid, size] = self._inits.get((host, process.pid, size), 0) + 1
+            name = f"communicator {place} of {size} ranks"
+        if len(self._communicators) < MAX_COMMUNICATORS:
+            self._communicators[host, process.pid, pointer] = _Communicator(process, host, True, size, source=source)
+        yield Member(process, host, name, pointer, rank, size, _pci(bus) if bus else "", source)
+        yield Note("world", f"a communicator of {size} ranks", process, str(size), None, source)
+
+    def _launched(self, match: re.Match[str], process: Process, host: str, line: Line, source: Source) -> None:
+        """Count the launches. `opCount` is hexadecimal, and 0 for ever on one node since NCCL 2.27."""
+        key = (host, process.pid, match[6])
+        row = self._communicators.get(key)
+        if row is None:
+            if len(self._communicators) >= MAX_COMMUNICATORS:
+                return
+            row = self._communicators[key] = _Communicator(process, host, False)
+        stated, op, count = int(match[2], 16), operation(match[1]), int(match[3])
+        if op in ("send", "recv"):
+            peer, seq = int(match[5]), None
+        else:
+            row.numbered = row.numbered or (not row.begun and stated > 0)
+            row.count = stated + 1 if row.numbered else row.count + 1
+            peer, seq = None, row.count if row.begun or row.numbered else None
+        dtype = _TYPES[int(match[4])] if int(match[4]) < len(_TYPES) else match[4]
+        row.calls.append(Call(op, seq, ((count,),), (dtype,), peer, at_s=line.at_s, source=source))
+        row.source = source
+
+
+def _pci(bus: str) -> str:
+    """NCCL's bus id in hexadecimal, "5d000", as the kernel writes it: "0000:5d:00"."""
+    number = int(bus, 16)
+    return f"{number >> 20:04x}:{number >> 12 & 0xFF:02x}:{number >> 4 & 0xFF:02x}"

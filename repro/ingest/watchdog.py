@@ -1,0 +1,115 @@
+"""Lines of torch's NCCL watchdog, from torch 1.12 to 2.13, and of the backends that copied it (HCCL, MCCL, CNCL, XCCL).
+
+`[Rank R]` and `Rank R` inside `[PG …]` are ranks of that group; only the prefix `[rankR]:` is global. A time-out and
+the counters of its group stand in two lines: the number of the operation joins them.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from dataclasses import replace
+
+from repro.ingest.operations import operation
+from repro.ingest.prefix import Line
+from repro.trace.observed import Call, Failure, Group, Note, Observation, Progress, Source, TimedOut
+
+NEEDLES = ("atchdog", "Timeout at ", "timed out in blocking wait", "dump signal", "signal dumping", "eartbeat monitor")
+
+_TIMEOUT = re.compile(
+    r"\[(?:PG [^\]]*?)?Rank (\d+)\] [^\[]*?(?:Watchdog caught collective operation timeout: )?Work\w+\((.*?)\) "
+    r"(?:ran for (\d+) milliseconds before timing out|timed out in blocking wait)"
+)
+_WORK = {
+    "seq": re.compile(r"SeqNum=(\d+)"), "op": re.compile(r"OpType=(\w+)"),
+    "in": re.compile(r"NumelIn=(\d+)"), "out": re.compile(r"NumelOut=(\d+)"), "ms": re.compile(r"Timeout\(ms\)=(\d+)"),
+}  # fmt: skip
+_PG = re.compile(r"\[PG (?:ID )?(\d+)(?: ?PG GUID ([^\s(]+))?\s?(?:\((.*?)\))? Rank (\d+)\]")
+_STATUS = re.compile(r"last enqueued (?:\w+ )?work: (-?\d+), last completed (?:\w+ )?work: (-?\d+)", re.IGNORECASE)
+_STUCK = re.compile(r"(?:detected by watchdog at work(?: sequence id)?|Timeout at \w+ work): (\d+)")
+_DUMP_FROM = re.compile(r"Received a dump signal due to a collective timeout from\s+(?:rank (\d+)|this local rank)")
+_DEVICE = re.compile(r"thread terminated with exception: (?:.*?)CUDA error: (.{4,80}?)(?:$|\.|\n)")
+_BLOCKED = re.compile(r"Heartbeat monitor timed out|watchdog got stuck")
+_GARBAGE = 1 << 31
+
+
+class Watchdog:
+    """The watchdog's lines of one file. A time-out is held back until the line that names its group."""
+
+    def __init__(self) -> None:
+        self._waiting: dict[tuple[int | None, int, int | None], TimedOut] = {}
+        self._seen: set[tuple[object, ...]] = set()
+
+    def read(self, line: Line, source: Source) -> Iterator[Observation]:
+        text = line.text
+        if match := _TIMEOUT.search(text):
+            yield from self._timed_out(match, line, source)
+        elif match := _DUMP_FROM.search(text):
+            yield from _dump_signal(match, line, source)
+        elif "last enqueued" in text and (group := _PG.search(text)) and (status := _STATUS.search(text)):
+            yield from self._progress(group, status, line, source)
+        elif match := _DEVICE.search(text):
+            yield Failure(line.process, "device", "CUDA: " + match[1].strip(), line.at_s, source)
+        elif _BLOCKED.search(text):
+            words = "the thread of the NCCL watchdog itself is blocked (a CUDA call, or Python's lock)"
+            yield Note("stuck", words, line.process, "", line.at_s, source)
+        elif "First PG on this rank to signal dumping" in text:
+            yield Note("watchdog", "its own watchdog fired first", line.process, "own", line.at_s, source)
+        elif "dump signal from another rank" in text:
+            yield Note("watchdog", "another rank's watchdog asked it to dump", line.process, "other", line.at_s, source)
+
+    def finish(self) -> Iterator[Observation]:
+        """The time-outs whose group no line named."""
+        yield from self._waiting.values()
+        self._waiting.clear()
+
+    def _timed_out(self, match: re.Match[str], line: Line, source: Source) -> Iterator[Observation]:
+        """The text of a time-out is repeated in the error that ends the process, so equal ones count once."""
+        work = {name: m[1] if (m := pattern.search(match[2])) else "" for name, pattern in _WORK.items()}
+        sizes = tuple((int(work[key]),) for key in ("in", "out") if work[key])
+        ran_s = int(match[3] or work["ms"] or 0) / 1000
+        call = Call(operation(work["op"]), int(work["seq"]) if work["seq"] else None, sizes, source=source)
+        since_s = line.at_s - ran_s if line.at_s is not None else None
+        group_rank, group = int(match[1]), None
+        if named := _PG.search(text := line.text):
+            group = Group(named[2] or named[1], named[3] or "") if named.start() <= text.find("Watchdog") else None
+        repeated = (group_rank, match[2], match[3])
+        if repeated in self._seen and ("exception" in text or "failed due to" in text or "aborted on rank" in text):
+            return
+        self._seen.add(repeated)
+        timed_out = TimedOut(line.process.rank, group_rank, group, call, ran_s, line.at_s, since_s, source)
+        key = (line.process.rank, group_rank, call.seq)
+        if group is not None or key in self._waiting:
+            yield timed_out
+        else:
+            self._waiting[key] = timed_out
+
+    def _progress(
+        self, group: re.Match[str], status: re.Match[str], line: Line, source: Source
+    ) -> Iterator[Observation]:
+        named, group_rank, rank = Group(group[2] or group[1], group[3] or ""), int(group[4]), line.process.rank
+        stuck = int(match[1]) if (match := _STUCK.search(line.text)) else None
+        timed_out = self._waiting.pop((rank, group_rank, stuck), None) if stuck is not None else None
+        if timed_out is not None:
+            yield replace(timed_out, group=named)
+        yield Progress(rank, group_rank, named, _work(status[1]), _work(status[2]), line.at_s, source, stuck)
+
+
+def _work(number: str) -> int | None:
+    """A counter; torch 2.3 prints garbage and later versions -1 where there is none yet."""
+    value = int(number)
+    return value if 0 <= value < _GARBAGE else None
+
+
+def _dump_signal(match: re.Match[str], line: Line, source: Source) -> Iterator[Observation]:
+    """Printed by process group 0 alone: its counters are of the default group, whichever group hangs."""
+    origin = match[1] or "own"
+    who = "its own watchdog" if origin == "own" else f"rank {origin}"
+    yield Note("watchdog", f"asked to dump by {who}", line.process, origin, line.at_s, source)
+    status, group = _STATUS.search(line.text), _PG.search(line.text)
+    if status:
+        group_rank = int(group[4]) if group else None
+        default = Group("0", "default_pg")
+        yield Progress(
+            line.process.rank, group_rank, default, _work(status[1]), _work(status[2]), line.at_s, source
+        )  # fmt: skip
