@@ -26,9 +26,10 @@ from ranks import run_ranks
 
 from hybrid_moe_ref.engine import builds
 from hybrid_moe_ref.engine.build_lock import BuildLock, LockTimeout
-from hybrid_moe_ref.engine.builds import ensure, who_has_open
+from hybrid_moe_ref.engine.builds import ensure
 from hybrid_moe_ref.engine.lifecycle import Engine, PrepareFailed
 from hybrid_moe_ref.engine.runner import ModelRunner
+from hybrid_moe_ref.open_files import who_has_open
 from hybrid_moe_ref.parallel.comm import Communicator
 from hybrid_moe_ref.parallel.guard import ScheduleMismatch
 from repro import launch, scenarios, worker

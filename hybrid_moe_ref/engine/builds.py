@@ -7,10 +7,7 @@ names it, and load what it built. Nobody waits beyond a deadline, and all stop w
 from __future__ import annotations
 
 import contextlib
-import fcntl
-import os
 import shutil
-import signal
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -21,9 +18,8 @@ import psutil
 from hybrid_moe_kernels.extension import BATON, BuildFailed, Extension
 
 from hybrid_moe_ref.engine.build_lock import BEAT_S, POLL_S, BuildLock, LockTimeout
+from hybrid_moe_ref.open_files import who_has_open
 from hybrid_moe_ref.parallel.observer import Observer
-
-_SHARED_KINDS = ("nfs", "cifs", "smb", "lustre", "ceph", "gpfs", "beegfs", "glusterfs", "fuse", "9p", "virtiofs")
 
 DEADLINE_S = 900.0
 """How long a build, or the wait for one, may take."""
@@ -178,56 +174,3 @@ def _clear_baton(folder: Path, place: BuildPlace, lock: BuildLock) -> None:
         time.sleep(POLL_S)
     if beaten:
         place.observer.local("lock_freed", str(baton))
-
-
-def who_has_open(path: Path) -> int:
-    """The pid of a process of this host that has the file open, 0 if none has, -1 if that cannot be told, as on a file
-    system that other hosts share.
-    """
-    try:
-        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)  # a pipe is not waited for
-    except FileNotFoundError:
-        return 0
-    except OSError:
-        return -1
-    try:
-        mine = os.fstat(descriptor)
-        if _is_shared(mine.st_dev):
-            return -1
-        # The kernel grants a write lease only on a file that nobody else has open, whosever processes those are. Who
-        # opens it meanwhile breaks the lease, of which a signal tells that does nothing by default.
-        fcntl.fcntl(descriptor, fcntl.F_SETSIG, signal.SIGURG)
-        fcntl.fcntl(descriptor, fcntl.F_SETLEASE, fcntl.F_WRLCK)
-        return 0
-    except OSError:
-        return _pid_with_open(mine.st_dev, mine.st_ino)
-    finally:
-        os.close(descriptor)
-
-
-def _pid_with_open(device: int, inode: int) -> int:
-    """A process that has this file open, as far as one may look; -1 if none is seen."""
-    for pid in psutil.pids():
-        if pid == os.getpid():
-            continue
-        try:
-            for name in os.listdir(f"/proc/{pid}/fd"):
-                with contextlib.suppress(FileNotFoundError):
-                    held = os.stat(f"/proc/{pid}/fd/{name}")
-                    if (held.st_dev, held.st_ino) == (device, inode):
-                        return pid
-        except OSError:  # it has ended, or is not ours to look at
-            continue
-    return -1
-
-
-def _is_shared(device: int) -> bool:
-    """Whether a file system may be mounted on other hosts too; also where that is not known."""
-    try:
-        with open("/proc/self/mountinfo") as file:
-            mounts = [line.split() for line in file]
-    except OSError:
-        return True
-    number = f"{os.major(device)}:{os.minor(device)}"
-    kinds = [fields[fields.index("-") + 1] for fields in mounts if fields[2] == number]
-    return any(kind.startswith(_SHARED_KINDS) for kind in kinds)
