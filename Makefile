@@ -41,10 +41,11 @@ bench: .venv/.ready-bench  ## what the verdict, the watching, the kernels and th
 bundle: .venv/.ready-repro  ## the newest run as one zip to attach to a bug report
 	@$(VENV_PYTHON) -m repro bundle runs/latest $(ARGS)
 
-lint: .venv/.ready-lint  ## ruff, its formatter, mypy
+lint: .venv/.ready-lint  ## ruff, its formatter, mypy, and which room may import which
 	$(VENV_PYTHON) -m ruff check
 	$(VENV_PYTHON) -m ruff format --check
 	$(VENV_PYTHON) -m mypy
+	.venv/bin/lint-imports
 
 clean:  ## remove runs, build products and caches
 	rm -rf runs build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

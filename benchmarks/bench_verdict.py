@@ -24,10 +24,10 @@ from pathlib import Path
 from typing import Any
 
 from hybrid_moe_ref.parallel.observer import Collective, NullObserver, Observer, ScheduleEntry
-from repro.layout import Geometry, Identity, pack_header
-from repro.record import Recorder
+from repro.trace.format import Geometry, Identity, pack_header
+from repro.trace.recorder import Recorder
+from repro.trace.witness import parse
 from repro.verdict import judge
-from repro.witness import parse
 
 MOST_S, MOST_MIB = 10.0, 1024
 MOST_EVENTS = 1024 * 2000  # of all ranks, for which these hold

@@ -10,7 +10,7 @@ several servers had: a rank without tokens returns early, and the others wait fo
 import torch
 import torch.distributed as dist
 
-from repro.testing import DeadlockError, Rank, assert_no_deadlock
+from repro.attach.harness import DeadlockError, Rank, assert_no_deadlock
 
 HIDDEN = 16
 

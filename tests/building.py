@@ -6,7 +6,7 @@ from pathlib import Path
 
 from hybrid_moe_ref.engine.builds import BuildPlace
 from hybrid_moe_ref.parallel.observer import NullObserver
-from repro import scenarios
+from repro.lab import scenarios
 
 
 def small(name, variant="fault", num_ranks=4, cache_dir="", **flags):

@@ -1,6 +1,6 @@
 """The command line, called from a test."""
 
-from repro.cli import main
+from repro.commands.cli import main
 
 
 def fails(capsys, *argv) -> tuple[int, str]:

@@ -14,11 +14,11 @@ from typing import Any
 
 import torch.distributed as dist
 
-from repro import launch, reference
-from repro.display import Display
-from repro.rundir import RunDir, write_json
-from repro.settings import RunSettings
-from repro.worker import run_rank
+from repro.lab import launch, reference
+from repro.lab.settings import RunSettings
+from repro.lab.worker import run_rank
+from repro.report.terminal import Display
+from repro.store.run_dir import RunDir, write_json
 
 os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
 

@@ -23,9 +23,10 @@ from typing import Any
 
 from reported import write_hang
 
-from repro import bundle, rejudge
+from repro import bundle
 from repro.bundle import assemble
-from repro.cli import main
+from repro.commands.cli import main
+from repro.watch import offline
 
 LIMIT_S = 60
 NUM_RANKS = 4
@@ -172,7 +173,7 @@ def measured(command: list[str], folder: Path) -> dict[str, Any]:
 
 def run_cases(first: int, count: int) -> None:
     assemble._environment = lambda recogniser: ""  # of this machine, asked of torch
-    rejudge.LOOK_S = 0.01
+    offline.LOOK_S = 0.01
     with tempfile.TemporaryDirectory() as name:
         run, _ = write_hang(Path(name) / "runs", NUM_RANKS)
         (run / "reference.json").write_text('{"rank0-0": [1, 2]}')

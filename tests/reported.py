@@ -8,8 +8,8 @@ from typing import Any
 from scene import Scene
 
 from hybrid_moe_ref.parallel.observer import Collective, ScheduleEntry
-from repro.rundir import RunDir, write_json
-from repro.settings import RunSettings
+from repro.lab.settings import RunSettings
+from repro.store.run_dir import RunDir, write_json
 from repro.verdict import Facts, judge
 
 MOE, GDN = "layers.0.moe", "layers.0.gated_delta_net"

@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from hybrid_moe_ref.parallel.observer import Collective, ScheduleEntry
-from repro.layout import Geometry, Identity, pack_header
-from repro.record import Recorder
-from repro.witness import Witness, parse
+from repro.trace.format import Geometry, Identity, pack_header
+from repro.trace.recorder import Recorder
+from repro.trace.witness import Witness, parse
 
 SMALL = Geometry(ring_records=512, vector_words=512, string_bytes=16_384, group_slots=16)
 MS = 1_000_000

@@ -12,14 +12,14 @@ from typing import Any
 
 from simulator import Simulation
 
-from repro import locks
-from repro.host import Host
-from repro.layout import Identity, pack_header
-from repro.lookout import POLL_S, Lookout
-from repro.options import WatchOptions
-from repro.parse import parse_header
-from repro.rundir import PARTS, RunDir
-from repro.watch import Watch
+from repro.hosts import locks
+from repro.hosts.agent import POLL_S, Lookout
+from repro.hosts.host import Host
+from repro.hosts.options import WatchOptions
+from repro.store.run_dir import PARTS, RunDir
+from repro.trace.format import Identity, pack_header
+from repro.trace.parse import parse_header
+from repro.watch.live import Watch
 
 
 @dataclass(frozen=True)

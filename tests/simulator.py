@@ -17,10 +17,10 @@ from typing import Any
 from scene import MS, SMALL, make_recorder
 
 from hybrid_moe_ref.parallel.observer import Collective, ScheduleEntry
-from repro.layout import Geometry
-from repro.record import Recorder
-from repro.rundir import RunDir
-from repro.witness import Witness, parse
+from repro.store.run_dir import RunDir
+from repro.trace.format import Geometry
+from repro.trace.recorder import Recorder
+from repro.trace.witness import Witness, parse
 
 Action = tuple[Any, ...]
 GroupKey = tuple[str, tuple[int, ...]]

@@ -15,7 +15,7 @@ from hybrid_moe_ref.engine.autotune import TACTICS, ChosenExperts
 from hybrid_moe_ref.engine.lifecycle import Engine
 from hybrid_moe_ref.parallel.comm import Communicator
 from hybrid_moe_ref.parallel.observer import NullObserver
-from repro.settings import RunSettings
+from repro.lab.settings import RunSettings
 
 
 @pytest.mark.parametrize("tactic", TACTICS)

@@ -15,14 +15,15 @@ import pytest
 from command_line import fails
 from reported import write_hang
 
-from repro import job, launch, process, scenarios, worker
-from repro.cli import main
 from repro.commands import CANNOT_TELL, EXPECTED, INTERRUPTED, UNEXPECTED, USAGE
-from repro.display import Display
-from repro.interrupt import Interrupt
-from repro.rundir import RunDir, read_json
-from repro.settings import read_settings
-from repro.watch import Watch
+from repro.commands.cli import main
+from repro.hosts import processes
+from repro.hosts.interrupt import Interrupt
+from repro.lab import job, launch, scenarios, worker
+from repro.lab.settings import read_settings
+from repro.report.terminal import Display
+from repro.store.run_dir import RunDir, read_json
+from repro.watch.live import Watch
 
 ROOT = Path(__file__).resolve().parent.parent
 REPRO = [sys.executable, "-W", "error", "-m", "repro"]
@@ -102,7 +103,7 @@ def test_a_failure_of_the_program_is_one_line_that_says_so(capsys, monkeypatch, 
 
 def test_a_failure_of_the_report_loses_no_verdict(capsys, tmp_path, monkeypatch):
     root, _ = write_hang(tmp_path, 2)
-    monkeypatch.setattr("repro.launch.run", lambda *args: (RunDir(root), read_json(root / "verdict.json")))
+    monkeypatch.setattr("repro.lab.launch.run", lambda *args: (RunDir(root), read_json(root / "verdict.json")))
     monkeypatch.setattr("repro.report.page", lambda *args: [][1])
     assert main(["run", "metadata_rebuild", "--out", str(tmp_path), "--json"]) == EXPECTED
     out, err = capsys.readouterr()
@@ -128,7 +129,9 @@ def attend(run_dir, settings, child):
 FAILURES = [OSError(errno.EIO, "Input/output error"), OSError(errno.EMFILE, "Too many open files"), TypeError("a slip")]
 
 
-@pytest.mark.parametrize("place", ["repro.launch.Watch", "repro.launch.watch_options", "repro.launch.start_process"])
+@pytest.mark.parametrize(
+    "place", ["repro.lab.launch.Watch", "repro.lab.launch.watch_options", "repro.lab.launch.start_process"]
+)
 @pytest.mark.parametrize("error", FAILURES, ids=repr)
 def test_a_watch_that_cannot_begin_leaves_a_verdict_and_no_process(hanging, monkeypatch, place, error):
     def fail(*args, **options):
@@ -162,8 +165,8 @@ def test_a_full_disk_while_the_failure_is_written_is_named_with_the_run(hanging,
 
     run_dir, settings, child = hanging
     monkeypatch.setattr(Watch, "run", fail)
-    monkeypatch.setattr("repro.launch.write_json", fail)
-    monkeypatch.setattr("repro.launch.write_atomically", fail)
+    monkeypatch.setattr("repro.lab.launch.write_json", fail)
+    monkeypatch.setattr("repro.lab.launch.write_atomically", fail)
     with pytest.raises(OSError, match=f"what is kept of the run is in {run_dir.root}"):
         attend(run_dir, settings, child)
     assert child.poll() is not None and run_dir.witness(0).exists()
@@ -172,7 +175,7 @@ def test_a_full_disk_while_the_failure_is_written_is_named_with_the_run(hanging,
 def test_a_process_that_cannot_be_killed_is_named_and_not_waited_for(hanging, monkeypatch):
     """As one that waits in the kernel for a driver or a file server."""
     run_dir, _, child = hanging
-    monkeypatch.setattr(process, "REAP_PATIENCE_S", 0.05)
+    monkeypatch.setattr(processes, "REAP_PATIENCE_S", 0.05)
     monkeypatch.setattr("psutil.Process.kill", lambda self: None)
     (line,) = launch.end(run_dir, [child], [])
     assert line.startswith(f"process {child.pid} runs for ") and "could not be ended" in line
@@ -192,7 +195,7 @@ def test_evidence_is_on_the_disk_before_anything_is_killed(hanging, monkeypatch)
     order = []
     run_dir, settings, child = hanging
     monkeypatch.setattr(os, "fsync", lambda descriptor: order.append(os.readlink(f"/proc/self/fd/{descriptor}")))
-    monkeypatch.setattr(process, "kill", lambda doomed: order.append("kill") or [])
+    monkeypatch.setattr(processes, "kill", lambda doomed: order.append("kill") or [])
     attend(run_dir, settings, child)
     synced = set(order[: order.index("kill")])
     wanted = [run_dir.witness(0), run_dir.stack(1), run_dir.flight_recorder(0), run_dir.log(1), run_dir.verdict]
@@ -232,7 +235,9 @@ def test_a_signal_stops_a_command_at_once_and_is_only_noted_where_evidence_must_
 
 @pytest.mark.usefixtures("without_nohup")
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
-@pytest.mark.parametrize("place", ["repro.launch.kernel_cache.fill", "repro.launch.create", "repro.commands.run.plan"])
+@pytest.mark.parametrize(
+    "place", ["repro.lab.launch.kernel_cache.fill", "repro.lab.launch.create", "repro.commands.run.plan"]
+)
 def test_a_signal_before_the_ranks_start_ends_the_command_and_leaves_nothing(
     capsys, tmp_path, monkeypatch, number, place
 ):
@@ -323,9 +328,9 @@ def test_a_scenario_that_cannot_be_with_so_many_ranks_is_named_and_the_others_ru
         document = {**launch.skipped(settings, ""), "matches_expected": True, "verdict": "clean"}
         return RunDir(out), document
 
-    monkeypatch.setattr("repro.launch.run", run)
+    monkeypatch.setattr("repro.lab.launch.run", run)
     monkeypatch.setattr("repro.commands.run.write_reports", lambda *args: None)
-    monkeypatch.setattr("repro.scenarios.names", lambda: ["idle_skip", "silent_pairing"])
+    monkeypatch.setattr("repro.lab.scenarios.names", lambda: ["idle_skip", "silent_pairing"])
     assert main(["run", "all", "--ranks", "4", "--out", str(tmp_path), "--json"]) == CANNOT_TELL
     out, err = capsys.readouterr()
     documents = json.loads(out)

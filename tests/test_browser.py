@@ -23,11 +23,11 @@ from scene import Scene, make_recorder
 
 from hybrid_moe_ref.parallel.observer import Collective, ScheduleEntry
 from repro import report
-from repro.layout import Geometry
-from repro.rundir import RunDir, write_json
-from repro.settings import RunSettings
+from repro.lab.settings import RunSettings
+from repro.store.run_dir import RunDir, write_json
+from repro.trace.format import Geometry
+from repro.trace.witness import read_dir
 from repro.verdict import judge
-from repro.witness import read_dir
 
 pytestmark = pytest.mark.full
 CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")

@@ -32,10 +32,10 @@ from hybrid_moe_ref.engine.runner import ModelRunner
 from hybrid_moe_ref.open_files import who_has_open
 from hybrid_moe_ref.parallel.comm import Communicator
 from hybrid_moe_ref.parallel.guard import ScheduleMismatch
-from repro import launch, scenarios, worker
 from repro.commands import CANNOT_TELL
-from repro.kernel_cache import CannotFill
-from repro.settings import RunSettings
+from repro.lab import launch, scenarios, worker
+from repro.lab.kernel_cache import CannotFill
+from repro.lab.settings import RunSettings
 
 pytestmark = pytest.mark.timeout(300)  # one run compiles, on machines that may have other things to do
 

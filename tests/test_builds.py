@@ -20,11 +20,11 @@ from hybrid_moe_kernels.moe import reference as moe_reference
 from hybrid_moe_ref.config import ConfigError
 from hybrid_moe_ref.engine.build_lock import BuildLock
 from hybrid_moe_ref.engine.builds import ensure
-from repro import scenarios
-from repro.layout import Kind
-from repro.second_judgement import judge_again
-from repro.settings import RunSettings
-from repro.witness import read
+from repro.lab import scenarios
+from repro.lab.second_judgement import judge_again
+from repro.lab.settings import RunSettings
+from repro.trace.format import Kind
+from repro.trace.witness import read
 
 pytestmark = pytest.mark.timeout(300)  # one run compiles, on machines that may have other things to do
 

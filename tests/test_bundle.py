@@ -27,15 +27,15 @@ from repro import bundle
 from repro.bundle import archive, assemble
 from repro.bundle.archive import ArchiveError, unpack
 from repro.bundle.issue import MAX_ISSUE_LINES, issue
-from repro.cli import main
 from repro.commands import EXPECTED, UNEXPECTED, USAGE
-from repro.layout import Geometry, pack_header
-from repro.parse import parse_header
+from repro.commands.cli import main
+from repro.lab.settings import RunSettings
 from repro.report.gather import gather
-from repro.rundir import RunDir, write_json
-from repro.settings import RunSettings
+from repro.store.run_dir import RunDir, write_json
+from repro.trace.format import Geometry, pack_header
+from repro.trace.parse import parse_header
+from repro.trace.witness import parse
 from repro.verdict import judge
-from repro.witness import parse
 
 ROOT = Path(__file__).resolve().parent.parent
 

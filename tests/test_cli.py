@@ -20,15 +20,15 @@ from rich.console import Console
 from rich.live import Live
 from scene import Scene
 
-from repro.cli import _parser, main
 from repro.commands import CANNOT_TELL, EXPECTED, UNEXPECTED, USAGE, exit_code
-from repro.display import LiveTable, overview, position
-from repro.junit import write_junit
-from repro.launch import prepare_run_dir
-from repro.rundir import OutputError, RunDir
-from repro.scenarios import settings_of
-from repro.settings import RunSettings
-from repro.witness import Tail
+from repro.commands.cli import _parser, main
+from repro.lab.launch import prepare_run_dir
+from repro.lab.scenarios import settings_of
+from repro.lab.settings import RunSettings
+from repro.report.junit import write_junit
+from repro.report.terminal import LiveTable, overview, position
+from repro.store.run_dir import OutputError, RunDir
+from repro.trace.witness import Tail
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -143,7 +143,7 @@ def test_nccl_without_gpus_cannot_run_here(capsys, tmp_path):
 
 @pytest.mark.parametrize("name", ["a b", "it's"])
 def test_torch_compile_cannot_run_in_a_folder_that_it_would_not_quote(capsys, tmp_path, monkeypatch, name):
-    monkeypatch.setattr("repro.scenarios.compile_skew.shutil.which", lambda name: name)
+    monkeypatch.setattr("repro.lab.scenarios.compile_skew.shutil.which", lambda name: name)
     code, told = fails(capsys, "run", "compile_skew", "--out", tmp_path / name)
     assert code == CANNOT_TELL and f"torch.compile cannot work in {tmp_path / name}" in told
     assert not any((tmp_path / name).iterdir())
@@ -173,7 +173,7 @@ def test_a_full_disk_is_refused_and_nothing_is_left(capsys, tmp_path):
 def test_an_output_file_that_cannot_be_written_is_refused_before_the_work(
     capsys, tmp_path, monkeypatch, command, place
 ):
-    monkeypatch.setattr("repro.launch.run", lambda *args: pytest.fail("has begun"))
+    monkeypatch.setattr("repro.lab.launch.run", lambda *args: pytest.fail("has begun"))
     monkeypatch.chdir(tmp_path)
     code, told = fails(capsys, *command.split(), tmp_path / place)
     assert code == USAGE and f"cannot write to {tmp_path / place}: " in told and ".partial" not in told
@@ -264,7 +264,7 @@ def test_colours_are_off_without_a_terminal_and_under_no_color(flags):
     told |= {"seconds": {"total": 1.0, "stall_to_verdict": 1.0}, "matches_expected": False, "sentences": []}
     terminal = "NO_COLOR" in flags or None
     code = (
-        "from rich.console import Console; from repro.display import summary;"
+        "from rich.console import Console; from repro.report.terminal import summary;"
         f"summary(Console(force_terminal={terminal}), [{told | {'evidence': []}}])"
     )
     clean = {name: value for name, value in os.environ.items() if name not in ("NO_COLOR", "FORCE_COLOR")}
@@ -334,9 +334,9 @@ def test_what_is_unsafe_about_many_runs_is_told_once(capsys, tmp_path, monkeypat
     def run(settings, out, *rest):
         return RunDir(out), decided(settings.scenario, settings.variant, "clean", matches_expected=True)
 
-    monkeypatch.setattr("repro.launch.run", run)
+    monkeypatch.setattr("repro.lab.launch.run", run)
     monkeypatch.setattr("repro.commands.run.write_reports", lambda *args: None)
-    monkeypatch.setattr("repro.scenarios.names", lambda: ["idle_skip", "metadata_rebuild", "zero_token_return"])
+    monkeypatch.setattr("repro.lab.scenarios.names", lambda: ["idle_skip", "metadata_rebuild", "zero_token_return"])
     assert main(["run", "all", "--out", str(tmp_path)]) == EXPECTED
     told = [line for line in capsys.readouterr().out.splitlines() if line.startswith("unsafe: ")]
     assert len(told) == 1 and "expert parallelism is not supported" in told[0]
@@ -347,7 +347,7 @@ def test_every_run_of_a_matrix_gets_a_report_and_a_case_in_the_junit_file(capsys
         root, _ = write_hang(out, settings.num_ranks)
         return RunDir(root), json.loads((root / "verdict.json").read_text())
 
-    monkeypatch.setattr("repro.launch.run", run)
+    monkeypatch.setattr("repro.lab.launch.run", run)
     command = ["matrix", "--only", "TP8 jit cold", "--out", str(tmp_path), "--junit", str(tmp_path / "j.xml"), "--json"]
     assert main(command) == EXPECTED
     documents = json.loads(capsys.readouterr().out)

@@ -20,8 +20,8 @@ from hybrid_moe_ref.model import HybridMoE
 from hybrid_moe_ref.parallel.comm import Communicator
 from hybrid_moe_ref.parallel.guard import ScheduleMismatch
 from hybrid_moe_ref.parallel.observer import NullObserver
-from repro import reference
-from repro.settings import RunSettings
+from repro.lab import reference
+from repro.lab.settings import RunSettings
 
 pytestmark = pytest.mark.timeout(300)  # a compiler on a busy machine
 

@@ -8,8 +8,8 @@ import random
 import pytest
 from foreign import C10D, call, dump, py_spy, ras, watchdog, write
 
-from repro.cli import main
-from repro.diagnose import MAX_LINES, lines
+from repro.commands.cli import main
+from repro.commands.diagnose import MAX_LINES, lines
 from repro.ingest.read import read
 from repro.verdict.partial import diagnose
 

@@ -24,8 +24,8 @@ from hybrid_moe_ref.parallel.comm import Communicator
 from hybrid_moe_ref.parallel.dispatch import ForwardContext, expert_schedule
 from hybrid_moe_ref.parallel.guard import ScheduleMismatch
 from hybrid_moe_ref.parallel.observer import NullObserver
-from repro import reference
-from repro.settings import RunSettings
+from repro.lab import reference
+from repro.lab.settings import RunSettings
 
 PHASES = ["load", "page_setup", "prepare", "profile", "compile", "allocate", "capture", "serve"]
 

@@ -13,8 +13,8 @@ import pytest
 from reported import write_hang
 
 from repro.bundle.issue import commands_script
+from repro.lab.worker import _parse
 from repro.report.gather import gather
-from repro.worker import _parse
 
 EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
 SLURM, JOBSET = EXAMPLES / "slurm.sh", EXAMPLES / "k8s-jobset.yaml"

@@ -19,8 +19,8 @@ from hybrid_moe_ref.model import HybridMoE
 from hybrid_moe_ref.parallel.comm import Communicator
 from hybrid_moe_ref.parallel.guard import ScheduleMismatch
 from hybrid_moe_ref.parallel.observer import Collective, NullObserver
-from repro import reference
-from repro.settings import RunSettings
+from repro.lab import reference
+from repro.lab.settings import RunSettings
 
 
 class Diary(NullObserver):

@@ -27,7 +27,7 @@ from hybrid_moe_ref.parallel.guard import (
 from hybrid_moe_ref.parallel.observer import Collective, ScheduleEntry
 from hybrid_moe_ref.parallel.schedule import first_difference, schedule_hash
 from hybrid_moe_ref.parallel.watchdog import RollCall, Watchdog
-from repro.settings import RunSettings
+from repro.lab.settings import RunSettings
 
 AGREE = ScheduleEntry("dp", "all_reduce", "step")
 DISPATCH = ScheduleEntry("ep", "all_gather_v", "layers.0.moe")

@@ -16,16 +16,16 @@ from pathlib import Path
 import psutil
 import pytest
 
-from repro.cli import main
 from repro.commands import USAGE
-from repro.expectation import watch_options
-from repro.host import Host
-from repro.launch import prepare_run_dir
-from repro.lookout import Lookout, Others
-from repro.record import Recorder
-from repro.rundir import RunDir, write_json
-from repro.settings import RunSettings
-from repro.watch import Watch
+from repro.commands.cli import main
+from repro.hosts.agent import Lookout, Others
+from repro.hosts.host import Host
+from repro.lab.expectation import watch_options
+from repro.lab.launch import prepare_run_dir
+from repro.lab.settings import RunSettings
+from repro.store.run_dir import RunDir, write_json
+from repro.trace.recorder import Recorder
+from repro.watch.live import Watch
 
 ROOT = Path(__file__).resolve().parent.parent
 SETTINGS = RunSettings("metadata_rebuild", "fault", num_ranks=2, quiet_window_s=1.0)
@@ -33,13 +33,13 @@ A_RANK = """
 import os, signal, sys, time
 from pathlib import Path
 sys.path.insert(0, {root!r})
-from repro import record
-from repro.rundir import RunDir
-from repro.signals import dump_on_signals
-record.socket.gethostname = lambda: "elsewhere"
+from repro.trace import recorder
+from repro.store.run_dir import RunDir
+from repro.hosts.signals import dump_on_signals
+recorder.socket.gethostname = lambda: "elsewhere"
 run_dir = RunDir(Path({run!r}))
 dump_on_signals(run_dir, 1)
-record.Recorder.open(run_dir.witness(1), 1, 2).phase("connect")
+recorder.Recorder.open(run_dir.witness(1), 1, 2).phase("connect")
 print("ready", flush=True)
 time.sleep(60)
 """
@@ -100,7 +100,7 @@ def test_a_decided_run_is_ended_there_and_who_is_silent_is_not_believed(elsewher
     wait_for(others.reports)
     write_json(run_dir.verdict, {})
     assert rank.wait(timeout=60) == -signal.SIGKILL
-    monkeypatch.setattr("repro.lookout.UNHEARD_S", 1.0)
+    monkeypatch.setattr("repro.hosts.agent.UNHEARD_S", 1.0)
     wait_for(lambda: not others.reports())
     (told,) = others.silent()
     assert told.startswith("the lookout of rank 1 was last heard")
@@ -214,8 +214,8 @@ def _lives(out: Path, rank: int) -> bool:
 
 
 def _serves(out: Path, rank: int) -> bool:
-    from repro.parse import WitnessError
-    from repro.witness import Tail
+    from repro.trace.parse import WitnessError
+    from repro.trace.witness import Tail
 
     with contextlib.suppress(OSError, WitnessError, IndexError):
         event = Tail(next(out.glob("2*")) / f"events/rank{rank:03d}.wit").last_event()

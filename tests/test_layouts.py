@@ -18,7 +18,7 @@ from hybrid_moe_ref.engine.server_config import ServerConfig
 from hybrid_moe_ref.model import HybridMoE
 from hybrid_moe_ref.parallel.comm import Communicator
 from hybrid_moe_ref.parallel.guard import ScheduleMismatch
-from repro.workload import WorkloadConfig, draw_requests
+from repro.lab.workload import WorkloadConfig, draw_requests
 
 ENGINE = EngineConfig(max_num_seqs=3, max_num_batched_tokens=20, num_pages=40, unfinished_interval=8, dtype="float64")
 REQUESTS = draw_requests(WorkloadConfig(max_arrival_step=4), 2, CONFIG.vocab_size, SEED)

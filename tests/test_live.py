@@ -14,10 +14,10 @@ from pathlib import Path
 import pytest
 from forked import in_time, run_forked
 
-from repro.layout import Kind
-from repro.record import Recorder
-from repro.settings import RunSettings
-from repro.witness import Tail
+from repro.lab.settings import RunSettings
+from repro.trace.format import Kind
+from repro.trace.recorder import Recorder
+from repro.trace.witness import Tail
 
 QUIET_S, SLOW_S = 0.5, 1.8
 REPEATS = int(os.environ.get("HMR_LIVE_REPEATS", "10"))

@@ -9,10 +9,10 @@ import subprocess
 import pytest
 from forked import run_forked
 
-from repro import launch, matrix, scenarios
-from repro.cli import main
 from repro.commands import CANNOT_TELL, USAGE
-from repro.kernel_cache import CannotFill
+from repro.commands.cli import main
+from repro.lab import launch, matrix, scenarios
+from repro.lab.kernel_cache import CannotFill
 
 pytestmark = pytest.mark.timeout(300)  # one run compiles, on machines that may have other things to do
 

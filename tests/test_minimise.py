@@ -16,10 +16,10 @@ import pytest
 from reported import AGREE, write_hang, write_run
 from scene import Scene
 
-from repro import scenarios
 from repro.bundle import replay
-from repro.cli import main
-from repro.minimise import AnotherVerdict, Runner, _print_result, describe, minimise, run_within
+from repro.commands.cli import main
+from repro.lab import scenarios
+from repro.lab.minimise import AnotherVerdict, Runner, _print_result, describe, minimise, run_within
 from repro.report.gather import gather
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -15,8 +15,8 @@ from hypothesis import strategies as st
 from scene import make_recorder
 
 from hybrid_moe_ref.parallel.observer import Collective, ScheduleEntry
-from repro.compact import compact
-from repro.layout import (
+from repro.trace.compact import compact
+from repro.trace.format import (
     CRC,
     GUARD,
     HEADER,
@@ -35,9 +35,9 @@ from repro.layout import (
     pack_string,
     unguarded,
 )
-from repro.parse import MAX_PROBLEMS, Problems
-from repro.record import Recorder
-from repro.witness import Witness, WitnessError, parse, read
+from repro.trace.parse import MAX_PROBLEMS, Problems
+from repro.trace.recorder import Recorder
+from repro.trace.witness import Witness, WitnessError, parse, read
 
 SHAPE = Geometry(ring_records=32, vector_words=32, string_bytes=2048, group_slots=4)
 QUICK = settings(max_examples=80, deadline=None, derandomize=True)

@@ -16,15 +16,16 @@ from reported import write_hang
 from simulator import Simulation
 from test_simulated import WINDOW_S, rest, verdict_of
 
-from repro import bundle, scenarios
+from repro import bundle
 from repro.bundle import assemble, documents, environment, lines, recognise, words
 from repro.bundle.recognise import Recogniser
 from repro.bundle.search import Search
 from repro.bundle.witnesses import redact_witness
-from repro.cli import main
-from repro.settings import RunSettings
+from repro.commands.cli import main
+from repro.lab import scenarios
+from repro.lab.settings import RunSettings
+from repro.trace.witness import Witness, parse, read
 from repro.verdict import Facts, Verdict, judge
-from repro.witness import Witness, parse, read
 
 
 @pytest.mark.parametrize(

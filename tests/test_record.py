@@ -14,9 +14,9 @@ from typing import Any
 import pytest
 
 from hybrid_moe_ref.parallel.observer import Collective, Observer, ScheduleEntry
-from repro.layout import Geometry, Kind
-from repro.record import MAX_MESSAGE, Recorder
-from repro.witness import WitnessError, read
+from repro.trace.format import Geometry, Kind
+from repro.trace.recorder import MAX_MESSAGE, Recorder
+from repro.trace.witness import WitnessError, read
 
 REDUCE = Collective("dp", "all_reduce", "", (32,), "int32", "sum")
 
@@ -135,8 +135,8 @@ def test_a_file_has_one_writer(tmp_path: Path) -> None:
 def test_a_file_of_another_rank_is_refused(tmp_path: Path) -> None:
     recorder_at(tmp_path / "w")
     (tmp_path / "w").unlink()
-    from repro.layout import Identity
-    from repro.witness import create
+    from repro.trace.format import Identity
+    from repro.trace.witness import create
 
     create(tmp_path / "w", Identity(1, 2))
     with pytest.raises(WitnessError, match="made for rank 1 of 2, opened by 0 of 2"):

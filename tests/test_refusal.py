@@ -12,8 +12,10 @@ import pytest
 
 from hybrid_moe_ref.config import ParallelConfig
 from hybrid_moe_ref.engine.refusal import Refused, preflight
-from repro import cli, commands, scenarios
-from repro.settings import RunSettings
+from repro import commands
+from repro.commands import cli
+from repro.lab import scenarios
+from repro.lab.settings import RunSettings
 
 DP8 = ParallelConfig(dp_size=8)
 ROOT = Path(__file__).resolve().parent.parent

@@ -18,8 +18,8 @@ from ranks import run_ranks
 
 from hybrid_moe_ref.engine.lifecycle import Engine
 from hybrid_moe_ref.parallel.comm import Communicator
-from repro import reference
-from repro.settings import DEFAULT_ENGINE, RunSettings
+from repro.lab import reference
+from repro.lab.settings import DEFAULT_ENGINE, RunSettings
 
 X, WEIGHT = torch.ones(2, 4), torch.zeros(4)
 

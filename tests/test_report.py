@@ -16,14 +16,14 @@ from reported import AGREE, write_hang, write_run
 from scene import Scene
 
 from repro import report
-from repro.cli import main
 from repro.commands import EXPECTED, USAGE
+from repro.commands.cli import main
 from repro.report.gather import gather, headline
 from repro.report.lanes import Labels, SharedClock, read_lane
 from repro.report.page import main_stack
 from repro.report.sides import side_by_side
-from repro.report.text import few, visible
-from repro.rundir import RunDir, write_json
+from repro.store.run_dir import RunDir, write_json
+from repro.store.text import few, visible
 
 ROOT = Path(__file__).resolve().parent.parent
 CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
@@ -265,7 +265,7 @@ def test_the_headline_of_no_verdict_says_so(tmp_path):
 
 
 def test_the_report_never_imports_torch():
-    code = "import sys, repro.report.command; sys.exit('torch' in sys.modules)"
+    code = "import sys, repro.commands.report; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
 
 

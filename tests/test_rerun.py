@@ -9,13 +9,14 @@ import shlex
 import pytest
 from reported import write_hang
 
-from repro import cli, report
+from repro import report
 from repro.bundle import issue
+from repro.commands import cli
 from repro.commands import run as run_command
+from repro.lab.rerun import command, commands, place, torchrun_command
+from repro.lab.scenarios import settings_of
+from repro.lab.worker import _parse
 from repro.report.gather import gather
-from repro.report.rerun import command, commands, place, torchrun_command
-from repro.scenarios import settings_of
-from repro.worker import _parse
 
 CHANGES = [
     {},

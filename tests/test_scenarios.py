@@ -14,15 +14,15 @@ from hybrid_moe_ref.config import ConfigError
 from hybrid_moe_ref.engine.scheduler import live_ranks
 from hybrid_moe_ref.parallel.guard import ScheduleGuard
 from hybrid_moe_ref.parallel.observer import ScheduleEntry
-from repro import scenarios
-from repro.expectation import matches
-from repro.layout import Kind
-from repro.record import Recorder
-from repro.rundir import read_json
-from repro.second_judgement import judge_again
-from repro.settings import RunSettings
+from repro.lab import scenarios
+from repro.lab.expectation import matches
+from repro.lab.second_judgement import judge_again
+from repro.lab.settings import RunSettings
+from repro.store.run_dir import read_json
+from repro.trace.format import Kind
+from repro.trace.recorder import Recorder
+from repro.trace.witness import read
 from repro.verdict import Position, Verdict
-from repro.witness import read
 
 NUM_SEEDS = int(os.environ.get("HMR_SCENARIO_SEEDS", "1"))
 SEEDS = tuple(range(NUM_SEEDS))
@@ -287,7 +287,7 @@ def test_served_tokens_that_differ_from_the_reference_are_corrupt(tmp_path):
     def tamper(run_dir, pids):
         tokens = read_json(run_dir.reference)
         tokens["rank2-0"][0] += 1
-        from repro.rundir import write_json
+        from repro.store.run_dir import write_json
 
         write_json(run_dir.reference, tokens)
 
@@ -300,8 +300,8 @@ def test_a_killed_rank_is_the_culprit_and_not_those_that_wait_for_it(tmp_path):
     settings = small("metadata_rebuild", "control")
 
     def kill_one(run_dir, pids):
-        from repro.layout import Kind
-        from repro.witness import Tail
+        from repro.trace.format import Kind
+        from repro.trace.witness import Tail
 
         tail = Tail(run_dir.witness(3))
         deadline = time.monotonic() + 60

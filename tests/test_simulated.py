@@ -22,7 +22,7 @@ from sentences import check_sentences
 from simulator import Simulation
 from worlds import Simulated
 
-from repro.layout import (
+from repro.trace.format import (
     FIXED,
     GROUP_BYTES,
     GROUPS_AT,
@@ -36,9 +36,9 @@ from repro.layout import (
     Kind,
     unguarded,
 )
-from repro.parse import parse_header
+from repro.trace.parse import parse_header
+from repro.trace.witness import Witness, WitnessError, parse
 from repro.verdict import Facts, Verdict, judge
-from repro.witness import Witness, WitnessError, parse
 
 QUICK = int(os.environ.get("HMR_SEEDS", "500"))
 WINDOW_S = 1.0

@@ -21,10 +21,10 @@ from faults import FOREVER_NS, WRAPPING, Case, Truth, draw, truth
 from scene import MS
 from simulated_watch import World, make_run_dir, move_to_another_machine
 
-from repro.locks import UNKNOWN
-from repro.options import WatchOptions
-from repro.rejudge import judge_files
-from repro.watch import Comparison
+from repro.hosts.locks import UNKNOWN
+from repro.hosts.options import WatchOptions
+from repro.watch.live import Comparison
+from repro.watch.offline import judge_files
 
 QUICK = int(os.environ.get("HMR_SEEDS", "500"))
 LEAST_EXACT = 0.6

@@ -18,14 +18,14 @@ from typing import Any
 import pytest
 from scene import SMALL
 
-from repro import evidence, locks, process
-from repro.host import Host
-from repro.layout import pack_header
-from repro.record import Recorder, myself
-from repro.rundir import RunDir
-from repro.system import STOPPED, System
+from repro.hosts import collect, locks, processes
+from repro.hosts.host import Host
+from repro.hosts.system import STOPPED, System
+from repro.store.run_dir import RunDir
+from repro.trace.format import pack_header
+from repro.trace.recorder import Recorder, myself
+from repro.trace.witness import Witness, parse
 from repro.verdict import Facts, judge
-from repro.witness import Witness, parse
 
 
 @contextlib.contextmanager
@@ -85,7 +85,7 @@ def test_a_pipe_in_place_of_the_launchers_log_is_not_waited_for(tmp_path: Path) 
     run_dir = RunDir(tmp_path)
     run_dir.launcher_log.parent.mkdir()
     os.mkfifo(run_dir.launcher_log)
-    assert evidence.of_launcher(run_dir, [0]) == "rank 0 never began: logs/launcher.log says nothing"
+    assert collect.of_launcher(run_dir, [0]) == "rank 0 never began: logs/launcher.log says nothing"
 
 
 def waiter(name: str, pid: int, rank: int = 0, num_ranks: int = 1, **who: object) -> Witness:
@@ -164,19 +164,19 @@ def test_the_work_of_a_process_that_a_rank_started_is_the_ranks() -> None:
     child = "import time; print(1, flush=True)\nwhile True: pass"
     parent = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {child!r}])"
     with python(HOLD) as asleep, python(parent) as busy:
-        before = process.cpu_seconds([asleep.pid, busy.pid])
+        before = processes.cpu_seconds([asleep.pid, busy.pid])
         deadline = time.monotonic() + 60
-        while (used := process.cpu_seconds([asleep.pid, busy.pid]))[busy.pid] - before[busy.pid] < 0.05:
+        while (used := processes.cpu_seconds([asleep.pid, busy.pid]))[busy.pid] - before[busy.pid] < 0.05:
             assert time.monotonic() < deadline, used
             time.sleep(0.01)
-        process.kill(process.with_descendants(busy.pid))
+        processes.kill(processes.with_descendants(busy.pid))
 
 
 def test_the_kernel_says_how_long_a_process_had_no_processor() -> None:
     loop = "import os; os.sched_setaffinity(0, {0}); print('up', flush=True)\nwhile True: pass"
     with python(loop) as one, python(loop) as two:  # one processor for both
         deadline = time.monotonic() + 60
-        while process.starved_seconds(one.pid) + process.starved_seconds(two.pid) < 0.05:
+        while processes.starved_seconds(one.pid) + processes.starved_seconds(two.pid) < 0.05:
             assert time.monotonic() < deadline
             time.sleep(0.01)
 

@@ -13,10 +13,10 @@ from unittest import mock
 import pytest
 
 from hybrid_moe_ref.parallel.observer import Collective
-from repro import witness as files
-from repro.layout import GUARD, HEART_AT, LIVE_AT, WORD, Geometry, Identity, pack_header
-from repro.record import Recorder, myself
-from repro.witness import Tail, create, parse, read
+from repro.trace import witness as files
+from repro.trace.format import GUARD, HEART_AT, LIVE_AT, WORD, Geometry, Identity, pack_header
+from repro.trace.recorder import Recorder, myself
+from repro.trace.witness import Tail, create, parse, read
 
 TINY = Geometry(ring_records=32, vector_words=64, string_bytes=512, group_slots=4)
 REDUCE = Collective("dp", "all_reduce", "", (32,), "int32", "sum")

@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed import all_reduce as imported_by_name
 
-from repro.testing import DeadlockError, Ranks, assert_no_deadlock
+from repro.attach.harness import DeadlockError, Ranks, assert_no_deadlock
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -175,7 +175,7 @@ def test_a_collective_that_moves_bytes_for_longer_than_the_quiet_window_is_no_ha
 
 
 def test_a_failure_of_the_watcher_is_not_the_fault_of_the_code_under_test(tmp_path, monkeypatch):
-    monkeypatch.setattr("repro.look.judge", lambda *args, **options: {}["slip"])
+    monkeypatch.setattr("repro.watch.look.judge", lambda *args, **options: {}["slip"])
 
     def waits(rank):
         with assert_no_deadlock():
@@ -271,7 +271,17 @@ def test_the_plugin_gives_fixture_and_marker(tmp_path):
         "@pytest.mark.requires_gpus(n=512)\ndef test_needs_gpus():\n    raise AssertionError\n"
         "def test_nccl(ep_ranks):\n    ep_ranks(512, 'nccl')\n"
     )
-    command = [sys.executable, "-m", "pytest", "-p", "no:hybrid_moe_repro", "-p", "repro.pytest_plugin", "-rs", "-q"]
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-p",
+        "no:hybrid_moe_repro",
+        "-p",
+        "repro.attach.pytest_plugin",
+        "-rs",
+        "-q",
+    ]
     run = subprocess.run(
         [*command, "--strict-markers", str(tmp_path)], capture_output=True, text=True,
         env={**os.environ, "PYTHONPATH": str(ROOT)}, cwd=tmp_path,
@@ -282,11 +292,12 @@ def test_the_plugin_gives_fixture_and_marker(tmp_path):
 
 @pytest.mark.full
 def test_the_example_runs():
-    command = [sys.executable, "-m", "pytest", "-p", "no:hybrid_moe_repro", "-p", "repro.pytest_plugin", "-q"]
+    command = [sys.executable, "-m", "pytest", "-p", "no:hybrid_moe_repro", "-p", "repro.attach.pytest_plugin", "-q"]
     run = subprocess.run([*command, "examples/test_dispatcher.py"], capture_output=True, text=True, cwd=ROOT)
     assert run.returncode == 0 and "2 passed" in run.stdout, run.stdout + run.stderr
 
 
 def test_the_plugin_imports_neither_torch_nor_the_harness():
-    code = "import sys, repro.pytest_plugin; sys.exit(any(m in sys.modules for m in ('torch', 'repro.testing')))"
+    loaded = "any(name in sys.modules for name in ('torch', 'repro.attach.harness'))"
+    code = f"import sys, repro.attach.pytest_plugin; sys.exit({loaded})"
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0

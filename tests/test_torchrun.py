@@ -16,13 +16,13 @@ from pathlib import Path
 import psutil
 import pytest
 
-from repro import job, launch, scenarios
 from repro.commands import EXPECTED, INTERRUPTED, UNEXPECTED
-from repro.display import Display
-from repro.layout import Kind
-from repro.parse import WitnessError
-from repro.rundir import read_json
-from repro.witness import Tail
+from repro.lab import job, launch, scenarios
+from repro.report.terminal import Display
+from repro.store.run_dir import read_json
+from repro.trace.format import Kind
+from repro.trace.parse import WitnessError
+from repro.trace.witness import Tail
 
 ROOT = Path(__file__).resolve().parent.parent
 DEADLINE_S = 90

@@ -10,9 +10,9 @@ from scene import MS, Scene
 from serving import C1, EVERYONE, PLAN, eight_ranks, held, look
 
 from hybrid_moe_ref.parallel.observer import Collective
-from repro.host import Host
-from repro.lookout import Others, Report
-from repro.rundir import RunDir, write_json
+from repro.hosts.agent import Others, Report
+from repro.hosts.host import Host
+from repro.store.run_dir import RunDir, write_json
 from repro.verdict import Facts, Verdict, judge
 
 

@@ -7,22 +7,22 @@ from pathlib import Path
 
 import pytest
 
-from repro.comparison import wrong_tokens
-from repro.expectation import document_of, watch_options
-from repro.flight_recorder import RecorderCheck, compare_dumps
-from repro.launch import end
-from repro.layout import Identity
-from repro.record import Recorder
-from repro.rundir import RunDir, write_json
-from repro.second_judgement import judge_again
-from repro.settings import RunSettings
-from repro.silences import Silences
-from repro.system import STOPPED
+from repro.hosts.system import STOPPED
+from repro.lab.expectation import document_of, watch_options
+from repro.lab.launch import end
+from repro.lab.second_judgement import judge_again
+from repro.lab.settings import RunSettings
+from repro.lab.tokens import wrong_tokens
+from repro.store.run_dir import RunDir, write_json
+from repro.trace.format import Identity
+from repro.trace.recorder import Recorder
+from repro.trace.witness import create
 from repro.verdict import Verdict
 from repro.verdict.facts import Facts
 from repro.verdict.result import Position
-from repro.watch import Comparison, Watch
-from repro.witness import create
+from repro.watch.flight_recorder import RecorderCheck, compare_dumps
+from repro.watch.live import Comparison, Watch
+from repro.watch.silences import Silences
 
 SETTINGS = RunSettings("compile_skew", "fault", num_ranks=4, quiet_window_s=1.0)
 

@@ -14,26 +14,26 @@ from command_line import fails
 from scene import Scene
 
 from hybrid_moe_ref.parallel.observer import Collective, ScheduleEntry
-from repro.cli import main
 from repro.commands import CANNOT_TELL, EXPECTED, UNEXPECTED, USAGE
-from repro.comparison import compare_tokens
-from repro.expectation import document_of, watch_options
-from repro.layout import Geometry, Identity, pack_header
-from repro.look import Look
-from repro.parse import parse_header
-from repro.record import Recorder, myself
-from repro.rundir import RunDir, write_json
-from repro.second_judgement import judge_again
-from repro.settings import RunSettings
+from repro.commands.cli import main
+from repro.lab.expectation import document_of, watch_options
+from repro.lab.second_judgement import judge_again
+from repro.lab.settings import RunSettings
+from repro.lab.tokens import compare_tokens
+from repro.store.run_dir import RunDir, write_json
+from repro.trace.format import Geometry, Identity, pack_header
+from repro.trace.parse import parse_header
+from repro.trace.recorder import Recorder, myself
+from repro.trace.witness import create
 from repro.verdict import Facts
-from repro.watch import Watch
-from repro.witness import create
+from repro.watch.live import Watch
+from repro.watch.look import Look
 
 
 @pytest.fixture(autouse=True)
 def short_look(monkeypatch):
     """Nothing runs here that a look of half a second could find at work."""
-    monkeypatch.setattr("repro.rejudge.LOOK_S", 0.05)
+    monkeypatch.setattr("repro.watch.offline.LOOK_S", 0.05)
 
 
 def test_a_decided_run_is_not_decided_again(capsys, tmp_path):

@@ -17,18 +17,18 @@ from simulated_watch import World, make_run_dir
 from simulator import Simulation
 
 from hybrid_moe_ref.parallel.observer import Collective
-from repro import process
-from repro.layout import Identity
-from repro.look import Look
-from repro.lookout import Others
-from repro.options import WatchOptions
-from repro.record import Recorder, myself
-from repro.rejudge import judge_files
-from repro.rundir import write_json
-from repro.system import System
+from repro.hosts import processes
+from repro.hosts.agent import Others
+from repro.hosts.options import WatchOptions
+from repro.hosts.system import System
+from repro.store.run_dir import write_json
+from repro.trace.format import Identity
+from repro.trace.recorder import Recorder, myself
+from repro.trace.witness import create
 from repro.verdict.facts import Facts
-from repro.watch import Comparison
-from repro.witness import create
+from repro.watch.live import Comparison
+from repro.watch.look import Look
+from repro.watch.offline import judge_files
 
 CALL = Collective("dp", "all_reduce", "step", (4,), "int32", "sum")
 OPTIONS = WatchOptions(num_ranks=2, quiet_window_s=1.0, deadline_s=20.0)
@@ -75,10 +75,10 @@ def owner_of(site: str) -> tuple[Any, str]:
 
 
 READS = [
-    ("repro.witness.read", "a witness is read"),
-    ("repro.witness.Tail.last_event", "its last event is read"),
-    ("repro.witness.Tail.who", "its writer is read"),
-    ("repro.witness.Tail.__init__", "it is mapped"),
+    ("repro.trace.witness.read", "a witness is read"),
+    ("repro.trace.witness.Tail.last_event", "its last event is read"),
+    ("repro.trace.witness.Tail.who", "its writer is read"),
+    ("repro.trace.witness.Tail.__init__", "it is mapped"),
     ("simulated_watch.SimulatedHost.find", "a process is looked for"),
     ("simulated_watch.SimulatedHost.is_stopped", "its state is read"),
     ("simulated_watch.SimulatedHost.cpu_seconds", "its processor time is read"),
@@ -86,10 +86,10 @@ READS = [
     ("simulated_watch.SimulatedHost.stolen_seconds", "the host's stolen time is read"),
     ("simulated_watch.SimulatedHost.lock_holder", "a lock's holder is looked for"),
     ("simulated_watch.SimulatedHost.collect", "evidence is asked for"),
-    ("repro.lookout.read_json", "another host's agent is heard"),
-    ("repro.lookout.times_asked", "a question is numbered"),
-    ("repro.flight_recorder.read_json", "a dump is read"),
-    ("repro.evidence.read_text", "the launcher's log is read"),
+    ("repro.hosts.agent.read_json", "another host's agent is heard"),
+    ("repro.hosts.agent.times_asked", "a question is numbered"),
+    ("repro.watch.flight_recorder.read_json", "a dump is read"),
+    ("repro.hosts.collect.read_text", "the launcher's log is read"),
 ]
 ERRORS = [OSError(code, os.strerror(code)) for code in (errno.ESTALE, errno.EIO, errno.EMFILE)]
 
@@ -125,7 +125,9 @@ def test_reads_that_fail_for_good_end_in_a_verdict_that_names_nobody(tmp_path, m
     assert json.loads(world.run_dir.verdict.read_text()) == document
 
 
-@pytest.mark.parametrize("site", ["repro.look.judge", "repro.watch.compare_dumps", "repro.silences.Silences.remember"])
+@pytest.mark.parametrize(
+    "site", ["repro.watch.look.judge", "repro.watch.live.compare_dumps", "repro.watch.silences.Silences.remember"]
+)
 def test_a_slip_of_ours_is_a_verdict_of_its_own_with_the_traceback_in_a_log_and_the_evidence_taken(
     tmp_path, monkeypatch, site
 ):
@@ -169,12 +171,12 @@ def test_a_process_that_the_system_does_not_show_is_not_dead(tmp_path, monkeypat
     system = System(1.0)
     assert system.running({0: me})[0] is not None
     descriptors = OSError(errno.EMFILE, "Too many open files")
-    monkeypatch.setattr(process, "read_start_ticks", failing(1, descriptors)[0])
+    monkeypatch.setattr(processes, "read_start_ticks", failing(1, descriptors)[0])
     with pytest.raises(OSError, match="Too many"):
         system.running({0: me})
-    monkeypatch.setattr(process.psutil, "Process", failing(1, psutil.NoSuchProcess(me.pid))[0])
-    monkeypatch.setattr(process.os, "kill", failing(1, PermissionError())[0])
-    monkeypatch.setattr(process.os.path, "exists", lambda path: False)
+    monkeypatch.setattr(processes.psutil, "Process", failing(1, psutil.NoSuchProcess(me.pid))[0])
+    monkeypatch.setattr(processes.os, "kill", failing(1, PermissionError())[0])
+    monkeypatch.setattr(processes.os.path, "exists", lambda path: False)
     assert system.running({0: me}) == {}, "hidden from this user"
 
 
@@ -215,7 +217,7 @@ def test_a_launcher_that_a_signal_ended_names_no_rank(tmp_path):
     assert not document["ended_by"]
 
 
-AGENT_READS = [(site, when) for site, when in READS if not site.startswith(("repro.flight", "repro.evidence"))]
+AGENT_READS = [(site, when) for site, when in READS if not site.startswith(("repro.flight", "repro.hosts.collect"))]
 
 
 @pytest.mark.parametrize(("site", "when"), AGENT_READS)

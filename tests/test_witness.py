@@ -15,7 +15,7 @@ import pytest
 from scene import Scene
 
 from hybrid_moe_ref.parallel.observer import Collective, ScheduleEntry
-from repro.layout import (
+from repro.trace.format import (
     CRC,
     GROUP_BYTES,
     GROUPS_AT,
@@ -30,9 +30,9 @@ from repro.layout import (
     Identity,
     Kind,
 )
-from repro.record import Recorder
+from repro.trace.recorder import Recorder
+from repro.trace.witness import Event, Tail, WitnessError, create, parse, read, read_dir
 from repro.verdict import Facts, judge
-from repro.witness import Event, Tail, WitnessError, create, parse, read, read_dir
 
 TINY = Geometry(ring_records=32, vector_words=64, string_bytes=512, group_slots=4)
 REDUCE = Collective("dp", "all_reduce", "", (32,), "int32", "sum")

@@ -8,10 +8,10 @@ from typing import Any, Protocol
 
 from simulator import Simulation
 
-from repro.layout import Kind
+from repro.trace.format import Kind
+from repro.trace.witness import Witness
 from repro.verdict import Verdict
 from repro.verdict.ledger import calls
-from repro.witness import Witness
 
 Words = tuple[str, str, str]  # group, operation, layer
 

@@ -6,6 +6,5 @@ is replaced by a stand-in where it tells things apart, and left out and counted 
 
 from repro.bundle.archive import ArchiveError, opened, verify
 from repro.bundle.assemble import LeakError, Made, make
-from repro.bundle.command import add
 
-__all__ = ["ArchiveError", "LeakError", "Made", "add", "make", "opened", "verify"]
+__all__ = ["ArchiveError", "LeakError", "Made", "make", "opened", "verify"]

@@ -20,7 +20,7 @@ from typing import Any
 
 from hybrid_moe_ref.files import open_regular, read_json
 from repro.bundle.scratch import scratch_folder
-from repro.report.text import visible
+from repro.store.text import visible
 
 MAX_FILES = 20_000
 MAX_FILE_BYTES = 128 << 20

@@ -29,15 +29,15 @@ from repro.bundle.scratch import scratch_folder
 from repro.bundle.search import Search, literals_of
 from repro.bundle.witnesses import redact_witness
 from repro.bundle.words import is_token
-from repro.layout import CRC, HEADER
-from repro.parse import parse_header
+from repro.lab.second_judgement import judge_again
+from repro.lab.settings import VARIANTS, RunSettings
 from repro.report.gather import Facts, gather, siblings
 from repro.report.page import HERE
-from repro.report.text import visible
-from repro.rundir import SUFFIX, RunDir, write_json
-from repro.second_judgement import judge_again
-from repro.settings import VARIANTS, RunSettings
-from repro.witness import MAX_BYTES
+from repro.store.run_dir import SUFFIX, RunDir, write_json
+from repro.store.text import visible
+from repro.trace.format import CRC, HEADER
+from repro.trace.parse import parse_header
+from repro.trace.witness import MAX_BYTES
 
 SCHEMA_VERSION = 2
 COLLECT_ENV_S = 60

@@ -9,7 +9,7 @@ from typing import Any
 
 from repro.bundle.recognise import Recogniser
 from repro.bundle.words import KNOWN
-from repro.settings import RunSettings
+from repro.lab.settings import RunSettings
 
 VERDICT = frozenset(KNOWN["fields"]["verdict"])
 """Fields of verdict.json. Its evidence and sentences are made anew, from the redacted witnesses."""

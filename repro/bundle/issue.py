@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from hybrid_moe_ref.config import ConfigError
-from repro import scenarios
 from repro.bundle.replay import is_that_of_ep_deadlock
+from repro.lab import scenarios
+from repro.lab.rerun import command, commands
 from repro.report.gather import Facts, headline
 from repro.report.lanes import waits
-from repro.report.rerun import command, commands
-from repro.report.text import few, short_site, visible
-from repro.rundir import read_text
+from repro.store.run_dir import read_text
+from repro.store.text import few, short_site, visible
 from repro.verdict.result import list_ranks, name_ranks
 
 ATTACHED = ("verdict.json", "events/", "fr/", "stacks/", "logs/", "control/", "fix/")

@@ -12,11 +12,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from repro.layout import Kind
 from repro.report.gather import Facts, headline
-from repro.report.text import visible
+from repro.store.text import visible
+from repro.trace.format import Kind
+from repro.trace.witness import Witness, read_dir
 from repro.verdict.result import list_ranks
-from repro.witness import Witness, read_dir
 
 TEMPLATE = Path(__file__).parent / "replay_template.txt"
 EP_DEADLOCK = Path(__file__).parents[1] / "ep_deadlock.py"

@@ -11,7 +11,7 @@ from pathlib import Path
 
 @contextlib.contextmanager
 def scratch_folder(prefix: str) -> Iterator[Path]:
-    """A folder for the length of a ``with``. Signals arrive as KeyboardInterrupt (repro.interrupt), and only once."""
+    """A folder for the length of a ``with``. Signals arrive once, as KeyboardInterrupt (repro.hosts.interrupt)."""
     name = tempfile.mkdtemp(prefix=prefix)
     try:
         yield Path(name)

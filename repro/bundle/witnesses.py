@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import replace
 
 from repro.bundle.recognise import Recogniser
-from repro.compact import compact
-from repro.parse import parse_header
+from repro.trace.compact import compact
+from repro.trace.parse import parse_header
 
 
 def redact_witness(data: bytes, name: str, recogniser: Recogniser) -> bytes:

@@ -10,7 +10,7 @@ import re
 import tomllib
 from pathlib import Path
 
-from repro import scenarios
+from repro.lab import scenarios
 
 _FILE = Path(__file__).with_name("words.txt")
 KNOWN = tomllib.loads(Path(__file__).with_name("known.toml").read_text())

@@ -18,11 +18,12 @@ from typing import Any
 from rich.console import Console
 
 from hybrid_moe_ref.config import ConfigError
-from repro import launch, report
-from repro.display import overview, say, summary
-from repro.report.text import short_site, visible
-from repro.rundir import read_json, refuse_unwritable
-from repro.settings import MAX_CONFIG_BYTES
+from repro.lab import launch
+from repro.lab.settings import MAX_CONFIG_BYTES
+from repro.report import write_all
+from repro.report.terminal import overview, say, summary
+from repro.store.run_dir import read_json, refuse_unwritable
+from repro.store.text import short_site, visible
 
 EXPECTED, UNEXPECTED, USAGE, CANNOT_TELL, INTERRUPTED = 0, 1, 2, launch.CANNOT_TELL, 130
 
@@ -60,7 +61,7 @@ def describe_failure(error: BaseException) -> str:
 def write_reports(console: Console, roots: Sequence[Path]) -> None:
     """Write the report of each run, beside its siblings. Where that fails the verdicts stand all the same."""
     try:
-        report.write_all(roots)
+        write_all(roots)
     except (OSError, ValueError) as error:
         say(console, f"  no report: {error}")
     except Exception as error:

@@ -15,14 +15,14 @@ from rich.console import Console
 from hybrid_moe_ref.config import GDN_PREFILL_BACKENDS, MOE_BACKENDS, ConfigError
 from hybrid_moe_ref.engine.refusal import preflight
 from hybrid_moe_ref.engine.server_config import CHECKS
-from repro import job, kernel_cache, launch, scenarios
 from repro.commands import INTERRUPTED, exit_code, print_verdicts, read_config, refuse_junit, write_reports
-from repro.display import display, say
-from repro.interrupt import Interrupt
-from repro.junit import write_junit
-from repro.launch import CannotRunHere
-from repro.memory import refuse_too_large, refuse_too_many
-from repro.settings import KERNEL_CACHES, VARIANTS, RunSettings
+from repro.hosts.interrupt import Interrupt
+from repro.lab import job, kernel_cache, launch, scenarios
+from repro.lab.launch import CannotRunHere
+from repro.lab.memory import refuse_too_large, refuse_too_many
+from repro.lab.settings import KERNEL_CACHES, VARIANTS, RunSettings
+from repro.report.junit import write_junit
+from repro.report.terminal import display, say
 
 
 @dataclass(frozen=True)

@@ -10,17 +10,19 @@ from typing import Any
 from rich.console import Console
 
 from hybrid_moe_ref.config import ConfigError
-from repro import bundle, launch, process
+from repro import bundle
 from repro.commands import CANNOT_TELL, EXPECTED, INTERRUPTED, UNEXPECTED, exit_code, print_verdicts, write_reports
-from repro.display import Display, say
-from repro.expectation import watch_options
-from repro.interrupt import Interrupt
-from repro.lookout import Lookout
-from repro.report.text import visible_lines
-from repro.rundir import RunDir
-from repro.second_judgement import judge_again
-from repro.settings import RunSettings, read_settings
-from repro.witness import Tail
+from repro.hosts import processes
+from repro.hosts.agent import Lookout
+from repro.hosts.interrupt import Interrupt
+from repro.lab import launch
+from repro.lab.expectation import watch_options
+from repro.lab.second_judgement import judge_again
+from repro.lab.settings import RunSettings, read_settings
+from repro.report.terminal import Display, say
+from repro.store.run_dir import RunDir
+from repro.store.text import visible_lines
+from repro.trace.witness import Tail
 
 
 def add(commands: Any) -> None:
@@ -72,7 +74,7 @@ def _watch_to_end(run_dir: RunDir, settings: RunSettings, console: Console, args
 
     def job_alive() -> bool:
         identities = [tail.who() for tail in tails]
-        return any(not who.pid or process.find(who) for who in identities)
+        return any(not who.pid or processes.find(who) for who in identities)
 
     interrupt: Interrupt = args.interrupt
     with interrupt.deferred():

@@ -12,7 +12,7 @@ from repro.report import drawing
 from repro.report.gather import Facts, gather, siblings
 from repro.report.page import page
 from repro.report.trace import trace
-from repro.rundir import write_atomically
+from repro.store.run_dir import write_atomically
 
 FILES = ("report.html", "timeline.svg", "trace.json")
 

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Iterator, Sequence
 
 from repro.report.gather import Facts, describe
 from repro.report.lanes import OPEN, Label, Lane, Wait, waits
-from repro.report.text import escape, few
+from repro.store.text import escape, few
 from repro.verdict.result import list_ranks, name_ranks
 
 MAX_ROWS = 48

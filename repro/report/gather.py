@@ -10,13 +10,13 @@ from typing import Any
 
 from hybrid_moe_ref.config import ConfigError
 from hybrid_moe_ref.files import open_regular
-from repro.parse import WitnessError
+from repro.lab.settings import RunSettings, read_settings
 from repro.report.lanes import Label, Labels, Lane, SharedClock, read_lane
-from repro.report.text import few
-from repro.rundir import SUFFIX, RunDir, read_json, read_text, read_tokens
-from repro.settings import RunSettings, read_settings
+from repro.store.run_dir import SUFFIX, RunDir, read_json, read_text, read_tokens
+from repro.store.text import few
+from repro.trace.parse import WitnessError
+from repro.trace.witness import read
 from repro.verdict.result import name_ranks
-from repro.witness import read
 
 MAX_RANKS = 4096
 _MOST = 10**18

@@ -10,10 +10,10 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-from repro.layout import RECORD, Kind
-from repro.report.text import few, short_site
+from repro.store.text import few, short_site
+from repro.trace.format import RECORD, Kind
+from repro.trace.witness import Witness
 from repro.verdict.result import list_ranks, name_ranks
-from repro.witness import Witness
 
 OPEN = -1
 """The end of a span that never ended."""

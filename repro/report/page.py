@@ -17,13 +17,13 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
+from repro.lab.rerun import commands
 from repro.report import drawing
 from repro.report.gather import Facts, headline
 from repro.report.lanes import OPEN, Lane, waits
-from repro.report.rerun import commands
 from repro.report.sides import side_by_side
-from repro.report.text import ROOT, embed, escape, few, short_site, visible
-from repro.rundir import read_text
+from repro.store.run_dir import read_text
+from repro.store.text import ROOT, embed, escape, few, short_site, visible
 from repro.verdict.result import list_ranks, name_ranks
 
 HERE = Path(__file__).parent

@@ -6,12 +6,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from difflib import SequenceMatcher
 
-from repro.parse import WitnessError
 from repro.report.gather import Facts
-from repro.report.text import few
+from repro.store.text import few
+from repro.trace.parse import WitnessError
+from repro.trace.witness import read
 from repro.verdict.result import name_ranks
 from repro.verdict.schedule import Entry, Step, steps_of
-from repro.witness import read
 
 MAX_SIDES = 3
 _BEFORE, _AFTER = 4, 5

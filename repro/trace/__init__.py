@@ -1,1 +1,1 @@
-"""What a rank did, as far as a piece of evidence shows it."""
+"""What a rank did: the witness file, its recorder and readers, and the records of other people's evidence."""

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
+from repro.trace.witness import Witness
 from repro.verdict.ledger import Call, Side, calls, widest
 from repro.verdict.position import GroupKey
 from repro.verdict.result import Finding, name_ranks, say
 from repro.verdict.sides import calls_of_sides
-from repro.witness import Witness
 
 
 def arguments_finding(witnesses: Mapping[int, Witness], divergence: tuple[GroupKey, int, list[Side]]) -> Finding | None:

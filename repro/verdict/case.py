@@ -6,12 +6,12 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+from repro.trace.witness import Witness
 from repro.verdict.facts import Facts
 from repro.verdict.graph import Waits
 from repro.verdict.ledger import Ledger
 from repro.verdict.position import Standing
 from repro.verdict.result import Finding, Verdict
-from repro.witness import Witness
 
 
 @dataclass(frozen=True, slots=True)

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 
+from repro.trace.witness import Witness
 from repro.verdict.case import Case
 from repro.verdict.explain import explain
 from repro.verdict.result import Finding, Verdict, list_ranks, name_ranks
-from repro.witness import Witness
 
 LOOKS_S = 1.0
 """Two events that were noticed closer together than this are in no order: the watcher looks at its processes twenty

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+from repro.trace.witness import Witness
 from repro.verdict.arguments import arguments_finding
 from repro.verdict.deviation import deviation_finding
 from repro.verdict.graph import Waits
@@ -29,7 +30,6 @@ from repro.verdict.schedule import (
     with_plan,
 )
 from repro.verdict.sides import calls_of_sides, positions
-from repro.witness import Witness
 
 
 def explain(

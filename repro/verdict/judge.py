@@ -11,7 +11,8 @@ from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 
-from repro.layout import Identity
+from repro.trace.format import Identity
+from repro.trace.witness import Witness
 from repro.verdict.case import Case
 from repro.verdict.crash import crash, victims
 from repro.verdict.deadlock import deadlock
@@ -22,7 +23,6 @@ from repro.verdict.ledger import Ledger, Side
 from repro.verdict.position import GroupKey, clocks, locate
 from repro.verdict.result import Finding, Verdict, name_ranks
 from repro.verdict.waiting import waiting
-from repro.witness import Witness
 
 NOTHING_SEEN = Facts()
 

@@ -8,10 +8,10 @@ from __future__ import annotations
 from collections.abc import Collection, Iterator, Mapping
 from typing import NamedTuple
 
-from repro.layout import Kind
+from repro.trace.format import Kind
+from repro.trace.witness import Signature, Witness
 from repro.verdict.position import GroupKey
 from repro.verdict.result import list_ranks
-from repro.witness import Signature, Witness
 
 _ENTER, _ISSUE = int(Kind.ENTER), int(Kind.ISSUE)
 TRANSFERS = ("send", "recv")

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from repro.layout import Event, Identity, Kind
+from repro.trace.format import Event, Identity, Kind
+from repro.trace.witness import Witness
 from repro.verdict.result import DAMAGED, Position
-from repro.witness import Witness
 
 _LOCAL = frozenset(map(int, (Kind.LOCK_HELD, Kind.LOCK_FREED, Kind.BUILD_BEGIN, Kind.BUILD_END)))
 

@@ -11,10 +11,10 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from repro.layout import Kind
+from repro.trace.format import Kind
+from repro.trace.witness import Witness
 from repro.verdict.ledger import TRANSFERS, is_transfer
 from repro.verdict.position import GroupKey
-from repro.witness import Witness
 
 _PHASE, _STEP = int(Kind.PHASE), int(Kind.STEP)
 RECENT_STEPS = 10

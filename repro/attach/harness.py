@@ -1,0 +1,290 @@
+"""Test an expert-parallel backend of your own for hangs: real ranks, watched from outside, a verdict when they stick.
+
+    from repro.testing import assert_no_deadlock
+
+    def exchange(rank):                                   # runs in every rank's own process
+        dispatcher = YourDispatcher(rank.world, rank.device)
+        with assert_no_deadlock("layer 0"):
+            dispatcher.dispatch(...)
+
+    def test_it(ep_ranks):
+        ep_ranks(4, "gloo").run(exchange)
+
+Inside the ``with`` every torch.distributed collective is recorded. The watcher of this project watches the ranks: when
+all have been silent for the quiet window and the evidence explains why, the test fails with who waits for whom, the
+stacks, and a report to open; a rank that raises fails the test with its traceback. Nothing is left running.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import faulthandler
+import itertools
+import os
+import pickle
+import signal
+import sys
+import time
+import traceback
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from repro import report
+from repro.attach.block_names import blocks_compared
+from repro.hosts import processes
+from repro.hosts.options import ALL_GROUPS, WatchOptions
+from repro.hosts.parent import start_ticks
+from repro.report.page import main_stack
+from repro.store.run_dir import PARTS, RunDir, read_text
+from repro.store.text import visible_lines
+from repro.trace.format import Identity
+from repro.trace.witness import create
+from repro.verdict import Verdict
+from repro.verdict.result import name_ranks
+from repro.watch.live import Watch, describe
+
+if TYPE_CHECKING:
+    import torch
+
+    from repro.trace.recorder import Recorder
+
+POLL_S = 0.02
+PARK_S = 10.0
+LEAVE_S = 2.0
+_NOT_THEIRS = (
+    "repro/attach/torch_patch.py",
+    "repro/attach/harness.py",
+    '"torch/',
+    '"_pytest/',
+    '"pluggy/',
+)  # frames nobody looks for
+
+
+class DeadlockError(AssertionError):
+    """The ranks did not come through; the text is the verdict."""
+
+
+@dataclass(frozen=True)
+class Rank:
+    """What a function in a rank is given. torch.distributed is initialised; ``world`` is its default group."""
+
+    rank: int
+    num_ranks: int
+    device: torch.device
+    recorder: Recorder
+
+    @property
+    def world(self) -> Any:
+        import torch.distributed as dist
+
+        return dist.group.WORLD
+
+
+_current: list[Rank] = []
+
+
+@contextlib.contextmanager
+def assert_no_deadlock(name: str = "") -> Iterator[None]:
+    """Record the collectives of the block, so that a hang in it can be explained; for code run by ``ep_ranks``.
+
+    name: stands in the verdict where a server names its layer.
+
+    Raises RuntimeError outside of a rank.
+    """
+    if not _current:
+        raise RuntimeError("assert_no_deadlock() belongs in a function that ep_ranks(n, backend).run(...) runs")
+    from repro.attach.torch_patch import watched
+
+    recorder = _current[0].recorder
+    recorder.phase(name or "watched")
+    with watched(recorder, name):
+        yield
+    recorder.phase("after")
+
+
+@dataclass
+class Ranks:
+    """Real ranks on this host, forked, so that eight start in about a second where torch is imported already.
+
+    root             where the evidence of each run goes
+    quiet_window_s   how long nothing must happen before the ranks are judged
+    deadline_s       a run ends after so long whatever happens
+    """
+
+    num_ranks: int
+    backend: str
+    root: Path
+    quiet_window_s: float = 1.0
+    deadline_s: float = 60.0
+
+    def run(self, function: Callable[[Rank], Any]) -> list[Any]:
+        """Call ``function(rank)`` in a process per rank; what each returned, by rank (pickled).
+
+        Raises DeadlockError with the verdict when the ranks get stuck, die, raise or are not done by the deadline, and
+        when they were done but had paired different collectives: their numbers are wrong then. Raises RuntimeError
+        when the watcher itself fails.
+        """
+        import torch  # noqa: F401 - once here, not once in every rank
+
+        numbers = itertools.count(1)
+        run_dir = RunDir(next(root for n in numbers if not (root := self.root / f"run{n}").exists()))
+        for part in PARTS:
+            (run_dir.root / part).mkdir(parents=True)
+        for rank in range(self.num_ranks):
+            create(run_dir.witness(rank), Identity(rank, self.num_ranks, run_id=run_dir.root.name))
+        pids = [self._fork(run_dir, rank, function) for rank in range(self.num_ranks)]
+        children = {pid: start_ticks(pid) for pid in pids}
+        patience_s = 0.0  # what is stuck does not leave by itself, and the evidence is collected
+        try:
+            self._watch(run_dir, children)
+            patience_s = LEAVE_S
+            return [pickle.loads(run_dir.output(rank).read_bytes()) for rank in range(self.num_ranks)]
+        finally:
+            started = [child for pid in pids for child in processes.with_descendants(pid)[1:]]
+            run_dir.release.touch()
+            _end(pids, patience_s)
+            processes.kill(started)
+
+    # -- the parent ------------------------------------------------------------------------------------------------
+
+    def _watch(self, run_dir: RunDir, children: Mapping[int, int]) -> None:
+        """Watch until the ranks are done; raises DeadlockError for any other end. children: pid -> start ticks."""
+        queued = ALL_GROUPS if self.backend == "nccl" else ()
+        watch = Watch(
+            run_dir,
+            WatchOptions(self.num_ranks, self.quiet_window_s, self.deadline_s, queued),
+            job_alive=lambda: any(processes.running(pid, ticks) for pid, ticks in children.items()),
+            describe=lambda verdict: self._describe(run_dir, verdict),
+            read=blocks_compared,
+        )
+        document = watch.run()
+        if run_dir.watcher_log.exists():
+            raise RuntimeError(document["evidence"][0])  # ours, which is no word about the code under test
+        if not watch.all_done() or document["verdict"] == "corrupt":
+            raise DeadlockError(self._explain(run_dir, document))
+
+    def _describe(self, run_dir: RunDir, verdict: Verdict) -> dict[str, Any]:
+        run = {"scenario": self.root.name, "variant": "test", "backend": self.backend}
+        return {**describe(verdict), **run, "num_ranks": self.num_ranks, "seed": 0}
+
+    def _explain(self, run_dir: RunDir, document: Mapping[str, Any]) -> str:
+        cause = f" ({document['cause']})" if document["cause"] else ""
+        lines = [f"{document['verdict']}{cause} on {self.num_ranks} {self.backend} ranks"]
+        if document["seconds"]["total"] >= self.deadline_s:
+            lines[0] = f"not done after {self.deadline_s:g} s: {lines[0]}"
+        lines += [f"  {text}" for text in (*document["sentences"], *document["evidence"], *differences(document))]
+        lines += self._stacks(run_dir)
+        for rank in range(self.num_ranks):
+            if printed := read_text(run_dir.log(rank)).strip():  # none of a rank that died before it opened it
+                lines += [f"rank {rank} printed:", *(f"  {line}" for line in printed.splitlines()[-25:])]
+        with contextlib.suppress(OSError, ValueError):
+            report.write(run_dir.root, [])
+            lines.append(f"report: {run_dir.root / 'report.html'}")
+        return visible_lines("\n".join(lines))
+
+    def _stacks(self, run_dir: RunDir) -> list[str]:
+        together: dict[str, list[int]] = {}
+        for rank in range(self.num_ranks):
+            stack = main_stack(read_text(run_dir.stack(rank)))
+            frames = [line for line in stack.splitlines() if not any(part in line for part in _NOT_THEIRS)]
+            if frames:
+                together.setdefault("\n".join(frames[:6]), []).append(rank)
+        return [f"{name_ranks(ranks)}, most recent call first:\n{frames}" for frames, ranks in together.items()]
+
+    # -- a rank ----------------------------------------------------------------------------------------------------
+
+    def _fork(self, run_dir: RunDir, rank: int, function: Callable[[Rank], Any]) -> int:
+        parent = os.getpid()
+        sys.stdout.flush()
+        if pid := os.fork():
+            return pid
+        try:
+            processes.die_with_parent(parent)
+            self._be(run_dir, rank, function)
+        except BaseException:
+            traceback.print_exc()
+        finally:
+            sys.stdout.flush()
+            os._exit(0)
+
+    def _be(self, run_dir: RunDir, rank: int, function: Callable[[Rank], Any]) -> None:
+        """Everything one rank does. It parks at the end: the first rank to leave takes its peers' evidence along."""
+        from repro.hosts.signals import dump_on_signals
+        from repro.trace.recorder import Recorder
+
+        log = run_dir.log(rank).open("w", buffering=1)
+        sys.stdout = sys.stderr = log
+        os.dup2(log.fileno(), 1)
+        os.dup2(log.fileno(), 2)
+        dump_on_signals(run_dir, rank)
+        faulthandler.dump_traceback_later(self.deadline_s + PARK_S, exit=True)
+        recorder = Recorder.open(run_dir.witness(rank), rank, self.num_ranks)
+        recorder.phase("start")
+        try:
+            result = function(self._connect(run_dir, rank, recorder))
+            run_dir.output(rank).write_bytes(pickle.dumps(result))
+            recorder.done()
+        except BaseException as error:
+            traceback.print_exc()
+            recorder.failed(f"{type(error).__name__}: {error}")
+        until = time.monotonic() + self.deadline_s + PARK_S
+        while not run_dir.release.exists() and time.monotonic() < until:
+            time.sleep(POLL_S)
+
+    def _connect(self, run_dir: RunDir, rank: int, recorder: Recorder) -> Rank:
+        from datetime import timedelta
+
+        import torch
+        import torch.distributed as dist
+
+        torch.set_num_threads(1)
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+        device = torch.device("cuda", rank) if self.backend == "nccl" else torch.device("cpu")
+        if device.type == "cuda":
+            torch.cuda.set_device(device)
+        dist.init_process_group(
+            self.backend,
+            store=dist.FileStore(str(run_dir.store), self.num_ranks),
+            rank=rank,
+            world_size=self.num_ranks,
+            timeout=timedelta(seconds=self.deadline_s + 600),  # the watcher ends a run, not the group
+        )
+        _current[:] = [Rank(rank, self.num_ranks, device, recorder)]
+        return _current[0]
+
+
+_COMPARED = {
+    "op": "operation", "layer": "name of the block", "sizes": "sizes", "dtype": "dtype", "reduce_op": "reduction",
+    "root": "root",
+}  # fmt: skip
+
+
+def differences(document: Mapping[str, Any]) -> list[str]:
+    """In what the sides of the first divergent collective differ, a sentence for each argument."""
+    sides = (document["first_divergence"] or {}).get("sides", ())
+    lines = []
+    for key, what in _COMPARED.items():
+        values = [side.get(key) for side in sides]
+        if None not in values and any(value != values[0] for value in values):
+            each = ", ".join(f"{name_ranks(side['ranks'])} {side[key]!r}" for side in sides)
+            lines.append(f"{sides[0]['group']} #{sides[0]['seq']} differs in {what}: {each}")
+    return lines
+
+
+def _end(pids: list[int], patience_s: float) -> None:
+    """Let ranks leave by themselves for so long, kill those that do not, and reap all."""
+    deadline = time.monotonic() + patience_s
+    left = set(pids)
+    while left:
+        for pid in list(left):
+            with contextlib.suppress(ChildProcessError):
+                if os.waitpid(pid, os.WNOHANG)[0] == 0:
+                    continue
+            left.discard(pid)
+        if left and time.monotonic() > deadline:
+            for pid in left:
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
+        time.sleep(0.01)

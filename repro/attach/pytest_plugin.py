@@ -1,0 +1,63 @@
+"""pytest's side of :mod:`repro.testing`: the fixture ``ep_ranks`` and the marker ``requires_gpus(n)``.
+
+Loaded in every pytest run of an environment that has this package, so it imports nothing until it is used.
+"""
+
+from __future__ import annotations
+
+import functools
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pytest
+
+if TYPE_CHECKING:
+    from repro.attach.harness import Ranks
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "requires_gpus(n): skipped where fewer than n CUDA devices are found")
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    for marker in item.iter_markers("requires_gpus"):
+        wanted = _gpus_wanted(*marker.args, **marker.kwargs)
+        if num_gpus() < wanted:
+            pytest.skip(f"needs {wanted} GPUs, {num_gpus()} found")
+
+
+def _gpus_wanted(n: int = 1) -> int:
+    """The argument of a marker, by place or by name; a TypeError names what the marker does not take."""
+    return int(n)
+
+
+@functools.cache
+def num_gpus() -> int:
+    """Asked in a process of its own: a parent that has touched CUDA cannot fork ranks that use it."""
+    ask = "import torch; print(torch.cuda.device_count())"
+    answer = subprocess.run([sys.executable, "-c", ask], capture_output=True, text=True)
+    return int(answer.stdout.split()[-1]) if answer.returncode == 0 and answer.stdout.split() else 0
+
+
+@pytest.fixture
+def ep_ranks(tmp_path: Path) -> Callable[..., Ranks]:
+    """``ep_ranks(n, backend="gloo").run(function)`` calls ``function(rank)`` on n watched ranks.
+
+    Skips the test where ``backend="nccl"`` finds fewer than n GPUs. ``quiet_window_s`` and ``deadline_s`` bound a run.
+    """
+
+    def make(num_ranks: int, backend: str = "gloo", quiet_window_s: float = 1.0, deadline_s: float = 60.0) -> Ranks:
+        from repro.attach.harness import Ranks
+
+        if num_ranks < 1:
+            raise ValueError(f"ep_ranks({num_ranks}): at least 1 rank is needed to test anything")
+        if backend not in ("gloo", "nccl"):
+            raise ValueError(f"unknown backend {backend!r}; known: gloo, nccl")
+        if backend == "nccl" and num_gpus() < num_ranks:
+            pytest.skip(f"nccl needs a GPU for each of {num_ranks} ranks, {num_gpus()} found")
+        return Ranks(num_ranks, backend, tmp_path, quiet_window_s, deadline_s)
+
+    return make

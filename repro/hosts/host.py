@@ -1,0 +1,76 @@
+"""This host: its clock, what its operating system says about processes and locks, and what can be asked of its ranks.
+
+Watcher and agents reach the operating system through :class:`Host` alone, so that a test can give them another one.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Collection, Iterable, Mapping
+
+import psutil
+
+from repro.hosts import collect, locks, processes
+from repro.store.run_dir import RunDir
+from repro.trace.format import Identity
+from repro.trace.parse import WitnessError
+from repro.trace.recorder import myself
+
+READ_FAILURES = (OSError, WitnessError, psutil.Error)
+"""What a read raises that fails, and may not fail the next time."""
+
+
+class Host:
+    """The host that this process runs on.
+
+    A method raises OSError or psutil.Error if the system does not answer. Then nothing is known, and in particular not
+    that a process has ended.
+    """
+
+    def __init__(self) -> None:
+        self.here = myself(0, 1)
+
+    def now_ns(self) -> int:
+        """The monotonic clock, in nanoseconds."""
+        return time.monotonic_ns()
+
+    def sleep(self, duration_s: float) -> None:
+        """Wait, at least for ``duration_s`` seconds."""
+        time.sleep(duration_s)
+
+    def find(self, who: Identity) -> psutil.Process | None:
+        """The running process that wrote a witness; None if it has ended. psutil.AccessDenied says it is hidden."""
+        return processes.find(who)
+
+    def is_stopped(self, found: psutil.Process) -> bool:
+        """Whether a signal or a debugger has stopped the process."""
+        return processes.is_stopped(found)
+
+    def cpu_seconds(self, pids: Iterable[int]) -> dict[int, float]:
+        """Processor seconds that each process and its descendants have used so far."""
+        return processes.cpu_seconds(pids)
+
+    def starved_seconds(self, pid: int) -> float:
+        """Seconds that the threads of a process were ready to run and had no processor, summed."""
+        return processes.starved_seconds(pid)
+
+    def stolen_seconds(self) -> float:
+        """Seconds for which a hypervisor ran something else on a processor of this host, averaged over processors."""
+        return float(getattr(psutil.cpu_times(), "steal", 0.0)) / (psutil.cpu_count() or 1)
+
+    def lock_holder(self, name: str, waiting: Collection[int]) -> int:
+        """The pid that holds a lock file, locks.NOBODY or locks.UNKNOWN. ``waiting`` are pids that wait for it."""
+        return locks.holder(name, [*waiting, os.getpid()])
+
+    def with_ancestors(self, pid: int) -> list[int]:
+        """The pid and those of its ancestors, nearest first."""
+        return processes.with_ancestors(pid)
+
+    def describe(self, pid: int) -> str:
+        """What a process is and since when, in a sentence."""
+        return processes.describe(pid)
+
+    def collect(self, run_dir: RunDir, pids: Mapping[int, int]) -> dict[int, str]:
+        """Have ranks leave stacks and Flight Recorder dumps. pids: rank -> pid. Returns what each did not leave."""
+        return collect.collect(run_dir, pids, collect.PATIENCE_S)

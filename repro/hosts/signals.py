@@ -1,0 +1,69 @@
+"""What a rank does on a signal: it gives its stack and its Flight Recorder dump, also from inside a collective."""
+
+from __future__ import annotations
+
+import contextlib
+import faulthandler
+import os
+import signal
+import sys
+import threading
+
+from hybrid_moe_ref.files import write_atomically
+from repro.store.run_dir import RunDir
+
+TERM_PATIENCE_S = 8.0
+"""How long a rank that is asked to end stays: torchrun asks all others 0.1 s after one died, and the watcher waits for
+up to 5 s and a look at their stacks before it says why.
+"""
+
+INT_PATIENCE_S = 3.0
+"""The same for SIGINT, which torchrun passes on to all ranks when the user presses Ctrl-C."""
+
+
+def dump_on_signals(run_dir: RunDir, rank: int, *, interrupts: bool = False) -> None:
+    """SIGUSR1: Python stacks to the stack file. SIGUSR2: the Flight Recorder to the fr file. SIGTERM: to end, but not
+    before its stack could be taken. With ``interrupts`` SIGINT does the same, and tells the watcher that the user wants
+    an end.
+
+    All work while the main thread waits inside a collective, where a Python signal handler would not run:
+    faulthandler writes from the C handler, and the rest is done by a thread that the C handler wakes through the
+    wake-up descriptor.
+    """
+    stack_file = run_dir.stack(rank).open("w")  # faulthandler keeps the descriptor; it lives as long as the rank
+    faulthandler.register(signal.SIGUSR1, file=stack_file, all_threads=True)
+    read_end, write_end = os.pipe()
+    os.set_blocking(write_end, False)
+    for number in (signal.SIGUSR2, signal.SIGTERM, *[signal.SIGINT] * interrupts):
+        signal.signal(number, lambda *_: None)
+    signal.set_wakeup_fd(write_end, warn_on_full_buffer=False)
+    threading.Thread(target=_act_on_signals, args=(run_dir, rank, read_end), daemon=True).start()
+
+
+def _act_on_signals(run_dir: RunDir, rank: int, read_end: int) -> None:
+    while numbers := os.read(read_end, 64):
+        if signal.SIGTERM in numbers:
+            _end_in(TERM_PATIENCE_S, signal.SIGTERM)
+        if signal.SIGINT in numbers:
+            with contextlib.suppress(OSError):  # a full disk: then the watcher sees ranks that end
+                run_dir.interrupted.touch()
+            _end_in(INT_PATIENCE_S, signal.SIGINT)
+        if signal.SIGUSR2 in numbers:
+            _dump_flight_recorder(run_dir, rank)
+
+
+def _end_in(patience_s: float, number: int) -> None:
+    end = threading.Timer(patience_s, os._exit, (128 + number,))
+    end.daemon = True
+    end.start()
+
+
+def _dump_flight_recorder(run_dir: RunDir, rank: int) -> None:
+    c10d = sys.modules.get("torch._C._distributed_c10d")
+    dump = getattr(c10d, "_dump_nccl_trace_json", None) or getattr(c10d, "_dump_fr_trace_json", None)
+    if dump is None:
+        return  # torch is not imported yet: there is nothing to dump
+    try:
+        write_atomically(run_dir.flight_recorder(rank), dump(True, False))
+    except (OSError, RuntimeError) as error:
+        print(f"[rank {rank}] Flight Recorder not dumped: {error}", flush=True)

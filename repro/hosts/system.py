@@ -1,0 +1,143 @@
+"""What this host's system says about its ranks: who lives, is stopped, uses a processor, holds a lock.
+
+A witness says what a rank did last; this says what its process does meanwhile. Ranks of other hosts are left out: the
+agent of their host sees them (`repro.hosts.agent`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import psutil
+
+from repro.hosts import locks
+from repro.hosts.host import Host
+from repro.trace.format import Identity, Kind
+from repro.trace.witness import Witness
+from repro.verdict.facts import Facts
+
+STOPPED = "stopped by a signal"
+SHORTEST_MEASURE_S = 0.1
+"""The kernel counts processor time in ticks of 10 ms; over less time than this a share means nothing."""
+
+
+class System:
+    """Collects the facts about the ranks of this host. Deaths, unheld locks and processor use need several looks.
+
+    patience_s   how long a lock file must have had no holder before it is said to have none: a process that waits for
+                 the lock may only look now and then
+    """
+
+    def __init__(self, patience_s: float, host: Host | None = None) -> None:
+        self._patience_s = patience_s
+        self._host = host or Host()
+        self._unheld_since: dict[str, float] = {}
+        self._used: dict[int, tuple[float, float]] = {}  # rank -> seconds of processors, and without one
+        self._lost_s = 0.0  # processor time that the whole host lacked, at the last measurement
+        self._measured_at = 0.0
+        self._late_s = 0.0
+        self._cores: dict[int, float] = {}
+        self._starved: dict[int, float] = {}
+        self._died: dict[int, float] = {}
+
+    def look(self, witnesses: Mapping[int, Witness], running: Mapping[int, psutil.Process | None]) -> Facts:
+        """The facts, with the processor use that was measured last.
+
+        running: what :meth:`running` said before the witnesses were read. A rank that ends well in between would else
+        be dead by the system and unfinished by its witness.
+        """
+        return Facts(
+            {rank: found is not None for rank, found in running.items()},
+            {rank: STOPPED for rank, found in running.items() if found is not None and self._host.is_stopped(found)},
+            self._lock_holders(witnesses),
+            dict(self._cores),
+            dict(self._starved),
+            dict(self._died),
+        )
+
+    def running(self, writers: Mapping[int, Identity]) -> dict[int, psutil.Process | None]:
+        """The process of each rank of this host that has opened its witness, None if it has ended.
+
+        A rank whose process is hidden from this user is left out.
+        """
+        here = {rank: who for rank, who in writers.items() if who.pid and self.is_here(who)}
+        found = self._find(here)
+        if any(process is None and rank not in self._died for rank, process in found.items()):
+            # Those that were looked at first may have died before one that was looked at later: then there is no order.
+            found = self._find({rank: here[rank] for rank, process in found.items() if process}) | {
+                rank: None for rank, process in found.items() if process is None
+            }
+            now = self._now_s()
+            for rank, process in found.items():
+                if process is None:
+                    self._died.setdefault(rank, now)
+        return found
+
+    def begin_measuring(self, pids: Mapping[int, int]) -> None:
+        """Begin to measure what the ranks use of the processors. pids: rank -> pid."""
+        self._used = self._read_use(pids)
+        self._lost_s = self._host.stolen_seconds()
+        self._late_s = 0.0
+        self._measured_at = self._now_s()
+
+    def measure(self, pids: Mapping[int, int]) -> None:
+        """Measure the use since the last measurement or :meth:`begin_measuring`; nothing if that was just now."""
+        before, measured_at, lost_s, late_s = self._used, self._measured_at, self._lost_s, self._late_s
+        self.begin_measuring(pids)
+        passed_s = self._measured_at - measured_at
+        if not before or passed_s < SHORTEST_MEASURE_S:
+            self._cores, self._starved = {}, {}
+            return
+        # A stolen processor is not in a thread's own account. It shows in the hypervisor's, and in that this process,
+        # which wanted no more than to sleep, was woken late.
+        host_share = max(self._lost_s - lost_s, late_s) / passed_s
+        shares = {
+            rank: [max(0.0, this - last) / passed_s for this, last in zip(seconds, before[rank], strict=True)]
+            for rank, seconds in self._used.items()
+            if rank in before
+        }
+        self._cores = {rank: round(cores, 3) for rank, (cores, _) in shares.items()}
+        self._starved = {rank: round(max(share, host_share), 3) for rank, (_, share) in shares.items()}
+
+    def note_late(self, late_s: float) -> None:
+        """Note that this process was woken so many seconds later than it had asked for."""
+        self._late_s += max(0.0, late_s)
+
+    def is_here(self, who: Identity) -> bool:
+        """Whether the writer of a witness runs, or ran, on this host."""
+        return who.shares_processes(self._host.here)
+
+    def _now_s(self) -> float:
+        return self._host.now_ns() / 1e9
+
+    def _find(self, writers: Mapping[int, Identity]) -> dict[int, psutil.Process | None]:
+        found: dict[int, psutil.Process | None] = {}
+        for rank, who in writers.items():
+            try:
+                found[rank] = self._host.find(who)
+            except psutil.AccessDenied:
+                continue
+        return found
+
+    def _read_use(self, pids: Mapping[int, int]) -> dict[int, tuple[float, float]]:
+        used = self._host.cpu_seconds(pids.values())
+        return {rank: (used[pid], self._host.starved_seconds(pid)) for rank, pid in pids.items()}
+
+    def _lock_holders(self, witnesses: Mapping[int, Witness]) -> dict[int, tuple[str, int]]:
+        waiting: dict[str, dict[int, int]] = {}  # lock -> rank -> pid
+        for rank, witness in witnesses.items():
+            if witness.last is not None and witness.last.kind == Kind.LOCK_WAIT and self.is_here(witness.who):
+                waiting.setdefault(witness.text(witness.last.sig), {})[rank] = witness.who.pid
+        ranks = {witness.who.pid for witness in witnesses.values() if self.is_here(witness.who)}
+        holders: dict[int, tuple[str, int]] = {}
+        now = self._now_s()
+        for name, waiters in waiting.items():
+            pid = self._host.lock_holder(name, list(waiters.values()))
+            since = self._unheld_since.setdefault(name, now)
+            if pid != locks.NOBODY:
+                del self._unheld_since[name]
+            if pid > 0:
+                pid = next((ancestor for ancestor in self._host.with_ancestors(pid) if ancestor in ranks), pid)
+            if pid > 0 or (pid == locks.NOBODY and now - since >= self._patience_s):
+                holders.update(dict.fromkeys(waiters, (name, pid)))
+        return holders

@@ -1,0 +1,1 @@
+"""Hangs on demand: settings, scenarios, the processes of a run, and what is expected of it."""

@@ -1,0 +1,47 @@
+"""The report's three start commands (vllm#41862) on the reference model: config1, config2 and tp8.
+
+Each is a scenario whose fault is what servers do: kernels are compiled where a layer needs them first. That is all the
+commands have in common with each other; what the report changed between them is more than expert parallelism:
+
+    config1  DP8 EP8, graphs     GDN prefill and experts are compiled at first use
+    config2  DP8 EP8, eager      the same
+    tp8      TP8, graphs         nothing is compiled: the report's command names a GDN backend, and its layout gets
+                                 another one for the experts
+
+All serve the same requests, so all must give the same tokens.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from repro.lab.scenarios import Scenario, cold_jit
+
+SOURCE = "vllm#41862"
+MODEL = {"linear_num_value_heads": 8}
+"""The tiny model, but with a GDN value head for each of eight tensor-parallel ranks."""
+
+TP8 = {"tp_size": 8, "expert_parallel": False, "drawn_for": 8}
+
+
+def _configuration(name: str, summary: str, mode: str, engine: dict[str, Any], layout: dict[str, Any]) -> Scenario:
+    return Scenario(
+        name=name,
+        summary=summary,
+        source=SOURCE,
+        policies=cold_jit.policies,
+        hang=cold_jit.hang,
+        refused=cold_jit.hang,
+        missing=cold_jit.missing,
+        defaults={"model": MODEL, "engine": {"mode": mode, **engine}, **layout},
+    )
+
+
+CONFIGURATIONS = {
+    scenario.name: scenario
+    for scenario in (
+        _configuration("config1", "the report's first command: DP8 EP8 with graphs", "graphs", cold_jit.JIT, {}),
+        _configuration("config2", "the report's second command: DP8 EP8, eager", "eager", cold_jit.JIT, {}),
+        _configuration("tp8", "the report's command that works: TP8, GDN backend named", "graphs", {}, TP8),
+    )
+}

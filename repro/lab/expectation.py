@@ -1,0 +1,59 @@
+"""What a run of the lab is expected to say: how its settings become a watcher's options, and its verdict a document."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from repro.hosts.options import WatchOptions
+from repro.lab import scenarios
+from repro.lab.scenarios import Expected
+from repro.lab.settings import RunSettings
+from repro.verdict import Verdict
+from repro.watch.live import SCHEMA_VERSION
+
+
+def watch_options(settings: RunSettings) -> WatchOptions:
+    """The options of the watcher of a run. Agreements go over the CPU in any run, so only ep and tp are ever queued."""
+    queued_groups = ("ep", "tp") if settings.backend == "nccl" else ()
+    return WatchOptions(settings.num_ranks, settings.quiet_window_s, settings.deadline_s, queued_groups)
+
+
+def document_of(settings: RunSettings, verdict: Verdict) -> dict[str, Any]:
+    """The entries of verdict.json, and of a list of verdicts, that settings and verdict determine."""
+    expected = scenarios.load(settings.scenario).expected(settings)
+    return {
+        "schema_version": SCHEMA_VERSION,
+        "scenario": settings.scenario,
+        "variant": settings.variant,
+        "backend": settings.backend,
+        "num_ranks": settings.num_ranks,
+        "seed": settings.seed,
+        **verdict.to_json(),
+        "sentences": verdict.sentences(),
+        "expected": expected.to_json(),
+        "matches_expected": matches(verdict, expected),
+    }
+
+
+def matches(verdict: Verdict, expected: Expected) -> bool:
+    """Whether the verdict says all that is expected, for each culprit as well, or what may come instead."""
+    return _matches(verdict, expected) or (expected.or_else is not None and matches(verdict, expected.or_else))
+
+
+def _matches(verdict: Verdict, expected: Expected) -> bool:
+    if (verdict.verdict, verdict.cause or None) != (expected.verdict, expected.cause):
+        return False
+    for named, wanted in ((verdict.culprits, expected.culprits), (verdict.suspects, expected.suspects)):
+        if wanted is not None and tuple(sorted(named)) != wanted:
+            return False
+    living = [position for position in verdict.ranks if position.state != "dead"]
+    if expected.error and not all(p.detail.startswith(f"{expected.error}:") for p in living):
+        return False
+    sides = (verdict.first_divergence or {}).get("sides", ())
+    if expected.planned and not any(side.get("planned") == expected.planned for side in sides):
+        return False
+    ranks = verdict.culprits or range(len(verdict.ranks))
+    positions = [position for position in verdict.ranks if position.rank in ranks]
+    return all(
+        expected.step in (None, position.step) and expected.layer in (None, position.layer) for position in positions
+    )

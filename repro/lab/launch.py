@@ -1,0 +1,277 @@
+"""Run one variant: make the run directory, start torchrun and the reference beside it, watch, and leave nothing.
+
+Every process started here is killed by the kernel when this one ends, however it ends; a run directory, its
+verdict included, is all that stays.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import shutil
+import subprocess
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from hybrid_moe_ref.files import open_regular, sync, write_atomically
+from repro.hosts import agent, locks, processes
+from repro.hosts.interrupt import Interrupt
+from repro.lab import kernel_cache, scenarios
+from repro.lab.expectation import document_of, watch_options
+from repro.lab.job import Job, Start, start_process
+from repro.lab.settings import RunSettings
+from repro.lab.tokens import compare_tokens
+from repro.report.terminal import Display
+from repro.store.run_dir import OutputError, RunDir, write_json
+from repro.trace.format import Geometry, Identity
+from repro.trace.witness import create
+from repro.verdict import Verdict
+from repro.verdict.facts import Facts
+from repro.watch.live import Watch
+
+PERSIST_PATIENCE_S = 5.0
+"""How long the disk may take to keep the evidence."""
+
+SYNCS = 8
+"""How many files are written to the disk at a time: one after another takes ten times as long."""
+
+RELEASE_PATIENCE_S = 8.0
+"""How long ranks that are done may take to exit on their own."""
+
+FREE_BYTES = 32 << 20
+"""Room that a run must find on the disk besides its witnesses: logs, stacks, dumps and the verdict."""
+
+
+CANNOT_TELL = 125
+"""Exit code of what cannot run on this machine."""
+
+
+class CannotRunHere(RuntimeError):
+    """This machine lacks what the run needs; the text says what."""
+
+
+def prepare_run_dir(out: Path, settings: RunSettings, interrupt: Callable[[], bool] = lambda: False) -> RunDir:
+    """Make the run directory with its configuration and every rank's witness, all blocks allocated.
+
+    Raises OutputError, and leaves nothing, when there is no room.
+    """
+    run_dir = RunDir.create(out, settings.scenario, settings.variant, settings.seed)
+    try:
+        shape = Geometry(ring_records=settings.ring_records)
+        if shutil.disk_usage(run_dir.root).free < FREE_BYTES + settings.num_ranks * shape.file_bytes:
+            raise OSError(None, "no space left on device")
+        write_json(run_dir.config, settings.to_mapping())
+        kernel_cache.fill(run_dir, settings, interrupt)
+        scenarios.load(settings.scenario).before(settings, kernel_cache.folder(run_dir, settings))
+        for rank in range(settings.num_ranks):
+            if interrupt():
+                raise KeyboardInterrupt
+            create(run_dir.witness(rank), Identity(rank, settings.num_ranks, run_id=run_dir.root.name), shape)
+        run_dir.point_latest()
+    except BaseException as error:
+        shutil.rmtree(run_dir.root, ignore_errors=True)
+        if not isinstance(error, OSError):
+            raise
+        raise OutputError(f"cannot write to {out}: {error.strerror}; choose another --out") from error
+    return run_dir
+
+
+def run(
+    settings: RunSettings,
+    out: Path,
+    interrupt: Interrupt,
+    display: Display,
+    start: Start,
+    known_reference: Path | None = None,
+) -> tuple[RunDir, dict[str, Any]]:
+    """Run one variant to its verdict; returns its directory and the content of verdict.json.
+
+    start: starts the ranks, as :func:`launcher` gives it
+    known_reference: reference.json of an earlier run with the same ``reference_key``
+
+    Raises KeyboardInterrupt when the user ends it before there are ranks; later the verdict says so.
+    """
+    run_dir = prepare_run_dir(out, settings, interrupt)
+    with interrupt.deferred():
+        if known_reference is not None and known_reference.exists():
+            shutil.copyfile(known_reference, run_dir.reference)
+        try:
+            job = start(run_dir, settings, interrupt)
+        except Exception as error:  # no more processes or descriptors, for one
+            end(run_dir, [], [])
+            return run_dir, _undecided(run_dir, settings, error)
+
+        def job_alive() -> bool:
+            return interrupt() or job.poll() is None  # that it has ended since is no finding about the run
+
+        return run_dir, attend(run_dir, settings, interrupt, display, job_alive, [job])
+
+
+def skipped(settings: RunSettings, why: str) -> dict[str, Any]:
+    """Stands in a list of verdicts for a run that this machine cannot do."""
+    verdict = Verdict("inconclusive", evidence=(why,), confidence="undecided")
+    no_time = {"stall_to_verdict": 0.0, "total": 0.0}
+    return {**document_of(settings, verdict), "matches_expected": False, "skipped": why, "seconds": no_time}
+
+
+def attend(
+    run_dir: RunDir,
+    settings: RunSettings,
+    interrupt: Callable[[], bool],
+    display: Display,
+    job_alive: Callable[[], bool],
+    started: Sequence[Job] = (),
+) -> dict[str, Any]:
+    """Watch a run that was started, to its verdict and its end; returns what verdict.json says.
+
+    Raises OutputError when another process does so already: only one may end a run. Where this program itself fails
+    the verdict is `inconclusive`; OSError with the place of the run where not even that can be written.
+    """
+    with _only_one(run_dir):
+        try:
+            return _attend(run_dir, settings, interrupt, display, job_alive, list(started))
+        except Exception as error:
+            if run_dir.verdict.exists():  # what failed came after it
+                raise
+            try:
+                return _undecided(run_dir, settings, error)
+            except OSError as full:
+                reason = f"{full.strerror or full}; what is kept of the run is in {run_dir.root}"
+                raise OSError(full.errno, reason, full.filename) from error
+
+
+def _undecided(run_dir: RunDir, settings: RunSettings, error: Exception) -> dict[str, Any]:
+    """Write the verdict of a run that could not be started or watched, with the traceback in a log of the run."""
+    reason = f"repro itself failed, which says nothing about the run: {type(error).__name__}: {error}"
+    with contextlib.suppress(OSError):  # a full disk: the verdict is smaller, and may find room
+        write_atomically(run_dir.watcher_log, "".join(traceback.format_exception(error)))
+        reason += f" (logs/{run_dir.watcher_log.name})"
+    verdict = Verdict("inconclusive", evidence=(reason[:1000],), confidence="undecided")
+    seconds = {"stall_to_verdict": 0.0, "total": round(time.time() - run_dir.config.stat().st_mtime, 3)}
+    document = {**document_of(settings, verdict), "system": Facts().to_json(), "interrupted": False, "seconds": seconds}
+    write_json(run_dir.verdict, document, durable=True)
+    return document
+
+
+@contextlib.contextmanager
+def _only_one(run_dir: RunDir) -> Iterator[None]:
+    """A lock on config.json, which the kernel lets go of however its holder ends."""
+    with open_regular(run_dir.config) as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            pid = locks.holder(run_dir.config.resolve())
+            raise OutputError(
+                f"{run_dir.root}: process {pid} watches this run to its end; without --end it is judged as it is now"
+            ) from None
+        yield
+
+
+def _attend(
+    run_dir: RunDir,
+    settings: RunSettings,
+    interrupt: Callable[[], bool],
+    display: Display,
+    job_alive: Callable[[], bool],
+    children: list[Job],
+) -> dict[str, Any]:
+    started_here = bool(children)
+    reference: subprocess.Popen[bytes] | None = None
+    ranks: Callable[[], list[psutil.Process]] = list
+
+    def reference_alive() -> bool:
+        return reference is not None and reference.poll() is None
+
+    try:
+        if not run_dir.reference.exists():
+            command = [sys.executable, "-m", "repro.lab.reference", str(run_dir.root)]
+            reference = start_process(command, run_dir, run_dir.reference_log)
+            children.append(reference)
+        watch = Watch(
+            run_dir,
+            watch_options(settings),
+            job_alive=job_alive,
+            compare=lambda final: compare_tokens(run_dir, settings.num_ranks, settings.tp_size, reference_alive, final),
+            describe=lambda verdict: document_of(settings, verdict),
+            interrupted=lambda: interrupt() or run_dir.interrupted.exists(),
+            show=display.show,
+            notice=display.notice,
+        )
+        ranks = watch.processes
+        document = watch.run()
+        persist(run_dir, display.notice)
+        # Their work is on the disk, and to leave takes eight interpreters seconds: ours are ended, unless a library
+        # has something of the host's to give back. Of another's job the launcher wants to see its ranks exit well.
+        if watch.all_done() and not (started_here and settings.backend == "gloo"):
+            _release(run_dir, lambda: job_alive() or watch.others_run())
+    finally:
+        for text in end(run_dir, children, _living(ranks, display.notice)):
+            display.notice(text)
+    return document
+
+
+def _living(ranks: Callable[[], list[psutil.Process]], notice: Callable[[str], None]) -> list[psutil.Process]:
+    """The ranks that run; [] with a notice where that cannot be read: the children of this process still end."""
+    try:
+        return ranks()
+    except Exception as error:
+        notice(f"ranks that others started may still run: {type(error).__name__}: {error}")
+        return []
+
+
+def persist(run_dir: RunDir, notice: Callable[[str], None], patience_s: float = PERSIST_PATIENCE_S) -> None:
+    """Have the disk keep the evidence before its writers are ended; a machine with a hang is often reset next.
+
+    In threads that nobody waits for at exit: a file server that does not answer must not keep the ranks of the run.
+    """
+    paths, failures = run_dir.contents(), []
+
+    def sync_all(share: list[Path]) -> None:
+        for path in share:
+            try:
+                sync(path)
+            except OSError as error:
+                failures.append(f"{path}: {error.strerror or error}")
+
+    shares = [paths[first::SYNCS] for first in range(SYNCS)]
+    threads = [threading.Thread(target=sync_all, args=(share,), daemon=True) for share in shares]
+    until = time.monotonic() + patience_s
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(max(0.0, until - time.monotonic()))
+    if any(thread.is_alive() for thread in threads):
+        failures.append(f"{run_dir.root} was not written to its disk within {patience_s:g} s")
+    for failure in failures[:1]:
+        notice(f"evidence may be lost when this machine is reset now: {failure}")
+
+
+def end(run_dir: RunDir, started: list[Job], ranks: list[psutil.Process]) -> list[str]:
+    """Kill what was started and the ranks that run, and remove what only the processes needed.
+
+    Returns a sentence for each process that did not end within processes.REAP_PATIENCE_S.
+    """
+    running = [child for child in started if child.poll() is None]  # the pid of another may be somebody else's by now
+    doomed = [*ranks, *(found for child in running for found in processes.with_descendants(child.pid))]
+    left = processes.kill(doomed)
+    for child in started:  # reaps what was a child of this process
+        child.poll()
+    agent.tidy(run_dir, (run_dir.store, run_dir.interrupted, run_dir.root / "rendezvous"))
+    shutil.rmtree(run_dir.root / "tmp", ignore_errors=True)
+    return [f"{processes.describe(pid)} could not be ended: it does not return from a system call" for pid in left]
+
+
+def _release(run_dir: RunDir, job_alive: Callable[[], bool]) -> None:
+    """Let parked ranks exit on their own."""
+    run_dir.release.touch()
+    deadline = time.monotonic() + RELEASE_PATIENCE_S
+    while job_alive() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    run_dir.release.unlink(missing_ok=True)

@@ -1,0 +1,71 @@
+"""Check before any rank starts whether the ranks of runs fit into this machine's memory.
+
+``python -m repro.lab.memory`` reads a list of settings from standard input and prints what does not fit. It is a
+process of its own because it needs torch, which the launcher never loads.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterable
+
+from hybrid_moe_ref.config import ConfigError
+from repro.lab.settings import RunSettings
+
+RANK_BYTES = 48 << 20
+"""What a rank of the smallest model takes beside the memory that forked ranks share."""
+
+
+def refuse_too_large(runs: Iterable[RunSettings]) -> None:
+    """Raise ConfigError for a run whose ranks cannot fit, with what they need and what the machine has.
+
+    Raises RuntimeError where that cannot be worked out.
+    """
+    documents = json.dumps([settings.to_mapping() for settings in runs])
+    command = [sys.executable, "-m", "repro.lab.memory"]
+    answer = subprocess.run(command, input=documents, capture_output=True, text=True)
+    if answer.returncode:
+        last = answer.stderr.strip().splitlines()[-1:] or [f"exit code {answer.returncode}"]
+        raise RuntimeError(f"cannot work out whether the run fits into memory: {last[0]}")
+    if shortage := answer.stdout.strip():
+        raise ConfigError(shortage)
+
+
+def refuse_too_many(runs: Iterable[RunSettings]) -> None:
+    """Raise ConfigError for more ranks than the machine has memory for, whatever their model is."""
+    total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    for settings in runs:
+        if (needed := settings.num_ranks * RANK_BYTES) > total:
+            text = f"{settings.num_ranks} ranks take {needed / 1e9:.0f} GB at least, this machine has {total / 1e9:.0f}"
+            raise ConfigError(text, "num_ranks")
+
+
+def shortage_of(settings: RunSettings) -> str:
+    """What the run needs and what the machine has; "" where that is enough. The memory of GPUs is not checked."""
+    import torch
+
+    from hybrid_moe_ref import memory
+    from hybrid_moe_ref.parallel.layout import sizes_of_a_rank
+
+    if settings.backend == "nccl":
+        return ""
+    server = settings.server()
+    try:
+        rank = sizes_of_a_rank(server.served_model, server.parallel, getattr(torch, server.engine.dtype))
+        memory.check_memory(rank, server.engine.num_pages, "cpu", settings.num_ranks)
+    except ConfigError as error:
+        return str(error)
+    return ""
+
+
+def main() -> None:
+    """Entry point."""
+    shortages = (shortage_of(RunSettings.from_mapping(document)) for document in json.load(sys.stdin))
+    print(next(filter(None, shortages), ""))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,42 @@
+"""The answer that every run is compared with: the same requests on the whole model in one process.
+
+``python -m repro.lab.reference RUN_DIR`` reads config.json and writes reference.json. It runs beside the ranks and
+ends with the process that started it.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+from repro.hosts.parent import die_with_parent
+from repro.lab.settings import RunSettings, read_settings
+from repro.store.run_dir import RunDir, write_json
+
+
+def compute(settings: RunSettings) -> dict[str, list[int]]:
+    """Greedy tokens of every request, each prompt on its own, by its request id."""
+    import torch
+
+    from hybrid_moe_ref.model import HybridMoE
+
+    torch.set_num_threads(1)
+    model = HybridMoE(settings.model, device="meta", dtype=getattr(torch, settings.engine.dtype))
+    model.init_weights(settings.seed)
+    tokens = {}
+    for requests in settings.requests()[:: settings.tp_size]:
+        for request in requests:
+            new_tokens_BT = model.generate(torch.tensor([request.prompt]), request.max_new_tokens)
+            tokens[request.request_id] = new_tokens_BT[0].tolist()
+    return tokens
+
+
+def main() -> None:
+    """Entry point."""
+    die_with_parent()
+    run_dir = RunDir(Path(sys.argv[1]))
+    write_json(run_dir.reference, compute(read_settings(run_dir.config)))
+
+
+if __name__ == "__main__":
+    main()

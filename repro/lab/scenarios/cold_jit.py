@@ -1,0 +1,93 @@
+"""Kernels are compiled in the middle of the first step, by one rank, while the others wait for its lock in silence.
+
+Mirrors vLLM issues 41865 ("worker 0 compiles for 172 s, the others hang") and 46764: on Hopper the GDN prefill is by
+default a module that is compiled at its first use, and under expert parallelism so are the experts, whose first use
+comes after the dispatch of layer 0. One rank builds, the others wait for a lock file, without a limit and without a
+word. All ranks stand still, nothing is logged, and it looks like a deadlock. But each keeps the order of the program,
+and nobody holds the lock in a collective: it ends when the compiler does, and must never be called a deadlock.
+
+The control is the same server on a warm cache. The cure: who builds does so before the first collective, says so and
+gives signs of life, and those that wait know for whom.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
+
+from hybrid_moe_kernels import extension
+
+from hybrid_moe_ref.engine.builds import BuildPlace, KernelBuilds
+from hybrid_moe_ref.engine.policies import Policies
+from repro.lab.kernel_cache import of_rank
+from repro.lab.scenarios import CLEAN, Expected, Scenario
+from repro.lab.settings import RunSettings
+
+if TYPE_CHECKING:
+    from hybrid_moe_kernels.extension import Extension
+
+JIT = {"gdn_prefill_backend": "jit", "moe_backend": "jit"}
+
+
+@dataclasses.dataclass(frozen=True)
+class BuildAtFirstUse(KernelBuilds):
+    """The fault: nothing is built until a layer needs it, and then under the extension loader's own lock."""
+
+    settings: RunSettings
+    rank: int
+
+    def prepare(self, extensions: Sequence[Extension], place: BuildPlace) -> None:
+        pass
+
+    def warm_up(self, run: Callable[[], None]) -> None:
+        pass
+
+    def first_use(self, extension: Extension, place: BuildPlace) -> None:
+        extension.load(of_rank(place.cache, self.settings, self.rank), place.observer.local)
+
+
+@dataclasses.dataclass(frozen=True)
+class BuildEarly(KernelBuilds):
+    """The cure, which is the engine's own, also where every rank has a cache of its own."""
+
+    settings: RunSettings
+    rank: int
+
+    def prepare(self, extensions: Sequence[Extension], place: BuildPlace) -> None:
+        super().prepare(extensions, dataclasses.replace(place, cache=of_rank(place.cache, self.settings, self.rank)))
+
+
+def policies(settings: RunSettings, rank: int) -> Policies:
+    """control and fault build at first use, on a warm and on a cold cache; fix builds before the first collective."""
+    builds = BuildEarly if settings.variant == "fix" else BuildAtFirstUse
+    return Policies(builds=builds(settings, rank))
+
+
+def hang(settings: RunSettings) -> Expected:
+    """No hang at all: slow, in the step in which the kernels are used first. A long quiet window may see nothing."""
+    if not settings.engine.compiles_kernels or settings.effective_kernel_cache == "warm":
+        return CLEAN
+    if settings.effective_kernel_cache == "split" and settings.group_timeout_s:
+        return Expected("crash", "error", step=0)
+    culprits = (0,) if settings.effective_kernel_cache == "split" else None
+    return Expected("slow", culprits=culprits, step=0, or_else=CLEAN if settings.quiet_window_s > 1 else None)
+
+
+def missing(settings: RunSettings) -> str:
+    """What compiles, where something is to be compiled."""
+    if settings.backend == "nccl" and settings.engine.moe_backend == "jit":
+        return "the compiled experts are C++ for a CPU: with --backend nccl use --moe-backend auto"
+    return extension.missing() if settings.engine.compiles_kernels else ""
+
+
+SCENARIO = Scenario(
+    name="cold_jit",
+    summary="one rank compiles kernels in the first step, the others wait for its lock silently: no deadlock",
+    source="vllm#41865, vllm#46764",
+    policies=policies,
+    hang=hang,
+    refused=hang,
+    missing=missing,
+    defaults={"engine": JIT},
+)

@@ -1,0 +1,98 @@
+"""A rank finds in the middle of a step that its cache is full, preempts a request, and begins another step.
+
+No report has exactly this. Engines that decide by the free pages of one rank what that rank communicates are reported:
+TensorRT-LLM pull request 14020 (ranks whose free blocks differ by one take part in different collectives), sglang issue
+30760 (a collective in a loop that each rank leaves by its own free pages), and TensorRT-LLM pull request 9659 (a rank
+cannot run the batch that another rank scheduled, because its own cache is full).
+
+Here a rank takes the pages of a step when the model needs them, which is after the ranks have agreed on the step. If
+there are none left, the rank makes room and schedules again. Its peers have counted on its rows: they wait for it in
+the first dispatch, and it waits for them in the agreement of the next step.
+
+The cure: a rank counts the pages of a step, and preempts, before the agreement. Then a preemption changes only the rows
+that the rank brings.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+
+from hybrid_moe_ref.config import EngineConfig
+from hybrid_moe_ref.engine.policies import NewTokens, Policies, Preemption
+from hybrid_moe_ref.engine.scheduler import Scheduler
+from hybrid_moe_ref.engine.server_config import ServerConfig
+from repro.lab.scenarios import CLEAN, Expected, Scenario
+from repro.lab.settings import RunSettings
+
+FIRST_DISPATCH = "ep all_gather_v of layers.0.moe"
+
+
+class PreemptInTheStep(Preemption):
+    """The fault: pages are asked for when they are needed, and an answer of no is dealt with there."""
+
+    def before_step(self, make_room: Callable[[], None]) -> None:
+        """Nothing: there may be pages enough."""
+
+    def run(self, step: Callable[[], NewTokens], make_room: Callable[[], None]) -> NewTokens:
+        from hybrid_moe_ref.cache import CacheExhausted
+
+        try:
+            return step()
+        except CacheExhausted:
+            make_room()
+            return []
+
+
+def policies(settings: RunSettings, rank: int) -> Policies:
+    """fault: every rank preempts when it must; control and fix: before the step."""
+    return Policies(preemption=PreemptInTheStep()) if settings.variant == "fault" else Policies()
+
+
+def pressed(settings: RunSettings) -> EngineConfig:
+    """The trigger: a cache for two requests as they come. A request that outgrows a page of tokens needs more."""
+    pages = settings.page_layout()
+    return dataclasses.replace(settings.engine, num_pages=2 * pages.pages_for(pages.tokens))
+
+
+def server(settings: RunSettings, rank: int) -> ServerConfig:
+    """control: the cache is never full; fault and fix: it is, on some ranks."""
+    config = settings.server()
+    return config if settings.variant == "control" else dataclasses.replace(config, engine=pressed(settings))
+
+
+def hang(settings: RunSettings) -> Expected:
+    """The first step that some ranks have no pages for, and others have."""
+    engine = pressed(settings)
+    pages_for = settings.page_layout().pages_for
+    schedulers = [Scheduler(requests, engine, pages_for) for requests in settings.requests()]
+    serve_step = 0
+    while any(scheduler.unfinished for scheduler in schedulers):
+        for scheduler in schedulers:
+            scheduler.schedule(serve_step)
+        short = tuple(rank for rank, scheduler in enumerate(schedulers) if scheduler.num_free_pages < 0)
+        if 0 < len(short) < settings.num_ranks:
+            # Step 0 is the profile run, so serve step i is step i + 1. A step that ends with the question whether work
+            # is left takes them there, any other one to the agreement of the next step.
+            asks = (serve_step + 1) % engine.unfinished_interval == 0
+            step, layer = (serve_step + 1, "unfinished") if asks else (serve_step + 2, "step")
+            return Expected("deadlock", "skipped", short, step, layer, planned=FIRST_DISPATCH)
+        for scheduler in schedulers:
+            scheduler.make_room() if short else scheduler.pretend()
+        serve_step += 1
+    return CLEAN
+
+
+SCENARIO = Scenario(
+    name="late_preemption",
+    summary="a rank whose cache is full preempts a request in the middle of a step, and leaves the step",
+    source="generic; TensorRT-LLM#14020, sglang#30760, TensorRT-LLM#9659",
+    policies=policies,
+    hang=hang,
+    server=server,
+    defaults={
+        # Keys and values of 8 heads: a page then holds 16 tokens, which requests outgrow while they run.
+        "model": {"num_key_value_heads": 8},
+        "workload": {"max_prompt_tokens": 14, "max_new_tokens": 16, "max_arrival_step": 2},
+    },
+)

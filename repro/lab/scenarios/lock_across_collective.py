@@ -1,0 +1,84 @@
+"""A rank holds the build lock while it enters a collective that the others reach only after the lock.
+
+No single report: build locks and collective tuning are each common (the tuner's all-reduce per tactic is vLLM issue
+54618), and whoever does both in one `with` has this. At the first use of the experts a rank takes the lock, compiles
+the module, times the ways to run it, and agrees with the others on the fastest, all under the lock. The others wait for
+the lock before they come to that all-reduce. The lock here names its holder, has a deadline and sees signs of life:
+none of that helps.
+
+The cure: a lock protects a build and nothing else. It is released before the ranks communicate, and both happen before
+the first step.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
+
+from hybrid_moe_ref.engine.build_lock import BEAT_S, BuildLock, every
+from hybrid_moe_ref.engine.builds import BuildPlace, KernelBuilds, ensure
+from hybrid_moe_ref.engine.policies import Policies
+from repro.lab.scenarios import Expected, Scenario
+from repro.lab.scenarios.cold_jit import missing
+from repro.lab.settings import RunSettings
+
+if TYPE_CHECKING:
+    from hybrid_moe_kernels.extension import Extension
+
+LOCK = "experts.lock"
+
+
+def tune(extension: Extension, place: BuildPlace) -> None:
+    """The trigger: all ranks must run the experts in one way, so they agree on what is fastest over all."""
+    from hybrid_moe_kernels.moe import jit
+
+    times = place.sum_up(jit.time_blocks(), extension.name)
+    jit.use_block_rows(jit.BLOCK_ROWS[times.index(min(times))])
+
+
+class TuneUnderLock(KernelBuilds):
+    """The fault: build and agreement are one critical section, entered where the experts are used first."""
+
+    def prepare(self, extensions: Sequence[Extension], place: BuildPlace) -> None:
+        pass
+
+    def warm_up(self, run: Callable[[], None]) -> None:
+        pass
+
+    def first_use(self, extension: Extension, place: BuildPlace) -> None:
+        place.cache.mkdir(parents=True, exist_ok=True)
+        with BuildLock(place.cache / LOCK, place.rank, place.deadline_s, place.observer.local, place.check) as lock:
+            with every(BEAT_S, lock.beat):
+                extension.load(place.cache)
+            tune(extension, place)
+
+
+class TuneAfterLock(KernelBuilds):
+    """The cure: build under the lock, release it, then agree, all before the first step."""
+
+    def prepare(self, extensions: Sequence[Extension], place: BuildPlace) -> None:
+        for extension in extensions:
+            ensure(extension, place)
+            tune(extension, place)
+
+
+def policies(settings: RunSettings, rank: int) -> Policies:
+    """control: the engine's own, which does not tune."""
+    builds = {"control": KernelBuilds, "fault": TuneUnderLock, "fix": TuneAfterLock}
+    return Policies(builds=builds[settings.variant]())
+
+
+def hang(settings: RunSettings) -> Expected:
+    """In the profile step. Whoever gets the lock first is the culprit, and that is a race."""
+    return Expected("deadlock", "lock", step=0, layer="moe_experts")
+
+
+SCENARIO = Scenario(
+    name="lock_across_collective",
+    summary="the build lock is held into an all-reduce that the others reach only after the lock",
+    source="generic; vllm#54618",
+    policies=policies,
+    hang=hang,
+    missing=missing,
+    defaults={"engine": {"moe_backend": "jit"}},
+)

@@ -1,0 +1,100 @@
+"""Recurrent state is set up with a collective inside, before the first dispatch on some ranks and after it on others.
+
+This is the hypothesis of the report, vLLM issue 41862, made to run: that ranks set up their Mamba or GDN state in
+another order relative to the expert dispatch. vLLM's own state set-up holds no collective, so nothing shows that it
+happened there (docs/ROOT-CAUSE.md, H5). If it did hold one, this is the hang: here the ranks agree in every step on
+how many slots of state to clear. A rank whose batch has changed needs clean slots for it and asks before the first
+dispatch; one whose batch is the same as in the last step puts it off until the dispatch is under way.
+
+The cure: the place of a collective in the step follows from the schedule that all agreed on, not from what a rank
+happens to need.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from hybrid_moe_ref.engine.policies import Policies
+from hybrid_moe_ref.engine.scheduler import step_rows
+from hybrid_moe_ref.parallel.dispatch import AllGatherReduceScatter
+from hybrid_moe_ref.parallel.observer import ScheduleEntry
+from repro.lab.scenarios import CLEAN, Expected, Scenario
+from repro.lab.settings import RunSettings
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+FIRST = "layers.0.moe"
+STATE = ScheduleEntry("dp", "all_reduce", "state")
+
+
+@dataclass(frozen=True)
+class InitialiseState(AllGatherReduceScatter):
+    """The trigger: the ranks agree on the slots of state to clear, once a step, before the first dispatch."""
+
+    rows: list[int] = field(default_factory=lambda: [-1])
+
+    @classmethod
+    def plan(cls, layer: str) -> tuple[ScheduleEntry, ...]:
+        return (*([STATE] if layer == FIRST else []), *super().plan(layer))
+
+    def dispatch(self, experts: nn.Module, args: tuple[Tensor, Tensor, Tensor]) -> tuple[Tensor, ...]:
+        if self.layer != FIRST:
+            return super().dispatch(experts, args)
+        before = self.before_dispatch(len(args[0]))
+        if before:
+            self.initialise(args[2])
+        gathered = super().dispatch(experts, args)
+        if not before:
+            self.initialise(args[2])
+        return gathered
+
+    def before_dispatch(self, num_rows: int) -> bool:
+        """Whether to initialise before the dispatch; all ranks must answer alike."""
+        return True
+
+    def initialise(self, like: Tensor) -> None:
+        """Agree on the greatest number of slots that any rank must clear."""
+        self.comm.all_reduce("dp", like.new_zeros(1, device="cpu"), "max", layer=STATE.layer)
+
+
+class InitialiseWhenNeeded(InitialiseState):
+    """The fault: a rank whose batch is that of the last step sees no hurry."""
+
+    def before_dispatch(self, num_rows: int) -> bool:
+        changed = self.rows[0] != num_rows
+        self.rows[0] = num_rows
+        return changed
+
+
+def policies(settings: RunSettings, rank: int) -> Policies:
+    """control: no collective in the state's set-up; fault: placed by local need; fix: placed by the schedule."""
+    return {
+        "control": Policies(),
+        "fault": Policies(dispatch=InitialiseWhenNeeded),
+        "fix": Policies(dispatch=InitialiseState),
+    }[settings.variant]
+
+
+def hang(settings: RunSettings) -> Expected:
+    """The first step in which the batch of some ranks has changed and that of others has not; these leave the plan."""
+    before = [settings.engine.max_num_batched_tokens] * settings.num_ranks
+    for serve_step, rows in enumerate(step_rows(settings.requests(), settings.engine)):
+        sizes = [num_rows or 1 for num_rows in rows]  # an idle rank has a dummy row
+        late = tuple(rank for rank in range(settings.num_ranks) if sizes[rank] == before[rank])
+        if 0 < len(late) < settings.num_ranks:
+            # Step 0 is the profile run, so serve step i is step i + 1.
+            planned = f"{STATE.group} {STATE.op} of {STATE.layer}"
+            return Expected("deadlock", "order", late, serve_step + 1, FIRST, planned=planned)
+        before = sizes
+    return CLEAN
+
+
+SCENARIO = Scenario(
+    name="state_order",
+    summary="state set-up with a collective inside, before the dispatch on some ranks and after it on others",
+    source="vllm#41862",
+    policies=policies,
+    hang=hang,
+)

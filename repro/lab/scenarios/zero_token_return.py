@@ -1,0 +1,70 @@
+"""An EP backend returns early from the dispatch of a rank that has no tokens.
+
+Mirrors uccl issue 940. Zero tokens look like nothing to send, but the other ranks have counted on this
+one in the same collectives, to send nothing and to compute its experts for their tokens. It runs ahead to the
+agreement of the next step and waits there for the others, who wait for it in the dispatch of the first layer.
+
+The cure: zero tokens is a size, not a return.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from hybrid_moe_ref.engine.policies import IdlePolicy, Policies
+from hybrid_moe_ref.engine.scheduler import live_ranks
+from hybrid_moe_ref.parallel.dispatch import AllGatherReduceScatter
+from repro.lab.scenarios import CLEAN, Expected, Scenario
+from repro.lab.settings import RunSettings
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+
+FIRST_DISPATCH = "ep all_gather_v of layers.0.moe"
+
+
+class IdleWithZeroTokens(IdlePolicy):
+    """The trigger: an idle rank takes part with an empty batch."""
+
+    def dummy_tokens(self, unfinished: bool) -> int | None:
+        return 0
+
+
+class ReturnEarlyAtZeroTokens(AllGatherReduceScatter):
+    """The fault: no rows here, no collective."""
+
+    def dispatch(self, experts: nn.Module, args: tuple[Tensor, Tensor, Tensor]) -> tuple[Tensor, ...]:
+        return super().dispatch(experts, args) if len(args[0]) else args
+
+    def combine(self, experts: nn.Module, args: object, partial_SH: Tensor) -> Tensor:
+        return super().combine(experts, args, partial_SH) if len(partial_SH) else partial_SH
+
+
+def policies(settings: RunSettings, rank: int) -> Policies:
+    """control: idle ranks bring a token; fault and fix: they bring none."""
+    return {
+        "control": Policies(),
+        "fault": Policies(idle=IdleWithZeroTokens(), dispatch=ReturnEarlyAtZeroTokens),
+        "fix": Policies(idle=IdleWithZeroTokens()),
+    }[settings.variant]
+
+
+def hang(settings: RunSettings) -> Expected:
+    """In the first step with idle ranks these skip the MoE of every layer."""
+    everyone = set(range(settings.num_ranks))
+    for serve_step, live in enumerate(live_ranks(settings.requests(), settings.engine)):
+        if 0 < len(live) < settings.num_ranks:
+            idle = tuple(sorted(everyone - set(live)))
+            # Step 0 is the profile run; they wait in the agreement of the step after this one.
+            return Expected("deadlock", "skipped", idle, serve_step + 2, "step", planned=FIRST_DISPATCH)
+    return CLEAN
+
+
+SCENARIO = Scenario(
+    name="zero_token_return",
+    summary="the dispatch returns early on a rank with zero tokens, which the others count on",
+    source="uccl#940",
+    policies=policies,
+    hang=hang,
+)

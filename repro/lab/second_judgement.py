@@ -1,0 +1,39 @@
+"""Judge a run of the lab once more: its tokens are compared again, and its verdict is held against what is expected."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+from repro.lab.expectation import document_of, watch_options
+from repro.lab.settings import RunSettings
+from repro.lab.tokens import wrong_tokens
+from repro.store.run_dir import RunDir
+from repro.watch.live import Comparison
+from repro.watch.offline import judge_files
+
+
+def judge_again(run_dir: RunDir, settings: RunSettings) -> tuple[dict[str, Any], bool]:
+    """The verdict on a run of the lab as in verdict.json, and whether all its files could be used to the last byte."""
+    damaged: list[str] = []
+    comparison = Comparison()
+    try:
+        wrong = wrong_tokens(run_dir, settings.num_ranks, settings.tp_size)
+        comparison = Comparison(wrong=tuple(wrong))
+    except FileNotFoundError as error:
+        comparison = Comparison(missing=str(error))
+    except (OSError, ValueError) as error:
+        comparison = Comparison(missing="a file with tokens is damaged")
+        damaged.append(str(error))
+    again = judge_files(run_dir, watch_options(settings), comparison)
+    passed_s = time.time() - run_dir.config.stat().st_mtime
+    seconds = {"stall_to_verdict": round(again.verdict.quiet_s, 3), "total": round(passed_s, 3)}
+    decided = again.decided
+    document = {
+        **document_of(settings, again.verdict.with_evidence(damaged)),
+        **again.look.to_json(),
+        "interrupted": decided is not None and decided.interrupted,
+        "ended_by": decided.ended_by if decided else "",
+        "seconds": decided.seconds if decided else seconds,
+    }
+    return document, again.whole and not damaged

@@ -1,0 +1,60 @@
+"""Verdicts as JUnit XML, which test reports of build servers read: a suite a scenario, a case a variant."""
+
+from __future__ import annotations
+
+import xml.etree.ElementTree as ET
+from collections.abc import Sequence
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+from repro.store.run_dir import OutputError, write_atomically
+
+
+def write_junit(path: Path, documents: Sequence[dict[str, Any]]) -> None:
+    """Write the verdicts to a file; another verdict than the expected is a failure, none at all an error.
+
+    documents: as in verdict.json, those of one scenario together; one with ``skipped`` was not run, and says why
+
+    Raises OutputError.
+    """
+    root = ET.Element("testsuites", name="repro")
+    for scenario, group in groupby(documents, key=lambda document: document["scenario"]):
+        cases = list(group)
+        suite = ET.SubElement(root, "testsuite", name=scenario, tests=str(len(cases)))
+        kinds = [_add_case(suite, document) for document in cases]
+        for kind, count in (("failures", "failure"), ("errors", "error"), ("skipped", "skipped")):
+            suite.set(kind, str(kinds.count(count)))
+        suite.set("time", f"{sum(document['seconds']['total'] for document in cases):.3f}")
+    ET.indent(root)
+    try:
+        write_atomically(path, ET.tostring(root, encoding="utf-8", xml_declaration=True) + b"\n")
+    except OSError as error:
+        raise OutputError(f"cannot write to {path}: {error.strerror}; choose another --junit") from error
+
+
+def _add_case(suite: ET.Element, document: dict[str, Any]) -> str:
+    case = ET.SubElement(
+        suite,
+        "testcase",
+        classname=f"repro.{document['scenario']}",
+        name=f"{document['variant']} seed {document['seed']}",
+        time=f"{document['seconds']['total']:.3f}",
+    )
+    if document.get("skipped"):
+        ET.SubElement(case, "skipped", message=_printable(document["skipped"]))
+        return "skipped"
+    ET.SubElement(case, "system-out").text = _printable("\n".join([*document["sentences"], *document["evidence"]]))
+    if document["matches_expected"]:
+        return ""
+    kind = "error" if document["verdict"] == "inconclusive" else "failure"
+    message = (
+        f"{document['verdict']}, {document['cause']}, ranks {document['culprits']}; expected {document['expected']}"
+    )
+    ET.SubElement(case, kind, message=_printable(message))
+    return kind
+
+
+def _printable(text: str) -> str:
+    """XML has no place for control characters, which a rank's error may hold."""
+    return "".join(character if character.isprintable() or character == "\n" else "?" for character in text)

@@ -1,0 +1,52 @@
+"""What a recorder keeps of each group and each call, packed beforehand, so that an event costs a microsecond."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from zlib import crc32
+
+from repro.trace.format import (
+    FIXED,
+    GROUP_BYTES,
+    GROUPS_AT,
+    LAST_AT,
+    LEFT_AT,
+    NO_GROUP,
+    RESIDUE,
+    SPARE_AT,
+    WORD,
+    Kind,
+)
+
+
+def sealed_part(*fields: int) -> tuple[bytes, int]:
+    """The first part of a record and the check up to there."""
+    fixed = FIXED.pack(*fields)
+    return fixed, crc32(fixed, RESIDUE)
+
+
+class Group:
+    """The running state of one group on this rank, and where in the file it stands."""
+
+    __slots__ = ("hash", "index", "last", "left", "left_word", "seq")
+
+    def __init__(self, index: int) -> None:
+        slot = SPARE_AT if index == NO_GROUP else GROUPS_AT + index * GROUP_BYTES
+        self.index = index
+        self.last = slot + LAST_AT
+        self.left_word = (slot + LEFT_AT) // WORD.size
+        self.seq = 0
+        self.left = 0
+        self.hash = 0
+
+
+class Call:
+    """A collective from one call site: what never changes in its records, packed once, each with its check so far."""
+
+    __slots__ = ("digest", "enter", "group", "issue", "leave", "num_sizes", "wait")
+
+    def __init__(self, group: Group, digest: bytes, num_sizes: int, fixed: Callable[[int], tuple[bytes, int]]) -> None:
+        self.group = group
+        self.digest = digest
+        self.num_sizes = num_sizes
+        self.enter, self.leave, self.issue, self.wait = map(fixed, (Kind.ENTER, Kind.LEAVE, Kind.ISSUE, Kind.WAIT))

@@ -1,0 +1,72 @@
+"""The same witness in the shortest file that holds it, for copies: a file is preallocated, and mostly empty."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from repro.trace.format import (
+    GROUPS_AT,
+    HEART,
+    HEART_AT,
+    LIVE_AT,
+    RECORD,
+    WORD,
+    Geometry,
+    Identity,
+    pack_header,
+    pack_string,
+)
+from repro.trace.parse import Live, Problems, parse_header, parse_live, parse_strings
+
+
+def compact(
+    data: bytes, name: str, *, who: Identity | None = None, change: Callable[[str], str] = lambda text: text
+) -> bytes:
+    """Return the bytes of a shorter witness that says the same as ``data``, with right checks.
+
+    who     the writer that its header names; not given, the same as before
+    change  maps each string to the one in its place; an empty one becomes "?"
+
+    Damage stays damage: of records, vectors and groups the bytes are copied, and a damaged string is left out with
+    those after it, which the count of strings then shows. A file that ends early is cut at the same length.
+
+    Raises WitnessError for what is no witness, ValueError when the new strings take more than a file may hold.
+    """
+    writer, shape = parse_header(data, name)
+    whole = data.ljust(shape.file_bytes, b"\0")
+    problems = Problems(name)
+    live = parse_live(whole, problems)
+    strings = parse_strings(data, shape, None, problems)[1:]
+    entries = b"".join(pack_string(change(text).encode(errors="replace") or b"?") for text in strings)
+    short = _fitted(whole, shape, live, len(entries)) if len(data) >= shape.file_bytes else shape
+    areas = (
+        (pack_header(who or writer, short), LIVE_AT),
+        (whole[LIVE_AT : HEART_AT + HEART.size], GROUPS_AT - LIVE_AT),
+        (whole[GROUPS_AT : shape.ring_at], shape.ring_at - GROUPS_AT),
+        (whole[shape.ring_at : shape.vectors_at], short.vectors_at - short.ring_at),
+        (whole[shape.vectors_at : shape.strings_at], short.strings_at - short.vectors_at),
+        (entries, short.string_bytes),
+    )
+    packed = b"".join(area[:size].ljust(size, b"\0") for area, size in areas)
+    return packed if len(data) >= shape.file_bytes else packed[: len(data)]
+
+
+def _fitted(data: bytes, shape: Geometry, live: Live, string_bytes: int) -> Geometry:
+    """The smallest geometry in which every event, vector and group keeps its place and every record its offset."""
+    records, words = shape.ring_records, shape.vector_words
+    if live.events is not None and live.events < records:
+        used = _used(data[shape.ring_at : shape.vectors_at], RECORD.size)
+        records = min(records, _even(used + 1))  # behind the last record there may be a torn one, or none
+    if live.vector_words is not None and live.vector_words <= words:
+        used = _used(data[shape.vectors_at : shape.strings_at], WORD.size)
+        words = _even(max(live.vector_words, used))
+    return Geometry(records, words, _even(string_bytes), shape.group_slots)
+
+
+def _used(area: bytes, unit: int) -> int:
+    """How many units of an area reach up to its last byte that is not 0."""
+    return -(-len(area.rstrip(b"\0")) // unit)
+
+
+def _even(count: int) -> int:
+    return max(2, count + count % 2)

@@ -1,0 +1,153 @@
+"""What each group's slot in a witness file says: its members, its last issue and completion, its rolling hash."""
+
+from __future__ import annotations
+
+import zlib
+from dataclasses import dataclass
+from functools import lru_cache
+
+from repro.trace.format import (
+    CRC,
+    GROUP_BYTES,
+    GROUP_LEFT,
+    GROUP_NAME,
+    GROUPS_AT,
+    LAST_AT,
+    LEFT_AT,
+    RECORD,
+    Event,
+    Geometry,
+    Kind,
+    is_whole,
+    unguarded,
+)
+from repro.trace.parse import Live, Problems, Ring
+
+_RECENT = 16  # events at the end of the ring that a group's slot may lack; one, in truth
+_MAX_MEMBERS = 1 << 16
+
+
+@dataclass(frozen=True, slots=True)
+class GroupTrace:
+    """What one rank did in one group, as far as it can be known: the newest of slot and ring."""
+
+    name: str
+    members: tuple[int, ...]
+    issued: int  # sequence number of the last collective issued, 0 = none
+    left: int  # sequence number of the last one completed
+    last: Event | None  # the last issue
+
+    @property
+    def hash(self) -> int:
+        """The rolling hash of the signatures of all that were issued, 0 for none."""
+        return self.last.hash if self.last else 0
+
+
+def parse_groups(
+    data: bytes, shape: Geometry, strings: list[str], ring: Ring, live: Live, problems: Problems
+) -> tuple[GroupTrace, ...]:
+    """The groups by index. Their slots know of all events that ``live`` counts."""
+    newest = _newest_calls(ring)
+    traces: list[GroupTrace] = []
+    for index in range(max(0, min(shape.group_slots, (len(data) - GROUPS_AT) // GROUP_BYTES))):
+        at = GROUPS_AT + index * GROUP_BYTES
+        slot = data[at : at + GROUP_BYTES]
+        if not any(slot):
+            break
+        issued, left = newest.get(index, (None, None))
+        traces.append(_Slot(slot, at, index, problems).trace(strings, ring, issued, left, live.events or 0))
+    if live.groups is not None and live.groups > len(traces) and len(data) >= shape.file_bytes:
+        problems.damage(GROUPS_AT + len(traces) * GROUP_BYTES, f"group {len(traces)} of {live.groups} is missing")
+    return tuple(traces)
+
+
+@dataclass(frozen=True, slots=True)
+class _Slot:
+    """The bytes of one group's slot, and where they stand."""
+
+    data: bytes
+    at: int
+    index: int
+    problems: Problems
+
+    def trace(
+        self, strings: list[str], ring: Ring, issued: Event | None, left: Event | None, counted: int
+    ) -> GroupTrace:
+        """The group, from its slot and from the newest events of the ring, which is written before a slot."""
+        name, members = self._names(strings)
+        left_seq = self._left(left, counted)
+        last = self._last(ring, issued, counted)
+        if issued is not None and (last is None or last.n < issued.n):
+            last = issued
+        issued_seq = last.seq if last else 0
+        if left_seq > issued_seq:
+            self.problems.damage(self.at + LEFT_AT, f"#{left_seq} of group {self.index} completed, but never issued")
+        return GroupTrace(name, members, issued_seq, min(left_seq, issued_seq), last)
+
+    def _names(self, strings: list[str]) -> tuple[str, tuple[int, ...]]:
+        name, members, check = GROUP_NAME.unpack_from(self.data)
+        if check != zlib.crc32(self.data[: GROUP_NAME.size - CRC.size]):
+            self.problems.damage(self.at, f"the name of group {self.index} does not match its check")
+            return "?", ()
+        if max(name, members) >= len(strings):  # the string area was full, or is damaged
+            return strings[name] if name < len(strings) else "?", ()
+        return strings[name], _members(strings[members])
+
+    def _left(self, left: Event | None, counted: int) -> int:
+        """The number of the last completion that slot and ring know of."""
+        in_slot = unguarded(GROUP_LEFT.unpack_from(self.data, LEFT_AT)[0])
+        in_ring = left.seq if left is not None else 0
+        if in_slot is None:
+            self.problems.damage(
+                self.at + LEFT_AT, f"the last completion of group {self.index} does not match its check"
+            )
+        elif left is not None and left.n <= counted and in_slot < in_ring:
+            self.problems.damage(self.at + LEFT_AT, f"group {self.index} lacks the completion of #{in_ring}")
+        return max(in_slot or 0, in_ring)
+
+    def _last(self, ring: Ring, issued: Event | None, counted: int) -> Event | None:
+        """The last issue that the slot holds; a slot may lack only what LIVE does not count yet."""
+        record = self.data[LAST_AT : LAST_AT + RECORD.size]
+        event = Event._make(RECORD.unpack(record)) if is_whole(record) else None
+        wrong = ""
+        if event is None:
+            if any(record) and (issued is None or issued.n <= counted):
+                wrong = f"the last record of group {self.index} does not match its check"
+        elif not self._may_hold(event, ring):
+            wrong = f"not the last collective issued in group {self.index}"
+            event = None
+        if not wrong and issued is not None and issued.n <= counted and (event is None or event.n < issued.n):
+            wrong = f"group {self.index} lacks its last issue, event {issued.n}"
+        if wrong:
+            self.problems.damage(self.at + LAST_AT, wrong)
+        return event
+
+    def _may_hold(self, event: Event, ring: Ring) -> bool:
+        """Whether the slot's record is an issue in this group, the same as the ring has where it still has it."""
+        if event.kind not in (Kind.ENTER, Kind.ISSUE) or event.group != self.index or not event.seq:
+            return False
+        if ring.last is None or not ring.first <= event.n <= ring.last.n:
+            return True
+        return ring.event(event.n - ring.first) == event
+
+
+def _newest_calls(ring: Ring) -> dict[int, tuple[Event | None, Event | None]]:
+    """The last issue and completion of each group at the end of the ring."""
+    newest: dict[int, tuple[Event | None, Event | None]] = {}
+    for event in ring.events(_RECENT):
+        issued, left = newest.get(event.group, (None, None))
+        if event.kind in (Kind.ENTER, Kind.ISSUE):
+            newest[event.group] = event, left
+        elif event.kind == Kind.LEAVE and (left is None or left.seq < event.seq):
+            newest[event.group] = issued, event
+    return newest
+
+
+@lru_cache(maxsize=4096)  # ranks say the same things
+def _members(text: str) -> tuple[int, ...]:
+    if text.count(",") >= _MAX_MEMBERS:
+        return ()
+    try:
+        return tuple(int(rank) for rank in text.split(","))
+    except ValueError:
+        return ()

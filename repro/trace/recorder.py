@@ -1,0 +1,353 @@
+"""Write what one rank does into its witness file, at about a microsecond an event.
+
+    recorder = Recorder.open("events/rank003.wit", rank=3, num_ranks=8, run_id="…")
+    comm = Communicator(…, observer=recorder)
+
+The layout is in :mod:`repro.trace.format`. The recorder never reads the file, never allocates blocks after ``open`` and
+never raises for lack of room: strings that no longer fit become "?", groups beyond the slots go untracked.
+"""
+
+from __future__ import annotations
+
+import mmap
+import os
+import socket
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from functools import partial
+from types import CodeType, FrameType
+from zlib import crc32
+
+from hybrid_moe_ref.parallel.observer import Collective, ScheduleEntry
+from repro.trace.calls import Call, Group, sealed_part
+from repro.trace.format import (
+    CRC,
+    ENTRY_SEPARATOR,
+    GROUP_BYTES,
+    GROUP_NAME,
+    GROUPS_AT,
+    GUARD,
+    HEADER,
+    HEART,
+    HEART_AT,
+    LIVE_AT,
+    NO_GROUP,
+    RECORD,
+    SEALED,
+    SEPARATOR,
+    VARIABLE,
+    WORD,
+    Geometry,
+    Identity,
+    Kind,
+    pack_group_name,
+    pack_header,
+    pack_heartbeat,
+)
+from repro.trace.parse import WitnessError, parse_header
+from repro.trace.string_areas import Buffer, Strings, Vectors
+from repro.trace.witness import create
+
+MAX_MESSAGE = 600
+"""Characters of an error that are kept."""
+
+_pack, _seal_into, _getframe = VARIABLE.pack, SEALED.pack_into, sys._getframe
+_RECORD = RECORD.size
+_NUM_EVENTS = LIVE_AT // WORD.size  # as a word of the file
+_NUM_GROUPS = _NUM_EVENTS + 3
+_LOCAL_KINDS = {
+    "lock_wait": Kind.LOCK_WAIT,
+    "lock_held": Kind.LOCK_HELD,
+    "lock_freed": Kind.LOCK_FREED,
+    "build_begin": Kind.BUILD_BEGIN,
+    "build_end": Kind.BUILD_END,
+}
+_NOT_A_CALL_SITE = (
+    "parallel/comm.py",
+    "repro/attach/torch_patch.py",
+    "contextlib.py",
+)  # frames between the caller and the observer
+_POINT_TO_POINT = ("send", "recv")
+
+
+def _move_within(buffer: bytearray, target: int, source: int, count: int) -> None:
+    """What ``mmap.move`` does."""
+    buffer[target : target + count] = buffer[source : source + count]
+
+
+class Recorder:
+    """An :class:`hybrid_moe_ref.parallel.observer.Observer` that writes one witness file.
+
+    One thread records; only ``local("heartbeat", …)`` may come from another, because it touches nothing else.
+    """
+
+    def __init__(
+        self, buffer: Buffer, who: Identity, shape: Geometry, *, clock: Callable[[], int] = time.monotonic_ns
+    ) -> None:
+        self._buffer = buffer
+        self._who = who
+        self._words = memoryview(buffer).cast("B")[: GROUPS_AT + shape.group_slots * GROUP_BYTES].cast("Q")
+        self._move = buffer.move if isinstance(buffer, mmap.mmap) else partial(_move_within, buffer)
+        self._shape = shape
+        self._clock = clock
+        self._num_events = 0
+        self._entered: Collective | None = None  # the collective issued last, and its call
+        self._entered_call: Call | None = None
+        self._phase = 0
+        self._step = -1
+        self._ring_at = self._next_at = shape.ring_at
+        self._ring_end = shape.vectors_at
+        self._intern = Strings(buffer, shape).intern
+        self._store_vector = Vectors(buffer, shape).store
+        self._groups: dict[str, Group] = {}
+        self._members: dict[str, tuple[int, ...]] = {}
+        self._calls: dict[tuple[object, ...], Call] = {}
+        self._schedules: dict[int, tuple[Sequence[ScheduleEntry], int]] = {}
+        # Ids of the code between a caller and the recorder, and whether it is called from such code alone.
+        self._between = {id(Recorder.issue.__code__): False}
+        self._codes: list[CodeType] = []  # keeps the ids in _between and _calls from being reused
+        self._vector: tuple[int, ...] = ()  # the size vector stored last, and its offset
+        self._vector_offset = 0
+        self._heartbeats = 0
+
+    @classmethod
+    def open(
+        cls,
+        path: str | os.PathLike[str],
+        rank: int,
+        num_ranks: int,
+        *,
+        run_id: str = "",
+        shape: Geometry | None = None,
+    ) -> Recorder:
+        """Map the file that a launcher preallocated, or make it. It must not have had a writer before."""
+        if not os.path.exists(path):
+            create(path, Identity(rank, num_ranks, run_id), shape)
+        descriptor = os.open(path, os.O_RDWR | os.O_CLOEXEC)
+        try:
+            planned, shape = parse_header(os.pread(descriptor, HEADER.size + CRC.size, 0), str(path))
+            if planned.pid:
+                raise WitnessError(f"{path}:0: already written by pid {planned.pid}")
+            if (planned.rank, planned.num_ranks) != (rank, num_ranks):
+                raise WitnessError(
+                    f"{path}:0: made for rank {planned.rank} of {planned.num_ranks}, opened by {rank} of {num_ranks}"
+                )
+            buffer = mmap.mmap(descriptor, shape.file_bytes)
+        finally:
+            os.close(descriptor)
+        who = replace(myself(rank, num_ranks), run_id=run_id or planned.run_id)
+        header = pack_header(who, shape)
+        buffer[: len(header)] = header
+        return cls(buffer, who, shape)
+
+    # -- the Observer protocol -----------------------------------------------------------------------------------
+
+    def groups(self, members: Mapping[str, Sequence[int]]) -> None:
+        for name, ranks in members.items():
+            self._members[name] = tuple(ranks)
+            self._group(name)
+
+    def phase(self, name: str) -> None:
+        self._phase = self._intern(name)
+        self._calls.clear()  # a call's fixed bytes name the phase
+        self._entered = None
+        self._write(Kind.PHASE)
+
+    def begin_step(self, step: int, schedule: Sequence[ScheduleEntry], num_live: int) -> None:
+        self._step = step
+        self._write(Kind.STEP, sig=self._schedule(schedule), aux=num_live)
+
+    # These two are called hundreds of times a step: written out, since each further call costs a tenth of them.
+
+    def enter(self, collective: Collective, asynchronous: bool = False) -> None:
+        frame = _getframe(1)
+        code = id(frame.f_code)
+        is_private = self._between.get(code)
+        if is_private is not None:
+            if is_private:  # straight to the frame beyond it: each step back makes a frame object
+                frame = _getframe(3)
+                code = id(frame.f_code)
+            while code in self._between:
+                frame = frame.f_back  # type: ignore[assignment]
+                code = id(frame.f_code)
+        group_name, op, layer, sizes, dtype, reduce_op, root = collective
+        key = (group_name, op, layer, dtype, reduce_op, root, len(sizes), code, frame.f_lasti)
+        call = self._calls.get(key) or self._make_call(collective, key, frame)
+        self._entered, self._entered_call = collective, call
+        if call.num_sizes == 1:
+            vector = sizes[0]
+        elif sizes is self._vector or sizes == self._vector:
+            vector = self._vector_offset
+        else:
+            vector = self._vector_offset = self._store_vector(sizes)
+            self._vector = sizes
+        group = call.group
+        group.seq = seq = group.seq + 1
+        group.hash = rolling = crc32(call.digest, group.hash)
+        self._num_events = n = self._num_events + 1
+        fixed, check = call.issue if asynchronous else call.enter
+        words, at = self._words, self._next_at
+        end = at + _RECORD
+        self._next_at = end if end != self._ring_end else self._ring_at
+        row = _pack(n, self._clock(), seq, vector, self._step, rolling)
+        _seal_into(self._buffer, at, fixed, row, crc32(row, check))
+        self._move(group.last, at, _RECORD)  # packing would clear it first, and it must never be without one
+        words[_NUM_EVENTS] = n * GUARD
+
+    def leave(self, collective: Collective, ticket: int = 0) -> None:
+        call = self._entered_call if collective is self._entered else None
+        if call is None:
+            call = self._call_of(collective)
+        group = call.group
+        seq = ticket or group.seq
+        self._num_events = n = self._num_events + 1
+        at = self._next_at
+        end = at + _RECORD
+        self._next_at = end if end != self._ring_end else self._ring_at
+        fixed, check = call.leave
+        row = _pack(n, self._clock(), seq, 0, self._step, 0)
+        _seal_into(self._buffer, at, fixed, row, crc32(row, check))
+        words = self._words
+        if seq > group.left:
+            group.left = seq
+            words[group.left_word] = seq * GUARD
+        words[_NUM_EVENTS] = n * GUARD
+
+    def local(self, event: str, name: str, holder: int = -1) -> None:
+        if event == "heartbeat":
+            self._heartbeats += 1
+            self._buffer[HEART_AT : HEART_AT + HEART.size] = pack_heartbeat(
+                self._clock(), self._intern(name), self._heartbeats
+            )
+        else:
+            self._write(_LOCAL_KINDS[event], sig=self._intern(name), aux=holder)
+
+    def done(self) -> None:
+        self._write(Kind.DONE)
+
+    def failed(self, message: str) -> None:
+        """A compiler's message may be pages, and a verdict's sentence is one line; the log has it all."""
+        line = " ".join(message.split())
+        line = line if len(line) <= MAX_MESSAGE else f"{line[: MAX_MESSAGE - 2]} …"
+        self._write(Kind.FAILED, sig=self._intern(line))
+
+    # -- asynchronous collectives --------------------------------------------------------------------------------
+
+    def issue(self, collective: Collective) -> int:
+        """An asynchronous collective is about to be issued; the ticket names it to ``wait`` and ``finish``."""
+        self.enter(collective, True)
+        assert self._entered_call is not None
+        return self._entered_call.group.seq
+
+    def wait(self, collective: Collective, ticket: int) -> None:
+        """The rank begins to wait for the collective of ``ticket``."""
+        self._append(*self._call_of(collective).wait, ticket)
+
+    def finish(self, collective: Collective, ticket: int) -> None:
+        """The collective of ``ticket`` is complete."""
+        self.leave(collective, ticket)
+
+    # -- writing -------------------------------------------------------------------------------------------------
+
+    def _write(self, kind: int, *, sig: int = 0, aux: int = 0) -> None:
+        self._append(*sealed_part(aux, 0, sig, 0, self._phase, NO_GROUP, kind), 0)
+
+    def _append(self, fixed: bytes, check: int, seq: int) -> None:
+        self._num_events = n = self._num_events + 1
+        at = self._next_at
+        end = at + _RECORD
+        self._next_at = end if end != self._ring_end else self._ring_at
+        row = _pack(n, self._clock(), seq, 0, self._step, 0)
+        _seal_into(self._buffer, at, fixed, row, crc32(row, check))
+        self._words[_NUM_EVENTS] = n * GUARD
+
+    # -- interning -----------------------------------------------------------------------------------------------
+
+    def _group(self, name: str) -> Group:
+        group = self._groups.get(name)
+        if group is None:
+            index = len(self._groups)
+            self._groups[name] = group = Group(index if index < self._shape.group_slots else NO_GROUP)
+            if group.index != NO_GROUP:
+                members = ",".join(map(str, self._members.get(name, range(self._who.num_ranks))))
+                at = GROUPS_AT + group.index * GROUP_BYTES
+                self._buffer[at : at + GROUP_NAME.size] = pack_group_name(self._intern(name), self._intern(members))
+                self._words[_NUM_GROUPS] = (group.index + 1) * GUARD
+        return group
+
+    def _call_of(self, collective: Collective) -> Call:
+        """The call of a collective that was issued somewhere else: all of it but the call site."""
+        group, op, layer, sizes, dtype, reduce_op, root = collective
+        key = (group, op, layer, dtype, reduce_op, root, len(sizes))
+        return self._calls.get(key) or self._make_call(collective, key, None)
+
+    def _make_call(self, collective: Collective, key: tuple[object, ...], frame: FrameType | None) -> Call:
+        """Intern a collective. A send or receive counts in a channel of its own: a group of two."""
+        name, op = collective.group, collective.op
+        rest = (collective.layer, collective.dtype, collective.reduce_op)
+        digested: tuple[str, ...] = (op, *rest)
+        if op in _POINT_TO_POINT:
+            members = self._members.get(name, range(self._who.num_ranks))
+            ends = (self._who.rank, members[collective.root])
+            source, target = ends if op == "send" else ends[::-1]
+            name, digested = f"{name}:{source}>{target}", ("p2p", collective.dtype)  # all that both ends share
+            self._members[name] = (source, target)
+        string = self._intern(SEPARATOR.join((name, op, *rest)))
+        digest = crc32(SEPARATOR.join((name, *digested)).encode()).to_bytes(4, "little")
+        group = self._group(name)
+        num_sizes = len(collective.sizes)
+        shared = (collective.root, num_sizes, string, self._site(frame), self._phase, group.index)
+        self._calls[key] = call = Call(group, digest, num_sizes, lambda kind: sealed_part(*shared, kind))
+        return call
+
+    def _schedule(self, schedule: Sequence[ScheduleEntry]) -> int:
+        interned = self._schedules.get(id(schedule))
+        if interned is not None and interned[0] is schedule:
+            return interned[1]
+        text = ENTRY_SEPARATOR.join(SEPARATOR.join((e.group, e.op, e.layer)) for e in schedule)
+        string = self._intern(text)
+        if isinstance(schedule, tuple):  # immutable, so that the same object is the same schedule
+            if len(self._schedules) >= 256:
+                self._schedules.clear()
+            self._schedules[id(schedule)] = (schedule, string)
+        return string
+
+    def _site(self, frame: FrameType | None) -> int:
+        """The interned "file:line function" of the first frame outside the communicator."""
+        while frame is not None and frame.f_code.co_filename.endswith(_NOT_A_CALL_SITE):
+            self._codes.append(frame.f_code)
+            private = frame.f_code.co_name.startswith("_")  # its callers are in the same file
+            self._between[id(frame.f_code)] = private
+            frame = frame.f_back
+        if frame is None:
+            return 0
+        code = frame.f_code
+        self._codes.append(code)
+        return self._intern(f"{code.co_filename}:{frame.f_lineno} {code.co_qualname}")
+
+
+def myself(rank: int, num_ranks: int) -> Identity:
+    """Identify this process as a witness writer; what /proc does not say stays empty or 0."""
+    try:
+        with open("/proc/sys/kernel/random/boot_id") as file:
+            boot_id = file.read().strip()
+        with open("/proc/self/stat") as file:
+            start_ticks = int(file.read().rpartition(")")[2].split()[19])
+    except OSError:
+        boot_id, start_ticks = "", 0
+    try:
+        pid_namespace = os.stat("/proc/self/ns/pid").st_ino
+    except OSError:
+        pid_namespace = 0
+    return Identity(
+        rank,
+        num_ranks,
+        hostname=socket.gethostname(),
+        boot_id=boot_id,
+        pid=os.getpid(),
+        pid_start_ticks=start_ticks,
+        pid_namespace=pid_namespace,
+        wall_offset_ns=time.time_ns() - time.monotonic_ns(),
+    )

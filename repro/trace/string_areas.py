@@ -1,0 +1,89 @@
+"""The two growing areas of a witness file as its writer sees them: interned strings and size vectors."""
+
+from __future__ import annotations
+
+import mmap
+import struct
+import threading
+from zlib import crc32
+
+from repro.trace.format import (
+    GUARD,
+    LIVE,
+    LIVE_AT,
+    LOST_STRING,
+    MAX_STRINGS,
+    NO_VECTOR,
+    STRING,
+    WORD,
+    Geometry,
+    pack_string,
+)
+
+Buffer = mmap.mmap | bytearray
+
+
+def live_words(buffer: Buffer) -> memoryview:
+    """The guarded words of LIVE: events, vector words, strings, groups. To assign one is a single 8-byte store."""
+    return memoryview(buffer).cast("B")[LIVE_AT : LIVE_AT + LIVE.size].cast("Q")
+
+
+class Strings:
+    """The string area: each text once, known by its number. Threads may share it."""
+
+    def __init__(self, buffer: Buffer, shape: Geometry) -> None:
+        self._buffer = buffer
+        self._live = live_words(buffer)
+        self._at = shape.strings_at
+        self._end = shape.file_bytes
+        self._numbers: dict[str, int] = {"": 0}
+        self._lock = threading.Lock()
+
+    def intern(self, text: str) -> int:
+        """Return the number of a text, LOST_STRING where there is no room for it any more."""
+        number = self._numbers.get(text)
+        if number is not None:
+            return number
+        entry = pack_string(text.encode(errors="replace"))
+        with self._lock:
+            number = self._numbers.get(text)
+            if number is not None:
+                return number
+            number = len(self._numbers)
+            at, end = self._at, self._at + len(entry)
+            if end > self._end or number > MAX_STRINGS:
+                return LOST_STRING
+            self._buffer[at + STRING.size : end] = entry[STRING.size :]
+            self._buffer[at + 4 : at + STRING.size] = entry[4 : STRING.size]
+            self._buffer[at : at + 4] = entry[:4]  # the length last: a reader sees all of an entry or nothing
+            self._live[2] = number * GUARD
+            self._at = end
+            self._numbers[text] = number
+            return number
+
+
+class Vectors:
+    """The vector ring: the newest size vectors, known by their offset over the file's whole life."""
+
+    def __init__(self, buffer: Buffer, shape: Geometry) -> None:
+        self._buffer = buffer
+        self._live = live_words(buffer)
+        self._start = shape.vectors_at
+        self._room = shape.vector_words
+        self._next = 0
+
+    def store(self, sizes: tuple[int, ...]) -> int:
+        """Store a vector and return its offset, NO_VECTOR for one that is too long for the ring."""
+        room, num_words = self._room, len(sizes) + 1
+        if not sizes or num_words > room:
+            return NO_VECTOR
+        offset = self._next
+        if offset % room + num_words > room:  # a vector lies in one piece
+            offset += room - offset % room
+        words = struct.pack(f"<{len(sizes)}q", *sizes)
+        check = WORD.pack(crc32(words, offset & 0xFFFFFFFF))
+        self._next = offset + num_words
+        self._live[1] = self._next * GUARD  # first: a reader then knows which older vectors may be overwritten
+        at = self._start + offset % room * WORD.size
+        self._buffer[at : at + num_words * WORD.size] = check + words
+        return offset

@@ -1,0 +1,72 @@
+"""The witnesses of a live run, each opened as soon as it can be, and polled many times a second."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterable
+
+from repro.store.run_dir import RunDir
+from repro.trace.format import Event, Identity, Kind
+from repro.trace.parse import WitnessError
+from repro.trace.witness import Tail, Witness
+
+
+class Tails:
+    """One :class:`Tail` per rank whose witness could be opened. A moment is on the monotonic clock of ``here``."""
+
+    def __init__(self, run_dir: RunDir, num_ranks: int, here: Identity) -> None:
+        self._run_dir, self._num_ranks, self._here = run_dir, num_ranks, here
+        self._tails: dict[int, Tail] = {}
+
+    def open(self) -> None:
+        """Open the witnesses that are not open yet. A failure is named when the witnesses are read."""
+        for rank in range(self._num_ranks):
+            with contextlib.suppress(OSError, WitnessError):
+                self._opened(rank)
+
+    def opened(self) -> list[Tail]:
+        """What is open, by rank."""
+        return [self._tails[rank] for rank in sorted(self._tails)]
+
+    def writers(self) -> dict[int, Identity]:
+        """Rank -> who writes its witness."""
+        return {rank: tail.who() for rank, tail in self._tails.items()}
+
+    def read(self, ranks: Iterable[int] | None = None) -> tuple[dict[int, Witness], list[str]]:
+        """The witnesses of these ranks, or of all, and a sentence for each that could not be read."""
+        witnesses: dict[int, Witness] = {}
+        refused = []
+        for rank in range(self._num_ranks) if ranks is None else ranks:
+            try:
+                witnesses[rank] = self._opened(rank).witness()
+            except (OSError, WitnessError) as error:
+                refused.append(str(error))
+        return witnesses, refused
+
+    def all_done(self) -> bool:
+        """Whether every rank has finished all its work."""
+        return len(self._tails) == self._num_ranks and all(self._last_is(Kind.DONE))
+
+    def any_failed(self) -> bool:
+        """Whether a rank has given up with an error."""
+        return any(self._last_is(Kind.FAILED))
+
+    def last_event_ns(self) -> int:
+        """When any rank did anything last, 0 for never."""
+        return max((self._here_ns(tail, tail.last_event_ns()) for tail in self._tails.values()), default=0)
+
+    def heartbeat_ns(self) -> int:
+        """When any rank gave a sign of life last, 0 for never."""
+        return max((self._here_ns(tail, tail.heartbeat_ns()) for tail in self._tails.values()), default=0)
+
+    def _opened(self, rank: int) -> Tail:
+        if rank not in self._tails:
+            self._tails[rank] = Tail(self._run_dir.witness(rank))
+        return self._tails[rank]
+
+    def _last_is(self, kind: Kind) -> list[bool]:
+        events: list[Event | None] = [tail.last_event() for tail in self._tails.values()]
+        return [event is not None and event.kind == kind for event in events]
+
+    def _here_ns(self, tail: Tail, then_ns: int) -> int:
+        return then_ns and then_ns + self._here.clock_ahead_ns(tail.who())

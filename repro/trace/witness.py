@@ -1,0 +1,179 @@
+"""Witness files: make them, read what a rank left in them, whole or torn, and follow one while it is written.
+
+    witness = read("runs/latest/events/rank000.wit")
+    for event in witness.events(): ...
+
+The layout is in :mod:`repro.trace.format`. Reading never writes, locks or waits, and trusts nothing: what does not
+match its check is left out and named in ``witness.problems`` as ``file:offset: damage: what``; only a file without a
+usable header is refused, with :class:`WitnessError`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import mmap
+import os
+import resource
+import sys
+import zlib
+from pathlib import Path
+from typing import BinaryIO
+
+from hybrid_moe_ref.files import open_regular
+from repro.store.run_dir import SUFFIX
+from repro.trace.format import (
+    GROUPS_AT,
+    LIVE,
+    LIVE_AT,
+    MAX_BYTES,
+    RECORD,
+    WORD,
+    Event,
+    Geometry,
+    Identity,
+    is_whole,
+    pack_header,
+    unguarded,
+)
+from repro.trace.group_slots import GroupTrace
+from repro.trace.parse import Problems, WitnessError, parse_header, parse_heartbeat
+from repro.trace.reader import Signature, Witness, parse
+
+__all__ = [
+    "MAX_BYTES", "Event", "GroupTrace", "Signature", "Tail", "Witness", "WitnessError", "create", "parse", "read",
+    "read_dir",
+]  # fmt: skip
+
+_LOOKS = 3
+"""How often a file that changes is read before what is wrong with it counts."""
+
+
+def create(path: str | os.PathLike[str], who: Identity, shape: Geometry | None = None) -> None:
+    """Make a witness file with all its blocks allocated: a full disk is an OSError here, not a SIGBUS later."""
+    shape = shape or Geometry()
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o644)
+    try:
+        os.posix_fallocate(descriptor, 0, shape.file_bytes)
+        os.pwrite(descriptor, pack_header(who, shape), 0)
+    except BaseException:
+        os.unlink(path)
+        raise
+    finally:
+        os.close(descriptor)
+
+
+def read(path: str | os.PathLike[str]) -> Witness:
+    """Read one witness file; OSError or WitnessError says why not.
+
+    What is wrong with a file that changes meanwhile may be a store under way: it is looked at again.
+    """
+    data = _bytes_of(path)
+    for _ in range(_LOOKS - 1):
+        with contextlib.suppress(WitnessError):
+            witness = parse(data, str(path))
+            if not witness.problems:
+                return witness
+        before = zlib.crc32(data)
+        data = _bytes_of(path)
+        if zlib.crc32(data) == before:
+            break
+    return parse(data, str(path))
+
+
+def _bytes_of(path: str | os.PathLike[str]) -> bytes:
+    """Copy a file front to back, but take the count of vector words last: it bounds what was overwritten meanwhile."""
+    place = slice(LIVE_AT + WORD.size, LIVE_AT + 2 * WORD.size)
+    with _opened(path) as file:
+        data = file.read(MAX_BYTES)
+        file.seek(place.start)
+        later = file.read(WORD.size)
+    return data if data[place] == later else data[: place.start] + later + data[place.stop :]
+
+
+def _opened(path: str | os.PathLike[str]) -> BinaryIO:
+    """Open a regular file of a size that a witness may have."""
+    try:
+        return open_regular(path, MAX_BYTES)
+    except ValueError as error:
+        raise WitnessError(str(error)) from None
+
+
+def read_dir(path: str | os.PathLike[str]) -> tuple[dict[int, Witness], list[str]]:
+    """All witnesses of a folder by rank, and one line for each file that could not be used."""
+    witnesses: dict[int, Witness] = {}
+    refused: list[str] = []
+    for file in sorted(Path(path).glob(f"*{SUFFIX}")):
+        try:
+            witness = read(file)
+        except (OSError, WitnessError) as error:
+            refused.append(str(error))
+            continue
+        if witness.rank in witnesses:
+            refused.append(f"{file}:0: {witnesses[witness.rank].name} is already the witness of rank {witness.rank}")
+        else:
+            witnesses[witness.rank] = witness
+    return witnesses, refused
+
+
+class Tail:
+    """A cheap look at a live witness file, to be polled many times a second."""
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        self.path = Path(path)
+        with _opened(self.path) as file:
+            size = os.fstat(file.fileno()).st_size
+            if size < GROUPS_AT:
+                raise WitnessError(f"{self.path}:{size}: the file ends inside its header")
+            self._map = _mapped(file)
+        self._who, self._shape = parse_header(self._map[:GROUPS_AT], str(self.path))
+        self._num_events = 0
+        self._beat_ns = 0
+
+    def num_events(self) -> int:
+        """How many events the rank has recorded."""
+        self._num_events = max(self._num_events, unguarded(LIVE.unpack_from(self._map, LIVE_AT)[0]) or 0)
+        return self._num_events
+
+    def last_event_ns(self) -> int:
+        """When the rank last recorded anything but a heartbeat, 0 if never."""
+        event = self.last_event()
+        return event.t_ns if event else 0
+
+    def last_event(self) -> Event | None:
+        """The newest record alone; None when there is none or it is being written just now."""
+        num_events = self.num_events()
+        if num_events == 0:
+            return None
+        at = self._shape.ring_at + (num_events - 1) % self._shape.ring_records * RECORD.size
+        record = self._map[at : at + RECORD.size]
+        event = Event._make(RECORD.unpack(record))
+        return event if event.n == num_events and is_whole(record) else None
+
+    def heartbeat_ns(self) -> int:
+        """When the last heartbeat came, 0 if never."""
+        self._beat_ns = parse_heartbeat(self._map[:GROUPS_AT], Problems(""))[0] or self._beat_ns
+        return self._beat_ns
+
+    def who(self) -> Identity:
+        """The writer; its pid is 0 until the rank has opened the file."""
+        if not self._who.pid:
+            with contextlib.suppress(WitnessError):  # the rank is just writing its header
+                self._who = parse_header(self._map[:GROUPS_AT], str(self.path))[0]
+        return self._who
+
+    def witness(self) -> Witness:
+        """Read the whole file."""
+        return read(self.path)
+
+    def close(self) -> None:
+        self._map.close()
+
+
+def _mapped(file: BinaryIO) -> mmap.mmap:
+    """Map a file. Before Python 3.13 the map keeps a descriptor, and a watcher has one for every rank."""
+    if sys.version_info >= (3, 13):
+        return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ, trackfd=False)
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft != hard:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)

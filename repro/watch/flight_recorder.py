@@ -1,0 +1,84 @@
+"""Compare PyTorch's Flight Recorder dumps with the witnesses.
+
+The Flight Recorder is PyTorch's own record of collectives, made by other code than ours. Where both say the same about
+a rank its position is certain; where they differ, neither is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from repro.store.run_dir import RunDir, read_json
+from repro.verdict.result import Position, name_ranks
+
+_NAMES = {"default_pg": "world"}
+"""What PyTorch calls a group, where our recorder calls it something else."""
+
+
+@dataclass
+class RecorderCheck:
+    """The outcome for all blocked ranks.
+
+    agree          ranks whose dump has the collective pending in which the witness sees them
+    ahead          ranks whose dump has a later collective of that group pending
+    contradicted   rank -> what its dump says instead
+    """
+
+    agree: list[int] = field(default_factory=list)
+    ahead: list[int] = field(default_factory=list)
+    contradicted: dict[int, str] = field(default_factory=dict)
+
+    def sentences(self) -> list[str]:
+        """The outcome in words, contradictions left out."""
+        lines = []
+        if self.agree:
+            lines.append(f"{name_ranks(self.agree)}: the Flight Recorder has the same collective pending")
+        if self.ahead:
+            lines.append(
+                f"{name_ranks(self.ahead)}: the Flight Recorder has a collective of the same group pending, under a "
+                "higher number: it counts each of those that one call is made of"
+            )
+        return lines
+
+
+def compare_dumps(run_dir: RunDir, positions: Iterable[Position]) -> RecorderCheck:
+    """Compare the dump of each blocked rank with its position. A dump that never saw the group says nothing."""
+    check = RecorderCheck()
+    for position in positions:
+        if position.state != "blocked":
+            continue
+        entries = _read_entries(run_dir.flight_recorder(position.rank))
+        if not any(group == position.group for group, _, _ in entries):
+            continue
+        pending = [(group, seq) for group, seq, retired in entries if not retired]
+        if (position.group, position.seq) in pending:
+            check.agree.append(position.rank)
+        elif any(group == position.group and seq > position.seq for group, seq in pending):
+            check.ahead.append(position.rank)
+        else:
+            listed = ", ".join(f"{group} #{seq}" for group, seq in pending) or "nothing"
+            check.contradicted[position.rank] = (
+                f"the Flight Recorder has {listed} pending, the witness {position.group} #{position.seq}"
+            )
+    return check
+
+
+def _read_entries(dump: Path) -> list[tuple[str, int, bool]]:
+    """Group, sequence number and whether it is retired, of each entry; [] without a readable dump.
+
+    On gloo an entry's ``state`` stays "scheduled" for ever; ``retired`` is what shows that it has completed.
+    """
+    try:
+        document = read_json(dump)
+        return [
+            (_group(str(entry["process_group"][1])), int(entry["collective_seq_id"]), bool(entry["retired"]))
+            for entry in document["entries"]
+        ]
+    except (OSError, ValueError, KeyError, TypeError, IndexError):
+        return []
+
+
+def _group(name: str) -> str:
+    return _NAMES.get(name, name)

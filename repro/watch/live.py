@@ -1,0 +1,339 @@
+"""The watcher: outside the ranks, it follows their witnesses and decides when and how a run has ended.
+
+It only reads what the ranks leave. When nothing has happened on any rank for the quiet window, it asks the judge; while
+the answer is that some rank still works, it goes on watching. Before it says anything final it collects stacks and
+Flight Recorder dumps, and it writes verdict.json before anything is ended. A failure of the watcher itself is a verdict
+as well: `inconclusive`, with the traceback in logs/watcher.log.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import re
+import traceback
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import psutil
+
+from repro.hosts import collect
+from repro.hosts.agent import Others
+from repro.hosts.host import READ_FAILURES, Host
+from repro.hosts.options import WatchOptions
+from repro.hosts.system import System
+from repro.store.run_dir import RunDir, write_json
+from repro.trace.tails import Tails
+from repro.trace.witness import Tail, Witness
+from repro.verdict import Verdict
+from repro.verdict.facts import Facts
+from repro.watch.flight_recorder import compare_dumps
+from repro.watch.look import Look
+from repro.watch.qualified import ended_from_outside, not_decided, uncompared
+from repro.watch.silences import Silences
+
+SCHEMA_VERSION = 1
+POLL_S = 0.05
+
+ANSWER_PATIENCE_S = 2.0
+"""How long the other hosts may take to collect evidence from their ranks."""
+
+DEATH_GRACE_S = 0.5
+DEATH_PATIENCE_S = 5.0
+"""After a death the verdict waits until nothing has happened for the first, at most for the second: the peers may be
+about to finish without the dead rank, or to say that they miss it.
+"""
+
+READ_PATIENCE_S = 5.0
+"""How long reads may fail before the watcher gives up. A stale handle, an I/O error or a lack of descriptors passes."""
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """What is known about the results of ranks that are all done.
+
+    wrong     a line for each wrong result
+    missing   why the results were not compared; "" if they were
+    evidence  what was compared, in a sentence
+    """
+
+    wrong: tuple[str, ...] = ()
+    missing: str = ""
+    evidence: str = ""
+
+
+def describe(verdict: Verdict) -> dict[str, Any]:
+    """The entries of verdict.json that follow from the verdict alone."""
+    return {"schema_version": SCHEMA_VERSION, **verdict.to_json(), "sentences": verdict.sentences()}
+
+
+@dataclass
+class Watch:
+    """One watch over one run.
+
+    job_alive     whether the processes that were started still exist
+    compare       compares the results once all ranks are done. It may return None, to be asked again, unless its
+                  argument is True: then the watch ends now
+    describe      the entries of verdict.json that do not depend on the watch
+    read          changes the witnesses before they are judged
+    interrupted   whether the user wants the run to end
+    show          called at every poll with the tails, for a display
+    notice        called with a line when it has changed who waits for whom
+    """
+
+    run_dir: RunDir
+    options: WatchOptions
+    job_alive: Callable[[], bool]
+    compare: Callable[[bool], Comparison | None] = lambda final: Comparison()
+    describe: Callable[[Verdict], dict[str, Any]] = describe
+    read: Callable[[dict[int, Witness]], dict[int, Witness]] = lambda witnesses: witnesses
+    interrupted: Callable[[], bool] = lambda: False
+    show: Callable[[list[Tail]], None] = lambda tails: None
+    notice: Callable[[str], None] = lambda text: None
+    host: Host = field(default_factory=Host)
+
+    def __post_init__(self) -> None:
+        self.started_ns = self.host.now_ns()
+        self._tails = Tails(self.run_dir, self.options.num_ranks, self.host.here)
+        self._system = System(self.options.quiet_window_s, self.host)
+        self._others = Others(self.run_dir, self.host)
+        self._look = Look(self.host.here, self.started_ns)
+        self._judged_ns = 0
+        self._died_ns = 0
+        self._failing_since_ns = 0
+        self._measuring = False
+        self._interrupted = False
+        self._ended_by = ""
+        self._noticed: list[str] = []
+        self._silences = Silences()
+
+    def run(self) -> dict[str, Any]:
+        """Watch until the run is decided; returns what was written to verdict.json.
+
+        Raises OSError if verdict.json cannot be written.
+        """
+        try:
+            while (verdict := self._poll()) is None:
+                self.show(self._tails.opened())
+                self._pause()
+        except Exception as error:
+            verdict = self._failed(error)
+        return self._write(verdict)
+
+    def processes(self) -> list[psutil.Process]:
+        """The ranks that run, by what their witnesses said, even if the files are gone by now."""
+        return [found for found in self._running().values() if found is not None]
+
+    def others_run(self) -> bool:
+        """Whether ranks run on other hosts, as far as the agents there say."""
+        return self._others.someone_runs()
+
+    def all_done(self) -> bool:
+        """Whether every rank has finished all its work."""
+        return self._tails.all_done()
+
+    def _poll(self) -> Verdict | None:
+        """Decide, unless a read fails: the next poll may meet no failure."""
+        try:
+            self._tails.open()
+            verdict = self._decide()
+        except READ_FAILURES as error:
+            now_ns = self.host.now_ns()
+            self._failing_since_ns = self._failing_since_ns or now_ns
+            if now_ns - self._failing_since_ns > READ_PATIENCE_S * 1e9:
+                raise error
+            return None
+        self._failing_since_ns = 0
+        return verdict
+
+    def _pause(self) -> None:
+        """Sleep until the next poll. To be woken late is a sign that the machine has no processor to spare."""
+        asleep_ns = self.host.now_ns()
+        self.host.sleep(POLL_S)
+        self._system.note_late((self.host.now_ns() - asleep_ns) / 1e9 - POLL_S)
+
+    def _decide(self) -> Verdict | None:
+        """The final verdict, or None while there is reason to go on."""
+        now_ns = self.host.now_ns()
+        if self.interrupted():
+            self._interrupted = True
+            return not_decided(self._conclude())
+        if now_ns - self.started_ns > self.options.deadline_s * 1e9:
+            return self._conclude(f"the deadline of {self.options.deadline_s:g} s passed")
+        if self.all_done():
+            return self._compared(final=False)
+        if self._somebody_died(now_ns):
+            verdict, self._ended_by = self._conclude(), collect.launcher_was_ended(self.run_dir)
+            return ended_from_outside(verdict, self._ended_by) if self._ended_by else verdict
+        quiet_ns = self.options.quiet_window_s * 1e9
+        waited_ns = now_ns - max(self._last_event_ns(), self._judged_ns)
+        if waited_ns < quiet_ns:
+            if waited_ns < quiet_ns / 2:
+                self._measuring = False
+            elif not self._measuring:  # what the ranks use of the processors in the second half of the silence
+                self._measuring = True
+                self._system.begin_measuring(self._pids())
+            return None
+        return self._decide_in_quiet()
+
+    def _decide_in_quiet(self) -> Verdict | None:
+        """Judge once per quiet window: a rank that works on without events is `slow`, and the watch goes on."""
+        last_event_ns, self._judged_ns = self._last_event_ns(), self.host.now_ns()
+        self._system.measure(self._pids())
+        verdict = self._judge()
+        if verdict.verdict in ("slow", "inconclusive"):
+            self._notice(verdict)
+            self._silences.remember(
+                verdict,
+                self._look.facts,
+                (self.host.now_ns() - self._tails.heartbeat_ns()) / 1e9,
+                self.options.quiet_window_s,
+            )
+            return None
+        verdict = self._judge_with_evidence()
+        # A rank may have moved while the evidence was taken, or the evidence may speak against the verdict.
+        moved = self._last_event_ns() != last_event_ns
+        return None if moved or verdict.verdict in ("slow", "inconclusive") else verdict
+
+    def _conclude(self, why: str = "") -> Verdict:
+        """The last verdict, with what there is: nothing more will be seen of this run."""
+        reasons = [why] if why else []
+        if self.all_done() and (verdict := self._compared(final=True)) is not None:
+            return verdict.with_evidence(reasons)
+        self._system.measure(self._pids())
+        verdict = self._judge_with_evidence()
+        return self._look.unless_begun(verdict).with_evidence(reasons)
+
+    def _judge_with_evidence(self) -> Verdict:
+        """Collect stacks and dumps, look again, and judge with what they confirm, contradict, or do not say.
+
+        Processor use stays as it was measured before: to write the evidence takes a processor too.
+        """
+        unanswered = self._collect_evidence()
+        verdict = self._judge()
+        check = compare_dumps(self.run_dir, verdict.ranks)
+        if unanswered or check.contradicted:
+            further = Facts(unanswered=unanswered, contradicted=check.contradicted)
+            self._look = dataclasses.replace(self._look, facts=self._look.facts.joined(further))
+            verdict = self._look.verdict(self.options).with_evidence(self._look.notes)
+        contradictions = [f"rank {rank}: {text}" for rank, text in check.contradicted.items()]
+        missing = collect.name_missing(unanswered, collect.PATIENCE_S)
+        return verdict.with_evidence([*check.sentences(), *contradictions, *missing])
+
+    def _judge(self, wrong_numbers: Sequence[str] = ()) -> Verdict:
+        self._look = self._take_look()
+        return self._look.verdict(self.options, wrong_numbers).with_evidence(self._look.notes)
+
+    def _take_look(self) -> Look:
+        """Read all there is: first the clock, then the processes, then what they have written."""
+        now_ns = self.host.now_ns()
+        self._tails.open()
+        running = self._running()
+        witnesses, refused = self._tails.read()
+        notes = [*self._others.silent(), *refused]
+        witnesses = self.read(witnesses)
+        facts = self._others.merged(self._system.look(witnesses, running))
+        never = [rank for rank, witness in witnesses.items() if not witness.who.pid]
+        if never and not self.job_alive():  # nobody is left who could start them
+            facts = facts.joined(Facts(alive=dict.fromkeys(never, False)))
+            notes.append(collect.of_launcher(self.run_dir, never))
+        notes += self._describe_strangers(witnesses, facts)
+        return Look(self.host.here, now_ns, witnesses, facts, tuple(notes))
+
+    def _describe_strangers(self, witnesses: Mapping[int, Witness], facts: Facts) -> list[str]:
+        """A sentence for each process of this host that holds a lock and is no rank."""
+        here = [rank for rank, witness in witnesses.items() if self._system.is_here(witness.who)]
+        holders = {pid for rank, (_, pid) in facts.lock_holders.items() if rank in here and pid > 0}
+        return [self.host.describe(pid) for pid in sorted(holders - {witnesses[rank].who.pid for rank in here})]
+
+    def _compared(self, final: bool) -> Verdict | None:
+        """The verdict on ranks that are all done: `clean` only if their results are right. None to ask again."""
+        comparison = self.compare(final)
+        if comparison is None:
+            return None
+        if comparison.missing:
+            return uncompared(self._judge(), comparison.missing)
+        verdict = self._judge(wrong_numbers=comparison.wrong)
+        if verdict.verdict != "clean":
+            return verdict
+        compared = [comparison.evidence] if comparison.evidence else []
+        slowest = self._silences.slowest(self.options.quiet_window_s)
+        if slowest is None:
+            return verdict.with_evidence(compared)
+        return slowest.with_evidence(["then all ranks finished", *compared])
+
+    def _last_event_ns(self) -> int:
+        return max(self.started_ns, self._tails.last_event_ns())
+
+    def _running(self) -> dict[int, psutil.Process | None]:
+        return self._system.running(self._tails.writers())
+
+    def _pids(self) -> dict[int, int]:
+        return {rank: found.pid for rank, found in self._running().items() if found is not None}
+
+    def _somebody_died(self, now_ns: int) -> bool:
+        """A rank is gone or failed, or all processes are, and nobody else is about to say something."""
+        gone = None in self._running().values() or not self.job_alive() or self._others.someone_is_gone()
+        if not gone and not self._tails.any_failed():
+            self._died_ns = 0
+            return False
+        self._died_ns = self._died_ns or now_ns
+        quiet_ns = now_ns - max(self._died_ns, self._last_event_ns())
+        return quiet_ns > DEATH_GRACE_S * 1e9 or now_ns - self._died_ns > DEATH_PATIENCE_S * 1e9
+
+    def _collect_evidence(self) -> dict[int, str]:
+        """Have all ranks leave their evidence; what each did not leave."""
+        question = self._others.ask()
+        unanswered = self.host.collect(self.run_dir, self._pids())
+        return unanswered | self._others.answers(question, ANSWER_PATIENCE_S)
+
+    def _notice(self, verdict: Verdict) -> None:
+        """Tell who waits for whom; a silence in which nobody waits for anybody is no news."""
+        sentences = verdict.sentences()
+        waiting = any(position.state in ("blocked", "locked") for position in verdict.ranks)
+        news = [re.sub(r"heartbeat [\d.]+ s ago", "", sentence) for sentence in sentences]
+        if waiting and news != self._noticed:
+            self._noticed = news
+            self.notice(f"{verdict.verdict}: {'; '.join(sentences)}")
+
+    def _failed(self, error: Exception) -> Verdict:
+        """The verdict after a failure of the watcher itself: it says nothing about the run, and loses nothing of it."""
+        tracebacks = [_traceback_of(error)]
+        try:  # before the caller ends the ranks; what a second judgement needs is in the last look
+            gaps = collect.name_missing(self._collect_evidence(), collect.PATIENCE_S)
+            self._look = self._take_look()
+        except Exception as second:
+            tracebacks.append(_traceback_of(second))
+            gaps = ["not all evidence could be collected"]
+        log = self.run_dir.watcher_log
+        try:
+            log.parent.mkdir(exist_ok=True)
+            log.write_text("\n".join(tracebacks))
+            where = f"the traceback is in logs/{log.name}"
+        except OSError as full:
+            where = f"the traceback could not be written: {full.strerror}"
+        cause = " ".join(f"{type(error).__name__}: {error}".split())
+        said = f"the watcher failed, which says nothing about the run: {cause[:300]}; {where}"
+        return Verdict("inconclusive", evidence=(said, *gaps), confidence="undecided")
+
+    def _write(self, verdict: Verdict) -> dict[str, Any]:
+        now_ns = last_event_ns = self.host.now_ns()
+        with contextlib.suppress(*READ_FAILURES):
+            last_event_ns = self._last_event_ns()
+        document = {
+            **self.describe(verdict),
+            **self._look.to_json(),
+            "interrupted": self._interrupted,
+            "ended_by": self._ended_by,
+            "seconds": {
+                "stall_to_verdict": round((now_ns - last_event_ns) / 1e9, 3),
+                "total": round((now_ns - self.started_ns) / 1e9, 3),
+            },
+        }
+        write_json(self.run_dir.verdict, document, durable=True)
+        return document
+
+
+def _traceback_of(error: Exception) -> str:
+    return "".join(traceback.format_exception(error))

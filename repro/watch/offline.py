@@ -1,0 +1,190 @@
+"""Judge a run once more from the files it left, which somebody may have damaged since, or made up."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+from repro.hosts import locks
+from repro.hosts.host import Host
+from repro.hosts.options import WatchOptions
+from repro.hosts.system import System
+from repro.store.run_dir import RunDir, read_json
+from repro.trace.witness import Witness, read_dir
+from repro.verdict import Verdict
+from repro.verdict.facts import Facts
+from repro.verdict.result import VERDICTS
+from repro.watch.live import Comparison
+from repro.watch.look import Look, watcher_from_json
+from repro.watch.qualified import ended_from_outside, not_decided, uncompared
+
+LOOK_S = 0.5
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Decided:
+    """What a second judgement takes from a verdict.json.
+
+    look       who looked, when, and the facts; without witnesses. None in a file of an older version, which does not
+               say whose clock its times are on
+    """
+
+    verdict: Verdict
+    facts: Facts
+    look: Look | None
+    interrupted: bool
+    ended_by: str
+    seconds: Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Again:
+    """A second judgement.
+
+    decided   what verdict.json says, None for a run that is not decided or whose verdict.json is damaged
+    whole     whether all files could be used to their last byte
+    """
+
+    verdict: Verdict
+    look: Look
+    decided: Decided | None
+    whole: bool
+
+
+def judge_files(run_dir: RunDir, options: WatchOptions, comparison: Comparison) -> Again:
+    """Judge a run from its files.
+
+    A decided run is judged as its watcher saw it: at that moment, on that host's clock, with the facts in verdict.json.
+    So the verdict is the same on any machine. Another run, or one whose verdict.json is damaged, is judged as of now,
+    after a look of LOOK_S at its processes.
+    """
+    damaged: list[str] = []
+    decided: Decided | None = None
+    if run_dir.verdict.exists():
+        try:
+            decided = read_decided(run_dir.verdict)
+        except (OSError, ValueError) as error:
+            damaged.append(f"{error}; the run is judged as if it had no verdict.json")
+    look, refused = _look_at_decided(run_dir, decided) if decided else _look_now(run_dir)
+    verdict = look.verdict(options, comparison.wrong).with_evidence(look.notes)
+    verdict = look.unless_begun(verdict)
+    if decided is None and look.none_began():
+        verdict = verdict.with_evidence([_launcher_of(run_dir)])
+    before = decided.verdict.verdict if decided else ""
+    if comparison.missing and before not in ("clean", "slow"):  # else the watcher has compared the results
+        verdict = uncompared(verdict, comparison.missing)
+    if decided and verdict.verdict == "clean" and before == "slow":  # only the watcher could see that
+        verdict = dataclasses.replace(
+            verdict,
+            verdict="slow",
+            culprits=decided.verdict.culprits,
+            confidence=decided.verdict.confidence,
+            evidence=decided.verdict.evidence,
+        )
+    if decided and decided.interrupted:
+        verdict = not_decided(verdict)
+    if decided and decided.ended_by:
+        verdict = ended_from_outside(verdict, decided.ended_by)
+    runs = {witness.who.run_id for witness in look.witnesses.values()}
+    problems = any(witness.problems for witness in look.witnesses.values())
+    whole = not refused and not damaged and len(runs) <= 1 and not problems
+    return Again(verdict.with_evidence([*refused, *damaged]), look, decided, whole)
+
+
+def _look_at_decided(run_dir: RunDir, decided: Decided) -> tuple[Look, list[str]]:
+    witnesses, refused = read_dir(run_dir.root / "events")
+    if decided.look is not None:
+        return dataclasses.replace(decided.look, witnesses=witnesses), refused
+    here = Host().here
+    last_ns = max((w.last_event_ns() + here.clock_ahead_ns(w.who) for w in witnesses.values() if w.last), default=0)
+    now_ns = last_ns + int(decided.verdict.quiet_s * 1e9) + 1_000_000  # the file has milliseconds
+    return Look(here, now_ns, witnesses, decided.facts), refused
+
+
+def _look_now(run_dir: RunDir) -> tuple[Look, list[str]]:
+    host = Host()
+    system = System(LOOK_S, host)
+    witnesses, _ = read_dir(run_dir.root / "events")
+    system.look(witnesses, system.running(_writers(witnesses)))
+    system.begin_measuring(_pids(system, witnesses))
+    host.sleep(LOOK_S)
+    system.measure(_pids(system, witnesses))
+    now_ns = host.now_ns()
+    running = system.running(_writers(witnesses))
+    witnesses, refused = read_dir(run_dir.root / "events")
+    return Look(host.here, now_ns, witnesses, system.look(witnesses, running)), refused
+
+
+def _writers(witnesses: Mapping[int, Witness]) -> dict[int, Any]:
+    return {rank: witness.who for rank, witness in witnesses.items()}
+
+
+def _pids(system: System, witnesses: Mapping[int, Witness]) -> dict[int, int]:
+    return {rank: found.pid for rank, found in system.running(_writers(witnesses)).items() if found is not None}
+
+
+def _launcher_of(run_dir: RunDir) -> str:
+    """What shows whether a run that no rank has begun is about to begin."""
+    age_s = time.time() - run_dir.config.stat().st_mtime
+    pid = locks.holder(run_dir.config.resolve())
+    watched = f"process {pid} watches it" if pid > 0 else "no process is seen to watch it: its launcher may have ended"
+    return f"the run was prepared {age_s:.0f} s ago, and {watched}"
+
+
+def read_decided(path: Path) -> Decided:
+    """Read a verdict.json; raises ValueError with the file and what is wrong with it."""
+    document = read_json(path)
+    if not isinstance(document, dict):
+        raise ValueError(f"{path}:1: not a mapping")
+
+    def entry(name: str, convert: Callable[[Any], T]) -> T:
+        if name not in document:
+            raise ValueError(f"{path}:1: {name} is missing")
+        try:
+            return convert(document[name])
+        except (AttributeError, KeyError, TypeError, ValueError, OverflowError):
+            raise ValueError(f"{path}:1: {name} is not what a run writes there") from None
+
+    verdict = Verdict(
+        entry("verdict", _verdict),
+        confidence=entry("confidence", _text),
+        culprits=entry("culprits", lambda ranks: tuple(_instance(rank, int) for rank in _instance(ranks, list))),
+        evidence=entry("evidence", lambda lines: tuple(map(_text, _instance(lines, list)))),
+        quiet_s=entry("quiet_s", _seconds),
+    )
+    seconds = entry("seconds", lambda value: _instance(value, dict))
+    facts = entry("system", Facts.from_json)
+    look = None
+    if "watcher" in document:
+        watcher, now_ns = entry("watcher", watcher_from_json)
+        look = Look(watcher, now_ns, facts=facts)
+    ended_by = entry("ended_by", _text) if "ended_by" in document else ""
+    return Decided(verdict, facts, look, bool(document.get("interrupted")), ended_by, seconds)
+
+
+def _instance(value: Any, kind: type[T]) -> T:
+    if not isinstance(value, kind):
+        raise TypeError
+    return value
+
+
+def _text(value: Any) -> str:
+    return _instance(value, str)
+
+
+def _verdict(value: Any) -> str:
+    if value not in VERDICTS:
+        raise ValueError
+    return _text(value)
+
+
+def _seconds(value: Any) -> float:
+    if isinstance(value, str) or not 0 <= float(value) < 1e6:
+        raise ValueError
+    return float(value)

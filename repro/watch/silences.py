@@ -1,0 +1,64 @@
+"""The silences of a run that goes on: how long most of its ranks waited for the same few, and what these did."""
+
+from __future__ import annotations
+
+from repro.hosts.system import STOPPED
+from repro.verdict import Verdict
+from repro.verdict.facts import Facts
+
+SLOW_WINDOWS = 3
+"""A run that ends well is called slow when ranks waited for the same ones for so many quiet windows on end."""
+
+STARVED = 0.1
+"""Share of the time without a processor above which a silence says nothing about the run."""
+
+
+class Silences:
+    """The longest silence for each set of ranks that were waited for."""
+
+    def __init__(self) -> None:
+        self._longest: dict[tuple[int, ...], tuple[float, Verdict]] = {}
+
+    def remember(self, verdict: Verdict, facts: Facts, alive_s: float, quiet_window_s: float) -> None:
+        """Keep a silence in which most ranks waited for few that worked on; the reverse is a busy start.
+
+        A sign of life ends a silence, such as of a build before the first step. A collective in which others wait is a
+        wait all the same, whatever the builder says meanwhile.
+
+        alive_s   seconds since the last heartbeat of any rank
+        """
+        num_waiting = sum(position.state in ("blocked", "locked") for position in verdict.ranks)
+        if verdict.verdict != "slow" or num_waiting <= len(verdict.culprits):
+            return
+        waited_s = _waited_for_a_build(verdict)
+        if not waited_s:
+            if alive_s < quiet_window_s or _was_starved(verdict, facts):
+                return
+            waited_s = verdict.quiet_s
+        stopped = {rank for rank, why in facts.excused.items() if why == STOPPED}  # from outside: not the run's doing
+        longest_s, _ = self._longest.get(verdict.culprits, (0.0, verdict))
+        if waited_s > longest_s and not set(verdict.culprits) <= stopped:
+            self._longest[verdict.culprits] = waited_s, verdict
+
+    def slowest(self, quiet_window_s: float) -> Verdict | None:
+        """The verdict of the longest silence, with the other long ones in its evidence; None if none was long."""
+        silences = sorted(self._longest.values(), key=lambda silence: -silence[0])
+        silences = [silence for silence in silences if silence[0] >= SLOW_WINDOWS * quiet_window_s]
+        if not silences:
+            return None
+        (_, slowest), *others = silences
+        also = [f"for {waited_s:.1f} s also: {other.evidence[0]}" for waited_s, other in others if other.evidence]
+        return slowest.with_evidence(also)
+
+
+def _waited_for_a_build(verdict: Verdict) -> float:
+    """Seconds for which all that wait in collectives have waited, if all that are waited for build; else 0."""
+    awaited = [position for position in verdict.ranks if position.rank in verdict.culprits]
+    if not awaited or any(position.state != "building" for position in awaited):
+        return 0.0
+    return min((position.since_s for position in verdict.ranks if position.state == "blocked"), default=0.0)
+
+
+def _was_starved(verdict: Verdict, facts: Facts) -> bool:
+    """Whether a rank that was waited for lacked a processor: a busy machine made the others wait."""
+    return any(facts.starved.get(rank, 0.0) >= STARVED for rank in verdict.culprits)
