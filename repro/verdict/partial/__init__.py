@@ -16,9 +16,13 @@ from repro.verdict.partial.notes import judge_notes, with_notes
 from repro.verdict.partial.recorders import judge_recorders
 from repro.verdict.partial.scene import Scene
 from repro.verdict.partial.stacks import judge_stacks
+from repro.verdict.partial.starts import judge_start
 from repro.verdict.partial.timeouts import judge_timeouts
 
-RULES = (judge_mismatches, judge_failures, judge_recorders, judge_timeouts, judge_stacks, judge_counts, judge_notes)
+RULES = (
+    judge_mismatches, judge_start, judge_failures, judge_recorders, judge_timeouts, judge_stacks, judge_counts,
+    judge_notes,
+)  # fmt: skip
 
 __all__ = ["Diagnosis", "diagnose"]
 

@@ -2,85 +2,128 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 
-from repro.trace.observed import Failure
+from repro.trace.observed import Failure, TimedOut
 from repro.verdict.partial.diagnosis import COLLECT, Diagnosis
 from repro.verdict.partial.scene import Scene
 from repro.verdict.partial.words import ranks_of, verb
+
+CLOCK_SKEW_S = 2.0
+ZONE_S, ZONE_SLACK_S = 1800.0, 300.0
+_SURVIVED = re.compile(
+    r"\bretrying\b|will (?:be )?retr(?:y|ied)|falling back|\brecovered\b|\bignor(?:ed|ing)\b|\bskipping\b",
+    re.IGNORECASE,
+)
+_XID_OF_EXIT = re.compile(r"Xid 4[35]\b")
+"""Xid 43 and 45 are printed when a process ends for another reason, too."""
 
 ROOTS = ("memory", "device", "killed", "exception")
 _WEIGHT = {"memory": 0, "device": 0, "killed": 1, "exception": 2}
 
 
 def judge_failures(scene: Scene) -> Diagnosis | None:
-    start = [it for it in scene.failures if it.kind == "start"]
-    loopback = [note for note in scene.notes if note.kind == "loopback"]
-    if start or (loopback and any(it.kind != "consequence" for it in scene.failures)):
-        return _start(scene, start)
     roots = [it for it in scene.failures if it.kind in ROOTS and not _is_aftermath(it, scene)]
     if not roots:
         return None
     first = _first(roots)
     if first is None:
-        return _undecided(roots)
-    alike = [
-        it for it in roots if it.kind == first.kind and it.process.rank != first.process.rank and it.text == first.text
-    ]
-    if alike and first.kind == "exception":
-        return _alike([first, *alike])
+        return _undecided(roots, "and which was first is not known: the lines carry no times, or clocks of two zones")
+    others = [it for it in roots if it.process.rank != first.process.rank]
+    if first.kind == "exception" and any(it.text == first.text for it in others):
+        return _undecided([first, *(it for it in others if it.text == first.text)], "with the same error")
+    if [it for it in others if it.kind == first.kind and _together(first, it)]:
+        return _undecided([first, *others], "within two seconds, which clocks of two hosts do not tell apart")
+    if first.kind == "exception" and not _has_consequence(scene, first):
+        return _unproven(first)
     return _crash(scene, first)
 
 
 def _is_aftermath(failure: Failure, scene: Scene) -> bool:
-    """An error that cannot have begun the hang: it came after a watchdog had fired, or the rank went on after it."""
-    if failure.kind == "exception" and failure.process.rank in _seen_waiting(scene):
-        return True  # so the exception did not end it
-    fired = [it.at_s for it in scene.timeouts if it.at_s is not None]
-    gave_up = [it.at_s for it in scene.failures if it.kind == "timeout" and it.at_s is not None]
-    bounds = fired + gave_up
-    if failure.kind in ("memory", "device") and failure.at_s is None:
-        return False
-    return failure.at_s is not None and bool(bounds) and failure.at_s >= min(bounds)
+    """Whether the error cannot have begun the hang: the rank went on after it, or a time-out came before it."""
+    rank = failure.process.rank
+    if _SURVIVED.search(failure.text) or _XID_OF_EXIT.search(failure.text):
+        return True
+    if failure.kind in ("exception", "memory") and rank in _seen_waiting(scene):
+        return True  # so it did not end the rank
+    own = [it for it in scene.timeouts if rank is not None and it.rank == rank]
+    if any(it.source.file == failure.source.file and _line(it) < _line(failure) for it in own):
+        return True
+    bounds = [it.at_s for it in scene.timeouts] + [it.at_s for it in scene.failures if it.kind == "timeout"]
+    fired = [at_s for at_s in bounds if at_s is not None]
+    return failure.at_s is not None and bool(fired) and failure.at_s >= min(fired)
+
+
+def _line(record: Failure | TimedOut) -> int:
+    place = re.search(r"\d+", record.source.place)
+    return int(place[0]) if place else 0
 
 
 def _seen_waiting(scene: Scene) -> set[int]:
-    """Ranks that a stack, a dump or a watchdog shows alive in a wait."""
+    """Ranks that a stack, a dump or a watchdog shows alive in a wait that others share."""
     waiting = {rank for rank, dump in scene.recorders.items() if any(record.pending for record in dump.groups)}
-    return waiting | set(scene.main_stacks()) | {it.rank for it in scene.timeouts if it.rank is not None}
+    alive = {rank for rank, rows in scene.main_stacks().items() if rows[-1].activity != "exit"}
+    calls: dict[tuple[str, int | None], set[int]] = {}
+    for it in scene.timeouts:
+        if it.rank is not None:
+            calls.setdefault((it.call.op, it.call.seq), set()).add(it.rank)
+    shared = {rank for ranks in calls.values() if len(ranks) > 1 for rank in ranks}
+    return waiting | alive | shared
 
 
 def _first(roots: Sequence[Failure]) -> Failure | None:
     """The earliest, by its stamp; without stamps the weightiest, if only one rank has one."""
     stamped = [it for it in roots if it.at_s is not None]
     if stamped and len(stamped) == len(roots):
-        return min(stamped, key=lambda it: (it.at_s or 0.0, _WEIGHT[it.kind]))
+        first = min(stamped, key=lambda it: (it.at_s or 0.0, _WEIGHT[it.kind]))
+        return None if any(_zones_may_differ(first, it) for it in stamped) else first
     heavy = sorted(roots, key=lambda it: _WEIGHT[it.kind])
     best = [it for it in heavy if _WEIGHT[it.kind] == _WEIGHT[heavy[0].kind]]
     ranks = {it.process.rank for it in best}
     return best[0] if len(ranks) == 1 else None
 
 
+def _zones_may_differ(one: Failure, two: Failure) -> bool:
+    """Whether the stamps of two files are about a multiple of half an hour apart, as those of two time zones are."""
+    gap = abs((one.at_s or 0.0) - (two.at_s or 0.0))
+    if one.source.file == two.source.file or one.process.rank == two.process.rank or gap < ZONE_S - ZONE_SLACK_S:
+        return False
+    return min(gap % ZONE_S, ZONE_S - gap % ZONE_S) <= ZONE_SLACK_S
+
+
+def _together(one: Failure, two: Failure) -> bool:
+    return one.at_s is not None and two.at_s is not None and abs(one.at_s - two.at_s) < CLOCK_SKEW_S
+
+
+def _has_consequence(scene: Scene, failure: Failure) -> bool:
+    """Whether another record shows that the process ended, or that others wait for it."""
+    rank = failure.process.rank
+    ended = [it for it in scene.failures if it.kind in ("consequence", "timeout", "killed", "ended")]
+    gone = [it for it in scene.notes if it.kind in ("local rank", "torchrun") and it.value == str(rank)]
+    return bool(ended or gone or scene.left or scene.timeouts or scene.recorders)
+
+
+def _unproven(failure: Failure) -> Diagnosis:
+    rank = failure.process.rank
+    return Diagnosis(
+        "inconclusive", "", (), (rank,) if rank is not None else (), "undecided",
+        (f"{_name(failure)} logged an error: {failure.text}. Nothing here shows that it ended the process.",),
+        (f"{_name(failure)}: {failure.text} ({failure.source})",), (),
+        ("whether the process still runs: ps -o pid,etime,stat,args -p PID; and the end of its log",
+         COLLECT["stacks"]),
+    )  # fmt: skip
+
+
+def _name(failure: Failure) -> str:
+    words = str(failure.process)
+    return words[:1].upper() + words[1:]
+
+
 def _crash(scene: Scene, first: Failure) -> Diagnosis:
-    rank = first.process.rank
-    who = f"Rank {rank}" if rank is not None else f"{first.process}".capitalize()
+    rank, who = first.process.rank, _name(first)
     later = [it for it in scene.failures if it.kind in ("consequence", "timeout") and it.process.rank != rank]
-    evidence = [f"{who}: {first.text} ({first.source})"]
-    closed = [
-        note for note in scene.notes if note.kind == "local rank" and rank is not None and note.value == str(rank)
-    ]
-    if closed:
-        evidence.append(
-            f"NCCL on {ranks_of({n.process.rank for n in closed if n.process.rank is not None})} saw "
-            f"local rank {rank} close its connection ({closed[0].source})"
-        )
-    evidence += [f"{it.process}, later: {it.text} ({it.source})" for it in _one_a_rank(later)[:4]]
     waiting = sorted({it.rank for it in scene.timeouts if it.rank is not None and it.rank != rank})
-    if waiting:
-        evidence.append(
-            f"{ranks_of(waiting).capitalize()} ran into time-outs, a consequence: "
-            f"{verb(waiting, 'it', 'they')} waited for a rank that was gone."
-        )
     others = sorted(({it.process.rank for it in later if it.process.rank is not None} | set(waiting)) - {rank})
     unseen = _unseen(scene, rank)
     collect = list(_COLLECT[first.kind])
@@ -91,11 +134,31 @@ def _crash(scene: Scene, first: Failure) -> Diagnosis:
         "crash", _CAUSE[first.kind], (rank,) if rank is not None else (), (), "certain" if certain else "likely",
         (f"{who} ended first: {first.text}.",
          f"What {ranks_of(others)} {verb(others, 'reports', 'report')} came later and follows from "
-        "it." if others else "What other ranks report follows from it."),
-        tuple(evidence),
+         "it." if others else "What other ranks report follows from it."),
+        (f"{who}: {first.text} ({first.source})", *_closed(scene, rank),
+         *(f"{it.process}, later: {it.text} ({it.source})" for it in _one_a_rank(later)[:4]),
+         *_waited(waiting)),
         ("An error of another rank that is older: look at the logs that are not here.",),
         tuple(collect),
     )  # fmt: skip
+
+
+def _closed(scene: Scene, rank: int | None) -> list[str]:
+    """Who saw the rank close its connection, by the lines of NCCL's service thread."""
+    notes = [it for it in scene.notes if it.kind == "local rank" and rank is not None and it.value == str(rank)]
+    if not notes:
+        return []
+    seen_by = ranks_of({it.process.rank for it in notes if it.process.rank is not None})
+    return [f"NCCL on {seen_by} saw local rank {rank} close its connection ({notes[0].source})"]
+
+
+def _waited(ranks: Sequence[int]) -> list[str]:
+    if not ranks:
+        return []
+    return [
+        f"{ranks_of(ranks).capitalize()} ran into time-outs, a consequence: {verb(ranks, 'it', 'they')} waited for a "
+        "rank that was gone."
+    ]
 
 
 _CAUSE = {"memory": "memory", "device": "hardware", "killed": "killed", "exception": "error"}
@@ -123,46 +186,14 @@ def _unseen(scene: Scene, rank: int | None) -> list[int]:
     return sorted(r for r in range(size) if r not in known and r != rank) if size <= 1024 else []
 
 
-def _start(scene: Scene, start: Sequence[Failure]) -> Diagnosis:
-    loopback = [note for note in scene.notes if note.kind == "loopback"]
-    incomplete = [note for note in scene.notes if note.kind == "incomplete"]
-    warned = sorted({note.process.rank for note in loopback if note.process.rank is not None})
-    evidence = [f"{note.text.capitalize()} ({note.source})" for note in incomplete[:2]]
-    evidence += [f"{it.process}: {it.text} ({it.source})" for it in start[:3]]
-    summary = ["The start-up failed: the ranks could not connect to each other. No collective ran."]
-    if loopback:
-        evidence.insert(
-            0,
-            f"{ranks_of(warned).capitalize()} could not resolve the name of their host and bound gloo "
-            f"to the loopback address 127.0.0.1 ({loopback[0].source})",
-        )
-        summary.append(
-            f"The host of {ranks_of(warned)} offers 127.0.0.1 (loopback) to the others. Set "
-            "GLOO_SOCKET_IFNAME (and NCCL_SOCKET_IFNAME) to the interface between the hosts."
-        )
-    return Diagnosis(
-        "crash", "start", (), (), "likely", tuple(summary), tuple(evidence),
-        ("The interface is set and the same error comes again: then look at the port and the firewall.",),
-        ("the interfaces and the name of that host: ip -br addr; hostname; getent hosts "
-        "$(hostname); cat /etc/hosts", "GLOO_SOCKET_IFNAME=IFACE NCCL_SOCKET_IFNAME=IFACE, and start again"),
-    )  # fmt: skip
-
-
-def _undecided(roots: Sequence[Failure]) -> Diagnosis:
+def _undecided(roots: Sequence[Failure], why: str) -> Diagnosis:
     ranks = sorted({it.process.rank for it in roots if it.process.rank is not None})
+    causes = {_CAUSE[it.kind] for it in roots}
+    who = ranks_of(ranks).capitalize() if ranks else "Several processes"
     return Diagnosis(
-        "crash", "error", (), tuple(ranks), "undecided",
-        (f"{ranks_of(ranks).capitalize()} failed, and the lines carry no times: which was first is not known.",),
-        tuple(f"{it.process}: {it.text} ({it.source})" for it in roots[:6]),
-        (), ("the same logs with time stamps: TORCH_CPP_LOG_LEVEL=INFO, or the launcher's logs with times",),
-    )  # fmt: skip
-
-
-def _alike(roots: Sequence[Failure]) -> Diagnosis:
-    ranks = sorted({it.process.rank for it in roots if it.process.rank is not None})
-    return Diagnosis(
-        "crash", "error", (), tuple(ranks), "undecided",
-        (f"{ranks_of(ranks).capitalize()} raised the same error: {roots[0].text}.",),
-        tuple(f"{it.process}: {it.text} ({it.source})" for it in roots[:4]),
-        ("An older error of one rank.",), (COLLECT["stacks"],),
+        "crash", causes.pop() if len(causes) == 1 else "error", (), tuple(ranks), "undecided",
+        (f"{who} failed, {why}.",),
+        tuple(f"{it.process}: {it.text} ({it.source})" for it in _one_a_rank(roots)[:6]),
+        ("An older error of one rank.",),
+        ("the same logs with time stamps in one zone (UTC): TORCH_CPP_LOG_LEVEL=INFO, or the launcher's logs",),
     )  # fmt: skip

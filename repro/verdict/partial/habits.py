@@ -10,6 +10,7 @@ from repro.verdict.partial.scene import Scene
 from repro.verdict.partial.words import program_frames
 
 MIN_REPEATS = 2
+MIN_COVERED = 8
 MAX_PERIOD = 512
 HISTORY = 2048
 
@@ -18,8 +19,8 @@ HISTORY = 2048
 class HabitBreak:
     """The rank that left the rhythm. `kind` is extra or skipped, whichever changes fewer operations.
 
-    convincing   its operation stands in the rhythm at another place, or comes from a line that no rank used before;
-                 else it may begin something new that the others should have begun too
+    convincing   an operation with the same arguments stands in the rhythm at another place; else the rank may have
+                 begun something rare (a checkpoint, an evaluation) that the others should have begun too
     """
 
     rank: int
@@ -33,6 +34,7 @@ class _Rhythm:
     """One rank's operations up to the first unfinished one: `keys` repeat with `period`; `due` was to come now."""
 
     keys: tuple[tuple[str, str, str], ...]  # (group, operation, place in the program) of one period, the due one first
+    arguments: frozenset[tuple[object, ...]]  # (group, operation, sizes, types) of that period
     call: Call
     key: tuple[str, str, str]
     period: int
@@ -48,8 +50,10 @@ def left_rhythm(scene: Scene, waits: Sequence[tuple[int, Call]]) -> HabitBreak |
     """
     broken: dict[int, _Rhythm] = {}
     kept: list[_Rhythm] = []
-    for rank in sorted({rank for rank, _ in waits}):
-        rhythm = _rhythm_of(scene.recorders[rank]) if rank in scene.recorders else None
+    ranks = sorted({rank for rank, _ in waits})
+    framed = all(call.frames for _, call in waits)
+    for rank in ranks:
+        rhythm = _rhythm_of(scene.recorders[rank], framed) if rank in scene.recorders else None
         if rhythm is None:
             return None
         if rhythm.kept:
@@ -65,32 +69,49 @@ def left_rhythm(scene: Scene, waits: Sequence[tuple[int, Call]]) -> HabitBreak |
 
 
 def _described(scene: Scene, rank: int, rhythm: _Rhythm) -> HabitBreak:
-    call, (group, due, _) = rhythm.call, rhythm.keys[0]
-    later = rhythm.keys.index(rhythm.key) if rhythm.key in rhythm.keys else None
-    kind = "skipped" if later is not None and later <= 1 else "extra"
+    call, (group, due, _), group_of_call = rhythm.call, rhythm.keys[0], rhythm.key[0]
+    following = rhythm.keys[1 % len(rhythm.keys)][:2]
+    kind = "skipped" if rhythm.key[:2] == following else "extra"
     site = program_frames(call.frames) or _site_in_stack(scene, rank)
     where = f", from {site}" if site else ""
     number = f" #{call.seq}" if call.seq is not None else ""
-    passed = f"it passed over {due} of group {group}" if kind == "skipped" else "an extra operation"
+    passed = f"it passed over {due} of group {group}, or issues it later" if kind == "skipped" else "an extra operation"
     sentence = (
         f"Rank {rank} left the rhythm of its earlier steps ({rhythm.period} operations each): {call.op}{number} came "
         f"where {due} of group {group} came before{where}: {passed} ({call.source}). The other ranks kept theirs."
     )
-    return HabitBreak(rank, kind, sentence, later is not None or bool(call.frames))
+    return HabitBreak(rank, kind, sentence, (group_of_call, *call.arguments) in rhythm.arguments)
 
 
-def _rhythm_of(dump: RecorderDump) -> _Rhythm | None:
+def _rhythm_of(dump: RecorderDump, framed: bool) -> _Rhythm | None:
+    """`framed`: tell operations apart by their place in the program too, which all dumps then have to record."""
     ordered = [(dump.groups[g].group.name, dump.groups[g].calls[c]) for g, c in dump.order][-HISTORY:]
-    keys = [(name, call.op, program_frames(call.frames, 1)) for name, call in ordered]
+    keys = [(name, call.op, program_frames(call.frames, 1) if framed else "") for name, call in ordered]
     pending = next((i for i, (_, call) in enumerate(ordered) if not call.done), None)
     if pending is None:
         return None
-    past = keys[:pending]
+    period = _period(keys[:pending])
+    if period is None:
+        return None
+    last = slice(pending - period, pending)
+    arguments = frozenset((name, *call.arguments) for name, call in ordered[last])
+    return _Rhythm(tuple(keys[last]), arguments, ordered[pending][1], keys[pending], period)
+
+
+def _period(past: Sequence[object]) -> int | None:
+    """The period that explains the longest end of the history, if that end holds MIN_REPEATS periods, MIN_COVERED
+    operations and half of the history. What a job does once at its start has no period.
+    """
+    best, covered = None, 0
     for period in range(1, min(MAX_PERIOD, len(past) // MIN_REPEATS) + 1):
-        if all(past[i] == past[i - period] for i in range(period, len(past))):
-            due = tuple(past[len(past) - period :])
-            return _Rhythm(due, ordered[pending][1], keys[pending], period)
-    return None
+        length = period
+        while length < len(past) and past[-1 - length] == past[-1 - length + period]:
+            length += 1
+        if length > covered and length >= MIN_REPEATS * period:
+            best, covered = period, length
+        if covered == len(past):
+            break
+    return best if covered >= MIN_COVERED and covered * 2 >= len(past) else None
 
 
 def _site_in_stack(scene: Scene, rank: int) -> str:

@@ -8,8 +8,6 @@ from dataclasses import dataclass, field, replace
 
 from repro.trace.observed import (
     Failure,
-    Group,
-    GroupRecord,
     Left,
     Mismatch,
     Note,
@@ -21,6 +19,8 @@ from repro.trace.observed import (
     Stack,
     TimedOut,
 )
+from repro.verdict.partial.members import groups_of, with_members
+from repro.verdict.partial.moments import describe_equal, describe_stale, moments_of, stale_dumps, world_sizes
 
 
 @dataclass(slots=True)
@@ -28,6 +28,9 @@ class Scene:
     """The records of a job by kind, with the ranks filled in that other records reveal."""
 
     recorders: dict[int, RecorderDump] = field(default_factory=dict)
+    earlier: dict[int, RecorderDump] = field(default_factory=dict)
+    """an older dump of the same process, where there is one"""
+
     timeouts: list[TimedOut] = field(default_factory=list)
     progress: list[Progress] = field(default_factory=list)
     stacks: list[Stack] = field(default_factory=list)
@@ -37,16 +40,17 @@ class Scene:
     ras: list[RasAnswer] = field(default_factory=list)
     notes: list[Note] = field(default_factory=list)
     contradictions: list[str] = field(default_factory=list)
+    jobs: dict[int, list[int]] = field(default_factory=dict)
+    """size of the default group -> ranks whose dump says so; more than one entry: several jobs are mixed"""
 
     @classmethod
     def of(cls, records: Iterable[Observation]) -> Scene:
         scene = cls()
         rows = list(records)
+        dumps = [record for record in rows if isinstance(record, RecorderDump)]
         ranks = _ranks_of_processes(rows)
         for record in rows:
             match record:
-                case RecorderDump():
-                    scene._add_recorder(record)
                 case TimedOut():
                     scene.timeouts.append(record)
                 case Progress():
@@ -63,19 +67,22 @@ class Scene:
                     scene.ras.append(record)
                 case Note():
                     scene.notes.append(replace(record, process=_with_rank(record.process, ranks)))
-        scene.recorders = dict(sorted(_with_members(scene.recorders).items()))
+        scene.jobs = world_sizes(dumps)
+        scene._add_recorders(dumps)
         scene.stacks = _with_looks(scene.stacks)
         return scene
 
-    def _add_recorder(self, dump: RecorderDump) -> None:
-        known = self.recorders.get(dump.rank)
-        if known is None or len(_frames(dump)) > len(_frames(known)) or (dump.at_s or 0) > (known.at_s or 0):
-            self.recorders[dump.rank] = dump
-        if known is not None and known.at_s != dump.at_s:
-            self.contradictions.append(
-                f"Two dumps of rank {dump.rank} are of different moments ({known.source}, {dump.source}); "
-                "the newer one is used."
-            )
+    def _add_recorders(self, dumps: Sequence[RecorderDump]) -> None:
+        """Keep the newest dump of each rank, with an earlier one beside it; leave stale dumps out."""
+        moments = moments_of(dumps)
+        self.contradictions += moments.remarks
+        if moments.equal:
+            self.contradictions.append(describe_equal(moments.equal))
+        last = with_members(moments.last)
+        stale = stale_dumps(groups_of(last))
+        self.contradictions += describe_stale(stale, last)
+        self.recorders = {rank: dump for rank, dump in sorted(last.items()) if rank not in stale}
+        self.earlier = {rank: dump for rank, dump in moments.earlier.items() if rank not in stale}
 
     def main_stacks(self, role: str = "worker") -> dict[int, list[Stack]]:
         """Rank -> the stacks of the thread that runs the program, one a look; only processes of this part."""
@@ -97,10 +104,6 @@ class Scene:
         sizes = [int(note.value) for note in self.notes if note.kind == "world" and note.value.isdigit()]
         sizes += [len(g.members) for d in self.recorders.values() for g in d.configured if g.members]
         return max(sizes, default=None)
-
-
-def _frames(dump: RecorderDump) -> list[str]:
-    return [frame for record in dump.groups for call in record.calls[-1:] for frame in call.frames]
 
 
 def _is_main(stack: Stack) -> bool:
@@ -125,36 +128,6 @@ def _with_rank(process: Process, ranks: Mapping[int, int]) -> Process:
     return process
 
 
-def _with_members(recorders: Mapping[int, RecorderDump]) -> dict[int, RecorderDump]:
-    """Fill in what one dump alone does not say: members of groups that gloo dumps do not list, and the group of a
-    counter without entries, by what fellow members call the same id.
-    """
-    recorded: dict[str, set[int]] = {}
-    names: dict[str, dict[str, set[int]]] = {}  # id -> name -> ranks that call it so
-    for rank, dump in recorders.items():
-        for record in dump.groups:
-            if record.calls:
-                recorded.setdefault(record.group.name, set()).add(rank)
-            if record.number and record.group.name:
-                names.setdefault(record.number, {}).setdefault(record.group.name, set()).add(rank)
-
-    def complete(dump: RecorderDump, record: GroupRecord) -> GroupRecord:
-        group = record.group
-        if not group.name and record.number in names:
-            mine = {it.name: it for it in dump.configured}
-            fitting = [mine[name] for name in names[record.number] if name in mine and dump.rank in mine[name].members]
-            if len(fitting) == 1:
-                group = fitting[0]
-        if group.name and not group.members:
-            group = replace(group, members=tuple(sorted(recorded.get(group.name, ()))))
-        return replace(record, group=group)
-
-    return {
-        rank: replace(dump, groups=tuple(complete(dump, record) for record in dump.groups))
-        for rank, dump in recorders.items()
-    }
-
-
 def _with_looks(stacks: Sequence[Stack]) -> list[Stack]:
     """Number the looks at each thread of each process by the order of their files."""
     looks: Counter[tuple[object, ...]] = Counter()
@@ -164,14 +137,3 @@ def _with_looks(stacks: Sequence[Stack]) -> list[Stack]:
         numbered.append(replace(stack, look=looks[key]))
         looks[key] += 1
     return numbered
-
-
-def groups_of(recorders: Mapping[int, RecorderDump]) -> dict[Group, dict[int, GroupRecord]]:
-    """Group -> rank -> what that rank recorded of it."""
-    found: dict[Group, dict[int, GroupRecord]] = {}
-    for rank, dump in recorders.items():
-        for record in dump.groups:
-            if record.group.name and len(record.group.members) > 1:
-                key = Group(record.group.name, "", record.group.members)
-                found.setdefault(key, {})[rank] = record
-    return found

@@ -11,19 +11,27 @@ from repro.verdict.partial.habits import left_rhythm
 from repro.verdict.partial.scene import Scene
 from repro.verdict.partial.words import arguments, program_frames, ranks_of, verb
 
+UNKNOWN_INSIDE = ("coalesced", "unknown")
+"""Entries that stand for several operations, or for one that the recorder does not name."""
+
 
 def different_arguments(scene: Scene, groups: Mapping[Group, Mapping[int, GroupRecord]]) -> Diagnosis | None:
-    """The first number under which members queued different operations, sizes or types, if some of it is unfinished."""
+    """The earliest operation that members of a group queued differently under one number."""
+    differences = []
     for group, records in groups.items():
         number = _first_difference(records)
         if number is not None:
             sides: dict[tuple[object, ...], list[tuple[int, Call]]] = {}
             for rank, record in sorted(records.items()):
                 for call in record.calls:
-                    if call.seq == number and call.op != "coalesced":
+                    if call.seq == number and call.op not in UNKNOWN_INSIDE:
                         sides.setdefault(_comparable(call), []).append((rank, call))
-            return _sides(scene, group, number, list(sides.values()), records)
-    return None
+            at_s = min(call.at_s or 0.0 for side in sides.values() for _, call in side)
+            differences.append((at_s, group, number, list(sides.values()), records))
+    if not differences:
+        return None
+    _, group, number, found, records = min(differences, key=lambda row: row[0])
+    return _sides(scene, group, number, found, records)
 
 
 def _first_difference(records: Mapping[int, GroupRecord]) -> int | None:
@@ -32,7 +40,7 @@ def _first_difference(records: Mapping[int, GroupRecord]) -> int | None:
     differing: set[int] = set()
     for record in records.values():
         for call in record.calls:
-            if call.seq is None or call.op == "coalesced":
+            if call.seq is None or call.op in UNKNOWN_INSIDE:
                 continue
             known = first.setdefault(call.seq, call)
             if known.op is call.op and known.sizes is call.sizes and known.dtypes is call.dtypes:
@@ -48,6 +56,10 @@ def _comparable(call: Call) -> tuple[object, ...]:
         return call.op, call.dtypes[:1]
     if call.op in ("all_to_all", "barrier"):
         return (call.op,)
+    if call.op == "all_gather" and len(call.sizes) > 2:  # uneven: the input differs, the list of outputs does not
+        return call.op, call.sizes[1:], call.dtypes
+    if call.op == "reduce_scatter" and len(call.sizes) > 2:
+        return call.op, call.sizes[:-1], call.dtypes
     return call.arguments
 
 

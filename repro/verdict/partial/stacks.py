@@ -6,11 +6,12 @@ from collections.abc import Mapping, Sequence
 
 from repro.trace.observed import Stack
 from repro.verdict.partial.diagnosis import COLLECT, Diagnosis
+from repro.verdict.partial.locks import judge_locks
+from repro.verdict.partial.processes import judge_processes
 from repro.verdict.partial.scene import Scene
-from repro.verdict.partial.words import program_frames, ranks_of, verb
+from repro.verdict.partial.words import WORKING, program_frames, ranks_of, verb
 
 AGAIN = "a second set of stacks, some seconds later"
-WORKING = ("building", "compiling", "loading", "saving", "data")
 
 
 def judge_stacks(scene: Scene) -> Diagnosis | None:
@@ -22,6 +23,8 @@ def judge_stacks(scene: Scene) -> Diagnosis | None:
         by_activity.setdefault(stacks[-1].activity, []).append(rank)
     return (
         _builder(scene, rows, by_activity)
+        or judge_locks(scene, rows)
+        or judge_processes(scene)
         or _queues(scene, rows, by_activity)
         or _collectives(scene, rows, by_activity)
         or _others(scene, rows, by_activity)

@@ -11,16 +11,16 @@ from collections.abc import Mapping, Sequence
 
 from repro.trace.observed import Group, GroupRecord, RecorderDump
 from repro.verdict.partial.diagnosis import COLLECT, Diagnosis
+from repro.verdict.partial.scene import Scene
 from repro.verdict.partial.waits import has_transfers
-from repro.verdict.partial.words import ranks_of, verb
+from repro.verdict.partial.words import WORKING, ranks_of, verb
 
 CONVINCING_GROUPS = 2
 """In so many groups must a rank lag behind its fellow members to be named. One group leaves it a suspect."""
 
 
-def judge_stopped(
-    recorders: Mapping[int, RecorderDump], groups: Mapping[Group, Mapping[int, GroupRecord]]
-) -> Diagnosis | None:
+def judge_stopped(scene: Scene, groups: Mapping[Group, Mapping[int, GroupRecord]]) -> Diagnosis | None:
+    recorders = scene.recorders
     device: Counter[int] = Counter()
     host: Counter[int] = Counter()
     reasons: dict[int, list[str]] = {}
@@ -52,9 +52,18 @@ def judge_stopped(
                 )
     for kind, count in (("device", device), ("host", host)):
         culprits = tuple(sorted(rank for rank, groups_behind in count.items() if groups_behind >= CONVINCING_GROUPS))
-        if culprits:
-            return _stopped_diagnosis(kind, culprits, reasons, recorders)
+        if not culprits or len(culprits) * 2 > len(recorders):
+            continue  # where most ranks lag, the dumps are of different moments
+        if kind == "host" and not _stands_still(scene, culprits):
+            continue  # a stack says what the host does; the rules below read it
+        return _stopped_diagnosis(kind, culprits, reasons, recorders)
     return None
+
+
+def _stands_still(scene: Scene, ranks: tuple[int, ...]) -> bool:
+    """Whether no stack of these ranks shows the host at work, in a lock, or in an operation that no recorder sees."""
+    stacks = [rows[-1] for rank, rows in scene.main_stacks().items() if rank in ranks]
+    return not any(stack.activity in (*WORKING, "lock", "collective") for stack in stacks)
 
 
 def _waits(dump: RecorderDump) -> bool:

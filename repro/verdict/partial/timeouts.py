@@ -2,10 +2,17 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Mapping, Sequence
+
 from repro.trace.observed import Call, Group, Progress, TimedOut
 from repro.verdict.partial.diagnosis import COLLECT, Diagnosis
 from repro.verdict.partial.scene import Scene
+from repro.verdict.partial.sides import UNKNOWN_INSIDE
 from repro.verdict.partial.words import call_in, ranks_of, verb
+
+Calls = Mapping[tuple[str, str, int | None], Mapping[int, TimedOut]]
+"""(group, operation, number) -> rank -> its time-out."""
 
 
 def judge_timeouts(scene: Scene) -> Diagnosis | None:
@@ -14,37 +21,65 @@ def judge_timeouts(scene: Scene) -> Diagnosis | None:
     known = [it for it in scene.timeouts if it.rank is not None]
     if not known:
         return _group_ranks_only(scene)
-    group_of = {it.rank: it for it in scene.progress if it.rank is not None and it.enqueued is not None}
-    calls: dict[tuple[str, int | None], dict[int, TimedOut]] = {}
+    rows = {it: _row(it, scene.progress) for it in known}
+    calls: dict[tuple[str, str, int | None], dict[int, TimedOut]] = {}
     for it in known:
-        calls.setdefault((it.call.op, it.call.seq), {}).setdefault(it.rank, it)  # type: ignore[arg-type]
-    largest = max(calls.values(), key=len)
-    sample = next(iter(largest.values()))
-    group = _group(sample, group_of)
-    waiting = sorted(largest)
-    behind = sorted(
-        rank for rank, row in group_of.items()
-        if rank not in largest and (row.enqueued or 0) < (sample.call.seq or 0) and _same(row.group, group)
-    )  # fmt: skip
+        key = (_group_name(rows[it]), it.call.op, it.call.seq)
+        calls.setdefault(key, {}).setdefault(it.rank, it)  # type: ignore[arg-type]
+    differing = _different_calls(calls, rows)
+    if differing is not None:
+        return differing
+    named = {name for name, _, _ in calls if name}
     if len(calls) > 1:
-        differing = _different_calls(scene, calls)
-        if differing is not None:
-            return differing
+        return _several_calls(calls, rows) if len(named) > 1 else _several_waits(calls, rows)
+    largest = next(iter(calls.values()))
+    sample = next(iter(largest.values()))
+    row = rows[sample]
+    waiting = sorted(largest)
+    counters = _counters(scene, row)
+    behind = sorted(
+        rank for rank, progress in counters.items()
+        if rank not in largest and (progress.enqueued or 0) < (sample.call.seq or 0)
+    )  # fmt: skip
+    group = row.group if row is not None else sample.group
     elsewhere = [rank for rank in behind if _waits_elsewhere(scene, rank)]
-    if behind and elsewhere == behind and len(waiting) > 0:
-        return _two_groups(scene, sample, group, waiting, behind, group_of)
+    if behind and elsewhere == behind:
+        return _two_groups(scene, sample, group, waiting, behind, counters)
     if behind:
-        return _absent(sample, group, waiting, behind, group_of)
-    return _same_call(scene, sample, group, waiting, group_of)
+        return _absent(sample, group, waiting, behind, counters)
+    return _same_call(scene, sample, group, waiting, row)
 
 
-def _group(sample: TimedOut, progress: dict[int, Progress]) -> Group | None:
-    row = progress.get(sample.rank) if sample.rank is not None else None
-    return row.group if row is not None else sample.group
+def _row(timeout: TimedOut, progress: Sequence[Progress]) -> Progress | None:
+    """The counters that the same watchdog printed beside its time-out: they alone name the group that hangs. Other
+    counters of the rank are of other groups (the dump signal prints those of the default group).
+    """
+    fitting = [
+        row for row in progress
+        if row.rank == timeout.rank and row.group_rank == timeout.group_rank
+        and row.enqueued is not None and timeout.call.seq is not None
+        and row.enqueued >= timeout.call.seq and (row.completed is None or row.completed < timeout.call.seq)
+    ]  # fmt: skip
+    return min(fitting, key=lambda row: _distance(row, timeout), default=None)
 
 
-def _same(one: Group, two: Group | None) -> bool:
-    return two is None or one.name == two.name
+def _distance(row: Progress, timeout: TimedOut) -> tuple[bool, int]:
+    """Lines between the two, after those of other files."""
+    places = [re.search(r"\d+", source.place) for source in (row.source, timeout.source)]
+    lines = [int(place[0]) if place else 0 for place in places]
+    return row.source.file != timeout.source.file, abs(lines[0] - lines[1])
+
+
+def _group_name(row: Progress | None) -> str:
+    return row.group.name if row is not None else ""
+
+
+def _counters(scene: Scene, row: Progress | None) -> dict[int, Progress]:
+    """Rank -> its counters in the group that hangs."""
+    return {
+        it.rank: it for it in scene.progress
+        if it.rank is not None and it.enqueued is not None and (row is None or it.group.name == row.group.name)
+    }  # fmt: skip
 
 
 def _waits_elsewhere(scene: Scene, rank: int) -> bool:
@@ -105,31 +140,70 @@ def _absent(
     )  # fmt: skip
 
 
-def _different_calls(scene: Scene, calls: dict[tuple[str, int | None], dict[int, TimedOut]]) -> Diagnosis | None:
-    """Different operations under one number, in one group as far as the lines tell."""
-    by_number: dict[int | None, list[dict[int, TimedOut]]] = {}
-    for (_, number), rows in calls.items():
-        by_number.setdefault(number, []).append(rows)
-    for number, sides in by_number.items():
-        if number is None or len(sides) < 2:
-            continue
-        names = {_name(scene, rank) for rows in sides for rank in rows}
-        if len(names) != 1 or None in names:
-            continue
-        ordered = sorted(sides, key=len)
-        few = tuple(sorted(ordered[0])) if len(ordered[0]) < len(ordered[-1]) else ()
-        return Diagnosis(
-            "deadlock", "mismatch", (), few, "likely",
-            (f"Members of {next(iter(names))} wait in different operations under number {number}.",),
-            tuple(f"{ranks_of(rows).capitalize()}: {_arguments(next(iter(rows.values())).call)} "
-        f"({next(iter(rows.values())).source})" for rows in ordered),
-            ("The lines are of different groups.",), (COLLECT["recorder"], COLLECT["stacks"]),
-        )  # fmt: skip
+def _different_calls(calls: Calls, rows: Mapping[TimedOut, Progress | None]) -> Diagnosis | None:
+    """Members of one named group that wait in different operations, or in different sizes, under one number."""
+    by_number: dict[tuple[str, int], list[TimedOut]] = {}
+    for (name, op, number), by_rank in calls.items():
+        if name and number is not None and op not in UNKNOWN_INSIDE:
+            by_number.setdefault((name, number), []).extend(by_rank.values())
+    for timeouts in by_number.values():
+        sides: dict[tuple[object, ...], list[TimedOut]] = {}
+        for it in timeouts:
+            sized = it.call.op in ("all_reduce", "all_gather", "reduce_scatter")
+            sides.setdefault((it.call.op, it.call.sizes if sized else ()), []).append(it)
+        if len(sides) > 1:
+            return _sides(list(sides.values()), rows)
     return None
 
 
-def _name(scene: Scene, rank: int) -> str | None:
-    return next((str(it.group) for it in scene.progress if it.rank == rank), None)
+def _sides(sides: Sequence[Sequence[TimedOut]], rows: Mapping[TimedOut, Progress | None]) -> Diagnosis:
+    ordered = sorted(sides, key=len)
+    sample = ordered[0][0]
+    row = rows[sample]
+    one_op = len({side[0].call.op for side in sides}) == 1
+    few = sorted(it.rank for it in ordered[0] if it.rank is not None) if len(ordered[0]) < len(ordered[-1]) else []
+    return Diagnosis(
+        "deadlock", "sizes" if one_op else "mismatch", (), tuple(few), "likely",
+        (f"Members of {row.group if row else 'one group'} wait in different {'sizes' if one_op else 'operations'} "
+         f"under number {sample.call.seq}.",),
+        tuple(f"{ranks_of(it.rank for it in side if it.rank is not None).capitalize()}: {_arguments(side[0].call)} "
+              f"({side[0].source})" for side in ordered),
+        ("The lines are of different groups.",), (COLLECT["recorder"], COLLECT["stacks"]),
+    )  # fmt: skip
+
+
+def _several_calls(calls: Calls, rows: Mapping[TimedOut, Progress | None]) -> Diagnosis:
+    """Waits in several groups: which ranks belong to which group stands in no line."""
+    return _unordered(
+        calls, rows, "The ranks wait in several groups, and the lines do not list the members of a group: "
+        "one of these waits may be the consequence of another.",
+    )  # fmt: skip
+
+
+def _several_waits(calls: Calls, rows: Mapping[TimedOut, Progress | None]) -> Diagnosis:
+    return _unordered(calls, rows, "The ranks wait in different operations, and not all lines say of which group.")
+
+
+def _unordered(calls: Calls, rows: Mapping[TimedOut, Progress | None], why: str) -> Diagnosis:
+    evidence = []
+    for timeouts in list(calls.values())[:8]:
+        sample = next(iter(timeouts.values()))
+        row = rows[sample]
+        since = min((it.since_s for it in timeouts.values() if it.since_s is not None), default=None)
+        after = f", since {_clock(since)}" if since is not None else ""
+        evidence.append(
+            f"{ranks_of(timeouts).capitalize()} {verb(list(timeouts), 'waits', 'wait')} in "
+            f"{call_in(sample.call, row.group if row else None)}{after} ({sample.source})"
+        )
+    return Diagnosis(
+        "inconclusive", "", (), (), "undecided", (why,), tuple(evidence), (), (COLLECT["recorder"], COLLECT["stacks"]),
+    )  # fmt: skip
+
+
+def _clock(seconds: float) -> str:
+    """Time of day of seconds since the start of the year."""
+    minutes, second = divmod(int(seconds) % 86_400, 60)
+    return f"{minutes // 60:02d}:{minutes % 60:02d}:{second:02d}"
 
 
 def _arguments(call: Call) -> str:
@@ -137,13 +211,12 @@ def _arguments(call: Call) -> str:
 
 
 def _same_call(
-    scene: Scene, sample: TimedOut, group: Group | None, waiting: list[int], progress: dict[int, Progress]
+    scene: Scene, sample: TimedOut, group: Group | None, waiting: list[int], row: Progress | None
 ) -> Diagnosis:
     size = scene.world_size()
     ras = [(a, c) for a in scene.ras for c in a.communicators]
     largest = max((c.size for _, c in ras), default=0)
     total = max(size or 0, largest, max(waiting) + 1)
-    row = progress.get(waiting[0])
     evidence = [
         f"{ranks_of(waiting).capitalize()} waited {sample.ran_s:.0f} s in "
         f"{call_in(sample.call, group)} ({sample.source})"
@@ -151,7 +224,7 @@ def _same_call(
     ahead = (row.enqueued or 0) - (sample.call.seq or 0) if row is not None and row.enqueued is not None else 0
     if row is not None and ahead > 0:
         evidence.append(
-            f"Rank {waiting[0]} had queued up to #{row.enqueued}, {ahead} more than the one that "
+            f"Rank {sample.rank} had queued up to #{row.enqueued}, {ahead} more than the one that "
             f"hangs ({ahead + 1} outstanding), so its host went on ({row.source})"
         )
     for answer, communicator in ras[:3]:
@@ -171,11 +244,15 @@ def _same_call(
             (f"the logs of all ranks ({len(unseen)} other ranks are missing)", COLLECT["recorder"], COLLECT["kernel"]),
         )  # fmt: skip
     first = sample.call.seq == 1
+    known = max(size or 0, largest) > 0
     return Diagnosis(
         "stall", "", (), (), "likely",
-        (f"All {len(waiting)} ranks wait in the same collective, {call_in(sample.call, group)}"
-         f"{', the first collective of the group' if first else ''}. Nobody is absent.",),
-        tuple(evidence), ("Sub-groups whose numbers happen to be equal.",),
+        (f"All {len(waiting)} ranks {'' if known else 'seen here '}wait in the same collective, "
+         f"{call_in(sample.call, group)}{', the first collective of the group' if first else ''}. "
+         f"Nobody{'' if known else ' of them'} is absent.",),
+        tuple(evidence),
+        ("Sub-groups whose numbers happen to be equal." if known else
+         "A rank beyond these, whose log is missing: the world size is not in these files.",),
         (COLLECT["nccl"], COLLECT["topology"] if first else COLLECT["kernel"], COLLECT["ras"]),
     )  # fmt: skip
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from repro.trace.observed import Call, Group, GroupRecord
+from repro.trace.observed import Call, Group, GroupRecord, RecorderDump
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,12 +20,18 @@ class Wait:
     at: str
 
 
-def waits_of(groups: Mapping[Group, Mapping[int, GroupRecord]], wrapped: bool) -> list[Wait]:
-    """The oldest unfinished operation of each rank in each group. `wrapped`: older entries were overwritten."""
+def waits_of(groups: Mapping[Group, Mapping[int, GroupRecord]], dumps: Mapping[int, RecorderDump]) -> list[Wait]:
+    """The oldest unfinished operation of each rank in each group, and the members that have not queued it.
+
+    A member whose dump is whole and holds nothing of the group has queued nothing in it. Of one whose older entries
+    were overwritten that is not known, and it counts as unseen.
+    """
     waits = []
+    wrapped = any(dump.wrapped for dump in dumps.values())
     for group, records in groups.items():
-        queued = {rank: last_queued(record) for rank, record in records.items()}
-        unseen = tuple(member for member in group.members if member not in records)
+        queued = {member: 0 for member in group.members if member in dumps and not dumps[member].wrapped}
+        queued.update({rank: last_queued(record) for rank, record in records.items()})
+        unseen = tuple(member for member in group.members if member not in queued)
         for rank, record in sorted(records.items()):
             pending = record.pending
             if not pending:

@@ -7,6 +7,9 @@ from collections.abc import Iterable, Sequence
 from repro.trace.observed import Call, Group
 from repro.verdict.result import list_ranks
 
+WORKING = ("building", "compiling", "loading", "saving", "data")
+"""Activities of a rank that makes progress, or should, while others wait for it."""
+
 
 def ranks_of(ranks: Iterable[int]) -> str:
     """ "rank 3" or "ranks 0-5"."""

@@ -1,0 +1,65 @@
+"""Judge two dumps of the same ranks: a wait that ended between them was slow, and no deadlock."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from statistics import median
+
+from repro.trace.observed import Call
+from repro.verdict.partial.diagnosis import COLLECT, Diagnosis
+from repro.verdict.partial.members import groups_of, with_members
+from repro.verdict.partial.moments import advanced
+from repro.verdict.partial.scene import Scene
+from repro.verdict.partial.waits import Wait, waits_of
+from repro.verdict.partial.words import call_in, ranks_of, verb
+
+LATE_S = 1.0
+"""A rank is named if it queued an operation so much later than the others. Every running job has a last one."""
+
+
+def judge_advance(scene: Scene, waits: Sequence[Wait]) -> Diagnosis | None:
+    """Slow, where the waits of the earlier dumps ended and the later dumps show no rank that others wait for."""
+    moved = [rank for rank, dump in scene.earlier.items() if advanced(dump, scene.recorders[rank])]
+    waiting = {wait.rank for wait in waits}
+    if len(moved) < 2 or not waiting <= set(moved) or any(wait.missing or wait.unseen for wait in waits):
+        return None
+    before = with_members(scene.recorders | scene.earlier)
+    ended = [wait for wait in waits_of(groups_of(before), before) if wait.missing and wait.rank in moved]
+    late = {rank: (wait, by_s) for wait in ended for rank in wait.missing
+            if rank in moved and (by_s := _late_by(scene, wait, rank)) >= LATE_S}  # fmt: skip
+    if not late:
+        return _moving(scene, moved) if waits else None
+    named = sorted(late)
+    return Diagnosis(
+        "slow", "straggler", tuple(named), (), "likely",
+        (f"The wait that the earlier dumps show has ended: {ranks_of(moved)} advanced. "
+         f"The others waited for {ranks_of(named)}, which came late.",),
+        tuple(f"Rank {rank} queued {call_in(wait.call, wait.group)} {by_s:.1f} s after the others, which waited in it "
+              f"({wait.at}, then {scene.recorders[rank].source})" for rank, (wait, by_s) in sorted(late.items())),
+        ("A third dump in which no rank has advanced since the second one.",),
+        (f"stacks of {ranks_of(named)} while {verb(named, 'it is', 'they are')} waited for: "
+         "py-spy dump --nonblocking --pid PID", "a third set of dumps, some seconds later"),
+    )  # fmt: skip
+
+
+def _moving(scene: Scene, moved: Sequence[int]) -> Diagnosis:
+    return Diagnosis(
+        "inconclusive", "", (), (), "undecided",
+        (f"{ranks_of(moved).capitalize()} advanced between the two dumps, and all members have queued what they wait "
+         "in now: the later dumps may show a job that runs.",),
+        tuple(f"Rank {rank}: {scene.earlier[rank].source}, then {scene.recorders[rank].source}" for rank in moved[:6]),
+        (), ("a third set of dumps, some seconds later", COLLECT["stacks"]),
+    )  # fmt: skip
+
+
+def _late_by(scene: Scene, wait: Wait, rank: int) -> float:
+    """Seconds by which the rank queued the operation after the median of the other members; 0 where that is unknown."""
+    times = {member: call.at_s for member, dump in scene.recorders.items() for record in dump.groups
+             if record.group.name == wait.group.name for call in record.calls
+             if _is_same(call, wait.call) and call.at_s is not None}  # fmt: skip
+    others = [at_s for member, at_s in times.items() if member not in wait.missing]
+    return times[rank] - median(others) if rank in times and others else 0.0
+
+
+def _is_same(one: Call, two: Call) -> bool:
+    return two.seq is not None and one.seq == two.seq

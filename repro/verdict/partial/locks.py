@@ -1,0 +1,138 @@
+"""Judge a file lock that ranks wait for, where no rank is seen to build: with recorder dumps, or by stacks alone.
+
+No stack shows who holds a lock. A rank is named as the holder only by elimination, which needs a look at every rank.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from repro.trace.observed import Stack
+from repro.verdict.partial.diagnosis import COLLECT, Diagnosis
+from repro.verdict.partial.members import lists_members
+from repro.verdict.partial.scene import Scene
+from repro.verdict.partial.waits import Wait
+from repro.verdict.partial.words import WORKING, call_in, program_frames, ranks_of, verb
+
+HOLDER = "who holds the lock: cat /proc/locks; ls -l /proc/*/fd 2>/dev/null | grep -i lock"
+
+
+def judge_lock_across(scene: Scene, waits: Sequence[Wait]) -> Diagnosis | None:
+    """A rank waits for a lock, and the ranks that it keeps waiting are in a collective, by their recorder dumps."""
+    stacks = {rank: rows[-1] for rank, rows in scene.main_stacks().items()}
+    locked = sorted(rank for rank, stack in stacks.items() if stack.activity == "lock")
+    blocked = [wait for wait in waits if set(wait.missing) & set(locked)]
+    everybody = {rank for wait in blocked for rank in wait.group.members}
+    if not blocked or not everybody <= stacks.keys():
+        return None
+    if any(stacks[rank].activity in (*WORKING, "") for rank in everybody):
+        return None
+    inside = sorted({wait.rank for wait in blocked})
+    evidence = [
+        f"Rank {wait.rank}: {call_in(wait.call, wait.group)} is not done ({wait.at}); "
+        f"{ranks_of(wait.missing)} {verb(wait.missing, 'has', 'have')} not queued it"
+        for wait in blocked
+    ] + _lock_lines(stacks, locked)
+    seen = lists_members(scene.recorders, blocked[0].group) or everybody == set(range(scene.world_size() or 0))
+    return _across(locked, inside, call_in(blocked[0].call, blocked[0].group), stacks, evidence, seen)
+
+
+def judge_locks(scene: Scene, rows: Mapping[int, Sequence[Stack]]) -> Diagnosis | None:
+    """The same by stacks alone, where nobody is seen to build. It takes two looks, as a lock may change hands."""
+    stacks = {rank: stack[-1] for rank, stack in rows.items()}
+    locked = sorted(rank for rank, stack in stacks.items() if stack.activity == "lock")
+    if not locked:
+        return None
+    inside = sorted(rank for rank, stack in stacks.items() if stack.activity == "collective")
+    others = sorted(set(stacks) - set(locked) - set(inside))
+    still = all(_stands_still(rows[rank]) for rank in (*locked, *inside))
+    whole = still and not others and sorted(stacks) == list(range(scene.world_size() or 0))
+    evidence = _lock_lines(stacks, locked)
+    if inside:
+        evidence.append(
+            f"{ranks_of(inside).capitalize()} {verb(inside, 'is', 'are')} in {stacks[inside[0]].detail}, at "
+            f"{_place(stacks[inside[0]])} ({stacks[inside[0]].source})"
+        )
+    if inside and not others:
+        return _across(locked, inside, stacks[inside[0]].detail, stacks, evidence, whole)
+    if others:
+        return _holder_elsewhere(locked, others, evidence, f"{ranks_of(others).capitalize()} may hold it: look there.")
+    files = {stacks[rank].detail.partition(": ")[2] for rank in locked}
+    if len(files) > 1 and "" not in files:
+        return _two_locks(locked, sorted(files), evidence, whole and len(files) == 2)
+    return _holder_elsewhere(
+        locked, [],  evidence,
+        "No rank that is seen here holds it: the holder is another process, or the lock is a file that a killed "
+        "process left behind (torch's FileBaton waits as long as the file exists).",
+    )  # fmt: skip
+
+
+def _across(
+    locked: Sequence[int],
+    inside: Sequence[int],
+    call: str,
+    stacks: Mapping[int, Stack],
+    evidence: Sequence[str],
+    whole: bool,
+) -> Diagnosis:
+    """`whole`: every rank of the job is seen, so that the holder is one of `inside` or no rank."""
+    summary = (
+        f"{ranks_of(locked).capitalize()} {verb(locked, 'waits', 'wait')} for {stacks[locked[0]].detail}, and "
+        f"{ranks_of(inside)} {verb(inside, 'waits', 'wait')} in {call} for {verb(locked, 'it', 'them')}."
+    )
+    if not whole:
+        return Diagnosis(
+            "inconclusive", "", (), tuple(inside), "undecided",
+            (summary, "If a rank in the collective holds the lock, this is a deadlock. Not every rank is seen here, or "
+             "not twice, so a rank that builds may hold it."),
+            tuple(evidence), (), (HOLDER, COLLECT["stacks"]),
+        )  # fmt: skip
+    culprits = tuple(inside) if len(inside) == 1 else ()
+    return Diagnosis(
+        "deadlock", "lock", culprits, () if culprits else tuple(inside), "likely", (summary,),
+        (*evidence, "No stack shows the holder. Of all ranks only those in the collective can hold the lock, and no "
+         "rank builds: this is by elimination."),
+        ("A process outside of the job holds the lock: look at /proc/locks.",), (HOLDER, COLLECT["stacks"]),
+    )  # fmt: skip
+
+
+def _two_locks(locked: Sequence[int], files: Sequence[str], evidence: Sequence[str], whole: bool) -> Diagnosis:
+    summary = (
+        f"{ranks_of(locked).capitalize()} wait for {len(files)} locks ({', '.join(files[:4])}). Ranks that each hold "
+        "the lock of the other wait for ever."
+    )
+    if not whole:
+        return Diagnosis(
+            "inconclusive", "", (), tuple(locked), "undecided", (summary, "Who holds which lock is not seen."),
+            tuple(evidence), (), (HOLDER, COLLECT["stacks"]),
+        )  # fmt: skip
+    return Diagnosis(
+        "deadlock", "lock", (), tuple(locked), "likely", (summary,),
+        (*evidence, "Every rank waits for one of the two locks in both looks, and no rank builds."),
+        ("A process outside of the job holds a lock: look at /proc/locks.",), (HOLDER, COLLECT["stacks"]),
+    )  # fmt: skip
+
+
+def _holder_elsewhere(locked: Sequence[int], suspects: Sequence[int], evidence: Sequence[str], where: str) -> Diagnosis:
+    return Diagnosis(
+        "inconclusive", "", (), tuple(suspects), "undecided",
+        (f"{ranks_of(locked).capitalize()} {verb(locked, 'waits', 'wait')} for a file lock, and no rank is seen to "
+         "build.", where),
+        tuple(evidence), (), (HOLDER, COLLECT["stacks"]),
+    )  # fmt: skip
+
+
+def _lock_lines(stacks: Mapping[int, Stack], locked: Sequence[int]) -> list[str]:
+    return [
+        f"Rank {rank} waits for {stacks[rank].detail} at {_place(stacks[rank])} ({stacks[rank].source})"
+        for rank in locked[:6]
+    ]
+
+
+def _place(stack: Stack) -> str:
+    return program_frames(stack.frames, 1) or (stack.frames[0] if stack.frames else "?")
+
+
+def _stands_still(looks: Sequence[Stack]) -> bool:
+    """Whether two looks or more show the same wait. The innermost frames differ between polls of one wait."""
+    return len(looks) > 1 and len({(stack.activity, stack.detail) for stack in looks}) == 1

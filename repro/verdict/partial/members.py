@@ -1,0 +1,54 @@
+"""Join the groups of all dumps: who belongs to a group, and what each member recorded of it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+
+from repro.trace.observed import Group, GroupRecord, RecorderDump
+
+
+def with_members(recorders: Mapping[int, RecorderDump]) -> dict[int, RecorderDump]:
+    """Fill in what one dump alone does not say: members of groups that gloo dumps do not list, and the group of a
+    counter without entries, by what fellow members call the same id.
+    """
+    recorded: dict[str, set[int]] = {}
+    names: dict[str, dict[str, set[int]]] = {}  # id -> name -> ranks that call it so
+    for rank, dump in recorders.items():
+        for record in dump.groups:
+            if record.calls:
+                recorded.setdefault(record.group.name, set()).add(rank)
+            if record.number and record.group.name:
+                names.setdefault(record.number, {}).setdefault(record.group.name, set()).add(rank)
+
+    def complete(dump: RecorderDump, record: GroupRecord) -> GroupRecord:
+        group = record.group
+        if not group.name and record.number in names:
+            mine = {it.name: it for it in dump.configured}
+            fitting = [mine[name] for name in names[record.number] if name in mine and dump.rank in mine[name].members]
+            if len(fitting) == 1:
+                group = fitting[0]
+        if group.name and not group.members:
+            group = replace(group, members=tuple(sorted(recorded.get(group.name, ()))))
+        return replace(record, group=group)
+
+    return {
+        rank: replace(dump, groups=tuple(complete(dump, record) for record in dump.groups))
+        for rank, dump in recorders.items()
+    }
+
+
+def groups_of(recorders: Mapping[int, RecorderDump]) -> dict[Group, dict[int, GroupRecord]]:
+    """Group -> rank -> what that rank recorded of it."""
+    found: dict[Group, dict[int, GroupRecord]] = {}
+    for rank, dump in recorders.items():
+        for record in dump.groups:
+            if record.group.name and len(record.group.members) > 1:
+                key = Group(record.group.name, "", record.group.members)
+                found.setdefault(key, {})[rank] = record
+    return found
+
+
+def lists_members(recorders: Mapping[int, RecorderDump], group: Group) -> bool:
+    """Whether a dump lists the group's members. Dumps of gloo do not: there the members are those who recorded."""
+    return any(known.name == group.name and known.members for dump in recorders.values() for known in dump.configured)

@@ -1,0 +1,159 @@
+"""Order the recorder dumps of each rank, and find dumps that cannot be compared: stale, misnamed, or of another job."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+from repro.trace.observed import Group, GroupRecord, RecorderDump
+from repro.verdict.partial.waits import last_queued
+from repro.verdict.partial.words import ranks_of, verb
+
+NEEDS_ALL = ("all_reduce", "all_gather", "reduce_scatter", "all_to_all", "barrier")
+"""Operations that no member can complete before every member has queued them."""
+SAME_ENTRY_S = 1e-3
+
+
+@dataclass(slots=True)
+class Moments:
+    """The dumps of a job by moment.
+
+    last      rank -> its newest dump
+    earlier   rank -> an older dump of the same process, where there is one of a different moment
+    equal     ranks with two dumps in which nothing differs: nothing advanced, or one is a copy of the other
+    remarks   what was left out and why, a sentence each
+    """
+
+    last: dict[int, RecorderDump] = field(default_factory=dict)
+    earlier: dict[int, RecorderDump] = field(default_factory=dict)
+    equal: list[int] = field(default_factory=list)
+    remarks: list[str] = field(default_factory=list)
+
+
+def moments_of(dumps: Iterable[RecorderDump]) -> Moments:
+    """Sort the dumps by rank and moment. Dumps that cannot be of the rank in their name are left out."""
+    moments = Moments()
+    by_rank: dict[int, list[RecorderDump]] = {}
+    for dump in dumps:
+        if _belongs(dump):
+            by_rank.setdefault(dump.rank, []).append(dump)
+        else:
+            moments.remarks.append(
+                f"The name of {dump.source} says rank {dump.rank}, and its groups do not contain rank {dump.rank}. "
+                "It is left out: name it …_rank_N."
+            )
+    for rank, rows in sorted(by_rank.items()):
+        ordered = sorted(rows, key=_age)
+        strange = next((dump for dump in ordered[:-1] if not _same_process(dump, ordered[-1])), None)
+        if strange is not None:
+            moments.remarks.append(
+                f"{strange.source} and {ordered[-1].source} are both named rank {rank} and are of different processes "
+                "(another job, another run, or a local rank in the name). Both are left out."
+            )
+            continue
+        newest = [dump for dump in ordered if _same_moment(dump, ordered[-1])]
+        moments.last[rank] = max(newest, key=_detail)
+        older = [dump for dump in ordered if not _same_moment(dump, ordered[-1])]
+        if older:
+            moments.earlier[rank] = older[0]
+        elif len(newest) > 1:
+            moments.equal.append(rank)
+    return moments
+
+
+def world_sizes(dumps: Iterable[RecorderDump]) -> dict[int, list[int]]:
+    """Size of the default group -> ranks whose dump says so. More than one size: the dumps are of several jobs."""
+    sizes: dict[int, list[int]] = {}
+    for dump in dumps:
+        for group in dump.configured:
+            if group.members and (group.description == "default_pg" or group.name == "0"):
+                sizes.setdefault(len(group.members), []).append(dump.rank)
+                break
+    return sizes
+
+
+def stale_dumps(groups: Mapping[Group, Mapping[int, GroupRecord]]) -> dict[int, str]:
+    """Rank -> why its dump is older than the others: a fellow member completed what it has not queued yet."""
+    stale: dict[int, str] = {}
+    for group, records in groups.items():
+        finished = [(call.seq, rank) for rank, row in records.items() for call in row.calls
+                    if call.done and call.seq is not None and call.op in NEEDS_ALL]  # fmt: skip
+        if not finished:
+            continue
+        number, witness = max(finished)
+        for rank, record in records.items():
+            if last_queued(record) < number and rank not in stale:
+                stale[rank] = (
+                    f"rank {witness} completed #{number} of {group}, which needs rank {rank}, and the dump of rank "
+                    f"{rank} ends at #{last_queued(record)}"
+                )
+    return stale
+
+
+def describe_stale(stale: Mapping[int, str], dumps: Mapping[int, RecorderDump]) -> list[str]:
+    newest = max((dump.at_s for dump in dumps.values() if dump.at_s is not None), default=None)
+    lines = []
+    for rank, why in list(stale.items())[:3]:
+        at_s = dumps[rank].at_s
+        age = f" by at least {newest - at_s:.0f} s" if newest is not None and at_s is not None else ""
+        lines.append(
+            f"The dump of rank {rank} is stale, older than the others{age}: {why} ({dumps[rank].source}). "
+            "It is not used."
+        )
+    if len(stale) > len(lines):
+        lines.append(f"{len(stale) - len(lines)} more dumps are stale: {ranks_of(stale)}.")
+    return lines
+
+
+def describe_equal(ranks: Sequence[int]) -> str:
+    return (
+        f"The two dumps of {ranks_of(ranks)} are equal: if they are of different moments, nothing advanced between "
+        f"them on {verb(ranks, 'this rank', 'these ranks')}."
+    )
+
+
+def advanced(before: RecorderDump, after: RecorderDump) -> bool:
+    """Whether the rank queued or completed something between the two dumps."""
+    old, new = _positions(before), _positions(after)
+    return any(new[key] > old[key] for key in old.keys() & new.keys()) or bool(new.keys() - old.keys())
+
+
+def _belongs(dump: RecorderDump) -> bool:
+    return all(dump.rank in group.members for group in dump.configured if group.members)
+
+
+def _age(dump: RecorderDump) -> tuple[float, int]:
+    return dump.at_s or 0.0, sum(done for _, done in _positions(dump).values())
+
+
+def _detail(dump: RecorderDump) -> tuple[int, int]:
+    framed = sum(bool(call.frames) for record in dump.groups for call in record.calls[-1:])
+    return framed, sum(len(record.calls) for record in dump.groups)
+
+
+def _positions(dump: RecorderDump) -> dict[str, tuple[int, int]]:
+    """Group -> (last collective queued, last one done), by the entries alone."""
+    found = {}
+    for record in dump.groups:
+        numbered = [call for call in record.calls if call.seq is not None]
+        if numbered:
+            done = max((call.seq or 0 for call in numbered if call.done), default=0)
+            found[record.group.name] = (numbered[-1].seq or 0, done)
+    return found
+
+
+def _same_moment(one: RecorderDump, two: RecorderDump) -> bool:
+    a, b = _positions(one), _positions(two)
+    return one.at_s == two.at_s and all(a[key] == b[key] for key in a.keys() & b.keys())
+
+
+def _same_process(before: RecorderDump, after: RecorderDump) -> bool:
+    """Whether entries that both dumps hold were queued at the same times, and numbers did not fall."""
+    old = {(row.group.name, call.seq): call.at_s for row in before.groups for call in row.calls if call.seq is not None}
+    for record in after.groups:
+        for call in record.calls:
+            at_s = old.get((record.group.name, call.seq)) if call.seq is not None else None
+            if at_s is not None and call.at_s is not None and abs(at_s - call.at_s) > SAME_ENTRY_S:
+                return False
+    a, b = _positions(before), _positions(after)
+    return all(b[key][0] >= a[key][0] for key in a.keys() & b.keys())

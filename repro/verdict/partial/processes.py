@@ -1,0 +1,72 @@
+"""Judge a cycle of waits that leads through several processes of a rank: its engine, its worker, and those of others.
+
+A worker waits for an order of its engine, the engine in a collective for another engine, that one for its worker, and
+that worker in a collective for the first one. No recorder and no watchdog sees all of these waits.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from repro.trace.observed import Stack
+from repro.verdict.partial.diagnosis import COLLECT, Diagnosis
+from repro.verdict.partial.scene import Scene
+
+Place = tuple[str, int]
+"""(part of the process, rank)."""
+
+
+def judge_processes(scene: Scene) -> Diagnosis | None:
+    looks: dict[Place, Sequence[Stack]] = {}
+    for role in ("worker", "engine"):
+        looks |= {(role, rank): rows for rank, rows in scene.main_stacks(role).items() if rows[-1].process.role == role}
+    cycle = _cycle({place: _waits_for(place, rows[-1], looks) for place, rows in looks.items()})
+    if len({role for role, _ in cycle}) < 2:
+        return None  # collectives alone are judged by their own rule
+    lines = [
+        f"The {role} of rank {rank} waits: {looks[role, rank][-1].activity} {looks[role, rank][-1].detail} "
+        f"({looks[role, rank][-1].source})"
+        for role, rank in cycle
+    ]
+    chain = " -> ".join(f"{role} of rank {rank}" for role, rank in (*cycle, cycle[0]))
+    summary = f"These processes wait for each other in a cycle: {chain}."
+    if all(len(looks[place]) > 1 and len({s.activity for s in looks[place]}) == 1 for place in cycle):
+        return Diagnosis(
+            "deadlock", "order", (), (), "likely", (summary,),
+            (*lines, "All of them stand in the same place in two looks or more."),
+            ("A later look in which one of them has moved on.",),
+            ("the engines' decisions of the last steps: VLLM_LOGGING_LEVEL=DEBUG", COLLECT["recorder"]),
+        )  # fmt: skip
+    return Diagnosis(
+        "inconclusive", "", (), (), "undecided",
+        (summary, "One look may have caught the moment between two steps."), tuple(lines), (),
+        ("a second set of stacks, some seconds later: the same places again mean a deadlock", COLLECT["stacks"]),
+    )  # fmt: skip
+
+
+def _waits_for(place: Place, stack: Stack, looks: Mapping[Place, Sequence[Stack]]) -> list[Place]:
+    role, rank = place
+    if stack.activity == "collective":
+        return [other for other, rows in looks.items() if other[0] == role and rows[-1].activity != "collective"]
+    if role == "worker" and stack.activity == "idle":
+        return [("engine", rank)] if ("engine", rank) in looks else []
+    if role == "engine" and stack.activity == "answer":
+        return [("worker", rank)] if ("worker", rank) in looks else []
+    return []
+
+
+def _cycle(edges: Mapping[Place, Sequence[Place]]) -> list[Place]:
+    """A shortest cycle of the waits, [] where there is none."""
+    best: list[Place] = []
+    for start in edges:
+        paths = [[start]]
+        seen: set[Place] = set()
+        while paths:
+            path = paths.pop(0)
+            for following in edges[path[-1]]:
+                if following == start and (not best or len(path) < len(best)):
+                    best = path
+                elif following not in seen:
+                    seen.add(following)
+                    paths.append([*path, following])
+    return best

@@ -1,0 +1,37 @@
+"""Judge a start-up that failed: the ranks could not connect to each other, and no collective ran."""
+
+from __future__ import annotations
+
+from repro.verdict.partial.diagnosis import Diagnosis
+from repro.verdict.partial.scene import Scene
+from repro.verdict.partial.words import ranks_of
+
+
+def judge_start(scene: Scene) -> Diagnosis | None:
+    start = [it for it in scene.failures if it.kind == "start"]
+    loopback = [note for note in scene.notes if note.kind == "loopback"]
+    if not start and not (loopback and any(it.kind != "consequence" for it in scene.failures)):
+        return None
+    if scene.timeouts or scene.recorders:
+        return None  # the job ran, so the ranks were connected
+    incomplete = [note for note in scene.notes if note.kind == "incomplete"]
+    warned = sorted({note.process.rank for note in loopback if note.process.rank is not None})
+    evidence = [f"{note.text.capitalize()} ({note.source})" for note in incomplete[:2]]
+    evidence += [f"{it.process}: {it.text} ({it.source})" for it in start[:3]]
+    summary = ["The start-up failed: the ranks could not connect to each other. No collective ran."]
+    if loopback:
+        evidence.insert(
+            0,
+            f"{ranks_of(warned).capitalize()} could not resolve the name of their host and bound gloo "
+            f"to the loopback address 127.0.0.1 ({loopback[0].source})",
+        )
+        summary.append(
+            f"The host of {ranks_of(warned)} offers 127.0.0.1 (loopback) to the others. Set "
+            "GLOO_SOCKET_IFNAME (and NCCL_SOCKET_IFNAME) to the interface between the hosts."
+        )
+    return Diagnosis(
+        "crash", "start", (), (), "likely", tuple(summary), tuple(evidence),
+        ("The interface is set and the same error comes again: then look at the port and the firewall.",),
+        ("the interfaces and the name of that host: ip -br addr; hostname; getent hosts "
+        "$(hostname); cat /etc/hosts", "GLOO_SOCKET_IFNAME=IFACE NCCL_SOCKET_IFNAME=IFACE, and start again"),
+    )  # fmt: skip
