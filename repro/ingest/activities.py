@@ -1,4 +1,4 @@
-"""Tell from its frames what a thread does. The knowledge is a table, activities.toml beside this file."""
+"""What a thread does, by its frames. The knowledge is a table, activities.toml beside this file."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def _rows() -> tuple[_Row, ...]:
     )
 
 
-@cache
+@lru_cache(maxsize=65_536)
 def _first_matches(frame: str) -> tuple[tuple[int, re.Match[str]], ...]:
     """The rows whose first pattern matches a frame. Stacks of many ranks share most frames."""
     found = ((index, row.frames[0].search(frame)) for index, row in enumerate(_rows()))
@@ -39,7 +39,22 @@ def _first_matches(frame: str) -> tuple[tuple[int, re.Match[str]], ...]:
 @lru_cache(maxsize=4096)
 def activity_of(frames: tuple[str, ...]) -> tuple[str, str]:
     """(activity, detail) of a stack, innermost frame first; ("", "") where no row of the table matches."""
-    best: tuple[tuple[bool, int, int, int], _Row, list[str]] | None = None
+    best = _best(frames)
+    if best is None:
+        return "", ""
+    row, names = _rows()[best[0]], best[1]
+    return row.activity, row.detail.format(*(names or [""]))
+
+
+def row_of(frames: tuple[str, ...]) -> int | None:
+    """The index of the row that names what a stack does; None where no row matches."""
+    best = _best(frames)
+    return best[0] if best else None
+
+
+def _best(frames: tuple[str, ...]) -> tuple[int, list[str]] | None:
+    """The row that wins, and the names that its patterns captured."""
+    best: tuple[tuple[bool, int, int, int], list[str]] | None = None
     for place, frame in enumerate(frames):
         for index, match in _first_matches(_without_line(frame)):
             row = _rows()[index]
@@ -48,11 +63,8 @@ def activity_of(frames: tuple[str, ...]) -> tuple[str, str]:
                 continue
             further = _match_outwards(row.frames[1:], frames[place + 1 :])
             if further is not None:
-                best = order, row, [name for it in (match, *further) for name in it.groups() if name]
-    if best is None:
-        return "", ""
-    _, row, names = best
-    return row.activity, row.detail.format(*(names or [""]))
+                best = order, [name for it in (match, *further) for name in it.groups() if name]
+    return (best[0][3], best[1]) if best else None
 
 
 def _match_outwards(patterns: Sequence[re.Pattern[str]], frames: Sequence[str]) -> list[re.Match[str]] | None:

@@ -24,14 +24,20 @@ _CLOCK = r"(\d{2}):(\d{2}):(\d{2})(?:[.,](\d+))?"
 _GLOG = re.compile(rf"\[?([IWEF])(1[0-2]|0?[1-9])(\d{{2}}) {_CLOCK} ")  # the month is not padded, the day is
 _ISO = re.compile(rf"(?:\d{{4}})-(\d{{2}})-(\d{{2}})[T ]{_CLOCK}")
 _VLLM = re.compile(rf"\b(?:DEBUG|INFO|WARNING|ERROR|CRITICAL) (\d{{2}})-(\d{{2}}) {_CLOCK} ")
+_TRT = re.compile(rf"\[(\d{{2}})/(\d{{2}})/\d{{4}}-{_CLOCK}\]")
 _SYSLOG = re.compile(rf"^([A-Z][a-z]{{2}}) +(\d{{1,2}}) {_CLOCK} ")
 _CTIME = re.compile(rf"\[?(?:Mon|Tue|Wed|Thu|Fri|Sat|Sun) ([A-Z][a-z]{{2}}) +(\d{{1,2}}) {_CLOCK} \d{{4}}\]?")
 
-_RANK = re.compile(r"^\s*\[(?:rank|default)(\d+)\]:?")
-_RANK_ANYWHERE = re.compile(r"\[rank(\d+)\]:")
+_RANK = re.compile(r"^\s*\[(?:rank|default)(\d+)\]:?|^\[\d+,(\d+)\]<std(?:out|err)>:?")
+_RANK_ANYWHERE = re.compile(r"\[rank(\d+)\]:|\[RANK (\d+)\]")
 _ACTOR = re.compile(r"\(([A-Za-z_]\w*?(?:_\w+)?) (?:rank=(\d+) )?pid=(\d+)(?:, ip=[\d.a-fA-F:]+)?\)")
 _SGLANG = re.compile(r"^\[\d{4}-\d\d-\d\d \d\d:\d\d:\d\d((?: (?:DP|PP|TP|EP|ATTN|MOE)\w*\d+)+)\]")
 _NCCL = re.compile(r"^\S+?:(\d+):\d+ \[(\d+)\] (?:\S+ )?NCCL ")
+_ONE_WRITER = (
+    r"(?:\d{4}-\d\d-\d\dT[\d:.]+Z? (?:std(?:out|err) [FP] )?|\(\w+(?: rank=\d+)? pid=\d+(?:, ip=[^)]*)?\) ?|"
+    r"\[(?:rank|default)\d+\]:? ?|\[\d+,\d+\]<std(?:out|err)>: ?)"
+)
+_WRITER = re.compile(f"{_ONE_WRITER}{{1,6}}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,14 +54,22 @@ def parse(number: int, raw: str, owner: Process) -> Line:
     """`owner` is whose file it is, for lines that do not say who wrote them."""
     text = _ANSI.sub("", raw).rstrip("\r\n") if "\x1b" in raw else raw.rstrip("\r\n")
     head = text[:240]
-    return Line(number, text, _writer(head, owner), time_of(head))
+    return Line(number, text, writer_of(head, owner), time_of(head))
 
 
-def _writer(head: str, owner: Process) -> Process:
+def split_writer(raw: str) -> tuple[str, str]:
+    """(the line without colours and without the part that names its writer, that part): "[rank3]:   File …"."""
+    text = _ANSI.sub("", raw) if "\x1b" in raw else raw
+    match = _WRITER.match(text)
+    return (text[match.end() :], match[0]) if match else (text, "")
+
+
+def writer_of(head: str, owner: Process) -> Process:
+    """Who wrote a line, by its start; `owner` where that does not say."""
     rank: int | None = None
     title, pid = "", None
     if match := _RANK.match(head) or _RANK_ANYWHERE.search(head):
-        rank = int(match.group(1))
+        rank = int(match[1] or match[2])
     actors = _ACTOR.findall(head)
     if actors:
         title, numbered, number = actors[-1]
@@ -81,7 +95,7 @@ def time_of(head: str) -> float | None:
         return _seconds(int(match[2]), int(match[3]), *match.group(4, 5, 6, 7))
     if match := _ISO.search(head):
         return _seconds(int(match[1]), int(match[2]), *match.group(3, 4, 5, 6))
-    if match := _VLLM.search(head):
+    if match := _VLLM.search(head) or _TRT.search(head):
         return _seconds(int(match[1]), int(match[2]), *match.group(3, 4, 5, 6))
     if match := _SYSLOG.search(head) or _CTIME.search(head):
         return _seconds(_MONTHS.get(match[1].lower(), 0), int(match[2]), *match.group(3, 4, 5, 6))
