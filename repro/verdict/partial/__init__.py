@@ -11,6 +11,7 @@ from repro.trace.observed import Observation
 from repro.verdict.partial.counts import judge_counts
 from repro.verdict.partial.diagnosis import Diagnosis
 from repro.verdict.partial.failures import judge_failures
+from repro.verdict.partial.launches import judge_launches
 from repro.verdict.partial.mismatches import judge_mismatches
 from repro.verdict.partial.notes import judge_notes, with_notes
 from repro.verdict.partial.recorders import judge_recorders
@@ -21,7 +22,7 @@ from repro.verdict.partial.timeouts import judge_timeouts
 
 RULES = (
     judge_mismatches, judge_start, judge_failures, judge_recorders, judge_timeouts, judge_stacks, judge_counts,
-    judge_notes,
+    judge_launches, judge_notes,
 )  # fmt: skip
 
 __all__ = ["Diagnosis", "diagnose"]

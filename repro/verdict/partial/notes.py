@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 
+from repro.trace.observed import Note
 from repro.verdict.partial.diagnosis import COLLECT, Diagnosis
 from repro.verdict.partial.scene import Scene
 
@@ -13,10 +15,26 @@ KNOWN_BAD_NCCL = {
 }
 
 
+WAITS = ("deepep", "watchdog", "stuck", "barrier", "sizes", "network", "ras", "unreadable")
+"""Kinds of notes that say that something waits or could not be looked at, and never who is the cause."""
+
+
 def judge_notes(scene: Scene) -> Diagnosis | None:
     beats = [note for note in scene.notes if note.kind == "heartbeat"]
-    if not beats:
+    if beats:
+        return _heartbeats(scene, beats)
+    rows = [note for note in scene.notes if note.kind in WAITS]
+    if not rows:
         return None
+    lines = dict.fromkeys(f"{note.process}: {note.text} ({note.source})" for note in rows)
+    return Diagnosis(
+        "inconclusive", "", (), (), "undecided",
+        ("These lines report waits and time-outs as one process saw them. None says where the other ranks are.",),
+        tuple(list(lines)[:8]), (), (COLLECT["stacks"], COLLECT["recorder"], COLLECT["kernel"]),
+    )  # fmt: skip
+
+
+def _heartbeats(scene: Scene, beats: Sequence[Note]) -> Diagnosis:
     evidence = [
         f"{len(beats)} heartbeat lines of {beats[0].process}, the first at {beats[0].source}: the "
         "line is informational, and healthy slow starts and idle servers print it too"

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, replace
 
 from repro.trace.observed import (
     Failure,
+    Launches,
     Left,
     Mismatch,
     Note,
@@ -33,6 +34,7 @@ class Scene:
 
     timeouts: list[TimedOut] = field(default_factory=list)
     progress: list[Progress] = field(default_factory=list)
+    launches: list[Launches] = field(default_factory=list)
     stacks: list[Stack] = field(default_factory=list)
     failures: list[Failure] = field(default_factory=list)
     left: list[Left] = field(default_factory=list)
@@ -55,6 +57,8 @@ class Scene:
                     scene.timeouts.append(record)
                 case Progress():
                     scene.progress.append(record)
+                case Launches():
+                    scene.launches.append(record)
                 case Stack():
                     scene.stacks.append(replace(record, process=_with_rank(record.process, ranks)))
                 case Failure():

@@ -24,7 +24,7 @@ def judge_timeouts(scene: Scene) -> Diagnosis | None:
     rows = {it: _row(it, scene.progress) for it in known}
     calls: dict[tuple[str, str, int | None], dict[int, TimedOut]] = {}
     for it in known:
-        key = (_group_name(rows[it]), it.call.op, it.call.seq)
+        key = (_group_name(it, rows[it]), it.call.op, it.call.seq)
         calls.setdefault(key, {}).setdefault(it.rank, it)  # type: ignore[arg-type]
     differing = _different_calls(calls, rows)
     if differing is not None:
@@ -56,11 +56,18 @@ def _row(timeout: TimedOut, progress: Sequence[Progress]) -> Progress | None:
     """
     fitting = [
         row for row in progress
-        if row.rank == timeout.rank and row.group_rank == timeout.group_rank
-        and row.enqueued is not None and timeout.call.seq is not None
-        and row.enqueued >= timeout.call.seq and (row.completed is None or row.completed < timeout.call.seq)
+        if row.rank == timeout.rank and row.group_rank == timeout.group_rank and _fits(row, timeout)
     ]  # fmt: skip
     return min(fitting, key=lambda row: _distance(row, timeout), default=None)
+
+
+def _fits(row: Progress, timeout: TimedOut) -> bool:
+    number = timeout.call.seq
+    if timeout.group is not None and timeout.group.name != row.group.name:
+        return False
+    if number is None or row.stuck is not None:
+        return row.stuck == number
+    return row.enqueued is not None and row.enqueued >= number and (row.completed is None or row.completed < number)
 
 
 def _distance(row: Progress, timeout: TimedOut) -> tuple[bool, int]:
@@ -70,8 +77,9 @@ def _distance(row: Progress, timeout: TimedOut) -> tuple[bool, int]:
     return row.source.file != timeout.source.file, abs(lines[0] - lines[1])
 
 
-def _group_name(row: Progress | None) -> str:
-    return row.group.name if row is not None else ""
+def _group_name(timeout: TimedOut, row: Progress | None) -> str:
+    group = row.group if row is not None else timeout.group
+    return group.name if group is not None else ""
 
 
 def _counters(scene: Scene, row: Progress | None) -> dict[int, Progress]:
