@@ -19,6 +19,7 @@ from repro.verdict.partial.scene import Scene
 from repro.verdict.partial.stacks import judge_stacks
 from repro.verdict.partial.starts import judge_start
 from repro.verdict.partial.timeouts import judge_timeouts
+from repro.verdict.partial.words import ranks_of
 
 RULES = (
     judge_mismatches, judge_start, judge_failures, judge_recorders, judge_timeouts, judge_stacks, judge_counts,
@@ -35,4 +36,11 @@ def diagnose(records: Sequence[Observation]) -> Diagnosis:
         diagnosis = rule(scene)
         if diagnosis is not None:
             return with_notes(diagnosis, scene)
-    return with_notes(Diagnosis.inconclusive("The files hold nothing that says where a rank is."), scene)
+    return with_notes(_nothing_said(scene), scene)
+
+
+def _nothing_said(scene: Scene) -> Diagnosis:
+    if not scene.recorders:
+        return Diagnosis.inconclusive("The files hold nothing that says where a rank is.")
+    ranks = ranks_of(scene.recorders)
+    return Diagnosis.inconclusive(f"The dumps of {ranks} show nothing unfinished, and nothing shows the other ranks.")

@@ -110,12 +110,12 @@ def _is_whole_world(scene: Scene, ranks: Sequence[int]) -> bool:
 def _nothing_pending(scene: Scene) -> Diagnosis | None:
     if len(scene.recorders) < 2 or scene.timeouts or scene.stacks or scene.ras or scene.failures:
         return None
-    if scene.contradictions and len(scene.recorders) < 2:
-        return None
     members = {rank for dump in scene.recorders.values() for group in dump.configured for rank in group.members}
     if members - scene.recorders.keys():
         return None
     whole = bool(members) or _is_whole_world(scene, list(scene.recorders))
+    if not whole and list(scene.recorders) != list(range(len(scene.recorders))):
+        return None  # a rank between these has no dump
     return Diagnosis(
         "clean", "", (), (), "likely" if whole else "undecided",
         (f"No operation is unfinished in the dumps of {ranks_of(scene.recorders)}.",), (),
