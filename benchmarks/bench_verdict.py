@@ -49,9 +49,9 @@ def step_calls(num_ranks: int, step: int) -> list[Collective]:
 def record(rank: int, num_ranks: int, num_events: int, steps: list[list[Collective]]) -> bytes:
     """The witness bytes of one rank that ends in the hang."""
     shape = Geometry(num_events + num_events % 2, 16_384, 1 << 16, 4)
-    who = Identity(rank, num_ranks, "bench", "host", "boot", 1000 + rank)
+    writer = Identity(rank, num_ranks, "bench", "host", "boot", 1000 + rank)
     buffer = bytearray(shape.file_bytes)
-    header = pack_header(who, shape)
+    header = pack_header(writer, shape)
     buffer[: len(header)] = header
     now = [0]
 
@@ -59,7 +59,7 @@ def record(rank: int, num_ranks: int, num_events: int, steps: list[list[Collecti
         now[0] += 1000
         return now[0]
 
-    recorder = Recorder(buffer, who, shape, clock=clock)
+    recorder = Recorder(buffer, writer, shape, clock=clock)
     recorder.groups({"dp": range(num_ranks), "ep": range(num_ranks)})
     recorder.phase("serve")
     plan = tuple(ScheduleEntry(call.group, call.op, call.layer) for call in steps[0])

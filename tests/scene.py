@@ -27,7 +27,7 @@ def make_recorder(
     path: Path | None = None,
 ) -> tuple[bytearray | mmap.mmap, Recorder]:
     """A recorder on a byte array, or on a file. ``host`` and the ``skew_ns`` of its clock go into the header."""
-    who = Identity(
+    writer = Identity(
         rank, num_ranks, run_id, f"host{host}", f"boot{host}", pid=100 + rank, wall_offset_ns=10**18 - skew_ns
     )
     buffer: bytearray | mmap.mmap = bytearray(shape.file_bytes)
@@ -35,9 +35,9 @@ def make_recorder(
         path.write_bytes(buffer)
         with path.open("r+b") as file:
             buffer = mmap.mmap(file.fileno(), 0)
-    header = pack_header(who, shape)
+    header = pack_header(writer, shape)
     buffer[: len(header)] = header
-    return buffer, Recorder(buffer, who, shape, clock=clock)
+    return buffer, Recorder(buffer, writer, shape, clock=clock)
 
 
 class Scene:

@@ -13,7 +13,7 @@ from typing import Any
 from simulator import Simulation
 
 from repro.hosts import locks
-from repro.hosts.agent import POLL_S, Lookout
+from repro.hosts.agent import POLL_S, HostAgent
 from repro.hosts.host import Host
 from repro.hosts.options import WatchOptions
 from repro.store.run_dir import PARTS, RunDir
@@ -61,10 +61,10 @@ class SimulatedHost(Host):
     def sleep(self, duration_s: float) -> None:
         self._world.advance(duration_s + self.late_s)
 
-    def find(self, who: Identity) -> Any:
+    def find(self, writer: Identity) -> Any:
         if self.look_s:
             self._world.advance(self.look_s)
-        return SimulatedProcess(who.pid, self._world) if self._world.sim.ranks[who.rank].state != "dead" else None
+        return SimulatedProcess(writer.pid, self._world) if self._world.sim.ranks[writer.rank].state != "dead" else None
 
     def is_stopped(self, found: Any) -> bool:
         return self._world.sim.frozen.get(found.pid - 100, 0) > self._world.sim.now_ns
@@ -117,13 +117,13 @@ class World:
     def __post_init__(self) -> None:
         self.busy_s = [0.0] * self.sim.num_ranks
         self.hosts = [SimulatedHost(self, index) for index in range(self.num_hosts)]
-        self._agents: dict[int, Lookout] = {}
+        self._agents: dict[int, HostAgent] = {}
         self._next_ns: dict[int, int] = {}
         self._polling = False
 
     def add_agents(self, hosts: Iterable[int]) -> None:
         """Start the agents of these hosts."""
-        self.run_dir.lookouts.mkdir(exist_ok=True)
+        self.run_dir.agents.mkdir(exist_ok=True)
         for index in hosts:
             self._agents[index] = self.agent(index)
             self._next_ns[index] = self.sim.now_ns
@@ -133,10 +133,10 @@ class World:
         more.setdefault("job_alive", lambda: any(each.state != "dead" for each in self.sim.ranks))
         return Watch(self.run_dir, self.options, host=self.hosts[0], **more)
 
-    def agent(self, index: int) -> Lookout:
+    def agent(self, index: int) -> HostAgent:
         """The agent of a host."""
         first = next(r for r in range(self.sim.num_ranks) if r * self.num_hosts // self.sim.num_ranks == index)
-        return Lookout(self.run_dir, self.options, first, self.hosts[index])
+        return HostAgent(self.run_dir, self.options, first, self.hosts[index])
 
     def advance(self, duration_s: float) -> None:
         """Let time pass; agents look when it is their time."""
@@ -176,9 +176,9 @@ def move_to_another_machine(run_dir: RunDir, rng: random.Random) -> None:
 
     for path in run_dir.root.glob("events/*.wit"):
         data = bytearray(path.read_bytes())
-        who, shape = parse_header(bytes(data), path.name)
-        who = dataclasses.replace(who, hostname=rename(who.hostname), boot_id=rename(who.boot_id))
-        header = pack_header(who, shape)
+        writer, shape = parse_header(bytes(data), path.name)
+        writer = dataclasses.replace(writer, hostname=rename(writer.hostname), boot_id=rename(writer.boot_id))
+        header = pack_header(writer, shape)
         data[: len(header)] = header
         path.write_bytes(data)
     document = json.loads(run_dir.verdict.read_text())

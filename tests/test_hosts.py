@@ -18,7 +18,7 @@ import pytest
 
 from repro.commands import USAGE
 from repro.commands.cli import main
-from repro.hosts.agent import Lookout, Others
+from repro.hosts.agent import HostAgent, RemoteHosts
 from repro.hosts.host import Host
 from repro.lab.expectation import watch_options
 from repro.lab.launch import prepare_run_dir
@@ -47,7 +47,7 @@ time.sleep(60)
 
 @pytest.fixture
 def elsewhere(tmp_path, monkeypatch):
-    """A run of which rank 0 is this process and rank 1 lives, with its lookout, under another host name."""
+    """A run of which rank 0 is this process and rank 1 lives, with its agent, under another host name."""
     run_dir = RunDir.create(tmp_path, "metadata_rebuild", "fault", 0)
     recorder = Recorder.open(run_dir.witness(0), 0, 2)
     recorder.phase("connect")
@@ -57,8 +57,8 @@ def elsewhere(tmp_path, monkeypatch):
     assert rank.stdout.readline() == b"ready\n"
     host = Host()
     host.here = dataclasses.replace(host.here, hostname="elsewhere")
-    lookout = Lookout(run_dir, watch_options(SETTINGS), 1, host)
-    thread = threading.Thread(target=lookout.run)
+    agent = HostAgent(run_dir, watch_options(SETTINGS), 1, host)
+    thread = threading.Thread(target=agent.run)
     thread.start()
     yield run_dir, rank
     write_json(run_dir.verdict, {})
@@ -78,32 +78,32 @@ def wait_for(what, patience_s=10.0):
 def test_on_another_host_stacks_are_collected_and_a_death_is_seen(elsewhere):
     run_dir, rank = elsewhere
     watch = Watch(run_dir, watch_options(SETTINGS), job_alive=lambda: True)
-    others = Others(run_dir, Host())
-    wait_for(others.someone_runs)
-    gaps = others.answers(others.ask(), patience_s=5)
+    others = RemoteHosts(run_dir, Host())
+    wait_for(others.any_running)
+    gaps = others.answers(others.request_evidence(), patience_s=5)
     assert "<string>" in run_dir.stack(1).read_text()
     assert gaps == {1: "Flight Recorder dump"}  # it never loaded torch
     verdict = watch._judge()
     assert watch._look.facts.alive == {0: True, 1: True}
     assert verdict.verdict != "crash"
-    assert not others.someone_is_gone()
+    assert not others.any_ended()
     rank.kill()
     rank.wait()
-    wait_for(others.someone_is_gone)
+    wait_for(others.any_ended)
     verdict = watch._judge()
     assert (verdict.verdict, verdict.culprits) == ("crash", (1,))
 
 
-def test_a_decided_run_is_ended_there_and_who_is_silent_is_not_believed(elsewhere, monkeypatch):
+def test_a_decided_run_is_ended_there_and_an_expired_status_is_not_used(elsewhere, monkeypatch):
     run_dir, rank = elsewhere
-    others = Others(run_dir, Host())
-    wait_for(others.reports)
+    others = RemoteHosts(run_dir, Host())
+    wait_for(others.statuses)
     write_json(run_dir.verdict, {})
     assert rank.wait(timeout=60) == -signal.SIGKILL
-    monkeypatch.setattr("repro.hosts.agent.UNHEARD_S", 1.0)
-    wait_for(lambda: not others.reports())
-    (told,) = others.silent()
-    assert told.startswith("the lookout of rank 1 was last heard")
+    monkeypatch.setattr("repro.hosts.agent.STATUS_EXPIRY_S", 1.0)
+    wait_for(lambda: not others.statuses())
+    (sentence,) = others.silent()
+    assert sentence.startswith("the agent of rank 1 sent its last status")
 
 
 @pytest.mark.parametrize(
@@ -182,7 +182,7 @@ def test_a_hang_over_two_hosts_leaves_the_stacks_of_all_ranks(two_hosts, tmp_pat
         assert (run_dir / f"fr/rank{rank:03d}.json").stat().st_size, f"rank {rank}"
     for rank in range(4):
         wait_for(lambda rank=rank: not _lives(tmp_path, rank))
-    assert not (run_dir / "lookouts").exists()
+    assert not (run_dir / "agents").exists()
 
 
 @pytest.mark.full

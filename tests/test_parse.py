@@ -208,8 +208,8 @@ def test_the_compact_file_says_the_same_at_the_same_offsets(steps: list[tuple[st
     short = compact(data, "x")
     after = parse(short, "x")
     assert len(short) <= len(data) and after.problems == ()
-    assert (after.who, after.strings, after.groups, after.vectors) == (
-        before.who, before.strings, before.groups, before.vectors
+    assert (after.writer, after.strings, after.groups, after.vectors) == (
+        before.writer, before.strings, before.groups, before.vectors
     )  # fmt: skip
     assert list(after.events()) == list(before.events())
     assert all(after.line(event.n) == before.line(event.n) for event in before.events())
@@ -232,10 +232,10 @@ def test_damage_is_still_named_in_the_compact_file(steps: list[tuple[str, Any]],
 
 def test_a_compact_file_of_few_events_is_short_and_keeps_its_damage_when_it_was_cut() -> None:
     shape = Geometry()
-    who = Identity(0, 1)
+    writer = Identity(0, 1)
     data = bytearray(shape.file_bytes)
-    data[: HEADER.size + CRC.size] = pack_header(who, shape)
-    recorder = Recorder(data, who, shape)
+    data[: HEADER.size + CRC.size] = pack_header(writer, shape)
+    recorder = Recorder(data, writer, shape)
     recorder.groups({"dp": (0,)})
     for _ in range(10):
         recorder.enter(Collective("dp", "all_reduce", "", (4,)))
@@ -249,10 +249,10 @@ def test_a_compact_file_of_few_events_is_short_and_keeps_its_damage_when_it_was_
 def test_strings_and_writer_of_a_compact_file_may_be_others() -> None:
     model = recorded([("phase", "serve"), ("call", Collective("dp", "all_reduce", "secret", (4,)))])
     short = compact(
-        bytes(model.data), "x", who=Identity(0, 2, hostname="host-1"), change=lambda text: text.replace("secret", "")
+        bytes(model.data), "x", writer=Identity(0, 2, hostname="host-1"), change=lambda text: text.replace("secret", "")
     )
     witness = parse(short, "x")
-    assert witness.problems == () and witness.who.hostname == "host-1"
+    assert witness.problems == () and witness.writer.hostname == "host-1"
     assert b"secret" not in short and b"host0" not in short
     assert [group.name for group in witness.groups] == ["dp", "ep", "tp"]
     emptied = parse(compact(bytes(model.data), "x", change=lambda text: ""), "x")

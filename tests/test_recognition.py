@@ -196,7 +196,7 @@ def test_a_verdict_on_redacted_witnesses_is_that_on_the_run(monkeypatch, known):
         after = judged(case, sim, witnesses, recogniser.string)
         for name in ("verdict", "cause", "culprits", "suspects", "confidence"):
             assert getattr(before, name) == getattr(after, name), f"seed {seed}: {name}"
-        assert all(who.who.hostname.startswith("host-") for who in witnesses.values())
+        assert all(witness.writer.hostname.startswith("host-") for witness in witnesses.values())
 
 
 @given(
@@ -229,7 +229,7 @@ def test_a_redacted_witness_holds_the_same_events(tmp_path):
     path = root / "events" / "rank000.wit"
     data = redact_witness(path.read_bytes(), path.name, Recogniser())
     before, again = read(path), parse(data, path.name)
-    assert again.who.hostname == "host-1" and before.who.hostname == "host0" and len(data) < path.stat().st_size
+    assert again.writer.hostname == "host-1" and before.writer.hostname == "host0" and len(data) < path.stat().st_size
     assert again.problems == before.problems == ()
     assert again.ring == before.ring and again.groups == before.groups
     assert [again.sizes(event.vector, event.num_sizes) for event in again.events()] == [

@@ -44,10 +44,10 @@ def test_a_recorder_is_an_observer(tmp_path: Path) -> None:
     assert witness.schedule(events[1].sig) == (("dp", "all_reduce", ""),)
     assert (events[1].aux, events[2].step, events[4].aux) == (2, 4, 77)
     assert witness.text(events[5].sig) == "no more"
-    assert witness.who.pid == os.getpid()
-    assert witness.who.boot_id
-    assert witness.who.pid_start_ticks > 0
-    assert witness.who.pid_namespace == os.stat("/proc/self/ns/pid").st_ino
+    assert witness.writer.pid == os.getpid()
+    assert witness.writer.boot_id
+    assert witness.writer.pid_start_ticks > 0
+    assert witness.writer.pid_namespace == os.stat("/proc/self/ns/pid").st_ino
 
 
 def test_an_error_of_many_lines_is_kept_as_one_of_bounded_length(tmp_path: Path) -> None:

@@ -63,8 +63,8 @@ def plant(out: Path, what: list[Plant], monkeypatch) -> Path:
             recorder.local("lock_held", f"/locks/{text}.lock")
             recorder.local("heartbeat", text)
     for rank, data in enumerate(scene.files):
-        who, shape = parse_header(bytes(data), "")
-        header = pack_header(replace(who, hostname=PEER if rank == 3 else HOST, run_id=texts[0][:60]), shape)
+        writer, shape = parse_header(bytes(data), "")
+        header = pack_header(replace(writer, hostname=PEER if rank == 3 else HOST, run_id=texts[0][:60]), shape)
         (root / "events" / f"rank{rank:03d}.wit").write_bytes(header + bytes(data[len(header) :]))
     words = "\n".join(texts)
     raised = "\n".join(f"RuntimeError: {text}" for text in texts)

@@ -23,7 +23,7 @@ from repro.report.lanes import Labels, SharedClock, read_lane
 from repro.report.page import main_stack
 from repro.report.sides import side_by_side
 from repro.store.run_dir import RunDir, write_json
-from repro.store.text import few, visible
+from repro.store.text import escape_control_characters, shorten_rank_lists
 
 ROOT = Path(__file__).resolve().parent.parent
 CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
@@ -247,15 +247,15 @@ def test_the_main_thread_is_the_last_of_a_dump_wherever_the_signal_landed():
 
 def test_many_ranks_are_counted_not_listed():
     long = ",".join(str(rank) for rank in range(0, 40, 2))
-    assert few(f"ranks {long} wait") == "ranks 0,2,4,… (20) wait"
-    assert few("ranks 1-5,7 wait") == "ranks 1-5,7 wait"
+    assert shorten_rank_lists(f"ranks {long} wait") == "ranks 0,2,4,… (20) wait"
+    assert shorten_rank_lists("ranks 1-5,7 wait") == "ranks 1-5,7 wait"
     huge = ",".join(["9" * 5000] * 12)
-    assert few(huge) == huge, "no list of ranks"
+    assert shorten_rank_lists(huge) == huge, "no list of ranks"
 
 
 def test_nothing_acts_in_visible_text():
-    assert visible("a\x1b[2J\u202eb\x7f\x9b") == "a␛[2J<U+202E>b␡<U+009B>"
-    assert len(visible("x" * 10_000)) == 400
+    assert escape_control_characters("a\x1b[2J\u202eb\x7f\x9b") == "a␛[2J<U+202E>b␡<U+009B>"
+    assert len(escape_control_characters("x" * 10_000)) == 400
 
 
 def test_the_headline_of_no_verdict_says_so(tmp_path):

@@ -88,9 +88,9 @@ def test_a_pipe_in_place_of_the_launchers_log_is_not_waited_for(tmp_path: Path) 
     assert collect.of_launcher(run_dir, [0]) == "rank 0 never began: logs/launcher.log says nothing"
 
 
-def waiter(name: str, pid: int, rank: int = 0, num_ranks: int = 1, **who: object) -> Witness:
+def waiter(name: str, pid: int, rank: int = 0, num_ranks: int = 1, **writer: object) -> Witness:
     """The witness of a process that waits for a lock."""
-    identity = dataclasses.replace(myself(rank, num_ranks), pid=pid, **who)  # type: ignore[arg-type]
+    identity = dataclasses.replace(myself(rank, num_ranks), pid=pid, **writer)  # type: ignore[arg-type]
     with contextlib.suppress(OSError), open(f"/proc/{pid}/stat") as file:
         identity = dataclasses.replace(identity, pid_start_ticks=int(file.read().rpartition(")")[2].split()[19]))
     buffer = bytearray(SMALL.file_bytes)
@@ -111,7 +111,7 @@ def test_a_stale_baton_is_a_deadlock_only_after_nobody_held_it_for_the_quiet_win
 
 def look(system: System, witnesses: dict[int, Witness]) -> Facts:
     """What a watcher does: first the processes, then what they wrote."""
-    return system.look(witnesses, system.running({rank: witness.who for rank, witness in witnesses.items()}))
+    return system.look(witnesses, system.running({rank: witness.writer for rank, witness in witnesses.items()}))
 
 
 class Clockwork(Host):
@@ -230,7 +230,7 @@ def test_stopped_and_ended_processes_are_told_and_those_of_other_hosts_are_not()
 def test_who_was_missed_first_is_remembered_and_of_those_missed_at_once_none_is_first() -> None:
     with python(HOLD) as first, python(HOLD) as second, python(HOLD) as third:
         started = [first, second, third]
-        writers = {rank: waiter("x", it.pid, rank, 3).who for rank, it in enumerate(started)}
+        writers = {rank: waiter("x", it.pid, rank, 3).writer for rank, it in enumerate(started)}
         system = System(1.0)
         assert None not in system.running(writers).values()
         second.kill()

@@ -37,7 +37,7 @@ def test_more_ranks_are_followed_than_the_soft_limit_allows_descriptors(tmp_path
     for rank in range(num_ranks):
         create(tmp_path / f"rank{rank:03d}.wit", Identity(rank, num_ranks), TINY)
     tails = [Tail(tmp_path / f"rank{rank:03d}.wit") for rank in range(num_ranks)]
-    assert [tail.who().rank for tail in tails] == list(range(num_ranks))
+    assert [tail.writer().rank for tail in tails] == list(range(num_ranks))
     for tail in tails:
         tail.close()
 
@@ -50,9 +50,9 @@ def test_a_header_that_is_half_written_keeps_the_identity_before_it(tmp_path: Pa
     with open(path, "r+b") as file:
         file.write(header[:100])
         file.flush()
-        assert (tail.who().pid, tail.who().run_id) == (0, "run")
+        assert (tail.writer().pid, tail.writer().run_id) == (0, "run")
         file.write(header[100:])
-    assert tail.who().pid == os.getpid()
+    assert tail.writer().pid == os.getpid()
 
 
 def test_a_tail_keeps_its_count_and_heartbeat_where_their_words_are_damaged(tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ from scene import MS, Scene
 from serving import C1, EVERYONE, PLAN, eight_ranks, held, look
 
 from hybrid_moe_ref.parallel.observer import Collective
-from repro.hosts.agent import Others, Report
+from repro.hosts.agent import AgentStatus, RemoteHosts
 from repro.hosts.host import Host
 from repro.store.run_dir import RunDir, write_json
 from repro.verdict import Facts, Verdict, judge
@@ -148,7 +148,7 @@ def test_containers_of_one_host_do_not_share_their_locks_and_pids() -> None:
         made.enter([r for r in EVERYONE if r != 7], C1)
         made.recorders[7].local("lock_wait", "/cache/lock", holder=103)
         witnesses = made.witnesses()
-        witnesses[7] = replace(witnesses[7], who=replace(witnesses[7].who, hostname=container))
+        witnesses[7] = replace(witnesses[7], writer=replace(witnesses[7].writer, hostname=container))
         return judge(witnesses, num_ranks=8, now_ns=made.now_ns + 2000 * MS, quiet_window_s=1)
 
     assert (judged("host0").verdict, judged("host0").culprits) == ("deadlock", (3,))
@@ -162,7 +162,7 @@ def test_what_the_system_says_of_a_lock_holds_on_its_own_host_alone() -> None:
         recorder.local("lock_wait", "/cache/lock")
     witnesses = made.witnesses()
     for rank in range(4, 8):
-        witnesses[rank] = replace(witnesses[rank], who=replace(witnesses[rank].who, hostname="elsewhere"))
+        witnesses[rank] = replace(witnesses[rank], writer=replace(witnesses[rank].writer, hostname="elsewhere"))
 
     def judged(here: range) -> str:
         facts = Facts(alive=dict.fromkeys(here, True), lock_holders=held("/cache/lock", 0, here))
@@ -180,16 +180,16 @@ def test_each_host_has_a_lock_file_of_its_own_and_a_holder_on_one_host_is_nobody
     witnesses = made.witnesses()
     for rank, witness in witnesses.items():
         boot, pid = "ABC"[rank // 2], 11 + rank % 2
-        who = replace(witness.who, boot_id=boot, hostname=f"host{boot}", pid=pid)
-        witnesses[rank] = replace(witness, who=who)
+        writer = replace(witness.writer, boot_id=boot, hostname=f"host{boot}", pid=pid)
+        witnesses[rank] = replace(witness, writer=writer)
     run_dir = RunDir.create(tmp_path, "metadata_rebuild", "fault", 0)
-    run_dir.lookouts.mkdir()
+    run_dir.agents.mkdir()
     for first, boot, pid in ((2, "B", 22), (4, "C", 12)):
         facts = Facts(alive={first: True, first + 1: True}, lock_holders={first: (lock, pid)})
-        report = Report(1, boot, 0, (first, first + 1), facts)
-        write_json(run_dir.lookout(first), report.to_json())
+        report = AgentStatus(1, boot, 0, (first, first + 1), facts)
+        write_json(run_dir.agent(first), report.to_json())
     mine = Facts(alive={0: True, 1: True}, lock_holders={0: (lock, 11)})
-    facts = Others(run_dir, Host()).merged(mine)
+    facts = RemoteHosts(run_dir, Host()).merged(mine)
     assert facts.lock_holders == {0: (lock, 11), 2: (lock, 22), 4: (lock, 12)}
     for holders in (facts.lock_holders, {rank: facts.lock_holders[rank] for rank in (2, 4)}):
         verdict = judge(

@@ -125,7 +125,7 @@ def test_two_processes_of_one_number_are_not_taken_for_each_other() -> None:
     made.recorders[0].local("lock_wait", "/cache/lock", holder=101)
     made.enter([1, 2], GRADS)
     witnesses = made.witnesses()
-    witnesses[2] = replace(witnesses[2], who=replace(witnesses[2].who, pid=101))
+    witnesses[2] = replace(witnesses[2], writer=replace(witnesses[2].writer, pid=101))
     holders = {0: ("/cache/lock", 101)}
     verdict = judge(
         witnesses, Facts(lock_holders=holders), num_ranks=3, now_ns=made.now_ns + 2_000 * MS, quiet_window_s=1.0

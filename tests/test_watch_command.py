@@ -189,14 +189,14 @@ def test_ranks_of_hosts_whose_clocks_have_nothing_in_common_are_judged_in_time(t
     call = Collective("dp", "all_reduce", "step", (4,), "int32", "sum")
     files = []
     for rank, ahead_ns in enumerate((0, 0, 10**15, -(time.monotonic_ns() // 2))):
-        who = replace(myself(rank, 4), run_id="test", pid=2**22 + 1 + rank)
+        writer = replace(myself(rank, 4), run_id="test", pid=2**22 + 1 + rank)
         if ahead_ns:
-            offset_ns = who.wall_offset_ns - ahead_ns
-            who = replace(who, boot_id=f"boot{rank}", hostname=f"host{rank}", wall_offset_ns=offset_ns)
+            offset_ns = writer.wall_offset_ns - ahead_ns
+            writer = replace(writer, boot_id=f"boot{rank}", hostname=f"host{rank}", wall_offset_ns=offset_ns)
         data = bytearray(Geometry().file_bytes)
-        header = pack_header(who, Geometry())
+        header = pack_header(writer, Geometry())
         data[: len(header)] = header
-        recorder = Recorder(data, who, Geometry(), clock=lambda ahead_ns=ahead_ns: time.monotonic_ns() + ahead_ns)
+        recorder = Recorder(data, writer, Geometry(), clock=lambda ahead_ns=ahead_ns: time.monotonic_ns() + ahead_ns)
         recorder.groups({"dp": range(4), "ep": range(4)})
         recorder.enter(call if rank < 3 else call._replace(group="ep"))
         files.append(data)

@@ -18,7 +18,7 @@ from simulator import Simulation
 
 from hybrid_moe_ref.parallel.observer import Collective
 from repro.hosts import processes
-from repro.hosts.agent import Others
+from repro.hosts.agent import RemoteHosts
 from repro.hosts.options import WatchOptions
 from repro.hosts.system import System
 from repro.store.run_dir import write_json
@@ -77,7 +77,7 @@ def owner_of(site: str) -> tuple[Any, str]:
 READS = [
     ("repro.trace.witness.read", "a witness is read"),
     ("repro.trace.witness.Tail.last_event", "its last event is read"),
-    ("repro.trace.witness.Tail.who", "its writer is read"),
+    ("repro.trace.witness.Tail.writer", "its writer is read"),
     ("repro.trace.witness.Tail.__init__", "it is mapped"),
     ("simulated_watch.SimulatedHost.find", "a process is looked for"),
     ("simulated_watch.SimulatedHost.is_stopped", "its state is read"),
@@ -87,7 +87,7 @@ READS = [
     ("simulated_watch.SimulatedHost.lock_holder", "a lock's holder is looked for"),
     ("simulated_watch.SimulatedHost.collect", "evidence is asked for"),
     ("repro.hosts.agent.read_json", "another host's agent is heard"),
-    ("repro.hosts.agent.times_asked", "a question is numbered"),
+    ("repro.hosts.agent.latest_request", "an evidence request is numbered"),
     ("repro.watch.flight_recorder.read_json", "a dump is read"),
     ("repro.hosts.collect.read_text", "the launcher's log is read"),
 ]
@@ -195,14 +195,16 @@ def test_a_rank_of_another_process_namespace_is_not_taken_for_the_holder_of_a_lo
     scene.recorders[0].local("lock_wait", "/cache/x.lock", holder=101)  # in its own namespace
     scene.enter([1], CALL)
     witnesses = scene.witnesses()
-    assert witnesses[1].who.pid == 101
+    assert witnesses[1].writer.pid == 101
     for namespaces, culprits in (((1, 1), (1,)), ((1, 2), ())):
         seen = {
-            rank: dataclasses.replace(witness, who=dataclasses.replace(witness.who, pid_namespace=namespaces[rank]))
+            rank: dataclasses.replace(
+                witness, writer=dataclasses.replace(witness.writer, pid_namespace=namespaces[rank])
+            )
             for rank, witness in witnesses.items()
         }
         facts = Facts(lock_holders={0: ("/cache/x.lock", 101)})
-        verdict = Look(witnesses[0].who, scene.now_ns + 2 * 10**9, seen, facts).verdict(OPTIONS)
+        verdict = Look(witnesses[0].writer, scene.now_ns + 2 * 10**9, seen, facts).verdict(OPTIONS)
         assert verdict.culprits == culprits, verdict
 
 
@@ -221,7 +223,9 @@ AGENT_READS = [(site, when) for site, when in READS if not site.startswith(("rep
 
 
 @pytest.mark.parametrize(("site", "when"), AGENT_READS)
-def test_an_agent_whose_reads_fail_for_a_moment_still_reports_and_ends_its_ranks(tmp_path, monkeypatch, site, when):
+def test_an_agent_whose_reads_fail_for_a_moment_still_writes_its_status_and_ends_its_ranks(
+    tmp_path, monkeypatch, site, when
+):
     run_dir = make_run_dir(tmp_path / "run")
     sim = Simulation(hang(), {"dp": [(0, 1)]}, folder=run_dir.root, hosts=2)
     world = World(sim, run_dir, OPTIONS, 2)
@@ -235,18 +239,18 @@ def test_an_agent_whose_reads_fail_for_a_moment_still_reports_and_ends_its_ranks
         return works(*args, **options)
 
     monkeypatch.setattr(owner, name, fails_thrice)
-    advance, others = world.advance, Others(run_dir, world.hosts[0])
+    advance, others = world.advance, RemoteHosts(run_dir, world.hosts[0])
     heard = []
 
     def decide_after_three_seconds(duration_s: float) -> None:
         advance(duration_s)
         if sim.now_ns > 3e9 and not run_dir.verdict.exists():
-            heard.extend(others.reports())
+            heard.extend(others.statuses())
             write_json(run_dir.verdict, {})
 
     monkeypatch.setattr(world, "advance", decide_after_three_seconds)
     agent.run()
-    assert [report.ranks for report in heard] == [(1,)], when
+    assert [status.ranks for status in heard] == [(1,)], when
     assert sim.ranks[1].state == "dead" and sim.ranks[0].state != "dead", when
 
 

@@ -359,14 +359,14 @@ def test_a_tail_follows_a_live_file(tmp_path: Path) -> None:
     path = tmp_path / "rank000.wit"
     create(path, Identity(0, 2, "run"), TINY)
     tail = Tail(path)
-    assert (tail.num_events(), tail.last_event_ns(), tail.who().pid) == (0, 0, 0)
+    assert (tail.num_events(), tail.last_event_ns(), tail.writer().pid) == (0, 0, 0)
     recorder = Recorder.open(path, 0, 2)
     recorder.groups({"dp": (0, 1)})
     recorder.enter(REDUCE)
     assert tail.num_events() == 1
     assert tail.last_event_ns() > 0
-    assert tail.who().pid == os.getpid()
-    assert tail.witness().who.run_id == "run"
+    assert tail.writer().pid == os.getpid()
+    assert tail.witness().writer.run_id == "run"
     recorder.local("heartbeat", "build")
     assert tail.num_events() == 1
     assert tail.heartbeat_ns() >= tail.last_event_ns()

@@ -38,7 +38,7 @@ from repro.hosts.options import ALL_GROUPS, WatchOptions
 from repro.hosts.parent import start_ticks
 from repro.report.page import main_stack
 from repro.store.run_dir import PARTS, RunDir, read_text
-from repro.store.text import visible_lines
+from repro.store.text import escape_lines
 from repro.trace.format import Identity
 from repro.trace.witness import create
 from repro.verdict import Verdict
@@ -182,7 +182,7 @@ class Ranks:
         with contextlib.suppress(OSError, ValueError):
             report.write(run_dir.root, [])
             lines.append(f"report: {run_dir.root / 'report.html'}")
-        return visible_lines("\n".join(lines))
+        return escape_lines("\n".join(lines))
 
     def _stacks(self, run_dir: RunDir) -> list[str]:
         together: dict[str, list[int]] = {}

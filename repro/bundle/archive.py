@@ -20,7 +20,7 @@ from typing import Any
 
 from hybrid_moe_ref.files import open_regular, read_json
 from repro.bundle.scratch import scratch_folder
-from repro.store.text import visible
+from repro.store.text import escape_control_characters
 
 MAX_FILES = 20_000
 MAX_FILE_BYTES = 128 << 20
@@ -59,7 +59,7 @@ def check_entries(archive: zipfile.ZipFile, where: str) -> list[zipfile.ZipInfo]
     total = 0
     for entry in entries:
         name = entry.orig_filename.rstrip("/") if entry.is_dir() else entry.orig_filename
-        shown = visible(name, 120)
+        shown = escape_control_characters(name, 120)
         mode = entry.external_attr >> 16
         if stat.S_IFMT(mode) not in (0, stat.S_IFDIR if entry.is_dir() else stat.S_IFREG):
             raise ArchiveError(f"{where}: {shown} is not a regular file but a link or a device")
@@ -140,9 +140,13 @@ def differences(folder: Path, sums: dict[str, str], where: str) -> list[str]:
     except (ValueError, TypeError, KeyError, AttributeError):
         raise ArchiveError(f"{where}: {MANIFEST} cannot be read") from None
     found = {name: digest for name, digest in sums.items() if name != MANIFEST}
-    told = [f"{visible(name)} is missing" for name in promised.keys() - found.keys()]
-    told += [f"{visible(name)} is not in the manifest" for name in found.keys() - promised.keys()]
-    told += [f"{visible(name)} was changed" for name in promised.keys() & found.keys() if promised[name] != found[name]]
+    told = [f"{escape_control_characters(name)} is missing" for name in promised.keys() - found.keys()]
+    told += [f"{escape_control_characters(name)} is not in the manifest" for name in found.keys() - promised.keys()]
+    told += [
+        f"{escape_control_characters(name)} was changed"
+        for name in promised.keys() & found.keys()
+        if promised[name] != found[name]
+    ]
     return sorted(told)
 
 

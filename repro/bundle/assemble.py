@@ -34,7 +34,7 @@ from repro.lab.settings import VARIANTS, RunSettings
 from repro.report.gather import Facts, gather, siblings
 from repro.report.page import HERE
 from repro.store.run_dir import SUFFIX, RunDir, write_json
-from repro.store.text import visible
+from repro.store.text import escape_control_characters
 from repro.trace.format import CRC, HEADER
 from repro.trace.parse import parse_header
 from repro.trace.witness import MAX_BYTES
@@ -171,7 +171,7 @@ def _copy_run(source: Path, target: Path, recogniser: Recogniser, notes: list[st
             continue
         folder, _, file = name.rpartition("/")
         if folder and name not in _LOGS and not re.fullmatch(rf"rank\d{{1,6}}\.{_FOLDERS[folder]}", file):
-            notes.append(f"{visible(name)} is left out: not a file that a run leaves")
+            notes.append(f"{escape_control_characters(name)} is left out: not a file that a run leaves")
             recogniser.left_out["files"] += 1
             continue
         try:

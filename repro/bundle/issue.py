@@ -9,7 +9,7 @@ from repro.lab.rerun import command, commands
 from repro.report.gather import Facts, headline
 from repro.report.lanes import waits
 from repro.store.run_dir import read_text
-from repro.store.text import few, short_site, visible
+from repro.store.text import escape_control_characters, short_site, shorten_rank_lists
 from repro.verdict.result import list_ranks, name_ranks
 
 ATTACHED = ("verdict.json", "events/", "fr/", "stacks/", "logs/", "control/", "fix/")
@@ -109,11 +109,13 @@ def _issue_table(facts: Facts) -> list[str]:
         rows.setdefault((p["state"], step, call, p["layer"], short_site(p["site"])), []).append(p["rank"])
     table = ["| ranks | state | step | in | layer | called from |", "|---|---|---|---|---|---|"]
     for cells, ranks in list(rows.items())[:MAX_PLACES]:
-        table.append(f"| {few(list_ranks(ranks))} | " + " | ".join(_line(cell) for cell in cells) + " |")
+        table.append(f"| {shorten_rank_lists(list_ranks(ranks))} | " + " | ".join(_line(cell) for cell in cells) + " |")
     if len(rows) > MAX_PLACES:
         table.append(f"| {len(rows) - MAX_PLACES} more places | | | | | |")
     culprits = facts.verdict["culprits"]
-    told = f"Culprits: {few(name_ranks(culprits))}." if culprits else "Nobody is proven to be the culprit."
+    told = (
+        f"Culprits: {shorten_rank_lists(name_ranks(culprits))}." if culprits else "Nobody is proven to be the culprit."
+    )
     return [*table, "", f"{told} Confidence: {facts.verdict['confidence'] or 'unknown'}."]
 
 
@@ -128,7 +130,7 @@ def _versions(facts: Facts) -> list[str]:
     for text, ranks in list(together.items())[:3]:
         found = [_fenced(line) for line in text.splitlines() if line.strip()]
         more = f" ({len(found) - room} more lines in env/)" if len(found) > room else ""
-        lines += [f"{few(name_ranks(ranks))}:{more}", *found[:room]]
+        lines += [f"{shorten_rank_lists(name_ranks(ranks))}:{more}", *found[:room]]
     if len(together) > 3:
         lines[-1] = f"and {len(together) - 3} more kinds of ranks, see env/"
     return lines or ["(not recorded)"]
@@ -144,10 +146,10 @@ def _mechanism(name: str) -> str:
 
 def _line(text: str) -> str:
     """One line of Markdown in which a stranger's text marks up nothing."""
-    plain = visible(few(text), 300).replace("\n", " ").replace("|", "\\|")
+    plain = escape_control_characters(shorten_rank_lists(text), 300).replace("\n", " ").replace("|", "\\|")
     return plain.replace("<", "&lt;").replace("`", "'").replace("[", "\\[")
 
 
 def _fenced(text: str) -> str:
     """One line of a fenced block, to copy as it is: nothing is escaped there, and nothing in it ends the block."""
-    return visible(text, 4000).replace("\n", " ").replace("```", "'''")
+    return escape_control_characters(text, 4000).replace("\n", " ").replace("```", "'''")

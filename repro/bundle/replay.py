@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from repro.report.gather import Facts, headline
-from repro.store.text import visible
+from repro.store.text import escape_control_characters
 from repro.trace.format import Kind
 from repro.trace.witness import Witness, read_dir
 from repro.verdict.result import list_ranks
@@ -108,7 +108,7 @@ def _programs(root: Path, steps: int | None) -> tuple[dict[int, list[Act]], dict
     witnesses, refused = read_dir(root / "events")
     if refused or not witnesses:
         raise ReplayError(refused[0] if refused else f"{root}: no witness")
-    if len(witnesses) != next(iter(witnesses.values())).who.num_ranks:
+    if len(witnesses) != next(iter(witnesses.values())).writer.num_ranks:
         raise ReplayError(f"{root}: {len(witnesses)} witnesses are not those of all ranks")
     groups: dict[str, tuple[int, ...]] = {}
     programs = {}
@@ -199,4 +199,4 @@ def _fill(template: str, parts: Mapping[str, str]) -> str:
 
 def _prose(text: str, limit: int) -> str:
     """A stranger's words inside a docstring, which they cannot end."""
-    return visible(text, limit).replace("\\", "/").replace('"', "'")
+    return escape_control_characters(text, limit).replace("\\", "/").replace('"', "'")

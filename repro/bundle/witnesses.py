@@ -14,12 +14,12 @@ def redact_witness(data: bytes, name: str, recogniser: Recogniser) -> bytes:
 
     Raises WitnessError for what is no witness, ValueError when the new strings take more than a file may hold.
     """
-    who, _ = parse_header(data, name)
-    who = replace(
-        who,
-        hostname=recogniser.host(who.hostname),
-        boot_id=recogniser.boot(who.boot_id),
-        pid_namespace=recogniser.namespace(who.pid_namespace),
-        run_id=recogniser.string(who.run_id),
+    writer, _ = parse_header(data, name)
+    writer = replace(
+        writer,
+        hostname=recogniser.host(writer.hostname),
+        boot_id=recogniser.boot(writer.boot_id),
+        pid_namespace=recogniser.namespace(writer.pid_namespace),
+        run_id=recogniser.string(writer.run_id),
     )
-    return compact(data, name, who=who, change=recogniser.string)
+    return compact(data, name, writer=writer, change=recogniser.string)

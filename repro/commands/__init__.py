@@ -23,7 +23,7 @@ from repro.lab.settings import MAX_CONFIG_BYTES
 from repro.report import write_all
 from repro.report.terminal import overview, say, summary
 from repro.store.run_dir import read_json, refuse_unwritable
-from repro.store.text import short_site, visible
+from repro.store.text import escape_control_characters, short_site
 
 EXPECTED, UNEXPECTED, USAGE, CANNOT_TELL, INTERRUPTED = 0, 1, 2, launch.CANNOT_TELL, 130
 
@@ -45,7 +45,7 @@ def say_error(error: BaseException, text: str) -> None:
 
 def one_line(text: str) -> str:
     """An error text that stays one line whatever a path or an argument in it holds."""
-    return visible(text.replace("\n", "\N{SYMBOL FOR LINE FEED}"), 4000)
+    return escape_control_characters(text.replace("\n", "\N{SYMBOL FOR LINE FEED}"), 4000)
 
 
 def describe_failure(error: BaseException) -> str:

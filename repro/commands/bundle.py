@@ -13,7 +13,7 @@ from repro.bundle.archive import MANIFEST, verify
 from repro.bundle.assemble import make
 from repro.bundle.recognise import LEFT_OUT
 from repro.store.run_dir import refuse_unwritable
-from repro.store.text import visible, visible_lines
+from repro.store.text import escape_control_characters, escape_lines
 
 
 def add(commands: Any) -> None:
@@ -38,7 +38,7 @@ def run(args: argparse.Namespace) -> int:
         if args.json:
             print(json.dumps({"bundle": str(args.run), "wrong": wrong}, indent=1))
         else:
-            print(visible_lines("\n".join(wrong)) or f"{args.run}: every file is as {MANIFEST} says")
+            print(escape_lines("\n".join(wrong)) or f"{args.run}: every file is as {MANIFEST} says")
         return int(bool(wrong))
     if args.with_logs:
         try:
@@ -62,5 +62,5 @@ def run(args: argparse.Namespace) -> int:
     elif made.left_out:
         print("  --with-logs adds text that is not recognised where nothing suspicious is found in it")
     for note in made.notes:
-        print(visible(f"  {note}", 4000))
+        print(escape_control_characters(f"  {note}", 4000))
     return 0

@@ -191,7 +191,7 @@ def _clean(args: argparse.Namespace) -> int:
         if root.is_symlink() or not RUN_NAME.fullmatch(root.name) or not (root / "config.json").is_file():
             continue
         witnesses, _ = read_dir(root / "events")
-        if any(processes.find(witness.who) for witness in witnesses.values()):
+        if any(processes.find(witness.writer) for witness in witnesses.values()):
             running.append(str(root))
             print(f"repro: {root}: still runs, left as it is", file=sys.stderr)
             continue

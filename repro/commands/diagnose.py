@@ -11,7 +11,7 @@ from typing import Any
 from repro.ingest.read import Evidence, read
 from repro.report.diagnosis import page
 from repro.store.run_dir import write_json
-from repro.store.text import visible_lines
+from repro.store.text import escape_lines
 from repro.verdict.partial import Diagnosis, diagnose
 from repro.verdict.partial.scene import Scene
 from repro.verdict.result import list_ranks
@@ -38,7 +38,7 @@ def run(args: argparse.Namespace) -> int:
     evidence = read(args.paths)
     if not evidence.records:
         for line in evidence.not_understood or ["the paths hold no files"]:
-            print(visible_lines(f"not understood: {line}"))
+            print(escape_lines(f"not understood: {line}"))
         return NOTHING_USABLE
     diagnosis = diagnose(evidence.records)
     if args.out:
@@ -48,7 +48,7 @@ def run(args: argparse.Namespace) -> int:
     if args.json:
         print(json.dumps(document(diagnosis, evidence), indent=1))
     else:
-        print(visible_lines("\n".join(lines(diagnosis, evidence))))
+        print(escape_lines("\n".join(lines(diagnosis, evidence))))
     return CANNOT_TELL if diagnosis.verdict == "inconclusive" else FOUND
 
 

@@ -10,7 +10,7 @@ from typing import Any
 from repro import report
 from repro.report.gather import headline
 from repro.store.run_dir import refuse_unwritable
-from repro.store.text import visible
+from repro.store.text import escape_control_characters
 
 
 def add(commands: Any) -> None:
@@ -31,9 +31,9 @@ def run(args: argparse.Namespace) -> int:
         files = [str(facts.root / name) for name in report.FILES]
         documents.append({"run": str(facts.root), "files": files, "missing": facts.missing})
         if not args.json:
-            print(visible(f"{files[0]}: {headline(facts.verdict)}", 4000))
+            print(escape_control_characters(f"{files[0]}: {headline(facts.verdict)}", 4000))
             for text in facts.missing:
-                print(visible(f"  {text}", 4000))
+                print(escape_control_characters(f"  {text}", 4000))
     if args.json:
         print(json.dumps(documents, indent=1))
     return 0

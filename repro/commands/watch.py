@@ -13,7 +13,7 @@ from hybrid_moe_ref.config import ConfigError
 from repro import bundle
 from repro.commands import CANNOT_TELL, EXPECTED, INTERRUPTED, UNEXPECTED, exit_code, print_verdicts, write_reports
 from repro.hosts import processes
-from repro.hosts.agent import Lookout
+from repro.hosts.agent import HostAgent
 from repro.hosts.interrupt import Interrupt
 from repro.lab import launch
 from repro.lab.expectation import watch_options
@@ -21,7 +21,7 @@ from repro.lab.second_judgement import judge_again
 from repro.lab.settings import RunSettings, read_settings
 from repro.report.terminal import Display, say
 from repro.store.run_dir import RunDir
-from repro.store.text import visible_lines
+from repro.store.text import escape_lines
 from repro.trace.witness import Tail
 
 
@@ -54,7 +54,7 @@ def _watch_run(args: argparse.Namespace, run_dir: RunDir) -> int:
         if args.end or not 0 <= args.lookout < settings.num_ranks:
             why = "cannot be had with --end" if args.end else f"{args.lookout} is none of {settings.num_ranks} ranks"
             raise ConfigError(why, "--lookout")
-        Lookout(run_dir, watch_options(settings), args.lookout).run()
+        HostAgent(run_dir, watch_options(settings), args.lookout).run()
         return EXPECTED
     if args.end:
         return _watch_to_end(run_dir, settings, console, args)
@@ -63,7 +63,7 @@ def _watch_run(args: argparse.Namespace, run_dir: RunDir) -> int:
         print(json.dumps(document, indent=1))
     else:
         for line in (document["verdict"], *document["sentences"], *document["evidence"]):
-            print(visible_lines(line))
+            print(escape_lines(line))
     if document["verdict"] == "inconclusive" or not whole:
         return CANNOT_TELL
     return EXPECTED if document["matches_expected"] else UNEXPECTED
@@ -73,8 +73,8 @@ def _watch_to_end(run_dir: RunDir, settings: RunSettings, console: Console, args
     tails = [Tail(run_dir.witness(rank)) for rank in range(settings.num_ranks)]
 
     def job_alive() -> bool:
-        identities = [tail.who() for tail in tails]
-        return any(not who.pid or processes.find(who) for who in identities)
+        identities = [tail.writer() for tail in tails]
+        return any(not writer.pid or processes.find(writer) for writer in identities)
 
     interrupt: Interrupt = args.interrupt
     with interrupt.deferred():

@@ -1,13 +1,13 @@
-"""Several hosts: one watcher decides and ends the run, and on each other host a lookout is its eyes and hands.
+"""The agent of a host: it observes, signals and ends the ranks of its host for a watcher on another host.
 
-Processes can be looked at, asked and ended on their own host only: there the lookout does it. Watcher and lookouts talk
-through files in the run directory, which all hosts see:
+A process can be inspected, signalled and ended only on its own host. One watcher decides the run; every other host runs
+an agent. Watcher and agents communicate through files in the run directory, which all hosts see:
 
-asked                  how many times the watcher has wanted evidence
-lookouts/rank008.json  what the lookout of the host whose first rank that is has seen last, and up to which of the
-                       watcher's questions it has collected evidence
+evidence_request     the number of the watcher's latest request for evidence; requests count from 1
+agents/rank008.json  the last status of one agent, named after the first rank of its host. The status holds the number
+                     of the latest request that the agent has answered
 
-What the ranks did is in their witnesses, which the watcher reads by itself, also of ranks whose lookout is gone.
+The watcher reads the witnesses by itself, so it also has those of ranks whose agent is gone.
 """
 
 from __future__ import annotations
@@ -33,25 +33,25 @@ from repro.verdict.result import name_ranks
 
 POLL_S = 0.1
 LOOK_S = 0.5
-LETTING_GO_S = 5.0
-"""How long ranks of a decided run may take to end by themselves."""
+EXIT_PATIENCE_S = 5.0
+"""How long the ranks of a decided run may take to exit by themselves."""
 
 OVERTIME_S = 30.0
-"""How long after the run's deadline a lookout ends, should the watcher be gone: by then the ranks have ended too."""
+"""How long after the run's deadline an agent ends if the watcher is gone. By then the ranks have ended too."""
 
-UNHEARD_S = 10.0
-"""What a lookout said is not believed any more when it has said nothing new for so long."""
+STATUS_EXPIRY_S = 10.0
+"""Age from which the last status of an agent is no longer used."""
 
 
 @dataclass(frozen=True)
-class Report:
-    """What an agent has seen of the ranks of its host.
+class AgentStatus:
+    """The latest observations of one agent.
 
-    beat         grows with every look
-    ranks        of its host, as far as they have opened their witnesses
-    facts        about these; `died` is on the clock of its host
-    answered     up to which question it has collected evidence
-    unanswered   rank -> what of it the rank did not leave
+    beat         number of the observation, from 1
+    ranks        ranks of the host that have opened their witnesses
+    facts        facts about these ranks; `died` is on the clock of the host
+    answered     number of the latest evidence request that the agent has answered
+    unanswered   rank -> the evidence that the rank did not leave for that request
     """
 
     beat: int
@@ -75,7 +75,7 @@ class Report:
 
     @classmethod
     def from_json(cls, document: Mapping[str, Any]) -> Self:
-        """Raises KeyError, TypeError or ValueError for what ``to_json`` does not write."""
+        """Read what ``to_json`` writes; raises KeyError, TypeError or ValueError for anything else."""
         return cls(
             int(document["beat"]),
             str(document["boot_id"]),
@@ -87,31 +87,31 @@ class Report:
         )
 
 
-class Lookout:
-    """The agent of a host: it looks after the ranks there until the run is decided, and then sees them end."""
+class HostAgent:
+    """Observe the ranks of this host until the run is decided, then end those that do not exit."""
 
     def __init__(self, run_dir: RunDir, options: WatchOptions, first_rank: int, host: Host | None = None) -> None:
         self._run_dir, self._options = run_dir, options
-        self._path = run_dir.lookout(first_rank)
+        self._path = run_dir.agent(first_rank)
         self._host = host or Host()
         self._tails = Tails(run_dir, options.num_ranks, self._host.here)
         self._system = System(options.quiet_window_s, self._host)
         self._answered = 0
         self._unanswered: dict[int, str] = {}
         self._beat = 0
-        self._looked_ns = 0
+        self._reported_ns = 0
 
     def run(self) -> None:
-        """Look after the ranks; returns when they have ended."""
+        """Observe the ranks; returns when they have ended."""
         self._path.parent.mkdir(exist_ok=True)
         deadline_ns = self._host.now_ns() + int((self._options.deadline_s + OVERTIME_S) * 1e9)
         while self._host.now_ns() < deadline_ns and not self._run_dir.verdict.exists():
             try:
                 self.poll()
-            except READ_FAILURES:  # the next look may meet no failure
+            except READ_FAILURES:  # the next poll may succeed
                 if not self._path.parent.exists():
-                    break  # the watcher has tidied up
-            except Exception:  # whatever fails here, the ranks need an agent that ends them
+                    break  # the watcher has removed the run's temporary files
+            except Exception:  # the ranks still need an agent that ends them
                 traceback.print_exc()
             self._pause()
         self._end_ranks()
@@ -122,134 +122,138 @@ class Lookout:
         self._system.note_late((self._host.now_ns() - asleep_ns) / 1e9 - POLL_S)
 
     def poll(self) -> None:
-        """Collect evidence if the watcher asks for it, and report twice a second."""
+        """Collect evidence if the watcher has requested it; write a status twice a second."""
         self._tails.open()
-        asked = times_asked(self._run_dir)
-        if asked > self._answered:
+        request = latest_request(self._run_dir)
+        if request > self._answered:
             self._unanswered = self._host.collect(self._run_dir, self._pids())
-            self._answered = asked
-            self._report()
-            self._system.begin_measuring(self._pids())  # to write evidence takes a processor, which says nothing
-        elif self._host.now_ns() - self._looked_ns >= LOOK_S * 1e9:
+            self._answered = request
+            self._write_status()
+            self._system.begin_measuring(self._pids())  # processor use while evidence is written is no sign of work
+        elif self._host.now_ns() - self._reported_ns >= LOOK_S * 1e9:
             self._system.measure(self._pids())
-            self._report()
+            self._write_status()
 
-    def _report(self) -> None:
-        self._looked_ns = self._host.now_ns()
+    def _write_status(self) -> None:
+        self._reported_ns = self._host.now_ns()
         self._beat += 1
         running = self._running()
-        ours = [rank for rank, who in self._tails.writers().items() if self._system.is_here(who)]
-        witnesses, _ = self._tails.read(ours)  # the watcher names those that cannot be read
+        local_ranks = [rank for rank, writer in self._tails.writers().items() if self._system.is_here(writer)]
+        witnesses, _ = self._tails.read(local_ranks)  # the watcher names the files that cannot be read
         facts = self._system.look(witnesses, running)
         here = self._host.here
-        report = Report(
+        status = AgentStatus(
             self._beat, here.boot_id, here.wall_offset_ns, tuple(running), facts, self._answered, self._unanswered
         )
-        write_json(self._path, report.to_json())
+        write_json(self._path, status.to_json())
 
     def _running(self) -> dict[int, psutil.Process | None]:
         return self._system.running(self._tails.writers())
 
     def _alive(self) -> list[psutil.Process]:
-        return [found for found in self._running().values() if found is not None]
+        return [process for process in self._running().values() if process is not None]
 
     def _pids(self) -> dict[int, int]:
-        return {rank: found.pid for rank, found in self._running().items() if found is not None}
+        return {rank: process.pid for rank, process in self._running().items() if process is not None}
 
     def _end_ranks(self) -> None:
-        """Ranks that only waited to be released leave by themselves, others are ended."""
-        deadline_ns = self._host.now_ns() + int(LETTING_GO_S * 1e9)
+        """Let the ranks that are done exit by themselves, and kill the others."""
+        deadline_ns = self._host.now_ns() + int(EXIT_PATIENCE_S * 1e9)
         while self._host.now_ns() < deadline_ns:
-            with contextlib.suppress(*READ_FAILURES):  # the next look may meet no failure
+            with contextlib.suppress(*READ_FAILURES):  # the next poll may succeed
                 if not self._alive() or not self._tails.all_done():
                     break
             self._host.sleep(POLL_S)
         with contextlib.suppress(*READ_FAILURES):
             processes.kill(self._alive())
-            self._report()
+            self._write_status()
 
 
 @dataclass
-class Others:
-    """The watcher's side: what the agents of other hosts said."""
+class RemoteHosts:
+    """The statuses of the agents on other hosts, as the watcher reads them."""
 
     run_dir: RunDir
     host: Host
-    _heard: dict[Path, tuple[Report, int]] = field(default_factory=dict)  # with the moment, on the watcher's clock
+    _latest: dict[Path, tuple[AgentStatus, int]] = field(
+        default_factory=dict
+    )  # with its arrival on the watcher's clock
     _stamps: dict[Path, tuple[int, int]] = field(default_factory=dict)
 
-    def reports(self) -> list[Report]:
-        """Those of agents that are at work."""
-        self._listen()
+    def statuses(self) -> list[AgentStatus]:
+        """The statuses that have not expired."""
+        self._read_new()
         now_ns = self.host.now_ns()
-        return [report for report, heard_ns in self._heard.values() if now_ns - heard_ns < UNHEARD_S * 1e9]
+        return [status for status, read_ns in self._latest.values() if now_ns - read_ns < STATUS_EXPIRY_S * 1e9]
 
     def silent(self) -> list[str]:
-        """A sentence for each agent that was at work and is not any more."""
-        self._listen()
+        """A sentence for each agent whose last status has expired."""
+        self._read_new()
         now_ns = self.host.now_ns()
         return [
-            f"the lookout of {name_ranks(report.ranks)} was last heard {(now_ns - heard_ns) / 1e9:.0f} s ago: they are "
-            "not seen any more"
-            for report, heard_ns in self._heard.values()
-            if now_ns - heard_ns >= UNHEARD_S * 1e9
+            f"the agent of {name_ranks(status.ranks)} sent its last status {(now_ns - read_ns) / 1e9:.0f} s ago: their "
+            "processes are no longer observed"
+            for status, read_ns in self._latest.values()
+            if now_ns - read_ns >= STATUS_EXPIRY_S * 1e9
         ]
 
     def merged(self, facts: Facts) -> Facts:
-        """What all hosts' systems say, on the clock of this one."""
-        for report in self.reports():
-            there = Identity(0, 1, boot_id=report.boot_id, wall_offset_ns=report.wall_offset_ns)
-            facts = facts.joined(report.facts, self.host.here.clock_ahead_ns(there) / 1e9)
+        """The facts of this host and of all agents, with times on the clock of this host."""
+        for status in self.statuses():
+            remote = Identity(0, 1, boot_id=status.boot_id, wall_offset_ns=status.wall_offset_ns)
+            facts = facts.joined(status.facts, self.host.here.clock_ahead_ns(remote) / 1e9)
         return facts
 
-    def someone_is_gone(self) -> bool:
-        return any(not alive for report in self.reports() for alive in report.facts.alive.values())
+    def any_ended(self) -> bool:
+        """Whether a rank of another host has ended."""
+        return any(not alive for status in self.statuses() for alive in status.facts.alive.values())
 
-    def someone_runs(self) -> bool:
-        return any(alive for report in self.reports() for alive in report.facts.alive.values())
+    def any_running(self) -> bool:
+        """Whether a rank of another host runs."""
+        return any(alive for status in self.statuses() for alive in status.facts.alive.values())
 
-    def ask(self) -> int:
-        """Have the agents collect evidence; the number of the question."""
-        question = times_asked(self.run_dir) + 1
-        if self.reports():
-            with contextlib.suppress(OSError):  # a full disk: then none comes, and that is said
-                write_json(self.run_dir.asked, question)
-        return question
+    def request_evidence(self) -> int:
+        """Have the agents collect evidence; returns the number of the request."""
+        request = latest_request(self.run_dir) + 1
+        if self.statuses():
+            with contextlib.suppress(OSError):  # a full disk: `answers` then names the evidence that is missing
+                write_json(self.run_dir.evidence_request, request)
+        return request
 
-    def answers(self, question: int, patience_s: float) -> dict[int, str]:
-        """Wait for the agents at most ``patience_s`` seconds; returns what of the evidence each rank did not leave."""
+    def answers(self, request: int, patience_s: float) -> dict[int, str]:
+        """Wait for the agents at most ``patience_s`` seconds; returns rank -> the evidence that it did not leave."""
         deadline_ns = self.host.now_ns() + int(patience_s * 1e9)
-        while any(report.answered < question for report in self.reports()) and self.host.now_ns() < deadline_ns:
+        while any(status.answered < request for status in self.statuses()) and self.host.now_ns() < deadline_ns:
             self.host.sleep(POLL_S / 2)
         unanswered: dict[int, str] = {}
-        for report in self.reports():
-            late = dict.fromkeys(report.ranks, "evidence") if report.answered < question else report.unanswered
-            unanswered.update(late)
+        for status in self.statuses():
+            is_late = status.answered < request
+            unanswered.update(dict.fromkeys(status.ranks, "evidence") if is_late else status.unanswered)
         return unanswered
 
-    def _listen(self) -> None:
-        for path in sorted(self.run_dir.lookouts.glob("rank*.json")):
+    def _read_new(self) -> None:
+        for path in sorted(self.run_dir.agents.glob("rank*.json")):
             with contextlib.suppress(OSError, ValueError, KeyError, TypeError, AttributeError):
-                status = path.stat()  # a report replaces the file of the one before
-                stamp = status.st_ino, status.st_mtime_ns
+                stat = path.stat()  # every status replaces the file, so that its inode changes
+                stamp = stat.st_ino, stat.st_mtime_ns
                 if self._stamps.get(path) != stamp:
-                    report = Report.from_json(read_json(path))
+                    status = AgentStatus.from_json(read_json(path))
                     self._stamps[path] = stamp
-                    self._heard[path] = report, self.host.now_ns()
+                    self._latest[path] = status, self.host.now_ns()
 
 
-def times_asked(run_dir: RunDir) -> int:
-    """How often the watcher has wanted evidence."""
+def latest_request(run_dir: RunDir) -> int:
+    """The number of the watcher's latest request for evidence, 0 before the first."""
     try:
-        return int(read_json(run_dir.asked))
+        return int(read_json(run_dir.evidence_request))
     except (OSError, ValueError, TypeError):
         return 0
 
 
-def tidy(run_dir: RunDir, leftovers: Iterable[Path] = ()) -> None:
-    """Remove what is of use to nobody once the run is decided, files that a killed process was writing included."""
+def remove_temporary_files(run_dir: RunDir, leftovers: Iterable[Path] = ()) -> None:
+    """Remove the files that only a running job needs, and those that a killed process was writing."""
     partials = run_dir.root.glob("**/.*.partial")
-    for path in (run_dir.asked, *run_dir.lookouts.glob("*"), *partials, *leftovers):
+    for path in (run_dir.evidence_request, *run_dir.agents.glob("*"), *partials, *leftovers):
         path.unlink(missing_ok=True)
     with contextlib.suppress(OSError):
-        run_dir.lookouts.rmdir()
+        run_dir.agents.rmdir()

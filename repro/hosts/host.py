@@ -39,9 +39,9 @@ class Host:
         """Wait, at least for ``duration_s`` seconds."""
         time.sleep(duration_s)
 
-    def find(self, who: Identity) -> psutil.Process | None:
+    def find(self, writer: Identity) -> psutil.Process | None:
         """The running process that wrote a witness; None if it has ended. psutil.AccessDenied says it is hidden."""
-        return processes.find(who)
+        return processes.find(writer)
 
     def is_stopped(self, found: psutil.Process) -> bool:
         """Whether a signal or a debugger has stopped the process."""

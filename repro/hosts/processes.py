@@ -55,9 +55,9 @@ def _has_ended(process: psutil.Process) -> bool:
         return True
 
 
-def find(who: Identity) -> psutil.Process | None:
+def find(writer: Identity) -> psutil.Process | None:
     """The running process that wrote a witness; None when it has not begun, has ended, or is a zombie."""
-    return running(who.pid, who.pid_start_ticks) if who.pid else None
+    return running(writer.pid, writer.pid_start_ticks) if writer.pid else None
 
 
 def is_stopped(process: psutil.Process) -> bool:

@@ -60,7 +60,7 @@ class System:
 
         A rank whose process is hidden from this user is left out.
         """
-        here = {rank: who for rank, who in writers.items() if who.pid and self.is_here(who)}
+        here = {rank: writer for rank, writer in writers.items() if writer.pid and self.is_here(writer)}
         found = self._find(here)
         if any(process is None and rank not in self._died for rank, process in found.items()):
             # Those that were looked at first may have died before one that was looked at later: then there is no order.
@@ -103,18 +103,18 @@ class System:
         """Note that this process was woken so many seconds later than it had asked for."""
         self._late_s += max(0.0, late_s)
 
-    def is_here(self, who: Identity) -> bool:
+    def is_here(self, writer: Identity) -> bool:
         """Whether the writer of a witness runs, or ran, on this host."""
-        return who.shares_processes(self._host.here)
+        return writer.shares_processes(self._host.here)
 
     def _now_s(self) -> float:
         return self._host.now_ns() / 1e9
 
     def _find(self, writers: Mapping[int, Identity]) -> dict[int, psutil.Process | None]:
         found: dict[int, psutil.Process | None] = {}
-        for rank, who in writers.items():
+        for rank, writer in writers.items():
             try:
-                found[rank] = self._host.find(who)
+                found[rank] = self._host.find(writer)
             except psutil.AccessDenied:
                 continue
         return found
@@ -126,9 +126,9 @@ class System:
     def _lock_holders(self, witnesses: Mapping[int, Witness]) -> dict[int, tuple[str, int]]:
         waiting: dict[str, dict[int, int]] = {}  # lock -> rank -> pid
         for rank, witness in witnesses.items():
-            if witness.last is not None and witness.last.kind == Kind.LOCK_WAIT and self.is_here(witness.who):
-                waiting.setdefault(witness.text(witness.last.sig), {})[rank] = witness.who.pid
-        ranks = {witness.who.pid for witness in witnesses.values() if self.is_here(witness.who)}
+            if witness.last is not None and witness.last.kind == Kind.LOCK_WAIT and self.is_here(witness.writer):
+                waiting.setdefault(witness.text(witness.last.sig), {})[rank] = witness.writer.pid
+        ranks = {witness.writer.pid for witness in witnesses.values() if self.is_here(witness.writer)}
         holders: dict[int, tuple[str, int]] = {}
         now = self._now_s()
         for name, waiters in waiting.items():

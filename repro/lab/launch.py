@@ -210,7 +210,7 @@ def _attend(
         # Their work is on the disk, and to leave takes eight interpreters seconds: ours are ended, unless a library
         # has something of the host's to give back. Of another's job the launcher wants to see its ranks exit well.
         if watch.all_done() and not (started_here and settings.backend == "gloo"):
-            _release(run_dir, lambda: job_alive() or watch.others_run())
+            _release(run_dir, lambda: job_alive() or watch.remote_ranks_run())
     finally:
         for text in end(run_dir, children, _living(ranks, display.notice)):
             display.notice(text)
@@ -263,7 +263,7 @@ def end(run_dir: RunDir, started: list[Job], ranks: list[psutil.Process]) -> lis
     left = processes.kill(doomed)
     for child in started:  # reaps what was a child of this process
         child.poll()
-    agent.tidy(run_dir, (run_dir.store, run_dir.interrupted, run_dir.root / "rendezvous"))
+    agent.remove_temporary_files(run_dir, (run_dir.store, run_dir.interrupted, run_dir.root / "rendezvous"))
     shutil.rmtree(run_dir.root / "tmp", ignore_errors=True)
     return [f"{processes.describe(pid)} could not be ended: it does not return from a system call" for pid in left]
 

@@ -30,7 +30,7 @@ from repro.lab.settings import RunSettings
 from repro.report.gather import gather
 from repro.report.terminal import Display
 from repro.store.run_dir import refuse_unwritable, write_atomically, write_json
-from repro.store.text import counted, visible_lines
+from repro.store.text import counted, escape_lines
 
 BUDGET_S = 150.0
 RUN_DEADLINE_S = 45.0
@@ -278,7 +278,7 @@ def run(args: argparse.Namespace) -> int:
     where = sys.stderr if args.json else sys.stdout
 
     def say(text: str) -> None:
-        print(visible_lines(text), file=where, flush=True)
+        print(escape_lines(text), file=where, flush=True)
 
     with (
         tempfile.TemporaryDirectory(prefix="repro-minimise-") as folder,
@@ -290,7 +290,7 @@ def run(args: argparse.Namespace) -> int:
         try:
             result = minimise(scenario, start, runner, args.budget)
         except AnotherVerdict as error:
-            print(f"repro: {args.scenario}: {visible_lines(str(error))}", file=sys.stderr)
+            print(f"repro: {args.scenario}: {escape_lines(str(error))}", file=sys.stderr)
             return 125 if error.verdict == "inconclusive" else 1
         if runner.settings != result.after:  # the last run that was tried did not hold
             runner(result.after)
@@ -327,6 +327,6 @@ def _print_result(result: Result, path: Path, as_json: bool) -> None:
     print(f"{result.verdict} {result.cause or ''} with {describe(result.after)}, {counted(result.steps, 'step')}")
     print(f"{counted(result.runs, 'run')} in {result.seconds:.0f} s")
     for note in result.notes:
-        print(visible_lines(note))
+        print(escape_lines(note))
     if result.source:
-        print(f"{path}: {lines} lines; run with torchrun it said: {visible_lines(result.confirmed)}")
+        print(f"{path}: {lines} lines; run with torchrun it said: {escape_lines(result.confirmed)}")

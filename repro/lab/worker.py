@@ -32,7 +32,7 @@ from repro.lab.kernel_cache import CannotFill
 from repro.lab.launch import CANNOT_TELL, CannotRunHere, prepare_run_dir
 from repro.lab.settings import VARIANTS, RunSettings, read_settings
 from repro.store.run_dir import OutputError, RunDir, write_atomically, write_json
-from repro.store.text import visible_lines
+from repro.store.text import escape_lines
 from repro.trace.recorder import Recorder
 
 if TYPE_CHECKING:
@@ -133,7 +133,7 @@ def main(argv: list[str] | None = None) -> int:
         run_dir = _meet(settings, out, environment)
     except (ConfigError, OutputError, CannotRunHere, CannotFill) as error:
         if rank == 0:
-            print(f"repro.lab.worker: {visible_lines(str(error))}", file=sys.stderr)
+            print(f"repro.lab.worker: {escape_lines(str(error))}", file=sys.stderr)
         return CANNOT_TELL if isinstance(error, CannotRunHere | CannotFill) else 2
     run_rank(run_dir, settings, rank, lambda: None)
     return 0
@@ -204,7 +204,7 @@ def _check_machine(settings: RunSettings, num_local_ranks: int) -> None:
 
 def _meet(settings: RunSettings, out: Path, environment: RankEnvironment) -> RunDir:
     """Agree on the run directory through torchrun's store. Rank 0 makes it and starts the watcher, and the first rank
-    of each other host starts the lookout there."""
+    of each other host starts the agent there."""
     import torch.distributed as dist
 
     if environment.num_local_ranks == environment.num_ranks:

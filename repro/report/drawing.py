@@ -10,7 +10,7 @@ from collections.abc import Iterable, Iterator, Sequence
 
 from repro.report.gather import Facts, describe
 from repro.report.lanes import OPEN, Label, Lane, Wait, waits
-from repro.store.text import escape, few
+from repro.store.text import escape, shorten_rank_lists
 from repro.verdict.result import list_ranks, name_ranks
 
 MAX_ROWS = 48
@@ -113,7 +113,9 @@ def who_waits(facts: Facts) -> str:
     others = sorted({rank for wait in found for rank in wait.lacks} - known)
     if others:
         states = {details.get(rank, {}).get("state", "unknown") for rank in others}
-        boxes.append([few(f"rank{'s' * (len(others) > 1)} {list_ranks(others)}"), ", ".join(sorted(states)), ""])
+        boxes.append(
+            [shorten_rank_lists(f"rank{'s' * (len(others) > 1)} {list_ranks(others)}"), ", ".join(sorted(states)), ""]
+        )
     box_width, box_height, gap, top = 250, 78, 90, 44
     width = len(boxes) * box_width + (len(boxes) - 1) * gap + 4
     parts: list[str] = []
@@ -155,7 +157,11 @@ def _box_lines(ranks: Sequence[int], place: str, details: dict[int, dict[str, ob
     step = position.get("step", -1)
     if isinstance(step, int) and step >= 0:
         where.insert(0, f"step {step}")
-    return [few(f"rank{'s' * (len(ranks) > 1)} {list_ranks(ranks)}"), place, " · ".join(w for w in where if w)]
+    return [
+        shorten_rank_lists(f"rank{'s' * (len(ranks) > 1)} {list_ranks(ranks)}"),
+        place,
+        " · ".join(w for w in where if w),
+    ]
 
 
 def choose_ranks(facts: Facts, most: int) -> list[int]:

@@ -13,7 +13,7 @@ from hybrid_moe_ref.files import open_regular
 from repro.lab.settings import RunSettings, read_settings
 from repro.report.lanes import Label, Labels, Lane, SharedClock, read_lane
 from repro.store.run_dir import SUFFIX, RunDir, read_json, read_text, read_tokens
-from repro.store.text import few
+from repro.store.text import shorten_rank_lists
 from repro.trace.parse import WitnessError
 from repro.trace.witness import read
 from repro.verdict.result import name_ranks
@@ -116,7 +116,7 @@ def _read_lanes(facts: Facts) -> None:
         if witness.rank in facts.lanes:
             facts.missing.append(f"events/{path.name}: rank {witness.rank} is already told by another file")
             continue
-        if witness.num_events == 0 and not witness.who.pid:
+        if witness.num_events == 0 and not witness.writer.pid:
             continue  # made by the launcher, never opened by its rank
         facts.lanes[witness.rank] = lane = read_lane(witness, facts.labels, clock)
         facts.missing += [problem.replace(f"{facts.root}/", "") for problem in lane.problems]
@@ -260,7 +260,7 @@ def headline(verdict: Mapping[str, Any]) -> str:
         where += f"; and {more} more places"
     cause = _CAUSES.get((name, verdict["cause"])) or verdict["cause"]
     finding = f" {cause}".rstrip() + (f" by {culprits}" if verdict["culprits"] else "") if cause else ""
-    return few(f"{name.capitalize()}:{finding}{';' if finding else ''} {where}.")
+    return shorten_rank_lists(f"{name.capitalize()}:{finding}{';' if finding else ''} {where}.")
 
 
 _CAUSES = {

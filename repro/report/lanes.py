@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-from repro.store.text import few, short_site
+from repro.store.text import short_site, shorten_rank_lists
 from repro.trace.format import RECORD, Kind
 from repro.trace.witness import Witness
 from repro.verdict.result import list_ranks, name_ranks
@@ -106,12 +106,14 @@ class SharedClock:
         self._offsets: dict[str, int] = {}
 
     def offset_ns(self, witness: Witness) -> int:
-        return self._offsets.setdefault(witness.who.boot_id or witness.who.hostname, witness.who.wall_offset_ns)
+        return self._offsets.setdefault(
+            witness.writer.boot_id or witness.writer.hostname, witness.writer.wall_offset_ns
+        )
 
 
 def read_lane(witness: Witness, labels: Labels, clock: SharedClock) -> Lane:
     """The spans of one witness."""
-    lane = Lane(witness.rank, witness.who.hostname, first_event=witness.first_event, problems=witness.problems)
+    lane = Lane(witness.rank, witness.writer.hostname, first_event=witness.first_event, problems=witness.problems)
     lane.groups = {group.name: (group.members, group.issued) for group in witness.groups}
     shift_ns = clock.offset_ns(witness)
     name_call = _call_names(witness, labels)
@@ -200,7 +202,7 @@ class Wait(NamedTuple):
     def words(self) -> str:
         at = "at" if self.waits_in.startswith("lock ") else "in"
         verb = "wait" if len(self.ranks) > 1 else "waits"
-        return few(f"{name_ranks(self.ranks)} {at} {self.waits_in} {verb} for {list_ranks(self.lacks)}")
+        return shorten_rank_lists(f"{name_ranks(self.ranks)} {at} {self.waits_in} {verb} for {list_ranks(self.lacks)}")
 
 
 def waits(verdict: Mapping[str, object], lanes: Mapping[int, Lane]) -> list[Wait]:

@@ -23,7 +23,7 @@ from repro.report.gather import Facts, headline
 from repro.report.lanes import OPEN, Lane, waits
 from repro.report.sides import side_by_side
 from repro.store.run_dir import read_text
-from repro.store.text import ROOT, embed, escape, few, short_site, visible
+from repro.store.text import ROOT, embed, escape, escape_control_characters, short_site, shorten_rank_lists
 from repro.verdict.result import list_ranks, name_ranks
 
 HERE = Path(__file__).parent
@@ -82,8 +82,8 @@ def _strip(facts: Facts) -> str:
         ("ranks", str(facts.num_ranks)),
         ("backend", verdict["backend"]),
         ("seed", str(verdict["seed"])),
-        ("culprits", few(list_ranks(verdict["culprits"])) or "none proven" * facts.stuck),
-        ("suspects", few(list_ranks(verdict["suspects"]))),
+        ("culprits", shorten_rank_lists(list_ranks(verdict["culprits"])) or "none proven" * facts.stuck),
+        ("suspects", shorten_rank_lists(list_ranks(verdict["suspects"]))),
         ("confidence", verdict["confidence"] if facts.stuck else ""),
         (
             "stall to verdict",
@@ -195,7 +195,8 @@ def _evidence(facts: Facts) -> str:
     if not facts.verdict["evidence"]:
         return ""
     rows = "".join(
-        f"<li>{escape(few(text.replace(f'{ROOT}/', '')), 1000)}</li>" for text in facts.verdict["evidence"][:60]
+        f"<li>{escape(shorten_rank_lists(text.replace(f'{ROOT}/', '')), 1000)}</li>"
+        for text in facts.verdict["evidence"][:60]
     )
     return _section("evidence", "What the verdict rests on", f'<ol class="evidence">{rows}</ol>')
 
@@ -300,19 +301,27 @@ def _data(facts: Facts, start_ns: int, end_ns: int, unit_ns: int) -> dict[str, A
         "end": (end_ns - start_ns) // unit_ns,
         "window": [(t - start_ns) // unit_ns for t in window],
         "stuck": facts.stuck,
-        "groups": [visible(name, 60) for name in drawing.group_names(facts)],
+        "groups": [escape_control_characters(name, 60) for name in drawing.group_names(facts)],
         "labels": [
             [
                 label.kind,
-                *(visible(part, 200) for part in (label.name, label.group, label.layer, label.note, label.site)),
+                *(
+                    escape_control_characters(part, 200)
+                    for part in (label.name, label.group, label.layer, label.note, label.site)
+                ),
             ]
             for label in facts.labels.table
         ],
         "ranks": list(facts.lanes),
-        "places": {rank: visible(words, 160) for rank, words in places.items()},
+        "places": {rank: escape_control_characters(words, 160) for rank, words in places.items()},
         "culprits": verdict["culprits"],
-        "marks": [[rank, visible(s["group"], 60), s["seq"]] for s in verdict["sides"] for rank in s["ranks"]],
-        "waits": [[wait.ranks, visible(wait.waits_in, 120), wait.lacks] for wait in waits(verdict, facts.lanes)],
+        "marks": [
+            [rank, escape_control_characters(s["group"], 60), s["seq"]] for s in verdict["sides"] for rank in s["ranks"]
+        ],
+        "waits": [
+            [wait.ranks, escape_control_characters(wait.waits_in, 120), wait.lacks]
+            for wait in waits(verdict, facts.lanes)
+        ],
     }
 
 

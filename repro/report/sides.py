@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from difflib import SequenceMatcher
 
 from repro.report.gather import Facts
-from repro.store.text import few
+from repro.store.text import shorten_rank_lists
 from repro.trace.parse import WitnessError
 from repro.trace.witness import read
 from repro.verdict.result import name_ranks
@@ -62,7 +62,7 @@ def side_by_side(facts: Facts) -> SideBySide | None:
     if first is None:
         first = next((i for i, row in enumerate(rows) if len({bool(cell) for cell in row.issued}) > 1), 0)
     begin = max(0, first - _BEFORE)
-    heads = tuple(few(f"{name_ranks(side['ranks'])} issued") for side in sides)
+    heads = tuple(shorten_rank_lists(f"{name_ranks(side['ranks'])} issued") for side in sides)
     return SideBySide(heads, known[0].number, tuple(rows[begin : first + _AFTER + 1]), begin)
 
 

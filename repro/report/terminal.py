@@ -13,7 +13,7 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-from repro.store.text import visible, visible_lines
+from repro.store.text import escape_control_characters, escape_lines
 from repro.trace.format import Kind
 from repro.trace.parse import WitnessError
 from repro.trace.witness import Tail
@@ -54,7 +54,7 @@ class LiveTable:
         for column in ("rank", "phase", "step", "where", "for"):
             table.add_column(column, justify="right" if column in ("rank", "step", "for") else "left")
         for rank, tail in enumerate(tails):
-            table.add_row(str(rank), *(Text(visible(cell, 120)) for cell in position(tail)))
+            table.add_row(str(rank), *(Text(escape_control_characters(cell, 120)) for cell in position(tail)))
         return table
 
 
@@ -106,7 +106,7 @@ def display(console: Console, title: str) -> Iterator[Display]:
 
 def say(console: Console, text: str) -> None:
     """Plain lines: nothing in them marks up, and nothing acts on the terminal."""
-    console.print(visible_lines(text), highlight=False, markup=False, soft_wrap=True)
+    console.print(escape_lines(text), highlight=False, markup=False, soft_wrap=True)
 
 
 def summary(console: Console, documents: Sequence[dict[str, Any]]) -> None:

@@ -14,7 +14,7 @@ reference.json         tokens of the single-process model    repro.lab.reference
 verdict.json           the verdict                           watcher, before anything is killed
 release                tells parked ranks to exit            watcher
 interrupted            the user wants an end                 a rank that got SIGINT; gone when the run is decided
-asked, lookouts/       between watcher and other hosts       see repro.hosts.agent; gone when the run is decided
+evidence_request, agents/  between watcher and other hosts       see repro.hosts.agent; gone when the run is decided
 """
 
 from __future__ import annotations
@@ -143,15 +143,15 @@ class RunDir:
         return self.root / "interrupted"
 
     @property
-    def asked(self) -> Path:
-        return self.root / "asked"
+    def evidence_request(self) -> Path:
+        return self.root / "evidence_request"
 
     @property
-    def lookouts(self) -> Path:
-        return self.root / "lookouts"
+    def agents(self) -> Path:
+        return self.root / "agents"
 
-    def lookout(self, first_rank: int) -> Path:
-        return self._rank_file("lookouts", first_rank, "json")
+    def agent(self, first_rank: int) -> Path:
+        return self._rank_file("agents", first_rank, "json")
 
     def contents(self) -> list[Path]:
         """All files of the run and the folders that they are in."""

@@ -17,15 +17,15 @@ _HIDDEN = re.compile(
 _JSON_ESCAPES = {ord(c): f"\\u{ord(c):04x}" for c in "<>&\u2028\u2029"}
 
 
-def visible(text: object, limit: int = 400) -> str:
+def escape_control_characters(text: object, limit: int = 400) -> str:
     """The text on which nothing acts: what cannot be seen as a picture or code point, and no more than ``limit``."""
     shown = _HIDDEN.sub(_picture, str(text))
     return shown if len(shown) <= limit else f"{shown[: limit - 1]}…"
 
 
-def visible_lines(text: str, limit: int = 4000) -> str:
+def escape_lines(text: str, limit: int = 4000) -> str:
     """:func:`visible` text, of which each line may be so long."""
-    return "\n".join(visible(line, limit) for line in text.split("\n"))
+    return "\n".join(escape_control_characters(line, limit) for line in text.split("\n"))
 
 
 def counted(number: int, noun: str) -> str:
@@ -42,7 +42,7 @@ def _picture(match: re.Match[str]) -> str:
 
 def escape(text: object, limit: int = 400) -> str:
     """:func:`visible` text for an HTML or XML document, in an attribute too."""
-    return html.escape(visible(text, limit))
+    return html.escape(escape_control_characters(text, limit))
 
 
 def embed(value: Any) -> str:
@@ -59,7 +59,7 @@ def short_site(site: str) -> str:
 _MANY_RANKS = re.compile(r"\b\d{1,6}(?:-\d{1,6})?(?:,\d{1,6}(?:-\d{1,6})?){8,}\b")
 
 
-def few(text: str) -> str:
+def shorten_rank_lists(text: str) -> str:
     """The text with long lists of ranks cut to their first and their number."""
 
     def cut(match: re.Match[str]) -> str:

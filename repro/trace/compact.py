@@ -20,7 +20,7 @@ from repro.trace.parse import Live, Problems, parse_header, parse_live, parse_st
 
 
 def compact(
-    data: bytes, name: str, *, who: Identity | None = None, change: Callable[[str], str] = lambda text: text
+    data: bytes, name: str, *, writer: Identity | None = None, change: Callable[[str], str] = lambda text: text
 ) -> bytes:
     """Return the bytes of a shorter witness that says the same as ``data``, with right checks.
 
@@ -32,7 +32,7 @@ def compact(
 
     Raises WitnessError for what is no witness, ValueError when the new strings take more than a file may hold.
     """
-    writer, shape = parse_header(data, name)
+    old_writer, shape = parse_header(data, name)
     whole = data.ljust(shape.file_bytes, b"\0")
     problems = Problems(name)
     live = parse_live(whole, problems)
@@ -40,7 +40,7 @@ def compact(
     entries = b"".join(pack_string(change(text).encode(errors="replace") or b"?") for text in strings)
     short = _fitted(whole, shape, live, len(entries)) if len(data) >= shape.file_bytes else shape
     areas = (
-        (pack_header(who or writer, short), LIVE_AT),
+        (pack_header(writer or old_writer, short), LIVE_AT),
         (whole[LIVE_AT : HEART_AT + HEART.size], GROUPS_AT - LIVE_AT),
         (whole[GROUPS_AT : shape.ring_at], shape.ring_at - GROUPS_AT),
         (whole[shape.ring_at : shape.vectors_at], short.vectors_at - short.ring_at),

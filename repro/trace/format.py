@@ -221,13 +221,13 @@ def unguarded(word: int) -> int | None:
     return None if rest else value
 
 
-def pack_header(who: Identity, shape: Geometry) -> bytes:
+def pack_header(writer: Identity, shape: Geometry) -> bytes:
     """The header's bytes with their checksum."""
     body = HEADER.pack(
-        MAGIC, VERSION, RECORD.size, who.rank, who.num_ranks,
+        MAGIC, VERSION, RECORD.size, writer.rank, writer.num_ranks,
         shape.ring_records, shape.vector_words, shape.string_bytes, shape.group_slots,
-        who.pid, who.pid_start_ticks, who.pid_namespace, who.wall_offset_ns,
-        clip(who.run_id, 64), clip(who.hostname, 64), clip(who.boot_id, 40),
+        writer.pid, writer.pid_start_ticks, writer.pid_namespace, writer.wall_offset_ns,
+        clip(writer.run_id, 64), clip(writer.hostname, 64), clip(writer.boot_id, 40),
     )  # fmt: skip
     return body + CRC.pack(zlib.crc32(body))
 

@@ -44,7 +44,7 @@ class Witness:
     """
 
     name: str
-    who: Identity
+    writer: Identity
     strings: list[str]
     groups: tuple[GroupTrace, ...]
     ring: Ring
@@ -62,7 +62,7 @@ class Witness:
 
     @property
     def rank(self) -> int:
-        return self.who.rank
+        return self.writer.rank
 
     def last_event_ns(self) -> int:
         """When the rank last recorded anything but a heartbeat, 0 if never."""
@@ -145,7 +145,7 @@ def _schedule(text: str) -> tuple[tuple[str, str, str], ...]:
 
 def parse(data: bytes, name: str) -> Witness:
     """Everything readable in the bytes of a witness file. Raises WitnessError for bytes without a usable header."""
-    who, shape = parse_header(data, name)
+    writer, shape = parse_header(data, name)
     problems = Problems(name)
     if len(data) < shape.file_bytes:
         problems.damage(len(data), f"the file ends early, {shape.file_bytes} bytes were laid out")
@@ -161,7 +161,7 @@ def parse(data: bytes, name: str) -> Witness:
     last = ring.last
     return Witness(
         name,
-        who,
+        writer,
         strings,
         groups,
         ring,

@@ -84,10 +84,10 @@ class Recorder:
     """
 
     def __init__(
-        self, buffer: Buffer, who: Identity, shape: Geometry, *, clock: Callable[[], int] = time.monotonic_ns
+        self, buffer: Buffer, writer: Identity, shape: Geometry, *, clock: Callable[[], int] = time.monotonic_ns
     ) -> None:
         self._buffer = buffer
-        self._who = who
+        self._writer = writer
         self._words = memoryview(buffer).cast("B")[: GROUPS_AT + shape.group_slots * GROUP_BYTES].cast("Q")
         self._move = buffer.move if isinstance(buffer, mmap.mmap) else partial(_move_within, buffer)
         self._shape = shape
@@ -137,10 +137,10 @@ class Recorder:
             buffer = mmap.mmap(descriptor, shape.file_bytes)
         finally:
             os.close(descriptor)
-        who = replace(myself(rank, num_ranks), run_id=run_id or planned.run_id)
-        header = pack_header(who, shape)
+        writer = replace(myself(rank, num_ranks), run_id=run_id or planned.run_id)
+        header = pack_header(writer, shape)
         buffer[: len(header)] = header
-        return cls(buffer, who, shape)
+        return cls(buffer, writer, shape)
 
     # -- the Observer protocol -----------------------------------------------------------------------------------
 
@@ -271,7 +271,7 @@ class Recorder:
             index = len(self._groups)
             self._groups[name] = group = Group(index if index < self._shape.group_slots else NO_GROUP)
             if group.index != NO_GROUP:
-                members = ",".join(map(str, self._members.get(name, range(self._who.num_ranks))))
+                members = ",".join(map(str, self._members.get(name, range(self._writer.num_ranks))))
                 at = GROUPS_AT + group.index * GROUP_BYTES
                 self._buffer[at : at + GROUP_NAME.size] = pack_group_name(self._intern(name), self._intern(members))
                 self._words[_NUM_GROUPS] = (group.index + 1) * GUARD
@@ -289,8 +289,8 @@ class Recorder:
         rest = (collective.layer, collective.dtype, collective.reduce_op)
         digested: tuple[str, ...] = (op, *rest)
         if op in _POINT_TO_POINT:
-            members = self._members.get(name, range(self._who.num_ranks))
-            ends = (self._who.rank, members[collective.root])
+            members = self._members.get(name, range(self._writer.num_ranks))
+            ends = (self._writer.rank, members[collective.root])
             source, target = ends if op == "send" else ends[::-1]
             name, digested = f"{name}:{source}>{target}", ("p2p", collective.dtype)  # all that both ends share
             self._members[name] = (source, target)

@@ -30,7 +30,7 @@ class Tails:
 
     def writers(self) -> dict[int, Identity]:
         """Rank -> who writes its witness."""
-        return {rank: tail.who() for rank, tail in self._tails.items()}
+        return {rank: tail.writer() for rank, tail in self._tails.items()}
 
     def read(self, ranks: Iterable[int] | None = None) -> tuple[dict[int, Witness], list[str]]:
         """The witnesses of these ranks, or of all, and a sentence for each that could not be read."""
@@ -69,4 +69,4 @@ class Tails:
         return [event is not None and event.kind == kind for event in events]
 
     def _here_ns(self, tail: Tail, then_ns: int) -> int:
-        return then_ns and then_ns + self._here.clock_ahead_ns(tail.who())
+        return then_ns and then_ns + self._here.clock_ahead_ns(tail.writer())

@@ -48,13 +48,13 @@ _LOOKS = 3
 """How often a file that changes is read before what is wrong with it counts."""
 
 
-def create(path: str | os.PathLike[str], who: Identity, shape: Geometry | None = None) -> None:
+def create(path: str | os.PathLike[str], writer: Identity, shape: Geometry | None = None) -> None:
     """Make a witness file with all its blocks allocated: a full disk is an OSError here, not a SIGBUS later."""
     shape = shape or Geometry()
     descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o644)
     try:
         os.posix_fallocate(descriptor, 0, shape.file_bytes)
-        os.pwrite(descriptor, pack_header(who, shape), 0)
+        os.pwrite(descriptor, pack_header(writer, shape), 0)
     except BaseException:
         os.unlink(path)
         raise
@@ -125,7 +125,7 @@ class Tail:
             if size < GROUPS_AT:
                 raise WitnessError(f"{self.path}:{size}: the file ends inside its header")
             self._map = _mapped(file)
-        self._who, self._shape = parse_header(self._map[:GROUPS_AT], str(self.path))
+        self._writer, self._shape = parse_header(self._map[:GROUPS_AT], str(self.path))
         self._num_events = 0
         self._beat_ns = 0
 
@@ -154,12 +154,12 @@ class Tail:
         self._beat_ns = parse_heartbeat(self._map[:GROUPS_AT], Problems(""))[0] or self._beat_ns
         return self._beat_ns
 
-    def who(self) -> Identity:
+    def writer(self) -> Identity:
         """The writer; its pid is 0 until the rank has opened the file."""
-        if not self._who.pid:
+        if not self._writer.pid:
             with contextlib.suppress(WitnessError):  # the rank is just writing its header
-                self._who = parse_header(self._map[:GROUPS_AT], str(self.path))[0]
-        return self._who
+                self._writer = parse_header(self._map[:GROUPS_AT], str(self.path))[0]
+        return self._writer
 
     def witness(self) -> Witness:
         """Read the whole file."""

@@ -5,16 +5,18 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from repro.trace.witness import Witness
-from repro.verdict.ledger import Call, Side, calls, widest
+from repro.verdict.ledger import Call, CallVariant, calls, worst_difference
 from repro.verdict.position import GroupKey
 from repro.verdict.result import Finding, name_ranks, say
 from repro.verdict.sides import calls_of_sides
 
 
-def arguments_finding(witnesses: Mapping[int, Witness], divergence: tuple[GroupKey, int, list[Side]]) -> Finding | None:
+def arguments_finding(
+    witnesses: Mapping[int, Witness], divergence: tuple[GroupKey, int, list[CallVariant]]
+) -> Finding | None:
     """Explain a divergence by its arguments; None where only layer or step differ."""
     key, seq, sides = divergence
-    cause = widest(sides)
+    cause = worst_difference(sides)
     if cause not in ("mismatch", "sizes"):
         return None
     finding = Finding(cause, confidence="undecided", first_divergence=calls_of_sides(divergence))
@@ -37,7 +39,7 @@ def arguments_finding(witnesses: Mapping[int, Witness], divergence: tuple[GroupK
     return finding
 
 
-def _fewest(sides: Sequence[Side]) -> tuple[int, ...]:
+def _fewest(sides: Sequence[CallVariant]) -> tuple[int, ...]:
     """Find the ranks that differ from the largest side; () where they are not fewer than it."""
     most = max(sides, key=lambda side: len(side.ranks))
     others = sorted(rank for side in sides if side is not most for rank in side.ranks)
@@ -45,7 +47,7 @@ def _fewest(sides: Sequence[Side]) -> tuple[int, ...]:
 
 
 def _explain_places(
-    finding: Finding, witnesses: Mapping[int, Witness], divergence: tuple[GroupKey, int, list[Side]]
+    finding: Finding, witnesses: Mapping[int, Witness], divergence: tuple[GroupKey, int, list[CallVariant]]
 ) -> None:
     """Explain why the ranks are not at the same place: the sizes of two layers need not be equal."""
     key, seq, sides = divergence
@@ -67,7 +69,7 @@ def _call(call: Call) -> str:
     return " ".join(part for part in parts if part)
 
 
-def _false_sizes(key: GroupKey, sides: Sequence[Side]) -> tuple[int, ...]:
+def _false_sizes(key: GroupKey, sides: Sequence[CallVariant]) -> tuple[int, ...]:
     """Find the ranks whose size of another rank is contradicted by that rank and by every third one.
 
     A third rank knows the size only from the agreement, so the culprit does not hold what was agreed. A rank that
@@ -90,7 +92,9 @@ def _false_sizes(key: GroupKey, sides: Sequence[Side]) -> tuple[int, ...]:
     return tuple(sorted(rank for rank in vector if is_wrong(rank)))
 
 
-def _changed(witnesses: Mapping[int, Witness], key: GroupKey, seq: int, sides: Sequence[Side]) -> tuple[int, ...]:
+def _changed(
+    witnesses: Mapping[int, Witness], key: GroupKey, seq: int, sides: Sequence[CallVariant]
+) -> tuple[int, ...]:
     """Find the side that changed the arguments of a collective that all members used to call alike."""
     layer = {side.call.signature.layer for side in sides}
     ops = {side.call.signature.op for side in sides}

@@ -10,7 +10,7 @@ from repro.trace.witness import Witness
 from repro.verdict.facts import Facts
 from repro.verdict.graph import Waits
 from repro.verdict.ledger import Ledger
-from repro.verdict.position import Standing
+from repro.verdict.position import RankState
 from repro.verdict.result import Finding, Verdict
 
 
@@ -19,7 +19,7 @@ class Case:
     """What was read, what the system said, and what follows from both."""
 
     witnesses: Mapping[int, Witness]
-    standings: Mapping[int, Standing]
+    rank_states: Mapping[int, RankState]
     ledger: Ledger
     waits: Waits
     quiet_s: float
@@ -34,7 +34,7 @@ class Case:
         return self.quiet_s >= self.quiet_window_s
 
     def ranks(self, *states: str) -> tuple[int, ...]:
-        return tuple(rank for rank, standing in sorted(self.standings.items()) if standing.state in states)
+        return tuple(rank for rank, rank_state in sorted(self.rank_states.items()) if rank_state.state in states)
 
     def place(self, rank: int) -> str:
         """Where a rank waits, in words."""
@@ -44,7 +44,7 @@ class Case:
     def verdict(self, verdict: str, finding: Finding | None = None, **more: Any) -> Verdict:
         """A verdict with everything that does not depend on its class."""
         finding = finding or Finding()
-        positions = tuple(self.standings[rank].position for rank in sorted(self.standings))
+        positions = tuple(self.rank_states[rank].position for rank in sorted(self.rank_states))
         evidence = [*more.pop("evidence", ()), *finding.evidence, *self.notes]
         found = Verdict(
             verdict,

@@ -10,7 +10,7 @@ from repro.verdict.case import Case
 from repro.verdict.explain import explain
 from repro.verdict.result import Finding, Verdict, list_ranks, name_ranks
 
-LOOKS_S = 1.0
+ORDERING_RESOLUTION_S = 1.0
 """Two events that were noticed closer together than this are in no order: the watcher looks at its processes twenty
 times a second, the lookouts of other hosts twice."""
 
@@ -23,13 +23,13 @@ def victims(case: Case) -> set[int]:
     gone = set(case.ranks("dead", "failed"))
     victims: set[int] = set()
     for key in case.ledger.diverged if gone else ():
-        over = max(standing.left.get(key, 0) for standing in case.standings.values())
+        over = max(rank_state.left.get(key, 0) for rank_state in case.rank_states.values())
         for side in case.ledger.refused(key, over, max(case.ledger.diverged[key]))[1]:
             victims |= gone & set(side.ranks)
-            victims |= {rank for rank in gone & set(key[1]) if not case.standings[rank].seen}
+            victims |= {rank for rank in gone & set(key[1]) if not case.rank_states[rank].seen}
         for rank in gone & set(key[1]):  # the others may have completed what it died in
-            standing = case.standings[rank]
-            _, sides = case.ledger.refused(key, standing.left.get(key, 0), standing.issued.get(key, 0))
+            rank_state = case.rank_states[rank]
+            _, sides = case.ledger.refused(key, rank_state.left.get(key, 0), rank_state.issued.get(key, 0))
             victims |= {rank for side in sides if rank in side.ranks}
     return victims
 
@@ -38,7 +38,7 @@ def crash(case: Case) -> Verdict:
     """Judge a run in which a rank died or failed; the waits of the others are the consequence."""
     dead, failed = case.ranks("dead"), case.ranks("failed")
     if victims(case):
-        finding = explain(case.witnesses, case.standings, case.ledger, case.waits)
+        finding = explain(case.witnesses, case.rank_states, case.ledger, case.waits)
     elif dead and (unseen := _unseen_partners(case, dead)):
         finding = Finding("dead_rank", suspects=dead, confidence="undecided")
         finding.evidence.append(
@@ -57,7 +57,7 @@ def crash(case: Case) -> Verdict:
     if dead:
         finding.evidence.append(f"{name_ranks(dead)} died")
     for rank in failed:
-        position = case.standings[rank].position
+        position = case.rank_states[rank].position
         finding.evidence.append(f"rank {rank}: {position.detail} ({position.line})")
     return case.verdict("crash", finding)
 
@@ -70,7 +70,7 @@ def _first_loss(case: Case, dead: Sequence[int], failed: Sequence[int]) -> Findi
     early: list[int] = []
     if set(dead) <= case.facts.died.keys():
         first_s = max(case.now_s - case.facts.died[rank] for rank in dead)
-        early = [rank for rank in failed if case.standings[rank].position.since_s > first_s + LOOKS_S]
+        early = [rank for rank in failed if case.rank_states[rank].position.since_s > first_s + ORDERING_RESOLUTION_S]
     if early:
         finding = Finding("error", (_first_to_fail(case, early),), confidence="likely")
         finding.evidence.append(f"{name_ranks(early)} failed before {name_ranks(dead)} was missed")
@@ -91,14 +91,14 @@ def _first_death(case: Case, dead: Sequence[int]) -> Finding:
         later = [rank for rank in dead if rank != first]
 
         def apart_s(rank: int) -> float:  # each host is looked at by a watcher of its own
-            return LOOKS_S if case.standings[rank].host != case.standings[first].host else 0.0
+            return ORDERING_RESOLUTION_S if case.rank_states[rank].host != case.rank_states[first].host else 0.0
 
         ordered = set(dead) <= died.keys() and all(died[rank] - died[first] > apart_s(rank) for rank in later)
         if not ordered:
             finding = Finding("dead_rank", suspects=tuple(dead), confidence="undecided")
             finding.evidence.append(f"which of {name_ranks(dead)} died first was not seen")
             return finding
-    waited_s = case.standings[first].position.since_s - max(0.0, case.now_s - died.get(first, case.now_s))
+    waited_s = case.rank_states[first].position.since_s - max(0.0, case.now_s - died.get(first, case.now_s))
     node = case.waits.at.get(first)
     if node is not None and waited_s >= TIMEOUT_S:
         finding = Finding("dead_rank", suspects=tuple(sorted({first, *node.waits_for})), confidence="undecided")
@@ -116,16 +116,16 @@ def _first_death(case: Case, dead: Sequence[int]) -> Finding:
 def _never_began(case: Case) -> list[int]:
     """Find the ranks that never opened their witness in a run of which no rank is left: a launcher that loses one rank
     ends all others."""
-    never = [rank for rank, witness in sorted(case.witnesses.items()) if not witness.who.pid]
+    never = [rank for rank, witness in sorted(case.witnesses.items()) if not witness.writer.pid]
     began = case.witnesses.keys() - set(never)
-    return never if began and all(case.standings[rank].state in ("dead", "failed") for rank in began) else []
+    return never if began and all(case.rank_states[rank].state in ("dead", "failed") for rank in began) else []
 
 
 def _on_their_own(case: Case, failed: Sequence[int]) -> list[int]:
     """Find the ranks that failed on their own account: not in a wait for others, and with words of their own."""
     alone = [rank for rank in failed if rank not in case.waits.at]
-    words = Counter(case.standings[rank].position.detail for rank in alone)
-    return [rank for rank in alone if words[case.standings[rank].position.detail] == 1]
+    words = Counter(case.rank_states[rank].position.detail for rank in alone)
+    return [rank for rank in alone if words[case.rank_states[rank].position.detail] == 1]
 
 
 def _error(case: Case, failed: Sequence[int]) -> Finding:
@@ -133,8 +133,8 @@ def _error(case: Case, failed: Sequence[int]) -> Finding:
     alone = _on_their_own(case, failed)
     outside = [rank for rank in failed if rank not in case.waits.at]
     if alone and (first := _first_to_fail(case, outside)) in alone:
-        since_s = case.standings[first].position.since_s
-        earlier = [rank for rank in failed if case.standings[rank].position.since_s > since_s + LOOKS_S]
+        since_s = case.rank_states[first].position.since_s
+        earlier = [rank for rank in failed if case.rank_states[rank].position.since_s > since_s + ORDERING_RESOLUTION_S]
         return Finding("error", (first,), confidence="certain" if len(outside) == 1 and not earlier else "likely")
     nodes = {case.waits.at[rank].key: case.waits.at[rank] for rank in failed if rank in case.waits.at}
     absent = {rank for node in nodes.values() for rank in node.waits_for}
@@ -150,22 +150,22 @@ def _error(case: Case, failed: Sequence[int]) -> Finding:
 
 def _first_to_fail(case: Case, failed: Sequence[int]) -> int:
     """The rank whose last event is the oldest, on the wall clock that hosts share as well as they can."""
-    return min(failed, key=lambda rank: _wall_ns(case.standings[rank].witness))
+    return min(failed, key=lambda rank: _wall_ns(case.rank_states[rank].witness))
 
 
 def _wall_ns(witness: Witness | None) -> int:
-    return witness.last_event_ns() + witness.who.wall_offset_ns if witness is not None else 0
+    return witness.last_event_ns() + witness.writer.wall_offset_ns if witness is not None else 0
 
 
 def _unseen_partners(case: Case, dead: Sequence[int]) -> list[int]:
     """Find the ranks without a whole witness that may have been in a collective with the dead when these died."""
-    unseen = {rank for rank, standing in case.standings.items() if not standing.seen}
+    unseen = {rank for rank, rank_state in case.rank_states.items() if not rank_state.seen}
     if unseen & set(dead):
         return sorted(unseen)
     pending = {
         key
         for rank in dead
-        for key, issued in case.standings[rank].issued.items()
-        if issued > case.standings[rank].left.get(key, 0)
+        for key, issued in case.rank_states[rank].issued.items()
+        if issued > case.rank_states[rank].left.get(key, 0)
     }
     return sorted({rank for key in pending for rank in key[1]} & unseen)

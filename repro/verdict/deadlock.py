@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from repro.verdict.case import Case
-from repro.verdict.crash import LOOKS_S
+from repro.verdict.crash import ORDERING_RESOLUTION_S
 from repro.verdict.explain import explain
 from repro.verdict.graph import Node
 from repro.verdict.result import Verdict, list_ranks, name_ranks, say, shorten
@@ -16,14 +16,14 @@ def deadlock(case: Case, cycle: Sequence[Node]) -> Verdict:
     """Wait for quiet, then explain."""
     links = _links(cycle)
     lines = [
-        f"{_sentence(node, link)} ({case.standings[node.ranks[0]].position.line})"
+        f"{_sentence(node, link)} ({case.rank_states[node.ranks[0]].position.line})"
         for node, link in zip(cycle, links, strict=True)
     ]
     lines = shorten(lines)
     if not case.quiet:
         lines.append(f"quiet for {case.quiet_s:.3f} s only, {case.quiet_window_s:g} s are needed: look again")
         return case.verdict("inconclusive", cycle=links, evidence=lines, confidence="undecided")
-    finding = explain(case.witnesses, case.standings, case.ledger, case.waits)
+    finding = explain(case.witnesses, case.rank_states, case.ledger, case.waits)
     unseen = case.ranks("missing", "hidden")
     if unseen and finding.culprits:
         finding.evidence.append(f"{name_ranks(unseen)} left no usable witness and may have done the same")
@@ -37,14 +37,14 @@ def deadlock(case: Case, cycle: Sequence[Node]) -> Verdict:
 
 def _lost_before(case: Case, culprits: Sequence[int]) -> list[int]:
     """Find the ranks that died or failed, but for those that clearly did so after the culprits had come to a stop."""
-    stopped_s = min(case.standings[rank].position.since_s for rank in culprits)
+    stopped_s = min(case.rank_states[rank].position.since_s for rank in culprits)
     lost = []
     for rank in case.ranks("dead", "failed"):
         died_s = case.facts.died.get(rank)
-        since_s = case.standings[rank].position.since_s
-        if case.standings[rank].state == "dead":
+        since_s = case.rank_states[rank].position.since_s
+        if case.rank_states[rank].state == "dead":
             since_s = float("inf") if died_s is None else case.now_s - died_s
-        if rank not in culprits and since_s + LOOKS_S > stopped_s:
+        if rank not in culprits and since_s + ORDERING_RESOLUTION_S > stopped_s:
             lost.append(rank)
     return lost
 

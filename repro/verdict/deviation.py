@@ -6,14 +6,14 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from repro.verdict.ledger import TRANSFERS
-from repro.verdict.position import Standing
+from repro.verdict.position import RankState
 from repro.verdict.result import Finding, name_ranks, shorten
 from repro.verdict.schedule import Deviation, Entry, Step
 from repro.verdict.sides import places
 
 
 def deviation_finding(
-    deviations: Sequence[Deviation], standings: Mapping[int, Standing], all_steps: Mapping[int, Sequence[Step]]
+    deviations: Sequence[Deviation], rank_states: Mapping[int, RankState], all_steps: Mapping[int, Sequence[Step]]
 ) -> Finding | None:
     """Name the ranks of the earliest deviation, and all that did the same; None where all members did it."""
     if not deviations:
@@ -27,22 +27,22 @@ def deviation_finding(
     if first.kind == "order":  # one that is seen to have skipped it shows what the others were about to do
         first = next((d for d in alike if d.kind == "skipped"), first)
     culprits = tuple(sorted({d.rank for d in alike}))
-    if {rank for rank in first.concerned if standings[rank].seen} <= set(culprits):
+    if {rank for rank in first.concerned if rank_states[rank].seen} <= set(culprits):
         return None  # all members did it, though not at one place: no difference that could explain anything
     finding = Finding(first.kind, culprits)
-    finding.evidence += _sentences([first, *alike], standings)
+    finding.evidence += _sentences([first, *alike], rank_states)
     if first.kind == "order" and first.entry == first.planned:
         finding.evidence.append("it may have been left out altogether: until it comes, both look the same")
     rivals = [d for d in deviations if d.rank not in culprits]
-    finding.evidence += _sentences(rivals, standings)
-    if any(not _comes_before(first, rival, standings, all_steps) for rival in rivals):
+    finding.evidence += _sentences(rivals, rank_states)
+    if any(not _comes_before(first, rival, rank_states, all_steps) for rival in rivals):
         finding.suspects = tuple(sorted(d.rank for d in deviations))
         finding.culprits, finding.confidence = (), "undecided"
-    finding.first_divergence = {"sides": [_deviant(first, culprits), *_conforming(first, culprits, standings)]}
+    finding.first_divergence = {"sides": [_deviant(first, culprits), *_conforming(first, culprits, rank_states)]}
     return finding
 
 
-def _sentences(deviations: Sequence[Deviation], standings: Mapping[int, Standing]) -> list[str]:
+def _sentences(deviations: Sequence[Deviation], rank_states: Mapping[int, RankState]) -> list[str]:
     """What the ranks did, the first of them with the record that shows it; the same words are said once."""
     together: dict[str, dict[int, Deviation]] = {}
     for deviation in deviations:
@@ -50,7 +50,7 @@ def _sentences(deviations: Sequence[Deviation], standings: Mapping[int, Standing
     sentences = []
     for words, by_rank in together.items():
         first = next(iter(by_rank.values()))
-        line = standings[first.rank].line(first.issued.n) if first.issued else ""
+        line = rank_states[first.rank].line(first.issued.n) if first.issued else ""
         sentences.append(f"{name_ranks(by_rank)} {words}" + (f" ({line})" if line else ""))
     return shorten(sentences)
 
@@ -58,14 +58,14 @@ def _sentences(deviations: Sequence[Deviation], standings: Mapping[int, Standing
 def _comes_before(
     first: Deviation,
     other: Deviation,
-    standings: Mapping[int, Standing],
+    rank_states: Mapping[int, RankState],
     all_steps: Mapping[int, Sequence[Step]],
 ) -> bool:
     """Whether a rank left its schedule before another did: in one step only the collectives of groups that both are in
     put their places in an order."""
     if first.step != other.step:
         return first.step < other.step
-    shared = {key[0] for key in standings[first.rank].issued.keys() & standings[other.rank].issued.keys()}
+    shared = {key[0] for key in rank_states[first.rank].issued.keys() & rank_states[other.rank].issued.keys()}
 
     def place(deviation: Deviation) -> int:
         plan = next(step.plan for step in all_steps[deviation.rank] if step.number == deviation.step)
@@ -124,8 +124,8 @@ def _deviant(deviation: Deviation, culprits: Sequence[int]) -> dict[str, Any]:
 
 
 def _conforming(
-    deviation: Deviation, culprits: Sequence[int], standings: Mapping[int, Standing]
+    deviation: Deviation, culprits: Sequence[int], rank_states: Mapping[int, RankState]
 ) -> list[dict[str, Any]]:
     """Where the members that did not deviate stand."""
-    members = set(deviation.group[1]) if deviation.group else set(standings)
-    return places([standings[rank] for rank in sorted(members - set(culprits)) if rank in standings])
+    members = set(deviation.group[1]) if deviation.group else set(rank_states)
+    return places([rank_states[rank] for rank in sorted(members - set(culprits)) if rank in rank_states])

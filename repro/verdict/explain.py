@@ -14,14 +14,14 @@ from repro.verdict.arguments import arguments_finding
 from repro.verdict.deviation import deviation_finding
 from repro.verdict.graph import Waits
 from repro.verdict.ledger import Ledger, calls
-from repro.verdict.position import GroupKey, Standing
+from repro.verdict.position import GroupKey, RankState
 from repro.verdict.result import Finding, name_ranks, shorten
 from repro.verdict.schedule import (
     RECENT_STEPS,
     Deviation,
-    Parting,
+    ScheduleDivergence,
     Step,
-    first_parting,
+    first_schedule_divergence,
     habitual_plan,
     inverted_before,
     plans_of,
@@ -34,22 +34,22 @@ from repro.verdict.sides import calls_of_sides, positions
 
 def explain(
     witnesses: Mapping[int, Witness],
-    standings: Mapping[int, Standing],
+    rank_states: Mapping[int, RankState],
     ledger: Ledger,
     waits: Waits,
     mispaired: tuple[GroupKey, int] | None = None,
 ) -> Finding:
     """Explain a hang, or the wrong pairing of one collective; what a rank did after that is no cause of it."""
-    lock = _lock_finding(waits, standings)
+    lock = _lock_finding(waits, rank_states)
     if lock is not None:
         return lock
     divergence = ledger.first_divergence()
     if mispaired is None and divergence is not None:
         key, seq, _ = divergence
-        left = any(standing.left.get(key, 0) >= seq for standing in standings.values())
+        left = any(rank_state.left.get(key, 0) >= seq for rank_state in rank_states.values())
         if left and ("collective", key, seq) in waits.nodes:
             mispaired = key, seq  # ranks stand in it: what others did after they had left it is no cause
-    steps = [standing.position.step for standing in standings.values() if standing.position.step >= 0]
+    steps = [rank_state.position.step for rank_state in rank_states.values() if rank_state.position.step >= 0]
     since = min(steps, default=0)
     if divergence is not None:
         since = min(since, *(side.call.step for side in divergence[2]))
@@ -57,22 +57,24 @@ def explain(
     num_steps = max(RECENT_STEPS, max(steps, default=0) - since + 2)
     all_steps = {rank: steps_of(witness, num_steps) for rank, witness in witnesses.items()}
 
-    parting = first_parting(witnesses, all_steps, since)
+    schedule_divergence = first_schedule_divergence(witnesses, all_steps, since)
     involved = {rank for node in waits.cycle for rank in (*node.ranks, *node.waits_for)}
 
     def relevant(deviations: list[Deviation]) -> list[Deviation]:
-        in_time = [d for d in deviations if parting is None or parting.comes_after(d)]
+        in_time = [d for d in deviations if schedule_divergence is None or schedule_divergence.comes_after(d)]
         related = [d for d in in_time if not involved or involved & {d.rank, *d.concerned}]
         return _until(mispaired, related, witnesses)
 
     fresh, habitual = map(relevant, unshared_deviations(witnesses, all_steps, since))
-    finding = deviation_finding(fresh, standings, all_steps) or _plan_finding(witnesses, all_steps, parting)
+    finding = deviation_finding(fresh, rank_states, all_steps) or _plan_finding(
+        witnesses, all_steps, schedule_divergence
+    )
     if finding is not None and finding.cause == "order" and (ranks := inverted_before(fresh, witnesses, all_steps)):
         finding.evidence.append(f"in earlier steps {name_ranks(ranks)} issued both, in that order")
     finding = (
         finding
-        or deviation_finding(habitual, standings, all_steps)
-        or _habit_finding(witnesses, all_steps, since, standings)
+        or deviation_finding(habitual, rank_states, all_steps)
+        or _habit_finding(witnesses, all_steps, since, rank_states)
     )
     if finding is None and divergence is not None:
         finding = arguments_finding(witnesses, divergence)
@@ -84,7 +86,7 @@ def explain(
             "call sites of both sides"
         )
     if finding.first_divergence is None:
-        finding.first_divergence = calls_of_sides(divergence) if divergence else positions(waits.cycle, standings)
+        finding.first_divergence = calls_of_sides(divergence) if divergence else positions(waits.cycle, rank_states)
     return finding
 
 
@@ -104,7 +106,7 @@ def _until(
     return [d for d in members if d.issued is None or d.issued.t_ns <= issued_ns[d.rank]]
 
 
-def _lock_finding(waits: Waits, standings: Mapping[int, Standing]) -> Finding | None:
+def _lock_finding(waits: Waits, rank_states: Mapping[int, RankState]) -> Finding | None:
     """Name the ranks that hold a lock of the cycle, unless two of them record the same lock as theirs."""
     locks = [node for node in waits.cycle if node.key[0] == "lock"]
     if not locks:
@@ -114,24 +116,26 @@ def _lock_finding(waits: Waits, standings: Mapping[int, Standing]) -> Finding | 
     finding = Finding("lock", ranks)
     if any(len(node.waits_for) > 1 for node in locks):
         finding = Finding("lock", suspects=ranks, confidence="undecided")
-    finding.evidence += shorten([f"rank {rank} holds {lock} and {_waits(standings[rank])}" for rank, lock in holders])
-    finding.first_divergence = positions(waits.cycle, standings)
+    finding.evidence += shorten([f"rank {rank} holds {lock} and {_waits(rank_states[rank])}" for rank, lock in holders])
+    finding.first_divergence = positions(waits.cycle, rank_states)
     return finding
 
 
-def _waits(standing: Standing) -> str:
-    return standing.position.words().replace("wait", "waits", 1)
+def _waits(rank_state: RankState) -> str:
+    return rank_state.position.words().replace("wait", "waits", 1)
 
 
 def _plan_finding(
-    witnesses: Mapping[int, Witness], all_steps: Mapping[int, list[Step]], parting: Parting | None
+    witnesses: Mapping[int, Witness],
+    all_steps: Mapping[int, list[Step]],
+    schedule_divergence: ScheduleDivergence | None,
 ) -> Finding | None:
     """Explain by schedules that the members of a group declared differently: ranks that changed theirs are suspects."""
-    if parting is None:
+    if schedule_divergence is None:
         return None
-    number, key, sides = parting.step, parting.group, parting.sides
+    number, key, sides = schedule_divergence.step, schedule_divergence.group, schedule_divergence.sides
     declared = sorted(plans_of(key, witnesses, all_steps).items())
-    before = [set(plans) for (step, part), plans in declared if step < number and part == parting.part]
+    before = [set(plans) for (step, part), plans in declared if step < number and part == schedule_divergence.part]
     usual = before[-1] if len(before) >= 2 and len(before[-1]) == 1 and before[-1] == before[-2] else set()
     suspects = sorted(rank for plan, ranks in sides.items() if plan not in usual for rank in ranks)
     same_entries = len({tuple(sorted(plan)) for plan in sides}) == 1
@@ -151,7 +155,7 @@ def _habit_finding(
     witnesses: Mapping[int, Witness],
     all_steps: Mapping[int, list[Step]],
     since: int,
-    standings: Mapping[int, Standing],
+    rank_states: Mapping[int, RankState],
 ) -> Finding | None:
     """Explain by what all ranks did in every earlier step, where no schedule was declared: ranks that left it are
     suspects."""
@@ -159,7 +163,7 @@ def _habit_finding(
     if not plan or any(step.plan for steps in all_steps.values() for step in steps):
         return None
     planned = with_plan(all_steps, plan)
-    finding = deviation_finding(unshared_deviations(witnesses, planned, since)[0], standings, planned)
+    finding = deviation_finding(unshared_deviations(witnesses, planned, since)[0], rank_states, planned)
     if finding is not None:
         finding.culprits, finding.suspects, finding.confidence = (), finding.culprits, "undecided"
         finding.evidence.append("no schedule was declared: this compares with what all ranks did in every earlier step")

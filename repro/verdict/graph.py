@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from repro.verdict.ledger import Ledger, widest
-from repro.verdict.position import GroupKey, Standing
+from repro.verdict.ledger import Ledger, worst_difference
+from repro.verdict.position import GroupKey, RankState
 from repro.verdict.result import list_ranks
 
 AMBIGUOUS = -1
@@ -62,25 +62,27 @@ class Waits:
     left_by_some: list[Node]  # collectives that every member has issued and some have left
 
 
-def wait_graph(standings: Mapping[int, Standing], ledger: Ledger, lock_holders: Mapping[int, tuple[str, int]]) -> Waits:
+def wait_graph(
+    rank_states: Mapping[int, RankState], ledger: Ledger, lock_holders: Mapping[int, tuple[str, int]]
+) -> Waits:
     """Build the graph. A rank that died or failed inside a collective still stands there."""
     nodes: dict[NodeKey, Node] = {}
     at: dict[int, Node] = {}
-    for rank, standing in standings.items():
-        node = _node_of(standing, nodes)
+    for rank, rank_state in rank_states.items():
+        node = _node_of(rank_state, nodes)
         if node is not None:
             node.ranks.append(rank)
             at[rank] = node
-    pids = _pids(standings)
+    pids = _pids(rank_states)
     for node in nodes.values():
         if node.key[0] == "lock":
-            _lock_edges(node, standings, pids, lock_holders)
+            _lock_edges(node, rank_states, pids, lock_holders)
         else:
-            _collective_edges(node, standings, ledger)
+            _collective_edges(node, rank_states, ledger)
     ends: dict[str, set[int]] = {}
     for node in nodes.values():
         for rank in node.waits_for | node.cannot_return | node.unknown:
-            state = standings[rank].end_state if rank in standings else "missing"
+            state = rank_states[rank].end_state if rank in rank_states else "missing"
             if rank in node.unknown and state not in ("dead", "failed", "missing"):
                 state = "hidden"
             if state not in ("blocked", "locked"):
@@ -94,24 +96,24 @@ def wait_graph(standings: Mapping[int, Standing], ledger: Ledger, lock_holders: 
     )  # fmt: skip
 
 
-def _pids(standings: Mapping[int, Standing]) -> dict[tuple[str, int], int]:
+def _pids(rank_states: Mapping[int, RankState]) -> dict[tuple[str, int], int]:
     """(host, pid) -> rank, without the pids that two ranks share: they are not of one host, though it looks so."""
     ranks: dict[tuple[str, int], list[int]] = {}
-    for rank, standing in standings.items():
-        if standing.pid:
-            ranks.setdefault((standing.host, standing.pid), []).append(rank)
+    for rank, rank_state in rank_states.items():
+        if rank_state.pid:
+            ranks.setdefault((rank_state.host, rank_state.pid), []).append(rank)
     return {process: owners[0] if len(owners) == 1 else AMBIGUOUS for process, owners in ranks.items()}
 
 
-def _node_of(standing: Standing, nodes: dict[NodeKey, Node]) -> Node | None:
-    position = standing.position
-    if standing.state in ("running", "hidden", "missing", "done"):
+def _node_of(rank_state: RankState, nodes: dict[NodeKey, Node]) -> Node | None:
+    position = rank_state.position
+    if rank_state.state in ("running", "hidden", "missing", "done"):
         return None
     key: NodeKey
-    if standing.lock:
-        key, name = ("lock", (standing.host, standing.lock), 0), f"lock {standing.lock}"
-    elif standing.group is not None:
-        key, name = ("collective", standing.group, position.seq), f"{position.group} {position.op} #{position.seq}"
+    if rank_state.lock:
+        key, name = ("lock", (rank_state.host, rank_state.lock), 0), f"lock {rank_state.lock}"
+    elif rank_state.group is not None:
+        key, name = ("collective", rank_state.group, position.seq), f"{position.group} {position.op} #{position.seq}"
     else:
         return None
     node = nodes.setdefault(key, Node(key, name))
@@ -120,42 +122,42 @@ def _node_of(standing: Standing, nodes: dict[NodeKey, Node]) -> Node | None:
     return node
 
 
-def _collective_edges(node: Node, standings: Mapping[int, Standing], ledger: Ledger) -> None:
+def _collective_edges(node: Node, rank_states: Mapping[int, RankState], ledger: Ledger) -> None:
     key, seq = node.collective
     for member in key[1]:
-        standing = standings.get(member)
-        if standing is not None and standing.left.get(key, 0) >= seq:
+        rank_state = rank_states.get(member)
+        if rank_state is not None and rank_state.left.get(key, 0) >= seq:
             node.returned.add(member)
-        elif standing is None or (standing.issued.get(key, 0) < seq and not standing.knows(key)):
+        elif rank_state is None or (rank_state.issued.get(key, 0) < seq and not rank_state.knows(key)):
             node.unknown.add(member)
-        elif standing.issued.get(key, 0) < seq or standing.gave_up(key, seq):
+        elif rank_state.issued.get(key, 0) < seq or rank_state.gave_up(key, seq):
             node.waits_for.add(member)
-        elif standing.unable:
+        elif rank_state.unable:
             node.cannot_return.add(member)
-    if node.returned and standings[node.ranks[0]].position.op in SENT_BY_ONE:
+    if node.returned and rank_states[node.ranks[0]].position.op in SENT_BY_ONE:
         node.waits_for.clear()  # the root has sent
     # In a group nothing later completes either, and each rank has its own place from which on nothing has for it.
-    here = min((standings[member].issued.get(key, 0) for member in key[1] if member in standings), default=0)
-    low = min(standings[rank].left.get(key, 0) for rank in node.ranks)
+    here = min((rank_states[member].issued.get(key, 0) for member in key[1] if member in rank_states), default=0)
+    low = min(rank_states[rank].left.get(key, 0) for rank in node.ranks)
     seq, sides = ledger.refused(key, low, min(seq, here))
     if sides:
-        node.differs, node.differs_at = widest(sides), seq
-        node.waits_for |= {rank for side in sides for rank in side.ranks if standings[rank].left.get(key, 0) < seq}
+        node.differs, node.differs_at = worst_difference(sides), seq
+        node.waits_for |= {rank for side in sides for rank in side.ranks if rank_states[rank].left.get(key, 0) < seq}
 
 
 def _lock_edges(
     node: Node,
-    standings: Mapping[int, Standing],
+    rank_states: Mapping[int, RankState],
     pids: Mapping[tuple[str, int], int],
     lock_holders: Mapping[int, tuple[str, int]],
 ) -> None:
     host, lock = node.key[1]
     assert isinstance(lock, str)
-    named = {standings[rank].lock_holder for rank in node.ranks}
+    named = {rank_states[rank].lock_holder for rank in node.ranks}
     node.named = named.pop() if len(named) == 1 else -1
     seen = {holder for rank in node.ranks for name, holder in (lock_holders.get(rank, ("", 0)),) if name == lock}
-    holders = {rank for rank, s in standings.items() if lock in s.holds and s.host == host}
-    others = {pid for pid in seen if pid > 0} - {standings[rank].pid for rank in holders}
+    holders = {rank for rank, s in rank_states.items() if lock in s.holds and s.host == host}
+    others = {pid for pid in seen if pid > 0} - {rank_states[rank].pid for rank in holders}
     if len(seen) > 1 or (holders and others):  # what was seen at different moments does not agree
         node.outside = -1
         return
@@ -168,7 +170,7 @@ def _lock_edges(
         node.outside = pid if rank is None else -1
     elif rank in node.ranks:
         node.cannot_return.add(rank)  # it has the lock and stopped before it could say so
-    elif seen or not standings[rank].seen:
+    elif seen or not rank_states[rank].seen:
         node.waits_for.add(rank)
     else:
         node.outside = -1  # it held the lock when the others began to wait, and has let go since

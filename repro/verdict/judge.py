@@ -19,7 +19,7 @@ from repro.verdict.deadlock import deadlock
 from repro.verdict.explain import explain
 from repro.verdict.facts import Facts
 from repro.verdict.graph import wait_graph
-from repro.verdict.ledger import Ledger, Side
+from repro.verdict.ledger import CallVariant, Ledger
 from repro.verdict.position import GroupKey, clocks, locate
 from repro.verdict.result import Finding, Verdict, name_ranks
 from repro.verdict.waiting import waiting
@@ -49,7 +49,7 @@ def judge(
     """
     usable, notes = _one_run(witnesses, num_ranks)
     nows, clock_notes = clocks(usable, now_ns, home)
-    standings = {
+    rank_states = {
         rank: locate(rank, usable.get(rank), nows.get(rank, 0), facts.alive.get(rank), facts.excused.get(rank, ""))
         for rank in range(num_ranks)
     }
@@ -57,12 +57,12 @@ def judge(
     damaged = {rank for rank, witness in usable.items() if witness.damaged}
     sound = {rank: witness for rank, witness in usable.items() if rank not in damaged}
     ledger = Ledger(sound)
-    waits = wait_graph(standings, ledger, facts.lock_holders)
+    waits = wait_graph(rank_states, ledger, facts.lock_holders)
     quiet_ns = [max(0, nows[rank] - witness.last_event_ns()) for rank, witness in usable.items() if witness.last]
     quiet_s = min(quiet_ns, default=0) / 1e9
     case = Case(
         sound,
-        standings,
+        rank_states,
         ledger,
         waits,
         quiet_s,
@@ -93,21 +93,21 @@ def _beside_damage(verdict: Verdict, damaged: set[int]) -> Verdict:
 
 def _one_run(witnesses: Mapping[int, Witness], num_ranks: int) -> tuple[dict[int, Witness], list[str]]:
     """The witnesses of one run, and a line for each that is not used."""
-    runs = Counter((witness.who.run_id, witness.who.num_ranks) for witness in witnesses.values())
+    runs = Counter((witness.writer.run_id, witness.writer.num_ranks) for witness in witnesses.values())
     notes: list[str] = []
     usable: dict[int, Witness] = {}
     most = runs.most_common(2)
     tied = len(most) == 2 and most[0][1] == most[1][1]
     run = most[0][0] if most else ("", num_ranks)
     for rank, witness in sorted(witnesses.items()):
-        who = witness.who
+        writer = witness.writer
         if tied:
-            notes.append(f"{witness.name}:0: run {who.run_id!r}: the files are of two runs, as many of each")
-        elif (who.run_id, who.num_ranks) != run:
-            notes.append(f"{witness.name}:0: of run {who.run_id!r} with {who.num_ranks} ranks, not of {run[0]!r}")
-        elif who.num_ranks != num_ranks or who.rank != rank:
+            notes.append(f"{witness.name}:0: run {writer.run_id!r}: the files are of two runs, as many of each")
+        elif (writer.run_id, writer.num_ranks) != run:
+            notes.append(f"{witness.name}:0: of run {writer.run_id!r} with {writer.num_ranks} ranks, not of {run[0]!r}")
+        elif writer.num_ranks != num_ranks or writer.rank != rank:
             notes.append(
-                f"{witness.name}:0: rank {who.rank} of {who.num_ranks} was given as rank {rank} of {num_ranks}"
+                f"{witness.name}:0: rank {writer.rank} of {writer.num_ranks} was given as rank {rank} of {num_ranks}"
             )
         else:
             usable[rank] = witness
@@ -118,7 +118,7 @@ def _decide(case: Case, wrong_numbers: Sequence[str]) -> Verdict:
     mispaired = _mispaired(case)
     if mispaired is not None:
         key, seq, sides = mispaired
-        finding = explain(case.witnesses, case.standings, case.ledger, case.waits, (key, seq))
+        finding = explain(case.witnesses, case.rank_states, case.ledger, case.waits, (key, seq))
         if key[0] in case.queued:
             return _queued_differently(case, key, seq, finding)
         completed = sorted(rank for side in sides for rank in side.left)
@@ -129,7 +129,7 @@ def _decide(case: Case, wrong_numbers: Sequence[str]) -> Verdict:
         return case.verdict("corrupt", evidence=[*wrong_numbers, *hidden], confidence="undecided")
     if wrong_numbers:
         return case.verdict("corrupt", evidence=wrong_numbers)
-    if len(case.ranks("done")) == len(case.standings):
+    if len(case.ranks("done")) == len(case.rank_states):
         return case.verdict("clean")
     if case.waits.cycle and not victims(case):
         return deadlock(case, case.waits.cycle)
@@ -138,7 +138,7 @@ def _decide(case: Case, wrong_numbers: Sequence[str]) -> Verdict:
     return waiting(case)
 
 
-def _mispaired(case: Case) -> tuple[GroupKey, int, list[Side]] | None:
+def _mispaired(case: Case) -> tuple[GroupKey, int, list[CallVariant]] | None:
     """Find a collective that ranks completed although they had issued different ones under its number.
 
     A side that never waited for it and is done counts as through: the others completed it with what that side issued.

@@ -26,7 +26,7 @@ class Call(NamedTuple):
     step: int
 
 
-class Side(NamedTuple):
+class CallVariant(NamedTuple):
     """Ranks that issued the same thing as number ``seq`` of a group."""
 
     call: Call
@@ -56,16 +56,16 @@ class Ledger:
                 if known is not call and known != call and difference(known, call):
                     self.diverged.setdefault(key, set()).add(seq)
 
-    def sides(self, key: GroupKey, seq: int) -> list[Side]:
+    def sides(self, key: GroupKey, seq: int) -> list[CallVariant]:
         """The different calls made as number ``seq``, those of the lowest rank first."""
         together: dict[Call, list[tuple[int, bool, str, int]]] = {}
         for rank, event, call in self._rows(key, seq):
             witness = self._witnesses[rank]
             left = any(g.left >= seq for g in witness.groups if (g.name, g.members) == key)
             together.setdefault(call, []).append((rank, left, witness.text(event.site), event.t_ns))
-        merged: list[Side] = []
+        merged: list[CallVariant] = []
         for call, rows in together.items():
-            side = Side(
+            side = CallVariant(
                 call, tuple(r for r, *_ in rows), tuple(r for r, left, *_ in rows if left), rows[0][2],
                 min(row[3] for row in rows),
             )  # fmt: skip
@@ -90,12 +90,12 @@ class Ledger:
             self._differing[key] = rows
         return self._differing[key][seq]
 
-    def refused(self, key: GroupKey, over: int, upto: int) -> tuple[int, list[Side]]:
+    def refused(self, key: GroupKey, over: int, upto: int) -> tuple[int, list[CallVariant]]:
         """Find the first collective in over + 1..upto whose arguments differ so much that a backend may not complete
         it: its number and its sides; (0, []) if there is none."""
         for seq in sorted(number for number in self.diverged.get(key, ()) if over < number <= upto):
             sides = self.sides(key, seq)
-            if widest(sides) in ("mismatch", "sizes"):
+            if worst_difference(sides) in ("mismatch", "sizes"):
                 return seq, sides
         return 0, []
 
@@ -117,7 +117,7 @@ class Ledger:
             if len(sides) > 1 and key not in self.diverged
         ]
 
-    def first_divergence(self) -> tuple[GroupKey, int, list[Side]] | None:
+    def first_divergence(self) -> tuple[GroupKey, int, list[CallVariant]] | None:
         """The divergence of the lowest step, of those the one issued first; None where all ranks agree."""
         found = []
         for key, seqs in self.diverged.items():
@@ -192,7 +192,7 @@ def difference(a: Call, b: Call) -> str:
     return ""
 
 
-def widest(sides: list[Side]) -> str:
+def worst_difference(sides: list[CallVariant]) -> str:
     """The gravest difference among several sides."""
     found = {difference(sides[0].call, side.call) for side in sides[1:]}
     return next((kind for kind in ("mismatch", "sizes", "place") if kind in found), "")

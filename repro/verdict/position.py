@@ -15,7 +15,7 @@ GroupKey = tuple[str, tuple[int, ...]]  # two groups of one name with different 
 
 
 @dataclass(slots=True)
-class Standing:
+class RankState:
     """One rank's position with what the graph needs to know about it."""
 
     position: Position
@@ -75,18 +75,18 @@ class Standing:
         return self.position.state
 
 
-def locate(rank: int, witness: Witness | None, now_ns: int, alive: bool | None, excuse: str) -> Standing:
+def locate(rank: int, witness: Witness | None, now_ns: int, alive: bool | None, excuse: str) -> RankState:
     """One rank's standing. ``excuse`` says why its process is not waiting whatever its witness says."""
     if witness is None:
-        return Standing(Position(rank, "dead" if alive is False else "missing"))
-    standing = _read(rank, witness, now_ns)
-    standing.is_gone = alive is False
-    position = standing.position
+        return RankState(Position(rank, "dead" if alive is False else "missing"))
+    rank_state = _read(rank, witness, now_ns)
+    rank_state.is_gone = alive is False
+    position = rank_state.position
     if alive is False and position.state not in ("done", "failed"):
-        standing.position = _with_state(position, "dead")
+        rank_state.position = _with_state(position, "dead")
     elif excuse and position.state not in ("done", "failed"):
-        standing.position = _with_state(position, "running", excuse)
-    return standing
+        rank_state.position = _with_state(position, "running", excuse)
+    return rank_state
 
 
 def _with_state(position: Position, state: str, detail: str = "") -> Position:
@@ -94,32 +94,32 @@ def _with_state(position: Position, state: str, detail: str = "") -> Position:
     return Position(**{**fields, "state": state, "detail": detail or position.detail})
 
 
-def _read(rank: int, witness: Witness, now_ns: int) -> Standing:
+def _read(rank: int, witness: Witness, now_ns: int) -> RankState:
     keys = {index: (group.name, group.members) for index, group in enumerate(witness.groups)}
     held, builds = _local_work(witness)
     last = witness.last
     blocked = _blocked_in(witness)
     groups = [] if witness.damaged else list(enumerate(witness.groups))
-    standing = Standing(
+    rank_state = RankState(
         Position(rank, "starting"),
         holds=held,
         issued={keys[i]: group.issued for i, group in groups},
         left={keys[i]: group.left for i, group in groups},
-        host=f"{witness.who.boot_id}/{witness.who.hostname}/{witness.who.pid_namespace}",  # containers share a boot
-        pid=witness.who.pid,
+        host=_host_of(witness.writer),
+        pid=witness.writer.pid,
         witness=witness,
         seen=witness.complete,
     )
     if last is None:
         if not witness.complete:
-            standing.position = Position(rank, "hidden", detail=DAMAGED if witness.damaged else "")
-        return standing
+            rank_state.position = Position(rank, "hidden", detail=DAMAGED if witness.damaged else "")
+        return rank_state
     state, detail, layer, group_name, op, seq, site = "running", "", "", "", "", 0, ""
     sizes: tuple[int, ...] = ()
     since_ns = last.t_ns
     if blocked is not None and blocked.kind == Kind.LOCK_WAIT:
         state, detail = "locked", witness.text(blocked.sig)
-        standing.lock, standing.lock_holder = detail, blocked.aux
+        rank_state.lock, rank_state.lock_holder = detail, blocked.aux
         since_ns = _waits_since(witness)
     elif blocked is not None:
         state = "blocked"
@@ -130,7 +130,7 @@ def _read(rank: int, witness: Witness, now_ns: int) -> Standing:
         since_ns = blocked.t_ns
         key = keys.get(blocked.group)
         if key is not None and rank in key[1]:
-            standing.group = key
+            rank_state.group = key
         else:  # beyond the slots of the file, or its members are lost: which others should be there is not known
             state = "hidden"
     elif builds:
@@ -139,19 +139,24 @@ def _read(rank: int, witness: Witness, now_ns: int) -> Standing:
     elif held:
         detail = "holds lock " + ", ".join(sorted(held))
     if witness.heartbeat_ns > since_ns:
-        standing.beat = witness.heartbeat if witness.heartbeat != detail else ""
-        standing.beat_s = max(0, now_ns - witness.heartbeat_ns) / 1e9
+        rank_state.beat = witness.heartbeat if witness.heartbeat != detail else ""
+        rank_state.beat_s = max(0, now_ns - witness.heartbeat_ns) / 1e9
     if last.kind == Kind.DONE:
         state = "done"
     elif last.kind == Kind.FAILED:
         state, detail = "failed", witness.text(last.sig)
     elif not witness.complete:
         state, detail = "hidden", DAMAGED if witness.damaged else detail
-    standing.position = Position(
+    rank_state.position = Position(
         rank, state, witness.text(last.phase), last.step, layer, group_name, seq, op, sizes,
         max(0, now_ns - since_ns) / 1e9, detail, site, witness.line(last.n),
     )  # fmt: skip
-    return standing
+    return rank_state
+
+
+def _host_of(writer: Identity) -> str:
+    """Name the place in which a pid is unique: containers of one host share its boot id, but not its pids."""
+    return f"{writer.boot_id}/{writer.hostname}/{writer.pid_namespace}"
 
 
 def _local_work(witness: Witness) -> tuple[set[str], dict[str, int]]:
@@ -216,7 +221,7 @@ def clocks(
         return {rank: now_ns[rank] for rank in witnesses}, []
     if not witnesses:
         return {}, []
-    home = home or witnesses[min(witnesses)].who
-    nows = {rank: now_ns + witness.who.clock_ahead_ns(home) for rank, witness in witnesses.items()}
-    away = sum(witness.who.boot_id not in ("", home.boot_id) for witness in witnesses.values())
+    home = home or witnesses[min(witnesses)].writer
+    nows = {rank: now_ns + witness.writer.clock_ahead_ns(home) for rank, witness in witnesses.items()}
+    away = sum(witness.writer.boot_id not in ("", home.boot_id) for witness in witnesses.values())
     return nows, [f"times of {away} ranks on other hosts rest on wall clocks"] if away else []

@@ -282,7 +282,7 @@ def plans_of(
 
 
 @dataclass(frozen=True, slots=True)
-class Parting:
+class ScheduleDivergence:
     """The step in which the declared schedules of a group's members part, and the schedules, as in `plans_of`."""
 
     step: int
@@ -297,7 +297,9 @@ class Parting:
         return (deviation.step, deviation.index) < (self.step, place)
 
 
-def first_parting(witnesses: Mapping[int, Witness], all_steps: Mapping[int, list[Step]], since: int) -> Parting | None:
+def first_schedule_divergence(
+    witnesses: Mapping[int, Witness], all_steps: Mapping[int, list[Step]], since: int
+) -> ScheduleDivergence | None:
     """The first step from ``since`` on, and in it the largest group, whose members declared different schedules."""
     differing = [
         (at, key, sides)
@@ -316,7 +318,7 @@ def first_parting(witnesses: Mapping[int, Witness], all_steps: Mapping[int, list
             (parts,) = (step.parts for step in all_steps[rank] if step.number == number)
             shared = [place for place, entry in enumerate(parts[part]) if entry in plan]
             places[rank] = sum(map(len, parts[:part])) + (shared[common - 1] + 1 if common else 0)
-    return Parting(number, part, key, sides, places)
+    return ScheduleDivergence(number, part, key, sides, places)
 
 
 def habitual_plan(all_steps: Mapping[int, list[Step]], before: int) -> tuple[Entry, ...]:

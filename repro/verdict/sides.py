@@ -6,27 +6,27 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from repro.verdict.graph import Node
-from repro.verdict.ledger import Side
-from repro.verdict.position import GroupKey, Standing
+from repro.verdict.ledger import CallVariant
+from repro.verdict.position import GroupKey, RankState
 
 
-def places(standings: Sequence[Standing]) -> list[dict[str, Any]]:
+def places(rank_states: Sequence[RankState]) -> list[dict[str, Any]]:
     places: dict[tuple[str, int, str, str, int, str], list[int]] = {}
-    for standing in standings:
-        at = standing.position
-        places.setdefault((at.group, at.seq, at.op, at.layer, at.step, at.site), []).append(standing.rank)
+    for rank_state in rank_states:
+        at = rank_state.position
+        places.setdefault((at.group, at.seq, at.op, at.layer, at.step, at.site), []).append(rank_state.rank)
     return [
         {"ranks": ranks, "group": group, "seq": seq, "op": op, "layer": layer, "step": step, "site": site}
         for (group, seq, op, layer, step, site), ranks in places.items()
     ]
 
 
-def positions(cycle: Sequence[Node], standings: Mapping[int, Standing]) -> dict[str, Any] | None:
-    sides = [place for node in cycle for place in places([standings[rank] for rank in node.ranks])]
+def positions(cycle: Sequence[Node], rank_states: Mapping[int, RankState]) -> dict[str, Any] | None:
+    sides = [place for node in cycle for place in places([rank_states[rank] for rank in node.ranks])]
     return {"sides": sides} if sides else None
 
 
-def calls_of_sides(divergence: tuple[GroupKey, int, list[Side]]) -> dict[str, Any]:
+def calls_of_sides(divergence: tuple[GroupKey, int, list[CallVariant]]) -> dict[str, Any]:
     """What each side issued under one number of a group."""
     key, seq, sides = divergence
     return {

@@ -20,7 +20,7 @@ def slow(case: Case, movers: Sequence[int]) -> Finding:
     finding = Finding("", tuple(movers))
     signs = {rank: signs_of_life(case, rank) for rank in movers}
     for rank in movers[:8]:
-        at = case.standings[rank].position
+        at = case.rank_states[rank].position
         what = ", ".join([at.detail or case.place(rank), *signs[rank]])
         finding.evidence.append(f"rank {rank} {at.state} for {at.since_s:.1f} s: {what}")
     silent = [rank for rank, shown in signs.items() if not shown and rank not in case.facts.excused]
@@ -57,7 +57,7 @@ def _only_quiet(case: Case, finding: Finding) -> Finding:
 
 
 def _moved(case: Case, rank: int) -> bool:
-    at = case.standings[rank].position
+    at = case.rank_states[rank].position
     if at.state == "blocked":  # in what others have left, which they may have done just now
         return not case.quiet
     return at.state != "starting" and rank not in case.facts.excused and at.since_s < case.quiet_window_s
@@ -65,10 +65,10 @@ def _moved(case: Case, rank: int) -> bool:
 
 def signs_of_life(case: Case, rank: int) -> list[str]:
     """What shows that a rank works on."""
-    standing, cores = case.standings[rank], case.facts.cores.get(rank, 0.0)
+    rank_state, cores = case.rank_states[rank], case.facts.cores.get(rank, 0.0)
     signs = []
-    if standing.beat_s is not None:
-        signs.append(f"heartbeat {standing.beat_s:.1f} s ago" + (f" ({standing.beat})" if standing.beat else ""))
+    if rank_state.beat_s is not None:
+        signs.append(f"heartbeat {rank_state.beat_s:.1f} s ago" + (f" ({rank_state.beat})" if rank_state.beat else ""))
     if cores >= BUSY:
         signs.append(f"keeps {cores:.2f} processors busy")
     return signs
@@ -76,9 +76,9 @@ def signs_of_life(case: Case, rank: int) -> list[str]:
 
 def may_wait_for_device(case: Case, rank: int) -> bool:
     """Whether a rank outside any collective has queued some and gives no sign of work of its own."""
-    standing = case.standings[rank]
-    has_queued = any(key[0] in case.queued and issued for key, issued in standing.issued.items())
-    return has_queued and standing.state == "running" and standing.beat_s is None and not standing.position.detail
+    rank_state = case.rank_states[rank]
+    has_queued = any(key[0] in case.queued and issued for key, issued in rank_state.issued.items())
+    return has_queued and rank_state.state == "running" and rank_state.beat_s is None and not rank_state.position.detail
 
 
 def _with_waits(case: Case, finding: Finding) -> Finding:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from repro.verdict.case import Case
 from repro.verdict.graph import Node
-from repro.verdict.ledger import widest
+from repro.verdict.ledger import worst_difference
 from repro.verdict.result import MOST_SENTENCES, Finding, Verdict, name_ranks, say, shorten
 from repro.verdict.sides import calls_of_sides
 from repro.verdict.slow import STARVED, signs_of_life, slow
@@ -22,7 +22,7 @@ def attended(case: Case) -> Verdict:
     """Judge waits that end in collectives which every member has issued and none has left."""
     nodes = case.waits.attended
     names = ", ".join(node.name for node in nodes[:MOST_SENTENCES])
-    unseen = sorted({rank for node in nodes for rank in node.collective[0][1] if not case.standings[rank].seen})
+    unseen = sorted({rank for node in nodes for rank in node.collective[0][1] if not case.rank_states[rank].seen})
     if unseen:
         line = f"every member has issued {names}, but {say(unseen, 'have')} no whole witness to compare with"
         return case.verdict("inconclusive", evidence=[line], confidence="undecided")
@@ -39,7 +39,7 @@ def attended(case: Case) -> Verdict:
     lines = [f"every member has issued {node.name} and none has left it: a device or network stall" for node in nodes]
     for node in nodes:
         key, seq = node.collective
-        if seq in case.ledger.diverged.get(key, ()) and widest(case.ledger.sides(key, seq)) == "place":
+        if seq in case.ledger.diverged.get(key, ()) and worst_difference(case.ledger.sides(key, seq)) == "place":
             lines.append(f"the members did not issue {node.name} for the same layer and step")
     finding = Finding(evidence=shorten(lines))
     doubts += shorten([line for node in nodes for line in _pending_elsewhere(case, node)])
@@ -54,7 +54,7 @@ def _differ_elsewhere(case: Case, finding: Finding) -> list[str]:
     lines = []
     for key, seqs in sorted(case.ledger.diverged.items()):
         sides = case.ledger.sides(key, min(seqs))
-        if widest(sides) in ("mismatch", "sizes"):
+        if worst_difference(sides) in ("mismatch", "sizes"):
             lines.append(f"{key[0]} #{min(seqs)} was issued with different arguments and may be the cause")
             finding.first_divergence = finding.first_divergence or calls_of_sides((key, min(seqs), sides))
     return shorten(lines)
@@ -90,7 +90,7 @@ def _moves(case: Case, node: Node) -> list[str]:
         if rank in case.facts.contradicted
     ]
     if group in case.queued:  # a rank that waits for its device keeps a processor busy
-        running = [rank for rank in members if case.standings[rank].state == "running"]
+        running = [rank for rank in members if case.rank_states[rank].state == "running"]
         if running:
             lines.append(
                 f"{say(running, f'have queued {node.name}')} and did not wait for it: the device may have work to do "
@@ -127,7 +127,7 @@ def _pending_elsewhere(case: Case, node: Node) -> list[str]:
     for rank in members:
         if case.waits.at.get(rank) is node:
             continue
-        if case.standings[rank].state == "done":
+        if case.rank_states[rank].state == "done":
             words = f"are done and never waited for {node.name}"
         else:
             words = f"{'wait' if rank in case.waits.at else 'run'} {case.place(rank)} with {node.name} pending"

@@ -19,7 +19,7 @@ from typing import Any
 import psutil
 
 from repro.hosts import collect
-from repro.hosts.agent import Others
+from repro.hosts.agent import RemoteHosts
 from repro.hosts.host import READ_FAILURES, Host
 from repro.hosts.options import WatchOptions
 from repro.hosts.system import System
@@ -97,7 +97,7 @@ class Watch:
         self.started_ns = self.host.now_ns()
         self._tails = Tails(self.run_dir, self.options.num_ranks, self.host.here)
         self._system = System(self.options.quiet_window_s, self.host)
-        self._others = Others(self.run_dir, self.host)
+        self._remote_hosts = RemoteHosts(self.run_dir, self.host)
         self._look = Look(self.host.here, self.started_ns)
         self._judged_ns = 0
         self._died_ns = 0
@@ -125,9 +125,9 @@ class Watch:
         """The ranks that run, by what their witnesses said, even if the files are gone by now."""
         return [found for found in self._running().values() if found is not None]
 
-    def others_run(self) -> bool:
+    def remote_ranks_run(self) -> bool:
         """Whether ranks run on other hosts, as far as the agents there say."""
-        return self._others.someone_runs()
+        return self._remote_hosts.any_running()
 
     def all_done(self) -> bool:
         """Whether every rank has finished all its work."""
@@ -231,10 +231,10 @@ class Watch:
         self._tails.open()
         running = self._running()
         witnesses, refused = self._tails.read()
-        notes = [*self._others.silent(), *refused]
+        notes = [*self._remote_hosts.silent(), *refused]
         witnesses = self.read(witnesses)
-        facts = self._others.merged(self._system.look(witnesses, running))
-        never = [rank for rank, witness in witnesses.items() if not witness.who.pid]
+        facts = self._remote_hosts.merged(self._system.look(witnesses, running))
+        never = [rank for rank, witness in witnesses.items() if not witness.writer.pid]
         if never and not self.job_alive():  # nobody is left who could start them
             facts = facts.joined(Facts(alive=dict.fromkeys(never, False)))
             notes.append(collect.of_launcher(self.run_dir, never))
@@ -243,9 +243,9 @@ class Watch:
 
     def _describe_strangers(self, witnesses: Mapping[int, Witness], facts: Facts) -> list[str]:
         """A sentence for each process of this host that holds a lock and is no rank."""
-        here = [rank for rank, witness in witnesses.items() if self._system.is_here(witness.who)]
+        here = [rank for rank, witness in witnesses.items() if self._system.is_here(witness.writer)]
         holders = {pid for rank, (_, pid) in facts.lock_holders.items() if rank in here and pid > 0}
-        return [self.host.describe(pid) for pid in sorted(holders - {witnesses[rank].who.pid for rank in here})]
+        return [self.host.describe(pid) for pid in sorted(holders - {witnesses[rank].writer.pid for rank in here})]
 
     def _compared(self, final: bool) -> Verdict | None:
         """The verdict on ranks that are all done: `clean` only if their results are right. None to ask again."""
@@ -274,7 +274,7 @@ class Watch:
 
     def _somebody_died(self, now_ns: int) -> bool:
         """A rank is gone or failed, or all processes are, and nobody else is about to say something."""
-        gone = None in self._running().values() or not self.job_alive() or self._others.someone_is_gone()
+        gone = None in self._running().values() or not self.job_alive() or self._remote_hosts.any_ended()
         if not gone and not self._tails.any_failed():
             self._died_ns = 0
             return False
@@ -284,9 +284,9 @@ class Watch:
 
     def _collect_evidence(self) -> dict[int, str]:
         """Have all ranks leave their evidence; what each did not leave."""
-        question = self._others.ask()
+        question = self._remote_hosts.request_evidence()
         unanswered = self.host.collect(self.run_dir, self._pids())
-        return unanswered | self._others.answers(question, ANSWER_PATIENCE_S)
+        return unanswered | self._remote_hosts.answers(question, ANSWER_PATIENCE_S)
 
     def _notice(self, verdict: Verdict) -> None:
         """Tell who waits for whom; a silence in which nobody waits for anybody is no news."""

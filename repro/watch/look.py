@@ -44,8 +44,8 @@ class Look:
 
     def none_began(self) -> bool:
         """Whether no rank has opened its witness, and none is known to have ended."""
-        writers = [witness.who for witness in self.witnesses.values()]
-        return bool(writers) and not any(who.pid for who in writers) and False not in self.facts.alive.values()
+        writers = [witness.writer for witness in self.witnesses.values()]
+        return bool(writers) and not any(writer.pid for writer in writers) and False not in self.facts.alive.values()
 
     def unless_begun(self, verdict: Verdict) -> Verdict:
         """The verdict; if no rank has begun, an undecided one that names no rank for that."""

@@ -91,7 +91,7 @@ def judge_files(run_dir: RunDir, options: WatchOptions, comparison: Comparison) 
         verdict = not_decided(verdict)
     if decided and decided.ended_by:
         verdict = ended_from_outside(verdict, decided.ended_by)
-    runs = {witness.who.run_id for witness in look.witnesses.values()}
+    runs = {witness.writer.run_id for witness in look.witnesses.values()}
     problems = any(witness.problems for witness in look.witnesses.values())
     whole = not refused and not damaged and len(runs) <= 1 and not problems
     return Again(verdict.with_evidence([*refused, *damaged]), look, decided, whole)
@@ -102,7 +102,7 @@ def _look_at_decided(run_dir: RunDir, decided: Decided) -> tuple[Look, list[str]
     if decided.look is not None:
         return dataclasses.replace(decided.look, witnesses=witnesses), refused
     here = Host().here
-    last_ns = max((w.last_event_ns() + here.clock_ahead_ns(w.who) for w in witnesses.values() if w.last), default=0)
+    last_ns = max((w.last_event_ns() + here.clock_ahead_ns(w.writer) for w in witnesses.values() if w.last), default=0)
     now_ns = last_ns + int(decided.verdict.quiet_s * 1e9) + 1_000_000  # the file has milliseconds
     return Look(here, now_ns, witnesses, decided.facts), refused
 
@@ -122,7 +122,7 @@ def _look_now(run_dir: RunDir) -> tuple[Look, list[str]]:
 
 
 def _writers(witnesses: Mapping[int, Witness]) -> dict[int, Any]:
-    return {rank: witness.who for rank, witness in witnesses.items()}
+    return {rank: witness.writer for rank, witness in witnesses.items()}
 
 
 def _pids(system: System, witnesses: Mapping[int, Witness]) -> dict[int, int]:
