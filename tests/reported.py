@@ -8,6 +8,7 @@ from typing import Any
 from scene import Scene
 
 from hybrid_moe_ref.parallel.observer import Collective, ScheduleEntry
+from repro.lab.description import describe
 from repro.lab.settings import RunSettings
 from repro.store.run_dir import RunDir, write_json
 from repro.verdict import Facts, judge
@@ -40,7 +41,9 @@ def write_hang(out: Path, num_ranks: int = 4, *, layer: str = MOE, op: str = "al
 def write_run(out: Path, scene: Scene, variant: str) -> Path:
     """Write the files of a run that ended where the scene is now, a quiet window later."""
     run_dir = RunDir.create(out, "metadata_rebuild", variant, 0)
-    write_json(run_dir.config, RunSettings("metadata_rebuild", variant, num_ranks=scene.num_ranks).to_mapping())
+    settings = RunSettings("metadata_rebuild", variant, num_ranks=scene.num_ranks)
+    write_json(run_dir.description, describe(settings).to_mapping())
+    write_json(run_dir.config, settings.to_mapping())
     for rank, data in enumerate(scene.files):
         run_dir.witness(rank).write_bytes(bytes(data))
         run_dir.log(rank).write_text("")

@@ -23,6 +23,7 @@ from scene import Scene, make_recorder
 
 from hybrid_moe_ref.parallel.observer import Collective, ScheduleEntry
 from repro import report
+from repro.lab.description import describe
 from repro.lab.settings import RunSettings
 from repro.store.run_dir import RunDir, write_json
 from repro.trace.format import Geometry
@@ -175,7 +176,9 @@ def test_axe_finds_nothing_serious(browser, hang):
 def write_many(out: Path, num_ranks: int, num_events: int) -> Path:
     """A hang of many ranks, each with so many events, by the real recorder."""
     run_dir = RunDir.create(out, "metadata_rebuild", "fault", 0)
-    write_json(run_dir.config, RunSettings("metadata_rebuild", "fault", num_ranks=num_ranks).to_mapping())
+    settings = RunSettings("metadata_rebuild", "fault", num_ranks=num_ranks)
+    write_json(run_dir.description, describe(settings).to_mapping())
+    write_json(run_dir.config, settings.to_mapping())
     everyone, clock_ns = tuple(range(num_ranks)), [0]
     calls = [AGREE, *(Collective("ep", op, f"layers.{n}.moe", (8,) * 16, "uint8")
                       for n in range(40) for op in ("all_gather_v", "reduce_scatter_v"))]  # fmt: skip

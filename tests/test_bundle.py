@@ -29,6 +29,7 @@ from repro.bundle.archive import ArchiveError, unpack
 from repro.bundle.issue import MAX_ISSUE_LINES, issue
 from repro.commands import EXPECTED, UNEXPECTED, USAGE
 from repro.commands.cli import main
+from repro.lab.description import describe
 from repro.lab.settings import RunSettings
 from repro.report.gather import gather
 from repro.store.run_dir import RunDir, write_json
@@ -421,6 +422,7 @@ def test_1024_ranks_fit_in_one_bundle(tmp_path, quick):
     run_dir = RunDir.create(tmp_path / "runs", "metadata_rebuild", "fault", 0)
     model = dataclasses.replace(preset("tiny"), num_experts=num_ranks)
     settings = RunSettings("metadata_rebuild", num_ranks=num_ranks, model=model)
+    write_json(run_dir.description, describe(settings).to_mapping())
     write_json(run_dir.config, settings.to_mapping())
     ticks = itertools.count(10**9, 1000)
     witnesses = {}

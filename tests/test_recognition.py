@@ -23,6 +23,8 @@ from repro.bundle.search import Search
 from repro.bundle.witnesses import redact_witness
 from repro.commands.cli import main
 from repro.lab import scenarios
+from repro.lab.configurations import CONFIGURATIONS
+from repro.lab.description import describe
 from repro.lab.settings import RunSettings
 from repro.trace.witness import Witness, parse, read
 from repro.verdict import Facts, Verdict, judge
@@ -144,9 +146,13 @@ def test_of_a_machine_stays_what_has_a_known_name_and_form(line, kept):
 
 def test_every_field_that_this_program_writes_is_known(tmp_path):
     recogniser = Recogniser()
-    for name in scenarios.names():
+    for name in (*scenarios.names(), *CONFIGURATIONS):
         for variant in ("control", "fault", "fix"):
-            settings = scenarios.settings_of({"scenario": name, "variant": variant})
+            settings = scenarios.settings_of({"scenario": name, "variant": variant, "seed": -(2**62)})
+            described = describe(settings).to_mapping()
+            assert json.loads(json.dumps(documents.description(described, recogniser))) == json.loads(
+                json.dumps({**described, "family": ""})
+            ), name
             assert documents.config(settings.to_mapping(), recogniser) == settings.to_mapping(), name
             assert RunSettings.from_mapping(documents.config(settings.to_mapping(), recogniser)) == settings
     root, _ = write_hang(tmp_path)

@@ -110,6 +110,7 @@ def test_the_control_run_stands_beside_the_fault(tmp_path):
 
 
 HUGE = "9" * 400
+HEAD = '"title": "a", "num_ranks": 4, "quiet_window_s": 1'
 HOSTILE = "\uffff\ufffe\u2066</script><img src=x onerror=alert(1)>\x1b[31m\"'&{{facts}}" + "x" * 3000
 
 
@@ -157,9 +158,17 @@ def test_the_trace_has_one_track_a_rank_and_group(tmp_path):
         ("verdict.json", f'{{"quiet_s": {HUGE}, "seconds": {{"total": {HUGE}}}}}', "not of the type"),
         ("verdict.json", '{"seed": 1e999}', "1e999 is beyond the range of a float"),
         ("verdict.json", f'{{"ranks": [{{"rank": 0, "since_s": {HUGE}, "sizes": [{HUGE}]}}]}}', "not of the type"),
-        ("config.json", None, "config.json is missing"),
-        ("config.json", f'{{"scenario": "metadata_rebuild", "deadline_s": {HUGE}}}', "has no room in 64 bits"),
-        ("config.json", '{"scenario": 5}', "config.json is not one of this program"),
+        ("run.json", None, "run.json is missing: what the run rebuilds"),
+        ("run.json", "[]", "run.json is damaged (run.json:1: wanted a mapping"),
+        ("run.json", '{"title": 5}', "run.json is damaged (run.json:1: num_ranks: required, but missing)"),
+        ("run.json", f'{{{HEAD}, "deadline_s": {HUGE}}}', "deadline_s: int 99999"),
+        ("run.json", f'{{{HEAD}, "deadline_s": 1, "schema_version": 9}}', "schema_version: 9 is not a version"),
+        (
+            "run.json",
+            f'{{{HEAD}, "deadline_s": 1, "commands": [{{"purpose": "", "words": [1]}}]}}',
+            "words[0]: wanted str",
+        ),
+        ("config.json", "{", "config.json is damaged"),
         ("events/rank001.wit", None, "rank 1 left no readable witness"),
         ("events/rank001.wit", "x" * 100, "the file ends inside its header"),
         ("stacks/rank002.txt", None, "stacks: no file of rank 2"),

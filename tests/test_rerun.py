@@ -13,10 +13,12 @@ from repro import report
 from repro.bundle import issue
 from repro.commands import cli
 from repro.commands import run as run_command
-from repro.lab.rerun import command, commands, place, torchrun_command
+from repro.lab.description import describe
 from repro.lab.scenarios import settings_of
 from repro.lab.worker import _parse
+from repro.report.commands import commands, place
 from repro.report.gather import gather
+from repro.store.run_dir import write_json
 
 CHANGES = [
     {},
@@ -45,24 +47,26 @@ def test_the_commands_run_with_the_very_same_settings(tmp_path, monkeypatch, cha
     rest = {name: value for name, value in changes.items() if name not in parts}
     settings = settings_of({**names, **rest}, parts)
     root, _ = write_hang(tmp_path / "runs", 2)
-    (root / "config.json").write_text(json.dumps(settings.to_mapping()))
+    write_json(root / "config.json", settings.to_mapping())
+    write_json(root / "run.json", describe(settings).to_mapping())
     facts = gather(root)
     if named:
         facts.place = named
         (tmp_path / named).parent.mkdir(exist_ok=True)
         (tmp_path / named).symlink_to(root)
-    again = shlex.split(command(facts))
+    (_, first), (_, of_all), *by_torchrun, (_, watch) = commands(facts)
+    again = shlex.split(first)
     assert again[:3] == ["python", "-m", "repro"]
     args = cli._parser().parse_args(again[3:])
     assert run_command.settings_of(args, args.scenario, args.variant) == settings
-    if told := torchrun_command(facts):
-        words = shlex.split(told)
+    assert shlex.split(of_all) == ["all" if word == settings.variant else word for word in again]
+    if by_torchrun:
+        words = shlex.split(by_torchrun[0][1])
         assert words[:2] == ["torchrun", "--nproc-per-node"] and words[3:5] == ["-m", "repro.worker"]
         assert _parse(words[5:], int(words[2]))[0] == settings
     else:
         assert changes.keys() & {"kernel_cache", "tp_size", "expert_parallel", "model", "engine", "group_timeout_s"}
-    watch = shlex.split(commands(facts)[-1][1])
-    assert (tmp_path / watch[-1]).resolve() == root.resolve()
+    assert (tmp_path / shlex.split(watch)[-1]).resolve() == root.resolve()
 
 
 def test_a_run_elsewhere_is_named_by_its_whole_path(tmp_path, monkeypatch):

@@ -50,7 +50,7 @@ def leaves_nothing(tmp_path, monkeypatch):
     temporary.rmdir()
     for verdict in tmp_path.glob("*Z-*/verdict.json"):
         assert {path.name for path in verdict.parent.iterdir()} <= {
-            *("config.json", "verdict.json", "reference.json"),
+            *("run.json", "config.json", "verdict.json", "reference.json"),
             *("events", "fr", "logs", "env", "outputs", "stacks"),
             *("report.html", "timeline.svg", "trace.json"),
         }

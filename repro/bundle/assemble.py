@@ -18,7 +18,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from hybrid_moe_ref.config import ConfigError
 from hybrid_moe_ref.files import open_regular, read_json
 from repro import report
 from repro.bundle import documents, environment, lines, replay
@@ -29,15 +28,17 @@ from repro.bundle.scratch import scratch_folder
 from repro.bundle.search import Search, literals_of
 from repro.bundle.witnesses import redact_witness
 from repro.bundle.words import is_token
-from repro.lab.second_judgement import judge_again
-from repro.lab.settings import VARIANTS, RunSettings
 from repro.report.gather import Facts, gather, siblings
 from repro.report.page import HERE
+from repro.store.description import VARIANTS, read_description
 from repro.store.run_dir import SUFFIX, RunDir, write_json
 from repro.store.text import escape_control_characters
 from repro.trace.format import CRC, HEADER
 from repro.trace.parse import parse_header
 from repro.trace.witness import MAX_BYTES
+from repro.watch import live
+from repro.watch.live import Comparison
+from repro.watch.offline import judge_files, options_of
 
 SCHEMA_VERSION = 2
 COLLECT_ENV_S = 60
@@ -46,11 +47,12 @@ _MAX_LOG_BYTES = 512 << 10
 _FOLDERS = {"events": "wit", "fr": "json", "stacks": "txt", "logs": "log", "env": "txt", "outputs": "json"}
 """Folders with a file of each rank, and what these files' names end in."""
 _LOGS = ("logs/launcher.log", "logs/reference.log", "logs/watcher.log")
-_FILES = ("config.json", "verdict.json", "reference.json")
+_FILES = ("run.json", "config.json", "verdict.json", "reference.json")
 _GENERATED = ("report.html", "timeline.svg", "trace.json", "repro.py", "ISSUE.md", "COMMANDS.sh")
 
 Document = Callable[[Any, Recogniser], Any]
 _DOCUMENTS: Mapping[str, Document] = {
+    "run.json": documents.description,
     "config.json": documents.config,
     "verdict.json": documents.verdict,
     "reference.json": documents.tokens,
@@ -82,9 +84,19 @@ class Made:
     notes: list[str] = field(default_factory=list)
 
 
-def make(root: Path, path: Path | None = None, with_logs: bool = False) -> Made:
+Compare = Callable[[RunDir], Comparison]
+"""Compares the results in a copy of a run with what they should be."""
+
+
+def not_compared(run_dir: RunDir) -> Comparison:
+    """The comparison of a run whose results have nothing to be compared with."""
+    return Comparison(missing="the results in the bundle were not compared")
+
+
+def make(root: Path, path: Path | None = None, with_logs: bool = False, compare: Compare = not_compared) -> Made:
     """Write the bundle of a run and its siblings; ``path`` is by default beside the runs.
 
+    compare: compares the results of a run that is judged once more
     with_logs: keep text that is not recognised where a search finds nothing suspicious in it. The fault is the bundle's
     main run where there is one.
 
@@ -106,7 +118,7 @@ def make(root: Path, path: Path | None = None, with_logs: bool = False) -> Made:
         for variant, run in family.items():
             copy = folder if run == main else folder / variant
             _copy_run(run, copy, recogniser, notes)
-            _judge(copy, run, recogniser, notes)
+            _judge(copy, run, compare, recogniser, notes)
         beside = [folder / variant for variant, run in family.items() if run != main]
         facts = report.write(folder, beside, UNPACKED)
         for other in beside:
@@ -203,7 +215,7 @@ def _redacted(path: Path, kind: str, recogniser: Recogniser, notes: list[str]) -
     return _TEXTS[kind](text, recogniser).encode()
 
 
-def _judge(copy: Path, run: Path, recogniser: Recogniser, notes: list[str]) -> None:
+def _judge(copy: Path, run: Path, compare: Compare, recogniser: Recogniser, notes: list[str]) -> None:
     """Write the copy's verdict.json with evidence and sentences that are judged from the copy.
 
     Of the run's own evidence a line stays where it is recognised: the watcher's have no counterpart in the copy.
@@ -218,9 +230,9 @@ def _judge(copy: Path, run: Path, recogniser: Recogniser, notes: list[str]) -> N
     write_json(path, document | {"evidence": recognised, "sentences": []})
     again: dict[str, Any] = {}
     try:
-        settings = RunSettings.from_mapping(read_json(copy / "config.json"))
-        again, _ = judge_again(RunDir(copy), settings)
-    except (ConfigError, OSError, ValueError, KeyError, TypeError) as error:
+        options = options_of(read_description(RunDir(copy).description))
+        again = live.describe(judge_files(RunDir(copy), options, compare(RunDir(copy))).verdict)
+    except (OSError, ValueError) as error:
         notes.append(f"{run.name}: the copy cannot be judged: {str(error).replace(f'{copy}/', '')}")
     for name in ("evidence", "sentences"):
         document[name] = _prose(before.get(name), again.get(name, []), recogniser)

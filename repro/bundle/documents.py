@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import dataclasses
 import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
 from repro.bundle.recognise import Recogniser
 from repro.bundle.words import KNOWN
-from repro.lab.settings import RunSettings
+from repro.store.description import RUN_FOLDER
 
 VERDICT = frozenset(KNOWN["fields"]["verdict"])
 """Fields of verdict.json. Its evidence and sentences are made anew, from the redacted witnesses."""
@@ -17,6 +16,15 @@ VERDICT = frozenset(KNOWN["fields"]["verdict"])
 RECORDER = frozenset(KNOWN["fields"]["recorder"])
 """Fields of a dump of the Flight Recorder."""
 
+CONFIG = frozenset(KNOWN["fields"]["config"])
+"""Fields of config.json."""
+
+RUN = frozenset(KNOWN["fields"]["run"])
+"""Fields of run.json."""
+
+_PROJECTS = frozenset(KNOWN["projects"])
+_REFERENCE = re.compile(r"([\w./-]{1,60})#\d{1,7}")
+_SEED = re.compile(r"-?\d{1,19}")
 _REQUEST = re.compile(r"rank\d{1,6}-\d{1,6}")
 _LOCATION = re.compile(r"rank\d{1,6}\.wit:\d{1,12} event \d{1,12}")
 _NUMBERED = re.compile(r"\d{0,6}")
@@ -36,7 +44,15 @@ def recorder(document: Any, recogniser: Recogniser) -> Any:
 
 def config(document: Any, recogniser: Recogniser) -> Any:
     """config.json; its folders are emptied."""
-    return _known(document, _fields(RunSettings), recogniser)
+    return _known(document, CONFIG, recogniser)
+
+
+def description(document: Any, recogniser: Recogniser) -> Any:
+    """run.json without its family, which follows from settings that are left out, and with the whole commands alone."""
+    kept = _known(document, RUN, recogniser)
+    if isinstance(kept, dict) and isinstance(commands := kept.get("commands"), list):
+        kept["commands"] = [command for command in commands if isinstance(command, dict) and command.get("words")]
+    return kept
 
 
 def tokens(document: Any, recogniser: Recogniser) -> Any:
@@ -50,25 +66,16 @@ def tokens(document: Any, recogniser: Recogniser) -> Any:
     return kept
 
 
-def _fields(kind: Any) -> frozenset[str]:
-    """The names of a configuration's fields and of those in its parts."""
-    names: set[str] = set()
-    for field in dataclasses.fields(kind):
-        names.add(field.name)
-        default = field.default if field.default is not dataclasses.MISSING else None
-        if default is None and field.default_factory is not dataclasses.MISSING:
-            default = field.default_factory()
-        if dataclasses.is_dataclass(default):
-            names |= _fields(type(default))
-    return frozenset(names)
-
-
 _OF_KIND: Mapping[str, Callable[[Recogniser, Any], Any]] = {
     "hostname": lambda recogniser, value: recogniser.host(str(value)),
     "boot_id": lambda recogniser, value: recogniser.boot(str(value)),
     "pid_namespace": lambda recogniser, value: recogniser.namespace(value) if _is_number(value) else 0,
     "layer_pattern": lambda recogniser, value: value if re.fullmatch("[GAM]{1,1024}", str(value)) else "",
-    **dict.fromkeys(("cache_dir", "thread_id"), lambda recogniser, value: ""),
+    **dict.fromkeys(("cache_dir", "thread_id", "family"), lambda recogniser, value: ""),
+    "mechanism": lambda recogniser, value: recogniser.line(str(value)),
+    "purpose": lambda recogniser, value: recogniser.line(str(value)),
+    "source": lambda recogniser, value: _references(str(value), recogniser),
+    "words": lambda recogniser, value: _command(value, recogniser),
     "line": lambda recogniser, value: value if _is_number(value) or _LOCATION.fullmatch(str(value)) else "",
     "name": lambda recogniser, value: recogniser.string(str(value)),
     "filename": lambda recogniser, value: recogniser.path(str(value)),
@@ -122,6 +129,32 @@ def _detail(text: str, recogniser: Recogniser) -> str:
     if text.startswith("holds lock "):
         return "holds lock " + ", ".join(map(recogniser.string, text.removeprefix("holds lock ").split(", ")))
     return recogniser.string(text)
+
+
+def _references(text: str, recogniser: Recogniser) -> str:
+    """What a run mirrors, in words and reports upstream: "generic; vllm#41862, nccl#1417"."""
+    for word in re.split("[,;]? ", text):
+        reference = _REFERENCE.fullmatch(word)
+        if reference[1] not in _PROJECTS if reference else recogniser.recognised(word) is None:
+            recogniser.left_out["text"] += 1
+            return ""
+    return text
+
+
+def _command(words: Any, recogniser: Recogniser) -> list[str]:
+    """The words of a command where all are recognised, else none: a part of it is another command."""
+    before = ""
+    for word in map(str, words) if isinstance(words, list) else ():
+        known = (
+            word in ("-m", RUN_FOLDER, f"{RUN_FOLDER}/config.json")
+            or (before == "--seed" and _SEED.fullmatch(word))
+            or recogniser.recognised(word) is not None
+        )
+        if not known:
+            recogniser.left_out["text"] += 1
+            return []
+        before = word
+    return list(map(str, words)) if isinstance(words, list) else []
 
 
 def _is_number(value: Any) -> bool:

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-from hybrid_moe_ref.config import ConfigError
 from repro.bundle.replay import is_that_of_ep_deadlock
-from repro.lab import scenarios
-from repro.lab.rerun import command, commands
+from repro.report.commands import commands
 from repro.report.gather import Facts, headline
 from repro.report.lanes import waits
 from repro.store.run_dir import read_text
@@ -26,10 +24,8 @@ def _one_file(facts: Facts) -> str:
 
 def commands_script(facts: Facts) -> str:
     """COMMANDS.sh: each thing that can be done again, with what it does; a hang's exit code is not the script's end."""
-    found = [
-        ("the verdict once more, from the evidence in this bundle", command) for _, command in commands(facts)[-1:]
-    ]
-    found += commands(facts)[:-1]
+    *again, (_, judge) = commands(facts)
+    found = [("the verdict once more, from the evidence in this bundle", judge), *again]
     if (facts.root / "repro.py").exists():
         found.append(("the same in one file", _one_file(facts)))
     lines = [
@@ -39,8 +35,8 @@ def commands_script(facts: Facts) -> str:
         "PATH=$PWD/.venv/bin:$PATH",
         """again() { printf '\\n+ %s\\n' "$*"; "$@"; printf 'exit code %s\\n' "$?"; }""",
     ]
-    for what, told in found:
-        lines += ["", f"# {what}", f"again {told}"]
+    for purpose, command in found:
+        lines += ["", f"# {escape_control_characters(purpose)}", f"again {command}"]
     return "\n".join(lines) + "\n"
 
 
@@ -50,6 +46,7 @@ def issue(facts: Facts, others: list[Facts], left_out: int = 0) -> str:
     left_out: how many strings, lines and fields of the run the bundle leaves out or replaces
     """
     verdict = facts.verdict
+    again = commands(facts)[:-1]
     source = read_text(facts.root / "repro.py")
     cure = "; --fix shows the cure" if '"--fix"' in source else ""
     one_file = [f"{_one_file(facts)}    # the same in one file{cure}"] if source else []
@@ -59,11 +56,11 @@ def issue(facts: Facts, others: list[Facts], left_out: int = 0) -> str:
         + _line(f"{verdict['verdict'] or 'no verdict'} in {verdict['scenario']}")
         + (f": {_line(verdict['cause'])}" if verdict["cause"] else ""),
         "",
-        f"**Claim.** {_line(headline(verdict))} {_mechanism(verdict['scenario'])}",
+        f"**Claim.** {_line(headline(verdict))} {_mechanism(facts)}",
         "",
         f"**Command**, in a clone of the repository after `make setup`, with the attached zip unpacked in `{UNPACKED}`",
         "```",
-        _fenced(command(facts) or "(the configuration is missing)"),
+        _fenced(again[0][1] if again else "(not known: run.json is missing or names none)"),
         *one_file,
         "```",
         "",
@@ -136,12 +133,12 @@ def _versions(facts: Facts) -> list[str]:
     return lines or ["(not recorded)"]
 
 
-def _mechanism(name: str) -> str:
-    try:
-        scenario = scenarios.load(name)
-    except ConfigError:
+def _mechanism(facts: Facts) -> str:
+    described = facts.description
+    if described is None or not described.mechanism:
         return ""
-    return f"Mechanism: {scenario.summary} (mirrors {scenario.source})."
+    mirrors = f" (mirrors {described.source})" if described.source else ""
+    return f"Mechanism: {_line(described.mechanism + mirrors)}."
 
 
 def _line(text: str) -> str:

@@ -10,13 +10,11 @@ import re
 import tomllib
 from pathlib import Path
 
-from repro.lab import scenarios
-
 _FILE = Path(__file__).with_name("words.txt")
 KNOWN = tomllib.loads(Path(__file__).with_name("known.toml").read_text())
 WORDS = frozenset(word for line in _FILE.read_text().splitlines() if not line.startswith("#") for word in line.split())
 
-NAMES = frozenset(KNOWN["names"]) | frozenset(scenarios.names())
+NAMES = frozenset(KNOWN["names"]) | frozenset(KNOWN["scenarios"])
 PACKAGES = frozenset(KNOWN["packages"])
 """Packages whose files keep their path below the package."""
 

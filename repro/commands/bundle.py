@@ -12,6 +12,7 @@ from repro.bundle import search
 from repro.bundle.archive import MANIFEST, verify
 from repro.bundle.assemble import make
 from repro.bundle.recognise import LEFT_OUT
+from repro.lab.second_judgement import compare_again
 from repro.store.run_dir import refuse_unwritable
 from repro.store.text import escape_control_characters, escape_lines
 
@@ -48,7 +49,7 @@ def run(args: argparse.Namespace) -> int:
     if args.run.is_dir():
         root = args.run.resolve()
         refuse_unwritable(args.to or root.parent / f"{root.name}.zip", "; choose another --to")
-    made = make(args.run, args.to, args.with_logs)
+    made = make(args.run, args.to, args.with_logs, compare_again)
     if args.json:
         document = {"bundle": str(made.path), "bytes": made.size, "left_out": dict(made.left_out), "notes": made.notes}
         print(json.dumps(document, indent=1))

@@ -20,9 +20,10 @@ from repro.hosts.interrupt import Interrupt
 from repro.lab import job, kernel_cache, launch, scenarios
 from repro.lab.launch import CannotRunHere
 from repro.lab.memory import refuse_too_large, refuse_too_many
-from repro.lab.settings import KERNEL_CACHES, VARIANTS, RunSettings
+from repro.lab.settings import KERNEL_CACHES, RunSettings
 from repro.report.junit import write_junit
 from repro.report.terminal import display, say
+from repro.store.description import VARIANTS
 
 
 @dataclass(frozen=True)

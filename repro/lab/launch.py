@@ -24,6 +24,7 @@ from hybrid_moe_ref.files import open_regular, sync, write_atomically
 from repro.hosts import agent, locks, processes
 from repro.hosts.interrupt import Interrupt
 from repro.lab import kernel_cache, scenarios
+from repro.lab.description import describe
 from repro.lab.expectation import document_of, watch_options
 from repro.lab.job import Job, Start, start_process
 from repro.lab.settings import RunSettings
@@ -58,7 +59,7 @@ class CannotRunHere(RuntimeError):
 
 
 def prepare_run_dir(out: Path, settings: RunSettings, interrupt: Callable[[], bool] = lambda: False) -> RunDir:
-    """Make the run directory with its configuration and every rank's witness, all blocks allocated.
+    """Make the run directory with its description, its configuration and every rank's witness, all blocks allocated.
 
     Raises OutputError, and leaves nothing, when there is no room.
     """
@@ -67,6 +68,7 @@ def prepare_run_dir(out: Path, settings: RunSettings, interrupt: Callable[[], bo
         shape = Geometry(ring_records=settings.ring_records)
         if shutil.disk_usage(run_dir.root).free < FREE_BYTES + settings.num_ranks * shape.file_bytes:
             raise OSError(None, "no space left on device")
+        write_json(run_dir.description, describe(settings).to_mapping())
         write_json(run_dir.config, settings.to_mapping())
         kernel_cache.fill(run_dir, settings, interrupt)
         scenarios.load(settings.scenario).before(settings, kernel_cache.folder(run_dir, settings))

@@ -3,17 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-import os
-import re
-import shlex
 from collections.abc import Iterable, Mapping
-from pathlib import Path
 from typing import Any
 
 from hybrid_moe_ref.config import ConfigError
 from repro.lab import scenarios
 from repro.lab.settings import RunSettings
-from repro.report.gather import Facts
+from repro.store.description import RUN_FOLDER, Command
 
 _BY_TORCHRUN = {
     "backend": "--backend", "checks": "--checks", "quiet_window_s": "--quiet-window", "deadline_s": "--deadline",
@@ -25,50 +21,36 @@ _BY_RUN = {
 _OF_ENGINE = {"gdn_prefill_backend": "--gdn-prefill-backend", "moe_backend": "--moe-backend"}
 
 
-def command(facts: Facts) -> str:
-    """What runs this again, from where the report is written; "" when the configuration is not known."""
-    if facts.settings is None:
-        return ""
-    settings, plain = facts.settings, _plain(facts.settings)
+def commands(settings: RunSettings) -> tuple[Command, ...]:
+    """All that can be done again with these settings."""
+    found = [
+        Command("run it again", _run(settings, settings.variant)),
+        Command("with its control and its fix", _run(settings, "all")),
+    ]
+    if by_torchrun := _torchrun(settings):
+        found.append(Command("the same by plain torchrun", by_torchrun))
+    return tuple(found)
+
+
+def _run(settings: RunSettings, variant: str) -> tuple[str, ...]:
+    """What runs this again, or ``all`` its variants."""
+    plain = _plain(settings)
     words, shown = _flags(settings, plain, _BY_RUN)
     engine_words, engine = _flags(settings.engine, plain.engine, _OF_ENGINE)
     words += engine_words
     if dataclasses.replace(shown, engine=engine) != settings:
-        words += ["--config", f"{place(facts)}/config.json"]
-    return shlex.join(["python", "-m", "repro", "run", settings.scenario, "--variant", settings.variant, *words])
+        words += ["--config", f"{RUN_FOLDER}/config.json"]
+    return ("python", "-m", "repro", "run", settings.scenario, "--variant", variant, *words)
 
 
-def torchrun_command(facts: Facts) -> str:
-    """The same by plain torchrun; "" for settings that the worker has no flags for."""
-    if facts.settings is None:
-        return ""
-    settings = facts.settings
+def _torchrun(settings: RunSettings) -> tuple[str, ...]:
+    """The same by plain torchrun; () for settings that the worker has no flags for."""
     plain = _replaced(_plain(settings), [("num_ranks", settings.num_ranks)])
     words, shown = _flags(settings, plain, _BY_TORCHRUN)
     if shown != settings:
-        return ""
-    start = ["torchrun", "--nproc-per-node", str(settings.num_ranks), "-m", "repro.worker", settings.scenario]
-    return shlex.join([*start, "--variant", settings.variant, *words])
-
-
-def commands(facts: Facts) -> list[tuple[str, str]]:
-    """(what it does, command) for all that can be done again."""
-    found = []
-    if again := command(facts):
-        found.append(("run it again", again))
-        found.append(("with its control and its fix", re.sub(r"--variant \w+", "--variant all", again, count=1)))
-    if by_torchrun := torchrun_command(facts):
-        found.append(("the same by plain torchrun", by_torchrun))
-    found.append(("judge these files once more", shlex.join(["python", "-m", "repro", "watch", place(facts)])))
-    return found
-
-
-def place(facts: Facts) -> str:
-    """The run directory as seen from where a command is given: the working folder, where that is above it."""
-    if facts.place:
-        return facts.place
-    relative = os.path.relpath(facts.root)
-    return str(facts.root.resolve()) if relative.startswith("..") else Path(relative).as_posix()
+        return ()
+    start = ("torchrun", "--nproc-per-node", str(settings.num_ranks), "-m", "repro.worker", settings.scenario)
+    return (*start, "--variant", settings.variant, *words)
 
 
 def _plain(settings: RunSettings) -> RunSettings:

@@ -6,25 +6,35 @@ import time
 from typing import Any
 
 from repro.lab.expectation import document_of, watch_options
-from repro.lab.settings import RunSettings
+from repro.lab.settings import RunSettings, read_settings
 from repro.lab.tokens import wrong_tokens
 from repro.store.run_dir import RunDir
 from repro.watch.live import Comparison
 from repro.watch.offline import judge_files
 
 
+def compare_again(run_dir: RunDir) -> Comparison:
+    """Compare the tokens in a run's files; where a file is damaged, what could not be compared says which."""
+    try:
+        comparison, damaged = _compare(run_dir, read_settings(run_dir.config))
+    except (OSError, ValueError) as error:
+        return Comparison(missing=f"the tokens cannot be compared: {error}")
+    return Comparison(missing=damaged[0]) if damaged else comparison
+
+
+def _compare(run_dir: RunDir, settings: RunSettings) -> tuple[Comparison, list[str]]:
+    """The comparison, and the damaged file that it fails at."""
+    try:
+        return Comparison(wrong=tuple(wrong_tokens(run_dir, settings.num_ranks, settings.tp_size))), []
+    except FileNotFoundError as error:
+        return Comparison(missing=str(error)), []
+    except (OSError, ValueError) as error:
+        return Comparison(missing="a file with tokens is damaged"), [str(error)]
+
+
 def judge_again(run_dir: RunDir, settings: RunSettings) -> tuple[dict[str, Any], bool]:
     """The verdict on a run of the lab as in verdict.json, and whether all its files could be used to the last byte."""
-    damaged: list[str] = []
-    comparison = Comparison()
-    try:
-        wrong = wrong_tokens(run_dir, settings.num_ranks, settings.tp_size)
-        comparison = Comparison(wrong=tuple(wrong))
-    except FileNotFoundError as error:
-        comparison = Comparison(missing=str(error))
-    except (OSError, ValueError) as error:
-        comparison = Comparison(missing="a file with tokens is damaged")
-        damaged.append(str(error))
+    comparison, damaged = _compare(run_dir, settings)
     again = judge_files(run_dir, watch_options(settings), comparison)
     passed_s = time.time() - run_dir.config.stat().st_mtime
     seconds = {"stall_to_verdict": round(again.verdict.quiet_s, 3), "total": round(passed_s, 3)}

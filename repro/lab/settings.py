@@ -13,9 +13,9 @@ from hybrid_moe_ref.engine.server_config import CHECKS, ServerConfig
 from hybrid_moe_ref.files import read_json
 from hybrid_moe_ref.pages import PageLayout, page_layout
 from repro.lab.workload import WorkloadConfig, draw_requests
+from repro.store.description import VARIANTS
 from repro.trace.format import Geometry
 
-VARIANTS = ("control", "fault", "fix")
 BACKENDS = ("gloo", "nccl")
 MAX_CONFIG_BYTES = 1 << 20
 MAX_WORK = 100_000

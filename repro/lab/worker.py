@@ -30,7 +30,8 @@ from repro.lab import loaded, scenarios
 from repro.lab.environment import RankEnvironment, refuse_bad_variables
 from repro.lab.kernel_cache import CannotFill
 from repro.lab.launch import CANNOT_TELL, CannotRunHere, prepare_run_dir
-from repro.lab.settings import VARIANTS, RunSettings, read_settings
+from repro.lab.settings import RunSettings, read_settings
+from repro.store.description import VARIANTS
 from repro.store.run_dir import OutputError, RunDir, write_atomically, write_json
 from repro.store.text import escape_lines
 from repro.trace.recorder import Recorder

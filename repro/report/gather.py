@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import dataclasses
+import glob
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -10,8 +10,8 @@ from typing import Any
 
 from hybrid_moe_ref.config import ConfigError
 from hybrid_moe_ref.files import open_regular
-from repro.lab.settings import RunSettings, read_settings
 from repro.report.lanes import Label, Labels, Lane, SharedClock, read_lane
+from repro.store.description import VARIANTS, RunDescription, read_description
 from repro.store.run_dir import SUFFIX, RunDir, read_json, read_text, read_tokens
 from repro.store.text import shorten_rank_lists
 from repro.trace.parse import WitnessError
@@ -30,15 +30,15 @@ _RANK_NUMBERS = {"step": -1, "seq": 0, "since_s": 0.0}
 class Facts:
     """One run as the report sees it.
 
-    verdict   what verdict.json says, with every field there and of its type
-    settings  the configuration, where it is one that this program understands
-    missing   one sentence for each thing that should be there and is not, or is damaged
-    place     what commands call the directory, where that is not its place here
+    description  run.json; None where there is none, or a damaged one
+    verdict      what verdict.json says, with every field there and of its type
+    missing      one sentence for each thing that should be there and is not, or is damaged
+    place        what commands call the directory, where that is not its place here
     """
 
     root: Path
+    description: RunDescription | None = None
     config: dict[str, Any] = field(default_factory=dict)
-    settings: RunSettings | None = None
     verdict: dict[str, Any] = field(default_factory=dict)
     lanes: dict[int, Lane] = field(default_factory=dict)
     labels: Labels = field(default_factory=Labels)
@@ -74,19 +74,37 @@ def gather(root: Path, with_lanes: bool = True) -> Facts:
     facts = Facts(root)
     if not root.is_dir():
         raise ConfigError("no such folder", str(root))
-    if not any((root / part).exists() for part in ("config.json", "verdict.json", "events")):
-        raise ConfigError("not a run directory: it has no config.json, no verdict.json and no events", str(root))
-    facts.config = _read_document(facts, "config.json", "what was run is not known")
-    try:
-        facts.settings = RunSettings.from_mapping(facts.config, "config.json") if facts.config else None
-    except (ConfigError, TypeError, ValueError) as error:
-        facts.missing.append(f"config.json is not one of this program: {error}")
+    if not any((root / part).exists() for part in ("run.json", "config.json", "verdict.json", "events")):
+        parts = "no run.json, no config.json, no verdict.json and no events"
+        raise ConfigError(f"not a run directory: it has {parts}", str(root))
+    _read_description(facts)
+    if facts.run_dir.config.exists():
+        facts.config = _read_document(facts, "config.json", "the settings of the run are not known")
     document = _read_document(facts, "verdict.json", "the run was not decided; `python -m repro watch RUN` judges it")
-    facts.verdict = sound_verdict(document, facts.config, facts.missing)
+    facts.verdict = sound_verdict(document, _identity(facts), facts.missing)
     if with_lanes:
         _read_lanes(facts)
         _look_for_rank_files(facts)
     return facts
+
+
+def _read_description(facts: Facts) -> None:
+    loss = "what the run rebuilds, the runs beside it and the commands that repeat it are not known"
+    try:
+        facts.description = read_description(facts.run_dir.description)
+    except FileNotFoundError:
+        facts.missing.append(f"run.json is missing: {loss}")
+    except (OSError, ValueError) as error:
+        facts.missing.append(f"run.json is damaged ({str(error).replace(f'{facts.root}/', '')}): {loss}")
+
+
+def _identity(facts: Facts) -> dict[str, Any]:
+    """What names the run where verdict.json does not."""
+    described = facts.description
+    if described is None:
+        return facts.config
+    names = {"scenario": described.title, "variant": described.variant, "num_ranks": described.num_ranks}
+    return {**facts.config, **{name: value for name, value in names.items() if value}}
 
 
 def _read_document(facts: Facts, name: str, loss: str) -> dict[str, Any]:
@@ -138,9 +156,8 @@ def _look_for_rank_files(facts: Facts) -> None:
         absent = [rank for rank in ranks if not _is_there(facts, path(rank), check)]
         if absent:
             facts.missing.append(f"{what}: no file of {name_ranks(absent)}")
-    if facts.settings is not None:  # a run of this program, which leaves tokens when it has some
-        for file in (run_dir.reference, *map(run_dir.output, ranks)):
-            _is_there(facts, file, read_tokens)
+    for file in (run_dir.reference, *map(run_dir.output, ranks)):  # of a run of the lab, when it has some
+        _is_there(facts, file, read_tokens)
 
 
 def _is_there(facts: Facts, path: Path, check: Callable[[Path], object]) -> bool:
@@ -172,7 +189,7 @@ def _check_dump(path: Path) -> None:
         raise ValueError(f"{path}:1: no dump of the Flight Recorder")
 
 
-def sound_verdict(document: Mapping[str, Any], config: Mapping[str, Any], missing: list[str]) -> dict[str, Any]:
+def sound_verdict(document: Mapping[str, Any], identity: Mapping[str, Any], missing: list[str]) -> dict[str, Any]:
     """verdict.json with every field of its type; what was not is replaced and named in ``missing``."""
     wrong: list[str] = []
 
@@ -209,11 +226,11 @@ def sound_verdict(document: Mapping[str, Any], config: Mapping[str, Any], missin
     seconds = take(document, "seconds", dict, {})
     expected = take(document, "expected", dict, {})
     verdict = {
-        "scenario": take(document, "scenario", str, "") or take(config, "scenario", str, "unknown"),
-        "variant": take(document, "variant", str, "") or take(config, "variant", str, "unknown"),
-        "backend": take(document, "backend", str, "") or take(config, "backend", str, "unknown"),
-        "num_ranks": take(document, "num_ranks", int, 0) or take(config, "num_ranks", int, 0),
-        "seed": take(document, "seed", int, take(config, "seed", int, 0)),
+        "scenario": take(document, "scenario", str, "") or take(identity, "scenario", str, "unknown"),
+        "variant": take(document, "variant", str, "") or take(identity, "variant", str, "unknown"),
+        "backend": take(document, "backend", str, "") or take(identity, "backend", str, "unknown"),
+        "num_ranks": take(document, "num_ranks", int, 0) or take(identity, "num_ranks", int, 0),
+        "seed": take(document, "seed", int, take(identity, "seed", int, 0)),
         "verdict": take(document, "verdict", str, ""),
         "cause": take(document, "cause", str, ""),
         "confidence": take(document, "confidence", str, ""),
@@ -276,21 +293,22 @@ _CAUSES = {
 
 
 def siblings(root: Path, facts: Facts) -> list[Path]:
-    """The newest runs beside ``root`` that are the same but for their variant."""
-    if facts.settings is None:
+    """The newest runs beside ``root`` of the same family and another variant."""
+    described = facts.description
+    if described is None or not described.family:
         return []
-    same = dataclasses.replace(facts.settings, variant="control", checks="")
     newest: dict[str, Path] = {}
-    for path in sorted(root.resolve().parent.glob(f"*-{facts.settings.scenario}-*-{facts.settings.seed}")):
+    names = f"*-{glob.escape(described.title)}-*-{facts.verdict['seed']}"
+    for path in sorted(root.resolve().parent.glob(names)):
         if path.is_symlink() or path == root.resolve() or not (path / "verdict.json").is_file():
             continue
         try:
-            other = read_settings(path / "config.json")
+            other = read_description(RunDir(path).description)
         except (OSError, ValueError):
             continue
-        if other.variant != facts.settings.variant and same == dataclasses.replace(other, variant="control", checks=""):
+        if other.family == described.family and other.variant != described.variant:
             newest[other.variant] = path
-    return [newest[variant] for variant in ("control", "fault", "fix") if variant in newest]
+    return [newest[variant] for variant in VARIANTS if variant in newest]
 
 
 def describe(label: Label) -> str:

@@ -17,8 +17,8 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
-from repro.lab.rerun import commands
 from repro.report import drawing
+from repro.report.commands import commands
 from repro.report.gather import Facts, headline
 from repro.report.lanes import OPEN, Lane, waits
 from repro.report.sides import side_by_side

@@ -1,6 +1,7 @@
 """The directory of one run: who writes which file, and how a file appears whole or not at all.
 
-config.json            what was run                          launcher, before the ranks
+run.json               what the run is, commands to repeat it  whoever makes the directory
+config.json            the settings of a run of the lab      launcher, before the ranks
 events/rank000.wit     the witness a rank leaves             the rank, as it goes
 stacks/rank000.txt     Python stacks                         the rank's faulthandler, when asked
 fr/rank000.json        PyTorch's Flight Recorder             the rank, when asked
@@ -116,6 +117,10 @@ class RunDir:
     @property
     def watcher_log(self) -> Path:
         return self.root / "logs" / "watcher.log"
+
+    @property
+    def description(self) -> Path:
+        return self.root / "run.json"
 
     @property
     def config(self) -> Path:

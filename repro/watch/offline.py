@@ -13,6 +13,7 @@ from repro.hosts import locks
 from repro.hosts.host import Host
 from repro.hosts.options import WatchOptions
 from repro.hosts.system import System
+from repro.store.description import RunDescription
 from repro.store.run_dir import RunDir, read_json
 from repro.trace.witness import Witness, read_dir
 from repro.verdict import Verdict
@@ -25,6 +26,13 @@ from repro.watch.qualified import ended_from_outside, not_decided, uncompared
 LOOK_S = 0.5
 
 T = TypeVar("T")
+
+
+def options_of(description: RunDescription) -> WatchOptions:
+    """The options of the watcher of a run, from its run.json."""
+    return WatchOptions(
+        description.num_ranks, description.quiet_window_s, description.deadline_s, description.queued_groups
+    )
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,35 @@
+"""What run.json says of a run of the lab."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+
+from repro.lab import rerun, scenarios
+from repro.lab.expectation import watch_options
+from repro.lab.settings import RunSettings
+from repro.store.description import RunDescription
+
+
+def describe(settings: RunSettings) -> RunDescription:
+    """The description of a run with these settings."""
+    scenario = scenarios.load(settings.scenario)
+    options = watch_options(settings)
+    return RunDescription(
+        title=settings.scenario,
+        num_ranks=options.num_ranks,
+        quiet_window_s=options.quiet_window_s,
+        deadline_s=options.deadline_s,
+        queued_groups=tuple(options.queued_groups),
+        mechanism=scenario.summary,
+        source=scenario.source,
+        family=_family(settings),
+        variant=settings.variant,
+        commands=rerun.commands(settings),
+    )
+
+
+def _family(settings: RunSettings) -> str:
+    """Equal for settings that differ in variant and checks only."""
+    shared = {name: value for name, value in settings.to_mapping().items() if name not in ("variant", "checks")}
+    return hashlib.sha256(json.dumps(shared, sort_keys=True).encode()).hexdigest()[:16]

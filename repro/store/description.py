@@ -1,0 +1,93 @@
+"""run.json: what a run is, for the commands that show it or give it away. Whoever makes a run directory writes it.
+
+It says all that a report, a bundle and a second judgement need, so that none of them knows what started the run.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from hybrid_moe_ref.config import Config, ConfigError
+from hybrid_moe_ref.files import DamagedFile, read_json
+
+SCHEMA_VERSION = 1
+MAX_BYTES = 1 << 18
+MAX_COMMANDS = 16
+MAX_RANKS = 1 << 20
+MAX_SECONDS = 1e6
+
+VARIANTS = ("control", "fault", "fix")
+"""The three runs of a family: without the fault, with it, and with its trigger present but cured."""
+
+RUN_FOLDER = "{run}"
+"""Stands in a command for the run's folder, as a whole word or before a slash."""
+
+
+@dataclass(frozen=True)
+class Command(Config):
+    """One command.
+
+    purpose   what the command does: "run it again"
+    words     its words, not quoted, with RUN_FOLDER in place of the run's folder
+    """
+
+    purpose: str
+    words: tuple[str, ...]
+
+    def filled(self, folder: str) -> tuple[str, ...]:
+        """The words with the run's folder in them."""
+        return tuple(
+            folder + word.removeprefix(RUN_FOLDER) if word == RUN_FOLDER or word.startswith(f"{RUN_FOLDER}/") else word
+            for word in self.words
+        )
+
+
+@dataclass(frozen=True)
+class RunDescription(Config):
+    """The content of run.json.
+
+    title           what the run is called: in the lab the name of its scenario
+    num_ranks, quiet_window_s, deadline_s, queued_groups    the options of its watcher, as in hosts.options.WatchOptions
+    mechanism       what goes wrong, in one line
+    source          the report or change upstream that the run mirrors
+    family          a key that runs share which differ in variant and checks only; "" has no family
+    variant         one of VARIANTS; "" outside the lab
+    commands        what can be done again
+    """
+
+    title: str
+    num_ranks: int
+    quiet_window_s: float
+    deadline_s: float
+    queued_groups: tuple[str, ...] = ()
+    mechanism: str = ""
+    source: str = ""
+    family: str = ""
+    variant: str = ""
+    commands: tuple[Command, ...] = ()
+    schema_version: int = SCHEMA_VERSION
+
+    def __post_init__(self) -> None:
+        if self.schema_version != SCHEMA_VERSION:
+            raise ConfigError(f"{self.schema_version} is not a version that is known here", "schema_version")
+        if not 1 <= self.num_ranks <= MAX_RANKS:
+            raise ConfigError(f"{self.num_ranks} is not a number of ranks in 1..{MAX_RANKS}", "num_ranks")
+        for name in ("quiet_window_s", "deadline_s"):
+            if not 0 < getattr(self, name) <= MAX_SECONDS:
+                raise ConfigError(f"{getattr(self, name)} is not a number of seconds up to {MAX_SECONDS:,.0f}", name)
+        if self.variant not in ("", *VARIANTS):
+            raise ConfigError(f"unknown variant {self.variant!r}; known: {', '.join(VARIANTS)}"[:200], "variant")
+        if len(self.commands) > MAX_COMMANDS:
+            raise ConfigError(f"{len(self.commands)} commands, at most {MAX_COMMANDS}", "commands")
+
+
+def read_description(path: Path) -> RunDescription:
+    """Read run.json.
+
+    Raises OSError for what cannot be read, DamagedFile with the file, the field and what is wrong with it.
+    """
+    try:
+        return RunDescription.from_mapping(read_json(path, MAX_BYTES))
+    except ConfigError as error:
+        raise DamagedFile(f"{path}:1: {error}") from None
