@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from repro.trace.observed import Observation
+from repro.verdict.partial.commands import with_pids
 from repro.verdict.partial.counts import judge_counts
 from repro.verdict.partial.diagnosis import Diagnosis
 from repro.verdict.partial.failures import judge_failures
@@ -35,8 +36,8 @@ def diagnose(records: Sequence[Observation]) -> Diagnosis:
     for rule in RULES:
         diagnosis = rule(scene)
         if diagnosis is not None:
-            return with_notes(diagnosis, scene)
-    return with_notes(_nothing_said(scene), scene)
+            return with_pids(with_notes(diagnosis, scene), scene)
+    return with_pids(with_notes(_nothing_said(scene), scene), scene)
 
 
 def _nothing_said(scene: Scene) -> Diagnosis:

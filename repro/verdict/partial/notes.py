@@ -56,12 +56,21 @@ def _heartbeats(scene: Scene, beats: Sequence[Note]) -> Diagnosis:
 
 def with_notes(diagnosis: Diagnosis, scene: Scene) -> Diagnosis:
     """Add the versions with known defects, and lines that change what other lines mean."""
-    versions = {note.value for note in scene.notes if note.kind == "version"} | {
-        dump.library for dump in scene.recorders.values()
-    }
-    notes = [text for version, text in KNOWN_BAD_NCCL.items() if version in versions]
+    notes = known_bad(scene)
     if any(note.kind == "repeated" for note in scene.notes):
         notes.append("Ray left out repeated lines: that a rank printed nothing here proves nothing.")
     if any(note.kind == "stuck" for note in scene.notes):
         notes.append("A watchdog thread was itself blocked: on that rank a time-out may be missing.")
     return replace(diagnosis, notes=(*diagnosis.notes, *notes)) if notes else diagnosis
+
+
+def versions_of(scene: Scene) -> list[str]:
+    """The versions of NCCL that logs and dumps name."""
+    named = {note.value for note in scene.notes if note.kind == "version"}
+    return sorted((named | {dump.library for dump in scene.recorders.values()}) - {""})
+
+
+def known_bad(scene: Scene) -> list[str]:
+    """Sentences about the versions among them that have a known defect."""
+    versions = versions_of(scene)
+    return [text for version, text in KNOWN_BAD_NCCL.items() if version in versions]

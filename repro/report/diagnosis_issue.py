@@ -1,0 +1,90 @@
+"""The text of a bug report from a diagnosis: what hangs, the stacks of all ranks as one tree, counters, versions."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from repro.ingest.read import Evidence
+from repro.report import stack_tree
+from repro.trace.observed import RecorderDump, Stack
+from repro.verdict.partial.diagnosis import Diagnosis
+from repro.verdict.partial.notes import known_bad, versions_of
+from repro.verdict.partial.scene import Scene
+
+MAX_TREE, MAX_ROWS = 60, 64
+
+
+def issue(headline: str, diagnosis: Diagnosis, evidence: Evidence, scene: Scene, apart: Mapping[str, str]) -> str:
+    """Markdown. `apart`: path -> headline of that path alone, for a table of runs that differ in one setting."""
+    lines = [f"# Hang: {headline}", "", *diagnosis.summary, ""]
+    lines += _listed("Why", diagnosis.evidence)
+    lines += _listed("What would refute this", diagnosis.refutes)
+    lines += _listed("What is missing", diagnosis.collect)
+    lines += _listed("Notes", diagnosis.notes)
+    lines += _runs(apart)
+    lines += _tree(scene)
+    lines += _counters(scene)
+    lines += ["## Versions", ""]
+    versions = [f"NCCL {version}" for version in versions_of(scene)]
+    lines += [f"- {text}" for text in (*versions, *known_bad(scene))] or ["- No file names a version."]
+    lines += ["", "## Files", "", *(f"- `{name}`" for name in evidence.files[:MAX_ROWS])]
+    if len(evidence.files) > MAX_ROWS:
+        lines.append(f"- and {len(evidence.files) - MAX_ROWS} more")
+    lines += ["", "This text quotes the files as they are: read it before you publish it."]
+    return "\n".join(lines)
+
+
+def _listed(title: str, texts: Sequence[str]) -> list[str]:
+    return [f"## {title}", "", *(f"- {text}" for text in texts), ""] if texts else []
+
+
+def _runs(apart: Mapping[str, str]) -> list[str]:
+    if not apart:
+        return []
+    rows = [f"| `{name}` | {text} |" for name, text in apart.items()]
+    return ["## Each path alone", "", "| path | verdict |", "|---|---|", *rows, ""]
+
+
+def _tree(scene: Scene) -> list[str]:
+    """The last look at all processes, then what changed since the first look."""
+    looks = [rows for role in ("worker", "engine", "front end") for rows in scene.main_stacks(role).values() if rows]
+    if not looks:
+        return []
+    tree = stack_tree.text(stack_tree.merge(rows[-1] for rows in looks))
+    cut = [f"… {len(tree) - MAX_TREE} more lines"] if len(tree) > MAX_TREE else []
+    lines = ["## Stacks of all processes, outermost frame first", "", "```", *tree[:MAX_TREE], *cut, "```", ""]
+    twice = [rows for rows in looks if len(rows) > 1]
+    moved = sorted({str(rows[-1].process) for rows in twice if _place(rows[0]) != _place(rows[-1])})
+    if twice:
+        lines += [f"Of {len(twice)} processes that were looked at twice, these stand elsewhere in the last look: "
+                  f"{stack_tree.name_all(moved) if moved else 'none'}.", ""]  # fmt: skip
+    return lines
+
+
+def _place(stack: Stack) -> tuple[str, str]:
+    return stack.activity, stack.detail
+
+
+def _counters(scene: Scene) -> list[str]:
+    """Last operation queued and done of each rank in each group, in the first and the last dump."""
+    rows = []
+    for rank, dump in scene.recorders.items():
+        before = _positions(scene.earlier[rank]) if rank in scene.earlier else {}
+        rows += [
+            f"| {rank} | {name} | {before.get(name, '')} | {now} |" for name, now in _positions(dump).items()
+        ]  # fmt: skip
+    if not rows:
+        return []
+    more = [f"| … | {len(rows) - MAX_ROWS} more rows | | |"] if len(rows) > MAX_ROWS else []
+    head = ["## Collectives queued / done", "", "| rank | group | earlier dump | last dump |", "|---|---|---|---|"]
+    return [*head, *rows[:MAX_ROWS], *more, ""]
+
+
+def _positions(dump: RecorderDump) -> dict[str, str]:
+    found = {}
+    for record in dump.groups:
+        numbers = [call.seq for call in record.calls if call.seq is not None]
+        done = [call.seq for call in record.calls if call.seq is not None and call.done]
+        if numbers:
+            found[str(record.group)] = f"{max(numbers)} / {max(done, default=0)}"
+    return found

@@ -1,0 +1,57 @@
+"""Fill the process ids that the evidence holds into the commands of what to collect next."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+
+from repro.verdict.partial.diagnosis import Diagnosis
+from repro.verdict.partial.scene import Scene
+
+ANY_PROCESS = "$(pgrep -f 'VLLM::|sglang::|torchrun|megatron|python')"
+MAX_PIDS = 32
+_RANKS = re.compile(r"\branks? ([\d,-]+)")
+
+
+def with_pids(diagnosis: Diagnosis, scene: Scene) -> Diagnosis:
+    """The diagnosis with PIDS and PID replaced, by the process ids of the ranks that the text names where known."""
+    pids = _pids(scene)
+    named = diagnosis.culprits or diagnosis.suspects
+    return replace(diagnosis, collect=tuple(_filled(text, pids, named) for text in diagnosis.collect))
+
+
+def _filled(text: str, pids: Mapping[int, Sequence[int]], named: Sequence[int]) -> str:
+    ranks = _listed(text) or named
+    own = [pid for rank in ranks for pid in pids.get(rank, ())][:MAX_PIDS]
+    every = sorted({pid for rows in pids.values() for pid in rows})
+    text = text.replace("PIDS", " ".join(map(str, every)) if 0 < len(every) <= MAX_PIDS else ANY_PROCESS)
+    if not own:
+        return text
+    text = text.replace("--ppid PID", f"--ppid {','.join(map(str, own))}")
+    looped = f"for p in {' '.join(map(str, own))}; do \\1$p; done"
+    return re.sub(r"(py-spy dump [-\w ]*--pid )PID", looped if len(own) > 1 else rf"\g<1>{own[0]}", text)
+
+
+def _listed(text: str) -> list[int]:
+    """The ranks that a sentence names: "stacks of ranks 2,5-7: …"."""
+    match = _RANKS.search(text)
+    ranks: list[int] = []
+    for part in match[1].strip(",-").split(",") if match else []:
+        first, _, last = part.partition("-")
+        if first.isdigit():
+            ranks += range(int(first), min(int(last or first), int(first) + 4096) + 1)
+    return ranks
+
+
+def _pids(scene: Scene) -> dict[int, list[int]]:
+    """Rank -> ids of its processes, in the order in which they are met."""
+    found: dict[int, list[int]] = {}
+    processes = [it.process for it in scene.stacks]
+    processes += [it.process for it in scene.failures]
+    processes += [it.process for it in scene.notes]
+    for process in processes:
+        rank, pid = process.rank, process.pid
+        if rank is not None and pid is not None and pid not in found.setdefault(rank, []):
+            found[rank].append(pid)
+    return found
