@@ -6,6 +6,8 @@ from __future__ import annotations
 
 import io
 import random
+import subprocess
+import sys
 import zipfile
 
 import pytest
@@ -64,3 +66,10 @@ def test_no_damage_to_a_file_ends_a_reader(seed):
         except ValueError:
             continue
         assert all(isinstance(record, Stack) or record for record in found), f"seed {seed}, input {number}"
+
+
+def test_diagnose_needs_no_torch(tmp_path):
+    write(tmp_path, {"a.log": "[rank0]: torch.OutOfMemoryError: CUDA out of memory.\n"})
+    program = "import sys; sys.modules['torch'] = sys.modules['numpy'] = None; from repro.commands.cli import main; sys.exit(main(sys.argv[1:]))"
+    ended = subprocess.run([sys.executable, "-c", program, "diagnose", tmp_path], capture_output=True, text=True)
+    assert (ended.returncode, ended.stderr) == (0, "") and "out of memory" in ended.stdout

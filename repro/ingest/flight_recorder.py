@@ -5,9 +5,9 @@ Source of the format: torch/csrc/distributed/c10d/FlightRecorder.hpp and its pic
 What a reader must know, and what this one does about it:
 
 - Nothing in a dump says whose it is: the rank is the last number in the file's name.
-- On gloo `state` stays "scheduled" for ever; only `retired` tells. On NCCL an operation that is retired but not
-  completed ran into its time-out, and one that is followed by a completed one of its group is over whatever its state
-  says, as   operations inside a coalesced group have no events of their own.
+- On gloo `state` stays "scheduled" for ever; only `retired` shows an end. So it is in TorchComms' dumps. On NCCL an
+  operation that is retired but not completed ran into its time-out, and one that is followed by a completed one of its
+  group is over whatever its state says. Operations inside a coalesced group have no events of their own.
 - `pg_config` is keyed by a group's name, `pg_status` by its id: the entries join the two. In gloo dumps `pg_config`
   is empty.
 - The names of transfers ("recv 1<-0") count ranks of the group.
@@ -15,9 +15,11 @@ What a reader must know, and what this one does about it:
 
 from __future__ import annotations
 
+import marshal
 import re
 import sys
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from functools import lru_cache
 from typing import Any
@@ -29,6 +31,9 @@ from repro.trace.observed import Call, Group, GroupRecord, RecorderDump, Source
 
 MAX_ENTRIES = 50_000
 MAX_FRAMES, MAX_TENSORS, MAX_DIMENSIONS = 24, 64, 16
+MAX_NS = 1 << 62
+EVENT_BACKENDS = ("nccl", "xccl", "hccl", "mccl", "cncl", "eccl", "rccl")
+"""Backends that see an operation complete: one that is retired and not completed ran into its time-out."""
 
 _TRANSFER = re.compile(r"(send|recv) (\d+)(?:->|<-)(\d+)")
 _LAST_NUMBER = re.compile(r"(\d+)\D*$")
@@ -83,34 +88,63 @@ def _dump(content: Mapping[str, Any], file: str, rank: int) -> RecorderDump:
     entries = [entry for entry in entries[-MAX_ENTRIES:] if isinstance(entry, dict)]
     config = _mapping(content.get("pg_config"))
     status = _mapping(content.get("pg_status"))
-    backend = next((str(e.get("profiling_name", "")).partition(":")[0] for e in entries), "")
-    groups: dict[tuple[str, str, str], list[tuple[int, Mapping[str, Any]]]] = {}
-    for place, entry in enumerate(entries):
-        groups.setdefault(_group_key(entry), []).append((place, entry))
-    records, where = [], {}
-    for index, ((pg_id, name, description), rows) in enumerate(groups.items()):
+    rows = _by_group(entries)
+    known = _Known(file, entries)
+    records = []
+    for (pg_id, name, description), row in rows.items():
         group = _group(name, description, config)
-        calls = _calls(rows, group, backend, file)
+        _complete_the_earlier(row)
+        calls = known.calls(row, group)
         enqueued, _, completed = _counters(status.get(pg_id))
-        records.append(GroupRecord(group, tuple(calls), enqueued, completed, pg_id))
-        where.update({place: (index, position) for position, (place, _) in enumerate(rows)})
-    seen = {pg_id for pg_id, *_ in groups}
-    for pg_id, row in status.items():  # groups whose entries were overwritten, or left out as all are over
+        records.append(GroupRecord(group, calls, enqueued, completed, pg_id))
+    seen = {pg_id for pg_id, *_ in rows}
+    for pg_id, counters in status.items():  # groups whose entries were overwritten, or left out as all are over
         if pg_id not in seen:
-            enqueued, _, completed = _counters(row)
+            enqueued, _, completed = _counters(counters)
             records.append(GroupRecord(Group(""), (), enqueued, completed, pg_id))
+    order = [(0, 0)] * len(entries)
+    for index, row in enumerate(rows.values()):
+        for position, place in enumerate(row.places):
+            order[place] = index, position
     first = entries[0].get("record_id", 0) if entries else 0
     return RecorderDump(
         rank,
         tuple(records),
-        tuple(where[place] for place in sorted(where)),
+        tuple(order),
         tuple(_group(name, "", config) for name in config if name),
-        backend,
+        next((_backend(entry) for entry in entries), ""),
         str(content.get("comm_lib_version") or content.get("nccl_version") or ""),
         isinstance(first, int) and first > 0,
-        max((at for e in entries if (at := seconds_of_year(e.get("time_created_ns"))) is not None), default=None),
+        max((at for record in records for call in record.calls[-1:] if (at := call.at_s) is not None), default=None),
         Source(file),
     )
+
+
+@dataclass(slots=True)
+class _Rows:
+    """The entries of one group, their places among all entries, and whether each is over."""
+
+    entries: list[Mapping[str, Any]] = field(default_factory=list)
+    places: list[int] = field(default_factory=list)
+    over: list[bool] = field(default_factory=list)
+    backend: str = ""
+
+
+def _by_group(entries: Sequence[Mapping[str, Any]]) -> dict[tuple[str, str, str], _Rows]:
+    rows: dict[tuple[str, str, str], _Rows] = {}
+    quick: dict[Any, _Rows] = {}
+    for place, entry in enumerate(entries):
+        pair = entry.get("process_group")
+        try:
+            row = quick[entry.get("pg_id"), pair]
+        except (KeyError, TypeError):  # the first of a group, or a list, which JSON has in the place of a tuple
+            row = rows.setdefault(_group_key(entry), _Rows(backend=_backend(entry)))
+            if isinstance(pair, tuple) and all(isinstance(word, int | str) for word in (entry.get("pg_id"), *pair)):
+                quick[entry.get("pg_id"), pair] = row
+        row.entries.append(entry)
+        row.places.append(place)
+        row.over.append(_is_over(entry, row.backend))
+    return rows
 
 
 def _group_key(entry: Mapping[str, Any]) -> tuple[str, str, str]:
@@ -119,6 +153,122 @@ def _group_key(entry: Mapping[str, Any]) -> tuple[str, str, str]:
     if isinstance(pair, (list, tuple)) and pair:
         name, description = str(pair[0]), str(pair[1]) if len(pair) > 1 else ""
     return str(entry.get("pg_id", "")), name or str(entry.get("pg_name", "")), description
+
+
+def _backend(entry: Mapping[str, Any]) -> str:
+    """ "nccl" of "nccl:all_reduce". TorchComms writes the description of the group there."""
+    return str(entry.get("profiling_name", "")).rpartition(":")[0]
+
+
+def _is_over(entry: Mapping[str, Any], backend: str) -> bool:
+    state = entry.get("state")
+    if state == "completed":
+        return True
+    retired = bool(entry.get("retired"))
+    if retired and backend in EVENT_BACKENDS and not entry.get("time_discovered_completed_ns"):
+        return state not in ("scheduled", "started")  # taken off the list by the time-out
+    return retired
+
+
+def _complete_the_earlier(rows: _Rows) -> None:
+    """Collectives of a group complete in their order: what stands before a completed one is over. So are the members of
+    a coalesced operation, which have no events of their own: they stand before it and share its number.
+    """
+    if rows.backend == "gloo":
+        return
+    over, later, coalesced = rows.over, False, None
+    for index in range(len(over) - 1, -1, -1):
+        entry = rows.entries[index]
+        name = entry.get("profiling_name")
+        if isinstance(name, str) and name.endswith(":coalesced"):
+            coalesced = entry if over[index] else None
+        elif coalesced is not None:
+            if _is_member(entry, coalesced):
+                over[index] = True
+            else:
+                coalesced = None
+        if not entry.get("is_p2p"):
+            later = over[index] = later or over[index]
+
+
+def _is_member(entry: Mapping[str, Any], coalesced: Mapping[str, Any]) -> bool:
+    number = "p2p_seq_id" if entry.get("is_p2p") else "collective_seq_id"
+    return entry.get(number) == coalesced.get(number) and bool(entry.get("is_p2p")) == bool(coalesced.get("is_p2p"))
+
+
+class _Known:
+    """What many entries of a dump share, so that it is taken apart once: names, sizes, types, stacks, the year."""
+
+    def __init__(self, file: str, entries: Sequence[Mapping[str, Any]]) -> None:
+        self._file = file
+        self._arguments: dict[bytes, tuple[Any, ...]] = {}
+        self._frames: dict[tuple[int, ...], tuple[str, ...]] = {}
+        times = (at for entry in entries if type(at := entry.get("time_created_ns")) is int and 0 < at < MAX_NS)
+        first = next(times, None)
+        self._year_s = _start_of_year(first // 86_400_000_000_000) if first is not None else 0.0
+
+    def calls(self, rows: _Rows, group: Group) -> tuple[Call, ...]:
+        file, year_s, peers = self._file, self._year_s, group.members
+        calls = []
+        for place, entry, done in zip(rows.places, rows.entries, rows.over, strict=True):
+            get = entry.get
+            op, sizes, dtypes, other = self._arguments_of(
+                get("profiling_name"), get("input_sizes", get("sizes")), get("output_sizes"),
+                get("input_dtypes"), get("output_dtypes"),
+            )  # fmt: skip
+            peer = other if other is None or not peers else peers[other] if other < len(peers) else None
+            seq = get("collective_seq_id", get("seq_id"))
+            if type(seq) is not int or get("is_p2p") or op in ("send", "recv"):
+                seq = None
+            at = get("time_created_ns")
+            at_s = at / 1e9 - year_s if type(at) is int and 0 < at < MAX_NS else None
+            number = get("record_id", place)
+            source = Source(file, "", number if type(number) is int else place)
+            calls.append(Call(op, seq, sizes, dtypes, peer, self._frames_of(get("frames")), done, at_s, source))
+        return tuple(calls)
+
+    def _arguments_of(self, *arguments: Any) -> tuple[Any, ...]:
+        """(operation, sizes, data types, the other end of a transfer as a rank of the group)"""
+        key = marshal.dumps(arguments, 2)
+        known = self._arguments.get(key)
+        if known is None:
+            name, ins, outs, in_types, out_types = arguments
+            name = str(name or "")
+            op, other = operation(name), None
+            if " " in name and (transfer := _TRANSFER.search(name)):
+                op, other = transfer[1], int(transfer[3])
+            sizes, dtypes = _shared(_sizes(ins) + _sizes(outs)), _shared(_words(in_types) + _words(out_types))
+            known = self._arguments[key] = sys.intern(op), sizes, dtypes, other
+        return known
+
+    def _frames_of(self, value: Any) -> tuple[str, ...]:
+        """The innermost frames. torch writes a frame that many entries share once, so its address names it."""
+        if not isinstance(value, (list, tuple)) or not value:
+            return ()
+        key = tuple(map(id, value[:MAX_FRAMES]))
+        frames = self._frames.get(key)
+        if frames is None:
+            rows = [frame for frame in value[:MAX_FRAMES] if isinstance(frame, dict)]
+            named = [f"{row.get('name', '?')} ({row.get('filename', '?')}:{row.get('line', '?')})" for row in rows]
+            frames = self._frames[key] = _shared(tuple(map(sys.intern, named)))
+        return frames
+
+
+@lru_cache(maxsize=65_536)
+def _shared(value: Any) -> Any:
+    """The same object for equal values of all ranks: a comparison of two calls is then one of two addresses."""
+    return value
+
+
+def _sizes(value: Any) -> tuple[tuple[int, ...], ...]:
+    if not isinstance(value, (list, tuple)):
+        return ()
+    rows = [row[:MAX_DIMENSIONS] for row in value[:MAX_TENSORS] if isinstance(row, (list, tuple))]
+    return tuple([tuple([n for n in row if isinstance(n, int)]) for row in rows])
+
+
+def _words(value: Any) -> tuple[str, ...]:
+    return tuple([str(word)[:64] for word in value[:MAX_TENSORS]]) if isinstance(value, (list, tuple)) else ()
 
 
 def _group(name: str, description: str, config: Mapping[str, Any]) -> Group:
@@ -152,103 +302,8 @@ def _count(value: Any) -> int | None:
     return number if 0 <= number < 1 << 62 else None
 
 
-def _calls(rows: Sequence[tuple[int, Mapping[str, Any]]], group: Group, backend: str, file: str) -> list[Call]:
-    over = [_is_over(entry, backend) for _, entry in rows]
-    if backend != "gloo":
-        _complete_the_earlier(rows, over)
-    frames: dict[tuple[int, ...], tuple[str, ...]] = {}
-    return [
-        _call(entry, done, group, frames, Source(file, f"entry {entry.get('record_id', place)}"))
-        for (place, entry), done in zip(rows, over, strict=True)
-    ]
-
-
-def _is_over(entry: Mapping[str, Any], backend: str) -> bool:
-    state, retired = entry.get("state"), bool(entry.get("retired"))
-    if backend == "nccl" and retired and state != "completed" and not entry.get("time_discovered_completed_ns"):
-        return state not in ("scheduled", "started")  # taken off the list by the time-out
-    return retired or state == "completed"
-
-
-def _complete_the_earlier(rows: Sequence[tuple[int, Mapping[str, Any]]], over: list[bool]) -> None:
-    """Collectives of a group complete in their order: what stands before a completed one is over."""
-    later = False
-    for index in range(len(rows) - 1, -1, -1):
-        if rows[index][1].get("is_p2p"):
-            continue
-        later = later or over[index]
-        over[index] = later
-
-
-def _call(
-    entry: Mapping[str, Any],
-    done: bool,
-    group: Group,
-    known_frames: dict[tuple[int, ...], tuple[str, ...]],
-    source: Source,
-) -> Call:
-    name = str(entry.get("profiling_name", ""))
-    op, peer = operation(name), None
-    if " " in name and (transfer := _TRANSFER.search(name)):
-        op = transfer.group(1)
-        other = int(transfer.group(3))
-        peer = group.members[other] if other < len(group.members) else None if group.members else other
-    is_transfer = bool(entry.get("is_p2p")) or op in ("send", "recv")
-    seq = entry.get("collective_seq_id", entry.get("seq_id"))
-    return Call(
-        op,
-        seq if isinstance(seq, int) and not is_transfer else None,
-        _shared(_sizes(entry.get("input_sizes")) + _sizes(entry.get("output_sizes"))),
-        _shared(_words(entry.get("input_dtypes")) + _words(entry.get("output_dtypes"))),
-        peer,
-        _frames(entry.get("frames"), known_frames),
-        done,
-        seconds_of_year(entry.get("time_created_ns")),
-        source,
-    )
-
-
-@lru_cache(maxsize=65_536)
-def _shared(value: Any) -> Any:
-    """The same object for equal values of all ranks: a comparison of two calls is then one of two addresses."""
-    return value
-
-
-def _sizes(value: Any) -> tuple[tuple[int, ...], ...]:
-    if not isinstance(value, (list, tuple)):
-        return ()
-    rows = [row[:MAX_DIMENSIONS] for row in value[:MAX_TENSORS] if isinstance(row, (list, tuple))]
-    return tuple([tuple([n for n in row if isinstance(n, int)]) for row in rows])
-
-
-def _words(value: Any) -> tuple[str, ...]:
-    return tuple([str(word)[:64] for word in value[:MAX_TENSORS]]) if isinstance(value, (list, tuple)) else ()
-
-
-def _frames(value: Any, known: dict[tuple[int, ...], tuple[str, ...]]) -> tuple[str, ...]:
-    """The innermost frames. torch writes a frame that many entries share once, so its address tells it again."""
-    if not isinstance(value, (list, tuple)) or not value:
-        return ()
-    key = tuple(map(id, value[:MAX_FRAMES]))
-    frames = known.get(key)
-    if frames is None:
-        rows = [frame for frame in value[:MAX_FRAMES] if isinstance(frame, dict)]
-        frames = known[key] = tuple(
-            [sys.intern(f"{row.get('name', '?')} ({row.get('filename', '?')}:{row.get('line', '?')})") for row in rows]
-        )
-    return frames
-
-
 def _mapping(value: Any) -> dict[str, Any]:
     return {str(key): item for key, item in value.items()} if isinstance(value, dict) else {}
-
-
-def seconds_of_year(wall_ns: Any) -> float | None:
-    """Seconds since the start of the year (UTC) of a wall time in nanoseconds; None for no time."""
-    if not isinstance(wall_ns, int) or not 0 < wall_ns < 1 << 62:
-        return None
-    seconds = wall_ns / 1e9
-    return seconds - _start_of_year(int(seconds // 86_400))
 
 
 @lru_cache(maxsize=512)

@@ -39,6 +39,7 @@ def read(paths: Sequence[Path]) -> Evidence:
         _read_all(paths, evidence)
         evidence.records = join(evidence.records)
     finally:
+        gc.freeze()  # the judgement makes garbage enough for collections, which need not walk millions of calls
         if collecting:
             gc.enable()
     return evidence

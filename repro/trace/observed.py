@@ -12,17 +12,25 @@ no year and no time zone, so times of two hosts are compared with that much caut
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 
-@dataclass(frozen=True, slots=True)
-class Source:
-    """Where a record was read: a file and a place in it ("line 88", "entry 14")."""
+class Source(NamedTuple):
+    """Where a record was read: a file and a place in it ("line 88"). `entry`: the number of an entry of a dump."""
 
     file: str
-    place: str = ""
+    line: str = ""
+    entry: int | None = None
+
+    @property
+    def place(self) -> str:
+        return self.line if self.entry is None else f"entry {self.entry}"
 
     def __str__(self) -> str:
         return f"{self.file} {self.place}".rstrip()
+
+
+NOWHERE = Source("")
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,9 +47,8 @@ class Group:
         return f"group {self.name}" if self.name else "its group"
 
 
-@dataclass(frozen=True, slots=True)
-class Call:
-    """One operation of a process group, as one rank queued it.
+class Call(NamedTuple):
+    """One operation of a process group, as one rank queued it. A tuple, since a job of many ranks has millions.
 
     op          canonical name: all_reduce, all_gather, reduce_scatter, broadcast, all_to_all, barrier, send, recv, …
     seq         number of the collective in its group; None for point to point, or where the tool prints none
@@ -60,7 +67,7 @@ class Call:
     frames: tuple[str, ...] = ()
     done: bool = False
     at_s: float | None = None
-    source: Source = Source("")
+    source: Source = NOWHERE
 
     @property
     def is_transfer(self) -> bool:
@@ -109,7 +116,7 @@ class RecorderDump:
     library: str = ""
     wrapped: bool = False
     at_s: float | None = None
-    source: Source = Source("")
+    source: Source = NOWHERE
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,7 +135,7 @@ class TimedOut:
     ran_s: float
     at_s: float | None = None
     since_s: float | None = None
-    source: Source = Source("")
+    source: Source = NOWHERE
 
 
 @dataclass(frozen=True, slots=True)
@@ -144,7 +151,7 @@ class Progress:
     enqueued: int | None
     completed: int | None
     at_s: float | None = None
-    source: Source = Source("")
+    source: Source = NOWHERE
     stuck: int | None = None
 
 
@@ -181,7 +188,7 @@ class Member:
     rank: int
     size: int
     bus: str = ""
-    source: Source = Source("")
+    source: Source = NOWHERE
 
 
 @dataclass(frozen=True, slots=True)
@@ -199,7 +206,7 @@ class Launches:
     group: Group
     count: int | None
     calls: tuple[Call, ...]
-    source: Source = Source("")
+    source: Source = NOWHERE
 
 
 @dataclass(frozen=True, slots=True)
@@ -217,7 +224,7 @@ class Stack:
     detail: str = ""
     thread: str = ""
     look: int = 0
-    source: Source = Source("")
+    source: Source = NOWHERE
 
 
 @dataclass(frozen=True, slots=True)
@@ -233,7 +240,7 @@ class Failure:
     kind: str
     text: str
     at_s: float | None = None
-    source: Source = Source("")
+    source: Source = NOWHERE
     bus: str = ""
     host: str = ""
 
@@ -246,7 +253,7 @@ class Left:
     rank: int | None
     text: str
     at_s: float | None = None
-    source: Source = Source("")
+    source: Source = NOWHERE
 
 
 @dataclass(frozen=True, slots=True)
@@ -258,7 +265,7 @@ class Mismatch:
     other: int | None
     other_call: Call | None
     aspects: str
-    source: Source = Source("")
+    source: Source = NOWHERE
 
 
 @dataclass(frozen=True, slots=True)
@@ -286,7 +293,7 @@ class RasAnswer:
     communicators: tuple[RasCommunicator, ...]
     version: str = ""
     order: str = ""
-    source: Source = Source("")
+    source: Source = NOWHERE
 
 
 @dataclass(frozen=True, slots=True)
@@ -303,7 +310,7 @@ class Note:
     process: Process = Process()
     value: str = ""
     at_s: float | None = None
-    source: Source = Source("")
+    source: Source = NOWHERE
 
 
 Observation = (
