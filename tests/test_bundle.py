@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import dataclasses
+import hashlib
 import io
 import itertools
 import json
@@ -27,7 +28,7 @@ from repro import bundle
 from repro.bundle import archive, assemble
 from repro.bundle.archive import ArchiveError, unpack
 from repro.bundle.issue import MAX_ISSUE_LINES, issue
-from repro.commands import EXPECTED, UNEXPECTED, USAGE
+from repro.commands import CANNOT_TELL, EXPECTED, UNEXPECTED, USAGE
 from repro.commands.cli import main
 from repro.lab.description import describe
 from repro.lab.settings import RunSettings
@@ -324,6 +325,32 @@ def test_a_changed_file_is_named(tmp_path, quick, capsys):
     assert told == ["fr/rank000.json is missing", "logs/added.log is not in the manifest", "verdict.json was changed"]
     assert main(["watch", str(tmp_path / "changed.zip")]) == USAGE
     assert "fr/rank000.json is missing, and 2 more" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("name", "data", "where"),
+    [
+        ("config.json", b'{"scenario": "metadata_rebuild", "num_ranks": 1e9}', "config.json.num_ranks: "),
+        ("config.json", b"{", "config.json:1: "),
+        ("verdict.json", b"[]", "verdict.json:1: not a mapping; "),
+    ],
+)
+def test_what_is_wrong_in_a_bundle_is_named_by_its_place_in_the_zip(tmp_path, quick, capsys, name, data, where):
+    root, _ = write_hang(tmp_path)
+    files = {**contents(bundle.make(root, tmp_path / "b.zip").path), name: data}
+    manifest = json.loads(files["MANIFEST.json"])
+    manifest["files"][name]["sha256"] = hashlib.sha256(data).hexdigest()
+    files["MANIFEST.json"] = json.dumps(manifest).encode()
+    with zipfile.ZipFile(tmp_path / "changed.zip", "w") as archive:
+        for each, content in files.items():
+            archive.writestr(each, content)
+    code = main(["watch", str(tmp_path / "changed.zip")])
+    told = capsys.readouterr()
+    if name == "config.json":
+        assert (code, told.out) == (USAGE, "") and told.err.startswith(f"repro: {tmp_path}/changed.zip: {where}"), told
+    else:
+        assert code == CANNOT_TELL and f"\n{where}" in told.out, told
+    assert "repro-bundle-" not in told.out + told.err
 
 
 def test_a_bundle_that_nobody_could_open_is_not_made(tmp_path, quick, monkeypatch, capsys):

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
+import tracemalloc
 from pathlib import Path
 
 import pytest
@@ -12,8 +14,8 @@ from repro.lab.expectation import document_of, watch_options
 from repro.lab.launch import end
 from repro.lab.second_judgement import judge_again
 from repro.lab.settings import RunSettings
-from repro.lab.tokens import wrong_tokens
-from repro.store.run_dir import RunDir, write_json
+from repro.lab.tokens import MAX_LINES, wrong_tokens
+from repro.store.run_dir import RunDir, read_tokens, write_json
 from repro.trace.format import Identity
 from repro.trace.recorder import Recorder
 from repro.trace.witness import create
@@ -175,3 +177,20 @@ def test_each_request_is_served_by_all_ranks_of_its_group_and_no_other_is(tmp_pa
     for rank, output in enumerate(outputs):
         write_json(run_dir.output(rank), output)
     assert wrong_tokens(run_dir, num_ranks=2, tp_size=2) == told
+
+
+def test_tokens_are_compared_one_rank_at_a_time_and_only_so_many_differences_listed(tmp_path):
+    run_dir, _ = started(tmp_path)
+    write_json(run_dir.reference, {})
+    output = json.dumps({f"{number}{'x' * 200}": [number] * 10 for number in range(5000)})
+    for rank in range(16):
+        run_dir.output(rank).write_text(output)
+    tracemalloc.start()
+    try:
+        read_tokens(run_dir.output(0))
+        one_rank = tracemalloc.get_traced_memory()[1]
+        lines = wrong_tokens(run_dir, num_ranks=16, tp_size=1)
+        assert tracemalloc.get_traced_memory()[1] < 3 * one_rank
+    finally:
+        tracemalloc.stop()
+    assert len(lines) == MAX_LINES and max(map(len, lines)) < 200

@@ -81,8 +81,8 @@ def test_a_run_with_a_damaged_verdict_is_judged_by_its_witnesses(capsys, tmp_pat
     assert main(["watch", str(tmp_path)]) == CANNOT_TELL
     told = capsys.readouterr()
     assert told.out.startswith("clean\n") and not told.err
-    (line,) = [line for line in told.out.splitlines() if str(run_dir.verdict) in line]
-    assert re.match(rf"{re.escape(str(run_dir.verdict))}:\d+: .*{words}.*; the run is judged as if it had no", line)
+    (line,) = [line for line in told.out.splitlines() if "verdict.json:" in line]
+    assert re.match(rf"verdict\.json:\d+: .*{words}.*; the run is judged as if it had no", line)
 
 
 def test_a_whole_verdict_is_no_damage(capsys, tmp_path):
@@ -165,10 +165,10 @@ def test_a_damaged_file_of_tokens_is_named_and_the_run_still_judged(capsys, tmp_
     assert main(["watch", str(tmp_path)]) == CANNOT_TELL
     told = capsys.readouterr()
     assert told.out.startswith("inconclusive\n") and not told.err
-    assert f"{tmp_path / name}:1: {words}" in told.out and "so the tokens were not compared" in told.out
+    assert f"\n{name}:1: {words}" in told.out and "so the tokens were not compared" in told.out
     settings = RunSettings("metadata_rebuild", "control", num_ranks=4)
     document = watching(run_dir, settings, reference_alive=False).run()
-    assert document["verdict"] == "inconclusive" and str(tmp_path / name) in document["evidence"][-1]
+    assert document["verdict"] == "inconclusive" and document["evidence"][-1].startswith(f"{name}:1: {words}")
 
 
 @pytest.mark.parametrize(("reference", "verdict"), [(True, "clean"), (False, "inconclusive")])

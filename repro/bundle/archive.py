@@ -18,9 +18,11 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from hybrid_moe_ref.files import open_regular, read_json
+from hybrid_moe_ref.config import InputError
+from hybrid_moe_ref.files import DamagedFile, open_regular, read_json
 from repro.bundle.scratch import scratch_folder
 from repro.store.text import escape_control_characters
+from repro.trace.parse import WitnessError
 
 MAX_FILES = 20_000
 MAX_FILE_BYTES = 128 << 20
@@ -160,7 +162,8 @@ def verify(path: Path) -> list[str]:
 def opened(path: Path) -> Iterator[Path]:
     """A run directory as it is, or that of a bundle, unpacked for the length of a ``with``.
 
-    Raises ArchiveError for a zip that is no bundle, is not safe to open, or is not as its manifest says.
+    Raises ArchiveError for a zip that is no bundle, is not safe to open, or is not as its manifest says, and in the
+    ``with`` for a file of it that cannot be used.
     """
     if not path.is_file():
         yield path
@@ -168,7 +171,10 @@ def opened(path: Path) -> Iterator[Path]:
     with scratch_folder("repro-bundle-") as folder:
         if wrong := differences(folder, unpack(path, folder), str(path)):
             raise ArchiveError(f"{path}: {wrong[0]}" + (f", and {len(wrong) - 1} more" if len(wrong) > 1 else ""))
-        yield folder
+        try:
+            yield folder
+        except (InputError, DamagedFile, WitnessError) as error:  # which name a folder that is gone by then
+            raise ArchiveError(str(error).replace(f"{folder}/", f"{path}: ")) from error
 
 
 def pack(folder: Path, path: Path, manifest: Mapping[str, Any]) -> int:

@@ -18,7 +18,7 @@ def compare_again(run_dir: RunDir) -> Comparison:
     try:
         comparison, damaged = _compare(run_dir, read_settings(run_dir.config))
     except (OSError, ValueError) as error:
-        return Comparison(missing=f"the tokens cannot be compared: {error}")
+        return Comparison(missing=f"the tokens cannot be compared: {run_dir.describe(error)}")
     return Comparison(missing=damaged[0]) if damaged else comparison
 
 
@@ -29,7 +29,7 @@ def _compare(run_dir: RunDir, settings: RunSettings) -> tuple[Comparison, list[s
     except FileNotFoundError as error:
         return Comparison(missing=str(error)), []
     except (OSError, ValueError) as error:
-        return Comparison(missing="a file with tokens is damaged"), [str(error)]
+        return Comparison(missing="a file with tokens is damaged"), [run_dir.describe(error)]
 
 
 def judge_again(run_dir: RunDir, settings: RunSettings) -> tuple[dict[str, Any], bool]:

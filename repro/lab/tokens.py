@@ -5,8 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from repro.store.run_dir import RunDir, read_tokens
+from repro.store.text import escape_control_characters
 from repro.verdict.result import name_ranks
 from repro.watch.live import Comparison
+
+MAX_LINES, MAX_NAME = 1000, 120
+"""How many wrong requests are listed, and characters of a request's name."""
 
 
 def compare_tokens(
@@ -22,7 +26,7 @@ def compare_tokens(
         reference = read_tokens(run_dir.reference)
         wrong = wrong_tokens(run_dir, num_ranks, tp_size)
     except (OSError, ValueError) as error:
-        return Comparison(missing=str(error))
+        return Comparison(missing=run_dir.describe(error))
     num_tokens = sum(map(len, reference.values()))
     text = f"{num_tokens} tokens of {len(reference)} requests equal the single-process reference's"
     return Comparison(wrong=tuple(wrong), evidence=text)
@@ -31,34 +35,44 @@ def compare_tokens(
 def wrong_tokens(run_dir: RunDir, num_ranks: int, tp_size: int) -> list[str]:
     """A line for each request whose tokens differ from the reference's, or that the wrong number of ranks served.
 
+    At most MAX_LINES lines, and the tokens of one rank at a time: the files may be somebody else's, and large.
+
     Raises FileNotFoundError with the files that are missing, ValueError with one that is damaged.
     """
     has_reference = run_dir.reference.exists()
-    reference = read_tokens(run_dir.reference) if has_reference else {}
     absent = [rank for rank in range(num_ranks) if not run_dir.output(rank).exists()]
     if absent or not has_reference:
         missing = [] if has_reference else ["reference.json is not there"]
         missing += [f"no output of {name_ranks(absent)} is there"] * bool(absent)
         raise FileNotFoundError(" and ".join(missing))
-    served: dict[str, list[list[int]]] = {}  # the ranks of a tp group serve the same requests
+    reference = read_tokens(run_dir.reference)
+    num_copies = dict.fromkeys(reference, 0)  # the ranks of a tp group serve the same requests
+    lines: set[str] = set()
     for rank in range(num_ranks):
         for name, tokens in read_tokens(run_dir.output(rank)).items():
-            served.setdefault(name, []).append(tokens)
-    lines = [_difference(name, copy, reference[name]) for name in reference for copy in served.get(name, [None])]
-    for name, copies in served.items():
-        if name not in reference:
-            lines.append(f"request {name} is none of the single-process reference's")
-        elif len(copies) != tp_size:
-            lines.append(f"request {name} was served by {len(copies)} ranks, not by {tp_size}")
-    return sorted({line for line in lines if line})
+            if name in num_copies:
+                num_copies[name] += 1
+            line = _difference(name, tokens, reference.get(name))
+            if line and len(lines) < MAX_LINES:
+                lines.add(line)
+    for name, num in num_copies.items():
+        if num != tp_size and len(lines) < MAX_LINES:
+            served = f"was served by {num} ranks, not by {tp_size}" if num else "was not served"
+            lines.add(f"{_request(name)} {served}")
+    return sorted(lines)
 
 
-def _difference(name: str, served: list[int] | None, reference: list[int]) -> str:
-    if served is None:
-        return f"request {name} was not served"
+def _difference(name: str, served: list[int], reference: list[int] | None) -> str:
+    """Say how the tokens of a request differ; "" where they are equal."""
+    if reference is None:
+        return f"{_request(name)} is none of the single-process reference's"
     for index, (ours, theirs) in enumerate(zip(served, reference, strict=False)):
         if ours != theirs:
-            return f"request {name}: token {index} is {ours}, {theirs} in the single-process reference"
+            return f"{_request(name)}: token {index} is {ours}, {theirs} in the single-process reference"
     if len(served) != len(reference):
-        return f"request {name}: {len(served)} tokens served, {len(reference)} in the single-process reference"
+        return f"{_request(name)}: {len(served)} tokens served, {len(reference)} in the single-process reference"
     return ""
+
+
+def _request(name: str) -> str:
+    return f"request {escape_control_characters(name, MAX_NAME)}"

@@ -163,6 +163,10 @@ class RunDir:
         folders = [self.root, *(self.root / part for part in PARTS)]
         return [path for folder in folders for path in (folder, *folder.glob("*")) if path == folder or path.is_file()]
 
+    def describe(self, error: Exception) -> str:
+        """An error's text with files named from the run directory on, which is elsewhere on another machine."""
+        return str(error).replace(f"{self.root}/", "")
+
     @property
     def store(self) -> Path:
         """File that the ranks of one host meet through; no port is opened for it."""

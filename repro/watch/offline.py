@@ -78,7 +78,7 @@ def judge_files(run_dir: RunDir, options: WatchOptions, comparison: Comparison) 
         try:
             decided = read_decided(run_dir.verdict)
         except (OSError, ValueError) as error:
-            damaged.append(f"{error}; the run is judged as if it had no verdict.json")
+            damaged.append(f"{run_dir.describe(error)}; the run is judged as if it had no verdict.json")
     look, refused = _look_at_decided(run_dir, decided) if decided else _look_now(run_dir)
     verdict = look.verdict(options, comparison.wrong).with_evidence(look.notes)
     verdict = look.unless_begun(verdict)
