@@ -264,7 +264,13 @@ class ParallelConfig(Config):
 class EngineConfig(Config):
     """Bounds of one rank's serve loop, and how it runs a step.
 
+    max_num_seqs       requests that run at once; the others wait in order of arrival
+    max_num_batched_tokens
+                       tokens of a step: of a decode step of all requests, and of as much of new prompts as is left
     num_pages          pages of a rank's cache; when they do not suffice for all requests, the youngest wait
+    unfinished_interval
+                       steps from one "anyone unfinished?" all-reduce to the next; the ranks can end after each
+    dtype              of weights, activations and KV cache: one of DTYPES
     mode               "eager", or "graphs": steps of few tokens are padded to a captured size and replayed
     capture_sizes      those sizes; () is 1, 2, 4, ... and max_num_seqs, which hold every pure decode step
     microbatch_tokens  a rank with so many tokens would split the step in two; 0 for never

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import sys
+import types
 
 import pytest
 import torch
 from hybrid_moe_kernels import extension as kernel_extension
+from hybrid_moe_kernels import norm, registry
 from ranks import run_ranks
 
 from hybrid_moe_ref.config import ConfigError, EngineConfig
@@ -213,6 +216,31 @@ def test_each_of_two_engines_in_a_process_loads_modules_by_its_own_policies(tmp_
         return [each.uses for each in builds]
 
     assert run_ranks(2, tmp_path, run) == [[["module"], []]] * 2
+
+
+def test_an_engine_refuses_on_all_ranks_to_serve_with_kernels_that_one_rank_chose_since(tmp_path, monkeypatch):
+    """The choice is one for a process: another engine of rank 1's makes it."""
+    norms = types.SimpleNamespace(rms_norm=norm.rms_norm)
+    monkeypatch.setitem(sys.modules, "hybrid_moe_kernels.norm.fla", norms)
+
+    config = dataclasses.replace(small(), checks="agree")
+
+    def run(rank, store):
+        comm = Communicator.connect(config.parallel, rank, store=store, timeout_s=30)
+        engine = Engine(config, comm)
+        registry.use("torch")  # another word for what "auto" runs on a CPU
+        engine.serve([])
+        if rank:
+            registry.use("fla")
+        with pytest.raises((ConfigError, ScheduleMismatch)) as refused:
+            engine.serve([])
+        return str(refused.value)
+
+    message = (
+        "kernels: this engine was started with 'auto', and the process has chosen 'fla' since: "
+        "call registry.use('auto') before serve, or start another engine"
+    )
+    assert run_ranks(2, tmp_path, run) == [f"rank 1 failed: ConfigError: {message}", message]
 
 
 @pytest.mark.parametrize("num_drafts", [0, 1])

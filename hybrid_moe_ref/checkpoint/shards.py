@@ -4,8 +4,6 @@ The library maps the files: what is not asked for is not read, and what was read
 checks a file's header as a whole; what it refuses is one line that names the file.
 """
 
-import json
-import stat
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +14,8 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from hybrid_moe_ref.checkpoint.errors import CheckpointError
+from hybrid_moe_ref.files import DamagedFile
+from hybrid_moe_ref.files import read_json as read_any_json
 from hybrid_moe_ref.slices import Range
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -141,22 +141,18 @@ class Shards:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object from a file of reasonable size."""
+    """Read a JSON object from a file of at most MAX_JSON_BYTES.
+
+    Raises CheckpointError for a file that is not there, is no regular file, or holds something else.
+    """
     try:
-        status = path.stat()
-        if not stat.S_ISREG(status.st_mode):
-            raise CheckpointError(f"{path}: not a regular file")
-        if (size := status.st_size) > MAX_JSON_BYTES:
-            raise CheckpointError(f"{path}: {size} bytes, more than the {MAX_JSON_BYTES} that are read")
-        value = json.loads(path.read_text(encoding="utf-8"))
+        value = read_any_json(path, MAX_JSON_BYTES)
     except FileNotFoundError:
         raise CheckpointError(f"{path}: no such file") from None
     except OSError as error:
         raise CheckpointError(f"{path}: {error.strerror}") from None
-    except (ValueError, RecursionError) as error:
-        if isinstance(error, CheckpointError):
-            raise
-        raise CheckpointError(f"{path}: not valid JSON: {error}") from None
+    except DamagedFile as error:
+        raise CheckpointError(str(error)) from None
     if not isinstance(value, dict):
         raise CheckpointError(f"{path}: not a JSON object")
     return value

@@ -110,10 +110,25 @@ class Engine:
         self.page_layout = self._phase("page_setup", self._page_setup)
         self._drafting = Drafting(self.model, self.runner, self._policies.drafts, config.engine, self.page_layout)
         self._phase("prepare", self._prepare)
+        self._kernels = registry.choice(), self._table_of_kernels()
         self._phase("profile", self._profile)
         self._phase("compile", self._compile)
         self.cache = self._phase("allocate", self._allocate)
         self._phase("capture", self._capture)
+
+    def _table_of_kernels(self) -> dict[str, str]:
+        return registry.table(self.comm.device.type, getattr(torch, self.config.engine.dtype))
+
+    def _check_kernels(self) -> None:
+        """Raise ConfigError when the process has chosen other kernels since this engine prepared its own: the choice
+        is one for the whole process, and its ranks would compute with kernels that none of them prepared."""
+        choice, table = self._kernels
+        if not table.items() <= self._table_of_kernels().items():
+            raise ConfigError(
+                f"this engine was started with {choice!r}, and the process has chosen {registry.choice()!r} since: "
+                f"call registry.use({choice!r}) before serve, or start another engine",
+                "kernels",
+            )
 
     def _phase(self, name: str, run: Callable[[], T]) -> T:
         self.comm.observer.phase(name)
@@ -255,7 +270,8 @@ class Engine:
 
         on_token: called with the request's id and each new token as it comes
 
-        Returns the new tokens of each request by its id.
+        Returns the new tokens of each request by its id. Raises ConfigError for a request that cannot be served, and
+        when the kernels of the process are no longer those that this engine was started with.
         """
         self.comm.observer.phase("serve")
         self.comm.check_running()
@@ -269,6 +285,7 @@ class Engine:
             raise
 
     def _serve(self, requests: Iterable[Request], on_token: Callable[[str, int], None] | None) -> dict[str, list[int]]:
+        self._check_kernels()
         requests = list(requests)
         for request in requests:
             self.model.check_tokens(torch.tensor(request.prompt))

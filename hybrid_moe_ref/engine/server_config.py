@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from hybrid_moe_ref.config import Config, ConfigError, EngineConfig, ModelConfig, ParallelConfig, nearest
+from hybrid_moe_ref.files import open_regular
 from hybrid_moe_ref.parallel.shares import expert_sharing, local_config
 
 CHECKS = ("observe", "agree", "strict")
@@ -78,10 +79,11 @@ def content_digest(folder: str) -> str:
     digest = hashlib.sha256()
     for path in sorted(Path(folder).iterdir()):
         if path.suffix == ".json":
-            digest.update(path.name.encode() + path.read_bytes())
+            with open_regular(path) as file:
+                digest.update(path.name.encode() + file.read())
         elif path.suffix == ".safetensors":
             size = path.stat().st_size
-            with path.open("rb") as file:
+            with open_regular(path) as file:
                 file.seek(max(0, size - TAIL_BYTES))
                 digest.update(f"{path.name} {size} ".encode() + file.read())
     return digest.hexdigest()[:16]
