@@ -125,15 +125,15 @@ def _(world: World, verdict: Verdict, r: list[int], s: list[int], match: re.Matc
     return all(world.state(rank) in ("blocked", "locked") for rank in r)
 
 
-@rule(rf"lock (?P<lock>.+?), for which {R} waits?, is with {S}")
+@rule(rf"{S} holds? lock (?P<lock>.+?), for which {R} waits?")
 def _(world: World, verdict: Verdict, r: list[int], s: list[int], match: re.Match[str]) -> bool:
     return all(world.awaits_lock(rank, match["lock"]) for rank in r) and all(
         world.holds(rank, match["lock"]) for rank in s
     )
 
 
-@rule(rf"nobody holds lock (?P<lock>.+?) any more, for which {R} waits?")
-@rule(rf"lock (?P<lock>.+?) is with {R}, which has not recorded that it got it")
+@rule(rf"no process holds lock (?P<lock>.+?) any more, for which {R} waits?")
+@rule(rf"{R} holds? lock (?P<lock>.+?), but did not record that it acquired the lock")
 def _(world: World, verdict: Verdict, r: list[int], s: list[int], match: re.Match[str]) -> bool:
     return all(world.awaits_lock(rank, match["lock"]) for rank in r)
 
@@ -144,10 +144,10 @@ def _(world: World, verdict: Verdict, r: list[int], s: list[int], match: re.Matc
     return waits and world.holds(r[0], match["lock"])
 
 
-@rule(rf"{R} (are|is) done and (will not come|still holds? lock .*)")
+@rule(rf"{R} (are|is) done and (will issue no further collective|still holds? lock .*)")
 @rule(rf"{R} (are|is) done and never waited for {Y}")
 @rule(rf"{R} ended before {Y} completed")
-@rule(rf"in a scheduled step that {R} never began, {S} had requests")
+@rule(rf"{S} had live requests in a scheduled step that {R} never began")
 def _(world: World, verdict: Verdict, r: list[int], s: list[int], match: re.Match[str]) -> bool:
     return all(world.state(rank) == "done" for rank in r) and not any(world.state(rank) == "done" for rank in s)
 
@@ -159,8 +159,8 @@ def _(world: World, verdict: Verdict, r: list[int], s: list[int], match: re.Matc
 
 
 @rule(rf"{R} died")
-@rule(rf"which of {R} died first was not seen")
-@rule(rf"rank (?P<r>\d+) was missed first, {S} later")
+@rule(rf"the evidence does not show which of {R} died first")
+@rule(rf"the death of rank (?P<r>\d+) was noticed first, that of {S} later")
 def _(world: World, verdict: Verdict, r: list[int], s: list[int], match: re.Match[str]) -> bool:
     return all(world.state(rank) == "dead" for rank in (*r, *s))
 
@@ -170,19 +170,19 @@ def _(world: World, verdict: Verdict, r: list[int], s: list[int], match: re.Matc
     return world.state(r[0]) == "dead"
 
 
-@rule(rf"{R} failed before {S} was missed")
+@rule(rf"{R} failed before the death of {S} was noticed")
 def _(world: World, verdict: Verdict, r: list[int], s: list[int], match: re.Match[str]) -> bool:
     return all(world.state(rank) == "failed" for rank in r) and all(world.state(rank) == "dead" for rank in s)
 
 
-@rule(rf"{R} failed too; which came first was not seen")
-@rule(rf"{R} failed with the same message; it says more than the order does")
+@rule(rf"{R} failed too; the evidence does not show which came first")
+@rule(rf"{R} failed with the same message: read it, because their order proves nothing")
 @rule(r"rank (?P<r>\d+): .* \(\S*rank\d+\.wit:\d+ event \d+\)")
 def _(world: World, verdict: Verdict, r: list[int], s: list[int], match: re.Match[str]) -> bool:
     return all(world.state(rank) == "failed" for rank in r)
 
 
-@rule(rf"{R} gave up in (lock (?P<lock>.+?)|{X}), waiting for (nobody|(?P<s>[\d,-]+))")
+@rule(rf"{R} gave up in (lock (?P<lock>.+?)|{X}), waiting for (no rank|(?P<s>[\d,-]+))")
 def _(world: World, verdict: Verdict, r: list[int], s: list[int], match: re.Match[str]) -> bool:
     if match["lock"]:
         return all(world.state(rank) == "failed" for rank in r)
@@ -192,7 +192,7 @@ def _(world: World, verdict: Verdict, r: list[int], s: list[int], match: re.Matc
     )
 
 
-@rule(rf"{R} died or failed, perhaps before: the rest may follow from that")
+@rule(rf"{R} died or failed, perhaps earlier: the hang may be a consequence")
 def _(world: World, verdict: Verdict, r: list[int], s: list[int], match: re.Match[str]) -> bool:
     return all(world.state(rank) in ("dead", "failed") for rank in r)
 
@@ -205,7 +205,9 @@ def _(world: World, verdict: Verdict, r: list[int], s: list[int], match: re.Matc
 
 @rule(rf"{R} passed over {E} in step (?P<k>\d+) and issued (?P<f>\S+ \S+(?: of \S+)?)( at .*)?{LINE}")
 @rule(rf"{R} issued (?P<f>\S+ \S+(?: of \S+)?) in step (?P<k>\d+)( at .*)? before {E}, which was due first{LINE}")
-@rule(rf"{R} issued (?P<f>\S+ \S+(?: of \S+)?) in step (?P<k>\d+)( at .*)? where the schedule .*, and that later{LINE}")
+@rule(
+    rf"{R} issued (?P<f>\S+ \S+(?: of \S+)?) in step (?P<k>\d+)( at .*)? where the schedule .* issued that later{LINE}"
+)
 @rule(rf"{R} issued (?P<f>\S+ \S+(?: of \S+)?) in step (?P<k>\d+)( at .*)? in place of {E}{LINE}")
 @rule(rf"{R} issued (?P<f>\S+ \S+(?: of \S+)?) in step (?P<k>\d+)( at .*)? which is not in the schedule: .*{LINE}")
 def _(world: World, verdict: Verdict, r: list[int], s: list[int], match: re.Match[str]) -> bool:
@@ -223,44 +225,44 @@ def _(world: World, verdict: Verdict, r: list[int], s: list[int], match: re.Matc
 
 
 @rule(rf"{R} changed (arguments|a schedule) that had been the same on all .*")
-@rule(rf"{R} (declared what most did not|differs? from most members); which .* is not in the witnesses")
+@rule(rf"{R} (declared another schedule than|differs? from) most members; the witnesses do not show which .*")
 def _(world: World, verdict: Verdict, r: list[int], s: list[int], match: re.Match[str]) -> bool:
     return set(r) <= {*verdict.suspects, *verdict.culprits}
 
 
-@rule(rf"{R} gave sizes of other ranks that these ranks and all third ones contradict")
+@rule(rf"{R} passed sizes for other ranks that those ranks and all remaining members contradict")
 def _(world: World, verdict: Verdict, r: list[int], s: list[int], match: re.Match[str]) -> bool:
     return set(r) <= {*verdict.culprits, *verdict.suspects}
 
 
 @rule(rf"{R} left no usable witness.*")
-@rule(rf"{R} left no whole witness, so arguments may have differed where {S} died")
+@rule(rf"{R} left no complete witness, so arguments may have differed where {S} died")
 @rule(rf"{R} never began, and no other rank is left: .*")
-@rule(rf"no rank that was seen holds lock .*, but {R} (have|has) no whole witness")
+@rule(rf"no rank with a complete witness holds lock .*, but {R} (have|has) none")
 @rule(rf"{R} lacked a processor: .*")
-@rule(rf"{R} used no processor and gave no sign of life: .*")
-@rule(rf"nothing shows that {R} works?: no use of processors was measured")
-@rule(rf"{R} may work, or wait until the device has done what is queued: .*")
-@rule(rf"{R} did not return from it yet, or the witness is out of date: .*")
+@rule(rf"{R} used no processor and sent no heartbeat: .*")
+@rule(rf"no evidence shows that {R} works?: processor use was not measured")
+@rule(rf"{R} may be working or waiting for work queued on the device: .*")
+@rule(rf"{R} (have|has) not returned from it yet, or the witness is out of date: .*")
 @rule(rf"{R} (have|has) queued {X} and did not wait for it: .*")
-@rule(rf"every member has issued {X}, but {R} (have|has) no whole witness to compare with")
-@rule(rf"{R} moved less than [\d.e-]+ s ago, which is no reason to name anybody")
+@rule(rf"every member has issued {X}, but {R} (have|has) no complete witness to compare with")
+@rule(rf"{R} moved less than [\d.e-]+ s ago, too recently to name a culprit")
 @rule(rf"{R} left no .*")
 @rule(r"rank (?P<r>\d+): .*, which contradicts its witness")
 @rule(rf"{R} issued as #\d+ what others issued as #\d+")
-@rule(rf"in earlier steps {R} issued both, in that order")
+@rule(rf"in earlier steps {R} issued both collectives in that order")
 def _(world: World, verdict: Verdict, r: list[int], s: list[int], match: re.Match[str]) -> bool:
     return set(r) <= {position.rank for position in verdict.ranks}
 
 
-@rule(r"quiet for .*|the last event is .*|it takes \d+ quiet windows to .*|ranks lacked a processor for .*")
-@rule(r"process \d+, which is no rank, holds lock .*|the holder of lock .* is not known: .*")
+@rule(r"the last event is .*|\d+ quiet windows are needed .*|ranks lacked a processor for .*")
+@rule(r"process \d+, which is not a rank, holds lock .*|the holder of lock .* is unknown: .*")
 @rule(r"when they began to wait, .*|not enough evidence to name a culprit: .*|no schedule was declared: .*")
-@rule(r"it may have been left out altogether: .*|\d+ further lines are left out|rank \d+: token .*")
+@rule(r"it may have been skipped altogether: .*|\d+ further lines are left out|rank \d+: token .*")
 @rule(r"\S+ #\d+ was issued with different arguments and may be the cause")
 @rule(r"the members did not issue .* for the same layer and step|the schedules that members of .* differ \(.*\)")
 @rule(r"by their rolling hashes, .*|\S+ #\d+ is queued on both sides although they differ; .*")
-@rule(r"times of \d+ ranks on other hosts rest on wall clocks|\S+\.wit:\d+: .*|\S+\.wit: \d+ further problems")
+@rule(r"times of \d+ ranks on other hosts depend on wall clocks|\S+\.wit:\d+: .*|\S+\.wit: \d+ further problems")
 @rule(r"the witness(es)? of ranks? .* (is|are) damaged: .*|the waits end in ranks? .*, without a usable witness: .*")
 def _(world: World, verdict: Verdict, r: list[int], s: list[int], match: re.Match[str]) -> bool:
     return True

@@ -164,7 +164,7 @@ def test_a_baton_whose_maker_is_gone_is_a_deadlock_that_blames_no_rank_and_names
 
     _, document = run_forked(settings(), tmp_path, in_rank=at_step_three(wait))
     assert (document["verdict"], document["cause"], document["culprits"]) == ("deadlock", "lock", []), document
-    assert f"nobody holds lock {baton} any more, for which rank 2 waits" in document["evidence"], document
+    assert f"no process holds lock {baton} any more, for which rank 2 waits" in document["evidence"], document
     assert document["system"]["lock_holders"] == {"2": [str(baton), 0]}
 
 
@@ -205,5 +205,5 @@ def test_a_baton_that_another_program_holds_is_slow_until_it_lets_go(tmp_path):
     told = " ".join(document["evidence"])
     if document["verdict"] != "clean":  # as above
         assert document["verdict"] == "slow" and document["culprits"] == [], document
-        assert f"process {stranger.pid}, which is no rank, holds" in told, document
+        assert f"process {stranger.pid}, which is not a rank, holds" in told, document
         assert f"process {stranger.pid} runs for" in told, document

@@ -31,7 +31,7 @@ def test_of_several_dead_ranks_the_first_is_the_culprit_and_without_an_order_non
     alive = dict.fromkeys((2, 5, 6), False)
     first = look(made, alive=alive, died={5: 10.0, 2: 10.1, 6: 10.1})
     assert (first.verdict, first.cause, first.culprits) == ("crash", "dead_rank", (5,))
-    assert "rank 5 was missed first, ranks 2,6 later" in first.evidence
+    assert "the death of rank 5 was noticed first, that of ranks 2,6 later" in first.evidence
     for died in ({}, {5: 10.0, 2: 10.0, 6: 10.1}, {5: 10.0}):
         unordered = look(made, alive=alive, died=died)
         assert (unordered.verdict, unordered.cause, unordered.culprits) == ("crash", "dead_rank", ())

@@ -90,7 +90,7 @@ def test_a_group_beyond_the_slots_hides_who_waits_in_it_and_makes_no_deadlock() 
     made.enter(range(3), calls[2])
     verdict = look(made)
     assert (verdict.verdict, verdict.culprits) == ("slow", (3,)), verdict.evidence
-    assert "ranks 0-2 wait in c all_reduce #2, a group that the witness could not follow" in verdict.sentences()
+    assert "ranks 0-2 wait in c all_reduce #2, a group that the witness does not track" in verdict.sentences()
     made.enter([3], calls[0])  # and who waits for these waits for ranks that are hidden
     verdict = look(made)
     assert (verdict.verdict, verdict.culprits) == ("inconclusive", ()), verdict.evidence

@@ -38,7 +38,7 @@ def test_a_cold_build_behind_a_lock_is_slow_and_says_who_builds_what_and_who_wai
     assert (verdict.verdict, verdict.culprits) == ("slow", (2,))
     evidence = " ".join(verdict.evidence)
     assert "rank 2 building for" in evidence and "gdn_sm90, heartbeat" in evidence
-    assert "lock /cache/gdn.lock, for which ranks 0,1,3-7 wait, is with rank 2" in evidence
+    assert "rank 2 holds lock /cache/gdn.lock, for which ranks 0,1,3-7 wait" in evidence
     assert "rank 2 builds gdn_sm90 (serve)" in verdict.sentences()
 
 
@@ -89,7 +89,7 @@ def test_a_lock_that_is_with_a_rank_which_still_waits_for_it_is_named() -> None:
         made.recorders[rank].local("lock_wait", "/cache/lock")
     verdict = look(made, lock_holders=held("/cache/lock", 101))
     assert verdict.verdict == "inconclusive", verdict
-    assert "lock /cache/lock is with rank 1, which has not recorded that it got it" in verdict.evidence, verdict
+    assert "rank 1 holds lock /cache/lock, but did not record that it acquired the lock" in verdict.evidence, verdict
 
 
 def test_a_lock_held_across_a_collective_is_a_deadlock_of_its_holder() -> None:

@@ -208,7 +208,7 @@ def test_ranks_of_hosts_whose_clocks_have_nothing_in_common_are_judged_in_time(t
     watch.processes = watch._running = lambda: {}
     document = watch.run()
     assert (document["verdict"], document["cause"]) == ("deadlock", None), document
-    assert "times of 2 ranks on other hosts rest on wall clocks" in document["evidence"], document
+    assert "times of 2 ranks on other hosts depend on wall clocks" in document["evidence"], document
     assert 0.3 <= document["seconds"]["stall_to_verdict"] <= document["seconds"]["total"] < 25, document
     assert judge_again(run_dir, settings)[0]["verdict"] == "deadlock"
 
@@ -244,7 +244,7 @@ def finished_shape():
         (newer, "rank002.wit:8: witness version 9, this release reads version 2 only"),
         (cut, "rank002.wit:{half}: damage: the file ends early"),
         (impossible, "rank002.wit:{ring}: damage: event 1 does not match its check"),
-        (of_another_run, "rank002.wit:0: of run 'another' with 4 ranks, not of 'test'"),
+        (of_another_run, "rank002.wit:0: belongs to run 'another' of 4 ranks, not to 'test'"),
     ],
 )
 def test_a_bad_witness_is_named_with_its_offset_and_the_rest_is_still_used(capsys, tmp_path, damage, words):

@@ -1,4 +1,4 @@
-"""From witnesses to a verdict: which ranks wait for which, in what, why, and how sure that is.
+"""Judge a run: from witnesses and facts to a verdict that says which ranks wait for which, where, and why.
 
     verdict = judge(witnesses, facts, num_ranks=8, now_ns=time.monotonic_ns(), quiet_window_s=1.0)
     print(verdict.sentence())

@@ -1,4 +1,4 @@
-"""Ranks that agree on the order of their collectives, but not on the arguments of one."""
+"""Explain ranks that issued the same collectives in the same order, but one with different arguments."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from repro.verdict.sides import calls_of_sides
 def arguments_finding(
     witnesses: Mapping[int, Witness], divergence: tuple[GroupKey, int, list[CallVariant]]
 ) -> Finding | None:
-    """Explain a divergence by its arguments; None where only layer or step differ."""
+    """Explain a divergence by its arguments; None if only layer or step differ."""
     key, seq, sides = divergence
     cause = worst_difference(sides)
     if cause not in ("mismatch", "sizes"):
@@ -27,20 +27,22 @@ def arguments_finding(
     elif cause == "sizes" and (culprits := _false_sizes(key, sides)):
         finding.culprits, finding.confidence = culprits, "certain"
         finding.evidence.append(
-            f"{name_ranks(culprits)} gave sizes of other ranks that these ranks and all third ones contradict"
+            f"{name_ranks(culprits)} passed sizes for other ranks that those ranks and all remaining members contradict"
         )
         return finding
     finding.suspects = _changed(witnesses, key, seq, sides)
     if finding.suspects:
         finding.evidence.append(f"{name_ranks(finding.suspects)} changed arguments that had been the same on all ranks")
-    elif few := _fewest(sides):
-        finding.suspects = few
-        finding.evidence.append(f"{say(few, 'differ')} from most members; which side is right is not in the witnesses")
+    elif minority := _minority(sides):
+        finding.suspects = minority
+        finding.evidence.append(
+            f"{say(minority, 'differ')} from most members; the witnesses do not show which side is right"
+        )
     return finding
 
 
-def _fewest(sides: Sequence[CallVariant]) -> tuple[int, ...]:
-    """Find the ranks that differ from the largest side; () where they are not fewer than it."""
+def _minority(sides: Sequence[CallVariant]) -> tuple[int, ...]:
+    """The ranks outside the largest side; () if they are not fewer than the largest side."""
     most = max(sides, key=lambda side: len(side.ranks))
     others = sorted(rank for side in sides if side is not most for rank in side.ranks)
     return tuple(others) if len(others) < len(most.ranks) else ()
@@ -49,7 +51,7 @@ def _fewest(sides: Sequence[CallVariant]) -> tuple[int, ...]:
 def _explain_places(
     finding: Finding, witnesses: Mapping[int, Witness], divergence: tuple[GroupKey, int, list[CallVariant]]
 ) -> None:
-    """Explain why the ranks are not at the same place: the sizes of two layers need not be equal."""
+    """Explain calls for different layers or steps, whose sizes need not be equal: is one side a call ahead?"""
     key, seq, sides = divergence
     finding.cause = ""
     finding.evidence.append("they did not issue it for the same layer and step")
@@ -70,10 +72,10 @@ def _call(call: Call) -> str:
 
 
 def _false_sizes(key: GroupKey, sides: Sequence[CallVariant]) -> tuple[int, ...]:
-    """Find the ranks whose size of another rank is contradicted by that rank and by every third one.
+    """Find the ranks whose size for another rank is contradicted by that rank and by all remaining members.
 
-    A third rank knows the size only from the agreement, so the culprit does not hold what was agreed. A rank that
-    contradicts all others about its own size may be right.
+    The remaining members know the size only from the step agreement, so the culprit does not use what was agreed. A
+    rank that contradicts all others about its own size may be right.
     """
     members = key[1]
     vector = {rank: side.call.sizes for side in sides for rank in side.ranks}
@@ -84,8 +86,8 @@ def _false_sizes(key: GroupKey, sides: Sequence[CallVariant]) -> tuple[int, ...]
         for i, owner in enumerate(members):
             if owner == rank or owner not in vector or vector[rank][i] == vector[owner][i]:
                 continue
-            third = [sizes[i] for other, sizes in vector.items() if other not in (rank, owner)]
-            if third and all(size == vector[owner][i] for size in third):
+            remaining = [sizes[i] for other, sizes in vector.items() if other not in (rank, owner)]
+            if remaining and all(size == vector[owner][i] for size in remaining):
                 return True
         return False
 
@@ -95,7 +97,7 @@ def _false_sizes(key: GroupKey, sides: Sequence[CallVariant]) -> tuple[int, ...]
 def _changed(
     witnesses: Mapping[int, Witness], key: GroupKey, seq: int, sides: Sequence[CallVariant]
 ) -> tuple[int, ...]:
-    """Find the side that changed the arguments of a collective that all members used to call alike."""
+    """Find the ranks that changed the arguments of a collective which all members used to issue alike."""
     layer = {side.call.signature.layer for side in sides}
     ops = {side.call.signature.op for side in sides}
     if len(layer) != 1 or len(ops) != 1:

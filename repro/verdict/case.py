@@ -1,4 +1,4 @@
-"""All there is to judge by."""
+"""The input of a judgement, and what is derived from it before any rule is applied."""
 
 from __future__ import annotations
 
@@ -16,7 +16,13 @@ from repro.verdict.result import Finding, Verdict
 
 @dataclass(frozen=True, slots=True)
 class Case:
-    """What was read, what the system said, and what follows from both."""
+    """The witnesses and facts of one run, and the positions, matched collectives and waits that follow from them.
+
+    quiet_s   seconds since the last event of any rank
+    notes     evidence lines that do not depend on the verdict
+    queued    groups whose collectives are recorded when they are queued, as on NCCL
+    now_s     the moment of judgement, on the clock of ``facts.died``
+    """
 
     witnesses: Mapping[int, Witness]
     rank_states: Mapping[int, RankState]
@@ -27,26 +33,28 @@ class Case:
     notes: Sequence[str]
     facts: Facts
     queued: Collection[str]
-    now_s: float  # on the clock of ``facts.died``
+    now_s: float
 
     @property
     def quiet(self) -> bool:
+        """Whether no rank has recorded an event for the quiet window."""
         return self.quiet_s >= self.quiet_window_s
 
     def ranks(self, *states: str) -> tuple[int, ...]:
+        """The ranks in one of these states, in ascending order."""
         return tuple(rank for rank, rank_state in sorted(self.rank_states.items()) if rank_state.state in states)
 
     def place(self, rank: int) -> str:
-        """Where a rank waits, in words."""
+        """The collective or lock that a rank waits in, as text."""
         node = self.waits.at.get(rank)
         return "outside any collective" if node is None else f"in {node.name}"
 
     def verdict(self, verdict: str, finding: Finding | None = None, **more: Any) -> Verdict:
-        """A verdict with everything that does not depend on its class."""
+        """Make a verdict of a class and a finding. ``more`` sets other fields; evidence in it comes first."""
         finding = finding or Finding()
         positions = tuple(self.rank_states[rank].position for rank in sorted(self.rank_states))
         evidence = [*more.pop("evidence", ()), *finding.evidence, *self.notes]
-        found = Verdict(
+        result = Verdict(
             verdict,
             finding.cause,
             finding.culprits,
@@ -57,4 +65,4 @@ class Case:
             confidence=finding.confidence,
             quiet_s=self.quiet_s,
         )
-        return replace(found, **more)
+        return replace(result, **more)

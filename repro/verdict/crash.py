@@ -1,4 +1,4 @@
-"""Ranks that died or failed: which of them was the first, and which were ended by the backend for what others did."""
+"""Judge ranks that died or failed: find the first, and those that a backend ended because of other ranks."""
 
 from __future__ import annotations
 
@@ -11,15 +11,14 @@ from repro.verdict.explain import explain
 from repro.verdict.result import Finding, Verdict, list_ranks, name_ranks
 
 ORDERING_RESOLUTION_S = 1.0
-"""Two events that were noticed closer together than this are in no order: the watcher looks at its processes twenty
-times a second, the lookouts of other hosts twice."""
+"""Two deaths noticed less than this far apart cannot be ordered: the watcher polls at 20 Hz, remote agents at 2 Hz."""
 
 TIMEOUT_S = 10.0
-"""A rank that died after so long a wait may have been ended by a timeout of its backend, which is never shorter."""
+"""A rank that died after a wait of this length may have been ended by a timeout of its backend; none is shorter."""
 
 
 def victims(case: Case) -> set[int]:
-    """Find the ranks that died or failed in a collective whose arguments differ: the backend may have ended them."""
+    """Find the ranks that died or failed in a collective with different arguments: the backend may have ended them."""
     gone = set(case.ranks("dead", "failed"))
     victims: set[int] = set()
     for key in case.ledger.diverged if gone else ():
@@ -27,7 +26,7 @@ def victims(case: Case) -> set[int]:
         for side in case.ledger.refused(key, over, max(case.ledger.diverged[key]))[1]:
             victims |= gone & set(side.ranks)
             victims |= {rank for rank in gone & set(key[1]) if not case.rank_states[rank].seen}
-        for rank in gone & set(key[1]):  # the others may have completed what it died in
+        for rank in gone & set(key[1]):  # the others may have completed the collective in which it died
             rank_state = case.rank_states[rank]
             _, sides = case.ledger.refused(key, rank_state.left.get(key, 0), rank_state.issued.get(key, 0))
             victims |= {rank for side in sides if rank in side.ranks}
@@ -42,13 +41,14 @@ def crash(case: Case) -> Verdict:
     elif dead and (unseen := _unseen_partners(case, dead)):
         finding = Finding("dead_rank", suspects=dead, confidence="undecided")
         finding.evidence.append(
-            f"{name_ranks(unseen)} left no whole witness, so arguments may have differed where {name_ranks(dead)} died"
+            f"{name_ranks(unseen)} left no complete witness, so arguments may have differed where "
+            f"{name_ranks(dead)} died"
         )
     elif dead and (never := _never_began(case)):
         finding = Finding("dead_rank", suspects=tuple(sorted({*dead, *never, *failed})), confidence="undecided")
         finding.evidence.append(
-            f"{name_ranks(never)} never began, and no other rank is left: one that died before it opened its witness "
-            "may have been the first, and the launcher may have ended the others"
+            f"{name_ranks(never)} never began, and no other rank is left: a rank that died before it opened its "
+            "witness may have died first, and the launcher may have ended the others"
         )
     elif dead:
         finding = _first_loss(case, dead, _on_their_own(case, failed))
@@ -63,9 +63,9 @@ def crash(case: Case) -> Verdict:
 
 
 def _first_loss(case: Case, dead: Sequence[int], failed: Sequence[int]) -> Finding:
-    """Name the first death, unless a rank failed on its own account clearly before any death was noticed.
+    """Name the first death, unless a rank failed with an error of its own clearly before any death was noticed.
 
-    At about the same time the death is the likelier cause: ranks fail because they miss a peer.
+    Where the order is unclear, the death is the likelier cause: ranks fail when they lose a peer.
     """
     early: list[int] = []
     if set(dead) <= case.facts.died.keys():
@@ -73,30 +73,30 @@ def _first_loss(case: Case, dead: Sequence[int], failed: Sequence[int]) -> Findi
         early = [rank for rank in failed if case.rank_states[rank].position.since_s > first_s + ORDERING_RESOLUTION_S]
     if early:
         finding = Finding("error", (_first_to_fail(case, early),), confidence="likely")
-        finding.evidence.append(f"{name_ranks(early)} failed before {name_ranks(dead)} was missed")
+        finding.evidence.append(f"{name_ranks(early)} failed before the death of {name_ranks(dead)} was noticed")
         return finding
     finding = _first_death(case, dead)
     if failed:
         finding.suspects = tuple(sorted({*finding.suspects, *failed}))
         finding.confidence = "likely" if finding.culprits else "undecided"
-        finding.evidence.append(f"{name_ranks(failed)} failed too; which came first was not seen")
+        finding.evidence.append(f"{name_ranks(failed)} failed too; the evidence does not show which came first")
     return finding
 
 
 def _first_death(case: Case, dead: Sequence[int]) -> Finding:
-    """Name the dead rank that was missed first; without an order each may have followed another."""
+    """Name the dead rank whose death was noticed first; all are suspects if the deaths cannot be ordered."""
     died = case.facts.died
     first = min(dead, key=lambda rank: died.get(rank, float("inf")))
     if len(dead) > 1:
         later = [rank for rank in dead if rank != first]
 
-        def apart_s(rank: int) -> float:  # each host is looked at by a watcher of its own
+        def apart_s(rank: int) -> float:  # each host has an observer of its own
             return ORDERING_RESOLUTION_S if case.rank_states[rank].host != case.rank_states[first].host else 0.0
 
         ordered = set(dead) <= died.keys() and all(died[rank] - died[first] > apart_s(rank) for rank in later)
         if not ordered:
             finding = Finding("dead_rank", suspects=tuple(dead), confidence="undecided")
-            finding.evidence.append(f"which of {name_ranks(dead)} died first was not seen")
+            finding.evidence.append(f"the evidence does not show which of {name_ranks(dead)} died first")
             return finding
     waited_s = case.rank_states[first].position.since_s - max(0.0, case.now_s - died.get(first, case.now_s))
     node = case.waits.at.get(first)
@@ -109,27 +109,26 @@ def _first_death(case: Case, dead: Sequence[int]) -> Finding:
         return finding
     finding = Finding("dead_rank", (first,))
     if len(dead) > 1:
-        finding.evidence.append(f"rank {first} was missed first, {name_ranks(later)} later")
+        finding.evidence.append(f"the death of rank {first} was noticed first, that of {name_ranks(later)} later")
     return finding
 
 
 def _never_began(case: Case) -> list[int]:
-    """Find the ranks that never opened their witness in a run of which no rank is left: a launcher that loses one rank
-    ends all others."""
+    """Find the ranks that never opened their witness, if all others have ended: a launcher that loses one ends all."""
     never = [rank for rank, witness in sorted(case.witnesses.items()) if not witness.writer.pid]
     began = case.witnesses.keys() - set(never)
     return never if began and all(case.rank_states[rank].state in ("dead", "failed") for rank in began) else []
 
 
 def _on_their_own(case: Case, failed: Sequence[int]) -> list[int]:
-    """Find the ranks that failed on their own account: not in a wait for others, and with words of their own."""
+    """Find the ranks that failed with an error of their own: not in a wait for others, and with a unique message."""
     alone = [rank for rank in failed if rank not in case.waits.at]
     words = Counter(case.rank_states[rank].position.detail for rank in alone)
     return [rank for rank in alone if words[case.rank_states[rank].position.detail] == 1]
 
 
 def _error(case: Case, failed: Sequence[int]) -> Finding:
-    """Name the rank that failed first, if it failed on its own account."""
+    """Name the rank that failed first, if it failed with an error of its own."""
     alone = _on_their_own(case, failed)
     outside = [rank for rank in failed if rank not in case.waits.at]
     if alone and (first := _first_to_fail(case, outside)) in alone:
@@ -141,15 +140,17 @@ def _error(case: Case, failed: Sequence[int]) -> Finding:
     finding = Finding("error", suspects=tuple(sorted({*absent, *alone})), confidence="undecided")
     for node in nodes.values():
         gone = [rank for rank in node.ranks if rank in failed]
-        lacked = f"waiting for {list_ranks(node.waits_for)}" if node.waits_for else "waiting for nobody"
-        finding.evidence.append(f"{name_ranks(gone)} gave up in {node.name}, {lacked}")
+        awaited = list_ranks(node.waits_for) if node.waits_for else "no rank"
+        finding.evidence.append(f"{name_ranks(gone)} gave up in {node.name}, waiting for {awaited}")
     if alike := [rank for rank in outside if rank not in alone]:
-        finding.evidence.append(f"{name_ranks(alike)} failed with the same message; it says more than the order does")
+        finding.evidence.append(
+            f"{name_ranks(alike)} failed with the same message: read it, because their order proves nothing"
+        )
     return finding
 
 
 def _first_to_fail(case: Case, failed: Sequence[int]) -> int:
-    """The rank whose last event is the oldest, on the wall clock that hosts share as well as they can."""
+    """The rank whose last event is the oldest by wall time, which hosts share approximately."""
     return min(failed, key=lambda rank: _wall_ns(case.rank_states[rank].witness))
 
 
@@ -158,7 +159,7 @@ def _wall_ns(witness: Witness | None) -> int:
 
 
 def _unseen_partners(case: Case, dead: Sequence[int]) -> list[int]:
-    """Find the ranks without a whole witness that may have been in a collective with the dead when these died."""
+    """Find the ranks without a complete witness that may have been in a collective with a rank that died there."""
     unseen = {rank for rank, rank_state in case.rank_states.items() if not rank_state.seen}
     if unseen & set(dead):
         return sorted(unseen)

@@ -1,4 +1,4 @@
-"""A cycle of waits, or a wait for a rank that will not come: a deadlock once it has been quiet for long enough."""
+"""Judge a cycle of waits, or a wait for a rank that is done: a deadlock once the quiet window has passed."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from repro.verdict.result import Verdict, list_ranks, name_ranks, say, shorten
 
 
 def deadlock(case: Case, cycle: Sequence[Node]) -> Verdict:
-    """Wait for quiet, then explain."""
+    """Report `inconclusive` during the quiet window, and `deadlock` with its explanation after it."""
     links = _links(cycle)
     lines = [
         f"{_sentence(node, link)} ({case.rank_states[node.ranks[0]].position.line})"
@@ -21,32 +21,35 @@ def deadlock(case: Case, cycle: Sequence[Node]) -> Verdict:
     ]
     lines = shorten(lines)
     if not case.quiet:
-        lines.append(f"quiet for {case.quiet_s:.3f} s only, {case.quiet_window_s:g} s are needed: look again")
+        lines.append(
+            f"the last event is {case.quiet_s:.3f} s old, a deadlock needs {case.quiet_window_s:g} s of quiet: "
+            "look again"
+        )
         return case.verdict("inconclusive", cycle=links, evidence=lines, confidence="undecided")
     finding = explain(case.witnesses, case.rank_states, case.ledger, case.waits)
     unseen = case.ranks("missing", "hidden")
     if unseen and finding.culprits:
         finding.evidence.append(f"{name_ranks(unseen)} left no usable witness and may have done the same")
         finding.confidence = "likely"
-    if finding.culprits and (lost := _lost_before(case, finding.culprits)):
-        finding.evidence.append(f"{name_ranks(lost)} died or failed, perhaps before: the rest may follow from that")
-        finding.suspects = tuple(sorted({*finding.suspects, *lost}))
+    if finding.culprits and (ended := _ended_before(case, finding.culprits)):
+        finding.evidence.append(f"{name_ranks(ended)} died or failed, perhaps earlier: the hang may be a consequence")
+        finding.suspects = tuple(sorted({*finding.suspects, *ended}))
         finding.confidence = "likely"
     return case.verdict("deadlock", finding, cycle=links, evidence=lines)
 
 
-def _lost_before(case: Case, culprits: Sequence[int]) -> list[int]:
-    """Find the ranks that died or failed, but for those that clearly did so after the culprits had come to a stop."""
+def _ended_before(case: Case, culprits: Sequence[int]) -> list[int]:
+    """Find the ranks that died or failed, without those that clearly ended after the culprits had stopped."""
     stopped_s = min(case.rank_states[rank].position.since_s for rank in culprits)
-    lost = []
+    ended = []
     for rank in case.ranks("dead", "failed"):
         died_s = case.facts.died.get(rank)
         since_s = case.rank_states[rank].position.since_s
         if case.rank_states[rank].state == "dead":
             since_s = float("inf") if died_s is None else case.now_s - died_s
         if rank not in culprits and since_s + ORDERING_RESOLUTION_S > stopped_s:
-            lost.append(rank)
-    return lost
+            ended.append(rank)
+    return ended
 
 
 def _sentence(node: Node, link: dict[str, Any]) -> str:

@@ -1,4 +1,4 @@
-"""Ranks that left the schedule that they declared: which was the first, and what it did instead, in words."""
+"""Explain a hang by ranks that left their declared schedule: find the first of them, and describe what it did."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from repro.verdict.sides import places
 def deviation_finding(
     deviations: Sequence[Deviation], rank_states: Mapping[int, RankState], all_steps: Mapping[int, Sequence[Step]]
 ) -> Finding | None:
-    """Name the ranks of the earliest deviation, and all that did the same; None where all members did it."""
+    """Name the ranks of the earliest deviation and those that did the same; None if all members did the same."""
     if not deviations:
         return None
 
@@ -24,15 +24,17 @@ def deviation_finding(
 
     first = min(deviations, key=when)
     alike = [d for d in deviations if _same_act(d, first)]
-    if first.kind == "order":  # one that is seen to have skipped it shows what the others were about to do
+    if first.kind == "order":  # a rank that has skipped it shows what the others were about to do
         first = next((d for d in alike if d.kind == "skipped"), first)
     culprits = tuple(sorted({d.rank for d in alike}))
     if {rank for rank in first.concerned if rank_states[rank].seen} <= set(culprits):
-        return None  # all members did it, though not at one place: no difference that could explain anything
+        return None  # all members did it, if at different indices: this cannot explain a hang
     finding = Finding(first.kind, culprits)
     finding.evidence += _sentences([first, *alike], rank_states)
     if first.kind == "order" and first.entry == first.planned:
-        finding.evidence.append("it may have been left out altogether: until it comes, both look the same")
+        finding.evidence.append(
+            "it may have been skipped altogether: a late collective and a skipped one look the same so far"
+        )
     rivals = [d for d in deviations if d.rank not in culprits]
     finding.evidence += _sentences(rivals, rank_states)
     if any(not _comes_before(first, rival, rank_states, all_steps) for rival in rivals):
@@ -43,7 +45,7 @@ def deviation_finding(
 
 
 def _sentences(deviations: Sequence[Deviation], rank_states: Mapping[int, RankState]) -> list[str]:
-    """What the ranks did, the first of them with the record that shows it; the same words are said once."""
+    """Describe deviations, one sentence for those with equal words, with the record of the first rank."""
     together: dict[str, dict[int, Deviation]] = {}
     for deviation in deviations:
         together.setdefault(_words(deviation), {})[deviation.rank] = deviation
@@ -61,8 +63,8 @@ def _comes_before(
     rank_states: Mapping[int, RankState],
     all_steps: Mapping[int, Sequence[Step]],
 ) -> bool:
-    """Whether a rank left its schedule before another did: in one step only the collectives of groups that both are in
-    put their places in an order."""
+    """Whether ``first`` precedes ``other``. Within one step, only collectives of groups that both ranks share give an
+    order."""
     if first.step != other.step:
         return first.step < other.step
     shared = {key[0] for key in rank_states[first.rank].issued.keys() & rank_states[other.rank].issued.keys()}
@@ -75,7 +77,7 @@ def _comes_before(
 
 
 def _same_act(one: Deviation, two: Deviation) -> bool:
-    """Whether two ranks did the same thing, though their own plans may make it look different."""
+    """Whether two ranks did the same, although their own plans may classify it differently."""
     passed_over = {one.kind, two.kind} <= {"skipped", "order"}
     if (one.step, one.entry) == (two.step, two.entry) and (one.kind == two.kind or passed_over):
         return True
@@ -87,7 +89,7 @@ def _same_act(one: Deviation, two: Deviation) -> bool:
 def _words(deviation: Deviation) -> str:
     entry = _entry(deviation.entry)
     where = f"in step {deviation.step}"
-    planned = f"the schedule said {_entry(deviation.planned)}" if deviation.planned else "the schedule was over"
+    planned = f"the schedule said {_entry(deviation.planned)}" if deviation.planned else "the schedule had ended"
     site = f" at {deviation.issued.site}" if deviation.issued and deviation.issued.site else ""
     match deviation.kind:
         case "skipped" if deviation.issued is None:
@@ -98,7 +100,7 @@ def _words(deviation: Deviation) -> str:
         case "order" if deviation.issued is not None and deviation.entry == deviation.planned:
             return f"issued {_entry(deviation.issued.entry)} {where}{site} before {entry}, which was due first"
         case "order":
-            return f"issued {entry} {where}{site} where {planned}, and that later"
+            return f"issued {entry} {where}{site} where {planned}, and issued that later"
         case "mismatch":
             return f"issued {entry} {where}{site} in place of {_entry(deviation.planned)}"
         case _:
@@ -113,7 +115,7 @@ def _entry(entry: Entry | None) -> str:
 
 
 def _deviant(deviation: Deviation, culprits: Sequence[int]) -> dict[str, Any]:
-    """What the culprits did, as a side of the divergence."""
+    """Describe the culprits as a side of the divergence."""
     issued = deviation.issued
     group, op, layer = issued.entry if issued else deviation.entry
     return {
@@ -126,6 +128,6 @@ def _deviant(deviation: Deviation, culprits: Sequence[int]) -> dict[str, Any]:
 def _conforming(
     deviation: Deviation, culprits: Sequence[int], rank_states: Mapping[int, RankState]
 ) -> list[dict[str, Any]]:
-    """Where the members that did not deviate stand."""
+    """Describe the positions of the members that did not deviate."""
     members = set(deviation.group[1]) if deviation.group else set(rank_states)
     return places([rank_states[rank] for rank in sorted(members - set(culprits)) if rank in rank_states])

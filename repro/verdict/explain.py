@@ -1,8 +1,8 @@
-"""Why ranks stand where they stand: the cause and the culprits, or that the evidence does not show them.
+"""Explain a hang: find its cause and the culprits, or say that the evidence does not show them.
 
-A culprit left the schedule that it declared itself, entered a collective with a lock that others wait for, or gave a
-size of another rank that this rank contradicts. A rank that is alone, late, or unlike earlier steps is a suspect: the
-others may be the ones that should have changed.
+A culprit left the schedule that it declared itself, entered a collective while it held a lock that others wait for, or
+passed a size for another rank that contradicts that rank. A rank that is alone, late, or unlike earlier steps is only a
+suspect: the other ranks may be the wrong ones.
 """
 
 from __future__ import annotations
@@ -39,7 +39,10 @@ def explain(
     waits: Waits,
     mispaired: tuple[GroupKey, int] | None = None,
 ) -> Finding:
-    """Explain a hang, or the wrong pairing of one collective; what a rank did after that is no cause of it."""
+    """Explain a hang, or the wrong pairing of the collective ``mispaired``.
+
+    Only what ranks did before that collective can be the cause.
+    """
     lock = _lock_finding(waits, rank_states)
     if lock is not None:
         return lock
@@ -48,12 +51,12 @@ def explain(
         key, seq, _ = divergence
         left = any(rank_state.left.get(key, 0) >= seq for rank_state in rank_states.values())
         if left and ("collective", key, seq) in waits.nodes:
-            mispaired = key, seq  # ranks stand in it: what others did after they had left it is no cause
+            mispaired = key, seq  # ranks wait in it, so that what others did after they left it is not the cause
     steps = [rank_state.position.step for rank_state in rank_states.values() if rank_state.position.step >= 0]
     since = min(steps, default=0)
     if divergence is not None:
         since = min(since, *(side.call.step for side in divergence[2]))
-    # A wrong pairing may go on for long before it is looked at.
+    # A wrong pairing may be many steps older than the hang.
     num_steps = max(RECENT_STEPS, max(steps, default=0) - since + 2)
     all_steps = {rank: steps_of(witness, num_steps) for rank, witness in witnesses.items()}
 
@@ -70,7 +73,7 @@ def explain(
         witnesses, all_steps, schedule_divergence
     )
     if finding is not None and finding.cause == "order" and (ranks := inverted_before(fresh, witnesses, all_steps)):
-        finding.evidence.append(f"in earlier steps {name_ranks(ranks)} issued both, in that order")
+        finding.evidence.append(f"in earlier steps {name_ranks(ranks)} issued both collectives in that order")
     finding = (
         finding
         or deviation_finding(habitual, rank_states, all_steps)
@@ -93,7 +96,7 @@ def explain(
 def _until(
     meeting: tuple[GroupKey, int] | None, deviations: list[Deviation], witnesses: Mapping[int, Witness]
 ) -> list[Deviation]:
-    """Keep the deviations that a member had made by the time it issued its part of a collective, by its own clock."""
+    """Keep the deviations that members made before they issued the collective ``meeting``, by their own clocks."""
     if meeting is None:
         return deviations
     issued_ns = {
@@ -107,7 +110,7 @@ def _until(
 
 
 def _lock_finding(waits: Waits, rank_states: Mapping[int, RankState]) -> Finding | None:
-    """Name the ranks that hold a lock of the cycle, unless two of them record the same lock as theirs."""
+    """Name the ranks that hold a lock of the cycle, unless two of them recorded that they hold the same lock."""
     locks = [node for node in waits.cycle if node.key[0] == "lock"]
     if not locks:
         return None
@@ -130,7 +133,7 @@ def _plan_finding(
     all_steps: Mapping[int, list[Step]],
     schedule_divergence: ScheduleDivergence | None,
 ) -> Finding | None:
-    """Explain by schedules that the members of a group declared differently: ranks that changed theirs are suspects."""
+    """Explain by different declared schedules of a group's members: ranks that changed theirs are suspects."""
     if schedule_divergence is None:
         return None
     number, key, sides = schedule_divergence.step, schedule_divergence.group, schedule_divergence.sides
@@ -145,9 +148,12 @@ def _plan_finding(
     if usual & set(sides) and len(suspects) < sum(map(len, sides.values())):
         finding.suspects = tuple(suspects)
         finding.evidence.append(f"{name_ranks(suspects)} changed a schedule that had been the same on all members")
-    elif len(few := min(sides.values(), key=len)) * 2 < sum(map(len, sides.values())):
-        finding.suspects = tuple(few)
-        finding.evidence.append(f"{name_ranks(few)} declared what most did not; which is right is not in the witnesses")
+    elif len(minority := min(sides.values(), key=len)) * 2 < sum(map(len, sides.values())):
+        finding.suspects = tuple(minority)
+        finding.evidence.append(
+            f"{name_ranks(minority)} declared another schedule than most members; the witnesses do not show which is "
+            "right"
+        )
     return finding
 
 
@@ -157,8 +163,7 @@ def _habit_finding(
     since: int,
     rank_states: Mapping[int, RankState],
 ) -> Finding | None:
-    """Explain by what all ranks did in every earlier step, where no schedule was declared: ranks that left it are
-    suspects."""
+    """Explain by the collectives of all earlier steps, if no schedule was declared: ranks that deviate are suspects."""
     plan = habitual_plan(all_steps, since)
     if not plan or any(step.plan for steps in all_steps.values() for step in steps):
         return None
@@ -166,5 +171,7 @@ def _habit_finding(
     finding = deviation_finding(unshared_deviations(witnesses, planned, since)[0], rank_states, planned)
     if finding is not None:
         finding.culprits, finding.suspects, finding.confidence = (), finding.culprits, "undecided"
-        finding.evidence.append("no schedule was declared: this compares with what all ranks did in every earlier step")
+        finding.evidence.append(
+            "no schedule was declared: the comparison is with what all ranks issued in every earlier step"
+        )
     return finding

@@ -1,4 +1,4 @@
-"""What the operating systems of all hosts say about the ranks' processes."""
+"""Facts: what the operating systems of all hosts report about the processes of the ranks."""
 
 from __future__ import annotations
 
@@ -6,22 +6,22 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any, Self, TypeVar
 
-_ADDED = ("died", "contradicted", "unanswered")  # documents of older versions lack these
+_OPTIONAL = ("died", "contradicted", "unanswered")  # documents of older versions lack these
 T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
 class Facts:
-    """What is known of the ranks' processes from outside, each fact by rank; a rank without an entry was not seen.
+    """Observations of the ranks' processes from outside, by rank. A rank without an entry was not observed.
 
     alive          whether its process runs
-    excused        why it cannot move, wherever its witness says that it is ("stopped by a signal")
+    excused        why the process cannot make progress, whatever its witness says ("stopped by a signal")
     lock_holders   the lock that it waits for and the pid of the lock's holder, 0 for none
-    cores          processors that its process and what that started kept busy since the look before
-    starved        share of that time that its threads were ready to run and had no processor, summed over the threads
-    died           when its process was first missed, in seconds on one clock; equal for deaths that one look found
+    cores          processors that the process and its descendants kept busy since the previous observation
+    starved        share of that time in which its threads were runnable without a processor, summed over the threads
+    died           when its end was first noticed, in seconds on one clock; deaths noticed together have the same time
     contradicted   what another piece of evidence says against its witness
-    unanswered     which evidence it was asked for and did not give
+    unanswered     the evidence that it was asked for and did not leave
     """
 
     alive: Mapping[int, bool] = field(default_factory=dict)
@@ -47,10 +47,10 @@ class Facts:
 
     @classmethod
     def from_json(cls, document: Mapping[str, Any]) -> Self:
-        """What ``to_json`` wrote; raises KeyError, TypeError or ValueError for anything else."""
+        """Read what ``to_json`` wrote; raises KeyError, TypeError or ValueError for anything else."""
 
         def by_rank(name: str, convert: Callable[[Any], T]) -> dict[int, T]:
-            entries = document.get(name, {}) if name in _ADDED else document[name]
+            entries = document.get(name, {}) if name in _OPTIONAL else document[name]
             return {int(rank): convert(value) for rank, value in entries.items()}
 
         return cls(

@@ -1,4 +1,4 @@
-"""The wait-for graph: ranks that stand at the same place are one node, its edges lead to the ranks they wait for."""
+"""The wait-for graph. A node is a collective or lock with the ranks that wait there; edges lead to ranks awaited."""
 
 from __future__ import annotations
 
@@ -14,50 +14,50 @@ NodeKey = tuple[str, GroupKey | tuple[str, str], int]  # ("collective", group, s
 
 
 SENT_BY_ONE = ("broadcast", "scatter")
-"""Operations that a member leaves as soon as the root has sent: without the root and its own part it needs nobody."""
+"""Operations in which a member waits for the root alone."""
 
 
 @dataclass(slots=True)
 class Node:
-    """Ranks that wait in one collective or for one lock, and the other members of the collective."""
+    """The ranks that wait in one collective or for one lock, and the state of the other members of the collective."""
 
     key: NodeKey
     name: str
     ranks: list[int] = field(default_factory=list)
-    waits_for: set[int] = field(default_factory=set)  # ranks that must act before these can go on
+    waits_for: set[int] = field(default_factory=set)  # ranks that must act before `ranks` can continue
     returned: set[int] = field(default_factory=set)  # members that have left the collective, or a later one
-    cannot_return: set[int] = field(default_factory=set)  # ranks that are here, or were, but cannot go on
-    unknown: set[int] = field(default_factory=set)  # members whose witness cannot say whether they have come
-    differs: str = ""  # mismatch or sizes: members issued it, or one before it, with different arguments
-    differs_at: int = 0  # the number of the collective that was issued so
-    outside: int | None = None  # pid of a lock holder that is no rank; -1 unknown, 0 nobody
-    named: int = -1  # pid of the lock holder that those who wait recorded
+    cannot_return: set[int] = field(default_factory=set)  # ranks that entered, but are dead, failed or stopped
+    unknown: set[int] = field(default_factory=set)  # members whose witness does not show whether they have issued it
+    differs: str = ""  # "mismatch" or "sizes" if members issued it, or an earlier one, with different arguments
+    differs_at: int = 0  # the number of that collective
+    outside: int | None = None  # pid of a lock holder that is not a rank; -1 unknown, 0 no holder
+    named: int = -1  # pid of the lock holder as the waiting ranks recorded it
 
     def __str__(self) -> str:
         return f"{self.name} ({list_ranks(self.ranks)})"
 
     @property
     def collective(self) -> tuple[GroupKey, int]:
-        """The group and the number of a collective."""
+        """The group and sequence number of a collective node."""
         kind, (name, members), seq = self.key
         assert kind == "collective" and isinstance(members, tuple)
         return (name, members), seq
 
     @property
     def is_complete(self) -> bool:
-        """Whether this is a collective that every member has issued, with arguments that agree."""
+        """Whether this is a collective that every member has issued with the same arguments."""
         return self.key[0] == "collective" and not self.waits_for | self.cannot_return | self.unknown
 
 
 @dataclass(slots=True)
 class Waits:
-    """The graph and what follows from it."""
+    """The wait-for graph, a cycle of it, and the ends of its waits."""
 
     nodes: dict[NodeKey, Node]
     at: dict[int, Node]  # rank -> the node it waits in
     cycle: list[Node]
-    ends: dict[str, set[int]]  # state -> the ranks of that state that a node waits for or that cannot return from it
-    outsiders: list[Node]
+    ends: dict[str, set[int]]  # state -> the ranks in it that a node waits for, or that cannot return from a node
+    outsiders: list[Node]  # locks whose holder is not a rank
     attended: list[Node]  # collectives that every member has issued and none has left
     left_by_some: list[Node]  # collectives that every member has issued and some have left
 
@@ -65,7 +65,7 @@ class Waits:
 def wait_graph(
     rank_states: Mapping[int, RankState], ledger: Ledger, lock_holders: Mapping[int, tuple[str, int]]
 ) -> Waits:
-    """Build the graph. A rank that died or failed inside a collective still stands there."""
+    """Build the graph. A rank that died or failed inside a collective still belongs to its node."""
     nodes: dict[NodeKey, Node] = {}
     at: dict[int, Node] = {}
     for rank, rank_state in rank_states.items():
@@ -97,7 +97,7 @@ def wait_graph(
 
 
 def _pids(rank_states: Mapping[int, RankState]) -> dict[tuple[str, int], int]:
-    """(host, pid) -> rank, without the pids that two ranks share: they are not of one host, though it looks so."""
+    """(host, pid) -> rank; AMBIGUOUS where two ranks have the same pid, as on hosts that cannot be told apart."""
     ranks: dict[tuple[str, int], list[int]] = {}
     for rank, rank_state in rank_states.items():
         if rank_state.pid:
@@ -117,7 +117,7 @@ def _node_of(rank_state: RankState, nodes: dict[NodeKey, Node]) -> Node | None:
     else:
         return None
     node = nodes.setdefault(key, Node(key, name))
-    if node.name != name:  # ranks that do not issue the same operation
+    if node.name != name:  # the ranks issued different operations
         node.name = f"{position.group} #{position.seq}"
     return node
 
@@ -136,7 +136,8 @@ def _collective_edges(node: Node, rank_states: Mapping[int, RankState], ledger: 
             node.cannot_return.add(member)
     if node.returned and rank_states[node.ranks[0]].position.op in SENT_BY_ONE:
         node.waits_for.clear()  # the root has sent
-    # In a group nothing later completes either, and each rank has its own place from which on nothing has for it.
+    # After a collective that cannot complete, no later one of the group completes. Search from the first that a rank of
+    # this node has not left.
     here = min((rank_states[member].issued.get(key, 0) for member in key[1] if member in rank_states), default=0)
     low = min(rank_states[rank].left.get(key, 0) for rank in node.ranks)
     seq, sides = ledger.refused(key, low, min(seq, here))
@@ -158,7 +159,7 @@ def _lock_edges(
     seen = {holder for rank in node.ranks for name, holder in (lock_holders.get(rank, ("", 0)),) if name == lock}
     holders = {rank for rank, s in rank_states.items() if lock in s.holds and s.host == host}
     others = {pid for pid in seen if pid > 0} - {rank_states[rank].pid for rank in holders}
-    if len(seen) > 1 or (holders and others):  # what was seen at different moments does not agree
+    if len(seen) > 1 or (holders and others):  # observations of different moments contradict each other
         node.outside = -1
         return
     if holders:
@@ -169,15 +170,15 @@ def _lock_edges(
     if rank is None or rank == AMBIGUOUS:
         node.outside = pid if rank is None else -1
     elif rank in node.ranks:
-        node.cannot_return.add(rank)  # it has the lock and stopped before it could say so
+        node.cannot_return.add(rank)  # it acquired the lock and stopped before it recorded that
     elif seen or not rank_states[rank].seen:
         node.waits_for.add(rank)
     else:
-        node.outside = -1  # it held the lock when the others began to wait, and has let go since
+        node.outside = -1  # it held the lock when the others began to wait, and has released it since
 
 
 def _find_cycle(nodes: Mapping[NodeKey, Node], at: Mapping[int, Node]) -> list[Node]:
-    """Some cycle of nodes, empty if there is none; iterative, since chains may be long."""
+    """Find a cycle of nodes, [] if there is none. Iterative, because chains of waits may be long."""
     done: set[NodeKey] = set()
     for root in nodes.values():
         if root.key in done:

@@ -1,8 +1,11 @@
-"""The judge: positions, graph and explanation to one verdict.
+"""The judge: derive positions and the wait-for graph, then apply the rules in a fixed order.
 
-The order of the questions is the rule: did ranks pair different collectives, is every rank done, is there a cycle, did
-a rank die or fail, does a rank wait for one that will never come, for one that still runs, for one that left no
-witness, or is every rank in one collective that does not end.
+1. Ranks completed different collectives under one number, or results are wrong: `corrupt`.
+2. Every rank is done: `clean`.
+3. The waits form a cycle: `deadlock`.
+4. A rank died or failed: `crash`.
+5. Else `repro.verdict.waiting` decides by the ranks in which the waits end: done, running, unseen, or all in one
+   collective.
 """
 
 from __future__ import annotations
@@ -24,12 +27,12 @@ from repro.verdict.position import GroupKey, clocks, locate
 from repro.verdict.result import Finding, Verdict, name_ranks
 from repro.verdict.waiting import waiting
 
-NOTHING_SEEN = Facts()
+NO_FACTS = Facts()
 
 
 def judge(
     witnesses: Mapping[int, Witness],
-    facts: Facts = NOTHING_SEEN,
+    facts: Facts = NO_FACTS,
     *,
     num_ranks: int,
     now_ns: int | Mapping[int, int],
@@ -38,14 +41,14 @@ def judge(
     wrong_numbers: Sequence[str] = (),
     queued: Collection[str] = (),
 ) -> Verdict:
-    """Judge what the witnesses and the systems of their hosts prove.
+    """Derive the verdict that the witnesses and the facts prove.
 
-    facts          what the systems say; a rank whose process was not seen is taken to live
-    now_ns         the monotonic clock when the witnesses were read: of the host of ``home``, or by rank
-    quiet_window_s for how long no rank must have recorded an event before a hang is certain
-    home           the process that read the clock; not given, the lowest rank
-    wrong_numbers  one line for each result that differs from the reference: a clean run becomes corrupt
-    queued         groups in which the record of a collective ends when it is queued, as on NCCL
+    facts           a rank whose process was not observed counts as alive
+    now_ns          the monotonic clock when the witnesses were read: of the host of ``home``, or rank -> clock
+    quiet_window_s  how long no rank may have recorded an event before a hang counts as proven
+    home            the process that read the clock; by default the lowest rank
+    wrong_numbers   one line for each result that differs from the reference; a clean run with any becomes corrupt
+    queued          groups whose collectives are recorded when they are queued, as on NCCL
     """
     usable, notes = _one_run(witnesses, num_ranks)
     nows, clock_notes = clocks(usable, now_ns, home)
@@ -72,15 +75,15 @@ def judge(
         queued,
         now_s=(now_ns.get(min(now_ns, default=0), 0) if isinstance(now_ns, Mapping) else now_ns) / 1e9,
     )
-    return _beside_damage(_decide(case, wrong_numbers), damaged)
+    return _qualify_for_damage(_decide(case, wrong_numbers), damaged)
 
 
-def _beside_damage(verdict: Verdict, damaged: set[int]) -> Verdict:
-    """Conclude nothing against ranks whose evidence is damaged, and nothing for certain about the others."""
+def _qualify_for_damage(verdict: Verdict, damaged: set[int]) -> Verdict:
+    """Remove culprits whose witness is damaged, and lower the confidence in the others."""
     if not damaged:
         return verdict
     culprits = tuple(rank for rank in verdict.culprits if rank not in damaged)
-    text = f"the witness of {name_ranks(sorted(damaged))} is damaged: what else it held may change the verdict"
+    text = f"the witness of {name_ranks(sorted(damaged))} is damaged: its unreadable part could change the verdict"
     return replace(
         verdict,
         verdict="inconclusive" if verdict.verdict == "clean" else verdict.verdict,
@@ -92,7 +95,7 @@ def _beside_damage(verdict: Verdict, damaged: set[int]) -> Verdict:
 
 
 def _one_run(witnesses: Mapping[int, Witness], num_ranks: int) -> tuple[dict[int, Witness], list[str]]:
-    """The witnesses of one run, and a line for each that is not used."""
+    """Keep the witnesses of one run; returns them with a line for each witness that is not used."""
     runs = Counter((witness.writer.run_id, witness.writer.num_ranks) for witness in witnesses.values())
     notes: list[str] = []
     usable: dict[int, Witness] = {}
@@ -102,12 +105,18 @@ def _one_run(witnesses: Mapping[int, Witness], num_ranks: int) -> tuple[dict[int
     for rank, witness in sorted(witnesses.items()):
         writer = witness.writer
         if tied:
-            notes.append(f"{witness.name}:0: run {writer.run_id!r}: the files are of two runs, as many of each")
+            notes.append(
+                f"{witness.name}:0: run {writer.run_id!r}: the files belong to several runs in equal numbers: "
+                "give those of one run"
+            )
         elif (writer.run_id, writer.num_ranks) != run:
-            notes.append(f"{witness.name}:0: of run {writer.run_id!r} with {writer.num_ranks} ranks, not of {run[0]!r}")
+            notes.append(
+                f"{witness.name}:0: belongs to run {writer.run_id!r} of {writer.num_ranks} ranks, not to {run[0]!r}"
+            )
         elif writer.num_ranks != num_ranks or writer.rank != rank:
             notes.append(
-                f"{witness.name}:0: rank {writer.rank} of {writer.num_ranks} was given as rank {rank} of {num_ranks}"
+                f"{witness.name}:0: the header says rank {writer.rank} of {writer.num_ranks}, not rank {rank} of "
+                f"{num_ranks}"
             )
         else:
             usable[rank] = witness
@@ -139,21 +148,21 @@ def _decide(case: Case, wrong_numbers: Sequence[str]) -> Verdict:
 
 
 def _mispaired(case: Case) -> tuple[GroupKey, int, list[CallVariant]] | None:
-    """Find a collective that ranks completed although they had issued different ones under its number.
+    """Find a sequence number under which ranks completed different collectives: group, number and variants.
 
-    A side that never waited for it and is done counts as through: the others completed it with what that side issued.
+    A rank that is done without having waited for its collective counts as having completed it.
     """
     done = set(case.ranks("done"))
     for key, seqs in sorted(case.ledger.diverged.items(), key=lambda item: item[0][0] in case.queued):
         sides = case.ledger.sides(key, min(seqs))
-        through = [side for side in sides if side.left or done & set(side.ranks)]
-        if len(through) > 1 and any(side.left for side in sides):
+        completed = [side for side in sides if side.left or done & set(side.ranks)]
+        if len(completed) > 1 and any(side.left for side in sides):
             return key, min(seqs), sides
     return None
 
 
 def _queued_differently(case: Case, key: GroupKey, seq: int, finding: Finding) -> Verdict:
-    """Nothing says whether it completed, with wrong numbers, or hangs on the devices."""
+    """Report different collectives that were queued under one number: their completion is not recorded."""
     finding.evidence.append(
         f"{key[0]} #{seq} is queued on both sides although they differ; whether it completed is not recorded: look at "
         "what the devices have pending"

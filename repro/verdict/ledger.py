@@ -1,6 +1,6 @@
-"""All ranks' collectives, matched: what each issued as number ``seq`` of a group, and where the ranks part.
+"""Match the collectives of all ranks by group and sequence number, and find the numbers under which they differ.
 
-One pass over the events, and one entry kept per (group, seq): cost and memory are linear.
+One pass over the events, one entry per (group, seq): time and memory are linear.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ TRANSFERS = ("send", "recv")
 
 
 class Call(NamedTuple):
-    """One collective as one rank issued it: all of it must be equal on all ranks of the group."""
+    """One collective as one rank issued it. All fields must be equal on all ranks of the group."""
 
     signature: Signature
     root: int
@@ -27,37 +27,37 @@ class Call(NamedTuple):
 
 
 class CallVariant(NamedTuple):
-    """Ranks that issued the same thing as number ``seq`` of a group."""
+    """One of the different calls under a number of a group, and the ranks that issued it."""
 
     call: Call
     ranks: tuple[int, ...]
-    left: tuple[int, ...]  # those of them that completed it
+    left: tuple[int, ...]  # the ranks among them that completed it
     site: str
     t_ns: int  # when the first of them issued it
 
 
 class Ledger:
-    """What each group was asked to do."""
+    """The calls of all groups; `diverged` holds the numbers under which members issued different calls."""
 
     def __init__(self, witnesses: Mapping[int, Witness]) -> None:
         self._witnesses = witnesses
         self._first: dict[GroupKey, dict[int, Call]] = {}
         self._differing: dict[GroupKey, dict[int, list[tuple[int, Row, Call]]]] = {}
-        self.diverged: dict[GroupKey, set[int]] = {}  # sequence numbers at which ranks differ
+        self.diverged: dict[GroupKey, set[int]] = {}
         for witness in witnesses.values():
-            tables: dict[int, dict[int, Call]] = {}  # by the identity of the key: to hash it costs its members
+            tables: dict[int, dict[int, Call]] = {}  # by id of the key, because hashing it costs time for every member
             for key, seq, _, call in calls(witness):
                 if not key[1]:
-                    continue  # its members are lost
+                    continue  # the members are unreadable
                 table = tables.get(id(key))
                 if table is None:
                     table = tables[id(key)] = self._first.setdefault(key, {})
-                known = table.setdefault(seq, call)
-                if known is not call and known != call and difference(known, call):
+                first = table.setdefault(seq, call)
+                if first is not call and first != call and difference(first, call):
                     self.diverged.setdefault(key, set()).add(seq)
 
     def sides(self, key: GroupKey, seq: int) -> list[CallVariant]:
-        """The different calls made as number ``seq``, those of the lowest rank first."""
+        """The different calls under number ``seq``, that of the lowest rank first."""
         together: dict[Call, list[tuple[int, bool, str, int]]] = {}
         for rank, event, call in self._rows(key, seq):
             witness = self._witnesses[rank]
@@ -73,12 +73,12 @@ class Ledger:
         return merged
 
     def _rows(self, key: GroupKey, seq: int) -> list[tuple[int, Row, Call]]:
-        """Each member's first call under a number; those of a group that differ are looked up together, once."""
+        """The first call of each member under a number. All diverged numbers of a group are looked up in one pass."""
         members = [rank for rank in key[1] if rank in self._witnesses]
         numbers = self.diverged.get(key, set())
         if seq not in numbers:
-            found = ((rank, next(calls(self._witnesses[rank], key, seq), None)) for rank in members)
-            return [(rank, row[2], row[3]) for rank, row in found if row is not None]
+            first_calls = ((rank, next(calls(self._witnesses[rank], key, seq), None)) for rank in members)
+            return [(rank, row[2], row[3]) for rank, row in first_calls if row is not None]
         if key not in self._differing:
             rows: dict[int, list[tuple[int, Row, Call]]] = {number: [] for number in numbers}
             for rank in members:
@@ -91,8 +91,10 @@ class Ledger:
         return self._differing[key][seq]
 
     def refused(self, key: GroupKey, over: int, upto: int) -> tuple[int, list[CallVariant]]:
-        """Find the first collective in over + 1..upto whose arguments differ so much that a backend may not complete
-        it: its number and its sides; (0, []) if there is none."""
+        """Find the first collective in over + 1..upto that a backend may not complete, because its arguments differ.
+
+        Returns its number and its variants; (0, []) if there is none.
+        """
         for seq in sorted(number for number in self.diverged.get(key, ()) if over < number <= upto):
             sides = self.sides(key, seq)
             if worst_difference(sides) in ("mismatch", "sizes"):
@@ -100,9 +102,10 @@ class Ledger:
         return 0, []
 
     def hidden_divergence(self, but: Collection[str] = ()) -> list[str]:
-        """Groups, but for some, whose members issued equally many collectives, by the rolling hash not the same ones.
+        """Find groups whose members issued the same number of collectives with different rolling hashes.
 
-        Of interest where no divergence is visible: then it is older than the oldest event in a ring.
+        Returns a sentence for each. Groups named in ``but`` and groups with a divergence in the ring are left out: what
+        remains is a divergence older than the oldest event in a ring.
         """
         hashes: dict[tuple[GroupKey, int], dict[int, list[int]]] = {}
         for rank, witness in self._witnesses.items():
@@ -118,29 +121,30 @@ class Ledger:
         ]
 
     def first_divergence(self) -> tuple[GroupKey, int, list[CallVariant]] | None:
-        """The divergence of the lowest step, of those the one issued first; None where all ranks agree."""
-        found = []
+        """The divergence of the lowest step, and of these the earliest; None if all ranks agree."""
+        divergences = []
         for key, seqs in self.diverged.items():
             sides = self.sides(key, min(seqs))
             step = min(side.call.step for side in sides)
-            found.append(((step, min(side.t_ns for side in sides)), key, min(seqs), sides))
-        if not found:
+            divergences.append(((step, min(side.t_ns for side in sides)), key, min(seqs), sides))
+        if not divergences:
             return None
-        _, key, seq, sides = min(found, key=lambda row: row[0])
+        _, key, seq, sides = min(divergences, key=lambda row: row[0])
         return key, seq, sides
 
 
 class Row(NamedTuple):
-    """Where a call was recorded."""
+    """The call site (string number) and the time of a recorded call."""
 
     site: int
     t_ns: int
 
 
 def calls(witness: Witness, only: GroupKey | None = None, number: int = 0) -> Iterator[tuple[GroupKey, int, Row, Call]]:
-    """The collectives that a rank issued, oldest first, or number ``number`` of one group: group, seq, where, what.
+    """Iterate over the collectives that a rank issued, oldest first, or over number ``number`` of the group ``only``.
 
-    What the ring has lost but a group remembers, its last one, comes first.
+    Yields (group, seq, row, call). The last collective of a group comes first if it is in the group's slot, but no
+    longer in the ring.
     """
     keys = [(group.name, group.members) for group in witness.groups]
     for group, key in zip(witness.groups, keys, strict=True):
@@ -150,17 +154,17 @@ def calls(witness: Witness, only: GroupKey | None = None, number: int = 0) -> It
         if only is None or (only, number) == (key, last.seq):
             call = Call(witness.signature(last.sig), last.aux, witness.sizes(last.vector, last.num_sizes), last.step)
             yield key, last.seq, Row(last.site, last.t_ns), call
-    num_strings = len(witness.strings)  # a call whose name is lost cannot be compared
-    wanted = -1 if only is None or only not in keys else keys.index(only)
+    num_strings = len(witness.strings)  # a call whose name was not stored cannot be compared
+    only_index = -1 if only is None or only not in keys else keys.index(only)
     sized = (-1, -1)
-    sizes: tuple[int, ...] = ()  # successive calls mostly share their vector
+    sizes: tuple[int, ...] = ()  # successive calls usually share a vector
     names = ("kind", "seq", "vector", "step", "aux", "sig", "num_sizes", "group", "site", "t_ns")
     for kind, seq, vector, step, aux, sig, num_sizes, index, site, t_ns in zip(
         *map(witness.column, names), strict=True
     ):
         if (kind != _ENTER and kind != _ISSUE) or sig >= num_strings or index >= len(keys):
-            continue  # of a group beyond the file's slots the members are not known: nothing to match it with
-        if only is not None and (seq != number or (wanted >= 0 and index != wanted)):
+            continue  # a group without a slot in the file has unknown members, so its calls cannot be matched
+        if only is not None and (seq != number or (only_index >= 0 and index != only_index)):
             continue
         signature = witness.signature(sig)
         key = keys[index]
@@ -176,7 +180,7 @@ def is_transfer(signature: Signature) -> bool:
 
 
 def difference(a: Call, b: Call) -> str:
-    """How two calls under one (group, seq) differ: mismatch, sizes, place (layer or step only), or ""."""
+    """The way in which two calls under one (group, seq) differ: mismatch, sizes, place (layer or step only), or ""."""
     if is_transfer(a.signature) and is_transfer(b.signature):
         if a.signature.dtype != b.signature.dtype:
             return "mismatch"
@@ -193,6 +197,6 @@ def difference(a: Call, b: Call) -> str:
 
 
 def worst_difference(sides: list[CallVariant]) -> str:
-    """The gravest difference among several sides."""
-    found = {difference(sides[0].call, side.call) for side in sides[1:]}
-    return next((kind for kind in ("mismatch", "sizes", "place") if kind in found), "")
+    """The worst difference among several variants of a call; mismatch is worse than sizes, and sizes than place."""
+    kinds = {difference(sides[0].call, side.call) for side in sides[1:]}
+    return next((kind for kind in ("mismatch", "sizes", "place") if kind in kinds), "")

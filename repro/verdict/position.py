@@ -1,4 +1,4 @@
-"""Where each rank stands: the last thing its witness says, and what the system says about its process."""
+"""Locate each rank: from the last events of its witness and from the facts about its process."""
 
 from __future__ import annotations
 
@@ -16,26 +16,26 @@ GroupKey = tuple[str, tuple[int, ...]]  # two groups of one name with different 
 
 @dataclass(slots=True)
 class RankState:
-    """One rank's position with what the graph needs to know about it."""
+    """The position of one rank, and what the wait-for graph needs beside it."""
 
     position: Position
-    group: GroupKey | None = None  # of the collective it is blocked in
-    lock: str = ""  # that it waits for
-    lock_holder: int = -1  # pid named in the lock
-    holds: set[str] = field(default_factory=set)
-    issued: dict[GroupKey, int] = field(default_factory=dict)
-    left: dict[GroupKey, int] = field(default_factory=dict)
+    group: GroupKey | None = None  # of the collective that it is blocked in
+    lock: str = ""  # the lock that it waits for
+    lock_holder: int = -1  # pid of the holder as the rank recorded it
+    holds: set[str] = field(default_factory=set)  # locks
+    issued: dict[GroupKey, int] = field(default_factory=dict)  # number of the last collective issued in each group
+    left: dict[GroupKey, int] = field(default_factory=dict)  # number of the last one completed
     host: str = ""
     pid: int = 0
     witness: Witness | None = None
-    seen: bool = False  # its witness is there and tells all there was
+    seen: bool = False  # its witness is present and complete
     is_gone: bool = False  # its process has ended
-    beat: str = ""  # what the rank's last heartbeat named
-    beat_s: float | None = None  # how long ago it was; None if none came since its last event
-    _pending: set[tuple[GroupKey, int]] | None = None  # collectives with a wait that has not ended; when needed
+    beat: str = ""  # the name in the rank's last heartbeat
+    beat_s: float | None = None  # age of the heartbeat; None if none came after the last event
+    _pending: set[tuple[GroupKey, int]] | None = None  # collectives whose wait has not ended; filled on first use
 
     def line(self, n: int) -> str:
-        """Where event ``n`` stands in its witness."""
+        """The place of event ``n`` in the witness."""
         return self.witness.line(n) if self.witness is not None and n else ""
 
     @property
@@ -43,16 +43,18 @@ class RankState:
         return self.position.rank
 
     def knows(self, key: GroupKey) -> bool:
-        """Whether the witness can say how many collectives of a group the rank has issued."""
+        """Whether the witness shows how many collectives of a group the rank has issued."""
         return self.seen and self.witness is not None and (key in self.issued or self.witness.has_free_slots)
 
     def gave_up(self, key: GroupKey, seq: int) -> bool:
-        """Whether the rank issued a collective and went on from a wait for it that did not end, as after an exception
-        that the program caught. A collective that it never waited for goes on without it."""
+        """Whether the rank abandoned its wait for a collective, as after an exception that the program caught.
+
+        A collective that was issued asynchronously and never waited for does not count: it proceeds without the rank.
+        """
         if self.left.get(key, 0) >= seq or not self.seen or self.witness is None or self.state in ("dead", "failed"):
             return False
         if self.state != "done" and (self.group, self.position.seq) == (key, seq):
-            return False  # it stands there
+            return False  # it still waits there
         if self._pending is None:
             kinds = self.witness.last_kinds()
             self._pending = {at for at, kind in kinds.items() if kind in (Kind.ENTER, Kind.WAIT)}
@@ -60,14 +62,14 @@ class RankState:
 
     @property
     def unable(self) -> bool:
-        """Whether the process cannot finish a collective that it has entered: it is gone, or stopped inside one."""
+        """Whether the process cannot finish a collective that it has entered, because it has ended or is stopped."""
         if self.state == "done":
             return self.is_gone
         return self.state in ("dead", "failed") or (self.state == "running" and self.group is not None)
 
     @property
     def end_state(self) -> str:
-        """The state for those who wait for the rank: hidden where its witness may not tell all."""
+        """The state as ranks that wait for this one see it: hidden if the witness may be incomplete."""
         return self.state if self.seen or self.state in ("dead", "failed", "missing") else "hidden"
 
     @property
@@ -76,7 +78,7 @@ class RankState:
 
 
 def locate(rank: int, witness: Witness | None, now_ns: int, alive: bool | None, excuse: str) -> RankState:
-    """One rank's standing. ``excuse`` says why its process is not waiting whatever its witness says."""
+    """Locate one rank. ``excuse`` is the reason why its process cannot make progress, from ``Facts.excused``."""
     if witness is None:
         return RankState(Position(rank, "dead" if alive is False else "missing"))
     rank_state = _read(rank, witness, now_ns)
@@ -131,7 +133,7 @@ def _read(rank: int, witness: Witness, now_ns: int) -> RankState:
         key = keys.get(blocked.group)
         if key is not None and rank in key[1]:
             rank_state.group = key
-        else:  # beyond the slots of the file, or its members are lost: which others should be there is not known
+        else:  # the group has no slot in the file, or its members are unreadable: the other members are unknown
             state = "hidden"
     elif builds:
         state, detail = "building", next(reversed(builds))
@@ -160,7 +162,7 @@ def _host_of(writer: Identity) -> str:
 
 
 def _local_work(witness: Witness) -> tuple[set[str], dict[str, int]]:
-    """The locks that the rank holds, and the builds that it is in with their beginnings."""
+    """The locks that the rank holds, and the builds in progress: name -> start in ns."""
     held: set[str] = set()
     builds: dict[str, int] = {}
     for index, kind in enumerate(witness.column("kind")):
@@ -181,7 +183,7 @@ def _local_work(witness: Witness) -> tuple[set[str], dict[str, int]]:
 
 
 def _blocked_in(witness: Witness) -> Event | None:
-    """The collective or lock in which the rank waits. One that gives up inside a collective waited there until then."""
+    """The last event if it is a wait, else None. DONE and FAILED are skipped: a failed rank waited until it failed."""
     kinds = witness.column("kind")
     index = len(kinds) - 1
     while index >= 0 and kinds[index] in (Kind.DONE, Kind.FAILED):
@@ -190,7 +192,7 @@ def _blocked_in(witness: Witness) -> Event | None:
 
 
 def _waits_since(witness: Witness) -> int:
-    """When the rank began to wait for a lock; it may have said so again, as the holder changed."""
+    """When the rank began to wait for its lock. It records the wait again when the holder changes."""
     since_ns, last = witness.last_event_ns(), witness.last
     for index in range(len(witness.column("kind")) - 1, -1, -1):
         event = witness.event(index)
@@ -201,21 +203,21 @@ def _waits_since(witness: Witness) -> int:
 
 
 def _issue_of(witness: Witness, event: Event) -> Event:
-    """The issue that a WAIT waits for."""
+    """The event that issued the collective of an ENTER or WAIT event."""
     if event.kind == Kind.ENTER:
         return event
-    wanted = (Kind.ISSUE, event.group, event.seq)
+    issue = (Kind.ISSUE, event.group, event.seq)
     rows = zip(witness.column("kind"), witness.column("group"), witness.column("seq"), strict=True)
-    return next((witness.event(index) for index, row in enumerate(rows) if row == wanted), event)
+    return next((witness.event(index) for index, row in enumerate(rows) if row == issue), event)
 
 
 def clocks(
     witnesses: Mapping[int, Witness], now_ns: int | Mapping[int, int], home: Identity | None = None
 ) -> tuple[dict[int, int], list[str]]:
-    """What time it is on each rank's own clock.
+    """Convert the moment of judgement to the monotonic clock of each rank; returns rank -> ns, and notes.
 
-    One number is the clock of the host of ``home``, or of the lowest rank; ranks of other hosts are converted through
-    wall time, which is only as good as the hosts' agreement on it.
+    A single ``now_ns`` is on the clock of the host of ``home``, or of the lowest rank. Clocks of other hosts are
+    converted through wall time, so they are as exact as the hosts' agreement on wall time.
     """
     if isinstance(now_ns, Mapping):
         return {rank: now_ns[rank] for rank in witnesses}, []
@@ -223,5 +225,5 @@ def clocks(
         return {}, []
     home = home or witnesses[min(witnesses)].writer
     nows = {rank: now_ns + witness.writer.clock_ahead_ns(home) for rank, witness in witnesses.items()}
-    away = sum(witness.writer.boot_id not in ("", home.boot_id) for witness in witnesses.values())
-    return nows, [f"times of {away} ranks on other hosts rest on wall clocks"] if away else []
+    num_remote = sum(witness.writer.boot_id not in ("", home.boot_id) for witness in witnesses.values())
+    return nows, [f"times of {num_remote} ranks on other hosts depend on wall clocks"] if num_remote else []

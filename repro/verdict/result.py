@@ -1,4 +1,4 @@
-"""What a verdict says: the classes, each rank's position, and the words for both."""
+"""The verdict and its parts: the classes, the position of each rank, and the text for both."""
 
 from __future__ import annotations
 
@@ -7,21 +7,21 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 DAMAGED = "by a damaged witness"
-"""The detail of a hidden rank whose witness does not match its checks."""
+"""The detail of a hidden rank whose witness does not match its checksums."""
 
 VERDICTS = ("clean", "slow", "deadlock", "stall", "corrupt", "crash", "inconclusive")
 
 
 @dataclass(frozen=True, slots=True)
 class Position:
-    """Where one rank stands.
+    """The position of one rank.
 
-    state      missing, hidden (its last event is unreadable, or in a group of which nothing is kept), starting,
-               running, building, locked, blocked, done, failed or dead
-    layer, group, seq, op, sizes    of the collective it is blocked in, else of nothing
-    detail     the lock, build or message, or what the system says about the rank
-    since_s    how long it has been there
-    line       the record of its witness that says so: "rank003.wit:38912 event 118"
+    state      missing, hidden (its last event is unreadable, or belongs to a group that its witness does not track),
+               starting, running, building, locked, blocked, done, failed or dead
+    layer, group, seq, op, sizes    the collective that it is blocked in; empty in the other states
+    detail     the lock, the build or the error message, or what the operating system reports about the rank
+    since_s    seconds that it has been in this state
+    line       the record of its witness that shows this: "rank003.wit:38912 event 118"
     """
 
     rank: int
@@ -46,7 +46,7 @@ class Position:
         }  # fmt: skip
 
     def words(self) -> str:
-        """The position without its rank: "wait in dp all_reduce #41 (step 12, layers.0.linear_attn)"."""
+        """The position as text without the rank: "wait in dp all_reduce #41 (step 12, layers.0.linear_attn)"."""
         where = ", ".join(part for part in (self._when(), self.layer) if part)
         where = f" ({where})" if where else ""
         match self.state:
@@ -67,7 +67,7 @@ class Position:
             case "dead":
                 return f"died in {self.group} {self.op} #{self.seq}{where}" if self.op else f"died{where}"
             case "hidden" if self.op:
-                why = self.detail if self.detail == DAMAGED else "a group that the witness could not follow"
+                why = self.detail if self.detail == DAMAGED else "a group that the witness does not track"
                 return f"wait in {self.group} {self.op} #{self.seq}{where}, {why}"
             case "hidden":
                 return f"left a {'damaged' if self.detail == DAMAGED else 'torn'} witness"
@@ -80,15 +80,15 @@ class Position:
 
 @dataclass(frozen=True, slots=True)
 class Verdict:
-    """What happened, as far as the evidence goes.
+    """What the evidence shows about a run.
 
     verdict            one of VERDICTS
     cause              skipped, extra, order, mismatch, sizes, lock, dead_rank, error, or ""
-    culprits           the ranks that provably did it; empty where nobody did or the evidence does not decide
-    suspects           the ranks that stand out (odd, changed, late) where nothing is proven: an observation
-    first_divergence   where the ranks part, with both sides: {"sides": [{"ranks", "group", "seq", ...}, ...]}
+    culprits           the ranks that are proven to be the cause; empty where none is, or the evidence does not decide
+    suspects           the ranks that stand out (odd, changed, late) without a proof: an observation
+    first_divergence   the first place where ranks differ: {"sides": [{"ranks", "group", "seq", ...}, ...]}
     cycle              each link: {"ranks", "waits_in", "for"}
-    confidence         certain, likely (a missing witness could add culprits), or undecided (class but no culprits)
+    confidence         certain, likely (a missing witness could add culprits), or undecided (a class without culprits)
     """
 
     verdict: str
@@ -107,14 +107,14 @@ class Verdict:
         return replace(self, evidence=(*self.evidence, *lines))
 
     def sentences(self) -> list[str]:
-        """One sentence per distinct position, the fullest first."""
+        """One sentence for each distinct position, in the order of the ranks."""
         together: dict[str, list[int]] = {}
         for position in self.ranks:
             together.setdefault(position.words(), []).append(position.rank)
         return [say(ranks, words) for words, ranks in together.items()]
 
     def sentence(self) -> str:
-        """All positions in one line."""
+        """The positions of all ranks in one line."""
         return "; ".join(self.sentences())
 
     def to_json(self) -> dict[str, Any]:
@@ -134,7 +134,7 @@ class Verdict:
 
 @dataclass(slots=True)
 class Finding:
-    """What one step of the analysis found; the judge turns it into a verdict."""
+    """Cause, culprits and evidence that one rule found; the judge turns them into a verdict."""
 
     cause: str = ""
     culprits: tuple[int, ...] = ()
@@ -148,13 +148,13 @@ MOST_SENTENCES = 16
 
 
 def shorten(lines: list[str]) -> list[str]:
-    """The first of many similar sentences, and how many more there are."""
+    """Keep the first MOST_SENTENCES lines and say how many were left out."""
     more = len(lines) - MOST_SENTENCES
     return [*lines[:MOST_SENTENCES], f"{more} further lines are left out"] if more > 0 else lines
 
 
 def list_ranks(ranks: Iterable[int]) -> str:
-    """Ranks as people write them: "0-5", "6,7", "0-2,5"."""
+    """Format ranks as ranges: "0-5", "6,7", "0-2,5"."""
     runs: list[list[int]] = []
     for rank in sorted(ranks):
         if runs and rank == runs[-1][1] + 1:
@@ -168,7 +168,7 @@ def list_ranks(ranks: Iterable[int]) -> str:
 
 
 def name_ranks(ranks: Collection[int]) -> str:
-    """ "rank 3" or "ranks 0-5"."""
+    """Format ranks with their noun: "rank 3" or "ranks 0-5"."""
     return f"rank{'s' if len(ranks) != 1 else ''} {list_ranks(ranks)}"
 
 
@@ -180,7 +180,7 @@ _SINGULAR = {
 
 
 def say(ranks: Collection[int], words: str) -> str:
-    """A sentence about ranks, from words that begin with a verb in the plural: "rank 3 waits in dp all_reduce #41"."""
+    """Make a sentence of ranks and a predicate that begins with a plural verb: "rank 3 waits in dp all_reduce #41"."""
     verb, _, rest = words.partition(" ")
     verb = _SINGULAR.get(verb, verb) if len(ranks) == 1 else verb
     return f"{name_ranks(ranks)} {verb} {rest}".rstrip()

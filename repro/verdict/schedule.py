@@ -1,6 +1,6 @@
-"""The collectives that each rank issued in a step beside the schedule that it declared for the step.
+"""Compare the collectives that each rank issued in a step with the schedule that the rank declared for it.
 
-A rank that leaves its own schedule deviates; a rank that differs from others may be right.
+A rank that leaves its own schedule deviates. A rank that only differs from other ranks may be right.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from repro.verdict.position import GroupKey
 
 _PHASE, _STEP = int(Kind.PHASE), int(Kind.STEP)
 RECENT_STEPS = 10
-"""How far back a rank's steps are looked at, unless what they are looked at for is older."""
+"""Number of steps of a rank that are compared, unless the divergence in question is older."""
 
 Entry = tuple[str, str, str]  # group, op, layer
 
@@ -40,11 +40,11 @@ class Step:
     """What one rank planned and issued in one step."""
 
     number: int
-    parts: list[tuple[Entry, ...]]  # as declared: what depends on the step's agreement comes after it
+    parts: list[tuple[Entry, ...]]  # as declared: a second part follows the step agreement, on which it depends
     live: int
     issued: list[Issued] = field(default_factory=list)
-    over: bool = False  # a later step began, or the rank was done: what is missing now stays missing
-    is_lost: bool = False  # a name in it could not be stored: it cannot be compared
+    over: bool = False  # a later step began or the rank is done, so no further entry will follow
+    is_lost: bool = False  # a name in it was not stored, so that it cannot be compared
 
     @property
     def plan(self) -> tuple[Entry, ...]:
@@ -53,16 +53,23 @@ class Step:
 
 @dataclass(frozen=True, slots=True)
 class Deviation:
-    """Where a rank leaves its plan. ``index`` is the place in the plan; ``issued`` what it did instead, if anything."""
+    """A place where a rank leaves its declared schedule.
+
+    index    index of the schedule entry that was due
+    entry    the entry that was left out, issued too often, issued in another order, or issued in another form
+    planned  the entry that was due; None after the end of the schedule
+    issued   the collective that the rank issued instead; None if the step ended
+    group    the group of ``entry``, where known
+    """
 
     kind: str  # extra, skipped, order or mismatch
     rank: int
     step: int
     index: int
-    entry: Entry  # issued too much, in another order or form; or left out
+    entry: Entry
     planned: Entry | None
     issued: Issued | None
-    group: GroupKey | None  # that the entry belongs to
+    group: GroupKey | None
 
     @property
     def identity(self) -> tuple[str, int, int, Entry]:
@@ -70,7 +77,7 @@ class Deviation:
 
     @property
     def concerned(self) -> set[int]:
-        """The members of the groups of what was due and of what was issued instead."""
+        """The members of the entry's group and of the group of the collective that was issued."""
         issued = self.issued.group[1] if self.issued else ()
         return {*issued, *(self.group[1] if self.group else ())}
 
@@ -80,14 +87,16 @@ class Deviation:
 
 
 def steps_of(witness: Witness, num_steps: int = RECENT_STEPS) -> list[Step]:
-    """Read the last steps of a rank, as far as their beginning is still in the ring and all names are known."""
+    """Read the last steps of a rank whose beginning is still in the ring and whose names are all stored."""
     keys = [(group.name, group.members) for group in witness.groups]
     kinds, numbers = witness.column("kind"), witness.column("step")
     declared = [index for index, kind in enumerate(kinds) if kind == _STEP]
 
     def begins_step(n: int) -> bool:
         if n == 0:
-            return witness.first_event <= 1  # of a ring that has wrapped, it may declare the rest of a step
+            return (
+                witness.first_event <= 1
+            )  # after the ring has wrapped, the first event may declare the second part of a step
         return kinds[n - 1] == _PHASE or numbers[n - 1] != numbers[n]
 
     begins = [n for n in declared if begins_step(n)][-num_steps:]
@@ -102,11 +111,11 @@ def steps_of(witness: Witness, num_steps: int = RECENT_STEPS) -> list[Step]:
                     steps[-1].is_lost |= is_lost
                     continue
                 if steps and steps[-1].number >= event.step:
-                    steps.clear()  # another engine, which counts anew
+                    steps.clear()  # another engine began, and counts its steps from 0
                 elif steps:
                     steps[-1].over = True
                 steps.append(Step(event.step, [plan], event.aux, is_lost=is_lost))
-            case Kind.PHASE | Kind.DONE:  # what comes now belongs to no step
+            case Kind.PHASE | Kind.DONE:  # the events that follow belong to no step
                 within = False
                 if steps:
                     steps[-1].over = True
@@ -121,11 +130,11 @@ def steps_of(witness: Witness, num_steps: int = RECENT_STEPS) -> list[Step]:
 
 
 def align(rank: int, step: Step, groups: Mapping[str, GroupKey]) -> list[Deviation]:
-    """Find where the issued collectives leave the plan, in order; the cost is linear in both.
+    """Find the deviations of one step in order; the cost is linear in the schedule and in the collectives.
 
-    A rank that waits in one group's collective while entries of other groups are still due before it keeps each
-    group's own order, so it has inverted the order between groups; whether it would have come to those entries
-    afterwards is not known. Passing over entries of the same group, or ending the step without them, skips them.
+    Entries that a rank passes over count as skipped, if one of them is of the group that it issued next, or if the step
+    has ended. Else the rank waits in a collective of another group, and may still issue them afterwards: it has
+    inverted the order between groups, and the deviation is `order`.
     """
     plan, issued = step.plan, step.issued
     if not plan:
@@ -161,10 +170,10 @@ def align(rank: int, step: Step, groups: Mapping[str, GroupKey]) -> list[Deviati
 
 
 class _Comparison:
-    """A plan and the entries issued instead.
+    """Compares a plan with the entries that were issued.
 
-    `explain` compares from a deviation on as far as its readings fit, and of these the caller passes over the longest:
-    so an entry is compared a few times in all, and not once for each deviation before it.
+    `explain` compares only as far as one explanation of a deviation fits, and the caller continues behind the longest.
+    So each entry is compared a few times in all, not once for each deviation before it.
     """
 
     def __init__(self, plan: Sequence[Entry], entries: Sequence[Entry]) -> None:
@@ -174,8 +183,10 @@ class _Comparison:
             self._places.setdefault(entry, []).append(place)
 
     def explain(self, k: int, i: int) -> tuple[str, int]:
-        """Read ``entries[k]`` where ``plan[i]`` was due: the kind that fits best afterwards, and how many entries of
-        the plan it takes."""
+        """Explain ``entries[k]`` where ``plan[i]`` was due.
+
+        Returns the kind of deviation after which the most entries agree, and the number of plan entries that it covers.
+        """
         plan, entry = self._plan, self._entries[k]
         if i == len(plan):
             return "extra", 0
@@ -191,18 +202,18 @@ class _Comparison:
         return "extra", 0
 
     def _next_place(self, entry: Entry, i: int) -> int | None:
-        """Where the plan has an entry from place ``i`` on."""
+        """The first index from ``i`` on at which the plan has the entry; None if there is none."""
         places = self._places.get(entry, [])
         at = bisect.bisect_left(places, i)
         return places[at] if at < len(places) else None
 
     def _run(self, k: int, i: int) -> int:
-        """How many entries from ``k`` on follow the plan from ``i`` on."""
+        """The number of entries from ``k`` on that equal the plan from ``i`` on."""
         most = min(len(self._entries) - k, len(self._plan) - i)
         return next((n for n in range(most) if self._entries[k + n] != self._plan[i + n]), most)
 
     def _permuted(self, k: int, i: int) -> int:
-        """The length of the shortest run that both have in different order, 0 if there is none of up to eight."""
+        """The length of the shortest run, of at most eight entries, that both contain in different order; 0 if none."""
         surplus: Counter[Entry] = Counter()
         for n in range(min(len(self._entries) - k, len(self._plan) - i, 8)):
             surplus[self._entries[k + n]] += 1
@@ -217,34 +228,34 @@ def unshared_deviations(
 ) -> tuple[list[Deviation], list[Deviation]]:
     """Find the first deviation of each rank from step ``since`` on that the other members did not share.
 
-    What every member of a group does cannot explain a hang. The second list holds what every member used to do in
-    earlier steps, and this time did not: an explanation only where there is no other.
+    A deviation of every member of a group cannot explain a hang. The first list leaves out deviations that every member
+    made in earlier steps. The second list has them too: they explain a hang only if nothing else does.
     """
-    found: dict[int, list[Deviation]] = {}
+    by_rank: dict[int, list[Deviation]] = {}
     shared: dict[tuple[str, int, int, Entry], set[int]] = {}
     seen: dict[int, set[int]] = {}
     for rank, steps in all_steps.items():
         groups = {group.name: (group.name, group.members) for group in witnesses[rank].groups}
         for step in steps:
-            if witnesses[rank].complete:  # of others it is not known what they did not do
+            if witnesses[rank].complete:  # an incomplete witness does not show what the rank did not do
                 seen.setdefault(step.number, set()).add(rank)
             for deviation in align(rank, step, groups):
-                found.setdefault(rank, []).append(deviation)
+                by_rank.setdefault(rank, []).append(deviation)
                 shared.setdefault(deviation.identity, set()).add(rank)
 
-    known: dict[tuple[object, ...], bool] = {}  # by the identity of the members: to hash them costs their number
+    cache: dict[tuple[object, ...], bool] = {}  # by id of the members, because hashing them costs time for each
 
     def is_shared(deviation: Deviation) -> bool:
         members = tuple(
             id(group[1]) for group in (deviation.group, deviation.issued and deviation.issued.group) if group
         )
-        case = (*deviation.identity, *members)
-        if case not in known:
-            known[case] = deviation.concerned & seen.get(deviation.step, set()) <= shared[deviation.identity]
-        return known[case]
+        key = (*deviation.identity, *members)
+        if key not in cache:
+            cache[key] = deviation.concerned & seen.get(deviation.step, set()) <= shared[deviation.identity]
+        return cache[key]
 
-    habits = {d.habit for ds in found.values() for d in ds if is_shared(d)}
-    alone = [[d for d in ds if d.step >= since and not is_shared(d)] for ds in found.values()]
+    habits = {d.habit for ds in by_rank.values() for d in ds if is_shared(d)}
+    alone = [[d for d in ds if d.step >= since and not is_shared(d)] for ds in by_rank.values()]
     fresh = [next(iter(ds)) for ds in ([d for d in ds if d.habit not in habits] for ds in alone) if ds]
     return fresh, [ds[0] for ds in alone if ds]
 
@@ -252,7 +263,7 @@ def unshared_deviations(
 def inverted_before(
     deviations: Sequence[Deviation], witnesses: Mapping[int, Witness], all_steps: Mapping[int, list[Step]]
 ) -> list[int]:
-    """Ranks that in an earlier step issued both collectives of an inversion: then it is known to be no skip."""
+    """Find ranks that issued both collectives of an inversion in an earlier step, which excludes a skip."""
     inverted = {(d.issued.entry, d.entry): d.step for d in deviations if d.kind == "order" and d.issued is not None}
     ranks = []
     for rank, steps in all_steps.items():
@@ -266,9 +277,10 @@ def inverted_before(
 def plans_of(
     key: GroupKey, witnesses: Mapping[int, Witness], all_steps: Mapping[int, list[Step]]
 ) -> dict[tuple[int, int], dict[tuple[Entry, ...], list[int]]]:
-    """(step, part) -> declared schedule -> ranks, for what all members of a group share: it and the groups around it.
+    """Collect the declared schedules of a group's members: (step, part) -> schedule -> ranks.
 
-    Transfers are left out: the two ends of one declare different things, and others declare nothing.
+    A schedule is reduced to the groups that contain all these members, so that it should be equal on all of them.
+    Transfers are left out: their two ends declare different entries, and the other members none.
     """
     members = set(key[1])
     plans: dict[tuple[int, int], dict[tuple[Entry, ...], list[int]]] = {}
@@ -283,16 +295,20 @@ def plans_of(
 
 @dataclass(frozen=True, slots=True)
 class ScheduleDivergence:
-    """The step in which the declared schedules of a group's members part, and the schedules, as in `plans_of`."""
+    """The first step in which the declared schedules of a group's members differ.
+
+    sides    schedule -> ranks, as in `plans_of`
+    places   rank -> index in its whole plan from which the schedules may differ
+    """
 
     step: int
     part: int
     group: GroupKey
     sides: Mapping[tuple[Entry, ...], list[int]]
-    places: Mapping[int, int]  # rank -> the entry of its whole plan from which on they may differ
+    places: Mapping[int, int]
 
     def comes_after(self, deviation: Deviation) -> bool:
-        """Whether a rank left its plan before the plans parted: what it did afterwards is no cause."""
+        """Whether a deviation precedes this divergence; a later deviation cannot be its cause."""
         place = self.places.get(deviation.rank, deviation.index + 1)
         return (deviation.step, deviation.index) < (self.step, place)
 
@@ -300,7 +316,7 @@ class ScheduleDivergence:
 def first_schedule_divergence(
     witnesses: Mapping[int, Witness], all_steps: Mapping[int, list[Step]], since: int
 ) -> ScheduleDivergence | None:
-    """The first step from ``since`` on, and in it the largest group, whose members declared different schedules."""
+    """Find the first step from ``since`` on with different schedules, and in it the largest group that differs."""
     differing = [
         (at, key, sides)
         for key in sorted({(g.name, g.members) for witness in witnesses.values() for g in witness.groups})
@@ -322,7 +338,7 @@ def first_schedule_divergence(
 
 
 def habitual_plan(all_steps: Mapping[int, list[Step]], before: int) -> tuple[Entry, ...]:
-    """What every rank issued in every step before ``before``, if that was always the same, twice or more; else ()."""
+    """The collectives that every rank issued in every step before ``before``; () unless all such steps are equal."""
     habits: set[tuple[Entry, ...]] = set()
     for steps in all_steps.values():
         past = [step for step in steps if step.over and step.number < before]
@@ -333,7 +349,7 @@ def habitual_plan(all_steps: Mapping[int, list[Step]], before: int) -> tuple[Ent
 
 
 def with_plan(all_steps: Mapping[int, Iterable[Step]], plan: tuple[Entry, ...]) -> dict[int, list[Step]]:
-    """The same steps as if each rank had declared ``plan``."""
+    """Copy steps as if each rank had declared ``plan``."""
     return {
         rank: [Step(step.number, [plan], step.live, step.issued, step.over) for step in steps]
         for rank, steps in all_steps.items()

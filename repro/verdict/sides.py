@@ -1,4 +1,4 @@
-"""Both sides of a divergence, as they stand in verdict.json."""
+"""Describe the sides of a divergence in the form in which verdict.json has them."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def positions(cycle: Sequence[Node], rank_states: Mapping[int, RankState]) -> di
 
 
 def calls_of_sides(divergence: tuple[GroupKey, int, list[CallVariant]]) -> dict[str, Any]:
-    """What each side issued under one number of a group."""
+    """The calls that ranks issued under one sequence number of a group, one entry per variant."""
     key, seq, sides = divergence
     return {
         "sides": [

@@ -1,4 +1,4 @@
-"""Ranks that work on while others wait for them, and what shows that they do."""
+"""Describe ranks that work while others wait for them, and the evidence for it."""
 
 from __future__ import annotations
 
@@ -8,15 +8,17 @@ from repro.verdict.case import Case
 from repro.verdict.result import Finding, name_ranks, say
 
 BUSY = 0.02
-"""Processors in use that count as work; a process that only sleeps uses fewer."""
+"""Processors in use from which a process counts as working; a sleeping process uses fewer."""
 
 STARVED = 0.1
-"""Share of the time that a rank was ready to run and had no processor, from which on its silence proves little."""
+"""CPU-starvation threshold: the share of time runnable without a processor from which silence proves little."""
 
 
 def slow(case: Case, movers: Sequence[int]) -> Finding:
-    """Name the ranks that the others wait for, and what shows that they work; ``likely`` where nothing does, or where
-    the machine had no processor to show it with."""
+    """Name the ranks that the others wait for, with the evidence that they work.
+
+    The confidence is ``likely`` if a rank shows no sign of work, or was starved of a processor to show it with.
+    """
     finding = Finding("", tuple(movers))
     signs = {rank: signs_of_life(case, rank) for rank in movers}
     for rank in movers[:8]:
@@ -30,41 +32,42 @@ def slow(case: Case, movers: Sequence[int]) -> Finding:
     starved = [rank for rank in sorted({*movers, *waiting}) if case.facts.starved.get(rank, 0.0) >= STARVED]
     if starved:
         finding.confidence = "likely"
-        finding.evidence.append(f"{name_ranks(starved)} lacked a processor: on so busy a machine work hardly shows")
+        finding.evidence.append(
+            f"{name_ranks(starved)} lacked a processor: on a machine this busy, low processor use proves little"
+        )
     elif silent:
         finding.confidence = "likely"
     if asleep and not starved:
         finding.evidence.append(
-            f"{name_ranks(asleep)} used no processor and gave no sign of life: asleep, or waiting for something that "
+            f"{name_ranks(asleep)} used no processor and sent no heartbeat: asleep, or waiting for something that "
             "is not recorded; the stack shows which"
         )
     if unmeasured:
-        finding.evidence.append(f"nothing shows that {say(unmeasured, 'work')}: no use of processors was measured")
+        finding.evidence.append(f"no evidence shows that {say(unmeasured, 'work')}: processor use was not measured")
     return _with_waits(case, _only_quiet(case, finding))
 
 
 def _only_quiet(case: Case, finding: Finding) -> Finding:
-    """Name no rank that moved within the quiet window: in a run that goes on, any rank is outside a collective now and
-    then."""
+    """Remove culprits that moved within the quiet window: in a healthy run, ranks are often outside collectives."""
     moving = [rank for rank in finding.culprits if _moved(case, rank)]
     if moving:
         finding.culprits = tuple(rank for rank in finding.culprits if rank not in moving)
         finding.confidence = finding.confidence if finding.culprits else "undecided"
         finding.evidence.append(
-            f"{name_ranks(moving)} moved less than {case.quiet_window_s:g} s ago, which is no reason to name anybody"
+            f"{name_ranks(moving)} moved less than {case.quiet_window_s:g} s ago, too recently to name a culprit"
         )
     return finding
 
 
 def _moved(case: Case, rank: int) -> bool:
     at = case.rank_states[rank].position
-    if at.state == "blocked":  # in what others have left, which they may have done just now
+    if at.state == "blocked":  # in a collective that others have left, perhaps just now
         return not case.quiet
     return at.state != "starting" and rank not in case.facts.excused and at.since_s < case.quiet_window_s
 
 
 def signs_of_life(case: Case, rank: int) -> list[str]:
-    """What shows that a rank works on."""
+    """Find evidence that a rank works: a recent heartbeat, or processor use."""
     rank_state, cores = case.rank_states[rank], case.facts.cores.get(rank, 0.0)
     signs = []
     if rank_state.beat_s is not None:
@@ -75,19 +78,19 @@ def signs_of_life(case: Case, rank: int) -> list[str]:
 
 
 def may_wait_for_device(case: Case, rank: int) -> bool:
-    """Whether a rank outside any collective has queued some and gives no sign of work of its own."""
+    """Whether a rank outside any collective has queued collectives, and shows no other work."""
     rank_state = case.rank_states[rank]
     has_queued = any(key[0] in case.queued and issued for key, issued in rank_state.issued.items())
     return has_queued and rank_state.state == "running" and rank_state.beat_s is None and not rank_state.position.detail
 
 
 def _with_waits(case: Case, finding: Finding) -> Finding:
-    """Add which ranks wait, and for which lock of which rank."""
+    """Add the ranks that wait, and the holders of the locks that they wait for."""
     waiting = [rank for rank in case.ranks("blocked", "locked") if rank not in finding.culprits]
     if waiting:
         finding.evidence.append(say(waiting, "wait"))
     for node in case.waits.nodes.values():
         holders = sorted(node.waits_for)
         if node.key[0] == "lock" and holders:
-            finding.evidence.append(f"{node.name}, for which {say(node.ranks, 'wait')}, is with {name_ranks(holders)}")
+            finding.evidence.append(f"{say(holders, 'hold')} {node.name}, for which {say(node.ranks, 'wait')}")
     return finding

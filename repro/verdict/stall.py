@@ -1,4 +1,4 @@
-"""Collectives that every member has issued: a stall, unless something says that they move or that a view is stale."""
+"""Judge collectives that every member has issued: a stall, unless evidence shows progress or is out of date."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from repro.verdict.sides import calls_of_sides
 from repro.verdict.slow import STARVED, signs_of_life, slow
 
 MOVES = 0.05
-"""Processors that a rank keeps busy inside a collective that moves bytes; one that only waits uses far fewer."""
+"""Processors in use from which a rank inside a collective may be moving data; a rank that waits uses far fewer."""
 
 PATIENT_WINDOWS = 10
-"""Quiet windows that a collective gets on a machine without a free processor, or without the evidence asked for."""
+"""Quiet windows to wait before a stall is reported from starved ranks or without the requested evidence."""
 
 
 def attended(case: Case) -> Verdict:
@@ -24,17 +24,17 @@ def attended(case: Case) -> Verdict:
     names = ", ".join(node.name for node in nodes[:MOST_SENTENCES])
     unseen = sorted({rank for node in nodes for rank in node.collective[0][1] if not case.rank_states[rank].seen})
     if unseen:
-        line = f"every member has issued {names}, but {say(unseen, 'have')} no whole witness to compare with"
+        line = f"every member has issued {names}, but {say(unseen, 'have')} no complete witness to compare with"
         return case.verdict("inconclusive", evidence=[line], confidence="undecided")
     if moves := [line for node in nodes for line in _moves(case, node)]:
         return case.verdict("inconclusive", evidence=shorten(moves), confidence="undecided")
     if not case.quiet:
-        text = f"the last event is {case.quiet_s:.3f} s old, {case.quiet_window_s:g} s of quiet are needed"
+        text = f"the last event is {case.quiet_s:.3f} s old, a stall needs {case.quiet_window_s:g} s of quiet"
         return case.verdict("inconclusive", evidence=[text], confidence="undecided")
     doubts = _doubts(case, sorted({rank for node in nodes for rank in node.collective[0][1]}))
     if doubts and case.quiet_s < PATIENT_WINDOWS * case.quiet_window_s:
         text = f"every member has issued {names}, and nothing has happened for {case.quiet_s:.1f} s"
-        needed = f"it takes {PATIENT_WINDOWS} quiet windows to call that a stall"
+        needed = f"{PATIENT_WINDOWS} quiet windows are needed to report a stall"
         return case.verdict("inconclusive", evidence=[text, *doubts, needed], confidence="undecided")
     lines = [f"every member has issued {node.name} and none has left it: a device or network stall" for node in nodes]
     for node in nodes:
@@ -50,7 +50,7 @@ def attended(case: Case) -> Verdict:
 
 
 def _differ_elsewhere(case: Case, finding: Finding) -> list[str]:
-    """Collectives with different arguments that nobody waits in, which may hold up the others on one device."""
+    """Name collectives with different arguments in which no rank waits: on one device they may block the others."""
     lines = []
     for key, seqs in sorted(case.ledger.diverged.items()):
         sides = case.ledger.sides(key, min(seqs))
@@ -61,9 +61,9 @@ def _differ_elsewhere(case: Case, finding: Finding) -> list[str]:
 
 
 def left_by_some(case: Case) -> Verdict:
-    """Judge a wait that ends in a collective which every member has issued, and which some have left.
+    """Judge waits that end in a collective which every member has issued and some have left.
 
-    The others are about to return from it, or their witness is older than that of those who left.
+    The others are about to return from it, or their witness is out of date.
     """
     lines: list[str] = []
     ranks: set[int] = set()
@@ -71,7 +71,7 @@ def left_by_some(case: Case) -> Verdict:
         ranks.update(node.ranks)
         lines.append(f"{say(node.ranks, f'are in {node.name}')}, which {say(node.returned, 'have left')}")
     late = sorted(ranks)
-    lines.append(f"{name_ranks(late)} did not return from it yet, or the witness is out of date: take the stacks")
+    lines.append(f"{say(late, 'have')} not returned from it yet, or the witness is out of date: take the stacks")
     starved = [rank for rank in late if case.facts.starved.get(rank, 0.0) >= STARVED]
     if starved or any(signs_of_life(case, rank) for rank in late):
         finding = slow(case, late)
@@ -82,14 +82,14 @@ def left_by_some(case: Case) -> Verdict:
 
 
 def _moves(case: Case, node: Node) -> list[str]:
-    """What shows that a collective goes on: it is no stall then, however long it takes."""
+    """Find evidence that a collective makes progress, or that its witnesses are contradicted: then it is no stall."""
     (group, members), _ = node.collective
     lines = [
         f"rank {rank}: {case.facts.contradicted[rank]}, which contradicts its witness"
         for rank in members
         if rank in case.facts.contradicted
     ]
-    if group in case.queued:  # a rank that waits for its device keeps a processor busy
+    if group in case.queued:  # a rank that waits for its device keeps a processor busy, so that says nothing
         running = [rank for rank in members if case.rank_states[rank].state == "running"]
         if running:
             lines.append(
@@ -107,7 +107,7 @@ def _moves(case: Case, node: Node) -> list[str]:
 
 
 def _doubts(case: Case, members: Sequence[int]) -> list[str]:
-    """What speaks against a stall for as long as it is young."""
+    """Find reasons to wait longer before a stall is reported: starved ranks, missing evidence."""
     facts = case.facts
     lines = []
     starved = max((facts.starved.get(rank, 0.0) for rank in members), default=0.0)
@@ -121,7 +121,7 @@ def _doubts(case: Case, members: Sequence[int]) -> list[str]:
 
 
 def _pending_elsewhere(case: Case, node: Node) -> list[str]:
-    """Members that issued the collective and do not wait in it: nothing shows whether their part of it goes on."""
+    """Name members that issued the collective and do not wait in it: their part of it may still make progress."""
     (_, members), _ = node.collective
     together: dict[str, list[int]] = {}
     for rank in members:

@@ -1,4 +1,4 @@
-"""What the waits end in, where there is no cycle and no rank has died: a rank that works, is done, or was not seen."""
+"""Judge waits without a cycle and without a death, by the ranks that they end in: at work, done, or not observed."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from repro.verdict.stall import attended, left_by_some
 
 
 def waiting(case: Case) -> Verdict:
-    """Judge by what the waits end in."""
+    """Choose the rule by the state of the ranks in which the waits end."""
     ends = case.waits.ends
     if ends.get("done"):
         return _waits_for_done(case)
@@ -37,7 +37,7 @@ def waiting(case: Case) -> Verdict:
         return case.verdict("slow", slow(case, movers))
     own = [node for node in case.waits.nodes.values() if node.key[0] == "lock" and node.cannot_return]
     lines = [
-        f"{node.name} is with {name_ranks(sorted(node.cannot_return))}, which has not recorded that it got it"
+        f"{say(sorted(node.cannot_return), 'hold')} {node.name}, but did not record that it acquired the lock"
         for node in own
     ]
     if not lines:
@@ -47,7 +47,7 @@ def waiting(case: Case) -> Verdict:
 
 def _waits_for_movers(case: Case, movers: Sequence[int]) -> Verdict:
     on_device = [rank for rank in movers if may_wait_for_device(case, rank)]
-    line = f"{name_ranks(on_device)} may work, or wait until the device has done what is queued: the stacks show which"
+    line = f"{name_ranks(on_device)} may be working or waiting for work queued on the device: the stacks show which"
     if on_device == movers:
         finding = Finding(suspects=tuple(on_device), confidence="undecided", evidence=[line])
         return case.verdict("inconclusive", finding)
@@ -78,9 +78,11 @@ def _waits_for_done(case: Case) -> Verdict:
     if verdict.verdict == "deadlock" and not verdict.cause:
         verdict = replace(verdict, cause="skipped", confidence="undecided")
     if verdict.cause == "skipped" and not verdict.culprits:
-        busy = _busy_without(case, done, [rank for node in nodes for rank in node.ranks])
+        busy = _ranks_with_requests(case, done, [rank for node in nodes for rank in node.ranks])
         if busy:
-            line = f"in a scheduled step that {name_ranks(sorted(done))} never began, {name_ranks(busy)} had requests"
+            line = (
+                f"{name_ranks(busy)} had live requests in a scheduled step that {name_ranks(sorted(done))} never began"
+            )
             verdict = replace(
                 verdict,
                 culprits=tuple(sorted(done)),
@@ -88,12 +90,12 @@ def _waits_for_done(case: Case) -> Verdict:
                 confidence="certain",
                 evidence=(line, *verdict.evidence),
             )
-    line = f"{say(sorted(done), 'are done')} and will not come"
+    line = f"{say(sorted(done), 'are done')} and will issue no further collective"
     return replace(verdict, cycle=(), evidence=(line, *verdict.evidence))
 
 
 def _ended_before(case: Case, nodes: Sequence[Node]) -> Verdict:
-    """Every member has issued the collective, and the process of one that was done ended before it completed."""
+    """Judge collectives that every member issued, and that cannot complete because the process of a done rank ended."""
     done = case.waits.ends["done"]
     verdict = deadlock(case, nodes[:1])
     lines = [f"{name_ranks(sorted(node.cannot_return & done))} ended before {node.name} completed" for node in nodes]
@@ -102,31 +104,33 @@ def _ended_before(case: Case, nodes: Sequence[Node]) -> Verdict:
     return replace(verdict, cycle=(), evidence=(*lines, *verdict.evidence))
 
 
-def _busy_without(case: Case, done: set[int], waiting: Sequence[int]) -> list[int]:
-    """Find the ranks that wait by their declared schedule, with live requests, in a step that no done rank began."""
+def _ranks_with_requests(case: Case, done: set[int], waiting: Sequence[int]) -> list[int]:
+    """Find the waiting ranks with a schedule and live requests in a step that none of the done ranks has begun."""
     last = {rank: steps_of(case.witnesses[rank], 1) for rank in {*done, *waiting} if rank in case.witnesses}
     begun = (case.witnesses[rank].last for rank in done if rank in case.witnesses)
-    began = max((event.step for event in begun if event is not None), default=-1)  # also where its ring lost the step
+    began = max(
+        (event.step for event in begun if event is not None), default=-1
+    )  # correct even if the ring no longer has the step
     newest = {rank: steps[-1] for rank, steps in last.items() if rank in waiting and steps}
     return sorted(rank for rank, step in newest.items() if step.plan and step.live > 0 and step.number > began)
 
 
 def _outsider(case: Case, node: Node) -> Verdict:
-    """Judge a wait for a lock whose holder is no rank."""
+    """Judge a wait for a lock whose holder is not a rank."""
     pid = node.outside
     unseen = case.ranks("missing", "hidden")
     if unseen:
-        line = f"no rank that was seen holds {node.name}, but {say(unseen, 'have')} no whole witness"
+        line = f"no rank with a complete witness holds {node.name}, but {say(unseen, 'have')} none"
         return case.verdict("inconclusive", evidence=[line], confidence="undecided")
     if pid == 0 and case.quiet:
         finding = Finding("lock")
-        finding.evidence.append(f"nobody holds {node.name} any more, for which {say(node.ranks, 'wait')}")
+        finding.evidence.append(f"no process holds {node.name} any more, for which {say(node.ranks, 'wait')}")
         if node.named > 0:
             finding.evidence.append(f"when they began to wait, process {node.named} held it")
         return case.verdict("deadlock", finding)
     if pid is not None and pid > 0:
         finding = Finding("lock", confidence="likely" if node.named == pid else "certain")
-        finding.evidence.append(f"process {pid}, which is no rank, holds {node.name}")
+        finding.evidence.append(f"process {pid}, which is not a rank, holds {node.name}")
         return case.verdict("slow", finding)
-    line = f"the holder of {node.name} is not known: look for it on the host"
+    line = f"the holder of {node.name} is unknown: look for it on the host"
     return case.verdict("inconclusive", evidence=[line], confidence="undecided")
