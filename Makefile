@@ -31,6 +31,7 @@ bench: .venv/.ready-bench  ## what the verdict, the watching, the kernels and th
 	@to=benchmarks/results; on=$$($(VENV_PYTHON) benchmarks/machine.py) || exit; mkdir -p $$to; missed=0; \
 	run() { echo "$$@"; $(VENV_PYTHON) "$$@" || missed=1; }; \
 	run benchmarks/bench_verdict.py --json $$to/verdict_$$on.json; \
+	run benchmarks/bench_diagnose.py --json $$to/diagnose_$$on.json; \
 	run benchmarks/bench_engine.py --json $$to/engine_$$on.json; \
 	run benchmarks/bench_kernels.py --json $$to/kernels_$$on.json; \
 	run benchmarks/bench_model.py --json $$to/model_$$on.json; \

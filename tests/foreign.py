@@ -19,14 +19,15 @@ def call(
     group: tuple[int, str, str] = (1, "1", "ep"),
     backend: str = "nccl",
     done: bool = True,
-    sizes: Sequence[Sequence[int]] = ((8,), (32,)),
+    sizes: Sequence[Sequence[int]] | None = None,
     dtype: str = "Float",
     frames: Sequence[tuple[str, str, int]] = (),
     record: int = 0,
     p2p: bool = False,
     at_ms: int = 0,
 ) -> dict[str, Any]:
-    """One entry of a recorder dump as torch 2.13 writes it."""
+    """One entry of a recorder dump as torch 2.13 writes it; by default in sizes that suit four ranks."""
+    sizes = sizes or (((8,), (32,)) if "gather" in op else ((32,), (8,)) if "scatter" in op else ((8,), (8,)))
     entry: dict[str, Any] = {
         "record_id": record, "pg_id": group[0], "process_group": (group[1], group[2]),
         "collective_seq_id": 0 if p2p else number,

@@ -42,7 +42,7 @@ def ep(names: Sequence[int]) -> dict[str, tuple[str, list[int]]]:
 def different_sizes(names: Sequence[int]) -> Case:
     history = [call(n, "all_reduce") for n in range(1, 5)]
     files = {
-        f"trace_rank_{names[r]}": dump([*history, call(5, "all_gather", done=False, sizes=((8 + (r == 2),), (8,)))],
+        f"trace_rank_{names[r]}": dump([*history, call(5, "all_reduce", done=False, sizes=((8 + (r == 2),),) * 2)],
                                        ep(names))
         for r in range(4)
     }  # fmt: skip

@@ -1,0 +1,166 @@
+"""How often `diagnose` and torch's own analyser of recorder dumps name the right ranks, how many others, how fast.
+
+    python benchmarks/bench_diagnose.py [--folder DIR:RANKS:CLASS …] [--no-live] [--json FILE]
+
+The dumps are made up by the tests' writer in four kinds of NCCL hangs, each with any of four ranks at fault, and taken
+from six live gloo jobs (tests/live_gloo.py). `--folder` adds labelled dumps of your own, for example NVIDIA's
+(`_dumps:12,14:stall`). A tool is right where the ranks that it names are exactly those at fault; `diagnose` has to give
+the class as well, which the analyser of torch has no words for. `innocent` counts the other ranks that are named,
+`findings` the places that a reader is sent to. Exits with 1 where `diagnose` names an innocent rank.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import re
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+TESTS = Path(__file__).parents[1] / "tests"
+sys.path.insert(0, str(TESTS))
+
+import hangs  # noqa: E402
+from live_gloo import FAULTS  # noqa: E402
+
+from repro.ingest.read import read  # noqa: E402
+from repro.verdict.partial import diagnose  # noqa: E402
+
+MADE_UP = {
+    "sizes differ": (hangs.different_sizes, 2, "deadlock"),
+    "never queued": (hangs.one_is_absent, 2, "inconclusive"),
+    "device stopped": (hangs.device_stopped, 3, "stall"),
+    "host stopped": (hangs.host_stopped, 3, "stall"),
+}
+LIVE = {"clean": "clean", "straggler": "inconclusive"}  # the others are deadlocks
+
+
+@dataclass(frozen=True)
+class Job:
+    kind: str
+    folder: Path
+    ranks: frozenset[int]
+    verdict: str
+
+
+@dataclass(frozen=True)
+class Answer:
+    """`ranks` that a tool names, number of `findings`, `failed`: it ended with an error."""
+
+    verdict: str
+    ranks: frozenset[int]
+    findings: int
+    seconds: float
+    failed: bool = False
+
+
+def made_up(root: Path) -> Iterator[Job]:
+    for kind, (make, at_fault, verdict) in MADE_UP.items():
+        for shift in range(4):
+            names = [(rank + shift) % 4 for rank in range(4)]
+            folder = root / kind.replace(" ", "_") / str(shift)
+            folder.mkdir(parents=True)
+            for name, data in make(names).files.items():
+                (folder / name).write_bytes(data)
+            yield Job(kind, folder, frozenset({names[at_fault]}), verdict)
+
+
+def live(root: Path) -> Iterator[Job]:
+    """All six at once: they mostly sleep."""
+    quiet = {**os.environ, "GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1"}
+    jobs = {
+        fault: subprocess.Popen([sys.executable, str(TESTS / "live_gloo.py"), fault, str(root / fault)], env=quiet)
+        for fault in FAULTS
+    }
+    for fault, job in jobs.items():
+        job.wait(timeout=180)
+        ranks = frozenset() if fault == "clean" else frozenset({2})
+        for look in ("pickle0", "json0"):
+            yield Job(f"gloo {look[:-1]}", root / fault / look, ranks, LIVE.get(fault, "deadlock"))
+
+
+def ask_diagnose(job: Job) -> Answer:
+    start = time.perf_counter()
+    diagnosis = diagnose(read([job.folder]).records)
+    seconds = time.perf_counter() - start
+    named = frozenset(diagnosis.culprits or diagnosis.suspects)
+    return Answer(diagnosis.verdict, named, 0 if diagnosis.verdict == "clean" else 1, seconds)
+
+
+def ask_torchfrtrace(job: Job) -> Answer:
+    """Ranks in its lines "missing ranks" and "Culprit rank"; JSON dumps it does not read. Time includes its start."""
+    prefix = next(name.rstrip("0123456789") for path in job.folder.iterdir() if (name := path.stem)[-1:].isdigit())
+    program = [sys.executable, "-m", "torch.distributed.flight_recorder.fr_trace", str(job.folder), "-p", prefix]
+    start = time.perf_counter()
+    done = subprocess.run(program, capture_output=True, text=True, timeout=300)
+    seconds = time.perf_counter() - start
+    text = done.stdout + done.stderr
+    ranks = {int(rank) for rank in re.findall(r"Culprit rank (\d+)", text)}
+    for row in re.findall(r"missing ranks: \{([\d, ]+)\}", text):
+        ranks |= {int(rank) for rank in row.split(",")}
+    findings = len(re.findall(r"(?:Collective|ranks joining collective, )?sequence number: \d+", text))
+    return Answer("", frozenset(ranks), findings, seconds, done.returncode != 0)
+
+
+TOOLS = {"diagnose": ask_diagnose, "torchfrtrace": ask_torchfrtrace}
+
+
+def rows(jobs: Sequence[Job]) -> list[dict[str, Any]]:
+    """One row a kind and tool."""
+    answers = [(job, tool, ask(job)) for job in jobs for tool, ask in TOOLS.items()]
+    table = []
+    for kind in dict.fromkeys(job.kind for job in jobs):
+        for tool in TOOLS:
+            own = [(job, answer) for job, name, answer in answers if job.kind == kind and name == tool]
+            table.append({"kind": kind, "tool": tool, "jobs": len(own), **_score(tool, own)})
+    return table
+
+
+def _score(tool: str, own: Sequence[tuple[Job, Answer]]) -> Mapping[str, Any]:
+    right = [
+        answer.ranks == job.ranks and not answer.failed and (tool != "diagnose" or answer.verdict == job.verdict)
+        for job, answer in own
+    ]
+    return {
+        "right": sum(right),
+        "innocent": sum(len(answer.ranks - job.ranks) for job, answer in own),
+        "findings_a_job": round(sum(answer.findings for _, answer in own) / len(own), 1),
+        "failed": sum(answer.failed for _, answer in own),
+        "seconds_a_job": round(sum(answer.seconds for _, answer in own) / len(own), 3),
+    }
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--folder", action="append", default=[], metavar="DIR:RANKS:CLASS")
+    parser.add_argument("--no-live", action="store_true")
+    parser.add_argument("--json", type=Path)
+    args = parser.parse_args()
+    with tempfile.TemporaryDirectory() as scratch:
+        jobs = [*made_up(Path(scratch) / "made_up"), *(() if args.no_live else live(Path(scratch) / "live"))]
+        for text in args.folder:
+            path, ranks, verdict = text.rsplit(":", 2)
+            jobs.append(Job("labelled", Path(path), frozenset(map(int, ranks.split(","))), verdict))
+        table = rows(jobs)
+    print(f"{'kind':16}{'tool':14}{'right':>8}{'innocent':>10}{'findings':>10}{'failed':>8}{'s a job':>9}")
+    for row in table:
+        print(f"{row['kind']:16}{row['tool']:14}{row['right']:>5}/{row['jobs']:<2}{row['innocent']:>10}"
+              f"{row['findings_a_job']:>10}{row['failed']:>8}{row['seconds_a_job']:>9}")  # fmt: skip
+    if args.json:
+        import torch
+
+        system = {"torch": torch.__version__, "python": platform.python_version(), "machine": platform.machine()}
+        args.json.write_text(json.dumps({"system": system, "rows": table}, indent=1) + "\n")
+    return int(any(row["innocent"] for row in table if row["tool"] == "diagnose"))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
