@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import _thread
 import contextlib
 import os
 import signal
@@ -101,6 +102,34 @@ def test_call_sites_are_told_apart_however_deep_the_communicator_is(tmp_path: Pa
         if event.kind in (Kind.ENTER, Kind.ISSUE)
     ]
     assert lines == [first, first + 1, first + 2, first + 2, first + 3]
+
+
+def test_a_call_site_is_found_at_any_depth_after_any_other(tmp_path: Path) -> None:
+    """The recorder looks for it first where the call before had its own: elsewhere, or beyond the end of the stack."""
+    recorder = recorder_at(tmp_path / "w")
+    comm: dict[str, Any] = {}
+    exec(compile(COMMUNICATOR, "hybrid_moe_ref/parallel/comm.py", "exec"), comm)
+    finished = threading.Event()
+
+    def directly() -> None:
+        recorder.enter(REDUCE)
+
+    def only_frame_of_its_thread() -> None:
+        recorder.enter(REDUCE)
+        finished.set()
+
+    for _ in range(2):
+        comm["all_gather_text"](recorder, REDUCE)
+        directly()
+        comm["all_reduce"](recorder, REDUCE)
+        finished.clear()
+        _thread.start_new_thread(only_frame_of_its_thread, ())
+        assert finished.wait(10)
+    witness = read(tmp_path / "w")
+    sites = [witness.text(event.site).rpartition(" ")[2] for event in witness.events() if event.kind == Kind.ENTER]
+    here = sys._getframe().f_code.co_qualname
+    inner = [f"{here}.<locals>.{function.__name__}" for function in (directly, only_frame_of_its_thread)]
+    assert sites == [here, here, inner[0], here, inner[1]] * 2
 
 
 def test_asynchronous_collectives_keep_their_tickets(tmp_path: Path) -> None:

@@ -105,9 +105,8 @@ class Recorder:
         self._members: dict[str, tuple[int, ...]] = {}
         self._calls: dict[tuple[object, ...], Call] = {}
         self._schedules: dict[int, tuple[Sequence[ScheduleEntry], int]] = {}
-        # Ids of the code between a caller and the recorder, and whether it is called from such code alone.
-        self._between = {id(Recorder.issue.__code__): False}
-        self._codes: list[CodeType] = []  # keeps the ids in _between and _calls from being reused
+        self._depth = 1  # frames from `enter` to the call site, at the call before
+        self._codes: list[CodeType] = []  # keeps the ids in _calls from being reused
         self._vector: tuple[int, ...] = ()  # the size vector stored last, and its offset
         self._vector_offset = 0
         self._heartbeats = 0
@@ -162,19 +161,15 @@ class Recorder:
     # These two are called hundreds of times a step: written out, since each further call costs a tenth of them.
 
     def enter(self, collective: Collective, asynchronous: bool = False) -> None:
-        frame = _getframe(1)
-        code = id(frame.f_code)
-        is_private = self._between.get(code)
-        if is_private is not None:
-            if is_private:  # straight to the frame beyond it: each step back makes a frame object
-                frame = _getframe(3)
-                code = id(frame.f_code)
-            while code in self._between:
-                frame = frame.f_back  # type: ignore[assignment]
-                code = id(frame.f_code)
         group_name, op, layer, sizes, dtype, reduce_op, root = collective
-        key = (group_name, op, layer, dtype, reduce_op, root, len(sizes), code, frame.f_lasti)
-        call = self._calls.get(key) or self._make_call(collective, key, frame)
+        try:
+            frame = _getframe(self._depth)  # each frame that is looked at costs, so the call site is looked for there
+        except ValueError:  # fewer frames
+            frame = _getframe(1)
+        code = id(frame.f_code)
+        call = self._calls.get((group_name, op, layer, dtype, reduce_op, root, len(sizes), code, frame.f_lasti))
+        if call is None:
+            call = self._call_from(_getframe(1), collective)
         self._entered, self._entered_call = collective, call
         if call.num_sizes == 1:
             vector = sizes[0]
@@ -277,6 +272,16 @@ class Recorder:
                 self._words[_NUM_GROUPS] = (group.index + 1) * GUARD
         return group
 
+    def _call_from(self, caller: FrameType, collective: Collective) -> Call:
+        """The call of a collective from the first frame outside the communicator, counted from `enter`'s caller on."""
+        depth, frame = 1, caller
+        while _is_between(frame.f_code) and frame.f_back is not None:
+            depth, frame = depth + 1, frame.f_back
+        self._depth = depth
+        group, op, layer, sizes, dtype, reduce_op, root = collective
+        key = (group, op, layer, dtype, reduce_op, root, len(sizes), id(frame.f_code), frame.f_lasti)
+        return self._calls.get(key) or self._make_call(collective, key, frame)
+
     def _call_of(self, collective: Collective) -> Call:
         """The call of a collective that was issued somewhere else: all of it but the call site."""
         group, op, layer, sizes, dtype, reduce_op, root = collective
@@ -315,17 +320,17 @@ class Recorder:
         return string
 
     def _site(self, frame: FrameType | None) -> int:
-        """The interned "file:line function" of the first frame outside the communicator."""
-        while frame is not None and frame.f_code.co_filename.endswith(_NOT_A_CALL_SITE):
-            self._codes.append(frame.f_code)
-            private = frame.f_code.co_name.startswith("_")  # its callers are in the same file
-            self._between[id(frame.f_code)] = private
-            frame = frame.f_back
+        """The interned "file:line function" of a call site."""
         if frame is None:
             return 0
         code = frame.f_code
         self._codes.append(code)
         return self._intern(f"{code.co_filename}:{frame.f_lineno} {code.co_qualname}")
+
+
+def _is_between(code: CodeType) -> bool:
+    """Whether code stands between a call site and the recorder."""
+    return code is Recorder.issue.__code__ or code.co_filename.endswith(_NOT_A_CALL_SITE)
 
 
 def myself(rank: int, num_ranks: int) -> Identity:
