@@ -11,6 +11,7 @@ from collections.abc import Callable
 from worlds import Words, World
 
 from repro.verdict import Verdict
+from repro.verdict.result import Wait
 
 
 def ranks_in(text: str) -> list[int]:
@@ -41,7 +42,10 @@ def rule(pattern: str) -> Callable[[Callable[..., bool]], Callable[..., bool]]:
 
 
 def check_sentences(verdict: Verdict, world: World) -> None:
-    """Fail for a sentence of the evidence that is not so."""
+    """Fail for a sentence of the evidence, or a node or reason of the wait-for graph, that is not so."""
+    for wait in verdict.waits:
+        for reason in wait.why.split("; "):
+            assert _is_reason(reason, wait, world), f"not so: {reason!r} of {wait} in {verdict}"
     for text in verdict.evidence:
         for pattern, is_so in RULES:
             if match := pattern.fullmatch(text):
@@ -55,6 +59,37 @@ def check_sentences(verdict: Verdict, world: World) -> None:
                 break
         else:
             raise AssertionError(f"no rule of tests/sentences.py reads: {text!r}")
+
+
+def _is_reason(reason: str, wait: Wait, world: World) -> bool:
+    """Whether the ranks of a node wait there, for the reason that it gives."""
+    match = re.fullmatch(rf"({R} )?(?P<rest>.*)", reason)
+    ranks = ranks_in(match["r"]) if match["r"] else []
+    rest = re.sub(r"\b(has|holds)\b", lambda verb: PLURAL[verb[0]], match["rest"])
+    if wait.waits_in.startswith("lock "):
+        name = wait.waits_in.removeprefix("lock ")
+        waits = all(world.awaits_lock(rank, name) for rank in wait.ranks)
+        return waits and ("hold it" not in rest or all(world.holds(rank, name) for rank in ranks))
+    group, seq = _at(re.fullmatch(X, wait.waits_in))
+    issued = [world.has_issued(rank, group, seq) for rank in ranks]
+    so = {
+        "have not issued it": not any(issued),
+        "have issued it and gave it up": all(issued),
+        "have issued it and cannot go on": all(issued),
+        "left no whole witness": bool(ranks),
+        "every member have issued it": all(
+            world.has_issued(rank, group, seq) for rank in world.members(wait.ranks[0], group)
+        ),
+    }
+    different = re.fullmatch(r"(it|#(?P<k>\d+) before it) was issued with different (sizes|arguments)", rest)
+    if different:
+        members = world.members(wait.ranks[0], group)
+        calls = {world.call(rank, group, int(different["k"] or seq)) for rank in members}
+        so[rest] = len(calls - {""}) > 1 or ">" in group
+    return all(world.is_in(rank, group, seq) for rank in wait.ranks) and so[rest]
+
+
+PLURAL = {"has": "have", "holds": "hold"}
 
 
 def _at(match: re.Match[str]) -> tuple[str, int]:

@@ -165,7 +165,7 @@ def test_all_that_the_judge_says_of_simulated_runs_is_recognised():
     for seed in range(40):
         case = draw(seed)
         verdict = verdict_of(case, rest(case))
-        for line in (*verdict.evidence, *verdict.sentences()):
+        for line in (*verdict.evidence, *verdict.sentences(), *(wait.why for wait in verdict.waits)):
             assert Recogniser().recognised(line) is not None, f"seed {seed}: {line}"
 
 

@@ -120,7 +120,7 @@ def test_hostile_strings_are_shown_and_do_nothing(tmp_path):
     verdict = json.loads((root / "verdict.json").read_text())
     verdict["scenario"] = f"scenario {HOSTILE}"
     verdict["ranks"][0]["detail"] = verdict["evidence"][0] = f"told {HOSTILE}"
-    verdict["cycle"][0]["waits_in"] = f"place {HOSTILE}"
+    verdict["waits"][0] |= {"waits_in": f"place {HOSTILE}", "why": f"why {HOSTILE}"}
     (root / "verdict.json").write_text(json.dumps(verdict))
     page = page_of(root)
     scripts = [a for t, a in page.elements if t == "script"]

@@ -85,7 +85,7 @@ def test_the_longest_issue_has_every_part_and_ends_its_blocks(tmp_path):
     for number, position in enumerate(verdict["ranks"]):
         position["layer"] = f"layers.{number}.moe"
         (root / "env" / f"rank{number:03d}.txt").write_text(f"torch: {number % 5}\n```\n" + "module x: 1\n" * 40)
-    verdict["cycle"] = [{"ranks": [n], "waits_in": f"ep x #{n}", "for": [n + 1]} for n in range(9)]
+    verdict["waits"] = [{"ranks": [n], "waits_in": f"ep x #{n}", "for": [n + 1], "why": "\n# x"} for n in range(9)]
     verdict["evidence"] += [f"rank {n} left its schedule" for n in range(9)]
     verdict["scenario"] = "a\n# b"
     (root / "verdict.json").write_text(json.dumps(verdict))

@@ -5,7 +5,6 @@ from __future__ import annotations
 from repro.bundle.replay import is_that_of_ep_deadlock
 from repro.report.commands import commands
 from repro.report.gather import Facts, headline
-from repro.report.lanes import waits
 from repro.store.run_dir import read_text
 from repro.store.text import escape_control_characters, short_site, shorten_rank_lists
 from repro.verdict.result import list_ranks, name_ranks
@@ -36,7 +35,7 @@ def commands_script(facts: Facts) -> str:
         """again() { printf '\\n+ %s\\n' "$*"; "$@"; printf 'exit code %s\\n' "$?"; }""",
     ]
     for purpose, command in found:
-        lines += ["", f"# {escape_control_characters(purpose)}", f"again {command}"]
+        lines += ["", f"# {' '.join(escape_control_characters(purpose).split())}", f"again {command}"]
     return "\n".join(lines) + "\n"
 
 
@@ -67,7 +66,7 @@ def issue(facts: Facts, others: list[Facts], left_out: int = 0) -> str:
         *_issue_table(facts),
         "",
         "**Who waits for whom**",
-        *[f"- {_line(wait.words())}" for wait in waits(verdict, facts.lanes)[:6] if wait.lacks],
+        *[f"- {_line(wait.words())}" for wait in verdict["waits"][:6] if wait.awaited],
         *[f"- {_line(text)}" for text in verdict["evidence"] if "schedule" in text][:3],
         "",
         "**Control and fix**, same requests and seed",

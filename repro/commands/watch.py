@@ -19,7 +19,7 @@ from repro.lab import launch
 from repro.lab.expectation import watch_options
 from repro.lab.second_judgement import judge_again
 from repro.lab.settings import RunSettings, read_settings
-from repro.report.terminal import Display, say
+from repro.report.terminal import Display, say, waits
 from repro.store.run_dir import RunDir
 from repro.store.text import escape_lines
 from repro.trace.witness import Tail
@@ -62,7 +62,7 @@ def _watch_run(args: argparse.Namespace, run_dir: RunDir) -> int:
     if args.json:
         print(json.dumps(document, indent=1))
     else:
-        for line in (document["verdict"], *document["sentences"], *document["evidence"]):
+        for line in (document["verdict"], *document["sentences"], *waits(document), *document["evidence"]):
             print(escape_lines(line))
     if document["verdict"] == "inconclusive" or not whole:
         return CANNOT_TELL

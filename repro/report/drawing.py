@@ -9,9 +9,9 @@ import re
 from collections.abc import Iterable, Iterator, Sequence
 
 from repro.report.gather import Facts, describe
-from repro.report.lanes import OPEN, Label, Lane, Wait, waits
+from repro.report.lanes import OPEN, Label, Lane
 from repro.store.text import escape, shorten_rank_lists
-from repro.verdict.result import list_ranks, name_ranks
+from repro.verdict.result import Wait, list_ranks
 
 MAX_ROWS = 48
 _NS = 'xmlns="http://www.w3.org/2000/svg"'
@@ -65,7 +65,7 @@ def timeline(facts: Facts, width: int = 1200) -> str:
     """timeline.svg: the lanes around the stall, the divergence, and who waits for whom."""
     rows = choose_ranks(facts, MAX_ROWS)
     window = interesting_ns(facts)
-    found = [wait for wait in waits(facts.verdict, facts.lanes) if wait.ranks]
+    found = [wait for wait in facts.verdict["waits"] if wait.ranks]
     left, top, row_px = 92, 64, 24 if len(rows) <= 16 else 14
     gutter = 30 + _RAIL_PX * min(len(found), 6) if found else 16
     chart = _Chart(facts, window, left, width - gutter, top, row_px, rows)
@@ -79,7 +79,7 @@ def timeline(facts: Facts, width: int = 1200) -> str:
     parts += _legend(facts, 14, bottom + 36, width)
     for k, wait in enumerate(found[:6]):
         colour, y = k % _NUM_NODE_COLOURS, bottom + 56 + 17 * k
-        words = wait.words() if wait.lacks else f"{name_ranks(wait.ranks)} in {wait.waits_in}"
+        words = shorten_rank_lists(wait.words())
         parts.append(
             f'<circle class="n{colour}" cx="20" cy="{y - 4}" r="5"/><text x="32" y="{y}">{escape(words)}</text>'
         )
@@ -104,13 +104,13 @@ def strip(facts: Facts, width: int = 560) -> str:
 
 def who_waits(facts: Facts) -> str:
     """Boxes of ranks at one place, arrows to the ranks they wait for; "" when nobody waits for anybody."""
-    found = [wait for wait in waits(facts.verdict, facts.lanes) if wait.ranks][:6]
-    if not any(wait.lacks for wait in found):
+    found = [wait for wait in facts.verdict["waits"] if wait.ranks][:6]
+    if not any(wait.awaited for wait in found):
         return ""
     details = {p["rank"]: p for p in facts.verdict["ranks"]}
     boxes = [_box_lines(wait.ranks, wait.waits_in, details) for wait in found]
     known = {rank for wait in found for rank in wait.ranks}
-    others = sorted({rank for wait in found for rank in wait.lacks} - known)
+    others = sorted({rank for wait in found for rank in wait.awaited} - known)
     if others:
         states = {details.get(rank, {}).get("state", "unknown") for rank in others}
         boxes.append(
@@ -129,7 +129,7 @@ def who_waits(facts: Facts) -> str:
     for k, wait in enumerate(found):
         for target, other in enumerate([*found, None]):
             ranks = set(other.ranks) if other else set(others)
-            if target != k and ranks & set(wait.lacks):
+            if target != k and ranks & set(wait.awaited):
                 parts += _arc(k, target, box_width, gap, top, box_height)
     return _document("waits", width, top * 2 + box_height, parts, "who waits for whom", paper=False)
 
@@ -333,7 +333,7 @@ def _rails(found: Sequence[Wait], rows: Sequence[int], x: float, top: float, row
         yield from (f'<circle class="n{colour}" cx="{at}" cy="{y:.1f}" r="4"/>' for y in ys)
     for k, wait, _ in shown:
         for j, other, _ in shown:
-            if j == k or not set(wait.lacks) & set(other.ranks) or k not in middle or j not in middle:
+            if j == k or not set(wait.awaited) & set(other.ranks) or k not in middle or j not in middle:
                 continue
             colour, shift = k % _NUM_NODE_COLOURS, -11 if k < j else 11
             x1, x2 = x + _RAIL_PX * k, x + _RAIL_PX * j

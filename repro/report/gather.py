@@ -16,7 +16,7 @@ from repro.store.run_dir import SUFFIX, RunDir, read_json, read_text, read_token
 from repro.store.text import shorten_rank_lists
 from repro.trace.parse import WitnessError
 from repro.trace.witness import read
-from repro.verdict.result import name_ranks
+from repro.verdict.result import Wait, name_ranks
 
 MAX_RANKS = 4096
 _MOST = 10**18
@@ -248,6 +248,15 @@ def sound_verdict(document: Mapping[str, Any], identity: Mapping[str, Any], miss
                 "for": ranks_of(link, "for"),
             }
             for link in mappings(document, "cycle")
+        ],
+        "waits": [
+            Wait(
+                tuple(ranks_of(link, "ranks")),
+                take(link, "waits_in", str, ""),
+                tuple(ranks_of(link, "for")),
+                take(link, "why", str, ""),
+            )
+            for link in mappings(document, "waits" if "waits" in document else "cycle")  # of an older version
         ],
         "evidence": words(document, "evidence"),
         "sentences": words(document, "sentences"),

@@ -6,14 +6,13 @@ Reading is linear in events and keeps five numbers a span, so that hundreds of r
 from __future__ import annotations
 
 from array import array
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-from repro.store.text import short_site, shorten_rank_lists
+from repro.store.text import short_site
 from repro.trace.format import RECORD, Kind
 from repro.trace.witness import Witness
-from repro.verdict.result import list_ranks, name_ranks
 
 OPEN = -1
 """The end of a span that never ended."""
@@ -189,34 +188,3 @@ def name_sizes(sizes: tuple[int, ...]) -> str:
     if len(sizes) <= _MOST_SIZES:
         return f"[{', '.join(map(str, sizes))}]"
     return f"[{len(sizes)} sizes {min(sizes)}..{max(sizes)}, sum {sum(sizes)}]"
-
-
-class Wait(NamedTuple):
-    """Ranks that stand at one place, and the ranks they wait for."""
-
-    ranks: tuple[int, ...]
-    waits_in: str
-    lacks: tuple[int, ...]
-    in_cycle: bool
-
-    def words(self) -> str:
-        at = "at" if self.waits_in.startswith("lock ") else "in"
-        verb = "wait" if len(self.ranks) > 1 else "waits"
-        return shorten_rank_lists(f"{name_ranks(self.ranks)} {at} {self.waits_in} {verb} for {list_ranks(self.lacks)}")
-
-
-def waits(verdict: Mapping[str, object], lanes: Mapping[int, Lane]) -> list[Wait]:
-    """The verdict's cycle, and beyond it each collective that ranks wait in with the members that have not come."""
-    found: list[Wait] = []
-    for link in verdict["cycle"]:  # type: ignore[attr-defined]
-        found.append(Wait(tuple(link["ranks"]), link["waits_in"], tuple(link["for"]), True))
-    told = {rank for wait in found for rank in wait.ranks}
-    places: dict[tuple[str, str, int], list[int]] = {}
-    for position in verdict["ranks"]:  # type: ignore[attr-defined]
-        if position["state"] == "blocked" and position["rank"] not in told:
-            places.setdefault((position["group"], position["op"], position["seq"]), []).append(position["rank"])
-    for (group, op, seq), ranks in places.items():
-        members = next((lanes[r].groups[group][0] for r in ranks if r in lanes and group in lanes[r].groups), ())
-        lacks = [r for r in members if r in lanes and group in lanes[r].groups and lanes[r].groups[group][1] < seq]
-        found.append(Wait(tuple(ranks), f"{group} {op} #{seq}", tuple(lacks), False))
-    return found

@@ -20,7 +20,7 @@ from urllib.parse import quote
 from repro.report import drawing
 from repro.report.commands import commands
 from repro.report.gather import Facts, headline
-from repro.report.lanes import OPEN, Lane, waits
+from repro.report.lanes import OPEN, Lane
 from repro.report.sides import side_by_side
 from repro.store.run_dir import read_text
 from repro.store.text import ROOT, embed, escape, escape_control_characters, short_site, shorten_rank_lists
@@ -135,7 +135,7 @@ def _waits(facts: Facts) -> str:
     picture = drawing.who_waits(facts)
     if not picture:
         return ""
-    told = "; ".join(wait.words() for wait in waits(facts.verdict, facts.lanes) if wait.lacks)
+    told = "; ".join(wait.words() for wait in facts.verdict["waits"] if wait.awaited)
     cycle = " The waits close a cycle: none of these ranks can go on." if facts.verdict["cycle"] else ""
     body = f'<div class="wide" tabindex="0" role="group" aria-label="Who waits for whom">{picture}</div>'
     return _section(
@@ -319,8 +319,7 @@ def _data(facts: Facts, start_ns: int, end_ns: int, unit_ns: int) -> dict[str, A
             [rank, escape_control_characters(s["group"], 60), s["seq"]] for s in verdict["sides"] for rank in s["ranks"]
         ],
         "waits": [
-            [wait.ranks, escape_control_characters(wait.waits_in, 120), wait.lacks]
-            for wait in waits(verdict, facts.lanes)
+            [wait.ranks, escape_control_characters(wait.waits_in, 120), wait.awaited] for wait in verdict["waits"]
         ],
     }
 

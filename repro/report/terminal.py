@@ -13,11 +13,11 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-from repro.store.text import escape_control_characters, escape_lines
+from repro.store.text import escape_control_characters, escape_lines, shorten_rank_lists
 from repro.trace.format import Kind
 from repro.trace.parse import WitnessError
 from repro.trace.witness import Tail
-from repro.verdict.result import list_ranks
+from repro.verdict.result import Wait, list_ranks, shorten
 
 REFRESH_S = 0.5
 
@@ -110,7 +110,7 @@ def say(console: Console, text: str) -> None:
 
 
 def summary(console: Console, documents: Sequence[dict[str, Any]]) -> None:
-    """The table at the end: a row a variant, and below it a sentence for each group of ranks that waits."""
+    """The table at the end: a row a variant, and below it where the ranks stand and whom they wait for."""
     table = Table(title=f"{documents[0]['scenario']}, {documents[0]['num_ranks']} ranks", title_justify="left")
     for column, justify in (
         ("variant", "left"), ("verdict", "left"), ("cause", "left"), ("culprits", "left"),
@@ -179,4 +179,10 @@ def _stalled(document: dict[str, Any]) -> bool:
 def _sentences(document: dict[str, Any]) -> list[str]:
     if document["verdict"] == "clean":
         return list(document["evidence"][-1:])
-    return [*document["sentences"], *([] if document["matches_expected"] else document["evidence"])]
+    return [*document["sentences"], *waits(document), *([] if document["matches_expected"] else document["evidence"])]
+
+
+def waits(document: dict[str, Any]) -> list[str]:
+    """A sentence for each place at which ranks wait for others, from a document of this program."""
+    found = map(Wait.from_json, document.get("waits", ()))
+    return shorten([shorten_rank_lists(wait.words()) for wait in found if wait.awaited])

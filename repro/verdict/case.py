@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from repro.trace.witness import Witness
+from repro.verdict.edges import list_waits
 from repro.verdict.facts import Facts
 from repro.verdict.graph import Waits
 from repro.verdict.ledger import Ledger
@@ -61,6 +62,7 @@ class Case:
             finding.suspects,
             positions,
             finding.first_divergence,
+            waits=list_waits(self.waits, self.rank_states),
             evidence=tuple(evidence),
             confidence=finding.confidence,
             quiet_s=self.quiet_s,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -79,6 +79,37 @@ class Position:
 
 
 @dataclass(frozen=True, slots=True)
+class Wait:
+    """A node of the wait-for graph with its edges: ranks that wait at one place, and the ranks they wait for.
+
+    waits_in   the collective or the lock: "dp all_reduce #41", "lock experts"
+    awaited    the ranks that must act first, or that cannot; empty where no rank can end the wait
+    why        what each of those has not done, in sentences
+    """
+
+    ranks: tuple[int, ...]
+    waits_in: str
+    awaited: tuple[int, ...]
+    why: str = ""
+
+    @classmethod
+    def from_json(cls, entry: Mapping[str, Any]) -> Wait:
+        """The inverse of ``to_json``."""
+        return cls(tuple(entry["ranks"]), entry["waits_in"], tuple(entry["for"]), entry["why"])
+
+    def to_json(self) -> dict[str, Any]:
+        return {"ranks": list(self.ranks), "waits_in": self.waits_in, "for": list(self.awaited), "why": self.why}
+
+    def words(self) -> str:
+        """The wait in a sentence: "ranks 0-2 in dp all_reduce #4 wait for 3: rank 3 has not issued it"."""
+        text = f"{name_ranks(self.ranks)} {'at' if self.waits_in.startswith('lock ') else 'in'} {self.waits_in}"
+        if self.awaited:
+            others = list_ranks(set(self.awaited) - set(self.ranks)) or "each other"
+            text += f" {'wait' if len(self.ranks) > 1 else 'waits'} for {others}"
+        return f"{text}: {self.why}" if self.why else text
+
+
+@dataclass(frozen=True, slots=True)
 class Verdict:
     """What the evidence shows about a run.
 
@@ -88,6 +119,7 @@ class Verdict:
     suspects           the ranks that stand out (odd, changed, late) without a proof: an observation
     first_divergence   the first place where ranks differ: {"sides": [{"ranks", "group", "seq", ...}, ...]}
     cycle              each link: {"ranks", "waits_in", "for"}
+    waits              the whole wait-for graph, a cycle's nodes first
     confidence         certain, likely (a missing witness could add culprits), or undecided (a class without culprits)
     """
 
@@ -98,6 +130,7 @@ class Verdict:
     ranks: tuple[Position, ...] = ()
     first_divergence: dict[str, Any] | None = None
     cycle: tuple[dict[str, Any], ...] = ()
+    waits: tuple[Wait, ...] = ()
     evidence: tuple[str, ...] = ()
     confidence: str = "certain"
     quiet_s: float = 0.0
@@ -126,6 +159,7 @@ class Verdict:
             "ranks": [position.to_json() for position in self.ranks],
             "first_divergence": self.first_divergence,
             "cycle": list(self.cycle),
+            "waits": [wait.to_json() for wait in self.waits],
             "evidence": list(self.evidence),
             "confidence": self.confidence,
             "quiet_s": round(self.quiet_s, 3),

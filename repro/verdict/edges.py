@@ -1,0 +1,60 @@
+"""The wait-for graph as a verdict lists it: each place with the ranks there, the ranks they wait for, and why."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+
+from repro.verdict.graph import Node, Waits
+from repro.verdict.position import RankState
+from repro.verdict.result import Wait, say
+
+MOST_RANKS = 1 << 20
+"""Ranks that all lists together may name: the verdict of many ranks, each at a place of its own, stays a small file."""
+
+
+def list_waits(waits: Waits, rank_states: Mapping[int, RankState]) -> tuple[Wait, ...]:
+    """The nodes of the graph at which a living rank waits; those of the cycle come first."""
+    ordered = {node.key: node for node in (*waits.cycle, *waits.nodes.values())}
+    listed: list[Wait] = []
+    num_ranks = 0
+    for node in ordered.values():
+        ranks = sorted(rank for rank in node.ranks if rank_states[rank].state in ("blocked", "locked"))
+        if not ranks:
+            continue
+        awaited = sorted(node.waits_for | node.cannot_return | node.unknown)
+        num_ranks += len(ranks) + len(awaited)
+        if num_ranks > MOST_RANKS:
+            break
+        reasons = _lock_reasons(node) if node.key[0] == "lock" else _collective_reasons(node, rank_states)
+        listed.append(Wait(tuple(ranks), node.name, tuple(awaited), "; ".join(reasons)))
+    return tuple(listed)
+
+
+def _lock_reasons(node: Node) -> Iterator[str]:
+    if node.waits_for:
+        yield say(node.waits_for, "hold it")
+    if node.cannot_return:
+        yield say(node.cannot_return, "hold it and cannot go on")
+    if node.outside == 0:
+        yield "nobody holds it any more"
+    elif node.outside is not None:
+        yield f"process {node.outside}, which is no rank, holds it" if node.outside > 0 else "its holder is not known"
+
+
+def _collective_reasons(node: Node, rank_states: Mapping[int, RankState]) -> Iterator[str]:
+    key, seq = node.collective
+    seen = node.waits_for - node.unknown
+    absent = {rank for rank in seen if rank_states[rank].issued.get(key, 0) < seq}
+    if absent:
+        yield say(absent, "have not issued it")
+    if node.differs:
+        which = "it" if node.differs_at == seq else f"#{node.differs_at} before it"
+        yield f"{which} was issued with different {'sizes' if node.differs == 'sizes' else 'arguments'}"
+    elif gave_up := seen - absent:
+        yield say(gave_up, "have issued it and gave it up")
+    if node.cannot_return:
+        yield say(node.cannot_return, "have issued it and cannot go on")
+    if node.unknown:
+        yield say(node.unknown, "left no whole witness")
+    if node.is_complete:
+        yield "every member has issued it"
