@@ -51,13 +51,13 @@ def test_a_pickle_that_names_code_is_refused_and_not_run(tmp_path):
             return (write, (tmp_path / "ran", {"x": "y"}))
 
     with pytest.raises(pickles.UnsafePickle, match=r"foreign\.write"):
-        pickles.load(pickle.dumps(Evil(), protocol=2))
+        pickles.load(pickle.dumps(Evil(), protocol=2), "x")
     assert not (tmp_path / "ran").exists()
 
 
 def test_nine_bytes_that_ask_for_gigabytes_are_refused():
     with pytest.raises(ValueError, match=r"memory|readable"):
-        pickles.load(b"\x80\x02Nr\xff\xff\xff\x7f.")
+        pickles.load(b"\x80\x02Nr\xff\xff\xff\x7f.", "x")
 
 
 def calls_of(content, name="trace_rank_0"):

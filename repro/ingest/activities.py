@@ -29,9 +29,16 @@ def _rows() -> tuple[_Row, ...]:
     )
 
 
+@cache
+def _any_row() -> re.Pattern[str]:
+    return re.compile("|".join(f"(?:{row.frames[0].pattern})" for row in _rows()))
+
+
 @lru_cache(maxsize=65_536)
 def _first_matches(frame: str) -> tuple[tuple[int, re.Match[str]], ...]:
     """The rows whose first pattern matches a frame. Stacks of many ranks share most frames."""
+    if not _any_row().search(frame):
+        return ()
     found = ((index, row.frames[0].search(frame)) for index, row in enumerate(_rows()))
     return tuple((index, match) for index, match in found if match is not None)
 

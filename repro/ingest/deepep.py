@@ -14,7 +14,7 @@ from repro.trace.observed import Note, Observation, Source
 
 NEEDLES = ("DeepEP",)
 
-_BARRIER = re.compile(r"DeepEP timeout check failed: rank = (\d+), thread = (\d+), value = (-?\d+)")
+_BARRIER = re.compile(r"DeepEP timeout check failed: rank = (\d{1,12}), thread = (\d{1,12}), value = (-?\d{1,12})")
 _OTHER = re.compile(
     r"DeepEP (?:internode |intranode |low[- ]latency )?(?:dispatch|combine|timeout|\w+ receiver)[^\n]{0,160}"
 )

@@ -12,12 +12,15 @@ from repro.trace.observed import Call, Mismatch, Note, Observation, Process, Sou
 NEEDLES = ("Detected mismatch between collectives", "inconsistent collective", "monitoredBarrier")
 
 _BOTH = re.compile(
-    r"Detected mismatch between collectives on ranks\. Rank (\d+) is running collective: "
-    r"(.*?), but Rank (\d+) is running collective: (.*?)(?:\.\s?Collectives differ in the following aspects:\s*(.*))?$"
+    r"Detected mismatch between collectives on ranks\. Rank (\d{1,12}) is running collective: "
+    r"(.*?), but Rank (\d{1,12}) is running collective: (.*?)"
+    r"(?:\.\s?Collectives differ in the following aspects:\s*(.*))?$"
 )
-_ONE_SIDE = re.compile(r"Rank (\d+) is running inconsistent collective: (.*)$")
-_MISSED = re.compile(r"(?:\[Rank (\d+)\]: )?Ranks? (\d+(?:, \d+)*) failed to pass monitoredBarrier")
-_SENT_ON = re.compile(r"Rank (\d+) successfully reached monitoredBarrier, but received errors .*? from rank (\d+)")
+_ONE_SIDE = re.compile(r"Rank (\d{1,12}) is running inconsistent collective: (.*)$")
+_MISSED = re.compile(r"(?:\[Rank (\d{1,12})\]: )?Ranks? (\d+(?:, \d+)*) failed to pass monitoredBarrier")
+_SENT_ON = re.compile(
+    r"Rank (\d{1,12}) successfully reached monitoredBarrier, but received errors .*? from rank (\d{1,12})"
+)
 
 
 def read(line: Line, source: Source) -> Iterator[Observation]:

@@ -10,19 +10,19 @@ from repro.trace.observed import Failure, Note, Observation, Source
 
 NEEDLES = (
     "shared memory broadcast block", "world_size=", "world size", "torch.compile", "Compiling a graph",
-    "Dynamo bytecode", "atchdog timeout", "Hang detected", "RPC call to", "NCCL version", "pid=",
+    "Dynamo bytecode", "atchdog timeout", "Hang detected", "RPC call to", "NCCL version",
 )  # fmt: skip
 
 MAX_PROCESSES = 4096
 
-_HEARTBEAT = re.compile(r"No available shared memory broadcast block found in (\d+) seconds")
-_WORLD = re.compile(r"world_size=(\d+) rank=(\d+)|rank (\d+) in world size (\d+)")
+_HEARTBEAT = re.compile(r"No available shared memory broadcast block found in (\d{1,12}) seconds")
+_WORLD = re.compile(r"world_size=(\d{1,12}) rank=(\d{1,12})|rank (\d{1,12}) in world size (\d{1,12})")
 _NCCL_VERSION = re.compile(r"NCCL version (\d+\.\d+\.\d+)")
 _RPC = re.compile(r"RPC call to (\w+) timed out")
 _WATCHDOG = re.compile(
-    r"(\w*(?: [Ww]atchdog|[Ww]atchdog)) timeout \(self\.watchdog_timeout=(\d+)(?:, self\.soft=(\w+))?\)"
+    r"(\w*(?: [Ww]atchdog|[Ww]atchdog)) timeout \(self\.watchdog_timeout=(\d{1,12})(?:, self\.soft=(\w+))?\)"
 )
-_HANG = re.compile(r"Hang detected (?:after (\d+) seconds|on rank (\d+) in (\w+))")
+_HANG = re.compile(r"Hang detected (?:after (\d{1,12}) seconds|on rank (\d{1,12}) in (\w+))")
 _COMPILED = re.compile(r"torch\.compile tak(?:es|ing) ([\d.]+) s|Compiling a graph|Dynamo bytecode transform time")
 
 

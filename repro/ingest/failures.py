@@ -28,10 +28,10 @@ _DEVICE = re.compile(
     r"error[^.]*|misaligned address|CUDA_ERROR_\w+|HIP error: .{4,60}|Cuda failure (?:\d+ )?'[^']{4,80}')"
 )
 _SIGNAL = re.compile(
-    r"Signal 9 \(SIGKILL\) received(?: by PID (\d+))?|\b(?:killed|terminated|died|exited)\b.{0,40}"
+    r"Signal 9 \(SIGKILL\) received(?: by PID (\d{1,12}))?|\b(?:killed|terminated|died|exited)\b.{0,40}"
     r"(?:SIGKILL|signal 9\b)|Segmentation fault|SIGSEGV|Signal 11"
 )
-_DIED = re.compile(r"(?:Worker proc|Engine core proc|proc) (\S+) died unexpectedly(?:.*exit code: (-?\d+))?")
+_DIED = re.compile(r"(?:Worker proc|Engine core proc|proc) (\S+) died unexpectedly(?:.*exit code: (-?\d{1,12}))?")
 _EXCEPTION = re.compile(r"(?:^|[\s\]:])((?:[A-Za-z_][\w.]*\.)?[A-Z]\w*(?:Error|Exception|Interrupt|Exit)): ?(.*)$")
 _BY_OTHERS = re.compile(
     r"EngineDeadError|EngineCore encountered|Engine core|ActorDiedError|Connection closed "

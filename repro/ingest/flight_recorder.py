@@ -15,9 +15,9 @@ What a reader must know, and what this one does about it:
 
 from __future__ import annotations
 
-import marshal
 import re
 import sys
+from array import array
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -32,11 +32,12 @@ from repro.trace.observed import Call, Group, GroupRecord, RecorderDump, Source
 MAX_ENTRIES = 50_000
 MAX_FRAMES, MAX_TENSORS, MAX_DIMENSIONS = 24, 64, 16
 MAX_NS = 1 << 62
+MAX_TEXT, MAX_RANKS, MAX_GROUPS = 200, 131_072, 10_000
 EVENT_BACKENDS = ("nccl", "xccl", "hccl", "mccl", "cncl", "eccl", "rccl")
 """Backends that see an operation complete: one that is retired and not completed ran into its time-out."""
 
-_TRANSFER = re.compile(r"(send|recv) (\d+)(?:->|<-)(\d+)")
-_LAST_NUMBER = re.compile(r"(\d+)\D*$")
+_TRANSFER = re.compile(r"(send|recv) (\d{1,7})(?:->|<-)(\d{1,7})")
+_LAST_NUMBER = re.compile(r"(\d{1,7})\D*$")
 
 
 class NotARecorderDump(ValueError):
@@ -53,9 +54,9 @@ def looks_like(head: bytes) -> bool:
 
 def rank_of(name: str) -> int | None:
     """The rank that a file's name ends in: "nccl_trace_rank_7", "rank0.json", "_dump_12", "trace_rank_host_5.pkl"."""
-    stem = name.rpartition("/")[2]
+    stem = name.rpartition("/")[2][-200:]
     stem = re.sub(r"(\.(pkl|pickle|json|bin|dump|trace|pt))+$", "", stem)
-    labelled = re.findall(r"rank[_\-]?(\d+)(?=[._\-]|$)", stem)
+    labelled = re.findall(r"rank[_\-]?(\d{1,7})(?=[._\-]|$)", stem)
     found = _LAST_NUMBER.search(stem)
     if len(labelled) == 1 and not (found and stem.endswith(found.group(1))):
         return int(labelled[0])
@@ -63,28 +64,25 @@ def rank_of(name: str) -> int | None:
 
 
 def read(data: bytes, file: str, rank: int | None = None) -> RecorderDump:
-    """One dump. Raises NotARecorderDump for other files, ValueError (with a place) for a damaged one."""
+    """One dump. Raises NotARecorderDump for other files, DamagedFile ("file:offset: what") for a damaged one."""
     if data[:1] == b"\x80":
-        content = pickles.load(data)
+        content = pickles.load(data, file)
     else:
-        try:
-            content = parse_json(data, file)
-        except DamagedFile as error:
-            raise ValueError(f"it is no readable JSON ({error})") from None
+        content = parse_json(data, file)
     if isinstance(content, list):  # a nightly of 2023 dumped the entries alone
         content = {"entries": content}
     if not isinstance(content, dict) or not {"entries", "pg_config", "pg_status"} & content.keys():
         raise NotARecorderDump("neither entries nor groups are in it")
     rank = rank_of(file) if rank is None else rank
     if rank is None:
-        raise ValueError("its name ends in no number, so whose dump it is cannot be known: name it …_rank_N")
+        raise DamagedFile(f"{file}:0: its name ends in no number, so the rank is not known: name it …_rank_N")
     return _dump(content, file, rank)
 
 
 def _dump(content: Mapping[str, Any], file: str, rank: int) -> RecorderDump:
     entries = content.get("entries") or []
     if not isinstance(entries, list):
-        raise ValueError("entries is not a list")
+        raise DamagedFile(f"{file}:0: entries is not a list")
     entries = [entry for entry in entries[-MAX_ENTRIES:] if isinstance(entry, dict)]
     config = _mapping(content.get("pg_config"))
     status = _mapping(content.get("pg_status"))
@@ -111,9 +109,9 @@ def _dump(content: Mapping[str, Any], file: str, rank: int) -> RecorderDump:
         rank,
         tuple(records),
         tuple(order),
-        tuple(_group(name, "", config) for name in config if name),
+        tuple(_group(name, "", config) for name in list(config)[:MAX_GROUPS] if name),
         next((_backend(entry) for entry in entries), ""),
-        str(content.get("comm_lib_version") or content.get("nccl_version") or ""),
+        _text(content.get("comm_lib_version") or content.get("nccl_version")),
         isinstance(first, int) and first > 0,
         max((at for record in records for call in record.calls[-1:] if (at := call.at_s) is not None), default=None),
         Source(file),
@@ -151,13 +149,20 @@ def _group_key(entry: Mapping[str, Any]) -> tuple[str, str, str]:
     pair = entry.get("process_group")
     name, description = "", ""
     if isinstance(pair, (list, tuple)) and pair:
-        name, description = str(pair[0]), str(pair[1]) if len(pair) > 1 else ""
-    return str(entry.get("pg_id", "")), name or str(entry.get("pg_name", "")), description
+        name, description = _text(pair[0]), _text(pair[1]) if len(pair) > 1 else ""
+    return _text(entry.get("pg_id")), name or _text(entry.get("pg_name")), description
+
+
+def _text(value: Any) -> str:
+    """A name or number, cut short; "" for anything else, whose text might be without end."""
+    if isinstance(value, str):
+        return value[:MAX_TEXT]
+    return str(value) if isinstance(value, int) and -MAX_NS < value < MAX_NS else ""
 
 
 def _backend(entry: Mapping[str, Any]) -> str:
     """ "nccl" of "nccl:all_reduce". TorchComms writes the description of the group there."""
-    return str(entry.get("profiling_name", "")).rpartition(":")[0]
+    return _text(entry.get("profiling_name")).rpartition(":")[0]
 
 
 def _is_over(entry: Mapping[str, Any], backend: str) -> bool:
@@ -201,7 +206,7 @@ class _Known:
 
     def __init__(self, file: str, entries: Sequence[Mapping[str, Any]]) -> None:
         self._file = file
-        self._arguments: dict[bytes, tuple[Any, ...]] = {}
+        self._arguments: dict[Any, tuple[Any, ...]] = {}
         self._frames: dict[tuple[int, ...], tuple[str, ...]] = {}
         times = (at for entry in entries if type(at := entry.get("time_created_ns")) is int and 0 < at < MAX_NS)
         first = next(times, None)
@@ -218,27 +223,35 @@ class _Known:
             )  # fmt: skip
             peer = other if other is None or not peers else peers[other] if other < len(peers) else None
             seq = get("collective_seq_id", get("seq_id"))
-            if type(seq) is not int or get("is_p2p") or op in ("send", "recv"):
+            if type(seq) is not int or not 0 <= seq < MAX_NS or get("is_p2p") or op in ("send", "recv"):
                 seq = None
             at = get("time_created_ns")
             at_s = at / 1e9 - year_s if type(at) is int and 0 < at < MAX_NS else None
             number = get("record_id", place)
-            source = Source(file, "", number if type(number) is int else place)
+            source = Source(file, "", number if type(number) is int and 0 <= number < MAX_NS else place)
             calls.append(Call(op, seq, sizes, dtypes, peer, self._frames_of(get("frames")), done, at_s, source))
         return tuple(calls)
 
-    def _arguments_of(self, *arguments: Any) -> tuple[Any, ...]:
+    def _arguments_of(self, name: Any, ins: Any, outs: Any, in_types: Any, out_types: Any) -> tuple[Any, ...]:
         """(operation, sizes, data types, the other end of a transfer as a rank of the group)"""
-        key = marshal.dumps(arguments, 2)
-        known = self._arguments.get(key)
-        if known is None:
-            name, ins, outs, in_types, out_types = arguments
-            name = str(name or "")
-            op, other = operation(name), None
-            if " " in name and (transfer := _TRANSFER.search(name)):
-                op, other = transfer[1], int(transfer[3])
-            sizes, dtypes = _shared(_sizes(ins) + _sizes(outs)), _shared(_words(in_types) + _words(out_types))
-            known = self._arguments[key] = sys.intern(op), sizes, dtypes, other
+        key: Any = None
+        try:  # arrays and joined words take nothing but numbers and words: a hostile file cannot make the key large
+            key = (
+                name, tuple([array("q", row[:MAX_DIMENSIONS]).tobytes() for row in ins[:MAX_TENSORS]]),
+                tuple([array("q", row[:MAX_DIMENSIONS]).tobytes() for row in outs[:MAX_TENSORS]]),
+                ",".join(in_types[:MAX_TENSORS]), ",".join(out_types[:MAX_TENSORS]),
+            )  # fmt: skip
+            return self._arguments[key]
+        except (TypeError, OverflowError, ValueError, KeyError):
+            pass
+        text = _text(name)
+        op, other = operation(text), None
+        if " " in text and (transfer := _TRANSFER.search(text)):
+            op, other = transfer[1], int(transfer[3])
+        sizes, dtypes = _shared(_sizes(ins) + _sizes(outs)), _shared(_words(in_types) + _words(out_types))
+        known = sys.intern(op), sizes, dtypes, other
+        if key is not None and isinstance(name, str):
+            self._arguments[key] = known
         return known
 
     def _frames_of(self, value: Any) -> tuple[str, ...]:
@@ -249,7 +262,7 @@ class _Known:
         frames = self._frames.get(key)
         if frames is None:
             rows = [frame for frame in value[:MAX_FRAMES] if isinstance(frame, dict)]
-            named = [f"{row.get('name', '?')} ({row.get('filename', '?')}:{row.get('line', '?')})" for row in rows]
+            named = [f"{_text(r.get('name'))} ({_text(r.get('filename'))}:{_text(r.get('line'))})" for r in rows]
             frames = self._frames[key] = _shared(tuple(map(sys.intern, named)))
         return frames
 
@@ -264,16 +277,17 @@ def _sizes(value: Any) -> tuple[tuple[int, ...], ...]:
     if not isinstance(value, (list, tuple)):
         return ()
     rows = [row[:MAX_DIMENSIONS] for row in value[:MAX_TENSORS] if isinstance(row, (list, tuple))]
-    return tuple([tuple([n for n in row if isinstance(n, int)]) for row in rows])
+    return tuple([tuple([n for n in row if isinstance(n, int) and -MAX_NS < n < MAX_NS]) for row in rows])
 
 
 def _words(value: Any) -> tuple[str, ...]:
-    return tuple([str(word)[:64] for word in value[:MAX_TENSORS]]) if isinstance(value, (list, tuple)) else ()
+    return tuple([_text(word)[:64] for word in value[:MAX_TENSORS]]) if isinstance(value, (list, tuple)) else ()
 
 
 def _group(name: str, description: str, config: Mapping[str, Any]) -> Group:
-    known = _mapping(config.get(name))
-    described = str(known.get("desc") or "")
+    known = config.get(name)
+    known = known if isinstance(known, dict) else {}
+    described = _text(known.get("desc"))
     if description in ("", "undefined") and described:
         description = described
     return Group(name, description, _members(known.get("ranks")))
@@ -282,10 +296,15 @@ def _group(name: str, description: str, config: Mapping[str, Any]) -> Group:
 def _members(ranks: Any) -> tuple[int, ...]:
     """The ranks of a group: "[0, 1]" in every version, a list in TorchComms' dumps."""
     if isinstance(ranks, str):
-        return tuple(int(number) for number in re.findall(r"\d{1,7}", ranks[:1_000_000]))
+        return _ranks_in(ranks)
     if isinstance(ranks, (list, tuple)):
-        return tuple(rank for rank in ranks if isinstance(rank, int))
+        return tuple([rank for rank in ranks[:MAX_RANKS] if isinstance(rank, int) and 0 <= rank < 10_000_000])
     return ()
+
+
+@lru_cache(maxsize=64)
+def _ranks_in(text: str) -> tuple[int, ...]:
+    return tuple(map(int, re.findall(r"\d{1,7}", text[: 8 * MAX_RANKS])))
 
 
 def _counters(row: Any) -> tuple[int | None, int | None, int | None]:
@@ -297,13 +316,13 @@ def _count(value: Any) -> int | None:
     """A counter: an int in pickles, a string in JSON, -1 or 0xff… where there is none."""
     try:
         number = int(value)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         return None
     return number if 0 <= number < 1 << 62 else None
 
 
 def _mapping(value: Any) -> dict[str, Any]:
-    return {str(key): item for key, item in value.items()} if isinstance(value, dict) else {}
+    return {_text(key): item for key, item in value.items()} if isinstance(value, dict) else {}
 
 
 @lru_cache(maxsize=512)

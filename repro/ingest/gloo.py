@@ -13,14 +13,16 @@ from repro.trace.observed import Failure, Left, Note, Observation, Source
 
 NEEDLES = ("gloo", "Gloo", "loopback address", "caused pair closure")
 
-_ERROR = re.compile(r"\[(?:enforce fail at )?[^\[\]]*?gloo/[^\[\]]*?:\d+\] ([^\n]*)$")
+_ERROR = re.compile(r"\[(?:enforce fail at )?[^\[\]]{0,200}?gloo/[^\[\]]{0,100}?:\d{1,6}\] ([^\n]*)$")
 _CLOSED = re.compile(r"Connection closed by peer|Connection reset by peer|Read error|Write error|caused pair closure")
-_WAIT = re.compile(r"Timed out waiting (\d+)ms for (recv|send) operation to complete")
+_WAIT = re.compile(r"Timed out waiting (\d{1,12})ms for (recv|send) operation to complete")
 _CONNECT = re.compile(
     r"connectFullMesh failed|timed out connecting|Connect timeout|rendezvous|Connection refused|"
     r"Unable to find address for|Unable to resolve hostname"
 )
-_COUNT = re.compile(r"Rank (\d+) is connected to (\d+) peer ranks\. Expected number of connected peer ranks is : (\d+)")
+_COUNT = re.compile(
+    r"Rank (\d{1,12}) is connected to (\d{1,12}) peer ranks\. Expected number of connected peer ranks is : (\d{1,12})"
+)
 _ADDRESS = re.compile(r"\[([\da-fA-F.:]+)\]:\d+")
 
 

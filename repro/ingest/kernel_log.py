@@ -16,9 +16,9 @@ NEEDLES = ("NVRM: Xid", "Killed process", "oom-kill:")
 HARDWARE_XIDS = {48, 62, 63, 64, 74, 79, 92, 94, 95, 110, 119, 120, 140}
 SOFTWARE_XIDS = {13, 31, 43, 45, 69}
 
-_XID = re.compile(r"NVRM: Xid \((?:PCI:)?([0-9a-fA-F:.]+)\): (\d+)(?:, pid='?(\d+|<unknown>)'?)?(.*)")
-_KILLED = re.compile(r"Killed process (\d+) \(([^)]*)\)(?:.*?anon-rss:(\d+)kB)?")
-_CONSTRAINT = re.compile(r"oom-kill:.*?task=([^,]*),pid=(\d+)")
+_XID = re.compile(r"NVRM: Xid \((?:PCI:)?([0-9a-fA-F:.]+)\): (\d{1,12})(?:, pid='?(\d{1,12}|<unknown>)'?)?(.*)")
+_KILLED = re.compile(r"Killed process (\d{1,12}) \(([^)]*)\)(?:.*?anon-rss:(\d{1,12})kB)?")
+_CONSTRAINT = re.compile(r"oom-kill:.*?task=([^,]*),pid=(\d{1,12})")
 _SYSLOG_HOST = re.compile(r"(?:\d\d:\d\d:\d\d|[+-]\d\d:\d\d|Z) (\S+) kernel:")
 _FILE_HOST = re.compile(r"(?:dmesg|kern|kernel|messages|syslog)[-_.](\w[\w.-]*?)(?:\.(?:txt|log))?$")
 

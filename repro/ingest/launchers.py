@@ -13,12 +13,14 @@ from repro.trace.observed import Failure, Note, Observation, Process, Source
 
 NEEDLES = ("local_rank:", "exitcode", "MPI_ABORT", "MPI_Abort", "SYSTEM_ERROR", "exit code", "repeated ")
 
-_RANK = re.compile(r"^\s*rank\s+: (\d+) \(local_rank: (\d+)\)")
-_EXIT = re.compile(r"^\s*exitcode\s+: (-?\d+) \(pid: (\d+)\)")
-_AGENT = re.compile(r"failed \(exitcode: (-?\d+)\) local_rank: (\d+) \(pid: (\d+)\)")
-_MPI = re.compile(r"MPI_(?:ABORT was invoked|Abort\(?.*?called) on rank (\d+)|MPI_Abort\((\d+)\)", re.IGNORECASE)
-_RAY = re.compile(r"Worker PID: (\d+) Worker exit type: SYSTEM_ERROR")
-_REPEATED = re.compile(r"\[repeated (\d+)x across cluster\]")
+_RANK = re.compile(r"^\s*rank\s+: (\d{1,12}) \(local_rank: (\d{1,12})\)")
+_EXIT = re.compile(r"^\s*exitcode\s+: (-?\d{1,12}) \(pid: (\d{1,12})\)")
+_AGENT = re.compile(r"failed \(exitcode: (-?\d{1,12})\) local_rank: (\d{1,12}) \(pid: (\d{1,12})\)")
+_MPI = re.compile(
+    r"MPI_(?:ABORT was invoked|Abort\(?.*?called) on rank (\d{1,12})|MPI_Abort\((\d{1,12})\)", re.IGNORECASE
+)
+_RAY = re.compile(r"Worker PID: (\d{1,12}) Worker exit type: SYSTEM_ERROR")
+_REPEATED = re.compile(r"\[repeated (\d{1,12})x across cluster\]")
 
 
 class Launchers:

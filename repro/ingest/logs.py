@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import chain
@@ -18,7 +17,9 @@ from repro.ingest.watchdog import NEEDLES as WATCHDOG
 from repro.ingest.watchdog import Watchdog
 from repro.trace.observed import Observation, Source
 
-MAX_LINE = 16_384
+BLOCK = 1 << 18
+MAX_LINE = 4096
+MAX_WRITERS = 4096
 KEPT_RECORDS = 20_000
 """So many of a file's first records are kept, and of its last: a hang begins early, and its traces stand late."""
 
@@ -38,7 +39,7 @@ class _Readers:
         self._engine = engine_messages.Engine()
         self._finish = (watchdog.finish, launchers.finish, nccl.finish)
         needles = {needle for row, _ in self._of_one_line for needle in row} | set(engine_messages.NEEDLES)
-        self.may_know = re.compile("|".join(map(re.escape, sorted(needles)))).search
+        self.needles = sorted(needles)
 
     def read(self, line: prefix.Line, source: Source) -> Iterator[Observation]:
         for needles, read in self._of_one_line:
@@ -55,26 +56,60 @@ class _Readers:
 
 def read(file: BinaryIO, name: str) -> Iterator[Observation]:
     """All records of a text file."""
-    owner = process_of(file=name)
-    readers = _Readers()
-    first: list[Observation] = []
-    last: deque[Observation] = deque(maxlen=KEPT_RECORDS)
+    log = _Log(name)
+    while block := file.read(BLOCK):
+        log.read(block + file.readline(MAX_LINE))
+    return log.finish()
 
-    def keep(records: Iterable[Observation]) -> None:
+
+class _Log:
+    """One text file, block by block. A block in which no reader can know a line is counted and not taken apart."""
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+        self._owner = process_of(file=name)
+        self._readers = _Readers()
+        self._stacks = stacks.Stacks(name)
+        self._marks = [(mark, mark.encode()) for mark in (*self._readers.needles, *stacks.MARKS)]
+        self._writers: set[str] = set()
+        self._number = 0
+        self._first: list[Observation] = []
+        self._last: deque[Observation] = deque(maxlen=KEPT_RECORDS)
+
+    def read(self, block: bytes) -> None:
+        """A block that ends with a line, or with the file, or inside a line that is too long."""
+        present = [mark for mark, data in self._marks if data in block]
+        if not present and not self._stacks.open and self._number > 3 and b"pid=" not in block:
+            self._number += block.count(b"\n")
+            return
+        lines = block.decode("utf-8", errors="replace").split("\n")
+        whole = block.endswith(b"\n") or len(block) >= BLOCK  # a file that was cut may end inside a line
+        for text in lines if lines[-1] else lines[:-1]:
+            self._number += 1
+            cut = text[:MAX_LINE].rstrip("\r")
+            known = any(mark in cut for mark in present)
+            if (known or self._is_new_writer(cut)) and (whole or text is not lines[-1]):
+                source = Source(self._name, f"line {self._number}")
+                self._keep(self._readers.read(prefix.parse(self._number, cut, self._owner), source))
+            if known or self._stacks.open or self._number <= 3:
+                self._keep(self._stacks.read(self._number, cut))
+        if lines[-1] and len(block) >= BLOCK:
+            self._number -= 1  # the rest of the line begins the next block
+
+    def finish(self) -> Iterator[Observation]:
+        self._keep(self._stacks.finish())
+        return chain(self._first, self._last, self._readers.finish())
+
+    def _is_new_writer(self, line: str) -> bool:
+        """Whether a line begins with a process that none began with before: "(Worker_TP1 pid=42) "."""
+        if line[:1] not in "(\x1b[" or "pid=" not in line[:200]:
+            return False
+        writer = line[: line.find(")")][:200]
+        if writer in self._writers or len(self._writers) >= MAX_WRITERS:
+            return False
+        self._writers.add(writer)
+        return True
+
+    def _keep(self, records: Iterable[Observation]) -> None:
         for record in records:
-            (first if len(first) < KEPT_RECORDS else last).append(record)
-
-    def lines() -> Iterator[tuple[int, str]]:
-        number = 0
-        while raw := file.readline(MAX_LINE):
-            number += raw.endswith(b"\n") or len(raw) < MAX_LINE
-            text = raw.decode("utf-8", errors="replace").rstrip("\r\n")
-            whole = raw.endswith(b"\n") or len(raw) == MAX_LINE  # a file that was cut may end inside a line
-            if whole and readers.may_know(text):
-                keep(readers.read(prefix.parse(number, text, owner), Source(name, f"line {number}")))
-            yield number, text
-
-    keep(stacks.read(lines(), name))
-    yield from first
-    yield from last
-    yield from readers.finish()
+            (self._first if len(self._first) < KEPT_RECORDS else self._last).append(record)

@@ -19,14 +19,17 @@ NEEDLES = ("NCCL INFO", "NCCL WARN", "collective mismatch error")
 KEPT_CALLS = 512
 MAX_COMMUNICATORS = 4096
 
-_FROM = re.compile(r"(\S+?):(\d+):\d+ (?:\[(\d+)\] )?(?:\S+ )*?NCCL (?:INFO|WARN)")
+_FROM = re.compile(r"(?<!\S)(\S{1,100}?):(\d{1,9}):\d{1,9} (?:\[(\d{1,4})\] )?(?:\S{1,80} ){0,4}?NCCL (?:INFO|WARN)")
 _INIT = re.compile(
-    r"(?:ncclCommInit\w* |ncclCommSplit\w* )?comm (0x[0-9a-f]+) rank (\d+) n[rR]anks (\d+)(?: cudaDev \d+)?"
-    r"(?: nvmlDev \d+)?(?: busId ([0-9a-f]+))?(?: commId (0x[0-9a-f]+))?.*Init COMPLETE"
+    r"(?:ncclCommInit\w* |ncclCommSplit\w* )?comm (0x[0-9a-f]+) rank (\d{1,12}) n[rR]anks (\d{1,12})(?: cudaDev \d+)?"
+    r"(?: nvmlDev \d+)?(?: busId ([0-9a-f]{1,10}))?(?: commId (0x[0-9a-f]+))?.*Init COMPLETE"
 )
-_COLL = re.compile(r"(\w+): opCount ([0-9a-f]+) .*?count (\d+) datatype (\d+) op \d+ root (\d+) comm (0x[0-9a-f]+)")
-_LEFT = re.compile(r"\[Service thread\] Connection closed by localRank (\d+)")
-_SIZES = re.compile(r"NET/\w+ : .*?collective mismatch error,? local size (\d+) remote size (\d+)")
+_COLL = re.compile(
+    r"(\w{1,24}): opCount ([0-9a-f]{1,16}) .*?count (\d{1,12}) "
+    r"datatype (\d{1,12}) op \d+ root (\d{1,12}) comm (0x[0-9a-f]+)"
+)
+_LEFT = re.compile(r"\[Service thread\] Connection closed by localRank (\d{1,12})")
+_SIZES = re.compile(r"NET/\w+ : .*?collective mismatch error,? local size (\d{1,12}) remote size (\d{1,12})")
 _NETWORK = re.compile(
     r"NET/\w+ ?: (?:Got completion (?:from peer .{0,60}?)?with (?:error|status)[^\n]{0,80}|Got async event[^\n]{0,60})"
 )
@@ -60,7 +63,7 @@ class NcclLog:
 
     def read(self, line: Line, source: Source) -> Iterator[Observation]:
         text = line.text
-        match = _FROM.search(text)
+        match = _FROM.search(text[:400])
         host, pid = (match[1], int(match[2])) if match else ("", line.process.pid)
         process = Process(pid, line.process.title, line.process.rank, line.process.role)
         if match := _INIT.search(text):

@@ -10,40 +10,52 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NoReturn
 
+from hybrid_moe_ref.files import DamagedFile
+
 ROOM_BYTES = 256 << 20
 """Memory that a pickle may take beside forty times its size. Nine bytes can ask for 64 GB (a memo of four billion)."""
 
 
-class UnsafePickle(ValueError):
+class UnsafePickle(DamagedFile):
     """The pickle names a class or function. A recorder dump has none."""
 
 
 class _DataOnly(pickle.Unpickler):
     def find_class(self, module_name: str, global_name: str, /) -> NoReturn:
-        raise UnsafePickle(f"it names {module_name}.{global_name}, and a recorder dump holds plain data only")
+        raise _NamesCode(f"it names {module_name[:80]}.{global_name[:80]}, and a recorder dump holds plain data only")
 
     def persistent_load(self, pid: Any, /) -> NoReturn:
-        raise UnsafePickle("it refers to an object outside of the file, and a recorder dump holds plain data only")
+        raise _NamesCode("it refers to an object outside of the file, and a recorder dump holds plain data only")
 
 
-def load(data: bytes) -> Any:
+class _NamesCode(Exception):
+    """Raised inside the unpickler; becomes UnsafePickle with the place in the file."""
+
+
+def load(data: bytes, where: str) -> Any:
     """Read a pickle of dicts, lists, tuples, strings and numbers.
 
-    Raises UnsafePickle for a pickle that names code, ValueError for a damaged one or one that asks for much memory.
+    where: the file, for error messages
+
+    Raises UnsafePickle for a pickle that names code, DamagedFile for a damaged one or one that asks for much memory.
+    The text is "file:offset: what"; the damage stands at the offset or shortly after it.
     """
+    raw = io.BytesIO(data)
+    file = io.BufferedReader(raw, 1 << 16)  # it can peek: without that each operation is a call, four times as slow
+    kind, what = DamagedFile, ""
     try:
         # The interpreter prints an error of its own when a bytearray of a damaged size is taken back.
         with _bounded_memory(ROOM_BYTES + 40 * len(data)), contextlib.redirect_stderr(io.StringIO()):
-            # From a plain BytesIO, which cannot peek, the unpickler takes each operation by a call: four times as slow.
-            return _DataOnly(io.BufferedReader(io.BytesIO(data))).load()
-    except UnsafePickle:
-        raise
+            return _DataOnly(file).load()
+    except _NamesCode as error:
+        kind, what = UnsafePickle, str(error)
     except RecursionError:
-        raise ValueError("it is nested too deeply") from None
+        what = "it is nested too deeply"
     except MemoryError:
-        raise ValueError("it asks for more memory than a recorder dump needs") from None
+        what = "it asks for more memory than a recorder dump needs"
     except Exception as error:  # the pickle module raises many kinds for damaged bytes
-        raise ValueError(f"it is no readable pickle ({error})") from None
+        what = f"it is no readable pickle ({error})"
+    raise kind(f"{where}:{file.tell()}: {what}")
 
 
 @contextlib.contextmanager

@@ -20,7 +20,7 @@ _MONTHS = {
     for i, name in enumerate(("jan", "feb", "mar", "apr", "may", "jun", "jul", "aug", "sep", "oct", "nov", "dec"), 1)
 }
 
-_CLOCK = r"(\d{2}):(\d{2}):(\d{2})(?:[.,](\d+))?"
+_CLOCK = r"(\d{2}):(\d{2}):(\d{2})(?:[.,](\d{1,12}))?"
 _GLOG = re.compile(rf"\[?([IWEF])(1[0-2]|0?[1-9])(\d{{2}}) {_CLOCK} ")  # the month is not padded, the day is
 _ISO = re.compile(rf"(?:\d{{4}})-(\d{{2}})-(\d{{2}})[T ]{_CLOCK}")
 _VLLM = re.compile(rf"\b(?:DEBUG|INFO|WARNING|ERROR|CRITICAL) (\d{{2}})-(\d{{2}}) {_CLOCK} ")
@@ -28,11 +28,11 @@ _TRT = re.compile(rf"\[(\d{{2}})/(\d{{2}})/\d{{4}}-{_CLOCK}\]")
 _SYSLOG = re.compile(rf"^([A-Z][a-z]{{2}}) +(\d{{1,2}}) {_CLOCK} ")
 _CTIME = re.compile(rf"\[?(?:Mon|Tue|Wed|Thu|Fri|Sat|Sun) ([A-Z][a-z]{{2}}) +(\d{{1,2}}) {_CLOCK} \d{{4}}\]?")
 
-_RANK = re.compile(r"^\s*\[(?:rank|default)(\d+)\]:?|^\[\d+,(\d+)\]<std(?:out|err)>:?")
-_RANK_ANYWHERE = re.compile(r"\[rank(\d+)\]:|\[RANK (\d+)\]")
-_ACTOR = re.compile(r"\(([A-Za-z_]\w*?(?:_\w+)?) (?:rank=(\d+) )?pid=(\d+)(?:, ip=[\d.a-fA-F:]+)?\)")
+_RANK = re.compile(r"^\s*\[(?:rank|default)(\d{1,12})\]:?|^\[\d+,(\d{1,12})\]<std(?:out|err)>:?")
+_RANK_ANYWHERE = re.compile(r"\[rank(\d{1,12})\]:|\[RANK (\d{1,12})\]")
+_ACTOR = re.compile(r"\(([A-Za-z_]\w*?(?:_\w+)?) (?:rank=(\d{1,12}) )?pid=(\d{1,12})(?:, ip=[\d.a-fA-F:]+)?\)")
 _SGLANG = re.compile(r"^\[\d{4}-\d\d-\d\d \d\d:\d\d:\d\d((?: (?:DP|PP|TP|EP|ATTN|MOE)\w*\d+)+)\]")
-_NCCL = re.compile(r"^\S+?:(\d+):\d+ \[(\d+)\] (?:\S+ )?NCCL ")
+_NCCL = re.compile(r"^\S+?:(\d{1,12}):\d+ \[(\d{1,12})\] (?:\S+ )?NCCL ")
 _ONE_WRITER = (
     r"(?:\d{4}-\d\d-\d\dT[\d:.]+Z? (?:std(?:out|err) [FP] )?|\(\w+(?: rank=\d+)? pid=\d+(?:, ip=[^)]*)?\) ?|"
     r"\[(?:rank|default)\d+\]:? ?|\[\d+,\d+\]<std(?:out|err)>: ?)"

@@ -9,12 +9,12 @@ from repro.trace.observed import Process
 _RANK_IN_TITLE = re.compile(
     r"(?:Worker|RayWorkerProc|scheduler|ModelRunner|VllmWorker)[-_A-Za-z]*?((?:[-_](?:DP|PP|TP|EP|PCP|DCP)\d+)+)"
 )
-_PART = re.compile(r"(DP|PP|TP|EP)(\d+)")
-_ENGINE = re.compile(r"Engine_?Core(?:_DP(\d+))?")
-_WORKER_NUMBER = re.compile(r"(?:VllmWorker|Worker)[- ](?:rank=)?(\d+)\b")
-_RANK_PREFIX = re.compile(r"\[rank(\d+)\]")
+_PART = re.compile(r"(DP|PP|TP|EP)(\d{1,12})")
+_ENGINE = re.compile(r"Engine_?Core(?:_DP(\d{1,12}))?")
+_WORKER_NUMBER = re.compile(r"(?:VllmWorker|Worker)[- ](?:rank=)?(\d{1,12})\b")
+_RANK_PREFIX = re.compile(r"\[rank(\d{1,12})\]")
 _SGLANG_PARTS = re.compile(r"(?:^|[ _])((?:(?:DP|PP|TP|EP)\d+[ _]?)+)(?=[\]\s:]|$)")
-_FILE_RANK = re.compile(r"rank[-_]?(\d+)(?=[-_.]|$)")
+_FILE_RANK = re.compile(r"rank[-_]?(\d{1,12})(?=[-_.]|$)")
 
 
 def process_of(*, title: str = "", file: str = "", pid: int | None = None, line: str = "") -> Process:

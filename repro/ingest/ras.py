@@ -18,19 +18,23 @@ from repro.trace.observed import Member, Note, Observation, Process, RasAnswer, 
 NEEDLES = ("PEER_DEAD", "PEER_UNRESPONSIVE", "PEER_CONNECTED", "PEER_RECOVERED")
 MAX_COMMUNICATORS, MAX_RANKS = 10_000, 200_000
 
-_ROW = re.compile(r"^\s*(\d+)\s+(\d+)\s+([\d-]+)\s+([\d-]+)\s+([\d-]+)\s+([\d-]+)\s+([A-Z,]+)\s+([A-Z,]+)\s*$")
-_COMMUNICATOR = re.compile(r"^#(\d+)-(\d+) \(([0-9a-f]+)\)\s+([\w,]+)")
+_ROW = re.compile(
+    r"^\s*(\d{1,12})\s+(\d{1,12})\s+([\d-]+)\s+([\d-]+)\s+([\d-]+)\s+([\d-]+)\s+([A-Z,]+)\s+([A-Z,]+)\s*$"
+)
+_COMMUNICATOR = re.compile(r"^#(\d{1,12})-(\d{1,12}) \(([0-9a-f]+)\)\s+([\w,]+)")
 _DIFFERENT = re.compile(r"Communicator ranks have different (?:collective operation|(\w+) operation|operation) counts")
 _SECTION = re.compile(r"^\s*(?:Communicator ranks have different status|Missing communicator data)")
-_MANY = re.compile(r"^\s*(\d+) ranks? (?:have|has) (?:launched up to operation (\d+)|not launched any operations)")
+_MANY = re.compile(
+    r"^\s*(\d{1,12}) ranks? (?:have|has) (?:launched up to operation (\d{1,12})|not launched any operations)"
+)
 _ONE = re.compile(
-    r"^\s*Rank (\d+)(?: has launched up to operation (\d+)| has not launched any operations)? *(?:--|\[|$)"
+    r"^\s*Rank (\d{1,12})(?: has launched up to operation (\d{1,12})| has not launched any operations)? *(?:--|\[|$)"
 )
 _MISSING = re.compile(r"^\s*The missing ranks?: ([\d, -]+)")
-_PROCESS = re.compile(r"managed by process (\d+) on node (\S+)")
-_DEAD = re.compile(r"^\s*Process (\d+) on node (\S+) managing (.*)$")
-_TIMEOUTS = re.compile(r"Encountered (\d+) communication timeouts?")
-_MONITOR = re.compile(r"(PEER_\w+): (?:Process (\d+))?(.{0,120})")
+_PROCESS = re.compile(r"managed by process (\d{1,12}) on node (\S+)")
+_DEAD = re.compile(r"^\s*Process (\d{1,12}) on node (\S+) managing (.*)$")
+_TIMEOUTS = re.compile(r"Encountered (\d{1,12}) communication timeouts?")
+_MONITOR = re.compile(r"(PEER_\w+): (?:Process (\d{1,12}))?(.{0,120})")
 _NO_ANSWER = re.compile(
     r"(?i)connection refused|timed out|connection reset|no route to host|failed to connect|not running"
 )

@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import gc
 import io
+import lzma
+import re
+import struct
 import zipfile
-from collections.abc import Iterator, Sequence
+import zlib
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import BinaryIO
@@ -17,8 +21,14 @@ from repro.trace.observed import Observation
 
 MAX_STRUCTURED_BYTES = 64 << 20
 MAX_LOG_BYTES = 64 << 30
+MAX_UNPACKED_BYTES = 512 << 20
 MAX_FILES = 20_000
+MAX_NAME = 300
 _PASSED_OVER = {"expect.json"}
+_ZIP_ERRORS = (
+    zipfile.BadZipFile, zlib.error, lzma.LZMAError, struct.error,
+    NotImplementedError, RuntimeError, EOFError, OSError, ValueError, OverflowError, KeyError, IndexError,
+)  # fmt: skip
 
 
 @dataclass
@@ -36,7 +46,8 @@ def read(paths: Sequence[Path]) -> Evidence:
     collecting = gc.isenabled()
     gc.disable()  # no cycles are made, and to look for them takes as long as to read
     try:
-        _read_all(paths, evidence)
+        for path in paths:
+            read_files(_files(path, evidence), evidence)
         evidence.records = join(evidence.records)
     finally:
         gc.freeze()  # the judgement makes garbage enough for collections, which need not walk millions of calls
@@ -45,66 +56,91 @@ def read(paths: Sequence[Path]) -> Evidence:
     return evidence
 
 
-def _read_all(paths: Sequence[Path], evidence: Evidence) -> None:
-    for path in paths:
-        for name, file in _files(path, evidence):
-            try:
-                with file:
-                    records = _records(file, name)
-            except (OSError, ValueError) as error:
-                evidence.not_understood.append(f"{name}: {error}")
-                continue
-            if records:
-                evidence.files.append(name)
-                evidence.records += records
-            else:
-                evidence.not_understood.append(f"{name}: no line or record of a format that is known")
+def read_files(files: Iterable[tuple[str, BinaryIO]], evidence: Evidence) -> None:
+    """Add what open files hold to the evidence, and close them."""
+    for name, file in files:
+        try:
+            with file:
+                records = _records(file, name)
+        except (OSError, ValueError) as error:
+            evidence.not_understood.append(_refusal(name, error))
+            continue
+        if records:
+            evidence.files.append(name)
+            evidence.records += records
+        else:
+            evidence.not_understood.append(f"{name}:0: no line or record of a format that is known")
+
+
+def _refusal(name: str, error: Exception) -> str:
+    """ "file:offset: what" """
+    text = str(error.strerror or error) if isinstance(error, OSError) else str(error)
+    return text if re.match(rf"{re.escape(name)}:\d+: ", text) else f"{name}:0: {_without_place(text)}"
+
+
+def _without_place(text: str) -> str:
+    return re.sub(r"^.*?:\d+: ", "", text, count=1)
 
 
 def _files(path: Path, evidence: Evidence) -> Iterator[tuple[str, BinaryIO]]:
-    if path.is_dir():
-        members = sorted(
-            p for p in path.rglob("*") if p.is_file() and not p.is_symlink() and p.name not in _PASSED_OVER
-        )
-        if len(members) > MAX_FILES:
-            evidence.not_understood.append(f"{path}: {len(members)} files; the first {MAX_FILES} are read")
-        for member in members[:MAX_FILES]:
-            yield from _opened(member, str(member.relative_to(path)), evidence)
-    else:
+    if not path.is_dir():
         yield from _opened(path, path.name, evidence)
+        return
+    members = sorted(member for member in path.rglob("*") if member.name not in _PASSED_OVER)
+    read = [member for member in members if member.is_symlink() or not member.is_dir()]
+    if len(read) > MAX_FILES:
+        evidence.not_understood.append(f"{path.name}:0: {len(read)} files; the first {MAX_FILES} are read")
+    for member in read[:MAX_FILES]:
+        name = str(member.relative_to(path))
+        if member.is_symlink():
+            evidence.not_understood.append(f"{name}:0: a symbolic link, which is not followed: give the file itself")
+        else:
+            yield from _opened(member, name, evidence)
 
 
 def _opened(path: Path, name: str, evidence: Evidence) -> Iterator[tuple[str, BinaryIO]]:
     try:
         file = open_regular(path, MAX_LOG_BYTES)
+        start = file.read(4)
+        file.seek(0)
     except (OSError, ValueError) as error:
-        evidence.not_understood.append(f"{name}: {error}")
+        evidence.not_understood.append(_refusal(name, error))
         return
-    if file.read(4) == b"PK\x03\x04":
+    if start == b"PK\x03\x04":
         with file:
             yield from _zipped(file, name, evidence)
-        return
-    file.seek(0)
-    yield name, file
+    else:
+        yield name, file
 
 
 def _zipped(file: BinaryIO, name: str, evidence: Evidence) -> Iterator[tuple[str, BinaryIO]]:
-    total = 0
+    """The files of a zip, one after the other. A damaged one is listed, and the others are read."""
     try:
-        with zipfile.ZipFile(file) as archive:
-            for member in archive.infolist()[:MAX_FILES]:
-                total += member.file_size
-                if member.is_dir() or Path(member.filename).name in _PASSED_OVER:
-                    continue
-                if total > MAX_STRUCTURED_BYTES:
-                    evidence.not_understood.append(
-                        f"{name}: it unpacks to more than {MAX_STRUCTURED_BYTES >> 20} MiB; the rest is left out"
-                    )
-                    return
-                with archive.open(member) as content:
-                    yield f"{name}/{member.filename}", io.BytesIO(content.read(MAX_STRUCTURED_BYTES))
-    except (zipfile.BadZipFile, NotImplementedError, RuntimeError, EOFError) as error:
-        evidence.not_understood.append(f"{name}: no readable zip ({error})")
+        archive = zipfile.ZipFile(file)
+    except _ZIP_ERRORS as error:
+        evidence.not_understood.append(f"{name}:0: no readable zip ({error})")
+        return
+    room = MAX_UNPACKED_BYTES
+    for member in archive.infolist()[:MAX_FILES]:
+        if member.is_dir() or Path(member.filename).name in _PASSED_OVER:
+            continue
+        inner = f"{name}/{member.filename[:MAX_NAME]}"
+        try:
+            with archive.open(member) as content:
+                data = content.read(min(room, MAX_STRUCTURED_BYTES) + 1)
+        except _ZIP_ERRORS as error:
+            evidence.not_understood.append(f"{inner}:{max(member.header_offset, 0)}: not readable ({error})")
+            continue
+        room -= len(data)
+        if room < 0:
+            most = MAX_UNPACKED_BYTES >> 20
+            evidence.not_understood.append(f"{inner}:0: the zip unpacks to more than {most} MiB; the rest is left out")
+            return
+        if len(data) > MAX_STRUCTURED_BYTES:
+            most = MAX_STRUCTURED_BYTES >> 20
+            evidence.not_understood.append(f"{inner}:0: larger than {most} MiB: unpack the zip and give the folder")
+        else:
+            yield inner, io.BytesIO(data)
 
 
 def _records(file: BinaryIO, name: str) -> list[Observation]:

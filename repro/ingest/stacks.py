@@ -7,7 +7,7 @@ no stack. "idle" and "active" as py-spy prints them say nothing of waiting: who 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -20,8 +20,8 @@ from repro.trace.observed import Note, Process, Source, Stack
 MAX_FRAMES = 400
 MAX_STACKS = 100_000
 
-_PROCESS = re.compile(r"^Process (\d+): (.*)$")
-_SGLANG_DUMP = re.compile(r"Pyspy dump for PID (\d+)")
+_PROCESS = re.compile(r"^Process (\d{1,12}): (.*)$")
+_SGLANG_DUMP = re.compile(r"Pyspy dump for PID (\d{1,12})")
 _FAILED = re.compile(
     r"^(?:Error: )?(?:Failed to copy \w+ symbol|Failed to (?:find python version|suspend|open process|get \w+)|"
     r"Permission denied \(os error 13\)|No such process|Operation not permitted|ptrace: )"
@@ -29,7 +29,7 @@ _FAILED = re.compile(
 _LOCK_FILE = re.compile(
     r"(?:lock_file|_lock_file|path|lock_path|filename):? ?=?:? ?['\"]?([^'\"\s]+\.lock|[^'\"\s]*lock[^'\"\s]*)['\"]?"
 )
-_MARKS = ("Thread ", "thread ", "Process ", "Pyspy dump")
+MARKS = ("Thread ", "thread ", "Process ", "Pyspy dump")
 
 # How each tool begins a stack; whether its frames come outermost first; whether the name is one that Python gave.
 _STARTS = (
@@ -43,13 +43,13 @@ _STARTS = (
      True, False),  # pystack
     (re.compile(r"Thread \d+(?: \((?P<name>[^)]*)\))? stack trace:"), True, False),  # TensorRT-LLM
 )  # fmt: skip
-_PYSPY_FRAME = re.compile(r"^ {4}(\S.*) \(([^()]*?(?:\([^()]*\))?[^()]*)\)\s*$")
-_PYSPY_BARE = re.compile(r"^ {4}(\S.*?)\s*$")
-_FAULT_FRAME = re.compile(r'^ {2}File "(.*)", line (\d+|\?\?\?) in (.*)$')
-_GDB_FRAME = re.compile(r"^#\d+\s+(?:0x[0-9a-f]+ in )?(.+?) \(.*?\)(?: (?:at|from) (\S+?)(?::\d+)?)?\s*$")
-_TRACEBACK_FRAME = re.compile(
-    r'^ {2,6}(?:\((?:Python|C)\) )?File "(.*)", line (\d+), in (.*?)(?: \((\S*/?\S+\.so\S*)\))?$'
-)
+_FAULT_FRAME = re.compile(r'^ {2}File "(.*)", line (\d{1,9}|\?\?\?) in (.*)$')
+_TRACEBACK_FRAME = re.compile(r'^ {2,6}(?:\((?:Python|C)\) )?File "(.*)", line (\d{1,9}), in (.*)$')
+_LIBRARY = re.compile(r" \((\S{1,300}\.so[\w.]*)\)$")
+_GDB_FRAME = re.compile(r"^#\d+\s+(?:0x[0-9a-f]+ in )?(\S.*?) \(")
+_GDB_PLACE = re.compile(r" (?:at|from) ([^\s()]+?)(?::\d+)?\s*$")
+MAX_FRAME = 600
+"""Characters of a frame's line that are read; what is longer is no frame of a tool."""
 
 
 @dataclass(slots=True)
@@ -96,7 +96,7 @@ def read_json(content: Any, file: str) -> Iterator[Stack]:
 
 def _json_frame(frame: Mapping[str, Any]) -> str:
     file = frame.get("short_filename") or frame.get("filename", "?")
-    return f"{frame.get('name', '?')} ({file}:{frame.get('line', 0)})"
+    return f"{frame.get('name', '?')} ({file}:{frame.get('line', 0)})"[:MAX_FRAME]
 
 
 def _json_lock(frames: Sequence[Mapping[str, Any]]) -> str:
@@ -104,46 +104,59 @@ def _json_lock(frames: Sequence[Mapping[str, Any]]) -> str:
     for frame in frames:
         local_variables = frame.get("locals")
         for row in local_variables if isinstance(local_variables, list) else ():
-            if isinstance(row, dict) and (match := _LOCK_FILE.search(f"{row.get('name')}: {row.get('repr')}")):
+            if isinstance(row, dict) and (
+                match := _LOCK_FILE.search(f"{row.get('name')}: {row.get('repr')}"[:MAX_FRAME])
+            ):
                 return match[1]
     return ""
 
 
-def read(lines: Iterable[tuple[int, str]], file: str) -> Iterator[Stack | Note]:
-    """All stacks in numbered lines of text; what is no stack is passed over.
+class Stacks:
+    """The stacks in the numbered lines of a text; what is no stack is passed over.
 
-    A stack ends with an empty line, or with one that stands at the margin.
+    A stack ends with an empty line, or with one that stands at the margin. `open`: the next line may belong to a stack.
     """
-    process = process_of(file=file)
-    current: _Open | None = None
-    for number, raw in lines:
-        if current is None and not any(mark in raw for mark in _MARKS):
+
+    def __init__(self, file: str) -> None:
+        self._file = file
+        self._process = process_of(file=file)
+        self._current: _Open | None = None
+
+    @property
+    def open(self) -> bool:
+        return self._current is not None
+
+    def read(self, number: int, raw: str) -> Iterator[Stack | Note]:
+        if self._current is None and not any(mark in raw for mark in MARKS):
             if number <= 3 and (match := _FAILED.search(raw)):
-                yield Note("unreadable", f"no stack: {match[0]}", process, "", None, Source(file, f"line {number}"))
-            continue
+                source = Source(self._file, f"line {number}")
+                yield Note("unreadable", f"no stack: {match[0]}", self._process, "", None, source)
+            return
         line, writer = split_writer(raw)
         if named := _PROCESS.match(line) or _SGLANG_DUMP.search(line):
             title = named[2] if named.re is _PROCESS else ""
-            process = process_of(title=title, file=file, pid=int(named[1]), line=line)
+            self._process = process_of(title=title, file=self._file, pid=int(named[1]), line=line)
         start = _start_of(line)
         if named or start or not line.strip() or (line[0] not in " #" and not writer):
-            if current is not None:
-                yield from current.finished()
-            current = None
+            yield from self.finish()
         if start is not None:
             match, outermost_first, named_by_python = start
-            owner = process
-            if process.pid is None:  # no header named the process: the line's writer, then the file's name
-                owner = writer_of(raw[:240], process)
+            owner = self._process
+            if owner.pid is None:  # no header named the process: the line's writer, then the file's name
+                owner = writer_of(raw[:240], owner)
             name = "MainThread" if match.groupdict().get("number") == "1" else match["name"] or ""
-            current = _Open(owner, name, named_by_python, outermost_first, Source(file, f"line {number}"))
-        elif current is not None and len(current.frames) < MAX_FRAMES:
+            source = Source(self._file, f"line {number}")
+            self._current = _Open(owner, name, named_by_python, outermost_first, source)
+        elif (current := self._current) is not None and len(current.frames) < MAX_FRAMES:
             if frame := _frame(line, bare=current.named_by_python):
                 current.frames.append(frame)
-            elif not current.lock and (match := _LOCK_FILE.search(line)):
+            elif not current.lock and (match := _LOCK_FILE.search(line[:MAX_FRAME])):
                 current.lock = match[1]
-    if current is not None:
-        yield from current.finished()
+
+    def finish(self) -> Iterator[Stack]:
+        if self._current is not None:
+            yield from self._current.finished()
+        self._current = None
 
 
 def _start_of(line: str) -> tuple[re.Match[str], bool, bool] | None:
@@ -158,18 +171,31 @@ def _frame(line: str, *, bare: bool) -> str:
 
     bare: the tool prints functions without a file too; in other formats such a line is one of the program
     """
+    line = line[:MAX_FRAME].rstrip()
     if match := _FAULT_FRAME.match(line):
         return f"{match[3]} ({_short(match[1])}:{match[2]})"
     if match := _TRACEBACK_FRAME.match(line):
-        return f"{match[3]} ({_short(match[4])})" if match[4] else f"{match[3]} ({_short(match[1])}:{match[2]})"
+        if library := _LIBRARY.search(match[3]):
+            return f"{match[3][: library.start()]} ({library[1]})"
+        return f"{match[3]} ({_short(match[1])}:{match[2]})"
     if match := _GDB_FRAME.match(line):
-        return f"{match[1]} ({_short(match[2] or '?')})"
+        place = _GDB_PLACE.search(line)
+        return f"{match[1]} ({_short(place[1] if place else '?')})"
     if line.startswith("    ") and not line.startswith("     "):
-        if match := _PYSPY_FRAME.match(line):
-            return f"{match[1]} ({match[2]})"
-        alone = _PYSPY_BARE.match(line) if bare else None
-        return alone[1] if alone and alone[1] not in ("Arguments:", "Locals:") else ""
+        return _pyspy_frame(line[4:], bare)
     return ""
+
+
+def _pyspy_frame(text: str, bare: bool) -> str:
+    """ "function (file:line)", where the function has brackets of its own in native frames, and the file may too."""
+    depth = 0
+    for place in range(len(text) - 1, -1, -1) if text.endswith(")") else ():
+        depth += {")": 1, "(": -1}.get(text[place], 0)
+        if depth == 0:
+            if text[max(place - 1, 0)] == " " and place > 1:
+                return text
+            break
+    return text if bare and text not in ("Arguments:", "Locals:") else ""
 
 
 def _runs_the_program(frames: Sequence[str]) -> bool:

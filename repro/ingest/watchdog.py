@@ -17,17 +17,23 @@ from repro.trace.observed import Call, Failure, Group, Note, Observation, Progre
 NEEDLES = ("atchdog", "Timeout at ", "timed out in blocking wait", "dump signal", "signal dumping", "eartbeat monitor")
 
 _TIMEOUT = re.compile(
-    r"\[(?:PG [^\]]*?)?Rank (\d+)\] [^\[]*?(?:Watchdog caught collective operation timeout: )?Work\w+\((.*?)\) "
-    r"(?:ran for (\d+) milliseconds before timing out|timed out in blocking wait)"
+    r"\[(?:PG [^\]]*?)?Rank (\d{1,12})\] [^\[]*?(?:Watchdog caught collective operation timeout: )?"
+    r"Work\w{1,12}\(((?:[^()]|\(ms\)){0,400})\) "
+    r"(?:ran for (\d{1,12}) milliseconds before timing out|timed out in blocking wait)"
 )
 _WORK = {
-    "seq": re.compile(r"SeqNum=(\d+)"), "op": re.compile(r"OpType=(\w+)"),
-    "in": re.compile(r"NumelIn=(\d+)"), "out": re.compile(r"NumelOut=(\d+)"), "ms": re.compile(r"Timeout\(ms\)=(\d+)"),
+    "seq": re.compile(r"SeqNum=(\d{1,12})"), "op": re.compile(r"OpType=(\w+)"),
+    "in": re.compile(r"NumelIn=(\d{1,12})"), "out": re.compile(r"NumelOut=(\d{1,12})"),
+    "ms": re.compile(r"Timeout\(ms\)=(\d{1,12})"),
 }  # fmt: skip
-_PG = re.compile(r"\[PG (?:ID )?(\d+)(?: ?PG GUID ([^\s(]+))?\s?(?:\((.*?)\))? Rank (\d+)\]")
-_STATUS = re.compile(r"last enqueued (?:\w+ )?work: (-?\d+), last completed (?:\w+ )?work: (-?\d+)", re.IGNORECASE)
-_STUCK = re.compile(r"(?:detected by watchdog at work(?: sequence id)?|Timeout at \w+ work): (\d+)")
-_DUMP_FROM = re.compile(r"Received a dump signal due to a collective timeout from\s+(?:rank (\d+)|this local rank)")
+_PG = re.compile(r"\[PG (?:ID )?(\d{1,12})(?: ?PG GUID ([^\s(]+))?\s?(?:\((.*?)\))? Rank (\d{1,12})\]")
+_STATUS = re.compile(
+    r"last enqueued (?:\w+ )?work: (-?\d{1,12}), last completed (?:\w+ )?work: (-?\d{1,12})", re.IGNORECASE
+)
+_STUCK = re.compile(r"(?:detected by watchdog at work(?: sequence id)?|Timeout at \w+ work): (\d{1,12})")
+_DUMP_FROM = re.compile(
+    r"Received a dump signal due to a collective timeout from\s+(?:rank (\d{1,12})|this local rank)"
+)
 _DEVICE = re.compile(r"thread terminated with exception: (?:.*?)CUDA error: (.{4,80}?)(?:$|\.|\n)")
 _BLOCKED = re.compile(r"Heartbeat monitor timed out|watchdog got stuck")
 _GARBAGE = 1 << 31
