@@ -291,7 +291,7 @@ def test_a_variable_that_every_rank_would_fail_on_is_refused_before_they_start(
         ("HMR_RUN_DIR", "/nonexistent", "HMR_RUN_DIR: '/nonexistent' is not a run directory"),
         ("RANK", "x", "RANK: 'x' is not a number of at least 0"),
         ("RANK", "-1", "RANK: '-1' is not a number"),
-        ("RANK", "2", "RANK: 2 is none of WORLD_SIZE 2 ranks"),
+        ("RANK", "2", "RANK: 2 is not one of the 2 ranks of WORLD_SIZE"),
         ("WORLD_SIZE", "0", "WORLD_SIZE: '0' is not a number of at least 1"),
         ("WORLD_SIZE", "1e18", "WORLD_SIZE: '1e18' is not a number"),
         ("LOCAL_RANK", "²", "LOCAL_RANK: '²' is not a number"),

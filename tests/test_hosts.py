@@ -108,14 +108,18 @@ def test_a_decided_run_is_ended_there_and_an_expired_status_is_not_used(elsewher
 
 @pytest.mark.parametrize(
     ("options", "words"),
-    [(["7"], "7 is none of 2 ranks"), (["1", "--end"], "cannot be had with --end"), (["1"], "the run is decided")],
+    [
+        (["7"], "7 is not one of the 2 ranks"),
+        (["1", "--end"], "cannot be combined with --end"),
+        (["1"], "the run has a verdict"),
+    ],
 )
 def test_a_lookout_that_makes_no_sense_is_refused_in_one_line(tmp_path, capsys, options, words):
     run_dir = prepare_run_dir(tmp_path, SETTINGS)
-    if words == "the run is decided":
+    if words == "the run has a verdict":
         write_json(run_dir.verdict, {})
     before = set(run_dir.root.iterdir())
-    assert main(["watch", str(run_dir.root), "--lookout", *options]) == USAGE
+    assert main(["watch", str(run_dir.root), "--agent", *options]) == USAGE
     assert words in capsys.readouterr().err
     assert set(run_dir.root.iterdir()) == before
 

@@ -248,8 +248,8 @@ def test_a_rank_that_never_comes_ends_at_the_deadline(tmp_path):
 
 @pytest.mark.full
 def test_a_rank_that_dies_before_it_opens_its_log_hides_nothing_and_escapes_do_nothing(tmp_path, monkeypatch):
-    be = Ranks._be
-    monkeypatch.setattr(Ranks, "_be", lambda self, *args: os._exit(3) if args[1] == 1 else be(self, *args))
+    run = Ranks._run_rank
+    monkeypatch.setattr(Ranks, "_run_rank", lambda self, *args: os._exit(3) if args[1] == 1 else run(self, *args))
 
     def prints(rank):
         print("\x1b[2Jhello")

@@ -1,1 +1,1 @@
-"""Record a program that is not ours: patch torch.distributed, and test an expert-parallel backend in pytest."""
+"""Record a foreign program: patch torch.distributed, and test an expert-parallel backend in pytest."""

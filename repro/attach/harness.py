@@ -1,4 +1,4 @@
-"""Test an expert-parallel backend of your own for hangs: real ranks, watched from outside, a verdict when they stick.
+"""Test your expert-parallel backend for hangs: run it on real ranks, watch them from outside, and get a verdict.
 
     from repro.testing import assert_no_deadlock
 
@@ -10,9 +10,10 @@
     def test_it(ep_ranks):
         ep_ranks(4, "gloo").run(exchange)
 
-Inside the ``with`` every torch.distributed collective is recorded. The watcher of this project watches the ranks: when
-all have been silent for the quiet window and the evidence explains why, the test fails with who waits for whom, the
-stacks, and a report to open; a rank that raises fails the test with its traceback. Nothing is left running.
+Inside the ``with`` every torch.distributed collective is recorded, and the watcher of this project watches the ranks.
+When all ranks have been silent for the quiet window and the evidence explains why, the test fails. Its message names
+the waits between the ranks, their stacks, and the path of a report. A rank that raises fails the test with its
+traceback. No process is left running.
 """
 
 from __future__ import annotations
@@ -59,16 +60,16 @@ _NOT_THEIRS = (
     '"torch/',
     '"_pytest/',
     '"pluggy/',
-)  # frames nobody looks for
+)  # frames that are not the user's code
 
 
 class DeadlockError(AssertionError):
-    """The ranks did not come through; the text is the verdict."""
+    """The ranks did not finish, or finished with wrong results; the text is the verdict."""
 
 
 @dataclass(frozen=True)
 class Rank:
-    """What a function in a rank is given. torch.distributed is initialised; ``world`` is its default group."""
+    """The argument of a function that runs in a rank, with torch.distributed initialised; ``world`` is all ranks."""
 
     rank: int
     num_ranks: int
@@ -87,9 +88,9 @@ _current: list[Rank] = []
 
 @contextlib.contextmanager
 def assert_no_deadlock(name: str = "") -> Iterator[None]:
-    """Record the collectives of the block, so that a hang in it can be explained; for code run by ``ep_ranks``.
+    """Record the collectives of the block, so that the verdict can explain a hang in it. For code run by ``ep_ranks``.
 
-    name: stands in the verdict where a server names its layer.
+    name: the block's name in the verdict, where a server names its layer
 
     Raises RuntimeError outside of a rank.
     """
@@ -106,11 +107,11 @@ def assert_no_deadlock(name: str = "") -> Iterator[None]:
 
 @dataclass
 class Ranks:
-    """Real ranks on this host, forked, so that eight start in about a second where torch is imported already.
+    """Real ranks on this host, forked from this process: with torch imported, eight start in about a second.
 
-    root             where the evidence of each run goes
-    quiet_window_s   how long nothing must happen before the ranks are judged
-    deadline_s       a run ends after so long whatever happens
+    root             the folder for the evidence of each run
+    quiet_window_s   how long all ranks must be silent before they are judged
+    deadline_s       how long a run may take in any case
     """
 
     num_ranks: int
@@ -120,13 +121,13 @@ class Ranks:
     deadline_s: float = 60.0
 
     def run(self, function: Callable[[Rank], Any]) -> list[Any]:
-        """Call ``function(rank)`` in a process per rank; what each returned, by rank (pickled).
+        """Call ``function(rank)`` in one process per rank; return the results, which must pickle, by rank.
 
-        Raises DeadlockError with the verdict when the ranks get stuck, die, raise or are not done by the deadline, and
-        when they were done but had paired different collectives: their numbers are wrong then. Raises RuntimeError
-        when the watcher itself fails.
+        Raises DeadlockError with the verdict when the ranks hang, die, raise or are not done by the deadline, and when
+        they finished but paired different collectives, which makes their numbers wrong. Raises RuntimeError when the
+        watcher itself fails.
         """
-        import torch  # noqa: F401 - once here, not once in every rank
+        import torch  # noqa: F401 - one import here instead of one in every rank
 
         numbers = itertools.count(1)
         run_dir = RunDir(next(root for n in numbers if not (root := self.root / f"run{n}").exists()))
@@ -136,7 +137,7 @@ class Ranks:
             create(run_dir.witness(rank), Identity(rank, self.num_ranks, run_id=run_dir.root.name))
         pids = [self._fork(run_dir, rank, function) for rank in range(self.num_ranks)]
         children = {pid: start_ticks(pid) for pid in pids}
-        patience_s = 0.0  # what is stuck does not leave by itself, and the evidence is collected
+        patience_s = 0.0  # after a hang: the ranks do not exit by themselves, and the evidence is collected
         try:
             self._watch(run_dir, children)
             patience_s = LEAVE_S
@@ -150,7 +151,7 @@ class Ranks:
     # -- the parent ------------------------------------------------------------------------------------------------
 
     def _watch(self, run_dir: RunDir, children: Mapping[int, int]) -> None:
-        """Watch until the ranks are done; raises DeadlockError for any other end. children: pid -> start ticks."""
+        """Watch until the ranks are done; raise DeadlockError for any other end. children: pid -> start ticks."""
         queued = ALL_GROUPS if self.backend == "nccl" else ()
         watch = Watch(
             run_dir,
@@ -161,7 +162,7 @@ class Ranks:
         )
         document = watch.run()
         if run_dir.watcher_log.exists():
-            raise RuntimeError(document["evidence"][0])  # ours, which is no word about the code under test
+            raise RuntimeError(document["evidence"][0])  # a failure of the watcher, not of the code under test
         if not watch.all_done() or document["verdict"] == "corrupt":
             raise DeadlockError(self._explain(run_dir, document))
 
@@ -177,7 +178,7 @@ class Ranks:
         lines += [f"  {text}" for text in (*document["sentences"], *document["evidence"], *differences(document))]
         lines += self._stacks(run_dir)
         for rank in range(self.num_ranks):
-            if printed := read_text(run_dir.log(rank)).strip():  # none of a rank that died before it opened it
+            if printed := read_text(run_dir.log(rank)).strip():  # "" for a rank that died before it opened its log
                 lines += [f"rank {rank} printed:", *(f"  {line}" for line in printed.splitlines()[-25:])]
         with contextlib.suppress(OSError, ValueError):
             report.write(run_dir.root, [])
@@ -202,15 +203,15 @@ class Ranks:
             return pid
         try:
             processes.die_with_parent(parent)
-            self._be(run_dir, rank, function)
+            self._run_rank(run_dir, rank, function)
         except BaseException:
             traceback.print_exc()
         finally:
             sys.stdout.flush()
             os._exit(0)
 
-    def _be(self, run_dir: RunDir, rank: int, function: Callable[[Rank], Any]) -> None:
-        """Everything one rank does. It parks at the end: the first rank to leave takes its peers' evidence along."""
+    def _run_rank(self, run_dir: RunDir, rank: int, function: Callable[[Rank], Any]) -> None:
+        """Run one rank, then park: an early exit would make the peers fail, and so change the evidence."""
         from repro.hosts.signals import dump_on_signals
         from repro.trace.recorder import Recorder
 
@@ -249,7 +250,7 @@ class Ranks:
             store=dist.FileStore(str(run_dir.store), self.num_ranks),
             rank=rank,
             world_size=self.num_ranks,
-            timeout=timedelta(seconds=self.deadline_s + 600),  # the watcher ends a run, not the group
+            timeout=timedelta(seconds=self.deadline_s + 600),  # the watcher ends a run, before the group gives up
         )
         _current[:] = [Rank(rank, self.num_ranks, device, recorder)]
         return _current[0]
@@ -262,7 +263,7 @@ _COMPARED = {
 
 
 def differences(document: Mapping[str, Any]) -> list[str]:
-    """In what the sides of the first divergent collective differ, a sentence for each argument."""
+    """A sentence for each argument in which the variants of the first divergent collective differ."""
     sides = (document["first_divergence"] or {}).get("sides", ())
     lines = []
     for key, what in _COMPARED.items():
@@ -274,7 +275,7 @@ def differences(document: Mapping[str, Any]) -> list[str]:
 
 
 def _end(pids: list[int], patience_s: float) -> None:
-    """Let ranks leave by themselves for so long, kill those that do not, and reap all."""
+    """Wait this long for the ranks to exit by themselves, kill those that do not, and reap all."""
     deadline = time.monotonic() + patience_s
     left = set(pids)
     while left:

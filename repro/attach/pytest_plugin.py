@@ -1,6 +1,6 @@
-"""pytest's side of :mod:`repro.testing`: the fixture ``ep_ranks`` and the marker ``requires_gpus(n)``.
+"""The pytest plugin of :mod:`repro.testing`: the fixture ``ep_ranks`` and the marker ``requires_gpus(n)``.
 
-Loaded in every pytest run of an environment that has this package, so it imports nothing until it is used.
+pytest loads it in every run of an environment that has this package, so it imports nothing heavy until it is used.
 """
 
 from __future__ import annotations
@@ -24,19 +24,19 @@ def pytest_configure(config: pytest.Config) -> None:
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
     for marker in item.iter_markers("requires_gpus"):
-        wanted = _gpus_wanted(*marker.args, **marker.kwargs)
-        if num_gpus() < wanted:
-            pytest.skip(f"needs {wanted} GPUs, {num_gpus()} found")
+        required = _required_gpus(*marker.args, **marker.kwargs)
+        if num_gpus() < required:
+            pytest.skip(f"needs {required} GPUs, {num_gpus()} found")
 
 
-def _gpus_wanted(n: int = 1) -> int:
-    """The argument of a marker, by place or by name; a TypeError names what the marker does not take."""
+def _required_gpus(n: int = 1) -> int:
+    """The marker's argument, positional or by name. Raises TypeError with an argument that the marker does not take."""
     return int(n)
 
 
 @functools.cache
 def num_gpus() -> int:
-    """Asked in a process of its own: a parent that has touched CUDA cannot fork ranks that use it."""
+    """The number of CUDA devices, counted by a child process: a parent that used CUDA cannot fork ranks that use it."""
     ask = "import torch; print(torch.cuda.device_count())"
     answer = subprocess.run([sys.executable, "-c", ask], capture_output=True, text=True)
     return int(answer.stdout.split()[-1]) if answer.returncode == 0 and answer.stdout.split() else 0
@@ -46,7 +46,7 @@ def num_gpus() -> int:
 def ep_ranks(tmp_path: Path) -> Callable[..., Ranks]:
     """``ep_ranks(n, backend="gloo").run(function)`` calls ``function(rank)`` on n watched ranks.
 
-    Skips the test where ``backend="nccl"`` finds fewer than n GPUs. ``quiet_window_s`` and ``deadline_s`` bound a run.
+    Skips the test if ``backend="nccl"`` has fewer than n GPUs. ``quiet_window_s`` and ``deadline_s`` limit a run.
     """
 
     def make(num_ranks: int, backend: str = "gloo", quiet_window_s: float = 1.0, deadline_s: float = 60.0) -> Ranks:

@@ -1,9 +1,10 @@
-"""Record the torch.distributed collectives of code that knows nothing of this project, inside one ``with``.
+"""Record the torch.distributed collectives of foreign code inside a ``with`` block.
 
-The first block of a process exchanges the functions wherever a loaded module holds them, also under ``from
-torch.distributed import all_reduce``, and they stay exchanged: outside of a block they only pass the call on. Not seen:
-collectives that do not go through torch.distributed's Python functions (a library's own NCCL calls), point-to-point
-transfers, functional collectives inside torch.compile, and what a coalescing manager gathers.
+The first block of a process replaces the functions in every loaded module that holds them, also those imported by
+``from torch.distributed import all_reduce``. They stay replaced; outside of a block they only pass the call on.
+
+Not recorded: collectives that do not go through torch.distributed's Python functions (a library's own NCCL calls),
+point-to-point transfers, functional collectives inside torch.compile, and calls batched by a coalescing manager.
 """
 
 from __future__ import annotations
@@ -34,16 +35,19 @@ _LISTS = {
     "all_reduce_coalesced": "tensors",
     "all_gather_coalesced": "input_tensor_list",
 }
-"""The argument whose parts have sizes that all ranks agree on."""
+"""The list argument of an operation whose tensor sizes must be equal on all ranks."""
 
 _TENSORS = ("tensor", "input_tensor", "input", "output_tensor", "output")
 _UNCOMPARED = ("all_to_all_single", "all_to_all", "gather", "scatter", "barrier", "monitored_barrier")
-"""Uneven is legal in these, and each rank knows its own part alone."""
+"""Operations in which sizes may differ by rank, and each rank knows only its own; their sizes are not compared."""
 
 
 @dataclass
 class _Block:
-    """The block that this process is in. One call runs at a time: a collective that is made of others is one."""
+    """The ``with`` block that this process is in.
+
+    inside   a recorded call is running. A collective that is implemented by others is recorded as one.
+    """
 
     recorder: Recorder
     layer: str
@@ -55,7 +59,7 @@ _blocks: list[_Block] = []
 
 
 class _Watched:
-    """A collective in flight: the rank is seen to wait only in ``wait``."""
+    """The handle of an asynchronous collective. The rank counts as waiting only inside ``wait``."""
 
     def __init__(self, work: Any, wait: Callable[[], None], finish: Callable[[], None]) -> None:
         self._work, self._wait, self._finish = work, wait, finish
@@ -72,8 +76,8 @@ class _Watched:
 
 @contextlib.contextmanager
 def watched(recorder: Recorder, name: str = "") -> Iterator[None]:
-    """Record every collective of this process in the block; ``name`` stands where a server names its layer."""
-    _exchange_functions()
+    """Record every collective of this process in the block. name: recorded as the layer of its collectives."""
+    _replace_functions()
     _blocks.append(_Block(recorder, name))
     try:
         yield
@@ -82,8 +86,8 @@ def watched(recorder: Recorder, name: str = "") -> Iterator[None]:
 
 
 @functools.cache
-def _exchange_functions() -> None:
-    """Once: a module that is loaded later gets the exchanged functions from torch.distributed itself."""
+def _replace_functions() -> None:
+    """Replace the functions, once: a module loaded later gets the replaced ones from torch.distributed itself."""
     originals = {name: getattr(dist, name) for name in WATCHED if hasattr(dist, name)}
     replaced = {id(original): (original, _recorded(op, original)) for op, original in originals.items()}
     for module in list(sys.modules.values()):
@@ -100,14 +104,14 @@ def _recorded(op: str, original: Any) -> Any:
         if not _blocks or _blocks[-1].inside:
             return original(*args, **options)
         block = _blocks[-1]
-        given = signature.bind(*args, **options)
-        given.apply_defaults()
-        if given.arguments.get("group") == dist.GroupMember.NON_GROUP_MEMBER:
-            return original(*args, **options)  # nothing is issued by who is no member
-        collective = describe(op, given.arguments, block.layer, block.recorder, block.names)
+        bound = signature.bind(*args, **options)
+        bound.apply_defaults()
+        if bound.arguments.get("group") == dist.GroupMember.NON_GROUP_MEMBER:
+            return original(*args, **options)  # a rank outside of the group issues nothing
+        collective = describe(op, bound.arguments, block.layer, block.recorder, block.names)
         block.inside = True
         try:
-            if given.arguments.get("async_op"):
+            if bound.arguments.get("async_op"):
                 return _issue(block.recorder, collective, lambda: original(*args, **options))
             block.recorder.enter(collective)
             result = original(*args, **options)
@@ -128,7 +132,11 @@ def _issue(recorder: Recorder, collective: Collective, start: Callable[[], Any])
 
 
 def describe(op: str, arguments: dict[str, Any], layer: str, recorder: Recorder, names: dict[Any, str]) -> Collective:
-    """What must be equal on all ranks of a call: sizes only where the ranks have to agree on them."""
+    """The properties of a call that must be equal on all ranks. It has sizes only if those must be equal too.
+
+    arguments: the call's arguments by name
+    names: the names of the groups seen so far; a new group is added and recorded
+    """
     group = arguments.get("group")
     members = dist.get_process_group_ranks(group or dist.group.WORLD)
     name = names.get(group)
@@ -143,14 +151,14 @@ def describe(op: str, arguments: dict[str, Any], layer: str, recorder: Recorder,
         tensor = tensor if tensor is not None or not parts else parts[0]
     elif op not in _UNCOMPARED and tensor is not None:
         sizes = (min(t.numel() for t in _tensors(arguments)),)
-    given = arguments.get("op", "")
-    reduce_op = str(getattr(given, "op", given)).rpartition(".")[2].lower()  # a ReduceOp, or one of its constants
+    reduction = arguments.get("op", "")  # a ReduceOp, or one of its constants
+    reduce_op = str(getattr(reduction, "op", reduction)).rpartition(".")[2].lower()
     dtype = str(tensor.dtype).removeprefix("torch.") if isinstance(tensor, torch.Tensor) else ""
     return Collective(name, op, layer, sizes, dtype, reduce_op, _root(op, arguments, members))
 
 
 def _root(op: str, arguments: dict[str, Any], members: list[int]) -> int:
-    """The global rank of the root, however the call names it; -1 for a collective without one."""
+    """The global rank of the root, which the call may give as a global or a group rank; -1 without a root."""
     for name in ("src", "dst"):
         if arguments.get(name) is not None:
             return int(arguments[name])
@@ -160,13 +168,15 @@ def _root(op: str, arguments: dict[str, Any], members: list[int]) -> int:
 
 
 def _tensors(arguments: dict[str, Any]) -> list[torch.Tensor]:
-    """The smaller of input and output is a rank's own part of a gather or a scatter, and equal on all."""
+    """Input and output of a call. The smaller is the rank's own part of a gather or scatter, equal on all ranks."""
     return [part for key in _TENSORS if isinstance(part := arguments.get(key), torch.Tensor)]
 
 
 def _name_group(group: Any, members: list[int]) -> str:
-    """The same on all members, and another for each group of this process: groups may share a description, as those of
-    one dimension of a mesh do."""
+    """A name for the group: the same on all its members, and unique in this process.
+
+    Groups may share a description, for example the groups of one dimension of a device mesh.
+    """
     if group is None or group is dist.group.WORLD:
         return "world"
     description = _described(group)
@@ -179,8 +189,8 @@ def _name_group(group: Any, members: list[int]) -> str:
         for other in dist.distributed_c10d._world.pg_map
         if _described(other) == description and dist.get_process_group_ranks(other) == members
     ]
-    place = alike.index(group) if group in alike else 0  # in the order of their making, which is that of all members
-    return f"{name}.{place + 1}" if place else name
+    index = alike.index(group) if group in alike else 0  # in order of creation, which is the same on all members
+    return f"{name}.{index + 1}" if index else name
 
 
 def _described(group: Any) -> str:

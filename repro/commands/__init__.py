@@ -1,7 +1,7 @@
-"""One file per public command: its flags in, its exit code out. Here is what several commands share.
+"""The public commands, one file each: flags in, exit code out. This file holds what several commands share.
 
-Exit codes: 0 the verdict is the expected one, 1 another verdict, 2 usage or configuration error, 125 inconclusive,
-cannot run here, or a failure of this program, 130 interrupted.
+Exit codes: 0 the verdict is the expected one; 1 another verdict; 2 usage or configuration error; 125 inconclusive,
+cannot run here, or a failure of this program; 130 interrupted.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ EXPECTED, UNEXPECTED, USAGE, CANNOT_TELL, INTERRUPTED = 0, 1, 2, launch.CANNOT_T
 
 
 def exit_code(documents: Sequence[Mapping[str, Any]]) -> int:
-    """The code for several verdicts: a wrong one outweighs one that could not be decided."""
+    """The exit code for several verdicts: an unexpected verdict outweighs an inconclusive one."""
     missed = [document["verdict"] for document in documents if not document["matches_expected"]]
     if not missed:
         return EXPECTED
@@ -37,19 +37,19 @@ def exit_code(documents: Sequence[Mapping[str, Any]]) -> int:
 
 
 def say_error(error: BaseException, text: str) -> None:
-    """One line on standard error, after the traceback where HMR_DEBUG asks for it."""
+    """Print an error as one line on standard error; with HMR_DEBUG set, the traceback first."""
     if os.environ.get("HMR_DEBUG", "") not in ("", "0"):
         traceback.print_exception(error)
     print(f"repro: {one_line(text)}", file=sys.stderr)
 
 
 def one_line(text: str) -> str:
-    """An error text that stays one line whatever a path or an argument in it holds."""
+    """An error text as one line, whatever characters a path or an argument in it holds."""
     return escape_control_characters(text.replace("\n", "\N{SYMBOL FOR LINE FEED}"), 4000)
 
 
 def describe_failure(error: BaseException) -> str:
-    """A failure of this program in one line, which must not look like a mistake of the user's."""
+    """A failure of this program as one line that says it is not the user's mistake."""
     at = traceback.extract_tb(error.__traceback__)[-1]
     what = " ".join(f"{type(error).__name__}: {error}".split())[:300]
     return (
@@ -59,7 +59,7 @@ def describe_failure(error: BaseException) -> str:
 
 
 def write_reports(console: Console, roots: Sequence[Path]) -> None:
-    """Write the report of each run, beside its siblings. Where that fails the verdicts stand all the same."""
+    """Write the report of each run; each shows the other variants. A failure is printed, and the verdicts stay."""
     try:
         write_all(roots)
     except (OSError, ValueError) as error:
@@ -69,7 +69,7 @@ def write_reports(console: Console, roots: Sequence[Path]) -> None:
 
 
 def print_verdicts(console: Console, documents: Sequence[dict[str, Any]], as_json: bool) -> None:
-    """The documents as JSON, or as a table with sentences below it."""
+    """Print the verdicts as JSON, or as a table with sentences below it."""
     if as_json:
         print(json.dumps(documents, indent=1))
     elif documents:
@@ -78,19 +78,19 @@ def print_verdicts(console: Console, documents: Sequence[dict[str, Any]], as_jso
 
 
 def read_config(path: Path | None) -> Mapping[str, Any]:
-    """The user's --config, {} without one. Raises ConfigError or DamagedFile."""
+    """Read the user's --config; {} without one. Raises ConfigError or DamagedFile."""
     if path is None:
         return {}
     try:
         document = read_json(path, MAX_CONFIG_BYTES)
     except OSError as error:
-        raise ConfigError(f"cannot read it: {error.strerror}", str(path)) from error
+        raise ConfigError(f"cannot read the file: {error.strerror}", str(path)) from error
     if not isinstance(document, dict):
         raise ConfigError("wanted a mapping", str(path))
     return document
 
 
 def refuse_junit(args: argparse.Namespace) -> None:
-    """Raise OutputError for a --junit that cannot be written, before the work; --out may be yet to be made."""
+    """Raise OutputError for a --junit that cannot be written, before any run. Its folder --out may not exist yet."""
     if args.junit and (args.junit.parent.resolve() != args.out.resolve() or args.out.exists()):
         refuse_unwritable(args.junit, "; choose another --junit")

@@ -1,4 +1,4 @@
-"""The command ``bundle``: make a bundle of a run, or compare one with its manifest."""
+"""``python -m repro bundle RUN``: make a bundle of a run, or compare a bundle with its manifest."""
 
 from __future__ import annotations
 
@@ -19,21 +19,21 @@ from repro.store.text import escape_control_characters, escape_lines
 
 def add(commands: Any) -> None:
     """Add the command to the program's parser."""
-    parser = commands.add_parser("bundle", help="a run as one zip to attach to a bug report; or check such a zip")
+    parser = commands.add_parser("bundle", help="pack a run as one zip to attach to a bug report; or check such a zip")
     parser.add_argument("run", type=Path, metavar="RUN", help="a run directory, or with --verify a zip")
     parser.add_argument("--verify", action="store_true", help="compare a zip with its manifest")
     parser.add_argument("--to", type=Path, metavar="ZIP", help="default: beside the run")
     parser.add_argument(
         "--with-logs",
         action="store_true",
-        help="add text that is not recognised where nothing suspicious is found in it",
+        help="add unrecognised text in which nothing suspicious is found",
     )
     parser.add_argument("--json", action="store_true")
     parser.set_defaults(command=run, parser=parser)
 
 
 def run(args: argparse.Namespace) -> int:
-    """Make a bundle and say what was left out, or verify one: 0, 1 where it is not as its manifest says."""
+    """Make a bundle and print what was left out; or verify one. Return 0, or 1 if it differs from its manifest."""
     if args.verify:
         wrong = verify(args.run)
         if args.json:
@@ -59,9 +59,9 @@ def run(args: argparse.Namespace) -> int:
         if count := made.left_out.get(kind, 0):
             print(f"  left out or replaced {count}: {what}")
     if args.with_logs:
-        print("  text that is not recognised is in it where nothing suspicious was found: read it before you post")
+        print("  unrecognised text in which nothing suspicious was found is included: read it before you post")
     elif made.left_out:
-        print("  --with-logs adds text that is not recognised where nothing suspicious is found in it")
+        print("  --with-logs adds unrecognised text in which nothing suspicious is found")
     for note in made.notes:
         print(escape_control_characters(f"  {note}", 4000))
     return 0

@@ -1,4 +1,4 @@
-"""The command line: the parser of all commands, and the border where errors become one line and an exit code."""
+"""The command line: parse the arguments, run the command, and turn errors into one line and an exit code."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ from repro.trace.witness import read_dir
 
 
 class Parser(argparse.ArgumentParser):
-    """Errors are one line."""
+    """An argument parser that prints an error as one line."""
 
     def __init__(self, **options: Any) -> None:
         super().__init__(**options, allow_abbrev=False)
@@ -60,8 +60,8 @@ class Parser(argparse.ArgumentParser):
 def main(argv: list[str] | None = None) -> int:
     """Run a command and return its exit code.
 
-    Errors of the user, in arguments or files, are one line and USAGE; failures of this program are one line and
-    CANNOT_TELL, with the traceback where HMR_DEBUG is set.
+    A user's error in arguments or files prints one line and returns USAGE. A failure of this program prints one line
+    and returns CANNOT_TELL; with HMR_DEBUG set, the traceback is printed too.
     """
     args, unknown = _parser().parse_known_args(argv)
     if unknown:
@@ -80,7 +80,7 @@ def main(argv: list[str] | None = None) -> int:
         return USAGE
     except (CannotRunHere, LeakError) as error:
         say_error(error, str(error))
-    except OSError as error:  # a disk that filled up during the run, for one
+    except OSError as error:  # for example, the disk became full during the run
         place = error.filename or "this machine"
         say_error(error, f"{place}: {error.strerror or error}")
     except Exception as error:
@@ -91,20 +91,22 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = Parser(prog="python -m repro", description="Rebuild the ways an expert-parallel server hangs.")
+    parser = Parser(prog="python -m repro", description="Reproduce and explain the hangs of expert-parallel servers.")
     commands = parser.add_subparsers(required=True, metavar="COMMAND", parser_class=Parser)
 
-    listing = commands.add_parser("list", help="the scenarios, one a line")
+    listing = commands.add_parser("list", help="list the scenarios, one per line")
     listing.add_argument("--json", action="store_true")
     listing.set_defaults(command=_list, parser=listing)
 
     run.add(commands)
 
-    purpose = "which of layout, kernel backends and kernel cache makes a start slow"
+    purpose = "find which of layout, kernel backends and kernel cache makes a start slow"
     grid = commands.add_parser("matrix", help=purpose)
     grid.add_argument("--seed", type=int, metavar="N", help="default: 0")
     grid.add_argument("--deadline", type=float, dest="deadline_s", metavar="S", help="default: 120")
-    grid.add_argument("--only", metavar="WORDS", default="", help='cells that have them all, such as "TP8 jit cold"')
+    grid.add_argument(
+        "--only", metavar="WORDS", default="", help='run only the cells with all these words, such as "TP8 jit cold"'
+    )
     grid.add_argument("--config", type=Path, metavar="FILE", help="JSON with the keys of a run's config.json")
     grid.add_argument("--out", type=Path, default=Path("runs"), metavar="DIR", help="default: runs")
     grid.add_argument("--launcher", choices=job.LAUNCHERS, default="fork", help="default: fork")
@@ -173,7 +175,7 @@ def _matrix(args: argparse.Namespace) -> int:
             lambda root: write_reports(console, [root]),
         )
     if args.junit:
-        write_junit(args.junit, [{**it, "variant": matrix.name(it)} for it in documents])
+        write_junit(args.junit, [{**document, "variant": matrix.name(document)} for document in documents])
     if args.json:
         print(json.dumps(documents, indent=1), flush=True)
     else:
@@ -182,7 +184,7 @@ def _matrix(args: argparse.Namespace) -> int:
 
 
 def _clean(args: argparse.Namespace) -> int:
-    """Remove what is certainly a run and does not run any more; say what is left."""
+    """Remove the run directories whose processes have ended. Anything that is not certainly a run is left."""
     if not args.out.is_dir():
         raise ConfigError("no such folder", str(args.out))
     removed: list[str] = []

@@ -1,7 +1,7 @@
-"""Standard output and standard error that never end a command.
+"""Replace standard output and standard error by streams whose errors never end a command.
 
-A run must reach its verdict whatever becomes of the text about it: the reader of a pipe may leave (``| head -1``), the
-disk that a log is on may fill up, and a shell may start the program without the files (``>&-``).
+A run must reach its verdict even if its output cannot be written: the reader of a pipe may exit (``| head -1``), the
+disk of a log may become full, and a shell may start the program with the files closed (``>&-``).
 """
 
 from __future__ import annotations
@@ -14,9 +14,9 @@ from collections.abc import Callable
 
 
 class Output(io.TextIOWrapper):
-    """A text stream on a file descriptor that drops its text once the descriptor takes no more.
+    """A text stream on a file descriptor. After the first failed write it drops all text.
 
-    error   why, None while it does
+    error   the first error of a write; None while writes succeed
     """
 
     def __init__(self, descriptor: int) -> None:
@@ -39,16 +39,16 @@ class Output(io.TextIOWrapper):
             self._drop(error)
 
     def _drop(self, error: OSError) -> None:
-        """Lead the descriptor to nowhere, with what is still buffered."""
+        """Redirect the descriptor to /dev/null, and flush the buffered text there."""
         self.error = self.error or error
-        nowhere = os.open(os.devnull, os.O_WRONLY)
-        os.dup2(nowhere, self.fileno())
-        os.close(nowhere)
+        null = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(null, self.fileno())
+        os.close(null)
         super().flush()
 
 
 def open_standard_files() -> None:
-    """Open what of standard input, output and error is closed: the next file opened would take its number."""
+    """Open /dev/null for each closed standard file, because the next opened file would take its descriptor."""
     for descriptor in range(3):
         try:
             os.fstat(descriptor)
@@ -59,14 +59,14 @@ def open_standard_files() -> None:
 def guarded(command: Callable[[], int], cannot_tell: int) -> int:
     """Run a command whose output may fail, and return its exit code.
 
-    cannot_tell: the exit code where standard output failed, other than by a reader that left, and so did not say what
-    it should have
+    cannot_tell: the exit code when standard output failed for another reason than a reader that exited, so that the
+    result may be incomplete
     """
     out, sys.stderr = Output(1), Output(2)
     sys.stdout = out
     try:
         code = command()
-    except SystemExit as usage:  # of the parser, which has said why
+    except SystemExit as usage:  # from the argument parser, which has printed the error
         code = int(usage.code or 0)
     out.flush()
     if out.error is None or out.error.errno == errno.EPIPE:

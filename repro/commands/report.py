@@ -1,4 +1,4 @@
-"""``python -m repro report RUN...``: make the report of runs that are there, and say where it is."""
+"""``python -m repro report RUN...``: write the report of existing runs, and print its path."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def add(commands: Any) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Write the reports; 0."""
+    """Write the reports and return 0."""
     documents = []
     for root in filter(Path.is_dir, args.runs):
         refuse_unwritable(root / report.FILES[0])

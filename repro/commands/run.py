@@ -1,4 +1,4 @@
-"""``python -m repro run SCENARIO``: run variants of a scenario, or of all, and give their verdicts."""
+"""``python -m repro run SCENARIO``: run variants of a scenario, or of all scenarios, and print their verdicts."""
 
 from __future__ import annotations
 
@@ -28,10 +28,10 @@ from repro.store.description import VARIANTS
 
 @dataclass(frozen=True)
 class Planned:
-    """One run that was asked for.
+    """One requested run.
 
-    unsafe    what would hang, of a run that is allowed to
-    refused   why there is no such run of a scenario among others: it does not exist with these flags
+    unsafe    the reasons why the run may hang; not empty only for a run that may start nevertheless
+    refused   why one scenario of `run all` cannot run with these flags; "" if it can
     """
 
     settings: RunSettings
@@ -41,8 +41,8 @@ class Planned:
 
 def add(commands: Any) -> None:
     """Add the command to the program's parser."""
-    parser = commands.add_parser("run", help="run a scenario and give its verdict")
-    parser.add_argument("scenario", metavar="SCENARIO", help='one of them, or "all"')
+    parser = commands.add_parser("run", help="run a scenario and print its verdict")
+    parser.add_argument("scenario", metavar="SCENARIO", help='the name of a scenario, or "all"')
     parser.add_argument("--variant", choices=(*VARIANTS, "all"), default="fault", help="default: fault")
     parser.add_argument("--ranks", type=int, dest="num_ranks", metavar="N", help="default: 8")
     parser.add_argument("--backend", choices=("gloo", "nccl"), help="default: gloo")
@@ -51,7 +51,7 @@ def add(commands: Any) -> None:
     parser.add_argument("--seed", type=int, metavar="N", help="default: 0")
     parser.add_argument("--checks", choices=CHECKS, help="default: observe for fault, agree for control and fix")
     parser.add_argument("--strict", dest="checks", action="store_const", const="strict", help="as --checks strict")
-    parser.add_argument("--allow-unsafe", action="store_true", help="start what could hang, as a fault always is")
+    parser.add_argument("--allow-unsafe", action="store_true", help="start even if it could hang (always so for fault)")
     _add_server_flags(parser)
     parser.add_argument("--config", type=Path, metavar="FILE", help="JSON with the keys of a run's config.json")
     parser.add_argument("--out", type=Path, default=Path("runs"), metavar="DIR", help="default: runs")
@@ -62,28 +62,32 @@ def add(commands: Any) -> None:
 
 
 def _add_server_flags(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--gdn-prefill-backend", choices=GDN_PREFILL_BACKENDS, help="jit is compiled where it runs")
+    parser.add_argument("--gdn-prefill-backend", choices=GDN_PREFILL_BACKENDS, help="jit: compiled on this machine")
     parser.add_argument("--moe-backend", choices=MOE_BACKENDS, help="the same for the experts")
-    meaning = "compiled kernels at the start; split: every rank has a cache of its own, and rank 0's alone is cold"
+    meaning = "compiled kernels at the start; split: every rank has its own cache, and only rank 0's is cold"
     parser.add_argument("--kernel-cache", choices=KERNEL_CACHES, help=meaning)
     parser.add_argument(
-        "--group-timeout", type=float, dest="group_timeout_s", metavar="S", help="after how long a collective gives up"
+        "--group-timeout",
+        type=float,
+        dest="group_timeout_s",
+        metavar="S",
+        help="when a collective gives up",
     )
 
 
 def run(args: argparse.Namespace) -> int:
-    """Run what was asked for, one after another; the exit code of all verdicts."""
+    """Run the requested runs one after another; return the exit code of all verdicts."""
     planned = plan(args)
     refuse_junit(args)
     able = [one.settings for one in planned if not one.refused]
     refuse_too_many(able)
-    if args.config:  # of the sizes that are not a user's, all fit
+    if args.config:  # the default sizes always fit
         refuse_too_large(able)
     if able[0].backend == "nccl":
         _require_gpus(able[0].num_ranks)
     session = Session(args, Console(stderr=args.json), args.interrupt)
     launcher = args.launcher or ("fork" if args.scenario == "all" else "torchrun")
-    # The user may end it at any point: what has a verdict by then is shown.
+    # The user may interrupt at any point; the verdicts so far are then shown.
     with contextlib.suppress(KeyboardInterrupt), job.launcher(launcher) as start:
         for number, one in enumerate(planned, start=1):
             session.run(one, start, f"[{number}/{len(planned)}] " if args.scenario == "all" else "")
@@ -97,7 +101,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def plan(args: argparse.Namespace) -> list[Planned]:
-    """The runs that were asked for, checked. Raises ConfigError where no scenario can run with these flags."""
+    """The requested runs, checked. Raises ConfigError if no scenario can run with these flags."""
     variants = VARIANTS if args.variant == "all" else (args.variant,)
     planned: list[Planned] = []
     errors: list[ConfigError] = []
@@ -115,7 +119,7 @@ def plan(args: argparse.Namespace) -> list[Planned]:
 
 
 def settings_of(args: argparse.Namespace, scenario: str, variant: str) -> RunSettings:
-    """The settings of one run by the command line. Raises ConfigError."""
+    """The settings of one run, from the command line and --config. Raises ConfigError."""
     document = read_config(args.config)
     flags = {
         name: value
@@ -131,20 +135,20 @@ def settings_of(args: argparse.Namespace, scenario: str, variant: str) -> RunSet
     }
     if args.allow_unsafe:
         flags["allow_unsafe"] = True
-    if engine and isinstance(of_engine := document.get("engine", {}), dict):
-        document = {**document, "engine": {**of_engine, **engine}}
+    if engine and isinstance(users_engine := document.get("engine", {}), dict):
+        document = {**document, "engine": {**users_engine, **engine}}
     where = str(args.config) if args.config else ""
     return scenarios.settings_of({**flags, "scenario": scenario, "variant": variant}, document, where)
 
 
 def _preflight(settings: RunSettings) -> list[str]:
-    """What would hang, for a run that is allowed to; raises Refused for one that is not."""
+    """The reasons why the run may hang. Raises Refused if there are any and the run is not allowed to start."""
     scenario = scenarios.load(settings.scenario)
     return preflight(scenario.server(settings, 0), scenario.policies(settings, 0))
 
 
 def _require_gpus(num_ranks: int) -> None:
-    """Raise CannotRunHere without a GPU for each rank; asked in a process of its own, as this one never loads torch."""
+    """Raise CannotRunHere without a GPU for each rank. A child process counts them: this one never loads torch."""
     ask = "import torch; print(torch.cuda.device_count())"
     answer = subprocess.run([sys.executable, "-c", ask], capture_output=True, text=True)
     count = int(answer.stdout.strip() or 0) if answer.returncode == 0 else 0
@@ -154,9 +158,9 @@ def _require_gpus(num_ranks: int) -> None:
 
 @dataclass
 class Session:
-    """The runs of one command, one after another: their verdicts, and what later ones reuse or need not say again.
+    """The runs of one command, their verdicts, and what later runs reuse.
 
-    unreported   run directories whose report is written once all variants are there: each shows its siblings
+    unreported   run directories whose report is not written yet: a report shows all variants, so it waits for them
     """
 
     args: argparse.Namespace
@@ -168,7 +172,7 @@ class Session:
     _said: set[str] = field(default_factory=set)
 
     def run(self, planned: Planned, start: job.Start, count: str) -> None:
-        """One run, its verdict added to ``documents``; raises CannotRunHere where it was the only scenario."""
+        """Run one variant and add its verdict to ``documents``. Raises CannotRunHere if it is the only scenario."""
         settings = planned.settings
         num_ranks = settings.num_ranks if not planned.refused else self.args.num_ranks or settings.num_ranks
         title = f"{count}{settings.scenario} {settings.variant}: {num_ranks} ranks, seed {settings.seed}"
@@ -200,7 +204,7 @@ class Session:
         say(self.console, f"  {document['verdict']}{remark}: {run_dir.root / 'report.html'}")
 
     def write_reports(self) -> None:
-        """Write the reports that are due."""
+        """Write the reports that are not written yet."""
         if self.unreported:
             write_reports(self.console, self.unreported)
             self.unreported = []

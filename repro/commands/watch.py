@@ -1,4 +1,4 @@
-"""``python -m repro watch RUN|ZIP``: the verdict on a run, live or finished, or on a bundle."""
+"""``python -m repro watch RUN|ZIP``: print the verdict on a run, live or finished, or on a bundle."""
 
 from __future__ import annotations
 
@@ -27,11 +27,11 @@ from repro.trace.witness import Tail
 
 def add(commands: Any) -> None:
     """Add the command to the program's parser."""
-    parser = commands.add_parser("watch", help="the verdict on a run directory, live or finished, or on a bundle")
+    parser = commands.add_parser("watch", help="print the verdict on a run directory, live or finished, or on a bundle")
     parser.add_argument("dir", type=Path, metavar="RUN|ZIP")
-    parser.add_argument("--end", action="store_true", help="end the run and write verdict.json when it is decided")
-    lookout = "look after the ranks of this host, of which RANK is the first, for a watcher on another host"
-    parser.add_argument("--lookout", type=int, metavar="RANK", help=lookout)
+    parser.add_argument("--end", action="store_true", help="watch until the verdict, write verdict.json, end the run")
+    agent = "run this host's agent for a watcher on another host; RANK is the first rank of this host"
+    parser.add_argument("--agent", type=int, metavar="RANK", help=agent)
     parser.add_argument("--json", action="store_true")
     parser.set_defaults(command=run, parser=parser)
 
@@ -47,14 +47,14 @@ def _watch_run(args: argparse.Namespace, run_dir: RunDir) -> int:
     except OSError as error:
         raise ConfigError(f"not a run directory: {error.strerror}", str(run_dir.config)) from error
     console = Console(stderr=args.json)
-    if (args.end or args.lookout is not None) and run_dir.verdict.exists():
-        option = "--end" if args.end else "--lookout"
-        raise ConfigError(f"the run is decided; without {option} it is judged once more", str(run_dir.verdict))
-    if args.lookout is not None:
-        if args.end or not 0 <= args.lookout < settings.num_ranks:
-            why = "cannot be had with --end" if args.end else f"{args.lookout} is none of {settings.num_ranks} ranks"
-            raise ConfigError(why, "--lookout")
-        HostAgent(run_dir, watch_options(settings), args.lookout).run()
+    if (args.end or args.agent is not None) and run_dir.verdict.exists():
+        option = "--end" if args.end else "--agent"
+        raise ConfigError(f"the run has a verdict; without {option} it is judged again", str(run_dir.verdict))
+    if args.agent is not None:
+        if args.end or not 0 <= args.agent < settings.num_ranks:
+            ranks = f"{args.agent} is not one of the {settings.num_ranks} ranks"
+            raise ConfigError("cannot be combined with --end" if args.end else ranks, "--agent")
+        HostAgent(run_dir, watch_options(settings), args.agent).run()
         return EXPECTED
     if args.end:
         return _watch_to_end(run_dir, settings, console, args)
@@ -74,7 +74,7 @@ def _watch_to_end(run_dir: RunDir, settings: RunSettings, console: Console, args
 
     def job_alive() -> bool:
         identities = [tail.writer() for tail in tails]
-        return any(not writer.pid or processes.find(writer) for writer in identities)
+        return any(not identity.pid or processes.find(identity) for identity in identities)
 
     interrupt: Interrupt = args.interrupt
     with interrupt.deferred():

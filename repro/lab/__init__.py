@@ -1,1 +1,1 @@
-"""Hangs on demand: settings, scenarios, the processes of a run, and what is expected of it."""
+"""The lab produces hangs on demand: settings, scenarios, the processes of a run, and its expected verdict."""

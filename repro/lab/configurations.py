@@ -1,14 +1,14 @@
 """The report's three start commands (vllm#41862) on the reference model: config1, config2 and tp8.
 
-Each is a scenario whose fault is what servers do: kernels are compiled where a layer needs them first. That is all the
-commands have in common with each other; what the report changed between them is more than expert parallelism:
+Each is a scenario whose fault is what servers do by default: a kernel is compiled when a layer first needs it. The
+commands share nothing else. The report changed more between them than expert parallelism:
 
     config1  DP8 EP8, graphs     GDN prefill and experts are compiled at first use
     config2  DP8 EP8, eager      the same
-    tp8      TP8, graphs         nothing is compiled: the report's command names a GDN backend, and its layout gets
-                                 another one for the experts
+    tp8      TP8, graphs         nothing is compiled: the report's command names a GDN backend, and the TP8 layout
+                                 selects another backend for the experts
 
-All serve the same requests, so all must give the same tokens.
+All three serve the same requests, so all three must produce the same tokens.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from repro.lab.scenarios import Scenario, cold_jit
 
 SOURCE = "vllm#41862"
 MODEL = {"linear_num_value_heads": 8}
-"""The tiny model, but with a GDN value head for each of eight tensor-parallel ranks."""
+"""Changes to the tiny model: one GDN value head for each of eight tensor-parallel ranks."""
 
 TP8 = {"tp_size": 8, "expert_parallel": False, "drawn_for": 8}
 

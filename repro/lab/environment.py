@@ -1,4 +1,4 @@
-"""The environment variables that the program reads: checked before they are used, and named where they are wrong."""
+"""Check the environment variables that the program reads, and name the one that is wrong."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _FOLDERS = ("HMR_KERNEL_CACHE", "HMR_NATIVE_DIR")
 
 
 def refuse_bad_variables() -> None:
-    """Raise ConfigError, with the name, for a variable that would fail in every rank; "" counts as not set."""
+    """Raise ConfigError for the first variable that would make every rank fail. An empty variable counts as unset."""
     for name, choices in _ONE_OF.items():
         value = os.environ.get(name, "")
         if value not in ("", *choices):
@@ -33,9 +33,9 @@ def refuse_bad_variables() -> None:
 
 @dataclass(frozen=True)
 class RankEnvironment:
-    """What a rank is given by torchrun (RANK and so on) and by our launcher (HMR_*).
+    """The environment variables that torchrun (RANK and so on) and our launcher (HMR_*) set for a rank.
 
-    run_dir    the run directory that the launcher made; None under plain torchrun
+    run_dir    the run directory that the launcher created; None under plain torchrun
     launcher   "pid:start ticks" of the launcher, "" under plain torchrun
     """
 
@@ -48,12 +48,12 @@ class RankEnvironment:
 
     @classmethod
     def read(cls) -> RankEnvironment:
-        """Raises ConfigError with the name of the variable that is wrong."""
+        """Read the environment. Raises ConfigError with the name of the variable that is wrong."""
         num_ranks = _number("WORLD_SIZE", 1, 1)
         num_local_ranks = _number("LOCAL_WORLD_SIZE", 1, 1)
         rank, local_rank = _number("RANK", 0, 0), _number("LOCAL_RANK", 0, 0)
         if rank >= num_ranks and "WORLD_SIZE" in os.environ:
-            raise ConfigError(f"{rank} is none of WORLD_SIZE {num_ranks} ranks", "RANK")
+            raise ConfigError(f"{rank} is not one of the {num_ranks} ranks of WORLD_SIZE", "RANK")
         launcher = os.environ.get("HMR_LAUNCHER", "")
         if launcher and not re.fullmatch(r"[0-9]{1,10}:[0-9]{1,20}", launcher):
             raise ConfigError(

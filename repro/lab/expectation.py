@@ -1,4 +1,4 @@
-"""What a run of the lab is expected to say: how its settings become a watcher's options, and its verdict a document."""
+"""Derive from a lab run's settings the watcher's options, the expected verdict, and the entries of verdict.json."""
 
 from __future__ import annotations
 
@@ -13,13 +13,16 @@ from repro.watch.live import SCHEMA_VERSION
 
 
 def watch_options(settings: RunSettings) -> WatchOptions:
-    """The options of the watcher of a run. Agreements go over the CPU in any run, so only ep and tp are ever queued."""
+    """The watcher's options for a run.
+
+    Step agreements run on the CPU in every run, so only the groups ep and tp can have collectives queued on a GPU.
+    """
     queued_groups = ("ep", "tp") if settings.backend == "nccl" else ()
     return WatchOptions(settings.num_ranks, settings.quiet_window_s, settings.deadline_s, queued_groups)
 
 
 def document_of(settings: RunSettings, verdict: Verdict) -> dict[str, Any]:
-    """The entries of verdict.json, and of a list of verdicts, that settings and verdict determine."""
+    """The entries of verdict.json that follow from the settings and the verdict; a list of verdicts has them too."""
     expected = scenarios.load(settings.scenario).expected(settings)
     return {
         "schema_version": SCHEMA_VERSION,
@@ -36,15 +39,15 @@ def document_of(settings: RunSettings, verdict: Verdict) -> dict[str, Any]:
 
 
 def matches(verdict: Verdict, expected: Expected) -> bool:
-    """Whether the verdict says all that is expected, for each culprit as well, or what may come instead."""
+    """Whether the verdict matches the expectation, or its alternative ``or_else``, in every field that is not None."""
     return _matches(verdict, expected) or (expected.or_else is not None and matches(verdict, expected.or_else))
 
 
 def _matches(verdict: Verdict, expected: Expected) -> bool:
     if (verdict.verdict, verdict.cause or None) != (expected.verdict, expected.cause):
         return False
-    for named, wanted in ((verdict.culprits, expected.culprits), (verdict.suspects, expected.suspects)):
-        if wanted is not None and tuple(sorted(named)) != wanted:
+    for named, expected_ranks in ((verdict.culprits, expected.culprits), (verdict.suspects, expected.suspects)):
+        if expected_ranks is not None and tuple(sorted(named)) != expected_ranks:
             return False
     living = [position for position in verdict.ranks if position.state != "dead"]
     if expected.error and not all(p.detail.startswith(f"{expected.error}:") for p in living):

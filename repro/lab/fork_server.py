@@ -1,9 +1,9 @@
-"""Eight ranks in half a second: one process imports torch and forks them, where torchrun starts eight interpreters.
+"""Fork the ranks of a run from one process that has imported torch: eight ranks start in half a second.
 
-``python -m repro.lab.fork_server`` is started by the launcher in place of torchrun, once for all the runs of a
-command. It reads a line for each run, forks a job, and answers with the job's pid; the job forks the ranks, each the
-same worker with the same files. All is forked before any thread exists. The ranks end with their job, the job with
-this process, and this one with the launcher.
+The launcher starts ``python -m repro.lab.fork_server`` in place of torchrun, once for all runs of a command. The server
+reads one JSON line for each run, forks a job, and prints the job's pid. The job forks the ranks. Each rank is the same
+worker that torchrun would start, and writes the same files. Every fork happens before the process has a second thread.
+The ranks end with their job, the job ends with this process, and this process ends with the launcher.
 """
 
 from __future__ import annotations
@@ -27,34 +27,34 @@ from repro.store.run_dir import RunDir
 
 
 def main() -> int:
-    """Entry point: 0 when the launcher has no more runs."""
+    """Serve the launcher's requests until it closes the pipe; return 0."""
     die_with_parent()
     import torch
 
     import hybrid_moe_ref.engine.lifecycle
-    import hybrid_moe_ref.parallel.comm  # noqa: F401 - imported once here, not once in every rank
+    import hybrid_moe_ref.parallel.comm  # noqa: F401 - one import here instead of one in every rank
 
     torch.set_num_threads(1)
-    gc.freeze()  # a collection in a rank would write to, and so copy, the pages that all share
-    signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # a job's watcher asks the system for it; nobody reaps it
+    gc.freeze()  # a garbage collection in a rank would write to the shared pages, and so copy them
+    signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # no zombies: the watcher looks for the job in /proc, nobody reaps it
     for line in sys.stdin.buffer:
-        wanted = json.loads(line)
-        pid = _fork(functools.partial(_job, wanted))
+        request = json.loads(line)
+        pid = _fork(functools.partial(_job, request))
         print(pid, flush=True)
     return 0
 
 
-def _job(wanted: dict[str, Any]) -> None:
-    """All ranks of one run, from the first to the last that ends."""
+def _job(request: dict[str, Any]) -> None:
+    """Fork the ranks of one run and wait for all of them."""
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     os.setsid()
-    os.environ.update(wanted["environment"])
-    tempfile.tempdir = None  # of this run, as its TMPDIR says
-    run_dir = RunDir(Path(wanted["run_dir"]))
+    os.environ.update(request["environment"])
+    tempfile.tempdir = None  # makes tempfile read the TMPDIR of this run
+    run_dir = RunDir(Path(request["run_dir"]))
     log = os.open(run_dir.launcher_log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
-    nothing = os.open(os.devnull, os.O_RDONLY)
-    for number, replaced in enumerate((nothing, log, log)):
-        os.dup2(replaced, number)
+    null = os.open(os.devnull, os.O_RDONLY)
+    for descriptor, target in enumerate((null, log, log)):
+        os.dup2(target, descriptor)
     num_ranks = read_settings(run_dir.config).num_ranks
     pids = [_fork(functools.partial(worker.run_launched, run_dir, rank)) for rank in range(num_ranks)]
     for pid in pids:

@@ -1,4 +1,4 @@
-"""Start the processes of a run: its ranks, by torchrun or by a fork server, and what computes beside them."""
+"""Start the processes of a run: the ranks, by torchrun or by a fork server, and the helper programs beside them."""
 
 from __future__ import annotations
 
@@ -22,22 +22,22 @@ POLL_S = 0.05
 
 
 class Job(Protocol):
-    """What was started for a run; a Popen is one."""
+    """A process that was started for a run; ``subprocess.Popen`` is one."""
 
     @property
     def pid(self) -> int: ...
 
     def poll(self) -> int | None:
-        """None while it runs."""
+        """The exit code; None while the process runs."""
 
 
 Start = Callable[[RunDir, RunSettings, Callable[[], bool]], Job]
-"""Starts the ranks of a run; the last argument says whether the user wants an end."""
+"""A function that starts the ranks of a run. Its last argument returns whether the user has interrupted."""
 
 
 @contextlib.contextmanager
 def launcher(name: str) -> Iterator[Start]:
-    """What starts the ranks of one run after another: one of LAUNCHERS."""
+    """Yield the function that starts the ranks of a run, and end its server at the end. name: one of LAUNCHERS."""
     if name == "torchrun":
         yield _start_torchrun
         return
@@ -49,14 +49,14 @@ def launcher(name: str) -> Iterator[Start]:
 
 
 LAUNCHERS = ("torchrun", "fork")
-"""By torchrun, as a server's ranks are, or forked from one process, which takes less time."""
+"""torchrun starts the ranks as a server's ranks are started; fork forks them from one process, which is faster."""
 
 
 def _start_torchrun(run_dir: RunDir, settings: RunSettings, interrupt: Callable[[], bool]) -> Job:
     command = [
         sys.executable, "-m", "torch.distributed.run",
         "--nnodes=1", f"--nproc-per-node={settings.num_ranks}", "--max-restarts=0", "--monitor-interval=0.1",
-        # The agents of one host meet through a file: no port is opened, so two runs cannot collide.
+        # torchrun's rendezvous goes through a file. It opens no port, so two runs cannot collide.
         "--rdzv-backend=c10d", f"--rdzv-endpoint={run_dir.root / 'rendezvous'}", "--rdzv-conf=store_type=file",
         "--local-addr=127.0.0.1",
         "-m", "repro.worker", settings.scenario, "--variant", settings.variant,
@@ -65,21 +65,21 @@ def _start_torchrun(run_dir: RunDir, settings: RunSettings, interrupt: Callable[
 
 
 class ForkServer:
-    """A process that has imported torch and forks a job for each run: the import is paid for once."""
+    """A process that has imported torch and forks a job for each run, so that all runs share one import."""
 
     def __init__(self) -> None:
         self._process: subprocess.Popen[bytes] | None = None
 
     def start(self, run_dir: RunDir, settings: RunSettings, interrupt: Callable[[], bool] = lambda: False) -> Job:
-        """Start the ranks of a run; what is returned has ended already where that failed or was interrupted."""
+        """Start the ranks of a run. If that fails or is interrupted, the returned job has already ended."""
         if self._process is None or self._process.poll() is not None:
             self._process = start_process([sys.executable, "-m", "repro.lab.fork_server"], run_dir, talks=True)
         assert self._process.stdin is not None and self._process.stdout is not None
         request = {"run_dir": str(run_dir.root), "environment": _environment(run_dir)}
-        with contextlib.suppress(BrokenPipeError):  # what ended it is in the log, and the run is judged without ranks
+        with contextlib.suppress(BrokenPipeError):  # the server died: its log says why, and the run gets a verdict
             self._process.stdin.write(json.dumps(request).encode() + b"\n")
             self._process.stdin.flush()
-        until = time.monotonic() + settings.deadline_s  # the import may be stuck
+        until = time.monotonic() + settings.deadline_s  # the server's import of torch may hang
         answers: list[Any] = []
         while not answers and not interrupt() and time.monotonic() < until:
             answers, _, _ = select.select([self._process.stdout], [], [], POLL_S)
@@ -97,30 +97,30 @@ class ForkServer:
         self._process.poll()
         for pipe in (self._process.stdin, self._process.stdout):
             assert pipe is not None
-            with contextlib.suppress(OSError):  # what could not be written is of no use any more
+            with contextlib.suppress(OSError):  # the unsent request no longer matters
                 pipe.close()
         self._process = None
 
 
 class ForkedJob:
-    """A job that the fork server started; it is no child of this process."""
+    """A job that the fork server started. It is not a child of this process."""
 
     def __init__(self, pid: int) -> None:
         self.pid = pid
         self._ticks = start_ticks(pid)
 
     def poll(self) -> int | None:
-        """None while it runs."""
+        """0 once the job has ended; None while it runs."""
         return None if processes.running(self.pid, self._ticks) else 0
 
 
 def start_process(
     command: list[str], run_dir: RunDir, log: Path | None = None, *, talks: bool = False
 ) -> subprocess.Popen[bytes]:
-    """Start a program of a run, which ends with this process; call it in the main thread (`parent.die_with_parent`).
+    """Start a program of a run. It ends with this process, so call this in the main thread (`parent.die_with_parent`).
 
-    log     where it prints, the launcher's log unless named
-    talks   through pipes at its standard input and output, so that only its errors go to the log
+    log     the file that the program prints to; the launcher's log by default
+    talks   connect its standard input and output to pipes, so that only its standard error goes to the log
     """
     parent = os.getpid()
     with (log or run_dir.launcher_log).open("wb") as output:
@@ -130,7 +130,7 @@ def start_process(
             stdout=subprocess.PIPE if talks else output,
             stderr=output if talks else subprocess.STDOUT,
             env=_environment(run_dir),
-            start_new_session=True,  # a terminal's Ctrl-C reaches this process alone, which ends the others in order
+            start_new_session=True,  # Ctrl-C in a terminal reaches only this process, which then ends the others
             preexec_fn=lambda: die_with_parent(parent),
         )
 

@@ -1,7 +1,7 @@
-"""The compiled kernels that a run finds when it starts: none, all, or all but rank 0's.
+"""Prepare the kernel cache of a run before it starts: empty (cold), full (warm), or empty for rank 0 alone (split).
 
-A run has a cache of its own, in its directory. A warm one is copied from the user's, where a process of its own first
-builds what is missing: ``python -m repro.lab.kernel_cache RUN_DIR``.
+Each run has its own cache in its run directory. A warm cache is a copy of the user's cache. A separate process,
+``python -m repro.lab.kernel_cache RUN_DIR``, first builds the kernels that are missing there.
 """
 
 from __future__ import annotations
@@ -25,25 +25,25 @@ POLL_S = 0.1
 
 
 class CannotFill(RuntimeError):
-    """The run cannot find in its cache what it is to find there; the text says why."""
+    """The kernel cache of a run cannot be prepared as the settings ask; the text says why."""
 
 
 def folder(run_dir: RunDir, settings: RunSettings) -> Path:
-    """The folder that the run's server keeps things in."""
+    """The cache folder of the run's server."""
     return Path(settings.engine.cache_dir or run_dir.cache)
 
 
 def fill(run_dir: RunDir, settings: RunSettings, interrupt: Callable[[], bool]) -> None:
-    """Put into the run's cache what it is to find there, within the run's deadline.
+    """Bring the run's kernel cache into the state that the settings ask for, within the run's deadline.
 
-    Raises CannotFill: for want of a compiler for one, for a cold start in a user's folder that is filled, or for a
-    folder that torch.compile cannot have: it names its files to the compiler without quotes. KeyboardInterrupt when
-    the user wants no more.
+    Raises CannotFill: the build failed (no compiler, for example), a cold start was asked for but the user's folder
+    holds compiled kernels, or torch.compile cannot use the folder, because it passes file names to the compiler
+    unquoted. Raises KeyboardInterrupt when the user interrupts.
     """
     for place in (run_dir.root, folder(run_dir, settings)) if settings.engine.compile else ():
         if re.search(r"[\s'\"\\]", str(place)):
             raise CannotFill(
-                f"torch.compile cannot work in {place}, for the space or quote in it; choose another --out"
+                f"torch.compile cannot work in {place}: the path contains a space or quote; choose another --out"
             )
     if not settings.engine.compiles_kernels:
         return
@@ -66,19 +66,19 @@ def fill(run_dir: RunDir, settings: RunSettings, interrupt: Callable[[], bool]) 
                 with contextlib.suppress(subprocess.TimeoutExpired):
                     _, output = builder.communicate(timeout=POLL_S)
         finally:
-            builder.kill()  # its compilers end with it
+            builder.kill()  # the compilers that it started end with it
     if builder.returncode:
         reason = output.strip().splitlines()[-1:] or ["no reason given"]
         raise CannotFill(f"no warm kernel cache: {reason[0]}")
 
 
 def of_rank(cache: Path, settings: RunSettings, rank: int) -> Path:
-    """Where a rank looks for compiled kernels."""
+    """The folder in which a rank looks for compiled kernels."""
     return cache / f"rank{rank:03d}" if settings.effective_kernel_cache == "split" else cache
 
 
 def main() -> None:
-    """Build what is missing in the user's cache, and copy it."""
+    """Build the kernels that are missing in the user's cache, and copy all of them into the run's."""
     die_with_parent()
     from hybrid_moe_kernels.extension import default_cache
     from hybrid_moe_kernels.gated_delta_rule.jit import PREFILL, PREFILL_CUDA
@@ -97,7 +97,8 @@ def main() -> None:
         ensure(extension, BuildPlace(default_cache(), -1, NullObserver()))
         built = extension.folder(default_cache())
         for target in targets:
-            # With times, by which ninja knows what is up to date. A user's folder may have it from the run before.
+            # Copies the modification times, by which ninja knows what is up to date. With engine.cache_dir the folder
+            # may hold the kernels of an earlier run already.
             shutil.copytree(built, target / built.name, dirs_exist_ok=True)
 
 

@@ -1,7 +1,7 @@
-"""Run one variant: make the run directory, start torchrun and the reference beside it, watch, and leave nothing.
+"""Run one variant: create the run directory, start the ranks and the reference, watch them, and end every process.
 
-Every process started here is killed by the kernel when this one ends, however it ends; a run directory, its
-verdict included, is all that stays.
+The operating system kills every process started here when this process ends, however it ends. Only the run directory
+with its verdict stays.
 """
 
 from __future__ import annotations
@@ -38,20 +38,20 @@ from repro.verdict.facts import Facts
 from repro.watch.live import Watch
 
 PERSIST_PATIENCE_S = 5.0
-"""How long the disk may take to keep the evidence."""
+"""How long to wait for the evidence to be written to the disk."""
 
 SYNCS = 8
-"""How many files are written to the disk at a time: one after another takes ten times as long."""
+"""How many files are synced at a time; one after another takes ten times as long."""
 
 RELEASE_PATIENCE_S = 8.0
-"""How long ranks that are done may take to exit on their own."""
+"""How long to wait for ranks that are done to exit on their own."""
 
 FREE_BYTES = 32 << 20
-"""Room that a run must find on the disk besides its witnesses: logs, stacks, dumps and the verdict."""
+"""Free disk space that a run needs besides its witnesses, for logs, stacks, dumps and the verdict."""
 
 
 CANNOT_TELL = 125
-"""Exit code of what cannot run on this machine."""
+"""Exit code when a run is not possible on this machine or its verdict is inconclusive."""
 
 
 class CannotRunHere(RuntimeError):
@@ -59,9 +59,9 @@ class CannotRunHere(RuntimeError):
 
 
 def prepare_run_dir(out: Path, settings: RunSettings, interrupt: Callable[[], bool] = lambda: False) -> RunDir:
-    """Make the run directory with its description, its configuration and every rank's witness, all blocks allocated.
+    """Create the run directory with run.json, config.json and every rank's witness, with all disk blocks allocated.
 
-    Raises OutputError, and leaves nothing, when there is no room.
+    Raises OutputError when the folder cannot be written or the disk lacks space; the run directory is then removed.
     """
     run_dir = RunDir.create(out, settings.scenario, settings.variant, settings.seed)
     try:
@@ -93,12 +93,12 @@ def run(
     start: Start,
     known_reference: Path | None = None,
 ) -> tuple[RunDir, dict[str, Any]]:
-    """Run one variant to its verdict; returns its directory and the content of verdict.json.
+    """Run one variant to its verdict; return its directory and the content of verdict.json.
 
-    start: starts the ranks, as :func:`launcher` gives it
+    start: starts the ranks; from :func:`repro.lab.job.launcher`
     known_reference: reference.json of an earlier run with the same ``reference_key``
 
-    Raises KeyboardInterrupt when the user ends it before there are ranks; later the verdict says so.
+    Raises KeyboardInterrupt when the user interrupts before the ranks start. A later interrupt is noted in the verdict.
     """
     run_dir = prepare_run_dir(out, settings, interrupt)
     with interrupt.deferred():
@@ -106,18 +106,19 @@ def run(
             shutil.copyfile(known_reference, run_dir.reference)
         try:
             job = start(run_dir, settings, interrupt)
-        except Exception as error:  # no more processes or descriptors, for one
+        except Exception as error:  # for example, no more processes or file descriptors
             end(run_dir, [], [])
             return run_dir, _undecided(run_dir, settings, error)
 
         def job_alive() -> bool:
-            return interrupt() or job.poll() is None  # that it has ended since is no finding about the run
+            # After an interrupt the job may have ended for that reason, which is no evidence about the run.
+            return interrupt() or job.poll() is None
 
         return run_dir, attend(run_dir, settings, interrupt, display, job_alive, [job])
 
 
 def skipped(settings: RunSettings, why: str) -> dict[str, Any]:
-    """Stands in a list of verdicts for a run that this machine cannot do."""
+    """The entry, in a list of verdicts, of a run that is not possible on this machine. why: what is missing."""
     verdict = Verdict("inconclusive", evidence=(why,), confidence="undecided")
     no_time = {"stall_to_verdict": 0.0, "total": 0.0}
     return {**document_of(settings, verdict), "matches_expected": False, "skipped": why, "seconds": no_time}
@@ -131,16 +132,16 @@ def attend(
     job_alive: Callable[[], bool],
     started: Sequence[Job] = (),
 ) -> dict[str, Any]:
-    """Watch a run that was started, to its verdict and its end; returns what verdict.json says.
+    """Watch a started run until its verdict, then end it; return the content of verdict.json.
 
-    Raises OutputError when another process does so already: only one may end a run. Where this program itself fails
-    the verdict is `inconclusive`; OSError with the place of the run where not even that can be written.
+    If this program itself fails, the verdict is `inconclusive`. Raises OutputError when another process already watches
+    the run, because only one may end it. Raises OSError, with the run's path, when no verdict can be written.
     """
     with _only_one(run_dir):
         try:
             return _attend(run_dir, settings, interrupt, display, job_alive, list(started))
         except Exception as error:
-            if run_dir.verdict.exists():  # what failed came after it
+            if run_dir.verdict.exists():  # the failure came after the verdict
                 raise
             try:
                 return _undecided(run_dir, settings, error)
@@ -150,9 +151,9 @@ def attend(
 
 
 def _undecided(run_dir: RunDir, settings: RunSettings, error: Exception) -> dict[str, Any]:
-    """Write the verdict of a run that could not be started or watched, with the traceback in a log of the run."""
+    """Write an inconclusive verdict for a run that could not be started or watched; the traceback goes into a log."""
     reason = f"repro itself failed, which says nothing about the run: {type(error).__name__}: {error}"
-    with contextlib.suppress(OSError):  # a full disk: the verdict is smaller, and may find room
+    with contextlib.suppress(OSError):  # on a full disk the verdict, which is smaller, may still fit
         write_atomically(run_dir.watcher_log, "".join(traceback.format_exception(error)))
         reason += f" (logs/{run_dir.watcher_log.name})"
     verdict = Verdict("inconclusive", evidence=(reason[:1000],), confidence="undecided")
@@ -164,7 +165,7 @@ def _undecided(run_dir: RunDir, settings: RunSettings, error: Exception) -> dict
 
 @contextlib.contextmanager
 def _only_one(run_dir: RunDir) -> Iterator[None]:
-    """A lock on config.json, which the kernel lets go of however its holder ends."""
+    """Hold a lock on config.json, so that only one process ends the run. It is released however its holder ends."""
     with open_regular(run_dir.config) as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -209,8 +210,9 @@ def _attend(
         ranks = watch.processes
         document = watch.run()
         persist(run_dir, display.notice)
-        # Their work is on the disk, and to leave takes eight interpreters seconds: ours are ended, unless a library
-        # has something of the host's to give back. Of another's job the launcher wants to see its ranks exit well.
+        # The ranks' results are on the disk, and eight interpreters take seconds to exit. So kill the ranks that this
+        # process started, except under NCCL, which has resources of the host to release. Let the ranks of another
+        # launcher exit on their own: it reports those that do not exit with 0.
         if watch.all_done() and not (started_here and settings.backend == "gloo"):
             _release(run_dir, lambda: job_alive() or watch.remote_ranks_run())
     finally:
@@ -220,7 +222,7 @@ def _attend(
 
 
 def _living(ranks: Callable[[], list[psutil.Process]], notice: Callable[[str], None]) -> list[psutil.Process]:
-    """The ranks that run; [] with a notice where that cannot be read: the children of this process still end."""
+    """The ranks that still run. If they cannot be listed: [] and a notice; this process still ends its own children."""
     try:
         return ranks()
     except Exception as error:
@@ -229,9 +231,9 @@ def _living(ranks: Callable[[], list[psutil.Process]], notice: Callable[[str], N
 
 
 def persist(run_dir: RunDir, notice: Callable[[str], None], patience_s: float = PERSIST_PATIENCE_S) -> None:
-    """Have the disk keep the evidence before its writers are ended; a machine with a hang is often reset next.
+    """Sync the evidence to the disk before the ranks are ended, because a machine with a hang is often reset next.
 
-    In threads that nobody waits for at exit: a file server that does not answer must not keep the ranks of the run.
+    Daemon threads do the work: a file server that does not answer must not keep the ranks of the run alive.
     """
     paths, failures = run_dir.contents(), []
 
@@ -252,18 +254,19 @@ def persist(run_dir: RunDir, notice: Callable[[str], None], patience_s: float = 
     if any(thread.is_alive() for thread in threads):
         failures.append(f"{run_dir.root} was not written to its disk within {patience_s:g} s")
     for failure in failures[:1]:
-        notice(f"evidence may be lost when this machine is reset now: {failure}")
+        notice(f"evidence may be lost if this machine is reset now: {failure}")
 
 
 def end(run_dir: RunDir, started: list[Job], ranks: list[psutil.Process]) -> list[str]:
-    """Kill what was started and the ranks that run, and remove what only the processes needed.
+    """Kill the started jobs with their descendants and the running ranks, and remove the files that only they needed.
 
     Returns a sentence for each process that did not end within processes.REAP_PATIENCE_S.
     """
-    running = [child for child in started if child.poll() is None]  # the pid of another may be somebody else's by now
-    doomed = [*ranks, *(found for child in running for found in processes.with_descendants(child.pid))]
-    left = processes.kill(doomed)
-    for child in started:  # reaps what was a child of this process
+    # The pid of a job that has ended may belong to another process by now.
+    running = [child for child in started if child.poll() is None]
+    descendants = [process for child in running for process in processes.with_descendants(child.pid)]
+    left = processes.kill([*ranks, *descendants])
+    for child in started:  # reaps the children of this process
         child.poll()
     agent.remove_temporary_files(run_dir, (run_dir.store, run_dir.interrupted, run_dir.root / "rendezvous"))
     shutil.rmtree(run_dir.root / "tmp", ignore_errors=True)

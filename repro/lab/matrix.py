@@ -1,11 +1,11 @@
-"""What of the report's commands makes a start slow: every combination of layout, backends and kernel cache.
+"""Find which part of the report's commands makes a start slow: run every combination of layout, backends and cache.
 
     python -m repro matrix             run them, print one table and the phases of every rank
     python -m repro matrix --script    a shell script that does the same with vLLM on 8 GPUs
 
-The kernels are compiled where a layer needs them first, as servers do. Two more rows give every rank a cache of its
-own, of which rank 0's alone is cold, so that the others wait for it in a collective, and not for a lock: a patient
-group waits until the build is done, one with a short timeout gives up.
+Kernels are compiled when a layer first needs them, as in servers. In two more rows every rank has its own kernel cache
+and only rank 0's is cold, so that the others wait for rank 0 in a collective and not for a lock. With a long group
+timeout they wait until the build is done; with a short one they give up.
 """
 
 from __future__ import annotations
@@ -26,12 +26,12 @@ from repro.trace.witness import read
 
 SHORT_TIMEOUT_S = 3.0
 PHASES = ("load", "prepare", "profile", "capture", "serve")
-"""Those that take time; the others are in the JSON."""
+"""The phases in the table: those that take time. The JSON has all phases."""
 
 
 @dataclass(frozen=True)
 class Cell:
-    """One combination. ``configuration`` is config2 for DP8 + EP8, or tp8, both eager here."""
+    """One combination. ``configuration`` is config2 (DP8 + EP8) or tp8; both run eagerly here."""
 
     configuration: str
     gdn: str
@@ -44,7 +44,7 @@ class Cell:
         return "TP8" if self.configuration == "tp8" else "DP8+EP8"
 
     def settings(self, document: Mapping[str, Any], flags: Mapping[str, Any]) -> RunSettings:
-        """The run of this cell, as servers do it."""
+        """The settings of this cell's run, always the variant "fault": servers compile at first use."""
         engine = {**document.get("engine", {}), "gdn_prefill_backend": self.gdn, "moe_backend": self.moe}
         mine = {"scenario": self.configuration, "variant": "fault", "kernel_cache": self.cache}
         timeout = {"group_timeout_s": self.group_timeout_s}
@@ -52,35 +52,36 @@ class Cell:
 
 
 def cells() -> list[Cell]:
-    """All of them, for a CPU: the compiled experts are C++. For GPUs there is the script."""
+    """All cells. They run on a CPU, because the compiled experts are C++; the script is for GPUs."""
     layouts, caches = ("tp8", "config2"), ("cold", "warm")
-    found = [Cell(*parts) for parts in itertools.product(layouts, ("torch", "jit"), ("auto", "jit"), caches)]
-    return [*found, Cell("config2", "jit", "jit", "split"), Cell("config2", "jit", "jit", "split", SHORT_TIMEOUT_S)]
+    combined = [Cell(*parts) for parts in itertools.product(layouts, ("torch", "jit"), ("auto", "jit"), caches)]
+    return [*combined, Cell("config2", "jit", "jit", "split"), Cell("config2", "jit", "jit", "split", SHORT_TIMEOUT_S)]
 
 
 def run(
-    wanted: Sequence[tuple[Cell, RunSettings]],
+    chosen: Sequence[tuple[Cell, RunSettings]],
     out: Path,
     interrupt: Interrupt,
-    tell: Callable[[str], None],
+    say: Callable[[str], None],
     start: job.Start,
     done: Callable[[Path], None] = lambda root: None,
 ) -> list[dict[str, Any]]:
-    """Run the cells one after another; each verdict with its cell and the seconds of each phase on each rank.
+    """Run the cells one after another; return each verdict with its cell and each rank's seconds per phase.
 
+    say: called with a line for each cell
     done: called with each run directory once the run is over
     """
     documents: list[dict[str, Any]] = []
     references: dict[tuple[Any, ...], Path] = {}
-    for number, (cell, settings) in enumerate(wanted, start=1):
+    for number, (cell, settings) in enumerate(chosen, start=1):
         mine: dict[str, Any] = {
             "layout": cell.layout, "gdn_prefill_backend": cell.gdn, "moe_backend": cell.moe,
             "kernel_cache": cell.cache, "group_timeout_s": cell.group_timeout_s, "phases": [], "stalled_s": 0.0,
         }  # fmt: skip
         if not (missing := scenarios.load(settings.scenario).missing(settings)):
-            known = references.get(settings.reference_key())
+            reference = references.get(settings.reference_key())
             try:
-                run_dir, document = launch.run(settings, out, interrupt, Display(), start, known)
+                run_dir, document = launch.run(settings, out, interrupt, Display(), start, reference)
             except kernel_cache.CannotFill as error:
                 missing = str(error)
         if missing:
@@ -92,14 +93,14 @@ def run(
                 document["stalled_s"] = document["quiet_s"]
             done(run_dir.root)
         documents.append(document)
-        tell(f"[{number}/{len(wanted)}] {name(document)}: {missing or document['verdict']}")
+        say(f"[{number}/{len(chosen)}] {name(document)}: {missing or document['verdict']}")
         if interrupt():
             break
     return documents
 
 
 def phases(run_dir: RunDir, rank: int) -> dict[str, float]:
-    """How many seconds a rank was in each phase, by its witness; the last one ends with its last event."""
+    """The seconds that a rank spent in each phase, from its witness. The last phase ends with the rank's last event."""
     witness = read(run_dir.witness(rank))
     seconds: dict[str, float] = {}
     begun: tuple[str, int] | None = None
@@ -115,7 +116,7 @@ def phases(run_dir: RunDir, rank: int) -> dict[str, float]:
 
 
 def name(document: Mapping[str, Any]) -> str:
-    """A cell in words."""
+    """The name of a cell: its values, separated by spaces."""
     return " ".join(_cells_of(document))
 
 
@@ -125,7 +126,7 @@ def _cells_of(document: Mapping[str, Any]) -> list[str]:
 
 
 def table(documents: Sequence[Mapping[str, Any]]) -> list[str]:
-    """A line for each cell, with the longest time that a rank spent in each phase, and then every rank's."""
+    """The lines of the table: a row per cell with the longest time of any rank per phase, then the times per rank."""
     head = ("layout", "gdn", "moe", "cache", "timeout", "verdict", "seconds", "silent", *PHASES, "as expected")
     rows: list[tuple[str, ...]] = [head]
     for document in documents:
@@ -142,7 +143,7 @@ def table(documents: Sequence[Mapping[str, Any]]) -> list[str]:
     for document in documents:
         ranks = document["phases"]
         if not ranks:
-            continue  # it could not run here
+            continue  # this cell could not run here
         lines += ["", f"{name(document)}: seconds in each phase, ranks 0 to {len(ranks) - 1}"]
         names = dict.fromkeys(phase for rank in ranks for phase in rank if rank[phase] >= 0.05)
         rows = [(phase, *(f"{rank.get(phase, 0.0):.1f}" for rank in ranks)) for phase in names]
@@ -198,7 +199,7 @@ start() {  # layout gdn moe cache
   local group=$!
   while kill -0 "$group" 2>/dev/null && [ $((SECONDS - begun)) -lt "$LIMIT" ]; do
     if curl -sf "http://127.0.0.1:$PORT/health" > /dev/null; then up=yes; break; fi
-    # Who compiles, and which lock files are there: the two things that no log line tells.
+    # Which processes compile, and which lock files exist: no log line shows either.
     { date -u +%H:%M:%S; pgrep -ag "$group" 'nvcc|cicc|ninja|ptxas' | cut -c1-160 | head -5
       find "$caches" -name '*.lock' -o -name lock; } >> "$RESULTS/$name.builds" 2> /dev/null
     sleep 5
@@ -217,7 +218,7 @@ start() {  # layout gdn moe cache
 
 
 def script() -> str:
-    """The shell script for real vLLM."""
+    """The shell script that runs the matrix with vLLM."""
     lines = []
     for layout, gdn, moe, cache in itertools.product(
         ("tp8", "dp8ep8", "dp8ep8eager"), ("triton", "flashinfer"), ("triton", "flashinfer_cutlass"), ("cold", "warm")

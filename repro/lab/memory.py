@@ -1,7 +1,7 @@
-"""Check before any rank starts whether the ranks of runs fit into this machine's memory.
+"""Check before any rank starts whether the ranks of a run fit into this machine's memory.
 
-``python -m repro.lab.memory`` reads a list of settings from standard input and prints what does not fit. It is a
-process of its own because it needs torch, which the launcher never loads.
+``python -m repro.lab.memory`` reads a list of settings from standard input and prints the first shortage. It runs as a
+separate process because it needs torch, which the launcher never loads.
 """
 
 from __future__ import annotations
@@ -16,26 +16,26 @@ from hybrid_moe_ref.config import ConfigError
 from repro.lab.settings import RunSettings
 
 RANK_BYTES = 48 << 20
-"""What a rank of the smallest model takes beside the memory that forked ranks share."""
+"""Memory of one rank of the smallest model, without the pages that forked ranks share."""
 
 
 def refuse_too_large(runs: Iterable[RunSettings]) -> None:
-    """Raise ConfigError for a run whose ranks cannot fit, with what they need and what the machine has.
+    """Raise ConfigError, with the memory needed and the memory available, for a run whose ranks do not fit.
 
-    Raises RuntimeError where that cannot be worked out.
+    Raises RuntimeError when the check itself fails.
     """
     documents = json.dumps([settings.to_mapping() for settings in runs])
     command = [sys.executable, "-m", "repro.lab.memory"]
     answer = subprocess.run(command, input=documents, capture_output=True, text=True)
     if answer.returncode:
         last = answer.stderr.strip().splitlines()[-1:] or [f"exit code {answer.returncode}"]
-        raise RuntimeError(f"cannot work out whether the run fits into memory: {last[0]}")
+        raise RuntimeError(f"cannot determine whether the run fits into memory: {last[0]}")
     if shortage := answer.stdout.strip():
         raise ConfigError(shortage)
 
 
 def refuse_too_many(runs: Iterable[RunSettings]) -> None:
-    """Raise ConfigError for more ranks than the machine has memory for, whatever their model is."""
+    """Raise ConfigError for a run with more ranks than fit into the machine's memory with any model."""
     total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     for settings in runs:
         if (needed := settings.num_ranks * RANK_BYTES) > total:
@@ -44,7 +44,7 @@ def refuse_too_many(runs: Iterable[RunSettings]) -> None:
 
 
 def shortage_of(settings: RunSettings) -> str:
-    """What the run needs and what the machine has; "" where that is enough. The memory of GPUs is not checked."""
+    """The memory that the run needs and that the machine has; "" if it fits. The memory of GPUs is not checked."""
     import torch
 
     from hybrid_moe_ref import memory
@@ -62,7 +62,7 @@ def shortage_of(settings: RunSettings) -> str:
 
 
 def main() -> None:
-    """Entry point."""
+    """Print the first shortage of the runs on standard input, or an empty line."""
     shortages = (shortage_of(RunSettings.from_mapping(document)) for document in json.load(sys.stdin))
     print(next(filter(None, shortages), ""))
 

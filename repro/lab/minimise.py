@@ -1,8 +1,8 @@
-"""Shrink a scenario while its verdict stays the same, and write what is left as one file to paste into an issue.
+"""Shrink a scenario while its verdict stays the same, and write the result as one file to paste into an issue.
 
 A scenario can predict its verdict without running. Search the predictions for the smallest settings, then confirm them
-by one run. Where that run has another verdict, find by bisection how many of the reductions hold. At the end the
-written file itself is run.
+by one run. If that run has another verdict, bisect for the smallest settings that keep it. At the end, run the written
+file itself.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ CHECK_DEADLINE_S = 90.0
 
 
 class AnotherVerdict(RuntimeError):
-    """The run to shrink is not the hang that its scenario predicts; ``verdict`` is the one it has."""
+    """The run to shrink does not have the verdict that its scenario predicts; ``verdict`` is the one that it has."""
 
     def __init__(self, text: str, verdict: str) -> None:
         super().__init__(text)
@@ -47,10 +47,10 @@ class AnotherVerdict(RuntimeError):
 
 @dataclass
 class Result:
-    """What came out.
+    """The result of a search.
 
-    steps       how many a rank begins before it is stuck
-    confirmed   what the written file said when it was run
+    steps       how many steps a rank begins before it is stuck
+    confirmed   what the written file printed when it was run
     """
 
     before: RunSettings
@@ -69,9 +69,9 @@ Trial = Callable[[RunSettings], dict[str, Any]]
 
 
 def minimise(scenario: Scenario, start: RunSettings, trial: Trial, budget_s: float = BUDGET_S) -> Result:
-    """The smallest settings found whose run has the verdict and cause of the run of ``start``.
+    """Find the smallest settings whose run has the same verdict and cause as the run of ``start``.
 
-    Raises AnotherVerdict when the run of ``start`` itself is not the hang that the scenario predicts.
+    Raises AnotherVerdict when the run of ``start`` itself does not have the verdict that the scenario predicts.
     """
     began = time.monotonic()
     runs = 0
@@ -82,14 +82,14 @@ def minimise(scenario: Scenario, start: RunSettings, trial: Trial, budget_s: flo
         document = trial(settings)
         return document["verdict"], document["cause"], document
 
-    wanted = scenario.hang(start)
-    path = [start, *_reductions(scenario, start, wanted)]
+    predicted = scenario.hang(start)
+    path = [start, *_reductions(scenario, start, predicted)]
     verdict, cause, document = says(start)
-    if (verdict, cause) != (wanted.verdict, wanted.cause):
-        why = f"the run says {verdict} {cause or ''}, not {wanted.verdict} {wanted.cause or ''}: not shrunk"
+    if (verdict, cause) != (predicted.verdict, predicted.cause):
+        why = f"the run says {verdict} {cause or ''}, not {predicted.verdict} {predicted.cause or ''}: not shrunk"
         raise AnotherVerdict(why, verdict)
-    low, high = 0, len(path)  # path[low] is known to hold, path[high] not to
-    middle = high - 1  # the smallest first: a prediction is mostly right
+    low, high = 0, len(path)  # path[low] has the verdict, path[high] (or the end of the path) does not
+    middle = high - 1  # the smallest settings first: the predictions are mostly right
     while low < middle < high and time.monotonic() - began < budget_s:
         *outcome, trial_document = says(path[middle])
         if outcome == [verdict, cause]:
@@ -102,31 +102,31 @@ def minimise(scenario: Scenario, start: RunSettings, trial: Trial, budget_s: flo
     return Result(start, path[-1], verdict, cause, steps, runs, time.monotonic() - began)
 
 
-def _reductions(scenario: Scenario, start: RunSettings, wanted: Expected) -> Iterator[RunSettings]:
-    """Ever smaller settings for which the scenario predicts the same verdict; one thing shrinks at a time."""
+def _reductions(scenario: Scenario, start: RunSettings, target: Expected) -> Iterator[RunSettings]:
+    """Ever smaller settings for which the scenario predicts the verdict ``target``; each step shrinks one setting."""
     current, moved = start, True
     while moved:
         moved = False
         for smaller in (_ranks, _layers, _experts, _tokens, _requests):
             for candidate in smaller(current):
-                if _predicts(scenario, candidate, wanted):
+                if _predicts(scenario, candidate, target):
                     current, moved = candidate, True
                     yield current
                     break
 
 
-def _predicts(scenario: Scenario, settings: RunSettings, wanted: Expected) -> bool:
+def _predicts(scenario: Scenario, settings: RunSettings, target: Expected) -> bool:
     try:
         predicted = scenario.hang(settings)
         usable = not scenario.missing(settings)
     except (ConfigError, ValueError, ArithmeticError, LookupError):
         return False  # the scenario does not exist at this size
-    same = (predicted.verdict, predicted.cause) == (wanted.verdict, wanted.cause)
-    return usable and same and bool(predicted.culprits) == bool(wanted.culprits)
+    same = (predicted.verdict, predicted.cause) == (target.verdict, target.cause)
+    return usable and same and bool(predicted.culprits) == bool(target.culprits)
 
 
 def _change(settings: RunSettings, part: str = "", **changes: Any) -> Iterator[RunSettings]:
-    """The settings so changed, if they are valid and not the same."""
+    """Yield the settings with these changes, or nothing if they are invalid or change nothing."""
     try:
         inside: Any = dataclasses.replace(getattr(settings, part), **changes) if part else None
         changed = dataclasses.replace(settings, **({part: inside} if part else changes))
@@ -144,7 +144,7 @@ def _ranks(settings: RunSettings) -> Iterator[RunSettings]:
 
 
 def _layers(settings: RunSettings) -> Iterator[RunSettings]:
-    """Shorter patterns first: every subsequence of a few layers, then halves."""
+    """Shorter layer patterns first: every subsequence of up to 3 layers, then the prefix of each greater length."""
     pattern = settings.model.layer_pattern
     tried: set[str] = set()
     for length in range(1, len(pattern)):
@@ -164,7 +164,7 @@ def _experts(settings: RunSettings) -> Iterator[RunSettings]:
 
 
 def _tokens(settings: RunSettings) -> Iterator[RunSettings]:
-    """Prompt and new tokens: what decides how many steps there are."""
+    """Fewer prompt tokens and new tokens, which decide the number of steps."""
     work = settings.workload
     for prompt in sorted({1, 2, 4, work.max_prompt_tokens}):
         for short in sorted({1, 2, work.short_new_tokens}):
@@ -192,7 +192,7 @@ def _requests(settings: RunSettings) -> Iterator[RunSettings]:
 
 @dataclass
 class Runner:
-    """Runs trials in a folder that is thrown away; a hang needs no single-process reference."""
+    """Runs trials in a temporary folder, without a single-process reference, which a hang does not need."""
 
     folder: Path
     interrupt: Interrupt
@@ -207,7 +207,7 @@ class Runner:
         return self.run(settings, none)
 
     def run(self, settings: RunSettings, reference: Path | None = None) -> dict[str, Any]:
-        """One variant. Raises KeyboardInterrupt when the user wants an end."""
+        """Run one variant; return its verdict. Raises KeyboardInterrupt when the user interrupts."""
         run_dir, document = launch.run(settings, self.folder, self.interrupt, Display(), self.start, reference)
         self.last, self.settings = run_dir.root, settings
         if self.interrupt():
@@ -219,7 +219,7 @@ class Runner:
 
 
 def describe(settings: RunSettings) -> str:
-    """The sizes that are shrunk, in words."""
+    """The sizes that the search shrinks, as a phrase."""
     work, model = settings.workload, settings.model
     return (
         f"{settings.num_ranks} ranks, {counted(len(model.layer_pattern), 'layer')} ({model.layer_pattern}), "
@@ -229,7 +229,7 @@ def describe(settings: RunSettings) -> str:
 
 
 def confirm(path: Path, num_ranks: int) -> str:
-    """Run the file as a maintainer would; what it said of the hang, or why it did not."""
+    """Run the written file as a maintainer would; return what it prints about the hang, or why there was none."""
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={num_ranks}"]
     code, output = run_within([*torchrun, str(path)], CHECK_DEADLINE_S)
     if code is None:
@@ -239,8 +239,9 @@ def confirm(path: Path, num_ranks: int) -> str:
 
 
 def run_within(command: list[str], limit_s: float) -> tuple[int | None, str]:
-    """Exit code and standard output of a program, None where it did not end in time. What it started ends with it, also
-    where the user interrupts.
+    """Run a program; return its exit code (None if it did not end in time) and its standard output.
+
+    Its descendants are killed when it ends, and when the user interrupts.
     """
     job = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
     with job:
@@ -266,8 +267,10 @@ def add(commands: Any) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """0; 1 when the scenario's own run has another verdict; 125 when that says nothing, when what is left cannot be
-    written as one file, or when the file did not hang.
+    """Shrink the scenario and write the file; return the exit code.
+
+    0: done. 1: the scenario's first run has another verdict than predicted. 125: that run is inconclusive, the result
+    cannot be written as one file, or the written file did not hang.
     """
     flags = {name: value for name in ("num_ranks", "seed") if (value := getattr(args, name)) is not None}
     start = scenarios.settings_of(
@@ -292,7 +295,7 @@ def run(args: argparse.Namespace) -> int:
         except AnotherVerdict as error:
             print(f"repro: {args.scenario}: {escape_lines(str(error))}", file=sys.stderr)
             return 125 if error.verdict == "inconclusive" else 1
-        if runner.settings != result.after:  # the last run that was tried did not hold
+        if runner.settings != result.after:  # the last trial had another verdict
             runner(result.after)
         fault = runner.last
         cured = dataclasses.replace(result.after, variant="fix", checks="")

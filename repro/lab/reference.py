@@ -1,4 +1,4 @@
-"""The answer that every run is compared with: the same requests on the whole model in one process.
+"""Compute the single-process reference that a run's tokens are compared with: the same requests on the whole model.
 
 ``python -m repro.lab.reference RUN_DIR`` reads config.json and writes reference.json. It runs beside the ranks and
 ends with the process that started it.
@@ -15,7 +15,7 @@ from repro.store.run_dir import RunDir, write_json
 
 
 def compute(settings: RunSettings) -> dict[str, list[int]]:
-    """Greedy tokens of every request, each prompt on its own, by its request id."""
+    """The greedily decoded tokens of every request, by request id. Each prompt runs alone."""
     import torch
 
     from hybrid_moe_ref.model import HybridMoE
@@ -32,7 +32,7 @@ def compute(settings: RunSettings) -> dict[str, list[int]]:
 
 
 def main() -> None:
-    """Entry point."""
+    """Write reference.json into the run directory named on the command line."""
     die_with_parent()
     run_dir = RunDir(Path(sys.argv[1]))
     write_json(run_dir.reference, compute(read_settings(run_dir.config)))

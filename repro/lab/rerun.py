@@ -1,4 +1,4 @@
-"""The commands that do a run again, exactly: every setting that is not a default is a flag, or in the ``--config``."""
+"""Build the commands that repeat a run exactly: each setting that is not a default becomes a flag, or ``--config``."""
 
 from __future__ import annotations
 
@@ -22,18 +22,18 @@ _OF_ENGINE = {"gdn_prefill_backend": "--gdn-prefill-backend", "moe_backend": "--
 
 
 def commands(settings: RunSettings) -> tuple[Command, ...]:
-    """All that can be done again with these settings."""
-    found = [
+    """The commands that repeat a run with these settings."""
+    repeats = [
         Command("run it again", _run(settings, settings.variant)),
         Command("with its control and its fix", _run(settings, "all")),
     ]
     if by_torchrun := _torchrun(settings):
-        found.append(Command("the same by plain torchrun", by_torchrun))
-    return tuple(found)
+        repeats.append(Command("the same by plain torchrun", by_torchrun))
+    return tuple(repeats)
 
 
 def _run(settings: RunSettings, variant: str) -> tuple[str, ...]:
-    """What runs this again, or ``all`` its variants."""
+    """The command that runs a variant again; with the variant "all", every variant."""
     plain = _plain(settings)
     words, shown = _flags(settings, plain, _BY_RUN)
     engine_words, engine = _flags(settings.engine, plain.engine, _OF_ENGINE)
@@ -44,7 +44,7 @@ def _run(settings: RunSettings, variant: str) -> tuple[str, ...]:
 
 
 def _torchrun(settings: RunSettings) -> tuple[str, ...]:
-    """The same by plain torchrun; () for settings that the worker has no flags for."""
+    """The torchrun command that repeats this run; () if the worker has no flag for one of its settings."""
     plain = _replaced(_plain(settings), [("num_ranks", settings.num_ranks)])
     words, shown = _flags(settings, plain, _BY_TORCHRUN)
     if shown != settings:
@@ -54,7 +54,7 @@ def _torchrun(settings: RunSettings) -> tuple[str, ...]:
 
 
 def _plain(settings: RunSettings) -> RunSettings:
-    """What runs without a flag."""
+    """The settings of this scenario and variant when no flag is given."""
     names: dict[str, Any] = {"scenario": settings.scenario, "variant": settings.variant}
     try:
         return scenarios.settings_of(names)
@@ -63,7 +63,7 @@ def _plain(settings: RunSettings) -> RunSettings:
 
 
 def _flags(settings: Any, plain: Any, flags: Mapping[str, str]) -> tuple[list[str], Any]:
-    """The words for what differs from ``plain``, and what ``plain`` is with them."""
+    """The command line's words for what differs from ``plain``, and ``plain`` with those changes."""
     given = {
         name: value
         for name in flags
@@ -77,7 +77,7 @@ def _flags(settings: Any, plain: Any, flags: Mapping[str, str]) -> tuple[list[st
 
 
 def _replaced(plain: Any, given: Iterable[tuple[str, Any]]) -> Any:
-    """``plain`` so changed; as it is where the change is not valid without what no flag says."""
+    """``plain`` with these values. Unchanged if they are not valid without a setting that has no flag."""
     try:
         return dataclasses.replace(plain, **dict(given))
     except ConfigError:

@@ -1,4 +1,4 @@
-"""Judge a run of the lab once more: its tokens are compared again, and its verdict is held against what is expected."""
+"""Judge the files of a lab run again: compare its tokens again, and its verdict with the expected one."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from repro.watch.offline import judge_files
 
 
 def compare_again(run_dir: RunDir) -> Comparison:
-    """Compare the tokens in a run's files; where a file is damaged, what could not be compared says which."""
+    """Compare the tokens in a run's files. If a file is damaged, ``missing`` of the result names it."""
     try:
         comparison, damaged = _compare(run_dir, read_settings(run_dir.config))
     except (OSError, ValueError) as error:
@@ -23,7 +23,7 @@ def compare_again(run_dir: RunDir) -> Comparison:
 
 
 def _compare(run_dir: RunDir, settings: RunSettings) -> tuple[Comparison, list[str]]:
-    """The comparison, and the damaged file that it fails at."""
+    """The comparison, and a list with the error of a damaged file, or []."""
     try:
         return Comparison(wrong=tuple(wrong_tokens(run_dir, settings.num_ranks, settings.tp_size))), []
     except FileNotFoundError as error:
@@ -33,7 +33,7 @@ def _compare(run_dir: RunDir, settings: RunSettings) -> tuple[Comparison, list[s
 
 
 def judge_again(run_dir: RunDir, settings: RunSettings) -> tuple[dict[str, Any], bool]:
-    """The verdict on a run of the lab as in verdict.json, and whether all its files could be used to the last byte."""
+    """Return the verdict, as the document of verdict.json, and whether every file of the run could be read in full."""
     comparison, damaged = _compare(run_dir, settings)
     again = judge_files(run_dir, watch_options(settings), comparison)
     passed_s = time.time() - run_dir.config.stat().st_mtime

@@ -1,4 +1,4 @@
-"""What one run is: scenario, variant and everything that must be equal on every rank, as one JSON document."""
+"""The settings of one run: scenario, variant and everything that must be equal on every rank, as one JSON document."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from repro.trace.format import Geometry
 BACKENDS = ("gloo", "nccl")
 MAX_CONFIG_BYTES = 1 << 20
 MAX_WORK = 100_000
-"""Tokens and idle steps of all ranks together, drawn at most: each verdict on a run goes through them."""
+"""The most tokens and idle steps, over all ranks, of a workload: every verdict on a run draws the workload again."""
 
 MAX_RING_RECORDS = 1 << 20  # 72 MiB a rank
 KERNEL_CACHES = ("cold", "warm", "split")
@@ -37,22 +37,23 @@ LARGEST: dict[str, float] = {
     "model.layer_pattern": 256,
     "engine.capture_sizes": 256,
 }
-"""What a number may be at most, or how long a list or text. Others: 1,000,000, 1e12 for a float, 4096 characters."""
+"""The greatest value of a number, or length of a list or text. Others: 1,000,000 (int), 1e12 (float), 4096 (length)."""
 
-# Served in float64: a sum in another order then changes a logit by 1e-15, not 1e-6, so greedy tokens and expert
-# choices equal the single-process model's on every seed, and a difference means a fault, not rounding.
+# float64: another order of summation then changes a logit by 1e-15, not 1e-6. So the tokens and expert choices equal
+# the single-process model's for every seed, and a difference means a fault, not rounding.
 DEFAULT_ENGINE = EngineConfig(max_num_seqs=4, max_num_batched_tokens=48, num_pages=64, dtype="float64")
 
 
 @dataclass(frozen=True)
 class RunSettings(Config):
-    """One run of one variant. This is config.json, and with ``--config`` a user's file of the same keys.
+    """The settings of one run of one variant: the content of config.json, and of a user's file for ``--config``.
 
     kernel_cache     what the run's own cache of compiled kernels holds at the start: "cold" nothing, "warm" all;
-                     "split": every rank has a cache of its own, and rank 0's alone is cold
-    ring_records     how many events a rank's witness keeps; what each group did last it keeps anyway
-    drawn_for        for how many dp ranks requests are drawn, which those that there are share; 0: for these
-    group_timeout_s  after how long a collective gives up; 0: long after the deadline
+                     "split": every rank has its own cache, and only rank 0's is cold
+    ring_records     how many events a rank's witness keeps; each group's last collective is kept in any case
+    drawn_for        the number of dp ranks that the requests are drawn for; the run's dp ranks share them.
+                     0: the run's own number
+    group_timeout_s  the time after which a collective gives up; 0: long after the deadline
     """
 
     scenario: str
@@ -95,8 +96,9 @@ class RunSettings(Config):
         if self.drawn_for < 0:
             raise ConfigError(f"{self.drawn_for} is not a number of dp ranks", "drawn_for")
         if self.ring_records < 64 or self.ring_records % 2:
-            wanted = f"an even number of events in 64..{MAX_RING_RECORDS}"
-            raise ConfigError(f"{self.ring_records} is not {wanted}", "ring_records")
+            raise ConfigError(
+                f"{self.ring_records} is not an even number of events in 64..{MAX_RING_RECORDS}", "ring_records"
+            )
         if not self.group_timeout_s >= 0:
             raise ConfigError(f"{self.group_timeout_s} is not a number of seconds", "group_timeout_s")
         for name in ("quiet_window_s", "deadline_s"):
@@ -113,7 +115,7 @@ class RunSettings(Config):
         self._check_pages()
 
     def _check_work(self) -> None:
-        """Refuse a workload that takes long to draw, which every command that judges a run does."""
+        """Refuse a workload that takes long to draw: every command that judges a run draws it."""
         work, num_ranks = self.workload, self.drawn_for or self.num_ranks // self.tp_size
         of_a_rank = work.max_requests * (work.max_prompt_tokens + work.max_new_tokens) + work.max_arrival_step
         if num_ranks * of_a_rank > MAX_WORK:
@@ -124,7 +126,7 @@ class RunSettings(Config):
             )
 
     def _check_pages(self) -> None:
-        """A cache that may become full is refused: what scenarios expect of a run assumes that no rank preempts."""
+        """Refuse a cache that may become full: a scenario predicts its verdict on the assumption of no preemption."""
         try:
             layout = self.page_layout()
         except ConfigError as error:  # heads that do not divide over the ranks
@@ -139,7 +141,7 @@ class RunSettings(Config):
             )
 
     def page_layout(self) -> PageLayout:
-        """The pages of a rank's cache. A page of a tp rank holds fewer tokens than one of the whole model."""
+        """The page layout of a rank's cache. A page of a tp rank holds fewer tokens than one of the whole model."""
         itemsize = {"float64": 8, "float32": 4}.get(self.engine.dtype, 2)
         return page_layout(self.model, itemsize, ssm_itemsize=max(4, itemsize), tp_size=self.tp_size)
 
@@ -151,10 +153,10 @@ class RunSettings(Config):
         where: str,
         defaults: Mapping[str, Any] | None = None,
     ) -> RunSettings:
-        """Settings from a user's JSON document over a scenario's defaults, with the command line's flags on top.
+        """Merge a scenario's defaults, a user's JSON document and the command line's flags; the later ones win.
 
-        ``model`` may name a ``preset`` and override single fields of it; ``engine`` and ``workload`` override
-        single defaults. Raises ConfigError with the path of what is wrong.
+        ``model`` may name a ``preset`` and override some of its fields; ``engine`` and ``workload`` override single
+        defaults. where: the document's file, for error messages. Raises ConfigError with the path of the wrong value.
         """
         if document.get("scenario", flags["scenario"]) != flags["scenario"]:
             raise ConfigError(f"{document['scenario']!r} is not the scenario to run, {flags['scenario']!r}", where)
@@ -175,7 +177,7 @@ class RunSettings(Config):
         return cls.from_mapping(merged, where)
 
     def server(self) -> ServerConfig:
-        """What the engine of every rank is given."""
+        """The configuration that the engine of every rank starts with."""
         dp_size = self.num_ranks // self.tp_size
         parallel = ParallelConfig(dp_size, self.tp_size, self.expert_parallel)
         return ServerConfig(
@@ -184,33 +186,33 @@ class RunSettings(Config):
 
     @property
     def starts_unsafe(self) -> bool:
-        """Whether what a server would refuse is started all the same: as asked for, and always a fault."""
+        """Whether to start a configuration that a server would refuse: with allow_unsafe, and in every `fault` run."""
         return self.allow_unsafe or self.variant == "fault"
 
     @property
     def effective_checks(self) -> str:
-        """As asked for; else off in a `fault` run, which is to hang, and on in the others."""
+        """``checks`` if given; else "observe" in a `fault` run, which must be able to hang, and "agree" in others."""
         return self.checks or ("observe" if self.variant == "fault" else "agree")
 
     @property
     def effective_kernel_cache(self) -> str:
-        """As asked for; else warm in a `control` run, where nothing is to be built, and cold in the others."""
+        """``kernel_cache`` if given; else "warm" in a `control` run, which must build nothing, and "cold" in others."""
         return self.kernel_cache or ("warm" if self.variant == "control" else "cold")
 
     def requests(self) -> list[list[Request]]:
-        """The requests of every rank; the tp ranks of one dp rank run the same ones."""
+        """The requests of each rank; the tp ranks of one dp rank have the same requests."""
         dp_size = self.num_ranks // self.tp_size
         drawn = draw_requests(self.workload, self.drawn_for or dp_size, self.model.vocab_size, self.seed)
         shared = [[request for requests in drawn[rank::dp_size] for request in requests] for rank in range(dp_size)]
         return [requests for requests in shared for _ in range(self.tp_size)]
 
     def reference_key(self) -> tuple[Any, ...]:
-        """Equal for two runs whose requests and single-process answers are the same."""
+        """A key that is equal for two runs with the same requests and the same single-process reference."""
         return self.model, self.engine.dtype, self.workload, self.drawn_for or self.num_ranks // self.tp_size, self.seed
 
 
 def _check_bounds(config: Config, where: str = "") -> None:
-    """Raise ConfigError for the first number, list or text beyond :data:`LARGEST`, in this or a nested config."""
+    """Raise ConfigError for the first number, list or text in this or a nested config that exceeds :data:`LARGEST`."""
     for name, value in vars(config).items():
         path = f"{where}{name}"
         if isinstance(value, Config):
@@ -225,8 +227,8 @@ def _check_bounds(config: Config, where: str = "") -> None:
 
 
 def read_settings(path: Path) -> RunSettings:
-    """The settings of a run from its config.json.
+    """Read the settings of a run from its config.json.
 
-    Raises OSError, DamagedFile for what is not JSON, ConfigError with the path of what is wrong in it.
+    Raises OSError, DamagedFile when the file is not JSON, or ConfigError with the path of the wrong value.
     """
     return RunSettings.from_mapping(read_json(path, MAX_CONFIG_BYTES), str(path))

@@ -1,4 +1,4 @@
-"""Compare the tokens that a run of the lab served with those of one process that ran the whole model."""
+"""Compare the tokens that a lab run served with the single-process reference."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from repro.verdict.result import name_ranks
 from repro.watch.live import Comparison
 
 MAX_LINES, MAX_NAME = 1000, 120
-"""How many wrong requests are listed, and characters of a request's name."""
+"""The most lines about wrong requests, and the most characters of a request's name in them."""
 
 
 def compare_tokens(
     run_dir: RunDir, num_ranks: int, tp_size: int, reference_alive: Callable[[], bool], final: bool
 ) -> Comparison | None:
-    """Compare all ranks' outputs with reference.json; None while that file may still come, unless ``final``."""
+    """Compare all ranks' outputs with reference.json; None while that file may still appear, unless ``final``."""
     if not run_dir.reference.exists():
         if reference_alive() and not final:
             return None
@@ -33,11 +33,10 @@ def compare_tokens(
 
 
 def wrong_tokens(run_dir: RunDir, num_ranks: int, tp_size: int) -> list[str]:
-    """A line for each request whose tokens differ from the reference's, or that the wrong number of ranks served.
+    """A line for each request whose tokens differ from the reference, or that the wrong number of ranks served.
 
-    At most MAX_LINES lines, and the tokens of one rank at a time: the files may be somebody else's, and large.
-
-    Raises FileNotFoundError with the files that are missing, ValueError with one that is damaged.
+    Returns at most MAX_LINES lines and holds the tokens of one rank at a time, because the files may be foreign and
+    large. Raises FileNotFoundError with the missing files, or ValueError with the damaged one.
     """
     has_reference = run_dir.reference.exists()
     absent = [rank for rank in range(num_ranks) if not run_dir.output(rank).exists()]
@@ -63,9 +62,9 @@ def wrong_tokens(run_dir: RunDir, num_ranks: int, tp_size: int) -> list[str]:
 
 
 def _difference(name: str, served: list[int], reference: list[int] | None) -> str:
-    """Say how the tokens of a request differ; "" where they are equal."""
+    """The first difference between the tokens of a request and the reference; "" if they are equal."""
     if reference is None:
-        return f"{_request(name)} is none of the single-process reference's"
+        return f"{_request(name)} is not in the single-process reference"
     for index, (ours, theirs) in enumerate(zip(served, reference, strict=False)):
         if ours != theirs:
             return f"{_request(name)}: token {index} is {ours}, {theirs} in the single-process reference"

@@ -1,10 +1,10 @@
-"""One rank: ``torchrun --nproc-per-node N -m repro.worker SCENARIO --variant V``.
+"""Run one rank: ``torchrun --nproc-per-node N -m repro.worker SCENARIO --variant V``.
 
-Under ``python -m repro run`` the launcher has made the run directory and watches it. Started by plain torchrun,
-rank 0 makes the run directory and starts the watcher itself, so that the run ends with the same files.
+Under ``python -m repro run`` the launcher creates the run directory and watches the run. Under plain torchrun, rank 0
+creates the run directory and starts the watcher, so that the run leaves the same files.
 
-A rank never ends on its own while its peers may still be looked at: it records that it is done or failed, and
-parks until the watcher lets it go.
+A rank does not exit on its own, because the watcher may still need evidence from its peers. It records that it is done
+or failed, and parks until the watcher releases it.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from hybrid_moe_ref.config import ConfigError
 from hybrid_moe_ref.engine.refusal import preflight
 from hybrid_moe_ref.engine.server_config import CHECKS
 from repro.hosts.signals import dump_on_signals
-from repro.lab import loaded, scenarios
+from repro.lab import rank_software, scenarios
 from repro.lab.environment import RankEnvironment, refuse_bad_variables
 from repro.lab.kernel_cache import CannotFill
 from repro.lab.launch import CANNOT_TELL, CannotRunHere, prepare_run_dir
@@ -43,30 +43,30 @@ PARK_INTERVAL_S = 0.05
 
 
 LAST_RESORT_S = 25.0
-"""How long after its deadline a rank ends itself, should the watcher be gone: within the 30 s that are promised."""
+"""How long after the deadline a rank ends itself if the watcher is gone. The docs promise 30 s."""
 
 
 def run_rank(run_dir: RunDir, settings: RunSettings, rank: int, join: Callable[[], dist.Store | None]) -> None:
-    """Everything that one rank does, from opening its witness to parking.
+    """Run one rank from opening its witness to parking.
 
-    join: called after the witness is open; imports torch and returns the store that the ranks meet through,
-    or None for torchrun's environment.
+    join: called once the witness is open; imports torch and returns the store for the rendezvous of the ranks,
+    or None to use torchrun's environment variables.
     """
     dump_on_signals(run_dir, rank, interrupts=True)
     faulthandler.dump_traceback_later(settings.deadline_s + LAST_RESORT_S, exit=True)
     recorder = Recorder.open(run_dir.witness(rank), rank, settings.num_ranks)
     try:
         recorder.phase("import")
-        gc.disable()  # of what a module makes nothing is garbage, and to look for it costs a tenth of a second
+        gc.disable()  # imports leave no garbage, and searching for it takes a tenth of a second
         store = join()
         gc.freeze()
         gc.enable()
-        write_atomically(run_dir.environment(rank), loaded.describe())
+        write_atomically(run_dir.environment(rank), rank_software.describe())
         outputs = serve(settings, rank, store, recorder, run_dir.cache)
         write_json(run_dir.output(rank), outputs)
         print(f"[rank {rank}] requests done: {len(outputs)}", flush=True)
         recorder.done()
-    except Exception as error:  # recorded, printed and parked: peers and watcher must see who failed, and where
+    except Exception as error:  # record it, print it and park: the watcher must see which rank failed, and where
         recorder.failed(f"{type(error).__name__}: {error}")
         print(f"[rank {rank}] failed:\n{traceback.format_exc()}", flush=True)
     park(run_dir)
@@ -75,9 +75,9 @@ def run_rank(run_dir: RunDir, settings: RunSettings, rank: int, join: Callable[[
 def serve(
     settings: RunSettings, rank: int, store: dist.Store | None, recorder: Recorder, cache_dir: Path
 ) -> dict[str, list[int]]:
-    """Start the engine with the scenario's policies and serve this rank's requests; the new tokens by request.
+    """Start the engine with the scenario's policies and serve this rank's requests; return the new tokens by request.
 
-    cache_dir: where an engine that tunes or compiles keeps the outcome, unless the settings name a folder
+    cache_dir: the folder in which an engine keeps tuning results and compiled kernels, unless the settings name one
     """
     import torch
 
@@ -102,7 +102,7 @@ def serve(
         store=store,
         device=torch.device("cuda", rank % torch.cuda.device_count()) if on_gpu else torch.device("cpu"),
         observer=recorder,
-        # The watcher ends a run: unless it is asked for, a group's own timeout must not come first.
+        # The watcher ends a run. A group's own timeout must not come first, unless the settings ask for one.
         timeout_s=settings.group_timeout_s or settings.deadline_s + 600,
     )
     for _ in range(scenario.starts - 1):
@@ -111,16 +111,16 @@ def serve(
 
 
 def park(run_dir: RunDir) -> None:
-    """Wait for the watcher's word: the first rank that exits takes its peers' evidence with it."""
+    """Wait until the watcher releases the rank. An exit would make peers fail, and so change the evidence."""
     while not run_dir.release.exists():
         time.sleep(PARK_INTERVAL_S)
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Entry point under torchrun: 0, 2 for a usage error, 125 for what cannot run here."""
+    """Run this process's rank. Returns 0, 2 for a usage error, or 125 when the run is not possible on this machine."""
     try:
         environment = RankEnvironment.read()
-    except ConfigError as error:  # rank 0 may not be known, so each says it
+    except ConfigError as error:  # the rank may be unknown, so every process prints the error
         print(f"repro.lab.worker: {error}", file=sys.stderr)
         return 2
     rank = environment.rank
@@ -141,7 +141,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def run_launched(run_dir: RunDir, rank: int) -> None:
-    """A rank of a run directory that the launcher made, printing into its log."""
+    """Run a rank in a run directory that the launcher created; its output goes to the rank's log."""
     log = os.open(run_dir.log(rank), os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
     os.dup2(log, 1)
     os.dup2(log, 2)
@@ -156,7 +156,7 @@ def _file_store(run_dir: RunDir, num_ranks: int) -> dist.Store:
 
 
 class _Parser(argparse.ArgumentParser):
-    """Errors are raised, for one rank to print in one line."""
+    """An argument parser that raises its errors, so that one rank prints them, in one line."""
 
     def error(self, message: str) -> Any:
         raise ConfigError(message)
@@ -192,7 +192,7 @@ def _parse(argv: list[str] | None, num_ranks: int) -> tuple[RunSettings, Path]:
 
 
 def _check_machine(settings: RunSettings, num_local_ranks: int) -> None:
-    """Raises CannotRunHere for what the scenario lacks here, and without a GPU for each rank of this host."""
+    """Raise CannotRunHere if this machine lacks what the scenario needs, or a GPU for each rank of this host."""
     if missing := scenarios.load(settings.scenario).missing(settings):
         raise CannotRunHere(f"{settings.scenario}: {missing}")
     if settings.backend != "nccl":
@@ -204,8 +204,10 @@ def _check_machine(settings: RunSettings, num_local_ranks: int) -> None:
 
 
 def _meet(settings: RunSettings, out: Path, environment: RankEnvironment) -> RunDir:
-    """Agree on the run directory through torchrun's store. Rank 0 makes it and starts the watcher, and the first rank
-    of each other host starts the agent there."""
+    """Agree on the run directory through torchrun's store.
+
+    Rank 0 creates it and starts the watcher. The first rank of each other host starts that host's agent.
+    """
     import torch.distributed as dist
 
     if environment.num_local_ranks == environment.num_ranks:
@@ -215,10 +217,10 @@ def _meet(settings: RunSettings, out: Path, environment: RankEnvironment) -> Run
     if environment.rank != 0:
         root = store.get("run_dir").decode()
         if not root:
-            sys.exit(2)  # rank 0 said why
+            sys.exit(2)  # rank 0 has printed the error
         run_dir = RunDir(Path(root))
         if environment.local_rank == 0:
-            _start_watch(run_dir, "--lookout", str(environment.rank))
+            _start_watch(run_dir, "--agent", str(environment.rank))
         return run_dir
     try:
         run_dir = prepare_run_dir(out, settings)
@@ -234,5 +236,5 @@ def _start_watch(run_dir: RunDir, *options: str) -> None:
     subprocess.Popen(
         [sys.executable, "-m", "repro", "watch", str(run_dir.root), *options],
         stdin=subprocess.DEVNULL,
-        start_new_session=True,  # it outlives the ranks, and ends when the run is decided and they are gone
+        start_new_session=True,  # it outlives the ranks, and ends when the run has a verdict and they are gone
     )

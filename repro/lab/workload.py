@@ -1,4 +1,4 @@
-"""Requests for every rank, drawn from a seed: uneven lengths, staggered arrivals, ranks that run dry early."""
+"""Draw requests for every rank from a seed: uneven lengths, staggered arrivals, ranks that become idle early."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from hybrid_moe_ref.engine.scheduler import Request
 
 @dataclass(frozen=True)
 class WorkloadConfig(Config):
-    """Bounds of the drawn requests; every number is inclusive.
+    """Bounds of the drawn requests, all inclusive.
 
-    The first request of a rank arrives at step 0, so that all ranks start busy; later ones up to
-    ``max_arrival_step``. One to ``max_idle_ranks`` ranks, drawn by the seed, get a single short request and so
-    fall idle while the others still work: the state in which a DP server spends most of its life.
+    The first request of a rank arrives at step 0, so that all ranks start busy; later ones arrive up to
+    ``max_arrival_step``. Between one and ``max_idle_ranks`` ranks, drawn from the seed, get a single short request.
+    They become idle while the others still work, which is the usual state of a DP server.
     """
 
     max_requests: int = 3
@@ -40,7 +40,7 @@ class WorkloadConfig(Config):
 
 
 def draw_requests(config: WorkloadConfig, num_ranks: int, vocab_size: int, seed: int) -> list[list[Request]]:
-    """The requests of each rank; the same for the same arguments, on every machine."""
+    """Draw the requests of each rank. The same arguments give the same requests on every machine."""
     rng = random.Random(seed)
     most_idle = min(config.max_idle_ranks, num_ranks - 1)
     num_idle = rng.randint(min(1, most_idle), most_idle)

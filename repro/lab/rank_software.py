@@ -1,6 +1,7 @@
-"""What a rank has really loaded: versions, libraries and the variables that steer them, as text for env/rank000.txt.
+"""List the software that a rank has loaded, for env/rank000.txt: versions, libraries, and their environment variables.
 
-Asked in the rank itself, because what is installed, what torch was built with and what the process maps may differ.
+The rank itself writes this list, because the installed versions, the versions that torch was built with, and the
+libraries that the process maps may differ.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ _VARIABLES = (
 
 
 def describe() -> str:
-    """Lines of "what: value", equal on ranks that loaded the same. Needs torch."""
+    """Lines of "what: value", equal on ranks that loaded the same software. Needs torch."""
     import torch
 
     lines = [
@@ -48,13 +49,13 @@ def describe() -> str:
 
 
 def _modules() -> list[tuple[str, str]]:
-    """Third-party packages that are imported, by what they say of themselves."""
-    found = {}
+    """Name and ``__version__`` of each imported third-party package."""
+    versions = {}
     for name, module in list(sys.modules.items()):
         version = getattr(module, "__version__", None) if "." not in name and name != "torch" else None
         if isinstance(version, str) and "site-packages" in (getattr(module, "__file__", None) or ""):
-            found[name] = version
-    return sorted(found.items())
+            versions[name] = version
+    return sorted(versions.items())
 
 
 def _libraries() -> list[str]:
