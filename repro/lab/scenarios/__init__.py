@@ -1,4 +1,4 @@
-"""One file per way to hang. A file holds the faulty policy, its cure, and what the verdict must say."""
+"""The scenarios, one file per way to hang. A file holds the faulty policy, its cure, and the expected verdict."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ from repro.lab.settings import RunSettings
 
 @dataclass(frozen=True)
 class Expected:
-    """What the verdict of a variant must be; a None is not checked.
+    """The expected verdict of a variant. A field that is None is not checked.
 
-    step, layer    of every culprit, or of every rank where there is no culprit
-    error          the type that every rank raises that still lives
-    planned        what was due where the culprits left their schedule: "ep all_gather_v of layers.0.moe"
-    suspects       the ranks that stand out where nothing is proven
-    or_else        what may come instead, where the backend decides by a race
+    step, layer    of every culprit; without culprits, of every rank
+    error          the type of the exception that every living rank raises
+    planned        the planned collective at which the culprits left their schedule: "ep all_gather_v of layers.0.moe"
+    suspects       the ranks that stand out when no culprit can be proven
+    or_else        an alternative that is accepted too, when a race in the backend decides
     """
 
     verdict: str
@@ -39,14 +39,16 @@ class Expected:
     or_else: Expected | None = None
 
     def to_json(self) -> dict[str, Any]:
-        """verdict and cause always, the rest where it is known."""
-        known: dict[str, Any] = {"step": self.step, "layer": self.layer, "planned": self.planned, "error": self.error}
-        known |= {"culprits": _listed(self.culprits), "suspects": _listed(self.suspects)}
-        known["or_else"] = self.or_else.to_json() if self.or_else else None
-        return {"verdict": self.verdict, "cause": self.cause, **{k: v for k, v in known.items() if v is not None}}
+        """The entry of verdict.json: verdict and cause always, each other field if it is not None."""
+        optional: dict[str, Any] = {
+            "step": self.step, "layer": self.layer, "planned": self.planned, "error": self.error,
+            "culprits": _listed(self.culprits), "suspects": _listed(self.suspects),
+            "or_else": self.or_else.to_json() if self.or_else else None,
+        }  # fmt: skip
+        return {"verdict": self.verdict, "cause": self.cause, **{k: v for k, v in optional.items() if v is not None}}
 
     def words(self) -> str:
-        """Verdict and cause: "deadlock, extra"; where it may be another one: "crash or deadlock, sizes"."""
+        """Verdict and cause: "deadlock, extra"; with alternatives: "crash or deadlock, sizes"."""
         choices = [self]
         while (other := choices[-1].or_else) is not None:
             choices.append(other)
@@ -60,25 +62,25 @@ def _listed(ranks: tuple[int, ...] | None) -> list[int] | None:
 
 CLEAN = Expected("clean")
 REFUSED = Expected("crash", "error", error="ScheduleMismatch")
-"""A fault that the schedule guard refused: every rank stops with the same message instead of hanging."""
+"""The verdict on a fault that the schedule guard refuses: every rank stops with the same error instead of hanging."""
 
 
 @dataclass(frozen=True)
 class Scenario:
-    """A fault and its cure. The callables must give every rank what follows from the settings and its rank alone.
+    """A fault and its cure. The result of each callable must depend on its arguments alone.
 
     summary    one line: what goes wrong
-    source     the upstream issue or change it mirrors
-    policies   settings, rank -> the engine's policies; hybrid_moe_ref's own for the variant "control"
-    hang       settings -> what the verdict must say of the unguarded fault, computed from the workload alone
-    refused    settings -> what it must say of the fault under the guard (checks agree or strict), where it shows at all
-    fixed      settings -> what it must say of the fix; not clean where no server can save the run, only end it well
-    server     settings, rank -> what the engine is started with, where it is not the same on all ranks
+    source     the upstream issue or change that it mirrors
+    policies   settings, rank -> the engine's policies; for the variant "control" hybrid_moe_ref's own
+    hang       settings -> the expected verdict on the fault without the guard, computed from the workload
+    refused    settings -> the expected verdict on the fault under the guard (checks agree or strict)
+    fixed      settings -> the expected verdict on the fix; not clean if a server can end this run only with an error
+    server     settings, rank -> the rank's engine configuration; by default the same on all ranks
     requests   settings, rank -> the requests that reach this rank
-    before     settings, the run's cache folder: what had happened on this machine before the server was started
-    missing    settings -> why it cannot run on this machine, or ""
-    starts     how often the server starts in one run; what it leaves in its caches is there for the next start
-    defaults   what the scenario needs to be different from a run's defaults, as in config.json; a user's file wins
+    before     settings, cache folder of the run: prepares what an earlier start would have left on this machine
+    missing    settings -> why the scenario cannot run on this machine, or ""
+    starts     how often the server starts in one run; its caches stay for the next start
+    defaults   the scenario's changes to a run's defaults, as in config.json; a user's file overrides them
     """
 
     name: str
@@ -96,31 +98,31 @@ class Scenario:
     defaults: Mapping[str, Any] = field(default_factory=dict)
 
     def expected(self, settings: RunSettings) -> Expected:
-        """What the verdict of ``settings.variant`` must say."""
+        """The expected verdict on ``settings.variant``."""
         if settings.variant == "control":
             return CLEAN
         if settings.variant == "fix":
             return self.fixed(settings)
         hang = self.hang(settings)
-        if settings.effective_checks == "observe" or hang == CLEAN:  # nothing goes wrong, so nothing is refused
+        if settings.effective_checks == "observe" or hang == CLEAN:  # without a fault the guard refuses nothing
             return hang
         return self.refused(settings)
 
 
 def struck_rank(settings: RunSettings) -> int:
-    """The rank that a fault of one rank strikes; drawn from the seed."""
+    """The rank that has the fault, in a scenario with one faulty rank; drawn from the seed."""
     return random.Random(settings.seed).randrange(settings.num_ranks)
 
 
 def names() -> list[str]:
-    """All scenarios, by the names of their files."""
+    """The names of all scenarios, which are the names of their files, sorted."""
     return sorted(module.name for module in pkgutil.iter_modules(__path__))
 
 
 def load(name: str) -> Scenario:
-    """The scenario, or the report's configuration, of that name; raises ConfigError with the nearest known one."""
+    """The scenario, or the report's configuration, with this name. Raises ConfigError with the nearest name."""
     if name not in names():
-        from repro.lab.configurations import CONFIGURATIONS  # made of scenarios
+        from repro.lab.configurations import CONFIGURATIONS  # which imports this module
 
         if name in CONFIGURATIONS:
             return CONFIGURATIONS[name]
@@ -131,8 +133,9 @@ def load(name: str) -> Scenario:
 
 
 def settings_of(flags: Mapping[str, Any], document: Mapping[str, Any] | None = None, where: str = "") -> RunSettings:
-    """One run of the scenario that the flags name: its defaults, under a user's document, under the flags.
+    """The settings of one run of the scenario that the flags name.
 
-    Raises ConfigError with the path of what is wrong, or for an unknown scenario.
+    A user's document overrides the scenario's defaults, and the flags override both. where: the document's file.
+    Raises ConfigError with the path of the wrong value, or for an unknown scenario.
     """
     return RunSettings.from_document(document or {}, flags, where, load(flags["scenario"]).defaults)

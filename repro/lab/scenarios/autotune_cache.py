@@ -1,13 +1,13 @@
-"""Ranks that find their tuning in a cache skip the all-reduces of those that do not: the second start hangs.
+"""A rank that finds its tuning result in a cache skips the all-reduces of tuning: the second start hangs.
 
-Mirrors vLLM issues 57423, 54618 and pull request 57579. Tuning averages the time of each tactic over the ranks, one
-all-reduce for each. What was chosen is saved by rank 0 alone, every rank reads that file at the next start, and its
-entries name the experts that a rank holds, so only rank 0 finds its own. It takes the short way past all timings, to
-the next collective, while the others wait for it in the first of them. The first start, with an empty cache, is fine.
+Mirrors vLLM issues 57423, 54618 and pull request 57579. Tuning averages the time of each tactic over the ranks, with
+one all-reduce per tactic. Rank 0 alone saves the result, and every rank reads that file at the next start. The file's
+entries name the experts that a rank holds, so only rank 0 finds its entry. Rank 0 skips all timings and goes on to the
+next collective, while the others wait for it in the first timing. The first start, with an empty cache, does not hang.
 
 The run starts the server twice in the same ranks, with one cache folder.
 
-The cure is a vote before the first timing: a cache counts only if all ranks have it.
+The cure: the ranks vote before the first timing, and use the cache only if all ranks have an entry.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ SAVER = 0
 
 
 class SavedByOne(Tuning):
-    """The trigger: one rank saves for all, under a key that is its own."""
+    """The trigger: one rank saves the result for all ranks, under a key that matches only itself."""
 
     def load(self, tuner: ExpertTuner) -> Chosen | None:
         return tuner.load("experts.json", _key(tuner))
@@ -36,7 +36,7 @@ class SavedByOne(Tuning):
 
 
 class SkipWhatIsCached(SavedByOne):
-    """The fault: whoever finds its entry sees no reason to time anything."""
+    """The fault: a rank that finds its entry in the cache skips the timings."""
 
     def tune(self, tuner: ExpertTuner) -> None:
         tuner.declare(tuner.timings)
@@ -52,7 +52,7 @@ def _key(tuner: ExpertTuner) -> str:
 
 
 def policies(settings: RunSettings, rank: int) -> Policies:
-    """control: a file per rank; fault and fix: one rank's file; fix: with the engine's vote."""
+    """control: a file per rank; fault: one rank's file; fix: one rank's file, with the engine's vote."""
     return {
         "control": Policies(),
         "fault": Policies(tuning=SkipWhatIsCached()),
@@ -61,7 +61,7 @@ def policies(settings: RunSettings, rank: int) -> Policies:
 
 
 def hang(settings: RunSettings) -> Expected:
-    """At the second start the saver is in the profile run's agreement, which is step 1; step 0 is the tuning."""
+    """At the second start the saving rank waits in the agreement of step 1, the profile run; step 0 is the tuning."""
     return Expected("deadlock", "skipped", (SAVER,), 1, "step")
 
 

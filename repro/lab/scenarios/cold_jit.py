@@ -1,13 +1,13 @@
-"""Kernels are compiled in the middle of the first step, by one rank, while the others wait for its lock in silence.
+"""One rank compiles kernels in the middle of the first step, while the others wait for its lock and log nothing.
 
-Mirrors vLLM issues 41865 ("worker 0 compiles for 172 s, the others hang") and 46764: on Hopper the GDN prefill is by
-default a module that is compiled at its first use, and under expert parallelism so are the experts, whose first use
-comes after the dispatch of layer 0. One rank builds, the others wait for a lock file, without a limit and without a
-word. All ranks stand still, nothing is logged, and it looks like a deadlock. But each keeps the order of the program,
-and nobody holds the lock in a collective: it ends when the compiler does, and must never be called a deadlock.
+Mirrors vLLM issues 41865 ("worker 0 compiles for 172 s, the others hang") and 46764. On Hopper the GDN prefill is by
+default a module that is compiled at its first use. Under expert parallelism so are the experts, which are first used
+after the dispatch of layer 0. One rank builds; the others wait for a lock file, without a time limit and without a log
+line. No rank makes progress, so it looks like a deadlock. But no rank departs from the schedule, and the rank with the
+lock is not waiting in a collective. The wait ends when the compiler does, so the verdict must never be a deadlock.
 
-The control is the same server on a warm cache. The cure: who builds does so before the first collective, says so and
-gives signs of life, and those that wait know for whom.
+The control is the same server on a warm cache. The cure: build before the first collective, log it and send heartbeats,
+and name the building rank to the ranks that wait.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ JIT = {"gdn_prefill_backend": "jit", "moe_backend": "jit"}
 
 @dataclasses.dataclass(frozen=True)
 class BuildAtFirstUse(KernelBuilds):
-    """The fault: nothing is built until a layer needs it, and then under the extension loader's own lock."""
+    """The fault: a kernel is built when a layer first needs it, under the extension loader's own lock."""
 
     settings: RunSettings
     rank: int
@@ -49,7 +49,7 @@ class BuildAtFirstUse(KernelBuilds):
 
 @dataclasses.dataclass(frozen=True)
 class BuildEarly(KernelBuilds):
-    """The cure, which is the engine's own, also where every rank has a cache of its own."""
+    """The cure: the engine's own policy, extended to a separate cache for every rank."""
 
     settings: RunSettings
     rank: int
@@ -59,13 +59,13 @@ class BuildEarly(KernelBuilds):
 
 
 def policies(settings: RunSettings, rank: int) -> Policies:
-    """control and fault build at first use, on a warm and on a cold cache; fix builds before the first collective."""
+    """control: build at first use, warm cache; fault: the same, cold cache; fix: build before the first collective."""
     builds = BuildEarly if settings.variant == "fix" else BuildAtFirstUse
     return Policies(builds=builds(settings, rank))
 
 
 def hang(settings: RunSettings) -> Expected:
-    """No hang at all: slow, in the step in which the kernels are used first. A long quiet window may see nothing."""
+    """Slow, in the step that first uses the kernels, and not a hang. With a long quiet window the run may be clean."""
     if not settings.engine.compiles_kernels or settings.effective_kernel_cache == "warm":
         return CLEAN
     if settings.effective_kernel_cache == "split" and settings.group_timeout_s:
@@ -75,7 +75,7 @@ def hang(settings: RunSettings) -> Expected:
 
 
 def missing(settings: RunSettings) -> str:
-    """What compiles, where something is to be compiled."""
+    """Why the kernels cannot be compiled here; "" if they can, or if nothing is compiled."""
     if settings.backend == "nccl" and settings.engine.moe_backend == "jit":
         return "the compiled experts are C++ for a CPU: with --backend nccl use --moe-backend auto"
     return extension.missing() if settings.engine.compiles_kernels else ""

@@ -1,12 +1,12 @@
-"""torch.compile runs on one rank alone, in the first step that needs it, and the others wait: slow, and no deadlock.
+"""torch.compile runs on one rank alone, in the first step that needs it, and the others wait: slow, not a deadlock.
 
-Mirrors nanochat issue 722, where the first rank alone compiles and the others stand in the next collective. It takes
-seconds for a small model and minutes for a large one, prints nothing, and looks like a hang. Nothing is to be
-untangled: the rank finishes and all go on - unless the collective's own time limit is shorter than the compilation,
-which turns a slow start into a failure (`--group-timeout 3`; with 60 there is none).
+Mirrors nanochat issue 722, where only the first rank compiles and the others wait in the next collective. That takes
+seconds for a small model and minutes for a large one, prints nothing, and looks like a hang. The rank finishes and all
+ranks go on, unless the collective's timeout is shorter than the compilation: then a slow start becomes a failure
+(`--group-timeout 3`; with 60 it does not).
 
-The cure: compile before anybody waits in a collective. One rank of the host does, the others wait for its lock, which
-names it and has its own deadline, and then take what it kept. No collective's time limit runs meanwhile.
+The cure: compile before any rank waits in a collective. One rank of the host compiles. The others wait for its lock,
+which names that rank and has its own deadline, and then load the result. No collective's timeout runs meanwhile.
 """
 
 from __future__ import annotations
@@ -25,12 +25,12 @@ if TYPE_CHECKING:
     from hybrid_moe_ref.engine.compilation import Compiler
 
 LIKELY_S = 3.0
-"""What a first compilation takes at least: importing the compiler, and C++ on a CPU."""
+"""The least time of a first compilation, which imports the compiler and, on a CPU, compiles C++."""
 
 
 @dataclasses.dataclass(frozen=True)
 class CompileAtFirstUse(Compilation):
-    """The fault: one rank is set up to compile, and does so where it meets a part for the first time."""
+    """The fault: one rank alone compiles, each part of the model at its first use."""
 
     rank: int
 
@@ -40,7 +40,7 @@ class CompileAtFirstUse(Compilation):
 
 
 def policies(settings: RunSettings, rank: int) -> Policies:
-    """fault: one rank, at first use; control and fix are the engine's own."""
+    """fault: one rank compiles at first use; control and fix: the engine's own policies."""
     return Policies(compilation=CompileAtFirstUse(struck_rank(settings))) if settings.variant == "fault" else Policies()
 
 
@@ -53,7 +53,7 @@ def server(settings: RunSettings, rank: int) -> ServerConfig:
 
 
 def hang(settings: RunSettings) -> Expected:
-    """No hang: the rank that compiles is named. Under a time limit that is shorter, whoever gives up first fails."""
+    """Slow, with the compiling rank as culprit. With a shorter group timeout a crash, on any of the waiting ranks."""
     if 0 < settings.group_timeout_s <= LIKELY_S:
         return Expected("crash", "error")
     may_be_quick = CLEAN if settings.quiet_window_s > 1 else None
@@ -61,12 +61,12 @@ def hang(settings: RunSettings) -> Expected:
 
 
 def fixed(settings: RunSettings) -> Expected:
-    """The ranks wait for the one that compiles for all: slow if that takes long enough, and never a failure."""
+    """The ranks wait for the one that compiles for all: clean, or slow if that takes long, but never a failure."""
     return Expected("clean", or_else=Expected("slow"))
 
 
 def missing(settings: RunSettings) -> str:
-    """A compiler, on a CPU."""
+    """The C++ compiler that torch.compile needs on a CPU, if it is missing."""
     compiler = os.environ.get("CXX", "g++")
     if settings.backend == "nccl" or settings.variant == "control" or shutil.which(compiler):
         return ""
@@ -75,7 +75,7 @@ def missing(settings: RunSettings) -> str:
 
 SCENARIO = Scenario(
     name="compile_skew",
-    summary="torch.compile on one rank alone, in the first step, while the others wait: slow, no deadlock",
+    summary="torch.compile on one rank alone, in the first step, while the others wait: slow, not a deadlock",
     source="nanochat#722",
     policies=policies,
     hang=hang,

@@ -1,12 +1,11 @@
 """A rank whose requests are about to end skips the drafter, which has experts of its own.
 
-Mirrors vLLM issues 44185 and 49027 (and pull requests 29422, 40589 and 44954, which take it up): near the greatest
-length no draft fits any more, so the rank leaves the drafter out. Its peers do not, and neither do idle ranks, which
-run a dummy batch through it. The MTP layer holds a MoE, so its passes are collective: the others wait in its dispatch,
-the one that skipped it in the agreement of the next step.
+Mirrors vLLM issues 44185 and 49027, and pull requests 29422, 40589 and 44954. Near the maximum length no draft fits any
+more, so the rank skips the drafter. Its peers run it, and so do idle ranks, which run a dummy batch through it. The MTP
+layer contains an MoE, so its passes are collective. The others wait in its dispatch, and the rank that skipped it waits
+in the agreement of the next step.
 
-The cure is that everyone takes part: the number of passes is the server's setting, and drafts that nobody needs are
-thrown away.
+The cure: every rank takes part. The number of passes is a setting of the server, and unneeded drafts are discarded.
 """
 
 from __future__ import annotations
@@ -20,7 +19,7 @@ FIRST_DISPATCH = "ep all_gather_v of mtp.layers.0.moe"
 
 
 class SkipWhenNothingFits(DraftPolicy):
-    """The fault: a rank none of whose requests could use a draft does not run the drafter."""
+    """The fault: a rank skips the drafter when none of its requests can use a draft."""
 
     def num_passes(self, num_drafts: int, room: int | None) -> int:
         fits = room is None or room > 0
@@ -28,14 +27,15 @@ class SkipWhenNothingFits(DraftPolicy):
 
 
 def policies(settings: RunSettings, rank: int) -> Policies:
-    """control and fix are the engine's own: the same number of passes on every rank, whatever they are good for."""
+    """control and fix: the engine's own policies, with the same number of passes on every rank."""
     return Policies(drafts=SkipWhenNothingFits()) if settings.variant == "fault" else Policies()
 
 
 def hang(settings: RunSettings) -> Expected:
-    """The first step in which some ranks have requests of which each ends within one more token, and others do not.
+    """A deadlock in the first step in which, on some ranks but not all, every request ends within one more token.
 
-    Exact so long as no guess is right: a right one shortens a request. Random weights guess right once in a vocabulary.
+    Exact only if every draft is rejected, because an accepted draft shortens a request. With random weights one draft
+    in vocab_size is accepted.
     """
     schedulers = [Scheduler(requests, settings.engine) for requests in settings.requests()]
     serve_step = 0
@@ -47,7 +47,7 @@ def hang(settings: RunSettings) -> Expected:
             if running and all(request.num_left <= 1 for request in running):
                 skip.append(rank)
         if 0 < len(skip) < settings.num_ranks:
-            # Step 0 is the profile run; they wait in the agreement of the step after this one.
+            # Step 0 is the profile run. The culprits wait in the agreement of the step after this one.
             return Expected("deadlock", "skipped", tuple(skip), serve_step + 2, "step", planned=FIRST_DISPATCH)
         serve_step += 1
     return CLEAN

@@ -1,15 +1,15 @@
-"""Each rank decides for itself whether to replay a graph, and of which size, instead of taking the ranks' lowest mode.
+"""Each rank decides alone whether to replay a graph, and of which size, instead of using the lowest mode of all ranks.
 
-Mirrors vLLM pull request 25906 (a dummy run picked the graph of its own, unpadded number of tokens) and vllm-ascend
-pull request 13827 (the ranks' modes were not synchronised, which hung once some ranks were idle while others still
-ran). A graph's collectives have the size that it was captured with: a rank that replays one states the sizes of its
-graph, a rank that runs eagerly the sizes that were agreed. The first step whose ranks do not all need the same graph
-parts them in the dispatch of its first layer.
+Mirrors vLLM pull request 25906 (a dummy run picked the graph for its own, unpadded number of tokens) and vllm-ascend
+pull request 13827 (the ranks' modes were not synchronised, which hung when some ranks were idle and others still ran).
+A graph's collectives have the size that was captured. A rank that replays a graph passes the graph's sizes; a rank that
+runs eagerly passes the agreed sizes. In the first step in which the ranks need different graphs, their sizes differ in
+the dispatch of the first layer.
 
-What follows depends on the backend. gloo ends a rank that is sent more than it has room for, and its peers fail with
-it. NCCL gathers equal sizes in another way than unequal ones, so there it is a hang; not run on two GPUs yet.
+The result depends on the backend. gloo ends a rank that receives more data than its buffer holds, and its peers fail
+with it. NCCL uses different operations for equal and unequal sizes, so there it is a hang (not yet run on two GPUs).
 
-The cure is a vote: mode is the MIN over all ranks, the size their MAX, and every rank runs what came of it.
+The cure is a vote: the mode is the MIN over all ranks, the size is their MAX, and every rank uses the result.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from repro.lab.settings import RunSettings
 
 
 class OwnGraph(GraphChoice):
-    """The fault: what this rank asked for is what it runs, whatever the others asked for."""
+    """The fault: a rank runs the mode and size that it proposed, whatever the others proposed."""
 
     def choose(self, plan: StepPlan, agreed: AgreedStep) -> AgreedStep:
         if plan.mode == EAGER:
@@ -34,7 +34,7 @@ class OwnGraph(GraphChoice):
 
 
 def policies(settings: RunSettings, rank: int) -> Policies:
-    """fault: each by itself; control and fix are the engine's own."""
+    """fault: each rank decides alone; control and fix: the engine's own policies."""
     return Policies(graphs=OwnGraph()) if settings.variant == "fault" else Policies()
 
 
@@ -47,7 +47,7 @@ def server(settings: RunSettings, rank: int) -> ServerConfig:
 
 
 def hang(settings: RunSettings) -> Expected:
-    """The first step in which the ranks' own choices differ."""
+    """A failure in the first step in which the ranks' own choices differ: a crash under gloo, else a deadlock."""
     verdict = "crash" if settings.backend == "gloo" else "deadlock"
     sizes = settings.engine.graph_sizes
     first_step = 1 + 2 * len(sizes)  # after the profile step, and two steps of capture for each size
@@ -61,8 +61,10 @@ def hang(settings: RunSettings) -> Expected:
 
 
 def _provable(stated: list[tuple[int, ...]]) -> tuple[int, ...]:
-    """Ranks that state another rank's size against its own word and that of all others. Where several ranks replay
-    graphs of other sizes, it is one word against another: the sizes show that they differ, not who left the agreement.
+    """The ranks that can be proven wrong: each states a size for another rank that this rank and all others contradict.
+
+    If several ranks replay graphs of different sizes, nothing is proven: their sizes differ, but do not show which rank
+    departed from the agreement.
     """
     everyone = range(len(stated))
 
@@ -81,7 +83,7 @@ SCENARIO = Scenario(
     hang=hang,
     server=server,
     defaults={
-        # One size and busy ranks: the first step that parts them then has mostly one odd rank, which can be named.
+        # With one size and busy ranks, mostly a single rank differs in the first such step, and it can be named.
         "engine": {"mode": "graphs", "capture_sizes": (4,)},
         "workload": {"max_requests": 6, "max_idle_ranks": 1, "max_arrival_step": 0},
     },

@@ -1,11 +1,11 @@
 """Ranks enter two groups in different orders: the load statistics before the dispatch here, after the combine there.
 
-Mirrors torchrec issue 4149: collectives of two groups overlap, and their order follows from rank-local
-timing. Here every layer all-reduces how many tokens each expert was given, over the dp group. A rank with
-many rows sends the statistics off first, to hide them behind its long dispatch; a rank with few sends them after the
-combine. Each group sees its collectives in one order on every rank, so neither looks wrong on its own.
+Mirrors torchrec issue 4149: collectives of two groups overlap, and their order depends on rank-local timing. Here every
+layer all-reduces the number of tokens of each expert over the dp group. A rank with many rows sends these statistics
+before its dispatch, to overlap the two; a rank with few rows sends them after the combine. Within each group the order
+is the same on every rank, so neither group looks wrong on its own.
 
-The cure: the place of a collective in the step follows from the schedule that all agreed on, not from local load.
+The cure: the agreed schedule decides when a collective is issued, not the local load.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ MANY_ROWS = 4
 
 @dataclass(frozen=True)
 class CountTokens(AllGatherReduceScatter):
-    """The trigger: each layer sums over all ranks how many tokens its experts were given, after the combine."""
+    """The trigger: each layer sums the number of tokens of its experts over all ranks, after the combine."""
 
     counted: dict[str, Any] = field(default_factory=dict)
 
@@ -50,16 +50,16 @@ class CountTokens(AllGatherReduceScatter):
         return y_NH
 
     def counts_early(self) -> bool:
-        """Whether to count before the dispatch; all ranks must answer alike."""
+        """Whether to count before the dispatch. Must be the same on all ranks."""
         return False
 
     def count(self) -> None:
-        """The statistics' all-reduce."""
+        """Issue the all-reduce of the statistics."""
         self.comm.all_reduce("dp", self.counted["tokens_E"], layer=self.layer)
 
 
 class CountEarlyUnderLoad(CountTokens):
-    """The fault: where in the step the all-reduce comes depends on how many rows this rank has."""
+    """The fault: the position of the all-reduce in the step depends on the number of rows of this rank."""
 
     def counts_early(self) -> bool:
         return self.context.ep_sizes[self.comm.group_rank("ep")] > MANY_ROWS
@@ -75,7 +75,7 @@ def policies(settings: RunSettings, rank: int) -> Policies:
 
 
 def hang(settings: RunSettings) -> Expected:
-    """The first step in which some ranks have many rows and others few; the early ones leave the schedule."""
+    """A deadlock in the first step in which some ranks have many rows and others few; the former are the culprits."""
     for serve_step, rows in enumerate(step_rows(settings.requests(), settings.engine)):
         early = tuple(rank for rank, num_rows in enumerate(rows) if num_rows > MANY_ROWS)
         if 0 < len(early) < settings.num_ranks:

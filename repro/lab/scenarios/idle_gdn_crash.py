@@ -1,11 +1,11 @@
 """A Gated DeltaNet launch fails on a rank without tokens, the error is swallowed, and the rank skips the MoE.
 
-Mirrors SGLang issue 31594 (fixed by 31794): an idle rank runs a step of zero tokens, the linear-attention kernel
-cannot be launched over nothing, and the loop that drives idle batches takes the failure for the end of an idle batch.
-The rank has left out every dispatch and combine of the step. It goes on to the agreement of the next one, where it
-waits for its peers, who wait for it in the dispatch of the first layer.
+Mirrors SGLang issue 31594 (fixed by 31794). An idle rank runs a step of zero tokens. The linear-attention kernel cannot
+be launched without sequences, and the loop for idle batches treats the exception as the end of the batch. So the rank
+has skipped every dispatch and combine of the step. It waits for its peers in the agreement of the next step, and they
+wait for it in the dispatch of the first layer.
 
-The cure is that everyone takes part: over nothing there is nothing to launch, and the step goes on.
+The cure: every rank takes part. A rank without sequences launches no kernel and continues the step.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ class IdleWithZeroTokens(IdlePolicy):
 
 
 class SwallowIdleErrors(IdleWithZeroTokens):
-    """The fault, second half: what goes wrong in an idle batch is logged, for it can have harmed no request."""
+    """The second half of the fault: an error in an idle batch is only logged, because no request depends on it."""
 
     def run(self, execute: Callable[[], None]) -> None:
         try:
@@ -44,33 +44,33 @@ class SwallowIdleErrors(IdleWithZeroTokens):
 
 
 class LaunchOverSequences(StateBinding):
-    """The launch of the chunked kernel: its grid follows from the longest sequence of the step."""
+    """The launch of the chunked kernel, with a grid computed from the longest sequence of the step."""
 
     def bind(self, plan: StepPlan, agreed: AgreedStep, rebuild: Callable[[], AgreedStep]) -> AgreedStep:
         self.grid(plan)
         return agreed
 
     def grid(self, plan: StepPlan) -> tuple[int, int]:
-        """Chunks of the longest sequence, and sequences. The fault, first half: of no sequences none is longest."""
+        """(chunks of the longest sequence, sequences). The first half of the fault: it fails without sequences."""
         return -(-int(self.lengths(plan).max()) // CHUNK), len(self.lengths(plan))
 
     @staticmethod
     def lengths(plan: StepPlan) -> Tensor:
-        """Tokens of each sequence, one sequence for simplicity; none in an empty batch."""
+        """The number of tokens of each sequence: one sequence, for simplicity, or none in an empty batch."""
         import torch
 
         return torch.tensor([plan.num_tokens] if plan.num_tokens else [], dtype=torch.int64)
 
 
 class LaunchOverNothing(LaunchOverSequences):
-    """The cure: without sequences the grid is empty, and nothing is launched."""
+    """The cure: without sequences the grid is empty and no kernel is launched."""
 
     def grid(self, plan: StepPlan) -> tuple[int, int]:
         return super().grid(plan) if plan.num_tokens else (0, 0)
 
 
 def policies(settings: RunSettings, rank: int) -> Policies:
-    """control: idle ranks bring a token; fault: none, and the launch fails unseen; fix: none, and the step goes on."""
+    """control: idle ranks have a dummy token; fault: none, and the launch fails; fix: none, and the step continues."""
     return {
         "control": Policies(),
         "fault": Policies(idle=SwallowIdleErrors(), binding=LaunchOverSequences()),
@@ -79,7 +79,7 @@ def policies(settings: RunSettings, rank: int) -> Policies:
 
 
 def hang(settings: RunSettings) -> Expected:
-    """In the first step with idle ranks these leave the rest of it out, and wait in the next one's agreement."""
+    """In the first step with idle ranks, these skip the rest of it and wait in the agreement of the next step."""
     everyone = set(range(settings.num_ranks))
     for serve_step, live in enumerate(live_ranks(settings.requests(), settings.engine)):
         if 0 < len(live) < settings.num_ranks and first_recurrent_layer(settings.model.layer_pattern):

@@ -1,10 +1,10 @@
 """A rank with nothing scheduled returns before the step's agreement instead of running a dummy batch.
 
-Mirrors vLLM issues 43547 (a zero-token rank returns an empty output unless one executor backend is used,
-and so never joins the per-step collective) and 28224. The others wait for it in the agreement of the next step, in
-which the idle rank said nothing was left to do.
+Mirrors vLLM issues 43547 (a rank without tokens returns an empty output, except with one executor backend, and so never
+joins the per-step collective) and 28224. The idle rank has concluded that it has no work left. The others wait for it
+in the agreement of the next step.
 
-The cure is that everyone takes part: a rank without work runs the smallest batch there is.
+The cure: every rank takes part. A rank without work runs the smallest possible batch.
 """
 
 from __future__ import annotations
@@ -16,25 +16,25 @@ from repro.lab.settings import RunSettings
 
 
 class LeaveWhenFinished(IdlePolicy):
-    """The fault: without requests of its own, now or to come, a rank sees no reason to go on."""
+    """The fault: a rank without present or future requests of its own stops taking part."""
 
     def dummy_tokens(self, unfinished: bool) -> int | None:
         return 1 if unfinished else None
 
 
 def policies(settings: RunSettings, rank: int) -> Policies:
-    """control and fix are the engine's own: its idle ranks take part."""
+    """control and fix: the engine's own policies, in which idle ranks take part."""
     return Policies(idle=LeaveWhenFinished()) if settings.variant == "fault" else Policies()
 
 
 def hang(settings: RunSettings) -> Expected:
-    """The ranks that run out of requests first leave, and the others wait for them in the agreement."""
+    """The ranks that first run out of requests stop, and the others wait for them in the next agreement."""
     live = live_ranks(settings.requests(), settings.engine)
     last_live_step = [
         max(step for step, ranks in enumerate(live) if rank in ranks) for rank in range(settings.num_ranks)
     ]
     first = min(last_live_step)
-    # Step 0 is the profile run, so serve step i is step i + 1; it is the last that they took part in.
+    # Step 0 is the profile run, so serve step i is step i + 1. It is the last step that the culprits took part in.
     return Expected(
         "deadlock", "skipped", tuple(r for r, step in enumerate(last_live_step) if step == first), first + 1
     )

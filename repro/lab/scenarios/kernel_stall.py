@@ -1,14 +1,13 @@
-"""Every rank is in the same collective, nobody is absent, and nothing moves: what carries the data has stopped.
+"""All ranks wait in the same collective, no rank is absent, and no data moves, because the transport has stopped.
 
 Mirrors vLLM issue 48720 (as of its July update) and FlashInfer issue 2623, where a device kernel does not end: every
-rank has issued the same operation, and no order of collectives is the cause. A CPU has no such kernel. What moves data
-behind a rank's back on gloo is a thread of its own that serves the sockets, which gloo names its device. Here it is
-stopped for good in every rank, by a signal whose handler does not return, as a profiler's or a driver's may; the main
-threads enter the next collective and wait for ever, alive and sound. This is the same symptom by another device, and
-not the upstream kernel.
+rank has issued the same operation, and the order of collectives is not the cause. A CPU has no such kernel. In gloo a
+separate thread, which gloo calls its device, moves the data through the sockets. Here a signal stops this thread for
+good in every rank: its handler does not return, as the handler of a profiler or driver may not. The main threads are
+healthy, enter the next collective and wait for ever. The symptom is that of the upstream issues, the mechanism is not.
 
-No server can go on without its device. What it can do is to end well: with a limit to what one collective may take, the
-first rank that reaches it stops all of them with the layer's name.
+A server cannot continue without its transport, but it can stop with an error. With a time limit for one collective, the
+first rank that reaches the limit stops all ranks, and names the layer.
 """
 
 from __future__ import annotations
@@ -32,7 +31,7 @@ DEVICE_THREAD = "gloo_tcp_loop"
 
 
 class StopDevice(StateBinding):
-    """The trigger: between the step's agreement and the first layer, the threads that serve gloo's sockets stop."""
+    """The trigger: the threads that serve gloo's sockets stop between the step's agreement and the first layer."""
 
     def bind(self, plan: StepPlan, agreed: AgreedStep, rebuild: Callable[[], AgreedStep]) -> AgreedStep:
         if plan.step == STEP:
@@ -41,7 +40,7 @@ class StopDevice(StateBinding):
 
 
 def stop_threads(name: str) -> None:
-    """Stop all threads of this process that have that name, for good: each is sent a signal handled by pause(2)."""
+    """Stop all threads of this process with this name for good, by a signal whose handler is pause(2)."""
     libc = ctypes.CDLL(None, use_errno=True)
     libc.signal.argtypes = ctypes.c_int, ctypes.c_void_p
     libc.signal.restype = ctypes.c_void_p
@@ -53,13 +52,14 @@ def stop_threads(name: str) -> None:
 
 
 def policies(settings: RunSettings, rank: int) -> Policies:
-    """fault and fix: the device stops in every rank. What differs is whether there is a limit that ranks wait for."""
+    """fault and fix: gloo's device stops in every rank. Only the fix has a time limit for a collective."""
     return Policies() if settings.variant == "control" else Policies(binding=StopDevice())
 
 
 def server(settings: RunSettings, rank: int) -> ServerConfig:
-    """The cure: a limit to what one collective may take, here just below what the watcher calls quiet. It belongs to
-    the checks: without them a fault has none.
+    """The cure: a time limit for one collective, here just below the quiet window.
+
+    The limit is one of the checks, so a run with checks "observe", as a fault has, does not have it.
     """
     config = settings.server()
     if settings.variant == "control" or settings.effective_checks == "observe":
@@ -69,25 +69,25 @@ def server(settings: RunSettings, rank: int) -> ServerConfig:
 
 
 def missing(settings: RunSettings) -> str:
-    """It stops gloo's own threads, by their name in /proc."""
+    """Why gloo's threads cannot be stopped in this run; "" if they can."""
     if settings.backend != "gloo":
-        return "it stops gloo's device; for NCCL take a kernel that does not end"
-    return "" if sys.platform == "linux" else "it finds gloo's threads in /proc, which only Linux has"
+        return "this scenario stops gloo's device; for NCCL use a kernel that does not end"
+    return "" if sys.platform == "linux" else "this scenario finds gloo's threads in /proc, which only Linux has"
 
 
 def hang(settings: RunSettings) -> Expected:
-    """All ranks in one collective, and no culprit."""
+    """A stall: all ranks are in one collective, and no rank is a culprit."""
     return Expected("stall", None, (), STEP, "layers.0.moe")
 
 
 def ends_well(settings: RunSettings) -> Expected:
-    """Every rank raises the same error, which names the layer."""
+    """A crash: every rank raises the same error, which names the layer."""
     return Expected("crash", "error", error="CollectiveStalled")
 
 
 SCENARIO = Scenario(
     name="kernel_stall",
-    summary="all ranks wait in one collective, nobody is absent: what carries the data has stopped",
+    summary="all ranks wait in one collective, no rank is absent: the transport has stopped",
     source="vllm#48720, flashinfer#2623",
     policies=policies,
     hang=hang,

@@ -1,16 +1,17 @@
 """A rank finds in the middle of a step that its cache is full, preempts a request, and begins another step.
 
-No report has exactly this. Engines that decide by the free pages of one rank what that rank communicates are reported:
+No upstream report describes exactly this. Reports exist on engines in which the free pages of one rank decide which
+collectives that rank issues:
 TensorRT-LLM pull request 14020 (ranks whose free blocks differ by one take part in different collectives), sglang issue
 30760 (a collective in a loop that each rank leaves by its own free pages), and TensorRT-LLM pull request 9659 (a rank
 cannot run the batch that another rank scheduled, because its own cache is full).
 
-Here a rank takes the pages of a step when the model needs them, which is after the ranks have agreed on the step. If
-there are none left, the rank makes room and schedules again. Its peers have counted on its rows: they wait for it in
-the first dispatch, and it waits for them in the agreement of the next step.
+Here a rank takes the pages of a step when the model needs them, which is after the ranks have agreed on the step. If no
+page is free, the rank preempts a request and schedules again. Its peers expect its rows: they wait for it in the first
+dispatch, and it waits for them in the agreement of the next step.
 
-The cure: a rank counts the pages of a step, and preempts, before the agreement. Then a preemption changes only the rows
-that the rank brings.
+The cure: a rank counts the pages of a step, and preempts, before the agreement. Then a preemption changes only the
+rank's number of rows.
 """
 
 from __future__ import annotations
@@ -29,10 +30,10 @@ FIRST_DISPATCH = "ep all_gather_v of layers.0.moe"
 
 
 class PreemptInTheStep(Preemption):
-    """The fault: pages are asked for when they are needed, and an answer of no is dealt with there."""
+    """The fault: pages are requested when the model needs them, and a full cache is handled there."""
 
     def before_step(self, make_room: Callable[[], None]) -> None:
-        """Nothing: there may be pages enough."""
+        """Do nothing, in the hope that the pages suffice."""
 
     def run(self, step: Callable[[], NewTokens], make_room: Callable[[], None]) -> NewTokens:
         from hybrid_moe_ref.cache import CacheExhausted
@@ -45,24 +46,24 @@ class PreemptInTheStep(Preemption):
 
 
 def policies(settings: RunSettings, rank: int) -> Policies:
-    """fault: every rank preempts when it must; control and fix: before the step."""
+    """fault: a rank preempts within the step; control and fix: before the step."""
     return Policies(preemption=PreemptInTheStep()) if settings.variant == "fault" else Policies()
 
 
 def pressed(settings: RunSettings) -> EngineConfig:
-    """The trigger: a cache for two requests as they come. A request that outgrows a page of tokens needs more."""
+    """The trigger: a cache that holds two new requests. A request that outgrows a page of tokens needs more pages."""
     pages = settings.page_layout()
     return dataclasses.replace(settings.engine, num_pages=2 * pages.pages_for(pages.tokens))
 
 
 def server(settings: RunSettings, rank: int) -> ServerConfig:
-    """control: the cache is never full; fault and fix: it is, on some ranks."""
+    """control: the cache is never full; fault and fix: it becomes full on some ranks."""
     config = settings.server()
     return config if settings.variant == "control" else dataclasses.replace(config, engine=pressed(settings))
 
 
 def hang(settings: RunSettings) -> Expected:
-    """The first step that some ranks have no pages for, and others have."""
+    """A deadlock in the first step for which some ranks, but not all, lack pages."""
     engine = pressed(settings)
     pages_for = settings.page_layout().pages_for
     schedulers = [Scheduler(requests, engine, pages_for) for requests in settings.requests()]
@@ -72,8 +73,8 @@ def hang(settings: RunSettings) -> Expected:
             scheduler.schedule(serve_step)
         short = tuple(rank for rank, scheduler in enumerate(schedulers) if scheduler.num_free_pages < 0)
         if 0 < len(short) < settings.num_ranks:
-            # Step 0 is the profile run, so serve step i is step i + 1. A step that ends with the question whether work
-            # is left takes them there, any other one to the agreement of the next step.
+            # Step 0 is the profile run, so serve step i is step i + 1. If the step ends with the all-reduce that asks
+            # for unfinished work, the culprits wait there, else in the agreement of the next step.
             asks = (serve_step + 1) % engine.unfinished_interval == 0
             step, layer = (serve_step + 1, "unfinished") if asks else (serve_step + 2, "step")
             return Expected("deadlock", "skipped", short, step, layer, planned=FIRST_DISPATCH)
@@ -91,7 +92,7 @@ SCENARIO = Scenario(
     hang=hang,
     server=server,
     defaults={
-        # Keys and values of 8 heads: a page then holds 16 tokens, which requests outgrow while they run.
+        # With 8 heads of keys and values a page holds 16 tokens, and requests outgrow it while they run.
         "model": {"num_key_value_heads": 8},
         "workload": {"max_prompt_tokens": 14, "max_new_tokens": 16, "max_arrival_step": 2},
     },

@@ -1,13 +1,13 @@
 """A rank holds the build lock while it enters a collective that the others reach only after the lock.
 
-No single report: build locks and collective tuning are each common (the tuner's all-reduce per tactic is vLLM issue
-54618), and whoever does both in one `with` has this. At the first use of the experts a rank takes the lock, compiles
-the module, times the ways to run it, and agrees with the others on the fastest, all under the lock. The others wait for
-the lock before they come to that all-reduce. The lock here names its holder, has a deadline and sees signs of life:
-none of that helps.
+No single upstream report describes this, but build locks and collective tuning are both common (the tuner's all-reduce
+per tactic is vLLM issue 54618), and a server that does both under one lock can hang like this. At the first use of the
+experts a rank takes the lock and compiles the module. It then times the ways to run it and averages the times by an
+all-reduce, still under the lock. The others wait for the lock before that all-reduce. The lock names its holder, has a
+deadline and checks the holder's heartbeats, and still does not help.
 
-The cure: a lock protects a build and nothing else. It is released before the ranks communicate, and both happen before
-the first step.
+The cure: a lock protects a build and nothing else. Release it before the ranks communicate, and do both before the
+first step.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ LOCK = "experts.lock"
 
 
 def tune(extension: Extension, place: BuildPlace) -> None:
-    """The trigger: all ranks must run the experts in one way, so they agree on what is fastest over all."""
+    """The trigger: all ranks must run the experts in the same way, so an all-reduce finds the fastest on average."""
     from hybrid_moe_kernels.moe import jit
 
     times = place.sum_up(jit.time_blocks(), extension.name)
@@ -37,7 +37,7 @@ def tune(extension: Extension, place: BuildPlace) -> None:
 
 
 class TuneUnderLock(KernelBuilds):
-    """The fault: build and agreement are one critical section, entered where the experts are used first."""
+    """The fault: the build and the all-reduce share one critical section, entered at the first use of the experts."""
 
     def prepare(self, extensions: Sequence[Extension], place: BuildPlace) -> None:
         pass
@@ -54,7 +54,7 @@ class TuneUnderLock(KernelBuilds):
 
 
 class TuneAfterLock(KernelBuilds):
-    """The cure: build under the lock, release it, then agree, all before the first step."""
+    """The cure: build under the lock, release it, then all-reduce, all before the first step."""
 
     def prepare(self, extensions: Sequence[Extension], place: BuildPlace) -> None:
         for extension in extensions:
@@ -63,13 +63,13 @@ class TuneAfterLock(KernelBuilds):
 
 
 def policies(settings: RunSettings, rank: int) -> Policies:
-    """control: the engine's own, which does not tune."""
+    """control: the engine's own builds, without tuning; fault: tune under the lock; fix: tune after its release."""
     builds = {"control": KernelBuilds, "fault": TuneUnderLock, "fix": TuneAfterLock}
     return Policies(builds=builds[settings.variant]())
 
 
 def hang(settings: RunSettings) -> Expected:
-    """In the profile step. Whoever gets the lock first is the culprit, and that is a race."""
+    """A deadlock in the profile step. The culprit is the rank that gets the lock first, which is a race."""
     return Expected("deadlock", "lock", step=0, layer="moe_experts")
 
 

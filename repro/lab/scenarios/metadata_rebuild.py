@@ -1,14 +1,14 @@
-"""A Gated DeltaNet layer rebuilds the step's metadata, which holds a collective that idle ranks never join.
+"""A Gated DeltaNet layer rebuilds the step's metadata, which takes a collective that idle ranks do not join.
 
-Mirrors ROCm/ATOM pull request 1690 (Qwen3.5 under SGLang, DP x EP). There, binding a GDN layer's state set a new
-forward context, and setting a context builds the data-parallel metadata with an all-reduce over the DP CPU
-group. Ranks that run requests hold GDN metadata and bind; a rank on a dummy batch holds none and skips the
-binder. As long as every rank is busy, all ranks join the extra all-reduce, and it does no harm. In the first step in
-which one rank is idle, the busy ranks wait for it in the all-reduce, while it waits for them in the expert
-dispatch of the same layer: a cycle over two groups, in which neither group alone shows more than an absence.
+Mirrors ROCm/ATOM pull request 1690 (Qwen3.5 under SGLang, DP x EP). There, binding a GDN layer's state sets a new
+forward context, and setting a context builds the data-parallel metadata by an all-reduce over the DP CPU group. Ranks
+with requests hold GDN metadata and bind it; a rank on a dummy batch holds none and skips the binding. While every rank
+is busy, all ranks join the extra all-reduce, and the server works. In the first step with an idle rank, the busy ranks
+wait for it in the all-reduce, and it waits for them in the expert dispatch of the same layer. The cycle spans two
+groups; in each group alone, ranks are merely absent.
 
-The cure is not to skip the call there but to make a second one free: one agreement per step, and later
-callers get its answer.
+The cure is not to skip the call on that path, but to make a second call free: one agreement per step, whose result
+later callers get.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ FIRST_DISPATCH = "ep all_gather_v of layers.0.moe"
 
 
 class RebindWithMetadata(StateBinding):
-    """The trigger: a rank that has recurrent state to bind builds the step's metadata again while it is at it."""
+    """The trigger: a rank with recurrent state to bind also rebuilds the step's metadata."""
 
     def bind(self, plan: StepPlan, agreed: AgreedStep, rebuild: Callable[[], AgreedStep]) -> AgreedStep:
         has_state = plan.num_live > 0
@@ -33,14 +33,14 @@ class RebindWithMetadata(StateBinding):
 
 
 class AgreeOnEveryCall(StepAgreement):
-    """The fault: building the metadata always communicates, however often it is asked for."""
+    """The fault: every build of the metadata communicates, also the second one in a step."""
 
     def agree(self, plan: StepPlan, exchange: Exchange, layer: str) -> AgreedStep:
         return exchange(plan, layer)
 
 
 def policies(settings: RunSettings, rank: int) -> Policies:
-    """control: nobody rebuilds; fault: rebuilding communicates; fix: it is answered from the step's agreement."""
+    """control: no rebuild; fault: a rebuild communicates; fix: a rebuild uses the result of the step's agreement."""
     return {
         "control": Policies(),
         "fault": Policies(agreement=AgreeOnEveryCall(), binding=RebindWithMetadata()),
@@ -49,7 +49,7 @@ def policies(settings: RunSettings, rank: int) -> Policies:
 
 
 def hang(settings: RunSettings) -> Expected:
-    """The first step in which some ranks are live and others idle; its culprits are the live ones."""
+    """A deadlock in the first step in which some ranks have requests and others are idle; the former are culprits."""
     binder = first_recurrent_layer(settings.model.layer_pattern)
     for serve_step, live in enumerate(live_ranks(settings.requests(), settings.engine)):
         if binder and 0 < len(live) < settings.num_ranks:

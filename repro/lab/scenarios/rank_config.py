@@ -1,12 +1,12 @@
-"""One rank was started with another flag, so that its steps hold other collectives than those of its peers.
+"""One rank was started with a different flag, so its steps contain other collectives than those of its peers.
 
-Mirrors vLLM issue 26187, where a flag of the expert load balancer differed between leader and workers, and only some
-of them issued an all-reduce. Here one rank lacks expert parallelism: it holds all experts, has nothing to dispatch,
-and runs ahead to the next step's agreement, while the others wait for it in the dispatch of the first layer. Every
-rank keeps to its own schedule, so the schedules prove nothing against any of them; the odd one is a suspect.
+Mirrors vLLM issue 26187, where a flag of the expert load balancer differed between leader and workers, and only some of
+them issued an all-reduce. Here one rank runs without expert parallelism. It holds all experts, dispatches nothing, and
+goes on to the next step's agreement, while the others wait for it in the dispatch of the first layer. Every rank
+follows its own schedule, so the schedules prove no culprit; the rank that differs is a suspect.
 
-The cure: before anything else the ranks compare a digest of their configurations, and refuse to start when two
-differ. A server cannot know which of them is meant.
+The cure: the ranks first compare a digest of their configurations, and refuse to start when two differ. A server cannot
+know which configuration is the intended one.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ def server(settings: RunSettings, rank: int) -> ServerConfig:
     return dataclasses.replace(config, parallel=dataclasses.replace(config.parallel, expert_parallel=False))
 
 
-class SayNothing(Ballot):
-    """The fault: the vote asks whether a rank could prepare, and not for which configuration."""
+class OmitDigest(Ballot):
+    """The fault: the vote asks only whether a rank could prepare, not for which configuration."""
 
     def digest(self, config: ServerConfig) -> int:
         return 0
@@ -36,22 +36,22 @@ class SayNothing(Ballot):
 
 def policies(settings: RunSettings, rank: int) -> Policies:
     """fault: configurations are not compared; control and fix: they are."""
-    return Policies(ballot=SayNothing()) if settings.variant == "fault" else Policies()
+    return Policies(ballot=OmitDigest()) if settings.variant == "fault" else Policies()
 
 
 def hang(settings: RunSettings) -> Expected:
-    """In the first step of all. The schedules do not show which rank is right, only which one is alone."""
+    """A deadlock in the first step. The schedules show only which rank differs, not which rank is right."""
     return Expected("deadlock", "mismatch", (), suspects=(struck_rank(settings),))
 
 
 def refused_at_start(settings: RunSettings) -> Expected:
-    """Nobody starts."""
+    """A crash: no rank starts."""
     return Expected("crash", "error", error="PrepareFailed")
 
 
 SCENARIO = Scenario(
     name="rank_config",
-    summary="one rank was started with another flag, and its steps hold other collectives",
+    summary="one rank was started with a different flag, and its steps contain other collectives",
     source="vllm#26187",
     policies=policies,
     hang=hang,

@@ -1,11 +1,11 @@
 """A rank is killed in the middle of a step, and its peers wait for it in the next collective.
 
-Mirrors vLLM issue 39942. What ends the process does not matter: the kernel's out-of-memory killer, an operator, a
-fault in a driver. It says nothing, and the backend tells little: NCCL waits for ever; gloo fails with a closed
-connection on those ranks that were talking to the dead one, which leaves the rest waiting for them.
+Mirrors vLLM issue 39942. The process may be ended by the out-of-memory killer, an operator, or a fault in a driver. It
+logs nothing, and the backend reports little: NCCL waits for ever; gloo fails with a closed connection on the ranks that
+were connected to the dead one, and the rest wait for those.
 
-No server can finish these steps. What it can do is to end well: a rank that waits looks whether its peers' processes
-still exist, and the first to miss one stops all of them with its name.
+A server cannot finish this step, but it can stop with an error. A waiting rank checks whether the processes of its
+peers still exist, and the first rank that misses one stops all ranks and names it.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ STEP = 3
 
 
 class KilledInStep(StateBinding):
-    """The trigger: between the step's agreement and the first layer the process is killed, as from outside."""
+    """The trigger: the process is killed between the step's agreement and the first layer."""
 
     def bind(self, plan: StepPlan, agreed: AgreedStep, rebuild: Callable[[], AgreedStep]) -> AgreedStep:
         if plan.step == STEP:
@@ -32,18 +32,18 @@ class KilledInStep(StateBinding):
 
 
 def policies(settings: RunSettings, rank: int) -> Policies:
-    """fault and fix: one rank is killed. What differs is that in the fix ranks look for each other (checks)."""
+    """fault and fix: one rank is killed. Only in the fix do ranks check that their peers exist (checks)."""
     killed = settings.variant != "control" and rank == struck_rank(settings)
     return Policies(binding=KilledInStep()) if killed else Policies()
 
 
 def hang(settings: RunSettings) -> Expected:
-    """The dead rank is the cause, and the waits or broken connections of the others its consequence."""
+    """A crash with the dead rank as culprit. The waits and broken connections of the others are consequences."""
     return Expected("crash", "dead_rank", (struck_rank(settings),), STEP)
 
 
 def ends_well(settings: RunSettings) -> Expected:
-    """Every rank that lives raises the same error, which names the dead one."""
+    """The same crash; every living rank raises the same error, which names the dead rank."""
     return Expected("crash", "dead_rank", (struck_rank(settings),), STEP, error="PeerLost")
 
 

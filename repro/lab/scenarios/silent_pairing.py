@@ -1,13 +1,13 @@
-"""One rank adds up a layer's output twice: its second all-reduce pairs with the others' next one. Nothing hangs.
+"""One rank sums a layer's output twice: its second all-reduce pairs with the next one of the others. Nothing hangs.
 
-Mirrors what NCCL issue 1417 asks about: mismatched all-reduces hang in some cases, and in others just return wrong
-numbers. Under tensor parallelism a step is one all-reduce after another in one group, all of one shape, so a rank that
-issues one too many stays in step with its peers: each of its sums is made of its own part of one layer and of theirs of
-the next, for the rest of the run. Here the fused all-reduce of one rank cannot finish for a single row, and the plain
-path that takes over adds up once more what had been added.
+Mirrors the question of NCCL issue 1417: mismatched all-reduces hang in some cases, and in others return wrong numbers.
+Under tensor parallelism a step is a sequence of all-reduces of one shape in one group. A rank that issues one too many
+does not hang: for the rest of the run, each all-reduce adds its part of one layer to the others' parts of the next
+layer. Here the fused all-reduce of one rank fails for a single row after it has summed, and the plain all-reduce that
+replaces it sums the result again.
 
-The cure: which path is taken is settled before anything is sent. The guard refuses the extra all-reduce, which is
-not the schedule's next entry; the strict check compares layers before each one.
+The cure: choose the path before anything is sent. The guard refuses the extra all-reduce, because it is not the next
+entry of the schedule; the strict check compares the layers before each all-reduce.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ LAYER = "layers.0.moe"
 
 @dataclass(frozen=True)
 class FallBack(SumOverRanks):
-    """The trigger: the fused path of a layer cannot do a single row, which shows when the first one comes."""
+    """The trigger: the fused path of one layer does not support a single row, and fails at the first one."""
 
     failed: set[str] = field(default_factory=set)
 
@@ -41,7 +41,7 @@ class FallBack(SumOverRanks):
         return self.fall_back(partial_NH)
 
     def fall_back(self, partial_NH: Tensor) -> Tensor:
-        """The cure: the fused path declines before it has sent anything, and the plain one adds up."""
+        """The cure: the fused path declines before it sends anything, and the plain path sums."""
         return self.add_up(partial_NH)
 
     def add_up(self, partial_NH: Tensor) -> Tensor:
@@ -50,22 +50,23 @@ class FallBack(SumOverRanks):
 
 
 class AddAgain(FallBack):
-    """The fault: the fused path fails after it has added up, and the plain one starts from what it left."""
+    """The fault: the fused path fails after it has summed, and the plain path sums its result again."""
 
     def fall_back(self, partial_NH: Tensor) -> Tensor:
         return self.add_up(self.add_up(partial_NH))
 
 
 def policies(settings: RunSettings, rank: int) -> Policies:
-    """control: no fused path; fault: one rank's fails late; fix: it fails early."""
+    """control: no fused path; fault: one rank's fused path fails after its all-reduce; fix: before it."""
     if settings.variant == "control" or rank != struck_rank(settings):
         return Policies()
     return Policies(adder=AddAgain if settings.variant == "fault" else FallBack)
 
 
 def hang(settings: RunSettings) -> Expected:
-    """Wrong numbers from the first single row on. The culprit ends up waiting in the last all-reduce of the run, which
-    the others have behind them.
+    """Corrupt: wrong numbers from the first single row on.
+
+    At the end the culprit waits in the last all-reduce of the run, which the others have completed.
     """
     interval = settings.engine.unfinished_interval
     num_steps = -(-len(step_rows(settings.requests(), settings.engine)) // interval) * interval
@@ -79,8 +80,8 @@ SCENARIO = Scenario(
     source="NVIDIA/nccl#1417",
     policies=policies,
     hang=hang,
-    # All ranks share the tokens, so that every collective is the same all-reduce; one request at a time keeps the
-    # number of rows at one, and 8 heads and groups can be cut into 8 parts without sums of another shape.
+    # All ranks share the tokens, so that every collective is the same all-reduce. One request at a time keeps the
+    # number of rows at one. 8 heads and groups divide over 8 ranks, so all sums have one shape.
     defaults={
         "tp_size": 8,
         "model": {

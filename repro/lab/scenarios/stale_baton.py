@@ -1,13 +1,13 @@
-"""A lock file outlives the process that made it, and every later start waits for nobody.
+"""A lock file outlives the process that created it, and every later start waits for a process that no longer exists.
 
-Mirrors InferenceX issue 1360 and PyTorch issue 189245. torch's extension loader keeps other processes away by a file
-that it creates with O_EXCL, and removes when it is done. A builder that is killed in between, by the out-of-memory
-killer or an orchestrator's patience, leaves it behind, in a cache that outlives containers. From then on all ranks of
-all starts wait for the file to vanish, without a limit or a word. It has no content that could name anyone; but its
-maker keeps it open, so a file that no process has open has nobody behind it.
+Mirrors InferenceX issue 1360 and PyTorch issue 189245. torch's extension loader excludes other processes by a lock file
+("baton"), which it creates with O_EXCL and removes at the end. A builder that is killed in between, by the
+out-of-memory killer or an orchestrator's timeout, leaves the file in a cache that outlives containers. From then on all
+ranks of every start wait for the file to disappear, without a time limit or a log line. The file is empty and names no
+process. But its creator keeps it open, so a file that no process has open is stale.
 
-Here a real builder is killed while it holds the lock, before the ranks start. The cure: a lock that the kernel ends
-with its holder. Under it, the file of a loader that is gone is seen for what it is and removed.
+Here a real builder is killed while it holds the lock, before the ranks start. The cure: a lock that the operating
+system releases when its holder ends. A rank that holds it can recognise a stale lock file and remove it.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ PATIENCE_S = 60.0
 
 
 def kill_a_builder(settings: RunSettings, cache: Path) -> None:
-    """The trigger: an earlier start's builder, killed in the middle of its build."""
+    """The trigger: start a builder and kill it in the middle of its build, as in an earlier start of the server."""
     if settings.variant == "control":
         return
     parent = os.getpid()
@@ -41,36 +41,36 @@ def kill_a_builder(settings: RunSettings, cache: Path) -> None:
     )
     assert builder.stdout is not None
     with builder.stdout as lines:
-        lines.readline()  # it holds the lock now
+        lines.readline()  # the builder holds the lock now
     os.killpg(builder.pid, signal.SIGKILL)
     builder.wait()
 
 
 def main() -> None:
-    """The builder: takes the loader's lock, says so, and gets no further."""
+    """The builder: take the loader's lock, print a line, and wait to be killed."""
     from hybrid_moe_kernels.gated_delta_rule.jit import PREFILL
 
-    def tell(event: str, name: str, holder: int) -> None:
+    def on_event(event: str, name: str, holder: int) -> None:
         if event == "build_begin":
             print("builds", flush=True)
             time.sleep(PATIENCE_S)
 
-    PREFILL.load(Path(sys.argv[1]), tell)
+    PREFILL.load(Path(sys.argv[1]), on_event)
 
 
 def policies(settings: RunSettings, rank: int) -> Policies:
-    """control: the loader's lock without the file; fault: with it; fix: the engine's own builds."""
+    """control: the loader's lock without a stale file; fault: with one; fix: the engine's own builds."""
     return Policies() if settings.variant == "fix" else Policies(builds=BuildAtFirstUse(settings, rank))
 
 
 def hang(settings: RunSettings) -> Expected:
-    """All ranks wait at the first GDN layer of the profile step; none of them is a culprit."""
+    """A deadlock without a culprit: all ranks wait at the first GDN layer of the profile step."""
     return Expected("deadlock", "lock", culprits=(), step=0)
 
 
 SCENARIO = Scenario(
     name="stale_baton",
-    summary="the lock file of a killed builder keeps all ranks of the next start waiting for nobody",
+    summary="the lock file of a killed builder makes all ranks of the next start wait for ever",
     source="InferenceX#1360, pytorch#189245",
     policies=policies,
     hang=hang,

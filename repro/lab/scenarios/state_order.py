@@ -1,13 +1,12 @@
-"""Recurrent state is set up with a collective inside, before the first dispatch on some ranks and after it on others.
+"""State set-up contains a collective, which some ranks issue before the first dispatch and others after it.
 
-This is the hypothesis of the report, vLLM issue 41862, made to run: that ranks set up their Mamba or GDN state in
-another order relative to the expert dispatch. vLLM's own state set-up holds no collective, so nothing shows that it
-happened there (docs/ROOT-CAUSE.md, H5). If it did hold one, this is the hang: here the ranks agree in every step on
-how many slots of state to clear. A rank whose batch has changed needs clean slots for it and asks before the first
-dispatch; one whose batch is the same as in the last step puts it off until the dispatch is under way.
+This implements the hypothesis of the report, vLLM issue 41862: ranks set up their Mamba or GDN state in different
+orders relative to the expert dispatch. vLLM's own state set-up contains no collective, so there is no evidence that
+this happened there (docs/ROOT-CAUSE.md, H5). If it contained one, the server would hang like this. Here the ranks agree
+in every step on how many slots of state to clear. A rank whose batch has changed needs clean slots, and agrees before
+the first dispatch. A rank whose batch is the same as in the last step agrees after the dispatch.
 
-The cure: the place of a collective in the step follows from the schedule that all agreed on, not from what a rank
-happens to need.
+The cure: the agreed schedule decides when a collective is issued, not the needs of one rank.
 """
 
 from __future__ import annotations
@@ -31,7 +30,7 @@ STATE = ScheduleEntry("dp", "all_reduce", "state")
 
 @dataclass(frozen=True)
 class InitialiseState(AllGatherReduceScatter):
-    """The trigger: the ranks agree on the slots of state to clear, once a step, before the first dispatch."""
+    """The trigger: once per step, before the first dispatch, the ranks agree on the number of state slots to clear."""
 
     rows: list[int] = field(default_factory=lambda: [-1])
 
@@ -51,7 +50,7 @@ class InitialiseState(AllGatherReduceScatter):
         return gathered
 
     def before_dispatch(self, num_rows: int) -> bool:
-        """Whether to initialise before the dispatch; all ranks must answer alike."""
+        """Whether to initialise before the dispatch. Must be the same on all ranks."""
         return True
 
     def initialise(self, like: Tensor) -> None:
@@ -60,7 +59,7 @@ class InitialiseState(AllGatherReduceScatter):
 
 
 class InitialiseWhenNeeded(InitialiseState):
-    """The fault: a rank whose batch is that of the last step sees no hurry."""
+    """The fault: a rank whose batch size has not changed initialises after the dispatch."""
 
     def before_dispatch(self, num_rows: int) -> bool:
         changed = self.rows[0] != num_rows
@@ -69,7 +68,7 @@ class InitialiseWhenNeeded(InitialiseState):
 
 
 def policies(settings: RunSettings, rank: int) -> Policies:
-    """control: no collective in the state's set-up; fault: placed by local need; fix: placed by the schedule."""
+    """control: no collective in the state set-up; fault: placed by local need; fix: placed by the schedule."""
     return {
         "control": Policies(),
         "fault": Policies(dispatch=InitialiseWhenNeeded),
@@ -78,7 +77,7 @@ def policies(settings: RunSettings, rank: int) -> Policies:
 
 
 def hang(settings: RunSettings) -> Expected:
-    """The first step in which the batch of some ranks has changed and that of others has not; these leave the plan."""
+    """A deadlock in the first step in which only some batch sizes change; the ranks without a change are culprits."""
     before = [settings.engine.max_num_batched_tokens] * settings.num_ranks
     for serve_step, rows in enumerate(step_rows(settings.requests(), settings.engine)):
         sizes = [num_rows or 1 for num_rows in rows]  # an idle rank has a dummy row
@@ -93,7 +92,7 @@ def hang(settings: RunSettings) -> Expected:
 
 SCENARIO = Scenario(
     name="state_order",
-    summary="state set-up with a collective inside, before the dispatch on some ranks and after it on others",
+    summary="state set-up contains a collective: some ranks issue it before the dispatch, others after it",
     source="vllm#41862",
     policies=policies,
     hang=hang,

@@ -1,11 +1,11 @@
-"""One rank does its housekeeping between two steps while all others wait for it: slow, and not a deadlock.
+"""One rank does housekeeping (writes metrics) between two steps while all others wait for it: slow, not a deadlock.
 
-Mirrors the complaint behind vLLM issue 46764 and its like, where all ranks but one stand in a collective and the
-server looks dead, although the one is merely late: it writes metrics or a cache to a file system that answers slowly,
-collects garbage, or is throttled. Everybody is in the same collective but the straggler, who is in none; so long as it
-works there is nothing to untangle, and the right verdict is its name and how long it has been at it.
+Mirrors vLLM issue 46764 and similar reports, where all ranks but one wait in a collective and the server looks dead,
+although that rank is only late: it writes metrics or a cache to a slow file system, collects garbage, or is throttled.
+All ranks but the straggler are in the same collective, and the straggler is in none. While it works there is no
+deadlock; the right verdict names the straggler and how long it has been working.
 
-The cure: what nobody waits for does not stand between two steps. The rank hands it to a thread and goes on.
+The cure: work that no rank waits for must not delay a step. The rank hands it to a thread and goes on.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ STEP = 3
 QUIET_WINDOWS = 5
 
 
-class KeepHouse(StepAgreement):
-    """The fault: before it agrees on a step the rank writes what it has to write, however long that takes."""
+class WriteMetrics(StepAgreement):
+    """The fault: the rank writes its metrics before it agrees on a step, however long the write takes."""
 
     def __init__(self, write_s: float) -> None:
         super().__init__()
@@ -31,37 +31,37 @@ class KeepHouse(StepAgreement):
 
     def agree(self, plan: StepPlan, exchange: Exchange, layer: str) -> AgreedStep:
         if plan.step == STEP:
-            self.keep_house()
+            self.write_metrics()
         return super().agree(plan, exchange, layer)
 
-    def keep_house(self) -> None:
-        """The writing itself, in the way of the step."""
+    def write_metrics(self) -> None:
+        """Write, and delay the step."""
         time.sleep(self.write_s)  # a blocking write to a file system that does not answer
 
 
-class KeepHouseAside(KeepHouse):
-    """The trigger with the cure: the same writing, in a thread that no step waits for."""
+class WriteMetricsInThread(WriteMetrics):
+    """The cure: the same write, in a thread that no step waits for."""
 
-    def keep_house(self) -> None:
+    def write_metrics(self) -> None:
         threading.Thread(target=time.sleep, args=(self.write_s,), daemon=True).start()
 
 
 def policies(settings: RunSettings, rank: int) -> Policies:
-    """control: nothing to write; fault: one rank writes between two steps; fix: it writes beside them."""
+    """control: no metrics; fault: one rank writes them between two steps; fix: it writes them in a thread."""
     if settings.variant == "control" or rank != struck_rank(settings):
         return Policies()
-    kind = KeepHouse if settings.variant == "fault" else KeepHouseAside
+    kind = WriteMetrics if settings.variant == "fault" else WriteMetricsInThread
     return Policies(agreement=kind(QUIET_WINDOWS * settings.quiet_window_s))
 
 
 def hang(settings: RunSettings) -> Expected:
-    """The straggler is named, whatever the quiet window; the guard has nothing to refuse."""
+    """Slow, with the straggler as culprit, whatever the quiet window is. The guard has nothing to refuse."""
     return Expected("slow", None, (struck_rank(settings),), STEP)
 
 
 SCENARIO = Scenario(
     name="straggler",
-    summary="one rank is late because it does housekeeping between two steps; the others wait, and nothing is wrong",
+    summary="one rank is late because it does housekeeping between two steps; the others wait, without a deadlock",
     source="vllm#46764",
     policies=policies,
     hang=hang,

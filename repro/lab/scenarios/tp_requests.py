@@ -1,16 +1,16 @@
-"""One tensor-parallel rank is given other requests than its peers, which run the same layers for them.
+"""One tensor-parallel rank receives another request than its peers: wrong tokens, and no collective that differs.
 
 Mirrors SGLang issue 27221: each tp rank ran its own scheduler and dropped timed-out requests by its own clock, so the
-ranks of one tp group ran different batches. The ranks of a tp group hold parts of the same layers, and every sum over
-them is meaningful only if all of them feed the same tokens. What follows depends on the shapes. A batch of another
-size is a size mismatch in the first all-reduce: that was the hang upstream. A batch of the same size hangs nothing and
-crashes nothing: every rank adds up parts of different sequences and serves wrong tokens. This scenario shows the
-second case, because no timeout and no comparison of collectives can see it.
+ranks of one tp group ran different batches. The ranks of a tp group hold parts of the same layers, so a sum over them
+is correct only if all of them process the same tokens. The result depends on the shapes. A batch of another size is a
+size mismatch in the first all-reduce, which was the hang upstream. A batch of the same size neither hangs nor crashes:
+the ranks sum parts of different sequences and serve wrong tokens. This scenario is the second case, which no timeout
+and no comparison of collectives can detect.
 
-Here the front end of one rank delivers its first request with another prompt of the same length.
+Here one rank receives its first request with another prompt of the same length.
 
-The cure: the step's agreement covers the ranks of a tp group, with a hash of the requests and tokens that each is about
-to run. A server cannot know which rank has the right ones, so all ranks stop and name both sides.
+The cure: the step agreement also compares, within a tp group, a hash of the requests and tokens that each rank is about
+to run. A server cannot know which rank is right, so all ranks stop and name both sides.
 """
 
 from __future__ import annotations
@@ -34,24 +34,24 @@ def requests(settings: RunSettings, rank: int) -> list[Request]:
 
 
 def policies(settings: RunSettings, rank: int) -> Policies:
-    """The engine's own in every variant: what differs is what reaches the rank, and whether the ranks compare it."""
+    """The engine's own policies. The variants differ in the rank's requests, and in whether the ranks compare them."""
     return Policies()
 
 
 def hang(settings: RunSettings) -> Expected:
-    """Wrong tokens, and nothing in the collectives to name a rank by."""
+    """Corrupt: wrong tokens, and no difference in the collectives that could name a rank."""
     return Expected("corrupt", culprits=())
 
 
 SCENARIO = Scenario(
     name="tp_requests",
-    summary="one tp rank is given another prompt than its peers: wrong tokens, and no collective that differs",
+    summary="one tp rank receives another prompt than its peers: wrong tokens, and no collective that differs",
     source="sglang#27221",
     policies=policies,
     hang=hang,
     fixed=lambda settings: REFUSED,
     requests=requests,
-    # All ranks share the tokens. The heads and groups of the model divide over 8 ranks as in silent_pairing.
+    # All ranks share the tokens. The model's heads and groups divide over 8 ranks, as in silent_pairing.
     defaults={
         "tp_size": 8,
         "model": {

@@ -1,10 +1,10 @@
 """An EP backend returns early from the dispatch of a rank that has no tokens.
 
-Mirrors uccl issue 940. Zero tokens look like nothing to send, but the other ranks have counted on this
-one in the same collectives, to send nothing and to compute its experts for their tokens. It runs ahead to the
-agreement of the next step and waits there for the others, who wait for it in the dispatch of the first layer.
+Mirrors uccl issue 940. With zero tokens the rank has nothing to send, but the other ranks still need it in the same
+collectives: they wait for its message of size zero, and for its experts to process their tokens. The rank goes on to
+the agreement of the next step and waits there, while the others wait for it in the dispatch of the first layer.
 
-The cure: zero tokens is a size, not a return.
+The cure: a rank with zero tokens takes part in every collective, with size zero.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ class IdleWithZeroTokens(IdlePolicy):
 
 
 class ReturnEarlyAtZeroTokens(AllGatherReduceScatter):
-    """The fault: no rows here, no collective."""
+    """The fault: a rank without rows returns before the collective."""
 
     def dispatch(self, experts: nn.Module, args: tuple[Tensor, Tensor, Tensor]) -> tuple[Tensor, ...]:
         return super().dispatch(experts, args) if len(args[0]) else args
@@ -42,7 +42,7 @@ class ReturnEarlyAtZeroTokens(AllGatherReduceScatter):
 
 
 def policies(settings: RunSettings, rank: int) -> Policies:
-    """control: idle ranks bring a token; fault and fix: they bring none."""
+    """control: idle ranks have a dummy token; fault and fix: they have none."""
     return {
         "control": Policies(),
         "fault": Policies(idle=IdleWithZeroTokens(), dispatch=ReturnEarlyAtZeroTokens),
@@ -51,19 +51,19 @@ def policies(settings: RunSettings, rank: int) -> Policies:
 
 
 def hang(settings: RunSettings) -> Expected:
-    """In the first step with idle ranks these skip the MoE of every layer."""
+    """In the first step with idle ranks, these skip the MoE of every layer."""
     everyone = set(range(settings.num_ranks))
     for serve_step, live in enumerate(live_ranks(settings.requests(), settings.engine)):
         if 0 < len(live) < settings.num_ranks:
             idle = tuple(sorted(everyone - set(live)))
-            # Step 0 is the profile run; they wait in the agreement of the step after this one.
+            # Step 0 is the profile run. The culprits wait in the agreement of the step after this one.
             return Expected("deadlock", "skipped", idle, serve_step + 2, "step", planned=FIRST_DISPATCH)
     return CLEAN
 
 
 SCENARIO = Scenario(
     name="zero_token_return",
-    summary="the dispatch returns early on a rank with zero tokens, which the others count on",
+    summary="the dispatch returns early on a rank with zero tokens, for which the others wait",
     source="uccl#940",
     policies=policies,
     hang=hang,
