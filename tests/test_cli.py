@@ -85,7 +85,7 @@ def test_usage_errors_are_one_line_and_exit_code_2(capsys, tmp_path, argv, words
         ('{"model": {"num_expert": 256}}', "model.num_expert: unknown key (did you mean 'num_experts'?)"),
         ('{"model": {"num_experts": true}}', "model.num_experts: wanted int, got bool True"),
         ('{"engine": {"max_num_seqs": 0}}', "engine.max_num_seqs: 0 is less than 1"),
-        ('{"engine": 5}', "engine: expected a mapping, got 5"),
+        ('{"engine": 5}', "engine: wanted a mapping, got 5"),
         ('{"workload": {"max_prompt_tokens": 4000}}', "workload.max_prompt_tokens: 4000 is more than"),
         ('{"workload": {"max_requests": 2000000000}}', "workload.max_requests: 2000000000 is more than 1,000,000"),
         ('{"workload": {"max_arrival_step": 2000000000}}', "workload.max_arrival_step: 2000000000 is more than"),

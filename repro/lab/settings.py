@@ -165,13 +165,13 @@ class RunSettings(Config):
         for part in {"model", "engine", "workload"} & merged.keys():
             path = f"{where}.{part}" if where else part
             if not isinstance(merged[part], Mapping):
-                raise ConfigError(f"expected a mapping, got {merged[part]!r}"[:80], path)
+                raise ConfigError(f"wanted a mapping, got {merged[part]!r}"[:80], path)
             overrides = {**defaults.get(part, {}), **merged[part]}
             base: Config = WorkloadConfig() if part == "workload" else DEFAULT_ENGINE
             if part == "model":
                 name = overrides.pop("preset", "tiny")
                 if not isinstance(name, str):
-                    raise ConfigError(f"expected str, got {name!r}"[:80], f"{path}.preset")
+                    raise ConfigError(f"wanted str, got {name!r}"[:80], f"{path}.preset")
                 base = preset(name)
             merged[part] = type(base).from_mapping({**base.to_mapping(), **overrides}, path)
         return cls.from_mapping(merged, where)
