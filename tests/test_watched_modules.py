@@ -29,7 +29,7 @@ def watched(model: HybridMoE) -> dict[str, nn.Module]:
         name: module
         for name, module in model.named_modules()
         if not name.startswith("mtp")
-        and not isinstance(module, nn.ModuleList | nn.Conv1d)
+        and not isinstance(module, nn.ModuleList)
         and name not in ("", "model")
     }
 

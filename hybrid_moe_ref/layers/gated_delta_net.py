@@ -4,14 +4,15 @@ Shapes: T rows of a part, H hidden, N value heads, M key heads, K key dim, V val
 """
 
 import torch
-from hybrid_moe_kernels import causal_conv, gated_delta_rule
+from hybrid_moe_kernels import gated_delta_rule
 from hybrid_moe_kernels.gated_delta_rule.reference import gates
 from torch import Tensor, nn
 
 from hybrid_moe_ref.batch import Part
 from hybrid_moe_ref.cache import StatePast
 from hybrid_moe_ref.config import ModelConfig
-from hybrid_moe_ref.layers.linear import is_every_module_watched, is_unwatched, project
+from hybrid_moe_ref.layers.conv import CausalConv
+from hybrid_moe_ref.layers.linear import is_plain, project
 from hybrid_moe_ref.layers.mixer import Mixer
 from hybrid_moe_ref.layers.norm import NormThenGate
 
@@ -30,7 +31,7 @@ class GatedDeltaNet(Mixer):
         self.in_proj_z = nn.Linear(hidden, values, bias=False)
         self.in_proj_b = nn.Linear(hidden, self.num_value_heads, bias=False)
         self.in_proj_a = nn.Linear(hidden, self.num_value_heads, bias=False)
-        self.conv1d = nn.Conv1d(channels, channels, config.linear_conv_kernel_dim, groups=channels, bias=False)
+        self.conv1d = CausalConv(channels, config.linear_conv_kernel_dim, bias=False)
         self.A_log = nn.Parameter(torch.empty(self.num_value_heads))
         self.dt_bias = nn.Parameter(torch.empty(self.num_value_heads))
         self.norm = NormThenGate(self.value_dim, config.rms_norm_eps)
@@ -41,8 +42,9 @@ class GatedDeltaNet(Mixer):
         projections = (self.in_proj_qkv, self.in_proj_z, self.in_proj_b, self.in_proj_a)
         qkv_TC, z_TI, b_TN, a_TN = project(x_TH, *projections)
         z_TNV = z_TI.unflatten(-1, (self.num_value_heads, self.value_dim))
-        # The decode kernel has the norm in it; a norm that someone watches has to be called as a module.
-        mixed = self._decode if part.is_decode and self._has_plain_norm() else self._prefill
+        # The decode kernel has the convolution and the norm in it. One that someone watches is called as a module.
+        is_one_call = part.is_decode and is_plain(self.conv1d, CausalConv) and is_plain(self.norm, NormThenGate)
+        mixed = self._decode if is_one_call else self._prefill
         y_TNV = mixed(qkv_TC, z_TNV, b_TN, a_TN, part, past)
         (y_TH,) = project(y_TNV.flatten(-2), self.out_proj)
         return y_TH
@@ -67,17 +69,13 @@ class GatedDeltaNet(Mixer):
     def _prefill(
         self, qkv_TC: Tensor, z_TNV: Tensor, b_TN: Tensor, a_TN: Tensor, part: Part, past: StatePast
     ) -> Tensor:
-        weight_CW, starts_X = self.conv1d.weight[:, 0], part.cu_seqlens_X
-        qkv_TC = causal_conv.prefill(qkv_TC, weight_CW, None, past.conv_PWC, past.slots_B, starts_X)
+        qkv_TC = self.conv1d(qkv_TC, past, part)
         keys = self.num_key_heads * self.key_dim
         q, k, v = qkv_TC.split([keys, keys, self.num_value_heads * self.value_dim], dim=-1)
         q, k, v = (x.unflatten(-1, (-1, dim)) for x, dim in ((q, self.key_dim), (k, self.key_dim), (v, self.value_dim)))
         beta_TN, g_TN = gates(b_TN, a_TN, self.A_log, self.dt_bias)
-        o_TNV = self.prefill_rule(q, k, v, g_TN, beta_TN, past.ssm_P___, past.slots_B, starts_X)
+        o_TNV = self.prefill_rule(q, k, v, g_TN, beta_TN, past.ssm_P___, past.slots_B, part.cu_seqlens_X)
         return self.norm(o_TNV, z_TNV)
-
-    def _has_plain_norm(self) -> bool:
-        return type(self.norm) is NormThenGate and is_unwatched(self.norm) and not is_every_module_watched()
 
     def _nothing(self, x_TH: Tensor, part: Part) -> StatePast:
         """Zero states for sequences that no cache remembers."""

@@ -43,3 +43,8 @@ def is_unwatched(module: nn.Module) -> bool:
         or have["_backward_pre_hooks"]
         or "forward" in have
     )
+
+
+def is_plain(module: nn.Module, kind: type[nn.Module]) -> bool:
+    """Whether a call of the module does what `kind` does and no more: nothing replaces, changes or watches it."""
+    return type(module) is kind and is_unwatched(module) and not is_every_module_watched()

@@ -4,14 +4,15 @@ Shapes: T rows of a part, N heads, P head dim, G groups, S state size, H hidden,
 """
 
 import torch
-from hybrid_moe_kernels import causal_conv, ssd
+from hybrid_moe_kernels import ssd
 from hybrid_moe_kernels.ssd.reference import decay_rate, time_step
 from torch import Tensor, nn
 
 from hybrid_moe_ref.batch import Part
 from hybrid_moe_ref.cache import StatePast
 from hybrid_moe_ref.config import ModelConfig
-from hybrid_moe_ref.layers.linear import is_every_module_watched, is_unwatched, project
+from hybrid_moe_ref.layers.conv import CausalConv
+from hybrid_moe_ref.layers.linear import is_plain, project
 from hybrid_moe_ref.layers.mixer import Mixer
 from hybrid_moe_ref.layers.norm import GateThenNorm
 
@@ -25,13 +26,7 @@ class Mamba2(Mixer):
         inner = self.num_heads * self.head_dim
         channels = inner + 2 * self.num_groups * self.state_size
         self.in_proj = nn.Linear(config.hidden_size, inner + channels + self.num_heads, bias=False)
-        self.conv1d = nn.Conv1d(
-            channels,
-            channels,
-            config.mamba_conv_kernel_dim,
-            groups=channels,
-            bias=config.mamba_conv_bias,
-        )
+        self.conv1d = CausalConv(channels, config.mamba_conv_kernel_dim, bias=config.mamba_conv_bias)
         self.A_log = nn.Parameter(torch.empty(self.num_heads))
         self.D = nn.Parameter(torch.empty(self.num_heads))
         self.dt_bias = nn.Parameter(torch.empty(self.num_heads))
@@ -43,13 +38,14 @@ class Mamba2(Mixer):
         inner, shared = self.num_heads * self.head_dim, self.num_groups * self.state_size
         (projected_T_,) = project(x_TH, self.in_proj)
         z_TI, xbc_TC, dt_TN = projected_T_.split([inner, inner + 2 * shared, self.num_heads], dim=-1)
-        mixed = self._decode if part.is_decode else self._prefill
+        # The decode kernel has the convolution in it. One that someone watches is called as a module.
+        mixed = self._decode if part.is_decode and is_plain(self.conv1d, CausalConv) else self._prefill
         (y_TH,) = project(mixed(xbc_TC, z_TI, dt_TN, part, past), self.out_proj)
         return y_TH
 
     def _decode(self, xbc_TC: Tensor, z_TI: Tensor, dt_TN: Tensor, part: Part, past: StatePast) -> Tensor:
         # The decode kernel has the norm in it; a norm that someone watches has to be called as a module.
-        is_plain = type(self.norm) is GateThenNorm and is_unwatched(self.norm) and not is_every_module_watched()
+        has_plain_norm = is_plain(self.norm, GateThenNorm)
         y_TI = ssd.decode(
             xbc_TC,
             z_TI,
@@ -59,7 +55,7 @@ class Mamba2(Mixer):
             self.A_log,
             self.D,
             self.dt_bias,
-            self.norm.weight if is_plain else None,
+            self.norm.weight if has_plain_norm else None,
             past.conv_PWC,
             past.ssm_P___,
             past.slots_B,
@@ -67,12 +63,11 @@ class Mamba2(Mixer):
             dt_limit=self.time_step_limit,
             eps=self.norm.eps,
         )
-        return y_TI if is_plain else self.norm(y_TI, z_TI)
+        return y_TI if has_plain_norm else self.norm(y_TI, z_TI)
 
     def _prefill(self, xbc_TC: Tensor, z_TI: Tensor, dt_TN: Tensor, part: Part, past: StatePast) -> Tensor:
         inner, shared = self.num_heads * self.head_dim, self.num_groups * self.state_size
-        weight_CW, starts_X = self.conv1d.weight[:, 0], part.cu_seqlens_X
-        xbc_TC = causal_conv.prefill(xbc_TC, weight_CW, self.conv1d.bias, past.conv_PWC, past.slots_B, starts_X)
+        xbc_TC = self.conv1d(xbc_TC, past, part)
         x, b, c = xbc_TC.split([inner, shared, shared], dim=-1)
         y_TNP = ssd.prefill(
             x.unflatten(-1, (-1, self.head_dim)),
@@ -83,7 +78,7 @@ class Mamba2(Mixer):
             self.D,
             past.ssm_P___,
             past.slots_B,
-            starts_X,
+            part.cu_seqlens_X,
         )
         return self.norm(y_TNP.flatten(-2), z_TI)
 

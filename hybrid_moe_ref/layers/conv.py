@@ -1,0 +1,28 @@
+"""The short convolution in front of a recurrence.
+
+Shapes: T rows of a part, C channels, W width of the filter.
+"""
+
+import torch
+from hybrid_moe_kernels import causal_conv
+from torch import Tensor, nn
+
+from hybrid_moe_ref.batch import Part
+from hybrid_moe_ref.cache import StatePast
+
+
+class CausalConv(nn.Module):
+    """Depthwise causal convolution and SiLU over the rows of several sequences. Each sequence goes on from its last
+    W - 1 rows, which the cache keeps. Parameters have the names and shapes of an `nn.Conv1d`."""
+
+    def __init__(self, channels: int, width: int, *, bias: bool) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(channels, 1, width))
+        self.bias = nn.Parameter(torch.empty(channels)) if bias else None
+
+    def forward(self, x_TC: Tensor, past: StatePast, part: Part) -> Tensor:
+        """[T, C] -> [T, C]; `past.conv_PWC` is brought up to date."""
+        y_TC: Tensor = causal_conv.prefill(
+            x_TC, self.weight[:, 0], self.bias, past.conv_PWC, past.slots_B, part.cu_seqlens_X
+        )
+        return y_TC
