@@ -43,6 +43,8 @@ def parallel_of(args: argparse.Namespace) -> ParallelConfig | None:
     dp_size, tp_size = args.dp or 1, args.tp or 1
     if dp_size * tp_size > MAX_RANKS:
         raise ConfigError(f"{dp_size} x {tp_size} ranks are more than the {MAX_RANKS} of one machine", "--dp, --tp")
+    if dp_size * tp_size == 1 and args.ep is not None:
+        raise ConfigError("has no effect on one rank; add --dp N or --tp N", "--ep" if args.ep else "--no-ep")
     return ParallelConfig(dp_size, tp_size, expert_parallel=dp_size > 1 if args.ep is None else args.ep)
 
 

@@ -304,6 +304,8 @@ def test_bench_measures(folder: Path, capsys: pytest.CaptureFixture) -> None:
         ),
         (["generate", "tiny", "--tokens", "1", "--checks", "agree"], "--checks: has no effect without ranks"),
         (["generate", "tiny", "--tokens", "1", "--allow-unsafe"], "--allow-unsafe: has no effect without ranks"),
+        (["generate", "tiny", "--tokens", "1", "--ep"], "--ep: has no effect on one rank; add --dp N or --tp N"),
+        (["generate", "tiny", "--tokens", "1", "--dp", "1", "--no-ep"], "--no-ep: has no effect on one rank"),
         (["generate", "tiny", "--tokens", "1", "--layout", "tp8", "--device", "xpu"], "'xpu' is not 'cpu' or 'cuda'"),
         (["generate", "FOLDER", "--prompt", "x"], "tokenizer.json is not there: give token ids with --tokens"),
         (["generate", "tiny", "--tokens", "1", "--drafts", "1"], "the model has no MTP layer"),

@@ -28,9 +28,7 @@ def watched(model: HybridMoE) -> dict[str, nn.Module]:
     return {
         name: module
         for name, module in model.named_modules()
-        if not name.startswith("mtp")
-        and not isinstance(module, nn.ModuleList)
-        and name not in ("", "model")
+        if not name.startswith("mtp") and not isinstance(module, nn.ModuleList) and name not in ("", "model")
     }
 
 

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, Self
 
 import torch
-from hybrid_moe_kernels import gated_delta_rule, moe
+from hybrid_moe_kernels import gated_delta_rule, moe, registry
 from hybrid_moe_kernels.extension import Extension
 from hybrid_moe_kernels.gated_delta_rule import jit as gdn_jit
 from hybrid_moe_kernels.moe import jit as moe_jit
@@ -39,6 +40,34 @@ def apply_backends(model: HybridMoE, engine: EngineConfig, device: torch.device)
             if isinstance(layer, Experts):
                 layer.mlp = mlp
     return extensions
+
+
+@dataclass(frozen=True)
+class PreparedKernels:
+    """The kernels that one engine has prepared: the registry's choice, and what runs each operation under it.
+
+    The choice is one for the whole process. An engine that serves under another one's would run kernels that its ranks
+    did not prepare.
+    """
+
+    choice: str
+    device: torch.device
+    dtype: torch.dtype
+    table: dict[str, str]
+
+    @classmethod
+    def of_now(cls, device: torch.device, dtype: torch.dtype) -> Self:
+        """Those of the present choice."""
+        return cls(registry.choice(), device, dtype, registry.table(device.type, dtype))
+
+    def check(self) -> None:
+        """Raise ConfigError when an operation would run on another backend now."""
+        if not self.table.items() <= registry.table(self.device.type, self.dtype).items():
+            raise ConfigError(
+                f"this engine was started with {self.choice!r}, and the process has chosen {registry.choice()!r} "
+                f"since: call registry.use({self.choice!r}) before serve, or start another engine",
+                "kernels",
+            )
 
 
 def _function(op: Op, backend: str, device: torch.device, model: HybridMoE, field: str) -> Callable[..., Any]:

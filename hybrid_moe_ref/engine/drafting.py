@@ -37,24 +37,25 @@ from hybrid_moe_ref.speculative import draft_cache
 class Check:
     """The drafts that a step checks, and how to undo them."""
 
-    model: HybridMoE
     running: list[Running]
     sequences: list[Sequence]
     batch: Batch
     before: list[Snapshot | None]
 
-    def new_tokens(self, hidden_NH: Tensor) -> list[list[int]]:
-        """The right drafts of each request, and the model's own choice behind them; nothing for a request that still
-        has pending tokens. The cache of a request with a wrong draft goes back to before the step."""
-        counts = [1 + len(running.drafts) if running.makes_tokens else 0 for running in self.running]
-        rows = [
-            row for last, count in zip(self.batch.last_rows.tolist(), counts, strict=True)
-            for row in range(last + 1 - count, last + 1)
-        ]  # fmt: skip
-        chosen = self.model.logits(hidden_NH[rows]).argmax(dim=-1).split(counts)
+    @property
+    def counts(self) -> list[int]:
+        """Rows of each request that a token is chosen after: its last known token and its drafts; none while it still
+        has pending tokens."""
+        return [1 + len(running.drafts) if running.makes_tokens else 0 for running in self.running]
+
+    def new_tokens(self, chosen: list[list[int]]) -> list[list[int]]:
+        """The right drafts of each request, and the model's own choice behind them. The cache of a request with a
+        wrong draft goes back to before the step.
+
+        chosen: the model's choices after the rows of each request, as many as `counts` says
+        """
         new = []
-        for running, sequence, before, chosen_T in zip(self.running, self.sequences, self.before, chosen, strict=True):
-            choices = chosen_T.tolist()
+        for running, sequence, before, choices in zip(self.running, self.sequences, self.before, chosen, strict=True):
             num_right = next((i for i, draft in enumerate(running.drafts) if draft != choices[i]), len(running.drafts))
             if num_right < len(running.drafts):
                 assert before is not None
@@ -95,7 +96,7 @@ class Drafting:
             sequence.cache.snapshot(sequence) if request.drafts else None
             for request, sequence in zip(running, sequences, strict=True)
         ]
-        return Check(self._model, running, sequences, batch, before)
+        return Check(running, sequences, batch, before)
 
     def draft(self, check: Check, tokens_N: Tensor, hidden_NH: Tensor) -> None:
         """Guess what follows the last token of each request, for its next step."""

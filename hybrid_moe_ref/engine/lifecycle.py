@@ -32,7 +32,7 @@ from hybrid_moe_ref.batch import Batch
 from hybrid_moe_ref.cache import HybridCache, Sequence, cache_layout
 from hybrid_moe_ref.config import ConfigError
 from hybrid_moe_ref.engine.autotune import ExpertTuner
-from hybrid_moe_ref.engine.backends import apply_backends
+from hybrid_moe_ref.engine.backends import PreparedKernels, apply_backends
 from hybrid_moe_ref.engine.builds import DEADLINE_S, BuildPlace
 from hybrid_moe_ref.engine.compilation import Compiler
 from hybrid_moe_ref.engine.drafting import Drafting
@@ -42,6 +42,7 @@ from hybrid_moe_ref.engine.plan import ANYONE_UNFINISHED, EAGER, GRAPH, StepPlan
 from hybrid_moe_ref.engine.policies import NewTokens, Policies
 from hybrid_moe_ref.engine.refusal import preflight
 from hybrid_moe_ref.engine.runner import ModelRunner
+from hybrid_moe_ref.engine.sampling import likeliest_tokens
 from hybrid_moe_ref.engine.scheduler import Request, Running, Scheduler
 from hybrid_moe_ref.engine.server_config import ServerConfig, configuration_differences
 from hybrid_moe_ref.model import HybridMoE
@@ -110,25 +111,11 @@ class Engine:
         self.page_layout = self._phase("page_setup", self._page_setup)
         self._drafting = Drafting(self.model, self.runner, self._policies.drafts, config.engine, self.page_layout)
         self._phase("prepare", self._prepare)
-        self._kernels = registry.choice(), self._table_of_kernels()
+        self._kernels = PreparedKernels.of_now(self.comm.device, getattr(torch, config.engine.dtype))
         self._phase("profile", self._profile)
         self._phase("compile", self._compile)
         self.cache = self._phase("allocate", self._allocate)
         self._phase("capture", self._capture)
-
-    def _table_of_kernels(self) -> dict[str, str]:
-        return registry.table(self.comm.device.type, getattr(torch, self.config.engine.dtype))
-
-    def _check_kernels(self) -> None:
-        """Raise ConfigError when the process has chosen other kernels since this engine prepared its own: the choice
-        is one for the whole process, and its ranks would compute with kernels that none of them prepared."""
-        choice, table = self._kernels
-        if not table.items() <= self._table_of_kernels().items():
-            raise ConfigError(
-                f"this engine was started with {choice!r}, and the process has chosen {registry.choice()!r} since: "
-                f"call registry.use({choice!r}) before serve, or start another engine",
-                "kernels",
-            )
 
     def _phase(self, name: str, run: Callable[[], T]) -> T:
         self.comm.observer.phase(name)
@@ -285,7 +272,7 @@ class Engine:
             raise
 
     def _serve(self, requests: Iterable[Request], on_token: Callable[[str, int], None] | None) -> dict[str, list[int]]:
-        self._check_kernels()
+        self._kernels.check()
         requests = list(requests)
         for request in requests:
             self.model.check_tokens(torch.tensor(request.prompt))
@@ -325,7 +312,8 @@ class Engine:
         plan = self._plan(feeds, len(running), asks)
         check = self._drafting.begin(running, mine, batch)
         hidden_NH = self.runner.execute(plan, tokens_N, batch, self.cache, feeds)
-        made = check.new_tokens(hidden_NH)
+        chosen = likeliest_tokens(self.model, hidden_NH, batch.last_rows.tolist(), check.counts)
+        made = check.new_tokens(chosen)
         new_tokens = [r.request.until_stop(tokens) for r, tokens in zip(running, made, strict=True)]
         completed = scheduler.update(new_tokens)
         self._drafting.draft(check, tokens_N, hidden_NH)

@@ -1,0 +1,24 @@
+"""Which tokens a step makes: the likeliest one after each row that asks for one.
+
+The choice is greedy, so that a server can be compared with a single process token by token.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import Tensor
+
+from hybrid_moe_ref.model import HybridMoE
+
+
+def likeliest_tokens(
+    model: HybridMoE, hidden_NH: Tensor, last_rows: Sequence[int], counts: Sequence[int]
+) -> list[list[int]]:
+    """The likeliest token after each of the last ``counts[b]`` rows of request b, which ends in row ``last_rows[b]``.
+
+    hidden_NH: hidden states of the step's rows
+    """
+    rows = [row for last, count in zip(last_rows, counts, strict=True) for row in range(last + 1 - count, last + 1)]
+    chosen = model.logits(hidden_NH[rows]).argmax(dim=-1).split(list(counts))
+    return [tokens.tolist() for tokens in chosen]
