@@ -13,7 +13,7 @@ from repro.ingest.read import Evidence, read
 from repro.report.diagnosis import page
 from repro.report.diagnosis_issue import issue
 from repro.store.run_dir import write_json
-from repro.store.text import escape_lines
+from repro.store.text import counted, escape_lines
 from repro.verdict.partial import Diagnosis, diagnose
 from repro.verdict.partial.scene import Scene
 from repro.verdict.result import list_ranks
@@ -75,7 +75,9 @@ def lines(diagnosis: Diagnosis, evidence: Evidence) -> list[str]:
     tail += [row for text in diagnosis.notes[:3] for row in _wrapped("note: ", text)[:2]]
     if evidence.not_understood:
         tail.append(
-            f"not understood: {len(evidence.not_understood)} files, the first {evidence.not_understood[0]}"[:WIDTH]
+            f"not understood: {counted(len(evidence.not_understood), 'file')}, the first {evidence.not_understood[0]}"[
+                :WIDTH
+            ]
         )
     tail = tail[: MAX_LINES // 2]
     out = [headline(diagnosis)]

@@ -94,6 +94,12 @@ def classes(stacks: Iterable[Stack]) -> Mapping[tuple[str, str], list[str]]:
     """(activity, innermost frames) -> the processes that stand there, the largest class first."""
     found: dict[tuple[str, str], list[str]] = {}
     for stack in stacks:
-        key = (f"{stack.activity} {stack.detail}".strip() or "running", " < ".join(stack.frames[:2]))
+        key = (_doing(stack), " < ".join(stack.frames[:2]))
         found.setdefault(key, []).append(str(stack.process))
     return dict(sorted(found.items(), key=lambda item: -len(item[1])))
+
+
+def _doing(stack: Stack) -> str:
+    """What the thread does, in words: "the engine waits for requests", "collective all_reduce", "running"."""
+    _, is_message, words = stack.detail.partition("a message: ")
+    return words if is_message else f"{stack.activity} {stack.detail}".strip() or "running"

@@ -46,12 +46,12 @@ def _listed(text: str) -> list[int]:
 
 def _pids(scene: Scene) -> dict[int, list[int]]:
     """Rank -> ids of its processes, in the order in which they are met."""
-    found: dict[int, list[int]] = {}
-    processes = [it.process for it in scene.stacks]
-    processes += [it.process for it in scene.failures]
-    processes += [it.process for it in scene.notes]
+    result: dict[int, list[int]] = {}
+    processes = [record.process for record in scene.stacks]
+    processes += [record.process for record in scene.failures]
+    processes += [record.process for record in scene.notes]
     for process in processes:
         rank, pid = process.rank, process.pid
-        if rank is not None and pid is not None and pid not in found.setdefault(rank, []):
-            found[rank].append(pid)
-    return found
+        if rank is not None and pid is not None and pid not in result.setdefault(rank, []):
+            result[rank].append(pid)
+    return result

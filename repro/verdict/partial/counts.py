@@ -53,14 +53,14 @@ def _moving(answers: list[RasAnswer]) -> Diagnosis:
 
 def _largest(answer: RasAnswer) -> dict[str, int]:
     """Communicator and operation -> the most launches of a rank."""
-    found: dict[str, int] = {}
+    result: dict[str, int] = {}
     for communicator in answer.communicators:
         for op, counts in communicator.launched.items():
-            found[f"{communicator.name} {op}"] = max(counts.values(), default=0)
+            result[f"{communicator.name} {op}"] = max(counts.values(), default=0)
         for key, (_, count) in communicator.others.items():
             name = f"{communicator.name} {key.split()[0]}"
-            found[name] = max(found.get(name, 0), count)
-    return found
+            result[name] = max(result.get(name, 0), count)
+    return result
 
 
 def _counts(communicator: RasCommunicator) -> str:

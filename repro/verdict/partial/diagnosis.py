@@ -43,7 +43,7 @@ class Diagnosis:
 
     @classmethod
     def inconclusive(cls, *summary: str, collect: tuple[str, ...] = ("stacks", "recorder")) -> Self:
-        return cls("inconclusive", summary=summary, collect=tuple(COLLECT.get(it, it) for it in collect))
+        return cls("inconclusive", summary=summary, collect=tuple(COLLECT.get(record, record) for record in collect))
 
     def to_json(self) -> dict[str, Any]:
         return {

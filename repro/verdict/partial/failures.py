@@ -24,16 +24,16 @@ _WEIGHT = {"memory": 0, "device": 0, "killed": 1, "exception": 2}
 
 
 def judge_failures(scene: Scene) -> Diagnosis | None:
-    roots = [it for it in scene.failures if it.kind in ROOTS and not _is_aftermath(it, scene)]
+    roots = [record for record in scene.failures if record.kind in ROOTS and not _is_aftermath(record, scene)]
     if not roots:
         return None
     first = _first(roots)
     if first is None:
         return _undecided(roots, "and which was first is not known: the lines carry no times, or clocks of two zones")
-    others = [it for it in roots if it.process.rank != first.process.rank]
-    if first.kind == "exception" and any(it.text == first.text for it in others):
-        return _undecided([first, *(it for it in others if it.text == first.text)], "with the same error")
-    if [it for it in others if it.kind == first.kind and _together(first, it)]:
+    others = [record for record in roots if record.process.rank != first.process.rank]
+    if first.kind == "exception" and any(record.text == first.text for record in others):
+        return _undecided([first, *(record for record in others if record.text == first.text)], "with the same error")
+    if [record for record in others if record.kind == first.kind and _together(first, record)]:
         return _undecided([first, *others], "within two seconds, which clocks of two hosts do not tell apart")
     if first.kind == "exception" and not _has_consequence(scene, first):
         return _unproven(first)
@@ -47,10 +47,12 @@ def _is_aftermath(failure: Failure, scene: Scene) -> bool:
         return True
     if failure.kind in ("exception", "memory") and rank in _seen_waiting(scene):
         return True  # so it did not end the rank
-    own = [it for it in scene.timeouts if rank is not None and it.rank == rank]
-    if any(it.source.file == failure.source.file and _line(it) < _line(failure) for it in own):
+    own = [record for record in scene.timeouts if rank is not None and record.rank == rank]
+    if any(record.source.file == failure.source.file and _line(record) < _line(failure) for record in own):
         return True
-    bounds = [it.at_s for it in scene.timeouts] + [it.at_s for it in scene.failures if it.kind == "timeout"]
+    bounds = [record.at_s for record in scene.timeouts] + [
+        record.at_s for record in scene.failures if record.kind == "timeout"
+    ]
     fired = [at_s for at_s in bounds if at_s is not None]
     return failure.at_s is not None and bool(fired) and failure.at_s >= min(fired)
 
@@ -65,22 +67,22 @@ def _seen_waiting(scene: Scene) -> set[int]:
     waiting = {rank for rank, dump in scene.recorders.items() if any(record.pending for record in dump.groups)}
     alive = {rank for rank, rows in scene.main_stacks().items() if rows[-1].activity != "exit"}
     calls: dict[tuple[str, int | None], set[int]] = {}
-    for it in scene.timeouts:
-        if it.rank is not None:
-            calls.setdefault((it.call.op, it.call.seq), set()).add(it.rank)
+    for record in scene.timeouts:
+        if record.rank is not None:
+            calls.setdefault((record.call.op, record.call.seq), set()).add(record.rank)
     shared = {rank for ranks in calls.values() if len(ranks) > 1 for rank in ranks}
     return waiting | alive | shared
 
 
 def _first(roots: Sequence[Failure]) -> Failure | None:
     """The earliest, by its stamp; without stamps the weightiest, if only one rank has one."""
-    stamped = [it for it in roots if it.at_s is not None]
+    stamped = [record for record in roots if record.at_s is not None]
     if stamped and len(stamped) == len(roots):
-        first = min(stamped, key=lambda it: (it.at_s or 0.0, _WEIGHT[it.kind]))
-        return None if any(_zones_may_differ(first, it) for it in stamped) else first
-    heavy = sorted(roots, key=lambda it: _WEIGHT[it.kind])
-    best = [it for it in heavy if _WEIGHT[it.kind] == _WEIGHT[heavy[0].kind]]
-    ranks = {it.process.rank for it in best}
+        first = min(stamped, key=lambda record: (record.at_s or 0.0, _WEIGHT[record.kind]))
+        return None if any(_zones_may_differ(first, record) for record in stamped) else first
+    heavy = sorted(roots, key=lambda record: _WEIGHT[record.kind])
+    best = [record for record in heavy if _WEIGHT[record.kind] == _WEIGHT[heavy[0].kind]]
+    ranks = {record.process.rank for record in best}
     return best[0] if len(ranks) == 1 else None
 
 
@@ -99,8 +101,8 @@ def _together(one: Failure, two: Failure) -> bool:
 def _has_consequence(scene: Scene, failure: Failure) -> bool:
     """Whether another record shows that the process ended, or that others wait for it."""
     rank = failure.process.rank
-    ended = [it for it in scene.failures if it.kind in ("consequence", "timeout", "killed", "ended")]
-    gone = [it for it in scene.notes if it.kind in ("local rank", "torchrun") and it.value == str(rank)]
+    ended = [record for record in scene.failures if record.kind in ("consequence", "timeout", "killed", "ended")]
+    gone = [record for record in scene.notes if record.kind in ("local rank", "torchrun") and record.value == str(rank)]
     return bool(ended or gone or scene.left or scene.timeouts or scene.recorders)
 
 
@@ -122,9 +124,13 @@ def _name(failure: Failure) -> str:
 
 def _crash(scene: Scene, first: Failure) -> Diagnosis:
     rank, who = first.process.rank, _name(first)
-    later = [it for it in scene.failures if it.kind in ("consequence", "timeout") and it.process.rank != rank]
-    waiting = sorted({it.rank for it in scene.timeouts if it.rank is not None and it.rank != rank})
-    others = sorted(({it.process.rank for it in later if it.process.rank is not None} | set(waiting)) - {rank})
+    later = [
+        record for record in scene.failures if record.kind in ("consequence", "timeout") and record.process.rank != rank
+    ]
+    waiting = sorted({record.rank for record in scene.timeouts if record.rank is not None and record.rank != rank})
+    others = sorted(
+        ({record.process.rank for record in later if record.process.rank is not None} | set(waiting)) - {rank}
+    )
     unseen = _unseen(scene, rank)
     collect = list(_COLLECT[first.kind])
     if unseen:
@@ -136,7 +142,7 @@ def _crash(scene: Scene, first: Failure) -> Diagnosis:
          f"What {ranks_of(others)} {verb(others, 'reports', 'report')} came later and follows from "
          "it." if others else "What other ranks report follows from it."),
         (f"{who}: {first.text} ({first.source})", *_closed(scene, rank),
-         *(f"{it.process}, later: {it.text} ({it.source})" for it in _one_a_rank(later)[:4]),
+         *(f"{record.process}, later: {record.text} ({record.source})" for record in _one_a_rank(later)[:4]),
          *_waited(waiting)),
         ("An error of another rank that is older: look at the logs that are not here.",),
         tuple(collect),
@@ -145,10 +151,14 @@ def _crash(scene: Scene, first: Failure) -> Diagnosis:
 
 def _closed(scene: Scene, rank: int | None) -> list[str]:
     """Who saw the rank close its connection, by the lines of NCCL's service thread."""
-    notes = [it for it in scene.notes if it.kind == "local rank" and rank is not None and it.value == str(rank)]
+    notes = [
+        record
+        for record in scene.notes
+        if record.kind == "local rank" and rank is not None and record.value == str(rank)
+    ]
     if not notes:
         return []
-    seen_by = ranks_of({it.process.rank for it in notes if it.process.rank is not None})
+    seen_by = ranks_of({record.process.rank for record in notes if record.process.rank is not None})
     return [f"NCCL on {seen_by} saw local rank {rank} close its connection ({notes[0].source})"]
 
 
@@ -175,8 +185,8 @@ _COLLECT = {
 
 def _one_a_rank(failures: Sequence[Failure]) -> list[Failure]:
     seen: dict[object, Failure] = {}
-    for it in failures:
-        seen.setdefault(it.process.rank if it.process.rank is not None else it.process.title, it)
+    for record in failures:
+        seen.setdefault(record.process.rank if record.process.rank is not None else record.process.title, record)
     return list(seen.values())
 
 
@@ -187,13 +197,13 @@ def _unseen(scene: Scene, rank: int | None) -> list[int]:
 
 
 def _undecided(roots: Sequence[Failure], why: str) -> Diagnosis:
-    ranks = sorted({it.process.rank for it in roots if it.process.rank is not None})
-    causes = {_CAUSE[it.kind] for it in roots}
+    ranks = sorted({record.process.rank for record in roots if record.process.rank is not None})
+    causes = {_CAUSE[record.kind] for record in roots}
     who = ranks_of(ranks).capitalize() if ranks else "Several processes"
     return Diagnosis(
         "crash", causes.pop() if len(causes) == 1 else "error", (), tuple(ranks), "undecided",
         (f"{who} failed, {why}.",),
-        tuple(f"{it.process}: {it.text} ({it.source})" for it in _one_a_rank(roots)[:6]),
+        tuple(f"{record.process}: {record.text} ({record.source})" for record in _one_a_rank(roots)[:6]),
         ("An older error of one rank.",),
         ("the same logs with time stamps in one zone (UTC): TORCH_CPP_LOG_LEVEL=INFO, or the launcher's logs",),
     )  # fmt: skip

@@ -40,13 +40,13 @@ def with_members(recorders: Mapping[int, RecorderDump]) -> dict[int, RecorderDum
 
 def groups_of(recorders: Mapping[int, RecorderDump]) -> dict[Group, dict[int, GroupRecord]]:
     """Group -> rank -> what that rank recorded of it."""
-    found: dict[Group, dict[int, GroupRecord]] = {}
+    result: dict[Group, dict[int, GroupRecord]] = {}
     for rank, dump in recorders.items():
         for record in dump.groups:
             if record.group.name and len(record.group.members) > 1:
                 key = Group(record.group.name, "", record.group.members)
-                found.setdefault(key, {})[rank] = record
-    return found
+                result.setdefault(key, {})[rank] = record
+    return result
 
 
 def lists_members(recorders: Mapping[int, RecorderDump], group: Group) -> bool:

@@ -133,13 +133,13 @@ def _detail(dump: RecorderDump) -> tuple[int, int]:
 
 def _positions(dump: RecorderDump) -> dict[str, tuple[int, int]]:
     """Group -> (last collective queued, last one done), by the entries alone."""
-    found = {}
+    result = {}
     for record in dump.groups:
         numbered = [call for call in record.calls if call.seq is not None]
         if numbered:
             done = max((call.seq or 0 for call in numbered if call.done), default=0)
-            found[record.group.name] = (numbered[-1].seq or 0, done)
-    return found
+            result[record.group.name] = (numbered[-1].seq or 0, done)
+    return result
 
 
 def _same_moment(one: RecorderDump, two: RecorderDump) -> bool:

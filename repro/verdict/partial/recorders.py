@@ -32,9 +32,9 @@ def judge_recorders(scene: Scene) -> Diagnosis | None:
     waits = waits_of(groups, scene.recorders)
     diagnosis = (
         different_arguments(scene, groups)
+        or judge_stopped(scene, groups)
         or judge_cycle(scene, waits)
         or judge_advance(scene, waits)
-        or judge_stopped(scene, groups)
         or judge_lock_across(scene, waits)
         or _processes(scene, waits)
         or judge_absence(scene, waits)

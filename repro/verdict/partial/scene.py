@@ -90,17 +90,17 @@ class Scene:
 
     def main_stacks(self, role: str = "worker") -> dict[int, list[Stack]]:
         """Rank -> the stacks of the thread that runs the program, one a look; only processes of this part."""
-        found: dict[int, list[Stack]] = {}
+        result: dict[int, list[Stack]] = {}
         for stack in self.stacks:
             if stack.process.rank is not None and stack.process.role in (role, "") and _is_main(stack):
-                found.setdefault(stack.process.rank, []).append(stack)
-        return dict(sorted(found.items()))
+                result.setdefault(stack.process.rank, []).append(stack)
+        return dict(sorted(result.items()))
 
     def ranks(self) -> list[int]:
         """All ranks that any record speaks of."""
         seen: set[int] = set(self.recorders) | set(self.main_stacks())
-        named = [it.rank for it in self.timeouts] + [it.rank for it in self.progress]
-        named += [it.process.rank for it in self.failures] + [it.process.rank for it in self.notes]
+        named = [record.rank for record in self.timeouts] + [record.rank for record in self.progress]
+        named += [record.process.rank for record in self.failures] + [record.process.rank for record in self.notes]
         return sorted(seen | {rank for rank in named if rank is not None})
 
     def world_size(self) -> int | None:
@@ -136,7 +136,7 @@ def _with_looks(stacks: Sequence[Stack]) -> list[Stack]:
     """Number the looks at each thread of each process by the order of their files."""
     looks: Counter[tuple[object, ...]] = Counter()
     numbered = []
-    for stack in sorted(stacks, key=lambda it: it.source.file):
+    for stack in sorted(stacks, key=lambda record: record.source.file):
         key = (stack.process.rank, stack.process.role, stack.process.pid, stack.thread)
         numbered.append(replace(stack, look=looks[key]))
         looks[key] += 1

@@ -30,8 +30,8 @@ def different_arguments(scene: Scene, groups: Mapping[Group, Mapping[int, GroupR
             differences.append((at_s, group, number, list(sides.values()), records))
     if not differences:
         return None
-    _, group, number, found, records = min(differences, key=lambda row: row[0])
-    return _sides(scene, group, number, found, records)
+    _, group, number, variants, records = min(differences, key=lambda row: row[0])
+    return _sides(scene, group, number, variants, records)
 
 
 def _first_difference(records: Mapping[int, GroupRecord]) -> int | None:

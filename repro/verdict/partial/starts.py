@@ -8,16 +8,16 @@ from repro.verdict.partial.words import ranks_of
 
 
 def judge_start(scene: Scene) -> Diagnosis | None:
-    start = [it for it in scene.failures if it.kind == "start"]
+    start = [record for record in scene.failures if record.kind == "start"]
     loopback = [note for note in scene.notes if note.kind == "loopback"]
-    if not start and not (loopback and any(it.kind != "consequence" for it in scene.failures)):
+    if not start and not (loopback and any(record.kind != "consequence" for record in scene.failures)):
         return None
     if scene.timeouts or scene.recorders:
         return None  # the job ran, so the ranks were connected
     incomplete = [note for note in scene.notes if note.kind == "incomplete"]
     warned = sorted({note.process.rank for note in loopback if note.process.rank is not None})
     evidence = [f"{note.text.capitalize()} ({note.source})" for note in incomplete[:2]]
-    evidence += [f"{it.process}: {it.text} ({it.source})" for it in start[:3]]
+    evidence += [f"{record.process}: {record.text} ({record.source})" for record in start[:3]]
     summary = ["The start-up failed: the ranks could not connect to each other. No collective ran."]
     if loopback:
         evidence.insert(

@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 
 from repro.trace.observed import Group, GroupRecord, RecorderDump
 from repro.verdict.partial.diagnosis import COLLECT, Diagnosis
+from repro.verdict.partial.moments import advanced
 from repro.verdict.partial.scene import Scene
 from repro.verdict.partial.waits import has_transfers
 from repro.verdict.partial.words import WORKING, ranks_of, verb
@@ -54,6 +55,8 @@ def judge_stopped(scene: Scene, groups: Mapping[Group, Mapping[int, GroupRecord]
         culprits = tuple(sorted(rank for rank, groups_behind in count.items() if groups_behind >= CONVINCING_GROUPS))
         if not culprits or len(culprits) * 2 > len(recorders):
             continue  # where most ranks lag, the dumps are of different moments
+        if any(rank in scene.earlier and advanced(scene.earlier[rank], recorders[rank]) for rank in culprits):
+            continue  # it moved between its two dumps
         if kind == "host" and not _stands_still(scene, culprits):
             continue  # a stack says what the host does; the rules below read it
         return _stopped_diagnosis(kind, culprits, reasons, recorders)

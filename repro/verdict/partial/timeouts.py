@@ -18,14 +18,14 @@ Calls = Mapping[tuple[str, str, int | None], Mapping[int, TimedOut]]
 def judge_timeouts(scene: Scene) -> Diagnosis | None:
     if not scene.timeouts:
         return None
-    known = [it for it in scene.timeouts if it.rank is not None]
+    known = [record for record in scene.timeouts if record.rank is not None]
     if not known:
         return _group_ranks_only(scene)
-    rows = {it: _row(it, scene.progress) for it in known}
+    rows = {record: _row(record, scene.progress) for record in known}
     calls: dict[tuple[str, str, int | None], dict[int, TimedOut]] = {}
-    for it in known:
-        key = (_group_name(it, rows[it]), it.call.op, it.call.seq)
-        calls.setdefault(key, {}).setdefault(it.rank, it)  # type: ignore[arg-type]
+    for record in known:
+        key = (_group_name(record, rows[record]), record.call.op, record.call.seq)
+        calls.setdefault(key, {}).setdefault(record.rank, record)  # type: ignore[arg-type]
     differing = _different_calls(calls, rows)
     if differing is not None:
         return differing
@@ -84,15 +84,13 @@ def _group_name(timeout: TimedOut, row: Progress | None) -> str:
 
 def _counters(scene: Scene, row: Progress | None) -> dict[int, Progress]:
     """Rank -> its counters in the group that hangs."""
-    return {
-        it.rank: it for it in scene.progress
-        if it.rank is not None and it.enqueued is not None and (row is None or it.group.name == row.group.name)
-    }  # fmt: skip
+    same_group = [record for record in scene.progress if row is None or record.group.name == row.group.name]
+    return {record.rank: record for record in same_group if record.rank is not None and record.enqueued is not None}
 
 
 def _waits_elsewhere(scene: Scene, rank: int) -> bool:
     """Whether that rank's own log shows it inside a collective of another backend: its traceback ends there."""
-    return any(it.seen_by.rank == rank and it.text.startswith("gloo") for it in scene.left) or any(
+    return any(record.seen_by.rank == rank and record.text.startswith("gloo") for record in scene.left) or any(
         stack.activity == "collective" for stack in scene.main_stacks().get(rank, [])
     )
 
@@ -109,7 +107,7 @@ def _two_groups(
         (s.detail for r in behind for s in scene.main_stacks().get(r, []) if s.activity == "collective"),
         "a collective such as all_gather",
     )
-    first = next(it for it in scene.left if it.seen_by.rank in behind)
+    first = next(record for record in scene.left if record.seen_by.rank in behind)
     evidence = [
         f"{ranks_of(waiting).capitalize()} queued {call_in(sample.call, group)} and wait in it ({sample.source})",
         f"{ranks_of(behind).capitalize()} never queued it: {verb(behind, 'its', 'their')} last "
@@ -156,9 +154,9 @@ def _different_calls(calls: Calls, rows: Mapping[TimedOut, Progress | None]) -> 
             by_number.setdefault((name, number), []).extend(by_rank.values())
     for timeouts in by_number.values():
         sides: dict[tuple[object, ...], list[TimedOut]] = {}
-        for it in timeouts:
-            sized = it.call.op in ("all_reduce", "all_gather", "reduce_scatter")
-            sides.setdefault((it.call.op, it.call.sizes if sized else ()), []).append(it)
+        for record in timeouts:
+            sized = record.call.op in ("all_reduce", "all_gather", "reduce_scatter")
+            sides.setdefault((record.call.op, record.call.sizes if sized else ()), []).append(record)
         if len(sides) > 1:
             return _sides(list(sides.values()), rows)
     return None
@@ -169,15 +167,23 @@ def _sides(sides: Sequence[Sequence[TimedOut]], rows: Mapping[TimedOut, Progress
     sample = ordered[0][0]
     row = rows[sample]
     one_op = len({side[0].call.op for side in sides}) == 1
-    few = sorted(it.rank for it in ordered[0] if it.rank is not None) if len(ordered[0]) < len(ordered[-1]) else []
+    few = (
+        sorted(record.rank for record in ordered[0] if record.rank is not None)
+        if len(ordered[0]) < len(ordered[-1])
+        else []
+    )
     return Diagnosis(
         "deadlock", "sizes" if one_op else "mismatch", (), tuple(few), "likely",
         (f"Members of {row.group if row else 'one group'} wait in different {'sizes' if one_op else 'operations'} "
          f"under number {sample.call.seq}.",),
-        tuple(f"{ranks_of(it.rank for it in side if it.rank is not None).capitalize()}: {_arguments(side[0].call)} "
+        tuple(f"{ranks_of(_ranks(side)).capitalize()}: {_arguments(side[0].call)} "
               f"({side[0].source})" for side in ordered),
         ("The lines are of different groups.",), (COLLECT["recorder"], COLLECT["stacks"]),
     )  # fmt: skip
+
+
+def _ranks(timeouts: Sequence[TimedOut]) -> list[int]:
+    return sorted(record.rank for record in timeouts if record.rank is not None)
 
 
 def _several_calls(calls: Calls, rows: Mapping[TimedOut, Progress | None]) -> Diagnosis:
@@ -197,7 +203,7 @@ def _unordered(calls: Calls, rows: Mapping[TimedOut, Progress | None], why: str)
     for timeouts in list(calls.values())[:8]:
         sample = next(iter(timeouts.values()))
         row = rows[sample]
-        since = min((it.since_s for it in timeouts.values() if it.since_s is not None), default=None)
+        since = min((record.since_s for record in timeouts.values() if record.since_s is not None), default=None)
         after = f", since {_clock(since)}" if since is not None else ""
         evidence.append(
             f"{ranks_of(timeouts).capitalize()} {verb(list(timeouts), 'waits', 'wait')} in "
@@ -267,14 +273,15 @@ def _same_call(
 
 def _group_ranks_only(scene: Scene) -> Diagnosis:
     """Lines up to torch 2.1 give ranks of a group and no group: equal numbers may be of one group or of several."""
-    ranks = sorted({it.group_rank for it in scene.timeouts if it.group_rank is not None})
-    calls = {(it.call.op, it.call.seq, it.call.sizes) for it in scene.timeouts}
+    ranks = sorted({record.group_rank for record in scene.timeouts if record.group_rank is not None})
+    calls = {(record.call.op, record.call.seq, record.call.sizes) for record in scene.timeouts}
     sample = scene.timeouts[0]
     if len(calls) > 1:
         return Diagnosis(
             "inconclusive", "", (), (), "undecided",
             ("The lines name ranks of groups and no group: different operations may be of different groups.",),
-            tuple(f"Group rank {it.group_rank}: {_arguments(it.call)} ({it.source})" for it in scene.timeouts[:8]), (),
+            tuple(f"Group rank {record.group_rank}: {_arguments(record.call)} ({record.source})"
+              for record in scene.timeouts[:8]), (),
             (COLLECT["recorder"], COLLECT["stacks"]),
         )  # fmt: skip
     whole = ranks == list(range(len(ranks))) and len(ranks) > 1

@@ -82,9 +82,9 @@ def find_cycle(waits: Sequence[Wait]) -> list[Wait]:
     done: set[int] = set()
     for root in by_rank:
         path: list[Wait] = []
-        found = _walk(root, by_rank, path, [], done)
-        if found:
-            return found
+        cycle = _walk(root, by_rank, path, [], done)
+        if cycle:
+            return cycle
     return []
 
 
