@@ -80,8 +80,14 @@ def with_descendants(pid: int) -> list[psutil.Process]:
 def kill(processes: Iterable[psutil.Process]) -> list[int]:
     """SIGKILL processes and wait until they have ended or REAP_PATIENCE_S passed; returns the pids of those that have
     not. Their parents reap them, which of an orphan is the system's first process and may take seconds.
+
+    All are stopped before the first is killed: a rank that sees a peer's connection close would write into its witness
+    after the verdict, and the files would no longer say what was judged.
     """
     left = list(processes)
+    for process in left:
+        with contextlib.suppress(psutil.Error, OSError):
+            process.suspend()
     deadline = time.monotonic() + REAP_PATIENCE_S
     while left and time.monotonic() < deadline:
         for process in left:
