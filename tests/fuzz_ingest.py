@@ -8,6 +8,7 @@ Each input is made from its own seed, which a failure names: `--inputs 1 --seed 
 from __future__ import annotations
 
 import argparse
+import copy
 import io
 import json
 import os
@@ -120,9 +121,9 @@ def restructured(rng: random.Random, name: str) -> bytes:
                     case 0:
                         del at[key]
                     case 1 if isinstance(at, list):
-                        at[key:key] = [at[key]] * rng.choice((1, 3, 300))
+                        at[key:key] = [copy.deepcopy(at[key]) for _ in range(rng.choice((1, 3, 300)))]
                     case _:
-                        at[key] = rng.choice(HOSTILE)
+                        at[key] = copy.deepcopy(rng.choice(HOSTILE))
                 break
             at = at[key]
     if as_json:

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from repro.commands import own_runs
 from repro.ingest.read import Evidence, read
 from repro.report.diagnosis import page
 from repro.report.diagnosis_issue import issue
@@ -37,12 +38,18 @@ def run(args: argparse.Namespace) -> int:
     for path in args.paths:
         if not path.exists():
             args.parser.error(f"{path}: no such file or folder")
+    if len(args.paths) == 1 and own_runs.is_own(args.paths[0]):
+        diagnosis, evidence = own_runs.judge(args.paths[0])
+        return _said(args, diagnosis, evidence)
     evidence = read(args.paths)
     if not evidence.records:
         for line in evidence.not_understood or ["the paths hold no files"]:
             print(escape_lines(f"not understood: {line}"))
         return NOTHING_USABLE
-    diagnosis = diagnose(evidence.records)
+    return _said(args, diagnose(evidence.records), evidence)
+
+
+def _said(args: argparse.Namespace, diagnosis: Diagnosis, evidence: Evidence) -> int:
     if args.out:
         _write(args.out, args.paths, diagnosis, evidence)
     if args.json:

@@ -1,0 +1,47 @@
+"""Runs and bundles of this program given to `diagnose`: the second judgement decides, since a witness knows more."""
+
+from __future__ import annotations
+
+import zipfile
+from pathlib import Path
+
+from hybrid_moe_ref.config import ConfigError
+from repro import bundle
+from repro.ingest.read import Evidence
+from repro.lab.second_judgement import judge_again
+from repro.lab.settings import read_settings
+from repro.store.run_dir import RunDir
+from repro.verdict.partial import Diagnosis
+
+
+def is_own(path: Path) -> bool:
+    """Whether a path is a run directory of the lab, or a bundle of one."""
+    if path.is_dir():
+        return (path / "config.json").is_file() and (path / "events").is_dir()
+    if not path.is_file() or not zipfile.is_zipfile(path):
+        return False
+    try:
+        with zipfile.ZipFile(path) as archive:
+            names = archive.namelist()
+    except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError):
+        return False
+    parts = [name.split("/") for name in names]
+    return any(part[-1] == "config.json" for part in parts) and any("events" in part[:-1] for part in parts)
+
+
+def judge(path: Path) -> tuple[Diagnosis, Evidence]:
+    """The verdict on a run from its files, in the form of a diagnosis. Raises what `watch` raises for a damaged run."""
+    with bundle.opened(path) as root:
+        run_dir = RunDir(root)
+        try:
+            settings = read_settings(run_dir.config)
+        except OSError as error:
+            raise ConfigError(f"not a run directory: {error.strerror}", str(run_dir.config)) from error
+        document, _ = judge_again(run_dir, settings)
+        files = sorted(str(file.relative_to(root)) for file in (root / "events").iterdir() if file.is_file())
+    diagnosis = Diagnosis(
+        document["verdict"], document.get("cause") or "", tuple(document["culprits"]),
+        tuple(document.get("suspects", ())), document["confidence"], tuple(document["sentences"]),
+        tuple(document["evidence"]), waits=tuple(document.get("waits", ())),
+    )  # fmt: skip
+    return diagnosis, Evidence(files=files)
