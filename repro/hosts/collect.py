@@ -1,4 +1,4 @@
-"""Ask live ranks for their stacks and Flight Recorder dumps, before anything is killed, and read the launcher's log."""
+"""Collect stacks and Flight Recorder dumps from live ranks, and read the launcher's log."""
 
 from __future__ import annotations
 
@@ -15,37 +15,37 @@ from repro.verdict.result import name_ranks
 
 POLL_S = 0.01
 PATIENCE_S = 0.7
-"""How long live ranks may take to leave their files."""
+"""How long live ranks may take to write their files."""
 
 
 def collect(run_dir: RunDir, pids: Mapping[int, int], patience_s: float) -> dict[int, str]:
-    """Signal every live rank and wait until its files are there, at most ``patience_s``.
+    """Signal every live rank, and wait at most ``patience_s`` until all files are written.
 
-    pids: rank -> process id; each must have called ``worker.dump_on_signals``, or the signal would end it.
+    pids: rank -> pid. Each process must have called `signals.dump_on_signals`, or the signal would end it.
 
-    Returns which files each rank did not leave, such as "Flight Recorder dump"; a stopped process leaves none.
+    Returns rank -> the files that it did not leave, such as "Flight Recorder dump". A stopped process leaves none.
     """
-    wanted: list[tuple[int, str, Path, int]] = []
+    requests: list[tuple[int, str, Path, int]] = []
     for rank, pid in pids.items():
         for path, what, number in (
             (run_dir.stack(rank), "stack", signal.SIGUSR1),
             (run_dir.flight_recorder(rank), "Flight Recorder dump", signal.SIGUSR2),
         ):
-            wanted.append((rank, what, path, _stamp(path)))
+            requests.append((rank, what, path, _stamp(path)))
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, number)
     deadline = time.monotonic() + patience_s
-    while any(_stamp(path) == before for _, _, path, before in wanted) and time.monotonic() < deadline:
+    while any(_stamp(path) == before for _, _, path, before in requests) and time.monotonic() < deadline:
         time.sleep(POLL_S)
     missing: dict[int, list[str]] = {}
-    for rank, what, path, before in wanted:
+    for rank, what, path, before in requests:
         if _stamp(path) == before:
             missing.setdefault(rank, []).append(what)
     return {rank: " and no ".join(files) for rank, files in missing.items()}
 
 
 def name_missing(unanswered: Mapping[int, str], patience_s: float) -> list[str]:
-    """A sentence for the ranks that did not leave the same evidence: "ranks 1,2 left no stack within 0.7 s"."""
+    """Name the missing evidence, one sentence for ranks that lack the same: "ranks 1,2 left no stack within 0.7 s"."""
     ranks: dict[str, list[int]] = {}
     for rank, what in sorted(unanswered.items()):
         ranks.setdefault(what, []).append(rank)
@@ -53,7 +53,7 @@ def name_missing(unanswered: Mapping[int, str], patience_s: float) -> list[str]:
 
 
 def of_launcher(run_dir: RunDir, ranks: Sequence[int]) -> str:
-    """Why ranks never began, by the launcher's log: its last line that is an error, else its last line."""
+    """Quote the launcher's log for ranks that never began: the last line that is an error, else the last line."""
     lines = [line.strip() for line in read_text(run_dir.launcher_log).splitlines() if re.search(r"\w", line)]
     errors = [line for line in lines if re.match(r"[\w.]*(Error|Exception)\b", line)]
     last = (errors or lines or ["nothing"])[-1]
@@ -61,7 +61,7 @@ def of_launcher(run_dir: RunDir, ranks: Sequence[int]) -> str:
 
 
 def _stamp(path: Path) -> int:
-    """Changes when the file is written: 0 where there is none or nothing in it."""
+    """A number that changes when the file is written; 0 if the file is absent or empty."""
     try:
         status = path.stat()
     except OSError:
@@ -73,7 +73,7 @@ _ENDED_BY_SIGNAL = re.compile(r"Received (?:Signals\.)?(\w+) death signal|Keyboa
 
 
 def launcher_was_ended(run_dir: RunDir) -> str:
-    """Why torchrun ended the ranks, if its log says that a signal ended torchrun itself; else ""."""
+    """Say which signal ended torchrun, and with it the ranks, by its log; "" if none did."""
     match = _ENDED_BY_SIGNAL.search(read_text(run_dir.launcher_log))
     if match is None:
         return ""

@@ -1,6 +1,6 @@
-"""This host: its clock, what its operating system says about processes and locks, and what can be asked of its ranks.
+"""Access to this host: its clock, its processes and locks, and the evidence that its ranks can be asked for.
 
-Watcher and agents reach the operating system through :class:`Host` alone, so that a test can give them another one.
+The watcher and the agents reach the operating system only through :class:`Host`, so that a test can replace it.
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ from repro.trace.parse import WitnessError
 from repro.trace.recorder import myself
 
 READ_FAILURES = (OSError, WitnessError, psutil.Error)
-"""What a read raises that fails, and may not fail the next time."""
+"""Errors of reads that may succeed the next time."""
 
 
 class Host:
     """The host that this process runs on.
 
-    A method raises OSError or psutil.Error if the system does not answer. Then nothing is known, and in particular not
-    that a process has ended.
+    A method raises OSError or psutil.Error if the operating system does not answer. Such an error is not evidence that
+    a process has ended.
     """
 
     def __init__(self) -> None:
@@ -36,31 +36,31 @@ class Host:
         return time.monotonic_ns()
 
     def sleep(self, duration_s: float) -> None:
-        """Wait, at least for ``duration_s`` seconds."""
+        """Sleep for at least ``duration_s`` seconds."""
         time.sleep(duration_s)
 
     def find(self, writer: Identity) -> psutil.Process | None:
-        """The running process that wrote a witness; None if it has ended. psutil.AccessDenied says it is hidden."""
+        """Find the process that wrote a witness; None if it has ended. Raises psutil.AccessDenied if it is hidden."""
         return processes.find(writer)
 
-    def is_stopped(self, found: psutil.Process) -> bool:
+    def is_stopped(self, process: psutil.Process) -> bool:
         """Whether a signal or a debugger has stopped the process."""
-        return processes.is_stopped(found)
+        return processes.is_stopped(process)
 
     def cpu_seconds(self, pids: Iterable[int]) -> dict[int, float]:
         """Processor seconds that each process and its descendants have used so far."""
         return processes.cpu_seconds(pids)
 
     def starved_seconds(self, pid: int) -> float:
-        """Seconds that the threads of a process were ready to run and had no processor, summed."""
+        """Seconds that the threads of a process were runnable without a processor, summed over the threads."""
         return processes.starved_seconds(pid)
 
     def stolen_seconds(self) -> float:
-        """Seconds for which a hypervisor ran something else on a processor of this host, averaged over processors."""
+        """Steal time of this host: seconds that a hypervisor gave to other guests, averaged over processors."""
         return float(getattr(psutil.cpu_times(), "steal", 0.0)) / (psutil.cpu_count() or 1)
 
     def lock_holder(self, name: str, waiting: Collection[int]) -> int:
-        """The pid that holds a lock file, locks.NOBODY or locks.UNKNOWN. ``waiting`` are pids that wait for it."""
+        """Find the pid that holds a lock file, locks.NOBODY or locks.UNKNOWN. ``waiting`` are pids that wait for it."""
         return locks.holder(name, [*waiting, os.getpid()])
 
     def with_ancestors(self, pid: int) -> list[int]:
@@ -68,9 +68,9 @@ class Host:
         return processes.with_ancestors(pid)
 
     def describe(self, pid: int) -> str:
-        """What a process is and since when, in a sentence."""
+        """Describe the command and the age of a process in a sentence."""
         return processes.describe(pid)
 
     def collect(self, run_dir: RunDir, pids: Mapping[int, int]) -> dict[int, str]:
-        """Have ranks leave stacks and Flight Recorder dumps. pids: rank -> pid. Returns what each did not leave."""
+        """Have ranks write stacks and Flight Recorder dumps. pids: rank -> pid. Returns what each did not leave."""
         return collect.collect(run_dir, pids, collect.PATIENCE_S)

@@ -1,4 +1,4 @@
-"""SIGINT, SIGTERM and SIGHUP: an exception where a command can simply stop, a flag where it has to finish something."""
+"""Handle SIGINT, SIGTERM and SIGHUP: raise where a command can stop at once, set a flag where it must finish first."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from collections.abc import Iterator
 from types import FrameType
 
 PATIENCE = 3
-"""Signals after which the process ends at once; what it has started ends with it."""
+"""Number of signals after which the process exits at once; its child processes end with it."""
 
 
 class Interrupt:
-    """The user's wish to end a command; true once a signal has come.
+    """The user's request to end a command; calling it returns True once a signal has come.
 
     Raises KeyboardInterrupt in the main thread at the first signal, but not inside :meth:`deferred`.
     """
@@ -30,12 +30,12 @@ class Interrupt:
         self._signals += 1
         if self._signals > PATIENCE:
             os._exit(130)
-        if self._signals == 1 and not self._deferred:  # a second one must not interrupt the clean-up after the first
+        if self._signals == 1 and not self._deferred:  # a second signal must not interrupt the clean-up
             raise KeyboardInterrupt
 
     @contextlib.contextmanager
     def installed(self) -> Iterator[Interrupt]:
-        """Handle the signals for the length of a ``with``; elsewhere than in the main thread nothing is handled."""
+        """Handle the signals inside a ``with`` block. Outside the main thread no signal is handled."""
         if threading.current_thread() is not threading.main_thread():
             yield self
             return
@@ -51,7 +51,7 @@ class Interrupt:
 
     @contextlib.contextmanager
     def deferred(self) -> Iterator[None]:
-        """Only set the flag for the length of a ``with``: who is inside asks for it, and leaves with evidence."""
+        """Only set the flag inside a ``with`` block: its code checks the flag, and collects evidence before it ends."""
         self._deferred += 1
         try:
             yield

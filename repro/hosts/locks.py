@@ -1,11 +1,11 @@
-"""Who holds a lock file, by the word of the system: its table of locks, and the files that processes have open.
+"""Find the process that holds a lock file, from /proc/locks and /proc/*/fd.
 
-A lock of the kernel (flock, fcntl) ends with its holder. One that is no more than a file made with O_EXCL, as
-torch's FileBaton, outlives it; its maker keeps the file open as long as it lives, and that is what tells.
+A lock of the operating system (flock, fcntl) ends with its holder. A lock that is only a file created with O_EXCL, as
+torch's FileBaton, outlives its holder. Its creator keeps the file open, so that the open file shows whether it lives.
 
-Processes of other process namespaces, and those whose open files this user may not read, are not seen from here, but
-the kernel knows whether any has the file open. Processes of other hosts that share the file system it does not know:
-there, and where it will not say, the holder is unknown, never nobody.
+Processes of other pid namespaces, and those whose open files this user may not read, are invisible here, but a lease
+shows whether any process of this host has the file open. It does not show processes of other hosts that share the file
+system. There, and where no lease can be had, the holder is UNKNOWN, never NOBODY.
 """
 
 from __future__ import annotations
@@ -25,37 +25,37 @@ LOOKS = 3
 
 
 def holder(path: str | Path, waiting: Collection[int] = ()) -> int:
-    """The pid of the process of this host that holds the lock file; NOBODY or UNKNOWN.
+    """Return the pid of the process of this host that holds the lock file; NOBODY or UNKNOWN.
 
-    waiting: pids that are known to wait for it, and may have the file open for that
+    waiting: pids that wait for the lock, and may have the file open for that
     """
     if not os.path.isabs(path):
-        return UNKNOWN  # a name of something else
+        return UNKNOWN  # not the name of a file
     try:
-        wanted = os.stat(path)
+        status = os.stat(path)
     except OSError:
-        return UNKNOWN  # not there: whoever waits for it is about to see that
-    if not stat.S_ISREG(wanted.st_mode):
-        return UNKNOWN  # nothing to open: a pipe would be waited for without end
-    for pid in _in_kernel_table(wanted):
+        return UNKNOWN  # the file is gone: the processes that wait for it are about to notice
+    if not stat.S_ISREG(status.st_mode):
+        return UNKNOWN  # opening a pipe could block for ever
+    for pid in _holders_in_table(status):
         return pid
     for pid in psutil.pids():
-        with contextlib.suppress(OSError):  # it has ended, or is not ours to look at
-            if pid not in waiting and _has_open(pid, wanted, os.path.basename(path)):
+        with contextlib.suppress(OSError):  # the process has ended, or belongs to another user
+            if pid not in waiting and _has_open(pid, status, os.path.basename(path)):
                 return pid
-    # Nobody is seen, which proves little where processes may hide; that nobody has it open is for the kernel to say.
-    # One that waits for the file may have looked into it just now.
+    # No visible process has the file open. Hidden ones may, which a lease shows. Try it several times, because a
+    # process that waits for the lock may have the file open for a moment.
     unopened = any(who_has_open(Path(path)) == 0 for _ in range(LOOKS))
     return NOBODY if unopened and os.path.exists(path) else UNKNOWN
 
 
-def _in_kernel_table(wanted: os.stat_result) -> Iterator[int]:
-    """Holders of the file in /proc/locks, UNKNOWN for one that is not of this process namespace."""
+def _holders_in_table(status: os.stat_result) -> Iterator[int]:
+    """Iterate over the holders of the file in /proc/locks; UNKNOWN stands for one of another pid namespace."""
     try:
         lines = Path("/proc/locks").read_text().splitlines()
     except OSError:
         return
-    place = f"{os.major(wanted.st_dev):02x}:{os.minor(wanted.st_dev):02x}:{wanted.st_ino}"
+    place = f"{os.major(status.st_dev):02x}:{os.minor(status.st_dev):02x}:{status.st_ino}"
     for line in lines:
         # "1: FLOCK  ADVISORY  WRITE 4242 00:2f:1234 0 EOF"; a waiter's line has "->" after its number
         fields = line.split()
@@ -64,16 +64,16 @@ def _in_kernel_table(wanted: os.stat_result) -> Iterator[int]:
             yield pid if pid > 0 else UNKNOWN
 
 
-def _has_open(pid: int, wanted: os.stat_result, name: str) -> bool:
-    """The file may be mounted elsewhere for that process, so that its path is no proof; its name is a quick no."""
+def _has_open(pid: int, status: os.stat_result, name: str) -> bool:
+    """Whether a process has the file open. The path may differ in another mount namespace, the name does not."""
     folder = f"/proc/{pid}/fd"
     for descriptor in os.listdir(folder):
         try:
             if os.path.basename(os.readlink(f"{folder}/{descriptor}")) != name:
                 continue
-            found = os.stat(f"{folder}/{descriptor}")
+            opened = os.stat(f"{folder}/{descriptor}")
         except FileNotFoundError:
             continue
-        if (found.st_dev, found.st_ino) == (wanted.st_dev, wanted.st_ino):
+        if (opened.st_dev, opened.st_ino) == (status.st_dev, status.st_ino):
             return True
     return False

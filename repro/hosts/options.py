@@ -1,4 +1,4 @@
-"""What the watcher, and its agent on each other host, have to know about a run."""
+"""The options of a watch, for the watcher and for the agent of each other host."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 
 class _AllGroups(Collection[str]):
-    """Contains every group, whatever it is called."""
+    """A collection that contains every group name."""
 
     def __contains__(self, name: object) -> bool:
         return True
@@ -24,11 +24,11 @@ ALL_GROUPS = _AllGroups()
 
 @dataclass(frozen=True)
 class WatchOptions:
-    """One run, as far as a watcher is concerned.
+    """The settings of a run that a watcher needs.
 
-    quiet_window_s  how long nothing may happen on any rank before the ranks are judged, in seconds
-    deadline_s      after how many seconds the watch ends, decided or not
-    queued_groups   groups whose collectives the ranks record when they queue them, as on NCCL
+    quiet_window_s  seconds without an event on any rank after which the ranks are judged
+    deadline_s      seconds after which the watch ends, decided or not
+    queued_groups   groups whose collectives are recorded when they are queued, as on NCCL
     """
 
     num_ranks: int

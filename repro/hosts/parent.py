@@ -1,6 +1,6 @@
-"""The bond between a process and the one that started it: the child ends when its parent does, however that ends.
+"""End a process when its parent ends, and identify a process by pid and start time.
 
-Imports almost nothing: a rank calls it before its long imports, during which its launcher may be killed.
+This module imports almost nothing, because a rank calls it before its long imports, during which the launcher may die.
 """
 
 from __future__ import annotations
@@ -10,13 +10,14 @@ import os
 import signal
 
 _PR_SET_PDEATHSIG = 1
-_LIBC = ctypes.CDLL(None)  # loaded here, as little is safe to do between fork and exec
+_LIBC = ctypes.CDLL(None)  # loaded at import, because little is safe between fork and exec
 
 
 def die_with_parent(parent: int | None = None) -> None:
-    """Have the kernel kill this process when the *thread* that started it ends: start children from the main thread.
+    """Have the operating system kill this process when the *thread* that started it ends.
 
-    parent: pid of the process that started this one, where known; if it is gone already this one ends at once
+    Start children from the main thread for that reason. parent: pid of the process that started this one, if known; if
+    it has already ended, this process exits at once.
     """
     _LIBC.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
     if parent is not None and os.getppid() != parent:
@@ -24,7 +25,7 @@ def die_with_parent(parent: int | None = None) -> None:
 
 
 def start_ticks(pid: int) -> int:
-    """When a process began, in clock ticks since boot; 0 where that cannot be read."""
+    """The start time of a process in clock ticks since boot; 0 if it cannot be read."""
     try:
         return read_start_ticks(pid)
     except (OSError, ValueError, IndexError):
@@ -32,18 +33,21 @@ def start_ticks(pid: int) -> int:
 
 
 def read_start_ticks(pid: int) -> int:
-    """As :func:`start_ticks`; raises OSError where that cannot be read, ValueError or IndexError for nonsense."""
+    """Read the start time of a process in clock ticks since boot.
+
+    Raises OSError if /proc cannot be read, ValueError or IndexError if its content is malformed.
+    """
     with open(f"/proc/{pid}/stat") as file:
         return int(file.read().rpartition(")")[2].split()[19])
 
 
 def name_myself() -> str:
-    """This process as "pid:start ticks", for a child that will ask whether it still runs."""
+    """Identify this process as "pid:start ticks", by which a child can check whether it still runs."""
     return f"{os.getpid()}:{start_ticks(os.getpid())}"
 
 
 def end_without_launcher() -> None:
-    """End at once if HMR_LAUNCHER names a process that is gone: it was killed before its death could reach this one."""
+    """Exit at once if the process in HMR_LAUNCHER has ended: it was killed before this one could watch for its end."""
     pid, _, ticks = os.environ.get("HMR_LAUNCHER", "").partition(":")
     if pid.isdecimal() and ticks.isdecimal() and len(pid) < 12 and start_ticks(int(pid)) != int(ticks[:30]):
         os._exit(1)

@@ -1,7 +1,7 @@
-"""Processes that a run started: find them, see whether they run, and end them.
+"""Find the processes of a run, check whether they run, and end them.
 
-Only processes are ended that this run started: descendants of its launcher, and pids that its own witnesses
-name, with the start time they name, so that a pid used again is never hit.
+Only processes that the run started are ended: descendants of its launcher, and processes whose pid and start time are
+in its own witnesses. A process that reuses the pid has another start time, and is never ended.
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ REAP_PATIENCE_S = 5.0
 
 
 def running(pid: int, ticks: int) -> psutil.Process | None:
-    """The process of that pid that began at those `parent.start_ticks`; None when it has ended, or is a zombie.
+    """Find the process with this pid and start time (`parent.start_ticks`); None if it has ended or is a zombie.
 
-    Raises psutil.AccessDenied if the process is hidden from this user, and OSError if the system does not answer, as
-    when this process has no file descriptor left: neither says that it has ended.
+    Raises psutil.AccessDenied if the process is hidden from this user, and OSError if the operating system does not
+    answer, as when this process has no free file descriptor. Neither means that the process has ended.
     """
     try:
         process = psutil.Process(pid)
-        # A pid alone may be another process's by now. psutil's own start time is in another unit.
+        # The pid may have been reused, so compare the start time too. psutil's own start time has another unit.
         return process if not _has_ended(process) and read_start_ticks(pid) == ticks else None
     except (psutil.NoSuchProcess, FileNotFoundError, ProcessLookupError):
         if _is_hidden(pid):
@@ -48,7 +48,7 @@ def _is_hidden(pid: int) -> bool:
 
 
 def _has_ended(process: psutil.Process) -> bool:
-    """Whether nothing of it runs any more; it may be waiting for its parent to notice."""
+    """Whether the process has ended; it may still be a zombie."""
     try:
         return process.status() in (psutil.STATUS_ZOMBIE, psutil.STATUS_DEAD)
     except psutil.NoSuchProcess:
@@ -56,12 +56,12 @@ def _has_ended(process: psutil.Process) -> bool:
 
 
 def find(writer: Identity) -> psutil.Process | None:
-    """The running process that wrote a witness; None when it has not begun, has ended, or is a zombie."""
+    """Find the running process that wrote a witness; None if it has not begun, has ended, or is a zombie."""
     return running(writer.pid, writer.pid_start_ticks) if writer.pid else None
 
 
 def is_stopped(process: psutil.Process) -> bool:
-    """Whether a signal or a debugger has stopped it."""
+    """Whether a signal or a debugger has stopped the process."""
     try:
         return bool(process.status() in (psutil.STATUS_STOPPED, psutil.STATUS_TRACING_STOP))
     except psutil.NoSuchProcess:
@@ -69,7 +69,7 @@ def is_stopped(process: psutil.Process) -> bool:
 
 
 def with_descendants(pid: int) -> list[psutil.Process]:
-    """The process and all that it started, parents first; empty when it is gone."""
+    """The process and its descendants, parents first; [] if the process has ended."""
     try:
         process = psutil.Process(pid)
         return [process, *process.children(recursive=True)]
@@ -78,11 +78,13 @@ def with_descendants(pid: int) -> list[psutil.Process]:
 
 
 def kill(processes: Iterable[psutil.Process]) -> list[int]:
-    """SIGKILL processes and wait until they have ended or REAP_PATIENCE_S passed; returns the pids of those that have
-    not. Their parents reap them, which of an orphan is the system's first process and may take seconds.
+    """Send SIGKILL and wait at most REAP_PATIENCE_S until all processes have ended; returns the pids of those that have
+    not.
 
-    All are stopped before the first is killed: a rank that sees a peer's connection close would write into its witness
-    after the verdict, and the files would no longer say what was judged.
+    All are stopped before the first is killed: a rank that sees the connection of a peer close would write to its
+    witness after the verdict, and the files would then differ from what was judged.
+
+    A parent has to reap its child. For an orphan that is the init process, which may take seconds.
     """
     left = list(processes)
     for process in left:
@@ -106,7 +108,7 @@ def _seen_to_end(process: psutil.Process) -> bool:
 
 
 def with_ancestors(pid: int) -> list[int]:
-    """The pid and those of the processes that it comes from, nearest first."""
+    """The pid and the pids of its ancestors, nearest first."""
     try:
         return [pid, *(parent.pid for parent in psutil.Process(pid).parents())]
     except psutil.Error:
@@ -114,24 +116,24 @@ def with_ancestors(pid: int) -> list[int]:
 
 
 def describe(pid: int) -> str:
-    """What a process is and since when, for people."""
+    """Describe the command and the age of a process in a sentence."""
     try:
-        found = psutil.Process(pid)
-        command = " ".join(found.cmdline()) or found.name()
-        return f"process {pid} runs for {time.time() - found.create_time():.0f} s: {command[:120]}"
+        process = psutil.Process(pid)
+        command = " ".join(process.cmdline()) or process.name()
+        return f"process {pid} runs for {time.time() - process.create_time():.0f} s: {command[:120]}"
     except psutil.Error:
-        return f"process {pid} is gone"
+        return f"process {pid} has ended"
 
 
 def cpu_seconds(pids: Iterable[int]) -> dict[int, float]:
-    """Processor time of each process and of all that it started, those included that have ended and were waited for."""
+    """Processor seconds of each process and its descendants, including descendants that have ended and were reaped."""
     own: dict[int, float] = {}
     children: dict[int, list[int]] = {}
-    for found in psutil.process_iter(["ppid", "cpu_times"]):
-        times, parent = found.info["cpu_times"], found.info["ppid"]
+    for process in psutil.process_iter(["ppid", "cpu_times"]):
+        times, parent = process.info["cpu_times"], process.info["ppid"]
         if times is not None:
-            own[found.pid] = times.user + times.system + times.children_user + times.children_system
-            children.setdefault(parent, []).append(found.pid)
+            own[process.pid] = times.user + times.system + times.children_user + times.children_system
+            children.setdefault(parent, []).append(process.pid)
     used: dict[int, float] = {}
     for pid in pids:
         family = [pid]
@@ -142,7 +144,7 @@ def cpu_seconds(pids: Iterable[int]) -> dict[int, float]:
 
 
 def starved_seconds(pid: int) -> float:
-    """How long the threads of a process were ready to run and had no processor; 0.0 where the kernel does not say."""
+    """Seconds that the threads of a process were runnable without a processor; 0.0 if the system does not record it."""
     waited_ns = 0
     with contextlib.suppress(OSError, ValueError, IndexError):
         for thread in os.listdir(f"/proc/{pid}/task"):

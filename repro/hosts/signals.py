@@ -1,4 +1,4 @@
-"""What a rank does on a signal: it gives its stack and its Flight Recorder dump, also from inside a collective."""
+"""Handle signals in a rank: write its stacks and its Flight Recorder dump, even from inside a collective."""
 
 from __future__ import annotations
 
@@ -13,22 +13,25 @@ from hybrid_moe_ref.files import write_atomically
 from repro.store.run_dir import RunDir
 
 TERM_PATIENCE_S = 8.0
-"""How long a rank that is asked to end stays: torchrun asks all others 0.1 s after one died, and the watcher waits for
-up to 5 s and a look at their stacks before it says why.
+"""How long a rank stays after SIGTERM.
+
+torchrun sends it to all other ranks 0.1 s after one has died. The watcher needs up to 5 s, and the time to collect the
+stacks, before it reports why.
 """
 
 INT_PATIENCE_S = 3.0
-"""The same for SIGINT, which torchrun passes on to all ranks when the user presses Ctrl-C."""
+"""How long a rank stays after SIGINT, which torchrun passes on to all ranks when the user presses Ctrl-C."""
 
 
 def dump_on_signals(run_dir: RunDir, rank: int, *, interrupts: bool = False) -> None:
-    """SIGUSR1: Python stacks to the stack file. SIGUSR2: the Flight Recorder to the fr file. SIGTERM: to end, but not
-    before its stack could be taken. With ``interrupts`` SIGINT does the same, and tells the watcher that the user wants
-    an end.
+    """Install the signal handlers of a rank.
 
-    All work while the main thread waits inside a collective, where a Python signal handler would not run:
-    faulthandler writes from the C handler, and the rest is done by a thread that the C handler wakes through the
-    wake-up descriptor.
+    SIGUSR1 writes the Python stacks to the stack file, SIGUSR2 the Flight Recorder dump to the fr file. SIGTERM ends
+    the process after TERM_PATIENCE_S, in which its stacks can be taken. With ``interrupts``, SIGINT ends it after
+    INT_PATIENCE_S, and creates a file that shows the watcher that the user has requested the end of the run.
+
+    All handlers work while the main thread is blocked inside a collective, where a Python signal handler would not run:
+    faulthandler writes from its C handler, and a thread that is woken through the wake-up descriptor does the rest.
     """
     stack_file = run_dir.stack(rank).open("w")  # faulthandler keeps the descriptor; it lives as long as the rank
     faulthandler.register(signal.SIGUSR1, file=stack_file, all_threads=True)
@@ -45,7 +48,7 @@ def _act_on_signals(run_dir: RunDir, rank: int, read_end: int) -> None:
         if signal.SIGTERM in numbers:
             _end_in(TERM_PATIENCE_S, signal.SIGTERM)
         if signal.SIGINT in numbers:
-            with contextlib.suppress(OSError):  # a full disk: then the watcher sees ranks that end
+            with contextlib.suppress(OSError):  # a full disk: the watcher then sees only that the ranks end
                 run_dir.interrupted.touch()
             _end_in(INT_PATIENCE_S, signal.SIGINT)
         if signal.SIGUSR2 in numbers:
@@ -62,7 +65,7 @@ def _dump_flight_recorder(run_dir: RunDir, rank: int) -> None:
     c10d = sys.modules.get("torch._C._distributed_c10d")
     dump = getattr(c10d, "_dump_nccl_trace_json", None) or getattr(c10d, "_dump_fr_trace_json", None)
     if dump is None:
-        return  # torch is not imported yet: there is nothing to dump
+        return  # torch is not imported yet, so that nothing can be dumped
     try:
         write_atomically(run_dir.flight_recorder(rank), dump(True, False))
     except (OSError, RuntimeError) as error:

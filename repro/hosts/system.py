@@ -1,7 +1,7 @@
-"""What this host's system says about its ranks: who lives, is stopped, uses a processor, holds a lock.
+"""Collect the facts about the ranks of this host: processes that run or are stopped, processor use, lock holders.
 
-A witness says what a rank did last; this says what its process does meanwhile. Ranks of other hosts are left out: the
-agent of their host sees them (`repro.hosts.agent`).
+A witness shows what a rank did last; the facts show what its process does meanwhile. Ranks of other hosts are left out:
+the agent of their host observes them (`repro.hosts.agent`).
 """
 
 from __future__ import annotations
@@ -18,22 +18,22 @@ from repro.verdict.facts import Facts
 
 STOPPED = "stopped by a signal"
 SHORTEST_MEASURE_S = 0.1
-"""The kernel counts processor time in ticks of 10 ms; over less time than this a share means nothing."""
+"""The operating system counts processor time in ticks of 10 ms, so that a share of a shorter time means nothing."""
 
 
 class System:
-    """Collects the facts about the ranks of this host. Deaths, unheld locks and processor use need several looks.
+    """Collects the facts about the ranks of this host. Deaths, unheld locks and processor use need several calls.
 
-    patience_s   how long a lock file must have had no holder before it is said to have none: a process that waits for
-                 the lock may only look now and then
+    patience_s   how long a lock file must have had no holder before it is reported to have none: a process that is
+                 about to take the lock may poll it only now and then
     """
 
     def __init__(self, patience_s: float, host: Host | None = None) -> None:
         self._patience_s = patience_s
         self._host = host or Host()
         self._unheld_since: dict[str, float] = {}
-        self._used: dict[int, tuple[float, float]] = {}  # rank -> seconds of processors, and without one
-        self._lost_s = 0.0  # processor time that the whole host lacked, at the last measurement
+        self._used: dict[int, tuple[float, float]] = {}  # rank -> processor seconds, starved seconds
+        self._stolen_s = 0.0  # stolen seconds of the host at the last measurement
         self._measured_at = 0.0
         self._late_s = 0.0
         self._cores: dict[int, float] = {}
@@ -41,14 +41,14 @@ class System:
         self._died: dict[int, float] = {}
 
     def look(self, witnesses: Mapping[int, Witness], running: Mapping[int, psutil.Process | None]) -> Facts:
-        """The facts, with the processor use that was measured last.
+        """Collect the facts, with the processor use of the last measurement.
 
-        running: what :meth:`running` said before the witnesses were read. A rank that ends well in between would else
-        be dead by the system and unfinished by its witness.
+        running: the result of :meth:`running` from before the witnesses were read. A rank that ends well in between
+        would otherwise count as dead, with a witness that says it is not done.
         """
         return Facts(
-            {rank: found is not None for rank, found in running.items()},
-            {rank: STOPPED for rank, found in running.items() if found is not None and self._host.is_stopped(found)},
+            {rank: process is not None for rank, process in running.items()},
+            {rank: STOPPED for rank, process in running.items() if process and self._host.is_stopped(process)},
             self._lock_holders(witnesses),
             dict(self._cores),
             dict(self._starved),
@@ -56,41 +56,42 @@ class System:
         )
 
     def running(self, writers: Mapping[int, Identity]) -> dict[int, psutil.Process | None]:
-        """The process of each rank of this host that has opened its witness, None if it has ended.
+        """Find the process of each rank of this host that has opened its witness; None for one that has ended.
 
         A rank whose process is hidden from this user is left out.
         """
         here = {rank: writer for rank, writer in writers.items() if writer.pid and self.is_here(writer)}
-        found = self._find(here)
-        if any(process is None and rank not in self._died for rank, process in found.items()):
-            # Those that were looked at first may have died before one that was looked at later: then there is no order.
-            found = self._find({rank: here[rank] for rank, process in found.items() if process}) | {
-                rank: None for rank, process in found.items() if process is None
+        processes = self._find(here)
+        if any(process is None and rank not in self._died for rank, process in processes.items()):
+            # A process that was checked early may have died before the one that was seen dead. Check again, so that all
+            # deaths up to now have the same time.
+            processes = self._find({rank: here[rank] for rank, process in processes.items() if process}) | {
+                rank: None for rank, process in processes.items() if process is None
             }
-            now = self._now_s()
-            for rank, process in found.items():
+            now_s = self._now_s()
+            for rank, process in processes.items():
                 if process is None:
-                    self._died.setdefault(rank, now)
-        return found
+                    self._died.setdefault(rank, now_s)
+        return processes
 
     def begin_measuring(self, pids: Mapping[int, int]) -> None:
-        """Begin to measure what the ranks use of the processors. pids: rank -> pid."""
+        """Begin to measure the processor use of the ranks. pids: rank -> pid."""
         self._used = self._read_use(pids)
-        self._lost_s = self._host.stolen_seconds()
+        self._stolen_s = self._host.stolen_seconds()
         self._late_s = 0.0
         self._measured_at = self._now_s()
 
     def measure(self, pids: Mapping[int, int]) -> None:
-        """Measure the use since the last measurement or :meth:`begin_measuring`; nothing if that was just now."""
-        before, measured_at, lost_s, late_s = self._used, self._measured_at, self._lost_s, self._late_s
+        """Measure the use since the last measurement or :meth:`begin_measuring`; no result if that was too recent."""
+        before, measured_at, stolen_s, late_s = self._used, self._measured_at, self._stolen_s, self._late_s
         self.begin_measuring(pids)
         passed_s = self._measured_at - measured_at
         if not before or passed_s < SHORTEST_MEASURE_S:
             self._cores, self._starved = {}, {}
             return
-        # A stolen processor is not in a thread's own account. It shows in the hypervisor's, and in that this process,
-        # which wanted no more than to sleep, was woken late.
-        host_share = max(self._lost_s - lost_s, late_s) / passed_s
+        # The schedstat of a thread does not count stolen time. It shows as steal time of the host, and as late wake-ups
+        # of this process.
+        host_share = max(self._stolen_s - stolen_s, late_s) / passed_s
         shares = {
             rank: [max(0.0, this - last) / passed_s for this, last in zip(seconds, before[rank], strict=True)]
             for rank, seconds in self._used.items()
@@ -100,7 +101,7 @@ class System:
         self._starved = {rank: round(max(share, host_share), 3) for rank, (_, share) in shares.items()}
 
     def note_late(self, late_s: float) -> None:
-        """Note that this process was woken so many seconds later than it had asked for."""
+        """Record that this process woke up ``late_s`` seconds later than it had requested."""
         self._late_s += max(0.0, late_s)
 
     def is_here(self, writer: Identity) -> bool:
@@ -111,13 +112,13 @@ class System:
         return self._host.now_ns() / 1e9
 
     def _find(self, writers: Mapping[int, Identity]) -> dict[int, psutil.Process | None]:
-        found: dict[int, psutil.Process | None] = {}
+        processes: dict[int, psutil.Process | None] = {}
         for rank, writer in writers.items():
             try:
-                found[rank] = self._host.find(writer)
+                processes[rank] = self._host.find(writer)
             except psutil.AccessDenied:
                 continue
-        return found
+        return processes
 
     def _read_use(self, pids: Mapping[int, int]) -> dict[int, tuple[float, float]]:
         used = self._host.cpu_seconds(pids.values())
@@ -130,14 +131,14 @@ class System:
                 waiting.setdefault(witness.text(witness.last.sig), {})[rank] = witness.writer.pid
         ranks = {witness.writer.pid for witness in witnesses.values() if self.is_here(witness.writer)}
         holders: dict[int, tuple[str, int]] = {}
-        now = self._now_s()
+        now_s = self._now_s()
         for name, waiters in waiting.items():
             pid = self._host.lock_holder(name, list(waiters.values()))
-            since = self._unheld_since.setdefault(name, now)
+            since_s = self._unheld_since.setdefault(name, now_s)
             if pid != locks.NOBODY:
                 del self._unheld_since[name]
             if pid > 0:
                 pid = next((ancestor for ancestor in self._host.with_ancestors(pid) if ancestor in ranks), pid)
-            if pid > 0 or (pid == locks.NOBODY and now - since >= self._patience_s):
+            if pid > 0 or (pid == locks.NOBODY and now_s - since_s >= self._patience_s):
                 holders.update(dict.fromkeys(waiters, (name, pid)))
         return holders

@@ -1,1 +1,1 @@
-"""From traces and facts to a verdict: live, or afterwards from the files. Knows no scenario."""
+"""Watch a run: collect traces and facts, and have them judged, live or from the files of a run. Knows no scenario."""

@@ -1,7 +1,7 @@
 """Compare PyTorch's Flight Recorder dumps with the witnesses.
 
-The Flight Recorder is PyTorch's own record of collectives, made by other code than ours. Where both say the same about
-a rank its position is certain; where they differ, neither is.
+The Flight Recorder is PyTorch's own record of collectives, written by other code than ours. If both agree about a rank,
+its position is certain; if they differ, neither is.
 """
 
 from __future__ import annotations
@@ -14,16 +14,16 @@ from repro.store.run_dir import RunDir, read_json
 from repro.verdict.result import Position, name_ranks
 
 _NAMES = {"default_pg": "world"}
-"""What PyTorch calls a group, where our recorder calls it something else."""
+"""PyTorch's name of a group -> our recorder's name, where they differ."""
 
 
 @dataclass
 class RecorderCheck:
-    """The outcome for all blocked ranks.
+    """The result of the comparison for all blocked ranks.
 
-    agree          ranks whose dump has the collective pending in which the witness sees them
+    agree          ranks whose dump has the same collective pending as the witness
     ahead          ranks whose dump has a later collective of that group pending
-    contradicted   rank -> what its dump says instead
+    contradicted   rank -> what its dump has pending instead
     """
 
     agree: list[int] = field(default_factory=list)
@@ -31,20 +31,20 @@ class RecorderCheck:
     contradicted: dict[int, str] = field(default_factory=dict)
 
     def sentences(self) -> list[str]:
-        """The outcome in words, contradictions left out."""
+        """Describe the result, without the contradictions."""
         lines = []
         if self.agree:
             lines.append(f"{name_ranks(self.agree)}: the Flight Recorder has the same collective pending")
         if self.ahead:
             lines.append(
                 f"{name_ranks(self.ahead)}: the Flight Recorder has a collective of the same group pending, under a "
-                "higher number: it counts each of those that one call is made of"
+                "higher number: it counts every collective that one call consists of"
             )
         return lines
 
 
 def compare_dumps(run_dir: RunDir, positions: Iterable[Position]) -> RecorderCheck:
-    """Compare the dump of each blocked rank with its position. A dump that never saw the group says nothing."""
+    """Compare the dump of each blocked rank with its position. A dump without entries of the group is ignored."""
     check = RecorderCheck()
     for position in positions:
         if position.state != "blocked":
@@ -66,9 +66,9 @@ def compare_dumps(run_dir: RunDir, positions: Iterable[Position]) -> RecorderChe
 
 
 def _read_entries(dump: Path) -> list[tuple[str, int, bool]]:
-    """Group, sequence number and whether it is retired, of each entry; [] without a readable dump.
+    """Read (group, sequence number, is retired) of each entry; [] without a readable dump.
 
-    On gloo an entry's ``state`` stays "scheduled" for ever; ``retired`` is what shows that it has completed.
+    On gloo an entry's ``state`` stays "scheduled" for ever; ``retired`` shows that it has completed.
     """
     try:
         document = read_json(dump)

@@ -1,9 +1,9 @@
-"""The watcher: outside the ranks, it follows their witnesses and decides when and how a run has ended.
+"""The watcher: follow the witnesses of a run from outside the ranks, and decide when and how the run has ended.
 
-It only reads what the ranks leave. When nothing has happened on any rank for the quiet window, it asks the judge; while
-the answer is that some rank still works, it goes on watching. Before it says anything final it collects stacks and
-Flight Recorder dumps, and it writes verdict.json before anything is ended. A failure of the watcher itself is a verdict
-as well: `inconclusive`, with the traceback in logs/watcher.log.
+The watcher only reads files that the ranks write. When no rank has recorded an event for the quiet window, it calls the
+judge; while the verdict is that some rank still works, it continues to watch. Before a final verdict it collects stacks
+and Flight Recorder dumps, and it writes verdict.json before any process is ended. If the watcher itself fails, the
+verdict is `inconclusive`, with the traceback in logs/watcher.log.
 """
 
 from __future__ import annotations
@@ -41,21 +41,22 @@ ANSWER_PATIENCE_S = 2.0
 
 DEATH_GRACE_S = 0.5
 DEATH_PATIENCE_S = 5.0
-"""After a death the verdict waits until nothing has happened for the first, at most for the second: the peers may be
-about to finish without the dead rank, or to say that they miss it.
+"""After a death the verdict waits until no event has come for the grace time, at most for the patience time.
+
+The peers may be about to finish without the dead rank, or to record that they lost it.
 """
 
 READ_PATIENCE_S = 5.0
-"""How long reads may fail before the watcher gives up. A stale handle, an I/O error or a lack of descriptors passes."""
+"""How long reads may fail before the watcher gives up. A stale handle or a lack of descriptors may be temporary."""
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """What is known about the results of ranks that are all done.
+    """The comparison of the results with the reference, once all ranks are done.
 
     wrong     a line for each wrong result
     missing   why the results were not compared; "" if they were
-    evidence  what was compared, in a sentence
+    evidence  a sentence that says what was compared
     """
 
     wrong: tuple[str, ...] = ()
@@ -70,16 +71,16 @@ def describe(verdict: Verdict) -> dict[str, Any]:
 
 @dataclass
 class Watch:
-    """One watch over one run.
+    """The watch over one run.
 
-    job_alive     whether the processes that were started still exist
-    compare       compares the results once all ranks are done. It may return None, to be asked again, unless its
-                  argument is True: then the watch ends now
+    job_alive     says whether the processes that were started still exist
+    compare       compares the results once all ranks are done. It may return None to be called again later, unless its
+                  argument is True, which says that the watch ends now
     describe      the entries of verdict.json that do not depend on the watch
-    read          changes the witnesses before they are judged
-    interrupted   whether the user wants the run to end
-    show          called at every poll with the tails, for a display
-    notice        called with a line when it has changed who waits for whom
+    read          transforms the witnesses before they are judged
+    interrupted   says whether the user has requested the end of the run
+    show          called at every poll with the open witnesses, for a display
+    notice        called with a line when the waits between ranks have changed
     """
 
     run_dir: RunDir
@@ -122,11 +123,11 @@ class Watch:
         return self._write(verdict)
 
     def processes(self) -> list[psutil.Process]:
-        """The ranks that run, by what their witnesses said, even if the files are gone by now."""
-        return [found for found in self._running().values() if found is not None]
+        """The processes of the running ranks of this host, even if their witness files have been removed."""
+        return [process for process in self._running().values() if process is not None]
 
     def remote_ranks_run(self) -> bool:
-        """Whether ranks run on other hosts, as far as the agents there say."""
+        """Whether ranks run on other hosts, as their agents report."""
         return self._remote_hosts.any_running()
 
     def all_done(self) -> bool:
@@ -134,7 +135,7 @@ class Watch:
         return self._tails.all_done()
 
     def _poll(self) -> Verdict | None:
-        """Decide, unless a read fails: the next poll may meet no failure."""
+        """Decide; returns None if a read fails, because the next poll may succeed."""
         try:
             self._tails.open()
             verdict = self._decide()
@@ -148,13 +149,13 @@ class Watch:
         return verdict
 
     def _pause(self) -> None:
-        """Sleep until the next poll. To be woken late is a sign that the machine has no processor to spare."""
+        """Sleep until the next poll. A late wake-up is a sign that the machine has no free processor."""
         asleep_ns = self.host.now_ns()
         self.host.sleep(POLL_S)
         self._system.note_late((self.host.now_ns() - asleep_ns) / 1e9 - POLL_S)
 
     def _decide(self) -> Verdict | None:
-        """The final verdict, or None while there is reason to go on."""
+        """The final verdict, or None while the watch must continue."""
         now_ns = self.host.now_ns()
         if self.interrupted():
             self._interrupted = True
@@ -163,7 +164,7 @@ class Watch:
             return self._conclude(f"the deadline of {self.options.deadline_s:g} s passed")
         if self.all_done():
             return self._compared(final=False)
-        if self._somebody_died(now_ns):
+        if self._death_is_settled(now_ns):
             verdict, self._ended_by = self._conclude(), collect.launcher_was_ended(self.run_dir)
             return ended_from_outside(verdict, self._ended_by) if self._ended_by else verdict
         quiet_ns = self.options.quiet_window_s * 1e9
@@ -171,14 +172,14 @@ class Watch:
         if waited_ns < quiet_ns:
             if waited_ns < quiet_ns / 2:
                 self._measuring = False
-            elif not self._measuring:  # what the ranks use of the processors in the second half of the silence
+            elif not self._measuring:  # measure processor use in the second half of the silence
                 self._measuring = True
                 self._system.begin_measuring(self._pids())
             return None
         return self._decide_in_quiet()
 
     def _decide_in_quiet(self) -> Verdict | None:
-        """Judge once per quiet window: a rank that works on without events is `slow`, and the watch goes on."""
+        """Judge once per quiet window. While a rank works without events it is `slow`, and the watch continues."""
         last_event_ns, self._judged_ns = self._last_event_ns(), self.host.now_ns()
         self._system.measure(self._pids())
         verdict = self._judge()
@@ -192,12 +193,12 @@ class Watch:
             )
             return None
         verdict = self._judge_with_evidence()
-        # A rank may have moved while the evidence was taken, or the evidence may speak against the verdict.
+        # A rank may have moved while the evidence was collected, or the evidence may contradict the verdict.
         moved = self._last_event_ns() != last_event_ns
         return None if moved or verdict.verdict in ("slow", "inconclusive") else verdict
 
     def _conclude(self, why: str = "") -> Verdict:
-        """The last verdict, with what there is: nothing more will be seen of this run."""
+        """The final verdict from the evidence at hand, because the watch ends now."""
         reasons = [why] if why else []
         if self.all_done() and (verdict := self._compared(final=True)) is not None:
             return verdict.with_evidence(reasons)
@@ -206,9 +207,9 @@ class Watch:
         return self._look.unless_begun(verdict).with_evidence(reasons)
 
     def _judge_with_evidence(self) -> Verdict:
-        """Collect stacks and dumps, look again, and judge with what they confirm, contradict, or do not say.
+        """Collect stacks and dumps, read the witnesses again, and judge with what the dumps confirm or contradict.
 
-        Processor use stays as it was measured before: to write the evidence takes a processor too.
+        Processor use stays as measured before, because ranks also use a processor to write the evidence.
         """
         unanswered = self._collect_evidence()
         verdict = self._judge()
@@ -226,7 +227,7 @@ class Watch:
         return self._look.verdict(self.options, wrong_numbers).with_evidence(self._look.notes)
 
     def _take_look(self) -> Look:
-        """Read all there is: first the clock, then the processes, then what they have written."""
+        """Take a snapshot: read the clock first, then the processes, then their witnesses."""
         now_ns = self.host.now_ns()
         self._tails.open()
         running = self._running()
@@ -235,20 +236,20 @@ class Watch:
         witnesses = self.read(witnesses)
         facts = self._remote_hosts.merged(self._system.look(witnesses, running))
         never = [rank for rank, witness in witnesses.items() if not witness.writer.pid]
-        if never and not self.job_alive():  # nobody is left who could start them
+        if never and not self.job_alive():  # no process is left that could start them
             facts = facts.joined(Facts(alive=dict.fromkeys(never, False)))
             notes.append(collect.of_launcher(self.run_dir, never))
         notes += self._describe_strangers(witnesses, facts)
         return Look(self.host.here, now_ns, witnesses, facts, tuple(notes))
 
     def _describe_strangers(self, witnesses: Mapping[int, Witness], facts: Facts) -> list[str]:
-        """A sentence for each process of this host that holds a lock and is no rank."""
+        """Describe each process of this host that holds a lock and is not a rank."""
         here = [rank for rank, witness in witnesses.items() if self._system.is_here(witness.writer)]
         holders = {pid for rank, (_, pid) in facts.lock_holders.items() if rank in here and pid > 0}
         return [self.host.describe(pid) for pid in sorted(holders - {witnesses[rank].writer.pid for rank in here})]
 
     def _compared(self, final: bool) -> Verdict | None:
-        """The verdict on ranks that are all done: `clean` only if their results are right. None to ask again."""
+        """The verdict after all ranks are done: `clean` only if their results are right. None to be called again."""
         comparison = self.compare(final)
         if comparison is None:
             return None
@@ -270,10 +271,10 @@ class Watch:
         return self._system.running(self._tails.writers())
 
     def _pids(self) -> dict[int, int]:
-        return {rank: found.pid for rank, found in self._running().items() if found is not None}
+        return {rank: process.pid for rank, process in self._running().items() if process is not None}
 
-    def _somebody_died(self, now_ns: int) -> bool:
-        """A rank is gone or failed, or all processes are, and nobody else is about to say something."""
+    def _death_is_settled(self, now_ns: int) -> bool:
+        """Whether a rank died or failed, or all processes ended, and the peers have had their time to react."""
         gone = None in self._running().values() or not self.job_alive() or self._remote_hosts.any_ended()
         if not gone and not self._tails.any_failed():
             self._died_ns = 0
@@ -283,13 +284,13 @@ class Watch:
         return quiet_ns > DEATH_GRACE_S * 1e9 or now_ns - self._died_ns > DEATH_PATIENCE_S * 1e9
 
     def _collect_evidence(self) -> dict[int, str]:
-        """Have all ranks leave their evidence; what each did not leave."""
-        question = self._remote_hosts.request_evidence()
+        """Have all ranks write their stacks and dumps; returns rank -> the evidence that it did not leave."""
+        request = self._remote_hosts.request_evidence()
         unanswered = self.host.collect(self.run_dir, self._pids())
-        return unanswered | self._remote_hosts.answers(question, ANSWER_PATIENCE_S)
+        return unanswered | self._remote_hosts.answers(request, ANSWER_PATIENCE_S)
 
     def _notice(self, verdict: Verdict) -> None:
-        """Tell who waits for whom; a silence in which nobody waits for anybody is no news."""
+        """Report the waits between ranks if they have changed; nothing if no rank waits."""
         sentences = verdict.sentences()
         waiting = any(position.state in ("blocked", "locked") for position in verdict.ranks)
         news = [re.sub(r"heartbeat [\d.]+ s ago", "", sentence) for sentence in sentences]
@@ -298,9 +299,9 @@ class Watch:
             self.notice(f"{verdict.verdict}: {'; '.join(sentences)}")
 
     def _failed(self, error: Exception) -> Verdict:
-        """The verdict after a failure of the watcher itself: it says nothing about the run, and loses nothing of it."""
+        """The verdict after a failure of the watcher itself: `inconclusive`, with the evidence at hand."""
         tracebacks = [_traceback_of(error)]
-        try:  # before the caller ends the ranks; what a second judgement needs is in the last look
+        try:  # before the caller ends the ranks; a second judgement needs the last snapshot
             gaps = collect.name_missing(self._collect_evidence(), collect.PATIENCE_S)
             self._look = self._take_look()
         except Exception as second:
@@ -314,8 +315,8 @@ class Watch:
         except OSError as full:
             where = f"the traceback could not be written: {full.strerror}"
         cause = " ".join(f"{type(error).__name__}: {error}".split())
-        said = f"the watcher failed, which says nothing about the run: {cause[:300]}; {where}"
-        return Verdict("inconclusive", evidence=(said, *gaps), confidence="undecided")
+        line = f"the watcher failed, which says nothing about the run: {cause[:300]}; {where}"
+        return Verdict("inconclusive", evidence=(line, *gaps), confidence="undecided")
 
     def _write(self, verdict: Verdict) -> dict[str, Any]:
         now_ns = last_event_ns = self.host.now_ns()

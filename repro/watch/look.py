@@ -1,4 +1,4 @@
-"""Everything that a watcher knows of a run at one moment. The verdict follows from it, wherever it is judged."""
+"""A snapshot of a run: all that a watcher knows at one moment. Judged anywhere, it gives the same verdict."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from repro.verdict.facts import Facts
 
 @dataclass(frozen=True)
 class Look:
-    """One moment of a run.
+    """A snapshot of a run at one moment.
 
-    watcher     who looked: on the clock of its host are now_ns and the deaths among the facts
-    now_ns      its monotonic clock before it read anything, so that what happens during the look is no silence
-    witnesses   rank -> witness, without those that could not be read
-    notes       what else the watcher saw, in sentences
+    watcher     the process that took it; now_ns and ``facts.died`` are on the clock of its host
+    now_ns      its monotonic clock before it read anything, so that the time it takes to read is no silence
+    witnesses   rank -> witness; ranks whose witness could not be read are absent
+    notes       further observations of the watcher, one sentence each
     """
 
     watcher: Identity
@@ -30,7 +30,7 @@ class Look:
     notes: tuple[str, ...] = ()
 
     def verdict(self, options: WatchOptions, wrong_numbers: Sequence[str] = ()) -> Verdict:
-        """What this look proves."""
+        """Judge the snapshot."""
         return judge(
             self.witnesses,
             self.facts,
@@ -43,19 +43,19 @@ class Look:
         )
 
     def none_began(self) -> bool:
-        """Whether no rank has opened its witness, and none is known to have ended."""
+        """Whether no rank has opened its witness, and no rank has ended."""
         writers = [witness.writer for witness in self.witnesses.values()]
         return bool(writers) and not any(writer.pid for writer in writers) and False not in self.facts.alive.values()
 
     def unless_begun(self, verdict: Verdict) -> Verdict:
-        """The verdict; if no rank has begun, an undecided one that names no rank for that."""
+        """Return the verdict; if no rank has begun, an undecided one that names no rank."""
         if not self.none_began():
             return verdict
         undecided = Verdict("inconclusive", ranks=verdict.ranks, confidence="undecided", quiet_s=verdict.quiet_s)
         return undecided.with_evidence(["no rank has begun: the launcher's log may say why"])
 
     def to_json(self) -> dict[str, Any]:
-        """All but the witnesses, which are files of the run, and the notes, which the verdict has as evidence."""
+        """The snapshot without witnesses, which are files of the run, and without notes, which are evidence."""
         return {
             "watcher": {
                 "hostname": self.watcher.hostname,
@@ -69,7 +69,7 @@ class Look:
 
 
 def watcher_from_json(entry: Mapping[str, Any]) -> tuple[Identity, int]:
-    """The watcher and its clock as ``Look.to_json`` writes them; raises KeyError, TypeError or ValueError otherwise."""
+    """Read the watcher and its clock from ``Look.to_json``; raises KeyError, TypeError or ValueError if malformed."""
     identity = Identity(
         0,
         1,

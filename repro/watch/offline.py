@@ -1,4 +1,4 @@
-"""Judge a run once more from the files it left, which somebody may have damaged since, or made up."""
+"""Judge a run from the files it left. The files are untrusted: they may be damaged or forged."""
 
 from __future__ import annotations
 
@@ -37,10 +37,10 @@ def options_of(description: RunDescription) -> WatchOptions:
 
 @dataclass(frozen=True)
 class Decided:
-    """What a second judgement takes from a verdict.json.
+    """The entries of a verdict.json that a second judgement uses.
 
-    look       who looked, when, and the facts; without witnesses. None in a file of an older version, which does not
-               say whose clock its times are on
+    look       the watcher's last snapshot, without witnesses. None for a file of an older version, which does not name
+               the clock of its times
     """
 
     verdict: Verdict
@@ -55,8 +55,8 @@ class Decided:
 class Again:
     """A second judgement.
 
-    decided   what verdict.json says, None for a run that is not decided or whose verdict.json is damaged
-    whole     whether all files could be used to their last byte
+    decided   the entries of verdict.json; None if the run is not decided or its verdict.json is damaged
+    whole     whether every file was complete and undamaged
     """
 
     verdict: Verdict
@@ -68,9 +68,9 @@ class Again:
 def judge_files(run_dir: RunDir, options: WatchOptions, comparison: Comparison) -> Again:
     """Judge a run from its files.
 
-    A decided run is judged as its watcher saw it: at that moment, on that host's clock, with the facts in verdict.json.
-    So the verdict is the same on any machine. Another run, or one whose verdict.json is damaged, is judged as of now,
-    after a look of LOOK_S at its processes.
+    A decided run is judged from its watcher's last snapshot: at that moment, on that host's clock, with the facts in
+    verdict.json. So the verdict is the same on any machine. A run that is not decided, or whose verdict.json is
+    damaged, is judged as of now, after its processes have been observed for LOOK_S seconds.
     """
     damaged: list[str] = []
     decided: Decided | None = None
@@ -85,9 +85,9 @@ def judge_files(run_dir: RunDir, options: WatchOptions, comparison: Comparison) 
     if decided is None and look.none_began():
         verdict = verdict.with_evidence([_launcher_of(run_dir)])
     before = decided.verdict.verdict if decided else ""
-    if comparison.missing and before not in ("clean", "slow"):  # else the watcher has compared the results
+    if comparison.missing and before not in ("clean", "slow"):  # otherwise the watcher has compared the results
         verdict = uncompared(verdict, comparison.missing)
-    if decided and verdict.verdict == "clean" and before == "slow":  # only the watcher could see that
+    if decided and verdict.verdict == "clean" and before == "slow":  # only a live watcher can observe slowness
         verdict = dataclasses.replace(
             verdict,
             verdict="slow",
@@ -111,7 +111,7 @@ def _look_at_decided(run_dir: RunDir, decided: Decided) -> tuple[Look, list[str]
         return dataclasses.replace(decided.look, witnesses=witnesses), refused
     here = Host().here
     last_ns = max((w.last_event_ns() + here.clock_ahead_ns(w.writer) for w in witnesses.values() if w.last), default=0)
-    now_ns = last_ns + int(decided.verdict.quiet_s * 1e9) + 1_000_000  # the file has milliseconds
+    now_ns = last_ns + int(decided.verdict.quiet_s * 1e9) + 1_000_000  # quiet_s is rounded to milliseconds
     return Look(here, now_ns, witnesses, decided.facts), refused
 
 
@@ -134,11 +134,11 @@ def _writers(witnesses: Mapping[int, Witness]) -> dict[int, Any]:
 
 
 def _pids(system: System, witnesses: Mapping[int, Witness]) -> dict[int, int]:
-    return {rank: found.pid for rank, found in system.running(_writers(witnesses)).items() if found is not None}
+    return {rank: process.pid for rank, process in system.running(_writers(witnesses)).items() if process is not None}
 
 
 def _launcher_of(run_dir: RunDir) -> str:
-    """What shows whether a run that no rank has begun is about to begin."""
+    """Say how old a run without ranks is, and whether a process watches it: it may be about to begin."""
     age_s = time.time() - run_dir.config.stat().st_mtime
     pid = locks.holder(run_dir.config.resolve())
     watched = f"process {pid} watches it" if pid > 0 else "no process is seen to watch it: its launcher may have ended"

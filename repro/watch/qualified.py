@@ -1,4 +1,4 @@
-"""Verdicts that something outside the witnesses makes weaker: an interrupt, an ended launcher, no comparison."""
+"""Weaken a verdict for reasons outside the witnesses: an interrupt, an ended launcher, a missing comparison."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ from repro.verdict import Verdict
 
 
 def not_decided(verdict: Verdict) -> Verdict:
-    """The verdict on a run that its user ended: that ranks still worked then is no finding."""
+    """Weaken the verdict on a run that its user interrupted: ranks that still worked are no evidence of slowness."""
     if verdict.verdict == "slow":
         verdict = dataclasses.replace(verdict, verdict="inconclusive", culprits=(), confidence="undecided")
     return verdict.with_evidence(["the run was interrupted before it was decided"])
 
 
 def ended_from_outside(verdict: Verdict, why: str) -> Verdict:
-    """The verdict on a run whose launcher was ended by a signal and ended the ranks: no death in it is a cause."""
+    """Weaken the verdict on a run whose launcher received a signal and ended the ranks: their deaths are no cause."""
     if verdict.verdict in ("slow", "crash"):
         verdict = dataclasses.replace(
             verdict, verdict="inconclusive", cause="", culprits=(), suspects=(), confidence="undecided"
@@ -24,7 +24,7 @@ def ended_from_outside(verdict: Verdict, why: str) -> Verdict:
 
 
 def uncompared(verdict: Verdict, why: str) -> Verdict:
-    """The verdict on ranks whose results were not compared: it cannot be `clean`."""
+    """Weaken the verdict on ranks whose results were not compared: it cannot be `clean`."""
     if verdict.verdict == "clean":
         verdict = dataclasses.replace(verdict, verdict="inconclusive", confidence="undecided")
     return verdict.with_evidence([f"{why}, so the tokens were not compared"])

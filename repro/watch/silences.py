@@ -1,4 +1,4 @@
-"""The silences of a run that goes on: how long most of its ranks waited for the same few, and what these did."""
+"""Remember the silences of a run that continues: periods in which most ranks waited for the same few ranks."""
 
 from __future__ import annotations
 
@@ -7,23 +7,23 @@ from repro.verdict import Verdict
 from repro.verdict.facts import Facts
 
 SLOW_WINDOWS = 3
-"""A run that ends well is called slow when ranks waited for the same ones for so many quiet windows on end."""
+"""A run that ends well is called slow if ranks waited for the same ranks for this many quiet windows on end."""
 
 STARVED = 0.1
-"""Share of the time without a processor above which a silence says nothing about the run."""
+"""CPU-starvation threshold: the share of time without a processor from which a silence says nothing about the run."""
 
 
 class Silences:
-    """The longest silence for each set of ranks that were waited for."""
+    """The longest silence for each set of awaited ranks."""
 
     def __init__(self) -> None:
         self._longest: dict[tuple[int, ...], tuple[float, Verdict]] = {}
 
     def remember(self, verdict: Verdict, facts: Facts, alive_s: float, quiet_window_s: float) -> None:
-        """Keep a silence in which most ranks waited for few that worked on; the reverse is a busy start.
+        """Remember a period in which a majority waited for a minority that was still working.
 
-        A sign of life ends a silence, such as of a build before the first step. A collective in which others wait is a
-        wait all the same, whatever the builder says meanwhile.
+        A heartbeat ends such a period, except when the waiting ranks are blocked in a collective and all awaited ranks
+        are building.
 
         alive_s   seconds since the last heartbeat of any rank
         """
@@ -35,7 +35,9 @@ class Silences:
             if alive_s < quiet_window_s or _was_starved(verdict, facts):
                 return
             waited_s = verdict.quiet_s
-        stopped = {rank for rank, why in facts.excused.items() if why == STOPPED}  # from outside: not the run's doing
+        stopped = {
+            rank for rank, why in facts.excused.items() if why == STOPPED
+        }  # stopped from outside, so that the run is not slow by itself
         longest_s, _ = self._longest.get(verdict.culprits, (0.0, verdict))
         if waited_s > longest_s and not set(verdict.culprits) <= stopped:
             self._longest[verdict.culprits] = waited_s, verdict
@@ -52,7 +54,7 @@ class Silences:
 
 
 def _waited_for_a_build(verdict: Verdict) -> float:
-    """Seconds for which all that wait in collectives have waited, if all that are waited for build; else 0."""
+    """Seconds for which all blocked ranks have waited, if all awaited ranks are building; else 0."""
     awaited = [position for position in verdict.ranks if position.rank in verdict.culprits]
     if not awaited or any(position.state != "building" for position in awaited):
         return 0.0
@@ -60,5 +62,5 @@ def _waited_for_a_build(verdict: Verdict) -> float:
 
 
 def _was_starved(verdict: Verdict, facts: Facts) -> bool:
-    """Whether a rank that was waited for lacked a processor: a busy machine made the others wait."""
+    """Whether an awaited rank lacked a processor, so that a busy machine made the others wait."""
     return any(facts.starved.get(rank, 0.0) >= STARVED for rank in verdict.culprits)
