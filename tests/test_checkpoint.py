@@ -430,6 +430,14 @@ def test_a_draft_layer_that_is_there_in_part_is_one_line(next_with_mtp: Path) ->
     assert "without mtp.fc.weight and 1 others; remove mtp.* to load the model without it" in problem
 
 
+def test_a_draft_layer_with_half_of_its_experts_tensors_is_one_line(next_with_mtp: Path) -> None:
+    edit_tensors(next_with_mtp, lambda state: state.pop("mtp.layers.0.mlp.experts.gate_up_proj"))
+    with pytest.raises(CheckpointError) as caught:
+        HybridMoE.from_pretrained(next_with_mtp)
+    (problem,) = caught.value.problems
+    assert problem.startswith(f"{next_with_mtp}: the MTP layer is there in part: ") and "\n" not in problem
+
+
 @pytest.mark.parametrize(
     ("said", "text"),
     [
@@ -445,7 +453,9 @@ def test_other_numbers_of_draft_layers_are_refused(next_with_mtp: Path, said: di
         HybridMoE.from_pretrained(next_with_mtp)
 
 
-def test_a_config_may_name_a_draft_layer_that_was_not_saved(next_with_mtp: Path) -> None:
+def test_a_config_may_name_a_draft_layer_that_was_not_saved(
+    next_with_mtp: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     edit_config(next_with_mtp, mtp_num_hidden_layers=1)
 
     def drop(state: dict[str, Tensor]) -> None:
@@ -453,7 +463,11 @@ def test_a_config_may_name_a_draft_layer_that_was_not_saved(next_with_mtp: Path)
             del state[name]
 
     edit_tensors(next_with_mtp, drop)
-    assert HybridMoE.from_pretrained(next_with_mtp).config.num_mtp_layers == 0
+    for _ in range(2):
+        assert HybridMoE.from_pretrained(next_with_mtp).config.num_mtp_layers == 0
+    assert [record.getMessage() for record in caplog.records] == [
+        f"{next_with_mtp}: the config has 1 MTP layers, no tensor is named mtp.*: loaded without"
+    ], "one line, however often it is loaded"
 
 
 def test_a_float8_tensor_without_blocks_is_named(folder: Path) -> None:

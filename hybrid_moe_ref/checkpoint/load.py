@@ -8,6 +8,7 @@ Shapes: H hidden, I intermediate, M key heads of Gated DeltaNet, K key dim, V va
 """
 
 import dataclasses
+import functools
 import logging
 from collections import Counter
 from collections.abc import Iterator
@@ -70,8 +71,7 @@ def with_mtp_of(config: ModelConfig, shards: Shards) -> ModelConfig:
     names = [name for name in shards.names if name.startswith(MTP)]
     if not names:
         if config.num_mtp_layers:
-            message = "%s: the config has %d MTP layers, no tensor is named %s*: loaded without"
-            log.warning(message, shards.folder, config.num_mtp_layers, MTP)
+            _warn_without_mtp(shards.folder, config.num_mtp_layers)
         return dataclasses.replace(config, num_mtp_layers=0)
     numbers = [int(number) for name in names if (number := name.removeprefix(f"{MTP}layers.").split(".")[0]).isdigit()]
     count = 1 + max(numbers, default=0)
@@ -81,6 +81,12 @@ def with_mtp_of(config: ModelConfig, shards: Shards) -> ModelConfig:
     if count > 1:
         raise CheckpointError(f"{shards.folder}: the tensors {MTP}* have {count} MTP layers, only 1 is implemented")
     return dataclasses.replace(config, num_mtp_layers=count)
+
+
+@functools.cache
+def _warn_without_mtp(folder: Path, num_layers: int) -> None:
+    """One line for each folder, however often a command loads it."""
+    log.warning("%s: the config has %d MTP layers, no tensor is named %s*: loaded without", folder, num_layers, MTP)
 
 
 def pieces(model: nn.Module, shards: Shards) -> list[Piece]:
@@ -210,7 +216,9 @@ def _check(expected: list[Piece], shards: Shards, model: nn.Module) -> None:
         more = f" and {len(absent_mtp) - 1} others" if len(absent_mtp) > 1 else ""
         problems.append(f"{shards.folder}: {problem}{more}; remove {MTP}* to load the model without it")
     skipped = _skipped(shards.names - known, model)
-    for name in sorted(shards.names - known - skipped):
+    # Which names experts have shows in their tensors: where some are missing, the others may look foreign.
+    foreign = {name for name in shards.names - known - skipped if not (absent_mtp and name.startswith(MTP))}
+    for name in sorted(foreign):
         problems.append(f"{shards[name].file}: {name}: not part of this model")
     if problems:
         raise CheckpointError(problems)
