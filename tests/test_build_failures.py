@@ -68,9 +68,7 @@ def test_who_waits_for_the_lock_is_told_whom_for_and_since_when(tmp_path):
     told = []
     try:
         with (
-            pytest.raises(
-                LockTimeout, match=rf"held by rank 3 \(pid {holder.pid} on .*\), for .* s; last sign of life"
-            ),
+            pytest.raises(LockTimeout, match=rf"held by rank 3 \(pid {holder.pid} on .*\), for .* s; last heartbeat"),
             BuildLock(tmp_path / "lock", 0, 0.7, lambda *event: told.append(event)),
         ):
             pass
@@ -85,7 +83,7 @@ def test_a_holder_that_gives_no_sign_of_life_is_not_waited_for_until_the_deadlin
     holder = hold(tmp_path / "lock", 3, "pass")
     lock = BuildLock(tmp_path / "lock", 0, deadline_s=3600.0, stale_s=0.5)  # the test's own limit comes before
     try:
-        with pytest.raises(LockTimeout, match="last sign of life"), lock:
+        with pytest.raises(LockTimeout, match="last heartbeat"), lock:
             pass
     finally:
         holder.kill()
@@ -249,7 +247,7 @@ def test_a_build_that_does_not_end_when_it_is_told_to_is_left_behind(tmp_path, m
     monkeypatch.setattr(Extension, "load", lambda self, cache, tell: over.wait())
     try:
         with pytest.raises(ScheduleMismatch, match="rank 1 is out of memory"):
-            ensure(Extension("endless", ()), place(tmp_path, heard=lambda: "rank 1 is out of memory"))
+            ensure(Extension("endless", ()), place(tmp_path, stopped_by=lambda: "rank 1 is out of memory"))
     finally:
         over.set()
 

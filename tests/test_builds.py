@@ -222,4 +222,4 @@ def test_the_cure_removes_a_lock_file_whose_holder_is_gone(cold_run, tmp_path):
     assert document["verdict"] == "clean" and document["matches_expected"], document
     assert not list((tmp_path / "cache" / "kernels").glob(f"*/{BATON}"))
     logs = "".join(run_dir.log(rank).read_text() for rank in range(4))
-    assert logs.count("its holder is gone") == 1, logs
+    assert logs.count("its holder has ended") == 1, logs

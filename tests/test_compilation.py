@@ -96,7 +96,7 @@ def test_what_was_compiled_for_one_model_is_not_done_for_another(tmp_path):
 
 def test_no_part_is_compiled_any_more_once_another_rank_has_stopped_the_job(tmp_path):
     told = Told()
-    place = BuildPlace(tmp_path, 0, told, heard=lambda: "rank 1 could not prepare: no room")
+    place = BuildPlace(tmp_path, 0, told, stopped_by=lambda: "rank 1 could not prepare: no room")
     with pytest.raises(ScheduleMismatch, match="rank 1 could not prepare"), _Announcements(place).around("MLP", 1):
         pass
     assert not told.events

@@ -136,9 +136,9 @@ def test_a_holder_file_that_names_no_process_counts_as_none(tmp_path, text):
     events = []
     with BuildLock(tmp_path / "x.lock", 0, 60.0) as held:
         (tmp_path / "x.lock").write_text(text)  # of a file that others may write to
-        waiter = BuildLock(tmp_path / "x.lock", 2, 0.0, tell=lambda *event: events.append(event))
+        waiter = BuildLock(tmp_path / "x.lock", 2, 0.0, notify=lambda *event: events.append(event))
         assert waiter.holder() is None
-        with pytest.raises(LockTimeout, match="held by nobody who left a name"), waiter:
+        with pytest.raises(LockTimeout, match="held by an unnamed process"), waiter:
             pass
     assert events == [("lock_wait", str(held.path), -1)]
 

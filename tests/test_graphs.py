@@ -156,9 +156,9 @@ def test_two_halves_of_a_step_leave_the_hidden_states_and_the_cache_as_one_step_
 def test_a_replay_that_would_issue_another_collective_is_refused_before_it_does():
     recorded = [Collective("ep", "all_gather_v", "layers.0.moe", (2, 2)), Collective("ep", "reduce_scatter_v", "x")]
     tape = Tape(recorded)
-    tape.hear(recorded[0])
+    tape.on_collective(recorded[0])
     with pytest.raises(ScheduleMismatch, match=r"would issue dp all_reduce of step.*captured is ep reduce_scatter_v"):
-        tape.hear(Collective("dp", "all_reduce", "step", (4,)))
+        tape.on_collective(Collective("dp", "all_reduce", "step", (4,)))
     with pytest.raises(ScheduleMismatch, match="ended, but captured is ep reduce_scatter_v of x"):
         tape.end()
 

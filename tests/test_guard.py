@@ -164,7 +164,7 @@ def test_strict_ranks_name_who_does_not_come(tmp_path):
         return str(caught.value)
 
     told = run_ranks(3, tmp_path, run)
-    assert told[0] == told[2] == "ranks [1] did not come to dp #1, all_reduce of step float32 sum sizes [2]"
+    assert told[0] == told[2] == "ranks [1] did not arrive at dp #1, all_reduce of step float32 sum sizes [2]"
 
 
 @pytest.mark.full
@@ -216,7 +216,7 @@ def test_a_peer_that_is_gone_after_the_collective_has_ended_is_not_missed():
 
 def test_what_a_rank_told_before_it_went_says_more_than_its_closed_connection():
     class Told(Halt):
-        def heard(self):
+        def published(self):
             return ScheduleMismatch("rank 2 would issue ...")
 
     with pytest.raises(ScheduleMismatch, match="rank 2 would issue"):

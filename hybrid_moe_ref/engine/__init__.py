@@ -1,1 +1,1 @@
-"""The server around the model: what a step is, how ranks agree on it, and the phases before the first one."""
+"""The server around the model: its start-up phases, its steps, and how the ranks agree on each step."""

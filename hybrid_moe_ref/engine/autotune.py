@@ -1,10 +1,13 @@
-"""Autotuning: the ways to compute the experts are timed at start, and all ranks take the fastest on average.
+"""Autotuning: time the tactics for computing the experts at start, and use the one that is fastest on average.
 
-Each timing is averaged over the ranks, one all-reduce for each way and number of rows, so that all choose alike. What
-was chosen is kept in a file per rank. A rank that finds its file needs no timing - but the others count on it in the
-all-reduces, so whether to time at all is put to the vote first.
+An all-reduce for each tactic and number of rows averages its time over the ranks, so that all ranks choose the same.
+Each rank saves the choice in its own file. A rank that finds its file needs no timing, but the others need it in the
+all-reduces, so the ranks first vote on whether to time at all.
 
-Shapes: N rows, K picks of a row, P = N K picks, H hidden, E experts held, I intermediate, J = 2 I.
+A pick is one of the experts that the router chose for a row.
+
+Shapes: N rows, K picks of a row, P = N K picks, R picks whose expert is held, H hidden, E experts held, I intermediate,
+J = 2 I, W rows of the busiest expert.
 """
 
 from __future__ import annotations
@@ -31,15 +34,16 @@ from hybrid_moe_ref.parallel.observer import ScheduleEntry
 REPEATS = 3
 MAX_CACHE_BYTES = 1 << 20
 Declare = Callable[[tuple[ScheduleEntry, ...]], None]
-"""Announces the collectives that come next."""
+"""A function that announces the collectives that come next."""
 
 Chosen = dict[int, str]
-"""Number of rows -> the tactic for steps of up to so many rows; larger steps take the last."""
+"""Number of rows -> the tactic for steps of up to that many rows. Larger steps use the last tactic."""
 
 
 def padded_to_widest(x_NH: Tensor, ids_NK: Tensor, gate_up_EJH: Tensor, down_EHI: Tensor) -> Tensor:
-    """Each pick's output [P, H], zero where its expert is not held: all experts at once, each with as many rows as the
-    busiest one has.
+    """The output of each pick, [P, H]; zero if its expert is not held.
+
+    Computes all experts in one batched product, with the rows of each expert padded to those of the busiest one.
     """
     E, K = gate_up_EJH.shape[0], ids_NK.shape[1]
     out_PH = x_NH.new_zeros(ids_NK.numel(), x_NH.shape[1])
@@ -63,11 +67,11 @@ TACTICS: dict[str, Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]] = {
     "experts": expert_by_expert,
     "padded": padded_to_widest,
 }
-"""Each computes the output of every pick, [P, H]."""
+"""The tactics by name. Each computes the output of every pick, [P, H]."""
 
 
 class ChosenExperts:
-    """Stands in for a layer's expert computation, with the tactic that was chosen for the number of rows."""
+    """An expert computation that uses the tactic chosen for the step's number of rows."""
 
     def __init__(self, chosen: Chosen) -> None:
         self._chosen = sorted(chosen.items())
@@ -81,10 +85,10 @@ class ChosenExperts:
 
 
 class ExpertTuner:
-    """What one rank can do about it: time, average, vote, remember.
+    """The operations of tuning on one rank: time, average, vote, load, save and use.
 
-    rows       numbers of rows to tune for
-    cache_dir  where choices are kept; "" keeps none
+    rows       the numbers of rows to tune for
+    cache_dir  the folder for saved choices; "" saves none
     declare    announces collectives before they are issued
     """
 
@@ -104,7 +108,7 @@ class ExpertTuner:
 
     @property
     def key(self) -> str:
-        """What a choice is good for."""
+        """The key under which a choice is saved: all that it depends on."""
         experts = self._layers[0]
         shape = "x".join(map(str, experts.gate_up_proj.shape))
         device = self._comm.device.type
@@ -118,13 +122,13 @@ class ExpertTuner:
         return tuple(ScheduleEntry("ep", "all_reduce", name) for name in names)
 
     def vote(self, mine: bool) -> bool:
-        """Whether all ranks say yes."""
+        """Whether all ranks vote yes. mine: this rank's vote."""
         ballot = torch.tensor([int(mine)], dtype=torch.int32, device=self._comm.device)
         return bool(self._comm.all_reduce("ep", ballot, "min", layer=TUNING_VOTE.layer).item())
 
     @torch.inference_mode()
     def time_all(self) -> Chosen:
-        """Time every tactic for every number of rows, and average over the ranks; the fastest of each."""
+        """Time every tactic for every number of rows, average over the ranks, and return the fastest tactics."""
         chosen = {}
         for rows in self._rows:
             seconds = {tactic: self._average(self._time(tactic, rows), rows, tactic) for tactic in TACTICS}
@@ -155,13 +159,13 @@ class ExpertTuner:
         return time.perf_counter()
 
     def use(self, chosen: Chosen) -> None:
-        """From here on all layers compute their experts so."""
+        """From now on, all layers compute their experts with the chosen tactics."""
         experts = ChosenExperts(chosen)
         for layer in self._layers:
             layer.mlp = experts
 
     def load(self, file_name: str, key: str) -> Chosen | None:
-        """The choice that was kept under `key`; None where the file is absent, damaged or too large."""
+        """The choice that was saved under `key`; None if the file is absent, damaged or too large."""
         if self.folder is None:
             return None
         try:
@@ -173,7 +177,7 @@ class ExpertTuner:
         return chosen if is_whole else None
 
     def save(self, file_name: str, key: str, chosen: Chosen) -> None:
-        """Keep a choice. Where that fails, a line says so, and the next start measures again."""
+        """Save a choice. If that fails, print a line; the next start then times again."""
         if self.folder is None:
             return
         path = self.folder / file_name
@@ -181,4 +185,4 @@ class ExpertTuner:
             self.folder.mkdir(parents=True, exist_ok=True)
             write_atomically(path, json.dumps({key: chosen}))
         except OSError as error:
-            print(f"[rank {self.rank}] tuning is not kept: {path}: {error.strerror or error}", flush=True)
+            print(f"[rank {self.rank}] tuning is not saved: {path}: {error.strerror or error}", flush=True)

@@ -1,4 +1,4 @@
-"""What computes the layers of a served model: puts the backends that were chosen in place, and names their modules."""
+"""Install the configured kernel backends in the layers of a served model, and list the modules that they compile."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ from hybrid_moe_ref.model import HybridMoE
 
 
 def apply_backends(model: HybridMoE, engine: EngineConfig, device: torch.device) -> list[Extension]:
-    """Put the backends in place, however the model was cut; the modules that they will use, in order.
+    """Install the backends, in any layout; return the extension modules that they will use, in order.
 
-    Raises ConfigError for a backend that this device cannot run.
+    Raises ConfigError for a backend that cannot run on this device.
     """
     extensions: list[Extension] = []
     if engine.gdn_prefill_backend != "auto" and "G" in model.config.layer_pattern:
@@ -71,7 +71,7 @@ class PreparedKernels:
 
 
 def _function(op: Op, backend: str, device: torch.device, model: HybridMoE, field: str) -> Callable[..., Any]:
-    found = op.implementation(backend, device.type, model.dtype)
-    if found is None:
+    implementation = op.implementation(backend, device.type, model.dtype)
+    if implementation is None:
         raise ConfigError(f"{backend!r} does not run on {device.type} in {model.dtype} here; use 'auto'", field)
-    return found.run
+    return implementation.run

@@ -1,8 +1,8 @@
-"""A lock between processes that names its holder to those who wait, and limits how long they wait.
+"""A lock between processes that names its holder to the waiting processes, and limits how long they wait.
 
-The lock itself is the kernel's (flock), so it ends with its holder, however that ends. The file names the holder, and
-its modification time is the holder's sign of life. The file may stand in a folder that others can write to: what it
-says is checked, and a link in its place is refused.
+The lock is a flock, which the operating system releases when its holder ends, however it ends. The lock file names the
+holder, and its modification time is the holder's last heartbeat. The file may be in a folder that others can write to,
+so its content is checked and a symbolic link is refused.
 """
 
 from __future__ import annotations
@@ -25,19 +25,19 @@ from hybrid_moe_ref.files import open_own, read_json
 POLL_S = 0.05
 BEAT_S = 0.5
 STALE_S = 15.0
-"""How old a holder's last sign of life may be: it gives one every BEAT_S, whatever it does."""
+"""How old a holder's last heartbeat may be. A holder sends one every BEAT_S."""
 
 MAX_HOLDER_BYTES = 4096
 MAX_PID = 2**31 - 1
 
 
 class LockTimeout(RuntimeError):
-    """A lock could not be had in time; the text names the file, its holder, since when, and the last sign of life."""
+    """A lock could not be taken in time; the text names the file, its holder, since when, and the last heartbeat."""
 
 
 @dataclass(frozen=True)
 class Holder:
-    """Who holds the lock, since when (seconds of the epoch)."""
+    """The process that holds a lock, and since when (seconds since the epoch)."""
 
     rank: int
     pid: int
@@ -46,14 +46,14 @@ class Holder:
 
     @classmethod
     def from_json(cls, document: Any) -> Self:
-        """Check what a lock file says, which anybody may have written; raises TypeError or ValueError."""
+        """Check the content of a lock file, which any process may have written. Raises TypeError or ValueError."""
         holder = cls(**document)
         if type(holder.rank) is not int or type(holder.pid) is not int or not isinstance(holder.host, str):
             raise TypeError("rank and pid are integers, host is text")
         if not (abs(holder.rank) <= MAX_PID and 0 < holder.pid <= MAX_PID and holder.host.isprintable()):
-            raise ValueError("no rank, pid and host of a process")
+            raise ValueError("rank, pid or host is not that of a process")
         if not math.isfinite(holder.since):
-            raise ValueError("no time of the epoch")
+            raise ValueError("since is not a time in seconds since the epoch")
         return holder
 
     def words(self) -> str:
@@ -62,45 +62,48 @@ class Holder:
 
 @dataclass
 class BuildLock:
-    """Hold it by ``with``; call `beat` at least every few seconds meanwhile.
+    """A lock to hold by ``with``. The holder must call `beat` at least every `stale_s` seconds.
 
-    deadline_s   how long to wait for it
-    tell         hears (event, name, pid) as an Observer's `local`: lock_wait, heartbeat, lock_held, lock_freed
-    check        called while waiting; may raise
+    path         the lock file; created, and removed at the end
+    rank         this process's rank, written into the file
+    deadline_s   how long to wait for the lock
+    notify       called with (event, name, pid), like `Observer.local`: lock_wait, heartbeat, lock_held, lock_freed
+    check        called while waiting; may raise to give up
+    stale_s      how long to wait for a holder without a heartbeat
 
-    Raises LockTimeout, and OSError where the folder cannot be written to, its file system has no locks, or the path is
-    a link or anything else than a regular file.
+    Raises LockTimeout. Raises OSError if the folder cannot be written to, its file system has no locks, or the path is
+    not a regular file.
     """
 
     path: Path
     rank: int
     deadline_s: float
-    tell: Callable[[str, str, int], None] = lambda event, name, holder: None
+    notify: Callable[[str, str, int], None] = lambda event, name, holder: None
     check: Callable[[], None] = lambda: None
     stale_s: float = STALE_S
     _descriptor: int = -1
 
     def __enter__(self) -> Self:
-        started = beaten = heard = time.monotonic()
-        last_sign, waiting = 0, False
+        started = own_beat = holder_beat = time.monotonic()
+        last_beat_ns, waiting = 0, False
         while not self._try():
             holder = self.holder()
             if not waiting:
-                self.tell("lock_wait", str(self.path), holder.pid if holder else -1)
+                self.notify("lock_wait", str(self.path), holder.pid if holder else -1)
                 waiting = True
             self.check()
             now = time.monotonic()
-            if now - beaten > BEAT_S:
-                beaten = now
-                self.tell("heartbeat", f"waits for {self.path.name} of rank {holder.rank if holder else '?'}", -1)
-            if (sign := self._sign_of_life()) != last_sign:  # a change that is seen here: no two clocks to compare
-                last_sign, heard = sign, now
-            if now - started > self.deadline_s or now - heard > self.stale_s:
-                told = holder.words() if holder else "nobody who left a name"
-                raise LockTimeout(f"{self.path} is held by {told}; last sign of life {now - heard:.1f} s ago")
+            if now - own_beat > BEAT_S:
+                own_beat = now
+                self.notify("heartbeat", f"waits for {self.path.name} of rank {holder.rank if holder else '?'}", -1)
+            if (beat_ns := self._last_beat_ns()) != last_beat_ns:  # only a change counts: the clocks need not agree
+                last_beat_ns, holder_beat = beat_ns, now
+            if now - started > self.deadline_s or now - holder_beat > self.stale_s:
+                process = holder.words() if holder else "an unnamed process"
+                raise LockTimeout(f"{self.path} is held by {process}; last heartbeat {now - holder_beat:.1f} s ago")
             time.sleep(POLL_S)
         holder = Holder(self.rank, os.getpid(), socket.gethostname(), time.time())
-        self.tell("lock_held", str(self.path), os.getpid())
+        self.notify("lock_held", str(self.path), os.getpid())
         try:
             os.ftruncate(self._descriptor, 0)
             os.pwrite(self._descriptor, json.dumps(asdict(holder)).encode(), 0)
@@ -110,24 +113,24 @@ class BuildLock:
         return self
 
     def __exit__(self, *error: object) -> None:
-        with contextlib.suppress(OSError):  # the folder may have been taken away; the lock is not in it
-            self.path.unlink()  # while it is held: who opened it before will see that it is another file by then
+        with contextlib.suppress(OSError):  # the folder may have been removed; the lock does not depend on the file
+            self.path.unlink()  # while the lock is held: a process that opened the file sees that the path has changed
         os.close(self._descriptor)
-        self.tell("lock_freed", str(self.path), -1)
+        self.notify("lock_freed", str(self.path), -1)
 
     def beat(self) -> None:
-        """Give a sign of life."""
+        """Send a heartbeat: set the file's modification time."""
         os.utime(self._descriptor)
 
     def holder(self) -> Holder | None:
-        """The holder that the file names; None where it names none that could exist."""
+        """The holder that the file names; None if the file names no valid process."""
         try:
             return Holder.from_json(read_json(self.path, MAX_HOLDER_BYTES))
         except (OSError, ValueError, TypeError):
             return None
 
     def _try(self) -> bool:
-        """Take the lock if nobody has it. The file may be removed at any time by who had it."""
+        """Take the lock if it is free. The previous holder may remove the file at any time."""
         descriptor = open_own(self.path, os.O_RDWR | os.O_CREAT)
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -137,14 +140,14 @@ class BuildLock:
         except (BlockingIOError, FileNotFoundError):
             pass
         except BaseException:
-            if not os.fstat(descriptor).st_size:  # nobody has put a name in it, so it was made here
+            if not os.fstat(descriptor).st_size:  # an empty file was created here, not by a holder
                 self.path.unlink(missing_ok=True)
             os.close(descriptor)
             raise
         os.close(descriptor)
         return False
 
-    def _sign_of_life(self) -> int:
+    def _last_beat_ns(self) -> int:
         try:
             return self.path.lstat().st_mtime_ns
         except OSError:
@@ -153,7 +156,7 @@ class BuildLock:
 
 @contextlib.contextmanager
 def every(interval_s: float, call: Callable[[], Any]) -> Iterator[None]:
-    """Call it now and then from a thread for the length of a ``with``."""
+    """Call ``call`` every ``interval_s`` seconds from a thread, for the duration of the ``with``."""
     over = threading.Event()
 
     def repeat() -> None:

@@ -1,7 +1,7 @@
-"""How a rank comes by its compiled kernels: in `prepare`, before the first collective, built by one rank of a host.
+"""Build compiled kernels in the phase `prepare`, before the first collective, on one rank of each host.
 
-The leader is who gets the lock first. It builds while it gives signs of life; the others wait for the lock, which
-names it, and load what it built. Nobody waits beyond a deadline, and all stop when one rank has failed.
+The rank that gets the lock first builds, and sends heartbeats meanwhile. The others wait for the lock, which names that
+rank, and load the result. No rank waits beyond a deadline, and all ranks stop when one has failed.
 """
 
 from __future__ import annotations
@@ -25,36 +25,38 @@ DEADLINE_S = 900.0
 """How long a build, or the wait for one, may take."""
 
 END_S = 3.0
-"""How long a build that is given up may take to end. A thread that hangs without a compiler is left behind."""
+"""How long to wait for an abandoned build to end. A build thread that still runs then is left behind."""
 
 
 @dataclass(frozen=True)
 class BuildPlace:
-    """Where and for whom a rank builds.
+    """The folder, rank and callbacks of a build.
 
-    cache     folder of compiled modules, shared by the ranks of a host
-    heard     the message with which another rank stopped the job, "" while none did
-    sum_up    sums numbers over the dp ranks: one all-reduce, which all must join; (numbers, layer) -> sums
+    cache       folder of compiled modules, shared by the ranks of a host
+    stopped_by  returns the message with which another rank stopped the job, "" while the job runs
+    sum_up      (numbers, layer) -> their sums over all ranks, by one all-reduce that every rank must join
+    deadline_s  how long a build, or the wait for one, may take
     """
 
     cache: Path
     rank: int
     observer: Observer
-    heard: Callable[[], str] = lambda: ""
+    stopped_by: Callable[[], str] = lambda: ""
     sum_up: Callable[[list[int], str], list[int]] = lambda numbers, layer: numbers
     deadline_s: float = DEADLINE_S
 
     def check(self) -> None:
-        """Raises ScheduleMismatch, as a collective would, when another rank has stopped the job."""
-        if message := self.heard():
+        """Raise ScheduleMismatch, as a collective would, if another rank has stopped the job."""
+        if message := self.stopped_by():
             from hybrid_moe_ref.parallel.guard import ScheduleMismatch
 
             raise ScheduleMismatch(message)
 
 
 class KernelBuilds:
-    """When and by whom modules are built: all before the first collective. `first_use` is what a forward pass meets
-    that needs a module which `prepare` was not told of.
+    """The policy that decides when modules are built: all of them before the first collective.
+
+    `first_use` handles a module that a forward pass needs but `prepare` was not given.
     """
 
     def prepare(self, extensions: Sequence[Extension], place: BuildPlace) -> None:
@@ -63,7 +65,7 @@ class KernelBuilds:
             ensure(extension, place)
 
     def warm_up(self, run: Callable[[], None]) -> None:
-        """Called after `prepare`: use everything once, so that what else is compiled at its first use is compiled."""
+        """Called after `prepare`: run every kernel once, so that kernels that compile at first use compile here."""
         run()
 
     def first_use(self, extension: Extension, place: BuildPlace) -> None:
@@ -72,9 +74,9 @@ class KernelBuilds:
 
 
 def ensure(extension: Extension, place: BuildPlace) -> None:
-    """Load a module, which one rank of the host builds if nobody has before.
+    """Load a module. If it is not built yet, one rank of the host builds it first.
 
-    Raises BuildFailed, LockTimeout, or ScheduleMismatch when another rank stopped the job; each says why in one line.
+    Raises BuildFailed, LockTimeout, or ScheduleMismatch when another rank stopped the job; each with a one-line reason.
     """
     if extension.is_loaded:
         return
@@ -83,8 +85,10 @@ def ensure(extension: Extension, place: BuildPlace) -> None:
             place.cache.mkdir(parents=True, exist_ok=True)
             _build_once(extension, place)
         except OSError as error:
-            told = f"cannot build in {place.cache}: {error.strerror or error}; name another folder (engine.cache_dir)"
-            raise BuildFailed(told) from error
+            reason = error.strerror or error
+            raise BuildFailed(
+                f"cannot build in {place.cache}: {reason}; name another folder (engine.cache_dir)"
+            ) from error
     if not extension.is_loaded:
         extension.load_built(place.cache)
 
@@ -105,7 +109,7 @@ def _build_once(extension: Extension, place: BuildPlace) -> None:
 
 
 def _build(extension: Extension, place: BuildPlace, lock: BuildLock) -> None:
-    """Compile in a thread, so that this one can give signs of life, and end the compiler when it must."""
+    """Compile in a thread. Meanwhile this thread sends heartbeats, and ends the compiler if the build must stop."""
     outcome: list[BaseException | None] = []
 
     def build() -> None:
@@ -137,10 +141,10 @@ def _build(extension: Extension, place: BuildPlace, lock: BuildLock) -> None:
 
 
 def _end_children_but(others: set[int], by_force: bool) -> None:
-    """End what the build started: this process does nothing else meanwhile.
+    """End the processes that the build started: all children but ``others``.
 
-    Not by force at first: ninja that is asked to end takes the compiler with it that it started a moment ago, which is
-    not seen here yet, and which nobody would find once ninja is gone.
+    First by SIGTERM, not SIGKILL: ninja then ends its compilers, also one that it started a moment ago, which is not
+    listed here yet and could not be found once ninja has ended.
     """
     for child in psutil.Process().children(recursive=True):
         if child.pid not in others:
@@ -149,28 +153,28 @@ def _end_children_but(others: set[int], by_force: bool) -> None:
 
 
 def _clear_baton(folder: Path, place: BuildPlace, lock: BuildLock) -> None:
-    """Remove the extension loader's own lock file if its holder is gone, which torch's waiters would never notice.
+    """Remove the extension loader's own lock file ("baton") if its holder has ended, which torch never detects.
 
-    A live holder is somebody who does not use our lock; it is waited for, within the deadline.
+    A live holder is a process that does not use our lock. Wait for it, up to the deadline.
     """
-    baton, started, beaten = folder / BATON, time.monotonic(), 0.0
+    baton, started, last_beat = folder / BATON, time.monotonic(), 0.0
     while baton.exists():
         pid = who_has_open(baton)
         if pid == 0:
             baton.unlink(missing_ok=True)
-            print(f"[rank {place.rank}] removed {baton}: its holder is gone", flush=True)
+            print(f"[rank {place.rank}] removed {baton}: its holder has ended", flush=True)
             return
         now = time.monotonic()
-        if not beaten:
+        if not last_beat:
             place.observer.local("lock_wait", str(baton), pid)
-        if now - beaten > BEAT_S:
-            beaten = now
+        if now - last_beat > BEAT_S:
+            last_beat = now
             place.observer.local("heartbeat", f"waits for {baton}")
         lock.beat()
         place.check()
         if now - started > place.deadline_s:
-            who = f"by pid {pid}, which is no rank," if pid > 0 else "by a process that cannot be found from here"
-            raise LockTimeout(f"{baton} is held {who} for more than {now - started:.0f} s")
+            holder = f"pid {pid}, which is not a rank," if pid > 0 else "a process that cannot be found from here"
+            raise LockTimeout(f"{baton} is held by {holder} for more than {now - started:.0f} s")
         time.sleep(POLL_S)
-    if beaten:
+    if last_beat:
         place.observer.local("lock_freed", str(baton))

@@ -1,11 +1,11 @@
-"""Compilation: the row-wise parts of the layers through torch.compile, before anybody waits for them.
+"""Compile the row-wise parts of the layers by torch.compile, before any rank waits in a collective for the result.
 
-What is compiled are norms, routers and shared experts: everything between mixers and collectives. The mixers' own
-recurrences and the collectives stay outside, so the compiler never sees a hook that communicates. A part is compiled
-once for all layers that have it, for one row and for more than one.
+The compiled parts are norms, routers and shared experts: everything between mixers and collectives. Recurrences and
+collectives are not compiled, so the compiler never sees a hook that communicates. Each part is compiled once for all
+layers that have it, for one row and for more than one.
 
-One rank of the host compiles first and keeps what it made (Inductor's cache); the others wait for its lock, which has a
-deadline and a named holder, and take what is there.
+One rank of the host compiles first and saves its output (Inductor's cache). The others wait for its lock, which has a
+deadline and names its holder, and load that output.
 
 Shapes: N rows, H hidden.
 """
@@ -29,13 +29,13 @@ from hybrid_moe_ref.engine.graphs import row_wise
 from hybrid_moe_ref.model import HybridMoE
 
 NUM_ROWS = (1, 2)
-"""A size of one is compiled apart from all larger ones."""
+"""Numbers of rows to compile for: torch.compile treats a size of one apart from all larger sizes."""
 
 
 class Compiler:
-    """What one rank can do: put compiled parts in place, and run them once so that they are compiled.
+    """The compiler of one rank: installs compiled parts in the model, and runs them once so that they are compiled.
 
-    place  the folder of what is kept, and who is told and asked meanwhile
+    place  the cache folder, and the observer and check to call meanwhile
     """
 
     def __init__(self, model: HybridMoE, place: BuildPlace) -> None:
@@ -45,12 +45,12 @@ class Compiler:
 
     @property
     def folder(self) -> Path:
-        """Where Inductor keeps its output."""
+        """The folder of Inductor's output."""
         return self.place.cache / f"inductor-torch{torch.__version__}"
 
     @property
     def done(self) -> Path:
-        """The file that says that all parts of such a model have been compiled here."""
+        """A file that exists once all parts of such a model have been compiled in this folder."""
         kinds = set()
         for part in row_wise(self._model):
             weights = [(name, tuple(x.shape), x.dtype, x.device.type) for name, x in part.named_parameters()]
@@ -58,12 +58,12 @@ class Compiler:
         return self.folder / f"done-{hashlib.sha256(repr(sorted(kinds)).encode()).hexdigest()[:12]}"
 
     def install(self) -> None:
-        """From here on the parts are compiled when they are first called."""
+        """Replace the parts' forward by one that compiles at its first call."""
         self.folder.mkdir(parents=True, exist_ok=True)
         os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(self.folder)
-        import torch._inductor.config as inductor  # seconds, so only for those that compile
+        import torch._inductor.config as inductor  # takes seconds, so only ranks that compile import it
 
-        inductor.compile_threads = 1  # no pool of processes: the ranks share the machine's cores as it is
+        inductor.compile_threads = 1  # no process pool: the ranks already share the machine's cores
         announced = _Announcements(self.place)
         compiled: dict[type[nn.Module], Callable[..., Any]] = {}
         for module in row_wise(self._model):
@@ -76,14 +76,14 @@ class Compiler:
 
     @torch.inference_mode()
     def compile_all(self) -> None:
-        """Call every part for every class of sizes."""
+        """Call every part for every number of rows in NUM_ROWS."""
         weight = self._model.model.embed_tokens.weight
         for part in self._parts:
             for num_rows in NUM_ROWS:
                 part.run(torch.zeros(num_rows, weight.shape[1], dtype=weight.dtype, device=weight.device))
 
     def compile_in_turn(self) -> None:
-        """Compile if nobody of this host has, else wait for who does and take what it made.
+        """Compile if no rank of this host has compiled; otherwise wait for the compiling rank and load its output.
 
         Raises BuildFailed with the compiler's reason in one line, LockTimeout, or what `place.check` raises.
         """
@@ -100,17 +100,19 @@ class Compiler:
                         self.done.touch()
             self.compile_all()
         except OSError as error:
-            told = f"cannot compile in {self.folder}: {error.strerror or error}; name another folder (engine.cache_dir)"
-            raise BuildFailed(told) from error
+            reason = error.strerror or error
+            raise BuildFailed(
+                f"cannot compile in {self.folder}: {reason}; name another folder (engine.cache_dir)"
+            ) from error
         except RuntimeError as error:
             if type(error).__module__.startswith("hybrid_moe_"):
-                raise  # not the compiler's
+                raise  # an error of this program, not of the compiler
             reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
             raise BuildFailed(f"torch.compile: {reason}; without it: engine.compile = false") from error
 
 
 class _Announcements:
-    """Tells who compiles what, at the first call of each part for each class of sizes."""
+    """Reports each compilation to the observer, at the first call of a part for a number of rows in NUM_ROWS."""
 
     def __init__(self, place: BuildPlace) -> None:
         self._place = place
@@ -122,7 +124,7 @@ class _Announcements:
         if kind in self._seen:
             yield
             return
-        self._place.check()  # a compilation cannot be ended, but the next one need not begin
+        self._place.check()  # a running compilation cannot be stopped, but the next one need not start
         name = f"torch.compile of {part}, {'one row' if num_rows == 1 else 'rows'}"
         local = self._place.observer.local
         local("build_begin", name)
@@ -135,7 +137,7 @@ class _Announcements:
 
 
 class _Part:
-    """A module whose forward is compiled. No rows at all are not worth a compilation of their own."""
+    """A module whose forward is compiled. Zero rows run eagerly, to save a compilation of their own."""
 
     def __init__(self, module: nn.Module, compiled: Callable[..., Any], announced: _Announcements) -> None:
         self._module, self._compiled, self._announced = module, compiled, announced

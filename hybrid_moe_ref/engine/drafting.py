@@ -1,16 +1,15 @@
-"""Speculative decoding in the server: a step checks the drafts of the last one, and its drafter guesses new ones.
+"""Speculative decoding in the server: a step verifies the drafts of the last step, then its drafter makes new ones.
 
-The schedule of every step is fixed, whatever was guessed and on whichever rank:
+The schedule of every step is fixed. It does not depend on the drafts of any rank:
 
     C1, the forward pass over known tokens and drafts, then `num_drafts` passes of the MTP layer
 
-The first pass has the rows of the step, which brings the MTP layer's cache up to date, and those after it one row per
-request. A rank with nothing to draft takes part with rows that nobody reads: the layer has experts, and the other
-ranks' tokens need them.
+The first pass has the rows of the step, which updates the MTP layer's cache; each later pass has one row per request. A
+rank with nothing to draft takes part with dummy rows, because the layer has experts that the other ranks' tokens need.
 
-A recurrent state cannot be cut back to the last right draft. After a wrong one the request goes back to where the step
-began, and its next step feeds the right ones again, without new drafts. So a wrong guess costs rows of the next step,
-never a step of its own that other ranks would not know of.
+A recurrent state cannot be truncated to the last accepted draft. After a rejected draft the request's state returns to
+the start of the step, and the next step feeds the accepted tokens again, without new drafts. So a rejected draft costs
+rows of the next step, never an extra step that other ranks would not take part in.
 
 Shapes: N rows of the step, B requests of this rank, H hidden.
 """
@@ -35,7 +34,7 @@ from hybrid_moe_ref.speculative import draft_cache
 
 @dataclass(frozen=True, eq=False)
 class Check:
-    """The drafts that a step checks, and how to undo them."""
+    """The drafts that a step verifies, and the snapshots to undo them."""
 
     running: list[Running]
     sequences: list[Sequence]
@@ -44,15 +43,18 @@ class Check:
 
     @property
     def counts(self) -> list[int]:
-        """Rows of each request that a token is chosen after: its last known token and its drafts; none while it still
-        has pending tokens."""
+        """The number of rows of each request to sample a token after: its last known token and its drafts.
+
+        0 for a request that still has pending tokens.
+        """
         return [1 + len(running.drafts) if running.makes_tokens else 0 for running in self.running]
 
     def new_tokens(self, chosen: list[list[int]]) -> list[list[int]]:
-        """The right drafts of each request, and the model's own choice behind them. The cache of a request with a
-        wrong draft goes back to before the step.
+        """The accepted drafts of each request, and the model's next token after them.
 
-        chosen: the model's choices after the rows of each request, as many as `counts` says
+        Restores the cache of a request with a rejected draft to its state before the step.
+
+        chosen: the model's choices after the rows of each request, as many as `counts`
         """
         new = []
         for running, sequence, before, choices in zip(self.running, self.sequences, self.before, chosen, strict=True):
@@ -65,7 +67,7 @@ class Check:
 
 
 class Drafting:
-    """One rank's drafter. With `num_drafts` 0 it drafts nothing, and every step makes one token per request."""
+    """One rank's drafter. If `num_drafts` is 0 it drafts nothing, and every step makes one token per request."""
 
     def __init__(
         self,
@@ -81,17 +83,17 @@ class Drafting:
         self._sequences: dict[Running, Sequence] = {}
 
     def num_rows(self, num_live: int) -> int:
-        """Rows of this rank in every pass but the first; an idle one has a dummy row."""
+        """The number of rows of this rank in every pass after the first; an idle rank has a dummy row."""
         return max(1, num_live) if self._engine.num_drafts else 0
 
     def allocate(self) -> None:
-        """The MTP layer's cache, for all tokens that the model's own can hold, and their drafts."""
+        """Allocate the MTP layer's cache, for all tokens that the model's cache can hold and their drafts."""
         if self._engine.num_drafts:
             num_tokens = self._max_tokens + self._engine.max_num_seqs * self._engine.num_drafts
             self._cache = draft_cache(self._model, num_tokens, self._engine.max_num_seqs)
 
     def begin(self, running: list[Running], sequences: list[Sequence], batch: Batch) -> Check:
-        """Before a step over the requests' next tokens."""
+        """Take snapshots before a step over the requests' next tokens."""
         before = [
             sequence.cache.snapshot(sequence) if request.drafts else None
             for request, sequence in zip(running, sequences, strict=True)
@@ -99,7 +101,7 @@ class Drafting:
         return Check(running, sequences, batch, before)
 
     def draft(self, check: Check, tokens_N: Tensor, hidden_NH: Tensor) -> None:
-        """Guess what follows the last token of each request, for its next step."""
+        """Draft the tokens after the last token of each request, for its next step."""
         running, cache = check.running, self._cache
         room = [max(0, min(self._engine.num_drafts, request.num_left - 1)) for request in running]
         num_passes = self._policy.num_passes(self._engine.num_drafts, max(room))
@@ -122,12 +124,12 @@ class Drafting:
         for request, sequence, kept, count, drafts in zip(
             running, mine, check.sequences, room, zip(*guesses, strict=True), strict=True
         ):
-            # A rank that left passes out lags behind the model; what it guesses is then worse, and nothing else.
+            # After skipped passes the drafter's cache lags behind the model's. Its drafts are then worse, but valid.
             cache.truncate(sequence, min(kept.length, sequence.length))
             request.drafts = [] if len(request.pending) > 1 else list(drafts[:count])
 
     def draft_dummy(self, tokens_N: Tensor, hidden_NH: Tensor, batch: Batch) -> None:
-        """A rank without requests takes part in the others' drafting."""
+        """Take part in the others' drafting, on a rank without requests."""
         for number in range(self._policy.num_passes(self._engine.num_drafts, None)):
             hidden_NH = self._runner.draft(number, tokens_N, hidden_NH, batch, None)
             if not number:
@@ -135,6 +137,6 @@ class Drafting:
                 tokens_N, hidden_NH = tokens_N.new_zeros(1), hidden_NH.new_zeros(1, hidden_NH.shape[1])
 
     def end(self, request: Running) -> None:
-        """The request is complete, or has to run from the beginning again."""
+        """Free the cache of a request that is complete or preempted."""
         if self._cache is not None and request in self._sequences:
             self._cache.free(self._sequences.pop(request))

@@ -1,8 +1,9 @@
-"""What a rank feeds its model in one step, and how the feeds of tensor-parallel ranks differ.
+"""Describe the tokens that a rank feeds its model in one step, and compare them between tensor-parallel ranks.
 
-The ranks of one tp group hold parts of the same layers, so they must run the same tokens of the same requests. A
-different number of tokens aborts or hangs in the first all-reduce of a layer. Different tokens of the same number give
-wrong answers, and no error. So C1 carries a hash of the feed. No torch, no communication.
+The ranks of one tp group hold parts of the same layers, so they must run the same tokens of the same requests. With
+different numbers of tokens, the first all-reduce of a layer aborts or hangs. With different tokens of the same number,
+the answers are wrong and there is no error. So the step agreement (C1) contains a hash of the feed. This file uses
+neither torch nor communication.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 DUMMY = "dummy"
-"""The request of a rank that has none."""
+"""The request id in the feed of a rank without requests."""
 
 
 @dataclass(frozen=True)
@@ -27,7 +28,7 @@ class Feed:
 
 
 def feed_hash(feeds: Sequence[Feed]) -> int:
-    """64 bits that are equal on two ranks, with near certainty, only when they run the same."""
+    """A 64-bit hash of the requests and tokens."""
     digest = hashlib.blake2b(digest_size=8)
     for feed in feeds:
         digest.update(f"{feed.request_id!r} {feed.start} {len(feed.tokens)} ".encode())
@@ -46,7 +47,7 @@ def from_text(text: str) -> tuple[Feed, ...]:
 
 
 def feed_differences(feeds_of_rank: Sequence[Sequence[Feed]], tp_size: int) -> Iterator[str]:
-    """A line for each tp group whose ranks feed differently: first the ranks that are fewest, then all others."""
+    """A line for each tp group whose ranks have different feeds; the smallest set of equal ranks comes first."""
     for first in range(0, len(feeds_of_rank), tp_size):
         sides: dict[tuple[Feed, ...], list[int]] = {}
         for rank in range(first, first + tp_size):
@@ -58,7 +59,7 @@ def feed_differences(feeds_of_rank: Sequence[Sequence[Feed]], tp_size: int) -> I
 def _difference(sides: dict[tuple[Feed, ...], list[int]]) -> str:
     ordered = sorted(sides, key=lambda feeds: (len(sides[feeds]), -sides[feeds][0]))
     words = [_describe(feeds) for feeds in ordered]
-    if len(set(words)) == 1:  # as many tokens of the same requests: name the first that differs
+    if len(set(words)) == 1:  # the same number of tokens of the same requests: name the first token that differs
         places = zip(*(_places(feeds) for feeds in ordered), strict=True)
         words = next([f"token {token} at position {position} of {name}" for name, position, token in place]
                      for place in places if len(set(place)) > 1)  # fmt: skip

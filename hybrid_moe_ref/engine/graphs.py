@@ -1,10 +1,10 @@
-"""Graphs: steps of a few sizes, captured at start and replayed while serving.
+"""Graphs: steps of a few sizes that are captured at start and replayed while serving.
 
-A captured step has a fixed number of rows and fixed collectives. A step of fewer rows is padded to a captured size, and
-all ranks must replay the same one, so mode and size are part of the step's agreement (C1). Collectives stay outside the
-graphs: what is captured on a GPU are the row-wise modules between them. On the CPU, where nothing can be captured, the
-same two passes run with the same padding. On both the collectives of the capture are kept, and a replay that
-would issue another one is refused before it does.
+A captured step has a fixed number of rows and fixed collectives. A step with fewer rows is padded to a captured size.
+All ranks must replay the same size, so mode and size are part of the step agreement (C1). Collectives are not captured:
+on a GPU, the graphs contain the row-wise modules between them. A CPU cannot capture, but runs the same passes with the
+same padding. On both, the list of the captured step's collectives is kept, and a replay that departs from it is refused
+before it issues another collective.
 
 Shapes: N rows of a step, H hidden.
 """
@@ -44,62 +44,62 @@ class Graphs:
 
     @contextlib.contextmanager
     def running(self, mode: int, size: int) -> Iterator[None]:
-        """Around the layers of a step: the first one of its mode and size is captured, later ones are replays.
+        """Run the layers of a step inside this ``with``. The first step of a mode and size is captured; others replay.
 
-        Raises ScheduleMismatch, before it is issued, for a collective that was not captured.
+        Raises ScheduleMismatch before a replay issues a collective that was not captured.
         """
         if mode == EAGER:
             yield
             return
         if not self._captured and self._comm.device.type == "cuda":  # after compilation, so that its output is captured
             self._pieces = [_Piece(module) for module in row_wise(self._model)]
-        known = self._captured.get((mode, size))
-        tape = Tape(known)
+        recorded = self._captured.get((mode, size))
+        tape = Tape(recorded)
         for piece in self._pieces:
-            piece.capturing, piece.replaying = known is None, True
+            piece.capturing, piece.replaying = recorded is None, True
         try:
-            with self._comm.taped(tape.hear):
+            with self._comm.taped(tape.on_collective):
                 yield
             tape.end()
         finally:
             for piece in self._pieces:
                 piece.replaying = False
-        self._captured.setdefault((mode, size), tuple(tape.heard))
+        self._captured.setdefault((mode, size), tuple(tape.collectives))
 
 
 class Tape:
-    """Keeps the collectives of a captured step, or holds a replay to them."""
+    """Records the collectives of a captured step, or compares those of a replay with them."""
 
     def __init__(self, recorded: Sequence[Collective] | None) -> None:
         self._recorded = recorded
-        self.heard: list[Collective] = []
+        self.collectives: list[Collective] = []
 
-    def hear(self, collective: Collective) -> None:
-        """Told of each collective before it is issued."""
-        place = len(self.heard)
+    def on_collective(self, collective: Collective) -> None:
+        """Record a collective before it is issued. Raises ScheduleMismatch if a replay departs from the capture."""
+        index = len(self.collectives)
         if self._recorded is not None:
-            planned = self._recorded[place] if place < len(self._recorded) else None
+            planned = self._recorded[index] if index < len(self._recorded) else None
             if collective != planned:
                 captured = collective_words(planned) if planned else "no further collective"
                 raise ScheduleMismatch(f"a replay would issue {collective_words(collective)}, captured is {captured}")
-        self.heard.append(collective)
+        self.collectives.append(collective)
 
     def end(self) -> None:
-        """The layers are through."""
-        if self._recorded is not None and len(self.heard) < len(self._recorded):
-            missing = collective_words(self._recorded[len(self.heard)])
+        """Check at the end of the layers that a replay has issued every captured collective."""
+        if self._recorded is not None and len(self.collectives) < len(self._recorded):
+            missing = collective_words(self._recorded[len(self.collectives)])
             raise ScheduleMismatch(f"a replay ended, but captured is {missing}")
 
 
 def padded_size(num_tokens: int, sizes: Sequence[int]) -> int | None:
-    """The smallest of the ascending `sizes` that holds the tokens, or None."""
+    """The smallest of the ascending `sizes` that is at least `num_tokens`; None if there is none."""
     return next((size for size in sizes if size >= num_tokens), None)
 
 
 def pad(tokens_N: Tensor, batch: Batch, size: int) -> tuple[Tensor, Batch]:
-    """The step with rows added up to `size`: sequences of one token that nobody remembers, so no other row sees them.
+    """Pad a step to `size` rows. Each added row is a sequence of one token, without state, so no other row sees it.
 
-    Their hidden states come last.
+    The hidden states of the added rows come last.
     """
     missing = size - batch.num_tokens
     if missing == 0:
@@ -122,14 +122,16 @@ class Half:
 
 
 def halves(num_rows: int) -> tuple[Half, Half]:
-    """How a step is split in two; the first half is the larger, the second may be empty."""
+    """Split a step in two. The first half is not smaller than the second, which may be empty."""
     middle = (num_rows + 1) // 2
     return Half(0, middle), Half(middle, num_rows)
 
 
 def part_of(batch: Batch, half: Half) -> Batch:
-    """The part of the step in one half. To be built when what comes before it has run, as a sequence that lies in
-    both halves goes on where its first part ended.
+    """The rows of the step in one half.
+
+    Build the second half after the first has run, because a sequence in both halves continues where its first part
+    ended.
     """
     sequences = batch.sequences
     if not sequences:
@@ -144,16 +146,16 @@ def part_of(batch: Batch, half: Half) -> Batch:
 
 
 def row_wise(model: HybridMoE) -> list[nn.Module]:
-    """Modules that take rows [N, H] and communicate nothing: norms, routers, shared experts, dense MLPs."""
-    found: list[nn.Module] = []
+    """The modules that take rows [N, H] and do not communicate: norms, routers, shared experts, dense MLPs."""
+    modules: list[nn.Module] = []
     for block in model.blocks:
-        found += [block.input_layernorm, block.post_attention_layernorm]
-        found += [block.mlp.gate, block.mlp.shared_expert] if isinstance(block.mlp, MoE) else [block.mlp]
-    return [m for m in found if isinstance(m, RMSNorm | Router | MLP) and not m._forward_hooks]
+        modules += [block.input_layernorm, block.post_attention_layernorm]
+        modules += [block.mlp.gate, block.mlp.shared_expert] if isinstance(block.mlp, MoE) else [block.mlp]
+    return [m for m in modules if isinstance(m, RMSNorm | Router | MLP) and not m._forward_hooks]
 
 
 class _Piece:
-    """A row-wise module whose forward is replayed as a CUDA graph, one for each number of rows."""
+    """A row-wise module whose forward is replayed as a CUDA graph, with one graph for each number of rows."""
 
     def __init__(self, module: nn.Module) -> None:
         self.capturing = self.replaying = False
@@ -177,7 +179,7 @@ class _Piece:
         input_NH = x_NH.clone()
         side = torch.cuda.Stream()
         side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):  # libraries allocate what they need before the capture, which must not
+        with torch.cuda.stream(side):  # libraries allocate memory in this run; they must not during the capture
             self._eager(input_NH)
         torch.cuda.current_stream().wait_stream(side)
         graph = torch.cuda.CUDAGraph()

@@ -1,17 +1,18 @@
-"""The server: its start-up phases as visible calls, then the serve loop.
+"""The server: its start-up phases in order, then the serve loop.
 
     load        build this rank's part of the model                      no collective
     page_setup  unify the page size of KV and recurrent state            no collective
-    prepare     builds and other local lazy work, then one vote          a small all-reduce over all ranks
-    profile     one full-size dummy step                                 C1, then the layers' (C2, C3, tp); before
-                                                                         it those of tuning, where asked for
-    compile     torch.compile, where asked for, then one vote            none, or as prepare
+    prepare     builds and other lazy local work, then one vote          a small all-reduce over all ranks
+    profile     one full-size dummy step                                 C1, then the layers' (C2, C3, tp); first
+                                                                         those of tuning, if configured
+    compile     torch.compile, if configured, then one vote              none, or as prepare
     allocate    pages for the cache                                      no collective
-    capture     two dummy steps for each captured size, where asked for  none, or as profile for each
-    serve       steps until nobody has work left                         the same; every 32nd step one more
+    capture     two dummy steps for each captured size, if configured    none, or as profile for each
+    serve       steps until no rank has work left                        as profile; one more every
+                                                                         `unfinished_interval` steps
 
-The order is vLLM's, with `prepare` put before the first model execution: what may build, autotune or fail on
-one rank alone does so before any rank depends on it.
+The order is vLLM's, but `prepare` comes before the first model execution: work that may build, tune or fail on one rank
+alone is done before any rank depends on it.
 """
 
 from __future__ import annotations
@@ -55,7 +56,7 @@ from hybrid_moe_ref.parallel.observer import ScheduleEntry
 T = TypeVar("T")
 
 ERROR_BYTES = 512
-"""How much of the first error's text is sent to every rank."""
+"""How many bytes of the first error's text are sent to every rank."""
 
 
 COULD_NOT_PREPARE = "could not prepare"
@@ -63,12 +64,13 @@ CONFIGURED_DIFFERENTLY = "the ranks are configured differently"
 
 
 class PrepareFailed(RuntimeError):
-    """A rank could not prepare, or was configured differently; raised on every rank with the same words."""
+    """A rank could not prepare, or has another configuration. Raised on every rank with the same message."""
 
 
 def _stopped(message: str) -> RuntimeError:
-    """The error for a message that stopped this rank: of a rank that could not prepare, or of one that is past that
-    phase and was refused by its guard.
+    """The error for the message with which a rank stopped this one.
+
+    PrepareFailed if that rank could not prepare; ScheduleMismatch if it is past that phase and its guard refused it.
     """
     in_prepare = COULD_NOT_PREPARE in message or CONFIGURED_DIFFERENTLY in message
     return PrepareFailed(message) if in_prepare else ScheduleMismatch(message)
@@ -78,9 +80,9 @@ class Engine:
     """One rank of the server. Constructing it runs every phase up to `serve`; :meth:`serve` runs the loop.
 
     Raises PrepareFailed on every rank when one of them cannot take part, ConfigError for sizes that do not fit, Refused
-    for what could not be kept free of deadlock, and RuntimeError for a communicator that was stopped before. A rank
-    that fails in another phase than `prepare` raises its own error, and all others raise ScheduleMismatch with its
-    text. In `serve` with checks="observe" the others do not learn of it, and wait for as long as a collective may take.
+    for a configuration that could deadlock, and RuntimeError for a communicator that was stopped before. A rank that
+    fails in a phase other than `prepare` raises its own error, and all others raise ScheduleMismatch with its text. In
+    `serve` with checks="observe" the others are not stopped, and wait until their collective's timeout.
     """
 
     def __init__(self, config: ServerConfig, comm: Communicator, policies: Policies | None = None) -> None:
@@ -92,7 +94,7 @@ class Engine:
         try:
             self._start()
         except PrepareFailed:
-            raise  # as on every other rank
+            raise  # every other rank raises it too
         except Exception as error:
             comm.guard.stop_others(error)
             raise
@@ -102,7 +104,7 @@ class Engine:
         for finding in preflight(config, self._policies):
             if comm.rank == 0:
                 print(f"[rank 0] --allow-unsafe: started although {finding}", file=sys.stderr, flush=True)
-        comm.guard.release()  # of the last step of an engine that had these ranks before
+        comm.guard.release()  # from the last step of an earlier engine on these ranks
         if config.checks == "strict":
             comm.start_preflight()
         if config.checks != "observe":
@@ -122,7 +124,7 @@ class Engine:
         return run()
 
     def _load(self) -> tuple[HybridMoE, ModelRunner]:
-        """The model is cut while it has no memory yet, so no rank ever holds the whole."""
+        """Build this rank's part of the model. It is cut on the meta device, so no rank ever holds the whole model."""
         dtype = getattr(torch, self.config.engine.dtype)
         model = HybridMoE(self.config.served_model, device="meta", dtype=dtype)
         context = apply_layout(model, self.comm, self.config.parallel, self._policies.dispatch, self._policies.adder)
@@ -135,8 +137,7 @@ class Engine:
         return model, ModelRunner(model, context, self.comm, self._policies, self.config)
 
     def _take_first_uses(self) -> None:
-        """From here on modules that this process uses for the first time are loaded as this engine's policies say,
-        whichever engines were started in this process after it."""
+        """Load modules at their first use by this engine's policies, not by those of an engine that started later."""
         on_first_use(lambda extension: self._policies.builds.first_use(extension, self._build_place()))
 
     def _page_setup(self) -> PageLayout:
@@ -149,34 +150,34 @@ class Engine:
     def _prepare(self) -> None:
         place = self._build_place()
 
-        def sign_of_life() -> None:
+        def heartbeat() -> None:
             self.comm.observer.local("heartbeat", "prepares kernels")
             place.check()
 
         def work() -> None:
-            registry.prepare(sign_of_life)
+            registry.prepare(heartbeat)
             self._policies.builds.prepare(self._extensions, place)
             self._policies.builds.warm_up(self.runner.warm_up)
 
         self._all_or_none(work)
 
     def _all_or_none(self, work: Callable[[], None]) -> None:
-        """Do local work that may fail or take long, then vote: all go on, or all stop with the first error."""
+        """Do local work that may fail or take long, then vote: all ranks continue, or all stop with the first error."""
         self.comm.guard.finish()
         error = ""
         try:
             work()
         except ScheduleMismatch:
             pass  # the rank that stopped the others published the reason
-        except Exception as failure:  # ranks that still work learn of it at once, and all ranks in the vote
+        except Exception as failure:  # stops ranks that still work at once, and all ranks in the vote
             error = f"{type(failure).__name__}: {failure}"
             self.comm.stop_all(f"rank {self.comm.rank} {COULD_NOT_PREPARE}: {error}")
         try:
-            # The vote waits for ranks that still build or compile, however short the time limit of a collective is. It
-            # takes this way whatever `checks` is, because how the ranks vote cannot depend on what they vote on.
+            # The vote waits for ranks that still build or compile, even if the timeout of a collective is shorter. It
+            # does so whatever `checks` is: the vote compares configurations, so it must not depend on them.
             with self.comm.patiently(DEADLINE_S):
                 self._vote(error)
-        except (ScheduleMismatch, PrepareFailed) as stopped:  # the same message, whichever way it came
+        except (ScheduleMismatch, PrepareFailed) as stopped:  # the published message is the same on all ranks
             raise _stopped(self.comm.stopped_by() or str(stopped)) from None
         if message := self.comm.stopped_by():
             raise _stopped(message)
@@ -214,22 +215,20 @@ class Engine:
         return numbers
 
     def _profile(self) -> None:
-        """Tuning, where asked for; then the first model execution: every rank brings as many dummy tokens as a step may
-        ever hold.
-        """
+        """Tune, if configured. Then run the model for the first time, with the most tokens that a step may have."""
         if self.config.engine.autotune and self.config.model.num_experts:
             self._policies.tuning.tune(self._tuner())
         self._execute_dummy(self.config.engine.max_num_batched_tokens, may_replay=False)
 
     def _tuner(self) -> ExpertTuner:
-        """For the rows that the experts see in a decode step and in a full one."""
+        """A tuner for the numbers of rows that the experts process in a decode step and in a full step."""
         engine, parallel = self.config.engine, self.config.parallel
         num_senders = parallel.dp_size if parallel.expert_parallel else 1
         rows = (engine.max_num_seqs * num_senders, engine.max_num_batched_tokens * num_senders)
         return ExpertTuner(self.model, self.comm, rows, engine.cache_dir, self._declare)
 
     def _declare(self, schedule: tuple[ScheduleEntry, ...]) -> None:
-        """A step without a model execution."""
+        """Begin a step with this schedule and without a model execution."""
         self.runner.declare(self._plan([], 0, False), schedule)
 
     def _compile(self) -> None:
@@ -238,7 +237,7 @@ class Engine:
             self._all_or_none(lambda: self._policies.compilation.prepare(compiler))
 
     def _capture(self) -> None:
-        """For each size, largest first, a step that warms up and one that is captured; all ranks do the same."""
+        """Run a warm-up step and a captured step for each size, largest first, on all ranks."""
         for size in reversed(self.config.engine.graph_sizes):
             self._execute_dummy(size, may_replay=False)
             self._execute_dummy(size)
@@ -253,9 +252,9 @@ class Engine:
     def serve(
         self, requests: Iterable[Request], on_token: Callable[[str, int], None] | None = None
     ) -> dict[str, list[int]]:
-        """Serve this rank's requests greedily, and keep step with the others until no rank has work left.
+        """Serve this rank's requests greedily, and take part in every step until no rank has work left.
 
-        on_token: called with the request's id and each new token as it comes
+        on_token: called with the request's id and each new token
 
         Returns the new tokens of each request by its id. Raises ConfigError for a request that cannot be served, and
         when the kernels of the process are no longer those that this engine was started with.
@@ -301,7 +300,7 @@ class Engine:
     def _execute_live(
         self, scheduler: Scheduler, running: list[Running], sequences: dict[Running, Sequence], asks: bool
     ) -> NewTokens:
-        """One step of this rank's requests; the new tokens of each."""
+        """Run one step of this rank's requests; return the new tokens of each."""
         for request in running:
             if request not in sequences:
                 sequences[request] = self.cache.allocate()
@@ -321,17 +320,17 @@ class Engine:
         return [(r.request.request_id, token) for r, new in zip(running, new_tokens, strict=True) for token in new]
 
     def _make_room(self, scheduler: Scheduler, sequences: dict[Running, Sequence]) -> None:
-        """Preempt requests that the cache has no pages for; they wait, and run from the beginning again."""
+        """Preempt requests for which the cache lacks pages. They wait, and then run from the beginning again."""
         self._release(scheduler.make_room(), sequences)
 
     def _release(self, requests: list[Running], sequences: dict[Running, Sequence]) -> None:
-        """Give back what the cache holds of requests."""
+        """Free the cache pages of these requests."""
         for request in requests:
             self.cache.free(sequences.pop(request))
             self._drafting.end(request)
 
     def _execute_dummy(self, num_tokens: int, asks_unfinished: bool = False, may_replay: bool = True) -> None:
-        """A rank with nothing to run still takes part in every collective of the step."""
+        """Run a step with dummy tokens: a rank without requests takes part in every collective."""
         feeds = [Feed(DUMMY, 0, (0,) * num_tokens)]
         plan = self._plan(feeds, 0, asks_unfinished, may_replay)
         tokens_N = torch.zeros(num_tokens, dtype=torch.long, device=self.comm.device)
@@ -340,7 +339,7 @@ class Engine:
             self._drafting.draft_dummy(tokens_N, self.runner.execute(plan, tokens_N, batch, None, feeds), batch)
 
     def _plan(self, feeds: list[Feed], num_live: int, asks_unfinished: bool, may_replay: bool = True) -> StepPlan:
-        """What this rank would like: a graph if one holds its tokens, else two halves if there are enough of them."""
+        """This rank's proposal for the step: a graph if one is large enough; two halves if there are enough tokens."""
         engine, num_tokens = self.config.engine, sum(len(feed.tokens) for feed in feeds)
         padded = padded_size(num_tokens, engine.graph_sizes) if may_replay else None
         plan = StepPlan(

@@ -1,6 +1,7 @@
-"""A whole server on this machine for one prompt: its ranks are forked and meet through a file.
+"""Run a whole server on this machine for one prompt. Its ranks are forked and use a file for their rendezvous.
 
-Rank 0 holds the request and prints; dp ranks without one run dummy batches, tp ranks of rank 0 run it too.
+Rank 0 has the request and prints the text. The tp ranks of rank 0 run the same request; other dp ranks run dummy
+batches.
 """
 
 from __future__ import annotations
@@ -24,12 +25,14 @@ from hybrid_moe_ref.parallel.store import loopback_store
 def generate(
     server: ServerConfig, request: Request, device: str, on_token: Callable[[int], None], on_end: Callable[[], None]
 ) -> None:
-    """Serve one request on forked ranks. In rank 0's process ``on_token`` is called with each new token, and then
-    ``on_end``.
+    """Serve one request on forked ranks.
 
-    device: "cpu", or "cuda" for one GPU per rank as far as they go round. Must be called before CUDA is used.
+    Must be called before this process uses CUDA. Raises ChildProcessError with the first rank's error, and ends the
+    others.
 
-    Raises ChildProcessError with the first rank's error; the others are ended.
+    device     "cpu", or "cuda"; with fewer GPUs than ranks, ranks share GPUs
+    on_token   called in rank 0's process with each new token
+    on_end     called in rank 0's process after the last token
     """
     if device == "cpu":
         os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
@@ -74,5 +77,5 @@ def _run_rank(
         on_end()
     comm.close()
     meeting.set(f"left/{rank}", "")
-    if rank == 0:  # the others may still look something up in a store that this process holds
+    if rank == 0:  # the others may still use a store that this process serves
         meeting.wait([f"left/{other}" for other in range(num_ranks)])

@@ -1,6 +1,6 @@
-"""What one step is going to do: its plan, the collectives it will issue, and what the ranks agreed on.
+"""The plan of one step: this rank's proposal, the step agreement of the ranks, and the resulting collectives.
 
-Pure arithmetic on integers: no torch, no communication.
+Pure arithmetic on integers, without torch or communication.
 """
 
 from __future__ import annotations
@@ -14,34 +14,34 @@ from hybrid_moe_ref.parallel.schedule import schedule_hash
 
 EAGER = 0
 GRAPH = 1
-"""Modes of a step: eager, with the tokens as they are, or a graph that is replayed at a padded size. The ranks take the
-lowest that one of them asks for."""
+"""Modes of a step: eager, without padding, or the replay of a graph of a padded size. All ranks use the lowest mode
+that any of them proposes."""
 
 STEP_AGREEMENT = "step"
 ANYONE_UNFINISHED = "unfinished"
-"""How events name the all-reduce that begins a step, and the one that asks whether any rank has work left."""
+"""The names in events of the all-reduce that begins a step, and of the one that asks whether any rank has work left."""
 
 TUNING_VOTE = ScheduleEntry("ep", "all_reduce", "autotune.vote")
 
 RECURRENT = {"G": "gated_delta_net", "M": "mamba2"}
-"""Layer kinds that carry state from token to token, and how events name them."""
+"""The layer kinds with recurrent state, and their names in events."""
 
 
 @dataclass(frozen=True)
 class StepPlan:
-    """What one rank wants of a step, before it knows the others.
+    """One rank's proposal for a step, before the step agreement.
 
-    step                 number of the model execution, counted alike on all ranks
-    num_tokens           rows this rank brings; a rank with nothing scheduled brings a dummy batch of one
-    num_live             requests among them; 0 for a dummy batch
-    padded_tokens        rows it would bring to a graph; 0 for no more than its own
-    mode                 graph mode this rank could run
+    step                 number of the model execution, the same on all ranks
+    num_tokens           rows of this rank; a rank without requests has a dummy batch of one row
+    num_live             number of live requests; 0 for a dummy batch
+    padded_tokens        rows after padding to a graph's size; 0 for no padding
+    mode                 graph mode that this rank could run
     wants_microbatch     whether this rank would split the step in two
     asks_unfinished      whether the step ends with the "anyone unfinished?" all-reduce
-    schedule_hash        64 bits of the schedule that this rank is about to run
-    draft_rows           rows this rank brings to each pass of the drafter after its first, which has the step's rows
-    feed_hash            64 bits of the requests and tokens of this step, which the ranks of one tp group share; 0
-                         where every rank has requests of its own
+    schedule_hash        64-bit hash of the schedule that this rank is about to run
+    draft_rows           rows of this rank in each pass of the drafter after the first, which has the step's rows
+    feed_hash            64-bit hash of the requests and tokens of this step, equal on the ranks of a tp group; 0 if
+                         tp_size is 1
     """
 
     step: int
@@ -56,9 +56,9 @@ class StepPlan:
     feed_hash: int = 0
 
     def row(self) -> list[int]:
-        """This rank's column of C1: tokens, padded tokens, wants-microbatch, graph mode, the drafter's rows, and the
-        hashes of schedule and feed in four parts of 16 bits each, so that a sum over columns of zeros stays exact in
-        int32.
+        """This rank's column of C1: tokens, padded tokens, wants-microbatch, graph mode, draft rows, and two hashes.
+
+        The hashes of schedule and feed have four parts of 16 bits each, so that every number fits into int32.
         """
         padded = max(self.num_tokens, self.padded_tokens)
         numbers = [self.num_tokens, padded, int(self.wants_microbatch), self.mode, self.draft_rows]
@@ -67,12 +67,14 @@ class StepPlan:
 
 @dataclass(frozen=True)
 class AgreedStep:
-    """What all ranks agreed on in C1; equal on every rank, so everything decided from it is decided alike.
+    """The result of the step agreement (C1). It is equal on every rank, and so is every decision that follows from it.
 
     sizes          rows of each dp rank
+    mode           graph mode of the step
+    microbatch     whether the step is split in two
     same_schedule  whether all ranks that agreed are about to run the same schedule
     same_feed      whether the ranks of each tp group run the same tokens of the same requests
-    draft_sizes    rows of each dp rank in the drafter's first pass, which is never padded, and in those after it
+    draft_sizes    rows of each dp rank in the drafter's first pass, which is never padded, and in the later passes
     """
 
     sizes: tuple[int, ...]
@@ -84,11 +86,12 @@ class AgreedStep:
 
 
 def resolve(rows: Sequence[Sequence[int]], tp_size: int = 1) -> AgreedStep:
-    """Turn the C1 matrix, int[13][ranks that agree], into one decision: mode is the MIN, and the sizes are padded to
-    the MAX only when a graph is replayed (mode is not eager), else they stay uneven. Eager steps are split in two when
-    all want it.
+    """Turn the C1 matrix, int[13][ranks that agree], into one decision.
 
-    tp_size: so many columns after one another are of one tp group, which brings its rows once
+    The mode is the MIN. If a graph is replayed (mode is not eager), the sizes are padded to the MAX; else they stay
+    uneven. An eager step is split in two if all ranks want it.
+
+    tp_size: number of consecutive columns of one tp group; the rows of a group count once
     """
     tokens, padded, wants_microbatch, modes, draft_rows, *hash_parts = rows
     schedules, feeds = (list(zip(*parts, strict=True)) for parts in (hash_parts[:4], hash_parts[4:]))
@@ -110,11 +113,11 @@ def _parts(number: int) -> list[int]:
 
 @dataclass(frozen=True)
 class StepSchedules:
-    """The collectives that each kind of step of one rank issues, in order. Each is made once.
+    """The collectives that each kind of step issues on one rank, in order. Each schedule is computed once.
 
-    group    the ranks that agree on a step
-    forward  those of one forward pass
-    drafts   those of all passes of the drafter
+    group    the group whose ranks agree on a step
+    forward  the collectives of one forward pass
+    drafts   the collectives of all passes of the drafter
     """
 
     group: str
@@ -123,20 +126,23 @@ class StepSchedules:
 
     @cached_property
     def agreement(self) -> tuple[ScheduleEntry, ...]:
-        """What every step begins with."""
+        """The collective with which every step begins."""
         return (ScheduleEntry(self.group, "all_reduce", STEP_AGREEMENT),)
 
     def rest(self, asks_unfinished: bool, microbatch: bool) -> tuple[ScheduleEntry, ...]:
-        """What comes after the agreement: the forward pass, twice where the step is split in two, the passes of the
-        drafter, and the question every so often."""
+        """The collectives after the agreement.
+
+        They are those of the forward pass (twice if the step is split in two), of the drafter's passes, and the
+        all-reduce "unfinished" if the step asks.
+        """
         return self._rests[asks_unfinished, microbatch]
 
     def whole(self, asks_unfinished: bool) -> tuple[ScheduleEntry, ...]:
-        """A step that is not split in two."""
+        """All collectives of a step that is not split in two."""
         return self._wholes[asks_unfinished]
 
     def hash(self, asks_unfinished: bool) -> int:
-        """64 bits of `whole`."""
+        """The 64-bit hash of `whole`."""
         return self._hashes[asks_unfinished]
 
     @cached_property
@@ -158,7 +164,7 @@ class StepSchedules:
 
 
 def first_recurrent_layer(layer_pattern: str) -> tuple[int, str] | None:
-    """Index of the first layer that carries state, and its name in events; None where no layer does."""
+    """(index, name in events) of the first layer with recurrent state; None if no layer has any."""
     for index, kind in enumerate(layer_pattern):
         if kind in RECURRENT:
             return index, f"layers.{index}.{RECURRENT[kind]}"

@@ -1,6 +1,6 @@
-"""The decisions of the engine that several ranks must take alike, each a small object that can be swapped.
+"""The decisions of the engine that must be the same on several ranks, each as a small object that can be replaced.
 
-These are the right ones. A policy may communicate only through what it is handed.
+These are the correct ones; `repro.lab.scenarios` has faulty ones. A policy may communicate only through its arguments.
 """
 
 from __future__ import annotations
@@ -19,17 +19,17 @@ if TYPE_CHECKING:
     from hybrid_moe_ref.engine.compilation import Compiler
 
 Exchange = Callable[[StepPlan, str], AgreedStep]
-"""C1 itself: (own plan, layer that asks) -> what the plans of all ranks come to. One all-reduce."""
+"""The step agreement C1: (own plan, layer that asks) -> the result for all ranks' plans. One all-reduce."""
 
 NewTokens = list[tuple[str, int]]
-"""(request id, token) of one step of one rank."""
+"""The (request id, token) pairs of one step of one rank."""
 
 
 class StepAgreement:
     """How the ranks agree on a step.
 
-    One agreement per step: later callers within the step get the same answer without a collective. Only ranks that
-    happen to ask would join a second one, and no rank can know whether the others will.
+    There is one agreement per step: later callers within the step get the same answer without a collective. A second
+    collective would be joined only by the ranks that ask again, and no rank can know whether the others will.
     """
 
     def __init__(self) -> None:
@@ -37,7 +37,7 @@ class StepAgreement:
         self._agreed: AgreedStep | None = None
 
     def agree(self, plan: StepPlan, exchange: Exchange, layer: str) -> AgreedStep:
-        """What all ranks do in ``plan.step``; ``layer`` says who asks."""
+        """The agreed step for ``plan.step``. layer: the layer that asks."""
         if self._agreed is None or plan.step != self._step:
             self._agreed = exchange(plan, layer)
             self._step = plan.step
@@ -45,53 +45,53 @@ class StepAgreement:
 
 
 class StateBinding:
-    """How a recurrent layer comes by the step's metadata when it binds its state.
+    """How a recurrent layer gets the step's metadata when it binds its state.
 
-    The engine asks at the first recurrent layer of every step. What the step agreed on before the model ran
-    stands; binding state is local.
+    The engine calls this at the first recurrent layer of every step. The agreement from before the model ran stays
+    valid, so binding state is local.
     """
 
     def bind(self, plan: StepPlan, agreed: AgreedStep, rebuild: Callable[[], AgreedStep]) -> AgreedStep:
-        """The metadata to run with: ``agreed``. ``rebuild`` would ask the step's agreement once more."""
+        """The metadata to run with: ``agreed``. Calling ``rebuild`` would ask for the step's agreement again."""
         return agreed
 
 
 class GraphChoice:
     """Whether a step replays a graph, and of which size.
 
-    What a rank could run is a wish, which C1 carries. What the ranks agreed on is what each of them runs.
+    A rank proposes in C1 what it could run. It then runs what the ranks agreed on.
     """
 
     def choose(self, plan: StepPlan, agreed: AgreedStep) -> AgreedStep:
-        """The step as this rank runs it: ``agreed``."""
+        """The mode and sizes with which this rank runs the step: those of ``agreed``."""
         return agreed
 
 
 class Tuning:
-    """How the ranks come by a choice of kernels: by what every one of them remembers, else they measure together."""
+    """How the ranks choose tactics: from their saved choices if every rank has one, else by timing together."""
 
     def tune(self, tuner: ExpertTuner) -> None:
-        """Choose, and put the choice to use; called on every rank at the same point of its start."""
+        """Choose, and use the choice. Called on every rank at the same point of its start."""
         chosen = self.load(tuner)
         tuner.declare((TUNING_VOTE,))
-        everyone_remembers = tuner.vote(chosen is not None)
-        if chosen is None or not everyone_remembers:
+        all_have_one = tuner.vote(chosen is not None)
+        if chosen is None or not all_have_one:
             tuner.declare(tuner.timings)
             chosen = tuner.time_all()
             self.save(tuner, chosen)
         tuner.use(chosen)
 
     def load(self, tuner: ExpertTuner) -> Chosen | None:
-        """What this rank remembers."""
+        """This rank's saved choice, or None."""
         return tuner.load(f"rank{tuner.rank}.json", tuner.key)
 
     def save(self, tuner: ExpertTuner, chosen: Chosen) -> None:
-        """Remember a choice, each rank in a file of its own."""
+        """Save a choice, each rank in its own file."""
         tuner.save(f"rank{tuner.rank}.json", tuner.key, chosen)
 
 
 class Compilation:
-    """Who compiles, and when: every rank, before the step in which others would wait for it."""
+    """Which ranks compile, and when: every rank, before a step in which others would wait for it."""
 
     def prepare(self, compiler: Compiler) -> None:
         """Called on every rank in the phase `compile`, which ends in a vote."""
@@ -99,10 +99,13 @@ class Compilation:
 
 
 class IdlePolicy:
-    """What a rank with nothing to run does in a step: it takes part, with as few rows as the kernels allow."""
+    """What a rank without requests does in a step: it takes part, with as few rows as the kernels allow."""
 
     def dummy_tokens(self, unfinished: bool) -> int | None:
-        """Rows of its dummy batch; 0 is legal, None leaves the loop. ``unfinished``: requests are still to arrive."""
+        """The number of rows of its dummy batch. 0 is legal; None ends the serve loop.
+
+        unfinished: whether requests will still arrive at this rank
+        """
         return 1
 
     def run(self, execute: Callable[[], None]) -> None:
@@ -111,7 +114,7 @@ class IdlePolicy:
 
 
 class Ballot:
-    """What a rank says of itself in the vote that ends `prepare`."""
+    """What a rank reports about its configuration in the vote that ends `prepare`."""
 
     def digest(self, config: ServerConfig) -> int:
         """A number that is equal on all ranks only when they were started with the same configuration."""
@@ -119,9 +122,9 @@ class Ballot:
 
 
 class Preemption:
-    """When a rank whose cache is full makes room: before the step, so that what it brings is what the ranks agree on.
+    """When a rank whose cache is full preempts: before the step, so that its rows are those that the ranks agree on.
 
-    ``make_room`` preempts this rank's youngest requests, if need be, until the others have their pages.
+    ``make_room`` preempts this rank's youngest requests, if necessary, until the others have their pages.
     """
 
     def before_step(self, make_room: Callable[[], None]) -> None:
@@ -129,23 +132,28 @@ class Preemption:
         make_room()
 
     def run(self, step: Callable[[], NewTokens], make_room: Callable[[], None]) -> NewTokens:
-        """Run the step; returns its new tokens by request. An error in it fails this rank, and the others with it."""
+        """Run the step; return its new tokens by request. An error in it fails this rank, and the others with it."""
         return step()
 
 
 class DraftPolicy:
-    """How often a rank runs the drafter after a step's forward pass. The drafter has experts, so its passes are
-    collective like the step's own."""
+    """How often a rank runs the drafter after a step's forward pass.
+
+    The drafter has experts, so its passes are collective, like the forward pass.
+    """
 
     def num_passes(self, num_drafts: int, room: int | None) -> int:
-        """As many on every rank, needed or not: ``num_drafts``, which is the server's setting. ``room`` is how many
-        drafts could still serve a request of this rank, 0 when all are about to end, None when it has none."""
+        """The number of passes: ``num_drafts``, a setting of the server, on every rank, whether needed or not.
+
+        room: the most drafts that a request of this rank can still use; 0 if all requests are about to end, None
+        without requests
+        """
         return num_drafts
 
 
 @dataclass(frozen=True)
 class Policies:
-    """One of each. Stateful ones belong to one engine, so make a new set for every engine."""
+    """One policy of each kind. Some have state, so every engine needs its own set."""
 
     agreement: StepAgreement = field(default_factory=StepAgreement)
     binding: StateBinding = field(default_factory=StateBinding)

@@ -1,12 +1,12 @@
-"""What is refused before a server starts, because nothing would keep its ranks from waiting for each other for ever.
+"""Refuse, before a server starts, a configuration whose ranks could deadlock.
 
     preflight(config)                 raises Refused, one line, with the flag to change
-    preflight(config, policies)       also tries the policies: on a rank with requests, an idle one, one that finds its
-                                      cache and one that does not
+    preflight(config, policies)       also tries the policies: on a rank with requests, on an idle one, on one with a
+                                      tuning cache and on one without
 
-A policy must lead every rank to the same collectives whatever is particular to the rank. It is tried by calling it:
-what it would communicate goes to a stand-in that only counts. That finds what is known to go wrong, not all that may;
-the schedule guard is there for the rest. No torch, no communication.
+A policy must lead every rank to the same collectives, whatever the state of that rank is. The trial calls the policy
+with a stand-in that only counts collectives. This finds the known faults, not all possible ones; the schedule guard
+refuses the others while the server runs. This file uses neither torch nor communication.
 """
 
 from __future__ import annotations
@@ -27,34 +27,34 @@ NUM_RANKS = 2  # of the trials
 
 
 class Refused(ConfigError):
-    """A server that could not be kept free of deadlock; the text says why, and what to change."""
+    """A configuration that could deadlock; the text says why, and what to change."""
 
 
 def preflight(config: ServerConfig, policies: Policies | None = None) -> list[str]:
     """Raise Refused with the first finding; with `config.allow_unsafe` return all findings instead."""
-    found = list(findings(config, policies))
-    if found and not config.allow_unsafe:
-        raise Refused(f"{found[0]} (--allow-unsafe starts it all the same)")
-    return found
+    reasons = list(findings(config, policies))
+    if reasons and not config.allow_unsafe:
+        raise Refused(f"{reasons[0]} (--allow-unsafe starts it all the same)")
+    return reasons
 
 
 def findings(config: ServerConfig, policies: Policies | None = None) -> Iterator[str]:
-    """A line for each thing that may leave ranks waiting for each other."""
+    """A line for each setting or policy that could make the ranks deadlock."""
     yield from _unagreed(config)
     if policies is not None:
-        for tried in (
+        for trial in (
             _leaves_when_idle,
             _agrees_on_some_ranks_only,
             _chooses_its_own_graph,
             _tunes_without_vote,
             _preempts_late,
         ):
-            with contextlib.suppress(Exception):  # a policy that cannot be tried outside a server shows nothing
-                yield from list(tried(config, policies))
+            with contextlib.suppress(Exception):  # a policy that fails outside of a server yields no finding
+                yield from list(trial(config, policies))
 
 
 def _unagreed(config: ServerConfig) -> Iterator[str]:
-    """Expert parallelism, or graphs, over layers that carry state, and nothing that compares the ranks' schedules."""
+    """Yield a finding if expert parallelism or graphs run layers with recurrent state without comparing schedules."""
     parallel = config.parallel
     exchanges = parallel.expert_parallel and parallel.dp_size > 1 and config.model.num_experts > 0
     kinds = [RECURRENT[kind] for kind in RECURRENT if kind in config.model.layer_pattern]
@@ -68,15 +68,16 @@ def _unagreed(config: ServerConfig) -> Iterator[str]:
 
 
 def _leaves_when_idle(config: ServerConfig, policies: Policies) -> Iterator[str]:
+    """Yield a finding if a rank without requests would stop taking part."""
     if policies.idle.dummy_tokens(unfinished=False) is None:
         yield (
-            f"{_name(policies.idle)}: a rank without requests would leave while others still count on it: "
+            f"{_name(policies.idle)}: a rank without requests would leave while others still wait for it: "
             "an idle rank must run a dummy batch (policies.idle)"
         )
 
 
 def _agrees_on_some_ranks_only(config: ServerConfig, policies: Policies) -> Iterator[str]:
-    """Binding recurrent state must not cost a collective on ranks with requests that idle ones never issue."""
+    """Yield a finding if binding recurrent state takes a collective on ranks with requests and none on idle ranks."""
     layer = first_recurrent_layer(config.model.layer_pattern)
     if layer is None:
         return
@@ -90,7 +91,7 @@ def _agrees_on_some_ranks_only(config: ServerConfig, policies: Policies) -> Iter
 
 
 def _exchanges(policies: Policies, plan: StepPlan, layer: str) -> int:
-    """How often a rank with this plan would communicate from the agreement to the binding of its state."""
+    """How many agreements a rank with this plan would issue, from the step agreement to the binding of its state."""
     count = 0
 
     def exchange(plan: StepPlan, asker: str) -> AgreedStep:
@@ -104,21 +105,21 @@ def _exchanges(policies: Policies, plan: StepPlan, layer: str) -> int:
 
 
 def _chooses_its_own_graph(config: ServerConfig, policies: Policies) -> Iterator[str]:
-    """A rank that could replay a graph, while another could not: all run eagerly."""
+    """Yield a finding if a rank would replay a graph although the ranks agreed to run eagerly."""
     plan = StepPlan(-1, 1, 1, padded_tokens=4, mode=GRAPH)
     agreed = AgreedStep((1, 9), EAGER, False)
     if config.engine.mode == "graphs" and policies.graphs.choose(plan, agreed) != agreed:
         yield (
-            f"{_name(policies.graphs)}: graph mode is not supported where each rank chooses it by itself: run what the "
+            f"{_name(policies.graphs)}: graph mode is not supported if each rank chooses it by itself: run what the "
             "ranks agreed on (policies.graphs), or use engine.mode = eager"
         )
 
 
 def _tunes_without_vote(config: ServerConfig, policies: Policies) -> Iterator[str]:
-    """A rank that remembers its tuning while another does not."""
+    """Yield a finding if a rank with a saved tuning result would skip the timings that another rank needs."""
     if not config.engine.autotune:
         return
-    tuner = _OneRemembers()
+    tuner = _OneHasSaved()
     policies.tuning.tune(cast("ExpertTuner", tuner))
     if not tuner.timed:
         yield (
@@ -128,7 +129,7 @@ def _tunes_without_vote(config: ServerConfig, policies: Policies) -> Iterator[st
 
 
 def _preempts_late(config: ServerConfig, policies: Policies) -> Iterator[str]:
-    """A rank that finds its cache full only in the step that the others count on it in."""
+    """Yield a finding if a rank would not preempt before the step agreement."""
     calls: list[str] = []
     policies.preemption.before_step(lambda: calls.append("make room"))
     if not calls:
@@ -138,8 +139,8 @@ def _preempts_late(config: ServerConfig, policies: Policies) -> Iterator[str]:
         )
 
 
-class _OneRemembers:
-    """Stands in for the tuner of a rank that has a cache, among others that have none."""
+class _OneHasSaved:
+    """A stand-in for the tuner of a rank that has a saved choice, while the other ranks have none."""
 
     rank, key, timings = 0, "", ()
 
@@ -147,7 +148,7 @@ class _OneRemembers:
         self.timed = False
 
     def load(self, file_name: str, key: str) -> dict[int, str]:
-        return {1: "remembered"}
+        return {1: "saved"}
 
     def vote(self, mine: bool) -> bool:
         return False

@@ -1,4 +1,4 @@
-"""One model execution on one rank: agree, run, and keep the layers' view of the other ranks up to date.
+"""Run one model execution on one rank: agree on the step, give the layers the agreed sizes, and run the model.
 
 Shape suffixes: N tokens of this rank in the step, H hidden.
 """
@@ -36,7 +36,7 @@ from hybrid_moe_ref.parallel.schedule import first_difference, schedule_words
 
 
 class ModelRunner:
-    """Runs steps of a model in any layout; all ranks must execute the same steps in the same order."""
+    """Runs steps of a model in any layout. All ranks must execute the same steps in the same order."""
 
     def __init__(
         self, model: HybridMoE, context: ForwardContext, comm: Communicator, policies: Policies, config: ServerConfig
@@ -47,7 +47,7 @@ class ModelRunner:
         self._comm = comm
         self._policies = policies
         self._agree_on_schedules = config.checks != "observe"
-        # Ranks that only observe agree as vLLM's do: tp ranks trust each other to run the same.
+        # With checks "observe" the ranks agree as in vLLM: the agreement does not compare the ranks of a tp group.
         self.agreeing = comm.everyone if self._agree_on_schedules else "dp"
         self._tp_size = config.parallel.tp_size if self._agree_on_schedules else 1
         self.schedules = StepSchedules(
@@ -60,14 +60,14 @@ class ModelRunner:
     def execute(
         self, plan: StepPlan, tokens_N: Tensor, batch: Batch, cache: HybridCache | None, feeds: Sequence[Feed] = ()
     ) -> Tensor:
-        """Run one step and return hidden states [N, H]. ``feeds`` says whose tokens these are.
+        """Run one step and return hidden states [N, H]. feeds: the requests of the tokens.
 
-        Raises ScheduleMismatch on every rank when their schedules differ, the ranks of a tp group feed differently, or
-        a rank leaves its schedule.
+        Raises ScheduleMismatch on every rank when their schedules differ, when the ranks of a tp group have different
+        feeds, or when a rank departs from its schedule.
         """
         schedule = self.schedules.whole(plan.asks_unfinished)
         self._plan = dataclasses.replace(plan, schedule_hash=self.schedules.hash(plan.asks_unfinished))
-        # Whether the step is split, and so issues its collectives twice, is known once the ranks have agreed.
+        # Only the agreement decides whether the step is split, and so issues its collectives twice.
         self.declare(self._plan, self.schedules.agreement if self._may_split else schedule)
         self._agreed = self._agree(STEP_AGREEMENT)
         if self._agree_on_schedules and not self._agreed.same_schedule:
@@ -90,19 +90,19 @@ class ModelRunner:
             return self._model.step(padded_N, padded, cache)[: batch.num_tokens]
 
     def declare(self, plan: StepPlan, schedule: tuple[ScheduleEntry, ...]) -> None:
-        """Begin a step that issues this schedule: pass it to the observer, and make the guard hold this rank to it."""
+        """Begin a step with this schedule: report it to the observer, and give it to the guard to enforce."""
         self._comm.observer.begin_step(plan.step, schedule, plan.num_live)
         if self._agree_on_schedules:
             self._comm.guard.begin(plan.step, schedule)
 
     def _set_sizes(self, sizes: tuple[int, ...]) -> None:
-        """The layers read them, and the guard holds this rank to them."""
+        """Give the sizes to the layers, and to the guard to enforce."""
         self._context.sizes = sizes
         if self._agree_on_schedules:
             self._comm.guard.agree("ep", self._context.ep_sizes)
 
     def _execute_halves(self, tokens_N: Tensor, batch: Batch, cache: HybridCache | None) -> Tensor:
-        """Both halves of every rank run one after the other: two dispatches and combines a layer."""
+        """Run both halves of the step one after the other, with two dispatches and combines per layer."""
         hidden = []
         splits = [halves(size) for size in self._agreed.sizes]
         for index, half in enumerate(splits[self._comm.group_rank("dp")]):
@@ -113,17 +113,17 @@ class ModelRunner:
     def draft(
         self, number: int, tokens_N: Tensor, hidden_NH: Tensor, batch: Batch, cache: HybridCache | None
     ) -> Tensor:
-        """Pass ``number`` of the drafter, after the step: hidden states [N, H], see :meth:`HybridMoE.draft`."""
+        """Run pass ``number`` of the drafter; return hidden states [N, H], see :meth:`HybridMoE.draft`."""
         self._set_sizes(self._agreed.draft_sizes[min(number, 1)])
         return self._model.draft(tokens_N, hidden_NH, batch, cache)
 
     def leave(self) -> None:
-        """Called by a rank that would stop on its own account; raises ScheduleMismatch if it is held to the others."""
+        """Called by a rank that wants to end its serve loop alone. Raises ScheduleMismatch if the guard is active."""
         if self._agree_on_schedules:
             self._comm.guard.leave()
 
     def _raise_mismatch(self, schedule: tuple[ScheduleEntry, ...]) -> NoReturn:
-        """Exchange the schedules and stop. All ranks know that they differ and come here, so they can communicate."""
+        """Exchange the schedules and stop. All ranks know of the mismatch and call this, so they can communicate."""
         self._comm.guard.release()
         words = self._comm.all_gather_text(self.agreeing, "\n".join(schedule_words(schedule)), layer="mismatch")
         index, sides = first_difference([lines.splitlines() for lines in words])
@@ -132,7 +132,7 @@ class ModelRunner:
         raise ScheduleMismatch(self._comm.stop_all(message))
 
     def _raise_feed_mismatch(self, feeds: Sequence[Feed]) -> NoReturn:
-        """The same for tp ranks that were given different requests, or scheduled different ones."""
+        """Exchange the feeds and stop, when the ranks of a tp group have different requests or tokens."""
         self._comm.guard.release()
         texts = self._comm.all_gather_text(self.agreeing, to_text(feeds), layer="mismatch")
         differences = "; ".join(feed_differences([from_text(text) for text in texts], self._tp_size))
@@ -141,8 +141,9 @@ class ModelRunner:
 
     @torch.inference_mode()
     def warm_up(self) -> None:
-        """Run one layer of each kind, past every hook: first uses are paid, or fail, before any rank depends on this
-        one. On one token and on two, since decoding and prefilling are different kernels.
+        """Run one layer of each kind without its hooks, so that first uses compile, or fail, before ranks communicate.
+
+        Runs one token and two, because decode and prefill are different kernels.
         """
         parameters = next(self._model.parameters())
         blocks = list({block.kind: block for block in self._blocks}.values()) + self._model.draft_blocks
@@ -159,7 +160,7 @@ class ModelRunner:
         return self._policies.agreement.agree(self._plan, self._exchange, layer)
 
     def _exchange(self, plan: StepPlan, layer: str) -> AgreedStep:
-        """C1: int32[13, ranks], every rank fills its own column, and the sum is the whole matrix."""
+        """The step agreement C1: each rank fills its column of int32[13, ranks], and one all-reduce sums them."""
         column = torch.tensor(plan.row(), dtype=torch.int32)
         matrix = torch.zeros(len(column), len(self._comm.members(self.agreeing)), dtype=torch.int32)
         matrix[:, self._comm.group_rank(self.agreeing)] = column

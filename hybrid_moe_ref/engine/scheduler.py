@@ -1,6 +1,6 @@
-"""Continuous batching on one dp rank: which requests run in a step, and how many tokens each brings.
+"""Continuous batching on one dp rank: decide which requests run in a step, and with how many tokens each.
 
-Pure bookkeeping, so that a run can be predicted without a model (see :func:`step_rows`).
+The scheduler needs no model, so a run can be predicted without one (see :func:`step_rows`).
 """
 
 from __future__ import annotations
@@ -14,8 +14,10 @@ from hybrid_moe_ref.config import ConfigError, EngineConfig
 
 @dataclass(frozen=True)
 class Request:
-    """A prompt to continue greedily by ``max_new_tokens``, or until one of ``stop_ids``; it reaches its rank at step
-    ``arrival_step``."""
+    """A prompt to continue greedily by ``max_new_tokens`` tokens, or until one of ``stop_ids``.
+
+    arrival_step: the step at which the request reaches its rank
+    """
 
     request_id: str
     prompt: tuple[int, ...]
@@ -31,13 +33,13 @@ class Request:
 
 @dataclass(eq=False)
 class Running:
-    """A request that has begun.
+    """A request in the scheduler, and its progress.
 
-    output      tokens that it has made so far
-    drafts      guesses of what follows the last token
+    output      tokens generated so far
+    drafts      drafted tokens after the last token
     num_cached  tokens of prompt and output that the model has run and the cache holds
-    num_pages   pages of the cache that it holds, or is about to take in this step
-    num_fed     tokens that it brings to this step
+    num_pages   cache pages that the request holds, or is about to take in this step
+    num_fed     tokens of the request in this step
     """
 
     request: Request
@@ -49,8 +51,11 @@ class Running:
 
     @property
     def pending(self) -> Sequence[int]:
-        """Tokens that the model has still to run before it makes a new one: the prompt, then the last token. After a
-        preemption everything, and after wrong drafts what was right of the step that had to be undone."""
+        """Tokens that the model must run before it makes a new one.
+
+        At first the prompt, then the last token. After a preemption, all tokens; after rejected drafts, the accepted
+        tokens of the step that was undone.
+        """
         prompt = self.request.prompt
         if self.num_cached < len(prompt):
             return [*prompt[self.num_cached :], *self.output]
@@ -58,46 +63,50 @@ class Running:
 
     @property
     def num_wanted(self) -> int:
-        """Tokens that it would bring to a step without a limit."""
+        """The number of tokens that the request would run in a step without a limit."""
         return len(self.request.prompt) + len(self.output) - self.num_cached + len(self.drafts)
 
     def next_tokens(self) -> Sequence[int]:
-        """What to feed in this step: the pending tokens, with drafts behind them, as far as they fit."""
+        """The tokens to run in this step: the first ``num_fed`` of the pending tokens and the drafts."""
         return [*self.pending, *self.drafts][: self.num_fed]
 
     @property
     def makes_tokens(self) -> bool:
-        """Whether this step runs all that is pending, and so makes at least one new token."""
+        """Whether this step runs all pending tokens, and so makes at least one new token."""
         return self.num_fed == self.num_wanted
 
     @property
     def num_left(self) -> int:
-        """Tokens that are still to make."""
+        """The number of tokens that are still to be generated."""
         return self.request.max_new_tokens - len(self.output)
 
     @property
     def is_complete(self) -> bool:
-        """Whether no token is left to make."""
+        """Whether no token is left to be generated."""
         return self.num_left <= 0 or any(token in self.request.stop_ids for token in self.output[-1:])
 
     def advance(self, new: Sequence[int]) -> None:
-        """The step is over, and made these tokens: right drafts, and one behind them. After a wrong draft the cache is
-        what it was before the step."""
+        """Record the step's new tokens: the accepted drafts, and one token after them.
+
+        After a rejected draft the cache is in its state before the step.
+        """
         was_undone = self.makes_tokens and len(new) <= len(self.drafts)
         self.num_cached += 0 if was_undone else self.num_fed
         self.output.extend(new)
         self.drafts = []
 
     def start_again(self) -> None:
-        """The cache holds nothing of it any more; what it has made stays."""
+        """Forget the cached tokens after a preemption. The generated tokens stay."""
         self.drafts, self.num_cached, self.num_pages, self.num_fed = [], 0, 0, 0
 
 
 class Scheduler:
-    """Decode comes first, then as many waiting prompts as fit the budgets of tokens, sequences and pages, in order of
-    arrival. What no step can hold at once is fed in parts.
+    """Schedules the requests of one dp rank.
 
-    pages_for: tokens of a sequence -> pages of the cache that it takes; by default a cache that is never full
+    Running requests come first, then as many waiting prompts as the budgets of tokens, sequences and pages allow, in
+    order of arrival. A prompt that is too long for one step is run in parts.
+
+    pages_for: tokens of a sequence -> cache pages that it takes; by default 0, so that the cache is never full
 
     Raises ConfigError for a request that the cache could never hold.
     """
@@ -119,7 +128,7 @@ class Scheduler:
         for name, number in (("prompt", len(request.prompt)), ("max_new_tokens", request.max_new_tokens)):
             if number < 1:
                 raise ConfigError(f"request {request.request_id}: {name} of {number} tokens; at least 1 is needed")
-        needed = self._pages_for(len(request.prompt) + request.max_new_tokens - 1)  # the last one is not fed
+        needed = self._pages_for(len(request.prompt) + request.max_new_tokens - 1)  # the last token is never run
         if needed > self._config.num_pages:
             raise ConfigError(
                 f"request {request.request_id}: {len(request.prompt)} prompt tokens and {request.max_new_tokens} new "
@@ -133,14 +142,14 @@ class Scheduler:
 
     @property
     def num_free_pages(self) -> int:
-        """Pages that this step leaves; negative when it needs more than there are."""
+        """The number of pages that are free after this step; negative if the step needs more than there are."""
         return self._config.num_pages - sum(running.num_pages for running in self._running)
 
     def make_room(self) -> list[Running]:
-        """Preempt the youngest requests until the others have the pages of their next step. The preempted ones wait
-        in front of all others, and run from the beginning again.
+        """Preempt the youngest requests until the others have the pages for their next step; return the preempted ones.
 
-        The oldest request always goes on, so all are served in the end.
+        Preempted requests wait before all others, and run from the beginning again. The oldest request is never
+        preempted, so all requests are served in the end.
         """
         preempted = []
         self._share_tokens()
@@ -153,23 +162,25 @@ class Scheduler:
         return preempted
 
     def schedule(self, step: int) -> list[Running]:
-        """The requests of ``step``, admitting what arrived; empty when this rank is idle."""
+        """Admit arrived requests, and return the requests that run in ``step``; [] when this rank is idle."""
         budget = self._share_tokens()
         while self._waiting and len(self._running) < self._config.max_num_seqs:
             first = self._waiting[0]
-            wanted = first.num_wanted
-            if first.request.arrival_step > step or self._pages_for(wanted) > self.num_free_pages:
+            num_wanted = first.num_wanted
+            if first.request.arrival_step > step or self._pages_for(num_wanted) > self.num_free_pages:
                 break
-            if budget < 1 or budget < wanted <= self._config.max_num_batched_tokens:
+            if budget < 1 or budget < num_wanted <= self._config.max_num_batched_tokens:
                 break
-            self._feed(first, min(wanted, budget))
+            self._feed(first, min(num_wanted, budget))
             budget -= first.num_fed
             self._running.append(self._waiting.popleft())
         return list(self._running)
 
     def _share_tokens(self) -> int:
-        """Give each running request its tokens of the step; returns what is left of the budget. Each gets what a
-        decode step needs, which the budget always holds, and the oldest get what is left of it."""
+        """Give each running request its number of tokens in the step; return the remaining budget.
+
+        Each request gets the tokens of a decode step, which the budget always covers. The oldest requests get the rest.
+        """
         decode = 1 + self._config.num_drafts
         budget = self._config.max_num_batched_tokens - sum(min(r.num_wanted, decode) for r in self._running)
         for running in self._running:
@@ -183,7 +194,7 @@ class Scheduler:
         running.num_pages = max(running.num_pages, self._pages_for(running.num_cached + num_tokens))
 
     def update(self, tokens: Sequence[Sequence[int]]) -> list[Running]:
-        """Append the step's new tokens of each scheduled request; returns the requests that are complete."""
+        """Append the step's new tokens of each scheduled request; return the requests that are complete."""
         complete = []
         for running, new in zip(self._running, tokens, strict=True):
             running.advance(new)
@@ -194,15 +205,14 @@ class Scheduler:
         return complete
 
     def pretend(self) -> None:
-        """Update without a model: each request that makes a token makes token 0."""
+        """Update without a model: each request that makes a token in this step makes token 0."""
         self.update([[0] if running.makes_tokens else [] for running in self._running])
 
 
 def step_rows(requests_by_rank: Sequence[Sequence[Request]], config: EngineConfig) -> list[list[int]]:
-    """For each serve step, the rows that each rank's requests bring, 0 for an idle rank, until all are idle.
+    """The number of rows of each rank's requests, for each serve step until all ranks are idle; 0 for an idle rank.
 
-    Exact without a model, and without drafts, while no cache is full: greedy requests without `stop_ids` end by length
-    alone.
+    Needs no model. Exact without drafts and `stop_ids` while no cache is full: requests then end by length alone.
     """
     schedulers = [Scheduler(requests, config) for requests in requests_by_rank]
     steps: list[list[int]] = []
@@ -216,5 +226,5 @@ def step_rows(requests_by_rank: Sequence[Sequence[Request]], config: EngineConfi
 
 
 def live_ranks(requests_by_rank: Sequence[Sequence[Request]], config: EngineConfig) -> list[list[int]]:
-    """For each serve step, the ranks that have live requests, until all are idle."""
+    """The ranks with live requests, for each serve step until all ranks are idle."""
     return [[rank for rank, rows in enumerate(step) if rows] for step in step_rows(requests_by_rank, config)]

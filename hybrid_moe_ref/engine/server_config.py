@@ -1,4 +1,4 @@
-"""What every rank of a server must be given alike."""
+"""The configuration that must be equal on every rank of a server."""
 
 from __future__ import annotations
 
@@ -15,24 +15,28 @@ from hybrid_moe_ref.files import open_regular
 from hybrid_moe_ref.parallel.shares import expert_sharing, local_config
 
 CHECKS = ("observe", "agree", "strict")
-"""How strongly ranks are kept in step.
+"""How strictly collectives are checked.
 
-observe  every collective is passed to an observer, and nothing is refused
-agree    C1 compares the schedules of all ranks, and the requests and tokens of the ranks of a tp group; each rank is
-         held to its schedule: a collective that is not the schedule's next entry is refused before it is issued
-strict   besides, all members of a collective compare it through the store before it is issued, sizes and all
+observe  report every collective to the observer, and refuse none
+agree    the step agreement (C1) compares the schedules of all ranks, and the requests and tokens of the ranks of a tp
+         group; a collective that is not the next entry of the rank's schedule is refused before it is issued
+strict   in addition, all members of a collective compare it, with its sizes, through the store before it is issued
 """
 
 TAIL_BYTES = 4096
-"""How much of each file of weights `content_digest` reads."""
+"""How many bytes at the end of each weight file `content_digest` reads."""
 
 
 @dataclass(frozen=True)
 class ServerConfig(Config):
-    """The model, its layout, the bounds of the serve loop, the seed of random weights, and one of CHECKS.
+    """The configuration of a server.
 
-    ``checkpoint`` is a folder in Hugging Face's format; "" draws the weights from ``seed``. ``allow_unsafe`` starts
-    what would be refused because nothing keeps it free of deadlock (see `refusal`).
+    parallel      the layout
+    engine        limits and options of the serve loop
+    seed          seed of random weights
+    checks        one of CHECKS
+    checkpoint    a folder in Hugging Face's format; "" for random weights
+    allow_unsafe  start a configuration that could deadlock and would be refused (see `refusal`)
     """
 
     model: ModelConfig
@@ -57,25 +61,30 @@ class ServerConfig(Config):
 
     @property
     def served_model(self) -> ModelConfig:
-        """The model that an engine holds: without its draft layer when nothing drafts."""
+        """The model that an engine holds: without the draft layer if num_drafts is 0."""
         return self.model if self.engine.num_drafts else dataclasses.replace(self.model, num_mtp_layers=0)
 
     def shared_text(self) -> str:
-        """All values that must be equal on every rank, as one line of JSON. Folders may differ from host to host;
-        what is in the checkpoint's may not."""
+        """All values that must be equal on every rank, as one line of JSON.
+
+        Paths of folders may differ between hosts; the content of the checkpoint may not.
+        """
         shared = self.to_mapping()
         del shared["allow_unsafe"], shared["engine"]["cache_dir"]
         shared["checkpoint"] = content_digest(self.checkpoint) if self.checkpoint else ""
         return json.dumps(shared, sort_keys=True)
 
     def digest(self) -> int:
-        """31 bits that differ, with near certainty, when any shared value does."""
+        """A 31-bit hash of the values that must be equal on every rank."""
         return int.from_bytes(hashlib.sha256(self.shared_text().encode()).digest()[:4], "big") >> 1
 
 
 def content_digest(folder: str) -> str:
-    """Digest of a checkpoint that reads little of it: config, index, and of each file of weights its name, size and
-    last bytes. Two copies have the same; two trainings of one model differ."""
+    """A digest of a checkpoint that reads only a small part of it.
+
+    Reads config, index, and the name, size and last bytes of each weight file. Two copies have the same digest; two
+    trainings of one model differ.
+    """
     digest = hashlib.sha256()
     for path in sorted(Path(folder).iterdir()):
         if path.suffix == ".json":
@@ -90,7 +99,7 @@ def content_digest(folder: str) -> str:
 
 
 def configuration_differences(texts: Sequence[str]) -> str:
-    """The values that differ between ranks, each with who has what; `texts` are those of `shared_text`, by rank."""
+    """The settings that differ between ranks, with the ranks of each value. texts: each rank's `shared_text`."""
     values = [_flat(json.loads(text)) for text in texts]
     names = [name for name in values[0] if len({json.dumps(mapping.get(name)) for mapping in values}) > 1]
     return "; ".join(_sides(name, [mapping.get(name) for mapping in values]) for name in names)

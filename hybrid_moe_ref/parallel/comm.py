@@ -1,11 +1,11 @@
 """The only file that issues collectives: named groups, and an Observer that is called before and after each one.
 
-Every collective is announced with ``observer.enter`` before it is issued and ``observer.leave`` after it
-completed, so a record of the last ``enter`` without a ``leave`` is where a rank waits. On NCCL a collective is only
-queued when its call returns, so there ``leave`` says no more than that.
+Every collective is reported by ``observer.enter`` before it is issued and by ``observer.leave`` after it completed, so
+a rank waits in the last collective with an ``enter`` and no ``leave``. Under NCCL a collective is only queued when its
+call returns, and ``leave`` then means queued.
 
-The -v collectives take the *agreed* size vector of the step. Uneven is legal and zero is a size, not a
-return: a rank with no rows takes part like any other.
+The -v collectives take the *agreed* size vector of the step. Sizes may be uneven, and a rank with zero rows takes part
+like any other.
 
 Shape suffixes: N rows of this rank, S rows of all ranks (sum of sizes), R ranks, B bytes of a packed row, H hidden.
 """
@@ -32,16 +32,17 @@ _all_gather_single = getattr(dist, "all_gather_single", None) or dist.all_gather
 _reduce_scatter_single = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
 
 LOOK_UP_INTERVAL = timedelta(milliseconds=100)
-"""How long a rank waits in a collective before it looks whether another rank has stopped the job."""
+"""How long a rank waits in a collective before it checks whether another rank has stopped the job."""
 
 _REDUCE_OPS = {"sum": dist.ReduceOp.SUM, "min": dist.ReduceOp.MIN, "max": dist.ReduceOp.MAX}
 
 
 def group_members(parallel: ParallelConfig, rank: int) -> dict[str, tuple[int, ...]]:
-    """The groups that ``rank`` belongs to, as name -> global ranks: "dp" for ranks with requests of their own, "ep" for
-    experts, and with several tensor-parallel ranks "tp" for those that share its tokens and "world" for all.
+    """The groups that ``rank`` belongs to, as name -> global ranks.
 
-    Ranks are numbered dp-major: rank = dp_rank * tp_size + tp_rank.
+    "dp" has ranks with different requests, "ep" the ranks that share the experts. If tp_size > 1, "tp" has the ranks
+    that run the same tokens, and "world" has all ranks. Ranks are numbered dp-major: rank = dp_rank * tp_size +
+    tp_rank.
     """
     num_ranks = parallel.dp_size * parallel.tp_size
     tp_rank = rank % parallel.tp_size
@@ -56,10 +57,10 @@ def group_members(parallel: ParallelConfig, rank: int) -> dict[str, tuple[int, .
 
 
 class Communicator:
-    """The process groups of one rank, by name, with an observer in front of every collective.
+    """The process groups of one rank, by name. Reports every collective to an observer.
 
     "dp" and "world" are always CPU groups (gloo), as "dp" is in vLLM: agreements are a few integers and must not wait
-    for a device. "ep" and "tp" carry hidden states and use the backend that was asked for.
+    for a device. "ep" and "tp" carry hidden states and use the configured backend.
     """
 
     def __init__(
@@ -80,7 +81,7 @@ class Communicator:
         self._preflight: StorePreflight | None = None
         self._watchdog = Watchdog(rank, self._halt)
         self._meeting: StorePreflight | None = None
-        self._hear: Callable[[Collective], None] | None = None
+        self._on_collective: Callable[[Collective], None] | None = None
         self._was_used = False
         self.guard = ScheduleGuard(rank, self._halt)
         self._groups = groups
@@ -101,26 +102,26 @@ class Communicator:
         observer: Observer | None = None,
         timeout_s: float = 1800.0,
     ) -> Communicator:
-        """Join the job and make its groups; with no ``store``, by torchrun's environment variables.
+        """Join the job and create its groups. Without a ``store``, use torchrun's environment variables.
 
-        Raises what torch.distributed raises when a peer does not come within ``timeout_s``.
+        Raises what torch.distributed raises when a peer does not join within ``timeout_s``.
         """
         device = torch.device(device)
         if device.type == "cuda" and device.index is not None:
-            torch.cuda.set_device(device)  # what asks for "the" GPU, as NCCL and Triton do, must not get another's
+            torch.cuda.set_device(device)  # NCCL and Triton use the current device, which must be this rank's
         num_ranks = parallel.dp_size * parallel.tp_size
         timeout = timedelta(seconds=timeout_s)
         if store is None:
             store, _, _ = next(dist.rendezvous("env://", timeout=timeout))
         dist.init_process_group("gloo", store=store, rank=rank, world_size=num_ranks, timeout=timeout)
         mine: dict[str, dist.ProcessGroup] = {}
-        # Every rank must take part in making every group, in one order, also of those it does not join.
-        made: set[tuple[str, tuple[int, ...]]] = set()
+        # Every rank must take part in creating every group, in one order, also the groups that it does not join.
+        created: set[tuple[str, tuple[int, ...]]] = set()
         for other in range(num_ranks):
             for name, members in group_members(parallel, other).items():
-                if (name, members) in made:
+                if (name, members) in created:
                     continue
-                made.add((name, members))
+                created.add((name, members))
                 group = dist.new_group(
                     list(members),
                     backend="gloo" if name in ("dp", "world") else backend,
@@ -132,28 +133,30 @@ class Communicator:
         return cls(rank, device, mine, observer, dist.PrefixStore("hybrid_moe_ref", store), timeout_s)
 
     def start_preflight(self) -> None:
-        """From here on compare every collective with its members' through the store before it is issued. A member that
-        is late is waited for as it would be in the collective itself.
+        """From now on, compare every collective among its members through the store before it is issued.
+
+        The comparison waits for a late member as long as the collective itself would.
         """
-        assert self._store is not None, "ranks that compare need a store to compare through"
+        assert self._store is not None, "the strict check needs a store"
         self._preflight = self._preflight or StorePreflight(
             self.rank, self._store, self._halt, self._timeout_s, self._watchdog.error
         )
 
     @contextlib.contextmanager
     def patiently(self, patience_s: float) -> Iterator[None]:
-        """Within the ``with``, the members of a collective meet in the store before they issue it: however long one of
-        them still works, up to `patience_s`, the time limit of the collective itself does not run. Since a rank
-        that waits in the store sees no broken connection, it looks whether the others live.
+        """Within the ``with``, the members of a collective wait for each other in the store before they issue it.
+
+        So a member may be late by up to `patience_s` without exceeding the collective's own timeout. A rank that waits
+        in the store does not see a broken connection, so it checks whether the processes of the others exist.
         """
         if self._store is None:
             yield
             return
         if self._meeting is None:
             store = dist.PrefixStore("meeting", self._store)
-            looking = Watchdog(self.rank, self._halt)
-            looking.roll_call = self._roll_call
-            self._meeting = StorePreflight(self.rank, store, self._halt, patience_s, looking.error)
+            watchdog = Watchdog(self.rank, self._halt)
+            watchdog.roll_call = self._roll_call
+            self._meeting = StorePreflight(self.rank, store, self._halt, patience_s, watchdog.error)
         before, self._preflight = self._preflight, self._meeting
         try:
             yield
@@ -161,27 +164,30 @@ class Communicator:
             self._preflight = before
 
     @contextlib.contextmanager
-    def taped(self, hear: Callable[[Collective], None]) -> Iterator[None]:
-        """Within the ``with``, call ``hear`` with every collective before it is issued; it may raise to refuse."""
-        self._hear = hear
+    def taped(self, on_collective: Callable[[Collective], None]) -> Iterator[None]:
+        """Within the ``with``, call ``on_collective`` before every collective. It may raise to refuse one."""
+        self._on_collective = on_collective
         try:
             yield
         finally:
-            self._hear = None
+            self._on_collective = None
 
     def stop_all(self, message: str) -> str:
-        """Stop every rank that waits in a collective or asks `stopped_by`; the message that won, maybe another's."""
-        return str(self._halt.tell(ScheduleMismatch(message)))
+        """Stop every rank that waits in a collective or calls `stopped_by`.
+
+        Returns the message that was published first, which may be another rank's.
+        """
+        return str(self._halt.publish(ScheduleMismatch(message)))
 
     def stopped_by(self) -> str:
-        """The message with which a rank stopped the job, "" while none did."""
-        return str(self._halt.heard() or "")
+        """The message with which a rank stopped the job; "" while the job runs."""
+        return str(self._halt.published() or "")
 
     def begin_use(self) -> None:
-        """An engine starts on these groups.
+        """Called when an engine starts on these groups.
 
-        Raises RuntimeError when an earlier engine on them was stopped: what it left unfinished in a group would pair
-        with the first collectives of this one.
+        Raises RuntimeError when an earlier engine on them was stopped: its unfinished collectives would pair with the
+        first collectives of the new engine.
         """
         message = self.stopped_by() if self._was_used else ""
         if message:
@@ -189,23 +195,24 @@ class Communicator:
         self._was_used = True
 
     def check_running(self) -> None:
-        """Raises the error with which a rank stopped the job, if one did."""
-        if error := self._halt.heard():
+        """Raise the error with which a rank stopped the job, if one did."""
+        if error := self._halt.published():
             raise error
 
     def start_watchdog(self) -> None:
-        """From here on a rank that waits looks whether the others still live. On NCCL, where a wait only orders
-        streams, it does not look.
+        """From now on, a waiting rank checks whether the processes of the others exist.
+
+        Not under NCCL, where ``wait`` returns at once and only orders streams.
         """
-        assert self._roll_call is not None, "ranks that look for each other need a store to be found in"
+        assert self._roll_call is not None, "the check for lost peers needs a store"
         self._watchdog.roll_call = self._roll_call
 
     def limit_waits(self, limit_s: float) -> None:
-        """From here on a rank that has waited so long in one collective stops all; 0 is no limit."""
+        """From now on, a rank that waits longer than ``limit_s`` in one collective stops all ranks; 0: no limit."""
         self._watchdog.limit_s = limit_s
 
     def close(self) -> None:
-        """Leave the job. Peers that still communicate with this rank fail."""
+        """Leave the job. Collectives in which peers still wait for this rank then fail."""
         dist.destroy_process_group()
 
     def members(self, group: str) -> tuple[int, ...]:
@@ -213,12 +220,12 @@ class Communicator:
         return self._members[group]
 
     def group_rank(self, group: str) -> int:
-        """This rank's place in ``group``."""
+        """This rank's index in ``group``."""
         return self._members[group].index(self.rank)
 
     @property
     def everyone(self) -> str:
-        """The name of the CPU group of all ranks: "dp" where each rank has requests of its own."""
+        """The name of the CPU group of all ranks: "world", or "dp" if tp_size is 1."""
         return "world" if "world" in self._members else "dp"
 
     def all_reduce(self, group: str, x: Tensor, reduce_op: str = "sum", *, layer: str = "") -> Tensor:
@@ -241,11 +248,11 @@ class Communicator:
     ) -> list[Tensor]:
         """Gather rows of several tensors at once: each [N, ...] -> [S, ...], ranks in group order.
 
-        ``sizes[r]`` is the number of rows that group rank r brings; the tensors may differ in dtype, since the
-        rows travel as bytes (which is also how fp8 crosses gloo). Uneven rows travel padded to the widest, or with
-        ``broadcast_uneven`` in one broadcast per rank, as vLLM's and TensorRT-LLM's do.
+        ``sizes[r]`` is the number of rows of group rank r. The tensors may differ in dtype, because rows are sent as
+        bytes (which also lets fp8 pass through gloo). Uneven rows are padded to the largest size, or with
+        ``broadcast_uneven`` sent in one broadcast per rank, as vLLM and TensorRT-LLM do.
 
-        Raises ValueError when this rank's rows are not what the agreed sizes say.
+        Raises ValueError when this rank's number of rows is not the agreed size.
         """
         sizes = tuple(sizes)
         num_rows = sizes[self.group_rank(group)]
@@ -270,7 +277,7 @@ class Communicator:
     def reduce_scatter_v(self, group: str, x_SH: Tensor, sizes: Sequence[int], *, layer: str = "") -> Tensor:
         """Sum x_SH over ``group`` and return this rank's rows of the sum, [N, H].
 
-        Raises ValueError when ``x_SH`` does not have as many rows as the agreed sizes together.
+        Raises ValueError when the number of rows of ``x_SH`` is not the sum of the agreed sizes.
         """
         sizes = tuple(sizes)
         if x_SH.shape[0] != sum(sizes):
@@ -282,7 +289,7 @@ class Communicator:
         return sum_NH
 
     def all_gather_text(self, group: str, text: str, *, layer: str = "") -> list[str]:
-        """The texts of all ranks of ``group``, in group order. For rare cases: it takes two collectives."""
+        """The texts of all ranks of ``group``, in group order. Takes two collectives, so use it only rarely."""
         mine = torch.frombuffer(bytearray(text.encode() or b" "), dtype=torch.uint8)
         lengths = torch.zeros(len(self.members(group)), dtype=torch.int64)
         lengths[self.group_rank(group)] = mine.numel()
@@ -293,14 +300,14 @@ class Communicator:
     def _enter(self, event: Collective) -> None:
         self.guard.admit(event)
         self._watchdog.entered(event)
-        if self._hear is not None:
-            self._hear(event)
+        if self._on_collective is not None:
+            self._on_collective(event)
         self.observer.enter(event)
         if self._preflight is not None:
             self._preflight.check(event, self.members(event.group))
 
     def _wait(self, pg: dist.ProcessGroup, work: dist.Work) -> None:
-        """On NCCL a wait only orders streams, and is left as it is."""
+        """Wait for a collective, and check meanwhile for a stopped job. Under NCCL ``wait`` only orders streams."""
         if dist.get_backend(pg) == "nccl":
             work.wait()
         else:
@@ -313,7 +320,7 @@ class Communicator:
             rows_SB = rows_NB.new_empty(sum(sizes), rows_NB.shape[1])
             self._wait(pg, dist.all_gather(list(rows_SB.split(sizes)), rows_NB, group=pg, async_op=True))
             return rows_SB
-        # gloo has no uneven all-gather: every rank sends as many rows as the widest, and all trim.
+        # gloo has no uneven all-gather: every rank sends as many rows as the largest size, and all ranks trim them.
         padded_NB = torch.nn.functional.pad(rows_NB, (0, 0, 0, widest - rows_NB.shape[0]))
         rows_SB = rows_NB.new_empty(len(sizes) * widest, rows_NB.shape[1])
         self._wait(pg, _all_gather_single(rows_SB, padded_NB, group=pg, async_op=True))
@@ -338,8 +345,8 @@ class Communicator:
             else:
                 self._wait(pg, dist.reduce_scatter(out_NH, list(x_SH.split(sizes)), group=pg, async_op=True))
             return out_NH
-        # gloo's reduce_scatter is an all_reduce inside and moves R times the bytes. An all-to-all with a local
-        # sum is the same collective to the caller, a quarter of the time, and sums in rank order.
+        # gloo implements reduce_scatter by an all_reduce, which sends R times the bytes. An all-to-all and a local sum
+        # give the same result in a quarter of the time, and sum in rank order.
         num_ranks = len(sizes)
         parts_RNH = x_SH.new_empty(num_ranks * num_rows, x_SH.shape[1])
         per_rank = [num_rows] * num_ranks
@@ -348,10 +355,9 @@ class Communicator:
 
 
 def wait_or_halt(work: dist.Work, halt: Halt, watchdog: Watchdog | None = None) -> None:
-    """Wait for a collective, and check now and then whether it can still end.
+    """Wait for a collective, and check every LOOK_UP_INTERVAL whether it can still end.
 
-    Raises the error with which another rank stopped the job, what the watchdog finds, and what the collective raises
-    when it fails.
+    Raises the error with which another rank stopped the job, the watchdog's finding, or the collective's own error.
     """
     while True:
         try:
@@ -359,12 +365,12 @@ def wait_or_halt(work: dist.Work, halt: Halt, watchdog: Watchdog | None = None) 
             return
         except RuntimeError:
             if work.is_completed():
-                _finish(work, halt, watchdog)  # it ended just then, well or with an error of its own
+                _finish(work, halt, watchdog)  # the collective ended meanwhile, with or without an error
                 return
-        if error := halt.heard():
+        if error := halt.published():
             raise error
         if watchdog and watchdog.finding():
-            # A peer may be gone because the collective has ended, and all its work with it, since the last look.
+            # The peer may have exited because the collective, and all its work, ended since the last check.
             with contextlib.suppress(RuntimeError):
                 work.wait(LOOK_UP_INTERVAL)
             if work.is_completed():
@@ -375,23 +381,26 @@ def wait_or_halt(work: dist.Work, halt: Halt, watchdog: Watchdog | None = None) 
 
 
 def _finish(work: dist.Work, halt: Halt, watchdog: Watchdog | None) -> None:
-    """Raise the error of a rank that stopped the job rather than the closed connection that it left."""
+    """End a completed collective. If a rank stopped the job, raise its error, not that of the closed connection."""
     try:
         work.wait()
     except RuntimeError as failure:
-        if error := halt.heard() or (watchdog and watchdog.reason()):
+        if error := halt.published() or (watchdog and watchdog.reason()):
             raise error from failure
         raise
 
 
 def _as_bytes(x: Tensor) -> Tensor:
-    """[N, ...] of any dtype -> [N, bytes of a row], without a copy where the rows lie one after another."""
+    """View [N, ...] of any dtype as [N, bytes of a row]; copies only if the rows are not contiguous in memory."""
     return _plain(x.reshape(x.shape[0], x.shape[1:].numel())).view(torch.uint8)
 
 
 def _plain(x_NB: Tensor) -> Tensor:
-    """The same rows with plain strides. `contiguous()` does not do: torch calls any strides of a single row contiguous,
-    but views only plain ones as another dtype."""
+    """The same rows with row-major strides.
+
+    `contiguous()` is not enough: torch calls a single row contiguous whatever its strides are, but can view only
+    row-major strides as another dtype.
+    """
     plain = x_NB.stride() == (x_NB.shape[1], 1)
     return x_NB if plain else x_NB.clone(memory_format=torch.contiguous_format)
 

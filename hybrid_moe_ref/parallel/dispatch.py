@@ -1,8 +1,8 @@
-"""How tokens reach the ranks that hold their experts, and come back: the EP backend of a layer.
+"""The EP backend of a layer: send tokens to the ranks that hold their experts, and bring the results back.
 
-A backend is two hooks around the experts of one layer, and the collectives that it plans. A new one subclasses
-:class:`AllGatherReduceScatter` or has its methods, and is given to the engine with its policies. This file does not
-import torch.
+A backend is two hooks around the experts of one layer, and the plan of their collectives. A new backend subclasses
+:class:`AllGatherReduceScatter` or has the same methods. ``Policies.dispatch`` selects it; no setting does. This is the
+only backend in use; `repro.lab.scenarios.size_vector` has a second one. This file does not import torch.
 
 Shape suffixes: N tokens of this rank, S tokens of all ranks, H hidden, K experts per token.
 """
@@ -22,10 +22,10 @@ if TYPE_CHECKING:
 
 @dataclass
 class ForwardContext:
-    """What the layers of the running step may know of the other ranks; the engine sets it before the model runs.
+    """What the layers know about the other ranks in the current step. The engine sets it before the model runs.
 
-    sizes           tokens of each dp rank in this step, as agreed
-    tp_size         ranks that run the same tokens; each of them dispatches its chunk of these
+    sizes           agreed number of tokens of each dp rank in this step
+    tp_size         number of ranks that run the same tokens; each of them dispatches its chunk of these
     schedule        the collectives that one forward pass issues, in order
     draft_schedule  those of one pass of the draft layer
     """
@@ -38,14 +38,14 @@ class ForwardContext:
 
     @property
     def ep_sizes(self) -> tuple[int, ...]:
-        """Tokens that each ep rank dispatches. Every layer asks twice in a step, so the answer is kept."""
+        """The number of tokens that each ep rank dispatches. Cached, because every layer needs it twice in a step."""
         if self._chunked[0] is not self.sizes:
             self._chunked = self.sizes, _chunks_of_all(self.sizes, self.tp_size)
         return self._chunked[1]
 
 
 def chunk_sizes(num_rows: int, num_chunks: int) -> tuple[int, ...]:
-    """Rows of each chunk, in order; they differ by one at most, and may be none."""
+    """The number of rows of each chunk, in order. Chunks differ by at most one row, and may be empty."""
     each, more = divmod(num_rows, num_chunks)
     return tuple(each + (index < more) for index in range(num_chunks))
 
@@ -58,9 +58,9 @@ def _chunks_of_all(sizes: tuple[int, ...], tp_size: int) -> tuple[int, ...]:
 
 @dataclass(frozen=True)
 class AllGatherReduceScatter:
-    """A hook before the experts of a layer (dispatch) and one after them (combine), as vLLM's AgRsAll2AllManager.
+    """The hooks before (dispatch) and after (combine) the experts of a layer, like vLLM's AgRsAll2AllManager.
 
-    Hooks leave the module, its parameters and their names as they are in the single-process model.
+    Because they are hooks, the module, its parameters and their names stay those of the single-process model.
     """
 
     comm: Communicator
@@ -69,7 +69,7 @@ class AllGatherReduceScatter:
 
     @classmethod
     def plan(cls, layer: str) -> tuple[ScheduleEntry, ...]:
-        """The collectives that one layer issues, in order."""
+        """The collectives that one layer issues in a forward pass, in order."""
         return ScheduleEntry("ep", "all_gather_v", layer), ScheduleEntry("ep", "reduce_scatter_v", layer)
 
     def dispatch(self, experts: nn.Module, args: tuple[Tensor, Tensor, Tensor]) -> tuple[Tensor, ...]:
@@ -83,7 +83,7 @@ class AllGatherReduceScatter:
 
 @dataclass(frozen=True)
 class SumOverRanks:
-    """The hook after a module whose output is a tensor-parallel rank's part of a sum."""
+    """The hook after a module whose output is one tensor-parallel rank's summand: an all-reduce over the tp group."""
 
     comm: Communicator
     layer: str
@@ -94,7 +94,7 @@ class SumOverRanks:
 
 
 def moe_layer_name(block: str) -> str:
-    """How events and schedules name the MoE of the layer ``block``."""
+    """The name of the MoE of layer ``block`` in events and schedules."""
     return f"{block}.moe"
 
 

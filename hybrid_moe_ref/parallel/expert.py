@@ -1,11 +1,11 @@
-"""Expert parallelism by all-gather and reduce-scatter (AG/RS), applied to an unchanged model from outside.
+"""Apply expert parallelism by all-gather and reduce-scatter (AG/RS) to an unchanged model.
 
-Every rank holds ``num_experts / ep_size`` experts of each layer and all of everything else. Around the experts
-of a layer, as in vLLM's ``AgRsAll2AllManager``:
+Every rank holds ``num_experts / ep_size`` experts of each layer, and all other parameters. Around the experts of a
+layer, as in vLLM's ``AgRsAll2AllManager``:
 
-    C2 dispatch   all-gather-v of [hidden, topk_weights, topk_ids]: every rank sees the tokens of all ranks
-       experts    every rank adds up what its own experts contribute to each token
-    C3 combine    reduce-scatter-v: the contributions are summed, each rank keeps its own tokens
+    C2 dispatch   all-gather-v of [hidden, topk_weights, topk_ids]: every rank receives the tokens of all ranks
+       experts    every rank computes the contribution of its own experts to each token
+    C3 combine    reduce-scatter-v: sum the contributions; each rank keeps its own tokens
 
 Shape suffixes: N tokens of this rank, S tokens of all ranks, H hidden, K experts per token.
 """
@@ -28,8 +28,7 @@ from hybrid_moe_ref.parallel.dispatch import (
 def apply_expert_parallel(
     model: HybridMoE, comm: Communicator, backend: type[AllGatherReduceScatter] = AllGatherReduceScatter
 ) -> ForwardContext:
-    """Replace the experts of every layer, the draft layer's too, by this rank's shard of them; returns the context the
-    layers will read.
+    """Replace the experts of every layer, also of the draft layer, by this rank's shard; return the layers' context.
 
     Works on a model on the meta device, so that no rank ever holds all experts.
 

@@ -1,7 +1,7 @@
-"""The agreed schedule of a step as a guard: a collective that is not its next entry is refused before it is issued.
+"""The schedule guard: refuse a collective that is not the next entry of the step's schedule, before it is issued.
 
-The comparison is local and costs no communication. A refusal is published in the store, so that ranks that already
-wait in a collective stop too, with the same message, within a second.
+The comparison is local and needs no communication. A refusal is published in the store, so that ranks that already wait
+in a collective stop too, with the same message, within a second.
 """
 
 from __future__ import annotations
@@ -16,43 +16,43 @@ from hybrid_moe_ref.parallel.schedule import entry_words
 _HALT = "halt"
 
 NUM_SHARED = len(ScheduleEntry._fields)
-"""How many of the first fields of a collective a schedule has."""
+"""How many of a collective's first fields are the fields of a schedule entry."""
 
 
 class Stopped(RuntimeError):
-    """Every rank stops, with the same type and message."""
+    """An error that stops every rank, with the same type and message."""
 
 
 class ScheduleMismatch(Stopped):
-    """The ranks differ, or a rank differs from its own plan; raised instead of hanging, with the first difference."""
+    """The ranks' schedules differ, or a rank departs from its own. Raised instead of hanging; names the difference."""
 
 
 class PeerLost(Stopped):
-    """The process of a rank is gone, so that the collectives it belongs to will never end."""
+    """The process of a rank has ended, so the collectives that need it will never complete."""
 
 
 class CollectiveStalled(Stopped):
-    """A collective did not end within the limit that the engine was given."""
+    """A collective did not complete within the configured limit (engine.collective_limit_s)."""
 
 
 class Halt:
-    """How one rank stops all: the first error that is published counts, and every rank that looks finds it.
+    """The means by which one rank stops all ranks: the first error that is published in the store, and read by all.
 
-    store: shared by all ranks of the job; None for a rank without others, which publishes nothing.
+    store: shared by all ranks of the job; None for a single rank, which publishes nothing
     """
 
     def __init__(self, store: dist.Store | None) -> None:
         self._store = store
 
-    def tell(self, error: Stopped) -> Stopped:
-        """Stop the others; returns the error that was published first, to be raised."""
+    def publish(self, error: Stopped) -> Stopped:
+        """Stop the other ranks. Returns the error that was published first, which the caller should raise."""
         if self._store is None:
             return error
         text = f"{type(error).__name__}\n{error}"
         return _error(self._store.compare_set(_HALT, "", text).decode())
 
-    def heard(self) -> Stopped | None:
-        """The error that a rank published, or None while none did."""
+    def published(self) -> Stopped | None:
+        """The error that a rank published; None while there is none."""
         if self._store is None or not self._store.check([_HALT]):
             return None
         return _error(self._store.get(_HALT).decode())
@@ -64,7 +64,7 @@ def _error(text: str) -> Stopped:
 
 
 class ScheduleGuard:
-    """Holds one rank to the schedule of its step; inactive until the first :meth:`begin`."""
+    """Refuses each collective of one rank that departs from its schedule. Inactive until the first :meth:`begin`."""
 
     def __init__(self, rank: int, halt: Halt) -> None:
         self._rank = rank
@@ -75,9 +75,9 @@ class ScheduleGuard:
         self._sizes: dict[str, tuple[int, ...]] = {}
 
     def begin(self, step: int, schedule: Sequence[ScheduleEntry]) -> None:
-        """A step begins with this schedule; the last step's must be used up.
+        """Begin a step with this schedule.
 
-        Raises ScheduleMismatch when a planned collective was never issued.
+        Raises ScheduleMismatch when a planned collective of the last step was never issued.
         """
         if self._schedule is not None and self._next < len(self._schedule):
             planned = entry_words(self._schedule[self._next])
@@ -86,27 +86,27 @@ class ScheduleGuard:
         self._sizes = {}
 
     def extend(self, schedule: Sequence[ScheduleEntry]) -> None:
-        """The rest of the step, where it was known only after the ranks had agreed."""
+        """Append the rest of the step's schedule, if it is known only after the step agreement."""
         self._schedule = (*(self._schedule or ()), *schedule)
 
     def agree(self, group: str, sizes: Sequence[int]) -> None:
-        """From here on the -v collectives of ``group`` must carry these sizes."""
+        """From now on, the -v collectives of ``group`` in this step must have these sizes."""
         self._sizes[group] = tuple(sizes)
 
     def stop_others(self, error: Exception) -> None:
-        """This rank fails for a reason of its own: make those that wait for it raise that reason too."""
+        """Make the ranks that wait for this one raise its error. Ignores an error that came from another rank."""
         if not isinstance(error, Stopped):
-            self._halt.tell(ScheduleMismatch(f"rank {self._rank} failed: {type(error).__name__}: {error}"))
+            self._halt.publish(ScheduleMismatch(f"rank {self._rank} failed: {type(error).__name__}: {error}"))
 
     def leave(self) -> None:
-        """The rank wants to issue no more steps, although the ranks have not agreed that all work is done.
+        """Refuse that this rank stops taking part before the ranks have agreed that no work is left.
 
-        Raises ScheduleMismatch.
+        Always raises ScheduleMismatch.
         """
         self._refuse(f"would leave after step {self._step}, but nobody has agreed that no rank has work left")
 
     def finish(self) -> None:
-        """The last step is over, and what follows belongs to none.
+        """End the last step; the collectives that follow belong to no step.
 
         Raises ScheduleMismatch when a planned collective was never issued.
         """
@@ -116,18 +116,18 @@ class ScheduleGuard:
         self.release()
 
     def release(self) -> None:
-        """What follows belongs to no schedule."""
+        """Deactivate the guard until the next `begin`, without a check."""
         self._schedule = None
 
     def admit(self, collective: Collective) -> None:
-        """Called before a collective is issued; moves on to the next entry.
+        """Compare a collective with the next entry of the schedule, before it is issued, and advance.
 
-        Raises ScheduleMismatch when it is not the one that the schedule has next, or its sizes are not the agreed.
+        Raises ScheduleMismatch when it is not that entry, or its sizes are not the agreed ones.
         """
         schedule, index = self._schedule, self._next
         if schedule is None:
             return
-        # A model of 60 layers comes here 120 times a step: compare as tuples, and sizes by identity first.
+        # A model of 60 layers calls this 120 times per step: compare as tuples, and sizes by identity first.
         if index >= len(schedule) or collective[:NUM_SHARED] != schedule[index]:
             planned = entry_words(schedule[index]) if index < len(schedule) else "no further collective"
             self._refuse(f"would issue {_issued(collective)} in step {self._step}, the schedule has {planned}")
@@ -144,11 +144,11 @@ class ScheduleGuard:
             )
 
     def _refuse(self, what: str) -> None:
-        raise self._halt.tell(ScheduleMismatch(f"rank {self._rank} {what}"))
+        raise self._halt.publish(ScheduleMismatch(f"rank {self._rank} {what}"))
 
 
 def collective_words(collective: Collective) -> str:
-    """A collective as people read it, with its sizes."""
+    """A collective as text, with its sizes."""
     return f"{_issued(collective)} with sizes {list(collective.sizes)}"
 
 

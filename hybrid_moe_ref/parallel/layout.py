@@ -1,9 +1,9 @@
-"""Which way of cutting the model belongs to a ParallelConfig.
+"""Select how the model is split over the ranks of a ParallelConfig, and load a rank's part.
 
 dp_size  tp_size  expert_parallel   attention, recurrence    routed experts
 1        1        -                 whole                    whole
 N        1        yes               whole, own requests      one by one over N ranks, C2 and C3
-1        N        no                heads over N             each cut by intermediate size
+1        N        no                heads over N             each split by intermediate size
 1        N        yes               heads over N             one by one over N ranks, no exchange of tokens
 D        N        yes               heads over N             one by one over D x N ranks, C2 and C3 of chunks
 D        N        no                heads over N             as 1 x N, D times
@@ -32,10 +32,9 @@ def apply_layout(
     backend: type[AllGatherReduceScatter] = AllGatherReduceScatter,
     adder: type[SumOverRanks] = SumOverRanks,
 ) -> ForwardContext:
-    """Cut `model`, best while on the meta device, to this rank's part; returns the context its layers will read,
-    with the collectives that a forward pass issues.
+    """Reduce `model`, preferably while on the meta device, to this rank's part; return the context of its layers.
 
-    Raises ConfigError for what does not divide over the ranks.
+    The context holds the schedule of a forward pass. Raises ConfigError for a size that does not divide over the ranks.
     """
     if parallel.tp_size > 1:
         return apply_tensor_parallel(model, comm, expert_sharing(parallel), backend, adder)
@@ -45,7 +44,7 @@ def apply_layout(
 
 
 class Seat:
-    """A rank's place in its groups: as much of a communicator as a model is cut by, without the others."""
+    """A rank's groups and its index in them: all that `apply_layout` needs of a communicator, without other ranks."""
 
     def __init__(self, parallel: ParallelConfig, rank: int) -> None:
         self.rank = rank
@@ -59,7 +58,7 @@ class Seat:
 
 
 def sizes_of_a_rank(config: ModelConfig, parallel: ParallelConfig, dtype: torch.dtype) -> HybridMoE:
-    """What rank 0 will hold, on the meta device: every rank has parameters and a cache of these sizes."""
+    """Rank 0's part of the model, on the meta device. Every rank has parameters and a cache of the same sizes."""
     model = HybridMoE(config, device="meta", dtype=dtype)
     apply_layout(model, cast(Communicator, Seat(parallel, 0)), parallel)
     return model
@@ -74,8 +73,10 @@ def load_part(
     dtype: torch.dtype | None = None,
     device: torch.device | str = "cpu",
 ) -> tuple[HybridMoE, ForwardContext]:
-    """This rank's part of a checkpoint, as :meth:`HybridMoE.from_pretrained`, of which only that is read; and the
-    context its layers will read."""
+    """Load this rank's part of a checkpoint, as :meth:`HybridMoE.from_pretrained` does; return it and its context.
+
+    Only this rank's part is read from the files.
+    """
     contexts: list[ForwardContext] = []
 
     def cut(whole: HybridMoE) -> None:

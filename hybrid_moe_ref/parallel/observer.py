@@ -1,6 +1,6 @@
-"""How a communicator reports what it does: it calls an :class:`Observer` for every event, in order.
+"""The interface through which a communicator reports events: it calls an :class:`Observer` for each one, in order.
 
-This file imports nothing heavy, so that recorders and readers can use its words without torch.
+This file does not import torch, so that recorders and readers can use its types without it.
 """
 
 from __future__ import annotations
@@ -10,14 +10,14 @@ from typing import NamedTuple, Protocol
 
 
 class Collective(NamedTuple):
-    """One collective as one rank issues it. A tuple, since to make a frozen dataclass costs more than to record it.
+    """One collective as one rank issues it. A tuple, because creating a frozen dataclass takes longer than recording.
 
     group      name of the process group: "dp", "ep", "tp", ...
     op         all_reduce, all_gather_v, reduce_scatter_v, broadcast, barrier, ...
     layer      the module it belongs to ("layers.0.moe"), or "" for the step as a whole
     sizes      rows per group rank for the -v ops (the *agreed* vector, uneven is legal), else (numel,)
     dtype      element type of the payload, e.g. "int32"
-    reduce_op  sum, min, max, or "" where nothing is reduced
+    reduce_op  sum, min, max, or "" without a reduction
     root       group rank of the root, or -1
     """
 
@@ -31,8 +31,10 @@ class Collective(NamedTuple):
 
 
 class ScheduleEntry(NamedTuple):
-    """One collective that a step is planned to issue: the part of it that all ranks must share. Its fields are the
-    first ones of `Collective`, so that the guard compares the two as tuples."""
+    """One planned collective of a step: the fields that must be equal on all ranks.
+
+    They are the first fields of `Collective`, so that the guard can compare the two as tuples.
+    """
 
     group: str
     op: str
@@ -40,7 +42,7 @@ class ScheduleEntry(NamedTuple):
 
 
 class Observer(Protocol):
-    """Hears what one rank does. Calls come from the rank's main thread and must cost about a microsecond."""
+    """Receives the events of one rank. Calls come from the rank's main thread and must take about a microsecond."""
 
     def groups(self, members: Mapping[str, Sequence[int]]) -> None:
         """The process groups this rank belongs to: name -> global ranks in group order."""
@@ -49,46 +51,46 @@ class Observer(Protocol):
         """The rank enters a life-cycle phase (load, page_setup, prepare, profile, ..., serve)."""
 
     def begin_step(self, step: int, schedule: Sequence[ScheduleEntry], num_live: int) -> None:
-        """A step begins; ``schedule`` is what the plan says it will issue, ``num_live`` its live requests."""
+        """A step begins. schedule: its planned collectives; num_live: its number of live requests."""
 
     def enter(self, collective: Collective) -> None:
-        """Just before the collective is issued."""
+        """Called just before the collective is issued."""
 
     def leave(self, collective: Collective) -> None:
-        """Just after it completed."""
+        """Called just after the collective completed."""
 
     def local(self, event: str, name: str, holder: int = -1) -> None:
         """Rank-local work that others may wait for.
 
-        event is lock_wait, lock_held, lock_freed, build_begin, build_end or heartbeat; name is the lock or
-        build; holder is the pid that holds the lock where it is known, else -1.
+        event is lock_wait, lock_held, lock_freed, build_begin, build_end or heartbeat; name is the lock or the build;
+        holder is the pid of the lock's holder, or -1 if it is unknown.
         """
 
     def done(self) -> None:
-        """The rank finished all its work."""
+        """The rank has finished all its work."""
 
     def failed(self, message: str) -> None:
         """The rank stops with an error."""
 
 
 class AsyncObserver(Observer, Protocol):
-    """Hears also of collectives that the rank does not wait for where it issues them.
+    """Receives asynchronous collectives too: those that the rank issues now and waits for later.
 
-    Point to point needs no more than ``Collective``: op send or recv, root = the peer's group rank.
+    A point-to-point transfer is a ``Collective`` with op send or recv, and root = the peer's group rank.
     """
 
     def issue(self, collective: Collective) -> int:
-        """Just before an asynchronous collective is issued; returns a ticket that names it from here on."""
+        """Called just before an asynchronous collective is issued. Returns a ticket that identifies it."""
 
     def wait(self, collective: Collective, ticket: int) -> None:
-        """The rank begins to wait for the collective of ``ticket``; coalesced ones are waited for in turn."""
+        """The rank begins to wait for the collective of ``ticket``. Coalesced collectives are waited for in turn."""
 
     def finish(self, collective: Collective, ticket: int) -> None:
-        """The collective of ``ticket`` completed, as the rank learnt after its wait."""
+        """The rank's wait has returned: the collective of ``ticket`` is complete."""
 
 
 class NullObserver:
-    """Hears everything and does nothing."""
+    """An observer that ignores all events."""
 
     def groups(self, members: Mapping[str, Sequence[int]]) -> None: ...
     def phase(self, name: str) -> None: ...

@@ -1,9 +1,9 @@
-"""The strict check: before a collective is issued, all its members compare through the store what they are about to do.
+"""The strict check: before a collective is issued, all its members compare it through the store.
 
-Where the schedule guard holds a rank to its own plan, this holds the ranks to each other, in everything that must be
-equal: operation, layer, agreed sizes, dtype, reduce op and root. So it also sees what would not hang but pair wrongly,
-and it sees it before any data is touched. The price is four requests to the store for every collective:
-to publish what comes, to wait for the others, to read what they published, and to delete what was published before.
+The schedule guard compares a rank with its own schedule. The strict check compares the ranks with each other, in all
+that must be equal: operation, layer, agreed sizes, dtype, reduce op and root. So it also detects collectives that would
+pair wrongly without a hang, before any data is changed. The cost is four requests to the store per collective: publish
+the collective, wait for the others, read theirs, and delete an old entry.
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ from hybrid_moe_ref.parallel.observer import Collective
 ANSWER_INTERVAL = timedelta(milliseconds=500)
 LOOK_UP_S = 0.1
 KEPT = 2
-"""A rank deletes what it published so many collectives ago: by then every member has read it."""
+"""A rank deletes the entry that it published KEPT collectives ago, which every member has read by then."""
 
 
 class StorePreflight:
-    """One rank's side of the comparison.
+    """The strict check on one rank.
 
-    patience_s  how long a member may be missing before it is called absent: as long as a collective may take
-    lost        why it is no use to wait for the others, if it is none
+    patience_s  how long to wait for a member: as long as the collective itself may take
+    lost        returns the reason why waiting is useless, for example a dead peer, or None
     """
 
     def __init__(
@@ -46,9 +46,9 @@ class StorePreflight:
         self._seq: dict[str, int] = {}
 
     def check(self, collective: Collective, members: Sequence[int]) -> None:
-        """Return when every member is about to issue the same.
+        """Return once every member is about to issue the same collective.
 
-        Raises ScheduleMismatch, on every member, when one is not or does not come.
+        Raises ScheduleMismatch on every member when one is about to issue another collective, or does not arrive.
         """
         seq = self._seq[collective.group] = self._seq.get(collective.group, 0) + 1
         keys = [self._key(collective.group, seq, rank) for rank in members]
@@ -58,28 +58,28 @@ class StorePreflight:
         if len(set(texts)) > 1:
             sides = {side: [r for r, text in zip(members, texts, strict=True) if text == side] for side in texts}
             differences = "; ".join(f"ranks {ranks} {side}" for side, ranks in sides.items())
-            raise self._halt.tell(ScheduleMismatch(f"{collective.group} #{seq}: {differences}"))
+            raise self._halt.publish(ScheduleMismatch(f"{collective.group} #{seq}: {differences}"))
         if seq > KEPT:
             self._store.delete_key(self._key(collective.group, seq - KEPT, self._rank))
 
     def _await(self, keys: list[str], members: Sequence[int], collective: Collective, seq: int) -> None:
         since = time.monotonic()
         try:
-            # The store answers when the last member comes; asking it again and again costs ten times as much.
+            # The store answers when the last member arrives. Polling would cost ten times as much.
             self._store.wait(keys, ANSWER_INTERVAL)
             return
         except dist.DistNetworkError:
             raise
-        except RuntimeError:  # a DistStoreError over TCP, a plain one over a file: not all are there yet
+        except RuntimeError:  # timed out: DistStoreError from a TCP store, RuntimeError from a file store
             pass
-        # A member is late, maybe by minutes. Another `wait` that ends in vain would log two lines of C++ each time.
+        # A member is late, maybe by minutes. So poll: each further `wait` that times out would log two lines from C++.
         while not self._store.check(keys):
-            if error := self._halt.heard() or self._lost():
+            if error := self._halt.published() or self._lost():
                 raise error
             if time.monotonic() - since > self._patience_s:
                 absent = [rank for rank, key in zip(members, keys, strict=True) if not self._store.check([key])]
                 what = f"{collective.group} #{seq}, {_words(collective)}"
-                raise self._halt.tell(ScheduleMismatch(f"ranks {absent} did not come to {what}"))
+                raise self._halt.publish(ScheduleMismatch(f"ranks {absent} did not arrive at {what}"))
             time.sleep(LOOK_UP_S)
 
     @staticmethod

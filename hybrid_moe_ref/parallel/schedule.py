@@ -1,4 +1,4 @@
-"""Schedules in words and as a hash, and where two of them differ. No torch."""
+"""Format, hash and compare schedules. Does not import torch."""
 
 from __future__ import annotations
 
@@ -9,23 +9,26 @@ from hybrid_moe_ref.parallel.observer import ScheduleEntry
 
 
 def entry_words(entry: ScheduleEntry) -> str:
-    """An entry as people read it: "ep all_gather_v of layers.0.moe"."""
+    """An entry as text: "ep all_gather_v of layers.0.moe"."""
     return f"{entry.group} {entry.op}" + (f" of {entry.layer}" if entry.layer else "")
 
 
 def schedule_words(schedule: Sequence[ScheduleEntry]) -> list[str]:
-    """Each entry as people read it."""
+    """Each entry as text."""
     return [entry_words(entry) for entry in schedule]
 
 
 def schedule_hash(schedule: Sequence[ScheduleEntry]) -> int:
-    """64 bits that are equal on two ranks, with near certainty, only when their schedules are."""
+    """A 64-bit hash of the schedule."""
     text = "\n".join(schedule_words(schedule))
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big")
 
 
 def first_difference(schedules: Sequence[Sequence[str]]) -> tuple[int, dict[str, list[int]]]:
-    """Index of the first entry that differs, and which ranks have what there; entries are in words."""
+    """(index of the first entry that differs between ranks, entry -> ranks that have it there).
+
+    schedules: the entries of each rank, as text
+    """
     length = max(map(len, schedules))
     for index in range(length):
         sides: dict[str, list[int]] = {}

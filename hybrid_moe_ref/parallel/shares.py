@@ -1,14 +1,14 @@
-"""What one of the tensor-parallel ranks gets: the sizes of its part of the model, and which part of each parameter.
+"""Compute one tensor-parallel rank's part of the model: its sizes, and its part of each parameter.
 
-Heads are dealt out in order, and everything that belongs to a head goes with it. KV heads, the key heads of Gated
-DeltaNet and Mamba-2 groups, when there are fewer than ranks, are held by each of the ranks that share them. Arithmetic
-on a configuration, no torch.
+Heads are distributed in order, each with everything that belongs to it. If there are fewer KV heads, Gated DeltaNet key
+heads or Mamba-2 groups than ranks, several ranks hold the same one. Arithmetic on a configuration, without torch.
 
     gated attention  query heads, with the KV heads that they read
     Gated DeltaNet   value heads, with the key heads that they read and the convolution channels of both; with fewer
-                     value heads than ranks, columns of one head's state, which do not depend on one another
+                     value heads than ranks, columns of one head's state, which are independent of each other
     Mamba-2          heads, with the groups that they read
-    MLP              intermediate features: shared expert, dense MLP, and routed experts where they are not dealt out
+    MLP              intermediate features of the shared expert, of a dense MLP, and of routed experts that are not
+                     distributed whole
 """
 
 import dataclasses
@@ -19,17 +19,17 @@ from hybrid_moe_ref.config import ConfigError, ModelConfig, ParallelConfig
 from hybrid_moe_ref.slices import Cuts, Range, scaled, sections
 
 ExpertSharing = Literal["intermediate", "expert", "sequence"]
-"""How routed experts are shared.
+"""How the ranks share the routed experts.
 
 intermediate  every tp rank has a part of every expert, for all tokens of its dp rank
-expert        every tp rank has some experts whole, for all tokens of its dp rank
-sequence      every ep rank has some experts whole, and every tp rank sends its chunk of the tokens to them; the
-              shared expert is whole on every rank and sees that chunk
+expert        every tp rank has some whole experts, for all tokens of its dp rank
+sequence      every ep rank has some whole experts, and every tp rank sends them its chunk of the tokens; every rank has
+              the whole shared expert, for that chunk
 """
 
 
 def expert_sharing(parallel: ParallelConfig) -> ExpertSharing:
-    """How a layout with several tp ranks shares the routed experts."""
+    """How a layout with tp_size > 1 shares the routed experts."""
     if not parallel.expert_parallel:
         return "intermediate"
     return "expert" if parallel.dp_size == 1 else "sequence"
@@ -43,16 +43,16 @@ class Place:
     size: int
 
     def share(self, count: int) -> Range:
-        """This rank's share of `count` things in order; of fewer things than ranks, the one that it shares."""
+        """This rank's range of `count` items in order. With fewer items than ranks, the one that it shares."""
         each = max(1, count // self.size)
         first = self.rank * count // self.size
         return first, first + each
 
 
 def local_config(config: ModelConfig, tp_size: int, experts: ExpertSharing = "intermediate") -> ModelConfig:
-    """The sizes of one rank's part; its cache is the cache of a model of these sizes.
+    """The configuration of one rank's part. Its cache is the cache of a model of these sizes.
 
-    Raises ConfigError for what does not divide over the ranks.
+    Raises ConfigError for a size that does not divide over the ranks.
     """
     local: dict[str, Any] = {}
 
@@ -93,12 +93,12 @@ def local_config(config: ModelConfig, tp_size: int, experts: ExpertSharing = "in
 
 
 def mixer_cuts(config: ModelConfig, kind: str, place: Place) -> dict[str, Cuts]:
-    """What `place` holds of the parameters of a G, A or M mixer, by their names in the mixer."""
+    """The parts of the parameters of a G, A or M mixer that `place` holds, by parameter name."""
     return {"A": _attention_cuts, "G": _delta_net_cuts, "M": _mamba_cuts}[kind](config, place)
 
 
 def mlp_cuts(intermediate_size: int, place: Place) -> dict[str, Cuts]:
-    """The same for a dense MLP or the shared expert."""
+    """The parts of the parameters of a dense MLP or the shared expert that `place` holds, by parameter name."""
     held = place.share(intermediate_size)
     return {
         "gate_proj.weight": rows(held),
@@ -108,7 +108,7 @@ def mlp_cuts(intermediate_size: int, place: Place) -> dict[str, Cuts]:
 
 
 def expert_cuts(intermediate_size: int, place: Place) -> dict[str, Cuts]:
-    """The same for stacked experts that are shared by intermediate size."""
+    """The parts of stacked experts that `place` holds if they are shared by intermediate size, by parameter name."""
     held = place.share(intermediate_size)
     return {
         "gate_up_proj": ((1, sections([(intermediate_size, held)] * 2)),),
@@ -117,12 +117,12 @@ def expert_cuts(intermediate_size: int, place: Place) -> dict[str, Cuts]:
 
 
 def rows(*held: Range) -> Cuts:
-    """Cut along the outputs of a projection."""
+    """A cut along the outputs of a projection."""
     return ((0, held),)
 
 
 def columns(*held: Range) -> Cuts:
-    """Cut along the inputs of a projection: its output is then a part of a sum."""
+    """A cut along the inputs of a projection, whose output is then one summand of the whole output."""
     return ((1, held),)
 
 

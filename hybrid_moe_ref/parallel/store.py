@@ -1,4 +1,4 @@
-"""A store for the ranks of one host that compare every collective through it."""
+"""A store on loopback, for ranks of one host that compare every collective through it (the strict check)."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ LOOPBACK = "127.0.0.1"
 
 
 def loopback_store(meeting: dist.Store, rank: int, num_ranks: int) -> dist.Store:
-    """A TCP store that listens on loopback alone; rank 0 leaves its port in ``meeting``.
+    """Open a TCP store that listens only on loopback. Rank 0 publishes its port in the store ``meeting``.
 
-    It answers in microseconds, where a file takes milliseconds and keeps what was deleted.
+    A TCP store answers in microseconds. A file store takes milliseconds, and its file keeps deleted entries.
     """
     if rank != 0:
         return dist.TCPStore(LOOPBACK, int(meeting.get("loopback")), num_ranks, False)

@@ -1,18 +1,18 @@
-"""Tensor parallelism, applied to an unchanged model from outside.
+"""Apply tensor parallelism to an unchanged model.
 
 Every rank of a tp group runs the same tokens through its share of each layer's heads and intermediate features (see
-`shares`), so what a mixer or an MLP returns there is a part of a sum:
+`shares`), so the output of a mixer or an MLP on one rank is one summand:
 
     mixer   all-reduce on tp
     MoE     all-reduce on tp                            routed experts shared by intermediate size, or one by one
             take a chunk, C2, experts, C3,              routed experts over all ranks: each tp rank sends its chunk of
             all-gather-v on tp                          the rows, as its peers have the same rows ("sequence")
 
-There is one all-reduce per mixer and step, whatever the batch. A Mamba-2 group, or a Gated DeltaNet head, that spans
-ranks needs its mean square from all of them: it travels in the same all-reduce, see `SplitNorm`.
+There is one all-reduce per mixer and step, whatever the batch is. If a Mamba-2 group or a Gated DeltaNet head spans
+several ranks, its norm needs a mean square over all of them. The same all-reduce carries it, see `SplitNorm`.
 
-Embedding and head are whole on every rank: logits then need no collective, so a rank with requests and an idle one
-issue the same schedule. It costs 2 x vocab x hidden x (1 - 1/tp) parameters a rank (3.6 GB for the 397B in bf16 at
+Every rank holds the whole embedding and head. So logits need no collective, and a rank with requests has the same
+schedule as an idle one. This costs 2 x vocab x hidden x (1 - 1/tp) parameters per rank (3.6 GB for the 397B in bf16 at
 tp 8, of about 100 GB). Norms, routers and the shared expert's gate are whole too.
 
 Shape suffixes: N tokens, H hidden, G groups of a norm, X = H + 1.
@@ -40,17 +40,19 @@ from hybrid_moe_ref.parallel.shares import ExpertSharing, Place, expert_cuts, lo
 from hybrid_moe_ref.slices import Cuts, Slice
 
 MIXER_NAMES = {"G": "gated_delta_net", "A": "gated_attention", "M": "mamba2"}
-"""How events and schedules name the mixer of a layer."""
+"""The names of mixers in events and schedules, by layer kind."""
 
 
 @dataclass
 class SplitNorm:
-    """The hooks of a mixer whose output norm is over `num_groups` groups that span several ranks each: the groups of
-    Mamba-2, which gates before it normalises, or the value heads of Gated DeltaNet, which gates after.
+    """The hooks of a mixer whose output norm has `num_groups` groups, each of which spans several ranks.
 
-    The norm divides by the root mean square of a whole group, of which a rank sees a part. But that is one number for
-    a row and group, and the projection behind it is linear: the rank's part is scaled back by its own root, parts and
-    mean squares are summed over the ranks in one all-reduce, and the group's root divides the sum.
+    The groups are those of Mamba-2, which gates before it normalises, or the value heads of Gated DeltaNet, which gates
+    after.
+
+    The norm divides by the root mean square of a whole group, but a rank has only a part of the group. This root is one
+    number per row and group, and the projection after the norm is linear. So the rank multiplies its projected part by
+    its own root, one all-reduce sums the parts and the mean squares, and the sum is divided by the group's root.
     """
 
     comm: Communicator
@@ -63,8 +65,8 @@ class SplitNorm:
     def begin(self, mixer: nn.Module, args: object) -> None:
         self.mean_squares.clear()
 
-    def hear(self, norm: nn.Module, args: tuple[Tensor, Tensor], y: object) -> None:
-        """Keep the mean square of what this rank's norm normalised, for each part of the step."""
+    def keep_mean_square(self, norm: nn.Module, args: tuple[Tensor, Tensor], y: object) -> None:
+        """Keep the mean square of the input of this rank's norm, for each part of the step."""
         x, gate = (widen(z) for z in args)
         self.mean_squares.append((x * F.silu(gate) if self.gates_first else x).square().mean(-1))
 
@@ -86,21 +88,21 @@ class SplitNorm:
 
 @dataclass(frozen=True)
 class SequenceChunks:
-    """The hooks around an MoE: this rank's chunk of the rows goes in, and all rows come out."""
+    """The hooks around an MoE that runs on this rank's chunk of the rows and returns all rows."""
 
     comm: Communicator
     context: ForwardContext
     layer: str
 
     def take(self, moe: nn.Module, args: tuple[Tensor]) -> tuple[Tensor]:
-        """x_NH -> its chunk"""
+        """x_NH -> this rank's chunk of its rows"""
         (x_NH,), agreed = args, self.context.sizes[self.comm.group_rank("dp")]
         if x_NH.shape[0] != agreed:
             raise ValueError(f"tp chunks at {self.layer}: {x_NH.shape[0]} rows here, {agreed} agreed")
         return (x_NH.split(self._sizes(agreed))[self.comm.group_rank("tp")],)
 
     def gather(self, moe: nn.Module, args: object, chunk: Tensor) -> Tensor:
-        """The chunk's y -> y_NH"""
+        """This rank's chunk of y -> y_NH"""
         sizes = self._sizes(self.context.sizes[self.comm.group_rank("dp")])
         return self.comm.all_gather_v("tp", [chunk], sizes, layer=self.layer)[0]
 
@@ -115,16 +117,16 @@ def apply_tensor_parallel(
     backend: type[AllGatherReduceScatter] = AllGatherReduceScatter,
     adder: type[SumOverRanks] = SumOverRanks,
 ) -> ForwardContext:
-    """Replace what is shared in every layer by this rank's share; returns the context the layers will read.
+    """Replace the modules of every layer that tp ranks share by this rank's share; return the layers' context.
 
-    Works on a model on the meta device, so that no rank ever holds the whole; a model with weights is cut.
-    `model.config` becomes that of the rank's part, so a cache made from it has the rank's heads only, and
-    `model.slices` says which part of each parameter is held.
+    Works on a model on the meta device, so that no rank ever holds the whole model; a model with weights is cut.
+    `model.config` becomes the configuration of the rank's part, so that a cache made from it has only the rank's heads.
+    `model.slices` gets the part of each parameter that the rank holds.
 
-    Only "sequence" reads `context.sizes` and sends tokens to other ranks, by `backend`. With several dp ranks, the two
-    others keep all experts in each tp group.
+    Only the sharing "sequence" reads `context.sizes` and sends tokens to other ranks, by `backend`. With several dp
+    ranks, the other two keep all experts in each tp group.
 
-    Raises ConfigError for what does not divide over the ranks.
+    Raises ConfigError for a size that does not divide over the ranks.
     """
     whole = model.config
     place = Place(comm.group_rank("tp"), len(comm.members("tp")))
@@ -166,7 +168,7 @@ def draft_schedule(
     experts: ExpertSharing = "intermediate",
     backend: type[AllGatherReduceScatter] = AllGatherReduceScatter,
 ) -> tuple[ScheduleEntry, ...]:
-    """The same for one pass of the draft layer."""
+    """The collectives that one pass of the draft layer issues, in order."""
     return tuple(
         entry
         for index in range(config.num_mtp_layers)
@@ -177,7 +179,7 @@ def draft_schedule(
 def layer_schedule(
     name: str, kind: str, is_moe: bool, experts: ExpertSharing, backend: type[AllGatherReduceScatter]
 ) -> tuple[ScheduleEntry, ...]:
-    """Those of one layer."""
+    """The collectives that one layer issues in a forward pass, in order."""
     mixer = ScheduleEntry("tp", "all_reduce", f"{name}.{MIXER_NAMES[kind]}")
     if not is_moe:
         return (mixer, ScheduleEntry("tp", "all_reduce", f"{name}.mlp"))
@@ -187,14 +189,14 @@ def layer_schedule(
 
 
 def _blocks(model: HybridMoE) -> list[tuple[str, Any]]:
-    """The layers and their paths, with the draft layers of a model that has them."""
-    found: list[tuple[str, Any]] = [(f"model.layers.{index}", block) for index, block in enumerate(model.blocks)]
-    return found + [(block.name, block) for block in model.draft_blocks]
+    """(path, layer) of every layer of the model, and of its draft layers."""
+    blocks: list[tuple[str, Any]] = [(f"model.layers.{index}", block) for index, block in enumerate(model.blocks)]
+    return blocks + [(block.name, block) for block in model.draft_blocks]
 
 
 @dataclass(frozen=True)
 class _Sharding:
-    """Puts the parts of one rank into a model of the `whole` sizes."""
+    """Replaces modules of the model, which has the sizes `whole`, by one rank's parts."""
 
     model: HybridMoE
     whole: ModelConfig
@@ -214,7 +216,7 @@ class _Sharding:
         if num_groups is not None and num_groups < self.place.size:
             split = SplitNorm(self.comm, layer, num_groups, block.kind == "M", part.norm.eps)
             part.register_forward_pre_hook(split.begin)
-            part.norm.register_forward_hook(split.hear)
+            part.norm.register_forward_hook(split.keep_mean_square)
             part.register_forward_hook(split.combine)
         else:
             part.register_forward_hook(self.adder(self.comm, layer).combine)
@@ -239,7 +241,7 @@ class _Sharding:
         moe.register_forward_hook(chunks.gather)
 
     def _experts(self) -> tuple[Experts, dict[str, Cuts]]:
-        """A module for this rank's part of a layer's experts, and which part it is."""
+        """A module for this rank's part of a layer's experts, and the cuts of its parameters."""
         number, hidden, width = self.whole.num_experts, self.whole.hidden_size, self.whole.moe_intermediate_size
         with torch.device("meta"):
             if self.experts == "intermediate":
@@ -251,7 +253,7 @@ class _Sharding:
         return part, {name: rows((first, first + count)) for name, _ in part.named_parameters()}
 
     def _replace(self, path: str, part: nn.Module, cuts: Mapping[str, Cuts]) -> None:
-        """Put `part`, of this rank's sizes, in the place of the module at `path`, with its share of the parameters."""
+        """Replace the module at `path` by `part`, of this rank's sizes, and give it its share of the parameters."""
         whole = self.model.get_submodule(path)
         for name, local in list(part.named_parameters()):
             full = whole.get_parameter(name)
@@ -260,7 +262,7 @@ class _Sharding:
             owner, _, leaf = name.rpartition(".")
             held = full.detach()
             if full.is_meta:
-                # Not a view or copy of it: the first of those on the meta device imports the compiler, 1.3 s.
+                # A new tensor, not a view or copy: the first one on the meta device imports the compiler (1.3 s).
                 held = torch.empty(piece.shape, dtype=full.dtype, device="meta")
             elif piece.cuts:
                 held = piece.of(held).clone()

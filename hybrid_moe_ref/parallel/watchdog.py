@@ -1,9 +1,9 @@
-"""What a rank looks for while it waits: a peer that is gone, and, with a limit, a collective that does not end.
+"""Detect, while a rank waits, that a peer's process has ended or that a collective exceeds its time limit.
 
-A rank that is killed says nothing, and what its peers see depends on the backend: NCCL waits, gloo tells those ranks
-alone that were talking to it just then. So each rank leaves its process id in the store, and while it waits looks now
-and then whether the others' processes exist. That is exact, and a slow or stopped rank raises no alarm. Ranks of other
-hosts, or of containers that cannot see each other's processes, are not looked at.
+A killed rank reports nothing, and its peers depend on the backend: NCCL waits for ever; gloo fails only on the ranks
+that were communicating with it. So each rank publishes its process id in the store, and checks while it waits whether
+the processes of the others exist. This is exact: a slow or stopped rank is not taken for dead. Ranks on other hosts, or
+in containers whose processes are not visible, are not checked.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ from hybrid_moe_ref.parallel.guard import CollectiveStalled, Halt, PeerLost, Sto
 from hybrid_moe_ref.parallel.observer import Collective
 
 PATIENCE_S = 1.0
-"""How long a rank whose connection broke looks for the one that is gone, before it takes the failure for its own."""
+"""How long a rank whose connection broke looks for a dead peer before it reports its own failure."""
 
 
 class RollCall:
-    """One rank's look at the others. Linux; elsewhere nobody is ever found missing."""
+    """The processes of the other ranks on this host. Works on Linux; elsewhere no rank is ever reported lost."""
 
     def __init__(self, rank: int, members: Sequence[int], store: dist.Store) -> None:
         self._store = dist.PrefixStore("roll_call", store)
@@ -34,7 +34,7 @@ class RollCall:
         self._store.set(str(rank), f"{self._here} {pid} {_start_ticks(pid)}")
 
     def lost(self) -> list[int]:
-        """Ranks whose process has ended."""
+        """The ranks whose process has ended."""
         for rank in [rank for rank in self._unknown if self._store.check([str(rank)])]:
             host, pid, ticks = self._store.get(str(rank)).decode().rsplit(" ", 2)
             self._unknown.discard(rank)
@@ -43,15 +43,15 @@ class RollCall:
         return [rank for rank, (pid, ticks) in sorted(self._processes.items()) if _start_ticks(pid) != ticks]
 
     def pid(self, rank: int) -> int:
-        """The process id of a rank that was seen on this host."""
+        """The process id of a rank on this host that has published it."""
         return self._processes[rank][0]
 
 
 class Watchdog:
-    """Tells one rank when there is no use in waiting on.
+    """Decides for one rank whether waiting on is useless.
 
-    roll_call  who else lives; None: nobody is looked for
-    limit_s    how long one collective may take; 0: as long as it takes
+    roll_call  the processes of the other ranks; None: not checked
+    limit_s    how long one collective may take; 0: no limit
     """
 
     def __init__(self, rank: int, halt: Halt) -> None:
@@ -63,28 +63,30 @@ class Watchdog:
         self.limit_s = 0.0
 
     def entered(self, event: Collective) -> None:
-        """The rank is about to issue this collective."""
+        """Called when the rank is about to issue this collective."""
         self._event, self._entered_s = event, time.monotonic()
 
     def reason(self) -> Stopped | None:
-        """Why a collective failed under this rank, if a peer is gone. The kernel closes the connections of a process
-        a little before the process itself is seen to have ended.
+        """Why a collective failed on this rank: a dead peer or a stopped job; None for another reason.
+
+        Waits up to PATIENCE_S, because the operating system closes the connections of a process shortly before the
+        process is seen to have ended.
         """
         deadline = time.monotonic() + (PATIENCE_S if self.roll_call else 0)
         while True:
-            if error := self._halt.heard() or self.error():
+            if error := self._halt.published() or self.error():
                 return error
             if time.monotonic() > deadline:
                 return None
             time.sleep(PATIENCE_S / 50)
 
     def error(self) -> Stopped | None:
-        """Why there is no use in waiting on, published to all ranks; or None."""
+        """Why waiting on is useless, or None. Publishes the error to all ranks."""
         finding = self.finding()
-        return self._halt.tell(finding) if finding else None
+        return self._halt.publish(finding) if finding else None
 
     def finding(self) -> Stopped | None:
-        """As `error`, but not published."""
+        """Why waiting on is useless, or None. Does not publish the error."""
         for rank in self.roll_call.lost() if self.roll_call else ():
             assert self.roll_call is not None
             return PeerLost(f"rank {rank} is gone: its process {self.roll_call.pid(rank)} has ended")
@@ -97,7 +99,7 @@ class Watchdog:
 
 
 def _start_ticks(pid: int) -> int:
-    """When a process began, in clock ticks since boot; 0 when it is gone, also while nobody has reaped it."""
+    """The start time of a process, in clock ticks since boot; 0 if it has ended, even if it is not reaped yet."""
     try:
         fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     except OSError:
@@ -106,7 +108,7 @@ def _start_ticks(pid: int) -> int:
 
 
 def _host() -> str:
-    """Equal for two processes that can see each other's process ids."""
+    """An identifier that is equal for two processes that can see each other's process ids."""
     try:
         return Path("/proc/sys/kernel/random/boot_id").read_text().strip() + os.readlink("/proc/self/ns/pid")
     except OSError:
