@@ -1,8 +1,8 @@
-"""One step's tokens: those of all sequences, flattened, one row per token.
+"""The tokens of one step, flattened over all sequences, with one row per token.
 
-Sequences that bring equally many tokens form a group: a dense [B, T] block of rows. All decoding sequences are one
-group with T = 1. The mixers take several groups at once, as a part of the step: those of one token, or those of more,
-whatever their lengths.
+Sequences with the same number of tokens form a group: a dense [B, T] block of rows. All decoding sequences are one
+group with T = 1. A mixer processes several groups at once, as a part of the step: either all groups of one token, or
+all groups of more tokens.
 
 Shapes: N rows of the step, B sequences of a group, T tokens each (in a part: the rows of all), X = 1 + the sequences of
 a part.
@@ -22,8 +22,11 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, eq=False)
 class Group:
-    """Sequences with `length` new tokens each. `starts` are the tokens that each has seen before;
-    `sequences` is empty for tokens that no cache remembers."""
+    """Sequences with `length` new tokens each.
+
+    starts     number of earlier tokens of each sequence
+    sequences  the cached sequences; empty if the tokens are not cached
+    """
 
     rows_BT: Tensor
     positions_BT: Tensor
@@ -34,10 +37,10 @@ class Group:
 
 @dataclass(frozen=True, eq=False)
 class Part:
-    """Groups that the mixers take together, their rows one group after another: all of them decode, or none does.
+    """Groups that the mixers process together, with their rows one group after another. All decode, or none does.
 
-    cached   where the groups stand among the cached groups of the step; empty for tokens that no cache remembers
-    is_step  the part is the whole step, and has its rows in order
+    cached   indices of the groups among the cached groups of the step; empty if the tokens are not cached
+    is_step  whether the part is the whole step, with its rows in order
     tables   rotary tables by what they depend on beside the positions, see `layers.rope`
     """
 
@@ -48,7 +51,7 @@ class Part:
 
     @property
     def is_decode(self) -> bool:
-        """Whether every sequence brings one token."""
+        """Whether every sequence has one token."""
         return self.groups[0].length == 1
 
     @property
@@ -57,7 +60,7 @@ class Part:
 
     @cached_property
     def rows_T(self) -> Tensor:
-        """The part's rows among those of the step."""
+        """The indices of the part's rows in the step."""
         return torch.cat([group.rows_BT.flatten() for group in self.groups])
 
     @cached_property
@@ -66,7 +69,7 @@ class Part:
 
     @cached_property
     def cu_seqlens_X(self) -> Tensor:
-        """Where each sequence begins among the part's rows, and the number of rows."""
+        """The first row of each sequence in the part, and at the end the number of rows."""
         starts = [0]
         for group in self.groups:
             starts += [starts[-1] + group.length * (number + 1) for number in range(len(group.starts))]
@@ -75,8 +78,7 @@ class Part:
 
 @dataclass(frozen=True, eq=False)
 class Batch:
-    """The groups of a step. `last_rows` has the row of each sequence's last token, in the order of the
-    sequences."""
+    """The groups of a step. last_rows: the row of each sequence's last token, in the order of the sequences."""
 
     groups: tuple[Group, ...]
     num_tokens: int
@@ -84,8 +86,7 @@ class Batch:
 
     @classmethod
     def of(cls, pairs: Iterable[tuple["Sequence", int]], device: torch.device | str | None = None) -> Self:
-        """`num_new_tokens` tokens of each cached sequence; their rows follow one another in the given
-        order."""
+        """A batch of cached sequences. pairs: (sequence, number of its new tokens); rows follow in this order."""
         pairs = list(pairs)
         if len({id(sequence) for sequence, _ in pairs}) != len(pairs):
             raise ValueError("a sequence appears twice in one batch")
@@ -93,17 +94,17 @@ class Batch:
             device = pairs[0][0].cache.device
         for index, (_, count) in enumerate(pairs):
             if count < 1:
-                raise ValueError(f"sequence {index} of the batch brings {count} tokens; at least 1 is needed")
+                raise ValueError(f"sequence {index} of the batch has {count} new tokens; at least 1 is needed")
         return cls._build([(sequence.length, count, sequence) for sequence, count in pairs], device)
 
     @classmethod
     def dense(cls, num_sequences: int, length: int, device: torch.device | str | None = None) -> Self:
-        """`num_sequences` sequences of `length` tokens from position 0 that no cache remembers."""
+        """A batch of `num_sequences` uncached sequences of `length` tokens from position 0."""
         return cls._build([(0, length, None)] * num_sequences if length else [], device)
 
     @classmethod
     def dummy(cls, num_tokens: int, device: torch.device | str | None = None) -> Self:
-        """One sequence from the zero state that no cache remembers: what an idle rank runs."""
+        """A batch of one uncached sequence from the zero state, which an idle rank runs."""
         return cls.dense(1, num_tokens, device)
 
     @classmethod
@@ -133,7 +134,7 @@ class Batch:
 
     @cached_property
     def parts(self) -> tuple[Part, ...]:
-        """The groups as the mixers take them."""
+        """The groups of the step, combined into the parts that the mixers process."""
         members: dict[tuple[bool, bool], list[Group]] = {}
         for group in self.groups:
             members.setdefault((bool(group.sequences), group.length == 1), []).append(group)
@@ -149,7 +150,7 @@ class Batch:
 
     @cached_property
     def order_N(self) -> Tensor:
-        """Where each row of the step stands among the rows of its parts, one part after another."""
+        """The index of each row of the step among the rows of all parts, one part after another."""
         return torch.cat([part.rows_T for part in self.parts]).argsort()
 
     @property

@@ -1,4 +1,4 @@
-"""One layer of the model: a token mixer and an MLP, each behind a norm and added to its input.
+"""One layer of the model: a token mixer and an MLP, each with a norm before it and a residual connection.
 
 Shapes: N tokens of a step, H hidden.
 """
@@ -19,7 +19,7 @@ MIXERS: dict[str, type[Mixer]] = {"G": GatedDeltaNet, "A": GatedAttention, "M": 
 
 
 class Block(nn.Module):
-    """x += mixer(norm(x)); x += mlp(norm(x)). The mixer is the attribute that LAYER_KINDS names."""
+    """x += mixer(norm(x)); x += mlp(norm(x)). The mixer's attribute name is in LAYER_KINDS."""
 
     def __init__(self, config: ModelConfig, kind: str, name: str) -> None:
         super().__init__()

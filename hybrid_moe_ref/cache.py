@@ -1,4 +1,4 @@
-"""What the model remembers of each sequence: KV entries and recurrent states, in pages from one pool.
+"""The cache of a model: the KV entries and recurrent states of each sequence, in pages from one pool.
 
 `pages.py` has the arithmetic. Shapes: P pages, L tokens of a page, B sequences of a group, T new tokens, S
 tokens to attend to, K KV heads, D head dim, C conv channels, W remembered conv inputs.
@@ -18,12 +18,12 @@ from hybrid_moe_ref.pages import PageLayout, page_layout
 
 
 def cache_layout(config: ModelConfig, dtype: torch.dtype) -> PageLayout:
-    """The pages of a cache in `dtype`; recurrent states are at least float32."""
+    """The page layout of a cache in `dtype`. Recurrent states are at least float32."""
     return page_layout(config, dtype.itemsize, ssm_itemsize=wide(dtype).itemsize)
 
 
 class CacheExhausted(RuntimeError):
-    """Not enough free pages. Nothing was taken; the cache is as usable as before."""
+    """There are not enough free pages. No page was taken, and the cache stays usable."""
 
     def __init__(self, needed: int, free: int, what: str) -> None:
         super().__init__(f"{what} needs {needed} pages, {free} are free")
@@ -33,8 +33,10 @@ class CacheExhausted(RuntimeError):
 
 @dataclass(eq=False)
 class Sequence:
-    """A cached sequence: how many tokens it has seen, and its pages in each layer group. One that nobody refers to any
-    more gives its pages back."""
+    """A cached sequence: its number of tokens, and its pages in each layer group.
+
+    The pages return to the pool when the last reference to the sequence is dropped.
+    """
 
     cache: "HybridCache"
     pages: list[list[int]]
@@ -72,8 +74,10 @@ class KVPast:
         self.kv_PL2KD[self.page_BT, self.offset_BT] = new_BT2KD.to(self.kv_PL2KD.dtype)
 
     def extend(self, k_BTKD: Tensor, v_BTKD: Tensor) -> tuple[Tensor, Tensor]:
-        """Append, and return all keys and values, [B, S, K, D]. Entries after a sequence's own end are finite, and
-        hidden by their positions."""
+        """Append, and return all keys and values, [B, S, K, D].
+
+        Entries after the end of a sequence are finite, and the causal mask hides them.
+        """
         self.append(k_BTKD, v_BTKD)
         kv_BS2KD = self.kv_PL2KD[self.table_BP].flatten(1, 2)[:, : self.length]
         return kv_BS2KD[:, :, 0].to(k_BTKD.dtype), kv_BS2KD[:, :, 1].to(v_BTKD.dtype)
@@ -81,7 +85,7 @@ class KVPast:
 
 @dataclass(frozen=True, eq=False)
 class KVRun:
-    """The same for a single sequence whose pages follow one another, as one long page: nothing is gathered."""
+    """One attention layer's view of a single sequence with consecutive pages. It reads them without a gather."""
 
     kv_PL2KD: Tensor
     start: int
@@ -101,8 +105,10 @@ class KVRun:
 
 @dataclass(frozen=True, eq=False)
 class StatePast:
-    """One recurrent layer's view of a group's sequences: pools of states, which the kernels change in place, and the
-    slot of each sequence."""
+    """One recurrent layer's view of a group's sequences.
+
+    Pools of states, which the kernels change in place, and the slot of each sequence in them.
+    """
 
     conv_PWC: Tensor
     ssm_P___: Tensor
@@ -112,7 +118,7 @@ class StatePast:
     def zeros(
         cls, num_sequences: int, conv_shape: tuple[int, ...], ssm_shape: tuple[int, ...], like: Tensor
     ) -> "StatePast":
-        """Pools of their own for sequences that start from nothing."""
+        """New pools of zero states, for sequences that are not cached."""
         conv_BWC = like.new_zeros(num_sequences, *conv_shape)
         ssm_B___ = like.new_zeros(num_sequences, *ssm_shape, dtype=wide(like.dtype))
         return cls(conv_BWC, ssm_B___, torch.arange(num_sequences, device=like.device))
@@ -176,14 +182,14 @@ class HybridCache:
         return len(self._free)
 
     def allocate(self) -> Sequence:
-        """A new, empty sequence. Its recurrent states are taken now, KV pages as tokens come."""
+        """Allocate an empty sequence. It takes its recurrent states now, and KV pages when tokens are added."""
         counts = [0 if group.kind == "A" else 1 for group in self.layout.groups]
         self._need(sum(counts), "a new sequence")
         pages = [self._take(count) for count in counts]
         return Sequence(self, pages, self._table.add([pages[number][0] for number in self._recurrent]))
 
     def free(self, sequence: Sequence) -> None:
-        """Give the sequence's pages back; it cannot be used any more."""
+        """Return the sequence's pages to the pool. The sequence cannot be used after that."""
         self._check(sequence)
         sequence.release()
 
@@ -194,7 +200,7 @@ class HybridCache:
         self._table.remove(row)
 
     def fork(self, sequence: Sequence) -> Sequence:
-        """A second sequence with the same past, to continue a common prefix in another way. Pages are copied."""
+        """Copy a sequence, to continue a common prefix in another way."""
         self._check(sequence)
         self._need(sum(map(len, sequence.pages)), f"a copy of a sequence of {sequence.length} tokens")
         copy = self.allocate()
@@ -206,14 +212,16 @@ class HybridCache:
         return copy
 
     def snapshot(self, sequence: Sequence) -> Snapshot:
-        """What `restore` needs to forget the tokens that come after now: the recurrent states, as a KV entry behind
-        the end of its sequence is not seen."""
+        """Save what `restore` needs to undo later tokens.
+
+        These are the length and the recurrent states. KV entries after the end of a sequence are never read.
+        """
         self._check(sequence)
         pages = self._state_pages(sequence)
         return Snapshot(sequence.length, [buffer[pages] for buffer in self.buffers])
 
     def restore(self, sequence: Sequence, snapshot: Snapshot) -> None:
-        """Take the sequence back to its snapshot."""
+        """Restore the sequence to its snapshot."""
         self._check(sequence)
         pages = self._state_pages(sequence)
         for buffer, states in zip(self.buffers, snapshot.states, strict=True):
@@ -221,7 +229,7 @@ class HybridCache:
         sequence.length = snapshot.length
 
     def truncate(self, sequence: Sequence, length: int) -> None:
-        """Forget the tokens from `length` on. Only for layers without recurrent state, which cannot be cut."""
+        """Drop the tokens from `length` on. Only for models without recurrent state, which cannot be truncated."""
         self._check(sequence)
         if self.layout.states or length > sequence.length:
             raise ValueError(f"a sequence of {sequence.length} tokens cannot be cut to {length}")
@@ -233,7 +241,7 @@ class HybridCache:
         ]
 
     def check_model(self, config: ModelConfig, dtype: torch.dtype) -> None:
-        """Raise ValueError for a model other than the cache was made for."""
+        """Raise ValueError if the cache was made for another model."""
         if dtype != self.dtype:
             raise ValueError(f"a cache in {self.dtype} for a model in {dtype}")
         if config is not self.config and config != self.config:
@@ -242,8 +250,7 @@ class HybridCache:
             raise ValueError(f"a cache with {name} {ours[name]!r} for a model with {name} {theirs[name]!r}")
 
     def begin(self, batch: Batch) -> list[list[Past]]:
-        """Make room for the batch's tokens; for each layer and group of sequences, the view that the layer
-        needs."""
+        """Take pages for the batch's tokens; return each layer's view of each group of sequences."""
         missing: list[tuple[Sequence, int]] = []
         for sequence, count in batch.sequences:
             self._check(sequence)
@@ -270,7 +277,7 @@ class HybridCache:
         return pasts
 
     def _num_token_pages(self, sequence: Sequence) -> int:
-        """Pages that a sequence holds in each attention group: equally many in all."""
+        """The number of pages of a sequence in each attention group, which is the same for all of them."""
         return len(sequence.pages[self._attention[0]]) if self._attention else 0
 
     def _extend(self, sequence: Sequence, count: int) -> None:
@@ -283,7 +290,7 @@ class HybridCache:
         self._table.extend(sequence.row, start, new)
 
     def commit(self, batch: Batch) -> None:
-        """The batch's tokens are now part of their sequences."""
+        """Add the batch's tokens to the length of their sequences."""
         for sequence, count in batch.sequences:
             sequence.length += count
 
@@ -319,8 +326,7 @@ class HybridCache:
             raise CacheExhausted(count, len(self._free), what)
 
     def _take(self, count: int) -> list[int]:
-        """Pages of zeros: a state starts from zero, and what attention must not see has to be finite all the
-        same."""
+        """Take pages and fill them with zeros: a state starts from zero, and masked KV entries must be finite."""
         pages = [self._free.pop() for _ in range(count)]
         if pages:
             for buffer in self.buffers:

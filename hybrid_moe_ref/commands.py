@@ -1,6 +1,6 @@
-"""What `python -m hybrid_moe_ref` can do: one function per command, which prints and returns the exit status.
+"""The commands of `python -m hybrid_moe_ref`: one function per command, which prints and returns the exit status.
 
-torch is imported by those that need it.
+Only the functions that need torch import it.
 """
 
 import argparse
@@ -59,7 +59,7 @@ def params(args: argparse.Namespace) -> int:
 
 
 def pages(args: argparse.Namespace) -> int:
-    """The unified page of KV entries and recurrent states."""
+    """Print the unified page size of KV entries and recurrent states."""
     layout = page_layout(preset(args.preset), kv_itemsize=_ITEMSIZES[args.kv_dtype], tp_size=args.tp)
     answer = {
         "preset": args.preset,
@@ -122,7 +122,7 @@ def check(args: argparse.Namespace) -> int:
 
 
 def bench(args: argparse.Namespace) -> int:
-    """Milliseconds of a prefill and of a decode step, best of several, and the process's peak memory."""
+    """Print the best time of a prefill and of a decode step in milliseconds, and the process's peak memory."""
     import torch
 
     from hybrid_moe_ref.batch import Batch
@@ -134,7 +134,7 @@ def bench(args: argparse.Namespace) -> int:
         torch.set_num_threads(args.threads)
     B, T = args.batch, args.prompt_tokens
     model = load(args, Source.of(args.model), [T + args.new_tokens] * B)
-    torch.set_flush_denormal(True)  # random weights drive states there, where CPUs crawl
+    torch.set_flush_denormal(True)  # with random weights, states become denormal, which is slow on CPUs
     tokens_BT = torch.randint(model.config.vocab_size, (B, T), generator=torch.Generator().manual_seed(0))
     prompts = list(tokens_BT.to(model.device))
     num_pages = pages_needed(model, [T + args.new_tokens] * B)

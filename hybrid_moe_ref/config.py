@@ -1,4 +1,4 @@
-"""What a model, its layout and its engine look like: frozen dataclasses, validated here and nowhere else.
+"""The configuration of a model, its layout and its engine: frozen dataclasses, validated here and nowhere else.
 
 A `ConfigError` names the field by its path and both numbers that disagree. This module does not import torch.
 """
@@ -19,7 +19,7 @@ DTYPES = ("float32", "float64", "bfloat16", "float16")
 
 
 class InputError(ValueError):
-    """Something that the user gave and that cannot be used; the text is for the user, in one line."""
+    """The user's input cannot be used. The text is one line for the user."""
 
 
 class ConfigError(InputError):
@@ -32,7 +32,7 @@ class ConfigError(InputError):
 
 
 class Config:
-    """Strict conversion from and to JSON-like mappings, for the dataclasses below and for other people's."""
+    """A base class for configuration dataclasses, with strict conversion from and to JSON-like mappings."""
 
     @classmethod
     def from_mapping(cls, mapping: Mapping[str, Any], where: str = "") -> Self:
@@ -63,7 +63,7 @@ class Config:
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
-    """' (did you mean ...?)' when something known is close, else ''."""
+    """The hint " (did you mean ...?)" if one of the ``known`` names is similar; else ""."""
     matches = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
     return f" (did you mean {matches[0]!r}?)" if matches else ""
 
@@ -77,7 +77,7 @@ def _type_name(value: Any) -> str:
 
 
 def _convert(value: Any, wanted: Any, where: str) -> Any:
-    """`value` as the annotated type; an int is welcome as a float, a bool is never an int."""
+    """Convert `value` to the annotated type. An int is accepted as a float; a bool is not accepted as an int."""
     if isinstance(wanted, types.UnionType):
         if value is None and types.NoneType in wanted.__args__:
             return None
@@ -226,12 +226,12 @@ class ModelConfig(Config):
 
 @dataclass(frozen=True)
 class ParallelConfig(Config):
-    """How many ranks, and what each group of them shares.
+    """The layout: the number of ranks, and how they share the model.
 
-    dp_size           groups of ranks with requests of their own
-    tp_size           ranks of such a group, which share heads and intermediate features
-    expert_parallel   routed experts are spread one by one over all ranks; else every dp rank has all of them, and its
-                      tp ranks a part of each
+    dp_size           number of dp ranks; each has its own requests
+    tp_size           number of tp ranks per dp rank, which share heads and intermediate features
+    expert_parallel   distribute whole routed experts over all ranks; else every dp rank has all experts, and each of
+                      its tp ranks has a part of each
     """
 
     dp_size: int = 1
@@ -243,7 +243,7 @@ class ParallelConfig(Config):
 
     @property
     def ep_size(self) -> int:
-        """How many ranks the routed experts are spread over."""
+        """The number of ranks that the routed experts are distributed over."""
         return self.dp_size * self.tp_size if self.expert_parallel else 1
 
     @property
@@ -262,27 +262,27 @@ class ParallelConfig(Config):
 
 @dataclass(frozen=True)
 class EngineConfig(Config):
-    """Bounds of one rank's serve loop, and how it runs a step.
+    """Limits of one rank's serve loop, and how it runs a step.
 
-    max_num_seqs       requests that run at once; the others wait in order of arrival
+    max_num_seqs       most requests that run at once; the others wait in order of arrival
     max_num_batched_tokens
-                       tokens of a step: of a decode step of all requests, and of as much of new prompts as is left
-    num_pages          pages of a rank's cache; when they do not suffice for all requests, the youngest wait
+                       most tokens of a step. Running requests come first; new prompts get the rest
+    num_pages          pages of a rank's cache; if they do not suffice for all requests, the youngest wait
     unfinished_interval
-                       steps from one "anyone unfinished?" all-reduce to the next; the ranks can end after each
-    dtype              of weights, activations and KV cache: one of DTYPES
-    mode               "eager", or "graphs": steps of few tokens are padded to a captured size and replayed
-    capture_sizes      those sizes; () is 1, 2, 4, ... and max_num_seqs, which hold every pure decode step
-    microbatch_tokens  a rank with so many tokens would split the step in two; 0 for never
-    compile            run the row-wise parts of the layers through torch.compile (needs a C++ compiler on a CPU)
-    autotune           time the ways to compute the experts at start, and agree on the fastest
-    cache_dir          folder where tuning and compiled code outlive the process; "" keeps nothing, but for compiled
-                       modules, which then go to the user's own cache
+                       number of steps between two "anyone unfinished?" all-reduces; the ranks can end after each
+    dtype              dtype of weights, activations and KV cache: one of DTYPES
+    mode               "eager", or "graphs": small steps are padded to a captured size and replayed
+    capture_sizes      the captured sizes; () means 1, 2, 4, ... and max_num_seqs, which cover every pure decode step
+    microbatch_tokens  a rank with this many tokens proposes to split the step in two; 0: never
+    compile            compile the row-wise parts of the layers by torch.compile (needs a C++ compiler on a CPU)
+    autotune           time the tactics for computing the experts at start, and agree on the fastest
+    cache_dir          folder for tuning results and compiled code. "": tuning results are not saved, and compiled
+                       modules go to the user's cache
     gdn_prefill_backend, moe_backend
-                       what computes these layers: "auto" leaves it to the kernels' registry, "jit" is compiled where
-                       it runs, "triton" needs a GPU
-    num_drafts         tokens of each request that the MTP layer guesses ahead
-    collective_limit_s a rank that waits so long in one collective while it serves stops all ranks; 0 for no limit
+                       backend of these layers: "auto" selects one from the kernels' registry, "jit" is compiled on
+                       this machine, "triton" needs a GPU
+    num_drafts         number of tokens that the MTP layer drafts for each request
+    collective_limit_s a rank that waits this long in one collective while serving stops all ranks; 0: no limit
     """
 
     max_num_seqs: int = 8
@@ -333,7 +333,7 @@ class EngineConfig(Config):
 
     @property
     def compiles_kernels(self) -> bool:
-        """Whether a backend is compiled where it runs."""
+        """Whether a backend is compiled on this machine ("jit")."""
         return "jit" in (self.gdn_prefill_backend, self.moe_backend)
 
     @property

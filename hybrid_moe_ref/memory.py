@@ -1,4 +1,4 @@
-"""What a model and its cache will take, before anything is allocated; and what ran out, afterwards."""
+"""Check before allocation whether a model and its cache fit into memory, and describe an out-of-memory error."""
 
 import contextlib
 import os
@@ -76,7 +76,7 @@ def peak_rss() -> int:
 
 
 def shortage(error: BaseException) -> str:
-    """The line of an allocator, or of a cache, that had no room; "" for any other error."""
+    """The message of an out-of-memory or cache-exhausted error as one line; "" for any other error."""
     text = str(error).partition("\n")[0]
     ran_out = isinstance(error, CacheExhausted | torch.OutOfMemoryError)
     if ran_out or (isinstance(error, RuntimeError) and any(words in text for words in _ALLOCATOR_WORDS)):

@@ -14,8 +14,9 @@ _SHARED_KINDS = ("nfs", "cifs", "smb", "lustre", "ceph", "gpfs", "beegfs", "glus
 
 
 def who_has_open(path: Path) -> int:
-    """Return the pid of a process of this host that has the file open, 0 if none has it open, and -1 if that cannot be
-    known, as on a file system that other hosts share.
+    """Return the pid of a process of this host that has the file open; 0 if there is none.
+
+    Returns -1 if that cannot be determined, for example on a file system that other hosts share.
     """
     try:
         descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)  # a pipe is not waited for
@@ -27,8 +28,8 @@ def who_has_open(path: Path) -> int:
         mine = os.fstat(descriptor)
         if _is_shared(mine.st_dev):
             return -1
-        # The kernel grants a write lease only on a file that nobody else has open, whosever processes those are. Who
-        # opens it meanwhile breaks the lease, of which a signal tells that does nothing by default.
+        # The operating system grants a write lease only on a file that no other process of any user has open. A process
+        # that opens the file meanwhile breaks the lease; the signal about that has no effect by default.
         fcntl.fcntl(descriptor, fcntl.F_SETSIG, signal.SIGURG)
         fcntl.fcntl(descriptor, fcntl.F_SETLEASE, fcntl.F_WRLCK)
         return 0
@@ -39,7 +40,7 @@ def who_has_open(path: Path) -> int:
 
 
 def _pid_with_open(device: int, inode: int) -> int:
-    """A process that has this file open, as far as one may look; -1 if none is seen."""
+    """The pid of a process that has this file open, among the processes that this user may inspect; -1 if none."""
     for pid in psutil.pids():
         if pid == os.getpid():
             continue
@@ -49,13 +50,13 @@ def _pid_with_open(device: int, inode: int) -> int:
                     held = os.stat(f"/proc/{pid}/fd/{name}")
                     if (held.st_dev, held.st_ino) == (device, inode):
                         return pid
-        except OSError:  # it has ended, or is not ours to look at
+        except OSError:  # the process has ended, or this user may not inspect it
             continue
     return -1
 
 
 def _is_shared(device: int) -> bool:
-    """Whether a file system may be mounted on other hosts too; also where that is not known."""
+    """Whether other hosts may have mounted this file system too. True if that is unknown."""
     try:
         with open("/proc/self/mountinfo") as file:
             mounts = [line.split() for line in file]

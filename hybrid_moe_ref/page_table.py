@@ -24,7 +24,7 @@ class PageTable:
         self._free = list(reversed(range(FIRST_SIZE)))
 
     def add(self, slots_G: list[int]) -> int:
-        """A row for a new sequence with these state slots and no pages."""
+        """Add a row for a new sequence, with these state slots and no pages; return its index."""
         if not self._free:
             num_rows = self._slot_GR.shape[1]
             self._free = list(reversed(range(num_rows, 2 * num_rows)))
@@ -44,7 +44,7 @@ class PageTable:
         self._page_GRW[:, row, end:] = new_GW[:, -1:]
 
     def remove(self, row: int) -> None:
-        """The row's sequence has ended."""
+        """Free the row of a sequence that has ended."""
         self._free.append(row)
 
     def pages(self, group: int, rows_B: Tensor, width: int) -> Tensor:
@@ -52,7 +52,7 @@ class PageTable:
         return self._page_GRW[group, rows_B, :width]
 
     def slots(self, group: int, rows_B: Tensor) -> Tensor:
-        """Their state slots: [B]."""
+        """The state slots of the sequences in these rows: [B]."""
         return self._slot_GR[group, rows_B]
 
 

@@ -1,4 +1,4 @@
-"""Which part of a full parameter a rank holds.
+"""Describe the part of a full parameter that a rank holds.
 
 `HybridMoE.slices` has one `Slice` for every parameter that is held in part, by its name in the unsharded model;
 a parameter without one is held whole. Code that fills parameters, from a seed or from a checkpoint, reads the full
@@ -23,7 +23,7 @@ Cuts = tuple[tuple[int, tuple[Range, ...]], ...]
 
 @dataclass(frozen=True)
 class Slice:
-    """The part of a tensor of `full_shape` that `cuts` leave."""
+    """The part of a tensor of `full_shape` that remains after `cuts`."""
 
     full_shape: tuple[int, ...]
     cuts: Cuts = ()

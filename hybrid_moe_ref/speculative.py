@@ -1,11 +1,11 @@
-"""Speculative greedy decoding: a drafter guesses some tokens, the model checks them all in one step.
+"""Speculative greedy decoding: a drafter proposes some tokens, and the model verifies all of them in one step.
 
-The result is what plain greedy decoding gives, whatever the drafter says: a guess is kept only where it is the
-model's own choice. (In float32 a step over several tokens rounds differently from a step over one, so an argmax that
-is tied to the last bit may differ; in float64 none was seen.)
+The result equals plain greedy decoding, whatever the drafter proposes: a draft is accepted only if it is the model's
+own choice. (In float32 a step over several tokens rounds differently from a step over one token, so a tied argmax may
+differ; in float64 no difference was seen.)
 
-A recurrent state cannot be cut back to the last kept token. It is restored from a snapshot instead, and the kept
-tokens run again; a step whose guesses were all right needs no second run.
+A recurrent state cannot be truncated to the last accepted token. It is restored from a snapshot instead, and the
+accepted tokens run again. A step whose drafts were all accepted needs no second run.
 
 Shapes: T tokens, H hidden.
 """
@@ -30,13 +30,15 @@ if TYPE_CHECKING:
 
 class Drafter(Protocol):
     def propose(self, tokens_T: Tensor, hidden_TH: Tensor, count: int) -> Tensor:
-        """Guess `count` tokens that follow `tokens_T`. Those are new and certain: `tokens_T[i]` came after the
-        position whose hidden state is `hidden_TH[i]`."""
+        """Propose `count` tokens that follow `tokens_T`.
+
+        tokens_T: new accepted tokens; `tokens_T[i]` follows the position whose hidden state is `hidden_TH[i]`
+        """
 
 
 @dataclass
 class Statistics:
-    """How well the drafter guessed."""
+    """Counts of proposed and accepted drafts."""
 
     num_steps: int = 0
     num_drafted: int = 0
@@ -44,14 +46,14 @@ class Statistics:
 
 
 def draft_cache(model: "HybridMoE", num_tokens: int, num_sequences: int) -> HybridCache:
-    """The MTP layer's own cache, for so many tokens in so many sequences."""
+    """Create the MTP layer's own cache, for `num_tokens` tokens in `num_sequences` sequences."""
     config = draft_config(model.config)
     num_pages = page_layout(config, model.dtype.itemsize).pages_for(num_tokens) + num_sequences
     return HybridCache(config, num_pages, model.device, model.dtype)
 
 
 class MTPDrafter:
-    """Guesses with the model's MTP layer, one token after another. `max_length` bounds the tokens it will see."""
+    """Proposes tokens by the model's MTP layer, one after another. max_length: the most tokens of the sequence."""
 
     def __init__(self, model: "HybridMoE", max_length: int) -> None:
         if not model.config.num_mtp_layers:

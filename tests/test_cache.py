@@ -152,7 +152,7 @@ def test_misuse_is_a_clear_error() -> None:
         other.free(a)
     with pytest.raises(ValueError, match="appears twice"):
         Batch.of([(a, 1), (a, 2)])
-    with pytest.raises(ValueError, match="sequence 0 of the batch brings 0 tokens"):
+    with pytest.raises(ValueError, match="sequence 0 of the batch has 0 new tokens"):
         Batch.of([(a, 0)])
     batch, one = Batch.of([(a, 1)]), torch.zeros(1, dtype=torch.long)
     with pytest.raises(ValueError, match="was given no cache"):

@@ -55,7 +55,7 @@ class GatedAttention(Mixer):
 
 
 def _attend_group(q_BTQD: Tensor, k_BTKD: Tensor, v_BTKD: Tensor, group: Group, past: KVPast | KVRun | None) -> Tensor:
-    """Attention of one group; its new keys and values are kept, as values: no gradient flows through a cache."""
+    """Attention of one group. Its new keys and values are cached detached: no gradient flows through a cache."""
     if past is None:
         return attend(q_BTQD, k_BTKD, v_BTKD, group)
     is_differentiable = torch.is_grad_enabled() and q_BTQD.requires_grad
@@ -73,7 +73,7 @@ def _attend_group(q_BTQD: Tensor, k_BTKD: Tensor, v_BTKD: Tensor, group: Group, 
 
 
 def attend(q_BTQD: Tensor, k_BSKD: Tensor, v_BSKD: Tensor, group: Group) -> Tensor:
-    """Softmax attention; the key in place s is visible to queries at position s and later."""
+    """Softmax attention. The key at index s is visible to queries at position s and later."""
     q, k, v = (x.transpose(1, 2) for x in (q_BTQD, k_BSKD, v_BSKD))
     T, S = q.shape[2], k.shape[2]
     if T == S:

@@ -1,5 +1,6 @@
-"""What the three token mixers share: a step's rows go through `mix` in one call, or in two where some sequences bring
-one token and others more.
+"""The base class of the three token mixers: it calls `mix` for each part of a step.
+
+A step has one part, or two if some of its sequences have one token and others more.
 
 Shapes: N rows of the step, T of them of one part, H hidden.
 """
@@ -13,8 +14,11 @@ from hybrid_moe_ref.batch import Batch, Part
 
 
 class Mixer(nn.Module):
-    """Called once per step and layer. `pasts` has the cache's view of each group of cached sequences; without it, every
-    sequence starts from nothing and no state is kept."""
+    """A token mixer. Called once per step and layer.
+
+    pasts: the cache's view of each group of cached sequences. If None, every sequence starts without state, and no
+    state is kept.
+    """
 
     def forward(self, x_NH: Tensor, batch: Batch, pasts: Sequence | None = None) -> Tensor:
         outputs = []
