@@ -170,7 +170,7 @@ def one(seed: int, folder: Path | None = None) -> str:
         structured = name.endswith(".json") or name.startswith("trace")
         data = restructured(rng, name) if structured and rng.random() < 0.6 else damaged(rng, SAMPLES[name])
         files[rng.choice((name, name, "trace_rank_0", f"x\x1b[31m{name}"))] = data
-    began = time.monotonic()
+    began = time.process_time()
     if folder is not None:
         for name, data in files.items():
             (folder / name).write_bytes(data)
@@ -188,8 +188,8 @@ def one(seed: int, folder: Path | None = None) -> str:
         text = escape_lines("\n".join(lines(diagnose(evidence.records), evidence)))
         if CONTROL.search(text):
             return f"a control character is printed: {text!r}"
-    seconds = time.monotonic() - began
-    return f"it took {seconds:.1f} s" if seconds > MAX_SECONDS else ""
+    seconds = time.process_time() - began
+    return f"it took {seconds:.1f} s of a processor" if seconds > MAX_SECONDS else ""
 
 
 def read_memory(files: dict[str, bytes]) -> Evidence:
