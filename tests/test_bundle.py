@@ -25,11 +25,13 @@ from scene import Scene, make_recorder
 from hybrid_moe_ref.config import preset
 from hybrid_moe_ref.parallel.observer import Collective
 from repro import bundle
-from repro.bundle import archive, assemble
+from repro.bundle import archive, assemble, scratch
 from repro.bundle.archive import ArchiveError, unpack
 from repro.bundle.issue import MAX_ISSUE_LINES, issue
+from repro.bundle.scratch import scratch_folder
 from repro.commands import CANNOT_TELL, EXPECTED, UNEXPECTED, USAGE
 from repro.commands.cli import main
+from repro.hosts.interrupt import Interrupt
 from repro.lab.description import describe
 from repro.lab.settings import RunSettings
 from repro.report.gather import gather
@@ -309,6 +311,22 @@ def test_names_in_a_manifest_and_a_witness_do_nothing_to_a_terminal(tmp_path, qu
         main([*command, str(tmp_path / "changed.zip")])
         told = "".join(capsys.readouterr())
         assert "␛[2Jgone is missing" in told and "\x1b" not in told
+
+
+def test_a_signal_while_a_scratch_folder_is_made_leaves_none(tmp_path, monkeypatch):
+    """Each moment from the folder's making on: a signal between two steps must find somebody who removes it."""
+    make = tempfile.mkdtemp
+
+    def make_and_signal(**options):
+        folder = make(dir=tmp_path, **options)
+        signal.raise_signal(signal.SIGTERM)
+        return folder
+
+    monkeypatch.setattr(scratch.tempfile, "mkdtemp", make_and_signal)
+    with pytest.raises(KeyboardInterrupt), Interrupt().installed(), scratch_folder("repro-"):
+        pytest.fail("the signal was lost")
+    assert not list(tmp_path.iterdir())
+    assert not signal.pthread_sigmask(signal.SIG_BLOCK, [])
 
 
 def test_a_changed_file_is_named(tmp_path, quick, capsys):

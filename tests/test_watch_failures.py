@@ -208,10 +208,12 @@ def test_a_rank_of_another_process_namespace_is_not_taken_for_the_holder_of_a_lo
         assert verdict.culprits == culprits, verdict
 
 
-def test_a_launcher_that_a_signal_ended_names_no_rank(tmp_path):
+@pytest.mark.parametrize("quiet_window_s", [0.2, 1.0])
+def test_a_launcher_that_a_signal_ended_names_no_rank(tmp_path, quiet_window_s):
     """torchrun ends all ranks for it; which of them goes first says nothing."""
     for line, wanted in (("Received 2 death signal, shutting down workers", "inconclusive"), ("", "crash")):
-        world = world_of(tmp_path / wanted, [[("call", CALL), ("kill",)], [*GO_ON, ("spin",)]])
+        programs = [[("call", CALL), ("kill",)], [*GO_ON, ("spin",)]]
+        world = world_of(tmp_path / wanted, programs, quiet_window_s=quiet_window_s)
         world.run_dir.launcher_log.write_text(f"W1128 api.py:753] {line}\n")
         document = world.watch().run()
         assert document["verdict"] == wanted, document

@@ -167,6 +167,8 @@ class Watch:
         if self._death_is_settled(now_ns):
             verdict, self._ended_by = self._conclude(), collect.launcher_was_ended(self.run_dir)
             return ended_from_outside(verdict, self._ended_by) if self._ended_by else verdict
+        if self._died_ns:  # however long the silence before: the peers may be about to say something
+            return None
         quiet_ns = self.options.quiet_window_s * 1e9
         waited_ns = now_ns - max(self._last_event_ns(), self._judged_ns)
         if waited_ns < quiet_ns:
