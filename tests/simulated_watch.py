@@ -29,6 +29,9 @@ class SimulatedProcess:
     pid: int
     world: World
 
+    def suspend(self) -> None:
+        """The simulation stands still while processes are ended."""
+
     def kill(self) -> None:
         self.world.sim.ranks[self.pid - 100].state = "dead"
 
