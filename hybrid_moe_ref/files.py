@@ -11,6 +11,7 @@ import json
 import os
 import re
 import stat
+from collections.abc import Iterator
 from itertools import accumulate
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -81,7 +82,7 @@ def write_atomically(path: Path, content: str | bytes, *, durable: bool = False)
     durable: return when the disk has it, so that it outlives the machine's next reset as well
     """
     data = content.encode(errors="backslashreplace") if isinstance(content, str) else content
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    partial = _partial(path)
     try:
         partial.unlink(missing_ok=True)
         with os.fdopen(open_own(partial, os.O_WRONLY | os.O_CREAT | os.O_EXCL), "wb") as file:
@@ -96,6 +97,31 @@ def write_atomically(path: Path, content: str | bytes, *, durable: bool = False)
         with contextlib.suppress(OSError):
             partial.unlink()
         raise OSError(error.errno, error.strerror, str(path)) from error
+
+
+def _partial(path: Path) -> Path:
+    """The file that :func:`write_atomically` of this process writes before it takes the place of ``path``."""
+    return path.with_name(f".{path.name}.{os.getpid()}.partial")
+
+
+@contextlib.contextmanager
+def room_for(path: Path, num_bytes: int) -> Iterator[None]:
+    """Keep room on the disk for a file that is written at the end of a ``with`` by :func:`write_atomically`.
+
+    Where there is no room already, none is kept.
+    """
+    partial = _partial(path)
+    try:
+        with contextlib.suppress(OSError):
+            descriptor = open_own(partial, os.O_WRONLY | os.O_CREAT)
+            try:
+                os.posix_fallocate(descriptor, 0, num_bytes)
+            finally:
+                os.close(descriptor)
+        yield
+    finally:
+        with contextlib.suppress(OSError):
+            partial.unlink(missing_ok=True)
 
 
 def sync(path: Path) -> None:

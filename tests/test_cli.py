@@ -22,13 +22,17 @@ from scene import Scene
 
 from repro.commands import CANNOT_TELL, EXPECTED, UNEXPECTED, USAGE, exit_code
 from repro.commands.cli import _parser, main
+from repro.hosts.options import WatchOptions
 from repro.lab.launch import prepare_run_dir
 from repro.lab.scenarios import settings_of
 from repro.lab.settings import RunSettings
 from repro.report.junit import write_junit
 from repro.report.terminal import LiveTable, overview, position
 from repro.store.run_dir import OutputError, RunDir
+from repro.trace.format import Geometry
+from repro.trace.recorder import Recorder
 from repro.trace.witness import Tail
+from repro.watch.live import Comparison, Watch
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -213,6 +217,27 @@ def test_a_disk_that_fills_during_a_run_is_named_with_the_evidence(capsys, tmp_p
         code, told = fails(capsys, "watch", root, "--end")
         assert code == CANNOT_TELL and f"{root}/verdict.json: No space left on device; " in told
         assert f"what is kept of the run is in {root}\n" in told
+
+
+def test_a_verdict_is_written_on_a_disk_that_fills_while_the_run_is_watched(tmp_path):
+    with mounted(tmp_path, "-o", "size=8m"):
+        run_dir = RunDir.create(tmp_path, "metadata_rebuild", "control", 0)
+        for rank in range(2):
+            Recorder.open(run_dir.witness(rank), rank, 2, shape=Geometry(64, 64, 4096, 2)).done()
+
+        def fill_the_disk(final: bool) -> Comparison:
+            with contextlib.suppress(OSError), (tmp_path / "filler").open("wb", buffering=0) as file:
+                while file.write(bytes(4096)):
+                    pass
+            return Comparison(evidence="all equal")
+
+        options = WatchOptions(num_ranks=2, quiet_window_s=1.0, deadline_s=20.0)
+        watch = Watch(run_dir, options, job_alive=lambda: True, compare=fill_the_disk)
+        document = watch.run()
+        del watch  # with its maps of files on the disk
+        assert document["verdict"] == "clean"
+        assert json.loads(run_dir.verdict.read_text())["verdict"] == "clean"
+        assert not list(run_dir.root.glob(".*"))
 
 
 def test_a_full_standard_output_is_called_so():

@@ -18,6 +18,7 @@ from typing import Any
 
 import psutil
 
+from hybrid_moe_ref.files import room_for
 from repro.hosts import collect
 from repro.hosts.agent import RemoteHosts
 from repro.hosts.host import READ_FAILURES, Host
@@ -112,15 +113,17 @@ class Watch:
     def run(self) -> dict[str, Any]:
         """Watch until the run is decided; returns what was written to verdict.json.
 
-        Raises OSError if verdict.json cannot be written.
+        Room for verdict.json is kept from the start: the disk may be full by the end. Raises OSError if verdict.json
+        cannot be written all the same.
         """
-        try:
-            while (verdict := self._poll()) is None:
-                self.show(self._tails.opened())
-                self._pause()
-        except Exception as error:
-            verdict = self._failed(error)
-        return self._write(verdict)
+        with room_for(self.run_dir.verdict, _verdict_bytes(self.options.num_ranks)):
+            try:
+                while (verdict := self._poll()) is None:
+                    self.show(self._tails.opened())
+                    self._pause()
+            except Exception as error:
+                verdict = self._failed(error)
+            return self._write(verdict)
 
     def processes(self) -> list[psutil.Process]:
         """The processes of the running ranks of this host, even if their witness files have been removed."""
@@ -336,6 +339,11 @@ class Watch:
         }
         write_json(self.run_dir.verdict, document, durable=True)
         return document
+
+
+def _verdict_bytes(num_ranks: int) -> int:
+    """How large a verdict.json is at most, about: each rank has a place, with one size for each member of its group."""
+    return (64 << 10) + num_ranks * (4096 + 16 * num_ranks)
 
 
 def _traceback_of(error: Exception) -> str:
