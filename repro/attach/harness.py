@@ -44,7 +44,8 @@ from repro.trace.format import Identity
 from repro.trace.witness import create
 from repro.verdict import Verdict
 from repro.verdict.result import name_ranks
-from repro.watch.live import Watch, describe
+from repro.watch.document import describe
+from repro.watch.live import Watch
 
 if TYPE_CHECKING:
     import torch

@@ -36,7 +36,7 @@ from repro.store.text import escape_control_characters
 from repro.trace.format import CRC, HEADER
 from repro.trace.parse import parse_header
 from repro.trace.witness import MAX_BYTES
-from repro.watch import live
+from repro.watch.document import describe
 from repro.watch.live import Comparison
 from repro.watch.offline import judge_files, options_of
 
@@ -231,7 +231,7 @@ def _judge(copy: Path, run: Path, compare: Compare, recogniser: Recogniser, note
     again: dict[str, Any] = {}
     try:
         options = options_of(read_description(RunDir(copy).description))
-        again = live.describe(judge_files(RunDir(copy), options, compare(RunDir(copy))).verdict)
+        again = describe(judge_files(RunDir(copy), options, compare(RunDir(copy))).verdict)
     except (OSError, ValueError) as error:
         notes.append(f"{run.name}: the copy cannot be judged: {str(error).replace(f'{copy}/', '')}")
     for name in ("evidence", "sentences"):

@@ -9,7 +9,7 @@ from repro.lab import scenarios
 from repro.lab.scenarios import Expected
 from repro.lab.settings import RunSettings
 from repro.verdict import Verdict
-from repro.watch.live import SCHEMA_VERSION
+from repro.watch.document import SCHEMA_VERSION
 
 
 def watch_options(settings: RunSettings) -> WatchOptions:

@@ -29,12 +29,12 @@ from repro.trace.tails import Tails
 from repro.trace.witness import Tail, Witness
 from repro.verdict import Verdict
 from repro.verdict.facts import Facts
+from repro.watch.document import describe
 from repro.watch.flight_recorder import compare_dumps
 from repro.watch.look import Look
 from repro.watch.qualified import ended_from_outside, not_decided, uncompared
 from repro.watch.silences import Silences
 
-SCHEMA_VERSION = 1
 POLL_S = 0.05
 
 ANSWER_PATIENCE_S = 2.0
@@ -63,11 +63,6 @@ class Comparison:
     wrong: tuple[str, ...] = ()
     missing: str = ""
     evidence: str = ""
-
-
-def describe(verdict: Verdict) -> dict[str, Any]:
-    """The entries of verdict.json that follow from the verdict alone."""
-    return {"schema_version": SCHEMA_VERSION, **verdict.to_json(), "sentences": verdict.sentences()}
 
 
 @dataclass

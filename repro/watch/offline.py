@@ -4,28 +4,24 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from repro.hosts import locks
 from repro.hosts.host import Host
 from repro.hosts.options import WatchOptions
 from repro.hosts.system import System
 from repro.store.description import RunDescription
-from repro.store.run_dir import RunDir, read_json
+from repro.store.run_dir import RunDir
 from repro.trace.witness import Witness, read_dir
 from repro.verdict import Verdict
-from repro.verdict.facts import Facts
-from repro.verdict.result import VERDICTS
+from repro.watch.document import Decided, read_decided
 from repro.watch.live import Comparison
-from repro.watch.look import Look, watcher_from_json
+from repro.watch.look import Look
 from repro.watch.qualified import ended_from_outside, not_decided, uncompared
 
 LOOK_S = 0.5
-
-T = TypeVar("T")
 
 
 def options_of(description: RunDescription) -> WatchOptions:
@@ -33,22 +29,6 @@ def options_of(description: RunDescription) -> WatchOptions:
     return WatchOptions(
         description.num_ranks, description.quiet_window_s, description.deadline_s, description.queued_groups
     )
-
-
-@dataclass(frozen=True)
-class Decided:
-    """The entries of a verdict.json that a second judgement uses.
-
-    look       the watcher's last snapshot, without witnesses. None for a file of an older version, which does not name
-               the clock of its times
-    """
-
-    verdict: Verdict
-    facts: Facts
-    look: Look | None
-    interrupted: bool
-    ended_by: str
-    seconds: Mapping[str, Any]
 
 
 @dataclass(frozen=True)
@@ -143,56 +123,3 @@ def _launcher_of(run_dir: RunDir) -> str:
     pid = locks.holder(run_dir.config.resolve())
     watched = f"process {pid} watches it" if pid > 0 else "no process is seen to watch it: its launcher may have ended"
     return f"the run was prepared {age_s:.0f} s ago, and {watched}"
-
-
-def read_decided(path: Path) -> Decided:
-    """Read a verdict.json; raises ValueError with the file and what is wrong with it."""
-    document = read_json(path)
-    if not isinstance(document, dict):
-        raise ValueError(f"{path}:1: not a mapping")
-
-    def entry(name: str, convert: Callable[[Any], T]) -> T:
-        if name not in document:
-            raise ValueError(f"{path}:1: {name} is missing")
-        try:
-            return convert(document[name])
-        except (AttributeError, KeyError, TypeError, ValueError, OverflowError):
-            raise ValueError(f"{path}:1: {name} is not what a run writes there") from None
-
-    verdict = Verdict(
-        entry("verdict", _verdict),
-        confidence=entry("confidence", _text),
-        culprits=entry("culprits", lambda ranks: tuple(_instance(rank, int) for rank in _instance(ranks, list))),
-        evidence=entry("evidence", lambda lines: tuple(map(_text, _instance(lines, list)))),
-        quiet_s=entry("quiet_s", _seconds),
-    )
-    seconds = entry("seconds", lambda value: _instance(value, dict))
-    facts = entry("system", Facts.from_json)
-    look = None
-    if "watcher" in document:
-        watcher, now_ns = entry("watcher", watcher_from_json)
-        look = Look(watcher, now_ns, facts=facts)
-    ended_by = entry("ended_by", _text) if "ended_by" in document else ""
-    return Decided(verdict, facts, look, bool(document.get("interrupted")), ended_by, seconds)
-
-
-def _instance(value: Any, kind: type[T]) -> T:
-    if not isinstance(value, kind):
-        raise TypeError
-    return value
-
-
-def _text(value: Any) -> str:
-    return _instance(value, str)
-
-
-def _verdict(value: Any) -> str:
-    if value not in VERDICTS:
-        raise ValueError
-    return _text(value)
-
-
-def _seconds(value: Any) -> float:
-    if isinstance(value, str) or not 0 <= float(value) < 1e6:
-        raise ValueError
-    return float(value)
