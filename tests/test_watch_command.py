@@ -41,7 +41,7 @@ def test_a_decided_run_is_not_decided_again(capsys, tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(settings.to_mapping()))
     (tmp_path / "verdict.json").write_text('{"verdict": "deadlock"}')
     code, told = fails(capsys, "watch", tmp_path, "--end")
-    assert code == USAGE and "is decided" in told
+    assert code == USAGE and "has a verdict" in told
     assert (tmp_path / "verdict.json").read_text() == '{"verdict": "deadlock"}'
 
 
