@@ -124,4 +124,4 @@ def test_a_changed_word_of_a_vector_is_damage(word: int) -> None:
     offset = area.store((1, 2, 3, 4))
     data[SHAPE.vectors_at + (offset + word) * WORD.size] ^= 4
     at = SHAPE.vectors_at + offset * WORD.size
-    assert vectors_of(bytes(data), {(offset, 4)}) == ({}, (f"x:{at}: damage: 4 sizes do not match their check",))
+    assert vectors_of(bytes(data), {(offset, 4)}) == ({}, (f"x:{at}: damage: 4 sizes do not match their checksum",))

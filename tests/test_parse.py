@@ -195,7 +195,7 @@ def test_a_cut_file_is_named(steps: list[tuple[str, Any]], share: float) -> None
     except WitnessError as error:
         assert str(error) == f"x:{size}: the file ends inside its header"
         return
-    assert witness.problems[0] == f"x:{size}: damage: the file ends early, {len(data)} bytes were laid out"
+    assert witness.problems[0] == f"x:{size}: damage: the file ends early: its header says {len(data)} bytes"
     whole = parse(data, "x")
     assert set(witness.events()) <= set(whole.events())
 

@@ -243,7 +243,7 @@ def finished_shape():
         (empty, "rank002.wit:0: the file ends inside its header"),
         (newer, "rank002.wit:8: witness version 9, this release reads version 2 only"),
         (cut, "rank002.wit:{half}: damage: the file ends early"),
-        (impossible, "rank002.wit:{ring}: damage: event 1 does not match its check"),
+        (impossible, "rank002.wit:{ring}: damage: event 1 does not match its checksum"),
         (of_another_run, "rank002.wit:0: belongs to run 'another' of 4 ranks, not to 'test'"),
     ],
 )

@@ -200,7 +200,7 @@ def test_a_record_that_cannot_be_right_is_named_and_left_out(field: str, value: 
     if checked:
         CRC.pack_into(data, at + RECORD.size - CRC.size, zlib.crc32(data[at : at + RECORD.size - CRC.size], RESIDUE))
     witness = parse(bytes(data), "x")
-    assert witness.problems == (f"x:{at}: damage: event 6 does not match its check",)
+    assert witness.problems == (f"x:{at}: damage: event 6 does not match its checksum",)
     assert witness.damaged and not witness.complete
     assert (witness.num_events, witness.first_event) == (14, 7)
 
@@ -225,13 +225,13 @@ def test_random_damage_is_survived() -> None:
 @pytest.mark.parametrize(
     ("at", "code", "value", "words"),
     [
-        (LIVE_AT, "<Q", 900, "the number of events does not match its check"),
-        (SLOT, "<I", 900, "the name of group 1 does not match its check"),
-        (SLOT + LEFT_AT, "<Q", 2**40, "the last completion of group 1 does not match its check"),
+        (LIVE_AT, "<Q", 900, "the number of events does not match its checksum"),
+        (SLOT, "<I", 900, "the name of group 1 does not match its checksum"),
+        (SLOT + LEFT_AT, "<Q", 2**40, "the last completion of group 1 does not match its checksum"),
         (SLOT + LEFT_AT, "<Q", 2**40 * GUARD, "#1099511627776 of group 1 completed, but never issued"),
         (SLOT + LEFT_AT, "<Q", 2 * GUARD, "group 1 lacks the completion of #3"),
-        (SLOT + LAST_AT + 18, "<H", 7, "the last record of group 1 does not match its check"),
-        (SLOT + LAST_AT + 20, "<B", Kind.LEAVE, "the last record of group 1 does not match its check"),
+        (SLOT + LAST_AT + 18, "<H", 7, "the last record of group 1 does not match its checksum"),
+        (SLOT + LAST_AT + 20, "<B", Kind.LEAVE, "the last record of group 1 does not match its checksum"),
     ],
 )
 def test_damage_to_what_is_kept_of_a_group_is_named_and_nothing_is_concluded_from_it(

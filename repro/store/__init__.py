@@ -1,1 +1,1 @@
-"""A run on disk: its paths and files, and text that is safe to print."""
+"""A run on disk: its paths and files, and text that is safe to display."""

@@ -1,6 +1,6 @@
-"""run.json: what a run is, for the commands that show it or give it away. Whoever makes a run directory writes it.
+"""run.json: the description of a run, written by whatever program creates the run directory.
 
-It says all that a report, a bundle and a second judgement need, so that none of them knows what started the run.
+It has all that a report, a bundle and a second judgement need, so that none of them depends on how the run started.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ VARIANTS = ("control", "fault", "fix")
 """The three runs of a family: without the fault, with it, and with its trigger present but cured."""
 
 RUN_FOLDER = "{run}"
-"""Stands in a command for the run's folder, as a whole word or before a slash."""
+"""Placeholder for the run's folder in a command, as a whole word or before a slash."""
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,7 @@ class Command(Config):
     words: tuple[str, ...]
 
     def filled(self, folder: str) -> tuple[str, ...]:
-        """The words with the run's folder in them."""
+        """The words of the command, with ``folder`` in place of RUN_FOLDER."""
         return tuple(
             folder + word.removeprefix(RUN_FOLDER) if word == RUN_FOLDER or word.startswith(f"{RUN_FOLDER}/") else word
             for word in self.words
@@ -47,13 +47,13 @@ class Command(Config):
 class RunDescription(Config):
     """The content of run.json.
 
-    title           what the run is called: in the lab the name of its scenario
+    title           name of the run; in the lab, of its scenario
     num_ranks, quiet_window_s, deadline_s, queued_groups    the options of its watcher, as in hosts.options.WatchOptions
     mechanism       what goes wrong, in one line
     source          the report or change upstream that the run mirrors
-    family          a key that runs share which differ in variant and checks only; "" has no family
+    family          a key shared by runs that differ only in variant and checks; "" has no family
     variant         one of VARIANTS; "" outside the lab
-    commands        what can be done again
+    commands        commands that repeat the run or its variants
     """
 
     title: str
@@ -70,7 +70,7 @@ class RunDescription(Config):
 
     def __post_init__(self) -> None:
         if self.schema_version != SCHEMA_VERSION:
-            raise ConfigError(f"{self.schema_version} is not a version that is known here", "schema_version")
+            raise ConfigError(f"{self.schema_version} is not a version that this release reads", "schema_version")
         if not 1 <= self.num_ranks <= MAX_RANKS:
             raise ConfigError(f"{self.num_ranks} is not a number of ranks in 1..{MAX_RANKS}", "num_ranks")
         for name in ("quiet_window_s", "deadline_s"):
@@ -85,7 +85,7 @@ class RunDescription(Config):
 def read_description(path: Path) -> RunDescription:
     """Read run.json.
 
-    Raises OSError for what cannot be read, DamagedFile with the file, the field and what is wrong with it.
+    Raises OSError if the file cannot be read, and DamagedFile with file, field and problem if it is malformed.
     """
     try:
         return RunDescription.from_mapping(read_json(path, MAX_BYTES))

@@ -1,6 +1,6 @@
-"""The directory of one run: who writes which file, and how a file appears whole or not at all.
+"""The directory of one run: the path and the writer of each file, and atomic writes.
 
-run.json               what the run is, commands to repeat it  whoever makes the directory
+run.json               what the run is, commands to repeat it  the program that creates the directory
 config.json            the settings of a run of the lab      launcher, before the ranks
 events/rank000.wit     the witness a rank leaves             the rank, as it goes
 stacks/rank000.txt     Python stacks                         the rank's faulthandler, when asked
@@ -13,9 +13,9 @@ env/rank000.txt        versions it loaded                    the rank, once conn
 outputs/rank000.json   tokens served                         the rank, when done
 reference.json         tokens of the single-process model    repro.lab.reference
 verdict.json           the verdict                           watcher, before anything is killed
-release                tells parked ranks to exit            watcher
-interrupted            the user wants an end                 a rank that got SIGINT; gone when the run is decided
-evidence_request, agents/  between watcher and other hosts       see repro.hosts.agent; gone when the run is decided
+release                lets parked ranks exit                watcher
+interrupted            the user requested the end            a rank that got SIGINT; removed when the run is decided
+evidence_request, agents/  between watcher and other hosts       see repro.hosts.agent; removed when the run is decided
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ from hybrid_moe_ref.files import read_json as read_json
 from hybrid_moe_ref.files import write_atomically as write_atomically
 
 RUN_NAME = re.compile(r"\d{8}T\d{6}\.\d{3}Z-[a-z0-9_]+-(control|fault|fix)-(-?\d+)")
-"""What a run directory is called: utc, scenario, variant, seed."""
+"""The name of a run directory: utc, scenario, variant, seed."""
 
 MAX_TOKENS_BYTES = 4 << 20
 MAX_TEXT_BYTES = 1 << 20
@@ -49,7 +49,7 @@ class OutputError(OSError):
 
 
 SUFFIX = ".wit"
-"""Of the file that a rank writes."""
+"""Suffix of the witness file that a rank writes."""
 
 
 @dataclass(frozen=True)
@@ -60,9 +60,9 @@ class RunDir:
 
     @classmethod
     def create(cls, out: Path, scenario: str, variant: str, seed: int) -> RunDir:
-        """Make ``<out>/<utc>-<scenario>-<variant>-<seed>``, never one that exists.
+        """Create ``<out>/<utc>-<scenario>-<variant>-<seed>``, which did not exist before.
 
-        Raises OutputError when that cannot be done.
+        Raises OutputError if that fails.
         """
         try:
             out.mkdir(parents=True, exist_ok=True)
@@ -74,7 +74,7 @@ class RunDir:
         return cls(root)
 
     def point_latest(self) -> None:
-        """Let ``latest`` beside it name this run; OSError when that cannot be done, and then nothing has changed."""
+        """Point the link ``latest`` in the parent folder to this run. Changes nothing and raises OSError on failure."""
         link = self.root.with_name(f".latest.{os.getpid()}")
         try:
             link.unlink(missing_ok=True)
@@ -82,7 +82,7 @@ class RunDir:
             os.replace(link, self.root.with_name("latest"))
         except OSError as error:
             link.unlink(missing_ok=True)
-            if error.errno != errno.EPERM:  # a file system without links: a convenience lost, not a run
+            if error.errno != errno.EPERM:  # a file system without symbolic links: the run is usable without `latest`
                 raise
 
     def _rank_file(self, part: str, rank: int, suffix: str) -> Path:
@@ -136,7 +136,7 @@ class RunDir:
 
     @property
     def cache(self) -> Path:
-        """What ranks tuned or compiled; made when something is kept, and removed with the run's temporary files."""
+        """Results of tuning and compilation; created on first use, and removed with the run's temporary files."""
         return self.root / "tmp" / "cache"
 
     @property
@@ -159,7 +159,7 @@ class RunDir:
         return self._rank_file("agents", first_rank, "json")
 
     def contents(self) -> list[Path]:
-        """All files of the run and the folders that they are in."""
+        """All files of the run and their folders."""
         folders = [self.root, *(self.root / part for part in PARTS)]
         return [path for folder in folders for path in (folder, *folder.glob("*")) if path == folder or path.is_file()]
 
@@ -169,12 +169,12 @@ class RunDir:
 
     @property
     def store(self) -> Path:
-        """File that the ranks of one host meet through; no port is opened for it."""
+        """The file of the c10d FileStore through which the ranks of one host connect; it needs no port."""
         return self.root / "store"
 
 
 def refuse_unwritable(path: Path, hint: str = "") -> None:
-    """Raise OutputError where a file of this name could not be written; asked before the work that it is to hold."""
+    """Raise OutputError if a file of this name cannot be written; call it before the work to be written there."""
     try:
         with tempfile.TemporaryFile(dir=path.parent):
             pass
@@ -199,7 +199,7 @@ def read_tokens(path: Path) -> dict[str, list[int]]:
 
 
 def read_text(path: Path, limit: int = MAX_TEXT_BYTES) -> str:
-    """The end of a text file; "" where there is none."""
+    """Read the last ``limit`` bytes of a text file; "" if it does not exist."""
     try:
         with open_regular(path) as file:
             size = file.seek(0, 2)

@@ -1,4 +1,4 @@
-"""What a recorder keeps of each group and each call, packed beforehand, so that an event costs a microsecond."""
+"""The recorder's state of each group and call, packed in advance so that an event costs a microsecond."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ from repro.trace.format import (
 
 
 def sealed_part(*fields: int) -> tuple[bytes, int]:
-    """The first part of a record and the check up to there."""
+    """Pack the first part of a record; returns it with the checksum so far."""
     fixed = FIXED.pack(*fields)
     return fixed, crc32(fixed, RESIDUE)
 
 
 class Group:
-    """The running state of one group on this rank, and where in the file it stands."""
+    """The counters of one group on this rank, and the offset of its slot in the file."""
 
     __slots__ = ("hash", "index", "last", "left", "left_word", "seq")
 
@@ -41,7 +41,7 @@ class Group:
 
 
 class Call:
-    """A collective from one call site: what never changes in its records, packed once, each with its check so far."""
+    """A collective at one call site: the constant part of its records, packed once, each with its checksum so far."""
 
     __slots__ = ("digest", "enter", "group", "issue", "leave", "num_sizes", "wait")
 

@@ -1,4 +1,4 @@
-"""The same witness in the shortest file that holds it, for copies: a file is preallocated, and mostly empty."""
+"""Shorten a copy of a witness file: a live one is preallocated, and mostly empty."""
 
 from __future__ import annotations
 
@@ -22,15 +22,15 @@ from repro.trace.parse import Live, Problems, parse_header, parse_live, parse_st
 def compact(
     data: bytes, name: str, *, writer: Identity | None = None, change: Callable[[str], str] = lambda text: text
 ) -> bytes:
-    """Return the bytes of a shorter witness that says the same as ``data``, with right checks.
+    """Return the bytes of a shorter witness with the same content as ``data`` and with valid checksums.
 
-    who     the writer that its header names; not given, the same as before
-    change  maps each string to the one in its place; an empty one becomes "?"
+    writer  the writer in the new header; by default the one of ``data``
+    change  maps each string to its replacement; an empty one becomes "?"
 
-    Damage stays damage: of records, vectors and groups the bytes are copied, and a damaged string is left out with
-    those after it, which the count of strings then shows. A file that ends early is cut at the same length.
+    Damage stays visible: the bytes of records, vectors and groups are copied, and a damaged string is left out with all
+    strings after it, which the count of strings then shows. A file that ends early is cut at the same length.
 
-    Raises WitnessError for what is no witness, ValueError when the new strings take more than a file may hold.
+    Raises WitnessError if ``data`` is not a witness, ValueError if the new strings exceed the size of a file.
     """
     old_writer, shape = parse_header(data, name)
     whole = data.ljust(shape.file_bytes, b"\0")
@@ -56,7 +56,7 @@ def _fitted(data: bytes, shape: Geometry, live: Live, string_bytes: int) -> Geom
     records, words = shape.ring_records, shape.vector_words
     if live.events is not None and live.events < records:
         used = _used(data[shape.ring_at : shape.vectors_at], RECORD.size)
-        records = min(records, _even(used + 1))  # behind the last record there may be a torn one, or none
+        records = min(records, _even(used + 1))  # a torn record may follow the last one
     if live.vector_words is not None and live.vector_words <= words:
         used = _used(data[shape.vectors_at : shape.strings_at], WORD.size)
         words = _even(max(live.vector_words, used))
@@ -64,7 +64,7 @@ def _fitted(data: bytes, shape: Geometry, live: Live, string_bytes: int) -> Geom
 
 
 def _used(area: bytes, unit: int) -> int:
-    """How many units of an area reach up to its last byte that is not 0."""
+    """The number of units of an area up to its last byte that is not 0."""
     return -(-len(area.rstrip(b"\0")) // unit)
 
 

@@ -1,35 +1,35 @@
-"""The bytes of a witness file: what one rank writes and what its readers may trust.
+"""The format of a witness file: the bytes that one rank writes, and the checks that readers rely on.
 
 A witness is one preallocated file per rank, mapped into the rank's memory, so that a record costs a store and
 outlives SIGKILL. Little-endian, no padding beyond what is shown. Version 2::
 
-    0      HEADER   who writes: identity, clocks, geometry, and a CRC-32 of these; written by launcher and rank
+    0      HEADER   identity of the writer, clocks, geometry, and a CRC-32 of these; written by launcher and rank
     512    LIVE     4 guarded words: events recorded, vector words stored, strings stored, groups with a slot
     544    HEART    last_heartbeat_ns u64, name u32, count u32, CRC-32 of these; heartbeats never enter the ring
-    640    SPARE    128 bytes that groups beyond the slots share; nobody reads them
+    640    SPARE    128 bytes that groups beyond the slots share; never read
     1024   GROUPS   group_slots x 128 bytes: the last event of each group, which survives ring wrap
     ...    RING     ring_records x 72 bytes; event n (from 1) lies in slot (n - 1) % ring_records
     ...    VECTORS  vector_words x i64, a ring of size vectors: [check, size, size, ...]
     ...    STRINGS  u32 length, u32 check, UTF-8, one after another; string k is the k-th (string 0 is "")
 
-**Checks.** Whatever a verdict rests on carries one, so that a flipped bit is found and is never read as an event:
+**Checksums.** All data that a verdict depends on has one. A flipped bit is detected, never read as an event:
 
 - A record ends in the CRC-32 of its other bytes, started from RESIDUE. The CRC-32 of intact records in a row, started
   from RESIDUE, is RESIDUE again: one call checks a whole ring.
-- A vector's check is the CRC-32 of its sizes, started from its offset; a string's is that of its bytes, started from
-  its length.
-- A guarded word is value * GUARD in one aligned 8-byte store, which no reader sees by halves. A flipped bit changes
-  the word by a power of two, which is no multiple of GUARD.
+- The checksum of a vector is the CRC-32 of its sizes, started from its offset; that of a string is the CRC-32 of its
+  bytes, started from its length.
+- A guarded word is value * GUARD in one aligned 8-byte store, which a reader never sees half-written. A flipped bit
+  changes the word by a power of two, which is no multiple of GUARD.
 
 **Order of writing.** One event: its strings (bytes, check, length, then the count in LIVE), its vector (the count in
 LIVE, then the words), the ring, its group's last record or last completion, the events in LIVE. A reader
-copies the file front to back, so whatever a record refers to is in the copy. A writer that dies leaves at most the
-record after the last whole one torn, and LIVE does not count that one; every other check that fails is damage, unless
-a second copy of the file no longer shows it. A vector is overwritten from vector_words words after its offset on.
+copies the file front to back, so everything that a record refers to is in the copy. A writer that dies leaves at most
+one torn record, after the last intact one, and LIVE does not count it. Every other failed checksum is damage, unless a
+second copy of the file no longer shows it. A vector is overwritten once vector_words more words have been stored.
 
 **Hash.** Of an issue: crc32(d, hash), from 0 on, over all collectives that the rank issued in the group; d is the
 CRC-32 of the signature's text (group, op, layer, dtype, reduce_op, joined by SEPARATOR) in four bytes. Sizes, root and
-step are not in it. For a transfer d covers what both ends share: channel, "p2p" and dtype.
+step are not included. For a transfer, d covers what both ends share: channel, "p2p" and dtype.
 
 Only little-endian hosts write or read these files. Times are CLOCK_MONOTONIC nanoseconds of the writer's host;
 wall time = monotonic + wall_offset_ns.
@@ -55,19 +55,19 @@ HEART = struct.Struct("<QIII")
 LIVE_AT, HEART_AT, SPARE_AT, GROUPS_AT = 512, 544, 640, 1024
 
 GUARD = 251
-"""A prime, so small that the guarded number of a common event is still one digit of Python's integers."""
+"""A prime, small enough that the guarded count of events usually fits in one digit of a Python integer."""
 
 RESIDUE = 0x2144DF1C
 """The CRC-32 of any bytes that end in their own CRC-32."""
 
 # aux, num_sizes, sig, site, phase, group, kind | n, t_ns, seq, vector, step, hash | check
-# Writers pack the first part once per call site, with the check up to there: the rest costs half as much.
+# A writer packs the first part once per call site, with the checksum so far; the rest then costs half as much.
 RECORD = struct.Struct("<qIHHHHBxxxQQQQqII")
 FIXED = struct.Struct("<qIHHHHBxxx")
 VARIABLE = struct.Struct("<QQQQqI")
 SEALED = struct.Struct("<24s44sI")
 
-# Where a field lies in a record, for reading one field of all records at once: type and place in units of it.
+# The type of each field and its index in units of that type, to read one field of all records at once.
 COLUMNS = {
     "aux": ("q", 0), "num_sizes": ("I", 2), "sig": ("H", 6), "site": ("H", 7), "phase": ("H", 8), "group": ("H", 9),
     "kind": ("B", 20), "n": ("Q", 3), "t_ns": ("Q", 4), "seq": ("Q", 5), "vector": ("Q", 6), "step": ("q", 7),
@@ -83,10 +83,10 @@ WORD = struct.Struct("<q")
 STRING = struct.Struct("<II")  # length, check
 
 NO_GROUP = 0xFFFF
-NO_VECTOR = 0xFFFFFFFFFFFFFFFF  # what a record refers to when its sizes were too many to keep
-LOST_STRING = 0xFFFF  # what a record refers to when the string area was full
+NO_VECTOR = 0xFFFFFFFFFFFFFFFF  # the reference of a record whose sizes were too many to store
+LOST_STRING = 0xFFFF  # the reference of a record after the string area was full
 MAX_STRINGS = LOST_STRING - 1
-"""Strings in one file: no rank needs more, and a reader's time and memory are bounded by it."""
+"""Maximum number of strings in one file; it bounds the time and memory of a reader."""
 
 SEPARATOR, ENTRY_SEPARATOR = "\x1f", "\x1e"  # inside a signature; between the entries of a schedule
 
@@ -94,7 +94,7 @@ _LARGEST = {"ring_records": 1 << 20, "vector_words": 1 << 20, "string_bytes": 1 
 
 
 class Kind(enum.IntEnum):
-    """What a record says. ``sig`` names the collective, schedule, lock, build or message."""
+    """The kind of a record. ``sig`` is the string number of the collective, schedule, lock, build or message."""
 
     PHASE = 1
     STEP = 2  # aux = live requests, sig = declared schedule
@@ -112,7 +112,7 @@ class Kind(enum.IntEnum):
 
 
 class Event(NamedTuple):
-    """One record, as stored; a witness resolves the ids."""
+    """One record as stored, with string numbers and offsets that the witness resolves."""
 
     aux: int
     num_sizes: int
@@ -132,7 +132,7 @@ class Event(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Geometry:
-    """How large the areas of one file are, and where they start. Raises ValueError for sizes that no file may have."""
+    """The sizes and offsets of the areas of one file. Raises ValueError for sizes out of range."""
 
     ring_records: int = 20_480
     vector_words: int = 32_768
@@ -170,8 +170,8 @@ MAX_BYTES = Geometry(**_LARGEST).file_bytes
 class Identity:
     """The process that wrote a witness.
 
-    pid              0 while a launcher has made the file and no rank has opened it
-    pid_start_ticks  when the process started, in clock ticks since boot: tells a reused pid apart
+    pid              0 until the rank has opened the file that its launcher made
+    pid_start_ticks  when the process started, in clock ticks since boot; distinguishes a reused pid
     pid_namespace    inode number of the process's pid namespace, in which alone ``pid`` means anything; 0 = unknown
     wall_offset_ns   wall time minus monotonic time on the writer's host
     """
@@ -187,23 +187,23 @@ class Identity:
     wall_offset_ns: int = 0
 
     def shares_processes(self, other: Identity) -> bool:
-        """Whether the pids of both are numbers of the same processes: one host, and one pid namespace of it.
+        """Whether the pids of both writers are in one pid namespace of one host.
 
-        Containers may share boot and host name and not their processes. Where a namespace is unknown, as in files of
-        version 1, they are taken to share it.
+        Containers may have the same boot id and host name, but other processes. A namespace that is unknown, as in
+        files of version 1, counts as equal.
         """
         namespaces = {self.pid_namespace, other.pid_namespace} - {0}
         return (self.boot_id, self.hostname) == (other.boot_id, other.hostname) and len(namespaces) <= 1
 
     def clock_ahead_ns(self, other: Identity) -> int:
-        """How far the monotonic clock of this host is ahead of another's, as well as their wall clocks agree."""
+        """How far the monotonic clock of this host is ahead of another's, as exactly as their wall clocks agree."""
         if self.boot_id == other.boot_id or not self.boot_id or not other.boot_id:
             return 0
         return other.wall_offset_ns - self.wall_offset_ns
 
 
 def column(records: bytes | memoryview, field: str) -> list[int]:
-    """One field of every record, many times faster than unpacking them."""
+    """Read one field of every record, many times faster than by unpacking the records."""
     code, place = COLUMNS[field]
     values: Any = memoryview(records).cast(code)  # type: ignore[call-overload]
     picked: list[int] = values[place :: RECORD.size // values.itemsize].tolist()
@@ -211,18 +211,18 @@ def column(records: bytes | memoryview, field: str) -> list[int]:
 
 
 def is_whole(records: bytes | memoryview) -> bool:
-    """Whether every one of these records matches its check."""
+    """Whether every one of these records matches its checksum."""
     return zlib.crc32(records, RESIDUE) == RESIDUE
 
 
 def unguarded(word: int) -> int | None:
-    """The value of a guarded word; None where the word is damaged."""
+    """The value of a guarded word; None if the word is damaged."""
     value, rest = divmod(word, GUARD)
     return None if rest else value
 
 
 def pack_header(writer: Identity, shape: Geometry) -> bytes:
-    """The header's bytes with their checksum."""
+    """Pack the header with its checksum."""
     body = HEADER.pack(
         MAGIC, VERSION, RECORD.size, writer.rank, writer.num_ranks,
         shape.ring_records, shape.vector_words, shape.string_bytes, shape.group_slots,
@@ -233,22 +233,22 @@ def pack_header(writer: Identity, shape: Geometry) -> bytes:
 
 
 def pack_heartbeat(now_ns: int, name: int, count: int) -> bytes:
-    """A heartbeat with its check."""
+    """Pack a heartbeat with its checksum."""
     body = HEART.pack(now_ns, name, count, 0)[: -CRC.size]
     return body + CRC.pack(zlib.crc32(body))
 
 
 def pack_group_name(name: int, members: int) -> bytes:
-    """The head of a group's slot with its check."""
+    """Pack the head of a group's slot with its checksum."""
     body = GROUP_NAME.pack(name, members, 0)[: -CRC.size]
     return body + CRC.pack(zlib.crc32(body))
 
 
 def pack_string(text: bytes) -> bytes:
-    """One entry of the string area."""
+    """Pack one entry of the string area."""
     return STRING.pack(len(text), zlib.crc32(text, len(text))) + text
 
 
 def clip(text: str, num_bytes: int) -> bytes:
-    """UTF-8 in at most ``num_bytes``, never cut inside a character."""
+    """Encode as UTF-8 in at most ``num_bytes``, without cutting a character."""
     return text.encode()[:num_bytes].decode(errors="ignore").encode()

@@ -1,4 +1,4 @@
-"""What each group's slot in a witness file says: its members, its last issue and completion, its rolling hash."""
+"""Parse the slot of each group in a witness file: members, last issue and completion, rolling hash."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ from repro.trace.format import (
 )
 from repro.trace.parse import Live, Problems, Ring
 
-_RECENT = 16  # events at the end of the ring that a group's slot may lack; one, in truth
+_RECENT = 16  # events at the end of the ring that may be missing in a slot; in practice one
 _MAX_MEMBERS = 1 << 16
 
 
 @dataclass(frozen=True, slots=True)
 class GroupTrace:
-    """What one rank did in one group, as far as it can be known: the newest of slot and ring."""
+    """The progress of one rank in one group: the newest of what slot and ring show."""
 
     name: str
     members: tuple[int, ...]
@@ -39,14 +39,14 @@ class GroupTrace:
 
     @property
     def hash(self) -> int:
-        """The rolling hash of the signatures of all that were issued, 0 for none."""
+        """The rolling hash of the signatures of all issued collectives; 0 if there are none."""
         return self.last.hash if self.last else 0
 
 
 def parse_groups(
     data: bytes, shape: Geometry, strings: list[str], ring: Ring, live: Live, problems: Problems
 ) -> tuple[GroupTrace, ...]:
-    """The groups by index. Their slots know of all events that ``live`` counts."""
+    """Parse the groups by index. A slot must include every event that ``live`` counts."""
     newest = _newest_calls(ring)
     traces: list[GroupTrace] = []
     for index in range(max(0, min(shape.group_slots, (len(data) - GROUPS_AT) // GROUP_BYTES))):
@@ -63,7 +63,7 @@ def parse_groups(
 
 @dataclass(frozen=True, slots=True)
 class _Slot:
-    """The bytes of one group's slot, and where they stand."""
+    """The bytes of one group's slot and their offset in the file."""
 
     data: bytes
     at: int
@@ -73,7 +73,7 @@ class _Slot:
     def trace(
         self, strings: list[str], ring: Ring, issued: Event | None, left: Event | None, counted: int
     ) -> GroupTrace:
-        """The group, from its slot and from the newest events of the ring, which is written before a slot."""
+        """Combine the slot with the newest events of the ring, which the writer updates before the slot."""
         name, members = self._names(strings)
         left_seq = self._left(left, counted)
         last = self._last(ring, issued, counted)
@@ -87,32 +87,32 @@ class _Slot:
     def _names(self, strings: list[str]) -> tuple[str, tuple[int, ...]]:
         name, members, check = GROUP_NAME.unpack_from(self.data)
         if check != zlib.crc32(self.data[: GROUP_NAME.size - CRC.size]):
-            self.problems.damage(self.at, f"the name of group {self.index} does not match its check")
+            self.problems.damage(self.at, f"the name of group {self.index} does not match its checksum")
             return "?", ()
         if max(name, members) >= len(strings):  # the string area was full, or is damaged
             return strings[name] if name < len(strings) else "?", ()
         return strings[name], _members(strings[members])
 
     def _left(self, left: Event | None, counted: int) -> int:
-        """The number of the last completion that slot and ring know of."""
+        """The number of the last completion in slot and ring."""
         in_slot = unguarded(GROUP_LEFT.unpack_from(self.data, LEFT_AT)[0])
         in_ring = left.seq if left is not None else 0
         if in_slot is None:
             self.problems.damage(
-                self.at + LEFT_AT, f"the last completion of group {self.index} does not match its check"
+                self.at + LEFT_AT, f"the last completion of group {self.index} does not match its checksum"
             )
         elif left is not None and left.n <= counted and in_slot < in_ring:
             self.problems.damage(self.at + LEFT_AT, f"group {self.index} lacks the completion of #{in_ring}")
         return max(in_slot or 0, in_ring)
 
     def _last(self, ring: Ring, issued: Event | None, counted: int) -> Event | None:
-        """The last issue that the slot holds; a slot may lack only what LIVE does not count yet."""
+        """The last issue in the slot. A slot may lack only an event that LIVE does not count yet."""
         record = self.data[LAST_AT : LAST_AT + RECORD.size]
         event = Event._make(RECORD.unpack(record)) if is_whole(record) else None
         wrong = ""
         if event is None:
             if any(record) and (issued is None or issued.n <= counted):
-                wrong = f"the last record of group {self.index} does not match its check"
+                wrong = f"the last record of group {self.index} does not match its checksum"
         elif not self._may_hold(event, ring):
             wrong = f"not the last collective issued in group {self.index}"
             event = None
@@ -123,7 +123,7 @@ class _Slot:
         return event
 
     def _may_hold(self, event: Event, ring: Ring) -> bool:
-        """Whether the slot's record is an issue in this group, the same as the ring has where it still has it."""
+        """Whether the slot's record is an issue in this group, and equals the event in the ring, if still there."""
         if event.kind not in (Kind.ENTER, Kind.ISSUE) or event.group != self.index or not event.seq:
             return False
         if ring.last is None or not ring.first <= event.n <= ring.last.n:
@@ -132,7 +132,7 @@ class _Slot:
 
 
 def _newest_calls(ring: Ring) -> dict[int, tuple[Event | None, Event | None]]:
-    """The last issue and completion of each group at the end of the ring."""
+    """The last issue and completion of each group among the newest events of the ring."""
     newest: dict[int, tuple[Event | None, Event | None]] = {}
     for event in ring.events(_RECENT):
         issued, left = newest.get(event.group, (None, None))
@@ -143,7 +143,7 @@ def _newest_calls(ring: Ring) -> dict[int, tuple[Event | None, Event | None]]:
     return newest
 
 
-@lru_cache(maxsize=4096)  # ranks say the same things
+@lru_cache(maxsize=4096)  # ranks repeat the same lists
 def _members(text: str) -> tuple[int, ...]:
     if text.count(",") >= _MAX_MEMBERS:
         return ()

@@ -1,12 +1,12 @@
-"""What other people's evidence shows: one record type for each thing that a tool can say about a rank.
+"""Records of foreign evidence: one type for each kind of fact that a tool can report about a rank.
 
-The readers in `repro.ingest` produce these records; `repro.verdict.partial` judges them. A field that the evidence does
-not give stays at its default, and no rule reads an absence out of it: `rank` is None where only a group rank is known,
-`seq` is None where the tool prints no number, `at_s` is None where it prints no time.
+The readers in `repro.ingest` produce these records, and `repro.verdict.partial` judges them. A field that the evidence
+does not give stays at its default, and no rule concludes from a missing field: `rank` is None if only a group rank is
+known, `seq` is None if the tool prints no number, `at_s` is None if it prints no time.
 
 Ranks are global ranks. A reader that meets a group rank converts it, or leaves `rank` None.
 Times (`at_s`, `since_s`) are seconds since the start of the year on the clock that the tool printed; most tools print
-no year and no time zone, so times of two hosts are compared with that much caution.
+no year and no time zone, so times of two hosts can only be compared with caution.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import NamedTuple
 
 
 class Source(NamedTuple):
-    """Where a record was read: a file and a place in it ("line 88"). `entry`: the number of an entry of a dump."""
+    """The origin of a record: a file and a place in it ("line 88"). `entry`: the number of an entry of a dump."""
 
     file: str
     line: str = ""
@@ -35,7 +35,7 @@ NOWHERE = Source("")
 
 @dataclass(frozen=True, slots=True)
 class Group:
-    """A process group as the evidence names it. `members` are global ranks, () where they are not listed."""
+    """A process group as the evidence names it. `members` are global ranks, () if they are not listed."""
 
     name: str
     description: str = ""
@@ -75,13 +75,13 @@ class Call(NamedTuple):
 
     @property
     def arguments(self) -> tuple[object, ...]:
-        """What all members of the group must pass alike."""
+        """The arguments that must be equal on all members of the group."""
         return self.op, self.sizes, self.dtypes
 
 
 @dataclass(frozen=True, slots=True)
 class GroupRecord:
-    """What a recorder dump says of one group: `calls` oldest first, and the counters of `pg_status`, None if absent.
+    """One group in a recorder dump: its `calls`, oldest first, and the counters of `pg_status`, None if absent.
 
     enqueued, completed   of collectives and transfers together, as the backend counts them
     number                the group's id, which `pg_status` is keyed by and which counts a rank's groups
@@ -121,7 +121,7 @@ class RecorderDump:
 
 @dataclass(frozen=True, slots=True)
 class TimedOut:
-    """A watchdog said that a collective ran into its time-out.
+    """A collective that a watchdog reported as timed out.
 
     rank        global rank, None where only the group rank is printed
     group_rank  rank in the group
@@ -157,7 +157,7 @@ class Progress:
 
 @dataclass(frozen=True, slots=True)
 class Process:
-    """A process of a job: the rank it belongs to and its part in it (worker, engine, front end)."""
+    """A process of a job, with the rank it belongs to and its role (worker, engine, front end)."""
 
     pid: int | None = None
     title: str = ""
@@ -173,10 +173,10 @@ class Process:
 
 @dataclass(frozen=True, slots=True)
 class Member:
-    """A process joined an NCCL communicator.
+    """The membership of a process in an NCCL communicator.
 
     name        the same in all processes of the communicator
-    pointer     how this process's later lines call it
+    pointer     the communicator's name in later lines of this process
     rank        rank in the communicator
     bus         PCI address of the GPU, "0000:5d:00"; "" where it is not printed
     """
@@ -193,7 +193,7 @@ class Member:
 
 @dataclass(frozen=True, slots=True)
 class Launches:
-    """What one process launched on one NCCL communicator, by its NCCL_DEBUG=INFO log. Completion is not in such a log.
+    """Launches of one process on one NCCL communicator, from its NCCL_DEBUG=INFO log, which does not show completion.
 
     group       the communicator; `members` are global ranks, () where they are not known
     count       number of launches since the communicator began, None where the log does not show its beginning
@@ -229,7 +229,7 @@ class Stack:
 
 @dataclass(frozen=True, slots=True)
 class Failure:
-    """A process ended, or is about to: out of memory, a device error, an exception, a signal.
+    """The end of a process, past or imminent: out of memory, a device error, an exception, a signal.
 
     kind        memory, device, exception, killed, ended, start, consequence (of another rank's end), timeout
     bus         for a device error that the kernel reports: the PCI address of the GPU, "0000:5d:00"
@@ -247,7 +247,7 @@ class Failure:
 
 @dataclass(frozen=True, slots=True)
 class Left:
-    """A process saw another one leave. `rank` is the one that left, None where only an address is printed."""
+    """A process that noticed the end of a peer. `rank` is the peer, None if only an address is printed."""
 
     seen_by: Process
     rank: int | None
@@ -258,7 +258,7 @@ class Left:
 
 @dataclass(frozen=True, slots=True)
 class Mismatch:
-    """TORCH_DISTRIBUTED_DEBUG=DETAIL compared two ranks before a collective and found them different."""
+    """A difference of two ranks that TORCH_DISTRIBUTED_DEBUG=DETAIL detected before a collective."""
 
     rank: int
     call: Call
@@ -272,7 +272,7 @@ class Mismatch:
 class RasCommunicator:
     """One communicator in an answer of NCCL's RAS. `launched`: operation -> {rank of the communicator: launches}.
 
-    launched counts what the host queued. It says nothing about completion.
+    `launched` counts what the host queued. It does not show completion.
     """
 
     name: str
@@ -298,7 +298,7 @@ class RasAnswer:
 
 @dataclass(frozen=True, slots=True)
 class Note:
-    """A line that is often misread, or that sets the scene: a heartbeat, a warning, a version, a world size.
+    """A line of context, or one that is often misread: a heartbeat, a warning, a version, a world size.
 
     kind        heartbeat, loopback, incomplete, version, world, watchdog, stuck, compiled, barrier, torchrun,
                 local rank, deepep, network, ras, repeated, process (a pid and its rank),

@@ -1,4 +1,4 @@
-"""Bytes of a witness file to its areas, trusting nothing: what does not match its check is named and left out."""
+"""Parse the areas of an untrusted witness file. What does not match its checksum is reported and left out."""
 
 from __future__ import annotations
 
@@ -37,14 +37,14 @@ _ISSUES = (int(Kind.ENTER), int(Kind.ISSUE))
 
 
 class WitnessError(ValueError):
-    """A file that is no witness, or none that this version can read."""
+    """A file that is not a witness, or one of a version that cannot be read."""
 
 
 @dataclass(slots=True)
 class Problems:
-    """What is wrong with one file, one line each: "rank003.wit:38912: damage: event 118 does not match its check".
+    """The problems of one file, one line each: "rank003.wit:38912: damage: event 118 does not match its checksum".
 
-    A torn record, the last one of a writer that died while it wrote, is a problem but no damage.
+    A torn record, the last one of a writer that died while it wrote, is a problem, but not damage.
     """
 
     name: str
@@ -71,7 +71,7 @@ class Problems:
 
 
 class Live(NamedTuple):
-    """How much the writer had written, None where the word is damaged."""
+    """The writer's own counts of what it has written; None if the word is damaged."""
 
     events: int | None
     vector_words: int | None
@@ -81,14 +81,14 @@ class Live(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Ring:
-    """The newest unbroken run of whole records, oldest first."""
+    """The newest sequence of intact records without a gap, oldest first."""
 
     records: bytes
     torn: bool = False  # whether the record after the last one is torn
 
     @property
     def first(self) -> int:
-        """The number of the oldest event, 0 where there is none: above 1 the ring has wrapped."""
+        """The number of the oldest event, 0 if there is none. Above 1, the ring has wrapped."""
         return self.event(0).n if self.records else 0
 
     @property
@@ -96,17 +96,17 @@ class Ring:
         return self.event(len(self.records) // RECORD.size - 1) if self.records else None
 
     def event(self, index: int) -> Event:
-        """The event at a place, 0 the oldest."""
+        """The event at an index; 0 is the oldest."""
         return Event._make(RECORD.unpack_from(self.records, index * RECORD.size))
 
     def events(self, newest: int | None = None) -> Iterator[Event]:
-        """All events, or only so many of the newest; oldest first."""
+        """All events, or the ``newest`` ones, oldest first."""
         start = 0 if newest is None else max(0, len(self.records) - newest * RECORD.size)
         return map(Event._make, RECORD.iter_unpack(memoryview(self.records)[start:]))
 
 
 def parse_header(data: bytes, name: str) -> tuple[Identity, Geometry]:
-    """The header, or a WitnessError that names file and offset."""
+    """Parse the header. Raises WitnessError with file and offset."""
     if len(data) < HEADER.size + CRC.size:
         raise WitnessError(f"{name}:{len(data)}: the file ends inside its header")
     magic, version, record_bytes, rank, num_ranks, *rest = HEADER.unpack_from(data)
@@ -132,24 +132,24 @@ def parse_live(data: bytes, problems: Problems) -> Live:
     for place, (count, what) in enumerate(zip(live, Live._fields, strict=True)):
         if count is None:
             problems.damage(
-                LIVE_AT + place * WORD.size, f"the number of {what.replace('_', ' ')} does not match its check"
+                LIVE_AT + place * WORD.size, f"the number of {what.replace('_', ' ')} does not match its checksum"
             )
     return live
 
 
 def parse_heartbeat(data: bytes, problems: Problems) -> tuple[int, int]:
-    """Time and string of the last heartbeat, zeros where there is none."""
+    """Time in ns and string number of the last heartbeat; zeros if there is none."""
     at_ns, name, _, check = HEART.unpack_from(data, HEART_AT)
     body = data[HEART_AT : HEART_AT + HEART.size - CRC.size]
     if check == zlib.crc32(body):
         return at_ns, name
     if check or body.strip(b"\0"):
-        problems.damage(HEART_AT, "the heartbeat does not match its check")
+        problems.damage(HEART_AT, "the heartbeat does not match its checksum")
     return 0, 0
 
 
 def parse_strings(data: bytes, shape: Geometry, stored: int | None, problems: Problems) -> list[str]:
-    """The strings by number, up to the first that is damaged; ``stored`` is how many the writer counted."""
+    """Read the strings by number, up to the first damaged one; ``stored`` is the writer's own count of them."""
     strings = [""]
     at, end = shape.strings_at, min(shape.file_bytes, len(data))
     while at + STRING.size <= end:
@@ -161,7 +161,7 @@ def parse_strings(data: bytes, shape: Geometry, stored: int | None, problems: Pr
             return strings
         text = data[at + STRING.size : at + STRING.size + length]
         if at + STRING.size + length > end or zlib.crc32(text, length) != check:
-            problems.damage(at, f"string {len(strings)} does not match its check; it and those after it are lost")
+            problems.damage(at, f"string {len(strings)} does not match its checksum; it and those after it are lost")
             return strings
         strings.append(text.decode(errors="replace"))
         at += STRING.size + length
@@ -173,9 +173,9 @@ def parse_strings(data: bytes, shape: Geometry, stored: int | None, problems: Pr
 def parse_vectors(
     data: bytes, shape: Geometry, stored: int | None, named: Iterable[tuple[int, int]], problems: Problems
 ) -> dict[tuple[int, int], bytes]:
-    """The words of the vectors that records name by (offset, length), but for those that newer ones have overwritten.
+    """Read the words of the vectors that records name by (offset, length). Overwritten vectors are left out.
 
-    ``stored`` is how many words the writer counted over the file's life.
+    ``stored`` is the number of words that the writer has stored over the life of the file.
     """
     vectors = {}
     room = shape.vector_words
@@ -189,20 +189,20 @@ def parse_vectors(
             if WORD.unpack_from(data, at)[0] == zlib.crc32(words, offset & 0xFFFFFFFF):
                 vectors[offset, num_sizes] = words
                 continue
-        if stored is not None:  # else it may be overwritten
-            problems.damage(at, f"{num_sizes} sizes do not match their check")
+        if stored is not None:  # without the count, the vector may have been overwritten
+            problems.damage(at, f"{num_sizes} sizes do not match their checksum")
     return vectors
 
 
 def vectors_named(records: bytes, more: Iterable[Event]) -> set[tuple[int, int]]:
-    """Offset and length of each vector that the issues among these events name; a single size is in its record."""
+    """Offset and length of each vector that issues among these events name. A single size is in the record itself."""
     columns = zip(*(column(records, name) for name in ("kind", "vector", "num_sizes")), strict=True)
     named = {(vector, num_sizes) for kind, vector, num_sizes in columns if num_sizes > 1 and kind in _ISSUES}
     return named | {(event.vector, event.num_sizes) for event in more if event.num_sizes > 1}
 
 
 def parse_ring(data: bytes, shape: Geometry, counted: int | None, problems: Problems) -> Ring:
-    """The newest unbroken run of records; ``counted`` is how many events LIVE says there are."""
+    """Read the newest sequence of intact records; ``counted`` is the number of events in LIVE."""
     capacity = shape.ring_records
     used = min(counted + 1, capacity) if counted else capacity
     whole = max(0, min(used, (len(data) - shape.ring_at) // RECORD.size))
@@ -221,7 +221,7 @@ def parse_ring(data: bytes, shape: Geometry, counted: int | None, problems: Prob
 
 
 def _is_sound(records: bytes, newest: int) -> bool:
-    """Whether nothing at all is wrong with records that should end in event ``newest``."""
+    """Whether records that should end in event ``newest`` are intact and without a gap."""
     return (
         is_whole(records)
         and column(records, "n") == list(range(newest - len(records) // RECORD.size + 1, newest + 1))
@@ -230,7 +230,7 @@ def _is_sound(records: bytes, newest: int) -> bool:
 
 
 def _salvage(slots: memoryview, shape: Geometry, counted: int, problems: Problems) -> Ring:
-    """The newest unbroken run among slots of which some are torn, damaged or empty."""
+    """Read the newest sequence of intact records from slots of which some are torn, damaged or empty."""
     capacity, size = shape.ring_records, RECORD.size
 
     def record_in(slot: int) -> memoryview:
@@ -238,10 +238,10 @@ def _salvage(slots: memoryview, shape: Geometry, counted: int, problems: Problem
 
     numbers = [_number(record_in(slot), slot, capacity) for slot in range(len(slots) // size)]
     newest = max(numbers, default=0)
-    last = max(newest, counted)  # the last event that the writer is known to have recorded
+    last = max(newest, counted)  # the last event that the writer has certainly recorded
     torn = False
     for slot, number in enumerate(numbers):
-        expected = last - (last - 1 - slot) % capacity  # below 1: none yet
+        expected = last - (last - 1 - slot) % capacity  # below 1: the slot is still empty
         at, record = shape.ring_at + slot * size, record_in(slot)
         if number == expected > 0 or (expected < 1 and record == _EMPTY):
             continue
@@ -251,7 +251,7 @@ def _salvage(slots: memoryview, shape: Geometry, counted: int, problems: Problem
         elif expected < 1:
             problems.damage(at, "there are bytes behind the last event")
         else:
-            wrong = "is missing" if number or record == _EMPTY else "does not match its check"
+            wrong = "is missing" if number or record == _EMPTY else "does not match its checksum"
             problems.damage(at, f"event {expected} {wrong}")
     slot_of = {number: slot for slot, number in enumerate(numbers) if number}
     oldest = newest
@@ -261,13 +261,16 @@ def _salvage(slots: memoryview, shape: Geometry, counted: int, problems: Problem
 
 
 def _may_be_torn(record: memoryview, number: int) -> bool:
-    """Whether a writer may have died while it stored event ``number``: it clears a record and stores its check last."""
+    """Whether a writer may have died while it stored event ``number``.
+
+    It clears a record first, and stores the checksum last.
+    """
     event = Event._make(RECORD.unpack(record))
     return event.check == 0 or (event.n == number and not is_whole(record))
 
 
 def _number(record: memoryview, slot: int, capacity: int) -> int:
-    """The number of the event in a slot, 0 where there is no whole one that can stand there."""
+    """The number of the event in a slot; 0 if the slot has no intact event that belongs there."""
     if not is_whole(record):
         return 0
     event = Event._make(RECORD.unpack(record))

@@ -1,4 +1,4 @@
-"""One rank's witness as a value: what its bytes say, with ids resolved, and nothing that does not match its check."""
+"""The witness of one rank as a value, with ids resolved, and without parts that do not match their checksum."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from repro.trace.parse import (
 
 
 class Signature(NamedTuple):
-    """What all ranks of a collective must share, apart from sizes and root."""
+    """The part of a collective, besides sizes and root, that must be equal on all its ranks."""
 
     group: str
     op: str
@@ -34,12 +34,12 @@ class Signature(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Witness:
-    """What one rank recorded.
+    """The events that one rank recorded, and its progress in each group.
 
-    first_event  number of the oldest readable event: above 1 the ring has wrapped
-    complete     False when the rank may have done more than can be read: newer events, or events in damaged places
-    damaged      bytes of the file do not match their checks, so nothing certain follows from it
-    problems     what is wrong with the file, one line each
+    first_event  number of the oldest readable event; above 1, the ring has wrapped
+    complete     False if events may be unreadable: newer than the last one, or in damaged places
+    damaged      some bytes do not match their checksums, so that no certain conclusion follows
+    problems     the problems of the file, one line each
     vectors      the words of each size vector that a record names, by (offset, length)
     """
 
@@ -65,21 +65,21 @@ class Witness:
         return self.writer.rank
 
     def last_event_ns(self) -> int:
-        """When the rank last recorded anything but a heartbeat, 0 if never."""
+        """Time of the last event in ns, heartbeats excluded; 0 if there is none."""
         return self.last.t_ns if self.last else 0
 
     def line(self, n: int) -> str:
-        """Where event ``n`` stands: "rank003.wit:38912 event 118"."""
+        """The place of event ``n``: "rank003.wit:38912 event 118"."""
         at = self.shape.ring_at + (n - 1) % self.shape.ring_records * RECORD.size
         return f"{self.name.rpartition('/')[2]}:{at} event {n}"
 
     @property
     def has_free_slots(self) -> bool:
-        """Whether a group without a slot would have got one: then the rank has issued nothing in it."""
+        """Whether group slots are left, so that the rank has issued nothing in a group without a slot."""
         return len(self.groups) < self.shape.group_slots
 
     def last_kinds(self) -> dict[tuple[tuple[str, tuple[int, ...]], int], int]:
-        """What the rank last recorded about each collective, as far as the ring goes: (group, number) -> kind."""
+        """The kind of the last event of each collective in the ring: (group, number) -> kind."""
         keys = [(group.name, group.members) for group in self.groups]
         kinds = {(key, each.last.seq): each.last.kind for key, each in zip(keys, self.groups, strict=True) if each.last}
         by_place: dict[tuple[int, int], int] = {}
@@ -90,19 +90,19 @@ class Witness:
         }
 
     def events(self, newest: int | None = None) -> Iterator[Event]:
-        """All readable events, or only so many of the newest; oldest first."""
+        """All readable events, or the ``newest`` ones, oldest first."""
         return self.ring.events(newest)
 
     def event(self, index: int) -> Event:
-        """The readable event at a place, 0 the oldest."""
+        """The readable event at an index; 0 is the oldest."""
         return self.ring.event(index)
 
     def column(self, field: str) -> list[int]:
-        """One field of all readable events, oldest first."""
+        """The values of one field in all readable events, oldest first."""
         return column(self.ring.records, field)
 
     def text(self, string: int) -> str:
-        """The interned string, or "?" where it was lost."""
+        """The interned string, or "?" if it is unreadable."""
         return self.strings[string] if string < len(self.strings) else "?"
 
     def signature(self, sig: int) -> Signature:
@@ -117,14 +117,14 @@ class Witness:
         return _schedule(self.text(sig))
 
     def sizes(self, vector: int, num_sizes: int) -> tuple[int, ...]:
-        """An event's size vector; empty where there was none, or it is overwritten or damaged."""
+        """The size vector of an event; () if there was none, or if it is overwritten or damaged."""
         if num_sizes <= 1:
             return (vector,) * num_sizes
         words = self.vectors.get((vector, num_sizes))
         return () if words is None else _sizes(words)
 
 
-# Ranks say the same things: what one rank's text means is worked out once for all of them.
+# All ranks record the same texts, so each text is parsed once for all ranks.
 
 
 @lru_cache(maxsize=65_536)
@@ -144,11 +144,11 @@ def _schedule(text: str) -> tuple[tuple[str, str, str], ...]:
 
 
 def parse(data: bytes, name: str) -> Witness:
-    """Everything readable in the bytes of a witness file. Raises WitnessError for bytes without a usable header."""
+    """Parse all that is readable in a witness file. Raises WitnessError if the header is unusable."""
     writer, shape = parse_header(data, name)
     problems = Problems(name)
     if len(data) < shape.file_bytes:
-        problems.damage(len(data), f"the file ends early, {shape.file_bytes} bytes were laid out")
+        problems.damage(len(data), f"the file ends early: its header says {shape.file_bytes} bytes")
         data = data.ljust(GROUPS_AT, b"\0")
     live = parse_live(data, problems)
     strings = parse_strings(data, shape, live.strings, problems)
@@ -157,7 +157,7 @@ def parse(data: bytes, name: str) -> Witness:
     named = vectors_named(ring.records, [group.last for group in groups if group.last is not None])
     vectors = parse_vectors(data, shape, live.vector_words, named, problems)
     beat_ns, beat = parse_heartbeat(data, problems)
-    followed = all(group.members for group in groups)  # else what the rank did there cannot be set against its peers
+    followed = all(group.members for group in groups)  # a group without members cannot be compared with its peers
     last = ring.last
     return Witness(
         name,

@@ -1,10 +1,11 @@
-"""Write what one rank does into its witness file, at about a microsecond an event.
+"""Record what one rank does in its witness file, at about a microsecond per event.
 
     recorder = Recorder.open("events/rank003.wit", rank=3, num_ranks=8, run_id="…")
     comm = Communicator(…, observer=recorder)
 
-The layout is in :mod:`repro.trace.format`. The recorder never reads the file, never allocates blocks after ``open`` and
-never raises for lack of room: strings that no longer fit become "?", groups beyond the slots go untracked.
+The layout is in :mod:`repro.trace.format`. The recorder never reads the file, never allocates blocks after ``open``,
+and never raises because an area is full: strings that no longer fit become "?", and groups beyond the slots are not
+tracked.
 """
 
 from __future__ import annotations
@@ -51,7 +52,7 @@ from repro.trace.string_areas import Buffer, Strings, Vectors
 from repro.trace.witness import create
 
 MAX_MESSAGE = 600
-"""Characters of an error that are kept."""
+"""Maximum number of characters of an error message."""
 
 _pack, _seal_into, _getframe = VARIABLE.pack, SEALED.pack_into, sys._getframe
 _RECORD = RECORD.size
@@ -73,14 +74,15 @@ _POINT_TO_POINT = ("send", "recv")
 
 
 def _move_within(buffer: bytearray, target: int, source: int, count: int) -> None:
-    """What ``mmap.move`` does."""
+    """Do what ``mmap.move`` does, for a bytearray."""
     buffer[target : target + count] = buffer[source : source + count]
 
 
 class Recorder:
     """An :class:`hybrid_moe_ref.parallel.observer.Observer` that writes one witness file.
 
-    One thread records; only ``local("heartbeat", …)`` may come from another, because it touches nothing else.
+    Only one thread may record. ``local("heartbeat", …)`` may also be called from another thread, because it writes only
+    the heartbeat.
     """
 
     def __init__(
@@ -107,7 +109,7 @@ class Recorder:
         self._schedules: dict[int, tuple[Sequence[ScheduleEntry], int]] = {}
         self._depth = 1  # frames from `enter` to the call site, at the call before
         self._codes: list[CodeType] = []  # keeps the ids in _calls from being reused
-        self._vector: tuple[int, ...] = ()  # the size vector stored last, and its offset
+        self._vector: tuple[int, ...] = ()  # the last stored size vector, and its offset
         self._vector_offset = 0
         self._heartbeats = 0
 
@@ -121,7 +123,10 @@ class Recorder:
         run_id: str = "",
         shape: Geometry | None = None,
     ) -> Recorder:
-        """Map the file that a launcher preallocated, or make it. It must not have had a writer before."""
+        """Map the file that a launcher preallocated, or create it.
+
+        Raises WitnessError if the file has had a writer, or was made for another rank.
+        """
         if not os.path.exists(path):
             create(path, Identity(rank, num_ranks, run_id), shape)
         descriptor = os.open(path, os.O_RDWR | os.O_CLOEXEC)
@@ -150,7 +155,7 @@ class Recorder:
 
     def phase(self, name: str) -> None:
         self._phase = self._intern(name)
-        self._calls.clear()  # a call's fixed bytes name the phase
+        self._calls.clear()  # the packed bytes of a call contain the phase
         self._entered = None
         self._write(Kind.PHASE)
 
@@ -158,7 +163,7 @@ class Recorder:
         self._step = step
         self._write(Kind.STEP, sig=self._schedule(schedule), aux=num_live)
 
-    # These two are called hundreds of times a step: written out, since each further call costs a tenth of them.
+    # `enter` and `leave` run hundreds of times a step. Their code is inlined, since each function call adds a tenth.
 
     def enter(self, collective: Collective, asynchronous: bool = False) -> None:
         group_name, op, layer, sizes, dtype, reduce_op, root = collective
@@ -188,7 +193,7 @@ class Recorder:
         self._next_at = end if end != self._ring_end else self._ring_at
         row = _pack(n, self._clock(), seq, vector, self._step, rolling)
         _seal_into(self._buffer, at, fixed, row, crc32(row, check))
-        self._move(group.last, at, _RECORD)  # packing would clear it first, and it must never be without one
+        self._move(group.last, at, _RECORD)  # packing would clear the slot first, and it must never be empty
         words[_NUM_EVENTS] = n * GUARD
 
     def leave(self, collective: Collective, ticket: int = 0) -> None:
@@ -223,7 +228,7 @@ class Recorder:
         self._write(Kind.DONE)
 
     def failed(self, message: str) -> None:
-        """A compiler's message may be pages, and a verdict's sentence is one line; the log has it all."""
+        """Record a failure. The message is cut to one line of MAX_MESSAGE characters; the log has all of it."""
         line = " ".join(message.split())
         line = line if len(line) <= MAX_MESSAGE else f"{line[: MAX_MESSAGE - 2]} …"
         self._write(Kind.FAILED, sig=self._intern(line))
@@ -231,17 +236,17 @@ class Recorder:
     # -- asynchronous collectives --------------------------------------------------------------------------------
 
     def issue(self, collective: Collective) -> int:
-        """An asynchronous collective is about to be issued; the ticket names it to ``wait`` and ``finish``."""
+        """Record that an asynchronous collective is issued next; returns its ticket for ``wait`` and ``finish``."""
         self.enter(collective, True)
         assert self._entered_call is not None
         return self._entered_call.group.seq
 
     def wait(self, collective: Collective, ticket: int) -> None:
-        """The rank begins to wait for the collective of ``ticket``."""
+        """Record that the rank begins to wait for the collective of ``ticket``."""
         self._append(*self._call_of(collective).wait, ticket)
 
     def finish(self, collective: Collective, ticket: int) -> None:
-        """The collective of ``ticket`` is complete."""
+        """Record that the collective of ``ticket`` is complete."""
         self.leave(collective, ticket)
 
     # -- writing -------------------------------------------------------------------------------------------------
@@ -283,13 +288,13 @@ class Recorder:
         return self._calls.get(key) or self._make_call(collective, key, frame)
 
     def _call_of(self, collective: Collective) -> Call:
-        """The call of a collective that was issued somewhere else: all of it but the call site."""
+        """The call of a collective that was issued elsewhere, without a call site."""
         group, op, layer, sizes, dtype, reduce_op, root = collective
         key = (group, op, layer, dtype, reduce_op, root, len(sizes))
         return self._calls.get(key) or self._make_call(collective, key, None)
 
     def _make_call(self, collective: Collective, key: tuple[object, ...], frame: FrameType | None) -> Call:
-        """Intern a collective. A send or receive counts in a channel of its own: a group of two."""
+        """Intern a collective. A send or receive is numbered in a channel of its own: a group of two ranks."""
         name, op = collective.group, collective.op
         rest = (collective.layer, collective.dtype, collective.reduce_op)
         digested: tuple[str, ...] = (op, *rest)
@@ -297,7 +302,10 @@ class Recorder:
             members = self._members.get(name, range(self._writer.num_ranks))
             ends = (self._writer.rank, members[collective.root])
             source, target = ends if op == "send" else ends[::-1]
-            name, digested = f"{name}:{source}>{target}", ("p2p", collective.dtype)  # all that both ends share
+            name, digested = (
+                f"{name}:{source}>{target}",
+                ("p2p", collective.dtype),
+            )  # the part that is equal on both ends
             self._members[name] = (source, target)
         string = self._intern(SEPARATOR.join((name, op, *rest)))
         digest = crc32(SEPARATOR.join((name, *digested)).encode()).to_bytes(4, "little")
@@ -313,7 +321,7 @@ class Recorder:
             return interned[1]
         text = ENTRY_SEPARATOR.join(SEPARATOR.join((e.group, e.op, e.layer)) for e in schedule)
         string = self._intern(text)
-        if isinstance(schedule, tuple):  # immutable, so that the same object is the same schedule
+        if isinstance(schedule, tuple):  # immutable, so that the id identifies the schedule
             if len(self._schedules) >= 256:
                 self._schedules.clear()
             self._schedules[id(schedule)] = (schedule, string)
@@ -334,7 +342,7 @@ def _is_between(code: CodeType) -> bool:
 
 
 def myself(rank: int, num_ranks: int) -> Identity:
-    """Identify this process as a witness writer; what /proc does not say stays empty or 0."""
+    """Identify this process as a witness writer; fields that /proc does not show stay empty or 0."""
     try:
         with open("/proc/sys/kernel/random/boot_id") as file:
             boot_id = file.read().strip()

@@ -1,4 +1,4 @@
-"""The two growing areas of a witness file as its writer sees them: interned strings and size vectors."""
+"""Write the two growing areas of a witness file: interned strings and size vectors."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ Buffer = mmap.mmap | bytearray
 
 
 def live_words(buffer: Buffer) -> memoryview:
-    """The guarded words of LIVE: events, vector words, strings, groups. To assign one is a single 8-byte store."""
+    """View the guarded words of LIVE: events, vector words, strings, groups. Assigning one is a single 8-byte store."""
     return memoryview(buffer).cast("B")[LIVE_AT : LIVE_AT + LIVE.size].cast("Q")
 
 
 class Strings:
-    """The string area: each text once, known by its number. Threads may share it."""
+    """The string area: each text is stored once and has a number. Thread-safe."""
 
     def __init__(self, buffer: Buffer, shape: Geometry) -> None:
         self._buffer = buffer
@@ -40,7 +40,7 @@ class Strings:
         self._lock = threading.Lock()
 
     def intern(self, text: str) -> int:
-        """Return the number of a text, LOST_STRING where there is no room for it any more."""
+        """Return the number of a text; LOST_STRING if the area is full."""
         number = self._numbers.get(text)
         if number is not None:
             return number
@@ -55,7 +55,7 @@ class Strings:
                 return LOST_STRING
             self._buffer[at + STRING.size : end] = entry[STRING.size :]
             self._buffer[at + 4 : at + STRING.size] = entry[4 : STRING.size]
-            self._buffer[at : at + 4] = entry[:4]  # the length last: a reader sees all of an entry or nothing
+            self._buffer[at : at + 4] = entry[:4]  # the length last, so that a reader sees a complete entry or none
             self._live[2] = number * GUARD
             self._at = end
             self._numbers[text] = number
@@ -63,7 +63,7 @@ class Strings:
 
 
 class Vectors:
-    """The vector ring: the newest size vectors, known by their offset over the file's whole life."""
+    """The vector ring: the newest size vectors, by their offset among all words ever stored."""
 
     def __init__(self, buffer: Buffer, shape: Geometry) -> None:
         self._buffer = buffer
@@ -73,17 +73,17 @@ class Vectors:
         self._next = 0
 
     def store(self, sizes: tuple[int, ...]) -> int:
-        """Store a vector and return its offset, NO_VECTOR for one that is too long for the ring."""
+        """Store a vector and return its offset; NO_VECTOR if it is empty or too long for the ring."""
         room, num_words = self._room, len(sizes) + 1
         if not sizes or num_words > room:
             return NO_VECTOR
         offset = self._next
-        if offset % room + num_words > room:  # a vector lies in one piece
+        if offset % room + num_words > room:  # a vector must not wrap around
             offset += room - offset % room
         words = struct.pack(f"<{len(sizes)}q", *sizes)
         check = WORD.pack(crc32(words, offset & 0xFFFFFFFF))
         self._next = offset + num_words
-        self._live[1] = self._next * GUARD  # first: a reader then knows which older vectors may be overwritten
+        self._live[1] = self._next * GUARD  # first, so that a reader knows which older vectors may be overwritten
         at = self._start + offset % room * WORD.size
         self._buffer[at : at + num_words * WORD.size] = check + words
         return offset

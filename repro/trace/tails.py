@@ -1,4 +1,4 @@
-"""The witnesses of a live run, each opened as soon as it can be, and polled many times a second."""
+"""Follow the witnesses of a live run: open each as soon as it exists, and poll all many times a second."""
 
 from __future__ import annotations
 
@@ -12,28 +12,28 @@ from repro.trace.witness import Tail, Witness
 
 
 class Tails:
-    """One :class:`Tail` per rank whose witness could be opened. A moment is on the monotonic clock of ``here``."""
+    """One :class:`Tail` per rank whose witness is open. All times are on the monotonic clock of ``here``."""
 
     def __init__(self, run_dir: RunDir, num_ranks: int, here: Identity) -> None:
         self._run_dir, self._num_ranks, self._here = run_dir, num_ranks, here
         self._tails: dict[int, Tail] = {}
 
     def open(self) -> None:
-        """Open the witnesses that are not open yet. A failure is named when the witnesses are read."""
+        """Open the witnesses that are not open yet. Failures are ignored here, and reported by :meth:`read`."""
         for rank in range(self._num_ranks):
             with contextlib.suppress(OSError, WitnessError):
                 self._opened(rank)
 
     def opened(self) -> list[Tail]:
-        """What is open, by rank."""
+        """The open witnesses, by rank."""
         return [self._tails[rank] for rank in sorted(self._tails)]
 
     def writers(self) -> dict[int, Identity]:
-        """Rank -> who writes its witness."""
+        """Rank -> the process that writes its witness."""
         return {rank: tail.writer() for rank, tail in self._tails.items()}
 
     def read(self, ranks: Iterable[int] | None = None) -> tuple[dict[int, Witness], list[str]]:
-        """The witnesses of these ranks, or of all, and a sentence for each that could not be read."""
+        """Read the witnesses of these ranks, or of all; returns them, and a line for each that could not be read."""
         witnesses: dict[int, Witness] = {}
         refused = []
         for rank in range(self._num_ranks) if ranks is None else ranks:
@@ -48,15 +48,15 @@ class Tails:
         return len(self._tails) == self._num_ranks and all(self._last_is(Kind.DONE))
 
     def any_failed(self) -> bool:
-        """Whether a rank has given up with an error."""
+        """Whether a rank has failed with an error."""
         return any(self._last_is(Kind.FAILED))
 
     def last_event_ns(self) -> int:
-        """When any rank did anything last, 0 for never."""
+        """Time of the last event of any rank in ns; 0 if there is none."""
         return max((self._here_ns(tail, tail.last_event_ns()) for tail in self._tails.values()), default=0)
 
     def heartbeat_ns(self) -> int:
-        """When any rank gave a sign of life last, 0 for never."""
+        """Time of the last heartbeat of any rank in ns; 0 if there is none."""
         return max((self._here_ns(tail, tail.heartbeat_ns()) for tail in self._tails.values()), default=0)
 
     def _opened(self, rank: int) -> Tail:

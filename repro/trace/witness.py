@@ -1,11 +1,11 @@
-"""Witness files: make them, read what a rank left in them, whole or torn, and follow one while it is written.
+"""Create and read witness files, and follow one while its rank writes it.
 
     witness = read("runs/latest/events/rank000.wit")
     for event in witness.events(): ...
 
-The layout is in :mod:`repro.trace.format`. Reading never writes, locks or waits, and trusts nothing: what does not
-match its check is left out and named in ``witness.problems`` as ``file:offset: damage: what``; only a file without a
-usable header is refused, with :class:`WitnessError`.
+The layout is in :mod:`repro.trace.format`. Reading never writes, locks or waits. Files are untrusted: a part that does
+not match its checksum is left out, and reported in ``witness.problems`` as ``file:offset: damage: what``. Only a file
+without a usable header is refused, with :class:`WitnessError`.
 """
 
 from __future__ import annotations
@@ -44,12 +44,12 @@ __all__ = [
     "read_dir",
 ]  # fmt: skip
 
-_LOOKS = 3
-"""How often a file that changes is read before what is wrong with it counts."""
+_READS = 3
+"""How often a changing file is read before its problems count."""
 
 
 def create(path: str | os.PathLike[str], writer: Identity, shape: Geometry | None = None) -> None:
-    """Make a witness file with all its blocks allocated: a full disk is an OSError here, not a SIGBUS later."""
+    """Create a witness file with all blocks allocated, so that a full disk raises OSError here, not SIGBUS later."""
     shape = shape or Geometry()
     descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o644)
     try:
@@ -63,12 +63,12 @@ def create(path: str | os.PathLike[str], writer: Identity, shape: Geometry | Non
 
 
 def read(path: str | os.PathLike[str]) -> Witness:
-    """Read one witness file; OSError or WitnessError says why not.
+    """Read one witness file. Raises OSError or WitnessError.
 
-    What is wrong with a file that changes meanwhile may be a store under way: it is looked at again.
+    Problems of a file that is being written may come from an unfinished store, so that the file is read again.
     """
     data = _bytes_of(path)
-    for _ in range(_LOOKS - 1):
+    for _ in range(_READS - 1):
         with contextlib.suppress(WitnessError):
             witness = parse(data, str(path))
             if not witness.problems:
@@ -81,7 +81,7 @@ def read(path: str | os.PathLike[str]) -> Witness:
 
 
 def _bytes_of(path: str | os.PathLike[str]) -> bytes:
-    """Copy a file front to back, but take the count of vector words last: it bounds what was overwritten meanwhile."""
+    """Copy a file front to back, but read the count of vector words last: it shows what was overwritten meanwhile."""
     place = slice(LIVE_AT + WORD.size, LIVE_AT + 2 * WORD.size)
     with _opened(path) as file:
         data = file.read(MAX_BYTES)
@@ -91,7 +91,7 @@ def _bytes_of(path: str | os.PathLike[str]) -> bytes:
 
 
 def _opened(path: str | os.PathLike[str]) -> BinaryIO:
-    """Open a regular file of a size that a witness may have."""
+    """Open a regular file that is not larger than a witness can be."""
     try:
         return open_regular(path, MAX_BYTES)
     except ValueError as error:
@@ -99,7 +99,7 @@ def _opened(path: str | os.PathLike[str]) -> BinaryIO:
 
 
 def read_dir(path: str | os.PathLike[str]) -> tuple[dict[int, Witness], list[str]]:
-    """All witnesses of a folder by rank, and one line for each file that could not be used."""
+    """Read all witnesses of a folder; returns rank -> witness, and one line for each file that could not be used."""
     witnesses: dict[int, Witness] = {}
     refused: list[str] = []
     for file in sorted(Path(path).glob(f"*{SUFFIX}")):
@@ -116,7 +116,7 @@ def read_dir(path: str | os.PathLike[str]) -> tuple[dict[int, Witness], list[str
 
 
 class Tail:
-    """A cheap look at a live witness file, to be polled many times a second."""
+    """A mapped live witness file whose newest event is cheap to poll."""
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.path = Path(path)
@@ -130,17 +130,17 @@ class Tail:
         self._beat_ns = 0
 
     def num_events(self) -> int:
-        """How many events the rank has recorded."""
+        """The number of events that the rank has recorded."""
         self._num_events = max(self._num_events, unguarded(LIVE.unpack_from(self._map, LIVE_AT)[0]) or 0)
         return self._num_events
 
     def last_event_ns(self) -> int:
-        """When the rank last recorded anything but a heartbeat, 0 if never."""
+        """Time of the last event in ns, heartbeats excluded; 0 if there is none."""
         event = self.last_event()
         return event.t_ns if event else 0
 
     def last_event(self) -> Event | None:
-        """The newest record alone; None when there is none or it is being written just now."""
+        """The newest event; None if there is none, or if it is being written."""
         num_events = self.num_events()
         if num_events == 0:
             return None
@@ -150,14 +150,14 @@ class Tail:
         return event if event.n == num_events and is_whole(record) else None
 
     def heartbeat_ns(self) -> int:
-        """When the last heartbeat came, 0 if never."""
+        """Time of the last heartbeat in ns; 0 if there is none."""
         self._beat_ns = parse_heartbeat(self._map[:GROUPS_AT], Problems(""))[0] or self._beat_ns
         return self._beat_ns
 
     def writer(self) -> Identity:
-        """The writer; its pid is 0 until the rank has opened the file."""
+        """The process that writes the file; its pid is 0 until the rank has opened the file."""
         if not self._writer.pid:
-            with contextlib.suppress(WitnessError):  # the rank is just writing its header
+            with contextlib.suppress(WitnessError):  # the rank is writing its header
                 self._writer = parse_header(self._map[:GROUPS_AT], str(self.path))[0]
         return self._writer
 
@@ -170,7 +170,7 @@ class Tail:
 
 
 def _mapped(file: BinaryIO) -> mmap.mmap:
-    """Map a file. Before Python 3.13 the map keeps a descriptor, and a watcher has one for every rank."""
+    """Map a file. Before Python 3.13 a map keeps a descriptor, so raise the limit: a watcher maps a file per rank."""
     if sys.version_info >= (3, 13):
         return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ, trackfd=False)
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
