@@ -1,7 +1,7 @@
-"""What the ops' checks share: errors that name the argument, and what it is beside what was wanted.
+"""Argument checks of the ops. An error names the argument, its value and the required value.
 
-Names of arguments carry their shape, a letter for each dimension: `k_TMK` is [T, M, K]. A letter stands for the same
-number in every argument of a call.
+The name of an argument contains its shape, with a letter for each dimension: `k_TMK` is [T, M, K]. A letter stands for
+the same number in every argument of a call.
 """
 
 import contextlib
@@ -16,7 +16,7 @@ FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
 class Inside:
-    """How many blocks of a kind are being run, by all threads: they may overlap."""
+    """The number of running ``with`` blocks of one kind, over all threads; blocks may overlap."""
 
     def __init__(self) -> None:
         self.count, self._lock = 0, threading.Lock()
@@ -37,8 +37,10 @@ _known = Inside()
 
 @contextlib.contextmanager
 def values_known() -> Iterator[None]:
-    """Inside, skip checks of the values of slots and starts on a device, which would synchronise once per layer: for
-    calls whose values the host has made itself. Shapes, dtypes and strides are checked."""
+    """Inside, skip checks of the values of slots and starts on a device, which would synchronise once per layer.
+
+    For calls whose values the host has computed itself. Shapes, dtypes and strides are still checked.
+    """
     with _known.block():
         yield
 
@@ -48,7 +50,7 @@ def _may_look(x: Tensor) -> bool:
 
 
 class Sizes:
-    """The numbers that the letters of one call stand for, learnt from its arguments in order."""
+    """The numbers that the letters of one call stand for. Each argument, in order, sets its new letters."""
 
     def __init__(self, device: torch.device, **known: int) -> None:
         self.device, self.known = device, known
@@ -86,7 +88,7 @@ class Sizes:
 
 
 def slots(name: str, slots_B: Tensor, num_slots: int) -> None:
-    """Indices into a pool of states, each at most once. On a GPU the look costs a synchronisation."""
+    """Check indices into a pool of states: in range, and each at most once. On a GPU this synchronises."""
     if not _may_look(slots_B):
         return
     values = slots_B.tolist()
@@ -99,7 +101,7 @@ def slots(name: str, slots_B: Tensor, num_slots: int) -> None:
 
 
 def cu_seqlens(name: str, cu_seqlens_X: Tensor, num_sequences: int, num_tokens: int) -> None:
-    """Where each sequence begins, and the number of tokens at the end: B + 1 numbers that never fall."""
+    """Check the start of each sequence and, at the end, the number of tokens: B + 1 numbers that never decrease."""
     if cu_seqlens_X.shape != (num_sequences + 1,):
         raise ValueError(f"{name}: shape {list(cu_seqlens_X.shape)}, wanted [X = {num_sequences + 1}]")
     if not _may_look(cu_seqlens_X):

@@ -4,4 +4,4 @@ CHOICES = ("auto", "torch", "native", "triton", "fla", "mamba_ssm")
 """Values of HMR_KERNELS, and what `registry.use` takes."""
 
 INSTRUCTION_SETS = ("generic", "avx2", "avx512bf16", "amx")
-"""Values of HMR_NATIVE_ISA, worst first; a processor has the first of them at least."""
+"""Values of HMR_NATIVE_ISA, slowest first. Every processor supports the first one."""

@@ -1,14 +1,14 @@
-"""Native modules that are compiled on the machine they run on, at their first use, by torch's extension loader.
+"""Native modules that torch's extension loader compiles at their first use, on the machine that they run on.
 
     PREFILL = Extension("gdn_prefill", tuple(Path(__file__).parent.glob("prefill_*.cpp")))
     PREFILL.library().gdn_prefill_f32(...)
 
-The loader keeps other processes away with a lock file that it creates and removes ("baton"). Whoever waits for it
-waits without a limit and without a word, and a builder that is killed leaves the file behind: a server should load
-its extensions before it does anything else (``hybrid_moe_ref.engine.builds``). Until something else is arranged,
-`library` compiles in `default_cache()`.
+The loader excludes other processes by a lock file ("baton"), which it creates and removes. A process that waits for the
+file has no time limit and logs nothing, and a builder that is killed leaves the file behind. So a server should load
+its extensions before it does anything else (``hybrid_moe_ref.engine.builds``). Without `on_first_use`, `library`
+compiles in `default_cache()`.
 
-torch is imported when something is compiled.
+This module imports torch only to compile.
 """
 
 from __future__ import annotations
@@ -30,14 +30,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-Tell = Callable[[str, str, int], None]
-"""Hears of locks and builds: (event, name, pid of the holder or -1), as an Observer's `local`."""
+Notify = Callable[[str, str, int], None]
+"""A function that is called for locks and builds with (event, name, pid of the holder or -1), like `Observer.local`."""
 
 BATON = "lock"
-"""What torch calls its lock file, in the folder that it builds in."""
+"""The name of torch's lock file in the folder of a build."""
 
 BUILT = "built"
-"""The file that is there when a module has been built to its end; it names the library."""
+"""The file that exists once a module is completely built; it names the library."""
 
 _use_lock, _loader_lock = threading.Lock(), threading.Lock()
 
@@ -48,10 +48,10 @@ class BuildFailed(RuntimeError):
 
 @dataclass(frozen=True)
 class Extension:
-    """A native module: what it is called and made of. Functions have C linkage, or register themselves with torch.
+    """A native module: its name and source files. Functions have C linkage, or register themselves with torch.
 
-    sources      .cpp, and .cu for a GPU
-    headers      what they include, so that a change of it is a change of the module
+    sources      .cpp files, and .cu files for a GPU
+    headers      the included headers, so that a change of them rebuilds the module
     cflags       for the C++ compiler; cuda_cflags for nvcc
     """
 
@@ -68,7 +68,7 @@ class Extension:
         return bool(self._loaded)
 
     def library(self) -> ctypes.CDLL:
-        """The module's functions. The first call builds and loads it, as arranged by `on_first_use`."""
+        """The module's functions. The first call builds and loads the module, by the function of `on_first_use`."""
         if not self._loaded:
             with _use_lock:
                 if not self._loaded:
@@ -76,8 +76,10 @@ class Extension:
         return self._loaded[0]
 
     def folder(self, cache: Path) -> Path:
-        """Where it is built: its name, and a digest of everything that the result depends on. Also of where the sources
-        and torch are: ninja builds anew when a path is another, and two clones share a user's cache.
+        """The build folder: the module's name and a digest of everything that the result depends on.
+
+        The digest includes the paths of the sources and of torch, because ninja rebuilds when a path changes, and two
+        clones share a user's cache.
         """
         digest = hashlib.sha256()
         for path in (*self.sources, *self.headers):
@@ -89,23 +91,23 @@ class Extension:
         return cache / f"{self.name}-{digest.hexdigest()[:12]}"
 
     def is_built(self, cache: Path) -> bool:
-        """Whether `load` has nothing to compile. What was interrupted does not count as built."""
+        """Whether `load` has nothing to compile. An interrupted build does not count as built."""
         return (self.folder(cache) / BUILT).exists()
 
     def load_built(self, cache: Path) -> None:
-        """Load what `is_built`, without a compiler and without a lock."""
+        """Load a module that is built (see `is_built`), without a compiler and without a lock."""
         folder = self.folder(cache)
         self._load(folder / (folder / BUILT).read_text())
 
-    def load(self, cache: Path, tell: Tell = lambda event, name, holder: None) -> None:
-        """Compile what is not compiled yet, and load it: torch's way, with torch's lock.
+    def load(self, cache: Path, notify: Notify = lambda event, name, holder: None) -> None:
+        """Compile the module if it is not compiled yet, and load it, by torch's loader with torch's lock.
 
         Raises BuildFailed, or an OSError when the folder cannot be used. Waits for as long as the lock file exists.
         """
         folder = self.folder(cache)
         folder.mkdir(parents=True, exist_ok=True)
         try:
-            with loader() as cpp_extension, _observed_baton(self.name, tell):
+            with loader() as cpp_extension, _observed_baton(self.name, notify):
                 path = cpp_extension.load(
                     self.name,
                     [str(source) for source in self.sources],
@@ -123,14 +125,14 @@ class Extension:
         partial.replace(folder / BUILT)
 
     def _load(self, path: Path) -> None:
-        """For functions of its own and for operators that it registers with torch alike."""
+        """Load the library, which also registers its operators with torch if it has any."""
         self._loaded[:] = [ctypes.CDLL(str(path))]
 
 
 def default_cache() -> Path:
-    """Where compiled modules are kept for the user: HMR_KERNEL_CACHE, or a folder in the user's own cache."""
-    if told := os.environ.get("HMR_KERNEL_CACHE"):
-        return Path(told)
+    """The folder of the user's compiled modules: HMR_KERNEL_CACHE, or a folder in the user's own cache."""
+    if folder := os.environ.get("HMR_KERNEL_CACHE"):
+        return Path(folder)
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "hybrid_moe_ref" / "kernels"
 
 
@@ -138,12 +140,12 @@ _first_use: list[Callable[[Extension], None]] = [lambda extension: extension.loa
 
 
 def on_first_use(load: Callable[[Extension], None]) -> None:
-    """From here on `load` brings in whatever is used and not loaded yet, in this process."""
+    """From now on, call `load` in this process for each extension that is used and not loaded yet."""
     _first_use[0] = load
 
 
 def missing() -> str:
-    """What this machine lacks to build an extension, "" for nothing. Programs are looked for, and not run."""
+    """What this machine lacks to build an extension; "" if nothing. Searches for programs without running them."""
     compiler = (shlex.split(os.environ.get("CXX", "")) or ["c++"])[0]
     if not shutil.which(compiler, path=_search_path()):
         return f"kernels are compiled, and there is no C++ compiler {compiler}: install one, or name one in CXX"
@@ -153,14 +155,15 @@ def missing() -> str:
 
 
 def _search_path() -> str:
-    """Programs beside this interpreter come first: a virtual environment has its ninja there, activated or not."""
+    """PATH, after the folder of this interpreter: a virtual environment has its ninja there, activated or not."""
     return os.pathsep.join([os.path.dirname(sys.executable), os.environ.get("PATH", os.defpath)])
 
 
 @contextlib.contextmanager
 def loader() -> Iterator[Any]:
-    """torch's extension loader, for one build at a time. Inside, it finds what `missing` finds, and its ninja ends with
-    this process, however that ends.
+    """Yield torch's extension loader, for one build at a time.
+
+    Inside, the loader finds the programs that `missing` finds, and its ninja ends with this process, however that ends.
     """
     from torch.utils import cpp_extension
 
@@ -179,8 +182,9 @@ def loader() -> Iterator[Any]:
 
 
 class _Subprocess:
-    """The module subprocess as torch's loader sees it: what it runs, which is ninja, gets SIGTERM when this process is
-    gone, and then ends its compilers.
+    """A replacement of the module subprocess for torch's loader.
+
+    The loader runs ninja by it. Ninja then gets SIGTERM when this process ends, and ends its compilers.
     """
 
     _START = """
@@ -200,8 +204,8 @@ if os.getppid() == int(sys.argv[1]):
 
 
 @contextlib.contextmanager
-def _observed_baton(name: str, tell: Tell) -> Iterator[None]:
-    """Inside, torch's own lock says what happens to it: nothing else about it changes."""
+def _observed_baton(name: str, notify: Notify) -> Iterator[None]:
+    """Inside, torch's own lock reports its events. Nothing else about the lock changes."""
     from torch.utils import cpp_extension
 
     plain: Any = cpp_extension.FileBaton
@@ -210,19 +214,19 @@ def _observed_baton(name: str, tell: Tell) -> Iterator[None]:
         def try_acquire(self) -> bool:
             mine = bool(super().try_acquire())
             if mine:
-                tell("lock_held", self.lock_file_path, os.getpid())
-                tell("build_begin", name, -1)
+                notify("lock_held", self.lock_file_path, os.getpid())
+                notify("build_begin", name, -1)
             return mine
 
         def wait(self) -> None:
-            tell("lock_wait", self.lock_file_path, -1)  # the file does not say whose it is
+            notify("lock_wait", self.lock_file_path, -1)  # the file does not name its holder
             super().wait()
-            tell("lock_freed", self.lock_file_path, -1)
+            notify("lock_freed", self.lock_file_path, -1)
 
         def release(self) -> None:
             super().release()
-            tell("build_end", name, -1)
-            tell("lock_freed", self.lock_file_path, -1)
+            notify("build_end", name, -1)
+            notify("lock_freed", self.lock_file_path, -1)
 
     cpp_extension.FileBaton = ObservedBaton  # type: ignore[misc]
     try:
@@ -232,10 +236,10 @@ def _observed_baton(name: str, tell: Tell) -> Iterator[None]:
 
 
 def _reason(output: str) -> str:
-    """The line of a build's output that says why it failed."""
+    """The line of a build's output with the reason of its failure."""
     lines = [line.strip() for line in output.splitlines() if line.strip()]
-    telling = ("error:", "not found", "no space left", "permission denied", "no such file", "read-only")
+    reasons = ("error:", "not found", "no space left", "permission denied", "no such file", "read-only")
     for line in lines:
-        if any(words in line.lower() for words in telling):
+        if any(words in line.lower() for words in reasons):
             return line[:300]
     return lines[0][:300] if lines else "no reason given"

@@ -37,13 +37,13 @@ from hybrid_moe_kernels.choices import INSTRUCTION_SETS as INSTRUCTION_SETS
 
 DTYPES = (torch.float32, torch.bfloat16)
 DEVICES = ("cpu",)
-CHECKS = True  # in C++, at a cost that does not show
+CHECKS = True  # the C++ functions check their arguments, at no measurable cost
 
 LOCK_LIMIT_S = 600.0
 """How long a process waits while another one builds."""
 
 SILENT_S = 5.0
-"""How long it waits before it logs for which process."""
+"""How long it waits before it logs which process it waits for."""
 
 _NAME = "hybrid_moe_native"
 _FLAGS = [
@@ -59,37 +59,37 @@ _HERE = Path(__file__).parent
 _log = logging.getLogger("hybrid_moe_kernels")
 _library: ModuleType | None = None
 _error = ""
-_failed: Path | None = None  # it is not tried again
+_failed: Path | None = None  # a library that could not be built or loaded; it is not tried again
 
 
 def _nothing() -> None: ...
 
 
 def library() -> ModuleType:
-    """The loaded library; only after a `prepare` that found nothing missing."""
+    """The loaded library. Call it only after a `prepare` that returned ""."""
     assert _library is not None, _error
     return _library
 
 
 def missing() -> str:
-    """What the native backend lacks in this process, "" for nothing."""
+    """What the native backend lacks in this process; "" if nothing."""
     return "" if _library else _error or "its library is not loaded: it is built in prepare, not when it is called"
 
 
 def folder() -> Path:
-    """Where built libraries are kept: HMR_NATIVE_DIR, else in the user's cache."""
+    """The folder of built libraries: HMR_NATIVE_DIR, else a folder in the user's cache."""
     if "HMR_NATIVE_DIR" in os.environ:
         return Path(os.environ["HMR_NATIVE_DIR"])
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "hybrid_moe_kernels"
 
 
 def sources() -> list[Path]:
-    """Files whose change asks for a new library."""
+    """The files whose change requires a new library."""
     return sorted([*_HERE.glob("cpp/*.h"), *_HERE.glob("cpp/*.cpp"), *_HERE.glob("*/native.cpp")])
 
 
 def path() -> Path:
-    """Where this library is, or would be."""
+    """The path of this library, whether it is built or not."""
     digest = hashlib.sha256()
     for source in sources():
         digest.update(source.relative_to(_HERE).as_posix().encode() + b"\0" + source.read_bytes() + b"\0")
@@ -99,10 +99,10 @@ def path() -> Path:
 
 
 def prepare(tick: Callable[[], None] = _nothing) -> str:
-    """Load the library, after building it if the cache has none. Returns why there is none, "" when there is one.
+    """Load the library; build it first if the cache has none. Returns why that failed; "" if it did not.
 
-    tick: called several times a second meanwhile, for signs of life; what it raises ends a wait for another process,
-    and goes on when a build of this one is through.
+    tick: called several times a second meanwhile, for heartbeats. An exception in it ends a wait for another process at
+    once, and is raised after a build of this process.
 
     Raises ValueError, before any build, for an HMR_NATIVE_ISA that no processor has.
     """
@@ -130,7 +130,7 @@ class BuildFailed(RuntimeError):
 
 
 def _ticking(work: Callable[[], None], tick: Callable[[], None]) -> None:
-    """Do the work in a thread, and tick in this one."""
+    """Do the work in a thread, and call ``tick`` repeatedly in this one."""
     failure: list[BaseException] = []
 
     def run() -> None:
@@ -153,10 +153,13 @@ def _ticking(work: Callable[[], None], tick: Callable[[], None]) -> None:
 
 @contextlib.contextmanager
 def _only_one(place: Path, tick: Callable[[], None]) -> Iterator[None]:
-    """Inside, no other process is. The folder itself is what is locked, so that nothing is left behind; a network file
-    system may lock only what is open for writing, and has a file."""
+    """Exclude all other processes inside the ``with``.
+
+    Locks the folder itself, so that no lock file is left behind. A network file system may lock only files that are
+    open for writing; there, lock a file in the folder.
+    """
     descriptor, is_folder = os.open(place, os.O_RDONLY), True
-    started, told = time.monotonic(), False
+    started, has_logged = time.monotonic(), False
     try:
         while True:
             try:
@@ -172,8 +175,8 @@ def _only_one(place: Path, tick: Callable[[], None]) -> Iterator[None]:
                 continue
             if waited > LOCK_LIMIT_S:
                 raise BuildFailed(f"{_builder(place)} has been building in {place} for {LOCK_LIMIT_S:g} s")
-            if waited > SILENT_S and not told:
-                told = True
+            if waited > SILENT_S and not has_logged:
+                has_logged = True
                 _log.warning(f"kernels: native: waiting for {_builder(place)}, which builds in {place}")
             tick()
             time.sleep(0.05)
@@ -183,7 +186,7 @@ def _only_one(place: Path, tick: Callable[[], None]) -> Iterator[None]:
 
 
 def _builder(place: Path) -> str:
-    """Who builds there, by the name of its private folder."""
+    """The process that builds there, from the name of its private folder."""
     for private in place.glob(f".{_NAME}+*"):
         _, host, pid, _ = private.name.rsplit("+", 3)
         return f"process {pid} of {host}"
@@ -191,7 +194,7 @@ def _builder(place: Path) -> str:
 
 
 def cannot_build() -> str:
-    """What this machine lacks to build the library, "" for nothing. Looks for programs and headers, runs none."""
+    """What this machine lacks to build the library; "" if nothing. Searches for programs and headers, runs none."""
     python_h = Path(sysconfig.get_path("include"), "Python.h")
     if not python_h.exists():
         return f"Python's headers are not installed: there is no {python_h} (Debian: apt-get install python3-dev)"

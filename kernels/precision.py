@@ -1,4 +1,4 @@
-"""In what states are kept and sums are made: float32, or float64 for float64 inputs."""
+"""The precision of states and sums: float32, or float64 for float64 inputs."""
 
 import torch
 from torch import Tensor

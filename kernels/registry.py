@@ -1,4 +1,4 @@
-"""Which implementation of an operation runs, for a device and a dtype.
+"""Select the implementation of an operation for a device and a dtype.
 
     from hybrid_moe_kernels import gated_delta_rule, registry
 
@@ -7,25 +7,25 @@
     with registry.using("torch"): ...
     registry.table("cpu", torch.bfloat16)    {"gated_delta_rule.decode": "native", ...}
 
-An operation is a folder. Its `__init__.py` has the signature as an `Op`, with a check of the arguments;
-`reference.py` is the definition in torch, and `native.py` and `triton.py` hold functions of the same names. A backend
-that has no function of that name, or not for that dtype, leaves the operation to the next one. The choice:
+An operation is a folder. Its `__init__.py` has the signature as an `Op`, with a check of the arguments; `reference.py`
+is the definition in torch, and `native.py` and `triton.py` hold functions of the same names. If a backend has no
+function of that name, or none for that dtype, the next backend runs the operation. The choice:
 
     auto      triton on CUDA, else torch
     native    C++ on the CPU for float32 and bfloat16
     triton    also on the CPU, through its interpreter (TRITON_INTERPRET=1)
     torch, fla, mamba_ssm
 
-A call that autograd has to record runs the reference, whatever the choice: no other implementation is differentiable.
+A call that autograd must record runs the reference, whatever the choice: no other implementation is differentiable.
 
-The environment variable HMR_KERNELS sets the choice a process starts with; what it needs is built or loaded at the
-first call. What is chosen but cannot run here (no compiler, no Triton) is one line of warning, and torch runs instead.
+The environment variable HMR_KERNELS sets the initial choice of a process; its library is built or loaded at the first
+call. If the choice cannot run here (no compiler, no Triton), one line warns about it and torch runs instead.
 
 An implementation module may define
     DTYPES            of the first argument; absent: any
     DEVICES           absent: any
-    CHECKS            True: it checks its arguments itself, as well as the op's check does
-    missing() -> str  what it lacks on this machine, "" for nothing; asked once
+    CHECKS            True: it checks its arguments itself, as strictly as the op's check
+    missing() -> str  what it lacks on this machine, "" if nothing; called once
 """
 
 import contextlib
@@ -53,7 +53,7 @@ _is_prepared = False
 
 
 class Implementation:
-    """A backend's function for an op, and the check that goes before it."""
+    """A backend's function for an op, and the argument check to run before it."""
 
     __slots__ = ("backend", "check", "run")
 
@@ -62,7 +62,7 @@ class Implementation:
 
 
 class Op:
-    """One operation, called like its reference. The first argument's device and dtype pick the implementation."""
+    """One operation, called like its reference. The first argument's device and dtype select the implementation."""
 
     def __init__(self, package: str, function: str, check: Callable[..., None]) -> None:
         self.package, self.function = package, function
@@ -81,11 +81,11 @@ class Op:
         return chosen.run(x, *args, **options)
 
     def backend(self, x: Tensor) -> str:
-        """The one that runs where `x` is the first argument."""
+        """The name of the backend that runs if `x` is the first argument."""
         return (self._picked.get((x.device, x.dtype)) or self.pick(x.device, x.dtype)).backend
 
     def pick(self, device: torch.device | str, dtype: torch.dtype) -> Implementation:
-        """What runs on such a device for such a dtype under the present choice."""
+        """The implementation that runs on this device for this dtype under the current choice."""
         place = torch.device(device), dtype
         if place not in self._picked:
             kind = place[0].type
@@ -99,22 +99,22 @@ class Op:
         return reference
 
     def forget(self) -> None:
-        """Pick anew at the next call."""
+        """Forget the selected implementations, so that the next call selects again."""
         self._picked.clear()
 
     def implementation(self, backend: str, device: str, dtype: torch.dtype) -> Implementation | None:
-        """The backend's, or None where it has none or lacks something."""
+        """The backend's implementation; None if it has none, or lacks something on this machine."""
         path = f"{self.package}.{_MODULES.get(backend, backend)}"
         try:
             module = importlib.import_module(path)
         except ModuleNotFoundError as error:
-            if error.name != path:  # the file is there, a package that it needs is not
+            if error.name != path:  # the backend's file exists, but a package that it imports does not
                 _say_once(f"kernels: {backend} needs the package {error.name}; {_fallback(backend)}")
             return None
         except Exception as error:
             if backend == "torch":
                 raise
-            # A package that is there but does not load here fails in a way of its own.
+            # An installed package that cannot load here may raise any exception.
             reason = " ".join(str(error).split())
             _say_once(f"kernels: {backend} cannot be imported ({type(error).__name__}: {reason}); {_fallback(backend)}")
             return None
@@ -170,8 +170,11 @@ def _forget() -> None:
 
 
 def use(choice: str) -> None:
-    """Make `choice` this process's. "native" builds or loads its library now, so that no call has to; a failed build is
-    one line of warning. Raises ValueError for an unknown choice."""
+    """Set the choice of this process.
+
+    "native" builds or loads its library now, so that no call has to; a failed build prints one warning line. Raises
+    ValueError for an unknown choice.
+    """
     global _choice, _is_prepared
     if choice not in CHOICES:
         raise ValueError(f"kernels: {choice!r} is not one of {', '.join(CHOICES)}")
@@ -211,22 +214,27 @@ def using(choice: str) -> Iterator[None]:
 
 
 def choice() -> str:
-    """The present one."""
+    """The current choice."""
     return _choice
 
 
 @contextlib.contextmanager
 def unchecked() -> Iterator[None]:
-    """Leave out all argument checks, as HMR_KERNEL_CHECKS=0 and `python -O` do: for code whose calls were checked
-    once, such as a captured graph."""
+    """Skip all argument checks inside the ``with``, as HMR_KERNEL_CHECKS=0 and `python -O` do.
+
+    For code whose calls were checked once, such as a captured graph.
+    """
     with _unchecked.block():
         yield
 
 
 @contextlib.contextmanager
 def trusted() -> Iterator[None]:
-    """As `unchecked`, unless HMR_KERNEL_CHECKS=1 wants every check: for the calls of a model, whose arguments its own
-    code makes. They are 200 checks a step, a tenth of a small model's time on a CPU."""
+    """Skip argument checks inside the ``with``, unless HMR_KERNEL_CHECKS=1.
+
+    For the calls of a model, whose own code makes the arguments. It has 200 checks per step, which take a tenth of a
+    small model's time on a CPU.
+    """
     if _wanted == "1":
         yield
     else:
@@ -240,5 +248,5 @@ def checking() -> bool:
 
 
 def table(device: str = "cpu", dtype: torch.dtype = torch.float32) -> dict[str, str]:
-    """The backend that runs each imported operation."""
+    """Operation -> the backend that runs it, for each imported operation."""
     return {name: op.pick(device, dtype).backend for name, op in sorted(_ops.items())}

@@ -14,8 +14,10 @@ from torch import Tensor
 
 
 def by_length(cu_seqlens_X: Tensor) -> Iterator[tuple[list[int] | slice, Tensor | slice, int]]:
-    """For each length but zero: the sequences that have it, their rows in order, and the length. All sequences equally
-    long is one slice."""
+    """For each length except 0: the sequences of this length, their rows in order, and the length.
+
+    If all sequences have the same length, sequences and rows are slices.
+    """
     starts = cu_seqlens_X.tolist()
     members: dict[int, list[int]] = {}
     for index, (start, end) in enumerate(itertools.pairwise(starts)):
@@ -50,7 +52,7 @@ class Chunks:
 
     @classmethod
     def of(cls, cu_seqlens_X: Tensor, size: int) -> "Chunks":
-        """Chunks of at most `size` rows; of fewer if no sequence has so many."""
+        """Cut sequences into chunks of `size` rows, or of the longest sequence's rows if that is shorter."""
         starts = cu_seqlens_X.tolist()
         lengths = [end - start for start, end in itertools.pairwise(starts)]
         order = sorted((index for index, length in enumerate(lengths) if length), key=lambda index: -lengths[index])
@@ -89,8 +91,7 @@ class Chunks:
 
 
 def differentiable(*tensors: Tensor | None) -> bool:
-    """Whether autograd records what is computed from these: then nothing that they were read from may change in
-    place."""
+    """Whether autograd records computations on these tensors. If so, their storage must not change in place."""
     return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
 
 
@@ -102,7 +103,7 @@ def load(pool_J_: Tensor, slots_B: Tensor, *, copy: bool = False) -> Tensor:
 
 
 def store(pool_J_: Tensor, slots_B: Tensor, states_B_: Tensor) -> None:
-    """Put the states back, as values: no gradient flows through a pool."""
+    """Write the states back into the pool, detached: no gradient flows through a pool."""
     states_B_ = states_B_.detach()
     if states_B_.untyped_storage().data_ptr() == pool_J_.untyped_storage().data_ptr():
         return  # `load` gave a view, and it was changed in place

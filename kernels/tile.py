@@ -1,8 +1,8 @@
-"""What the Triton kernels share: where they run, how a ragged batch is cut into tiles, and products of tiles.
+"""Shared parts of the Triton kernels: device checks, the tiles of a ragged batch, and products of tiles.
 
-Ragged batches: the rows of B sequences follow one another; sequence b has the rows start[b] to start[b + 1]. A grid
-must not depend on lengths that only the device knows (a CUDA graph replays it for other lengths), so it is sized by
-what always suffices, `num_tiles`. A program finds its tile by `locate`; some programs find none.
+In a ragged batch the rows of B sequences follow one another; sequence b has the rows start[b] to start[b + 1]. A grid
+must not depend on lengths that only the device knows, because a CUDA graph replays it for other lengths. So the grid
+has `num_tiles` programs, which always suffice. A program finds its tile by `locate`; some programs have no tile.
 """
 
 import contextlib
@@ -25,7 +25,7 @@ _forced: dict[str, Config] = {}
 
 @functools.cache
 def missing() -> str:
-    """What Triton lacks here to run a kernel; "" for nothing."""
+    """What Triton lacks here to run a kernel; "" if nothing."""
     if INTERPRETED:
         return ""
     if not torch.cuda.is_available():
@@ -40,8 +40,8 @@ def missing() -> str:
 def config(kernel: str, default: Config) -> Config:
     """The sizes a kernel is launched with: the default, a function of shapes alone, unless `forcing` another.
 
-    Nothing is timed at launch. What is chosen by a stopwatch differs between ranks, and a rank that still tunes keeps
-    its peers waiting in a collective; it would also run a kernel that updates states in place several times.
+    There is no autotuning at launch. Its choice would differ between ranks, and a rank that still tunes would make its
+    peers wait in a collective. It would also run kernels several times that update states in place.
     """
     return _forced.get(kernel, default)
 
@@ -64,10 +64,10 @@ def _counters(device: torch.device, size: int) -> Tensor:
 
 
 def arrival_counters(device: torch.device, count: int) -> Tensor:
-    """At least `count` zeros, which a kernel leaves as zeros. They are kept for good: graphs hold their address.
+    """At least `count` zeros, which a kernel resets to zero. They are never freed, because graphs hold their address.
 
-    Kernels that share them must not run at the same time, so two decode steps on one device belong on one stream.
-    Raises RuntimeError when they would be made within a capture, which records zeroing them but does not do it.
+    Kernels that share them must not run at the same time, so two decode steps on one device must use one stream.
+    Raises RuntimeError if they would be created within a capture, which would record their zeroing without doing it.
     """
     return _counters(device, max(1024, triton.next_power_of_2(count)))
 

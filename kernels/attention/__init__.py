@@ -1,4 +1,4 @@
-"""Attention of one new token of each sequence over the pages of a KV cache, read where they lie.
+"""Attention of one new token of each sequence over the pages of a KV cache, read in place.
 
 Shapes: B sequences, Q query heads, K KV heads, D head dim, P pages of the pool, L tokens of a page, X pages of the
 longest sequence.

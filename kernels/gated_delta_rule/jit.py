@@ -1,7 +1,7 @@
 """The gated delta rule of a prefill as a module that is compiled at its first use: C++ on a CPU, CUDA on a GPU.
 
-What serving libraries do: a function for each pair of head sizes, compiled where it is needed. It is here for what
-this does to the start of a server, not for speed, so the registry never picks it by itself.
+Serving libraries compile one function for each pair of head sizes, when it is first needed. This module exists to show
+the effect on the start of a server, not for speed, so the registry never selects it by itself.
 
 Shapes: as in the package.
 """
@@ -17,12 +17,12 @@ HERE = Path(__file__).parent
 PREFILL = Extension("gdn_prefill", (HERE / "jit.cpp",), (HERE / "jit.h",), ("-O3", "-funroll-loops"))
 PREFILL_CUDA = Extension("gdn_prefill_cuda", (HERE / "jit.cu",))
 
-LAUNCH_FAILED = 2  # of jit.cu; 1 is for sizes that no function is made for
+LAUNCH_FAILED = 2  # return code of jit.cu; 1 means that there is no function for these sizes
 _SUFFIXES = {torch.float32: "f32", torch.float64: "f64"}
 
 
 def extension(device: torch.device) -> Extension:
-    """What `prefill` uses on this device."""
+    """The extension that `prefill` uses on this device."""
     return PREFILL_CUDA if device.type == "cuda" else PREFILL
 
 

@@ -17,7 +17,7 @@ HERE = Path(__file__).parent
 EXPERTS = Extension("moe_experts", (HERE / "jit.cpp",), (HERE / "jit.h",), ("-O3", "-funroll-loops"))
 
 BLOCK_ROWS = (1, 4, 16)
-"""How many rows of an expert may be computed at once: the choices that a server can time and pick from."""
+"""The numbers of rows of an expert to compute at once, from which a server can choose by timing."""
 
 _block_rows = [4]
 
@@ -41,7 +41,7 @@ def experts(x_NH: Tensor, weights_NK: Tensor, ids_NK: Tensor, gate_up_EJH: Tenso
 
 
 def time_blocks() -> list[int]:
-    """Microseconds of a small mixture for each of BLOCK_ROWS; they compute the same."""
+    """The time of a small mixture in microseconds, for each of BLOCK_ROWS. All compute the same result."""
     N, K, H, E, I = 32, 2, 64, 4, 32
     x, weights, ids = torch.ones(N, H), torch.ones(N, K), torch.arange(N * K).view(N, K) % E
     gate_up, down = torch.ones(E, 2 * I, H), torch.ones(E, H, I)
@@ -56,5 +56,5 @@ def time_blocks() -> list[int]:
 
 
 def use_block_rows(rows: int) -> None:
-    """From here on compute so many rows of an expert at once, in this process."""
+    """From now on, compute this many rows of an expert at once, in this process."""
     _block_rows[0] = rows
