@@ -3,7 +3,7 @@
     python benchmarks/bench_diagnose.py [--folder DIR:RANKS:CLASS …] [--no-live] [--json FILE]
 
 The dumps are made up by the tests' writer in four kinds of NCCL hangs, each with any of four ranks at fault, and taken
-from six live gloo jobs (tests/live_gloo.py). `--folder` adds labelled dumps of your own, for example NVIDIA's
+from six live gloo jobs (tests/support/live_gloo.py). `--folder` adds labelled dumps of your own, for example NVIDIA's
 (`_dumps:12,14:stall`). A tool is right where the ranks that it names are exactly those at fault; `diagnose` has to give
 the class as well, which the analyser of torch has no words for. `innocent` counts the other ranks that are named,
 `findings` the places that a reader is sent to. Exits with 1 where `diagnose` names an innocent rank.

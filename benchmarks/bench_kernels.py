@@ -31,7 +31,7 @@ from hybrid_moe_kernels import native
 from machine import ROOT, commit, copy_bandwidth, cpu, product_rate, versions, write
 from torch import Tensor
 
-sys.path.insert(0, str(ROOT / "tests"))  # for the cases that the tests check
+sys.path.insert(0, str(ROOT / "tests" / "support"))  # for the cases that the tests check
 import cpu_peers
 import kernel_cases as cases
 

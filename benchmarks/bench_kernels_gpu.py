@@ -31,7 +31,7 @@ import torch
 import torch.nn.functional as F
 from machine import ROOT, commit, mark, versions, write
 
-sys.path.insert(0, str(ROOT / "tests"))  # for the cases that the tests check
+sys.path.insert(0, str(ROOT / "tests" / "support"))  # for the cases that the tests check
 import kernel_cases as cases
 
 Call = Callable[[], Any]

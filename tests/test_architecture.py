@@ -76,7 +76,7 @@ def test_no_test_module_asks_for_a_gpu_when_it_is_imported():
             if child not in (skipped if isinstance(skipped, list) else [skipped]):
                 yield from at_import(child)
 
-    for path in (ROOT / "tests").glob("*.py"):
+    for path in (ROOT / "tests").rglob("*.py"):
         for node in at_import(ast.parse(path.read_text())):
             if isinstance(node, ast.Call) and ast.unparse(node.func).startswith("torch.cuda."):
                 raise AssertionError(f"{path}:{node.lineno}: {ast.unparse(node)}")

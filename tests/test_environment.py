@@ -21,5 +21,5 @@ def test_what_a_shell_or_a_cluster_sets_does_not_reach_the_tests(monkeypatch):
 
 def test_every_variable_that_a_test_reads_reaches_it():
     read = re.compile(r'environ\.get\("(HMR_\w+)"')
-    variables = {name for path in Path(__file__).parent.glob("*.py") for name in read.findall(path.read_text())}
+    variables = {name for path in Path(__file__).parent.rglob("*.py") for name in read.findall(path.read_text())}
     assert variables == set(environment.OPTIONS)

@@ -1,7 +1,7 @@
 """The watcher against the truth: it watches simulated runs on one to four hosts until it has decided.
 
-    HMR_SEEDS=2000 pytest tests/test_simulated_watch.py          as many seeds as you have time for
-    pytest -m full tests/test_simulated_watch.py                 10,000 of them
+    HMR_SEEDS=2000 pytest tests/watch/test_simulated_watch.py          as many seeds as you have time for
+    pytest -m full tests/watch/test_simulated_watch.py                 10,000 of them
 
 Two properties hold for every seed. The watcher says what the judge says of the whole truth, or less: never a wrong
 `deadlock`, never a culprit that is none. And judged again from its files, on any machine, a run gives the verdict that

@@ -230,7 +230,7 @@ def test_long_prompts(length):
 def test_every_kernel_compiles_for_an_h200_and_fits(dtype, tmp_path):
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     environment["TRITON_CACHE_DIR"] = str(tmp_path / "cache")
-    script = Path(__file__).parent.parent / "benchmarks" / "kernel_registers.py"
+    script = Path(__file__).resolve().parents[2] / "benchmarks" / "kernel_registers.py"
     command = [sys.executable, script, "--dtype", dtype, "--json", tmp_path / "rows.json"]
     run = subprocess.run(command, capture_output=True, text=True, env=environment)
     assert run.returncode == 0, run.stdout + run.stderr

@@ -210,7 +210,8 @@ def test_a_failed_build_leaves_nothing_behind(tmp_path) -> None:
 def test_products_by_amx_are_right_where_its_instructions_are_emulated(tmp_path: Path) -> None:
     """With the address sanitizer: what is read or written beyond rows ends the program."""
     need_build_tools()
-    compiler, source = os.environ.get("CXX", "c++"), Path(__file__).with_name("amx_emulated.cpp")
+    compiler = os.environ.get("CXX", "c++")
+    source = Path(__file__).resolve().parents[1] / "support" / "amx_emulated.cpp"
     program = tmp_path / "amx_emulated"
     flags = [
         "-O1",

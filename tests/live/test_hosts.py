@@ -27,7 +27,7 @@ from repro.store.run_dir import RunDir, write_json
 from repro.trace.recorder import Recorder
 from repro.watch.live import Watch
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 SETTINGS = RunSettings("metadata_rebuild", "fault", num_ranks=2, quiet_window_s=1.0)
 A_RANK = """
 import os, signal, sys, time

@@ -34,7 +34,7 @@ from repro.trace.recorder import Recorder
 from repro.trace.witness import Tail
 from repro.watch.live import Comparison, Watch
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.mark.parametrize(

@@ -41,7 +41,7 @@ from repro.trace.parse import parse_header
 from repro.trace.witness import parse
 from repro.verdict import judge
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture

@@ -24,7 +24,7 @@ from repro.trace.format import Kind
 from repro.trace.parse import WitnessError
 from repro.trace.witness import Tail
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 DEADLINE_S = 90
 REPEATS = int(os.environ.get("HMR_LIVE_REPEATS", "10"))
 

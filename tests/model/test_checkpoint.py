@@ -241,8 +241,9 @@ part = extra(lambda: load_part({str(tmp_path)!r}, OneOf(1, 2), ParallelConfig(tp
 model = extra(lambda: HybridMoE.from_pretrained({str(tmp_path)!r}))
 """
     done = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=Path(__file__).parent
-    )
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
+    )  # fmt: skip
     part, whole = map(int, done.stdout.split())
     # Not below nothing: then it would not be the loading that was measured.
     assert min(part, whole) >= -2_000_000 and max(part, whole) <= 16_000_000, done.stdout

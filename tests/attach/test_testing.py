@@ -16,7 +16,7 @@ from torch.distributed import all_reduce as imported_by_name
 
 from repro.attach.harness import DeadlockError, Ranks, assert_no_deadlock
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def told_by(ranks, function) -> str:

@@ -202,7 +202,7 @@ def test_no_access_out_of_bounds(op, tmp_path):
     if tool is None:
         pytest.skip("compute-sanitizer is not installed")
     environment = {**os.environ, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
-    program = Path(__file__).parent / "kernel_cases.py"
+    program = Path(__file__).resolve().parents[1] / "support" / "kernel_cases.py"
     command = [tool, "--tool", "memcheck", "--error-exitcode", "86", sys.executable, program, op]
     run = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=500)
     if "Device not supported" in run.stdout + run.stderr:

@@ -25,7 +25,7 @@ from repro.report.terminal import Display
 from repro.store.run_dir import RunDir, read_json
 from repro.watch.live import Watch
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 REPRO = [sys.executable, "-W", "error", "-m", "repro"]
 
 

@@ -25,7 +25,7 @@ from repro.report.sides import side_by_side
 from repro.store.run_dir import RunDir, write_json
 from repro.store.text import escape_control_characters, shorten_rank_lists
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
 
 

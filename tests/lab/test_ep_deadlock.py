@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-SOURCE = Path(__file__).resolve().parent.parent / "repro" / "ep_deadlock.py"
+SOURCE = Path(__file__).resolve().parents[2] / "repro" / "ep_deadlock.py"
 
 
 def torchrun(tmp_path, num_ranks, *flags):

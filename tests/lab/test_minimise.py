@@ -22,7 +22,7 @@ from repro.lab import scenarios
 from repro.lab.minimise import AnotherVerdict, Runner, _print_result, describe, minimise, run_within
 from repro.report.gather import gather
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def start(**flags):
