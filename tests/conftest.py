@@ -26,6 +26,7 @@ def pytest_unconfigure(config: pytest.Config) -> None:
     if build := config.stash.get(BUILD, None):
         build.end()
     shutil.rmtree(config.stash[HOME], ignore_errors=True)
+    gc.unfreeze()  # so that the interpreter frees them at its end: triton reports frozen objects as leaks
 
 
 @pytest.hookimpl(trylast=True)
