@@ -206,8 +206,10 @@ class HybridMoE(nn.Module):
 
 
 def check_token_ids(tokens: Tensor, vocab_size: int) -> None:
-    """Raise InputError naming an id that is not 0 <= id < `vocab_size`."""
+    """Raise InputError for tokens that are no integers, and naming an id that is not 0 <= id < `vocab_size`."""
     if tokens.numel():
+        if tokens.dtype not in (torch.int32, torch.int64):
+            raise InputError(f"token ids of dtype {tokens.dtype}: wanted torch.int64 or torch.int32")
         low, high = (int(x) for x in tokens.aminmax())
         if low < 0 or high >= vocab_size:
             raise InputError(f"token id {low if low < 0 else high} is outside the vocabulary of {vocab_size}")

@@ -145,6 +145,7 @@ def test_dense_model_and_every_single_kind() -> None:
     ("call", "text"),
     [
         (lambda m: m(torch.tensor([[1, 97]])), "token id 97 is outside the vocabulary of 97"),
+        (lambda m: m(torch.tensor([[1.0]])), r"token ids of dtype torch\.float32: wanted torch\.int64 or torch\.int32"),
         (lambda m: m(torch.tensor([[-1, 7]])), "token id -1 is outside the vocabulary of 97"),
         (lambda m: m(torch.zeros(0, 4, dtype=torch.long)), r"B and T at least 1, got shape \(0, 4\)"),
         (
