@@ -185,7 +185,7 @@ def refuse_unwritable(path: Path, hint: str = "") -> None:
 
 
 def write_json(path: Path, value: Any, *, durable: bool = False) -> None:
-    """:func:`write_atomically` of readable JSON."""
+    """Write a value as indented JSON with :func:`write_atomically`."""
     write_atomically(path, json.dumps(value, indent=1) + "\n", durable=durable)
 
 

@@ -278,7 +278,7 @@ class Recorder:
         return group
 
     def _call_from(self, caller: FrameType, collective: Collective) -> Call:
-        """The call of a collective from the first frame outside the communicator, counted from `enter`'s caller on."""
+        """Return the call at the call site: the first frame outside the communicator, from `enter`'s caller on."""
         depth, frame = 1, caller
         while _is_between(frame.f_code) and frame.f_back is not None:
             depth, frame = depth + 1, frame.f_back

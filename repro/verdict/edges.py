@@ -36,7 +36,7 @@ def _lock_reasons(node: Node) -> Iterator[str]:
     if node.cannot_return:
         yield say(node.cannot_return, "hold it and cannot go on")
     if node.outside == 0:
-        yield "nobody holds it any more"
+        yield "no process holds it any more"
     elif node.outside is not None:
         yield f"process {node.outside}, which is no rank, holds it" if node.outside > 0 else "its holder is not known"
 

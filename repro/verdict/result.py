@@ -83,7 +83,7 @@ class Wait:
     """A node of the wait-for graph with its edges: ranks that wait at one place, and the ranks they wait for.
 
     waits_in   the collective or the lock: "dp all_reduce #41", "lock experts"
-    awaited    the ranks that must act first, or that cannot; empty where no rank can end the wait
+    awaited    the ranks that must act, or are unable to act, before the wait can end; empty if no rank can end it
     why        what each of those has not done, in sentences
     """
 

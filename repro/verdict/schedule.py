@@ -172,8 +172,8 @@ def align(rank: int, step: Step, groups: Mapping[str, GroupKey]) -> list[Deviati
 class _Comparison:
     """Compares a plan with the entries that were issued.
 
-    `explain` compares only as far as one explanation of a deviation fits, and the caller continues behind the longest.
-    So each entry is compared a few times in all, not once for each deviation before it.
+    For each deviation, `explain` stops at the first entry that no explanation fits, and `align` continues there. So the
+    cost is linear: an entry is not compared again for each deviation before it.
     """
 
     def __init__(self, plan: Sequence[Entry], entries: Sequence[Entry]) -> None:
@@ -263,7 +263,7 @@ def unshared_deviations(
 def inverted_before(
     deviations: Sequence[Deviation], witnesses: Mapping[int, Witness], all_steps: Mapping[int, list[Step]]
 ) -> list[int]:
-    """Find ranks that issued both collectives of an inversion in an earlier step, which excludes a skip."""
+    """Find ranks that made the same inversion in an earlier step and then issued both collectives: it is no skip."""
     inverted = {(d.issued.entry, d.entry): d.step for d in deviations if d.kind == "order" and d.issued is not None}
     ranks = []
     for rank, steps in all_steps.items():

@@ -17,7 +17,7 @@ STARVED = 0.1
 def slow(case: Case, movers: Sequence[int]) -> Finding:
     """Name the ranks that the others wait for, with the evidence that they work.
 
-    The confidence is ``likely`` if a rank shows no sign of work, or was starved of a processor to show it with.
+    The confidence is ``likely`` if a rank shows no sign of work, or lacked a processor to do any.
     """
     finding = Finding("", tuple(movers))
     signs = {rank: signs_of_life(case, rank) for rank in movers}

@@ -61,7 +61,7 @@ def test_a_lock_without_an_owner_among_the_ranks_is_named_as_such() -> None:
     (of_process,) = look(made, lock_holders=held("/l", 4711)).waits
     assert of_process == Wait(tuple(range(1, 8)), "lock /l", (), "process 4711, which is no rank, holds it")
     (of_nobody,) = look(made, lock_holders=held("/l", 0)).waits
-    assert of_nobody.why == "nobody holds it any more"
+    assert of_nobody.why == "no process holds it any more"
     made.recorders[0].local("lock_held", "/l")
     (of_rank,) = look(made, lock_holders=held("/l", 100)).waits
     assert (of_rank.awaited, of_rank.why) == ((0,), "rank 0 holds it")
