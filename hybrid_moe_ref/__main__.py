@@ -71,8 +71,8 @@ def dtype_of(*names: str) -> Callable[[str], str]:
     def dtype(text: str) -> str:
         name = SHORT_DTYPES.get(text, text)
         if name not in names:
-            known = ", ".join(f"{each} ({shorts[each]})" for each in names)
-            raise argparse.ArgumentTypeError(f"invalid choice: {text!r} (choose from {known})")
+            choices = ", ".join(f"{each} ({shorts[each]})" for each in names)
+            raise argparse.ArgumentTypeError(f"invalid choice: {text!r} (choose from {choices})")
         return name
 
     return dtype

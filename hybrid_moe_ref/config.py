@@ -76,25 +76,25 @@ def _type_name(value: Any) -> str:
     return f"{type(value).__name__} {value!r}"[:80]
 
 
-def _convert(value: Any, wanted: Any, where: str) -> Any:
+def _convert(value: Any, annotation: Any, where: str) -> Any:
     """Convert `value` to the annotated type. An int is accepted as a float; a bool is not accepted as an int."""
-    if isinstance(wanted, types.UnionType):
-        if value is None and types.NoneType in wanted.__args__:
+    if isinstance(annotation, types.UnionType):
+        if value is None and types.NoneType in annotation.__args__:
             return None
-        wanted = next(arg for arg in wanted.__args__ if arg is not types.NoneType)
-    if typing.get_origin(wanted) is tuple:
+        annotation = next(arg for arg in annotation.__args__ if arg is not types.NoneType)
+    if typing.get_origin(annotation) is tuple:
         if not isinstance(value, list | tuple):
             raise ConfigError(f"wanted a list, got {_type_name(value)}", where)
-        item_type = typing.get_args(wanted)[0]
+        item_type = typing.get_args(annotation)[0]
         return tuple(_convert(item, item_type, f"{where}[{i}]") for i, item in enumerate(value))
-    if isinstance(wanted, type) and issubclass(wanted, Config):
-        return value if isinstance(value, wanted) else wanted.from_mapping(value, where)
+    if isinstance(annotation, type) and issubclass(annotation, Config):
+        return value if isinstance(value, annotation) else annotation.from_mapping(value, where)
     if isinstance(value, int) and not -(2**63) <= value < 2**63:
         raise ConfigError(f"{_type_name(value)} has no room in 64 bits", where)
-    if wanted is float and isinstance(value, int) and not isinstance(value, bool):
+    if annotation is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
-    if not isinstance(value, wanted) or (isinstance(value, bool) and wanted is not bool):
-        raise ConfigError(f"wanted {wanted.__name__}, got {_type_name(value)}", where)
+    if not isinstance(value, annotation) or (isinstance(value, bool) and annotation is not bool):
+        raise ConfigError(f"wanted {annotation.__name__}, got {_type_name(value)}", where)
     return value
 
 
@@ -323,9 +323,9 @@ class EngineConfig(Config):
             )
         if self.dtype not in DTYPES:
             raise ConfigError(f"unknown dtype {self.dtype!r}{nearest(self.dtype, DTYPES)}", "dtype")
-        for name, known in (("gdn_prefill_backend", GDN_PREFILL_BACKENDS), ("moe_backend", MOE_BACKENDS)):
-            if (backend := getattr(self, name)) not in known:
-                raise ConfigError(f"unknown backend {backend!r}; known: {', '.join(known)}", name)
+        for name, names in (("gdn_prefill_backend", GDN_PREFILL_BACKENDS), ("moe_backend", MOE_BACKENDS)):
+            if (backend := getattr(self, name)) not in names:
+                raise ConfigError(f"unknown backend {backend!r}; known: {', '.join(names)}", name)
         if self.autotune and self.moe_backend != "auto":
             raise ConfigError(f"there is nothing to choose with moe_backend {self.moe_backend!r}", "autotune")
         if self.moe_backend == "jit" and self.dtype not in ("float32", "float64"):

@@ -34,7 +34,7 @@ def stream(
     stop_ids       tokens that end a sequence, None for the model's. An ended sequence repeats its last token, and the
                    stream ends when all have
 
-    Raises InputError for what cannot be generated, CacheExhausted for a cache that is too small; before the first step.
+    Raises InputError for invalid arguments and CacheExhausted for a cache that is too small, before the first step.
     """
     prompts = list(prompts)
     if not prompts:

@@ -48,13 +48,13 @@ class Source:
             raise InputError(f"{name!r}: there is no such folder")
         raise InputError(f"{name!r} is neither a folder nor a preset ({', '.join(PRESETS)}){nearest(name, PRESETS)}")
 
-    def dtype(self, wanted: str | None) -> str:
+    def dtype(self, requested: str | None) -> str:
         """The name of the dtype to compute in."""
-        return wanted or (self.saved_dtype if self.saved_dtype in DTYPES else None) or "float32"
+        return requested or (self.saved_dtype if self.saved_dtype in DTYPES else None) or "float32"
 
-    def suggestion(self, wanted: str | None) -> str:
+    def suggestion(self, requested: str | None) -> str:
         """What to change when the model does not fit into memory, for the end of the line; or ""."""
-        if self.folder is None and wanted is None:
+        if self.folder is None and requested is None:
             return "; float32 is a preset's default, --dtype bfloat16 takes half"
         return ""
 

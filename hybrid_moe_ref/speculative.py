@@ -89,10 +89,12 @@ def speculative_stream(
     statistics: Statistics | None = None,
     stop_ids: Collection[int] | None = None,
 ) -> Iterator[int]:
-    """Yield up to `max_new_tokens` greedy tokens after one prompt, until one of `stop_ids` (None for the model's);
-    `drafter` None is the model's MTP layer.
+    """Yield up to `max_new_tokens` greedy tokens after one prompt, up to and including one of `stop_ids`.
 
-    Raises InputError for what cannot be generated, before the first step.
+    drafter    None: the model's MTP layer
+    stop_ids   None: the model's
+
+    Raises InputError for invalid arguments, before the first step.
     """
     if prompt_T.dim() != 1 or prompt_T.numel() == 0:
         raise InputError(f"wanted a row of at least 1 token, got shape {tuple(prompt_T.shape)}")

@@ -146,8 +146,8 @@ def _model_config(raw: dict[str, Any]) -> ModelConfig:
         tied = _agreed({f"{place}{_TIED}": values.get(_TIED) for place, values in (("", raw), ("text_config.", text))})
         return _text_config(text | {_TIED: tied}, MULTIMODAL[kind], "text_config")
     if kind not in TEXT:
-        known = (OWN, *TEXT, *MULTIMODAL)
-        raise ConfigError(f"{kind!r} is not one of {', '.join(known)}{nearest(kind, known)}", "model_type")
+        kinds = (OWN, *TEXT, *MULTIMODAL)
+        raise ConfigError(f"{kind!r} is not one of {', '.join(kinds)}{nearest(kind, kinds)}", "model_type")
     return _text_config(raw, kind, "")
 
 
@@ -166,9 +166,9 @@ def _text_config(text: dict[str, Any], kind: str, where: str) -> ModelConfig:
     unused = set() if dense else {"intermediate_size"}  # Qwen3-Next writes it, for dense layers that it does not have
     _check_keys(text, sizes | unused | _LAYERS | _ROPE | _FIXED.keys() | _NO_MATTER, where)
     prefix = f"{where}." if where else ""
-    for key, wanted in _FIXED.items():
-        if text.get(key) not in (None, wanted):
-            raise ConfigError(f"{text[key]!r} is not implemented, only {wanted!r}", prefix + key)
+    for key, implemented in _FIXED.items():
+        if text.get(key) not in (None, implemented):
+            raise ConfigError(f"{text[key]!r} is not implemented, only {implemented!r}", prefix + key)
     for key in sorted(sizes - text.keys()):
         raise ConfigError("required, but missing", prefix + key)
     values: dict[str, Any] = {key: text[key] for key in sizes} | _rope(text, prefix)
@@ -180,11 +180,11 @@ def _text_config(text: dict[str, Any], kind: str, where: str) -> ModelConfig:
     return ModelConfig.from_mapping(values, where)
 
 
-def _check_keys(raw: dict[str, Any], known: set[str], where: str) -> None:
+def _check_keys(raw: dict[str, Any], keys: set[str], where: str) -> None:
     for key, value in raw.items():
-        if key not in known and value is not None:
+        if key not in keys and value is not None:
             path = f"{where}.{key}" if where else key
-            raise ConfigError(f"unknown key with value {value!r:.60}: not implemented{nearest(key, known)}", path)
+            raise ConfigError(f"unknown key with value {value!r:.60}: not implemented{nearest(key, keys)}", path)
 
 
 def _layer_pattern(text: dict[str, Any], prefix: str) -> str:
@@ -216,7 +216,7 @@ def _layer_pattern(text: dict[str, Any], prefix: str) -> str:
 
 def _rope(text: dict[str, Any], prefix: str) -> dict[str, Any]:
     """theta and the rotated fraction. Multimodal sections need nothing: text has the same position on all axes."""
-    known = {"rope_type", "type", "rope_theta", "partial_rotary_factor", "mrope_section", "mrope_interleaved"}
+    keys = {"rope_type", "type", "rope_theta", "partial_rotary_factor", "mrope_section", "mrope_interleaved"}
     places = {prefix: text}
     for name in ("rope_parameters", "rope_scaling"):  # the second is the older name
         rope, where = text.get(name), prefix + name
@@ -227,7 +227,7 @@ def _rope(text: dict[str, Any], prefix: str) -> dict[str, Any]:
         for key in ("rope_type", "type"):
             if rope.get(key) not in (None, "default", "mrope"):
                 raise ConfigError(f"{rope[key]!r} is not implemented, only 'default'", f"{where}.{key}")
-        _check_keys(rope, known, where)
+        _check_keys(rope, keys, where)
         places[f"{where}."] = rope
     theta, factor = (
         _agreed({place + key: values.get(key) for place, values in places.items()})
@@ -244,12 +244,12 @@ def _check_quantisation(raw: Any) -> None:
         return
     if not isinstance(raw, dict):
         raise ConfigError(f"wanted a mapping, got {raw!r:.60}", "quantization_config")
-    for key, wanted in {"quant_method": "fp8", "weight_block_size": [128, 128]}.items():
-        if raw.get(key) != wanted:
-            raise ConfigError(f"{raw.get(key)!r} is not implemented, only {wanted!r}", f"quantization_config.{key}")
-    for key, wanted in {"fmt": "e4m3", "activation_scheme": "dynamic"}.items():
-        if raw.get(key, wanted) != wanted:
-            raise ConfigError(f"{raw[key]!r} is not implemented, only {wanted!r}", f"quantization_config.{key}")
+    for key, only in {"quant_method": "fp8", "weight_block_size": [128, 128]}.items():
+        if raw.get(key) != only:
+            raise ConfigError(f"{raw.get(key)!r} is not implemented, only {only!r}", f"quantization_config.{key}")
+    for key, only in {"fmt": "e4m3", "activation_scheme": "dynamic"}.items():
+        if raw.get(key, only) != only:
+            raise ConfigError(f"{raw[key]!r} is not implemented, only {only!r}", f"quantization_config.{key}")
     lists = {"modules_to_not_convert", "ignored_layers", "dequantize", "scale_fmt"}
     _check_keys(raw, {"quant_method", "weight_block_size", "fmt", "activation_scheme"} | lists, "quantization_config")
 

@@ -199,9 +199,9 @@ def _in_blocks(held: Range, size: int, offset: int, block: int) -> Iterator[Rang
 
 def _check(expected: list[Piece], shards: Shards, model: nn.Module) -> None:
     """One error that lists every tensor that is missing, misshapen or left over."""
-    problems, known, absent_mtp = [], set(), []
+    problems, expected_names, absent_mtp = [], set(), []
     for piece in {piece.name: piece for piece in expected}.values():
-        known.add(piece.name)
+        expected_names.add(piece.name)
         if piece.name not in shards and piece.name.startswith(MTP):
             absent_mtp.append(piece.name)
         elif piece.name not in shards:
@@ -209,15 +209,15 @@ def _check(expected: list[Piece], shards: Shards, model: nn.Module) -> None:
         else:
             problems += _misfits(piece, shards)
             if shards[piece.name].dtype == FLOAT8:
-                known.add(f"{piece.name}_scale_inv")
+                expected_names.add(f"{piece.name}_scale_inv")
     if absent_mtp:
         there = sum(name.startswith(MTP) for name in shards.names)
         problem = f"the MTP layer is there in part: {there} tensors, without {absent_mtp[0]}"
         more = f" and {len(absent_mtp) - 1} others" if len(absent_mtp) > 1 else ""
         problems.append(f"{shards.folder}: {problem}{more}; remove {MTP}* to load the model without it")
-    skipped = _skipped(shards.names - known, model)
+    skipped = _skipped(shards.names - expected_names, model)
     # Which names experts have shows in their tensors: where some are missing, the others may look foreign.
-    foreign = {name for name in shards.names - known - skipped if not (absent_mtp and name.startswith(MTP))}
+    foreign = {name for name in shards.names - expected_names - skipped if not (absent_mtp and name.startswith(MTP))}
     for name in sorted(foreign):
         problems.append(f"{shards[name].file}: {name}: not part of this model")
     if problems:

@@ -62,8 +62,8 @@ def save(
 def _check(model: "HybridMoE", family: str) -> None:
     config = model.config
     if family not in (OWN, *TEXT):
-        known = (OWN, *TEXT)
-        raise CheckpointError(f"family {family!r} is not one of {', '.join(known)}{nearest(family, known)}")
+        families = (OWN, *TEXT)
+        raise CheckpointError(f"family {family!r} is not one of {', '.join(families)}{nearest(family, families)}")
     if family != OWN and "M" in config.layer_pattern:
         raise CheckpointError(f"{family} has no Mamba-2 layers, the model has {config.layer_pattern.count('M')}")
     if family != OWN and (family == "qwen3_5_text") == bool(config.num_experts):

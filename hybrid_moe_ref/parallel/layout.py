@@ -32,7 +32,7 @@ def apply_layout(
     backend: type[AllGatherReduceScatter] = AllGatherReduceScatter,
     adder: type[SumOverRanks] = SumOverRanks,
 ) -> ForwardContext:
-    """Reduce `model`, preferably while on the meta device, to this rank's part; return the context of its layers.
+    """Reduce `model` to this rank's part, and return the context of its layers. The model should be on the meta device.
 
     The context holds the schedule of a forward pass. Raises ConfigError for a size that does not divide over the ranks.
     """

@@ -56,5 +56,5 @@ def prefill(
     if failed == LAUNCH_FAILED:
         raise RuntimeError(f"{module.name}: the device refused the launch, heads of K = {K}, V = {V}")
     if failed:
-        raise ValueError(f"{module.name}: not made for heads of K = {K}, V = {V}")
+        raise ValueError(f"{module.name}: has no function for heads of K = {K}, V = {V}")
     return o.to(v_THV.dtype)

@@ -1,10 +1,10 @@
 """The gated delta rule for GPUs: ragged prompts in chunks, and a whole decode step in one launch.
 
-Prefill takes two launches. The first, over all chunks at once, makes what does not depend on the state; the second
-walks through each sequence with the state in registers. Per token and value head of 128 x 128 in bfloat16, the second
-reads v (256 B), q and k of length 1 (512 B, mostly from L2: value heads share them) and two rows of the first's tiles
-(256 B), and writes o (256 B); q, k and tiles once for each of the V / BV programs of a head. The state moves once per
-prompt.
+Prefill takes two launches. The first processes all chunks at once and computes the values that do not depend on the
+state. The second goes through the chunks of each sequence in order, with the state in registers. Per token and value
+head of 128 x 128 in bfloat16, the second reads v (256 B), q and k of length 1 (512 B, mostly from L2: value heads share
+them) and two rows of the first's tiles (256 B), and writes o (256 B); q, k and tiles once for each of the V / BV
+programs of a head. The state moves once per prompt.
 
 Decode is bound by its state, read and written once: 2 x 4 x H K V bytes a sequence, 8.39 MB for 64 heads of 128 x 128,
 which at 4.3 TB/s is 1.95 us; its other operands are less than 2 % of that. A program has a whole head in registers
@@ -129,7 +129,7 @@ def _prepare_chunks(
     H: tl.constexpr, R: tl.constexpr, K: tl.constexpr, BK: tl.constexpr, C: tl.constexpr, LOG_HALF: tl.constexpr,
     KIND: tl.constexpr,
 ):  # fmt: skip
-    """What of a chunk of one head does not depend on the state.
+    """Compute the values of a chunk of one head that do not depend on the state.
 
     q and k of length 1; solve [C, C] = (I + L)^-1 diag(beta), L as in the reference; reads [C, C], the masked and
     decayed products of q with k; and three rows of factors: from the state to what is read of it, from a write to the
@@ -208,7 +208,7 @@ def _numbers(at, is_in):
 
 @triton.jit
 def _decay(g, c, SIZE: tl.constexpr):
-    """Of a write at j until the read at i, [SIZE, SIZE], zero before the write; and the sums of g after each j."""
+    """The decay from a write at j to a read at i, [SIZE, SIZE], zero for i < j; and the sum of g after each j."""
     gap = tl.cumsum(tl.where(c[:, None] > c[None, :], g[:, None], 0.0), 0)
     after = tl.sum(tl.where(c[:, None] == SIZE - 1, gap, 0.0), 0)
     return tl.exp(tl.where(c[:, None] >= c[None, :], gap, float("-inf"))), after

@@ -98,7 +98,7 @@ def experts(x_NH: Tensor, weights_NK: Tensor, ids_NK: Tensor, gate_up_EJH: Tenso
 
 
 def _tiling(num_picks: int, num_experts: int, dtype: torch.dtype) -> Config:
-    """Tiles that hold the picks of most experts, for the matrices are read once for each tile."""
+    """Choose the tile sizes. A tile should hold all picks of an expert: each tile reads the expert's matrices."""
     BM = min(128, max(16, triton.next_power_of_2(triton.cdiv(2 * num_picks, num_experts))))
     if dtype == torch.float32:
         return {"BM": min(BM, 32), "BN": 32, "BK": 32, "num_warps": 4, "num_stages": 3}
@@ -140,9 +140,9 @@ def _plan(
     ids_ptr, tile_expert_ptr, tile_picks_ptr, num_picks, num_tiles,
     E: tl.constexpr, BE: tl.constexpr, BM: tl.constexpr, BP: tl.constexpr,
 ):  # fmt: skip
-    """One expert's tiles: their expert, and their picks, filled up with num_picks. Tiles of none get expert -1.
+    """Write one expert's tiles: the expert's id and its picks, padded with num_picks. Unused tiles get expert -1.
 
-    Every program counts all picks, which saves a launch and makes the order that of the picks.
+    Every program counts all picks. This saves a launch, and keeps the picks of a tile in their original order.
     """
     expert = tl.program_id(0)
     p, e, m = tl.arange(0, BP), tl.arange(0, BE), tl.arange(0, BM)
@@ -172,7 +172,7 @@ def _plan(
 
 @triton.jit
 def _picks(tile_picks_ptr, tile, num_picks, BM: tl.constexpr):
-    """A tile's picks, filled up with num_picks; without a plan, pick `tile` alone."""
+    """A tile's picks, padded with num_picks. Without a plan, the tile has one pick: number `tile`."""
     m = tl.arange(0, BM)
     if tile_picks_ptr is None:
         pick = tl.where(m == 0, tile, num_picks)

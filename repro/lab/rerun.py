@@ -77,7 +77,7 @@ def _flags(settings: Any, plain: Any, flags: Mapping[str, str]) -> tuple[list[st
 
 
 def _replaced(plain: Any, given: Iterable[tuple[str, Any]]) -> Any:
-    """``plain`` with these values. Unchanged if they are not valid without a setting that has no flag."""
+    """``plain`` with these values; ``plain`` itself if they are valid only together with a setting that has no flag."""
     try:
         return dataclasses.replace(plain, **dict(given))
     except ConfigError:
