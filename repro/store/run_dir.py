@@ -163,7 +163,7 @@ class RunDir:
         folders = [self.root, *(self.root / part for part in PARTS)]
         return [path for folder in folders for path in (folder, *folder.glob("*")) if path == folder or path.is_file()]
 
-    def describe(self, error: Exception) -> str:
+    def describe(self, error: Exception | str) -> str:
         """An error's text with files named from the run directory on, which is elsewhere on another machine."""
         return str(error).replace(f"{self.root}/", "")
 

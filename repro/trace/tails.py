@@ -40,7 +40,7 @@ class Tails:
             try:
                 witnesses[rank] = self._opened(rank).witness()
             except (OSError, WitnessError) as error:
-                refused.append(str(error))
+                refused.append(self._run_dir.describe(error))
         return witnesses, refused
 
     def all_done(self) -> bool:

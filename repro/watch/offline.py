@@ -82,7 +82,7 @@ def judge_files(run_dir: RunDir, options: WatchOptions, comparison: Comparison) 
     runs = {witness.writer.run_id for witness in look.witnesses.values()}
     problems = any(witness.problems for witness in look.witnesses.values())
     whole = not refused and not damaged and len(runs) <= 1 and not problems
-    return Again(verdict.with_evidence([*refused, *damaged]), look, decided, whole)
+    return Again(verdict.with_evidence([*map(run_dir.describe, refused), *damaged]), look, decided, whole)
 
 
 def _look_at_decided(run_dir: RunDir, decided: Decided) -> tuple[Look, list[str]]:

@@ -351,6 +351,7 @@ def test_a_changed_file_is_named(tmp_path, quick, capsys):
         ("config.json", b'{"scenario": "metadata_rebuild", "num_ranks": 1e9}', "config.json.num_ranks: "),
         ("config.json", b"{", "config.json:1: "),
         ("verdict.json", b"[]", "verdict.json:1: not a mapping; "),
+        ("events/rank003.wit", b"no witness", "events/rank003.wit:10: "),
     ],
 )
 def test_what_is_wrong_in_a_bundle_is_named_by_its_place_in_the_zip(tmp_path, quick, capsys, name, data, where):
