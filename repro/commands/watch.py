@@ -31,7 +31,7 @@ def add(commands: Any) -> None:
     parser.add_argument("dir", type=Path, metavar="RUN|ZIP")
     parser.add_argument("--end", action="store_true", help="watch until the verdict, write verdict.json, end the run")
     agent = "run this host's agent for a watcher on another host; RANK is the first rank of this host"
-    parser.add_argument("--agent", type=int, metavar="RANK", help=agent)
+    parser.add_argument("--agent", "--lookout", type=int, metavar="RANK", help=agent)
     parser.add_argument("--json", action="store_true")
     parser.set_defaults(command=run, parser=parser)
 
