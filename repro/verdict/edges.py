@@ -56,5 +56,7 @@ def _collective_reasons(node: Node, rank_states: Mapping[int, RankState]) -> Ite
         yield say(node.cannot_return, "have issued it and cannot go on")
     if node.unknown:
         yield say(node.unknown, "left no whole witness")
-    if node.is_complete:
-        yield "every member has issued it"
+    if node.is_complete:  # a broadcast needs its root, and no rank that only receives
+        others = (rank_states[member] for member in key[1] if member in rank_states)
+        missing = any(state.issued.get(key, 0) < seq for state in others)
+        yield "every member that it needs has issued it" if missing else "every member has issued it"

@@ -202,6 +202,7 @@ def read_memory(files: dict[str, bytes]) -> Evidence:
 def fuzz(inputs: int, seed: int) -> list[str]:
     """Every 50th input is a folder on disk. Return what went wrong, a line each."""
     wrong = []
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> 10  # of what else this process has done
     for number in range(seed, seed + inputs):
         try:
             if number % 50 == 0:
@@ -214,7 +215,7 @@ def fuzz(inputs: int, seed: int) -> list[str]:
         if found:
             wrong.append(f"seed {number}: {found}")
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> 10
-    return [*wrong, f"{peak} MiB of memory"] if peak > MAX_MIB else wrong
+    return [*wrong, f"{peak} MiB of memory"] if peak > max(before, MAX_MIB) else wrong
 
 
 def main() -> int:

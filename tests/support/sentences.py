@@ -72,19 +72,19 @@ def _is_reason(reason: str, wait: Wait, world: World) -> bool:
         return waits and ("hold it" not in rest or all(world.holds(rank, name) for rank in ranks))
     group, seq = _at(re.fullmatch(X, wait.waits_in))
     issued = [world.has_issued(rank, group, seq) for rank in ranks]
+    members = [world.has_issued(rank, group, seq) for rank in world.members(wait.ranks[0], group)]
     so = {
         "have not issued it": not any(issued),
         "have issued it and gave it up": all(issued),
         "have issued it and cannot go on": all(issued),
         "left no whole witness": bool(ranks),
-        "every member have issued it": all(
-            world.has_issued(rank, group, seq) for rank in world.members(wait.ranks[0], group)
-        ),
+        "every member have issued it": all(members),
+        "every member that it needs have issued it": any(members) and not all(members),
     }
     different = re.fullmatch(r"(it|#(?P<k>\d+) before it) was issued with different (sizes|arguments)", rest)
     if different:
-        members = world.members(wait.ranks[0], group)
-        calls = {world.call(rank, group, int(different["k"] or seq)) for rank in members}
+        callers = world.members(wait.ranks[0], group)
+        calls = {world.call(rank, group, int(different["k"] or seq)) for rank in callers}
         so[rest] = len(calls - {""}) > 1 or ">" in group
     return all(world.is_in(rank, group, seq) for rank in wait.ranks) and so[rest]
 
