@@ -63,8 +63,9 @@ class Ledger:
             witness = self._witnesses[rank]
             left = any(g.left >= seq for g in witness.groups if (g.name, g.members) == key)
             together.setdefault(call, []).append((rank, left, witness.text(event.site), event.t_ns))
+        _merge_unknown_sizes(together)
         merged: list[CallVariant] = []
-        for call, rows in together.items():
+        for call, rows in sorted(together.items(), key=lambda item: item[1][0][0]):
             side = CallVariant(
                 call, tuple(r for r, *_ in rows), tuple(r for r, left, *_ in rows if left), rows[0][2],
                 min(row[3] for row in rows),
@@ -131,6 +132,16 @@ class Ledger:
             return None
         _, key, seq, sides = min(divergences, key=lambda row: row[0])
         return key, seq, sides
+
+
+def _merge_unknown_sizes(together: dict[Call, list[tuple[int, bool, str, int]]]) -> None:
+    """Put ranks whose size vector was overwritten with those that issued the same with the only sizes known. A rank
+    whose sizes are not known does not differ in them.
+    """
+    for call in [call for call in together if not call.sizes]:
+        alike = [other for other in together if other.sizes and other._replace(sizes=()) == call]
+        if len(alike) == 1:
+            together[call] = sorted(together[call] + together.pop(alike[0]))
 
 
 class Row(NamedTuple):

@@ -251,7 +251,9 @@ def _(world: World, verdict: Verdict, r: list[int], s: list[int], match: re.Matc
 
 @rule(rf"{R} issued (?P<g>\S+) #(?P<n>\d+) as (?P<call>.*)")
 def _(world: World, verdict: Verdict, r: list[int], s: list[int], match: re.Match[str]) -> bool:
-    return all(world.call(rank, *_at(match)) == match["call"] for rank in r)
+    issued = {world.call(rank, *_at(match)) for rank in r}
+    whole = {re.sub(r" sizes \[.*?\]", "", call) for call in issued}  # of sizes that a rank's ring has lost
+    return match["call"] in issued if len(issued) == 1 and "sizes" in match["call"] else whole == {match["call"]}
 
 
 @rule(r"(?P<g>\S+) #(?P<n>\d+) completed on ranks? (?P<r>[\d,-]+) although the sides differ")
@@ -295,7 +297,8 @@ def _(world: World, verdict: Verdict, r: list[int], s: list[int], match: re.Matc
 @rule(r"when they began to wait, .*|not enough evidence to name a culprit: .*|no schedule was declared: .*")
 @rule(r"it may have been skipped altogether: .*|\d+ further lines are left out|rank \d+: token .*")
 @rule(r"\S+ #\d+ was issued with different arguments and may be the cause")
-@rule(r"the members did not issue .* for the same layer and step|the schedules that members of .* differ \(.*\)")
+@rule(r"(the members did not issue .*|they did not issue it) for the same layer and step")
+@rule(r"the schedules that members of .* differ \(.*\)")
 @rule(r"by their rolling hashes, .*|\S+ #\d+ is queued on both sides although they differ; .*")
 @rule(r"times of \d+ ranks on other hosts depend on wall clocks|\S+\.wit:\d+: .*|\S+\.wit: \d+ further problems")
 @rule(r"the witness(es)? of ranks? .* (is|are) damaged: .*|the waits end in ranks? .*, without a usable witness: .*")

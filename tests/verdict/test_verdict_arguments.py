@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import pytest
-from scene import Scene
+from scene import SMALL, Scene
 from serving import C1, EVERYONE, EXTRA, PLAN, STEP, dispatch, eight_ranks, look, whole_step
 
 from hybrid_moe_ref.parallel.observer import Collective, ScheduleEntry
@@ -166,3 +167,16 @@ def test_what_the_others_did_after_a_collective_that_only_they_completed_is_no_c
     made.enter(others, EXTRA)
     verdict = look(made)
     assert verdict.cause == "sizes" and set(verdict.culprits) <= {5} and set(verdict.suspects) <= {5}, verdict
+
+
+def test_a_rank_that_still_knows_the_sizes_of_a_call_does_not_differ_from_those_that_lost_them():
+    """The ring of size vectors of two ranks has gone on; they issued the same as the third, and the fourth did not."""
+    made = Scene(4, {"ep": range(4), "pair": (0, 1)}, shape=dataclasses.replace(SMALL, vector_words=16))
+    sizes = (1, 2, 3, 4)
+    made.all_of(range(3), Collective("ep", "all_gather_v", "moe", sizes, "float32"))
+    made.all_of([3], Collective("ep", "all_gather_v", "moe", sizes, "int32"))
+    for number in range(8):
+        made.all_of((0, 1), Collective("pair", "all_gather_v", "moe", (number, number + 1), "float32"))
+    made.enter(range(4), Collective("ep", "all_reduce", "step", (1,), "int32", "sum"))
+    verdict = look(made)
+    assert (verdict.verdict, verdict.cause, verdict.suspects) == ("corrupt", "mismatch", (3,))
