@@ -36,6 +36,11 @@ def attended(case: Case) -> Verdict:
         text = f"every member has issued {names}, and nothing has happened for {case.quiet_s:.1f} s"
         needed = f"{PATIENT_WINDOWS} quiet windows are needed to report a stall"
         return case.verdict("inconclusive", evidence=[text, *doubts, needed], confidence="undecided")
+    differing = Finding(confidence="undecided")
+    if differs := _differ_elsewhere(case, differing):
+        text = f"every member has issued {names}, and nothing has happened for {case.quiet_s:.1f} s"
+        differing.evidence = [text, *differs, *doubts]
+        return case.verdict("inconclusive", differing)
     lines = [f"every member has issued {node.name} and none has left it: a device or network stall" for node in nodes]
     for node in nodes:
         key, seq = node.collective
@@ -43,7 +48,6 @@ def attended(case: Case) -> Verdict:
             lines.append(f"the members did not issue {node.name} for the same layer and step")
     finding = Finding(evidence=shorten(lines))
     doubts += shorten([line for node in nodes for line in _pending_elsewhere(case, node)])
-    doubts += _differ_elsewhere(case, finding)
     finding.evidence += doubts
     finding.confidence = "likely" if doubts else "certain"
     return case.verdict("stall", finding)

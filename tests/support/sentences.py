@@ -200,6 +200,11 @@ def _(world: World, verdict: Verdict, r: list[int], s: list[int], match: re.Matc
     return all(world.state(rank) == "dead" for rank in (*r, *s))
 
 
+@rule(r"rank (?P<r>\d+) had waited in lock (?P<lock>\S+) for .* s when it died: .*")
+def _(world: World, verdict: Verdict, r: list[int], s: list[int], match: re.Match[str]) -> bool:
+    return world.state(r[0]) == "dead" and world.awaits_lock(r[0], match["lock"])
+
+
 @rule(rf"rank (?P<r>\d+) had waited in {Y} for .* s when it died: .*")
 def _(world: World, verdict: Verdict, r: list[int], s: list[int], match: re.Match[str]) -> bool:
     return world.state(r[0]) == "dead"
