@@ -214,8 +214,8 @@ def fuzz(inputs: int, seed: int) -> list[str]:
             found = f"{type(error).__name__}: {str(error)[:200]}"
         if found:
             wrong.append(f"seed {number}: {found}")
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> 10
-    return [*wrong, f"{peak} MiB of memory"] if peak > max(before, MAX_MIB) else wrong
+    grown = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> 10) - before
+    return [*wrong, f"{grown} MiB of memory"] if grown > MAX_MIB else wrong
 
 
 def main() -> int:
