@@ -142,14 +142,14 @@ def differences(folder: Path, sums: dict[str, str], where: str) -> list[str]:
     except (ValueError, TypeError, KeyError, AttributeError):
         raise ArchiveError(f"{where}: {MANIFEST} cannot be read") from None
     found = {name: digest for name, digest in sums.items() if name != MANIFEST}
-    told = [f"{escape_control_characters(name)} is missing" for name in promised.keys() - found.keys()]
-    told += [f"{escape_control_characters(name)} is not in the manifest" for name in found.keys() - promised.keys()]
-    told += [
+    problems = [f"{escape_control_characters(name)} is missing" for name in promised.keys() - found.keys()]
+    problems += [f"{escape_control_characters(name)} is not in the manifest" for name in found.keys() - promised.keys()]
+    problems += [
         f"{escape_control_characters(name)} was changed"
         for name in promised.keys() & found.keys()
         if promised[name] != found[name]
     ]
-    return sorted(told)
+    return sorted(problems)
 
 
 def verify(path: Path) -> list[str]:

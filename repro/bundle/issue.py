@@ -109,10 +109,10 @@ def _issue_table(facts: Facts) -> list[str]:
     if len(rows) > MAX_PLACES:
         table.append(f"| {len(rows) - MAX_PLACES} more places | | | | | |")
     culprits = facts.verdict["culprits"]
-    told = (
+    named = (
         f"Culprits: {shorten_rank_lists(name_ranks(culprits))}." if culprits else "Nobody is proven to be the culprit."
     )
-    return [*table, "", f"{told} Confidence: {facts.verdict['confidence'] or 'unknown'}."]
+    return [*table, "", f"{named} Confidence: {facts.verdict['confidence'] or 'unknown'}."]
 
 
 def _versions(facts: Facts) -> list[str]:

@@ -228,7 +228,7 @@ def is_error(name: str) -> bool:
 
 
 def distinct(names: Iterable[str]) -> frozenset[str]:
-    """Those names that can be told from common words and numbers."""
+    """The names that differ from common words and numbers."""
     return frozenset(name for name in names if len(name) > 2 and not is_word(name) and not name.isdigit())
 
 

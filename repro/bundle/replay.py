@@ -49,8 +49,8 @@ class Act(NamedTuple):
 
 def is_that_of_ep_deadlock(verdict: Mapping[str, Any]) -> bool:
     """Whether a run ended in the hang that EP_DEADLOCK shows."""
-    told = tuple(verdict[name] for name in ("scenario", "variant", "verdict", "cause"))
-    return told == ("metadata_rebuild", "fault", "deadlock", "extra")
+    parts = tuple(verdict[name] for name in ("scenario", "variant", "verdict", "cause"))
+    return parts == ("metadata_rebuild", "fault", "deadlock", "extra")
 
 
 def of_runs(fault: Facts, fix: Path | None) -> str:
@@ -93,8 +93,8 @@ def of_runs(fault: Facts, fix: Path | None) -> str:
 def _refuse_what_would_not_hang(verdict: Mapping[str, Any]) -> None:
     """Raise ReplayError unless the ranks' waits follow from the order of what they issued."""
     if verdict["verdict"] != "deadlock":
-        told = f"the verdict is {verdict['verdict']}" if verdict["verdict"] else "there is no verdict"
-        raise ReplayError(f"{told}; only a deadlock follows from who issues what in which order")
+        reason = f"the verdict is {verdict['verdict']}" if verdict["verdict"] else "there is no verdict"
+        raise ReplayError(f"{reason}; only a deadlock follows from who issues what in which order")
     meetings: dict[tuple[str, int], set[tuple[str, tuple[int, ...]]]] = {}
     for p in verdict["ranks"]:
         if p["state"] == "blocked":

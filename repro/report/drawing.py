@@ -169,9 +169,9 @@ def choose_ranks(facts: Facts, most: int) -> list[int]:
     if len(facts.lanes) <= most:
         return list(facts.lanes)
     places: dict[object, list[int]] = {}
-    told = {p["rank"]: (p["state"], p["group"], p["seq"]) for p in facts.verdict["ranks"]}
+    place_of = {p["rank"]: (p["state"], p["group"], p["seq"]) for p in facts.verdict["ranks"]}
     for rank in facts.lanes:
-        places.setdefault(told.get(rank), []).append(rank)
+        places.setdefault(place_of.get(rank), []).append(rank)
     chosen: list[int] = []
     for left, ranks in zip(range(len(places), 0, -1), sorted(places.values(), key=len), strict=True):
         chosen += ranks[: max(1, (most - len(chosen)) // left)]
@@ -181,8 +181,8 @@ def choose_ranks(facts: Facts, most: int) -> list[int]:
 def _title(facts: Facts) -> str:
     verdict = facts.verdict
     cause = f" ({verdict['cause']})" if verdict["cause"] else ""
-    told = f"{verdict['verdict']}{cause}" if verdict["verdict"] else "no verdict"
-    return f"{verdict['scenario']} {verdict['variant']}: {told}, {facts.num_ranks} ranks, {verdict['backend']}"
+    outcome = f"{verdict['verdict']}{cause}" if verdict["verdict"] else "no verdict"
+    return f"{verdict['scenario']} {verdict['variant']}: {outcome}, {facts.num_ranks} ranks, {verdict['backend']}"
 
 
 class _Chart:
@@ -305,8 +305,8 @@ class _Chart:
 
 
 def _bar(css: str, x1: float, x2: float, y: float, height: float, title: str = "") -> str:
-    told = f"<title>{escape(title, 120)}</title>" if title else ""
-    return f'<rect class="{css}" x="{x1:.1f}" y="{y:.1f}" width="{max(0.7, x2 - x1):.1f}" height="{height:.1f}">{told}</rect>'
+    title_element = f"<title>{escape(title, 120)}</title>" if title else ""
+    return f'<rect class="{css}" x="{x1:.1f}" y="{y:.1f}" width="{max(0.7, x2 - x1):.1f}" height="{height:.1f}">{title_element}</rect>'
 
 
 def find_call(facts: Facts, rank: int, group: str, seq: int) -> int | None:
