@@ -313,3 +313,10 @@ def test_nothing_makes_the_terminal_longer_than_25_lines_and_the_first_line_says
     assert len(rows) <= MAX_LINES
     assert rows[0].startswith("deadlock (order)")
     assert any(row.startswith("collect next") for row in rows)
+
+
+def test_an_exception_before_a_lone_rank_s_time_out_names_nobody(tmp_path):
+    """Of one log of many ranks it is not known who else waits; the exception may have been caught."""
+    log = "[rank7]: ValueError: retried\n" + watchdog(7, 9, "ALLREDUCE", queued=12)
+    diagnosis = diagnose(read([write(tmp_path, {"rank7.log": log})]).records)
+    assert (diagnosis.verdict, diagnosis.culprits) == ("inconclusive", ())

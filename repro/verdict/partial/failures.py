@@ -48,6 +48,8 @@ def _is_aftermath(failure: Failure, scene: Scene) -> bool:
     if failure.kind in ("exception", "memory") and rank in _seen_waiting(scene):
         return True  # so it did not end the rank
     own = [record for record in scene.timeouts if rank is not None and record.rank == rank]
+    if failure.kind == "exception" and own:
+        return True  # its watchdog waited after it, so a rank whose exception was caught looks the same
     if any(record.source.file == failure.source.file and _line(record) < _line(failure) for record in own):
         return True
     bounds = [record.at_s for record in scene.timeouts] + [
