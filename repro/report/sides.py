@@ -10,8 +10,8 @@ from repro.report.gather import Facts
 from repro.store.text import shorten_rank_lists
 from repro.trace.parse import WitnessError
 from repro.trace.witness import read
+from repro.verdict.evidence.schedule import Entry, Step, steps_of
 from repro.verdict.result import name_ranks
-from repro.verdict.schedule import Entry, Step, steps_of
 
 MAX_SIDES = 3
 _BEFORE, _AFTER = 4, 5

@@ -7,11 +7,11 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from repro.trace.witness import Witness
-from repro.verdict.edges import list_waits
+from repro.verdict.evidence.edges import list_waits
+from repro.verdict.evidence.graph import Waits
+from repro.verdict.evidence.ledger import Ledger
+from repro.verdict.evidence.position import RankState
 from repro.verdict.facts import Facts
-from repro.verdict.graph import Waits
-from repro.verdict.ledger import Ledger
-from repro.verdict.position import RankState
 from repro.verdict.result import Finding, Verdict
 
 

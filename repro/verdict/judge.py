@@ -4,7 +4,7 @@
 2. Every rank is done: `clean`.
 3. The waits form a cycle: `deadlock`.
 4. A rank died or failed: `crash`.
-5. Else `repro.verdict.waiting` decides by the ranks in which the waits end: done, running, unseen, or all in one
+5. Else `repro.verdict.rules.waiting` decides by the ranks in which the waits end: done, running, unseen, or all in one
    collective.
 """
 
@@ -17,15 +17,15 @@ from dataclasses import replace
 from repro.trace.format import Identity
 from repro.trace.witness import Witness
 from repro.verdict.case import Case
-from repro.verdict.crash import crash, victims
-from repro.verdict.deadlock import deadlock
-from repro.verdict.explain import explain
+from repro.verdict.evidence.graph import wait_graph
+from repro.verdict.evidence.ledger import CallVariant, Ledger
+from repro.verdict.evidence.position import GroupKey, clocks, locate
 from repro.verdict.facts import Facts
-from repro.verdict.graph import wait_graph
-from repro.verdict.ledger import CallVariant, Ledger
-from repro.verdict.position import GroupKey, clocks, locate
 from repro.verdict.result import Finding, Verdict, name_ranks
-from repro.verdict.waiting import waiting
+from repro.verdict.rules.crash import crash, victims
+from repro.verdict.rules.deadlock import deadlock
+from repro.verdict.rules.explain import explain
+from repro.verdict.rules.waiting import waiting
 
 NO_FACTS = Facts()
 

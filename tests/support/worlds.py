@@ -11,7 +11,7 @@ from simulator import Simulation
 from repro.trace.format import Kind
 from repro.trace.witness import Witness
 from repro.verdict import Verdict
-from repro.verdict.ledger import calls
+from repro.verdict.evidence.ledger import calls
 
 Words = tuple[str, str, str]  # group, operation, layer
 

@@ -6,7 +6,7 @@ import random
 
 import pytest
 
-from repro.verdict.schedule import Entry, Issued, Step, align
+from repro.verdict.evidence.schedule import Entry, Issued, Step, align
 
 GROUPS = {"dp": ("dp", (0, 1)), "ep": ("ep", (0, 1))}
 

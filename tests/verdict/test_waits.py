@@ -113,7 +113,7 @@ def test_the_waits_of_a_document_of_an_older_version_are_its_cycle(tmp_path) -> 
 
 def test_the_graph_of_many_ranks_at_many_places_stays_a_small_document(monkeypatch) -> None:
     num_ranks = 300
-    monkeypatch.setattr("repro.verdict.edges.MOST_RANKS", 2_000)
+    monkeypatch.setattr("repro.verdict.evidence.edges.MOST_RANKS", 2_000)
     scene = Scene(num_ranks, {"dp": range(num_ranks)})
     for rank in range(num_ranks - 1):  # each but the last is one collective further than the next
         for _ in range(min(rank, 30)):

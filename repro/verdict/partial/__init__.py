@@ -9,17 +9,17 @@ from collections.abc import Sequence
 
 from repro.trace.observed import Observation
 from repro.verdict.partial.commands import with_pids
-from repro.verdict.partial.counts import judge_counts
 from repro.verdict.partial.diagnosis import Diagnosis
-from repro.verdict.partial.failures import judge_failures
-from repro.verdict.partial.launches import judge_launches
-from repro.verdict.partial.mismatches import judge_mismatches
+from repro.verdict.partial.dumps.judge import judge_recorders
+from repro.verdict.partial.logs.counts import judge_counts
+from repro.verdict.partial.logs.failures import judge_failures
+from repro.verdict.partial.logs.launches import judge_launches
+from repro.verdict.partial.logs.mismatches import judge_mismatches
+from repro.verdict.partial.logs.starts import judge_start
+from repro.verdict.partial.logs.timeouts import judge_timeouts
 from repro.verdict.partial.notes import judge_notes, with_notes
-from repro.verdict.partial.recorders import judge_recorders
 from repro.verdict.partial.scene import Scene
-from repro.verdict.partial.stacks import judge_stacks
-from repro.verdict.partial.starts import judge_start
-from repro.verdict.partial.timeouts import judge_timeouts
+from repro.verdict.partial.stacks.judge import judge_stacks
 from repro.verdict.partial.words import ranks_of
 
 RULES = (

@@ -20,8 +20,8 @@ from repro.trace.observed import (
     Stack,
     TimedOut,
 )
-from repro.verdict.partial.members import groups_of, with_members
-from repro.verdict.partial.moments import describe_equal, describe_stale, moments_of, stale_dumps, world_sizes
+from repro.verdict.partial.dumps.members import groups_of, with_members
+from repro.verdict.partial.dumps.moments import describe_equal, describe_stale, moments_of, stale_dumps, world_sizes
 
 
 @dataclass(slots=True)

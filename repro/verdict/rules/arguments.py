@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from repro.trace.witness import Witness
-from repro.verdict.ledger import Call, CallVariant, calls, worst_difference
-from repro.verdict.position import GroupKey
+from repro.verdict.evidence.ledger import Call, CallVariant, calls, worst_difference
+from repro.verdict.evidence.position import GroupKey
+from repro.verdict.evidence.sides import calls_of_sides
 from repro.verdict.result import Finding, name_ranks, say
-from repro.verdict.sides import calls_of_sides
 
 
 def arguments_finding(

@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 from repro.trace.format import Kind
 from repro.trace.witness import Signature, Witness
-from repro.verdict.position import GroupKey
+from repro.verdict.evidence.position import GroupKey
 from repro.verdict.result import list_ranks
 
 _ENTER, _ISSUE = int(Kind.ENTER), int(Kind.ISSUE)

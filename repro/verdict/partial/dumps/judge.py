@@ -8,18 +8,18 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 
-from repro.verdict.partial.absences import judge_absence
-from repro.verdict.partial.advances import judge_advance
-from repro.verdict.partial.conflicts import stacks_against_dumps
-from repro.verdict.partial.cycles import judge_cycle
 from repro.verdict.partial.diagnosis import COLLECT, Diagnosis
-from repro.verdict.partial.locks import judge_lock_across
-from repro.verdict.partial.members import groups_of, lists_members
-from repro.verdict.partial.processes import judge_processes
+from repro.verdict.partial.dumps.absences import judge_absence
+from repro.verdict.partial.dumps.advances import judge_advance
+from repro.verdict.partial.dumps.conflicts import stacks_against_dumps
+from repro.verdict.partial.dumps.cycles import judge_cycle
+from repro.verdict.partial.dumps.members import groups_of, lists_members
+from repro.verdict.partial.dumps.sides import different_arguments
+from repro.verdict.partial.dumps.stopped import judge_stopped
+from repro.verdict.partial.dumps.waits import Wait, waits_of
 from repro.verdict.partial.scene import Scene
-from repro.verdict.partial.sides import different_arguments
-from repro.verdict.partial.stopped import judge_stopped
-from repro.verdict.partial.waits import Wait, waits_of
+from repro.verdict.partial.stacks.locks import judge_lock_across
+from repro.verdict.partial.stacks.processes import judge_processes
 from repro.verdict.partial.words import call_in, ranks_of, verb
 
 

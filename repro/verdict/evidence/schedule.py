@@ -13,8 +13,8 @@ from dataclasses import dataclass, field
 
 from repro.trace.format import Kind
 from repro.trace.witness import Witness
-from repro.verdict.ledger import TRANSFERS, is_transfer
-from repro.verdict.position import GroupKey
+from repro.verdict.evidence.ledger import TRANSFERS, is_transfer
+from repro.verdict.evidence.position import GroupKey
 
 _PHASE, _STEP = int(Kind.PHASE), int(Kind.STEP)
 RECENT_STEPS = 10

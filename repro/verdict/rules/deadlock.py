@@ -6,10 +6,10 @@ from collections.abc import Sequence
 from typing import Any
 
 from repro.verdict.case import Case
-from repro.verdict.crash import ORDERING_RESOLUTION_S
-from repro.verdict.explain import explain
-from repro.verdict.graph import Node
+from repro.verdict.evidence.graph import Node
 from repro.verdict.result import Verdict, list_ranks, name_ranks, say, shorten
+from repro.verdict.rules.crash import ORDERING_RESOLUTION_S
+from repro.verdict.rules.explain import explain
 
 
 def deadlock(case: Case, cycle: Sequence[Node]) -> Verdict:

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 
 from repro.trace.witness import Witness
 from repro.verdict.case import Case
-from repro.verdict.explain import explain
 from repro.verdict.result import Finding, Verdict, list_ranks, name_ranks
+from repro.verdict.rules.explain import explain
 
 ORDERING_RESOLUTION_S = 1.0
 """Two deaths noticed less than this far apart cannot be ordered: the watcher polls at 20 Hz, remote agents at 2 Hz."""

@@ -11,9 +11,9 @@ from collections.abc import Mapping, Sequence
 
 from repro.trace.observed import Group, GroupRecord, RecorderDump
 from repro.verdict.partial.diagnosis import COLLECT, Diagnosis
-from repro.verdict.partial.moments import advanced
+from repro.verdict.partial.dumps.moments import advanced
+from repro.verdict.partial.dumps.waits import has_transfers
 from repro.verdict.partial.scene import Scene
-from repro.verdict.partial.waits import has_transfers
 from repro.verdict.partial.words import WORKING, ranks_of, verb
 
 CONVINCING_GROUPS = 2

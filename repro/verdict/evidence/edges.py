@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 
-from repro.verdict.graph import Node, Waits
-from repro.verdict.position import RankState
+from repro.verdict.evidence.graph import Node, Waits
+from repro.verdict.evidence.position import RankState
 from repro.verdict.result import Wait, say
 
 MOST_RANKS = 1 << 20

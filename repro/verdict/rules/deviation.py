@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from repro.verdict.ledger import TRANSFERS
-from repro.verdict.position import RankState
+from repro.verdict.evidence.ledger import TRANSFERS
+from repro.verdict.evidence.position import RankState
+from repro.verdict.evidence.schedule import Deviation, Entry, Step
+from repro.verdict.evidence.sides import places
 from repro.verdict.result import Finding, name_ranks, shorten
-from repro.verdict.schedule import Deviation, Entry, Step
-from repro.verdict.sides import places
 
 
 def deviation_finding(

@@ -6,9 +6,9 @@ from collections.abc import Mapping, Sequence
 
 from repro.trace.observed import Stack
 from repro.verdict.partial.diagnosis import COLLECT, Diagnosis
-from repro.verdict.partial.locks import judge_locks
-from repro.verdict.partial.processes import judge_processes
 from repro.verdict.partial.scene import Scene
+from repro.verdict.partial.stacks.locks import judge_locks
+from repro.verdict.partial.stacks.processes import judge_processes
 from repro.verdict.partial.words import WORKING, program_frames, ranks_of, verb
 
 AGAIN = "a second set of stacks, some seconds later"

@@ -9,9 +9,9 @@ from collections.abc import Mapping, Sequence
 
 from repro.trace.observed import Stack
 from repro.verdict.partial.diagnosis import COLLECT, Diagnosis
-from repro.verdict.partial.members import lists_members
+from repro.verdict.partial.dumps.members import lists_members
+from repro.verdict.partial.dumps.waits import Wait
 from repro.verdict.partial.scene import Scene
-from repro.verdict.partial.waits import Wait
 from repro.verdict.partial.words import WORKING, call_in, program_frames, ranks_of, verb
 
 HOLDER = "who holds the lock: cat /proc/locks; ls -l /proc/*/fd 2>/dev/null | grep -i lock"

@@ -7,7 +7,7 @@ from dataclasses import replace
 
 from repro.trace.observed import Call, Group, GroupRecord
 from repro.verdict.partial.diagnosis import COLLECT, Diagnosis
-from repro.verdict.partial.habits import left_rhythm
+from repro.verdict.partial.dumps.habits import left_rhythm
 from repro.verdict.partial.scene import Scene
 from repro.verdict.partial.words import arguments, program_frames, ranks_of, verb
 

@@ -7,8 +7,8 @@ from collections.abc import Mapping, Sequence
 
 from repro.trace.observed import Call, Group, Progress, TimedOut
 from repro.verdict.partial.diagnosis import COLLECT, Diagnosis
+from repro.verdict.partial.dumps.sides import UNKNOWN_INSIDE
 from repro.verdict.partial.scene import Scene
-from repro.verdict.partial.sides import UNKNOWN_INSIDE
 from repro.verdict.partial.words import call_in, ranks_of, verb
 
 Calls = Mapping[tuple[str, str, int | None], Mapping[int, TimedOut]]

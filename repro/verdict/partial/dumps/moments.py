@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from repro.trace.observed import Group, GroupRecord, RecorderDump
-from repro.verdict.partial.waits import last_queued
+from repro.verdict.partial.dumps.waits import last_queued
 from repro.verdict.partial.words import ranks_of, verb
 
 NEEDS_ALL = ("all_reduce", "all_gather", "reduce_scatter", "all_to_all", "barrier")

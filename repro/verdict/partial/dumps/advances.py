@@ -7,10 +7,10 @@ from statistics import median
 
 from repro.trace.observed import Call
 from repro.verdict.partial.diagnosis import COLLECT, Diagnosis
-from repro.verdict.partial.members import groups_of, with_members
-from repro.verdict.partial.moments import advanced
+from repro.verdict.partial.dumps.members import groups_of, with_members
+from repro.verdict.partial.dumps.moments import advanced
+from repro.verdict.partial.dumps.waits import Wait, waits_of
 from repro.verdict.partial.scene import Scene
-from repro.verdict.partial.waits import Wait, waits_of
 from repro.verdict.partial.words import call_in, ranks_of, verb
 
 LATE_S = 1.0

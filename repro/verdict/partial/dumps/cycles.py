@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from repro.verdict.partial.diagnosis import COLLECT, Diagnosis
-from repro.verdict.partial.habits import left_rhythm
+from repro.verdict.partial.dumps.habits import left_rhythm
+from repro.verdict.partial.dumps.waits import Wait, find_cycle
 from repro.verdict.partial.scene import Scene
-from repro.verdict.partial.waits import Wait, find_cycle
 from repro.verdict.partial.words import call_in, program_frames, ranks_of, verb
 
 

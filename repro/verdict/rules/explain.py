@@ -10,13 +10,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from repro.trace.witness import Witness
-from repro.verdict.arguments import arguments_finding
-from repro.verdict.deviation import deviation_finding
-from repro.verdict.graph import Waits
-from repro.verdict.ledger import Ledger, calls
-from repro.verdict.position import GroupKey, RankState
-from repro.verdict.result import Finding, name_ranks, shorten
-from repro.verdict.schedule import (
+from repro.verdict.evidence.graph import Waits
+from repro.verdict.evidence.ledger import Ledger, calls
+from repro.verdict.evidence.position import GroupKey, RankState
+from repro.verdict.evidence.schedule import (
     RECENT_STEPS,
     Deviation,
     ScheduleDivergence,
@@ -29,7 +26,10 @@ from repro.verdict.schedule import (
     unshared_deviations,
     with_plan,
 )
-from repro.verdict.sides import calls_of_sides, positions
+from repro.verdict.evidence.sides import calls_of_sides, positions
+from repro.verdict.result import Finding, name_ranks, shorten
+from repro.verdict.rules.arguments import arguments_finding
+from repro.verdict.rules.deviation import deviation_finding
 
 
 def explain(

@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from repro.verdict.case import Case
-from repro.verdict.graph import Node
-from repro.verdict.ledger import worst_difference
+from repro.verdict.evidence.graph import Node
+from repro.verdict.evidence.ledger import worst_difference
+from repro.verdict.evidence.sides import calls_of_sides
 from repro.verdict.result import MOST_SENTENCES, Finding, Verdict, name_ranks, say, shorten
-from repro.verdict.sides import calls_of_sides
-from repro.verdict.slow import STARVED, signs_of_life, slow
+from repro.verdict.rules.slow import STARVED, signs_of_life, slow
 
 MOVES = 0.05
 """Processors in use from which a rank inside a collective may be moving data; a rank that waits uses far fewer."""

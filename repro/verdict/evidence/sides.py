@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from repro.verdict.graph import Node
-from repro.verdict.ledger import CallVariant
-from repro.verdict.position import GroupKey, RankState
+from repro.verdict.evidence.graph import Node
+from repro.verdict.evidence.ledger import CallVariant
+from repro.verdict.evidence.position import GroupKey, RankState
 
 
 def places(rank_states: Sequence[RankState]) -> list[dict[str, Any]]:

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from repro.verdict.ledger import Ledger, worst_difference
-from repro.verdict.position import GroupKey, RankState
+from repro.verdict.evidence.ledger import Ledger, worst_difference
+from repro.verdict.evidence.position import GroupKey, RankState
 from repro.verdict.result import list_ranks
 
 AMBIGUOUS = -1

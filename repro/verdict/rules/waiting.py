@@ -6,12 +6,12 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from repro.verdict.case import Case
-from repro.verdict.deadlock import deadlock
-from repro.verdict.graph import Node
+from repro.verdict.evidence.graph import Node
+from repro.verdict.evidence.schedule import steps_of
 from repro.verdict.result import Finding, Verdict, name_ranks, say
-from repro.verdict.schedule import steps_of
-from repro.verdict.slow import may_wait_for_device, slow
-from repro.verdict.stall import attended, left_by_some
+from repro.verdict.rules.deadlock import deadlock
+from repro.verdict.rules.slow import may_wait_for_device, slow
+from repro.verdict.rules.stall import attended, left_by_some
 
 
 def waiting(case: Case) -> Verdict:

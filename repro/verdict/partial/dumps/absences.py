@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from repro.verdict.partial.diagnosis import COLLECT, Diagnosis
+from repro.verdict.partial.dumps.waits import Wait
 from repro.verdict.partial.scene import Scene
-from repro.verdict.partial.waits import Wait
 from repro.verdict.partial.words import WORKING, call_in, ranks_of, verb
 
 

@@ -1,0 +1,1 @@
+"""Rules about recorder dumps, and what they share: moments, members, waits."""

@@ -1,0 +1,1 @@
+"""Rules about the stacks of Python processes."""
