@@ -1,4 +1,4 @@
-"""`torchrun … -m repro.worker SCENARIO --variant V`: one rank of a run. The program is `repro.lab.worker`."""
+"""`torchrun … -m repro.worker SCENARIO --variant V`: one rank of a run. The program is `repro.lab.rank.worker`."""
 
 from __future__ import annotations
 
@@ -10,6 +10,6 @@ if __name__ == "__main__":
     die_with_parent()  # before the imports that take seconds on a busy machine
     end_without_launcher()
 
-    from repro.lab.worker import main
+    from repro.lab.rank.worker import main
 
     sys.exit(main())

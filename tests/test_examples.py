@@ -13,7 +13,7 @@ import pytest
 from reported import write_hang
 
 from repro.bundle.issue import commands_script
-from repro.lab.worker import _parse
+from repro.lab.rank.worker import _parse
 from repro.report.gather import gather
 
 EXAMPLES = Path(__file__).resolve().parent.parent / "examples"

@@ -1,6 +1,6 @@
 """Versions, hardware and variables of a machine: kept by known name, and only where the value's form is known.
 
-It reads two descriptions: env/rank000.txt from repro.lab.rank_software, and the report of torch.utils.collect_env.
+It reads two descriptions: env/rank000.txt from repro.lab.rank.software, and the report of torch.utils.collect_env.
 """
 
 from __future__ import annotations

@@ -18,8 +18,8 @@ from typing import Any
 from rich.console import Console
 
 from hybrid_moe_ref.config import ConfigError
-from repro.lab import launch
 from repro.lab.settings import MAX_CONFIG_BYTES
+from repro.lab.start import launch
 from repro.report import write_all
 from repro.report.terminal import overview, say, summary
 from repro.store.run_dir import read_json, refuse_unwritable

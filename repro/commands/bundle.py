@@ -12,7 +12,7 @@ from repro.bundle import search
 from repro.bundle.archive import MANIFEST, verify
 from repro.bundle.assemble import make
 from repro.bundle.recognise import LEFT_OUT
-from repro.lab.second_judgement import compare_again
+from repro.lab.outcome.second_judgement import compare_again
 from repro.store.run_dir import refuse_unwritable
 from repro.store.text import escape_control_characters, escape_lines
 

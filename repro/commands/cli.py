@@ -34,11 +34,13 @@ from repro.commands import (
 )
 from repro.hosts import processes
 from repro.hosts.interrupt import Interrupt
-from repro.lab import job, matrix, minimise, scenarios
+from repro.lab import scenarios
 from repro.lab.configurations import CONFIGURATIONS
-from repro.lab.environment import refuse_bad_variables
-from repro.lab.launch import CannotRunHere
-from repro.lab.memory import refuse_too_large
+from repro.lab.rank.environment import refuse_bad_variables
+from repro.lab.search import matrix, minimise
+from repro.lab.start import job
+from repro.lab.start.launch import CannotRunHere
+from repro.lab.start.memory import refuse_too_large
 from repro.report.junit import write_junit
 from repro.report.terminal import say
 from repro.store.run_dir import RUN_NAME, OutputError

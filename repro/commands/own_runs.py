@@ -8,7 +8,7 @@ from pathlib import Path
 from hybrid_moe_ref.config import ConfigError
 from repro import bundle
 from repro.ingest.read import Evidence
-from repro.lab.second_judgement import judge_again
+from repro.lab.outcome.second_judgement import judge_again
 from repro.lab.settings import read_settings
 from repro.store.run_dir import RunDir
 from repro.verdict.partial import Diagnosis

@@ -17,10 +17,11 @@ from hybrid_moe_ref.engine.refusal import preflight
 from hybrid_moe_ref.engine.server_config import CHECKS
 from repro.commands import INTERRUPTED, exit_code, print_verdicts, read_config, refuse_junit, write_reports
 from repro.hosts.interrupt import Interrupt
-from repro.lab import job, kernel_cache, launch, scenarios
-from repro.lab.launch import CannotRunHere
-from repro.lab.memory import refuse_too_large, refuse_too_many
+from repro.lab import scenarios
 from repro.lab.settings import KERNEL_CACHES, RunSettings
+from repro.lab.start import job, kernel_cache, launch
+from repro.lab.start.launch import CannotRunHere
+from repro.lab.start.memory import refuse_too_large, refuse_too_many
 from repro.report.junit import write_junit
 from repro.report.terminal import display, say
 from repro.store.description import VARIANTS

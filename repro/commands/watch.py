@@ -15,10 +15,10 @@ from repro.commands import CANNOT_TELL, EXPECTED, INTERRUPTED, UNEXPECTED, exit_
 from repro.hosts import processes
 from repro.hosts.agent import HostAgent
 from repro.hosts.interrupt import Interrupt
-from repro.lab import launch
-from repro.lab.expectation import watch_options
-from repro.lab.second_judgement import judge_again
+from repro.lab.outcome.expectation import watch_options
+from repro.lab.outcome.second_judgement import judge_again
 from repro.lab.settings import RunSettings, read_settings
+from repro.lab.start import launch
 from repro.report.terminal import Display, say, waits
 from repro.store.run_dir import RunDir
 from repro.store.text import escape_lines

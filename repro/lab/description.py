@@ -6,7 +6,7 @@ import hashlib
 import json
 
 from repro.lab import rerun, scenarios
-from repro.lab.expectation import watch_options
+from repro.lab.outcome.expectation import watch_options
 from repro.lab.settings import RunSettings
 from repro.store.description import RunDescription
 

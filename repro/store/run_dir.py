@@ -6,12 +6,12 @@ events/rank000.wit     the witness a rank leaves             the rank, as it goe
 stacks/rank000.txt     Python stacks                         the rank's faulthandler, when asked
 fr/rank000.json        PyTorch's Flight Recorder             the rank, when asked
 logs/rank000.log       what the rank printed                 the rank
-logs/launcher.log      what started the ranks printed        torchrun, or repro.lab.fork_server
-logs/reference.log     what the reference printed            repro.lab.reference
+logs/launcher.log      what started the ranks printed        torchrun, or repro.lab.start.fork_server
+logs/reference.log     what the reference printed            repro.lab.outcome.reference
 logs/watcher.log       traceback of a failed watcher         watcher
 env/rank000.txt        versions it loaded                    the rank, once connected
 outputs/rank000.json   tokens served                         the rank, when done
-reference.json         tokens of the single-process model    repro.lab.reference
+reference.json         tokens of the single-process model    repro.lab.outcome.reference
 verdict.json           the verdict                           watcher, before anything is killed
 release                lets parked ranks exit                watcher
 interrupted            the user requested the end            a rank that got SIGINT; removed when the run is decided

@@ -19,8 +19,10 @@ from repro.commands import CANNOT_TELL, EXPECTED, INTERRUPTED, UNEXPECTED, USAGE
 from repro.commands.cli import main
 from repro.hosts import processes
 from repro.hosts.interrupt import Interrupt
-from repro.lab import job, launch, scenarios, worker
+from repro.lab import scenarios
+from repro.lab.rank import worker
 from repro.lab.settings import read_settings
+from repro.lab.start import job, launch
 from repro.report.terminal import Display
 from repro.store.run_dir import RunDir, read_json
 from repro.watch.live import Watch
@@ -103,7 +105,7 @@ def test_a_failure_of_the_program_is_one_line_that_says_so(capsys, monkeypatch, 
 
 def test_a_failure_of_the_report_loses_no_verdict(capsys, tmp_path, monkeypatch):
     root, _ = write_hang(tmp_path, 2)
-    monkeypatch.setattr("repro.lab.launch.run", lambda *args: (RunDir(root), read_json(root / "verdict.json")))
+    monkeypatch.setattr("repro.lab.start.launch.run", lambda *args: (RunDir(root), read_json(root / "verdict.json")))
     monkeypatch.setattr("repro.report.page", lambda *args: [][1])
     assert main(["run", "metadata_rebuild", "--out", str(tmp_path), "--json"]) == EXPECTED
     out, err = capsys.readouterr()
@@ -130,7 +132,8 @@ FAILURES = [OSError(errno.EIO, "Input/output error"), OSError(errno.EMFILE, "Too
 
 
 @pytest.mark.parametrize(
-    "place", ["repro.lab.launch.Watch", "repro.lab.launch.watch_options", "repro.lab.launch.start_process"]
+    "place",
+    ["repro.lab.start.launch.Watch", "repro.lab.start.launch.watch_options", "repro.lab.start.launch.start_process"],
 )
 @pytest.mark.parametrize("error", FAILURES, ids=repr)
 def test_a_watch_that_cannot_begin_leaves_a_verdict_and_no_process(hanging, monkeypatch, place, error):
@@ -165,8 +168,8 @@ def test_a_full_disk_while_the_failure_is_written_is_named_with_the_run(hanging,
 
     run_dir, settings, child = hanging
     monkeypatch.setattr(Watch, "run", fail)
-    monkeypatch.setattr("repro.lab.launch.write_json", fail)
-    monkeypatch.setattr("repro.lab.launch.write_atomically", fail)
+    monkeypatch.setattr("repro.lab.start.launch.write_json", fail)
+    monkeypatch.setattr("repro.lab.start.launch.write_atomically", fail)
     with pytest.raises(OSError, match=f"what is kept of the run is in {run_dir.root}"):
         attend(run_dir, settings, child)
     assert child.poll() is not None and run_dir.witness(0).exists()
@@ -236,7 +239,7 @@ def test_a_signal_stops_a_command_at_once_and_is_only_noted_where_evidence_must_
 @pytest.mark.usefixtures("without_nohup")
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 @pytest.mark.parametrize(
-    "place", ["repro.lab.launch.kernel_cache.fill", "repro.lab.launch.create", "repro.commands.run.plan"]
+    "place", ["repro.lab.start.launch.kernel_cache.fill", "repro.lab.start.launch.create", "repro.commands.run.plan"]
 )
 def test_a_signal_before_the_ranks_start_ends_the_command_and_leaves_nothing(
     capsys, tmp_path, monkeypatch, number, place
@@ -328,7 +331,7 @@ def test_a_scenario_that_cannot_be_with_so_many_ranks_is_named_and_the_others_ru
         document = {**launch.skipped(settings, ""), "matches_expected": True, "verdict": "clean"}
         return RunDir(out), document
 
-    monkeypatch.setattr("repro.lab.launch.run", run)
+    monkeypatch.setattr("repro.lab.start.launch.run", run)
     monkeypatch.setattr("repro.commands.run.write_reports", lambda *args: None)
     monkeypatch.setattr("repro.lab.scenarios.names", lambda: ["idle_skip", "silent_pairing"])
     assert main(["run", "all", "--ranks", "4", "--out", str(tmp_path), "--json"]) == CANNOT_TELL

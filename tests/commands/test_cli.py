@@ -23,9 +23,9 @@ from scene import Scene
 from repro.commands import CANNOT_TELL, EXPECTED, UNEXPECTED, USAGE, exit_code
 from repro.commands.cli import _parser, main
 from repro.hosts.options import WatchOptions
-from repro.lab.launch import prepare_run_dir
 from repro.lab.scenarios import settings_of
 from repro.lab.settings import RunSettings
+from repro.lab.start.launch import prepare_run_dir
 from repro.report.junit import write_junit
 from repro.report.terminal import LiveTable, overview, position
 from repro.store.run_dir import OutputError, RunDir
@@ -177,7 +177,7 @@ def test_a_full_disk_is_refused_and_nothing_is_left(capsys, tmp_path):
 def test_an_output_file_that_cannot_be_written_is_refused_before_the_work(
     capsys, tmp_path, monkeypatch, command, place
 ):
-    monkeypatch.setattr("repro.lab.launch.run", lambda *args: pytest.fail("has begun"))
+    monkeypatch.setattr("repro.lab.start.launch.run", lambda *args: pytest.fail("has begun"))
     monkeypatch.chdir(tmp_path)
     code, told = fails(capsys, *command.split(), tmp_path / place)
     assert code == USAGE and f"cannot write to {tmp_path / place}: " in told and ".partial" not in told
@@ -359,7 +359,7 @@ def test_what_is_unsafe_about_many_runs_is_told_once(capsys, tmp_path, monkeypat
     def run(settings, out, *rest):
         return RunDir(out), decided(settings.scenario, settings.variant, "clean", matches_expected=True)
 
-    monkeypatch.setattr("repro.lab.launch.run", run)
+    monkeypatch.setattr("repro.lab.start.launch.run", run)
     monkeypatch.setattr("repro.commands.run.write_reports", lambda *args: None)
     monkeypatch.setattr("repro.lab.scenarios.names", lambda: ["idle_skip", "metadata_rebuild", "zero_token_return"])
     assert main(["run", "all", "--out", str(tmp_path)]) == EXPECTED
@@ -372,7 +372,7 @@ def test_every_run_of_a_matrix_gets_a_report_and_a_case_in_the_junit_file(capsys
         root, _ = write_hang(out, settings.num_ranks)
         return RunDir(root), json.loads((root / "verdict.json").read_text())
 
-    monkeypatch.setattr("repro.lab.launch.run", run)
+    monkeypatch.setattr("repro.lab.start.launch.run", run)
     command = ["matrix", "--only", "TP8 jit cold", "--out", str(tmp_path), "--junit", str(tmp_path / "j.xml"), "--json"]
     assert main(command) == EXPECTED
     documents = json.loads(capsys.readouterr().out)

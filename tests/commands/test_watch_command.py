@@ -16,10 +16,10 @@ from scene import Scene
 from hybrid_moe_ref.parallel.observer import Collective, ScheduleEntry
 from repro.commands import CANNOT_TELL, EXPECTED, UNEXPECTED, USAGE
 from repro.commands.cli import main
-from repro.lab.expectation import document_of, watch_options
-from repro.lab.second_judgement import judge_again
+from repro.lab.outcome.expectation import document_of, watch_options
+from repro.lab.outcome.second_judgement import judge_again
+from repro.lab.outcome.tokens import compare_tokens
 from repro.lab.settings import RunSettings
-from repro.lab.tokens import compare_tokens
 from repro.store.run_dir import RunDir, write_json
 from repro.trace.format import Geometry, Identity, pack_header
 from repro.trace.parse import parse_header

@@ -33,9 +33,11 @@ from hybrid_moe_ref.open_files import who_has_open
 from hybrid_moe_ref.parallel.comm import Communicator
 from hybrid_moe_ref.parallel.guard import ScheduleMismatch
 from repro.commands import CANNOT_TELL
-from repro.lab import launch, scenarios, worker
-from repro.lab.kernel_cache import CannotFill
+from repro.lab import scenarios
+from repro.lab.rank import worker
 from repro.lab.settings import RunSettings
+from repro.lab.start import launch
+from repro.lab.start.kernel_cache import CannotFill
 
 pytestmark = pytest.mark.timeout(300)  # one run compiles, on machines that may have other things to do
 

@@ -20,7 +20,7 @@ from hybrid_moe_ref.model import HybridMoE
 from hybrid_moe_ref.parallel.comm import Communicator
 from hybrid_moe_ref.parallel.guard import ScheduleMismatch
 from hybrid_moe_ref.parallel.observer import NullObserver
-from repro.lab import reference
+from repro.lab.outcome import reference
 from repro.lab.settings import RunSettings
 
 pytestmark = pytest.mark.timeout(300)  # a compiler on a busy machine

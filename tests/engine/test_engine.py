@@ -27,7 +27,7 @@ from hybrid_moe_ref.parallel.comm import Communicator
 from hybrid_moe_ref.parallel.dispatch import ForwardContext, expert_schedule
 from hybrid_moe_ref.parallel.guard import ScheduleMismatch
 from hybrid_moe_ref.parallel.observer import NullObserver
-from repro.lab import reference
+from repro.lab.outcome import reference
 from repro.lab.settings import RunSettings
 
 PHASES = ["load", "page_setup", "prepare", "profile", "compile", "allocate", "capture", "serve"]

@@ -19,7 +19,7 @@ from hybrid_moe_ref.model import HybridMoE
 from hybrid_moe_ref.parallel.comm import Communicator
 from hybrid_moe_ref.parallel.guard import ScheduleMismatch
 from hybrid_moe_ref.parallel.observer import Collective, NullObserver
-from repro.lab import reference
+from repro.lab.outcome import reference
 from repro.lab.settings import RunSettings
 
 

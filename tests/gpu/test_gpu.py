@@ -20,7 +20,7 @@ from hybrid_moe_ref.engine.server_config import ServerConfig
 from hybrid_moe_ref.model import HybridMoE
 from hybrid_moe_ref.parallel.comm import Communicator
 from hybrid_moe_ref.parallel.expert import apply_expert_parallel
-from repro.lab import reference
+from repro.lab.outcome import reference
 from repro.lab.settings import RunSettings
 
 NUM_GPUS = len(list(Path("/dev").glob("nvidia[0-9]*")))

@@ -21,7 +21,7 @@ from hybrid_moe_ref.config import ConfigError
 from hybrid_moe_ref.engine.build_lock import BuildLock
 from hybrid_moe_ref.engine.builds import ensure
 from repro.lab import scenarios
-from repro.lab.second_judgement import judge_again
+from repro.lab.outcome.second_judgement import judge_again
 from repro.lab.settings import RunSettings
 from repro.trace.format import Kind
 from repro.trace.witness import read

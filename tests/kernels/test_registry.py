@@ -18,7 +18,7 @@ from ranks import run_ranks
 
 from hybrid_moe_ref.engine.lifecycle import Engine
 from hybrid_moe_ref.parallel.comm import Communicator
-from repro.lab import reference
+from repro.lab.outcome import reference
 from repro.lab.settings import DEFAULT_ENGINE, RunSettings
 
 X, WEIGHT = torch.ones(2, 4), torch.zeros(4)

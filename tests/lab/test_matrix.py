@@ -11,8 +11,10 @@ from forked import run_forked
 
 from repro.commands import CANNOT_TELL, USAGE
 from repro.commands.cli import main
-from repro.lab import launch, matrix, scenarios
-from repro.lab.kernel_cache import CannotFill
+from repro.lab import scenarios
+from repro.lab.search import matrix
+from repro.lab.start import launch
+from repro.lab.start.kernel_cache import CannotFill
 
 pytestmark = pytest.mark.timeout(300)  # one run compiles, on machines that may have other things to do
 

@@ -19,7 +19,7 @@ from scene import Scene
 from repro.bundle import replay
 from repro.commands.cli import main
 from repro.lab import scenarios
-from repro.lab.minimise import AnotherVerdict, Runner, _print_result, describe, minimise, run_within
+from repro.lab.search.minimise import AnotherVerdict, Runner, _print_result, describe, minimise, run_within
 from repro.report.gather import gather
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -14,8 +14,8 @@ from repro.bundle import issue
 from repro.commands import cli
 from repro.commands import run as run_command
 from repro.lab.description import describe
+from repro.lab.rank.worker import _parse
 from repro.lab.scenarios import settings_of
-from repro.lab.worker import _parse
 from repro.report.commands import commands, place
 from repro.report.gather import gather
 from repro.store.run_dir import write_json

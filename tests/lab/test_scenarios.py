@@ -15,8 +15,8 @@ from hybrid_moe_ref.engine.scheduler import live_ranks
 from hybrid_moe_ref.parallel.guard import ScheduleGuard
 from hybrid_moe_ref.parallel.observer import ScheduleEntry
 from repro.lab import scenarios
-from repro.lab.expectation import matches
-from repro.lab.second_judgement import judge_again
+from repro.lab.outcome.expectation import matches
+from repro.lab.outcome.second_judgement import judge_again
 from repro.lab.settings import RunSettings
 from repro.store.run_dir import read_json
 from repro.trace.format import Kind

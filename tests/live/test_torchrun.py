@@ -17,7 +17,8 @@ import psutil
 import pytest
 
 from repro.commands import EXPECTED, INTERRUPTED, UNEXPECTED
-from repro.lab import job, launch, scenarios
+from repro.lab import scenarios
+from repro.lab.start import job, launch
 from repro.report.terminal import Display
 from repro.store.run_dir import read_json
 from repro.trace.format import Kind

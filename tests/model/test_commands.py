@@ -16,8 +16,8 @@ from hybrid_moe_ref.config import ConfigError, ParallelConfig
 from hybrid_moe_ref.continuation import MAX_RANKS, TextPrinter
 from hybrid_moe_ref.engine import local
 from hybrid_moe_ref.pages import page_layout
-from repro.lab.memory import shortage_of
 from repro.lab.settings import RunSettings
+from repro.lab.start.memory import shortage_of
 
 CONFIG = replace(preset("tiny"), num_experts=8, num_experts_per_tok=2, vocab_size=64, num_mtp_layers=1)
 

@@ -14,9 +14,10 @@ from typing import Any
 
 import torch.distributed as dist
 
-from repro.lab import launch, reference
+from repro.lab.outcome import reference
+from repro.lab.rank.worker import run_rank
 from repro.lab.settings import RunSettings
-from repro.lab.worker import run_rank
+from repro.lab.start import launch
 from repro.report.terminal import Display
 from repro.store.run_dir import RunDir, write_json
 

@@ -10,11 +10,11 @@ from pathlib import Path
 import pytest
 
 from repro.hosts.system import STOPPED
-from repro.lab.expectation import document_of, watch_options
-from repro.lab.launch import end
-from repro.lab.second_judgement import judge_again
+from repro.lab.outcome.expectation import document_of, watch_options
+from repro.lab.outcome.second_judgement import judge_again
+from repro.lab.outcome.tokens import MAX_LINES, wrong_tokens
 from repro.lab.settings import RunSettings
-from repro.lab.tokens import MAX_LINES, wrong_tokens
+from repro.lab.start.launch import end
 from repro.store.run_dir import RunDir, read_tokens, write_json
 from repro.trace.format import Identity
 from repro.trace.recorder import Recorder

@@ -20,9 +20,9 @@ from hybrid_moe_kernels import extension
 
 from hybrid_moe_ref.engine.builds import BuildPlace, KernelBuilds
 from hybrid_moe_ref.engine.policies import Policies
-from repro.lab.kernel_cache import of_rank
 from repro.lab.scenarios import CLEAN, Expected, Scenario
 from repro.lab.settings import RunSettings
+from repro.lab.start.kernel_cache import of_rank
 
 if TYPE_CHECKING:
     from hybrid_moe_kernels.extension import Extension

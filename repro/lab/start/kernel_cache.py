@@ -1,7 +1,7 @@
 """Prepare the kernel cache of a run before it starts: empty (cold), full (warm), or empty for rank 0 alone (split).
 
 Each run has its own cache in its run directory. A warm cache is a copy of the user's cache. A separate process,
-``python -m repro.lab.kernel_cache RUN_DIR``, first builds the kernels that are missing there.
+``python -m repro.lab.start.kernel_cache RUN_DIR``, first builds the kernels that are missing there.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ def fill(run_dir: RunDir, settings: RunSettings, interrupt: Callable[[], bool]) 
         raise CannotFill(f"no cold start: {to_be_cold} holds compiled kernels; empty it, or use --kernel-cache warm")
     if settings.effective_kernel_cache == "cold":
         return
-    command = [sys.executable, "-m", "repro.lab.kernel_cache", str(run_dir.root)]
+    command = [sys.executable, "-m", "repro.lab.start.kernel_cache", str(run_dir.root)]
     with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) as builder:
         until = time.monotonic() + settings.deadline_s
         output = None

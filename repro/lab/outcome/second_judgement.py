@@ -5,9 +5,9 @@ from __future__ import annotations
 import time
 from typing import Any
 
-from repro.lab.expectation import document_of, watch_options
+from repro.lab.outcome.expectation import document_of, watch_options
+from repro.lab.outcome.tokens import wrong_tokens
 from repro.lab.settings import RunSettings, read_settings
-from repro.lab.tokens import wrong_tokens
 from repro.store.run_dir import RunDir
 from repro.watch.live import Comparison
 from repro.watch.offline import judge_files

@@ -23,12 +23,13 @@ import psutil
 from hybrid_moe_ref.files import open_regular, sync, write_atomically
 from repro.hosts import agent, locks, processes
 from repro.hosts.interrupt import Interrupt
-from repro.lab import kernel_cache, scenarios
+from repro.lab import scenarios
 from repro.lab.description import describe
-from repro.lab.expectation import document_of, watch_options
-from repro.lab.job import Job, Start, start_process
+from repro.lab.outcome.expectation import document_of, watch_options
+from repro.lab.outcome.tokens import compare_tokens
 from repro.lab.settings import RunSettings
-from repro.lab.tokens import compare_tokens
+from repro.lab.start import kernel_cache
+from repro.lab.start.job import Job, Start, start_process
 from repro.report.terminal import Display
 from repro.store.run_dir import OutputError, RunDir, write_json
 from repro.trace.format import Geometry, Identity
@@ -95,7 +96,7 @@ def run(
 ) -> tuple[RunDir, dict[str, Any]]:
     """Run one variant to its verdict; return its directory and the content of verdict.json.
 
-    start: starts the ranks; from :func:`repro.lab.job.launcher`
+    start: starts the ranks; from :func:`repro.lab.start.job.launcher`
     known_reference: reference.json of an earlier run with the same ``reference_key``
 
     Raises KeyboardInterrupt when the user interrupts before the ranks start. A later interrupt is noted in the verdict.
@@ -194,7 +195,7 @@ def _attend(
 
     try:
         if not run_dir.reference.exists():
-            command = [sys.executable, "-m", "repro.lab.reference", str(run_dir.root)]
+            command = [sys.executable, "-m", "repro.lab.outcome.reference", str(run_dir.root)]
             reference = start_process(command, run_dir, run_dir.reference_log)
             children.append(reference)
         watch = Watch(

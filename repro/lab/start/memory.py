@@ -1,7 +1,7 @@
 """Check before any rank starts whether the ranks of a run fit into this machine's memory.
 
-``python -m repro.lab.memory`` reads a list of settings from standard input and prints the first shortage. It runs as a
-separate process because it needs torch, which the launcher never loads.
+``python -m repro.lab.start.memory`` reads a list of settings from standard input and prints the first shortage. It runs
+as a separate process because it needs torch, which the launcher never loads.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ def refuse_too_large(runs: Iterable[RunSettings]) -> None:
     Raises RuntimeError when the check itself fails.
     """
     documents = json.dumps([settings.to_mapping() for settings in runs])
-    command = [sys.executable, "-m", "repro.lab.memory"]
+    command = [sys.executable, "-m", "repro.lab.start.memory"]
     answer = subprocess.run(command, input=documents, capture_output=True, text=True)
     if answer.returncode:
         last = answer.stderr.strip().splitlines()[-1:] or [f"exit code {answer.returncode}"]

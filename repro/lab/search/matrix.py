@@ -17,8 +17,9 @@ from pathlib import Path
 from typing import Any
 
 from repro.hosts.interrupt import Interrupt
-from repro.lab import job, kernel_cache, launch, scenarios
+from repro.lab import scenarios
 from repro.lab.settings import RunSettings
+from repro.lab.start import job, kernel_cache, launch
 from repro.report.terminal import Display
 from repro.store.run_dir import RunDir
 from repro.trace.format import Kind

@@ -1,8 +1,9 @@
 """Fork the ranks of a run from one process that has imported torch: eight ranks start in half a second.
 
-The launcher starts ``python -m repro.lab.fork_server`` in place of torchrun, once for all runs of a command. The server
-reads one JSON line for each run, forks a job, and prints the job's pid. The job forks the ranks. Each rank is the same
-worker that torchrun would start, and writes the same files. Every fork happens before the process has a second thread.
+The launcher starts ``python -m repro.lab.start.fork_server`` in place of torchrun, once for all runs of a command. The
+server reads one JSON line for each run, forks a job, and prints the job's pid. The job forks the ranks. Each rank is
+the same worker that torchrun would start, and writes the same files. Every fork happens before the process has a second
+thread.
 The ranks end with their job, the job ends with this process, and this process ends with the launcher.
 """
 
@@ -21,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from repro.hosts.parent import die_with_parent
-from repro.lab import worker
+from repro.lab.rank import worker
 from repro.lab.settings import read_settings
 from repro.store.run_dir import RunDir
 

@@ -26,11 +26,12 @@ from hybrid_moe_ref.config import ConfigError
 from hybrid_moe_ref.engine.refusal import preflight
 from hybrid_moe_ref.engine.server_config import CHECKS
 from repro.hosts.signals import dump_on_signals
-from repro.lab import rank_software, scenarios
-from repro.lab.environment import RankEnvironment, refuse_bad_variables
-from repro.lab.kernel_cache import CannotFill
-from repro.lab.launch import CANNOT_TELL, CannotRunHere, prepare_run_dir
+from repro.lab import scenarios
+from repro.lab.rank import software
+from repro.lab.rank.environment import RankEnvironment, refuse_bad_variables
 from repro.lab.settings import RunSettings, read_settings
+from repro.lab.start.kernel_cache import CannotFill
+from repro.lab.start.launch import CANNOT_TELL, CannotRunHere, prepare_run_dir
 from repro.store.description import VARIANTS
 from repro.store.run_dir import OutputError, RunDir, write_atomically, write_json
 from repro.store.text import escape_lines
@@ -61,7 +62,7 @@ def run_rank(run_dir: RunDir, settings: RunSettings, rank: int, join: Callable[[
         store = join()
         gc.freeze()
         gc.enable()
-        write_atomically(run_dir.environment(rank), rank_software.describe())
+        write_atomically(run_dir.environment(rank), software.describe())
         outputs = serve(settings, rank, store, recorder, run_dir.cache)
         write_json(run_dir.output(rank), outputs)
         print(f"[rank {rank}] requests done: {len(outputs)}", flush=True)
@@ -121,7 +122,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         environment = RankEnvironment.read()
     except ConfigError as error:  # the rank may be unknown, so every process prints the error
-        print(f"repro.lab.worker: {error}", file=sys.stderr)
+        print(f"repro.worker: {error}", file=sys.stderr)
         return 2
     rank = environment.rank
     if environment.run_dir:
@@ -134,7 +135,7 @@ def main(argv: list[str] | None = None) -> int:
         run_dir = _meet(settings, out, environment)
     except (ConfigError, OutputError, CannotRunHere, CannotFill) as error:
         if rank == 0:
-            print(f"repro.lab.worker: {escape_lines(str(error))}", file=sys.stderr)
+            print(f"repro.worker: {escape_lines(str(error))}", file=sys.stderr)
         return CANNOT_TELL if isinstance(error, CannotRunHere | CannotFill) else 2
     run_rank(run_dir, settings, rank, lambda: None)
     return 0

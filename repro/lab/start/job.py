@@ -73,7 +73,7 @@ class ForkServer:
     def start(self, run_dir: RunDir, settings: RunSettings, interrupt: Callable[[], bool] = lambda: False) -> Job:
         """Start the ranks of a run. If that fails or is interrupted, the returned job has already ended."""
         if self._process is None or self._process.poll() is not None:
-            self._process = start_process([sys.executable, "-m", "repro.lab.fork_server"], run_dir, talks=True)
+            self._process = start_process([sys.executable, "-m", "repro.lab.start.fork_server"], run_dir, talks=True)
         assert self._process.stdin is not None and self._process.stdout is not None
         request = {"run_dir": str(run_dir.root), "environment": _environment(run_dir)}
         with contextlib.suppress(BrokenPipeError):  # the server died: its log says why, and the run gets a verdict

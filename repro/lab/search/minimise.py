@@ -24,9 +24,10 @@ from hybrid_moe_ref.config import ConfigError
 from repro.bundle import replay
 from repro.hosts import processes
 from repro.hosts.interrupt import Interrupt
-from repro.lab import job, launch, scenarios
+from repro.lab import scenarios
 from repro.lab.scenarios import Expected, Scenario
 from repro.lab.settings import RunSettings
+from repro.lab.start import job, launch
 from repro.report.gather import gather
 from repro.report.terminal import Display
 from repro.store.run_dir import refuse_unwritable, write_atomically, write_json

@@ -1,7 +1,7 @@
 """Compute the single-process reference that a run's tokens are compared with: the same requests on the whole model.
 
-``python -m repro.lab.reference RUN_DIR`` reads config.json and writes reference.json. It runs beside the ranks and
-ends with the process that started it.
+``python -m repro.lab.outcome.reference RUN_DIR`` reads config.json and writes reference.json. It runs beside the ranks
+and ends with the process that started it.
 """
 
 from __future__ import annotations

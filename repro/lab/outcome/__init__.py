@@ -1,0 +1,1 @@
+"""What a run should produce, and whether it did: the expected verdict and the reference's tokens."""
