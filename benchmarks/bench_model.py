@@ -27,9 +27,9 @@ from hybrid_moe_kernels import native, registry
 from machine import commit, copy_bandwidth, cpu, mark, versions, write
 
 from hybrid_moe_ref import Batch, HybridCache, HybridMoE, ModelConfig, preset
+from hybrid_moe_ref.cache.pages import page_layout
 from hybrid_moe_ref.comparison import float64_throughout, judge_rounding
-from hybrid_moe_ref.generation import pages_needed, prefill
-from hybrid_moe_ref.pages import page_layout
+from hybrid_moe_ref.generation.greedy import pages_needed, prefill
 
 PROMPT, STEPS = 512, 24
 EXPERTS = ("grouped_mm", "eager", "batched_mm")

@@ -10,15 +10,15 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from hybrid_moe_ref.batch import Batch
-    from hybrid_moe_ref.cache import CacheExhausted, HybridCache
+    from hybrid_moe_ref.cache.hybrid_cache import CacheExhausted, HybridCache
     from hybrid_moe_ref.config import ConfigError, ModelConfig, preset
     from hybrid_moe_ref.model import HybridMoE
 
 _HOME = {
     "Batch": "batch",
-    "CacheExhausted": "cache",
+    "CacheExhausted": "cache.hybrid_cache",
     "ConfigError": "config",
-    "HybridCache": "cache",
+    "HybridCache": "cache.hybrid_cache",
     "HybridMoE": "model",
     "ModelConfig": "config",
     "preset": "config",

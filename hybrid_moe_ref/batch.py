@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
-    from hybrid_moe_ref.cache import Sequence
+    from hybrid_moe_ref.cache.hybrid_cache import Sequence
 
 
 @dataclass(frozen=True, eq=False)

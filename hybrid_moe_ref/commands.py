@@ -8,8 +8,8 @@ import json
 import time
 from typing import Any
 
+from hybrid_moe_ref.cache.pages import page_layout
 from hybrid_moe_ref.config import preset
-from hybrid_moe_ref.pages import page_layout
 from hybrid_moe_ref.sources import Source, load
 
 _ITEMSIZES = {"float8": 1, "bfloat16": 2, "float16": 2, "float32": 4}
@@ -126,8 +126,8 @@ def bench(args: argparse.Namespace) -> int:
     import torch
 
     from hybrid_moe_ref.batch import Batch
-    from hybrid_moe_ref.cache import HybridCache
-    from hybrid_moe_ref.generation import pages_needed, prefill
+    from hybrid_moe_ref.cache.hybrid_cache import HybridCache
+    from hybrid_moe_ref.generation.greedy import pages_needed, prefill
     from hybrid_moe_ref.memory import peak_rss
 
     if args.threads:

@@ -103,8 +103,8 @@ class TextPrinter:
 def _generate_here(args: argparse.Namespace, source: Source, ids: list[int], printer: Printer) -> None:
     import torch
 
-    from hybrid_moe_ref.generation import stream
-    from hybrid_moe_ref.speculative import speculative_stream
+    from hybrid_moe_ref.generation.greedy import stream
+    from hybrid_moe_ref.generation.speculative import speculative_stream
 
     model = load(args, source, [len(ids) + args.max_new_tokens])
     prompt_T = torch.tensor(ids, dtype=torch.long)
@@ -125,7 +125,7 @@ def _generate_on_ranks(
     import torch
 
     from hybrid_moe_ref import checkpoint
-    from hybrid_moe_ref.cache import cache_layout
+    from hybrid_moe_ref.cache.hybrid_cache import cache_layout
     from hybrid_moe_ref.engine.local import generate
     from hybrid_moe_ref.engine.refusal import preflight
     from hybrid_moe_ref.engine.scheduler import Request

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from hybrid_moe_ref.cache import CacheExhausted, cache_layout
+from hybrid_moe_ref.cache.hybrid_cache import CacheExhausted, cache_layout
 from hybrid_moe_ref.config import ConfigError
 from hybrid_moe_ref.model import HybridMoE
 

@@ -66,7 +66,7 @@ def load(args: argparse.Namespace, source: Source, lengths: Sequence[int] = ()) 
     """
     import torch
 
-    from hybrid_moe_ref.generation import pages_needed
+    from hybrid_moe_ref.generation.greedy import pages_needed
     from hybrid_moe_ref.memory import check_memory
     from hybrid_moe_ref.model import HybridMoE, check_device
 

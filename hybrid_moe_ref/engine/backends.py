@@ -9,8 +9,7 @@ from typing import Any, Self
 import torch
 from hybrid_moe_kernels import gated_delta_rule, moe, registry
 from hybrid_moe_kernels.extension import Extension
-from hybrid_moe_kernels.gated_delta_rule import jit as gdn_jit
-from hybrid_moe_kernels.moe import jit as moe_jit
+from hybrid_moe_kernels.lab import gdn_prefill, moe_experts
 from hybrid_moe_kernels.registry import Op
 
 from hybrid_moe_ref.config import ConfigError, EngineConfig
@@ -26,16 +25,22 @@ def apply_backends(model: HybridMoE, engine: EngineConfig, device: torch.device)
     """
     extensions: list[Extension] = []
     if engine.gdn_prefill_backend != "auto" and "G" in model.config.layer_pattern:
-        rule = _function(gated_delta_rule.prefill, engine.gdn_prefill_backend, device, model, "gdn_prefill_backend")
         if engine.gdn_prefill_backend == "jit":
-            extensions.append(gdn_jit.extension(device))
+            rule = gdn_prefill.prefill
+            extensions.append(gdn_prefill.extension(device))
+        else:
+            rule = _function(gated_delta_rule.prefill, engine.gdn_prefill_backend, device, model, "gdn_prefill_backend")
         for layer in model.modules():
             if isinstance(layer, GatedDeltaNet):
                 layer.prefill_rule = rule
     if engine.moe_backend != "auto" and model.config.num_experts:
         if engine.moe_backend == "jit":
-            extensions.append(moe_jit.EXPERTS)
-        mlp = _function(moe.experts, engine.moe_backend, device, model, "moe_backend")
+            if device.type != "cpu":
+                raise ConfigError(f"'jit' runs on cpu, not on {device.type}; use 'auto'", "moe_backend")
+            mlp = moe_experts.experts
+            extensions.append(moe_experts.EXPERTS)
+        else:
+            mlp = _function(moe.experts, engine.moe_backend, device, model, "moe_backend")
         for layer in model.modules():
             if isinstance(layer, Experts):
                 layer.mlp = mlp

@@ -22,14 +22,14 @@ import torch
 from torch import Tensor
 
 from hybrid_moe_ref.batch import Batch
-from hybrid_moe_ref.cache import HybridCache, Sequence, Snapshot
+from hybrid_moe_ref.cache.hybrid_cache import HybridCache, Sequence, Snapshot
+from hybrid_moe_ref.cache.pages import TOKEN_MULTIPLE, PageLayout
 from hybrid_moe_ref.config import EngineConfig
 from hybrid_moe_ref.engine.policies import DraftPolicy
 from hybrid_moe_ref.engine.runner import ModelRunner
 from hybrid_moe_ref.engine.scheduler import Running
+from hybrid_moe_ref.generation.speculative import draft_cache
 from hybrid_moe_ref.model import HybridMoE
-from hybrid_moe_ref.pages import TOKEN_MULTIPLE, PageLayout
-from hybrid_moe_ref.speculative import draft_cache
 
 
 @dataclass(frozen=True, eq=False)

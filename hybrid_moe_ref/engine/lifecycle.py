@@ -30,7 +30,8 @@ from hybrid_moe_kernels.extension import default_cache, on_first_use
 
 from hybrid_moe_ref import checkpoint
 from hybrid_moe_ref.batch import Batch
-from hybrid_moe_ref.cache import HybridCache, Sequence, cache_layout
+from hybrid_moe_ref.cache.hybrid_cache import HybridCache, Sequence, cache_layout
+from hybrid_moe_ref.cache.pages import PageLayout
 from hybrid_moe_ref.config import ConfigError
 from hybrid_moe_ref.engine.autotune import ExpertTuner
 from hybrid_moe_ref.engine.backends import PreparedKernels, apply_backends
@@ -47,7 +48,6 @@ from hybrid_moe_ref.engine.sampling import likeliest_tokens
 from hybrid_moe_ref.engine.scheduler import Request, Running, Scheduler
 from hybrid_moe_ref.engine.server_config import ServerConfig, configuration_differences
 from hybrid_moe_ref.model import HybridMoE
-from hybrid_moe_ref.pages import PageLayout
 from hybrid_moe_ref.parallel.comm import Communicator
 from hybrid_moe_ref.parallel.guard import ScheduleMismatch
 from hybrid_moe_ref.parallel.layout import apply_layout

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from hybrid_moe_ref.batch import Batch
-from hybrid_moe_ref.cache import HybridCache
+from hybrid_moe_ref.cache.hybrid_cache import HybridCache
 from hybrid_moe_ref.engine.feed import Feed, feed_differences, from_text, to_text
 from hybrid_moe_ref.engine.graphs import Graphs, halves, pad, part_of
 from hybrid_moe_ref.engine.plan import (

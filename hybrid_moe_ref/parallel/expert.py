@@ -15,7 +15,7 @@ from __future__ import annotations
 from hybrid_moe_ref.config import ConfigError
 from hybrid_moe_ref.layers.moe import MoE
 from hybrid_moe_ref.model import HybridMoE
-from hybrid_moe_ref.mtp import DRAFT_STACK
+from hybrid_moe_ref.model.mtp import DRAFT_STACK
 from hybrid_moe_ref.parallel.comm import Communicator
 from hybrid_moe_ref.parallel.dispatch import (
     AllGatherReduceScatter,

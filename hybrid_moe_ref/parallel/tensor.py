@@ -32,7 +32,7 @@ from torch import Tensor, nn
 from hybrid_moe_ref.config import LAYER_KINDS, ConfigError, ModelConfig
 from hybrid_moe_ref.layers.moe import MLP, Experts, MoE
 from hybrid_moe_ref.model import HybridMoE
-from hybrid_moe_ref.mtp import DRAFT_STACK
+from hybrid_moe_ref.model.mtp import DRAFT_STACK
 from hybrid_moe_ref.parallel.comm import Communicator
 from hybrid_moe_ref.parallel.dispatch import AllGatherReduceScatter, ForwardContext, SumOverRanks, chunk_sizes
 from hybrid_moe_ref.parallel.observer import ScheduleEntry

@@ -21,7 +21,7 @@ from building import place, small
 from folders import mounted, read_only
 from hybrid_moe_kernels import extension as extensions
 from hybrid_moe_kernels.extension import Extension
-from hybrid_moe_kernels.gated_delta_rule import jit as gdn_jit
+from hybrid_moe_kernels.lab import gdn_prefill
 from ranks import run_ranks
 
 from hybrid_moe_ref.engine import builds
@@ -201,8 +201,8 @@ def wait_for(path):
     [
         (None, "not found"),
         (
-            'case "$*" in *jit.cpp*) echo "jit.cpp:1: fatal error: no such header" >&2; exit 1;; esac; exec c++ "$@"',
-            "jit.cpp:1: fatal error: no such header",
+            'case "$*" in *prefill.cpp*) echo "p.cpp:1: fatal error: no such header" >&2; exit 1;; esac; exec c++ "$@"',
+            "p.cpp:1: fatal error: no such header",
         ),
         ("kill -9 $$", ""),
     ],
@@ -233,7 +233,7 @@ def test_a_rank_that_raises_while_another_builds_ends_the_build(tmp_path):
                 raise MemoryError("no room for the state")
 
             ModelRunner.warm_up = fail
-            gdn_jit.PREFILL._loaded.append(None)  # it has nothing to build, so it comes to its warm-up
+            gdn_prefill.PREFILL._loaded.append(None)  # it has nothing to build, so it comes to its warm-up
 
     told = start_and_catch(tmp_path, tmp_path / "cache", sabotage)
     assert told == "rank 2 could not prepare: MemoryError: no room for the state"
@@ -256,9 +256,13 @@ def test_a_build_that_does_not_end_when_it_is_told_to_is_left_behind(tmp_path, m
 
 @pytest.mark.full
 def test_a_builder_that_is_killed_takes_its_compilers_with_it(tmp_path):
-    sleeps = f'case "$*" in *jit.cpp*) echo $$ > {tmp_path}/pid; mv {tmp_path}/pid {tmp_path}/compiler; exec sleep 300'
+    sleeps = (
+        f'case "$*" in *prefill.cpp*) echo $$ > {tmp_path}/pid; mv {tmp_path}/pid {tmp_path}/compiler; exec sleep 300'
+    )
     compiler = fake_compiler(tmp_path, f'{sleeps};; esac; exec c++ "$@"')
-    code = f"from pathlib import Path; from {gdn_jit.__name__} import PREFILL; PREFILL.load(Path({str(tmp_path)!r}))"
+    code = (
+        f"from pathlib import Path; from {gdn_prefill.__name__} import PREFILL; PREFILL.load(Path({str(tmp_path)!r}))"
+    )
     builder = subprocess.Popen([sys.executable, "-c", code], env={**os.environ, "CXX": compiler})
     try:
         wait_for(tmp_path / "compiler")

@@ -10,7 +10,7 @@ import torch
 from ranks import run_ranks
 
 from hybrid_moe_ref.batch import Batch
-from hybrid_moe_ref.cache import HybridCache
+from hybrid_moe_ref.cache.hybrid_cache import HybridCache
 from hybrid_moe_ref.config import ConfigError, EngineConfig, ParallelConfig, preset
 from hybrid_moe_ref.engine.graphs import Half, Tape, halves, pad, padded_size, part_of
 from hybrid_moe_ref.engine.lifecycle import Engine

@@ -11,10 +11,11 @@ import torch
 from ranks import run_ranks
 
 from hybrid_moe_ref.batch import Batch
-from hybrid_moe_ref.cache import HybridCache
+from hybrid_moe_ref.cache.hybrid_cache import HybridCache
+from hybrid_moe_ref.cache.pages import page_layout
 from hybrid_moe_ref.config import PRESETS, ConfigError, ModelConfig, ParallelConfig
+from hybrid_moe_ref.generation.speculative import speculative_stream
 from hybrid_moe_ref.model import HybridMoE
-from hybrid_moe_ref.pages import page_layout
 from hybrid_moe_ref.parallel.comm import Communicator
 from hybrid_moe_ref.parallel.dispatch import AllGatherReduceScatter, chunk_sizes, expert_schedule
 from hybrid_moe_ref.parallel.layout import apply_layout
@@ -22,7 +23,6 @@ from hybrid_moe_ref.parallel.observer import NullObserver
 from hybrid_moe_ref.parallel.shares import ExpertSharing, Place, expert_sharing, local_config, mixer_cuts
 from hybrid_moe_ref.parallel.tensor import apply_tensor_parallel, tensor_schedule
 from hybrid_moe_ref.slices import Slice
-from hybrid_moe_ref.speculative import speculative_stream
 
 CONFIG = ModelConfig(
     layer_pattern="GMA",

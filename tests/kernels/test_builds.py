@@ -12,9 +12,8 @@ import torch
 from building import place, small
 from forked import run_forked
 from hybrid_moe_kernels.extension import BATON, Extension
-from hybrid_moe_kernels.gated_delta_rule import jit as gdn_jit
 from hybrid_moe_kernels.gated_delta_rule import reference as gdn_reference
-from hybrid_moe_kernels.moe import jit as moe_jit
+from hybrid_moe_kernels.lab import gdn_prefill, moe_experts
 from hybrid_moe_kernels.moe import reference as moe_reference
 
 from hybrid_moe_ref.config import ConfigError
@@ -31,10 +30,10 @@ pytestmark = pytest.mark.timeout(300)  # one run compiles, on machines that may 
 
 @pytest.fixture
 def loaded(cold_run):
-    for extension in (gdn_jit.PREFILL, moe_jit.EXPERTS):
+    for extension in (gdn_prefill.PREFILL, moe_experts.EXPERTS):
         ensure(extension, place(os.environ["HMR_KERNEL_CACHE"]))
     yield
-    for extension in (gdn_jit.PREFILL, moe_jit.EXPERTS):
+    for extension in (gdn_prefill.PREFILL, moe_experts.EXPERTS):
         extension._loaded.clear()  # ranks that are forked later must meet them as a new process does
 
 
@@ -55,7 +54,7 @@ def test_the_compiled_prefill_computes_the_gated_delta_rule(loaded, dtype, limit
     args = (draw(61, M, K), draw(61, M, K), draw(61, H, V), -draw(61, H).abs(), draw(61, H).sigmoid())
     ours, theirs = (draw(5, H, K, V) for _ in range(2))
     theirs.copy_(ours)
-    got = gdn_jit.prefill(*args, ours, slots, starts)
+    got = gdn_prefill.prefill(*args, ours, slots, starts)
     want = gdn_reference.prefill(*args, theirs, slots, starts)
     for one, two in ((got, want), (ours, theirs)):
         assert (one - two).norm() <= limit * two.norm(), f"seed {seed}"
@@ -64,7 +63,7 @@ def test_the_compiled_prefill_computes_the_gated_delta_rule(loaded, dtype, limit
 def test_head_sizes_that_no_function_is_made_for_are_named(loaded):
     x = torch.zeros(3, 1, 24)
     with pytest.raises(ValueError, match=r"gdn_prefill: has no function for heads of K = 24, V = 24"):
-        gdn_jit.prefill(
+        gdn_prefill.prefill(
             x, x, x, x[..., 0], x[..., 0], torch.zeros(1, 1, 24, 24), torch.tensor([0]), torch.tensor([0, 3])
         )
 
@@ -77,12 +76,12 @@ def test_the_compiled_experts_compute_the_mixture_for_any_block_of_rows(loaded, 
     gate_up, down = torch.randn(8, 32, 32, generator=r, dtype=dtype), torch.randn(8, 32, 16, generator=r, dtype=dtype)
     want = moe_reference.experts(x, weights, ids, gate_up, down)
     try:
-        for rows in moe_jit.BLOCK_ROWS:
-            moe_jit.use_block_rows(rows)
-            got = moe_jit.experts(x, weights, ids, gate_up, down)
+        for rows in moe_experts.BLOCK_ROWS:
+            moe_experts.use_block_rows(rows)
+            got = moe_experts.experts(x, weights, ids, gate_up, down)
             assert (got - want).norm() <= limit * want.norm(), rows
     finally:
-        moe_jit.use_block_rows(4)
+        moe_experts.use_block_rows(4)
 
 
 def test_a_change_of_a_source_a_header_a_flag_or_the_place_is_another_module(tmp_path):

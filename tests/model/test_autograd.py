@@ -7,9 +7,9 @@ import torch
 from torch import Tensor, nn
 
 from hybrid_moe_ref import Batch, HybridCache, HybridMoE, ModelConfig
-from hybrid_moe_ref.block import MIXERS
 from hybrid_moe_ref.layers.moe import MLP, MoE
-from hybrid_moe_ref.weights import init_weights
+from hybrid_moe_ref.model.block import MIXERS
+from hybrid_moe_ref.model.weights import init_weights
 
 CONFIG = ModelConfig(
     layer_pattern="GAM",

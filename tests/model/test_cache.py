@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from hybrid_moe_ref import Batch, CacheExhausted, HybridCache, HybridMoE, preset
+from hybrid_moe_ref.cache.pages import page_layout
 from hybrid_moe_ref.config import ModelConfig
-from hybrid_moe_ref.pages import page_layout
 
 TINY = preset("tiny")
 SMALL = ModelConfig.from_mapping(TINY.to_mapping() | {"num_experts": 8, "num_experts_per_tok": 2, "vocab_size": 64})

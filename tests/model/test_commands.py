@@ -11,11 +11,11 @@ from hybrid_moe_kernels import registry
 
 from hybrid_moe_ref import HybridCache, HybridMoE, commands, memory, preset
 from hybrid_moe_ref.__main__ import main
+from hybrid_moe_ref.cache.pages import page_layout
 from hybrid_moe_ref.comparison import judge_exact, judge_rounding
 from hybrid_moe_ref.config import ConfigError, ParallelConfig
 from hybrid_moe_ref.continuation import MAX_RANKS, TextPrinter
 from hybrid_moe_ref.engine import local
-from hybrid_moe_ref.pages import page_layout
 from repro.lab.settings import RunSettings
 from repro.lab.start.memory import shortage_of
 

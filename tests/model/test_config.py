@@ -6,8 +6,8 @@ import sys
 
 import pytest
 
+from hybrid_moe_ref.cache.pages import page_layout
 from hybrid_moe_ref.config import PRESETS, ConfigError, EngineConfig, ModelConfig, ParallelConfig, preset
-from hybrid_moe_ref.pages import page_layout
 
 SMALL = {"layer_pattern": "GA", "vocab_size": 16, "hidden_size": 8}
 
@@ -112,7 +112,7 @@ def test_heads_that_do_not_divide_over_tp_are_refused() -> None:
 
 
 def test_configuration_does_not_import_torch() -> None:
-    code = "import sys, hybrid_moe_ref.config, hybrid_moe_ref.pages; sys.exit('torch' in sys.modules)"
+    code = "import sys, hybrid_moe_ref.config, hybrid_moe_ref.cache.pages; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 

@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 
 from hybrid_moe_ref import Batch, CacheExhausted, HybridCache, HybridMoE, preset
-from hybrid_moe_ref.generation import pages_needed, prefill, stream
-from hybrid_moe_ref.speculative import Statistics, speculative_stream
+from hybrid_moe_ref.generation.greedy import pages_needed, prefill, stream
+from hybrid_moe_ref.generation.speculative import Statistics, speculative_stream
 
 CONFIG = replace(preset("tiny"), num_experts=16, num_experts_per_tok=3, vocab_size=64, num_mtp_layers=1)
 
@@ -156,7 +156,7 @@ def test_in_float32_speculation_parts_from_greedy_only_where_two_tokens_tie(mode
 
 def test_mtp_drafts_do_not_depend_on_how_its_input_is_cut(model: HybridMoE) -> None:
     """Its cache gives what one pass over everything gives."""
-    from hybrid_moe_ref.speculative import MTPDrafter
+    from hybrid_moe_ref.generation.speculative import MTPDrafter
 
     text = tokens(50)
     hidden = model.step(text[:-1], Batch.dummy(49))

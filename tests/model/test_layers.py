@@ -11,7 +11,7 @@ from hybrid_moe_ref.config import ModelConfig
 from hybrid_moe_ref.layers.attention import GatedAttention
 from hybrid_moe_ref.layers.gated_delta_net import GatedDeltaNet
 from hybrid_moe_ref.layers.moe import Experts, MoE
-from hybrid_moe_ref.weights import init_weights
+from hybrid_moe_ref.model.weights import init_weights
 
 CONFIG = ModelConfig(
     layer_pattern="GAM",

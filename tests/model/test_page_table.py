@@ -7,7 +7,7 @@ import random
 import pytest
 import torch
 
-from hybrid_moe_ref.page_table import FIRST_SIZE, PageTable
+from hybrid_moe_ref.cache.page_table import FIRST_SIZE, PageTable
 
 
 @pytest.mark.parametrize("seed", range(20))

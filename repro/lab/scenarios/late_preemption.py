@@ -36,7 +36,7 @@ class PreemptInTheStep(Preemption):
         """Do nothing, in the hope that the pages suffice."""
 
     def run(self, step: Callable[[], NewTokens], make_room: Callable[[], None]) -> NewTokens:
-        from hybrid_moe_ref.cache import CacheExhausted
+        from hybrid_moe_ref.cache.hybrid_cache import CacheExhausted
 
         try:
             return step()

@@ -30,10 +30,10 @@ LOCK = "experts.lock"
 
 def tune(extension: Extension, place: BuildPlace) -> None:
     """The trigger: all ranks must run the experts in the same way, so an all-reduce finds the fastest on average."""
-    from hybrid_moe_kernels.moe import jit
+    from hybrid_moe_kernels.lab import moe_experts
 
-    times = place.sum_up(jit.time_blocks(), extension.name)
-    jit.use_block_rows(jit.BLOCK_ROWS[times.index(min(times))])
+    times = place.sum_up(moe_experts.time_blocks(), extension.name)
+    moe_experts.use_block_rows(moe_experts.BLOCK_ROWS[times.index(min(times))])
 
 
 class TuneUnderLock(KernelBuilds):

@@ -48,7 +48,7 @@ def kill_a_builder(settings: RunSettings, cache: Path) -> None:
 
 def main() -> None:
     """The builder: take the loader's lock, print a line, and wait to be killed."""
-    from hybrid_moe_kernels.gated_delta_rule.jit import PREFILL
+    from hybrid_moe_kernels.lab.gdn_prefill import PREFILL
 
     def on_event(event: str, name: str, holder: int) -> None:
         if event == "build_begin":

@@ -81,8 +81,8 @@ def main() -> None:
     """Build the kernels that are missing in the user's cache, and copy all of them into the run's."""
     die_with_parent()
     from hybrid_moe_kernels.extension import default_cache
-    from hybrid_moe_kernels.gated_delta_rule.jit import PREFILL, PREFILL_CUDA
-    from hybrid_moe_kernels.moe.jit import EXPERTS
+    from hybrid_moe_kernels.lab.gdn_prefill import PREFILL, PREFILL_CUDA
+    from hybrid_moe_kernels.lab.moe_experts import EXPERTS
 
     from hybrid_moe_ref.engine.builds import BuildPlace, ensure
     from hybrid_moe_ref.parallel.observer import NullObserver

@@ -1,5 +1,5 @@
 // The gated delta rule of one head, token by token, with the head's sizes known to the compiler: one function for
-// each pair of them, as GPU libraries generate their kernels. The formulas are in reference.py.
+// each pair of them, as GPU libraries generate their kernels. The formulas are in gated_delta_rule/reference.py.
 //
 // Row-major: q, k [T, M, K], v, o [T, H, V], g, beta [T, H], state [K, V]; the pointers are those of the head's first
 // element in each. M key heads, each shared by H / M value heads.

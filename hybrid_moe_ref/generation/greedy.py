@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from hybrid_moe_ref.batch import Batch
-from hybrid_moe_ref.cache import CacheExhausted, HybridCache, Sequence, cache_layout
+from hybrid_moe_ref.cache.hybrid_cache import CacheExhausted, HybridCache, Sequence, cache_layout
 from hybrid_moe_ref.config import InputError
 
 if TYPE_CHECKING:

@@ -1,5 +1,5 @@
 // Gated MLP experts over the rows that chose them, a block of rows at a time, so that a weight is read once for all
-// rows of a block: one function for each block size. The formulas are in reference.py.
+// rows of a block: one function for each block size. The formulas are in moe/reference.py.
 #pragma once
 #include <algorithm>
 #include <cmath>

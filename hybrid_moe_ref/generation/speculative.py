@@ -18,11 +18,11 @@ import torch
 from torch import Tensor
 
 from hybrid_moe_ref.batch import Batch
-from hybrid_moe_ref.cache import HybridCache
+from hybrid_moe_ref.cache.hybrid_cache import HybridCache
+from hybrid_moe_ref.cache.pages import page_layout
 from hybrid_moe_ref.config import InputError
-from hybrid_moe_ref.generation import pages_needed
-from hybrid_moe_ref.mtp import draft_config
-from hybrid_moe_ref.pages import page_layout
+from hybrid_moe_ref.generation.greedy import pages_needed
+from hybrid_moe_ref.model.mtp import draft_config
 
 if TYPE_CHECKING:
     from hybrid_moe_ref.model import HybridMoE

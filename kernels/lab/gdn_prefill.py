@@ -3,7 +3,7 @@
 Serving libraries compile one function for each pair of head sizes, when it is first needed. This module exists to show
 the effect on the start of a server, not for speed, so the registry never selects it by itself.
 
-Shapes: as in the package.
+Shapes: as in `hybrid_moe_kernels.gated_delta_rule`.
 """
 
 import ctypes
@@ -14,10 +14,10 @@ from hybrid_moe_kernels.extension import Extension
 from torch import Tensor
 
 HERE = Path(__file__).parent
-PREFILL = Extension("gdn_prefill", (HERE / "jit.cpp",), (HERE / "jit.h",), ("-O3", "-funroll-loops"))
-PREFILL_CUDA = Extension("gdn_prefill_cuda", (HERE / "jit.cu",))
+PREFILL = Extension("gdn_prefill", (HERE / "gdn_prefill.cpp",), (HERE / "gdn_prefill.h",), ("-O3", "-funroll-loops"))
+PREFILL_CUDA = Extension("gdn_prefill_cuda", (HERE / "gdn_prefill.cu",))
 
-LAUNCH_FAILED = 2  # return code of jit.cu; 1 means that there is no function for these sizes
+LAUNCH_FAILED = 2  # return code of gdn_prefill.cu; 1 means that there is no function for these sizes
 _SUFFIXES = {torch.float32: "f32", torch.float64: "f64"}
 
 
@@ -36,7 +36,9 @@ def prefill(
     slots_B: Tensor,
     cu_seqlens_X: Tensor,
 ) -> Tensor:
-    """As the reference's: o [T, H, V]; sequence b starts from state[slots[b]] and leaves its last state there.
+    """As `gated_delta_rule.reference.prefill`: return o [T, H, V].
+
+    Sequence b starts from state[slots[b]] and leaves its last state there.
 
     Raises ValueError for head sizes that no function is made for.
     """

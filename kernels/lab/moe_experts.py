@@ -14,20 +14,18 @@ from hybrid_moe_kernels.extension import Extension
 from torch import Tensor
 
 HERE = Path(__file__).parent
-EXPERTS = Extension("moe_experts", (HERE / "jit.cpp",), (HERE / "jit.h",), ("-O3", "-funroll-loops"))
+EXPERTS = Extension("moe_experts", (HERE / "moe_experts.cpp",), (HERE / "moe_experts.h",), ("-O3", "-funroll-loops"))
 
 BLOCK_ROWS = (1, 4, 16)
 """The numbers of rows of an expert to compute at once, from which a server can choose by timing."""
 
 _block_rows = [4]
 
-DEVICES = ("cpu",)
 _SUFFIXES = {torch.float32: "f32", torch.float64: "f64"}
-DTYPES = tuple(_SUFFIXES)
 
 
 def experts(x_NH: Tensor, weights_NK: Tensor, ids_NK: Tensor, gate_up_EJH: Tensor, down_EHI: Tensor) -> Tensor:
-    """As the reference's: ids outside 0 to E - 1 are experts held elsewhere and contribute nothing."""
+    """As `moe.reference.experts`: ids outside 0 to E - 1 are experts held elsewhere and contribute nothing."""
     dtype = gate_up_EJH.dtype
     x, weights = x_NH.to(dtype).contiguous(), weights_NK.to(dtype).contiguous()
     ids, gate_up, down = ids_NK.contiguous(), gate_up_EJH.contiguous(), down_EHI.contiguous()

@@ -1,5 +1,5 @@
 // One file on purpose: it takes the compiler some seconds, which is what it is here for.
-#include "jit.h"
+#include "gdn_prefill.h"
 
 #define ENTRY(NAME, T)                                                                                             \
   extern "C" int gdn_prefill_##NAME(int64_t B, int64_t M, int64_t H, int64_t K, int64_t V, int64_t slot_stride,     \

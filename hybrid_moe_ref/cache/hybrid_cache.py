@@ -12,9 +12,9 @@ from hybrid_moe_kernels.precision import wide
 from torch import Tensor
 
 from hybrid_moe_ref.batch import Batch, Group
+from hybrid_moe_ref.cache.page_table import PageTable
+from hybrid_moe_ref.cache.pages import PageLayout, page_layout
 from hybrid_moe_ref.config import ModelConfig
-from hybrid_moe_ref.page_table import PageTable
-from hybrid_moe_ref.pages import PageLayout, page_layout
 
 
 def cache_layout(config: ModelConfig, dtype: torch.dtype) -> PageLayout:

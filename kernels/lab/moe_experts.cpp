@@ -1,5 +1,5 @@
 // One file on purpose: it takes the compiler some seconds, which is what it is here for.
-#include "jit.h"
+#include "moe_experts.h"
 
 #define ENTRY(NAME, T)                                                                                             \
   extern "C" int moe_experts_##NAME(int64_t N, int64_t K, int64_t H, int64_t E, int64_t I, int64_t block_rows,      \

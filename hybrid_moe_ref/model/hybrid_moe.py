@@ -22,14 +22,16 @@ from hybrid_moe_kernels import registry
 from hybrid_moe_kernels.checks import values_known
 from torch import Tensor, nn
 
-from hybrid_moe_ref import checkpoint, generation, weights
+from hybrid_moe_ref import checkpoint
 from hybrid_moe_ref.batch import Batch
-from hybrid_moe_ref.block import Block
-from hybrid_moe_ref.cache import HybridCache
+from hybrid_moe_ref.cache.hybrid_cache import HybridCache
 from hybrid_moe_ref.config import DTYPES, InputError, ModelConfig
+from hybrid_moe_ref.generation import greedy
 from hybrid_moe_ref.layers.linear import project
 from hybrid_moe_ref.layers.norm import RMSNorm
-from hybrid_moe_ref.mtp import MTP, draft_config
+from hybrid_moe_ref.model.block import Block
+from hybrid_moe_ref.model.mtp import MTP, draft_config
+from hybrid_moe_ref.model.weights import init_weights
 from hybrid_moe_ref.slices import Slice
 
 
@@ -141,7 +143,7 @@ class HybridMoE(nn.Module):
         `device`."""
         if any(parameter.is_meta for parameter in self.parameters()):
             self.materialise(device)
-        weights.init_weights(self, seed)
+        init_weights(self, seed)
         return self
 
     def forward(self, tokens_BT: Tensor) -> Tensor:
@@ -192,8 +194,8 @@ class HybridMoE(nn.Module):
     def generate(self, prompts: Tensor | list[Tensor], max_new_tokens: int, **options: Any) -> Tensor:
         """The likeliest next token, up to `max_new_tokens` times: [B, at most max_new_tokens], without the prompts,
         which may have different lengths. After a token of `stop_ids` a row repeats that token until all rows have one.
-        `generation.stream` yields the tokens as they come, and has the options."""
-        return torch.stack(list(generation.stream(self, prompts, max_new_tokens, **options)), dim=1)
+        `generation.greedy.stream` yields the tokens as they come, and has the options."""
+        return torch.stack(list(greedy.stream(self, prompts, max_new_tokens, **options)), dim=1)
 
     def check_tokens(self, tokens: Tensor) -> None:
         """Raise InputError for an id that is outside the vocabulary. On a GPU this synchronises, so a step does not do
