@@ -20,14 +20,15 @@ from typing import Any
 
 from hybrid_moe_ref.files import open_regular, read_json
 from repro import report
-from repro.bundle import documents, environment, lines, replay
+from repro.bundle import replay
 from repro.bundle.archive import pack
 from repro.bundle.issue import UNPACKED, commands_script, issue
-from repro.bundle.recognise import Recogniser, distinct, form_of, this_machine
+from repro.bundle.redact import documents, environment, lines
+from repro.bundle.redact.recognise import Recogniser, distinct, form_of, this_machine
+from repro.bundle.redact.search import Search, literals_of
+from repro.bundle.redact.witnesses import redact_witness
+from repro.bundle.redact.words import is_token
 from repro.bundle.scratch import scratch_folder
-from repro.bundle.search import Search, literals_of
-from repro.bundle.witnesses import redact_witness
-from repro.bundle.words import is_token
 from repro.report.gather import Facts, gather, siblings
 from repro.report.page import HERE
 from repro.store.description import VARIANTS, read_description

@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from hybrid_moe_ref.config import ConfigError
-from repro.bundle import search
 from repro.bundle.archive import MANIFEST, verify
 from repro.bundle.assemble import make
-from repro.bundle.recognise import LEFT_OUT
+from repro.bundle.redact import search
+from repro.bundle.redact.recognise import LEFT_OUT
 from repro.lab.outcome.second_judgement import compare_again
 from repro.store.run_dir import refuse_unwritable
 from repro.store.text import escape_control_characters, escape_lines

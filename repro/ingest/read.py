@@ -15,8 +15,11 @@ from pathlib import Path
 from typing import BinaryIO
 
 from hybrid_moe_ref.files import open_regular
-from repro.ingest import flight_recorder, logs, ras, stacks
 from repro.ingest.join import join
+from repro.ingest.logs import log as logs
+from repro.ingest.ras import answers as ras
+from repro.ingest.recorder import flight_recorder
+from repro.ingest.stacks import dumps as stacks
 from repro.trace.observed import Observation
 
 MAX_STRUCTURED_BYTES = 64 << 20

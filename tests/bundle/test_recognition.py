@@ -17,10 +17,11 @@ from simulator import Simulation
 from test_simulated import WINDOW_S, rest, verdict_of
 
 from repro import bundle
-from repro.bundle import assemble, documents, environment, lines, recognise, words
-from repro.bundle.recognise import Recogniser
-from repro.bundle.search import Search
-from repro.bundle.witnesses import redact_witness
+from repro.bundle import assemble
+from repro.bundle.redact import documents, environment, lines, recognise, words
+from repro.bundle.redact.recognise import Recogniser
+from repro.bundle.redact.search import Search
+from repro.bundle.redact.witnesses import redact_witness
 from repro.commands.cli import main
 from repro.lab import scenarios
 from repro.lab.configurations import CONFIGURATIONS

@@ -16,8 +16,9 @@ import fuzz_ingest
 import pytest
 from foreign import call, dump, watchdog, write
 
-from repro.ingest import flight_recorder, logs
+from repro.ingest.logs import log as logs
 from repro.ingest.read import read
+from repro.ingest.recorder import flight_recorder
 from repro.trace.observed import Failure, Progress, RecorderDump, TimedOut
 
 

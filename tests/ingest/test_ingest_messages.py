@@ -7,7 +7,7 @@ import io
 import pytest
 from foreign import watchdog
 
-from repro.ingest import prefix
+from repro.ingest.logs import prefix
 from repro.ingest.read import _records
 from repro.trace.observed import Failure, Left, Mismatch, Note, Progress, TimedOut
 
@@ -325,7 +325,7 @@ def test_the_start_of_a_wait_is_its_end_less_its_time():
 
 
 def test_the_message_that_began_a_hang_and_the_last_one_are_kept_of_a_long_log(monkeypatch):
-    monkeypatch.setattr("repro.ingest.logs.KEPT_RECORDS", 3)
+    monkeypatch.setattr("repro.ingest.logs.log.KEPT_RECORDS", 3)
     lines = "\n".join(f"KeyError: '{number}'" for number in range(50))
     texts = [record.text for record in _records(io.BytesIO((lines + "\n").encode()), "job.log")]
     assert [text.split("'")[1] for text in texts] == ["0", "1", "2", "47", "48", "49"]

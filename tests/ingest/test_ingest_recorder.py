@@ -7,7 +7,7 @@ import pickle
 import pytest
 from foreign import call, dump, write
 
-from repro.ingest import flight_recorder, pickles
+from repro.ingest.recorder import flight_recorder, pickles
 
 
 @pytest.mark.parametrize(

@@ -8,8 +8,11 @@ from pathlib import Path
 
 import pytest
 
-from repro.ingest import activities, logs, processes, stacks
-from repro.ingest.activities import activity_of
+from repro.ingest.logs import log as logs
+from repro.ingest.names import processes
+from repro.ingest.stacks import activities
+from repro.ingest.stacks import dumps as stacks
+from repro.ingest.stacks.activities import activity_of
 from repro.trace.observed import Process, Stack
 
 

@@ -13,8 +13,9 @@ from scene import Scene
 
 from hybrid_moe_ref.files import DamagedFile
 from repro import bundle, report
-from repro.bundle import assemble, documents
-from repro.bundle.recognise import Recogniser
+from repro.bundle import assemble
+from repro.bundle.redact import documents
+from repro.bundle.redact.recognise import Recogniser
 from repro.commands import EXPECTED
 from repro.commands.cli import main
 from repro.lab.description import describe

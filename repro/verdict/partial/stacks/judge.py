@@ -166,7 +166,7 @@ def _collectives(
 
 
 def _canonical(detail: str) -> str:
-    from repro.ingest.operations import operation  # names only
+    from repro.ingest.names.operations import operation  # names only
 
     return operation(detail.split(" ")[0])
 

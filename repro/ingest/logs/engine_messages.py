@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 
-from repro.ingest.prefix import Line
+from repro.ingest.logs.prefix import Line
 from repro.trace.observed import Failure, Note, Observation, Source
 
 NEEDLES = (

@@ -12,7 +12,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
-from repro.bundle.words import below_package, is_file, is_name, is_token, is_word, plain
+from repro.bundle.redact.words import below_package, is_file, is_name, is_token, is_word, plain
 from repro.trace.format import ENTRY_SEPARATOR, SEPARATOR
 
 LEFT_OUT = {

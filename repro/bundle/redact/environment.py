@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import re
 
-from repro.bundle.recognise import GONE
-from repro.bundle.words import KNOWN, is_name
+from repro.bundle.redact.recognise import GONE
+from repro.bundle.redact.words import KNOWN, is_name
 
 _VERSION = (
     r"\d{1,4}(?:\.\d{1,8}){1,2}(?:\.?(?:a|b|rc|dev|post)\d{1,9})*"

@@ -6,8 +6,8 @@ import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from repro.bundle.recognise import Recogniser
-from repro.bundle.words import KNOWN
+from repro.bundle.redact.recognise import Recogniser
+from repro.bundle.redact.words import KNOWN
 from repro.store.description import RUN_FOLDER
 
 VERDICT = frozenset(KNOWN["fields"]["verdict"])

@@ -7,14 +7,16 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import chain
 from typing import BinaryIO
 
-from repro.ingest import deepep, detail, engine_messages, failures, gloo, kernel_log, prefix, ras, stacks
-from repro.ingest.launchers import NEEDLES as LAUNCHERS
-from repro.ingest.launchers import Launchers
-from repro.ingest.nccl_log import NEEDLES as NCCL
-from repro.ingest.nccl_log import NcclLog
-from repro.ingest.processes import process_of
-from repro.ingest.watchdog import NEEDLES as WATCHDOG
-from repro.ingest.watchdog import Watchdog
+from repro.ingest.logs import deepep, detail, engine_messages, failures, gloo, kernel_log, prefix
+from repro.ingest.logs.launchers import NEEDLES as LAUNCHERS
+from repro.ingest.logs.launchers import Launchers
+from repro.ingest.logs.nccl_log import NEEDLES as NCCL
+from repro.ingest.logs.nccl_log import NcclLog
+from repro.ingest.logs.watchdog import NEEDLES as WATCHDOG
+from repro.ingest.logs.watchdog import Watchdog
+from repro.ingest.names.processes import process_of
+from repro.ingest.ras import answers as ras
+from repro.ingest.stacks import dumps as stacks
 from repro.trace.observed import Observation, Source
 
 BLOCK = 1 << 18

@@ -12,7 +12,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from repro.ingest.prefix import Line
+from repro.ingest.logs.prefix import Line
 from repro.trace.observed import Member, Note, Observation, Process, RasAnswer, RasCommunicator, Source
 
 NEEDLES = ("PEER_DEAD", "PEER_UNRESPONSIVE", "PEER_CONNECTED", "PEER_RECOVERED")

@@ -8,8 +8,8 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 
-from repro.ingest.prefix import Line
-from repro.ingest.processes import rank_in, role_of
+from repro.ingest.logs.prefix import Line
+from repro.ingest.names.processes import rank_in, role_of
 from repro.trace.observed import Failure, Observation, Process, Source
 
 NEEDLES = (

@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 
-from repro.ingest.prefix import Line
+from repro.ingest.logs.prefix import Line
 from repro.trace.observed import Note, Observation, Source
 
 NEEDLES = ("DeepEP",)

@@ -10,7 +10,7 @@ import re
 from dataclasses import dataclass
 from functools import lru_cache
 
-from repro.ingest.processes import rank_in, role_of
+from repro.ingest.names.processes import rank_in, role_of
 from repro.trace.observed import Process
 
 _ANSI = re.compile(r"\x1b\[[0-9;?]*[ -/]*[@-~]")

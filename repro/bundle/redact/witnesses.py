@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from repro.bundle.recognise import Recogniser
+from repro.bundle.redact.recognise import Recogniser
 from repro.trace.compact import compact
 from repro.trace.parse import parse_header
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 
-from repro.ingest.prefix import Line
+from repro.ingest.logs.prefix import Line
 from repro.trace.observed import Failure, Left, Note, Observation, Source
 
 NEEDLES = ("gloo", "Gloo", "loopback address", "caused pair closure")

@@ -25,8 +25,8 @@ from functools import lru_cache
 from typing import Any
 
 from hybrid_moe_ref.files import DamagedFile, parse_json
-from repro.ingest import pickles
-from repro.ingest.operations import operation
+from repro.ingest.names.operations import operation
+from repro.ingest.recorder import pickles
 from repro.trace.observed import Call, Group, GroupRecord, RecorderDump, Source
 
 MAX_ENTRIES = 50_000

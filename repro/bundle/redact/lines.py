@@ -9,8 +9,8 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterable, Iterator
 
-from repro.bundle.recognise import GONE, MAX_TEXT, Recogniser, is_error
-from repro.bundle.words import below_package, is_file, is_word, plain
+from repro.bundle.redact.recognise import GONE, MAX_TEXT, Recogniser, is_error
+from repro.bundle.redact.words import below_package, is_file, is_word, plain
 
 _PREFIXES = tuple(
     re.compile(form)

@@ -10,8 +10,8 @@ import re
 from collections.abc import Iterator
 from dataclasses import replace
 
-from repro.ingest.operations import operation
-from repro.ingest.prefix import Line
+from repro.ingest.logs.prefix import Line
+from repro.ingest.names.operations import operation
 from repro.trace.observed import Call, Failure, Group, Note, Observation, Progress, Source, TimedOut
 
 NEEDLES = ("atchdog", "Timeout at ", "timed out in blocking wait", "dump signal", "signal dumping", "eartbeat monitor")

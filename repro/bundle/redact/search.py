@@ -12,8 +12,8 @@ import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from repro.bundle.environment import is_value
-from repro.bundle.words import is_token, is_word, plain
+from repro.bundle.redact.environment import is_value
+from repro.bundle.redact.words import is_token, is_word, plain
 
 CONTEXT = {
     "secrets": "pass|pwd|pswd|secret|token|cred|key|private|signing|signature|auth|cookie|session|bearer|basic|digest"

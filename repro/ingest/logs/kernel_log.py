@@ -8,7 +8,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 
-from repro.ingest.prefix import Line
+from repro.ingest.logs.prefix import Line
 from repro.trace.observed import Failure, Observation, Process, Source
 
 NEEDLES = ("NVRM: Xid", "Killed process", "oom-kill:")

@@ -11,8 +11,8 @@ from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
-from repro.ingest.operations import operation
-from repro.ingest.prefix import Line
+from repro.ingest.logs.prefix import Line
+from repro.ingest.names.operations import operation
 from repro.trace.observed import Call, Failure, Group, Launches, Left, Member, Note, Observation, Process, Source
 
 NEEDLES = ("NCCL INFO", "NCCL WARN", "collective mismatch error")

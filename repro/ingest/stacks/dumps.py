@@ -12,9 +12,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from hybrid_moe_ref.files import DamagedFile, parse_json
-from repro.ingest.activities import activity_of
-from repro.ingest.prefix import split_writer, writer_of
-from repro.ingest.processes import process_of
+from repro.ingest.logs.prefix import split_writer, writer_of
+from repro.ingest.names.processes import process_of
+from repro.ingest.stacks.activities import activity_of
 from repro.trace.observed import Note, Process, Source, Stack
 
 MAX_FRAMES = 400

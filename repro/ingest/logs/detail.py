@@ -5,8 +5,8 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 
-from repro.ingest.operations import operation
-from repro.ingest.prefix import Line
+from repro.ingest.logs.prefix import Line
+from repro.ingest.names.operations import operation
 from repro.trace.observed import Call, Mismatch, Note, Observation, Process, Source
 
 NEEDLES = ("Detected mismatch between collectives", "inconsistent collective", "monitoredBarrier")

@@ -1,0 +1,1 @@
+"""Redaction: what of a run is recognised as harmless, and the stand-ins for the rest."""

@@ -1,0 +1,1 @@
+"""Text files line by line: one file per program whose messages are known."""

@@ -1,0 +1,1 @@
+"""Answers of the RAS subsystem of NCCL."""

@@ -1,0 +1,1 @@
+"""Stacks of threads, and what a thread does by its frames."""
