@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import functools
 import io
 import json
 import os
@@ -101,7 +102,7 @@ def damaged(rng: random.Random, data: bytes) -> bytes:
             case _:
                 out[place:place] = rng.choice(
                     (b"(", b" (", b"[", b"9" * 500, b"A.", b"Rank ", b"\x1b[2J", b"\n", b" ")
-                ) * rng.choice((1, 40, 2000))
+                ) * rng.choice((1, 1, 1, 40, 40, 40, 40, 40, 2000))
     return bytes(out[: 1 << 20])
 
 
@@ -137,6 +138,16 @@ def restructured(rng: random.Random, name: str) -> bytes:
     return pickle.dumps(content, protocol=rng.choice((2, 4)))
 
 
+@functools.cache
+def bomb(mib: int) -> bytes:
+    """A zip with so many MiB of zeros in one entry, beside a good log."""
+    raw = io.BytesIO()
+    with zipfile.ZipFile(raw, "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("zeros_rank_1", b"\0" * (mib << 20))
+        archive.writestr("good.log", b"[rank0]: KeyError: 'x'\n")
+    return raw.getvalue()
+
+
 def planted(rng: random.Random, folder: Path) -> None:
     """Things in a folder that are no plain files, and zips that are none or too large."""
     match rng.randrange(6):
@@ -149,9 +160,7 @@ def planted(rng: random.Random, folder: Path) -> None:
         case 3:
             (folder / "device").symlink_to("/dev/zero")
         case 4:
-            with zipfile.ZipFile(folder / "bomb.zip", "w", zipfile.ZIP_DEFLATED) as archive:
-                archive.writestr("zeros_rank_1", b"\0" * (rng.choice((1, 65)) << 20))
-                archive.writestr("good.log", b"[rank0]: KeyError: 'x'\n")
+            (folder / "bomb.zip").write_bytes(bomb(rng.choice((1, 1, 1, 1, 1, 1, 1, 1, 1, 65))))
         case _:
             raw = io.BytesIO()
             with zipfile.ZipFile(

@@ -19,9 +19,7 @@ _HEARTBEAT = re.compile(r"No available shared memory broadcast block found in (\
 _WORLD = re.compile(r"world_size=(\d{1,12}) rank=(\d{1,12})|rank (\d{1,12}) in world size (\d{1,12})")
 _NCCL_VERSION = re.compile(r"NCCL version (\d+\.\d+\.\d+)")
 _RPC = re.compile(r"RPC call to (\w+) timed out")
-_WATCHDOG = re.compile(
-    r"(\w*(?: [Ww]atchdog|[Ww]atchdog)) timeout \(self\.watchdog_timeout=(\d{1,12})(?:, self\.soft=(\w+))?\)"
-)
+_WATCHDOG = re.compile(r"(\w{0,40} ?[Ww]atchdog) timeout \(self\.watchdog_timeout=(\d{1,12})(?:, self\.soft=(\w+))?\)")
 _HANG = re.compile(r"Hang detected (?:after (\d{1,12}) seconds|on rank (\d{1,12}) in (\w+))")
 _COMPILED = re.compile(r"torch\.compile tak(?:es|ing) ([\d.]+) s|Compiling a graph|Dynamo bytecode transform time")
 
@@ -46,7 +44,7 @@ def _messages(line: Line, source: Source) -> Iterator[Observation]:
         yield Note("heartbeat", f"vLLM's queue has waited for another {match[1]} s", process, match[1], at_s, source)
     elif match := _RPC.search(text):
         yield Failure(process, "timeout", f"vLLM gave up its wait for {match[1]}", at_s, source)
-    elif match := _WATCHDOG.search(text):
+    elif "self.watchdog_timeout=" in text and (match := _WATCHDOG.search(text)):  # the search is slow on long words
         soft = ", as a warning that ends nothing" if match[3] == "True" else ""
         yield Note("watchdog", f"SGLang's {match[1]} fired after {match[2]} s{soft}", process, match[2], at_s, source)
     elif match := _HANG.search(text):
