@@ -15,13 +15,12 @@ from pathlib import Path
 from typing import BinaryIO
 
 from hybrid_moe_ref.files import open_regular
+from repro.ingest.formats import FILES
 from repro.ingest.join import join
-from repro.ingest.logs import log as logs
-from repro.ingest.ras import answers as ras
-from repro.ingest.recorder import flight_recorder
-from repro.ingest.stacks import dumps as stacks
+from repro.ingest.logs import log
 from repro.trace.observed import Observation
 
+HEAD_BYTES = 65_536
 MAX_STRUCTURED_BYTES = 64 << 20
 MAX_LOG_BYTES = 64 << 30
 MAX_UNPACKED_BYTES = 512 << 20
@@ -147,28 +146,17 @@ def _zipped(file: BinaryIO, name: str, evidence: Evidence) -> Iterator[tuple[str
 
 
 def _records(file: BinaryIO, name: str) -> list[Observation]:
-    head = file.read(65_536)
+    head = file.read(HEAD_BYTES)
     file.seek(0)
-    if flight_recorder.looks_like(head):
-        try:
-            return [flight_recorder.read(_whole(file), name)]
-        except flight_recorder.NotARecorderDump:
+    for form in FILES:
+        if form.recognises(name, head):
+            records = form.read(_whole(file), name)
+            if records is not None:
+                return list(records)
             file.seek(0)
-    if head.lstrip()[:1] in (b"{", b"["):
-        content = stacks.as_json(_whole(file))
-        if stacks.looks_like_json(content):
-            return list(stacks.read_json(content, name))
-        if ras.looks_like_json(content):
-            return list(ras.read_json(content, name))
-        file.seek(0)
-    text = head.decode("utf-8", errors="replace")
-    if "\0" in text[:4096]:
+    if b"\0" in head[:4096]:
         raise ValueError("a binary file of a format that is not known")
-    if ras.looks_like(text):
-        return list(ras.read(_whole(file).decode("utf-8", errors="replace").splitlines(), name))
-    if note := ras.no_answer(name, text):
-        return [note]
-    return list(logs.read(file, name))
+    return list(log.read(file, name))
 
 
 def _whole(file: BinaryIO) -> bytes:

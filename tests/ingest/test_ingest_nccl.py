@@ -221,3 +221,11 @@ def test_ras_in_json_gives_the_same_as_in_text():
 def test_a_line_of_the_monitor_mode_is_a_note():
     (note,) = records("[2025-11-03 17:48:01] PEER_DEAD: Process 4242 on node 10.0.0.2 managing GPUs 0-7\n")
     assert (note.kind, note.value, note.process.pid) == ("ras", "DEAD", 4242)
+
+
+def test_an_answer_of_ras_that_is_cut_after_nccl_version_has_no_version():
+    text = ras("MISMATCH", ["Rank 0 has launched up to operation 5 -- x"]).replace(
+        "NCCL version 2.", "NCCL version \n2.", 1
+    )
+    (answer,) = [record for record in records(text, "ras.txt") if isinstance(record, RasAnswer)]
+    assert answer.version == ""

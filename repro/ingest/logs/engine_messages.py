@@ -37,6 +37,9 @@ class Engine:
             yield Note("process", f"process {pid} is {line.process}", line.process, "", line.at_s, source)
         yield from _messages(line, source)
 
+    def finish(self) -> Iterator[Observation]:
+        return iter(())
+
 
 def _messages(line: Line, source: Source) -> Iterator[Observation]:
     text, process, at_s = line.text, line.process, line.at_s

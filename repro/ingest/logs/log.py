@@ -3,19 +3,13 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from itertools import chain
 from typing import BinaryIO
 
-from repro.ingest.logs import deepep, detail, engine_messages, failures, gloo, kernel_log, prefix
-from repro.ingest.logs.launchers import NEEDLES as LAUNCHERS
-from repro.ingest.logs.launchers import Launchers
-from repro.ingest.logs.nccl_log import NEEDLES as NCCL
-from repro.ingest.logs.nccl_log import NcclLog
-from repro.ingest.logs.watchdog import NEEDLES as WATCHDOG
-from repro.ingest.logs.watchdog import Watchdog
+from repro.ingest.formats import ENGINES, LINES
+from repro.ingest.logs import prefix
 from repro.ingest.names.processes import process_of
-from repro.ingest.ras import answers as ras
 from repro.ingest.stacks import dumps as stacks
 from repro.trace.observed import Observation, Source
 
@@ -25,35 +19,24 @@ MAX_WRITERS = 4096
 KEPT_RECORDS = 20_000
 """So many of a file's first records are kept, and of its last: a hang begins early, and its traces stand late."""
 
-_Read = Callable[[prefix.Line, Source], Iterable[Observation]]
-
 
 class _Readers:
-    """The readers of one file's lines. The first that knows a line reads it alone, but for the engine's."""
+    """The readers of one file's lines. The first that knows a line reads it alone, but for the engines'."""
 
     def __init__(self) -> None:
-        watchdog, launchers, nccl = Watchdog(), Launchers(), NcclLog()
-        self._of_one_line: tuple[tuple[Sequence[str], _Read], ...] = (
-            (WATCHDOG, watchdog.read), (detail.NEEDLES, detail.read), (gloo.NEEDLES, gloo.read),
-            (deepep.NEEDLES, deepep.read), (NCCL, nccl.read), (kernel_log.NEEDLES, kernel_log.read),
-            (LAUNCHERS, launchers.read), (ras.NEEDLES, ras.read_line), (failures.NEEDLES, failures.read),
-        )  # fmt: skip
-        self._engine = engine_messages.Engine()
-        self._finish = (watchdog.finish, launchers.finish, nccl.finish)
-        needles = {needle for row, _ in self._of_one_line for needle in row} | set(engine_messages.NEEDLES)
-        self.needles = sorted(needles)
+        self._of_a_program = [(row.needles, row.reader()) for row in LINES]
+        self._engines = ENGINES.reader()
+        self.needles = sorted({needle for row in (*LINES, ENGINES) for needle in row.needles})
 
     def read(self, line: prefix.Line, source: Source) -> Iterator[Observation]:
-        for needles, read in self._of_one_line:
-            if any(needle in line.text for needle in needles):
-                known = list(read(line, source))
-                yield from known
-                if known:
-                    break
-        yield from self._engine.read(line, source)
+        for needles, reader in self._of_a_program:
+            if any(needle in line.text for needle in needles) and (records := list(reader.read(line, source))):
+                yield from records
+                break
+        yield from self._engines.read(line, source)
 
     def finish(self) -> Iterator[Observation]:
-        return chain.from_iterable(finish() for finish in self._finish)
+        return chain.from_iterable(reader.finish() for _, reader in self._of_a_program)
 
 
 def read(file: BinaryIO, name: str) -> Iterator[Observation]:

@@ -1,0 +1,121 @@
+"""The register of all formats that are read. A new format is a file in the folder of its kind, and a row here."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from repro.ingest.logs import deepep, detail, engine_messages, failures, gloo, kernel_log, launchers, nccl_log, watchdog
+from repro.ingest.logs.prefix import Line
+from repro.ingest.ras import document as ras_document
+from repro.ingest.ras import monitor as ras_monitor
+from repro.ingest.ras import text as ras_text
+from repro.ingest.recorder import flight_recorder
+from repro.ingest.stacks import dumps as stacks
+from repro.trace.observed import Observation, Source
+
+
+@dataclass(frozen=True)
+class FileFormat:
+    """A format that takes up a whole file.
+
+    recognises  whether a file of this name with these first bytes may be of the format
+    read        the records of the whole content; None where it is of another format after all. Raises ValueError
+                ("file:offset: what") where the content is damaged
+    """
+
+    name: str
+    recognises: Callable[[str, bytes], bool]
+    read: Callable[[bytes, str], Iterable[Observation] | None]
+
+
+class LineReader(Protocol):
+    """Reads the lines of one file, in their order."""
+
+    def read(self, line: Line, source: Source) -> Iterable[Observation]: ...
+
+    def finish(self) -> Iterable[Observation]:
+        """The records that no further line can complete."""
+        ...
+
+
+@dataclass(frozen=True)
+class LineFormat:
+    """The messages of one program. `needles`: one of them stands in each line that its reader knows."""
+
+    name: str
+    needles: Sequence[str]
+    reader: Callable[[], LineReader]
+
+
+class _EachLine:
+    """The reader of messages that take one line each."""
+
+    def __init__(self, read: Callable[[Line, Source], Iterable[Observation]]) -> None:
+        self._read = read
+
+    def read(self, line: Line, source: Source) -> Iterable[Observation]:
+        return self._read(line, source)
+
+    def finish(self) -> Iterator[Observation]:
+        return iter(())
+
+
+def _recorder_dump(data: bytes, name: str) -> Iterable[Observation] | None:
+    try:
+        return [flight_recorder.read(data, name)]
+    except flight_recorder.NotARecorderDump:
+        return None
+
+
+def _stacks_document(data: bytes, name: str) -> Iterable[Observation] | None:
+    content = stacks.as_json(data)
+    return stacks.read_json(content, name) if stacks.looks_like_json(content) else None
+
+
+def _ras_document(data: bytes, name: str) -> Iterable[Observation] | None:
+    content = stacks.as_json(data)
+    return ras_document.read(content, name) if ras_document.is_answer(content) else None
+
+
+def _is_json(head: bytes) -> bool:
+    return head.lstrip()[:1] in (b"{", b"[")
+
+
+def _decoded(data: bytes) -> str:
+    return data.decode("utf-8", errors="replace")
+
+
+FILES = (
+    FileFormat("Flight Recorder dump", lambda name, head: flight_recorder.looks_like(head), _recorder_dump),
+    FileFormat("py-spy dump --json", lambda name, head: _is_json(head) and b'"frames"' in head, _stacks_document),
+    FileFormat("NCCL RAS, JSON", lambda name, head: _is_json(head) and b'"communicators"' in head, _ras_document),
+    FileFormat(
+        "NCCL RAS, text",
+        lambda name, head: ras_text.looks_like(_decoded(head)),
+        lambda data, name: ras_text.read(_decoded(data).splitlines(), name),
+    ),
+    FileFormat(
+        "NCCL RAS, no answer",
+        lambda name, head: ras_text.no_answer(name, _decoded(head)) is not None,
+        lambda data, name: filter(None, [ras_text.no_answer(name, _decoded(data))]),
+    ),
+)
+"""Formats of whole files, the first that fits before the others. Any other text is read by its lines."""
+
+LINES = (
+    LineFormat("watchdog of NCCL and of the backends that copied it", watchdog.NEEDLES, watchdog.Watchdog),
+    LineFormat("TORCH_DISTRIBUTED_DEBUG=DETAIL", detail.NEEDLES, lambda: _EachLine(detail.read)),
+    LineFormat("gloo", gloo.NEEDLES, lambda: _EachLine(gloo.read)),
+    LineFormat("DeepEP", deepep.NEEDLES, lambda: _EachLine(deepep.read)),
+    LineFormat("NCCL_DEBUG", nccl_log.NEEDLES, nccl_log.NcclLog),
+    LineFormat("kernel log", kernel_log.NEEDLES, lambda: _EachLine(kernel_log.read)),
+    LineFormat("torchrun, MPI, Ray", launchers.NEEDLES, launchers.Launchers),
+    LineFormat("NCCL RAS, monitor mode", ras_monitor.NEEDLES, lambda: _EachLine(ras_monitor.read)),
+    LineFormat("errors that end a process", failures.NEEDLES, lambda: _EachLine(failures.read)),
+)
+"""Programs whose lines are known. The first that knows a line reads it alone."""
+
+ENGINES = LineFormat("vLLM, SGLang, TensorRT-LLM, Ray", engine_messages.NEEDLES, engine_messages.Engine)
+"""Serving engines say who wrote a line, so their reader sees the lines of the others too."""
