@@ -30,7 +30,7 @@ from repro.bundle.redact.witnesses import redact_witness
 from repro.bundle.redact.words import is_token
 from repro.bundle.scratch import scratch_folder
 from repro.report.gather import Facts, gather, siblings
-from repro.report.page import HERE
+from repro.report.page.page import HERE
 from repro.store.description import VARIANTS, read_description
 from repro.store.run_dir import SUFFIX, RunDir, write_json
 from repro.store.text import escape_control_characters

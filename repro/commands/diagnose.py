@@ -11,8 +11,8 @@ from typing import Any
 
 from repro.commands import own_runs
 from repro.ingest.read import Evidence, read
-from repro.report.diagnosis import page
-from repro.report.diagnosis_issue import issue
+from repro.report.diagnosis.issue import issue
+from repro.report.diagnosis.page import page
 from repro.store.run_dir import write_json
 from repro.store.text import counted, escape_lines
 from repro.verdict.partial import Diagnosis, diagnose

@@ -8,9 +8,9 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from repro.report import drawing
 from repro.report.gather import Facts, gather, siblings
-from repro.report.page import page
+from repro.report.page.page import page as render_page
+from repro.report.pictures import drawing
 from repro.report.trace import trace
 from repro.store.run_dir import write_atomically
 
@@ -31,7 +31,7 @@ def write(root: Path, beside: Sequence[Path] | None = None, place: str = "") -> 
     picture = drawing.timeline(facts)
     write_atomically(root / "timeline.svg", picture)
     write_atomically(root / "trace.json", trace(facts))
-    write_atomically(root / "report.html", page(facts, others, picture))
+    write_atomically(root / "report.html", render_page(facts, others, picture))
     return facts
 
 

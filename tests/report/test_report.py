@@ -20,8 +20,8 @@ from repro.commands import EXPECTED, USAGE
 from repro.commands.cli import main
 from repro.report.gather import gather, headline
 from repro.report.lanes import Labels, SharedClock, read_lane
-from repro.report.page import main_stack
-from repro.report.sides import side_by_side
+from repro.report.page.page import main_stack
+from repro.report.page.sides import side_by_side
 from repro.store.run_dir import RunDir, write_json
 from repro.store.text import escape_control_characters, shorten_rank_lists
 

@@ -17,11 +17,11 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
-from repro.report import drawing
 from repro.report.commands import commands
 from repro.report.gather import Facts, headline
 from repro.report.lanes import OPEN, Lane
-from repro.report.sides import side_by_side
+from repro.report.page.sides import side_by_side
+from repro.report.pictures import drawing
 from repro.store.run_dir import read_text
 from repro.store.text import ROOT, embed, escape, escape_control_characters, short_site, shorten_rank_lists
 from repro.verdict.result import list_ranks, name_ranks

@@ -10,7 +10,7 @@ import jinja2
 from markupsafe import Markup
 
 from repro.ingest.read import Evidence
-from repro.report import stack_tree
+from repro.report.diagnosis import stack_tree
 from repro.verdict.partial.diagnosis import Diagnosis
 from repro.verdict.partial.scene import Scene
 from repro.verdict.result import list_ranks
@@ -29,7 +29,7 @@ def page(diagnosis: Diagnosis, evidence: Evidence, scene: Scene) -> str:
     ]
     return environment.get_template("diagnosis.html").render(
         heading="Diagnosis of a job from the evidence that it left",
-        style=Markup((_HERE / "page.css").read_text(encoding="utf-8")),
+        style=Markup((_HERE.parent / "page/page.css").read_text(encoding="utf-8")),
         kind=_KINDS.get(diagnosis.verdict, "hung"),
         diagnosis=diagnosis,
         evidence=evidence,

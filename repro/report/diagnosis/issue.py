@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from repro.ingest.read import Evidence
-from repro.report import stack_tree
+from repro.report.diagnosis import stack_tree
 from repro.trace.observed import RecorderDump, Stack
 from repro.verdict.partial.diagnosis import Diagnosis
 from repro.verdict.partial.notes import known_bad, versions_of
