@@ -37,7 +37,8 @@ from hybrid_moe_ref.engine.lifecycle import Engine
 from hybrid_moe_ref.engine.plan import StepPlan, StepSchedules, resolve
 from hybrid_moe_ref.parallel.comm import Communicator
 from hybrid_moe_ref.parallel.dispatch import ForwardContext, expert_schedule
-from hybrid_moe_ref.parallel.guard import Halt, ScheduleGuard
+from hybrid_moe_ref.parallel.guard import ScheduleGuard
+from hybrid_moe_ref.parallel.halt import Halt
 from hybrid_moe_ref.parallel.observer import Collective, NullObserver, Observer
 from hybrid_moe_ref.parallel.store import loopback_store
 from repro.lab.settings import RunSettings

@@ -127,9 +127,9 @@ def _generate_on_ranks(
     from hybrid_moe_ref import checkpoint
     from hybrid_moe_ref.cache.hybrid_cache import cache_layout
     from hybrid_moe_ref.engine.local import generate
-    from hybrid_moe_ref.engine.refusal import preflight
     from hybrid_moe_ref.engine.scheduler import Request
     from hybrid_moe_ref.engine.server_config import ServerConfig
+    from hybrid_moe_ref.engine.startup.refusal import check_start
     from hybrid_moe_ref.memory import check_memory
     from hybrid_moe_ref.model import check_token_ids
     from hybrid_moe_ref.parallel.layout import sizes_of_a_rank
@@ -162,7 +162,7 @@ def _generate_on_ranks(
         checkpoint=str(source.folder or ""),
         allow_unsafe=args.allow_unsafe,
     )
-    preflight(server)
+    check_start(server)
     use_kernels(args.kernels)  # the ranks are forked, and have this process's choice and library
     stop_ids = checkpoint.read_stop_ids(source.folder) if source.folder and not args.ignore_eos else ()
     request = Request("prompt", tuple(ids), args.max_new_tokens, stop_ids=stop_ids)

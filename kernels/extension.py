@@ -5,8 +5,8 @@
 
 The loader excludes other processes by a lock file ("baton"), which it creates and removes. A process that waits for the
 file has no time limit and logs nothing, and a builder that is killed leaves the file behind. So a server should load
-its extensions before it does anything else (``hybrid_moe_ref.engine.builds``). Without `on_first_use`, `library`
-compiles in `default_cache()`.
+its extensions before it does anything else (``hybrid_moe_ref.engine.startup.builds``). Without `on_first_use`,
+`library` compiles in `default_cache()`.
 
 This module imports torch only to compile.
 """

@@ -33,23 +33,23 @@ from hybrid_moe_ref.batch import Batch
 from hybrid_moe_ref.cache.hybrid_cache import HybridCache, Sequence, cache_layout
 from hybrid_moe_ref.cache.pages import PageLayout
 from hybrid_moe_ref.config import ConfigError
-from hybrid_moe_ref.engine.autotune import ExpertTuner
-from hybrid_moe_ref.engine.backends import PreparedKernels, apply_backends
-from hybrid_moe_ref.engine.builds import DEADLINE_S, BuildPlace
-from hybrid_moe_ref.engine.compilation import Compiler
 from hybrid_moe_ref.engine.drafting import Drafting
 from hybrid_moe_ref.engine.feed import DUMMY, Feed, feed_hash
 from hybrid_moe_ref.engine.graphs import padded_size
 from hybrid_moe_ref.engine.plan import ANYONE_UNFINISHED, EAGER, GRAPH, StepPlan
 from hybrid_moe_ref.engine.policies import NewTokens, Policies
-from hybrid_moe_ref.engine.refusal import preflight
 from hybrid_moe_ref.engine.runner import ModelRunner
 from hybrid_moe_ref.engine.sampling import likeliest_tokens
 from hybrid_moe_ref.engine.scheduler import Request, Running, Scheduler
 from hybrid_moe_ref.engine.server_config import ServerConfig, configuration_differences
+from hybrid_moe_ref.engine.startup.autotune import ExpertTuner
+from hybrid_moe_ref.engine.startup.backends import PreparedKernels, apply_backends
+from hybrid_moe_ref.engine.startup.builds import DEADLINE_S, BuildPlace
+from hybrid_moe_ref.engine.startup.compilation import Compiler
+from hybrid_moe_ref.engine.startup.refusal import check_start
 from hybrid_moe_ref.model import HybridMoE
 from hybrid_moe_ref.parallel.comm import Communicator
-from hybrid_moe_ref.parallel.guard import ScheduleMismatch
+from hybrid_moe_ref.parallel.halt import ScheduleMismatch
 from hybrid_moe_ref.parallel.layout import apply_layout
 from hybrid_moe_ref.parallel.observer import ScheduleEntry
 
@@ -101,12 +101,12 @@ class Engine:
 
     def _start(self) -> None:
         config, comm = self.config, self.comm
-        for finding in preflight(config, self._policies):
+        for finding in check_start(config, self._policies):
             if comm.rank == 0:
                 print(f"[rank 0] --allow-unsafe: started although {finding}", file=sys.stderr, flush=True)
         comm.guard.release()  # from the last step of an earlier engine on these ranks
         if config.checks == "strict":
-            comm.start_preflight()
+            comm.start_strict_comparison()
         if config.checks != "observe":
             comm.start_watchdog()
         self.model, self.runner = self._phase("load", self._load)

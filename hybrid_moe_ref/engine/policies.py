@@ -9,14 +9,14 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from hybrid_moe_ref.engine.builds import KernelBuilds
 from hybrid_moe_ref.engine.plan import TUNING_VOTE, AgreedStep, StepPlan
 from hybrid_moe_ref.engine.server_config import ServerConfig
+from hybrid_moe_ref.engine.startup.builds import KernelBuilds
 from hybrid_moe_ref.parallel.dispatch import AllGatherReduceScatter, SumOverRanks
 
 if TYPE_CHECKING:
-    from hybrid_moe_ref.engine.autotune import Chosen, ExpertTuner
-    from hybrid_moe_ref.engine.compilation import Compiler
+    from hybrid_moe_ref.engine.startup.autotune import Chosen, ExpertTuner
+    from hybrid_moe_ref.engine.startup.compilation import Compiler
 
 Exchange = Callable[[StepPlan, str], AgreedStep]
 """The step agreement C1: (own plan, layer that asks) -> the result for all ranks' plans. One all-reduce."""

@@ -30,7 +30,7 @@ from hybrid_moe_ref.layers.moe import MoE
 from hybrid_moe_ref.model import HybridMoE
 from hybrid_moe_ref.parallel.comm import Communicator
 from hybrid_moe_ref.parallel.dispatch import ForwardContext
-from hybrid_moe_ref.parallel.guard import ScheduleMismatch
+from hybrid_moe_ref.parallel.halt import ScheduleMismatch
 from hybrid_moe_ref.parallel.observer import ScheduleEntry
 from hybrid_moe_ref.parallel.schedule import first_difference, schedule_words
 

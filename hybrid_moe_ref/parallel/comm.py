@@ -22,38 +22,17 @@ import torch.distributed as dist
 from torch import Tensor
 
 from hybrid_moe_ref.config import ParallelConfig
-from hybrid_moe_ref.parallel.guard import Halt, ScheduleGuard, ScheduleMismatch
+from hybrid_moe_ref.parallel.groups import group_members
+from hybrid_moe_ref.parallel.guard import ScheduleGuard
+from hybrid_moe_ref.parallel.halt import Halt, RollCall, ScheduleMismatch, Watchdog, wait_or_halt
 from hybrid_moe_ref.parallel.observer import Collective, NullObserver, Observer
-from hybrid_moe_ref.parallel.preflight import StorePreflight
-from hybrid_moe_ref.parallel.watchdog import RollCall, Watchdog
+from hybrid_moe_ref.parallel.strict import StrictComparison
 
 # torch 2.13 renamed these two and warns about the old names; 2.11 and 2.12 know only the old ones.
 _all_gather_single = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 _reduce_scatter_single = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
 
-LOOK_UP_INTERVAL = timedelta(milliseconds=100)
-"""How long a rank waits in a collective before it checks whether another rank has stopped the job."""
-
 _REDUCE_OPS = {"sum": dist.ReduceOp.SUM, "min": dist.ReduceOp.MIN, "max": dist.ReduceOp.MAX}
-
-
-def group_members(parallel: ParallelConfig, rank: int) -> dict[str, tuple[int, ...]]:
-    """The groups that ``rank`` belongs to, as name -> global ranks.
-
-    "dp" has ranks with different requests, "ep" the ranks that share the experts. If tp_size > 1, "tp" has the ranks
-    that run the same tokens, and "world" has all ranks. Ranks are numbered dp-major: rank = dp_rank * tp_size +
-    tp_rank.
-    """
-    num_ranks = parallel.dp_size * parallel.tp_size
-    tp_rank = rank % parallel.tp_size
-    groups = {
-        "dp": tuple(range(tp_rank, num_ranks, parallel.tp_size)),
-        "ep": tuple(range(num_ranks)),
-    }
-    if parallel.tp_size > 1:
-        groups["tp"] = tuple(range(rank - tp_rank, rank - tp_rank + parallel.tp_size))
-        groups["world"] = groups["ep"]
-    return groups
 
 
 class Communicator:
@@ -78,9 +57,9 @@ class Communicator:
         self._store = store
         self._timeout_s = timeout_s
         self._halt = Halt(store)
-        self._preflight: StorePreflight | None = None
+        self._strict: StrictComparison | None = None
         self._watchdog = Watchdog(rank, self._halt)
-        self._meeting: StorePreflight | None = None
+        self._meeting: StrictComparison | None = None
         self._on_collective: Callable[[Collective], None] | None = None
         self._was_used = False
         self.guard = ScheduleGuard(rank, self._halt)
@@ -132,13 +111,13 @@ class Communicator:
                     mine[name] = group
         return cls(rank, device, mine, observer, dist.PrefixStore("hybrid_moe_ref", store), timeout_s)
 
-    def start_preflight(self) -> None:
+    def start_strict_comparison(self) -> None:
         """From now on, compare every collective among its members through the store before it is issued.
 
         The comparison waits for a late member as long as the collective itself would.
         """
         assert self._store is not None, "the strict check needs a store"
-        self._preflight = self._preflight or StorePreflight(
+        self._strict = self._strict or StrictComparison(
             self.rank, self._store, self._halt, self._timeout_s, self._watchdog.error
         )
 
@@ -156,12 +135,12 @@ class Communicator:
             store = dist.PrefixStore("meeting", self._store)
             watchdog = Watchdog(self.rank, self._halt)
             watchdog.roll_call = self._roll_call
-            self._meeting = StorePreflight(self.rank, store, self._halt, patience_s, watchdog.error)
-        before, self._preflight = self._preflight, self._meeting
+            self._meeting = StrictComparison(self.rank, store, self._halt, patience_s, watchdog.error)
+        before, self._strict = self._strict, self._meeting
         try:
             yield
         finally:
-            self._preflight = before
+            self._strict = before
 
     @contextlib.contextmanager
     def taped(self, on_collective: Callable[[Collective], None]) -> Iterator[None]:
@@ -303,8 +282,8 @@ class Communicator:
         if self._on_collective is not None:
             self._on_collective(event)
         self.observer.enter(event)
-        if self._preflight is not None:
-            self._preflight.check(event, self.members(event.group))
+        if self._strict is not None:
+            self._strict.check(event, self.members(event.group))
 
     def _wait(self, pg: dist.ProcessGroup, work: dist.Work) -> None:
         """Wait for a collective, and check meanwhile for a stopped job. Under NCCL ``wait`` only orders streams."""
@@ -352,42 +331,6 @@ class Communicator:
         per_rank = [num_rows] * num_ranks
         self._wait(pg, dist.all_to_all_single(parts_RNH, x_SH, per_rank, list(sizes), group=pg, async_op=True))
         return parts_RNH.view(num_ranks, num_rows, x_SH.shape[1]).sum(dim=0)
-
-
-def wait_or_halt(work: dist.Work, halt: Halt, watchdog: Watchdog | None = None) -> None:
-    """Wait for a collective, and check every LOOK_UP_INTERVAL whether it can still end.
-
-    Raises the error with which another rank stopped the job, the watchdog's finding, or the collective's own error.
-    """
-    while True:
-        try:
-            work.wait(LOOK_UP_INTERVAL)
-            return
-        except RuntimeError:
-            if work.is_completed():
-                _finish(work, halt, watchdog)  # the collective ended meanwhile, with or without an error
-                return
-        if error := halt.published():
-            raise error
-        if watchdog and watchdog.finding():
-            # The peer may have exited because the collective, and all its work, ended since the last check.
-            with contextlib.suppress(RuntimeError):
-                work.wait(LOOK_UP_INTERVAL)
-            if work.is_completed():
-                _finish(work, halt, watchdog)
-                return
-            if error := watchdog.error():
-                raise error
-
-
-def _finish(work: dist.Work, halt: Halt, watchdog: Watchdog | None) -> None:
-    """End a completed collective. If a rank stopped the job, raise its error, not that of the closed connection."""
-    try:
-        work.wait()
-    except RuntimeError as failure:
-        if error := halt.published() or (watchdog and watchdog.reason()):
-            raise error from failure
-        raise
 
 
 def _as_bytes(x: Tensor) -> Tensor:

@@ -8,59 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import torch.distributed as dist
-
+from hybrid_moe_ref.parallel.halt import Halt, ScheduleMismatch, Stopped
 from hybrid_moe_ref.parallel.observer import Collective, ScheduleEntry
 from hybrid_moe_ref.parallel.schedule import entry_words
 
-_HALT = "halt"
-
 NUM_SHARED = len(ScheduleEntry._fields)
 """How many of a collective's first fields are the fields of a schedule entry."""
-
-
-class Stopped(RuntimeError):
-    """An error that stops every rank, with the same type and message."""
-
-
-class ScheduleMismatch(Stopped):
-    """The ranks' schedules differ, or a rank departs from its own. Raised instead of hanging; names the difference."""
-
-
-class PeerLost(Stopped):
-    """The process of a rank has ended, so the collectives that need it will never complete."""
-
-
-class CollectiveStalled(Stopped):
-    """A collective did not complete within the configured limit (engine.collective_limit_s)."""
-
-
-class Halt:
-    """The means by which one rank stops all ranks: the first error that is published in the store, and read by all.
-
-    store: shared by all ranks of the job; None for a single rank, which publishes nothing
-    """
-
-    def __init__(self, store: dist.Store | None) -> None:
-        self._store = store
-
-    def publish(self, error: Stopped) -> Stopped:
-        """Stop the other ranks. Returns the error that was published first, which the caller should raise."""
-        if self._store is None:
-            return error
-        text = f"{type(error).__name__}\n{error}"
-        return _error(self._store.compare_set(_HALT, "", text).decode())
-
-    def published(self) -> Stopped | None:
-        """The error that a rank published; None while there is none."""
-        if self._store is None or not self._store.check([_HALT]):
-            return None
-        return _error(self._store.get(_HALT).decode())
-
-
-def _error(text: str) -> Stopped:
-    name, _, message = text.partition("\n")
-    return {kind.__name__: kind for kind in (ScheduleMismatch, PeerLost, CollectiveStalled)}[name](message)
 
 
 class ScheduleGuard:

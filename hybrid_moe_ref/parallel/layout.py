@@ -18,9 +18,10 @@ import torch
 
 from hybrid_moe_ref.config import ModelConfig, ParallelConfig
 from hybrid_moe_ref.model import HybridMoE
-from hybrid_moe_ref.parallel.comm import Communicator, group_members
+from hybrid_moe_ref.parallel.comm import Communicator
 from hybrid_moe_ref.parallel.dispatch import AllGatherReduceScatter, ForwardContext, SumOverRanks
 from hybrid_moe_ref.parallel.expert import apply_expert_parallel
+from hybrid_moe_ref.parallel.groups import RankGroups, group_members
 from hybrid_moe_ref.parallel.shares import expert_sharing
 from hybrid_moe_ref.parallel.tensor import apply_tensor_parallel
 
@@ -43,24 +44,10 @@ def apply_layout(
     return ForwardContext()
 
 
-class Seat:
-    """A rank's groups and its index in them: all that `apply_layout` needs of a communicator, without other ranks."""
-
-    def __init__(self, parallel: ParallelConfig, rank: int) -> None:
-        self.rank = rank
-        self._members = group_members(parallel, rank)
-
-    def members(self, group: str) -> tuple[int, ...]:
-        return self._members[group]
-
-    def group_rank(self, group: str) -> int:
-        return self._members[group].index(self.rank)
-
-
 def sizes_of_a_rank(config: ModelConfig, parallel: ParallelConfig, dtype: torch.dtype) -> HybridMoE:
     """Rank 0's part of the model, on the meta device. Every rank has parameters and a cache of the same sizes."""
     model = HybridMoE(config, device="meta", dtype=dtype)
-    apply_layout(model, cast(Communicator, Seat(parallel, 0)), parallel)
+    apply_layout(model, cast(Communicator, RankGroups(group_members(parallel, 0), 0)), parallel)
     return model
 
 

@@ -13,8 +13,8 @@ from typing import Any
 from rich.console import Console
 
 from hybrid_moe_ref.config import GDN_PREFILL_BACKENDS, MOE_BACKENDS, ConfigError
-from hybrid_moe_ref.engine.refusal import preflight
 from hybrid_moe_ref.engine.server_config import CHECKS
+from hybrid_moe_ref.engine.startup.refusal import check_start
 from repro.commands import INTERRUPTED, exit_code, print_verdicts, read_config, refuse_junit, write_reports
 from repro.hosts.interrupt import Interrupt
 from repro.lab import scenarios
@@ -145,7 +145,7 @@ def settings_of(args: argparse.Namespace, scenario: str, variant: str) -> RunSet
 def _preflight(settings: RunSettings) -> list[str]:
     """The reasons why the run may hang. Raises Refused if there are any and the run is not allowed to start."""
     scenario = scenarios.load(settings.scenario)
-    return preflight(scenario.server(settings, 0), scenario.policies(settings, 0))
+    return check_start(scenario.server(settings, 0), scenario.policies(settings, 0))
 
 
 def _require_gpus(num_ranks: int) -> None:

@@ -11,8 +11,8 @@ from hybrid_moe_kernels.moe.reference import experts
 from ranks import run_ranks
 
 from hybrid_moe_ref.config import ConfigError, EngineConfig
-from hybrid_moe_ref.engine.autotune import TACTICS, ChosenExperts
 from hybrid_moe_ref.engine.lifecycle import Engine
+from hybrid_moe_ref.engine.startup.autotune import TACTICS, ChosenExperts
 from hybrid_moe_ref.parallel.comm import Communicator
 from hybrid_moe_ref.parallel.observer import NullObserver
 from repro.lab.settings import RunSettings

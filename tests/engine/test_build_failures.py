@@ -20,18 +20,18 @@ import torch
 from building import place, small
 from folders import mounted, read_only
 from hybrid_moe_kernels import extension as extensions
+from hybrid_moe_kernels.build_lock import BuildLock, LockTimeout
 from hybrid_moe_kernels.extension import Extension
 from hybrid_moe_kernels.lab import gdn_prefill
 from ranks import run_ranks
 
-from hybrid_moe_ref.engine import builds
-from hybrid_moe_ref.engine.build_lock import BuildLock, LockTimeout
-from hybrid_moe_ref.engine.builds import ensure
 from hybrid_moe_ref.engine.lifecycle import Engine, PrepareFailed
 from hybrid_moe_ref.engine.runner import ModelRunner
+from hybrid_moe_ref.engine.startup import builds
+from hybrid_moe_ref.engine.startup.builds import ensure
 from hybrid_moe_ref.open_files import who_has_open
 from hybrid_moe_ref.parallel.comm import Communicator
-from hybrid_moe_ref.parallel.guard import ScheduleMismatch
+from hybrid_moe_ref.parallel.halt import ScheduleMismatch
 from repro.commands import CANNOT_TELL
 from repro.lab import scenarios
 from repro.lab.rank import worker
@@ -53,7 +53,7 @@ def hold(path, rank, until):
     code = f"""
 import sys, time
 from pathlib import Path
-from hybrid_moe_ref.engine.build_lock import BuildLock
+from hybrid_moe_kernels.build_lock import BuildLock
 with BuildLock(Path({str(path)!r}), {rank}, 1.0) as lock:
     print("held", flush=True)
     while True:

@@ -13,12 +13,12 @@ from folders import read_only
 from ranks import run_ranks
 
 from hybrid_moe_ref.config import preset
-from hybrid_moe_ref.engine.builds import BuildPlace
-from hybrid_moe_ref.engine.compilation import Compiler, _Announcements
 from hybrid_moe_ref.engine.lifecycle import Engine, PrepareFailed
+from hybrid_moe_ref.engine.startup.builds import BuildPlace
+from hybrid_moe_ref.engine.startup.compilation import Compiler, _Announcements
 from hybrid_moe_ref.model import HybridMoE
 from hybrid_moe_ref.parallel.comm import Communicator
-from hybrid_moe_ref.parallel.guard import ScheduleMismatch
+from hybrid_moe_ref.parallel.halt import ScheduleMismatch
 from hybrid_moe_ref.parallel.observer import NullObserver
 from repro.lab.outcome import reference
 from repro.lab.settings import RunSettings

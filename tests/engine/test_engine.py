@@ -13,19 +13,19 @@ from hybrid_moe_kernels import norm, registry
 from ranks import run_ranks
 
 from hybrid_moe_ref.config import ConfigError, EngineConfig
-from hybrid_moe_ref.engine.builds import KernelBuilds
 from hybrid_moe_ref.engine.lifecycle import Engine, PrepareFailed
 from hybrid_moe_ref.engine.plan import AgreedStep, StepPlan, StepSchedules, resolve
 from hybrid_moe_ref.engine.policies import Policies, StepAgreement
 from hybrid_moe_ref.engine.runner import ModelRunner
 from hybrid_moe_ref.engine.scheduler import Request, Scheduler, live_ranks
 from hybrid_moe_ref.engine.server_config import ServerConfig, configuration_differences
+from hybrid_moe_ref.engine.startup.builds import KernelBuilds
 from hybrid_moe_ref.layers.mixer import Mixer
 from hybrid_moe_ref.layers.moe import Experts
 from hybrid_moe_ref.model import HybridMoE
 from hybrid_moe_ref.parallel.comm import Communicator
 from hybrid_moe_ref.parallel.dispatch import ForwardContext, expert_schedule
-from hybrid_moe_ref.parallel.guard import ScheduleMismatch
+from hybrid_moe_ref.parallel.halt import ScheduleMismatch
 from hybrid_moe_ref.parallel.observer import NullObserver
 from repro.lab.outcome import reference
 from repro.lab.settings import RunSettings

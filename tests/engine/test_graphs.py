@@ -17,7 +17,7 @@ from hybrid_moe_ref.engine.lifecycle import Engine
 from hybrid_moe_ref.engine.scheduler import step_rows
 from hybrid_moe_ref.model import HybridMoE
 from hybrid_moe_ref.parallel.comm import Communicator
-from hybrid_moe_ref.parallel.guard import ScheduleMismatch
+from hybrid_moe_ref.parallel.halt import ScheduleMismatch
 from hybrid_moe_ref.parallel.observer import Collective, NullObserver
 from repro.lab.outcome import reference
 from repro.lab.settings import RunSettings

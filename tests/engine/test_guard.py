@@ -16,17 +16,19 @@ from ranks import run_ranks
 from hybrid_moe_ref.config import ParallelConfig
 from hybrid_moe_ref.engine.lifecycle import Engine
 from hybrid_moe_ref.engine.plan import StepPlan, resolve
-from hybrid_moe_ref.parallel.comm import Communicator, wait_or_halt
-from hybrid_moe_ref.parallel.guard import (
+from hybrid_moe_ref.parallel.comm import Communicator
+from hybrid_moe_ref.parallel.guard import ScheduleGuard
+from hybrid_moe_ref.parallel.halt import (
     CollectiveStalled,
     Halt,
     PeerLost,
-    ScheduleGuard,
+    RollCall,
     ScheduleMismatch,
+    Watchdog,
+    wait_or_halt,
 )
 from hybrid_moe_ref.parallel.observer import Collective, ScheduleEntry
 from hybrid_moe_ref.parallel.schedule import first_difference, schedule_hash
-from hybrid_moe_ref.parallel.watchdog import RollCall, Watchdog
 from repro.lab.settings import RunSettings
 
 AGREE = ScheduleEntry("dp", "all_reduce", "step")
@@ -138,7 +140,7 @@ def test_a_refusal_wakes_ranks_that_already_wait_in_a_collective(tmp_path):
 def test_strict_ranks_compare_before_anything_is_sent(tmp_path, odd, words):
     def run(rank, store):
         comm = Communicator.connect(ParallelConfig(dp_size=4), rank, store=store, timeout_s=30)
-        comm.start_preflight()
+        comm.start_strict_comparison()
         usual = {"x": torch.ones(4), "reduce_op": "sum", "layer": "step"}
         comm.all_reduce("dp", **usual)
         with pytest.raises(ScheduleMismatch) as caught:
@@ -153,8 +155,8 @@ def test_strict_ranks_compare_before_anything_is_sent(tmp_path, odd, words):
 def test_strict_ranks_name_who_does_not_come(tmp_path):
     def run(rank, store):
         comm = Communicator.connect(ParallelConfig(dp_size=3), rank, store=store, timeout_s=30)
-        comm.start_preflight()
-        comm._preflight._patience_s = 0.5
+        comm.start_strict_comparison()
+        comm._strict._patience_s = 0.5
         if rank == 1:
             store.wait(["named 0", "named 2"])
             return ""
@@ -254,7 +256,7 @@ def test_with_a_limit_a_collective_that_does_not_end_stops_all_with_its_layer(tm
         comm.start_watchdog()
         comm.limit_waits(0.4)
         if strict:
-            comm.start_preflight()
+            comm.start_strict_comparison()
         if rank == 2:
             time.sleep(1.5)
         with pytest.raises(CollectiveStalled) as caught:

@@ -17,7 +17,7 @@ from hybrid_moe_ref.engine.scheduler import Request
 from hybrid_moe_ref.engine.server_config import ServerConfig
 from hybrid_moe_ref.model import HybridMoE
 from hybrid_moe_ref.parallel.comm import Communicator
-from hybrid_moe_ref.parallel.guard import ScheduleMismatch
+from hybrid_moe_ref.parallel.halt import ScheduleMismatch
 from repro.lab.workload import WorkloadConfig, draw_requests
 
 ENGINE = EngineConfig(max_num_seqs=3, max_num_batched_tokens=20, num_pages=40, unfinished_interval=8, dtype="float64")

@@ -18,7 +18,7 @@ from hybrid_moe_ref.engine.scheduler import Request, Scheduler
 from hybrid_moe_ref.engine.server_config import ServerConfig
 from hybrid_moe_ref.model import HybridMoE
 from hybrid_moe_ref.parallel.comm import Communicator
-from hybrid_moe_ref.parallel.guard import ScheduleMismatch
+from hybrid_moe_ref.parallel.halt import ScheduleMismatch
 
 MODEL = dataclasses.replace(CONFIG, num_mtp_layers=1)
 ENGINE = EngineConfig(

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from hybrid_moe_ref.config import ParallelConfig
-from hybrid_moe_ref.engine.refusal import Refused, preflight
+from hybrid_moe_ref.engine.startup.refusal import Refused, check_start
 from repro import commands
 from repro.commands import cli
 from repro.lab import scenarios
@@ -30,14 +30,14 @@ def server(checks, pattern="GGMA", parallel=DP8, **engine):
 
 def test_expert_parallelism_over_hybrid_layers_without_agreement_is_refused_with_the_flag_to_change():
     with pytest.raises(Refused) as refused:
-        preflight(server("observe"))
+        check_start(server("observe"))
     assert str(refused.value) == (
         "expert parallelism is not supported for models with gated_delta_net and mamba2 hybrid layers while the ranks "
         "do not agree on their schedules: use --checks agree, or tensor parallelism instead (tp_size = 8) "
         "(--allow-unsafe starts it all the same)"
     )
     allowed = dataclasses.replace(server("observe", mode="graphs"), allow_unsafe=True)
-    assert [finding.split(" is not")[0] for finding in preflight(allowed)] == ["expert parallelism", "graph mode"]
+    assert [finding.split(" is not")[0] for finding in check_start(allowed)] == ["expert parallelism", "graph mode"]
 
 
 @pytest.mark.parametrize(
@@ -51,7 +51,7 @@ def test_expert_parallelism_over_hybrid_layers_without_agreement_is_refused_with
     ],
 )
 def test_what_can_be_kept_free_of_deadlock_is_not_refused(config):
-    assert preflight(config) == []
+    assert check_start(config) == []
 
 
 @pytest.mark.parametrize(
@@ -72,7 +72,7 @@ def test_a_policy_that_leads_ranks_apart_is_found_by_trying_it_even_where_they_a
     scenario = scenarios.load(name)
     config = dataclasses.replace(scenario.server(settings, 0), allow_unsafe=False)
     with pytest.raises(Refused, match=words):
-        preflight(config, scenario.policies(settings, 0))
+        check_start(config, scenario.policies(settings, 0))
 
 
 @pytest.mark.parametrize("variant", ["control", "fix"])
@@ -80,7 +80,7 @@ def test_a_policy_that_leads_ranks_apart_is_found_by_trying_it_even_where_they_a
 def test_no_cure_is_refused(name, variant):
     settings = scenarios.settings_of({"scenario": name, "variant": variant})
     scenario = scenarios.load(name)
-    assert preflight(scenario.server(settings, 0), scenario.policies(settings, 0)) == [], f"{name} {variant}"
+    assert check_start(scenario.server(settings, 0), scenario.policies(settings, 0)) == [], f"{name} {variant}"
 
 
 def test_a_run_that_is_not_to_hang_is_refused_without_agreement(tmp_path, capsys):

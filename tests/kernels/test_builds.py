@@ -11,14 +11,14 @@ import pytest
 import torch
 from building import place, small
 from forked import run_forked
+from hybrid_moe_kernels.build_lock import BuildLock
 from hybrid_moe_kernels.extension import BATON, Extension
 from hybrid_moe_kernels.gated_delta_rule import reference as gdn_reference
 from hybrid_moe_kernels.lab import gdn_prefill, moe_experts
 from hybrid_moe_kernels.moe import reference as moe_reference
 
 from hybrid_moe_ref.config import ConfigError
-from hybrid_moe_ref.engine.build_lock import BuildLock
-from hybrid_moe_ref.engine.builds import ensure
+from hybrid_moe_ref.engine.startup.builds import ensure
 from repro.lab import scenarios
 from repro.lab.outcome.second_judgement import judge_again
 from repro.lab.settings import RunSettings

@@ -6,9 +6,9 @@ import json
 import os
 
 import pytest
+from hybrid_moe_kernels.build_lock import BuildLock, Holder, LockTimeout
 
-from hybrid_moe_ref.engine.autotune import ExpertTuner
-from hybrid_moe_ref.engine.build_lock import BuildLock, Holder, LockTimeout
+from hybrid_moe_ref.engine.startup.autotune import ExpertTuner
 from hybrid_moe_ref.files import MAX_JSON_DEPTH, open_own, open_regular, parse_json, read_json, write_atomically
 
 BOMBS = {

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from hybrid_moe_ref.engine.builds import BuildPlace
+from hybrid_moe_ref.engine.startup.builds import BuildPlace
 from hybrid_moe_ref.parallel.observer import NullObserver
 from repro.lab import scenarios
 

@@ -23,8 +23,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hybrid_moe_ref.config import ConfigError
-from hybrid_moe_ref.engine.refusal import preflight
 from hybrid_moe_ref.engine.server_config import CHECKS
+from hybrid_moe_ref.engine.startup.refusal import check_start
 from repro.hosts.signals import dump_on_signals
 from repro.lab import scenarios
 from repro.lab.rank import software
@@ -188,7 +188,7 @@ def _parse(argv: list[str] | None, num_ranks: int) -> tuple[RunSettings, Path]:
     }
     settings = scenarios.settings_of(flags)
     scenario = scenarios.load(settings.scenario)
-    preflight(scenario.server(settings, 0), scenario.policies(settings, 0))
+    check_start(scenario.server(settings, 0), scenario.policies(settings, 0))
     return settings, args.out
 
 

@@ -19,7 +19,7 @@ from repro.lab.scenarios import Expected, Scenario
 from repro.lab.settings import RunSettings
 
 if TYPE_CHECKING:
-    from hybrid_moe_ref.engine.autotune import Chosen, ExpertTuner
+    from hybrid_moe_ref.engine.startup.autotune import Chosen, ExpertTuner
 
 SAVER = 0
 

@@ -18,8 +18,8 @@ from typing import TYPE_CHECKING
 
 from hybrid_moe_kernels import extension
 
-from hybrid_moe_ref.engine.builds import BuildPlace, KernelBuilds
 from hybrid_moe_ref.engine.policies import Policies
+from hybrid_moe_ref.engine.startup.builds import BuildPlace, KernelBuilds
 from repro.lab.scenarios import CLEAN, Expected, Scenario
 from repro.lab.settings import RunSettings
 from repro.lab.start.kernel_cache import of_rank

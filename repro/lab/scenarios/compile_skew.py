@@ -22,7 +22,7 @@ from repro.lab.scenarios import CLEAN, Expected, Scenario, struck_rank
 from repro.lab.settings import RunSettings
 
 if TYPE_CHECKING:
-    from hybrid_moe_ref.engine.compilation import Compiler
+    from hybrid_moe_ref.engine.startup.compilation import Compiler
 
 LIKELY_S = 3.0
 """The least time of a first compilation, which imports the compiler and, on a CPU, compiles C++."""

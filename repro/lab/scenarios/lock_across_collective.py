@@ -15,9 +15,10 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
-from hybrid_moe_ref.engine.build_lock import BEAT_S, BuildLock, every
-from hybrid_moe_ref.engine.builds import BuildPlace, KernelBuilds, ensure
+from hybrid_moe_kernels.build_lock import BEAT_S, BuildLock, every
+
 from hybrid_moe_ref.engine.policies import Policies
+from hybrid_moe_ref.engine.startup.builds import BuildPlace, KernelBuilds, ensure
 from repro.lab.scenarios import Expected, Scenario
 from repro.lab.scenarios.cold_jit import missing
 from repro.lab.settings import RunSettings

@@ -84,7 +84,7 @@ def main() -> None:
     from hybrid_moe_kernels.lab.gdn_prefill import PREFILL, PREFILL_CUDA
     from hybrid_moe_kernels.lab.moe_experts import EXPERTS
 
-    from hybrid_moe_ref.engine.builds import BuildPlace, ensure
+    from hybrid_moe_ref.engine.startup.builds import BuildPlace, ensure
     from hybrid_moe_ref.parallel.observer import NullObserver
 
     run_dir = RunDir(Path(sys.argv[1]))

@@ -1,4 +1,8 @@
-"""Detect, while a rank waits, that a peer's process has ended or that a collective exceeds its time limit.
+"""How the ranks stop together: one rank publishes an error, and all ranks raise it.
+
+    Halt           publishes the first error in the store, where every rank finds it
+    Watchdog       detects, while a rank waits, that a peer's process has ended or that a collective exceeds its limit
+    wait_or_halt   waits for a collective, and asks both meanwhile
 
 A killed rank reports nothing, and its peers depend on the backend: NCCL waits for ever; gloo fails only on the ranks
 that were communicating with it. So each rank publishes its process id in the store, and checks while it waits whether
@@ -8,18 +12,68 @@ in containers whose processes are not visible, are not checked.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import time
 from collections.abc import Sequence
+from datetime import timedelta
 from pathlib import Path
 
 import torch.distributed as dist
 
-from hybrid_moe_ref.parallel.guard import CollectiveStalled, Halt, PeerLost, Stopped
 from hybrid_moe_ref.parallel.observer import Collective
+
+_HALT = "halt"
+
+LOOK_UP_INTERVAL = timedelta(milliseconds=100)
+"""How long a rank waits in a collective before it checks whether another rank has stopped the job."""
 
 PATIENCE_S = 1.0
 """How long a rank whose connection broke looks for a dead peer before it reports its own failure."""
+
+
+class Stopped(RuntimeError):
+    """An error that stops every rank, with the same type and message."""
+
+
+class ScheduleMismatch(Stopped):
+    """The ranks' schedules differ, or a rank departs from its own. Raised instead of hanging; names the difference."""
+
+
+class PeerLost(Stopped):
+    """The process of a rank has ended, so the collectives that need it will never complete."""
+
+
+class CollectiveStalled(Stopped):
+    """A collective did not complete within the configured limit (engine.collective_limit_s)."""
+
+
+class Halt:
+    """The means by which one rank stops all ranks: the first error that is published in the store, and read by all.
+
+    store: shared by all ranks of the job; None for a single rank, which publishes nothing
+    """
+
+    def __init__(self, store: dist.Store | None) -> None:
+        self._store = store
+
+    def publish(self, error: Stopped) -> Stopped:
+        """Stop the other ranks. Returns the error that was published first, which the caller should raise."""
+        if self._store is None:
+            return error
+        text = f"{type(error).__name__}\n{error}"
+        return _error(self._store.compare_set(_HALT, "", text).decode())
+
+    def published(self) -> Stopped | None:
+        """The error that a rank published; None while there is none."""
+        if self._store is None or not self._store.check([_HALT]):
+            return None
+        return _error(self._store.get(_HALT).decode())
+
+
+def _error(text: str) -> Stopped:
+    name, _, message = text.partition("\n")
+    return {kind.__name__: kind for kind in (ScheduleMismatch, PeerLost, CollectiveStalled)}[name](message)
 
 
 class RollCall:
@@ -96,6 +150,42 @@ class Watchdog:
             message = f"rank {self._rank} has waited {waited_s:.1f} s in {what}; the limit is {self.limit_s:g} s"
             return CollectiveStalled(message)
         return None
+
+
+def wait_or_halt(work: dist.Work, halt: Halt, watchdog: Watchdog | None = None) -> None:
+    """Wait for a collective, and check every LOOK_UP_INTERVAL whether it can still end.
+
+    Raises the error with which another rank stopped the job, the watchdog's finding, or the collective's own error.
+    """
+    while True:
+        try:
+            work.wait(LOOK_UP_INTERVAL)
+            return
+        except RuntimeError:
+            if work.is_completed():
+                _finish(work, halt, watchdog)  # the collective ended meanwhile, with or without an error
+                return
+        if error := halt.published():
+            raise error
+        if watchdog and watchdog.finding():
+            # The peer may have exited because the collective, and all its work, ended since the last check.
+            with contextlib.suppress(RuntimeError):
+                work.wait(LOOK_UP_INTERVAL)
+            if work.is_completed():
+                _finish(work, halt, watchdog)
+                return
+            if error := watchdog.error():
+                raise error
+
+
+def _finish(work: dist.Work, halt: Halt, watchdog: Watchdog | None) -> None:
+    """End a completed collective. If a rank stopped the job, raise its error, not that of the closed connection."""
+    try:
+        work.wait()
+    except RuntimeError as failure:
+        if error := halt.published() or (watchdog and watchdog.reason()):
+            raise error from failure
+        raise
 
 
 def _start_ticks(pid: int) -> int:

@@ -8,19 +8,19 @@ so its content is checked and a symbolic link is refused.
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import json
 import math
 import os
 import socket
+import stat
 import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Self
-
-from hybrid_moe_ref.files import open_own, read_json
 
 POLL_S = 0.05
 BEAT_S = 0.5
@@ -125,13 +125,18 @@ class BuildLock:
     def holder(self) -> Holder | None:
         """The holder that the file names; None if the file names no valid process."""
         try:
-            return Holder.from_json(read_json(self.path, MAX_HOLDER_BYTES))
-        except (OSError, ValueError, TypeError):
+            descriptor = _open(self.path, os.O_RDONLY)
+            try:
+                text = os.read(descriptor, MAX_HOLDER_BYTES + 1)
+                return Holder.from_json(json.loads(text)) if len(text) <= MAX_HOLDER_BYTES else None
+            finally:
+                os.close(descriptor)
+        except (OSError, ValueError, TypeError, RecursionError):
             return None
 
     def _try(self) -> bool:
         """Take the lock if it is free. The previous holder may remove the file at any time."""
-        descriptor = open_own(self.path, os.O_RDWR | os.O_CREAT)
+        descriptor = _open(self.path, os.O_RDWR | os.O_CREAT)
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
             if os.path.samestat(os.fstat(descriptor), self.path.lstat()):
@@ -152,6 +157,22 @@ class BuildLock:
             return self.path.lstat().st_mtime_ns
         except OSError:
             return 0
+
+
+def _open(path: Path, flags: int) -> int:
+    """Open a regular file that has no other name. Raises OSError for a link, a pipe, a device or a folder."""
+    try:
+        descriptor = os.open(path, flags | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, 0o666)
+    except OSError as error:
+        if error.errno == errno.ELOOP:
+            raise OSError(errno.ELOOP, f"{path.name} is a symbolic link", str(path)) from None
+        raise
+    status = os.fstat(descriptor)
+    if stat.S_ISREG(status.st_mode) and status.st_nlink <= 1:
+        return descriptor
+    os.close(descriptor)
+    wrong = "a hard link to another file" if stat.S_ISREG(status.st_mode) else "not a regular file"
+    raise OSError(errno.EINVAL, f"{path.name} is {wrong}", str(path))
 
 
 @contextlib.contextmanager

@@ -15,9 +15,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import psutil
+from hybrid_moe_kernels.build_lock import BEAT_S, POLL_S, BuildLock, LockTimeout
 from hybrid_moe_kernels.extension import BATON, BuildFailed, Extension
 
-from hybrid_moe_ref.engine.build_lock import BEAT_S, POLL_S, BuildLock, LockTimeout
 from hybrid_moe_ref.open_files import who_has_open
 from hybrid_moe_ref.parallel.observer import Observer
 
@@ -48,7 +48,7 @@ class BuildPlace:
     def check(self) -> None:
         """Raise ScheduleMismatch, as a collective would, if another rank has stopped the job."""
         if message := self.stopped_by():
-            from hybrid_moe_ref.parallel.guard import ScheduleMismatch
+            from hybrid_moe_ref.parallel.halt import ScheduleMismatch
 
             raise ScheduleMismatch(message)
 

@@ -1,7 +1,7 @@
 """Refuse, before a server starts, a configuration whose ranks could deadlock.
 
-    preflight(config)                 raises Refused, one line, with the flag to change
-    preflight(config, policies)       also tries the policies: on a rank with requests, on an idle one, on one with a
+    check_start(config)                 raises Refused, one line, with the flag to change
+    check_start(config, policies)       also tries the policies: on a rank with requests, on an idle one, on one with a
                                       tuning cache and on one without
 
 A policy must lead every rank to the same collectives, whatever the state of that rank is. The trial calls the policy
@@ -21,7 +21,7 @@ from hybrid_moe_ref.engine.policies import Policies
 from hybrid_moe_ref.engine.server_config import ServerConfig
 
 if TYPE_CHECKING:
-    from hybrid_moe_ref.engine.autotune import ExpertTuner
+    from hybrid_moe_ref.engine.startup.autotune import ExpertTuner
 
 NUM_RANKS = 2  # of the trials
 
@@ -30,7 +30,7 @@ class Refused(ConfigError):
     """A configuration that could deadlock; the text says why, and what to change."""
 
 
-def preflight(config: ServerConfig, policies: Policies | None = None) -> list[str]:
+def check_start(config: ServerConfig, policies: Policies | None = None) -> list[str]:
     """Raise Refused with the first finding; with `config.allow_unsafe` return all findings instead."""
     reasons = list(findings(config, policies))
     if reasons and not config.allow_unsafe:

@@ -14,7 +14,7 @@ from datetime import timedelta
 
 import torch.distributed as dist
 
-from hybrid_moe_ref.parallel.guard import Halt, ScheduleMismatch
+from hybrid_moe_ref.parallel.halt import Halt, ScheduleMismatch
 from hybrid_moe_ref.parallel.observer import Collective
 
 ANSWER_INTERVAL = timedelta(milliseconds=500)
@@ -23,7 +23,7 @@ KEPT = 2
 """A rank deletes the entry that it published KEPT collectives ago, which every member has read by then."""
 
 
-class StorePreflight:
+class StrictComparison:
     """The strict check on one rank.
 
     patience_s  how long to wait for a member: as long as the collective itself may take
@@ -39,7 +39,7 @@ class StorePreflight:
         lost: Callable[[], Exception | None],
     ) -> None:
         self._rank = rank
-        self._store = dist.PrefixStore("preflight", store)
+        self._store = dist.PrefixStore("strict", store)
         self._halt = halt
         self._patience_s = patience_s
         self._lost = lost
