@@ -37,7 +37,7 @@ class LockTimeout(RuntimeError):
 
 @dataclass(frozen=True)
 class Holder:
-    """The process that holds a lock, and since when (seconds since the epoch)."""
+    """The process that holds a lock, and since when (seconds since the epoch). rank: -1 if the process has none."""
 
     rank: int
     pid: int
@@ -56,8 +56,15 @@ class Holder:
             raise ValueError("since is not a time in seconds since the epoch")
         return holder
 
+    @property
+    def name(self) -> str:
+        """ "rank 3", or "pid 42" if the process has no rank."""
+        return f"rank {self.rank}" if self.rank >= 0 else f"pid {self.pid}"
+
     def words(self) -> str:
-        return f"rank {self.rank} (pid {self.pid} on {self.host}), for {time.time() - self.since:.1f} s"
+        """The holder as text: "rank 3 (pid 42 on host), for 1.5 s"."""
+        process = f"(pid {self.pid} on {self.host})" if self.rank >= 0 else f"on {self.host}"
+        return f"{self.name} {process}, for {time.time() - self.since:.1f} s"
 
 
 @dataclass
@@ -65,7 +72,7 @@ class BuildLock:
     """A lock to hold by ``with``. The holder must call `beat` at least every `stale_s` seconds.
 
     path         the lock file; created, and removed at the end
-    rank         this process's rank, written into the file
+    rank         this process's rank, written into the file; -1 if it has none
     deadline_s   how long to wait for the lock
     notify       called with (event, name, pid), like `Observer.local`: lock_wait, heartbeat, lock_held, lock_freed
     check        called while waiting; may raise to give up
@@ -76,8 +83,8 @@ class BuildLock:
     """
 
     path: Path
-    rank: int
-    deadline_s: float
+    rank: int = -1
+    deadline_s: float = 600.0
     notify: Callable[[str, str, int], None] = lambda event, name, holder: None
     check: Callable[[], None] = lambda: None
     stale_s: float = STALE_S
@@ -95,7 +102,7 @@ class BuildLock:
             now = time.monotonic()
             if now - own_beat > BEAT_S:
                 own_beat = now
-                self.notify("heartbeat", f"waits for {self.path.name} of rank {holder.rank if holder else '?'}", -1)
+                self.notify("heartbeat", f"waits for {self.path.name} of {holder.name if holder else '?'}", -1)
             if (beat_ns := self._last_beat_ns()) != last_beat_ns:  # only a change counts: the clocks need not agree
                 last_beat_ns, holder_beat = beat_ns, now
             if now - started > self.deadline_s or now - holder_beat > self.stale_s:

@@ -5,15 +5,13 @@ carries a digest of the sources, the flags and torch's version, but not of the c
 with another one. Loading needs no compiler.
 
 A build works in a private folder and moves the complete library into place, so a failed or killed build leaves no
-partial library; the next build removes a killed one's folder. One process builds at a time. The others wait on a file
-lock, which the system releases when its holder dies, for at most LOCK_LIMIT_S.
+partial library; the next build removes a killed one's folder. One process builds at a time. The others wait for its
+`build_lock`, for at most LOCK_LIMIT_S.
 
 Loading picks the best instruction set that the processor has; HMR_NATIVE_ISA names another (INSTRUCTION_SETS).
 """
 
 import contextlib
-import errno
-import fcntl
 import hashlib
 import importlib.machinery
 import importlib.util
@@ -26,13 +24,13 @@ import sys
 import sysconfig
 import tempfile
 import threading
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 
 import torch
 from hybrid_moe_kernels import extension
+from hybrid_moe_kernels.build_lock import BuildLock, LockTimeout
 from hybrid_moe_kernels.choices import INSTRUCTION_SETS as INSTRUCTION_SETS
 
 DTYPES = (torch.float32, torch.bfloat16)
@@ -43,7 +41,7 @@ LOCK_LIMIT_S = 600.0
 """How long a process waits while another one builds."""
 
 SILENT_S = 5.0
-"""How long it waits before it logs which process it waits for."""
+"""How long a build may take before a line says what takes so long."""
 
 _NAME = "hybrid_moe_native"
 _FLAGS = [
@@ -102,7 +100,7 @@ def prepare(tick: Callable[[], None] = _nothing) -> str:
     """Load the library; build it first if the cache has none. Returns why that failed; "" if it did not.
 
     tick: called several times a second meanwhile, for heartbeats. An exception in it ends a wait for another process at
-    once, and is raised after a build of this process.
+    once; if this process builds, it is raised at the end of the build
 
     Raises ValueError, before any build, for an HMR_NATIVE_ISA that no processor has.
     """
@@ -115,12 +113,12 @@ def prepare(tick: Callable[[], None] = _nothing) -> str:
         try:
             if not target.exists():
                 target.parent.mkdir(parents=True, exist_ok=True)
-                with _only_one(target.parent, tick):
+                with _lock(target.parent, tick) as lock:
                     if not target.exists():
-                        _ticking(lambda: build(target), tick)
+                        _build_beating(target, lock, tick)
             _library = _load(target, isa)
             _error = ""
-        except (BuildFailed, OSError, ImportError, ValueError) as error:
+        except (BuildFailed, LockTimeout, OSError, ImportError, ValueError) as error:
             _error, _failed = " ".join(str(error).split()), target
     return missing()
 
@@ -129,13 +127,13 @@ class BuildFailed(RuntimeError):
     """The library could not be built; one line says why."""
 
 
-def _ticking(work: Callable[[], None], tick: Callable[[], None]) -> None:
-    """Do the work in a thread, and call ``tick`` repeatedly in this one."""
+def _build_beating(target: Path, lock: BuildLock, tick: Callable[[], None]) -> None:
+    """Build in a thread. Meanwhile send the lock's heartbeats, and call ``tick``, in this one."""
     failure: list[BaseException] = []
 
     def run() -> None:
         try:
-            work()
+            build(target)
         except BaseException as error:
             failure.append(error)
 
@@ -144,6 +142,7 @@ def _ticking(work: Callable[[], None], tick: Callable[[], None]) -> None:
     try:
         while thread.is_alive():
             thread.join(0.2)
+            lock.beat()
             tick()
     finally:
         thread.join()
@@ -151,46 +150,15 @@ def _ticking(work: Callable[[], None], tick: Callable[[], None]) -> None:
         raise failure[0]
 
 
-@contextlib.contextmanager
-def _only_one(place: Path, tick: Callable[[], None]) -> Iterator[None]:
-    """Exclude all other processes inside the ``with``.
+def _lock(place: Path, tick: Callable[[], None]) -> BuildLock:
+    """The lock of builds in this folder. Logs a line if another process holds it."""
 
-    Locks the folder itself, so that no lock file is left behind. A network file system may lock only files that are
-    open for writing; there, lock a file in the folder.
-    """
-    descriptor, is_folder = os.open(place, os.O_RDONLY), True
-    started, has_logged = time.monotonic(), False
-    try:
-        while True:
-            try:
-                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except BlockingIOError:
-                waited = time.monotonic() - started
-            except OSError as error:
-                if error.errno != errno.EBADF or not is_folder:
-                    raise
-                os.close(descriptor)
-                descriptor, is_folder = os.open(place / ".lock", os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666), False
-                continue
-            if waited > LOCK_LIMIT_S:
-                raise BuildFailed(f"{_builder(place)} has been building in {place} for {LOCK_LIMIT_S:g} s")
-            if waited > SILENT_S and not has_logged:
-                has_logged = True
-                _log.warning(f"kernels: native: waiting for {_builder(place)}, which builds in {place}")
-            tick()
-            time.sleep(0.05)
-        yield
-    finally:
-        os.close(descriptor)
+    def notify(event: str, name: str, holder: int) -> None:
+        if event == "lock_wait":
+            process = f"process {holder}" if holder > 0 else "another process"
+            _log.warning(f"kernels: native: waiting for {process}, which builds in {place}")
 
-
-def _builder(place: Path) -> str:
-    """The process that builds there, from the name of its private folder."""
-    for private in place.glob(f".{_NAME}+*"):
-        _, host, pid, _ = private.name.rsplit("+", 3)
-        return f"process {pid} of {host}"
-    return "another process"
+    return BuildLock(place / ".lock", deadline_s=LOCK_LIMIT_S, notify=notify, check=tick)
 
 
 def cannot_build() -> str:

@@ -5,8 +5,6 @@ Compilers here are scripts, or compile next to nothing; the kernels themselves a
 
 from __future__ import annotations
 
-import errno
-import fcntl
 import os
 import platform
 import shutil
@@ -18,6 +16,7 @@ from pathlib import Path
 
 import pytest
 from hybrid_moe_kernels import native, registry
+from hybrid_moe_kernels.build_lock import BuildLock
 
 from hybrid_moe_ref.__main__ import main
 
@@ -116,51 +115,35 @@ def test_what_a_killed_build_left_is_swept_by_the_next(tmp_path, cache, monkeypa
         time.sleep(0.02)
     os.kill(child, signal.SIGKILL)
     os.waitpid(child, 0)
-    (left,) = cache.iterdir()
-    assert f"+{child}+" in left.name
+    left, lock = sorted(cache.iterdir())
+    assert lock.name == ".lock" and f"+{child}+" in left.name
     monkeypatch.setenv("CXX", script(tmp_path, BROKEN))
     assert native.prepare() == "the build failed: x.cpp:1: error: broken"
     assert list(cache.iterdir()) == []
 
 
 def test_who_waits_says_for_whom_and_not_for_ever(cache, monkeypatch, caplog) -> None:
-    (cache / ".hybrid_moe_native+thathost+123+abc").mkdir(parents=True)
-    monkeypatch.setattr(native, "SILENT_S", 0.05)
+    cache.mkdir()
     monkeypatch.setattr(native, "LOCK_LIMIT_S", 0.3)
     ticks: list[float] = []
-    holder = os.open(cache, os.O_RDONLY)
-    try:
-        fcntl.flock(holder, fcntl.LOCK_EX)
-        told = native.prepare(lambda: ticks.append(time.monotonic()))
-    finally:
-        os.close(holder)
-    assert told == f"process 123 of thathost has been building in {cache} for 0.3 s" and len(ticks) > 2
+    with BuildLock(cache / ".lock"):
+        reason = native.prepare(lambda: ticks.append(time.monotonic()))
+    assert reason.startswith(f"{cache}/.lock is held by pid {os.getpid()} on ") and len(ticks) > 2
     (line,) = caplog.messages
-    assert line == f"kernels: native: waiting for process 123 of thathost, which builds in {cache}"
+    assert line == f"kernels: native: waiting for process {os.getpid()}, which builds in {cache}"
 
 
-def test_a_file_system_that_locks_only_what_is_written_has_a_file(tmp_path, monkeypatch) -> None:
-    flock = fcntl.flock
+def test_a_builder_sends_heartbeats_and_raises_what_the_build_raised(cache, monkeypatch) -> None:
+    def fail(target: Path) -> None:
+        time.sleep(0.5)
+        raise native.BuildFailed("no")
 
-    def as_on_nfs(descriptor: int, how: int) -> None:
-        if fcntl.fcntl(descriptor, fcntl.F_GETFL) & os.O_ACCMODE == os.O_RDONLY:
-            raise OSError(errno.EBADF, "Bad file descriptor")
-        flock(descriptor, how)
-
-    monkeypatch.setattr(fcntl, "flock", as_on_nfs)
-    with native._only_one(tmp_path, lambda: None):
-        other = os.open(tmp_path / ".lock", os.O_RDWR)
-        with pytest.raises(BlockingIOError):
-            flock(other, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        os.close(other)
-
-
-def test_signs_of_life_are_given_while_this_process_builds(monkeypatch) -> None:
+    monkeypatch.setattr(native, "build", fail)
+    beats: list[int] = []
+    monkeypatch.setattr(BuildLock, "beat", lambda lock: beats.append(1))
     ticks: list[int] = []
-    native._ticking(lambda: time.sleep(0.5), lambda: ticks.append(1))
-    assert len(ticks) >= 2
-    with pytest.raises(native.BuildFailed, match="no"):
-        native._ticking(lambda: (_ for _ in ()).throw(native.BuildFailed("no")), lambda: None)
+    assert native.prepare(lambda: ticks.append(1)) == "no"
+    assert len(ticks) >= 2 and len(beats) == len(ticks)
 
 
 def run_python(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
