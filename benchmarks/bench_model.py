@@ -28,7 +28,7 @@ from machine import commit, copy_bandwidth, cpu, mark, versions, write
 
 from hybrid_moe_ref import Batch, HybridCache, HybridMoE, ModelConfig, preset
 from hybrid_moe_ref.cache.pages import page_layout
-from hybrid_moe_ref.comparison import float64_throughout, judge_rounding
+from hybrid_moe_ref.commands.comparison import float64_throughout, judge_rounding
 from hybrid_moe_ref.generation.greedy import pages_needed, prefill
 
 PROMPT, STEPS = 512, 24

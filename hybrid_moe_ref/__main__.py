@@ -6,6 +6,7 @@ tracebacks.
 """
 
 import argparse
+import importlib
 import os
 import sys
 import traceback
@@ -156,9 +157,7 @@ def parser() -> Parser:
 def main(argv: list[str] | None = None) -> int:
     args = parser().parse_args(argv)
     try:
-        from hybrid_moe_ref import commands
-
-        status: int = getattr(commands, args.command)(args)
+        status: int = importlib.import_module(f"hybrid_moe_ref.commands.{args.command}").run(args)
         return status
     except KeyboardInterrupt:
         return 130

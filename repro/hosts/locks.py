@@ -18,7 +18,7 @@ from pathlib import Path
 
 import psutil
 
-from hybrid_moe_ref.open_files import who_has_open
+from hybrid_moe_ref.files.holders import who_has_open
 
 NOBODY, UNKNOWN = 0, -1
 LOOKS = 3

@@ -29,7 +29,7 @@ from hybrid_moe_ref.engine.lifecycle import Engine, PrepareFailed
 from hybrid_moe_ref.engine.runner import ModelRunner
 from hybrid_moe_ref.engine.startup import builds
 from hybrid_moe_ref.engine.startup.builds import ensure
-from hybrid_moe_ref.open_files import who_has_open
+from hybrid_moe_ref.files.holders import who_has_open
 from hybrid_moe_ref.parallel.comm import Communicator
 from hybrid_moe_ref.parallel.halt import ScheduleMismatch
 from repro.commands import CANNOT_TELL

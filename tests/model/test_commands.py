@@ -9,12 +9,14 @@ import pytest
 import torch
 from hybrid_moe_kernels import registry
 
-from hybrid_moe_ref import HybridCache, HybridMoE, commands, memory, preset
+from hybrid_moe_ref import HybridCache, HybridMoE, memory, preset
 from hybrid_moe_ref.__main__ import main
 from hybrid_moe_ref.cache.pages import page_layout
-from hybrid_moe_ref.comparison import judge_exact, judge_rounding
+from hybrid_moe_ref.commands import params
+from hybrid_moe_ref.commands.comparison import judge_exact, judge_rounding
+from hybrid_moe_ref.commands.generate import MAX_RANKS
+from hybrid_moe_ref.commands.output import TextPrinter
 from hybrid_moe_ref.config import ConfigError, ParallelConfig
-from hybrid_moe_ref.continuation import MAX_RANKS, TextPrinter
 from hybrid_moe_ref.engine import local
 from repro.lab.settings import RunSettings
 from repro.lab.start.memory import shortage_of
@@ -342,11 +344,11 @@ def test_running_out_of_memory_is_one_line_and_other_errors_are_not(capsys, monk
     def allocate(args: object) -> int:
         return torch.zeros(1 << 40, 1 << 20) is None
 
-    monkeypatch.setattr(commands, "params", allocate)
+    monkeypatch.setattr(params, "run", allocate)
     assert main(["params", "tiny"]) == 2
     err = capsys.readouterr().err
     assert "DefaultCPUAllocator: can't allocate memory" in err and err.count("\n") == 1
-    monkeypatch.setattr(commands, "params", lambda args: HybridCache(preset("tiny"), 5).allocate() is None)
+    monkeypatch.setattr(params, "run", lambda args: HybridCache(preset("tiny"), 5).allocate() is None)
     assert main(["params", "tiny"]) == 2
     assert capsys.readouterr().err == "hybrid_moe_ref: a new sequence needs 6 pages, 5 are free\n"
 
@@ -356,7 +358,7 @@ def test_a_failure_of_ours_is_an_internal_error_with_its_place(failure, capsys, 
     def fail(args: object) -> int:
         raise failure("no such\nthing")
 
-    monkeypatch.setattr(commands, "params", fail)
+    monkeypatch.setattr(params, "run", fail)
     monkeypatch.delenv("HMR_DEBUG", raising=False)
     assert main(["params", "tiny"]) == 125
     err = capsys.readouterr().err

@@ -25,7 +25,7 @@ from torch import Tensor
 from hybrid_moe_ref import Batch, HybridCache, HybridMoE, ModelConfig
 from hybrid_moe_ref.checkpoint import describe
 from hybrid_moe_ref.checkpoint.families import to_json
-from hybrid_moe_ref.comparison import LIMIT, float64_throughout, judge_exact, judge_rounding, their_logits
+from hybrid_moe_ref.commands.comparison import LIMIT, float64_throughout, judge_exact, judge_rounding, their_logits
 from hybrid_moe_ref.generation.greedy import pages_needed
 from hybrid_moe_ref.layers.mamba2 import Mamba2
 from hybrid_moe_ref.model.weights import init_weights

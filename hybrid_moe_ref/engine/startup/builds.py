@@ -18,7 +18,7 @@ import psutil
 from hybrid_moe_kernels.build_lock import BEAT_S, POLL_S, BuildLock, LockTimeout
 from hybrid_moe_kernels.extension import BATON, BuildFailed, Extension
 
-from hybrid_moe_ref.open_files import who_has_open
+from hybrid_moe_ref.files.holders import who_has_open
 from hybrid_moe_ref.parallel.observer import Observer
 
 DEADLINE_S = 900.0

@@ -4,10 +4,11 @@ import argparse
 import dataclasses
 import importlib.util
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
+from hybrid_moe_ref.commands.output import IdPrinter, Printer, TextPrinter
+from hybrid_moe_ref.commands.source import Source, load, use_kernels
 from hybrid_moe_ref.config import ConfigError, EngineConfig, InputError, ParallelConfig
-from hybrid_moe_ref.sources import Source, load, use_kernels
 
 LAYOUTS = {
     "single": None,
@@ -18,7 +19,7 @@ MAX_RANKS = 64
 """Ranks that one machine starts for one prompt, at most."""
 
 
-def generate(args: argparse.Namespace) -> int:
+def run(args: argparse.Namespace) -> int:
     parallel = parallel_of(args)
     _refuse_options_without_effect(args, parallel)
     source = Source.of(args.model)
@@ -57,47 +58,6 @@ def _refuse_options_without_effect(args: argparse.Namespace, parallel: ParallelC
             raise ConfigError(
                 f"{args.prefill_chunk} does not work with --drafts in a single process", "--prefill-chunk"
             )
-
-
-class Printer(Protocol):
-    """Prints tokens as they come, and what is left at the end."""
-
-    def show(self, token: int) -> None: ...
-    def end(self) -> None: ...
-
-
-class IdPrinter:
-    """Prints token ids."""
-
-    def show(self, token: int) -> None:
-        print(token, end=" ", flush=True)
-
-    def end(self) -> None:
-        print()
-
-
-class TextPrinter:
-    """Prints text. Some characters are made of several tokens, of which the first decode to U+FFFD: text that ends with
-    it is held back until it ends otherwise, or nothing more comes."""
-
-    def __init__(self, tokenizer: Any) -> None:
-        self._tokenizer = tokenizer
-        self._tokens: list[int] = []
-        self._num_printed = 0
-
-    def show(self, token: int) -> None:
-        self._tokens.append(token)
-        text = self._tokenizer.decode(self._tokens)
-        if not text.endswith("\ufffd"):
-            self._print(text)
-
-    def end(self) -> None:
-        self._print(self._tokenizer.decode(self._tokens))
-        print()
-
-    def _print(self, text: str) -> None:
-        print(text[self._num_printed :], end="", flush=True)
-        self._num_printed = len(text)
 
 
 def _generate_here(args: argparse.Namespace, source: Source, ids: list[int], printer: Printer) -> None:

@@ -1,0 +1,33 @@
+"""The command `pages`: the unified page of KV entries and recurrent states of a preset."""
+
+import argparse
+
+from hybrid_moe_ref.cache.pages import page_layout
+from hybrid_moe_ref.commands.output import show
+from hybrid_moe_ref.config import preset
+
+ITEMSIZES = {"float8": 1, "bfloat16": 2, "float16": 2, "float32": 4}
+"""Bytes of one number, by the name of a dtype that a KV cache can have."""
+
+
+def run(args: argparse.Namespace) -> int:
+    """Print the unified page size of KV entries and recurrent states."""
+    layout = page_layout(preset(args.preset), kv_itemsize=ITEMSIZES[args.kv_dtype], tp_size=args.tp)
+    answer = {
+        "preset": args.preset,
+        "tp": args.tp,
+        "kv_dtype": args.kv_dtype,
+        "tokens": layout.tokens,
+        "padding_percent": round(100 * layout.padding, 2),
+        "page_bytes": layout.page_bytes,
+        "kv_bytes_per_token": layout.bytes_per_token,
+        "state_bytes": {kind: size.num_bytes for kind, size in layout.states.items()},
+        "layers_per_group": layout.group_size,
+        "groups": len(layout.groups),
+    }
+    if args.json:
+        show(answer, True)
+    else:
+        for name, value in answer.items():
+            print(f"{name:20} {value}")
+    return 0

@@ -1,0 +1,27 @@
+"""The configuration of a model, its ranks and its engine: frozen dataclasses that check themselves.
+
+A `ConfigError` names the field by its path and the numbers that disagree. Nothing here imports torch.
+"""
+
+from hybrid_moe_ref.config.base import Config, ConfigError, InputError, nearest
+from hybrid_moe_ref.config.engine import DTYPES, ENGINE_MODES, GDN_PREFILL_BACKENDS, MOE_BACKENDS, EngineConfig
+from hybrid_moe_ref.config.model import LAYER_KINDS, ModelConfig
+from hybrid_moe_ref.config.parallel import ParallelConfig
+from hybrid_moe_ref.config.presets import PRESETS, preset
+
+__all__ = [
+    "DTYPES",
+    "ENGINE_MODES",
+    "GDN_PREFILL_BACKENDS",
+    "LAYER_KINDS",
+    "MOE_BACKENDS",
+    "PRESETS",
+    "Config",
+    "ConfigError",
+    "EngineConfig",
+    "InputError",
+    "ModelConfig",
+    "ParallelConfig",
+    "nearest",
+    "preset",
+]

@@ -1,0 +1,95 @@
+"""The limits of one rank's engine, and how it runs a step."""
+
+from dataclasses import dataclass
+
+from hybrid_moe_ref.config.base import Config, ConfigError, at_least, nearest
+
+ENGINE_MODES = ("eager", "graphs")
+GDN_PREFILL_BACKENDS = ("auto", "torch", "triton", "jit")
+MOE_BACKENDS = ("auto", "torch", "jit")
+DTYPES = ("float32", "float64", "bfloat16", "float16")
+
+
+@dataclass(frozen=True)
+class EngineConfig(Config):
+    """Limits of one rank's serve loop, and how it runs a step.
+
+    max_num_seqs       most requests that run at once; the others wait in order of arrival
+    max_num_batched_tokens
+                       most tokens of a step. Running requests come first; new prompts get the rest
+    num_pages          pages of a rank's cache; if they do not suffice for all requests, the youngest wait
+    unfinished_interval
+                       number of steps between two "anyone unfinished?" all-reduces; the ranks can end after each
+    dtype              dtype of weights, activations and KV cache: one of DTYPES
+    mode               "eager", or "graphs": small steps are padded to a captured size and replayed
+    capture_sizes      the captured sizes; () means 1, 2, 4, ... and max_num_seqs, which cover every pure decode step
+    microbatch_tokens  a rank with this many tokens proposes to split the step in two; 0: never
+    compile            compile the row-wise parts of the layers by torch.compile (needs a C++ compiler on a CPU)
+    autotune           time the tactics for computing the experts at start, and agree on the fastest
+    cache_dir          folder for tuning results and compiled code. "": tuning results are not saved, and compiled
+                       modules go to the user's cache
+    gdn_prefill_backend, moe_backend
+                       backend of these layers: "auto" selects one from the kernels' registry, "jit" is compiled on
+                       this machine, "triton" needs a GPU
+    num_drafts         number of tokens that the MTP layer drafts for each request
+    collective_limit_s a rank that waits this long in one collective while serving stops all ranks; 0: no limit
+    """
+
+    max_num_seqs: int = 8
+    max_num_batched_tokens: int = 256
+    num_pages: int = 256
+    unfinished_interval: int = 32
+    dtype: str = "float32"
+    mode: str = "eager"
+    capture_sizes: tuple[int, ...] = ()
+    microbatch_tokens: int = 0
+    compile: bool = False
+    autotune: bool = False
+    cache_dir: str = ""
+    gdn_prefill_backend: str = "auto"
+    moe_backend: str = "auto"
+    num_drafts: int = 0
+    collective_limit_s: float = 0.0
+
+    def __post_init__(self) -> None:
+        at_least(self, 1, "max_num_seqs", "max_num_batched_tokens", "num_pages", "unfinished_interval")
+        at_least(self, 0, "microbatch_tokens", "num_drafts")
+        if not 0 <= self.collective_limit_s < float("inf"):
+            raise ConfigError(f"{self.collective_limit_s} is not a number of seconds", "collective_limit_s")
+        if self.mode not in ENGINE_MODES:
+            raise ConfigError(f"unknown mode {self.mode!r}{nearest(self.mode, ENGINE_MODES)}", "mode")
+        for index, size in enumerate(self.capture_sizes):
+            if not 1 <= size <= self.max_num_batched_tokens:
+                raise ConfigError(
+                    f"{size} is not between 1 and max_num_batched_tokens {self.max_num_batched_tokens}",
+                    f"capture_sizes[{index}]",
+                )
+        if self.max_num_batched_tokens < self.max_num_seqs * (1 + self.num_drafts):
+            drafts = f" x (1 + num_drafts {self.num_drafts})" if self.num_drafts else ""
+            raise ConfigError(
+                f"{self.max_num_batched_tokens} is less than max_num_seqs {self.max_num_seqs}{drafts}: "
+                "a decode step would not hold the tokens of every sequence",
+                "max_num_batched_tokens",
+            )
+        if self.dtype not in DTYPES:
+            raise ConfigError(f"unknown dtype {self.dtype!r}{nearest(self.dtype, DTYPES)}", "dtype")
+        for name, names in (("gdn_prefill_backend", GDN_PREFILL_BACKENDS), ("moe_backend", MOE_BACKENDS)):
+            if (backend := getattr(self, name)) not in names:
+                raise ConfigError(f"unknown backend {backend!r}; known: {', '.join(names)}", name)
+        if self.autotune and self.moe_backend != "auto":
+            raise ConfigError(f"there is nothing to choose with moe_backend {self.moe_backend!r}", "autotune")
+        if self.moe_backend == "jit" and self.dtype not in ("float32", "float64"):
+            raise ConfigError(f"'jit' computes in float32 and float64, not in dtype {self.dtype}", "moe_backend")
+
+    @property
+    def compiles_kernels(self) -> bool:
+        """Whether a backend is compiled on this machine ("jit")."""
+        return "jit" in (self.gdn_prefill_backend, self.moe_backend)
+
+    @property
+    def graph_sizes(self) -> tuple[int, ...]:
+        """The captured sizes in ascending order; none in eager mode."""
+        if self.mode == "eager":
+            return ()
+        powers = (1 << exponent for exponent in range(self.max_num_seqs.bit_length()))
+        return tuple(sorted({*(self.capture_sizes or (*powers, self.max_num_seqs))}))

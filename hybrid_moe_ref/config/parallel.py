@@ -1,0 +1,42 @@
+"""How many ranks there are, and how they share a model."""
+
+from dataclasses import dataclass
+
+from hybrid_moe_ref.config.base import Config, ConfigError, at_least
+from hybrid_moe_ref.config.model import ModelConfig
+
+
+@dataclass(frozen=True)
+class ParallelConfig(Config):
+    """The layout: the number of ranks, and how they share the model.
+
+    dp_size           number of dp ranks; each has its own requests
+    tp_size           number of tp ranks per dp rank, which share heads and intermediate features
+    expert_parallel   distribute whole routed experts over all ranks; else every dp rank has all experts, and each of
+                      its tp ranks has a part of each
+    """
+
+    dp_size: int = 1
+    tp_size: int = 1
+    expert_parallel: bool = True
+
+    def __post_init__(self) -> None:
+        at_least(self, 1, "dp_size", "tp_size")
+
+    @property
+    def ep_size(self) -> int:
+        """The number of ranks that the routed experts are distributed over."""
+        return self.dp_size * self.tp_size if self.expert_parallel else 1
+
+    @property
+    def world_size(self) -> int:
+        return self.dp_size * self.tp_size
+
+    def check(self, model: ModelConfig) -> None:
+        """Raise a ConfigError when `model` does not divide over these ranks."""
+        if model.num_experts % self.ep_size:
+            raise ConfigError(
+                f"{model.num_experts} experts do not divide over {self.ep_size} ranks"
+                f" (dp_size {self.dp_size} x tp_size {self.tp_size})",
+                "ep_size",
+            )

@@ -1,0 +1,88 @@
+"""Read JSON that another program may have written, with bounds on its size and depth.
+
+A few hundred kilobytes of brackets can take gigabytes once they are parsed, so both are estimated first.
+"""
+
+import json
+import os
+import re
+from itertools import accumulate
+from typing import Any
+
+from hybrid_moe_ref.files.opening import DamagedFile, open_regular
+
+MAX_JSON_BYTES = 32 << 20
+MAX_JSON_DEPTH = 64
+MAX_JSON_MEMORY = 128 << 20
+"""Bytes that a parsed document may take, as :func:`_parsed_bytes` estimates it."""
+
+_STRING = re.compile(rb'"(?:[^"\\]++|\\.)*+(?:"|\\?\Z)', re.DOTALL)
+_NOT_A_BRACKET = bytes(set(range(256)) - set(b"[]{}"))
+_STEP = {ord("["): 1, ord("{"): 1, ord("]"): -1, ord("}"): -1}
+_LARGE_NUMBER = re.compile(rb"[eE]\+?0*\d{3}|\d{300}")
+_ESCAPE = re.compile(rb"\\(?:u[dD][89abAB]..\\u[dD][c-fC-F]..|(?P<lone>u[dD][89a-fA-F]..)|.)", re.DOTALL)
+
+
+def read_json(path: str | os.PathLike[str], most: int = MAX_JSON_BYTES) -> Any:
+    """Read the JSON value of a regular file of at most ``most`` bytes.
+
+    Raises DamagedFile with the file, the line where there is one, and what is wrong; OSError for what cannot be read.
+    """
+    with open_regular(path, most) as file:
+        data = file.read(most + 1)  # the file may grow meanwhile
+    if len(data) > most:
+        raise DamagedFile(f"{os.fspath(path)}:0: larger than {most} bytes")
+    return parse_json(data, os.fspath(path))
+
+
+def parse_json(data: bytes, where: str) -> Any:
+    """Parse JSON of bounded depth and size; NaN and numbers beyond a float's range are refused.
+
+    Half a surrogate pair, which no text file can hold, becomes U+FFFD.
+
+    where: the file, for error messages
+
+    Raises DamagedFile.
+    """
+    if _parsed_bytes(data) > MAX_JSON_MEMORY:
+        raise DamagedFile(f"{where}:1: more values than the {MAX_JSON_MEMORY >> 20} MiB that are read would hold")
+    if _depth(data) > MAX_JSON_DEPTH:
+        raise DamagedFile(f"{where}:1: nested too deep: more than {MAX_JSON_DEPTH} levels")
+    if b"\\ud" in data or b"\\uD" in data:
+        data = _ESCAPE.sub(lambda match: b"\\ufffd" if match["lone"] else match[0], data)
+    parse_float = _finite if _LARGE_NUMBER.search(data) else None  # only there: it is slower than json's own
+    try:
+        return json.loads(data.decode(), parse_constant=_refuse_constant, parse_float=parse_float)
+    except json.JSONDecodeError as error:
+        raise DamagedFile(f"{where}:{error.lineno}: {error.msg}") from None
+    except UnicodeDecodeError:
+        raise DamagedFile(f"{where}:1: not UTF-8 text") from None
+    except ValueError as error:  # an integer of thousands of digits
+        raise DamagedFile(f"{where}:1: {error}") from None
+
+
+def _parsed_bytes(data: bytes) -> int:
+    """Estimate the memory of a JSON text once it is parsed, from above: punctuation in strings counts too.
+
+    A small list or mapping takes up to 250 bytes, a value 64, and a key with its place in the mapping 120.
+    """
+    containers, values, keys = data.count(b"[") + data.count(b"{"), data.count(b","), data.count(b":")
+    return len(data) + 250 * containers + 64 * values + 120 * keys
+
+
+def _depth(data: bytes) -> int:
+    """How deep lists and mappings are nested."""
+    if data.count(b"[") + data.count(b"{") <= MAX_JSON_DEPTH:
+        return 0  # not deep, however they are nested
+    brackets = _STRING.sub(b"", data).translate(None, _NOT_A_BRACKET)
+    return max(accumulate(map(_STEP.__getitem__, brackets)), default=0)
+
+
+def _refuse_constant(name: str) -> None:
+    raise ValueError(f"{name} is not JSON")
+
+
+def _finite(text: str) -> float:
+    if (value := float(text)) in (float("inf"), float("-inf")):
+        raise ValueError(f"{text[:20]} is beyond the range of a float")
+    return value

@@ -1,0 +1,59 @@
+"""Open a file that another program may have put there, for reading or for writing.
+
+Opening a pipe or a device would read without end, and following a link would write to another file. Both are refused
+before anything is read or written.
+"""
+
+import errno
+import os
+import stat
+from pathlib import Path
+from typing import BinaryIO
+
+
+class DamagedFile(ValueError):
+    """A file that cannot be read as what it should be; the text is "file:line: what"."""
+
+
+def open_regular(path: str | os.PathLike[str], most: int | None = None) -> BinaryIO:
+    """Open a regular file of at most ``most`` bytes for reading.
+
+    Raises DamagedFile with the name of what is not one, OSError for what cannot be opened.
+    """
+
+    def opener(name: str, flags: int) -> int:
+        descriptor = os.open(name, flags | os.O_NONBLOCK)
+        status = os.fstat(descriptor)
+        wrong = "" if stat.S_ISREG(status.st_mode) else "not a regular file"
+        if not wrong and most is not None and status.st_size > most:
+            wrong = f"larger than {most} bytes"
+        if not wrong:
+            return descriptor
+        os.close(descriptor)
+        raise DamagedFile(f"{name}:0: {wrong}")
+
+    return open(os.fspath(path), "rb", opener=opener)
+
+
+def open_own(path: str | os.PathLike[str], flags: int) -> int:
+    """Open a file to write in a folder that others may write to, and return its descriptor.
+
+    flags: of ``os.open``, such as ``os.O_RDWR | os.O_CREAT``
+
+    Raises OSError, before anything is written, where the last part of the path is not a regular file, or is a link to
+    a file elsewhere.
+    """
+    try:
+        descriptor = os.open(path, flags | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, 0o666)
+    except OSError as error:
+        if error.errno == errno.ELOOP:
+            raise OSError(errno.ELOOP, f"{Path(path).name} is a symbolic link", os.fspath(path)) from None
+        raise
+    status = os.fstat(descriptor)
+    wrong = "" if stat.S_ISREG(status.st_mode) else "not a regular file"
+    if status.st_nlink > 1:
+        wrong = "a hard link to a file that has another name too"
+    if not wrong:
+        return descriptor
+    os.close(descriptor)
+    raise OSError(errno.EINVAL, f"{Path(path).name} is {wrong}", os.fspath(path))
