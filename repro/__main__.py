@@ -1,4 +1,4 @@
-"""python -m repro COMMAND: rebuild a hang, watch it, say who waits for whom, and pack that for others."""
+"""``python -m repro COMMAND``, also installed as ``hmr``: find which rank a hang waits for, and pack the evidence."""
 
 from __future__ import annotations
 
@@ -6,14 +6,21 @@ import os
 import signal
 import sys
 
-# Ctrl-C while the program is still being imported; `main` installs a handler that lets commands clean up.
-signal.signal(signal.SIGINT, lambda *_: os._exit(130))
 
-from repro.commands.output import guarded, open_standard_files  # noqa: E402  # after the handler, which is for this import
+def main() -> int:
+    """Run the command line; return its exit code."""
+    # For Ctrl-C during the imports below; the command line then installs a handler that lets commands clean up.
+    signal.signal(signal.SIGINT, lambda *_: os._exit(130))
 
-open_standard_files()  # before any other file is opened
+    from repro.commands.output import guarded, open_standard_files
 
-from repro.commands import CANNOT_TELL  # noqa: E402
-from repro.commands.cli import main  # noqa: E402
+    open_standard_files()  # before any other file is opened
 
-sys.exit(guarded(main, CANNOT_TELL))
+    from repro.commands import cli
+    from repro.exit_codes import CANNOT_TELL
+
+    return guarded(cli.main, CANNOT_TELL)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

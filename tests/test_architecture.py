@@ -33,6 +33,44 @@ def test_the_watcher_knows_nothing_of_the_lab():
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
 
 
+@pytest.mark.parametrize(
+    ("command", "forbidden"),
+    [
+        ("", ("rich", "jinja2", "psutil", "repro.ingest", "repro.verdict", "repro.lab")),
+        ("diagnose", ("rich", "jinja2", "psutil", "repro.ingest", "repro.verdict", "repro.lab")),
+        ("list", ("rich", "jinja2", "psutil", "repro.lab")),
+        ("clean", ("rich", "jinja2", "psutil", "repro.lab")),
+        ("report", ("repro.lab", "repro.bundle", "repro.ingest")),
+    ],
+)
+def test_help_imports_only_what_it_prints(command, forbidden):
+    words = [command, "--help"] if command else ["--help"]
+    assert imported(f"from repro.commands.cli import main; main({words})", *forbidden) == set()
+
+
+def test_diagnose_needs_neither_the_lab_nor_the_model_nor_the_terminals_tables(tmp_path):
+    (tmp_path / "rank0.log").write_text("[rank0]: nothing\n")
+    forbidden = ("torch", "numpy", "hybrid_moe_kernels", "repro.lab", "repro.watch", "rich", "psutil")
+    code = f"from repro.commands.cli import main; main(['diagnose', {str(tmp_path)!r}])"
+    assert imported(code, *forbidden) == set()
+    of_the_model = {name for name in imported(code, "hybrid_moe_ref") if not name.startswith("hybrid_moe_ref.files")}
+    assert of_the_model <= {"hybrid_moe_ref"}, of_the_model
+
+
+def imported(code: str, *packages: str) -> set[str]:
+    """The modules of these packages that a new interpreter has imported after running the code."""
+    ask = f"""
+import contextlib, io, sys
+with contextlib.redirect_stdout(io.StringIO()), contextlib.suppress(SystemExit):
+    {code}
+print(*sys.modules)
+"""
+    answer = subprocess.run([sys.executable, "-c", ask], cwd=ROOT, capture_output=True, text=True, check=True)
+    return {
+        name for name in answer.stdout.split() if name.startswith(tuple(f"{p}." for p in packages)) or name in packages
+    }
+
+
 def test_dependencies_point_one_way():
     """layers -> kernels, model -> layers, parallel -> model, engine -> parallel, repro -> engine; never back."""
     forbidden = {

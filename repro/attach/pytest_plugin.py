@@ -6,8 +6,6 @@ pytest loads it in every run of an environment that has this package, so it impo
 from __future__ import annotations
 
 import functools
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -36,10 +34,10 @@ def _required_gpus(n: int = 1) -> int:
 
 @functools.cache
 def num_gpus() -> int:
-    """The number of CUDA devices, counted by a child process: a parent that used CUDA cannot fork ranks that use it."""
-    ask = "import torch; print(torch.cuda.device_count())"
-    answer = subprocess.run([sys.executable, "-c", ask], capture_output=True, text=True)
-    return int(answer.stdout.split()[-1]) if answer.returncode == 0 and answer.stdout.split() else 0
+    """The number of CUDA devices, counted once."""
+    from repro.hosts.gpus import count_gpus
+
+    return count_gpus()
 
 
 @pytest.fixture

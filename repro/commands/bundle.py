@@ -1,11 +1,10 @@
-"""``python -m repro bundle RUN``: make a bundle of a run, or compare a bundle with its manifest."""
+"""``bundle RUN``: make a bundle of a run, or compare a bundle with its manifest."""
 
 from __future__ import annotations
 
 import argparse
 import json
 from pathlib import Path
-from typing import Any
 
 from hybrid_moe_ref.config import ConfigError
 from repro.bundle.archive import MANIFEST, verify
@@ -17,9 +16,7 @@ from repro.store.run_dir import refuse_unwritable
 from repro.store.text import escape_control_characters, escape_lines
 
 
-def add(commands: Any) -> None:
-    """Add the command to the program's parser."""
-    parser = commands.add_parser("bundle", help="pack a run as one zip to attach to a bug report; or check such a zip")
+def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("run", type=Path, metavar="RUN", help="a run directory, or with --verify a zip")
     parser.add_argument("--verify", action="store_true", help="compare a zip with its manifest")
     parser.add_argument("--to", type=Path, metavar="ZIP", help="default: beside the run")
@@ -29,7 +26,6 @@ def add(commands: Any) -> None:
         help="add unrecognised text in which nothing suspicious is found",
     )
     parser.add_argument("--json", action="store_true")
-    parser.set_defaults(command=run, parser=parser)
 
 
 def run(args: argparse.Namespace) -> int:

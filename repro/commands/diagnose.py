@@ -5,48 +5,62 @@ from __future__ import annotations
 import argparse
 import json
 import textwrap
+import zipfile
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from repro.commands import own_runs
-from repro.ingest.read import Evidence, read
-from repro.report.diagnosis.issue import issue
-from repro.report.diagnosis.page import page
-from repro.store.run_dir import write_json
+from repro.exit_codes import CANNOT_TELL, EXPECTED, USAGE
 from repro.store.text import counted, escape_lines
-from repro.verdict.partial import Diagnosis, diagnose
-from repro.verdict.partial.scene import Scene
-from repro.verdict.result import list_ranks
 
-FOUND, NOTHING_USABLE, CANNOT_TELL = 0, 2, 125
+if TYPE_CHECKING:
+    from repro.ingest.read import Evidence
+    from repro.verdict.partial import Diagnosis
+
 MAX_LINES = 25
 WIDTH = 118
 
 
-def add(commands: Any) -> None:
-    """Add the command to the parser's commands."""
-    parser = commands.add_parser("diagnose", help="what dumps, stacks and logs of any torch.distributed job prove")
+def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("paths", nargs="+", type=Path, metavar="PATH", help="files, folders and zips, in any mixture")
     parser.add_argument("--json", action="store_true")
     parser.add_argument("--out", type=Path, metavar="DIR", help="write report.html, ISSUE.md and diagnosis.json there")
-    parser.set_defaults(command=run, parser=parser)
 
 
 def run(args: argparse.Namespace) -> int:
     """0 for a verdict, 125 for `inconclusive`, 2 where no file was usable."""
+    from repro.ingest.read import read
+    from repro.verdict.partial import diagnose
+
     for path in args.paths:
         if not path.exists():
             args.parser.error(f"{path}: no such file or folder")
-    if len(args.paths) == 1 and own_runs.is_own(args.paths[0]):
+    if len(args.paths) == 1 and is_own_run(args.paths[0]):
+        from repro.commands import own_runs  # the lab's settings, which other evidence does not need
+
         diagnosis, evidence = own_runs.judge(args.paths[0])
         return _said(args, diagnosis, evidence)
     evidence = read(args.paths)
     if not evidence.records:
         for line in evidence.not_understood or ["the paths hold no files"]:
             print(escape_lines(f"not understood: {line}"))
-        return NOTHING_USABLE
+        return USAGE
     return _said(args, diagnose(evidence.records), evidence)
+
+
+def is_own_run(path: Path) -> bool:
+    """Whether a path is a run directory of the lab, or a bundle of one."""
+    if path.is_dir():
+        return (path / "config.json").is_file() and (path / "events").is_dir()
+    if not path.is_file() or not zipfile.is_zipfile(path):
+        return False
+    try:
+        with zipfile.ZipFile(path) as archive:
+            names = archive.namelist()
+    except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError):
+        return False
+    parts = [name.split("/") for name in names]
+    return any(part[-1] == "config.json" for part in parts) and any("events" in part[:-1] for part in parts)
 
 
 def _said(args: argparse.Namespace, diagnosis: Diagnosis, evidence: Evidence) -> int:
@@ -56,10 +70,17 @@ def _said(args: argparse.Namespace, diagnosis: Diagnosis, evidence: Evidence) ->
         print(json.dumps(document(diagnosis, evidence), indent=1))
     else:
         print(escape_lines("\n".join(lines(diagnosis, evidence))))
-    return CANNOT_TELL if diagnosis.verdict == "inconclusive" else FOUND
+    return CANNOT_TELL if diagnosis.verdict == "inconclusive" else EXPECTED
 
 
 def _write(out: Path, paths: Sequence[Path], diagnosis: Diagnosis, evidence: Evidence) -> None:
+    from repro.ingest.read import read
+    from repro.report.diagnosis.issue import issue
+    from repro.report.diagnosis.page import page
+    from repro.store.run_dir import write_json
+    from repro.verdict.partial import diagnose
+    from repro.verdict.partial.scene import Scene
+
     out.mkdir(parents=True, exist_ok=True)
     scene = Scene.of(evidence.records)
     (out / "report.html").write_text(page(diagnosis, evidence, scene), encoding="utf-8")
@@ -94,6 +115,8 @@ def lines(diagnosis: Diagnosis, evidence: Evidence) -> list[str]:
 
 def headline(diagnosis: Diagnosis) -> str:
     """ "deadlock (skipped), likely, culprits: 2"."""
+    from repro.verdict.result import list_ranks
+
     cause = f" ({diagnosis.cause})" if diagnosis.cause else ""
     culprits = f", culprits: {list_ranks(diagnosis.culprits)}" if diagnosis.culprits else ""
     suspects = f", suspects: {list_ranks(diagnosis.suspects)}" if diagnosis.suspects else ""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import zipfile
 from pathlib import Path
 
 from hybrid_moe_ref.config import ConfigError
@@ -12,21 +11,6 @@ from repro.lab.outcome.second_judgement import judge_again
 from repro.lab.settings import read_settings
 from repro.store.run_dir import RunDir
 from repro.verdict.partial import Diagnosis
-
-
-def is_own(path: Path) -> bool:
-    """Whether a path is a run directory of the lab, or a bundle of one."""
-    if path.is_dir():
-        return (path / "config.json").is_file() and (path / "events").is_dir()
-    if not path.is_file() or not zipfile.is_zipfile(path):
-        return False
-    try:
-        with zipfile.ZipFile(path) as archive:
-            names = archive.namelist()
-    except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError):
-        return False
-    parts = [name.split("/") for name in names]
-    return any(part[-1] == "config.json" for part in parts) and any("events" in part[:-1] for part in parts)
 
 
 def judge(path: Path) -> tuple[Diagnosis, Evidence]:

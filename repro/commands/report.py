@@ -1,11 +1,10 @@
-"""``python -m repro report RUN...``: write the report of existing runs, and print its path."""
+"""``report RUN...``: write the report of existing runs, and print its path."""
 
 from __future__ import annotations
 
 import argparse
 import json
 from pathlib import Path
-from typing import Any
 
 from repro import report
 from repro.report.gather import headline
@@ -13,12 +12,9 @@ from repro.store.run_dir import refuse_unwritable
 from repro.store.text import escape_control_characters
 
 
-def add(commands: Any) -> None:
-    """Add the command to the program's parser."""
-    parser = commands.add_parser("report", help="write report.html, timeline.svg and trace.json into runs")
+def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="a run directory")
     parser.add_argument("--json", action="store_true", help="print what was written and what is missing as JSON")
-    parser.set_defaults(command=run, parser=parser)
 
 
 def run(args: argparse.Namespace) -> int:

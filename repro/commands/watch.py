@@ -1,17 +1,17 @@
-"""``python -m repro watch RUN|ZIP``: print the verdict on a run, live or finished, or on a bundle."""
+"""``watch RUN|ZIP``: print the verdict on a run, live or finished, or on a bundle."""
 
 from __future__ import annotations
 
 import argparse
 import json
 from pathlib import Path
-from typing import Any
 
 from rich.console import Console
 
 from hybrid_moe_ref.config import ConfigError
 from repro import bundle
-from repro.commands import CANNOT_TELL, EXPECTED, INTERRUPTED, UNEXPECTED, exit_code, print_verdicts, write_reports
+from repro.commands.verdicts import exit_code, print_verdicts, write_reports
+from repro.exit_codes import CANNOT_TELL, EXPECTED, INTERRUPTED, UNEXPECTED
 from repro.hosts import processes
 from repro.hosts.agent import HostAgent
 from repro.hosts.interrupt import Interrupt
@@ -25,15 +25,12 @@ from repro.store.text import escape_lines
 from repro.trace.witness import Tail
 
 
-def add(commands: Any) -> None:
-    """Add the command to the program's parser."""
-    parser = commands.add_parser("watch", help="print the verdict on a run directory, live or finished, or on a bundle")
+def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("dir", type=Path, metavar="RUN|ZIP")
     parser.add_argument("--end", action="store_true", help="watch until the verdict, write verdict.json, end the run")
     agent = "run this host's agent for a watcher on another host; RANK is the first rank of this host"
     parser.add_argument("--agent", "--lookout", type=int, metavar="RANK", help=agent)
     parser.add_argument("--json", action="store_true")
-    parser.set_defaults(command=run, parser=parser)
 
 
 def run(args: argparse.Namespace) -> int:

@@ -3,22 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from typing import Any
 
 from hybrid_moe_ref.config import ConfigError
 from repro.lab import scenarios
+from repro.lab.flags import Flag, differences
 from repro.lab.settings import RunSettings
 from repro.store.description import RUN_FOLDER, Command
-
-_BY_TORCHRUN = {
-    "backend": "--backend", "checks": "--checks", "quiet_window_s": "--quiet-window", "deadline_s": "--deadline",
-    "seed": "--seed",
-}  # fmt: skip
-_BY_RUN = {
-    "num_ranks": "--ranks", **_BY_TORCHRUN, "kernel_cache": "--kernel-cache", "group_timeout_s": "--group-timeout",
-}  # fmt: skip
-_OF_ENGINE = {"gdn_prefill_backend": "--gdn-prefill-backend", "moe_backend": "--moe-backend"}
 
 
 def commands(settings: RunSettings) -> tuple[Command, ...]:
@@ -35,22 +27,25 @@ def commands(settings: RunSettings) -> tuple[Command, ...]:
 def _run(settings: RunSettings, variant: str) -> tuple[str, ...]:
     """The command that runs a variant again; with the variant "all", every variant."""
     plain = _plain(settings)
-    words, shown = _flags(settings, plain, _BY_RUN)
-    engine_words, engine = _flags(settings.engine, plain.engine, _OF_ENGINE)
-    words += engine_words
-    if dataclasses.replace(shown, engine=engine) != settings:
+    flags = list(differences(settings, plain))
+    words = _words(flags)
+    if _changed(plain, flags) != settings:
         words += ["--config", f"{RUN_FOLDER}/config.json"]
     return ("python", "-m", "repro", "run", settings.scenario, "--variant", variant, *words)
 
 
 def _torchrun(settings: RunSettings) -> tuple[str, ...]:
-    """The torchrun command that repeats this run; () if the worker has no flag for one of its settings."""
-    plain = _replaced(_plain(settings), [("num_ranks", settings.num_ranks)])
-    words, shown = _flags(settings, plain, _BY_TORCHRUN)
-    if shown != settings:
+    """The torchrun command that repeats this run; () if no flag gives one of its settings."""
+    plain = _plain(settings)
+    try:
+        plain = dataclasses.replace(plain, num_ranks=settings.num_ranks)
+    except ConfigError:  # valid only together with a setting that has no flag
+        return ()
+    flags = list(differences(settings, plain, "num_ranks"))
+    if _changed(plain, flags) != settings:
         return ()
     start = ("torchrun", "--nproc-per-node", str(settings.num_ranks), "-m", "repro.worker", settings.scenario)
-    return (*start, "--variant", settings.variant, *words)
+    return (*start, "--variant", settings.variant, *_words(flags))
 
 
 def _plain(settings: RunSettings) -> RunSettings:
@@ -62,23 +57,16 @@ def _plain(settings: RunSettings) -> RunSettings:
         return RunSettings(**names)
 
 
-def _flags(settings: Any, plain: Any, flags: Mapping[str, str]) -> tuple[list[str], Any]:
-    """The command line's words for what differs from ``plain``, and ``plain`` with those changes."""
-    given = {
-        name: value
-        for name in flags
-        if (value := getattr(settings, name)) != getattr(plain, name) and value != ""  # no flag says "as by default"
-    }
-    words = [word for name, value in given.items() for word in (flags[name], str(value))]
-    if getattr(settings, "allow_unsafe", False) and not plain.allow_unsafe:
-        words.append("--allow-unsafe")
-        given["allow_unsafe"] = True
-    return words, _replaced(plain, given.items())
+def _words(flags: Iterable[tuple[Flag, Any]]) -> list[str]:
+    return [word for flag, value in flags for word in flag.words(value)]
 
 
-def _replaced(plain: Any, given: Iterable[tuple[str, Any]]) -> Any:
-    """``plain`` with these values; ``plain`` itself if they are valid only together with a setting that has no flag."""
+def _changed(plain: RunSettings, flags: Iterable[tuple[Flag, Any]]) -> RunSettings | None:
+    """``plain`` with these values; None if they are valid only together with a setting that has no flag."""
+    values = {flag.field: value for flag, value in flags}
+    engine = {field.removeprefix("engine."): value for field, value in values.items() if field.startswith("engine.")}
+    rest = {field: value for field, value in values.items() if not field.startswith("engine.")}
     try:
-        return dataclasses.replace(plain, **dict(given))
+        return dataclasses.replace(plain, engine=dataclasses.replace(plain.engine, **engine), **rest)
     except ConfigError:
-        return plain
+        return None

@@ -29,8 +29,8 @@ from repro.bundle import archive, assemble, scratch
 from repro.bundle.archive import ArchiveError, unpack
 from repro.bundle.issue import MAX_ISSUE_LINES, issue
 from repro.bundle.scratch import scratch_folder
-from repro.commands import CANNOT_TELL, EXPECTED, UNEXPECTED, USAGE
 from repro.commands.cli import main
+from repro.exit_codes import CANNOT_TELL, EXPECTED, UNEXPECTED, USAGE
 from repro.hosts.interrupt import Interrupt
 from repro.lab.description import describe
 from repro.lab.settings import RunSettings

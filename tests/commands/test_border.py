@@ -15,8 +15,8 @@ import pytest
 from command_line import fails
 from reported import write_hang
 
-from repro.commands import CANNOT_TELL, EXPECTED, INTERRUPTED, UNEXPECTED, USAGE
 from repro.commands.cli import main
+from repro.exit_codes import CANNOT_TELL, EXPECTED, INTERRUPTED, UNEXPECTED, USAGE
 from repro.hosts import processes
 from repro.hosts.interrupt import Interrupt
 from repro.lab import scenarios

@@ -20,8 +20,9 @@ from rich.console import Console
 from rich.live import Live
 from scene import Scene
 
-from repro.commands import CANNOT_TELL, EXPECTED, UNEXPECTED, USAGE, exit_code
-from repro.commands.cli import _parser, main
+from repro.commands.cli import COMMANDS, main, parser_of
+from repro.commands.verdicts import exit_code
+from repro.exit_codes import CANNOT_TELL, EXPECTED, UNEXPECTED, USAGE
 from repro.hosts.options import WatchOptions
 from repro.lab.scenarios import settings_of
 from repro.lab.settings import RunSettings
@@ -270,8 +271,9 @@ def test_clean_removes_runs_and_nothing_else(tmp_path):
 
 
 def test_every_command_answers_in_json(capsys, tmp_path):
-    parsers = _parser()._subparsers._group_actions[0].choices
-    assert {name for name, parser in parsers.items() if "--json" not in parser._option_string_actions} <= {"prove"}
+    for name in COMMANDS:
+        command = parser_of([name])._subparsers._group_actions[0].choices[name]
+        assert "--json" in command._option_string_actions, name
     assert main(["clean", "--out", str(tmp_path), "--json"]) == EXPECTED
     assert json.loads(capsys.readouterr().out) == {"removed": [], "still_running": []}
 

@@ -14,8 +14,8 @@ from command_line import fails
 from scene import Scene
 
 from hybrid_moe_ref.parallel.observer import Collective, ScheduleEntry
-from repro.commands import CANNOT_TELL, EXPECTED, UNEXPECTED, USAGE
 from repro.commands.cli import main
+from repro.exit_codes import CANNOT_TELL, EXPECTED, UNEXPECTED, USAGE
 from repro.lab.outcome.expectation import document_of, watch_options
 from repro.lab.outcome.second_judgement import judge_again
 from repro.lab.outcome.tokens import compare_tokens

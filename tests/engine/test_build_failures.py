@@ -32,7 +32,7 @@ from hybrid_moe_ref.engine.startup.builds import ensure
 from hybrid_moe_ref.files.holders import who_has_open
 from hybrid_moe_ref.parallel.comm import Communicator
 from hybrid_moe_ref.parallel.halt import ScheduleMismatch
-from repro.commands import CANNOT_TELL
+from repro.exit_codes import CANNOT_TELL
 from repro.lab import scenarios
 from repro.lab.rank import worker
 from repro.lab.settings import RunSettings

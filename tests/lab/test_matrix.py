@@ -9,8 +9,8 @@ import subprocess
 import pytest
 from forked import run_forked
 
-from repro.commands import CANNOT_TELL, USAGE
 from repro.commands.cli import main
+from repro.exit_codes import CANNOT_TELL, EXPECTED, USAGE
 from repro.lab import scenarios
 from repro.lab.search import matrix
 from repro.lab.start import launch
@@ -83,11 +83,12 @@ def test_a_run_whose_cache_cannot_be_filled_costs_no_other_run_its_verdict(tmp_p
     assert "the disk is full" in told.err
 
 
-def test_the_script_for_vllm_starts_every_combination_and_is_a_script(tmp_path):
-    path = tmp_path / "matrix.sh"
-    path.write_text(matrix.script())
-    subprocess.run(["bash", "-n", path], check=True)
-    starts = [line.split()[1:] for line in path.read_text().splitlines() if line.startswith("start ")]
+def test_the_script_for_vllm_starts_every_combination(capsys):
+    assert main(["matrix", "--script"]) == EXPECTED
+    script = capsys.readouterr().out
+    loops = script[script.index("for layout in") :]
+    printed = subprocess.run(["bash", "-c", f'start() {{ echo "$@"; }}\n{loops}'], capture_output=True, text=True)
+    starts = [line.split() for line in printed.stdout.splitlines()]
     assert len(starts) == len({tuple(words) for words in starts}) == 24
     assert starts[0] == ["tp8", "triton", "triton", "cold"] and starts[1][-1] == "warm"
 

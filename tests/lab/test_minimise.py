@@ -18,8 +18,10 @@ from scene import Scene
 
 from repro.bundle import replay
 from repro.commands.cli import main
+from repro.commands.minimise import _print_result
 from repro.lab import scenarios
-from repro.lab.search.minimise import AnotherVerdict, Runner, _print_result, describe, minimise, run_within
+from repro.lab.search.confirmation import run_within
+from repro.lab.search.minimise import AnotherVerdict, Runner, describe, minimise
 from repro.report.gather import gather
 
 ROOT = Path(__file__).resolve().parents[2]

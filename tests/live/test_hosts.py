@@ -16,8 +16,8 @@ from pathlib import Path
 import psutil
 import pytest
 
-from repro.commands import USAGE
 from repro.commands.cli import main
+from repro.exit_codes import USAGE
 from repro.hosts.agent import HostAgent, RemoteHosts
 from repro.hosts.host import Host
 from repro.lab.outcome.expectation import watch_options

@@ -16,7 +16,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from repro.commands import EXPECTED, INTERRUPTED, UNEXPECTED
+from repro.exit_codes import EXPECTED, INTERRUPTED, UNEXPECTED
 from repro.lab import scenarios
 from repro.lab.start import job, launch
 from repro.report.terminal import Display

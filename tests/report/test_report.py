@@ -16,8 +16,8 @@ from reported import AGREE, write_hang, write_run
 from scene import Scene
 
 from repro import report
-from repro.commands import EXPECTED, USAGE
 from repro.commands.cli import main
+from repro.exit_codes import EXPECTED, USAGE
 from repro.report.gather import gather, headline
 from repro.report.lanes import Labels, SharedClock, read_lane
 from repro.report.page.page import main_stack

@@ -16,8 +16,8 @@ from repro import bundle, report
 from repro.bundle import assemble
 from repro.bundle.redact import documents
 from repro.bundle.redact.recognise import Recogniser
-from repro.commands import EXPECTED
 from repro.commands.cli import main
+from repro.exit_codes import EXPECTED
 from repro.lab.description import describe
 from repro.lab.scenarios import settings_of
 from repro.lab.start.launch import prepare_run_dir

@@ -23,15 +23,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hybrid_moe_ref.config import ConfigError
-from hybrid_moe_ref.engine.server_config import CHECKS
 from hybrid_moe_ref.engine.startup.refusal import check_start
+from repro.exit_codes import CANNOT_TELL, USAGE
 from repro.hosts.signals import dump_on_signals
-from repro.lab import scenarios
+from repro.lab import flags, scenarios
 from repro.lab.rank import software
 from repro.lab.rank.environment import RankEnvironment, refuse_bad_variables
 from repro.lab.settings import RunSettings, read_settings
 from repro.lab.start.kernel_cache import CannotFill
-from repro.lab.start.launch import CANNOT_TELL, CannotRunHere, prepare_run_dir
+from repro.lab.start.launch import prepare_run_dir
+from repro.lab.start.machine import CannotRunHere
 from repro.store.description import VARIANTS
 from repro.store.run_dir import OutputError, RunDir, write_atomically, write_json
 from repro.store.text import escape_lines
@@ -123,7 +124,7 @@ def main(argv: list[str] | None = None) -> int:
         environment = RankEnvironment.read()
     except ConfigError as error:  # the rank may be unknown, so every process prints the error
         print(f"repro.worker: {error}", file=sys.stderr)
-        return 2
+        return USAGE
     rank = environment.rank
     if environment.run_dir:
         run_launched(RunDir(environment.run_dir), rank)
@@ -136,7 +137,7 @@ def main(argv: list[str] | None = None) -> int:
     except (ConfigError, OutputError, CannotRunHere, CannotFill) as error:
         if rank == 0:
             print(f"repro.worker: {escape_lines(str(error))}", file=sys.stderr)
-        return CANNOT_TELL if isinstance(error, CannotRunHere | CannotFill) else 2
+        return CANNOT_TELL if isinstance(error, CannotRunHere | CannotFill) else USAGE
     run_rank(run_dir, settings, rank, lambda: None)
     return 0
 
@@ -167,26 +168,10 @@ def _parse(argv: list[str] | None, num_ranks: int) -> tuple[RunSettings, Path]:
     parser = _Parser(prog="torchrun ... -m repro.worker", allow_abbrev=False)
     parser.add_argument("scenario")
     parser.add_argument("--variant", choices=VARIANTS, default="fault")
-    parser.add_argument("--backend", choices=("gloo", "nccl"), default="gloo")
-    parser.add_argument("--checks", choices=CHECKS, default="")
-    parser.add_argument("--allow-unsafe", action="store_true")
-    parser.add_argument("--quiet-window", type=float, default=1.0, metavar="S")
-    parser.add_argument("--deadline", type=float, default=120.0, metavar="S")
-    parser.add_argument("--seed", type=int, default=0)
+    flags.add_flags(parser, *(flag.field for flag in flags.FLAGS if flag.field != "num_ranks"))
     parser.add_argument("--out", type=Path, default=Path("runs"))
     args = parser.parse_args(argv)
-    flags = {
-        "scenario": args.scenario,
-        "variant": args.variant,
-        "num_ranks": num_ranks,
-        "backend": args.backend,
-        "quiet_window_s": args.quiet_window,
-        "deadline_s": args.deadline,
-        "seed": args.seed,
-        "checks": args.checks,
-        "allow_unsafe": args.allow_unsafe,
-    }
-    settings = scenarios.settings_of(flags)
+    settings = flags.settings_of(args.scenario, args.variant, flags.given(args), num_ranks=num_ranks)
     scenario = scenarios.load(settings.scenario)
     check_start(scenario.server(settings, 0), scenario.policies(settings, 0))
     return settings, args.out
@@ -218,7 +203,7 @@ def _meet(settings: RunSettings, out: Path, environment: RankEnvironment) -> Run
     if environment.rank != 0:
         root = store.get("run_dir").decode()
         if not root:
-            sys.exit(2)  # rank 0 has printed the error
+            sys.exit(USAGE)  # rank 0 has printed the error
         run_dir = RunDir(Path(root))
         if environment.local_rank == 0:
             _start_watch(run_dir, "--agent", str(environment.rank))

@@ -16,11 +16,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from repro.hosts.interrupt import Interrupt
 from repro.lab import scenarios
 from repro.lab.settings import RunSettings
-from repro.lab.start import job, kernel_cache, launch
-from repro.report.terminal import Display
+from repro.lab.start.series import Series
 from repro.store.run_dir import RunDir
 from repro.trace.format import Kind
 from repro.trace.witness import read
@@ -61,10 +59,8 @@ def cells() -> list[Cell]:
 
 def run(
     chosen: Sequence[tuple[Cell, RunSettings]],
-    out: Path,
-    interrupt: Interrupt,
+    series: Series,
     say: Callable[[str], None],
-    start: job.Start,
     done: Callable[[Path], None] = lambda root: None,
 ) -> list[dict[str, Any]]:
     """Run the cells one after another; return each verdict with its cell and each rank's seconds per phase.
@@ -73,29 +69,19 @@ def run(
     done: called with each run directory once the run is over
     """
     documents: list[dict[str, Any]] = []
-    references: dict[tuple[Any, ...], Path] = {}
     for number, (cell, settings) in enumerate(chosen, start=1):
-        mine: dict[str, Any] = {
+        run_dir, document = series.run(settings)
+        document |= {
             "layout": cell.layout, "gdn_prefill_backend": cell.gdn, "moe_backend": cell.moe,
-            "kernel_cache": cell.cache, "group_timeout_s": cell.group_timeout_s, "phases": [], "stalled_s": 0.0,
+            "kernel_cache": cell.cache, "group_timeout_s": cell.group_timeout_s, "phases": [],
+            "stalled_s": document["quiet_s"] if document["verdict"] == "slow" else 0.0,
         }  # fmt: skip
-        if not (missing := scenarios.load(settings.scenario).missing(settings)):
-            reference = references.get(settings.reference_key())
-            try:
-                run_dir, document = launch.run(settings, out, interrupt, Display(), start, reference)
-            except kernel_cache.CannotFill as error:
-                missing = str(error)
-        if missing:
-            document = launch.skipped(settings, missing) | mine
-        else:
-            references.setdefault(settings.reference_key(), run_dir.reference)
-            document |= mine | {"phases": [phases(run_dir, rank) for rank in range(settings.num_ranks)]}
-            if document["verdict"] == "slow":
-                document["stalled_s"] = document["quiet_s"]
+        if run_dir:
+            document["phases"] = [phases(run_dir, rank) for rank in range(settings.num_ranks)]
             done(run_dir.root)
         documents.append(document)
-        say(f"[{number}/{len(chosen)}] {name(document)}: {missing or document['verdict']}")
-        if interrupt():
+        say(f"[{number}/{len(chosen)}] {name(document)}: {document.get('skipped') or document['verdict']}")
+        if series.interrupt():
             break
     return documents
 
@@ -163,66 +149,6 @@ def _aligned(rows: Sequence[Sequence[str]], numbers: range) -> list[str]:
     ]
 
 
-SCRIPT = r"""#!/bin/bash
-# The matrix of `python -m repro matrix` with vLLM on one host with 8 GPUs: which of layout, kernel backends and kernel
-# cache makes the start of vllm#41862 stall. Written from the documentation; NOT RUN by this project, which has no such
-# host. Check the flags with `vllm serve --help=all` first: --gdn-prefill-backend and --moe-backend as of vLLM 0.20.
-#
-#   bash matrix.sh [SECONDS]     how long a start may take before its processes are ended (default 1800)
-#
-# For every start: RESULTS/NAME.log with a time on each line, NAME.stacks (py-spy, if it is there) when it did not come
-# up, and a line of RESULTS/summary.tsv. Each cold start has empty caches; its warm twin finds what the cold one left.
-set -u
-LIMIT=${1:-1800}
-MODEL=${MODEL:-Qwen/Qwen3.5-397B-A17B-FP8}
-PORT=${PORT:-8123}
-RESULTS=${RESULTS:-matrix-$(date -u +%Y%m%dT%H%M%SZ)}
-mkdir -p "$RESULTS"
-RESULTS=$(cd "$RESULTS" && pwd)
-printf 'layout\tgdn\tmoe\tcache\tup\tseconds\n' > "$RESULTS/summary.tsv"
-
-COMMON=(--trust-remote-code --language-model-only --gpu-memory-utilization 0.90 --max-model-len 32768 --port "$PORT")
-TP8=(--tensor-parallel-size 8)
-DP8EP8=(--data-parallel-size 8 --enable-expert-parallel)  # the report's first command; its second adds --enforce-eager
-
-start() {  # layout gdn moe cache
-  local name="$1-$2-$3-$4" layout=("${TP8[@]}") caches="$RESULTS/caches-$1-$2-$3" begun=$SECONDS up=no
-  [ "$1" = dp8ep8 ] && layout=("${DP8EP8[@]}")
-  [ "$1" = dp8ep8eager ] && layout=("${DP8EP8[@]}" --enforce-eager)
-  [ "$4" = cold ] && rm -rf "$caches"
-  mkdir -p "$caches"
-  # Lines that vLLM logs "once" come from local rank 0 alone: that others do not print them means nothing.
-  FLASHINFER_WORKSPACE_BASE="$caches" TRITON_CACHE_DIR="$caches/triton" TORCHINDUCTOR_CACHE_DIR="$caches/inductor" \
-  TORCH_EXTENSIONS_DIR="$caches/extensions" VLLM_CACHE_ROOT="$caches/vllm" \
-  VLLM_USE_DEEP_GEMM=0 VLLM_WORKER_MULTIPROC_METHOD=spawn VLLM_LOGGING_LEVEL=DEBUG \
-  setsid vllm serve "$MODEL" "${layout[@]}" --gdn-prefill-backend "$2" --moe-backend "$3" "${COMMON[@]}" \
-    > >(while IFS= read -r line; do printf '%(%H:%M:%S)T %s\n' -1 "$line"; done > "$RESULTS/$name.log") 2>&1 &
-  local group=$!
-  while kill -0 "$group" 2>/dev/null && [ $((SECONDS - begun)) -lt "$LIMIT" ]; do
-    if curl -sf "http://127.0.0.1:$PORT/health" > /dev/null; then up=yes; break; fi
-    # Which processes compile, and which lock files exist: no log line shows either.
-    { date -u +%H:%M:%S; pgrep -ag "$group" 'nvcc|cicc|ninja|ptxas' | cut -c1-160 | head -5
-      find "$caches" -name '*.lock' -o -name lock; } >> "$RESULTS/$name.builds" 2> /dev/null
-    sleep 5
-  done
-  if [ "$up" = no ] && command -v py-spy > /dev/null; then
-    for pid in $(pgrep -g "$group"); do echo "== $pid"; py-spy dump --pid "$pid"; done > "$RESULTS/$name.stacks" 2>&1
-  fi
-  printf '%s\t%s\t%s\t%s\t%s\t%s\n' "$1" "$2" "$3" "$4" "$up" $((SECONDS - begun)) | tee -a "$RESULTS/summary.tsv"
-  kill -TERM -- "-$group" 2>/dev/null
-  sleep 15
-  kill -KILL -- "-$group" 2>/dev/null
-  wait "$group" 2>/dev/null
-}
-
-"""
-
-
 def script() -> str:
     """The shell script that runs the matrix with vLLM."""
-    lines = []
-    for layout, gdn, moe, cache in itertools.product(
-        ("tp8", "dp8ep8", "dp8ep8eager"), ("triton", "flashinfer"), ("triton", "flashinfer_cutlass"), ("cold", "warm")
-    ):
-        lines.append(f"start {layout} {gdn} {moe} {cache}")
-    return SCRIPT + "\n".join(lines) + "\n"
+    return (Path(__file__).parent / "vllm_matrix.sh").read_text()

@@ -51,14 +51,6 @@ FREE_BYTES = 32 << 20
 """Free disk space that a run needs besides its witnesses, for logs, stacks, dumps and the verdict."""
 
 
-CANNOT_TELL = 125
-"""Exit code when a run is not possible on this machine or its verdict is inconclusive."""
-
-
-class CannotRunHere(RuntimeError):
-    """This machine lacks what the run needs; the text says what."""
-
-
 def prepare_run_dir(out: Path, settings: RunSettings, interrupt: Callable[[], bool] = lambda: False) -> RunDir:
     """Create the run directory with run.json, config.json and every rank's witness, with all disk blocks allocated.
 

@@ -1,0 +1,67 @@
+"""``matrix``: find which of layout, kernel backends and kernel cache makes a start slow."""
+
+from __future__ import annotations
+
+import argparse
+import json
+
+from rich.console import Console
+
+from hybrid_moe_ref.config import ConfigError
+from repro.commands import lab
+from repro.commands.verdicts import exit_code, write_reports
+from repro.exit_codes import EXPECTED, INTERRUPTED
+from repro.lab import flags
+from repro.lab.rank.environment import refuse_bad_variables
+from repro.lab.search import matrix
+from repro.lab.start import job
+from repro.lab.start.machine import require_model
+from repro.lab.start.memory import refuse_too_large
+from repro.lab.start.series import Series
+from repro.report.junit import write_junit
+from repro.report.terminal import say
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    flags.add_flags(parser, "seed", "deadline_s")
+    parser.add_argument(
+        "--only", metavar="WORDS", default="", help='run only the cells with all these words, such as "TP8 jit cold"'
+    )
+    lab.add_arguments(parser, launcher_help="fork")
+    parser.add_argument("--script", action="store_true", help="print a shell script for vLLM on 8 GPUs and exit")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Run the cells and print one table; return the exit code of all verdicts. With --script print the script."""
+    if args.script:
+        print(matrix.script(), end="")
+        return EXPECTED
+    refuse_bad_variables()
+    document = flags.read_config(args.config)
+    words = set(args.only.split())
+    chosen = [
+        (cell, cell.settings(document, flags.given(args)))
+        for cell in matrix.cells()
+        if words <= {cell.layout, cell.gdn, cell.moe, cell.cache}
+    ]
+    if not chosen:
+        raise ConfigError(f"no cell has all of {args.only!r}", "--only")
+    lab.refuse_junit(args)
+    require_model()
+    if args.config:
+        refuse_too_large([settings for _, settings in chosen])
+    console = Console(stderr=args.json)
+    with job.launcher(args.launcher or "fork") as start:
+        documents = matrix.run(
+            chosen,
+            Series(args.out, start, args.interrupt),
+            lambda line: say(console, line),
+            lambda root: write_reports(console, [root]),
+        )
+    if args.junit:
+        write_junit(args.junit, [{**document, "variant": matrix.name(document)} for document in documents])
+    if args.json:
+        print(json.dumps(documents, indent=1), flush=True)
+    else:
+        say(console, "\n".join(matrix.table(documents)))
+    return INTERRUPTED if args.interrupt() else exit_code(documents)

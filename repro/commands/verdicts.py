@@ -1,0 +1,42 @@
+"""The verdicts of a command's runs: the exit code, the reports, and what is printed."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from repro.commands.errors import describe_failure, say_error
+from repro.exit_codes import CANNOT_TELL, EXPECTED, UNEXPECTED
+from repro.report import write_all
+from repro.report.terminal import overview, say, summary
+
+
+def exit_code(documents: Sequence[Mapping[str, Any]]) -> int:
+    """The exit code for several verdicts: an unexpected verdict outweighs an inconclusive one."""
+    missed = [document["verdict"] for document in documents if not document["matches_expected"]]
+    if not missed:
+        return EXPECTED
+    return CANNOT_TELL if set(missed) == {"inconclusive"} else UNEXPECTED
+
+
+def write_reports(console: Console, roots: Sequence[Path]) -> None:
+    """Write the report of each run; each shows the other variants. A failure is printed, and the verdicts stay."""
+    try:
+        write_all(roots)
+    except (OSError, ValueError) as error:
+        say(console, f"  no report: {error}")
+    except Exception as error:
+        say_error(error, f"no report: {describe_failure(error)}")
+
+
+def print_verdicts(console: Console, documents: Sequence[dict[str, Any]], as_json: bool) -> None:
+    """Print the verdicts as JSON, or as a table with sentences below it."""
+    if as_json:
+        print(json.dumps(documents, indent=1))
+    elif documents:
+        show = overview if len({document["scenario"] for document in documents}) > 1 else summary
+        show(console, documents)

@@ -1,0 +1,15 @@
+"""The exit codes of every command."""
+
+EXPECTED = 0
+"""The expected verdict; for `diagnose` and `watch` of a foreign job, a verdict other than inconclusive."""
+
+UNEXPECTED = 1
+"""Another verdict than the expected one."""
+
+USAGE = 2
+"""A wrong argument or configuration, or a file that cannot be read."""
+
+CANNOT_TELL = 125
+"""An inconclusive verdict, a run that is not possible on this machine, or a failure of this program."""
+
+INTERRUPTED = 130

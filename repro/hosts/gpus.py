@@ -1,0 +1,17 @@
+"""Count the GPUs of this machine."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+
+def count_gpus() -> int:
+    """The number of CUDA devices; 0 without torch.
+
+    A child process counts them: this process stays free of torch, and one that used CUDA could not fork ranks.
+    """
+    ask = "import torch; print(torch.cuda.device_count())"
+    answer = subprocess.run([sys.executable, "-c", ask], capture_output=True, text=True)
+    words = answer.stdout.split()
+    return int(words[-1]) if answer.returncode == 0 and words else 0

@@ -1,0 +1,127 @@
+"""The command-line flags of a run, listed once.
+
+`run`, `matrix`, `minimise` and the worker under plain torchrun read them, and the commands in run.json are written with
+them.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from hybrid_moe_ref.config import GDN_PREFILL_BACKENDS, MOE_BACKENDS, ConfigError
+from hybrid_moe_ref.engine.server_config import CHECKS
+from hybrid_moe_ref.files import read_json
+from repro.lab import scenarios
+from repro.lab.settings import BACKENDS, KERNEL_CACHES, MAX_CONFIG_BYTES, RunSettings
+
+
+@dataclass(frozen=True)
+class Flag:
+    """A flag that changes one setting of a run.
+
+    option   the flag, "--ranks"
+    field    the setting's name in RunSettings, "num_ranks"; "engine.moe_backend" for one of the engine
+    options  the other arguments of ``add_argument``
+    """
+
+    option: str
+    field: str
+    options: Mapping[str, Any]
+
+    @property
+    def dest(self) -> str:
+        """The flag's attribute of the parsed arguments."""
+        return self.field.rpartition(".")[2]
+
+    def value(self, settings: RunSettings) -> Any:
+        """The value that the settings have."""
+        return getattr(settings.engine if self.field.startswith("engine.") else settings, self.dest)
+
+    def words(self, value: Any) -> list[str]:
+        """The words of a command line that give this value."""
+        return [self.option] if value is True else [self.option, str(value)]
+
+
+def _flag(option: str, field: str, help: str, **options: Any) -> Flag:
+    return Flag(option, field, {**options, "help": help})
+
+
+FLAGS = (
+    _flag("--ranks", "num_ranks", "default: 8", type=int, metavar="N"),
+    _flag("--backend", "backend", "default: gloo", choices=BACKENDS),
+    _flag("--quiet-window", "quiet_window_s", "default: 1", type=float, metavar="S"),
+    _flag("--deadline", "deadline_s", "default: 120", type=float, metavar="S"),
+    _flag("--seed", "seed", "default: 0", type=int, metavar="N"),
+    _flag("--checks", "checks", "default: observe for fault, agree for control and fix", choices=CHECKS),
+    _flag(
+        "--allow-unsafe", "allow_unsafe", "start even if it could hang (always so for fault)",
+        action="store_true", default=None,
+    ),
+    _flag("--gdn-prefill-backend", "engine.gdn_prefill_backend", "jit: compiled on this machine",
+          choices=GDN_PREFILL_BACKENDS),
+    _flag("--moe-backend", "engine.moe_backend", "the same for the experts", choices=MOE_BACKENDS),
+    _flag(
+        "--kernel-cache", "kernel_cache",
+        "compiled kernels at the start; split: every rank has its own cache, and only rank 0's is cold",
+        choices=KERNEL_CACHES,
+    ),
+    _flag("--group-timeout", "group_timeout_s", "when a collective gives up", type=float, metavar="S"),
+)  # fmt: skip
+
+
+def add_flags(parser: argparse.ArgumentParser, *fields: str) -> None:
+    """Add the flags of these settings to a parser. A flag that is not given is None among the arguments."""
+    for flag in FLAGS:
+        if flag.field in fields:
+            parser.add_argument(flag.option, dest=flag.dest, **flag.options)
+
+
+def given(args: argparse.Namespace) -> dict[str, Any]:
+    """The values of the flags that were given, by field."""
+    values = {flag.field: getattr(args, flag.dest, None) for flag in FLAGS}
+    return {field: value for field, value in values.items() if value is not None}
+
+
+def settings_of(
+    scenario: str, variant: str, flags: Mapping[str, Any], config: Path | None = None, **fixed: Any
+) -> RunSettings:
+    """The settings of a run: the scenario's defaults, then the user's file, then the flags, then what is ``fixed``.
+
+    flags: values by field, from :func:`given`. Raises ConfigError or DamagedFile.
+    """
+    document = read_config(config)
+    engine = {field.removeprefix("engine."): value for field, value in flags.items() if field.startswith("engine.")}
+    if engine and isinstance(users := document.get("engine", {}), dict):
+        document = {**document, "engine": {**users, **engine}}
+    rest = {field: value for field, value in flags.items() if not field.startswith("engine.")}
+    names = {"scenario": scenario, "variant": variant}
+    return scenarios.settings_of({**rest, **fixed, **names}, document, str(config) if config else "")
+
+
+def read_config(path: Path | None) -> Mapping[str, Any]:
+    """Read the user's --config; {} without one. Raises ConfigError or DamagedFile."""
+    if path is None:
+        return {}
+    try:
+        document = read_json(path, MAX_CONFIG_BYTES)
+    except OSError as error:
+        raise ConfigError(f"cannot read the file: {error.strerror}", str(path)) from error
+    if not isinstance(document, dict):
+        raise ConfigError("wanted a mapping", str(path))
+    return document
+
+
+def differences(settings: RunSettings, plain: RunSettings, *without: str) -> Iterator[tuple[Flag, Any]]:
+    """The flags, and their values, that turn ``plain`` into ``settings`` as far as flags can.
+
+    without: fields whose flags are left out
+    """
+    for flag in FLAGS:
+        value = flag.value(settings)
+        can_say = value is not False and value != ""  # no flag says "as by default"
+        if can_say and flag.field not in without and value != flag.value(plain):
+            yield flag, value

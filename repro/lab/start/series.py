@@ -1,0 +1,57 @@
+"""Run several variants one after another. They share a launcher, and runs with the same requests one reference."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from repro.hosts.interrupt import Interrupt
+from repro.lab import scenarios
+from repro.lab.settings import RunSettings
+from repro.lab.start import launch
+from repro.lab.start.job import Start
+from repro.lab.start.kernel_cache import CannotFill
+from repro.report.terminal import Display
+from repro.store.run_dir import RunDir
+
+
+@dataclass
+class Series:
+    """The runs of one command.
+
+    out      the folder for their run directories
+    start    starts the ranks; from :func:`repro.lab.start.job.launcher`
+    """
+
+    out: Path
+    start: Start
+    interrupt: Interrupt
+    _references: dict[tuple[Any, ...], Path] = field(default_factory=dict)
+
+    def run(
+        self,
+        settings: RunSettings,
+        shown: AbstractContextManager[Display] | None = None,
+        reference: Path | None = None,
+    ) -> tuple[RunDir | None, dict[str, Any]]:
+        """Run one variant; return its directory and the content of verdict.json.
+
+        shown      where the run shows its progress; entered when the run is possible
+        reference  a file to use in place of the single-process reference
+
+        For a run that is not possible on this machine: None, and an entry whose "skipped" says what is missing.
+        """
+        missing = scenarios.load(settings.scenario).missing(settings)
+        if not missing:
+            known = reference or self._references.get(settings.reference_key())
+            try:
+                with shown or nullcontext(Display()) as display:
+                    run_dir, document = launch.run(settings, self.out, self.interrupt, display, self.start, known)
+            except CannotFill as error:
+                missing = str(error)
+            else:
+                self._references.setdefault(settings.reference_key(), run_dir.reference)
+                return run_dir, document
+        return None, launch.skipped(settings, missing)
