@@ -39,12 +39,13 @@ from repro.hosts.options import ALL_GROUPS, WatchOptions
 from repro.hosts.parent import start_ticks
 from repro.report.page.page import main_stack
 from repro.store.run_dir import PARTS, RunDir, read_text
+from repro.store.schema import to_json
 from repro.store.text import escape_lines
 from repro.trace.format import Identity
 from repro.trace.witness import create
 from repro.verdict import Verdict
 from repro.verdict.result import name_ranks
-from repro.watch.document import describe
+from repro.watch.document import Document, describe
 from repro.watch.live import Watch
 
 if TYPE_CHECKING:
@@ -158,25 +159,26 @@ class Ranks:
             run_dir,
             WatchOptions(self.num_ranks, self.quiet_window_s, self.deadline_s, queued),
             job_alive=lambda: any(processes.running(pid, ticks) for pid, ticks in children.items()),
-            describe=lambda verdict: self._describe(run_dir, verdict),
+            describe=self._describe,
             read=blocks_compared,
         )
         document = watch.run()
         if run_dir.watcher_log.exists():
-            raise RuntimeError(document["evidence"][0])  # a failure of the watcher, not of the code under test
-        if not watch.all_done() or document["verdict"] == "corrupt":
+            raise RuntimeError(document.evidence[0])  # a failure of the watcher, not of the code under test
+        if not watch.all_done() or document.verdict == "corrupt":
             raise DeadlockError(self._explain(run_dir, document))
 
-    def _describe(self, run_dir: RunDir, verdict: Verdict) -> dict[str, Any]:
-        run = {"scenario": self.root.name, "variant": "test", "backend": self.backend}
-        return {**describe(verdict), **run, "num_ranks": self.num_ranks, "seed": 0}
+    def _describe(self, verdict: Verdict) -> Document:
+        return describe(
+            verdict, scenario=self.root.name, variant="test", backend=self.backend, num_ranks=self.num_ranks
+        )
 
-    def _explain(self, run_dir: RunDir, document: Mapping[str, Any]) -> str:
-        cause = f" ({document['cause']})" if document["cause"] else ""
-        lines = [f"{document['verdict']}{cause} on {self.num_ranks} {self.backend} ranks"]
-        if document["seconds"]["total"] >= self.deadline_s:
+    def _explain(self, run_dir: RunDir, document: Document) -> str:
+        cause = f" ({document.cause})" if document.cause else ""
+        lines = [f"{document.verdict}{cause} on {self.num_ranks} {self.backend} ranks"]
+        if document.seconds.total >= self.deadline_s:
             lines[0] = f"not done after {self.deadline_s:g} s: {lines[0]}"
-        lines += [f"  {text}" for text in (*document["sentences"], *document["evidence"], *differences(document))]
+        lines += [f"  {text}" for text in (*document.sentences, *document.evidence, *differences(document))]
         lines += self._stacks(run_dir)
         for rank in range(self.num_ranks):
             if printed := read_text(run_dir.log(rank)).strip():  # "" for a rank that died before it opened its log
@@ -263,15 +265,17 @@ _COMPARED = {
 }  # fmt: skip
 
 
-def differences(document: Mapping[str, Any]) -> list[str]:
+def differences(document: Document) -> list[str]:
     """A sentence for each argument in which the variants of the first divergent collective differ."""
-    sides = (document["first_divergence"] or {}).get("sides", ())
+    sides = document.sides
     lines = []
-    for key, what in _COMPARED.items():
-        values = [side.get(key) for side in sides]
+    for argument, what in _COMPARED.items():
+        values = [getattr(side, argument) for side in sides]
         if None not in values and any(value != values[0] for value in values):
-            each = ", ".join(f"{name_ranks(side['ranks'])} {side[key]!r}" for side in sides)
-            lines.append(f"{sides[0]['group']} #{sides[0]['seq']} differs in {what}: {each}")
+            each = ", ".join(
+                f"{name_ranks(side.ranks)} {to_json(value)!r}" for side, value in zip(sides, values, strict=True)
+            )
+            lines.append(f"{sides[0].group} #{sides[0].seq} differs in {what}: {each}")
     return lines
 
 

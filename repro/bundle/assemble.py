@@ -37,7 +37,6 @@ from repro.store.text import escape_control_characters
 from repro.trace.format import CRC, HEADER
 from repro.trace.parse import parse_header
 from repro.trace.witness import MAX_BYTES
-from repro.watch.document import describe
 from repro.watch.live import Comparison
 from repro.watch.offline import judge_files, options_of
 
@@ -135,7 +134,9 @@ def make(root: Path, path: Path | None = None, with_logs: bool = False, compare:
         _refuse_leaks(folder, private | {str(scratch)})
         manifest = {
             "schema_version": SCHEMA_VERSION,
-            **{name: facts.verdict[name] for name in ("scenario", "verdict", "cause")},
+            "scenario": facts.verdict.scenario,
+            "verdict": facts.verdict.verdict,
+            "cause": facts.verdict.cause or "",
             "left_out": dict(sorted(recogniser.left_out.items())),
             "with_logs": with_logs,
         }
@@ -145,8 +146,8 @@ def make(root: Path, path: Path | None = None, with_logs: bool = False, compare:
 
 def _family(root: Path) -> dict[str, Path]:
     facts = gather(root, with_lanes=False)
-    variant = facts.verdict["variant"]
-    runs = {gather(path, with_lanes=False).verdict["variant"]: path for path in siblings(root, facts)}
+    variant = facts.verdict.variant
+    runs = {gather(path, with_lanes=False).verdict.variant: path for path in siblings(root, facts)}
     runs[variant if variant in VARIANTS else "fault"] = root
     return {name: runs[name] for name in VARIANTS if name in runs}
 
@@ -232,7 +233,11 @@ def _judge(copy: Path, run: Path, compare: Compare, recogniser: Recogniser, note
     again: dict[str, Any] = {}
     try:
         options = options_of(read_description(RunDir(copy).description))
-        again = describe(judge_files(RunDir(copy), options, compare(RunDir(copy))).verdict)
+        verdict = judge_files(RunDir(copy), options, compare(RunDir(copy))).verdict
+        again = {
+            "verdict": verdict.verdict, "cause": verdict.cause or None, "culprits": list(verdict.culprits),
+            "evidence": list(verdict.evidence), "sentences": verdict.sentences(),
+        }  # fmt: skip
     except (OSError, ValueError) as error:
         notes.append(f"{run.name}: the copy cannot be judged: {str(error).replace(f'{copy}/', '')}")
     for name in ("evidence", "sentences"):
@@ -307,7 +312,7 @@ def _reproducer(facts: Facts, others: list[Facts], notes: list[str]) -> str:
     if replay.is_that_of_ep_deadlock(facts.verdict):
         return replay.EP_DEADLOCK.read_text()
     hang = replay.of_runs(facts, None)
-    for fix in (run for run in others if (run.verdict["variant"], run.verdict["verdict"]) == ("fix", "clean")):
+    for fix in (run for run in others if (run.verdict.variant, run.verdict.verdict) == ("fix", "clean")):
         try:
             return replay.of_runs(facts, fix.root)
         except replay.ReplayError as error:

@@ -52,8 +52,8 @@ def issue(facts: Facts, others: list[Facts], left_out: int = 0) -> str:
     attached = ["report.html (timeline, schedules, stacks)", *(it for it in ATTACHED if (facts.root / it).exists())]
     lines = [
         "# "
-        + _line(f"{verdict['verdict'] or 'no verdict'} in {verdict['scenario']}")
-        + (f": {_line(verdict['cause'])}" if verdict["cause"] else ""),
+        + _line(f"{verdict.verdict or 'no verdict'} in {verdict.scenario}")
+        + (f": {_line(verdict.cause)}" if verdict.cause else ""),
         "",
         f"**Claim.** {_line(headline(verdict))} {_mechanism(facts)}",
         "",
@@ -66,24 +66,22 @@ def issue(facts: Facts, others: list[Facts], left_out: int = 0) -> str:
         *_issue_table(facts),
         "",
         "**Who waits for whom**",
-        *[f"- {_line(wait.words())}" for wait in verdict["waits"][:6] if wait.awaited],
-        *[f"- {_line(text)}" for text in verdict["evidence"] if "schedule" in text][:3],
+        *[f"- {_line(wait.words())}" for wait in verdict.waits[:6] if wait.awaited],
+        *[f"- {_line(text)}" for text in verdict.evidence if "schedule" in text][:3],
         "",
         "**Control and fix**, same requests and seed",
         "",
         "| variant | verdict | what it rests on |",
         "|---|---|---|",
         *[
-            "| "
-            + " | ".join(map(_line, (run.verdict["variant"], run.verdict["verdict"], run.verdict["evidence"][-1])))
-            + " |"
+            "| " + " | ".join(map(_line, (run.verdict.variant, run.verdict.verdict, run.verdict.evidence[-1]))) + " |"
             for run in others
-            if run.verdict["evidence"]
+            if run.verdict.evidence
         ],
         *([] if others else ["| - | - | not run |"]),
         "",
         "**What is not shown.** That any other server's hang has this cause; this rebuilds one mechanism on a small "
-        f"model, {_line(verdict['backend'])} backend. Nothing about speed.",
+        f"model, {_line(verdict.backend)} backend. Nothing about speed.",
         "",
         "**Versions**, as loaded by the ranks",
         "```",
@@ -99,20 +97,20 @@ def issue(facts: Facts, others: list[Facts], left_out: int = 0) -> str:
 
 def _issue_table(facts: Facts) -> list[str]:
     rows: dict[tuple[str, ...], list[int]] = {}
-    for p in facts.verdict["ranks"]:
-        call = f"{p['group']} {p['op']} #{p['seq']}" if p["op"] else p["detail"]
-        step = str(p["step"]) if p["step"] >= 0 else p["phase"]
-        rows.setdefault((p["state"], step, call, p["layer"], short_site(p["site"])), []).append(p["rank"])
+    for p in facts.verdict.ranks:
+        call = f"{p.group} {p.op} #{p.seq}" if p.op else p.detail
+        step = str(p.step) if p.step >= 0 else p.phase
+        rows.setdefault((p.state, step, call, p.layer, short_site(p.site)), []).append(p.rank)
     table = ["| ranks | state | step | in | layer | called from |", "|---|---|---|---|---|---|"]
     for cells, ranks in list(rows.items())[:MAX_PLACES]:
         table.append(f"| {shorten_rank_lists(list_ranks(ranks))} | " + " | ".join(_line(cell) for cell in cells) + " |")
     if len(rows) > MAX_PLACES:
         table.append(f"| {len(rows) - MAX_PLACES} more places | | | | | |")
-    culprits = facts.verdict["culprits"]
+    culprits = facts.verdict.culprits
     named = (
         f"Culprits: {shorten_rank_lists(name_ranks(culprits))}." if culprits else "Nobody is proven to be the culprit."
     )
-    return [*table, "", f"{named} Confidence: {facts.verdict['confidence'] or 'unknown'}."]
+    return [*table, "", f"{named} Confidence: {facts.verdict.confidence or 'unknown'}."]
 
 
 def _versions(facts: Facts) -> list[str]:

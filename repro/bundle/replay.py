@@ -10,13 +10,14 @@ import re
 import textwrap
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from repro.report.gather import Facts, headline
 from repro.store.text import escape_control_characters
 from repro.trace.format import Kind
 from repro.trace.witness import Witness, read_dir
 from repro.verdict.result import list_ranks
+from repro.watch.document import Document
 
 TEMPLATE = Path(__file__).parent / "replay_template.txt"
 EP_DEADLOCK = Path(__file__).parents[1] / "ep_deadlock.py"
@@ -47,9 +48,9 @@ class Act(NamedTuple):
     root: int = -1
 
 
-def is_that_of_ep_deadlock(verdict: Mapping[str, Any]) -> bool:
+def is_that_of_ep_deadlock(verdict: Document) -> bool:
     """Whether a run ended in the hang that EP_DEADLOCK shows."""
-    parts = tuple(verdict[name] for name in ("scenario", "variant", "verdict", "cause"))
+    parts = (verdict.scenario, verdict.variant, verdict.verdict, verdict.cause)
     return parts == ("metadata_rebuild", "fault", "deadlock", "extra")
 
 
@@ -60,22 +61,22 @@ def of_runs(fault: Facts, fix: Path | None) -> str:
     """
     _refuse_what_would_not_hang(fault.verdict)
     programs, groups = _programs(fault.root, None)
-    stuck = [p["step"] for p in fault.verdict["ranks"] if p["state"] in ("blocked", "locked", "dead", "failed")]
+    stuck = [p.step for p in fault.verdict.ranks if p.state in ("blocked", "locked", "dead", "failed")]
     if not stuck:
         raise ReplayError("no rank of this run waits, so there is nothing to replay")
     cured: dict[int, list[Act]] = {}
     if fix is not None:
         cured, _ = _programs(fix, max(max(stuck) + 1, 1))
-    for rank, position in ((p["rank"], p) for p in fault.verdict["ranks"]):
-        if position["state"] in ("dead", "failed") and rank in programs:
-            programs[rank].append(Act("", "die", position["detail"][:60]))
+    for rank, position in ((p.rank, p) for p in fault.verdict.ranks):
+        if position.state in ("dead", "failed") and rank in programs:
+            programs[rank].append(Act("", "die", position.detail[:60]))
     table = list(dict.fromkeys(act for program in (*programs.values(), *cured.values()) for act in program))
     number = {act: k for k, act in enumerate(table)}
     stale = _stale_locks(programs)
     return _fill(
         TEMPLATE.read_text(),
         {
-            "TITLE": _prose(f"{fault.verdict['scenario']} on {len(programs)} ranks", 90),
+            "TITLE": _prose(f"{fault.verdict.scenario} on {len(programs)} ranks", 90),
             "CLAIM": textwrap.fill(_prose(headline(fault.verdict), 500), 100, subsequent_indent="    "),
             "RANKS": str(len(programs)),
             "GROUPS": _literal("GROUPS", {name: list(members) for name, members in groups.items()}),
@@ -90,16 +91,16 @@ def of_runs(fault: Facts, fix: Path | None) -> str:
     )
 
 
-def _refuse_what_would_not_hang(verdict: Mapping[str, Any]) -> None:
+def _refuse_what_would_not_hang(verdict: Document) -> None:
     """Raise ReplayError unless the ranks' waits follow from the order of what they issued."""
-    if verdict["verdict"] != "deadlock":
-        reason = f"the verdict is {verdict['verdict']}" if verdict["verdict"] else "there is no verdict"
+    if verdict.verdict != "deadlock":
+        reason = f"the verdict is {verdict.verdict}" if verdict.verdict else "there is no verdict"
         raise ReplayError(f"{reason}; only a deadlock follows from who issues what in which order")
     meetings: dict[tuple[str, int], set[tuple[str, tuple[int, ...]]]] = {}
-    for p in verdict["ranks"]:
-        if p["state"] == "blocked":
-            meetings.setdefault((p["group"], p["seq"]), set()).add((p["op"], tuple(p["sizes"])))
-    if verdict["cause"] == "sizes" or any(len(calls) > 1 for calls in meetings.values()):
+    for p in verdict.ranks:
+        if p.state == "blocked":
+            meetings.setdefault((p.group, p.seq), set()).add((p.op, p.sizes))
+    if verdict.cause == "sizes" or any(len(calls) > 1 for calls in meetings.values()):
         raise ReplayError("ranks met with other operations or sizes; whether that hangs is a race in the backend")
 
 

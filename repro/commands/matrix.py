@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 
+from msgspec import structs
 from rich.console import Console
 
 from hybrid_moe_ref.config import ConfigError
@@ -52,16 +53,16 @@ def run(args: argparse.Namespace) -> int:
         refuse_too_large([settings for _, settings in chosen])
     console = Console(stderr=args.json)
     with job.launcher(args.launcher or "fork") as start:
-        documents = matrix.run(
+        results = matrix.run(
             chosen,
             Series(args.out, start, args.interrupt),
             lambda line: say(console, line),
             lambda root: write_reports(console, [root]),
         )
     if args.junit:
-        write_junit(args.junit, [{**document, "variant": matrix.name(document)} for document in documents])
+        write_junit(args.junit, [structs.replace(each.verdict, variant=each.cell.name()) for each in results])
     if args.json:
-        print(json.dumps(documents, indent=1), flush=True)
+        print(json.dumps([result.to_json() for result in results], indent=1), flush=True)
     else:
-        say(console, "\n".join(matrix.table(documents)))
-    return INTERRUPTED if args.interrupt() else exit_code(documents)
+        say(console, "\n".join(matrix.table(results)))
+    return INTERRUPTED if args.interrupt() else exit_code([result.verdict for result in results])

@@ -10,6 +10,7 @@ from repro.ingest.read import Evidence
 from repro.lab.outcome.second_judgement import judge_again
 from repro.lab.settings import read_settings
 from repro.store.run_dir import RunDir
+from repro.store.schema import to_json
 from repro.verdict.partial import Diagnosis
 
 
@@ -24,8 +25,7 @@ def judge(path: Path) -> tuple[Diagnosis, Evidence]:
         document, _ = judge_again(run_dir, settings)
         files = sorted(str(file.relative_to(root)) for file in (root / "events").iterdir() if file.is_file())
     diagnosis = Diagnosis(
-        document["verdict"], document.get("cause") or "", tuple(document["culprits"]),
-        tuple(document.get("suspects", ())), document["confidence"], tuple(document["sentences"]),
-        tuple(document["evidence"]), waits=tuple(document.get("waits", ())),
+        document.verdict, document.cause or "", document.culprits, document.suspects, document.confidence,
+        document.sentences, document.evidence, waits=tuple(map(to_json, document.waits)),
     )  # fmt: skip
     return diagnosis, Evidence(files=files)

@@ -7,8 +7,8 @@ import contextlib
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
+from msgspec import structs
 from rich.console import Console
 
 from hybrid_moe_ref.config import ConfigError
@@ -26,6 +26,7 @@ from repro.lab.start.series import Series
 from repro.report.junit import write_junit
 from repro.report.terminal import Display, display, say
 from repro.store.description import VARIANTS
+from repro.watch.document import Document
 
 
 @dataclass(frozen=True)
@@ -115,7 +116,7 @@ class Session:
 
     args: argparse.Namespace
     console: Console
-    documents: list[dict[str, Any]] = field(default_factory=list)
+    documents: list[Document] = field(default_factory=list)
     unreported: list[Path] = field(default_factory=list)
     _printed: set[str] = field(default_factory=set)
 
@@ -124,21 +125,21 @@ class Session:
         settings = planned.settings
         num_ranks = settings.num_ranks if not planned.refused else self.args.num_ranks or settings.num_ranks
         title = f"{count}{settings.scenario} {settings.variant}: {num_ranks} ranks, seed {settings.seed}"
-        if self.unreported and self.documents[-1]["scenario"] != settings.scenario:
+        if self.unreported and self.documents[-1].scenario != settings.scenario:
             self.write_reports()
         if planned.refused:
             run_dir, document = None, launch.skipped(settings, planned.refused)
         else:
             run_dir, document = series.run(settings, self._shown(planned, title))
         if run_dir is None:
-            self._skip(document | {"num_ranks": num_ranks}, title)
+            self._skip(structs.replace(document, num_ranks=num_ranks), title)
             return
         self.documents.append(document)
         self.unreported.append(run_dir.root)
         if self.args.variant != "all" or settings.variant == VARIANTS[-1] or self.args.interrupt():
             self.write_reports()
-        remark = "" if document["matches_expected"] else ", not as expected"
-        say(self.console, f"  {document['verdict']}{remark}: {run_dir.root / 'report.html'}")
+        remark = "" if document.matches_expected else ", not as expected"
+        say(self.console, f"  {document.verdict}{remark}: {run_dir.root / 'report.html'}")
 
     @contextlib.contextmanager
     def _shown(self, planned: Planned, title: str) -> Iterator[Display]:
@@ -149,12 +150,12 @@ class Session:
         with display(self.console, title) as shown:
             yield shown
 
-    def _skip(self, document: dict[str, Any], title: str) -> None:
+    def _skip(self, document: Document, title: str) -> None:
         """Add the entry of a run that is not possible here. Raises CannotRunHere if the command has no other run."""
         if self.args.scenario != "all" and not self.documents:
-            raise CannotRunHere(f"{document['scenario']}: {document['skipped']}")
+            raise CannotRunHere(f"{document.scenario}: {document.skipped}")
         self.documents.append(document)
-        say(self.console, f"{title}: {document['skipped']}")
+        say(self.console, f"{title}: {document.skipped}")
 
     def write_reports(self) -> None:
         """Write the reports that are not written yet."""

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from rich.console import Console
 
@@ -13,11 +12,13 @@ from repro.commands.errors import describe_failure, say_error
 from repro.exit_codes import CANNOT_TELL, EXPECTED, UNEXPECTED
 from repro.report import write_all
 from repro.report.terminal import overview, say, summary
+from repro.store.schema import to_json
+from repro.watch.document import Document
 
 
-def exit_code(documents: Sequence[Mapping[str, Any]]) -> int:
+def exit_code(documents: Sequence[Document]) -> int:
     """The exit code for several verdicts: an unexpected verdict outweighs an inconclusive one."""
-    missed = [document["verdict"] for document in documents if not document["matches_expected"]]
+    missed = [document.verdict for document in documents if not document.matches_expected]
     if not missed:
         return EXPECTED
     return CANNOT_TELL if set(missed) == {"inconclusive"} else UNEXPECTED
@@ -33,10 +34,10 @@ def write_reports(console: Console, roots: Sequence[Path]) -> None:
         say_error(error, f"no report: {describe_failure(error)}")
 
 
-def print_verdicts(console: Console, documents: Sequence[dict[str, Any]], as_json: bool) -> None:
+def print_verdicts(console: Console, documents: Sequence[Document], as_json: bool) -> None:
     """Print the verdicts as JSON, or as a table with sentences below it."""
     if as_json:
-        print(json.dumps(documents, indent=1))
+        print(json.dumps(to_json(documents), indent=1))
     elif documents:
-        show = overview if len({document["scenario"] for document in documents}) > 1 else summary
+        show = overview if len({document.scenario for document in documents}) > 1 else summary
         show(console, documents)

@@ -21,6 +21,7 @@ from repro.lab.settings import RunSettings, read_settings
 from repro.lab.start import launch
 from repro.report.terminal import Display, say, waits
 from repro.store.run_dir import RunDir
+from repro.store.schema import to_json
 from repro.store.text import escape_lines
 from repro.trace.witness import Tail
 
@@ -57,13 +58,13 @@ def _watch_run(args: argparse.Namespace, run_dir: RunDir) -> int:
         return _watch_to_end(run_dir, settings, console, args)
     document, whole = judge_again(run_dir, settings)
     if args.json:
-        print(json.dumps(document, indent=1))
+        print(json.dumps(to_json(document), indent=1))
     else:
-        for line in (document["verdict"], *document["sentences"], *waits(document), *document["evidence"]):
+        for line in (document.verdict, *document.sentences, *waits(document), *document.evidence):
             print(escape_lines(line))
-    if document["verdict"] == "inconclusive" or not whole:
+    if document.verdict == "inconclusive" or not whole:
         return CANNOT_TELL
-    return EXPECTED if document["matches_expected"] else UNEXPECTED
+    return EXPECTED if document.matches_expected else UNEXPECTED
 
 
 def _watch_to_end(run_dir: RunDir, settings: RunSettings, console: Console, args: argparse.Namespace) -> int:

@@ -17,7 +17,6 @@ import traceback
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Self
 
 import psutil
 
@@ -26,6 +25,7 @@ from repro.hosts.host import READ_FAILURES, Host
 from repro.hosts.options import WatchOptions
 from repro.hosts.system import System
 from repro.store.run_dir import RunDir, read_json, write_json
+from repro.store.schema import read_typed, to_json
 from repro.trace.format import Identity
 from repro.trace.tails import Tails
 from repro.verdict.facts import Facts
@@ -61,30 +61,6 @@ class AgentStatus:
     facts: Facts
     answered: int = 0
     unanswered: Mapping[int, str] = field(default_factory=dict)
-
-    def to_json(self) -> dict[str, Any]:
-        return {
-            "beat": self.beat,
-            "boot_id": self.boot_id,
-            "wall_offset_ns": self.wall_offset_ns,
-            "ranks": list(self.ranks),
-            "facts": self.facts.to_json(),
-            "answered": self.answered,
-            "unanswered": {str(rank): what for rank, what in self.unanswered.items()},
-        }
-
-    @classmethod
-    def from_json(cls, document: Mapping[str, Any]) -> Self:
-        """Read what ``to_json`` writes; raises KeyError, TypeError or ValueError for anything else."""
-        return cls(
-            int(document["beat"]),
-            str(document["boot_id"]),
-            int(document["wall_offset_ns"]),
-            tuple(map(int, document["ranks"])),
-            Facts.from_json(document["facts"]),
-            int(document["answered"]),
-            {int(rank): str(what) for rank, what in document["unanswered"].items()},
-        )
 
 
 class HostAgent:
@@ -145,7 +121,7 @@ class HostAgent:
         status = AgentStatus(
             self._beat, here.boot_id, here.wall_offset_ns, tuple(running), facts, self._answered, self._unanswered
         )
-        write_json(self._path, status.to_json())
+        write_json(self._path, to_json(status))
 
     def _running(self) -> dict[int, psutil.Process | None]:
         return self._system.running(self._tails.writers())
@@ -233,11 +209,11 @@ class RemoteHosts:
 
     def _read_new(self) -> None:
         for path in sorted(self.run_dir.agents.glob("rank*.json")):
-            with contextlib.suppress(OSError, ValueError, KeyError, TypeError, AttributeError):
+            with contextlib.suppress(OSError, ValueError):
                 stat = path.stat()  # every status replaces the file, so that its inode changes
                 stamp = stat.st_ino, stat.st_mtime_ns
                 if self._stamps.get(path) != stamp:
-                    status = AgentStatus.from_json(read_json(path))
+                    status = read_typed(path, AgentStatus)
                     self._stamps[path] = stamp
                     self._latest[path] = status, self.host.now_ns()
 

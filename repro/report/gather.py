@@ -3,27 +3,39 @@
 from __future__ import annotations
 
 import glob
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Annotated, TypeVar
+
+import msgspec
 
 from hybrid_moe_ref.config import ConfigError
 from hybrid_moe_ref.files import open_regular
 from repro.report.lanes import Label, Labels, Lane, SharedClock, read_lane
 from repro.store.description import VARIANTS, RunDescription, read_description
 from repro.store.run_dir import SUFFIX, RunDir, read_json, read_text, read_tokens
+from repro.store.schema import read_typed
 from repro.store.text import shorten_rank_lists
 from repro.trace.parse import WitnessError
 from repro.trace.witness import read
-from repro.verdict.result import Wait, name_ranks
+from repro.verdict.result import Count, name_ranks
+from repro.watch.document import Document, read_document, undecided
 
 MAX_RANKS = 4096
-_MOST = 10**18
-"""Numbers of a verdict are smaller; JSON has room for ones that no arithmetic here can do."""
+"""The most ranks that a report shows."""
 
-_RANK_TEXTS = ("state", "phase", "layer", "group", "op", "detail", "site")
-_RANK_NUMBERS = {"step": -1, "seq": 0, "since_s": 0.0}
+T = TypeVar("T")
+
+
+class Named(msgspec.Struct, frozen=True):
+    """The entries of config.json that name a run."""
+
+    scenario: str = ""
+    variant: str = ""
+    backend: str = ""
+    num_ranks: Annotated[int, msgspec.Meta(ge=0, le=MAX_RANKS)] = 0
+    seed: Count = 0
 
 
 @dataclass
@@ -31,15 +43,16 @@ class Facts:
     """One run as the report sees it.
 
     description  run.json; None where there is none, or a damaged one
-    verdict      what verdict.json says, with every field there and of its type
+    named        what config.json says about the run, if there is one
+    verdict      verdict.json; one without a verdict where there is none, or a damaged one
     missing      one sentence for each thing that should be there and is not, or is damaged
     place        what commands call the directory, where that is not its place here
     """
 
     root: Path
     description: RunDescription | None = None
-    config: dict[str, Any] = field(default_factory=dict)
-    verdict: dict[str, Any] = field(default_factory=dict)
+    named: Named = field(default_factory=Named)
+    verdict: Document = field(default_factory=undecided)
     lanes: dict[int, Lane] = field(default_factory=dict)
     labels: Labels = field(default_factory=Labels)
     missing: list[str] = field(default_factory=list)
@@ -51,14 +64,14 @@ class Facts:
 
     @property
     def num_ranks(self) -> int:
-        return max([int(self.verdict["num_ranks"]), *(rank + 1 for rank in self.lanes)])
+        return max([min(self.verdict.num_ranks, MAX_RANKS), *(rank + 1 for rank in self.lanes)])
 
     @property
     def stuck(self) -> bool:
         """Whether ranks had not finished when the run was decided; a slow run may have ended well."""
-        if self.verdict["verdict"] == "slow":
+        if self.verdict.verdict == "slow":
             return len(self.lanes) < self.num_ranks or not all(lane.done for lane in self.lanes.values())
-        return self.verdict["verdict"] not in ("clean", "corrupt", "")
+        return self.verdict.verdict not in ("clean", "corrupt", "")
 
     def span_ns(self) -> tuple[int, int]:
         """From the first event to the verdict, on the shared clock; (0, 1) of a run that recorded nothing."""
@@ -66,7 +79,7 @@ class Facts:
         if not starts:
             return 0, 1
         last_ns = max(lane.last_ns for lane in self.lanes.values())
-        return min(starts), max(last_ns + int(self.verdict["quiet_s"] * 1e9), min(starts) + 1)
+        return min(starts), max(last_ns + int(self.verdict.quiet_s * 1e9), min(starts) + 1)
 
 
 def gather(root: Path, with_lanes: bool = True) -> Facts:
@@ -79,9 +92,8 @@ def gather(root: Path, with_lanes: bool = True) -> Facts:
         raise ConfigError(f"not a run directory: it has {parts}", str(root))
     _read_description(facts)
     if facts.run_dir.config.exists():
-        facts.config = _read_document(facts, "config.json", "the settings of the run are not known")
-    document = _read_document(facts, "verdict.json", "the run was not decided; `python -m repro watch RUN` judges it")
-    facts.verdict = sound_verdict(document, _identity(facts), facts.missing)
+        _read_config(facts)
+    _read_verdict(facts)
     if with_lanes:
         _read_lanes(facts)
         _look_for_rank_files(facts)
@@ -90,36 +102,44 @@ def gather(root: Path, with_lanes: bool = True) -> Facts:
 
 def _read_description(facts: Facts) -> None:
     loss = "what the run rebuilds, the runs beside it and the commands that repeat it are not known"
+    facts.description = _read(facts, facts.run_dir.description, read_description, loss)
+
+
+def _read_config(facts: Facts) -> None:
+    named = _read(facts, facts.run_dir.config, _read_named, "the settings of the run are not known")
+    facts.named = named or facts.named
+
+
+def _read_named(path: Path) -> Named:
+    return read_typed(path, Named)
+
+
+def _read_verdict(facts: Facts) -> None:
+    loss = "no verdict is shown; `python -m repro watch RUN` judges the run"
+    verdict = _read(facts, facts.run_dir.verdict, read_document, loss) or undecided(seed=facts.named.seed)
+    named, described = facts.named, facts.description
+    title, variant, num_ranks = (
+        ("", "", 0) if described is None else (described.title, described.variant, described.num_ranks)
+    )
+    facts.verdict = msgspec.structs.replace(
+        verdict,
+        scenario=verdict.scenario or title or named.scenario or "unknown",
+        variant=verdict.variant or variant or named.variant or "unknown",
+        backend=verdict.backend or named.backend or "unknown",
+        num_ranks=verdict.num_ranks or num_ranks or named.num_ranks,
+        ranks=verdict.ranks[:MAX_RANKS],
+    )
+
+
+def _read(facts: Facts, path: Path, reader: Callable[[Path], T], loss: str) -> T | None:
+    """Read a file of the run; if that fails, None and a sentence in ``missing`` that says what is lost."""
     try:
-        facts.description = read_description(facts.run_dir.description)
+        return reader(path)
     except FileNotFoundError:
-        facts.missing.append(f"run.json is missing: {loss}")
+        facts.missing.append(f"{path.name} is missing: {loss}")
     except (OSError, ValueError) as error:
-        facts.missing.append(f"run.json is damaged ({str(error).replace(f'{facts.root}/', '')}): {loss}")
-
-
-def _identity(facts: Facts) -> dict[str, Any]:
-    """What names the run where verdict.json does not."""
-    described = facts.description
-    if described is None:
-        return facts.config
-    names = {"scenario": described.title, "variant": described.variant, "num_ranks": described.num_ranks}
-    return {**facts.config, **{name: value for name, value in names.items() if value}}
-
-
-def _read_document(facts: Facts, name: str, loss: str) -> dict[str, Any]:
-    path = facts.root / name
-    try:
-        document = read_json(path)
-    except FileNotFoundError:
-        facts.missing.append(f"{name} is missing: {loss}")
-    except (OSError, ValueError) as error:
-        facts.missing.append(f"{name} is damaged ({str(error).replace(f'{facts.root}/', '')}): {loss}")
-    else:
-        if isinstance(document, dict) and document:
-            return document
-        facts.missing.append(f"{name} is damaged ({'empty' if document == {} else 'not a mapping'}): {loss}")
-    return {}
+        facts.missing.append(f"{path.name} is damaged ({facts.run_dir.describe(error)}): {loss}")
+    return None
 
 
 def _read_lanes(facts: Facts) -> None:
@@ -189,103 +209,21 @@ def _check_dump(path: Path) -> None:
         raise ValueError(f"{path}:1: no dump of the Flight Recorder")
 
 
-def sound_verdict(document: Mapping[str, Any], identity: Mapping[str, Any], missing: list[str]) -> dict[str, Any]:
-    """verdict.json with every field of its type; what was not is replaced and named in ``missing``."""
-    wrong: list[str] = []
-
-    def take(owner: Mapping[str, Any], name: str, kind: type | tuple[type, ...], default: Any) -> Any:
-        value = owner.get(name)
-        measured = not isinstance(value, (int, float)) or abs(value) < _MOST
-        if isinstance(value, kind) and measured and not (isinstance(value, bool) and kind is not bool):
-            return value
-        if value is not None and owner:
-            wrong.append(name)
-        return default
-
-    def ranks_of(owner: Mapping[str, Any], name: str) -> list[int]:
-        values = take(owner, name, list, [])
-        good = [r for r in values if isinstance(r, int) and not isinstance(r, bool) and 0 <= r < MAX_RANKS]
-        if len(good) != len(values):
-            wrong.append(name)
-        return good
-
-    def mappings(owner: Mapping[str, Any], name: str) -> list[dict[str, Any]]:
-        return [row for row in take(owner, name, list, []) if isinstance(row, dict)]
-
-    def words(owner: Mapping[str, Any], name: str) -> list[str]:
-        return [text for text in take(owner, name, list, []) if isinstance(text, str)]
-
-    def position(row: Mapping[str, Any]) -> dict[str, Any]:
-        told: dict[str, Any] = {name: take(row, name, str, "") for name in _RANK_TEXTS}
-        told |= {name: take(row, name, (int, float), default) for name, default in _RANK_NUMBERS.items()}
-        sizes = [size for size in take(row, "sizes", list, []) if isinstance(size, int) and abs(size) < _MOST]
-        return {"rank": take(row, "rank", int, -1), **told, "sizes": sizes}
-
-    ranks = [position(row) for row in mappings(document, "ranks")[:MAX_RANKS]]
-    divergence = take(document, "first_divergence", dict, {})
-    seconds = take(document, "seconds", dict, {})
-    expected = take(document, "expected", dict, {})
-    verdict = {
-        "scenario": take(document, "scenario", str, "") or take(identity, "scenario", str, "unknown"),
-        "variant": take(document, "variant", str, "") or take(identity, "variant", str, "unknown"),
-        "backend": take(document, "backend", str, "") or take(identity, "backend", str, "unknown"),
-        "num_ranks": take(document, "num_ranks", int, 0) or take(identity, "num_ranks", int, 0),
-        "seed": take(document, "seed", int, take(identity, "seed", int, 0)),
-        "verdict": take(document, "verdict", str, ""),
-        "cause": take(document, "cause", str, ""),
-        "confidence": take(document, "confidence", str, ""),
-        "culprits": ranks_of(document, "culprits"),
-        "suspects": ranks_of(document, "suspects"),
-        "ranks": [row for row in ranks if 0 <= row["rank"] < MAX_RANKS],
-        "sides": [
-            {**position(side), "ranks": ranks_of(side, "ranks"), "planned": take(side, "planned", str, "")}
-            for side in mappings(divergence, "sides")
-        ],
-        "cycle": [
-            {
-                "ranks": ranks_of(link, "ranks"),
-                "waits_in": take(link, "waits_in", str, ""),
-                "for": ranks_of(link, "for"),
-            }
-            for link in mappings(document, "cycle")
-        ],
-        "waits": [
-            Wait(
-                tuple(ranks_of(link, "ranks")),
-                take(link, "waits_in", str, ""),
-                tuple(ranks_of(link, "for")),
-                take(link, "why", str, ""),
-            )
-            for link in mappings(document, "waits" if "waits" in document else "cycle")  # of an older version
-        ],
-        "evidence": words(document, "evidence"),
-        "sentences": words(document, "sentences"),
-        "quiet_s": min(max(0.0, float(take(document, "quiet_s", (int, float), 0.0))), 1e6),
-        "expected": {name: take(expected, name, str, "") for name in ("verdict", "cause")},
-        "matches_expected": take(document, "matches_expected", bool, None),
-        "seconds": {name: take(seconds, name, (int, float), None) for name in ("stall_to_verdict", "total")},
-    }
-    verdict["num_ranks"] = min(max(verdict["num_ranks"], 0), MAX_RANKS)
-    if wrong:
-        missing.append(f"verdict.json is damaged: {', '.join(dict.fromkeys(wrong))} not of the type written there")
-    return verdict
-
-
-def headline(verdict: Mapping[str, Any]) -> str:
+def headline(verdict: Document) -> str:
     """The verdict in a sentence."""
-    culprits = name_ranks(verdict["culprits"])
-    name = verdict["verdict"]
+    culprits = name_ranks(verdict.culprits)
+    name = verdict.verdict
     if name == "clean":
-        told = next((text for text in reversed(verdict["evidence"]) if "equal" in text), "")
-        return f"All {verdict['num_ranks']} ranks finished{f': {told}' if told else ''}."
+        told = next((text for text in reversed(verdict.evidence) if "equal" in text), "")
+        return f"All {verdict.num_ranks} ranks finished{f': {told}' if told else ''}."
     if not name:
         return "This run has no verdict."
-    where = "; ".join(verdict["sentences"][:4]) or "no rank said where it is"
-    more = len(verdict["sentences"]) - 4
+    where = "; ".join(verdict.sentences[:4]) or "no rank said where it is"
+    more = len(verdict.sentences) - 4
     if more > 0:
         where += f"; and {more} more places"
-    cause = _CAUSES.get((name, verdict["cause"])) or verdict["cause"]
-    finding = f" {cause}".rstrip() + (f" by {culprits}" if verdict["culprits"] else "") if cause else ""
+    cause = _CAUSES.get((name, verdict.cause or "")) or verdict.cause
+    finding = f" {cause}".rstrip() + (f" by {culprits}" if verdict.culprits else "") if cause else ""
     return shorten_rank_lists(f"{name.capitalize()}:{finding}{';' if finding else ''} {where}.")
 
 
@@ -307,7 +245,7 @@ def siblings(root: Path, facts: Facts) -> list[Path]:
     if described is None or not described.family:
         return []
     newest: dict[str, Path] = {}
-    names = f"*-{glob.escape(described.title)}-*-{facts.verdict['seed']}"
+    names = f"*-{glob.escape(described.title)}-*-{facts.verdict.seed}"
     for path in sorted(root.resolve().parent.glob(names)):
         if path.is_symlink() or path == root.resolve() or not (path / "verdict.json").is_file():
             continue

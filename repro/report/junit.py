@@ -6,26 +6,28 @@ import xml.etree.ElementTree as ET
 from collections.abc import Sequence
 from itertools import groupby
 from pathlib import Path
-from typing import Any
 
 from repro.store.run_dir import OutputError, write_atomically
+from repro.store.schema import to_json
+from repro.verdict.result import list_ranks
+from repro.watch.document import Document
 
 
-def write_junit(path: Path, documents: Sequence[dict[str, Any]]) -> None:
+def write_junit(path: Path, documents: Sequence[Document]) -> None:
     """Write the verdicts to a file; another verdict than the expected is a failure, none at all an error.
 
-    documents: as in verdict.json, those of one scenario together; one with ``skipped`` was not run, and says why
+    documents: as in verdict.json, those of one scenario together; one with ``skipped`` did not take place
 
     Raises OutputError.
     """
     root = ET.Element("testsuites", name="repro")
-    for scenario, group in groupby(documents, key=lambda document: document["scenario"]):
+    for scenario, group in groupby(documents, key=lambda document: document.scenario):
         cases = list(group)
         suite = ET.SubElement(root, "testsuite", name=scenario, tests=str(len(cases)))
         kinds = [_add_case(suite, document) for document in cases]
         for kind, count in (("failures", "failure"), ("errors", "error"), ("skipped", "skipped")):
             suite.set(kind, str(kinds.count(count)))
-        suite.set("time", f"{sum(document['seconds']['total'] for document in cases):.3f}")
+        suite.set("time", f"{sum(document.seconds.total for document in cases):.3f}")
     ET.indent(root)
     try:
         write_atomically(path, ET.tostring(root, encoding="utf-8", xml_declaration=True) + b"\n")
@@ -33,23 +35,25 @@ def write_junit(path: Path, documents: Sequence[dict[str, Any]]) -> None:
         raise OutputError(f"cannot write to {path}: {error.strerror}; choose another --junit") from error
 
 
-def _add_case(suite: ET.Element, document: dict[str, Any]) -> str:
+def _add_case(suite: ET.Element, document: Document) -> str:
     case = ET.SubElement(
         suite,
         "testcase",
-        classname=f"repro.{document['scenario']}",
-        name=f"{document['variant']} seed {document['seed']}",
-        time=f"{document['seconds']['total']:.3f}",
+        classname=f"repro.{document.scenario}",
+        name=f"{document.variant} seed {document.seed}",
+        time=f"{document.seconds.total:.3f}",
     )
-    if document.get("skipped"):
-        ET.SubElement(case, "skipped", message=_printable(document["skipped"]))
+    if document.skipped:
+        ET.SubElement(case, "skipped", message=_printable(document.skipped))
         return "skipped"
-    ET.SubElement(case, "system-out").text = _printable("\n".join([*document["sentences"], *document["evidence"]]))
-    if document["matches_expected"]:
+    ET.SubElement(case, "system-out").text = _printable("\n".join([*document.sentences, *document.evidence]))
+    if document.matches_expected:
         return ""
-    kind = "error" if document["verdict"] == "inconclusive" else "failure"
+    kind = "error" if document.verdict == "inconclusive" else "failure"
+    culprits = list_ranks(document.culprits) or "none"
     message = (
-        f"{document['verdict']}, {document['cause']}, ranks {document['culprits']}; expected {document['expected']}"
+        f"{document.verdict}, cause {document.cause or 'none'}, culprits {culprits}; "
+        f"expected {to_json(document.expected)}"
     )
     ET.SubElement(case, kind, message=_printable(message))
     return kind

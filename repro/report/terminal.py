@@ -6,7 +6,6 @@ import contextlib
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from rich.console import Console
 from rich.live import Live
@@ -17,7 +16,8 @@ from repro.store.text import escape_control_characters, escape_lines, shorten_ra
 from repro.trace.format import Kind
 from repro.trace.parse import WitnessError
 from repro.trace.witness import Tail
-from repro.verdict.result import Wait, list_ranks, shorten
+from repro.verdict.result import list_ranks, shorten
+from repro.watch.document import Document
 
 REFRESH_S = 0.5
 
@@ -109,9 +109,9 @@ def say(console: Console, text: str) -> None:
     console.print(escape_lines(text), highlight=False, markup=False, soft_wrap=True)
 
 
-def summary(console: Console, documents: Sequence[dict[str, Any]]) -> None:
+def summary(console: Console, documents: Sequence[Document]) -> None:
     """The table at the end: a row a variant, and below it where the ranks stand and whom they wait for."""
-    table = Table(title=f"{documents[0]['scenario']}, {documents[0]['num_ranks']} ranks", title_justify="left")
+    table = Table(title=f"{documents[0].scenario}, {documents[0].num_ranks} ranks", title_justify="left")
     for column, justify in (
         ("variant", "left"), ("verdict", "left"), ("cause", "left"), ("culprits", "left"),
         ("seconds", "right"), ("stall to verdict", "right"), ("as expected", "left"),
@@ -119,21 +119,21 @@ def summary(console: Console, documents: Sequence[dict[str, Any]]) -> None:
         table.add_column(column, justify=justify, no_wrap=column == "verdict")  # type: ignore[arg-type]
     for document in documents:
         table.add_row(
-            document["variant"],
-            f"[{_STYLES.get(document['verdict'], 'yellow')}]{document['verdict']}[/]",
-            document["cause"] or "-",
-            list_ranks(document["culprits"]) or "-",
-            f"{document['seconds']['total']:.1f}",
-            f"{document['seconds']['stall_to_verdict']:.2f} s" if _stalled(document) else "-",
-            "yes" if document["matches_expected"] else "[red]no[/]",
+            document.variant,
+            f"[{_STYLES.get(document.verdict, 'yellow')}]{document.verdict}[/]",
+            document.cause or "-",
+            list_ranks(document.culprits) or "-",
+            f"{document.seconds.total:.1f}",
+            f"{document.seconds.stall_to_verdict:.2f} s" if _stalled(document) else "-",
+            "yes" if document.matches_expected else "[red]no[/]",
         )
     console.print(table)
     for document in documents:
         for sentence in _sentences(document):
-            say(console, f"{document['variant']}: {sentence}")
+            say(console, f"{document.variant}: {sentence}")
 
 
-def overview(console: Console, documents: Sequence[dict[str, Any]]) -> None:
+def overview(console: Console, documents: Sequence[Document]) -> None:
     """The table of several scenarios, cut nowhere, and sentences for those alone that did not end as expected.
 
     Ranks with a question mark are suspects: they stand out, and nothing is proven.
@@ -141,48 +141,47 @@ def overview(console: Console, documents: Sequence[dict[str, Any]]) -> None:
     rows = [("scenario", "variant", "verdict", "culprits", "seconds", "stalled", "as expected")]
     previous = ""
     for document in documents:
-        remark = "not run" if document.get("skipped") else "NO"
-        suspects = list_ranks(document.get("suspects", ()))
+        remark = "not run" if document.skipped else "NO"
+        suspects = list_ranks(document.suspects)
         rows.append((
-            "" if document["scenario"] == previous else document["scenario"],
-            document["variant"],
-            ", ".join(filter(None, (document["verdict"], document["cause"]))),
-            list_ranks(document["culprits"]) or (f"{suspects}?" if suspects else "-"),
-            f"{document['seconds']['total']:.1f}",
-            f"{document['seconds']['stall_to_verdict']:.2f} s" if _stalled(document) else "-",
-            "yes" if document["matches_expected"] else remark,
+            "" if document.scenario == previous else document.scenario,
+            document.variant,
+            ", ".join(filter(None, (document.verdict, document.cause))),
+            list_ranks(document.culprits) or (f"{suspects}?" if suspects else "-"),
+            f"{document.seconds.total:.1f}",
+            f"{document.seconds.stall_to_verdict:.2f} s" if _stalled(document) else "-",
+            "yes" if document.matches_expected else remark,
         ))  # fmt: skip
-        previous = document["scenario"]
+        previous = document.scenario
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     numbers = (rows[0].index("seconds"), rows[0].index("stalled"))
-    found = {document["scenario"] for document in documents}
-    lines = [f"{len(found)} scenarios, {documents[0]['num_ranks']} ranks, seed {documents[0]['seed']}"]
+    found = {document.scenario for document in documents}
+    lines = [f"{len(found)} scenarios, {documents[0].num_ranks} ranks, seed {documents[0].seed}"]
     for row in rows:
         cells = (
             cell.rjust(width) if index in numbers else cell.ljust(width)
             for index, (cell, width) in enumerate(zip(row, widths, strict=True))
         )
         lines.append("  ".join(cells).rstrip())
-    missed = [document for document in documents if not document["matches_expected"]]
+    missed = [document for document in documents if not document.matches_expected]
     for document in missed:
-        name = f"{document['scenario']} {document['variant']}"
-        lines += [f"{name}: {sentence}" for sentence in _sentences(document) or document["evidence"]]
-    total_s = sum(document["seconds"]["total"] for document in documents)
+        name = f"{document.scenario} {document.variant}"
+        lines += [f"{name}: {sentence}" for sentence in _sentences(document) or document.evidence]
+    total_s = sum(document.seconds.total for document in documents)
     lines.append(f"{len(documents) - len(missed)} of {len(documents)} as expected, {total_s:.0f} s")
     say(console, "\n".join(lines))
 
 
-def _stalled(document: dict[str, Any]) -> bool:
-    return document["verdict"] not in ("clean", "slow", "corrupt") and not document.get("skipped")
+def _stalled(document: Document) -> bool:
+    return document.verdict not in ("clean", "slow", "corrupt") and not document.skipped
 
 
-def _sentences(document: dict[str, Any]) -> list[str]:
-    if document["verdict"] == "clean":
-        return list(document["evidence"][-1:])
-    return [*document["sentences"], *waits(document), *([] if document["matches_expected"] else document["evidence"])]
+def _sentences(document: Document) -> list[str]:
+    if document.verdict == "clean":
+        return list(document.evidence[-1:])
+    return [*document.sentences, *waits(document), *([] if document.matches_expected else document.evidence)]
 
 
-def waits(document: dict[str, Any]) -> list[str]:
-    """A sentence for each place at which ranks wait for others, from a document of this program."""
-    found = map(Wait.from_json, document.get("waits", ()))
-    return shorten([shorten_rank_lists(wait.words()) for wait in found if wait.awaited])
+def waits(document: Document) -> list[str]:
+    """A sentence for each place at which ranks wait for others, of a verdict."""
+    return shorten([shorten_rank_lists(wait.words()) for wait in document.waits if wait.awaited])

@@ -31,10 +31,13 @@ def trace(facts: Facts) -> str:
         events += _spans(facts, lane, start_ns, end_ns, len(lane) - per_rank)
     events += _waiting_flows(facts, start_ns, end_ns)
     verdict = facts.verdict
-    told = {name: verdict[name] for name in ("scenario", "variant", "backend", "num_ranks", "seed", "verdict", "cause")}
+    run: dict[str, Any] = {
+        "scenario": verdict.scenario, "variant": verdict.variant, "backend": verdict.backend,
+        "num_ranks": verdict.num_ranks, "seed": verdict.seed, "verdict": verdict.verdict, "cause": verdict.cause or "",
+    }  # fmt: skip
     if dropped:
-        told["left_out"] = f"the {dropped} oldest spans"
-    document = {"displayTimeUnit": "ms", "otherData": told, "traceEvents": events}
+        run["left_out"] = f"the {dropped} oldest spans"
+    document = {"displayTimeUnit": "ms", "otherData": run, "traceEvents": events}
     return json.dumps(document, separators=(",", ":")) + "\n"
 
 
@@ -101,8 +104,8 @@ def _as_async(event: dict[str, Any], identity: int) -> Iterator[dict[str, Any]]:
 
 def _waiting_flows(facts: Facts, start_ns: int, end_ns: int) -> Iterator[dict[str, Any]]:
     """An arrow from one rank of each place in the cycle to one of those it waits for."""
-    for number, link in enumerate(facts.verdict["cycle"], start=1):
-        ends = [next((facts.lanes[r] for r in link[side] if r in facts.lanes), None) for side in ("ranks", "for")]
+    for number, link in enumerate(facts.verdict.cycle, start=1):
+        ends = [next((facts.lanes[r] for r in ranks if r in facts.lanes), None) for ranks in (link.ranks, link.awaited)]
         for phase, lane in zip("sf", ends, strict=True):
             place = _last_wait(facts, lane)
             if lane is None or place is None:

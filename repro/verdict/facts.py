@@ -2,12 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
-from typing import Any, Self, TypeVar
-
-_OPTIONAL = ("died", "contradicted", "unanswered")  # documents of older versions lack these
-T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,33 +34,3 @@ class Facts:
         joined = {each.name: {**getattr(self, each.name), **getattr(others, each.name)} for each in fields(self)}
         joined["died"].update({rank: when_s + clock_ahead_s for rank, when_s in others.died.items()})
         return Facts(**joined)
-
-    def to_json(self) -> dict[str, Any]:
-        """The facts by name, the ranks as strings."""
-        return {
-            each.name: {str(rank): value for rank, value in getattr(self, each.name).items()} for each in fields(self)
-        }
-
-    @classmethod
-    def from_json(cls, document: Mapping[str, Any]) -> Self:
-        """Read what ``to_json`` wrote; raises KeyError, TypeError or ValueError for anything else."""
-
-        def by_rank(name: str, convert: Callable[[Any], T]) -> dict[int, T]:
-            entries = document.get(name, {}) if name in _OPTIONAL else document[name]
-            return {int(rank): convert(value) for rank, value in entries.items()}
-
-        return cls(
-            by_rank("alive", bool),
-            by_rank("excused", str),
-            by_rank("lock_holders", _holder),
-            by_rank("cores", float),
-            by_rank("starved", float),
-            by_rank("died", float),
-            by_rank("contradicted", str),
-            by_rank("unanswered", str),
-        )
-
-
-def _holder(value: Any) -> tuple[str, int]:
-    lock, pid = value
-    return str(lock), int(pid)

@@ -2,9 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Annotated, Any
+
+import msgspec
+
+MAX_RANKS = 1 << 20
+Rank = Annotated[int, msgspec.Meta(ge=0, lt=MAX_RANKS)]
+Count = Annotated[int, msgspec.Meta(ge=-(1 << 62), lt=1 << 62)]
+"""An integer of a file. The sum of two of them fits in 64 bits."""
+
+Seconds = Annotated[float, msgspec.Meta(ge=0, lt=1e9)]
 
 DAMAGED = "by a damaged witness"
 """The detail of a hidden rank whose witness does not match its checksums."""
@@ -24,26 +33,19 @@ class Position:
     line       the record of its witness that shows this: "rank003.wit:38912 event 118"
     """
 
-    rank: int
+    rank: Rank
     state: str
     phase: str = ""
-    step: int = -1
+    step: Count = -1
     layer: str = ""
     group: str = ""
-    seq: int = 0
+    seq: Count = 0
     op: str = ""
-    sizes: tuple[int, ...] = ()
-    since_s: float = 0.0
+    sizes: tuple[Count, ...] = ()
+    since_s: Seconds = 0.0
     detail: str = ""
     site: str = ""
     line: str = ""
-
-    def to_json(self) -> dict[str, Any]:
-        return {
-            "rank": self.rank, "state": self.state, "phase": self.phase, "step": self.step, "layer": self.layer,
-            "group": self.group, "seq": self.seq, "op": self.op, "sizes": list(self.sizes),
-            "since_s": round(self.since_s, 3), "detail": self.detail, "site": self.site, "line": self.line,
-        }  # fmt: skip
 
     def words(self) -> str:
         """The position as text without the rank: "wait in dp all_reduce #41 (step 12, layers.0.linear_attn)"."""
@@ -78,8 +80,7 @@ class Position:
         return f"step {self.step}" if self.step >= 0 else self.phase
 
 
-@dataclass(frozen=True, slots=True)
-class Wait:
+class Wait(msgspec.Struct, frozen=True, rename={"awaited": "for"}):
     """A node of the wait-for graph with its edges: ranks that wait at one place, and the ranks they wait for.
 
     waits_in   the collective or the lock: "dp all_reduce #41", "lock experts"
@@ -87,18 +88,10 @@ class Wait:
     why        what each of those has not done, in sentences
     """
 
-    ranks: tuple[int, ...]
+    ranks: tuple[Rank, ...]
     waits_in: str
-    awaited: tuple[int, ...]
+    awaited: tuple[Rank, ...]
     why: str = ""
-
-    @classmethod
-    def from_json(cls, entry: Mapping[str, Any]) -> Wait:
-        """The inverse of ``to_json``."""
-        return cls(tuple(entry["ranks"]), entry["waits_in"], tuple(entry["for"]), entry["why"])
-
-    def to_json(self) -> dict[str, Any]:
-        return {"ranks": list(self.ranks), "waits_in": self.waits_in, "for": list(self.awaited), "why": self.why}
 
     def words(self) -> str:
         """The wait in a sentence: "ranks 0-2 in dp all_reduce #4 wait for 3: rank 3 has not issued it"."""
@@ -149,21 +142,6 @@ class Verdict:
     def sentence(self) -> str:
         """The positions of all ranks in one line."""
         return "; ".join(self.sentences())
-
-    def to_json(self) -> dict[str, Any]:
-        return {
-            "verdict": self.verdict,
-            "cause": self.cause or None,
-            "culprits": list(self.culprits),
-            "suspects": list(self.suspects),
-            "ranks": [position.to_json() for position in self.ranks],
-            "first_divergence": self.first_divergence,
-            "cycle": list(self.cycle),
-            "waits": [wait.to_json() for wait in self.waits],
-            "evidence": list(self.evidence),
-            "confidence": self.confidence,
-            "quiet_s": round(self.quiet_s, 3),
-        }
 
 
 @dataclass(slots=True)

@@ -1,92 +1,186 @@
-"""verdict.json: what every writer puts into it, and what a second judgement reads from it."""
+"""verdict.json: its type, what a verdict puts into it, and its reader.
+
+Every program that writes or reads a verdict.json uses this type. The fields of one class of files may be empty: only
+runs of the lab have an expectation, and only runs that a watcher followed have a watcher.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+import dataclasses
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Annotated, Any, Self
 
-from repro.store.run_dir import read_json
+import msgspec
+
+from repro.store.schema import read_typed, typed
+from repro.trace.format import Identity
 from repro.verdict import Verdict
 from repro.verdict.facts import Facts
-from repro.verdict.result import VERDICTS
-from repro.watch.look import Look, watcher_from_json
+from repro.verdict.result import MAX_RANKS, VERDICTS, Count, Position, Rank, Seconds, Wait
+from repro.watch.look import Look
 
 SCHEMA_VERSION = 1
 
-T = TypeVar("T")
 
+class Side(msgspec.Struct, frozen=True, omit_defaults=True):
+    """One side of a divergence: ranks, and what they issued there.
 
-@dataclass(frozen=True)
-class Decided:
-    """The entries of a verdict.json that a second judgement uses.
-
-    look       the watcher's last snapshot, without witnesses. None for a file of an older version, which does not name
-               the clock of its times
+    sizes, dtype, reduce_op, root   the arguments of the call; None where the sides are positions and not calls
+    planned, conforms               the entry of the schedule that the ranks left; for the culprits alone
     """
 
-    verdict: Verdict
-    facts: Facts
-    look: Look | None
-    interrupted: bool
-    ended_by: str
-    seconds: Mapping[str, Any]
+    ranks: tuple[Rank, ...]
+    group: str
+    seq: Count
+    op: str
+    layer: str
+    step: Count
+    site: str
+    sizes: tuple[Count, ...] | None = None
+    dtype: str | None = None
+    reduce_op: str | None = None
+    root: Count | None = None
+    planned: str | None = None
+    conforms: bool | None = None
 
 
-def describe(verdict: Verdict) -> dict[str, Any]:
-    """The entries of verdict.json that follow from the verdict alone."""
-    return {"schema_version": SCHEMA_VERSION, **verdict.to_json(), "sentences": verdict.sentences()}
+class Divergence(msgspec.Struct, frozen=True):
+    """The first place where ranks differ."""
+
+    sides: tuple[Side, ...]
 
 
-def read_decided(path: Path) -> Decided:
-    """Read a verdict.json; raises ValueError with the file and what is wrong with it."""
-    document = read_json(path)
-    if not isinstance(document, dict):
-        raise ValueError(f"{path}:1: not a mapping")
+class Expectation(msgspec.Struct, frozen=True, omit_defaults=True):
+    """The verdict that a scenario predicts for its run; a field that is None is not predicted."""
 
-    def entry(name: str, convert: Callable[[Any], T]) -> T:
-        if name not in document:
-            raise ValueError(f"{path}:1: {name} is missing")
-        try:
-            return convert(document[name])
-        except (AttributeError, KeyError, TypeError, ValueError, OverflowError):
-            raise ValueError(f"{path}:1: {name} is not what a run writes there") from None
+    verdict: str
+    cause: str | None
+    step: Count | None = None
+    layer: str | None = None
+    planned: str | None = None
+    error: str | None = None
+    culprits: tuple[Rank, ...] | None = None
+    suspects: tuple[Rank, ...] | None = None
+    or_else: Expectation | None = None
 
-    verdict = Verdict(
-        entry("verdict", _verdict),
-        confidence=entry("confidence", _text),
-        culprits=entry("culprits", lambda ranks: tuple(_instance(rank, int) for rank in _instance(ranks, list))),
-        evidence=entry("evidence", lambda lines: tuple(map(_text, _instance(lines, list)))),
-        quiet_s=entry("quiet_s", _seconds),
+
+class Watcher(msgspec.Struct, frozen=True):
+    """The process that took the last snapshot of the run, and its monotonic clock at that moment."""
+
+    hostname: str
+    boot_id: str
+    pid_namespace: Count
+    wall_offset_ns: Count
+    now_ns: Count
+
+    @classmethod
+    def of(cls, look: Look) -> Self:
+        here = look.watcher
+        return cls(here.hostname, here.boot_id, here.pid_namespace, here.wall_offset_ns, look.now_ns)
+
+    def identity(self) -> Identity:
+        """The watcher as a process."""
+        return Identity(
+            0,
+            1,
+            hostname=self.hostname,
+            boot_id=self.boot_id,
+            pid_namespace=self.pid_namespace,
+            wall_offset_ns=self.wall_offset_ns,
+        )
+
+
+class Durations(msgspec.Struct, frozen=True):
+    """Seconds from the last event of any rank to the verdict, and from the start of the watch to the verdict."""
+
+    stall_to_verdict: Seconds = 0.0
+    total: Seconds = 0.0
+
+
+class Document(msgspec.Struct, frozen=True, kw_only=True):
+    """The content of verdict.json.
+
+    scenario, variant, backend, num_ranks, seed     the run
+    verdict                                         one of VERDICTS; "" of a run that is not decided
+    cause ... quiet_s                               as in :class:`repro.verdict.Verdict`; cause is None without one
+    sentences                                       one for each distinct position
+    expected, matches_expected                      of a run of the lab; else None
+    watcher                                         None of files that do not name the clock of their times
+    system                                          the facts that the verdict was judged with
+    interrupted                                     whether the user ended the run before it was decided
+    ended_by                                        which signal its launcher received; "" if none
+    skipped                                         why the run did not take place, in a list of verdicts; else ""
+    """
+
+    schema_version: int = SCHEMA_VERSION
+    scenario: str = ""
+    variant: str = ""
+    backend: str = ""
+    num_ranks: Annotated[int, msgspec.Meta(ge=0, le=MAX_RANKS)] = 0
+    seed: Count = 0
+    verdict: str
+    cause: str | None = None
+    culprits: tuple[Rank, ...]
+    suspects: tuple[Rank, ...] = ()
+    ranks: tuple[Position, ...] = ()
+    first_divergence: Divergence | None = None
+    cycle: tuple[Wait, ...] = ()
+    waits: tuple[Wait, ...] = ()
+    evidence: tuple[str, ...]
+    confidence: str
+    quiet_s: Seconds
+    sentences: tuple[str, ...] = ()
+    expected: Expectation | None = None
+    matches_expected: bool | None = None
+    watcher: Watcher | None = None
+    system: Facts
+    interrupted: bool = False
+    ended_by: str = ""
+    seconds: Durations
+    skipped: str = ""
+
+    def __post_init__(self) -> None:
+        if self.schema_version != SCHEMA_VERSION:
+            raise ValueError(f"{self.schema_version} is not a version of verdict.json that this release reads")
+        if self.verdict not in ("", *VERDICTS):
+            raise ValueError(f"{self.verdict[:40]!r} is no class of verdict")
+        if not self.waits:  # of a file of an older version, which lists the waits of a cycle alone
+            msgspec.structs.force_setattr(self, "waits", self.cycle)
+
+    @property
+    def sides(self) -> tuple[Side, ...]:
+        """The sides of the first divergence; empty without one."""
+        return self.first_divergence.sides if self.first_divergence else ()
+
+    def look(self) -> Look | None:
+        """The watcher's last snapshot without witnesses, which are files of the run; None if its clock is not known."""
+        return Look(self.watcher.identity(), self.watcher.now_ns, facts=self.system) if self.watcher else None
+
+
+def describe(verdict: Verdict, **more: Any) -> Document:
+    """The document of a verdict. ``more`` sets the fields that do not follow from the verdict."""
+    return Document(
+        verdict=verdict.verdict,
+        cause=verdict.cause or None,
+        culprits=verdict.culprits,
+        suspects=verdict.suspects,
+        ranks=tuple(dataclasses.replace(at, since_s=round(at.since_s, 3)) for at in verdict.ranks),
+        first_divergence=typed(first, Divergence, "first_divergence") if (first := verdict.first_divergence) else None,
+        cycle=typed(verdict.cycle, tuple[Wait, ...], "cycle"),
+        waits=verdict.waits,
+        evidence=verdict.evidence,
+        confidence=verdict.confidence,
+        quiet_s=round(verdict.quiet_s, 3),
+        sentences=tuple(verdict.sentences()),
+        **{"system": Facts(), "seconds": Durations(), **more},
     )
-    seconds = entry("seconds", lambda value: _instance(value, dict))
-    facts = entry("system", Facts.from_json)
-    look = None
-    if "watcher" in document:
-        watcher, now_ns = entry("watcher", watcher_from_json)
-        look = Look(watcher, now_ns, facts=facts)
-    ended_by = entry("ended_by", _text) if "ended_by" in document else ""
-    return Decided(verdict, facts, look, bool(document.get("interrupted")), ended_by, seconds)
 
 
-def _instance(value: Any, kind: type[T]) -> T:
-    if not isinstance(value, kind):
-        raise TypeError
-    return value
+def undecided(**run: Any) -> Document:
+    """The document of a run without a verdict. ``run`` sets scenario, variant, backend, num_ranks and seed."""
+    return describe(Verdict("", confidence=""), **run)
 
 
-def _text(value: Any) -> str:
-    return _instance(value, str)
-
-
-def _verdict(value: Any) -> str:
-    if value not in VERDICTS:
-        raise ValueError
-    return _text(value)
-
-
-def _seconds(value: Any) -> float:
-    if isinstance(value, str) or not 0 <= float(value) < 1e6:
-        raise ValueError
-    return float(value)
+def read_document(path: Path) -> Document:
+    """Read a verdict.json. Raises OSError, or DamagedFile with file, field and problem."""
+    return read_typed(path, Document)

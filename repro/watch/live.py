@@ -14,8 +14,8 @@ import re
 import traceback
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
+import msgspec
 import psutil
 
 from hybrid_moe_ref.files import room_for
@@ -25,11 +25,12 @@ from repro.hosts.host import READ_FAILURES, Host
 from repro.hosts.options import WatchOptions
 from repro.hosts.system import System
 from repro.store.run_dir import RunDir, write_json
+from repro.store.schema import to_json
 from repro.trace.tails import Tails
 from repro.trace.witness import Tail, Witness
 from repro.verdict import Verdict
 from repro.verdict.facts import Facts
-from repro.watch.document import describe
+from repro.watch.document import Document, Durations, Watcher, describe
 from repro.watch.flight_recorder import compare_dumps
 from repro.watch.look import Look
 from repro.watch.qualified import ended_from_outside, not_decided, uncompared
@@ -72,7 +73,7 @@ class Watch:
     job_alive     says whether the processes that were started still exist
     compare       compares the results once all ranks are done. It may return None to be called again later, unless its
                   argument is True, which says that the watch ends now
-    describe      the entries of verdict.json that do not depend on the watch
+    describe      the document of a verdict, with the entries that do not depend on the watch
     read          transforms the witnesses before they are judged
     interrupted   says whether the user has requested the end of the run
     show          called at every poll with the open witnesses, for a display
@@ -83,7 +84,7 @@ class Watch:
     options: WatchOptions
     job_alive: Callable[[], bool]
     compare: Callable[[bool], Comparison | None] = lambda final: Comparison()
-    describe: Callable[[Verdict], dict[str, Any]] = describe
+    describe: Callable[[Verdict], Document] = describe
     read: Callable[[dict[int, Witness]], dict[int, Witness]] = lambda witnesses: witnesses
     interrupted: Callable[[], bool] = lambda: False
     show: Callable[[list[Tail]], None] = lambda tails: None
@@ -105,7 +106,7 @@ class Watch:
         self._noticed: list[str] = []
         self._silences = Silences()
 
-    def run(self) -> dict[str, Any]:
+    def run(self) -> Document:
         """Watch until the run is decided; returns what was written to verdict.json.
 
         Room for verdict.json is kept from the start: the disk may be full by the end. Raises OSError if verdict.json
@@ -318,21 +319,21 @@ class Watch:
         line = f"the watcher failed, which says nothing about the run: {cause[:300]}; {where}"
         return Verdict("inconclusive", evidence=(line, *gaps), confidence="undecided")
 
-    def _write(self, verdict: Verdict) -> dict[str, Any]:
+    def _write(self, verdict: Verdict) -> Document:
         now_ns = last_event_ns = self.host.now_ns()
         with contextlib.suppress(*READ_FAILURES):
             last_event_ns = self._last_event_ns()
-        document = {
-            **self.describe(verdict),
-            **self._look.to_json(),
-            "interrupted": self._interrupted,
-            "ended_by": self._ended_by,
-            "seconds": {
-                "stall_to_verdict": round((now_ns - last_event_ns) / 1e9, 3),
-                "total": round((now_ns - self.started_ns) / 1e9, 3),
-            },
-        }
-        write_json(self.run_dir.verdict, document, durable=True)
+        document = msgspec.structs.replace(
+            self.describe(verdict),
+            watcher=Watcher.of(self._look),
+            system=self._look.facts,
+            interrupted=self._interrupted,
+            ended_by=self._ended_by,
+            seconds=Durations(
+                round(max(0, now_ns - last_event_ns) / 1e9, 3), round((now_ns - self.started_ns) / 1e9, 3)
+            ),
+        )
+        write_json(self.run_dir.verdict, to_json(document), durable=True)
         return document
 
 

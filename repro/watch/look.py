@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 from repro.hosts.options import WatchOptions
 from repro.trace.format import Identity
@@ -53,29 +52,3 @@ class Look:
             return verdict
         undecided = Verdict("inconclusive", ranks=verdict.ranks, confidence="undecided", quiet_s=verdict.quiet_s)
         return undecided.with_evidence(["no rank has begun: the launcher's log may say why"])
-
-    def to_json(self) -> dict[str, Any]:
-        """The snapshot without witnesses, which are files of the run, and without notes, which are evidence."""
-        return {
-            "watcher": {
-                "hostname": self.watcher.hostname,
-                "boot_id": self.watcher.boot_id,
-                "pid_namespace": self.watcher.pid_namespace,
-                "wall_offset_ns": self.watcher.wall_offset_ns,
-                "now_ns": self.now_ns,
-            },
-            "system": self.facts.to_json(),
-        }
-
-
-def watcher_from_json(entry: Mapping[str, Any]) -> tuple[Identity, int]:
-    """Read the watcher and its clock from ``Look.to_json``; raises KeyError, TypeError or ValueError if malformed."""
-    identity = Identity(
-        0,
-        1,
-        hostname=str(entry["hostname"]),
-        boot_id=str(entry["boot_id"]),
-        pid_namespace=int(entry["pid_namespace"]),
-        wall_offset_ns=int(entry["wall_offset_ns"]),
-    )
-    return identity, int(entry["now_ns"])

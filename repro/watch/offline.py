@@ -16,7 +16,7 @@ from repro.store.description import RunDescription
 from repro.store.run_dir import RunDir
 from repro.trace.witness import Witness, read_dir
 from repro.verdict import Verdict
-from repro.watch.document import Decided, read_decided
+from repro.watch.document import Document, read_document
 from repro.watch.live import Comparison
 from repro.watch.look import Look
 from repro.watch.qualified import ended_from_outside, not_decided, uncompared
@@ -35,13 +35,13 @@ def options_of(description: RunDescription) -> WatchOptions:
 class Again:
     """A second judgement.
 
-    decided   the entries of verdict.json; None if the run is not decided or its verdict.json is damaged
+    decided   the verdict.json of the run; None if the run is not decided or its verdict.json is damaged
     whole     whether every file was complete and undamaged
     """
 
     verdict: Verdict
     look: Look
-    decided: Decided | None
+    decided: Document | None
     whole: bool
 
 
@@ -53,10 +53,10 @@ def judge_files(run_dir: RunDir, options: WatchOptions, comparison: Comparison) 
     damaged, is judged as of now, after its processes have been observed for LOOK_S seconds.
     """
     damaged: list[str] = []
-    decided: Decided | None = None
+    decided: Document | None = None
     if run_dir.verdict.exists():
         try:
-            decided = read_decided(run_dir.verdict)
+            decided = read_document(run_dir.verdict)
         except (OSError, ValueError) as error:
             damaged.append(f"{run_dir.describe(error)}; the run is judged as if it had no verdict.json")
     look, refused = _look_at_decided(run_dir, decided) if decided else _look_now(run_dir)
@@ -64,16 +64,16 @@ def judge_files(run_dir: RunDir, options: WatchOptions, comparison: Comparison) 
     verdict = look.unless_begun(verdict)
     if decided is None and look.none_began():
         verdict = verdict.with_evidence([_launcher_of(run_dir)])
-    before = decided.verdict.verdict if decided else ""
+    before = decided.verdict if decided else ""
     if comparison.missing and before not in ("clean", "slow"):  # otherwise the watcher has compared the results
         verdict = uncompared(verdict, comparison.missing)
     if decided and verdict.verdict == "clean" and before == "slow":  # only a live watcher can observe slowness
         verdict = dataclasses.replace(
             verdict,
             verdict="slow",
-            culprits=decided.verdict.culprits,
-            confidence=decided.verdict.confidence,
-            evidence=decided.verdict.evidence,
+            culprits=decided.culprits,
+            confidence=decided.confidence,
+            evidence=decided.evidence,
         )
     if decided and decided.interrupted:
         verdict = not_decided(verdict)
@@ -85,14 +85,14 @@ def judge_files(run_dir: RunDir, options: WatchOptions, comparison: Comparison) 
     return Again(verdict.with_evidence([*map(run_dir.describe, refused), *damaged]), look, decided, whole)
 
 
-def _look_at_decided(run_dir: RunDir, decided: Decided) -> tuple[Look, list[str]]:
+def _look_at_decided(run_dir: RunDir, decided: Document) -> tuple[Look, list[str]]:
     witnesses, refused = read_dir(run_dir.root / "events")
-    if decided.look is not None:
-        return dataclasses.replace(decided.look, witnesses=witnesses), refused
+    if (look := decided.look()) is not None:
+        return dataclasses.replace(look, witnesses=witnesses), refused
     here = Host().here
     last_ns = max((w.last_event_ns() + here.clock_ahead_ns(w.writer) for w in witnesses.values() if w.last), default=0)
-    now_ns = last_ns + int(decided.verdict.quiet_s * 1e9) + 1_000_000  # quiet_s is rounded to milliseconds
-    return Look(here, now_ns, witnesses, decided.facts), refused
+    now_ns = last_ns + int(decided.quiet_s * 1e9) + 1_000_000  # quiet_s is rounded to milliseconds
+    return Look(here, now_ns, witnesses, decided.system), refused
 
 
 def _look_now(run_dir: RunDir) -> tuple[Look, list[str]]:

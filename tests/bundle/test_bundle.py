@@ -350,7 +350,7 @@ def test_a_changed_file_is_named(tmp_path, quick, capsys):
     [
         ("config.json", b'{"scenario": "metadata_rebuild", "num_ranks": 1e9}', "config.json.num_ranks: "),
         ("config.json", b"{", "config.json:1: "),
-        ("verdict.json", b"[]", "verdict.json:1: not a mapping; "),
+        ("verdict.json", b"[]", "verdict.json:1: $: expected object, got array; "),
         ("events/rank003.wit", b"no witness", "events/rank003.wit:10: "),
     ],
 )

@@ -14,17 +14,21 @@ from pathlib import Path
 import pytest
 from command_line import fails
 from reported import write_hang
+from written import written
 
 from repro.commands.cli import main
 from repro.exit_codes import CANNOT_TELL, EXPECTED, INTERRUPTED, UNEXPECTED, USAGE
 from repro.hosts import processes
 from repro.hosts.interrupt import Interrupt
 from repro.lab import scenarios
+from repro.lab.outcome.expectation import document_of
 from repro.lab.rank import worker
 from repro.lab.settings import read_settings
 from repro.lab.start import job, launch
 from repro.report.terminal import Display
 from repro.store.run_dir import RunDir, read_json
+from repro.verdict import Verdict
+from repro.watch.document import read_document
 from repro.watch.live import Watch
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -105,7 +109,8 @@ def test_a_failure_of_the_program_is_one_line_that_says_so(capsys, monkeypatch, 
 
 def test_a_failure_of_the_report_loses_no_verdict(capsys, tmp_path, monkeypatch):
     root, _ = write_hang(tmp_path, 2)
-    monkeypatch.setattr("repro.lab.start.launch.run", lambda *args: (RunDir(root), read_json(root / "verdict.json")))
+    decided = read_document(root / "verdict.json")
+    monkeypatch.setattr("repro.lab.start.launch.run", lambda *args: (RunDir(root), decided))
     monkeypatch.setattr("repro.report.render_page", lambda *args: [][1])
     assert main(["run", "metadata_rebuild", "--out", str(tmp_path), "--json"]) == EXPECTED
     out, err = capsys.readouterr()
@@ -144,7 +149,7 @@ def test_a_watch_that_cannot_begin_leaves_a_verdict_and_no_process(hanging, monk
     if place.endswith("start_process"):
         run_dir.reference.unlink()
     monkeypatch.setattr(place, fail)
-    document = attend(run_dir, settings, child)
+    document = written(attend(run_dir, settings, child))
     assert child.poll() is not None
     assert document == read_json(run_dir.verdict)
     assert (document["verdict"], document["culprits"], document["matches_expected"]) == ("inconclusive", [], False)
@@ -158,8 +163,8 @@ def test_ranks_that_cannot_be_started_leave_a_verdict(tmp_path):
 
     settings = scenarios.settings_of({"scenario": "metadata_rebuild", "num_ranks": 2})
     run_dir, document = launch.run(settings, tmp_path, Interrupt(), Display(), start)
-    assert document == read_json(run_dir.verdict) and document["verdict"] == "inconclusive"
-    assert "repro itself failed" in document["evidence"][0] and not (run_dir.root / "tmp").exists()
+    assert document == read_document(run_dir.verdict) and document.verdict == "inconclusive"
+    assert "repro itself failed" in document.evidence[0] and not (run_dir.root / "tmp").exists()
 
 
 def test_a_full_disk_while_the_failure_is_written_is_named_with_the_run(hanging, monkeypatch):
@@ -328,8 +333,7 @@ def test_a_scenario_that_cannot_be_with_so_many_ranks_is_named_and_the_others_ru
 
     def run(settings, out, *rest):
         ran.append(settings.scenario)
-        document = {**launch.skipped(settings, ""), "matches_expected": True, "verdict": "clean"}
-        return RunDir(out), document
+        return RunDir(out), document_of(settings, Verdict("clean"), matches_expected=True)
 
     monkeypatch.setattr("repro.lab.start.launch.run", run)
     monkeypatch.setattr("repro.commands.run.write_reports", lambda *args: None)

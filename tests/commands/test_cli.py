@@ -15,10 +15,12 @@ from xml.etree import ElementTree
 import pytest
 from command_line import fails
 from folders import mounted, read_only
+from msgspec import structs
 from reported import write_hang
 from rich.console import Console
 from rich.live import Live
 from scene import Scene
+from written import written
 
 from repro.commands.cli import COMMANDS, main, parser_of
 from repro.commands.verdicts import exit_code
@@ -33,6 +35,8 @@ from repro.store.run_dir import OutputError, RunDir
 from repro.trace.format import Geometry
 from repro.trace.recorder import Recorder
 from repro.trace.witness import Tail
+from repro.verdict import Verdict
+from repro.watch.document import Durations, Expectation, describe, read_document
 from repro.watch.live import Comparison, Watch
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -234,7 +238,7 @@ def test_a_verdict_is_written_on_a_disk_that_fills_while_the_run_is_watched(tmp_
 
         options = WatchOptions(num_ranks=2, quiet_window_s=1.0, deadline_s=20.0)
         watch = Watch(run_dir, options, job_alive=lambda: True, compare=fill_the_disk)
-        document = watch.run()
+        document = written(watch.run())
         del watch  # with its maps of files on the disk
         assert document["verdict"] == "clean"
         assert json.loads(run_dir.verdict.read_text())["verdict"] == "clean"
@@ -280,19 +284,11 @@ def test_every_command_answers_in_json(capsys, tmp_path):
 
 @pytest.mark.parametrize("flags", [{}, {"NO_COLOR": "1", "TERM": "xterm-256color"}, {"FORCE_COLOR": "1"}])
 def test_colours_are_off_without_a_terminal_and_under_no_color(flags):
-    told = {
-        "scenario": "s",
-        "num_ranks": 2,
-        "variant": "fault",
-        "verdict": "deadlock",
-        "cause": "extra",
-        "culprits": [1],
-    }
-    told |= {"seconds": {"total": 1.0, "stall_to_verdict": 1.0}, "matches_expected": False, "sentences": []}
     terminal = "NO_COLOR" in flags or None
     code = (
         "from rich.console import Console; from repro.report.terminal import summary;"
-        f"summary(Console(force_terminal={terminal}), [{told | {'evidence': []}}])"
+        "from repro.verdict import Verdict; from repro.watch.document import describe;"
+        f"summary(Console(force_terminal={terminal}), [describe(Verdict('deadlock', 'extra', (1,)))])"
     )
     clean = {name: value for name, value in os.environ.items() if name not in ("NO_COLOR", "FORCE_COLOR")}
     told = subprocess.run(
@@ -324,21 +320,25 @@ def test_a_run_that_cannot_begin_leaves_nothing_and_latest_where_it_was(tmp_path
 
 
 def test_exit_codes_tell_wrong_from_undecided():
-    expected = {"verdict": "clean", "matches_expected": True}
-    undecided = {"verdict": "inconclusive", "matches_expected": False}
-    wrong = {"verdict": "deadlock", "matches_expected": False}
+    expected = describe(Verdict("clean"), matches_expected=True)
+    undecided = describe(Verdict("inconclusive"), matches_expected=False)
+    wrong = describe(Verdict("deadlock"), matches_expected=False)
     assert exit_code([expected, expected]) == EXPECTED
     assert exit_code([expected, undecided]) == CANNOT_TELL
     assert exit_code([undecided, wrong]) == UNEXPECTED
 
 
 def decided(scenario, variant, verdict, **more):
-    return {
-        "scenario": scenario, "variant": variant, "seed": 0, "num_ranks": 8, "verdict": verdict, "cause": "extra",
-        "culprits": [1, 2], "sentences": ["rank 1 waits"], "evidence": ["rank 1: \x1b[31mred"],
-        "expected": {"verdict": "clean"}, "matches_expected": False,
-        "seconds": {"stall_to_verdict": 1.1, "total": 3.5}, **more,
-    }  # fmt: skip
+    document = describe(
+        Verdict(verdict, "extra", (1, 2), evidence=("rank 1: \x1b[31mred",)),
+        scenario=scenario,
+        variant=variant,
+        num_ranks=8,
+        expected=Expectation("clean", None),
+        matches_expected=False,
+        seconds=Durations(1.1, 3.5),
+    )
+    return structs.replace(document, sentences=("rank 1 waits",), **more)
 
 
 def test_junit_tells_a_wrong_verdict_from_none_and_from_what_was_not_run(tmp_path):
@@ -372,7 +372,7 @@ def test_what_is_unsafe_about_many_runs_is_told_once(capsys, tmp_path, monkeypat
 def test_every_run_of_a_matrix_gets_a_report_and_a_case_in_the_junit_file(capsys, tmp_path, monkeypatch):
     def run(settings, out, *rest):
         root, _ = write_hang(out, settings.num_ranks)
-        return RunDir(root), json.loads((root / "verdict.json").read_text())
+        return RunDir(root), read_document(root / "verdict.json")
 
     monkeypatch.setattr("repro.lab.start.launch.run", run)
     command = ["matrix", "--only", "TP8 jit cold", "--out", str(tmp_path), "--junit", str(tmp_path / "j.xml"), "--json"]
@@ -409,7 +409,7 @@ def test_the_live_table_tells_who_waits_for_a_lock_and_who_builds(tmp_path, even
 def test_the_table_of_several_scenarios_is_aligned_and_cut_nowhere(capsys):
     documents = [
         decided("a_scenario_of_a_long_name", "control", "clean", matches_expected=True),
-        decided("another", "fault", "deadlock", culprits=[0, 2, 4, 6]),
+        decided("another", "fault", "deadlock", culprits=(0, 2, 4, 6)),
     ]
     overview(Console(width=40), documents)
     _, header, *rows = capsys.readouterr().out.splitlines()

@@ -12,6 +12,7 @@ from dataclasses import replace
 import pytest
 from command_line import fails
 from scene import Scene
+from written import written
 
 from hybrid_moe_ref.parallel.observer import Collective, ScheduleEntry
 from repro.commands.cli import main
@@ -21,11 +22,13 @@ from repro.lab.outcome.second_judgement import judge_again
 from repro.lab.outcome.tokens import compare_tokens
 from repro.lab.settings import RunSettings
 from repro.store.run_dir import RunDir, write_json
+from repro.store.schema import to_json
 from repro.trace.format import Geometry, Identity, pack_header
 from repro.trace.parse import parse_header
 from repro.trace.recorder import Recorder, myself
 from repro.trace.witness import create
 from repro.verdict import Facts
+from repro.watch.document import Durations, Watcher
 from repro.watch.live import Watch
 from repro.watch.look import Look
 
@@ -55,24 +58,24 @@ def test_numbers_without_measure_are_refused_by_watch(capsys, tmp_path, key):
 
 def decided(**changes):
     """What of a verdict.json a second judgement uses, so changed."""
-    told = {"verdict": "clean", "confidence": "certain", "culprits": [], "evidence": [], "quiet_s": 1.0, "seconds": {}}
-    return json.dumps({**told, "system": Facts().to_json(), **changes}).encode()
+    entries = {"verdict": "clean", "confidence": "certain", "culprits": [], "evidence": [], "quiet_s": 1.0}
+    return json.dumps({**entries, "seconds": {}, "system": {}, **changes}).encode()
 
 
 @pytest.mark.parametrize(
     ("data", "words"),
     [
         (b"", "Expecting value"),
-        (b"{}", "verdict is missing"),
-        (b"[]", "not a mapping"),
-        (b'{"verdict": 5}', "verdict is not what a run writes there"),
-        (b'{"verdict": "deadlock"}', "confidence is missing"),
+        (b"{}", r"\$: object missing required field verdict"),
+        (b"[]", r"\$: expected object, got array"),
+        (b'{"verdict": 5}', r"\$.verdict: expected str, got int"),
+        (b'{"verdict": "deadlock"}', "missing required field culprits"),
         (b"\xff\xfe\x00", "not UTF-8 text"),
         (decided()[:-9], "Unterminated string"),
-        (decided(quiet_s=10**400), "quiet_s is not what a run writes there"),
-        (decided(culprits=["0"]), "culprits is not what a run writes there"),
-        (decided(evidence=[5]), "evidence is not what a run writes there"),
-        (decided(system={"alive": 3}), "system is not what a run writes there"),
+        (decided(quiet_s=10**400), r"\$.quiet_s: number out of range"),
+        (decided(culprits=["0"]), r"\$.culprits\[0\]: expected int, got str"),
+        (decided(evidence=[5]), r"\$.evidence\[0\]: expected str, got int"),
+        (decided(system={"alive": 3}), r"\$.system.alive: expected object, got int"),
     ],
 )
 def test_a_run_with_a_damaged_verdict_is_judged_by_its_witnesses(capsys, tmp_path, data, words):
@@ -168,6 +171,7 @@ def test_a_damaged_file_of_tokens_is_named_and_the_run_still_judged(capsys, tmp_
     assert f"\n{name}:1: {words}" in told.out and "so the tokens were not compared" in told.out
     settings = RunSettings("metadata_rebuild", "control", num_ranks=4)
     document = watching(run_dir, settings, reference_alive=False).run()
+    document = written(document)
     assert document["verdict"] == "inconclusive" and document["evidence"][-1].startswith(f"{name}:1: {words}")
 
 
@@ -179,7 +183,7 @@ def test_what_was_not_compared_by_the_deadline_is_not_clean(tmp_path, reference,
     settings = RunSettings("metadata_rebuild", "control", num_ranks=4, deadline_s=0.2)
     watch = watching(run_dir, settings, reference_alive=True)
     watch.started_ns -= 10**9
-    document = watch.run()
+    document = written(watch.run())
     assert document["verdict"] == verdict, document
     assert any("deadline" in line for line in document["evidence"]), document
 
@@ -206,11 +210,11 @@ def test_ranks_of_hosts_whose_clocks_have_nothing_in_common_are_judged_in_time(t
     settings = RunSettings("metadata_rebuild", "control", num_ranks=4, quiet_window_s=0.3, deadline_s=20)
     watch = watching(run_dir, settings, reference_alive=False)
     watch.processes = watch._running = lambda: {}
-    document = watch.run()
+    document = written(watch.run())
     assert (document["verdict"], document["cause"]) == ("deadlock", None), document
     assert "times of 2 ranks on other hosts depend on wall clocks" in document["evidence"], document
     assert 0.3 <= document["seconds"]["stall_to_verdict"] <= document["seconds"]["total"] < 25, document
-    assert judge_again(run_dir, settings)[0]["verdict"] == "deadlock"
+    assert judge_again(run_dir, settings)[0].verdict == "deadlock"
 
 
 def newer(data):
@@ -320,12 +324,13 @@ def test_a_death_and_a_failure_are_in_one_order_wherever_the_run_is_judged_again
         run_dir = left_by_a_run(root, scene)
         settings = RunSettings("metadata_rebuild", "control", num_ranks=4)
         verdict = look.verdict(watch_options(settings))
-        seconds = {"stall_to_verdict": 1.5, "total": 9.0}
-        write_json(run_dir.verdict, {**document_of(settings, verdict), **look.to_json(), "seconds": seconds})
+        seen = {"watcher": Watcher.of(look), "system": facts, "seconds": Durations(1.5, 9.0)}
+        document = document_of(settings, verdict, **seen)
+        write_json(run_dir.verdict, to_json(document))
         again, _ = judge_again(run_dir, settings)
         assert (verdict.verdict, verdict.culprits) == ("crash", (3,)), verdict
-        assert (again["verdict"], again["cause"], again["culprits"]) == ("crash", "dead_rank", [3]), again
-        assert again["watcher"] == look.to_json()["watcher"] and again["quiet_s"] == verdict.to_json()["quiet_s"]
+        assert (again.verdict, again.cause, again.culprits) == ("crash", "dead_rank", (3,)), again
+        assert again.watcher == document.watcher and again.quiet_s == document.quiet_s
 
 
 def test_only_one_process_may_watch_a_run_to_its_end(capsys, tmp_path):

@@ -22,6 +22,7 @@ from repro.hosts import collect, locks, processes
 from repro.hosts.host import Host
 from repro.hosts.system import STOPPED, System
 from repro.store.run_dir import RunDir
+from repro.store.schema import to_json, typed
 from repro.trace.format import pack_header
 from repro.trace.recorder import Recorder, myself
 from repro.trace.witness import Witness, parse
@@ -247,4 +248,4 @@ def test_who_was_missed_first_is_remembered_and_of_those_missed_at_once_none_is_
 
 def test_facts_survive_json() -> None:
     facts = Facts({0: True}, {1: STOPPED}, {2: ("a", 7)}, {0: 0.5}, {1: 0.25}, {1: 3.5}, {2: "other"}, {0: "stack"})
-    assert Facts.from_json(json.loads(json.dumps(facts.to_json()))) == facts
+    assert typed(json.loads(json.dumps(to_json(facts))), Facts, "facts") == facts

@@ -16,6 +16,7 @@ from hybrid_moe_kernels.extension import BATON, Extension
 from hybrid_moe_kernels.gated_delta_rule import reference as gdn_reference
 from hybrid_moe_kernels.lab import gdn_prefill, moe_experts
 from hybrid_moe_kernels.moe import reference as moe_reference
+from written import written
 
 from hybrid_moe_ref.config import ConfigError
 from hybrid_moe_ref.engine.startup.builds import ensure
@@ -186,7 +187,7 @@ def test_a_lock_held_into_a_collective_is_a_deadlock_of_its_holder(cold_run, tmp
     (culprit,) = document["culprits"]
     lock = BuildLock(tmp_path / "cache" / "kernels" / "experts.lock", 0, 1.0)
     assert lock.holder().rank == culprit, "the lock's file names the holder, independently of the witnesses"
-    again, _ = judge_again(run_dir, settings)
+    again = written(judge_again(run_dir, settings)[0])
     assert (again["verdict"], again["cause"], again["culprits"]) == ("deadlock", "lock", [culprit])
 
 
@@ -203,7 +204,7 @@ def test_a_lock_file_of_a_killed_builder_is_a_deadlock_that_blames_no_rank(cold_
     assert document["matches_expected"], document
     assert (document["verdict"], document["cause"], document["culprits"]) == ("deadlock", "lock", []), document
     assert any(f"no process holds lock {run_dir.cache}" in line for line in document["evidence"]), document["evidence"]
-    again, _ = judge_again(run_dir, settings)
+    again = written(judge_again(run_dir, settings)[0])
     assert (again["verdict"], again["cause"]) == ("deadlock", "lock")
 
 

@@ -12,9 +12,11 @@ from forked import run_forked
 from repro.commands.cli import main
 from repro.exit_codes import CANNOT_TELL, EXPECTED, USAGE
 from repro.lab import scenarios
+from repro.lab.outcome.expectation import document_of
 from repro.lab.search import matrix
 from repro.lab.start import launch
 from repro.lab.start.kernel_cache import CannotFill
+from repro.verdict import Verdict
 
 pytestmark = pytest.mark.timeout(300)  # one run compiles, on machines that may have other things to do
 
@@ -72,7 +74,7 @@ def test_a_run_whose_cache_cannot_be_filled_costs_no_other_run_its_verdict(tmp_p
             raise CannotFill("no warm kernel cache: the disk is full")
         done.append(settings)
         run_dir = launch.prepare_run_dir(out, dataclasses.replace(settings, kernel_cache="cold"))
-        return run_dir, {**launch.skipped(settings, ""), "verdict": "clean", "matches_expected": True, "ranks": []}
+        return run_dir, document_of(settings, Verdict("clean"), matches_expected=True)
 
     done = []
     monkeypatch.setattr(launch, "run", run)

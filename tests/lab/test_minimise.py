@@ -21,8 +21,11 @@ from repro.commands.cli import main
 from repro.commands.minimise import _print_result
 from repro.lab import scenarios
 from repro.lab.search.confirmation import run_within
-from repro.lab.search.minimise import AnotherVerdict, Runner, describe, minimise
+from repro.lab.search.minimise import AnotherVerdict, Runner, minimise
+from repro.lab.search.minimise import describe as describe_settings
 from repro.report.gather import gather
+from repro.verdict import Position, Verdict
+from repro.watch.document import describe
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -33,7 +36,8 @@ def start(**flags):
 
 def answer(verdict="deadlock", cause="extra", step=2):
     expected = (verdict, cause) == ("deadlock", "extra")
-    return {"verdict": verdict, "cause": cause, "ranks": [{"step": step}], "matches_expected": expected}
+    decided = Verdict(verdict, cause or "", ranks=(Position(0, "blocked", step=step),))
+    return describe(decided, matches_expected=expected)
 
 
 def test_what_is_foretold_is_shrunk_to_two_ranks_and_one_layer_and_then_run():
@@ -72,8 +76,8 @@ def test_minimise_exits_as_run_does_when_the_verdict_is_another(tmp_path, monkey
 
 def test_one_is_not_told_as_several(capsys):
     result = minimise(scenarios.load("metadata_rebuild"), start(), lambda s: answer(step=0))
-    assert "8 ranks, 8 layers (GGGAMGGA)" in describe(result.before)
-    assert describe(result.after).startswith("2 ranks, 1 layer (G), 2 experts top-1, 1 request of at most ")
+    assert "8 ranks, 8 layers (GGGAMGGA)" in describe_settings(result.before)
+    assert describe_settings(result.after).startswith("2 ranks, 1 layer (G), 2 experts top-1, 1 request of at most ")
     _print_result(dataclasses.replace(result, runs=1), Path("x.py"), False)
     told = capsys.readouterr().out
     assert ", 1 step\n1 run in " in told
@@ -101,7 +105,7 @@ def test_in_a_replay_a_lock_goes_to_the_rank_that_had_it(tmp_path):
         scene.recorders[rank].local("lock_wait", "build", 101)
     scene.enter([1], AGREE)
     root = write_run(tmp_path, scene, "fault")
-    assert gather(root).verdict["cause"] == "lock"
+    assert gather(root).verdict.cause == "lock"
     programs, _ = replay._programs(root, None)
     told = {rank: [(act.name, act.op) for act in program] for rank, program in programs.items()}
     waits = [("build", "ask")]

@@ -9,6 +9,7 @@ import time
 
 import pytest
 from forked import in_time, run_forked
+from written import written
 
 from hybrid_moe_ref.config import ConfigError
 from hybrid_moe_ref.engine.scheduler import live_ranks
@@ -175,7 +176,8 @@ def test_metadata_rebuild_fault_is_a_deadlock_of_exactly_the_live_ranks(tmp_path
         assert "all_reduce" in run_dir.stack(rank).read_text() or "all_gather" in run_dir.stack(rank).read_text()
         assert read_json(run_dir.flight_recorder(rank))["entries"], told
     assert read_json(run_dir.verdict) == document
-    again, whole = judge_again(run_dir, settings)
+    judged, whole = judge_again(run_dir, settings)
+    again = written(judged)
     assert whole
     assert [again[key] for key in ("verdict", "cause", "culprits")] == ["deadlock", "extra", document["culprits"]], told
     assert again.keys() == document.keys() and again["seconds"] == document["seconds"]

@@ -192,7 +192,7 @@ def test_runs_share_the_process_that_forks_and_one_that_was_killed_is_replaced(t
     try:
         for _ in range(3):
             _, verdict = launch.run(settings, tmp_path, launch.Interrupt(), Display(), server.start)
-            assert verdict["matches_expected"], verdict
+            assert verdict.matches_expected, verdict
             pids.append(server._process.pid)
             if len(pids) == 2:
                 server.close()

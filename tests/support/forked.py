@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
+from written import written
 
 from repro.lab.outcome import reference
 from repro.lab.rank.worker import run_rank
@@ -55,7 +56,7 @@ def run_forked(
             with contextlib.suppress(ChildProcessError, ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
                 os.waitpid(pid, 0)
-    return run_dir, document
+    return run_dir, written(document)
 
 
 def in_time(document: dict[str, Any], limit_s: float, settings: RunSettings) -> bool:

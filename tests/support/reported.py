@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 from scene import Scene
 
@@ -11,7 +10,10 @@ from hybrid_moe_ref.parallel.observer import Collective, ScheduleEntry
 from repro.lab.description import describe
 from repro.lab.settings import RunSettings
 from repro.store.run_dir import RunDir, write_json
-from repro.verdict import Facts, judge
+from repro.store.schema import to_json
+from repro.verdict import Verdict, judge
+from repro.watch.document import Document, Durations, Expectation
+from repro.watch.document import describe as describe_verdict
 
 MOE, GDN = "layers.0.moe", "layers.0.gated_delta_net"
 AGREE = Collective("dp", "all_reduce", "step", (64,), "int32", "sum")
@@ -55,15 +57,19 @@ def write_run(out: Path, scene: Scene, variant: str) -> Path:
     verdict = judge(
         scene.witnesses(), num_ranks=scene.num_ranks, now_ns=scene.now_ns + 1_200_000_000, quiet_window_s=1.0
     )
-    write_json(run_dir.verdict, document(verdict, scene.num_ranks, variant))
+    write_json(run_dir.verdict, to_json(document(verdict, scene.num_ranks, variant)))
     return run_dir.root
 
 
-def document(verdict: Any, num_ranks: int, variant: str) -> dict[str, Any]:
+def document(verdict: Verdict, num_ranks: int, variant: str) -> Document:
     """What the watcher would write."""
-    return {
-        "schema_version": 1, "scenario": "metadata_rebuild", "variant": variant, "backend": "gloo",
-        "num_ranks": num_ranks, "seed": 0, **verdict.to_json(), "sentences": verdict.sentences(),
-        "expected": {"verdict": "deadlock", "cause": "extra"}, "matches_expected": True,
-        "system": Facts().to_json(), "seconds": {"stall_to_verdict": 1.2, "total": 4.5},
-    }  # fmt: skip
+    return describe_verdict(
+        verdict,
+        scenario="metadata_rebuild",
+        variant=variant,
+        backend="gloo",
+        num_ranks=num_ranks,
+        expected=Expectation("deadlock", "extra"),
+        matches_expected=True,
+        seconds=Durations(1.2, 4.5),
+    )

@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 from scene import Scene
+from written import written
 
 from hybrid_moe_ref.parallel.observer import Collective, ScheduleEntry
 from repro.trace.format import (
@@ -219,7 +220,7 @@ def test_random_damage_is_survived() -> None:
             witness = parse(bytes(data), "x")
         except WitnessError:
             continue
-        judge({**others, 2: witness}, num_ranks=4, now_ns=scene.now_ns, quiet_window_s=1.0).to_json()
+        written(judge({**others, 2: witness}, num_ranks=4, now_ns=scene.now_ns, quiet_window_s=1.0))
 
 
 @pytest.mark.parametrize(

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import re
 
 import pytest
 from scene import Scene
 from serving import C1, EVERYONE, EXTRA, PLAN, SIZES, dispatch, eight_ranks, look, metadata_rebuild, whole_step
+from written import written
 
 from hybrid_moe_ref.parallel.observer import Collective
 from repro.trace.format import RECORD, Event, Kind
@@ -35,7 +35,7 @@ def test_extra_collective_of_the_live_ranks_is_a_deadlock_with_exactly_them_as_c
         assert (record.kind, record.seq, record.step) == (Kind.ENTER, position.seq, position.step)
     for line in (verdict.ranks[0].line, verdict.ranks[6].line):
         assert line in " ".join(verdict.evidence)
-    assert json.loads(json.dumps(verdict.to_json()))["ranks"][7]["sizes"] == list(SIZES)
+    assert written(verdict)["ranks"][7]["sizes"] == list(SIZES)
 
 
 def test_a_cycle_is_not_called_a_deadlock_before_the_quiet_window_is_over() -> None:

@@ -13,6 +13,7 @@ from hybrid_moe_ref.parallel.observer import Collective
 from repro.hosts.agent import AgentStatus, RemoteHosts
 from repro.hosts.host import Host
 from repro.store.run_dir import RunDir, write_json
+from repro.store.schema import to_json
 from repro.verdict import Facts, Verdict, judge
 
 
@@ -187,7 +188,7 @@ def test_each_host_has_a_lock_file_of_its_own_and_a_holder_on_one_host_is_nobody
     for first, boot, pid in ((2, "B", 22), (4, "C", 12)):
         facts = Facts(alive={first: True, first + 1: True}, lock_holders={first: (lock, pid)})
         report = AgentStatus(1, boot, 0, (first, first + 1), facts)
-        write_json(run_dir.agent(first), report.to_json())
+        write_json(run_dir.agent(first), to_json(report))
     mine = Facts(alive={0: True, 1: True}, lock_holders={0: (lock, 11)})
     facts = RemoteHosts(run_dir, Host()).merged(mine)
     assert facts.lock_holders == {0: (lock, 11), 2: (lock, 22), 4: (lock, 12)}

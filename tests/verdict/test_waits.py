@@ -18,6 +18,7 @@ from repro.report.gather import gather
 from repro.store.run_dir import write_json
 from repro.verdict import judge
 from repro.verdict.result import Wait
+from repro.watch.document import read_document
 
 DP = Collective("dp", "all_reduce", "step", (64,), "int32", "sum")
 EP = Collective("ep", "all_reduce", "layers.0.moe", (8,), "int32", "sum")
@@ -84,8 +85,8 @@ def test_all_in_one_collective_that_every_member_has_issued_wait_for_no_rank() -
 
 def test_page_issue_and_terminal_say_the_same_waits_as_the_document(tmp_path, capsys) -> None:
     root, _ = write_hang(tmp_path)
-    document = json.loads((root / "verdict.json").read_text())
-    words = [Wait.from_json(entry).words() for entry in document["waits"]]
+    document = read_document(root / "verdict.json")
+    words = [wait.words() for wait in document.waits]
     assert words == [
         "ranks 0-2 in dp all_reduce #4 wait for 3: rank 3 has not issued it",
         "rank 3 in ep all_gather_v #5 waits for 0-2: ranks 0-2 have not issued it",
@@ -107,7 +108,7 @@ def test_the_waits_of_a_document_of_an_older_version_are_its_cycle(tmp_path) -> 
     document = json.loads((root / "verdict.json").read_text())
     del document["waits"]
     write_json(root / "verdict.json", document)
-    shown = gather(root).verdict["waits"]
+    shown = gather(root).verdict.waits
     assert [list(wait.ranks) for wait in shown] == [link["ranks"] for link in document["cycle"]] != []
 
 

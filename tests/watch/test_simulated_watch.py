@@ -20,9 +20,11 @@ import pytest
 from faults import FOREVER_NS, WRAPPING, Case, Truth, draw, truth
 from scene import MS
 from simulated_watch import World, make_run_dir, move_to_another_machine
+from written import written
 
 from repro.hosts.locks import UNKNOWN
 from repro.hosts.options import WatchOptions
+from repro.watch.document import describe as describe_verdict
 from repro.watch.live import Comparison
 from repro.watch.offline import judge_files
 
@@ -65,7 +67,7 @@ def check(seed: int, root: Path) -> bool:
     world = world_of(case, rng, root)
     sim = world.sim
     interrupted_ns = rng.randrange(6_000) * MS if rng.random() < 0.03 else 1 << 62
-    got = world.watch(interrupted=lambda: sim.now_ns > interrupted_ns).run()
+    got = written(world.watch(interrupted=lambda: sim.now_ns > interrupted_ns).run())
     moving = [rank for rank, each in enumerate(sim.ranks) if not each.blocked or rank in sim.frozen]
     gone = {rank for rank, each in enumerate(sim.ranks) if each.state in ("dead", "failed")}
     before = [recorder._num_events for recorder in sim.recorders]
@@ -106,7 +108,7 @@ def judged_again(world: World, got: dict[str, Any], rng: random.Random, text: st
             move_to_another_machine(world.run_dir, rng)
         again = judge_files(world.run_dir, world.options, Comparison())
         assert again.whole, f"{text}: {again.verdict.evidence}"
-        verdict = again.verdict.to_json()
+        verdict = written(describe_verdict(again.verdict))
         differ = {name: (verdict[name], got[name]) for name in JUDGED if verdict[name] != got[name]}
         if got["verdict"] == "slow" and all(position["state"] == "done" for position in verdict["ranks"]):
             differ = {name: values for name, values in differ.items() if name not in ("ranks", "quiet_s")}

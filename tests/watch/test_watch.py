@@ -8,6 +8,7 @@ import tracemalloc
 from pathlib import Path
 
 import pytest
+from written import written
 
 from repro.hosts.system import STOPPED
 from repro.lab.outcome.expectation import document_of, watch_options
@@ -86,7 +87,7 @@ def test_a_run_in_which_several_were_waited_for_in_turn_names_them_all(tmp_path)
     for culprit, quiet_s in ((3, 4.0), (1, 5.0), (2, 1.5)):
         evidence = (f"rank {culprit} building for {quiet_s:.1f} s: gdn",)
         watch._silences.remember(a_silence(culprit, quiet_s, evidence), Facts(), alive_s=9.0, quiet_window_s=1.0)
-    document = watch.run()
+    document = written(watch.run())
     assert (document["verdict"], document["culprits"]) == ("slow", [1])
     assert document["evidence"] == [
         "rank 1 building for 5.0 s: gdn",
@@ -101,9 +102,9 @@ def test_what_an_interrupted_run_had_not_decided_is_no_finding(tmp_path):
     run_dir, watch = started(tmp_path)
     watch.interrupted = lambda: True
     write_json(run_dir.config, SETTINGS.to_mapping())
-    document = watch.run()
+    document = written(watch.run())
     again, _ = judge_again(run_dir, SETTINGS)
-    for told in (document, again):
+    for told in (document, written(again)):
         assert (told["verdict"], told["culprits"], told["confidence"]) == ("inconclusive", [], "undecided")
         assert "the run was interrupted before it was decided" in told["evidence"]
 

@@ -15,6 +15,7 @@ import pytest
 from scene import Scene
 from simulated_watch import World, make_run_dir
 from simulator import Simulation
+from written import written
 
 from hybrid_moe_ref.parallel.observer import Collective
 from repro.hosts import processes
@@ -50,7 +51,7 @@ def test_the_time_that_a_look_takes_is_no_silence_of_the_ranks(tmp_path: Path) -
     """Many processes, or a thousand witnesses, take longer to read than a quiet window."""
     world = world_of(tmp_path, [GO_ON * 400, GO_ON * 400], deadline_s=3.0)
     world.hosts[0].look_s = 0.6
-    document = world.watch().run()
+    document = written(world.watch().run())
     assert document["verdict"] not in ("stall", "deadlock"), document
     assert document["quiet_s"] < 0.1, document
 
@@ -108,7 +109,7 @@ def test_reads_that_fail_for_a_moment_change_no_verdict(tmp_path, monkeypatch, s
         return works(*args, **options)
 
     monkeypatch.setattr(owner, name, fails_thrice)
-    document = world.watch().run()
+    document = written(world.watch().run())
     assert (document["verdict"], document["culprits"]) in [("deadlock", [1]), ("deadlock", [])], f"{when}: {document}"
     assert json.loads(world.run_dir.verdict.read_text()) == document
 
@@ -118,7 +119,7 @@ def test_reads_that_fail_for_good_end_in_a_verdict_that_names_nobody(tmp_path, m
     world = world_of(tmp_path, hang(), deadline_s=3.0)
     fail, _ = failing(1 << 30, ERRORS[0])
     monkeypatch.setattr(site, fail)
-    document = world.watch().run()
+    document = written(world.watch().run())
     assert document["verdict"] in ("inconclusive", "deadlock"), f"{when}: {document}"
     assert document["verdict"] == "deadlock" or document["culprits"] == [], f"{when}: {document}"
     assert document["verdict"] == "deadlock" or any("Stale" in line for line in document["evidence"]), document
@@ -133,7 +134,7 @@ def test_a_slip_of_ours_is_a_verdict_of_its_own_with_the_traceback_in_a_log_and_
 ):
     world = world_of(tmp_path, [GO_ON * 400, [*GO_ON, ("spin",)]] if "Silences" in site else hang())
     monkeypatch.setattr(site, lambda *args, **options: {}["slip"])
-    document = world.watch().run()
+    document = written(world.watch().run())
     assert (document["verdict"], document["culprits"], document["confidence"]) == ("inconclusive", [], "undecided")
     assert "the watcher failed, which says nothing about the run: KeyError: 'slip'" in document["evidence"][0]
     assert "logs/watcher.log" in document["evidence"][0]
@@ -147,7 +148,7 @@ def test_a_slip_of_ours_is_a_verdict_of_its_own_with_the_traceback_in_a_log_and_
 
 def test_a_comparison_that_throws_is_a_verdict_too(tmp_path):
     world = world_of(tmp_path, [[("call", CALL)], [("call", CALL)]])
-    document = world.watch(compare=lambda final: Comparison(wrong=("",)[1])).run()  # type: ignore[arg-type]
+    document = written(world.watch(compare=lambda final: Comparison(wrong=("",)[1])).run())  # type: ignore[arg-type]
     assert document["verdict"] == "inconclusive" and "IndexError" in document["evidence"][0], document
 
 
@@ -162,7 +163,7 @@ def test_a_header_that_is_being_written_ends_no_watch(tmp_path, monkeypatch):
     assert watch._poll() is None
     with path.open("r+b") as file:
         file.write(header)
-    assert watch.run()["verdict"] == "deadlock"
+    assert watch.run().verdict == "deadlock"
 
 
 def test_a_process_that_the_system_does_not_show_is_not_dead(tmp_path, monkeypatch):
@@ -215,7 +216,7 @@ def test_a_launcher_that_a_signal_ended_names_no_rank(tmp_path, quiet_window_s):
         programs = [[("call", CALL), ("kill",)], [*GO_ON, ("spin",)]]
         world = world_of(tmp_path / wanted, programs, quiet_window_s=quiet_window_s)
         world.run_dir.launcher_log.write_text(f"W1128 api.py:753] {line}\n")
-        document = world.watch().run()
+        document = written(world.watch().run())
         assert document["verdict"] == wanted, document
         assert document["culprits"] == ([] if line else [0]), document
     assert not document["ended_by"]

@@ -8,8 +8,9 @@ from repro.hosts.options import WatchOptions
 from repro.lab import scenarios
 from repro.lab.scenarios import Expected
 from repro.lab.settings import RunSettings
+from repro.store.schema import typed
 from repro.verdict import Verdict
-from repro.watch.document import SCHEMA_VERSION
+from repro.watch.document import Document, Expectation, describe
 
 
 def watch_options(settings: RunSettings) -> WatchOptions:
@@ -21,21 +22,19 @@ def watch_options(settings: RunSettings) -> WatchOptions:
     return WatchOptions(settings.num_ranks, settings.quiet_window_s, settings.deadline_s, queued_groups)
 
 
-def document_of(settings: RunSettings, verdict: Verdict) -> dict[str, Any]:
-    """The entries of verdict.json that follow from the settings and the verdict; a list of verdicts has them too."""
+def document_of(settings: RunSettings, verdict: Verdict, **more: Any) -> Document:
+    """The document of a verdict on a run of the lab. ``more`` sets the fields that do not follow from these two."""
     expected = scenarios.load(settings.scenario).expected(settings)
-    return {
-        "schema_version": SCHEMA_VERSION,
-        "scenario": settings.scenario,
-        "variant": settings.variant,
-        "backend": settings.backend,
-        "num_ranks": settings.num_ranks,
-        "seed": settings.seed,
-        **verdict.to_json(),
-        "sentences": verdict.sentences(),
-        "expected": expected.to_json(),
-        "matches_expected": matches(verdict, expected),
-    }
+    return describe(
+        verdict,
+        scenario=settings.scenario,
+        variant=settings.variant,
+        backend=settings.backend,
+        num_ranks=settings.num_ranks,
+        seed=settings.seed,
+        expected=typed(expected.to_json(), Expectation, "expected"),
+        **{"matches_expected": matches(verdict, expected), **more},
+    )
 
 
 def matches(verdict: Verdict, expected: Expected) -> bool:

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import time
-from typing import Any
 
 from repro.lab.outcome.expectation import document_of, watch_options
 from repro.lab.outcome.tokens import wrong_tokens
 from repro.lab.settings import RunSettings, read_settings
 from repro.store.run_dir import RunDir
+from repro.watch.document import Document, Durations, Watcher
 from repro.watch.live import Comparison
 from repro.watch.offline import judge_files
 
@@ -32,18 +32,23 @@ def _compare(run_dir: RunDir, settings: RunSettings) -> tuple[Comparison, list[s
         return Comparison(missing="a file with tokens is damaged"), [run_dir.describe(error)]
 
 
-def judge_again(run_dir: RunDir, settings: RunSettings) -> tuple[dict[str, Any], bool]:
+def judge_again(run_dir: RunDir, settings: RunSettings) -> tuple[Document, bool]:
     """Return the verdict, as the document of verdict.json, and whether every file of the run could be read in full."""
     comparison, damaged = _compare(run_dir, settings)
     again = judge_files(run_dir, watch_options(settings), comparison)
-    passed_s = time.time() - run_dir.config.stat().st_mtime
-    seconds = {"stall_to_verdict": round(again.verdict.quiet_s, 3), "total": round(passed_s, 3)}
     decided = again.decided
-    document = {
-        **document_of(settings, again.verdict.with_evidence(damaged)),
-        **again.look.to_json(),
-        "interrupted": decided is not None and decided.interrupted,
-        "ended_by": decided.ended_by if decided else "",
-        "seconds": decided.seconds if decided else seconds,
-    }
+    if decided is not None:
+        seconds = decided.seconds
+    else:
+        passed_s = max(0.0, time.time() - run_dir.config.stat().st_mtime)
+        seconds = Durations(round(again.verdict.quiet_s, 3), round(passed_s, 3))
+    document = document_of(
+        settings,
+        again.verdict.with_evidence(damaged),
+        watcher=Watcher.of(again.look),
+        system=again.look.facts,
+        interrupted=decided is not None and decided.interrupted,
+        ended_by=decided.ended_by if decided else "",
+        seconds=seconds,
+    )
     return document, again.whole and not damaged

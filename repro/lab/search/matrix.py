@@ -20,8 +20,10 @@ from repro.lab import scenarios
 from repro.lab.settings import RunSettings
 from repro.lab.start.series import Series
 from repro.store.run_dir import RunDir
+from repro.store.schema import to_json
 from repro.trace.format import Kind
 from repro.trace.witness import read
+from repro.watch.document import Document
 
 SHORT_TIMEOUT_S = 3.0
 PHASES = ("load", "prepare", "profile", "capture", "serve")
@@ -42,6 +44,15 @@ class Cell:
     def layout(self) -> str:
         return "TP8" if self.configuration == "tp8" else "DP8+EP8"
 
+    def values(self) -> tuple[str, ...]:
+        """Layout, backends, cache and group timeout, as a table shows them."""
+        timeout = f"{self.group_timeout_s:g} s" if self.group_timeout_s else "-"
+        return self.layout, self.gdn, self.moe, self.cache, timeout
+
+    def name(self) -> str:
+        """The values of the cell, separated by spaces."""
+        return " ".join(self.values())
+
     def settings(self, document: Mapping[str, Any], flags: Mapping[str, Any]) -> RunSettings:
         """The settings of this cell's run, always the variant "fault": servers compile at first use."""
         engine = {**document.get("engine", {}), "gdn_prefill_backend": self.gdn, "moe_backend": self.moe}
@@ -57,33 +68,54 @@ def cells() -> list[Cell]:
     return [*combined, Cell("config2", "jit", "jit", "split"), Cell("config2", "jit", "jit", "split", SHORT_TIMEOUT_S)]
 
 
+@dataclass(frozen=True)
+class Result:
+    """The verdict on the run of a cell.
+
+    phases      for each rank, its seconds in each phase; empty if the cell could not run here
+    """
+
+    cell: Cell
+    verdict: Document
+    phases: tuple[Mapping[str, float], ...] = ()
+
+    @property
+    def stalled_s(self) -> float:
+        """How long all ranks were silent, of a run that was slow."""
+        return self.verdict.quiet_s if self.verdict.verdict == "slow" else 0.0
+
+    def to_json(self) -> dict[str, Any]:
+        """The entries of verdict.json, and those of the cell."""
+        cell = self.cell
+        return {
+            **to_json(self.verdict), "layout": cell.layout, "gdn_prefill_backend": cell.gdn,
+            "moe_backend": cell.moe, "kernel_cache": cell.cache, "group_timeout_s": cell.group_timeout_s,
+            "phases": list(self.phases), "stalled_s": self.stalled_s,
+        }  # fmt: skip
+
+
 def run(
     chosen: Sequence[tuple[Cell, RunSettings]],
     series: Series,
     say: Callable[[str], None],
     done: Callable[[Path], None] = lambda root: None,
-) -> list[dict[str, Any]]:
-    """Run the cells one after another; return each verdict with its cell and each rank's seconds per phase.
+) -> list[Result]:
+    """Run the cells one after another.
 
     say: called with a line for each cell
     done: called with each run directory once the run is over
     """
-    documents: list[dict[str, Any]] = []
+    results: list[Result] = []
     for number, (cell, settings) in enumerate(chosen, start=1):
         run_dir, document = series.run(settings)
-        document |= {
-            "layout": cell.layout, "gdn_prefill_backend": cell.gdn, "moe_backend": cell.moe,
-            "kernel_cache": cell.cache, "group_timeout_s": cell.group_timeout_s, "phases": [],
-            "stalled_s": document["quiet_s"] if document["verdict"] == "slow" else 0.0,
-        }  # fmt: skip
+        seconds = [phases(run_dir, rank) for rank in range(settings.num_ranks)] if run_dir else ()
         if run_dir:
-            document["phases"] = [phases(run_dir, rank) for rank in range(settings.num_ranks)]
             done(run_dir.root)
-        documents.append(document)
-        say(f"[{number}/{len(chosen)}] {name(document)}: {document.get('skipped') or document['verdict']}")
+        results.append(Result(cell, document, tuple(seconds)))
+        say(f"[{number}/{len(chosen)}] {cell.name()}: {document.skipped or document.verdict}")
         if series.interrupt():
             break
-    return documents
+    return results
 
 
 def phases(run_dir: RunDir, rank: int) -> dict[str, float]:
@@ -102,36 +134,27 @@ def phases(run_dir: RunDir, rank: int) -> dict[str, float]:
     return seconds
 
 
-def name(document: Mapping[str, Any]) -> str:
-    """The name of a cell: its values, separated by spaces."""
-    return " ".join(_cells_of(document))
-
-
-def _cells_of(document: Mapping[str, Any]) -> list[str]:
-    timeout = f"{document['group_timeout_s']:g} s" if document["group_timeout_s"] else "-"
-    return [*(document[key] for key in ("layout", "gdn_prefill_backend", "moe_backend", "kernel_cache")), timeout]
-
-
-def table(documents: Sequence[Mapping[str, Any]]) -> list[str]:
+def table(results: Sequence[Result]) -> list[str]:
     """The lines of the table: a row per cell with the longest time of any rank per phase, then the times per rank."""
     head = ("layout", "gdn", "moe", "cache", "timeout", "verdict", "seconds", "silent", *PHASES, "as expected")
     rows: list[tuple[str, ...]] = [head]
-    for document in documents:
-        longest = [max((rank.get(phase, 0.0) for rank in document["phases"]), default=0.0) for phase in PHASES]
+    for result in results:
+        verdict = result.verdict
+        longest = [max((rank.get(phase, 0.0) for rank in result.phases), default=0.0) for phase in PHASES]
         rows.append((
-            *_cells_of(document),
-            ", ".join(filter(None, (document["verdict"], document["cause"]))),
-            f"{document['seconds']['total']:.1f}",
-            f"{document['stalled_s']:.1f}" if document["stalled_s"] else "-",
+            *result.cell.values(),
+            ", ".join(filter(None, (verdict.verdict, verdict.cause))),
+            f"{verdict.seconds.total:.1f}",
+            f"{result.stalled_s:.1f}" if result.stalled_s else "-",
             *(f"{seconds:.1f}" for seconds in longest),
-            "yes" if document["matches_expected"] else "NO",
+            "yes" if verdict.matches_expected else "NO",
         ))  # fmt: skip
     lines = _aligned(rows, range(6, 8 + len(PHASES)))
-    for document in documents:
-        ranks = document["phases"]
+    for result in results:
+        ranks = result.phases
         if not ranks:
-            continue  # this cell could not run here
-        lines += ["", f"{name(document)}: seconds in each phase, ranks 0 to {len(ranks) - 1}"]
+            continue
+        lines += ["", f"{result.cell.name()}: seconds in each phase, ranks 0 to {len(ranks) - 1}"]
         names = dict.fromkeys(phase for rank in ranks for phase in rank if rank[phase] >= 0.05)
         rows = [(phase, *(f"{rank.get(phase, 0.0):.1f}" for rank in ranks)) for phase in names]
         lines += _aligned(rows, range(1, 1 + len(ranks)))

@@ -12,7 +12,6 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 from repro.bundle import replay
 from repro.lab import scenarios
@@ -24,6 +23,7 @@ from repro.lab.start.series import Series
 from repro.report.gather import gather
 from repro.store.run_dir import write_json
 from repro.store.text import counted
+from repro.watch.document import Document
 
 BUDGET_S = 150.0
 RUN_DEADLINE_S = 45.0
@@ -57,7 +57,7 @@ class Result:
     notes: list[str] = field(default_factory=list)
 
 
-Trial = Callable[[RunSettings], dict[str, Any]]
+Trial = Callable[[RunSettings], Document]
 
 
 def minimise(scenario: Scenario, start: RunSettings, trial: Trial, budget_s: float = BUDGET_S) -> Result:
@@ -68,11 +68,11 @@ def minimise(scenario: Scenario, start: RunSettings, trial: Trial, budget_s: flo
     began = time.monotonic()
     runs = 0
 
-    def says(settings: RunSettings) -> tuple[str, str | None, dict[str, Any]]:
+    def says(settings: RunSettings) -> tuple[str, str | None, Document]:
         nonlocal runs
         runs += 1
         document = trial(settings)
-        return document["verdict"], document["cause"], document
+        return document.verdict, document.cause, document
 
     predicted = scenario.hang(start)
     path = [start, *reductions(scenario, start, predicted)]
@@ -90,7 +90,7 @@ def minimise(scenario: Scenario, start: RunSettings, trial: Trial, budget_s: flo
             high = middle
         middle = (low + high) // 2
     path = path[: low + 1]
-    steps = max((position["step"] for position in document["ranks"]), default=-1) + 1
+    steps = max((position.step for position in document.ranks), default=-1) + 1
     return Result(start, path[-1], verdict, cause, steps, runs, time.monotonic() - began)
 
 
@@ -106,25 +106,23 @@ class Runner:
     last: Path | None = None
     settings: RunSettings | None = None
 
-    def __call__(self, settings: RunSettings) -> dict[str, Any]:
+    def __call__(self, settings: RunSettings) -> Document:
         no_reference = self.series.out / "no-reference.json"
         write_json(no_reference, {})
         return self.run(settings, no_reference)
 
-    def run(self, settings: RunSettings, reference: Path | None = None) -> dict[str, Any]:
+    def run(self, settings: RunSettings, reference: Path | None = None) -> Document:
         """Run one variant; return its verdict.
 
         Raises CannotRunHere if this machine lacks what it needs, and KeyboardInterrupt when the user interrupts.
         """
         run_dir, document = self.series.run(settings, reference=reference)
         if run_dir is None:
-            raise CannotRunHere(f"{settings.scenario}: {document['skipped']}")
+            raise CannotRunHere(f"{settings.scenario}: {document.skipped}")
         self.last, self.settings = run_dir.root, settings
         if self.series.interrupt():
             raise KeyboardInterrupt
-        self.say(
-            f"  {settings.variant}: {describe(settings)}: {document['verdict']} {document['cause'] or ''}".rstrip()
-        )
+        self.say(f"  {settings.variant}: {describe(settings)}: {document.verdict} {document.cause or ''}".rstrip())
         return document
 
     def write_replay(self, result: Result) -> None:
@@ -136,9 +134,9 @@ class Runner:
         cured = dataclasses.replace(result.after, variant="fix", checks="")
         document = self.run(cured)
         expected = scenarios.load(cured.scenario).expected(cured)
-        good = (document["verdict"], document["cause"]) == (expected.verdict, expected.cause)
+        good = (document.verdict, document.cause) == (expected.verdict, expected.cause)
         if not good:
-            result.notes.append(f"the fix at this size says {document['verdict']}, so --fix is left out")
+            result.notes.append(f"the fix at this size says {document.verdict}, so --fix is left out")
         try:
             result.source = replay.of_runs(gather(fault), self.last if good else None)
         except replay.ReplayError as error:

@@ -16,7 +16,6 @@ import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 import psutil
 
@@ -32,10 +31,11 @@ from repro.lab.start import kernel_cache
 from repro.lab.start.job import Job, Start, start_process
 from repro.report.terminal import Display
 from repro.store.run_dir import OutputError, RunDir, write_json
+from repro.store.schema import to_json
 from repro.trace.format import Geometry, Identity
 from repro.trace.witness import create
 from repro.verdict import Verdict
-from repro.verdict.facts import Facts
+from repro.watch.document import Document, Durations
 from repro.watch.live import Watch
 
 PERSIST_PATIENCE_S = 5.0
@@ -85,7 +85,7 @@ def run(
     display: Display,
     start: Start,
     known_reference: Path | None = None,
-) -> tuple[RunDir, dict[str, Any]]:
+) -> tuple[RunDir, Document]:
     """Run one variant to its verdict; return its directory and the content of verdict.json.
 
     start: starts the ranks; from :func:`repro.lab.start.job.launcher`
@@ -110,11 +110,10 @@ def run(
         return run_dir, attend(run_dir, settings, interrupt, display, job_alive, [job])
 
 
-def skipped(settings: RunSettings, why: str) -> dict[str, Any]:
+def skipped(settings: RunSettings, why: str) -> Document:
     """The entry, in a list of verdicts, of a run that is not possible on this machine. why: what is missing."""
     verdict = Verdict("inconclusive", evidence=(why,), confidence="undecided")
-    no_time = {"stall_to_verdict": 0.0, "total": 0.0}
-    return {**document_of(settings, verdict), "matches_expected": False, "skipped": why, "seconds": no_time}
+    return document_of(settings, verdict, matches_expected=False, skipped=why)
 
 
 def attend(
@@ -124,7 +123,7 @@ def attend(
     display: Display,
     job_alive: Callable[[], bool],
     started: Sequence[Job] = (),
-) -> dict[str, Any]:
+) -> Document:
     """Watch a started run until its verdict, then end it; return the content of verdict.json.
 
     If this program itself fails, the verdict is `inconclusive`. Raises OutputError when another process already watches
@@ -143,16 +142,16 @@ def attend(
                 raise OSError(full.errno, reason, full.filename) from error
 
 
-def _undecided(run_dir: RunDir, settings: RunSettings, error: Exception) -> dict[str, Any]:
+def _undecided(run_dir: RunDir, settings: RunSettings, error: Exception) -> Document:
     """Write an inconclusive verdict for a run that could not be started or watched; the traceback goes into a log."""
     reason = f"repro itself failed, which says nothing about the run: {type(error).__name__}: {error}"
     with contextlib.suppress(OSError):  # on a full disk the verdict, which is smaller, may still fit
         write_atomically(run_dir.watcher_log, "".join(traceback.format_exception(error)))
         reason += f" (logs/{run_dir.watcher_log.name})"
     verdict = Verdict("inconclusive", evidence=(reason[:1000],), confidence="undecided")
-    seconds = {"stall_to_verdict": 0.0, "total": round(time.time() - run_dir.config.stat().st_mtime, 3)}
-    document = {**document_of(settings, verdict), "system": Facts().to_json(), "interrupted": False, "seconds": seconds}
-    write_json(run_dir.verdict, document, durable=True)
+    total_s = round(max(0.0, time.time() - run_dir.config.stat().st_mtime), 3)
+    document = document_of(settings, verdict, seconds=Durations(total=total_s))
+    write_json(run_dir.verdict, to_json(document), durable=True)
     return document
 
 
@@ -177,7 +176,7 @@ def _attend(
     display: Display,
     job_alive: Callable[[], bool],
     children: list[Job],
-) -> dict[str, Any]:
+) -> Document:
     started_here = bool(children)
     reference: subprocess.Popen[bytes] | None = None
     ranks: Callable[[], list[psutil.Process]] = list

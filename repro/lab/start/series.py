@@ -15,6 +15,7 @@ from repro.lab.start.job import Start
 from repro.lab.start.kernel_cache import CannotFill
 from repro.report.terminal import Display
 from repro.store.run_dir import RunDir
+from repro.watch.document import Document
 
 
 @dataclass
@@ -35,13 +36,13 @@ class Series:
         settings: RunSettings,
         shown: AbstractContextManager[Display] | None = None,
         reference: Path | None = None,
-    ) -> tuple[RunDir | None, dict[str, Any]]:
+    ) -> tuple[RunDir | None, Document]:
         """Run one variant; return its directory and the content of verdict.json.
 
         shown      where the run shows its progress; entered when the run is possible
         reference  a file to use in place of the single-process reference
 
-        For a run that is not possible on this machine: None, and an entry whose "skipped" says what is missing.
+        For a run that is not possible on this machine: None, and a document whose ``skipped`` says what is missing.
         """
         missing = scenarios.load(settings.scenario).missing(settings)
         if not missing:

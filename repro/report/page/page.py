@@ -24,7 +24,7 @@ from repro.report.page.sides import side_by_side
 from repro.report.pictures import drawing
 from repro.store.run_dir import read_text
 from repro.store.text import ROOT, embed, escape, escape_control_characters, short_site, shorten_rank_lists
-from repro.verdict.result import list_ranks, name_ranks
+from repro.verdict.result import Position, list_ranks, name_ranks
 
 HERE = Path(__file__).parent
 _NEVER = 0xFFFFFFFF
@@ -39,15 +39,15 @@ def page(facts: Facts, others: Sequence[Facts] = (), timeline: str = "") -> str:
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     start_ns, end_ns = facts.span_ns()
     unit_ns = max(1000, -(-(end_ns - start_ns) // (_NEVER - 1)))
-    name = verdict["verdict"] or "no verdict"
+    name = verdict.verdict or "no verdict"
     parts = {
         "script_hash": f"sha256-{digest}",
-        "title": escape(f"{name}: {verdict['scenario']} {verdict['variant']}", 120),
+        "title": escape(f"{name}: {verdict.scenario} {verdict.variant}", 120),
         "style": (HERE / "page.css").read_text(),
-        "kind": _kind(name if verdict["verdict"] else ""),
-        "badge": escape(f"{name}{': ' + verdict['cause'] if verdict['cause'] else ''}"),
-        "name": escape(verdict["scenario"]),
-        "variant": escape(verdict["variant"]),
+        "kind": _kind(name if verdict.verdict else ""),
+        "badge": escape(f"{name}{': ' + verdict.cause if verdict.cause else ''}"),
+        "name": escape(verdict.scenario),
+        "variant": escape(verdict.variant),
         "headline": escape(headline(verdict), 900),
         "strip": _strip(facts),
         "missing": _missing(facts),
@@ -76,20 +76,20 @@ def _kind(verdict: str) -> str:
 
 def _strip(facts: Facts) -> str:
     verdict = facts.verdict
-    seconds = verdict["seconds"]
-    expected = verdict["matches_expected"]
+    seconds = verdict.seconds
+    expected = verdict.matches_expected
     rows = [
         ("ranks", str(facts.num_ranks)),
-        ("backend", verdict["backend"]),
-        ("seed", str(verdict["seed"])),
-        ("culprits", shorten_rank_lists(list_ranks(verdict["culprits"])) or "none proven" * facts.stuck),
-        ("suspects", shorten_rank_lists(list_ranks(verdict["suspects"]))),
-        ("confidence", verdict["confidence"] if facts.stuck else ""),
+        ("backend", verdict.backend),
+        ("seed", str(verdict.seed)),
+        ("culprits", shorten_rank_lists(list_ranks(verdict.culprits)) or "none proven" * facts.stuck),
+        ("suspects", shorten_rank_lists(list_ranks(verdict.suspects))),
+        ("confidence", verdict.confidence if facts.stuck else ""),
         (
             "stall to verdict",
-            f"{seconds['stall_to_verdict']:.2f} s" if facts.stuck and seconds["stall_to_verdict"] else "",
+            f"{seconds.stall_to_verdict:.2f} s" if facts.stuck and seconds.stall_to_verdict else "",
         ),
-        ("run", f"{seconds['total']:.1f} s" if seconds["total"] is not None else ""),
+        ("run", f"{seconds.total:.1f} s" if seconds.total else ""),
         ("as expected", "" if expected is None else "yes" if expected else "no"),
     ]
     return "".join(f"<div><dt>{name}</dt><dd>{escape(value)}</dd></div>" for name, value in rows if value)
@@ -112,15 +112,15 @@ def _runs(facts: Facts, others: Sequence[Facts]) -> str:
     if not others:
         return ""
     order = {"control": 0, "fault": 1, "fix": 2}
-    shown = sorted([facts, *others], key=lambda run: order.get(run.verdict["variant"], 3))
+    shown = sorted([facts, *others], key=lambda run: order.get(run.verdict.variant, 3))
     cards = []
     for run in shown:
         verdict, this = run.verdict, run is facts
         words = headline(verdict)
         link = "" if this else f' <a href="{_link(facts.root, run.root)}">its report</a>'
         cards.append(
-            f'<article class="card{" this" * this}"><h3>{escape(verdict["variant"])}{" (this run)" * this}'
-            f'<span class="badge {_kind(verdict["verdict"])}">{escape(verdict["verdict"] or "no verdict")}</span></h3>'
+            f'<article class="card{" this" * this}"><h3>{escape(verdict.variant)}{" (this run)" * this}'
+            f'<span class="badge {_kind(verdict.verdict)}">{escape(verdict.verdict or "no verdict")}</span></h3>'
             f"{drawing.strip(run)}<p>{escape(words, 400)}{link}</p></article>"
         )
     note = "<p>The same requests and seed: without the fault, with it, and with its trigger present but cured.</p>"
@@ -135,8 +135,8 @@ def _waits(facts: Facts) -> str:
     picture = drawing.who_waits(facts)
     if not picture:
         return ""
-    told = "; ".join(wait.words() for wait in facts.verdict["waits"] if wait.awaited)
-    cycle = " The waits close a cycle: none of these ranks can go on." if facts.verdict["cycle"] else ""
+    told = "; ".join(wait.words() for wait in facts.verdict.waits if wait.awaited)
+    cycle = " The waits close a cycle: none of these ranks can go on." if facts.verdict.cycle else ""
     body = f'<div class="wide" tabindex="0" role="group" aria-label="Who waits for whom">{picture}</div>'
     return _section(
         "waits", "Who waits for whom", f"{body}<p>{escape(told[:1].upper() + told[1:], 2000)}.{cycle}</p>", "waits"
@@ -163,7 +163,7 @@ def _sides(facts: Facts) -> str:
         rows.append(f"<tr{' class=parts' if parted else ''}>{''.join(cells)}</tr>")
     cut = f"<p>{found.cut} equal entries before these are left out.</p>" if found.cut else ""
     body = f'{cut}<div class="scroll" tabindex="0" role="group" aria-label="Schedules at the divergence"><table><thead><tr>{heads}</tr></thead><tbody>{"".join(rows)}</tbody></table></div>'
-    planned = next((side["planned"] for side in facts.verdict["sides"] if side["planned"]), "")
+    planned = next((side.planned for side in facts.verdict.sides if side.planned), "")
     told = f" The schedule had {escape(planned)} there." if planned else ""
     intro = f"<p>Step {found.step}, as declared, and as issued by one rank of each side.{told}</p>"
     return _section("sides", "The schedules where they part", intro + body, "sides")
@@ -173,17 +173,17 @@ def _table(facts: Facts) -> str:
     columns = ("rank", "state", "phase", "step", "group", "collective", "layer", "sizes", "since", "called from")
     numeric = {"rank", "step", "since"}
     heads = "".join(f'<th scope="col"{" class=n" if c in numeric else ""}>{c}</th>' for c in columns)
-    culprits = set(facts.verdict["culprits"])
+    culprits = set(facts.verdict.culprits)
     rows = []
-    for p in facts.verdict["ranks"]:
-        call = f"{p['op']} #{p['seq']}" if p["op"] else p["detail"]
-        sizes = ",".join(map(str, p["sizes"][:16])) + ("…" if len(p["sizes"]) > 16 else "")
-        state = p["state"] + (" (culprit)" if p["rank"] in culprits else "")
+    for p in facts.verdict.ranks:
+        call = f"{p.op} #{p.seq}" if p.op else p.detail
+        sizes = ",".join(map(str, p.sizes[:16])) + ("…" if len(p.sizes) > 16 else "")
+        state = p.state + (" (culprit)" if p.rank in culprits else "")
         rows.append(
-            f'<tr{" class=culprit" if p["rank"] in culprits else ""}><th scope="row" class="n">{p["rank"]}</th>'
-            f'<td class="nowrap">{escape(state)}</td><td>{escape(p["phase"])}</td><td class="n">{p["step"] if p["step"] >= 0 else ""}</td>'
-            f'<td>{escape(p["group"], 60)}</td><td class="nowrap">{escape(call, 120)}</td><td>{escape(p["layer"], 120)}</td>'
-            f'<td class="nowrap">{escape(sizes)}</td><td class="n nowrap">{p["since_s"]:.2f} s</td><td>{escape(short_site(p["site"]), 160)}</td></tr>'
+            f'<tr{" class=culprit" if p.rank in culprits else ""}><th scope="row" class="n">{p.rank}</th>'
+            f'<td class="nowrap">{escape(state)}</td><td>{escape(p.phase)}</td><td class="n">{p.step if p.step >= 0 else ""}</td>'
+            f'<td>{escape(p.group, 60)}</td><td class="nowrap">{escape(call, 120)}</td><td>{escape(p.layer, 120)}</td>'
+            f'<td class="nowrap">{escape(sizes)}</td><td class="n nowrap">{p.since_s:.2f} s</td><td>{escape(short_site(p.site), 160)}</td></tr>'
         )
     if not rows:
         return ""
@@ -192,11 +192,11 @@ def _table(facts: Facts) -> str:
 
 
 def _evidence(facts: Facts) -> str:
-    if not facts.verdict["evidence"]:
+    if not facts.verdict.evidence:
         return ""
     rows = "".join(
         f"<li>{escape(shorten_rank_lists(text.replace(f'{ROOT}/', '')), 1000)}</li>"
-        for text in facts.verdict["evidence"][:60]
+        for text in facts.verdict.evidence[:60]
     )
     return _section("evidence", "What the verdict rests on", f'<ol class="evidence">{rows}</ol>')
 
@@ -271,8 +271,7 @@ def _environment(facts: Facts) -> str:
     hosts = sorted({lane.host for lane in facts.lanes.values() if lane.host})
     if hosts:
         rows.insert(0, f"<p>Hosts: {escape(', '.join(hosts))}.</p>")
-    if facts.config:
-        text = _block(read_text(facts.run_dir.config, _MAX_LOG))
+    if text := _block(read_text(facts.run_dir.config, _MAX_LOG)):
         rows.append(f"<details><summary><strong>config.json</strong></summary><pre>{text}</pre></details>")
     return _section("environment", "Environment", "".join(rows)) if rows else ""
 
@@ -282,9 +281,9 @@ def _limits(facts: Facts) -> str:
         "That any other server's hang has this cause: the run rebuilds one mechanism on a small model. "
         "Nothing here speaks about speed."
     )
-    if facts.verdict["backend"] == "gloo":
+    if facts.verdict.backend == "gloo":
         told += " The backend was gloo on CPUs; behaviour on NCCL and GPUs is not shown."
-    if facts.stuck and not facts.verdict["culprits"]:
+    if facts.stuck and not facts.verdict.culprits:
         told += " The evidence does not prove who did it."
     return told
 
@@ -294,7 +293,7 @@ def _limits(facts: Facts) -> str:
 
 def _data(facts: Facts, start_ns: int, end_ns: int, unit_ns: int) -> dict[str, Any]:
     verdict = facts.verdict
-    places = {p["rank"]: _place(p) for p in verdict["ranks"]}
+    places = {p.rank: _place(p) for p in verdict.ranks}
     window = drawing.interesting_ns(facts)
     return {
         "unit": unit_ns,
@@ -314,20 +313,16 @@ def _data(facts: Facts, start_ns: int, end_ns: int, unit_ns: int) -> dict[str, A
         ],
         "ranks": list(facts.lanes),
         "places": {rank: escape_control_characters(words, 160) for rank, words in places.items()},
-        "culprits": verdict["culprits"],
-        "marks": [
-            [rank, escape_control_characters(s["group"], 60), s["seq"]] for s in verdict["sides"] for rank in s["ranks"]
-        ],
-        "waits": [
-            [wait.ranks, escape_control_characters(wait.waits_in, 120), wait.awaited] for wait in verdict["waits"]
-        ],
+        "culprits": verdict.culprits,
+        "marks": [[rank, escape_control_characters(s.group, 60), s.seq] for s in verdict.sides for rank in s.ranks],
+        "waits": [[wait.ranks, escape_control_characters(wait.waits_in, 120), wait.awaited] for wait in verdict.waits],
     }
 
 
-def _place(position: Mapping[str, Any]) -> str:
-    if position["op"]:
-        return f"{position['state']} in {position['group']} {position['op']} #{position['seq']}"
-    return f"{position['state']} {position['detail']}".strip()
+def _place(position: Position) -> str:
+    if position.op:
+        return f"{position.state} in {position.group} {position.op} #{position.seq}"
+    return f"{position.state} {position.detail}".strip()
 
 
 def _lane(lane: Lane, start_ns: int, unit_ns: int) -> str:

@@ -38,10 +38,10 @@ class SideBySide:
 
 def side_by_side(facts: Facts) -> SideBySide | None:
     """None when the verdict names no divergence or its steps cannot be read."""
-    sides = [side for side in facts.verdict["sides"] if side["ranks"]][:MAX_SIDES]
+    sides = [side for side in facts.verdict.sides if side.ranks][:MAX_SIDES]
     if not sides:
         return None
-    steps = [_step(facts, side["ranks"][0], side["step"]) for side in sides]
+    steps = [_step(facts, side.ranks[0], side.step) for side in sides]
     known = [step for step in steps if step is not None]
     if not known:
         return None
@@ -62,7 +62,7 @@ def side_by_side(facts: Facts) -> SideBySide | None:
     if first is None:
         first = next((i for i, row in enumerate(rows) if len({bool(cell) for cell in row.issued}) > 1), 0)
     begin = max(0, first - _BEFORE)
-    heads = tuple(shorten_rank_lists(f"{name_ranks(side['ranks'])} issued") for side in sides)
+    heads = tuple(shorten_rank_lists(f"{name_ranks(side.ranks)} issued") for side in sides)
     return SideBySide(heads, known[0].number, tuple(rows[begin : first + _AFTER + 1]), begin)
 
 

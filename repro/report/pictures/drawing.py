@@ -6,12 +6,12 @@ Groups keep their colour in every picture of a run; a stall is hatched in red, s
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 from repro.report.gather import Facts, describe
 from repro.report.lanes import OPEN, Label, Lane
 from repro.store.text import escape, shorten_rank_lists
-from repro.verdict.result import Wait, list_ranks
+from repro.verdict.result import Position, Wait, list_ranks
 
 MAX_ROWS = 48
 _NS = 'xmlns="http://www.w3.org/2000/svg"'
@@ -57,7 +57,7 @@ def interesting_ns(facts: Facts) -> tuple[int, int]:
         phases = (span for lane in facts.lanes.values() for span in lane.spans())
         serving = [s.start_ns for s in phases if facts.labels.table[s.label].kind == "step"]
         return min(serving, default=start_ns), end_ns
-    quiet_ns = max(int(facts.verdict["quiet_s"] * 1e9), (end_ns - start_ns) // 200, 1)
+    quiet_ns = max(int(facts.verdict.quiet_s * 1e9), (end_ns - start_ns) // 200, 1)
     return max(start_ns, end_ns - int(2.4 * quiet_ns)), end_ns
 
 
@@ -65,7 +65,7 @@ def timeline(facts: Facts, width: int = 1200) -> str:
     """timeline.svg: the lanes around the stall, the divergence, and who waits for whom."""
     rows = choose_ranks(facts, MAX_ROWS)
     window = interesting_ns(facts)
-    found = [wait for wait in facts.verdict["waits"] if wait.ranks]
+    found = [wait for wait in facts.verdict.waits if wait.ranks]
     left, top, row_px = 92, 64, 24 if len(rows) <= 16 else 14
     gutter = 30 + _RAIL_PX * min(len(found), 6) if found else 16
     chart = _Chart(facts, window, left, width - gutter, top, row_px, rows)
@@ -98,21 +98,21 @@ def strip(facts: Facts, width: int = 560) -> str:
     row_px = 9 if len(rows) <= 8 else 6
     chart = _Chart(facts, interesting_ns(facts), 4, width - 4, 4, row_px, rows, labels=False)
     title = f"lanes of {_title(facts)}"
-    key = f"strip-{re.sub('[^a-z]', '', facts.verdict['variant'])}"
+    key = f"strip-{re.sub('[^a-z]', '', facts.verdict.variant)}"
     return _document(key, width, 8 + row_px * max(1, len(rows)), chart.lanes(), title)
 
 
 def who_waits(facts: Facts) -> str:
     """Boxes of ranks at one place, arrows to the ranks they wait for; "" when nobody waits for anybody."""
-    found = [wait for wait in facts.verdict["waits"] if wait.ranks][:6]
+    found = [wait for wait in facts.verdict.waits if wait.ranks][:6]
     if not any(wait.awaited for wait in found):
         return ""
-    details = {p["rank"]: p for p in facts.verdict["ranks"]}
+    details = {p.rank: p for p in facts.verdict.ranks}
     boxes = [_box_lines(wait.ranks, wait.waits_in, details) for wait in found]
     known = {rank for wait in found for rank in wait.ranks}
     others = sorted({rank for wait in found for rank in wait.awaited} - known)
     if others:
-        states = {details.get(rank, {}).get("state", "unknown") for rank in others}
+        states = {details[rank].state if rank in details else "unknown" for rank in others}
         boxes.append(
             [shorten_rank_lists(f"rank{'s' * (len(others) > 1)} {list_ranks(others)}"), ", ".join(sorted(states)), ""]
         )
@@ -151,12 +151,11 @@ def _arc(source: int, target: int, box_width: int, gap: int, top: int, box_heigh
     ]
 
 
-def _box_lines(ranks: Sequence[int], place: str, details: dict[int, dict[str, object]]) -> list[str]:
-    position = details.get(ranks[0], {})
-    where = [str(position.get("layer", ""))]
-    step = position.get("step", -1)
-    if isinstance(step, int) and step >= 0:
-        where.insert(0, f"step {step}")
+def _box_lines(ranks: Sequence[int], place: str, details: Mapping[int, Position]) -> list[str]:
+    position = details.get(ranks[0])
+    where = [position.layer] if position else []
+    if position and position.step >= 0:
+        where.insert(0, f"step {position.step}")
     return [
         shorten_rank_lists(f"rank{'s' * (len(ranks) > 1)} {list_ranks(ranks)}"),
         place,
@@ -169,7 +168,7 @@ def choose_ranks(facts: Facts, most: int) -> list[int]:
     if len(facts.lanes) <= most:
         return list(facts.lanes)
     places: dict[object, list[int]] = {}
-    place_of = {p["rank"]: (p["state"], p["group"], p["seq"]) for p in facts.verdict["ranks"]}
+    place_of = {p.rank: (p.state, p.group, p.seq) for p in facts.verdict.ranks}
     for rank in facts.lanes:
         places.setdefault(place_of.get(rank), []).append(rank)
     chosen: list[int] = []
@@ -180,9 +179,9 @@ def choose_ranks(facts: Facts, most: int) -> list[int]:
 
 def _title(facts: Facts) -> str:
     verdict = facts.verdict
-    cause = f" ({verdict['cause']})" if verdict["cause"] else ""
-    outcome = f"{verdict['verdict']}{cause}" if verdict["verdict"] else "no verdict"
-    return f"{verdict['scenario']} {verdict['variant']}: {outcome}, {facts.num_ranks} ranks, {verdict['backend']}"
+    cause = f" ({verdict.cause})" if verdict.cause else ""
+    outcome = f"{verdict.verdict}{cause}" if verdict.verdict else "no verdict"
+    return f"{verdict.scenario} {verdict.variant}: {outcome}, {facts.num_ranks} ranks, {verdict.backend}"
 
 
 class _Chart:
@@ -231,7 +230,7 @@ class _Chart:
                 f'<rect class="lane" x="{self.left}" y="{y:.1f}" width="{self.right - self.left:.1f}" height="{height}"/>'
             )
             if self.labels:
-                culprit = rank in self.facts.verdict["culprits"]
+                culprit = rank in self.facts.verdict.culprits
                 dot = f'<circle class="culprit" cx="12" cy="{y + height / 2:.1f}" r="3.5"/>' if culprit else ""
                 parts.append(
                     f'{dot}<text class="{"bold" if culprit else ""}" x="22" y="{y + height / 2 + 4:.1f}">rank {rank}</text>'
@@ -291,15 +290,15 @@ class _Chart:
 
     def divergence(self, bottom: float) -> Iterator[str]:
         """A mark on the first divergent entry of each side."""
-        for k, side in enumerate(self.facts.verdict["sides"][:2]):
-            for rank in side["ranks"]:
-                place = find_call(self.facts, rank, side["group"], side["seq"])
+        for k, side in enumerate(self.facts.verdict.sides[:2]):
+            for rank in side.ranks:
+                place = find_call(self.facts, rank, side.group, side.seq)
                 if rank not in self.rows or place is None:
                     continue
                 x = self.x(self.facts.lanes[rank].starts[place])
                 y = self.top + self.rows.index(rank) * self.row_px
                 yield f'<path class="mark" d="M{x - 5:.1f},{y - 3:.1f} h10 l-5,8z"/>'
-                if k == 0 and rank == side["ranks"][0]:
+                if k == 0 and rank == side.ranks[0]:
                     yield f'<line class="mark" stroke-dasharray="3 3" opacity=".6" x1="{x:.1f}" x2="{x:.1f}" y1="{self.top - 24}" y2="{bottom}"/>'
                     yield f'<text class="bold small" x="{x - 6:.1f}" y="{self.top - 24}" text-anchor="end">first divergent entry ▸</text>'
 
@@ -357,7 +356,7 @@ def _legend(facts: Facts, x: float, y: float, width: int) -> Iterator[str]:
         box = f'x="{x}" y="{y - 10}" width="12" height="11"'
         yield f'<rect fill="url(#h)" {box}/><rect class="stall" {box}/>'
         yield f'<text class="small" x="{x + 17}" y="{y}">never returns</text>'
-    if facts.verdict["culprits"]:
+    if facts.verdict.culprits:
         x += 105
         yield f'<circle class="culprit" cx="{x}" cy="{y - 4}" r="3.5"/><text class="small" x="{x + 8}" y="{y}">culprit</text>'
 
