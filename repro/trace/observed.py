@@ -11,26 +11,13 @@ no year and no time zone, so times of two hosts can only be compared with cautio
 
 from __future__ import annotations
 
+from array import array
 from dataclasses import dataclass, field
-from typing import NamedTuple
 
-
-class Source(NamedTuple):
-    """The origin of a record: a file and a place in it ("line 88"). `entry`: the number of an entry of a dump."""
-
-    file: str
-    line: str = ""
-    entry: int | None = None
-
-    @property
-    def place(self) -> str:
-        return self.line if self.entry is None else f"entry {self.entry}"
-
-    def __str__(self) -> str:
-        return f"{self.file} {self.place}".rstrip()
-
-
-NOWHERE = Source("")
+from repro.trace.operations import NOWHERE as NOWHERE
+from repro.trace.operations import Call as Call
+from repro.trace.operations import Calls
+from repro.trace.operations import Source as Source
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,38 +34,6 @@ class Group:
         return f"group {self.name}" if self.name else "its group"
 
 
-class Call(NamedTuple):
-    """One operation of a process group, as one rank queued it. A tuple, since a job of many ranks has millions.
-
-    op          canonical name: all_reduce, all_gather, reduce_scatter, broadcast, all_to_all, barrier, send, recv, …
-    seq         number of the collective in its group; None for point to point, or where the tool prints none
-    sizes       sizes of the inputs, then of the outputs, one tuple per tensor
-    dtypes      data types of the inputs, then of the outputs
-    peer        for send and recv: the other end, a global rank
-    frames      "function (file:line)", innermost first; () where no stack was recorded
-    done        whether the operation is over, as far as the recorder can tell
-    """
-
-    op: str
-    seq: int | None
-    sizes: tuple[tuple[int, ...], ...] = ()
-    dtypes: tuple[str, ...] = ()
-    peer: int | None = None
-    frames: tuple[str, ...] = ()
-    done: bool = False
-    at_s: float | None = None
-    source: Source = NOWHERE
-
-    @property
-    def is_transfer(self) -> bool:
-        return self.op in ("send", "recv")
-
-    @property
-    def arguments(self) -> tuple[object, ...]:
-        """The arguments that must be equal on all members of the group."""
-        return self.op, self.sizes, self.dtypes
-
-
 @dataclass(frozen=True, slots=True)
 class GroupRecord:
     """One group in a recorder dump: its `calls`, oldest first, and the counters of `pg_status`, None if absent.
@@ -88,14 +43,16 @@ class GroupRecord:
     """
 
     group: Group
-    calls: tuple[Call, ...]
+    calls: Calls
     enqueued: int | None = None
     completed: int | None = None
     number: str = ""
 
     @property
-    def pending(self) -> tuple[Call, ...]:
-        return tuple(call for call in self.calls if not call.done)
+    def pending(self) -> Call | None:
+        """The oldest operation that is not over."""
+        place = self.calls.pending
+        return None if place is None else self.calls[place]
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,20 +60,29 @@ class RecorderDump:
     """A Flight Recorder dump of one rank.
 
     configured  the groups that the rank belongs to, () where the dump does not list them
-    order       all calls of all groups in the order in which they were queued: (index into groups, index into calls)
+    order       the order in which the operations of all groups were queued: for each, its index into groups
     wrapped     whether older entries were overwritten
     at_s        when the newest entry was queued: the dump is at least as young
     """
 
     rank: int
     groups: tuple[GroupRecord, ...]
-    order: tuple[tuple[int, int], ...] = ()
+    order: array[int] = field(default_factory=lambda: array("H"))
     configured: tuple[Group, ...] = ()
     backend: str = ""
     library: str = ""
     wrapped: bool = False
     at_s: float | None = None
     source: Source = NOWHERE
+
+    def newest(self, most: int) -> list[tuple[GroupRecord, int]]:
+        """The newest operations of all groups, oldest first: each as the group's record and an index into its calls."""
+        places = [len(record.calls) for record in self.groups]
+        operations = []
+        for index in reversed(self.order[-most:]):
+            places[index] -= 1
+            operations.append((self.groups[index], places[index]))
+        return operations[::-1]
 
 
 @dataclass(frozen=True, slots=True)

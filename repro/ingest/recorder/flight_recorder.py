@@ -15,10 +15,12 @@ What a reader must know, and what this one does about it:
 
 from __future__ import annotations
 
+import marshal
+import math
 import re
 import sys
 from array import array
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from functools import lru_cache
@@ -27,7 +29,8 @@ from typing import Any
 from hybrid_moe_ref.files import DamagedFile, parse_json
 from repro.ingest.names.operations import operation
 from repro.ingest.recorder import pickles
-from repro.trace.observed import Call, Group, GroupRecord, RecorderDump, Source
+from repro.trace.observed import Group, GroupRecord, RecorderDump, Source
+from repro.trace.operations import NO_CALLS, NO_NUMBER, Calls, Form
 
 MAX_ENTRIES = 50_000
 MAX_FRAMES, MAX_TENSORS, MAX_DIMENSIONS = 24, 64, 16
@@ -86,29 +89,24 @@ def _dump(content: Mapping[str, Any], file: str, rank: int) -> RecorderDump:
     entries = [entry for entry in entries[-MAX_ENTRIES:] if isinstance(entry, dict)]
     config = _mapping(content.get("pg_config"))
     status = _mapping(content.get("pg_status"))
-    rows = _by_group(entries)
+    rows, order = _by_group(entries)
     known = _Known(file, entries)
     records = []
     for (pg_id, name, description), row in rows.items():
         group = _group(name, description, config)
         _complete_the_earlier(row)
-        calls = known.calls(row, group)
         enqueued, _, completed = _counters(status.get(pg_id))
-        records.append(GroupRecord(group, calls, enqueued, completed, pg_id))
+        records.append(GroupRecord(group, known.calls(row, group), enqueued, completed, pg_id))
     seen = {pg_id for pg_id, *_ in rows}
     for pg_id, counters in status.items():  # groups whose entries were overwritten, or left out as all are over
         if pg_id not in seen:
             enqueued, _, completed = _counters(counters)
-            records.append(GroupRecord(Group(""), (), enqueued, completed, pg_id))
-    order = [(0, 0)] * len(entries)
-    for index, row in enumerate(rows.values()):
-        for position, place in enumerate(row.places):
-            order[place] = index, position
+            records.append(GroupRecord(Group(""), NO_CALLS, enqueued, completed, pg_id))
     first = entries[0].get("record_id", 0) if entries else 0
     return RecorderDump(
         rank,
         tuple(records),
-        tuple(order),
+        order,
         tuple(_group(name, "", config) for name in list(config)[:MAX_GROUPS] if name),
         next((_backend(entry) for entry in entries), ""),
         _text(content.get("comm_lib_version") or content.get("nccl_version")),
@@ -120,29 +118,38 @@ def _dump(content: Mapping[str, Any], file: str, rank: int) -> RecorderDump:
 
 @dataclass(slots=True)
 class _Rows:
-    """The entries of one group, their places among all entries, and whether each is over."""
+    """The entries of one group, their numbers in the dump, and 1 for each that is over."""
 
+    index: int
+    backend: str
     entries: list[Mapping[str, Any]] = field(default_factory=list)
-    places: list[int] = field(default_factory=list)
-    over: list[bool] = field(default_factory=list)
-    backend: str = ""
+    numbers: array[int] = field(default_factory=lambda: array("q"))
+    over: bytearray = field(default_factory=bytearray)
 
 
-def _by_group(entries: Sequence[Mapping[str, Any]]) -> dict[tuple[str, str, str], _Rows]:
+def _by_group(entries: Sequence[Mapping[str, Any]]) -> tuple[dict[tuple[str, str, str], _Rows], array[int]]:
+    """Sort the entries by group. The array has the index of the group of each entry."""
     rows: dict[tuple[str, str, str], _Rows] = {}
     quick: dict[Any, _Rows] = {}
+    order = array("H")
     for place, entry in enumerate(entries):
-        pair = entry.get("process_group")
+        get = entry.get
+        pair = get("process_group")
         try:
-            row = quick[entry.get("pg_id"), pair]
+            row = quick[get("pg_id"), pair]
         except (KeyError, TypeError):  # the first of a group, or a list, which JSON has in the place of a tuple
-            row = rows.setdefault(_group_key(entry), _Rows(backend=_backend(entry)))
-            if isinstance(pair, tuple) and all(isinstance(word, int | str) for word in (entry.get("pg_id"), *pair)):
-                quick[entry.get("pg_id"), pair] = row
+            key = _group_key(entry)
+            if key not in rows and len(rows) == MAX_GROUPS:
+                raise ValueError(f"more than {MAX_GROUPS} process groups") from None
+            row = rows.setdefault(key, _Rows(len(rows), _backend(entry)))
+            if isinstance(pair, tuple) and all(isinstance(word, int | str) for word in (get("pg_id"), *pair)):
+                quick[get("pg_id"), pair] = row
+        number = get("record_id")
         row.entries.append(entry)
-        row.places.append(place)
-        row.over.append(_is_over(entry, row.backend))
-    return rows
+        row.numbers.append(number if type(number) is int and 0 <= number < MAX_NS else place)
+        row.over.append(get("state") == "completed" or _is_retired(entry, row.backend))
+        order.append(row.index)
+    return rows, order
 
 
 def _group_key(entry: Mapping[str, Any]) -> tuple[str, str, str]:
@@ -165,13 +172,11 @@ def _backend(entry: Mapping[str, Any]) -> str:
     return _text(entry.get("profiling_name")).rpartition(":")[0]
 
 
-def _is_over(entry: Mapping[str, Any], backend: str) -> bool:
-    state = entry.get("state")
-    if state == "completed":
-        return True
+def _is_retired(entry: Mapping[str, Any], backend: str) -> bool:
+    """Whether an entry that is not marked as completed is over."""
     retired = bool(entry.get("retired"))
     if retired and backend in EVENT_BACKENDS and not entry.get("time_discovered_completed_ns"):
-        return state not in ("scheduled", "started")  # taken off the list by the time-out
+        return entry.get("state") not in ("scheduled", "started")  # taken off the list by the time-out
     return retired
 
 
@@ -179,7 +184,7 @@ def _complete_the_earlier(rows: _Rows) -> None:
     """Collectives of a group complete in their order: what stands before a completed one is over. So are the members of
     a coalesced operation, which have no events of their own: they stand before it and share its number.
     """
-    if rows.backend == "gloo":
+    if rows.backend == "gloo" or 0 not in rows.over:
         return
     over, later, coalesced = rows.over, False, None
     for index in range(len(over) - 1, -1, -1):
@@ -193,7 +198,7 @@ def _complete_the_earlier(rows: _Rows) -> None:
             else:
                 coalesced = None
         if not entry.get("is_p2p"):
-            later = over[index] = later or over[index]
+            later = over[index] = later or bool(over[index])
 
 
 def _is_member(entry: Mapping[str, Any], coalesced: Mapping[str, Any]) -> bool:
@@ -206,53 +211,36 @@ class _Known:
 
     def __init__(self, file: str, entries: Sequence[Mapping[str, Any]]) -> None:
         self._file = file
-        self._arguments: dict[Any, tuple[Any, ...]] = {}
         self._frames: dict[tuple[int, ...], tuple[str, ...]] = {}
         times = (at for entry in entries if type(at := entry.get("time_created_ns")) is int and 0 < at < MAX_NS)
         first = next(times, None)
         self._year_s = _start_of_year(first // 86_400_000_000_000) if first is not None else 0.0
 
-    def calls(self, rows: _Rows, group: Group) -> tuple[Call, ...]:
-        file, year_s, peers = self._file, self._year_s, group.members
-        calls = []
-        for place, entry, done in zip(rows.places, rows.entries, rows.over, strict=True):
+    def calls(self, rows: _Rows, group: Group) -> Calls:
+        year_s, forms = self._year_s, _Forms(group.members, self._frames_of)
+        by_content: dict[object, int] = {}
+        form, seqs, times_s = array("I"), array("q"), array("d")
+        for entry in rows.entries:
             get = entry.get
-            op, sizes, dtypes, other = self._arguments_of(
+            content = (
                 get("profiling_name"), get("input_sizes", get("sizes")), get("output_sizes"),
                 get("input_dtypes"), get("output_dtypes"),
             )  # fmt: skip
-            peer = other if other is None or not peers else peers[other] if other < len(peers) else None
+            frames = get("frames")
+            key = _key_of(*content, frames=frames)
+            index = by_content.get(key)
+            if index is None:
+                index = forms.index_of(*content, frames)
+                if key is not None:
+                    by_content[key] = index
+            form.append(index)
             seq = get("collective_seq_id", get("seq_id"))
-            if type(seq) is not int or not 0 <= seq < MAX_NS or get("is_p2p") or op in ("send", "recv"):
-                seq = None
+            if type(seq) is not int or not 0 <= seq < MAX_NS or get("is_p2p") or forms.is_transfer[index]:
+                seq = NO_NUMBER
+            seqs.append(seq)
             at = get("time_created_ns")
-            at_s = at / 1e9 - year_s if type(at) is int and 0 < at < MAX_NS else None
-            number = get("record_id", place)
-            source = Source(file, "", number if type(number) is int and 0 <= number < MAX_NS else place)
-            calls.append(Call(op, seq, sizes, dtypes, peer, self._frames_of(get("frames")), done, at_s, source))
-        return tuple(calls)
-
-    def _arguments_of(self, name: Any, ins: Any, outs: Any, in_types: Any, out_types: Any) -> tuple[Any, ...]:
-        """(operation, sizes, data types, the other end of a transfer as a rank of the group)"""
-        key: Any = None
-        try:  # arrays and joined words take nothing but numbers and words: a hostile file cannot make the key large
-            key = (
-                name, tuple([array("q", row[:MAX_DIMENSIONS]).tobytes() for row in ins[:MAX_TENSORS]]),
-                tuple([array("q", row[:MAX_DIMENSIONS]).tobytes() for row in outs[:MAX_TENSORS]]),
-                ",".join(in_types[:MAX_TENSORS]), ",".join(out_types[:MAX_TENSORS]),
-            )  # fmt: skip
-            return self._arguments[key]
-        except (TypeError, OverflowError, ValueError, KeyError):
-            pass
-        text = _text(name)
-        op, other = operation(text), None
-        if " " in text and (transfer := _TRANSFER.search(text)):
-            op, other = transfer[1], int(transfer[3])
-        sizes, dtypes = _shared(_sizes(ins) + _sizes(outs)), _shared(_words(in_types) + _words(out_types))
-        known = sys.intern(op), sizes, dtypes, other
-        if key is not None and isinstance(name, str):
-            self._arguments[key] = known
-        return known
+            times_s.append(at / 1e9 - year_s if type(at) is int and 0 < at < MAX_NS else math.nan)
+        return Calls(tuple(forms.forms), form, seqs, bytes(rows.over), times_s, rows.numbers, self._file)
 
     def _frames_of(self, value: Any) -> tuple[str, ...]:
         """The innermost frames. torch writes a frame that many entries share once, so its address names it."""
@@ -267,9 +255,45 @@ class _Known:
         return frames
 
 
+def _key_of(*content: Any, frames: Any) -> tuple[bytes, tuple[int, ...]] | None:
+    """A key that entries of equal content share, or None. `marshal` writes no more than was read, so that
+    a hostile file cannot make a key large.
+    """
+    try:
+        return marshal.dumps(content), tuple(map(id, frames[:MAX_FRAMES])) if frames else ()
+    except (TypeError, ValueError):
+        return None
+
+
+class _Forms:
+    """The forms of the operations of one group, numbered."""
+
+    def __init__(self, members: tuple[int, ...], frames_of: Callable[[Any], tuple[str, ...]]) -> None:
+        self.forms: list[Form] = []
+        self.is_transfer: list[bool] = []
+        self._members, self._frames_of = members, frames_of
+        self._numbers: dict[Form, int] = {}
+
+    def index_of(self, name: Any, ins: Any, outs: Any, in_types: Any, out_types: Any, frames: Any) -> int:
+        """The number of the form, which is added where it is new."""
+        text = _text(name)
+        op, peer = operation(text), None
+        if " " in text and (transfer := _TRANSFER.search(text)):
+            op, peer = transfer[1], int(transfer[3])
+            if self._members:
+                peer = self._members[peer] if peer < len(self._members) else None
+        sizes, dtypes = _shared(_sizes(ins) + _sizes(outs)), _shared(_words(in_types) + _words(out_types))
+        form = Form(sys.intern(op), sizes, dtypes, peer, self._frames_of(frames))
+        index = self._numbers.setdefault(form, len(self.forms))
+        if index == len(self.forms):
+            self.forms.append(form)
+            self.is_transfer.append(form.is_transfer)
+        return index
+
+
 @lru_cache(maxsize=65_536)
 def _shared(value: Any) -> Any:
-    """The same object for equal values of all ranks: a comparison of two calls is then one of two addresses."""
+    """The same object for equal values of all ranks, so that they are stored once and compared by address."""
     return value
 
 

@@ -83,8 +83,7 @@ def _counters(scene: Scene) -> list[str]:
 def _positions(dump: RecorderDump) -> dict[str, str]:
     found = {}
     for record in dump.groups:
-        numbers = [call.seq for call in record.calls if call.seq is not None]
-        done = [call.seq for call in record.calls if call.seq is not None and call.done]
-        if numbers:
-            found[str(record.group)] = f"{max(numbers)} / {max(done, default=0)}"
+        queued = record.calls.last_number()
+        if queued is not None:
+            found[str(record.group)] = f"{queued} / {record.calls.last_number(done=True) or 0}"
     return found

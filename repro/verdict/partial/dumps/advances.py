@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from statistics import median
 
-from repro.trace.observed import Call
 from repro.verdict.partial.diagnosis import COLLECT, Diagnosis
 from repro.verdict.partial.dumps.members import groups_of, with_members
 from repro.verdict.partial.dumps.moments import advanced
@@ -54,12 +53,8 @@ def _moving(scene: Scene, moved: Sequence[int]) -> Diagnosis:
 
 def _late_by(scene: Scene, wait: Wait, rank: int) -> float:
     """Seconds by which the rank queued the operation after the median of the other members; 0 where that is unknown."""
-    times = {member: call.at_s for member, dump in scene.recorders.items() for record in dump.groups
-             if record.group.name == wait.group.name for call in record.calls
-             if _is_same(call, wait.call) and call.at_s is not None}  # fmt: skip
+    times = {member: at_s for member, dump in scene.recorders.items() for record in dump.groups
+             if record.group.name == wait.group.name and wait.call.seq is not None
+             and (at_s := record.calls.times_by_number().get(wait.call.seq)) is not None}  # fmt: skip
     others = [at_s for member, at_s in times.items() if member not in wait.missing]
     return times[rank] - median(others) if rank in times and others else 0.0
-
-
-def _is_same(one: Call, two: Call) -> bool:
-    return two.seq is not None and one.seq == two.seq

@@ -28,7 +28,7 @@ def stacks_against_dumps(scene: Scene) -> list[str]:
         if dump is None:
             continue
         stack = stacks[-1]
-        pending = [call for record in dump.groups for call in record.pending]
+        pending = [call for record in dump.groups if (call := record.pending) is not None]
         place = program_frames(stack.frames, 1) or (stack.frames[0] if stack.frames else "?")
         if pending and stack.activity in ELSEWHERE and dump.backend == "gloo":
             lines.append(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from repro.trace.operations import TRANSFERS
 from repro.verdict.partial.diagnosis import COLLECT, Diagnosis
 from repro.verdict.partial.dumps.habits import left_rhythm
 from repro.verdict.partial.dumps.waits import Wait, find_cycle
@@ -80,7 +81,7 @@ def _changed_order(scene: Scene, ranks: Sequence[int]) -> list[int]:
     """Ranks whose last operation breaks the rhythm of their own transfers, where not all break it."""
     changed = []
     for rank in ranks:
-        ops = [call.op for record in scene.recorders[rank].groups for call in record.calls if call.is_transfer]
+        ops = [op for record in scene.recorders[rank].groups for op in record.calls.ops() if op in TRANSFERS]
         past, last = ops[:-1], ops[-1:]
         if len(past) < 4:
             return []

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from repro.trace.observed import Call, RecorderDump
+from repro.trace.observed import Call, GroupRecord, RecorderDump
+from repro.trace.operations import Form
 from repro.verdict.partial.scene import Scene
 from repro.verdict.partial.words import program_frames
 
@@ -85,17 +86,24 @@ def _described(scene: Scene, rank: int, rhythm: _Rhythm) -> HabitBreak:
 
 def _rhythm_of(dump: RecorderDump, framed: bool) -> _Rhythm | None:
     """`framed`: tell operations apart by their place in the program too, which all dumps then have to record."""
-    ordered = [(dump.groups[g].group.name, dump.groups[g].calls[c]) for g, c in dump.order][-HISTORY:]
-    keys = [(name, call.op, program_frames(call.frames, 1) if framed else "") for name, call in ordered]
-    pending = next((i for i, (_, call) in enumerate(ordered) if not call.done), None)
+    ordered = dump.newest(HISTORY)
+    names = {id(record): [_name(record, form, framed) for form in record.calls.forms] for record in dump.groups}
+    keys = [names[id(record)][record.calls.form[place]] for record, place in ordered]
+    pending = next((i for i, (record, place) in enumerate(ordered) if not record.calls.done[place]), None)
     if pending is None:
         return None
     period = _period(keys[:pending])
     if period is None:
         return None
     last = slice(pending - period, pending)
-    arguments = frozenset((name, *call.arguments) for name, call in ordered[last])
-    return _Rhythm(tuple(keys[last]), arguments, ordered[pending][1], keys[pending], period)
+    arguments = frozenset((record.group.name, *record.calls[place].arguments) for record, place in ordered[last])
+    record, place = ordered[pending]
+    return _Rhythm(tuple(keys[last]), arguments, record.calls[place], keys[pending], period)
+
+
+def _name(record: GroupRecord, form: Form, framed: bool) -> tuple[str, str, str]:
+    """What distinguishes an operation in a rhythm: its group, its name, and its place in the program."""
+    return record.group.name, form.op, program_frames(form.frames, 1) if framed else ""
 
 
 def _period(past: Sequence[object]) -> int | None:

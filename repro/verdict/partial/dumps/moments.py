@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from repro.trace.observed import Group, GroupRecord, RecorderDump
+from repro.trace.operations import Form
 from repro.verdict.partial.dumps.waits import last_queued
 from repro.verdict.partial.words import ranks_of, verb
 
@@ -76,8 +77,8 @@ def stale_dumps(groups: Mapping[Group, Mapping[int, GroupRecord]]) -> dict[int, 
     """Rank -> why its dump is older than the others: a fellow member completed what it has not queued yet."""
     stale: dict[int, str] = {}
     for group, records in groups.items():
-        finished = [(call.seq, rank) for rank, row in records.items() for call in row.calls
-                    if call.done and call.seq is not None and call.op in NEEDS_ALL]  # fmt: skip
+        finished = [(number, rank) for rank, row in records.items()
+                    if (number := row.calls.last_number(done=True, where=_needs_all)) is not None]  # fmt: skip
         if not finished:
             continue
         number, witness = max(finished)
@@ -88,6 +89,10 @@ def stale_dumps(groups: Mapping[Group, Mapping[int, GroupRecord]]) -> dict[int, 
                     f"{rank} ends at #{last_queued(record)}"
                 )
     return stale
+
+
+def _needs_all(form: Form) -> bool:
+    return form.op in NEEDS_ALL
 
 
 def describe_stale(stale: Mapping[int, str], dumps: Mapping[int, RecorderDump]) -> list[str]:
@@ -127,7 +132,7 @@ def _age(dump: RecorderDump) -> tuple[float, int]:
 
 
 def _detail(dump: RecorderDump) -> tuple[int, int]:
-    framed = sum(bool(call.frames) for record in dump.groups for call in record.calls[-1:])
+    framed = sum(bool(record.calls and record.calls[-1].frames) for record in dump.groups)
     return framed, sum(len(record.calls) for record in dump.groups)
 
 
@@ -135,10 +140,9 @@ def _positions(dump: RecorderDump) -> dict[str, tuple[int, int]]:
     """Group -> (last collective queued, last one done), by the entries alone."""
     result = {}
     for record in dump.groups:
-        numbered = [call for call in record.calls if call.seq is not None]
-        if numbered:
-            done = max((call.seq or 0 for call in numbered if call.done), default=0)
-            result[record.group.name] = (numbered[-1].seq or 0, done)
+        queued = record.calls.last_number()
+        if queued is not None:
+            result[record.group.name] = (queued, record.calls.last_number(done=True) or 0)
     return result
 
 
@@ -149,11 +153,11 @@ def _same_moment(one: RecorderDump, two: RecorderDump) -> bool:
 
 def _same_process(before: RecorderDump, after: RecorderDump) -> bool:
     """Whether entries that both dumps hold were queued at the same times, and numbers did not fall."""
-    old = {(row.group.name, call.seq): call.at_s for row in before.groups for call in row.calls if call.seq is not None}
+    old = {record.group.name: record.calls.times_by_number() for record in before.groups}
     for record in after.groups:
-        for call in record.calls:
-            at_s = old.get((record.group.name, call.seq)) if call.seq is not None else None
-            if at_s is not None and call.at_s is not None and abs(at_s - call.at_s) > SAME_ENTRY_S:
-                return False
+        times_s = old.get(record.group.name, {})
+        new = record.calls.times_by_number()
+        if any(abs(times_s[seq] - at_s) > SAME_ENTRY_S for seq, at_s in new.items() if seq in times_s):
+            return False
     a, b = _positions(before), _positions(after)
     return all(b[key][0] >= a[key][0] for key in a.keys() & b.keys())

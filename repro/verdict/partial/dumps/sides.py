@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 from repro.trace.observed import Call, Group, GroupRecord
+from repro.trace.operations import NO_NUMBER, Form
 from repro.verdict.partial.diagnosis import COLLECT, Diagnosis
 from repro.verdict.partial.dumps.habits import left_rhythm
 from repro.verdict.partial.scene import Scene
@@ -23,8 +24,8 @@ def different_arguments(scene: Scene, groups: Mapping[Group, Mapping[int, GroupR
         if number is not None:
             sides: dict[tuple[object, ...], list[tuple[int, Call]]] = {}
             for rank, record in sorted(records.items()):
-                for call in record.calls:
-                    if call.seq == number and call.op not in UNKNOWN_INSIDE:
+                for call in record.calls.numbered(number):
+                    if call.op not in UNKNOWN_INSIDE:
                         sides.setdefault(_comparable(call), []).append((rank, call))
             at_s = min(call.at_s or 0.0 for side in sides.values() for _, call in side)
             differences.append((at_s, group, number, list(sides.values()), records))
@@ -36,21 +37,20 @@ def different_arguments(scene: Scene, groups: Mapping[Group, Mapping[int, GroupR
 
 def _first_difference(records: Mapping[int, GroupRecord]) -> int | None:
     """The lowest number under which two members queued different things; linear in the calls of all."""
-    first: dict[int, Call] = {}
+    first: dict[int, tuple[object, ...]] = {}
     differing: set[int] = set()
+    shared: dict[tuple[object, ...], tuple[object, ...]] = {}  # so that equal ones are compared by address
     for record in records.values():
-        for call in record.calls:
-            if call.seq is None or call.op in UNKNOWN_INSIDE:
-                continue
-            known = first.setdefault(call.seq, call)
-            if known.op is call.op and known.sizes is call.sizes and known.dtypes is call.dtypes:
-                continue
-            if _comparable(known) != _comparable(call):
-                differing.add(call.seq)
+        compared = [None if form.op in UNKNOWN_INSIDE else _comparable(form) for form in record.calls.forms]
+        compared = [None if each is None else shared.setdefault(each, each) for each in compared]
+        for seq, form in zip(record.calls.seqs, record.calls.form, strict=True):
+            mine = compared[form]
+            if seq != NO_NUMBER and mine is not None and first.setdefault(seq, mine) is not mine:
+                differing.add(seq)
     return min(differing, default=None)
 
 
-def _comparable(call: Call) -> tuple[object, ...]:
+def _comparable(call: Call | Form) -> tuple[object, ...]:
     """What must agree. Of rooted operations sizes differ with the role: the root of a gather alone has an output."""
     if call.op in ("gather", "scatter", "reduce", "broadcast"):
         return call.op, call.dtypes[:1]
@@ -60,7 +60,7 @@ def _comparable(call: Call) -> tuple[object, ...]:
         return call.op, call.sizes[1:], call.dtypes
     if call.op == "reduce_scatter" and len(call.sizes) > 2:
         return call.op, call.sizes[:-1], call.dtypes
-    return call.arguments
+    return call.op, call.sizes, call.dtypes
 
 
 def _sides(
@@ -83,11 +83,8 @@ def _sides(
             f"{ranks_of(ranks).capitalize()} queued #{number} of {shown} as {arguments(call)}"
             + (f", from {place}" if place else "") + f" ({call.source})"
         )  # fmt: skip
-    before = [
-        call.op
-        for call in sorted(records.values(), key=lambda r: len(r.calls))[-1].calls
-        if call.seq is not None and call.seq < number
-    ][-2:]
+    longest = max(records.values(), key=lambda record: len(record.calls)).calls
+    before = [op for seq, op in zip(longest.seqs, longest.ops(), strict=True) if NO_NUMBER < seq < number][-2:]
     if before and set(before) == {"reduce"}:
         evidence.append(
             "The operations before it are reduces, whose result one rank alone has: ranks may have "

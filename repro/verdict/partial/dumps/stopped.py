@@ -12,7 +12,6 @@ from collections.abc import Mapping, Sequence
 from repro.trace.observed import Group, GroupRecord, RecorderDump
 from repro.verdict.partial.diagnosis import COLLECT, Diagnosis
 from repro.verdict.partial.dumps.moments import advanced
-from repro.verdict.partial.dumps.waits import has_transfers
 from repro.verdict.partial.scene import Scene
 from repro.verdict.partial.words import WORKING, ranks_of, verb
 
@@ -31,9 +30,9 @@ def judge_stopped(scene: Scene, groups: Mapping[Group, Mapping[int, GroupRecord]
     for group, records in groups.items():
         counted = {
             rank: record for rank, record in records.items()
-            if record.enqueued is not None and record.completed is not None and not has_transfers(record)
+            if record.enqueued is not None and record.completed is not None
         }  # fmt: skip
-        if len(counted) < 2 or any(has_transfers(record) for record in records.values()):
+        if len(counted) < 2 or any(record.calls.has_transfers for record in records.values()):
             continue
         completed = max(record.completed or 0 for record in counted.values())
         enqueued = max(record.enqueued or 0 for record in counted.values())

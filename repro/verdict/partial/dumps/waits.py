@@ -32,17 +32,19 @@ def waits_of(groups: Mapping[Group, Mapping[int, GroupRecord]], dumps: Mapping[i
         queued = {member: 0 for member in group.members if member in dumps and not dumps[member].wrapped}
         queued.update({rank: last_queued(record) for rank, record in records.items()})
         unseen = tuple(member for member in group.members if member not in queued)
+        behind: dict[int, tuple[int, ...]] = {}  # sequence number -> the members that have queued less
         for rank, record in sorted(records.items()):
-            pending = record.pending
-            if not pending:
+            call = record.pending
+            if call is None:
                 continue
-            call = pending[0]
             if call.is_transfer:
-                missing = _transfer_missing(rank, call, record, records, wrapped)
+                missing = _transfer_missing(rank, record, records, wrapped)
             elif call.seq is None:
                 missing = ()
             else:
-                missing = tuple(m for m in group.members if queued.get(m, call.seq) < call.seq)
+                if call.seq not in behind:
+                    behind[call.seq] = tuple(m for m in group.members if queued.get(m, call.seq) < call.seq)
+                missing = behind[call.seq]
             shown = replace(group, description=record.group.description)
             waits.append(Wait(rank, shown, call, missing, unseen, str(call.source)))
     return waits
@@ -50,28 +52,27 @@ def waits_of(groups: Mapping[Group, Mapping[int, GroupRecord]], dumps: Mapping[i
 
 def last_queued(record: GroupRecord) -> int:
     """The number of the last collective that a rank queued in a group, by its entries or by its counter."""
-    numbers = [call.seq for call in record.calls if call.seq is not None]
-    return max([*numbers, record.enqueued or 0 if not has_transfers(record) else 0], default=0)
-
-
-def has_transfers(record: GroupRecord) -> bool:
-    return any(call.is_transfer for call in record.calls)
+    counted = 0 if record.calls.has_transfers else record.enqueued or 0
+    return max(record.calls.last_number() or 0, counted)
 
 
 def _transfer_missing(
-    rank: int, call: Call, record: GroupRecord, records: Mapping[int, GroupRecord], wrapped: bool
+    rank: int, record: GroupRecord, records: Mapping[int, GroupRecord], wrapped: bool
 ) -> tuple[int, ...]:
     """The other end, if it has queued fewer matching operations: the k-th send meets the k-th receive. Of a ring that
     was overwritten the counts are not known; then an end is missing if it has no matching operation unfinished.
     """
+    place = record.calls.pending
+    assert place is not None
+    call = record.calls[place]
     if call.peer is None or call.peer not in records:
         return ()
-    op = "send" if call.op == "recv" else "recv"
-    theirs = [c for c in records[call.peer].calls if c.op == op and c.peer == rank]
+    theirs = records[call.peer].calls
+    matching = theirs.transfers("send" if call.op == "recv" else "recv", rank)
     if wrapped:
-        return () if any(not c.done for c in theirs) else (call.peer,)
-    mine = [c for c in record.calls[: record.calls.index(call) + 1] if c.op == call.op and c.peer == call.peer]
-    return (call.peer,) if len(theirs) < len(mine) else ()
+        return () if any(not theirs.done[i] for i in matching) else (call.peer,)
+    mine = sum(i <= place for i in record.calls.transfers(call.op, call.peer))
+    return (call.peer,) if len(matching) < mine else ()
 
 
 def find_cycle(waits: Sequence[Wait]) -> list[Wait]:

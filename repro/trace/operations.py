@@ -1,0 +1,170 @@
+"""The operations that one rank queued in one group, in columns: a job of a thousand ranks has millions of them."""
+
+from __future__ import annotations
+
+import math
+from array import array
+from collections.abc import Callable, Iterator, Sequence
+from itertools import compress
+from typing import NamedTuple, overload
+
+TRANSFERS = ("send", "recv")
+NO_NUMBER = -1
+"""In the column of sequence numbers: the operation has none."""
+
+
+class Source(NamedTuple):
+    """The origin of a record: a file and a place in it ("line 88"). `entry`: the number of an entry of a dump."""
+
+    file: str
+    line: str = ""
+    entry: int | None = None
+
+    @property
+    def place(self) -> str:
+        return self.line if self.entry is None else f"entry {self.entry}"
+
+    def __str__(self) -> str:
+        return f"{self.file} {self.place}".rstrip()
+
+
+NOWHERE = Source("")
+
+
+class Call(NamedTuple):
+    """One operation of a process group, as one rank queued it.
+
+    op          canonical name: all_reduce, all_gather, reduce_scatter, broadcast, all_to_all, barrier, send, recv, …
+    seq         number of the collective in its group; None for point to point, or where the tool prints none
+    sizes       sizes of the inputs, then of the outputs, one tuple per tensor
+    dtypes      data types of the inputs, then of the outputs
+    peer        for send and recv: the other end, a global rank
+    frames      "function (file:line)", innermost first; () where no stack was recorded
+    done        whether the operation is over, as far as the recorder can tell
+    """
+
+    op: str
+    seq: int | None
+    sizes: tuple[tuple[int, ...], ...] = ()
+    dtypes: tuple[str, ...] = ()
+    peer: int | None = None
+    frames: tuple[str, ...] = ()
+    done: bool = False
+    at_s: float | None = None
+    source: Source = NOWHERE
+
+    @property
+    def is_transfer(self) -> bool:
+        return self.op in TRANSFERS
+
+    @property
+    def arguments(self) -> tuple[object, ...]:
+        """The arguments that must be equal on all members of the group."""
+        return self.op, self.sizes, self.dtypes
+
+
+class Form(NamedTuple):
+    """What the operations of one place in the program share; the fields are those of `Call`."""
+
+    op: str
+    sizes: tuple[tuple[int, ...], ...] = ()
+    dtypes: tuple[str, ...] = ()
+    peer: int | None = None
+    frames: tuple[str, ...] = ()
+
+    @property
+    def is_transfer(self) -> bool:
+        return self.op in TRANSFERS
+
+
+class Calls(Sequence[Call]):
+    """The operations of one rank in one group, oldest first. A sequence of `Call` that holds columns.
+
+    forms    the different forms
+    form     index into `forms`, type "I"
+    seqs     sequence number, NO_NUMBER where there is none, type "q"
+    done     1 where the operation is over, one byte each
+    times_s  as `Call.at_s`, NaN where unknown, type "d"
+    entries  number of the entry in the dump `file`, type "q"
+    """
+
+    __slots__ = ("done", "entries", "file", "form", "forms", "seqs", "times_s")
+
+    def __init__(
+        self,
+        forms: tuple[Form, ...],
+        form: array[int],
+        seqs: array[int],
+        done: bytes,
+        times_s: array[float],
+        entries: array[int],
+        file: str,
+    ) -> None:
+        self.forms, self.form, self.seqs, self.done = forms, form, seqs, done
+        self.times_s, self.entries, self.file = times_s, entries, file
+
+    def __len__(self) -> int:
+        return len(self.form)
+
+    @overload
+    def __getitem__(self, index: int) -> Call: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[Call]: ...
+    def __getitem__(self, index: int | slice) -> Call | list[Call]:
+        if isinstance(index, slice):
+            return [self[place] for place in range(*index.indices(len(self)))]
+        form, seq, at_s = self.forms[self.form[index]], self.seqs[index], self.times_s[index]
+        return Call(
+            form.op,
+            None if seq == NO_NUMBER else seq,
+            form.sizes,
+            form.dtypes,
+            form.peer,
+            form.frames,
+            bool(self.done[index]),
+            None if math.isnan(at_s) else at_s,
+            Source(self.file, "", self.entries[index]),
+        )
+
+    @property
+    def pending(self) -> int | None:
+        """The index of the oldest operation that is not over; None where there is none."""
+        place = self.done.find(0)
+        return None if place < 0 else place
+
+    @property
+    def has_transfers(self) -> bool:
+        return any(form.is_transfer for form in self.forms)
+
+    def ops(self) -> Iterator[str]:
+        """The name of each operation."""
+        return (self.forms[form].op for form in self.form)
+
+    def numbered(self, seq: int) -> list[Call]:
+        """The operations under a sequence number."""
+        return [self[place] for place, number in enumerate(self.seqs) if number == seq]
+
+    def transfers(self, op: str, peer: int) -> list[int]:
+        """The indices of the sends to a rank, or of the receives from it."""
+        wanted = [form.op == op and form.peer == peer for form in self.forms]
+        return [place for place, form in enumerate(self.form) if wanted[form]] if any(wanted) else []
+
+    def times_by_number(self) -> dict[int, float]:
+        """Sequence number -> when the operation was queued, without operations that lack one of the two."""
+        rows = zip(self.seqs, self.times_s, strict=True)
+        return {seq: at_s for seq, at_s in rows if seq != NO_NUMBER and not math.isnan(at_s)}
+
+    def last_number(self, *, done: bool = False, where: Callable[[Form], bool] | None = None) -> int | None:
+        """The highest sequence number, of the operations that are over, or whose form passes a test."""
+        seqs: Iterator[int] | array[int] = self.seqs
+        if where is not None:
+            wanted = bytes(map(where, self.forms))
+            chosen = map(wanted.__getitem__, self.form)
+            seqs = compress(self.seqs, map(int.__and__, chosen, self.done) if done else chosen)
+        elif done:
+            seqs = compress(self.seqs, self.done)
+        highest = max(seqs, default=NO_NUMBER)
+        return None if highest == NO_NUMBER else highest
+
+
+NO_CALLS = Calls((), array("I"), array("q"), b"", array("d"), array("q"), "")
