@@ -1,8 +1,8 @@
 """python -m hybrid_moe_ref {params,pages,generate,check,bench}
 
 Exit status: 0; 1 when `check` finds a difference or cannot compare; 2 with one line on standard error for arguments,
-files or sizes that cannot be used; 125 for a failure of this program; 130 when interrupted. HMR_DEBUG=1 shows
-tracebacks.
+files or sizes that cannot be used; 125 for a failure of this program or a package that is not installed; 130 when
+interrupted. HMR_DEBUG=1 shows tracebacks.
 """
 
 import argparse
@@ -22,6 +22,7 @@ LAYOUTS = ("single", "dp8ep8", "tp8")
 SHORT_DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32", "fp64": "float64", "fp8": "float8"}
 KV_DTYPES = ("float8", "bfloat16", "float16", "float32")
 INTERNAL_ERROR = 125
+MODEL_PACKAGES = ("torch", "numpy", "safetensors")  # the extra "model" in pyproject.toml
 
 
 class Parser(argparse.ArgumentParser):
@@ -164,6 +165,10 @@ def main(argv: list[str] | None = None) -> int:
     except (InputError, OSError, MemoryError) as error:
         return _fail(error, str(error) or type(error).__name__, 2)
     except Exception as error:
+        if isinstance(error, ModuleNotFoundError) and error.name in MODEL_PACKAGES:
+            return _fail(
+                error, f"{error.name} is not installed: pip install {' '.join(MODEL_PACKAGES)}", INTERNAL_ERROR
+            )
         if text := _shortage(error):
             return _fail(error, text, 2)
         at = traceback.extract_tb(error.__traceback__)[-1]

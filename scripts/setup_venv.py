@@ -21,11 +21,11 @@ UNFINISHED = VENV / ".unfinished"
 INPUTS = [ROOT / "pyproject.toml", ROOT / "setup.py", Path(__file__).resolve()]
 
 EXTRAS = {
-    "repro": "[native]",
-    "test": "[native,test]",
-    "test-all": "[native,test]",
-    "bench": "[native,test,bench]",
-    "lint": "[native,dev]",
+    "repro": "[model,native]",
+    "test": "[model,native,test]",
+    "test-all": "[model,native,test]",
+    "bench": "[model,native,test,bench]",
+    "lint": "[model,native,dev]",
 }
 # Packages of which tests load single files of plain torch. They lie apart, where no other import finds them: with fla
 # in sight transformers uses its kernels, which fail without a GPU, and without one mamba-ssm cannot be imported as a

@@ -17,6 +17,9 @@ from repro.hosts.parent import die_with_parent as die_with_parent
 from repro.hosts.parent import read_start_ticks
 from repro.trace.format import Identity
 
+Process = psutil.Process
+"""A process of this host, for rooms that do not import psutil."""
+
 REAP_PATIENCE_S = 5.0
 
 

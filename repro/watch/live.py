@@ -16,13 +16,13 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import msgspec
-import psutil
 
 from hybrid_moe_ref.files import room_for
 from repro.hosts import collect
 from repro.hosts.agent import RemoteHosts
 from repro.hosts.host import READ_FAILURES, Host
 from repro.hosts.options import WatchOptions
+from repro.hosts.processes import Process
 from repro.hosts.system import System
 from repro.store.run_dir import RunDir, write_json
 from repro.store.schema import to_json
@@ -121,7 +121,7 @@ class Watch:
                 verdict = self._failed(error)
             return self._write(verdict)
 
-    def processes(self) -> list[psutil.Process]:
+    def processes(self) -> list[Process]:
         """The processes of the running ranks of this host, even if their witness files have been removed."""
         return [process for process in self._running().values() if process is not None]
 
@@ -268,7 +268,7 @@ class Watch:
     def _last_event_ns(self) -> int:
         return max(self.started_ns, self._tails.last_event_ns())
 
-    def _running(self) -> dict[int, psutil.Process | None]:
+    def _running(self) -> dict[int, Process | None]:
         return self._system.running(self._tails.writers())
 
     def _pids(self) -> dict[int, int]:

@@ -26,6 +26,7 @@ from repro.commands.cli import COMMANDS, main, parser_of
 from repro.commands.verdicts import exit_code
 from repro.exit_codes import CANNOT_TELL, EXPECTED, UNEXPECTED, USAGE
 from repro.hosts.options import WatchOptions
+from repro.lab.rank import worker
 from repro.lab.scenarios import settings_of
 from repro.lab.settings import RunSettings
 from repro.lab.start.launch import prepare_run_dir
@@ -141,6 +142,23 @@ def test_more_ranks_than_fit_into_memory_are_refused_before_one_starts(capsys, t
 def test_a_missing_config_file_is_named(capsys, tmp_path):
     code, told = fails(capsys, "run", "metadata_rebuild", "--config", tmp_path / "none.json")
     assert code == USAGE and "none.json: cannot read the file: No such file or directory" in told
+
+
+@pytest.mark.parametrize("argv", [["run", "idle_skip"], ["run", "all"], ["matrix"], ["minimise", "idle_skip"]])
+def test_without_torch_what_runs_the_lab_names_it_in_one_line(capsys, tmp_path, monkeypatch, argv):
+    monkeypatch.setitem(sys.modules, "torch", None)  # as where it is not installed
+    monkeypatch.chdir(tmp_path)
+    code, line = fails(capsys, *argv)
+    assert code == CANNOT_TELL and "torch not installed, which a run needs: pip install torch numpy safetensors" in line
+    assert not any(tmp_path.iterdir())
+
+
+def test_a_rank_without_torch_names_it_in_one_line(capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "torch", None)
+    for name, number in {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "2"}.items():
+        monkeypatch.setenv(name, number)
+    assert worker.main(["idle_skip"]) == CANNOT_TELL
+    assert capsys.readouterr().err.startswith("repro.worker: torch not installed")
 
 
 @pytest.mark.skipif(Path("/dev/nvidia0").exists(), reason="this machine has a GPU")

@@ -2,6 +2,8 @@
 
 import importlib.util
 import json
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -408,3 +410,11 @@ def test_a_container_that_may_use_less_than_the_machine_has_counts(tmp_path: Pat
     monkeypatch.setattr(memory, "container_limit", lambda: 1e6)
     with pytest.raises(ConfigError, match=r"the model needs .* GB, this container may use 0.0 GB; less of it"):
         memory.check_memory(HybridMoE(CONFIG, device="meta"), 1, "cpu", suggestion="; less of it")
+
+
+@pytest.mark.parametrize("argv", ["params tiny", "bench tiny", "generate tiny --tokens 1"])
+def test_without_torch_a_command_names_it_in_one_line(argv):
+    hidden = "import sys; sys.modules['torch'] = None; from hybrid_moe_ref.__main__ import main; sys.exit(main())"
+    done = subprocess.run([sys.executable, "-c", hidden, *argv.split()], capture_output=True, text=True)
+    line = "hybrid_moe_ref: torch is not installed: pip install torch numpy safetensors\n"
+    assert (done.returncode, done.stderr) == (125, line)

@@ -32,7 +32,7 @@ from repro.lab.rank.environment import RankEnvironment, refuse_bad_variables
 from repro.lab.settings import RunSettings, read_settings
 from repro.lab.start.kernel_cache import CannotFill
 from repro.lab.start.launch import prepare_run_dir
-from repro.lab.start.machine import CannotRunHere
+from repro.lab.start.machine import CannotRunHere, require_model
 from repro.store.description import VARIANTS
 from repro.store.run_dir import OutputError, RunDir, write_atomically, write_json
 from repro.store.text import escape_lines
@@ -179,6 +179,7 @@ def _parse(argv: list[str] | None, num_ranks: int) -> tuple[RunSettings, Path]:
 
 def _check_machine(settings: RunSettings, num_local_ranks: int) -> None:
     """Raise CannotRunHere if this machine lacks what the scenario needs, or a GPU for each rank of this host."""
+    require_model()
     if missing := scenarios.load(settings.scenario).missing(settings):
         raise CannotRunHere(f"{settings.scenario}: {missing}")
     if settings.backend != "nccl":

@@ -17,8 +17,6 @@ import traceback
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
-import psutil
-
 from hybrid_moe_ref.files import open_regular, sync, write_atomically
 from repro.hosts import agent, locks, processes
 from repro.hosts.interrupt import Interrupt
@@ -179,7 +177,7 @@ def _attend(
 ) -> Document:
     started_here = bool(children)
     reference: subprocess.Popen[bytes] | None = None
-    ranks: Callable[[], list[psutil.Process]] = list
+    ranks: Callable[[], list[processes.Process]] = list
 
     def reference_alive() -> bool:
         return reference is not None and reference.poll() is None
@@ -213,7 +211,7 @@ def _attend(
     return document
 
 
-def _living(ranks: Callable[[], list[psutil.Process]], notice: Callable[[str], None]) -> list[psutil.Process]:
+def _living(ranks: Callable[[], list[processes.Process]], notice: Callable[[str], None]) -> list[processes.Process]:
     """The ranks that still run. If they cannot be listed: [] and a notice; this process still ends its own children."""
     try:
         return ranks()
@@ -249,7 +247,7 @@ def persist(run_dir: RunDir, notice: Callable[[str], None], patience_s: float = 
         notice(f"evidence may be lost if this machine is reset now: {failure}")
 
 
-def end(run_dir: RunDir, started: list[Job], ranks: list[psutil.Process]) -> list[str]:
+def end(run_dir: RunDir, started: list[Job], ranks: list[processes.Process]) -> list[str]:
     """Kill the started jobs with their descendants and the running ranks, and remove the files that only they needed.
 
     Returns a sentence for each process that did not end within processes.REAP_PATIENCE_S.

@@ -15,8 +15,9 @@ def require_model() -> None:
     """Raise CannotRunHere if the packages are missing that the reference model needs and the judge does not."""
     missing = [name for name in ("torch", "safetensors") if importlib.util.find_spec(name) is None]
     if missing:
-        names = " and ".join(missing)
-        raise CannotRunHere(f"no {names}: a run needs the reference model; pip install 'hybrid-moe-ref[model]'")
+        raise CannotRunHere(
+            f"{' and '.join(missing)} not installed, which a run needs: pip install torch numpy safetensors"
+        )
 
 
 def require_gpus(num_ranks: int) -> None:
