@@ -18,6 +18,7 @@ from hybrid_moe_ref.files import open_regular
 from repro.ingest.formats import FILES
 from repro.ingest.join import join
 from repro.ingest.logs import log
+from repro.ingest.shares import Share, read_shares
 from repro.trace.observed import Observation
 
 HEAD_BYTES = 65_536
@@ -48,13 +49,23 @@ def read(paths: Sequence[Path]) -> Evidence:
     collecting = gc.isenabled()
     gc.disable()  # no cycles are made, and to look for them takes as long as to read
     try:
-        for path in paths:
-            read_files(_files(path, evidence), evidence)
+        files = [file for path in paths for file in _files_under(path, evidence)]
+        for part in read_shares(files, _read_share):
+            evidence.records += part.records
+            evidence.files += part.files
+            evidence.not_understood += part.not_understood
         evidence.records = join(evidence.records)
     finally:
-        gc.freeze()  # the judgement makes garbage enough for collections, which need not walk millions of calls
+        gc.freeze()  # the judgement makes garbage enough for collections, which need not walk what was read
         if collecting:
             gc.enable()
+    return evidence
+
+
+def _read_share(files: Share) -> Evidence:
+    evidence = Evidence()
+    for path, name in files:
+        read_files(_opened(path, name, evidence), evidence)
     return evidence
 
 
@@ -84,20 +95,22 @@ def _without_place(text: str) -> str:
     return re.sub(r"^.*?:\d+: ", "", text, count=1)
 
 
-def _files(path: Path, evidence: Evidence) -> Iterator[tuple[str, BinaryIO]]:
+def _files_under(path: Path, evidence: Evidence) -> list[tuple[Path, str]]:
+    """The file itself, or the regular files of the folder, each with the name by which it is called."""
     if not path.is_dir():
-        yield from _opened(path, path.name, evidence)
-        return
+        return [(path, path.name)]
     members = sorted(member for member in path.rglob("*") if member.name not in _PASSED_OVER)
     read = [member for member in members if member.is_symlink() or not member.is_dir()]
     if len(read) > MAX_FILES:
         evidence.not_understood.append(f"{path.name}:0: {len(read)} files; the first {MAX_FILES} are read")
+    files = []
     for member in read[:MAX_FILES]:
         name = str(member.relative_to(path))
         if member.is_symlink():
             evidence.not_understood.append(f"{name}:0: a symbolic link, which is not followed: give the file itself")
         else:
-            yield from _opened(member, name, evidence)
+            files.append((member, name))
+    return files
 
 
 def _opened(path: Path, name: str, evidence: Evidence) -> Iterator[tuple[str, BinaryIO]]:
