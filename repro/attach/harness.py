@@ -37,7 +37,7 @@ from repro.attach.block_names import blocks_compared
 from repro.hosts import processes
 from repro.hosts.options import ALL_GROUPS, WatchOptions
 from repro.hosts.parent import start_ticks
-from repro.report.page.page import main_stack
+from repro.report.page.rank_files import main_stack
 from repro.store.run_dir import PARTS, RunDir, read_text
 from repro.store.schema import to_json
 from repro.store.text import escape_lines

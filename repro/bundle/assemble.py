@@ -30,7 +30,7 @@ from repro.bundle.redact.witnesses import redact_witness
 from repro.bundle.redact.words import is_token
 from repro.bundle.scratch import scratch_folder
 from repro.report.gather import Facts, gather, siblings
-from repro.report.page.page import HERE
+from repro.report.page.page import script, style
 from repro.store.description import VARIANTS, read_description
 from repro.store.run_dir import SUFFIX, RunDir, write_json
 from repro.store.text import escape_control_characters
@@ -271,7 +271,7 @@ def _prose(before: Any, again: list[str], recogniser: Recogniser) -> list[str]:
 def _refuse_leaks(folder: Path, private: frozenset[str]) -> None:
     """Raise LeakError where a private name is left, by a plain search that does not use the rules of recognition."""
     patterns = [(name, re.compile(form_of(name).encode(), re.IGNORECASE)) for name in sorted(private)]
-    page = [(HERE / file).read_bytes() for file in ("page.js", "page.css")]
+    page = [style().encode(), script().encode()]
     for path in sorted(folder.rglob("*")):
         if not path.is_file():
             continue

@@ -9,8 +9,8 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from repro.report.gather import Facts, gather, siblings
-from repro.report.page.page import page as render_page
-from repro.report.pictures import drawing
+from repro.report.page.page import render
+from repro.report.pictures.timeline import timeline
 from repro.report.trace import trace
 from repro.store.run_dir import write_atomically
 
@@ -28,10 +28,10 @@ def write(root: Path, beside: Sequence[Path] | None = None, place: str = "") -> 
     facts = gather(root)
     facts.place = place
     others = [gather(path) for path in (siblings(root, facts) if beside is None else beside)]
-    picture = drawing.timeline(facts)
+    picture = timeline(facts)
     write_atomically(root / "timeline.svg", picture)
     write_atomically(root / "trace.json", trace(facts))
-    write_atomically(root / "report.html", render_page(facts, others, picture))
+    write_atomically(root / "report.html", render(facts, others, picture))
     return facts
 
 

@@ -74,12 +74,16 @@ class Facts:
         return self.verdict.verdict not in ("clean", "corrupt", "")
 
     def span_ns(self) -> tuple[int, int]:
-        """From the first event to the verdict, on the shared clock; (0, 1) of a run that recorded nothing."""
+        """The first event, and the verdict or the last event of a run that finished, in ns of the shared clock.
+
+        (0, 1) of a run that recorded nothing.
+        """
         starts = [lane.starts[0] for lane in self.lanes.values() if len(lane)]
         if not starts:
             return 0, 1
         last_ns = max(lane.last_ns for lane in self.lanes.values())
-        return min(starts), max(last_ns + int(self.verdict.quiet_s * 1e9), min(starts) + 1)
+        quiet_ns = int(self.verdict.quiet_s * 1e9) if self.stuck else 0
+        return min(starts), max(last_ns + quiet_ns, min(starts) + 1)
 
 
 def gather(root: Path, with_lanes: bool = True) -> Facts:

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import html
-import json
 import re
 from pathlib import Path
-from typing import Any
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -14,7 +11,6 @@ ROOT = Path(__file__).resolve().parents[2]
 _HIDDEN = re.compile(
     r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u200b-\u200f\u061c\u2028-\u202e\u2060-\u2069\ufeff\ufffe\uffff\ud800-\udfff\U000e0000-\U000e007f]"
 )
-_JSON_ESCAPES = {ord(c): f"\\u{ord(c):04x}" for c in "<>&\u2028\u2029"}
 
 
 def escape_control_characters(text: object, limit: int = 400) -> str:
@@ -38,16 +34,6 @@ def _picture(match: re.Match[str]) -> str:
     if code < 0x20:
         return chr(0x2400 + code)
     return "\u2421" if code == 0x7F else f"<U+{code:04X}>"
-
-
-def escape(text: object, limit: int = 400) -> str:
-    """Escape a text for HTML or XML, attributes included, with control characters replaced."""
-    return html.escape(escape_control_characters(text, limit))
-
-
-def embed(value: Any) -> str:
-    """Format JSON so that it cannot end the script element that contains it."""
-    return json.dumps(value, separators=(",", ":")).translate(_JSON_ESCAPES)
 
 
 def short_site(site: str) -> str:

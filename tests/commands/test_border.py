@@ -111,7 +111,7 @@ def test_a_failure_of_the_report_loses_no_verdict(capsys, tmp_path, monkeypatch)
     root, _ = write_hang(tmp_path, 2)
     decided = read_document(root / "verdict.json")
     monkeypatch.setattr("repro.lab.start.launch.run", lambda *args: (RunDir(root), decided))
-    monkeypatch.setattr("repro.report.render_page", lambda *args: [][1])
+    monkeypatch.setattr("repro.report.render", lambda *args: [][1])
     assert main(["run", "metadata_rebuild", "--out", str(tmp_path), "--json"]) == EXPECTED
     out, err = capsys.readouterr()
     assert json.loads(out)[0]["verdict"] == "deadlock" and "no report: internal error at " in err

@@ -11,6 +11,7 @@ from html.parser import HTMLParser
 from pathlib import Path
 from xml.etree import ElementTree
 
+import msgspec
 import pytest
 from reported import AGREE, write_hang, write_run
 from scene import Scene
@@ -18,12 +19,18 @@ from scene import Scene
 from repro import report
 from repro.commands.cli import main
 from repro.exit_codes import EXPECTED, USAGE
+from repro.ingest.read import Evidence
+from repro.report.diagnosis.page import page as diagnosis_page
 from repro.report.gather import gather, headline
 from repro.report.lanes import Labels, SharedClock, read_lane
-from repro.report.page.page import main_stack
+from repro.report.page.rank_files import main_stack
 from repro.report.page.sides import side_by_side
+from repro.report.pictures.waits import draw_waits
 from repro.store.run_dir import RunDir, write_json
 from repro.store.text import escape_control_characters, shorten_rank_lists
+from repro.verdict.partial.diagnosis import Diagnosis
+from repro.verdict.partial.scene import Scene as PartialScene
+from repro.verdict.result import Wait
 
 ROOT = Path(__file__).resolve().parents[2]
 CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
@@ -225,6 +232,30 @@ def test_a_slow_run_that_ended_well_lacks_no_dumps_and_has_no_call_that_never_re
     ended, ended_by_deadline = gather(write_slow(tmp_path, 4)), gather(write_slow(tmp_path, 3))
     assert not ended.stuck and not any(text.startswith(("fr:", "stacks:")) for text in ended.missing), ended.missing
     assert ended_by_deadline.stuck and "fr: no file of ranks 0-3" in ended_by_deadline.missing
+
+
+def test_the_time_of_a_run_that_finished_ends_with_its_last_event(tmp_path):
+    finished = gather(write_slow(tmp_path, 4))
+    assert finished.verdict.quiet_s > 0, "else this shows nothing"
+    assert finished.span_ns()[1] == max(lane.last_ns for lane in finished.lanes.values())
+
+
+def test_a_box_shows_the_end_of_a_long_lock_name(tmp_path):
+    facts = gather(write_hang(tmp_path)[0])
+    lock = "lock /var/tmp/somebody/cache/kernels/gdn_prefill-773b/lock"
+    wait = Wait(ranks=(0, 1), waits_in=lock, awaited=(3,))
+    facts.verdict = msgspec.structs.replace(facts.verdict, waits=(wait,))
+    assert "lock …" in draw_waits(facts) and "/gdn_prefill-773b/lock<" in draw_waits(facts)
+
+
+def test_the_page_of_a_diagnosis_shows_hostile_strings_and_they_do_nothing():
+    names = ("summary", "evidence", "refutes", "notes", "collect")
+    diagnosis = Diagnosis("deadlock", "extra", (0,), **{name: (f"{name} {HOSTILE}",) for name in names})
+    text = diagnosis_page(diagnosis, Evidence([], files=[HOSTILE], not_understood=[HOSTILE]), PartialScene())
+    page = Page(text)
+    assert "\x1b" not in text and "\u2066" not in text, "no control character"
+    assert not [tag for tag, _ in page.elements if tag in ("img", "script")]
+    assert page.text.count("<img src=x onerror=alert(1)>␛[31m") == len(names) + 2
 
 
 def test_a_torn_witness_still_gives_its_lane(tmp_path):

@@ -18,7 +18,7 @@ MAX_DEPTH = 120
 
 @dataclass(slots=True)
 class Node:
-    """A frame that some processes share with everything further out. `names` are the processes, `ends` those that end here."""
+    """A frame that `names` share, with all frames outside it. `ends`: the processes whose innermost frame this is."""
 
     frame: str
     names: list[str] = field(default_factory=list)

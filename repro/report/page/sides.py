@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from difflib import SequenceMatcher
 
@@ -19,51 +19,83 @@ _BEFORE, _AFTER = 4, 5
 
 @dataclass(frozen=True)
 class Row:
-    """One place of the schedule: the declared entry, and per side what was issued there; "" where nothing was."""
+    """One place of the schedule: the declared entry, and what each side issued there; "" stands for nothing."""
 
     planned: str
     issued: tuple[str, ...]
     diverges: tuple[bool, ...]
 
+    @property
+    def cells(self) -> list[tuple[str, bool]]:
+        """(issued, diverges) of each side."""
+        return list(zip(self.issued, self.diverges, strict=True))
+
 
 @dataclass(frozen=True)
 class SideBySide:
-    """heads: a heading per side; step: the step they were in; cut: how many rows before are left out."""
+    """The part of the schedule around the divergence.
+
+    heads    a heading for each side
+    step     the step in which the sides are
+    planned  what the schedule has at the first divergent entry; "" where nothing is left of it
+    cut      the number of rows before these, which are left out
+    """
 
     heads: tuple[str, ...]
     step: int
+    planned: str
     rows: tuple[Row, ...]
     cut: int
+
+    @property
+    def declared(self) -> bool:
+        """Whether the ranks declared a schedule."""
+        return any(row.planned for row in self.rows)
+
+    @property
+    def divergent_row(self) -> int | None:
+        return next((k for k, row in enumerate(self.rows) if any(row.diverges)), None)
 
 
 def side_by_side(facts: Facts) -> SideBySide | None:
     """None when the verdict names no divergence or its steps cannot be read."""
     sides = [side for side in facts.verdict.sides if side.ranks][:MAX_SIDES]
-    if not sides:
-        return None
-    steps = [_step(facts, side.ranks[0], side.step) for side in sides]
+    steps = [_read_step(facts, side.ranks[0], side.step) for side in sides]
     known = [step for step in steps if step is not None]
     if not known:
         return None
     plan = max((step.plan for step in known), key=len)
-    columns = [_along(plan, [call.entry for call in step.issued] if step else []) for step in steps]
-    rows: list[Row] = []
+    rows = list(_rows(plan, [[call.entry for call in step.issued] if step else [] for step in steps]))
+    divergent = _divergent(rows)
+    begin = max(0, divergent - _BEFORE)
+    return SideBySide(
+        heads=tuple(shorten_rank_lists(f"{name_ranks(side.ranks)} issued") for side in sides),
+        step=known[0].number,
+        planned=next((side.planned for side in facts.verdict.sides if side.planned), ""),
+        rows=tuple(rows[begin : divergent + _AFTER + 1]),
+        cut=begin,
+    )
+
+
+def _rows(plan: Sequence[Entry], issued: Sequence[Sequence[Entry]]) -> Iterator[Row]:
+    aligned = [_align(plan, entries) for entries in issued]
     for index in range(len(plan) + 1):
-        extras = [column[0].get(index, []) for column in columns]
+        extras = [extra.get(index, []) for extra, _ in aligned]
         for k in range(max(map(len, extras))):
             cells = tuple(name_entry(extra[k]) if k < len(extra) else "" for extra in extras)
-            rows.append(Row("", cells, tuple(bool(cell and plan) for cell in cells)))
+            yield Row("", cells, tuple(bool(cell and plan) for cell in cells))
         if index < len(plan):
-            issued = tuple(name_entry(plan[index]) if index in column[1] else "" for column in columns)
-            # Left out, not merely not reached: something later of the plan was issued.
-            skipped = tuple(index not in column[1] and any(i > index for i in column[1]) for column in columns)
-            rows.append(Row(name_entry(plan[index]), issued, skipped))
-    first = next((i for i, row in enumerate(rows) if any(row.diverges)), None)
-    if first is None:
-        first = next((i for i, row in enumerate(rows) if len({bool(cell) for cell in row.issued}) > 1), 0)
-    begin = max(0, first - _BEFORE)
-    heads = tuple(shorten_rank_lists(f"{name_ranks(side.ranks)} issued") for side in sides)
-    return SideBySide(heads, known[0].number, tuple(rows[begin : first + _AFTER + 1]), begin)
+            name = name_entry(plan[index])
+            # An entry is left out, and not merely not reached, when something later of the plan was issued.
+            left_out = tuple(index not in matched and any(i > index for i in matched) for _, matched in aligned)
+            yield Row(name, tuple(name if index in matched else "" for _, matched in aligned), left_out)
+
+
+def _divergent(rows: Sequence[Row]) -> int:
+    """The index of the first row that diverges, or else of the first that some sides issued and others did not."""
+    diverging = (k for k, row in enumerate(rows) if any(row.diverges))
+    uneven = (k for k, row in enumerate(rows) if len({bool(cell) for cell in row.issued}) > 1)
+    return next(diverging, next(uneven, 0))
 
 
 def name_entry(entry: Entry) -> str:
@@ -71,7 +103,8 @@ def name_entry(entry: Entry) -> str:
     return f"{group} {op}" + (f" · {layer}" if layer else "")
 
 
-def _step(facts: Facts, rank: int, number: int) -> Step | None:
+def _read_step(facts: Facts, rank: int, number: int) -> Step | None:
+    """The step of this number, or the rank's last one; None where its witness cannot be read."""
     try:
         witness = read(facts.run_dir.witness(rank))
     except (OSError, WitnessError):
@@ -80,13 +113,13 @@ def _step(facts: Facts, rank: int, number: int) -> Step | None:
     return next((step for step in steps if step.number == number), steps[-1] if steps else None)
 
 
-def _along(plan: Sequence[Entry], issued: Sequence[Entry]) -> tuple[dict[int, list[Entry]], set[int]]:
-    """What was issued laid along the plan: extras by the place they come before, and the places that were issued."""
+def _align(plan: Sequence[Entry], issued: Sequence[Entry]) -> tuple[dict[int, list[Entry]], set[int]]:
+    """What was issued beside the plan: extra entries by the index that they come before, and the indices that match."""
     extras: dict[int, list[Entry]] = {}
-    met: set[int] = set()
+    matched: set[int] = set()
     for tag, i1, i2, k1, k2 in SequenceMatcher(None, plan, issued, autojunk=False).get_opcodes():
         if tag == "equal":
-            met.update(range(i1, i2))
+            matched.update(range(i1, i2))
         elif k2 > k1:
             extras.setdefault(i1, []).extend(issued[k1:k2])
-    return extras, met
+    return extras, matched

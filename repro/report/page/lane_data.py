@@ -1,0 +1,85 @@
+"""What the page's script draws: names and the wait-for graph as JSON, and each rank's lane as columns of numbers.
+
+A lane is an element of its own, so that the script unpacks it when it first comes into sight.
+"""
+
+from __future__ import annotations
+
+import base64
+import zlib
+from array import array
+from collections.abc import Iterator
+from typing import Any
+
+from repro.report.gather import Facts
+from repro.report.lanes import OPEN, Label, Lane
+from repro.report.pictures.chart import group_names
+from repro.report.pictures.timeline import interesting_ns
+from repro.store.text import escape_control_characters as visible
+from repro.verdict.result import Position
+
+_NEVER = 0xFFFFFFFF
+"""The length of a span that never ended; script/state.js has the same number."""
+
+
+def script_data(facts: Facts) -> dict[str, Any]:
+    """For JSON. Times count in units of ``unit`` ns since the first event."""
+    start_ns, end_ns = facts.span_ns()
+    unit_ns = _unit_ns(facts)
+    verdict = facts.verdict
+    return {
+        "unit": unit_ns,
+        "end": (end_ns - start_ns) // unit_ns,
+        "window": [(t_ns - start_ns) // unit_ns for t_ns in interesting_ns(facts)],
+        "stuck": facts.stuck,
+        "groups": [visible(name, 60) for name in group_names(facts)],
+        "labels": [_label(label) for label in facts.labels.table],
+        "ranks": list(facts.lanes),
+        "places": {position.rank: visible(_place(position), 160) for position in verdict.ranks},
+        "culprits": verdict.culprits,
+        "marks": [[rank, visible(side.group, 60), side.seq] for side in verdict.sides for rank in side.ranks],
+        "waits": [[wait.ranks, visible(wait.waits_in, 120), wait.awaited] for wait in verdict.waits],
+    }
+
+
+def pack_lanes(facts: Facts) -> Iterator[tuple[int, str]]:
+    """(rank, base64 of deflated columns): five columns of 32-bit numbers, one number of each for a span.
+
+    The columns: start (as differences), length, label, sequence number, step + 1.
+    """
+    start_ns, unit_ns = facts.span_ns()[0], _unit_ns(facts)
+    for lane in facts.lanes.values():
+        packed = zlib.compress(_columns(lane, start_ns, unit_ns).tobytes(), 6)
+        yield lane.rank, base64.b64encode(packed).decode()
+
+
+def _columns(lane: Lane, start_ns: int, unit_ns: int) -> array[int]:
+    starts = [(t_ns - start_ns) // unit_ns for t_ns in lane.starts]
+    differences = (after - before for before, after in zip([0, *starts], starts, strict=False))
+    lengths = (
+        _NEVER if end_ns == OPEN else min((end_ns - begin_ns) // unit_ns, _NEVER - 1)
+        for begin_ns, end_ns in zip(lane.starts, lane.ends, strict=True)
+    )
+    seqs = (seq & _NEVER for seq in lane.seqs)
+    steps = (step + 1 & _NEVER for step in lane.steps)
+    packed = array("I")
+    for column in (differences, lengths, lane.labels, seqs, steps):
+        packed.extend(max(0, number) for number in column)
+    return packed
+
+
+def _unit_ns(facts: Facts) -> int:
+    """The length of a unit of time: a microsecond, or longer where the run would not fit into 32 bits."""
+    start_ns, end_ns = facts.span_ns()
+    return max(1000, -(-(end_ns - start_ns) // (_NEVER - 1)))
+
+
+def _label(label: Label) -> list[str]:
+    texts = (label.name, label.group, label.layer, label.note, label.site)
+    return [label.kind, *(visible(text, 200) for text in texts)]
+
+
+def _place(position: Position) -> str:
+    if position.op:
+        return f"{position.state} in {position.group} {position.op} #{position.seq}"
+    return f"{position.state} {position.detail}".strip()

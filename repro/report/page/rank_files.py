@@ -1,0 +1,74 @@
+"""Texts that each rank left (stacks, logs, its environment): ranks with equal texts share one entry."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from repro.report.gather import Facts
+from repro.store.run_dir import read_text
+from repro.store.text import short_site
+
+_MOST_BYTES = 20_000
+
+
+@dataclass(frozen=True)
+class RankText:
+    """A text that these ranks have in common."""
+
+    ranks: tuple[int, ...]
+    text: str
+
+    @property
+    def num_lines(self) -> int:
+        return len(self.text.splitlines())
+
+    @property
+    def innermost(self) -> str:
+        """The first frame of a stack."""
+        lines = (line.strip() for line in self.text.splitlines())
+        return next((line for line in lines if line.startswith("File")), "")
+
+
+def stacks(facts: Facts) -> list[RankText]:
+    """The main thread's Python stack of each rank."""
+    return _merge(facts, lambda rank: main_stack(read_text(facts.run_dir.stack(rank))))
+
+
+def logs(facts: Facts) -> list[RankText]:
+    return _merge(facts, lambda rank: _read(facts.run_dir.log(rank)))
+
+
+def launcher_log(facts: Facts) -> str:
+    return _read(facts.run_dir.launcher_log)
+
+
+def environments(facts: Facts) -> list[RankText]:
+    """What each rank loaded: versions and paths."""
+    return _merge(facts, lambda rank: read_text(facts.run_dir.environment(rank)))
+
+
+def config(facts: Facts) -> str:
+    return _read(facts.run_dir.config)
+
+
+def main_stack(text: str) -> str:
+    """The main thread of a faulthandler dump, which writes it last; paths are shortened."""
+    thread = re.split(r"^(?:Current thread|Thread) 0x", text, flags=re.MULTILINE)[-1]
+    frames = [line for line in thread.splitlines() if line.startswith("  ")]
+    return "\n".join(re.sub(r'"([^"]*)"', lambda path: f'"{short_site(path.group(1))}"', line) for line in frames)
+
+
+def _read(path: Path) -> str:
+    return read_text(path, _MOST_BYTES)
+
+
+def _merge(facts: Facts, text_of: Callable[[int], str]) -> list[RankText]:
+    ranks_of: dict[str, list[int]] = {}
+    for rank in range(facts.num_ranks):
+        text = text_of(rank)
+        if text.strip():
+            ranks_of.setdefault(text, []).append(rank)
+    return [RankText(tuple(ranks), text) for text, ranks in ranks_of.items()]

@@ -1,0 +1,124 @@
+"""timeline.svg and the small strips on the page: lanes of ranks over time, in a light and a dark scheme.
+
+A group has the same colour in every picture of a run. A call that never returns is hatched, so that it shows in print.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+
+from repro.report.gather import Facts
+from repro.report.pictures.chart import Chart, Frame, group_names
+from repro.report.pictures.svg import NUM_GROUP_COLOURS, NUM_PLACE_COLOURS, Svg
+from repro.store.text import shorten_rank_lists
+from repro.verdict.result import Wait
+
+MAX_ROWS = 48
+MAX_WAITS = 6
+_RAIL_PX = 46
+
+
+def timeline(facts: Facts, width: int = 1200) -> str:
+    """timeline.svg: the lanes around the stall, the first divergent entry, and which ranks wait for which."""
+    ranks = choose_ranks(facts, MAX_ROWS)
+    waits = [wait for wait in facts.verdict.waits if wait.ranks][:MAX_WAITS]
+    row_px = 24 if len(ranks) <= 16 else 14
+    gutter = 30 + _RAIL_PX * len(waits) if waits else 16
+    frame = Frame(left=92, right=width - gutter, top=64, row_px=row_px)
+    svg = Svg("timeline", _title(facts))
+    chart = Chart(svg, facts, interesting_ns(facts), frame, ranks)
+    svg.text("bold title", 14, 24, _title(facts), most_characters=140)
+    chart.draw_axis()
+    chart.draw_lanes()
+    chart.draw_divergence()
+    _draw_rails(svg, waits, ranks, frame)
+    _draw_legend(svg, facts, 14, chart.bottom + 36)
+    for k, wait in enumerate(waits):
+        y = chart.bottom + 56 + 17 * k
+        svg.circle(f"n{k % NUM_PLACE_COLOURS}", 20, y - 4, 5)
+        svg.text("", 32, y, shorten_rank_lists(wait.words()))
+    notes = [f"{len(ranks)} of {len(facts.lanes)} ranks"] if len(ranks) < len(facts.lanes) else []
+    notes += ["spans narrower than a pixel are merged"] if chart.merged else []
+    svg.text("dim small", width - 14, 24, "; ".join(notes), anchor="end")
+    return svg.markup(width, chart.bottom + 52 + 17 * len(waits))
+
+
+def strip(facts: Facts, width: int = 560) -> str:
+    """A small picture of the part of the run to look at first, for several runs side by side."""
+    ranks = choose_ranks(facts, 16)
+    row_px = 9 if len(ranks) <= 8 else 6
+    svg = Svg(f"strip-{re.sub('[^a-z]', '', facts.verdict.variant)}", f"lanes of {_title(facts)}")
+    frame = Frame(left=4, right=width - 4, top=4, row_px=row_px, labels=False)
+    Chart(svg, facts, interesting_ns(facts), frame, ranks).draw_lanes()
+    return svg.markup(width, 8 + row_px * max(1, len(ranks)))
+
+
+def interesting_ns(facts: Facts) -> tuple[int, int]:
+    """The part of the run to look at first: the stall, and before it about as much of what led there."""
+    start_ns, end_ns = facts.span_ns()
+    if not facts.stuck:
+        spans = (span for lane in facts.lanes.values() for span in lane.spans())
+        steps = (span.start_ns for span in spans if facts.labels.table[span.label].kind == "step")
+        return min(steps, default=start_ns), end_ns
+    quiet_ns = max(int(facts.verdict.quiet_s * 1e9), (end_ns - start_ns) // 200, 1)
+    return max(start_ns, end_ns - int(2.4 * quiet_ns)), end_ns
+
+
+def choose_ranks(facts: Facts, most: int) -> list[int]:
+    """At most so many ranks, with some from every place at which ranks stand; the smallest places come first."""
+    if len(facts.lanes) <= most:
+        return list(facts.lanes)
+    places: dict[object, list[int]] = {}
+    place_of = {p.rank: (p.state, p.group, p.seq) for p in facts.verdict.ranks}
+    for rank in facts.lanes:
+        places.setdefault(place_of.get(rank), []).append(rank)
+    chosen: list[int] = []
+    for left, ranks in zip(range(len(places), 0, -1), sorted(places.values(), key=len), strict=True):
+        chosen += ranks[: max(1, (most - len(chosen)) // left)]
+    return sorted(chosen[:most])
+
+
+def _title(facts: Facts) -> str:
+    verdict = facts.verdict
+    cause = f" ({verdict.cause})" if verdict.cause else ""
+    outcome = f"{verdict.verdict}{cause}" if verdict.verdict else "no verdict"
+    return f"{verdict.scenario} {verdict.variant}: {outcome}, {facts.num_ranks} ranks, {verdict.backend}"
+
+
+def _draw_rails(svg: Svg, waits: Sequence[Wait], ranks: Sequence[int], frame: Frame) -> None:
+    """A rail for each place with a dot on each rank that stands there, and arrows from rail to rail."""
+    middles: dict[int, tuple[float, float]] = {}
+    for k, wait in enumerate(waits):
+        rows = [ranks.index(rank) for rank in wait.ranks if rank in ranks]
+        if not rows:
+            continue
+        x, css = frame.right + 24 + _RAIL_PX * k, f"n{k % NUM_PLACE_COLOURS}"
+        ys = [frame.top + frame.row_px * (row + 0.42) for row in rows]
+        middles[k] = x, sum(ys) / len(ys)
+        svg.line(css, x, min(ys), x, max(ys), width=2)
+        for y in ys:
+            svg.circle(css, x, y, 4)
+    for k, (x1, y1) in middles.items():
+        for j, (x2, y2) in middles.items():
+            if j != k and set(waits[k].awaited) & set(waits[j].ranks):
+                shift, head = (-11, -5) if k < j else (11, 5)
+                svg.arrow(k % NUM_PLACE_COLOURS, f"M{x1:.1f},{y1 + shift:.1f} L{x2 + head:.1f},{y2 + shift:.1f}")
+
+
+def _draw_legend(svg: Svg, facts: Facts, x: float, y: float) -> None:
+    entries = [(f"g{k % NUM_GROUP_COLOURS}", f"group {name}") for k, name in enumerate(group_names(facts)[:8])]
+    kinds = {label.kind for label in facts.labels.table}
+    entries += [("lock", "lock")] * bool(kinds & {"lock", "held"}) + [("build", "build")] * ("build" in kinds)
+    entries += [("phase", "life-cycle phase")]
+    for css, name in entries:
+        svg.rect(css, x, y - 10, 12, 11, rounded=2)
+        svg.text("small", x + 17, y, name, most_characters=30)
+        x += 34 + 6.2 * min(len(name), 30)
+    if facts.stuck:
+        svg.hatched(x, y - 10, 12, 11)
+        svg.text("small", x + 17, y, "never returns")
+        x += 105
+    if facts.verdict.culprits:
+        svg.circle("culprit", x, y - 4, 3.5)
+        svg.text("small", x + 8, y, "culprit")
