@@ -1,16 +1,17 @@
-"""The C++ kernels on this CPU, op by op, beside the torch reference and what others run, in one process.
+"""Time the C++ kernels on this CPU, op by op, beside the torch reference and peers, in one process.
 
     python benchmarks/bench_kernels.py [--only OP] [--budget 0.05] [--strict] [--json FILE]
 
-A row is an op at one size and dtype. It is timed only if the native result is right on the inputs that are timed:
-float32 within 5e-6 of float64, bfloat16 no farther from it than 1.2 times the torch reference in bfloat16. (Those of
-`moe` are checked on fewer experts, and where rounding changes no choice.) The implementations take turns, and the best
-call of each counts. `floor` are the bytes that a call must touch over the bandwidth of a copy. Sizes are those of a
-layer of the race configuration, and, as "wide", of one with heads of 128.
+A row is an op at one size and dtype. It is timed only if the native result is right on the same inputs: float32 within
+5e-6 of float64, and bfloat16 at most 1.2 times as far from float64 as the torch reference in bfloat16. (The rows of
+`moe` are checked on fewer experts, and on inputs whose choice of experts rounding does not change.) The implementations
+take turns, and the fastest call of each counts. `floor` is the time that a copy of the bytes which a call must touch
+takes. Sizes are those of a layer of the preset `race`; "wide" rows have heads of 128.
 
-`--strict`: exit status 1 where the registry would pick native and torch or the peer is faster; 1 anyway where a result
-is wrong. What is not covered: small inputs stay in the caches between calls, for all that are compared; that is faster
-than the floor, which is of memory.
+Exit status 1 if a result is wrong; with `--strict` also if torch or the peer is faster than native.
+
+Not covered: small inputs stay in the caches between calls of all implementations, so a row can be faster than its
+floor, which is the bandwidth of memory.
 """
 
 from __future__ import annotations
@@ -41,7 +42,14 @@ ROUNDS = 4  # in which the implementations alternate, so that a busy machine slo
 
 @dataclass
 class Row:
-    """`size` is what grows along a series; `work` the multiplications and additions of a call."""
+    """One op at one size.
+
+    series    the model whose sizes the row has: "race" or "wide"
+    size      the size that grows along a series: tokens, sequences or rows
+    work      multiplications and additions of a call
+    gate      the case on which the op must be right before it is timed; None: the row's own
+    held      indices of arguments that are stacked experts, of which a call reads only the chosen ones
+    """
 
     op: str
     series: str
@@ -49,15 +57,18 @@ class Row:
     case: cases.Case
     work: float
     gate: cases.Case | None = None
-    held: tuple[int, ...] = ()  # places of weights of which a call touches only the experts that it hits
-    found: dict[str, Any] = field(default_factory=dict)
+    held: tuple[int, ...] = ()
+    result: dict[str, Any] = field(default_factory=dict)
 
 
 def rows(only: str = "") -> Iterator[Row]:
-    """Race: GDN of 4 key and 8 value heads of 64, hidden 256, 512 experts of 64, 10 picks. Wide: heads of 128."""
+    """Make the rows of the ops whose name begins with `only`.
+
+    race: 4 key heads and 8 value heads of 64, hidden 256, 512 experts of 64, 10 per token. wide: heads of 128.
+    """
     for packages, make in (
         (("gated_delta_rule", "ssd", "causal_conv"), recurrent_rows),
-        (("moe",), expert_rows),  # not made for nothing: 200 MB of weights in float64
+        (("moe",), expert_rows),  # made only when needed: 200 MB of weights in float64
         (("norm", "rope", "linear"), small_rows),
     ):
         if any(package.startswith(only.partition(".")[0]) for package in packages):
@@ -114,7 +125,7 @@ def function(op: str, backend: str) -> Callable[..., Any]:
 
 
 def wrong(case: cases.Case, dtype: torch.dtype) -> str:
-    """What is wrong with the native result, "" for nothing."""
+    """Compare the native result with float64; return what is wrong, or ""."""
     try:
         cases.check(case.rounded(dtype), cases.module_of(case, "native"), dtype, gap=0)
     except AssertionError as error:
@@ -123,19 +134,19 @@ def wrong(case: cases.Case, dtype: torch.dtype) -> str:
 
 
 def inputs_of(row: Row, dtype: torch.dtype) -> list[list[Any]]:
-    """Argument lists of calls that take turns: of experts, each hits others."""
+    """Make the argument lists of calls that take turns. For `moe` each list chooses other experts."""
     first = row.case.inputs(dtype, "cpu", gap=0)
     if row.op == "moe.experts":
         E = first[3].shape[0]
         return [[*first[:2], (first[2].clamp(0, E - 1) + 61 * turn) % E, *first[3:]] for turn in range(8)]
     if row.op == "moe.mixture":
-        router = torch.randn_like(first[1])  # the case's own knows two choices
+        router = torch.randn_like(first[1])  # the router of the case makes only two choices
         return [[torch.randn_like(first[0]), router, *first[2:]] for turn in range(8)]
     return [first]
 
 
 def touched(row: Row, args: list[Any]) -> float:
-    """Bytes that a call must read or write: of states only those of its sequences, of experts those that it hits."""
+    """Count the bytes that a call must read or write. Only states of its sequences and chosen experts count."""
     total = 0.0
     flat = itertools.chain.from_iterable(
         [(place, x)] if not isinstance(x, list) else [(place, each) for each in x] for place, x in enumerate(args)
@@ -157,7 +168,7 @@ def touched(row: Row, args: list[Any]) -> float:
 def race(
     runners: dict[str, Callable[..., Any]], row: Row, inputs: list[list[Any]], dtype: torch.dtype, budget_s: float
 ) -> dict[str, float]:
-    """Best microseconds of a call of each, on states of their own."""
+    """Return the microseconds of the fastest call of each runner. Each runner has its own states."""
     turns = {name: itertools.cycle(inputs_of(row, dtype) if row.case.states else inputs) for name in runners}
     best: dict[str, float] = {}
     for name, run in runners.items():
@@ -178,9 +189,9 @@ def race(
 
 
 def measure(row: Row, dtype: torch.dtype, peers: dict[str, Any], bandwidth: float, budget_s: float) -> None:
-    """Fill in what was found."""
-    row.found["wrong"] = wrong(row.gate or row.case, dtype)
-    if row.found["wrong"]:
+    """Check the row's op, then time it and its peers, and put the figures into `row.result`."""
+    row.result["wrong"] = wrong(row.gate or row.case, dtype)
+    if row.result["wrong"]:
         return
     runners = {"native": function(row.op, "native"), "torch": function(row.op, "reference")}
     for key, (name, peer) in peers.items():
@@ -188,36 +199,38 @@ def measure(row: Row, dtype: torch.dtype, peers: dict[str, Any], bandwidth: floa
             runners[name] = peer
     theirs = [name for name in runners if name not in ("native", "torch")]
     inputs = inputs_of(row, dtype)
-    row.found["bytes"] = touched(row, inputs[0])
-    row.found["floor_us"] = row.found["bytes"] / bandwidth * 1e6
-    row.found["work"] = row.work
-    if theirs:  # the same maths? in bfloat16, as far apart as rounding takes them
+    row.result["bytes"] = touched(row, inputs[0])
+    row.result["floor_us"] = row.result["bytes"] / bandwidth * 1e6
+    row.result["work"] = row.work
+    if theirs:  # how far apart their results are, which shows whether they compute the same
         states = [inputs_of(row, dtype)[0] if row.case.states else inputs[0] for _ in range(2)]
         mine, yours = (
             runners[name](*args, **row.case.options) for name, args in zip(("torch", theirs[0]), states, strict=True)
         )
-        row.found["peer_apart"] = cases.error(yours, mine.double())
+        row.result["peer_apart"] = cases.error(yours, mine.double())
     times = race(runners, row, inputs, dtype, budget_s)
-    row.found |= {"native_us": times["native"], "torch_us": times["torch"]}
-    row.found["torch_ratio"] = times["torch"] / times["native"]
+    row.result |= {"native_us": times["native"], "torch_us": times["torch"]}
+    row.result["torch_ratio"] = times["torch"] / times["native"]
     if theirs:
-        row.found["peer"] = min(theirs, key=times.__getitem__)
-        row.found["peer_us"] = times[row.found["peer"]]
-        row.found["ratio"] = row.found["peer_us"] / times["native"]
+        row.result["peer"] = min(theirs, key=times.__getitem__)
+        row.result["peer_us"] = times[row.result["peer"]]
+        row.result["ratio"] = row.result["peer_us"] / times["native"]
 
 
 def line(row: Row, dtype: str) -> str:
-    name, found = f"{row.op:25}{row.series:5}{row.size:6} {dtype:5}", row.found
-    if found["wrong"]:
-        return f"{name} WRONG: {found['wrong']}"
-    peer = f"{found['peer']:24}{found['peer_us']:10.1f} {found['ratio']:6.2f}x" if "peer" in found else ""
-    return f"{name}{found['native_us']:10.1f}{found['torch_us']:10.1f} {found['torch_ratio']:6.2f}x  {peer}"
+    name, result = f"{row.op:25}{row.series:5}{row.size:6} {dtype:5}", row.result
+    if result["wrong"]:
+        return f"{name} WRONG: {result['wrong']}"
+    peer = f"{result['peer']:24}{result['peer_us']:10.1f} {result['ratio']:6.2f}x" if "peer" in result else ""
+    return f"{name}{result['native_us']:10.1f}{result['torch_us']:10.1f} {result['torch_ratio']:6.2f}x  {peer}"
 
 
 def losses(all_rows: list[dict[str, Any]]) -> list[str]:
-    """An op and dtype whose native function, over its sizes together, does not beat torch or the peer; and the sizes
-    at which one that does loses by more than noise."""
-    told = [
+    """List where native is slower than torch or the peer.
+
+    A row that is slower by more than noise is listed. An op that is slower on average over its sizes is MISSED.
+    """
+    lines = [
         f"{row['op']} {row['dtype']} at {row['series']} {row['size']}: {row[against]:.2f} x {name}"
         for row in all_rows
         for against, name in (("torch_ratio", "torch"), ("ratio", "the peer"))
@@ -229,17 +242,17 @@ def losses(all_rows: list[dict[str, Any]]) -> list[str]:
             mean = math.exp(sum(map(math.log, ratios)) / len(ratios)) if ratios else math.inf
             if mean < 1:
                 peer = "torch" if against == "torch_ratio" else "the peer"
-                told.append(f"{op} {dtype}: {mean:.2f} x {peer} MISSED")
-    return told
+                lines.append(f"{op} {dtype}: {mean:.2f} x {peer} MISSED")
+    return lines
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", default="", metavar="OP", help="ops whose name begins so")
+    parser.add_argument("--only", default="", metavar="OP", help="only ops whose name begins with OP")
     parser.add_argument("--dtype", nargs="+", choices=DTYPES, default=list(DTYPES))
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--budget", type=float, default=0.05, help="seconds for each implementation of a row")
-    parser.add_argument("--strict", action="store_true", help="exit status 1 where native is picked and loses")
+    parser.add_argument("--strict", action="store_true", help="exit status 1 if torch or the peer is faster")
     parser.add_argument("--json", type=Path, metavar="FILE")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
@@ -269,20 +282,20 @@ def main() -> int:
     with torch.inference_mode():
         for row in rows(args.only):
             for dtype in args.dtype:
-                row.found = {}
+                row.result = {}
                 measure(row, DTYPES[dtype], peers, bandwidth, args.budget)
                 print(line(row, dtype), flush=True)
                 about = {"op": row.op, "series": row.series, "size": row.size, "dtype": dtype, "sizes": row.case.sizes}
-                document["rows"].append({**about, **row.found})
+                document["rows"].append({**about, **row.result})
                 if args.json:
                     write(args.json, document)
     document["losses"] = losses(document["rows"])
-    for told in document["losses"]:
-        print(told)
+    for text in document["losses"]:
+        print(text)
     if args.json:
         write(args.json, document)
     is_wrong = any(row["wrong"] for row in document["rows"])
-    return 1 if is_wrong or (args.strict and any("MISSED" in told for told in document["losses"])) else 0
+    return 1 if is_wrong or (args.strict and any("MISSED" in text for text in document["losses"])) else 0
 
 
 if __name__ == "__main__":

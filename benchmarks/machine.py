@@ -1,6 +1,6 @@
-"""What every benchmark row carries: hardware, versions, commit; and what this machine's memory and products reach.
+"""The hardware, versions and commit that every benchmark records, and the speed of this machine's memory and products.
 
-`python benchmarks/machine.py` prints what a file of results is named after: the processor, its threads, and the day.
+`python benchmarks/machine.py` prints the stem of a file of results: the processor, its cores, and the day.
 """
 
 from __future__ import annotations
@@ -25,44 +25,45 @@ DISTRIBUTIONS = {"fla": ("fla-core", "flash-linear-attention"), "mamba_ssm": ("m
 
 
 def processor() -> str:
-    """Its name, and the numbers that tell apart two of the same name."""
+    """Return the processor's name, with the family and model numbers that distinguish two of the same name."""
     info = Path("/proc/cpuinfo")
     if not info.exists():
         return platform.processor() or platform.machine()
     fields = dict(line.partition(":")[::2] for line in info.read_text().splitlines() if ":" in line)
-    told = {key.strip(): value.strip() for key, value in fields.items()}
-    numbers = ", ".join(f"{key} {told[key]}" for key in ("cpu family", "model") if key in told)
-    return told.get("model name", platform.machine()) + (f" ({numbers})" if numbers else "")
+    info_of = {key.strip(): value.strip() for key, value in fields.items()}
+    numbers = ", ".join(f"{key} {info_of[key]}" for key in ("cpu family", "model") if key in info_of)
+    return info_of.get("model name", platform.machine()) + (f" ({numbers})" if numbers else "")
 
 
 def cpu() -> str:
-    """The processor, and the number of cores, and of threads in use."""
+    """Return the processor's name, its number of cores, and the number of threads in use."""
     return f"{processor()}, {os.cpu_count()} cores, threads: {torch.get_num_threads()}"
 
 
 def versions(*packages: str) -> dict[str, str]:
-    """Of Python, torch, and these; "not installed" where one is not."""
-    found = {"python": platform.python_version(), "torch": torch.__version__} | dict.fromkeys(packages, "not installed")
-    places = [str(Path(sys.prefix, "oracles")), *sys.path]  # the first is where set-up puts what only tests may see
+    """Return the versions of Python, torch and these packages; "not installed" for a missing one."""
+    versions_of = {"python": platform.python_version(), "torch": torch.__version__}
+    versions_of |= dict.fromkeys(packages, "not installed")
+    places = [str(Path(sys.prefix, "oracles")), *sys.path]  # set-up installs what only tests use into the first
     installed: dict[str, str] = {}
-    for each in importlib.metadata.distributions(path=places):  # the first is what an import finds
+    for each in importlib.metadata.distributions(path=places):  # an import takes the first one
         installed.setdefault(each.name.replace("_", "-"), each.version)
     for package in packages:
         for name in DISTRIBUTIONS.get(package, (package,)):
             if name in installed:
-                found[package] = installed[name]
-    return found
+                versions_of[package] = installed[name]
+    return versions_of
 
 
 def commit() -> str:
-    """The commit, with "-dirty" where files differ from it; "unknown" outside git."""
+    """Return the commit, with "-dirty" if files differ from it; "unknown" outside git."""
     command = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     return done.stdout.strip() or "unknown"
 
 
 def write(path: Path, document: dict[str, Any]) -> None:
-    """As JSON, whole or not at all."""
+    """Write a document as JSON. A reader sees the whole file or none."""
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_suffix(".partial")
     partial.write_text(json.dumps(document, indent=1) + "\n")
@@ -70,7 +71,7 @@ def write(path: Path, document: dict[str, Any]) -> None:
 
 
 def best_s(call: Callable[[], Any], repeats: int = 10) -> float:
-    """Seconds of the fastest of several calls."""
+    """Return the seconds of the fastest of several calls."""
     times = []
     for _ in range(repeats):
         start = time.perf_counter()
@@ -80,20 +81,20 @@ def best_s(call: Callable[[], Any], repeats: int = 10) -> float:
 
 
 def copy_bandwidth() -> float:
-    """Bytes a second, read and written, of a copy of 256 MB."""
+    """Return the bytes per second that a copy of 256 MB reads and writes."""
     source = torch.zeros(1 << 28, dtype=torch.uint8)
     target = torch.ones_like(source)
     return 2 * source.numel() / best_s(lambda: target.copy_(source))
 
 
 def product_rate(dtype: torch.dtype = torch.float32) -> float:
-    """Operations a second of torch's product of two square matrices."""
+    """Return the operations per second of torch's product of two square matrices."""
     a = torch.ones(1024, 1024, dtype=dtype)
     return float(2 * 1024**3 / best_s(lambda: a @ a, 5))
 
 
 def mark(measured: float, wanted: float, at_most: bool = False) -> str:
-    """`measured` beside what was asked for."""
+    """Return the limit and whether the measured value keeps it, such as ">= 2 ok" or "<= 0.1 MISSED"."""
     good = measured <= wanted if at_most else measured >= wanted
     return f"{'<=' if at_most else '>='} {wanted:g} {'ok' if good else 'MISSED'}"
 

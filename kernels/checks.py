@@ -1,6 +1,8 @@
-"""Argument checks of the ops. An error names the argument, its value and the required value.
+"""Check the arguments of the ops. An error names the argument, its value and the required value.
 
-The name of an argument contains its shape, with a letter for each dimension: `k_TMK` is [T, M, K]. A letter stands for
+This is the only check of shapes, dtypes, devices, strides and indices; implementations do not repeat it.
+
+The name of an argument ends in its shape, with a letter for each dimension: `k_TMK` is [T, M, K]. A letter stands for
 the same number in every argument of a call.
 """
 
@@ -16,7 +18,7 @@ FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
 class Inside:
-    """The number of running ``with`` blocks of one kind, over all threads; blocks may overlap."""
+    """Counts the ``with`` blocks that are running in all threads. Blocks may overlap."""
 
     def __init__(self) -> None:
         self.count, self._lock = 0, threading.Lock()
@@ -37,26 +39,37 @@ _known = Inside()
 
 @contextlib.contextmanager
 def values_known() -> Iterator[None]:
-    """Inside, skip checks of the values of slots and starts on a device, which would synchronise once per layer.
+    """Skip checks of index values on a GPU inside the ``with``: reading them would synchronise once per layer.
 
-    For calls whose values the host has computed itself. Shapes, dtypes and strides are still checked.
+    Use it when the host has computed the values itself. Shapes, dtypes and strides are still checked.
     """
     with _known.block():
         yield
 
 
-def _may_look(x: Tensor) -> bool:
+def can_read_values(x: Tensor) -> bool:
+    """Whether reading the values of `x` is allowed now: on a CPU it costs nothing, on a GPU it synchronises."""
     return x.device.type == "cpu" or (not _known.count and not torch.cuda.is_current_stream_capturing())
 
 
 class Sizes:
-    """The numbers that the letters of one call stand for. Each argument, in order, sets its new letters."""
+    """The sizes that the letters of one call stand for. Each checked argument adds the letters that are new.
+
+    device    the device that every argument must be on
+    known     sizes that are known before the first argument, by letter
+    """
 
     def __init__(self, device: torch.device, **known: int) -> None:
         self.device, self.known = device, known
 
     def take(self, name: str, x: Tensor, *dtypes: torch.dtype, dense: int = 1) -> None:
-        """Check an argument whose name ends in its letters; its last `dense` dimensions must be contiguous."""
+        """Check one argument, whose name ends in its letters.
+
+        dtypes    the dtypes that it may have
+        dense     how many of its last dimensions must be contiguous
+
+        Raises ValueError.
+        """
         letters, shape, known = name.rpartition("_")[2], x.shape, self.known
         fits = len(shape) == len(letters)
         for letter, size in zip(letters, shape, strict=False):
@@ -81,15 +94,18 @@ class Sizes:
             step *= size
 
     def multiple(self, letter: str, of: str) -> None:
-        """`letter` must be a multiple of the letter `of`."""
+        """Check that the size `letter` is a multiple of the size `of`. Raises ValueError."""
         number, divisor = self.known[letter], self.known[of]
         if divisor == 0 or number % divisor:
             raise ValueError(f"{letter}: {number}, wanted a multiple of {of} = {divisor}")
 
 
 def slots(name: str, slots_B: Tensor, num_slots: int) -> None:
-    """Check indices into a pool of states: in range, and each at most once. On a GPU this synchronises."""
-    if not _may_look(slots_B):
+    """Check indices into a pool of states: each in range and used once.
+
+    On a GPU this synchronises. Raises ValueError.
+    """
+    if not can_read_values(slots_B):
         return
     values = slots_B.tolist()
     for value in values:
@@ -101,14 +117,17 @@ def slots(name: str, slots_B: Tensor, num_slots: int) -> None:
 
 
 def cu_seqlens(name: str, cu_seqlens_X: Tensor, num_sequences: int, num_tokens: int) -> None:
-    """Check the start of each sequence and, at the end, the number of tokens: B + 1 numbers that never decrease."""
+    """Check the first row of each sequence and, at the end, the number of rows: B + 1 numbers that never decrease.
+
+    On a GPU this synchronises. Raises ValueError.
+    """
     if cu_seqlens_X.shape != (num_sequences + 1,):
         raise ValueError(f"{name}: shape {list(cu_seqlens_X.shape)}, wanted [X = {num_sequences + 1}]")
-    if not _may_look(cu_seqlens_X):
+    if not can_read_values(cu_seqlens_X):
         return
     values = cu_seqlens_X.tolist()
     if values[0] != 0 or values[-1] != num_tokens:
         raise ValueError(f"{name}: from {values[0]} to {values[-1]}, wanted 0 to {num_tokens}")
     for before, after in itertools.pairwise(values):
         if after < before:
-            raise ValueError(f"{name}: {after} after {before}, wanted numbers that never fall")
+            raise ValueError(f"{name}: {after} after {before}, wanted numbers that never decrease")

@@ -35,7 +35,6 @@ from hybrid_moe_kernels.choices import INSTRUCTION_SETS as INSTRUCTION_SETS
 
 DTYPES = (torch.float32, torch.bfloat16)
 DEVICES = ("cpu",)
-CHECKS = True  # the C++ functions check their arguments, at no measurable cost
 
 LOCK_LIMIT_S = 600.0
 """How long a process waits while another one builds."""

@@ -3,29 +3,32 @@
     from hybrid_moe_kernels import gated_delta_rule, registry
 
     y = gated_delta_rule.decode(...)         the call is the same whatever runs
-    registry.use("native")                   for this process; builds or loads what the choice needs
+    registry.use("native")                   for this process; builds or loads the library that the choice needs
     with registry.using("torch"): ...
     registry.table("cpu", torch.bfloat16)    {"gated_delta_rule.decode": "native", ...}
 
 An operation is a folder. Its `__init__.py` has the signature as an `Op`, with a check of the arguments; `reference.py`
-is the definition in torch, and `native.py` and `triton.py` hold functions of the same names. If a backend has no
-function of that name, or none for that dtype, the next backend runs the operation. The choice:
+is the definition in torch, and `native.py` and `triton.py` have functions of the same names. If a backend has no
+function of that name, or none for that dtype, the next backend runs the operation. The choices:
 
     auto      triton on CUDA, else torch
     native    C++ on the CPU for float32 and bfloat16
     triton    also on the CPU, through its interpreter (TRITON_INTERPRET=1)
     torch, fla, mamba_ssm
 
-A call that autograd must record runs the reference, whatever the choice: no other implementation is differentiable.
+Only the reference is differentiable, so it runs every call that autograd must record.
 
-The environment variable HMR_KERNELS sets the initial choice of a process; its library is built or loaded at the first
-call. If the choice cannot run here (no compiler, no Triton), one line warns about it and torch runs instead.
+Each call first checks its arguments, unless HMR_KERNEL_CHECKS=0, `python -O` or `unchecked` switch that off. A wrong
+argument then makes a Triton or native kernel read or write outside of its tensors.
+
+The environment variable HMR_KERNELS sets the initial choice of a process. The library of "native" is built or loaded at
+the first call. If the choice cannot run here (no compiler, no Triton), one log line warns about it and torch runs
+instead.
 
 An implementation module may define
     DTYPES            of the first argument; absent: any
     DEVICES           absent: any
-    CHECKS            True: it checks its arguments itself, as strictly as the op's check
-    missing() -> str  what it lacks on this machine, "" if nothing; called once
+    missing() -> str  what it lacks on this machine, "" if nothing
 """
 
 import contextlib
@@ -34,7 +37,7 @@ import logging
 import os
 import time
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from hybrid_moe_kernels.checks import Inside
@@ -44,7 +47,7 @@ from torch import Tensor
 _MODULES = {"torch": "reference"}
 _log = logging.getLogger("hybrid_moe_kernels")
 _ops: dict[str, "Op"] = {}
-_said: set[str] = set()
+_logged: set[str] = set()
 _choice = os.environ.get("HMR_KERNELS") or "auto"
 _wanted = os.environ.get("HMR_KERNEL_CHECKS", "")
 _checks = __debug__ and _wanted != "0"
@@ -52,17 +55,20 @@ _unchecked = Inside()
 _is_prepared = False
 
 
-class Implementation:
-    """A backend's function for an op, and the argument check to run before it."""
+class Implementation(NamedTuple):
+    """A backend's function for an op."""
 
-    __slots__ = ("backend", "check", "run")
-
-    def __init__(self, backend: str, run: Callable[..., Any], check: Callable[..., None] | None) -> None:
-        self.backend, self.run, self.check = backend, run, check
+    backend: str
+    run: Callable[..., Any]
 
 
 class Op:
-    """One operation, called like its reference. The first argument's device and dtype select the implementation."""
+    """One operation, called like its reference. The device and dtype of the first argument select the implementation.
+
+    package     name of the operation's package, such as "hybrid_moe_kernels.norm"
+    function    name of the function in each backend's module
+    check       takes the arguments of a call; raises ValueError for the first that does not fit
+    """
 
     def __init__(self, package: str, function: str, check: Callable[..., None]) -> None:
         self.package, self.function = package, function
@@ -72,20 +78,23 @@ class Op:
         _ops[self.name] = self
 
     def __call__(self, x: Tensor, *args: Any, **options: Any) -> Any:
-        """Raises ValueError naming the argument that does not fit, before anything is launched."""
+        """Check the arguments and run the selected implementation.
+
+        Raises ValueError, before anything is launched, with the name of an argument that does not fit.
+        """
         chosen = self._picked.get((x.device, x.dtype)) or self.pick(x.device, x.dtype)
         if chosen.backend != "torch" and torch.is_grad_enabled() and _wants_gradient(x, args):
             chosen = self._reference(x)
-        if _checks and not _unchecked.count and chosen.check is not None:
-            chosen.check(x, *args, **options)
+        if _checks and not _unchecked.count:
+            self.check(x, *args, **options)
         return chosen.run(x, *args, **options)
 
     def backend(self, x: Tensor) -> str:
-        """The name of the backend that runs if `x` is the first argument."""
+        """Return the name of the backend that runs a call whose first argument is `x`."""
         return (self._picked.get((x.device, x.dtype)) or self.pick(x.device, x.dtype)).backend
 
     def pick(self, device: torch.device | str, dtype: torch.dtype) -> Implementation:
-        """The implementation that runs on this device for this dtype under the current choice."""
+        """Select the implementation for this device and dtype under the current choice."""
         place = torch.device(device), dtype
         if place not in self._picked:
             kind = place[0].type
@@ -103,20 +112,22 @@ class Op:
         self._picked.clear()
 
     def implementation(self, backend: str, device: str, dtype: torch.dtype) -> Implementation | None:
-        """The backend's implementation; None if it has none, or lacks something on this machine."""
+        """Return the backend's implementation; None if it has none for this device and dtype, or cannot run here."""
         path = f"{self.package}.{_MODULES.get(backend, backend)}"
         try:
             module = importlib.import_module(path)
         except ModuleNotFoundError as error:
             if error.name != path:  # the backend's file exists, but a package that it imports does not
-                _say_once(f"kernels: {backend} needs the package {error.name}; {_fallback(backend)}")
+                _warn_once(f"kernels: {backend} needs the package {error.name}; {_fallback(backend)}")
             return None
         except Exception as error:
             if backend == "torch":
                 raise
             # An installed package that cannot load here may raise any exception.
             reason = " ".join(str(error).split())
-            _say_once(f"kernels: {backend} cannot be imported ({type(error).__name__}: {reason}); {_fallback(backend)}")
+            _warn_once(
+                f"kernels: {backend} cannot be imported ({type(error).__name__}: {reason}); {_fallback(backend)}"
+            )
             return None
         run = getattr(module, self.function, None)
         if run is None:
@@ -127,19 +138,19 @@ class Op:
                 if backend == _choice:
                     listed = " and ".join(str(each).removeprefix("torch.") for each in takes)
                     here = str(mine).removeprefix("torch.")
-                    _say_once(f"kernels: {backend} runs on {listed}, not on {here}; {_fallback(backend)}")
+                    _warn_once(f"kernels: {backend} runs on {listed}, not on {here}; {_fallback(backend)}")
                 return None
         if backend == "native" == _choice and not _is_prepared:
             prepare()
         lack = module.missing() if hasattr(module, "missing") else ""
         if lack:
-            _say_once(f"kernels: {backend}: {lack}; {_fallback(backend)}")
+            _warn_once(f"kernels: {backend}: {lack}; {_fallback(backend)}")
             return None
-        return Implementation(backend, run, None if getattr(module, "CHECKS", False) else self.check)
+        return Implementation(backend, run)
 
 
 def _wants_gradient(x: Tensor, args: tuple[Any, ...]) -> bool:
-    """Whether autograd would record the call: only the reference is differentiable."""
+    """Whether autograd would record the call."""
     others = (each for arg in args for each in (arg if isinstance(arg, list) else (arg,)))
     return x.requires_grad or any(isinstance(each, Tensor) and each.requires_grad for each in others)
 
@@ -158,9 +169,9 @@ def _preference(device: str) -> tuple[str, ...]:
     return (_choice, "torch") if _choice != "torch" else ("torch",)
 
 
-def _say_once(line: str) -> None:
-    if line not in _said:
-        _said.add(line)
+def _warn_once(line: str) -> None:
+    if line not in _logged:
+        _logged.add(line)
         _log.warning(line)
 
 
@@ -172,8 +183,9 @@ def _forget() -> None:
 def use(choice: str) -> None:
     """Set the choice of this process.
 
-    "native" builds or loads its library now, so that no call has to; a failed build prints one warning line. Raises
-    ValueError for an unknown choice.
+    "native" builds or loads its library now, so that no later call does. If that fails, one log line says why.
+
+    Raises ValueError for an unknown choice.
     """
     global _choice, _is_prepared
     if choice not in CHOICES:
@@ -184,27 +196,31 @@ def use(choice: str) -> None:
 
 
 def prepare(tick: Callable[[], None] = lambda: None) -> None:
-    """Do now what the present choice needs before its first call; `tick` is called meanwhile, see `native.prepare`. A
-    server does this before its ranks depend on each other; without it, the first call does."""
+    """Build or load the library that the current choice needs; otherwise the first call does it.
+
+    A server calls this before its ranks wait for each other.
+
+    tick: called several times a second during a build, see `native.prepare`
+    """
     global _is_prepared
     _is_prepared = True
     if _choice == "native":
         native = importlib.import_module("hybrid_moe_kernels.native")
         started = time.monotonic()
 
-        def tick_and_say() -> None:
+        def tick_and_warn() -> None:
             if time.monotonic() - started > native.SILENT_S:
-                _say_once(f"kernels: native: building {native.path()}, which takes minutes, once for this machine")
+                _warn_once(f"kernels: native: building {native.path()}, which takes minutes, once for this machine")
             tick()
 
-        if lack := native.prepare(tick_and_say):
-            _say_once(f"kernels: native: {lack}; torch runs instead")
+        if lack := native.prepare(tick_and_warn):
+            _warn_once(f"kernels: native: {lack}; torch runs instead")
         _forget()
 
 
 @contextlib.contextmanager
 def using(choice: str) -> Iterator[None]:
-    """`use(choice)`, until the block ends."""
+    """Set the choice inside the ``with``, then restore the previous one."""
     before = _choice
     use(choice)
     try:
@@ -214,7 +230,7 @@ def using(choice: str) -> Iterator[None]:
 
 
 def choice() -> str:
-    """The current choice."""
+    """Return the current choice."""
     return _choice
 
 
@@ -222,7 +238,7 @@ def choice() -> str:
 def unchecked() -> Iterator[None]:
     """Skip all argument checks inside the ``with``, as HMR_KERNEL_CHECKS=0 and `python -O` do.
 
-    For code whose calls were checked once, such as a captured graph.
+    Use it around calls that were checked once already, such as those of a captured graph.
     """
     with _unchecked.block():
         yield
@@ -232,8 +248,8 @@ def unchecked() -> Iterator[None]:
 def trusted() -> Iterator[None]:
     """Skip argument checks inside the ``with``, unless HMR_KERNEL_CHECKS=1.
 
-    For the calls of a model, whose own code makes the arguments. It has 200 checks per step, which take a tenth of a
-    small model's time on a CPU.
+    A model uses it around its layers, because its own code makes their arguments. A step has 200 checks, which take a
+    tenth of a small model's time on a CPU.
     """
     if _wanted == "1":
         yield
@@ -248,5 +264,5 @@ def checking() -> bool:
 
 
 def table(device: str = "cpu", dtype: torch.dtype = torch.float32) -> dict[str, str]:
-    """Operation -> the backend that runs it, for each imported operation."""
+    """Return the backend that runs each imported operation, by the operation's name."""
     return {name: op.pick(device, dtype).backend for name, op in sorted(_ops.items())}

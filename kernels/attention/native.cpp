@@ -1,7 +1,8 @@
-// Attention of one token of each sequence over pages of keys and values. A task is a KV head of a sequence, with all query
-// heads that share it: each key and value is read once, where it lies.
+// Attention of one token of each sequence over pages of keys and values. A task is one KV head of one sequence, with all
+// query heads that share it, so each key and value is read once, in place.
 
-// sums[r][c] = sum_s p[r][s] v[s][c] for R rows of p, `lds` apart, and N vectors of columns; the tokens of all pages.
+// sums[r][c] = sum_s p[r][s] v[s][c] for R rows of p that lie `lds` apart and N vectors of columns, over the
+// tokens of all pages.
 template <int R, int N, typename T>
 INLINE void weigh(const Attend& p, const int64_t* pages, int64_t length, const T* values, const float* scores, int64_t lds, int64_t left, T* o) {
     vf acc[R][N] = {};
@@ -26,7 +27,7 @@ INLINE void weigh_columns(const Attend& p, const int64_t* pages, int64_t length,
     for (; c < p.D; c += LANES) weigh<R, 1>(p, pages, length, values + c, scores, lds, p.D - c, o + c);
 }
 
-// Softmax of n scores, to each of which a factor is applied first.
+// Softmax of n scores times a factor.
 INLINE void softmax(float* scores, int64_t n, float factor) {
     vf most = splat(-INFINITY);
     for (int64_t s = 0; s < n; s += LANES) {

@@ -3,9 +3,9 @@
 from typing import Any
 
 from hybrid_moe_kernels import native
-from hybrid_moe_kernels.native import CHECKS, DEVICES, DTYPES, missing
+from hybrid_moe_kernels.native import DEVICES, DTYPES, missing
 
-__all__ = ["CHECKS", "DEVICES", "DTYPES", "decode", "missing"]
+__all__ = ["DEVICES", "DTYPES", "decode", "missing"]
 
 
 def decode(*args: Any, **options: Any) -> Any:

@@ -1,5 +1,5 @@
-// Depthwise causal convolution and SiLU, the state shifted in place. A task is a sequence and a strip of channels, wide enough
-// that whole cache lines are read.
+// Depthwise causal convolution and SiLU; the state is shifted in place. A task is one sequence and a strip of channels that
+// covers whole cache lines.
 
 const int64_t STRIP = 64;
 

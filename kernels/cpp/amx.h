@@ -1,9 +1,9 @@
-// Products of bfloat16 by AMX, sixteen rows of w and sixteen rows of x at a time: out^T = w x^T, because rows of w are, as they
-// lie in memory, what the left side's tile wants, and only the fewer rows of x need another order. Included where the
-// instruction set has the tiles; `tiles_allowed` says whether this processor and its system do.
+// Products of bfloat16 by AMX, sixteen rows of w and sixteen rows of x at a time. They are computed as out^T = w x^T: rows of w
+// have in memory the order of the left tile, and only the fewer rows of x must be reordered. Included for instruction sets
+// that have tiles; `tiles_allowed` says whether this processor and its operating system allow them.
 
 const int64_t TILE = 16, TILE_K = 32;  // rows, and numbers of a row, that a tile holds
-const int64_t TILES_FROM = 4;          // rows x from which tiles pay
+const int64_t TILES_FROM = 4;          // from this many rows x, tiles are faster
 const int64_t TILES_ROWS = 128;        // rows x that are packed at once, for the second-level cache
 
 struct TileShapes {
@@ -13,10 +13,10 @@ struct TileShapes {
 };
 alignas(64) static const TileShapes tile_shapes;
 
-// What the compiler does not know: tiles are loaded from memory.
+// The compiler does not know that tiles are loaded from memory.
 INLINE void before_tiles(const void* written) { __asm__ volatile("" ::"r"(written) : "memory"); }
 
-// Sixteen rows of sixteen: four times, rows i and i + 8 by turns become rows 2i and 2i + 1.
+// Transpose 16 x 16 in four passes; each interleaves rows i and i + 8 into rows 2i and 2i + 1.
 INLINE void transpose(vu* rows) {
     for (int round = 0; round < 4; round++) {
         vu next[TILE];
@@ -28,8 +28,8 @@ INLINE void transpose(vu* rows) {
     }
 }
 
-// Of up to sixteen rows x, K numbers, a multiple of TILE_K here and below, as right sides: row r of a tile has numbers 2r and
-// 2r + 1 of each row x.
+// Pack up to sixteen rows x of K numbers as right tiles; K is a multiple of TILE_K here and below. Row r of a tile has the
+// numbers 2r and 2r + 1 of each row x.
 static void pack_tiles(const bf16* const* x, int64_t M, int64_t K, bf16* to) {
     for (int64_t k = 0; k < K; k += TILE_K, to += TILE * TILE_K) {
         vu rows[TILE] = {};
@@ -87,8 +87,8 @@ template <int WT> INLINE void multiply_rows(const bf16* w, int64_t ldw, const bf
     if (m < M) multiply_tiles<WT, 1>(w, ldw, packed + m * K, K, M - m, out + m * ldo, ldo);
 }
 
-// As rows_times, for the whole TILE_Ks of the first rows w, a multiple of TILE. Returns how many these are: none where tiles
-// do not pay.
+// As rows_times, for the whole TILE_Ks of the first rows w. Returns the number of these rows, a multiple of TILE; 0 if tiles
+// would not be faster.
 static int64_t tiles_times(const bf16* const* x, int64_t M, const bf16* w, int64_t ldw, int64_t O, int64_t K, float* out, int64_t ldo) {
     if (!tiles_allowed || M < TILES_FROM || O < TILE || K < TILE_K) return 0;
     const int64_t most = M < TILES_ROWS ? (M + TILE - 1) / TILE * TILE : TILES_ROWS, whole = O / TILE * TILE;

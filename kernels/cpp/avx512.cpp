@@ -1,5 +1,5 @@
-// The kernels for x86 with AVX-512 and its bfloat16 dot product (Zen 4, Cooper Lake, Sapphire Rapids and later), and with AMX,
-// which a processor may lack: it is used where `tiles_allowed`.
+// The kernels for x86 with AVX-512 and its bfloat16 dot product (Zen 4, Cooper Lake, Sapphire Rapids and later), and with AMX
+// if `tiles_allowed`, because a processor may lack it.
 #include "headers.h"
 #if defined(__x86_64__)
 #if defined(__clang__)

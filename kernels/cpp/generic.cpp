@@ -1,4 +1,4 @@
-// The kernels for whatever the compiler's default instruction set is.
+// The kernels for the compiler's default instruction set.
 #include "headers.h"
 #define ISA generic
 #define LANES 4

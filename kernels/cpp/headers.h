@@ -1,4 +1,4 @@
-// What the kernels use of the standard library and the compiler, included before any instruction set is chosen.
+// The headers of the standard library and the compiler that the kernels use, included before an instruction set is chosen.
 #pragma once
 #include <math.h>
 #include <omp.h>

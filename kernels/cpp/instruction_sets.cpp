@@ -11,8 +11,8 @@ namespace hmr {
 const Table* table = &generic_table;
 bool tiles_allowed = false;
 
-// Whether this processor has AMX and lends its tiles to this process, which Linux is asked for once: it makes room for 8 KB
-// more of registers for each thread.
+// Whether this processor has AMX and Linux permits this process to use its tiles. Linux grants the permission per process,
+// because it adds 8 KB of registers to each thread.
 static bool has_tiles() {
 #if defined(__x86_64__) && defined(__linux__) && defined(SYS_arch_prctl)
     const unsigned BF16_AND_TILE = 1u << 22 | 1u << 24;
@@ -26,17 +26,17 @@ static bool has_tiles() {
 }
 
 static std::vector<const Table*> runnable() {
-    std::vector<const Table*> found = {&generic_table};
+    std::vector<const Table*> tables = {&generic_table};
 #if defined(__x86_64__)
     __builtin_cpu_init();
-    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) found.push_back(&avx2_table);
+    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) tables.push_back(&avx2_table);
     if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
         __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512bf16")) {
-        found.push_back(&avx512_table);
-        if (has_tiles()) found.push_back(&amx_table);
+        tables.push_back(&avx512_table);
+        if (has_tiles()) tables.push_back(&amx_table);
     }
 #endif
-    return found;
+    return tables;
 }
 
 std::vector<std::string> instruction_sets() {

@@ -1,5 +1,5 @@
-// Which of the tables this processor can run, and the one that is called. Not for the files of one instruction set, which use
-// nothing of the standard library.
+// The tables that this processor can run, and the one in use. Files of one instruction set must not include this header,
+// because they must not use the standard library.
 #pragma once
 #include <string>
 #include <vector>
@@ -8,9 +8,9 @@
 
 namespace hmr {
 
-extern const Table* table;  // the one that is called
+extern const Table* table;  // the one in use
 
-std::vector<std::string> instruction_sets();  // those of the tables that can run, by name, worst first
-bool use(const std::string& name);            // false where it cannot run
+std::vector<std::string> instruction_sets();  // the names of the tables that this processor can run, slowest first
+bool use(const std::string& name);            // false if this processor cannot run it
 
 }  // namespace hmr

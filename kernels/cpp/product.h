@@ -1,7 +1,7 @@
-// Rows x times rows w of T, out[m][o] = x[m] . w[o]: what projections, router, experts and attention scores have in common.
+// Products of rows x and rows w of type T, out[m][o] = x[m] . w[o], for projections, router, experts and attention scores.
 //
-// The rows x are made ready once (`ready`), for any number of rows w: widened to floats, with zeros up to a whole number of
-// UNITs. Weights stay as they are in memory, and are widened in registers. A bfloat16 vector is two of floats, its even
+// `ready` converts the rows x once, for any number of rows w: to floats, padded with zeros to a whole number of UNITs.
+// Weights stay as they are in memory and are widened in registers. A bfloat16 vector is two of floats, its even
 // elements shifted left and its odd ones masked, so a ready row has each UNIT's even elements first, then its odd ones.
 
 template <typename T> struct Ready {
@@ -43,7 +43,7 @@ INLINE void ready_unit(const float* x, float* to, bf16) {
 }
 #endif
 
-// A row of K elements, of T or of floats, made ready for rows of T.
+// Convert a row of K elements, of T or of floats, for products with rows of T.
 template <typename T, typename X> INLINE void ready(const X* x, int64_t K, typename Ready<T>::type* to) {
     const int64_t UNIT = Ready<T>::UNIT;
     int64_t k = 0;
@@ -88,13 +88,13 @@ template <int M, int O> INLINE void unit(const float* const* x, int64_t k, const
 }
 #endif
 
-// The whole UNITs of M rows x and O rows w (a multiple of four, or one). Sums and operands should fit 16 registers.
+// The whole UNITs of M rows x and O rows w; O is one or a multiple of four. Sums and operands should fit 16 registers.
 template <int M, int O, typename T>
 INLINE void tile(const typename Ready<T>::type* const* x, const T* w, int64_t ldw, int64_t K, float* out, int64_t ldo) {
     const int64_t UNIT = Ready<T>::UNIT;
     vf acc[M][O] = {};
     int64_t k = 0;
-    do {  // there is one: with a loop that may not run, GCC keeps the sums in memory
+    do {  // runs at least once: for a loop that may not run, GCC keeps the sums in memory
         unit<M, O>(x, k, w + k, ldw, acc);
         k += UNIT;
     } while (k + UNIT <= K);
@@ -108,7 +108,7 @@ INLINE void tile(const typename Ready<T>::type* const* x, const T* w, int64_t ld
             }
 }
 
-// What the last K % UNIT elements add to out: for odd sizes, which no fast model has.
+// Add the products of the last K % UNIT elements to out. Models built for speed have no such rest.
 template <typename T>
 static __attribute__((noinline)) void add_rest(const typename Ready<T>::type* const* x, int64_t M, const T* w, int64_t ldw, int64_t O, int64_t K, float* out, int64_t ldo) {
     const int64_t UNIT = Ready<T>::UNIT, whole = K / UNIT * UNIT;
@@ -135,8 +135,8 @@ INLINE void tiles(const typename Ready<T>::type* const* x, const T* w, int64_t l
     for (; o < to; o++) tile<M, 1>(x, w + o * ldw, ldw, K, out + o, ldo);
 }
 
-// M rows, with w as four streams, a quarter of it apart and each in order. That is how one thread gets most from memory: on
-// an EPYC 1.6 times as much as from one stream, and twice as much as from four or eight rows side by side.
+// M rows, with w read as four streams, each a quarter of it and in order. One thread gets the most bandwidth this way: on an
+// EPYC 1.6 times that of one stream, and twice that of four or eight rows side by side.
 template <int M, typename T>
 INLINE void streams(const typename Ready<T>::type* const* x, const T* w, int64_t ldw, int64_t quarter, int64_t K, float* out, int64_t ldo) {
     float four[M][4];
@@ -149,9 +149,9 @@ template <int N> struct Count {
     static const int value = N;
 };
 
-// Calls group(first row, Count) for M rows in groups, three or two in each and one only where there is one.
+// Call group(first row, Count) for M rows in groups of three or two; a group of one only for a single row.
 template <typename T, typename Group> INLINE void in_groups(int64_t M, Group group) {
-    const bool three = sizeof(T) == sizeof(typename Ready<T>::type);  // else a weight is two operands, for which there is no room
+    const bool three = sizeof(T) == sizeof(typename Ready<T>::type);  // else a weight takes two registers, and three rows do not fit
     for (int64_t m = 0, count; m < M; m += count) {
         const int64_t left = M - m;
         count = left == 1 ? 1 : left == 3 || (three && left > 4) ? 3 : 2;
@@ -161,8 +161,8 @@ template <typename T, typename Group> INLINE void in_groups(int64_t M, Group gro
     }
 }
 
-// M ready rows times O rows w, which lie `ldw` apart. Few rows wait for w, which is then read in streams; many share a panel
-// of w that stays in the first-level cache.
+// M ready rows times O rows w, which lie `ldw` apart. Few rows are limited by reading w, so w is read in streams. Many rows
+// share a panel of w that stays in the first-level cache.
 template <typename T>
 static void rows_times(const typename Ready<T>::type* const* x, int64_t M, const T* w, int64_t ldw, int64_t O, int64_t K, float* out, int64_t ldo) {
     const int64_t FEW = 8, PANEL = 24;
@@ -185,7 +185,7 @@ template <typename T> static void row_times(const typename Ready<T>::type* x, co
     rows_times(&x, 1, w, ldw, O, K, out, 0);
 }
 
-// Rows made ready in memory of their own.
+// Converted rows, in memory of their own.
 template <typename T> struct ReadyRows {
     typedef typename Ready<T>::type X;
     int64_t ld;

@@ -1,15 +1,15 @@
 // Vectors of LANES floats in the compiler's own vector types, so that the same kernel compiles for any instruction set.
 //
-// Included inside a namespace per instruction set, with LANES defined, and HMR_BF16_DOT where two bfloat16 vectors can be
-// multiplied and added into a float one by one instruction. No standard library here: a template instantiated for a wide
-// instruction set could be merged with that of a narrow one and run where it must not.
+// Included inside a namespace per instruction set, with LANES defined, and HMR_BF16_DOT if one instruction multiplies two
+// bfloat16 vectors and adds them to a float vector. Do not use the standard library here: the linker could merge a template
+// instance of a wide instruction set with that of a narrow one, which then fails on older processors.
 
 typedef float vf __attribute__((vector_size(LANES * 4)));
 typedef int32_t vi __attribute__((vector_size(LANES * 4)));
 typedef uint32_t vu __attribute__((vector_size(LANES * 4)));
 typedef uint16_t vh __attribute__((vector_size(LANES * 2)));
 
-// Multiplications, or elements of the cheaper kernels, from which a second thread pays.
+// From this many multiplications (elements in the cheaper kernels), a second thread makes a call faster.
 const int64_t PARALLEL = 16384;
 
 #define INLINE static inline __attribute__((always_inline))
@@ -25,7 +25,7 @@ INLINE vf load(const float* p) {
 INLINE vf load(const bf16* p) {
     vh h;
     __builtin_memcpy(&h, p, sizeof h);
-#if LANES == 8  // GCC 12 takes five instructions for the conversion, which is one
+#if LANES == 8  // GCC 12 emits five instructions for a conversion that is one
     return (vf)((vu)_mm256_cvtepu16_epi32((__m128i)h) << 16);
 #else
     return (vf)(__builtin_convertvector(h, vu) << 16);
@@ -69,7 +69,7 @@ INLINE void narrow(bf16* p, float x) { store(p, splat(x), 1); }
 
 typedef float v4 __attribute__((vector_size(16)));
 
-// The sums of a, b, c and d. First inside each 16 bytes, which is cheap, then across them.
+// The sums of a, b, c and d: first inside each 16 bytes, which is cheap, then across them.
 INLINE v4 sums(vf a, vf b, vf c, vf d) {
 #if LANES == 16
     const vf ac = __builtin_shufflevector(a, c, 0, 16, 1, 17, 4, 20, 5, 21, 8, 24, 9, 25, 12, 28, 13, 29) +
@@ -94,7 +94,7 @@ INLINE v4 sums(vf a, vf b, vf c, vf d) {
 
 INLINE float sum(vf v) { return sums(v, v, v, v)[0]; }
 
-// A NaN stays one: it is x that is returned where neither is larger.
+// NaN stays NaN: x is returned if neither is larger.
 INLINE vf at_most(vf x, vf most) { return x > most ? most : x; }
 INLINE vf at_least(vf x, vf least) { return x < least ? least : x; }
 
@@ -121,7 +121,7 @@ struct Range {
     int64_t begin, end;
 };
 
-// Part `index` of `count` of n things, which come in units of `unit`.
+// Part `index` of `count` parts of n elements, in multiples of `unit`.
 INLINE Range share(int64_t n, int64_t index, int64_t count, int64_t unit = 1) {
     int64_t units = (n + unit - 1) / unit;
     int64_t begin = units * index / count * unit, end = units * (index + 1) / count * unit;

@@ -23,7 +23,7 @@ struct Experts {
     int64_t ldx, N, H, E, K, I, S;  // S: intermediate size of the shared expert, 0 for none
     const void *gate_up, *down;
     int64_t ld_gate_up, ld_down;  // from expert to expert
-    // Either the router's weight, or what it chose.
+    // Either the router's weight, or its choices.
     const void* router;
     const int64_t* ids;
     const float* weights;
@@ -128,6 +128,6 @@ struct Table {
 };
 
 extern const Table generic_table, avx2_table, avx512_table, amx_table;
-extern bool tiles_allowed;  // the last two are the same code, which uses AMX where this is so
+extern bool tiles_allowed;  // the last two are the same code, which uses AMX if this is true
 
 }  // namespace hmr

@@ -1,5 +1,5 @@
-// The gated delta rule, token by token. Columns of a state do not mix, so a block of them stays in the first-level cache
-// for a whole sequence; with that, fewer operations than a chunked form, and its rounding is that of the definition.
+// The gated delta rule, token by token. Columns of a state are independent, so a block of columns stays in the first-level
+// cache for a whole sequence. This takes fewer operations than a chunked form, and rounds like the definition.
 
 // x / |x| times a factor, in floats
 template <typename T> INLINE void unit_vector(const T* x, int64_t K, float factor, float* unit) {
@@ -19,8 +19,8 @@ INLINE float inner(const float* a, const float* b, int64_t n) {
     return sum(acc);
 }
 
-// One token on NV * LANES columns: S = decay S, d = beta (v - S^T k), S += k d^T, o = S^T q. The last is computed from the S
-// before as decay S^T q + (q . k) d, so that S is read by both sums at once.
+// One token on NV * LANES columns: S = decay S, d = beta (v - S^T k), S += k d^T, o = S^T q. o is computed from the
+// previous S as decay S^T q + (q . k) d, so that one pass over S serves both sums.
 template <int NV>
 INLINE void rule_token(float* S, int64_t ld, int64_t K, const float* q, const float* k, float qk, float decay, float beta, const vf* v, vf* o) {
     vf read[NV] = {}, seen[NV] = {}, d[NV];

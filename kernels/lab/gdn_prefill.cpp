@@ -1,4 +1,4 @@
-// One file on purpose: it takes the compiler some seconds, which is what it is here for.
+// One large file on purpose: the lab needs a build that takes some seconds.
 #include "gdn_prefill.h"
 
 #define ENTRY(NAME, T)                                                                                             \

@@ -1,5 +1,5 @@
-// Rows times several weights. The rows are made ready by each thread for itself, a block at a time; with few rows each weight
-// is read once, in the order in which it lies in memory.
+// Rows times several weights. Each thread prepares the rows for itself, a block at a time. With few rows, each weight is read
+// once, in memory order.
 
 template <typename T> static void project(const Project& p, int threads) {
     int64_t total = 0;

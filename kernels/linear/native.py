@@ -9,10 +9,10 @@ from collections.abc import Sequence
 import torch
 from hybrid_moe_kernels import native
 from hybrid_moe_kernels.linear import reference
-from hybrid_moe_kernels.native import CHECKS, DEVICES, DTYPES, missing
+from hybrid_moe_kernels.native import DEVICES, DTYPES, missing
 from torch import Tensor
 
-__all__ = ["CHECKS", "DEVICES", "DTYPES", "MAX_ROWS", "missing", "project"]
+__all__ = ["DEVICES", "DTYPES", "MAX_ROWS", "missing", "project"]
 
 MAX_ROWS = {torch.float32: 8, torch.bfloat16: 8 if torch.ops.mkldnn._is_mkldnn_bf16_supported() else 1 << 62}
 """Of how many rows the product is computed here."""

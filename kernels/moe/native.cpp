@@ -1,7 +1,7 @@
-// Router, experts, shared expert and their sum. Only experts that are hit are read, each once.
+// Router, experts, shared expert and their sum. Only the weights of chosen experts are read, each once.
 
-// The K largest of E logits, the first of equals first, and their softmax. A NaN among the logits makes all weights NaN. The
-// logits are destroyed: one that is taken becomes a NaN, which is no largest of anything.
+// The K largest of E logits, and their softmax; of equal logits the first one comes first. A NaN among the logits makes all
+// weights NaN. Overwrites the logits: a chosen one becomes NaN, which no comparison chooses again.
 static void choose(float* logits, int64_t E, int64_t K, int64_t* ids, float* weights) {
     const int64_t BLOCK = 32, blocks = (E + BLOCK - 1) / BLOCK;
     float* most = (float*)malloc(blocks * sizeof(float));
@@ -47,13 +47,13 @@ static void gated(const X* const* x, int64_t M, const T* gate, const T* up, int6
         rows_times(x, M, up + i * H, H, count, H, hidden + BLOCK, 2 * BLOCK);
         for (int64_t m = 0; m < M; m++) {
             float* h = hidden + m * 2 * BLOCK;
-            for (int64_t j = 0; j < count; j += LANES) store(h + j, vsilu(load(h + j)) * load(h + BLOCK + j));  // behind count: not used
+            for (int64_t j = 0; j < count; j += LANES) store(h + j, vsilu(load(h + j)) * load(h + BLOCK + j));  // lanes after count are not used
             ready<T>(h, count, act + m * ldact + i);
         }
     }
 }
 
-// One row: all threads share each expert.
+// One row: all threads work on each expert.
 template <typename T> static void one_row(const Experts& p, int threads) {
     const int64_t K = p.K, I = p.I, H = p.H, S = p.S, UNIT = Ready<T>::UNIT;
     float* logits = (float*)malloc(p.E * sizeof(float));
@@ -85,7 +85,7 @@ template <typename T> static void one_row(const Experts& p, int threads) {
         for (int64_t u = mine.begin, many; u < mine.end; u += many) {
             const bool routed = u < K * units;
             const int64_t k = routed ? u / units : K, first = u - k * units, size = routed ? I : S;
-            many = (routed ? units : shared_units) - first;  // what is left of the expert, or of this thread's share
+            many = (routed ? units : shared_units) - first;  // the rest of the expert, or of this thread's part
             many = many < mine.end - u ? many : mine.end - u;
             if (routed && ids[k] < 0) continue;
             const int64_t i = first * UNIT, n = size - i < many * UNIT ? size - i : many * UNIT;
@@ -117,7 +117,7 @@ template <typename T> static void one_row(const Experts& p, int threads) {
     free(logits);
 }
 
-// Many rows: each thread takes whole experts, with the rows that chose them.
+// Many rows: each thread computes whole experts, for the rows that chose them.
 template <typename T> static void many_rows(const Experts& p, int threads) {
     const int64_t N = p.N, K = p.K, I = p.I, H = p.H, S = p.S, E = p.E, P = N * K, BLOCK = 64;
     typedef typename Ready<T>::type X;
@@ -143,7 +143,7 @@ template <typename T> static void many_rows(const Experts& p, int threads) {
         memcpy(weights, p.weights, P * sizeof(float));
     }
 
-    // Sorted by expert: place[pick] is a pick's row of `out`, picked[row] its row of x.
+    // Choices sorted by expert: place[choice] is its row of `out`, picked[row] its row of x.
     int64_t* begin = (int64_t*)calloc(E + 1, sizeof(int64_t));
     int64_t* hit = (int64_t*)malloc(E * sizeof(int64_t));
     int64_t* place = (int64_t*)malloc(P * sizeof(int64_t));

@@ -1,4 +1,4 @@
-// Root-mean-square norms, a row after another.
+// Root-mean-square norms, row by row.
 
 // `size` features from feature h of a row; `gated` has room for them
 template <typename T> static void norm_span(const Norm& p, const T* x, const T* gate, int64_t h, int64_t size, float* gated, T* y) {

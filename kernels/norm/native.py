@@ -3,9 +3,9 @@
 from typing import Any
 
 from hybrid_moe_kernels import native
-from hybrid_moe_kernels.native import CHECKS, DEVICES, DTYPES, missing
+from hybrid_moe_kernels.native import DEVICES, DTYPES, missing
 
-__all__ = ["CHECKS", "DEVICES", "DTYPES", "gate_then_norm", "missing", "norm_then_gate", "rms_norm"]
+__all__ = ["DEVICES", "DTYPES", "gate_then_norm", "missing", "norm_then_gate", "rms_norm"]
 
 
 def rms_norm(*args: Any, **options: Any) -> Any:

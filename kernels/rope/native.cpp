@@ -1,4 +1,4 @@
-// Rotary position embedding, a head of a token after another.
+// Rotary position embedding, head by head.
 
 template <typename T> static void rope(const Rope& p, int threads) {
 #pragma omp parallel for num_threads(threads) if (p.T * p.H * p.D > PARALLEL)

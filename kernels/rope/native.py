@@ -3,9 +3,9 @@
 from typing import Any
 
 from hybrid_moe_kernels import native
-from hybrid_moe_kernels.native import CHECKS, DEVICES, DTYPES, missing
+from hybrid_moe_kernels.native import DEVICES, DTYPES, missing
 
-__all__ = ["CHECKS", "DEVICES", "DTYPES", "missing", "rotate"]
+__all__ = ["DEVICES", "DTYPES", "missing", "rotate"]
 
 
 def rotate(*args: Any, **options: Any) -> Any:

@@ -1,5 +1,5 @@
-// The Mamba-2 recurrence, token by token. Rows of a state do not mix, so LANES of them stay in the first-level cache for a
-// whole sequence.
+// The Mamba-2 recurrence, token by token. Rows of a state are independent, so LANES of them stay in the first-level cache
+// for a whole sequence.
 
 // One token on `rows` rows of a state whose rows lie `ld` apart, a multiple of LANES: S = decay S + (dt x) b^T, y = S c.
 INLINE vf scan_token(float* S, int64_t ld, int64_t rows, const float* b, const float* c, float decay, float dt, vf x) {
@@ -81,7 +81,7 @@ template <typename T> static void scan_decode(const ScanDecode& p, int threads) 
             const int64_t s = task / H, h = task % H, g = h / (H / G);
             const float* row = xbc + s * C;
             const float raw = softplus(widen(((const T*)p.dt)[s * p.lddt + h]) + widen(((const T*)p.dt_bias)[h]));
-            const float dt = raw < p.dt_min ? p.dt_min : raw > p.dt_max ? p.dt_max : raw;  // a NaN stays one
+            const float dt = raw < p.dt_min ? p.dt_min : raw > p.dt_max ? p.dt_max : raw;  // NaN stays NaN
             const float decay = expf(-expf(widen(((const T*)p.A_log)[h])) * dt), D = widen(((const T*)p.D)[h]);
             widen_row(row + I + g * N, N, b_row);
             widen_row(row + I + (G + g) * N, N, c_row);

@@ -97,7 +97,7 @@ def test_the_registry_runs_triton_on_a_cpu_only_when_told_to():
 def test_without_a_gpu_or_the_interpreter_one_line_says_what_runs_instead(monkeypatch, caplog):
     monkeypatch.setattr(tile, "INTERPRETED", False)
     monkeypatch.setattr(KERNELS["norm"], "missing", tile.missing.__wrapped__)
-    monkeypatch.setattr(registry, "_said", set())
+    monkeypatch.setattr(registry, "_logged", set())
     x = torch.ones(2, 8)
     with registry.using("triton"):
         for _ in range(2):

@@ -12,7 +12,7 @@ import kernel_cases as cases
 import pytest
 import torch
 from drawn_cases import any_sizes
-from hybrid_moe_kernels import gated_delta_rule, moe, native, registry
+from hybrid_moe_kernels import causal_conv, gated_delta_rule, moe, native, registry
 from hybrid_moe_kernels.linear import native as linear_native
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as some
@@ -153,7 +153,7 @@ def test_a_bad_argument_is_named_with_both_values(backend: str, library: Any) ->
         r"slots_B: index 4, wanted 0 to 3": (6, torch.tensor([0, 4])),
         r"slots_B: index 1 appears 2 times, wanted once": (6, torch.tensor([1, 1])),
         r"cu_seqlens_X: from 0 to 4, wanted 0 to 5": (7, torch.tensor([0, 2, 4])),
-        r"cu_seqlens_X: 5 after 7, wanted numbers that never fall": (7, torch.tensor([0, 7, 5])),
+        r"cu_seqlens_X: 5 after 7, wanted numbers that never decrease": (7, torch.tensor([0, 7, 5])),
         r"cu_seqlens_X: shape \[2\], wanted \[X = 3\]": (7, torch.tensor([0, 5])),
     }
     with registry.using(backend):
@@ -167,6 +167,12 @@ def test_a_bad_argument_is_named_with_both_values(backend: str, library: Any) ->
             moe.experts(
                 torch.ones(1, 3), torch.ones(1, 1), torch.zeros(1, 1).long(), torch.ones(2, 8, 3), torch.ones(2, 3, 5)
             )
+
+
+def test_a_filter_that_is_wider_than_the_kernels_arrays_is_refused(library: Any) -> None:
+    args = cases.conv_update(0, 2, 8, 17, False).inputs(torch.float32, "cpu", gap=0)
+    with registry.using("native"), pytest.raises(ValueError, match="weight_CW: W = 17, wanted 1 to 16"):
+        causal_conv.update(*args)
 
 
 def test_the_registry_says_what_runs_and_float64_is_torchs(library: Any) -> None:

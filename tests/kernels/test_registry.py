@@ -25,8 +25,8 @@ X, WEIGHT = torch.ones(2, 4), torch.zeros(4)
 
 
 @pytest.fixture(autouse=True)
-def nothing_said(monkeypatch) -> Iterator[None]:
-    monkeypatch.setattr(registry, "_said", set())
+def nothing_logged(monkeypatch) -> Iterator[None]:
+    monkeypatch.setattr(registry, "_logged", set())
     registry.use(registry.choice())  # what was picked is forgotten, before and after a test
     yield
     registry.use(registry.choice())
@@ -206,7 +206,7 @@ def test_the_engine_prepares_native_kernels_and_serves_the_same_tokens(tmp_path,
         monkeypatch.setattr(registry, "_choice", "native")  # as HMR_KERNELS sets it
         server = settings.server()
         comm = Communicator.connect(server.parallel, rank, store=store, timeout_s=60)
-        return Engine(server, comm).serve(settings.requests()[rank]), registry.table(), registry._said
+        return Engine(server, comm).serve(settings.requests()[rank]), registry.table(), registry._logged
 
     outcomes = run_ranks(2, tmp_path, run, deadline_s=100)
     for _, table, said in outcomes:
