@@ -25,6 +25,7 @@ from repro.lab.outcome.expectation import document_of
 from repro.lab.rank import worker
 from repro.lab.settings import read_settings
 from repro.lab.start import job, launch
+from repro.lab.start.ending import end, persist
 from repro.report.terminal import Display
 from repro.store.run_dir import RunDir, read_json
 from repro.verdict import Verdict
@@ -185,7 +186,7 @@ def test_a_process_that_cannot_be_killed_is_named_and_not_waited_for(hanging, mo
     run_dir, _, child = hanging
     monkeypatch.setattr(processes, "REAP_PATIENCE_S", 0.05)
     monkeypatch.setattr("psutil.Process.kill", lambda self: None)
-    (line,) = launch.end(run_dir, [child], [])
+    (line,) = end(run_dir, [child], [])
     assert line.startswith(f"process {child.pid} runs for ") and "could not be ended" in line
 
 
@@ -215,11 +216,11 @@ def test_a_disk_that_does_not_answer_is_not_waited_for(hanging):
     (run_dir.root / "stacks" / "rank001.txt").unlink()
     os.mkfifo(run_dir.root / "stacks" / "pipe")
     notices, answered = [], threading.Event()
-    launch.persist(run_dir, notices.append)
+    persist(run_dir, notices.append)
     assert notices == [], "a pipe is not written to a disk"
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(os, "fsync", lambda descriptor: answered.wait(60))
-        launch.persist(run_dir, notices.append, patience_s=0.01)
+        persist(run_dir, notices.append, patience_s=0.01)
     answered.set()
     assert len(notices) == 1 and f"{run_dir.root} was not written to its disk within 0.01 s" in notices[0]
 
@@ -244,7 +245,7 @@ def test_a_signal_stops_a_command_at_once_and_is_only_noted_where_evidence_must_
 @pytest.mark.usefixtures("without_nohup")
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 @pytest.mark.parametrize(
-    "place", ["repro.lab.start.launch.kernel_cache.fill", "repro.lab.start.launch.create", "repro.commands.run.plan"]
+    "place", ["repro.lab.start.kernel_cache.fill", "repro.lab.start.prepare.create", "repro.commands.run.plan"]
 )
 def test_a_signal_before_the_ranks_start_ends_the_command_and_leaves_nothing(
     capsys, tmp_path, monkeypatch, number, place

@@ -29,7 +29,7 @@ from repro.hosts.options import WatchOptions
 from repro.lab.rank import worker
 from repro.lab.scenarios import settings_of
 from repro.lab.settings import RunSettings
-from repro.lab.start.launch import prepare_run_dir
+from repro.lab.start.prepare import prepare_run_dir
 from repro.report.junit import write_junit
 from repro.report.terminal import LiveTable, overview, position
 from repro.store.run_dir import OutputError, RunDir

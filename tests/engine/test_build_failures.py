@@ -36,8 +36,8 @@ from repro.exit_codes import CANNOT_TELL
 from repro.lab import scenarios
 from repro.lab.rank import worker
 from repro.lab.settings import RunSettings
-from repro.lab.start import launch
 from repro.lab.start.kernel_cache import CannotFill
+from repro.lab.start.prepare import prepare_run_dir
 
 pytestmark = pytest.mark.timeout(300)  # one run compiles, on machines that may have other things to do
 
@@ -321,25 +321,25 @@ def test_a_user_s_folder_that_is_filled_is_no_cold_cache(tmp_path):
     built.parent.mkdir(parents=True)
     built.write_text("")
     with pytest.raises(CannotFill, match=r"no cold start: .*/cache/kernels holds compiled kernels"):
-        launch.prepare_run_dir(tmp_path / "runs", small("cold_jit", cache_dir=tmp_path / "cache"))
+        prepare_run_dir(tmp_path / "runs", small("cold_jit", cache_dir=tmp_path / "cache"))
     assert not list((tmp_path / "runs").iterdir())
 
 
 def test_a_warm_cache_that_is_not_built_by_the_deadline_is_given_up(tmp_path):
     with pytest.raises(CannotFill, match=r"not built within 0.1 s"):
-        launch.prepare_run_dir(tmp_path, small("cold_jit", kernel_cache="warm", deadline_s=0.1))
+        prepare_run_dir(tmp_path, small("cold_jit", kernel_cache="warm", deadline_s=0.1))
 
 
 def test_a_warm_cache_is_not_waited_for_by_a_user_who_has_had_enough(tmp_path):
     with pytest.raises(KeyboardInterrupt):
-        launch.prepare_run_dir(tmp_path, small("cold_jit", kernel_cache="warm"), lambda: True)
+        prepare_run_dir(tmp_path, small("cold_jit", kernel_cache="warm"), lambda: True)
     assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.full
 def test_a_user_s_folder_may_be_filled_again_and_again(cold_run, tmp_path):
     for _ in range(2):
-        launch.prepare_run_dir(tmp_path / "runs", small("cold_jit", kernel_cache="warm", cache_dir=tmp_path / "cache"))
+        prepare_run_dir(tmp_path / "runs", small("cold_jit", kernel_cache="warm", cache_dir=tmp_path / "cache"))
     assert len(list((tmp_path / "cache" / "kernels").glob("*/built"))) == 2
 
 

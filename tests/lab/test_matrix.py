@@ -16,6 +16,7 @@ from repro.lab.outcome.expectation import document_of
 from repro.lab.search import matrix
 from repro.lab.start import launch
 from repro.lab.start.kernel_cache import CannotFill
+from repro.lab.start.prepare import prepare_run_dir
 from repro.verdict import Verdict
 
 pytestmark = pytest.mark.timeout(300)  # one run compiles, on machines that may have other things to do
@@ -73,7 +74,7 @@ def test_a_run_whose_cache_cannot_be_filled_costs_no_other_run_its_verdict(tmp_p
         if done:
             raise CannotFill("no warm kernel cache: the disk is full")
         done.append(settings)
-        run_dir = launch.prepare_run_dir(out, dataclasses.replace(settings, kernel_cache="cold"))
+        run_dir = prepare_run_dir(out, dataclasses.replace(settings, kernel_cache="cold"))
         return run_dir, document_of(settings, Verdict("clean"), matches_expected=True)
 
     done = []

@@ -22,7 +22,7 @@ from repro.hosts.agent import HostAgent, RemoteHosts
 from repro.hosts.host import Host
 from repro.lab.outcome.expectation import watch_options
 from repro.lab.settings import RunSettings
-from repro.lab.start.launch import prepare_run_dir
+from repro.lab.start.prepare import prepare_run_dir
 from repro.store.run_dir import RunDir, write_json
 from repro.trace.recorder import Recorder
 from repro.watch.live import Watch

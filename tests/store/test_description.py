@@ -20,7 +20,7 @@ from repro.commands.cli import main
 from repro.exit_codes import EXPECTED
 from repro.lab.description import describe
 from repro.lab.scenarios import settings_of
-from repro.lab.start.launch import prepare_run_dir
+from repro.lab.start.prepare import prepare_run_dir
 from repro.report.gather import gather, siblings
 from repro.store.description import RUN_FOLDER, Command, RunDescription, read_description
 from repro.store.run_dir import write_json

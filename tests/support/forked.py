@@ -19,6 +19,7 @@ from repro.lab.outcome import reference
 from repro.lab.rank.worker import run_rank
 from repro.lab.settings import RunSettings
 from repro.lab.start import launch
+from repro.lab.start.prepare import prepare_run_dir
 from repro.report.terminal import Display
 from repro.store.run_dir import RunDir, write_json
 
@@ -42,7 +43,7 @@ def run_forked(
     notice: Callable[[str], None] = lambda text: None,
 ) -> tuple[RunDir, dict[str, Any]]:
     """Run one variant; in_rank runs in each rank before it starts, during in this process once all have forked."""
-    run_dir = launch.prepare_run_dir(out, settings)
+    run_dir = prepare_run_dir(out, settings)
     before(run_dir)
     write_json(run_dir.reference, reference_tokens(_shared(settings)) if with_reference else {})
     pids = [_fork(run_dir, settings, rank, in_rank) for rank in range(settings.num_ranks)]

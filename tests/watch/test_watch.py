@@ -15,7 +15,7 @@ from repro.lab.outcome.expectation import document_of, watch_options
 from repro.lab.outcome.second_judgement import judge_again
 from repro.lab.outcome.tokens import MAX_LINES, wrong_tokens
 from repro.lab.settings import RunSettings
-from repro.lab.start.launch import end
+from repro.lab.start.ending import end
 from repro.store.run_dir import RunDir, read_tokens, write_json
 from repro.trace.format import Identity
 from repro.trace.recorder import Recorder

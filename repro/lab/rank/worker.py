@@ -31,8 +31,8 @@ from repro.lab.rank import software
 from repro.lab.rank.environment import RankEnvironment, refuse_bad_variables
 from repro.lab.settings import RunSettings, read_settings
 from repro.lab.start.kernel_cache import CannotFill
-from repro.lab.start.launch import prepare_run_dir
 from repro.lab.start.machine import CannotRunHere, require_model
+from repro.lab.start.prepare import prepare_run_dir
 from repro.store.description import VARIANTS
 from repro.store.run_dir import OutputError, RunDir, write_atomically, write_json
 from repro.store.text import escape_lines

@@ -1,14 +1,13 @@
 """Prepare the kernel cache of a run before it starts: empty (cold), full (warm), or empty for rank 0 alone (split).
 
-Each run has its own cache in its run directory. A warm cache is a copy of the user's cache. A separate process,
-``python -m repro.lab.start.kernel_cache RUN_DIR``, first builds the kernels that are missing there.
+Each run has its own cache in its run directory. A warm cache is a copy of the user's cache, in which
+`kernel_builder.py` first builds the kernels that are missing.
 """
 
 from __future__ import annotations
 
 import contextlib
 import re
-import shutil
 import subprocess
 import sys
 import time
@@ -17,8 +16,7 @@ from pathlib import Path
 
 from hybrid_moe_kernels.extension import BUILT
 
-from repro.hosts.parent import die_with_parent
-from repro.lab.settings import RunSettings, read_settings
+from repro.lab.settings import RunSettings
 from repro.store.run_dir import RunDir
 
 POLL_S = 0.1
@@ -53,7 +51,7 @@ def fill(run_dir: RunDir, settings: RunSettings, interrupt: Callable[[], bool]) 
         raise CannotFill(f"no cold start: {to_be_cold} holds compiled kernels; empty it, or use --kernel-cache warm")
     if settings.effective_kernel_cache == "cold":
         return
-    command = [sys.executable, "-m", "repro.lab.start.kernel_cache", str(run_dir.root)]
+    command = [sys.executable, "-m", "repro.lab.start.kernel_builder", str(run_dir.root)]
     with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) as builder:
         until = time.monotonic() + settings.deadline_s
         output = None
@@ -75,32 +73,3 @@ def fill(run_dir: RunDir, settings: RunSettings, interrupt: Callable[[], bool]) 
 def of_rank(cache: Path, settings: RunSettings, rank: int) -> Path:
     """The folder in which a rank looks for compiled kernels."""
     return cache / f"rank{rank:03d}" if settings.effective_kernel_cache == "split" else cache
-
-
-def main() -> None:
-    """Build the kernels that are missing in the user's cache, and copy all of them into the run's."""
-    die_with_parent()
-    from hybrid_moe_kernels.extension import default_cache
-    from hybrid_moe_kernels.lab.gdn_prefill import PREFILL, PREFILL_CUDA
-    from hybrid_moe_kernels.lab.moe_experts import EXPERTS
-
-    from hybrid_moe_ref.engine.startup.builds import BuildPlace, ensure
-    from hybrid_moe_ref.parallel.observer import NullObserver
-
-    run_dir = RunDir(Path(sys.argv[1]))
-    settings = read_settings(run_dir.config)
-    kernels = folder(run_dir, settings) / "kernels"
-    targets = [kernels]
-    if settings.effective_kernel_cache == "split":
-        targets = [of_rank(kernels, settings, rank) for rank in range(1, settings.num_ranks)]
-    for extension in (PREFILL_CUDA,) if settings.backend == "nccl" else (PREFILL, EXPERTS):
-        ensure(extension, BuildPlace(default_cache(), -1, NullObserver()))
-        built = extension.folder(default_cache())
-        for target in targets:
-            # Copies the modification times, by which ninja knows what is up to date. With engine.cache_dir the folder
-            # may hold the kernels of an earlier run already.
-            shutil.copytree(built, target / built.name, dirs_exist_ok=True)
-
-
-if __name__ == "__main__":
-    main()

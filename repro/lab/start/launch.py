@@ -11,69 +11,26 @@ import fcntl
 import shutil
 import subprocess
 import sys
-import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
-from hybrid_moe_ref.files import open_regular, sync, write_atomically
-from repro.hosts import agent, locks, processes
+from hybrid_moe_ref.files import open_regular, write_atomically
+from repro.hosts import locks, processes
 from repro.hosts.interrupt import Interrupt
-from repro.lab import scenarios
-from repro.lab.description import describe
 from repro.lab.outcome.expectation import document_of, watch_options
 from repro.lab.outcome.tokens import compare_tokens
 from repro.lab.settings import RunSettings
-from repro.lab.start import kernel_cache
+from repro.lab.start.ending import end, persist, release
 from repro.lab.start.job import Job, Start, start_process
+from repro.lab.start.prepare import prepare_run_dir
 from repro.report.terminal import Display
 from repro.store.run_dir import OutputError, RunDir, write_json
 from repro.store.schema import to_json
-from repro.trace.format import Geometry, Identity
-from repro.trace.witness import create
 from repro.verdict import Verdict
 from repro.watch.document import Document, Durations
 from repro.watch.live import Watch
-
-PERSIST_PATIENCE_S = 5.0
-"""How long to wait for the evidence to be written to the disk."""
-
-SYNCS = 8
-"""How many files are synced at a time; one after another takes ten times as long."""
-
-RELEASE_PATIENCE_S = 8.0
-"""How long to wait for ranks that are done to exit on their own."""
-
-FREE_BYTES = 32 << 20
-"""Free disk space that a run needs besides its witnesses, for logs, stacks, dumps and the verdict."""
-
-
-def prepare_run_dir(out: Path, settings: RunSettings, interrupt: Callable[[], bool] = lambda: False) -> RunDir:
-    """Create the run directory with run.json, config.json and every rank's witness, with all disk blocks allocated.
-
-    Raises OutputError when the folder cannot be written or the disk lacks space; the run directory is then removed.
-    """
-    run_dir = RunDir.create(out, settings.scenario, settings.variant, settings.seed)
-    try:
-        shape = Geometry(ring_records=settings.ring_records)
-        if shutil.disk_usage(run_dir.root).free < FREE_BYTES + settings.num_ranks * shape.file_bytes:
-            raise OSError(None, "no space left on device")
-        write_json(run_dir.description, describe(settings).to_mapping())
-        write_json(run_dir.config, settings.to_mapping())
-        kernel_cache.fill(run_dir, settings, interrupt)
-        scenarios.load(settings.scenario).before(settings, kernel_cache.folder(run_dir, settings))
-        for rank in range(settings.num_ranks):
-            if interrupt():
-                raise KeyboardInterrupt
-            create(run_dir.witness(rank), Identity(rank, settings.num_ranks, run_id=run_dir.root.name), shape)
-        run_dir.point_latest()
-    except BaseException as error:
-        shutil.rmtree(run_dir.root, ignore_errors=True)
-        if not isinstance(error, OSError):
-            raise
-        raise OutputError(f"cannot write to {out}: {error.strerror}; choose another --out") from error
-    return run_dir
 
 
 def run(
@@ -204,7 +161,7 @@ def _attend(
         # process started, except under NCCL, which has resources of the host to release. Let the ranks of another
         # launcher exit on their own: it reports those that do not exit with 0.
         if watch.all_done() and not (started_here and settings.backend == "gloo"):
-            _release(run_dir, lambda: job_alive() or watch.remote_ranks_run())
+            release(run_dir, lambda: job_alive() or watch.remote_ranks_run())
     finally:
         for text in end(run_dir, children, _living(ranks, display.notice)):
             display.notice(text)
@@ -218,55 +175,3 @@ def _living(ranks: Callable[[], list[processes.Process]], notice: Callable[[str]
     except Exception as error:
         notice(f"ranks that others started may still run: {type(error).__name__}: {error}")
         return []
-
-
-def persist(run_dir: RunDir, notice: Callable[[str], None], patience_s: float = PERSIST_PATIENCE_S) -> None:
-    """Sync the evidence to the disk before the ranks are ended, because a machine with a hang is often reset next.
-
-    Daemon threads do the work: a file server that does not answer must not keep the ranks of the run alive.
-    """
-    paths, failures = run_dir.contents(), []
-
-    def sync_all(share: list[Path]) -> None:
-        for path in share:
-            try:
-                sync(path)
-            except OSError as error:
-                failures.append(f"{path}: {error.strerror or error}")
-
-    shares = [paths[first::SYNCS] for first in range(SYNCS)]
-    threads = [threading.Thread(target=sync_all, args=(share,), daemon=True) for share in shares]
-    until = time.monotonic() + patience_s
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join(max(0.0, until - time.monotonic()))
-    if any(thread.is_alive() for thread in threads):
-        failures.append(f"{run_dir.root} was not written to its disk within {patience_s:g} s")
-    for failure in failures[:1]:
-        notice(f"evidence may be lost if this machine is reset now: {failure}")
-
-
-def end(run_dir: RunDir, started: list[Job], ranks: list[processes.Process]) -> list[str]:
-    """Kill the started jobs with their descendants and the running ranks, and remove the files that only they needed.
-
-    Returns a sentence for each process that did not end within processes.REAP_PATIENCE_S.
-    """
-    # The pid of a job that has ended may belong to another process by now.
-    running = [child for child in started if child.poll() is None]
-    descendants = [process for child in running for process in processes.with_descendants(child.pid)]
-    left = processes.kill([*ranks, *descendants])
-    for child in started:  # reaps the children of this process
-        child.poll()
-    agent.remove_temporary_files(run_dir, (run_dir.store, run_dir.interrupted, run_dir.root / "rendezvous"))
-    shutil.rmtree(run_dir.root / "tmp", ignore_errors=True)
-    return [f"{processes.describe(pid)} could not be ended: it does not return from a system call" for pid in left]
-
-
-def _release(run_dir: RunDir, job_alive: Callable[[], bool]) -> None:
-    """Let parked ranks exit on their own."""
-    run_dir.release.touch()
-    deadline = time.monotonic() + RELEASE_PATIENCE_S
-    while job_alive() and time.monotonic() < deadline:
-        time.sleep(0.05)
-    run_dir.release.unlink(missing_ok=True)

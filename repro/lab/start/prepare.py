@@ -1,0 +1,45 @@
+"""Create the directory of a run with everything that must be there before a rank starts."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+from repro.lab import scenarios
+from repro.lab.description import describe
+from repro.lab.settings import RunSettings
+from repro.lab.start import kernel_cache
+from repro.store.run_dir import OutputError, RunDir, write_json
+from repro.trace.format import Geometry, Identity
+from repro.trace.witness import create
+
+FREE_BYTES = 32 << 20
+"""Free disk space that a run needs besides its witnesses, for logs, stacks, dumps and the verdict."""
+
+
+def prepare_run_dir(out: Path, settings: RunSettings, interrupt: Callable[[], bool] = lambda: False) -> RunDir:
+    """Create the run directory with run.json, config.json and every rank's witness, with all disk blocks allocated.
+
+    Raises OutputError when the folder cannot be written or the disk lacks space; the run directory is then removed.
+    """
+    run_dir = RunDir.create(out, settings.scenario, settings.variant, settings.seed)
+    try:
+        shape = Geometry(ring_records=settings.ring_records)
+        if shutil.disk_usage(run_dir.root).free < FREE_BYTES + settings.num_ranks * shape.file_bytes:
+            raise OSError(None, "no space left on device")
+        write_json(run_dir.description, describe(settings).to_mapping())
+        write_json(run_dir.config, settings.to_mapping())
+        kernel_cache.fill(run_dir, settings, interrupt)
+        scenarios.load(settings.scenario).before(settings, kernel_cache.folder(run_dir, settings))
+        for rank in range(settings.num_ranks):
+            if interrupt():
+                raise KeyboardInterrupt
+            create(run_dir.witness(rank), Identity(rank, settings.num_ranks, run_id=run_dir.root.name), shape)
+        run_dir.point_latest()
+    except BaseException as error:
+        shutil.rmtree(run_dir.root, ignore_errors=True)
+        if not isinstance(error, OSError):
+            raise
+        raise OutputError(f"cannot write to {out}: {error.strerror}; choose another --out") from error
+    return run_dir
