@@ -14,8 +14,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Print a line, or a JSON object, for each scenario and each configuration of the report."""
+    from rich.console import Console
+
     from repro.lab import scenarios
     from repro.lab.configurations import CONFIGURATIONS
+    from repro.report.tables import cell, make_table
+    from repro.report.terminal import print_table
 
     rows = []
     for scenario in map(scenarios.load, [*scenarios.names(), *CONFIGURATIONS]):
@@ -31,9 +35,8 @@ def run(args: argparse.Namespace) -> int:
         ]  # fmt: skip
         print(json.dumps(listed, indent=1))
         return EXPECTED
-    name_width = max(len(scenario.name) for scenario, _ in rows)
-    verdict_width = max(len(expected.words()) for _, expected in rows)
+    table = make_table("name", "verdict", "summary", header=False)
     for scenario, expected in rows:
-        words = f"{expected.words():{verdict_width}}"
-        print(f"{scenario.name:{name_width}}  {words}  {scenario.summary} ({scenario.source})")
+        table.add_row(cell(scenario.name), cell(expected.words()), cell(f"{scenario.summary} ({scenario.source})"))
+    print_table(Console(), table)
     return EXPECTED

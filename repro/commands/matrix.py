@@ -20,7 +20,7 @@ from repro.lab.start.machine import require_model
 from repro.lab.start.memory import refuse_too_large
 from repro.lab.start.series import Series
 from repro.report.junit import write_junit
-from repro.report.terminal import say
+from repro.report.terminal import print_table, say
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -64,5 +64,7 @@ def run(args: argparse.Namespace) -> int:
     if args.json:
         print(json.dumps([result.to_json() for result in results], indent=1), flush=True)
     else:
-        say(console, "\n".join(matrix.table(results)))
+        for title, table in matrix.tables(results):
+            say(console, f"\n{title}")
+            print_table(console, table)
     return INTERRUPTED if args.interrupt() else exit_code([result.verdict for result in results])

@@ -1,4 +1,4 @@
-"""What a person sees: a live table of the ranks on a terminal, plain lines elsewhere, and the table at the end."""
+"""What commands print: a live table of the ranks on a terminal, plain lines elsewhere, and the table at the end."""
 
 from __future__ import annotations
 
@@ -12,7 +12,8 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-from repro.store.text import escape_control_characters, escape_lines, shorten_rank_lists
+from repro.report.tables import cell, lines, make_table, narrowest
+from repro.store.text import escape_lines, shorten_rank_lists
 from repro.trace.format import Kind
 from repro.trace.parse import WitnessError
 from repro.trace.witness import Tail
@@ -32,7 +33,7 @@ _STYLES = {
 
 
 class LiveTable:
-    """Redraws the ranks' positions twice a second; reads whole witnesses, so only for eyes, not for decisions."""
+    """Redraws the ranks' positions twice a second. It reads whole witnesses, so it is slow, and no verdict uses it."""
 
     def __init__(self, title: str, live: Live) -> None:
         self._title = title
@@ -40,34 +41,33 @@ class LiveTable:
         self._drawn_s = 0.0
 
     def show(self, tails: list[Tail]) -> None:
-        """Called at every poll of the watcher."""
+        """Redraw, if the last time was long enough ago; the watcher calls this at every poll."""
         if time.monotonic() - self._drawn_s > REFRESH_S:
             self._drawn_s = time.monotonic()
             self._live.update(self._draw(tails), refresh=True)
 
     def notice(self, text: str) -> None:
-        """A line above the table."""
+        """Print a line above the table."""
         say(self._live.console, text)
 
     def _draw(self, tails: list[Tail]) -> Table:
-        table = Table(title=self._title, title_justify="left")
-        for column in ("rank", "phase", "step", "where", "for"):
-            table.add_column(column, justify="right" if column in ("rank", "step", "for") else "left")
+        table = make_table("rank", "phase", "step", "where", "for", right=("rank", "step", "for"))
+        table.title, table.title_justify = self._title, "left"
         for rank, tail in enumerate(tails):
-            table.add_row(str(rank), *(Text(escape_control_characters(cell, 120)) for cell in position(tail)))
+            table.add_row(str(rank), *(cell(text, limit=120) for text in position(tail)))
         return table
 
 
 @dataclass
 class Display:
-    """Where a run tells how it goes: ``show`` at every poll, ``notice`` for what is worth a line."""
+    """How a run shows its progress: the watcher calls ``show`` at every poll, and ``notice`` with a line of text."""
 
     show: Callable[[list[Tail]], None] = lambda tails: None
     notice: Callable[[str], None] = lambda text: None
 
 
 def position(tail: Tail) -> tuple[str, str, str, str]:
-    """Where a rank stands, in words: its phase, step, place, and for how long."""
+    """A rank's phase, step, place, and for how long it has been there; "-" for what is not known."""
     try:
         witness = tail.witness()
     except (OSError, WitnessError):
@@ -105,71 +105,76 @@ def display(console: Console, title: str) -> Iterator[Display]:
 
 
 def say(console: Console, text: str) -> None:
-    """Plain lines: nothing in them marks up, and nothing acts on the terminal."""
+    """Print plain lines: nothing in them is markup, and nothing acts on the terminal."""
     console.print(escape_lines(text), highlight=False, markup=False, soft_wrap=True)
 
 
+def print_table(console: Console, table: Table) -> None:
+    """Print a table folded to the width of the terminal, if no word breaks; else each row as one plain line."""
+    if console.is_terminal and narrowest(console, table) <= console.width:
+        console.print(table)
+    else:
+        say(console, "\n".join(lines(table)))
+
+
 def summary(console: Console, documents: Sequence[Document]) -> None:
-    """The table at the end: a row a variant, and below it where the ranks stand and whom they wait for."""
-    table = Table(title=f"{documents[0].scenario}, {documents[0].num_ranks} ranks", title_justify="left")
-    for column, justify in (
-        ("variant", "left"), ("verdict", "left"), ("cause", "left"), ("culprits", "left"),
-        ("seconds", "right"), ("stall to verdict", "right"), ("as expected", "left"),
-    ):  # fmt: skip
-        table.add_column(column, justify=justify, no_wrap=column == "verdict")  # type: ignore[arg-type]
+    """Print a row for each variant of a scenario; then where the ranks stand, and which ranks wait for which."""
+    say(console, f"{documents[0].scenario}, {documents[0].num_ranks} ranks")
+    table = make_table("variant", *_COLUMNS, right=_NUMBERS)
     for document in documents:
-        table.add_row(
-            document.variant,
-            f"[{_STYLES.get(document.verdict, 'yellow')}]{document.verdict}[/]",
-            document.cause or "-",
-            list_ranks(document.culprits) or "-",
-            f"{document.seconds.total:.1f}",
-            f"{document.seconds.stall_to_verdict:.2f} s" if _stalled(document) else "-",
-            "yes" if document.matches_expected else "[red]no[/]",
-        )
-    console.print(table)
+        table.add_row(cell(document.variant), *_cells(document))
+    print_table(console, table)
     for document in documents:
         for sentence in _sentences(document):
             say(console, f"{document.variant}: {sentence}")
 
 
 def overview(console: Console, documents: Sequence[Document]) -> None:
-    """The table of several scenarios, cut nowhere, and sentences for those alone that did not end as expected.
-
-    Ranks with a question mark are suspects: they stand out, and nothing is proven.
-    """
-    rows = [("scenario", "variant", "verdict", "culprits", "seconds", "stalled", "as expected")]
+    """Print a row for each run of several scenarios, and sentences for those alone that did not end as expected."""
+    num_scenarios = len({document.scenario for document in documents})
+    say(console, f"{num_scenarios} scenarios, {documents[0].num_ranks} ranks, seed {documents[0].seed}")
+    table = make_table("scenario", "variant", *_COLUMNS, right=_NUMBERS)
     previous = ""
     for document in documents:
-        remark = "not run" if document.skipped else "NO"
-        suspects = list_ranks(document.suspects)
-        rows.append((
-            "" if document.scenario == previous else document.scenario,
-            document.variant,
-            ", ".join(filter(None, (document.verdict, document.cause))),
-            list_ranks(document.culprits) or (f"{suspects}?" if suspects else "-"),
-            f"{document.seconds.total:.1f}",
-            f"{document.seconds.stall_to_verdict:.2f} s" if _stalled(document) else "-",
-            "yes" if document.matches_expected else remark,
-        ))  # fmt: skip
+        scenario = "" if document.scenario == previous else document.scenario
+        table.add_row(cell(scenario), cell(document.variant), *_cells(document))
         previous = document.scenario
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    numbers = (rows[0].index("seconds"), rows[0].index("stalled"))
-    found = {document.scenario for document in documents}
-    lines = [f"{len(found)} scenarios, {documents[0].num_ranks} ranks, seed {documents[0].seed}"]
-    for row in rows:
-        cells = (
-            cell.rjust(width) if index in numbers else cell.ljust(width)
-            for index, (cell, width) in enumerate(zip(row, widths, strict=True))
-        )
-        lines.append("  ".join(cells).rstrip())
+    print_table(console, table)
     missed = [document for document in documents if not document.matches_expected]
     for document in missed:
-        name = f"{document.scenario} {document.variant}"
-        lines += [f"{name}: {sentence}" for sentence in _sentences(document) or document.evidence]
+        for sentence in _sentences(document) or document.evidence:
+            say(console, f"{document.scenario} {document.variant}: {sentence}")
     total_s = sum(document.seconds.total for document in documents)
-    lines.append(f"{len(documents) - len(missed)} of {len(documents)} as expected, {total_s:.0f} s")
-    say(console, "\n".join(lines))
+    say(console, f"{len(documents) - len(missed)} of {len(documents)} as expected, {total_s:.0f} s")
+
+
+_COLUMNS = ("verdict", "culprits", "seconds", "stalled", "as expected")
+_NUMBERS = ("seconds", "stalled")
+
+
+def _cells(document: Document) -> tuple[Text, ...]:
+    """The cells of _COLUMNS. "stalled" is the time from the last event of any rank to the verdict."""
+    outcome = ", ".join(filter(None, (document.verdict, document.cause)))
+    stalled = f"{document.seconds.stall_to_verdict:.2f} s" if _stalled(document) else "-"
+    return (
+        cell(outcome, _STYLES.get(document.verdict, "yellow")),
+        cell(_culprits(document)),
+        cell(f"{document.seconds.total:.1f}"),
+        cell(stalled),
+        _remark(document),
+    )
+
+
+def _culprits(document: Document) -> str:
+    """The culprits; else the suspects with a question mark: they stand out, and nothing is proven about them."""
+    culprits, suspects = (shorten_rank_lists(list_ranks(ranks)) for ranks in (document.culprits, document.suspects))
+    return culprits or (f"{suspects}?" if suspects else "-")
+
+
+def _remark(document: Document) -> Text:
+    if document.matches_expected:
+        return cell("yes")
+    return cell("not run", "yellow") if document.skipped else cell("NO", "red")
 
 
 def _stalled(document: Document) -> bool:

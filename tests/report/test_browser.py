@@ -26,6 +26,7 @@ from repro import report
 from repro.lab.description import describe
 from repro.lab.settings import RunSettings
 from repro.store.run_dir import RunDir, write_json
+from repro.store.schema import to_json
 from repro.trace.format import Geometry
 from repro.trace.witness import read_dir
 from repro.verdict import judge
@@ -208,7 +209,7 @@ def write_many(out: Path, num_ranks: int, num_events: int) -> Path:
     witnesses, _ = read_dir(run_dir.root / "events")
     now_ns = max(witness.last_event_ns() for witness in witnesses.values()) + 1_200_000_000
     verdict = judge(witnesses, num_ranks=num_ranks, now_ns=now_ns, quiet_window_s=1.0)
-    write_json(run_dir.verdict, document(verdict, num_ranks, "fault"))
+    write_json(run_dir.verdict, to_json(document(verdict, num_ranks, "fault")))
     return run_dir.root
 
 

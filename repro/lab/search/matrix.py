@@ -11,14 +11,17 @@ timeout they wait until the build is done; with a short one they give up.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from rich.table import Table
+
 from repro.lab import scenarios
 from repro.lab.settings import RunSettings
 from repro.lab.start.series import Series
+from repro.report.tables import make_table
 from repro.store.run_dir import RunDir
 from repro.store.schema import to_json
 from repro.trace.format import Kind
@@ -134,42 +137,38 @@ def phases(run_dir: RunDir, rank: int) -> dict[str, float]:
     return seconds
 
 
-def table(results: Sequence[Result]) -> list[str]:
-    """The lines of the table: a row per cell with the longest time of any rank per phase, then the times per rank."""
-    head = ("layout", "gdn", "moe", "cache", "timeout", "verdict", "seconds", "silent", *PHASES, "as expected")
-    rows: list[tuple[str, ...]] = [head]
+def tables(results: Sequence[Result]) -> Iterator[tuple[str, Table]]:
+    """(title, table): a row for each cell with the longest time of any rank in each phase; then the times by rank."""
+    yield f"{len(results)} cells, seconds", _table_of_cells(results)
+    for result in results:
+        if result.phases:
+            last = len(result.phases) - 1
+            yield f"{result.cell.name()}: seconds in each phase, ranks 0 to {last}", _table_of_phases(result.phases)
+
+
+def _table_of_cells(results: Sequence[Result]) -> Table:
+    numbers = ("seconds", "silent", *PHASES)
+    table = make_table("layout", "gdn", "moe", "cache", "timeout", "verdict", *numbers, "as expected", right=numbers)
     for result in results:
         verdict = result.verdict
         longest = [max((rank.get(phase, 0.0) for rank in result.phases), default=0.0) for phase in PHASES]
-        rows.append((
+        table.add_row(
             *result.cell.values(),
             ", ".join(filter(None, (verdict.verdict, verdict.cause))),
             f"{verdict.seconds.total:.1f}",
             f"{result.stalled_s:.1f}" if result.stalled_s else "-",
             *(f"{seconds:.1f}" for seconds in longest),
             "yes" if verdict.matches_expected else "NO",
-        ))  # fmt: skip
-    lines = _aligned(rows, range(6, 8 + len(PHASES)))
-    for result in results:
-        ranks = result.phases
-        if not ranks:
-            continue
-        lines += ["", f"{result.cell.name()}: seconds in each phase, ranks 0 to {len(ranks) - 1}"]
-        names = dict.fromkeys(phase for rank in ranks for phase in rank if rank[phase] >= 0.05)
-        rows = [(phase, *(f"{rank.get(phase, 0.0):.1f}" for rank in ranks)) for phase in names]
-        lines += _aligned(rows, range(1, 1 + len(ranks)))
-    return lines
+        )
+    return table
 
 
-def _aligned(rows: Sequence[Sequence[str]], numbers: range) -> list[str]:
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return [
-        "  ".join(
-            cell.rjust(width) if index in numbers else cell.ljust(width)
-            for index, (cell, width) in enumerate(zip(row, widths, strict=True))
-        ).rstrip()
-        for row in rows
-    ]
+def _table_of_phases(ranks: Sequence[Mapping[str, float]]) -> Table:
+    columns = [str(rank) for rank in range(len(ranks))]
+    table = make_table("phase", *columns, right=columns, header=False)
+    for phase in dict.fromkeys(phase for rank in ranks for phase in rank if rank[phase] >= 0.05):
+        table.add_row(phase, *(f"{rank.get(phase, 0.0):.1f}" for rank in ranks))
+    return table
 
 
 def script() -> str:
