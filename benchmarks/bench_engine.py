@@ -33,8 +33,10 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from hybrid_moe_ref.config import EngineConfig
 from hybrid_moe_ref.engine.lifecycle import Engine
-from hybrid_moe_ref.engine.plan import StepPlan, StepSchedules, resolve
+from hybrid_moe_ref.engine.plan import StepPlan, StepSchedules
+from hybrid_moe_ref.engine.protocol import protocol_of
 from hybrid_moe_ref.parallel.comm import Communicator
 from hybrid_moe_ref.parallel.dispatch import ForwardContext, expert_schedule
 from hybrid_moe_ref.parallel.guard import ScheduleGuard
@@ -100,7 +102,7 @@ def agree_us(schedules: StepSchedules, num_ranks: int, num_calls: int = 50, num_
     """Processor time of what agreeing adds to a step on one rank, without the all-reduce itself, in us: the best of
     many short loops."""
     guard, context = ScheduleGuard(0, Halt(None)), ForwardContext(sizes=(1,) * num_ranks)
-    schedule = schedules.whole(asks_unfinished=False)
+    schedule, protocol = schedules.whole(asks_unfinished=False), protocol_of(EngineConfig())
     issued = [Collective(*entry, context.ep_sizes) for entry in schedule]
     times = []
     for step in range(num_repeats):
@@ -108,7 +110,7 @@ def agree_us(schedules: StepSchedules, num_ranks: int, num_calls: int = 50, num_
         for _ in range(num_calls):
             plan = StepPlan(step, 1, 1, schedule_hash=schedules.hash(asks_unfinished=False))
             guard.begin(step, schedules.whole(asks_unfinished=False))
-            resolve([[number] * num_ranks for number in plan.row()])
+            protocol.resolve([[number] * num_ranks for number in protocol.column(plan)])
             guard.agree("ep", context.ep_sizes)
             for collective in issued:
                 _ = context.ep_sizes  # as a layer does

@@ -4,7 +4,14 @@ A `ConfigError` names the field by its path and the numbers that disagree. Nothi
 """
 
 from hybrid_moe_ref.config.base import Config, ConfigError, InputError, nearest
-from hybrid_moe_ref.config.engine import DTYPES, ENGINE_MODES, GDN_PREFILL_BACKENDS, MOE_BACKENDS, EngineConfig
+from hybrid_moe_ref.config.engine import (
+    DTYPES,
+    ENGINE_MODES,
+    GDN_PREFILL_BACKENDS,
+    MOE_BACKENDS,
+    PROTOCOLS,
+    EngineConfig,
+)
 from hybrid_moe_ref.config.model import LAYER_KINDS, ModelConfig
 from hybrid_moe_ref.config.parallel import ParallelConfig
 from hybrid_moe_ref.config.presets import PRESETS, preset
@@ -16,6 +23,7 @@ __all__ = [
     "LAYER_KINDS",
     "MOE_BACKENDS",
     "PRESETS",
+    "PROTOCOLS",
     "Config",
     "ConfigError",
     "EngineConfig",

@@ -7,6 +7,7 @@ from hybrid_moe_ref.config.base import Config, ConfigError, at_least, nearest
 ENGINE_MODES = ("eager", "graphs")
 GDN_PREFILL_BACKENDS = ("auto", "torch", "triton", "jit")
 MOE_BACKENDS = ("auto", "torch", "jit")
+PROTOCOLS = ("0.20", "0.33")
 DTYPES = ("float32", "float64", "bfloat16", "float16")
 
 
@@ -18,8 +19,11 @@ class EngineConfig(Config):
     max_num_batched_tokens
                        most tokens of a step. Running requests come first; new prompts get the rest
     num_pages          pages of a rank's cache; if they do not suffice for all requests, the youngest wait
+    protocol           the version of vLLM whose exchange between the ranks is followed: one of PROTOCOLS, see
+                       `engine.protocol`
     unfinished_interval
-                       number of steps between two "anyone unfinished?" all-reduces; the ranks can end after each
+                       number of steps between two "anyone unfinished?" all-reduces; the ranks can end after each.
+                       0: that of the protocol
     dtype              dtype of weights, activations and KV cache: one of DTYPES
     mode               "eager", or "graphs": small steps are padded to a captured size and replayed
     capture_sizes      the captured sizes; () means 1, 2, 4, ... and max_num_seqs, which cover every pure decode step
@@ -38,7 +42,8 @@ class EngineConfig(Config):
     max_num_seqs: int = 8
     max_num_batched_tokens: int = 256
     num_pages: int = 256
-    unfinished_interval: int = 32
+    protocol: str = "0.20"
+    unfinished_interval: int = 0
     dtype: str = "float32"
     mode: str = "eager"
     capture_sizes: tuple[int, ...] = ()
@@ -52,10 +57,12 @@ class EngineConfig(Config):
     collective_limit_s: float = 0.0
 
     def __post_init__(self) -> None:
-        at_least(self, 1, "max_num_seqs", "max_num_batched_tokens", "num_pages", "unfinished_interval")
-        at_least(self, 0, "microbatch_tokens", "num_drafts")
+        at_least(self, 1, "max_num_seqs", "max_num_batched_tokens", "num_pages")
+        at_least(self, 0, "unfinished_interval", "microbatch_tokens", "num_drafts")
         if not 0 <= self.collective_limit_s < float("inf"):
             raise ConfigError(f"{self.collective_limit_s} is not a number of seconds", "collective_limit_s")
+        if self.protocol not in PROTOCOLS:
+            raise ConfigError(f"unknown protocol {self.protocol!r}; known: {', '.join(PROTOCOLS)}", "protocol")
         if self.mode not in ENGINE_MODES:
             raise ConfigError(f"unknown mode {self.mode!r}{nearest(self.mode, ENGINE_MODES)}", "mode")
         for index, size in enumerate(self.capture_sizes):

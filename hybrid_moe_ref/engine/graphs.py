@@ -36,7 +36,7 @@ class Graphs:
         self._comm = comm
         self._model = model
         self._captured: dict[tuple[int, int], tuple[Collective, ...]] = {}
-        self._pieces: list[_Piece] = []
+        self._modules: list[CapturedModule] = []
 
     @property
     def captured(self) -> dict[tuple[int, int], tuple[Collective, ...]]:
@@ -53,18 +53,18 @@ class Graphs:
             yield
             return
         if not self._captured and self._comm.device.type == "cuda":  # after compilation, so that its output is captured
-            self._pieces = [_Piece(module) for module in row_wise(self._model)]
+            self._modules = [CapturedModule(module) for module in row_wise(self._model)]
         recorded = self._captured.get((mode, size))
         tape = Tape(recorded)
-        for piece in self._pieces:
-            piece.capturing, piece.replaying = recorded is None, True
+        for module in self._modules:
+            module.capturing, module.replaying = recorded is None, True
         try:
             with self._comm.taped(tape.on_collective):
                 yield
             tape.end()
         finally:
-            for piece in self._pieces:
-                piece.replaying = False
+            for module in self._modules:
+                module.replaying = False
         self._captured.setdefault((mode, size), tuple(tape.collectives))
 
 
@@ -90,11 +90,6 @@ class Tape:
         if self._recorded is not None and len(self.collectives) < len(self._recorded):
             missing = collective_words(self._recorded[len(self.collectives)])
             raise ScheduleMismatch(f"a replay ended, but captured is {missing}")
-
-
-def padded_size(num_tokens: int, sizes: Sequence[int]) -> int | None:
-    """The smallest of the ascending `sizes` that is at least `num_tokens`; None if there is none."""
-    return next((size for size in sizes if size >= num_tokens), None)
 
 
 def pad(tokens_N: Tensor, batch: Batch, size: int) -> tuple[Tensor, Batch]:
@@ -155,7 +150,7 @@ def row_wise(model: HybridMoE) -> list[nn.Module]:
     return [m for m in modules if isinstance(m, RMSNorm | Router | MLP) and not m._forward_hooks]
 
 
-class _Piece:
+class CapturedModule:
     """A row-wise module whose forward is replayed as a CUDA graph, with one graph for each number of rows."""
 
     def __init__(self, module: nn.Module) -> None:

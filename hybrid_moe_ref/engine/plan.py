@@ -42,6 +42,7 @@ class StepPlan:
     draft_rows           rows of this rank in each pass of the drafter after the first, which has the step's rows
     feed_hash            64-bit hash of the requests and tokens of this step, equal on the ranks of a tp group; 0 if
                          tp_size is 1
+    query_lengths        number of tokens of each request, or of the dummy batch
     """
 
     step: int
@@ -54,15 +55,7 @@ class StepPlan:
     schedule_hash: int = 0
     draft_rows: int = 0
     feed_hash: int = 0
-
-    def row(self) -> list[int]:
-        """This rank's column of C1: tokens, padded tokens, wants-microbatch, graph mode, draft rows, and two hashes.
-
-        The hashes of schedule and feed have four parts of 16 bits each, so that every number fits into int32.
-        """
-        padded = max(self.num_tokens, self.padded_tokens)
-        numbers = [self.num_tokens, padded, int(self.wants_microbatch), self.mode, self.draft_rows]
-        return [*numbers, *_parts(self.schedule_hash), *_parts(self.feed_hash)]
+    query_lengths: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -85,30 +78,9 @@ class AgreedStep:
     draft_sizes: tuple[tuple[int, ...], tuple[int, ...]] = ((), ())
 
 
-def resolve(rows: Sequence[Sequence[int]], tp_size: int = 1) -> AgreedStep:
-    """Turn the C1 matrix, int[13][ranks that agree], into one decision.
-
-    The mode is the MIN. If a graph is replayed (mode is not eager), the sizes are padded to the MAX; else they stay
-    uneven. An eager step is split in two if all ranks want it.
-
-    tp_size: number of consecutive columns of one tp group; the rows of a group count once
-    """
-    tokens, padded, wants_microbatch, modes, draft_rows, *hash_parts = rows
-    schedules, feeds = (list(zip(*parts, strict=True)) for parts in (hash_parts[:4], hash_parts[4:]))
-    mode = min(modes)
-    sizes = tuple(tokens[::tp_size])
-    return AgreedStep(
-        sizes if mode == EAGER else (max(padded),) * len(sizes),
-        mode,
-        microbatch=mode == EAGER and all(wants_microbatch),
-        same_schedule=len(set(schedules)) <= 1,
-        same_feed=all(len(set(feeds[first : first + tp_size])) <= 1 for first in range(0, len(feeds), tp_size)),
-        draft_sizes=(sizes, tuple(draft_rows[::tp_size])),
-    )
-
-
-def _parts(number: int) -> list[int]:
-    return [number >> shift & 0xFFFF for shift in (48, 32, 16, 0)]
+def padded_size(num_tokens: int, sizes: Sequence[int]) -> int | None:
+    """The smallest of the ascending `sizes` that is at least `num_tokens`; None if there is none."""
+    return next((size for size in sizes if size >= num_tokens), None)
 
 
 @dataclass(frozen=True)

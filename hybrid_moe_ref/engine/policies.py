@@ -5,12 +5,12 @@ These are the correct ones; `repro.lab.scenarios` has faulty ones. A policy may 
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from hybrid_moe_ref.engine.plan import TUNING_VOTE, AgreedStep, StepPlan
-from hybrid_moe_ref.engine.server_config import ServerConfig
 from hybrid_moe_ref.engine.startup.builds import KernelBuilds
 from hybrid_moe_ref.parallel.dispatch import AllGatherReduceScatter, SumOverRanks
 
@@ -116,9 +116,12 @@ class IdlePolicy:
 class Ballot:
     """What a rank reports about its configuration in the vote that ends `prepare`."""
 
-    def digest(self, config: ServerConfig) -> int:
-        """A number that is equal on all ranks only when they were started with the same configuration."""
-        return config.digest()
+    def digest(self, shared: str) -> int:
+        """A 31-bit number that is equal on all ranks only if their texts are.
+
+        shared: the rank's settings and kernels, as JSON
+        """
+        return int.from_bytes(hashlib.sha256(shared.encode()).digest()[:4], "big") >> 1
 
 
 class Preemption:

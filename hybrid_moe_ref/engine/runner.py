@@ -17,14 +17,15 @@ from hybrid_moe_ref.cache.hybrid_cache import HybridCache
 from hybrid_moe_ref.engine.feed import Feed, feed_differences, from_text, to_text
 from hybrid_moe_ref.engine.graphs import Graphs, halves, pad, part_of
 from hybrid_moe_ref.engine.plan import (
+    ANYONE_UNFINISHED,
     STEP_AGREEMENT,
     AgreedStep,
     StepPlan,
     StepSchedules,
     first_recurrent_layer,
-    resolve,
 )
 from hybrid_moe_ref.engine.policies import Policies
+from hybrid_moe_ref.engine.protocol import protocol_of
 from hybrid_moe_ref.engine.server_config import ServerConfig
 from hybrid_moe_ref.layers.moe import MoE
 from hybrid_moe_ref.model import HybridMoE
@@ -50,6 +51,7 @@ class ModelRunner:
         # With checks "observe" the ranks agree as in vLLM: the agreement does not compare the ranks of a tp group.
         self.agreeing = comm.everyone if self._agree_on_schedules else "dp"
         self._tp_size = config.parallel.tp_size if self._agree_on_schedules else 1
+        self.protocol = protocol_of(config.engine)
         self.schedules = StepSchedules(
             self.agreeing, context.schedule, context.draft_schedule * config.engine.num_drafts
         )
@@ -160,11 +162,17 @@ class ModelRunner:
         return self._policies.agreement.agree(self._plan, self._exchange, layer)
 
     def _exchange(self, plan: StepPlan, layer: str) -> AgreedStep:
-        """The step agreement C1: each rank fills its column of int32[13, ranks], and one all-reduce sums them."""
-        column = torch.tensor(plan.row(), dtype=torch.int32)
+        """The step agreement C1: each rank fills its column, and one all-reduce sums the columns."""
+        column = torch.tensor(self.protocol.column(plan), dtype=torch.int32)
         matrix = torch.zeros(len(column), len(self._comm.members(self.agreeing)), dtype=torch.int32)
         matrix[:, self._comm.group_rank(self.agreeing)] = column
-        return resolve(self._comm.all_reduce(self.agreeing, matrix, layer=layer).tolist(), self._tp_size)
+        return self.protocol.resolve(self._comm.all_reduce(self.agreeing, matrix, layer=layer).tolist(), self._tp_size)
+
+    def anyone_unfinished(self, mine: bool) -> bool:
+        """Ask all ranks whether any of them has work left. mine: whether this rank has"""
+        answer = torch.tensor(self.protocol.answer(mine), dtype=torch.int32)
+        self._comm.all_reduce(self.agreeing, answer, self.protocol.question, layer=ANYONE_UNFINISHED)
+        return bool(answer[0].item())
 
     def _bind_at_first_recurrent_layer(self) -> None:
         first = first_recurrent_layer(self._model.config.layer_pattern)

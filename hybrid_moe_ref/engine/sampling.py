@@ -12,13 +12,16 @@ from torch import Tensor
 from hybrid_moe_ref.model import HybridMoE
 
 
-def likeliest_tokens(
+def likeliest_tokens(model: HybridMoE, hidden_NH: Tensor) -> Tensor:
+    """The likeliest token after each row, int64[N]. hidden_NH: final hidden states"""
+    return model.logits(hidden_NH).argmax(dim=-1)
+
+
+def last_tokens(
     model: HybridMoE, hidden_NH: Tensor, last_rows: Sequence[int], counts: Sequence[int]
 ) -> list[list[int]]:
-    """The likeliest token after each of the last ``counts[b]`` rows of request b, which ends in row ``last_rows[b]``.
-
-    hidden_NH: hidden states of the step's rows
+    """The likeliest token after each of the last ``counts[b]`` rows of each request b, whose last row is
+    ``last_rows[b]``.
     """
     rows = [row for last, count in zip(last_rows, counts, strict=True) for row in range(last + 1 - count, last + 1)]
-    chosen = model.logits(hidden_NH[rows]).argmax(dim=-1).split(list(counts))
-    return [tokens.tolist() for tokens in chosen]
+    return [tokens.tolist() for tokens in likeliest_tokens(model, hidden_NH[rows]).split(list(counts))]

@@ -64,19 +64,15 @@ class ServerConfig(Config):
         """The model that an engine holds: without the draft layer if num_drafts is 0."""
         return self.model if self.engine.num_drafts else dataclasses.replace(self.model, num_mtp_layers=0)
 
-    def shared_text(self) -> str:
-        """All values that must be equal on every rank, as one line of JSON.
+    def shared(self) -> dict[str, Any]:
+        """All settings that must be equal on every rank.
 
         Paths of folders may differ between hosts; the content of the checkpoint may not.
         """
         shared = self.to_mapping()
         del shared["allow_unsafe"], shared["engine"]["cache_dir"]
         shared["checkpoint"] = content_digest(self.checkpoint) if self.checkpoint else ""
-        return json.dumps(shared, sort_keys=True)
-
-    def digest(self) -> int:
-        """A 31-bit hash of the values that must be equal on every rank."""
-        return int.from_bytes(hashlib.sha256(self.shared_text().encode()).digest()[:4], "big") >> 1
+        return shared
 
 
 def content_digest(folder: str) -> str:
@@ -98,11 +94,12 @@ def content_digest(folder: str) -> str:
     return digest.hexdigest()[:16]
 
 
-def configuration_differences(texts: Sequence[str]) -> str:
-    """The settings that differ between ranks, with the ranks of each value. texts: each rank's `shared_text`."""
+def configuration_differences(texts: Sequence[str]) -> list[str]:
+    """A line for each setting that differs between ranks. texts: each rank's settings as JSON"""
     values = [_flat(json.loads(text)) for text in texts]
-    names = [name for name in values[0] if len({json.dumps(mapping.get(name)) for mapping in values}) > 1]
-    return "; ".join(_sides(name, [mapping.get(name) for mapping in values]) for name in names)
+    names = dict.fromkeys(name for settings in values for name in settings)
+    columns = {name: [settings.get(name) for settings in values] for name in names}
+    return [_sides(name, column) for name, column in columns.items() if len(set(map(json.dumps, column))) > 1]
 
 
 def _sides(name: str, values: Sequence[Any]) -> str:

@@ -1,11 +1,19 @@
-"""Run an unchanged model on many ranks.
+"""Run an unchanged model on many ranks. These are the collectives of a step, in order:
 
-The collectives of a step, by the names that the rest of the code uses:
+    what                    group   op                sizes                             dtype      where
+    C1  step agreement      dp (1)  all_reduce, sum   13 or 16 numbers for each rank    int32      engine/protocol.py
+    for each layer:
+        mixer, if tp > 1    tp      all_reduce, sum   rows x hidden                     model's    tensor.py
+    C2  dispatch            ep      all_gather_v      rows of each rank; uneven, or 0   bytes (2)  dispatch.py
+    C3  combine             ep      reduce_scatter_v  as C2                             model's    dispatch.py
+        rows, if tp > 1     tp      all_gather_v      rows of each tp rank              bytes      tensor.py
+    question, if it asks    dp (1)  all_reduce, max   1 number (0.33: sum of 2)         int32      engine/protocol.py
 
-    C1  agreement   all-reduce over the ranks that must act alike, int32[13, ranks]: the rows of each rank, the graph
-                    mode that it could run, and hashes of its schedule and, under tensor parallelism, of its tokens
-    C2  dispatch    all-gather-v over all ranks, before the experts of a layer (`dispatch`)
-    C3  combine     reduce-scatter-v over all ranks, after the experts
+(1) "world", all ranks, if tp_size > 1 and the schedules are compared (checks is not "observe")
+(2) one row is [hidden, topk_weights, topk_ids] of a token, packed
 
-Tensor parallelism adds an all-reduce for each mixer and MLP, see `tensor`.
+C1 comes first because the sizes of C2 and C3 are its result. A rank without requests takes part with a dummy batch. The
+drafter's passes follow the layers and have their own C2 and C3. Without expert parallelism over dp ranks, the MoE of a
+layer has one all_reduce over tp instead of C2 and C3. The Observer sees the operation that is named here; a backend may
+carry it out by another one, see `comm`.
 """

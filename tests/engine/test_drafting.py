@@ -34,9 +34,9 @@ def guess_well(engine, wanted, error):
     """After every drafting, put the right tokens in the drafts' place, some of them wrong; the same on tp ranks."""
     draft, right = engine._drafting.draft, []
 
-    def draft_well(check, tokens_N, hidden_NH):
-        draft(check, tokens_N, hidden_NH)
-        for request in check.running:
+    def draft_well(running, *step):
+        draft(running, *step)
+        for request in running:
             done, name = len(request.output), request.request.request_id
             chance = random.Random(f"{SEED} {name} {done}")
             answer = wanted[name][done : done + len(request.drafts)]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import sys
 import types
 
@@ -14,11 +15,12 @@ from ranks import run_ranks
 
 from hybrid_moe_ref.config import ConfigError, EngineConfig
 from hybrid_moe_ref.engine.lifecycle import Engine, PrepareFailed
-from hybrid_moe_ref.engine.plan import AgreedStep, StepPlan, StepSchedules, resolve
-from hybrid_moe_ref.engine.policies import Policies, StepAgreement
+from hybrid_moe_ref.engine.plan import AgreedStep, StepPlan, StepSchedules
+from hybrid_moe_ref.engine.policies import Ballot, Policies, StepAgreement
+from hybrid_moe_ref.engine.protocol import protocol_of
 from hybrid_moe_ref.engine.runner import ModelRunner
 from hybrid_moe_ref.engine.scheduler import Request, Scheduler, live_ranks
-from hybrid_moe_ref.engine.server_config import ServerConfig, configuration_differences
+from hybrid_moe_ref.engine.server_config import configuration_differences
 from hybrid_moe_ref.engine.startup.builds import KernelBuilds
 from hybrid_moe_ref.layers.mixer import Mixer
 from hybrid_moe_ref.layers.moe import Experts
@@ -53,17 +55,18 @@ class Diary(NullObserver):
 
 def test_c1_takes_the_lowest_mode_and_pads_only_for_a_graph():
     rows, drafts = [[3, 1, 7], [4, 2, 8], [1, 1, 0], [2, 1, 2], [2, 1, 5]], ((3, 1, 7), (2, 1, 5))
+    resolve = protocol_of(EngineConfig()).resolve
     assert resolve(rows) == AgreedStep((8, 8, 8), mode=1, microbatch=False, draft_sizes=drafts)
     eager = resolve([*rows[:2], [1, 1, 1], [2, 0, 2], rows[4]])
     assert eager == AgreedStep((3, 1, 7), mode=0, microbatch=True, draft_sizes=drafts)
 
 
 def test_a_step_agrees_once_however_often_it_is_asked():
-    exchanged = []
+    exchanged, protocol = [], protocol_of(EngineConfig())
 
     def exchange(plan, layer):
         exchanged.append(layer)
-        return resolve([[number] for number in plan.row()])
+        return protocol.resolve([[number] for number in protocol.column(plan)])
 
     agreement, plan = StepAgreement(), StepPlan(step=4, num_tokens=2, num_live=1)
     first = agreement.agree(plan, exchange, "step")
@@ -173,10 +176,22 @@ def test_ranks_may_keep_their_files_in_different_folders(tmp_path):
         return dataclasses.replace(server, engine=dataclasses.replace(server.engine, cache_dir=cache_dir))
 
     one, other = (config(checkpoint(tmp_path / name, b"1"), f"/{name}") for name in ("one", "other"))
-    assert one.digest() == other.digest()
+    assert one.shared() == other.shared()
     trained_on = config(checkpoint(tmp_path / "trained on", b"2"), "")
-    (difference,) = configuration_differences([one.shared_text(), trained_on.shared_text()]).split("; ")
+    (difference,) = configuration_differences([json.dumps(one.shared()), json.dumps(trained_on.shared())])
     assert difference.startswith('checkpoint is "'), difference
+
+
+def test_ranks_with_other_kernels_all_stop_before_the_first_step_and_name_the_operation(tmp_path):
+    """As on two hosts with the same settings, of which one lacks a GPU, a compiler or a package."""
+
+    def sabotage(rank, engine_class):
+        table = registry.table
+        registry.table = lambda device, dtype: table(device, dtype) | {"norm.rms_norm": ("fla", "torch")[rank]}
+
+    words = 'kernels.norm.rms_norm is "fla" on rank 0 and "torch" on rank 1'
+    message = f"the ranks are configured differently: {words}: choose kernels that every host has (HMR_KERNELS)"
+    assert start_and_catch(tmp_path, lambda rank: small(), sabotage) == [message] * 2
 
 
 def test_a_communicator_is_reused_after_success_and_refused_after_a_stop(tmp_path):
@@ -327,9 +342,11 @@ def test_warming_up_uses_both_kernels_of_a_mixer_the_experts_and_the_drafter():
     assert sorted(called) == sorted((name, rows) for name in used for rows in (1, 2))
 
 
-def test_the_digest_of_a_server_changes_with_any_value():
+def test_the_digest_of_a_rank_changes_with_any_setting():
+    def digest(settings):
+        return Ballot().digest(json.dumps(settings.server().shared()))
+
     settings = RunSettings("metadata_rebuild")
-    server = settings.server()
-    assert isinstance(server, ServerConfig) and 0 <= server.digest() < 1 << 31
-    assert server.digest() == settings.server().digest()
-    assert server.digest() != RunSettings("metadata_rebuild", seed=1).server().digest()
+    assert 0 <= digest(settings) < 1 << 31
+    assert digest(settings) == digest(RunSettings("metadata_rebuild"))
+    assert digest(settings) != digest(RunSettings("metadata_rebuild", seed=1))

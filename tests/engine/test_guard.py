@@ -13,9 +13,10 @@ import torch
 import torch.distributed as dist
 from ranks import run_ranks
 
-from hybrid_moe_ref.config import ParallelConfig
+from hybrid_moe_ref.config import PROTOCOLS, EngineConfig, ParallelConfig
 from hybrid_moe_ref.engine.lifecycle import Engine
-from hybrid_moe_ref.engine.plan import StepPlan, resolve
+from hybrid_moe_ref.engine.plan import StepPlan
+from hybrid_moe_ref.engine.protocol import protocol_of
 from hybrid_moe_ref.parallel.comm import Communicator
 from hybrid_moe_ref.parallel.guard import ScheduleGuard
 from hybrid_moe_ref.parallel.halt import (
@@ -85,11 +86,21 @@ def test_without_a_schedule_everything_is_admitted():
 def test_schedules_are_compared_by_hash_and_the_first_difference_is_found():
     assert schedule_hash((AGREE, DISPATCH)) != schedule_hash((DISPATCH, AGREE)) != schedule_hash((DISPATCH,))
     assert first_difference([["a", "b"], ["a", "c"], ["a"]]) == (1, {"b": [0], "c": [1], "nothing": [2]})
-    rows = [list(row) for row in zip(*(StepPlan(1, 1, 1, schedule_hash=h).row() for h in (5, 5, 6)), strict=True)]
-    assert not resolve(rows).same_schedule
-    assert resolve([row[:2] for row in rows]).same_schedule
-    rows = [list(row) for row in zip(*(StepPlan(1, 1, 1, feed_hash=h).row() for h in (5, 5, 6, 6)), strict=True)]
-    assert resolve(rows, tp_size=2).same_feed and not resolve(rows, tp_size=4).same_feed
+
+
+@pytest.mark.parametrize("version", PROTOCOLS)
+def test_the_step_agreement_compares_schedules_of_all_ranks_and_tokens_of_tp_groups(version):
+    protocol = protocol_of(EngineConfig(protocol=version))
+
+    def agreed(tp_size=1, **hashes):
+        ((name, values),) = hashes.items()
+        plans = [StepPlan(1, 1, 1, query_lengths=(1,), **{name: value}) for value in values]
+        return protocol.resolve(list(zip(*map(protocol.column, plans), strict=True)), tp_size)
+
+    assert not agreed(schedule_hash=(5, 5, 6)).same_schedule
+    assert agreed(schedule_hash=(5, 5)).same_schedule
+    assert agreed(feed_hash=(5, 5, 6, 6), tp_size=2).same_feed
+    assert not agreed(feed_hash=(5, 5, 6, 6), tp_size=4).same_feed
 
 
 def test_ranks_with_different_schedules_all_raise_with_the_first_entry_that_differs(tmp_path):

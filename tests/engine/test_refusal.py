@@ -12,7 +12,7 @@ import pytest
 
 from hybrid_moe_ref.config import ParallelConfig
 from hybrid_moe_ref.engine.startup.refusal import Refused, check_start
-from repro import commands
+from repro import exit_codes
 from repro.commands import cli
 from repro.lab import scenarios
 from repro.lab.settings import RunSettings
@@ -85,7 +85,7 @@ def test_no_cure_is_refused(name, variant):
 
 def test_a_run_that_is_not_to_hang_is_refused_without_agreement(tmp_path, capsys):
     arguments = ["run", "metadata_rebuild", "--variant", "fix", "--checks", "observe", "--out", str(tmp_path)]
-    assert cli.main(arguments) == commands.USAGE
+    assert cli.main(arguments) == exit_codes.USAGE
     line = capsys.readouterr().err
     assert re.fullmatch(r"repro: expert parallelism is not supported for .*--checks agree.*--allow-unsafe.*\n", line), (
         line

@@ -41,7 +41,7 @@ class Compiler:
     def __init__(self, model: HybridMoE, place: BuildPlace) -> None:
         self._model = model
         self.place = place
-        self._parts: list[_Part] = []
+        self._parts: list[CompiledModule] = []
 
     @property
     def folder(self) -> Path:
@@ -70,7 +70,7 @@ class Compiler:
             kind = type(module)
             if kind not in compiled:
                 compiled[kind] = torch.compile(kind.forward, dynamic=True)
-            part = _Part(module, compiled[kind], announced)
+            part = CompiledModule(module, compiled[kind], announced)
             module.forward = part.run
             self._parts.append(part)
 
@@ -136,7 +136,7 @@ class _Announcements:
         self._seen.add(kind)
 
 
-class _Part:
+class CompiledModule:
     """A module whose forward is compiled. Zero rows run eagerly, to save a compilation of their own."""
 
     def __init__(self, module: nn.Module, compiled: Callable[..., Any], announced: _Announcements) -> None:

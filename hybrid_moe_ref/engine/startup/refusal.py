@@ -16,8 +16,9 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, cast
 
 from hybrid_moe_ref.config import ConfigError
-from hybrid_moe_ref.engine.plan import EAGER, GRAPH, RECURRENT, AgreedStep, StepPlan, first_recurrent_layer, resolve
+from hybrid_moe_ref.engine.plan import EAGER, GRAPH, RECURRENT, AgreedStep, StepPlan, first_recurrent_layer
 from hybrid_moe_ref.engine.policies import Policies
+from hybrid_moe_ref.engine.protocol import Protocol, protocol_of
 from hybrid_moe_ref.engine.server_config import ServerConfig
 
 if TYPE_CHECKING:
@@ -81,7 +82,8 @@ def _agrees_on_some_ranks_only(config: ServerConfig, policies: Policies) -> Iter
     layer = first_recurrent_layer(config.model.layer_pattern)
     if layer is None:
         return
-    busy, idle = (_exchanges(policies, StepPlan(-2 - live, 1, live), layer[1]) for live in (1, 0))
+    protocol = protocol_of(config.engine)
+    busy, idle = (_exchanges(protocol, policies, StepPlan(-2 - live, 1, live), layer[1]) for live in (1, 0))
     if busy != idle:
         yield (
             f"{_name(policies.binding)} and {_name(policies.agreement)}: at {layer[1]} a rank with requests would "
@@ -90,14 +92,14 @@ def _agrees_on_some_ranks_only(config: ServerConfig, policies: Policies) -> Iter
         )
 
 
-def _exchanges(policies: Policies, plan: StepPlan, layer: str) -> int:
+def _exchanges(protocol: Protocol, policies: Policies, plan: StepPlan, layer: str) -> int:
     """How many agreements a rank with this plan would issue, from the step agreement to the binding of its state."""
     count = 0
 
     def exchange(plan: StepPlan, asker: str) -> AgreedStep:
         nonlocal count
         count += 1
-        return resolve([[number] * NUM_RANKS for number in plan.row()])
+        return protocol.resolve([[number] * NUM_RANKS for number in protocol.column(plan)])
 
     agreed = policies.agreement.agree(plan, exchange, "step")
     policies.binding.bind(plan, agreed, lambda: policies.agreement.agree(plan, exchange, layer))

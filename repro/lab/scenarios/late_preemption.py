@@ -21,6 +21,7 @@ from collections.abc import Callable
 
 from hybrid_moe_ref.config import EngineConfig
 from hybrid_moe_ref.engine.policies import NewTokens, Policies, Preemption
+from hybrid_moe_ref.engine.protocol import protocol_of
 from hybrid_moe_ref.engine.scheduler import Scheduler
 from hybrid_moe_ref.engine.server_config import ServerConfig
 from repro.lab.scenarios import CLEAN, Expected, Scenario
@@ -75,7 +76,7 @@ def hang(settings: RunSettings) -> Expected:
         if 0 < len(short) < settings.num_ranks:
             # Step 0 is the profile run, so serve step i is step i + 1. If the step ends with the all-reduce that asks
             # for unfinished work, the culprits wait there, else in the agreement of the next step.
-            asks = (serve_step + 1) % engine.unfinished_interval == 0
+            asks = protocol_of(engine).asks(serve_step + 1)
             step, layer = (serve_step + 1, "unfinished") if asks else (serve_step + 2, "step")
             return Expected("deadlock", "skipped", short, step, layer, planned=FIRST_DISPATCH)
         for scheduler in schedulers:

@@ -30,7 +30,7 @@ def server(settings: RunSettings, rank: int) -> ServerConfig:
 class OmitDigest(Ballot):
     """The fault: the vote asks only whether a rank could prepare, not for which configuration."""
 
-    def digest(self, config: ServerConfig) -> int:
+    def digest(self, shared: str) -> int:
         return 0
 
 

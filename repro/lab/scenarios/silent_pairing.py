@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from hybrid_moe_ref.engine.policies import Policies
+from hybrid_moe_ref.engine.protocol import protocol_of
 from hybrid_moe_ref.engine.scheduler import step_rows
 from hybrid_moe_ref.parallel.dispatch import SumOverRanks
 from repro.lab.scenarios import Expected, Scenario, struck_rank
@@ -68,8 +69,7 @@ def hang(settings: RunSettings) -> Expected:
 
     At the end the culprit waits in the last all-reduce of the run, which the others have completed.
     """
-    interval = settings.engine.unfinished_interval
-    num_steps = -(-len(step_rows(settings.requests(), settings.engine)) // interval) * interval
+    num_steps = protocol_of(settings.engine).last_step(len(step_rows(settings.requests(), settings.engine)))
     layer = f"layers.{settings.model.num_layers - 1}.moe"
     return Expected("corrupt", "extra", (struck_rank(settings),), num_steps, layer)
 

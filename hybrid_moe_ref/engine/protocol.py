@@ -1,0 +1,161 @@
+"""What the ranks exchange to act alike, in the form that a version of vLLM has it.
+
+The step agreement (C1) is an int32 matrix with one column for each rank, which one all-reduce (sum) fills. The question
+"is anyone unfinished?" is an all-reduce at the end of some steps of a wave. A wave is one call of `Engine.serve`; its
+steps count from 1.
+
+    protocol  rows of C1                                                        question after steps     payload
+    "0.20"    tokens, padded tokens, wants microbatch, graph mode               32, 64, 96, ...          max int32[1]
+    "0.33"    tokens, graph mode, uniform tokens, longest query,                1, 16, 32, 48, ...       sum int32[2]
+              allows microbatch, requests, allows to skip drafts
+
+`engine.unfinished_interval` replaces the interval, 32 or 16. vLLM 0.24 to 0.28 have the rows and steps of "0.20" and
+the payload of "0.33"; 0.32 has the rows of "0.20" and the question of "0.33".
+
+Rows of this engine follow those of the version: the rows of the drafter's later passes, and four rows each for the
+hashes of the schedule and of the tp group's tokens. vLLM has no counterpart of these. Two values are constant here:
+this engine never pauses, and never skips drafts. This file uses neither torch nor communication.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+from hybrid_moe_ref.config import EngineConfig
+from hybrid_moe_ref.engine.plan import EAGER, AgreedStep, StepPlan, padded_size
+
+
+@dataclass(frozen=True)
+class Protocol:
+    """The exchange of one version, for the settings of an engine.
+
+    rows      the names of the version's rows of C1, in order
+    interval  number of steps between two questions, unless `engine.unfinished_interval` names another
+    question  the reduce op of the question
+    """
+
+    engine: EngineConfig
+
+    rows: ClassVar[tuple[str, ...]]
+    interval: ClassVar[int]
+    question: ClassVar[str]
+
+    def asks(self, step: int) -> bool:
+        """Whether the ranks ask after this step of a wave, which counts from 1."""
+        return step % (self.engine.unfinished_interval or self.interval) == 0
+
+    def last_step(self, num_steps: int) -> int:
+        """The step after which a wave ends whose requests need `num_steps` steps."""
+        step = max(1, num_steps)
+        while not self.asks(step):
+            step += 1
+        return step
+
+    def answer(self, unfinished: bool) -> list[int]:
+        """This rank's part of the question."""
+        raise NotImplementedError
+
+    def column(self, plan: StepPlan) -> list[int]:
+        """A rank's column of C1: the version's rows, then those of this engine.
+
+        A hash takes four rows of 16 bits each, so that every number fits into int32.
+        """
+        return [*self._column(plan), plan.draft_rows, *_parts(plan.schedule_hash), *_parts(plan.feed_hash)]
+
+    def resolve(self, matrix: Sequence[Sequence[int]], tp_size: int = 1) -> AgreedStep:
+        """Turn C1, int[rows][ranks that agree], into one decision.
+
+        The mode is the lowest. If a graph is replayed, all sizes are padded to one; else they stay uneven. An eager
+        step is split in two if all ranks would do so.
+
+        tp_size: number of consecutive columns of one tp group; the rows of a group count once
+        """
+        rows = dict(zip(self.rows, matrix, strict=False))
+        draft_rows, *hash_parts = matrix[len(self.rows) :]
+        schedules, feeds = (list(zip(*parts, strict=True)) for parts in (hash_parts[:4], hash_parts[4:]))
+        mode, sizes = min(rows["graph mode"]), tuple(rows["tokens"][::tp_size])
+        return AgreedStep(
+            sizes if mode == EAGER else (self._padded(rows),) * len(sizes),
+            mode,
+            microbatch=mode == EAGER and self._splits(rows),
+            same_schedule=len(set(schedules)) <= 1,
+            same_feed=all(len(set(feeds[first : first + tp_size])) <= 1 for first in range(0, len(feeds), tp_size)),
+            draft_sizes=(sizes, tuple(draft_rows[::tp_size])),
+        )
+
+    def _column(self, plan: StepPlan) -> list[int]:
+        raise NotImplementedError
+
+    def _padded(self, rows: dict[str, Sequence[int]]) -> int:
+        """The size to which all ranks pad a step that replays a graph."""
+        raise NotImplementedError
+
+    def _splits(self, rows: dict[str, Sequence[int]]) -> bool:
+        """Whether all ranks would split the step in two."""
+        raise NotImplementedError
+
+
+class Protocol020(Protocol):
+    """As in vLLM 0.20: each rank says to which size it would pad and whether it would split the step."""
+
+    rows = ("tokens", "padded tokens", "wants microbatch", "graph mode")
+    interval = 32
+    question = "max"
+
+    def answer(self, unfinished: bool) -> list[int]:
+        return [int(unfinished)]
+
+    def _column(self, plan: StepPlan) -> list[int]:
+        padded = max(plan.num_tokens, plan.padded_tokens)
+        return [plan.num_tokens, padded, int(plan.wants_microbatch), plan.mode]
+
+    def _padded(self, rows: dict[str, Sequence[int]]) -> int:
+        return max(rows["padded tokens"])
+
+    def _splits(self, rows: dict[str, Sequence[int]]) -> bool:
+        return all(rows["wants microbatch"])
+
+
+class Protocol033(Protocol):
+    """As in vLLM 0.33: all ranks compute the padded size and the split from the token counts of all."""
+
+    rows = (
+        "tokens", "graph mode", "uniform tokens", "longest query", "allows microbatch", "requests",
+        "allows to skip drafts",
+    )  # fmt: skip
+    interval = 16
+    question = "sum"
+
+    def asks(self, step: int) -> bool:
+        return step == 1 or super().asks(step)
+
+    def answer(self, unfinished: bool) -> list[int]:
+        """Unfinished, and pending pause."""
+        return [int(unfinished), 0]
+
+    def _column(self, plan: StepPlan) -> list[int]:
+        lengths = plan.query_lengths
+        uniform = len(set(lengths)) == 1 and lengths[0] <= 1 + self.engine.num_drafts
+        return [
+            plan.num_tokens, plan.mode, lengths[0] if uniform else 0, max(lengths, default=-1),
+            int(self.engine.microbatch_tokens > 0), len(lengths), 0,
+        ]  # fmt: skip
+
+    def _padded(self, rows: dict[str, Sequence[int]]) -> int:
+        size = padded_size(max(rows["tokens"]), self.engine.graph_sizes)
+        assert size is not None, "every rank that proposes a graph has a size for its tokens"
+        return size
+
+    def _splits(self, rows: dict[str, Sequence[int]]) -> bool:
+        return all(rows["allows microbatch"]) and min(rows["tokens"]) >= self.engine.microbatch_tokens
+
+
+def protocol_of(engine: EngineConfig) -> Protocol:
+    """The protocol that `engine.protocol` names."""
+    return {"0.20": Protocol020, "0.33": Protocol033}[engine.protocol](engine)
+
+
+def _parts(number: int) -> list[int]:
+    return [number >> shift & 0xFFFF for shift in (48, 32, 16, 0)]

@@ -1,0 +1,112 @@
+"""The vote that ends a phase of local work: all ranks continue, or all stop with the same error.
+
+It is the first collective of a server. Without it, the others would wait in a step for a rank that could not do its
+work, and a rank with another configuration would run other collectives.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+
+import torch
+from hybrid_moe_kernels import registry
+
+from hybrid_moe_ref.engine.policies import Ballot
+from hybrid_moe_ref.engine.server_config import ServerConfig, configuration_differences
+from hybrid_moe_ref.engine.startup.builds import DEADLINE_S
+from hybrid_moe_ref.parallel.comm import Communicator
+from hybrid_moe_ref.parallel.halt import ScheduleMismatch
+
+ERROR_BYTES = 512
+"""How many bytes of the first error's text are sent to every rank."""
+
+NO_RANK = 2**31 - 1
+"""In the vote, in the place of the rank that failed: this rank did not."""
+
+COULD_NOT_PREPARE = "could not prepare"
+CONFIGURED_DIFFERENTLY = "the ranks are configured differently"
+SAME_CONFIGURATION = "start every rank with the same configuration"
+
+
+class PrepareFailed(RuntimeError):
+    """A rank could not prepare, or has another configuration. Raised on every rank with the same message."""
+
+
+class StartVote:
+    """Local work of one rank, and the vote of all ranks after it."""
+
+    def __init__(self, config: ServerConfig, comm: Communicator, ballot: Ballot) -> None:
+        self._config = config
+        self._comm = comm
+        self._ballot = ballot
+
+    def all_or_none(self, work: Callable[[], None]) -> None:
+        """Do local work that may fail or take long, then vote.
+
+        Raises PrepareFailed with the first error, or with the settings that differ; ScheduleMismatch if a rank that is
+        past this phase stopped the job.
+        """
+        self._comm.guard.finish()
+        error = ""
+        try:
+            work()
+        except ScheduleMismatch:
+            pass  # the rank that stopped the others published the reason
+        except Exception as failure:  # stops ranks that still work at once, and all ranks in the vote
+            error = f"{type(failure).__name__}: {failure}"
+            self._comm.stop_all(f"rank {self._comm.rank} {COULD_NOT_PREPARE}: {error}")
+        try:
+            # The vote waits for ranks that still build or compile, even if the timeout of a collective is shorter. It
+            # does so whatever `checks` is: the vote compares configurations, so it must not depend on them.
+            with self._comm.patiently(DEADLINE_S):
+                self._vote(error)
+        except (ScheduleMismatch, PrepareFailed) as stopped:  # the published message is the same on all ranks
+            raise _stopped(self._comm.stopped_by() or str(stopped)) from None
+        if message := self._comm.stopped_by():
+            raise _stopped(message)
+
+    def _vote(self, error: str) -> None:
+        """Raise PrepareFailed on every rank if one has an error, or has another configuration."""
+        shared = self._shared_text()
+        digest = self._ballot.digest(shared)
+        ballot = torch.tensor([self._comm.rank if error else NO_RANK, digest, -digest])
+        first_failed, lowest, negative_highest = self._over_all_ranks(ballot, "min", "vote")
+        if first_failed != NO_RANK:  # a rank that failed may have other kernels, so its error comes first
+            text = self._text_of(first_failed, error)
+            raise PrepareFailed(f"rank {first_failed} {COULD_NOT_PREPARE}: {text}")
+        if lowest != -negative_highest:
+            texts = self._comm.all_gather_text(self._comm.everyone, shared, layer="configuration")
+            differences = configuration_differences(texts)
+            only_kernels = all(line.startswith("kernels.") for line in differences)
+            change = "choose kernels that every host has (HMR_KERNELS)" if only_kernels else SAME_CONFIGURATION
+            raise PrepareFailed(f"{CONFIGURED_DIFFERENTLY}: {'; '.join(differences)}: {change}")
+
+    def _text_of(self, rank: int, error: str) -> str:
+        """The error of one rank, sent to all ranks."""
+        mine = error.encode()[:ERROR_BYTES] if rank == self._comm.rank else b""
+        letters = torch.tensor(list(mine.ljust(ERROR_BYTES, b"\0")), dtype=torch.int32)
+        return bytes(self._over_all_ranks(letters, "sum", "first error")).rstrip(b"\0").decode(errors="replace")
+
+    def _shared_text(self) -> str:
+        """All that must be equal on every rank, as one line of JSON: the settings, and what runs each operation.
+
+        Two hosts with the same settings may have different kernels: one has a GPU, a compiler or a package that the
+        other lacks.
+        """
+        dtype = getattr(torch, self._config.engine.dtype)
+        shared = self._config.shared() | {"kernels": registry.table(self._comm.device.type, dtype)}
+        return json.dumps(shared, sort_keys=True)
+
+    def _over_all_ranks(self, x: torch.Tensor, reduce_op: str, layer: str) -> list[int]:
+        numbers: list[int] = self._comm.all_reduce(self._comm.everyone, x, reduce_op, layer=layer).tolist()
+        return numbers
+
+
+def _stopped(message: str) -> RuntimeError:
+    """The error for the message with which a rank stopped this one.
+
+    PrepareFailed if that rank could not prepare; ScheduleMismatch if it is past that phase and its guard refused it.
+    """
+    in_prepare = COULD_NOT_PREPARE in message or CONFIGURED_DIFFERENTLY in message
+    return PrepareFailed(message) if in_prepare else ScheduleMismatch(message)

@@ -1,0 +1,56 @@
+"""Accept the drafts of the last step that the model would have chosen too, and undo a step with a rejected draft.
+
+A recurrent state cannot be truncated to the last accepted draft. After a rejected draft the request's state returns to
+the start of the step, and the next step feeds the accepted tokens again, without new drafts. So a rejected draft costs
+rows of the next step, never an extra step that other ranks would not take part in.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Self
+
+from hybrid_moe_ref.cache.hybrid_cache import Sequence, Snapshot
+from hybrid_moe_ref.engine.scheduler import Running
+
+
+@dataclass(frozen=True, eq=False)
+class Verification:
+    """The requests of one step, and a snapshot of the state of each that has drafts."""
+
+    running: list[Running]
+    sequences: list[Sequence]
+    before: list[Snapshot | None]
+
+    @classmethod
+    def begin(cls, running: list[Running], sequences: list[Sequence]) -> Self:
+        """Take the snapshots, before the step runs."""
+        before = [
+            sequence.cache.snapshot(sequence) if request.drafts else None
+            for request, sequence in zip(running, sequences, strict=True)
+        ]
+        return cls(running, sequences, before)
+
+    @property
+    def counts(self) -> list[int]:
+        """The number of rows of each request to sample a token after: its last known token and its drafts.
+
+        0 for a request that still has pending tokens.
+        """
+        return [1 + len(running.drafts) if running.makes_tokens else 0 for running in self.running]
+
+    def new_tokens(self, chosen: list[list[int]]) -> list[list[int]]:
+        """The accepted drafts of each request, and the model's next token after them.
+
+        Restores the cache of a request with a rejected draft to its state before the step.
+
+        chosen: the model's choices after the rows of each request, as many as `counts`
+        """
+        new = []
+        for running, sequence, before, choices in zip(self.running, self.sequences, self.before, chosen, strict=True):
+            num_right = next((i for i, draft in enumerate(running.drafts) if draft != choices[i]), len(running.drafts))
+            if num_right < len(running.drafts):
+                assert before is not None
+                sequence.cache.restore(sequence, before)
+            new.append(choices[: num_right + 1])
+        return new
