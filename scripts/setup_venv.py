@@ -1,9 +1,8 @@
-"""Make or complete .venv for one use of it, ``setup_venv.py repro | test | test-all | bench | lint``, as make does.
+"""Make or complete .venv for one use: ``setup_venv.py repro | test | test-all | bench | lint``. make calls it.
 
-A torch >= 2.11 that this Python already has is used as it is; otherwise torch is installed, and on Linux
-without a GPU only its CPU build, never the gigabytes of CUDA libraries. While something is being installed,
-.venv holds the mark ``.unfinished``: a set-up that was interrupted starts again from nothing. The stamp that
-make looks at comes last. Standard library only.
+If this Python has torch 2.11 or newer, .venv uses it. Otherwise pip installs torch; without a GPU, its CPU build, which
+lacks the gigabytes of CUDA libraries. While packages are being installed, .venv holds the file ``.unfinished``, so an
+interrupted set-up starts again from nothing. The stamp that make checks is written last. Standard library only.
 """
 
 import fcntl
@@ -27,9 +26,9 @@ EXTRAS = {
     "bench": "[model,native,test,bench]",
     "lint": "[model,native,dev]",
 }
-# Packages of which tests load single files of plain torch. They lie apart, where no other import finds them: with fla
-# in sight transformers uses its kernels, which fail without a GPU, and without one mamba-ssm cannot be imported as a
-# whole. Exact versions, as internals are used; without what they depend on, which is gigabytes.
+# Packages from which tests load single files of plain torch. No import searches their folder: transformers would use
+# fla's kernels, which fail without a GPU, and without one mamba-ssm cannot be imported as a whole. The versions are
+# exact because tests use internals. Their dependencies, which are gigabytes, are not installed.
 APART = VENV / "oracles"
 APART_PACKAGES = {"fla-core==0.6.0": ["einops"], "mamba-ssm==2.3.2.post1": ["einops"]}
 APART_ENVIRONMENT = {"MAMBA_SKIP_CUDA_BUILD": "TRUE", "MAMBA_FORCE_BUILD": "TRUE"}  # its Python files and no more
@@ -60,7 +59,7 @@ def is_ready(use: str) -> bool:
 
 
 def working_torch(python: str | Path) -> tuple[str, str]:
-    """(version, "") of the torch that this interpreter can use, or ("", why it cannot)."""
+    """The version of the torch that this interpreter can use, and ""; or "" and the reason why it cannot."""
     probe = subprocess.run([python, "-c", PROBE], capture_output=True, text=True)
     if probe.returncode == 0:
         return probe.stdout.split()[-1], ""
@@ -77,7 +76,7 @@ def has_gpu() -> bool:
 def torch_to_install() -> str:
     if has_gpu():
         return "torch>=2.11"
-    return CPU_TORCH if sys.platform == "linux" else "torch==2.13.0"
+    return CPU_TORCH
 
 
 def make_venv() -> None:
@@ -99,7 +98,7 @@ def make_venv() -> None:
 
 
 def pip_install(*arguments: str) -> str:
-    """Returns pip's error."""
+    """Run pip; return its error, or ""."""
     command = [str(VENV_PYTHON), "-m", "pip", "install", "--quiet", "--disable-pip-version-check", *arguments]
     environment = os.environ | APART_ENVIRONMENT
     pip = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, close_fds=False, env=environment)
@@ -107,7 +106,7 @@ def pip_install(*arguments: str) -> str:
 
 
 def install_oracles(torch: str) -> None:
-    """Code that others wrote, for tests that compare with it; what cannot be had is named, and its tests skip."""
+    """Install independent implementations for tests to compare with. If one cannot be installed, its tests skip."""
     say("installing the models and kernels of others that tests compare with")
     error = pip_install(torch, "--editable", ".[oracles]")
     if error:
@@ -123,7 +122,7 @@ def install_oracles(torch: str) -> None:
 
 
 def install_interpreter(torch: str) -> None:
-    """Triton, whose interpreter runs the GPU kernels on a CPU, and whose compiler needs no GPU either."""
+    """Install Triton: its interpreter runs the GPU kernels on a CPU, and its compiler needs no GPU."""
     say("installing triton, whose interpreter runs the GPU kernels on a CPU")
     error = pip_install(torch, "--editable", ".[interpreter]")
     if error:
@@ -131,8 +130,8 @@ def install_interpreter(torch: str) -> None:
 
 
 def install_checks() -> None:
-    """What drives a browser, what is shown in it, and schemas. The browser itself is the system's."""
-    say("installing what drives a browser, the Perfetto UI, axe and the schemas of Kubernetes")
+    """Install what drives the system's browser, what it shows, and schemas."""
+    say("installing playwright, the Perfetto UI, axe and the schemas of Kubernetes")
     packages = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]["checks"]
     missing = [] if not pip_install(*packages) else [package for package in packages if pip_install(package)]
     if not any(map(shutil.which, ("chromium", "google-chrome"))):
@@ -153,7 +152,7 @@ def install(use: str) -> None:
             f"to PyTorch's index of CPU builds, or install torch >= 2.11 for {sys.executable} first"
         )
     if error:
-        sys.exit(f"{error}\nsetup: pip could not install {requirement}; its reason stands above")
+        sys.exit(f"{error}\nsetup: pip could not install {requirement}; the lines above say why")
     if not version:
         version, why_not = working_torch(VENV_PYTHON)
         if not version:

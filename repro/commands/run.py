@@ -47,7 +47,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--variant", choices=(*VARIANTS, "all"), default="fault", help="default: fault")
     flags.add_flags(parser, *(flag.field for flag in flags.FLAGS))
     parser.add_argument("--strict", dest="checks", action="store_const", const="strict", help="as --checks strict")
-    lab.add_arguments(parser, launcher_help="torchrun, or fork for all")
+    lab.add_arguments(parser, launcher_help="torchrun for one run, fork for several")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -63,7 +63,8 @@ def run(args: argparse.Namespace) -> int:
     if able[0].backend == "nccl":
         require_gpus(able[0].num_ranks)
     session = Session(args, Console(stderr=args.json))
-    launcher = args.launcher or ("fork" if args.scenario == "all" else "torchrun")
+    # torchrun starts the ranks as a server's are started; the fork server imports torch once for all runs.
+    launcher = args.launcher or ("fork" if len(planned) > 1 else "torchrun")
     # The user may interrupt at any point; the verdicts so far are then shown.
     with contextlib.suppress(KeyboardInterrupt), job.launcher(launcher) as start:
         series = Series(args.out, start, args.interrupt)

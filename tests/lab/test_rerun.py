@@ -32,6 +32,7 @@ CHANGES = [
     {"engine": {"gdn_prefill_backend": "jit", "mode": "graphs"}, "kernel_cache": "warm"},
     {"num_ranks": 1024, "model": {"num_experts": 1024}},
     {"scenario": "cold_jit"},
+    {"scenario": "kernel_stall"},
     {"scenario": "cold_jit", "checks": "agree", "group_timeout_s": 2.5},
     {"scenario": "config2", "kernel_cache": "warm"},
 ]

@@ -59,7 +59,7 @@ def _modules() -> list[tuple[str, str]]:
 
 
 def _libraries() -> list[str]:
-    """File names of the communication and compute libraries that the process maps (Linux)."""
+    """File names of the communication and compute libraries that the process maps."""
     try:
         mapped = Path("/proc/self/maps").read_text(errors="replace")
     except OSError:
