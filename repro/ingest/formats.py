@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+from repro.ingest import host_look
 from repro.ingest.logs import deepep, detail, engine_messages, failures, gloo, kernel_log, launchers, nccl_log, watchdog
 from repro.ingest.logs.prefix import Line
 from repro.ingest.ras import document as ras_document
@@ -79,6 +80,11 @@ def _ras_document(data: bytes, name: str) -> Iterable[Observation] | None:
     return ras_document.read(content, name) if ras_document.is_answer(content) else None
 
 
+def _host_look(data: bytes, name: str) -> Iterable[Observation] | None:
+    content = stacks.as_json(data)
+    return host_look.read_json(content, name) if host_look.looks_like_json(content) else None
+
+
 def _is_json(head: bytes) -> bool:
     return head.lstrip()[:1] in (b"{", b"[")
 
@@ -91,6 +97,7 @@ FILES = (
     FileFormat("Flight Recorder dump", lambda name, head: flight_recorder.looks_like(head), _recorder_dump),
     FileFormat("py-spy dump --json", lambda name, head: _is_json(head) and b'"frames"' in head, _stacks_document),
     FileFormat("NCCL RAS, JSON", lambda name, head: _is_json(head) and b'"communicators"' in head, _ras_document),
+    FileFormat("look of `collect`", lambda name, head: _is_json(head) and b'"hmr-host-look"' in head, _host_look),
     FileFormat(
         "NCCL RAS, text",
         lambda name, head: ras_text.looks_like(_decoded(head)),

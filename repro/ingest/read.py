@@ -27,7 +27,13 @@ MAX_LOG_BYTES = 64 << 30
 MAX_UNPACKED_BYTES = 512 << 20
 MAX_FILES = 20_000
 MAX_NAME = 300
-_PASSED_OVER = {"expect.json"}
+_PASSED_OVER = {
+    "expect.json",
+    "run.json",
+    "report.html",
+    "ISSUE.md",
+    "diagnosis.json",
+}  # what `collect` and `diagnose` write
 _ZIP_ERRORS = (
     zipfile.BadZipFile, zlib.error, lzma.LZMAError, struct.error,
     NotImplementedError, RuntimeError, EOFError, OSError, ValueError, OverflowError, KeyError, IndexError,

@@ -9,6 +9,7 @@ logs/rank000.log       what the rank printed                 the rank
 logs/launcher.log      what started the ranks printed        torchrun, or repro.lab.start.fork_server
 logs/reference.log     what the reference printed            repro.lab.outcome.reference
 logs/watcher.log       traceback of a failed watcher         watcher
+facts/HOST.look1.json  what a host said of a job's processes    collect
 env/rank000.txt        versions it loaded                    the rank, once connected
 outputs/rank000.json   tokens served                         the rank, when done
 reference.json         tokens of the single-process model    repro.lab.outcome.reference
@@ -26,6 +27,7 @@ import os
 import re
 import tempfile
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -42,6 +44,7 @@ MAX_TOKENS_BYTES = 4 << 20
 MAX_TEXT_BYTES = 1 << 20
 
 PARTS = ("events", "stacks", "fr", "logs", "env", "outputs")
+COLLECTED_PARTS = ("stacks", "facts", "fr", "logs")
 
 
 class OutputError(OSError):
@@ -64,13 +67,22 @@ class RunDir:
 
         Raises OutputError if that fails.
         """
+        return cls._create(out, f"{scenario}-{variant}-{seed}", PARTS, "--out")
+
+    @classmethod
+    def create_collected(cls, out: Path, host: str) -> RunDir:
+        """Create ``<out>/<utc>-collect-<host>`` for the evidence of a job of others. Raises OutputError."""
+        return cls._create(out, f"collect-{host}", COLLECTED_PARTS, "--to")
+
+    @classmethod
+    def _create(cls, out: Path, name: str, parts: Sequence[str], flag: str) -> RunDir:
         try:
             out.mkdir(parents=True, exist_ok=True)
-            root = _make_unique(out.resolve(), f"{scenario}-{variant}-{seed}")
-            for part in PARTS:
+            root = _make_unique(out.resolve(), name)
+            for part in parts:
                 (root / part).mkdir()
         except OSError as error:
-            raise OutputError(f"cannot write to {out}: {error.strerror}; choose another --out") from error
+            raise OutputError(f"cannot write to {out}: {error.strerror}; choose another {flag}") from error
         return cls(root)
 
     def point_latest(self) -> None:
@@ -154,6 +166,10 @@ class RunDir:
     @property
     def agents(self) -> Path:
         return self.root / "agents"
+
+    @property
+    def facts(self) -> Path:
+        return self.root / "facts"
 
     def agent(self, first_rank: int) -> Path:
         return self._rank_file("agents", first_rank, "json")

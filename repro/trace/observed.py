@@ -182,6 +182,9 @@ class Stack:
     activity    collective, lock, building, compiling, device, queue, idle, answer, loading, saving, data, debugger, ""
     detail      what of it: the collective, the lock's file, the module that is built
     look        number of the look, 0 for the first, where the same process was looked at several times
+    group       of a collective: the variable that holds its process group, "default" where none is given, "" if unknown
+    other_groups  names of other variables of these frames that hold another group
+    peer        of a send or receive: the rank of the other end in its group, None if unknown
     """
 
     process: Process
@@ -191,6 +194,9 @@ class Stack:
     thread: str = ""
     look: int = 0
     source: Source = NOWHERE
+    group: str = ""
+    other_groups: tuple[str, ...] = ()
+    peer: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -279,6 +285,80 @@ class Note:
     source: Source = NOWHERE
 
 
+@dataclass(frozen=True, slots=True)
+class Child:
+    """A process below a rank's: a compiler, a data loader. `state` and `cpu_s` as in `ProcessLook`."""
+
+    pid: int
+    name: str
+    command: str
+    state: str
+    age_s: float
+    cpu_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class ProcessLook:
+    """What the operating system said of a process at one moment.
+
+    at_s      when, in seconds on the host's clock; only the difference of two looks at one host means anything
+    state     R runs, S sleeps, D waits for a device, T stopped, t stopped by a debugger, Z ended and not reaped
+    cpu_s     processor seconds of the process so far, without its children
+    switches  times that its first thread left a processor so far; a thread that is blocked does not
+    place     the function of the kernel that it waits in, "" if hidden
+    """
+
+    process: Process
+    host: str
+    look: int
+    at_s: float
+    state: str
+    cpu_s: float
+    switches: int
+    place: str = ""
+    children: tuple[Child, ...] = ()
+    source: Source = NOWHERE
+
+
+@dataclass(frozen=True, slots=True)
+class LockLook:
+    """A lock file at one moment.
+
+    kind      flock, fcntl, or baton: a file whose existence is the lock
+    holders   ids of the processes that hold it; `names` says in words what they are
+    waiters   ids of the processes that the system shows blocked; a program that polls is not among them
+    hidden    number of Python processes whose open files could not be read, any of which may hold it
+    age_s     seconds since the file was changed last, None where that is not known
+    """
+
+    path: str
+    kind: str
+    host: str
+    look: int
+    holders: tuple[int, ...]
+    waiters: tuple[int, ...] = ()
+    hidden: int = 0
+    age_s: float | None = None
+    names: tuple[str, ...] = ()
+    source: Source = NOWHERE
+
+
+@dataclass(frozen=True, slots=True)
+class Connections:
+    """TCP connections between the processes of a job on one host: (pid, pid of the other end) -> their number.
+
+    unread    bytes that lie in the receive queues; closed: pids whose peer has closed its end
+    """
+
+    host: str
+    look: int
+    between: dict[tuple[int, int], int]
+    unread: dict[int, int] = field(default_factory=dict)
+    closed: tuple[int, ...] = ()
+    source: Source = NOWHERE
+
+
 Observation = (
     RecorderDump | TimedOut | Progress | Member | Launches | Stack | Failure | Left | Mismatch | RasAnswer | Note
-)
+    | ProcessLook | LockLook | Connections
+)  # fmt: skip

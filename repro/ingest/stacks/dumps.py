@@ -7,14 +7,15 @@ no stack. "idle" and "active" as py-spy prints them say nothing of waiting: who 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from hybrid_moe_ref.files import DamagedFile, parse_json
 from repro.ingest.logs.prefix import split_writer, writer_of
 from repro.ingest.names.processes import process_of
 from repro.ingest.stacks.activities import activity_of
+from repro.ingest.stacks.frame_locals import group_of, peer_of
 from repro.trace.observed import Note, Process, Source, Stack
 
 MAX_FRAMES = 400
@@ -89,9 +90,16 @@ def read_json(content: Any, file: str) -> Iterator[Stack]:
         title = str(about.get("command_line", "")) if isinstance(about, dict) else ""
         pid = thread.get("pid")
         process = process_of(title=title, file=file, pid=pid if isinstance(pid, int) else None)
-        yield _stack(
-            process, tuple(map(_json_frame, rows)), str(thread.get("thread_name")), Source(file), _json_lock(rows)
-        )
+        stack = _stack(process, frames_of(rows), str(thread.get("thread_name")), Source(file), _json_lock(rows))
+        if stack.activity == "collective":
+            group, others = group_of(rows)
+            stack = replace(stack, group=group, other_groups=others, peer=peer_of(rows))
+        yield stack
+
+
+def frames_of(rows: Iterable[Mapping[str, Any]]) -> tuple[str, ...]:
+    """ "function (file:line)" of each frame of py-spy's JSON."""
+    return tuple(map(_json_frame, rows))
 
 
 def _json_frame(frame: Mapping[str, Any]) -> str:

@@ -55,12 +55,13 @@ def _heartbeats(scene: Scene, beats: Sequence[Note]) -> Diagnosis:
 
 
 def with_notes(diagnosis: Diagnosis, scene: Scene) -> Diagnosis:
-    """Add the versions with known defects, and lines that change what other lines mean."""
+    """Add the versions with known defects, what could not be seen, and lines that change what other lines mean."""
     notes = known_bad(scene)
     if any(note.kind == "repeated" for note in scene.notes):
         notes.append("Ray left out repeated lines: that a rank printed nothing here proves nothing.")
     if any(note.kind == "stuck" for note in scene.notes):
         notes.append("A watchdog thread was itself blocked: on that rank a time-out may be missing.")
+    notes += [f"Not seen: {note.text}." for note in scene.notes if note.kind == "hidden"][:3]
     return replace(diagnosis, notes=(*diagnosis.notes, *notes)) if notes else diagnosis
 
 

@@ -7,13 +7,16 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from repro.trace.observed import (
+    Connections,
     Failure,
     Launches,
     Left,
+    LockLook,
     Mismatch,
     Note,
     Observation,
     Process,
+    ProcessLook,
     Progress,
     RasAnswer,
     RecorderDump,
@@ -41,6 +44,9 @@ class Scene:
     mismatches: list[Mismatch] = field(default_factory=list)
     ras: list[RasAnswer] = field(default_factory=list)
     notes: list[Note] = field(default_factory=list)
+    process_looks: list[ProcessLook] = field(default_factory=list)
+    lock_looks: list[LockLook] = field(default_factory=list)
+    connections: list[Connections] = field(default_factory=list)
     contradictions: list[str] = field(default_factory=list)
     jobs: dict[int, list[int]] = field(default_factory=dict)
     """size of the default group -> ranks whose dump says so; more than one entry: several jobs are mixed"""
@@ -69,6 +75,12 @@ class Scene:
                     scene.mismatches.append(record)
                 case RasAnswer():
                     scene.ras.append(record)
+                case ProcessLook():
+                    scene.process_looks.append(record)
+                case LockLook():
+                    scene.lock_looks.append(record)
+                case Connections():
+                    scene.connections.append(record)
                 case Note():
                     scene.notes.append(replace(record, process=_with_rank(record.process, ranks)))
         scene.jobs = world_sizes(dumps)
@@ -102,6 +114,11 @@ class Scene:
         named = [record.rank for record in self.timeouts] + [record.rank for record in self.progress]
         named += [record.process.rank for record in self.failures] + [record.process.rank for record in self.notes]
         return sorted(seen | {rank for rank in named if rank is not None})
+
+    @property
+    def has_devices(self) -> bool:
+        """Whether a host of the job has accelerators, on which a rank may wait by spinning."""
+        return any(note.kind == "devices" for note in self.notes)
 
     def world_size(self) -> int | None:
         """The number of ranks, where a line or a group tells it."""

@@ -41,6 +41,8 @@ def arguments(call: Call) -> str:
 _LIBRARY = (
     "torch/distributed/",
     "torch/nn/modules/module.py",
+    "torch/autograd/",
+    "torch/_tensor.py",
     "torch/utils/_contextlib.py",
     "c10d_logger.py",
     "contextlib.py",

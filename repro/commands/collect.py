@@ -1,0 +1,115 @@
+"""`python -m repro collect [PID…]`: look at a job that hangs now, from outside, and say what it waits for."""
+
+from __future__ import annotations
+
+import argparse
+import re
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from repro.commands import diagnose
+from repro.exit_codes import USAGE
+from repro.hosts.looks.collection import collect, file_name
+from repro.hosts.looks.jobs import Job, choose, find_jobs, match
+from repro.hosts.looks.look import host_name
+from repro.hosts.looks.proc import Status, read_all, uptime_s
+from repro.store.run_dir import RunDir
+from repro.store.text import escape_control_characters
+from repro.verdict.result import list_ranks
+
+INTERVAL_S = 2.0
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "pids", nargs="*", default=(), type=_pid, metavar="PID", help="processes of the job; default: the only job"
+    )
+    parser.add_argument("--match", type=_pattern, metavar="REGEX", help="the job whose command lines match")
+    parser.add_argument("--to", type=Path, default=Path("runs"), metavar="DIR", help="default: runs")
+    parser.add_argument(
+        "--interval", type=_seconds, default=INTERVAL_S, metavar="S", help="between two looks; default: 2"
+    )
+    parser.add_argument("--json", action="store_true")
+
+
+def run(args: argparse.Namespace) -> int:
+    """0 for a verdict, 125 for `inconclusive`, 2 where no job or several were found."""
+    table = read_all()
+    jobs = find_jobs(table)
+    if args.pids or args.match:
+        pids = _usable(args.pids, table) + (match(args.match, table) if args.match else [])
+        jobs = choose(jobs, table, pids)
+    if len(jobs) != 1:
+        return _refuse(args, jobs, table)
+    began_s = time.monotonic()
+    run_dir = RunDir.create_collected(args.to, file_name(host_name()))
+    collected = collect(run_dir, jobs[0], args.interval)
+    took_s = time.monotonic() - began_s
+    _say(f"{_describe(collected.job, table)}: looked at twice in {took_s:.1f} s; the evidence is in {run_dir.root}")
+    for line in collected.hidden:
+        _say(f"not seen: {line}")
+    args.paths, args.out = [run_dir.root], run_dir.root
+    return diagnose.run(args)
+
+
+def _say(text: str) -> None:
+    """Print a line beside the verdict, which alone goes to standard output."""
+    print(f"collect: {escape_control_characters(text, 1000)}", file=sys.stderr)
+
+
+def _usable(pids: Sequence[int], table: dict[int, Status]) -> list[int]:
+    for pid in pids:
+        if pid not in table:
+            _say(f"process {pid} has ended, or is of another pid namespace: run collect in that container")
+        elif table[pid].state in "ZX":
+            _say(f"process {pid} ({table[pid].name}) has ended; its parent {table[pid].parent} has not reaped it")
+    return [pid for pid in pids if pid in table and table[pid].state not in "ZX"]
+
+
+def _refuse(args: argparse.Namespace, jobs: Sequence[Job], table: dict[int, Status]) -> int:
+    if jobs:
+        _say(f"{len(jobs)} jobs run here; name one of them by a PID or by --match:")
+        for job in jobs:
+            _say(f"  {_describe(job, table)}")
+    elif args.pids or args.match:
+        _say("no such process is left to look at")
+    else:
+        _say("no torch.distributed job was found on this host; name its processes: collect PID… or --match REGEX")
+    return USAGE
+
+
+def _describe(job: Job, table: dict[int, Status]) -> str:
+    """ "rank 0-7 (8 processes, pids 41 42 …, since 310 s) python train.py (master localhost:29500)"."""
+    ranks = sorted({member.rank for member in job.members if member.rank is not None})
+    pids = " ".join(map(str, job.pids[:8])) + (" …" if len(job.pids) > 8 else "")
+    ages = [uptime_s() - table[pid].started_s for pid in job.pids if pid in table]
+    since = f", since {max(ages):.0f} s" if ages else ""
+    size = f" of {job.world_size}" if job.world_size else ""
+    who = f"ranks {list_ranks(ranks)}{size}, " if ranks else ""
+    noun = "process" if len(job.pids) == 1 else "processes"
+    return f"{job.name}: {who}{len(job.pids)} {noun} ({pids}){since}"
+
+
+def _pid(text: str) -> int:
+    if not text.isdigit() or not 0 < int(text) < 1 << 31:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a process id")
+    return int(text)
+
+
+def _pattern(text: str) -> re.Pattern[str]:
+    try:
+        return re.compile(text)
+    except re.error as error:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a regular expression: {error}") from None
+
+
+def _seconds(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = -1.0
+    if not 0.1 <= value <= 600:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number of seconds from 0.1 to 600")
+    return value

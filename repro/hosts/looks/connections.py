@@ -1,0 +1,91 @@
+"""Find the TCP connections between the processes of a job, and the bytes that wait in them."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from dataclasses import dataclass
+from pathlib import Path
+
+from repro.hosts.looks.proc import PROC, open_files, read_text
+
+ESTABLISHED, CLOSE_WAIT, LISTEN = "01", "08", "0A"
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """A line of /proc/net/tcp. Addresses are "hex:port" as the kernel prints them."""
+
+    local: str
+    remote: str
+    state: str
+    send_queue: int
+    receive_queue: int
+    inode: int
+
+
+@dataclass(frozen=True, slots=True)
+class Connection:
+    """One end of a connection: bytes that `pid` has not read, and bytes that it sent and `peer` has not confirmed."""
+
+    pid: int
+    peer: int
+    port: int
+    peer_port: int
+    receive_queue: int
+    send_queue: int
+    closed_by_peer: bool
+
+
+def parse_table(text: str) -> list[Row]:
+    """Parse /proc/net/tcp or tcp6."""
+    rows = []
+    for line in text.splitlines()[1:]:
+        words = line.split()
+        if len(words) < 10 or ":" not in words[4]:
+            continue
+        sending, _, receiving = words[4].partition(":")
+        try:
+            rows.append(Row(words[1], words[2], words[3], int(sending, 16), int(receiving, 16), int(words[9])))
+        except ValueError:
+            continue
+    return rows
+
+
+def look_at_connections(pids: Collection[int], proc: Path = PROC) -> list[Connection]:
+    """The connections of these processes with each other; none where this user may not read their descriptors."""
+    owners: dict[str, int] = {}  # "socket:[inode]" -> pid
+    namespaces: dict[str, int] = {}  # network namespace -> a pid in it
+    for pid in pids:
+        try:
+            for _, target in open_files(pid, proc):
+                if target.startswith("socket:["):
+                    owners.setdefault(target, pid)
+            namespaces.setdefault((proc / str(pid) / "ns" / "net").readlink().name, pid)
+        except OSError:
+            continue
+    ends: dict[tuple[str, str], tuple[int, Row]] = {}
+    for pid in namespaces.values():
+        for name in ("tcp", "tcp6"):
+            try:
+                text = read_text(proc / str(pid) / "net" / name, 64 << 20)
+            except OSError:
+                continue
+            for row in parse_table(text):
+                owner = owners.get(f"socket:[{row.inode}]")
+                if owner is not None and row.state in (ESTABLISHED, CLOSE_WAIT):
+                    ends[row.local, row.remote] = owner, row
+    connections = []
+    for (local, remote), (pid, row) in sorted(ends.items(), key=lambda item: item[1][1].inode):
+        other = ends.get((remote, local))
+        if other is not None or row.state == CLOSE_WAIT:
+            connections.append(
+                Connection(
+                    pid, other[0] if other else 0, _port(local), _port(remote), row.receive_queue, row.send_queue,
+                    row.state == CLOSE_WAIT,
+                )
+            )  # fmt: skip
+    return connections
+
+
+def _port(address: str) -> int:
+    return int(address.rpartition(":")[2], 16)

@@ -1,0 +1,270 @@
+"""Find the torch.distributed jobs of this host: rank variables, titles of serving engines, children of one launcher."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+
+from repro.hosts.looks.proc import PROC as PROC
+from repro.hosts.looks.proc import Status, command_of, descendants, environment_of, open_files, read_text
+from repro.ingest.names.processes import process_of
+
+RANK_VARIABLES = (
+    ("RANK", "WORLD_SIZE"), ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE"), ("PMI_RANK", "PMI_SIZE"),
+    ("SLURM_PROCID", "SLURM_NTASKS"),
+)  # fmt: skip
+KEYS = ("TORCHELASTIC_RUN_ID", "MASTER_ADDR", "MASTER_PORT", "SLURM_JOB_ID", "SLURM_STEP_ID", "OMPI_MCA_ess_base_jobid")
+MAX_RANK = 1 << 20
+_TITLE = re.compile(r"^(?:VLLM::|sglang::|ray::)")
+_PYTHON = re.compile(r"(?:^|/)(?:python|pypy|pt_main_thread)[\d.]*$")
+_SERVER = re.compile(r"python|vllm|sglang|ray|VLLM")
+_FORKED = "--multiprocessing-fork"
+
+
+@dataclass(frozen=True, slots=True)
+class Member:
+    """A process of a job. `rank`: None until a look at its variables tells it. `role`: worker, engine, front end."""
+
+    pid: int
+    rank: int | None = None
+    role: str = "worker"
+    title: str = ""
+    environment: Mapping[str, str] | None = field(default=None, repr=False)
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """Processes of this host that work together.
+
+    name        what tells the job from others, in words
+    world_size  ranks on all hosts, None where no variable says so
+    local_size  ranks on this host, None likewise
+    launcher    pid of the parent that all of them share, 0 for none
+    """
+
+    name: str
+    members: tuple[Member, ...]
+    world_size: int | None = None
+    local_size: int | None = None
+    launcher: int = 0
+
+    @property
+    def pids(self) -> tuple[int, ...]:
+        return tuple(member.pid for member in self.members)
+
+    def with_ranks(self, ranks: Mapping[int, int], world_size: int | None) -> Job:
+        """The job with the ranks that `ranks` (pid -> rank) adds."""
+        members = tuple(
+            replace(member, rank=ranks.get(member.pid)) if member.rank is None else member for member in self.members
+        )
+        return replace(self, members=members, world_size=self.world_size or world_size)
+
+    def missing_ranks(self, num_unreaped: int) -> list[int]:
+        """Ranks of this host that have no process, as far as that is sure; other hosts may run the rest of a job.
+
+        num_unreaped: children of the launcher that have ended and were not reaped
+        """
+        known = {member.rank for member in self.members if member.rank is not None}
+        if self.world_size is None or len(known) < sum(member.role == "worker" for member in self.members):
+            return []
+        missing = sorted(set(range(self.world_size)) - known)
+        if self.local_size == self.world_size or num_unreaped == len(missing):
+            return missing
+        return [rank for rank in missing if known and min(known) < rank < max(known)]
+
+
+@dataclass(frozen=True, slots=True)
+class _Candidate:
+    status: Status
+    command: str
+    environment: Mapping[str, str] | None  # None: hidden from this user
+    torch: bool
+
+    @property
+    def pid(self) -> int:
+        return self.status.pid
+
+    @property
+    def rank(self) -> tuple[int, int] | None:
+        for rank, size in RANK_VARIABLES:
+            words = [(self.environment or {}).get(name, "") for name in (rank, size)]
+            if all(word.isdigit() and int(word) < MAX_RANK for word in words):
+                return int(words[0]), int(words[1])
+        return None
+
+
+def find_jobs(table: Mapping[int, Status]) -> list[Job]:
+    """Find the jobs among these processes, the largest first."""
+    candidates = {row.pid: row for row in _candidates(table)}
+    jobs = [*_by_variables(candidates, table), *_by_titles(candidates, table)]
+    taken = {pid for job in jobs for pid in job.pids}
+    jobs += _by_parent({pid: row for pid, row in candidates.items() if pid not in taken}, table, taken)
+    return sorted(jobs, key=lambda job: (-len(job.members), job.pids))
+
+
+def choose(jobs: Sequence[Job], table: Mapping[int, Status], pids: Sequence[int]) -> list[Job]:
+    """The jobs that hold these processes, or are below them; a process of no job is taken with its Python children."""
+    wanted = set(pids)
+    chosen = [job for job in jobs if wanted & _with_launchers(job, table)]
+    held = {pid for job in chosen for pid in _with_launchers(job, table)}
+    below = {row.pid for job in chosen for pid in job.pids for row in descendants(table, pid)}
+    rest = wanted - held - below
+    if not rest:
+        return chosen
+    candidates = {row.pid: row for row in _candidates(table)}
+    pids = [pid for pid in rest if pid in table]
+    members = [_member(pid, candidates.get(pid)) for pid in sorted(_ranks_below(pids, candidates))]
+    return [*chosen, Job("the given processes", tuple(members))] if members else chosen
+
+
+def _member(pid: int, row: _Candidate | None) -> Member:
+    return Member(pid, None, "worker", row.command, row.environment) if row else Member(pid)
+
+
+def _ranks_below(pids: Sequence[int], candidates: Mapping[int, _Candidate]) -> Iterator[int]:
+    for pid in pids:
+        children = [row.pid for row in candidates.values() if row.status.parent == pid and row.torch]
+        yield from children if len(children) > 1 else [pid]
+
+
+def _with_launchers(job: Job, table: Mapping[int, Status]) -> set[int]:
+    """The pids of a job, of its children's parents up to the launcher."""
+    pids = set(job.pids)
+    for pid in job.pids:
+        at = table.get(pid)
+        while at is not None and at.parent > 1 and at.pid != job.launcher:
+            pids.add(at.parent)
+            at = table.get(at.parent)
+    return pids if job.launcher else set(job.pids)
+
+
+def _candidates(table: Mapping[int, Status]) -> Iterator[_Candidate]:
+    """Python processes, and those whose title names a serving engine, but for this one and those that started it."""
+    own = set()
+    pid = os.getpid()
+    while pid in table:
+        own.add(pid)
+        pid = table[pid].parent
+    for pid, status in table.items():
+        if pid in own or status.state in "ZX":
+            continue
+        command = command_of(pid)
+        if not (_TITLE.match(command) or _PYTHON.search(command.split(" ")[0]) or _PYTHON.search(status.name)):
+            continue
+        try:
+            environment: Mapping[str, str] | None = environment_of(pid)
+        except PermissionError:
+            environment = None
+        yield _Candidate(status, command, environment, _has_torch(pid))
+
+
+def _has_torch(pid: int) -> bool:
+    try:
+        return "libtorch" in read_text(PROC / str(pid) / "maps", 64 << 20)
+    except OSError:
+        return False
+
+
+def _topmost(rows: Mapping[int, _Candidate], table: Mapping[int, Status]) -> Iterator[_Candidate]:
+    """Those rows that have no ancestor among them: a rank's data loader and compilers inherit its variables."""
+    for row in rows.values():
+        at = table.get(row.status.parent)
+        while at is not None and at.pid not in rows:
+            at = table.get(at.parent)
+        if at is None:
+            yield row
+
+
+def _by_variables(candidates: Mapping[int, _Candidate], table: Mapping[int, Status]) -> Iterator[Job]:
+    groups: dict[tuple[str, ...], dict[int, dict[int, _Candidate]]] = {}
+    for row in candidates.values():
+        if row.rank is not None and not _TITLE.match(row.command):
+            environment = row.environment or {}
+            key = (*(environment.get(name, "") for name in KEYS), str(row.rank[1]))
+            groups.setdefault(key, {}).setdefault(row.rank[0], {})[row.pid] = row
+    for by_rank in groups.values():
+        tops = {rank: list(_topmost(rows, table)) for rank, rows in by_rank.items()}
+        members = [
+            Member(row.pid, rank, "worker", row.command, row.environment)
+            for rank, rows in sorted(tops.items())
+            for row in rows
+        ]
+        sample = next(row for rows in tops.values() for row in rows)
+        environment, size = sample.environment or {}, sample.rank[1] if sample.rank else None
+        local = environment.get("LOCAL_WORLD_SIZE", "")
+        address = f"{environment.get('MASTER_ADDR', '?')}:{environment.get('MASTER_PORT', '?')}"
+        name = f"{sample.command[:80]} (master {address})"
+        launcher = _shared_parent(members, table)
+        yield Job(name, tuple(members), size, int(local) if local.isdigit() else None, launcher)
+
+
+def _by_titles(candidates: Mapping[int, _Candidate], table: Mapping[int, Status]) -> Iterator[Job]:
+    groups: dict[int, list[_Candidate]] = {}
+    for row in candidates.values():
+        if _TITLE.match(row.command):
+            groups.setdefault(_top_server(row.pid, table), []).append(row)
+    for launcher, rows in groups.items():
+        members = []
+        for row in rows:
+            process = process_of(title=row.command)
+            members.append(Member(row.pid, process.rank, process.role or "worker", row.command, row.environment))
+        if launcher not in {row.pid for row in rows} and launcher in candidates:
+            members.append(Member(launcher, None, "front end", candidates[launcher].command))
+        yield Job(f"{command_of(launcher)[:80] or rows[0].command}", tuple(members), launcher=launcher)
+
+
+def _top_server(pid: int, table: Mapping[int, Status]) -> int:
+    """The topmost ancestor that still looks like a part of the server."""
+    while table[pid].parent in table and _SERVER.search(command_of(table[pid].parent)[:200]):
+        pid = table[pid].parent
+    return pid
+
+
+def _by_parent(
+    candidates: Mapping[int, _Candidate], table: Mapping[int, Status], taken: Collection[int]
+) -> Iterator[Job]:
+    """Children of one parent that have torch loaded and talk to each other: mp.spawn, multiprocessing, os.fork."""
+    families: dict[int, list[_Candidate]] = {}
+    for row in candidates.values():
+        if row.torch and row.status.parent not in taken:
+            families.setdefault(row.status.parent, []).append(row)
+    for parent, rows in families.items():
+        if parent in (0, 1) or len(rows) < 2:
+            continue
+        if all(_FORKED in row.command for row in rows) or sum(map(_has_own_socket, rows)) >= 2:
+            members = sorted((Member(row.pid, None, "worker", row.command, row.environment) for row in rows),
+                             key=lambda member: member.pid)  # fmt: skip
+            yield Job(f"{command_of(parent)[:80]} (children of {parent})", tuple(members), launcher=parent)
+
+
+def _has_own_socket(row: _Candidate) -> bool:
+    """Whether a process has a socket that its parent does not have too: a forked data loader only inherits them."""
+    inherited = _sockets(row.status.parent)
+    return any(socket not in inherited for socket in _sockets(row.pid))
+
+
+def _sockets(pid: int) -> set[str]:
+    try:
+        return {target for _, target in open_files(pid) if target.startswith("socket:")}
+    except PermissionError:
+        return set()
+
+
+def _shared_parent(members: Sequence[Member], table: Mapping[int, Status]) -> int:
+    parents = {table[member.pid].parent for member in members if member.pid in table}
+    parent = parents.pop() if len(parents) == 1 else 0
+    return parent if parent > 1 else 0
+
+
+def match(
+    pattern: re.Pattern[str], table: Mapping[int, Status], command: Callable[[int], str] = command_of
+) -> list[int]:
+    """The processes whose command line the pattern matches, but for this one and those that started it."""
+    own = set()
+    pid = os.getpid()
+    while pid in table:
+        own.add(pid)
+        pid = table[pid].parent
+    return [pid for pid in table if pid not in own and pattern.search(command(pid))]

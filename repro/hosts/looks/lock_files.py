@@ -1,0 +1,169 @@
+"""Find the lock files that processes hold and wait for, from /proc/locks and the files that they have open.
+
+Nothing is opened, locked or leased: a lease would disturb the program that opens the file at that moment.
+"""
+
+from __future__ import annotations
+
+import os
+import stat
+import time
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from repro.hosts.looks.proc import PROC, open_files, read_text
+
+
+@dataclass(frozen=True, slots=True)
+class TableEntry:
+    """A line of /proc/locks. `waits`: the process is blocked by the entry above. `pid` 0: of another pid namespace."""
+
+    kind: str
+    pid: int
+    device: tuple[int, int]
+    inode: int
+    waits: bool
+
+
+@dataclass(slots=True)
+class LockFile:
+    """A lock file at one moment.
+
+    kind     flock, fcntl (POSIX), lease, or baton: the file's existence is the lock, as torch's FileBaton
+    holders  pids; for a baton those that have the file open
+    waiters  pids that the system shows blocked; a program that polls is not among them
+    hidden   number of Python processes whose open files this user may not read; one of them may hold the lock
+    age_s    seconds since the file was changed last, None where it cannot be read
+    """
+
+    path: str
+    kind: str
+    holders: list[int] = field(default_factory=list)
+    waiters: list[int] = field(default_factory=list)
+    hidden: int = 0
+    age_s: float | None = None
+
+
+def parse_table(text: str) -> list[TableEntry]:
+    """Parse /proc/locks: "1: FLOCK  ADVISORY  WRITE 4242 00:2f:1234 0 EOF"; a waiter has "->" after the number."""
+    entries = []
+    for line in text.splitlines():
+        words = line.split()
+        waits = words[1:2] == ["->"]
+        if waits:
+            del words[1]
+        if len(words) < 6 or words[5].count(":") != 2:
+            continue
+        major, minor, inode = words[5].split(":")
+        try:
+            pid = max(int(words[4]), 0)
+            entry = TableEntry(words[1].lower(), pid, (int(major, 16), int(minor, 16)), int(inode), waits)
+        except ValueError:
+            continue
+        entries.append(entry)
+    return entries
+
+
+def look_at_locks(
+    family: Collection[int], table: Iterable[int], named: Mapping[str, int], proc: Path = PROC
+) -> list[LockFile]:
+    """The lock files of a job.
+
+    family  pids of the job's processes and their descendants
+    table   pids of all processes
+    named   path -> pid of a process whose stack names this lock file
+    """
+    try:
+        entries = parse_table(read_text(proc / "locks"))
+    except OSError:
+        entries = []
+    files: dict[int, LockFile] = {}  # inode -> lock
+    opened = {pid: dict(_open_inodes(pid, proc)) for pid in family}
+    concerned = {entry.inode for entry in entries if entry.pid in family}
+    for entry in entries:
+        if entry.inode in concerned:
+            path = _path_of(entry, opened)
+            lock = files.setdefault(
+                entry.inode, LockFile(path, {"posix": "fcntl", "ofdlck": "fcntl"}.get(entry.kind, entry.kind))
+            )
+            (lock.waiters if entry.waits else lock.holders).append(entry.pid)
+    hidden = -1
+    for path, pid in {**_lock_names(opened), **named}.items():
+        status = _status(path, pid, proc)
+        if status is None or status.st_ino in files:
+            continue
+        openers, hidden = _openers(status, table, proc)
+        files[status.st_ino] = LockFile(path, "baton", openers, hidden=hidden)
+        files[status.st_ino].age_s = max(0.0, time.time() - status.st_mtime)
+    return [lock for lock in files.values() if lock.path]
+
+
+def _open_inodes(pid: int, proc: Path) -> Iterator[tuple[int, str]]:
+    """(inode, path) of the regular files that a process has open; none where that is hidden."""
+    try:
+        for descriptor, target in open_files(pid, proc):
+            if target.startswith("/") and not target.startswith(("/dev/", "/proc/", "/memfd:")):
+                try:
+                    yield os.stat(proc / str(pid) / "fd" / str(descriptor)).st_ino, target
+                except OSError:
+                    continue
+    except PermissionError:
+        return
+
+
+def _path_of(entry: TableEntry, opened: Mapping[int, Mapping[int, str]]) -> str:
+    """The name of the file: the one that the process has open, or any of the family."""
+    own = opened.get(entry.pid, {}).get(entry.inode)
+    paths = [files[entry.inode] for files in opened.values() if entry.inode in files]
+    return own or (paths[0] if paths else f"inode {entry.inode}")
+
+
+def _lock_names(opened: Mapping[int, Mapping[int, str]]) -> dict[str, int]:
+    """Open files that are named as locks are."""
+    return {
+        path: pid
+        for pid, files in opened.items()
+        for path in files.values()
+        if os.path.basename(path) == "lock" or path.endswith((".lock", ".lck", "_lock", "_baton"))
+    }
+
+
+def _status(path: str, pid: int, proc: Path) -> os.stat_result | None:
+    """The status of a file by its name in the process's own mount namespace; None where it is gone or no file."""
+    try:
+        status = os.stat(f"{proc}/{pid}/root{path}")
+    except OSError:
+        try:
+            status = os.stat(path)
+        except OSError:
+            return None
+    return status if stat.S_ISREG(status.st_mode) else None
+
+
+def _openers(status: os.stat_result, table: Iterable[int], proc: Path) -> tuple[list[int], int]:
+    """(pids that have the file open, number of processes whose files are hidden)."""
+    openers, hidden = [], 0
+    for pid in table:
+        try:
+            for descriptor, target in open_files(pid, proc):
+                if not target.startswith("/"):
+                    continue
+                try:
+                    opened = os.stat(proc / str(pid) / "fd" / str(descriptor))
+                except OSError:
+                    continue
+                if (opened.st_dev, opened.st_ino) == (status.st_dev, status.st_ino):
+                    openers.append(pid)
+                    break
+        except PermissionError:
+            hidden += _is_python(pid, proc)
+    return openers, hidden
+
+
+def _is_python(pid: int, proc: Path) -> bool:
+    """Whether a process may be a Python program, by its name, which any user may read."""
+    try:
+        return read_text(proc / str(pid) / "comm").startswith(("python", "pt_", "VLLM", "sglang", "ray"))
+    except OSError:
+        return False

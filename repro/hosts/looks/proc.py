@@ -1,0 +1,155 @@
+"""Read what /proc says of a process. The parsers take text, so that tests need no process.
+
+A file of /proc may vanish at any read, and belong to another user. Readers return None for a process that has ended,
+and raise PermissionError for what this user may not read.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+PROC = Path("/proc")
+MAX_BYTES = 4 << 20
+CLOCK_TICKS = os.sysconf("SC_CLK_TCK")
+
+
+@dataclass(frozen=True, slots=True)
+class Status:
+    """One process at one moment, from /proc/PID/stat and status.
+
+    state           R runs, S sleeps, D waits for a device, T stopped, t stopped by a debugger, Z ended and not reaped
+    cpu_s           processor seconds of all its threads
+    children_cpu_s  processor seconds of its children that have ended
+    started_s       when it started, seconds since the boot of the host
+    switches        times that its first thread left a processor, by its own will or not
+    caught          numbers of the signals that it has handlers for
+    tracer          pid of the debugger that is attached, 0 for none
+    """
+
+    pid: int
+    parent: int
+    name: str
+    state: str
+    cpu_s: float
+    children_cpu_s: float
+    started_s: float
+    resident_bytes: int = 0
+    switches: int = 0
+    num_threads: int = 1
+    uid: int = 0
+    tracer: int = 0
+    caught: frozenset[int] = frozenset()
+    namespace_pid: int = 0
+
+
+def parse_status(stat: str, status: str) -> Status:
+    """Parse the texts of /proc/PID/stat and /proc/PID/status. Raises ValueError for a text that is none."""
+    name = stat[stat.index("(") + 1 : stat.rindex(")")]  # a name may hold brackets and blanks
+    fields = stat[stat.rindex(")") + 2 :].split()
+    if len(fields) < 20:
+        raise ValueError(f"{len(fields)} fields after the name in a line of /proc/PID/stat; it has 50")
+    lines = dict(line.split(":", 1) for line in status.splitlines() if ":" in line)
+
+    def number(key: str, place: int = 0, base: int = 10) -> int:
+        words = lines.get(key, "").split()
+        return int(words[place], base) if words else 0
+
+    mask = number("SigCgt", base=16)
+    return Status(
+        pid=int(stat[: stat.index(" ")]),
+        parent=int(fields[1]),
+        name=name,
+        state=fields[0],
+        cpu_s=(int(fields[11]) + int(fields[12])) / CLOCK_TICKS,
+        children_cpu_s=(int(fields[13]) + int(fields[14])) / CLOCK_TICKS,
+        started_s=int(fields[19]) / CLOCK_TICKS,
+        resident_bytes=number("VmRSS") * 1024,
+        switches=number("voluntary_ctxt_switches") + number("nonvoluntary_ctxt_switches"),
+        num_threads=int(fields[17]),
+        uid=number("Uid", 1),
+        tracer=number("TracerPid"),
+        caught=frozenset(bit + 1 for bit in range(64) if mask >> bit & 1),
+        namespace_pid=number("NSpid", -1),
+    )
+
+
+def read_text(path: Path, limit: int = MAX_BYTES) -> str:
+    """Read a file of /proc. Raises OSError: ProcessLookupError or FileNotFoundError if the process has ended."""
+    with path.open("rb") as file:
+        return file.read(limit).decode(errors="replace")
+
+
+def read_status(pid: int, proc: Path = PROC) -> Status | None:
+    """Read one process; None if it has ended. Any user may read this."""
+    try:
+        return parse_status(read_text(proc / str(pid) / "stat"), read_text(proc / str(pid) / "status"))
+    except (FileNotFoundError, ProcessLookupError, ValueError):
+        return None
+
+
+def read_all(proc: Path = PROC) -> dict[int, Status]:
+    """Read every process that this user can see. pid -> its status."""
+    rows = (read_status(int(name), proc) for name in os.listdir(proc) if name.isdigit())
+    return {row.pid: row for row in rows if row is not None}
+
+
+def read_words(pid: int, name: str, proc: Path = PROC) -> list[str]:
+    """The words of cmdline or environ; [] for a process that has ended. Raises PermissionError."""
+    try:
+        return [word for word in read_text(proc / str(pid) / name).split("\0") if word]
+    except (FileNotFoundError, ProcessLookupError):
+        return []
+
+
+def command_of(pid: int, proc: Path = PROC) -> str:
+    """The command line of a process, or the title that it gave itself."""
+    return " ".join(read_words(pid, "cmdline", proc)).strip()
+
+
+def environment_of(pid: int, proc: Path = PROC) -> dict[str, str]:
+    """The environment that a process started with; what it set later is not in it. Raises PermissionError."""
+    return dict(word.split("=", 1) for word in read_words(pid, "environ", proc) if "=" in word)
+
+
+def open_files(pid: int, proc: Path = PROC) -> Iterator[tuple[int, str]]:
+    """Iterate over (descriptor, what it leads to) of a process. Raises PermissionError."""
+    folder = proc / str(pid) / "fd"
+    try:
+        names = os.listdir(folder)
+    except (FileNotFoundError, ProcessLookupError):
+        return
+    for name in names:
+        try:
+            yield int(name), os.readlink(folder / name)
+        except (FileNotFoundError, ProcessLookupError):
+            continue
+
+
+def kernel_place(pid: int, proc: Path = PROC) -> tuple[str, str]:
+    """Where a process waits in the kernel: (function, number of the system call and its arguments), "" if hidden."""
+    texts = []
+    for name in ("wchan", "syscall"):
+        try:
+            texts.append(read_text(proc / str(pid) / name).strip())
+        except OSError:
+            texts.append("")
+    return "" if texts[0] == "0" else texts[0], texts[1]
+
+
+def descendants(table: Mapping[int, Status], pid: int) -> list[Status]:
+    """The processes below one, parents first."""
+    children: dict[int, list[Status]] = {}
+    for row in table.values():
+        children.setdefault(row.parent, []).append(row)
+    rows = list(children.get(pid, []))
+    for row in rows:
+        rows += children.get(row.pid, [])
+    return rows
+
+
+def uptime_s(proc: Path = PROC) -> float:
+    """Seconds since the boot of the host."""
+    return float(read_text(proc / "uptime").split()[0])

@@ -1,0 +1,75 @@
+"""Take the Python stacks of running processes with py-spy, without stopping them.
+
+py-spy reads the memory of the process. That needs the same user and the right to trace it.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import shutil
+import subprocess
+from collections.abc import Collection, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+PATIENCE_S = 6.0
+AT_ONCE = 4
+TRIES = 3
+"""A process that runs changes its frames while they are read, and the read then fails."""
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """The threads of one process as `py-spy dump --json` prints them, or why there are none."""
+
+    threads: tuple[Mapping[str, Any], ...] = ()
+    failure: str = ""
+
+
+def find_py_spy() -> str:
+    """The path of the program, "" if it is not installed: on the PATH, or beside this Python's packages."""
+    if path := shutil.which("py-spy"):
+        return path
+    try:
+        files = importlib.metadata.files("py-spy") or []
+    except importlib.metadata.PackageNotFoundError:
+        return ""
+    paths = [Path(str(file.locate())) for file in files if file.name == "py-spy"]
+    return next((str(path.resolve()) for path in paths if path.is_file()), "")
+
+
+def take_stacks(program: str, pids: Collection[int]) -> dict[int, Answer]:
+    """Take the stacks of all threads of each process, with their local variables."""
+    with ThreadPoolExecutor(AT_ONCE) as pool:
+        return dict(zip(pids, pool.map(lambda pid: _dump(program, pid), pids), strict=True))
+
+
+def _dump(program: str, pid: int) -> Answer:
+    answer = Answer(failure="not tried")
+    for _ in range(TRIES):
+        answer = _try_dump([program, "dump", "--nonblocking", "--locals", "--json", "--pid", str(pid)])
+        if answer.threads or "rocess" in answer.failure or "ermission" in answer.failure:
+            break
+    return answer
+
+
+def _try_dump(command: list[str]) -> Answer:
+    try:
+        done = subprocess.run(command, capture_output=True, timeout=PATIENCE_S, stdin=subprocess.DEVNULL)
+    except subprocess.TimeoutExpired:
+        return Answer(failure=f"py-spy gave no answer within {PATIENCE_S:g} s")
+    except OSError as error:
+        return Answer(failure=f"py-spy cannot be started: {error.strerror}")
+    if done.returncode != 0:
+        lines = done.stderr.decode(errors="replace").split("\n")
+        words = [line.removeprefix("Error:").strip() for line in lines if line.strip()]
+        return Answer(failure="; ".join(dict.fromkeys(words))[:200] or f"py-spy ended with {done.returncode}")
+    try:
+        threads = json.loads(done.stdout)
+    except ValueError:
+        return Answer(failure="py-spy printed no JSON")
+    rows = [thread for thread in threads if isinstance(thread, dict)] if isinstance(threads, list) else []
+    return Answer(tuple(rows), "" if rows else "py-spy found no thread")

@@ -1,0 +1,49 @@
+"""Why this user may not look into a process, and what to do about it."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from repro.hosts.looks.proc import PROC, read_status, read_text
+
+SYS_PTRACE = 19
+
+
+def why_hidden(pid: int, proc: Path = PROC) -> str:
+    """A sentence that names the missing right and how to get it; "" where nothing is known to be missing."""
+    status = read_status(pid, proc)
+    if status is None:
+        return f"process {pid} has ended"
+    scope = _number(proc / "sys/kernel/yama/ptrace_scope")
+    if _may_trace_all(proc):
+        return ""
+    if status.uid != os.geteuid():
+        return (
+            f"process {pid} belongs to uid {status.uid}, and this is uid {os.geteuid()}: run collect as that user, as "
+            "root, or in a container with the capability SYS_PTRACE"
+        )
+    if scope >= 1:
+        return (
+            f"kernel.yama.ptrace_scope is {scope}, which allows no look at processes that this one did not start: run "
+            "collect as root, or once: sysctl kernel.yama.ptrace_scope=0"
+        )
+    return (
+        f"process {pid} does not let its user look into it (prctl PR_SET_DUMPABLE, or capabilities of its own): run "
+        "collect as root, or in a container with the capability SYS_PTRACE"
+    )
+
+
+def _may_trace_all(proc: Path) -> bool:
+    try:
+        lines = dict(line.split(":", 1) for line in read_text(proc / "self/status").splitlines() if ":" in line)
+        return bool(int(lines["CapEff"], 16) >> SYS_PTRACE & 1)
+    except (OSError, ValueError, KeyError):
+        return False
+
+
+def _number(path: Path) -> int:
+    try:
+        return int(read_text(path))
+    except (OSError, ValueError):
+        return 0

@@ -1,0 +1,72 @@
+"""What local variables of a stack tell of a collective: its process group and, for a transfer, the other end.
+
+py-spy prints a process group as its address, which differs from process to process. The variable of the program that
+holds it is the same in all ranks that run the same program.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+MAX_VARIABLES = 400
+_GROUP = re.compile(r"<(?:[\w.]+\.)?ProcessGroup\w* at (0x[0-9a-fA-F]+)>")
+_TORCH = re.compile(r"(?:^|/)torch/distributed/")
+_PEERS = {"send": ("dst", "group_dst"), "isend": ("dst", "group_dst"), "recv": ("src", "group_src"),
+          "irecv": ("src", "group_src")}  # fmt: skip
+
+
+def group_of(frames: Sequence[Mapping[str, Any]]) -> tuple[str, tuple[str, ...]]:
+    """(the variable that holds the group of the outermost collective, other variables that hold other groups).
+
+    ("default", …) where the program passed no group, ("", …) where that is not seen.
+    """
+    inner = [frame for frame in frames if _is_torch(frame)]
+    program = [frame for frame in frames if not _is_torch(frame)]
+    names: dict[str, str] = {}  # address -> name
+    for frame in program:
+        for name, text in variables_of(frame):
+            if match := _GROUP.fullmatch(text):
+                names.setdefault(match[1], f"{name} in {frame.get('name', '?')}")
+    address = _address(inner)
+    if address is None:
+        return "", ()
+    name = "default" if address == "" else names.get(address, "")
+    return name, tuple(sorted(other for at, other in names.items() if at != address))
+
+
+def _address(frames: Sequence[Mapping[str, Any]]) -> str | None:
+    """The address of the group that the program passed, "" where it passed none, None where that is not seen."""
+    for frame in reversed(frames):
+        variables = dict(variables_of(frame))
+        if str(frame.get("name", "")).endswith("wrapper") and {"args", "kwargs"} <= variables.keys():
+            match = _GROUP.search(variables["args"]) or _GROUP.search(variables["kwargs"])
+            return match[1] if match else "" if not re.search(r"\bgroup\b|\bpg\b", variables["kwargs"]) else None
+        if "group" in variables:
+            match = _GROUP.search(variables["group"])
+            return match[1] if match else "" if variables["group"] == "None" else None
+    return None
+
+
+def peer_of(frames: Sequence[Mapping[str, Any]]) -> int | None:
+    """The other end of a send or receive: a global rank, or a rank of the group where the program gives that."""
+    for frame in frames:
+        if _is_torch(frame) and (names := _PEERS.get(str(frame.get("name")))):
+            variables = dict(variables_of(frame))
+            for name in names:
+                if variables.get(name, "").isdigit():
+                    return int(variables[name])
+    return None
+
+
+def variables_of(frame: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    """(name, what py-spy prints of it) of each argument and local variable."""
+    rows = frame.get("locals")
+    for row in rows[:MAX_VARIABLES] if isinstance(rows, list) else ():
+        if isinstance(row, dict) and isinstance(row.get("name"), str) and isinstance(row.get("repr"), str):
+            yield row["name"], row["repr"]
+
+
+def _is_torch(frame: Mapping[str, Any]) -> bool:
+    return bool(_TORCH.search(str(frame.get("short_filename") or frame.get("filename") or "")))

@@ -1,0 +1,1 @@
+"""Rules for what `collect` saw of a running job: two looks at its processes, lock files, connections and stacks."""

@@ -1,0 +1,177 @@
+"""Judge ranks that all wait in collectives, by two looks: a ring of transfers, calls that differ, or no hang at all."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+
+from repro.ingest.names.operations import operation
+from repro.store.text import counted
+from repro.verdict.partial.diagnosis import COLLECT, Diagnosis
+from repro.verdict.partial.looks.ranks import (
+    AMONG_RANKS,
+    WAITING,
+    RankLook,
+    call_of,
+    rank_looks,
+    seconds_between,
+    wait_row,
+)
+from repro.verdict.partial.scene import Scene
+from repro.verdict.partial.words import ranks_of
+
+TRANSFERS = ("send", "isend", "recv", "irecv")
+MOVING_SWITCHES_PER_S = 5.0
+MOVING_CORES = 0.1
+Key = tuple[str, str]
+"""(operation, group) that a rank waits in."""
+
+
+def judge_waiting_ranks(scene: Scene) -> Diagnosis | None:
+    """What the ranks of a whole job wait in, seen twice. None unless every rank of the job was seen."""
+    looks = rank_looks(scene)
+    size = scene.world_size()
+    if len(looks) < 2 or (size is not None and len(looks) < size) or any(not look.stacks for look in looks.values()):
+        return None
+    if not all(look.waits for look in looks.values()):
+        return _moving(looks)
+    return _ring(looks) or _different(scene, looks)
+
+
+def _ring(looks: Mapping[int, RankLook]) -> Diagnosis | None:
+    """A cycle of sends and receives, each of which meets a rank that is in a transfer with another one."""
+    edges = {rank: peer for rank, peer in _transfers(looks) if peer in looks and not _matches(looks, rank, peer)}
+    cycle = _cycle(edges)
+    if not cycle:
+        return None
+    links = [f"rank {rank} waits in {call_of(looks[rank])}" for rank in cycle]
+    return Diagnosis(
+        "deadlock", "order", (), tuple(sorted(cycle)), "likely",
+        (f"{ranks_of(cycle).capitalize()} wait for each other in a cycle: {'; '.join(links)}.",
+         "No rank in it is in the transfer that the one before it waits for."),
+        tuple(f"Rank {rank} {looks[rank].at}" for rank in cycle[:8]),
+        ("A later look in which one of these transfers is done.",),
+        ("the order in which each rank issues its sends and receives; batch_isend_irecv needs none",),
+        waits=tuple(wait_row([rank], call_of(looks[rank]), [edges[rank]], f"rank {edges[rank]} is in "
+                             f"{call_of(looks[edges[rank]])}", looks[rank].source) for rank in cycle),
+    )  # fmt: skip
+
+
+def _transfers(looks: Mapping[int, RankLook]) -> Iterator[tuple[int, int]]:
+    for rank, look in looks.items():
+        if look.stack and look.stack.detail in TRANSFERS and look.stack.peer is not None:
+            yield rank, look.stack.peer
+
+
+def _matches(looks: Mapping[int, RankLook], rank: int, peer: int) -> bool:
+    """Whether the other end is in the matching transfer with this rank."""
+    own, other = looks[rank].stack, looks[peer].stack
+    if own is None or other is None or other.detail not in TRANSFERS:
+        return False
+    return other.peer == rank and ("send" in own.detail) != ("send" in other.detail)
+
+
+def _cycle(edges: Mapping[int, int]) -> list[int]:
+    for start in sorted(edges):
+        path = [start]
+        while (following := edges.get(path[-1])) is not None and following not in path:
+            path.append(following)
+        if following is not None:
+            return path[path.index(following) :]
+    return []
+
+
+def _different(scene: Scene, looks: Mapping[int, RankLook]) -> Diagnosis | None:
+    """Ranks that wait in different calls of groups that all ranks belong to: none of these calls can end."""
+    sides: dict[Key, list[int]] = {}
+    for rank, look in looks.items():
+        sides.setdefault(_key(look), []).append(rank)
+    if len(sides) < 2 or any(look.activity == "device" for look in looks.values()):
+        return None
+    why = _all_belong(scene, looks)
+    groups = {group for _, group in sides}
+    crossed = len(groups) > 1 and "" not in groups and _are_apart(looks, groups)
+    ops = {op for op, _ in sides}
+    named = "; ".join(f"{ranks_of(ranks)} in {call_of(looks[ranks[0]])}" for ranks in sides.values())
+    lines = tuple(f"Rank {look.rank} {look.at}" for look in list(looks.values())[:8])
+    if not why or not (crossed or len(ops) > 1):
+        return None
+    smallest, *_, largest = sorted(sides.values(), key=len)
+    few = tuple(smallest) if len(smallest) < len(largest) else ()
+    what = "The groups are entered in different orders." if crossed else "These are not the same call."
+    return Diagnosis(
+        "deadlock", "order" if crossed else "mismatch", (), few, "likely",
+        (f"Each rank waits for {seconds_between(list(looks.values())):.0f} s or longer, and not in one call: {named}.",
+         f"{what} Each call waits for ranks that wait in another one, so none of them can end."),
+        (*lines, why),
+        ("Dumps of the recorder in which one of these calls is of a group that the other ranks do not belong to.",),
+        (_what_next(looks, sides), COLLECT["recorder"]),
+        waits=tuple(wait_row(ranks, call_of(looks[ranks[0]]), sorted(set(looks) - set(ranks)),
+                             "they wait in another call", looks[ranks[0]].source) for ranks in sides.values()),
+    )  # fmt: skip
+
+
+def _key(look: RankLook) -> Key:
+    stack = look.stack
+    if stack is None or stack.activity == "backward":
+        return "backward", ""
+    return operation(stack.detail.split(" ")[0]), stack.group
+
+
+def _are_apart(looks: Mapping[int, RankLook], groups: set[str]) -> bool:
+    """Whether one rank's variables show these groups to be different ones."""
+    named = groups - {"default"}
+    if len(named) < len(groups) and len(named) == 1:
+        return True  # one of them is passed, the other is not; both were seen by the address
+    return any(named <= {look.stack.group, *look.stack.other_groups} for look in looks.values() if look.stack)
+
+
+def _all_belong(scene: Scene, looks: Mapping[int, RankLook]) -> str:
+    """Why every group in which a rank waits holds all ranks, as a sentence; "" where that is not known."""
+    if len(looks) == 2:
+        return "The job has two ranks, so that every group that waits holds both."
+    if all(look.stack and look.stack.group == "default" for look in looks.values()):
+        return "All of these calls are of the default group, which holds every rank."
+    pids = sorted(look.last.process.pid or 0 for look in looks.values())
+    pairs = [(one, two) for index, one in enumerate(pids) for two in pids[index + 1 :]]
+    for record in scene.connections:
+        numbers = {record.between.get(pair, 0) for pair in pairs}
+        if len(numbers) == 1 and (number := numbers.pop()) > 0:
+            return (
+                f"Each two ranks have {counted(number, 'connection')} with each other, one for each group that holds "
+                f"both: every group holds all ranks ({record.source})"
+            )
+    return ""
+
+
+def _what_next(looks: Mapping[int, RankLook], sides: Mapping[Key, list[int]]) -> str:
+    places = ", ".join(f"rank {ranks[0]}: {looks[ranks[0]].at.partition(' at ')[2]}" for ranks in sides.values())
+    return f"why these ranks took different ways to these lines: {places}"
+
+
+def _moving(looks: Mapping[int, RankLook]) -> Diagnosis | None:
+    """No hang: every rank moved between the looks, and none waits for anything else than its fellow ranks."""
+    if not all(_moved(look) for look in looks.values()):
+        return None
+    if not any(stack.activity in AMONG_RANKS for look in looks.values() for stack in look.stacks):
+        return None
+    lines = [
+        f"Rank {look.rank} used {look.cores:.2f} processors in {look.apart_s:.1f} s, its first thread was switched "
+        f"{look.last.switches - look.first.switches} times, and it {look.at}"
+        for look in list(looks.values())[:6]
+    ]
+    return Diagnosis(
+        "clean", "", (), (), "likely",
+        ("This is not a hang: every rank moved between the two looks, and none waits at one place.",), tuple(lines),
+        ("A counter of the program's steps that stands still.",),
+        ("the time of a step, from the program's own log", "a second `collect`, a minute later"),
+    )  # fmt: skip
+
+
+def _moved(look: RankLook) -> bool:
+    if look.apart_s <= 0 or any(
+        stack.activity in WAITING and stack.activity not in AMONG_RANKS for stack in look.stacks
+    ):
+        return False
+    switches = (look.last.switches - look.first.switches) / look.apart_s
+    places = any(stack.activity in AMONG_RANKS for stack in look.stacks) or not look.same_frames
+    return places and (switches >= MOVING_SWITCHES_PER_S or look.cores >= MOVING_CORES)

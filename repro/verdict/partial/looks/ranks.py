@@ -1,0 +1,188 @@
+"""What each rank did between the first and the last look at its host."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from repro.trace.observed import Child, ProcessLook, Stack
+from repro.verdict.partial.scene import Scene
+from repro.verdict.partial.words import program_frames
+
+SHORTEST_S = 0.5
+"""Two looks closer than this say nothing of what moved between them."""
+STILL_SWITCHES_PER_S = 1.5
+"""A blocked thread leaves a processor about never; one that polls does so ten times a second."""
+BUSY_CORES = 0.05
+COMPILERS = (
+    "nvcc", "cicc", "ptxas", "fatbinary", "cudafe++", "ninja", "cc1plus", "cc1", "g++", "gcc", "c++", "clang",
+    "clang++", "hipcc", "ld", "collect2", "as", "cmake", "make", "nvlink", "lld",
+)  # fmt: skip
+WAITING = ("collective", "device", "backward", "lock", "idle", "answer", "queue", "exit")
+"""Activities of a rank that waits for another process or its device."""
+_VERBS = {
+    "collective": "waits in", "device": "waits for", "backward": "waits in", "lock": "waits for", "building": "builds:",
+    "compiling": "compiles:", "idle": "is idle:", "answer": "waits for", "queue": "waits for", "exit": "waits for",
+    "saving": "saves", "loading": "loads", "data": "waits for", "debugger": "is at", "sleep": "is in",
+}  # fmt: skip
+POLLING = ("the start of a process group", "a wait for torch's store")
+"""Details of waits in which torch asks again and again, so that its thread is not still."""
+AMONG_RANKS = ("collective", "device", "backward")
+
+
+@dataclass(frozen=True, slots=True)
+class RankLook:
+    """One rank in two looks, at `first` and `last`; the same record twice where there was one look.
+
+    stacks    of the thread that runs the program, one a look; () where none could be taken
+    """
+
+    rank: int
+    first: ProcessLook
+    last: ProcessLook
+    stacks: tuple[Stack, ...] = ()
+
+    @property
+    def apart_s(self) -> float:
+        return self.last.at_s - self.first.at_s
+
+    @property
+    def ended(self) -> bool:
+        return self.last.state in ("Z", "X")
+
+    @property
+    def stopped(self) -> bool:
+        return self.last.state in ("T", "t") and self.first.state in ("T", "t")
+
+    @property
+    def cores(self) -> float:
+        """Processors that the rank and its children used between the looks."""
+        if self.apart_s < SHORTEST_S:
+            return 0.0
+        before = {child.pid: child.cpu_s for child in self.first.children}
+        children_s = sum(max(0.0, child.cpu_s - before.get(child.pid, 0.0)) for child in self.last.children)
+        return max(0.0, self.last.cpu_s - self.first.cpu_s + children_s) / self.apart_s
+
+    @property
+    def still(self) -> bool:
+        """Whether nothing of the rank moved: its first thread did not run, nor did its children."""
+        switches = self.last.switches - self.first.switches
+        return (
+            self.apart_s >= SHORTEST_S and self.cores < BUSY_CORES and switches <= STILL_SWITCHES_PER_S * self.apart_s
+        )
+
+    @property
+    def stack(self) -> Stack | None:
+        return self.stacks[-1] if self.stacks else None
+
+    @property
+    def activity(self) -> str:
+        return self.stack.activity if self.stack else ""
+
+    @property
+    def same_frames(self) -> bool:
+        """Whether the program stood at one place in both looks, whatever the frames of libraries below it."""
+        return len(self.stacks) > 1 and len({program_frames(stack.frames, 6) for stack in self.stacks}) == 1
+
+    @property
+    def waits(self) -> bool:
+        """Whether the rank waited for other ranks at one place in both looks, and did nothing else meanwhile."""
+        if not self.same_frames or any(stack.activity not in AMONG_RANKS for stack in self.stacks):
+            return False
+        if self.activity == "device":
+            return True  # CUDA may wait by spinning
+        polls = self.stack is not None and self.stack.detail in POLLING and self.cores < BUSY_CORES
+        return self.still or polls
+
+    @property
+    def compilers(self) -> tuple[Child, ...]:
+        return tuple(child for child in self.last.children if child.name in COMPILERS)
+
+    @property
+    def source(self) -> str:
+        return str(self.stack.source if self.stack else self.last.source)
+
+    @property
+    def at(self) -> str:
+        """What the rank did and where: "waits in all_reduce at step (train.py:40) (stacks/…)"."""
+        stack = self.stack
+        if stack is None:
+            place = f" in the kernel's {self.last.place}" if self.last.place else ""
+            return f"waits{place}, its stack was not seen ({self.last.source})"
+        return f"{what_it_does(stack)} at {place_of(stack)} ({stack.source})"
+
+
+def rank_looks(scene: Scene) -> dict[int, RankLook]:
+    """Rank -> its looks, of workers only. A rank with two processes of that role is left out."""
+    rows: dict[int, list[ProcessLook]] = {}
+    for record in scene.process_looks:
+        if record.process.rank is not None and record.process.role in ("worker", ""):
+            rows.setdefault(record.process.rank, []).append(record)
+    stacks = scene.main_stacks()
+    looks = {}
+    for rank, records in sorted(rows.items()):
+        ordered = sorted(records, key=lambda record: record.look)
+        pids = {(record.host, record.process.pid) for record in ordered}
+        if len(pids) == 1:
+            pid = ordered[0].process.pid
+            own = tuple(stack for stack in stacks.get(rank, ()) if stack.process.pid == pid)
+            looks[rank] = RankLook(rank, ordered[0], ordered[-1], own)
+    return looks
+
+
+def place_of(stack: Stack) -> str:
+    return program_frames(stack.frames, 2) or (stack.frames[0] if stack.frames else "?")
+
+
+def call_of(look: RankLook) -> str:
+    """The collective that a rank waits in, with its group where the program's variables name it."""
+    stack = look.stack
+    if stack is None:
+        return "a wait"
+    if stack.activity == "backward":
+        return "the gradient all-reduce of its backward pass"
+    if stack.activity == "device":
+        return f"a wait for its device ({stack.detail})"
+    group = "" if stack.group in ("", "default") else f" of group {stack.group}"
+    if stack.group == "default" and stack.detail not in POLLING:
+        group = " of the default group"
+    peer = ""
+    if stack.peer is not None and stack.detail in ("send", "isend", "recv", "irecv"):
+        peer = f" {'to' if 'send' in stack.detail else 'from'} rank {stack.peer}"
+    return f"{stack.detail}{peer}{group}"
+
+
+def build_lines(look: RankLook) -> list[str]:
+    """The compilers below a rank, and its own place if it waits for one: a sentence each."""
+    lines = [
+        f"Rank {look.rank} has the child process {child.pid} since {child.age_s:.0f} s, {child.cpu_s:.1f} s of "
+        f"processor time: {_short(child)} ({look.last.source})"
+        for child in sorted(look.compilers, key=lambda row: -row.cpu_s)[:3]
+    ]
+    if look.stack is not None and look.activity in ("building", "compiling"):
+        lines.append(f"Rank {look.rank} {look.at}")
+    return lines
+
+
+def _short(child: Child) -> str:
+    """A compiler's command by its last source file, else by its beginning."""
+    sources = [
+        word for word in child.command.split() if word.endswith((".cu", ".cpp", ".cc", ".c", ".cxx", ".ptx", ".cubin"))
+    ]
+    return f"{child.name} {sources[-1]}" if sources else child.command[:100] or child.name
+
+
+def what_it_does(stack: Stack) -> str:
+    """What a thread does, as the end of a sentence: "waits in all_reduce"."""
+    verb = _VERBS.get(stack.activity, f"is in {stack.activity}:" if stack.activity else "runs")
+    return f"{verb} {stack.detail}".rstrip()
+
+
+def seconds_between(looks: Sequence[RankLook]) -> float:
+    return min((look.apart_s for look in looks), default=0.0)
+
+
+def wait_row(ranks: Sequence[int], waits_in: str, awaited: Sequence[int], why: str, source: str) -> dict[str, Any]:
+    """A row of `Diagnosis.waits`, in the form of `repro.verdict.result.Wait` with its source."""
+    return {"ranks": list(ranks), "waits_in": waits_in, "for": list(awaited), "why": why, "source": source}

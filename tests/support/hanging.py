@@ -1,0 +1,82 @@
+"""Start the jobs of hung_jobs.py, wait until they hang, and look at them with `collect`."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from repro.commands.cli import main
+from repro.hosts.looks.proc import read_status
+
+ROOT = Path(__file__).resolve().parents[2]
+PROGRAM = ROOT / "tests" / "support" / "hung_jobs.py"
+NUM_RANKS = 3
+PATIENCE_S = 60.0
+ALL_MOVE = ("healthy",)
+
+
+@dataclass(frozen=True)
+class HungJob:
+    """One running job; its folder holds what its ranks write."""
+
+    kind: str
+    folder: Path
+    parent: subprocess.Popen[bytes]
+
+    @property
+    def pids(self) -> list[int]:
+        return [int((self.folder / f"rank{rank}.pid").read_text()) for rank in range(NUM_RANKS)]
+
+    def wait_until_hung(self) -> None:
+        """Return when two of three ranks do not move, or poll for a lock; for a healthy job, when it makes steps."""
+        end_s = time.monotonic() + PATIENCE_S
+        while len(list(self.folder.glob("rank*.started"))) < NUM_RANKS:
+            assert self.parent.poll() is None and time.monotonic() < end_s, (
+                f"{self.kind}: see {self.folder}/../jobs.log"
+            )
+            time.sleep(0.05)
+        last: dict[int, int] = {}
+        seen = 0
+        while seen < 4:
+            assert time.monotonic() < end_s, f"{self.kind}: the ranks do not hang"
+            time.sleep(0.15)
+            rows = {pid: read_status(pid) for pid in self.pids}
+            now = {pid: row.switches for pid, row in rows.items() if row}
+            still = sum(0 <= switches - last.get(pid, -9) <= 3 for pid, switches in now.items())
+            seen = seen + 1 if still >= 2 or self.kind in ALL_MOVE else 0
+            last = now
+
+
+@contextlib.contextmanager
+def hung_jobs(kinds: list[str], root: Path) -> Iterator[dict[str, HungJob]]:
+    """Jobs of these kinds, started together below one parent; all are killed at the end."""
+    binaries = Path(sys.executable).parent
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PATH": f"{binaries}:{os.environ.get('PATH', '')}"}
+    with (root / "jobs.log").open("wb") as log:
+        parent = subprocess.Popen(
+            [sys.executable, str(PROGRAM), ",".join(kinds), str(root)], stdin=subprocess.DEVNULL, stdout=log,
+            stderr=log, start_new_session=True, env=environment,
+        )  # fmt: skip
+    try:
+        yield {kind: HungJob(kind, root / kind, parent) for kind in kinds}
+    finally:
+        os.killpg(parent.pid, signal.SIGKILL)
+        parent.wait()
+
+
+def look_at(job: HungJob, out: Path, capsys: Any, interval_s: float = 1.0) -> dict[str, Any]:
+    """The document of `collect --json` for a job, with its exit code as "code" and its messages as "messages"."""
+    capsys.readouterr()
+    arguments = ["collect", "--json", "--to", str(out), "--interval", str(interval_s), str(job.pids[0])]
+    code = main(arguments)
+    printed = capsys.readouterr()
+    return {**json.loads(printed.out), "code": code, "messages": printed.err}

@@ -1,0 +1,208 @@
+"""Small torch.distributed jobs that hang in one known way each, with nothing of this project in them.
+
+    python tests/support/hung_jobs.py KIND[,KIND…] FOLDER
+
+One parent imports torch and forks the launcher of each job, which forks three gloo ranks: that takes less time than an
+import each. The ranks write FOLDER/KIND/rankN.pid, and rankN.started when they are connected.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import sys
+import time
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.cpp_extension import load_inline
+from torch.utils.data import DataLoader, Dataset
+
+NUM_RANKS = 3
+ODD = 1
+"""The rank that differs from the others."""
+
+
+class Rows(Dataset):
+    """Rows of numbers; the worker that reads row 4 waits for a pipe that nobody writes to."""
+
+    def __init__(self, stuck: bool, folder: Path) -> None:
+        self.stuck, self.folder = stuck, folder
+
+    def __len__(self) -> int:
+        return 64
+
+    def __getitem__(self, index: int) -> torch.Tensor:
+        if self.stuck and index == 4:
+            (self.folder / "fifo").open().read()
+        return torch.ones(4)
+
+
+def healthy(rank: int, folder: Path) -> None:
+    for step in range(100_000):
+        dist.all_reduce(torch.ones(1 << 12))
+        time.sleep(0.002)
+        (folder / f"steps.{rank}").write_text(str(step))
+
+
+def uneven_batches(rank: int, folder: Path) -> None:
+    model = DistributedDataParallel(nn.Linear(4, 4))
+    for _ in range(3 if rank == ODD else 4):
+        model(torch.ones(2, 4)).sum().backward()
+    dist.barrier()
+
+
+def swallowed_exception(rank: int, folder: Path) -> None:
+    for step in range(8):
+        try:
+            if rank == ODD and step == 5:
+                raise ValueError("bad sample")
+            dist.all_reduce(torch.ones(8))
+        except ValueError:
+            pass
+    dist.barrier()
+
+
+def saves(rank: int, folder: Path) -> None:
+    dist.barrier()
+    if rank == ODD:
+        state = {"weight": torch.zeros(1 << 16)}
+        while True:
+            torch.save(state, folder / "checkpoint.pt")
+    dist.all_reduce(torch.ones(8))
+
+
+def busy(rank: int, folder: Path) -> None:
+    dist.barrier()
+    if rank == ODD:
+        search(folder)
+    dist.all_reduce(torch.ones(8))
+
+
+def search(folder: Path) -> int:
+    total = 0
+    while not (folder / "stop").exists():
+        total += sum(range(10_000))
+    return total
+
+
+def build_under_lock(rank: int, folder: Path) -> None:
+    """torch's own build of an extension, by a compiler that never ends; the others wait for torch's FileBaton."""
+    shutil.copy("/bin/sh", folder / "cc1plus")
+    compiler = folder / "c++"
+    endless = f'exec {folder}/cc1plus -c "while :; do :; done" $@'
+    compiler.write_text(f'#!/bin/sh\ncase "$*" in *-c*) {endless};; esac\nexec g++ $@\n')
+    compiler.chmod(0o755)
+    os.environ["CXX"] = str(compiler)
+    dist.barrier()
+    load_extension(rank, folder)
+
+
+def load_extension(rank: int, folder: Path) -> None:
+    if rank != ODD:
+        while not (folder / "lock").exists():
+            time.sleep(0.01)
+    load_inline("moe", "int one() { return 1; }", functions=["one"], build_directory=str(folder))
+
+
+def abandoned_lock(rank: int, folder: Path) -> None:
+    """The lock of a build that was killed."""
+    (folder / "lock").touch()
+    dist.barrier()
+    load_inline("moe", "int one() { return 1; }", functions=["one"], build_directory=str(folder))
+
+
+def dead_peer(rank: int, folder: Path) -> None:
+    dist.barrier()
+    if rank == ODD:
+        os.kill(os.getpid(), signal.SIGKILL)
+    dist.new_group(list(range(NUM_RANKS)))
+
+
+def debugger(rank: int, folder: Path) -> None:
+    dist.barrier()
+    if rank == ODD:
+        sys.stdin = os.fdopen(os.pipe()[0])
+        breakpoint()
+    dist.all_reduce(torch.ones(8))
+
+
+def stuck_loader(rank: int, folder: Path) -> None:
+    if rank == ODD:
+        os.mkfifo(folder / "fifo")
+    dist.barrier()
+    for batch in DataLoader(Rows(rank == ODD, folder), batch_size=2, num_workers=1):
+        dist.all_reduce(batch)
+
+
+def ring(rank: int, folder: Path) -> None:
+    dist.barrier()
+    received = torch.zeros(8)
+    dist.recv(received, (rank - 1) % NUM_RANKS)
+    dist.send(torch.ones(8), (rank + 1) % NUM_RANKS)
+
+
+def stopped(rank: int, folder: Path) -> None:
+    dist.barrier()
+    if rank == ODD:
+        os.kill(os.getpid(), signal.SIGSTOP)
+    dist.all_reduce(torch.ones(8))
+
+
+def crossed_groups(rank: int, folder: Path) -> None:
+    inner = dist.new_group(list(range(NUM_RANKS)))
+    outer = dist.new_group(list(range(NUM_RANKS)))
+    dist.barrier()
+    if rank == ODD:
+        dist.all_reduce(torch.ones(8), group=outer)
+        dist.all_reduce(torch.ones(8), group=inner)
+    else:
+        dist.all_reduce(torch.ones(8), group=inner)
+        dist.all_reduce(torch.ones(8), group=outer)
+
+
+KINDS = {
+    function.__name__: function
+    for function in (
+        healthy, uneven_batches, swallowed_exception, saves, busy, build_under_lock, abandoned_lock, dead_peer,
+        debugger, stuck_loader, ring, stopped, crossed_groups,
+    )
+}  # fmt: skip
+
+
+def run_rank(kind: str, rank: int, world_size: int, folder: Path) -> None:
+    (folder / f"rank{rank}.pid").write_text(str(os.getpid()))
+    torch.set_num_threads(1)
+    store = dist.FileStore(str(folder / "store"), world_size)
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=world_size)
+    (folder / f"rank{rank}.started").touch()
+    KINDS[kind](rank, folder)
+    time.sleep(600)
+
+
+def main(kinds: str, root: Path) -> None:
+    os.environ["GLOO_SOCKET_IFNAME"] = "lo"
+    for kind in kinds.split(","):
+        (root / kind).mkdir(parents=True)
+        if os.fork() == 0:
+            launch(kind, root / kind)
+            os._exit(0)
+    while True:
+        time.sleep(600)
+
+
+def launch(kind: str, folder: Path) -> None:
+    for rank in range(NUM_RANKS):
+        if os.fork() == 0:
+            run_rank(kind, rank, NUM_RANKS, folder)
+            os._exit(0)
+    for _ in range(NUM_RANKS):
+        os.wait()
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], Path(sys.argv[2]))
