@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from repro.exit_codes import CANNOT_TELL, EXPECTED, USAGE
 from repro.store.text import counted, escape_lines
+from repro.verdict.classes import class_of
 
 if TYPE_CHECKING:
     from repro.ingest.read import Evidence
@@ -70,7 +71,7 @@ def _said(args: argparse.Namespace, diagnosis: Diagnosis, evidence: Evidence) ->
         print(json.dumps(document(diagnosis, evidence), indent=1))
     else:
         print(escape_lines("\n".join(lines(diagnosis, evidence))))
-    return CANNOT_TELL if diagnosis.verdict == "inconclusive" else EXPECTED
+    return EXPECTED if class_of(diagnosis.verdict).decided else CANNOT_TELL
 
 
 def _write(out: Path, paths: Sequence[Path], diagnosis: Diagnosis, evidence: Evidence) -> None:

@@ -8,7 +8,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-from repro.exit_codes import CANNOT_TELL, EXPECTED, UNEXPECTED
+from repro.exit_codes import CANNOT_TELL, EXPECTED
 from repro.lab import flags, scenarios
 from repro.lab.rank.environment import refuse_bad_variables
 from repro.lab.search.confirmation import confirm
@@ -18,6 +18,7 @@ from repro.lab.start.machine import require_model
 from repro.lab.start.series import Series
 from repro.store.run_dir import refuse_unwritable, write_atomically, write_json
 from repro.store.text import counted, escape_lines
+from repro.verdict.classes import class_of
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -51,7 +52,7 @@ def run(args: argparse.Namespace) -> int:
             result = minimise(scenarios.load(args.scenario), start, runner, args.budget)
         except AnotherVerdict as error:
             print(f"repro: {args.scenario}: {escape_lines(str(error))}", file=sys.stderr)
-            return CANNOT_TELL if error.verdict == "inconclusive" else UNEXPECTED
+            return class_of(error.verdict).exit_code
         runner.write_replay(result)
     if result.source:
         write_atomically(path, result.source)

@@ -9,19 +9,18 @@ from pathlib import Path
 from rich.console import Console
 
 from repro.commands.errors import describe_failure, say_error
-from repro.exit_codes import CANNOT_TELL, EXPECTED, UNEXPECTED
+from repro.exit_codes import EXPECTED
 from repro.report import write_all
 from repro.report.terminal import overview, say, summary
 from repro.store.schema import to_json
+from repro.verdict.classes import class_of
 from repro.watch.document import Document
 
 
 def exit_code(documents: Sequence[Document]) -> int:
     """The exit code for several verdicts: an unexpected verdict outweighs an inconclusive one."""
-    missed = [document.verdict for document in documents if not document.matches_expected]
-    if not missed:
-        return EXPECTED
-    return CANNOT_TELL if set(missed) == {"inconclusive"} else UNEXPECTED
+    missed = {class_of(document.verdict).exit_code for document in documents if not document.matches_expected}
+    return min(missed, default=EXPECTED)  # the code of an unexpected verdict is the lower one
 
 
 def write_reports(console: Console, roots: Sequence[Path]) -> None:

@@ -24,9 +24,12 @@ from repro.store.run_dir import RunDir
 from repro.store.schema import to_json
 from repro.store.text import escape_lines
 from repro.trace.witness import Tail
+from repro.verdict.classes import class_of, describe_classes
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.epilog = f"The verdicts:\n{describe_classes()}"
     parser.add_argument("dir", type=Path, metavar="RUN|ZIP")
     parser.add_argument("--end", action="store_true", help="watch until the verdict, write verdict.json, end the run")
     agent = "run this host's agent for a watcher on another host; RANK is the first rank of this host"
@@ -62,7 +65,7 @@ def _watch_run(args: argparse.Namespace, run_dir: RunDir) -> int:
     else:
         for line in (document.verdict, *document.sentences, *waits(document), *document.evidence):
             print(escape_lines(line))
-    if document.verdict == "inconclusive" or not whole:
+    if not class_of(document.verdict).decided or not whole:
         return CANNOT_TELL
     return EXPECTED if document.matches_expected else UNEXPECTED
 

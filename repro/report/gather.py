@@ -19,6 +19,7 @@ from repro.store.schema import read_typed
 from repro.store.text import shorten_rank_lists
 from repro.trace.parse import WitnessError
 from repro.trace.witness import read
+from repro.verdict.classes import class_of
 from repro.verdict.result import Count, name_ranks
 from repro.watch.document import Document, read_document, undecided
 
@@ -69,9 +70,10 @@ class Facts:
     @property
     def stuck(self) -> bool:
         """Whether ranks had not finished when the run was decided; a slow run may have ended well."""
-        if self.verdict.verdict == "slow":
+        hangs = class_of(self.verdict.verdict).hangs
+        if hangs is None:
             return len(self.lanes) < self.num_ranks or not all(lane.done for lane in self.lanes.values())
-        return self.verdict.verdict not in ("clean", "corrupt", "")
+        return hangs
 
     def span_ns(self) -> tuple[int, int]:
         """The first event, and the verdict or the last event of a run that finished, in ns of the shared clock.
@@ -226,21 +228,9 @@ def headline(verdict: Document) -> str:
     more = len(verdict.sentences) - 4
     if more > 0:
         where += f"; and {more} more places"
-    cause = _CAUSES.get((name, verdict.cause or "")) or verdict.cause
+    cause = class_of(name).causes.get(verdict.cause or "", verdict.cause)
     finding = f" {cause}".rstrip() + (f" by {culprits}" if verdict.culprits else "") if cause else ""
     return shorten_rank_lists(f"{name.capitalize()}:{finding}{';' if finding else ''} {where}.")
-
-
-_CAUSES = {
-    ("deadlock", "extra"): "a collective too many",
-    ("deadlock", "skipped"): "a collective left out",
-    ("deadlock", "order"): "two groups entered in another order",
-    ("deadlock", "mismatch"): "different collectives under one number",
-    ("deadlock", "sizes"): "sizes that differ",
-    ("deadlock", "lock"): "a lock held across a collective",
-    ("crash", "dead_rank"): "a process died",
-    ("crash", "error"): "an error raised",
-}
 
 
 def siblings(root: Path, facts: Facts) -> list[Path]:

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from repro.store.run_dir import OutputError, write_atomically
 from repro.store.schema import to_json
+from repro.verdict.classes import class_of
 from repro.verdict.result import list_ranks
 from repro.watch.document import Document
 
@@ -49,7 +50,7 @@ def _add_case(suite: ET.Element, document: Document) -> str:
     ET.SubElement(case, "system-out").text = _printable("\n".join([*document.sentences, *document.evidence]))
     if document.matches_expected:
         return ""
-    kind = "error" if document.verdict == "inconclusive" else "failure"
+    kind = class_of(document.verdict).junit
     culprits = list_ranks(document.culprits) or "none"
     message = (
         f"{document.verdict}, cause {document.cause or 'none'}, culprits {culprits}; "

@@ -17,19 +17,11 @@ from repro.store.text import escape_lines, shorten_rank_lists
 from repro.trace.format import Kind
 from repro.trace.parse import WitnessError
 from repro.trace.witness import Tail
+from repro.verdict.classes import class_of
 from repro.verdict.result import list_ranks, shorten
 from repro.watch.document import Document
 
 REFRESH_S = 0.5
-
-_STYLES = {
-    "clean": "green",
-    "slow": "green",
-    "deadlock": "red",
-    "corrupt": "red",
-    "crash": "red",
-    "inconclusive": "yellow",
-}
 
 
 class LiveTable:
@@ -157,7 +149,7 @@ def _cells(document: Document) -> tuple[Text, ...]:
     outcome = ", ".join(filter(None, (document.verdict, document.cause)))
     stalled = f"{document.seconds.stall_to_verdict:.2f} s" if _stalled(document) else "-"
     return (
-        cell(outcome, _STYLES.get(document.verdict, "yellow")),
+        cell(outcome, class_of(document.verdict).colour),
         cell(_culprits(document)),
         cell(f"{document.seconds.total:.1f}"),
         cell(stalled),
@@ -178,7 +170,7 @@ def _remark(document: Document) -> Text:
 
 
 def _stalled(document: Document) -> bool:
-    return document.verdict not in ("clean", "slow", "corrupt") and not document.skipped
+    return bool(class_of(document.verdict).hangs) and not document.skipped
 
 
 def _sentences(document: Document) -> list[str]:

@@ -18,8 +18,6 @@ Seconds = Annotated[float, msgspec.Meta(ge=0, lt=1e9)]
 DAMAGED = "by a damaged witness"
 """The detail of a hidden rank whose witness does not match its checksums."""
 
-VERDICTS = ("clean", "slow", "deadlock", "stall", "corrupt", "crash", "inconclusive")
-
 
 @dataclass(frozen=True, slots=True)
 class Position:
@@ -106,8 +104,7 @@ class Wait(msgspec.Struct, frozen=True, rename={"awaited": "for"}):
 class Verdict:
     """What the evidence shows about a run.
 
-    verdict            one of VERDICTS
-    cause              skipped, extra, order, mismatch, sizes, lock, dead_rank, error, or ""
+    verdict, cause     a class of `repro.verdict.classes` and one of its causes, or ""
     culprits           the ranks that are proven to be the cause; empty where none is, or the evidence does not decide
     suspects           the ranks that stand out (odd, changed, late) without a proof: an observation
     first_divergence   the first place where ranks differ: {"sides": [{"ranks", "group", "seq", ...}, ...]}

@@ -15,8 +15,9 @@ import msgspec
 from repro.store.schema import read_typed, typed
 from repro.trace.format import Identity
 from repro.verdict import Verdict
+from repro.verdict.classes import CLASSES
 from repro.verdict.facts import Facts
-from repro.verdict.result import MAX_RANKS, VERDICTS, Count, Position, Rank, Seconds, Wait
+from repro.verdict.result import MAX_RANKS, Count, Position, Rank, Seconds, Wait
 from repro.watch.look import Look
 
 SCHEMA_VERSION = 1
@@ -101,7 +102,7 @@ class Document(msgspec.Struct, frozen=True, kw_only=True):
     """The content of verdict.json.
 
     scenario, variant, backend, num_ranks, seed     the run
-    verdict                                         one of VERDICTS; "" of a run that is not decided
+    verdict                                         a class of `repro.verdict.classes`; "" of a run that is not decided
     cause ... quiet_s                               as in :class:`repro.verdict.Verdict`; cause is None without one
     sentences                                       one for each distinct position
     expected, matches_expected                      of a run of the lab; else None
@@ -142,7 +143,7 @@ class Document(msgspec.Struct, frozen=True, kw_only=True):
     def __post_init__(self) -> None:
         if self.schema_version != SCHEMA_VERSION:
             raise ValueError(f"{self.schema_version} is not a version of verdict.json that this release reads")
-        if self.verdict not in ("", *VERDICTS):
+        if self.verdict and self.verdict not in CLASSES:
             raise ValueError(f"{self.verdict[:40]!r} is no class of verdict")
         if not self.waits:  # of a file of an older version, which lists the waits of a cycle alone
             msgspec.structs.force_setattr(self, "waits", self.cycle)

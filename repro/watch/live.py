@@ -29,6 +29,7 @@ from repro.store.schema import to_json
 from repro.trace.tails import Tails
 from repro.trace.witness import Tail, Witness
 from repro.verdict import Verdict
+from repro.verdict.classes import class_of
 from repro.verdict.facts import Facts
 from repro.watch.document import Document, Durations, Watcher, describe
 from repro.watch.flight_recorder import compare_dumps
@@ -184,7 +185,7 @@ class Watch:
         last_event_ns, self._judged_ns = self._last_event_ns(), self.host.now_ns()
         self._system.measure(self._pids())
         verdict = self._judge()
-        if verdict.verdict in ("slow", "inconclusive"):
+        if not class_of(verdict.verdict).final:
             self._notice(verdict)
             self._silences.remember(
                 verdict,
@@ -196,7 +197,7 @@ class Watch:
         verdict = self._judge_with_evidence()
         # A rank may have moved while the evidence was collected, or the evidence may contradict the verdict.
         moved = self._last_event_ns() != last_event_ns
-        return None if moved or verdict.verdict in ("slow", "inconclusive") else verdict
+        return verdict if class_of(verdict.verdict).final and not moved else None
 
     def _conclude(self, why: str = "") -> Verdict:
         """The final verdict from the evidence at hand, because the watch ends now."""

@@ -345,4 +345,4 @@ def test_a_browser_draws_the_page_without_a_word_on_its_console(tmp_path, width,
     seen = browse(root / "report.html", tmp_path / "profile", width)
     assert "CONSOLE" not in seen.stderr, seen.stderr[-3000:]
     assert re.search(r'<html[^>]* data-drawn="\d+"', seen.stdout), seen.stdout[:500]
-    assert 'class="hung interactive"' in seen.stdout
+    assert 'class="red interactive"' in seen.stdout

@@ -24,6 +24,7 @@ from written import written
 
 from repro.hosts.locks import UNKNOWN
 from repro.hosts.options import WatchOptions
+from repro.verdict.classes import CLASSES
 from repro.watch.document import describe as describe_verdict
 from repro.watch.live import Comparison
 from repro.watch.offline import judge_files
@@ -77,6 +78,7 @@ def check(seed: int, root: Path) -> bool:
     moved = {rank for rank, recorder in enumerate(sim.recorders) if recorder._num_events != before[rank]}
     text = describe(case, world, want, got)
     culprits = set(got["culprits"])
+    assert got["cause"] is None or got["cause"] in CLASSES[got["verdict"]].causes, text
     match got["verdict"]:
         case "deadlock":
             # A rank that the backend ended for its sizes, unseen, stands where its sizes differ.

@@ -8,10 +8,9 @@ from dataclasses import dataclass
 from repro.ingest.read import Evidence
 from repro.report import templates
 from repro.report.diagnosis import stack_tree
+from repro.verdict.classes import class_of
 from repro.verdict.partial.diagnosis import Diagnosis
 from repro.verdict.partial.scene import Scene
-
-_KINDS = {"clean": "clean", "inconclusive": "unsure", "slow": "unsure"}
 
 
 @dataclass(frozen=True)
@@ -34,7 +33,7 @@ def page(diagnosis: Diagnosis, evidence: Evidence, scene: Scene) -> str:
         "diagnosis/diagnosis.html",
         title="Diagnosis of a job from the evidence that it left",
         style=templates.read_own("page/page.css") + templates.read_own("diagnosis/diagnosis.css"),
-        kind=_KINDS.get(diagnosis.verdict, "hung"),
+        kind=class_of(diagnosis.verdict).colour,
         diagnosis=diagnosis,
         evidence=evidence,
         classes=_classes(stack_tree.classes(stacks)),

@@ -24,10 +24,10 @@ from repro.report.page.sides import side_by_side
 from repro.report.pictures.timeline import strip, timeline
 from repro.report.pictures.waits import draw_waits
 from repro.store.text import ROOT, shorten_rank_lists
+from repro.verdict.classes import class_of
 from repro.verdict.result import list_ranks
 from repro.watch.document import Document
 
-_KINDS = {"clean": "clean", "inconclusive": "unsure", "slow": "unsure", "": "unsure"}
 _VARIANT_ORDER = {"control": 0, "fault": 1, "fix": 2}
 _SCRIPTS = (
     "copy", "state", "lanes", "pen", "row", "overview", "draw", "move", "pointer", "keys", "filters", "start",
@@ -56,7 +56,7 @@ def render(facts: Facts, others: Sequence[Facts] = (), timeline_svg: str = "") -
         "page/page.html",
         verdict=verdict,
         title=f"{verdict.verdict or 'no verdict'}: {verdict.scenario} {verdict.variant}",
-        kind=_kind(verdict.verdict),
+        kind=class_of(verdict.verdict).colour,
         style=style(),
         script=script(),
         script_hash=base64.b64encode(hashlib.sha256(script().encode()).digest()).decode(),
@@ -93,10 +93,6 @@ def script() -> Markup:
     return Markup('"use strict";\n(() => {{\n{}}})();\n').format(parts)
 
 
-def _kind(verdict: str) -> str:
-    return _KINDS.get(verdict, "hung")
-
-
 def _strip(facts: Facts) -> list[tuple[str, str]]:
     """(name, value) of the line of facts under the headline."""
     verdict = facts.verdict
@@ -122,7 +118,7 @@ def _cards(facts: Facts, others: Sequence[Facts]) -> list[Card]:
     return [
         Card(
             verdict=run.verdict,
-            kind=_kind(run.verdict.verdict),
+            kind=class_of(run.verdict.verdict).colour,
             picture=Markup(strip(run)),
             headline=headline(run.verdict),
             link="" if run is facts else _link(facts.root, run.root),

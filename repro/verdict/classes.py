@@ -1,0 +1,125 @@
+"""The classes of verdicts, in one table. What depends on the class of a verdict follows from its row here."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from repro.exit_codes import CANNOT_TELL, UNEXPECTED
+
+
+@dataclass(frozen=True)
+class VerdictClass:
+    """One class.
+
+    meaning   one line, as in docs/VERDICTS.md and in the help of the commands
+    colour    of its badge: green, yellow or red
+    hangs     whether ranks are left that have not finished; None if only their witnesses show that
+    final     whether a watch ends with it, because no rank can change it any more
+    decided   whether the evidence was enough
+    causes    the causes that it may have, besides none -> the words for it in a headline
+    """
+
+    name: str
+    meaning: str
+    colour: str
+    hangs: bool | None
+    final: bool = True
+    decided: bool = True
+    causes: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def exit_code(self) -> int:
+        """The exit code of a run that was expected to end otherwise."""
+        return UNEXPECTED if self.decided else CANNOT_TELL
+
+    @property
+    def junit(self) -> str:
+        """The kind of a JUnit result for a run that was expected to end otherwise."""
+        return "failure" if self.decided else "error"
+
+
+_DIFFERENCES = {
+    "extra": "a collective too many",
+    "skipped": "a collective left out",
+    "order": "two groups entered in another order",
+    "mismatch": "different collectives under one number",
+    "sizes": "sizes that differ",
+}
+"""The ways in which the collectives of ranks can differ."""
+
+_LOCK = {"lock": "a lock held across a collective"}
+
+CLASSES = {
+    each.name: each
+    for each in (
+        VerdictClass(
+            "deadlock",
+            "a rank is blocked for ever, and the evidence explains it",
+            "red",
+            hangs=True,
+            causes=_DIFFERENCES | _LOCK,
+        ),
+        VerdictClass(
+            "stall",
+            "all ranks are in the same collective, and it does not end",
+            "red",
+            hangs=True,
+            causes={"device": "a device stopped", "host": "a host process stopped"},
+        ),
+        VerdictClass(
+            "slow",
+            "a rank still works while the others wait for it",
+            "yellow",
+            hangs=None,
+            final=False,
+            causes={"straggler": "a rank that is slower than the others"},
+        ),
+        VerdictClass(
+            "crash",
+            "a process ended or failed first",
+            "red",
+            hangs=True,
+            causes={
+                "error": "an error raised",
+                "dead_rank": "a process died",
+                "memory": "out of memory",
+                "hardware": "a device failed",
+                "killed": "a process killed",
+                "start": "a start that failed",
+                **_DIFFERENCES,
+                **_LOCK,
+            },
+        ),
+        VerdictClass(
+            "corrupt",
+            "ranks paired different collectives, or the numbers are wrong",
+            "red",
+            hangs=False,
+            causes=_DIFFERENCES,
+        ),
+        VerdictClass("clean", "every rank finished, with the right numbers", "green", hangs=False),
+        VerdictClass(
+            "inconclusive",
+            "evidence is missing or contradicts itself; the verdict says what to collect",
+            "yellow",
+            hangs=True,
+            final=False,
+            decided=False,
+            causes=_DIFFERENCES | _LOCK,
+        ),
+    )
+}
+
+NO_VERDICT = VerdictClass("", "the run is not decided", "yellow", hangs=False, final=False, decided=False)
+
+
+def class_of(verdict: str) -> VerdictClass:
+    """The class with this name; NO_VERDICT if there is none."""
+    return CLASSES.get(verdict, NO_VERDICT)
+
+
+def describe_classes() -> str:
+    """The classes with their meanings, one line each, for the help of a command."""
+    width = max(map(len, CLASSES))
+    return "\n".join(f"  {name:{width}}  {each.meaning}" for name, each in CLASSES.items())
