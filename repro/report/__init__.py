@@ -1,6 +1,6 @@
-"""What a person is shown of a run: report.html, timeline.svg and trace.json, from the files that the run left.
+"""The report of a run: report.html, timeline.svg and trace.json, from the files that the run left.
 
-Pure standard library. Never imports torch, never trusts a file: what is missing or damaged is said on the page.
+It never imports torch, and it trusts no file: the page lists what is missing or damaged.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What can be done again with a run, as commands for a shell."""
+"""The commands that repeat a run or judge its files again."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from repro.report.gather import Facts
 
 
 def commands(facts: Facts) -> list[tuple[str, str]]:
-    """(purpose, command) for all that run.json lists, and last the one that judges the run's files once more."""
+    """(purpose, shell command): those that run.json lists, then the one that judges the files of the run again."""
     listed = facts.description.commands if facts.description else ()
-    found = [(command.purpose, shlex.join(command.filled(place(facts)))) for command in listed]
-    return [*found, ("judge these files once more", shlex.join(["python", "-m", "repro", "watch", place(facts)]))]
+    repeats = [(command.purpose, shlex.join(command.filled(place(facts)))) for command in listed]
+    return [*repeats, ("judge these files again", shlex.join(["python", "-m", "repro", "watch", place(facts)]))]
 
 
 def place(facts: Facts) -> str:
-    """The run directory as seen from where a command is given: the working folder, where that is above it."""
+    """The path of the run directory: relative to the working folder, if that contains it."""
     if facts.place:
         return facts.place
     relative = os.path.relpath(facts.root)

@@ -16,7 +16,7 @@ from repro.report.lanes import Label, Labels, Lane, SharedClock, read_lane
 from repro.store.description import VARIANTS, RunDescription, read_description
 from repro.store.run_dir import SUFFIX, RunDir, read_json, read_text, read_tokens
 from repro.store.schema import read_typed
-from repro.store.text import shorten_rank_lists
+from repro.store.text import escape_control_characters, shorten_rank_lists
 from repro.trace.parse import WitnessError
 from repro.trace.witness import read
 from repro.verdict.classes import class_of
@@ -224,7 +224,8 @@ def headline(verdict: Document) -> str:
         return f"All {verdict.num_ranks} ranks finished{f': {told}' if told else ''}."
     if not name:
         return "This run has no verdict."
-    where = "; ".join(verdict.sentences[:4]) or "no rank said where it is"
+    sentences = [escape_control_characters(text, 160) for text in verdict.sentences[:4]]
+    where = "; ".join(sentences) or "no rank said where it is"
     more = len(verdict.sentences) - 4
     if more > 0:
         where += f"; and {more} more places"

@@ -1,6 +1,7 @@
 """A rank's witness as spans of time: phases, steps, collectives, locks and builds, on a clock that all ranks share.
 
-Reading is linear in events and keeps five numbers a span, so that hundreds of ranks fit into memory.
+Reading takes time linear in the number of events. A lane keeps five numbers for each span, so that hundreds of ranks
+fit into memory.
 """
 
 from __future__ import annotations
@@ -15,13 +16,13 @@ from repro.trace.format import RECORD, Kind
 from repro.trace.witness import Witness
 
 OPEN = -1
-"""The end of a span that never ended."""
+"""The end of a span without an end."""
 
 _MOST_SIZES = 16
 
 
 class Label(NamedTuple):
-    """What a span says. kind: phase, step, call, async, lock (waited for), held or build."""
+    """The text of a span. kind: phase, step, call, async, lock (waited for), held, build or failed."""
 
     kind: str
     name: str
@@ -32,7 +33,7 @@ class Label(NamedTuple):
 
 
 class Span(NamedTuple):
-    """One span; times in ns of the shared clock, ``end_ns`` OPEN when it never ended."""
+    """One span. Times are in ns of the shared clock; ``end_ns`` is OPEN if the span has no end."""
 
     start_ns: int
     end_ns: int
@@ -42,27 +43,27 @@ class Span(NamedTuple):
 
 
 class Labels:
-    """Each label once for all ranks, known by its number."""
+    """The distinct labels of all ranks. A span has the number of its label."""
 
     def __init__(self) -> None:
         self.table: list[Label] = []
         self._numbers: dict[Label, int] = {}
 
     def number(self, label: Label) -> int:
-        known = self._numbers.get(label)
-        if known is None:
-            known = self._numbers[label] = len(self.table)
+        number = self._numbers.get(label)
+        if number is None:
+            number = self._numbers[label] = len(self.table)
             self.table.append(label)
-        return known
+        return number
 
 
 @dataclass(slots=True)
 class Lane:
-    """What one rank did, in the order in which it began.
+    """The spans of one rank, ordered by their begin.
 
     groups    name -> (members, number of collectives issued)
     done      whether the rank finished all its work
-    problems  what could not be read, one line each
+    problems  a line for each part of the witness that could not be read
     """
 
     rank: int
@@ -85,7 +86,7 @@ class Lane:
         return map(Span, self.starts, self.ends, self.labels, self.seqs, self.steps)
 
     def open(self, start_ns: int, label: int, seq: int = 0, step: int = -1) -> int:
-        """Begin a span; returns its place, for :meth:`close`."""
+        """Begin a span, and return its index for :meth:`close`."""
         self.starts.append(start_ns)
         self.ends.append(OPEN)
         self.labels.append(label)
@@ -99,7 +100,7 @@ class Lane:
 
 
 class SharedClock:
-    """Turns a rank's monotonic time into one time for all: one offset per host, or ranks of one host would drift."""
+    """Converts a rank's monotonic time to one that all ranks share. All ranks of a host have the same offset."""
 
     def __init__(self) -> None:
         self._offsets: dict[str, int] = {}
@@ -146,7 +147,7 @@ def read_lane(witness: Witness, labels: Labels, clock: SharedClock) -> Lane:
             case Kind.LOCK_HELD:
                 lane.close(locks.pop(sig, None), t_ns)
                 held[sig] = lane.open(t_ns, labels.number(Label("held", witness.text(sig))), 0, number)
-            case Kind.LOCK_FREED:  # of one that it only waited for: it does not want it any more
+            case Kind.LOCK_FREED:  # also ends a wait that the rank gave up
                 lane.close(locks.pop(sig, None), t_ns)
                 lane.close(held.pop(sig, None), t_ns)
             case Kind.BUILD_BEGIN:
@@ -164,25 +165,25 @@ def read_lane(witness: Witness, labels: Labels, clock: SharedClock) -> Lane:
 
 
 def _call_names(witness: Witness, labels: Labels) -> Callable[[str, int, int, int, int], int]:
-    """The label number of a collective; a call repeated with the same sizes is named once."""
-    known: dict[tuple[str, int, int, tuple[int, ...]], int] = {}
+    """A function that returns the label number of a collective. Equal calls share one label."""
+    numbers: dict[tuple[str, int, int, tuple[int, ...]], int] = {}
 
     def name(kind: str, sig: int, site: int, vector: int, num_sizes: int) -> int:
         sizes = witness.sizes(vector, num_sizes)
         key = kind, sig, site, sizes
-        number = known.get(key)
+        number = numbers.get(key)
         if number is None:
             group, op, layer, dtype, reduce_op = witness.signature(sig)
             note = " ".join(part for part in (dtype, reduce_op, name_sizes(sizes)) if part)
             label = Label(kind, op, group, layer, note, short_site(witness.text(site)))
-            number = known[key] = labels.number(label)
+            number = numbers[key] = labels.number(label)
         return number
 
     return name
 
 
 def name_sizes(sizes: tuple[int, ...]) -> str:
-    """A size vector in words that fit a line."""
+    """Format a vector of sizes so that it fits a line."""
     if not sizes:
         return ""
     if len(sizes) <= _MOST_SIZES:

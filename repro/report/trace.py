@@ -1,6 +1,6 @@
-"""trace.json: the run in the Trace Event Format that Perfetto and chrome://tracing open.
+"""trace.json: the run in the Trace Event Format, which Perfetto and chrome://tracing open.
 
-A process per rank; in it a track for each group, and one each for phases, steps, locks and builds.
+Each rank is a process. It has a track for each group, and one track each for phases, steps, locks and builds.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from repro.report.gather import Facts, describe
 from repro.report.lanes import OPEN, Label, Lane
 
 MAX_SPANS = 250_000
-"""What a viewer still opens; of more spans each rank's newest are kept, and the trace says so."""
+"""The most spans that a viewer opens. Of more spans the newest of each rank stay, and the trace says so."""
 
 _OWN_TRACKS = {"phase": "phases", "step": "steps", "lock": "locks", "held": "locks held", "build": "builds"}
 _MAY_OVERLAP = ("async", "held", "build")
@@ -96,31 +96,37 @@ def _spans(facts: Facts, lane: Lane, start_ns: int, end_ns: int, skip: int) -> I
 
 
 def _as_async(event: dict[str, Any], identity: int) -> Iterator[dict[str, Any]]:
-    """A span that may overlap another on its track without lying inside it, which complete events must not."""
+    """A span as a begin and an end, since a complete event must not overlap another one of its track in part."""
     dur = event.pop("dur")
     yield {**event, "ph": "b", "id": identity}
     yield {**event, "ph": "e", "id": identity, "ts": event["ts"] + dur, "args": {}}
 
 
 def _waiting_flows(facts: Facts, start_ns: int, end_ns: int) -> Iterator[dict[str, Any]]:
-    """An arrow from one rank of each place in the cycle to one of those it waits for."""
-    for number, link in enumerate(facts.verdict.cycle, start=1):
-        ends = [next((facts.lanes[r] for r in ranks if r in facts.lanes), None) for ranks in (link.ranks, link.awaited)]
-        for phase, lane in zip("sf", ends, strict=True):
-            place = _last_wait(facts, lane)
-            if lane is None or place is None:
-                continue
+    """The wait-for graph of the verdict: an arrow from one rank of each place to one of the ranks that it waits for.
+
+    A viewer draws an arrow from span to span, so no arrow begins or ends at a rank without an open call or lock.
+    """
+    stuck = _stuck_spans(facts)
+    for number, wait in enumerate(facts.verdict.waits, start=1):
+        source, target = (next((rank for rank in ranks if rank in stuck), None) for ranks in (wait.ranks, wait.awaited))
+        if source is None or target is None:
+            continue
+        for phase, rank in (("s", source), ("f", target)):
+            lane, place = facts.lanes[rank], stuck[rank]
             yield {
                 "ph": phase, "bp": "e", "id": number, "name": "waits for", "cat": "waits",
-                "pid": lane.rank + 1, "tid": _tracks(facts, lane)[_track(facts.labels.table[lane.labels[place]])],
+                "pid": rank + 1, "tid": _tracks(facts, lane)[_track(facts.labels.table[lane.labels[place]])],
                 "ts": ((lane.starts[place] + end_ns) / 2 - start_ns) / 1e3 + (phase == "f"),
             }  # fmt: skip
 
 
-def _last_wait(facts: Facts, lane: Lane | None) -> int | None:
-    for place in range(len(lane) - 1, -1, -1) if lane is not None else ():
-        if lane is not None and lane.ends[place] == OPEN and facts.labels.table[lane.labels[place]].kind in (
-            "call", "lock",
-        ):  # fmt: skip
-            return place
-    return None
+def _stuck_spans(facts: Facts) -> dict[int, int]:
+    """rank -> the index of its last call, or wait for a lock, that has no end."""
+    kinds = [label.kind for label in facts.labels.table]
+    return {
+        lane.rank: place
+        for lane in facts.lanes.values()
+        for place, end_ns in enumerate(lane.ends)
+        if end_ns == OPEN and kinds[lane.labels[place]] in ("call", "lock")
+    }

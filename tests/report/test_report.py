@@ -240,6 +240,33 @@ def test_the_time_of_a_run_that_finished_ends_with_its_last_event(tmp_path):
     assert finished.span_ns()[1] == max(lane.last_ns for lane in finished.lanes.values())
 
 
+def test_the_arrows_of_the_trace_are_the_waits_of_the_document(tmp_path):
+    """A crash has no cycle, and its ranks wait all the same."""
+    root, _ = write_hang(tmp_path)
+    document = json.loads((root / "verdict.json").read_text())
+    write_json(root / "verdict.json", document | {"verdict": "crash", "cause": "dead_rank", "cycle": []})
+    report.write(root)
+    events = json.loads((root / "trace.json").read_text())["traceEvents"]
+    arrows = {(e["id"], e["ph"]): e["pid"] - 1 for e in events if e.get("cat") == "waits"}
+    assert arrows == {(1, "s"): 0, (1, "f"): 3, (2, "s"): 3, (2, "f"): 0}
+
+
+def test_a_rank_that_is_not_in_a_call_gets_no_half_of_an_arrow(tmp_path):
+    root, _ = write_hang(tmp_path)
+    document = json.loads((root / "verdict.json").read_text())
+    waits = [{"ranks": [0], "waits_in": "dp all_reduce #4", "for": [9], "why": ""}]
+    write_json(root / "verdict.json", document | {"cycle": waits, "waits": waits})
+    report.write(root)
+    events = json.loads((root / "trace.json").read_text())["traceEvents"]
+    assert not [e for e in events if e.get("cat") == "waits"]
+
+
+def test_the_headline_cuts_a_long_error(tmp_path):
+    facts = gather(write_hang(tmp_path)[0])
+    sentence = "rank 0 failed: RuntimeError: " + "very " * 200
+    assert len(headline(msgspec.structs.replace(facts.verdict, sentences=(sentence, "rank 3 died")))) < 300
+
+
 def test_a_box_shows_the_end_of_a_long_lock_name(tmp_path):
     facts = gather(write_hang(tmp_path)[0])
     lock = "lock /var/tmp/somebody/cache/kernels/gdn_prefill-773b/lock"

@@ -66,7 +66,7 @@ def _place(stack: Stack) -> tuple[str, str]:
 
 
 def _counters(scene: Scene) -> list[str]:
-    """Last operation queued and done of each rank in each group, in the first and the last dump."""
+    """The number of the last operation queued and done, for each rank and group, in the earlier and the last dump."""
     rows = []
     for rank, dump in scene.recorders.items():
         before = _positions(scene.earlier[rank]) if rank in scene.earlier else {}
@@ -81,9 +81,9 @@ def _counters(scene: Scene) -> list[str]:
 
 
 def _positions(dump: RecorderDump) -> dict[str, str]:
-    found = {}
+    positions = {}
     for record in dump.groups:
         queued = record.calls.last_number()
         if queued is not None:
-            found[str(record.group)] = f"{queued} / {record.calls.last_number(done=True) or 0}"
-    return found
+            positions[str(record.group)] = f"{queued} / {record.calls.last_number(done=True) or 0}"
+    return positions

@@ -1,7 +1,7 @@
 """The stacks of all ranks merged into one tree, outermost frame first, as STAT draws it (Arnold et al., IPDPS 2007).
 
-Ranks that share a path are one equivalence class; a small class at the end of a branch is an outlier. An outlier is an
-observation: it may be the only rank that does what it should.
+Ranks that share a path are one equivalence class. A small class at the end of a branch is an outlier, which is an
+observation: it may be the only rank that works as intended.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ class Node:
 
 @dataclass(frozen=True, slots=True)
 class Line:
-    """A line of the drawn tree: a run of frames that all of `names` share, and how deep it stands."""
+    """A line of the tree as text: consecutive frames that all of `names` share, and the depth of their branch."""
 
     depth: int
     frames: tuple[str, ...]
@@ -53,7 +53,7 @@ def merge(stacks: Iterable[Stack]) -> Node:
 
 def lines(root: Node) -> list[Line]:
     """The tree from the outside in; frames that do not branch stand on one line. Larger branches come first."""
-    drawn: list[Line] = []
+    tree: list[Line] = []
     stack: list[tuple[Node, int]] = [(child, 0) for child in _ordered(root)]
     while stack:
         node, depth = stack.pop()
@@ -61,13 +61,13 @@ def lines(root: Node) -> list[Line]:
         while len(node.children) == 1 and not node.ends:
             (node,) = node.children.values()
             frames.append(node.frame)
-        drawn.append(Line(depth, tuple(frames), tuple(node.names), tuple(node.ends)))
+        tree.append(Line(depth, tuple(frames), tuple(node.names), tuple(node.ends)))
         stack += [(child, depth + 1) for child in _ordered(node)]
-    return drawn
+    return tree
 
 
 def _ordered(node: Node) -> list[Node]:
-    """Children for a stack: the largest is drawn first, so it comes last."""
+    """The children in the order of a stack: the largest comes last, so that it is drawn first."""
     return sorted(node.children.values(), key=lambda child: (len(child.names), child.frame))
 
 
@@ -91,15 +91,15 @@ def name_all(names: Sequence[str]) -> str:
 
 
 def classes(stacks: Iterable[Stack]) -> Mapping[tuple[str, str], list[str]]:
-    """(activity, innermost frames) -> the processes that stand there, the largest class first."""
-    found: dict[tuple[str, str], list[str]] = {}
+    """(activity, innermost frames) -> the processes that are there; the largest class comes first."""
+    names: dict[tuple[str, str], list[str]] = {}
     for stack in stacks:
         key = (_doing(stack), " < ".join(stack.frames[:2]))
-        found.setdefault(key, []).append(str(stack.process))
-    return dict(sorted(found.items(), key=lambda item: -len(item[1])))
+        names.setdefault(key, []).append(str(stack.process))
+    return dict(sorted(names.items(), key=lambda item: -len(item[1])))
 
 
 def _doing(stack: Stack) -> str:
-    """What the thread does, in words: "the engine waits for requests", "collective all_reduce", "running"."""
+    """What the thread does: "the engine waits for requests", "collective all_reduce", "running"."""
     _, is_message, words = stack.detail.partition("a message: ")
     return words if is_message else f"{stack.activity} {stack.detail}".strip() or "running"
