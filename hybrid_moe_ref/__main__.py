@@ -26,14 +26,14 @@ MODEL_PACKAGES = ("torch", "numpy", "safetensors")  # the extra "model" in pypro
 
 
 class Parser(argparse.ArgumentParser):
-    """Usage errors in one line."""
+    """An argument parser that reports a usage error in one line, with exit status 2."""
 
     def error(self, message: str) -> Any:
         self.exit(2, f"{self.prog}: {message}\n")
 
 
 def number(least: int, most: int = 2**62) -> Callable[[str], int]:
-    """A converter for an option that takes whole numbers from `least` to `most`."""
+    """Make the converter of an option that takes whole numbers from `least` to `most`."""
 
     def whole_number(text: str) -> int:
         value = int(text)
@@ -67,7 +67,7 @@ def token_ids(text: str) -> list[int]:
 
 
 def dtype_of(*names: str) -> Callable[[str], str]:
-    """A converter for an option that takes these dtypes, by their long or short names; gives the long one."""
+    """Make the converter of an option that takes these dtypes, by long or short name. It returns the long name."""
     shorts = {long: short for short, long in SHORT_DTYPES.items()}
 
     def dtype(text: str) -> str:

@@ -4,8 +4,8 @@ Sequences with the same number of tokens form a group: a dense [B, T] block of r
 group with T = 1. A mixer processes several groups at once, as a part of the step: either all groups of one token, or
 all groups of more tokens.
 
-Shapes: N rows of the step, B sequences of a group, T tokens each (in a part: the rows of all), X = 1 + the sequences of
-a part.
+Shapes: N rows of the step, B sequences of a group, T new tokens of each of them (in a part: all its rows), X = 1 + the
+number of sequences of a part.
 """
 
 from collections.abc import Iterable
@@ -24,8 +24,10 @@ if TYPE_CHECKING:
 class Group:
     """Sequences with `length` new tokens each.
 
-    starts     number of earlier tokens of each sequence
-    sequences  the cached sequences; empty if the tokens are not cached
+    rows_BT       index of each token's row in the step
+    positions_BT  position of each token in its sequence
+    starts        number of earlier tokens of each sequence
+    sequences     the cached sequences; empty if the tokens are not cached
     """
 
     rows_BT: Tensor
@@ -37,7 +39,11 @@ class Group:
 
 @dataclass(frozen=True, eq=False)
 class Part:
-    """Groups that the mixers process together, with their rows one group after another. All decode, or none does.
+    """Groups that the mixers process together, their rows in the order of the groups.
+
+    Either every sequence has one token (decode), or every sequence has more.
+
+    groups   the groups
 
     cached   indices of the groups among the cached groups of the step; empty if the tokens are not cached
     is_step  whether the part is the whole step, with its rows in order
@@ -60,7 +66,7 @@ class Part:
 
     @cached_property
     def rows_T(self) -> Tensor:
-        """The indices of the part's rows in the step."""
+        """Indices of the part's rows in the step."""
         return torch.cat([group.rows_BT.flatten() for group in self.groups])
 
     @cached_property
@@ -69,7 +75,7 @@ class Part:
 
     @cached_property
     def cu_seqlens_X(self) -> Tensor:
-        """The first row of each sequence in the part, and at the end the number of rows."""
+        """Index of each sequence's first row in the part, and at the end the number of rows."""
         starts = [0]
         for group in self.groups:
             starts += [starts[-1] + group.length * (number + 1) for number in range(len(group.starts))]
@@ -78,7 +84,12 @@ class Part:
 
 @dataclass(frozen=True, eq=False)
 class Batch:
-    """The groups of a step. last_rows: the row of each sequence's last token, in the order of the sequences."""
+    """The tokens of a step.
+
+    groups      the sequences, grouped by their number of new tokens
+    num_tokens  number of rows
+    last_rows   index of each sequence's last row, in the order of the sequences
+    """
 
     groups: tuple[Group, ...]
     num_tokens: int
@@ -86,7 +97,11 @@ class Batch:
 
     @classmethod
     def of(cls, pairs: Iterable[tuple["Sequence", int]], device: torch.device | str | None = None) -> Self:
-        """A batch of cached sequences. pairs: (sequence, number of its new tokens); rows follow in this order."""
+        """Build a batch of cached sequences.
+
+        pairs: (sequence, number of its new tokens); the rows have this order. Raises ValueError for a sequence that
+        appears twice or has no new token.
+        """
         pairs = list(pairs)
         if len({id(sequence) for sequence, _ in pairs}) != len(pairs):
             raise ValueError("a sequence appears twice in one batch")
@@ -99,12 +114,12 @@ class Batch:
 
     @classmethod
     def dense(cls, num_sequences: int, length: int, device: torch.device | str | None = None) -> Self:
-        """A batch of `num_sequences` uncached sequences of `length` tokens from position 0."""
+        """Build a batch of `num_sequences` uncached sequences of `length` tokens from position 0."""
         return cls._build([(0, length, None)] * num_sequences if length else [], device)
 
     @classmethod
     def dummy(cls, num_tokens: int, device: torch.device | str | None = None) -> Self:
-        """A batch of one uncached sequence from the zero state, which an idle rank runs."""
+        """Build the batch that an idle rank runs: one uncached sequence from the zero state."""
         return cls.dense(1, num_tokens, device)
 
     @classmethod
@@ -134,7 +149,7 @@ class Batch:
 
     @cached_property
     def parts(self) -> tuple[Part, ...]:
-        """The groups of the step, combined into the parts that the mixers process."""
+        """Groups of the step, combined into the parts that the mixers process."""
         members: dict[tuple[bool, bool], list[Group]] = {}
         for group in self.groups:
             members.setdefault((bool(group.sequences), group.length == 1), []).append(group)
@@ -150,10 +165,10 @@ class Batch:
 
     @cached_property
     def order_N(self) -> Tensor:
-        """The index of each row of the step among the rows of all parts, one part after another."""
+        """Index of each row of the step among the rows of all parts, one part after another."""
         return torch.cat([part.rows_T for part in self.parts]).argsort()
 
     @property
     def sequences(self) -> list[tuple["Sequence", int]]:
-        """The cached sequences with their numbers of new tokens."""
+        """Cached sequences with their numbers of new tokens."""
         return [(sequence, group.length) for group in self.groups for sequence in group.sequences]

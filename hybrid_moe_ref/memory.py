@@ -17,11 +17,14 @@ _CGROUPS = Path("/sys/fs/cgroup")
 
 
 def check_memory(model: HybridMoE, num_pages: int, device: str, num_ranks: int = 1, *, suggestion: str = "") -> None:
-    """Refuse a model that cannot fit, rather than have the machine swap or the process killed. `model` is on the meta
-    device, and stands for each of `num_ranks` ranks on this machine, with a cache of `num_pages`. Activations are not
-    counted.
+    """Refuse a model that does not fit, before the machine swaps or the process is killed. Activations do not count.
 
-    Raises ConfigError with what is needed and what is there, and `suggestion` behind it.
+    model       one rank's model, on the meta device
+    num_pages   pages of one rank's cache
+    num_ranks   ranks of this machine, which have the same sizes
+    suggestion  end of the error text: what to change
+
+    Raises ConfigError with the memory that is needed and the memory that is available.
     """
     if torch.device(device).type == "cpu":
         what, there = "this machine has", float(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
@@ -31,7 +34,7 @@ def check_memory(model: HybridMoE, num_pages: int, device: str, num_ranks: int =
         there = torch.cuda.mem_get_info(device)[0]
         what, suggestion = f"{device} has", f" free{suggestion}"
     else:
-        return  # ranks are forked, which a process that has used CUDA must not do; other devices do not say
+        return  # a process that has used CUDA cannot fork ranks; other devices do not report their memory
     layout = cache_layout(model.config, model.dtype)
     weights = num_ranks * sum(parameter.nbytes for parameter in model.parameters())
     cache = num_ranks * num_pages * layout.page_bytes * layout.group_size
@@ -43,7 +46,7 @@ def check_memory(model: HybridMoE, num_pages: int, device: str, num_ranks: int =
 
 
 def container_limit(root: Path = _CGROUPS, of_process: Path = Path("/proc/self/cgroup")) -> float:
-    """Bytes that the control groups of this process allow it; infinity where nothing limits it."""
+    """Return the bytes that the control groups of this process allow it; infinity if there is no limit."""
     limits = [float("inf")]
     with contextlib.suppress(OSError):
         for line in of_process.read_text().splitlines():
@@ -66,17 +69,17 @@ def _gb(num_bytes: float) -> str:
 
 
 def peak_rss() -> int:
-    """The most bytes of memory that this process has had; without what its parent had before it, where /proc tells."""
+    """Return the peak memory of this process in bytes; without /proc, the peak of its parent counts too."""
     with contextlib.suppress(OSError):
         for line in Path("/proc/self/status").read_text().splitlines():
             if line.startswith("VmHWM:"):
                 return int(line.split()[1]) * 1024
-    # Linux hands this on through fork and exec. macOS counts in bytes.
+    # On Linux a child inherits this value, in kilobytes. macOS counts in bytes.
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 def shortage(error: BaseException) -> str:
-    """The message of an out-of-memory or cache-exhausted error as one line; "" for any other error."""
+    """Return the first line of an out-of-memory or cache-exhausted error; "" for any other error."""
     text = str(error).partition("\n")[0]
     ran_out = isinstance(error, CacheExhausted | torch.OutOfMemoryError)
     if ran_out or (isinstance(error, RuntimeError) and any(words in text for words in _ALLOCATOR_WORDS)):

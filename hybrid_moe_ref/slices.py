@@ -1,8 +1,8 @@
 """Describe the part of a full parameter that a rank holds.
 
-`HybridMoE.slices` has one `Slice` for every parameter that is held in part, by its name in the unsharded model;
-a parameter without one is held whole. Code that fills parameters, from a seed or from a checkpoint, reads the full
-shape and the ranges there, and needs to know nothing of ranks. Importing this module does not import torch.
+`HybridMoE.slices` has a `Slice` for every parameter of which the model holds only a part, by the parameter's name in
+the unsharded model. Code that fills parameters, from a seed or from a checkpoint, reads the full shape and the ranges
+there, and does not depend on ranks. Importing this module does not import torch.
 """
 
 from __future__ import annotations
@@ -15,10 +15,10 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 Range = tuple[int, int]
-"""First index, and the one after the last."""
+"""(first index, last index + 1)"""
 
 Cuts = tuple[tuple[int, tuple[Range, ...]], ...]
-"""(dimension, its ranges that are held, in the order in which they lie in the part); other dimensions are whole."""
+"""(dimension, the ranges of it that the part has, in the part's order). Dimensions that are not listed are whole."""
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,7 @@ class Slice:
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """The part's shape."""
+        """Shape of the part."""
         sizes = list(self.full_shape)
         for dim, ranges in self.cuts:
             sizes[dim] = sum(stop - start for start, stop in ranges)
@@ -43,11 +43,14 @@ class Slice:
 
     @property
     def row(self) -> Slice:
-        """The slice of each row, for code that handles the rows of the first dimension one by one."""
+        """Slice of each row, for code that handles the rows of the first dimension one by one."""
         return Slice(self.full_shape[1:], tuple((dim - 1, ranges) for dim, ranges in self.cuts if dim))
 
     def of(self, full: Tensor) -> Tensor:
-        """The part of `full`: a view where each dimension keeps one range, else a copy."""
+        """Cut the part out of `full`: a view if every dimension keeps one range, else a copy.
+
+        Raises ValueError if `full` has another shape.
+        """
         if tuple(full.shape) != self.full_shape:
             raise ValueError(f"a tensor of shape {list(full.shape)}, wanted {list(self.full_shape)}")
         import torch
@@ -60,13 +63,15 @@ class Slice:
 
 
 def scaled(held: Range, by: int) -> Range:
-    """The range of elements when each index of `held` stands for `by` of them."""
+    """Return the range of elements if each index of `held` stands for `by` elements."""
     return held[0] * by, held[1] * by
 
 
 def sections(parts: Iterable[tuple[int, Range]]) -> tuple[Range, ...]:
-    """The ranges of a dimension that is several sections of the given sizes, one after another, when a range of each
-    is held."""
+    """Return the ranges of a dimension that consists of several sections.
+
+    parts: for each section, its size and the range of it that is held
+    """
     ranges, offset = [], 0
     for size, (start, stop) in parts:
         ranges.append((offset + start, offset + stop))

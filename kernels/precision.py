@@ -7,16 +7,18 @@ _WIDE = (torch.float32, torch.float64)
 
 
 def wide(dtype: torch.dtype) -> torch.dtype:
-    """The dtype of sums and states for arguments in `dtype`."""
+    """Return the dtype of sums and states for arguments of `dtype`."""
     return dtype if dtype in _WIDE else torch.float32
 
 
 def widen(x: Tensor) -> Tensor:
-    """x in the dtype of sums. An x that has it is returned as it is: a `.to()` that does nothing costs as much as a
-    small product."""
+    """Convert x to the dtype of sums.
+
+    Returns x itself if it has that dtype: a `.to()` that does nothing costs as much as a small product.
+    """
     return x if x.dtype in _WIDE else x.float()
 
 
 def narrow(x: Tensor, dtype: torch.dtype) -> Tensor:
-    """x in `dtype`, the inverse of `widen`."""
+    """Convert x back to `dtype`, the inverse of `widen`."""
     return x if x.dtype == dtype else x.to(dtype)

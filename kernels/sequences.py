@@ -1,4 +1,4 @@
-"""Sequences of any lengths in one batch, for implementations in plain torch.
+"""Handle sequences of different lengths in one batch, for implementations in plain torch.
 
 Shapes: T rows of all sequences, one after another, B sequences, X = B + 1, J slots of a pool, Z chunks of all
 sequences, C rows of a chunk.
@@ -14,7 +14,7 @@ from torch import Tensor
 
 
 def by_length(cu_seqlens_X: Tensor) -> Iterator[tuple[list[int] | slice, Tensor | slice, int]]:
-    """For each length except 0: the sequences of this length, their rows in order, and the length.
+    """Yield, for each length except 0: the sequences of this length, their rows in order, and the length.
 
     If all sequences have the same length, sequences and rows are slices.
     """
@@ -39,9 +39,9 @@ class Chunks:
     Chunks are in the order in which a recurrence needs them: the first chunks of all sequences, then the second ones.
     Sequences are sorted by length, longest first, so those that have an n-th chunk are the first `counts[n]` ones.
 
-    order    the sequences in that order, without those of no rows
-    counts   for each n, how many sequences have an n-th chunk
-    rows_Z_  the row in each place of each chunk, [Z C]; None where the rows are in order already
+    order    indices of the sequences in that order, without sequences that have no rows
+    counts   number of sequences that have an n-th chunk, for each n
+    rows_Z_  index of the row at each position of each chunk, [Z C]; None if the rows are in order already
     """
 
     size: int
@@ -75,7 +75,7 @@ class Chunks:
         return cls(size, order, counts, starts[-1], rows_Z_)
 
     def cut(self, x_T_: Tensor) -> Tensor:
-        """[T, ...] -> [Z, C, ...]"""
+        """Cut rows [T, ...] into chunks [Z, C, ...]."""
         if self.rows_Z_ is None:
             padding = -x_T_.shape[0] % self.size
             return F.pad(x_T_, (*(0, 0) * (x_T_.dim() - 1), 0, padding)).unflatten(0, (-1, self.size))
@@ -83,7 +83,7 @@ class Chunks:
         return torch.cat([x_T_, zeros]).index_select(0, self.rows_Z_).unflatten(0, (-1, self.size))
 
     def join(self, x_ZC_: Tensor) -> Tensor:
-        """[Z, C, ...] -> [T, ...]"""
+        """Join chunks [Z, C, ...] to rows [T, ...], without the padding."""
         x_Z_ = x_ZC_.flatten(0, 1)
         if self.rows_Z_ is None:
             return x_Z_[: self.num_rows]
@@ -96,17 +96,17 @@ def differentiable(*tensors: Tensor | None) -> bool:
 
 
 def load(pool_J_: Tensor, slots_B: Tensor, *, copy: bool = False) -> Tensor:
-    """The states of the slots: a view for a single one on the CPU unless `copy`, else a copy."""
+    """Return the states of the slots: a view of a single one on the CPU, else a copy. copy: always copy."""
     if slots_B.numel() == 1 and not slots_B.is_cuda and not copy:
         return pool_J_.narrow(0, int(slots_B), 1)
     return pool_J_[slots_B]
 
 
 def store(pool_J_: Tensor, slots_B: Tensor, states_B_: Tensor) -> None:
-    """Write the states back into the pool, detached: no gradient flows through a pool."""
+    """Write the states back into the pool, detached, so that no gradient flows through a pool."""
     states_B_ = states_B_.detach()
     if states_B_.untyped_storage().data_ptr() == pool_J_.untyped_storage().data_ptr():
-        return  # `load` gave a view, and it was changed in place
+        return  # `load` returned a view, which was changed in place
     if slots_B.numel() == 1 and not slots_B.is_cuda:
         pool_J_.narrow(0, int(slots_B), 1).copy_(states_B_)
     else:
@@ -114,6 +114,8 @@ def store(pool_J_: Tensor, slots_B: Tensor, states_B_: Tensor) -> None:
 
 
 def sums_between(a__C: Tensor) -> Tensor:
-    """[..., t, s]: the sum of a over s < u <= t, zero where s >= t. Added up rather than subtracted: differences of
-    long sums lose their last bits."""
+    """Return [..., t, s], the sum of a over s < u <= t, zero where s >= t.
+
+    Each sum is added up, because a difference of two long sums would lose its last bits.
+    """
     return a__C[..., None].expand(*a__C.shape, a__C.shape[-1]).tril(-1).cumsum(-2)

@@ -14,10 +14,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-INTERPRETED: bool = triton.knobs.runtime.interpret  # TRITON_INTERPRET when the kernels were made, that is at import
+INTERPRETED: bool = (
+    triton.knobs.runtime.interpret
+)  # TRITON_INTERPRET at the time of the import, when the kernels are made
 ROUNDS = tl.constexpr(INTERPRETED)
 DTYPES = (torch.float32, torch.bfloat16)
-DEVICES = ("cuda", "cpu")  # on a CPU `missing` says what is lacking unless the interpreter is on
+DEVICES = ("cuda", "cpu")  # on a CPU, `missing` is not empty unless the interpreter is on
 
 Config = dict[str, int]
 _forced: dict[str, Config] = {}
@@ -25,7 +27,7 @@ _forced: dict[str, Config] = {}
 
 @functools.cache
 def missing() -> str:
-    """What Triton lacks here to run a kernel; "" if nothing."""
+    """Say what Triton lacks to run a kernel on this machine; "" if nothing."""
     if INTERPRETED:
         return ""
     if not torch.cuda.is_available():
@@ -38,17 +40,18 @@ def missing() -> str:
 
 
 def config(kernel: str, default: Config) -> Config:
-    """The sizes a kernel is launched with: the default, a function of shapes alone, unless `forcing` another.
+    """Return the sizes that a kernel is launched with: `default`, unless inside `forcing`.
 
-    There is no autotuning at launch. Its choice would differ between ranks, and a rank that still tunes would make its
-    peers wait in a collective. It would also run kernels several times that update states in place.
+    The default must depend on shapes only. There is no autotuning at launch: its choice would differ between ranks, a
+    rank that tunes would make its peers wait in a collective, and kernels that update states in place would run several
+    times.
     """
     return _forced.get(kernel, default)
 
 
 @contextlib.contextmanager
 def forcing(kernel: str, chosen: Config) -> Iterator[None]:
-    """Launch with these sizes, to compare them in a benchmark."""
+    """Launch the kernel with these sizes inside the ``with``, to compare them in a benchmark."""
     _forced[kernel] = chosen
     try:
         yield
@@ -64,7 +67,9 @@ def _counters(device: torch.device, size: int) -> Tensor:
 
 
 def arrival_counters(device: torch.device, count: int) -> Tensor:
-    """At least `count` zeros, which a kernel resets to zero. They are never freed, because graphs hold their address.
+    """Return at least `count` counters that are zero. A kernel that uses them resets them to zero.
+
+    They are never freed, because captured graphs hold their address.
 
     Kernels that share them must not run at the same time, so two decode steps on one device must use one stream.
     Raises RuntimeError if they would be created within a capture, which would record their zeroing without doing it.
@@ -73,17 +78,17 @@ def arrival_counters(device: torch.device, count: int) -> Tensor:
 
 
 def num_tiles(num_rows: int, num_sequences: int, tile: int) -> int:
-    """Tiles that suffice for any split of the rows into sequences, if none spans two sequences."""
+    """Return a number of tiles that suffices for any split of the rows into sequences; no tile spans two sequences."""
     return num_rows // tile + num_sequences
 
 
 @triton.jit
 def locate(tile, start_ptr, num_sequences, TILE: tl.constexpr):
-    """(sequence, its first row, its number of rows, this tile's first row within the sequence).
+    """Return (sequence, its first row, its number of rows, this tile's first row within the sequence).
 
     Sequence b owns the tiles from start[b] // TILE + b on. Its ceil(length / TILE) tiles end before those of b + 1
-    begin, because floor(x) + ceil(y) <= floor(x + y) + 1; no sum over the other sequences is needed. A program between
-    the two gets a first row that is not below the number of rows.
+    begin, because floor(x) + ceil(y) <= floor(x + y) + 1; no sum over the other sequences is needed. A program without
+    a tile gets a first row that is not below the number of rows.
     """
     low = tile * 0
     high = low + num_sequences
@@ -100,7 +105,7 @@ def locate(tile, start_ptr, num_sequences, TILE: tl.constexpr):
 
 @triton.jit
 def product(a, b, KIND: tl.constexpr):
-    """a @ b in float32. KIND says what the operands keep of their bits, and on a GPU how fast it goes:
+    """Return a @ b in float32. KIND is the number of bits that a and b keep, which decides the speed on a GPU:
 
     "bf16"    8 and 8; exact for operands that are bfloat16
     "f16"     11 and 11, as fast; numbers must stay below 65,504
@@ -129,7 +134,7 @@ def product(a, b, KIND: tl.constexpr):
 @triton.jit
 def _product_bf16(a, b):
     a, b = cast(a, tl.bfloat16), cast(b, tl.bfloat16)
-    if ROUNDS:  # the interpreter's products of bfloat16 are wrong
+    if ROUNDS:  # the interpreter computes products of bfloat16 wrong
         c = tl.dot(a.to(tl.float32), b.to(tl.float32))
     else:
         c = tl.dot(a, b)
@@ -138,7 +143,7 @@ def _product_bf16(a, b):
 
 @triton.jit
 def _round(x, num_bits: tl.constexpr):
-    """A float32 to the nearest, ties to even, without its last bits, which tensor cores and casts may just cut off."""
+    """Round a float32 to fewer bits, to the nearest, ties to even; tensor cores and casts may truncate instead."""
     bits = x.to(tl.int32, bitcast=True)
     bits = (bits + (2 ** (num_bits - 1) - 1) + ((bits >> num_bits) & 1)) & -(2**num_bits)
     return tl.where(x == x, bits.to(tl.float32, bitcast=True), x)
@@ -146,7 +151,7 @@ def _round(x, num_bits: tl.constexpr):
 
 @triton.jit
 def cast(x, dtype: tl.constexpr):
-    """x.to(dtype), to the nearest also in the interpreter, whose own cast to bfloat16 cuts bits off."""
+    """Return x.to(dtype), rounded to the nearest also in the interpreter, whose own cast to bfloat16 truncates."""
     if ROUNDS and dtype == tl.bfloat16:
         x = _round(x.to(tl.float32), 16)
     return x.to(dtype)
@@ -159,9 +164,9 @@ def silu(x):
 
 @triton.jit
 def softplus(x):
-    """log(1 + e^x) = max(x, 0) + log(1 + u), u = e^-|x|, good to some 1e-7 of the result also where it is small.
+    """Return log(1 + e^x) = max(x, 0) + log(1 + u), u = e^-|x|, with a relative error of about 1e-7.
 
-    The device's logarithm is not: near 1 its error is absolute. log(1 + u) = 2 artanh(s), s = u / (2 + u) <= 1/3.
+    The device's logarithm has an absolute error near 1, so log(1 + u) = 2 artanh(s), s = u / (2 + u) <= 1/3.
     """
     u = tl.exp(-tl.abs(x))
     s = u / (2 + u)
@@ -174,9 +179,9 @@ def softplus(x):
 
 @triton.jit
 def convolve(x_at, past_at, weight_at, bias_at, channel, is_in, past_row, W: tl.constexpr):
-    """silu of a causal convolution of width W at the newest input, for a vector of channels.
+    """Return the silu of a causal convolution of width W at the newest input, for a vector of channels.
 
-    past holds the W - 1 inputs before, a row each. bias_at None: no bias.
+    past has the W - 1 inputs before it, one per row. bias_at None: no bias.
     """
     y = tl.load(x_at + channel, is_in, 0.0).to(tl.float32)
     y *= tl.load(weight_at + channel * W + W - 1, is_in, 0.0).to(tl.float32)
@@ -190,7 +195,7 @@ def convolve(x_at, past_at, weight_at, bias_at, channel, is_in, past_row, W: tl.
 
 @triton.jit
 def shift(x_at, past_at, channel, is_in, past_row, W: tl.constexpr):
-    """Forget the oldest of the W - 1 inputs, append the newest. A channel's values stay within one thread."""
+    """Drop the oldest of the W - 1 inputs and append the newest. The values of a channel stay in one thread."""
     for w in tl.static_range(W - 2):
         tl.store(past_at + w * past_row + channel, tl.load(past_at + (w + 1) * past_row + channel, is_in), is_in)
     if W > 1:

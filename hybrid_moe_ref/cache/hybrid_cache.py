@@ -1,7 +1,9 @@
 """The cache of a model: the KV entries and recurrent states of each sequence, in pages from one pool.
 
-`pages.py` has the arithmetic. Shapes: P pages, L tokens of a page, B sequences of a group, T new tokens, S
-tokens to attend to, K KV heads, D head dim, C conv channels, W remembered conv inputs.
+`pages.py` has the arithmetic of pages.
+
+Shapes: P pages, L tokens of a page, B sequences of a group, T new tokens, S tokens to attend to, K KV heads, D head
+dim, C conv channels, W remembered conv inputs.
 """
 
 import weakref
@@ -18,12 +20,12 @@ from hybrid_moe_ref.config import ModelConfig
 
 
 def cache_layout(config: ModelConfig, dtype: torch.dtype) -> PageLayout:
-    """The page layout of a cache in `dtype`. Recurrent states are at least float32."""
+    """Return the page layout of a cache in `dtype`. Recurrent states are float32, or float64 for float64."""
     return page_layout(config, dtype.itemsize, ssm_itemsize=wide(dtype).itemsize)
 
 
 class CacheExhausted(RuntimeError):
-    """There are not enough free pages. No page was taken, and the cache stays usable."""
+    """There are not enough free pages. No page was taken, and the cache can still be used."""
 
     def __init__(self, needed: int, free: int, what: str) -> None:
         super().__init__(f"{what} needs {needed} pages, {free} are free")
@@ -35,7 +37,7 @@ class CacheExhausted(RuntimeError):
 class Sequence:
     """A cached sequence: its number of tokens, and its pages in each layer group.
 
-    The pages return to the pool when the last reference to the sequence is dropped.
+    Its pages return to the pool when the last reference to it is dropped.
     """
 
     cache: "HybridCache"
@@ -58,8 +60,11 @@ class Snapshot:
 
 @dataclass(frozen=True, eq=False)
 class KVPast:
-    """One attention layer's view of a group's sequences. `lengths_B` and the longest of them, `length`, count the new
-    tokens."""
+    """One attention layer's view of a group's sequences.
+
+    lengths_B   number of tokens of each sequence, with the new ones
+    length      the largest of `lengths_B`
+    """
 
     kv_PL2KD: Tensor
     page_BT: Tensor
@@ -69,12 +74,12 @@ class KVPast:
     length: int
 
     def append(self, k_BTKD: Tensor, v_BTKD: Tensor) -> None:
-        """Keep the new keys and values."""
+        """Store the new keys and values."""
         new_BT2KD = torch.stack([k_BTKD, v_BTKD], dim=2)
         self.kv_PL2KD[self.page_BT, self.offset_BT] = new_BT2KD.to(self.kv_PL2KD.dtype)
 
     def extend(self, k_BTKD: Tensor, v_BTKD: Tensor) -> tuple[Tensor, Tensor]:
-        """Append, and return all keys and values, [B, S, K, D].
+        """Store the new keys and values, and return all of them, each [B, S, K, D].
 
         Entries after the end of a sequence are finite, and the causal mask hides them.
         """
@@ -94,20 +99,20 @@ class KVRun:
     length: int
 
     def append(self, k_BTKD: Tensor, v_BTKD: Tensor) -> None:
-        """Keep the new keys and values."""
+        """Store the new keys and values."""
         torch.stack([k_BTKD, v_BTKD], dim=2, out=self.kv_PL2KD[:, self.start :])
 
     def extend(self, k_BTKD: Tensor, v_BTKD: Tensor) -> tuple[Tensor, Tensor]:
-        """Append, and return all keys and values, [B, S, K, D]."""
+        """Store the new keys and values, and return all of them, each [B, S, K, D]."""
         self.append(k_BTKD, v_BTKD)
         return self.kv_PL2KD[:, :, 0], self.kv_PL2KD[:, :, 1]
 
 
 @dataclass(frozen=True, eq=False)
 class StatePast:
-    """One recurrent layer's view of a group's sequences.
+    """One recurrent layer's view of a group's sequences: pools of states, and the slot of each sequence in them.
 
-    Pools of states, which the kernels change in place, and the slot of each sequence in them.
+    The kernels change the pools in place.
     """
 
     conv_PWC: Tensor
@@ -118,14 +123,14 @@ class StatePast:
     def zeros(
         cls, num_sequences: int, conv_shape: tuple[int, ...], ssm_shape: tuple[int, ...], like: Tensor
     ) -> "StatePast":
-        """New pools of zero states, for sequences that are not cached."""
+        """Make pools of zero states, for sequences that are not cached."""
         conv_BWC = like.new_zeros(num_sequences, *conv_shape)
         ssm_B___ = like.new_zeros(num_sequences, *ssm_shape, dtype=wide(like.dtype))
         return cls(conv_BWC, ssm_B___, torch.arange(num_sequences, device=like.device))
 
     @classmethod
     def joined(cls, pasts: "list[StatePast]") -> "StatePast":
-        """The view of several groups of one layer, whose pools are the same."""
+        """Join the views of several groups of one layer, which have the same pools."""
         if len(pasts) == 1:
             return pasts[0]
         return cls(pasts[0].conv_PWC, pasts[0].ssm_P___, torch.cat([past.slots_B for past in pasts]))
@@ -137,9 +142,8 @@ Past = KVPast | KVRun | StatePast
 class HybridCache:
     """`num_pages` pages for the sequences of one model.
 
-    A step is `pasts = cache.begin(batch)`, the layers, `cache.commit(batch)`; `HybridMoE.step` does all
-    three. When a step fails between begin and commit, free the sequences in it: their recurrent states may be
-    half updated.
+    A step is `pasts = cache.begin(batch)`, the layers, `cache.commit(batch)`; `HybridMoE.step` does all three. If a
+    step fails between begin and commit, free its sequences: their recurrent states may be partly updated.
     """
 
     def __init__(
@@ -200,7 +204,7 @@ class HybridCache:
         self._table.remove(row)
 
     def fork(self, sequence: Sequence) -> Sequence:
-        """Copy a sequence, to continue a common prefix in another way."""
+        """Copy a sequence, to continue its tokens in another way."""
         self._check(sequence)
         self._need(sum(map(len, sequence.pages)), f"a copy of a sequence of {sequence.length} tokens")
         copy = self.allocate()
@@ -221,7 +225,7 @@ class HybridCache:
         return Snapshot(sequence.length, [buffer[pages] for buffer in self.buffers])
 
     def restore(self, sequence: Sequence, snapshot: Snapshot) -> None:
-        """Restore the sequence to its snapshot."""
+        """Restore a sequence to a snapshot of it."""
         self._check(sequence)
         pages = self._state_pages(sequence)
         for buffer, states in zip(self.buffers, snapshot.states, strict=True):
@@ -229,7 +233,7 @@ class HybridCache:
         sequence.length = snapshot.length
 
     def truncate(self, sequence: Sequence, length: int) -> None:
-        """Drop the tokens from `length` on. Only for models without recurrent state, which cannot be truncated."""
+        """Drop the tokens from `length` on. Raises ValueError if the model has recurrent states."""
         self._check(sequence)
         if self.layout.states or length > sequence.length:
             raise ValueError(f"a sequence of {sequence.length} tokens cannot be cut to {length}")
@@ -250,7 +254,10 @@ class HybridCache:
             raise ValueError(f"a cache with {name} {ours[name]!r} for a model with {name} {theirs[name]!r}")
 
     def begin(self, batch: Batch) -> list[list[Past]]:
-        """Take pages for the batch's tokens; return each layer's view of each group of sequences."""
+        """Take pages for the batch's tokens. Return each layer's view of each group of sequences.
+
+        Raises CacheExhausted, before any page is taken; ValueError for a batch that is outdated or of another cache.
+        """
         missing: list[tuple[Sequence, int]] = []
         for sequence, count in batch.sequences:
             self._check(sequence)
@@ -277,7 +284,7 @@ class HybridCache:
         return pasts
 
     def _num_token_pages(self, sequence: Sequence) -> int:
-        """The number of pages of a sequence in each attention group, which is the same for all of them."""
+        """Return a sequence's number of pages in each attention group; all attention groups have the same number."""
         return len(sequence.pages[self._attention[0]]) if self._attention else 0
 
     def _extend(self, sequence: Sequence, count: int) -> None:
@@ -326,7 +333,7 @@ class HybridCache:
             raise CacheExhausted(count, len(self._free), what)
 
     def _take(self, count: int) -> list[int]:
-        """Take pages and fill them with zeros: a state starts from zero, and masked KV entries must be finite."""
+        """Take pages and fill them with zeros, because states start from zero and masked KV entries must be finite."""
         pages = [self._free.pop() for _ in range(count)]
         if pages:
             for buffer in self.buffers:

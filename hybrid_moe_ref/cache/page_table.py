@@ -1,6 +1,7 @@
-"""The pages of all live sequences, on the device: a row for each sequence, written only where it takes pages.
+"""The page numbers of all live sequences, kept on the device: one row for each sequence.
 
-A step of many sequences would otherwise send all their page numbers to the device again for every layer group.
+A row is written only when its sequence takes pages. Otherwise each step would send all page numbers to the device for
+every layer group.
 
 Shapes: G layer groups of a kind, R rows, W pages of a row, B sequences of a step.
 """
@@ -12,10 +13,10 @@ FIRST_SIZE = 8
 
 
 class PageTable:
-    """Rows of page numbers for `num_attention` layer groups, and of state slots for `num_recurrent` ones.
+    """Rows of page numbers for `num_attention` layer groups, and of state slots for `num_recurrent` groups.
 
-    Behind its last page a row repeats it, so that shorter sequences can stand beside longer ones: what attention reads
-    there is finite, and lies behind their last position.
+    A row repeats its last page up to the width of the table, because a step reads rows of one width for sequences of
+    different lengths. The entries of the repeated page are finite, and attention masks them.
     """
 
     def __init__(self, num_attention: int, num_recurrent: int, device: torch.device) -> None:
@@ -35,7 +36,7 @@ class PageTable:
         return row
 
     def extend(self, row: int, start: int, pages: list[list[int]]) -> None:
-        """Put new pages, equally many for each attention group, behind the first `start` of the row."""
+        """Write new pages into a row, from index `start` on. pages: the same number for each attention group."""
         new_GW = torch.tensor(pages, dtype=torch.long, device=self._page_GRW.device)
         end = start + new_GW.shape[1]
         while end > self._page_GRW.shape[2]:
@@ -44,21 +45,21 @@ class PageTable:
         self._page_GRW[:, row, end:] = new_GW[:, -1:]
 
     def remove(self, row: int) -> None:
-        """Free the row of a sequence that has ended."""
+        """Free the row of a sequence."""
         self._free.append(row)
 
     def pages(self, group: int, rows_B: Tensor, width: int) -> Tensor:
-        """The first `width` pages of the sequences in these rows: [B, width]."""
+        """Return the first `width` pages of the sequences in these rows: [B, width]."""
         return self._page_GRW[group, rows_B, :width]
 
     def slots(self, group: int, rows_B: Tensor) -> Tensor:
-        """The state slots of the sequences in these rows: [B]."""
+        """Return the state slots of the sequences in these rows: [B]."""
         return self._slot_GR[group, rows_B]
 
 
 @torch.inference_mode(False)
 def _joined(x: Tensor, more: Tensor, dim: int) -> Tensor:
-    """Both, as a tensor that can be written to outside of inference mode too, wherever it was made."""
+    """Concatenate two tensors of one shape into a tensor that can be written in and outside of inference mode."""
     joined = x.new_empty([*x.shape[:dim], 2 * x.shape[dim], *x.shape[dim + 1 :]])
     joined.narrow(dim, 0, x.shape[dim]).copy_(x)
     joined.narrow(dim, x.shape[dim], x.shape[dim]).copy_(more)

@@ -1,12 +1,12 @@
-"""Page arithmetic: one page size for KV entries and recurrent states. No torch.
+"""Compute the one page size of KV entries and recurrent states. Does not import torch.
 
-A recurrent layer keeps a state of fixed size per sequence, an attention layer a few bytes per token. To serve
-both from one pool, an attention page takes as many tokens as make it at least as large as the largest state,
-rounded up to a multiple of 16 tokens, and a state is padded to fill a page.
+A recurrent layer keeps a state of fixed size per sequence, an attention layer some bytes per token. One pool of pages
+serves both: an attention page has so many tokens that it is at least as large as the largest state, rounded up to a
+multiple of 16 tokens, and a state is padded to the size of a page.
 
-The layers are cut into groups of `group_size`, each of one kind. The i-th layers of all groups share byte
-buffer i: a page id belongs to one group of one sequence, and addresses the same bytes in every buffer. So a
-sequence takes one page for each recurrent group, and ceil(length / tokens) pages for each attention group.
+Layers of one kind form groups of `group_size` layers. The i-th layers of all groups share byte buffer i. A page number
+belongs to one group of one sequence, and addresses the same bytes in every buffer. So a sequence takes one page for
+each recurrent group, and ceil(length / tokens) pages for each attention group.
 """
 
 from collections import Counter
@@ -19,7 +19,7 @@ TOKEN_MULTIPLE = 16
 
 @dataclass(frozen=True)
 class StateSize:
-    """One sequence's state in one recurrent layer: the convolution's last inputs and the matrix memory."""
+    """Size of one sequence's state in one recurrent layer: last inputs of the convolution, and the matrix memory."""
 
     conv_shape: tuple[int, int]
     ssm_shape: tuple[int, int, int]
@@ -41,8 +41,15 @@ class LayerGroup:
 
 @dataclass(frozen=True)
 class PageLayout:
-    """The unified page. `tokens` is the attention page's capacity (0 without attention layers);
-    `padding` is the fraction that the largest state grows by to fill a page (0 without recurrent layers)."""
+    """The page size of a model, and its layers in groups.
+
+    tokens            tokens of an attention page; 0 without attention layers
+    page_bytes        bytes of a page of one layer
+    padding           share by which the largest state grows to fill a page; 0 without recurrent layers
+    bytes_per_token   bytes of one token's KV entries in one layer
+    states            sizes of the states, by layer kind
+    group_size        layers of a group
+    """
 
     tokens: int
     page_bytes: int
@@ -53,7 +60,7 @@ class PageLayout:
     group_size: int
 
     def pages_for(self, length: int) -> int:
-        """Pages that one sequence of `length` tokens takes over all groups."""
+        """Return the number of pages that one sequence of `length` tokens takes in all groups."""
         return sum(-(-length // self.tokens) if group.kind == "A" else 1 for group in self.groups)
 
 
@@ -65,7 +72,7 @@ def _share(config: ModelConfig, name: str, tp_size: int) -> int:
 
 
 def _share_or_hold(config: ModelConfig, name: str, tp_size: int) -> int:
-    """As `_share`; with fewer heads than ranks, each rank holds one that it shares with its neighbours."""
+    """As `_share`, but with fewer heads than ranks, each rank holds one head, which its neighbours also hold."""
     value: int = getattr(config, name)
     if value % tp_size and tp_size % value:
         raise ConfigError(f"{value} neither divides over tp_size {tp_size} nor is a divisor of it", name)
@@ -73,13 +80,13 @@ def _share_or_hold(config: ModelConfig, name: str, tp_size: int) -> int:
 
 
 def state_size(config: ModelConfig, kind: str, conv_itemsize: int, ssm_itemsize: int, tp_size: int = 1) -> StateSize:
-    """The state of one G or M layer on one of `tp_size` ranks."""
+    """Return the size of the state of one layer of kind G or M on one of `tp_size` ranks. Raises ConfigError."""
     if kind == "G":
         keys, values = (
             _share_or_hold(config, "linear_num_key_heads", tp_size),
             _share_or_hold(config, "linear_num_value_heads", tp_size),
         )
-        # Ranks that share a value head hold some columns of its state each.
+        # Ranks that share a value head hold different columns of its state.
         ranks_per_head = max(1, tp_size // config.linear_num_value_heads)
         if config.linear_value_head_dim % ranks_per_head:
             what = f"does not divide over the {ranks_per_head} ranks that share a value head (tp_size {tp_size})"
@@ -112,11 +119,15 @@ def page_layout(
     ssm_itemsize: int = 4,
     tp_size: int = 1,
 ) -> PageLayout:
-    """The page layout of `config` on one of `tp_size` ranks.
+    """Return the page layout of `config` on one of `tp_size` ranks.
 
-    `itemsize` is the model dtype's (the convolution state has it), `kv_itemsize` that of keys and values
-    (None: the same). KV heads, key heads and Mamba-2 groups that do not suffice for all ranks are
-    replicated.
+    itemsize      bytes of a number of the model's dtype, which the state of the convolution has
+    kv_itemsize   bytes of a number of keys and values; None: as `itemsize`
+    ssm_itemsize  bytes of a number of a recurrent state
+
+    If there are fewer KV heads, key heads or Mamba-2 groups than ranks, ranks hold copies of them.
+
+    Raises ConfigError if the sizes do not divide over the ranks.
     """
     kinds = Counter(config.layer_pattern)
     states = {kind: state_size(config, kind, itemsize, ssm_itemsize, tp_size) for kind in kinds if kind != "A"}

@@ -4,8 +4,8 @@
     model = HybridMoE(config, device="meta")     # here experts may be cut to this rank's share
     load_weights(model, folder)
 
-`HybridMoE.from_pretrained` and `save_pretrained` are these in one call. Files are read as untrusted input: sizes are
-checked before anything is allocated, and nothing in them is executed.
+`HybridMoE.from_pretrained` does all of this in one call, `save_pretrained` the opposite. Files are untrusted input:
+their sizes are checked before anything is allocated, and nothing in them is executed.
 """
 
 from hybrid_moe_ref.checkpoint.errors import CheckpointError

@@ -1,4 +1,4 @@
-"""What is wrong with a checkpoint."""
+"""The error for a checkpoint that cannot be used."""
 
 from collections.abc import Sequence
 
@@ -6,7 +6,7 @@ from hybrid_moe_ref.config import InputError
 
 
 class CheckpointError(InputError):
-    """A checkpoint that cannot be loaded or saved; several problems are listed together, one a line."""
+    """A checkpoint that cannot be loaded or saved. The text lists all problems, one per line."""
 
     def __init__(self, problems: str | Sequence[str]) -> None:
         self.problems = [problems] if isinstance(problems, str) else list(problems)

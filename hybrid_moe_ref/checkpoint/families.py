@@ -1,7 +1,7 @@
-"""config.json of the model families that this model implements, from and to ModelConfig.
+"""Convert the config.json of the supported model families to ModelConfig and back.
 
-Every key has to be understood: it is a size, or it must have the one value that is implemented, or it is known not to
-matter for inference. Anything else is refused by name.
+Every key is either a size, or must have the one value that is implemented, or does not matter for inference. A
+configuration with any other key is refused, and the error names the key.
 """
 
 from collections.abc import Sequence
@@ -37,7 +37,7 @@ _MTP_LAYERS = ("mtp_num_hidden_layers", "num_nextn_predict_layers")
 _STOP = "eos_token_id"
 _LAYERS = {"num_hidden_layers", "layer_types", _INTERVAL}
 _ROPE = {"rope_parameters", "rope_scaling", "rope_theta", "partial_rotary_factor"}
-# The only values that are implemented.
+# Keys that must have the one value that is implemented.
 _FIXED: dict[str, Any] = {
     "hidden_act": "silu",
     "attention_bias": False,
@@ -49,7 +49,7 @@ _FIXED: dict[str, Any] = {
     "mtp_use_dedicated_embeddings": False,
     "mamba_ssm_dtype": "float32",
 }
-# Training, generation and bookkeeping: nothing that a forward pass depends on.
+# Keys for training, generation and bookkeeping, which do not change a forward pass.
 _NO_MATTER = {
     "_name_or_path",
     "architectures",
@@ -82,7 +82,10 @@ _MULTIMODAL_ONLY = {
 
 
 def read_config(folder: str | Path) -> tuple[ModelConfig, str | None]:
-    """The model of a checkpoint folder, and the name of the dtype it was saved in if it says so."""
+    """Read a folder's config.json. Return the configuration, and the name of the saved dtype or None.
+
+    Raises CheckpointError.
+    """
     path = Path(folder) / "config.json"
     raw = read_json(path)
     try:
@@ -92,9 +95,9 @@ def read_config(folder: str | Path) -> tuple[ModelConfig, str | None]:
 
 
 def read_stop_ids(folder: str | Path) -> tuple[int, ...]:
-    """The tokens that end a text: eos_token_id of generation_config.json if that names any, else of config.json.
+    """Return the tokens that end a text: eos_token_id of generation_config.json, or else of config.json.
 
-    Raises CheckpointError for what is neither an id nor a list of ids.
+    Raises CheckpointError if it is neither an id nor a list of ids.
     """
     for name in ("generation_config.json", "config.json"):
         path = Path(folder) / name
@@ -111,12 +114,12 @@ def read_stop_ids(folder: str | Path) -> tuple[int, ...]:
 
 
 def family_in(folder: str | Path) -> str:
-    """The family's name in a folder whose config can be read."""
+    """Return the name of the family of a folder."""
     return str(read_json(Path(folder) / "config.json").get("model_type"))
 
 
 def _dtype(raw: dict[str, Any]) -> str | None:
-    """The dtype, which multimodal configs may have in text_config only, and older ones under the key's old name."""
+    """Return the dtype. Multimodal configs may have it in text_config only, older ones under an older key."""
     for where in (raw, raw.get("text_config")):
         for key in ("dtype", "torch_dtype"):
             value = where.get(key) if isinstance(where, dict) else None
@@ -152,7 +155,7 @@ def _model_config(raw: dict[str, Any]) -> ModelConfig:
 
 
 def _agreed(said: dict[str, Any]) -> Any:
-    """The one value of what a config says in several places, by their paths; None if it says nothing."""
+    """Return the value on which several places of a config, given by path, agree; None if none has a value."""
     there = [(path, value) for path, value in said.items() if value is not None]
     for path, value in there[1:]:
         if value != there[0][1]:
@@ -163,7 +166,7 @@ def _agreed(said: dict[str, Any]) -> Any:
 def _text_config(text: dict[str, Any], kind: str, where: str) -> ModelConfig:
     dense = kind == "qwen3_5_text"
     sizes = _SIZES | ({"intermediate_size"} if dense else _MOE_SIZES)
-    unused = set() if dense else {"intermediate_size"}  # Qwen3-Next writes it, for dense layers that it does not have
+    unused = set() if dense else {"intermediate_size"}  # Qwen3-Next writes it although it has no dense layers
     _check_keys(text, sizes | unused | _LAYERS | _ROPE | _FIXED.keys() | _NO_MATTER, where)
     prefix = f"{where}." if where else ""
     for key, implemented in _FIXED.items():
@@ -215,7 +218,7 @@ def _layer_pattern(text: dict[str, Any], prefix: str) -> str:
 
 
 def _rope(text: dict[str, Any], prefix: str) -> dict[str, Any]:
-    """theta and the rotated fraction. Multimodal sections need nothing: text has the same position on all axes."""
+    """Return theta and the rotated fraction. Multimodal sections are ignored: text has one position on all axes."""
     keys = {"rope_type", "type", "rope_theta", "partial_rotary_factor", "mrope_section", "mrope_interleaved"}
     places = {prefix: text}
     for name in ("rope_parameters", "rope_scaling"):  # the second is the older name
@@ -239,7 +242,7 @@ def _rope(text: dict[str, Any], prefix: str) -> dict[str, Any]:
 
 
 def _check_quantisation(raw: Any) -> None:
-    """Only float8 blocks with a scale each; the weights are dequantised on load, activations stay as they are."""
+    """Accept only float8 weights with a scale per block, which are dequantised on load. Raises CheckpointError."""
     if raw is None:
         return
     if not isinstance(raw, dict):
@@ -255,7 +258,7 @@ def _check_quantisation(raw: Any) -> None:
 
 
 def to_json(config: ModelConfig, family: str, dtype: str, stop_ids: Sequence[int] = ()) -> dict[str, Any]:
-    """The config.json of `family` for this model."""
+    """Return the config.json of `family` for this model."""
     stop: dict[str, Any] = {_STOP: stop_ids[0] if len(stop_ids) == 1 else list(stop_ids)} if stop_ids else {}
     if family == OWN:
         return {"model_type": OWN, "dtype": dtype} | stop | config.to_mapping()
@@ -288,7 +291,7 @@ def to_json(config: ModelConfig, family: str, dtype: str, stop_ids: Sequence[int
 
 
 def family_of(config: ModelConfig) -> str:
-    """The family that a model is saved as unless one is asked for."""
+    """Return the family that a model is saved as by default."""
     if "M" in config.layer_pattern:
         return OWN
     return "qwen3_5_moe_text" if config.num_experts else "qwen3_5_text"

@@ -1,8 +1,8 @@
-"""From the tensors of a folder into the parameters of a model, a few rows at a time.
+"""Copy the tensors of a folder into the parameters of a model, a few rows at a time.
 
-The model may hold only a part of itself: some experts of each layer, or the slices that `model.slices` tells of. Then
-only that is read, except that columns are cut from whole rows: what a rank holds of a row is mostly less than a page of
-the file.
+A model may hold only a part of its parameters: some experts of each layer, or the slices in `model.slices`. Then only
+that part is read. Columns are cut from whole rows, because a rank's part of a row is mostly smaller than a page of the
+file.
 
 Shapes: H hidden, I intermediate, M key heads of Gated DeltaNet, K key dim, V value dim, R value heads per key head.
 """
@@ -35,8 +35,13 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Piece:
-    """A tensor that the checkpoint must have, with the shape it must have. It, or its row `index`, or `part` of one of
-    these, belongs in `target`; None means that another rank needs it."""
+    """A tensor that the checkpoint must have, and where it goes.
+
+    shape    the shape that it must have
+    target   the parameter to fill; None: only another rank needs the tensor
+    index    the row of the tensor to copy; None: the whole tensor
+    part     the part of that to copy; None: all of it
+    """
 
     name: str
     shape: tuple[int, ...]
@@ -47,15 +52,19 @@ class Piece:
 
 @torch.no_grad()
 def load_weights(model: nn.Module, folder: str | Path | Shards, device: torch.device | str = "cpu") -> Shards:
-    """Fill all parameters; those on meta come to `device`. The model is touched only when every tensor is there and
-    fits. Returns the opened folder, which knows how many bytes were read."""
+    """Fill all parameters. The model is not changed before every tensor has been found and fits.
+
+    device: where parameters that are on the meta device go
+
+    Returns the opened folder, which counts the bytes that were read. Raises CheckpointError.
+    """
     shards = folder if isinstance(folder, Shards) else Shards(Path(folder))
     expected = pieces(model, shards)
     _check(expected, shards, model)
     if any(parameter.is_meta for parameter in model.parameters()):
         materialise = getattr(model, "materialise", model.to_empty)
         materialise(device=device)
-    # The plan is made again: the parameters it writes to are new tensors.
+    # Plan again, because the parameters are now new tensors.
     for piece in pieces(model, shards):
         if piece.target is not None:
             _fill(piece.target, piece, shards)
@@ -63,10 +72,12 @@ def load_weights(model: nn.Module, folder: str | Path | Shards, device: torch.de
 
 
 def with_mtp_of(config: ModelConfig, shards: Shards) -> ModelConfig:
-    """`config` with as many MTP layers as the folder has tensors for. Qwen3-Next's config.json does not name them, and
-    transformers drops the tensors when it saves, but keeps the key of Qwen3.5.
+    """Return `config` with as many MTP layers as the folder has tensors for.
 
-    Raises CheckpointError when config and tensors contradict each other, or there are more layers than one.
+    The config.json of Qwen3-Next does not name them. transformers drops the tensors when it saves, but keeps the key of
+    Qwen3.5.
+
+    Raises CheckpointError if config and tensors contradict each other, or if there is more than one layer.
     """
     names = [name for name in shards.names if name.startswith(MTP)]
     if not names:
@@ -85,12 +96,12 @@ def with_mtp_of(config: ModelConfig, shards: Shards) -> ModelConfig:
 
 @functools.cache
 def _warn_without_mtp(folder: Path, num_layers: int) -> None:
-    """One line for each folder, however often a command loads it."""
+    """Log one line per folder, even if a command loads it several times."""
     log.warning("%s: the config has %d MTP layers, no tensor is named %s*: loaded without", folder, num_layers, MTP)
 
 
 def pieces(model: nn.Module, shards: Shards) -> list[Piece]:
-    """What `model` needs from these shards, in the layout that they have."""
+    """List the tensors that `model` needs, by the names and shapes that these shards have."""
     needed: list[Piece] = []
     slices: dict[str, Slice] = getattr(model, "slices", {})
     multimodal = any(name.startswith("model.language_model.") for name in shards.names)
@@ -126,7 +137,7 @@ def _last(name: str) -> str:
 
 
 def _expert_pieces(name: str, experts: Experts, parts: dict[str, Slice], shards: Shards) -> list[Piece]:
-    """`parts` says which part of each expert's matrices the model holds."""
+    """List the tensors of one layer's experts. parts: the part of each expert's matrices that the model holds."""
     first = experts.first_expert
     held = range(first, first + experts.num_local)
     needed: list[Piece] = []
@@ -159,8 +170,11 @@ _GROUPED = {
 
 
 def _grouped_pieces(name: str, net: GatedDeltaNet, slices: dict[str, Slice]) -> list[Piece]:
-    """Qwen3-Next keeps the projections together by key head: [q | k | R v | R z] and [R b | R a] for each. `slices`
-    says which rows of our own projections are held; each of these is a piece that picks its rows from the blocks."""
+    """List the pieces of Qwen3-Next's projections, which it stores in blocks by key head: [q | k | R v | R z], [R b | R
+    a].
+
+    slices: the rows of this model's own projections that are held; each piece takes its rows from the blocks
+    """
     K = net.key_dim
     values, per_head = slices["in_proj_z"].full_shape[0], slices["in_proj_b"].full_shape[0]
     M = (slices["in_proj_qkv"].full_shape[0] - values) // (2 * K)  # key heads of the whole model
@@ -172,7 +186,7 @@ def _grouped_pieces(name: str, net: GatedDeltaNet, slices: dict[str, Slice]) -> 
     k, v = (k[0] - M * K, k[1] - M * K), (v[0] - 2 * M * K, v[1] - 2 * M * K)
 
     def piece(kind: str, linear: nn.Linear, *parts: tuple[Range, int, int]) -> Piece:
-        """Each part: the range held of q, k, v, z, b or a, how much of that a block has, and where in the block."""
+        """Make one piece. parts: the range held of q, k, v, z, b or a; its size in a block; its offset in the block."""
         block = 2 * (K + RV) if kind == "in_proj_qkvz" else 2 * R
         held = tuple(rows for part in parts for rows in _in_blocks(*part, block))
         part = Slice((M * block, H), ((0, held),))
@@ -187,7 +201,7 @@ def _grouped_pieces(name: str, net: GatedDeltaNet, slices: dict[str, Slice]) -> 
 
 
 def _in_blocks(held: Range, size: int, offset: int, block: int) -> Iterator[Range]:
-    """Where a range lies when each `size` of its elements stand `offset` after the start of another block."""
+    """Return the ranges of the elements `held`, if each block has `size` of them from `offset` on."""
     start, stop = held
     while start < stop:
         index, inside = divmod(start, size)
@@ -198,7 +212,7 @@ def _in_blocks(held: Range, size: int, offset: int, block: int) -> Iterator[Rang
 
 
 def _check(expected: list[Piece], shards: Shards, model: nn.Module) -> None:
-    """One error that lists every tensor that is missing, misshapen or left over."""
+    """Raise one CheckpointError that lists every tensor that is missing, has a wrong shape or is not used."""
     problems, expected_names, absent_mtp = [], set(), []
     for piece in {piece.name: piece for piece in expected}.values():
         expected_names.add(piece.name)
@@ -216,7 +230,7 @@ def _check(expected: list[Piece], shards: Shards, model: nn.Module) -> None:
         more = f" and {len(absent_mtp) - 1} others" if len(absent_mtp) > 1 else ""
         problems.append(f"{shards.folder}: {problem}{more}; remove {MTP}* to load the model without it")
     skipped = _skipped(shards.names - expected_names, model)
-    # Which names experts have shows in their tensors: where some are missing, the others may look foreign.
+    # The names of the experts depend on which tensors exist: if some are missing, the others may look unused.
     foreign = {name for name in shards.names - expected_names - skipped if not (absent_mtp and name.startswith(MTP))}
     for name in sorted(foreign):
         problems.append(f"{shards[name].file}: {name}: not part of this model")
@@ -227,7 +241,7 @@ def _check(expected: list[Piece], shards: Shards, model: nn.Module) -> None:
 
 
 def _misfits(piece: Piece, shards: Shards) -> Iterator[str]:
-    """A line for each thing about a tensor, and its scales, that does not fit its piece."""
+    """List what is wrong with a tensor and its scales, one line each."""
     entry, name = shards[piece.name], f"{piece.name}_scale_inv"
     where = f"{entry.file}: {piece.name}"
     if entry.shape != piece.shape:
@@ -245,7 +259,7 @@ def _misfits(piece: Piece, shards: Shards) -> Iterator[str]:
 
 
 def describe(folder: str | Path, model: nn.Module) -> dict[str, Any]:
-    """What is in a folder that `model` was loaded from."""
+    """Describe the folder that `model` was loaded from, for the command `check`."""
     shards = Shards(Path(folder))
     needed = {piece.name for piece in pieces(model, shards)}
     quantised = [name for name in needed if shards[name].dtype == FLOAT8]
@@ -260,7 +274,7 @@ def describe(folder: str | Path, model: nn.Module) -> dict[str, Any]:
 
 
 def _skipped(unused: set[str], model: nn.Module) -> set[str]:
-    """Those that may be there although the model has no use for them."""
+    """Return the names that a folder may have although the model does not use them."""
     skipped = {name for name in unused if name.startswith(VISION)}
     if not hasattr(model, "mtp"):
         skipped |= {name for name in unused if name.startswith(MTP)}
@@ -285,7 +299,7 @@ def _num_blocks(shape: tuple[int, ...]) -> tuple[int, ...]:
 
 
 def _fill(target: Tensor, piece: Piece, shards: Shards) -> None:
-    """A few rows at a time, so that little but the model itself is ever in memory."""
+    """Fill one parameter a few rows at a time, so that little more than the model is in memory."""
     cuts = dict(piece.part.cuts) if piece.part else {}
     ranges = cuts.pop(0, None)
     quantised = shards[piece.name].dtype == FLOAT8

@@ -1,7 +1,7 @@
-"""A model's parameters into a folder of safetensors files.
+"""Write a model's parameters into a folder of safetensors files.
 
-Files are written under another name and renamed when complete, config.json last: a folder with a config.json is
-whole.
+Each file is written under another name and renamed when it is complete, config.json last. So a folder with a
+config.json is complete.
 """
 
 import json
@@ -29,8 +29,13 @@ if TYPE_CHECKING:
 def save(
     model: "HybridMoE", folder: str | Path, *, family: str | None = None, max_shard_bytes: int = 5_000_000_000
 ) -> None:
-    """Write `model` as `family` (None: what its layers are), in files of at most `max_shard_bytes` where a single
-    tensor does not need more."""
+    """Write a model into a folder.
+
+    family            the model type to save as; None: the one that fits its layers
+    max_shard_bytes   the most bytes of a file, unless a single tensor is larger
+
+    Raises CheckpointError, OSError.
+    """
     family = family or family_of(model.config)
     _check(model, family)
     folder = Path(folder)
@@ -78,7 +83,7 @@ def _check(model: "HybridMoE", family: str) -> None:
 
 
 def tensors(model: "HybridMoE", family: str) -> Iterator[tuple[str, Tensor]]:
-    """Names and tensors as the family's checkpoints have them; tied parameters come once."""
+    """Yield names and tensors as the family's checkpoints have them; tied parameters come once."""
     nets = {
         name: module
         for name, module in model.named_modules()
@@ -94,7 +99,7 @@ def tensors(model: "HybridMoE", family: str) -> Iterator[tuple[str, Tensor]]:
 
 
 def _grouped(name: str, net: GatedDeltaNet) -> Iterator[tuple[str, Tensor]]:
-    """Qwen3-Next's order: by key head, [q | k | v of its value heads | their z] and [b | a]."""
+    """Reorder projections for Qwen3-Next: by key head, [q | k | v of its value heads | their z] and [b | a]."""
     heads, keys = net.num_key_heads, net.num_key_heads * net.key_dim
     q, k, v = net.in_proj_qkv.weight.split([keys, keys, net.num_value_heads * net.value_dim])
     qkvz = [x.unflatten(0, (heads, -1)) for x in (q, k, v, net.in_proj_z.weight)]

@@ -1,7 +1,7 @@
-"""The tensors of a checkpoint folder, read a few rows at a time through the safetensors library.
+"""Read the tensors of a checkpoint folder, a few rows at a time, with the safetensors library.
 
-The library maps the files: what is not asked for is not read, and what was read can be dropped again by the system. It
-checks a file's header as a whole; what it refuses is one line that names the file.
+The library maps the files, so only the rows that are asked for are read, and the operating system can drop them again.
+It checks the header of a file; if it refuses one, the error is one line that names the file.
 """
 
 from collections.abc import Iterable, Iterator
@@ -21,7 +21,7 @@ from hybrid_moe_ref.slices import Range
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 FLOAT8 = "F8_E4M3"
 WEIGHTS = ("F64", "F32", "F16", "BF16", FLOAT8)
-"""Dtypes of weights, as the files name them."""
+"""Dtypes of weights, by their names in the files."""
 
 SCALES = ("F64", "F32", "F16", "BF16", "F8_E8M0")
 """Dtypes of the scales of float8 blocks."""
@@ -32,7 +32,7 @@ BLOCK_BYTES = 1 << 23
 
 @dataclass(frozen=True)
 class Entry:
-    """The file, dtype (as the file names it) and shape of a tensor."""
+    """The file of a tensor, its dtype by the name in the file, and its shape."""
 
     file: Path
     dtype: str
@@ -40,9 +40,9 @@ class Entry:
 
 
 class Shards:
-    """All tensors of a folder by name. The headers are read at once, the data on demand.
+    """All tensors of a folder, by name. The constructor reads the headers; data is read on demand.
 
-    Raises CheckpointError with everything that is wrong with the folder's files.
+    Raises CheckpointError with everything that is wrong with the files of the folder.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -73,9 +73,13 @@ class Shards:
     def rows(
         self, name: str, index: int | None = None, ranges: Iterable[Range] | None = None
     ) -> Iterator[tuple[int, Tensor]]:
-        """A tensor on the CPU, or only its row `index`, some rows at a time: the number of the first row and a block of
-        at most BLOCK_BYTES, or one row. Only the rows in `ranges` are read, in that order. Blocks are views of the
-        file: to be read, not written."""
+        """Yield a tensor on the CPU some rows at a time: the number of the first row, and a block of rows.
+
+        index    read only this row, as a tensor of its own
+        ranges   read only the rows in these ranges, in this order
+
+        A block has at most BLOCK_BYTES, or one row. It is a view of the file: do not write to it.
+        """
         entry = self._entries[name]
         data = self._files[entry.file].get_slice(name)
         shape = entry.shape if index is None else entry.shape[1:]
@@ -90,12 +94,12 @@ class Shards:
                 row += count
 
     def read(self, name: str, index: int | None = None) -> Tensor:
-        """All rows together."""
+        """Return all rows of a tensor."""
         return torch.cat([block for _, block in self.rows(name, index)])
 
     def _open(self, path: Path, problems: list[str]) -> dict[str, Entry]:
-        """The entries of one file; what is wrong with it is added to `problems`."""
-        if not path.is_file():  # a pipe would be waited for
+        """Return the entries of one file; append what is wrong with it to `problems`."""
+        if not path.is_file():  # opening a pipe would wait
             problems.append(f"{path}: not a regular file")
             return {}
         try:
@@ -143,7 +147,7 @@ class Shards:
 def read_json(path: Path) -> dict[str, Any]:
     """Read a JSON object from a file of at most MAX_JSON_BYTES.
 
-    Raises CheckpointError for a file that is not there, is no regular file, or holds something else.
+    Raises CheckpointError if the file is missing, is not a regular file, or has something else.
     """
     try:
         value = read_any_json(path, MAX_JSON_BYTES)

@@ -1,14 +1,14 @@
-"""A loaded checkpoint against transformers on the same folder: logits, token by token.
+"""Compare a loaded checkpoint with transformers on the same folder: logits, token by token.
 
-Both models compute in float64 throughout. transformers as it is keeps norms, softmax, router, rotary table and
-recurrence in float32, also in a float64 model; these casts are widened for one forward pass. What then differs is the
-order of sums, so a relative error of more than LIMIT is another constant, another cast or another formula. No choice of
-experts is close enough to a tie for 1e-14 to change it.
+First both models compute in float64. By itself transformers computes norms, softmax, router, rotary table and
+recurrence in float32 even then; for one forward pass these casts are widened. Then only the order of sums differs, so a
+relative error of more than LIMIT means another constant, another cast or another formula. A difference of 1e-14 changes
+no choice of experts.
 
-What a narrower dtype costs is compared besides, as the model that was asked for is not the float64 one: its median
-token may be FACTOR times as far from the float64 logits as transformers' in that dtype. bfloat16 changes a third of the
-routings, so a mean would be decided by the few tokens that were routed differently. Of 32 small bfloat16 MoE models
-with random weights the ratio of one was 0.80 to 1.24, and 1.01 in the middle.
+Then the model is compared in the dtype that was asked for: the error of its median token against the float64 logits may
+be FACTOR times that of transformers in that dtype. The median is used because bfloat16 changes a third of the routings,
+and a few tokens that were routed differently would decide a mean. For 32 small bfloat16 MoE models with random weights
+this ratio was 0.80 to 1.24, with a median of 1.01.
 """
 
 import contextlib
@@ -31,13 +31,13 @@ LIMIT, FACTOR = 1e-11, 1.5
 
 
 class NotCompared(Exception):
-    """There is no verdict; the text says why in one line."""
+    """No comparison was possible. The text says why in one line."""
 
 
 def compare(folder: str, model: HybridMoE, tokens_BT: Tensor) -> dict[str, Any]:
-    """Compare `model`, loaded from `folder`, with transformers: its version, errors, and whether they agree.
+    """Compare `model`, loaded from `folder`, with transformers.
 
-    Raises NotCompared.
+    Returns the version of transformers, the errors, and as "agrees" whether they keep the limits. Raises NotCompared.
     """
     if read_json(Path(folder) / "config.json").get("model_type") == OWN:
         raise NotCompared("no other implementation knows this stack of layers")
@@ -65,16 +65,16 @@ def compare(folder: str, model: HybridMoE, tokens_BT: Tensor) -> dict[str, Any]:
             rounding = judge_rounding(ours_BTV, theirs_BTV, truth_BTV)
             answer |= rounding | {"agrees": answer["agrees"] and rounding["agrees"]}
         return answer
-    except Exception as error:  # someone else's loader or model may raise anything
+    except Exception as error:  # transformers may raise anything
         reason = (str(error).strip() or "no reason given").splitlines()[0]
         raise NotCompared(f"transformers: {type(error).__name__}: {reason}") from error
 
 
 def their_logits(folder: str | Path, dtype: torch.dtype, tokens_BT: Tensor) -> Tensor:
-    """Logits of transformers' model of the folder; those of float64 in float64 throughout."""
+    """Return the logits [B, T, V] of transformers' model of the folder. For float64, all of it computes in float64."""
     import transformers
 
-    # The default computes experts by a kernel that takes neither float64 nor every size.
+    # The default kernel of the experts takes neither float64 nor every size.
     theirs = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, experts_implementation="eager")
     widened = float64_throughout(theirs) if dtype == torch.float64 else contextlib.nullcontext()
     with torch.no_grad(), widened:
@@ -84,8 +84,11 @@ def their_logits(folder: str | Path, dtype: torch.dtype, tokens_BT: Tensor) -> T
 
 @contextlib.contextmanager
 def float64_throughout(theirs: nn.Module) -> Iterator[None]:
-    """Make a float64 model of transformers compute everything in float64: inside, its casts to float32 are to float64,
-    and its rotary frequencies are not rounded. It changes torch for the whole process: nothing else may run inside."""
+    """Make a float64 model of transformers compute everything in float64 inside the ``with``.
+
+    Its casts to float32 become casts to float64, and its rotary frequencies are not rounded. This changes torch for the
+    whole process, so nothing else may run meanwhile.
+    """
     for module in theirs.modules():
         if isinstance(frequencies := getattr(module, "inv_freq", None), Tensor):
             config: Any = module.config
@@ -101,7 +104,7 @@ def float64_throughout(theirs: nn.Module) -> Iterator[None]:
 
 
 def judge_exact(ours_BTV: Tensor, theirs_BTV: Tensor) -> dict[str, Any]:
-    """The verdict on float64 logits [B, T, V]."""
+    """Judge float64 logits [B, T, V]: the largest error, and whether all errors keep LIMIT."""
     error_BT = errors(ours_BTV, theirs_BTV)
     return {
         "largest_error_in_float64": float(error_BT.max()),
@@ -111,12 +114,12 @@ def judge_exact(ours_BTV: Tensor, theirs_BTV: Tensor) -> dict[str, Any]:
 
 
 def judge_rounding(ours_BTV: Tensor, theirs_BTV: Tensor, truth_BTV: Tensor) -> dict[str, Any]:
-    """The verdict on logits [B, T, V] of a narrower dtype, beside those of float64."""
+    """Judge logits [B, T, V] of a narrower dtype: both median errors against float64, and whether they keep FACTOR."""
     ours, theirs = (float(errors(x_BTV, truth_BTV).median()) for x_BTV in (ours_BTV, theirs_BTV))
     return {"median_error": ours, "their_median_error": theirs, "agrees": ours <= FACTOR * theirs}
 
 
 def errors(x_BTV: Tensor, truth_BTV: Tensor) -> Tensor:
-    """The relative error [B, T] of each token's logits."""
+    """Return the relative error [B, T] of each token's logits."""
     truth_BTV = truth_BTV.double()
     return (x_BTV.double() - truth_BTV).norm(dim=-1) / truth_BTV.norm(dim=-1)

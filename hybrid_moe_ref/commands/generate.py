@@ -16,7 +16,7 @@ LAYOUTS = {
     "tp8": ParallelConfig(tp_size=8, expert_parallel=False),
 }
 MAX_RANKS = 64
-"""Ranks that one machine starts for one prompt, at most."""
+"""The most ranks that are started for one prompt on one machine."""
 
 
 def run(args: argparse.Namespace) -> int:
@@ -36,7 +36,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def parallel_of(args: argparse.Namespace) -> ParallelConfig | None:
-    """How the ranks share the model; None for a single process without ranks. Raises ConfigError."""
+    """Return how the ranks share the model; None for a single process without ranks. Raises ConfigError."""
     if args.dp is None and args.tp is None and args.ep is None:
         return LAYOUTS[args.layout or "single"]
     if args.layout:
@@ -123,7 +123,7 @@ def _generate_on_ranks(
         allow_unsafe=args.allow_unsafe,
     )
     check_start(server)
-    use_kernels(args.kernels)  # the ranks are forked, and have this process's choice and library
+    use_kernels(args.kernels)  # forked ranks inherit this process's choice and library
     stop_ids = checkpoint.read_stop_ids(source.folder) if source.folder and not args.ignore_eos else ()
     request = Request("prompt", tuple(ids), args.max_new_tokens, stop_ids=stop_ids)
     generate(server, request, args.device, printer.show, printer.end)
@@ -142,5 +142,5 @@ def _tokenizer(source: Source) -> Any:
 
     try:
         return tokenizers.Tokenizer.from_file(str(path))
-    except Exception as error:  # the library raises nothing narrower
+    except Exception as error:  # the library raises no narrower class
         raise InputError(f"{path}: {' '.join(str(error).split())}") from None

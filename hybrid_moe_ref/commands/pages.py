@@ -7,7 +7,7 @@ from hybrid_moe_ref.commands.output import show
 from hybrid_moe_ref.config import preset
 
 ITEMSIZES = {"float8": 1, "bfloat16": 2, "float16": 2, "float32": 4}
-"""Bytes of one number, by the name of a dtype that a KV cache can have."""
+"""Bytes of one number of a KV cache, by dtype."""
 
 
 def run(args: argparse.Namespace) -> int:

@@ -1,4 +1,4 @@
-"""Where a command's model comes from: a checkpoint folder, or a preset with random weights."""
+"""Load a command's model: from a checkpoint folder, or from a preset with random weights."""
 
 import argparse
 import re
@@ -17,10 +17,11 @@ _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
 @dataclass(frozen=True)
 class Source:
-    """The configuration of a model that is not loaded yet.
+    """A model that is not loaded yet.
 
+    name         as the user gave it
     folder       the checkpoint; None for a preset
-    saved_dtype  the checkpoint's, None if it does not say
+    saved_dtype  dtype of the checkpoint; None if it does not say
     """
 
     name: str
@@ -30,7 +31,7 @@ class Source:
 
     @classmethod
     def of(cls, name: str, *, only_folders: bool = False) -> "Source":
-        """What `name` means. Raises InputError if it is neither a checkpoint folder nor a preset."""
+        """Find the folder or preset `name`. Raises InputError if it is neither, CheckpointError if it is damaged."""
         folder = Path(name)
         if (folder / "config.json").exists():
             from hybrid_moe_ref import checkpoint
@@ -49,20 +50,22 @@ class Source:
         raise InputError(f"{name!r} is neither a folder nor a preset ({', '.join(PRESETS)}){nearest(name, PRESETS)}")
 
     def dtype(self, requested: str | None) -> str:
-        """The name of the dtype to compute in."""
+        """Return the name of the dtype to compute in."""
         return requested or (self.saved_dtype if self.saved_dtype in DTYPES else None) or "float32"
 
     def suggestion(self, requested: str | None) -> str:
-        """What to change when the model does not fit into memory, for the end of the line; or ""."""
+        """Return the end of an error text for a model that does not fit into memory: what to change, or ""."""
         if self.folder is None and requested is None:
             return "; float32 is a preset's default, --dtype bfloat16 takes half"
         return ""
 
 
 def load(args: argparse.Namespace, source: Source, lengths: Sequence[int] = ()) -> "HybridMoE":
-    """The model that `--dtype`, `--device`, `--kernels` and `--seed` ask for.
+    """Load the model with the options `--dtype`, `--device`, `--kernels` and `--seed`.
 
-    Raises InputError if it does not fit into memory beside a cache for sequences of these lengths.
+    lengths: of the sequences that its cache must hold
+
+    Raises InputError if model and cache do not fit into memory, or the device cannot compute in the dtype.
     """
     import torch
 
@@ -81,7 +84,7 @@ def load(args: argparse.Namespace, source: Source, lengths: Sequence[int] = ()) 
 
 
 def use_kernels(choice: str | None) -> None:
-    """Make `choice`, or what HMR_KERNELS asks for, this process's kernels and its children's. Raises ConfigError."""
+    """Use the kernels `choice`, or those of HMR_KERNELS, in this process and its children. Raises ConfigError."""
     from hybrid_moe_kernels import registry
 
     try:

@@ -9,11 +9,11 @@ from typing import Any, Self
 
 
 class InputError(ValueError):
-    """The user's input cannot be used. The text is one line for the user."""
+    """Input of the user that cannot be used. The text is one line for the user."""
 
 
 class ConfigError(InputError):
-    """A configuration that cannot work; the text starts with the path of the field."""
+    """A configuration that cannot work. The text starts with the path of the field."""
 
     def __init__(self, message: str, field: str = "") -> None:
         super().__init__(f"{field}: {message}" if field else message)
@@ -26,8 +26,10 @@ class Config:
 
     @classmethod
     def from_mapping(cls, mapping: Mapping[str, Any], where: str = "") -> Self:
-        """Build from `mapping`, refusing unknown keys and wrong types; `where` is the path put before field
-        names."""
+        """Build from a mapping. Raises ConfigError for unknown or missing keys and for wrong types.
+
+        where: the path of the mapping, for error texts
+        """
         if not isinstance(mapping, Mapping):
             raise ConfigError(f"wanted a mapping, got {_type_name(mapping)}", where)
         assert dataclasses.is_dataclass(cls)
@@ -47,13 +49,13 @@ class Config:
             raise ConfigError(error.message, _join(where, error.field)) from None
 
     def to_mapping(self) -> dict[str, Any]:
-        """The inverse of `from_mapping`; only JSON types."""
+        """Convert to a mapping of JSON types, the inverse of `from_mapping`."""
         assert dataclasses.is_dataclass(self)
         return dataclasses.asdict(self)
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
-    """The hint " (did you mean ...?)" if one of the ``known`` names is similar; else ""."""
+    """Return the hint " (did you mean ...?)" if one of the ``known`` names is similar, else ""."""
     matches = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
     return f" (did you mean {matches[0]!r}?)" if matches else ""
 

@@ -90,12 +90,12 @@ class EngineConfig(Config):
 
     @property
     def compiles_kernels(self) -> bool:
-        """Whether a backend is compiled on this machine ("jit")."""
+        """Whether a backend is "jit", which is compiled on this machine."""
         return "jit" in (self.gdn_prefill_backend, self.moe_backend)
 
     @property
     def graph_sizes(self) -> tuple[int, ...]:
-        """The captured sizes in ascending order; none in eager mode."""
+        """Captured sizes in ascending order; empty in eager mode."""
         if self.mode == "eager":
             return ()
         powers = (1 << exponent for exponent in range(self.max_num_seqs.bit_length()))

@@ -9,9 +9,17 @@ LAYER_KINDS = {"G": "linear_attn", "A": "self_attn", "M": "mamba"}
 
 @dataclass(frozen=True)
 class ModelConfig(Config):
-    """Sizes of a hybrid MoE. `layer_pattern` has a letter per layer, spaces ignored:
-    G = Gated DeltaNet, A = gated attention, M = Mamba-2. Every layer is followed by an MLP: an MoE when
-    `num_experts` > 0, else a dense gated MLP of `intermediate_size`."""
+    """Sizes of a hybrid MoE.
+
+    layer_pattern     one letter per layer; spaces are ignored. G: Gated DeltaNet, A: gated attention, M: Mamba-2
+    num_experts       number of routed experts of each layer's MoE; 0: each layer has a dense gated MLP instead
+    intermediate_size of the dense MLP, if there is no MoE
+    num_mtp_layers    layers for multi-token prediction: 0 or 1
+
+    The other names are those of Hugging Face's configurations.
+
+    Raises ConfigError for sizes that do not fit together.
+    """
 
     layer_pattern: str
     vocab_size: int
@@ -43,7 +51,7 @@ class ModelConfig(Config):
     moe_intermediate_size: int = 512
     shared_expert_intermediate_size: int = 512
     intermediate_size: int = 0
-    # the rest
+    # other
     rms_norm_eps: float = 1e-6
     tie_word_embeddings: bool = False
     num_mtp_layers: int = 0
@@ -110,5 +118,5 @@ class ModelConfig(Config):
 
     @property
     def rotary_dim(self) -> int:
-        """How many of the head's dimensions rotate."""
+        """Number of dimensions of a head that rotate."""
         return int(self.head_dim * self.partial_rotary_factor)

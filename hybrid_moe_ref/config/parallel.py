@@ -1,4 +1,4 @@
-"""How many ranks there are, and how they share a model."""
+"""The number of ranks, and how they share a model."""
 
 from dataclasses import dataclass
 
@@ -25,7 +25,7 @@ class ParallelConfig(Config):
 
     @property
     def ep_size(self) -> int:
-        """The number of ranks that the routed experts are distributed over."""
+        """Number of ranks that the routed experts are distributed over."""
         return self.dp_size * self.tp_size if self.expert_parallel else 1
 
     @property
@@ -33,7 +33,7 @@ class ParallelConfig(Config):
         return self.dp_size * self.tp_size
 
     def check(self, model: ModelConfig) -> None:
-        """Raise a ConfigError when `model` does not divide over these ranks."""
+        """Raise ConfigError if the experts of `model` do not divide over these ranks."""
         if model.num_experts % self.ep_size:
             raise ConfigError(
                 f"{model.num_experts} experts do not divide over {self.ep_size} ranks"

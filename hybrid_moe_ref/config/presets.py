@@ -22,8 +22,7 @@ def _qwen(layers: int, hidden: int, heads: int, value_heads: int, experts: int, 
 
 
 PRESETS: dict[str, ModelConfig] = {
-    # The reproducer's: the real structure, three mixers and 512 experts, at a size for eight processes on two
-    # cores.
+    # For the lab: the real structure, with three mixers and 512 experts, small enough for eight processes on two cores.
     "tiny": ModelConfig(
         layer_pattern="GGGA MGGA",
         vocab_size=1024,
@@ -42,7 +41,7 @@ PRESETS: dict[str, ModelConfig] = {
         moe_intermediate_size=32,
         shared_expert_intermediate_size=32,
     ),
-    # The CPU race against other implementations: benchmarks use it.
+    # For benchmarks against other implementations on a CPU.
     "race": ModelConfig(
         layer_pattern="GGGA GGGA",
         vocab_size=4096,
@@ -65,7 +64,7 @@ PRESETS: dict[str, ModelConfig] = {
 
 
 def preset(name: str) -> ModelConfig:
-    """The named model configuration."""
+    """Return the model configuration of this name. Raises ConfigError for an unknown name."""
     if name not in PRESETS:
         hint = nearest(name, PRESETS) or f"; known: {', '.join(PRESETS)}"
         raise ConfigError(f"unknown preset {name!r}{hint}")

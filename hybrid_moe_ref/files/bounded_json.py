@@ -1,6 +1,7 @@
 """Read JSON that another program may have written, with bounds on its size and depth.
 
-A few hundred kilobytes of brackets can take gigabytes once they are parsed, so both are estimated first.
+A few hundred kilobytes of brackets can take gigabytes once they are parsed, so the functions here estimate size and
+depth before they parse.
 """
 
 import json
@@ -29,7 +30,7 @@ def read_json(path: str | os.PathLike[str], most: int = MAX_JSON_BYTES) -> Any:
     Raises DamagedFile with the file, the line where there is one, and what is wrong; OSError for what cannot be read.
     """
     with open_regular(path, most) as file:
-        data = file.read(most + 1)  # the file may grow meanwhile
+        data = file.read(most + 1)  # one byte more, because the file may grow meanwhile
     if len(data) > most:
         raise DamagedFile(f"{os.fspath(path)}:0: larger than {most} bytes")
     return parse_json(data, os.fspath(path))
@@ -50,7 +51,7 @@ def parse_json(data: bytes, where: str) -> Any:
         raise DamagedFile(f"{where}:1: nested too deep: more than {MAX_JSON_DEPTH} levels")
     if b"\\ud" in data or b"\\uD" in data:
         data = _ESCAPE.sub(lambda match: b"\\ufffd" if match["lone"] else match[0], data)
-    parse_float = _finite if _LARGE_NUMBER.search(data) else None  # only there: it is slower than json's own
+    parse_float = _finite if _LARGE_NUMBER.search(data) else None  # only if needed: it is slower than json's own
     try:
         return json.loads(data.decode(), parse_constant=_refuse_constant, parse_float=parse_float)
     except json.JSONDecodeError as error:
@@ -62,7 +63,7 @@ def parse_json(data: bytes, where: str) -> Any:
 
 
 def _parsed_bytes(data: bytes) -> int:
-    """Estimate the memory of a JSON text once it is parsed, from above: punctuation in strings counts too.
+    """Estimate the memory of a parsed JSON text. The estimate is too high if strings contain punctuation.
 
     A small list or mapping takes up to 250 bytes, a value 64, and a key with its place in the mapping 120.
     """
@@ -71,9 +72,9 @@ def _parsed_bytes(data: bytes) -> int:
 
 
 def _depth(data: bytes) -> int:
-    """How deep lists and mappings are nested."""
+    """Return how deep lists and mappings are nested; 0 if they are too few to be nested too deep."""
     if data.count(b"[") + data.count(b"{") <= MAX_JSON_DEPTH:
-        return 0  # not deep, however they are nested
+        return 0  # too few to be nested too deep
     brackets = _STRING.sub(b"", data).translate(None, _NOT_A_BRACKET)
     return max(accumulate(map(_STEP.__getitem__, brackets)), default=0)
 

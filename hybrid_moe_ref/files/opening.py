@@ -12,13 +12,13 @@ from typing import BinaryIO
 
 
 class DamagedFile(ValueError):
-    """A file that cannot be read as what it should be; the text is "file:line: what"."""
+    """A file whose content is wrong. The text is "file:line: what"."""
 
 
 def open_regular(path: str | os.PathLike[str], most: int | None = None) -> BinaryIO:
     """Open a regular file of at most ``most`` bytes for reading.
 
-    Raises DamagedFile with the name of what is not one, OSError for what cannot be opened.
+    Raises DamagedFile if it is larger or not a regular file, OSError if it cannot be opened.
     """
 
     def opener(name: str, flags: int) -> int:
@@ -36,12 +36,11 @@ def open_regular(path: str | os.PathLike[str], most: int | None = None) -> Binar
 
 
 def open_own(path: str | os.PathLike[str], flags: int) -> int:
-    """Open a file to write in a folder that others may write to, and return its descriptor.
+    """Open a file for writing, in a folder that others may write to, and return its descriptor.
 
-    flags: of ``os.open``, such as ``os.O_RDWR | os.O_CREAT``
+    flags: those of ``os.open``, such as ``os.O_RDWR | os.O_CREAT``
 
-    Raises OSError, before anything is written, where the last part of the path is not a regular file, or is a link to
-    a file elsewhere.
+    Raises OSError, before anything is written, if the last part of the path is a link or not a regular file.
     """
     try:
         descriptor = os.open(path, flags | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, 0o666)

@@ -11,7 +11,9 @@ from hybrid_moe_ref.files.opening import open_own
 def write_atomically(path: Path, content: str | bytes, *, durable: bool = False) -> None:
     """Write a file so that readers see all of it or none, even when the writer is killed.
 
-    durable: return when the disk has it, so that it outlives the machine's next reset as well
+    durable: return only after the data is on the disk, so that it survives a crash of the machine
+
+    Raises OSError.
     """
     data = content.encode(errors="backslashreplace") if isinstance(content, str) else content
     partial = _partial(path)
@@ -32,15 +34,15 @@ def write_atomically(path: Path, content: str | bytes, *, durable: bool = False)
 
 
 def _partial(path: Path) -> Path:
-    """The file that :func:`write_atomically` of this process writes before it takes the place of ``path``."""
+    """Return the temporary file of :func:`write_atomically`, which then replaces ``path``."""
     return path.with_name(f".{path.name}.{os.getpid()}.partial")
 
 
 @contextlib.contextmanager
 def room_for(path: Path, num_bytes: int) -> Iterator[None]:
-    """Keep room on the disk for a file that is written at the end of a ``with`` by :func:`write_atomically`.
+    """Reserve disk space inside the ``with`` for a file that :func:`write_atomically` writes at its end.
 
-    Where there is no room already, none is kept.
+    Reserves nothing if the disk is already full.
     """
     partial = _partial(path)
     try:
@@ -57,7 +59,7 @@ def room_for(path: Path, num_bytes: int) -> Iterator[None]:
 
 
 def sync(path: Path) -> None:
-    """Return when the disk has what a file, or the list of names in a folder, holds."""
+    """Return only after the content of a file, or the entries of a folder, are on the disk."""
     descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
     try:
         os.fsync(descriptor)

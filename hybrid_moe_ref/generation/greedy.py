@@ -29,10 +29,10 @@ def stream(
     """Yield the next token of every sequence, [B], up to `max_new_tokens` times.
 
     prompts        [B, T], or a list of B prompts of any lengths
-    cache          None makes one that is just large enough
-    prefill_chunk  bounds the tokens of a prompt that one step takes
-    stop_ids       tokens that end a sequence, None for the model's. An ended sequence repeats its last token, and the
-                   stream ends when all have
+    cache          None: a cache that is just large enough
+    prefill_chunk  the most tokens of a prompt in one step; None: all
+    stop_ids       tokens that end a sequence; None: the model's. A sequence that has ended repeats its last token, and
+                   the stream ends when all have ended
 
     Raises InputError for invalid arguments and CacheExhausted for a cache that is too small, before the first step.
     """
@@ -48,7 +48,7 @@ def stream(
     if prefill_chunk is not None and prefill_chunk < 1:
         raise InputError(f"prefill_chunk: {prefill_chunk} is less than 1")
     prompts = [prompt.to(model.device) for prompt in prompts]
-    # The last token is given out, not stored.
+    # The last token is yielded, but not stored.
     num_pages = pages_needed(model, [len(prompt) + max_new_tokens - 1 for prompt in prompts])
     if cache is None:
         cache = HybridCache(model.config, num_pages, model.device, model.dtype)
@@ -64,7 +64,7 @@ def stream(
 
 
 def pages_needed(model: "HybridMoE", lengths: list[int]) -> int:
-    """Pages that sequences of these lengths take in a cache of the model's dtype."""
+    """Return the number of pages that sequences of these lengths take in a cache of the model's dtype."""
     layout = cache_layout(model.config, model.dtype)
     return sum(layout.pages_for(length) for length in lengths)
 
@@ -85,7 +85,7 @@ def _stream(
         yield tokens_B
         running = list(range(len(prompts)))
         for _ in range(max_new_tokens - 1):
-            if stop_ids:  # only then, as a look at the tokens waits for the device
+            if stop_ids:  # only then, because reading the tokens waits for the device
                 newest = tokens_B.tolist()
                 running = [index for index in running if newest[index] not in stop_ids]
                 if not running:
@@ -109,7 +109,10 @@ def prefill(
     cache: HybridCache,
     prefill_chunk: int | None = None,
 ) -> Tensor:
-    """Put each prompt behind what its sequence already has; the likeliest next tokens, [B]."""
+    """Append each prompt to its sequence. Return the most probable next tokens [B].
+
+    prefill_chunk: the most tokens of a prompt in one step; None: all
+    """
     next_tokens = prompts[0].new_empty(len(prompts))
     left = list(enumerate(prompts))
     while left:

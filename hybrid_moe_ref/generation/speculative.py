@@ -1,11 +1,11 @@
 """Speculative greedy decoding: a drafter proposes some tokens, and the model verifies all of them in one step.
 
-The result equals plain greedy decoding, whatever the drafter proposes: a draft is accepted only if it is the model's
-own choice. (In float32 a step over several tokens rounds differently from a step over one token, so a tied argmax may
-differ; in float64 no difference was seen.)
+The result equals plain greedy decoding for every drafter, because a draft is accepted only if the model chooses the
+same token. (In float32 a step over several tokens rounds differently from a step over one token, so near-equal logits
+may change their order. In float64 no difference was seen.)
 
-A recurrent state cannot be truncated to the last accepted token. It is restored from a snapshot instead, and the
-accepted tokens run again. A step whose drafts were all accepted needs no second run.
+A recurrent state cannot be truncated to the last accepted token. Instead it is restored from a snapshot, and the
+accepted tokens run again. A step whose drafts are all accepted needs no second run.
 
 Shapes: T tokens, H hidden.
 """
@@ -30,9 +30,9 @@ if TYPE_CHECKING:
 
 class Drafter(Protocol):
     def propose(self, tokens_T: Tensor, hidden_TH: Tensor, count: int) -> Tensor:
-        """Propose `count` tokens that follow `tokens_T`.
+        """Return `count` proposed tokens that follow `tokens_T`.
 
-        tokens_T: new accepted tokens; `tokens_T[i]` follows the position whose hidden state is `hidden_TH[i]`
+        tokens_T: newly accepted tokens; `tokens_T[i]` follows the position whose hidden state is `hidden_TH[i]`
         """
 
 
@@ -53,7 +53,10 @@ def draft_cache(model: "HybridMoE", num_tokens: int, num_sequences: int) -> Hybr
 
 
 class MTPDrafter:
-    """Proposes tokens by the model's MTP layer, one after another. max_length: the most tokens of the sequence."""
+    """Proposes tokens by the model's MTP layer, one after another.
+
+    max_length: the most tokens of the sequence. Raises InputError if the model has no MTP layer.
+    """
 
     def __init__(self, model: "HybridMoE", max_length: int) -> None:
         if not model.config.num_mtp_layers:
@@ -110,7 +113,7 @@ def speculative_stream(
 
 
 def _until(tokens: Iterator[int], stop_ids: frozenset[int]) -> Iterator[int]:
-    """The tokens up to and including the first of `stop_ids`."""
+    """Yield the tokens up to and including the first of `stop_ids`."""
     for token in tokens:
         yield token
         if token in stop_ids:

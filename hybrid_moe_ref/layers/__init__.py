@@ -1,1 +1,1 @@
-"""The layers' mathematics. Nothing here knows of ranks, process groups or environment variables."""
+"""The layers. Nothing here depends on ranks, process groups or environment variables."""

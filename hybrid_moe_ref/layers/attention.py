@@ -55,7 +55,7 @@ class GatedAttention(Mixer):
 
 
 def _attend_group(q_BTQD: Tensor, k_BTKD: Tensor, v_BTKD: Tensor, group: Group, past: KVPast | KVRun | None) -> Tensor:
-    """Attention of one group. Its new keys and values are cached detached: no gradient flows through a cache."""
+    """Attend within one group. New keys and values are cached detached, so no gradient flows through a cache."""
     if past is None:
         return attend(q_BTQD, k_BTKD, v_BTKD, group)
     is_differentiable = torch.is_grad_enabled() and q_BTQD.requires_grad
@@ -67,13 +67,13 @@ def _attend_group(q_BTQD: Tensor, k_BTKD: Tensor, v_BTKD: Tensor, group: Group, 
     k_BSKD, v_BSKD = past.extend(k_BTKD.detach(), v_BTKD.detach())
     if not any(group.starts):
         k_BSKD, v_BSKD = k_BTKD, v_BTKD
-    elif is_differentiable:  # the next step changes the cache, and backward needs what this one read
+    elif is_differentiable:  # backward needs these values, and the next step overwrites the cache
         k_BSKD, v_BSKD = k_BSKD.clone(), v_BSKD.clone()
     return attend(q_BTQD, k_BSKD, v_BSKD, group)
 
 
 def attend(q_BTQD: Tensor, k_BSKD: Tensor, v_BSKD: Tensor, group: Group) -> Tensor:
-    """Softmax attention. The key at index s is visible to queries at position s and later."""
+    """Softmax attention. Queries at position s and later see the key at index s."""
     q, k, v = (x.transpose(1, 2) for x in (q_BTQD, k_BSKD, v_BSKD))
     T, S = q.shape[2], k.shape[2]
     if T == S:

@@ -1,4 +1,4 @@
-"""The short convolution in front of a recurrence.
+"""The short convolution before a recurrence.
 
 Shapes: T rows of a part, C channels, W width of the filter.
 """
@@ -12,8 +12,11 @@ from hybrid_moe_ref.cache.hybrid_cache import StatePast
 
 
 class CausalConv(nn.Module):
-    """Depthwise causal convolution and SiLU over the rows of several sequences. Each sequence goes on from its last
-    W - 1 rows, which the cache keeps. Parameters have the names and shapes of an `nn.Conv1d`."""
+    """Depthwise causal convolution and SiLU over the rows of several sequences.
+
+    Each sequence continues from its last W - 1 rows, which the cache keeps. Parameters have the names and shapes of
+    `nn.Conv1d`.
+    """
 
     def __init__(self, channels: int, width: int, *, bias: bool) -> None:
         super().__init__()
@@ -21,7 +24,7 @@ class CausalConv(nn.Module):
         self.bias = nn.Parameter(torch.empty(channels)) if bias else None
 
     def forward(self, x_TC: Tensor, past: StatePast, part: Part) -> Tensor:
-        """[T, C] -> [T, C]; `past.conv_PWC` is brought up to date."""
+        """Convolve rows [T, C] to [T, C], and update `past.conv_PWC`."""
         y_TC: Tensor = causal_conv.prefill(
             x_TC, self.weight[:, 0], self.bias, past.conv_PWC, past.slots_B, part.cu_seqlens_X
         )

@@ -1,4 +1,4 @@
-"""Gated DeltaNet: a linear recurrence whose state is corrected, not only added to.
+"""Gated DeltaNet: a linear recurrence that corrects its state.
 
 Shapes: T rows of a part, H hidden, N value heads, M key heads, K key dim, V value dim, C conv channels.
 """
@@ -18,7 +18,7 @@ from hybrid_moe_ref.layers.norm import NormThenGate
 
 
 class GatedDeltaNet(Mixer):
-    prefill_rule = staticmethod(gated_delta_rule.prefill)  # an engine may put a backend of its own choice here
+    prefill_rule = staticmethod(gated_delta_rule.prefill)  # an engine may replace it by another backend
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -42,7 +42,7 @@ class GatedDeltaNet(Mixer):
         projections = (self.in_proj_qkv, self.in_proj_z, self.in_proj_b, self.in_proj_a)
         qkv_TC, z_TI, b_TN, a_TN = project(x_TH, *projections)
         z_TNV = z_TI.unflatten(-1, (self.num_value_heads, self.value_dim))
-        # The decode kernel has the convolution and the norm in it. One that someone watches is called as a module.
+        # The decode kernel includes the convolution and the norm. If one of them has a hook, it is called as a module.
         is_one_call = part.is_decode and is_plain(self.conv1d, CausalConv) and is_plain(self.norm, NormThenGate)
         mixed = self._decode if is_one_call else self._prefill
         y_TNV = mixed(qkv_TC, z_TNV, b_TN, a_TN, part, past)
@@ -78,7 +78,7 @@ class GatedDeltaNet(Mixer):
         return self.norm(o_TNV, z_TNV)
 
     def _nothing(self, x_TH: Tensor, part: Part) -> StatePast:
-        """Zero states for sequences that no cache remembers."""
+        """Return zero states for sequences that are not cached."""
         channels, width = self.conv1d.weight.shape[0], self.conv1d.weight.shape[2]
         state = (self.num_value_heads, self.key_dim, self.value_dim)
         return StatePast.zeros(part.num_sequences, (width - 1, channels), state, x_TH)

@@ -1,6 +1,6 @@
-"""Calls of `nn.Linear` modules, several as one operation where that makes no difference.
+"""Call `nn.Linear` modules, several as one operation if all are plain.
 
-A linear that is replaced, wrapped, parametrized, quantised or watched by a hook is called as the module that it is.
+A linear that is replaced, wrapped, parametrized, quantised or has a hook is called as a module.
 
 Shapes: N rows, H inputs, O outputs.
 """
@@ -13,7 +13,7 @@ _LINEAR_FORWARD = nn.Linear.forward
 
 
 def project(x_NH: Tensor, *linears: nn.Module) -> list[Tensor]:
-    """The output [N, O] of each module for the same rows."""
+    """Return the output [N, O] of each module for the same rows."""
     if not is_every_module_watched() and all(map(is_plain_linear, linears)):
         outputs: list[Tensor] = linear.project(x_NH, [module._parameters["weight"] for module in linears])
         return outputs
@@ -21,12 +21,12 @@ def project(x_NH: Tensor, *linears: nn.Module) -> list[Tensor]:
 
 
 def is_every_module_watched() -> bool:
-    """Whether there are hooks for the calls of all modules."""
+    """Whether torch has global hooks, which see the calls of all modules."""
     return bool(_has_any_global_hook()) or nn.Linear.forward is not _LINEAR_FORWARD
 
 
 def is_plain_linear(module: nn.Module) -> bool:
-    """Whether a call of the module does no more than multiply with its weight."""
+    """Whether a call of the module only multiplies by its weight."""
     if type(module) is not nn.Linear or not is_unwatched(module):
         return False
     parameters = module._parameters
@@ -34,8 +34,8 @@ def is_plain_linear(module: nn.Module) -> bool:
 
 
 def is_unwatched(module: nn.Module) -> bool:
-    """Whether the module has no hook, and no `forward` of its own, that would miss a call."""
-    have = module.__dict__  # a step asks this of each module of each layer, and attributes take twice as long
+    """Whether the module has neither a hook nor its own `forward`, so that nothing misses its call."""
+    have = module.__dict__  # every step does this for every module, and attribute access takes twice as long
     return not (
         have["_forward_hooks"]
         or have["_forward_pre_hooks"]
@@ -46,5 +46,5 @@ def is_unwatched(module: nn.Module) -> bool:
 
 
 def is_plain(module: nn.Module, kind: type[nn.Module]) -> bool:
-    """Whether a call of the module does what `kind` does and no more: nothing replaces, changes or watches it."""
+    """Whether a call of the module does exactly what `kind` does: it is not replaced, changed or hooked."""
     return type(module) is kind and is_unwatched(module) and not is_every_module_watched()

@@ -14,10 +14,10 @@ from hybrid_moe_ref.batch import Batch, Part
 
 
 class Mixer(nn.Module):
-    """A token mixer. Called once per step and layer.
+    """A token mixer, called once per step and layer.
 
-    pasts: the cache's view of each group of cached sequences. If None, every sequence starts without state, and no
-    state is kept.
+    pasts: the cache's view of each group of cached sequences. None: every sequence starts without state, and no state
+    is kept.
     """
 
     def forward(self, x_NH: Tensor, batch: Batch, pasts: Sequence | None = None) -> Tensor:
@@ -30,5 +30,8 @@ class Mixer(nn.Module):
         return torch.cat(outputs)[batch.order_N] if outputs else torch.empty_like(x_NH)
 
     def mix(self, x_TH: Tensor, part: Part, pasts: list) -> Tensor:
-        """The rows of one part, its sequences one after another. `pasts` has an entry for each group, or is empty."""
+        """Mix the rows of one part, whose sequences follow one another. Return rows [T, H].
+
+        pasts: an entry for each group; empty if the tokens are not cached
+        """
         raise NotImplementedError

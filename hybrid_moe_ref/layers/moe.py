@@ -1,7 +1,6 @@
-"""Mixture of experts: a router picks `top_k` of the experts for each token; one shared expert serves all.
+"""Mixture of experts: a router chooses `top_k` experts for each token; a shared expert processes all tokens.
 
-`MoE` gives `experts` its rows with weights and ids, and gets their weighted sum. It does not know where an expert is
-held.
+`MoE` calls `experts` with rows, weights and ids, and gets weighted sums. It does not know which rank has an expert.
 
 Shapes: N tokens, H hidden, E experts, K experts per token, I intermediate.
 """
@@ -18,7 +17,7 @@ from hybrid_moe_ref.layers.linear import is_every_module_watched, is_plain_linea
 
 
 class MLP(nn.Module):
-    """down(silu(gate x) * up x)."""
+    """Gated MLP: down(silu(gate x) * up x)."""
 
     def __init__(self, hidden_size: int, intermediate_size: int) -> None:
         super().__init__()
@@ -33,7 +32,7 @@ class MLP(nn.Module):
 
 
 class Router(nn.Module):
-    """Softmax over all experts in float32 (float64 for float64), the top k renormalised to sum to one."""
+    """Chooses the top k experts: softmax over all in float32 (float64 for float64), renormalised to sum to one."""
 
     def __init__(self, num_experts: int, top_k: int, hidden_size: int) -> None:
         super().__init__()
@@ -46,9 +45,9 @@ class Router(nn.Module):
 
 
 class Experts(nn.Module):
-    """The experts `first_expert` to `first_expert + num_local` of a layer's `num_experts`."""
+    """The experts from `first_expert` to `first_expert + num_local - 1` of a layer's `num_experts`."""
 
-    mlp = staticmethod(moe.experts)  # an engine may put a backend of its own choice here
+    mlp = staticmethod(moe.experts)  # an engine may replace it by another backend
 
     def __init__(
         self,
@@ -71,7 +70,7 @@ class Experts(nn.Module):
         self.down_proj = nn.Parameter(torch.empty(shape))
 
     def shard(self, first: int, count: int) -> Self:
-        """A module that holds only `count` experts from global index `first`, copied from this one."""
+        """Return a copy with only `count` experts from global index `first` on."""
         start = first - self.first_expert
         if not 0 <= start <= start + count <= self.num_local:
             raise ValueError(f"experts {first} to {first + count} are not all among this module's {self.num_local}")
@@ -89,7 +88,7 @@ class Experts(nn.Module):
         return part
 
     def forward(self, x_NH: Tensor, weights_NK: Tensor, ids_NK: Tensor) -> Tensor:
-        """For each row, the weighted sum over those of its experts that are held here; zero where none is."""
+        """Return for each row the weighted sum over its experts that are held here; zero if none is."""
         local_NK = ids_NK - self.first_expert
         y_NH: Tensor = self.mlp(x_NH, weights_NK, local_NK, self.gate_up_proj, self.down_proj)
         return y_NH
@@ -124,8 +123,10 @@ class MoE(nn.Module):
         return routed_NH + self.shared_expert_gate(x_NH).sigmoid() * self.shared_expert(x_NH)
 
     def _is_one_call(self, x_NH: Tensor) -> bool:
-        """Whether one operation may compute the whole layer: the backend of the experts has it, and no part of the
-        layer is replaced or watched."""
+        """Whether one operation may compute the whole layer.
+
+        The backend of the experts must have that operation, and no part of the layer may be replaced or have a hook.
+        """
         experts, shared = self.experts, self.shared_expert
         return (
             moe.mixture.backend(x_NH) == moe.experts.backend(x_NH)

@@ -1,6 +1,6 @@
 """Root-mean-square norms, computed in float32 (float64 for float64 inputs) and cast last.
 
-Shapes: ... anything, H features, G groups of features.
+Shapes: ... any dimensions, H features, G groups of features.
 """
 
 import torch

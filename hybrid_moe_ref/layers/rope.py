@@ -1,5 +1,4 @@
-"""Rotary position embedding of the first `rotary_dim` dimensions; dimension i turns together with i +
-rotary_dim/2.
+"""Rotary position embedding of the first `rotary_dim` dimensions: it rotates dimension i with i + rotary_dim / 2.
 
 Shapes: T rows, H heads, D head dim, R half of the rotary dim.
 """
@@ -15,8 +14,10 @@ from hybrid_moe_ref.batch import Part
 
 
 def rotary_table(part: Part, rotary_dim: int, theta: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Cosine and sine for the position of each row, [T, R], computed in float32 (float64 for float64) and cast; once
-    for all layers of a step."""
+    """Return cosine and sine [T, R] for the position of each row, computed in float32 (float64 for float64) and cast.
+
+    The part of a step keeps them for all layers.
+    """
     key = (rotary_dim, theta, dtype)
     if key not in part.tables:
         angles = part.positions_T[:, None] * _frequencies(rotary_dim, theta, wide(dtype), part.positions_T.device)
@@ -31,6 +32,6 @@ def _frequencies(rotary_dim: int, theta: float, dtype: torch.dtype, device: torc
 
 
 def rotate(x_THD: Tensor, cos_TR: Tensor, sin_TR: Tensor) -> Tensor:
-    """Turn each pair of dimensions by its angle; the rest of the head passes through."""
+    """Rotate each pair of dimensions by its angle; copy the other dimensions of the head."""
     y_THD: Tensor = rope.rotate(x_THD, cos_TR, sin_TR)
     return y_THD

@@ -5,9 +5,9 @@
     logits_BTV = model(tokens_BT)
     new_tokens_BT = model.generate(tokens_BT, max_new_tokens=16)
 
-Parameters carry the names of Hugging Face checkpoints. They want no gradient until `model.requires_grad_()` asks for
-it; then `backward` works, with plain torch kernels. Submodules may be hooked, wrapped or replaced. Of the convolutions
-only weight and bias are read: their modules are not called.
+Parameters have the names of Hugging Face checkpoints. They require no gradient until `model.requires_grad_()`; then
+`backward` works, with plain torch kernels. Submodules may have hooks, or be wrapped or replaced, except convolutions:
+the model reads their weight and bias, and does not call them.
 
 Shapes: B sequences, T tokens of each, N tokens of a step, H hidden, V vocabulary.
 """
@@ -36,12 +36,11 @@ from hybrid_moe_ref.slices import Slice
 
 
 class Stack(nn.Module):
-    """Everything but the head."""
+    """The model without its head."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        # With a weight given, Embedding skips its normal_(), which on the meta device imports the whole
-        # compiler: 1.4 s.
+        # An Embedding with a given weight skips normal_(), which on the meta device imports the compiler: 1.4 s.
         self.embed_tokens = nn.Embedding.from_pretrained(torch.empty(config.vocab_size, config.hidden_size))
         self.layers = nn.ModuleList(
             Block(config, kind, f"layers.{index}") for index, kind in enumerate(config.layer_pattern)
@@ -50,10 +49,10 @@ class Stack(nn.Module):
 
 
 class HybridMoE(nn.Module):
-    """Parameters are uninitialised until `init_weights` or a checkpoint fills them.
+    """The language model. Parameters are uninitialised until `init_weights` or a checkpoint fills them.
 
     slices    the parameters of which this model holds only a part
-    stop_ids  the tokens that end a text; generation stops at them. From a checkpoint's eos_token_id
+    stop_ids  tokens that end a text, the checkpoint's eos_token_id; generation stops at them
     """
 
     def __init__(
@@ -85,10 +84,11 @@ class HybridMoE(nn.Module):
         device: torch.device | str = "cpu",
         cut: Callable[[Self], object] = lambda model: None,
     ) -> Self:
-        """The model of a checkpoint folder in Hugging Face's format; `dtype` None is the one it was saved in.
+        """Load a checkpoint folder in Hugging Face's format.
 
-        `cut` is given the model while it is on the meta device, and may leave only a part of it: the rest is not read.
-        `parallel.layout.load_part` cuts it to a rank's.
+        dtype  None: the dtype that the checkpoint was saved in
+        cut    called with the model on the meta device; may remove parts of it, which are then not read. To load one
+               rank's part, see `parallel.layout.load_part`
 
         Raises CheckpointError with everything that is wrong with the folder, InputError for a device that cannot
         compute in `dtype`.
@@ -107,26 +107,28 @@ class HybridMoE(nn.Module):
         return model
 
     def save_pretrained(self, folder: str | Path, *, family: str | None = None) -> None:
-        """Write a checkpoint folder that `from_pretrained` reads, and transformers where it knows the
-        layers."""
+        """Write a checkpoint folder for `from_pretrained`, and for transformers if it has these layers.
+
+        family: the model type to save as; None: the one that fits. Raises CheckpointError.
+        """
         checkpoint.save(self, folder, family=family)
 
     def materialise(self, device: torch.device | str) -> None:
-        """Uninitialised memory on `device` for all parameters."""
+        """Allocate uninitialised memory on `device` for all parameters."""
         if torch.device(device).type != "meta":
-            # As to_empty, whose empty_like of a meta tensor would import the compiler's symbolic shapes: 0.4 s.
+            # Not to_empty: its empty_like of a meta tensor imports the compiler's symbolic shapes, 0.4 s.
             self._apply(lambda tensor: torch.empty(tensor.shape, dtype=tensor.dtype, device=device))
         if self.config.tie_word_embeddings:
             self.lm_head.weight = self.model.embed_tokens.weight
 
     @property
     def blocks(self) -> list[Block]:
-        """The layers in order."""
+        """Layers in order."""
         return [block for block in self.model.layers if isinstance(block, Block)]
 
     @property
     def draft_blocks(self) -> list[Block]:
-        """The layers of the MTP module, none without one."""
+        """Layers of the MTP module; empty if there is none."""
         layers = self.mtp.layers if self.config.num_mtp_layers else ()
         return [block for block in layers if isinstance(block, Block)]
 
@@ -139,15 +141,17 @@ class HybridMoE(nn.Module):
         return self.model.embed_tokens.weight.device
 
     def init_weights(self, seed: int, device: torch.device | str = "cpu") -> Self:
-        """Seeded random weights, the same for any sharding of the experts; parameters on meta come to
-        `device`."""
+        """Fill the parameters with seeded random weights, which do not depend on how the experts are sharded.
+
+        device: where parameters that are on the meta device go
+        """
         if any(parameter.is_meta for parameter in self.parameters()):
             self.materialise(device)
         init_weights(self, seed)
         return self
 
     def forward(self, tokens_BT: Tensor) -> Tensor:
-        """Logits [B, T, V] of whole sequences, from nothing."""
+        """Return the logits [B, T, V] of whole sequences, without a cache."""
         B, T = _sizes(tokens_BT)
         if not tokens_BT.is_meta:
             self.check_tokens(tokens_BT)
@@ -155,8 +159,10 @@ class HybridMoE(nn.Module):
         return self.logits(hidden_NH).unflatten(0, (B, T))
 
     def step(self, tokens_N: Tensor, batch: Batch, cache: HybridCache | None = None) -> Tensor:
-        """One execution over a batch's tokens: hidden states [N, H], and the cache holds the tokens
-        afterwards."""
+        """Run the layers over the tokens of a batch. Return the hidden states [N, H], and add the tokens to the cache.
+
+        Raises ValueError for a batch or cache that does not fit, CacheExhausted if the cache has too few pages.
+        """
         if tokens_N.shape != (batch.num_tokens,):
             raise ValueError(f"tokens of shape {tuple(tokens_N.shape)} for a batch of {batch.num_tokens} tokens")
         self._check_on_cpu(tokens_N)
@@ -166,7 +172,7 @@ class HybridMoE(nn.Module):
             cache.check_model(self.config, self.dtype)
         pasts = cache.begin(batch) if cache is not None else None
         x_NH = self.model.embed_tokens(tokens_N)
-        with registry.trusted(), values_known():  # the cache gave out the slots, and the batch counted the rows
+        with registry.trusted(), values_known():  # slots and row counts come from the cache and the batch
             for index, block in enumerate(self.blocks):
                 x_NH = block(x_NH, batch, pasts[index] if pasts is not None else None)
         if cache is not None:
@@ -174,9 +180,12 @@ class HybridMoE(nn.Module):
         return self.model.norm(x_NH)
 
     def draft(self, tokens_N: Tensor, hidden_NH: Tensor, batch: Batch, cache: HybridCache | None = None) -> Tensor:
-        """One pass of the MTP layer: `tokens_N[i]` comes after the position whose hidden state is `hidden_NH[i]`; the
-        result guesses the token after it, through `logits`. `cache` is a `draft_cache`'s, and holds the rows
-        afterwards."""
+        """Run the MTP layer. Return hidden states [N, H], whose `logits` predict the token after `tokens_N`.
+
+        tokens_N   the token that follows the position of each row
+        hidden_NH  the model's hidden state at that position
+        cache      from `draft_cache`; the rows are added to it
+        """
         if cache is not None:
             cache.check_model(draft_config(self.config), self.dtype)
         pasts = cache.begin(batch) if cache is not None else None
@@ -187,19 +196,25 @@ class HybridMoE(nn.Module):
         return hidden_NH
 
     def logits(self, hidden_NH: Tensor) -> Tensor:
-        """Logits [..., V] of hidden states [..., H]."""
+        """Return the logits [..., V] of hidden states [..., H]."""
         (logits_NV,) = project(hidden_NH.view(-1, hidden_NH.shape[-1]), self.lm_head)
         return logits_NV.view(*hidden_NH.shape[:-1], logits_NV.shape[-1])
 
     def generate(self, prompts: Tensor | list[Tensor], max_new_tokens: int, **options: Any) -> Tensor:
-        """The likeliest next token, up to `max_new_tokens` times: [B, at most max_new_tokens], without the prompts,
-        which may have different lengths. After a token of `stop_ids` a row repeats that token until all rows have one.
-        `generation.greedy.stream` yields the tokens as they come, and has the options."""
+        """Decode greedily. Return the new tokens [B, at most max_new_tokens], without the prompts.
+
+        After a token of `stop_ids`, a row repeats that token until all rows have one.
+
+        prompts  [B, T], or a list of B prompts of any lengths
+        options  those of `generation.greedy.stream`, which yields the tokens as they come
+        """
         return torch.stack(list(greedy.stream(self, prompts, max_new_tokens, **options)), dim=1)
 
     def check_tokens(self, tokens: Tensor) -> None:
-        """Raise InputError for an id that is outside the vocabulary. On a GPU this synchronises, so a step does not do
-        it: check tokens from outside before they go to the device."""
+        """Raise InputError for an id that is outside the vocabulary.
+
+        On a GPU this synchronises, so `step` does not do it. Check tokens before they go to the device.
+        """
         check_token_ids(tokens, self.config.vocab_size)
 
     def _check_on_cpu(self, tokens_N: Tensor) -> None:
@@ -208,7 +223,7 @@ class HybridMoE(nn.Module):
 
 
 def check_token_ids(tokens: Tensor, vocab_size: int) -> None:
-    """Raise InputError for tokens that are no integers, and naming an id that is not 0 <= id < `vocab_size`."""
+    """Raise InputError for tokens that are not integers, or for an id that is not 0 <= id < `vocab_size`."""
     if tokens.numel():
         if tokens.dtype not in (torch.int32, torch.int64):
             raise InputError(f"token ids of dtype {tokens.dtype}: wanted torch.int64 or torch.int32")
@@ -225,7 +240,7 @@ def _sizes(tokens_BT: Tensor) -> tuple[int, int]:
 
 
 def check_device(device: torch.device | str, dtype: torch.dtype) -> None:
-    """Raise InputError for a device that is absent, or that cannot compute in `dtype`."""
+    """Raise InputError for a device that is missing or cannot compute in `dtype`."""
     if str(dtype).removeprefix("torch.") not in DTYPES:
         raise InputError(f"dtype {dtype} is not one of {', '.join(DTYPES)}")
     try:

@@ -1,8 +1,7 @@
-"""Multi-token prediction: a small layer that guesses the token after next, from the model's hidden state and the
-embedding of the next token.
+"""Multi-token prediction (MTP): a small layer that predicts the token after the next one.
 
-Checkpoints name it `mtp.*`. Its one layer is an attention block with an MLP or MoE of its own; embedding and head are
-the model's.
+Its input is the model's hidden state and the embedding of the next token. Checkpoints name it `mtp.*`. It has one
+attention block with its own MLP or MoE; embedding and head are the model's.
 
 Shapes: N tokens of a step, H hidden.
 """
@@ -20,12 +19,12 @@ from hybrid_moe_ref.layers.norm import RMSNorm
 from hybrid_moe_ref.model.block import Block
 
 DRAFT_STACK = "mtp.layers"
-"""What its layers are called, in events and in checkpoints."""
+"""The name of its layers in events and checkpoints."""
 
 
 @functools.lru_cache
 def draft_config(config: ModelConfig) -> ModelConfig:
-    """The configuration of a model of one attention layer; the MTP layer's cache is made for it."""
+    """Return the configuration of a model of one attention layer, for which the MTP layer's cache is made."""
     return dataclasses.replace(config, layer_pattern="A")
 
 
@@ -42,8 +41,11 @@ class MTP(nn.Module):
     def forward(
         self, embedded_NH: Tensor, hidden_NH: Tensor, batch: Batch, pasts: list[list[Past]] | None = None
     ) -> Tensor:
-        """Row i has the hidden state at position i and the embedding of token i + 1; the result guesses token i + 2
-        through the model's head, or stands for the hidden state at i + 1 in a further guess."""
+        """Return hidden states [N, H] for the prediction of token i + 2.
+
+        embedded_NH  the embedding of token i + 1
+        hidden_NH    the hidden state at position i; for a further prediction, the previous result
+        """
         both = torch.cat([self.pre_fc_norm_embedding(embedded_NH), self.pre_fc_norm_hidden(hidden_NH)], dim=-1)
         x_NH = self.fc(both)
         for index, block in enumerate(self.layers):

@@ -1,11 +1,11 @@
-"""Seeded random weights.
+"""Fill a model with seeded random weights.
 
-Every parameter is drawn from a generator seeded by (seed, its name), the stacked experts one by one: a rank
-that holds a slice of the experts draws exactly that slice. Of any other parameter that a rank holds in part, the
-whole is drawn and cut: one full tensor is the peak. Draws are float32 on the CPU, then cast, so that the weights do
-not depend on device, and on dtype only by rounding.
+Every parameter has a generator of its own, seeded by (seed, name), and every expert too. So a rank that holds some
+experts draws only those. Of any other parameter that a rank holds in part, the whole is drawn and then cut, so the peak
+memory is one full tensor. Numbers are drawn in float32 on the CPU and then cast, so weights do not depend on the
+device, and on the dtype only by rounding.
 
-Scales follow the fan-in, so that activations keep their size through any depth of layers.
+Scales follow the fan-in, so that activations keep their size through any number of layers.
 """
 
 import hashlib
@@ -25,7 +25,7 @@ def init_weights(model: nn.Module, seed: int) -> None:
         for module_name, module in model.named_modules():
             for name, parameter in module.named_parameters(prefix=module_name, recurse=False):
                 if isinstance(module, Experts):
-                    # However the experts are wrapped, their name is that of the unwrapped model.
+                    # Wrapped experts keep the name of the unwrapped model.
                     name = module_name.split(".experts")[0] + ".experts." + name.rpartition(".")[2]
                     part = slices.get(name, Slice(tuple(parameter.shape))).row
                     for index, expert in enumerate(parameter, start=module.first_expert):

@@ -9,5 +9,5 @@ __all__ = ["DEVICES", "DTYPES", "decode", "missing"]
 
 
 def decode(*args: Any, **options: Any) -> Any:
-    """As the reference's."""
+    """Same arguments and result as `reference.decode`."""
     return native.library().attention_decode(*args, **options)

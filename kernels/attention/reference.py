@@ -10,13 +10,17 @@ from torch import Tensor
 
 
 def decode(q_BQD: Tensor, kv_PL2KD: Tensor, table_BX: Tensor, lengths_B: Tensor, longest: int) -> Tensor:
-    """o [B, Q, D] = softmax(q k^T / sqrt(D)) v over the first `lengths_B` tokens in the pages `table_BX` of each
-    sequence, the longest of which has `longest`. What lies behind a sequence's end must be finite."""
+    """Return o [B, Q, D] = softmax(q k^T / sqrt(D)) v.
+
+    A sequence attends to its first `lengths_B` tokens, which are in the pages `table_BX`. longest: the largest of
+    `lengths_B`. Entries of a page behind the end of a sequence must be finite.
+    """
     kv_BS2KD = (
         kv_PL2KD[table_BX].flatten(1, 2)[:, :longest] if len(table_BX) != 1 else _run(kv_PL2KD, table_BX, longest)
     )
     k_BKSD, v_BKSD = kv_BS2KD[:, :, 0].transpose(1, 2), kv_BS2KD[:, :, 1].transpose(1, 2)
-    # The R query heads of a KV head as rows of one product: at 4,096 tokens a third of the time of torch's enable_gqa.
+    # The R query heads of a KV head are rows of one product. At 4,096 tokens this takes a third of the time of
+    # torch's enable_gqa.
     q_BKRD = q_BQD.unflatten(1, (k_BKSD.shape[1], -1))
     visible_B11S = None
     if len(table_BX) != 1:
@@ -25,7 +29,7 @@ def decode(q_BQD: Tensor, kv_PL2KD: Tensor, table_BX: Tensor, lengths_B: Tensor,
 
 
 def _run(kv_PL2KD: Tensor, table_1X: Tensor, longest: int) -> Tensor:
-    """One sequence's tokens; nothing is gathered where it has one page, or the pool is its run of pages."""
+    """Return the KV entries of one sequence: a view if it has one page or consecutive pages, else a copy."""
     if kv_PL2KD.shape[0] == 1:
         return kv_PL2KD[:, :longest]
     return kv_PL2KD[table_1X[0]].flatten(0, 1)[None, :longest]

@@ -18,17 +18,18 @@ def prefill(
     slots_B: Tensor,
     cu_seqlens_X: Tensor,
 ) -> Tensor:
-    """y[t] = silu(bias + sum_w weight[w] x[t - S + w]) [T, C]; sequence b's x before its first is state[slots[b]].
+    """Return y [T, C] with y[t] = silu(bias + sum_w weight[w] x[t - S + w]).
 
-    The state becomes the sequence's S newest inputs, oldest first. A sequence of no tokens keeps its state.
+    The inputs before the first token of sequence b are state[slots[b]]. Afterwards the state has the S newest inputs of
+    the sequence, oldest first. A sequence without tokens keeps its state.
     """
     state_BSC = load(state_JSC, slots_B)
     if slots_B.shape[0] == 1:
         y_1TC, state_BSC = causal_conv(x_TC[None], weight_CW, bias_C, state_BSC)
         store(state_JSC, slots_B, state_BSC)
         return y_1TC[0]
-    # One long sequence, in which the remembered inputs of each sequence come before its own. The S rows that the
-    # convolution needs of the sequence before yield outputs that are left out.
+    # One long sequence, in which the remembered inputs of each sequence come before its new ones. The first S outputs
+    # of each sequence mix it with the previous one, and are left out.
     (B, S, _), T = state_BSC.shape, x_TC.shape[0]
     ends_B = cu_seqlens_X[1:] + S * torch.arange(1, B + 1, device=x_TC.device)
     lengths_B, remembered_S = cu_seqlens_X.diff(), torch.arange(S, device=x_TC.device)
@@ -43,7 +44,7 @@ def prefill(
 
 
 def update(x_BC: Tensor, weight_CW: Tensor, bias_C: Tensor | None, state_JSC: Tensor, slots_B: Tensor) -> Tensor:
-    """The same for one token of each sequence: y [B, C]."""
+    """As `prefill`, for one token of each sequence: return y [B, C]."""
     inputs_BWC = torch.cat([load(state_JSC, slots_B), x_BC[:, None]], dim=1)
     store(state_JSC, slots_B, inputs_BWC[:, 1:])
     y_BC = (inputs_BWC * weight_CW.mT).sum(1)
@@ -53,8 +54,10 @@ def update(x_BC: Tensor, weight_CW: Tensor, bias_C: Tensor | None, state_JSC: Te
 def causal_conv(
     x_BTC: Tensor, weight_CW: Tensor, bias_C: Tensor | None = None, state_BSC: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """The same for sequences of one length, with states that are handed in and out: y [B, T, C] and the state after
-    the last token. No state: zeros."""
+    """As `prefill`, for sequences of one length: return y [B, T, C] and the state after the last token [B, S, C].
+
+    state None: zeros.
+    """
     (B, T, C), S = x_BTC.shape, weight_CW.shape[1] - 1
     if state_BSC is None:
         state_BSC = x_BTC.new_zeros(B, S, C)

@@ -1,4 +1,4 @@
-"""The causal convolution for GPUs: ragged prompts by tiles of time and channels, and one token of each sequence.
+"""The causal convolution in Triton: prompts by tiles of time and channels, and one token of each sequence.
 
 Memory traffic of `prefill`: x is read once from memory (the W shifted reads of a tile hit the cache), y written once,
 the W - 1 inputs of state once each way. `update`: S + 1 numbers read and S + 1 written per channel.
@@ -31,13 +31,13 @@ def prefill(
     slots_B: Tensor,
     cu_seqlens_X: Tensor,
 ) -> Tensor:
-    """As the reference."""
+    """Same arguments and result as `reference.prefill`."""
     (T, C), B, W = x_TC.shape, slots_B.shape[0], weight_CW.shape[1]
     y_TC = torch.empty(T, C, dtype=x_TC.dtype, device=x_TC.device)
     if y_TC.numel() == 0:
         return y_TC
     chosen = config("causal_conv.prefill", {"BT": 16, "BC": 128, "num_warps": 4})
-    BT = max(chosen["BT"], triton.next_power_of_2(W))  # only the first tile of a sequence looks at the state
+    BT = max(chosen["BT"], triton.next_power_of_2(W))  # only the first tile of a sequence reads the state
     _prefill[(num_tiles(T, B, BT), triton.cdiv(C, chosen["BC"]))](
         x_TC, weight_CW, bias_C, state_JSC, slots_B, cu_seqlens_X, y_TC, x_TC.stride(0), state_JSC.stride(0), B,
         C=C, W=W, **(chosen | {"BT": BT}),
@@ -46,7 +46,8 @@ def prefill(
 
 
 def update(x_BC: Tensor, weight_CW: Tensor, bias_C: Tensor | None, state_JSC: Tensor, slots_B: Tensor) -> Tensor:
-    """As the reference. A slot below zero fills up a batch of fixed size: its output is zeros."""
+    """Same arguments and result as `reference.update`. A slot below zero is padding of a
+    batch of fixed size: its output is zeros."""
     B, C = x_BC.shape
     y_BC = torch.empty(B, C, dtype=x_BC.dtype, device=x_BC.device)
     if y_BC.numel() == 0:

@@ -1,6 +1,6 @@
-"""Gated delta rule: a fast-weight memory that decays, forgets what a key held and writes the new value.
+"""Gated delta rule: a fast-weight memory that decays, and replaces what it stores for a key by a new value.
 
-Two ops, both with states in place in a pool, by slot: `prefill` for any number of tokens of each sequence, and
+Two ops, which update states in a pool in place, by slot: `prefill` for any number of tokens of each sequence, and
 `decode`, the whole of Gated DeltaNet between its input and output projections for one token of each sequence.
 
 Shapes: T tokens of all sequences, one after another, B sequences, X = B + 1, M key heads, H value heads (a multiple of

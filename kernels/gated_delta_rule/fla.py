@@ -1,7 +1,8 @@
 """flash-linear-attention behind the ops' signatures, to compare with; choose it with `registry.use("fla")`.
 
-`decode` is the chain of launches that a model without a fused step makes: the convolution's update (this project's, as
-fla keeps W inputs of it and this project W - 1), fla's recurrent rule with the gates inside, fla's gated norm.
+`decode` is the chain of launches of a model without a fused step: the update of the convolution, fla's recurrent rule
+with the gates inside, and fla's gated norm. The update is this project's, because fla keeps W inputs and this project
+W - 1.
 """
 
 import torch
@@ -24,7 +25,7 @@ def prefill(
     slots_B: Tensor,
     cu_seqlens_X: Tensor,
 ) -> Tensor:
-    """As the reference."""
+    """Same arguments and result as `reference.prefill`."""
     if v_THV.numel() == 0:
         return torch.empty_like(v_THV)
     o_1THV, state_BHKV = chunk_gated_delta_rule(
@@ -54,7 +55,7 @@ def decode(
     num_key_heads: int,
     eps: float,
 ) -> Tensor:
-    """As the reference, in several launches."""
+    """Same arguments and result as `reference.decode`, in several launches."""
     (B, H, V), M, K = z_BHV.shape, num_key_heads, state_JHKV.shape[2]
     if z_BHV.numel() == 0:
         return torch.empty_like(z_BHV)

@@ -9,10 +9,10 @@ __all__ = ["DEVICES", "DTYPES", "decode", "missing", "prefill"]
 
 
 def prefill(*args: Any, **options: Any) -> Any:
-    """As the reference's."""
+    """Same arguments and result as `reference.prefill`."""
     return native.library().rule_prefill(*args, **options)
 
 
 def decode(*args: Any, **options: Any) -> Any:
-    """As the reference's."""
+    """Same arguments and result as `reference.decode`."""
     return native.library().rule_decode(*args, **options)

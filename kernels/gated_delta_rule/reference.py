@@ -3,12 +3,12 @@
 For every head, with a state S [K, V] that starts at `state` (None: zeros), at each time t:
 
     S = exp(g) S                      decay
-    d = beta (v - S^T k)              what the memory lacks of v
+    d = beta (v - S^T k)              the correction: v minus what the memory returns for k
     S = S + k d^T                     write
     o = S^T q                         read
 
-`prefill` and `decode` have the ops' signatures. Below them, for sequences of one length, q and k come already
-normalised and scaled, one of each for every value head, and states are handed in and out.
+`prefill` and `decode` have the ops' signatures. The functions below them take sequences of one length, with q and k
+already normalised, scaled and repeated for every value head; states are arguments and results.
 
 Shapes: B sequences, T time (of all sequences, one after another, in `prefill`), M key heads, H value heads, K key dim,
 V value dim, Z chunks, C tokens of a chunk (in `decode` the channels 2 M K + H V), W filter width, S = W - 1, J slots of
@@ -38,10 +38,11 @@ def prefill(
     slots_B: Tensor,
     cu_seqlens_X: Tensor,
 ) -> Tensor:
-    """o [T, H, V]; sequence b starts from state[slots[b]] and leaves its last state there.
+    """Return o [T, H, V]. Sequence b starts from state[slots[b]] and stores its last state there.
 
-    q and k as the convolution gives them: they are brought to length 1 (over K, eps 1e-6), and q is scaled by K^-0.5.
-    g is the logarithm of the decay, beta how much of the correction is written.
+    q, k     outputs of the convolution; they are normalised to length 1 (over K, eps 1e-6), and q is scaled by K^-0.5
+    g        logarithm of the decay
+    beta     share of the correction that is written, 0 to 1
     """
     q_TMK, k_TMK = _unit(q_TMK) * q_TMK.shape[-1] ** -0.5, _unit(k_TMK)
     repeats = v_THV.shape[1] // q_TMK.shape[1]
@@ -69,9 +70,9 @@ def decode(
     num_key_heads: int,
     eps: float,
 ) -> Tensor:
-    """One token of each sequence: convolution, gates, the rule, and the gated norm; y [B, H, V].
+    """Process one token of each sequence: convolution, gates, the rule, and the gated norm. Return y [B, H, V].
 
-    qkv, z, b and a come from the input projections: beta = sigmoid(b), g = -exp(A_log) softplus(a + dt_bias).
+    qkv, z, b and a are outputs of the input projections: beta = sigmoid(b), g = -exp(A_log) softplus(a + dt_bias).
     """
     (H, V), M, K = z_BHV.shape[1:], num_key_heads, state_JHKV.shape[2]
     qkv_BC = update(qkv_BC, conv_weight_CW, None, conv_JSC, slots_B)
@@ -87,13 +88,13 @@ def decode(
 
 
 def gates(b__H: Tensor, a__H: Tensor, A_log_H: Tensor, dt_bias_H: Tensor) -> tuple[Tensor, Tensor]:
-    """How much of the correction is written, and the logarithm of the decay."""
+    """Return beta, the share of the correction that is written, and g, the logarithm of the decay."""
     dt__H = F.softplus(widen(a__H) + widen(dt_bias_H))
     return widen(b__H).sigmoid(), -widen(A_log_H).exp() * dt__H
 
 
 def _unit(x: Tensor) -> Tensor:
-    """x / |x| in float32 or wider."""
+    """Return x / |x| in float32, or float64 for float64."""
     x = widen(x)
     return x * torch.rsqrt(x.square().sum(-1, keepdim=True) + 1e-6)
 
@@ -113,7 +114,7 @@ def recurrent_gated_delta_rule(
     beta_BTH: Tensor,
     state_BHKV: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """One token after another; the definition. Returns o [B, T, H, V] and the final state [B, H, K, V]."""
+    """Compute the definition, token by token. Return o [B, T, H, V] and the final state [B, H, K, V]."""
     S_BHKV, outputs = _start(v_BTHV, k_BTHK.shape[-1], state_BHKV).contiguous(), []
     inputs = [x.to(S_BHKV.dtype) for x in (q_BTHK, k_BTHK, v_BTHV, g_BTH, beta_BTH)]
     for t in range(v_BTHV.shape[1]):
@@ -132,8 +133,10 @@ def _write_and_read(
     *,
     in_place: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """One token, all of one dtype: o [B, H, V] and the state, which is the given one if `in_place`. All heads are one
-    batch, P = B H."""
+    """Process one token of each sequence, all arguments of one dtype. Return o [B, H, V] and the new state.
+
+    in_place: overwrite the given state. All heads are one batch, P = B H.
+    """
     (B, H, K, V), decay_P11 = S_BHKV.shape, g_BH.exp().view(-1, 1, 1)
     S_PKV, k_P1K, v_P1V = S_BHKV.view(-1, K, V), k_BHK.reshape(-1, 1, K), v_BHV.reshape(-1, 1, V)
     out = S_PKV if in_place else None
@@ -152,7 +155,7 @@ def chunk_gated_delta_rule(
     state_BHKV: Tensor | None = None,
     chunk_size: int = CHUNK,
 ) -> tuple[Tensor, Tensor]:
-    """The same map, a chunk at a time: see `_by_chunks`."""
+    """Compute the same as `recurrent_gated_delta_rule`, a chunk at a time, see `_by_chunks`."""
     (B, T, _, _), S_BHKV = v_BTHV.shape, _start(v_BTHV, k_BTHK.shape[-1], state_BHKV)
     chunks = Chunks.of(T * torch.arange(B + 1, device=S_BHKV.device), chunk_size)
     q_THK, k_THK, v_THV, g_TH, beta_TH = (x.flatten(0, 1) for x in (q_BTHK, k_BTHK, v_BTHV, g_BTH, beta_BTH))
@@ -163,14 +166,14 @@ def chunk_gated_delta_rule(
 def _by_chunks(
     q_THK: Tensor, k_THK: Tensor, v_THV: Tensor, g_TH: Tensor, beta_TH: Tensor, S_BHKV: Tensor, chunks: Chunks
 ) -> tuple[Tensor, Tensor]:
-    """o [T, H, V] and the last states, of sequences in the order of `chunks`, which is that of their first states.
+    """Return o [T, H, V] and the last states. First and last states are in the order of the sequences in `chunks`.
 
     Let G be the running sum of g inside a chunk and S the state before it. Unrolling the recurrence gives
 
         d_t = beta_t (v_t - e^{G_t} S^T k_t - sum_{s<t} e^{G_t-G_s} (k_t . k_s) d_s)
 
     which is a unit lower triangular system (I + L) D = beta V - (beta e^G K) S. (I + L)^-1 does not depend on S, so
-    it is computed for all chunks at once; only small products are sequential. Padding is no decay and no write.
+    it is computed for all chunks at once; only small products are sequential. Padding neither decays nor writes.
     """
     inputs = (x.to(S_BHKV.dtype) for x in (q_THK, k_THK, v_THV, g_TH, beta_TH))
     q, k, v, g, beta = (chunks.cut(x).transpose(1, 2).contiguous() for x in inputs)

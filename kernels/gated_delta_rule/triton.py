@@ -1,4 +1,4 @@
-"""The gated delta rule for GPUs: ragged prompts in chunks, and a whole decode step in one launch.
+"""The gated delta rule in Triton: prompts of any lengths in chunks, and a whole decode step in one launch.
 
 Prefill takes two launches. The first processes all chunks at once and computes the values that do not depend on the
 state. The second goes through the chunks of each sequence in order, with the state in registers. Per token and value
@@ -42,7 +42,7 @@ CONFIGS = {
     "gated_delta_rule.prefill": [
         {"BV": BV, "num_warps": warps, "num_stages": stages}
         for BV, warps in ((32, 4), (64, 4), (64, 8), (128, 8))
-        for stages in (2, 3)  # with one, Triton 3.6 compiles (32, 4) for an H200 wrong
+        for stages in (2, 3)  # with one, Triton 3.6 compiles (32, 4) wrong for an H200
     ],
     "gated_delta_rule.decode": [{"num_warps": warps} for warps in (2, 4, 8)],
 }
@@ -58,10 +58,13 @@ def prefill(
     slots_B: Tensor,
     cu_seqlens_X: Tensor,
 ) -> Tensor:
-    """As the reference. The state is float32. For bfloat16 inputs, products are of float16, whose 11 bits show where a
-    state lives of corrections, as with keys that are all the same, and heads are small. So heads of K to 16 take the
-    float32 way; to 64, what is read of the state and written to it has two parts. Heads of 128, those of large models,
-    have no need of it: reading two parts alone would cost them 6 % of the time."""
+    """Same arguments and result as `reference.prefill`. The state is float32.
+
+    For bfloat16 inputs, the operands of products are float16. Their 11 bits are too few if heads are small and the
+    state consists of corrections, for example because all keys are equal. So heads of K <= 16 compute in float32, and
+    heads of K <= 64 split what is read from the state and written to it into two float16 parts. Heads of 128, those of
+    large models, need neither: splitting only the reads would cost 6 % of the time.
+    """
     (T, M, K), (_, H, V), B = q_TMK.shape, v_THV.shape, slots_B.shape[0]
     o_THV = torch.empty(v_THV.shape, dtype=v_THV.dtype, device=v_THV.device)
     if o_THV.numel() == 0:
@@ -105,7 +108,10 @@ def decode(
     num_key_heads: int,
     eps: float,
 ) -> Tensor:
-    """As the reference, in one launch. A slot below zero fills up a batch of fixed size: its output is zeros."""
+    """Same arguments and result as `reference.decode`, in one launch.
+
+    A slot below zero is padding of a batch of fixed size: its output is zeros.
+    """
     (B, H, V), M, K = z_BHV.shape, num_key_heads, state_JHKV.shape[2]
     y_BHV = torch.empty(B, H, V, dtype=qkv_BC.dtype, device=qkv_BC.device)
     if y_BHV.numel() == 0:
@@ -131,12 +137,12 @@ def _prepare_chunks(
 ):  # fmt: skip
     """Compute the values of a chunk of one head that do not depend on the state.
 
-    q and k of length 1; solve [C, C] = (I + L)^-1 diag(beta), L as in the reference; reads [C, C], the masked and
-    decayed products of q with k; and three rows of factors: from the state to what is read of it, from a write to the
-    state behind the chunk, and from the state before the chunk to the one behind.
+    Writes q and k normalised to length 1; solve [C, C] = (I + L)^-1 diag(beta), L as in the reference; reads [C, C],
+    the masked and decayed products of q with k; and three rows of decay factors: from the state before the chunk to a
+    read, from a write to the state after the chunk, and from the state before the chunk to the one after it.
 
-    The chunk is cut into two halves, a and b, for half of L is zero: with X and Y the inverses of the halves and Z the
-    part of L that takes a to b, the inverse of the whole has -Y Z X there.
+    The chunk is cut into two halves, because half of L is zero: with X and Y the inverses of the two halves and Z the
+    block of L between them, the inverse of the whole has the block -Y Z X.
     """
     tile, h = tl.program_id(0), tl.program_id(1)
     _, first, length, begin = locate(tile, start_ptr, num_sequences, C)
@@ -148,7 +154,7 @@ def _prepare_chunks(
         g_at, beta_at = g_ptr + row * g_row + h, beta_ptr + row * beta_row + h
         g_a, beta_a = _numbers(g_at + c * g_row, is_a), _numbers(beta_at + c * beta_row, is_a)
         g_b, beta_b = _numbers(g_at + (c + HALF) * g_row, is_b), _numbers(beta_at + (c + HALF) * beta_row, is_b)
-        # Sums of g between two tokens, added up rather than subtracted: differences of long sums lose their last bits.
+        # Sums of g between two tokens are added up: a difference of two long sums would lose its last bits.
         decay_a, after_a = _decay(g_a, c, HALF)
         decay_b, after_b = _decay(g_b, c, HALF)
         since_a, since_b, sum_a, sum_b = tl.cumsum(g_a, 0), tl.cumsum(g_b, 0), tl.sum(g_a, 0), tl.sum(g_b, 0)
@@ -196,7 +202,7 @@ def _prepare_chunks(
 
 @triton.jit
 def _unit(at, row, c, d, is_row, K: tl.constexpr, dtype: tl.constexpr):
-    """Rows c of length 1."""
+    """Return the rows of c normalised to length 1."""
     x = _numbers(at + (c[:, None] * row + d[None, :]), is_row[:, None] & (d < K)[None, :])
     return cast(x * tl.rsqrt(tl.sum(x * x, 1) + 1e-6)[:, None], dtype)
 
@@ -208,7 +214,7 @@ def _numbers(at, is_in):
 
 @triton.jit
 def _decay(g, c, SIZE: tl.constexpr):
-    """The decay from a write at j to a read at i, [SIZE, SIZE], zero for i < j; and the sum of g after each j."""
+    """Return the decay from a write at j to a read at i [SIZE, SIZE], zero for i < j; and the sum of g after j."""
     gap = tl.cumsum(tl.where(c[:, None] > c[None, :], g[:, None], 0.0), 0)
     after = tl.sum(tl.where(c[:, None] == SIZE - 1, gap, 0.0), 0)
     return tl.exp(tl.where(c[:, None] >= c[None, :], gap, float("-inf"))), after
@@ -216,9 +222,11 @@ def _decay(g, c, SIZE: tl.constexpr):
 
 @triton.jit
 def _invert(lower, c, LOG_SIZE: tl.constexpr, KIND: tl.constexpr):
-    """(I + lower)^-1, by the inverses of the diagonal blocks of size 1, then 2, 4, ...: with X and Y those of a block's
-    two halves and Z the part of `lower` below X, the block's inverse has -Y Z X there. The other way that needs only
-    products, powers of `lower`, overflows float32 when keys repeat."""
+    """Return (I + lower)^-1, from the inverses of the diagonal blocks of size 1, then 2, 4, ...
+
+    With X and Y the inverses of a block's two halves and Z the part of `lower` below X, the block's inverse has -Y Z X
+    there. Powers of `lower` would also need only products, but overflow float32 when keys repeat.
+    """
     inverse = tl.where(c[:, None] == c[None, :], 1.0, 0.0)
     for step in tl.static_range(LOG_SIZE):
         left = c[None, :] // 2**step
@@ -237,13 +245,15 @@ def _scan_chunks(
     H: tl.constexpr, R: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
     C: tl.constexpr, KIND: tl.constexpr, STATE: tl.constexpr,
 ):  # fmt: skip
-    """The chunks of one sequence and head in order, for some of the value dimensions.
+    """Process the chunks of one sequence and head in order, for some of the value dimensions.
 
-    What goes into a product of float16 must stay below 65,504. q, k, solve and reads are at most 1. Where state and v
-    are at most 64, what a chunk writes is below 64 x 64 + 64 x sqrt(K) x 64, which for K to 128 is 50,437; where they
-    are larger, the products see them scaled down to that. For K of 256 the bound is 69,632: there it is not proven.
+    Operands of float16 products must stay below 65,504. q, k, solve and reads are at most 1. If state and v are at most
+    64, what a chunk writes is below 64 x 64 + 64 x sqrt(K) x 64, which is 50,437 for K <= 128. Larger states and v are
+    scaled down to 64 for the products. For K = 256 the bound is 69,632, so it is not proven there.
     """
-    parts: tl.constexpr = (V + BV - 1) // BV  # of a head; neighbours, so that they find q and k in the cache
+    parts: tl.constexpr = (
+        V + BV - 1
+    ) // BV  # programs of one head are neighbours, so that they find q and k in the cache
     part, head = tl.program_id(0) % parts, tl.program_id(0) // parts
     b, h = head // H, head % H
     c, d, e = tl.arange(0, C), tl.arange(0, BK), part * BV + tl.arange(0, BV)
@@ -259,7 +269,7 @@ def _scan_chunks(
         for begin in range(0, length, C):
             is_row = c < length - begin
             is_key, is_value = is_row[:, None] & (d < K)[None, :], is_row[:, None] & (e < V)[None, :]
-            row = first + begin  # a scalar, as all that is large: within a tile, distances fit into 32 bits
+            row = first + begin  # a scalar of 64 bits; distances within a tile fit into 32 bits
             key = row * key_row + (h // R) * K + (c[:, None] * key_row + d[None, :])
             q, k = tl.load(q_ptr + key, is_key, 0.0), tl.load(k_ptr + key, is_key, 0.0)
             v = tl.load(v_ptr + row * v_row + h * v_head + (c[:, None] * v_row + e[None, :]), is_value, 0.0)
@@ -295,12 +305,12 @@ def _decode(
     H: tl.constexpr, R: tl.constexpr, K: tl.constexpr, V: tl.constexpr, W: tl.constexpr, BK: tl.constexpr,
     BV: tl.constexpr,
 ):  # fmt: skip
-    """One token of one sequence for one value head."""
+    """Process one token of one sequence for one value head."""
     h, n = tl.program_id(0), tl.program_id(1).to(tl.int64)
     d, e = tl.arange(0, BK), tl.arange(0, BV)
     is_key, is_value = d < K, e < V
     slot = tl.load(slot_ptr + n)
-    # What does not need the slot is asked for while the slot comes.
+    # Loads that do not need the slot are issued while the slot is loaded.
     z = tl.load(z_ptr + n * z_row + h * V + e, is_value, 0.0).to(tl.float32)
     norm = tl.load(norm_ptr + e, is_value, 0.0).to(tl.float32)
     b, a = tl.load(b_ptr + n * b_row + h).to(tl.float32), tl.load(a_ptr + n * a_row + h).to(tl.float32)
@@ -325,7 +335,9 @@ def _decode(
         qk = tl.sum(q * k, 0)
         beta, decay = 1 / (1 + tl.exp(-b)), tl.exp(-tl.exp(a_log) * softplus(a + dt_bias))
         lacks = beta * (v - decay * tl.sum(k[:, None] * S, 0))
-        y = decay * tl.sum(q[:, None] * S, 0) + qk * lacks  # what q reads after the write, without waiting for it
+        y = (
+            decay * tl.sum(q[:, None] * S, 0) + qk * lacks
+        )  # the result of reading with q after the write, computed without waiting for the write
         S = decay * S + k[:, None] * lacks[None, :]
 
         # The R programs of a key head all read its past inputs of q and k; the last to have done so moves them on. What

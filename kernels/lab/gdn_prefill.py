@@ -1,7 +1,7 @@
 """The gated delta rule of a prefill as a module that is compiled at its first use: C++ on a CPU, CUDA on a GPU.
 
-Serving libraries compile one function for each pair of head sizes, when it is first needed. This module exists to show
-the effect on the start of a server, not for speed, so the registry never selects it by itself.
+Serving libraries compile one function for each pair of head sizes when it is first needed. This module shows what that
+does to the start of a server. It is not fast.
 
 Shapes: as in `hybrid_moe_kernels.gated_delta_rule`.
 """
@@ -22,7 +22,7 @@ _SUFFIXES = {torch.float32: "f32", torch.float64: "f64"}
 
 
 def extension(device: torch.device) -> Extension:
-    """The extension that `prefill` uses on this device."""
+    """Return the extension that `prefill` uses on this device."""
     return PREFILL_CUDA if device.type == "cuda" else PREFILL
 
 
@@ -38,9 +38,9 @@ def prefill(
 ) -> Tensor:
     """As `gated_delta_rule.reference.prefill`: return o [T, H, V].
 
-    Sequence b starts from state[slots[b]] and leaves its last state there.
+    Sequence b starts from state[slots[b]] and stores its last state there.
 
-    Raises ValueError for head sizes that no function is made for.
+    Raises ValueError for head sizes that have no function, RuntimeError if the GPU refuses the launch.
     """
     wide = state_JHKV.dtype
     q, k, v, g, beta = (x.to(wide) for x in (q_TMK, k_TMK, v_THV, g_TH, beta_TH))

@@ -1,8 +1,8 @@
 """The experts of a mixture as a module that is compiled at its first use, in C++ for a CPU.
 
-Under expert parallelism this stands for the MoE backend whose first use comes after the dispatch of the first layer.
+Under expert parallelism its first use, and so its build, comes after the dispatch of the first layer.
 
-Shapes: N rows, K picks of a row, H hidden, E experts held, I intermediate, J = 2 I (gate, then up).
+Shapes: N rows, K picks (chosen experts) of a row, H hidden, E experts held, I intermediate, J = 2 I (gate, then up).
 """
 
 import ctypes
@@ -17,7 +17,7 @@ HERE = Path(__file__).parent
 EXPERTS = Extension("moe_experts", (HERE / "moe_experts.cpp",), (HERE / "moe_experts.h",), ("-O3", "-funroll-loops"))
 
 BLOCK_ROWS = (1, 4, 16)
-"""The numbers of rows of an expert to compute at once, from which a server can choose by timing."""
+"""Numbers of rows of an expert that can be computed at once. A server can choose one by timing."""
 
 _block_rows = [4]
 
@@ -39,7 +39,7 @@ def experts(x_NH: Tensor, weights_NK: Tensor, ids_NK: Tensor, gate_up_EJH: Tenso
 
 
 def time_blocks() -> list[int]:
-    """The time of a small mixture in microseconds, for each of BLOCK_ROWS. All compute the same result."""
+    """Return the microseconds of a small mixture for each of BLOCK_ROWS. All compute the same result."""
     N, K, H, E, I = 32, 2, 64, 4, 32
     x, weights, ids = torch.ones(N, H), torch.ones(N, K), torch.arange(N * K).view(N, K) % E
     gate_up, down = torch.ones(E, 2 * I, H), torch.ones(E, H, I)
@@ -54,5 +54,5 @@ def time_blocks() -> list[int]:
 
 
 def use_block_rows(rows: int) -> None:
-    """From now on, compute this many rows of an expert at once, in this process."""
+    """Compute this many rows of an expert at once from now on, in this process."""
     _block_rows[0] = rows

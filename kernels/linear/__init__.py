@@ -1,4 +1,4 @@
-"""A few rows times several weights at once: the projections of a decode step.
+"""Multiply a few rows by several weights at once: the projections of a decode step.
 
 Shapes: N rows, H inputs, O outputs of a weight.
 """

@@ -1,5 +1,5 @@
-"""Projections in C++. Beyond a few rows torch's own product is as fast, except in bfloat16 on a processor without
-instructions for it, where it is eight times slower.
+"""Projections in C++, for a few rows. For more rows torch's product is as fast, except for bfloat16 on a processor
+without bfloat16 instructions, where it is eight times slower.
 
 Shapes: N rows, H inputs, O outputs of a weight.
 """
@@ -15,11 +15,11 @@ from torch import Tensor
 __all__ = ["DEVICES", "DTYPES", "MAX_ROWS", "missing", "project"]
 
 MAX_ROWS = {torch.float32: 8, torch.bfloat16: 8 if torch.ops.mkldnn._is_mkldnn_bf16_supported() else 1 << 62}
-"""Of how many rows the product is computed here."""
+"""The most rows that this module multiplies itself; torch multiplies more."""
 
 
 def project(x_NH: Tensor, weights: Sequence[Tensor]) -> list[Tensor]:
-    """As the reference's."""
+    """Same arguments and result as `reference.project`."""
     if x_NH.shape[0] > MAX_ROWS[x_NH.dtype]:
         return reference.project(x_NH, weights)
     return native.library().project(x_NH, weights)

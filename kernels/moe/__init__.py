@@ -1,7 +1,7 @@
-"""Mixture of experts: the router's choice, and the experts, each applied to the rows that chose it.
+"""Mixture of experts: the router chooses experts for each row, and each expert processes the rows that chose it.
 
-Shapes: N rows, H hidden, E experts (those held here in `experts`), K picks of a row, I intermediate, J = 2 I (gate,
-then up), S intermediate of the shared expert.
+Shapes: N rows, H hidden, E experts (those held here in `experts`), K picks (chosen experts) of a row, I intermediate, J
+= 2 I (gate, then up), S intermediate of the shared expert.
 """
 
 from hybrid_moe_kernels.checks import FLOATS, Sizes

@@ -9,10 +9,10 @@ __all__ = ["DEVICES", "DTYPES", "experts", "missing", "mixture"]
 
 
 def experts(*args: Any, **options: Any) -> Any:
-    """As the reference's."""
+    """Same arguments and result as `reference.experts`."""
     return native.library().experts(*args, **options)
 
 
 def mixture(*args: Any, **options: Any) -> Any:
-    """As the reference's."""
+    """Same arguments and result as `reference.mixture`."""
     return native.library().mixture(*args, **options)

@@ -1,10 +1,10 @@
 """Gated MLP experts in plain torch: y[n] = sum_k weight[n, k] down[e] (silu(gate[e] x[n]) * up[e] x[n]), e = id[n, k].
 
-Two ways to the same result. With few picks, each is a matrix-vector product that reads nothing but its own expert.
-With many, rows are sorted by expert, and each expert multiplies its rows at once.
+Two implementations give the same result. With few picks, each pick is a matrix-vector product that reads only its own
+expert. With many picks, rows are sorted by expert, and each expert multiplies its rows at once.
 
-Shapes: N rows, K picks of a row, P = N K picks, H hidden, E experts held, I intermediate, J = 2 I (gate, then up), S
-intermediate of the shared expert, R picks whose expert is held, A and B any sizes.
+Shapes: N rows, K picks (chosen experts) of a row, P = N K picks, H hidden, E experts held, I intermediate, J = 2 I
+(gate, then up), S intermediate of the shared expert, R picks whose expert is held, A and B any sizes.
 """
 
 import torch
@@ -16,23 +16,28 @@ from torch import Tensor
 
 
 def route(logits_NE: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
-    """The weights and ids [N, K] of the `top_k` likeliest experts of each row, largest first: softmax over all in
-    float32 (float64 for float64), renormalised to sum to one over the picks."""
+    """Return weights and ids [N, K] of the `top_k` most probable experts of each row, largest weight first.
+
+    The weights are the softmax over all experts in float32 (float64 for float64), renormalised to sum to one over the
+    picks.
+    """
     logits_NK, ids_NK = widen(logits_NE).topk(top_k, dim=-1)
-    # A softmax over all, renormalised over some, is the softmax over these.
+    # The softmax over all experts, renormalised over the picks, equals the softmax over the picks.
     return logits_NK.softmax(-1), ids_NK
 
 
 def experts(x_NH: Tensor, weights_NK: Tensor, ids_NK: Tensor, gate_up_EJH: Tensor, down_EHI: Tensor) -> Tensor:
-    """y [N, H]. Ids outside 0 to E - 1 are experts held elsewhere: they contribute nothing. Sums are in float32, or
-    float64."""
+    """Return y [N, H], summed in float32, or float64 for float64.
+
+    Ids outside 0 to E - 1 are experts that other ranks hold; they contribute nothing.
+    """
     few = 2 * ids_NK.numel() <= gate_up_EJH.shape[0] and not differentiable(x_NH, gate_up_EJH, down_EHI)
     per_pick = pick_by_pick if few else expert_by_expert
     return combine(per_pick(x_NH, ids_NK, gate_up_EJH, down_EHI), weights_NK)
 
 
 def combine(out_PH: Tensor, weights_NK: Tensor) -> Tensor:
-    """The weighted sum [N, H] of each row's picks."""
+    """Return the weighted sum [N, H] of each row's picks."""
     out_NKH = widen(out_PH).view(*weights_NK.shape, out_PH.shape[-1])
     y_NH = torch.bmm(narrow(weights_NK, out_NKH.dtype)[:, None], out_NKH)[:, 0]
     return narrow(y_NH, out_PH.dtype)
@@ -50,8 +55,10 @@ def mixture(
     *,
     top_k: int,
 ) -> Tensor:
-    """A whole layer where all experts are held: the router's `top_k` experts of each row, and the shared expert times
-    sigmoid(shared_scale x). y [N, H]."""
+    """Compute a whole layer whose experts are all held here. Return y [N, H].
+
+    y sums the router's `top_k` experts of each row, and the shared expert times sigmoid(shared_scale x).
+    """
     weights_NK, ids_NK = route(product(x_NH, router_EH), top_k)
     routed_NH = experts(x_NH, weights_NK, ids_NK, gate_up_EJH, down_EHI)
     gate_NS, up_NS = project(x_NH, [shared_gate_SH, shared_up_SH])
@@ -60,7 +67,7 @@ def mixture(
 
 
 def pick_by_pick(x_NH: Tensor, ids_NK: Tensor, gate_up_EJH: Tensor, down_EHI: Tensor) -> Tensor:
-    """Each pick's output [P, H], zero where its expert is not held. Not differentiable: products go into place."""
+    """Return each pick's output [P, H], zero if its expert is not held. Not differentiable: it writes in place."""
     E, J, H = gate_up_EJH.shape
     K = ids_NK.shape[1]
     held = [(pick, e) for pick, e in enumerate(ids_NK.flatten().tolist()) if 0 <= e < E]
@@ -76,7 +83,7 @@ def pick_by_pick(x_NH: Tensor, ids_NK: Tensor, gate_up_EJH: Tensor, down_EHI: Te
 
 
 def expert_by_expert(x_NH: Tensor, ids_NK: Tensor, gate_up_EJH: Tensor, down_EHI: Tensor) -> Tensor:
-    """Each pick's output [P, H], zero where its expert is not held."""
+    """Return each pick's output [P, H], zero if its expert is not held."""
     (E, _, H), K = gate_up_EJH.shape, ids_NK.shape[1]
     ids_P = ids_NK.flatten()
     ids_P = ids_P.where((ids_P >= 0) & (ids_P < E), E)
@@ -94,7 +101,7 @@ def _act(hidden__J: Tensor) -> Tensor:
 
 
 def _grouped_product(x_RA: Tensor, weight_EAB: Tensor, counts_E: Tensor) -> Tensor:
-    """The first counts[0] rows times weight[0], the next counts[1] rows times weight[1], ..."""
+    """Multiply the first counts[0] rows by weight[0], the next counts[1] rows by weight[1], and so on."""
     if _grouped_mm_takes(x_RA, weight_EAB):
         return F.grouped_mm(x_RA, weight_EAB, offs=counts_E.cumsum(0, dtype=torch.int32))
     counts = counts_E.tolist()
@@ -108,7 +115,7 @@ def _grouped_product(x_RA: Tensor, weight_EAB: Tensor, counts_E: Tensor) -> Tens
 
 
 def _grouped_mm_takes(x_RA: Tensor, weight_EAB: Tensor) -> bool:
-    """torch's grouped product knows no float64, on GPUs only bfloat16, and wants rows aligned to 16 bytes."""
+    """Whether torch's grouped product takes this: no float64, on GPUs only bfloat16, and rows aligned to 16 bytes."""
     dtypes = (torch.bfloat16,) if x_RA.is_cuda else (torch.bfloat16, torch.float16, torch.float32)
     aligned = all(size * x_RA.element_size() % 16 == 0 for size in weight_EAB.shape[1:])
     return x_RA.dtype in dtypes and aligned and x_RA.shape[0] > 0

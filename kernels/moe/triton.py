@@ -1,17 +1,18 @@
-"""The router's choice and the experts for GPUs: four launches at most, and nothing that the host waits for.
+"""The router and the experts in Triton: at most four launches, and the host waits for none of them.
 
-`experts`: 1. `_plan` groups the picks by expert and cuts each group into tiles of BM picks; it is left out where the
-picks are so few that hardly two share an expert, and each is a tile; 2. `_gate_up` multiplies the rows of each tile,
-gathered, with its expert's gate and up matrices and applies SiLU; 3. `_down` multiplies with the down matrix; 4.
+`experts`: 1. `_plan` groups the picks by expert and cuts each group into tiles of BM picks; it is left out if the picks
+are so few that two of them rarely share an expert, and each pick is a tile; 2. `_gate_up` multiplies the rows of each
+tile, gathered, with its expert's gate and up matrices and applies SiLU; 3. `_down` multiplies with the down matrix; 4.
 `_combine` sums a row's picks with their weights in a fixed order, so that results do not depend on the grouping. Grids
 are sized for the worst split of the picks over the experts; programs without a tile end at once.
 
-Memory traffic at few rows is the weights of the experts that are hit, 6 H I bytes each in bfloat16 (25.2 MB for 4096 x
-1024), read once: a tile is BM picks of one expert, and its BM grows with the picks per expert. B rows hit E (1 - (1 -
-K/E)^B) of E experts on average. The rest, P (2 H + 2 I) numbers of gathered rows and intermediate results, is about 2 %
-of that up to 128 rows.
+With few rows, memory traffic is the weights of the chosen experts, 6 H I bytes each in bfloat16 (25.2 MB for 4096 x
+1024), read once: a tile is BM picks of one expert, and its BM grows with the picks per expert. B rows choose E (1 - (1
+- K/E)^B) of E experts on average. The rest, P (2 H + 2 I) numbers of gathered rows and intermediate results, is about 2
+% of that up to 128 rows.
 
-Shapes: N rows, H hidden, E experts held, K picks of a row, P = N K picks, I intermediate, J = 2 I (gate, then up).
+Shapes: N rows, H hidden, E experts held, K picks (chosen experts) of a row, P = N K picks, I intermediate, J = 2 I
+(gate, then up).
 """
 
 import torch
@@ -43,7 +44,8 @@ CONFIGS = {
 
 
 def route(logits_NE: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
-    """As the reference; of equal logits, the lower id comes first."""
+    """Same arguments and result as `reference.route`; of equal logits, the lower
+    id comes first."""
     N, E = logits_NE.shape
     weights_NK = torch.empty(N, top_k, dtype=torch.float32, device=logits_NE.device)
     ids_NK = torch.empty(N, top_k, dtype=torch.int64, device=logits_NE.device)
@@ -57,7 +59,8 @@ def route(logits_NE: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
 
 
 def experts(x_NH: Tensor, weights_NK: Tensor, ids_NK: Tensor, gate_up_EJH: Tensor, down_EHI: Tensor) -> Tensor:
-    """As the reference. For bfloat16, what comes out of SiLU and each pick's result are rounded to bfloat16."""
+    """Same arguments and result as `reference.experts`. For
+    bfloat16, the output of SiLU and each pick's result are rounded to bfloat16."""
     (N, K), (E, H, I) = ids_NK.shape, down_EHI.shape
     y_NH = torch.empty(N, H, dtype=x_NH.dtype, device=x_NH.device)
     P, dtype, device = N * K, x_NH.dtype, x_NH.device
@@ -68,7 +71,7 @@ def experts(x_NH: Tensor, weights_NK: Tensor, ids_NK: Tensor, gate_up_EJH: Tenso
     chosen = dict(config("moe.experts", _tiling(P, E, dtype)))
     BM, BN = chosen.pop("BM"), chosen.pop("BN")
     ids_NK = ids_NK.contiguous()
-    if N == 1 or P * P <= 4 * E:  # few share an expert: each pick is a tile
+    if N == 1 or P * P <= 4 * E:  # picks rarely share an expert, so each is a tile
         num_tiles, tile_expert, tile_picks = P, ids_NK, None
     else:
         num_tiles = P // BM + min(E, P)
@@ -85,7 +88,7 @@ def experts(x_NH: Tensor, weights_NK: Tensor, ids_NK: Tensor, gate_up_EJH: Tenso
         K=K, H=H, I=I, E=E, KIND=kind, BM=BM, BN=BN, **chosen,
     )  # fmt: skip
     out_PH = torch.empty(P, H, dtype=dtype, device=device)
-    BN *= 2 if BM == 16 else 1  # as much of the weights as a program of _gate_up, where they are what takes the time
+    BN *= 2 if BM == 16 else 1  # as many weights as a program of _gate_up reads, if reading weights takes the time
     _down[(num_tiles, triton.cdiv(H, BN))](
         hidden_PI, down_EHI, tile_expert, tile_picks, out_PH, down_EHI.stride(0), P,
         H=H, I=I, E=E, KIND=kind, BM=BM, BN=BN, **chosen,
@@ -102,7 +105,7 @@ def _tiling(num_picks: int, num_experts: int, dtype: torch.dtype) -> Config:
     BM = min(128, max(16, triton.next_power_of_2(triton.cdiv(2 * num_picks, num_experts))))
     if dtype == torch.float32:
         return {"BM": min(BM, 32), "BN": 32, "BK": 32, "num_warps": 4, "num_stages": 3}
-    if BM <= 32:  # small: an expert or two must fill the device
+    if BM <= 32:  # small, because the tiles of one or two experts must occupy the whole device
         return {"BM": BM, "BN": 2 * BM, "BK": 128, "num_warps": 4, "num_stages": 3 if BM == 16 else 4}
     return {"BM": BM, "BN": 128, "BK": 64, "num_warps": 8, "num_stages": 3}
 
@@ -115,7 +118,7 @@ def _route(
     n = tl.program_id(0).to(tl.int64)
     e, k = tl.arange(0, BE), tl.arange(0, BK)
     logits = tl.load(logits_ptr + n * row + e, e < E, float("-inf")).to(tl.float32)
-    # One integer orders logit, then id, and is taken back apart below: no two are equal, infinities included.
+    # One integer that orders by logit, then by id; it is split again below. No two are equal, not even infinities.
     bits = logits.to(tl.int32, bitcast=True)
     ordered = bits ^ ((bits >> 31) & 0x7FFFFFFF)
     key = (ordered.to(tl.int64) << 32) | (BE - 1 - e)
@@ -142,7 +145,7 @@ def _plan(
 ):  # fmt: skip
     """Write one expert's tiles: the expert's id and its picks, padded with num_picks. Unused tiles get expert -1.
 
-    Every program counts all picks. This saves a launch, and keeps the picks of a tile in their original order.
+    Every program counts all picks, which saves a launch and keeps the picks of a tile in their original order.
     """
     expert = tl.program_id(0)
     p, e, m = tl.arange(0, BP), tl.arange(0, BE), tl.arange(0, BM)
@@ -172,7 +175,7 @@ def _plan(
 
 @triton.jit
 def _picks(tile_picks_ptr, tile, num_picks, BM: tl.constexpr):
-    """A tile's picks, padded with num_picks. Without a plan, the tile has one pick: number `tile`."""
+    """Return the picks of a tile, padded with num_picks. Without a plan, a tile has one pick: number `tile`."""
     m = tl.arange(0, BM)
     if tile_picks_ptr is None:
         pick = tl.where(m == 0, tile, num_picks)
@@ -187,7 +190,7 @@ def _gate_up(
     K: tl.constexpr, H: tl.constexpr, I: tl.constexpr, E: tl.constexpr, KIND: tl.constexpr, BM: tl.constexpr,
     BN: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
-    """hidden[p] = silu(gate x) * (up x) for the picks of a tile and BN of the intermediate dimensions."""
+    """Compute hidden[p] = silu(gate x) * (up x) for the picks of a tile and BN of the intermediate dimensions."""
     tile = tl.program_id(0)
     expert = tl.load(tile_expert_ptr + tile).to(tl.int64)
     if (expert >= 0) & (expert < E):
@@ -212,7 +215,7 @@ def _down(
     H: tl.constexpr, I: tl.constexpr, E: tl.constexpr, KIND: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
     BK: tl.constexpr,
 ):  # fmt: skip
-    """out[p] = down hidden[p] for the picks of a tile and BN of the hidden dimensions."""
+    """Compute out[p] = down hidden[p] for the picks of a tile and BN of the hidden dimensions."""
     tile = tl.program_id(0)
     expert = tl.load(tile_expert_ptr + tile).to(tl.int64)
     if (expert >= 0) & (expert < E):
@@ -235,7 +238,7 @@ def _combine(
     out_ptr, weights_ptr, ids_ptr, y_ptr, weights_row,
     K: tl.constexpr, E: tl.constexpr, H: tl.constexpr, BH: tl.constexpr,
 ):  # fmt: skip
-    """y[n] = the weighted sum of the row's picks whose expert is held; the others' places in out were never written."""
+    """Compute y[n], the weighted sum of the row's picks whose expert is held. Other picks are undefined in `out`."""
     n = tl.program_id(0).to(tl.int64)
     h = tl.program_id(1) * BH + tl.arange(0, BH)
     y = tl.zeros([BH], tl.float32)

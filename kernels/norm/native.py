@@ -9,15 +9,15 @@ __all__ = ["DEVICES", "DTYPES", "gate_then_norm", "missing", "norm_then_gate", "
 
 
 def rms_norm(*args: Any, **options: Any) -> Any:
-    """As the reference's."""
+    """Same arguments and result as `reference.rms_norm`."""
     return native.library().rms_norm(*args, **options)
 
 
 def norm_then_gate(*args: Any, **options: Any) -> Any:
-    """As the reference's."""
+    """Same arguments and result as `reference.norm_then_gate`."""
     return native.library().norm_then_gate(*args, **options)
 
 
 def gate_then_norm(*args: Any, **options: Any) -> Any:
-    """As the reference's."""
+    """Same arguments and result as `reference.gate_then_norm`."""
     return native.library().gate_then_norm(*args, **options)

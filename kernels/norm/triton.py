@@ -1,7 +1,7 @@
-"""Root-mean-square norms for GPUs: a program has some whole rows in registers.
+"""Root-mean-square norms in Triton: a program has some whole rows in registers.
 
-Memory traffic: each input is read once and the output written once, with rows of any stride; `gate_then_norm` runs over
-the groups as over rows. Nothing else is possible, so at more than a few thousand rows the time is that of a copy.
+Memory traffic: each input is read once and the output written once, with rows of any stride; `gate_then_norm` treats
+groups as rows. From a few thousand rows on, the time is that of a copy.
 
 Shapes: N rows, H features, G groups of features.
 """
@@ -20,17 +20,17 @@ CONFIGS = {
 
 
 def rms_norm(x_NH: Tensor, weight_H: Tensor, eps: float) -> Tensor:
-    """As the reference."""
+    """Same arguments and result as `reference.rms_norm`."""
     return _norm(x_NH, None, weight_H, eps, 1, offset=1, gate_first=False)
 
 
 def norm_then_gate(x_NH: Tensor, gate_NH: Tensor, weight_H: Tensor, eps: float) -> Tensor:
-    """As the reference."""
+    """Same arguments and result as `reference.norm_then_gate`."""
     return _norm(x_NH, gate_NH, weight_H, eps, 1, offset=0, gate_first=False)
 
 
 def gate_then_norm(x_NH: Tensor, gate_NH: Tensor, weight_H: Tensor, num_groups: int, eps: float) -> Tensor:
-    """As the reference."""
+    """Same arguments and result as `reference.gate_then_norm`."""
     return _norm(x_NH, gate_NH, weight_H, eps, num_groups, offset=0, gate_first=True)
 
 
@@ -64,7 +64,7 @@ def _norm_rows(
     H: tl.constexpr, G: tl.constexpr, OFFSET: tl.constexpr, GATE_FIRST: tl.constexpr, ROWS: tl.constexpr,
     BH: tl.constexpr,
 ):  # fmt: skip
-    row = (tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS))[:, None]  # of one group each
+    row = (tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS))[:, None]  # rows of one group each
     h = tl.arange(0, BH)[None, :]
     is_in = (row < num_rows) & (h < H)
     feature = (row % G) * H + h

@@ -9,5 +9,5 @@ __all__ = ["DEVICES", "DTYPES", "missing", "rotate"]
 
 
 def rotate(*args: Any, **options: Any) -> Any:
-    """As the reference's."""
+    """Same arguments and result as `reference.rotate`."""
     return native.library().rotate(*args, **options)

@@ -8,7 +8,7 @@ from torch import Tensor
 
 
 def rotate(x_THD: Tensor, cos_TR: Tensor, sin_TR: Tensor) -> Tensor:
-    """Turn dimension i together with i + R by the token's angle i, for i < R; the rest of the head passes through."""
+    """Rotate dimensions i and i + R by the token's angle i, for i < R; copy the other dimensions of the head."""
     half = cos_TR.shape[-1]
     a, b, rest = x_THD.split([half, half, x_THD.shape[-1] - 2 * half], dim=-1)
     cos, sin = cos_TR[:, None], sin_TR[:, None]

@@ -1,4 +1,4 @@
-"""Rotary position embedding for GPUs: a program turns some heads of one token.
+"""Rotary position embedding in Triton: a program rotates some heads of one token.
 
 Memory traffic: x is read and y written once (a dimension's partner is in the same cache lines), and the token's R
 angles once for every HEADS heads.
@@ -18,7 +18,7 @@ CONFIGS = {"rope.rotate": [{"HEADS": heads, "num_warps": warps} for heads in (4,
 
 
 def rotate(x_THD: Tensor, cos_TR: Tensor, sin_TR: Tensor) -> Tensor:
-    """As the reference."""
+    """Same arguments and result as `reference.rotate`."""
     (T, H, D), R = x_THD.shape, cos_TR.shape[1]
     y_THD = torch.empty(T, H, D, dtype=x_THD.dtype, device=x_THD.device)
     if y_THD.numel() == 0:

@@ -1,6 +1,6 @@
 """State space duality (Mamba-2): a linear recurrence with one decay per head.
 
-Two ops, both with states in place in a pool, by slot: `prefill` for any number of tokens of each sequence, and
+Two ops, which update states in a pool in place, by slot: `prefill` for any number of tokens of each sequence, and
 `decode`, the whole of Mamba-2 between its input and output projections for one token of each sequence.
 
 Shapes: T tokens of all sequences, one after another, B sequences, X = B + 1, H heads, P head dim, G groups of heads

@@ -1,7 +1,8 @@
 """mamba_ssm behind the ops' signatures, to compare with; choose it with `registry.use("mamba_ssm")`.
 
-`prefill` runs sequences of one length together, as their kernel takes states in only for a dense batch. `decode` is the
-chain of launches around their `selective_state_update`, which also makes the time step where that has no limits.
+`prefill` runs sequences of one length together, because mamba_ssm's kernel takes initial states only for a dense batch.
+`decode` is the chain of launches around `selective_state_update`, which also computes the time step if it has no
+limits.
 """
 
 import torch
@@ -28,7 +29,7 @@ def prefill(
     slots_B: Tensor,
     cu_seqlens_X: Tensor,
 ) -> Tensor:
-    """As the reference."""
+    """Same arguments and result as `reference.prefill`."""
     y_THP = torch.empty(x_THP.shape, dtype=x_THP.dtype, device=x_THP.device)
     for sequences, rows, length in by_length(cu_seqlens_X):
         slots = slots_B[sequences]
@@ -59,7 +60,7 @@ def decode(
     dt_limit: tuple[float, float | None],
     eps: float,
 ) -> Tensor:
-    """As the reference, in several launches."""
+    """Same arguments and result as `reference.decode`, in several launches."""
     (H, P, N), G = state_JHPN.shape[1:], num_groups
     if z_BI.numel() == 0:
         return torch.empty_like(z_BI)
@@ -67,7 +68,7 @@ def decode(
     x, b, c = xbc_BC.split([H * P, G * N, G * N], dim=-1)
     is_stock = dt_limit == (0.0, None)
     dt_BH = dt_BH if is_stock else time_step(dt_BH, dt_bias_H, dt_limit)
-    dt_bias_H = dt_bias_H if is_stock else torch.zeros_like(dt_bias_H)  # not None, whose stride it would ask for
+    dt_bias_H = dt_bias_H if is_stock else torch.zeros_like(dt_bias_H)  # None fails: the function reads its stride
     y_BHP = selective_state_update(
         state_JHPN,
         x.unflatten(-1, (H, P)),

@@ -5,8 +5,8 @@ For every head, with a state S [P, N] that starts at `state` (None: zeros), at e
     S = exp(dt A) S + dt x b^T
     y = S c + D x
 
-`prefill` and `decode` have the ops' signatures; below them, sequences have one length, and states are handed in and
-out.
+`prefill` and `decode` have the ops' signatures. The functions below them take sequences of one length, with states as
+arguments and results.
 
 Shapes: B sequences, T time (of all sequences, one after another, in `prefill`), H heads, P head dim, G groups of heads
 that share b and c, N state size, I = H P, Z chunks, C tokens of a chunk (in `decode` the channels I + 2 G N), W filter
@@ -37,7 +37,7 @@ def prefill(
     slots_B: Tensor,
     cu_seqlens_X: Tensor,
 ) -> Tensor:
-    """y [T, H, P]; sequence s starts from state[slots[s]] and leaves its last state there."""
+    """Return y [T, H, P]. Sequence s starts from state[slots[s]] and stores its last state there."""
     chunks = Chunks.of(cu_seqlens_X, CHUNK)
     slots = slots_B[chunks.order]
     copy = differentiable(x_THP, dt_TH, A_H, b_TGN, c_TGN)
@@ -64,10 +64,10 @@ def decode(
     dt_limit: tuple[float, float | None],
     eps: float,
 ) -> Tensor:
-    """One token of each sequence: convolution, time step, recurrence, and the gated norm; y [B, I].
+    """Process one token of each sequence: convolution, time step, recurrence, and the gated norm. Return y [B, I].
 
-    xbc, z and dt come from the input projection: dt = clamp(softplus(dt + dt_bias), *dt_limit), A = -exp(A_log).
-    norm_weight None leaves gate and norm to the caller.
+    xbc, z and dt are outputs of the input projection: dt = clamp(softplus(dt + dt_bias), *dt_limit), A = -exp(A_log).
+    norm_weight None: the caller applies gate and norm.
     """
     (H, P, N), G = state_JHPN.shape[1:], num_groups
     xbc_BC = update(xbc_BC, conv_weight_CW, conv_bias_C, conv_JSC, slots_B)
@@ -82,12 +82,12 @@ def decode(
 
 
 def time_step(dt__H: Tensor, dt_bias_H: Tensor, limit: tuple[float, float | None]) -> Tensor:
-    """softplus(dt + dt_bias), clamped."""
+    """Return the time step softplus(dt + dt_bias), clamped to `dt_limit`."""
     return F.softplus(widen(dt__H) + widen(dt_bias_H)).clamp(*limit)
 
 
 def decay_rate(A_log_H: Tensor) -> Tensor:
-    """A < 0."""
+    """Return A = -exp(A_log), which is negative."""
     return -widen(A_log_H).exp()
 
 
@@ -112,7 +112,7 @@ def recurrent_ssd(
     D_H: Tensor,
     state_BHPN: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """One token after another; the definition. Returns y [B, T, H, P] and the final state [B, H, P, N]."""
+    """Compute the definition, token by token. Return y [B, T, H, P] and the final state [B, H, P, N]."""
     S_BHPN = _start(x_BTHP, b_BTGN.shape[-1], state_BHPN)
     x, dt, A, b, c, D = (z.to(S_BHPN.dtype) for z in (x_BTHP, dt_BTH, A_H, b_BTGN, c_BTGN, D_H))
     b, c = _per_head(b, x.shape[2]), _per_head(c, x.shape[2])
@@ -135,7 +135,7 @@ def chunk_ssd(
     state_BHPN: Tensor | None = None,
     chunk_size: int = CHUNK,
 ) -> tuple[Tensor, Tensor]:
-    """The same map, a chunk at a time: see `_by_chunks`."""
+    """Compute the same as `recurrent_ssd`, a chunk at a time, see `_by_chunks`."""
     (B, T, _, _), S_BHPN = x_BTHP.shape, _start(x_BTHP, b_BTGN.shape[-1], state_BHPN)
     chunks = Chunks.of(T * torch.arange(B + 1, device=S_BHPN.device), chunk_size)
     x_THP, dt_TH, b_TGN, c_TGN = (z.flatten(0, 1) for z in (x_BTHP, dt_BTH, b_BTGN, c_BTGN))
@@ -153,8 +153,10 @@ def _by_chunks(
     S_BHPN: Tensor,
     chunks: Chunks,
 ) -> tuple[Tensor, Tensor]:
-    """y [T, H, P] and the last states, of sequences in the order of `chunks`, which is that of their first states:
-    masked attention inside a chunk, the recurrence only between chunks. Padding is no decay and no write."""
+    """Return y [T, H, P] and the last states. First and last states are in the order of the sequences in `chunks`.
+
+    Inside a chunk this is masked attention; only chunks are sequential. Padding neither decays nor writes.
+    """
     x, dt, A, b, c, D = (z.to(S_BHPN.dtype) for z in (x_THP, dt_TH, A_H, b_TGN, c_TGN, D_H))
     rows = x * dt[..., None], dt * A, _per_head(b, x.shape[1]), _per_head(c, x.shape[1])
     written, a, b, c = (chunks.cut(z).transpose(1, 2).contiguous() for z in rows)

@@ -1,7 +1,7 @@
-"""The Mamba-2 recurrence for GPUs: ragged prompts in chunks, and a whole decode step, each in one launch.
+"""The Mamba-2 recurrence in Triton: prompts of any lengths in chunks, and a whole decode step, each in one launch.
 
-Prefill: a program walks through the chunks of one sequence and head with the state in registers, so that between chunks
-nothing is written but y. Per token and head of 64 x 128 in bfloat16 it reads x (128 B), b and c (512 B, mostly from L2:
+Prefill: a program processes the chunks of one sequence and head in order, with the state in registers, so it writes
+only y between chunks. Per token and head of 64 x 128 in bfloat16 it reads x (128 B), b and c (512 B, mostly from L2:
 the heads of a group share them) and dt, and writes y (128 B); the state moves once per prompt.
 
 Decode is bound by its state, read and written once: 2 x 4 x H P N bytes a sequence, 8.39 MB for 128 heads of 64 x 128,
@@ -54,7 +54,8 @@ def prefill(
     slots_B: Tensor,
     cu_seqlens_X: Tensor,
 ) -> Tensor:
-    """As the reference. The state is float32; for bfloat16 inputs, products see 16 bits of it."""
+    """Same arguments and result as `reference.prefill`. The state is float32; for
+    bfloat16 inputs, products use 16 bits of it."""
     (_, H, P), (_, G, N), B = x_THP.shape, b_TGN.shape, slots_B.shape[0]
     y_THP = torch.empty(x_THP.shape, dtype=x_THP.dtype, device=x_THP.device)
     if y_THP.numel() == 0:
@@ -91,7 +92,10 @@ def decode(
     dt_limit: tuple[float, float | None],
     eps: float,
 ) -> Tensor:
-    """As the reference, in one launch. A slot below zero fills up a batch of fixed size: its output is zeros."""
+    """Same arguments and result as `reference.decode`, in one launch.
+
+    A slot below zero is padding of a batch of fixed size: its output is zeros.
+    """
     (B, I), (H, P, N), G = z_BI.shape, state_JHPN.shape[1:], num_groups
     y_BI = torch.empty(B, I, dtype=xbc_BC.dtype, device=xbc_BC.device)
     if y_BI.numel() == 0:
@@ -117,8 +121,10 @@ def _scan_chunks(
     H: tl.constexpr, R: tl.constexpr, P: tl.constexpr, N: tl.constexpr, BP: tl.constexpr, BN: tl.constexpr,
     C: tl.constexpr, SHARED: tl.constexpr, STATE: tl.constexpr,
 ):  # fmt: skip
-    """The chunks of one sequence and head in order, for some of the head's dimensions."""
-    parts: tl.constexpr = (P + BP - 1) // BP  # of a head; neighbours, so that they find b and c in the cache
+    """Process the chunks of one sequence and head in order, for some of the head's dimensions."""
+    parts: tl.constexpr = (
+        P + BP - 1
+    ) // BP  # programs of one head are neighbours, so that they find b and c in the cache
     part, head = tl.program_id(0) % parts, tl.program_id(0) // parts
     s, h = head // H, head % H
     t, n, p = tl.arange(0, C), tl.arange(0, BN), part * BP + tl.arange(0, BP)
@@ -133,14 +139,14 @@ def _scan_chunks(
         skip = tl.load(d_ptr + h).to(tl.float32)
         for begin in range(0, length, C):
             is_row = t < length - begin
-            row = first + begin  # a scalar, as all that is large: within a tile, distances fit into 32 bits
+            row = first + begin  # a scalar of 64 bits; distances within a tile fit into 32 bits
             is_x, is_bc = is_row[:, None] & (p < P)[None, :], is_row[:, None] & (n < N)[None, :]
             x = tl.load(x_ptr + row * x_row + h * x_head + (t[:, None] * x_row + p[None, :]), is_x, 0.0)
             b = tl.load(b_ptr + row * b_row + (h // R) * b_group + (t[:, None] * b_row + n[None, :]), is_bc, 0.0)
             c = tl.load(c_ptr + row * c_row + (h // R) * c_group + (t[:, None] * c_row + n[None, :]), is_bc, 0.0)
             dt = tl.load(dt_ptr + row * dt_row + h + t * dt_row, is_row, 0.0).to(tl.float32)
 
-            # Sums between two tokens, added up rather than subtracted: differences of long sums lose their last bits.
+            # Sums between two tokens are added up: a difference of two long sums would lose its last bits.
             gap = tl.cumsum(tl.where(t[:, None] > t[None, :], (dt * a)[:, None], 0.0), 0)
             since, after = tl.cumsum(dt * a, 0), tl.sum(tl.where(t[:, None] == C - 1, gap, 0.0), 0)
             decay = tl.exp(tl.where(t[:, None] >= t[None, :], gap, float("-inf"))) * dt[None, :]
@@ -161,12 +167,12 @@ def _decode(
     H: tl.constexpr, R: tl.constexpr, P: tl.constexpr, N: tl.constexpr, W: tl.constexpr, BP: tl.constexpr,
     BN: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
-    """One token of one sequence for one head; the last of a group's heads does what the group has in common."""
+    """Process one token of one sequence for one head; the last head of a group also does the work of the group."""
     h, s = tl.program_id(0), tl.program_id(1).to(tl.int64)
     p, n = tl.arange(0, BP), tl.arange(0, BN)
     is_p, is_n = p < P, n < N
     slot = tl.load(slot_ptr + s)
-    # What does not need the slot is asked for while the slot comes.
+    # Loads that do not need the slot are issued while the slot is loaded.
     dt = tl.load(dt_ptr + s * dt_row + h).to(tl.float32) + tl.load(dt_bias_ptr + h).to(tl.float32)
     a_log, skip = tl.load(a_log_ptr + h).to(tl.float32), tl.load(d_ptr + h).to(tl.float32)
     if norm_ptr is not None:
@@ -196,7 +202,7 @@ def _decode(
         else:
             tl.store(gated_ptr + s * (H * P) + h * P + p, y * silu(z), is_p)
 
-        # An arrival waits for what its program has stored so far, so the state is stored behind it.
+        # Incrementing the counter waits for the stores before it, so the state is stored after it.
         tl.debug_barrier()
         arrived_at = arrived_ptr + s * (H // R) + h // R
         arrived = tl.atomic_add(arrived_at, 1, sem="release")
@@ -210,7 +216,7 @@ def _decode(
                 i = tl.arange(0, GROUP)
                 feature = (h // R) * (R * P) + i
                 is_in = i < R * P
-                # Past the first cache, which belongs to this multiprocessor alone.
+                # Read around the first-level cache, which is private to this multiprocessor.
                 gated = tl.load(gated_ptr + s * (H * P) + feature, is_in, 0.0, cache_modifier=".cg")
                 gated *= tl.rsqrt(tl.sum(gated * gated, 0) / (R * P) + eps)
                 gated *= tl.load(norm_ptr + feature, is_in, 0.0).to(tl.float32)
