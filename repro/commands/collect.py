@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import re
+import signal
 import sys
 import time
 from collections.abc import Sequence
@@ -11,7 +12,7 @@ from pathlib import Path
 
 from repro.commands import diagnose
 from repro.exit_codes import USAGE
-from repro.hosts.looks.collection import collect, file_name
+from repro.hosts.looks.collection import Collection, file_name
 from repro.hosts.looks.jobs import Job, choose, find_jobs, match
 from repro.hosts.looks.look import host_name
 from repro.hosts.looks.proc import Status, read_all, uptime_s
@@ -31,6 +32,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--interval", type=_seconds, default=INTERVAL_S, metavar="S", help="between two looks; default: 2"
     )
+    parser.add_argument(
+        "--allow-signals",
+        type=_signal,
+        default=0,
+        metavar="SIGNAL",
+        help="a signal, such as USR1, whose handler prints the stacks; sent only to ranks that handle it",
+    )
     parser.add_argument("--json", action="store_true")
 
 
@@ -45,10 +53,11 @@ def run(args: argparse.Namespace) -> int:
         return _refuse(args, jobs, table)
     began_s = time.monotonic()
     run_dir = RunDir.create_collected(args.to, file_name(host_name()))
-    collected = collect(run_dir, jobs[0], args.interval)
+    collection = Collection(run_dir, jobs[0], args.allow_signals)
+    collection.collect(args.interval)
     took_s = time.monotonic() - began_s
-    _say(f"{_describe(collected.job, table)}: looked at twice in {took_s:.1f} s; the evidence is in {run_dir.root}")
-    for line in collected.hidden:
+    _say(f"{_describe(collection.job, table)}: looked at twice in {took_s:.1f} s; the evidence is in {run_dir.root}")
+    for line in collection.hidden:
         _say(f"not seen: {line}")
     args.paths, args.out = [run_dir.root], run_dir.root
     return diagnose.run(args)
@@ -96,6 +105,13 @@ def _pid(text: str) -> int:
     if not text.isdigit() or not 0 < int(text) < 1 << 31:
         raise argparse.ArgumentTypeError(f"{text!r} is not a process id")
     return int(text)
+
+
+def _signal(text: str) -> int:
+    names = {"USR1": signal.SIGUSR1, "USR2": signal.SIGUSR2}
+    if (number := names.get(text.upper().removeprefix("SIG"))) is None:
+        raise argparse.ArgumentTypeError(f"{text!r} is not USR1 or USR2; other signals end or stop a process")
+    return int(number)
 
 
 def _pattern(text: str) -> re.Pattern[str]:

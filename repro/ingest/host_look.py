@@ -27,7 +27,7 @@ def read_json(content: dict[str, Any], file: str) -> Iterator[Observation]:
         source = Source(file, f"process {_count(row.get('pid')) or index}")
         yield ProcessLook(
             _process(row), host, look, at_s, _text(row.get("state"))[:1], _number(row.get("cpu_s")),
-            _count(row.get("switches")), _text(row.get("kernel_function")),
+            _number(row.get("first_thread_cpu_s")), _count(row.get("switches")), _text(row.get("kernel_function")),
             tuple(map(_child, _dicts(row.get("children")))), source,
         )  # fmt: skip
     for row in _dicts(content.get("locks")):
@@ -68,10 +68,25 @@ def _notes(content: dict[str, Any], file: str) -> Iterator[Note]:
             yield Note("no process", words, Process(rank=rank), str(rank), None, source)
     for text in _list(content.get("hidden"))[:MAX_ROWS]:
         yield Note("hidden", _text(text), Process(), "", None, source)
-    for version in _list(content.get("nccl_versions"))[:16]:
-        yield Note("version", f"NCCL {_text(version)} is loaded", Process(), _text(version), None, source)
+    loaded = content.get("versions")
+    if isinstance(loaded, dict) and (version := _text(loaded.get("nccl"))):
+        yield Note("version", f"NCCL {version} is loaded", Process(), version, None, source)
+    if content.get("has_devices") is True:
+        yield Note("devices", "the host has accelerators", Process(), "", None, source)
+    if content.get("numbered") is True:
+        words = "the ranks are not known: they are numbers of the processes, in the order in which these started"
+        yield Note("numbered", words, Process(), "", None, source)
+    for row in _dicts(content.get("gpus"))[:64]:
+        yield Note("gpu", _gpu(row), Process(), str(_count(row.get("index"))), None, source)
     for text in _list(content.get("warnings"))[:64]:
         yield Note("warning", _text(text), Process(), "", None, source)
+
+
+def _gpu(row: dict[str, Any]) -> str:
+    used, total = _count(row.get("memory_used")) >> 30, _count(row.get("memory_total")) >> 30
+    pids = " ".join(map(str, _pids(row.get("pids"))[:8])) or "none"
+    share = _count(row.get("utilisation"))
+    return f"GPU {_count(row.get('index'))}: {share} % in use, {used} of {total} GiB, processes {pids}"
 
 
 def _process(row: dict[str, Any]) -> Process:

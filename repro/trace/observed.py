@@ -304,6 +304,7 @@ class ProcessLook:
     at_s      when, in seconds on the host's clock; only the difference of two looks at one host means anything
     state     R runs, S sleeps, D waits for a device, T stopped, t stopped by a debugger, Z ended and not reaped
     cpu_s     processor seconds of the process so far, without its children
+    first_thread_cpu_s  of the thread that runs the program
     switches  times that its first thread left a processor so far; a thread that is blocked does not
     place     the function of the kernel that it waits in, "" if hidden
     """
@@ -314,6 +315,7 @@ class ProcessLook:
     at_s: float
     state: str
     cpu_s: float
+    first_thread_cpu_s: float
     switches: int
     place: str = ""
     children: tuple[Child, ...] = ()

@@ -23,7 +23,7 @@ EXPECTED = {  # kind: class, cause, culprits, suspects, and words of a sentence
     "stopped": ("stall", "host", [ODD], [], "stopped by a signal"),
     "crossed_groups": ("deadlock", "order", [], [ODD], "of group outer"),
 }
-QUICK = ["swallowed_exception", "abandoned_lock", "busy"]
+QUICK = ["swallowed_exception", "abandoned_lock"]
 
 
 @pytest.fixture(scope="module")

@@ -4,87 +4,164 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
 
 from hybrid_moe_ref.files import write_atomically
+from repro.hosts.looks import machine, offers
 from repro.hosts.looks.jobs import Job, Member
 from repro.hosts.looks.look import host_name, look_at
 from repro.hosts.looks.proc import command_of, descendants, read_all
-from repro.hosts.looks.py_spy import Answer, find_py_spy, take_stacks
+from repro.hosts.looks.py_spy import find_py_spy, take_stacks
 from repro.hosts.looks.rights import why_hidden
+from repro.hosts.looks.signal_stacks import stacks_by_signal
 from repro.hosts.looks.variables import Threads, ranks_by_variables, stripped
 from repro.store.run_dir import RunDir, write_json
 
 LOOKS = 2
 MAX_CHILD_STACKS = 64
 _PYTHON = ("python", "pt_main", "pt_data")
+NOT_INSTALLED = "py-spy is not installed, so no stacks were taken: pip install py-spy"
 
 
-@dataclass(frozen=True, slots=True)
-class Collected:
-    """What was collected: the job with the ranks that its variables gave, and what this user was not allowed to see."""
+@dataclass
+class Collection:
+    """A job while it is looked at.
 
+    job       with the ranks that its variables gave
+    numbered  whether the ranks are only numbers in the order in which the processes started
+    hidden    what could not be seen and how to allow it, a sentence each, in the order in which it was met
+    """
+
+    run_dir: RunDir
     job: Job
-    hidden: tuple[str, ...]
+    signal: int = 0
+    numbered: bool = False
+    hidden: dict[str, None] = field(default_factory=dict)
+
+    @property
+    def host(self) -> str:
+        return file_name(host_name())
+
+    @property
+    def ranks(self) -> dict[int, Member]:
+        return {member.rank: member for member in self.job.members if member.rank is not None}
+
+    def collect(self, interval_s: float, sleep: Callable[[float], None] = time.sleep) -> None:
+        """Look at the job LOOKS times, and once at what it offers and at the machine.
+
+        Raises OSError where a file cannot be written.
+        """
+        for number in range(1, LOOKS + 1):
+            began_s = time.monotonic()
+            if number > 1:
+                self._take_offers()
+                self._read_kernel_log()
+                sleep(max(0.0, interval_s - (time.monotonic() - began_s)))
+            self._look(number)
+
+    def _look(self, number: int) -> None:
+        stacks = self._take_stacks(number)
+        document = look_at(self.job, number, stacks, list(self.hidden), numbered=self.numbered)
+        write_json(self.run_dir.facts / f"{self.host}.look{number}.json", document, durable=True)
+
+    def _take_stacks(self, number: int) -> dict[int, Threads]:
+        """The stacks by py-spy; of ranks that it cannot read, by the server or the signal handler that they have."""
+        pids = list(_pids_with_stacks(self.job))
+        program = find_py_spy()
+        answers = take_stacks(program, pids) if program else {}
+        stacks: dict[int, Threads] = {pid: answer.threads for pid, answer in answers.items() if answer.threads}
+        self._find_ranks(stacks)
+        for pid, threads in stacks.items():
+            self._write_stack(pid, number, "json", json.dumps(stripped(threads, pid, self._title(pid))) + "\n")
+        left = [pid for pid in self.job.pids if pid not in stacks and pid in pids]
+        for pid, text in self._other_stacks(left):
+            self._write_stack(pid, number, "txt", text)
+            left.remove(pid)
+        if left and not program:
+            self.hidden[NOT_INSTALLED] = None
+        for pid in left if program else ():
+            self.hidden[f"no stack of {self._name(pid)}: {why_hidden(pid) or answers[pid].failure}"] = None
+        return stacks
+
+    def _other_stacks(self, pids: list[int]) -> Iterator[tuple[int, bytes]]:
+        members = {member.pid: member for member in self.job.members}
+        answered = set()
+        for pid in pids:
+            if text := offers.ask_worker_server(members[pid], "dump_traceback"):
+                answered.add(pid)
+                yield pid, text
+        if self.signal:
+            yield from stacks_by_signal([pid for pid in pids if pid not in answered], self.signal).items()
+
+    def _take_offers(self) -> None:
+        """Recorder dumps by the worker server or NCCL's pipe, and the answer of NCCL's RAS."""
+        folder = self.run_dir.root / "fr" / self.host
+        folder.mkdir(exist_ok=True)
+        for rank, member in self.ranks.items():
+            for question in ("fr_trace_json", "dump_nccl_trace_json"):
+                if dump := offers.ask_worker_server(member, question):
+                    write_atomically(folder / f"{question}_rank_{rank}.json", dump)
+        for rank, path in offers.request_dumps(self.ranks).items():
+            try:
+                write_atomically(folder / f"nccl_trace_rank_{rank}", offers.read_dump(path))
+            except (OSError, ValueError) as error:
+                self.hidden[f"no recorder dump of rank {rank}: {error}"] = None
+        addresses = {(member.environment or {}).get("NCCL_RAS_ADDR", "") for member in self.job.members}
+        for number, address in enumerate(sorted(addresses), 1):
+            if answer := offers.ask_ras(address):
+                write_atomically(self.run_dir.root / "logs" / f"ras_{self.host}_{number}.txt", answer)
+
+    def _read_kernel_log(self) -> None:
+        rows = [row for pid, row in read_all().items() if pid in self.job.pids]
+        if not rows:
+            return
+        try:
+            lines = machine.kernel_lines(min(row.started_s for row in rows), {row.name for row in rows})
+        except OSError as error:
+            self.hidden[
+                f"the kernel log: {error.strerror}; run collect as root, or: sysctl kernel.dmesg_restrict=0"
+            ] = None
+            return
+        if lines:
+            write_atomically(self.run_dir.root / "logs" / f"dmesg-{self.host}.txt", "\n".join(lines) + "\n")
+
+    def _find_ranks(self, stacks: Mapping[int, Threads]) -> None:
+        """Ranks by the variables of the processes; without them numbers, in the order in which these started."""
+        unknown = [member for member in self.job.members if member.rank is None and member.role == "worker"]
+        if not unknown:
+            return
+        ranks, size = ranks_by_variables({member.pid: stacks.get(member.pid, ()) for member in unknown})
+        if not ranks and not self.ranks:
+            self.numbered = True
+            ranks = {member.pid: number for number, member in enumerate(sorted(unknown, key=lambda row: row.pid))}
+        self.job = self.job.with_ranks(ranks, size)
+
+    def _write_stack(self, pid: int, number: int, form: str, content: str | bytes) -> None:
+        folder = self.run_dir.root / "stacks" / self.host
+        folder.mkdir(exist_ok=True)
+        rank = next((rank for rank, member in self.ranks.items() if member.pid == pid), None)
+        name = f"pid_{pid}" if rank is None else f"rank_{rank}_pid_{pid}"
+        write_atomically(folder / f"{name}.look{number}.{form}", content)
+
+    def _title(self, pid: int) -> str:
+        """What a process calls itself; "" where the file's name already says its rank."""
+        member = next((member for member in self.job.members if member.pid == pid), None)
+        if member is None:
+            return command_of(pid)[:300]
+        return "" if member.rank is not None and not member.has_title else member.title[:300]
+
+    def _name(self, pid: int) -> str:
+        return next((f"rank {rank}" for rank, member in self.ranks.items() if member.pid == pid), f"process {pid}")
 
 
-def collect(run_dir: RunDir, job: Job, interval_s: float, sleep: Callable[[float], None] = time.sleep) -> Collected:
-    """Look at the job LOOKS times and write what is seen. Raises OSError where the files cannot be written."""
-    program = find_py_spy()
-    hidden: dict[str, None] = {}
-    if not program:
-        hidden["py-spy is not installed, so no stacks were taken: pip install py-spy"] = None
-    for number in range(1, LOOKS + 1):
-        if number > 1:
-            sleep(interval_s)
-        answers = take_stacks(program, _pids_with_stacks(job)) if program else {}
-        stacks = {pid: answer.threads for pid, answer in answers.items() if answer.threads}
-        job = _with_ranks(job, stacks)
-        for pid, answer in answers.items():
-            if answer.failure:
-                hidden[_failure(pid, job, answer)] = None
-        _write_stacks(run_dir, job, number, stacks)
-        document = look_at(job, number, stacks, list(hidden))
-        write_json(run_dir.facts / f"{file_name(host_name())}.look{number}.json", document, durable=True)
-    return Collected(job, tuple(hidden))
-
-
-def _pids_with_stacks(job: Job) -> list[int]:
+def _pids_with_stacks(job: Job) -> Iterator[int]:
     """The job's processes, and Python processes below them, such as data loaders."""
     table = read_all()
+    yield from (pid for pid in job.pids if pid in table)
     rows = [row for pid in job.pids for row in descendants(table, pid)]
     children = [row.pid for row in rows if row.name.startswith(_PYTHON) and row.state != "Z"]
-    return [*(pid for pid in job.pids if pid in table), *children[:MAX_CHILD_STACKS]]
-
-
-def _with_ranks(job: Job, stacks: Mapping[int, Threads]) -> Job:
-    """The job with ranks by the variables of its processes, else numbered in the order in which they started."""
-    unknown = [member for member in job.members if member.rank is None and member.role == "worker"]
-    if not unknown:
-        return job
-    ranks, size = ranks_by_variables({member.pid: stacks.get(member.pid, ()) for member in unknown})
-    return job.with_ranks(ranks, size)
-
-
-def _failure(pid: int, job: Job, answer: Answer) -> str:
-    member = next((member for member in job.members if member.pid == pid), Member(pid))
-    who = f"rank {member.rank}" if member.rank is not None else f"process {pid}"
-    return f"no stack of {who}: {why_hidden(pid) or answer.failure}"
-
-
-def _write_stacks(run_dir: RunDir, job: Job, number: int, stacks: Mapping[int, Threads]) -> None:
-    members = {member.pid: member for member in job.members}
-    folder = run_dir.root / "stacks" / file_name(host_name())
-    folder.mkdir(exist_ok=True)
-    for pid, threads in stacks.items():
-        member = members.get(pid)
-        rank = member.rank if member else None
-        name = f"rank_{rank}_pid_{pid}" if rank is not None else f"pid_{pid}"
-        title = (
-            "" if rank is not None and member and member.environment else (member.title if member else command_of(pid))
-        )
-        write_atomically(folder / f"{name}.look{number}.json", json.dumps(stripped(threads, pid, title[:300])) + "\n")
+    yield from (pid for pid in children[:MAX_CHILD_STACKS] if pid not in job.pids)
 
 
 def file_name(text: str) -> str:

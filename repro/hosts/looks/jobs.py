@@ -33,6 +33,11 @@ class Member:
     title: str = ""
     environment: Mapping[str, str] | None = field(default=None, repr=False)
 
+    @property
+    def has_title(self) -> bool:
+        """Whether the process gave itself a title, which tells its role."""
+        return _TITLE.match(self.title) is not None
+
 
 @dataclass(frozen=True, slots=True)
 class Job:

@@ -10,7 +10,8 @@ from typing import Any
 from repro.hosts.looks.connections import look_at_connections
 from repro.hosts.looks.jobs import Job
 from repro.hosts.looks.lock_files import LockFile, look_at_locks
-from repro.hosts.looks.proc import Status, command_of, descendants, kernel_place, read_all, uptime_s
+from repro.hosts.looks.machine import gpus, has_devices, memory_warnings, versions
+from repro.hosts.looks.proc import Status, command_of, descendants, first_thread_cpu_s, kernel_place, read_all, uptime_s
 from repro.hosts.looks.variables import Threads, lock_paths, waits_for_lock
 from repro.ingest.host_look import FORMAT, VERSION
 
@@ -23,11 +24,14 @@ def host_name() -> str:
     return socket.gethostname()
 
 
-def look_at(job: Job, number: int, stacks: Mapping[int, Threads], hidden: Sequence[str]) -> dict[str, Any]:
+def look_at(
+    job: Job, number: int, stacks: Mapping[int, Threads], hidden: Sequence[str], *, numbered: bool
+) -> dict[str, Any]:
     """The document of one look, in the form that `repro.ingest.host_look` reads.
 
     stacks  pid -> its threads at about this moment, where they could be taken
     hidden  what this user was not allowed to see, a sentence each
+    numbered  whether the ranks are only numbers in the order in which the processes started
     """
     table = read_all()
     children = {pid: descendants(table, pid)[:MAX_CHILDREN] for pid in job.pids}
@@ -46,6 +50,11 @@ def look_at(job: Job, number: int, stacks: Mapping[int, Threads], hidden: Sequen
         "world_size": job.world_size,
         "missing_ranks": job.missing_ranks(_num_unreaped(job, table)),
         "hidden": list(hidden),
+        "numbered": numbered,
+        "has_devices": has_devices(),
+        "warnings": memory_warnings(job.pids),
+        "versions": versions(job.pids[0]) if job.pids else {},
+        "gpus": gpus(),
         "processes": [_process(member, table.get(member.pid), children[member.pid]) for member in job.members],
         "locks": [_lock(lock, waiting, job, table) for lock in locks],
         "connections": _connections(job.pids),
@@ -67,6 +76,7 @@ def _process(member: Any, status: Status | None, children: Collection[Status]) -
         **row,
         "state": status.state,
         "cpu_s": status.cpu_s,
+        "first_thread_cpu_s": first_thread_cpu_s(status.pid) or 0.0,
         "switches": status.switches,
         "age_s": round(now_s - status.started_s, 1),
         "resident_bytes": status.resident_bytes,
@@ -76,7 +86,7 @@ def _process(member: Any, status: Status | None, children: Collection[Status]) -
         "system_call": call,
         "children": [
             {
-                "pid": child.pid, "name": child.name, "command": command_of(child.pid)[:MAX_COMMAND],
+                "pid": child.pid, "name": child.name, "command": _shortened(command_of(child.pid)),
                 "state": child.state, "age_s": round(now_s - child.started_s, 1),
                 "cpu_s": child.cpu_s + child.children_cpu_s,
             }
@@ -87,6 +97,12 @@ def _process(member: Any, status: Status | None, children: Collection[Status]) -
 
 def _num_unreaped(job: Job, table: Mapping[int, Status]) -> int:
     return sum(row.parent == job.launcher and row.state == "Z" for row in table.values()) if job.launcher else 0
+
+
+def _shortened(command: str) -> str:
+    """Both ends of a command: a compiler's source file often stands last."""
+    half = MAX_COMMAND // 2
+    return command if len(command) <= MAX_COMMAND else f"{command[:half]} … {command[-half:]}"
 
 
 def _lock(

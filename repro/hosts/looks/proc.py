@@ -90,6 +90,16 @@ def read_status(pid: int, proc: Path = PROC) -> Status | None:
         return None
 
 
+def first_thread_cpu_s(pid: int, proc: Path = PROC) -> float | None:
+    """Processor seconds of a process's first thread, which runs the program; None if it has ended."""
+    try:
+        stat = read_text(proc / str(pid) / "task" / str(pid) / "stat")
+        fields = stat[stat.rindex(")") + 2 :].split()
+        return (int(fields[11]) + int(fields[12])) / CLOCK_TICKS
+    except (FileNotFoundError, ProcessLookupError, ValueError, IndexError):
+        return None
+
+
 def read_all(proc: Path = PROC) -> dict[int, Status]:
     """Read every process that this user can see. pid -> its status."""
     rows = (read_status(int(name), proc) for name in os.listdir(proc) if name.isdigit())

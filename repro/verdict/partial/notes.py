@@ -15,6 +15,9 @@ KNOWN_BAD_NCCL = {
 }
 
 
+_LOOKED = {"numbered": "Of the names: ", "hidden": "Not seen: ", "warning": "Of the host: ", "gpu": "Of the host: "}
+"""Kinds of notes of a look at a host, and how each is introduced."""
+
 WAITS = ("deepep", "watchdog", "stuck", "barrier", "sizes", "network", "ras", "unreadable")
 """Kinds of notes that say that something waits or could not be looked at, and never who is the cause."""
 
@@ -61,7 +64,8 @@ def with_notes(diagnosis: Diagnosis, scene: Scene) -> Diagnosis:
         notes.append("Ray left out repeated lines: that a rank printed nothing here proves nothing.")
     if any(note.kind == "stuck" for note in scene.notes):
         notes.append("A watchdog thread was itself blocked: on that rank a time-out may be missing.")
-    notes += [f"Not seen: {note.text}." for note in scene.notes if note.kind == "hidden"][:3]
+    seen = dict.fromkeys(f"{_LOOKED[note.kind]}{note.text}." for note in scene.notes if note.kind in _LOOKED)
+    notes += list(seen)[:6]
     return replace(diagnosis, notes=(*diagnosis.notes, *notes)) if notes else diagnosis
 
 

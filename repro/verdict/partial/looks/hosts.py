@@ -21,6 +21,8 @@ from repro.verdict.partial.looks.ranks import (
 from repro.verdict.partial.scene import Scene
 from repro.verdict.partial.words import ranks_of, verb
 
+RUNNING_CORES = 0.05
+"""From so much on the first thread of a rank runs the program, and is blocked in no collective."""
 LATER = "A third look, some seconds later, in which the waiting ranks have moved on."
 
 
@@ -104,7 +106,7 @@ def _absent(scene: Scene, looks: Mapping[int, RankLook]) -> Diagnosis | None:
     if any(look.activity in WAITING for look in outside):
         return None
     blind = [look for look in looks.values() if look.stack is None]
-    if blind and (len(outside) > 1 or any(look.cores < BUSY_CORES for look in outside) or scene.has_devices):
+    if blind and (len(outside) > 1 or outside[0].first_thread_cores < RUNNING_CORES or scene.has_devices):
         return None  # a device's waiter spins, and the rank that it waits for may sleep
     ranks = [look.rank for look in outside]
     standing = [look for look in outside if look.still]
@@ -137,7 +139,7 @@ def _all_seen(scene: Scene, looks: Mapping[int, RankLook]) -> bool:
 
 def _doing(look: RankLook) -> str:
     if look.stack is None:
-        return f"rank {look.rank} uses {look.cores:.2f} processors"
+        return f"rank {look.rank} runs, its first thread on {look.first_thread_cores:.2f} processors"
     return f"rank {look.rank} {what_it_does(look.stack)} at {place_of(look.stack)}"
 
 
@@ -157,7 +159,7 @@ def _below(scene: Scene, look: RankLook) -> list[str]:
 
 def _stands(look: RankLook) -> bool:
     """Whether a rank waits, as far as is seen."""
-    return look.waits or look.still or look.activity == "lock"
+    return look.waits or look.still or look.activity == "lock" or (look.stack is None and look.idle)
 
 
 def _they_wait(looks: Sequence[RankLook]) -> str:

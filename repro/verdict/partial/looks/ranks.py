@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -26,6 +27,8 @@ _VERBS = {
     "compiling": "compiles:", "idle": "is idle:", "answer": "waits for", "queue": "waits for", "exit": "waits for",
     "saving": "saves", "loading": "loads", "data": "waits for", "debugger": "is at", "sleep": "is in",
 }  # fmt: skip
+_SOURCES = (".cu", ".cpp", ".cc", ".c", ".cxx", ".hip", ".ptx", ".cubin")
+_MODULE = re.compile(r"-DTORCH_EXTENSION_NAME=(\w+)")
 POLLING = ("the start of a process group", "a wait for torch's store")
 """Details of waits in which torch asks again and again, so that its thread is not still."""
 AMONG_RANKS = ("collective", "device", "backward")
@@ -63,6 +66,18 @@ class RankLook:
         before = {child.pid: child.cpu_s for child in self.first.children}
         children_s = sum(max(0.0, child.cpu_s - before.get(child.pid, 0.0)) for child in self.last.children)
         return max(0.0, self.last.cpu_s - self.first.cpu_s + children_s) / self.apart_s
+
+    @property
+    def first_thread_cores(self) -> float:
+        """Processors that the thread which runs the program used between the looks, at most about 1."""
+        if self.apart_s < SHORTEST_S:
+            return 0.0
+        return max(0.0, self.last.first_thread_cpu_s - self.first.first_thread_cpu_s) / self.apart_s
+
+    @property
+    def idle(self) -> bool:
+        """Whether the rank used no processor to speak of: it waits, or polls."""
+        return self.apart_s >= SHORTEST_S and self.cores < BUSY_CORES
 
     @property
     def still(self) -> bool:
@@ -166,11 +181,11 @@ def build_lines(look: RankLook) -> list[str]:
 
 
 def _short(child: Child) -> str:
-    """A compiler's command by its last source file, else by its beginning."""
-    sources = [
-        word for word in child.command.split() if word.endswith((".cu", ".cpp", ".cc", ".c", ".cxx", ".ptx", ".cubin"))
-    ]
-    return f"{child.name} {sources[-1]}" if sources else child.command[:100] or child.name
+    """A compiler's command by its module and last source file, else by its beginning."""
+    sources = [word for word in child.command.split() if word.endswith(_SOURCES)]
+    module = _MODULE.search(child.command)
+    words = [child.name, *([f"module {module[1]}"] if module else []), *sources[-1:]]
+    return " ".join(words) if len(words) > 1 else child.command[:100] or child.name
 
 
 def what_it_does(stack: Stack) -> str:

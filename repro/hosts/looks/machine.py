@@ -1,0 +1,130 @@
+"""What a host says beside its processes: kernel log, memory limits, versions that are loaded, GPUs."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import os
+import re
+import time
+from collections.abc import Collection, Iterator
+from pathlib import Path
+from typing import Any
+
+from repro.hosts.looks.proc import PROC, read_text, uptime_s
+
+KERNEL_LOG = Path("/dev/kmsg")
+MAX_LINES = 2000
+_DEVICES = ("/dev/nvidia0", "/dev/kfd", "/dev/davinci0", "/dev/xpu0")
+_DEVICE_LINE = re.compile(r"NVRM: Xid|mlx5|bnxt|EEH|nvidia-nvswitch")
+_KILLED = re.compile(r"Killed process \d+ \(([^)]*)\)")
+_NCCL = re.compile(r"nvidia_nccl\w*-([\d.]+)\.dist-info")
+_TORCH = re.compile(r"__version__ = ['\"]([^'\"]+)")
+
+
+def has_devices() -> bool:
+    """Whether this host has accelerators that are known."""
+    return any(map(os.path.exists, _DEVICES))
+
+
+def kernel_lines(since_boot_s: float, names: Collection[str], log: Path = KERNEL_LOG) -> list[str]:
+    """Device errors in the kernel log since that moment, and processes of these names that the kernel ended.
+
+    Raises PermissionError if this user may not read it. A line begins with its time in UTC.
+    """
+    boot_s = time.time() - uptime_s()
+    lines = []
+    for at_s, text in _messages(log):
+        killed = _KILLED.search(text)
+        if at_s >= since_boot_s and (_DEVICE_LINE.search(text) or (killed and killed[1] in names)):
+            stamp = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(boot_s + at_s))
+            lines.append(f"{stamp},{int(at_s * 1e6) % 1_000_000:06d}+00:00 kernel: {text}")
+    return lines[-MAX_LINES:]
+
+
+def _messages(log: Path) -> Iterator[tuple[float, str]]:
+    """(seconds since boot, text) of each message: "6,339,5140900,-;NVRM: Xid …"."""
+    descriptor = os.open(log, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    try:
+        while True:
+            try:
+                record = os.read(descriptor, 8192)
+            except BrokenPipeError:
+                continue  # older messages were overwritten meanwhile
+            except (BlockingIOError, OSError):
+                return
+            head, _, text = record.decode(errors="replace").partition(";")
+            fields = head.split(",")
+            if not record or len(fields) < 3:
+                return
+            with contextlib.suppress(ValueError):
+                yield int(fields[2]) / 1e6, text.split("\n")[0]
+    finally:
+        os.close(descriptor)
+
+
+def memory_warnings(pids: Collection[int], proc: Path = PROC, root: Path = Path("/sys/fs/cgroup")) -> list[str]:
+    """Sentences about control groups of these processes in which the kernel ended processes for lack of memory."""
+    groups: dict[Path, int] = {}
+    for pid in pids:
+        with contextlib.suppress(OSError):
+            for line in read_text(proc / str(pid) / "cgroup").splitlines():
+                _, controllers, path = line.split(":", 2)
+                folder = root / "memory" if "memory" in controllers.split(",") else root if not controllers else None
+                if folder is not None:
+                    groups.setdefault(folder / path.lstrip("/"), pid)
+    warnings = []
+    for group, pid in groups.items():
+        for name in ("memory.events", "memory.oom_control"):
+            with contextlib.suppress(OSError):
+                match = re.search(r"^oom_kill (\d+)", read_text(group / name), re.MULTILINE)
+                if match and match[1] != "0":
+                    warnings.append(f"the control group of process {pid} ran out of memory, and the kernel ended "
+                                    f"{match[1]} of its processes since it was made ({group / name})")  # fmt: skip
+    return warnings
+
+
+def versions(pid: int, proc: Path = PROC) -> dict[str, str]:
+    """Versions of torch and NCCL that a process has loaded, by the folders that its libraries lie in."""
+    found: dict[str, str] = {}
+    with contextlib.suppress(OSError):
+        paths = {line.split(maxsplit=5)[-1] for line in read_text(proc / str(pid) / "maps", 64 << 20).splitlines()}
+        for path in paths:
+            packages, mark, _ = path.partition("/site-packages/")
+            inside = Path(f"{proc}/{pid}/root{packages}/site-packages")
+            if mark and "libtorch_cpu.so" in path and "torch" not in found:
+                match = _TORCH.search(read_text(inside / "torch" / "version.py"))
+                found |= {"torch": match[1]} if match else {}
+            if mark and "libnccl.so" in path:
+                numbers = [match[1] for name in os.listdir(inside) if (match := _NCCL.match(name))]
+                found |= {"nccl": numbers[0]} if numbers else {}
+    return found
+
+
+def gpus() -> list[dict[str, Any]]:
+    """Utilisation, memory and processes of each NVIDIA GPU by pynvml; [] without that package or without a GPU."""
+    try:
+        nvml = importlib.import_module("pynvml")
+    except ImportError:
+        return []
+    rows: list[dict[str, Any]] = []
+    with contextlib.suppress(nvml.NVMLError):
+        nvml.nvmlInit()
+        try:
+            rows += [_gpu(nvml, index) for index in range(nvml.nvmlDeviceGetCount())]
+        finally:
+            nvml.nvmlShutdown()
+    return rows
+
+
+def _gpu(nvml: Any, index: int) -> dict[str, Any]:
+    handle = nvml.nvmlDeviceGetHandleByIndex(index)
+    row: dict[str, Any] = {"index": index}
+    with contextlib.suppress(nvml.NVMLError):
+        row["utilisation"] = nvml.nvmlDeviceGetUtilizationRates(handle).gpu
+    with contextlib.suppress(nvml.NVMLError):
+        memory = nvml.nvmlDeviceGetMemoryInfo(handle)
+        row |= {"memory_used": memory.used, "memory_total": memory.total}
+    with contextlib.suppress(nvml.NVMLError):
+        row["pids"] = [process.pid for process in nvml.nvmlDeviceGetComputeRunningProcesses(handle)]
+    return row

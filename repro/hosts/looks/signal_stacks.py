@@ -1,0 +1,58 @@
+"""Take stacks by a signal that the program handles, if the user named the signal: the handler may do something else."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from repro.hosts.looks.proc import PROC, read_status
+
+PATIENCE_S = 1.0
+MAX_BYTES = 4 << 20
+
+
+def stacks_by_signal(pids: Sequence[int], number: int) -> dict[int, bytes]:
+    """Send the signal to those processes that have a handler for it, and return what faulthandler wrote.
+
+    faulthandler writes to standard error. That is read where it is a regular file; pid -> the text.
+    """
+    before = {pid: (path, _size(path)) for pid in pids if (path := _error_file(pid, number)) is not None}
+    for pid in before:
+        os.kill(pid, number)
+    deadline = time.monotonic() + PATIENCE_S
+    texts: dict[int, bytes] = {}
+    while len(texts) < len(before) and time.monotonic() < deadline:
+        time.sleep(0.05)
+        for pid, (path, size) in before.items():
+            text = _read_from(path, size)
+            if b"most recent call first" in text:
+                texts[pid] = text
+    return texts
+
+
+def _error_file(pid: int, number: int) -> Path | None:
+    """The file that standard error of a process leads to; None if there is none, or no handler for the signal."""
+    status = read_status(pid)
+    path = PROC / str(pid) / "fd" / "2"
+    try:
+        return path if status is not None and number in status.caught and path.is_file() else None
+    except OSError:
+        return None
+
+
+def _size(path: Path) -> int:
+    try:
+        return path.stat().st_size
+    except OSError:
+        return 0
+
+
+def _read_from(path: Path, offset: int) -> bytes:
+    try:
+        with path.open("rb") as file:
+            file.seek(offset)
+            return file.read(MAX_BYTES)
+    except OSError:
+        return b""
