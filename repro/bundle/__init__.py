@@ -5,6 +5,8 @@ is replaced by a stand-in where it tells things apart, and left out and counted 
 """
 
 from repro.bundle.archive import ArchiveError, opened, verify
-from repro.bundle.assemble import LeakError, Made, make
+from repro.bundle.assemble import Made, make
+from repro.bundle.evidence import make_of_evidence
+from repro.bundle.leaks import LeakError
 
-__all__ = ["ArchiveError", "LeakError", "Made", "make", "opened", "verify"]
+__all__ = ["ArchiveError", "LeakError", "Made", "make", "make_of_evidence", "opened", "verify"]

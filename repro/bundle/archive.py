@@ -38,6 +38,7 @@ LIMITS = (
     (r"(?:.*/)?(?:outputs|stacks|logs)/.*", 4 << 20),
     (r"(?:.*/)?(?:verdict|reference|MANIFEST)\.json", 16 << 20),
     (r"(?:.*/)?fr/.*", 32 << 20),
+    (r"records\.jsonl", 128 << 20),
 )
 """Bytes of what is parsed or shown as a whole, by name; of the rest MAX_FILE_BYTES."""
 MANIFEST = "MANIFEST.json"

@@ -7,7 +7,6 @@ cannot be in them. Before the zip is written, a plain search looks for the names
 from __future__ import annotations
 
 import contextlib
-import getpass
 import json
 import os
 import re
@@ -23,14 +22,13 @@ from repro import report
 from repro.bundle import replay
 from repro.bundle.archive import pack
 from repro.bundle.issue import UNPACKED, commands_script, issue
+from repro.bundle.leaks import private_values, refuse_leaks
 from repro.bundle.redact import documents, environment, lines
-from repro.bundle.redact.recognise import Recogniser, distinct, form_of, this_machine
+from repro.bundle.redact.recognise import Recogniser, distinct, this_machine
 from repro.bundle.redact.search import Search, literals_of
 from repro.bundle.redact.witnesses import redact_witness
-from repro.bundle.redact.words import is_token
 from repro.bundle.scratch import scratch_folder
 from repro.report.gather import Facts, gather, siblings
-from repro.report.page.page import script, style
 from repro.store.description import VARIANTS, read_description
 from repro.store.run_dir import SUFFIX, RunDir, write_json
 from repro.store.text import escape_control_characters
@@ -48,7 +46,6 @@ _FOLDERS = {"events": "wit", "fr": "json", "stacks": "txt", "logs": "log", "env"
 """Folders with a file of each rank, and what these files' names end in."""
 _LOGS = ("logs/launcher.log", "logs/reference.log", "logs/watcher.log")
 _FILES = ("run.json", "config.json", "verdict.json", "reference.json")
-_GENERATED = ("report.html", "timeline.svg", "trace.json", "repro.py", "ISSUE.md", "COMMANDS.sh")
 
 Document = Callable[[Any, Recogniser], Any]
 _DOCUMENTS: Mapping[str, Document] = {
@@ -64,10 +61,6 @@ _TEXTS: Mapping[str, Callable[[str, Recogniser], str]] = {
     "logs": lines.log,
     "env": lambda text, recogniser: lines.machine(text, environment.rank_line, recogniser),
 }
-
-
-class LeakError(RuntimeError):
-    """A private name is still in the copy; nothing was written."""
 
 
 @dataclass
@@ -108,7 +101,7 @@ def make(root: Path, path: Path | None = None, with_logs: bool = False, compare:
     main = family.get("fault", root)
     path = path or main.parent / f"{main.name}.zip"
     hosts = [*dict.fromkeys(name for run in family.values() for name in _hosts(run)), *this_machine()]
-    private = distinct({*_private(os.environ), *hosts, *(name.partition(".")[0] for name in hosts)})
+    private = distinct({*private_values(os.environ), *hosts, *(name.partition(".")[0] for name in hosts)})
     recogniser = Recogniser(private, Search({*literals_of(os.environ), *private}) if with_logs else None)
     for name in hosts:
         recogniser.name_host(name)
@@ -131,7 +124,7 @@ def make(root: Path, path: Path | None = None, with_logs: bool = False, compare:
             notes.append(f"no repro.py: {str(error).replace(f'{folder}/', '')}")
         (folder / "ISSUE.md").write_text(issue(facts, others, recogniser.left_out.total()))
         (folder / "COMMANDS.sh").write_text(commands_script(facts))
-        _refuse_leaks(folder, private | {str(scratch)})
+        refuse_leaks(folder, private | {str(scratch)})
         manifest = {
             "schema_version": SCHEMA_VERSION,
             "scenario": facts.verdict.scenario,
@@ -157,19 +150,6 @@ def _hosts(run: Path) -> Iterator[str]:
     for path in sorted((run / "events").glob(f"*{SUFFIX}")):
         with contextlib.suppress(OSError, ValueError), open_regular(path, MAX_BYTES) as file:
             yield parse_header(file.read(HEADER.size + CRC.size), path.name)[0].hostname
-
-
-def _private(variables: Mapping[str, str]) -> set[str]:
-    """The user's name and home folder, and the values of variables with a name like that of a secret."""
-    try:
-        user = variables.get("USER") or getpass.getuser()
-    except (KeyError, OSError):
-        user = ""
-    home = variables.get("HOME", "").rstrip("/")
-    secret = re.compile("secret|passw|passphrase|credential|token|key|pass$|pwd|cookie|auth|_pat$", re.IGNORECASE)
-    return {user, home if home.count("/") > 1 else ""} | {
-        value for name, value in variables.items() if secret.search(name) and ("-" in value or not is_token(value))
-    }
 
 
 # -- copying -----------------------------------------------------------------------------------------------------------
@@ -263,29 +243,6 @@ def _prose(before: Any, again: list[str], recogniser: Recogniser) -> list[str]:
             recogniser.left_out["text"] += 1
         kept += [text for text in (own or other,) if text]
     return kept
-
-
-# -- the last look -----------------------------------------------------------------------------------------------------
-
-
-def _refuse_leaks(folder: Path, private: frozenset[str]) -> None:
-    """Raise LeakError where a private name is left, by a plain search that does not use the rules of recognition."""
-    patterns = [(name, re.compile(form_of(name).encode(), re.IGNORECASE)) for name in sorted(private)]
-    page = [style().encode(), script().encode()]
-    for path in sorted(folder.rglob("*")):
-        if not path.is_file():
-            continue
-        data = path.read_bytes()
-        generated = path.name in _GENERATED
-        for own in page if path.name == "report.html" else ():
-            data = data.replace(own, b"")
-        for name, pattern in patterns:
-            if (generated and name.isalpha()) or (path.suffix == SUFFIX and len(name) < 6):
-                continue  # a word of the page's own, or a number that happens to look so
-            if pattern.search(data):
-                raise LeakError(
-                    f"{path.relative_to(folder)} still holds a name of this machine or user; nothing was written"
-                )
 
 
 # -- what is written for it --------------------------------------------------------------------------------------------

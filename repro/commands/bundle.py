@@ -1,4 +1,4 @@
-"""``bundle RUN``: make a bundle of a run, or compare a bundle with its manifest."""
+"""``bundle RUN``: make a bundle of a run or of a foreign job's evidence, or compare a bundle with its manifest."""
 
 from __future__ import annotations
 
@@ -8,16 +8,23 @@ from pathlib import Path
 
 from hybrid_moe_ref.config import ConfigError
 from repro.bundle.archive import MANIFEST, verify
-from repro.bundle.assemble import make
+from repro.bundle.assemble import Made, make
+from repro.bundle.evidence import make_of_evidence
 from repro.bundle.redact import search
 from repro.bundle.redact.recognise import LEFT_OUT
+from repro.commands.diagnose import is_own_run
+from repro.commands.evidence import evidence_of
+from repro.ingest import saved
 from repro.lab.outcome.second_judgement import compare_again
 from repro.store.run_dir import refuse_unwritable
 from repro.store.text import escape_control_characters, escape_lines
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("run", type=Path, metavar="RUN", help="a run directory, or with --verify a zip")
+    what = "a run directory, a folder or zip of what `diagnose` reads, the folder that it wrote; with --verify a bundle"
+    parser.add_argument("run", type=Path, metavar="RUN", help=what)
+    other = "evidence of another run, which differs in a setting; ISSUE.md gets a table of all verdicts"
+    parser.add_argument("others", type=Path, metavar="OTHER", nargs="*", default=(), help=other)
     parser.add_argument("--verify", action="store_true", help="compare a zip with its manifest")
     parser.add_argument("--to", type=Path, metavar="ZIP", help="default: beside the run")
     parser.add_argument(
@@ -42,10 +49,7 @@ def run(args: argparse.Namespace) -> int:
             search.load()
         except ModuleNotFoundError as error:
             raise ConfigError(f"{error}; pip install detect-secrets", "--with-logs") from None
-    if args.run.is_dir():
-        root = args.run.resolve()
-        refuse_unwritable(args.to or root.parent / f"{root.name}.zip", "; choose another --to")
-    made = make(args.run, args.to, args.with_logs, compare_again)
+    made = _made(args)
     if args.json:
         document = {"bundle": str(made.path), "bytes": made.size, "left_out": dict(made.left_out), "notes": made.notes}
         print(json.dumps(document, indent=1))
@@ -61,3 +65,29 @@ def run(args: argparse.Namespace) -> int:
     for note in made.notes:
         print(escape_control_characters(f"  {note}", 4000))
     return 0
+
+
+def _made(args: argparse.Namespace) -> Made:
+    """The bundle, of a run of this program or of the evidence of a foreign job, as the content of the path shows."""
+    root = args.run.resolve()
+    target = args.to or root.parent / f"{root.stem if root.is_file() else root.name}{'.bundle' * root.is_file()}.zip"
+    if root.exists():
+        refuse_unwritable(target, "; choose another --to")
+    if _is_of_this_program(root):
+        if args.others:
+            raise ConfigError("a run brings the others of its family by itself; give it alone", str(args.others[0]))
+        return make(args.run, args.to, args.with_logs, compare_again)
+    evidence = evidence_of([root])
+    if not evidence.records:
+        raise ConfigError(
+            f"neither a run directory nor evidence: {(evidence.not_understood or ['no files'])[0]}", str(args.run)
+        )
+    return make_of_evidence(evidence, target, args.with_logs, {path.name: evidence_of([path]) for path in args.others})
+
+
+def _is_of_this_program(root: Path) -> bool:
+    """Whether a path is packed as a run of this program, and not as evidence that `diagnose` reads."""
+    if root == Path(root.anchor) or not root.exists():
+        return True  # which a run directory is not either, and `make` says so
+    is_run = (root / "events").is_dir() or any((root / name).is_file() for name in ("run.json", "verdict.json"))
+    return not saved.is_saved(root) and (is_run or is_own_run(root))

@@ -8,11 +8,10 @@ import textwrap
 import zipfile
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from repro.exit_codes import CANNOT_TELL, EXPECTED, USAGE
 from repro.store.text import counted, escape_lines
-from repro.verdict.classes import class_of
 
 if TYPE_CHECKING:
     from repro.ingest.read import Evidence
@@ -25,12 +24,14 @@ WIDTH = 118
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("paths", nargs="+", type=Path, metavar="PATH", help="files, folders and zips, in any mixture")
     parser.add_argument("--json", action="store_true")
-    parser.add_argument("--out", type=Path, metavar="DIR", help="write report.html, ISSUE.md and diagnosis.json there")
+    parser.add_argument(
+        "--out", type=Path, metavar="DIR", help="write the verdict, a page and the text of an issue there"
+    )
 
 
 def run(args: argparse.Namespace) -> int:
     """0 for a verdict, 125 for `inconclusive`, 2 where no file was usable."""
-    from repro.ingest.read import read
+    from repro.commands.evidence import evidence_of
     from repro.verdict.partial import diagnose
 
     for path in args.paths:
@@ -39,14 +40,21 @@ def run(args: argparse.Namespace) -> int:
     if len(args.paths) == 1 and is_own_run(args.paths[0]):
         from repro.commands import own_runs  # the lab's settings, which other evidence does not need
 
-        diagnosis, evidence = own_runs.judge(args.paths[0])
-        return _said(args, diagnosis, evidence)
-    evidence = read(args.paths)
+        if args.out:
+            args.parser.error("--out: `report RUN` writes the page of a run into its own directory")
+        return say(*own_runs.judge(args.paths[0]), args.json)
+    evidence = evidence_of(args.paths)
     if not evidence.records:
         for line in evidence.not_understood or ["the paths hold no files"]:
             print(escape_lines(f"not understood: {line}"))
         return USAGE
-    return _said(args, diagnose(evidence.records), evidence)
+    diagnosis = diagnose(evidence.records)
+    if args.out:
+        from repro.report.diagnosis import folder
+
+        alone = {str(path): diagnose(evidence_of([path]).records) for path in args.paths} if args.paths[1:] else {}
+        folder.write(args.out, diagnosis, evidence, alone)
+    return say(diagnosis, evidence, args.json)
 
 
 def is_own_run(path: Path) -> bool:
@@ -64,37 +72,17 @@ def is_own_run(path: Path) -> bool:
     return any(part[-1] == "config.json" for part in parts) and any("events" in part[:-1] for part in parts)
 
 
-def _said(args: argparse.Namespace, diagnosis: Diagnosis, evidence: Evidence) -> int:
-    if args.out:
-        _write(args.out, args.paths, diagnosis, evidence)
-    if args.json:
+def say(diagnosis: Diagnosis, evidence: Evidence, as_json: bool) -> int:
+    """Print a diagnosis and return the exit code."""
+    from repro.verdict.classes import class_of
+
+    if as_json:
+        from repro.report.diagnosis.folder import document
+
         print(json.dumps(document(diagnosis, evidence), indent=1))
     else:
         print(escape_lines("\n".join(lines(diagnosis, evidence))))
     return EXPECTED if class_of(diagnosis.verdict).decided else CANNOT_TELL
-
-
-def _write(out: Path, paths: Sequence[Path], diagnosis: Diagnosis, evidence: Evidence) -> None:
-    from repro.ingest.read import read
-    from repro.report.diagnosis.issue import issue
-    from repro.report.diagnosis.page import page
-    from repro.store.run_dir import write_json
-    from repro.verdict.partial import diagnose
-    from repro.verdict.partial.scene import Scene
-
-    out.mkdir(parents=True, exist_ok=True)
-    scene = Scene.of(evidence.records)
-    (out / "report.html").write_text(page(diagnosis, evidence, scene), encoding="utf-8")
-    apart = {str(path): diagnose(read([path]).records) for path in paths} if len(paths) > 1 else {}
-    text = issue(headline(diagnosis), diagnosis, evidence, scene, {name: headline(one) for name, one in apart.items()})
-    (out / "ISSUE.md").write_text(escape_lines(text) + "\n", encoding="utf-8")
-    write_json(out / "diagnosis.json", document(diagnosis, evidence))
-
-
-def document(diagnosis: Diagnosis, evidence: Evidence) -> dict[str, Any]:
-    return {
-        "schema_version": 1, **diagnosis.to_json(), "files": evidence.files, "not_understood": evidence.not_understood,
-    }  # fmt: skip
 
 
 def lines(diagnosis: Diagnosis, evidence: Evidence) -> list[str]:
@@ -109,19 +97,9 @@ def lines(diagnosis: Diagnosis, evidence: Evidence) -> list[str]:
             ]
         )
     tail = tail[: MAX_LINES // 2]
-    out = [headline(diagnosis)]
+    out = [diagnosis.headline()]
     out += _fitting("", diagnosis.summary, MAX_LINES // 3)
     return out + _fitting("why: ", diagnosis.evidence, MAX_LINES - len(out) - len(tail)) + tail
-
-
-def headline(diagnosis: Diagnosis) -> str:
-    """ "deadlock (skipped), likely, culprits: 2"."""
-    from repro.verdict.result import list_ranks
-
-    cause = f" ({diagnosis.cause})" if diagnosis.cause else ""
-    culprits = f", culprits: {list_ranks(diagnosis.culprits)}" if diagnosis.culprits else ""
-    suspects = f", suspects: {list_ranks(diagnosis.suspects)}" if diagnosis.suspects else ""
-    return f"{diagnosis.verdict}{cause}, {diagnosis.confidence}{culprits or ', nobody is named'}{suspects}"
 
 
 def _fitting(label: str, texts: Sequence[str], room: int) -> list[str]:

@@ -19,17 +19,35 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Write the reports and return 0."""
+    from repro.ingest import saved
+
     documents = []
     for root in filter(Path.is_dir, args.runs):
         refuse_unwritable(root / report.FILES[0])
     for root in args.runs:
-        facts = report.write(root.resolve())
-        files = [str(facts.root / name) for name in report.FILES]
-        documents.append({"run": str(facts.root), "files": files, "missing": facts.missing})
+        files, line, missing = _of_a_diagnosis(root) if root.is_dir() and saved.is_saved(root) else _of_a_run(root)
+        documents.append({"run": str(root.resolve()), "files": files, "missing": missing})
         if not args.json:
-            print(escape_control_characters(f"{files[0]}: {headline(facts.verdict)}", 4000))
-            for text in facts.missing:
+            print(escape_control_characters(f"{files[0]}: {line}", 4000))
+            for text in missing:
                 print(escape_control_characters(f"  {text}", 4000))
     if args.json:
         print(json.dumps(documents, indent=1))
     return 0
+
+
+def _of_a_run(root: Path) -> tuple[list[str], str, list[str]]:
+    """(files that were written, the verdict in a sentence, what is missing)."""
+    facts = report.write(root.resolve())
+    return [str(facts.root / name) for name in report.FILES], headline(facts.verdict), facts.missing
+
+
+def _of_a_diagnosis(root: Path) -> tuple[list[str], str, list[str]]:
+    """As :func:`_of_a_run`, of the folder that `diagnose --out` wrote."""
+    from repro.ingest import saved
+    from repro.report.diagnosis.folder import write_page
+    from repro.verdict.partial import diagnose
+
+    evidence = saved.load(root)
+    diagnosis = diagnose(evidence.records)
+    return [str(write_page(root.resolve(), diagnosis, evidence))], diagnosis.headline(), evidence.not_understood

@@ -10,11 +10,13 @@ from rich.console import Console
 
 from hybrid_moe_ref.config import ConfigError
 from repro import bundle
+from repro.commands import diagnose
 from repro.commands.verdicts import exit_code, print_verdicts, write_reports
 from repro.exit_codes import CANNOT_TELL, EXPECTED, INTERRUPTED, UNEXPECTED
 from repro.hosts import processes
 from repro.hosts.agent import HostAgent
 from repro.hosts.interrupt import Interrupt
+from repro.ingest import saved
 from repro.lab.outcome.expectation import watch_options
 from repro.lab.outcome.second_judgement import judge_again
 from repro.lab.settings import RunSettings, read_settings
@@ -24,6 +26,7 @@ from repro.store.run_dir import RunDir
 from repro.store.schema import to_json
 from repro.store.text import escape_lines
 from repro.trace.witness import Tail
+from repro.verdict import partial
 from repro.verdict.classes import class_of, describe_classes
 
 
@@ -43,6 +46,11 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _watch_run(args: argparse.Namespace, run_dir: RunDir) -> int:
+    if saved.is_saved(run_dir.root):
+        if args.end or args.agent is not None:
+            raise ConfigError("the folder of a diagnosis has no ranks to watch", "--end" if args.end else "--agent")
+        evidence = saved.load(run_dir.root)
+        return diagnose.say(partial.diagnose(evidence.records), evidence, args.json)
     try:
         settings = read_settings(run_dir.config)
     except OSError as error:

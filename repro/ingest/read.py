@@ -48,6 +48,12 @@ class Evidence:
     files: list[str] = field(default_factory=list)
     not_understood: list[str] = field(default_factory=list)
 
+    def joined(self, other: Evidence) -> Evidence:
+        """The evidence of both, with ranks filled in where a record of one gives that of a record of the other."""
+        return Evidence(
+            join([*self.records, *other.records]), self.files + other.files, self.not_understood + other.not_understood
+        )
+
 
 def read(paths: Sequence[Path]) -> Evidence:
     """Everything readable under the paths. Raises nothing for a bad file: it is listed."""

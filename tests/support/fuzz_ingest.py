@@ -22,13 +22,16 @@ import tempfile
 import time
 import zipfile
 from pathlib import Path
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent))
 from foreign import call, dump, py_spy, ras, watchdog
 
+from hybrid_moe_ref.files import DamagedFile
 from repro.commands.diagnose import lines
 from repro.ingest.read import Evidence, read, read_files
 from repro.store.text import escape_lines
+from repro.trace import observed_json
 from repro.verdict.partial import diagnose
 
 MAX_SECONDS, MAX_MIB = 5.0, 1024
@@ -81,6 +84,14 @@ def samples() -> dict[str, bytes]:
 
 
 SAMPLES = samples()
+SAVED = "records.jsonl"
+
+
+@functools.cache
+def saved() -> bytes:
+    """The records of all samples as `diagnose` saves them."""
+    evidence = read_memory(SAMPLES)
+    return b"".join(observed_json.encode(evidence.records, evidence.files, evidence.not_understood))
 
 
 def damaged(rng: random.Random, data: bytes) -> bytes:
@@ -106,10 +117,32 @@ def damaged(rng: random.Random, data: bytes) -> bytes:
     return bytes(out[: 1 << 20])
 
 
+def damaged_values(rng: random.Random, lines: bytes) -> bytes:
+    """Lines of JSON in which values are of another kind."""
+    rows = lines.splitlines()
+    for _ in range(rng.choice((1, 1, 3))):
+        place = rng.randrange(len(rows))
+        rows[place] = json.dumps(_restructured(rng, json.loads(rows[place])), default=str).encode()
+    return b"\n".join(rows)
+
+
 def restructured(rng: random.Random, name: str) -> bytes:
     """A structured sample in which values are of another kind, missing, repeated or shared."""
     as_json = name.endswith(".json")
-    content = json.loads(SAMPLES[name]) if as_json else pickle.loads(SAMPLES[name])
+    content = _restructured(rng, json.loads(SAMPLES[name]) if as_json else pickle.loads(SAMPLES[name]))
+    if as_json:
+        return json.dumps(content, default=str).encode()
+    for _ in range(rng.choice((0, 0, 8))):  # a list that holds itself twice grows with every level when it is printed
+        content = (
+            {**content, "entries": [content.get("entries"), content.get("entries")]}
+            if isinstance(content, dict)
+            else content
+        )
+    return pickle.dumps(content, protocol=rng.choice((2, 4)))
+
+
+def _restructured(rng: random.Random, content: Any) -> Any:
+    """The content with values that are of another kind, missing, repeated or shared."""
     for _ in range(rng.choice((1, 1, 3, 10))):
         at = content
         while True:
@@ -127,15 +160,7 @@ def restructured(rng: random.Random, name: str) -> bytes:
                         at[key] = copy.deepcopy(rng.choice(HOSTILE))
                 break
             at = at[key]
-    if as_json:
-        return json.dumps(content, default=str).encode()
-    for _ in range(rng.choice((0, 0, 8))):  # a list that holds itself twice grows with every level when it is printed
-        content = (
-            {**content, "entries": [content.get("entries"), content.get("entries")]}
-            if isinstance(content, dict)
-            else content
-        )
-    return pickle.dumps(content, protocol=rng.choice((2, 4)))
+    return content
 
 
 @functools.cache
@@ -179,6 +204,8 @@ def one(seed: int, folder: Path | None = None) -> str:
         structured = name.endswith(".json") or name.startswith("trace")
         data = restructured(rng, name) if structured and rng.random() < 0.6 else damaged(rng, SAMPLES[name])
         files[rng.choice((name, name, "trace_rank_0", f"x\x1b[31m{name}"))] = data
+    if rng.random() < 0.1:
+        files[SAVED] = damaged_values(rng, saved()) if rng.random() < 0.7 else damaged(rng, saved())
     began = time.process_time()
     if folder is not None:
         for name, data in files.items():
@@ -205,6 +232,11 @@ def read_memory(files: dict[str, bytes]) -> Evidence:
     """Read files that are on no disk."""
     evidence = Evidence()
     read_files(((name, io.BytesIO(data)) for name, data in files.items()), evidence)
+    if SAVED in files:
+        try:
+            evidence = evidence.joined(Evidence(*observed_json.decode(io.BytesIO(files[SAVED]), SAVED)))
+        except DamagedFile as error:
+            evidence.not_understood.append(str(error))
     return evidence
 
 

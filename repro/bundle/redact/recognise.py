@@ -105,7 +105,7 @@ class Recogniser:
         if known is None:
             known = self._string(text)
             if not _SITE.fullmatch(text) and self._sources.setdefault(known, text) != text:
-                known = self._stand_in("text", text)  # two locks must not become one
+                known = self.stand_in("text", text)  # two locks must not become one
             self._strings[text] = known
         return known
 
@@ -124,29 +124,29 @@ class Recogniser:
         if _ABSOLUTE.fullmatch(text):
             return self.path(text)
         if (error := _ERROR.fullmatch(text)) is not None and is_error(error["type"]):
-            return f"{error['type']}: {self._text(error['message']) or self._stand_in('message', error['message'])}"
-        return self._text(text) or self._stand_in("text" if " " in text else "name", text)
+            return f"{error['type']}: {self._text(error['message']) or self.stand_in('message', error['message'])}"
+        return self._text(text) or self.stand_in("text" if " " in text else "name", text)
 
     def function(self, text: str) -> str:
         """A function's name. Of one that is not recognised at least a word must be: it may be a person's name."""
         partly = any(len(part) > 2 and is_word(part) for part in re.split(r"[._]", text))
-        known = is_name(text) and not self._is_private(text)
-        return text if known or (partly and self._is_free(text)) else self._stand_in("function", text)
+        known = is_name(text) and not self.is_private(text)
+        return text if known or (partly and self._is_free(text)) else self.stand_in("function", text)
 
     def path(self, text: str) -> str:
         """A file's path below its package. Of another file the name, where it is recognised, in a folder's stand-in."""
         if re.fullmatch(r"<frozen [a-z_.]{1,40}>", text):
             return text if is_name(text[8:-1]) else "<frozen>"
         inside = below_package(text)
-        if inside is not None and not self._is_private(inside):
+        if inside is not None and not self.is_private(inside):
             return inside
         folder, slash, file = text.rpartition("/")
-        if (is_file(file) or is_name(file)) and not self._is_private(file):
-            return f"{self._stand_in('folder', folder)}/{file}" if slash and folder else file
+        if (is_file(file) or is_name(file)) and not self.is_private(file):
+            return f"{self.stand_in('folder', folder)}/{file}" if slash and folder else file
         extension = re.search(r"\.(?:py|so|cpp|lock)$", text)
-        return self._stand_in("file", text) + (extension[0] if extension else "")
+        return self.stand_in("file", text) + (extension[0] if extension else "")
 
-    def _stand_in(self, noun: str, text: str) -> str:
+    def stand_in(self, noun: str, text: str) -> str:
         """noun-001, noun-002 …, by the order in which strings were first seen."""
         self.left_out["text" if noun in ("text", "message") else "names"] += 1
         known = self._stand_ins.get((noun, text))
@@ -176,9 +176,9 @@ class Recogniser:
         tokens = text.split(" ")
         kept = [self._token(token) for token in tokens]
         result = " ".join(map(str, kept))
-        return None if None in kept or self._is_private(result) else result
+        return None if None in kept or self.is_private(result) else result
 
-    def _is_private(self, text: str) -> bool:
+    def is_private(self, text: str) -> bool:
         return self._private is not None and self._private.search(text) is not None
 
     def _inside(self, path: str) -> str:

@@ -30,7 +30,6 @@ def issue(headline: str, diagnosis: Diagnosis, evidence: Evidence, scene: Scene,
     lines += ["", "## Files", "", *(f"- `{name}`" for name in evidence.files[:MAX_ROWS])]
     if len(evidence.files) > MAX_ROWS:
         lines.append(f"- and {len(evidence.files) - MAX_ROWS} more")
-    lines += ["", "This text quotes the files as they are: read it before you publish it."]
     return "\n".join(lines)
 
 

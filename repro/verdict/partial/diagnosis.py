@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, Self
 
+from repro.verdict.result import list_ranks
+
 COLLECT = {
     "stacks": "stacks of all ranks, twice: for p in PIDS; do py-spy dump --nonblocking --pid $p; done",
     "recorder": "Flight Recorder dumps of all ranks: set TORCH_FR_BUFFER_SIZE=2000 "
@@ -44,6 +46,13 @@ class Diagnosis:
     @classmethod
     def inconclusive(cls, *summary: str, collect: tuple[str, ...] = ("stacks", "recorder")) -> Self:
         return cls("inconclusive", summary=summary, collect=tuple(COLLECT.get(record, record) for record in collect))
+
+    def headline(self) -> str:
+        """ "deadlock (skipped), likely, culprits: 2"."""
+        cause = f" ({self.cause})" if self.cause else ""
+        culprits = f", culprits: {list_ranks(self.culprits)}" if self.culprits else ", nobody is named"
+        suspects = f", suspects: {list_ranks(self.suspects)}" if self.suspects else ""
+        return f"{self.verdict}{cause}, {self.confidence}{culprits}{suspects}"
 
     def to_json(self) -> dict[str, Any]:
         return {

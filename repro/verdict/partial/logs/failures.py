@@ -12,10 +12,12 @@ from repro.verdict.partial.words import ranks_of, verb
 
 CLOCK_SKEW_S = 2.0
 ZONE_S, ZONE_SLACK_S = 1800.0, 300.0
-_SURVIVED = re.compile(
+SURVIVED = re.compile(
     r"\bretrying\b|will (?:be )?retr(?:y|ied)|falling back|\brecovered\b|\bignor(?:ed|ing)\b|\bskipping\b",
     re.IGNORECASE,
 )
+"""Words of an error that its program survived."""
+
 _XID_OF_EXIT = re.compile(r"Xid 4[35]\b")
 """Xid 43 and 45 are printed when a process ends for another reason, too."""
 
@@ -43,7 +45,7 @@ def judge_failures(scene: Scene) -> Diagnosis | None:
 def _is_aftermath(failure: Failure, scene: Scene) -> bool:
     """Whether the error cannot have begun the hang: the rank went on after it, or a time-out came before it."""
     rank = failure.process.rank
-    if _SURVIVED.search(failure.text) or _XID_OF_EXIT.search(failure.text):
+    if SURVIVED.search(failure.text) or _XID_OF_EXIT.search(failure.text):
         return True
     if failure.kind in ("exception", "memory") and rank in _seen_waiting(scene):
         return True  # so it did not end the rank

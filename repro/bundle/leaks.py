@@ -1,0 +1,52 @@
+"""The last look before a bundle is written: a plain search for the names of this machine, its user and hosts."""
+
+from __future__ import annotations
+
+import getpass
+import re
+from collections.abc import Mapping
+from pathlib import Path
+
+from repro.bundle.redact.recognise import form_of
+from repro.bundle.redact.words import is_token
+from repro.report.page.page import script, style
+from repro.store.run_dir import SUFFIX
+
+_GENERATED = ("report.html", "timeline.svg", "trace.json", "repro.py", "ISSUE.md", "COMMANDS.sh")
+
+
+class LeakError(RuntimeError):
+    """A private name is still in the copy; nothing was written."""
+
+
+def private_values(variables: Mapping[str, str]) -> set[str]:
+    """The user's name and home folder, and the values of variables with a name like that of a secret."""
+    try:
+        user = variables.get("USER") or getpass.getuser()
+    except (KeyError, OSError):
+        user = ""
+    home = variables.get("HOME", "").rstrip("/")
+    secret = re.compile("secret|passw|passphrase|credential|token|key|pass$|pwd|cookie|auth|_pat$", re.IGNORECASE)
+    return {user, home if home.count("/") > 1 else ""} | {
+        value for name, value in variables.items() if secret.search(name) and ("-" in value or not is_token(value))
+    }
+
+
+def refuse_leaks(folder: Path, private: frozenset[str]) -> None:
+    """Raise LeakError where a private name is left, by a plain search that does not use the rules of recognition."""
+    patterns = [(name, re.compile(form_of(name).encode(), re.IGNORECASE)) for name in sorted(private)]
+    page = [style().encode(), script().encode()]
+    for path in sorted(folder.rglob("*")):
+        if not path.is_file():
+            continue
+        data = path.read_bytes()
+        generated = path.name in _GENERATED
+        for own in page if path.name == "report.html" else ():
+            data = data.replace(own, b"")
+        for name, pattern in patterns:
+            if (generated and name.isalpha()) or (path.suffix == SUFFIX and len(name) < 6):
+                continue  # a word of the page's own, or a number that happens to look so
+            if pattern.search(data):
+                raise LeakError(
+                    f"{path.relative_to(folder)} still holds a name of this machine or user; nothing was written"
+                )

@@ -1,0 +1,28 @@
+"""The evidence that paths hold: files of any tool, folders and bundles of an earlier diagnosis, in any mixture."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from repro.ingest import saved
+from repro.ingest.read import Evidence, read
+
+
+def evidence_of(paths: Sequence[Path]) -> Evidence:
+    """Read the paths. Lists what is not understood.
+
+    Raises DamagedFile or ArchiveError for a damaged folder or bundle of a diagnosis.
+    """
+    earlier = [path for path in paths if saved.is_saved(path)]
+    evidence = read([path for path in paths if path not in earlier])
+    for path in earlier:
+        evidence = evidence.joined(saved.load(path) if path.is_dir() else _of_a_bundle(path))
+    return evidence
+
+
+def _of_a_bundle(path: Path) -> Evidence:
+    from repro import bundle  # which imports the judge of runs, and most evidence needs none
+
+    with bundle.opened(path) as folder:
+        return saved.load(folder)

@@ -1,0 +1,149 @@
+"""Records of foreign evidence as JSON, one record a line, so that a diagnosis can be repeated without the files.
+
+The first line has the format's name and version, and the names of the files. Each other line is `[KIND, FIELDS]`. The
+file may be a stranger's: each field is converted strictly to its type, and a wrong one raises `DamagedFile`.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from array import array
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any, BinaryIO, get_args
+
+import msgspec
+
+from hybrid_moe_ref.files import DamagedFile, parse_json
+from repro.trace.observed import Group, GroupRecord, Note, Observation, RecorderDump, Source
+from repro.trace.operations import Calls, Form
+
+FORMAT, VERSION = "observed records of a torch.distributed job", 1
+MAX_LINE = 64 << 20
+
+
+class Header(msgspec.Struct):
+    """The first line. `files`: the files that were read; `not_understood`: "file:offset: why" of the others."""
+
+    format: str
+    version: int
+    files: list[str]
+    not_understood: list[str]
+
+
+class _Columns(msgspec.Struct):
+    """The columns of `Calls`, as lists of equal length but for `forms`."""
+
+    file: str
+    forms: tuple[Form, ...]
+    form: list[int]
+    seqs: list[int]
+    done: list[bool]
+    times_s: list[float | None]
+    entries: list[int]
+
+
+class _Dump(msgspec.Struct):
+    """The fields of `RecorderDump`, with the order as a list."""
+
+    rank: int
+    groups: tuple[GroupRecord, ...]
+    order: list[int]
+    configured: tuple[Group, ...]
+    backend: str
+    library: str
+    wrapped: bool
+    at_s: float | None
+    source: Source
+
+    def record(self) -> RecorderDump:
+        """The dump. Raises ValueError where the order does not have an entry for each operation of each group."""
+        counts = Counter(self.order)
+        if any(counts.pop(index, 0) != len(record.calls) for index, record in enumerate(self.groups)) or counts:
+            raise ValueError("the order does not list each operation of each group once")
+        return RecorderDump(
+            self.rank, self.groups, array("H", self.order), self.configured, self.backend, self.library, self.wrapped,
+            self.at_s, self.source,
+        )  # fmt: skip
+
+
+KINDS: Mapping[str, type] = {kind.__name__: kind for kind in get_args(Observation)} | {RecorderDump.__name__: _Dump}
+"""Name of a kind of record -> the type that its fields are converted to."""
+
+
+def encode(records: Iterable[Observation], files: Sequence[str], not_understood: Sequence[str]) -> Iterator[bytes]:
+    """The lines of the file."""
+    encoder = msgspec.json.Encoder(enc_hook=_written)
+    yield encoder.encode(Header(FORMAT, VERSION, list(files), list(not_understood))) + b"\n"
+    for record in records:
+        yield encoder.encode([type(record).__name__, record]) + b"\n"
+
+
+def _written(value: Any) -> Any:
+    """The columns of dumps, which JSON has no type for."""
+    if isinstance(value, array):
+        return value.tolist()
+    if isinstance(value, Calls):
+        times_s = [None if math.isnan(at_s) else at_s for at_s in value.times_s]
+        done = list(map(bool, value.done))
+        form, seqs, entries = value.form.tolist(), value.seqs.tolist(), value.entries.tolist()
+        return _Columns(value.file, value.forms, form, seqs, done, times_s, entries)
+    raise NotImplementedError(f"no form of {type(value).__name__} in JSON")
+
+
+def decode(file: BinaryIO, where: str) -> tuple[list[Observation], list[str], list[str]]:
+    """(records, names of the files, what was not understood). Raises DamagedFile ("file:line: what")."""
+    lines = _lines(file, where)
+    header: Header = _typed(next(lines, None), Header, f"{where}:1")
+    if (header.format, header.version) != (FORMAT, VERSION):
+        raise DamagedFile(f"{where}:1: not the format and version that this release reads")
+    return list(_records(lines, where)), header.files, header.not_understood
+
+
+def _lines(file: BinaryIO, where: str) -> Iterator[Any]:
+    number = 0
+    while line := file.readline(MAX_LINE + 1):
+        number += 1
+        if len(line) > MAX_LINE:
+            raise DamagedFile(f"{where}:{number}: a line of more than {MAX_LINE >> 20} MiB")
+        try:
+            yield parse_json(line, "")
+        except DamagedFile as error:
+            raise DamagedFile(f"{where}:{number}: {re.sub('^:[0-9]+: ', '', str(error))}") from None
+
+
+def _records(lines: Iterable[Any], where: str) -> Iterator[Observation]:
+    for number, row in enumerate(lines, 2):
+        place = f"{where}:{number}"
+        if not isinstance(row, list) or len(row) != 2 or not isinstance(row[0], str) or row[0] not in KINDS:
+            raise DamagedFile(f"{place}: not a record of a known kind")
+        record = _typed(row[1], KINDS[row[0]], place)
+        if isinstance(record, Note) and record.value.isdigit() and not re.fullmatch("[0-9]{1,12}", record.value):
+            raise DamagedFile(f"{place}: $.value: not a number of at most 12 digits")
+        try:
+            yield record.record() if isinstance(record, _Dump) else record
+        except (ValueError, OverflowError) as error:
+            raise DamagedFile(f"{place}: $.order: {error}") from None
+
+
+def _typed(value: Any, kind: type, where: str) -> Any:
+    try:
+        return msgspec.convert(value, kind, str_keys=True, dec_hook=_read)
+    except (msgspec.ValidationError, OverflowError, RecursionError) as error:
+        problem, _, field = str(error).replace("`", "").partition(" - at ")
+        raise DamagedFile(f"{where}: {field or '$'}: {problem[:1].lower()}{problem[1:]}") from None
+
+
+def _read(kind: Any, value: Any) -> Any:
+    if kind is not Calls:
+        raise NotImplementedError(f"no form of {kind} in JSON")
+    columns = msgspec.convert(value, _Columns)
+    rows = (columns.form, columns.seqs, columns.done, columns.times_s, columns.entries)
+    if len({len(row) for row in rows}) != 1:
+        raise ValueError("columns of different lengths")
+    if not all(0 <= form < len(columns.forms) for form in columns.form):
+        raise ValueError("the number of a form that is not there")
+    times_s = array("d", (math.nan if at_s is None else at_s for at_s in columns.times_s))
+    form, seqs, entries = array("I", columns.form), array("q", columns.seqs), array("q", columns.entries)
+    return Calls(columns.forms, form, seqs, bytes(columns.done), times_s, entries, columns.file)
