@@ -11,17 +11,26 @@ number of sequences of a part.
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import TYPE_CHECKING, Self
+from typing import Generic, Protocol, Self, TypeVar
 
 import torch
 from torch import Tensor
 
-if TYPE_CHECKING:
-    from hybrid_moe_ref.cache.hybrid_cache import Sequence
+
+class Cached(Protocol):
+    """A sequence in a cache: its number of tokens so far, and the cache's device. A batch needs no more of it."""
+
+    length: int
+
+    @property
+    def device(self) -> torch.device: ...
+
+
+S = TypeVar("S", bound=Cached)
 
 
 @dataclass(frozen=True, eq=False)
-class Group:
+class Group(Generic[S]):
     """Sequences with `length` new tokens each.
 
     rows_BT       index of each token's row in the step
@@ -34,11 +43,11 @@ class Group:
     positions_BT: Tensor
     starts: tuple[int, ...]
     length: int
-    sequences: tuple["Sequence", ...] = ()
+    sequences: tuple[S, ...] = ()
 
 
 @dataclass(frozen=True, eq=False)
-class Part:
+class Part(Generic[S]):
     """Groups that the mixers process together, their rows in the order of the groups.
 
     Either every sequence has one token (decode), or every sequence has more.
@@ -50,7 +59,7 @@ class Part:
     tables   rotary tables by what they depend on beside the positions, see `layers.rope`
     """
 
-    groups: tuple[Group, ...]
+    groups: tuple[Group[S], ...]
     cached: tuple[int, ...]
     is_step: bool
     tables: dict[tuple, tuple[Tensor, Tensor]] = field(default_factory=dict)
@@ -83,7 +92,7 @@ class Part:
 
 
 @dataclass(frozen=True, eq=False)
-class Batch:
+class Batch(Generic[S]):
     """The tokens of a step.
 
     groups      the sequences, grouped by their number of new tokens
@@ -91,12 +100,12 @@ class Batch:
     last_rows   index of each sequence's last row, in the order of the sequences
     """
 
-    groups: tuple[Group, ...]
+    groups: tuple[Group[S], ...]
     num_tokens: int
     last_rows: Tensor
 
     @classmethod
-    def of(cls, pairs: Iterable[tuple["Sequence", int]], device: torch.device | str | None = None) -> Self:
+    def of(cls, pairs: Iterable[tuple[S, int]], device: torch.device | str | None = None) -> Self:
         """Build a batch of cached sequences.
 
         pairs: (sequence, number of its new tokens); the rows have this order. Raises ValueError for a sequence that
@@ -106,7 +115,7 @@ class Batch:
         if len({id(sequence) for sequence, _ in pairs}) != len(pairs):
             raise ValueError("a sequence appears twice in one batch")
         if device is None and pairs:
-            device = pairs[0][0].cache.device
+            device = pairs[0][0].device
         for index, (_, count) in enumerate(pairs):
             if count < 1:
                 raise ValueError(f"sequence {index} of the batch has {count} new tokens; at least 1 is needed")
@@ -123,7 +132,7 @@ class Batch:
         return cls.dense(1, num_tokens, device)
 
     @classmethod
-    def _build(cls, items: list[tuple[int, int, "Sequence | None"]], device: torch.device | str | None) -> Self:
+    def _build(cls, items: list[tuple[int, int, S | None]], device: torch.device | str | None) -> Self:
         first_rows, num_tokens = [], 0
         for _, count, _ in items:
             first_rows.append(num_tokens)
@@ -148,9 +157,9 @@ class Batch:
         return cls(tuple(groups), num_tokens, torch.tensor(last_rows, dtype=torch.long, device=device))
 
     @cached_property
-    def parts(self) -> tuple[Part, ...]:
+    def parts(self) -> tuple[Part[S], ...]:
         """Groups of the step, combined into the parts that the mixers process."""
-        members: dict[tuple[bool, bool], list[Group]] = {}
+        members: dict[tuple[bool, bool], list[Group[S]]] = {}
         for group in self.groups:
             members.setdefault((bool(group.sequences), group.length == 1), []).append(group)
         cached = [group for group in self.groups if group.sequences]
@@ -169,6 +178,6 @@ class Batch:
         return torch.cat([part.rows_T for part in self.parts]).argsort()
 
     @property
-    def sequences(self) -> list[tuple["Sequence", int]]:
+    def sequences(self) -> list[tuple[S, int]]:
         """Cached sequences with their numbers of new tokens."""
         return [(sequence, group.length) for group in self.groups for sequence in group.sequences]

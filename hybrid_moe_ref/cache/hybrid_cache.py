@@ -49,6 +49,11 @@ class Sequence:
         self.release = weakref.finalize(self, self.cache._give_back, self.pages, self.row)
         self.release.atexit = False
 
+    @property
+    def device(self) -> torch.device:
+        """The device of the cache."""
+        return self.cache.device
+
 
 @dataclass(frozen=True, eq=False)
 class Snapshot:
@@ -253,7 +258,7 @@ class HybridCache:
             name = next(name for name in ours if ours[name] != theirs[name])
             raise ValueError(f"a cache with {name} {ours[name]!r} for a model with {name} {theirs[name]!r}")
 
-    def begin(self, batch: Batch) -> list[list[Past]]:
+    def begin(self, batch: Batch[Sequence]) -> list[list[Past]]:
         """Take pages for the batch's tokens. Return each layer's view of each group of sequences.
 
         Raises CacheExhausted, before any page is taken; ValueError for a batch that is outdated or of another cache.
@@ -296,7 +301,7 @@ class HybridCache:
             sequence.pages[number].extend(pages)
         self._table.extend(sequence.row, start, new)
 
-    def commit(self, batch: Batch) -> None:
+    def commit(self, batch: Batch[Sequence]) -> None:
         """Add the batch's tokens to the length of their sequences."""
         for sequence, count in batch.sequences:
             sequence.length += count
@@ -305,7 +310,9 @@ class HybridCache:
         for layer, (conv, ssm) in zip(self.layout.groups[number].layers, self._views[number], strict=True):
             pasts[layer].append(StatePast(conv, ssm, slots_B))
 
-    def _bind_tokens(self, rows: Group, index: int, number: int, row_B: Tensor, pasts: list[list[Past]]) -> None:
+    def _bind_tokens(
+        self, rows: Group[Sequence], index: int, number: int, row_B: Tensor, pasts: list[list[Past]]
+    ) -> None:
         layers, views = self.layout.groups[number].layers, self._views[number]
         length = max(rows.starts) + rows.length
         lengths_B = rows.positions_BT[:, -1] + 1

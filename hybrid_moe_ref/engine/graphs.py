@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -102,43 +101,11 @@ def pad(tokens_N: Tensor, batch: Batch, size: int) -> tuple[Tensor, Batch]:
         return tokens_N, batch
     device = tokens_N.device
     rows_BT = torch.arange(batch.num_tokens, size, device=device)[:, None]
-    padding = Group(rows_BT, torch.zeros_like(rows_BT), starts=(0,) * missing, length=1)
+    padding: Group = Group(rows_BT, torch.zeros_like(rows_BT), starts=(0,) * missing, length=1)
     return (
         torch.cat([tokens_N, tokens_N.new_zeros(missing)]),
         Batch((*batch.groups, padding), size, batch.last_rows),
     )
-
-
-@dataclass(frozen=True)
-class Half:
-    """Rows `start` to `stop` of a step."""
-
-    start: int
-    stop: int
-
-
-def halves(num_rows: int) -> tuple[Half, Half]:
-    """Split a step in two. The first half is not smaller than the second, which may be empty."""
-    middle = (num_rows + 1) // 2
-    return Half(0, middle), Half(middle, num_rows)
-
-
-def part_of(batch: Batch, half: Half) -> Batch:
-    """The rows of the step in one half.
-
-    Build the second half after the first has run, because a sequence in both halves continues where its first part
-    ended.
-    """
-    sequences = batch.sequences
-    if not sequences:
-        return Batch.dummy(half.stop - half.start, batch.last_rows.device)
-    first_rows = [int(row) for group in batch.groups if group.sequences for row in group.rows_BT[:, 0]]
-    parts = []
-    for first, (sequence, count) in sorted(zip(first_rows, sequences, strict=True), key=lambda item: item[0]):
-        held = min(first + count, half.stop) - max(first, half.start)
-        if held > 0:
-            parts.append((sequence, held))
-    return Batch.of(parts, batch.last_rows.device)
 
 
 def row_wise(model: HybridMoE) -> list[nn.Module]:

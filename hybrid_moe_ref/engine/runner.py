@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from hybrid_moe_ref.batch import Batch
 from hybrid_moe_ref.cache.hybrid_cache import HybridCache
 from hybrid_moe_ref.engine.feed import Feed, feed_differences, from_text, to_text
-from hybrid_moe_ref.engine.graphs import Graphs, halves, pad, part_of
+from hybrid_moe_ref.engine.graphs import Graphs, pad
+from hybrid_moe_ref.engine.microbatch import halves, part_of
 from hybrid_moe_ref.engine.plan import (
     ANYONE_UNFINISHED,
     STEP_AGREEMENT,
@@ -152,7 +153,7 @@ class ModelRunner:
         mixtures = [block.mlp for block in blocks if isinstance(block.mlp, MoE)][:1]
         for num_rows in (1, 2):
             x_NH = parameters.new_zeros(num_rows, self._model.config.hidden_size)
-            batch = Batch.dummy(num_rows, parameters.device)
+            batch: Batch = Batch.dummy(num_rows, parameters.device)
             for block in blocks:
                 block.mixer.forward(x_NH, batch, None)
             for mixture in mixtures:

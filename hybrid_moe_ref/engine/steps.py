@@ -61,6 +61,6 @@ class Steps:
         feeds = [Feed(DUMMY, 0, (0,) * num_tokens)]
         plan = self.plan(feeds, 0, asks_unfinished, may_replay)
         tokens_N = torch.zeros(num_tokens, dtype=torch.long, device=self._device)
-        batch = Batch.dummy(num_tokens, self._device)
+        batch: Batch = Batch.dummy(num_tokens, self._device)
         hidden_NH = self._runner.execute(plan, tokens_N, batch, None, feeds)
         self._drafting.draft_dummy(tokens_N, hidden_NH, batch)

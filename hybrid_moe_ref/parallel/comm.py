@@ -22,10 +22,11 @@ import torch.distributed as dist
 from torch import Tensor
 
 from hybrid_moe_ref.config import ParallelConfig
-from hybrid_moe_ref.parallel.groups import group_members
+from hybrid_moe_ref.parallel.groups import RankGroups, create_groups
 from hybrid_moe_ref.parallel.guard import ScheduleGuard
 from hybrid_moe_ref.parallel.halt import Halt, RollCall, ScheduleMismatch, Watchdog, wait_or_halt
 from hybrid_moe_ref.parallel.observer import Collective, NullObserver, Observer
+from hybrid_moe_ref.parallel.packing import pack, unpack
 from hybrid_moe_ref.parallel.strict import StrictComparison
 
 # torch 2.13 renamed these two and warns about the old names; 2.11 and 2.12 know only the old ones.
@@ -35,12 +36,8 @@ _reduce_scatter_single = getattr(dist, "reduce_scatter_single", None) or dist.re
 _REDUCE_OPS = {"sum": dist.ReduceOp.SUM, "min": dist.ReduceOp.MIN, "max": dist.ReduceOp.MAX}
 
 
-class Communicator:
-    """The process groups of one rank, by name. Reports every collective to an observer.
-
-    "dp" and "world" are always CPU groups (gloo), as "dp" is in vLLM: agreements are a few integers and must not wait
-    for a device. "ep" and "tp" carry hidden states and use the configured backend.
-    """
+class Communicator(RankGroups):
+    """The collectives of one rank in its groups. Reports each one to an observer."""
 
     def __init__(
         self,
@@ -51,7 +48,7 @@ class Communicator:
         store: dist.Store | None = None,
         timeout_s: float = 1800.0,
     ) -> None:
-        self.rank = rank
+        super().__init__(rank, {name: tuple(dist.get_process_group_ranks(group)) for name, group in groups.items()})
         self.device = device
         self.observer: Observer = observer or NullObserver()
         self._store = store
@@ -64,9 +61,8 @@ class Communicator:
         self._was_used = False
         self.guard = ScheduleGuard(rank, self._halt)
         self._groups = groups
-        self._members = {name: tuple(dist.get_process_group_ranks(group)) for name, group in groups.items()}
-        everyone = sorted({member for members in self._members.values() for member in members})
-        self._roll_call = RollCall(rank, everyone, store) if store is not None else None
+        every_rank = sorted({member for members in self._members.values() for member in members})
+        self._roll_call = RollCall(rank, every_rank, store) if store is not None else None
         self.observer.groups(self._members)
 
     @classmethod
@@ -88,28 +84,11 @@ class Communicator:
         device = torch.device(device)
         if device.type == "cuda" and device.index is not None:
             torch.cuda.set_device(device)  # NCCL and Triton use the current device, which must be this rank's
-        num_ranks = parallel.dp_size * parallel.tp_size
         timeout = timedelta(seconds=timeout_s)
         if store is None:
             store, _, _ = next(dist.rendezvous("env://", timeout=timeout))
-        dist.init_process_group("gloo", store=store, rank=rank, world_size=num_ranks, timeout=timeout)
-        mine: dict[str, dist.ProcessGroup] = {}
-        # Every rank must take part in creating every group, in one order, also the groups that it does not join.
-        created: set[tuple[str, tuple[int, ...]]] = set()
-        for other in range(num_ranks):
-            for name, members in group_members(parallel, other).items():
-                if (name, members) in created:
-                    continue
-                created.add((name, members))
-                group = dist.new_group(
-                    list(members),
-                    backend="gloo" if name in ("dp", "world") else backend,
-                    timeout=timeout,
-                    group_desc=name,
-                )
-                if rank in members:
-                    mine[name] = group
-        return cls(rank, device, mine, observer, dist.PrefixStore("hybrid_moe_ref", store), timeout_s)
+        groups = create_groups(parallel, rank, backend, store, timeout)
+        return cls(rank, device, groups, observer, dist.PrefixStore("hybrid_moe_ref", store), timeout_s)
 
     def start_strict_comparison(self) -> None:
         """From now on, compare every collective among its members through the store before it is issued.
@@ -194,19 +173,6 @@ class Communicator:
         """Leave the job. Collectives in which peers still wait for this rank then fail."""
         dist.destroy_process_group()
 
-    def members(self, group: str) -> tuple[int, ...]:
-        """Global ranks of ``group``, in group order."""
-        return self._members[group]
-
-    def group_rank(self, group: str) -> int:
-        """This rank's index in ``group``."""
-        return self._members[group].index(self.rank)
-
-    @property
-    def everyone(self) -> str:
-        """The name of the CPU group of all ranks: "world", or "dp" if tp_size is 1."""
-        return "world" if "world" in self._members else "dp"
-
     def all_reduce(self, group: str, x: Tensor, reduce_op: str = "sum", *, layer: str = "") -> Tensor:
         """Reduce ``x`` in place over ``group``; every rank ends with the result. reduce_op: sum, min or max."""
         event = Collective(group, "all_reduce", layer, (x.numel(),), _name(x.dtype), reduce_op)
@@ -228,7 +194,7 @@ class Communicator:
         """Gather rows of several tensors at once: each [N, ...] -> [S, ...], ranks in group order.
 
         ``sizes[r]`` is the number of rows of group rank r. The tensors may differ in dtype, because rows are sent as
-        bytes (which also lets fp8 pass through gloo). Uneven rows are padded to the largest size, or with
+        bytes. Uneven rows are padded to the largest size, or with
         ``broadcast_uneven`` sent in one broadcast per rank, as vLLM and TensorRT-LLM do.
 
         Raises ValueError when this rank's number of rows is not the agreed size.
@@ -238,20 +204,13 @@ class Communicator:
         for x in tensors:
             if x.shape[0] != num_rows:
                 raise ValueError(f"{group} all_gather_v at {layer}: {x.shape[0]} rows here, {num_rows} agreed")
-        parts = [_as_bytes(x) for x in tensors]
-        packed_NB = torch.cat(parts, dim=1) if len(parts) > 1 else parts[0]
+        packed_NB = pack(tensors)
         event = Collective(group, "all_gather_v", layer, sizes, "uint8")
         self._enter(event)
         gather = self._broadcast_rows if broadcast_uneven and min(sizes) != max(sizes) else self._gather_rows
         packed_SB = gather(group, packed_NB, sizes)
         self.observer.leave(event)
-        gathered, column = [], 0
-        for x in tensors:
-            width = _as_bytes(x[:0]).shape[1]
-            rows_SB = _plain(packed_SB[:, column : column + width])
-            gathered.append(rows_SB.view(x.dtype).view(packed_SB.shape[0], *x.shape[1:]))
-            column += width
-        return gathered
+        return unpack(packed_SB, tensors)
 
     def reduce_scatter_v(self, group: str, x_SH: Tensor, sizes: Sequence[int], *, layer: str = "") -> Tensor:
         """Sum x_SH over ``group`` and return this rank's rows of the sum, [N, H].
@@ -331,21 +290,6 @@ class Communicator:
         per_rank = [num_rows] * num_ranks
         self._wait(pg, dist.all_to_all_single(parts_RNH, x_SH, per_rank, list(sizes), group=pg, async_op=True))
         return parts_RNH.view(num_ranks, num_rows, x_SH.shape[1]).sum(dim=0)
-
-
-def _as_bytes(x: Tensor) -> Tensor:
-    """View [N, ...] of any dtype as [N, bytes of a row]; copies only if the rows are not contiguous in memory."""
-    return _plain(x.reshape(x.shape[0], x.shape[1:].numel())).view(torch.uint8)
-
-
-def _plain(x_NB: Tensor) -> Tensor:
-    """The same rows with row-major strides.
-
-    `contiguous()` is not enough: torch calls a single row contiguous whatever its strides are, but can view only
-    row-major strides as another dtype.
-    """
-    plain = x_NB.stride() == (x_NB.shape[1], 1)
-    return x_NB if plain else x_NB.clone(memory_format=torch.contiguous_format)
 
 
 @lru_cache(maxsize=64)

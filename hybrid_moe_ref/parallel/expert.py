@@ -12,7 +12,6 @@ Shape suffixes: N tokens of this rank, S tokens of all ranks, H hidden, K expert
 
 from __future__ import annotations
 
-from hybrid_moe_ref.config import ConfigError
 from hybrid_moe_ref.layers.moe import MoE
 from hybrid_moe_ref.model import HybridMoE
 from hybrid_moe_ref.model.mtp import DRAFT_STACK
@@ -23,6 +22,7 @@ from hybrid_moe_ref.parallel.dispatch import (
     expert_schedule,
     moe_layer_name,
 )
+from hybrid_moe_ref.parallel.shares import experts_per_rank
 
 
 def apply_expert_parallel(
@@ -34,11 +34,7 @@ def apply_expert_parallel(
 
     Raises ConfigError when the experts do not divide over the ranks.
     """
-    num_ranks = len(comm.members("ep"))
-    num_experts = model.config.num_experts
-    if num_experts % num_ranks:
-        raise ConfigError(f"model.num_experts: {num_experts} experts cannot be shared by {num_ranks} ranks evenly")
-    per_rank = num_experts // num_ranks
+    per_rank = experts_per_rank(model.config.num_experts, len(comm.members("ep")))
     context = ForwardContext(
         schedule=expert_schedule(model.config.num_layers, backend),
         draft_schedule=expert_schedule(model.config.num_mtp_layers, backend, DRAFT_STACK),

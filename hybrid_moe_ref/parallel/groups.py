@@ -1,11 +1,16 @@
-"""The groups of ranks that a layout has, and a rank's index in each of them. Does not import torch."""
+"""The groups of ranks that a layout has: their members, and their process groups."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from datetime import timedelta
+
+import torch.distributed as dist
 
 from hybrid_moe_ref.config import ParallelConfig
+
+ON_CPU = ("dp", "world")
+"""The groups that are always on the CPU (gloo): agreements are a few integers and must not wait for a device."""
 
 
 def group_members(parallel: ParallelConfig, rank: int) -> dict[str, tuple[int, ...]]:
@@ -15,7 +20,7 @@ def group_members(parallel: ParallelConfig, rank: int) -> dict[str, tuple[int, .
     that run the same tokens, and "world" has all ranks. Ranks are numbered dp-major: rank = dp_rank * tp_size +
     tp_rank.
     """
-    num_ranks = parallel.dp_size * parallel.tp_size
+    num_ranks = parallel.world_size
     tp_rank = rank % parallel.tp_size
     groups = {
         "dp": tuple(range(tp_rank, num_ranks, parallel.tp_size)),
@@ -27,17 +32,44 @@ def group_members(parallel: ParallelConfig, rank: int) -> dict[str, tuple[int, .
     return groups
 
 
-@dataclass(frozen=True)
 class RankGroups:
-    """The groups of one rank, as name -> global ranks. It is all that a layout needs of a `Communicator`."""
+    """The groups of one rank, by name. It is all that `apply_layout` needs of a `Communicator`."""
 
-    groups: Mapping[str, tuple[int, ...]]
-    rank: int
+    def __init__(self, rank: int, members: Mapping[str, tuple[int, ...]]) -> None:
+        self.rank = rank
+        self._members = members
 
     def members(self, group: str) -> tuple[int, ...]:
         """Global ranks of ``group``, in group order."""
-        return self.groups[group]
+        return self._members[group]
 
     def group_rank(self, group: str) -> int:
         """This rank's index in ``group``."""
-        return self.groups[group].index(self.rank)
+        return self._members[group].index(self.rank)
+
+    @property
+    def everyone(self) -> str:
+        """The name of the CPU group of all ranks: "world", or "dp" if tp_size is 1."""
+        return "world" if "world" in self._members else "dp"
+
+
+def create_groups(
+    parallel: ParallelConfig, rank: int, backend: str, store: dist.Store, timeout: timedelta
+) -> dict[str, dist.ProcessGroup]:
+    """Join the job, and create the process groups of all ranks; return this rank's.
+
+    Every rank must take part in creating every group, in one order, also the groups that it does not join. Raises what
+    torch.distributed raises when a peer does not join within ``timeout``.
+    """
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=parallel.world_size, timeout=timeout)
+    every_group = dict.fromkeys(
+        group for other in range(parallel.world_size) for group in group_members(parallel, other).items()
+    )
+    mine: dict[str, dist.ProcessGroup] = {}
+    for name, members in every_group:
+        group = dist.new_group(
+            list(members), backend="gloo" if name in ON_CPU else backend, timeout=timeout, group_desc=name
+        )
+        if rank in members:
+            mine[name] = group
+    return mine

@@ -47,7 +47,7 @@ def apply_layout(
 def sizes_of_a_rank(config: ModelConfig, parallel: ParallelConfig, dtype: torch.dtype) -> HybridMoE:
     """Rank 0's part of the model, on the meta device. Every rank has parameters and a cache of the same sizes."""
     model = HybridMoE(config, device="meta", dtype=dtype)
-    apply_layout(model, cast(Communicator, RankGroups(group_members(parallel, 0), 0)), parallel)
+    apply_layout(model, cast(Communicator, RankGroups(0, group_members(parallel, 0))), parallel)
     return model
 
 

@@ -35,6 +35,13 @@ def expert_sharing(parallel: ParallelConfig) -> ExpertSharing:
     return "expert" if parallel.dp_size == 1 else "sequence"
 
 
+def experts_per_rank(num_experts: int, num_ranks: int) -> int:
+    """The number of whole experts that each rank holds. Raises ConfigError if it is not the same for all."""
+    if num_experts % num_ranks:
+        raise ConfigError(f"{num_experts} experts cannot be shared by {num_ranks} ranks evenly", "num_experts")
+    return num_experts // num_ranks
+
+
 @dataclass(frozen=True)
 class Place:
     """One rank among the `size` ranks of its tp group."""

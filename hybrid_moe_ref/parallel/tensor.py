@@ -29,14 +29,23 @@ import torch.nn.functional as F
 from hybrid_moe_kernels.precision import wide, widen
 from torch import Tensor, nn
 
-from hybrid_moe_ref.config import LAYER_KINDS, ConfigError, ModelConfig
+from hybrid_moe_ref.config import LAYER_KINDS, ModelConfig
 from hybrid_moe_ref.layers.moe import MLP, Experts, MoE
 from hybrid_moe_ref.model import HybridMoE
 from hybrid_moe_ref.model.mtp import DRAFT_STACK
 from hybrid_moe_ref.parallel.comm import Communicator
 from hybrid_moe_ref.parallel.dispatch import AllGatherReduceScatter, ForwardContext, SumOverRanks, chunk_sizes
 from hybrid_moe_ref.parallel.observer import ScheduleEntry
-from hybrid_moe_ref.parallel.shares import ExpertSharing, Place, expert_cuts, local_config, mixer_cuts, mlp_cuts, rows
+from hybrid_moe_ref.parallel.shares import (
+    ExpertSharing,
+    Place,
+    expert_cuts,
+    experts_per_rank,
+    local_config,
+    mixer_cuts,
+    mlp_cuts,
+    rows,
+)
 from hybrid_moe_ref.slices import Cuts, Slice
 
 MIXER_NAMES = {"G": "gated_delta_net", "A": "gated_attention", "M": "mamba2"}
@@ -130,9 +139,6 @@ def apply_tensor_parallel(
     """
     whole = model.config
     place = Place(comm.group_rank("tp"), len(comm.members("tp")))
-    num_holders = len(comm.members("ep" if experts == "sequence" else "tp"))
-    if experts != "intermediate" and whole.num_experts % num_holders:
-        raise ConfigError(f"{whole.num_experts} experts cannot be shared by {num_holders} ranks evenly", "num_experts")
     model.config = local_config(whole, place.size, experts)
     context = ForwardContext(
         tp_size=place.size,
@@ -247,7 +253,7 @@ class _Sharding:
             if self.experts == "intermediate":
                 return Experts(number, hidden, width // self.place.size), expert_cuts(width, self.place)
             group = "ep" if self.experts == "sequence" else "tp"
-            count = number // len(self.comm.members(group))
+            count = experts_per_rank(number, len(self.comm.members(group)))
             first = self.comm.group_rank(group) * count
             part = Experts(number, hidden, width, first_expert=first, num_local=count)
         return part, {name: rows((first, first + count)) for name, _ in part.named_parameters()}
