@@ -52,8 +52,6 @@ class Part(Generic[S]):
 
     Either every sequence has one token (decode), or every sequence has more.
 
-    groups   the groups
-
     cached   indices of the groups among the cached groups of the step; empty if the tokens are not cached
     is_step  whether the part is the whole step, with its rows in order
     tables   rotary tables by what they depend on beside the positions, see `layers.rope`
