@@ -91,6 +91,13 @@ class Watcher(msgspec.Struct, frozen=True):
         )
 
 
+class Progress(msgspec.Struct, frozen=True):
+    """How far a rank had come when it was judged; the time is on the clock of its host."""
+
+    num_events: Count
+    heartbeat_ns: Count
+
+
 class Durations(msgspec.Struct, frozen=True):
     """Seconds from the last event of any rank to the verdict, and from the start of the watch to the verdict."""
 
@@ -107,7 +114,8 @@ class Document(msgspec.Struct, frozen=True, kw_only=True):
     sentences                                       one for each distinct position
     expected, matches_expected                      of a run of the lab; else None
     watcher                                         None of files that do not name the clock of their times
-    system                                          the facts that the verdict was judged with
+    system, notes                                   what the verdict was judged with, besides the witnesses
+    judged                                          rank -> how far its witness had come; ranks may have gone on since
     interrupted                                     whether the user ended the run before it was decided
     ended_by                                        which signal its launcher received; "" if none
     skipped                                         why the run did not take place, in a list of verdicts; else ""
@@ -135,6 +143,8 @@ class Document(msgspec.Struct, frozen=True, kw_only=True):
     matches_expected: bool | None = None
     watcher: Watcher | None = None
     system: Facts
+    notes: tuple[str, ...] = ()
+    judged: dict[Rank, Progress] = {}
     interrupted: bool = False
     ended_by: str = ""
     seconds: Durations
@@ -155,7 +165,9 @@ class Document(msgspec.Struct, frozen=True, kw_only=True):
 
     def look(self) -> Look | None:
         """The watcher's last snapshot without witnesses, which are files of the run; None if its clock is not known."""
-        return Look(self.watcher.identity(), self.watcher.now_ns, facts=self.system) if self.watcher else None
+        if self.watcher is None:
+            return None
+        return Look(self.watcher.identity(), self.watcher.now_ns, facts=self.system, notes=self.notes)
 
 
 def describe(verdict: Verdict, **more: Any) -> Document:
@@ -175,6 +187,13 @@ def describe(verdict: Verdict, **more: Any) -> Document:
         sentences=tuple(verdict.sentences()),
         **{"system": Facts(), "seconds": Durations(), **more},
     )
+
+
+def progress_of(look: Look) -> dict[int, Progress]:
+    """How far each rank had come."""
+    return {
+        rank: Progress(witness.num_events, witness.heartbeat_ns) for rank, witness in sorted(look.witnesses.items())
+    }
 
 
 def undecided(**run: Any) -> Document:

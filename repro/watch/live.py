@@ -31,7 +31,7 @@ from repro.trace.witness import Tail, Witness
 from repro.verdict import Verdict
 from repro.verdict.classes import class_of
 from repro.verdict.facts import Facts
-from repro.watch.document import Document, Durations, Watcher, describe
+from repro.watch.document import Document, Durations, Watcher, describe, progress_of
 from repro.watch.flight_recorder import compare_dumps
 from repro.watch.look import Look
 from repro.watch.qualified import ended_from_outside, not_decided, uncompared
@@ -105,6 +105,7 @@ class Watch:
         self._interrupted = False
         self._ended_by = ""
         self._noticed: list[str] = []
+        self._reasons: list[str] = []  # why the watch ends
         self._silences = Silences()
 
     def run(self) -> Document:
@@ -201,12 +202,11 @@ class Watch:
 
     def _conclude(self, why: str = "") -> Verdict:
         """The final verdict from the evidence at hand, because the watch ends now."""
-        reasons = [why] if why else []
+        self._reasons = [why] if why else []
         if self.all_done() and (verdict := self._compared(final=True)) is not None:
-            return verdict.with_evidence(reasons)
+            return verdict
         self._system.measure(self._pids())
-        verdict = self._judge_with_evidence()
-        return self._look.unless_begun(verdict).with_evidence(reasons)
+        return self._judge_with_evidence()
 
     def _judge_with_evidence(self) -> Verdict:
         """Collect stacks and dumps, read the witnesses again, and judge with what the dumps confirm or contradict.
@@ -214,15 +214,10 @@ class Watch:
         Processor use stays as measured before, because ranks also use a processor to write the evidence.
         """
         unanswered = self._collect_evidence()
-        verdict = self._judge()
-        check = compare_dumps(self.run_dir, verdict.ranks)
-        if unanswered or check.contradicted:
-            further = Facts(unanswered=unanswered, contradicted=check.contradicted)
-            self._look = dataclasses.replace(self._look, facts=self._look.facts.joined(further))
-            verdict = self._look.verdict(self.options).with_evidence(self._look.notes)
-        contradictions = [f"rank {rank}: {text}" for rank, text in check.contradicted.items()]
-        missing = collect.name_missing(unanswered, collect.PATIENCE_S)
-        return verdict.with_evidence([*check.sentences(), *contradictions, *missing])
+        check = compare_dumps(self.run_dir, self._judge().ranks)
+        further = Facts(unanswered=unanswered, contradicted=check.contradicted)
+        self._look = dataclasses.replace(self._look, facts=self._look.facts.joined(further))
+        return self._look.concluded(self.run_dir, self.options)
 
     def _judge(self, wrong_numbers: Sequence[str] = ()) -> Verdict:
         self._look = self._take_look()
@@ -241,7 +236,7 @@ class Watch:
         if never and not self.job_alive():  # no process is left that could start them
             facts = facts.joined(Facts(alive=dict.fromkeys(never, False)))
             notes.append(collect.of_launcher(self.run_dir, never))
-        notes += self._describe_strangers(witnesses, facts)
+        notes += [*self._describe_strangers(witnesses, facts), *self._reasons]
         return Look(self.host.here, now_ns, witnesses, facts, tuple(notes))
 
     def _describe_strangers(self, witnesses: Mapping[int, Witness], facts: Facts) -> list[str]:
@@ -328,6 +323,8 @@ class Watch:
             self.describe(verdict),
             watcher=Watcher.of(self._look),
             system=self._look.facts,
+            notes=self._look.notes,
+            judged=progress_of(self._look),
             interrupted=self._interrupted,
             ended_by=self._ended_by,
             seconds=Durations(

@@ -5,11 +5,14 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
+from repro.hosts.collect import PATIENCE_S, name_missing
 from repro.hosts.options import WatchOptions
+from repro.store.run_dir import RunDir
 from repro.trace.format import Identity
 from repro.trace.witness import Witness
 from repro.verdict import Verdict, judge
 from repro.verdict.facts import Facts
+from repro.watch.flight_recorder import compare_dumps
 
 
 @dataclass(frozen=True)
@@ -19,7 +22,7 @@ class Look:
     watcher     the process that took it; now_ns and ``facts.died`` are on the clock of its host
     now_ns      its monotonic clock before it read anything, so that the time it takes to read is no silence
     witnesses   rank -> witness; ranks whose witness could not be read are absent
-    notes       further observations of the watcher, one sentence each
+    notes       further observations of the watcher, one sentence each; no file of the run shows them
     """
 
     watcher: Identity
@@ -41,14 +44,21 @@ class Look:
             queued=options.queued_groups,
         )
 
+    def concluded(self, run_dir: RunDir, options: WatchOptions, wrong_numbers: Sequence[str] = ()) -> Verdict:
+        """Judge the snapshot, and add to the evidence what the Flight Recorder's dumps and the notes say.
+
+        If no rank has begun, the verdict is undecided and names no rank.
+        """
+        verdict = self.verdict(options, wrong_numbers)
+        if self.none_began():
+            verdict = Verdict("inconclusive", ranks=verdict.ranks, confidence="undecided", quiet_s=verdict.quiet_s)
+            verdict = verdict.with_evidence(["no rank has begun: the launcher's log may say why"])
+        confirmed = compare_dumps(run_dir, verdict.ranks).sentences()
+        contradicted = [f"rank {rank}: {text}" for rank, text in self.facts.contradicted.items()]
+        missing = name_missing(self.facts.unanswered, PATIENCE_S)
+        return verdict.with_evidence([*confirmed, *contradicted, *missing, *self.notes])
+
     def none_began(self) -> bool:
         """Whether no rank has opened its witness, and no rank has ended."""
         writers = [witness.writer for witness in self.witnesses.values()]
         return bool(writers) and not any(writer.pid for writer in writers) and False not in self.facts.alive.values()
-
-    def unless_begun(self, verdict: Verdict) -> Verdict:
-        """Return the verdict; if no rank has begun, an undecided one that names no rank."""
-        if not self.none_began():
-            return verdict
-        undecided = Verdict("inconclusive", ranks=verdict.ranks, confidence="undecided", quiet_s=verdict.quiet_s)
-        return undecided.with_evidence(["no rank has begun: the launcher's log may say why"])

@@ -14,6 +14,7 @@ from repro.hosts.options import WatchOptions
 from repro.hosts.system import System
 from repro.store.description import RunDescription
 from repro.store.run_dir import RunDir
+from repro.trace.rewind import rewind
 from repro.trace.witness import Witness, read_dir
 from repro.verdict import Verdict
 from repro.watch.document import Document, read_document
@@ -60,21 +61,23 @@ def judge_files(run_dir: RunDir, options: WatchOptions, comparison: Comparison) 
         except (OSError, ValueError) as error:
             damaged.append(f"{run_dir.describe(error)}; the run is judged as if it had no verdict.json")
     look, refused = _look_at_decided(run_dir, decided) if decided else _look_now(run_dir)
-    verdict = look.verdict(options, comparison.wrong).with_evidence(look.notes)
-    verdict = look.unless_begun(verdict)
+    verdict = look.concluded(run_dir, options, comparison.wrong)
     if decided is None and look.none_began():
         verdict = verdict.with_evidence([_launcher_of(run_dir)])
     before = decided.verdict if decided else ""
-    if comparison.missing and before not in ("clean", "slow"):  # otherwise the watcher has compared the results
-        verdict = uncompared(verdict, comparison.missing)
-    if decided and verdict.verdict == "clean" and before == "slow":  # only a live watcher can observe slowness
-        verdict = dataclasses.replace(
-            verdict,
-            verdict="slow",
-            culprits=decided.culprits,
-            confidence=decided.confidence,
-            evidence=decided.evidence,
-        )
+    if verdict.verdict == "clean":
+        if decided is not None and before == "slow":  # only a live watcher can observe slowness
+            verdict = dataclasses.replace(
+                verdict,
+                verdict="slow",
+                culprits=decided.culprits,
+                confidence=decided.confidence,
+                evidence=decided.evidence,
+            )
+        elif comparison.missing and before != "clean":  # the watcher of a clean run has compared the results
+            verdict = uncompared(verdict, comparison.missing)
+        elif comparison.evidence:
+            verdict = verdict.with_evidence([comparison.evidence])
     if decided and decided.interrupted:
         verdict = not_decided(verdict)
     if decided and decided.ended_by:
@@ -82,11 +85,21 @@ def judge_files(run_dir: RunDir, options: WatchOptions, comparison: Comparison) 
     runs = {witness.writer.run_id for witness in look.witnesses.values()}
     problems = any(witness.problems for witness in look.witnesses.values())
     whole = not refused and not damaged and len(runs) <= 1 and not problems
-    return Again(verdict.with_evidence([*map(run_dir.describe, refused), *damaged]), look, decided, whole)
+    lines = [line for line in map(run_dir.describe, refused) if line not in verdict.evidence]
+    return Again(verdict.with_evidence([*lines, *damaged]), look, decided, whole)
 
 
 def _look_at_decided(run_dir: RunDir, decided: Document) -> tuple[Look, list[str]]:
+    """The watcher's last snapshot, and a line for each witness that does not show it any more."""
     witnesses, refused = read_dir(run_dir.root / "events")
+    for rank in witnesses.keys() & decided.judged.keys():
+        progress = decided.judged[rank]
+        as_judged = rewind(witnesses[rank], progress.num_events, progress.heartbeat_ns)
+        if as_judged is not None:
+            witnesses[rank] = as_judged
+        else:
+            name = witnesses.pop(rank).name
+            refused.append(f"{name}:0: no longer holds the {progress.num_events} events that were judged")
     if (look := decided.look()) is not None:
         return dataclasses.replace(look, witnesses=witnesses), refused
     here = Host().here

@@ -76,6 +76,7 @@ _OF_KIND: Mapping[str, Callable[[Recogniser, Any], Any]] = {
     "purpose": lambda recogniser, value: recogniser.line(str(value)),
     "source": lambda recogniser, value: _references(str(value), recogniser),
     "words": lambda recogniser, value: _command(value, recogniser),
+    "notes": lambda recogniser, value: [text for line in value if (text := recogniser.line(str(line)))],
     "line": lambda recogniser, value: value if _is_number(value) or _LOCATION.fullmatch(str(value)) else "",
     "name": lambda recogniser, value: recogniser.string(str(value)),
     "filename": lambda recogniser, value: recogniser.path(str(value)),

@@ -5,10 +5,10 @@ from __future__ import annotations
 import time
 
 from repro.lab.outcome.expectation import document_of, watch_options
-from repro.lab.outcome.tokens import wrong_tokens
+from repro.lab.outcome.tokens import name_equal, wrong_tokens
 from repro.lab.settings import RunSettings, read_settings
 from repro.store.run_dir import RunDir
-from repro.watch.document import Document, Durations, Watcher
+from repro.watch.document import Document, Durations, Watcher, progress_of
 from repro.watch.live import Comparison
 from repro.watch.offline import judge_files
 
@@ -25,7 +25,8 @@ def compare_again(run_dir: RunDir) -> Comparison:
 def _compare(run_dir: RunDir, settings: RunSettings) -> tuple[Comparison, list[str]]:
     """The comparison, and a list with the error of a damaged file, or []."""
     try:
-        return Comparison(wrong=tuple(wrong_tokens(run_dir, settings.num_ranks, settings.tp_size))), []
+        wrong = wrong_tokens(run_dir, settings.num_ranks, settings.tp_size)
+        return Comparison(tuple(wrong), evidence=name_equal(run_dir)), []
     except FileNotFoundError as error:
         return Comparison(missing=str(error)), []
     except (OSError, ValueError) as error:
@@ -47,6 +48,8 @@ def judge_again(run_dir: RunDir, settings: RunSettings) -> tuple[Document, bool]
         again.verdict.with_evidence(damaged),
         watcher=Watcher.of(again.look),
         system=again.look.facts,
+        notes=again.look.notes,
+        judged=progress_of(again.look),
         interrupted=decided is not None and decided.interrupted,
         ended_by=decided.ended_by if decided else "",
         seconds=seconds,

@@ -23,13 +23,17 @@ def compare_tokens(
         why = "is not ready" if reference_alive() else "failed (logs/reference.log)"
         return Comparison(missing=f"the single-process reference {why}")
     try:
-        reference = read_tokens(run_dir.reference)
         wrong = wrong_tokens(run_dir, num_ranks, tp_size)
+        return Comparison(tuple(wrong), evidence=name_equal(run_dir))
     except (OSError, ValueError) as error:
         return Comparison(missing=run_dir.describe(error))
+
+
+def name_equal(run_dir: RunDir) -> str:
+    """A sentence about the tokens that are equal where none is wrong. Raises OSError or DamagedFile."""
+    reference = read_tokens(run_dir.reference)
     num_tokens = sum(map(len, reference.values()))
-    text = f"{num_tokens} tokens of {len(reference)} requests equal the single-process reference's"
-    return Comparison(wrong=tuple(wrong), evidence=text)
+    return f"{num_tokens} tokens of {len(reference)} requests equal the single-process reference's"
 
 
 def wrong_tokens(run_dir: RunDir, num_ranks: int, tp_size: int) -> list[str]:

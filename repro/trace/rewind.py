@@ -1,0 +1,57 @@
+"""A witness as it was at an earlier moment."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+
+from repro.trace.format import RECORD, Event, Kind
+from repro.trace.group_slots import GroupTrace
+from repro.trace.parse import Ring
+from repro.trace.reader import Witness
+
+_ISSUES = (Kind.ENTER, Kind.ISSUE)
+
+
+def rewind(witness: Witness, num_events: int, heartbeat_ns: int) -> Witness | None:
+    """The witness after the first ``num_events`` events of its rank, and with the heartbeat of that moment.
+
+    Returns None if too little is left of what came before: the ring has wrapped since, or the file holds fewer events.
+    Sizes and strings of later events stay, because nothing refers to them.
+    """
+    witness = dataclasses.replace(witness, heartbeat_ns=heartbeat_ns)
+    if witness.num_events == num_events:
+        return witness
+    num_kept = num_events - witness.first_event + 1
+    if witness.num_events < num_events or num_kept < 1:
+        return None
+    ring = Ring(witness.ring.records[: num_kept * RECORD.size])
+    kept, later = list(ring.events()), list(witness.events())[num_kept:]
+    groups = []
+    for index, group in enumerate(witness.groups):
+        trace = _rewind_group(group, [e for e in kept if e.group == index], [e for e in later if e.group == index])
+        if trace is None:
+            return None
+        groups.append(trace)
+    return dataclasses.replace(
+        witness,
+        groups=tuple(groups),
+        ring=ring,
+        last=ring.last,
+        num_events=num_events,
+        complete=not witness.damaged and all(group.members for group in groups),
+    )
+
+
+def _rewind_group(group: GroupTrace, kept: Sequence[Event], later: Sequence[Event]) -> GroupTrace | None:
+    """The progress in one group without its later events; None if its last issue before them is overwritten."""
+    last, issued, left = group.last, group.issued, group.left
+    if first := next((event for event in later if event.kind in _ISSUES), None):
+        issued = first.seq - 1
+        last = next((event for event in reversed(kept) if event.kind in _ISSUES), None)
+        if issued and last is None:
+            return None
+    if completed := [event.seq for event in later if event.kind == Kind.LEAVE]:
+        before = [event.seq for event in kept if event.kind == Kind.LEAVE]
+        left = max(before) if before else min(completed) - 1
+    return dataclasses.replace(group, last=last, issued=issued, left=left)
