@@ -1,12 +1,16 @@
 """How often `diagnose` and torch's own analyser of recorder dumps name the right ranks, how many others, how fast.
 
-    python benchmarks/bench_diagnose.py [--folder DIR:RANKS:CLASS …] [--no-live] [--json FILE]
+    python benchmarks/bench_diagnose.py [--folder DIR:RANKS:CLASS …] [--no-live] [--scale RANKS,…] [--json FILE]
 
 The dumps are made up by the tests' writer in four kinds of NCCL hangs, each with any of four ranks at fault, and taken
 from six live gloo jobs (tests/support/live_gloo.py). `--folder` adds labelled dumps of your own, for example NVIDIA's
 (`_dumps:12,14:stall`). A tool is right where the ranks that it names are exactly those at fault; `diagnose` has to give
 the class as well, which the analyser of torch has no words for. `innocent` counts the other ranks that are named,
 `findings` the places that a reader is sent to. Exits with 1 where `diagnose` names an innocent rank.
+
+`--scale` gives `python -m repro diagnose`, from its start to its end, the dumps of larger jobs: 2,000 operations of two
+groups on each rank, the last of which one rank has not queued. Time and memory should be linear in the ranks. The
+processor time includes that of child processes; the memory is that of the largest process alone.
 """
 
 from __future__ import annotations
@@ -16,6 +20,7 @@ import json
 import os
 import platform
 import re
+import resource
 import subprocess
 import sys
 import tempfile
@@ -25,10 +30,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-TESTS = Path(__file__).parents[1] / "tests"
+TESTS = Path(__file__).parents[1] / "tests" / "support"
 sys.path.insert(0, str(TESTS))
 
 import hangs  # noqa: E402
+from foreign import call, dump  # noqa: E402
 from live_gloo import FAULTS  # noqa: E402
 
 from repro.ingest.read import read  # noqa: E402
@@ -40,6 +46,15 @@ MADE_UP = {
     "device stopped": (hangs.device_stopped, 3, "stall"),
     "host stopped": (hangs.host_stopped, 3, "stall"),
 }
+NUM_ENTRIES = 2000
+MEASURED = """
+import re, sys
+from pathlib import Path
+from repro.__main__ import main
+main()
+print(re.search(r"VmHWM:\\s*(\\d+)", Path("/proc/self/status").read_text())[1], file=sys.stderr)
+"""
+"""`python -m repro`, which then prints the most memory that it had, in KiB. Other measures count what it replaced."""
 LIVE = {"clean": "clean", "straggler": "inconclusive"}  # the others are deadlocks
 
 
@@ -138,10 +153,40 @@ def _score(tool: str, own: Sequence[tuple[Job, Answer]]) -> Mapping[str, Any]:
     }
 
 
+def scale(num_ranks: int, scratch: Path) -> dict[str, Any]:
+    """Seconds, processor seconds and peak MB of one `diagnose` of a job of so many ranks."""
+    folder = scratch / str(num_ranks)
+    folder.mkdir(parents=True)
+    groups = {"0": ("default_pg", range(num_ranks)), "1": ("ep", range(num_ranks))}
+    frames = [{"name": name, "filename": "model.py", "line": 7} for name in ("moe", "layer", "main")]
+    entries = []
+    for n in range(NUM_ENTRIES):
+        op, group = (("all_reduce", (0, "0", "default_pg")), ("all_gather", (1, "1", "ep")))[n % 2]
+        entry = call(n // 2 + 1, op, group=group, done=n < NUM_ENTRIES - 1, at_ms=n)
+        entries.append({**entry, "frames": list(frames)})
+    whole, absent = dump(entries, groups), dump(entries[:-1], groups)
+    for rank in range(num_ranks):
+        (folder / f"nccl_trace_rank_{rank}").write_bytes(absent if rank == 3 else whole)
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    start = time.perf_counter()
+    process = subprocess.run(
+        [sys.executable, "-c", MEASURED, "diagnose", "--json", str(folder)], capture_output=True, text=True
+    )
+    seconds = time.perf_counter() - start
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    cpu_seconds = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+    return {
+        "ranks": num_ranks, "operations_a_rank": NUM_ENTRIES, "seconds": round(seconds, 2),
+        "cpu_seconds": round(cpu_seconds, 2), "mb": int(process.stderr) >> 10,
+        "right": json.loads(process.stdout)["suspects"] == [3],
+    }  # fmt: skip
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--folder", action="append", default=[], metavar="DIR:RANKS:CLASS")
     parser.add_argument("--no-live", action="store_true")
+    parser.add_argument("--scale", default="16,64,256,1024", metavar="RANKS,…", help="'' for none")
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as scratch:
@@ -150,15 +195,18 @@ def main() -> int:
             path, ranks, verdict = text.rsplit(":", 2)
             jobs.append(Job("labelled", Path(path), frozenset(map(int, ranks.split(","))), verdict))
         table = rows(jobs)
+        sizes = [scale(int(text), Path(scratch) / "scale") for text in args.scale.split(",") if text]
     print(f"{'kind':16}{'tool':14}{'right':>8}{'innocent':>10}{'findings':>10}{'failed':>8}{'s a job':>9}")
     for row in table:
         print(f"{row['kind']:16}{row['tool']:14}{row['right']:>5}/{row['jobs']:<2}{row['innocent']:>10}"
               f"{row['findings_a_job']:>10}{row['failed']:>8}{row['seconds_a_job']:>9}")  # fmt: skip
+    for row in sizes:
+        print(f"{row['ranks']} ranks: {row['seconds']} s, {row['cpu_seconds']} s of processors, {row['mb']} MB")
     if args.json:
         import torch
 
         system = {"torch": torch.__version__, "python": platform.python_version(), "machine": platform.machine()}
-        args.json.write_text(json.dumps({"system": system, "rows": table}, indent=1) + "\n")
+        args.json.write_text(json.dumps({"system": system, "rows": table, "scale": sizes}, indent=1) + "\n")
     return int(any(row["innocent"] for row in table if row["tool"] == "diagnose"))
 
 

@@ -15,7 +15,6 @@ What a reader must know, and what this one does about it:
 
 from __future__ import annotations
 
-import marshal
 import math
 import re
 import sys
@@ -24,6 +23,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from functools import lru_cache
+from marshal import dumps
 from typing import Any
 
 from hybrid_moe_ref.files import DamagedFile, parse_json
@@ -217,8 +217,9 @@ class _Known:
         self._year_s = _start_of_year(first // 86_400_000_000_000) if first is not None else 0.0
 
     def calls(self, rows: _Rows, group: Group) -> Calls:
+        """The operations of one group in columns. This loop takes most of the time of a large dump."""
         year_s, forms = self._year_s, _Forms(group.members, self._frames_of)
-        by_content: dict[object, int] = {}
+        known: dict[object, int] = {}
         form, seqs, times_s = array("I"), array("q"), array("d")
         for entry in rows.entries:
             get = entry.get
@@ -227,12 +228,15 @@ class _Known:
                 get("input_dtypes"), get("output_dtypes"),
             )  # fmt: skip
             frames = get("frames")
-            key = _key_of(*content, frames=frames)
-            index = by_content.get(key)
+            try:  # what `marshal` writes is no larger than what was read: a hostile file cannot make a key large
+                key = dumps(content), tuple(map(id, frames[:MAX_FRAMES])) if frames else ()
+            except (TypeError, ValueError):
+                key = None
+            index = known.get(key)
             if index is None:
                 index = forms.index_of(*content, frames)
                 if key is not None:
-                    by_content[key] = index
+                    known[key] = index
             form.append(index)
             seq = get("collective_seq_id", get("seq_id"))
             if type(seq) is not int or not 0 <= seq < MAX_NS or get("is_p2p") or forms.is_transfer[index]:
@@ -253,16 +257,6 @@ class _Known:
             named = [f"{_text(r.get('name'))} ({_text(r.get('filename'))}:{_text(r.get('line'))})" for r in rows]
             frames = self._frames[key] = _shared(tuple(map(sys.intern, named)))
         return frames
-
-
-def _key_of(*content: Any, frames: Any) -> tuple[bytes, tuple[int, ...]] | None:
-    """A key that entries of equal content share, or None. `marshal` writes no more than was read, so that
-    a hostile file cannot make a key large.
-    """
-    try:
-        return marshal.dumps(content), tuple(map(id, frames[:MAX_FRAMES])) if frames else ()
-    except (TypeError, ValueError):
-        return None
 
 
 class _Forms:
