@@ -4,6 +4,7 @@ A witness is one preallocated file per rank, mapped into the rank's memory, so t
 outlives SIGKILL. Little-endian, no padding beyond what is shown. Version 2::
 
     0      HEADER   identity of the writer, clocks, geometry, and a CRC-32 of these; written by launcher and rank
+    504    KNOWS    guarded word: the aspects that the recorder writes (repro.trace.knowledge); 0 in older files: all
     512    LIVE     4 guarded words: events recorded, vector words stored, strings stored, groups with a slot
     544    HEART    last_heartbeat_ns u64, name u32, count u32, CRC-32 of these; heartbeats never enter the ring
     640    SPARE    128 bytes that groups beyond the slots share; never read
@@ -43,6 +44,8 @@ import zlib
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+from repro.trace.knowledge import WITNESS, Knows
+
 MAGIC = b"HMRWITN\x00"
 VERSION = 2
 
@@ -50,9 +53,10 @@ VERSION = 2
 # pid, pid start (clock ticks since boot), pid namespace, wall_offset_ns, run id, hostname, boot id
 HEADER = struct.Struct("<8sIIIIIIIIqQQq64s64s40s")
 CRC = struct.Struct("<I")
+KNOWS = struct.Struct("<Q")
 LIVE = struct.Struct("<QQQQ")
 HEART = struct.Struct("<QIII")
-LIVE_AT, HEART_AT, SPARE_AT, GROUPS_AT = 512, 544, 640, 1024
+KNOWS_AT, LIVE_AT, HEART_AT, SPARE_AT, GROUPS_AT = 504, 512, 544, 640, 1024
 
 GUARD = 251
 """A prime, small enough that the guarded count of events usually fits in one digit of a Python integer."""
@@ -174,6 +178,7 @@ class Identity:
     pid_start_ticks  when the process started, in clock ticks since boot; distinguishes a reused pid
     pid_namespace    inode number of the process's pid namespace, in which alone ``pid`` means anything; 0 = unknown
     wall_offset_ns   wall time minus monotonic time on the writer's host
+    knows            the aspects that its recorder writes
     """
 
     rank: int
@@ -185,6 +190,7 @@ class Identity:
     pid_start_ticks: int = 0
     pid_namespace: int = 0
     wall_offset_ns: int = 0
+    knows: Knows = WITNESS
 
     def shares_processes(self, other: Identity) -> bool:
         """Whether the pids of both writers are in one pid namespace of one host.
@@ -222,14 +228,15 @@ def unguarded(word: int) -> int | None:
 
 
 def pack_header(writer: Identity, shape: Geometry) -> bytes:
-    """Pack the header with its checksum."""
+    """Pack the header with its checksum, and what the writer knows."""
     body = HEADER.pack(
         MAGIC, VERSION, RECORD.size, writer.rank, writer.num_ranks,
         shape.ring_records, shape.vector_words, shape.string_bytes, shape.group_slots,
         writer.pid, writer.pid_start_ticks, writer.pid_namespace, writer.wall_offset_ns,
         clip(writer.run_id, 64), clip(writer.hostname, 64), clip(writer.boot_id, 40),
     )  # fmt: skip
-    return body + CRC.pack(zlib.crc32(body))
+    header = body + CRC.pack(zlib.crc32(body))
+    return header.ljust(KNOWS_AT, b"\0") + KNOWS.pack(writer.knows.value * GUARD)
 
 
 def pack_heartbeat(now_ns: int, name: int, count: int) -> bytes:

@@ -12,6 +12,8 @@ from repro.trace.format import (
     HEADER,
     HEART,
     HEART_AT,
+    KNOWS,
+    KNOWS_AT,
     LIVE,
     LIVE_AT,
     MAGIC,
@@ -29,6 +31,7 @@ from repro.trace.format import (
     is_whole,
     unguarded,
 )
+from repro.trace.knowledge import EVERYTHING, WITNESS, Knows
 
 MAX_PROBLEMS = 20
 _KINDS = frozenset(int(kind) for kind in Kind)
@@ -124,7 +127,11 @@ def parse_header(data: bytes, name: str) -> tuple[Identity, Geometry]:
     except ValueError as error:
         raise WitnessError(f"{name}:24: {error}") from None
     run_id, hostname, boot_id = (text.rstrip(b"\0").decode(errors="replace") for text in (run, host, boot))
-    return Identity(rank, num_ranks, run_id, hostname, boot_id, pid, start, namespace, offset), shape
+    knows = unguarded(KNOWS.unpack_from(data, KNOWS_AT)[0]) if len(data) >= LIVE_AT else 0
+    if knows is None or knows > EVERYTHING.value:
+        raise WitnessError(f"{name}:{KNOWS_AT}: damage: what the recorder writes does not match its checksum")
+    aspects = Knows(knows) if knows else WITNESS
+    return Identity(rank, num_ranks, run_id, hostname, boot_id, pid, start, namespace, offset, aspects), shape
 
 
 def parse_live(data: bytes, problems: Problems) -> Live:

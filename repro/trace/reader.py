@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 from repro.trace.format import ENTRY_SEPARATOR, GROUPS_AT, RECORD, SEPARATOR, Event, Geometry, Identity, column
 from repro.trace.group_slots import GroupTrace, parse_groups
+from repro.trace.knowledge import Knows
 from repro.trace.parse import (
     Problems,
     Ring,
@@ -63,6 +64,10 @@ class Witness:
     @property
     def rank(self) -> int:
         return self.writer.rank
+
+    @property
+    def knows(self) -> Knows:
+        return self.writer.knows
 
     def last_event_ns(self) -> int:
         """Time of the last event in ns, heartbeats excluded; 0 if there is none."""

@@ -47,6 +47,7 @@ from repro.trace.format import (
     pack_header,
     pack_heartbeat,
 )
+from repro.trace.knowledge import WITNESS, Knows
 from repro.trace.parse import WitnessError, parse_header
 from repro.trace.string_areas import Buffer, Strings, Vectors
 from repro.trace.witness import create
@@ -122,8 +123,11 @@ class Recorder:
         *,
         run_id: str = "",
         shape: Geometry | None = None,
+        knows: Knows = WITNESS,
     ) -> Recorder:
         """Map the file that a launcher preallocated, or create it.
+
+        knows   the aspects that the program reports to the recorder; no rule of the judge asks for another one
 
         Raises WitnessError if the file has had a writer, or was made for another rank.
         """
@@ -141,7 +145,7 @@ class Recorder:
             buffer = mmap.mmap(descriptor, shape.file_bytes)
         finally:
             os.close(descriptor)
-        writer = replace(myself(rank, num_ranks), run_id=run_id or planned.run_id)
+        writer = replace(myself(rank, num_ranks), run_id=run_id or planned.run_id, knows=knows)
         header = pack_header(writer, shape)
         buffer[: len(header)] = header
         return cls(buffer, writer, shape)

@@ -6,6 +6,7 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+from repro.trace.knowledge import Knows
 from repro.trace.witness import Witness
 from repro.verdict.evidence.edges import list_waits
 from repro.verdict.evidence.graph import Waits
@@ -39,7 +40,21 @@ class Case:
     @property
     def quiet(self) -> bool:
         """Whether no rank has recorded an event for the quiet window."""
-        return self.quiet_s >= self.quiet_window_s
+        return self.quiet_s >= self.quiet_window_s and self.all_know(Knows.TIME)
+
+    def needs_quiet(self, what: str) -> str:
+        """The sentence that says why it is too early to report a deadlock or a stall."""
+        if not self.all_know(Knows.TIME):
+            return f"not every witness has times, so nothing shows how long this has lasted, and a {what} has to last"
+        return f"the last event is {self.quiet_s:.3f} s old, a {what} needs {self.quiet_window_s:g} s of quiet"
+
+    def all_know(self, aspects: Knows) -> bool:
+        """Whether every witness shows these aspects, so that a rule may ask for them."""
+        return all(aspects in witness.knows for witness in self.witnesses.values())
+
+    def unknowing(self, ranks: Collection[int], aspects: Knows) -> list[int]:
+        """Those of the ranks whose witness does not show these aspects."""
+        return [rank for rank in ranks if rank in self.witnesses and aspects not in self.witnesses[rank].knows]
 
     def ranks(self, *states: str) -> tuple[int, ...]:
         """The ranks in one of these states, in ascending order."""

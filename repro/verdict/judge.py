@@ -15,6 +15,7 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 
 from repro.trace.format import Identity
+from repro.trace.knowledge import COLLECTIVES, Knows
 from repro.trace.witness import Witness
 from repro.verdict.case import Case
 from repro.verdict.evidence.graph import wait_graph
@@ -59,7 +60,7 @@ def judge(
     notes += clock_notes + [problem for witness in usable.values() for problem in witness.problems]
     damaged = {rank for rank, witness in usable.items() if witness.damaged}
     sound = {rank: witness for rank, witness in usable.items() if rank not in damaged}
-    ledger = Ledger(sound)
+    ledger = Ledger({rank: witness for rank, witness in sound.items() if Knows.ORDER in witness.knows})
     waits = wait_graph(rank_states, ledger, facts.lock_holders)
     quiet_ns = [max(0, nows[rank] - witness.last_event_ns()) for rank, witness in usable.items() if witness.last]
     quiet_s = min(quiet_ns, default=0) / 1e9
@@ -139,12 +140,25 @@ def _decide(case: Case, wrong_numbers: Sequence[str]) -> Verdict:
     if wrong_numbers:
         return case.verdict("corrupt", evidence=wrong_numbers)
     if len(case.ranks("done")) == len(case.rank_states):
-        return case.verdict("clean")
+        return _clean(case)
     if case.waits.cycle and not victims(case):
         return deadlock(case, case.waits.cycle)
     if case.ranks("dead", "failed"):
         return crash(case)
     return waiting(case)
+
+
+def _clean(case: Case) -> Verdict:
+    """Report `clean` if a collective that ranks paired wrongly would have shown."""
+    ranks = tuple(case.rank_states)
+    blind = case.unknowing(ranks, COLLECTIVES | Knows.ARGUMENTS)
+    if not blind and any(witness.first_event > 1 for witness in case.witnesses.values()):
+        layers = case.unknowing(ranks, Knows.LAYERS)  # the hashes of what a ring has lost cover the layers
+        blind = layers if len(layers) < len(case.witnesses) else []
+    if not blind:
+        return case.verdict("clean")
+    line = f"every rank is done, but the witness of {name_ranks(blind)} does not show all of its collectives"
+    return case.verdict("inconclusive", evidence=[line], confidence="undecided")
 
 
 def _mispaired(case: Case) -> tuple[GroupKey, int, list[CallVariant]] | None:

@@ -18,6 +18,9 @@ Seconds = Annotated[float, msgspec.Meta(ge=0, lt=1e9)]
 DAMAGED = "by a damaged witness"
 """The detail of a hidden rank whose witness does not match its checksums."""
 
+UNFINISHED = "whose end its witness does not show"
+"""The detail of a hidden rank whose witness does not show the order or the end of collectives."""
+
 
 @dataclass(frozen=True, slots=True)
 class Position:
@@ -67,8 +70,10 @@ class Position:
             case "dead":
                 return f"died in {self.group} {self.op} #{self.seq}{where}" if self.op else f"died{where}"
             case "hidden" if self.op:
-                why = self.detail if self.detail == DAMAGED else "a group that the witness does not track"
+                why = self.detail or "a group that the witness does not track"
                 return f"wait in {self.group} {self.op} #{self.seq}{where}, {why}"
+            case "hidden" if self.detail == UNFINISHED:
+                return "left a witness that does not show which collectives are over"
             case "hidden":
                 return f"left a {'damaged' if self.detail == DAMAGED else 'torn'} witness"
             case _:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import itertools
 import random
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -17,6 +17,7 @@ from simulator import Action, Simulation
 
 from hybrid_moe_ref.parallel.observer import Collective, ScheduleEntry
 from repro.trace.format import Geometry
+from repro.trace.knowledge import Knows
 
 # Off the declared schedule: the witnesses show who did it.
 OFF_PLAN = ("extra", "extra_async", "duplicate", "skip", "swap", "swap_async", "replace", "habit", "transfer_skip")
@@ -92,10 +93,17 @@ class Case:
             actions += [("wait", tag) for tags in pending.values() for tag in tags]
         return actions
 
-    def simulate(self, until_ns: int | None = None, scale: int = 1, folder: Path | None = None) -> Simulation:
+    def simulate(
+        self,
+        until_ns: int | None = None,
+        scale: int = 1,
+        folder: Path | None = None,
+        hidden: Mapping[int, Knows] | None = None,
+    ) -> Simulation:
         sim = Simulation(
             self.programs(), self.groups, seed=self.seed, shape=self.shape, hosts=self.hosts, stalls=self.stalls,
             locks=self.locks, aborts="sizes_abort" in self.faults, one_side=self.one_side, scale=scale, folder=folder,
+            hidden=hidden,
         )  # fmt: skip
         if self.victim >= 0:
             while (victim := sim.ranks[self.victim]).state == "running":

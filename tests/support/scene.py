@@ -9,6 +9,7 @@ from typing import Any
 
 from hybrid_moe_ref.parallel.observer import Collective, ScheduleEntry
 from repro.trace.format import Geometry, Identity, pack_header
+from repro.trace.knowledge import WITNESS, Knows
 from repro.trace.recorder import Recorder
 from repro.trace.witness import Witness, parse
 
@@ -25,10 +26,11 @@ def make_recorder(
     host: int = 0,
     skew_ns: int = 0,
     path: Path | None = None,
+    knows: Knows = WITNESS,
 ) -> tuple[bytearray | mmap.mmap, Recorder]:
     """A recorder on a byte array, or on a file. ``host`` and the ``skew_ns`` of its clock go into the header."""
     writer = Identity(
-        rank, num_ranks, run_id, f"host{host}", f"boot{host}", pid=100 + rank, wall_offset_ns=10**18 - skew_ns
+        rank, num_ranks, run_id, f"host{host}", f"boot{host}", 100 + rank, wall_offset_ns=10**18 - skew_ns, knows=knows
     )
     buffer: bytearray | mmap.mmap = bytearray(shape.file_bytes)
     if path is not None:

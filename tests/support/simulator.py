@@ -14,12 +14,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from muted import Muted
 from scene import MS, SMALL, make_recorder
 
 from hybrid_moe_ref.parallel.observer import Collective, ScheduleEntry
 from repro.store.run_dir import RunDir
 from repro.trace.format import Geometry
-from repro.trace.recorder import Recorder
+from repro.trace.knowledge import Knows
 from repro.trace.witness import Witness, parse
 
 Action = tuple[Any, ...]
@@ -62,6 +63,7 @@ class Simulation:
     one_side a meeting whose members differ completes for the largest side, as gloo may complete it
     scale    how many times longer everything takes
     folder   of a run, whose witness files the ranks write
+    hidden   rank -> the aspects that its recorder leaves out
     """
 
     def __init__(
@@ -78,6 +80,7 @@ class Simulation:
         one_side: bool = False,
         scale: int = 1,
         folder: Path | None = None,
+        hidden: Mapping[int, Knows] | None = None,
     ) -> None:
         self.num_ranks = len(programs)
         self._scale = scale
@@ -94,7 +97,7 @@ class Simulation:
         self._count = 0
         self.ranks: list[Rank] = []
         self.files: list[Any] = []
-        self.recorders: list[Recorder] = []
+        self.recorders: list[Any] = []
         # A host's monotonic clock counts from its own start, and its wall clock is off by some tenths of a second.
         skews_ns = [0, *(self._rng.randint(-(10**15), 10**15) for _ in range(1, hosts))]
         self.skews_ns = skews_ns
@@ -107,6 +110,7 @@ class Simulation:
             path = RunDir(folder).witness(rank) if folder else None
             buffer, recorder = make_recorder(rank, self.num_ranks, clock, shape, "run", host, off_ns, path)
             mine = {name: members for name, sets in groups.items() for members in sets if rank in members}
+            recorder = Muted(recorder, hidden[rank]) if hidden and rank in hidden else recorder
             recorder.groups(mine)
             self._of_rank.append(mine)
             self.files.append(buffer)

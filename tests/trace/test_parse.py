@@ -234,7 +234,7 @@ def test_a_compact_file_of_few_events_is_short_and_keeps_its_damage_when_it_was_
     shape = Geometry()
     writer = Identity(0, 1)
     data = bytearray(shape.file_bytes)
-    data[: HEADER.size + CRC.size] = pack_header(writer, shape)
+    data[:LIVE_AT] = pack_header(writer, shape)
     recorder = Recorder(data, writer, shape)
     recorder.groups({"dp": (0,)})
     for _ in range(10):
@@ -317,7 +317,7 @@ def test_of_millions_of_short_strings_a_reader_reads_no_more_than_a_recorder_wri
 def test_a_group_of_millions_of_members_has_none() -> None:
     shape = Geometry(ring_records=2, vector_words=2, string_bytes=1 << 22, group_slots=2)
     data = bytearray(shape.file_bytes)
-    data[: HEADER.size + CRC.size] = pack_header(Identity(0, 1), shape)
+    data[:LIVE_AT] = pack_header(Identity(0, 1), shape)
     recorder = Recorder(data, Identity(0, 1), shape)
     recorder.groups({"dp": range(500_000)})
     (group,) = parse(bytes(data), "x").groups

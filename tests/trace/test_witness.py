@@ -16,12 +16,14 @@ from scene import Scene
 from written import written
 
 from hybrid_moe_ref.parallel.observer import Collective, ScheduleEntry
+from repro.trace.compact import compact
 from repro.trace.format import (
     CRC,
     GROUP_BYTES,
     GROUPS_AT,
     GUARD,
     HEADER,
+    KNOWS_AT,
     LAST_AT,
     LEFT_AT,
     LIVE_AT,
@@ -31,6 +33,7 @@ from repro.trace.format import (
     Identity,
     Kind,
 )
+from repro.trace.knowledge import WITNESS, Knows
 from repro.trace.recorder import Recorder
 from repro.trace.witness import Event, Tail, WitnessError, create, parse, read, read_dir
 from repro.verdict import Facts, judge
@@ -381,3 +384,27 @@ def test_a_file_is_made_whole_and_only_once(tmp_path: Path) -> None:
     assert read(path).num_events == 0
     with pytest.raises(FileExistsError):
         create(path, Identity(0, 1), TINY)
+
+
+def test_a_witness_says_which_aspects_its_recorder_writes(tmp_path):
+    path = tmp_path / "rank000.wit"
+    Recorder.open(path, 0, 2, knows=Knows.ORDER | Knows.TIME).done()
+    assert read(path).knows == Knows.ORDER | Knows.TIME
+    assert parse(compact(path.read_bytes(), "x"), "x").knows == Knows.ORDER | Knows.TIME
+
+
+def test_a_witness_without_that_word_shows_all_that_recorders_wrote_before_it(tmp_path):
+    path = tmp_path / "rank000.wit"
+    Recorder.open(path, 0, 2).done()
+    data = bytearray(path.read_bytes())
+    data[KNOWS_AT:LIVE_AT] = bytes(LIVE_AT - KNOWS_AT)
+    assert parse(bytes(data), "x").knows == WITNESS
+
+
+def test_a_flipped_bit_in_what_a_recorder_writes_is_damage(tmp_path):
+    path = tmp_path / "rank000.wit"
+    Recorder.open(path, 0, 2).done()
+    data = bytearray(path.read_bytes())
+    data[KNOWS_AT] ^= 4
+    with pytest.raises(WitnessError, match=rf"^x:{KNOWS_AT}: damage: "):
+        parse(bytes(data), "x")

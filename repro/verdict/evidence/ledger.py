@@ -9,12 +9,18 @@ from collections.abc import Collection, Iterator, Mapping
 from typing import NamedTuple
 
 from repro.trace.format import Kind
+from repro.trace.knowledge import Knows
 from repro.trace.witness import Signature, Witness
 from repro.verdict.evidence.position import GroupKey
 from repro.verdict.result import list_ranks
 
 _ENTER, _ISSUE = int(Kind.ENTER), int(Kind.ISSUE)
 TRANSFERS = ("send", "recv")
+UNKNOWN = "?"
+"""A field of a call that the trace does not show. It differs from no other value."""
+UNKNOWN_ROOT = -2
+HASHED = Knows.ORDER | Knows.LAYERS | Knows.ARGUMENTS
+"""What the rolling hash of a group covers."""
 
 
 class Call(NamedTuple):
@@ -63,7 +69,7 @@ class Ledger:
             witness = self._witnesses[rank]
             left = any(g.left >= seq for g in witness.groups if (g.name, g.members) == key)
             together.setdefault(call, []).append((rank, left, witness.text(event.site), event.t_ns))
-        _merge_unknown_sizes(together)
+        _merge_unknown(together)
         merged: list[CallVariant] = []
         for call, rows in sorted(together.items(), key=lambda item: item[1][0][0]):
             side = CallVariant(
@@ -108,16 +114,16 @@ class Ledger:
         Returns a sentence for each. Groups named in ``but`` and groups with a divergence in the ring are left out: what
         remains is a divergence older than the oldest event in a ring.
         """
-        hashes: dict[tuple[GroupKey, int], dict[int, list[int]]] = {}
+        hashes: dict[tuple[GroupKey, int, Knows], dict[int, list[int]]] = {}
         for rank, witness in self._witnesses.items():
             for group in witness.groups if witness.complete else ():
-                if group.hash and group.name not in but:
-                    key = (group.name, group.members), group.issued
+                if group.hash and group.name not in but and Knows.ORDER in witness.knows:
+                    key = (group.name, group.members), group.issued, witness.knows & HASHED
                     hashes.setdefault(key, {}).setdefault(group.hash, []).append(rank)
         return [
             f"by their rolling hashes, ranks of {key[0]} issued different collectives before #{issued}: "
             + " | ".join(list_ranks(ranks) for ranks in sides.values())
-            for (key, issued), sides in hashes.items()
+            for (key, issued, _), sides in hashes.items()
             if len(sides) > 1 and key not in self.diverged
         ]
 
@@ -134,14 +140,17 @@ class Ledger:
         return key, seq, sides
 
 
-def _merge_unknown_sizes(together: dict[Call, list[tuple[int, bool, str, int]]]) -> None:
-    """Put ranks whose size vector was overwritten with those that issued the same with the only sizes known. A rank
-    whose sizes are not known does not differ in them.
+def _merge_unknown(together: dict[Call, list[tuple[int, bool, str, int]]]) -> None:
+    """Put ranks whose call is known in part with those that issued the only call that it may be; leave them out where
+    it may be one of several. A rank does not differ in what its trace does not show: sizes that were overwritten, a
+    step, or an aspect that its recorder does not write.
     """
-    for call in [call for call in together if not call.sizes]:
-        alike = [other for other in together if other.sizes and other._replace(sizes=()) == call]
-        if len(alike) == 1:
-            together[call] = sorted(together[call] + together.pop(alike[0]))
+    for call in [call for call in together if not call.sizes or call.step < 0 or UNKNOWN in call.signature]:
+        alike = [other for other in together if other is not call and not difference(call, other)]
+        if alike and call in together:
+            rows = together.pop(call)
+            if len(alike) == 1:
+                together[call] = sorted(rows + together.pop(alike[0]))
 
 
 class Row(NamedTuple):
@@ -164,7 +173,7 @@ def calls(witness: Witness, only: GroupKey | None = None, number: int = 0) -> It
             continue
         if only is None or (only, number) == (key, last.seq):
             call = Call(witness.signature(last.sig), last.aux, witness.sizes(last.vector, last.num_sizes), last.step)
-            yield key, last.seq, Row(last.site, last.t_ns), call
+            yield key, last.seq, Row(last.site, last.t_ns), _shown(witness, call)
     num_strings = len(witness.strings)  # a call whose name was not stored cannot be compared
     only_index = -1 if only is None or only not in keys else keys.index(only)
     sized = (-1, -1)
@@ -182,7 +191,19 @@ def calls(witness: Witness, only: GroupKey | None = None, number: int = 0) -> It
         if only is None or key == only:
             if sized != (vector, num_sizes):
                 sized, sizes = (vector, num_sizes), witness.sizes(vector, num_sizes)
-            yield key, seq, Row(site, t_ns), Call(signature, aux, sizes, step)
+            call = Call(signature, aux, sizes, step)
+            yield key, seq, Row(site, t_ns), call if HASHED in witness.knows else _shown(witness, call)
+
+
+def _shown(witness: Witness, call: Call) -> Call:
+    """The call without what the witness does not know."""
+    signature = call.signature
+    if Knows.LAYERS not in witness.knows:
+        signature = signature._replace(layer=UNKNOWN)
+    if Knows.ARGUMENTS not in witness.knows:
+        signature = signature._replace(dtype=UNKNOWN, reduce_op=UNKNOWN)
+        call = call._replace(root=UNKNOWN_ROOT, sizes=())
+    return call._replace(signature=signature)
 
 
 def is_transfer(signature: Signature) -> bool:
@@ -193,18 +214,22 @@ def is_transfer(signature: Signature) -> bool:
 def difference(a: Call, b: Call) -> str:
     """The way in which two calls under one (group, seq) differ: mismatch, sizes, place (layer or step only), or ""."""
     if is_transfer(a.signature) and is_transfer(b.signature):
-        if a.signature.dtype != b.signature.dtype:
+        if _differ(a.signature.dtype, b.signature.dtype):
             return "mismatch"
         return "sizes" if a.sizes and b.sizes and a.sizes != b.sizes else ""
-    if (a.signature.op, a.signature.dtype, a.signature.reduce_op, a.root) != (
-        b.signature.op, b.signature.dtype, b.signature.reduce_op, b.root
-    ):  # fmt: skip
+    fields = ((a.signature.op, b.signature.op), (a.signature.dtype, b.signature.dtype),
+              (a.signature.reduce_op, b.signature.reduce_op), (a.root, b.root))  # fmt: skip
+    if any(map(_differ, *zip(*fields, strict=True))):
         return "mismatch"
     if a.sizes and b.sizes and a.sizes != b.sizes:
         return "sizes"
-    if a.signature.layer != b.signature.layer or (a.step != b.step and min(a.step, b.step) >= 0):
+    if _differ(a.signature.layer, b.signature.layer) or (a.step != b.step and min(a.step, b.step) >= 0):
         return "place"
     return ""
+
+
+def _differ(one: str | int, other: str | int) -> bool:
+    return one != other and not {one, other} & {UNKNOWN, UNKNOWN_ROOT}
 
 
 def worst_difference(sides: list[CallVariant]) -> str:

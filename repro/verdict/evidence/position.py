@@ -6,8 +6,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from repro.trace.format import Event, Identity, Kind
+from repro.trace.knowledge import COLLECTIVES, Knows
 from repro.trace.witness import Witness
-from repro.verdict.result import DAMAGED, Position
+from repro.verdict.result import DAMAGED, UNFINISHED, Position
 
 _LOCAL = frozenset(map(int, (Kind.LOCK_HELD, Kind.LOCK_FREED, Kind.BUILD_BEGIN, Kind.BUILD_END)))
 
@@ -28,7 +29,8 @@ class RankState:
     host: str = ""
     pid: int = 0
     witness: Witness | None = None
-    seen: bool = False  # its witness is present and complete
+    seen: bool = False  # its witness is present and complete, and shows which collectives it issued and completed
+    compares: bool = False  # and with which arguments
     is_gone: bool = False  # its process has ended
     beat: str = ""  # the name in the rank's last heartbeat
     beat_s: float | None = None  # age of the heartbeat; None if none came after the last event
@@ -101,7 +103,7 @@ def _read(rank: int, witness: Witness, now_ns: int) -> RankState:
     held, builds = _local_work(witness)
     last = witness.last
     blocked = _blocked_in(witness)
-    groups = [] if witness.damaged else list(enumerate(witness.groups))
+    groups = list(enumerate(witness.groups)) if Knows.ORDER in witness.knows and not witness.damaged else []
     rank_state = RankState(
         Position(rank, "starting"),
         holds=held,
@@ -110,7 +112,8 @@ def _read(rank: int, witness: Witness, now_ns: int) -> RankState:
         host=_host_of(witness.writer),
         pid=witness.writer.pid,
         witness=witness,
-        seen=witness.complete,
+        seen=witness.complete and COLLECTIVES in witness.knows,
+        compares=witness.complete and COLLECTIVES | Knows.ARGUMENTS in witness.knows,
     )
     if last is None:
         if not witness.complete:
@@ -149,6 +152,8 @@ def _read(rank: int, witness: Witness, now_ns: int) -> RankState:
         state, detail = "failed", witness.text(last.sig)
     elif not witness.complete:
         state, detail = "hidden", DAMAGED if witness.damaged else detail
+    elif COLLECTIVES not in witness.knows:
+        state, detail = "hidden", UNFINISHED
     rank_state.position = Position(
         rank, state, witness.text(last.phase), last.step, layer, group_name, seq, op, sizes,
         max(0, now_ns - since_ns) / 1e9, detail, site, witness.line(last.n),

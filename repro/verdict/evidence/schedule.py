@@ -12,6 +12,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from repro.trace.format import Kind
+from repro.trace.knowledge import Knows
 from repro.trace.witness import Witness
 from repro.verdict.evidence.ledger import TRANSFERS, is_transfer
 from repro.verdict.evidence.position import GroupKey
@@ -19,6 +20,9 @@ from repro.verdict.evidence.position import GroupKey
 _PHASE, _STEP = int(Kind.PHASE), int(Kind.STEP)
 RECENT_STEPS = 10
 """Number of steps of a rank that are compared, unless the divergence in question is older."""
+
+STEP_CONTENT = Knows.ORDER | Knows.STEPS | Knows.LAYERS
+"""What a trace has to show for its steps to be compared."""
 
 Entry = tuple[str, str, str]  # group, op, layer
 
@@ -88,6 +92,8 @@ class Deviation:
 
 def steps_of(witness: Witness, num_steps: int = RECENT_STEPS) -> list[Step]:
     """Read the last steps of a rank whose beginning is still in the ring and whose names are all stored."""
+    if STEP_CONTENT not in witness.knows:
+        return []
     keys = [(group.name, group.members) for group in witness.groups]
     kinds, numbers = witness.column("kind"), witness.column("step")
     declared = [index for index, kind in enumerate(kinds) if kind == _STEP]
@@ -105,7 +111,8 @@ def steps_of(witness: Witness, num_steps: int = RECENT_STEPS) -> list[Step]:
     for event in witness.events(len(kinds) - begins[0]) if begins else ():
         match event.kind:
             case Kind.STEP:
-                plan, within, is_lost = witness.schedule(event.sig), True, event.sig >= num_strings
+                plan = witness.schedule(event.sig) if Knows.SCHEDULE in witness.knows else ()
+                within, is_lost = True, event.sig >= num_strings
                 if steps and steps[-1].number == event.step and not steps[-1].over:
                     steps[-1].parts.append(plan)
                     steps[-1].is_lost |= is_lost

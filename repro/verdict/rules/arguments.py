@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from repro.trace.witness import Witness
-from repro.verdict.evidence.ledger import Call, CallVariant, calls, worst_difference
+from repro.verdict.evidence.ledger import UNKNOWN, Call, CallVariant, calls, worst_difference
 from repro.verdict.evidence.position import GroupKey
 from repro.verdict.evidence.sides import calls_of_sides
 from repro.verdict.result import Finding, name_ranks, say
@@ -68,7 +68,7 @@ def _call(call: Call) -> str:
     parts = [call.signature.op, call.signature.dtype, call.signature.reduce_op]
     parts += [f"sizes {list(call.sizes)}"] if call.sizes else []
     parts += [f"root {call.root}"] if call.root >= 0 else []
-    return " ".join(part for part in parts if part)
+    return " ".join(part for part in parts if part not in ("", UNKNOWN))
 
 
 def _false_sizes(key: GroupKey, sides: Sequence[CallVariant]) -> tuple[int, ...]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 
+from repro.trace.knowledge import Knows
 from repro.trace.witness import Witness
 from repro.verdict.case import Case
 from repro.verdict.result import Finding, Verdict, list_ranks, name_ranks
@@ -41,7 +42,7 @@ def crash(case: Case) -> Verdict:
     elif dead and (unseen := _unseen_partners(case, dead)):
         finding = Finding("dead_rank", suspects=dead, confidence="undecided")
         finding.evidence.append(
-            f"{name_ranks(unseen)} left no complete witness, so arguments may have differed where "
+            f"{name_ranks(unseen)} left no witness that shows all arguments, so they may have differed where "
             f"{name_ranks(dead)} died"
         )
     elif dead and (never := _never_began(case)):
@@ -50,6 +51,9 @@ def crash(case: Case) -> Verdict:
             f"{name_ranks(never)} never began, and no other rank is left: a rank that died before it opened its "
             "witness may have died first, and the launcher may have ended the others"
         )
+    elif len(dead) + len(failed) > 1 and not case.all_know(Knows.TIME):
+        finding = Finding(suspects=tuple(sorted({*dead, *failed})), confidence="undecided")
+        finding.evidence.append("not every witness has times, so nothing shows which rank was the first")
     elif dead:
         finding = _first_loss(case, dead, _on_their_own(case, failed))
     else:
@@ -159,8 +163,8 @@ def _wall_ns(witness: Witness | None) -> int:
 
 
 def _unseen_partners(case: Case, dead: Sequence[int]) -> list[int]:
-    """Find the ranks without a complete witness that may have been in a collective with a rank that died there."""
-    unseen = {rank for rank, rank_state in case.rank_states.items() if not rank_state.seen}
+    """Find the ranks that may have been, with other arguments, in a collective in which a rank died."""
+    unseen = {rank for rank, rank_state in case.rank_states.items() if not rank_state.compares}
     if unseen & set(dead):
         return sorted(unseen)
     pending = {

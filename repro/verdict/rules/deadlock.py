@@ -21,10 +21,7 @@ def deadlock(case: Case, cycle: Sequence[Node]) -> Verdict:
     ]
     lines = shorten(lines)
     if not case.quiet:
-        lines.append(
-            f"the last event is {case.quiet_s:.3f} s old, a deadlock needs {case.quiet_window_s:g} s of quiet: "
-            "look again"
-        )
+        lines.append(f"{case.needs_quiet('deadlock')}: look again")
         return case.verdict("inconclusive", cycle=links, evidence=lines, confidence="undecided")
     finding = explain(case.witnesses, case.rank_states, case.ledger, case.waits)
     unseen = case.ranks("missing", "hidden")

@@ -9,9 +9,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+from repro.trace.knowledge import PLAN, Knows
 from repro.trace.witness import Witness
 from repro.verdict.evidence.graph import Waits
-from repro.verdict.evidence.ledger import Ledger, calls
+from repro.verdict.evidence.ledger import CallVariant, Ledger, calls
 from repro.verdict.evidence.position import GroupKey, RankState
 from repro.verdict.evidence.schedule import (
     RECENT_STEPS,
@@ -60,6 +61,9 @@ def explain(
     num_steps = max(RECENT_STEPS, max(steps, default=0) - since + 2)
     all_steps = {rank: steps_of(witness, num_steps) for rank, witness in witnesses.items()}
 
+    if any(PLAN | Knows.ORDER | Knows.TIME not in witness.knows for witness in witnesses.values()):
+        finding = arguments_finding(witnesses, divergence) if divergence is not None else None
+        return _completed(_unproven(finding), divergence, rank_states, waits)
     schedule_divergence = first_schedule_divergence(witnesses, all_steps, since)
     involved = {rank for node in waits.cycle for rank in (*node.ranks, *node.waits_for)}
 
@@ -81,6 +85,16 @@ def explain(
     )
     if finding is None and divergence is not None:
         finding = arguments_finding(witnesses, divergence)
+    return _completed(finding, divergence, rank_states, waits)
+
+
+def _completed(
+    finding: Finding | None,
+    divergence: tuple[GroupKey, int, list[CallVariant]] | None,
+    rank_states: Mapping[int, RankState],
+    waits: Waits,
+) -> Finding:
+    """Add the first divergence, and what to collect where no culprit was found."""
     if finding is None:
         finding = Finding(confidence="undecided")
     if finding.confidence == "undecided":
@@ -90,6 +104,14 @@ def explain(
         )
     if finding.first_divergence is None:
         finding.first_divergence = calls_of_sides(divergence) if divergence else positions(waits.cycle, rank_states)
+    return finding
+
+
+def _unproven(finding: Finding | None) -> Finding | None:
+    """Make suspects of the culprits: what a witness does not show may be the cause of what the others show."""
+    if finding is not None and finding.culprits:
+        finding.suspects, finding.culprits = tuple(sorted({*finding.suspects, *finding.culprits})), ()
+        finding.confidence = "undecided"
     return finding
 
 

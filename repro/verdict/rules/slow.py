@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from repro.trace.knowledge import Knows
 from repro.verdict.case import Case
 from repro.verdict.result import Finding, name_ranks, say
 
@@ -49,6 +50,10 @@ def slow(case: Case, movers: Sequence[int]) -> Finding:
 
 def _only_quiet(case: Case, finding: Finding) -> Finding:
     """Remove culprits that moved within the quiet window: in a healthy run, ranks are often outside collectives."""
+    if not case.all_know(Knows.TIME):
+        finding.culprits, finding.suspects, finding.confidence = (), finding.culprits, "undecided"
+        finding.evidence.append("not every witness has times, so nothing shows how long the ranks have waited")
+        return finding
     moving = [rank for rank in finding.culprits if _moved(case, rank)]
     if moving:
         finding.culprits = tuple(rank for rank in finding.culprits if rank not in moving)

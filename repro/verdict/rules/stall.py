@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from repro.trace.knowledge import Knows
 from repro.verdict.case import Case
 from repro.verdict.evidence.graph import Node
 from repro.verdict.evidence.ledger import worst_difference
@@ -26,12 +27,15 @@ def attended(case: Case) -> Verdict:
     if unseen:
         line = f"every member has issued {names}, but {say(unseen, 'have')} no complete witness to compare with"
         return case.verdict("inconclusive", evidence=[line], confidence="undecided")
+    members = sorted({rank for node in nodes for rank in node.collective[0][1]})
+    if blind := case.unknowing(members, Knows.ARGUMENTS):
+        line = f"every member has issued {names}, but the witness of {name_ranks(blind)} does not show its arguments"
+        return case.verdict("inconclusive", evidence=[line], confidence="undecided")
     if moves := [line for node in nodes for line in _moves(case, node)]:
         return case.verdict("inconclusive", evidence=shorten(moves), confidence="undecided")
     if not case.quiet:
-        text = f"the last event is {case.quiet_s:.3f} s old, a stall needs {case.quiet_window_s:g} s of quiet"
-        return case.verdict("inconclusive", evidence=[text], confidence="undecided")
-    doubts = _doubts(case, sorted({rank for node in nodes for rank in node.collective[0][1]}))
+        return case.verdict("inconclusive", evidence=[case.needs_quiet("stall")], confidence="undecided")
+    doubts = _doubts(case, members)
     if doubts and case.quiet_s < PATIENT_WINDOWS * case.quiet_window_s:
         text = f"every member has issued {names}, and nothing has happened for {case.quiet_s:.1f} s"
         needed = f"{PATIENT_WINDOWS} quiet windows are needed to report a stall"

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 
+from repro.trace.knowledge import PLAN, Knows
 from repro.verdict.case import Case
 from repro.verdict.evidence.graph import Node
 from repro.verdict.evidence.schedule import steps_of
@@ -34,7 +35,7 @@ def waiting(case: Case) -> Verdict:
         return attended(case)
     movers = list(case.ranks("running", "building", "starting"))
     if movers:
-        return case.verdict("slow", slow(case, movers))
+        return _waits_for_movers(case, movers)
     own = [node for node in case.waits.nodes.values() if node.key[0] == "lock" and node.cannot_return]
     lines = [
         f"{say(sorted(node.cannot_return), 'hold')} {node.name}, but did not record that it acquired the lock"
@@ -47,13 +48,22 @@ def waiting(case: Case) -> Verdict:
 
 def _waits_for_movers(case: Case, movers: Sequence[int]) -> Verdict:
     on_device = [rank for rank in movers if may_wait_for_device(case, rank)]
-    line = f"{name_ranks(on_device)} may be working or waiting for work queued on the device: the stacks show which"
-    if on_device == movers:
-        finding = Finding(suspects=tuple(on_device), confidence="undecided", evidence=[line])
-        return case.verdict("inconclusive", finding)
-    finding = slow(case, [rank for rank in movers if rank not in on_device])
+    in_locks = case.unknowing([rank for rank in movers if case.rank_states[rank].state == "running"], Knows.LOCKS)
+    doubtful = sorted({*on_device, *in_locks})
+    lines = []
     if on_device:
-        finding.suspects, finding.evidence = tuple(on_device), [*finding.evidence, line]
+        lines.append(
+            f"{name_ranks(on_device)} may be working or waiting for work queued on the device: the stacks show which"
+        )
+    if in_locks:
+        lines.append(f"{name_ranks(in_locks)} may be working or waiting for a lock: the stacks show which")
+    at_work = [rank for rank in movers if rank not in doubtful]
+    if not at_work or in_locks:
+        finding = Finding(suspects=tuple(doubtful), confidence="undecided", evidence=lines)
+        return case.verdict("inconclusive", finding)
+    finding = slow(case, at_work)
+    if doubtful:
+        finding.suspects, finding.evidence = tuple(doubtful), [*finding.evidence, *lines]
     return case.verdict("slow", finding)
 
 
@@ -78,7 +88,7 @@ def _waits_for_done(case: Case) -> Verdict:
     if verdict.verdict == "deadlock" and not verdict.cause:
         verdict = replace(verdict, cause="skipped", confidence="undecided")
     if verdict.cause == "skipped" and not verdict.culprits:
-        busy = _ranks_with_requests(case, done, [rank for node in nodes for rank in node.ranks])
+        busy = case.all_know(PLAN) and _ranks_with_requests(case, done, [rank for node in nodes for rank in node.ranks])
         if busy:
             line = (
                 f"{name_ranks(busy)} had live requests in a scheduled step that {name_ranks(sorted(done))} never began"

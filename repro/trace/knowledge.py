@@ -1,0 +1,42 @@
+"""What a trace can tell. No rule asks a question that the trace cannot answer: a missing column is never an absence."""
+
+from __future__ import annotations
+
+import enum
+
+
+class Knows(enum.Flag):
+    """The aspects of a rank that a trace shows.
+
+    ORDER       the order and the numbers of the collectives of each group
+    COMPLETION  which collectives are over
+    ARGUMENTS   data type, sizes, reduction and root of each collective
+    LAYERS      the module that each collective belongs to
+    STEPS       where each step begins
+    SCHEDULE    the schedule that the rank declared for each step, if it declared one
+    LOCKS       the locks that it waits for and holds, and the builds that it runs
+    TIME        when each event happened
+    LIVENESS    whether the process exists
+    """
+
+    ORDER = enum.auto()
+    COMPLETION = enum.auto()
+    ARGUMENTS = enum.auto()
+    LAYERS = enum.auto()
+    STEPS = enum.auto()
+    SCHEDULE = enum.auto()
+    LOCKS = enum.auto()
+    TIME = enum.auto()
+    LIVENESS = enum.auto()
+
+
+NOTHING = Knows(0)
+EVERYTHING = ~NOTHING
+WITNESS = EVERYTHING & ~Knows.LIVENESS
+"""What a recorder of a whole program writes. The operating system says whether a process exists."""
+
+COLLECTIVES = Knows.ORDER | Knows.COMPLETION
+"""Needed to say which collective a rank waits in."""
+
+PLAN = Knows.STEPS | Knows.SCHEDULE | Knows.LAYERS
+"""Needed to compare what a rank issued with the schedule that it declared."""
