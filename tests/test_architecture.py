@@ -5,6 +5,8 @@ from __future__ import annotations
 import ast
 import subprocess
 import sys
+import tomllib
+from fnmatch import fnmatch
 from pathlib import Path
 
 import pytest
@@ -89,6 +91,13 @@ def test_dependencies_point_one_way():
                 if words[:1] in (["import"], ["from"]):
                     imported = words[1]
                     assert not any(imported == m or imported.startswith(f"{m}.") for m in modules), f"{path}: {line}"
+
+
+def test_a_wheel_has_every_file_that_the_packages_read():
+    patterns = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["package-data"]["*"]
+    for path in (path for name in ("repro", "hybrid_moe_ref", "kernels") for path in (ROOT / name).rglob("*.*")):
+        left_out = path.suffix in (".py", ".pyc", ".md") or path.is_dir()
+        assert left_out or any(fnmatch(path.name, pattern) for pattern in patterns), path
 
 
 def test_only_comm_calls_collectives():

@@ -43,11 +43,11 @@ def test_it_is_short_and_imports_only_torch_and_the_standard_library():
 )
 def test_the_fault_hangs_and_names_who_waits_where(tmp_path, num_ranks):
     run = torchrun(tmp_path, num_ranks, *(["--quiet", "1"] if num_ranks == 2 else []))
-    told = run.stdout + run.stderr
-    assert run.returncode == 1, told
+    output = run.stdout + run.stderr
+    assert run.returncode == 1, output
     busy, idle = list(range(num_ranks - 1)), [num_ranks - 1]
-    assert f"ranks {busy} wait in dp all_reduce (step 4, layer 0 gated_delta_net)" in told, told
-    assert f"ranks {idle} wait in ep all_gather (step 4, layer 0 moe)" in told, told
+    assert f"ranks {busy} wait in dp all_reduce (step 4, layer 0 gated_delta_net)" in output, output
+    assert f"ranks {idle} wait in ep all_gather (step 4, layer 0 moe)" in output, output
 
 
 @pytest.mark.full

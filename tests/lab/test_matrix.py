@@ -62,13 +62,15 @@ def test_a_cell_of_the_matrix_ends_as_it_expects(cold_run, tmp_path, cell):
     run_dir, verdict = run_forked(cell.settings(document, {}), tmp_path)
     assert verdict["matches_expected"], verdict
     for rank in range(8):
-        told = matrix.phases(run_dir, rank)
-        assert {"load", "prepare", "profile"} <= told.keys() and all(seconds >= 0 for seconds in told.values()), told
+        output = matrix.phases(run_dir, rank)
+        assert {"load", "prepare", "profile"} <= output.keys() and all(seconds >= 0 for seconds in output.values()), (
+            output
+        )
 
 
 @pytest.mark.parametrize("argv", [["run", "cold_jit", "--variant", "all"], ["matrix", "--only", "TP8 jit cold"]])
 def test_a_run_whose_cache_cannot_be_filled_costs_no_other_run_its_verdict(tmp_path, monkeypatch, capsys, argv):
-    """The first one gets its verdict, and the others are told what this machine lacks."""
+    """The first one gets its verdict, and the others name what this machine lacks."""
 
     def run(settings, out, *others):
         if done:
@@ -80,10 +82,10 @@ def test_a_run_whose_cache_cannot_be_filled_costs_no_other_run_its_verdict(tmp_p
     done = []
     monkeypatch.setattr(launch, "run", run)
     assert main([*argv, "--out", str(tmp_path), "--json"]) == CANNOT_TELL
-    told = capsys.readouterr()
-    verdicts = [document["verdict"] for document in json.loads(told.out)]
+    output = capsys.readouterr()
+    verdicts = [document["verdict"] for document in json.loads(output.out)]
     assert verdicts[0] == "clean" and set(verdicts[1:]) == {"inconclusive"} and len(verdicts) > 1
-    assert "the disk is full" in told.err
+    assert "the disk is full" in output.err
 
 
 def test_the_script_for_vllm_starts_every_combination(capsys):

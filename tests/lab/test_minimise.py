@@ -74,13 +74,13 @@ def test_minimise_exits_as_run_does_when_the_verdict_is_another(tmp_path, monkey
     assert f"the run says {verdict}" in capsys.readouterr().err and not list(tmp_path.iterdir())
 
 
-def test_one_is_not_told_as_several(capsys):
+def test_one_is_not_printed_as_several(capsys):
     result = minimise(scenarios.load("metadata_rebuild"), start(), lambda s: answer(step=0))
     assert "8 ranks, 8 layers (GGGAMGGA)" in describe_settings(result.before)
     assert describe_settings(result.after).startswith("2 ranks, 1 layer (G), 2 experts top-1, 1 request of at most ")
     _print_result(dataclasses.replace(result, runs=1), Path("x.py"), False)
-    told = capsys.readouterr().out
-    assert ", 1 step\n1 run in " in told
+    output = capsys.readouterr().out
+    assert ", 1 step\n1 run in " in output
 
 
 def test_a_replay_is_short_and_needs_torch_alone(tmp_path):
@@ -107,9 +107,9 @@ def test_in_a_replay_a_lock_goes_to_the_rank_that_had_it(tmp_path):
     root = write_run(tmp_path, scene, "fault")
     assert gather(root).verdict.cause == "lock"
     programs, _ = replay._programs(root, None)
-    told = {rank: [(act.name, act.op) for act in program] for rank, program in programs.items()}
+    output = {rank: [(act.name, act.op) for act in program] for rank, program in programs.items()}
     waits = [("build", "ask")]
-    assert told == {0: waits, 1: [("build", "acquire"), ("dp", "all_reduce")], 2: waits, 3: waits}
+    assert output == {0: waits, 1: [("build", "acquire"), ("dp", "all_reduce")], 2: waits, 3: waits}
     assert "STALE_LOCKS = []" in replay.of_runs(gather(root), None)
 
 

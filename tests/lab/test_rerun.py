@@ -101,13 +101,13 @@ def test_the_longest_issue_has_every_part_and_ends_its_blocks(tmp_path):
         assert f"**{heading}" in text, heading
     assert lines[-1].startswith("Attached:") and text.count("```") == 4
     assert "7 more places" in text and "and 2 more kinds of ranks" in text
-    (told,) = [line for line in lines if line.startswith("python -m repro run")]
-    assert not re.search(r"&lt;|\\\[|…", told)
+    (command,) = [line for line in lines if line.startswith("python -m repro run")]
+    assert not re.search(r"&lt;|\\\[|…", command)
 
 
 def test_versions_of_ranks_that_are_alike_stand_once(tmp_path):
     root, _ = write_hang(tmp_path, 4)
     for rank in range(4):
         (root / "env" / f"rank{rank:03d}.txt").write_text("torch: 1\nNCCL: 2\n" if rank < 3 else "torch: 1\nNCCL: 3\n")
-    told = issue._versions(gather(root))
-    assert told == ["ranks 0-2:", "torch: 1", "NCCL: 2", "rank 3:", "torch: 1", "NCCL: 3"]
+    versions = issue._versions(gather(root))
+    assert versions == ["ranks 0-2:", "torch: 1", "NCCL: 2", "rank 3:", "torch: 1", "NCCL: 3"]

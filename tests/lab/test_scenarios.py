@@ -86,19 +86,19 @@ RUNS = [
 ]
 
 
-def assert_stopped_at_once_with_the_place(run_dir, detail, told):
+def assert_stopped_at_once_with_the_place(run_dir, detail, context):
     """By the witnesses' clocks. The bounds are those of a machine that runs what is ready to run: where more processes
     than processors are, by the system's own count, each waits so much longer."""
     at_c1 = re.match(r"ScheduleMismatch: step \d+: the (schedules differ at entry|ranks of a tp group do not)", detail)
     place = r" of (layers\.\d|mtp\.layers\.\d|moe_experts|autotune\.)|would leave after step \d|: rank \d has token"
-    assert re.search(place, detail), told
+    assert re.search(place, detail), context
     failed_ns = [
         event.t_ns for rank in range(4) for event in read(run_dir.witness(rank)).events() if event.kind == Kind.FAILED
     ]
     spread_s = (max(failed_ns) - min(failed_ns)) / 1e9
     busy = max(1.0, os.getloadavg()[0] / (os.cpu_count() or 1))
     limit_s = (0.1 if at_c1 else 1.0) * busy
-    assert len(failed_ns) == 4 and spread_s <= limit_s, f"{spread_s:.3f} s of {limit_s:.3f} s: {told}"
+    assert len(failed_ns) == 4 and spread_s <= limit_s, f"{spread_s:.3f} s of {limit_s:.3f} s: {context}"
 
 
 @pytest.mark.timeout(240)  # some build kernels or compile
@@ -108,19 +108,19 @@ def test_each_scenario_hangs_as_foretold_is_stopped_by_the_guard_and_runs_fixed(
     if missing := scenario.missing(settings):
         pytest.skip(missing)
     run_dir, document = run_forked(settings, tmp_path)
-    told = f"{name} {variant} {checks} seed {seed}: {document}"
-    assert document["matches_expected"], told
+    context = f"{name} {variant} {checks} seed {seed}: {document}"
+    assert document["matches_expected"], context
     expected = scenario.expected(settings)
     if expected.verdict != "clean" and not expected.error:
         return
     if expected.error:
         living = [position["detail"] for position in document["ranks"] if position["state"] != "dead"]
-        assert len(set(living)) == 1, told
+        assert len(set(living)) == 1, context
         if expected == scenarios.REFUSED:
-            assert_stopped_at_once_with_the_place(run_dir, living[0], told)
+            assert_stopped_at_once_with_the_place(run_dir, living[0], context)
     else:
         served = {request: tokens for rank in range(4) for request, tokens in read_json(run_dir.output(rank)).items()}
-        assert served == read_json(run_dir.reference), told
+        assert served == read_json(run_dir.reference), context
 
 
 @pytest.mark.parametrize("name", ["graph_mode", "size_vector"])
@@ -161,25 +161,27 @@ def test_metadata_rebuild_fault_is_a_deadlock_of_exactly_the_live_ranks(tmp_path
     settings = RunSettings("metadata_rebuild", "fault", seed=seed)
     run_dir, document = run_forked(settings, tmp_path, with_reference=False)
     expected = scenarios.load("metadata_rebuild").expected(settings)
-    told = f"seed {seed}: {document}"
-    assert (document["verdict"], document["cause"]) == ("deadlock", "extra"), told
-    assert tuple(document["culprits"]) == expected.culprits, told
-    assert document["matches_expected"], told
-    assert in_time(document, 2.5, settings), told
+    context = f"seed {seed}: {document}"
+    assert (document["verdict"], document["cause"]) == ("deadlock", "extra"), context
+    assert tuple(document["culprits"]) == expected.culprits, context
+    assert document["matches_expected"], context
+    assert in_time(document, 2.5, settings), context
     for position in document["ranks"]:
-        assert position["step"] == expected.step, told
+        assert position["step"] == expected.step, context
         culprit = position["rank"] in expected.culprits
         group, op = ("dp", "all_reduce") if culprit else ("ep", "all_gather_v")
         layer = "layers.0.gated_delta_net" if culprit else "layers.0.moe"
-        assert (position["group"], position["op"], position["layer"]) == (group, op, layer), told
+        assert (position["group"], position["op"], position["layer"]) == (group, op, layer), context
     for rank in range(8):
         assert "all_reduce" in run_dir.stack(rank).read_text() or "all_gather" in run_dir.stack(rank).read_text()
-        assert read_json(run_dir.flight_recorder(rank))["entries"], told
+        assert read_json(run_dir.flight_recorder(rank))["entries"], context
     assert read_json(run_dir.verdict) == document
     judged, whole = judge_again(run_dir, settings)
     again = written(judged)
     assert whole
-    assert [again[key] for key in ("verdict", "cause", "culprits")] == ["deadlock", "extra", document["culprits"]], told
+    assert [again[key] for key in ("verdict", "cause", "culprits")] == ["deadlock", "extra", document["culprits"]], (
+        context
+    )
     assert again.keys() == document.keys() and again["seconds"] == document["seconds"]
 
 
@@ -276,11 +278,11 @@ def test_a_rank_that_sleeps_far_beyond_the_quiet_window_is_slow_not_stuck(tmp_pa
 
             Recorder.begin_step = slowly
 
-    settings, told = small("metadata_rebuild", "control", quiet_window_s=0.3), []
-    _, document = run_forked(settings, tmp_path, in_rank=sleepy, notice=told.append)
+    settings, context = small("metadata_rebuild", "control", quiet_window_s=0.3), []
+    _, document = run_forked(settings, tmp_path, in_rank=sleepy, notice=context.append)
     if document["verdict"] != "clean":  # where it was seen through three quiet windows, that is the last word
         assert (document["verdict"], document["culprits"]) == ("slow", [3]), document
-    assert any(line.startswith("slow: ") and "rank 3 " in line for line in told), told
+    assert any(line.startswith("slow: ") and "rank 3 " in line for line in context), context
 
 
 def test_served_tokens_that_differ_from_the_reference_are_corrupt(tmp_path):
