@@ -62,10 +62,8 @@ def test_a_cell_of_the_matrix_ends_as_it_expects(cold_run, tmp_path, cell):
     run_dir, verdict = run_forked(cell.settings(document, {}), tmp_path)
     assert verdict["matches_expected"], verdict
     for rank in range(8):
-        output = matrix.phases(run_dir, rank)
-        assert {"load", "prepare", "profile"} <= output.keys() and all(seconds >= 0 for seconds in output.values()), (
-            output
-        )
+        phases = matrix.phases(run_dir, rank)
+        assert {"load", "prepare", "profile"} <= phases.keys() and min(phases.values()) >= 0, phases
 
 
 @pytest.mark.parametrize("argv", [["run", "cold_jit", "--variant", "all"], ["matrix", "--only", "TP8 jit cold"]])

@@ -107,9 +107,9 @@ def test_in_a_replay_a_lock_goes_to_the_rank_that_had_it(tmp_path):
     root = write_run(tmp_path, scene, "fault")
     assert gather(root).verdict.cause == "lock"
     programs, _ = replay._programs(root, None)
-    output = {rank: [(act.name, act.op) for act in program] for rank, program in programs.items()}
+    acts = {rank: [(act.name, act.op) for act in program] for rank, program in programs.items()}
     waits = [("build", "ask")]
-    assert output == {0: waits, 1: [("build", "acquire"), ("dp", "all_reduce")], 2: waits, 3: waits}
+    assert acts == {0: waits, 1: [("build", "acquire"), ("dp", "all_reduce")], 2: waits, 3: waits}
     assert "STALE_LOCKS = []" in replay.of_runs(gather(root), None)
 
 

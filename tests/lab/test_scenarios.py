@@ -179,9 +179,8 @@ def test_metadata_rebuild_fault_is_a_deadlock_of_exactly_the_live_ranks(tmp_path
     judged, whole = judge_again(run_dir, settings)
     again = written(judged)
     assert whole
-    assert [again[key] for key in ("verdict", "cause", "culprits")] == ["deadlock", "extra", document["culprits"]], (
-        context
-    )
+    decision = [again[key] for key in ("verdict", "cause", "culprits")]
+    assert decision == ["deadlock", "extra", document["culprits"]], context
     assert again.keys() == document.keys() and again["seconds"] == document["seconds"]
 
 
@@ -278,11 +277,11 @@ def test_a_rank_that_sleeps_far_beyond_the_quiet_window_is_slow_not_stuck(tmp_pa
 
             Recorder.begin_step = slowly
 
-    settings, context = small("metadata_rebuild", "control", quiet_window_s=0.3), []
-    _, document = run_forked(settings, tmp_path, in_rank=sleepy, notice=context.append)
+    settings, notices = small("metadata_rebuild", "control", quiet_window_s=0.3), []
+    _, document = run_forked(settings, tmp_path, in_rank=sleepy, notice=notices.append)
     if document["verdict"] != "clean":  # where it was seen through three quiet windows, that is the last word
         assert (document["verdict"], document["culprits"]) == ("slow", [3]), document
-    assert any(line.startswith("slow: ") and "rank 3 " in line for line in context), context
+    assert any(line.startswith("slow: ") and "rank 3 " in line for line in notices), notices
 
 
 def test_served_tokens_that_differ_from_the_reference_are_corrupt(tmp_path):
