@@ -1,8 +1,9 @@
 """The EP backend of a layer: send tokens to the ranks that hold their experts, and bring the results back.
 
-A backend is two hooks around the experts of one layer, and the plan of their collectives. A new backend subclasses
-:class:`AllGatherReduceScatter` or has the same methods. ``Policies.dispatch`` selects it; no setting does. This is the
-only backend in use; `repro.lab.scenarios.size_vector` has a second one. This file does not import torch.
+A backend is two hooks around the experts of one layer, and the plan of their collectives. `install` registers the hooks
+and returns the plan; the plans of all layers are the schedule of a forward pass. A new backend subclasses
+:class:`AllGatherReduceScatter` or has the same methods, and ``Policies.dispatch`` selects it; no setting does. This is
+the only backend in use; `repro.lab.scenarios.size_vector` has a second one. This file does not import torch.
 
 Shape suffixes: N tokens of this rank, S tokens of all ranks, H hidden, K experts per token.
 """
@@ -72,6 +73,12 @@ class AllGatherReduceScatter:
         """The collectives that one layer issues in a forward pass, in order."""
         return ScheduleEntry("ep", "all_gather_v", layer), ScheduleEntry("ep", "reduce_scatter_v", layer)
 
+    def install(self, experts: nn.Module) -> tuple[ScheduleEntry, ...]:
+        """Register the hooks, and return the collectives that they issue in a forward pass, in order."""
+        experts.register_forward_pre_hook(self.dispatch)
+        experts.register_forward_hook(self.combine)
+        return self.plan(self.layer)
+
     def dispatch(self, experts: nn.Module, args: tuple[Tensor, Tensor, Tensor]) -> tuple[Tensor, ...]:
         """(x_NH, weights_NK, ids_NK) -> (x_SH, weights_SK, ids_SK)"""
         return tuple(self.comm.all_gather_v("ep", args, self.context.ep_sizes, layer=self.layer))
@@ -88,6 +95,11 @@ class SumOverRanks:
     comm: Communicator
     layer: str
 
+    def install(self, module: nn.Module) -> tuple[ScheduleEntry, ...]:
+        """Register the hook, and return the collective that it issues in a forward pass."""
+        module.register_forward_hook(self.combine)
+        return (ScheduleEntry("tp", "all_reduce", self.layer),)
+
     def combine(self, module: nn.Module, args: object, partial_NH: Tensor) -> Tensor:
         """partial_NH -> y_NH, on every rank"""
         return self.comm.all_reduce("tp", partial_NH.contiguous(), layer=self.layer)
@@ -96,10 +108,3 @@ class SumOverRanks:
 def moe_layer_name(block: str) -> str:
     """The name of the MoE of layer ``block`` in events and schedules."""
     return f"{block}.moe"
-
-
-def expert_schedule(
-    num_layers: int, backend: type[AllGatherReduceScatter] = AllGatherReduceScatter, stack: str = "layers"
-) -> tuple[ScheduleEntry, ...]:
-    """The collectives that one pass through a stack of layers issues, in order."""
-    return tuple(entry for index in range(num_layers) for entry in backend.plan(moe_layer_name(f"{stack}.{index}")))

@@ -12,16 +12,14 @@ Shape suffixes: N tokens of this rank, S tokens of all ranks, H hidden, K expert
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from typing import Any
+
 from hybrid_moe_ref.layers.moe import MoE
 from hybrid_moe_ref.model import HybridMoE
-from hybrid_moe_ref.model.mtp import DRAFT_STACK
 from hybrid_moe_ref.parallel.comm import Communicator
-from hybrid_moe_ref.parallel.dispatch import (
-    AllGatherReduceScatter,
-    ForwardContext,
-    expert_schedule,
-    moe_layer_name,
-)
+from hybrid_moe_ref.parallel.dispatch import AllGatherReduceScatter, ForwardContext, moe_layer_name
+from hybrid_moe_ref.parallel.observer import ScheduleEntry
 from hybrid_moe_ref.parallel.shares import experts_per_rank
 
 
@@ -35,16 +33,17 @@ def apply_expert_parallel(
     Raises ConfigError when the experts do not divide over the ranks.
     """
     per_rank = experts_per_rank(model.config.num_experts, len(comm.members("ep")))
-    context = ForwardContext(
-        schedule=expert_schedule(model.config.num_layers, backend),
-        draft_schedule=expert_schedule(model.config.num_mtp_layers, backend, DRAFT_STACK),
-    )
-    for block in (*model.blocks, *model.draft_blocks):
-        moe = block.mlp
-        assert isinstance(moe, MoE)
-        shard = moe.experts.shard(comm.group_rank("ep") * per_rank, per_rank)
-        exchange = backend(comm, context, moe_layer_name(block.name))
-        shard.register_forward_pre_hook(exchange.dispatch)
-        shard.register_forward_hook(exchange.combine)
-        moe.experts = shard
+    context = ForwardContext()
+
+    def share(blocks: Iterable[Any]) -> tuple[ScheduleEntry, ...]:
+        schedule: list[ScheduleEntry] = []
+        for block in blocks:
+            moe = block.mlp
+            assert isinstance(moe, MoE)
+            moe.experts = moe.experts.shard(comm.group_rank("ep") * per_rank, per_rank)
+            schedule += backend(comm, context, moe_layer_name(block.name)).install(moe.experts)
+        return tuple(schedule)
+
+    context.schedule = share(model.blocks)
+    context.draft_schedule = share(model.draft_blocks)
     return context

@@ -20,7 +20,7 @@ Shape suffixes: N tokens, H hidden, G groups of a norm, X = H + 1.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -32,9 +32,14 @@ from torch import Tensor, nn
 from hybrid_moe_ref.config import LAYER_KINDS, ModelConfig
 from hybrid_moe_ref.layers.moe import MLP, Experts, MoE
 from hybrid_moe_ref.model import HybridMoE
-from hybrid_moe_ref.model.mtp import DRAFT_STACK
 from hybrid_moe_ref.parallel.comm import Communicator
-from hybrid_moe_ref.parallel.dispatch import AllGatherReduceScatter, ForwardContext, SumOverRanks, chunk_sizes
+from hybrid_moe_ref.parallel.dispatch import (
+    AllGatherReduceScatter,
+    ForwardContext,
+    SumOverRanks,
+    chunk_sizes,
+    moe_layer_name,
+)
 from hybrid_moe_ref.parallel.observer import ScheduleEntry
 from hybrid_moe_ref.parallel.shares import (
     ExpertSharing,
@@ -71,6 +76,13 @@ class SplitNorm:
     eps: float
     mean_squares: list[Tensor] = field(default_factory=list)
 
+    def install(self, mixer: Any) -> tuple[ScheduleEntry, ...]:
+        """Register the hooks, and return the collective that they issue in a forward pass."""
+        mixer.register_forward_pre_hook(self.begin)
+        mixer.norm.register_forward_hook(self.keep_mean_square)
+        mixer.register_forward_hook(self.combine)
+        return (ScheduleEntry("tp", "all_reduce", self.layer),)
+
     def begin(self, mixer: nn.Module, args: object) -> None:
         self.mean_squares.clear()
 
@@ -102,6 +114,12 @@ class SequenceChunks:
     comm: Communicator
     context: ForwardContext
     layer: str
+
+    def install(self, moe: nn.Module) -> tuple[ScheduleEntry, ...]:
+        """Register the hooks, and return the collective that they issue in a forward pass."""
+        moe.register_forward_pre_hook(self.take)
+        moe.register_forward_hook(self.gather)
+        return (ScheduleEntry("tp", "all_gather_v", self.layer),)
 
     def take(self, moe: nn.Module, args: tuple[Tensor]) -> tuple[Tensor]:
         """x_NH -> this rank's chunk of its rows"""
@@ -140,69 +158,19 @@ def apply_tensor_parallel(
     whole = model.config
     place = Place(comm.group_rank("tp"), len(comm.members("tp")))
     model.config = local_config(whole, place.size, experts)
-    context = ForwardContext(
-        tp_size=place.size,
-        schedule=tensor_schedule(whole, experts, backend),
-        draft_schedule=draft_schedule(whole, experts, backend),
-    )
+    context = ForwardContext(tp_size=place.size)
     sharding = _Sharding(model, whole, place, comm, experts, backend, adder, context)
-    for path, block in _blocks(model):
-        sharding.share_mixer(path, block)
-        if isinstance(block.mlp, MoE):
-            sharding.share_moe(path, block)
-        else:
-            sharding.share_mlp(f"{path}.mlp", whole.intermediate_size)
-            block.mlp.register_forward_hook(adder(comm, f"{block.name}.mlp").combine)
+    context.schedule = sharding.share((f"model.layers.{index}", block) for index, block in enumerate(model.blocks))
+    context.draft_schedule = sharding.share((block.name, block) for block in model.draft_blocks)
     return context
-
-
-def tensor_schedule(
-    config: ModelConfig,
-    experts: ExpertSharing = "intermediate",
-    backend: type[AllGatherReduceScatter] = AllGatherReduceScatter,
-) -> tuple[ScheduleEntry, ...]:
-    """The collectives that one forward pass issues, in order."""
-    return tuple(
-        entry
-        for index, kind in enumerate(config.layer_pattern)
-        for entry in layer_schedule(f"layers.{index}", kind, bool(config.num_experts), experts, backend)
-    )
-
-
-def draft_schedule(
-    config: ModelConfig,
-    experts: ExpertSharing = "intermediate",
-    backend: type[AllGatherReduceScatter] = AllGatherReduceScatter,
-) -> tuple[ScheduleEntry, ...]:
-    """The collectives that one pass of the draft layer issues, in order."""
-    return tuple(
-        entry
-        for index in range(config.num_mtp_layers)
-        for entry in layer_schedule(f"{DRAFT_STACK}.{index}", "A", bool(config.num_experts), experts, backend)
-    )
-
-
-def layer_schedule(
-    name: str, kind: str, is_moe: bool, experts: ExpertSharing, backend: type[AllGatherReduceScatter]
-) -> tuple[ScheduleEntry, ...]:
-    """The collectives that one layer issues in a forward pass, in order."""
-    mixer = ScheduleEntry("tp", "all_reduce", f"{name}.{MIXER_NAMES[kind]}")
-    if not is_moe:
-        return (mixer, ScheduleEntry("tp", "all_reduce", f"{name}.mlp"))
-    if experts != "sequence":
-        return (mixer, ScheduleEntry("tp", "all_reduce", f"{name}.moe"))
-    return (mixer, *backend.plan(f"{name}.moe"), ScheduleEntry("tp", "all_gather_v", f"{name}.moe"))
-
-
-def _blocks(model: HybridMoE) -> list[tuple[str, Any]]:
-    """(path, layer) of every layer of the model, and of its draft layers."""
-    blocks: list[tuple[str, Any]] = [(f"model.layers.{index}", block) for index, block in enumerate(model.blocks)]
-    return blocks + [(block.name, block) for block in model.draft_blocks]
 
 
 @dataclass(frozen=True)
 class _Sharding:
-    """Replaces modules of the model, which has the sizes `whole`, by one rank's parts."""
+    """Replaces modules of the model, which has the sizes `whole`, by one rank's parts.
+
+    The methods return the collectives that a forward pass through their modules issues, in order.
+    """
 
     model: HybridMoE
     whole: ModelConfig
@@ -213,38 +181,42 @@ class _Sharding:
     adder: type[SumOverRanks]
     context: ForwardContext
 
-    def share_mixer(self, path: str, block: Any) -> None:
+    def share(self, blocks: Iterable[tuple[str, Any]]) -> tuple[ScheduleEntry, ...]:
+        """Share layers. blocks: (path, layer)"""
+        schedule: list[ScheduleEntry] = []
+        for path, block in blocks:
+            share_mlp = self.share_moe if isinstance(block.mlp, MoE) else self.share_dense
+            schedule += [*self.share_mixer(path, block), *share_mlp(path, block)]
+        return tuple(schedule)
+
+    def share_mixer(self, path: str, block: Any) -> tuple[ScheduleEntry, ...]:
         layer = f"{block.name}.{MIXER_NAMES[block.kind]}"
         with torch.device("meta"):
             part = type(block.mixer)(self.model.config)
         self._replace(f"{path}.{LAYER_KINDS[block.kind]}", part, mixer_cuts(self.whole, block.kind, self.place))
         num_groups = {"G": self.whole.linear_num_value_heads, "M": self.whole.mamba_num_groups}.get(block.kind)
         if num_groups is not None and num_groups < self.place.size:
-            split = SplitNorm(self.comm, layer, num_groups, block.kind == "M", part.norm.eps)
-            part.register_forward_pre_hook(split.begin)
-            part.norm.register_forward_hook(split.keep_mean_square)
-            part.register_forward_hook(split.combine)
-        else:
-            part.register_forward_hook(self.adder(self.comm, layer).combine)
+            return SplitNorm(self.comm, layer, num_groups, block.kind == "M", part.norm.eps).install(part)
+        return self.adder(self.comm, layer).install(part)
 
-    def share_mlp(self, path: str, intermediate_size: int) -> None:
+    def share_dense(self, path: str, block: Any) -> tuple[ScheduleEntry, ...]:
+        self._share_mlp(f"{path}.mlp", self.whole.intermediate_size)
+        return self.adder(self.comm, f"{block.name}.mlp").install(block.mlp)
+
+    def share_moe(self, path: str, block: Any) -> tuple[ScheduleEntry, ...]:
+        moe, layer = block.mlp, moe_layer_name(block.name)
+        self._replace(f"{path}.mlp.experts", *self._experts())
+        if self.experts != "sequence":
+            self._share_mlp(f"{path}.mlp.shared_expert", self.whole.shared_expert_intermediate_size)
+            return self.adder(self.comm, layer).install(moe)
+        exchange = self.backend(self.comm, self.context, layer)
+        chunks = SequenceChunks(self.comm, self.context, layer)
+        return (*exchange.install(moe.experts), *chunks.install(moe))
+
+    def _share_mlp(self, path: str, intermediate_size: int) -> None:
         with torch.device("meta"):
             part = MLP(self.whole.hidden_size, intermediate_size // self.place.size)
         self._replace(path, part, mlp_cuts(intermediate_size, self.place))
-
-    def share_moe(self, path: str, block: Any) -> None:
-        moe, layer = block.mlp, f"{block.name}.moe"
-        self._replace(f"{path}.mlp.experts", *self._experts())
-        if self.experts != "sequence":
-            self.share_mlp(f"{path}.mlp.shared_expert", self.whole.shared_expert_intermediate_size)
-            moe.register_forward_hook(self.adder(self.comm, layer).combine)
-            return
-        exchange = self.backend(self.comm, self.context, layer)
-        moe.experts.register_forward_pre_hook(exchange.dispatch)
-        moe.experts.register_forward_hook(exchange.combine)
-        chunks = SequenceChunks(self.comm, self.context, layer)
-        moe.register_forward_pre_hook(chunks.take)
-        moe.register_forward_hook(chunks.gather)
 
     def _experts(self) -> tuple[Experts, dict[str, Cuts]]:
         """A module for this rank's part of a layer's experts, and the cuts of its parameters."""

@@ -26,7 +26,7 @@ from hybrid_moe_ref.layers.mixer import Mixer
 from hybrid_moe_ref.layers.moe import Experts
 from hybrid_moe_ref.model import HybridMoE
 from hybrid_moe_ref.parallel.comm import Communicator
-from hybrid_moe_ref.parallel.dispatch import ForwardContext, expert_schedule
+from hybrid_moe_ref.parallel.dispatch import AllGatherReduceScatter, ForwardContext
 from hybrid_moe_ref.parallel.halt import ScheduleMismatch
 from hybrid_moe_ref.parallel.observer import NullObserver
 from repro.lab.outcome import reference
@@ -121,7 +121,8 @@ def test_ranks_serve_the_tokens_of_one_process_and_issue_what_they_planned(tmp_p
 
 
 def test_schedule_of_a_step_is_one_agreement_two_collectives_a_layer_and_the_question():
-    schedule = StepSchedules("dp", expert_schedule(2)).whole(asks_unfinished=True)
+    forward = [entry for layer in range(2) for entry in AllGatherReduceScatter.plan(f"layers.{layer}.moe")]
+    schedule = StepSchedules("dp", tuple(forward)).whole(asks_unfinished=True)
     entries = [(e.group, e.op, e.layer) for e in schedule]
     assert entries == [
         ("dp", "all_reduce", "step"),

@@ -17,11 +17,11 @@ from hybrid_moe_ref.config import PRESETS, ConfigError, ModelConfig, ParallelCon
 from hybrid_moe_ref.generation.speculative import speculative_stream
 from hybrid_moe_ref.model import HybridMoE
 from hybrid_moe_ref.parallel.comm import Communicator
-from hybrid_moe_ref.parallel.dispatch import AllGatherReduceScatter, chunk_sizes, expert_schedule
+from hybrid_moe_ref.parallel.dispatch import chunk_sizes
 from hybrid_moe_ref.parallel.layout import apply_layout
 from hybrid_moe_ref.parallel.observer import NullObserver
 from hybrid_moe_ref.parallel.shares import ExpertSharing, Place, expert_sharing, local_config, mixer_cuts
-from hybrid_moe_ref.parallel.tensor import apply_tensor_parallel, tensor_schedule
+from hybrid_moe_ref.parallel.tensor import apply_tensor_parallel
 from hybrid_moe_ref.slices import Slice
 
 CONFIG = ModelConfig(
@@ -93,13 +93,26 @@ def build(config, comm, experts, dtype=torch.float32, parallel=None):
     return model.init_weights(SEED), context
 
 
+def expected_schedule(config, experts):
+    """The collectives of one forward pass, by the layout's description."""
+    mixers = {"G": "gated_delta_net", "A": "gated_attention", "M": "mamba2"}
+    schedule = []
+    for index, kind in enumerate(config.layer_pattern):
+        layer, mlp = f"layers.{index}", "moe" if config.num_experts else "mlp"
+        if experts != "whole":
+            schedule.append(("tp", "all_reduce", f"{layer}.{mixers[kind]}"))
+        if config.num_experts and experts in ("whole", "sequence"):
+            schedule += [("ep", op, f"{layer}.moe") for op in ("all_gather_v", "reduce_scatter_v")]
+        if config.num_experts and experts == "sequence":
+            schedule.append(("tp", "all_gather_v", f"{layer}.moe"))
+        if experts not in ("whole", "sequence") or not config.num_experts:
+            schedule.append(("tp", "all_reduce", f"{layer}.{mlp}"))
+    return schedule
+
+
 def run_layout(tmp_path, parallel, config, experts, steps_by_dp, dtype):
     """On every rank of one layout: the logits of each step, and what was issued."""
-    if experts == "whole":
-        entries = expert_schedule(config.num_layers, AllGatherReduceScatter)
-    else:
-        entries = tensor_schedule(config, experts)
-    declared = [(e.group, e.op, e.layer) for e in entries]
+    declared = expected_schedule(config, experts)
 
     def run(rank, store):
         listener, dp_rank = Listener(), rank // parallel.tp_size
