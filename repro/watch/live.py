@@ -11,7 +11,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import re
-import traceback
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -32,6 +31,7 @@ from repro.verdict import Verdict
 from repro.verdict.classes import class_of
 from repro.verdict.facts import Facts
 from repro.watch.document import Document, Durations, Watcher, describe, progress_of
+from repro.watch.failure import failed
 from repro.watch.flight_recorder import compare_dumps
 from repro.watch.look import Look
 from repro.watch.qualified import ended_from_outside, not_decided, uncompared
@@ -297,23 +297,14 @@ class Watch:
 
     def _failed(self, error: Exception) -> Verdict:
         """The verdict after a failure of the watcher itself: `inconclusive`, with the evidence at hand."""
-        tracebacks = [_traceback_of(error)]
+        errors = [error]
         try:  # before the caller ends the ranks; a second judgement needs the last snapshot
             gaps = collect.name_missing(self._collect_evidence(), collect.PATIENCE_S)
             self._look = self._take_look()
         except Exception as second:
-            tracebacks.append(_traceback_of(second))
+            errors.append(second)
             gaps = ["not all evidence could be collected"]
-        log = self.run_dir.watcher_log
-        try:
-            log.parent.mkdir(exist_ok=True)
-            log.write_text("\n".join(tracebacks))
-            where = f"the traceback is in logs/{log.name}"
-        except OSError as full:
-            where = f"the traceback could not be written: {full.strerror}"
-        cause = " ".join(f"{type(error).__name__}: {error}".split())
-        line = f"the watcher failed, which says nothing about the run: {cause[:300]}; {where}"
-        return Verdict("inconclusive", evidence=(line, *gaps), confidence="undecided")
+        return failed(self.run_dir, "the watcher", errors, gaps)
 
     def _write(self, verdict: Verdict) -> Document:
         now_ns = last_event_ns = self.host.now_ns()
@@ -331,14 +322,16 @@ class Watch:
                 round(max(0, now_ns - last_event_ns) / 1e9, 3), round((now_ns - self.started_ns) / 1e9, 3)
             ),
         )
-        write_json(self.run_dir.verdict, to_json(document), durable=True)
+        try:
+            write_json(self.run_dir.verdict, to_json(document), durable=True)
+        except OSError as error:
+            self.notice(
+                f"{verdict.verdict}: {verdict.sentence()}; this verdict is not written to disk: {error.strerror}"
+            )
+            raise
         return document
 
 
 def _verdict_bytes(num_ranks: int) -> int:
     """How large a verdict.json is at most, about: each rank has a place, with one size for each member of its group."""
     return (64 << 10) + num_ranks * (4096 + 16 * num_ranks)
-
-
-def _traceback_of(error: Exception) -> str:
-    return "".join(traceback.format_exception(error))

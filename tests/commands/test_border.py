@@ -175,7 +175,7 @@ def test_a_full_disk_while_the_failure_is_written_is_named_with_the_run(hanging,
     run_dir, settings, child = hanging
     monkeypatch.setattr(Watch, "run", fail)
     monkeypatch.setattr("repro.lab.start.launch.write_json", fail)
-    monkeypatch.setattr("repro.lab.start.launch.write_atomically", fail)
+    monkeypatch.setattr("repro.watch.failure.write_atomically", fail)
     with pytest.raises(OSError, match=f"what is kept of the run is in {run_dir.root}"):
         attend(run_dir, settings, child)
     assert child.poll() is not None and run_dir.witness(0).exists()

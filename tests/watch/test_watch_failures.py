@@ -266,3 +266,16 @@ def test_what_the_watcher_cannot_open_at_first_it_opens_later(tmp_path):
         create(world.run_dir.witness(rank), Identity(rank, 2))
         Recorder.open(world.run_dir.witness(rank), rank, 2).done()
     assert watch._poll() is not None and len(watch._tails.opened()) == 2
+
+
+def test_a_verdict_for_which_the_disk_has_no_room_is_at_least_shown(tmp_path: Path, monkeypatch: Any) -> None:
+    def full(path: Path, value: Any, **options: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device", str(path))
+
+    world = world_of(tmp_path, hang())
+    monkeypatch.setattr("repro.watch.live.write_json", full)
+    shown: list[str] = []
+    with pytest.raises(OSError, match="No space left on device"):
+        world.watch(notice=shown.append).run()
+    assert shown[-1].startswith("deadlock: rank 0 waits in dp all_reduce #2"), shown
+    assert shown[-1].endswith("this verdict is not written to disk: No space left on device"), shown

@@ -12,11 +12,10 @@ import shutil
 import subprocess
 import sys
 import time
-import traceback
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
-from hybrid_moe_ref.files import open_regular, write_atomically
+from hybrid_moe_ref.files import open_regular
 from repro.hosts import locks, processes
 from repro.hosts.interrupt import Interrupt
 from repro.lab.outcome.expectation import document_of, watch_options
@@ -30,6 +29,7 @@ from repro.store.run_dir import OutputError, RunDir, write_json
 from repro.store.schema import to_json
 from repro.verdict import Verdict
 from repro.watch.document import Document, Durations
+from repro.watch.failure import failed
 from repro.watch.live import Watch
 
 
@@ -99,11 +99,7 @@ def attend(
 
 def _undecided(run_dir: RunDir, settings: RunSettings, error: Exception) -> Document:
     """Write an inconclusive verdict for a run that could not be started or watched; the traceback goes into a log."""
-    reason = f"repro itself failed, which says nothing about the run: {type(error).__name__}: {error}"
-    with contextlib.suppress(OSError):  # on a full disk the verdict, which is smaller, may still fit
-        write_atomically(run_dir.watcher_log, "".join(traceback.format_exception(error)))
-        reason += f" (logs/{run_dir.watcher_log.name})"
-    verdict = Verdict("inconclusive", evidence=(reason[:1000],), confidence="undecided")
+    verdict = failed(run_dir, "repro itself", [error])
     total_s = round(max(0.0, time.time() - run_dir.config.stat().st_mtime), 3)
     document = document_of(settings, verdict, seconds=Durations(total=total_s))
     write_json(run_dir.verdict, to_json(document), durable=True)

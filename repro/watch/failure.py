@@ -1,0 +1,29 @@
+"""The verdict after a failure of this program: inconclusive, because the failure says nothing about the run."""
+
+from __future__ import annotations
+
+import traceback
+from collections.abc import Sequence
+
+from repro.store.run_dir import RunDir, write_atomically
+from repro.verdict import Verdict
+
+MAX_CAUSE = 300
+
+
+def failed(run_dir: RunDir, what: str, errors: Sequence[Exception], gaps: Sequence[str] = ()) -> Verdict:
+    """Write the tracebacks to logs/watcher.log, and return the verdict; its first line names the first error.
+
+    what    the part of this program that failed: "the watcher"
+    gaps    a line for each piece of evidence that is missing
+    """
+    log = run_dir.watcher_log
+    try:
+        log.parent.mkdir(exist_ok=True)
+        write_atomically(log, "\n".join("".join(traceback.format_exception(error)) for error in errors))
+        where = f"the traceback is in logs/{log.name}"
+    except OSError as full:  # the verdict, which is smaller, may still fit
+        where = f"the traceback could not be written: {full.strerror}"
+    cause = " ".join(f"{type(errors[0]).__name__}: {errors[0]}".split())[:MAX_CAUSE]
+    line = f"{what} failed, which says nothing about the run: {cause}; {where}"
+    return Verdict("inconclusive", evidence=(line, *gaps), confidence="undecided")
