@@ -49,7 +49,7 @@ lint: .venv/.ready-lint  ## ruff, its formatter, mypy, and which room may import
 	.venv/bin/lint-imports
 
 clean:  ## remove runs, build products and caches
-	rm -rf runs build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf runs build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
 	find . -path ./.venv -prune -o -type d -name __pycache__ -prune -exec rm -rf {} +
 
 distclean: clean  ## clean, and remove .venv too

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import importlib
 import io
 import json
 import os
 import re
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 from xml.etree import ElementTree
 
@@ -290,6 +292,16 @@ def test_clean_removes_runs_and_nothing_else(tmp_path):
     (tmp_path / "latest").symlink_to(run.name)
     assert main(["clean", "--out", str(tmp_path)]) == EXPECTED
     assert sorted(tmp_path.iterdir()) == sorted(others)
+
+
+def test_hmr_is_the_same_program_under_its_own_name(capsys, monkeypatch):
+    scripts = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["scripts"]
+    assert scripts == {"hmr": "repro.__main__:main"} and callable(importlib.import_module("repro.__main__").main)
+    for argv0, name in (("/usr/bin/hmr", "hmr"), ("repro/__main__.py", "python -m repro")):
+        monkeypatch.setattr(sys, "argv", [argv0, "watch", "--help"])
+        with pytest.raises(SystemExit):
+            main()
+        assert capsys.readouterr().out.startswith(f"usage: {name} watch ")
 
 
 def test_every_command_answers_in_json(capsys, tmp_path):
