@@ -14,6 +14,7 @@ from __future__ import annotations
 from array import array
 from dataclasses import dataclass, field
 
+from repro.trace.knowledge import NOTHING, Knows
 from repro.trace.operations import NOWHERE as NOWHERE
 from repro.trace.operations import Call as Call
 from repro.trace.operations import Calls
@@ -61,8 +62,9 @@ class RecorderDump:
 
     configured  the groups that the rank belongs to, () where the dump does not list them
     order       the order in which the operations of all groups were queued: for each, its index into groups
-    wrapped     whether older entries were overwritten
+    wrapped     whether older entries were overwritten, or may have been
     at_s        when the newest entry was queued: the dump is at least as young
+    knows       what its entries show
     """
 
     rank: int
@@ -74,6 +76,7 @@ class RecorderDump:
     wrapped: bool = False
     at_s: float | None = None
     source: Source = NOWHERE
+    knows: Knows = NOTHING
 
     def newest(self, most: int) -> list[tuple[GroupRecord, int]]:
         """The newest operations of all groups, oldest first: each as the group's record and an index into its calls."""

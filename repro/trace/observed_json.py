@@ -16,6 +16,7 @@ from typing import Any, BinaryIO, get_args
 import msgspec
 
 from hybrid_moe_ref.files import DamagedFile, parse_json
+from repro.trace.knowledge import Knows
 from repro.trace.observed import Group, GroupRecord, Note, Observation, RecorderDump, Source
 from repro.trace.operations import Calls, Form
 
@@ -56,15 +57,17 @@ class _Dump(msgspec.Struct):
     wrapped: bool
     at_s: float | None
     source: Source
+    knows: int
 
     def record(self) -> RecorderDump:
-        """The dump. Raises ValueError where the order does not have an entry for each operation of each group."""
+        """The dump. Raises ValueError where the order does not have an entry for each operation of each group, or where
+        `knows` has a bit without a meaning."""
         counts = Counter(self.order)
         if any(counts.pop(index, 0) != len(record.calls) for index, record in enumerate(self.groups)) or counts:
-            raise ValueError("the order does not list each operation of each group once")
+            raise ValueError("$.order: the order does not list each operation of each group once")
         return RecorderDump(
             self.rank, self.groups, array("H", self.order), self.configured, self.backend, self.library, self.wrapped,
-            self.at_s, self.source,
+            self.at_s, self.source, Knows(self.knows),
         )  # fmt: skip
 
 
@@ -81,7 +84,9 @@ def encode(records: Iterable[Observation], files: Sequence[str], not_understood:
 
 
 def _written(value: Any) -> Any:
-    """The columns of dumps, which JSON has no type for."""
+    """The columns of dumps and what they know, which JSON has no type for."""
+    if isinstance(value, Knows):
+        return value.value
     if isinstance(value, array):
         return value.tolist()
     if isinstance(value, Calls):
@@ -124,7 +129,7 @@ def _records(lines: Iterable[Any], where: str) -> Iterator[Observation]:
         try:
             yield record.record() if isinstance(record, _Dump) else record
         except (ValueError, OverflowError) as error:
-            raise DamagedFile(f"{place}: $.order: {error}") from None
+            raise DamagedFile(f"{place}: {error}") from None
 
 
 def _typed(value: Any, kind: type, where: str) -> Any:

@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
+from repro.trace.knowledge import COLLECTIVES
 from repro.trace.observed import (
     Connections,
     Failure,
@@ -89,8 +90,16 @@ class Scene:
         return scene
 
     def _add_recorders(self, dumps: Sequence[RecorderDump]) -> None:
-        """Keep the newest dump of each rank, with an earlier one beside it; leave stale dumps out."""
-        moments = moments_of(dumps)
+        """Keep the newest dump of each rank, with an earlier one beside it. Leave out dumps that are stale, and those
+        that do not show the order or the end of operations: a missing column is no absence.
+        """
+        blind = [dump for dump in dumps if COLLECTIVES not in dump.knows]
+        if blind:
+            self.contradictions.append(
+                f"{len(blind)} dumps, the first {blind[0].source}, lack the groups, the numbers or the states of their "
+                "entries. They are not used: the recorder of torch 2.2 or newer writes them."
+            )
+        moments = moments_of(dump for dump in dumps if COLLECTIVES in dump.knows)
         self.contradictions += moments.remarks
         if moments.equal:
             self.contradictions.append(describe_equal(moments.equal))

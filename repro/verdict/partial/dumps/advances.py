@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from statistics import median
 
 from repro.verdict.partial.diagnosis import COLLECT, Diagnosis
@@ -24,10 +24,19 @@ def judge_advance(scene: Scene, waits: Sequence[Wait]) -> Diagnosis | None:
         return None
     before = with_members(scene.recorders | scene.earlier)
     ended = [wait for wait in waits_of(groups_of(before), before) if wait.missing and wait.rank in moved]
-    late = {rank: (wait, by_s) for wait in ended for rank in wait.missing
-            if rank in moved and (by_s := _late_by(scene, wait, rank)) >= LATE_S}  # fmt: skip
+    late: dict[int, tuple[Wait, float]] = {}
+    times: dict[tuple[str, int], dict[int, float]] = {}
+    are_known = True
+    for wait, rank in [(each, rank) for each in ended for rank in each.missing if rank in moved]:
+        key = wait.group.name, wait.call.seq or 0
+        if key not in times:
+            times[key] = _times_of(scene, *key)
+        by_s = _late_by(times[key], wait, rank)
+        are_known &= by_s is not None
+        if by_s is not None and by_s >= LATE_S:
+            late[rank] = wait, by_s
     if not late:
-        return _moving(scene, moved) if waits else None
+        return _moving(scene, moved, are_known) if waits or not are_known else None
     named = sorted(late)
     return Diagnosis(
         "slow", "straggler", tuple(named), (), "likely",
@@ -41,20 +50,31 @@ def judge_advance(scene: Scene, waits: Sequence[Wait]) -> Diagnosis | None:
     )  # fmt: skip
 
 
-def _moving(scene: Scene, moved: Sequence[int]) -> Diagnosis:
+def _moving(scene: Scene, moved: Sequence[int], are_known: bool) -> Diagnosis:
+    why = (
+        "and all members have queued what they wait in now: the later dumps may show a job that runs"
+        if are_known
+        else "and not all entries have times: nothing shows which rank came late"
+    )
     return Diagnosis(
         "inconclusive", "", (), (), "undecided",
-        (f"{ranks_of(moved).capitalize()} advanced between the two dumps, and all members have queued what they wait "
-         "in now: the later dumps may show a job that runs.",),
+        (f"{ranks_of(moved).capitalize()} advanced between the two dumps, {why}.",),
         tuple(f"Rank {rank}: {scene.earlier[rank].source}, then {scene.recorders[rank].source}" for rank in moved[:6]),
         (), ("a third set of dumps, some seconds later", COLLECT["stacks"]),
     )  # fmt: skip
 
 
-def _late_by(scene: Scene, wait: Wait, rank: int) -> float:
-    """Seconds by which the rank queued the operation after the median of the other members; 0 where that is unknown."""
-    times = {member: at_s for member, dump in scene.recorders.items() for record in dump.groups
-             if record.group.name == wait.group.name and wait.call.seq is not None
-             and (at_s := record.calls.times_by_number().get(wait.call.seq)) is not None}  # fmt: skip
+def _times_of(scene: Scene, group: str, seq: int) -> dict[int, float]:
+    """Rank -> when it queued an operation of a group."""
+    return {
+        rank: times[seq]
+        for rank, dump in scene.recorders.items()
+        for record in dump.groups
+        if record.group.name == group and seq in (times := record.calls.times_by_number())
+    }
+
+
+def _late_by(times: Mapping[int, float], wait: Wait, rank: int) -> float | None:
+    """Seconds by which the rank queued the operation after the median of the other members; None where unknown."""
     others = [at_s for member, at_s in times.items() if member not in wait.missing]
-    return times[rank] - median(others) if rank in times and others else 0.0
+    return times[rank] - median(others) if rank in times and others else None

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from repro.trace.knowledge import Knows
 from repro.trace.observed import Call, GroupRecord, RecorderDump
 from repro.trace.operations import Form
 from repro.verdict.partial.scene import Scene
@@ -81,7 +82,8 @@ def _described(scene: Scene, rank: int, rhythm: _Rhythm) -> HabitBreak:
         f"Rank {rank} left the rhythm of its earlier steps ({rhythm.period} operations each): {call.op}{number} came "
         f"where {due} of group {group} came before{where}: {passed} ({call.source}). The other ranks kept theirs."
     )
-    return HabitBreak(rank, kind, sentence, (group_of_call, *call.arguments) in rhythm.arguments)
+    known = Knows.ARGUMENTS in scene.recorders[rank].knows
+    return HabitBreak(rank, kind, sentence, known and (group_of_call, *call.arguments) in rhythm.arguments)
 
 
 def _rhythm_of(dump: RecorderDump, framed: bool) -> _Rhythm | None:

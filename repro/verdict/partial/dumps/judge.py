@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 
+from repro.trace.knowledge import Knows
 from repro.verdict.partial.diagnosis import COLLECT, Diagnosis
 from repro.verdict.partial.dumps.absences import judge_absence
 from repro.verdict.partial.dumps.advances import judge_advance
@@ -55,7 +56,7 @@ def _none_usable(scene: Scene) -> Diagnosis | None:
     if not scene.contradictions or scene.timeouts or scene.stacks or scene.ras:
         return None
     return replace(
-        Diagnosis.inconclusive("No recorder dump could be assigned to a rank.", collect=("recorder", "stacks")),
+        Diagnosis.inconclusive("No recorder dump is usable.", collect=("recorder", "stacks")),
         notes=tuple(scene.contradictions),
     )
 
@@ -92,6 +93,12 @@ def _all_there(scene: Scene, waits: Sequence[Wait]) -> Diagnosis | None:
             tuple(evidence), (), ("the dumps of all ranks of the job, and its world size (the launcher's command)",
                                   COLLECT["stacks"]),
         )  # fmt: skip
+    if blind := [rank for rank in ranks if Knows.ARGUMENTS not in scene.recorders[rank].knows]:
+        return Diagnosis(
+            "inconclusive", "", (), (), "undecided",
+            (f"{there} The dumps of {ranks_of(blind)} do not show with which sizes and types.",),
+            tuple(evidence), (), (COLLECT["stacks"], "a second set of dumps, some seconds later"),
+        )  # fmt: skip
     return Diagnosis(
         "stall", "", (), (), "likely",
         (f"All members have queued {call_in(first.call, first.group)} with equal arguments, and it "
@@ -116,6 +123,8 @@ def _nothing_pending(scene: Scene) -> Diagnosis | None:
     whole = bool(members) or _is_whole_world(scene, list(scene.recorders))
     if not whole and list(scene.recorders) != list(range(len(scene.recorders))):
         return None  # a rank between these has no dump
+    if any(Knows.ARGUMENTS not in dump.knows for dump in scene.recorders.values()):
+        return None  # operations of different arguments may have been paired
     return Diagnosis(
         "clean", "", (), (), "likely" if whole else "undecided",
         (f"No operation is unfinished in the dumps of {ranks_of(scene.recorders)}.",), (),

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 
+from repro.trace.knowledge import Knows
 from repro.trace.observed import Call, Group, GroupRecord
 from repro.trace.operations import NO_NUMBER, Form
 from repro.verdict.partial.diagnosis import COLLECT, Diagnosis
@@ -17,37 +18,59 @@ UNKNOWN_INSIDE = ("coalesced", "unknown")
 
 
 def different_arguments(scene: Scene, groups: Mapping[Group, Mapping[int, GroupRecord]]) -> Diagnosis | None:
-    """The earliest operation that members of a group queued differently under one number."""
+    """The earliest operation that members of a group queued differently under one number.
+
+    A member whose dump does not show arguments is compared by the operation alone.
+    """
+    knows = {rank: dump.knows for rank, dump in scene.recorders.items()}
     differences = []
     for group, records in groups.items():
-        number = _first_difference(records)
-        if number is not None:
-            sides: dict[tuple[object, ...], list[tuple[int, Call]]] = {}
-            for rank, record in sorted(records.items()):
-                for call in record.calls.numbered(number):
-                    if call.op not in UNKNOWN_INSIDE:
-                        sides.setdefault(_comparable(call), []).append((rank, call))
-            at_s = min(call.at_s or 0.0 for side in sides.values() for _, call in side)
-            differences.append((at_s, group, number, list(sides.values()), records))
+        comparable = {rank: record for rank, record in records.items() if Knows.ARGUMENTS in knows[rank]}
+        found = [_first_difference(comparable, _comparable)]
+        if len(comparable) < len(records):
+            found.append(_first_difference(records, _operation))
+        for difference in found:
+            if difference is not None:
+                number, variants = difference
+                at_s = min(call.at_s or 0.0 for side in variants for _, call in side)
+                differences.append((at_s, group, number, variants, records))
     if not differences:
         return None
+    is_first = len(differences) == 1 or all(Knows.TIME in each for each in knows.values())
     _, group, number, variants, records = min(differences, key=lambda row: row[0])
-    return _sides(scene, group, number, variants, records)
+    return _sides(scene, group, number, variants, records, is_first)
 
 
-def _first_difference(records: Mapping[int, GroupRecord]) -> int | None:
-    """The lowest number under which two members queued different things; linear in the calls of all."""
+Sides = list[list[tuple[int, Call]]]
+"""For each variant of an operation, the ranks that queued it so, with their calls."""
+
+
+def _first_difference(
+    records: Mapping[int, GroupRecord], compared: Callable[[Call | Form], tuple[object, ...]]
+) -> tuple[int, Sides] | None:
+    """The lowest number under which two members queued different things, and what; linear in the calls of all."""
     first: dict[int, tuple[object, ...]] = {}
     differing: set[int] = set()
     shared: dict[tuple[object, ...], tuple[object, ...]] = {}  # so that equal ones are compared by address
     for record in records.values():
-        compared = [None if form.op in UNKNOWN_INSIDE else _comparable(form) for form in record.calls.forms]
-        compared = [None if each is None else shared.setdefault(each, each) for each in compared]
+        forms = [None if form.op in UNKNOWN_INSIDE else compared(form) for form in record.calls.forms]
+        forms = [None if each is None else shared.setdefault(each, each) for each in forms]
         for seq, form in zip(record.calls.seqs, record.calls.form, strict=True):
-            mine = compared[form]
+            mine = forms[form]
             if seq != NO_NUMBER and mine is not None and first.setdefault(seq, mine) is not mine:
                 differing.add(seq)
-    return min(differing, default=None)
+    if not differing:
+        return None
+    sides: dict[tuple[object, ...], list[tuple[int, Call]]] = {}
+    for rank, record in sorted(records.items()):
+        for call in record.calls.numbered(min(differing)):
+            if call.op not in UNKNOWN_INSIDE:
+                sides.setdefault(compared(call), []).append((rank, call))
+    return min(differing), list(sides.values())
+
+
+def _operation(call: Call | Form) -> tuple[object, ...]:
+    return (call.op,)
 
 
 def _comparable(call: Call | Form) -> tuple[object, ...]:
@@ -69,7 +92,9 @@ def _sides(
     number: int,
     sides: Sequence[Sequence[tuple[int, Call]]],
     records: Mapping[int, GroupRecord],
+    is_first: bool,
 ) -> Diagnosis:
+    """`is_first`: nothing else differed before, by the times of the entries."""
     shown = replace(group, description=next(iter(records.values())).group.description)
     sides = sorted(sides, key=lambda side: (len(side), side[0][0]))
     done = [rank for side in sides for rank, call in side if call.done]
@@ -98,7 +123,7 @@ def _sides(
     left = left_rhythm(scene, [(rank, call) for side in sides for rank, call in side])
     if left is not None:
         evidence.append(left.sentence)
-    culprits = (left.rank,) if left is not None and left.convincing else ()
+    culprits = (left.rank,) if left is not None and left.convincing and is_first else ()
     verdict = "corrupt" if len(done) == sum(map(len, sides)) else "deadlock"
     return Diagnosis(
         verdict, "sizes" if same_op else "mismatch", culprits, () if culprits else tuple(few), "likely",
