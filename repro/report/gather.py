@@ -1,4 +1,4 @@
-"""Everything that a run directory tells, read without trust: what is missing or damaged is said, not raised."""
+"""Read a run directory for a report. Files are untrusted: those that are missing or damaged are listed, not raised."""
 
 from __future__ import annotations
 
@@ -46,8 +46,8 @@ class Facts:
     description  run.json; None where there is none, or a damaged one
     named        what config.json says about the run, if there is one
     verdict      verdict.json; one without a verdict where there is none, or a damaged one
-    missing      one sentence for each thing that should be there and is not, or is damaged
-    place        what commands call the directory, where that is not its place here
+    missing      a sentence for each file that is missing or damaged
+    place        the path of the directory in the commands that the report shows, if it differs from ``root``
     """
 
     root: Path
@@ -155,45 +155,45 @@ def _read_lanes(facts: Facts) -> None:
         try:
             witness = read(path)
         except (OSError, WitnessError) as error:
-            facts.missing.append(f"{str(error).replace(f'{facts.root}/', '')}: this rank's events are not shown")
+            facts.missing.append(f"{facts.run_dir.describe(error)}: this rank's events are not shown")
             continue
         if witness.rank in facts.lanes:
-            facts.missing.append(f"events/{path.name}: rank {witness.rank} is already told by another file")
+            facts.missing.append(f"events/{path.name}: another file is already the witness of rank {witness.rank}")
             continue
         if witness.num_events == 0 and not witness.writer.pid:
             continue  # made by the launcher, never opened by its rank
         facts.lanes[witness.rank] = lane = read_lane(witness, facts.labels, clock)
-        facts.missing += [problem.replace(f"{facts.root}/", "") for problem in lane.problems]
+        facts.missing += map(facts.run_dir.describe, lane.problems)
         if lane.first_event > 1:
             facts.missing.append(f"events/{path.name}: the {lane.first_event - 1} oldest events were overwritten")
     facts.lanes = dict(sorted(facts.lanes.items()))
 
 
 def _look_for_rank_files(facts: Facts) -> None:
-    """Say which ranks lack which file; stacks and recorder dumps are taken only when a run does not finish."""
+    """List the ranks that lack a file. Only runs that do not finish have stacks and Flight Recorder dumps."""
     ranks, run_dir = range(min(facts.num_ranks, MAX_RANKS)), facts.run_dir
-    wanted: list[tuple[str, Callable[[int], Path], Callable[[Path], object]]] = [("logs", run_dir.log, _check_log)]
+    kinds: list[tuple[str, Callable[[int], Path], Callable[[Path], object]]] = [("logs", run_dir.log, _check_log)]
     if facts.stuck:
-        wanted += [("stacks", run_dir.stack, _check_stack), ("fr", run_dir.flight_recorder, _check_dump)]
+        kinds += [("stacks", run_dir.stack, _check_stack), ("fr", run_dir.flight_recorder, _check_dump)]
     absent = [rank for rank in ranks if rank not in facts.lanes]
     if absent:
         facts.missing.append(f"events: {name_ranks(absent)} left no readable witness")
-    for what, path, check in wanted:
+    for what, path, check in kinds:
         absent = [rank for rank in ranks if not _is_there(facts, path(rank), check)]
         if absent:
             facts.missing.append(f"{what}: no file of {name_ranks(absent)}")
-    for file in (run_dir.reference, *map(run_dir.output, ranks)):  # of a run of the lab, when it has some
+    for file in (run_dir.reference, *map(run_dir.output, ranks)):  # only finished runs of the lab have these
         _is_there(facts, file, read_tokens)
 
 
 def _is_there(facts: Facts, path: Path, check: Callable[[Path], object]) -> bool:
-    """Whether there is such a file; what ``check`` says against it is listed."""
+    """Whether the file exists. If ``check`` refuses it, the error is listed."""
     try:
         check(path)
     except FileNotFoundError:
         return False
     except (OSError, ValueError) as error:
-        facts.missing.append(str(error).replace(f"{facts.root}/", ""))
+        facts.missing.append(facts.run_dir.describe(error))
     return True
 
 
@@ -202,16 +202,16 @@ def _check_log(path: Path) -> None:
 
 
 def _check_stack(path: Path) -> None:
-    """A rank that was not asked for its stack leaves an empty file."""
+    """Raise ValueError if the file holds no whole stack. An empty file is the one of a rank that got no request."""
     open_regular(path).close()
-    told = read_text(path)
-    if told and not (told.endswith("\n") and "hread 0x" in told):
-        raise ValueError(f"{path}:{told.count(chr(10)) + 1}: {'cut short' if 'hread 0x' in told else 'no stack in it'}")
+    text = read_text(path)
+    if text and not (text.endswith("\n") and "hread 0x" in text):
+        raise ValueError(f"{path}:{text.count(chr(10)) + 1}: {'cut short' if 'hread 0x' in text else 'no stack in it'}")
 
 
 def _check_dump(path: Path) -> None:
-    told = read_json(path)
-    if not isinstance(told, dict) or not isinstance(told.get("entries", []), list):
+    dump = read_json(path)
+    if not isinstance(dump, dict) or not isinstance(dump.get("entries", []), list):
         raise ValueError(f"{path}:1: no dump of the Flight Recorder")
 
 
@@ -220,8 +220,8 @@ def headline(verdict: Document) -> str:
     culprits = name_ranks(verdict.culprits)
     name = verdict.verdict
     if name == "clean":
-        told = next((text for text in reversed(verdict.evidence) if "equal" in text), "")
-        return f"All {verdict.num_ranks} ranks finished{f': {told}' if told else ''}."
+        compared = next((text for text in reversed(verdict.evidence) if "equal" in text), "")
+        return f"All {verdict.num_ranks} ranks finished{f': {compared}' if compared else ''}."
     if not name:
         return "This run has no verdict."
     sentences = [escape_control_characters(text, 160) for text in verdict.sentences[:4]]

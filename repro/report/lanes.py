@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from repro.store.text import short_site
-from repro.trace.format import RECORD, Kind
+from repro.trace.format import Event, Kind
 from repro.trace.witness import Witness
 
 OPEN = -1
@@ -122,60 +122,62 @@ def read_lane(witness: Witness, labels: Labels, clock: SharedClock) -> Lane:
     locks: dict[int, int] = {}
     held: dict[int, int] = {}
     builds: dict[int, int] = {}
-    for aux, num_sizes, sig, site, words, group, kind, _, t_ns, seq, vector, number, _, _ in RECORD.iter_unpack(
-        witness.ring.records
-    ):
-        t_ns += shift_ns
+    for event in witness.events():
+        t_ns = event.t_ns + shift_ns
         lane.last_ns = t_ns
-        match kind:
+        match event.kind:
             case Kind.ENTER | Kind.ISSUE | Kind.WAIT:
-                label = name_call("async" if kind == Kind.ISSUE else "call", sig, site, vector, num_sizes)
-                calls.setdefault((group, seq), []).append(lane.open(t_ns, label, seq, number))
+                label = name_call("async" if event.kind == Kind.ISSUE else "call", event)
+                calls.setdefault((event.group, event.seq), []).append(lane.open(t_ns, label, event.seq, event.step))
             case Kind.LEAVE:
-                for place in calls.pop((group, seq), ()):
+                for place in calls.pop((event.group, event.seq), ()):
                     lane.close(place, t_ns)
             case Kind.STEP:
                 lane.close(step, t_ns)
-                step = lane.open(t_ns, labels.number(Label("step", f"step {number}", note=f"{aux} live")), 0, number)
+                step = lane.open(
+                    t_ns, labels.number(Label("step", f"step {event.step}", note=f"{event.aux} live")), 0, event.step
+                )
             case Kind.PHASE:
                 lane.close(phase, t_ns)
-                phase = lane.open(t_ns, labels.number(Label("phase", witness.text(words))), 0, number)
+                phase = lane.open(t_ns, labels.number(Label("phase", witness.text(event.phase))), 0, event.step)
             case Kind.LOCK_WAIT:
-                holder = f"held by pid {aux}" if aux > 0 else ""
-                label = labels.number(Label("lock", witness.text(sig), note=holder))
-                locks[sig] = lane.open(t_ns, label, 0, number)
+                holder = f"held by pid {event.aux}" if event.aux > 0 else ""
+                label = labels.number(Label("lock", witness.text(event.sig), note=holder))
+                locks[event.sig] = lane.open(t_ns, label, 0, event.step)
             case Kind.LOCK_HELD:
-                lane.close(locks.pop(sig, None), t_ns)
-                held[sig] = lane.open(t_ns, labels.number(Label("held", witness.text(sig))), 0, number)
+                lane.close(locks.pop(event.sig, None), t_ns)
+                held[event.sig] = lane.open(t_ns, labels.number(Label("held", witness.text(event.sig))), 0, event.step)
             case Kind.LOCK_FREED:  # also ends a wait that the rank gave up
-                lane.close(locks.pop(sig, None), t_ns)
-                lane.close(held.pop(sig, None), t_ns)
+                lane.close(locks.pop(event.sig, None), t_ns)
+                lane.close(held.pop(event.sig, None), t_ns)
             case Kind.BUILD_BEGIN:
-                builds[sig] = lane.open(t_ns, labels.number(Label("build", witness.text(sig))), 0, number)
+                builds[event.sig] = lane.open(
+                    t_ns, labels.number(Label("build", witness.text(event.sig))), 0, event.step
+                )
             case Kind.BUILD_END:
-                lane.close(builds.pop(sig, None), t_ns)
+                lane.close(builds.pop(event.sig, None), t_ns)
             case Kind.DONE:
                 lane.close(step, t_ns)
                 lane.close(phase, t_ns)
                 step = phase = None
                 lane.done = True
             case Kind.FAILED:
-                lane.open(t_ns, labels.number(Label("failed", "failed", note=witness.text(sig))), 0, number)
+                lane.open(t_ns, labels.number(Label("failed", "failed", note=witness.text(event.sig))), 0, event.step)
     return lane
 
 
-def _call_names(witness: Witness, labels: Labels) -> Callable[[str, int, int, int, int], int]:
+def _call_names(witness: Witness, labels: Labels) -> Callable[[str, Event], int]:
     """A function that returns the label number of a collective. Equal calls share one label."""
     numbers: dict[tuple[str, int, int, tuple[int, ...]], int] = {}
 
-    def name(kind: str, sig: int, site: int, vector: int, num_sizes: int) -> int:
-        sizes = witness.sizes(vector, num_sizes)
-        key = kind, sig, site, sizes
+    def name(kind: str, event: Event) -> int:
+        sizes = witness.sizes(event.vector, event.num_sizes)
+        key = kind, event.sig, event.site, sizes
         number = numbers.get(key)
         if number is None:
-            group, op, layer, dtype, reduce_op = witness.signature(sig)
+            group, op, layer, dtype, reduce_op = witness.signature(event.sig)
             note = " ".join(part for part in (dtype, reduce_op, name_sizes(sizes)) if part)
-            label = Label(kind, op, group, layer, note, short_site(witness.text(site)))
+            label = Label(kind, op, group, layer, note, short_site(witness.text(event.site)))
             number = numbers[key] = labels.number(label)
         return number
 
