@@ -19,6 +19,7 @@ from repro.hosts.interrupt import Interrupt
 COMMANDS = {
     "collect": "look at a job that hangs now, from outside, and diagnose it",
     "diagnose": "judge the dumps, stacks and logs that any torch.distributed job left",
+    "record": "run a torch.distributed program, record its collectives, and explain it if it hangs",
     "watch": "print the verdict on a run directory, live or finished, or on a bundle",
     "report": "write report.html, timeline.svg and trace.json into runs",
     "bundle": "pack a run as one zip to attach to a bug report; or check such a zip",

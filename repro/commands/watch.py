@@ -10,6 +10,7 @@ from rich.console import Console
 
 from hybrid_moe_ref.config import ConfigError
 from repro import bundle
+from repro.attach import recording
 from repro.commands import diagnose
 from repro.commands.verdicts import exit_code, print_verdicts, write_reports
 from repro.exit_codes import CANNOT_TELL, EXPECTED, INTERRUPTED, UNEXPECTED
@@ -28,6 +29,7 @@ from repro.store.text import escape_lines
 from repro.trace.witness import Tail
 from repro.verdict import partial
 from repro.verdict.classes import class_of, describe_classes
+from repro.watch.document import Document
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -51,6 +53,10 @@ def _watch_run(args: argparse.Namespace, run_dir: RunDir) -> int:
             raise ConfigError("the folder of a diagnosis has no ranks to watch", "--end" if args.end else "--agent")
         evidence = saved.load(run_dir.root)
         return diagnose.say(partial.diagnose(evidence.records), evidence, args.json)
+    if recording.is_recording(run_dir) and not args.end and args.agent is None:
+        document, whole = recording.judge_again(run_dir)
+        _print(document, args.json)
+        return EXPECTED if class_of(document.verdict).decided and whole else CANNOT_TELL
     try:
         settings = read_settings(run_dir.config)
     except OSError as error:
@@ -68,14 +74,18 @@ def _watch_run(args: argparse.Namespace, run_dir: RunDir) -> int:
     if args.end:
         return _watch_to_end(run_dir, settings, console, args)
     document, whole = judge_again(run_dir, settings)
-    if args.json:
-        print(json.dumps(to_json(document), indent=1))
-    else:
-        for line in (document.verdict, *document.sentences, *waits(document), *document.evidence):
-            print(escape_lines(line))
+    _print(document, args.json)
     if not class_of(document.verdict).decided or not whole:
         return CANNOT_TELL
     return EXPECTED if document.matches_expected else UNEXPECTED
+
+
+def _print(document: Document, as_json: bool) -> None:
+    if as_json:
+        print(json.dumps(to_json(document), indent=1))
+        return
+    for line in (document.verdict, *document.sentences, *waits(document), *document.evidence):
+        print(escape_lines(line))
 
 
 def _watch_to_end(run_dir: RunDir, settings: RunSettings, console: Console, args: argparse.Namespace) -> int:

@@ -71,6 +71,7 @@ _NOT_A_CALL_SITE = (
     "repro/attach/torch_patch.py",
     "contextlib.py",
 )  # frames between the caller and the observer
+_LIBRARIES = ("packages/torch/", "repro/attach/record/")  # a foreign program's call site is its own code
 _POINT_TO_POINT = ("send", "recv")
 
 
@@ -237,13 +238,18 @@ class Recorder:
         line = line if len(line) <= MAX_MESSAGE else f"{line[: MAX_MESSAGE - 2]} …"
         self._write(Kind.FAILED, sig=self._intern(line))
 
+    @property
+    def last_seq(self) -> int:
+        """Number of the collective that was issued last, in its group."""
+        assert self._entered_call is not None
+        return self._entered_call.group.seq
+
     # -- asynchronous collectives --------------------------------------------------------------------------------
 
     def issue(self, collective: Collective) -> int:
         """Record that an asynchronous collective is issued next; returns its ticket for ``wait`` and ``finish``."""
         self.enter(collective, True)
-        assert self._entered_call is not None
-        return self._entered_call.group.seq
+        return self.last_seq
 
     def wait(self, collective: Collective, ticket: int) -> None:
         """Record that the rank begins to wait for the collective of ``ticket``."""
@@ -342,7 +348,10 @@ class Recorder:
 
 def _is_between(code: CodeType) -> bool:
     """Whether code stands between a call site and the recorder."""
-    return code is Recorder.issue.__code__ or code.co_filename.endswith(_NOT_A_CALL_SITE)
+    path = code.co_filename
+    return (
+        code is Recorder.issue.__code__ or path.endswith(_NOT_A_CALL_SITE) or any(part in path for part in _LIBRARIES)
+    )
 
 
 def myself(rank: int, num_ranks: int) -> Identity:

@@ -44,6 +44,7 @@ _LIBRARY = (
     "torch/autograd/",
     "torch/_tensor.py",
     "torch/utils/_contextlib.py",
+    "repro/attach/record/",
     "c10d_logger.py",
     "contextlib.py",
 )

@@ -1,0 +1,74 @@
+"""The thread in a recorded rank that does what need not be done at once.
+
+Five times a second it looks whether the watcher asks for evidence, and which asynchronous collectives have completed
+that the program has not waited for. It runs while the rank is blocked inside a collective, where no signal handler of
+Python would run, and needs no signal.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import faulthandler
+import os
+import sys
+import threading
+import time
+from typing import TYPE_CHECKING, Any
+
+from repro.attach.record import collectives, ddp
+
+if TYPE_CHECKING:
+    from repro.attach.record.rank import Rank
+
+INTERVAL_S = 0.2
+REQUEST = "evidence_wanted"
+"""The watcher creates or touches this file in the run's folder to have all ranks write stacks and dumps."""
+
+IDLE_S = 0.02
+"""A process that used less processor time between two looks was idle."""
+
+
+class Attendant:
+    def __init__(self, rank: Rank) -> None:
+        self._rank = rank
+        self._answered_ns = 0
+        self._cpu_s = 0.0
+
+    def start(self) -> None:
+        threading.Thread(target=self._attend, name="repro record", daemon=True).start()
+
+    def _attend(self) -> None:
+        while True:
+            time.sleep(INTERVAL_S)
+            with contextlib.suppress(OSError):
+                requested_ns = os.stat(self._rank.root / REQUEST).st_mtime_ns
+                if requested_ns != self._answered_ns:
+                    self._answered_ns = requested_ns
+                    self._write_evidence()
+            cpu_s = time.process_time()
+            idle, self._cpu_s = cpu_s - self._cpu_s < IDLE_S, cpu_s
+            collectives.note_completions(self._rank)
+            if idle and _in_backward():
+                ddp.note_wait(self._rank)
+
+    def _write_evidence(self) -> None:
+        """Write the stacks of all threads and the Flight Recorder dump."""
+        from repro.store.run_dir import RunDir, write_atomically
+
+        run_dir = RunDir(self._rank.root)
+        stacks = run_dir.stack(self._rank.rank)
+        scratch = stacks.with_suffix(".part")
+        with scratch.open("w") as file:
+            faulthandler.dump_traceback(file, all_threads=True)
+        os.replace(scratch, stacks)
+        c10d: Any = sys.modules.get("torch._C._distributed_c10d")
+        dump = getattr(c10d, "_dump_nccl_trace_json", None) or getattr(c10d, "_dump_fr_trace_json", None)
+        if dump is not None:
+            with contextlib.suppress(RuntimeError):
+                write_atomically(run_dir.flight_recorder(self._rank.rank), dump(True, False))
+
+
+def _in_backward() -> bool:
+    """Whether the main thread is inside autograd's engine, which waits in C++ for the collectives of DDP."""
+    frame = sys._current_frames().get(threading.main_thread().ident or 0)
+    return frame is not None and frame.f_code.co_name == "_engine_run_backward"

@@ -1,0 +1,42 @@
+"""Record what a rank builds or compiles: extensions of torch, kernels of Triton, graphs of torch.compile."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import wraps
+from types import ModuleType
+from typing import Any
+
+from repro.attach.record import rank as this
+from repro.attach.record.imports import replace
+
+
+def hook_extension(module: ModuleType) -> None:
+    replace(module, "_jit_compile", lambda original: _build(original, lambda name, *_, **__: f"extension {name}"))
+
+
+def hook_inductor(module: ModuleType) -> None:
+    replace(module, "compile_fx", lambda original: _build(original, lambda *_, **__: "torch.compile"))
+
+
+def hook_triton(module: ModuleType) -> None:
+    def name(kernel: Any, *_: Any, **__: Any) -> str:
+        return f"Triton kernel {getattr(kernel, '__name__', '')}"
+
+    replace(module.JITFunction, "_do_compile", lambda original: _build(original, name))
+
+
+def _build(original: Any, name: Callable[..., str]) -> Any:
+    @wraps(original)
+    def build(*args: Any, **options: Any) -> Any:
+        rank = this.current
+        if rank is None:
+            return original(*args, **options)
+        label = name(*args, **options)
+        rank.local_event("build_begin", label)
+        try:
+            return original(*args, **options)
+        finally:
+            rank.local_event("build_end", label)
+
+    return build

@@ -1,0 +1,349 @@
+"""Record what a program calls on torch's process groups.
+
+torch.distributed's functions, libraries that use c10d directly, FSDP and pipelines all call the methods of ProcessGroup
+or of its backends. These are replaced, and not the functions of torch.distributed: torch.compile knows those by
+identity, and programs replace them.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import sys
+import threading
+import weakref
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from hybrid_moe_ref.parallel.observer import Collective
+from repro.attach.record import rank as this
+from repro.attach.record.groups import c10d_world, dist_ranks, name_group
+from repro.attach.record.imports import replace
+
+if TYPE_CHECKING:
+    from repro.attach.record.rank import Rank
+
+Calls = tuple[tuple[Collective, int], ...]
+"""Collectives, each with the ticket that the recorder gave it."""
+
+Sizes = Callable[[Any, Any], tuple[int, ...]]
+
+
+class Method(NamedTuple):
+    """How the arguments of a method of ProcessGroup are read.
+
+    op         name of the operation, as torch.distributed calls it
+    sizes      the sizes that must be equal on all ranks, from the first two arguments
+    rooted     whether the options name a root
+    reduces    whether the options name a reduction
+    one_sided  whether it is a send or a receive, whose second argument is the peer
+    """
+
+    op: str
+    sizes: Sizes
+    rooted: bool = False
+    reduces: bool = False
+    one_sided: bool = False
+
+
+def _each(tensors: Any, _: Any) -> tuple[int, ...]:
+    return (tensors.numel(),) if hasattr(tensors, "numel") else tuple([tensor.numel() for tensor in tensors])
+
+
+def _first(tensor: Any, _: Any) -> tuple[int, ...]:
+    return (tensor.numel(),)
+
+
+def _second(_: Any, tensor: Any) -> tuple[int, ...]:
+    return (tensor.numel(),)
+
+
+def _inputs(_: Any, tensors: Any) -> tuple[int, ...]:
+    return _each(tensors, None)
+
+
+def _parts(_: Any, lists: Any) -> tuple[int, ...]:
+    if hasattr(lists, "numel"):
+        return (lists.numel(),)
+    parts = lists[0] if lists and isinstance(lists[0], (list, tuple)) else lists
+    return tuple([part.numel() for part in parts])
+
+
+def _none(_: Any, __: Any) -> tuple[int, ...]:
+    return ()  # may differ by rank, or each rank knows only its own
+
+
+METHODS = {
+    "allreduce": Method("all_reduce", _each, reduces=True),
+    "allreduce_coalesced": Method("all_reduce_coalesced", _each, reduces=True),
+    "allgather": Method("all_gather", _inputs),
+    "_allgather_base": Method("all_gather_into_tensor", _second),
+    "all_gather_single": Method("all_gather_into_tensor", _second),
+    "allgather_coalesced": Method("all_gather_coalesced", _inputs),
+    "allgather_into_tensor_coalesced": Method("all_gather_into_tensor_coalesced", _inputs),
+    "all_gather_single_coalesced": Method("all_gather_into_tensor_coalesced", _inputs),
+    "reduce_scatter": Method("reduce_scatter", _parts, reduces=True),
+    "_reduce_scatter_base": Method("reduce_scatter_tensor", _first, reduces=True),
+    "reduce_scatter_single": Method("reduce_scatter_tensor", _first, reduces=True),
+    "reduce_scatter_tensor_coalesced": Method("reduce_scatter_tensor_coalesced", _each, reduces=True),
+    "reduce_scatter_single_coalesced": Method("reduce_scatter_tensor_coalesced", _each, reduces=True),
+    "alltoall_base": Method("all_to_all_single", _none),
+    "all_to_all_single": Method("all_to_all_single", _none),
+    "alltoall": Method("all_to_all", _none),
+    "broadcast": Method("broadcast", _each, rooted=True),
+    "reduce": Method("reduce", _each, rooted=True, reduces=True),
+    "gather": Method("gather", _none, rooted=True),
+    "scatter": Method("scatter", _none, rooted=True),
+    "barrier": Method("barrier", _none),
+    "monitored_barrier": Method("monitored_barrier", _none),
+    "send": Method("send", _none, one_sided=True),
+    "recv": Method("recv", _none, one_sided=True),
+}
+
+
+class _Group(NamedTuple):
+    """A process group: a weak reference, its name, its members, and whether its works may be asked at any time.
+
+    The work of a device's group is not asked: the question would end a CUDA graph capture.
+    """
+
+    group: Any
+    name: str
+    members: list[int]
+    on_host: bool
+
+
+_pending: dict[int, tuple[Any, Calls, bool]] = {}
+"""Works that were issued and are not known to be complete, by id: a weak reference, the calls (a coalesced work has
+several), and whether the program waits for it at once."""
+
+_groups: dict[int, _Group] = {}  # by id of the group
+_dtypes: dict[Any, str] = {}
+_reductions: dict[int, str] = {}
+_unread: set[str] = set()
+
+
+class _Thread(threading.local):
+    """The state of one thread.
+
+    inside     a replaced method runs; what it calls is not recorded again
+    coalesced  the calls of an open coalescing block
+    """
+
+    inside = False
+    coalesced: list[tuple[Collective, int]] | None = None
+
+
+_thread = _Thread()
+
+
+def hook(c10d: Any) -> None:
+    """Replace the methods of ProcessGroup, Backend and Work in torch._C._distributed_c10d."""
+    for owner in (c10d.ProcessGroup, c10d.Backend):
+        for name, method in METHODS.items():
+            replace(owner, name, functools.partial(_recorded, method))
+        replace(owner, "_start_coalescing", _recorded_start)
+        replace(owner, "_end_coalescing", _recorded_end)
+    replace(c10d.Work, "wait", _recorded_wait)
+
+
+def inside() -> bool:
+    """Whether this thread is in a recorded call, beneath which nothing is recorded again."""
+    return _thread.inside
+
+
+@contextlib.contextmanager
+def beneath() -> Iterator[None]:
+    """The body of a recorded call."""
+    _thread.inside = True
+    try:
+        yield
+    finally:
+        _thread.inside = False
+
+
+def _recorded(method: Method, original: Any) -> Any:
+    # Runs at each collective of the program: what can be done once is not done here.
+    def call(self: Any, *args: Any, **options: Any) -> Any:
+        rank = this.current
+        if rank is None or _thread.inside:
+            return original(self, *args, **options)
+        read = _read(rank, self, method, args, options)
+        if read is None:
+            return original(self, *args, **options)
+        collective, asynchronous, on_host = read
+        recorder, lock = rank.recorder, rank.lock
+        with lock:
+            recorder.enter(collective, asynchronous)
+            ticket = recorder.last_seq
+        _thread.inside = True
+        try:
+            work = original(self, *args, **options)
+        finally:
+            _thread.inside = False
+        if _thread.coalesced is not None:
+            _thread.coalesced.append((collective, ticket))
+        elif work is None:
+            with lock:
+                recorder.leave(collective, ticket)
+        elif on_host or not asynchronous:
+            _pending[id(work)] = (weakref.ref(work), ((collective, ticket),), not asynchronous)
+        return work
+
+    return call
+
+
+def _read(
+    rank: Rank, group: Any, method: Method, args: tuple[Any, ...], options: dict[str, Any]
+) -> tuple[Collective, bool, bool] | None:
+    """The collective of a call, whether it is asynchronous, and whether its group is on the host.
+
+    A call of another shape than this file knows is recorded by its name; None if even its group is unknown.
+    """
+    op = method.op
+    try:
+        known = group_of(rank, group)
+    except Exception as error:
+        say_once(rank, op, error)
+        return None
+    asynchronous, root, reduction, dtype = True, -1, "", ""
+    sizes: tuple[int, ...] = ()
+    try:
+        first = args[0] if args else None
+        second = args[1] if len(args) > 1 else None
+        if method.one_sided:
+            root = int(second if second is not None else options.get("dstRank", options.get("srcRank", -1)))
+        else:
+            opts: Any = options["opts"] if "opts" in options else args[-1] if args else None
+            asynchronous = getattr(opts, "asyncOp", op != "monitored_barrier")
+            if method.rooted:
+                root = known.members[opts.rootRank]
+            if method.reduces:
+                reduction = _reduction(opts)
+        sizes = method.sizes(first, second)
+        dtype = dtype_of(first)
+    except Exception as error:
+        say_once(rank, op, error)
+    return Collective(known.name, op, rank.local.layer, sizes, dtype, reduction, root), asynchronous, known.on_host
+
+
+def say_once(rank: Rank, op: str, error: Exception) -> None:
+    if op not in _unread:
+        _unread.add(op)
+        problem = f"{type(error).__name__}: {error}"
+        print(f"[rank {rank.rank}] repro record: the arguments of {op} are not recorded: {problem}", file=sys.stderr)
+
+
+def _recorded_wait(original: Any) -> Any:
+    def wait(self: Any, *args: Any, **options: Any) -> Any:
+        pending = _pending.pop(id(self), None)
+        rank = this.current
+        if pending is None or rank is None or pending[0]() is not self:
+            return original(self, *args, **options)
+        _, calls, blocking = pending
+        if not blocking:
+            with rank.lock:
+                for collective, ticket in calls:
+                    rank.recorder.wait(collective, ticket)
+        done = original(self, *args, **options)
+        with rank.lock:
+            for collective, ticket in calls:
+                rank.recorder.leave(collective, ticket)
+        return done
+
+    return wait
+
+
+def _recorded_start(original: Any) -> Any:
+    def start(self: Any, *args: Any, **options: Any) -> Any:
+        _thread.coalesced = []
+        return original(self, *args, **options)
+
+    return start
+
+
+def _recorded_end(original: Any) -> Any:
+    def end(self: Any, *args: Any, **options: Any) -> Any:
+        calls, _thread.coalesced = _thread.coalesced, None
+        work = original(self, *args, **options)
+        if calls and work is not None:
+            _pending[id(work)] = (weakref.ref(work), tuple(calls), False)
+        return work
+
+    return end
+
+
+# -- what C++ issues -------------------------------------------------------------------------------------------------
+
+
+def issued(rank: Rank, collective: Collective) -> int:
+    """Record that C++ issues a collective; returns its ticket."""
+    with rank.lock:
+        return rank.recorder.issue(collective)
+
+
+def note_completions(rank: Rank) -> None:
+    """Record the completion of works that nobody waits for in Python."""
+    for key, (get_work, calls, blocking) in list(_pending.items()):
+        work = get_work()
+        if work is None:
+            _pending.pop(key, None)
+        elif not blocking and work.is_completed() and _pending.pop(key, None) is not None:
+            with rank.lock:  # the entry was still there, so the program does not wait for it in this moment
+                for collective, ticket in calls:
+                    rank.recorder.leave(collective, ticket)
+
+
+# -- names -----------------------------------------------------------------------------------------------------------
+
+
+def group_of(rank: Rank, group: Any) -> _Group:
+    """The name and the members of a group; the first time they are recorded."""
+    known = _groups.get(id(group))
+    if known is not None and known.group() is group:
+        return known
+    found = _find(group)
+    members = dist_ranks(found)
+    name = name_group(found, members)
+    on_host = str(c10d_world().pg_map[found][0]) in ("gloo", "mpi")
+    known = _groups[id(group)] = _Group(weakref.ref(group), name, members, on_host)
+    if not on_host and rank.rank == members[0]:
+        rank.note_device_group(name)
+    with rank.lock:
+        rank.recorder.groups({name: members})
+    return known
+
+
+def _find(group: Any) -> Any:
+    """The process group itself, or the one whose backend this is."""
+    import torch
+
+    world = c10d_world().pg_map
+    if group in world:
+        return group
+    for candidate in world:
+        for device in candidate._device_types:
+            if candidate._get_backend(torch.device(device)) is group:
+                return candidate
+    raise LookupError("a process group that torch.distributed does not know")
+
+
+def dtype_of(tensors: Any) -> str:
+    while isinstance(tensors, (list, tuple)):
+        if not tensors:
+            return ""
+        tensors = tensors[0]
+    dtype = getattr(tensors, "dtype", None)
+    name = _dtypes.get(dtype)
+    if name is None:
+        name = _dtypes[dtype] = "" if dtype is None else str(dtype).removeprefix("torch.")
+    return name
+
+
+def _reduction(opts: Any) -> str:
+    reduce_op = opts.reduceOp.op
+    number = reduce_op.value
+    name = _reductions.get(number)
+    if name is None:
+        name = _reductions[number] = str(reduce_op).rpartition(".")[2].lower()
+    return name

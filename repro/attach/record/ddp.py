@@ -1,0 +1,128 @@
+"""Record DistributedDataParallel, whose reducer calls its collectives in C++.
+
+The recorder cannot see the reducer's buckets. It records what all ranks must do alike: making the wrapper, sending
+the buffers, and each backward pass that averages gradients.
+"""
+
+from __future__ import annotations
+
+import functools
+import threading
+from types import ModuleType
+from typing import Any
+
+from hybrid_moe_ref.parallel.observer import Collective
+from repro.attach.record import collectives
+from repro.attach.record import rank as this
+from repro.attach.record.imports import replace
+
+LAYER = "DistributedDataParallel"
+_ready: dict[str, list[int]] = {}  # group name of a wrapper whose next backward pass averages gradients -> members
+_passes: list[tuple[Collective, int]] = []
+"""The collectives of the backward pass that runs now, with their tickets."""
+
+
+def hook(module: ModuleType) -> None:
+    owner = module.DistributedDataParallel
+    for name, op in (("__init__", "ddp_init"), ("_sync_buffers", "ddp_send_buffers"), ("_pre_forward", "")):
+        replace(owner, name, functools.partial(_blocking, op))
+    replace(owner, "_post_forward", _preparing)
+
+
+def hook_backward(module: ModuleType) -> None:
+    """Hook torch.autograd.graph, through which each backward pass begins."""
+    replace(module, "_engine_run_backward", _passing)
+
+
+def _blocking(op: str, original: Any) -> Any:
+    """Record a method that calls collectives in C++ and waits for them. op: "" for the rebuilding of the buckets."""
+
+    def method(self: Any, *args: Any, **options: Any) -> Any:
+        rank = this.current
+        if rank is None or _is_compiling() or (not op and not _rebuilds(self)):
+            return original(self, *args, **options)
+        if op == "ddp_init":  # the group is an argument
+            group = options.get("process_group")
+            name, members = "world", []
+            if group is not None:
+                known = collectives.group_of(rank, group)
+                name, members = known.name, known.members
+        else:
+            known = collectives.group_of(rank, self.process_group)
+            name, members = known.name, known.members
+        collective = _collective(rank, name, members, op or "ddp_rebuild_buckets")
+        with rank.lock:
+            rank.recorder.enter(collective)
+            ticket = rank.recorder.last_seq
+        result = original(self, *args, **options)
+        with rank.lock:
+            rank.recorder.leave(collective, ticket)
+        return result
+
+    return method
+
+
+def _rebuilds(wrapper: Any) -> bool:
+    """Whether the forward pass rebuilds the buckets: once, after the first backward pass."""
+    done: int = wrapper.__dict__.get("_hmr_passes", 0)
+    wrapper.__dict__["_hmr_passes"] = done + 1
+    return done == 1
+
+
+def _preparing(original: Any) -> Any:
+    def _post_forward(self: Any, *args: Any, **options: Any) -> Any:
+        result = original(self, *args, **options)
+        rank = this.current
+        if rank is not None and not _is_compiling() and self.require_backward_grad_sync and _grad_enabled():
+            known = collectives.group_of(rank, self.process_group)
+            _ready[known.name] = known.members
+        return result
+
+    return _post_forward
+
+
+def _passing(original: Any) -> Any:
+    def _engine_run_backward(*args: Any, **options: Any) -> Any:
+        rank = this.current
+        if rank is None or not _ready or threading.current_thread() is not threading.main_thread():
+            return original(*args, **options)
+        for name, members in _ready.items():
+            collective = _collective(rank, name, members, "ddp_average_gradients")
+            _passes.append((collective, collectives.issued(rank, collective)))
+        _ready.clear()
+        result = original(*args, **options)
+        with rank.lock:
+            for collective, ticket in _passes:
+                rank.recorder.leave(collective, ticket)
+            _passes.clear()
+        return result
+
+    return _engine_run_backward
+
+
+def note_wait(rank: Any) -> None:
+    """Record that the main thread waits for the averages: it is inside the engine, and the process does nothing."""
+    for collective, ticket in _passes[:1]:
+        with rank.lock:
+            rank.recorder.wait(collective, ticket)
+
+
+def _collective(rank: Any, name: str, members: list[int], op: str) -> Collective:
+    """An entry in a sequence of its own: one such call is a number of collectives that nobody knows."""
+    group = f"{name}.ddp"
+    if members:
+        with rank.lock:
+            rank.recorder.groups({group: members})
+    return Collective(group, op, rank.local.layer or LAYER)
+
+
+def _is_compiling() -> bool:
+    import torch
+
+    return bool(torch.compiler.is_compiling())
+
+
+def _grad_enabled() -> bool:
+    import torch
+
+    return bool(torch.is_grad_enabled())

@@ -1,0 +1,130 @@
+"""Record functional collectives: the operators of torch.ops._c10d_functional, which DTensor and torch.compile use.
+
+torch.compile puts the operators into its graphs, and the code that it makes calls the same Python objects. What these
+objects call in the end is replaced, so the compiler sees the same operators and makes the same graphs. The dispatcher's
+kernels are not replaced: torch calls a kernel in Python with the interpreter's lock held, and a gloo thread that needs
+that lock then never lets the rank go on.
+"""
+
+from __future__ import annotations
+
+from types import ModuleType
+from typing import Any
+
+from hybrid_moe_ref.parallel.observer import Collective
+from repro.attach.record import collectives
+from repro.attach.record import rank as this
+
+OPERATORS = {
+    "all_reduce": "all_reduce",
+    "all_reduce_": "all_reduce",
+    "all_reduce_coalesced": "all_reduce_coalesced",
+    "all_reduce_coalesced_": "all_reduce_coalesced",
+    "all_gather_into_tensor": "all_gather_into_tensor",
+    "all_gather_into_tensor_out": "all_gather_into_tensor",
+    "all_gather_into_tensor_coalesced": "all_gather_into_tensor_coalesced",
+    "reduce_scatter_tensor": "reduce_scatter_tensor",
+    "reduce_scatter_tensor_out": "reduce_scatter_tensor",
+    "reduce_scatter_tensor_coalesced": "reduce_scatter_tensor_coalesced",
+    "all_to_all_single": "all_to_all_single",
+    "broadcast": "broadcast",
+    "broadcast_": "broadcast",
+}
+"""Operator of torch.ops._c10d_functional -> name of the operation."""
+
+_waiting: dict[int, tuple[Collective, int]] = {}  # by the address of a result's storage
+
+
+def hook(module: ModuleType) -> None:
+    """Replace what the operators call, once torch.distributed._functional_collectives has defined them."""
+    import torch
+
+    for namespace in ("_c10d_functional", "_c10d_functional_autograd"):
+        operators = getattr(torch.ops, namespace)
+        for name, op in OPERATORS.items():
+            if hasattr(operators, name):
+                _replace(getattr(operators, name), _Issue, op)
+    _replace(torch.ops._c10d_functional.wait_tensor, _Wait, "")
+
+
+def _replace(packet: Any, kind: Any, op: str) -> None:
+    """Replace what an operator and its overload call. They have the hash of what they call, so that is kept."""
+    for operator in (packet, packet.default):
+        operator._op = kind(operator._op, op)
+
+
+class _Operator:
+    """Stands for the function that an operator calls."""
+
+    def __init__(self, original: Any, op: str) -> None:
+        import torch
+
+        self._original, self._op_name = original, op
+        self._plain = (torch.Tensor, torch.nn.Parameter)
+
+    def __hash__(self) -> int:
+        return hash(self._original)
+
+    def __eq__(self, other: object) -> bool:
+        return self is other or self._original == other
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._original, name)
+
+    def _rank(self, tensors: Any) -> Any:
+        """The rank, if this call is to run: a compiler calls operators with tensors of its own kinds."""
+        first = tensors[0] if isinstance(tensors, (list, tuple)) and tensors else tensors
+        if this.current is None or collectives.inside() or type(first) not in self._plain:
+            return None
+        import torch
+
+        return None if torch._C._len_torch_dispatch_stack() or torch.compiler.is_compiling() else this.current
+
+
+class _Issue(_Operator):
+    """An operator that issues a collective. Its result is complete once wait_tensor has been called on it."""
+
+    def __call__(self, *args: Any, **options: Any) -> Any:
+        rank = self._rank(args[0] if args else None)
+        read = _read(rank, self._op_name, args) if rank is not None else None
+        if read is None:
+            return self._original(*args, **options)
+        ticket = collectives.issued(rank, read)
+        with collectives.beneath():
+            result = self._original(*args, **options)
+        for tensor in result if isinstance(result, (list, tuple)) else [result]:
+            _waiting[tensor.untyped_storage()._cdata] = (read, ticket)
+        return result
+
+
+class _Wait(_Operator):
+    def __call__(self, *args: Any, **options: Any) -> Any:
+        rank = self._rank(args[0] if args else None)
+        entry = _waiting.pop(args[0].untyped_storage()._cdata, None) if rank is not None else None
+        if entry is None:
+            return self._original(*args, **options)
+        with rank.lock:
+            rank.recorder.wait(*entry)
+        result = self._original(*args, **options)
+        with rank.lock:
+            rank.recorder.leave(*entry)
+        return result
+
+
+def _read(rank: Any, op: str, args: tuple[Any, ...]) -> Collective | None:
+    """The collective of an operator's arguments: a tensor or a list, then numbers and names, the group's last."""
+    try:
+        from torch.distributed.distributed_c10d import _resolve_process_group
+
+        names: list[Any] = [arg for arg in args if isinstance(arg, str)]
+        group = collectives.group_of(rank, _resolve_process_group(names[-1]))
+        reduction = names[0].lower() if len(names) > 1 else ""
+        tensors = args[0] if isinstance(args[0], (list, tuple)) else [args[0]]
+        sizes = () if op == "all_to_all_single" else tuple(tensor.numel() for tensor in tensors)
+        if op.startswith("reduce_scatter"):
+            sizes = tuple(size // len(group.members) for size in sizes)
+        root = group.members[args[1]] if op == "broadcast" else -1
+        return Collective(group.name, op, rank.local.layer, sizes, collectives.dtype_of(tensors), reduction, root)
+    except Exception as error:
+        collectives.say_once(rank, op, error)
+        return None

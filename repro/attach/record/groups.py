@@ -1,0 +1,128 @@
+"""Name process groups, and record their creation, in which all ranks take part."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import wraps
+from types import ModuleType
+from typing import Any
+
+from hybrid_moe_ref.parallel.observer import Collective
+from repro.attach.record import rank as this
+from repro.attach.record.imports import replace
+
+NEW_GROUP = "new_group"
+"""Group name under which creations are recorded: every rank must make the same groups in the same order."""
+
+
+def hook(c10d: ModuleType) -> None:
+    """Hook the module torch.distributed.distributed_c10d, right after its first import."""
+    import torch._C._distributed_c10d as native
+
+    from repro.attach.record import collectives
+
+    collectives.hook(native)
+    replace(c10d, "init_process_group", _joining)
+    replace(c10d, "new_group", _creating)
+    replace(c10d, "destroy_process_group", _leaving)
+    this.become_from_environment()
+
+
+def _joining(original: Callable[..., Any]) -> Callable[..., Any]:
+    @wraps(original)
+    def init_process_group(*args: Any, **options: Any) -> Any:
+        """Become the rank before the ranks meet if it is known by then: a rank that never comes is a way to hang."""
+        number, size = options.get("rank", -1), options.get("world_size", -1)
+        method = options.get("init_method", args[1] if len(args) > 1 else None)
+        meeting = method if isinstance(method, str) and not method.startswith("env:") else ""
+        if isinstance(number, int) and isinstance(size, int) and 0 <= number < size:
+            this.become(number, size, meeting)
+        else:
+            this.become_from_environment()
+        if this.current is not None:
+            this.current.phase("init_process_group")
+        result = original(*args, **options)
+        if this.current is None:
+            dist = _dist()
+            this.become(dist.get_rank(), dist.get_world_size(), meeting)
+        if this.current is not None:
+            this.current.phase("run")
+        return result
+
+    return init_process_group
+
+
+def _creating(original: Callable[..., Any]) -> Callable[..., Any]:
+    @wraps(original)
+    def new_group(*args: Any, **options: Any) -> Any:
+        rank = this.current
+        if rank is None or options.get("use_local_synchronization"):
+            return original(*args, **options)
+        ranks = options.get("ranks", args[0] if args else None)
+        label = "all ranks" if ranks is None else f"ranks {','.join(map(str, ranks))}"
+        creation = Collective(NEW_GROUP, NEW_GROUP, label)
+        with rank.lock:
+            rank.recorder.enter(creation)
+        group = original(*args, **options)
+        with rank.lock:
+            rank.recorder.leave(creation)
+        return group
+
+    return new_group
+
+
+def _leaving(original: Callable[..., Any]) -> Callable[..., Any]:
+    @wraps(original)
+    def destroy_process_group(*args: Any, **options: Any) -> Any:
+        if this.current is not None:
+            this.current.phase("destroy_process_group")
+        result = original(*args, **options)
+        if this.current is not None:
+            this.current.phase("after destroy_process_group")
+        return result
+
+    return destroy_process_group
+
+
+def _dist() -> Any:
+    import torch.distributed as dist
+
+    return dist
+
+
+def c10d_world() -> Any:
+    """torch's table of process groups."""
+    return _dist().distributed_c10d._world
+
+
+def dist_ranks(group: Any) -> list[int]:
+    """The global ranks of a group, in group order."""
+    ranks: list[int] = _dist().get_process_group_ranks(group)
+    return ranks
+
+
+def name_group(group: Any, members: list[int]) -> str:
+    """A name for the group: the same on all its members, and unique in this process.
+
+    Groups may share a description, for example the groups of one dimension of a device mesh.
+    """
+    from repro.verdict.result import list_ranks
+
+    dist = _dist()
+    if group is None or group is dist.group.WORLD:
+        return "world"
+    description = _described(group)
+    if not description:
+        return f"group{group.group_name}".replace(":", "_")
+    everyone = len(members) == dist.get_world_size()
+    name = description if everyone else f"{description}[{list_ranks(members)}]"
+    alike = [
+        other for other in c10d_world().pg_map if _described(other) == description and dist_ranks(other) == members
+    ]
+    index = alike.index(group) if group in alike else 0  # in order of creation, which is the same on all members
+    return f"{name}.{index + 1}" if index else name
+
+
+def _described(group: Any) -> str:
+    description = str(getattr(group, "group_desc", "") or "").replace(":", "_")
+    return "" if description == "undefined" else description

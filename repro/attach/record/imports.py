@@ -1,0 +1,93 @@
+"""Call a function right after the program has imported a module."""
+
+from __future__ import annotations
+
+import functools
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from importlib.machinery import ModuleSpec
+from importlib.util import find_spec
+from types import FunctionType, ModuleType
+from typing import Any
+
+Hook = Callable[[ModuleType], None]
+
+
+def after_import(hooks: Mapping[str, Hook]) -> None:
+    """Call ``hooks[name](module)`` once each module of these names has been executed; at once if it has been."""
+    waiting = {}
+    for name, hook in hooks.items():
+        module = sys.modules.get(name)
+        if module is None:
+            waiting[name] = hook
+        else:
+            _apply(hook, module)
+    sys.meta_path.insert(0, _Finder(waiting))
+
+
+class _Finder:
+    """Finds a module by the other finders, and lets its loader call the hook."""
+
+    def __init__(self, hooks: dict[str, Hook]) -> None:
+        self._hooks = hooks
+
+    def find_spec(
+        self, name: str, path: Sequence[str] | None = None, target: ModuleType | None = None
+    ) -> ModuleSpec | None:
+        hook = self._hooks.pop(name, None)  # popped first: the search below asks this finder too
+        if hook is None:
+            return None
+        spec = find_spec(name)
+        if spec is not None and spec.loader is not None:
+            spec.loader = _Loader(spec.loader, hook)  # type: ignore[assignment]
+        return spec
+
+
+class _Loader:
+    """A loader that calls the hook after the module's own loader has executed it."""
+
+    def __init__(self, loader: Any, hook: Hook) -> None:
+        self._loader, self._hook = loader, hook
+
+    def create_module(self, spec: ModuleSpec) -> Any:
+        return self._loader.create_module(spec)
+
+    def exec_module(self, module: ModuleType) -> None:
+        if module.__spec__ is not None:
+            module.__spec__.loader = self._loader
+        module.__loader__ = self._loader
+        self._loader.exec_module(module)
+        _apply(self._hook, module)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._loader, name)
+
+
+def _apply(hook: Hook, module: ModuleType) -> None:
+    """Apply a hook. A version of the module that lacks what the hook replaces is not recorded, which is said."""
+    try:
+        hook(module)
+    except Exception as error:
+        print(f"repro record: {module.__name__} is not recorded: {type(error).__name__}: {error}", file=sys.stderr)
+
+
+def replace(owner: Any, name: str, make: Callable[[Any], Any]) -> None:
+    """Replace an attribute by ``make(original)``, if there is one.
+
+    torch.compile does not begin a graph at what replaces a function of torch, as it does not at torch's own.
+    """
+    original = getattr(owner, name, None)
+    if original is None:
+        return
+    made = make(original)
+    if "torch._C" in sys.modules and isinstance(made, FunctionType):
+        _skip_code()(made.__code__)
+    setattr(owner, name, made)
+
+
+@functools.cache
+def _skip_code() -> Callable[[Any], Any]:
+    """The function that keeps torch.compile from beginning a graph at some code."""
+    dynamo: Any = sys.modules["torch._C"]
+    skip: Callable[[Any], Any] = getattr(dynamo._dynamo.eval_frame, "skip_code", lambda code: None)
+    return skip

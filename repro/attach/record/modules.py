@@ -1,0 +1,71 @@
+"""Name the module that a collective belongs to: FSDP's parameter groups and pipeline stages by themselves, the modules
+of a model with HMR_RECORD_MODULES=1.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable
+from types import ModuleType
+from typing import Any
+
+from repro.attach.record import rank as this
+from repro.attach.record.imports import replace
+
+_names: weakref.WeakKeyDictionary[Any, str] = weakref.WeakKeyDictionary()
+
+
+def hook(module: ModuleType) -> None:
+    """Keep the name of the running module. A compiled model runs as one module: its inner calls are in the graph."""
+    if not this.with_modules:
+        return
+    import torch
+
+    def naming(original: Any) -> Any:
+        def _call_impl(self: Any, *args: Any, **options: Any) -> Any:
+            rank = this.current
+            if rank is None or torch.compiler.is_compiling():
+                return original(self, *args, **options)
+            with rank.in_layer(_name(self)):
+                return original(self, *args, **options)
+
+        return _call_impl
+
+    replace(module.Module, "_call_impl", naming)
+
+
+def _name(module: Any) -> str:
+    """The qualified name of a module. The first module that runs is the root, and names all in it."""
+    name = _names.get(module)
+    if name is None:
+        for inner_name, inner in module.named_modules():
+            _names.setdefault(inner, inner_name or type(module).__name__)
+        name = _names[module]
+    return name
+
+
+def hook_fsdp(module: ModuleType) -> None:
+    def name(group: Any) -> str:
+        return str(getattr(group, "_module_fqn", None) or "")
+
+    for method in ("unshard", "wait_for_unshard", "post_backward", "pre_backward"):
+        replace(module.FSDPParamGroup, method, lambda original: _in_layer(original, name))
+
+
+def hook_pipeline(module: ModuleType) -> None:
+    def name(stage: Any) -> str:
+        return f"pipeline stage {getattr(stage, 'stage_index', '?')}"
+
+    for method in ("forward_one_chunk", "backward_one_chunk", "backward_weight_one_chunk"):
+        replace(module._PipelineStageBase, method, lambda original: _in_layer(original, name))
+
+
+def _in_layer(original: Any, name: Callable[[Any], str]) -> Any:
+    def call(self: Any, *args: Any, **options: Any) -> Any:
+        rank = this.current
+        if rank is None:
+            return original(self, *args, **options)
+        with rank.in_layer(name(self) or rank.local.layer):
+            return original(self, *args, **options)
+
+    return call

@@ -1,0 +1,231 @@
+"""The rank that this process is: its witness file, the thread that answers the watcher, and its end.
+
+A process becomes a rank when it imports torch.distributed with RANK and WORLD_SIZE set, or when it calls
+init_process_group. The first process of a rank is recorded; a forked or spawned helper that inherits RANK is not.
+"""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import os
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from functools import wraps
+from pathlib import Path
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
+
+from repro.attach.record.imports import replace
+
+if TYPE_CHECKING:
+    from repro.trace.recorder import Recorder
+
+QUIET_WINDOW_S = 5.0
+"""A foreign job computes, reads data and saves between two collectives, longer than our own runs do."""
+
+LONGEST_WATCH_S = 1e6
+
+DEVICE_GROUPS = "device_groups"
+"""File in the folder of a job with the names of the groups, one a line, whose collectives are queued on a device."""
+
+JOB = "job"
+"""A link in the folder of the recording whose target is the key of the job that has the folder."""
+
+
+class _Thread(threading.local):
+    """The module that runs in each thread."""
+
+    layer = ""
+
+
+class Rank:
+    """A recorded rank. Several threads of the program record; ``lock`` orders them."""
+
+    def __init__(self, recorder: Recorder, rank: int, root: Path) -> None:
+        self.recorder = recorder
+        self.rank = rank
+        self.root = root
+        self.lock = threading.Lock()
+        self.local = _Thread()
+
+    @contextlib.contextmanager
+    def in_layer(self, name: str) -> Iterator[None]:
+        """Name the module of the collectives that this thread issues in the block."""
+        outer, self.local.layer = self.local.layer, name
+        try:
+            yield
+        finally:
+            self.local.layer = outer
+
+    def phase(self, name: str) -> None:
+        with self.lock:
+            self.recorder.phase(name)
+
+    def local_event(self, event: str, name: str, holder: int = -1) -> None:
+        with self.lock:
+            self.recorder.local(event, name, holder)
+
+    def note_device_group(self, name: str) -> None:
+        """Write down that the collectives of a group are queued on a device: issuing them is not waiting for them."""
+        with contextlib.suppress(OSError), (self.root / DEVICE_GROUPS).open("a") as file:
+            file.write(f"{name}\n")
+
+
+current: Rank | None = None
+"""The rank that this process is, if it is one. The hooks of collectives read it at each call."""
+
+with_modules = False
+_base: Path | None = None
+_owner_pid = 0
+_ended = False
+
+
+def configure(base: Path, modules: bool) -> None:
+    """Record this process under ``base``, once it is a rank. modules: name the module of each collective."""
+    global _base, with_modules
+    _base, with_modules = base.absolute(), modules
+    os.register_at_fork(after_in_child=_forget)
+
+
+def _forget() -> None:
+    """A forked child is another process: the parent's witness is not its own."""
+    global current
+    current = None
+
+
+def become_from_environment() -> None:
+    """Become the rank that RANK and WORLD_SIZE name; nothing without them."""
+    rank, world = os.environ.get("RANK", ""), os.environ.get("WORLD_SIZE", "")
+    if rank.isdigit() and world.isdigit() and int(rank) < int(world):
+        become(int(rank), int(world))
+
+
+def become(rank: int, num_ranks: int, meeting: str = "") -> None:
+    """Open the witness of the rank, unless this process has it or another process of the rank does.
+
+    meeting: where the ranks of the job meet, if the environment does not say so
+    """
+    global current, _owner_pid
+    if _base is None or current is not None or _owner_pid == os.getpid():
+        return
+    _owner_pid = os.getpid()
+    from repro.trace.parse import WitnessError
+    from repro.trace.recorder import Recorder
+
+    try:
+        root = _folder_of_job(_base, _key(num_ranks, meeting))
+        _describe(root, num_ranks)
+        recorder = Recorder.open(root / "events" / f"rank{rank:03d}.wit", rank, num_ranks, run_id=root.name[:60])
+    except (OSError, WitnessError) as error:
+        print(f"[rank {rank}] repro record: this process is not recorded: {error}", file=sys.stderr)
+        return
+    current = Rank(recorder, rank, root)
+    current.phase("start")
+    _end_with_the_process()
+    from repro.attach.record.attendant import Attendant
+
+    Attendant(current).start()
+
+
+def _key(num_ranks: int, meeting: str) -> str:
+    """A name that the ranks of one job share, and no other job of this recording."""
+    environ = os.environ
+    place = meeting or f"{environ.get('MASTER_ADDR', '')}-{environ.get('MASTER_PORT', '')}"
+    parts = (place, f"{num_ranks}ranks", environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
+    return "".join(c if c.isalnum() or c in "-." else "_" for c in "-".join(parts))[-150:]
+
+
+def _folder_of_job(base: Path, key: str) -> Path:
+    """The folder of this job: ``base`` for the first job of the recording, a folder in ``base/jobs`` for another."""
+    base.mkdir(parents=True, exist_ok=True)
+    try:
+        os.symlink(key, base / JOB)  # atomic, with its content
+    except FileExistsError:
+        if os.readlink(base / JOB) != key:
+            base = base / "jobs" / key
+    for part in ("events", "stacks", "fr", "logs"):
+        (base / part).mkdir(parents=True, exist_ok=True)
+    return base
+
+
+def _describe(root: Path, num_ranks: int) -> None:
+    """Write run.json, which the watcher waits for. All ranks write the same."""
+    from hybrid_moe_ref.files import write_atomically
+    from repro.store.run_dir import RunDir
+
+    path = RunDir(root).description
+    if path.exists():
+        return
+    import json
+
+    title = " ".join([os.path.basename(sys.argv[0] or "python"), *sys.argv[1:]])[:200] if hasattr(sys, "argv") else ""
+    fields = {
+        "title": title or "recorded program",
+        "num_ranks": num_ranks,
+        "quiet_window_s": float(os.environ.get("HMR_QUIET_WINDOW") or QUIET_WINDOW_S),
+        "deadline_s": LONGEST_WATCH_S,
+        "schema_version": 1,
+    }
+    write_atomically(path, json.dumps(fields, indent=1))
+
+
+# -- the end ---------------------------------------------------------------------------------------------------------
+
+
+def _end_with_the_process() -> None:
+    """Record the end of the process: done, or failed with the exception that ended it."""
+    from multiprocessing import util
+
+    atexit.register(_done)
+    util.Finalize(None, _done, exitpriority=-1000)  # a child of multiprocessing runs no atexit functions
+    replace(sys, "excepthook", _reporting)
+
+
+def _reporting(hook: Callable[..., Any]) -> Callable[..., Any]:
+    @wraps(hook)
+    def excepthook(kind: type[BaseException], error: BaseException, trace: Any) -> Any:
+        failed(error)
+        return hook(kind, error, trace)
+
+    return excepthook
+
+
+def failed(error: BaseException) -> None:
+    """Record that an exception ends this rank. A clean exit and Ctrl-C are no failures."""
+    global _ended
+    if current is None or _ended or (isinstance(error, SystemExit) and not error.code):
+        return
+    _ended = True
+    with current.lock:
+        current.recorder.failed(f"{type(error).__name__}: {error}")
+
+
+def _done() -> None:
+    global _ended
+    if current is None or _ended:
+        return
+    _ended = True
+    from repro.attach.record.collectives import note_completions
+
+    note_completions(current)
+    with current.lock:
+        current.recorder.done()
+
+
+def hook_process(module: ModuleType) -> None:
+    """Record the exception that ends a child of multiprocessing, where sys.excepthook is not called."""
+
+    def reporting(run: Callable[..., Any]) -> Callable[..., Any]:
+        @wraps(run)
+        def reported(self: Any) -> Any:
+            try:
+                return run(self)
+            except BaseException as error:
+                failed(error)
+                raise
+
+        return reported
+
+    replace(module.BaseProcess, "run", reporting)

@@ -1,0 +1,33 @@
+"""Begin the recording of this process: decide what is hooked when the program imports it."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from repro.attach.record import builds, ddp, functional, groups, locks, modules, rank
+from repro.attach.record.imports import Hook, after_import
+
+HOOKS: dict[str, Hook] = {
+    "fcntl": locks.hook_fcntl,
+    "filelock": locks.hook_filelock,
+    "torch.utils.file_baton": locks.hook_file_baton,
+    "torch.utils.cpp_extension": builds.hook_extension,
+    "torch._inductor.compile_fx": builds.hook_inductor,
+    "triton.runtime.jit": builds.hook_triton,
+    "torch.distributed.distributed_c10d": groups.hook,
+    "torch.distributed._functional_collectives": functional.hook,
+    "torch.nn.parallel.distributed": ddp.hook,
+    "torch.autograd.graph": ddp.hook_backward,
+    "torch.nn.modules.module": modules.hook,
+    "torch.distributed.fsdp._fully_shard._fsdp_param_group": modules.hook_fsdp,
+    "torch.distributed.pipelining.stage": modules.hook_pipeline,
+    "multiprocessing.process": rank.hook_process,
+}
+"""Module -> what to do once it has been imported."""
+
+
+def begin(directory: str) -> None:
+    """Record this process, once it is a rank, under ``directory``. Called once, before the program's first import."""
+    rank.configure(Path(directory), modules=bool(os.environ.get("HMR_RECORD_MODULES")))
+    after_import(HOOKS)

@@ -1,0 +1,152 @@
+"""Watch the run directory of a recorded program, and judge its files again."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import time
+from collections.abc import Callable, Collection, Iterator, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from repro.attach.record.attendant import REQUEST
+from repro.attach.record.rank import DEVICE_GROUPS
+from repro.hosts.host import Host
+from repro.hosts.options import WatchOptions
+from repro.ingest.read import read
+from repro.store.description import read_description
+from repro.store.run_dir import RunDir
+from repro.trace.witness import Tail
+from repro.verdict import Verdict
+from repro.verdict.partial import diagnose
+from repro.watch.document import Document, Durations, Watcher, describe
+from repro.watch.live import Comparison, Watch
+from repro.watch.offline import judge_files
+
+ANSWER_PATIENCE_S = 2.0
+"""How long a rank may take to write its evidence: its attendant looks every 0.2 s, and needs the interpreter."""
+
+
+class DeviceGroups(Collection[str]):
+    """The groups of a recorded job whose collectives are queued on a device. The job makes groups while it runs."""
+
+    def __init__(self, run_dir: RunDir) -> None:
+        self._path = run_dir.root / DEVICE_GROUPS
+
+    def _names(self) -> list[str]:
+        try:
+            return self._path.read_text().splitlines()
+        except OSError:
+            return []
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._names()
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names())
+
+    def __len__(self) -> int:
+        return len(self._names())
+
+
+class RecordedHost(Host):
+    """This host, whose ranks are asked for evidence through a file: no signal is sent to a program that is not ours."""
+
+    def collect(self, run_dir: RunDir, pids: Mapping[int, int]) -> dict[int, str]:
+        """Have the ranks write stacks and Flight Recorder dumps. Returns what each did not leave."""
+        files = {rank: (run_dir.stack(rank), run_dir.flight_recorder(rank)) for rank in pids}
+        before = {path: _stamp(path) for paths in files.values() for path in paths}
+        request = run_dir.root / REQUEST
+        request.touch()
+        os.utime(request)
+        deadline = time.monotonic() + ANSWER_PATIENCE_S
+        while any(_stamp(path) == stamp for path, stamp in before.items()) and time.monotonic() < deadline:
+            time.sleep(0.05)
+        names = ("stack", "Flight Recorder dump")
+        missing = {
+            rank: " and no ".join(name for name, path in zip(names, paths, strict=True) if _stamp(path) == before[path])
+            for rank, paths in files.items()
+        }
+        return {rank: what for rank, what in missing.items() if what}
+
+
+def _stamp(path: Path) -> int:
+    with contextlib.suppress(OSError):
+        return path.stat().st_mtime_ns
+    return 0
+
+
+def is_recording(run_dir: RunDir) -> bool:
+    """Whether a run directory was recorded from a program that is not ours."""
+    return run_dir.description.is_file() and not run_dir.config.exists() and (run_dir.root / "events").is_dir()
+
+
+def options(run_dir: RunDir) -> WatchOptions:
+    """The options of the watch over a recorded job. Raises OSError or DamagedFile for its run.json."""
+    description = read_description(run_dir.description)
+    return WatchOptions(
+        description.num_ranks, description.quiet_window_s, description.deadline_s, DeviceGroups(run_dir)
+    )
+
+
+def watch_of(
+    run_dir: RunDir,
+    job_alive: Callable[[], bool],
+    interrupted: Callable[[], bool],
+    show: Callable[[list[Tail]], None],
+    notice: Callable[[str], None],
+) -> Watch:
+    """The watch over a recorded job; the arguments are those of :class:`repro.watch.live.Watch`."""
+    return Watch(
+        run_dir,
+        options(run_dir),
+        job_alive=job_alive,
+        interrupted=interrupted,
+        describe=lambda verdict: _describe(run_dir, verdict),
+        show=show,
+        notice=notice,
+        host=RecordedHost(),
+    )
+
+
+def judge_again(run_dir: RunDir) -> tuple[Document, bool]:
+    """Judge the files of a recorded job; returns the document, and whether every file was whole."""
+    again = judge_files(run_dir, options(run_dir), Comparison())
+    decided = again.decided
+    document = _describe(
+        run_dir,
+        again.verdict,
+        watcher=Watcher.of(again.look),
+        system=again.look.facts,
+        interrupted=decided is not None and decided.interrupted,
+        ended_by=decided.ended_by if decided else "",
+        seconds=decided.seconds if decided else Durations(round(again.verdict.quiet_s, 3)),
+    )
+    return document, again.whole
+
+
+def _with_culprits(run_dir: RunDir, verdict: Verdict) -> Verdict:
+    """Name the culprits of a deadlock that the witnesses explain without one, if the dumps and the stacks name them.
+
+    The judge of witnesses compares ranks with the schedule that an engine declares, and a foreign program declares
+    none. The judge of dumps also compares each rank with what it did in its own earlier steps.
+    """
+    if verdict.verdict != "deadlock" or verdict.culprits:
+        return verdict
+    diagnosis = diagnose(read([run_dir.root / "fr", run_dir.root / "stacks"]).records)
+    if diagnosis.verdict != verdict.verdict or verdict.cause not in ("", diagnosis.cause) or not diagnosis.culprits:
+        return verdict
+    return replace(
+        verdict,
+        cause=diagnosis.cause,
+        culprits=diagnosis.culprits,
+        confidence=diagnosis.confidence,
+        evidence=(*verdict.evidence, *diagnosis.evidence),
+    )
+
+
+def _describe(run_dir: RunDir, verdict: Verdict, **entries: Any) -> Document:
+    description = read_description(run_dir.description)
+    verdict = _with_culprits(run_dir, verdict)
+    return describe(verdict, scenario=description.title, num_ranks=description.num_ranks, **entries)

@@ -1,0 +1,183 @@
+"""``python -m repro record [--to DIR] -- PROGRAM…``: run a torch.distributed program, record it, and watch it."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shlex
+import signal
+import subprocess
+import time
+from datetime import UTC, datetime
+from pathlib import Path
+
+from rich.console import Console
+
+from hybrid_moe_ref.config import ConfigError
+from repro.attach import recording
+from repro.commands.verdicts import write_reports
+from repro.exit_codes import INTERRUPTED, UNEXPECTED
+from repro.hosts import processes
+from repro.hosts.interrupt import Interrupt
+from repro.report.terminal import display, say, waits
+from repro.store.run_dir import OutputError, RunDir
+from repro.store.schema import to_json
+from repro.store.text import escape_lines
+from repro.verdict.classes import class_of
+from repro.verdict.result import list_ranks, name_ranks
+from repro.watch.document import Document
+
+POLL_S = 0.1
+END_PATIENCE_S = 10.0
+"""How long the program may take to end after SIGTERM, with --end."""
+
+SIGNAL_GRACE_S = 1.0
+"""How long the program has to react to Ctrl-C by itself."""
+
+LONGEST_WINDOW_S = 86400.0
+
+SITE = Path(recording.__file__).parent / "record" / "site"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the command's arguments."""
+    parser.add_argument("--to", type=Path, metavar="DIR", help="folder of the recording; default: runs/<utc>-record")
+    parser.add_argument("--modules", action="store_true", help="name the module of each collective")
+    parser.add_argument(
+        "--quiet-window", type=float, metavar="S", help="seconds without a collective before the ranks are judged"
+    )
+    parser.add_argument("--end", action="store_true", help="end the program after the verdict on a hang")
+    parser.add_argument("--print-env", action="store_true", help="print what to export in order to record, and exit")
+    parser.add_argument("--json", action="store_true", help="print the verdict as JSON")
+    parser.add_argument("program", nargs="*", default=(), metavar="-- PROGRAM…")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Run the program. Returns its own exit code if it ended by itself, else that of the verdict."""
+    program = list(args.program)
+    root = args.to or Path("runs") / f"{datetime.now(UTC):%Y%m%dT%H%M%S}Z-record"
+    if args.quiet_window is not None and not 0 < args.quiet_window <= LONGEST_WINDOW_S:
+        raise ConfigError(f"{args.quiet_window} is not a number of seconds above 0", "--quiet-window")
+    if args.print_env:
+        for name, value in _variables(args, root.absolute()).items():
+            print(f"export {name}={shlex.quote(value)}")
+        return 0
+    if not program:
+        args.parser.error("no program is given: record [--to DIR] -- torchrun --nproc-per-node 8 train.py")
+    _make(root)
+    console = Console(stderr=True)
+    with args.interrupt.deferred():
+        return _Recording(args, root.absolute(), console, args.interrupt).run(program)
+
+
+def _variables(args: argparse.Namespace, root: Path) -> dict[str, str]:
+    """The environment that records a program in ``root``."""
+    path = os.environ.get("PYTHONPATH", "")
+    variables = {"HMR_RECORD": str(root), "PYTHONPATH": f"{SITE}{os.pathsep}{path}" if path else str(SITE)}
+    if args.modules:
+        variables["HMR_RECORD_MODULES"] = "1"
+    if args.quiet_window is not None:
+        variables["HMR_QUIET_WINDOW"] = str(args.quiet_window)
+    return variables
+
+
+def _make(root: Path) -> None:
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+        if any(root.iterdir()):
+            raise OutputError(f"{root}: the folder is not empty; name another --to")
+    except OSError as error:
+        if isinstance(error, OutputError):
+            raise
+        raise OutputError(f"cannot write to {root}: {error.strerror}; choose another --to") from error
+
+
+def sites(document: Document) -> list[str]:
+    """Where in the program the ranks that wait have issued what they wait for."""
+    ranks: dict[str, list[int]] = {}
+    for position in document.ranks:
+        if position.site and position.state in ("blocked", "locked"):
+            ranks.setdefault(position.site, []).append(position.rank)
+    return [f"{name_ranks(group)}: issued at {site}" for site, group in ranks.items()]
+
+
+class _Recording:
+    """One run of a foreign program."""
+
+    def __init__(self, args: argparse.Namespace, root: Path, console: Console, interrupt: Interrupt) -> None:
+        self._args = args
+        self._root = root
+        self._console = console
+        self._interrupt = interrupt
+
+    def run(self, program: list[str]) -> int:
+        try:
+            self._child = subprocess.Popen(program, env={**os.environ, **_variables(self._args, self._root)})
+        except OSError as error:
+            raise ConfigError(f"cannot start: {error.strerror}", program[0]) from error
+        document = self._watch()
+        if document is not None:
+            self._print(document)
+        hangs = document is not None and class_of(document.verdict).colour == "red" and self._child.poll() is None
+        if hangs and self._args.end:
+            self._end()
+        elif hangs:
+            say(self._console, "record: the program still runs, and nothing was ended; Ctrl-C ends it")
+        code = self._wait()
+        if document is None and not self._interrupt():
+            say(self._console, f"record: no rank of torch.distributed began in {self._root}")
+        if self._interrupt():
+            return INTERRUPTED
+        if hangs and self._args.end:
+            return UNEXPECTED
+        return code if code >= 0 else 128 - code
+
+    def _watch(self) -> Document | None:
+        """Watch the ranks once the first of them has begun; None if the program ends before."""
+        run_dir = RunDir(self._root)
+        while not run_dir.description.exists():
+            if self._child.poll() is not None or self._interrupt():
+                return None
+            time.sleep(POLL_S)
+        with display(self._console, f"record: {self._root}") as shown:
+            watch = recording.watch_of(
+                run_dir, lambda: self._child.poll() is None, self._interrupt, show=shown.show, notice=shown.notice
+            )
+            document = watch.run()
+        write_reports(self._console, [self._root])
+        return document
+
+    def _print(self, document: Document) -> None:
+        if self._args.json:
+            print(json.dumps(to_json(document), indent=1))
+            return
+        cause = f" ({document.cause})" if document.cause else ""
+        who = f", culprits: {list_ranks(document.culprits)}" if document.culprits else ""
+        lines = [f"record: {document.verdict}{cause}{who}"]
+        if document.verdict != "clean":
+            lines += [*document.sentences, *waits(document), *sites(document), *document.evidence]
+            lines.append(f"evidence and report: {self._root}; to give it away: python -m repro bundle {self._root}")
+        for line in lines:
+            say(self._console, escape_lines(line))
+
+    def _end(self) -> None:
+        """End the program: SIGTERM to it, SIGKILL to what is left of it and its children."""
+        started = processes.with_descendants(self._child.pid)
+        self._child.send_signal(signal.SIGTERM)
+        deadline = time.monotonic() + END_PATIENCE_S
+        while self._child.poll() is None and time.monotonic() < deadline:
+            time.sleep(POLL_S)
+        processes.kill(started[1:] if self._child.poll() is not None else started)
+
+    def _wait(self) -> int:
+        """Wait for the program. Ctrl-C has reached it through the terminal; another signal is passed on."""
+        passed_on = False
+        while self._child.poll() is None:
+            time.sleep(POLL_S)
+            if self._interrupt() and not passed_on:
+                time.sleep(SIGNAL_GRACE_S)
+                passed_on = True
+                if self._child.poll() is None:
+                    self._child.send_signal(signal.SIGTERM)
+        return self._child.returncode
