@@ -212,13 +212,13 @@ def main() -> None:
     deep_us = agree_us(StepSchedules("dp", tuple(deep)), arguments.ranks)
     strict_ms = next(row["extra_ms_per_collective"] for row in rows if CHECKS[row["row"]] == "strict")
     kept = {"agree": agree_share <= AGREE_SHARE, "deep": deep_us <= DEEP_US, "strict": strict_ms <= STRICT_MS}
-    told = {name: "ok" if ok else "MISSED" for name, ok in kept.items()}
+    results = {name: "ok" if ok else "MISSED" for name, ok in kept.items()}
     print(
         f"agreeing: {found['agree_us']:.1f} us of {base * 1e3:.0f} us a step, {agree_share:.4%}; "
-        f"limit {AGREE_SHARE:.0%}: {told['agree']}"
+        f"limit {AGREE_SHARE:.0%}: {results['agree']}"
     )
-    print(f"agreeing on {DEEP_LAYERS} layers: {deep_us:.1f} us a step; limit {DEEP_US:g} us: {told['deep']}")
-    print(f"strict: {strict_ms} ms a collective; limit {STRICT_MS:g} ms: {told['strict']}")
+    print(f"agreeing on {DEEP_LAYERS} layers: {deep_us:.1f} us a step; limit {DEEP_US:g} us: {results['deep']}")
+    print(f"strict: {strict_ms} ms a collective; limit {STRICT_MS:g} ms: {results['strict']}")
     if arguments.json:
         commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True).stdout.strip()
         machine = {"cores": os.cpu_count(), "machine": platform.machine(), "python": platform.python_version()}

@@ -1,10 +1,12 @@
 """Gated MLP experts in plain torch: y[n] = sum_k weight[n, k] down[e] (silu(gate[e] x[n]) * up[e] x[n]), e = id[n, k].
 
 Two implementations give the same result. With few picks, each pick is a matrix-vector product that reads only its own
-expert. With many picks, rows are sorted by expert, and each expert multiplies its rows at once.
+expert. With many picks, rows are sorted by expert, and each expert multiplies its rows at once. A third one, which only
+the engine's tuning may choose, pads the rows of all experts to one length.
 
 Shapes: N rows, K picks (chosen experts) of a row, P = N K picks, H hidden, E experts held, I intermediate, J = 2 I
-(gate, then up), S intermediate of the shared expert, R picks whose expert is held, A and B any sizes.
+(gate, then up), S intermediate of the shared expert, R picks whose expert is held, W rows of the busiest
+expert, A and B any sizes.
 """
 
 import torch
@@ -92,6 +94,28 @@ def expert_by_expert(x_NH: Tensor, ids_NK: Tensor, gate_up_EJH: Tensor, down_EHI
     hidden_RJ = _grouped_product(x_NH[picks_R // K], gate_up_EJH.mT, counts_E)
     out_PH = x_NH.new_zeros(ids_NK.numel(), H)
     out_PH[picks_R] = _grouped_product(_act(hidden_RJ), down_EHI.mT, counts_E)
+    return out_PH
+
+
+def padded_to_widest(x_NH: Tensor, ids_NK: Tensor, gate_up_EJH: Tensor, down_EHI: Tensor) -> Tensor:
+    """Return each pick's output [P, H], zero if its expert is not held.
+
+    Computes all experts in one batched product, with the rows of each expert padded to those of the busiest one.
+    """
+    E, K = gate_up_EJH.shape[0], ids_NK.shape[1]
+    out_PH = x_NH.new_zeros(ids_NK.numel(), x_NH.shape[1])
+    ids_P = ids_NK.flatten()
+    held_R = ((ids_P >= 0) & (ids_P < E)).nonzero()[:, 0]
+    if not len(held_R):
+        return out_PH
+    held_R = held_R[ids_P[held_R].argsort(stable=True)]
+    expert_R = ids_P[held_R]
+    counts_E = expert_R.bincount(minlength=E)
+    place_R = torch.arange(len(held_R), device=x_NH.device) - (counts_E.cumsum(0) - counts_E)[expert_R]
+    rows_EWH = x_NH.new_zeros(E, int(counts_E.max()), x_NH.shape[1])
+    rows_EWH[expert_R, place_R] = x_NH[held_R // K]
+    gate, up = torch.bmm(rows_EWH, gate_up_EJH.mT).chunk(2, dim=-1)
+    out_PH[held_R] = torch.bmm(F.silu(gate) * up, down_EHI.mT)[expert_R, place_R]
     return out_PH
 
 

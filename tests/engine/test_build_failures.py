@@ -65,20 +65,20 @@ with BuildLock(Path({str(path)!r}), {rank}, 1.0) as lock:
     return process
 
 
-def test_who_waits_for_the_lock_is_told_whom_for_and_since_when(tmp_path):
+def test_who_waits_for_the_lock_learns_its_holder_and_since_when(tmp_path):
     holder = hold(tmp_path / "lock", 3, "lock.beat()")
-    told = []
+    events = []
     try:
         with (
             pytest.raises(LockTimeout, match=rf"held by rank 3 \(pid {holder.pid} on .*\), for .* s; last heartbeat"),
-            BuildLock(tmp_path / "lock", 0, 0.7, lambda *event: told.append(event)),
+            BuildLock(tmp_path / "lock", 0, 0.7, lambda *event: events.append(event)),
         ):
             pass
     finally:
         holder.kill()
         holder.wait()
-    assert told[0] == ("lock_wait", str(tmp_path / "lock"), holder.pid)
-    assert ("heartbeat", "waits for lock of rank 3", -1) in told
+    assert events[0] == ("lock_wait", str(tmp_path / "lock"), holder.pid)
+    assert ("heartbeat", "waits for lock of rank 3", -1) in events
 
 
 def test_a_holder_that_gives_no_sign_of_life_is_not_waited_for_until_the_deadline(tmp_path):
@@ -122,7 +122,10 @@ def test_who_has_a_file_open_is_found_and_nobody_is_certain(tmp_path):
 
 
 def start_and_catch(tmp_path, cache, sabotage, num_ranks=3, gdn="jit"):
-    """Start a server on forked ranks; what all were told, which must be the same. None stops long after another."""
+    """Start a server on forked ranks; return the message that all got, which must be the same.
+
+    No rank may stop long after another.
+    """
     model = {"layer_pattern": "G", "vocab_size": 64, "num_experts": 12, "num_experts_per_tok": 2}
     engine = {"gdn_prefill_backend": gdn, "cache_dir": str(cache)}
     settings = RunSettings.from_document(
@@ -139,7 +142,7 @@ def start_and_catch(tmp_path, cache, sabotage, num_ranks=3, gdn="jit"):
         return "started", time.monotonic()
 
     results = run_ranks(num_ranks, tmp_path, run)
-    assert len({told for told, _ in results}) == 1, results
+    assert len({message for message, _ in results}) == 1, results
     stopped = [at for _, at in results]
     assert max(stopped) - min(stopped) < STOP_S, results
     return results[0][0]
@@ -215,9 +218,9 @@ def test_a_compiler_that_is_missing_or_fails_on_one_rank_stops_all_with_its_word
         if rank == 1:
             os.environ["CXX"] = path
 
-    told = start_and_catch(tmp_path, tmp_path / "cache", sabotage)
-    assert told.startswith("rank 1 could not prepare: BuildFailed: gdn_prefill could not be built: "), told
-    assert words in told and "\n" not in told, told
+    message = start_and_catch(tmp_path, tmp_path / "cache", sabotage)
+    assert message.startswith("rank 1 could not prepare: BuildFailed: gdn_prefill could not be built: "), message
+    assert words in message and "\n" not in message, message
     assert not leftovers(tmp_path / "cache")
 
 
@@ -235,15 +238,15 @@ def test_a_rank_that_raises_while_another_builds_ends_the_build(tmp_path):
             ModelRunner.warm_up = fail
             gdn_prefill.PREFILL._loaded.append(None)  # it has nothing to build, so it comes to its warm-up
 
-    told = start_and_catch(tmp_path, tmp_path / "cache", sabotage)
-    assert told == "rank 2 could not prepare: MemoryError: no room for the state"
+    message = start_and_catch(tmp_path, tmp_path / "cache", sabotage)
+    assert message == "rank 2 could not prepare: MemoryError: no room for the state"
     compiler_pid = int((tmp_path / "compiler").read_text())
     with pytest.raises(ProcessLookupError):
         os.kill(compiler_pid, 0)
     assert not leftovers(tmp_path / "cache")
 
 
-def test_a_build_that_does_not_end_when_it_is_told_to_is_left_behind(tmp_path, monkeypatch):
+def test_a_build_that_does_not_end_when_it_is_asked_to_is_left_behind(tmp_path, monkeypatch):
     over = threading.Event()
     monkeypatch.setattr(builds, "END_S", 0.2)
     monkeypatch.setattr(Extension, "load", lambda self, cache, tell: over.wait())
@@ -308,7 +311,7 @@ def test_what_a_build_lacks_is_named_and_ninja_is_found_beside_the_interpreter(t
         ),
     ],
 )
-def test_under_plain_torchrun_what_cannot_run_here_is_told_before_the_ranks_meet(monkeypatch, capsys, argv, words):
+def test_under_plain_torchrun_what_cannot_run_here_is_reported_before_the_ranks_meet(monkeypatch, capsys, argv, words):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
     for name, value in {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "CXX": "/nowhere/c++"}.items():
         monkeypatch.setenv(name, value)
@@ -347,8 +350,10 @@ def test_a_read_only_cache_stops_all_ranks_and_names_the_folder(tmp_path):
     cache = tmp_path / "cache"
     cache.mkdir()
     with read_only(cache):
-        told = start_and_catch(tmp_path, cache, lambda rank: None)
-    assert re.search(rf"cannot build in {cache}/kernels: (Read-only file system|Permission denied); name another", told)
+        message = start_and_catch(tmp_path, cache, lambda rank: None)
+    assert re.search(
+        rf"cannot build in {cache}/kernels: (Read-only file system|Permission denied); name another", message
+    )
 
 
 def test_a_full_cache_stops_all_ranks_and_leaves_nothing(tmp_path):
@@ -359,8 +364,8 @@ def test_a_full_cache_stops_all_ranks_and_leaves_nothing(tmp_path):
         with pytest.raises(OSError), (cache / "fill").open("wb", buffering=0) as file:
             while True:
                 file.write(b"x" * 4096)
-        told = start_and_catch(tmp_path, cache, lambda rank: None)
-        assert "could not prepare: BuildFailed: " in told and "no space left" in told.lower(), told
+        message = start_and_catch(tmp_path, cache, lambda rank: None)
+        assert "could not prepare: BuildFailed: " in message and "no space left" in message.lower(), message
         assert not leftovers(cache)
 
 
@@ -373,8 +378,8 @@ def test_a_file_system_without_locks_stops_all_ranks_and_names_the_folder(tmp_pa
 
         fcntl.flock = flock
 
-    told = start_and_catch(tmp_path, tmp_path / "cache", sabotage)
-    assert f"BuildFailed: cannot build in {tmp_path}/cache/kernels: No locks available; name another folder" in told
+    message = start_and_catch(tmp_path, tmp_path / "cache", sabotage)
+    assert f"BuildFailed: cannot build in {tmp_path}/cache/kernels: No locks available; name another folder" in message
     assert not leftovers(tmp_path / "cache")
 
 
@@ -383,5 +388,5 @@ def test_a_warm_cache_needs_neither_compiler_nor_lock_nor_permission_to_write(co
         os.environ["PATH"] = "/nowhere"
         fcntl.flock = None
 
-    told = start_and_catch(tmp_path, Path(os.environ["HMR_KERNEL_CACHE"]).parent, sabotage)
-    assert told == "started"
+    message = start_and_catch(tmp_path, Path(os.environ["HMR_KERNEL_CACHE"]).parent, sabotage)
+    assert message == "started"

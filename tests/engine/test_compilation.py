@@ -28,7 +28,7 @@ pytestmark = pytest.mark.timeout(300)  # a compiler on a busy machine
 needs_compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="Inductor needs a C++ compiler on a CPU")
 
 
-class Told(NullObserver):
+class LocalEvents(NullObserver):
     """Phases, locks and builds, in order."""
 
     def __init__(self):
@@ -56,15 +56,15 @@ def settings_with(engine):
 def serve(tmp_path, settings, in_rank=lambda rank: None):
     def run(rank, store):
         in_rank(rank)
-        told, server = Told(), settings.server()
+        seen, server = LocalEvents(), settings.server()
         engine = dataclasses.replace(server.engine, cache_dir=str(tmp_path / "cache"))
-        comm = Communicator.connect(server.parallel, rank, store=store, observer=told, timeout_s=280)
+        comm = Communicator.connect(server.parallel, rank, store=store, observer=seen, timeout_s=280)
         try:
             served = Engine(dataclasses.replace(server, engine=engine), comm).serve(settings.requests()[rank])
         except PrepareFailed as error:
-            told.stopped_s = time.monotonic()
-            return str(error), told
-        return served, told
+            seen.stopped_s = time.monotonic()
+            return str(error), seen
+        return served, seen
 
     return run_ranks(2, tmp_path, run, deadline_s=280)
 
@@ -77,11 +77,11 @@ def test_compiled_ranks_serve_the_tokens_of_one_process_and_compile_before_they_
     results = serve(tmp_path, settings)
     tokens = {name: output for served, _ in results for name, output in served.items()}
     assert tokens == reference.compute(settings), f"seed {settings.seed}"
-    for _, told in results:
-        built = [name for _, event, name in told.events if event == "build_begin"]
+    for _, seen in results:
+        built = [name for _, event, name in seen.events if event == "build_begin"]
         assert len(built) == 6 and {"RMSNorm", "Router", "MLP"} == {name.split()[2].strip(",") for name in built}
-        assert {phase for phase, event, _ in told.events if event.startswith("build")} == {"compile"}, told.events
-    held = [rank for rank, (_, told) in enumerate(results) for _, event, _ in told.events if event == "lock_held"]
+        assert {phase for phase, event, _ in seen.events if event.startswith("build")} == {"compile"}, seen.events
+    held = [rank for rank, (_, seen) in enumerate(results) for _, event, _ in seen.events if event == "lock_held"]
     assert held, "nobody took the lock"
 
 
@@ -95,11 +95,11 @@ def test_what_was_compiled_for_one_model_is_not_done_for_another(tmp_path):
 
 
 def test_no_part_is_compiled_any_more_once_another_rank_has_stopped_the_job(tmp_path):
-    told = Told()
-    place = BuildPlace(tmp_path, 0, told, stopped_by=lambda: "rank 1 could not prepare: no room")
+    seen = LocalEvents()
+    place = BuildPlace(tmp_path, 0, seen, stopped_by=lambda: "rank 1 could not prepare: no room")
     with pytest.raises(ScheduleMismatch, match="rank 1 could not prepare"), _Announcements(place).around("MLP", 1):
         pass
-    assert not told.events
+    assert not seen.events
 
 
 @pytest.mark.full
@@ -124,5 +124,5 @@ def test_a_folder_that_cannot_be_written_to_stops_all_that_would_compile(tmp_pat
         results = serve(tmp_path, settings_with({}))
     (words,) = {text for text, _ in results}
     assert "could not prepare: BuildFailed: cannot compile in " in words and "name another folder" in words, words
-    stopped_s = [told.stopped_s for _, told in results]
+    stopped_s = [seen.stopped_s for _, seen in results]
     assert max(stopped_s) - min(stopped_s) < 5, stopped_s

@@ -86,9 +86,9 @@ def test_a_rank_that_leaves_the_drafter_out_is_named_and_stops_all(tmp_path):
 
     def run(rank, store):
         comm = Communicator.connect(config.parallel, rank, store=store, timeout_s=30)
-        with pytest.raises(ScheduleMismatch) as told:
+        with pytest.raises(ScheduleMismatch) as caught:
             Engine(config, comm, Policies(drafts=OnlyWhereItHelps() if rank else DraftPolicy())).serve(REQUESTS[0])
-        return str(told.value)
+        return str(caught.value)
 
     first, second = run_ranks(2, tmp_path, run)
     assert first == second and "still had ep all_gather_v of mtp.layers.0.moe to come" in first, first

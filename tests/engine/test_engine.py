@@ -280,8 +280,8 @@ def test_a_rank_that_cannot_prepare_stops_all_ranks_with_its_error(tmp_path):
 
             ModelRunner.warm_up = warm_up
 
-    told = start_and_catch(tmp_path, lambda rank: small(), sabotage)
-    assert told == ["rank 1 could not prepare: OSError: no compiler found"] * 2
+    messages = start_and_catch(tmp_path, lambda rank: small(), sabotage)
+    assert messages == ["rank 1 could not prepare: OSError: no compiler found"] * 2
 
 
 @pytest.mark.parametrize(
@@ -303,17 +303,17 @@ def test_a_rank_that_fails_in_any_phase_stops_all_ranks_with_its_error(tmp_path,
             Engine(config, comm).serve([])
         return type(caught.value), str(caught.value)
 
-    told = run_ranks(2, tmp_path, run, deadline_s=20)
-    assert told == [(ScheduleMismatch, "rank 1 failed: MemoryError: no room"), (MemoryError, "no room")]
+    messages = run_ranks(2, tmp_path, run, deadline_s=20)
+    assert messages == [(ScheduleMismatch, "rank 1 failed: MemoryError: no room"), (MemoryError, "no room")]
 
 
 @pytest.mark.parametrize("odd", ["observe", pytest.param("strict", marks=pytest.mark.full)])
-def test_ranks_that_were_told_different_checks_meet_in_the_vote_and_stop(tmp_path, odd):
+def test_ranks_with_different_checks_meet_in_the_vote_and_stop(tmp_path, odd):
     def checks(rank):
         return dataclasses.replace(small(), checks=odd if rank else "agree", allow_unsafe=True)
 
-    told = start_and_catch(tmp_path, checks)
-    assert told[0] == told[1] and "configured differently" in told[0]
+    messages = start_and_catch(tmp_path, checks)
+    assert messages[0] == messages[1] and "configured differently" in messages[0]
 
 
 def test_warming_up_uses_both_kernels_of_a_mixer_the_experts_and_the_drafter():

@@ -1,4 +1,4 @@
-"""What the ranks of a tp group feed is compared by hash, and a difference is told with its ranks and numbers."""
+"""What the ranks of a tp group feed is compared by hash, and a difference is reported with its ranks and numbers."""
 
 from __future__ import annotations
 

@@ -70,8 +70,8 @@ def tokens_of(results):
 def test_steps_that_fit_a_graph_are_padded_alike_and_serve_the_tokens_of_one_process(tmp_path, sizes):
     settings = settings_with({"mode": "graphs", "capture_sizes": sizes, "unfinished_interval": 16})
     results = serve(settings, tmp_path)
-    told = f"seed {settings.seed}"
-    assert tokens_of(results) == reference.compute(settings), told
+    where = f"seed {settings.seed}"
+    assert tokens_of(results) == reference.compute(settings), where
     first_serve_step = 1 + 2 * len(sizes)  # after the profile step, and two for each size
     seen = set()
     for step, rows in enumerate(step_rows(settings.requests(), settings.engine), start=first_serve_step):
@@ -80,12 +80,12 @@ def test_steps_that_fit_a_graph_are_padded_alike_and_serve_the_tokens_of_one_pro
             assert set(captured) == {(1, size) for size in sizes}
             issued = [c for c in diary.issued[step] if c.group == "ep"]
             if agreed is None:  # one rank has too many rows for any graph: all run eagerly, with what they have
-                assert {c.sizes for c in issued} == {tuple(max(1, r) for r in rows)}, f"{told} step {step}"
+                assert {c.sizes for c in issued} == {tuple(max(1, r) for r in rows)}, f"{where} step {step}"
             else:
-                assert {c.sizes for c in issued} == {(agreed,) * 3}, f"{told} step {step}"
-                assert tuple(issued) == captured[1, agreed], f"{told} step {step}: the replay issued other collectives"
+                assert {c.sizes for c in issued} == {(agreed,) * 3}, f"{where} step {step}"
+                assert tuple(issued) == captured[1, agreed], f"{where} step {step}: the replay issued other collectives"
         seen.add(agreed)
-    assert len(seen) > 1 or sizes == [16], f"{told}: eager steps and graphs were to be seen, not {seen}"
+    assert len(seen) > 1 or sizes == [16], f"{where}: eager steps and graphs were to be seen, not {seen}"
 
 
 @pytest.mark.full
@@ -102,8 +102,8 @@ def test_a_step_that_all_want_to_split_dispatches_twice_in_each_layer(tmp_path):
         seed=0,
     )
     results = serve(settings, tmp_path)
-    told = f"seed {settings.seed}"
-    assert tokens_of(results) == reference.compute(settings), told
+    where = f"seed {settings.seed}"
+    assert tokens_of(results) == reference.compute(settings), where
     split_steps = 0
     for step, rows in enumerate(step_rows(settings.requests(), settings.engine), start=1):
         splits = all(max(1, r) >= 2 for r in rows)
@@ -111,12 +111,12 @@ def test_a_step_that_all_want_to_split_dispatches_twice_in_each_layer(tmp_path):
         for _, diary, _ in results:
             issued = diary.issued[step]
             dispatches = [c for c in issued if c.op == "all_gather_v"]
-            assert len(dispatches) == (6 if splits else 3), f"{told} step {step} {rows}"
-            assert [(c.group, c.op, c.layer) for c in issued] == diary.declared[step], f"{told} step {step}"
+            assert len(dispatches) == (6 if splits else 3), f"{where} step {step} {rows}"
+            assert [(c.group, c.op, c.layer) for c in issued] == diary.declared[step], f"{where} step {step}"
             if splits:
                 assert dispatches[0].sizes == tuple((r + 1) // 2 for r in rows)
                 assert dispatches[3].sizes == tuple(r // 2 for r in rows)
-    assert split_steps, f"{told}: no step was split"
+    assert split_steps, f"{where}: no step was split"
 
 
 @functools.cache

@@ -115,8 +115,8 @@ def test_ranks_with_different_schedules_all_raise_with_the_first_entry_that_diff
             engine.serve([])
         return str(caught.value)
 
-    told = run_ranks(2, tmp_path, run)
-    assert told[0] == told[1] == (
+    messages = run_ranks(2, tmp_path, run)
+    assert messages[0] == messages[1] == (
         "step 1: the schedules differ at entry 15: ep all_gather_v of layers.7.moe on ranks [0]; "
         "nothing on ranks [1]"
     )  # fmt: skip
@@ -133,8 +133,8 @@ def test_a_refusal_wakes_ranks_that_already_wait_in_a_collective(tmp_path):
             comm.all_reduce("dp", torch.ones(1), layer="step" if rank != 2 else "elsewhere")
         return str(caught.value)
 
-    told = run_ranks(4, tmp_path, run)
-    assert set(told) == {
+    messages = run_ranks(4, tmp_path, run)
+    assert set(messages) == {
         "rank 2 would issue dp all_reduce of elsewhere in step 1, the schedule has dp all_reduce of step"
     }
 
@@ -158,9 +158,9 @@ def test_strict_ranks_compare_before_anything_is_sent(tmp_path, odd, words):
             comm.all_reduce("dp", **(usual | (odd if rank == 2 else {})))
         return str(caught.value)
 
-    told = run_ranks(4, tmp_path, run)
-    assert len(set(told)) == 1, told
-    assert told[0].startswith("dp #2: ") and f"ranks [2] {words}" in told[0], told
+    messages = run_ranks(4, tmp_path, run)
+    assert len(set(messages)) == 1, messages
+    assert messages[0].startswith("dp #2: ") and f"ranks [2] {words}" in messages[0], messages
 
 
 def test_strict_ranks_name_who_does_not_come(tmp_path):
@@ -176,8 +176,8 @@ def test_strict_ranks_name_who_does_not_come(tmp_path):
         store.set(f"named {rank}", "")
         return str(caught.value)
 
-    told = run_ranks(3, tmp_path, run)
-    assert told[0] == told[2] == "ranks [1] did not arrive at dp #1, all_reduce of step float32 sum sizes [2]"
+    messages = run_ranks(3, tmp_path, run)
+    assert messages[0] == messages[2] == "ranks [1] did not arrive at dp #1, all_reduce of step float32 sum sizes [2]"
 
 
 @pytest.mark.full
@@ -227,13 +227,13 @@ def test_a_peer_that_is_gone_after_the_collective_has_ended_is_not_missed():
         wait_or_halt(SimpleNamespace(wait=Work("not yet").wait, is_completed=lambda: False), Halt(None), watchdog)
 
 
-def test_what_a_rank_told_before_it_went_says_more_than_its_closed_connection():
-    class Told(Halt):
+def test_a_published_error_is_raised_rather_than_that_of_the_closed_connection():
+    class Published(Halt):
         def published(self):
             return ScheduleMismatch("rank 2 would issue ...")
 
     with pytest.raises(ScheduleMismatch, match="rank 2 would issue"):
-        wait_or_halt(Work("Connection closed by peer"), Told(None))
+        wait_or_halt(Work("Connection closed by peer"), Published(None))
 
 
 def test_a_process_that_is_gone_is_missed_and_one_that_is_stopped_is_not(tmp_path):
@@ -275,5 +275,5 @@ def test_with_a_limit_a_collective_that_does_not_end_stops_all_with_its_layer(tm
             comm.all_reduce("dp", torch.ones(1), layer="layers.0.moe")
         return str(caught.value)
 
-    told = run_ranks(3, tmp_path, run)
-    assert len(set(told)) == 1 and "in dp all_reduce of layers.0.moe; the limit is 0.4 s" in told[0], told
+    messages = run_ranks(3, tmp_path, run)
+    assert len(set(messages)) == 1 and "in dp all_reduce of layers.0.moe; the limit is 0.4 s" in messages[0], messages

@@ -114,12 +114,12 @@ def test_a_difference_that_one_dp_group_sees_stops_the_ranks_of_all(tmp_path):
         if rank == 3:
             known = engine.runner.schedules
             engine.runner.schedules = dataclasses.replace(known, forward=known.forward[:-2])
-        with pytest.raises(ScheduleMismatch) as told:
+        with pytest.raises(ScheduleMismatch) as caught:
             engine.serve([])
-        return str(told.value)
+        return str(caught.value)
 
-    told = run_ranks(4, tmp_path, run, deadline_s=20)
-    assert len(set(told)) == 1 and told[0].startswith("step 1: the schedules differ at entry "), told
+    messages = run_ranks(4, tmp_path, run, deadline_s=20)
+    assert len(set(messages)) == 1 and messages[0].startswith("step 1: the schedules differ at entry "), messages
 
 
 def test_a_tp_rank_that_cannot_prepare_stops_the_ranks_of_all_groups(tmp_path):
@@ -133,9 +133,9 @@ def test_a_tp_rank_that_cannot_prepare_stops_the_ranks_of_all_groups(tmp_path):
                 raise OSError("no compiler found")
 
             ModelRunner.warm_up = warm_up
-        with pytest.raises(PrepareFailed) as told:
+        with pytest.raises(PrepareFailed) as caught:
             Engine(config, comm)
-        return str(told.value)
+        return str(caught.value)
 
     assert run_ranks(4, tmp_path, run) == ["rank 1 could not prepare: OSError: no compiler found"] * 4
 

@@ -6,8 +6,7 @@ all-reduces, so the ranks first vote on whether to time at all.
 
 A pick is one of the experts that the router chose for a row.
 
-Shapes: N rows, K picks of a row, P = N K picks, R picks whose expert is held, H hidden, E experts held, I intermediate,
-J = 2 I, W rows of the busiest expert.
+Shapes: N rows, K picks of a row, P = N K picks, H hidden, E experts held, I intermediate, J = 2 I.
 """
 
 from __future__ import annotations
@@ -20,8 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
-from hybrid_moe_kernels.moe.reference import combine, expert_by_expert, pick_by_pick
+from hybrid_moe_kernels.moe.reference import combine, expert_by_expert, padded_to_widest, pick_by_pick
 from torch import Tensor
 
 from hybrid_moe_ref.engine.plan import TUNING_VOTE
@@ -38,28 +36,6 @@ Declare = Callable[[tuple[ScheduleEntry, ...]], None]
 
 Chosen = dict[int, str]
 """Number of rows -> the tactic for steps of up to that many rows. Larger steps use the last tactic."""
-
-
-def padded_to_widest(x_NH: Tensor, ids_NK: Tensor, gate_up_EJH: Tensor, down_EHI: Tensor) -> Tensor:
-    """The output of each pick, [P, H]; zero if its expert is not held.
-
-    Computes all experts in one batched product, with the rows of each expert padded to those of the busiest one.
-    """
-    E, K = gate_up_EJH.shape[0], ids_NK.shape[1]
-    out_PH = x_NH.new_zeros(ids_NK.numel(), x_NH.shape[1])
-    ids_P = ids_NK.flatten()
-    held_R = ((ids_P >= 0) & (ids_P < E)).nonzero()[:, 0]
-    if not len(held_R):
-        return out_PH
-    held_R = held_R[ids_P[held_R].argsort(stable=True)]
-    expert_R = ids_P[held_R]
-    counts_E = expert_R.bincount(minlength=E)
-    place_R = torch.arange(len(held_R), device=x_NH.device) - (counts_E.cumsum(0) - counts_E)[expert_R]
-    rows_EWH = x_NH.new_zeros(E, int(counts_E.max()), x_NH.shape[1])
-    rows_EWH[expert_R, place_R] = x_NH[held_R // K]
-    gate, up = torch.bmm(rows_EWH, gate_up_EJH.mT).chunk(2, dim=-1)
-    out_PH[held_R] = torch.bmm(F.silu(gate) * up, down_EHI.mT)[expert_R, place_R]
-    return out_PH
 
 
 TACTICS: dict[str, Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]] = {
