@@ -53,6 +53,7 @@ class Series:
             except CannotFill as error:
                 missing = str(error)
             else:
-                self._references.setdefault(settings.reference_key(), run_dir.reference)
+                if reference is None:  # a stand-in is right for its own run alone
+                    self._references.setdefault(settings.reference_key(), run_dir.reference)
                 return run_dir, document
         return None, launch.skipped(settings, missing)
