@@ -35,6 +35,8 @@ from repro.trace import observed_json
 from repro.verdict.partial import diagnose
 
 MAX_SECONDS, MAX_MIB = 5.0, 1024
+MOST_BYTES = (*[1 << 14] * 15, *[1 << 17] * 4, 1 << 20)
+"""Damaged input is cut to one of these: most damage needs no size, and large inputs take most of the time."""
 REFUSAL = re.compile(r"^.+:\d+: .+", re.DOTALL)
 CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f\x9b]")
 HOSTILE = (
@@ -114,7 +116,7 @@ def damaged(rng: random.Random, data: bytes) -> bytes:
                 out[place:place] = rng.choice(
                     (b"(", b" (", b"[", b"9" * 500, b"A.", b"Rank ", b"\x1b[2J", b"\n", b" ")
                 ) * rng.choice((1, 1, 1, 40, 40, 40, 40, 40, 2000))
-    return bytes(out[: 1 << 20])
+    return bytes(out[: rng.choice(MOST_BYTES)])
 
 
 def damaged_values(rng: random.Random, lines: bytes) -> bytes:
@@ -155,7 +157,7 @@ def _restructured(rng: random.Random, content: Any) -> Any:
                     case 0:
                         del at[key]
                     case 1 if isinstance(at, list):
-                        at[key:key] = [copy.deepcopy(at[key]) for _ in range(rng.choice((1, 3, 300)))]
+                        at[key:key] = [copy.deepcopy(at[key]) for _ in range(rng.choice((1, 1, 3, 3, 3, 300)))]
                     case _:
                         at[key] = copy.deepcopy(rng.choice(HOSTILE))
                 break
