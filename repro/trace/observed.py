@@ -276,8 +276,8 @@ class Note:
     """A line of context, or one that is often misread: a heartbeat, a warning, a version, a world size.
 
     kind        heartbeat, loopback, incomplete, version, world, watchdog, stuck, compiled, barrier, torchrun,
-                local rank, deepep, network, ras, repeated, process (a pid and its rank),
-                sizes (NCCL met a message of another size), unreadable (a tool that failed to look)
+                engine size (workers of a vLLM engine), local rank, deepep, network, ras, repeated,
+                process (a pid and its rank), sizes (NCCL met a message of another size), unreadable (a tool that failed to look)
     """
 
     kind: str

@@ -17,7 +17,7 @@ import msgspec
 
 from hybrid_moe_ref.files import DamagedFile, parse_json
 from repro.trace.knowledge import Knows
-from repro.trace.observed import Group, GroupRecord, Note, Observation, RecorderDump, Source
+from repro.trace.observed import Connections, Group, GroupRecord, Note, Observation, RecorderDump, Source
 from repro.trace.operations import Calls, Form
 
 FORMAT, VERSION = "observed records of a torch.distributed job", 1
@@ -71,7 +71,30 @@ class _Dump(msgspec.Struct):
         )  # fmt: skip
 
 
-KINDS: Mapping[str, type] = {kind.__name__: kind for kind in get_args(Observation)} | {RecorderDump.__name__: _Dump}
+class _Pairs(msgspec.Struct):
+    """The fields of `Connections`, with the pairs of processes as rows (pid, pid of the other end, number)."""
+
+    host: str
+    look: int
+    between: list[tuple[int, int, int]]
+    unread: dict[int, int]
+    closed: tuple[int, ...]
+    source: Source
+
+    @classmethod
+    def of(cls, record: Connections) -> _Pairs:
+        rows = [(one, other, number) for (one, other), number in record.between.items()]
+        return cls(record.host, record.look, rows, record.unread, record.closed, record.source)
+
+    def record(self) -> Connections:
+        between = {(one, other): number for one, other, number in self.between}
+        return Connections(self.host, self.look, between, self.unread, self.closed, self.source)
+
+
+KINDS: Mapping[str, type] = {kind.__name__: kind for kind in get_args(Observation)} | {
+    RecorderDump.__name__: _Dump,
+    Connections.__name__: _Pairs,
+}
 """Name of a kind of record -> the type that its fields are converted to."""
 
 
@@ -80,7 +103,8 @@ def encode(records: Iterable[Observation], files: Sequence[str], not_understood:
     encoder = msgspec.json.Encoder(enc_hook=_written)
     yield encoder.encode(Header(FORMAT, VERSION, list(files), list(not_understood))) + b"\n"
     for record in records:
-        yield encoder.encode([type(record).__name__, record]) + b"\n"
+        fields = _Pairs.of(record) if isinstance(record, Connections) else record
+        yield encoder.encode([type(record).__name__, fields]) + b"\n"
 
 
 def _written(value: Any) -> Any:
@@ -127,7 +151,7 @@ def _records(lines: Iterable[Any], where: str) -> Iterator[Observation]:
         if isinstance(record, Note) and record.value.isdigit() and not re.fullmatch("[0-9]{1,12}", record.value):
             raise DamagedFile(f"{place}: $.value: not a number of at most 12 digits")
         try:
-            yield record.record() if isinstance(record, _Dump) else record
+            yield record.record() if isinstance(record, _Dump | _Pairs) else record
         except (ValueError, OverflowError) as error:
             raise DamagedFile(f"{place}: {error}") from None
 

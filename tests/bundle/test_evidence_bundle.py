@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import random
 import zipfile
+from typing import get_args
 
 import pytest
 from foreign import call, dump, py_spy, ras, watchdog, write
@@ -16,7 +17,8 @@ from test_redaction import HOST, OWN, PEER, USER, found_in, machine  # noqa: F40
 from repro import bundle
 from repro.commands.cli import main
 from repro.commands.evidence import evidence_of
-from repro.ingest.read import read
+from repro.ingest.read import Evidence, read
+from repro.trace.observed import Child, Connections, LockLook, Observation, Process, ProcessLook, Source
 from repro.trace.observed_json import decode, encode
 from repro.verdict.partial import diagnose
 
@@ -140,15 +142,34 @@ def test_a_path_without_evidence_is_refused_in_one_line(tmp_path, capsys):
     assert "neither a run directory nor evidence: x.txt:0:" in capsys.readouterr().err
 
 
+def looks(text):
+    """What `collect` says of a host, with a text in the place of each string."""
+    process, source = Process(41, text, 1, "worker"), Source("look.jsonl", "line 3")
+    return [
+        ProcessLook(process, text, 0, 4.5, "S", 1.0, 0.5, 7, text, (Child(42, text, text, "R", 3.0, 2.0),), source),
+        LockLook(text, "flock", text, 0, (41,), (43,), 1, 2.5, (text,), source),
+        Connections(text, 0, {(41, 42): 3}, {41: 9}, (42,), source),
+    ]  # fmt: skip
+
+
+def test_nothing_that_is_planted_in_the_looks_of_collect_is_in_a_bundle(tmp_path, machine):  # noqa: F811
+    what = [*plants(random.Random(6), 60), *OWN]
+    evidence = Evidence([record for each in what for record in looks(each.text)], ["look.jsonl"])
+    found = found_in(bundle.make_of_evidence(evidence, tmp_path / "b.zip").path, what)
+    assert not found, f"seed 6: {len(found)}: " + "\n".join(found[:20])
+
+
 def test_records_of_every_kind_are_the_same_after_they_were_saved(tmp_path):
     evidence = read([write(tmp_path, SAMPLES)])
-    assert len({type(record) for record in evidence.records}) == 11
+    evidence.records += looks("x")
+    assert {type(record) for record in evidence.records} == set(get_args(Observation))
     saved = b"".join(encode(evidence.records, evidence.files, evidence.not_understood))
     with (tmp_path / "saved").open("xb+") as file:
         file.write(saved)
         file.seek(0)
         records, files, refused = decode(file, "saved")
     assert b"".join(encode(records, files, refused)) == saved
+    assert records[-3:] == evidence.records[-3:]
 
 
 @pytest.mark.parametrize(

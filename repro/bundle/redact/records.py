@@ -17,16 +17,19 @@ from repro.bundle.redact.words import MAX_NAME, is_name, is_word
 from repro.ingest.read import Evidence
 from repro.trace.observed import (
     Call,
+    Connections,
     Failure,
     Group,
     GroupRecord,
     Launches,
     Left,
+    LockLook,
     Member,
     Mismatch,
     Note,
     Observation,
     Process,
+    ProcessLook,
     Progress,
     RasAnswer,
     RasCommunicator,
@@ -40,6 +43,8 @@ from repro.verdict.partial.logs.failures import SURVIVED
 
 _Form = TypeVar("_Form", Form, Call)
 
+_WITH_HOST = (Member, Launches, Failure, ProcessLook, LockLook, Connections)
+
 _PLACE = re.compile(r"(?:line|entry) \d{1,12}")
 _NUMBERS = re.compile(r"[\d, /.-]{1,200}")
 _VERSION = re.compile(r"\d{1,3}(?:\.\d{1,3}){1,3}")
@@ -51,7 +56,7 @@ _ROLE = re.compile(r"(?:VLLM::|sglang::|ray::)?(?P<name>[A-Za-z]+)(?P<parts>(?:_
 
 def hosts_of(records: Iterable[Observation]) -> list[str]:
     """The names that records give to hosts, where they can be names of hosts."""
-    names = {record.host for record in records if isinstance(record, Member | Launches | Failure)}
+    names = {record.host for record in records if isinstance(record, _WITH_HOST)}
     return sorted(name for name in names if _HOST.fullmatch(name))
 
 
@@ -127,6 +132,22 @@ class _Redactor:
                     "process": self._process(record.process), "text": self.text(record.text),
                     "value": record.value if _NUMBERS.fullmatch(record.value) else self._of.string(record.value),
                 }  # fmt: skip
+            case ProcessLook():
+                children = tuple(
+                    replace(child, name=self._of.string(child.name), command=self.text(child.command))
+                    for child in record.children
+                )
+                changed |= {
+                    "process": self._process(record.process), "host": self._of.host(record.host),
+                    "place": self._of.string(record.place), "children": children,
+                }  # fmt: skip
+            case LockLook():
+                names = tuple(map(self._title, record.names))
+                changed |= {"path": self._of.string(record.path), "host": self._of.host(record.host), "names": names}
+            case Connections():
+                changed |= {"host": self._of.host(record.host)}
+            case _:
+                raise TypeError(f"a record of a kind without a rule: {type(record).__name__}")
         return replace(record, **changed)
 
     def refusal(self, text: str) -> str:
