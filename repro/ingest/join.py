@@ -6,12 +6,15 @@ and PCI addresses repeat on every host, so what fits the ranks of two hosts is l
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 
 from repro.trace.observed import Failure, Group, Launches, Left, Member, Note, Observation, Process
 
 MAX_LISTED = 1 << 20
+_WORKER_OF_ENGINE = re.compile(r"\w+[- ](\d{1,7}) of EngineCore_DP(\d{1,7})")
+_WORKER = re.compile(r"(?:VLLM::)?Worker_DP(\d{1,7})(?:_TP(\d{1,7}))?(?:_EP\d{1,7})?")
 _Key = tuple[str, int | None]
 
 
@@ -37,11 +40,44 @@ class _Ranks:
 
 def join(records: Sequence[Observation]) -> list[Observation]:
     """The records, with ranks filled in where other records give them."""
+    records = _with_workers_of_engines(records)
     members = [record for record in records if isinstance(record, Member)]
     if not members and not any(isinstance(it, Failure) and (it.bus or it.host) for it in records):
         return list(records)
     ranks = _ranks_of(members)
     return [_with_rank(record, ranks) for record in records]
+
+
+def _with_workers_of_engines(records: Sequence[Observation]) -> Sequence[Observation]:
+    """The records with the ranks of workers that their engine calls by a number: "VllmWorker-0 of EngineCore_DP1"."""
+    if not any(isinstance(record, Failure) and _WORKER_OF_ENGINE.match(record.process.title) for record in records):
+        return records
+    workers: dict[tuple[int, int], set[int]] = {}
+    sizes: dict[int, int] = {}
+    for record in records:
+        process = getattr(record, "process", None)
+        if not isinstance(process, Process) or process.rank is None:
+            continue
+        if title := _WORKER.fullmatch(process.title):
+            workers.setdefault((int(title[1]), int(title[2] or 0)), set()).add(process.rank)
+            if title[2] is None:  # a title has no part of a dimension of size one
+                sizes.setdefault(-1, 1)
+        if isinstance(record, Note) and record.kind == "engine size":
+            sizes[process.rank] = int(record.value)
+
+    def rank_of(engine: int, number: int) -> int | None:
+        size, ranks = sizes.get(engine, sizes.get(-1)), workers.get((engine, number), set())
+        if len(ranks) == 1:
+            return next(iter(ranks))
+        return engine * size + number if size is not None and number < size and not ranks else None
+
+    named = []
+    for record in records:
+        if isinstance(record, Failure) and (title := _WORKER_OF_ENGINE.match(record.process.title)):
+            rank = rank_of(int(title[2]), int(title[1]))
+            record = replace(record, process=replace(record.process, rank=rank))
+        named.append(record)
+    return named
 
 
 def _ranks_of(members: Iterable[Member]) -> _Ranks:

@@ -277,7 +277,8 @@ class Note:
 
     kind        heartbeat, loopback, incomplete, version, world, watchdog, stuck, compiled, barrier, torchrun,
                 engine size (workers of a vLLM engine), local rank, deepep, network, ras, repeated,
-                process (a pid and its rank), sizes (NCCL met a message of another size), unreadable (a tool that failed to look)
+                process (a pid and its rank),
+                sizes (NCCL met a message of another size), unreadable (a tool that failed to look)
     """
 
     kind: str

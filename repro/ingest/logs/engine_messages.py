@@ -6,10 +6,10 @@ import re
 from collections.abc import Iterator
 
 from repro.ingest.logs.prefix import Line
-from repro.trace.observed import Failure, Note, Observation, Source
+from repro.trace.observed import Failure, Note, Observation, Process, Source
 
 NEEDLES = (
-    "shared memory broadcast block", "world_size=", "world size", "torch.compile", "Compiling a graph",
+    "shared memory broadcast block", "world_size=", "world size", "group leader", "torch.compile", "Compiling a graph",
     "Dynamo bytecode", "atchdog timeout", "Hang detected", "RPC call to", "NCCL version",
 )  # fmt: skip
 
@@ -17,6 +17,10 @@ MAX_PROCESSES = 4096
 
 _HEARTBEAT = re.compile(r"No available shared memory broadcast block found in (\d{1,12}) seconds")
 _WORLD = re.compile(r"world_size=(\d{1,12}) rank=(\d{1,12})|rank (\d{1,12}) in world size (\d{1,12})")
+_ASSIGNED = re.compile(
+    r"rank (\d{1,7}) in world size \d{1,7} is assigned as DP rank (\d{1,7}), PP rank (\d{1,7}), .*?\bTP rank (\d{1,7})"
+)
+_ENGINE_SIZE = re.compile(r"DP group leader: .*\bworld_size=(\d{1,7})")
 _NCCL_VERSION = re.compile(r"NCCL version (\d+\.\d+\.\d+)")
 _RPC = re.compile(r"RPC call to (\w+) timed out")
 _WATCHDOG = re.compile(r"(\w{0,40} ?[Ww]atchdog) timeout \(self\.watchdog_timeout=(\d{1,12})(?:, self\.soft=(\w+))?\)")
@@ -57,6 +61,12 @@ def _messages(line: Line, source: Source) -> Iterator[Observation]:
         yield Note("compiled", "a compile line, which the engine prints on one rank only", process, "", at_s, source)
     if match := _NCCL_VERSION.search(text):
         yield Note("version", f"NCCL {match[1]}", process, match[1], at_s, source)
+    if match := _ASSIGNED.search(text):
+        stage = f"_PP{match[3]}" if match[3] != "0" else ""
+        named = Process(process.pid, f"Worker_DP{match[2]}{stage}_TP{match[4]}", int(match[1]), "worker")
+        yield Note("process", f"process {process.pid} is {named}", named, "", at_s, source)
+    elif match := _ENGINE_SIZE.search(text):
+        yield Note("engine size", f"an engine of {match[1]} workers", process, match[1], at_s, source)
     if match := _WORLD.search(text):
         size = match[1] or match[4]
         yield Note("world", f"world size {size}", process, size, at_s, source)

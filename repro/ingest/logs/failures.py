@@ -9,7 +9,7 @@ import re
 from collections.abc import Iterator
 
 from repro.ingest.logs.prefix import Line
-from repro.ingest.names.processes import rank_in, role_of
+from repro.ingest.names.processes import member_of
 from repro.trace.observed import Failure, Observation, Process, Source
 
 NEEDLES = (
@@ -54,8 +54,8 @@ def read(line: Line, source: Source) -> Iterator[Observation]:
 
     if match := _DIED.search(text):
         code = f" (exit code {match[2]})" if match[2] else ""
-        named = Process(None, match[1], rank_in(match[1]), role_of(match[1]))
-        yield failure("killed" if match[2] == "-9" else "ended", f"{match[1]} died unexpectedly{code}", named)
+        named = member_of(process, match[1])
+        yield failure("killed" if match[2] == "-9" else "ended", f"{named.title} died unexpectedly{code}", named)
     elif _BY_OTHERS.search(text):
         yield failure("consequence", _words(text))
     elif _MEMORY.search(text):

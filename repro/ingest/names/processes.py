@@ -14,6 +14,9 @@ _ENGINE = re.compile(r"Engine_?Core(?:_DP(\d{1,12}))?")
 _WORKER_NUMBER = re.compile(r"(?:VllmWorker|Worker)[- ](?:rank=)?(\d{1,12})\b")
 _RANK_PREFIX = re.compile(r"\[rank(\d{1,12})\]")
 _SGLANG_PARTS = re.compile(r"(?:^|[ _])((?:(?:DP|PP|TP|EP)\d+[ _]?)+)(?=[\]\s:]|$)")
+_STACK_DUMP = re.compile(r"VLLM_STACK_DUMP_for_(engine|worker)\w*?_(\d{1,9})\.")
+"""vLLM's watchdog: part, number in its engine, process id."""
+
 _FILE_RANK = re.compile(r"rank[-_]?(\d{1,12})(?=[-_.]|$)")
 
 
@@ -23,6 +26,8 @@ def process_of(*, title: str = "", file: str = "", pid: int | None = None, line:
     A title is trusted more than a file's name, and a global rank ("[rank3]") more than a parallel one ("TP3").
     """
     role = role_of(title or line) or role_of(file.rpartition("/")[2])
+    if (found := _STACK_DUMP.search(file)) and pid is None:
+        return Process(int(found[2]), title, None, found[1])
     rank = None
     if found := _RANK_PREFIX.search(line):
         rank = int(found.group(1))
@@ -33,6 +38,17 @@ def process_of(*, title: str = "", file: str = "", pid: int | None = None, line:
     if rank is None and (found := _FILE_RANK.search(file.rpartition("/")[2])):
         rank = int(found.group(1))
     return Process(pid, title, rank, role)
+
+
+def member_of(writer: Process, title: str) -> Process:
+    """The process that another one calls by a title.
+
+    An engine of several numbers its workers from 0: "VllmWorker-0" of EngineCore_DP1 is no global rank, and becomes
+    "VllmWorker-0 of EngineCore_DP1". `repro.ingest.join` finds the rank.
+    """
+    if writer.role == "engine" and writer.rank is not None and _WORKER_NUMBER.match(title):
+        return Process(None, f"{title} of EngineCore_DP{writer.rank}", None, "worker")
+    return Process(None, title, rank_in(title), role_of(title))
 
 
 def rank_in(text: str) -> int | None:

@@ -113,7 +113,7 @@ class Scene:
         """Rank -> the stacks of the thread that runs the program, one a look; only processes of this part."""
         result: dict[int, list[Stack]] = {}
         for stack in self.stacks:
-            if stack.process.rank is not None and stack.process.role in (role, "") and _is_main(stack):
+            if stack.process.rank is not None and stack.process.role in (role, "") and is_main(stack):
                 result.setdefault(stack.process.rank, []).append(stack)
         return dict(sorted(result.items()))
 
@@ -136,7 +136,8 @@ class Scene:
         return max(sizes, default=None)
 
 
-def _is_main(stack: Stack) -> bool:
+def is_main(stack: Stack) -> bool:
+    """Whether a stack is of the thread that runs the program."""
     if stack.thread:
         return stack.thread in ("MainThread", "main") or stack.thread.startswith(("python", "pt_main"))
     return not any("threading.py" in frame for frame in stack.frames[-3:])

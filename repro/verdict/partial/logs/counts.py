@@ -18,6 +18,7 @@ def judge_counts(scene: Scene) -> Diagnosis | None:
     lines = tuple(f"{c.name}: {c.errors}, {_counts(c)} ({answer.source})" for c in named[:4]) or (
         f"{len(answer.communicators)} communicators: OK ({answer.source})",
     )
+    lines += tuple(f"{note.text} ({note.source})" for note in scene.notes if note.kind == "ras")[:4]
     return Diagnosis(
         "inconclusive", "", (), (), "undecided",
         ("One answer of NCCL's RAS shows one moment. A difference in counts may be benign: "

@@ -9,6 +9,7 @@ from repro.verdict.partial.diagnosis import COLLECT, Diagnosis
 from repro.verdict.partial.scene import Scene
 from repro.verdict.partial.stacks.locks import judge_locks
 from repro.verdict.partial.stacks.processes import judge_processes
+from repro.verdict.partial.stacks.unranked import judge_unranked
 from repro.verdict.partial.words import WORKING, program_frames, ranks_of, verb
 
 AGAIN = "a second set of stacks, some seconds later"
@@ -28,6 +29,7 @@ def judge_stacks(scene: Scene) -> Diagnosis | None:
         or _queues(scene, rows, by_activity)
         or _collectives(scene, rows, by_activity)
         or _others(scene, rows, by_activity)
+        or judge_unranked(scene)
     )
 
 
@@ -84,6 +86,10 @@ def _queues(
     engines = [s for s in scene.stacks if s.process.role == "engine" and s.activity == "answer"]
     evidence = [f"Rank {rank}: {rows[rank][-1].detail} ({_source(rows[rank][-1])})" for rank in idle[:4]]
     evidence += [f"{stack.process}: {stack.detail} ({_source(stack)})" for stack in engines[:4]]
+    leaving = [stack for stack in scene.stacks if stack.activity == "exit"]
+    evidence += [
+        f"{stack.process} is at its exit and waits for {stack.detail} ({_source(stack)})" for stack in leaving[:4]
+    ]
     if not engines:
         return Diagnosis(
             "inconclusive", "", (), (), "undecided",

@@ -1,0 +1,42 @@
+"""Judge stacks of processes whose ranks nothing tells: where each process is, and how to find its rank."""
+
+from __future__ import annotations
+
+from repro.trace.observed import Stack
+from repro.verdict.partial.diagnosis import COLLECT, Diagnosis
+from repro.verdict.partial.scene import Scene, is_main
+
+MOST_PLACES, MOST_PROCESSES = 6, 8
+
+
+def judge_unranked(scene: Scene) -> Diagnosis | None:
+    """Only where no stack has a rank: a process without one beside others is a launcher or a front end."""
+    last: dict[int | str, Stack] = {}
+    for stack in scene.stacks:
+        if stack.process.rank is None and is_main(stack):
+            last[stack.process.pid if stack.process.pid is not None else stack.source.file] = stack
+    places: dict[str, list[Stack]] = {}
+    for stack in last.values():
+        where = f"{stack.activity} {stack.detail}".strip() or (stack.frames[0] if stack.frames else "no frame")
+        places.setdefault(where, []).append(stack)
+    if not places:
+        return None
+    ordered = sorted(places.items(), key=lambda item: -len(item[1]))
+    pids = " ".join(str(pid) for pid in last if isinstance(pid, int))
+    ask = (
+        f"the rank of each process: for p in {pids or 'PIDS'}; do echo $p; "
+        "tr '\\0' '\\n' < /proc/$p/environ | grep -w RANK; done"
+    )
+    return Diagnosis(
+        "inconclusive", "", (), (), "undecided",
+        (f"The stacks show {len(last)} processes, and nothing says which ranks they are.",
+         *(f"{_named(stacks)}: {where}." for where, stacks in ordered[:MOST_PLACES])),
+        tuple(f"{_named(stacks)}: {stacks[0].frames[0]} ({stacks[0].source})" for _, stacks in ordered[:MOST_PLACES]
+              if stacks[0].frames),
+        (), (ask, COLLECT["recorder"], "a second set of stacks, some seconds later"),
+    )  # fmt: skip
+
+
+def _named(stacks: list[Stack]) -> str:
+    names = [str(stack.process) for stack in stacks[:MOST_PROCESSES]]
+    return ", ".join(names) + (f" and {len(stacks) - MOST_PROCESSES} more" if len(stacks) > MOST_PROCESSES else "")
