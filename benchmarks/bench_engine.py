@@ -1,17 +1,16 @@
-"""What watching and agreeing cost a step of the engine: 8 forked ranks, gloo, the tiny preset, idle steps.
+"""Measure what recording and the schedule guard cost a step: 8 forked ranks, gloo, the preset `tiny`, idle steps.
 
     python benchmarks/bench_engine.py [--ranks 8] [--rounds 6] [--json FILE]
 
-Every rank holds one engine for each row and all ranks run 8 steps of one row after the other, round after round, so
-that a busy machine slows all rows alike; the median round counts. Steps of dummy batches are the fastest there are, so
-the shares below are upper bounds. The last row is the same as the first with TORCH_DISTRIBUTED_DEBUG=DETAIL, PyTorch's
-own check of collectives.
+Every rank has one engine per row. All ranks run 8 steps of each row in turn, for several rounds, so that a busy machine
+slows all rows alike; the median round counts. Steps of dummy batches are the fastest steps, so the shares are upper
+bounds. The last row is the first one with TORCH_DISTRIBUTED_DEBUG=DETAIL, PyTorch's own check of collectives.
 
-A recorder costs so little that the difference of two step times may be all noise. So it is also put together from what
-can be measured well: processor time of an event in the communicator's own code, with and without a recorder, times the
-events that a step was seen to record, over the step's time. The same for agreeing: processor time of the plan, of what
-all plans come to, and of the guard's look at each collective, here and for a model of 60 layers. What is left out there
-is some rows more in an all-reduce of a few hundred bytes.
+A recorder costs so little that the difference of two step times is mostly noise. So its cost is also computed: the
+processor time of one event in the communicator's code, with and without a recorder, times the number of events of a
+step, divided by the time of a step. The cost of agreeing is the processor time of the plan, of the agreed result, and
+of the guard's check of each collective, here and for a model of 60 layers. It leaves out that an all-reduce of a few
+hundred bytes gets some more rows.
 """
 
 from __future__ import annotations
@@ -49,7 +48,7 @@ from repro.trace.witness import read
 
 AGREE_SHARE, STRICT_MS = 0.01, 4.0
 DEEP_LAYERS, DEEP_US = 60, 100.0  # of the largest preset, where a step on GPUs takes some milliseconds
-"""What the cure may cost: of a step, and a collective at 8 ranks on 2 cores. The program fails when it costs more."""
+"""Limits for the cost of the checks: share of a step, and ms per collective at 8 ranks on 2 cores. Beyond: exit 1."""
 
 STEPS = 8  # of a round: few, so that rounds of all rows lie close together
 CHECKS = {
@@ -62,7 +61,7 @@ CHECKS = {
 
 
 def run_rank(rank: int, num_ranks: int, rounds: int, folder: Path) -> dict[str, Any]:
-    """Seconds of each round of steps, by row; events of a step, and microseconds of one by observer."""
+    """Return the seconds of each round by row, the events of a step, and the microseconds of an event by observer."""
     torch.set_num_threads(1)
     server = RunSettings("any", "control", num_ranks=num_ranks).server()
     server = replace(server, engine=replace(server.engine, unfinished_interval=STEPS))
@@ -99,8 +98,10 @@ def run_rank(rank: int, num_ranks: int, rounds: int, folder: Path) -> dict[str, 
 
 
 def agree_us(schedules: StepSchedules, num_ranks: int, num_calls: int = 50, num_repeats: int = 60) -> float:
-    """Processor time of what agreeing adds to a step on one rank, without the all-reduce itself, in us: the best of
-    many short loops."""
+    """Return the processor time in us that agreeing adds to a step on one rank, without the all-reduce itself.
+
+    The fastest of many short loops counts.
+    """
     guard, context = ScheduleGuard(0, Halt(None)), ForwardContext(sizes=(1,) * num_ranks)
     schedule, protocol = schedules.whole(asks_unfinished=False), protocol_of(EngineConfig())
     issued = [Collective(*entry, context.ep_sizes) for entry in schedule]
@@ -120,7 +121,7 @@ def agree_us(schedules: StepSchedules, num_ranks: int, num_calls: int = 50, num_
 
 
 def event_us(comm: Communicator, num_calls: int = 500, num_repeats: int = 60) -> float:
-    """Processor time of one event, in us, as the communicator tells its observer: the best of many short loops."""
+    """Return the processor time in us of one event that the communicator reports: the fastest of many short loops."""
     sizes = tuple(range(len(comm.members("ep"))))
 
     def dispatch() -> None:
@@ -138,15 +139,15 @@ def event_us(comm: Communicator, num_calls: int = 500, num_repeats: int = 60) ->
 
 
 def measure(num_ranks: int, rounds: int) -> dict[str, Any]:
-    """What rank 0 found, with the median of the rounds as milliseconds of a step."""
+    """Run all ranks. Return the measurements of rank 0, with the milliseconds of a step from the median round."""
     with tempfile.TemporaryDirectory() as name:
         folder, pids = Path(name), []
         for rank in range(num_ranks):
             pid = os.fork()
             if pid == 0:
                 try:
-                    found = run_rank(rank, num_ranks, rounds, folder)
-                    (folder / f"found-{rank}.json").write_text(json.dumps(found))
+                    measured = run_rank(rank, num_ranks, rounds, folder)
+                    (folder / f"rank-{rank}.json").write_text(json.dumps(measured))
                 except BaseException:
                     traceback.print_exc()
                 finally:
@@ -154,28 +155,28 @@ def measure(num_ranks: int, rounds: int) -> dict[str, Any]:
             pids.append(pid)
         for pid in pids:
             os.waitpid(pid, 0)
-        found: dict[str, Any] = json.loads((folder / "found-0.json").read_text())
-    step_ms = {row: statistics.median(times) / STEPS * 1e3 for row, times in found["seconds"].items()}
-    # Rounds of two rows stand side by side, so their ratio suffers less from a busy machine than that of the medians.
-    base = found["seconds"]["nothing"]
+        measured: dict[str, Any] = json.loads((folder / "rank-0.json").read_text())
+    step_ms = {row: statistics.median(times) / STEPS * 1e3 for row, times in measured["seconds"].items()}
+    # Rounds of two rows run one after the other, so a busy machine changes their ratio less than that of the medians.
+    base = measured["seconds"]["nothing"]
     ratios = {
         row: statistics.median(ours / theirs for ours, theirs in zip(times, base, strict=True))
-        for row, times in found["seconds"].items()
+        for row, times in measured["seconds"].items()
     }
     extra_ms = {
         row: statistics.median(ours - theirs for ours, theirs in zip(times, base, strict=True)) / STEPS * 1e3
-        for row, times in found["seconds"].items()
+        for row, times in measured["seconds"].items()
     }
-    return {**found, "step_ms": step_ms, "ratio": ratios, "extra_ms": extra_ms}
+    return {**measured, "step_ms": step_ms, "ratio": ratios, "extra_ms": extra_ms}
 
 
-def recorder_cost(found: dict[str, Any]) -> dict[str, float]:
-    """What the recorder adds to a step, from the cost of an event and the number of events."""
-    event_us = found["event_us"]["recorded"] - found["event_us"]["nothing"]
-    step_us = event_us * found["events"]
+def recorder_cost(measured: dict[str, Any]) -> dict[str, float]:
+    """Compute what the recorder adds to a step, from the cost of an event and the number of events."""
+    event_us = measured["event_us"]["recorded"] - measured["event_us"]["nothing"]
+    step_us = event_us * measured["events"]
     return {
-        "event_us": round(event_us, 3), "events_per_step": round(found["events"], 1), "step_us": round(step_us, 1),
-        "share": step_us / 1e3 / found["step_ms"]["nothing"],
+        "event_us": round(event_us, 3), "events_per_step": round(measured["events"], 1), "step_us": round(step_us, 1),
+        "share": step_us / 1e3 / measured["step_ms"]["nothing"],
     }  # fmt: skip
 
 
@@ -186,15 +187,15 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="write the rows there too")
     arguments = parser.parse_args()
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
-    found = measure(arguments.ranks, arguments.rounds)
+    measured = measure(arguments.ranks, arguments.rounds)
     collectives = 1 + 2 * 8  # a step of 8 layers
-    base = found["step_ms"]["nothing"]
+    base = measured["step_ms"]["nothing"]
     rows: list[dict[str, Any]] = [
         {
-            "row": row, "step_ms": round(ms, 2), "ratio": round(found["ratio"][row], 4),
-            "extra_ms_per_collective": round(found["extra_ms"][row] / collectives, 3),
+            "row": row, "step_ms": round(ms, 2), "ratio": round(measured["ratio"][row], 4),
+            "extra_ms_per_collective": round(measured["extra_ms"][row] / collectives, 3),
         }
-        for row, ms in found["step_ms"].items()
+        for row, ms in measured["step_ms"].items()
     ]  # fmt: skip
     print(
         f"{arguments.ranks} ranks, {os.cpu_count()} cores, torch {torch.__version__}, gloo, {arguments.rounds} rounds"
@@ -202,19 +203,19 @@ def main() -> None:
     print(f"{'row':18} {'step ms':>9} {'ratio':>8} {'extra ms a collective':>23}")
     for row in rows:
         print(f"{row['row']:18} {row['step_ms']:>9} {row['ratio']:>8} {row['extra_ms_per_collective']:>23}")
-    cost = recorder_cost(found)
+    cost = recorder_cost(measured)
     print(
         f"recorder: {cost['event_us']} us an event, {cost['events_per_step']:g} events a step: "
         f"{cost['step_us']} us of {base * 1e3:.0f} us, {cost['share']:.4%}"
     )
-    agree_share = found["agree_us"] / 1e3 / base
+    agree_share = measured["agree_us"] / 1e3 / base
     deep = [entry for layer in range(DEEP_LAYERS) for entry in AllGatherReduceScatter.plan(f"layers.{layer}.moe")]
     deep_us = agree_us(StepSchedules("dp", tuple(deep)), arguments.ranks)
     strict_ms = next(row["extra_ms_per_collective"] for row in rows if CHECKS[row["row"]] == "strict")
     kept = {"agree": agree_share <= AGREE_SHARE, "deep": deep_us <= DEEP_US, "strict": strict_ms <= STRICT_MS}
     results = {name: "ok" if ok else "MISSED" for name, ok in kept.items()}
     print(
-        f"agreeing: {found['agree_us']:.1f} us of {base * 1e3:.0f} us a step, {agree_share:.4%}; "
+        f"agreeing: {measured['agree_us']:.1f} us of {base * 1e3:.0f} us a step, {agree_share:.4%}; "
         f"limit {AGREE_SHARE:.0%}: {results['agree']}"
     )
     print(f"agreeing on {DEEP_LAYERS} layers: {deep_us:.1f} us a step; limit {DEEP_US:g} us: {results['deep']}")
@@ -229,7 +230,7 @@ def main() -> None:
             "ranks": arguments.ranks,
             "rows": rows,
             "recorder": cost,
-            "agree": {"step_us": round(found["agree_us"], 1), "share": agree_share},
+            "agree": {"step_us": round(measured["agree_us"], 1), "share": agree_share},
             "agree_deep": {"layers": DEEP_LAYERS, "step_us": round(deep_us, 1)},
             "limits": {
                 "agree_share": AGREE_SHARE,

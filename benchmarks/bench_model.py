@@ -1,16 +1,16 @@
-"""Our model against transformers on the CPU: the same weights, prompts and threads, in one process.
+"""Compare the speed of our model and transformers on the CPU: same weights, prompts and threads, in one process.
 
     python benchmarks/bench_model.py [--dtype float32 bfloat16] [--kernels torch native] [--threads 2] [--rounds 3]
                                      [--strict] [--json FILE]
 
-Prefill of 512 tokens and decode steps after them, batch 1 and 8, the race preset. Rounds alternate between the
-implementations, so that a busy machine slows both; the best of all rounds counts. transformers is measured with each of
-its expert implementations, and the best one of a phase is its peer. Denormals are flushed for both. Peak memory is of a
-fresh process each. A speed counts only if the logits are right, so that is checked first: the median token may be
-1.5 times as far from transformers in float64 as transformers in that dtype is.
+It measures a prefill of 512 tokens and the decode steps after it, for batches of 1 and 8 and the preset `race`. Rounds
+alternate between the implementations, so that a busy machine slows both, and the fastest round counts. transformers
+runs with each of its expert implementations; the fastest one of a phase is the peer. Denormals are flushed for both.
+Peak memory is measured in a new process for each implementation. The logits are checked first: the error of our median
+token may be 1.5 times that of transformers, both against transformers in float64.
 
-Beside each ratio that has a mark to pass stands whether it did, and under one that is missed, where the time goes: in
-each operation's kernels, and outside of them; `--strict`: exit status 1 if one was missed.
+Each ratio that has a mark to reach says whether it did. For a missed mark, the output lists the time in each operation
+and outside of all operations. `--strict`: exit status 1 if a mark is missed.
 """
 
 import argparse
@@ -41,11 +41,11 @@ MARKS: dict[tuple[str, str, int], dict[str, float]] = {
     ("float32", "native", 8): {"decode_ratio": 3.0},
     ("bfloat16", "native", 8): {"decode_ratio": 3.0},
 }
-"""By dtype, kernels and batch: transformers' best time over ours, at least."""
+"""The least ratio of transformers' time to ours, by dtype, kernels and batch."""
 OVER_FLOOR = 1.6
-"""A decode step of native kernels over the memory floor, at most, at batch 1."""
+"""The most that a decode step with native kernels may take over its memory floor, at batch 1."""
 PEAK = 1.1
-"""Our peak memory over transformers' least, at most, in float32."""
+"""The largest ratio of our peak memory to the least of transformers, in float32."""
 
 
 def build_theirs(config: ModelConfig, dtype: torch.dtype) -> Any:
@@ -62,7 +62,7 @@ def build_theirs(config: ModelConfig, dtype: torch.dtype) -> Any:
 
 def share_weights(ours: HybridMoE, theirs: Any) -> None:
     theirs.load_state_dict(ours.state_dict(), strict=True, assign=True)
-    rotary = theirs.model.rotary_emb  # its table is no weight, and still on meta
+    rotary = theirs.model.rotary_emb  # its table is not a weight, so it is still on the meta device
     theirs.model.rotary_emb = type(rotary)(theirs.config)
 
 
@@ -114,7 +114,7 @@ def timed(call: Callable[[torch.Tensor], torch.Tensor], tokens: torch.Tensor) ->
 
 
 def race(runners: dict[str, Any], tokens_BT: torch.Tensor, rounds: int) -> dict[str, dict[str, float]]:
-    """Best milliseconds of a prefill and of a decode step."""
+    """Return the milliseconds of the fastest prefill and the fastest decode step of each implementation."""
     best = {name: {"prefill_ms": float("inf"), "decode_ms": float("inf")} for name in runners}
     for _ in range(rounds):
         for name, runner in runners.items():
@@ -129,7 +129,7 @@ def race(runners: dict[str, Any], tokens_BT: torch.Tensor, rounds: int) -> dict[
 
 @contextlib.contextmanager
 def op_times() -> Iterator[dict[str, list[float]]]:
-    """Milliseconds of each call of each operation inside."""
+    """Record the milliseconds of each call of each operation inside the ``with``."""
     times: dict[str, list[float]] = {}
     call = registry.Op.__call__
 
@@ -147,8 +147,10 @@ def op_times() -> Iterator[dict[str, list[float]]]:
 
 
 def profile(runner: Ours, tokens_BT: torch.Tensor) -> dict[str, dict[str, float]]:
-    """Milliseconds of the quickest prefill and decode step in each operation and outside of all, the clock's own left
-    in. Operations that another one is made of count as that one."""
+    """Return the milliseconds of the fastest prefill and decode step in each operation, and outside of all operations.
+
+    The cost of the clock is included. An operation that runs inside another one counts as the outer one.
+    """
     quickest: dict[str, dict[str, float]] = {}
     tokens_B = tokens_BT
     for phase, call, count in (("prefill", runner.prefill, 1), ("decode", runner.decode, STEPS)):
@@ -164,9 +166,9 @@ def profile(runner: Ours, tokens_BT: torch.Tensor) -> dict[str, dict[str, float]
 
 
 def floor_ms(model: HybridMoE, batch: int) -> float:
-    """The weights and states that a decode step touches, over the bandwidth that a copy of 256 MB reaches."""
+    """Return the milliseconds that a copy of the weights and states of a decode step takes."""
     config, touched = model.config, 0.0
-    expected = 1 - (1 - config.num_experts_per_tok / config.num_experts) ** batch  # of the experts, by chance
+    expected = 1 - (1 - config.num_experts_per_tok / config.num_experts) ** batch  # the expected share of the experts
     for name, parameter in model.named_parameters():
         if "embed_tokens" not in name:
             touched += parameter.numel() * parameter.itemsize * (expected if ".experts." in name else 1)
@@ -180,7 +182,7 @@ def floor_ms(model: HybridMoE, batch: int) -> float:
 
 
 def peak_mib(which: str, dtype: str, threads: int) -> float:
-    """Peak resident memory of a fresh process that makes one model with random weights, prefills and decodes."""
+    """Return the peak resident MiB of a new process that makes a model with random weights, prefills and decodes."""
     done = subprocess.run(
         [sys.executable, __file__, "--peak", which, "--dtype", dtype, "--threads", str(threads)],
         capture_output=True,
@@ -203,20 +205,20 @@ def print_peak(which: str, config: ModelConfig, dtype: torch.dtype) -> None:
     tokens_B = runner.prefill(torch.zeros(1, PROMPT, dtype=torch.long))
     for _ in range(STEPS):
         tokens_B = runner.decode(tokens_B)
-    # Not getrusage: its maximum survives exec, so a child would answer with its parent's.
+    # Not getrusage: its maximum survives exec, so a child would report its parent's.
     (peak,) = (line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
     print(int(peak.split()[1]) / 1024)
 
 
 def check_logits(ours: HybridMoE, theirs: Any, kernels: list[str], tokens_1T: torch.Tensor) -> dict[str, Any]:
-    """How far the median token of each is from the logits of float64.
+    """Return the error of each implementation's median token against the float64 logits.
 
-    Raises AssertionError where ours is farther than transformers' by more than `comparison.FACTOR`.
+    Raises AssertionError if ours is more than `comparison.FACTOR` times that of transformers.
     """
     exact = build_theirs(ours.config, torch.float64)
     exact.load_state_dict({name: x.double() for name, x in ours.state_dict().items()}, strict=True, assign=True)
     exact.model.rotary_emb = type(theirs.model.rotary_emb)(theirs.config)
-    exact.set_experts_implementation("eager")  # the default knows no float64
+    exact.set_experts_implementation("eager")  # the default does not support float64
     with float64_throughout(exact):
         truth_1TV = exact(tokens_1T, use_cache=False).logits
     theirs_1TV = theirs(tokens_1T, use_cache=False).logits
@@ -231,28 +233,28 @@ def check_logits(ours: HybridMoE, theirs: Any, kernels: list[str], tokens_1T: to
 def one_row(
     ours: HybridMoE, theirs: Any, args: argparse.Namespace, tokens_BT: torch.Tensor, missed: list[str]
 ) -> dict[str, Any]:
-    """A batch: everyone's times, our ratios beside their marks."""
+    """Measure one batch: the times of all implementations, and our ratios with their marks."""
     batch, dtype = tokens_BT.shape[0], str(ours.dtype).removeprefix("torch.")
     runners: dict[str, Any] = {f"ours {kernels}": Ours(ours, batch, kernels) for kernels in args.kernels}
     runners |= {name: Theirs(theirs, name) for name in args.experts}
     times = race(runners, tokens_BT, args.rounds)
     row: dict[str, Any] = {"dtype": dtype, "batch": batch, "times": times, "decode_floor_ms": floor_ms(ours, batch)}
     for name, result in times.items():
-        told = f"prefill {result['prefill_ms']:8.1f} ms   decode {result['decode_ms']:6.2f} ms"
-        print(f"{dtype} batch {batch}  {name:12} {told}", flush=True)
+        line = f"prefill {result['prefill_ms']:8.1f} ms   decode {result['decode_ms']:6.2f} ms"
+        print(f"{dtype} batch {batch}  {name:12} {line}", flush=True)
     for kernels in args.kernels:
-        told = []
+        lines = []
         for phase in ("prefill", "decode"):
             best = min(times[name][f"{phase}_ms"] for name in args.experts)
             ratio = row[f"{kernels}_{phase}_ratio"] = best / times[f"ours {kernels}"][f"{phase}_ms"]
             wanted = MARKS.get((dtype, kernels, batch), {}).get(f"{phase}_ratio")
-            told.append(f"{phase} {ratio:.2f}" + (f" ({mark(ratio, wanted)})" if wanted else ""))
+            lines.append(f"{phase} {ratio:.2f}" + (f" ({mark(ratio, wanted)})" if wanted else ""))
         over = row[f"{kernels}_decode_over_floor"] = times[f"ours {kernels}"]["decode_ms"] / row["decode_floor_ms"]
         wanted = f" ({mark(over, OVER_FLOOR, at_most=True)})" if kernels == "native" and batch == 1 else ""
-        told.append(f"decode {over:.2f} x its memory floor{wanted}")
-        print(f"{dtype} batch {batch}  best of transformers / ours {kernels}: {', '.join(told)}", flush=True)
+        lines.append(f"decode {over:.2f} x its memory floor{wanted}")
+        print(f"{dtype} batch {batch}  best of transformers / ours {kernels}: {', '.join(lines)}", flush=True)
         row[f"{kernels}_profile_ms"] = parts = profile(runners[f"ours {kernels}"], tokens_BT)
-        for text in told:
+        for text in lines:
             if "MISSED" in text:
                 missed.append(f"{dtype} batch {batch} {kernels}: {text}")
                 spent = (f"{what} {ms:.2f}" for what, ms in parts[text.split()[0]].items())
@@ -261,16 +263,17 @@ def one_row(
 
 
 def peaks(args: argparse.Namespace, dtype: str, missed: list[str]) -> dict[str, float]:
-    found = {f"ours {name}": peak_mib(f"ours {name}", dtype, args.threads) for name in args.kernels}
-    found |= {name: peak_mib(name, dtype, args.threads) for name in args.experts}
-    least = min(found[name] for name in args.experts)
-    for name, value in found.items():
-        told = f"{dtype} peak {value:.0f} MiB {name}"
+    """Measure the peak memory of each implementation in MiB; append what misses its mark to `missed`."""
+    peak_of = {f"ours {name}": peak_mib(f"ours {name}", dtype, args.threads) for name in args.kernels}
+    peak_of |= {name: peak_mib(name, dtype, args.threads) for name in args.experts}
+    least = min(peak_of[name] for name in args.experts)
+    for name, value in peak_of.items():
+        line = f"{dtype} peak {value:.0f} MiB {name}"
         if name.startswith("ours") and dtype == "float32":
-            told += f": {value / least:.2f} of transformers' least ({mark(value / least, PEAK, at_most=True)})"
-            missed.extend([told] if "MISSED" in told else [])
-        print(told, flush=True)
-    return found
+            line += f": {value / least:.2f} of transformers' least ({mark(value / least, PEAK, at_most=True)})"
+            missed.extend([line] if "MISSED" in line else [])
+        print(line, flush=True)
+    return peak_of
 
 
 def main() -> int:
@@ -298,7 +301,7 @@ def main() -> int:
         return 0
     if "native" in args.kernels:
         registry.use("native")
-        if native.missing():  # the registry has said why
+        if native.missing():  # the registry has logged why
             args.kernels.remove("native")
     record: dict[str, Any] = {
         "hardware": cpu(),
@@ -328,12 +331,12 @@ def main() -> int:
             for batch in args.batch:
                 tokens_BT = torch.randint(ours.config.vocab_size, (batch, PROMPT), generator=r)
                 record["rows"].append(one_row(ours, theirs, args, tokens_BT, missed))
-        del ours, theirs  # before others are measured for their memory
+        del ours, theirs  # before other processes are measured for their memory
         record["peak_mib"][dtype] = peaks(args, dtype, missed)
         if args.json:
             write(args.json, record)
     record["missed"] = missed
-    print("\n".join(f"MISSED {told}" for told in missed) or "no mark missed")
+    print("\n".join(f"MISSED {text}" for text in missed) or "no mark missed")
     if args.json:
         write(args.json, record)
     return 1 if missed and args.strict else 0

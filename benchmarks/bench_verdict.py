@@ -1,13 +1,13 @@
-"""How long a verdict takes, by number of ranks, and what one event costs the rank that records it.
+"""Measure how long a verdict takes, by number of ranks, and what one event costs the rank that records it.
 
     python benchmarks/bench_verdict.py [--ranks 64 256 1024] [--events 2000] [--json FILE]
 
 Each row is the metadata_rebuild hang (one all_reduce too many on the ranks with live requests) on witnesses of
 ``--events`` events a rank: parse is bytes to witnesses, judge is witnesses to verdict, in CPU seconds of one core.
-The verdict must be right, or there is no row. Recording is timed beside the same loop with an observer that does
-nothing. Each row has a process of its own, whose peak of memory is its own.
+A row is written only if the verdict is right. Recording is timed beside the same loop with an observer that does
+nothing. Each row has its own process, to measure its peak memory.
 
-Exits with 1 when a row of at most 1,024 ranks x 2,000 events takes more than 10 s or 1 GiB.
+Exits with 1 if a row of at most 1,024 ranks x 2,000 events takes more than 10 s or 1 GiB.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ IDLE = 4  # every fourth rank
 
 
 def step_calls(num_ranks: int, step: int) -> list[Collective]:
-    """One agreement, then dispatch and combine of every layer."""
+    """Yield the collectives of a step: one agreement, then dispatch and combine of every layer."""
     sizes = tuple((rank * 7 + step) % 64 for rank in range(num_ranks))
     calls = [Collective("dp", "all_reduce", "", (4 * num_ranks,), "int32", "sum")]
     for layer in range(LAYERS):
@@ -47,7 +47,7 @@ def step_calls(num_ranks: int, step: int) -> list[Collective]:
 
 
 def record(rank: int, num_ranks: int, num_events: int, steps: list[list[Collective]]) -> bytes:
-    """The witness bytes of one rank that ends in the hang."""
+    """Return the witness bytes of one rank that ends in the hang."""
     shape = Geometry(num_events + num_events % 2, 16_384, 1 << 16, 4)
     writer = Identity(rank, num_ranks, "bench", "host", "boot", 1000 + rank)
     buffer = bytearray(shape.file_bytes)
@@ -80,7 +80,7 @@ def record(rank: int, num_ranks: int, num_events: int, steps: list[list[Collecti
 
 
 def bench_verdict(num_ranks: int, num_events: int) -> dict[str, Any]:
-    """One row: CPU seconds to parse and to judge, and the memory peak of this process."""
+    """Measure one row: CPU seconds to parse and to judge, and the peak memory of this process."""
     num_steps = max(2, num_events // (2 * (2 * LAYERS + 1) + 1))
     steps = [step_calls(num_ranks, step) for step in range(num_steps)]
     witnesses = {}
@@ -105,13 +105,13 @@ def bench_verdict(num_ranks: int, num_events: int) -> dict[str, Any]:
 
 
 def peak_mib() -> int:
-    """The most that this process has had in memory; ru_maxrss would begin at what its parent had when it forked."""
+    """Return the peak memory of this process in MiB. ru_maxrss would start at the parent's at the time of the fork."""
     with open("/proc/self/status") as file:
         return next(int(line.split()[1]) // 1024 for line in file if line.startswith("VmHWM"))
 
 
 def in_own_process(num_ranks: int, num_events: int) -> dict[str, Any]:
-    """One row, by a process that does nothing else."""
+    """Measure one row in a process of its own."""
     command = [sys.executable, __file__, "--row", str(num_ranks), "--events", str(num_events)]
     answer = subprocess.run(command, stdout=subprocess.PIPE, text=True)
     if answer.returncode:
@@ -121,7 +121,7 @@ def in_own_process(num_ranks: int, num_events: int) -> dict[str, Any]:
 
 
 def beyond(rows: list[dict[str, Any]]) -> list[str]:
-    """A line for each limit that does not hold."""
+    """Return a line for each limit that a row exceeds."""
     lines = []
     for row in rows:
         seconds = row["parse_s"] + row["judge_s"]
@@ -132,7 +132,7 @@ def beyond(rows: list[dict[str, Any]]) -> list[str]:
 
 
 def bench_recorder(num_rounds: int = 2000, num_repeats: int = 40) -> dict[str, float]:
-    """Processor time of one event in us: the best of many short loops, since the machine does other things too.
+    """Return the processor time of one event in us: the fastest of many short loops, because the machine is shared.
 
     Called directly; ``bench_engine.py`` measures it in the communicator's own code.
     """

@@ -1,7 +1,7 @@
-"""What others run on a CPU, behind the ops' signatures: transformers' layers, mamba-ssm's plain torch, torch's own.
+"""Peers on a CPU with the ops' signatures: transformers' layers, mamba-ssm's plain torch, and torch's own functions.
 
-Each gets one sequence (prefill) or one token of each (decode), as the benchmark calls it, and takes no shortcut that
-the peer's own model does not take. `peers()` has those that are installed.
+Each is called with one sequence (prefill) or one token of each sequence (decode), and takes no shortcut that the peer's
+own model does not take. `peers()` lists those that are installed.
 
 Shapes as in the ops.
 """
@@ -36,7 +36,7 @@ def gate_then_norm(x: Tensor, z: Tensor, weight: Tensor, groups: int, eps: float
 
 
 def transformers_peers() -> dict[str, tuple[str, Peer]]:
-    """Raises ImportError without transformers."""
+    """Return transformers' functions by op. Raises ImportError without transformers."""
     sys.modules.setdefault("fla", None)  # type: ignore[arg-type]  # importable without a GPU, it fails when called
     from transformers import Qwen3_5MoeTextConfig
     from transformers.models.qwen3_5_moe import modeling_qwen3_5_moe as theirs
@@ -54,7 +54,7 @@ def transformers_peers() -> dict[str, tuple[str, Peer]]:
         return theirs.Qwen3_5MoeRMSNormGated(size, eps=eps).requires_grad_(False)
 
     def give(module: Any, **weights: Tensor) -> Any:
-        """Assigning a parameter takes longer than some of these calls, so only where it is another."""
+        """Assign a parameter only if it is another one: the assignment takes longer than some of these calls."""
         for name, weight in weights.items():
             if module._parameters[name].data_ptr() != weight.data_ptr() or module._parameters[name].is_meta:
                 module._parameters[name] = torch.nn.Parameter(weight, requires_grad=False)
@@ -132,7 +132,7 @@ def transformers_peers() -> dict[str, tuple[str, Peer]]:
         cos, sin = (torch.cat((y, y), -1) for y in (cos_TR, sin_TR))
         return theirs.apply_rotary_pos_emb(x_THD, x_THD[:, :0], cos, sin)[0]
 
-    found: dict[str, tuple[str, Peer]] = {
+    functions: dict[str, tuple[str, Peer]] = {
         "gated_delta_rule.prefill": ("transformers", gdn_prefill),
         "gated_delta_rule.decode": ("transformers", gdn_decode),
         "causal_conv.prefill": ("transformers", conv_prefill),
@@ -141,13 +141,13 @@ def transformers_peers() -> dict[str, tuple[str, Peer]]:
         "rope.rotate": ("transformers", rotate),
     }
     for way in WAYS:
-        found[f"moe.experts {way}"] = (f"transformers {way}", experts(way))
-        found[f"moe.mixture {way}"] = (f"transformers {way}", mixture(way))
-    return found
+        functions[f"moe.experts {way}"] = (f"transformers {way}", experts(way))
+        functions[f"moe.mixture {way}"] = (f"transformers {way}", mixture(way))
+    return functions
 
 
 def mamba_peers() -> dict[str, tuple[str, Peer]]:
-    """mamba-ssm's plain torch, from the folder where set-up puts it. Raises ImportError without it."""
+    """Return mamba-ssm's plain torch functions, from the folder of the set-up. Raises ImportError without them."""
     for folder in (Path(sys.prefix, "oracles"), *map(Path, sys.path)):
         if (folder / "mamba_ssm").is_dir():
             break
@@ -199,15 +199,15 @@ def mamba_peers() -> dict[str, tuple[str, Peer]]:
 
 
 def peers() -> tuple[dict[str, tuple[str, Peer]], list[str]]:
-    """(name, function) by op, `moe` ones by op and way, and what is not installed."""
-    found: dict[str, tuple[str, Peer]] = {
+    """Return (name, function) by op (for `moe` by op and way), and the packages that are not installed."""
+    functions: dict[str, tuple[str, Peer]] = {
         "norm.rms_norm": ("torch F.rms_norm", rms_norm),
         "norm.gate_then_norm": ("torch F.rms_norm", gate_then_norm),
     }
     lacking = []
     for more in (transformers_peers, mamba_peers):
         try:
-            found |= more()
+            functions |= more()
         except ImportError as error:
             lacking.append(str(error))
-    return found, lacking
+    return functions, lacking

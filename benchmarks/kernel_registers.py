@@ -1,9 +1,9 @@
-"""Compile every Triton kernel for an H200 (sm_90a) and report what it takes; needs no GPU, only the package triton.
+"""Compile every Triton kernel for an H200 (sm_90a) and report its resources. Needs no GPU, only the package triton.
 
     python benchmarks/kernel_registers.py [--json FILE] [--dtype bf16|f32]
 
-The ops are called as ever, on tensors without content, but each launch only compiles: the launch code, its sizes and
-the alignment that it finds are the real ones. Columns: registers per thread, bytes spilt (stores + loads), bytes of
+The ops are called as in a model, on uninitialised tensors, but each launch only compiles. Launch code, sizes and
+alignment are the real ones. Columns: registers per thread, bytes spilt (stores + loads), bytes of
 shared memory, the tensor core instructions, and how many programs fit on a multiprocessor by registers, threads and
 shared memory. Sizes: Gated DeltaNet of Qwen3.5-397B-A17B, Mamba-2 with 128 heads of 64 x 128 in 8 groups, experts of
 4096 x 1024.
@@ -40,15 +40,15 @@ from hybrid_moe_kernels.rope import triton as rope
 from hybrid_moe_kernels.ssd import triton as ssd
 from machine import commit, cpu, versions, write
 from triton.backends.compiler import GPUTarget
-from triton.backends.nvidia.compiler import get_ptxas  # Triton carries several, and takes one by the device
+from triton.backends.nvidia.compiler import get_ptxas  # Triton has several, and chooses one by the device
 from triton.runtime.jit import JITFunction
 
-SHARED_LIMIT = 227 * 1024  # bytes that one program can have
-SHARED, REGISTERS, THREADS = 228 * 1024, 65536, 2048  # of a multiprocessor
+SHARED_LIMIT = 227 * 1024  # bytes that one program can use
+SHARED, REGISTERS, THREADS = 228 * 1024, 65536, 2048  # limits of a multiprocessor
 
 
 class NoDevice:
-    """What Triton asks of a driver before it compiles."""
+    """A driver without a device, with the functions that Triton calls before it compiles."""
 
     def get_current_device(self) -> int:
         return 0
@@ -61,7 +61,7 @@ class NoDevice:
 
 
 def compile_only(record: Callable[[str, Any], None]) -> None:
-    """From now on a launch compiles its kernel, hands it to `record`, and launches nothing."""
+    """Make every later launch compile its kernel and pass it to `record`, without launching it."""
     triton.runtime.driver.set_active(NoDevice())
     run = JITFunction.run
 
@@ -76,7 +76,7 @@ def compile_only(record: Callable[[str, Any], None]) -> None:
 
 
 def resources(kernel: Any) -> dict[str, Any]:
-    """What the assembler says of a compiled kernel."""
+    """Return the resources of a compiled kernel, from the assembler."""
     with tempfile.TemporaryDirectory() as folder:
         source = Path(folder, "kernel.ptx")
         source.write_text(kernel.asm["ptx"])
@@ -103,7 +103,7 @@ def resources(kernel: Any) -> dict[str, Any]:
 
 
 def calls(dtype: torch.dtype) -> list[tuple[str, Callable[[], Any]]]:
-    """What is called, and how; tensors are never touched."""
+    """Return the ops and the calls of them; no call reads a tensor."""
 
     def make(*shape: int, of: torch.dtype = dtype) -> torch.Tensor:
         return torch.empty(*shape, dtype=of)
@@ -164,7 +164,7 @@ def calls(dtype: torch.dtype) -> list[tuple[str, Callable[[], Any]]]:
 
 
 def report(dtype: torch.dtype) -> list[dict[str, Any]]:
-    """A row for each kernel that the ops launch. Leaves this process unable to launch any."""
+    """Return a row for each kernel that the ops launch. Afterwards this process cannot launch kernels."""
     compiled: list[tuple[str, Any]] = []
     compile_only(lambda name, kernel: compiled.append((name, kernel)))
     rows = []

@@ -58,7 +58,7 @@ def save(figure: Any, path: Path, document: Document) -> None:
 
 
 def ratios(document: Document, path: Path) -> None:
-    """A panel for each op; above 1 is faster."""
+    """Draw a panel for each op; above 1 is faster."""
     rows = [row for row in document["rows"] if "native_us" in row and row["series"] == "race"]
     ops = list(dict.fromkeys(row["op"] for row in rows))
     columns = 4
@@ -96,7 +96,8 @@ def ratios(document: Document, path: Path) -> None:
 
 
 def roofline(document: Document, path: Path) -> None:
-    """Every row below what memory and products of this machine reach; small inputs stay in caches, above the slope."""
+    """Draw every row below this machine's limits of memory and products. Small inputs stay in caches, above the
+    slope."""
     rows = [row for row in document["rows"] if "native_us" in row]
     figure, panel = pyplot.subplots(figsize=(7.5, 5.2))
     ops = list(dict.fromkeys(row["op"] for row in rows))
@@ -130,11 +131,11 @@ def roofline(document: Document, path: Path) -> None:
 
 
 def of_copy(document: Document, path: Path) -> None:
-    """GPU rows: what of a copy's bandwidth an op reaches, ours and the peer's."""
+    """Draw the share of a copy's bandwidth that each op reaches on a GPU, for our kernel and the peer."""
     rows = [
         row for row in document["rows"] if "of_copy" in row and not ("tokens" in row and row.get("sequences", 1) > 1)
     ]
-    ops = [op for op, count in Counter(row["op"] for row in rows).items() if count > 1]  # a point is no curve
+    ops = [op for op, count in Counter(row["op"] for row in rows).items() if count > 1]  # a single point makes no curve
     figure, panels = pyplot.subplots(-(-len(ops) // 3), 3, figsize=(10, 2.4 * -(-len(ops) // 3) + 0.6), squeeze=False)
     for panel in panels.flat[len(ops) :]:
         panel.axis("off")
@@ -154,7 +155,7 @@ def of_copy(document: Document, path: Path) -> None:
 
 
 def model(document: Document, path: Path) -> None:
-    """Bars of the ratios, with a tick where the mark is."""
+    """Draw bars of the ratios, with a tick at each mark."""
     bars = [
         (row["dtype"], row["batch"], phase, kernels)
         for row in document["rows"]

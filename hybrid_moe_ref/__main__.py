@@ -100,11 +100,15 @@ def parser() -> Parser:
         help="text as it is, without a chat template; needs the checkpoint's tokenizer.json and the package tokenizers",
     )
     prompt.add_argument("--tokens", type=token_ids, metavar="IDS", help="token ids such as 1,2,3")
-    generate.add_argument("--max-new-tokens", type=positive, default=32, metavar="N")
-    generate.add_argument("--ignore-eos", action="store_true", help="go on after a token that ends the text")
+    generate.add_argument("--max-new-tokens", type=positive, default=32, metavar="N", help="default: 32")
+    generate.add_argument("--ignore-eos", action="store_true", help="continue after a token that ends the text")
     generate.add_argument("--prefill-chunk", type=positive, metavar="N", help="prompt tokens per step (default: all)")
     generate.add_argument(
-        "--drafts", type=number(0), default=0, metavar="N", help="tokens that the MTP layer guesses ahead"
+        "--drafts",
+        type=number(0),
+        default=0,
+        metavar="N",
+        help="tokens that the MTP layer proposes for each step (default: 0)",
     )
     generate.add_argument(
         "--layout",
@@ -112,14 +116,18 @@ def parser() -> Parser:
         metavar="{" + ",".join(LAYOUTS) + "}",
         help="a single process (default), or 8 ranks of this machine",
     )
-    generate.add_argument("--dp", type=positive, metavar="N", help="groups of ranks with requests of their own")
-    generate.add_argument("--tp", type=positive, metavar="N", help="ranks of a group, which share heads and features")
+    generate.add_argument("--dp", type=positive, metavar="N", help="number of dp ranks, each with its own requests")
+    generate.add_argument(
+        "--tp", type=positive, metavar="N", help="number of tp ranks per dp rank, which share heads and features"
+    )
     generate.add_argument(
         "--ep",
         action=argparse.BooleanOptionalAction,
-        help="spread whole experts over all ranks (default: with more than one --dp)",
+        help="distribute whole experts over all ranks (default: if --dp is more than 1)",
     )
-    generate.add_argument("--checks", choices=CHECKS, help="how ranks are kept in step (default: agree); needs ranks")
+    generate.add_argument(
+        "--checks", choices=CHECKS, help="how ranks compare their steps (default: agree); needs ranks"
+    )
     generate.add_argument(
         "--mode",
         choices=ENGINE_MODES,
@@ -144,12 +152,14 @@ def parser() -> Parser:
         command.add_argument(
             "--dtype", type=dtype_of(*DTYPES), metavar="DTYPE", help="default: the checkpoint's, or float32"
         )
-        command.add_argument("--device", default="cpu")
+        command.add_argument("--device", default="cpu", help="cpu (default), cuda or cuda:N")
         command.add_argument(
-            "--kernels", choices=KERNELS, help="what computes the layers; native is built here first (default: auto)"
+            "--kernels",
+            choices=KERNELS,
+            help="implementation of the layers (default: auto); native is first built on this machine",
         )
         if command is not check:
-            command.add_argument("--seed", type=int, default=0, help="of a preset's random weights")
+            command.add_argument("--seed", type=int, default=0, help="seed of a preset's random weights (default: 0)")
     for command in (params, pages, check, bench):
         command.add_argument("--json", action="store_true", help="print JSON")
     return top

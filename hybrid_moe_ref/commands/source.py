@@ -44,7 +44,9 @@ class Source:
             return cls(name, PRESETS[name])
         if _HUB_ID.fullmatch(name) and not name.startswith("."):
             download = f"hf download {name} --local-dir DIR"
-            raise InputError(f"{name!r} is no folder; if it is a Hub id, download it first: {download}; then give DIR")
+            raise InputError(
+                f"{name!r} is not a folder; if it is a Hub id, download it first ({download}) and give DIR"
+            )
         if only_folders:
             raise InputError(f"{name!r}: there is no such folder")
         raise InputError(f"{name!r} is neither a folder nor a preset ({', '.join(PRESETS)}){nearest(name, PRESETS)}")

@@ -290,7 +290,7 @@ def test_bench_measures(folder: Path, capsys: pytest.CaptureFixture) -> None:
         ),
         (
             ["generate", "Qwen/Qwen3.5-35B-A3B", "--tokens", "1"],
-            "hf download Qwen/Qwen3.5-35B-A3B --local-dir DIR;",
+            "hf download Qwen/Qwen3.5-35B-A3B --local-dir DIR)",
         ),
         (["generate", "tinny", "--tokens", "1"], "qwen3-next-80b-a3b) (did you mean 'tiny'?)"),
         (["generate", "tiny", "--tokens", "1", "--layout", "tp8", "--dp", "2"], "--layout: 'tp8' says how many ranks"),
