@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
+from repro.verdict.cycle import find_cycle
 from repro.verdict.evidence.ledger import Ledger, worst_difference
 from repro.verdict.evidence.position import GroupKey, RankState
 from repro.verdict.result import list_ranks
@@ -89,7 +90,7 @@ def wait_graph(
                 ends.setdefault(state, set()).add(rank)
     complete = [node for node in nodes.values() if node.is_complete]
     return Waits(
-        nodes, at, _find_cycle(nodes, at), ends,
+        nodes, at, _cycle_of(list(nodes.values()), at), ends,
         [node for node in nodes.values() if node.outside is not None],
         [node for node in complete if not node.returned],
         [node for node in complete if node.returned],
@@ -177,30 +178,11 @@ def _lock_edges(
         node.outside = -1  # it held the lock when the others began to wait, and has released it since
 
 
-def _find_cycle(nodes: Mapping[NodeKey, Node], at: Mapping[int, Node]) -> list[Node]:
-    """Find a cycle of nodes, [] if there is none. Iterative, because chains of waits may be long."""
-    done: set[NodeKey] = set()
-    for root in nodes.values():
-        if root.key in done:
-            continue
-        path: list[Node] = []
-        on_path: dict[NodeKey, int] = {}
-        stack: list[tuple[Node, bool]] = [(root, False)]
-        while stack:
-            node, leaving = stack.pop()
-            if leaving:
-                path.pop()
-                del on_path[node.key]
-                done.add(node.key)
-                continue
-            if node.key in done or node.key in on_path:
-                continue
-            on_path[node.key] = len(path)
-            path.append(node)
-            stack.append((node, True))
-            for following in {at[rank].key: at[rank] for rank in sorted(node.waits_for) if rank in at}.values():
-                if following.key in on_path:
-                    return path[on_path[following.key] :]
-                if following.key not in done:
-                    stack.append((following, False))
-    return []
+def _cycle_of(nodes: Sequence[Node], at: Mapping[int, Node]) -> list[Node]:
+    """A cycle of nodes; [] if there is none."""
+    places = {id(node): place for place, node in enumerate(nodes)}  # a key has all members, so that hashing it is slow
+    waits_for = {
+        place: dict.fromkeys(places[id(at[rank])] for rank in sorted(node.waits_for) if rank in at)
+        for place, node in enumerate(nodes)
+    }
+    return [nodes[place] for place in find_cycle(waits_for)]

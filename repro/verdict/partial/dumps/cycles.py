@@ -7,13 +7,13 @@ from collections.abc import Sequence
 from repro.trace.operations import TRANSFERS
 from repro.verdict.partial.diagnosis import COLLECT, Diagnosis
 from repro.verdict.partial.dumps.habits import left_rhythm
-from repro.verdict.partial.dumps.waits import Wait, find_cycle
+from repro.verdict.partial.dumps.waits import Wait, cycle_of
 from repro.verdict.partial.scene import Scene
 from repro.verdict.partial.words import call_in, program_frames, ranks_of, verb
 
 
 def judge_cycle(scene: Scene, waits: Sequence[Wait]) -> Diagnosis | None:
-    chain = find_cycle(waits)
+    chain = cycle_of(waits)
     if not chain:
         return None
     ranks = sorted({wait.rank for wait in chain})

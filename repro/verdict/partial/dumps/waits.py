@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from repro.trace.observed import Call, Group, GroupRecord, RecorderDump
+from repro.verdict.cycle import find_cycle
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,44 +76,11 @@ def _transfer_missing(
     return (call.peer,) if len(matching) < mine else ()
 
 
-def find_cycle(waits: Sequence[Wait]) -> list[Wait]:
+def cycle_of(waits: Sequence[Wait]) -> list[Wait]:
     """Waits that lead from a rank over missing ranks back to it; [] where there is none."""
     by_rank: dict[int, list[Wait]] = {}
     for wait in waits:
         by_rank.setdefault(wait.rank, []).append(wait)
-    done: set[int] = set()
-    for root in by_rank:
-        path: list[Wait] = []
-        cycle = _walk(root, by_rank, path, [], done)
-        if cycle:
-            return cycle
-    return []
-
-
-def _walk(
-    rank: int, by_rank: Mapping[int, list[Wait]], path: list[Wait], on_path: list[int], done: set[int]
-) -> list[Wait]:
-    """Depth-first search with an explicit stack; chains of a thousand ranks are met."""
-    stack: list[tuple[int, list[tuple[Wait, int]]]] = [(rank, _steps(rank, by_rank))]
-    on_path.append(rank)
-    while stack:
-        here, steps = stack[-1]
-        if not steps:
-            stack.pop()
-            done.add(here)
-            on_path.pop()
-            if path:
-                path.pop()
-            continue
-        wait, following = steps.pop()
-        if following in on_path:
-            return [*path, wait][on_path.index(following) :]
-        if following in by_rank and following not in done:
-            path.append(wait)
-            on_path.append(following)
-            stack.append((following, _steps(following, by_rank)))
-    return []
-
-
-def _steps(rank: int, by_rank: Mapping[int, list[Wait]]) -> list[tuple[Wait, int]]:
-    return [(wait, other) for wait in reversed(by_rank[rank]) for other in reversed(wait.missing)]
+    cycle = find_cycle({rank: {m for wait in rows for m in wait.missing} for rank, rows in by_rank.items()})
+    links = zip(cycle, [*cycle[1:], *cycle[:1]], strict=True)
+    return [next(wait for wait in by_rank[rank] if awaited in wait.missing) for rank, awaited in links]

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from repro.trace.observed import Stack
+from repro.verdict.cycle import find_cycle
 from repro.verdict.partial.diagnosis import COLLECT, Diagnosis
 from repro.verdict.partial.scene import Scene
 
@@ -20,7 +21,7 @@ def judge_processes(scene: Scene) -> Diagnosis | None:
     looks: dict[Place, Sequence[Stack]] = {}
     for role in ("worker", "engine"):
         looks |= {(role, rank): rows for rank, rows in scene.main_stacks(role).items() if rows[-1].process.role == role}
-    cycle = _cycle({place: _waits_for(place, rows[-1], looks) for place, rows in looks.items()})
+    cycle = find_cycle({place: _waits_for(place, rows[-1], looks) for place, rows in looks.items()})
     if len({role for role, _ in cycle}) < 2:
         return None  # collectives alone are judged by their own rule
     lines = [
@@ -53,20 +54,3 @@ def _waits_for(place: Place, stack: Stack, looks: Mapping[Place, Sequence[Stack]
     if role == "engine" and stack.activity == "answer":
         return [("worker", rank)] if ("worker", rank) in looks else []
     return []
-
-
-def _cycle(edges: Mapping[Place, Sequence[Place]]) -> list[Place]:
-    """A shortest cycle of the waits, [] where there is none."""
-    best: list[Place] = []
-    for start in edges:
-        paths = [[start]]
-        seen: set[Place] = set()
-        while paths:
-            path = paths.pop(0)
-            for following in edges[path[-1]]:
-                if following == start and (not best or len(path) < len(best)):
-                    best = path
-                elif following not in seen:
-                    seen.add(following)
-                    paths.append([*path, following])
-    return best

@@ -1,0 +1,19 @@
+"""Find a cycle of waits."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Iterable, Mapping
+from graphlib import CycleError, TopologicalSorter
+from typing import TypeVar
+
+T = TypeVar("T", bound=Hashable)
+
+
+def find_cycle(waits_for: Mapping[T, Iterable[T]]) -> list[T]:
+    """A cycle, each member before one that it waits for; [] if there is none. Linear in the edges."""
+    try:
+        TopologicalSorter(waits_for).prepare()
+    except CycleError as error:
+        cycle: list[T] = error.args[1]  # from a member over those that wait for it back to itself
+        return cycle[:0:-1]
+    return []
