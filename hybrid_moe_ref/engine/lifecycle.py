@@ -12,7 +12,8 @@
                                                                          steps that ask, see `protocol`
 
 The order is vLLM's, but `prepare` comes before the first model execution: work that may build, tune or fail on one rank
-alone is done before any rank depends on it.
+alone is done before any rank depends on it. `profile` allocates the activations of the largest step, which the check of
+memory before a start (`memory.check_memory`) does not count: a shortage shows there, not while serving.
 """
 
 from __future__ import annotations

@@ -38,7 +38,11 @@ from hybrid_moe_ref.parallel.schedule import first_difference, schedule_words
 
 
 class ModelRunner:
-    """Runs steps of a model in any layout. All ranks must execute the same steps in the same order."""
+    """Runs steps of a model in any layout. All ranks must execute the same steps in the same order.
+
+    Each decision that the ranks must make alike is a call of one of `policies`, which a scenario can replace by a wrong
+    one. So a policy gets the agreement as a function to call (`_agree`, `_exchange`), and decides whether to call it.
+    """
 
     def __init__(
         self, model: HybridMoE, context: ForwardContext, comm: Communicator, policies: Policies, config: ServerConfig

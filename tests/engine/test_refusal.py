@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from hybrid_moe_ref.config import ParallelConfig
+from hybrid_moe_ref.engine.policies import IdlePolicy, Policies
 from hybrid_moe_ref.engine.startup.refusal import Refused, check_start
 from repro import exit_codes
 from repro.commands import cli
@@ -81,6 +82,15 @@ def test_no_cure_is_refused(name, variant):
     settings = scenarios.settings_of({"scenario": name, "variant": variant})
     scenario = scenarios.load(name)
     assert check_start(scenario.server(settings, 0), scenario.policies(settings, 0)) == [], f"{name} {variant}"
+
+
+def test_a_policy_that_fails_in_its_trial_ends_the_start_with_its_own_error():
+    class Broken(IdlePolicy):
+        def dummy_tokens(self, unfinished):
+            raise KeyError("no such setting")
+
+    with pytest.raises(KeyError, match="no such setting"):
+        check_start(server("agree"), Policies(idle=Broken()))
 
 
 def test_a_run_that_is_not_to_hang_is_refused_without_agreement(tmp_path, capsys):

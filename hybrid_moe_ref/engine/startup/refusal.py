@@ -5,13 +5,13 @@
                                       tuning cache and on one without
 
 A policy must lead every rank to the same collectives, whatever the state of that rank is. The trial calls the policy
-with a stand-in that only counts collectives. This finds the known faults, not all possible ones; the schedule guard
-refuses the others while the server runs. This file uses neither torch nor communication.
+with a stand-in that only counts collectives, and an error of the policy ends the start. This finds the known faults,
+not all possible ones; the schedule guard refuses the others while the server runs. This file uses neither torch nor
+communication.
 """
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, cast
 
@@ -50,8 +50,7 @@ def findings(config: ServerConfig, policies: Policies | None = None) -> Iterator
             _tunes_without_vote,
             _preempts_late,
         ):
-            with contextlib.suppress(Exception):  # a policy that fails outside of a server yields no finding
-                yield from list(trial(config, policies))
+            yield from trial(config, policies)
 
 
 def _unagreed(config: ServerConfig) -> Iterator[str]:
