@@ -9,6 +9,7 @@ from repro.store.text import counted
 from repro.verdict.partial.diagnosis import COLLECT, Diagnosis
 from repro.verdict.partial.looks.ranks import (
     AMONG_RANKS,
+    POLLING,
     WAITING,
     RankLook,
     call_of,
@@ -24,6 +25,8 @@ MOVING_SWITCHES_PER_S = 5.0
 MOVING_CORES = 0.1
 Key = tuple[str, str]
 """(operation, group) that a rank waits in."""
+ANY_DATA, ANYTHING = "any operation with data", "any operation"
+WITH_DATA = {"all_reduce", "all_gather", "reduce_scatter", "all_to_all", "broadcast", "reduce", ANY_DATA}
 
 
 def judge_waiting_ranks(scene: Scene) -> Diagnosis | None:
@@ -90,10 +93,10 @@ def _different(scene: Scene, looks: Mapping[int, RankLook]) -> Diagnosis | None:
     why = _all_belong(scene, looks)
     groups = {group for _, group in sides}
     crossed = len(groups) > 1 and "" not in groups and _are_apart(looks, groups)
-    ops = {op for op, _ in sides}
+    mismatch = any(_differ(one, two) for one, _ in sides for two, _ in sides)
     named = "; ".join(f"{ranks_of(ranks)} in {call_of(looks[ranks[0]])}" for ranks in sides.values())
     lines = tuple(f"Rank {look.rank} {look.at}" for look in list(looks.values())[:8])
-    if not why or not (crossed or len(ops) > 1):
+    if not why or not (crossed or mismatch):
         return None
     smallest, *_, largest = sorted(sides.values(), key=len)
     few = tuple(smallest) if len(smallest) < len(largest) else ()
@@ -111,10 +114,20 @@ def _different(scene: Scene, looks: Mapping[int, RankLook]) -> Diagnosis | None:
 
 
 def _key(look: RankLook) -> Key:
+    """A wait for something that was queued before may be for one of several operations."""
     stack = look.stack
-    if stack is None or stack.activity == "backward":
-        return "backward", ""
+    if stack is None or stack.detail in POLLING or stack.detail.startswith(("a wait", "wait ")):
+        return ANYTHING, ""
+    if stack.activity == "backward" or stack.detail.startswith("wait_tensor"):
+        return ANY_DATA, ""
     return operation(stack.detail.split(" ")[0]), stack.group
+
+
+def _differ(one: str, two: str) -> bool:
+    """Whether two ranks cannot be in the same operation."""
+    if ANYTHING in (one, two):
+        return False
+    return not {one, two} <= WITH_DATA if ANY_DATA in (one, two) else one != two
 
 
 def _are_apart(looks: Mapping[int, RankLook], groups: set[str]) -> bool:

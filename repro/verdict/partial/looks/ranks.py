@@ -81,7 +81,12 @@ class RankLook:
 
     @property
     def still(self) -> bool:
-        """Whether nothing of the rank moved: its first thread did not run, nor did its children."""
+        """Whether nothing of the rank moved: its first thread did not run, nor did its children.
+
+        A rank that is runnable and gets no processor, on a machine that is too busy, does not stand still.
+        """
+        if "R" in (self.first.state, self.last.state):
+            return False
         switches = self.last.switches - self.first.switches
         return (
             self.apart_s >= SHORTEST_S and self.cores < BUSY_CORES and switches <= STILL_SWITCHES_PER_S * self.apart_s
@@ -147,7 +152,10 @@ def rank_looks(scene: Scene) -> dict[int, RankLook]:
 
 
 def place_of(stack: Stack) -> str:
-    return program_frames(stack.frames, 2) or (stack.frames[0] if stack.frames else "?")
+    """The innermost frame outside of torch, and the innermost one of a file of the program itself."""
+    own = [frame for frame in stack.frames if "(torch/" not in frame and ".so" not in frame]
+    files = [frame for frame in own[1:] if "/" not in frame.rpartition("(")[2]]
+    return " < ".join([*own[:1], *files[:1]]) or (stack.frames[0] if stack.frames else "?")
 
 
 def call_of(look: RankLook) -> str:
