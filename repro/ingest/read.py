@@ -27,13 +27,10 @@ MAX_LOG_BYTES = 64 << 30
 MAX_UNPACKED_BYTES = 512 << 20
 MAX_FILES = 20_000
 MAX_NAME = 300
+# What `collect` and `diagnose --out` write beside evidence.
 _PASSED_OVER = {
-    "expect.json",
-    "run.json",
-    "report.html",
-    "ISSUE.md",
-    "diagnosis.json",
-}  # what `collect` and `diagnose` write
+    "expect.json", "run.json", "report.html", "ISSUE.md", "diagnosis.json", "verdict.json", "records.jsonl"
+}  # fmt: skip
 _ZIP_ERRORS = (
     zipfile.BadZipFile, zlib.error, lzma.LZMAError, struct.error,
     NotImplementedError, RuntimeError, EOFError, OSError, ValueError, OverflowError, KeyError, IndexError,

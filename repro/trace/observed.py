@@ -351,9 +351,11 @@ class LockLook:
 
 @dataclass(frozen=True, slots=True)
 class Connections:
-    """TCP connections between the processes of a job on one host: (pid, pid of the other end) -> their number.
+    """TCP connections between the processes of a job on one host.
 
-    unread    bytes that lie in the receive queues; closed: pids whose peer has closed its end
+    between   (pid, a larger pid) -> number of connections between the two
+    unread    pid -> bytes that lie in its receive queues
+    closed    pids whose peer has closed its end
     """
 
     host: str

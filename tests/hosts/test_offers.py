@@ -56,10 +56,9 @@ def test_a_recorder_dump_is_requested_through_the_pipe_and_awaited(tmp_path):
     os.mkfifo(pipe)
     dump.write_bytes(b"an old one")
     os.utime(dump, (1, 1))
-    reader = os.open(pipe, os.O_RDONLY | os.O_NONBLOCK)
+    reader = os.open(pipe, os.O_RDWR)  # a writer of its own, so that a read before the other one comes does not end
 
     def rank():
-        os.set_blocking(reader, True)
         assert os.read(reader, 8)
         dump.write_bytes(DUMP)
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 from hanging import hung_jobs, look_at
 
@@ -23,6 +25,7 @@ EXPECTED = {  # kind: class, cause, culprits, suspects, and words of a sentence
     "stopped": ("stall", "host", [ODD], [], "stopped by a signal"),
     "crossed_groups": ("deadlock", "order", [], [ODD], "of group outer"),
 }
+SAME = ("verdict", "cause", "culprits", "suspects", "sentences")
 QUICK = ["swallowed_exception", "abandoned_lock"]
 
 
@@ -47,8 +50,10 @@ def test_a_hung_job_is_looked_at_from_outside_and_who_waits_for_whom_is_named(jo
     check(document, kind)
     (folder,) = tmp_path.glob("*-collect-*")
     capsys.readouterr()
-    assert main(["diagnose", str(folder)]) == 0
-    assert capsys.readouterr().out.startswith(f"{document['verdict']} ("), "the folder alone gives the same verdict"
+    for path in (folder, tmp_path):  # its records, and the files that were collected
+        assert main(["diagnose", "--json", str(path)]) == 0
+        again = json.loads(capsys.readouterr().out)
+        assert {key: again[key] for key in SAME} == {key: document[key] for key in SAME}, path
 
 
 @pytest.mark.full

@@ -51,7 +51,8 @@ def job(*ranks, world=None, extra=()):
 
 def meshed(count, ranks=3, **unequal):
     pairs = {(100 + a, 100 + b): count for a in range(ranks) for b in range(a + 1, ranks)}
-    return Connections("host", 1, {**pairs, **unequal.get("but", {})})
+    pairs |= unequal.get("but", {})
+    return Connections("host", 1, pairs)
 
 
 def lock(holders, waiters, look, **more):

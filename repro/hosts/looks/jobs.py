@@ -113,9 +113,10 @@ def choose(jobs: Sequence[Job], table: Mapping[int, Status], pids: Sequence[int]
     """The jobs that hold these processes, or are below them; a process of no job is taken with its Python children."""
     wanted = set(pids)
     chosen = [job for job in jobs if wanted & _with_launchers(job, table)]
-    held = {pid for job in chosen for pid in _with_launchers(job, table)}
-    below = {row.pid for job in chosen for pid in job.pids for row in descendants(table, pid)}
-    rest = wanted - held - below
+    pids_of_jobs = {pid for job in chosen for pid in job.pids}
+    below = {row.pid for pid in pids_of_jobs for row in descendants(table, pid)}
+    rest = wanted - pids_of_jobs - below - {above for pid in pids_of_jobs for above in _ancestors(pid, table)}
+    rest -= {above for pid in rest for above in _ancestors(pid, table)}  # a wrapper, such as a shell or srun
     if not rest:
         return chosen
     candidates = {row.pid: row for row in _candidates(table)}
@@ -132,6 +133,12 @@ def _ranks_below(pids: Sequence[int], candidates: Mapping[int, _Candidate]) -> I
     for pid in pids:
         children = [row.pid for row in candidates.values() if row.status.parent == pid and row.torch]
         yield from children if len(children) > 1 else [pid]
+
+
+def _ancestors(pid: int, table: Mapping[int, Status]) -> Iterator[int]:
+    while (row := table.get(pid)) is not None and row.parent in table:
+        pid = row.parent
+        yield pid
 
 
 def _with_launchers(job: Job, table: Mapping[int, Status]) -> set[int]:

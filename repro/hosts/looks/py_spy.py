@@ -64,12 +64,16 @@ def _try_dump(command: list[str]) -> Answer:
     except OSError as error:
         return Answer(failure=f"py-spy cannot be started: {error.strerror}")
     if done.returncode != 0:
-        lines = done.stderr.decode(errors="replace").split("\n")
-        words = [line.removeprefix("Error:").strip() for line in lines if line.strip()]
-        return Answer(failure="; ".join(dict.fromkeys(words))[:200] or f"py-spy ended with {done.returncode}")
+        return Answer(failure=_reason(done.stderr.decode(errors="replace")) or f"py-spy ended with {done.returncode}")
     try:
         threads = json.loads(done.stdout)
     except ValueError:
         return Answer(failure="py-spy printed no JSON")
     rows = [thread for thread in threads if isinstance(thread, dict)] if isinstance(threads, list) else []
     return Answer(tuple(rows), "" if rows else "py-spy found no thread")
+
+
+def _reason(printed: str) -> str:
+    """What py-spy prints of an error, without the stack of its own that may follow."""
+    lines = [line.removeprefix("Error:").strip() for line in printed.partition("Stack backtrace")[0].splitlines()]
+    return "; ".join(dict.fromkeys(line for line in lines if line))[:200]
