@@ -48,7 +48,7 @@ _DIFFERENCES = {
 }
 """The ways in which the collectives of ranks can differ."""
 
-_LOCK = {"lock": "a lock held across a collective"}
+_LOCK = {"lock": "a lock that is not released"}
 
 CLASSES = {
     each.name: each
@@ -73,7 +73,7 @@ CLASSES = {
             "yellow",
             hangs=None,
             final=False,
-            causes={"straggler": "a rank that is slower than the others"},
+            causes={"straggler": "a rank that is slower than the others", **_LOCK},
         ),
         VerdictClass(
             "crash",
