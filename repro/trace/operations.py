@@ -132,6 +132,15 @@ class Calls(Sequence[Call]):
         place = self.done.find(0)
         return None if place < 0 else place
 
+    def unfinished(self) -> list[int]:
+        """The index of the oldest collective and that of the oldest transfer that are not over, where there is one."""
+        oldest: dict[bool, int] = {}
+        place = self.done.find(0)
+        while place >= 0 and len(oldest) < 2:
+            oldest.setdefault(self.forms[self.form[place]].is_transfer, place)
+            place = self.done.find(0, place + 1)
+        return list(oldest.values())
+
     @property
     def has_transfers(self) -> bool:
         return any(form.is_transfer for form in self.forms)

@@ -320,3 +320,43 @@ def test_an_exception_before_a_lone_rank_s_time_out_names_nobody(tmp_path):
     log = "[rank7]: ValueError: retried\n" + watchdog(7, 9, "ALLREDUCE", queued=12)
     diagnosis = diagnose(read([write(tmp_path, {"rank7.log": log})]).records)
     assert (diagnosis.verdict, diagnosis.culprits) == ("inconclusive", ())
+
+
+IB = (
+    "h1:70:90 [2] NCCL WARN NET/IB : req 0/1 tag 3 peer 10.0.0.1<4000> collective mismatch error, "
+    "local size {} remote size {}\n"
+)
+
+
+def test_a_message_of_another_size_makes_the_same_wait_of_all_ranks_no_stall(tmp_path):
+    files = {f"log_{rank}.txt": watchdog(rank, 7, "ALLREDUCE") for rank in range(4)}
+    files["log_0.txt"] = files["log_0.txt"] + "[rank0]: world size is 4\n"
+    assert told(write(tmp_path / "without", files))[0].verdict == "stall"
+    files["log_2.txt"] = f"[rank2]: {IB.format(4096, 8192)}" + files["log_2.txt"]
+    diagnosis, text = told(write(tmp_path / "with", files))
+    assert (diagnosis.verdict, diagnosis.cause, diagnosis.culprits) == ("deadlock", "sizes", ()), text
+    assert "received 8192 bytes where it expected 4096" in text
+
+
+def test_the_error_that_a_message_of_another_size_causes_convicts_nobody(tmp_path):
+    error = "[rank2]: torch.distributed.DistBackendError: NCCL error in: x.cpp:9, invalid usage\n"
+    files = {f"log_{rank}.txt": watchdog(rank, 7, "ALLREDUCE") for rank in (0, 1, 3)}
+    diagnosis, text = told(write(tmp_path, {**files, "log_2.txt": f"[rank2]: {IB.format(4096, 8192)}{error}"}))
+    assert (diagnosis.culprits, diagnosis.cause) == ((), "sizes"), text
+
+
+def test_a_message_of_another_size_alone_is_undecided(tmp_path):
+    diagnosis, _ = told(write(tmp_path, {"log_2.txt": IB.format(4096, 8192)}))
+    assert (diagnosis.verdict, diagnosis.culprits) == ("inconclusive", ())
+
+
+def test_a_collective_that_waits_behind_a_transfer_of_its_group_is_part_of_a_cycle(tmp_path):
+    """Rank 0 waits in `pp` for rank 1, which has sent what rank 0 receives, and rank 1 in `dp` for rank 0."""
+    pp, dp = (3, "11", "pp"), (4, "12", "dp")
+    groups = {"11": ("pp", [0, 1]), "12": ("dp", [0, 1])}
+    receive = call(1, "recv 0<-1", group=pp, p2p=True, done=False)
+    send = call(1, "send 1->0", group=pp, p2p=True, done=False)
+    reduce_pp, reduce_dp = call(1, "all_reduce", group=pp, done=False), call(1, "all_reduce", group=dp, done=False)
+    folder = recorders(tmp_path, {0: [receive, reduce_pp], 1: [send, reduce_dp]}, groups=groups)
+    diagnosis, text = told(folder)
+    assert (diagnosis.verdict, diagnosis.cause, diagnosis.culprits) == ("deadlock", "order", ()), text

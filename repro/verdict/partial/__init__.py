@@ -14,7 +14,7 @@ from repro.verdict.partial.dumps.judge import judge_recorders
 from repro.verdict.partial.logs.counts import judge_counts
 from repro.verdict.partial.logs.failures import judge_failures
 from repro.verdict.partial.logs.launches import judge_launches
-from repro.verdict.partial.logs.mismatches import judge_mismatches
+from repro.verdict.partial.logs.mismatches import judge_message_sizes, judge_mismatches
 from repro.verdict.partial.logs.starts import judge_start
 from repro.verdict.partial.logs.timeouts import judge_timeouts
 from repro.verdict.partial.looks.collectives import judge_waiting_ranks
@@ -26,8 +26,8 @@ from repro.verdict.partial.stacks.judge import judge_stacks
 from repro.verdict.partial.words import ranks_of
 
 RULES = (
-    judge_mismatches, judge_start, judge_failures, judge_lock_files, judge_hosts, judge_recorders, judge_timeouts,
-    judge_waiting_ranks, judge_stacks, judge_counts, judge_launches, judge_notes,
+    judge_mismatches, judge_message_sizes, judge_start, judge_failures, judge_lock_files, judge_hosts, judge_recorders,
+    judge_timeouts, judge_waiting_ranks, judge_stacks, judge_counts, judge_launches, judge_notes,
 )  # fmt: skip
 
 __all__ = ["Diagnosis", "diagnose"]

@@ -11,7 +11,7 @@ from repro.verdict.cycle import find_cycle
 
 @dataclass(frozen=True, slots=True)
 class Wait:
-    """A rank's oldest unfinished operation in one group, and the members that have not queued it."""
+    """A rank's oldest unfinished collective or transfer in one group, and the members that have not queued it."""
 
     rank: int
     group: Group
@@ -22,7 +22,7 @@ class Wait:
 
 
 def waits_of(groups: Mapping[Group, Mapping[int, GroupRecord]], dumps: Mapping[int, RecorderDump]) -> list[Wait]:
-    """The oldest unfinished operation of each rank in each group, and the members that have not queued it.
+    """The oldest unfinished collective and transfer of each rank in each group, with the members that lack it.
 
     A member whose dump is whole and holds nothing of the group has queued nothing in it. Of one whose older entries
     were overwritten that is not known, and it counts as unseen.
@@ -35,19 +35,18 @@ def waits_of(groups: Mapping[Group, Mapping[int, GroupRecord]], dumps: Mapping[i
         unseen = tuple(member for member in group.members if member not in queued)
         behind: dict[int, tuple[int, ...]] = {}  # sequence number -> the members that have queued less
         for rank, record in sorted(records.items()):
-            call = record.pending
-            if call is None:
-                continue
-            if call.is_transfer:
-                missing = _transfer_missing(rank, record, records, wrapped)
-            elif call.seq is None:
-                missing = ()
-            else:
-                if call.seq not in behind:
-                    behind[call.seq] = tuple(m for m in group.members if queued.get(m, call.seq) < call.seq)
-                missing = behind[call.seq]
             shown = replace(group, description=record.group.description)
-            waits.append(Wait(rank, shown, call, missing, unseen, str(call.source)))
+            for place in record.calls.unfinished():
+                call = record.calls[place]
+                if call.is_transfer:
+                    missing = _transfer_missing(rank, place, record, records, wrapped)
+                elif call.seq is None:
+                    missing = ()
+                else:
+                    if call.seq not in behind:
+                        behind[call.seq] = tuple(m for m in group.members if queued.get(m, call.seq) < call.seq)
+                    missing = behind[call.seq]
+                waits.append(Wait(rank, shown, call, missing, unseen, str(call.source)))
     return waits
 
 
@@ -58,13 +57,11 @@ def last_queued(record: GroupRecord) -> int:
 
 
 def _transfer_missing(
-    rank: int, record: GroupRecord, records: Mapping[int, GroupRecord], wrapped: bool
+    rank: int, place: int, record: GroupRecord, records: Mapping[int, GroupRecord], wrapped: bool
 ) -> tuple[int, ...]:
     """The other end, if it has queued fewer matching operations: the k-th send meets the k-th receive. Of a ring that
     was overwritten the counts are not known; then an end is missing if it has no matching operation unfinished.
     """
-    place = record.calls.pending
-    assert place is not None
     call = record.calls[place]
     if call.peer is None or call.peer not in records:
         return ()

@@ -1,11 +1,13 @@
-"""Judge the comparison that TORCH_DISTRIBUTED_DEBUG=DETAIL makes before each collective."""
+"""Judge what torch and NCCL say of arguments that differ: DETAIL before a collective, NCCL's network in it."""
 
 from __future__ import annotations
 
 from collections import Counter
 
 from repro.trace.observed import Call
-from repro.verdict.partial.diagnosis import Diagnosis
+from repro.verdict.partial.diagnosis import COLLECT, Diagnosis
+from repro.verdict.partial.dumps.members import groups_of
+from repro.verdict.partial.dumps.sides import different_arguments
 from repro.verdict.partial.scene import Scene
 from repro.verdict.partial.words import arguments, ranks_of
 
@@ -47,4 +49,28 @@ def judge_mismatches(scene: Scene) -> Diagnosis | None:
         tuple(evidence), ("The reports are of different collectives: compare their sequence numbers.",),
         ("why the ranks built different graphs: print on each rank the parameters (buckets) that "
         "take part, frozen or unused ones, and the batch; with its stack",),
+    )  # fmt: skip
+
+
+def judge_message_sizes(scene: Scene) -> Diagnosis | None:
+    """NCCL's network met a message of another size, which no stopped device or network explains.
+
+    It does not show which side is right. Dumps that show both sides, and errors of another kind, prove more.
+    """
+    rows = [note for note in scene.notes if note.kind == "sizes"]
+    ended = [record for record in scene.failures if record.kind in ("memory", "device", "killed")]
+    if not rows or ended or different_arguments(scene, groups_of(scene.recorders)) is not None:
+        return None
+    failed = any(record.kind == "exception" for record in scene.failures)
+    waits = scene.timeouts or any(record.pending for dump in scene.recorders.values() for record in dump.groups)
+    verdict = "crash" if failed else "deadlock" if waits else "inconclusive"
+    decided = verdict != "inconclusive"
+    lines = dict.fromkeys(f"{note.process}: {note.text} ({note.source})" for note in rows)
+    return Diagnosis(
+        verdict, "sizes" if decided else "", (), (), "likely" if decided else "undecided",
+        ("Two ranks passed different sizes to one collective, or entered different ones: NCCL's network met a message "
+         "of another size than it expected. Nothing here says which side is right.",),
+        tuple(list(lines)[:6]), ("The message is of an earlier run, or of another communicator.",),
+        (COLLECT["recorder"], "the same run with TORCH_DISTRIBUTED_DEBUG=DETAIL, which compares the arguments before "
+         "each collective"),
     )  # fmt: skip
