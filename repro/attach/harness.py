@@ -34,6 +34,7 @@ from typing import TYPE_CHECKING, Any
 
 from repro import report
 from repro.attach.block_names import blocks_compared
+from repro.attach.record import rank as recorded
 from repro.hosts import processes
 from repro.hosts.options import ALL_GROUPS, WatchOptions
 from repro.hosts.parent import start_ticks
@@ -57,7 +58,7 @@ POLL_S = 0.02
 PARK_S = 10.0
 LEAVE_S = 2.0
 _NOT_THEIRS = (
-    "repro/attach/torch_patch.py",
+    "repro/attach/record/",
     "repro/attach/harness.py",
     '"torch/',
     '"_pytest/',
@@ -85,7 +86,7 @@ class Rank:
         return dist.group.WORLD
 
 
-_current: list[Rank] = []
+_current: list[recorded.Rank] = []
 
 
 @contextlib.contextmanager
@@ -98,13 +99,11 @@ def assert_no_deadlock(name: str = "") -> Iterator[None]:
     """
     if not _current:
         raise RuntimeError("assert_no_deadlock() belongs in a function that ep_ranks(n, backend).run(...) runs")
-    from repro.attach.torch_patch import watched
-
-    recorder = _current[0].recorder
-    recorder.phase(name or "watched")
-    with watched(recorder, name):
+    rank = _current[0]
+    rank.phase(name or "watched")
+    with recorded.recorded_as(rank, name):
         yield
-    recorder.phase("after")
+    rank.phase("after")
 
 
 @dataclass
@@ -243,6 +242,9 @@ class Ranks:
         import torch
         import torch.distributed as dist
 
+        from repro.attach.record.attendant import Attendant
+        from repro.attach.record.start import install
+
         torch.set_num_threads(1)
         os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
         device = torch.device("cuda", rank) if self.backend == "nccl" else torch.device("cpu")
@@ -255,8 +257,10 @@ class Ranks:
             world_size=self.num_ranks,
             timeout=timedelta(seconds=self.deadline_s + 600),  # the watcher ends a run, before the group gives up
         )
-        _current[:] = [Rank(rank, self.num_ranks, device, recorder)]
-        return _current[0]
+        install()
+        _current[:] = [recorded.Rank(recorder, rank, run_dir.root)]
+        Attendant(_current[0]).start()
+        return Rank(rank, self.num_ranks, device, recorder)
 
 
 _COMPARED = {

@@ -68,7 +68,6 @@ _LOCAL_KINDS = {
 }
 _NOT_A_CALL_SITE = (
     "parallel/comm.py",
-    "repro/attach/torch_patch.py",
     "contextlib.py",
 )  # frames between the caller and the observer
 _LIBRARIES = ("packages/torch/", "repro/attach/record/")  # a foreign program's call site is its own code

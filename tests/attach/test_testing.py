@@ -12,6 +12,7 @@ import psutil
 import pytest
 import torch
 import torch.distributed as dist
+import torch.distributed._functional_collectives as functional_collectives
 from torch.distributed import all_reduce as imported_by_name
 
 from repro.attach.harness import DeadlockError, Ranks, assert_no_deadlock
@@ -140,6 +141,26 @@ def test_names_of_blocks_may_differ_by_rank_but_not_between_names_that_ranks_sha
     told = told_by(Ranks(3, "gloo", tmp_path), one_is_ahead)
     assert told.startswith("corrupt"), told
     assert "world #1 differs in name of the block: rank 0 'layer 1', ranks 1,2 'layer 0'" in told, told
+
+
+def test_a_transfer_that_is_not_sent_and_a_functional_collective_that_is_left_out_are_found(tmp_path):
+    def unsent(rank):
+        with assert_no_deadlock("stage"):
+            if rank.rank == 0:
+                dist.recv(torch.zeros(4), src=1)
+            else:
+                dist.barrier()
+
+    told = told_by(Ranks(2, "gloo", tmp_path, quiet_window_s=0.3), unsent)
+    assert "rank 0 waits in world:1>0 recv #1" in told, told
+
+    def functional(rank):
+        with assert_no_deadlock("expert"):
+            if rank.rank:
+                functional_collectives.all_reduce(torch.ones(4), "sum", dist.group.WORLD).sum().item()
+
+    told = told_by(Ranks(3, "gloo", tmp_path, quiet_window_s=0.3), functional)
+    assert told.startswith("deadlock") and "ranks 1,2 wait in world all_reduce #1" in told, told
 
 
 def test_a_coalesced_collective_that_a_rank_leaves_out_is_found(tmp_path):

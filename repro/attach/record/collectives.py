@@ -113,9 +113,9 @@ class _Group(NamedTuple):
     on_host: bool
 
 
-_pending: dict[int, tuple[Any, Calls, bool]] = {}
+_pending: dict[int, tuple[Any, Calls, bool, bool]] = {}
 """Works that were issued and are not known to be complete, by id: a weak reference, the calls (a coalesced work has
-several), and whether the program waits for it at once."""
+several), whether the program waits for it at once, and whether it may be asked whether it is complete."""
 
 _groups: dict[int, _Group] = {}  # by id of the group
 _dtypes: dict[Any, str] = {}
@@ -186,8 +186,9 @@ def _recorded(method: Method, original: Any) -> Any:
         elif work is None:
             with lock:
                 recorder.leave(collective, ticket)
-        elif on_host or not asynchronous:
-            _pending[id(work)] = (weakref.ref(work), ((collective, ticket),), not asynchronous)
+        else:
+            asked = asynchronous and on_host
+            _pending[id(work)] = (weakref.ref(work), ((collective, ticket),), not asynchronous, asked)
         return work
 
     return call
@@ -221,7 +222,7 @@ def _read(
             if method.reduces:
                 reduction = _reduction(opts)
         sizes = method.sizes(first, second)
-        dtype = dtype_of(first)
+        dtype = dtype_of(first) or dtype_of(second)  # only the root of a gather has a list for the output
     except Exception as error:
         say_once(rank, op, error)
     return Collective(known.name, op, rank.local.layer, sizes, dtype, reduction, root), asynchronous, known.on_host
@@ -240,7 +241,7 @@ def _recorded_wait(original: Any) -> Any:
         rank = this.current
         if pending is None or rank is None or pending[0]() is not self:
             return original(self, *args, **options)
-        _, calls, blocking = pending
+        _, calls, blocking, _ = pending
         if not blocking:
             with rank.lock:
                 for collective, ticket in calls:
@@ -267,7 +268,7 @@ def _recorded_end(original: Any) -> Any:
         calls, _thread.coalesced = _thread.coalesced, None
         work = original(self, *args, **options)
         if calls and work is not None:
-            _pending[id(work)] = (weakref.ref(work), tuple(calls), False)
+            _pending[id(work)] = (weakref.ref(work), tuple(calls), False, False)
         return work
 
     return end
@@ -284,11 +285,11 @@ def issued(rank: Rank, collective: Collective) -> int:
 
 def note_completions(rank: Rank) -> None:
     """Record the completion of works that nobody waits for in Python."""
-    for key, (get_work, calls, blocking) in list(_pending.items()):
+    for key, (get_work, calls, _, asked) in list(_pending.items()):
         work = get_work()
         if work is None:
             _pending.pop(key, None)
-        elif not blocking and work.is_completed() and _pending.pop(key, None) is not None:
+        elif asked and work.is_completed() and _pending.pop(key, None) is not None:
             with rank.lock:  # the entry was still there, so the program does not wait for it in this moment
                 for collective, ticket in calls:
                     rank.recorder.leave(collective, ticket)

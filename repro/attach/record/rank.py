@@ -129,6 +129,18 @@ def become(rank: int, num_ranks: int, meeting: str = "") -> None:
     Attendant(current).start()
 
 
+@contextlib.contextmanager
+def recorded_as(rank: Rank, layer: str) -> Iterator[None]:
+    """Record this process in the block, as a test does with the code that it runs. layer: names the block."""
+    global current
+    before, current = current, rank
+    try:
+        with rank.in_layer(layer):
+            yield
+    finally:
+        current = before
+
+
 def _key(num_ranks: int, meeting: str) -> str:
     """A name that the ranks of one job share, and no other job of this recording."""
     environ = os.environ

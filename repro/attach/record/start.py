@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 from pathlib import Path
 
@@ -30,4 +31,10 @@ HOOKS: dict[str, Hook] = {
 def begin(directory: str) -> None:
     """Record this process, once it is a rank, under ``directory``. Called once, before the program's first import."""
     rank.configure(Path(directory), modules=bool(os.environ.get("HMR_RECORD_MODULES")))
+    install()
+
+
+@functools.cache
+def install() -> None:
+    """Hook what the program has imported or will import. The hooks do nothing while the process is no recorded rank."""
     after_import(HOOKS)
