@@ -87,6 +87,7 @@ def plant(out: Path, what: list[Plant], monkeypatch) -> Path:
     verdict = json.loads((root / "verdict.json").read_text())
     verdict["evidence"] += texts
     verdict["sentences"] += texts
+    verdict["notes"] += texts
     verdict["ranks"][0] |= {"detail": words, "layer": texts[3], "site": f"{texts[4]}:3 {texts[5]}", "phase": texts[6]}
     verdict["watcher"] = {"hostname": HOST, "boot_id": "boot0", "argv": argv}
     verdict["system"]["excused"] = {"0": texts[7]}

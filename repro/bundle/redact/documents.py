@@ -76,7 +76,7 @@ _OF_KIND: Mapping[str, Callable[[Recogniser, Any], Any]] = {
     "purpose": lambda recogniser, value: recogniser.line(str(value)),
     "source": lambda recogniser, value: _references(str(value), recogniser),
     "words": lambda recogniser, value: _command(value, recogniser),
-    "notes": lambda recogniser, value: [text for line in value if (text := recogniser.line(str(line)))],
+    "notes": lambda recogniser, value: _lines(value, recogniser),
     "line": lambda recogniser, value: value if _is_number(value) or _LOCATION.fullmatch(str(value)) else "",
     "name": lambda recogniser, value: recogniser.string(str(value)),
     "filename": lambda recogniser, value: recogniser.path(str(value)),
@@ -104,6 +104,11 @@ def _known(value: Any, fields: frozenset[str], recogniser: Recogniser) -> Any:
         else:
             recogniser.left_out["fields"] += 1
     return kept
+
+
+def _lines(lines: Any, recogniser: Recogniser) -> list[str]:
+    """The recognised lines of a list."""
+    return [text for line in lines if (text := recogniser.line(str(line)))] if isinstance(lines, list) else []
 
 
 def _link(text: str, recogniser: Recogniser) -> str:

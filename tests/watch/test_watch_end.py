@@ -1,0 +1,63 @@
+"""How a watch ends when no rank begins, or the results cannot be compared yet. All clocks are simulated."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from simulated_watch import World, make_run_dir
+from simulator import Simulation
+
+from hybrid_moe_ref.parallel.observer import Collective
+from repro.hosts.options import WatchOptions
+from repro.trace.format import Identity
+from repro.trace.witness import create
+from repro.watch.live import Comparison
+from repro.watch.offline import judge_files
+
+CALL = Collective("dp", "all_reduce", "step", (4,), "int32", "sum")
+OPTIONS = WatchOptions(num_ranks=2, quiet_window_s=1.0, deadline_s=4.0)
+
+
+def finishing(root: Path) -> World:
+    """Two ranks that are done after one collective."""
+    run_dir = make_run_dir(root)
+    programs = [[("call", CALL)], [("call", CALL)]]
+    return World(Simulation(programs, {"dp": [(0, 1)]}, folder=run_dir.root), run_dir, OPTIONS, 1)
+
+
+def test_ranks_that_never_began_are_reported_with_the_last_error_of_their_launcher(tmp_path: Path) -> None:
+    run_dir = make_run_dir(tmp_path)
+    for rank in range(2):
+        create(run_dir.witness(rank), Identity(rank, 2))
+    run_dir.launcher_log.write_text("starting\nImportError: libcudart.so.12: cannot open\nexit\n")
+    world = World(Simulation([[], []], {"dp": [(0, 1)]}), run_dir, OPTIONS, 1)
+    document = world.watch(job_alive=lambda: False).run()
+    line = "ranks 0,1 never began: logs/launcher.log says ImportError: libcudart.so.12: cannot open"
+    assert document.verdict == "crash" and not document.culprits and line in document.evidence, document.evidence
+    again = judge_files(run_dir, OPTIONS, Comparison())
+    assert (again.verdict.verdict, again.verdict.evidence) == ("crash", document.evidence)
+
+
+@pytest.mark.parametrize("missing", ["", "the single-process reference is not ready"])
+def test_a_comparison_that_is_not_ready_is_asked_for_until_the_deadline(tmp_path: Path, missing: str) -> None:
+    world = finishing(tmp_path)
+    asked: list[bool] = []
+
+    def compare(final: bool) -> Comparison | None:
+        asked.append(final)
+        return Comparison(missing=missing, evidence="" if missing else "4 tokens are equal") if final else None
+
+    document = world.watch(compare=compare).run()
+    assert asked[-1] and len(asked) > 10 and not any(asked[:-1])
+    assert document.verdict == ("inconclusive" if missing else "clean"), document.evidence
+    assert "the deadline of 4 s passed" in document.evidence
+    line = f"{missing}, so the tokens were not compared" if missing else "4 tokens are equal"
+    assert line in document.evidence
+
+
+def test_a_watch_of_finished_ranks_knows_their_processes_until_they_exit(tmp_path: Path) -> None:
+    world = finishing(tmp_path)
+    watch = world.watch()
+    assert watch.run().verdict == "clean" and watch.all_done()
+    assert [process.pid for process in watch.processes()] == [100, 101] and not watch.remote_ranks_run()
