@@ -230,3 +230,13 @@ def test_each_row_of_the_table_of_activities_is_the_one_for_its_sample(index):
 )  # fmt: skip
 def test_frames_of_a_program_that_runs_are_no_build(frames, activity):
     assert activities.activity_of(frames)[0] == activity
+
+
+def test_the_import_of_the_compiler_is_no_compilation():
+    frames = (
+        "<module> (torch/_dynamo/convert_frame.py:1)",
+        "<lambda> (torch/_inductor/graph.py:2)",
+        "main (train.py:3)",
+    )
+    assert activity_of(frames) == ("", "")
+    assert activity_of(("convert (torch/_dynamo/convert_frame.py:1)", *frames))[0] == "compiling"

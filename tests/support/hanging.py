@@ -21,6 +21,7 @@ ROOT = Path(__file__).resolve().parents[2]
 PROGRAM = ROOT / "tests" / "support" / "hung_jobs.py"
 NUM_RANKS = 3
 PATIENCE_S = 60.0
+STILL_LOOKS = 8
 ALL_MOVE = ("healthy",)
 
 
@@ -46,12 +47,13 @@ class HungJob:
             time.sleep(0.05)
         last: dict[int, int] = {}
         seen = 0
-        while seen < 4:
+        while seen < STILL_LOOKS:
             assert time.monotonic() < end_s, f"{self.kind}: the ranks do not hang"
             time.sleep(0.15)
             rows = {pid: read_status(pid) for pid in self.pids}
             now = {pid: row.switches for pid, row in rows.items() if row}
-            still = sum(0 <= switches - last.get(pid, -9) <= 3 for pid, switches in now.items())
+            asleep = {pid for pid, row in rows.items() if row and row.state != "R"}
+            still = sum(0 <= now[pid] - last.get(pid, -9) <= 3 for pid in asleep)
             seen = seen + 1 if still >= 2 or self.kind in ALL_MOVE else 0
             last = now
 

@@ -25,7 +25,19 @@ PLACES = {
 }
 
 
-def rank(number, place="all_reduce", *, moves=False, cpu_s=0.0, state="S", line=10, stack=True, children=(), **more):
+def rank(
+    number,
+    place="all_reduce",
+    *,
+    moves=False,
+    cpu_s=0.0,
+    state="S",
+    line=10,
+    stack=True,
+    children=(),
+    switches=80,
+    **more,
+):
     """Two looks at a rank, two seconds apart, and its stacks. moves: its first thread leaves a processor meanwhile."""
     process = Process(100 + number, "", number, "worker")
     records = []
@@ -33,7 +45,7 @@ def rank(number, place="all_reduce", *, moves=False, cpu_s=0.0, state="S", line=
         passed = look - 1
         records.append(ProcessLook(
             process, "host", look, 2.0 * look, state if not isinstance(state, tuple) else state[passed], cpu_s * passed,
-            cpu_s * passed, 50 + 80 * passed * moves, "", tuple(children), Source("facts/host.json"),
+            cpu_s * passed, 50 + switches * passed * moves, "", tuple(children), Source("facts/host.json"),
         ))  # fmt: skip
         if stack:
             activity, detail = PLACES[place]
@@ -90,6 +102,7 @@ RUNS = {"moves": True, "cpu_s": 1.8}
         (job(rank(0, "lock", moves=True), rank(1, "runs", children=[Child(7, "cicc", "cicc a.cu", "R", 9.0, 3.0)])),
          ("slow", "", (1,), ())),
         (job(*(rank(number, moves=True, cpu_s=0.4) for number in range(3))), ("clean", "", (), ())),
+        (job(rank(0, moves=True), rank(1, "runs", **RUNS), rank(2, moves=True)), ("clean", "", (), ())),
     ],
 )  # fmt: skip
 def test_the_rank_that_the_others_wait_for_is_named(records, expected):
@@ -101,7 +114,8 @@ def test_the_rank_that_the_others_wait_for_is_named(records, expected):
     [
         ("one rank of the job is not seen", job(rank(0), rank(1, "runs", **RUNS), world=3)),
         ("another rank waits for its engine", job(rank(0), rank(1, "runs", **RUNS), rank(2, "idle"))),
-        ("the ranks in the collective move", job(rank(0, moves=True), rank(1, "runs", **RUNS), rank(2, moves=True))),
+        ("the ranks in the collective poll",
+         job(rank(0, moves=True, switches=15), rank(1, "runs", **RUNS), rank(2, moves=True, switches=15))),
         ("the place of a rank changed", job(rank(0, line=(3, 9)), rank(1, "runs", **RUNS))),
         ("two ranks are in different calls of groups that are not known", job(rank(0), rank(1, "barrier"), rank(2))),
         ("some ranks share more groups than others",
