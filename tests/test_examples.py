@@ -42,7 +42,7 @@ def test_the_slurm_script_bundles_whatever_the_verdict_is(tmp_path, code):
     for name, text in {
         "bin/scontrol": "echo host1",
         "bin/srun": "exit 1",
-        ".venv/bin/python": f'echo "$@" >> {tmp_path}/told; [ "$3" = watch ] && exit {code}; exit 0',
+        ".venv/bin/python": f'echo "$@" >> {tmp_path}/calls; [ "$3" = watch ] && exit {code}; exit 0',
     }.items():
         path = tmp_path / name
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -51,7 +51,7 @@ def test_the_slurm_script_bundles_whatever_the_verdict_is(tmp_path, code):
     env = {"PATH": f"{tmp_path}/bin:/usr/bin:/bin", "SLURM_JOB_NODELIST": "x", "SLURM_JOB_ID": "7", "SLURM_NNODES": "2"}
     run = subprocess.run(["bash", str(SLURM)], cwd=tmp_path, env=env, capture_output=True, text=True)
     assert run.returncode == code, run.stderr
-    assert [line.split()[2] for line in (tmp_path / "told").read_text().splitlines()] == ["watch", "bundle"]
+    assert [line.split()[2] for line in (tmp_path / "calls").read_text().splitlines()] == ["watch", "bundle"]
 
 
 @pytest.mark.parametrize("script", [SLURM, VLLM_MATRIX], ids=["slurm", "vllm"])
@@ -90,10 +90,10 @@ def test_the_pods_have_shared_memory_and_meet_at_the_first_of_them():
     mounts = {mount["mountPath"]: mount["name"] for mount in container["volumeMounts"]}
     assert volumes[mounts["/dev/shm"]]["emptyDir"]["medium"] == "Memory"
     assert "SYS_PTRACE" in container["securityContext"]["capabilities"]["add"]
-    name, told = document["metadata"]["name"], " ".join(container["command"])
-    assert f"--rdzv-endpoint={name}-{job['name']}-0-0.{name}:" in told
-    assert f"--nnodes={job['template']['spec']['parallelism']}" in told
-    assert f"--nproc-per-node={container['resources']['limits']['nvidia.com/gpu']}" in told
+    name, text = document["metadata"]["name"], " ".join(container["command"])
+    assert f"--rdzv-endpoint={name}-{job['name']}-0-0.{name}:" in text
+    assert f"--nnodes={job['template']['spec']['parallelism']}" in text
+    assert f"--nproc-per-node={container['resources']['limits']['nvidia.com/gpu']}" in text
 
 
 @pytest.mark.parametrize("path", [SLURM, JOBSET, REPORT], ids=["slurm", "k8s", "docs"])

@@ -20,7 +20,7 @@ from repro.attach.harness import DeadlockError, Ranks, assert_no_deadlock
 ROOT = Path(__file__).resolve().parents[2]
 
 
-def told_by(ranks, function) -> str:
+def failure_message(ranks, function) -> str:
     with pytest.raises(DeadlockError) as caught:
         ranks.run(function)
     return str(caught.value)
@@ -49,9 +49,9 @@ def test_a_skipped_collective_names_the_ranks_the_call_and_the_place(tmp_path):
             if rank.rank != 2:
                 imported_by_name(torch.zeros(8))
 
-    told = told_by(Ranks(3, "gloo", tmp_path, quiet_window_s=0.3), skips)
-    assert "deadlock" in told and "ranks 0,1 wait in world all_reduce #1" in told, told
-    assert "rank 2 is done" in told and "in skips" in told, told
+    message = failure_message(Ranks(3, "gloo", tmp_path, quiet_window_s=0.3), skips)
+    assert "deadlock" in message and "ranks 0,1 wait in world all_reduce #1" in message, message
+    assert "rank 2 is done" in message and "in skips" in message, message
     assert (tmp_path / "run1" / "report.html").is_file()
 
 
@@ -63,9 +63,9 @@ def test_two_groups_in_another_order_are_a_cycle(tmp_path):
             for group in (a, b) if rank.rank else (b, a):
                 dist.all_reduce(torch.zeros(1), group=group)
 
-    told = told_by(Ranks(2, "gloo", tmp_path, quiet_window_s=0.3), crossed)
-    assert told.startswith("deadlock"), told
-    assert "rank 0 waits in b all_reduce #1" in told and "rank 1 waits in a all_reduce #1" in told, told
+    message = failure_message(Ranks(2, "gloo", tmp_path, quiet_window_s=0.3), crossed)
+    assert message.startswith("deadlock"), message
+    assert "rank 0 waits in b all_reduce #1" in message and "rank 1 waits in a all_reduce #1" in message, message
 
 
 def test_two_groups_of_one_description_are_two(tmp_path):
@@ -77,12 +77,12 @@ def test_two_groups_of_one_description_are_two(tmp_path):
             for group in (a, b) if rank.rank else (b, a):
                 dist.all_reduce(torch.zeros(1), group=group)
 
-    told = told_by(Ranks(2, "gloo", tmp_path, quiet_window_s=0.3), crossed)
-    assert told.startswith("deadlock"), told
-    assert "rank 0 waits in ep.2 all_reduce #1" in told and "rank 1 waits in ep all_reduce #1" in told, told
+    message = failure_message(Ranks(2, "gloo", tmp_path, quiet_window_s=0.3), crossed)
+    assert message.startswith("deadlock"), message
+    assert "rank 0 waits in ep.2 all_reduce #1" in message and "rank 1 waits in ep all_reduce #1" in message, message
 
     def in_pairs(rank):
-        """Whoever is no member of a group issues nothing in it."""
+        """A rank that is not a member of a group issues nothing in it."""
         groups = [dist.new_group(pair, group_desc="pair") for pair in ((0, 1), (0, 2), (1, 2))]
         with assert_no_deadlock():
             for group in groups:
@@ -99,8 +99,8 @@ def test_a_run_that_ends_with_wrong_numbers_fails(tmp_path):
         with assert_no_deadlock():
             dist.all_reduce(torch.ones(4), op=dist.ReduceOp.MAX if rank.rank == 1 else dist.ReduceOp(dist.ReduceOp.SUM))
 
-    told = told_by(Ranks(3, "gloo", tmp_path), mixes)
-    assert told.startswith("corrupt (mismatch)") and "world #1" in told, told
+    message = failure_message(Ranks(3, "gloo", tmp_path), mixes)
+    assert message.startswith("corrupt (mismatch)") and "world #1" in message, message
 
 
 def test_roots_are_compared_whatever_they_are_called(tmp_path):
@@ -120,7 +120,7 @@ def test_roots_are_compared_whatever_they_are_called(tmp_path):
         with assert_no_deadlock():
             dist.broadcast(torch.zeros(4), group_src=1 if rank.rank == 2 else 0)
 
-    assert "mismatch" in told_by(Ranks(3, "gloo", tmp_path, quiet_window_s=0.3), another)
+    assert "mismatch" in failure_message(Ranks(3, "gloo", tmp_path, quiet_window_s=0.3), another)
 
 
 def test_names_of_blocks_may_differ_by_rank_but_not_between_names_that_ranks_share(tmp_path):
@@ -138,9 +138,9 @@ def test_names_of_blocks_may_differ_by_rank_but_not_between_names_that_ranks_sha
             with assert_no_deadlock(layer):
                 dist.all_reduce(torch.zeros(4))
 
-    told = told_by(Ranks(3, "gloo", tmp_path), one_is_ahead)
-    assert told.startswith("corrupt"), told
-    assert "world #1 differs in name of the block: rank 0 'layer 1', ranks 1,2 'layer 0'" in told, told
+    message = failure_message(Ranks(3, "gloo", tmp_path), one_is_ahead)
+    assert message.startswith("corrupt"), message
+    assert "world #1 differs in name of the block: rank 0 'layer 1', ranks 1,2 'layer 0'" in message, message
 
 
 def test_a_transfer_that_is_not_sent_and_a_functional_collective_that_is_left_out_are_found(tmp_path):
@@ -151,16 +151,16 @@ def test_a_transfer_that_is_not_sent_and_a_functional_collective_that_is_left_ou
             else:
                 dist.barrier()
 
-    told = told_by(Ranks(2, "gloo", tmp_path, quiet_window_s=0.3), unsent)
-    assert "rank 0 waits in world:1>0 recv #1" in told, told
+    message = failure_message(Ranks(2, "gloo", tmp_path, quiet_window_s=0.3), unsent)
+    assert "rank 0 waits in world:1>0 recv #1" in message, message
 
     def functional(rank):
         with assert_no_deadlock("expert"):
             if rank.rank:
                 functional_collectives.all_reduce(torch.ones(4), "sum", dist.group.WORLD).sum().item()
 
-    told = told_by(Ranks(3, "gloo", tmp_path, quiet_window_s=0.3), functional)
-    assert told.startswith("deadlock") and "ranks 1,2 wait in world all_reduce #1" in told, told
+    message = failure_message(Ranks(3, "gloo", tmp_path, quiet_window_s=0.3), functional)
+    assert message.startswith("deadlock") and "ranks 1,2 wait in world all_reduce #1" in message, message
 
 
 def test_a_coalesced_collective_that_a_rank_leaves_out_is_found(tmp_path):
@@ -170,8 +170,8 @@ def test_a_coalesced_collective_that_a_rank_leaves_out_is_found(tmp_path):
                 dist.all_reduce_coalesced([torch.zeros(4), torch.zeros(4)])
             dist.barrier()
 
-    told = told_by(Ranks(3, "gloo", tmp_path, quiet_window_s=0.3, deadline_s=20), leaves_out)
-    assert told.startswith("deadlock"), told
+    message = failure_message(Ranks(3, "gloo", tmp_path, quiet_window_s=0.3, deadline_s=20), leaves_out)
+    assert message.startswith("deadlock"), message
 
 
 def test_other_sizes_that_one_side_got_through_are_no_stall(tmp_path):
@@ -180,8 +180,8 @@ def test_other_sizes_that_one_side_got_through_are_no_stall(tmp_path):
             dist.all_reduce(torch.zeros(8 if rank.rank == 1 else 4))
             dist.all_reduce(torch.zeros(4))
 
-    told = told_by(Ranks(4, "gloo", tmp_path, quiet_window_s=0.3), other_sizes)
-    assert not told.startswith("stall") and "sizes" in told, told
+    message = failure_message(Ranks(4, "gloo", tmp_path, quiet_window_s=0.3), other_sizes)
+    assert not message.startswith("stall") and "sizes" in message, message
 
 
 @pytest.mark.full
@@ -216,8 +216,8 @@ def test_a_lock_that_nobody_holds_is_found_in_a_test_too(tmp_path):
         while path.exists():
             time.sleep(0.01)
 
-    told = told_by(Ranks(2, "gloo", tmp_path, quiet_window_s=0.3, deadline_s=20), waits)
-    assert told.startswith("deadlock (lock)") and "no process holds" in told, told
+    message = failure_message(Ranks(2, "gloo", tmp_path, quiet_window_s=0.3, deadline_s=20), waits)
+    assert message.startswith("deadlock (lock)") and "no process holds" in message, message
 
 
 def test_no_ranks_test_nothing(ep_ranks):
@@ -240,8 +240,8 @@ def test_a_rank_that_raises_fails_the_test_with_its_traceback(tmp_path):
                 raise ValueError("the router is upside down")
             dist.barrier()
 
-    told = told_by(Ranks(2, "gloo", tmp_path), raises)
-    assert "ValueError: the router is upside down" in told and "in raises" in told, told
+    message = failure_message(Ranks(2, "gloo", tmp_path), raises)
+    assert "ValueError: the router is upside down" in message and "in raises" in message, message
 
 
 def test_a_rank_that_dies_is_the_culprit(tmp_path):
@@ -251,8 +251,8 @@ def test_a_rank_that_dies_is_the_culprit(tmp_path):
                 os._exit(3)
             dist.barrier()
 
-    told = told_by(Ranks(2, "gloo", tmp_path), dies)
-    assert told.startswith("crash (dead_rank)") and "rank 1 died" in told, told
+    message = failure_message(Ranks(2, "gloo", tmp_path), dies)
+    assert message.startswith("crash (dead_rank)") and "rank 1 died" in message, message
 
 
 @pytest.mark.full
@@ -263,8 +263,8 @@ def test_a_rank_that_never_comes_ends_at_the_deadline(tmp_path):
                 pass
             dist.barrier()
 
-    told = told_by(Ranks(2, "gloo", tmp_path, quiet_window_s=0.3, deadline_s=2), spins)
-    assert told.startswith("not done after 2 s") and "in spins" in told, told
+    message = failure_message(Ranks(2, "gloo", tmp_path, quiet_window_s=0.3, deadline_s=2), spins)
+    assert message.startswith("not done after 2 s") and "in spins" in message, message
 
 
 @pytest.mark.full
@@ -275,8 +275,8 @@ def test_a_rank_that_dies_before_it_opens_its_log_hides_nothing_and_escapes_do_n
     def prints(rank):
         print("\x1b[2Jhello")
 
-    told = told_by(Ranks(2, "gloo", tmp_path, quiet_window_s=0.3, deadline_s=1), prints)
-    assert told.startswith("not done after 1 s") and "\x1b" not in told, told
+    message = failure_message(Ranks(2, "gloo", tmp_path, quiet_window_s=0.3, deadline_s=1), prints)
+    assert message.startswith("not done after 1 s") and "\x1b" not in message, message
 
 
 def test_outside_of_a_rank_it_says_where_it_belongs():

@@ -118,8 +118,8 @@ def test_what_no_replay_brings_back_has_no_file_that_claims_to(tmp_path, quick, 
     assert "repro.py" not in files and any(n.startswith("no repro.py: ") and why in n for n in made.notes), made.notes
     for name in ("ISSUE.md", "COMMANDS.sh"):
         assert b"repro.py" not in files[name] and b"--fix" not in files[name] and b"one file" not in files[name]
-    told = files["ISSUE.md"].decode().splitlines()[-1]
-    assert "control/" not in told and ("verdict.json" in told) == bool(verdict)
+    last_line = files["ISSUE.md"].decode().splitlines()[-1]
+    assert "control/" not in last_line and ("verdict.json" in last_line) == bool(verdict)
 
 
 @pytest.mark.parametrize(("fix", "offered"), [("none", False), ("clean", True), ("crash", False), ("torn", False)])
@@ -183,7 +183,7 @@ def test_the_bundle_of_a_damaged_run_says_what_was_left_out(tmp_path, quick, cap
 def test_what_is_no_file_is_left_out_with_a_note_and_not_waited_for(tmp_path, quick, capsys):
     root, _ = write_hang(tmp_path)
     pipes = ["events/rank002.wit", "fr/rank002.json", "stacks/rank002.txt", "logs/rank002.log", "logs/launcher.log"]
-    for name in pipes:  # nobody writes to them: whoever waited for one would wait for ever
+    for name in pipes:  # nobody writes to them, so a reader that waits for one waits for ever
         (root / name).unlink(missing_ok=True)
         os.mkfifo(root / name)
     (root / "logs" / "rank003.log").unlink()
@@ -191,10 +191,10 @@ def test_what_is_no_file_is_left_out_with_a_note_and_not_waited_for(tmp_path, qu
     (root / "env" / "rank003.txt").mkdir()
     assert main(["report", str(root)]) == EXPECTED
     assert main(["bundle", str(root), "--to", str(tmp_path / "b.zip")]) == EXPECTED
-    told = capsys.readouterr().out
+    text = capsys.readouterr().out
     for name in (*pipes, "env/rank003.txt"):
-        assert f"{name} is left out: {name}:0: not a regular file" in told
-    assert "logs/rank003.log is left out: a link" in told
+        assert f"{name} is left out: {name}:0: not a regular file" in text
+    assert "logs/rank003.log is left out: a link" in text
     assert not contents(tmp_path / "b.zip").keys() & {*pipes, "logs/rank003.log", "env/rank003.txt"}
 
 
@@ -203,8 +203,8 @@ def test_a_pipe_in_place_of_a_bundle_is_refused_in_one_line(tmp_path, capsys):
     os.mkfifo(tmp_path / "b.zip")
     for command in (["bundle", "--verify"], ["watch"], ["bundle"]):
         assert main([*command, str(tmp_path / "b.zip")]) == USAGE
-        told = capsys.readouterr().err
-        assert "b.zip" in told and told.count("\n") == 1, told
+        text = capsys.readouterr().err
+        assert "b.zip" in text and text.count("\n") == 1, text
     assert main(["bundle", "--verify", str(tmp_path)]) == USAGE
     assert capsys.readouterr().err == f"repro: {tmp_path}:0: not a regular file\n"
 
@@ -264,8 +264,8 @@ def test_a_zip_that_is_not_safe_is_refused_by_name(tmp_path, capsys, data, words
     path.write_bytes(data)
     for command in (["watch", str(path)], ["bundle", "--verify", str(path)]):
         assert main(command) == USAGE
-        told = capsys.readouterr().err
-        assert words in told and told.count("\n") == 1, told
+        text = capsys.readouterr().err
+        assert words in text and text.count("\n") == 1, text
     assert sorted(p.name for p in tmp_path.iterdir()) == ["bad.zip"]
 
 
@@ -287,9 +287,9 @@ def test_a_bundle_with_a_flipped_bit_is_refused_in_one_line(tmp_path, quick, cap
         path = tmp_path / "flipped.zip"
         path.write_bytes(whole[:at] + bytes([whole[at] ^ 0x10]) + whole[at + 1 :])
         code = main(["bundle", "--verify", str(path)])
-        told = capsys.readouterr()
-        assert code in (EXPECTED, UNEXPECTED, USAGE), told
-        assert "Traceback" not in told.err and told.err.count("\n") == (code == USAGE), told
+        captured = capsys.readouterr()
+        assert code in (EXPECTED, UNEXPECTED, USAGE), captured
+        assert "Traceback" not in captured.err and captured.err.count("\n") == (code == USAGE), captured
         refused += code != EXPECTED
     assert refused > 10
 
@@ -298,8 +298,8 @@ def test_names_in_a_manifest_and_a_witness_do_nothing_to_a_terminal(tmp_path, qu
     root, _ = write_hang(tmp_path, layer="layer\x1b[2J\x9b31m")
     for command in (["watch", str(root)], ["report", str(root)]):
         main(command)
-        told = "".join(capsys.readouterr())
-        assert "layer␛[2J<U+009B>31m" in told and "\x1b" not in told and "\x9b" not in told
+        text = "".join(capsys.readouterr())
+        assert "layer␛[2J<U+009B>31m" in text and "\x1b" not in text and "\x9b" not in text
     files = contents(bundle.make(root, tmp_path / "b.zip").path)
     manifest = json.loads(files["MANIFEST.json"])
     manifest["files"]["\x1b[2Jgone"] = {"sha256": ""}
@@ -309,8 +309,8 @@ def test_names_in_a_manifest_and_a_witness_do_nothing_to_a_terminal(tmp_path, qu
             archive.writestr(name, data)
     for command in (["bundle", "--verify"], ["watch"]):
         main([*command, str(tmp_path / "changed.zip")])
-        told = "".join(capsys.readouterr())
-        assert "␛[2Jgone is missing" in told and "\x1b" not in told
+        text = "".join(capsys.readouterr())
+        assert "␛[2Jgone is missing" in text and "\x1b" not in text
 
 
 def test_a_signal_while_a_scratch_folder_is_made_leaves_none(tmp_path, monkeypatch):
@@ -339,8 +339,8 @@ def test_a_changed_file_is_named(tmp_path, quick, capsys):
         for name, data in {**files, "logs/added.log": b"x"}.items():
             archive.writestr(name, data)
     assert main(["bundle", "--verify", str(tmp_path / "changed.zip")]) == UNEXPECTED
-    told = capsys.readouterr().out.splitlines()
-    assert told == ["fr/rank000.json is missing", "logs/added.log is not in the manifest", "verdict.json was changed"]
+    lines = capsys.readouterr().out.splitlines()
+    assert lines == ["fr/rank000.json is missing", "logs/added.log is not in the manifest", "verdict.json was changed"]
     assert main(["watch", str(tmp_path / "changed.zip")]) == USAGE
     assert "fr/rank000.json is missing, and 2 more" in capsys.readouterr().err
 
@@ -364,12 +364,14 @@ def test_what_is_wrong_in_a_bundle_is_named_by_its_place_in_the_zip(tmp_path, qu
         for each, content in files.items():
             archive.writestr(each, content)
     code = main(["watch", str(tmp_path / "changed.zip")])
-    told = capsys.readouterr()
+    captured = capsys.readouterr()
     if name == "config.json":
-        assert (code, told.out) == (USAGE, "") and told.err.startswith(f"repro: {tmp_path}/changed.zip: {where}"), told
+        assert (code, captured.out) == (USAGE, "") and captured.err.startswith(
+            f"repro: {tmp_path}/changed.zip: {where}"
+        ), captured
     else:
-        assert code == CANNOT_TELL and f"\n{where}" in told.out, told
-    assert "repro-bundle-" not in told.out + told.err
+        assert code == CANNOT_TELL and f"\n{where}" in captured.out, captured
+    assert "repro-bundle-" not in captured.out + captured.err
 
 
 def test_a_bundle_that_nobody_could_open_is_not_made(tmp_path, quick, monkeypatch, capsys):
@@ -428,7 +430,7 @@ def test_a_bundle_of_8_ranks_is_verified_judged_and_run_again_in_another_clone_w
     verdicts = [json.loads(path.read_text()) for path in sorted((clone / "runs").glob("*-fault-0/verdict.json"))]
     assert len(verdicts) == 3, "by run, with control and fix, and by torchrun"
     for key in ("verdict", "cause", "culprits"):
-        assert all(documents["fault"][key] == told[key] for told in (judged, *verdicts)), key
+        assert all(documents["fault"][key] == other[key] for other in (judged, *verdicts)), key
 
 
 @pytest.mark.usefixtures("without_nohup")

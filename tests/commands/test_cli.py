@@ -69,8 +69,8 @@ ROOT = Path(__file__).resolve().parents[2]
     ],
 )
 def test_usage_errors_are_one_line_and_exit_code_2(capsys, tmp_path, argv, words):
-    code, told = fails(capsys, *argv, *(["--out", tmp_path] if argv[:1] == ["run"] else []))
-    assert code == USAGE and words in told
+    code, error = fails(capsys, *argv, *(["--out", tmp_path] if argv[:1] == ["run"] else []))
+    assert code == USAGE and words in error
     assert not any(tmp_path.iterdir()), "nothing may be left half-written"
 
 
@@ -121,8 +121,8 @@ def test_usage_errors_are_one_line_and_exit_code_2(capsys, tmp_path, argv, words
 def test_config_errors_name_file_field_and_value(capsys, tmp_path, text, words):
     config, out = tmp_path / "config.json", tmp_path / "out"
     config.write_text(text)
-    code, told = fails(capsys, "run", "metadata_rebuild", "--config", config, "--out", out)
-    assert code == USAGE and words in told and not out.exists()
+    code, error = fails(capsys, "run", "metadata_rebuild", "--config", config, "--out", out)
+    assert code == USAGE and words in error and not out.exists()
 
 
 @pytest.mark.full  # a process that imports torch
@@ -130,8 +130,8 @@ def test_config_errors_name_file_field_and_value(capsys, tmp_path, text, words):
 def test_a_model_that_cannot_fit_is_refused_before_a_rank_starts(capsys, tmp_path, command):
     config, out = tmp_path / "config.json", tmp_path / "out"
     config.write_text('{"model": {"hidden_size": 1000000}}')
-    code, told = fails(capsys, *command, "--config", config, "--out", out)
-    assert code == USAGE and re.search(r"the model needs 3\d{3}\.\d GB on 8 ranks", told) and not out.exists()
+    code, error = fails(capsys, *command, "--config", config, "--out", out)
+    assert code == USAGE and re.search(r"the model needs 3\d{3}\.\d GB on 8 ranks", error) and not out.exists()
 
 
 def test_more_ranks_than_fit_into_memory_are_refused_before_one_starts(capsys, tmp_path, monkeypatch):
@@ -142,8 +142,8 @@ def test_more_ranks_than_fit_into_memory_are_refused_before_one_starts(capsys, t
 
 
 def test_a_missing_config_file_is_named(capsys, tmp_path):
-    code, told = fails(capsys, "run", "metadata_rebuild", "--config", tmp_path / "none.json")
-    assert code == USAGE and "none.json: cannot read the file: No such file or directory" in told
+    code, error = fails(capsys, "run", "metadata_rebuild", "--config", tmp_path / "none.json")
+    assert code == USAGE and "none.json: cannot read the file: No such file or directory" in error
 
 
 @pytest.mark.parametrize("argv", [["run", "idle_skip"], ["run", "all"], ["matrix"], ["minimise", "idle_skip"]])
@@ -165,16 +165,16 @@ def test_a_rank_without_torch_names_it_in_one_line(capsys, monkeypatch):
 
 @pytest.mark.skipif(Path("/dev/nvidia0").exists(), reason="this machine has a GPU")
 def test_nccl_without_gpus_cannot_run_here(capsys, tmp_path):
-    code, told = fails(capsys, "run", "metadata_rebuild", "--backend", "nccl", "--out", tmp_path)
-    assert code == CANNOT_TELL and "needs a GPU for each of 8 ranks; 0 found" in told
+    code, error = fails(capsys, "run", "metadata_rebuild", "--backend", "nccl", "--out", tmp_path)
+    assert code == CANNOT_TELL and "needs a GPU for each of 8 ranks; 0 found" in error
     assert not any(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("name", ["a b", "it's"])
 def test_torch_compile_cannot_run_in_a_folder_that_it_would_not_quote(capsys, tmp_path, monkeypatch, name):
     monkeypatch.setattr("repro.lab.scenarios.compile_skew.shutil.which", lambda name: name)
-    code, told = fails(capsys, "run", "compile_skew", "--out", tmp_path / name)
-    assert code == CANNOT_TELL and f"torch.compile cannot work in {tmp_path / name}" in told
+    code, error = fails(capsys, "run", "compile_skew", "--out", tmp_path / name)
+    assert code == CANNOT_TELL and f"torch.compile cannot work in {tmp_path / name}" in error
     assert not any((tmp_path / name).iterdir())
     prepare_run_dir(tmp_path / name, RunSettings("metadata_rebuild"))
 
@@ -182,16 +182,16 @@ def test_torch_compile_cannot_run_in_a_folder_that_it_would_not_quote(capsys, tm
 def test_an_out_that_is_a_file_is_refused(capsys, tmp_path):
     out = tmp_path / "file"
     out.write_text("")
-    code, told = fails(capsys, "run", "metadata_rebuild", "--out", out)
-    assert code == USAGE and f"cannot write to {out}" in told
+    code, error = fails(capsys, "run", "metadata_rebuild", "--out", out)
+    assert code == USAGE and f"cannot write to {out}" in error
 
 
 def test_a_full_disk_is_refused_and_nothing_is_left(capsys, tmp_path):
     if os.geteuid() or subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", tmp_path]).returncode:
         pytest.skip("cannot mount a small file system")
     try:
-        code, told = fails(capsys, "run", "metadata_rebuild", "--out", tmp_path)
-        assert code == USAGE and "no space left" in told.lower()
+        code, error = fails(capsys, "run", "metadata_rebuild", "--out", tmp_path)
+        assert code == USAGE and "no space left" in error.lower()
         assert not any(tmp_path.iterdir())
     finally:
         subprocess.run(["umount", tmp_path], check=True)
@@ -204,32 +204,32 @@ def test_an_output_file_that_cannot_be_written_is_refused_before_the_work(
 ):
     monkeypatch.setattr("repro.lab.start.launch.run", lambda *args: pytest.fail("has begun"))
     monkeypatch.chdir(tmp_path)
-    code, told = fails(capsys, *command.split(), tmp_path / place)
-    assert code == USAGE and f"cannot write to {tmp_path / place}: " in told and ".partial" not in told
+    code, error = fails(capsys, *command.split(), tmp_path / place)
+    assert code == USAGE and f"cannot write to {tmp_path / place}: " in error and ".partial" not in error
     assert not any(tmp_path.iterdir())
 
 
 def test_a_bundle_that_cannot_be_written_is_refused_before_the_work(capsys, tmp_path):
     root, _ = write_hang(tmp_path, 2)
-    code, told = fails(capsys, "bundle", root, "--to", tmp_path / "nowhere" / "it.zip")
-    assert code == USAGE and f"cannot write to {tmp_path}/nowhere/it.zip: No such file or directory" in told
+    code, error = fails(capsys, "bundle", root, "--to", tmp_path / "nowhere" / "it.zip")
+    assert code == USAGE and f"cannot write to {tmp_path}/nowhere/it.zip: No such file or directory" in error
 
 
 def test_no_bundle_to_verify_is_a_usage_error(capsys, tmp_path):
-    code, told = fails(capsys, "bundle", "--verify", tmp_path / "none.zip")
-    assert code == USAGE and f"{tmp_path}/none.zip: no such file" in told
+    code, error = fails(capsys, "bundle", "--verify", tmp_path / "none.zip")
+    assert code == USAGE and f"{tmp_path}/none.zip: no such file" in error
 
 
 def test_what_is_written_beside_runs_is_named_in_a_read_only_folder(capsys, tmp_path):
     root, _ = write_hang(tmp_path, 2)
     with read_only(root):
-        code, told = fails(capsys, "report", root)
-        assert code == USAGE and f"cannot write to {root}/report.html: " in told
+        code, error = fails(capsys, "report", root)
+        assert code == USAGE and f"cannot write to {root}/report.html: " in error
     with read_only(tmp_path):
-        code, told = fails(capsys, "bundle", root)
-        assert code == USAGE and f"cannot write to {root}.zip: " in told
-        code, told = fails(capsys, "clean", "--out", tmp_path)
-        assert code == USAGE and f"cannot remove {root}: " in told
+        code, error = fails(capsys, "bundle", root)
+        assert code == USAGE and f"cannot write to {root}.zip: " in error
+        code, error = fails(capsys, "clean", "--out", tmp_path)
+        assert code == USAGE and f"cannot remove {root}: " in error
 
 
 def test_a_disk_that_fills_during_a_run_is_named_with_the_evidence(capsys, tmp_path):
@@ -239,9 +239,9 @@ def test_a_disk_that_fills_during_a_run_is_named_with_the_evidence(capsys, tmp_p
         (root / "reference.json").write_text("{}")
         with contextlib.suppress(OSError), (tmp_path / "filler").open("wb") as file:
             file.write(bytes(8 << 20))
-        code, told = fails(capsys, "watch", root, "--end")
-        assert code == CANNOT_TELL and f"{root}/verdict.json: No space left on device; " in told
-        assert f"what is kept of the run is in {root}\n" in told
+        code, error = fails(capsys, "watch", root, "--end")
+        assert code == CANNOT_TELL and f"{root}/verdict.json: No space left on device; " in error
+        assert f"what is kept of the run is in {root}\n" in error
 
 
 def test_a_verdict_is_written_on_a_disk_that_fills_while_the_run_is_watched(tmp_path):
@@ -321,17 +321,17 @@ def test_colours_are_off_without_a_terminal_and_under_no_color(flags):
         f"summary(Console(force_terminal={terminal}), [describe(Verdict('deadlock', 'extra', (1,)))])"
     )
     clean = {name: value for name, value in os.environ.items() if name not in ("NO_COLOR", "FORCE_COLOR")}
-    told = subprocess.run(
+    finished = subprocess.run(
         [sys.executable, "-c", code], cwd=ROOT, env={**clean, **flags}, capture_output=True, text=True
     )
-    assert "deadlock" in told.stdout, told.stderr
-    coloured = any(f"\x1b[{n}m" in told.stdout for n in range(30, 38))
-    assert coloured == ("FORCE_COLOR" in flags), told.stdout
+    assert "deadlock" in finished.stdout, finished.stderr
+    coloured = any(f"\x1b[{n}m" in finished.stdout for n in range(30, 38))
+    assert coloured == ("FORCE_COLOR" in flags), finished.stdout
 
 
 def test_clean_of_no_folder_is_refused(capsys, tmp_path):
-    code, told = fails(capsys, "clean", "--out", tmp_path / "none")
-    assert code == USAGE and "no such folder" in told
+    code, error = fails(capsys, "clean", "--out", tmp_path / "none")
+    assert code == USAGE and "no such folder" in error
 
 
 def test_a_run_that_cannot_begin_leaves_nothing_and_latest_where_it_was(tmp_path):
@@ -395,8 +395,8 @@ def test_what_is_unsafe_about_many_runs_is_told_once(capsys, tmp_path, monkeypat
     monkeypatch.setattr("repro.commands.run.write_reports", lambda *args: None)
     monkeypatch.setattr("repro.lab.scenarios.names", lambda: ["idle_skip", "metadata_rebuild", "zero_token_return"])
     assert main(["run", "all", "--out", str(tmp_path)]) == EXPECTED
-    told = [line for line in capsys.readouterr().out.splitlines() if line.startswith("unsafe: ")]
-    assert len(told) == 1 and "expert parallelism is not supported" in told[0]
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("unsafe: ")]
+    assert len(lines) == 1 and "expert parallelism is not supported" in lines[0]
 
 
 def test_every_run_of_a_matrix_gets_a_report_and_a_case_in_the_junit_file(capsys, tmp_path, monkeypatch):

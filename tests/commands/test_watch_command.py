@@ -43,8 +43,8 @@ def test_a_decided_run_is_not_decided_again(capsys, tmp_path):
     settings = RunSettings("metadata_rebuild")
     (tmp_path / "config.json").write_text(json.dumps(settings.to_mapping()))
     (tmp_path / "verdict.json").write_text('{"verdict": "deadlock"}')
-    code, told = fails(capsys, "watch", tmp_path, "--end")
-    assert code == USAGE and "has a verdict" in told
+    code, error = fails(capsys, "watch", tmp_path, "--end")
+    assert code == USAGE and "has a verdict" in error
     assert (tmp_path / "verdict.json").read_text() == '{"verdict": "deadlock"}'
 
 
@@ -82,9 +82,9 @@ def test_a_run_with_a_damaged_verdict_is_judged_by_its_witnesses(capsys, tmp_pat
     run_dir = left_by_a_run(tmp_path, finished())
     run_dir.verdict.write_bytes(data)
     assert main(["watch", str(tmp_path)]) == CANNOT_TELL
-    told = capsys.readouterr()
-    assert told.out.startswith("clean\n") and not told.err
-    (line,) = [line for line in told.out.splitlines() if "verdict.json:" in line]
+    captured = capsys.readouterr()
+    assert captured.out.startswith("clean\n") and not captured.err
+    (line,) = [line for line in captured.out.splitlines() if "verdict.json:" in line]
     assert re.match(rf"verdict\.json:\d+: .*{words}.*; the run is judged as if it had no", line)
 
 
@@ -137,23 +137,23 @@ def test_watch_exits_with_0_for_the_expected_verdict_1_for_another_and_125_for_n
     assert capsys.readouterr().out.startswith("deadlock\n")
     run_dir.witness(0).unlink()
     assert main(["watch", str(tmp_path), "--json"]) == CANNOT_TELL
-    told = json.loads(capsys.readouterr().out)
-    assert (told["verdict"], told["cause"], told["schema_version"]) == ("inconclusive", None, 1)
+    answer = json.loads(capsys.readouterr().out)
+    assert (answer["verdict"], answer["cause"], answer["schema_version"]) == ("inconclusive", None, 1)
     contract = "scenario variant backend num_ranks seed culprits ranks first_divergence cycle evidence expected seconds"
-    assert {*contract.split(), "matches_expected"} <= told.keys()
+    assert {*contract.split(), "matches_expected"} <= answer.keys()
 
 
 def test_a_run_whose_numbers_nobody_compared_is_not_clean(capsys, tmp_path):
     run_dir = left_by_a_run(tmp_path, finished())
     run_dir.output(3).unlink()
     assert main(["watch", str(tmp_path)]) == CANNOT_TELL
-    told = capsys.readouterr().out.splitlines()
-    assert "no output of rank 3 is there, so the tokens were not compared" in told
+    lines = capsys.readouterr().out.splitlines()
+    assert "no output of rank 3 is there, so the tokens were not compared" in lines
     whole = run_dir.reference.read_text()
     run_dir.reference.unlink()
     assert main(["watch", str(tmp_path)]) == CANNOT_TELL
-    told = capsys.readouterr().out.splitlines()
-    assert "reference.json is not there and no output of rank 3 is there, so the tokens were not compared" in told
+    lines = capsys.readouterr().out.splitlines()
+    assert "reference.json is not there and no output of rank 3 is there, so the tokens were not compared" in lines
     run_dir.reference.write_text(whole)
     run_dir.output(3).write_text('{"a": [1, 3]}')
     assert main(["watch", str(tmp_path)]) == UNEXPECTED
@@ -166,9 +166,9 @@ def test_a_damaged_file_of_tokens_is_named_and_the_run_still_judged(capsys, tmp_
     run_dir = left_by_a_run(tmp_path, finished())
     (tmp_path / name).write_text(data)
     assert main(["watch", str(tmp_path)]) == CANNOT_TELL
-    told = capsys.readouterr()
-    assert told.out.startswith("inconclusive\n") and not told.err
-    assert f"\n{name}:1: {words}" in told.out and "so the tokens were not compared" in told.out
+    captured = capsys.readouterr()
+    assert captured.out.startswith("inconclusive\n") and not captured.err
+    assert f"\n{name}:1: {words}" in captured.out and "so the tokens were not compared" in captured.out
     settings = RunSettings("metadata_rebuild", "control", num_ranks=4)
     document = watching(run_dir, settings, reference_alive=False).run()
     document = written(document)
@@ -259,9 +259,9 @@ def test_a_bad_witness_is_named_with_its_offset_and_the_rest_is_still_used(capsy
     words = words.format(half=len(scene.files[2]), ring=finished_shape().ring_at)
     for flags in ([], ["--json"]):
         assert main(["watch", str(tmp_path), *flags]) == CANNOT_TELL
-        told = capsys.readouterr()
-        assert words in told.out and not told.err
-    assert [position["state"] for position in json.loads(told.out)["ranks"]].count("done") >= 3
+        captured = capsys.readouterr()
+        assert words in captured.out and not captured.err
+    assert [position["state"] for position in json.loads(captured.out)["ranks"]].count("done") >= 3
 
 
 @pytest.mark.parametrize("twentieth", [3, *(pytest.param(n, marks=pytest.mark.full) for n in range(20) if n != 3)])
@@ -278,9 +278,9 @@ def test_a_witness_cut_anywhere_never_ends_in_a_traceback_or_a_wrong_culprit(cap
     scene.files[2] = scene.files[2][:cut]
     left_by_a_run(tmp_path, scene)
     assert main(["watch", str(tmp_path), "--json"]) == CANNOT_TELL
-    told = capsys.readouterr()
-    assert not told.err and "rank002.wit" in " ".join(json.loads(told.out)["evidence"])
-    assert set(json.loads(told.out)["culprits"]) <= {2}
+    captured = capsys.readouterr()
+    assert not captured.err and "rank002.wit" in " ".join(json.loads(captured.out)["evidence"])
+    assert set(json.loads(captured.out)["culprits"]) <= {2}
 
 
 @pytest.mark.parametrize("end", [False, True])
@@ -337,6 +337,6 @@ def test_only_one_process_may_watch_a_run_to_its_end(capsys, tmp_path):
     run_dir = left_by_a_run(tmp_path, finished())
     with run_dir.config.open("rb") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
-        code, told = fails(capsys, "watch", tmp_path, "--end")
-    assert code == USAGE and f"process {os.getpid()} watches this run to its end" in told
+        code, error = fails(capsys, "watch", tmp_path, "--end")
+    assert code == USAGE and f"process {os.getpid()} watches this run to its end" in error
     assert not run_dir.verdict.exists()

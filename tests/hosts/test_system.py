@@ -77,7 +77,7 @@ def test_a_holder_that_cannot_be_seen_is_unknown_and_not_nobody(tmp_path: Path, 
 def test_of_a_file_that_is_gone_or_a_lock_that_is_none_nothing_is_said(tmp_path: Path) -> None:
     assert locks.holder(tmp_path / "lock") == locks.UNKNOWN
     assert locks.holder("build") == locks.UNKNOWN
-    os.mkfifo(tmp_path / "pipe")  # nobody writes to it: whoever opened it would wait for ever
+    os.mkfifo(tmp_path / "pipe")  # nobody writes to it, so opening it would wait for ever
     assert locks.holder(tmp_path / "pipe") == locks.UNKNOWN
 
 

@@ -119,10 +119,10 @@ def test_a_cold_build_in_the_first_step_is_slow_and_names_builder_lock_and_time(
     assert document["verdict"] == "slow" and document["matches_expected"], document
     (builder,) = document["culprits"]
     # Whichever took longer just now; the other one is evidence too where it was waited for.
-    told = " ".join(line for line in document["evidence"] if " also: " not in line)
-    module = next(name for name in ("gdn_prefill", "moe_experts") if name in told)
-    assert f"rank {builder} building for " in told and f": {module}" in told and f"lock {cold_run[3]}/" in told, told
-    assert told.count(f"rank {builder} holds lock") == 1
+    text = " ".join(line for line in document["evidence"] if " also: " not in line)
+    module = next(name for name in ("gdn_prefill", "moe_experts") if name in text)
+    assert f"rank {builder} building for " in text and f": {module}" in text and f"lock {cold_run[3]}/" in text, text
+    assert text.count(f"rank {builder} holds lock") == 1
     others = {position["rank"]: position for position in document["ranks"] if position["rank"] != builder}
     assert {position["state"] for position in others.values()} == {"locked"}, document
     first = min(builds_begun(run_dir, module))

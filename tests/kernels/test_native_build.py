@@ -65,8 +65,8 @@ def test_an_unknown_instruction_set_is_refused_before_a_build(cache, monkeypatch
     monkeypatch.setenv("HMR_NATIVE_ISA", "bogus")
     monkeypatch.setattr(registry, "_choice", registry.choice())
     assert main(["generate", "tiny", "--tokens", "1", "--max-new-tokens", "1", "--kernels", "native"]) == 2
-    told = capsys.readouterr().err
-    assert told == "hybrid_moe_ref: HMR_NATIVE_ISA: 'bogus' is not one of generic, avx2, avx512bf16, amx\n"
+    text = capsys.readouterr().err
+    assert text == "hybrid_moe_ref: HMR_NATIVE_ISA: 'bogus' is not one of generic, avx2, avx512bf16, amx\n"
     assert not cache.exists()
     assert main(["generate", "tiny", "--tokens", "1", "--max-new-tokens", "1", "--kernels", "torch"]) == 0
 

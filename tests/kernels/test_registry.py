@@ -55,8 +55,8 @@ def test_a_backend_that_does_not_import_is_one_line(error, monkeypatch, caplog) 
         for _ in range(2):
             assert norm.rms_norm(X, WEIGHT, 1e-6).sum() == pytest.approx(8)
             assert norm.rms_norm.pick("cpu", torch.bfloat16).backend == "torch"
-    told = f"{type(error).__name__}: {' '.join(str(error).split())}"
-    assert caplog.messages == [f"kernels: triton cannot be imported ({told}); torch runs instead"]
+    text = f"{type(error).__name__}: {' '.join(str(error).split())}"
+    assert caplog.messages == [f"kernels: triton cannot be imported ({text}); torch runs instead"]
 
 
 def test_a_reference_that_does_not_import_is_an_error(monkeypatch) -> None:

@@ -1,4 +1,4 @@
-"""Shrinking: what a scenario foretells is run before it is believed; what is left is a file that hangs by itself."""
+"""Minimising: a predicted verdict is confirmed by a run, and the result is a file that hangs by itself."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def test_what_is_foretold_is_shrunk_to_two_ranks_and_one_layer_and_then_run():
 
 @pytest.mark.parametrize("least", [2, 3, 4, 5])
 def test_where_the_small_run_says_otherwise_the_smallest_that_holds_is_found(least):
-    """A trial in which the hang needs more layers than the scenario foretells."""
+    """A trial in which the hang needs more layers than the scenario predicts."""
 
     def trial(settings):
         return answer() if len(settings.model.layer_pattern) >= least else answer("clean", None)

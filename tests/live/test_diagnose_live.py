@@ -1,4 +1,4 @@
-"""`diagnose` on recorder dumps of live gloo jobs: class and rank, and a slow rank told from one that skipped a call."""
+"""`diagnose` on recorder dumps of live gloo jobs: class and rank; a slow rank differs from one that skipped a call."""
 
 from __future__ import annotations
 

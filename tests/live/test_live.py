@@ -127,7 +127,7 @@ def test_a_rank_that_is_killed_is_the_culprit_of_the_crash(tmp_path, num_ranks, 
         _, document = run_forked(settings(num_ranks), tmp_path, during=kill)
         assert (document["verdict"], document["cause"]) == ("crash", "dead_rank"), document
         assert document["culprits"] == [1], document
-        # A death is told without waiting for the quiet window, but not before the others had their say.
+        # A death is reported before the quiet window ends, but after the other ranks had time to report.
         assert in_time(document, settings(num_ranks).quiet_window_s + 1.0, settings(num_ranks)), document
 
 
@@ -202,8 +202,8 @@ def test_a_baton_that_another_program_holds_is_slow_until_it_lets_go(tmp_path):
         stranger.kill()
         stranger.wait()
     assert any(line.startswith("slow: ") and "rank 2 waits for lock" in line for line in notices), notices
-    told = " ".join(document["evidence"])
+    text = " ".join(document["evidence"])
     if document["verdict"] != "clean":  # as above
         assert document["verdict"] == "slow" and document["culprits"] == [], document
-        assert f"process {stranger.pid}, which is not a rank, holds" in told, document
-        assert f"process {stranger.pid} runs for" in told, document
+        assert f"process {stranger.pid}, which is not a rank, holds" in text, document
+        assert f"process {stranger.pid} runs for" in text, document

@@ -179,8 +179,8 @@ def test_a_torch_that_does_not_load_is_told_and_not_called_slow(tmp_path, leaves
     environment = {**os.environ, "PYTHONPATH": str(broken.parent)}
     run = subprocess.run(command(*arguments), cwd=ROOT, capture_output=True, text=True, timeout=60, env=environment)
     assert run.returncode == UNEXPECTED, run.stdout + run.stderr
-    told = " ".join(run.stdout.split())
-    assert "ranks 0,1 never began: logs/launcher.log says ImportError: libcudart.so.12: cannot open" in told, told
+    text = " ".join(run.stdout.split())
+    assert "ranks 0,1 never began: logs/launcher.log says ImportError: libcudart.so.12: cannot open" in text, text
     assert read_json(tmp_path / "latest" / "verdict.json")["verdict"] == "crash"
 
 
@@ -249,8 +249,8 @@ def _descendant(pid: int, word: str) -> psutil.Process:
 def _watch(run_dir: Path, *flags: str) -> tuple[int, dict]:
     arguments = [sys.executable, "-m", "repro", "watch", str(run_dir), "--json", *flags]
     run = subprocess.run(arguments, cwd=ROOT, capture_output=True, text=True, timeout=DEADLINE_S)
-    told = json.loads(run.stdout)
-    return run.returncode, told[0] if isinstance(told, list) else told
+    answer = json.loads(run.stdout)
+    return run.returncode, answer[0] if isinstance(answer, list) else answer
 
 
 @pytest.mark.full
@@ -305,8 +305,8 @@ def test_when_the_launcher_is_killed_its_run_directory_still_tells_a_crash(tmp_p
         finally:
             run.kill()
             run.wait()
-        code, told = _watch(run_dir)
-        assert (code, told["verdict"], told["cause"]) == (UNEXPECTED, "crash", "dead_rank"), told
+        code, verdict = _watch(run_dir)
+        assert (code, verdict["verdict"], verdict["cause"]) == (UNEXPECTED, "crash", "dead_rank"), verdict
 
 
 @pytest.mark.full

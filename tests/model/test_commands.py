@@ -43,11 +43,11 @@ def test_generate_prints_the_greedy_tokens(folder: Path, capsys: pytest.CaptureF
 @pytest.mark.parametrize(("layout", "drafts"), [("dp8ep8", "2"), pytest.param("tp8", "0", marks=pytest.mark.full)])
 def test_a_layout_generates_the_tokens_of_one_process(tmp_path: Path, capfd, layout: str, drafts: str) -> None:
     HybridMoE(CONFIG, device="meta", dtype=torch.float64).init_weights(1).save_pretrained(tmp_path)
-    told = []
+    lines = []
     for flags in (("--layout", "single"), ("--layout", layout, "--drafts", drafts)):
         assert main(["generate", str(tmp_path), "--tokens", "5,6,7", "--max-new-tokens", "5", *flags]) == 0, layout
-        told.append(capfd.readouterr().out.split())
-    assert told[0] == told[1] and len(told[0]) == 5
+        lines.append(capfd.readouterr().out.split())
+    assert lines[0] == lines[1] and len(lines[0]) == 5
 
 
 def test_generate_decodes_text_with_the_folders_tokenizer(folder: Path, tmp_path: Path, capsys) -> None:

@@ -201,9 +201,9 @@ def test_bfloat16_is_as_close_to_the_truth_as_transformers(
         one = judge_rounding(ours, theirs, truth)
         ratios.append(round(one["median_error"] / one["their_median_error"], 3))
         assert one["agrees"], f"{family}, seed {seed}: {one}"
-    told = f"{family}: the median token's error over transformers', by seed: {ratios}"
-    assert ours_squared**0.5 <= 1.2 * theirs_squared**0.5, told
-    assert statistics.median(ratios) <= 1.2, told
+    text = f"{family}: the median token's error over transformers', by seed: {ratios}"
+    assert ours_squared**0.5 <= 1.2 * theirs_squared**0.5, text
+    assert statistics.median(ratios) <= 1.2, text
 
 
 @pytest.mark.parametrize("kind", ["Qwen3_5Moe", "Qwen3_5"])

@@ -84,15 +84,17 @@ def test_the_page_fits_and_the_console_is_silent(browser, hang, width, scheme):
 def test_keys_and_mouse_move_the_timeline(browser, hang):
     page, wrong = visit(browser, (hang / "report.html").as_uri(), viewport={"width": 1280, "height": 900})
 
-    def told() -> str:
+    def detail_text() -> str:
         return page.text_content("#detail") or ""
 
     page.focus("#view")
     page.keyboard.press("d")
     page.wait_for_function("document.getElementById('detail').textContent.includes('all_reduce #4')")
-    assert "rank 0" in told() and "layers.0.gated_delta_net" in told() and "never returns" in told()
+    assert (
+        "rank 0" in detail_text() and "layers.0.gated_delta_net" in detail_text() and "never returns" in detail_text()
+    )
     page.keyboard.press("p")
-    assert "dp all_reduce #3" in told() and "step 2" in told()
+    assert "dp all_reduce #3" in detail_text() and "step 2" in detail_text()
     page.keyboard.press("ArrowDown")
     page.wait_for_function("document.getElementById('detail').textContent.startsWith('rank 1')")
     for key in ("0", "+", "-", "ArrowLeft", "ArrowRight", "Home", "End", "s", "n", "Enter", "Escape"):
@@ -100,9 +102,9 @@ def test_keys_and_mouse_move_the_timeline(browser, hang):
     page.keyboard.press("/")
     assert page.evaluate("document.activeElement.id") == "find"
     page.keyboard.type("reduce_scatter")
-    assert told().startswith("1 of ")
+    assert detail_text().startswith("1 of ")
     page.keyboard.press("Enter")
-    assert "reduce_scatter_v" in told()
+    assert "reduce_scatter_v" in detail_text()
     box = page.locator("#lanes").bounding_box()
     page.mouse.move(box["x"] + 600, box["y"] + 40)
     page.mouse.down()
@@ -135,11 +137,11 @@ def test_keys_reach_locks_builds_and_asynchronous_collectives(browser, tmp_path)
     page.keyboard.press("0")
     page.keyboard.press("ArrowUp")
     page.wait_for_function("document.getElementById('detail').textContent.startsWith('rank 0 · dp all_reduce #1')")
-    told = []
+    lines = []
     for _ in range(4):
         page.keyboard.press("n")
-        told.append(page.text_content("#detail").split(" · ")[1])
-    assert told == ["lock build.lock", "dp all_reduce #2", "build kernel.cu", "dp all_reduce #2"]
+        lines.append(page.text_content("#detail").split(" · ")[1])
+    assert lines == ["lock build.lock", "dp all_reduce #2", "build kernel.cu", "dp all_reduce #2"]
     page.keyboard.press("ArrowDown")
     page.wait_for_function("document.getElementById('detail').textContent.startsWith('rank 1 · lock build.lock')")
     assert "never returns" in page.text_content("#detail") and not wrong
@@ -237,10 +239,10 @@ def test_512_ranks_with_20000_events_load_in_3_seconds_and_stay_fluent(browser, 
         )
         for key in ("0", "d", "s", "0", "+", "ArrowLeft")
     ]
-    told = f"loads took {took} s, keys took {answers} ms"
+    text = f"loads took {took} s, keys took {answers} ms"
     if statistics.median(took) > 3.0 and os.getloadavg()[0] > 2 * (os.cpu_count() or 1):
-        pytest.skip(f"others keep the processors busy (load {os.getloadavg()[0]:.0f}), so a time says nothing: {told}")
-    assert statistics.median(took) <= 3.0 and statistics.median(answers) <= 200, told
+        pytest.skip(f"others keep the processors busy (load {os.getloadavg()[0]:.0f}), so a time says nothing: {text}")
+    assert statistics.median(took) <= 3.0 and statistics.median(answers) <= 200, text
 
 
 def test_perfettos_own_ui_opens_the_trace_with_a_track_a_rank_and_group(browser, hang):

@@ -68,12 +68,12 @@ def page_of(root: Path) -> Page:
 def test_the_page_tells_verdict_positions_and_the_way_back(tmp_path):
     root, _ = write_hang(tmp_path)
     page = page_of(root)
-    told = " ".join(page.text.split())
-    assert "Deadlock: a collective too many by ranks 0-2" in told
-    assert "anks 0-2 in dp all_reduce #4 wait for 3" in told, told
-    assert "ank 3 in ep all_gather_v #5 waits for 0-2" in told, told
-    assert "python -m repro run metadata_rebuild --variant fault --ranks 4" in told
-    assert "Missing or damaged" not in told
+    text = " ".join(page.text.split())
+    assert "Deadlock: a collective too many by ranks 0-2" in text
+    assert "anks 0-2 in dp all_reduce #4 wait for 3" in text, text
+    assert "ank 3 in ep all_gather_v #5 waits for 0-2" in text, text
+    assert "python -m repro run metadata_rebuild --variant fault --ranks 4" in text
+    assert "Missing or damaged" not in text
     assert [tag for tag, _ in page.elements].count("main") == 1
 
 
@@ -93,8 +93,8 @@ def test_the_schedules_are_set_side_by_side_where_they_part(tmp_path):
     root, _ = write_hang(tmp_path)
     found = side_by_side(gather(root))
     assert found is not None and found.heads == ("ranks 0-2 issued", "rank 3 issued") and found.step == 2
-    told = [(row.planned, row.issued, row.diverges) for row in found.rows]
-    assert told == [
+    lines = [(row.planned, row.issued, row.diverges) for row in found.rows]
+    assert lines == [
         ("dp all_reduce · step", ("dp all_reduce · step",) * 2, (False, False)),
         ("", ("dp all_reduce · layers.0.gated_delta_net", ""), (True, False)),
         ("ep all_gather_v · layers.0.moe", ("", "ep all_gather_v · layers.0.moe"), (False, False)),
@@ -126,7 +126,7 @@ def test_hostile_strings_are_shown_and_do_nothing(tmp_path):
     (root / "logs" / "rank000.log").write_text(f"log {HOSTILE}\x1b]0;title\x07\n<svg onload=alert(2)>")
     verdict = json.loads((root / "verdict.json").read_text())
     verdict["scenario"] = f"scenario {HOSTILE}"
-    verdict["ranks"][0]["detail"] = verdict["evidence"][0] = f"told {HOSTILE}"
+    verdict["ranks"][0]["detail"] = verdict["evidence"][0] = f"event {HOSTILE}"
     verdict["waits"][0] |= {"waits_in": f"place {HOSTILE}", "why": f"why {HOSTILE}"}
     (root / "verdict.json").write_text(json.dumps(verdict))
     page = page_of(root)
@@ -313,15 +313,15 @@ def test_what_is_no_run_is_refused_in_one_line(tmp_path, capsys):
 def test_the_command_lists_its_files(tmp_path, capsys):
     root, _ = write_hang(tmp_path)
     assert main(["report", str(root), "--json"]) == EXPECTED
-    (told,) = json.loads(capsys.readouterr().out)
-    assert [Path(path).name for path in told["files"]] == ["report.html", "timeline.svg", "trace.json"]
-    assert all(Path(path).is_file() for path in told["files"]) and told["missing"] == []
+    (answer,) = json.loads(capsys.readouterr().out)
+    assert [Path(path).name for path in answer["files"]] == ["report.html", "timeline.svg", "trace.json"]
+    assert all(Path(path).is_file() for path in answer["files"]) and answer["missing"] == []
 
 
 def test_the_main_thread_is_the_last_of_a_dump_wherever_the_signal_landed():
-    told = 'Current thread 0x1 (most recent call first):\n  File "a.py", line 1 in dump\n\n'
-    told += 'Thread 0x2 (most recent call first):\n  File "/x/site-packages/torch/b.py", line 2 in wait\n'
-    assert main_stack(told) == '  File "torch/b.py", line 2 in wait'
+    text = 'Current thread 0x1 (most recent call first):\n  File "a.py", line 1 in dump\n\n'
+    text += 'Thread 0x2 (most recent call first):\n  File "/x/site-packages/torch/b.py", line 2 in wait\n'
+    assert main_stack(text) == '  File "torch/b.py", line 2 in wait'
 
 
 def test_many_ranks_are_counted_not_listed():

@@ -9,6 +9,6 @@ def fails(capsys, *argv) -> tuple[int, str]:
         code = main([str(arg) for arg in argv])
     except SystemExit as exit_:
         code = exit_.code
-    told = capsys.readouterr().err
-    assert told.count("\n") == 1 and "Traceback" not in told, told
-    return code, told
+    text = capsys.readouterr().err
+    assert text.count("\n") == 1 and "Traceback" not in text, text
+    return code, text

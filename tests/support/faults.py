@@ -1,7 +1,7 @@
 """Random programs for simulated ranks, one fault in each, and the truth about how that ends.
 
 ``draw(seed)`` makes a :class:`Case`; ``Case.simulate()`` runs it to rest; ``truth(case, sim)`` says what a perfect
-observer would: class, culprits, and whether a witness can show who is to blame at all.
+observer would: class, culprits, and whether a witness can show the culprit at all.
 """
 
 from __future__ import annotations
@@ -126,7 +126,7 @@ class Case:
 class Truth:
     verdict: str
     culprits: tuple[int, ...] = ()
-    provable: bool = True  # the witnesses show who is to blame
+    provable: bool = True  # the witnesses show the culprit
 
 
 def truth(case: Case, sim: Simulation) -> Truth:
@@ -284,7 +284,7 @@ def _template(rng: random.Random, groups: dict[str, list[tuple[int, ...]]]) -> l
             ops = ("transfer",) if group == "pp" else ("all_reduce", "broadcast", "all_gather_v", "reduce_scatter_v")
             wait_after = rng.choice((0, 1, 2, 3)) if rng.random() < 0.25 and group != "pp" else None
             entries.append((group, rng.choice(ops), f"layers.{layer}.mlp", wait_after))
-    return list({entry[:3]: entry for entry in entries}.values())  # twins in a schedule cannot be told apart
+    return list({entry[:3]: entry for entry in entries}.values())  # equal entries of a schedule cannot be distinguished
 
 
 def _append_step(case: Case, template: list[tuple[str, str, str, int | None]], rng: random.Random) -> None:

@@ -1,4 +1,4 @@
-"""One function per fault: it changes the programs of some ranks and notes who is to blame."""
+"""One function per fault: it changes the programs of some ranks and notes the culprits."""
 
 from __future__ import annotations
 

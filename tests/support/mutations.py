@@ -53,7 +53,7 @@ def nodes(value: Any) -> list[tuple[Any, Any]]:
 def change_json(path: Path, rng: random.Random) -> str:
     """Put up to three values that do not belong there into a JSON file."""
     document = json.loads(path.read_text())
-    told = []
+    lines = []
     for _ in range(rng.randint(1, 3)):
         if not (places := nodes(document)):
             break
@@ -61,12 +61,12 @@ def change_json(path: Path, rng: random.Random) -> str:
         value = copy.deepcopy(rng.choice(VALUES))
         if rng.random() < 0.2 and isinstance(container, dict):
             del container[key]
-            told.append(f"{key} removed")
+            lines.append(f"{key} removed")
         else:
             container[key] = value
-            told.append(f"{key} = {value!r}"[:80])
+            lines.append(f"{key} = {value!r}"[:80])
     path.write_text(json.dumps(document))
-    return f"{path.name}: {', '.join(told)}"
+    return f"{path.name}: {', '.join(lines)}"
 
 
 def change_bytes(path: Path, rng: random.Random) -> str:
@@ -132,16 +132,16 @@ def case(seed: int, run: Path, unpacked: Path, folder: Path) -> tuple[list[str],
     place = folder / run.name
     if rng.random() < 0.5:
         shutil.copytree(run, place)
-        told = damage(place, rng, [change_json, change_json, change_bytes, replace_file])
-        return [rng.choice(("watch", "watch", "report")), str(place)], told
+        changes = damage(place, rng, [change_json, change_json, change_bytes, replace_file])
+        return [rng.choice(("watch", "watch", "report")), str(place)], changes
     shutil.copytree(unpacked, place)
-    told = damage(place, rng, [change_json, change_bytes])
+    changes = damage(place, rng, [change_json, change_bytes])
     target = folder / "bundle.zip"
     pack(place, target)
     shutil.rmtree(place)
     if rng.random() < 0.2:
-        told = change_bytes(target, rng)
-    return [*rng.choice((["watch"], ["watch"], ["bundle", "--verify"])), str(target)], told
+        changes = change_bytes(target, rng)
+    return [*rng.choice((["watch"], ["watch"], ["bundle", "--verify"])), str(target)], changes
 
 
 def measured(command: list[str], folder: Path) -> dict[str, Any]:
@@ -185,8 +185,8 @@ def run_cases(first: int, count: int) -> None:
         for seed in range(first, first + count):
             folder = Path(name) / str(seed)
             folder.mkdir()
-            command, told = case(seed, run, Path(name) / "unpacked", folder)
-            print(json.dumps({"seed": seed, "command": command[:-1], "damage": told, **measured(command, folder)}))
+            command, changes = case(seed, run, Path(name) / "unpacked", folder)
+            print(json.dumps({"seed": seed, "command": command[:-1], "damage": changes, **measured(command, folder)}))
             sys.stdout.flush()
             shutil.rmtree(folder)
 

@@ -1,4 +1,4 @@
-"""Ranks without processes: real recorders on byte arrays under one invented clock, told by a test what to record."""
+"""Ranks without processes: real recorders on byte arrays under one simulated clock; a test says what they record."""
 
 from __future__ import annotations
 

@@ -43,7 +43,7 @@ from repro.verdict import Facts, Verdict, judge
 QUICK = int(os.environ.get("HMR_SEEDS", "500"))
 WINDOW_S = 1.0
 LEAST_NAMED, LEAST_OF_DAMAGED = 0.65, 0.35
-"""The share of runs in which whoever is to blame is named, and with damaged witnesses that judged as if whole: 0.77 and
+"""The share of runs in which the culprit is named, and with damaged witnesses that judged as if whole: 0.77 and
 0.47 when this was written. To say less and less would be harmless, and of no use.
 """
 
@@ -98,17 +98,17 @@ def is_exact(case: Case, want: Truth, got: Verdict) -> bool:
         return False
     if got.culprits != want.culprits:
         return not want.provable and got.culprits == ()
-    blamed = got.culprits and want.verdict != "slow"
-    return got.cause in CAUSES.get(case.fault, ("",)) or (not blamed and got.cause == "")
+    is_named = got.culprits and want.verdict != "slow"
+    return got.cause in CAUSES.get(case.fault, ("",)) or (not is_named and got.cause == "")
 
 
 def is_harmless(want: Truth, got: Verdict, whole: bool = True) -> bool:
-    """Not all that could be known, but nothing false: no wrong deadlock, nobody blamed who did nothing.
+    """Not all that could be known, but nothing false: no wrong deadlock, no culprit that did nothing.
 
     whole: nothing is lost; with a witness, or the beginning of its ring, may be lost that a wrong pairing came first
     """
-    told = (want.verdict, "inconclusive", *(("deadlock",) if want.verdict == "corrupt" and not whole else ()))
-    return set(got.culprits) <= set(want.culprits) and got.verdict in told
+    allowed = (want.verdict, "inconclusive", *(("deadlock",) if want.verdict == "corrupt" and not whole else ()))
+    return set(got.culprits) <= set(want.culprits) and got.verdict in allowed
 
 
 def report(case: Case, sim: Simulation, want: Truth, got: Verdict) -> str:
@@ -161,7 +161,7 @@ def check_damaged_seeds(seeds: range) -> None:
 
 
 def check_pairs(seeds: range) -> None:
-    """Two faults in one run: the class is right, and nobody is blamed who did nothing."""
+    """Two faults in one run: the class is right, and no rank that did nothing is a culprit."""
     inexact: list[str] = []
     for seed in seeds:
         case = draw_pair(seed)
@@ -267,13 +267,13 @@ def test_the_verdict_never_speaks_too_soon() -> None:
     check_moments(range(QUICK // 4))
 
 
-def test_two_faults_in_one_run_blame_nobody_who_did_nothing() -> None:
+def test_two_faults_in_one_run_name_no_rank_that_did_nothing() -> None:
     check_pairs(range(QUICK // 4))
 
 
 @pytest.mark.full
 @pytest.mark.timeout(3600)
-def test_two_faults_in_two_thousand_runs_blame_nobody_who_did_nothing() -> None:
+def test_two_faults_in_two_thousand_runs_name_no_rank_that_did_nothing() -> None:
     check_pairs(range(max(2_000, QUICK)))
 
 

@@ -104,9 +104,9 @@ def test_what_an_interrupted_run_had_not_decided_is_no_finding(tmp_path):
     write_json(run_dir.config, SETTINGS.to_mapping())
     document = written(watch.run())
     again, _ = judge_again(run_dir, SETTINGS)
-    for told in (document, written(again)):
-        assert (told["verdict"], told["culprits"], told["confidence"]) == ("inconclusive", [], "undecided")
-        assert "the run was interrupted before it was decided" in told["evidence"]
+    for verdict in (document, written(again)):
+        assert (verdict["verdict"], verdict["culprits"], verdict["confidence"]) == ("inconclusive", [], "undecided")
+        assert "the run was interrupted before it was decided" in verdict["evidence"]
 
 
 @pytest.mark.parametrize(
@@ -164,7 +164,7 @@ def test_only_what_still_runs_is_ended_by_its_pid(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("reference", "outputs", "told"),
+    ("reference", "outputs", "message"),
     [
         ({"a": [1]}, [{"a": [1]}, {"a": [1]}], []),
         ({"a": [1]}, [{"a": [1]}, {}], ["request a was served by 1 ranks, not by 2"]),
@@ -172,12 +172,12 @@ def test_only_what_still_runs_is_ended_by_its_pid(tmp_path):
         ({"a": [1]}, [{}, {}], ["request a was not served"]),
     ],
 )
-def test_each_request_is_served_by_all_ranks_of_its_group_and_no_other_is(tmp_path, reference, outputs, told):
+def test_each_request_is_served_by_all_ranks_of_its_group_and_no_other_is(tmp_path, reference, outputs, message):
     run_dir, _ = started(tmp_path)
     write_json(run_dir.reference, reference)
     for rank, output in enumerate(outputs):
         write_json(run_dir.output(rank), output)
-    assert wrong_tokens(run_dir, num_ranks=2, tp_size=2) == told
+    assert wrong_tokens(run_dir, num_ranks=2, tp_size=2) == message
 
 
 def test_tokens_are_compared_one_rank_at_a_time_and_only_so_many_differences_listed(tmp_path):

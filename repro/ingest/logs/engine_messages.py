@@ -29,7 +29,7 @@ _COMPILED = re.compile(r"torch\.compile tak(?:es|ing) ([\d.]+) s|Compiling a gra
 
 
 class Engine:
-    """The engine's lines of one file. The first line of each process gives its rank to whoever names its pid alone."""
+    """The engine's lines of one file. The first line of each process gives its rank to lines that name only its pid."""
 
     def __init__(self) -> None:
         self._named: set[tuple[int | None, int | None]] = set()

@@ -48,7 +48,7 @@ class _Rhythm:
 
 def left_rhythm(scene: Scene, waits: Sequence[tuple[int, Call]]) -> HabitBreak | None:
     """Who issued something else than the rhythm of its own earlier operations demands, if exactly one rank did and all
-    others that wait kept the same rhythm. None where that cannot be told.
+    others that wait kept the same rhythm. None if the evidence does not show it.
     """
     broken: dict[int, _Rhythm] = {}
     kept: list[_Rhythm] = []
