@@ -3,10 +3,10 @@
     python benchmarks/bench_diagnose.py [--folder DIR:RANKS:CLASS …] [--no-live] [--scale RANKS,…] [--json FILE]
 
 The dumps are made up by the tests' writer in four kinds of NCCL hangs, each with any of four ranks at fault, and taken
-from six live gloo jobs (tests/support/live_gloo.py). `--folder` adds labelled dumps of your own, for example NVIDIA's
-(`_dumps:12,14:stall`). A tool is right where the ranks that it names are exactly those at fault; `diagnose` has to give
-the class as well, which the analyser of torch has no words for. `innocent` counts the other ranks that are named,
-`findings` the places that a reader is sent to. Exits with 1 where `diagnose` names an innocent rank.
+from six live gloo jobs (tests/support/jobs/live_gloo.py). `--folder` adds labelled dumps of your own, for example
+NVIDIA's (`_dumps:12,14:stall`). A tool is right where the ranks that it names are exactly those at fault; `diagnose`
+has to give the class as well, which the analyser of torch has no words for. `innocent` counts the other ranks that are
+named, `findings` the places that a reader is sent to. Exits with 1 where `diagnose` names an innocent rank.
 
 `--scale` gives `python -m repro diagnose`, from its start to its end, the dumps of larger jobs: 2,000 operations of two
 groups on each rank, the last of which one rank has not queued. Time and memory should be linear in the ranks. The
@@ -31,7 +31,7 @@ from pathlib import Path
 from typing import Any
 
 TESTS = Path(__file__).parents[1] / "tests" / "support"
-sys.path.insert(0, str(TESTS))
+sys.path[:0] = [str(TESTS / "evidence"), str(TESTS / "jobs")]
 
 import hangs  # noqa: E402
 from foreign import call, dump  # noqa: E402
@@ -92,7 +92,9 @@ def live(root: Path) -> Iterator[Job]:
     """All six at once: they mostly sleep."""
     quiet = {**os.environ, "GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1"}
     jobs = {
-        fault: subprocess.Popen([sys.executable, str(TESTS / "live_gloo.py"), fault, str(root / fault)], env=quiet)
+        fault: subprocess.Popen(
+            [sys.executable, str(TESTS / "jobs" / "live_gloo.py"), fault, str(root / fault)], env=quiet
+        )
         for fault in FAULTS
     }
     for fault, job in jobs.items():

@@ -15,7 +15,7 @@ from repro.commands.record import SITE
 from repro.trace.format import Kind
 from repro.trace.witness import read_dir
 
-JOBS = Path(__file__).resolve().parents[1] / "support" / "recorded_jobs.py"
+JOBS = Path(__file__).resolve().parents[1] / "support" / "jobs" / "recorded_jobs.py"
 
 
 def record(to: Path, kind: str, *flags: str, ranks: int = 2, options: tuple[str, ...] = ()) -> tuple[int, str]:

@@ -19,8 +19,8 @@ MOST_CPU_S = 10.0
 
 @pytest.mark.parametrize("count", [40, pytest.param(2000, marks=[pytest.mark.full, pytest.mark.timeout(1800)])])
 def test_a_damaged_run_or_bundle_gets_a_verdict_or_one_line(count):
-    command = [sys.executable, str(ROOT / "tests" / "support" / "mutations.py"), "0", str(count)]
-    environment = {**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'tests' / 'support'}"}
+    command = [sys.executable, str(ROOT / "tests" / "support" / "simulation" / "mutations.py"), "0", str(count)]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment, cwd=ROOT) as process:
         cases = [json.loads(line) for line in process.stdout]
     assert len(cases) == count

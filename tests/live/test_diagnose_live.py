@@ -14,7 +14,7 @@ from repro.ingest.read import read
 from repro.verdict.partial import diagnose
 
 pytestmark = pytest.mark.full
-PROGRAM = Path(__file__).resolve().parents[1] / "support" / "live_gloo.py"
+PROGRAM = Path(__file__).resolve().parents[1] / "support" / "jobs" / "live_gloo.py"
 RIGHT = {
     "clean": ("clean", (), ()),
     "skip": ("deadlock", (2,), ()),

@@ -1,6 +1,6 @@
 """Small torch.distributed jobs that hang in one known way each, with nothing of this project in them.
 
-    python tests/support/hung_jobs.py KIND[,KIND…] FOLDER
+    python tests/support/jobs/hung_jobs.py KIND[,KIND…] FOLDER
 
 One parent imports torch and forks the launcher of each job, which forks three gloo ranks: that takes less time than an
 import each. The ranks write FOLDER/KIND/rankN.pid, and rankN.started when they are connected.

@@ -1,6 +1,6 @@
 """Feed damaged and hostile evidence to `diagnose`: no crash, no code run, no hang, no gigabytes, every refusal with a place.
 
-    python tests/support/fuzz_ingest.py --inputs 1000000 --seed 0
+    python tests/support/evidence/fuzz_ingest.py --inputs 1000000 --seed 0
 
 Each input is made from its own seed, which a failure names: `--inputs 1 --seed N` makes that one again.
 """

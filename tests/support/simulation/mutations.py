@@ -1,7 +1,8 @@
 """Damage run directories and bundles at random, and run a command on each in a process of its own.
 
-``python tests/support/mutations.py FIRST_SEED COUNT`` prints a line of JSON for each: what was done, how the command
-ended, what it printed, its processor time, and how much memory it took at most. The same seed gives the same damage.
+``python tests/support/simulation/mutations.py FIRST_SEED COUNT`` prints a line of JSON for each: what was done, how
+the command ended, what it printed, its processor time, and how much memory it took at most. The same seed gives the
+same damage.
 """
 
 from __future__ import annotations

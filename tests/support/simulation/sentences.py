@@ -58,7 +58,7 @@ def check_sentences(verdict: Verdict, world: World) -> None:
                     assert {call.split()[0] for call in issued} == {named["op"]}, f"not so: {text!r} in {verdict}"
                 break
         else:
-            raise AssertionError(f"no rule of tests/support/sentences.py reads: {text!r}")
+            raise AssertionError(f"no rule of tests/support/simulation/sentences.py reads: {text!r}")
 
 
 def _is_reason(reason: str, wait: Wait, world: World) -> bool:

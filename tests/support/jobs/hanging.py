@@ -17,8 +17,8 @@ from typing import Any
 from repro.commands.cli import main
 from repro.hosts.looks.proc import read_status
 
-ROOT = Path(__file__).resolve().parents[2]
-PROGRAM = ROOT / "tests" / "support" / "hung_jobs.py"
+ROOT = Path(__file__).resolve().parents[3]
+PROGRAM = ROOT / "tests" / "support" / "jobs" / "hung_jobs.py"
 NUM_RANKS = 3
 PATIENCE_S = 60.0
 STILL_LOOKS = 8

@@ -1,6 +1,6 @@
 """A job of four gloo ranks that hangs by one of six faults of rank 2, and the recorder dumps of two moments of it.
 
-    python tests/support/live_gloo.py FAULT FOLDER
+    python tests/support/jobs/live_gloo.py FAULT FOLDER
 
 writes FOLDER/{json,pickle}{0,1}/… by torch's own functions: the first dumps once a rank's calls stand still, the second
 ones some seconds later. The straggler comes back in between.
