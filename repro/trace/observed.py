@@ -11,81 +11,14 @@ no year and no time zone, so times of two hosts can only be compared with cautio
 
 from __future__ import annotations
 
-from array import array
 from dataclasses import dataclass, field
 
-from repro.trace.knowledge import NOTHING, Knows
 from repro.trace.operations import NOWHERE as NOWHERE
 from repro.trace.operations import Call as Call
-from repro.trace.operations import Calls
+from repro.trace.operations import Group as Group
 from repro.trace.operations import Source as Source
-
-
-@dataclass(frozen=True, slots=True)
-class Group:
-    """A process group as the evidence names it. `members` are global ranks, () if they are not listed."""
-
-    name: str
-    description: str = ""
-    members: tuple[int, ...] = ()
-
-    def __str__(self) -> str:
-        if self.description and self.description != "undefined":
-            return self.description
-        return f"group {self.name}" if self.name else "its group"
-
-
-@dataclass(frozen=True, slots=True)
-class GroupRecord:
-    """One group in a recorder dump: its `calls`, oldest first, and the counters of `pg_status`, None if absent.
-
-    enqueued, completed   of collectives and transfers together, as the backend counts them
-    number                the group's id, which `pg_status` is keyed by and which counts a rank's groups
-    """
-
-    group: Group
-    calls: Calls
-    enqueued: int | None = None
-    completed: int | None = None
-    number: str = ""
-
-    @property
-    def pending(self) -> Call | None:
-        """The oldest operation that is not over."""
-        place = self.calls.pending
-        return None if place is None else self.calls[place]
-
-
-@dataclass(frozen=True, slots=True)
-class RecorderDump:
-    """A Flight Recorder dump of one rank.
-
-    configured  the groups that the rank belongs to, () where the dump does not list them
-    order       the order in which the operations of all groups were queued: for each, its index into groups
-    wrapped     whether older entries were overwritten, or may have been
-    at_s        when the newest entry was queued: the dump is at least as young
-    knows       what its entries show
-    """
-
-    rank: int
-    groups: tuple[GroupRecord, ...]
-    order: array[int] = field(default_factory=lambda: array("H"))
-    configured: tuple[Group, ...] = ()
-    backend: str = ""
-    library: str = ""
-    wrapped: bool = False
-    at_s: float | None = None
-    source: Source = NOWHERE
-    knows: Knows = NOTHING
-
-    def newest(self, most: int) -> list[tuple[GroupRecord, int]]:
-        """The newest operations of all groups, oldest first: each as the group's record and an index into its calls."""
-        places = [len(record.calls) for record in self.groups]
-        operations = []
-        for index in reversed(self.order[-most:]):
-            places[index] -= 1
-            operations.append((self.groups[index], places[index]))
-        return operations[::-1]
+from repro.trace.recorder_dump import GroupRecord as GroupRecord
+from repro.trace.recorder_dump import RecorderDump as RecorderDump
 
 
 @dataclass(frozen=True, slots=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from array import array
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from itertools import compress
 from typing import NamedTuple, overload
 
@@ -29,6 +30,20 @@ class Source(NamedTuple):
 
 
 NOWHERE = Source("")
+
+
+@dataclass(frozen=True, slots=True)
+class Group:
+    """A process group as the evidence names it. `members` are global ranks, () if they are not listed."""
+
+    name: str
+    description: str = ""
+    members: tuple[int, ...] = ()
+
+    def __str__(self) -> str:
+        if self.description and self.description != "undefined":
+            return self.description
+        return f"group {self.name}" if self.name else "its group"
 
 
 class Call(NamedTuple):

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import mmap
 import os
-import socket
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -22,6 +21,7 @@ from types import CodeType, FrameType
 from zlib import crc32
 
 from hybrid_moe_ref.parallel.observer import Collective, ScheduleEntry
+from repro.trace.call_site import is_between
 from repro.trace.calls import Call, Group, sealed_part
 from repro.trace.format import (
     CRC,
@@ -47,6 +47,7 @@ from repro.trace.format import (
     pack_header,
     pack_heartbeat,
 )
+from repro.trace.identity import myself
 from repro.trace.knowledge import WITNESS, Knows
 from repro.trace.parse import WitnessError, parse_header
 from repro.trace.string_areas import Buffer, Strings, Vectors
@@ -66,11 +67,6 @@ _LOCAL_KINDS = {
     "build_begin": Kind.BUILD_BEGIN,
     "build_end": Kind.BUILD_END,
 }
-_NOT_A_CALL_SITE = (
-    "parallel/comm.py",
-    "contextlib.py",
-)  # frames between the caller and the observer
-_LIBRARIES = ("packages/torch/", "repro/attach/record/")  # a foreign program's call site is its own code
 _POINT_TO_POINT = ("send", "recv")
 
 
@@ -289,7 +285,7 @@ class Recorder:
     def _call_from(self, caller: FrameType, collective: Collective) -> Call:
         """Return the call at the call site: the first frame outside the communicator, from `enter`'s caller on."""
         depth, frame = 1, caller
-        while _is_between(frame.f_code) and frame.f_back is not None:
+        while is_between(frame.f_code) and frame.f_back is not None:
             depth, frame = depth + 1, frame.f_back
         self._depth = depth
         group, op, layer, sizes, dtype, reduce_op, root = collective
@@ -343,36 +339,3 @@ class Recorder:
         code = frame.f_code
         self._codes.append(code)
         return self._intern(f"{code.co_filename}:{frame.f_lineno} {code.co_qualname}")
-
-
-def _is_between(code: CodeType) -> bool:
-    """Whether code stands between a call site and the recorder."""
-    path = code.co_filename
-    return (
-        code is Recorder.issue.__code__ or path.endswith(_NOT_A_CALL_SITE) or any(part in path for part in _LIBRARIES)
-    )
-
-
-def myself(rank: int, num_ranks: int) -> Identity:
-    """Identify this process as a witness writer; fields that /proc does not show stay empty or 0."""
-    try:
-        with open("/proc/sys/kernel/random/boot_id") as file:
-            boot_id = file.read().strip()
-        with open("/proc/self/stat") as file:
-            start_ticks = int(file.read().rpartition(")")[2].split()[19])
-    except OSError:
-        boot_id, start_ticks = "", 0
-    try:
-        pid_namespace = os.stat("/proc/self/ns/pid").st_ino
-    except OSError:
-        pid_namespace = 0
-    return Identity(
-        rank,
-        num_ranks,
-        hostname=socket.gethostname(),
-        boot_id=boot_id,
-        pid=os.getpid(),
-        pid_start_ticks=start_ticks,
-        pid_namespace=pid_namespace,
-        wall_offset_ns=time.time_ns() - time.monotonic_ns(),
-    )

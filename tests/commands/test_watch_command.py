@@ -24,8 +24,9 @@ from repro.lab.settings import RunSettings
 from repro.store.run_dir import RunDir, write_json
 from repro.store.schema import to_json
 from repro.trace.format import Geometry, Identity, pack_header
+from repro.trace.identity import myself
 from repro.trace.parse import parse_header
-from repro.trace.recorder import Recorder, myself
+from repro.trace.recorder import Recorder
 from repro.trace.witness import create
 from repro.verdict import Facts
 from repro.watch.document import Durations, Watcher

@@ -24,7 +24,8 @@ from repro.hosts.system import STOPPED, System
 from repro.store.run_dir import RunDir
 from repro.store.schema import to_json, typed
 from repro.trace.format import pack_header
-from repro.trace.recorder import Recorder, myself
+from repro.trace.identity import myself
+from repro.trace.recorder import Recorder
 from repro.trace.witness import Witness, parse
 from repro.verdict import Facts, judge
 

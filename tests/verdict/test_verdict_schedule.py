@@ -6,7 +6,8 @@ import random
 
 import pytest
 
-from repro.verdict.evidence.schedule import Entry, Issued, Step, align
+from repro.verdict.evidence.alignment import align
+from repro.verdict.evidence.steps import Entry, Issued, Step
 
 GROUPS = {"dp": ("dp", (0, 1)), "ep": ("ep", (0, 1))}
 

@@ -24,7 +24,8 @@ from repro.hosts.options import WatchOptions
 from repro.hosts.system import System
 from repro.store.run_dir import write_json
 from repro.trace.format import Identity
-from repro.trace.recorder import Recorder, myself
+from repro.trace.identity import myself
+from repro.trace.recorder import Recorder
 from repro.trace.witness import create
 from repro.verdict.facts import Facts
 from repro.watch.live import Comparison

@@ -10,7 +10,7 @@ from repro.report.gather import Facts
 from repro.store.text import shorten_rank_lists
 from repro.trace.parse import WitnessError
 from repro.trace.witness import read
-from repro.verdict.evidence.schedule import Entry, Step, steps_of
+from repro.verdict.evidence.steps import Entry, Step, steps_of
 from repro.verdict.result import name_ranks
 
 MAX_SIDES = 3

@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from repro.verdict.evidence.alignment import Deviation
 from repro.verdict.evidence.ledger import TRANSFERS
 from repro.verdict.evidence.position import RankState
-from repro.verdict.evidence.schedule import Deviation, Entry, Step
 from repro.verdict.evidence.sides import places
+from repro.verdict.evidence.steps import Entry, Step
 from repro.verdict.result import Finding, name_ranks, shorten
 
 

@@ -11,23 +11,13 @@ from collections.abc import Mapping
 
 from repro.trace.knowledge import PLAN, Knows
 from repro.trace.witness import Witness
+from repro.verdict.evidence.alignment import Deviation, inverted_before, unshared_deviations
 from repro.verdict.evidence.graph import Waits
 from repro.verdict.evidence.ledger import CallVariant, Ledger, calls
 from repro.verdict.evidence.position import GroupKey, RankState
-from repro.verdict.evidence.schedule import (
-    RECENT_STEPS,
-    Deviation,
-    ScheduleDivergence,
-    Step,
-    first_schedule_divergence,
-    habitual_plan,
-    inverted_before,
-    plans_of,
-    steps_of,
-    unshared_deviations,
-    with_plan,
-)
+from repro.verdict.evidence.schedule import ScheduleDivergence, first_schedule_divergence, plans_of
 from repro.verdict.evidence.sides import calls_of_sides, positions
+from repro.verdict.evidence.steps import RECENT_STEPS, Step, habitual_plan, steps_of, with_plan
 from repro.verdict.result import Finding, name_ranks, shorten
 from repro.verdict.rules.arguments import arguments_finding
 from repro.verdict.rules.deviation import deviation_finding

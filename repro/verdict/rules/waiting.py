@@ -8,7 +8,7 @@ from dataclasses import replace
 from repro.trace.knowledge import PLAN, Knows
 from repro.verdict.case import Case
 from repro.verdict.evidence.graph import Node
-from repro.verdict.evidence.schedule import steps_of
+from repro.verdict.evidence.steps import steps_of
 from repro.verdict.result import Finding, Verdict, name_ranks, say
 from repro.verdict.rules.deadlock import deadlock
 from repro.verdict.rules.slow import may_wait_for_device, slow

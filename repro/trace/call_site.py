@@ -1,0 +1,18 @@
+"""Which frame of a stack is the call site of a collective."""
+
+from __future__ import annotations
+
+from types import CodeType
+
+_NOT_A_CALL_SITE = (
+    "parallel/comm.py",
+    "contextlib.py",
+    "repro/trace/recorder.py",
+)  # frames between the caller and the observer
+_LIBRARIES = ("packages/torch/", "repro/attach/record/")  # a foreign program's call site is its own code
+
+
+def is_between(code: CodeType) -> bool:
+    """Whether code stands between a call site and the recorder."""
+    path = code.co_filename
+    return path.endswith(_NOT_A_CALL_SITE) or any(part in path for part in _LIBRARIES)

@@ -1,0 +1,34 @@
+"""Identify this process as the writer of a witness."""
+
+from __future__ import annotations
+
+import os
+import socket
+import time
+
+from repro.trace.format import Identity
+
+
+def myself(rank: int, num_ranks: int) -> Identity:
+    """Identify this process as a witness writer; fields that /proc does not show stay empty or 0."""
+    try:
+        with open("/proc/sys/kernel/random/boot_id") as file:
+            boot_id = file.read().strip()
+        with open("/proc/self/stat") as file:
+            start_ticks = int(file.read().rpartition(")")[2].split()[19])
+    except OSError:
+        boot_id, start_ticks = "", 0
+    try:
+        pid_namespace = os.stat("/proc/self/ns/pid").st_ino
+    except OSError:
+        pid_namespace = 0
+    return Identity(
+        rank,
+        num_ranks,
+        hostname=socket.gethostname(),
+        boot_id=boot_id,
+        pid=os.getpid(),
+        pid_start_ticks=start_ticks,
+        pid_namespace=pid_namespace,
+        wall_offset_ns=time.time_ns() - time.monotonic_ns(),
+    )

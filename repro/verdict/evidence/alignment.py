@@ -1,0 +1,195 @@
+"""Compare the collectives that each rank issued in a step with the schedule that the rank declared for it.
+
+A rank that leaves its own schedule deviates. A rank that only differs from other ranks may be right.
+"""
+
+from __future__ import annotations
+
+import bisect
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from repro.trace.witness import Witness
+from repro.verdict.evidence.position import GroupKey
+from repro.verdict.evidence.steps import Entry, Issued, Step
+
+
+@dataclass(frozen=True, slots=True)
+class Deviation:
+    """A place where a rank leaves its declared schedule.
+
+    index    index of the schedule entry that was due
+    entry    the entry that was left out, issued too often, issued in another order, or issued in another form
+    planned  the entry that was due; None after the end of the schedule
+    issued   the collective that the rank issued instead; None if the step ended
+    group    the group of ``entry``, where known
+    """
+
+    kind: str  # extra, skipped, order or mismatch
+    rank: int
+    step: int
+    index: int
+    entry: Entry
+    planned: Entry | None
+    issued: Issued | None
+    group: GroupKey | None
+
+    @property
+    def identity(self) -> tuple[str, int, int, Entry]:
+        return self.kind, self.step, self.index, self.entry
+
+    @property
+    def concerned(self) -> set[int]:
+        """The members of the entry's group and of the group of the collective that was issued."""
+        issued = self.issued.group[1] if self.issued else ()
+        return {*issued, *(self.group[1] if self.group else ())}
+
+    @property
+    def habit(self) -> tuple[str, int, Entry]:
+        return self.kind, self.index, self.entry
+
+
+def align(rank: int, step: Step, groups: Mapping[str, GroupKey]) -> list[Deviation]:
+    """Find the deviations of one step in order; the cost is linear in the schedule and in the collectives.
+
+    Entries that a rank passes over count as skipped, if one of them is of the group that it issued next, or if the step
+    has ended. Else the rank waits in a collective of another group, and may still issue them afterwards: it has
+    inverted the order between groups, and the deviation is `order`.
+    """
+    plan, issued = step.plan, step.issued
+    if not plan:
+        return []
+    comparison = _Comparison(plan, [call.entry for call in issued])
+    deviations: list[Deviation] = []
+
+    def deviate(kind: str, entry: Entry, call: Issued | None) -> None:
+        planned = plan[i] if i < len(plan) else None
+        group = call.group if call is not None and call.entry == entry else groups.get(entry[0])
+        deviations.append(Deviation(kind, rank, step.number, i, entry, planned, call, group))
+
+    i = k = 0
+    while k < len(issued):
+        if i < len(plan) and issued[k].entry == plan[i]:
+            i, k = i + 1, k + 1
+            continue
+        kind, skip = comparison.explain(k, i)
+        if kind == "skipped":
+            only_other_groups = issued[k].entry[0] not in {group for group, _, _ in plan[i : i + skip]}
+            inverted = only_other_groups and k + 1 == len(issued) and not step.over
+            deviate("order" if inverted else kind, plan[i], issued[k])
+            i += skip
+        elif kind == "order":
+            deviate(kind, issued[k].entry, issued[k])
+            i, k = i + skip, k + skip
+        else:
+            deviate(kind, issued[k].entry, issued[k])
+            i, k = i + skip, k + 1
+    if step.over and i < len(plan):
+        deviate("skipped", plan[i], None)
+    return deviations
+
+
+class _Comparison:
+    """Compares a plan with the entries that were issued.
+
+    For each deviation, `explain` stops at the first entry that no explanation fits, and `align` continues there. So the
+    cost is linear: an entry is not compared again for each deviation before it.
+    """
+
+    def __init__(self, plan: Sequence[Entry], entries: Sequence[Entry]) -> None:
+        self._plan, self._entries = plan, entries
+        self._places: dict[Entry, list[int]] = {}
+        for place, entry in enumerate(plan):
+            self._places.setdefault(entry, []).append(place)
+
+    def explain(self, k: int, i: int) -> tuple[str, int]:
+        """Explain ``entries[k]`` where ``plan[i]`` was due.
+
+        Returns the kind of deviation after which the most entries agree, and the number of plan entries that it covers.
+        """
+        plan, entry = self._plan, self._entries[k]
+        if i == len(plan):
+            return "extra", 0
+        if block := self._permuted(k, i):
+            return "order", block
+        fits_extra = self._run(k + 1, i)
+        later = self._next_place(entry, i)
+        if later is not None:
+            return ("skipped", later - i) if self._run(k, later) > fits_extra else ("extra", 0)
+        same_place = (entry[0], entry[2]) == (plan[i][0], plan[i][2])
+        if same_place and self._run(k + 1, i + 1) >= fits_extra:
+            return "mismatch", 1
+        return "extra", 0
+
+    def _next_place(self, entry: Entry, i: int) -> int | None:
+        """The first index from ``i`` on at which the plan has the entry; None if there is none."""
+        places = self._places.get(entry, [])
+        at = bisect.bisect_left(places, i)
+        return places[at] if at < len(places) else None
+
+    def _run(self, k: int, i: int) -> int:
+        """The number of entries from ``k`` on that equal the plan from ``i`` on."""
+        most = min(len(self._entries) - k, len(self._plan) - i)
+        return next((n for n in range(most) if self._entries[k + n] != self._plan[i + n]), most)
+
+    def _permuted(self, k: int, i: int) -> int:
+        """The length of the shortest run, of at most eight entries, that both contain in different order; 0 if none."""
+        surplus: Counter[Entry] = Counter()
+        for n in range(min(len(self._entries) - k, len(self._plan) - i, 8)):
+            surplus[self._entries[k + n]] += 1
+            surplus[self._plan[i + n]] -= 1
+            if not any(surplus.values()):
+                return n + 1
+        return 0
+
+
+def unshared_deviations(
+    witnesses: Mapping[int, Witness], all_steps: Mapping[int, list[Step]], since: int
+) -> tuple[list[Deviation], list[Deviation]]:
+    """Find the first deviation of each rank from step ``since`` on that the other members did not share.
+
+    A deviation of every member of a group cannot explain a hang. The first list leaves out deviations that every member
+    made in earlier steps. The second list has them too: they explain a hang only if nothing else does.
+    """
+    by_rank: dict[int, list[Deviation]] = {}
+    shared: dict[tuple[str, int, int, Entry], set[int]] = {}
+    seen: dict[int, set[int]] = {}
+    for rank, steps in all_steps.items():
+        groups = {group.name: (group.name, group.members) for group in witnesses[rank].groups}
+        for step in steps:
+            if witnesses[rank].complete:  # an incomplete witness does not show what the rank did not do
+                seen.setdefault(step.number, set()).add(rank)
+            for deviation in align(rank, step, groups):
+                by_rank.setdefault(rank, []).append(deviation)
+                shared.setdefault(deviation.identity, set()).add(rank)
+
+    cache: dict[tuple[object, ...], bool] = {}  # by id of the members, because hashing them costs time for each
+
+    def is_shared(deviation: Deviation) -> bool:
+        members = tuple(
+            id(group[1]) for group in (deviation.group, deviation.issued and deviation.issued.group) if group
+        )
+        key = (*deviation.identity, *members)
+        if key not in cache:
+            cache[key] = deviation.concerned & seen.get(deviation.step, set()) <= shared[deviation.identity]
+        return cache[key]
+
+    habits = {d.habit for ds in by_rank.values() for d in ds if is_shared(d)}
+    alone = [[d for d in ds if d.step >= since and not is_shared(d)] for ds in by_rank.values()]
+    fresh = [next(iter(ds)) for ds in ([d for d in ds if d.habit not in habits] for ds in alone) if ds]
+    return fresh, [ds[0] for ds in alone if ds]
+
+
+def inverted_before(
+    deviations: Sequence[Deviation], witnesses: Mapping[int, Witness], all_steps: Mapping[int, list[Step]]
+) -> list[int]:
+    """Find ranks that made the same inversion in an earlier step and then issued both collectives: it is no skip."""
+    inverted = {(d.issued.entry, d.entry): d.step for d in deviations if d.kind == "order" and d.issued is not None}
+    ranks = []
+    for rank, steps in all_steps.items():
+        groups = {group.name: (group.name, group.members) for group in witnesses[rank].groups}
+        earlier = (d for step in steps for d in align(rank, step, groups) if d.kind == "order")
+        if any(d.step < inverted.get((d.entry, d.planned), -1) for d in earlier if d.planned):
+            ranks.append(rank)
+    return sorted(ranks)
