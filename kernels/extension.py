@@ -1,4 +1,4 @@
-"""Native modules that torch's extension loader compiles at their first use, on the machine that they run on.
+"""Native modules that torch's extension loader compiles at their first use, on the machine where they run.
 
     PREFILL = Extension("gdn_prefill", tuple(Path(__file__).parent.glob("prefill_*.cpp")))
     PREFILL.library().gdn_prefill_f32(...)
@@ -140,7 +140,7 @@ _first_use: list[Callable[[Extension], None]] = [lambda extension: extension.loa
 
 
 def on_first_use(load: Callable[[Extension], None]) -> None:
-    """From now on, call `load` in this process for each extension that is used and not loaded yet."""
+    """Make this process call `load` for each extension that is used and not loaded yet."""
     _first_use[0] = load
 
 

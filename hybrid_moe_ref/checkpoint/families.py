@@ -212,7 +212,7 @@ def _layer_pattern(text: dict[str, Any], prefix: str) -> str:
     pattern = "".join(_LAYER_TYPES[name] for name in types)
     if by_interval not in (None, pattern):
         raise ConfigError(
-            f"{interval} would be {by_interval:.60}, the layer_types are {pattern:.60}", prefix + _INTERVAL
+            f"{interval} means the layers {by_interval:.60}, but layer_types means {pattern:.60}", prefix + _INTERVAL
         )
     return pattern
 

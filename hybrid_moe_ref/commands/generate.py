@@ -95,7 +95,7 @@ def _generate_on_ranks(
     from hybrid_moe_ref.parallel.layout import sizes_of_a_rank
 
     if args.device not in ("cpu", "cuda"):
-        raise ConfigError(f"{args.device!r} is not 'cpu' or 'cuda'; 'cuda' gives each rank the next GPU", "--device")
+        raise ConfigError(f"{args.device!r} is not 'cpu' or 'cuda'; 'cuda' gives each rank a GPU in turn", "--device")
     if args.device == "cuda" and not torch.cuda.device_count():
         raise ConfigError("this machine has no GPU that torch can use", "--device cuda")
     check_token_ids(torch.tensor(ids), source.config.vocab_size)
@@ -134,7 +134,7 @@ def _tokenizer(source: Source) -> Any:
         raise ConfigError(f"the preset {source.name!r} has no tokenizer: give token ids with --tokens", "--prompt")
     path = Path(source.folder) / "tokenizer.json"
     if not path.exists():
-        raise ConfigError(f"{path} is not there: give token ids with --tokens", "--prompt")
+        raise ConfigError(f"there is no {path}; give token ids with --tokens", "--prompt")
     if importlib.util.find_spec("tokenizers") is None:
         missing = "the package tokenizers is not installed: pip install tokenizers, or give token ids with --tokens"
         raise ConfigError(missing, "--prompt")

@@ -96,7 +96,7 @@ class ModelConfig(Config):
             raise ConfigError(f"{self.partial_rotary_factor} is not between 0 and 1", "partial_rotary_factor")
         if self.rotary_dim % 2:
             raise ConfigError(
-                f"{self.partial_rotary_factor} of head_dim {self.head_dim} is odd: {self.rotary_dim}",
+                f"{self.partial_rotary_factor} of head_dim {self.head_dim} is {self.rotary_dim}, wanted an even number",
                 "partial_rotary_factor",
             )
 

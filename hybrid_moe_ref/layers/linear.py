@@ -14,26 +14,26 @@ _LINEAR_FORWARD = nn.Linear.forward
 
 def project(x_NH: Tensor, *linears: nn.Module) -> list[Tensor]:
     """Return the output [N, O] of each module for the same rows."""
-    if not is_every_module_watched() and all(map(is_plain_linear, linears)):
+    if not has_global_hooks() and all(map(is_plain_linear, linears)):
         outputs: list[Tensor] = linear.project(x_NH, [module._parameters["weight"] for module in linears])
         return outputs
     return [module(x_NH) for module in linears]
 
 
-def is_every_module_watched() -> bool:
+def has_global_hooks() -> bool:
     """Whether torch has global hooks, which see the calls of all modules."""
     return bool(_has_any_global_hook()) or nn.Linear.forward is not _LINEAR_FORWARD
 
 
 def is_plain_linear(module: nn.Module) -> bool:
     """Whether a call of the module only multiplies by its weight."""
-    if type(module) is not nn.Linear or not is_unwatched(module):
+    if type(module) is not nn.Linear or not is_unhooked(module):
         return False
     parameters = module._parameters
     return type(parameters.get("weight")) is nn.Parameter and parameters["bias"] is None
 
 
-def is_unwatched(module: nn.Module) -> bool:
+def is_unhooked(module: nn.Module) -> bool:
     """Whether the module has neither a hook nor its own `forward`, so that nothing misses its call."""
     have = module.__dict__  # every step does this for every module, and attribute access takes twice as long
     return not (
@@ -47,4 +47,4 @@ def is_unwatched(module: nn.Module) -> bool:
 
 def is_plain(module: nn.Module, kind: type[nn.Module]) -> bool:
     """Whether a call of the module does exactly what `kind` does: it is not replaced, changed or hooked."""
-    return type(module) is kind and is_unwatched(module) and not is_every_module_watched()
+    return type(module) is kind and is_unhooked(module) and not has_global_hooks()

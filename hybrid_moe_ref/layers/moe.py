@@ -13,7 +13,7 @@ from hybrid_moe_kernels import moe
 from torch import Tensor, nn
 
 from hybrid_moe_ref.config import ModelConfig
-from hybrid_moe_ref.layers.linear import is_every_module_watched, is_plain_linear, is_unwatched, project
+from hybrid_moe_ref.layers.linear import has_global_hooks, is_plain_linear, is_unhooked, project
 
 
 class MLP(nn.Module):
@@ -130,11 +130,11 @@ class MoE(nn.Module):
         experts, shared = self.experts, self.shared_expert
         return (
             moe.mixture.backend(x_NH) == moe.experts.backend(x_NH)
-            and not is_every_module_watched()
+            and not has_global_hooks()
             and (type(self.gate), type(experts), type(shared)) == (Router, Experts, MLP)
-            and is_unwatched(self.gate)
-            and is_unwatched(experts)
-            and is_unwatched(shared)
+            and is_unhooked(self.gate)
+            and is_unhooked(experts)
+            and is_unhooked(shared)
             and experts.num_local == experts.num_experts
             and experts.mlp is moe.experts
             and is_plain_linear(self.shared_expert_gate)

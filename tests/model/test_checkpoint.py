@@ -277,7 +277,10 @@ model = extra(lambda: HybridMoE.from_pretrained({str(tmp_path)!r}))
         ({"rope_parameters": {"rope_theta": 0}}, "rope_theta: 0.0 is not positive and finite"),
         ({"rope_parameters": {"rope_theta": -1}}, "rope_theta: -1.0 is not positive and finite"),
         ({"rms_norm_eps": float("nan")}, r"config\.json:1: NaN is not JSON"),
-        ({"full_attention_interval": 2}, "full_attention_interval: 2 would be GAGA, the layer_types are GGGA"),
+        (
+            {"full_attention_interval": 2},
+            "2 means the layers GAGA, but layer_types means GGGA",
+        ),
         (
             {"quantization_config": {"quant_method": "awq"}},
             "quantization_config.quant_method: 'awq' is not implemented",

@@ -24,7 +24,7 @@ SMALL = {"layer_pattern": "GA", "vocab_size": 16, "hidden_size": 8}
         ),
         ({"num_experts": 4}, "num_experts_per_tok: 10 is more than num_experts 4"),
         ({"hidden_size": 0}, "hidden_size: 0 is less than 1"),
-        ({"head_dim": 4}, "partial_rotary_factor: 0.25 of head_dim 4 is odd: 1"),
+        ({"head_dim": 4}, "partial_rotary_factor: 0.25 of head_dim 4 is 1, wanted an even number"),
         ({"hiden_size": 8}, "hiden_size: unknown key (did you mean 'hidden_size'?)"),
         ({"vocab_size": "16"}, "vocab_size: wanted int, got str '16'"),
         ({"vocab_size": True}, "vocab_size: wanted int, got bool True"),
