@@ -240,3 +240,11 @@ def test_the_import_of_the_compiler_is_no_compilation():
     )
     assert activity_of(frames) == ("", "")
     assert activity_of(("convert (torch/_dynamo/convert_frame.py:1)", *frames))[0] == "compiling"
+
+
+def test_a_child_of_multiprocessing_waits_for_no_queue_because_of_how_it_began():
+    start = ("Popen._launch (multiprocessing/popen_fork.py:71)", "Popen.__init__ (multiprocessing/popen_fork.py:19)")
+    assert activity_of(("step (train.py:3)", "run (multiprocessing/process.py:108)", *start)) == ("", "")
+    assert (
+        activity_of(("Connection._recv (multiprocessing/connection.py:383)", "step (train.py:3)", *start))[0] == "queue"
+    )

@@ -5,18 +5,18 @@ from __future__ import annotations
 import errno
 import os
 import shutil
-import signal
 import subprocess
 import sys
 import time
 
 import pytest
+from hanging import kill_tree
 
 from repro.commands.cli import main
 from repro.hosts.looks import collection
 from repro.hosts.looks.proc import read_status
 
-WAITER = "import threading; threading.Event().wait()"
+WAITER = "import threading; threading.Event().wait(120)"
 
 
 @pytest.fixture
@@ -39,7 +39,7 @@ def start(request):
     yield start_ranks
     for process in started:
         if process.returncode is None:
-            os.killpg(process.pid, signal.SIGKILL)
+            kill_tree(process.pid)
             process.wait()
 
 

@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 
 import pytest
+from hanging import kill_tree
 
 from repro.commands.cli import main
 from repro.hosts.looks import collection, py_spy
@@ -21,18 +22,19 @@ rank, lock = int(os.environ["RANK"]), open(sys.argv[1], "w")
 while rank and not os.path.exists(sys.argv[1] + ".held"): time.sleep(0.01)
 fcntl.flock(lock, fcntl.LOCK_EX)
 open(sys.argv[1] + ".held", "w").close()
-subprocess.run([sys.argv[2], "-c", "while :; do :; done", "expert_kernel.cu"])
+subprocess.run(["timeout", "60", sys.argv[2], "-c", "while :; do :; done", "expert_kernel.cu"])
 """
 STRAGGLER = """
-import os, threading
+import os, threading, time
+end_s = time.monotonic() + 60
 if os.environ["RANK"] == "1":
-    while True: sum(range(10_000))
-threading.Lock().acquire(); event = threading.Event(); event.wait()
+    while time.monotonic() < end_s: sum(range(10_000))
+threading.Event().wait(120)
 """
 FAULTHANDLER = """
 import faulthandler, signal, threading
 faulthandler.register(signal.SIGUSR1)
-def step(): threading.Event().wait()
+def step(): threading.Event().wait(120)
 step()
 """
 
@@ -53,7 +55,7 @@ def ranks(tmp_path):
 
     yield start
     for process in started:
-        os.killpg(process.pid, signal.SIGKILL)
+        kill_tree(process.pid)
         process.wait()
 
 

@@ -87,6 +87,7 @@ RUNS = {"moves": True, "cpu_s": 1.8}
         (job(rank(0), rank(1, "save", **RUNS), rank(2, "backward")), ("slow", "straggler", (1,), ())),
         (job(rank(0), rank(1, "prompt"), rank(2)), ("stall", "host", (1,), ())),
         (job(rank(0), rank(1, "runs", state="T"), rank(2)), ("stall", "host", (1,), ())),
+        (job(rank(0, cpu_s=1.9), rank(1, "runs", state="T")), ("stall", "host", (1,), ())),
         (job(rank(0), rank(1, "runs", state=("S", "X"), stack=False), rank(2)), ("crash", "dead_rank", (1,), ())),
         (job(rank(0), rank(2), world=3, extra=[Note("no process", "", Process(rank=1), "1")]),
          ("crash", "dead_rank", (1,), ())),

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from repro.commands.cli import main
-from repro.hosts.looks.proc import read_status
+from repro.hosts.looks.proc import descendants, read_all, read_status
 
 ROOT = Path(__file__).resolve().parents[3]
 PROGRAM = ROOT / "tests" / "support" / "jobs" / "hung_jobs.py"
@@ -71,8 +71,16 @@ def hung_jobs(kinds: list[str], root: Path) -> Iterator[dict[str, HungJob]]:
     try:
         yield {kind: HungJob(kind, root / kind, parent) for kind in kinds}
     finally:
-        os.killpg(parent.pid, signal.SIGKILL)
+        kill_tree(parent.pid)
         parent.wait()
+
+
+def kill_tree(pid: int) -> None:
+    """Kill a process and all below it; ninja gives its compilers process groups of their own."""
+    rows = descendants(read_all(), pid)
+    for below in [pid, *(row.pid for row in rows)]:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(below, signal.SIGKILL)
 
 
 def look_at(job: HungJob, out: Path, capsys: Any, interval_s: float = 1.0) -> dict[str, Any]:

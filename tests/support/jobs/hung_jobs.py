@@ -8,6 +8,7 @@ import each. The ranks write FOLDER/KIND/rankN.pid, and rankN.started when they 
 
 from __future__ import annotations
 
+import ctypes
 import os
 import shutil
 import signal
@@ -23,6 +24,8 @@ from torch.utils.cpp_extension import load_inline
 from torch.utils.data import DataLoader, Dataset
 
 NUM_RANKS = 3
+DEADLINE_S = 300
+COMPILER_S = 120
 ODD = 1
 """The rank that differs from the others."""
 
@@ -94,7 +97,7 @@ def build_under_lock(rank: int, folder: Path) -> None:
     """torch's own build of an extension, by a compiler that never ends; the others wait for torch's FileBaton."""
     shutil.copy("/bin/sh", folder / "cc1plus")
     compiler = folder / "c++"
-    endless = f'exec {folder}/cc1plus -c "while :; do :; done" $@'
+    endless = f'exec timeout {COMPILER_S} {folder}/cc1plus -c "while :; do :; done" $@'  # ninja outlives its parent
     compiler.write_text(f'#!/bin/sh\ncase "$*" in *-c*) {endless};; esac\nexec g++ $@\n')
     compiler.chmod(0o755)
     os.environ["CXX"] = str(compiler)
@@ -184,11 +187,21 @@ def run_rank(kind: str, rank: int, world_size: int, folder: Path) -> None:
     time.sleep(600)
 
 
+def die_with_parent() -> None:
+    """Have the system end this process with its parent, and after DEADLINE_S whatever it does."""
+    ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
+    signal.alarm(DEADLINE_S)
+    if os.getppid() == 1:
+        os._exit(1)
+
+
 def main(kinds: str, root: Path) -> None:
+    die_with_parent()
     os.environ["GLOO_SOCKET_IFNAME"] = "lo"
     for kind in kinds.split(","):
         (root / kind).mkdir(parents=True)
         if os.fork() == 0:
+            die_with_parent()
             launch(kind, root / kind)
             os._exit(0)
     while True:
@@ -198,6 +211,7 @@ def main(kinds: str, root: Path) -> None:
 def launch(kind: str, folder: Path) -> None:
     for rank in range(NUM_RANKS):
         if os.fork() == 0:
+            die_with_parent()
             run_rank(kind, rank, NUM_RANKS, folder)
             os._exit(0)
     for _ in range(NUM_RANKS):

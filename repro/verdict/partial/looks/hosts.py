@@ -53,15 +53,17 @@ def _ended(scene: Scene, looks: Mapping[int, RankLook]) -> Diagnosis | None:
 def _stopped(looks: Mapping[int, RankLook]) -> Diagnosis | None:
     stopped = [rank for rank, look in looks.items() if look.stopped]
     others = [look for rank, look in looks.items() if rank not in stopped]
-    if not stopped or not all(_stands(look) for look in others):
+    if not stopped:
         return None
+    all_stand = bool(others) and all(map(_stands, others))  # a rank may wait by spinning, and does not stand then
     how = "a debugger" if any(looks[rank].last.state == "t" for rank in stopped) else "a signal (SIGSTOP, Ctrl-Z)"
     lines = [f"Rank {rank} is in state {looks[rank].last.state} in both looks ({looks[rank].last.source})"
              for rank in stopped]  # fmt: skip
     pids = " ".join(str(looks[rank].last.process.pid) for rank in stopped)
     return Diagnosis(
-        "stall", "host", tuple(stopped), (), "certain" if others else "likely",
-        (f"{_names(stopped)} {verb(stopped, 'is', 'are')} stopped by {how}.", _they_wait(others)),
+        "stall", "host", tuple(stopped), (), "certain" if all_stand else "likely",
+        (f"{_names(stopped)} {verb(stopped, 'is', 'are')} stopped by {how}.",
+         *([_they_wait(others)] if all_stand else [])),
         (*lines, *_where(others)), (LATER,),
         (f"who stopped it; to continue: kill -CONT {pids}",), waits=_waits(others, stopped, "is stopped"),
     )  # fmt: skip
