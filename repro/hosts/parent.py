@@ -9,6 +9,8 @@ import ctypes
 import os
 import signal
 
+from repro.trace.start_ticks import read_start_ticks
+
 _PR_SET_PDEATHSIG = 1
 _LIBC = ctypes.CDLL(None)  # loaded at import, because little is safe between fork and exec
 
@@ -30,15 +32,6 @@ def start_ticks(pid: int) -> int:
         return read_start_ticks(pid)
     except (OSError, ValueError, IndexError):
         return 0
-
-
-def read_start_ticks(pid: int) -> int:
-    """Read the start time of a process in clock ticks since boot.
-
-    Raises OSError if /proc cannot be read, ValueError or IndexError if its content is malformed.
-    """
-    with open(f"/proc/{pid}/stat") as file:
-        return int(file.read().rpartition(")")[2].split()[19])
 
 
 def name_myself() -> str:

@@ -7,6 +7,7 @@ import socket
 import time
 
 from repro.trace.format import Identity
+from repro.trace.start_ticks import read_start_ticks
 
 
 def myself(rank: int, num_ranks: int) -> Identity:
@@ -14,8 +15,7 @@ def myself(rank: int, num_ranks: int) -> Identity:
     try:
         with open("/proc/sys/kernel/random/boot_id") as file:
             boot_id = file.read().strip()
-        with open("/proc/self/stat") as file:
-            start_ticks = int(file.read().rpartition(")")[2].split()[19])
+        start_ticks = read_start_ticks(os.getpid())
     except OSError:
         boot_id, start_ticks = "", 0
     try:

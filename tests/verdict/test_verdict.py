@@ -222,6 +222,7 @@ def test_a_rank_that_is_done_while_others_serve_left_too_early() -> None:
     verdict = look(made)
     assert (verdict.verdict, verdict.cause, verdict.culprits) == ("deadlock", "skipped", (7,))
     assert "rank 3 had live requests" in " ".join(verdict.evidence)
+    assert "not enough evidence" not in " ".join(verdict.evidence)
 
 
 def test_where_collectives_are_only_queued_neither_their_end_nor_work_is_taken_for_granted() -> None:

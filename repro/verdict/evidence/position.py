@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from repro.trace.format import Event, Identity, Kind
 from repro.trace.knowledge import COLLECTIVES, Knows
@@ -94,8 +94,7 @@ def locate(rank: int, witness: Witness | None, now_ns: int, alive: bool | None, 
 
 
 def _with_state(position: Position, state: str, detail: str = "") -> Position:
-    fields = {name: getattr(position, name) for name in Position.__slots__}
-    return Position(**{**fields, "state": state, "detail": detail or position.detail})
+    return replace(position, state=state, detail=detail or position.detail)
 
 
 def _read(rank: int, witness: Witness, now_ns: int) -> RankState:

@@ -22,6 +22,11 @@ from repro.verdict.result import Finding, name_ranks, shorten
 from repro.verdict.rules.arguments import arguments_finding
 from repro.verdict.rules.deviation import deviation_finding
 
+NOT_ENOUGH = (
+    "not enough evidence to name a culprit: declare each step's schedule (Observer.begin_step), or compare the call "
+    "sites of both sides"
+)
+
 
 def explain(
     witnesses: Mapping[int, Witness],
@@ -88,10 +93,7 @@ def _completed(
     if finding is None:
         finding = Finding(confidence="undecided")
     if finding.confidence == "undecided":
-        finding.evidence.append(
-            "not enough evidence to name a culprit: declare each step's schedule (Observer.begin_step), or compare the "
-            "call sites of both sides"
-        )
+        finding.evidence.append(NOT_ENOUGH)
     if finding.first_divergence is None:
         finding.first_divergence = calls_of_sides(divergence) if divergence else positions(waits.cycle, rank_states)
     return finding

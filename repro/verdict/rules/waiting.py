@@ -11,6 +11,7 @@ from repro.verdict.evidence.graph import Node
 from repro.verdict.evidence.steps import steps_of
 from repro.verdict.result import Finding, Verdict, name_ranks, say
 from repro.verdict.rules.deadlock import deadlock
+from repro.verdict.rules.explain import NOT_ENOUGH
 from repro.verdict.rules.slow import may_wait_for_device, slow
 from repro.verdict.rules.stall import attended, left_by_some
 
@@ -98,7 +99,7 @@ def _waits_for_done(case: Case) -> Verdict:
                 culprits=tuple(sorted(done)),
                 suspects=(),
                 confidence="certain",
-                evidence=(line, *verdict.evidence),
+                evidence=(line, *(text for text in verdict.evidence if text != NOT_ENOUGH)),
             )
     line = f"{say(sorted(done), 'are done')} and will issue no further collective"
     return replace(verdict, cycle=(), evidence=(line, *verdict.evidence))
