@@ -48,6 +48,8 @@ class Attendant:
             cpu_s = time.process_time()
             idle, self._cpu_s = cpu_s - self._cpu_s < IDLE_S, cpu_s
             collectives.note_completions(self._rank)
+            for look in self._rank.attended:
+                look()
             if idle and _in_backward():
                 ddp.note_wait(self._rank)
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+import weakref
 from collections.abc import Callable
 from functools import wraps
 from types import ModuleType
@@ -14,6 +16,14 @@ from repro.attach.record.imports import replace
 NEW_GROUP = "new_group"
 """Group name under which creations are recorded: every rank must make the same groups in the same order."""
 
+_descriptions: weakref.WeakKeyDictionary[Any, str] = weakref.WeakKeyDictionary()
+
+
+def describe(group: Any, description: str) -> None:
+    """Describe a group of a library that gives torch no description. Has an effect until the group is recorded."""
+    if group is not None:
+        _descriptions[group] = description
+
 
 def hook(c10d: ModuleType) -> None:
     """Hook the module torch.distributed.distributed_c10d, right after its first import."""
@@ -22,10 +32,19 @@ def hook(c10d: ModuleType) -> None:
     from repro.attach.record import collectives
 
     collectives.hook(native)
-    replace(c10d, "init_process_group", _joining)
-    replace(c10d, "new_group", _creating)
-    replace(c10d, "destroy_process_group", _leaving)
+    replace_function(c10d, "init_process_group", _joining)
+    replace_function(c10d, "new_group", _creating)
+    replace_function(c10d, "destroy_process_group", _leaving)
     this.become_from_environment()
+
+
+def replace_function(c10d: ModuleType, name: str, make: Callable[..., Any]) -> None:
+    """Replace a function, also in torch.distributed if that has taken it over before the recording began."""
+    original = vars(c10d).get(name)
+    replace(c10d, name, make)
+    package = sys.modules.get(c10d.__name__.rpartition(".")[0])
+    if package is not None and original is not None and vars(package).get(name) is original:
+        setattr(package, name, vars(c10d)[name])
 
 
 def _joining(original: Callable[..., Any]) -> Callable[..., Any]:
@@ -124,5 +143,5 @@ def name_group(group: Any, members: list[int]) -> str:
 
 
 def _described(group: Any) -> str:
-    description = str(getattr(group, "group_desc", "") or "").replace(":", "_")
+    description = _descriptions.get(group) or str(getattr(group, "group_desc", "") or "").replace(":", "_")
     return "" if description == "undefined" else description

@@ -49,6 +49,7 @@ class Rank:
         self.root = root
         self.lock = threading.Lock()
         self.local = _Thread()
+        self.attended: list[Callable[[], None]] = []  # called by the attendant at each look
 
     @contextlib.contextmanager
     def in_layer(self, name: str) -> Iterator[None]:
@@ -78,6 +79,7 @@ current: Rank | None = None
 
 with_modules = False
 _base: Path | None = None
+_meeting = ""  # where the ranks of every job of this process meet, if that is known beforehand
 _owner_pid = 0
 _ended = False
 
@@ -87,6 +89,25 @@ def configure(base: Path, modules: bool) -> None:
     global _base, with_modules
     _base, with_modules = base.absolute(), modules
     os.register_at_fork(after_in_child=_forget)
+
+
+def is_configured() -> bool:
+    """Whether this process is recorded, once it is a rank."""
+    return _base is not None
+
+
+def meet_at(meeting: str) -> None:
+    """Take all ranks that this process and its children are for ranks of one job, wherever they meet."""
+    global _meeting
+    _meeting = meeting
+
+
+def folder(num_ranks: int) -> Path:
+    """The folder of the job of this process, for a process of the job that is no rank. Raises OSError."""
+    assert _base is not None, "configure() comes first"
+    root = _folder_of_job(_base, _key(num_ranks, ""))
+    _describe(root, num_ranks)
+    return root
 
 
 def _forget() -> None:
@@ -144,7 +165,7 @@ def recorded_as(rank: Rank, layer: str) -> Iterator[None]:
 def _key(num_ranks: int, meeting: str) -> str:
     """A name that the ranks of one job share, and no other job of this recording."""
     environ = os.environ
-    place = meeting or f"{environ.get('MASTER_ADDR', '')}-{environ.get('MASTER_PORT', '')}"
+    place = _meeting or meeting or f"{environ.get('MASTER_ADDR', '')}-{environ.get('MASTER_PORT', '')}"
     parts = (place, f"{num_ranks}ranks", environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
     return "".join(c if c.isalnum() or c in "-." else "_" for c in "-".join(parts))[-150:]
 

@@ -1,0 +1,13 @@
+"""Plug-ins of vLLM: the recorder, and expert parallelism on a CPU.
+
+    plugin.py   the entry point of the recorder; without HMR_RECORD it imports nothing else
+    hooks.py    the table: which attribute of vLLM is replaced, in which versions, by what
+    worker.py   the hooks of a worker, which is a rank: phases, steps, dispatch and combine, layers
+    engine.py   the hooks of an EngineCore, which writes what it does into a notes file
+    notes.py    the notes file, which the worker of the same rank reads
+    mirror.py   the worker's record of what its engine does: questions, and executions that were left out
+    cpu_ep.py   the entry point of expert parallelism on a CPU
+
+A rank of vLLM is several processes, and a cycle of waits can run through all of them. The rank has one witness, which
+its worker writes: it shows where the worker waits, and while the worker is idle, where its engine waits.
+"""

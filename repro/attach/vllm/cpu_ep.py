@@ -1,0 +1,93 @@
+"""Expert parallelism for vLLM's CPU build, which lacks it: the plug-in ``hmr_cpu_ep``, on with HMR_CPU_EP=1.
+
+vLLM's CpuCommunicator has no all_gatherv and no reduce_scatterv (0.20 to 0.33), and the fused MoE of the CPU indexes
+the rank's own experts by global ids. With both supplied, ``--data-parallel-size 2 --enable-expert-parallel`` serves
+on a laptop. This is for tests and trials: gathers are padded, and the reduce-scatter is an all-reduce.
+
+The recorder (``hmr_record``) does not need it.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+from collections.abc import Sequence
+from typing import Any
+
+
+def register() -> None:
+    """The entry point. vLLM calls it in each of its processes, and may call it again."""
+    if os.environ.get("HMR_CPU_EP") != "1":
+        return
+    from vllm.platforms import current_platform
+
+    if current_platform.is_cpu():
+        _install()
+
+
+@functools.cache
+def _install() -> None:
+    from vllm.distributed.device_communicators.cpu_communicator import CpuCommunicator
+    from vllm.model_executor.layers.fused_moe.experts.cpu_moe import CPUUnquantizedExperts
+
+    CpuCommunicator.all_gatherv = all_gatherv
+    CpuCommunicator.reduce_scatterv = reduce_scatterv
+    CPUUnquantizedExperts.apply = with_local_ids(CPUUnquantizedExperts.apply)
+
+
+def all_gatherv(communicator: Any, input_: Any, dim: int = 0, sizes: Sequence[int] | None = None) -> Any:
+    """Gather tensors whose lengths differ by rank.
+
+    input_  a tensor, or a list of tensors, of ``sizes[rank]`` rows
+    sizes   the rows of each rank of the group; None if they are equal
+
+    Returns the rows of all ranks in the order of the ranks; a list for a list.
+    """
+    import torch
+
+    if dim != 0:
+        raise NotImplementedError(f"all_gatherv on a CPU gathers along dimension 0, not {dim}")
+    tensors = input_ if isinstance(input_, (list, tuple)) else [input_]
+    rows = list(sizes) if sizes is not None else [tensors[0].shape[0]] * communicator.world_size
+    gathered = []
+    for tensor in tensors:
+        padded = tensor.new_zeros((max(rows), *tensor.shape[1:]))
+        padded[: tensor.shape[0]] = tensor
+        parts = [torch.empty_like(padded) for _ in rows]
+        torch.distributed.all_gather(parts, padded, group=communicator.device_group)
+        gathered.append(torch.cat([part[:count] for part, count in zip(parts, rows, strict=True)]))
+    return gathered if isinstance(input_, (list, tuple)) else gathered[0]
+
+
+def reduce_scatterv(communicator: Any, input_: Any, dim: int = 0, sizes: Sequence[int] | None = None) -> Any:
+    """Add up the tensors of all ranks; returns the rows of this rank. The arguments are those of ``all_gatherv``."""
+    import torch
+
+    if dim not in (0, -input_.dim()):
+        raise NotImplementedError(f"reduce_scatterv on a CPU scatters dimension 0, not {dim}")
+    world_size, rank = communicator.world_size, communicator.rank_in_group
+    rows = list(sizes) if sizes is not None else [input_.shape[0] // world_size] * world_size
+    total = input_.clone()
+    torch.distributed.all_reduce(total, group=communicator.device_group)
+    begin = sum(rows[:rank])
+    return total[begin : begin + rows[rank]].contiguous()
+
+
+def with_local_ids(original: Any) -> Any:
+    """Make ``apply`` of the CPU's experts take global expert ids: those of other ranks get the weight 0."""
+
+    @functools.wraps(original)
+    def apply(
+        self: Any, output: Any, hidden_states: Any, w1: Any, w2: Any, topk_weights: Any, topk_ids: Any,
+        activation: Any, global_num_experts: int, expert_map: Any, *rest: Any, **options: Any,
+    ) -> None:  # fmt: skip
+        if expert_map is not None:
+            local = expert_map[topk_ids.long()]
+            topk_weights = topk_weights.masked_fill(local < 0, 0.0)
+            topk_ids = local.clamp(min=0).to(topk_ids.dtype)
+        original(
+            self, output, hidden_states, w1, w2, topk_weights, topk_ids, activation, global_num_experts, expert_map,
+            *rest, **options,
+        )  # fmt: skip
+
+    return apply

@@ -1,0 +1,130 @@
+"""Which attribute of vLLM is replaced, and by what.
+
+A hook that a version of vLLM does not have is reported in one line and left out: the record then lacks what the hook
+shows, and the server runs as without it.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+import sys
+from collections.abc import Callable
+from types import ModuleType
+from typing import Any, NamedTuple
+
+from repro.attach.record import rank, start
+from repro.attach.record.imports import after_import, replace
+from repro.attach.vllm import engine, worker
+
+JOB = "vllm"
+"""The key of the job: all processes of one server record into one folder."""
+
+
+class Hook(NamedTuple):
+    """One replaced attribute.
+
+    module    the module that defines it
+    names     "Class.method" or "function"; the first that exists is replaced
+    make      makes the replacement of the original
+    shows     what the record lacks without it
+    versions  of vLLM in which it was read or run; another one may lack it
+    """
+
+    module: str
+    names: tuple[str, ...]
+    make: Callable[[Callable[..., Any]], Callable[..., Any]]
+    shows: str
+    versions: str = "0.20 to 0.33"
+
+
+_GPU, _CPU = "vllm.v1.worker.gpu_worker", "vllm.v1.worker.cpu_worker"
+_GROUPS, _CORE = "vllm.distributed.parallel_state", "vllm.v1.engine.core"
+_COMMUNICATOR = "vllm.distributed.device_communicators.base_device_communicator"
+_QUEUE = "vllm.distributed.device_communicators.shm_broadcast"
+_MULTIPROC = "vllm.v1.executor.multiproc_executor"
+_GDN = "vllm.model_executor.layers.mamba.gdn.qwen_gdn_linear_attn"
+_OLD_GDN = "vllm.model_executor.layers.mamba.gdn_linear_attn"
+
+HOOKS = (
+    Hook(_GPU, ("Worker.init_device",), worker.initialising, "steps and phases"),
+    Hook(_CPU, ("CPUWorker.init_device",), worker.initialising, "steps and phases"),
+    Hook(_GPU, ("Worker.load_model",), worker.in_phase("load"), "the phase load"),
+    Hook(_GPU, ("Worker.determine_available_memory",), worker.in_phase("profile"), "the phase profile"),
+    Hook(_CPU, ("CPUWorker.determine_available_memory",), worker.in_phase("profile"), "the phase profile"),
+    Hook(_GPU, ("Worker.initialize_from_config",), worker.in_phase("allocate"), "the phase allocate"),
+    Hook(_GPU, ("Worker.compile_or_warm_up_model",), worker.in_phase("compile"), "the phase compile"),
+    Hook(_CPU, ("CPUWorker.compile_or_warm_up_model",), worker.in_phase("compile"), "the phase compile"),
+    Hook("vllm.v1.worker.gpu_model_runner", ("GPUModelRunner.capture_model",), worker.in_phase("capture"), "capture"),
+    Hook(_GPU, ("Worker.execute_model",), worker.executing, "live requests of a step"),
+    Hook(_GPU, ("Worker.execute_dummy_batch",), worker.executing_dummy, "dummy batches"),
+    Hook("vllm.v1.worker.dp_utils", ("_run_ar",), worker.agreeing, "where a step begins"),
+    Hook(_COMMUNICATOR, ("DeviceCommunicatorBase.__init__",), worker.naming, "names of groups"),
+    Hook(_GROUPS, ("GroupCoordinator.__init__",), worker.naming, "names of groups"),
+    Hook(_GROUPS, ("GroupCoordinator.all_gatherv",), worker.exchanging("all_gather_v", 1), "dispatch"),
+    Hook(_GROUPS, ("GroupCoordinator.reduce_scatterv",), worker.exchanging("reduce_scatter_v", 1), "combine"),
+    Hook(
+        _GROUPS, ("GroupCoordinator.reduce_scatterv_into_output",), worker.exchanging("reduce_scatter_v", 2),
+        "combine into an output", "0.32 on",
+    ),
+    Hook(
+        "vllm.model_executor.layers.fused_moe.runner.moe_runner", ("MoERunner._forward_impl",),
+        worker.in_layer("layer_name"), "the MoE layer of a collective",
+    ),
+    Hook(_GDN, ("QwenGatedDeltaNetAttention.forward_cpu",), worker.in_layer("prefix"), "the GDN layer", "0.24 on"),
+    Hook(_GDN, ("QwenGatedDeltaNetAttention.forward_cuda",), worker.in_layer("prefix"), "the GDN layer", "0.24 on"),
+    Hook(_OLD_GDN, ("GatedDeltaNetAttention.forward_cuda",), worker.in_layer("prefix"), "the GDN layer", "0.20"),
+    Hook(_QUEUE, ("MessageQueue.dequeue",), worker.receiving, "idle workers"),
+    Hook(_CORE, ("DPEngineCoreProc._init_data_parallel",), engine.constructing, "the engines"),
+    Hook(_CORE, ("DPEngineCoreProc._has_global_unfinished_reqs",), engine.counting, "executions left out"),
+    Hook(_CORE, ("EngineCoreProc._process_input_queue",), engine.waiting_for_requests, "engines without requests"),
+    Hook(_MULTIPROC, ("MultiprocExecutor.execute_model",), engine.requesting, "executions left out"),
+    Hook(_MULTIPROC, ("MultiprocExecutor.execute_dummy_batch",), engine.requesting_dummy, "executions left out"),
+    Hook(
+        "vllm.config.parallel", ("ParallelConfig.sync_dp_state", "ParallelConfig.has_unfinished_dp"), engine.asking,
+        'the question "is anyone unfinished?"',
+    ),
+)  # fmt: skip
+
+
+@functools.cache
+def install(directory: str) -> None:
+    """Hook this process, and its children that are forked."""
+    if not rank.is_configured():
+        start.begin(directory)
+    rank.meet_at(JOB)
+    os.register_at_fork(after_in_child=worker.after_fork)
+    os.register_at_fork(after_in_child=engine.after_fork)
+    modules: dict[str, list[Hook]] = {}
+    for hook in HOOKS:
+        modules.setdefault(hook.module, []).append(hook)
+    after_import({module: functools.partial(_apply, hooks) for module, hooks in modules.items()})
+
+
+def _apply(hooks: list[Hook], module: ModuleType) -> None:
+    for hook in hooks:
+        place = next((place for name in hook.names if (place := _place(module, name))), None)
+        if place is None:
+            print(
+                f"repro record: this vLLM has no {hook.names[0]} in {module.__name__}: {hook.shows} will not be "
+                f"recorded (known: vLLM {hook.versions})",
+                file=sys.stderr,
+            )
+        else:
+            _replace(*place, hook.make)
+
+
+def _place(module: ModuleType, name: str) -> tuple[Any, str] | None:
+    """The owner of a name in a module, and the attribute; None if the module does not define it."""
+    *outer, attribute = name.split(".")
+    owner: Any = module
+    for part in outer:
+        owner = getattr(owner, part, None)
+    return (owner, attribute) if owner is not None and attribute in vars(owner) else None
+
+
+def _replace(owner: Any, attribute: str, make: Callable[[Any], Any]) -> None:
+    if isinstance(vars(owner)[attribute], staticmethod):
+        replace(owner, attribute, lambda original: staticmethod(make(original)))
+    else:
+        replace(owner, attribute, make)

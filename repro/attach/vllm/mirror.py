@@ -1,0 +1,114 @@
+"""The worker's record of what the engine of its rank does.
+
+The worker records each question when the next message of the engine arrives, and the attendant records the one that the
+engine waits in while the worker is idle. So the witness of the rank has one order of all that the rank waits for, and
+its last event shows the wait.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from hybrid_moe_ref.parallel.observer import Collective
+from repro.attach.vllm.habits import Habits
+from repro.attach.vllm.notes import Activity, Note, Notes, open_notes
+
+if TYPE_CHECKING:
+    from repro.attach.record.rank import Rank
+
+GROUP = "engines"
+"""The group of the EngineCore processes, each under the rank of its first worker."""
+
+QUESTION = Collective(GROUP, "all_reduce", "unfinished", (), "int32")
+IDLE_NS = 200_000_000
+"""A worker that has waited so long for its engine is idle. Between two steps it waits for a millisecond."""
+
+
+@dataclass
+class Progress:
+    """What the worker is at: the phase, and the number of its last execution of the model."""
+
+    phase: str = ""
+    step: int = -1
+
+
+class Mirror:
+    """The record of one engine in the witness of its first worker.
+
+    All methods but ``wait`` are called with the rank's lock held, because the attendant may record at any time.
+
+    first_workers  the rank of each engine's first worker
+    """
+
+    def __init__(self, rank: Rank, progress: Progress, habits: Habits, first_workers: Sequence[int]) -> None:
+        self._rank = rank
+        self._progress = progress
+        self._habits = habits
+        self._notes: Notes | None = None
+        self._asked = 0  # questions that the witness shows
+        self._open = False  # the last of them has not been answered
+        self._skipped = 0
+        self._idle = ""  # the phase that an idle worker recorded
+        self._since_ns = 0  # the worker waits for a message since then; 0 if it has one
+        rank.recorder.groups({GROUP: first_workers})
+
+    def wait(self) -> None:
+        """The worker begins to wait for its engine."""
+        self._since_ns = time.monotonic_ns()
+
+    def woken(self) -> None:
+        """The engine has sent a message."""
+        self._since_ns = 0
+        if self._idle:
+            self._idle = ""
+            self._rank.recorder.phase(self._progress.phase)
+        self.catch_up()
+
+    def note_idle(self) -> None:
+        """Record where the engine waits, if the worker is idle."""
+        if not self._since_ns or time.monotonic_ns() - self._since_ns < IDLE_NS:
+            return
+        self.catch_up()
+        if self._notes is None or self._open:
+            return
+        without_requests = self._notes[Note.ACTIVITY] == Activity.WAITS_FOR_REQUESTS
+        idle = "idle, engine waits for requests" if without_requests else "idle, waits for engine"
+        if idle != self._idle:
+            self._idle = idle
+            self._rank.recorder.phase(idle)
+
+    def catch_up(self) -> None:
+        """Record the questions since the last time, in order, each as a collective outside of any step."""
+        if self._notes is None:
+            self._notes = open_notes(Path(self._rank.root), self._rank.rank)
+            if self._notes is None:
+                return
+        notes, recorder = self._notes, self._rank.recorder
+        answered = notes[Note.ANSWERED]
+        asked = max(answered, notes[Note.ASKED])
+        if self._open and answered >= self._asked:
+            recorder.leave(QUESTION, self._asked)
+            self._open = False
+        if asked == self._asked:
+            return
+        self._habits.end()  # a question belongs to no execution
+        self._declare_skipped(notes[Note.SKIPPED] - self._skipped)
+        recorder.phase(self._progress.phase)
+        self._idle = ""
+        while self._asked < asked:
+            recorder.enter(QUESTION)
+            self._asked += 1
+            self._open = self._asked > answered
+            if not self._open:
+                recorder.leave(QUESTION, self._asked)
+
+    def _declare_skipped(self, count: int) -> None:
+        """Declare the steps that the engine counted without requesting an execution. No step agreement follows."""
+        self._skipped += count
+        for _ in range(count):
+            self._progress.step += 1
+            self._rank.recorder.begin_step(self._progress.step, self._habits.agreement, 0)

@@ -1,0 +1,306 @@
+"""The hooks of a worker, which is a rank: phases, steps with their agreement, dispatch and combine, layers.
+
+Dynamo traces some of the replaced methods where vLLM compiles the model, so each hook that it may trace does nothing
+while torch compiles.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from functools import wraps
+from typing import Any
+
+from hybrid_moe_ref.parallel.observer import Collective, ScheduleEntry
+from repro.attach.record import collectives
+from repro.attach.record import rank as this
+from repro.attach.record.groups import describe
+from repro.attach.vllm import engine
+from repro.attach.vllm.habits import Habits
+from repro.attach.vllm.mirror import Mirror, Progress
+from repro.attach.vllm.notes import Activity, Note
+
+AGREEMENT = "step"
+"""The layer under which the step agreement (C1) is recorded, as our engine names it."""
+
+
+class Worker:
+    """The state of the worker that this process is."""
+
+    def __init__(self, rank: this.Rank, config: Any) -> None:
+        self.rank = rank
+        self.progress = Progress()
+        self.habits = Habits(rank.recorder)
+        self._live = 0
+        self._executing = False  # in execute_model or a dummy batch
+        self._begun = False  # this execution has begun its step
+        self.mirror: Mirror | None = None
+        size = int(config.world_size)
+        if int(config.data_parallel_size) > 1 and rank.rank % size == 0:
+            first_workers = range(0, int(config.world_size_across_dp), size)
+            self.mirror = Mirror(rank, self.progress, self.habits, first_workers)
+            rank.attended.append(self._note_idle)
+
+    def phase(self, name: str) -> None:
+        if name != self.progress.phase:
+            self.progress.phase = name
+            with self.rank.lock:
+                self.habits.end()
+                self.rank.recorder.phase(name)
+
+    def begin_execution(self, num_live: int) -> None:
+        self.phase("serve")
+        self._live, self._executing, self._begun = num_live, True, False
+        engine.note_request()
+
+    def end_execution(self) -> None:
+        self._executing = False
+
+    def begin_step(self) -> bool:
+        """Begin a step if this execution has none yet; each agreement outside of an execution is a step of its own."""
+        if self._executing and self._begun:
+            return False
+        self._begun = True
+        self.progress.step += 1
+        with self.rank.lock:
+            self.habits.end()
+            self._declare(self.habits.agreement)
+            self.habits.begin()
+        return True
+
+    def agreed(self, key: tuple[Any, ...]) -> None:
+        """The ranks have agreed on the step; what follows depends on ``key``."""
+        with self.rank.lock:
+            plan = self.habits.plan((self.progress.phase, *key))
+            if plan:
+                self._declare(plan)
+
+    def _declare(self, plan: tuple[ScheduleEntry, ...]) -> None:
+        self.rank.recorder.begin_step(self.progress.step, plan, self._live if self._executing else 0)
+
+    def _note_idle(self) -> None:
+        if self.mirror is not None:
+            with self.rank.lock:
+                self.mirror.note_idle()
+
+
+current: Worker | None = None
+"""The worker that this process is, if it is one."""
+
+
+def after_fork() -> None:
+    """A forked child is another process."""
+    global current
+    current = None
+
+
+def _compiling() -> bool:
+    torch = sys.modules.get("torch")
+    return torch is not None and torch.compiler.is_compiling()
+
+
+# -- start and phases ------------------------------------------------------------------------------------------------
+
+
+def initialising(original: Callable[..., Any]) -> Callable[..., Any]:
+    """Worker.init_device, in which the process becomes a rank of torch.distributed."""
+
+    @wraps(original)
+    def init_device(self: Any, *args: Any, **options: Any) -> Any:
+        global current
+        result = original(self, *args, **options)
+        if this.current is not None and current is None:
+            current = Worker(this.current, self.vllm_config.parallel_config)
+        return result
+
+    return init_device
+
+
+def in_phase(name: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """The hook of a method that is a phase of the start."""
+
+    def hook(original: Callable[..., Any]) -> Callable[..., Any]:
+        @wraps(original)
+        def method(self: Any, *args: Any, **options: Any) -> Any:
+            worker = current
+            if worker is None:
+                return original(self, *args, **options)
+            outer = worker.progress.phase
+            worker.phase(name)
+            result = _reporting(original, self, *args, **options)
+            worker.phase(outer or "start")
+            return result
+
+        return method
+
+    return hook
+
+
+def _reporting(original: Callable[..., Any], *args: Any, **options: Any) -> Any:
+    """Call a method of the worker; an exception ends the rank, although vLLM catches it and reports it elsewhere."""
+    try:
+        return original(*args, **options)
+    except Exception as error:
+        this.failed(error)
+        raise
+
+
+# -- steps -----------------------------------------------------------------------------------------------------------
+
+
+def executing(original: Callable[..., Any]) -> Callable[..., Any]:
+    """Worker.execute_model. Without scheduled tokens it runs no model."""
+
+    @wraps(original)
+    def execute_model(self: Any, scheduler_output: Any, *args: Any, **options: Any) -> Any:
+        worker = current
+        if worker is None or not getattr(scheduler_output, "total_num_scheduled_tokens", 1):
+            return original(self, scheduler_output, *args, **options)
+        worker.begin_execution(len(getattr(scheduler_output, "num_scheduled_tokens", ())))
+        try:
+            return _reporting(original, self, scheduler_output, *args, **options)
+        finally:
+            worker.end_execution()
+
+    return execute_model
+
+
+def executing_dummy(original: Callable[..., Any]) -> Callable[..., Any]:
+    """Worker.execute_dummy_batch, the execution of a rank without requests."""
+
+    @wraps(original)
+    def execute_dummy_batch(self: Any, *args: Any, **options: Any) -> Any:
+        worker = current
+        if worker is None:
+            return original(self, *args, **options)
+        worker.begin_execution(0)
+        try:
+            return _reporting(original, self, *args, **options)
+        finally:
+            worker.end_execution()
+
+    return execute_dummy_batch
+
+
+def agreeing(original: Callable[..., Any]) -> Callable[..., Any]:
+    """dp_utils._run_ar, the step agreement; its all-reduce is recorded as any other of torch."""
+
+    @wraps(original)
+    def _run_ar(*args: Any, **options: Any) -> Any:
+        worker = current
+        if worker is None or _compiling():
+            return original(*args, **options)
+        if not worker.begin_step():
+            with worker.rank.in_layer(worker.rank.local.layer or AGREEMENT):
+                return original(*args, **options)
+        with worker.rank.in_layer(AGREEMENT):
+            rows = original(*args, **options)
+        worker.agreed(_agreed_key(rows))
+        return rows
+
+    return _run_ar
+
+
+def _agreed_key(rows: Any) -> tuple[Any, ...]:
+    """What decides the schedule of a step: microbatches and graph mode, of int[4 rows][ranks]; () for other rows."""
+    if rows.device.type != "cpu" or rows.shape[0] != 4:
+        return ()
+    *_, microbatch, mode = rows.tolist()
+    return min(microbatch), min(mode)
+
+
+# -- collectives and layers ------------------------------------------------------------------------------------------
+
+
+def naming(original: Callable[..., Any]) -> Callable[..., Any]:
+    """GroupCoordinator.__init__ and DeviceCommunicatorBase.__init__: vLLM's groups have no names in torch."""
+
+    @wraps(original)
+    def __init__(self: Any, *args: Any, **options: Any) -> None:
+        original(self, *args, **options)
+        name = str(getattr(self, "unique_name", "") or "").partition(":")[0]
+        if name:
+            describe(getattr(self, "device_group", None), name)
+            describe(getattr(self, "cpu_group", None), f"{name}.cpu")
+
+    return __init__
+
+
+def exchanging(op: str, num_tensors: int) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """The hook of a method of GroupCoordinator that exchanges rows: one collective, whatever is beneath it.
+
+    num_tensors: number of positional arguments before ``dim`` and ``sizes``
+    """
+
+    def hook(original: Callable[..., Any]) -> Callable[..., Any]:
+        @wraps(original)
+        def exchange(self: Any, input_: Any, *args: Any, **options: Any) -> Any:
+            worker = current
+            if worker is None or _compiling() or collectives.inside():
+                return original(self, input_, *args, **options)
+            position = num_tensors  # of sizes among args: after the other tensors and dim
+            sizes = options.get("sizes", args[position] if len(args) > position else None)
+            rank = worker.rank
+            group = collectives.group_of(rank, self.device_group)
+            collective = Collective(group.name, op, rank.local.layer, tuple(sizes or ()), collectives.dtype_of(input_))
+            with rank.lock:
+                rank.recorder.enter(collective)
+            with collectives.beneath():
+                result = original(self, input_, *args, **options)
+            with rank.lock:
+                rank.recorder.leave(collective)
+            return result
+
+        return exchange
+
+    return hook
+
+
+def in_layer(attribute: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """The hook of a layer's method; ``attribute`` holds the layer's name."""
+
+    def hook(original: Callable[..., Any]) -> Callable[..., Any]:
+        @wraps(original)
+        def forward(self: Any, *args: Any, **options: Any) -> Any:
+            worker = current
+            if worker is None or _compiling():
+                return original(self, *args, **options)
+            with worker.rank.in_layer(str(getattr(self, attribute, ""))):
+                return original(self, *args, **options)
+
+        return forward
+
+    return hook
+
+
+# -- waiting for the other process of the rank -----------------------------------------------------------------------
+
+
+def receiving(original: Callable[..., Any]) -> Callable[..., Any]:
+    """MessageQueue.dequeue: an engine waits for its worker's reply, an idle worker for its engine."""
+
+    @wraps(original)
+    def dequeue(self: Any, *args: Any, **options: Any) -> Any:
+        if engine.current is not None:
+            return _await_worker(original, self, *args, **options)
+        worker = current
+        if worker is None or worker.mirror is None or not options.get("indefinite"):
+            return original(self, *args, **options)
+        worker.mirror.wait()
+        try:
+            return original(self, *args, **options)
+        finally:
+            with worker.rank.lock:
+                worker.mirror.woken()
+
+    return dequeue
+
+
+def _await_worker(original: Callable[..., Any], *args: Any, **options: Any) -> Any:
+    notes = engine.current
+    assert notes is not None
+    notes[Note.ACTIVITY] = Activity.WAITS_FOR_WORKER
+    try:
+        return original(*args, **options)
+    finally:
+        notes[Note.ACTIVITY] = Activity.WORKS

@@ -1,0 +1,175 @@
+"""Serve a tiny Qwen3.5-MoE with the real vLLM: DP=2, EP=2, on a CPU. Run it with the interpreter of vLLM's venv.
+
+    python tests/vllm/serve.py --out DIR [--waves 5:8,5:12 3:40,0:0] [--seconds 60]
+
+A wave is one item per rank, PROMPT:NEW: the number of prompt tokens and of new tokens; 0:0 leaves the rank idle. The
+ranks are forked from one process that has imported vLLM, so that they start in half a minute. The output tokens of rank
+R are written to DIR/outputs<R>.json. Nothing is left: the process ends its children and theirs by the deadline.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import multiprocessing
+import os
+import signal
+import socket
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+NUM_RANKS = 2
+MODEL = {
+    "architectures": ["Qwen3_5MoeForCausalLM"], "model_type": "qwen3_5_moe_text",
+    "vocab_size": 512, "hidden_size": 128, "num_hidden_layers": 4,
+    "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 32,
+    "layer_types": ["linear_attention"] * 3 + ["full_attention"],
+    "linear_conv_kernel_dim": 4, "linear_key_head_dim": 64, "linear_value_head_dim": 64,
+    "linear_num_key_heads": 2, "linear_num_value_heads": 4,
+    "num_experts": 16, "num_experts_per_tok": 4, "moe_intermediate_size": 64, "shared_expert_intermediate_size": 64,
+    "hidden_act": "silu", "max_position_embeddings": 1024, "rms_norm_eps": 1e-6, "tie_word_embeddings": False,
+    "rope_parameters": {"rope_type": "default", "rope_theta": 1e7, "partial_rotary_factor": 0.25,
+                        "mrope_section": [2, 1, 1], "mrope_interleaved": True},
+    "dtype": "bfloat16", "bos_token_id": 1, "eos_token_id": 2,
+}  # fmt: skip
+PRELOADED = (
+    "vllm", "vllm.v1.engine.core", "vllm.v1.engine.core_client", "vllm.v1.engine.llm_engine",
+    "vllm.v1.worker.cpu_worker", "vllm.v1.executor.multiproc_executor", "vllm.model_executor.models.qwen3_5",
+)  # fmt: skip
+
+
+def _arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--waves", nargs="*", default=["5:8,5:12"])
+    parser.add_argument("--seconds", type=float, default=0.0, help="repeat the waves for so long")
+    parser.add_argument("--deadline", type=float, default=600.0, help="seconds after which all processes are ended")
+    return parser.parse_args()
+
+
+def _environment() -> None:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    os.environ.update({
+        "VLLM_DP_SIZE": str(NUM_RANKS), "VLLM_DP_MASTER_IP": "127.0.0.1", "VLLM_DP_MASTER_PORT": str(port),
+        "VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind", "VLLM_HOST_IP": "127.0.0.1",
+        "VLLM_NO_USAGE_STATS": "1", "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "HMR_CPU_EP": "1",
+        "VLLM_ENGINE_READY_TIMEOUT_S": "1500",
+    })  # fmt: skip
+
+
+def _preload() -> None:
+    """Import vLLM, and make it fork its processes from then on."""
+    import importlib
+
+    for name in PRELOADED:
+        importlib.import_module(name)
+    context = multiprocessing.get_context("fork")
+    for name, module in list(sys.modules.items()):
+        if name.startswith("vllm") and "get_mp_context" in vars(module):
+            module.get_mp_context = lambda: context  # type: ignore[attr-defined]
+
+
+def _serve(rank: int, model: Path, args: argparse.Namespace) -> None:
+    os.environ.update({"VLLM_DP_RANK": str(rank), "VLLM_DP_RANK_LOCAL": str(rank)})
+    log = os.open(args.out / f"rank{rank}.log", os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+    os.dup2(log, 1)
+    os.dup2(log, 2)
+    from vllm import LLM, SamplingParams
+    from vllm.inputs import TokensPrompt
+
+    llm: Any = LLM(
+        model=str(model), load_format="dummy", skip_tokenizer_init=True, enforce_eager=True,
+        enable_expert_parallel=True, distributed_executor_backend="mp", max_model_len=512, max_num_seqs=8,
+        max_num_batched_tokens=512, seed=0, async_scheduling=False,
+    )  # fmt: skip
+    (args.out / f"up{rank}").touch()
+    until, outputs = time.monotonic() + args.seconds, []
+    while True:
+        for wave in args.waves:
+            prompt, new = map(int, wave.split(",")[rank].split(":"))
+            params = SamplingParams(temperature=0.0, max_tokens=new or 1, ignore_eos=True, detokenize=False)
+            prompts = [TokensPrompt(prompt_token_ids=[7 + i for i in range(prompt)])] if prompt else []
+            results = llm.generate(prompts, params, use_tqdm=False) if prompts else []
+            outputs.append([list(result.outputs[0].token_ids) for result in results])
+        if time.monotonic() >= until:
+            break
+    (args.out / f"outputs{rank}.json").write_text(json.dumps(outputs[: len(args.waves)]))
+    _wait_for_all(args.out, rank)
+    llm.llm_engine.engine_core.shutdown()
+
+
+def _wait_for_all(out: Path, rank: int) -> None:
+    """Keep the engine until both ranks have their outputs: an engine that leaves early leaves the other in a wave."""
+    (out / f"done{rank}").touch()
+    while not all((out / f"done{other}").exists() for other in range(NUM_RANKS)):
+        time.sleep(0.1)
+    time.sleep(3.0)  # the wave ends after the last output
+
+
+def _descendants(pid: int) -> list[int]:
+    found, queue = [], [pid]
+    while queue:
+        with contextlib.suppress(OSError):
+            for task in os.listdir(f"/proc/{queue[0]}/task"):
+                children = Path(f"/proc/{queue[0]}/task/{task}/children").read_text().split()
+                queue += map(int, children)
+                found += map(int, children)
+        queue.pop(0)
+    return found
+
+
+def main() -> int:
+    args = _arguments()
+    args.out.mkdir(parents=True, exist_ok=True)
+    args.out = args.out.absolute()
+    model = args.out / "model"
+    model.mkdir(exist_ok=True)
+    (model / "config.json").write_text(json.dumps(MODEL))
+    _environment()
+    _preload()
+    children = []
+    for rank in range(NUM_RANKS):
+        pid = os.fork()
+        if pid == 0:
+            code = 1
+            try:
+                _serve(rank, model, args)
+                code = 0
+            except BaseException:
+                import traceback
+
+                traceback.print_exc()
+            finally:
+                sys.stdout.flush()
+                os._exit(code)
+        children.append(pid)
+    deadline, codes = time.monotonic() + args.deadline, {}
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    started: set[int] = set()
+    try:
+        while len(codes) < NUM_RANKS and time.monotonic() < deadline:
+            started.update(_descendants(os.getpid()))
+            for pid in children:
+                done, status = os.waitpid(pid, os.WNOHANG) if pid not in codes else (0, 0)
+                if done:
+                    codes[pid] = os.waitstatus_to_exitcode(status)
+            time.sleep(0.2)
+    finally:
+        started.update(_descendants(os.getpid()))
+        for pid in started:
+            with contextlib.suppress(OSError):
+                if (
+                    "serve.py" in Path(f"/proc/{pid}/cmdline").read_text()
+                    or "vllm" in Path(f"/proc/{pid}/comm").read_text().lower()
+                ):
+                    os.kill(pid, signal.SIGKILL)
+    return max((abs(code) for code in codes.values()), default=1) if len(codes) == NUM_RANKS else 124
+
+
+if __name__ == "__main__":
+    sys.exit(main())
