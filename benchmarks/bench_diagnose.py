@@ -1,12 +1,13 @@
-"""How often `diagnose` and torch's own analyser of recorder dumps name the right ranks, how many others, how fast.
+"""How often `diagnose` and other analysers of recorder dumps name the right ranks, how many others, how fast.
 
-    python benchmarks/bench_diagnose.py [--folder DIR:RANKS:CLASS …] [--no-live] [--scale RANKS,…] [--json FILE]
+    python benchmarks/bench_diagnose.py [--folder DIR:RANKS:CLASS …] [--nvrx PYTHON] [--no-live] [--scale RANKS,…]
 
 The dumps are made up by the tests' writer in four kinds of NCCL hangs, each with any of four ranks at fault, and taken
-from six live gloo jobs (tests/support/jobs/live_gloo.py). `--folder` adds labelled dumps of your own, for example
-NVIDIA's (`_dumps:12,14:stall`). A tool is right where the ranks that it names are exactly those at fault; `diagnose`
-has to give the class as well, which the analyser of torch has no words for. `innocent` counts the other ranks that are
-named, `findings` the places that a reader is sent to. Exits with 1 where `diagnose` names an innocent rank.
+from six live gloo jobs (tests/support/jobs/live_gloo.py). `--folder` adds labelled dumps, for example NVIDIA's
+(`_dumps:12,14:stall`); `--nvrx` is a Python that has nvidia-resiliency-ext. A tool is right where the ranks that it
+names are exactly those at fault; `diagnose` has to give the class as well, which the others have no words for.
+`innocent` counts the other ranks that are named, `findings` the places that a reader is sent to. Exits with 1 where
+`diagnose` names an innocent rank.
 
 `--scale` gives `python -m repro diagnose`, from its start to its end, the dumps of larger jobs: 2,000 operations of two
 groups on each rank, the last of which one rank has not queued. Time and memory should be linear in the ranks. The
@@ -18,6 +19,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import pickle
 import platform
 import re
 import resource
@@ -25,8 +27,9 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -84,8 +87,22 @@ def made_up(root: Path) -> Iterator[Job]:
             folder = root / kind.replace(" ", "_") / str(shift)
             folder.mkdir(parents=True)
             for name, data in make(names).files.items():
-                (folder / name).write_bytes(data)
+                (folder / name).write_bytes(_with_status(data))
             yield Job(kind, folder, frozenset({names[at_fault]}), verdict)
+
+
+def _with_status(data: bytes) -> bytes:
+    """A made-up dump with the counters of each group, which torch's dumps have, and nvidia-resiliency-ext needs."""
+    content = pickle.loads(data)
+    if not content["pg_status"]:
+        for entry in content["entries"]:
+            row = content["pg_status"].setdefault(str(entry["pg_id"]), {
+                "last_enqueued_collective": -1, "last_started_collective": -1, "last_completed_collective": -1,
+            })  # fmt: skip
+            row["last_enqueued_collective"] = entry["collective_seq_id"]
+            if entry["state"] == "completed":
+                row["last_completed_collective"] = entry["collective_seq_id"]
+    return pickle.dumps(content, protocol=2)
 
 
 def live(root: Path) -> Iterator[Job]:
@@ -112,9 +129,17 @@ def ask_diagnose(job: Job) -> Answer:
     return Answer(diagnosis.verdict, named, 0 if diagnosis.verdict == "clean" else 1, seconds)
 
 
+def _prefix(job: Job) -> str:
+    """What the names of a job's dumps have in common. Raises ValueError where there are none."""
+    names = [path.stem for path in job.folder.iterdir() if path.stem[-1:].isdigit()]
+    if not names:
+        raise ValueError(f"{job.folder}: no dumps; a live job on a loaded machine may end before it is asked for them")
+    return names[0].rstrip("0123456789")
+
+
 def ask_torchfrtrace(job: Job) -> Answer:
     """Ranks in its lines "missing ranks" and "Culprit rank"; JSON dumps it does not read. Time includes its start."""
-    prefix = next(name.rstrip("0123456789") for path in job.folder.iterdir() if (name := path.stem)[-1:].isdigit())
+    prefix = _prefix(job)
     program = [sys.executable, "-m", "torch.distributed.flight_recorder.fr_trace", str(job.folder), "-p", prefix]
     start = time.perf_counter()
     done = subprocess.run(program, capture_output=True, text=True, timeout=300)
@@ -127,7 +152,20 @@ def ask_torchfrtrace(job: Job) -> Answer:
     return Answer("", frozenset(ranks), findings, seconds, done.returncode != 0)
 
 
-TOOLS = {"diagnose": ask_diagnose, "torchfrtrace": ask_torchfrtrace}
+def ask_nvrx(job: Job, python: Path) -> Answer:
+    """Ranks in the last column of its table of hanging groups; a row is a finding. Time includes its start."""
+    prefix = _prefix(job)
+    module = "nvidia_resiliency_ext.attribution.trace_analyzer.fr_attribution"
+    program = [str(python), "-m", module, "--fr-path", str(job.folder), "-p", f"{prefix}*", "--emit-stdout"]
+    start = time.perf_counter()
+    done = subprocess.run(program, capture_output=True, text=True, timeout=300)
+    seconds = time.perf_counter() - start
+    rows = [row.rpartition("|")[2] for row in done.stdout.splitlines() if re.match(r"\d+ +\|", row)]
+    ranks = frozenset(int(rank) for row in rows for rank in re.findall(r"\d+", row))
+    return Answer("", ranks, len(rows), seconds, done.returncode != 0)
+
+
+TOOLS: dict[str, Callable[[Job], Answer]] = {"diagnose": ask_diagnose, "torchfrtrace": ask_torchfrtrace}
 
 
 def rows(jobs: Sequence[Job]) -> list[dict[str, Any]]:
@@ -187,10 +225,13 @@ def scale(num_ranks: int, scratch: Path) -> dict[str, Any]:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--folder", action="append", default=[], metavar="DIR:RANKS:CLASS")
+    parser.add_argument("--nvrx", type=Path, metavar="PYTHON")
     parser.add_argument("--no-live", action="store_true")
     parser.add_argument("--scale", default="16,64,256,1024", metavar="RANKS,…", help="'' for none")
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
+    if args.nvrx:
+        TOOLS["nvidia-resiliency-ext"] = partial(ask_nvrx, python=args.nvrx)
     with tempfile.TemporaryDirectory() as scratch:
         jobs = [*made_up(Path(scratch) / "made_up"), *(() if args.no_live else live(Path(scratch) / "live"))]
         for text in args.folder:
@@ -198,9 +239,9 @@ def main() -> int:
             jobs.append(Job("labelled", Path(path), frozenset(map(int, ranks.split(","))), verdict))
         table = rows(jobs)
         sizes = [scale(int(text), Path(scratch) / "scale") for text in args.scale.split(",") if text]
-    print(f"{'kind':16}{'tool':14}{'right':>8}{'innocent':>10}{'findings':>10}{'failed':>8}{'s a job':>9}")
+    print(f"{'kind':16}{'tool':24}{'right':>8}{'innocent':>10}{'findings':>10}{'failed':>8}{'s a job':>9}")
     for row in table:
-        print(f"{row['kind']:16}{row['tool']:14}{row['right']:>5}/{row['jobs']:<2}{row['innocent']:>10}"
+        print(f"{row['kind']:16}{row['tool']:24}{row['right']:>5}/{row['jobs']:<2}{row['innocent']:>10}"
               f"{row['findings_a_job']:>10}{row['failed']:>8}{row['seconds_a_job']:>9}")  # fmt: skip
     for row in sizes:
         print(f"{row['ranks']} ranks: {row['seconds']} s, {row['cpu_seconds']} s of processors, {row['mb']} MB")
