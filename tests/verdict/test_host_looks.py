@@ -56,6 +56,18 @@ def rank(
     return records
 
 
+def spins(number, places=10):
+    """A rank that is at a line of a collective in five looks, and uses a processor; or at several lines."""
+    records = rank(number, cpu_s=1.9, moves=True)
+    stack = records[-1]
+    lines = [places] * 3 if isinstance(places, int) else places
+    for sample, line in zip("bcd", lines, strict=True):
+        frames = (stack.frames[0], f"step (train.py:{line})")
+        source = Source(f"stacks/rank_{number}.look1{sample}.json")
+        records.append(dataclasses.replace(stack, frames=frames, source=source))
+    return records
+
+
 def job(*ranks, world=None, extra=()):
     size = len(ranks) if world is None else world
     return [*(record for rows in ranks for record in rows), Note("world", "", Process(), str(size)), *extra]
@@ -104,6 +116,8 @@ RUNS = {"moves": True, "cpu_s": 1.8}
          ("slow", "", (1,), ())),
         (job(*(rank(number, moves=True, cpu_s=0.4) for number in range(3))), ("clean", "", (), ())),
         (job(rank(0, moves=True), rank(1, "runs", **RUNS), rank(2, moves=True)), ("clean", "", (), ())),
+        (job(spins(0), rank(1, "runs", **RUNS)), ("slow", "straggler", (1,), ())),
+        (job(spins(0, [10, 10, 12]), rank(1, "runs", **RUNS)), ("clean", "", (), ())),
     ],
 )  # fmt: skip
 def test_the_rank_that_the_others_wait_for_is_named(records, expected):
@@ -126,6 +140,9 @@ def test_the_rank_that_the_others_wait_for_is_named(records, expected):
          job(rank(0, group="a in f"), rank(1, group="b in g"))),
         ("the other end is in the matching transfer",
          job(rank(0, "recv", peer=1), rank(1, "send", peer=0), rank(2, "recv", peer=0))),
+        ("all ranks spin in one call", job(spins(0), spins(1))),
+        ("one spins, and the other is at another line in each look",
+         job(spins(0), rank(1, "runs", line=(3, 9), **RUNS))),
         ("a rank that is runnable gets no processor", job(rank(0), rank(1, state="R"), rank(2), extra=[meshed(1)])),
         ("a backward pass may wait in an all-reduce", job(rank(0, "backward"), rank(1))),
         ("a wait for a queued operation may be for any", job(rank(0, "wait"), rank(1, "barrier"))),

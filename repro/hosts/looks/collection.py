@@ -15,10 +15,12 @@ from repro.hosts.looks.proc import command_of, descendants, read_all
 from repro.hosts.looks.py_spy import find_py_spy, take_stacks
 from repro.hosts.looks.rights import why_hidden
 from repro.hosts.looks.signal_stacks import stacks_by_signal
-from repro.hosts.looks.variables import Threads, ranks_by_variables, stripped
+from repro.hosts.looks.variables import Threads, ranks_by_variables, runs_in_collective, stripped
 from repro.store.run_dir import RunDir, write_json
 
 LOOKS = 2
+SAMPLES = ("b", "c", "d")
+"""More stacks between the first two looks, of ranks that run inside of a collective."""
 MAX_CHILD_STACKS = 64
 _PYTHON = ("python", "pt_main", "pt_data")
 NOT_INSTALLED = "py-spy is not installed, so no stacks were taken: pip install py-spy"
@@ -38,6 +40,7 @@ class Collection:
     signal: int = 0
     numbered: bool = False
     hidden: dict[str, None] = field(default_factory=dict)
+    _spinning: list[int] = field(default_factory=list)
 
     @property
     def host(self) -> str:
@@ -57,11 +60,23 @@ class Collection:
             if number > 1:
                 self._take_offers()
                 self._read_kernel_log()
+                for sample in SAMPLES:
+                    sleep(max(0.0, interval_s - (time.monotonic() - began_s)) / (len(SAMPLES) + 1))
+                    self._sample_spinning(sample)
                 sleep(max(0.0, interval_s - (time.monotonic() - began_s)))
             self._look(number)
 
+    def _sample_spinning(self, sample: str) -> None:
+        """Take the stacks of ranks that run inside of a collective once more: whether they spin, or go on."""
+        program = find_py_spy()
+        for pid, answer in (take_stacks(program, self._spinning) if program else {}).items():
+            if answer.threads:
+                text = json.dumps(stripped(answer.threads, pid, self._title(pid)))
+                self._write_stack(pid, f"look1{sample}", "json", f"{text}\n")
+
     def _look(self, number: int) -> None:
         stacks = self._take_stacks(number)
+        self._spinning = [pid for pid in self.job.pids if pid in stacks and runs_in_collective(stacks[pid], pid)]
         document = look_at(self.job, number, stacks, list(self.hidden), numbered=self.numbered)
         write_json(self.run_dir.facts / f"{self.host}.look{number}.json", document, durable=True)
 
@@ -73,10 +88,10 @@ class Collection:
         stacks: dict[int, Threads] = {pid: answer.threads for pid, answer in answers.items() if answer.threads}
         self._find_ranks(stacks)
         for pid, threads in stacks.items():
-            self._write_stack(pid, number, "json", json.dumps(stripped(threads, pid, self._title(pid))) + "\n")
+            self._write_stack(pid, f"look{number}", "json", json.dumps(stripped(threads, pid, self._title(pid))) + "\n")
         left = [pid for pid in self.job.pids if pid not in stacks and pid in pids]
         for pid, text in self._other_stacks(left):
-            self._write_stack(pid, number, "txt", text)
+            self._write_stack(pid, f"look{number}", "txt", text)
             left.remove(pid)
         if left and not program:
             self.hidden[NOT_INSTALLED] = None
@@ -137,12 +152,12 @@ class Collection:
             ranks = {member.pid: number for number, member in enumerate(sorted(unknown, key=lambda row: row.pid))}
         self.job = self.job.with_ranks(ranks, size)
 
-    def _write_stack(self, pid: int, number: int, form: str, content: str | bytes) -> None:
+    def _write_stack(self, pid: int, look: str, form: str, content: str | bytes) -> None:
         folder = self.run_dir.root / "stacks" / self.host
         folder.mkdir(exist_ok=True)
         rank = next((rank for rank, member in self.ranks.items() if member.pid == pid), None)
         name = f"pid_{pid}" if rank is None else f"rank_{rank}_pid_{pid}"
-        write_atomically(folder / f"{name}.look{number}.{form}", content)
+        write_atomically(folder / f"{name}.{look}.{form}", content)
 
     def _title(self, pid: int) -> str:
         """What a process calls itself; "" where the file's name already says its rank."""

@@ -53,6 +53,12 @@ def waits_for_lock(threads: Threads, pid: int) -> bool:
     return activity_of(frames_of(_frames(main_thread(threads, pid))))[0] == "lock"
 
 
+def runs_in_collective(threads: Threads, pid: int) -> bool:
+    """Whether the main thread is in a collective and was seen on a processor, by its frames and py-spy's mark."""
+    thread = main_thread(threads, pid)
+    return bool(thread.get("active")) and activity_of(frames_of(_frames(thread)))[0] == "collective"
+
+
 def lock_paths(threads: Threads, pid: int) -> Iterator[str]:
     """Lock files that the variables of the main thread name: a path of one, or the folder of a build that holds one."""
     for frame in _frames(main_thread(threads, pid)):

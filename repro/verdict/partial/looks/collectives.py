@@ -182,7 +182,11 @@ def _moving(looks: Mapping[int, RankLook]) -> Diagnosis | None:
 
 def _moved(look: RankLook) -> bool:
     """Whether a rank moved and waited for nothing but its fellow ranks. A rank that polls is slower than this."""
-    if look.apart_s <= 0 or any(row.activity in WAITING and row.activity not in AMONG_RANKS for row in look.stacks):
+    if (
+        look.apart_s <= 0
+        or look.spins
+        or any(row.activity in WAITING and row.activity not in AMONG_RANKS for row in look.stacks)
+    ):
         return False
     switches = (look.last.switches - look.first.switches) / look.apart_s
     return switches >= MOVING_SWITCHES_PER_S or look.cores >= MOVING_CORES

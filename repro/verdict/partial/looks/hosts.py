@@ -101,12 +101,14 @@ def _what_is_built(look: RankLook) -> str:
 
 def _absent(scene: Scene, looks: Mapping[int, RankLook]) -> Diagnosis | None:
     """Some ranks stand in waits for other ranks, and the rest waits for no rank: all wait for the rest."""
-    waiting = [look for look in looks.values() if look.waits or (look.stack is None and look.still)]
+    waiting = [look for look in looks.values() if look.waits or look.spins or (look.stack is None and look.still)]
     outside = [look for look in looks.values() if look not in waiting]
     if not waiting or not outside or not _all_seen(scene, looks):
         return None
     if any(look.activity in WAITING for look in outside):
         return None
+    if not all(look.waits for look in waiting if look.stack) and not all(look.same_frames for look in outside):
+        return None  # who spins may go on and come back; then the others move too
     blind = [look for look in looks.values() if look.stack is None]
     if blind and (len(outside) > 1 or outside[0].first_thread_cores < RUNNING_CORES or scene.has_devices):
         return None  # a device's waiter spins, and the rank that it waits for may sleep

@@ -16,6 +16,8 @@ SHORTEST_S = 0.5
 STILL_SWITCHES_PER_S = 1.5
 """A blocked thread leaves a processor about never; one that polls does so ten times a second."""
 BUSY_CORES = 0.05
+SPINNING_LOOKS = 4
+"""A rank that uses a processor and is in a collective at the same line in so many looks is taken to spin there."""
 COMPILERS = (
     "nvcc", "cicc", "ptxas", "fatbinary", "cudafe++", "ninja", "cc1plus", "cc1", "g++", "gcc", "c++", "clang",
     "clang++", "hipcc", "ld", "collect2", "as", "cmake", "make", "nvlink", "lld",
@@ -114,6 +116,12 @@ class RankLook:
             return True  # CUDA may wait by spinning
         polls = self.stack is not None and self.stack.detail in POLLING and self.cores < BUSY_CORES
         return self.still or polls
+
+    @property
+    def spins(self) -> bool:
+        """Whether the rank was seen at the same frames of one collective in so many looks that it spins there."""
+        collective = all(stack.activity in AMONG_RANKS for stack in self.stacks)
+        return len(self.stacks) >= SPINNING_LOOKS and collective and len({stack.frames for stack in self.stacks}) == 1
 
     @property
     def compilers(self) -> tuple[Child, ...]:
