@@ -32,6 +32,7 @@ bench: .venv/.ready-bench  ## what the verdict, the watching, the kernels and th
 	run() { echo "$$@"; $(VENV_PYTHON) "$$@" || missed=1; }; \
 	run benchmarks/bench_verdict.py --json $$to/verdict_$$on.json; \
 	run benchmarks/bench_diagnose.py --json $$to/diagnose_$$on.json; \
+	run benchmarks/bench_record.py --json $$to/record_$$on.json; \
 	run benchmarks/bench_engine.py --json $$to/engine_$$on.json; \
 	run benchmarks/bench_kernels.py --json $$to/kernels_$$on.json; \
 	run benchmarks/bench_model.py --json $$to/model_$$on.json; \
