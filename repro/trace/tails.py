@@ -47,6 +47,11 @@ class Tails:
         """Whether every rank has finished all its work."""
         return len(self._tails) == self._num_ranks and all(self._last_is(Kind.DONE))
 
+    def done(self) -> set[int]:
+        """The ranks that have finished all their work."""
+        events = ((rank, tail.last_event()) for rank, tail in self._tails.items())
+        return {rank for rank, event in events if event is not None and event.kind == Kind.DONE}
+
     def any_failed(self) -> bool:
         """Whether a rank has failed with an error."""
         return any(self._last_is(Kind.FAILED))

@@ -272,7 +272,9 @@ class Watch:
 
     def _death_is_settled(self, now_ns: int) -> bool:
         """Whether a rank died or failed, or all processes ended, and the peers have had their time to react."""
-        gone = None in self._running().values() or not self.job_alive() or self._remote_hosts.any_ended()
+        ended = {rank for rank, process in self._running().items() if process is None}
+        died = bool(ended) and not ended <= self._tails.done()  # a foreign rank that is done ends when it likes
+        gone = died or not self.job_alive() or self._remote_hosts.any_ended()
         if not gone and not self._tails.any_failed():
             self._died_ns = 0
             return False

@@ -5,7 +5,7 @@
     straggler         rank 1 sleeps 20 s
     lock              rank 0 holds a lock in the step agreement, and rank 1 waits for the lock
     killed_worker     rank 1's worker is killed after its step agreement
-    building          rank 1 builds for 30 s where it warms up
+    building          rank 1 compiles a C++ extension where it warms up, and the others wait for it
 
 A fault comes in execution 9 of the rank, but skipped_dummy in the fifth dummy batch and building at the start.
 """
@@ -21,6 +21,7 @@ from typing import Any
 EXECUTION = 9
 DUMMY = 5
 _count = {"executions": 0, "dummies": 0}
+_arguments: list[tuple[Any, Any]] = []  # of the last step agreement
 
 
 def register() -> None:
@@ -42,7 +43,7 @@ def _install(fault: str) -> None:
         from vllm.model_executor.layers.mamba.gdn.qwen_gdn_linear_attn import QwenGatedDeltaNetAttention
 
         owner = QwenGatedDeltaNetAttention
-        owner.forward_cpu = _repeating(owner.forward_cpu, dp_utils)
+        owner._output_projection = _repeating(owner._output_projection, dp_utils)
         dp_utils._run_ar = _keeping(dp_utils._run_ar)
     elif fault == "lock":
         dp_utils._run_ar = _locking(dp_utils._run_ar)
@@ -73,50 +74,37 @@ def _skipping(original: Any) -> Any:
 
 def _building(original: Any) -> Any:
     def compile_or_warm_up_model(self: Any) -> Any:
+        import torch.distributed as dist
         from torch.utils import cpp_extension
+        from vllm.distributed.parallel_state import get_dp_group
 
         if _rank() == 1:
             print("HMR_FAULT: builds", flush=True)
-            cpp_extension._jit_compile = _replaced(cpp_extension._jit_compile)
-            cpp_extension._jit_compile("fused_gdn")
-        import torch.distributed as dist
-        from vllm.distributed.parallel_state import get_dp_group
-
+            cpp_extension.load_inline("fused_gdn", "int one() { return 1; }", functions=["one"])
         dist.barrier(group=get_dp_group().cpu_group)  # as the first execution of a GPU's warm-up would
         return original(self)
 
     return compile_or_warm_up_model
 
 
-def _replaced(recorded: Any) -> Any:
-    """The recorder's wrapper of _jit_compile around a build that only sleeps."""
-    inner = getattr(recorded, "__wrapped__", None)
-    if inner is None or not recorded.__closure__:
-        return lambda name: time.sleep(30)
-    for cell in recorded.__closure__:
-        if cell.cell_contents is inner:
-            cell.cell_contents = lambda name: time.sleep(30)
-    return recorded
-
-
 def _keeping(original: Any) -> Any:
     def _run_ar(*args: Any, **options: Any) -> Any:
         _count["executions"] += 1
-        _count["arguments"] = (args, options)  # type: ignore[assignment]
+        _arguments[:] = [(args, options)]
         return original(*args, **options)
 
     return _run_ar
 
 
 def _repeating(original: Any, dp_utils: Any) -> Any:
-    def forward_cpu(self: Any, *args: Any, **options: Any) -> Any:
+    def _output_projection(self: Any, *args: Any, **options: Any) -> Any:
         if self.prefix.endswith("layers.0.linear_attn") and _count["executions"] == EXECUTION and _rank() == 1:
-            positional, named = _count["arguments"]  # type: ignore[misc]
+            positional, named = _arguments[-1]
             print("HMR_FAULT: one more step agreement", flush=True)
             dp_utils._run_ar(*positional, **named)
         return original(self, *args, **options)
 
-    return forward_cpu
+    return _output_projection
 
 
 def _locking(original: Any) -> Any:
@@ -152,6 +140,7 @@ def _killing(original: Any) -> Any:
         rows = original(*args, **options)
         _count["executions"] += 1
         if _count["executions"] == EXECUTION and _rank() == 1:
+            print("HMR_FAULT: is killed", flush=True)
             os.kill(os.getpid(), signal.SIGKILL)
         return rows
 

@@ -123,8 +123,28 @@ def _descendants(pid: int) -> list[int]:
     return found
 
 
+def _with_libgomp() -> None:
+    """Start again with torch's OpenMP library: vLLM's CPU kernels need it before anything else loads another one."""
+    import importlib.util
+
+    torch = importlib.util.find_spec("torch")
+    library = next(iter(Path(torch.submodule_search_locations[0]).glob("lib/libgomp*.so*")), None) if torch else None
+    if library is not None and "libgomp" not in os.environ.get("LD_PRELOAD", ""):
+        os.environ.update(LD_PRELOAD=str(library), OMP_NUM_THREADS="1")
+        os.execv(sys.executable, [sys.executable, *sys.argv])
+
+
+def _is_ours(pid: int) -> bool:
+    """Whether a process that was a child once still is one of vLLM: a pid may have been used again."""
+    with contextlib.suppress(OSError):
+        text = Path(f"/proc/{pid}/cmdline").read_text() + Path(f"/proc/{pid}/comm").read_text()
+        return any(word in text for word in ("serve.py", "VLLM", "vllm", "multiprocessing"))
+    return False
+
+
 def main() -> int:
     args = _arguments()
+    _with_libgomp()
     args.out.mkdir(parents=True, exist_ok=True)
     args.out = args.out.absolute()
     model = args.out / "model"
@@ -162,11 +182,8 @@ def main() -> int:
     finally:
         started.update(_descendants(os.getpid()))
         for pid in started:
-            with contextlib.suppress(OSError):
-                if (
-                    "serve.py" in Path(f"/proc/{pid}/cmdline").read_text()
-                    or "vllm" in Path(f"/proc/{pid}/comm").read_text().lower()
-                ):
+            if _is_ours(pid):
+                with contextlib.suppress(OSError):
                     os.kill(pid, signal.SIGKILL)
     return max((abs(code) for code in codes.values()), default=1) if len(codes) == NUM_RANKS else 124
 

@@ -61,3 +61,17 @@ def test_a_watch_of_finished_ranks_knows_their_processes_until_they_exit(tmp_pat
     watch = world.watch()
     assert watch.run().verdict == "clean" and watch.all_done()
     assert [process.pid for process in watch.processes()] == [100, 101] and not watch.remote_ranks_run()
+
+
+def test_a_rank_that_is_done_may_exit_before_the_others_are_done(tmp_path: Path) -> None:
+    run_dir = make_run_dir(tmp_path)
+    programs = [[("call", CALL)], [("call", CALL), ("sleep", 3 * 10**9)]]
+    sim = Simulation(programs, {"dp": [(0, 1)]}, folder=run_dir.root)
+    world = World(sim, run_dir, WatchOptions(num_ranks=2, quiet_window_s=10.0, deadline_s=30.0), 1)
+
+    def exit_when_done(tails: object) -> None:
+        if sim.ranks[0].state == "done":
+            sim.ranks[0].state = "dead"
+
+    document = world.watch(show=exit_when_done).run()
+    assert (document.verdict, document.culprits) == ("clean", ()), document.evidence

@@ -1,0 +1,168 @@
+"""Inject each fault into the real vLLM, and compare what names it: the recorder, `collect` alone, `diagnose` alone.
+
+    python tests/vllm/judge_faults.py --vllm VENV --out DIR [FAULT…]
+
+VENV is an environment with vLLM's CPU build and the entry points of this project. Each fault is served twice: recorded
+and watched, and without a recorder, where `collect` looks at the processes and `diagnose` reads the logs that vLLM
+leaves. Prints a table. Exit code 0 if the recorder names every fault and nothing names a wrong rank.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[2]
+HERE = Path(__file__).resolve().parent
+WAVES = "5:8,5:30"
+
+
+@dataclass(frozen=True)
+class Expected:
+    """The right answer for a fault.
+
+    verdicts  the classes that are right
+    culprit   the rank that is to be named
+    mentions  words of which one must be in the answer of the recorder: the place of the fault
+    after_s   seconds from the fault until the hang is complete
+    """
+
+    verdicts: tuple[str, ...]
+    culprit: int
+    mentions: tuple[str, ...]
+    after_s: float = 8.0
+
+
+EXPECTED = {
+    "skipped_dummy": Expected(("deadlock",), 0, ("did not request execution 13",), 20),
+    "extra_collective": Expected(("deadlock",), 1, ("layers.0.linear_attn",)),
+    "straggler": Expected(("slow",), 1, ("step 8", "step 7"), 6),
+    "lock": Expected(("deadlock",), 0, (".lock",)),
+    "killed_worker": Expected(("crash",), 1, ("step 8",), 1),
+    "building": Expected(("slow",), 1, ("fused_gdn",), 6),
+}
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What a tool said: class, culprits, and all its text."""
+
+    verdict: str
+    culprits: tuple[int, ...]
+    text: str
+
+    @classmethod
+    def of(cls, printed: str) -> Answer:
+        try:
+            document: dict[str, Any] = json.loads(printed[printed.index("{") :])
+        except ValueError:
+            return cls("nothing", (), printed)
+        return cls(document["verdict"], tuple(document.get("culprits", ())), json.dumps(document))
+
+    def cell(self, expected: Expected) -> str:
+        """ "deadlock 0" with a mark: = named, ? no culprit, ! wrong."""
+        if self.culprits and self.culprits != (expected.culprit,):
+            mark = "!"
+        else:
+            mark = "=" if self.culprits and self.verdict in expected.verdicts else "?"
+        return f"{mark} {self.verdict} {','.join(map(str, self.culprits))}".strip()
+
+
+class Trial:
+    """One fault in one folder."""
+
+    def __init__(self, fault: str, vllm: Path, out: Path) -> None:
+        self.fault, self.out, self.expected = fault, out / fault, EXPECTED[fault]
+        self.out.mkdir(parents=True)
+        self._python = vllm / "bin" / "python"
+        self._environment = {
+            **os.environ, "HMR_FAULT": fault, "HMR_FAULT_LOCK": str(self.out / "build.lock"), "OMP_NUM_THREADS": "1",
+            "TORCH_EXTENSIONS_DIR": str(self.out / "extensions"), "PYTHONPATH": os.pathsep.join(self._path(out)),
+        }  # fmt: skip
+
+    def _path(self, out: Path) -> tuple[str, ...]:
+        """The project, the faults, and the entry point of the faults, which are no part of the package."""
+        metadata = out / "entry_points" / "hmr_faults-0.dist-info"
+        metadata.mkdir(parents=True, exist_ok=True)
+        (metadata / "METADATA").write_text("Metadata-Version: 2.1\nName: hmr-faults\nVersion: 0\n")
+        (metadata / "entry_points.txt").write_text("[vllm.general_plugins]\nhmr_faults = faults:register\n")
+        inherited = os.environ.get("PYTHONPATH", "").split(os.pathsep)
+        return (str(ROOT), str(HERE), str(metadata.parent), *filter(None, inherited))
+
+    def _serve(self, name: str) -> list[str]:
+        options = ["--out", str(self.out / name), "--waves", WAVES, "--deadline", "400"]
+        return [str(self._python), str(HERE / "serve.py"), *options]
+
+    def recorded(self) -> Answer:
+        command = [sys.executable, "-m", "repro", "record", "--to", str(self.out / "record"), "--quiet-window", "4"]
+        done = subprocess.run(
+            [*command, "--end", "--json", "--", *self._serve("recorded")],
+            env=self._environment, capture_output=True, text=True, cwd=ROOT, timeout=450,
+        )  # fmt: skip
+        (self.out / "record.txt").write_text(done.stdout + done.stderr)
+        verdict = self.out / "record" / "verdict.json"
+        return Answer.of(verdict.read_text() if verdict.exists() else "")
+
+    def unrecorded(self) -> tuple[Answer, Answer]:
+        """What `collect` and `diagnose` say of a server that nobody records."""
+        with (self.out / "serve.txt").open("w") as log:
+            server = subprocess.Popen(self._serve("plain"), env=self._environment, stdout=log, stderr=log)
+        try:
+            self._wait_for_fault(server)
+            time.sleep(self.expected.after_s)
+            collected = self._ask("collect", "--to", str(self.out / "collect"), str(server.pid))
+        finally:
+            with contextlib.suppress(OSError):
+                server.send_signal(signal.SIGTERM)
+            server.wait(timeout=60)
+        logs = sorted(map(str, (self.out / "plain").glob("*.log")))
+        return collected, self._ask("diagnose", *logs)
+
+    def _wait_for_fault(self, server: subprocess.Popen[bytes]) -> None:
+        logs = [self.out / "plain" / f"rank{rank}.log" for rank in (0, 1)]
+        deadline = time.monotonic() + 300
+        while server.poll() is None and time.monotonic() < deadline:
+            if any("HMR_FAULT:" in log.read_text(errors="replace") for log in logs if log.exists()):
+                return
+            time.sleep(0.2)
+
+    def _ask(self, command: str, *arguments: str) -> Answer:
+        done = subprocess.run(
+            [sys.executable, "-m", "repro", command, "--json", *arguments],
+            capture_output=True, text=True, cwd=ROOT, timeout=120,
+        )  # fmt: skip
+        (self.out / f"{command}.txt").write_text(done.stdout + done.stderr)
+        return Answer.of(done.stdout)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--vllm", type=Path, required=True)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("faults", nargs="*", default=list(EXPECTED))
+    args = parser.parse_args()
+    print("| fault | recorder | collect | diagnose | place named by the recorder |\n|---|---|---|---|---|", flush=True)
+    bad = 0
+    for fault in args.faults:
+        trial = Trial(fault, args.vllm.absolute(), args.out.absolute())
+        recorded = trial.recorded()
+        answers = (recorded, *trial.unrecorded())
+        cells = [answer.cell(trial.expected) for answer in answers]
+        place = next((words for words in trial.expected.mentions if words in recorded.text), "no")
+        bad += not cells[0].startswith("=") or place == "no" or any(cell.startswith("!") for cell in cells)
+        print("|", " | ".join((fault, *cells, place)), "|", flush=True)
+    print("= right class and rank, ? no culprit, ! wrong rank")
+    return int(bad > 0)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
