@@ -189,6 +189,15 @@ def test_an_exception_of_the_model_is_recorded_and_raised_as_it_was(make, tmp_pa
     assert (witness.last.kind, witness.text(witness.last.sig)) == (Kind.FAILED, "RuntimeError: no memory")
 
 
+def test_a_worker_is_done_when_its_shutdown_begins_and_nothing_follows(make, tmp_path, monkeypatch):
+    at, _ = make(0)
+    execute(at, AGREEMENT)
+    worker.ending(lambda self: worker.current and worker.current.phase("late"))(None)
+    assert this.current is None
+    witness = witness_of(tmp_path, 0)
+    assert witness.last.kind == Kind.DONE
+
+
 def test_the_engine_counts_executions_and_those_that_it_did_not_request(tmp_path, monkeypatch):
     (tmp_path / "events").mkdir()
     mine = notes.create(tmp_path, 0)

@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -21,8 +20,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parents[2]
-HERE = Path(__file__).resolve().parent
+from server import ROOT, command, environment
+
 WAVES = "5:8,5:30"
 
 
@@ -83,29 +82,19 @@ class Trial:
     def __init__(self, fault: str, vllm: Path, out: Path) -> None:
         self.fault, self.out, self.expected = fault, out / fault, EXPECTED[fault]
         self.out.mkdir(parents=True)
-        self._python = vllm / "bin" / "python"
-        self._environment = {
-            **os.environ, "HMR_FAULT": fault, "HMR_FAULT_LOCK": str(self.out / "build.lock"), "OMP_NUM_THREADS": "1",
-            "TORCH_EXTENSIONS_DIR": str(self.out / "extensions"), "PYTHONPATH": os.pathsep.join(self._path(out)),
-        }  # fmt: skip
-
-    def _path(self, out: Path) -> tuple[str, ...]:
-        """The project, the faults, and the entry point of the faults, which are no part of the package."""
-        metadata = out / "entry_points" / "hmr_faults-0.dist-info"
-        metadata.mkdir(parents=True, exist_ok=True)
-        (metadata / "METADATA").write_text("Metadata-Version: 2.1\nName: hmr-faults\nVersion: 0\n")
-        (metadata / "entry_points.txt").write_text("[vllm.general_plugins]\nhmr_faults = faults:register\n")
-        inherited = os.environ.get("PYTHONPATH", "").split(os.pathsep)
-        return (str(ROOT), str(HERE), str(metadata.parent), *filter(None, inherited))
+        self._vllm = vllm
+        self._environment = environment(
+            out / "entry_points", HMR_FAULT=fault, HMR_FAULT_LOCK=str(self.out / "build.lock"),
+            TORCH_EXTENSIONS_DIR=str(self.out / "extensions"),
+        )  # fmt: skip
 
     def _serve(self, name: str) -> list[str]:
-        options = ["--out", str(self.out / name), "--waves", WAVES, "--deadline", "400"]
-        return [str(self._python), str(HERE / "serve.py"), *options]
+        return command(self._vllm, self.out / name, WAVES)
 
     def recorded(self) -> Answer:
-        command = [sys.executable, "-m", "repro", "record", "--to", str(self.out / "record"), "--quiet-window", "4"]
+        record = [sys.executable, "-m", "repro", "record", "--to", str(self.out / "record"), "--quiet-window", "4"]
         done = subprocess.run(
-            [*command, "--end", "--json", "--", *self._serve("recorded")],
+            [*record, "--end", "--json", "--", *self._serve("recorded")],
             env=self._environment, capture_output=True, text=True, cwd=ROOT, timeout=450,
         )  # fmt: skip
         (self.out / "record.txt").write_text(done.stdout + done.stderr)
@@ -135,12 +124,12 @@ class Trial:
                 return
             time.sleep(0.2)
 
-    def _ask(self, command: str, *arguments: str) -> Answer:
+    def _ask(self, name: str, *arguments: str) -> Answer:
         done = subprocess.run(
-            [sys.executable, "-m", "repro", command, "--json", *arguments],
+            [sys.executable, "-m", "repro", name, "--json", *arguments],
             capture_output=True, text=True, cwd=ROOT, timeout=120,
         )  # fmt: skip
-        (self.out / f"{command}.txt").write_text(done.stdout + done.stderr)
+        (self.out / f"{name}.txt").write_text(done.stdout + done.stderr)
         return Answer.of(done.stdout)
 
 

@@ -179,6 +179,9 @@ def main() -> int:
                 if done:
                     codes[pid] = os.waitstatus_to_exitcode(status)
             time.sleep(0.2)
+        until = min(deadline, time.monotonic() + 15)  # engines and workers take a moment to shut down
+        while any(map(_is_ours, started)) and time.monotonic() < until:
+            time.sleep(0.2)
     finally:
         started.update(_descendants(os.getpid()))
         for pid in started:

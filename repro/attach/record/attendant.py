@@ -16,6 +16,7 @@ import time
 from typing import TYPE_CHECKING, Any
 
 from repro.attach.record import collectives, ddp
+from repro.attach.record import rank as this
 
 if TYPE_CHECKING:
     from repro.attach.record.rank import Rank
@@ -38,7 +39,7 @@ class Attendant:
         threading.Thread(target=self._attend, name="repro record", daemon=True).start()
 
     def _attend(self) -> None:
-        while True:
+        while this.current is self._rank:
             time.sleep(INTERVAL_S)
             with contextlib.suppress(OSError):
                 requested_ns = os.stat(self._rank.root / REQUEST).st_mtime_ns

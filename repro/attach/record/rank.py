@@ -211,8 +211,8 @@ def _end_with_the_process() -> None:
     """Record the end of the process: done, or failed with the exception that ended it."""
     from multiprocessing import util
 
-    atexit.register(_done)
-    util.Finalize(None, _done, exitpriority=-1000)  # a child of multiprocessing runs no atexit functions
+    atexit.register(done)
+    util.Finalize(None, done, exitpriority=-1000)  # a child of multiprocessing runs no atexit functions
     replace(sys, "excepthook", _reporting)
 
 
@@ -235,16 +235,18 @@ def failed(error: BaseException) -> None:
         current.recorder.failed(f"{type(error).__name__}: {error}")
 
 
-def _done() -> None:
-    global _ended
-    if current is None or _ended:
+def done() -> None:
+    """Record that this rank ends without an error, and end the recording: nothing may follow in the witness."""
+    global _ended, current
+    rank, current = current, None
+    if rank is None or _ended:
         return
     _ended = True
     from repro.attach.record.collectives import note_completions
 
-    note_completions(current)
-    with current.lock:
-        current.recorder.done()
+    note_completions(rank)
+    with rank.lock:
+        rank.recorder.done()
 
 
 def hook_process(module: ModuleType) -> None:

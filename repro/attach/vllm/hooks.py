@@ -74,6 +74,7 @@ HOOKS = (
     Hook(_GDN, ("QwenGatedDeltaNetAttention.forward_cpu",), worker.in_layer("prefix"), "the GDN layer", "0.24 on"),
     Hook(_GDN, ("QwenGatedDeltaNetAttention.forward_cuda",), worker.in_layer("prefix"), "the GDN layer", "0.24 on"),
     Hook(_OLD_GDN, ("GatedDeltaNetAttention.forward_cuda",), worker.in_layer("prefix"), "the GDN layer", "0.20"),
+    Hook(_MULTIPROC, ("WorkerProc.shutdown",), worker.ending, "the end of a worker that is killed while it shuts down"),
     Hook(_QUEUE, ("MessageQueue.dequeue",), worker.receiving, "idle workers"),
     Hook(_CORE, ("DPEngineCoreProc._init_data_parallel",), engine.constructing, "the engines"),
     Hook(_CORE, ("DPEngineCoreProc._has_global_unfinished_reqs",), engine.counting, "executions left out"),

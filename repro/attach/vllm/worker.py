@@ -145,6 +145,17 @@ def _reporting(original: Callable[..., Any], *args: Any, **options: Any) -> Any:
         raise
 
 
+def ending(original: Callable[..., Any]) -> Callable[..., Any]:
+    """WorkerProc.shutdown. The engine gives a worker some seconds for it and then kills it, which is no death."""
+
+    @wraps(original)
+    def shutdown(self: Any, *args: Any, **options: Any) -> Any:
+        this.done()
+        return original(self, *args, **options)
+
+    return shutdown
+
+
 # -- steps -----------------------------------------------------------------------------------------------------------
 
 
