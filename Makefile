@@ -4,8 +4,10 @@
 PYTHON ?= python3
 ARGS ?=
 VENV_PYTHON := .venv/bin/python
+VLLM_PYTHON ?= python3.11
+VLLM_VENV ?= .venv-vllm
 
-.PHONY: help setup repro matrix test test-all test-gpu bench bundle lint clean distclean
+.PHONY: help setup repro matrix test test-all test-gpu test-vllm bench bundle lint clean distclean
 
 help:  ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' Makefile
@@ -26,6 +28,10 @@ test-all: .venv/.ready-test-all  ## every test; what the machine cannot run is s
 
 test-gpu: .venv/.ready-test  ## what needs a CUDA device; all skipped without one
 	$(VENV_PYTHON) -m pytest -m gpu $(ARGS)
+
+test-vllm: .venv/.ready-test  ## serve vLLM's CPU build, compare its schedule, inject faults; 3.5 GB, 30 minutes
+	@$(VLLM_PYTHON) scripts/setup_vllm.py $(VLLM_VENV)
+	$(VENV_PYTHON) tests/vllm/check.py --vllm $(VLLM_VENV) $(ARGS)
 
 bench: .venv/.ready-bench  ## what the verdict, the watching, the kernels and the model cost, beside a peer in the same run
 	@to=benchmarks/results; on=$$($(VENV_PYTHON) benchmarks/machine.py) || exit; mkdir -p $$to; missed=0; \
@@ -53,8 +59,8 @@ clean:  ## remove runs, build products and caches
 	rm -rf runs build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
 	find . -path ./.venv -prune -o -type d -name __pycache__ -prune -exec rm -rf {} +
 
-distclean: clean  ## clean, and remove .venv too
-	rm -rf .venv
+distclean: clean  ## clean, and remove .venv and .venv-vllm too
+	rm -rf .venv .venv-vllm
 
 .venv/.ready-%: pyproject.toml setup.py scripts/setup_venv.py
 	@$(PYTHON) -c 'import sys; sys.version_info < (3, 11) and sys.exit("setup: Python 3.11 or newer is needed, \
