@@ -112,10 +112,9 @@ def find_jobs(table: Mapping[int, Status]) -> list[Job]:
 def choose(jobs: Sequence[Job], table: Mapping[int, Status], pids: Sequence[int]) -> list[Job]:
     """The jobs that hold these processes, or are below them; a process of no job is taken with its Python children."""
     wanted = set(pids)
-    chosen = [job for job in jobs if wanted & _with_launchers(job, table)]
-    pids_of_jobs = {pid for job in chosen for pid in job.pids}
-    below = {row.pid for pid in pids_of_jobs for row in descendants(table, pid)}
-    rest = wanted - pids_of_jobs - below - {above for pid in pids_of_jobs for above in _ancestors(pid, table)}
+    chosen = [job for job in jobs if wanted & {*_with_launchers(job, table), *_below(job, table)}]
+    rest = wanted - {pid for job in chosen for pid in (*job.pids, *_below(job, table))}
+    rest -= {above for job in chosen for pid in job.pids for above in _ancestors(pid, table)}
     rest -= {above for pid in rest for above in _ancestors(pid, table)}  # a wrapper, such as a shell or srun
     if not rest:
         return chosen
@@ -133,6 +132,10 @@ def _ranks_below(pids: Sequence[int], candidates: Mapping[int, _Candidate]) -> I
     for pid in pids:
         children = [row.pid for row in candidates.values() if row.status.parent == pid and row.torch]
         yield from children if len(children) > 1 else [pid]
+
+
+def _below(job: Job, table: Mapping[int, Status]) -> set[int]:
+    return {row.pid for pid in job.pids for row in descendants(table, pid)}
 
 
 def _ancestors(pid: int, table: Mapping[int, Status]) -> Iterator[int]:

@@ -22,7 +22,8 @@ PROGRAM = ROOT / "tests" / "support" / "jobs" / "hung_jobs.py"
 NUM_RANKS = 3
 PATIENCE_S = 60.0
 STILL_LOOKS = 8
-ALL_MOVE = ("healthy",)
+ALL_MOVE = ("healthy", "dead_peer")
+"""Kinds whose ranks go on, or poll a store."""
 
 
 @dataclass(frozen=True)
@@ -38,7 +39,7 @@ class HungJob:
         return [int((self.folder / f"rank{rank}.pid").read_text()) for rank in range(NUM_RANKS)]
 
     def wait_until_hung(self) -> None:
-        """Return when two of three ranks do not move, or poll for a lock; for a healthy job, when it makes steps."""
+        """Return when two of three ranks do not move, or poll for a lock; of those of ALL_MOVE, after as many looks."""
         end_s = time.monotonic() + PATIENCE_S
         while len(list(self.folder.glob("rank*.started"))) < NUM_RANKS:
             assert self.parent.poll() is None and time.monotonic() < end_s, (
