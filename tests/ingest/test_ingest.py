@@ -16,6 +16,7 @@ import fuzz_ingest
 import pytest
 from foreign import call, dump, watchdog, write
 
+from repro.commands.cli import main
 from repro.ingest.logs import log as logs
 from repro.ingest.read import read
 from repro.ingest.recorder import flight_recorder
@@ -61,6 +62,23 @@ def test_links_pipes_and_devices_are_listed_and_not_read(tmp_path):
     evidence = read([tmp_path / "in"])
     assert evidence.files == ["good.log"]
     assert [line.partition(" ")[0] for line in evidence.not_understood] == ["device:0:", "link:0:", "pipe:0:"]
+
+
+def test_an_entry_without_a_name_in_a_zip_is_listed_and_the_others_are_read(tmp_path, capsys):
+    with zipfile.ZipFile(tmp_path / "job.zip", "w") as archive:
+        archive.writestr("x", b"1")
+        archive.writestr("good.log", b"[rank0]: torch.OutOfMemoryError: CUDA out of memory.\n")
+    data = (tmp_path / "job.zip").read_bytes()
+    at = data.rindex(b"PK\x01\x02", 0, data.rindex(b"PK\x01\x02"))  # the first entry of the directory
+    nameless = data[: at + 28] + b"\0\0" + data[at + 30 : at + 46] + data[at + 47 :]
+    end = nameless.rindex(b"PK\x05\x06")
+    size = int.from_bytes(nameless[end + 12 : end + 16], "little") - 1
+    (tmp_path / "job.zip").write_bytes(nameless[: end + 12] + size.to_bytes(4, "little") + nameless[end + 16 :])
+    evidence = read([tmp_path / "job.zip"])
+    assert evidence.files == ["job.zip/good.log"]
+    assert evidence.not_understood == ["job.zip:0: an entry without a name"]
+    assert main(["bundle", "--verify", str(tmp_path / "job.zip")]) == 2
+    assert "an entry without a name" in capsys.readouterr().err
 
 
 def test_a_zip_that_unpacks_to_too_much_is_left_and_its_good_file_used(tmp_path, monkeypatch):
