@@ -1,1 +1,1 @@
-"""Record a foreign program: patch torch.distributed, and test an expert-parallel backend in pytest."""
+"""Record programs from outside this repository by patching torch.distributed; test expert-parallel code in pytest."""

@@ -9,7 +9,7 @@ from repro.trace.format import SEPARATOR
 from repro.trace.witness import Witness
 
 OWN_NAME = "a name of its own"
-_FIELDS = 5  # group, op, layer, dtype, reduce_op
+_FIELDS = 5  # the fields of the key: group, op, layer, dtype, reduce_op
 _LAYER = 2
 
 

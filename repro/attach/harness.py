@@ -72,7 +72,7 @@ class DeadlockError(AssertionError):
 
 @dataclass(frozen=True)
 class Rank:
-    """The argument of a function that runs in a rank, with torch.distributed initialised; ``world`` is all ranks."""
+    """The argument of a function that runs in a rank. torch.distributed is initialised; ``world`` is all ranks."""
 
     rank: int
     num_ranks: int
@@ -91,7 +91,7 @@ _current: list[recorded.Rank] = []
 
 @contextlib.contextmanager
 def assert_no_deadlock(name: str = "") -> Iterator[None]:
-    """Record the collectives of the block, so that the verdict can explain a hang in it. For code run by ``ep_ranks``.
+    """Record the collectives of the block, so that the verdict explains a hang in it. For code that ``ep_ranks`` runs.
 
     name: the block's name in the verdict, where a server names its layer
 
@@ -108,7 +108,7 @@ def assert_no_deadlock(name: str = "") -> Iterator[None]:
 
 @dataclass
 class Ranks:
-    """Real ranks on this host, forked from this process: with torch imported, eight start in about a second.
+    """Real ranks on this host, forked from this process with torch already imported: eight start in about a second.
 
     root             the folder for the evidence of each run
     quiet_window_s   how long all ranks must be silent before they are judged
@@ -122,7 +122,7 @@ class Ranks:
     deadline_s: float = 60.0
 
     def run(self, function: Callable[[Rank], Any]) -> list[Any]:
-        """Call ``function(rank)`` in one process per rank; return the results, which must pickle, by rank.
+        """Call ``function(rank)`` in one process per rank; return the results by rank. The results must pickle.
 
         Raises DeadlockError with the verdict when the ranks hang, die, raise or are not done by the deadline, and when
         they finished but paired different collectives, which makes their numbers wrong. Raises RuntimeError when the
@@ -138,7 +138,7 @@ class Ranks:
             create(run_dir.witness(rank), Identity(rank, self.num_ranks, run_id=run_dir.root.name))
         pids = [self._fork(run_dir, rank, function) for rank in range(self.num_ranks)]
         children = {pid: start_ticks(pid) for pid in pids}
-        patience_s = 0.0  # after a hang: the ranks do not exit by themselves, and the evidence is collected
+        patience_s = 0.0  # a hang: the ranks do not exit by themselves, and the evidence is already collected
         try:
             self._watch(run_dir, children)
             patience_s = LEAVE_S
@@ -213,7 +213,7 @@ class Ranks:
             os._exit(0)
 
     def _run_rank(self, run_dir: RunDir, rank: int, function: Callable[[Rank], Any]) -> None:
-        """Run one rank, then park: an early exit would make the peers fail, and so change the evidence."""
+        """Run one rank, then park it: an early exit would make the peers fail, and so change the evidence."""
         from repro.hosts.signals import dump_on_signals
         from repro.trace.recorder import Recorder
 
@@ -255,7 +255,7 @@ class Ranks:
             store=dist.FileStore(str(run_dir.store), self.num_ranks),
             rank=rank,
             world_size=self.num_ranks,
-            timeout=timedelta(seconds=self.deadline_s + 600),  # the watcher ends a run, before the group gives up
+            timeout=timedelta(seconds=self.deadline_s + 600),  # no timeout of the group: the watcher ends the run first
         )
         install()
         _current[:] = [recorded.Rank(recorder, rank, run_dir.root)]
@@ -284,7 +284,7 @@ def differences(document: Document) -> list[str]:
 
 
 def _end(pids: list[int], patience_s: float) -> None:
-    """Wait this long for the ranks to exit by themselves, kill those that do not, and reap all."""
+    """Wait this many seconds for the ranks to exit by themselves, kill those that do not, and reap all."""
     deadline = time.monotonic() + patience_s
     left = set(pids)
     while left:

@@ -28,7 +28,7 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
 
 
 def _required_gpus(n: int = 1) -> int:
-    """The marker's argument, positional or by name. Raises TypeError with an argument that the marker does not take."""
+    """The number that the marker gives, as a positional or a keyword argument. Raises TypeError for other arguments."""
     return int(n)
 
 
@@ -42,7 +42,7 @@ def num_gpus() -> int:
 
 @pytest.fixture
 def ep_ranks(tmp_path: Path) -> Callable[..., Ranks]:
-    """``ep_ranks(n, backend="gloo").run(function)`` calls ``function(rank)`` on n watched ranks.
+    """``ep_ranks(n, backend="gloo").run(function)`` calls ``function(rank)`` on n ranks under a watcher.
 
     Skips the test if ``backend="nccl"`` has fewer than n GPUs. ``quiet_window_s`` and ``deadline_s`` limit a run.
     """

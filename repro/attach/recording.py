@@ -1,4 +1,4 @@
-"""Watch the run directory of a recorded program, and judge its files again."""
+"""Watch the run directory of a recorded program, and judge its files again later."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ ANSWER_PATIENCE_S = 2.0
 
 
 class DeviceGroups(Collection[str]):
-    """The groups of a recorded job whose collectives are queued on a device. The job makes groups while it runs."""
+    """The groups of a recorded job whose collectives are queued on a device. The job may create more while it runs."""
 
     def __init__(self, run_dir: RunDir) -> None:
         self._path = run_dir.root / DEVICE_GROUPS
@@ -52,10 +52,10 @@ class DeviceGroups(Collection[str]):
 
 
 class RecordedHost(Host):
-    """This host, whose ranks are asked for evidence through a file: no signal is sent to a program that is not ours."""
+    """This host, for ranks of a recorded program: it requests evidence through a file, and sends them no signals."""
 
     def collect(self, run_dir: RunDir, pids: Mapping[int, int]) -> dict[int, str]:
-        """Have the ranks write stacks and Flight Recorder dumps. Returns what each did not leave."""
+        """Request stacks and Flight Recorder dumps from the ranks. Return, for each rank, what it did not write."""
         files = {rank: (run_dir.stack(rank), run_dir.flight_recorder(rank)) for rank in pids}
         before = {path: _stamp(path) for paths in files.values() for path in paths}
         request = run_dir.root / REQUEST
@@ -79,7 +79,7 @@ def _stamp(path: Path) -> int:
 
 
 def is_recording(run_dir: RunDir) -> bool:
-    """Whether a run directory was recorded from a program that is not ours."""
+    """Whether a run directory is the recording of a user's program."""
     return run_dir.description.is_file() and not run_dir.config.exists() and (run_dir.root / "events").is_dir()
 
 
@@ -98,7 +98,7 @@ def watch_of(
     show: Callable[[list[Tail]], None],
     notice: Callable[[str], None],
 ) -> Watch:
-    """The watch over a recorded job; the arguments are those of :class:`repro.watch.live.Watch`."""
+    """Make the watch over a recorded job; the arguments are those of :class:`repro.watch.live.Watch`."""
     return Watch(
         run_dir,
         options(run_dir),
@@ -112,7 +112,7 @@ def watch_of(
 
 
 def judge_again(run_dir: RunDir) -> tuple[Document, bool]:
-    """Judge the files of a recorded job; returns the document, and whether every file was whole."""
+    """Judge the files of a recorded job; return the document, and whether every file could be read in full."""
     again = judge_files(run_dir, options(run_dir), Comparison())
     decided = again.decided
     document = _describe(
@@ -128,7 +128,7 @@ def judge_again(run_dir: RunDir) -> tuple[Document, bool]:
 
 
 def _with_culprits(run_dir: RunDir, verdict: Verdict) -> Verdict:
-    """Name the culprits of a deadlock that the witnesses explain without one, if the dumps and the stacks name them.
+    """Add culprits from dumps and stacks to a deadlock for which the witnesses name none.
 
     The judge of witnesses compares ranks with the schedule that an engine declares, and a foreign program declares
     none. The judge of dumps also compares each rank with what it did in its own earlier steps.

@@ -1,4 +1,4 @@
-"""A run as one zip to attach to a bug report: the evidence, the pictures, the issue's text, and how to do it again.
+"""Pack a run into one zip for a bug report: evidence, pictures, the text of the issue, and commands to repeat it.
 
 A bundle carries only what is recognised: known fields, known words, numbers, files of known packages. Everything else
 is replaced by a stand-in where it tells things apart, and left out and counted where it does not.

@@ -1,4 +1,4 @@
-"""Bundles as zip files: written so that the same files give the same bytes, and read without trust.
+"""Write and read bundles as zip files: equal files give equal bytes, and a zip from elsewhere is not trusted.
 
 Zips of others are read by name from a closed list, size-bounded, and never through ``extractall``.
 """
@@ -49,11 +49,11 @@ _NAME = re.compile(
 
 
 class ArchiveError(ValueError):
-    """A zip that is refused; the text names zip and entry."""
+    """A zip that is refused; the text names the zip and the entry."""
 
 
 def check_entries(archive: zipfile.ZipFile, where: str) -> list[zipfile.ZipInfo]:
-    """The entries, if nothing about them is suspicious. Raises ArchiveError with the first that is."""
+    """Return the entries of a zip, or raise ArchiveError for the first suspicious one."""
     entries = archive.infolist()
     if len(entries) > MAX_FILES:
         raise ArchiveError(f"{where}: {len(entries)} files, at most {MAX_FILES} are read")
@@ -102,7 +102,7 @@ def check_entries(archive: zipfile.ZipFile, where: str) -> list[zipfile.ZipInfo]
 
 
 def unpack(path: Path, into: Path) -> dict[str, str]:
-    """Unpack a zip into a folder of its own; returns the SHA-256 of each file.
+    """Unpack a zip into a new folder; return the SHA-256 of each file.
 
     Raises ValueError for what is no regular file, ArchiveError for what is no zip, is damaged, or holds anything that
     a bundle would not.
@@ -136,7 +136,7 @@ def _unpack_one(archive: zipfile.ZipFile, entry: zipfile.ZipInfo, target: Path) 
 
 
 def differences(folder: Path, sums: dict[str, str], where: str) -> list[str]:
-    """What is not as MANIFEST.json says, one line each; raises ArchiveError when there is no manifest."""
+    """List the differences between the files and MANIFEST.json, one line each. Raises ArchiveError if it is missing."""
     try:
         document = read_json(folder / MANIFEST)
         promised = {str(name): str(row["sha256"]) for name, row in document["files"].items()}
@@ -156,14 +156,14 @@ def differences(folder: Path, sums: dict[str, str], where: str) -> list[str]:
 
 
 def verify(path: Path) -> list[str]:
-    """What is wrong with a bundle, one line each. Raises ArchiveError for what is none, or is not safe to open."""
+    """List the problems of a bundle, one line each. Raises ArchiveError if it is no bundle or is not safe to open."""
     with scratch_folder("repro-verify-") as folder:
         return differences(folder, unpack(path, folder), str(path))
 
 
 @contextlib.contextmanager
 def opened(path: Path) -> Iterator[Path]:
-    """A run directory as it is, or that of a bundle, unpacked for the length of a ``with``.
+    """Yield the run directory of ``path``. A bundle is unpacked into a temporary folder while the ``with`` runs.
 
     Raises ArchiveError for a zip that is no bundle, is not safe to open, or is not as its manifest says, and in the
     ``with`` for a file of it that cannot be used.
@@ -176,7 +176,8 @@ def opened(path: Path) -> Iterator[Path]:
             raise ArchiveError(f"{path}: {wrong[0]}" + (f", and {len(wrong) - 1} more" if len(wrong) > 1 else ""))
         try:
             yield folder
-        except (InputError, DamagedFile, WitnessError) as error:  # which name a folder that is gone by then
+        # the message names a temporary folder that no longer exists
+        except (InputError, DamagedFile, WitnessError) as error:
             raise ArchiveError(str(error).replace(f"{folder}/", f"{path}: ")) from error
 
 
@@ -198,7 +199,7 @@ def pack(folder: Path, path: Path, manifest: Mapping[str, Any]) -> int:
                 _add(archive, name, file.read_bytes())
             _add(archive, MANIFEST, (json.dumps({**manifest, "files": rows}, indent=1) + "\n").encode())
         with zipfile.ZipFile(partial) as archive:
-            check_entries(archive, str(path))  # what nobody could open is not written
+            check_entries(archive, str(path))  # do not write a bundle that no reader would accept
         os.replace(partial, path)
     finally:
         partial.unlink(missing_ok=True)
@@ -206,7 +207,7 @@ def pack(folder: Path, path: Path, manifest: Mapping[str, Any]) -> int:
 
 
 def _add(archive: zipfile.ZipFile, name: str, data: bytes) -> None:
-    """The same bytes give the same zip, whenever it is made."""
+    """Add a file. The zip does not depend on the time: equal bytes give an equal zip."""
     entry = zipfile.ZipInfo(name, (1980, 1, 1, 0, 0, 0))
     entry.external_attr = (0o755 if name.endswith((".sh", ".py")) else 0o644) << 16
     archive.writestr(entry, data, zipfile.ZIP_DEFLATED, 9)

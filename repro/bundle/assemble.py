@@ -1,4 +1,4 @@
-"""Make a bundle: copy of a run what is recognised, judge and draw it anew from that, and pack it.
+"""Make the bundle of a run: copy what is recognised, judge the copy again, redraw the report from it, and pack it.
 
 All that a bundle says is made from the copy: the report, the text of the issue, the reproducer. What is not in the copy
 cannot be in them. Before the zip is written, a plain search looks for the names of this machine and its user.
@@ -65,7 +65,7 @@ _TEXTS: Mapping[str, Callable[[str, Recogniser], str]] = {
 
 @dataclass
 class Made:
-    """What was bundled.
+    """The result of making a bundle: its files and what was left out of it.
 
     left_out   how much was left out or replaced, by the keys of recognise.LEFT_OUT
     notes      files that were left out or cut, and what else the reader should know
@@ -82,12 +82,12 @@ Compare = Callable[[RunDir], Comparison]
 
 
 def not_compared(run_dir: RunDir) -> Comparison:
-    """The comparison of a run whose results have nothing to be compared with."""
+    """The comparison for a run that has no reference results to compare with."""
     return Comparison(missing="the results in the bundle were not compared")
 
 
 def make(root: Path, path: Path | None = None, with_logs: bool = False, compare: Compare = not_compared) -> Made:
-    """Write the bundle of a run and its siblings; ``path`` is by default beside the runs.
+    """Write the bundle of a run and of the other variants of its family. The default ``path`` is beside the runs.
 
     compare: compares the results of a run that is judged once more
     with_logs: keep text that is not recognised where a search finds nothing suspicious in it. The fault is the bundle's
@@ -146,7 +146,7 @@ def _family(root: Path) -> dict[str, Path]:
 
 
 def _hosts(run: Path) -> Iterator[str]:
-    """The hosts of the ranks: any file may name any of them."""
+    """Collect the names of all hosts in the ranks' files: any file may name any of them."""
     for path in sorted((run / "events").glob(f"*{SUFFIX}")):
         with contextlib.suppress(OSError, ValueError), open_regular(path, MAX_BYTES) as file:
             yield parse_header(file.read(HEADER.size + CRC.size), path.name)[0].hostname
@@ -156,7 +156,7 @@ def _hosts(run: Path) -> Iterator[str]:
 
 
 def _copy_run(source: Path, target: Path, recogniser: Recogniser, notes: list[str]) -> None:
-    """Copy the files that a run leaves, each as its kind is redacted."""
+    """Copy the files of a run, each redacted by the rules for its kind."""
     target.mkdir(parents=True, exist_ok=True)
     names = [f"{folder}/{file.name}" for folder in _FOLDERS for file in sorted((source / folder).glob("*"))]
     for name in (*names, *_FILES):
@@ -169,7 +169,7 @@ def _copy_run(source: Path, target: Path, recogniser: Recogniser, notes: list[st
             recogniser.left_out["files"] += 1
             continue
         try:
-            if path.is_symlink():  # to a file that is none of the run's
+            if path.is_symlink():  # a path outside the run
                 raise ValueError("a link")
             data = _redacted(path, folder or file, recogniser, notes)
         except (OSError, ValueError) as error:
@@ -181,7 +181,7 @@ def _copy_run(source: Path, target: Path, recogniser: Recogniser, notes: list[st
 
 
 def _redacted(path: Path, kind: str, recogniser: Recogniser, notes: list[str]) -> bytes:
-    """A file's bytes in the bundle. Raises ValueError for what is not of its kind, OSError for what cannot be read."""
+    """Return a file's bytes for the bundle. Raises ValueError for content of another kind, OSError if unreadable."""
     if kind == "events":
         with open_regular(path, MAX_BYTES) as file:
             return redact_witness(file.read(MAX_BYTES), path.name, recogniser)
@@ -193,12 +193,12 @@ def _redacted(path: Path, kind: str, recogniser: Recogniser, notes: list[str]) -
         text = file.read(_MAX_LOG_BYTES).decode(errors="replace")
     if size > _MAX_LOG_BYTES:
         notes.append(f"{path.name} is cut to its last {_MAX_LOG_BYTES >> 10} KiB")
-        text = text.partition("\n")[2]  # the first line may have lost the word that tells what its rest is
+        text = text.partition("\n")[2]  # the first line may have lost the word that explains the rest of it
     return _TEXTS[kind](text, recogniser).encode()
 
 
 def _judge(copy: Path, run: Path, compare: Compare, recogniser: Recogniser, notes: list[str]) -> None:
-    """Write the copy's verdict.json with evidence and sentences that are judged from the copy.
+    """Write the copy's verdict.json, with evidence and sentences from judging the copy.
 
     Of the run's own evidence a line stays where it is recognised: the watcher's have no counterpart in the copy.
     """
@@ -208,7 +208,8 @@ def _judge(copy: Path, run: Path, compare: Compare, recogniser: Recogniser, note
     document, before = read_json(path), read_json(run / "verdict.json")
     if not isinstance(document, dict):
         return
-    recognised = _prose(before.get("evidence"), [], recogniser)  # of a slow run, whose evidence has no second witness
+    # only in a slow run, whose evidence cannot be reproduced from the copy
+    recognised = _prose(before.get("evidence"), [], recogniser)
     write_json(path, document | {"evidence": recognised, "sentences": []})
     again: dict[str, Any] = {}
     try:
@@ -231,7 +232,7 @@ def _judge(copy: Path, run: Path, compare: Compare, recogniser: Recogniser, note
 
 
 def _prose(before: Any, again: list[str], recogniser: Recogniser) -> list[str]:
-    """Each line as the run has it where it is recognised, else what the copy's judgement says in its place."""
+    """Keep each line of the run that is recognised; replace the others by what the judgement of the copy says."""
     if not isinstance(before, list):
         return []
     again = [line.replace("\n", " ") for line in again]
@@ -245,11 +246,11 @@ def _prose(before: Any, again: list[str], recogniser: Recogniser) -> list[str]:
     return kept
 
 
-# -- what is written for it --------------------------------------------------------------------------------------------
+# -- files that are made for the bundle --------------------------------------------------------------------------------
 
 
 def _environment(recogniser: Recogniser) -> str:
-    """torch's own report of this machine, asked in a process of its own."""
+    """The output of torch.utils.collect_env on this machine, run in a separate process."""
     command = [sys.executable, "-m", "torch.utils.collect_env"]
     intro = (
         "torch.utils.collect_env, on the machine and at the time that made this bundle.\n"
@@ -265,7 +266,7 @@ def _environment(recogniser: Recogniser) -> str:
 
 
 def _reproducer(facts: Facts, others: list[Facts], notes: list[str]) -> str:
-    """The hang in one file, with the cure if there is a run of it that went well and can be replayed."""
+    """The hang as one runnable file. It includes the fix if a run of the fix ended well and can be replayed."""
     if replay.is_that_of_ep_deadlock(facts.verdict):
         return replay.EP_DEADLOCK.read_text()
     hang = replay.of_runs(facts, None)

@@ -1,4 +1,4 @@
-"""Make a bundle of foreign evidence: the records that were read of it, redacted, and a diagnosis made from these alone.
+"""Make a bundle from the evidence of any job: redact the records, and diagnose the job from the redacted records only.
 
 No file of the job is copied. What no reader understands is not in the records, so it cannot be in the bundle.
 """
@@ -70,7 +70,7 @@ def _differences(after: Diagnosis, before: Diagnosis) -> Iterable[tuple[str, obj
 
 
 def _alone(runs: Mapping[str, Evidence], recogniser: Recogniser) -> dict[str, Diagnosis]:
-    """Name -> diagnosis of each run; a name that is not recognised becomes the number of the run."""
+    """Name -> diagnosis of each run. A name that is not recognised is replaced by the run's number."""
     return {
         recogniser.recognised(name) or f"run {number}": diagnose(redact_evidence(evidence, recogniser).records)
         for number, (name, evidence) in enumerate(runs.items(), 1)

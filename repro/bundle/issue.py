@@ -1,4 +1,4 @@
-"""What a bundle says in words: ISSUE.md, ready to paste, and COMMANDS.sh, ready to run."""
+"""The texts of a bundle: ISSUE.md, ready to paste, and COMMANDS.sh, ready to run."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def _one_file(facts: Facts) -> str:
 
 
 def commands_script(facts: Facts) -> str:
-    """COMMANDS.sh: each thing that can be done again, with what it does; a hang's exit code is not the script's end."""
+    """COMMANDS.sh: each command that can be repeated, with its purpose. A hang's exit code does not stop the script."""
     *again, (_, judge) = commands(facts)
     found = [("the verdict once more, from the evidence in this bundle", judge), *again]
     if (facts.root / "repro.py").exists():
@@ -40,7 +40,7 @@ def commands_script(facts: Facts) -> str:
 
 
 def issue(facts: Facts, others: list[Facts], left_out: int = 0) -> str:
-    """ISSUE.md: what a maintainer needs to see first, at most MAX_ISSUE_LINES lines.
+    """ISSUE.md: what a maintainer needs to see first, in at most MAX_ISSUE_LINES lines.
 
     left_out: how many strings, lines and fields of the run the bundle leaves out or replaces
     """
@@ -114,7 +114,7 @@ def _issue_table(facts: Facts) -> list[str]:
 
 
 def _versions(facts: Facts) -> list[str]:
-    """What the ranks had loaded, those alike together; at most MAX_VERSIONS lines."""
+    """The software versions that the ranks loaded, grouped by equal ranks; at most MAX_VERSIONS lines."""
     together: dict[str, list[int]] = {}
     for rank in range(facts.num_ranks):
         text = read_text(facts.run_dir.environment(rank))
@@ -139,11 +139,11 @@ def _mechanism(facts: Facts) -> str:
 
 
 def _line(text: str) -> str:
-    """One line of Markdown in which a stranger's text marks up nothing."""
+    """One line of Markdown in which an untrusted text cannot act as markup."""
     plain = escape_control_characters(shorten_rank_lists(text), 300).replace("\n", " ").replace("|", "\\|")
     return plain.replace("<", "&lt;").replace("`", "'").replace("[", "\\[")
 
 
 def _fenced(text: str) -> str:
-    """One line of a fenced block, to copy as it is: nothing is escaped there, and nothing in it ends the block."""
+    """One line of a fenced code block, without escapes, so that it can be copied. The line cannot end the block."""
     return escape_control_characters(text, 4000).replace("\n", " ").replace("```", "'''")

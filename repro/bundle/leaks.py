@@ -1,4 +1,4 @@
-"""The last look before a bundle is written: a plain search for the names of this machine, its user and hosts."""
+"""Check a bundle before it is written: search its files for the names of this machine, its user and its hosts."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ _GENERATED = ("report.html", "timeline.svg", "trace.json", "repro.py", "ISSUE.md
 
 
 class LeakError(RuntimeError):
-    """A private name is still in the copy; nothing was written."""
+    """The copy still has a private name; nothing was written."""
 
 
 def private_values(variables: Mapping[str, str]) -> set[str]:
-    """The user's name and home folder, and the values of variables with a name like that of a secret."""
+    """Return the user's name and home folder, and the values of variables whose name looks like that of a secret."""
     try:
         user = variables.get("USER") or getpass.getuser()
     except (KeyError, OSError):
@@ -33,7 +33,7 @@ def private_values(variables: Mapping[str, str]) -> set[str]:
 
 
 def refuse_leaks(folder: Path, private: frozenset[str]) -> None:
-    """Raise LeakError where a private name is left, by a plain search that does not use the rules of recognition."""
+    """Raise LeakError if a private name is left. The search is independent of the rules of recognition."""
     patterns = [(name, re.compile(form_of(name).encode(), re.IGNORECASE)) for name in sorted(private)]
     page = [style().encode(), script().encode()]
     for path in sorted(folder.rglob("*")):

@@ -1,4 +1,4 @@
-"""A run as one file to paste into an issue: the collectives and locks of each rank, in its own order, issued anew.
+"""Write a run as one script to paste into an issue: it repeats each rank's collectives and locks in order.
 
 Only what the ranks said to each other is kept, not the model: a hang that follows from who issues what in which order
 comes back. What needs the model's arithmetic, a device, a death or a backend's race does not, and is refused.
@@ -31,13 +31,11 @@ OPS = ("all_reduce", "all_gather_v", "reduce_scatter_v", "all_gather", "broadcas
 
 
 class ReplayError(ValueError):
-    """A run that cannot be replayed; the text says why."""
+    """A run that cannot be replayed; the text gives the reason."""
 
 
 class Act(NamedTuple):
-    """One thing a rank does: a collective (name is the group), "acquire" or "release" of a lock, "ask" for one that it
-    never got, or "die".
-    """
+    """One action: a collective (name: its group), "acquire" or "release" of a lock, "ask" for one in vain, or "die"."""
 
     name: str
     op: str
@@ -49,13 +47,13 @@ class Act(NamedTuple):
 
 
 def is_that_of_ep_deadlock(verdict: Document) -> bool:
-    """Whether a run ended in the hang that EP_DEADLOCK shows."""
+    """Whether a run ended in the hang that repro/ep_deadlock.py shows."""
     parts = (verdict.scenario, verdict.variant, verdict.verdict, verdict.cause)
     return parts == ("metadata_rebuild", "fault", "deadlock", "extra")
 
 
 def of_runs(fault: Facts, fix: Path | None) -> str:
-    """The source of a reproducer: the faulty run by default, with --fix the fixed one, if given, up to the same step.
+    """Return the source of a reproducer of the faulty run. With --fix it replays the fixed run, up to the same step.
 
     Raises ReplayError when a run is no hang that a replay brings back, or is not whole.
     """
@@ -92,7 +90,7 @@ def of_runs(fault: Facts, fix: Path | None) -> str:
 
 
 def _refuse_what_would_not_hang(verdict: Document) -> None:
-    """Raise ReplayError unless the ranks' waits follow from the order of what they issued."""
+    """Raise ReplayError if the order of collectives does not explain the ranks' waits."""
     if verdict.verdict != "deadlock":
         reason = f"the verdict is {verdict.verdict}" if verdict.verdict else "there is no verdict"
         raise ReplayError(f"{reason}; only a deadlock follows from who issues what in which order")
@@ -105,7 +103,7 @@ def _refuse_what_would_not_hang(verdict: Document) -> None:
 
 
 def _programs(root: Path, steps: int | None) -> tuple[dict[int, list[Act]], dict[str, tuple[int, ...]]]:
-    """What every rank did, and the groups; ``steps`` ends it before that step."""
+    """Return what every rank did, and the groups; stop before ``steps``."""
     witnesses, refused = read_dir(root / "events")
     if refused or not witnesses:
         raise ReplayError(refused[0] if refused else f"{root}: no witness")
@@ -143,7 +141,7 @@ def _acts(witness: Witness, steps: int | None) -> Iterator[Act]:
             case Kind.LOCK_HELD:
                 yield asked.pop(event.sig, Act(witness.text(event.sig), "", where))._replace(op="acquire")
             case Kind.LOCK_FREED:
-                if asked.pop(event.sig, None) is None:  # else it was only waited for, until it was gone
+                if asked.pop(event.sig, None) is None:  # otherwise the rank only waited for the lock to disappear
                     yield Act(witness.text(event.sig), "release", where)
             case _:
                 pass
@@ -152,14 +150,14 @@ def _acts(witness: Witness, steps: int | None) -> Iterator[Act]:
 
 
 def _stale_locks(programs: Mapping[int, Sequence[Act]]) -> list[str]:
-    """Locks that are only asked for, and that no rank had: somebody outside has them."""
+    """The locks that ranks asked for and no rank held: something outside the job holds them."""
     acts = {act for program in programs.values() for act in program}
     had = {act.name for act in acts if act.op in ("acquire", "release")}
     return sorted({act.name for act in acts if act.op == "ask"} - had)
 
 
 def _classes(name: str, programs: Mapping[int, Sequence[Act]], number: Mapping[Act, int]) -> str:
-    """Ranks with the same program together."""
+    """Group the ranks whose programs are equal."""
     together: dict[tuple[int, ...], list[int]] = {}
     for rank, program in programs.items():
         together.setdefault(tuple(number[act] for act in program), []).append(rank)
@@ -173,7 +171,7 @@ def _classes(name: str, programs: Mapping[int, Sequence[Act]], number: Mapping[A
 
 
 def _runs(acts: Sequence[int]) -> str:
-    """The numbers, with stretches that count up written as ranges."""
+    """Write numbers, with consecutive ones as ranges."""
     parts: list[str] = []
     k = 0
     while k < len(acts):
@@ -194,10 +192,10 @@ def _literal(name: str, value: object) -> str:
 
 
 def _fill(template: str, parts: Mapping[str, str]) -> str:
-    """In one pass: what is put in is not looked through again."""
+    """Fill a template in one pass: inserted text is not scanned again."""
     return re.sub(r"@([A-Z]+)@", lambda match: parts[match[1]], template)
 
 
 def _prose(text: str, limit: int) -> str:
-    """A stranger's words inside a docstring, which they cannot end."""
+    """Quote untrusted text inside a docstring, so that it cannot end the docstring."""
     return escape_control_characters(text, limit).replace("\\", "/").replace('"', "'")

@@ -1,4 +1,4 @@
-"""A temporary folder that is gone afterwards, also where a signal ends the command while the folder is removed."""
+"""A temporary folder that is always removed, even if a signal arrives while it is being removed."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 @contextlib.contextmanager
 def scratch_folder(prefix: str) -> Iterator[Path]:
-    """A folder for the length of a ``with``. Signals arrive once, as KeyboardInterrupt (repro.hosts.interrupt).
+    """Yield a folder for a ``with`` block. A signal arrives once, as KeyboardInterrupt (repro.hosts.interrupt).
 
     A signal that comes while the folder is made waits until its removal is certain.
     """

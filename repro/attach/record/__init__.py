@@ -1,4 +1,4 @@
-"""Record a torch.distributed program without a change to it.
+"""Record a torch.distributed program without changing it.
 
 ``python -m repro record -- PROGRAM…`` starts the program with HMR_RECORD=DIR and with ``site/`` on PYTHONPATH. Python
 then runs ``site/sitecustomize.py`` in every interpreter of the program, also in spawned children and under torchrun:

@@ -1,4 +1,4 @@
-"""The thread in a recorded rank that does what need not be done at once.
+"""The background thread of a recorded rank, for work that is not urgent.
 
 Five times a second it looks whether the watcher asks for evidence, and which asynchronous collectives have completed
 that the program has not waited for. It runs while the rank is blocked inside a collective, where no signal handler of
@@ -72,6 +72,6 @@ class Attendant:
 
 
 def _in_backward() -> bool:
-    """Whether the main thread is inside autograd's engine, which waits in C++ for the collectives of DDP."""
+    """Whether the main thread is inside autograd's engine, which waits in C++ for DDP's collectives."""
     frame = sys._current_frames().get(threading.main_thread().ident or 0)
     return frame is not None and frame.f_code.co_name == "_engine_run_backward"

@@ -1,4 +1,4 @@
-"""Record what a program calls on torch's process groups.
+"""Record the collectives that a program calls on torch's process groups.
 
 torch.distributed's functions, libraries that use c10d directly, FSDP and pipelines all call the methods of ProcessGroup
 or of its backends. These are replaced, and not the functions of torch.distributed: torch.compile knows those by
@@ -30,7 +30,7 @@ Sizes = Callable[[Any, Any], tuple[int, ...]]
 
 
 class Method(NamedTuple):
-    """How the arguments of a method of ProcessGroup are read.
+    """How to read the arguments of one method of ProcessGroup.
 
     op         name of the operation, as torch.distributed calls it
     sizes      the sizes that must be equal on all ranks, from the first two arguments
@@ -70,7 +70,7 @@ def _parts(_: Any, lists: Any) -> tuple[int, ...]:
 
 
 def _none(_: Any, __: Any) -> tuple[int, ...]:
-    return ()  # may differ by rank, or each rank knows only its own
+    return ()  # the sizes may differ by rank, or each rank knows only its own
 
 
 METHODS = {
@@ -102,7 +102,7 @@ METHODS = {
 
 
 class _Group(NamedTuple):
-    """A process group: a weak reference, its name, its members, and whether its works may be asked at any time.
+    """A process group: a weak reference, its name, its members, and whether its works may be polled at any time.
 
     The work of a device's group is not asked: the question would end a CUDA graph capture.
     """
@@ -117,14 +117,14 @@ _pending: dict[int, tuple[Any, Calls, bool, bool]] = {}
 """Works that were issued and are not known to be complete, by id: a weak reference, the calls (a coalesced work has
 several), whether the program waits for it at once, and whether it may be asked whether it is complete."""
 
-_groups: dict[int, _Group] = {}  # by id of the group
+_groups: dict[int, _Group] = {}  # id(group) -> group
 _dtypes: dict[Any, str] = {}
 _reductions: dict[int, str] = {}
 _unread: set[str] = set()
 
 
 class _Thread(threading.local):
-    """The state of one thread.
+    """The recorder's state in one thread.
 
     inside     a replaced method runs; what it calls is not recorded again
     coalesced  the calls of an open coalescing block
@@ -148,13 +148,13 @@ def hook(c10d: Any) -> None:
 
 
 def inside() -> bool:
-    """Whether this thread is in a recorded call, beneath which nothing is recorded again."""
+    """Whether this thread is inside a recorded call. Calls within such a call are not recorded again."""
     return _thread.inside
 
 
 @contextlib.contextmanager
 def beneath() -> Iterator[None]:
-    """The body of a recorded call."""
+    """Mark the block as the body of a recorded call."""
     _thread.inside = True
     try:
         yield
@@ -163,7 +163,7 @@ def beneath() -> Iterator[None]:
 
 
 def _recorded(method: Method, original: Any) -> Any:
-    # Runs at each collective of the program: what can be done once is not done here.
+    # This runs at each collective of the program, so everything that can be done once is done elsewhere.
     def call(self: Any, *args: Any, **options: Any) -> Any:
         rank = this.current
         if rank is None or _thread.inside:
@@ -197,7 +197,7 @@ def _recorded(method: Method, original: Any) -> Any:
 def _read(
     rank: Rank, group: Any, method: Method, args: tuple[Any, ...], options: dict[str, Any]
 ) -> tuple[Collective, bool, bool] | None:
-    """The collective of a call, whether it is asynchronous, and whether its group is on the host.
+    """Read a call: its collective, whether it is asynchronous, and whether its group runs on the host (CPU).
 
     A call of another shape than this file knows is recorded by its name; None if even its group is unknown.
     """
@@ -274,7 +274,7 @@ def _recorded_end(original: Any) -> Any:
     return end
 
 
-# -- what C++ issues -------------------------------------------------------------------------------------------------
+# -- collectives that C++ code issues --------------------------------------------------------------------------------
 
 
 def issued(rank: Rank, collective: Collective) -> int:
@@ -284,13 +284,13 @@ def issued(rank: Rank, collective: Collective) -> int:
 
 
 def note_completions(rank: Rank) -> None:
-    """Record the completion of works that nobody waits for in Python."""
+    """Record the completion of works that no Python code waits for."""
     for key, (get_work, calls, _, asked) in list(_pending.items()):
         work = get_work()
         if work is None:
             _pending.pop(key, None)
         elif asked and work.is_completed() and _pending.pop(key, None) is not None:
-            with rank.lock:  # the entry was still there, so the program does not wait for it in this moment
+            with rank.lock:  # the entry was still there, so the main thread is not in `wait` now
                 for collective, ticket in calls:
                     rank.recorder.leave(collective, ticket)
 
@@ -299,7 +299,7 @@ def note_completions(rank: Rank) -> None:
 
 
 def group_of(rank: Rank, group: Any) -> _Group:
-    """The name and the members of a group; the first time they are recorded."""
+    """Return the name and the members of a group. The first call for a group also records them."""
     known = _groups.get(id(group))
     if known is not None and known.group() is group:
         return known
@@ -316,7 +316,7 @@ def group_of(rank: Rank, group: Any) -> _Group:
 
 
 def _find(group: Any) -> Any:
-    """The process group itself, or the one whose backend this is."""
+    """Return the process group for this object, which is either the group itself or one of its backends."""
     import torch
 
     world = c10d_world().pg_map

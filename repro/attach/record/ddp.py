@@ -1,4 +1,4 @@
-"""Record DistributedDataParallel, whose reducer calls its collectives in C++.
+"""Record DistributedDataParallel, whose reducer issues its collectives from C++.
 
 The recorder cannot see the reducer's buckets. It records what all ranks must do alike: making the wrapper, sending
 the buffers, and each backward pass that averages gradients.
@@ -35,13 +35,13 @@ def hook_backward(module: ModuleType) -> None:
 
 
 def _blocking(op: str, original: Any) -> Any:
-    """Record a method that calls collectives in C++ and waits for them. op: "" for the rebuilding of the buckets."""
+    """Record a method that issues collectives in C++ and waits for them. op: "" for the rebuild of the buckets."""
 
     def method(self: Any, *args: Any, **options: Any) -> Any:
         rank = this.current
         if rank is None or _is_compiling() or (not op and not _rebuilds(self)):
             return original(self, *args, **options)
-        if op == "ddp_init":  # the group is an argument
+        if op == "ddp_init":  # an argument gives the group: the wrapper does not have it yet
             group = options.get("process_group")
             name, members = "world", []
             if group is not None:
@@ -101,14 +101,14 @@ def _passing(original: Any) -> Any:
 
 
 def note_wait(rank: Any) -> None:
-    """Record that the main thread waits for the averages: it is inside the engine, and the process does nothing."""
+    """Record that the main thread waits for the gradient averages: it is inside autograd's engine and uses no CPU."""
     for collective, ticket in _passes[:1]:
         with rank.lock:
             rank.recorder.wait(collective, ticket)
 
 
 def _collective(rank: Any, name: str, members: list[int], op: str) -> Collective:
-    """An entry in a sequence of its own: one such call is a number of collectives that nobody knows."""
+    """Make an entry in a separate group "NAME.ddp", because nobody knows how many collectives one such call issues."""
     group = f"{name}.ddp"
     if members:
         with rank.lock:

@@ -32,7 +32,7 @@ OPERATORS = {
 }
 """Operator of torch.ops._c10d_functional -> name of the operation."""
 
-_waiting: dict[int, tuple[Collective, int]] = {}  # by the address of a result's storage
+_waiting: dict[int, tuple[Collective, int]] = {}  # address of a result's storage -> its collective and ticket
 
 
 def hook(module: ModuleType) -> None:
@@ -48,13 +48,13 @@ def hook(module: ModuleType) -> None:
 
 
 def _replace(packet: Any, kind: Any, op: str) -> None:
-    """Replace what an operator and its overload call. They have the hash of what they call, so that is kept."""
+    """Replace the function that an operator and its overload call. The replacement keeps the hash of the original."""
     for operator in (packet, packet.default):
         operator._op = kind(operator._op, op)
 
 
 class _Operator:
-    """Stands for the function that an operator calls."""
+    """A replacement for the function that an operator calls."""
 
     def __init__(self, original: Any, op: str) -> None:
         import torch
@@ -72,7 +72,7 @@ class _Operator:
         return getattr(self._original, name)
 
     def _rank(self, tensors: Any) -> Any:
-        """The rank, if this call is to run: a compiler calls operators with tensors of its own kinds."""
+        """Return the recorded rank, or None if a compiler only traces the call with its own tensor types."""
         first = tensors[0] if isinstance(tensors, (list, tuple)) and tensors else tensors
         if this.current is None or collectives.inside() or type(first) not in self._plain:
             return None
@@ -112,7 +112,7 @@ class _Wait(_Operator):
 
 
 def _read(rank: Any, op: str, args: tuple[Any, ...]) -> Collective | None:
-    """The collective of an operator's arguments: a tensor or a list, then numbers and names, the group's last."""
+    """Read the collective from an operator's arguments: tensor or list, then numbers and names, the group's last."""
     try:
         from torch.distributed.distributed_c10d import _resolve_process_group
 

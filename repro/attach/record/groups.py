@@ -1,4 +1,4 @@
-"""Name process groups, and record their creation, in which all ranks take part."""
+"""Name process groups, and record their creation, which is a collective of all ranks."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def replace_function(c10d: ModuleType, name: str, make: Callable[..., Any]) -> N
 def _joining(original: Callable[..., Any]) -> Callable[..., Any]:
     @wraps(original)
     def init_process_group(*args: Any, **options: Any) -> Any:
-        """Become the rank before the ranks meet if it is known by then: a rank that never comes is a way to hang."""
+        """Open the witness before the ranks connect, if the rank is known: one that never connects can be the hang."""
         number, size = options.get("rank", -1), options.get("world_size", -1)
         method = options.get("init_method", args[1] if len(args) > 1 else None)
         meeting = method if isinstance(method, str) and not method.startswith("env:") else ""
@@ -121,7 +121,7 @@ def dist_ranks(group: Any) -> list[int]:
 
 
 def name_group(group: Any, members: list[int]) -> str:
-    """A name for the group: the same on all its members, and unique in this process.
+    """Return a name for the group that is the same on all members and unique in this process.
 
     Groups may share a description, for example the groups of one dimension of a device mesh.
     """

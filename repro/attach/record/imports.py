@@ -14,7 +14,7 @@ Hook = Callable[[ModuleType], None]
 
 
 def after_import(hooks: Mapping[str, Hook]) -> None:
-    """Call ``hooks[name](module)`` once each module of these names has been executed; at once if it has been."""
+    """Call ``hooks[name](module)`` right after each named module is imported, or at once if it is imported already."""
     waiting = {}
     for name, hook in hooks.items():
         module = sys.modules.get(name)
@@ -26,7 +26,7 @@ def after_import(hooks: Mapping[str, Hook]) -> None:
 
 
 class _Finder:
-    """Finds a module by the other finders, and lets its loader call the hook."""
+    """Finds a module through the other finders, and wraps its loader so that the hook is called."""
 
     def __init__(self, hooks: dict[str, Hook]) -> None:
         self._hooks = hooks
@@ -34,7 +34,7 @@ class _Finder:
     def find_spec(
         self, name: str, path: Sequence[str] | None = None, target: ModuleType | None = None
     ) -> ModuleSpec | None:
-        hook = self._hooks.pop(name, None)  # popped first: the search below asks this finder too
+        hook = self._hooks.pop(name, None)  # remove it first: the search below calls this finder again
         if hook is None:
             return None
         spec = find_spec(name)
@@ -64,7 +64,7 @@ class _Loader:
 
 
 def _apply(hook: Hook, module: ModuleType) -> None:
-    """Apply a hook. A version of the module that lacks what the hook replaces is not recorded, which is said."""
+    """Apply a hook. If this version of the module lacks what the hook replaces, print that it is not recorded."""
     try:
         hook(module)
     except Exception as error:
@@ -72,7 +72,7 @@ def _apply(hook: Hook, module: ModuleType) -> None:
 
 
 def replace(owner: Any, name: str, make: Callable[[Any], Any]) -> None:
-    """Replace an attribute by ``make(original)``, if there is one.
+    """Replace an attribute by ``make(original)``, if the attribute exists.
 
     torch.compile does not begin a graph at what replaces a function of torch, as it does not at torch's own.
     """
@@ -87,7 +87,7 @@ def replace(owner: Any, name: str, make: Callable[[Any], Any]) -> None:
 
 @functools.cache
 def _skip_code() -> Callable[[Any], Any]:
-    """The function that keeps torch.compile from beginning a graph at some code."""
+    """Return the function of torch that keeps torch.compile from starting a graph at given code."""
     dynamo: Any = sys.modules["torch._C"]
     skip: Callable[[Any], Any] = getattr(dynamo._dynamo.eval_frame, "skip_code", lambda code: None)
     return skip

@@ -1,6 +1,4 @@
-"""Name the module that a collective belongs to: FSDP's parameter groups and pipeline stages by themselves, the modules
-of a model with HMR_RECORD_MODULES=1.
-"""
+"""Name a collective's module: FSDP groups and pipeline stages always, other modules with HMR_RECORD_MODULES=1."""
 
 from __future__ import annotations
 
@@ -16,7 +14,7 @@ _names: weakref.WeakKeyDictionary[Any, str] = weakref.WeakKeyDictionary()
 
 
 def hook(module: ModuleType) -> None:
-    """Keep the name of the running module. A compiled model runs as one module: its inner calls are in the graph."""
+    """Track the name of the running module. A compiled model counts as one module: its inner calls are in the graph."""
     if not this.with_modules:
         return
     import torch
@@ -35,7 +33,7 @@ def hook(module: ModuleType) -> None:
 
 
 def _name(module: Any) -> str:
-    """The qualified name of a module. The first module that runs is the root, and names all in it."""
+    """The qualified name of a module. The first module that runs is the root; names are relative to it."""
     name = _names.get(module)
     if name is None:
         for inner_name, inner in module.named_modules():

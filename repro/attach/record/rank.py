@@ -1,4 +1,4 @@
-"""The rank that this process is: its witness file, the thread that answers the watcher, and its end.
+"""This process as a recorded rank: its witness file, the thread that answers the watcher, and how it ends.
 
 A process becomes a rank when it imports torch.distributed with RANK and WORLD_SIZE set, or when it calls
 init_process_group. The first process of a rank is recorded; a forked or spawned helper that inherits RANK is not.
@@ -35,13 +35,13 @@ JOB = "job"
 
 
 class _Thread(threading.local):
-    """The module that runs in each thread."""
+    """The name of the module that runs in each thread."""
 
     layer = ""
 
 
 class Rank:
-    """A recorded rank. Several threads of the program record; ``lock`` orders them."""
+    """A recorded rank. Several threads of the program record events; ``lock`` serialises them."""
 
     def __init__(self, recorder: Recorder, rank: int, root: Path) -> None:
         self.recorder = recorder
@@ -53,7 +53,7 @@ class Rank:
 
     @contextlib.contextmanager
     def in_layer(self, name: str) -> Iterator[None]:
-        """Name the module of the collectives that this thread issues in the block."""
+        """Within the block, collectives that this thread issues carry this module name."""
         outer, self.local.layer = self.local.layer, name
         try:
             yield
@@ -69,7 +69,7 @@ class Rank:
             self.recorder.local(event, name, holder)
 
     def note_device_group(self, name: str) -> None:
-        """Write down that the collectives of a group are queued on a device: issuing them is not waiting for them."""
+        """Note a group whose collectives are queued on a device, where a call returns before it completes."""
         with contextlib.suppress(OSError), (self.root / DEVICE_GROUPS).open("a") as file:
             file.write(f"{name}\n")
 
@@ -85,7 +85,7 @@ _ended = False
 
 
 def configure(base: Path, modules: bool) -> None:
-    """Record this process under ``base``, once it is a rank. modules: name the module of each collective."""
+    """Prepare to record under ``base`` once this process is a rank. modules: name the module of each collective."""
     global _base, with_modules
     _base, with_modules = base.absolute(), modules
     os.register_at_fork(after_in_child=_forget)
@@ -111,20 +111,20 @@ def folder(num_ranks: int) -> Path:
 
 
 def _forget() -> None:
-    """A forked child is another process: the parent's witness is not its own."""
+    """Stop recording in a forked child: the parent's witness does not belong to it."""
     global current
     current = None
 
 
 def become_from_environment() -> None:
-    """Become the rank that RANK and WORLD_SIZE name; nothing without them."""
+    """Become the rank given by RANK and WORLD_SIZE; do nothing if they are not set."""
     rank, world = os.environ.get("RANK", ""), os.environ.get("WORLD_SIZE", "")
     if rank.isdigit() and world.isdigit() and int(rank) < int(world):
         become(int(rank), int(world))
 
 
 def become(rank: int, num_ranks: int, meeting: str = "") -> None:
-    """Open the witness of the rank, unless this process has it or another process of the rank does.
+    """Open the witness of the rank, unless this process or another process of the same rank has opened it.
 
     meeting: where the ranks of the job meet, if the environment does not say so
     """
@@ -152,7 +152,7 @@ def become(rank: int, num_ranks: int, meeting: str = "") -> None:
 
 @contextlib.contextmanager
 def recorded_as(rank: Rank, layer: str) -> Iterator[None]:
-    """Record this process in the block, as a test does with the code that it runs. layer: names the block."""
+    """Record this process in the block, as a test does for the code under test. layer: the name of the block."""
     global current
     before, current = current, rank
     try:
@@ -163,7 +163,7 @@ def recorded_as(rank: Rank, layer: str) -> Iterator[None]:
 
 
 def _key(num_ranks: int, meeting: str) -> str:
-    """A name that the ranks of one job share, and no other job of this recording."""
+    """Return a name that all ranks of one job compute alike, and that differs for every other job of this recording."""
     environ = os.environ
     place = _meeting or meeting or f"{environ.get('MASTER_ADDR', '')}-{environ.get('MASTER_PORT', '')}"
     parts = (place, f"{num_ranks}ranks", environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
@@ -171,7 +171,7 @@ def _key(num_ranks: int, meeting: str) -> str:
 
 
 def _folder_of_job(base: Path, key: str) -> Path:
-    """The folder of this job: ``base`` for the first job of the recording, a folder in ``base/jobs`` for another."""
+    """Return the folder of this job: ``base`` for the first job of the recording, ``base/jobs/KEY`` for the others."""
     base.mkdir(parents=True, exist_ok=True)
     try:
         os.symlink(key, base / JOB)  # atomic, with its content
@@ -208,7 +208,7 @@ def _describe(root: Path, num_ranks: int) -> None:
 
 
 def _end_with_the_process() -> None:
-    """Record the end of the process: done, or failed with the exception that ended it."""
+    """Register handlers that record how the process ends: done, or failed with an exception."""
     from multiprocessing import util
 
     atexit.register(done)
@@ -226,7 +226,7 @@ def _reporting(hook: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def failed(error: BaseException) -> None:
-    """Record that an exception ends this rank. A clean exit and Ctrl-C are no failures."""
+    """Record that an exception ends this rank. A clean exit or Ctrl-C is not a failure."""
     global _ended
     if current is None or _ended or (isinstance(error, SystemExit) and not error.code):
         return

@@ -1,4 +1,4 @@
-"""Begin the recording of this process: decide what is hooked when the program imports it."""
+"""Start recording in this process: install hooks that run when the program imports a module."""
 
 from __future__ import annotations
 
@@ -29,12 +29,12 @@ HOOKS: dict[str, Hook] = {
 
 
 def begin(directory: str) -> None:
-    """Record this process, once it is a rank, under ``directory``. Called once, before the program's first import."""
+    """Record this process under ``directory`` once it is a rank. Call this once, before the program's first import."""
     rank.configure(Path(directory), modules=bool(os.environ.get("HMR_RECORD_MODULES")))
     install()
 
 
 @functools.cache
 def install() -> None:
-    """Hook what the program has imported or will import. The hooks do nothing while the process is no recorded rank."""
+    """Hook the modules that the program has imported or will import. The hooks do nothing until a rank is recorded."""
     after_import(HOOKS)

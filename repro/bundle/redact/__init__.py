@@ -1,1 +1,1 @@
-"""Redaction: what of a run is recognised as harmless, and the stand-ins for the rest."""
+"""Redaction: decide which strings of a run are known to be harmless, and replace the others by stand-ins."""

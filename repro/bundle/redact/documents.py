@@ -1,4 +1,4 @@
-"""JSON files of a run with their known fields alone; their strings as the witnesses have them."""
+"""Redact the JSON files of a run: keep the known fields, and redact their strings as in the witnesses."""
 
 from __future__ import annotations
 
@@ -31,24 +31,24 @@ _NUMBERED = re.compile(r"\d{0,6}")
 
 
 def verdict(document: Any, recogniser: Recogniser) -> Any:
-    """verdict.json without its evidence and sentences."""
+    """Redact verdict.json, and drop its evidence and sentences."""
     if isinstance(document, dict):
         document = {name: value for name, value in document.items() if name not in ("evidence", "sentences")}
     return _known(document, VERDICT, recogniser)
 
 
 def recorder(document: Any, recogniser: Recogniser) -> Any:
-    """A dump of the Flight Recorder."""
+    """Redact a Flight Recorder dump."""
     return _known(document, RECORDER, recogniser)
 
 
 def config(document: Any, recogniser: Recogniser) -> Any:
-    """config.json; its folders are emptied."""
+    """Redact config.json; the paths of folders become empty."""
     return _known(document, CONFIG, recogniser)
 
 
 def description(document: Any, recogniser: Recogniser) -> Any:
-    """run.json without its family, which follows from settings that are left out, and with the whole commands alone."""
+    """Redact run.json: drop its family, which depends on dropped settings, and commands that are not recognised."""
     kept = _known(document, RUN, recogniser)
     if isinstance(kept, dict) and isinstance(commands := kept.get("commands"), list):
         kept["commands"] = [command for command in commands if isinstance(command, dict) and command.get("words")]
@@ -56,7 +56,7 @@ def description(document: Any, recogniser: Recogniser) -> Any:
 
 
 def tokens(document: Any, recogniser: Recogniser) -> Any:
-    """reference.json, or the tokens that a rank served: lists of numbers by request."""
+    """Redact reference.json or the tokens that a rank served, both lists of numbers by request."""
     if not isinstance(document, dict):
         return {}
     kept = {}
@@ -88,7 +88,7 @@ _OF_KIND: Mapping[str, Callable[[Recogniser, Any], Any]] = {
 
 
 def _known(value: Any, fields: frozenset[str], recogniser: Recogniser) -> Any:
-    """The value with its known fields; what stands under a number is by rank or by group, and stays too."""
+    """Keep the known fields of a value. Keys that are numbers stay too, because they are ranks or groups."""
     if isinstance(value, list):
         return [_known(item, fields, recogniser) for item in value]
     if isinstance(value, str):
@@ -112,7 +112,7 @@ def _lines(lines: Any, recogniser: Recogniser) -> list[str]:
 
 
 def _link(text: str, recogniser: Recogniser) -> str:
-    """Where ranks of a cycle wait: "dp all_reduce #6", or "lock " and its name."""
+    """Redact the place where ranks of a cycle wait: "dp all_reduce #6", or "lock " and its name."""
     if text.startswith("lock "):
         return f"lock {recogniser.string(text.removeprefix('lock '))}"
     group, _, rest = text.partition(" ")
@@ -122,7 +122,7 @@ def _link(text: str, recogniser: Recogniser) -> str:
 
 
 def _planned(text: str, recogniser: Recogniser) -> str:
-    """An entry of a schedule: "ep all_gather_v of layers.0.moe"."""
+    """Redact an entry of a schedule: "ep all_gather_v of layers.0.moe"."""
     match = re.fullmatch(r"(\S+) (\S+)(?: of (\S+))?", text)
     if match is None:
         return recogniser.string(text)
@@ -131,14 +131,14 @@ def _planned(text: str, recogniser: Recogniser) -> str:
 
 
 def _detail(text: str, recogniser: Recogniser) -> str:
-    """What a rank does, or its error; of the locks that it holds the names."""
+    """Redact the detail of a rank: what it does, its error, or the names of the locks that it holds."""
     if text.startswith("holds lock "):
         return "holds lock " + ", ".join(map(recogniser.string, text.removeprefix("holds lock ").split(", ")))
     return recogniser.string(text)
 
 
 def _references(text: str, recogniser: Recogniser) -> str:
-    """What a run mirrors, in words and reports upstream: "generic; vllm#41862, nccl#1417"."""
+    """Redact what a run mirrors, as words and upstream reports: "generic; vllm#41862, nccl#1417"."""
     for word in re.split("[,;]? ", text):
         reference = _REFERENCE.fullmatch(word)
         if reference[1] not in _PROJECTS if reference else recogniser.recognised(word) is None:
@@ -148,7 +148,7 @@ def _references(text: str, recogniser: Recogniser) -> str:
 
 
 def _command(words: Any, recogniser: Recogniser) -> list[str]:
-    """The words of a command where all are recognised, else none: a part of it is another command."""
+    """Return the words of a command if all are recognised, else none: a part of it would be another command."""
     before = ""
     for word in map(str, words) if isinstance(words, list) else ():
         known = (

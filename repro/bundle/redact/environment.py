@@ -1,4 +1,4 @@
-"""Versions, hardware and variables of a machine: kept by known name, and only where the value's form is known.
+"""Redact a machine's versions, hardware and variables: keep known names whose value has a known form.
 
 It reads two descriptions: env/rank000.txt from repro.lab.rank.software, and the report of torch.utils.collect_env.
 """
@@ -14,7 +14,8 @@ _VERSION = (
     r"\d{1,4}(?:\.\d{1,8}){1,2}(?:\.?(?:a|b|rc|dev|post)\d{1,9})*"
     r"(?:\+(?:cpu|xpu|cu\d{2,3}|rocm\d[\d.]{0,5}|git[0-9a-f]{7,12}))?"
 )
-_SYSTEM = r"(?:Linux|macOS|Darwin)-\d{1,3}\.\d{1,3}(?:\.\d{1,5})?"  # what a builder appended may name an owner
+# a version suffix that a builder added may name the owner
+_SYSTEM = r"(?:Linux|macOS|Darwin)-\d{1,3}\.\d{1,3}(?:\.\d{1,5})?"
 _MACHINES = r"x86_64|aarch64|arm64|ppc64le|riscv64"
 _GPU = (
     r"(?:NVIDIA|AMD|Intel)(?: (?:GeForce|RTX|GTX|Tesla|Quadro|Instinct|Radeon|Data|Center|GPU|Max|Graphics|Generation"
@@ -84,7 +85,7 @@ _LIST = re.compile(r"[,;|+ ]")
 
 
 def rank_line(line: str) -> str | None:
-    """A line of env/rank000.txt as the bundle has it, or None."""
+    """Redact a line of env/rank000.txt; None drops the line."""
     if match := re.fullmatch(rf"python: ({_VERSION}) on (.+)", line):
         return f"python: {match[1]} on {_platform(match[2])}"
     if match := re.fullmatch(
@@ -103,13 +104,13 @@ def rank_line(line: str) -> str | None:
 
 
 def _platform(text: str) -> str:
-    """System, kernel version, machine and libc of platform.platform()."""
+    """Redact platform.platform(): keep system, kernel version, machine and libc."""
     parts = (re.search(form, text) for form in (_SYSTEM, rf"(?:{_MACHINES})", r"with-glibc\d{1,2}\.\d{1,3}"))
     return "-".join(match[0] for match in parts if match) or GONE
 
 
 def variable(line: str) -> str | None:
-    """NAME=value of a known variable; a value of no known form is left out."""
+    """Redact NAME=value of a known variable; a value without a known form is dropped."""
     name, equals, value = line.partition("=")
     if not equals or not (name in NAMES or (name.startswith(PREFIXES) and is_name(name))):
         return None
@@ -117,7 +118,7 @@ def variable(line: str) -> str | None:
 
 
 def is_value(value: str) -> bool:
-    """Whether a variable's value is a number, a list of small ones, known words, or network interfaces."""
+    """Whether a variable's value is harmless: a number, a list of small numbers, known words, or network interfaces."""
     if _VALUE.fullmatch(value):
         return True
     parts = [part.lstrip("^") for part in _LIST.split(value)]
@@ -127,7 +128,7 @@ def is_value(value: str) -> bool:
 
 
 def collected_line(line: str) -> str | None:
-    """A line of collect_env as the bundle has it, or None."""
+    """Redact a line of collect_env; None drops the line."""
     if line in HEADINGS:
         return line
     if (match := re.match(rf"\[(?:pip3|conda)\] ([\w-]+)(?:==|\s+)({_VERSION})", line)) is not None:

@@ -1,4 +1,4 @@
-"""Logs, stacks and descriptions of a machine, line by line: what has a known form is written anew from its parts.
+"""Redact logs, stacks and machine descriptions line by line: rebuild a line of known form from its parts.
 
 A line keeps its prefix (rank, level, time, the file that logged it) where that is of a known form, and its text where
 each word is known. Of a frame stay the file below its package, line and function, of an exception its type.
@@ -39,7 +39,7 @@ _EXCEPTION = re.compile(r"(?P<type>[A-Za-z_][\w.]{1,160})(?:: (?P<message>.*))?"
 
 
 def log(text: str, recogniser: Recogniser) -> str:
-    """A log, with a line that says how many lines were left out wherever some were."""
+    """Redact a log. A line says how many lines were dropped, at each place where some were."""
     return _joined(_log_lines(text, recogniser))
 
 
@@ -49,13 +49,13 @@ def _log_lines(text: str, recogniser: Recogniser) -> Iterator[str | None]:
         before, line = line, row[:MAX_TEXT].rstrip()
         frame = _frame(line, recogniser)
         if frame is None and after_frame and _SOURCE.match(line):
-            continue  # a line of source below its frame, which the file has
+            continue  # the source line below a frame
         after_frame = frame is not None
         yield frame if frame is not None else _log_line(line, before, recogniser)
 
 
 def _log_line(line: str, before: str, recogniser: Recogniser) -> str | None:
-    """One line rebuilt from what is recognised; None where nothing of it is."""
+    """Rebuild one line from its recognised parts; None if nothing is recognised."""
     if not line.strip():
         return ""
     prefix, rest = _prefix(plain(line), recogniser)
@@ -72,7 +72,7 @@ def _log_line(line: str, before: str, recogniser: Recogniser) -> str | None:
 
 
 def _prefix(line: str, recogniser: Recogniser) -> tuple[str, str]:
-    """The known forms that a line begins with, rebuilt, and what comes after them."""
+    """Rebuild the known prefixes of a line (time, writer); return them and the rest of the line."""
     prefix, rest = "", line
     while rest:
         match = next((found for form in _PREFIXES if (found := form.match(rest))), None)
@@ -86,7 +86,7 @@ def _prefix(line: str, recogniser: Recogniser) -> tuple[str, str]:
 
 
 def _rebuilt(match: re.Match[str], recogniser: Recogniser) -> str:
-    """A prefix without its host; a file in it is reduced, and gone where it is not recognised."""
+    """Rebuild a prefix without its host. A path in it is shortened, or dropped if it is not recognised."""
     text, names = match[0], match.groupdict()
     if (host := names.get("host")) is not None:
         return text.replace(host, recogniser.hosts.get(host, "host"), 1)
@@ -106,7 +106,7 @@ def _frame(line: str, recogniser: Recogniser) -> str | None:
 
 
 def stack(text: str, recogniser: Recogniser) -> str:
-    """What faulthandler wrote; threads are numbered in place of their addresses."""
+    """Redact a stack from faulthandler; threads are numbered instead of showing their addresses."""
     threads: dict[str, int] = {}
 
     def lines() -> Iterator[str | None]:
@@ -125,7 +125,7 @@ def stack(text: str, recogniser: Recogniser) -> str:
 
 
 def _joined(lines: Iterable[str | None]) -> str:
-    """The lines with a count in place of those that are None."""
+    """Join the lines; replace each run of None by the count of dropped lines."""
     kept: list[str] = []
     gone = 0
     for line in (*lines, ""):
@@ -140,7 +140,7 @@ def _joined(lines: Iterable[str | None]) -> str:
 
 
 def machine(text: str, keep: Callable[[str], str | None], recogniser: Recogniser) -> str:
-    """A description of a machine: of each line what ``keep`` makes of it, or, where that is None, nothing."""
+    """Redact a machine description: apply ``keep`` to each line, and drop lines for which it returns None."""
     kept: list[str] = []
     before, line = "", ""
     for row in text.splitlines():

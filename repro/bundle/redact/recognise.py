@@ -1,4 +1,4 @@
-"""Keep what is recognised of a run's strings, and put a stand-in for everything else, the same for the same string.
+"""Keep the recognised strings of a run; replace the others by stand-ins, equal strings by equal stand-ins.
 
 A stand-in ("text-003", "host-1") tells different strings apart, so ranks that issued different collectives still differ
 and the verdict stays the same. Whatever is neither recognised nor needed to tell things apart is left out and counted.
@@ -37,13 +37,13 @@ _ABSOLUTE = re.compile(r"/[^\s'\"]+(?:/[^\s'\"]+)*")
 _AROUND = "()[]{}<>\"'`.,;:"
 _LOCATED = re.compile(r"(?P<path>/[\w./+@-]+?)(?P<line>(?::\d{1,6})?)")
 _STAND_IN = re.compile(r"([a-z]+-\d{1,6})(?:\.[a-z]{2,4})?(?:/(?P<file>[\w.]+))?(?::\d{1,7}(?:>\d{1,6})?)?")
-_GROUPED = re.compile(r"(?<!\S)\d{2,6}(?: \d{2,6}){2,}(?!\S)")  # the number of a card or a telephone
+_GROUPED = re.compile(r"(?<!\S)\d{2,6}(?: \d{2,6}){2,}(?!\S)")  # a credit card or telephone number
 _BRACKETED = re.compile(r"\[(/[^\s\]]+?)((?::\d{1,6})?)\]")
 
 
 @dataclass
 class Recogniser:
-    """The strings of one bundle. All its files share one recogniser, so equal strings get equal stand-ins.
+    """Redacts the strings of one bundle. All files share one recogniser, so equal strings get equal stand-ins.
 
     private    names that are not recognised, though they may consist of known words: "gpu-node"
     search     decides about text that is not recognised: True keeps it. None leaves all of it out.
@@ -69,14 +69,14 @@ class Recogniser:
     # -- identity ----------------------------------------------------------------------------------------------------
 
     def host(self, name: str) -> str:
-        """The stand-in of a host's name, counted."""
+        """The stand-in of a host name; counts it as redacted."""
         if not name:
             return name
         self.left_out["identity"] += 1
         return self.name_host(name)
 
     def name_host(self, name: str) -> str:
-        """The stand-in of a host's name; the short and the full form of one name share it."""
+        """The stand-in of a host name. The short and the fully qualified form of a name share it."""
         short = name.partition(".")[0]
         stand_in = self.hosts.get(name) or self.hosts.get(short) or f"host-{len(set(self.hosts.values())) + 1}"
         self.hosts[name] = self.hosts[short] = stand_in
@@ -84,14 +84,14 @@ class Recogniser:
         return stand_in
 
     def boot(self, boot_id: str) -> str:
-        """The stand-in of a boot id, which tells machines apart."""
+        """The stand-in of a boot id. Different machines keep different stand-ins."""
         if not boot_id:
             return boot_id
         self.left_out["identity"] += 1
         return self._boots.setdefault(boot_id, f"boot-{len(self._boots) + 1}")
 
     def namespace(self, number: int) -> int:
-        """A small number for that of a pid namespace; 0, unknown, stays."""
+        """Replace the number of a pid namespace by a small one; 0 (unknown) stays."""
         if not number:
             return number
         self.left_out["identity"] += 1
@@ -100,7 +100,7 @@ class Recogniser:
     # -- strings that must stay distinct -----------------------------------------------------------------------------
 
     def string(self, text: str) -> str:
-        """A string of a witness, or one that a document took from a witness, as the bundle has it."""
+        """Redact a string of a witness, or a string that another file copied from a witness."""
         known = self._strings.get(text)
         if known is None:
             known = self._string(text)
@@ -128,13 +128,13 @@ class Recogniser:
         return self._text(text) or self.stand_in("text" if " " in text else "name", text)
 
     def function(self, text: str) -> str:
-        """A function's name. Of one that is not recognised at least a word must be: it may be a person's name."""
+        """Redact a function name. An unrecognised one stays only if a word of it is known: it may be someone's name."""
         partly = any(len(part) > 2 and is_word(part) for part in re.split(r"[._]", text))
         known = is_name(text) and not self.is_private(text)
         return text if known or (partly and self._is_free(text)) else self.stand_in("function", text)
 
     def path(self, text: str) -> str:
-        """A file's path below its package. Of another file the name, where it is recognised, in a folder's stand-in."""
+        """Shorten a path to the part below its package. Elsewhere keep a recognised file name in a stand-in folder."""
         if re.fullmatch(r"<frozen [a-z_.]{1,40}>", text):
             return text if is_name(text[8:-1]) else "<frozen>"
         inside = below_package(text)
@@ -147,7 +147,7 @@ class Recogniser:
         return self.stand_in("file", text) + (extension[0] if extension else "")
 
     def stand_in(self, noun: str, text: str) -> str:
-        """noun-001, noun-002 …, by the order in which strings were first seen."""
+        """Return noun-001, noun-002, … in the order in which the strings were first seen."""
         self.left_out["text" if noun in ("text", "message") else "names"] += 1
         known = self._stand_ins.get((noun, text))
         if known is None:
@@ -156,10 +156,10 @@ class Recogniser:
             self._issued.add(known)
         return known
 
-    # -- text that may be left out -----------------------------------------------------------------------------------
+    # -- text that may be dropped ------------------------------------------------------------------------------------
 
     def line(self, text: str, before: str = "") -> str:
-        """A line of prose, or "" where it is not recognised; the caller says that something was left out.
+        """Redact a line of prose; "" if it is not recognised. The caller reports that something was left out.
 
         before: the line above. Where that is suspicious a line is not free either: it may be the value of a name.
         """
@@ -169,7 +169,7 @@ class Recogniser:
         return kept or ""
 
     def recognised(self, text: str) -> str | None:
-        """The text with its paths reduced, if each of its tokens is recognised; else None."""
+        """Return the text with shortened paths if every token is recognised, else None."""
         if len(text) > MAX_TEXT or _GROUPED.search(text):
             return None
         text = _BRACKETED.sub(lambda match: f"[{self._inside(match[1])}{match[2]}]", plain(text))
@@ -192,7 +192,7 @@ class Recogniser:
         return token.replace(bare, self.path(located["path"]) + located["line"]) if located else None
 
     def _is_stand_in(self, bare: str) -> bool:
-        """Whether it is a stand-in of this bundle, perhaps with a file's name, a line or the ends of a transfer."""
+        """Whether a token is a stand-in of this bundle, possibly with a file name, a line, or a transfer's ends."""
         match = _STAND_IN.fullmatch(bare)
         return (
             match is not None
@@ -207,37 +207,37 @@ class Recogniser:
         return kept
 
     def free(self, text: str, before: str = "") -> str | None:
-        """Text that is not recognised, if it may stay; ``before`` as for :meth:`line`."""
+        """Return unrecognised text if it may stay, else None; ``before`` as for :meth:`line`."""
         return plain(text) if self._is_free(text) and (not before or self._is_free(before)) else None
 
     def _is_free(self, text: str) -> bool:
-        """Whether text that is not recognised may stay: asked for, and nothing suspicious in it."""
+        """Whether unrecognised text may stay: only if a search was requested and finds nothing suspicious."""
         return self.search is not None and len(text) <= MAX_TEXT and self.search(text)
 
 
 def _are_members(text: str) -> bool:
-    """Whether a text lists the ranks of a group, none of them twice: "0,1,2"."""
+    """Whether a text lists the ranks of a group without duplicates: "0,1,2"."""
     ranks = text.split(",")
     return _MEMBERS.fullmatch(text) is not None and len(set(ranks)) == len(ranks)
 
 
 def is_error(name: str) -> bool:
-    """Whether a name is that of an exception: its last part begins with a capital, and all its words are known."""
+    """Whether a name looks like an exception: its last part is capitalised, and all its words are known."""
     last = name.rpartition(".")[2]
     return is_name(name) and last[:1].isupper() and not (last.isupper() and is_word(last) and len(last) < 8)
 
 
 def distinct(names: Iterable[str]) -> frozenset[str]:
-    """The names that differ from common words and numbers."""
+    """Drop names that are common words or numbers."""
     return frozenset(name for name in names if len(name) > 2 and not is_word(name) and not name.isdigit())
 
 
 def form_of(name: str) -> str:
-    """A pattern for a private name: a short one as a word of its own, a longer one inside of words too."""
+    """Return a search pattern for a private name. A short name must be a whole word, a longer one need not."""
     plain = re.escape(name)
     return plain if len(name) >= 6 else rf"(?<![A-Za-z0-9]){plain}(?![A-Za-z0-9])"
 
 
 def this_machine() -> list[str]:
-    """Names of the host that makes a bundle."""
+    """Return the names of the host that makes the bundle."""
     return sorted({socket.gethostname(), socket.getfqdn()} - {"", "localhost"})

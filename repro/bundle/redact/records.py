@@ -1,4 +1,4 @@
-"""Records of foreign evidence for a bundle: every number as it was, each string recognised or replaced by a stand-in.
+"""Redact the records of a job's evidence: numbers stay, and unrecognised strings are replaced by stand-ins.
 
 The judge compares strings of the evidence with each other, and looks for few words in them. So equal strings get equal
 stand-ins, different ones different stand-ins, and the names of files keep their order.
@@ -55,13 +55,13 @@ _ROLE = re.compile(r"(?:VLLM::|sglang::|ray::)?(?P<name>[A-Za-z]+)(?P<parts>(?:_
 
 
 def hosts_of(records: Iterable[Observation]) -> list[str]:
-    """The names that records give to hosts, where they can be names of hosts."""
+    """Return the host names in the records."""
     names = {record.host for record in records if isinstance(record, _WITH_HOST)}
     return sorted(name for name in names if _HOST.fullmatch(name))
 
 
 def redact_evidence(evidence: Evidence, recogniser: Recogniser) -> Evidence:
-    """The evidence as a bundle has it."""
+    """Redact the evidence for a bundle."""
     redactor = _Redactor(evidence, recogniser)
     return Evidence(
         [redactor.record(record) for record in evidence.records],
@@ -114,7 +114,7 @@ class _Redactor:
                 text = self.text(record.text)
                 survived = SURVIVED.search(record.text)
                 if survived and not SURVIVED.search(text):
-                    text = f"{text} {survived[0].lower()}"  # the judge looks for these words
+                    text = f"{text} {survived[0].lower()}"  # the rules of `diagnose` search for these words
                 changed |= {"process": self._process(record.process), "host": self._of.host(record.host), "text": text}
             case Left():
                 changed |= {"seen_by": self._process(record.seen_by), "text": self.text(record.text)}
@@ -151,13 +151,13 @@ class _Redactor:
         return replace(record, **changed)
 
     def refusal(self, text: str) -> str:
-        """ "file:offset: what" with the file's stand-in."""
+        """Redact "file:offset: what" of a file that was not understood."""
         name, _, rest = text.partition(":")
         offset, _, what = rest.partition(": ")
         return f"{self.files[name]}:{offset if offset.isdecimal() else 0}: {self.text(what)}"
 
     def text(self, text: str) -> str:
-        """A message where each of its words is recognised; else the part before ": ", and a stand-in for the rest."""
+        """Redact a message. If a word is not recognised, keep the part before ": "; a stand-in replaces the rest."""
         kept = self._of.recognised(text)
         if kept is not None or not text:
             return kept or ""
@@ -198,7 +198,7 @@ class _Redactor:
         return self._form(call)._replace(source=self._source(call.source))
 
     def _frame_of(self, frame: str) -> str:
-        """ "function (file:line)"; a native frame names its library in the place of the file."""
+        """Redact "function (file:line)"; in a native frame the library takes the place of the file."""
         match = _FRAME.fullmatch(frame)
         if match is None:
             return self._of.function(frame)
@@ -219,7 +219,7 @@ class _Redactor:
         )  # fmt: skip
 
     def _operation(self, key: str) -> str:
-        """ "AllGather", or "AllGather 640": the operation and its count."""
+        """Redact "AllGather", or "AllGather 640": the operation and its count."""
         op, blank, count = key.partition(" ")
         return f"{self._of.string(op)}{blank}{count if count.isdecimal() else ''}"
 
@@ -228,7 +228,7 @@ class _Redactor:
 
 
 def _files_of(records: Iterable[Observation]) -> set[str]:
-    """The names of the files that records come from."""
+    """Return the names of the files that the records come from."""
     names = {record.source.file for record in records}
     for record in records:
         match record:
@@ -244,7 +244,7 @@ def _files_of(records: Iterable[Observation]) -> set[str]:
 
 
 def _stand_ins_of_files(names: Iterable[str], recogniser: Recogniser) -> Mapping[str, str]:
-    """Each name as it is where all are recognised, else with its place in the order of all names before what is."""
+    """Redact file names. If not all are recognised, each gets its sorted position, then its recognised part."""
     ordered = sorted(names)
     reduced = {name: _reduced(name, recogniser) for name in ordered}
     changed = sum(name != kept for name, kept in reduced.items())
@@ -255,7 +255,7 @@ def _stand_ins_of_files(names: Iterable[str], recogniser: Recogniser) -> Mapping
 
 
 def _reduced(name: str, recogniser: Recogniser) -> str:
-    """A file's name with "x" for what is not recognised: "gpu17/worker_dp0_joe.log" -> "x/worker_dp0_x.log"."""
+    """Replace the unrecognised parts of a file name by "x": "gpu17/worker_dp0_joe.log" -> "x/worker_dp0_x.log"."""
 
     def part(match: re.Match[str]) -> str:
         return match[0] if is_word(match[0]) or _FILE_NUMBER.fullmatch(match[0]) else "x"

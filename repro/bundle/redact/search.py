@@ -1,4 +1,4 @@
-"""Search free text for what should not be given away. A line that holds anything suspicious is dropped as a whole.
+"""Search free text for private content. A line with anything suspicious is dropped as a whole.
 
 Used only with --with-logs: to drop too much costs a line of a log, to drop too little costs a password. Three nets,
 each of its own kind: words that introduce a secret, a person or a machine; forms that no plain sentence has; and the
@@ -26,14 +26,14 @@ CONTEXT = {
 """Words, or beginnings of words, after which a line may name a secret, a person or a machine."""
 
 FORMS = (
-    r"[^\x20-\x7e]",  # letters that look like others, control characters
+    r"[^\x20-\x7e]",  # look-alike letters and control characters
     r"[@\\$&`^~]",  # mail, Windows paths, escapes, variables, HTML, home folders
     r"://|%[0-9A-Fa-f]{2}|\\x[0-9A-Fa-f]{2}",  # URLs and their escapes
     r"(?:^|\s)--?[A-Za-z]",  # options of a command
     r"[=:]=|=>|:=",  # assignments in other notations than name=value
     r"(?<![\w.])\d+(?:[._-]\d+){3}(?![\w.])|(?:[0-9A-Fa-f]{1,4}[:-]){3,}|::",  # addresses
     r"\b[0-9A-Fa-f]{8,}\b|\d{7,}",  # numbers in which an address or key may be written
-    r"\d{2,6}(?: \d{2,6}){2}",  # the number of a card or a telephone
+    r"\d{2,6}(?: \d{2,6}){2}",  # a credit card or telephone number
     r"[A-Za-z0-9+/_-]{24,}={0,2}",  # base64
 )
 """Forms that make a line suspicious wherever they stand."""
@@ -47,7 +47,7 @@ MIN_LITERAL = 4
 
 
 class Search:
-    """Finds out whether a line of text may be given away.
+    """Decides whether a line of text may be published.
 
     literals   texts that this machine knows to be private: values of variables, names of hosts and users
     """
@@ -57,7 +57,7 @@ class Search:
         self._literals = re.compile("|".join(map(re.escape, wanted)), re.IGNORECASE) if wanted else None
 
     def __call__(self, text: str) -> bool:
-        """Whether nothing in the text is suspicious."""
+        """Whether the text has nothing suspicious."""
         text = plain(text)
         if self._literals is not None and self._literals.search(text):
             return False
@@ -67,14 +67,14 @@ class Search:
 
 
 def literals_of(environment: Mapping[str, str]) -> set[str]:
-    """The values of variables that are not of a harmless form, whole and in pieces: a token may have several lines."""
+    """Return values of environment variables that may be secret, whole and in pieces: a token may span lines."""
     values = [value for value in environment.values() if not is_value(value)]
     pieces = (piece for value in values for piece in re.split(r"[\s:/@,;=&?'\"]+", value))
     return {text for text in (*values, *pieces) if len(text) >= 6 and not is_token(text)}
 
 
 def _is_plain(token: str) -> bool:
-    """Whether a token is a listed word, a small number, or looks like a word of a language."""
+    """Whether a token is a listed word, a small number, or looks like a natural-language word."""
     if is_token(token):
         return True
     if re.search(r"[-./']", token):
@@ -90,7 +90,7 @@ def _is_pronounceable(word: str) -> bool:
 
 @functools.cache
 def _detectors() -> list[Any]:
-    """The detectors of detect-secrets, which look at text alone; the package's own checks by network are not used.
+    """Load the detectors of detect-secrets that examine text. Its checks over the network are not used.
 
     Raises ModuleNotFoundError where it is not installed.
     """
@@ -106,5 +106,5 @@ def _is_detected(text: str) -> bool:
 
 
 def load() -> None:
-    """Load the detectors before the work begins; raises ModuleNotFoundError."""
+    """Load the detectors before the work begins. Raises ModuleNotFoundError if detect-secrets is missing."""
     _detectors()

@@ -1,4 +1,4 @@
-"""Witness files for a bundle: identity and strings replaced, every number of an event as it was."""
+"""Redact witness files: replace identity and strings, and keep every number of an event."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from repro.trace.parse import parse_header
 
 
 def redact_witness(data: bytes, name: str, recogniser: Recogniser) -> bytes:
-    """A witness with its header and strings redacted, each string under its old number, in as few bytes as hold it.
+    """Redact a witness's header and strings, and shorten the file. Each string keeps its number.
 
     Raises WitnessError for what is no witness, ValueError when the new strings take more than a file may hold.
     """

@@ -1,4 +1,4 @@
-"""Recognise names and text by an explicit list of words, words.txt, and by the forms of numbers and punctuation.
+"""Recognise names and text by a list of words, words.txt, and by forms of numbers and punctuation.
 
 What consists of listed words, small numbers and punctuation is recognised. All else, whatever it looks like, is not:
 a list of bad shapes is never complete.
@@ -36,19 +36,19 @@ _LOOPBACK = re.compile(
 _TRANSFER = re.compile(r"(.+):(\d{1,6})>(\d{1,6})")
 _MARKS = frozenset(KNOWN["marks"])
 _LEADING, _TRAILING = "([{<\"'`", ")]}>\"'`.,;:!?…"
-# Emoji, the mark that colours them, and escapes of a terminal: decoration, which a line is recognised without.
+# Emoji, their colour modifiers, and terminal escapes: recognition ignores this decoration.
 _DECORATION = re.compile(
     "\x1b\\[[0-9;]*[A-Za-z]|[\U0001f000-\U0001faff\u2600-\u27bf\ufe0f\u200b-\u200f\u2060-\u2064\ufeff\u00ad]"
 )
 
 
 def plain(text: str) -> str:
-    """The text without terminal escapes, emoji and characters that cannot be seen, which may split a word in two."""
+    """Remove terminal escapes, emoji and invisible characters, which could split a word in two."""
     return _DECORATION.sub("", text)
 
 
 def is_word(text: str) -> bool:
-    """Whether a single word of letters is listed; case does not matter."""
+    """Whether a single word of letters is in the list; case does not matter."""
     return text.lower() in WORDS
 
 
@@ -56,7 +56,7 @@ def is_name(text: str) -> bool:
     """Whether a dotted name consists of listed words: "layers.0.moe", "AllGatherReduceScatter.dispatch"."""
     if not text or len(text) > MAX_NAME:
         return False
-    before_is_number = True  # a name begins with a word, and two numbers in sequence may be an address
+    before_is_number = True  # a name begins with a word; two consecutive numbers may be an address
     for part in text.split("."):
         is_number = _COUNT.fullmatch(part) is not None
         if (is_number and before_is_number) or (not is_number and not _is_identifier(part)):
@@ -66,7 +66,7 @@ def is_name(text: str) -> bool:
 
 
 def _is_identifier(text: str) -> bool:
-    """Whether words joined by underscores or capitals are listed; of single letters there may be as many as words."""
+    """Whether a name joined by "_" or capitals consists of listed words, with at most as many single letters."""
     if text in NAMES or _SPECIAL.fullmatch(text):
         return True
     parts = [part for part in text.split("_") if part]
@@ -76,19 +76,19 @@ def _is_identifier(text: str) -> bool:
 
 
 def _is_camel(text: str) -> bool:
-    """Whether a word in capitals and small letters splits into listed words of two letters at least."""
+    """Whether a mixed-case word splits into listed words of at least two letters."""
     parts = _CAMEL.findall(text)
     return len(text) >= 2.5 * len(parts) and all(len(part) > 1 and is_word(part) for part in parts)
 
 
 def is_file(text: str) -> bool:
-    """Whether a file's own name is one of listed words with a known extension: "runner.py"."""
+    """Whether a file name consists of listed words and a known extension: "runner.py"."""
     stem, _, extension = text.rpartition(".")
     return (extension in EXTENSIONS and is_name(stem)) or _OF_RANK.fullmatch(text) is not None
 
 
 def below_package(path: str) -> str | None:
-    """The path from its package on, of a file of a known package whose path is recognised; else None."""
+    """Return the path from a known package on, if it is recognised; else None."""
     for mark in ("/site-packages/", "/dist-packages/"):
         if mark in path:
             inside = path.rpartition(mark)[2]
@@ -110,7 +110,7 @@ def _is_path(path: str) -> bool:
 
 
 def is_token(text: str) -> bool:
-    """Whether a piece of text between blanks is recognised, punctuation around it aside."""
+    """Whether a piece of text between spaces is recognised, apart from punctuation around it."""
     if len(text) > MAX_NAME:
         return False
     if text in _MARKS or set(text) <= set("-=*_.^~#") or _LOOPBACK.fullmatch(text.rstrip(".,;:")):
@@ -130,13 +130,13 @@ def _is_core(text: str) -> bool:
 
 
 def _is_transfer(text: str) -> bool:
-    """Whether it is the group of a point-to-point transfer with its two ends: "ep:0>1"."""
+    """Whether a token is the group of a point-to-point transfer with its two ends: "ep:0>1"."""
     match = _TRANSFER.fullmatch(text)
     return match is not None and is_name(match[1])
 
 
 def _is_joined(text: str) -> bool:
-    """Words joined by hyphens, slashes or an apostrophe, options, calls, and name=value of recognised parts."""
+    """Whether a token consists of recognised parts, joined as words, options, calls or name=value."""
     if text.startswith("-"):
         option, equals, value = text.lstrip("-").partition("=")
         return all(map(is_word, option.split("-"))) and (not equals or is_token(value))

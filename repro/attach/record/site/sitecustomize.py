@@ -1,4 +1,4 @@
-"""Python runs this file at the start of each interpreter: begin the recording, then run the next sitecustomize."""
+"""Python runs this file when an interpreter starts: start recording, then run the next sitecustomize."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ _HERE = os.path.dirname(os.path.abspath(__file__))
 
 
 def _record() -> None:
-    """Begin the recording. Our packages are found here even if the program's environment does not have them."""
+    """Start recording. Add our packages to the path if the program's environment lacks them."""
     from importlib.machinery import PathFinder
 
     root = os.path.abspath(os.path.join(_HERE, *[os.pardir] * 4))
@@ -30,7 +30,7 @@ def _record() -> None:
 
 
 def _run_next() -> None:
-    """Run the sitecustomize that this one hides."""
+    """Run the sitecustomize module that this one shadows."""
     from importlib.machinery import PathFinder
     from importlib.util import module_from_spec
 
