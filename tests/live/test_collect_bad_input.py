@@ -10,7 +10,7 @@ import sys
 import time
 
 import pytest
-from hanging import kill_tree
+from hanging import kill_job
 
 from repro.commands.cli import main
 from repro.hosts.looks import collection
@@ -20,7 +20,7 @@ WAITER = "import threading; threading.Event().wait(120)"
 
 
 @pytest.fixture
-def start(request):
+def start(tmp_path):
     """Start processes with rank variables that wait for ever; all are killed at the end."""
     started = []
 
@@ -37,10 +37,9 @@ def start(request):
         return [process.pid for process in started]
 
     yield start_ranks
+    kill_job([process.pid for process in started if process.returncode is None], tmp_path)
     for process in started:
-        if process.returncode is None:
-            kill_tree(process.pid)
-            process.wait()
+        process.wait()
 
 
 def collect(capsys, out, *arguments):

@@ -10,19 +10,20 @@ import time
 from pathlib import Path
 
 import pytest
-from hanging import kill_tree
+from hanging import kill_job
 
 from repro.commands.cli import main
 from repro.hosts.looks import collection, py_spy
 from repro.hosts.looks.proc import read_status
 
 LOCK_AND_BUILD = """
-import fcntl, os, subprocess, sys, time
+import ctypes, fcntl, os, subprocess, sys, time
+def die_with_parent(): ctypes.CDLL(None).prctl(1, 9)
 rank, lock = int(os.environ["RANK"]), open(sys.argv[1], "w")
 while rank and not os.path.exists(sys.argv[1] + ".held"): time.sleep(0.01)
 fcntl.flock(lock, fcntl.LOCK_EX)
 open(sys.argv[1] + ".held", "w").close()
-subprocess.run(["timeout", "60", sys.argv[2], "-c", "while :; do :; done", "expert_kernel.cu"])
+subprocess.run([sys.argv[2], "-c", "while :; do :; done", "expert_kernel.cu"], preexec_fn=die_with_parent)
 """
 STRAGGLER = """
 import os, threading, time
@@ -54,8 +55,8 @@ def ranks(tmp_path):
         return [process.pid for process in started]
 
     yield start
+    kill_job([process.pid for process in started], tmp_path)
     for process in started:
-        kill_tree(process.pid)
         process.wait()
 
 

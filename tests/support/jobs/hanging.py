@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from repro.commands.cli import main
-from repro.hosts.looks.proc import descendants, read_all, read_status
+from repro.hosts.looks.proc import command_of, descendants, read_all, read_status
 
 ROOT = Path(__file__).resolve().parents[3]
 PROGRAM = ROOT / "tests" / "support" / "jobs" / "hung_jobs.py"
@@ -72,8 +72,24 @@ def hung_jobs(kinds: list[str], root: Path) -> Iterator[dict[str, HungJob]]:
     try:
         yield {kind: HungJob(kind, root / kind, parent) for kind in kinds}
     finally:
-        kill_tree(parent.pid)
+        kill_job([parent.pid], root)
         parent.wait()
+
+
+def kill_job(pids: list[int], root: Path) -> None:
+    """Kill processes with all below them, and see to it that none is left whose command names a file below `root`.
+
+    They are stopped first: a rank that gets a lock from one that was killed would start a compiler meanwhile.
+    """
+    for pid in pids:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGSTOP)
+    for pid in pids:
+        kill_tree(pid)
+    end_s = time.monotonic() + 10
+    while left := {pid: command for pid in read_all() if str(root) in (command := command_of(pid))}:
+        assert time.monotonic() < end_s, f"these processes outlived their job: {left}"
+        time.sleep(0.05)
 
 
 def kill_tree(pid: int) -> None:

@@ -24,8 +24,8 @@ from torch.utils.cpp_extension import load_inline
 from torch.utils.data import DataLoader, Dataset
 
 NUM_RANKS = 3
-DEADLINE_S = 300
-COMPILER_S = 120
+DEADLINE_S = 600
+COMPILER_S = 240
 ODD = 1
 """The rank that differs from the others."""
 
