@@ -45,7 +45,7 @@ STATUS_EXPIRY_S = 10.0
 
 @dataclass(frozen=True)
 class AgentStatus:
-    """The latest observations of one agent.
+    """The latest observations that one agent reported.
 
     beat         number of the observation, from 1
     ranks        ranks of the host that have opened their witnesses
@@ -86,7 +86,7 @@ class HostAgent:
                 self.poll()
             except READ_FAILURES:  # the next poll may succeed
                 if not self._path.parent.exists():
-                    break  # the watcher has removed the run's temporary files
+                    break  # the watcher has removed the run's temporary files, and with them the status file
             except Exception:  # the ranks still need an agent that ends them
                 traceback.print_exc()
             self._pause()
@@ -115,7 +115,7 @@ class HostAgent:
         self._beat += 1
         running = self._running()
         local_ranks = [rank for rank, writer in self._tails.writers().items() if self._system.is_here(writer)]
-        witnesses, _ = self._tails.read(local_ranks)  # the watcher names the files that cannot be read
+        witnesses, _ = self._tails.read(local_ranks)  # the watcher reports the files that cannot be read
         facts = self._system.look(witnesses, running)
         here = self._host.here
         status = AgentStatus(
@@ -153,7 +153,7 @@ class RemoteHosts:
     host: Host
     _latest: dict[Path, tuple[AgentStatus, int]] = field(
         default_factory=dict
-    )  # with its arrival on the watcher's clock
+    )  # each status, with the time at which it arrived on the watcher's clock
     _stamps: dict[Path, tuple[int, int]] = field(default_factory=dict)
 
     def statuses(self) -> list[AgentStatus]:
@@ -210,7 +210,7 @@ class RemoteHosts:
     def _read_new(self) -> None:
         for path in sorted(self.run_dir.agents.glob("rank*.json")):
             with contextlib.suppress(OSError, ValueError):
-                stat = path.stat()  # every status replaces the file, so that its inode changes
+                stat = path.stat()  # every status replaces the file, so a new inode means a new status
                 stamp = stat.st_ino, stat.st_mtime_ns
                 if self._stamps.get(path) != stamp:
                     status = read_typed(path, AgentStatus)

@@ -14,7 +14,7 @@ PATIENCE = 3
 
 
 class Interrupt:
-    """The user's request to end a command; calling it returns True once a signal has come.
+    """The user's request to stop a command. Calling it returns True once a signal has arrived.
 
     Raises KeyboardInterrupt in the main thread at the first signal, but not inside :meth:`deferred`.
     """

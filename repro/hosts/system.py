@@ -22,7 +22,7 @@ SHORTEST_MEASURE_S = 0.1
 
 
 class System:
-    """Collects the facts about the ranks of this host. Deaths, unheld locks and processor use need several calls.
+    """Collects the facts about the ranks of this host. Some facts need several calls: deaths, abandoned locks, CPU use.
 
     patience_s   how long a lock file must have had no holder before it is reported to have none: a process that is
                  about to take the lock may poll it only now and then
@@ -41,7 +41,7 @@ class System:
         self._died: dict[int, float] = {}
 
     def look(self, witnesses: Mapping[int, Witness], running: Mapping[int, psutil.Process | None]) -> Facts:
-        """Collect the facts, with the processor use of the last measurement.
+        """Collect the facts, with the CPU use of the last measurement.
 
         running: the result of :meth:`running` from before the witnesses were read. A rank that ends well in between
         would otherwise count as dead, with a witness that says it is not done.
@@ -75,14 +75,14 @@ class System:
         return processes
 
     def begin_measuring(self, pids: Mapping[int, int]) -> None:
-        """Begin to measure the processor use of the ranks. pids: rank -> pid."""
+        """Start to measure the CPU use of the ranks. pids: rank -> pid."""
         self._used = self._read_use(pids)
         self._stolen_s = self._host.stolen_seconds()
         self._late_s = 0.0
         self._measured_at = self._now_s()
 
     def measure(self, pids: Mapping[int, int]) -> None:
-        """Measure the use since the last measurement or :meth:`begin_measuring`; no result if that was too recent."""
+        """Measure CPU use since the last measurement or :meth:`begin_measuring`; no result if that was too recent."""
         before, measured_at, stolen_s, late_s = self._used, self._measured_at, self._stolen_s, self._late_s
         self.begin_measuring(pids)
         passed_s = self._measured_at - measured_at
@@ -101,7 +101,7 @@ class System:
         self._starved = {rank: round(max(share, host_share), 3) for rank, (_, share) in shares.items()}
 
     def note_late(self, late_s: float) -> None:
-        """Record that this process woke up ``late_s`` seconds later than it had requested."""
+        """Record that this process woke up ``late_s`` seconds after the requested time."""
         self._late_s += max(0.0, late_s)
 
     def is_here(self, writer: Identity) -> bool:
@@ -125,7 +125,7 @@ class System:
         return {rank: (used[pid], self._host.starved_seconds(pid)) for rank, pid in pids.items()}
 
     def _lock_holders(self, witnesses: Mapping[int, Witness]) -> dict[int, tuple[str, int]]:
-        waiting: dict[str, dict[int, int]] = {}  # lock -> rank -> pid
+        waiting: dict[str, dict[int, int]] = {}  # lock -> rank that waits for it -> pid of this rank
         for rank, witness in witnesses.items():
             if witness.last is not None and witness.last.kind == Kind.LOCK_WAIT and self.is_here(witness.writer):
                 waiting.setdefault(witness.text(witness.last.sig), {})[rank] = witness.writer.pid

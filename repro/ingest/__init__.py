@@ -1,1 +1,1 @@
-"""Read other people's evidence: one file per format, each to the records of `repro.trace.observed`."""
+"""Read evidence from other tools: one file per format, each producing records of `repro.trace.observed`."""

@@ -1,4 +1,4 @@
-"""The register of all formats that are read. A new format is a file in the folder of its kind, and a row here."""
+"""The register of all readable formats. To add a format, add a file to the folder of its kind, and a row here."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from repro.trace.observed import Observation, Source
 
 @dataclass(frozen=True)
 class FileFormat:
-    """A format that takes up a whole file.
+    """A format of whole files.
 
     recognises  whether a file of this name with these first bytes may be of the format
     read        the records of the whole content; None where it is of another format after all. Raises ValueError
@@ -32,18 +32,18 @@ class FileFormat:
 
 
 class LineReader(Protocol):
-    """Reads the lines of one file, in their order."""
+    """A reader of messages; it gets the lines of one file in order."""
 
     def read(self, line: Line, source: Source) -> Iterable[Observation]: ...
 
     def finish(self) -> Iterable[Observation]:
-        """The records that no further line can complete."""
+        """Return the records that were waiting for a later line."""
         ...
 
 
 @dataclass(frozen=True)
 class LineFormat:
-    """The messages of one program. `needles`: one of them stands in each line that its reader knows."""
+    """The messages of one program. `needles`: each line that the reader understands contains one of them."""
 
     name: str
     needles: Sequence[str]
@@ -51,7 +51,7 @@ class LineFormat:
 
 
 class _EachLine:
-    """The reader of messages that take one line each."""
+    """A reader of messages that are one line each."""
 
     def __init__(self, read: Callable[[Line, Source], Iterable[Observation]]) -> None:
         self._read = read

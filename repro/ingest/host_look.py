@@ -1,4 +1,4 @@
-"""Read what `collect` writes of a host: its processes, lock files and connections at one moment (facts/*.json)."""
+"""Read the facts that `collect` writes about a host: processes, lock files, connections (facts/*.json)."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def looks_like_json(content: Any) -> bool:
 
 
 def read_json(content: dict[str, Any], file: str) -> Iterator[Observation]:
-    """The records of one look. Raises ValueError for a version that is not known."""
+    """Return the records of one look. Raises ValueError for an unknown version."""
     if content.get("version") != VERSION:
         raise ValueError(f"version {content.get('version')} of a look at a host; {VERSION} is known")
     host, look, at_s = _text(content.get("host")), _count(content.get("look")), _number(content.get("at_s"))

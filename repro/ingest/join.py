@@ -1,4 +1,4 @@
-"""Join what stands in different lines and files: which rank a GPU, a process or an NCCL communicator belongs to.
+"""Connect information from different lines and files: the rank of a GPU, of a process, of an NCCL communicator.
 
 A number in a communicator is a global rank only if every process that was seen is in that one communicator. Process ids
 and PCI addresses repeat on every host, so what fits the ranks of two hosts is left without a rank.
@@ -20,7 +20,7 @@ _Key = tuple[str, int | None]
 
 @dataclass(slots=True)
 class _Ranks:
-    """Global ranks by process and by GPU. A host is "" where a line did not name it."""
+    """Global ranks by process and by GPU. A host is "" if the line did not name it."""
 
     of_process: dict[_Key, int] = field(default_factory=dict)
     of_bus: dict[tuple[str, str], int] = field(default_factory=dict)
@@ -28,7 +28,7 @@ class _Ranks:
     groups: dict[str, Group] = field(default_factory=dict)
 
     def find(self, host: str, process: Process, bus: str = "") -> int | None:
-        """The rank of a process or GPU, None where none or several fit."""
+        """Return the rank of a process or GPU; None if none or several match."""
         if process.rank is not None:
             return process.rank
         if bus:
@@ -39,7 +39,7 @@ class _Ranks:
 
 
 def join(records: Sequence[Observation]) -> list[Observation]:
-    """The records, with ranks filled in where other records give them."""
+    """Return the records, with missing ranks filled in from other records."""
     records = _with_workers_of_engines(records)
     members = [record for record in records if isinstance(record, Member)]
     if not members and not any(isinstance(it, Failure) and (it.bus or it.host) for it in records):
@@ -49,7 +49,7 @@ def join(records: Sequence[Observation]) -> list[Observation]:
 
 
 def _with_workers_of_engines(records: Sequence[Observation]) -> Sequence[Observation]:
-    """The records with the ranks of workers that their engine calls by a number: "VllmWorker-0 of EngineCore_DP1"."""
+    """Fill in the ranks of workers that their engine numbers by itself: "VllmWorker-0 of EngineCore_DP1"."""
     if not any(isinstance(record, Failure) and _WORKER_OF_ENGINE.match(record.process.title) for record in records):
         return records
     workers: dict[tuple[int, int], set[int]] = {}
@@ -60,7 +60,7 @@ def _with_workers_of_engines(records: Sequence[Observation]) -> Sequence[Observa
             continue
         if title := _WORKER.fullmatch(process.title):
             workers.setdefault((int(title[1]), int(title[2] or 0)), set()).add(process.rank)
-            if title[2] is None:  # a title has no part of a dimension of size one
+            if title[2] is None:  # a title omits a dimension of size one
                 sizes.setdefault(-1, 1)
         if isinstance(record, Note) and record.kind == "engine size":
             sizes[process.rank] = int(record.value)
@@ -109,7 +109,7 @@ def _ranks_of(members: Iterable[Member]) -> _Ranks:
 
 
 def _by_the_world(communicators: Iterable[Sequence[Member]], seen: set[_Key]) -> dict[_Key, int]:
-    """Ranks of processes by the communicator that holds every process that was seen. {} without one."""
+    """Return the ranks of processes in the communicator that contains every process seen; {} if there is none."""
     rows = list(communicators)
     largest = max((members[0].size for members in rows), default=0)
     found = [
@@ -125,13 +125,13 @@ def _key(member: Member) -> _Key:
 
 
 def _is_one_communicator(rows: Sequence[Member]) -> bool:
-    """Whether the rows can be of one communicator: one size, and each rank one process."""
+    """Whether the rows fit one communicator: equal sizes, and one process for each rank."""
     processes: dict[int, _Key] = {}
     return all(row.size == rows[0].size and processes.setdefault(row.rank, _key(row)) == _key(row) for row in rows)
 
 
 def _same_host(one: str, other: str) -> bool:
-    """Whether two names may be of one host; a line may name none, and one of two may lack the domain."""
+    """Whether two names may mean the same host: one may be empty or lack the domain."""
     return not one or not other or one.partition(".")[0] == other.partition(".")[0] or one == other
 
 

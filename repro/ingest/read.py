@@ -1,4 +1,4 @@
-"""Read files, folders and zips in any mixture; recognise each by its content; list what was not understood."""
+"""Read files, folders and zips in any combination, recognise each by its content, and list what was not understood."""
 
 from __future__ import annotations
 
@@ -39,24 +39,24 @@ _ZIP_ERRORS = (
 
 @dataclass
 class Evidence:
-    """What was read: the records, the files they came from, and what could not be used ("file: why")."""
+    """The result of reading: the records, their files, and what could not be used ("file: why")."""
 
     records: list[Observation] = field(default_factory=list)
     files: list[str] = field(default_factory=list)
     not_understood: list[str] = field(default_factory=list)
 
     def joined(self, other: Evidence) -> Evidence:
-        """The evidence of both, with ranks filled in where a record of one gives that of a record of the other."""
+        """Merge two sets of evidence, and fill in ranks in each from records of the other."""
         return Evidence(
             join([*self.records, *other.records]), self.files + other.files, self.not_understood + other.not_understood
         )
 
 
 def read(paths: Sequence[Path]) -> Evidence:
-    """Everything readable under the paths. Raises nothing for a bad file: it is listed."""
+    """Read everything under the paths. A bad file raises nothing; it is listed."""
     evidence = Evidence()
     collecting = gc.isenabled()
-    gc.disable()  # no cycles are made, and to look for them takes as long as to read
+    gc.disable()  # reading creates no reference cycles, and searching for them takes as long as reading
     try:
         files = [file for path in paths for file in _files_under(path, evidence)]
         for part in read_shares(files, _read_share):
@@ -65,7 +65,7 @@ def read(paths: Sequence[Path]) -> Evidence:
             evidence.not_understood += part.not_understood
         evidence.records = join(evidence.records)
     finally:
-        gc.freeze()  # the judgement makes garbage enough for collections, which need not walk what was read
+        gc.freeze()  # judging creates enough garbage to trigger collections, which need not scan the records
         if collecting:
             gc.enable()
     return evidence
@@ -79,7 +79,7 @@ def _read_share(files: Share) -> Evidence:
 
 
 def read_files(files: Iterable[tuple[str, BinaryIO]], evidence: Evidence) -> None:
-    """Add what open files hold to the evidence, and close them."""
+    """Add the records of open files to the evidence, and close the files."""
     for name, file in files:
         try:
             with file:
@@ -105,7 +105,7 @@ def _without_place(text: str) -> str:
 
 
 def _files_under(path: Path, evidence: Evidence) -> list[tuple[Path, str]]:
-    """The file itself, or the regular files of the folder, each with the name by which it is called."""
+    """Return the file itself, or the regular files of the folder, each with the name for messages."""
     if not path.is_dir():
         return [(path, path.name)]
     members = sorted(member for member in path.rglob("*") if member.name not in _PASSED_OVER)
@@ -138,7 +138,7 @@ def _opened(path: Path, name: str, evidence: Evidence) -> Iterator[tuple[str, Bi
 
 
 def _zipped(file: BinaryIO, name: str, evidence: Evidence) -> Iterator[tuple[str, BinaryIO]]:
-    """The files of a zip, one after the other. A damaged one is listed, and the others are read."""
+    """Yield the files of a zip one by one. A damaged file is listed, and the others are still read."""
     try:
         archive = zipfile.ZipFile(file)
     except _ZIP_ERRORS as error:

@@ -1,4 +1,4 @@
-"""The evidence of a diagnosis as one file, records.jsonl, in the folder that `diagnose --out` writes or in its bundle.
+"""Save and load the evidence of a diagnosis as one file, records.jsonl, in the folder of `diagnose --out` or a bundle.
 
 A folder or zip with such a file is read from it alone: what stands beside it was made from the same records.
 """
@@ -17,7 +17,7 @@ MAX_BYTES = 1 << 30
 
 
 def is_saved(path: Path) -> bool:
-    """Whether a path is a folder or a zip with the evidence of a diagnosis at its top."""
+    """Whether a path is a folder or zip with the saved evidence of a diagnosis at its top level."""
     if path.is_dir():
         return (path / NAME).is_file()
     if not path.is_file():
@@ -30,7 +30,7 @@ def is_saved(path: Path) -> bool:
 
 
 def load(folder: Path) -> Evidence:
-    """The evidence in a folder. Raises OSError, and DamagedFile ("file:line: what") for a damaged file."""
+    """Load the evidence in a folder. Raises OSError, and DamagedFile ("file:line: what") for a damaged file."""
     with open_regular(folder / NAME, MAX_BYTES) as file:
         return Evidence(*observed_json.decode(file, NAME))
 

@@ -1,4 +1,4 @@
-"""Read many files in several processes: the first share here, each other one in a child of this process."""
+"""Read many files in parallel: this process reads the first share of them, and one child reads each further share."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ Share = Sequence[tuple[Path, str]]
 
 
 def read_shares(files: Share, read: Callable[[Share], T]) -> Iterator[T]:
-    """What `read` returns for consecutive shares of the files, in their order. Few files are one share.
+    """Yield the result of `read` for each share of the files, in order. A few small files are one share.
 
     A child that ends without an answer, or that cannot be started, has its share read here.
     """
@@ -39,7 +39,7 @@ def read_shares(files: Share, read: Callable[[Share], T]) -> Iterator[T]:
 
 
 def _shares(files: Share) -> list[Share]:
-    """Consecutive shares of about as many bytes."""
+    """Split the files into consecutive shares of roughly equal size in bytes."""
     sizes = [_size_of(path) for path, _ in files]
     total = sum(sizes)
     num_shares = max(1, min(_num_processors(), MAX_SHARES, total // MIN_SHARE_BYTES))
@@ -59,7 +59,7 @@ def _size_of(path: Path) -> int:
 
 
 def _num_processors() -> int:
-    """The processors that this process may use; 1 where it has other threads, which a fork would stop in their work."""
+    """Return the number of CPUs this process may use; 1 if it has other threads, because forking would break them."""
     try:
         return len(os.sched_getaffinity(0)) if len(os.listdir("/proc/self/task")) == 1 else 1
     except (AttributeError, OSError):  # not Linux
@@ -68,11 +68,11 @@ def _num_processors() -> int:
 
 @contextlib.contextmanager
 def _child(share: Share, read: Callable[[Share], T]) -> Iterator[Connection]:
-    """Start a child that reads a share, and yield the connection that its answer comes through."""
+    """Start a child that reads one share of the files, and yield the connection on which it sends the result."""
     answer, end = multiprocessing.Pipe(duplex=False)
     child = ForkProcess(target=_work, args=(share, read, end, answer))
     try:
-        with contextlib.suppress(OSError):  # no room for a process: the connection closes without an answer
+        with contextlib.suppress(OSError):  # no process could be started: the connection closes without an answer
             child.start()
         end.close()
         yield answer
@@ -84,7 +84,7 @@ def _child(share: Share, read: Callable[[Share], T]) -> Iterator[Connection]:
 
 
 def _work(share: Share, read: Callable[[Share], T], end: Connection, answer: Connection) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent ends its children
-    answer.close()  # so that a write fails once the parent has ended, and the child ends too
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C: the parent ends its children
+    answer.close()  # a write then fails once the parent has ended, so the child ends too
     with contextlib.suppress(BrokenPipeError):
         end.send(read(share))

@@ -1,1 +1,1 @@
-"""Look at the processes of a job from outside: /proc, py-spy, and what the job offers. Nothing here changes it."""
+"""Observe the processes of a job from outside: /proc, py-spy, and interfaces that the job offers. Change nothing."""

@@ -1,4 +1,4 @@
-"""Collect the evidence of a job that runs: two looks some seconds apart, written as files that `diagnose` reads."""
+"""Collect evidence from a running job: two looks some seconds apart, written as files for `diagnose`."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ NOT_INSTALLED = "py-spy is not installed, so no stacks were taken: pip install p
 
 @dataclass
 class Collection:
-    """A job while it is looked at.
+    """The state of one collection: the job, and the evidence so far.
 
     job       with the ranks that its variables gave
     numbered  whether the ranks are only numbers in the order in which the processes started
@@ -51,7 +51,7 @@ class Collection:
         return {member.rank: member for member in self.job.members if member.rank is not None}
 
     def collect(self, interval_s: float, sleep: Callable[[float], None] = time.sleep) -> None:
-        """Look at the job LOOKS times, and once at what it offers and at the machine.
+        """Look at the job LOOKS times, and once at the interfaces that it offers and at the machine.
 
         Raises OSError where a file cannot be written.
         """
@@ -81,7 +81,7 @@ class Collection:
         write_json(self.run_dir.facts / f"{self.host}.look{number}.json", document, durable=True)
 
     def _take_stacks(self, number: int) -> dict[int, Threads]:
-        """The stacks by py-spy; of ranks that it cannot read, by the server or the signal handler that they have."""
+        """Take stacks with py-spy. For ranks that it cannot read, use their worker server or signal handler."""
         pids = list(_pids_with_stacks(self.job))
         program = find_py_spy()
         answers = take_stacks(program, pids) if program else {}
@@ -110,7 +110,7 @@ class Collection:
             yield from stacks_by_signal([pid for pid in pids if pid not in answered], self.signal).items()
 
     def _take_offers(self) -> None:
-        """Recorder dumps by the worker server or NCCL's pipe, and the answer of NCCL's RAS."""
+        """Take recorder dumps through the worker server or NCCL's pipe, and the answer of NCCL's RAS."""
         folder = self.run_dir.root / "fr" / self.host
         folder.mkdir(exist_ok=True)
         for rank, member in self.ranks.items():
@@ -142,7 +142,7 @@ class Collection:
             write_atomically(self.run_dir.root / "logs" / f"dmesg-{self.host}.txt", "\n".join(lines) + "\n")
 
     def _find_ranks(self, stacks: Mapping[int, Threads]) -> None:
-        """Ranks by the variables of the processes; without them numbers, in the order in which these started."""
+        """Find ranks from the variables of the processes; without them, number the processes in their start order."""
         unknown = [member for member in self.job.members if member.rank is None and member.role == "worker"]
         if not unknown:
             return
@@ -160,7 +160,7 @@ class Collection:
         write_atomically(folder / f"{name}.{look}.{form}", content)
 
     def _title(self, pid: int) -> str:
-        """What a process calls itself; "" where the file's name already says its rank."""
+        """The title of a process; "" if the file name already gives its rank."""
         member = next((member for member in self.job.members if member.pid == pid), None)
         if member is None:
             return command_of(pid)[:300]
@@ -180,5 +180,5 @@ def _pids_with_stacks(job: Job) -> Iterator[int]:
 
 
 def file_name(text: str) -> str:
-    """A text as a part of a file's name."""
+    """Make a text usable as part of a file name."""
     return "".join(character if character.isalnum() or character in "-_" else "-" for character in text)[:80]

@@ -25,7 +25,7 @@ class Row:
 
 @dataclass(frozen=True, slots=True)
 class Connection:
-    """One end of a connection: bytes that `pid` has not read, and bytes that it sent and `peer` has not confirmed."""
+    """One end of a connection: bytes that `pid` has not read, and bytes sent that `peer` has not acknowledged."""
 
     pid: int
     peer: int
@@ -52,7 +52,7 @@ def parse_table(text: str) -> list[Row]:
 
 
 def look_at_connections(pids: Collection[int], proc: Path = PROC) -> list[Connection]:
-    """The connections of these processes with each other; none where this user may not read their descriptors."""
+    """Find the connections between these processes. Empty if this user may not read their file descriptors."""
     owners: dict[str, int] = {}  # "socket:[inode]" -> pid
     namespaces: dict[str, int] = {}  # network namespace -> a pid in it
     for pid in pids:

@@ -25,7 +25,7 @@ _FORKED = "--multiprocessing-fork"
 
 @dataclass(frozen=True, slots=True)
 class Member:
-    """A process of a job. `rank`: None until a look at its variables tells it. `role`: worker, engine, front end."""
+    """A process of a job. `rank` is None until its variables are read. `role`: worker, engine or front end."""
 
     pid: int
     rank: int | None = None
@@ -35,13 +35,13 @@ class Member:
 
     @property
     def has_title(self) -> bool:
-        """Whether the process gave itself a title, which tells its role."""
+        """Whether the process set its own title, which tells its role."""
         return _TITLE.match(self.title) is not None
 
 
 @dataclass(frozen=True, slots=True)
 class Job:
-    """Processes of this host that work together.
+    """Processes of this host that form one job.
 
     name        what tells the job from others, in words
     world_size  ranks on all hosts, None where no variable says so
@@ -60,14 +60,14 @@ class Job:
         return tuple(member.pid for member in self.members)
 
     def with_ranks(self, ranks: Mapping[int, int], world_size: int | None) -> Job:
-        """The job with the ranks that `ranks` (pid -> rank) adds."""
+        """Return the job with ranks filled in from `ranks` (pid -> rank)."""
         members = tuple(
             replace(member, rank=ranks.get(member.pid)) if member.rank is None else member for member in self.members
         )
         return replace(self, members=members, world_size=self.world_size or world_size)
 
     def missing_ranks(self, num_unreaped: int) -> list[int]:
-        """Ranks of this host that have no process, as far as that is sure; other hosts may run the rest of a job.
+        """Return ranks of this host that certainly have no process; other hosts may run the rest of the job.
 
         num_unreaped: children of the launcher that have ended and were not reaped
         """
@@ -84,7 +84,7 @@ class Job:
 class _Candidate:
     status: Status
     command: str
-    environment: Mapping[str, str] | None  # None: hidden from this user
+    environment: Mapping[str, str] | None  # None if this user may not read it
     torch: bool
 
     @property
@@ -110,7 +110,7 @@ def find_jobs(table: Mapping[int, Status]) -> list[Job]:
 
 
 def choose(jobs: Sequence[Job], table: Mapping[int, Status], pids: Sequence[int]) -> list[Job]:
-    """The jobs that hold these processes, or are below them; a process of no job is taken with its Python children."""
+    """Return the jobs that contain these processes or run below them, and a job of the processes without one."""
     wanted = set(pids)
     chosen = [job for job in jobs if wanted & {*_with_launchers(job, table), *_below(job, table)}]
     rest = wanted - {pid for job in chosen for pid in (*job.pids, *_below(job, table))}
@@ -145,7 +145,7 @@ def _ancestors(pid: int, table: Mapping[int, Status]) -> Iterator[int]:
 
 
 def _with_launchers(job: Job, table: Mapping[int, Status]) -> set[int]:
-    """The pids of a job, of its children's parents up to the launcher."""
+    """Return the pids of a job and of its parents up to the launcher."""
     pids = set(job.pids)
     for pid in job.pids:
         at = table.get(pid)
@@ -156,7 +156,7 @@ def _with_launchers(job: Job, table: Mapping[int, Status]) -> set[int]:
 
 
 def _candidates(table: Mapping[int, Status]) -> Iterator[_Candidate]:
-    """Python processes, and those whose title names a serving engine, but for this one and those that started it."""
+    """Return Python processes and those titled like a serving engine, without this process and its ancestors."""
     own = set()
     pid = os.getpid()
     while pid in table:
@@ -183,7 +183,7 @@ def _has_torch(pid: int) -> bool:
 
 
 def _topmost(rows: Mapping[int, _Candidate], table: Mapping[int, Status]) -> Iterator[_Candidate]:
-    """Those rows that have no ancestor among them: a rank's data loader and compilers inherit its variables."""
+    """Return the rows without an ancestor among them: a rank's data loaders and compilers inherit its variables."""
     for row in rows.values():
         at = table.get(row.status.parent)
         while at is not None and at.pid not in rows:
@@ -231,7 +231,7 @@ def _by_titles(candidates: Mapping[int, _Candidate], table: Mapping[int, Status]
 
 
 def _top_server(pid: int, table: Mapping[int, Status]) -> int:
-    """The topmost ancestor that still looks like a part of the server."""
+    """Return the topmost ancestor that still looks like part of the server."""
     while table[pid].parent in table and _SERVER.search(command_of(table[pid].parent)[:200]):
         pid = table[pid].parent
     return pid
@@ -240,7 +240,7 @@ def _top_server(pid: int, table: Mapping[int, Status]) -> int:
 def _by_parent(
     candidates: Mapping[int, _Candidate], table: Mapping[int, Status], taken: Collection[int]
 ) -> Iterator[Job]:
-    """Children of one parent that have torch loaded and talk to each other: mp.spawn, multiprocessing, os.fork."""
+    """Group children of one parent that loaded torch and are connected: mp.spawn, multiprocessing, os.fork."""
     families: dict[int, list[_Candidate]] = {}
     for row in candidates.values():
         if row.torch and row.status.parent not in taken:
@@ -255,7 +255,7 @@ def _by_parent(
 
 
 def _has_own_socket(row: _Candidate) -> bool:
-    """Whether a process has a socket that its parent does not have too: a forked data loader only inherits them."""
+    """Whether a process has a socket that its parent lacks. A forked data loader has only inherited sockets."""
     inherited = _sockets(row.status.parent)
     return any(socket not in inherited for socket in _sockets(row.pid))
 
@@ -276,7 +276,7 @@ def _shared_parent(members: Sequence[Member], table: Mapping[int, Status]) -> in
 def match(
     pattern: re.Pattern[str], table: Mapping[int, Status], command: Callable[[int], str] = command_of
 ) -> list[int]:
-    """The processes whose command line the pattern matches, but for this one and those that started it."""
+    """Return the processes whose command line matches, without this process and its ancestors."""
     own = set()
     pid = os.getpid()
     while pid in table:

@@ -100,7 +100,7 @@ def look_at_locks(
 
 
 def _open_inodes(pid: int, proc: Path) -> Iterator[tuple[int, str]]:
-    """(inode, path) of the regular files that a process has open; none where that is hidden."""
+    """List (inode, path) of the regular files that a process has open; empty if they are hidden from this user."""
     try:
         for descriptor, target in open_files(pid, proc):
             if target.startswith("/") and not target.startswith(("/dev/", "/proc/", "/memfd:")):
@@ -113,14 +113,14 @@ def _open_inodes(pid: int, proc: Path) -> Iterator[tuple[int, str]]:
 
 
 def _path_of(entry: TableEntry, opened: Mapping[int, Mapping[int, str]]) -> str:
-    """The name of the file: the one that the process has open, or any of the family."""
+    """Return the path of the file as this process has it open, or as any process of the job has it."""
     own = opened.get(entry.pid, {}).get(entry.inode)
     paths = [files[entry.inode] for files in opened.values() if entry.inode in files]
     return own or (paths[0] if paths else f"inode {entry.inode}")
 
 
 def _lock_names(opened: Mapping[int, Mapping[int, str]]) -> dict[str, int]:
-    """Open files that are named as locks are."""
+    """Return the open files whose names look like lock files."""
     return {
         path: pid
         for pid, files in opened.items()
@@ -130,7 +130,7 @@ def _lock_names(opened: Mapping[int, Mapping[int, str]]) -> dict[str, int]:
 
 
 def _status(path: str, pid: int, proc: Path) -> os.stat_result | None:
-    """The status of a file by its name in the process's own mount namespace; None where it is gone or no file."""
+    """Return the status of a file as the process's own mount namespace shows it; None if it is gone or not a file."""
     try:
         status = os.stat(f"{proc}/{pid}/root{path}")
     except OSError:
@@ -162,7 +162,7 @@ def _openers(status: os.stat_result, table: Iterable[int], proc: Path) -> tuple[
 
 
 def _is_python(pid: int, proc: Path) -> bool:
-    """Whether a process may be a Python program, by its name, which any user may read."""
+    """Whether a process may run Python, judged by its name, which any user may read."""
     try:
         return read_text(proc / str(pid) / "comm").startswith(("python", "pt_", "VLLM", "sglang", "ray"))
     except OSError:

@@ -1,4 +1,4 @@
-"""One look at a job: what the operating system says of its processes, lock files and connections at this moment."""
+"""One look at a job: what the operating system reports about its processes, lock files and connections now."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def host_name() -> str:
 def look_at(
     job: Job, number: int, stacks: Mapping[int, Threads], hidden: Sequence[str], *, numbered: bool
 ) -> dict[str, Any]:
-    """The document of one look, in the form that `repro.ingest.host_look` reads.
+    """Return one look as a document in the form that `repro.ingest.host_look` reads.
 
     stacks  pid -> its threads at about this moment, where they could be taken
     hidden  what this user was not allowed to see, a sentence each
@@ -100,7 +100,7 @@ def _num_unreaped(job: Job, table: Mapping[int, Status]) -> int:
 
 
 def _shortened(command: str) -> str:
-    """Both ends of a command: a compiler's source file often stands last."""
+    """Keep the beginning and the end of a command: a compiler's source file is often the last word."""
     half = MAX_COMMAND // 2
     return command if len(command) <= MAX_COMMAND else f"{command[:half]} … {command[-half:]}"
 
@@ -118,7 +118,7 @@ def _lock(
 
 
 def _name(pid: int, job: Job, table: Mapping[int, Status]) -> str:
-    """What a process is in words: "rank 3", "process 77 (pip install …), since 40 s"."""
+    """Describe a process: "rank 3", "process 77 (pip install …), since 40 s"."""
     if pid == 0:
         return "a process of another pid namespace"
     rank = next((member.rank for member in job.members if member.pid == pid), None)

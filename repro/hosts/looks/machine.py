@@ -1,4 +1,4 @@
-"""What a host says beside its processes: kernel log, memory limits, versions that are loaded, GPUs."""
+"""Read what a host reports apart from its processes: kernel log, memory limits, loaded versions, GPUs."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ _TORCH = re.compile(r"__version__ = ['\"]([^'\"]+)")
 
 
 def has_devices() -> bool:
-    """Whether this host has accelerators that are known."""
+    """Whether this host has accelerators of a known type."""
     return any(map(os.path.exists, _DEVICES))
 
 
 def kernel_lines(since_boot_s: float, names: Collection[str], log: Path = KERNEL_LOG) -> list[str]:
-    """Device errors in the kernel log since that moment, and processes of these names that the kernel ended.
+    """Return device errors in the kernel log since that moment, and processes with these names that the kernel killed.
 
     Raises PermissionError if this user may not read it. A line begins with its time in UTC.
     """
@@ -64,7 +64,7 @@ def _messages(log: Path) -> Iterator[tuple[float, str]]:
 
 
 def memory_warnings(pids: Collection[int], proc: Path = PROC, root: Path = Path("/sys/fs/cgroup")) -> list[str]:
-    """Sentences about control groups of these processes in which the kernel ended processes for lack of memory."""
+    """Describe the control groups of these processes in which the kernel killed processes for lack of memory."""
     groups: dict[Path, int] = {}
     for pid in pids:
         with contextlib.suppress(OSError):
@@ -85,7 +85,7 @@ def memory_warnings(pids: Collection[int], proc: Path = PROC, root: Path = Path(
 
 
 def versions(pid: int, proc: Path = PROC) -> dict[str, str]:
-    """Versions of torch and NCCL that a process has loaded, by the folders that its libraries lie in."""
+    """Return the versions of torch and NCCL that a process has loaded, taken from the paths of its libraries."""
     found: dict[str, str] = {}
     with contextlib.suppress(OSError):
         paths = {line.split(maxsplit=5)[-1] for line in read_text(proc / str(pid) / "maps", 64 << 20).splitlines()}
@@ -102,7 +102,7 @@ def versions(pid: int, proc: Path = PROC) -> dict[str, str]:
 
 
 def gpus() -> list[dict[str, Any]]:
-    """Utilisation, memory and processes of each NVIDIA GPU by pynvml; [] without that package or without a GPU."""
+    """Return utilisation, memory and processes of each NVIDIA GPU from pynvml; [] without the package or a GPU."""
     try:
         nvml = importlib.import_module("pynvml")
     except ImportError:

@@ -1,4 +1,4 @@
-"""Take what the processes of a job offer by themselves: torch's worker server, the recorder's pipe, NCCL's RAS.
+"""Use what a job offers by itself: torch's worker server, the Flight Recorder's pipe, NCCL's RAS.
 
 Each of these is a door that the program opened for such questions; nothing is asked where there is none.
 """
@@ -40,7 +40,7 @@ class _UnixConnection(http.client.HTTPConnection):
 
 
 def ask_worker_server(member: Member, question: str) -> bytes:
-    """The answer of the server that torch's `worker_main` opens in a rank; b"" if there is none or it has no answer.
+    """Query the server that torch's `worker_main` opens in a rank; b"" without a server or an answer.
 
     question: "dump_traceback" for the stacks, "fr_trace_json" for the recorder's dump
     """
@@ -60,7 +60,7 @@ def ask_worker_server(member: Member, question: str) -> bytes:
 
 
 def request_dumps(members: Mapping[int, Member]) -> dict[int, Path]:
-    """Have ranks dump their recorder by NCCL's pipe, where they opened one. members: rank -> process.
+    """Make ranks dump their Flight Recorder through NCCL's pipe, if they opened one. members: rank -> process.
 
     Returns rank -> the dump file, of those whose file changed within PATIENCE_S.
     """
@@ -90,7 +90,7 @@ def _dump_files(member: Member, rank: int) -> Iterator[Path]:
 
 
 def _write_to_pipe(path: str) -> bool:
-    """Whether the pipe is there, has a reader, and took the byte that requests a dump."""
+    """Write the byte that requests a dump. Return whether the pipe exists, has a reader, and accepted the byte."""
     try:
         descriptor = os.open(path, os.O_WRONLY | os.O_NONBLOCK | os.O_CLOEXEC)
     except OSError:
@@ -119,7 +119,7 @@ def read_dump(path: Path) -> bytes:
 
 
 def ask_ras(address: str) -> bytes:
-    """The status that NCCL's RAS prints for its job; b"" if nothing listens. address: "host:port", "" for the usual."""
+    """Return what NCCL's RAS prints about its job; b"" if nothing listens. address: "host:port", "" for the default."""
     host, _, port = address.rpartition(":")
     number = int(port) if re.fullmatch(r"\d{1,5}", port) else RAS_PORT
     chunks: list[bytes] = []

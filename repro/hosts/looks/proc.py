@@ -1,4 +1,4 @@
-"""Read what /proc says of a process. The parsers take text, so that tests need no process.
+"""Parse what /proc reports about a process. The parsers take text, so that tests need no process.
 
 A file of /proc may vanish at any read, and belong to another user. Readers return None for a process that has ended,
 and raise PermissionError for what this user may not read.
@@ -46,8 +46,8 @@ class Status:
 
 
 def parse_status(stat: str, status: str) -> Status:
-    """Parse the texts of /proc/PID/stat and /proc/PID/status. Raises ValueError for a text that is none."""
-    name = stat[stat.index("(") + 1 : stat.rindex(")")]  # a name may hold brackets and blanks
+    """Parse the texts of /proc/PID/stat and /proc/PID/status. Raises ValueError for malformed text."""
+    name = stat[stat.index("(") + 1 : stat.rindex(")")]  # a process name may contain brackets and spaces
     fields = stat[stat.rindex(")") + 2 :].split()
     if len(fields) < 20:
         raise ValueError(f"{len(fields)} fields after the name in a line of /proc/PID/stat; it has 50")
@@ -91,7 +91,7 @@ def read_status(pid: int, proc: Path = PROC) -> Status | None:
 
 
 def first_thread_cpu_s(pid: int, proc: Path = PROC) -> float | None:
-    """Processor seconds of a process's first thread, which runs the program; None if it has ended."""
+    """CPU seconds of a process's first thread, which runs the program; None if the process has ended."""
     try:
         stat = read_text(proc / str(pid) / "task" / str(pid) / "stat")
         fields = stat[stat.rindex(")") + 2 :].split()
@@ -101,13 +101,13 @@ def first_thread_cpu_s(pid: int, proc: Path = PROC) -> float | None:
 
 
 def read_all(proc: Path = PROC) -> dict[int, Status]:
-    """Read every process that this user can see. pid -> its status."""
+    """Read every process that this user can see. Returns pid -> status."""
     rows = (read_status(int(name), proc) for name in os.listdir(proc) if name.isdigit())
     return {row.pid: row for row in rows if row is not None}
 
 
 def read_words(pid: int, name: str, proc: Path = PROC) -> list[str]:
-    """The words of cmdline or environ; [] for a process that has ended. Raises PermissionError."""
+    """Read the words of cmdline or environ; [] for a process that has ended. Raises PermissionError."""
     try:
         return [word for word in read_text(proc / str(pid) / name).split("\0") if word]
     except (FileNotFoundError, ProcessLookupError):
@@ -115,17 +115,17 @@ def read_words(pid: int, name: str, proc: Path = PROC) -> list[str]:
 
 
 def command_of(pid: int, proc: Path = PROC) -> str:
-    """The command line of a process, or the title that it gave itself."""
+    """The command line of a process, or the title that the process set."""
     return " ".join(read_words(pid, "cmdline", proc)).strip()
 
 
 def environment_of(pid: int, proc: Path = PROC) -> dict[str, str]:
-    """The environment that a process started with; what it set later is not in it. Raises PermissionError."""
+    """The environment with which a process started; variables that it set later are missing. Raises PermissionError."""
     return dict(word.split("=", 1) for word in read_words(pid, "environ", proc) if "=" in word)
 
 
 def open_files(pid: int, proc: Path = PROC) -> Iterator[tuple[int, str]]:
-    """Iterate over (descriptor, what it leads to) of a process. Raises PermissionError."""
+    """Iterate over (descriptor, target of its link) of a process. Raises PermissionError."""
     folder = proc / str(pid) / "fd"
     try:
         names = os.listdir(folder)
@@ -139,7 +139,7 @@ def open_files(pid: int, proc: Path = PROC) -> Iterator[tuple[int, str]]:
 
 
 def kernel_place(pid: int, proc: Path = PROC) -> tuple[str, str]:
-    """Where a process waits in the kernel: (function, number of the system call and its arguments), "" if hidden."""
+    """Return where a process waits in the kernel: (function, system call number and arguments); "" for hidden parts."""
     texts = []
     for name in ("wchan", "syscall"):
         try:

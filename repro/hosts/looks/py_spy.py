@@ -23,14 +23,14 @@ TRIES = 3
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """The threads of one process as `py-spy dump --json` prints them, or why there are none."""
+    """The threads of one process as `py-spy dump --json` prints them, or the reason why there are none."""
 
     threads: tuple[Mapping[str, Any], ...] = ()
     failure: str = ""
 
 
 def find_py_spy() -> str:
-    """The path of the program, "" if it is not installed: on the PATH, or beside this Python's packages."""
+    """Find the py-spy program on the PATH or beside this Python's packages; "" if it is not installed."""
     if path := shutil.which("py-spy"):
         return path
     try:
@@ -74,6 +74,6 @@ def _try_dump(command: list[str]) -> Answer:
 
 
 def _reason(printed: str) -> str:
-    """What py-spy prints of an error, without the stack of its own that may follow."""
+    """Return py-spy's error message without the backtrace that may follow."""
     lines = [line.removeprefix("Error:").strip() for line in printed.partition("Stack backtrace")[0].splitlines()]
     return "; ".join(dict.fromkeys(line for line in lines if line))[:200]

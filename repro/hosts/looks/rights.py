@@ -1,4 +1,4 @@
-"""Why this user may not look into a process, and what to do about it."""
+"""Explain why this user may not inspect a process, and what to do about it."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ SYS_PTRACE = 19
 
 
 def why_hidden(pid: int, proc: Path = PROC) -> str:
-    """A sentence that names the missing right and how to get it; "" where nothing is known to be missing."""
+    """Name the missing permission and how to get it, in a sentence; "" if none is known to be missing."""
     status = read_status(pid, proc)
     if status is None:
         return f"process {pid} has ended"

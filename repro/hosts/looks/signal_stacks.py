@@ -1,4 +1,4 @@
-"""Take stacks by a signal that the program handles, if the user named the signal: the handler may do something else."""
+"""Take stacks by a signal that the program handles. Only on request: the handler may do something else."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ MAX_BYTES = 4 << 20
 
 
 def stacks_by_signal(pids: Sequence[int], number: int) -> dict[int, bytes]:
-    """Send the signal to those processes that have a handler for it, and return what faulthandler wrote.
+    """Send the signal to the processes that handle it, and return what faulthandler wrote.
 
     faulthandler writes to standard error. That is read where it is a regular file; pid -> the text.
     """
@@ -33,7 +33,7 @@ def stacks_by_signal(pids: Sequence[int], number: int) -> dict[int, bytes]:
 
 
 def _error_file(pid: int, number: int) -> Path | None:
-    """The file that standard error of a process leads to; None if there is none, or no handler for the signal."""
+    """Return the file behind a process's standard error; None if it is no file, or the signal is not handled."""
     status = read_status(pid)
     path = PROC / str(pid) / "fd" / "2"
     try:

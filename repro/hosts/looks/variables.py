@@ -1,4 +1,4 @@
-"""Use the local variables that py-spy prints, and keep of them only what a diagnosis needs.
+"""Use the local variables that py-spy prints, but keep only those that a diagnosis needs.
 
 Local variables hold prompts, samples and passwords. What is written to a file is the process group of a collective,
 the other end of a transfer, ranks, and paths of lock files.
@@ -26,14 +26,14 @@ MAX_THREADS = 200
 
 
 def main_thread(threads: Threads, pid: int) -> Mapping[str, Any]:
-    """The thread that runs the program; {} where it is not there."""
+    """Return the thread that runs the program; {} if it is missing."""
     named = [thread for thread in threads if thread.get("thread_name") == "MainThread"]
     first = [thread for thread in threads if thread.get("os_thread_id") == pid]
     return (named or first or [{}])[0]
 
 
 def ranks_by_variables(stacks: Mapping[int, Threads]) -> tuple[dict[int, int], int | None]:
-    """(pid -> rank, number of ranks) by variables of those names in the main threads; {} unless all differ."""
+    """Return (pid -> rank, number of ranks) from variables of the main threads; {} unless all ranks differ."""
     ranks: dict[int, int] = {}
     sizes: set[int] = set()
     for pid, threads in stacks.items():
@@ -49,7 +49,7 @@ def ranks_by_variables(stacks: Mapping[int, Threads]) -> tuple[dict[int, int], i
 
 
 def waits_for_lock(threads: Threads, pid: int) -> bool:
-    """Whether the main thread waits for a file lock, by its frames."""
+    """Whether the frames of the main thread show a wait for a file lock."""
     return activity_of(frames_of(_frames(main_thread(threads, pid))))[0] == "lock"
 
 
@@ -60,7 +60,7 @@ def runs_in_collective(threads: Threads, pid: int) -> bool:
 
 
 def lock_paths(threads: Threads, pid: int) -> Iterator[str]:
-    """Lock files that the variables of the main thread name: a path of one, or the folder of a build that holds one."""
+    """Return lock files named by variables of the main thread: a path to one, or a build folder that contains one."""
     for frame in _frames(main_thread(threads, pid)):
         for _, text in variables_of(frame):
             if match := _TEXT.match(text):
@@ -72,7 +72,7 @@ def lock_paths(threads: Threads, pid: int) -> Iterator[str]:
 
 
 def stripped(threads: Threads, pid: int, title: str) -> list[dict[str, Any]]:
-    """The threads as py-spy prints them, with the process named and only the variables that a diagnosis needs."""
+    """Return the threads as py-spy prints them, plus the process name; keep only the variables that are needed."""
     return [
         {
             "pid": pid,
@@ -95,7 +95,7 @@ def _stripped_frame(frame: Mapping[str, Any]) -> dict[str, Any]:
 
 def _kept_variables(frame: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     for name, text in variables_of(frame):
-        if name in ("args", "kwargs"):  # whatever was passed on: only the group is kept
+        if name in ("args", "kwargs"):  # other arguments may be private: only the group is kept
             match = _GROUP.search(text)
             absent = '{"group": None}' if name == "kwargs" and '"group"' in text else "{}" if name == "kwargs" else "()"
             yield name, f"({match[0]})" if match else absent

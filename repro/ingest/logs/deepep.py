@@ -1,4 +1,4 @@
-"""Time-outs of DeepEP's kernels. Good runs print them too while they are torn down.
+"""Read time-outs of DeepEP's kernels. A healthy run prints them too during shutdown.
 
 The ranks are those of one NVLink domain. In a barrier thread t polls peer t, and a value above 0 says that this
 peer has not come. The kernel then traps, so the ranks that waited report "unspecified launch failure".

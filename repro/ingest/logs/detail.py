@@ -1,4 +1,4 @@
-"""The comparison that TORCH_DISTRIBUTED_DEBUG=DETAIL makes before each collective, and monitored_barrier behind it."""
+"""Read mismatches that TORCH_DISTRIBUTED_DEBUG=DETAIL detects before a collective, and its monitored_barrier."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def read(line: Line, source: Source) -> Iterator[Observation]:
 
 
 def _fingerprint(text: str, source: Source) -> Call:
-    """A `CollectiveFingerPrint(…)`. Without tensors the comma after the sequence number is missing."""
+    """Parse `CollectiveFingerPrint(…)`. Without tensors, the comma after the sequence number is missing."""
     number = re.search(r"SequenceNumber=(\d{1,18})", text)
     op = re.search(r"OpType=(\w+)", text)
     shape = re.search(r"TensorShape=\[([^\]]*)\]", text)

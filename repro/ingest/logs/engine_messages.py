@@ -1,4 +1,4 @@
-"""What serving engines print of a hang: vLLM, SGLang, TensorRT-LLM, Ray. Most of it is a heartbeat, and no error."""
+"""Read what serving engines print during a hang (vLLM, SGLang, TensorRT-LLM, Ray): mostly heartbeats, not errors."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ _COMPILED = re.compile(r"torch\.compile tak(?:es|ing) ([\d.]+) s|Compiling a gra
 
 
 class Engine:
-    """The engine's lines of one file. The first line of each process gives its rank to lines that name only its pid."""
+    """Reads an engine's lines in one file. A process's first line gives the rank for its later lines."""
 
     def __init__(self) -> None:
         self._named: set[tuple[int | None, int | None]] = set()

@@ -1,4 +1,4 @@
-"""Errors that end a process, by the text that programs print: out of memory, device errors, exceptions, kills.
+"""Read errors that end a process: out of memory, device errors, exceptions, kills. They are recognised by their text.
 
 Most errors of a hang are consequences: they follow the end of another rank.
 """
@@ -70,6 +70,6 @@ def read(line: Line, source: Source) -> Iterator[Observation]:
 
 
 def _words(text: str) -> str:
-    """The last part of a line, where the error stands."""
+    """Return the last part of a line, which contains the error."""
     match = _EXCEPTION.search(text)
     return f"{match[1]}: {match[2]}" if match else text.strip()

@@ -1,4 +1,4 @@
-"""gloo's errors. A closed connection means that the other process ended, a time-out that it lives or its host is gone.
+"""Read gloo's errors. A closed connection means that the peer process ended; after a time-out it may still run.
 
 Neither names a rank: the port in the address is an ephemeral one.
 """
@@ -53,5 +53,5 @@ def read(line: Line, source: Source) -> Iterator[Observation]:
 
 
 def _first_sentence(text: str) -> str:
-    """The words of an error without the advice that newer versions add."""
+    """Return an error text without the advice that newer versions append."""
     return text.split(". This is typically")[0].rstrip("'\", ")[:160]

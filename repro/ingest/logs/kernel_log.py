@@ -1,4 +1,4 @@
-"""The kernel's log: device errors (Xid) and the out-of-memory killer. Neither line names a rank.
+"""Read the kernel log: device errors (Xid) and the out-of-memory killer. These lines name no rank.
 
 `repro.ingest.join` finds the rank: a GPU's PCI address and a process id stand beside ranks in NCCL's and engines' logs.
 """

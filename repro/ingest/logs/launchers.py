@@ -1,4 +1,4 @@
-"""What launchers print when a job ends: torchrun's summary, MPI, Ray. Each names the first exit that it saw.
+"""Read what launchers print when a job ends: torchrun's summary, MPI, Ray. Each reports the first exit that it saw.
 
 In a hang the first exit is that of the first watchdog, so it is no cause. A SIGKILL is news: no watchdog sends it.
 """
@@ -24,7 +24,7 @@ _REPEATED = re.compile(r"\[repeated (\d{1,12})x across cluster\]")
 
 
 class Launchers:
-    """torchrun prints rank, exit code and process of one failure in lines below each other."""
+    """Reads torchrun's report of a failure, which puts rank, exit code and process on separate lines."""
 
     def __init__(self) -> None:
         self._rank: int | None = None

@@ -21,7 +21,7 @@ KEPT_RECORDS = 20_000
 
 
 class _Readers:
-    """The readers of one file's lines. The first that knows a line reads it alone, but for the engines'."""
+    """The readers of one file's lines. The first reader that understands a line gets it; the engines' also does."""
 
     def __init__(self) -> None:
         self._of_a_program = [(row.needles, row.reader()) for row in LINES]
@@ -40,7 +40,7 @@ class _Readers:
 
 
 def read(file: BinaryIO, name: str) -> Iterator[Observation]:
-    """All records of a text file."""
+    """Return all records of a text file."""
     log = _Log(name)
     while block := file.read(BLOCK):
         log.read(block + file.readline(MAX_LINE))
@@ -48,7 +48,7 @@ def read(file: BinaryIO, name: str) -> Iterator[Observation]:
 
 
 class _Log:
-    """One text file, block by block. A block in which no reader can know a line is counted and not taken apart."""
+    """Reads one text file block by block. A block without any known message is only searched for line ends."""
 
     def __init__(self, name: str) -> None:
         self._name = name
@@ -62,13 +62,13 @@ class _Log:
         self._last: deque[Observation] = deque(maxlen=KEPT_RECORDS)
 
     def read(self, block: bytes) -> None:
-        """A block that ends with a line, or with the file, or inside a line that is too long."""
+        """Read one block. It ends at the end of a line or of the file, or inside an overlong line."""
         present = [mark for mark, data in self._marks if data in block]
         if not present and not self._stacks.open and self._number > 3 and b"pid=" not in block:
             self._number += block.count(b"\n")
             return
         lines = block.decode("utf-8", errors="replace").split("\n")
-        whole = block.endswith(b"\n") or len(block) >= BLOCK  # a file that was cut may end inside a line
+        whole = block.endswith(b"\n") or len(block) >= BLOCK  # a truncated file may end inside a line
         for text in lines if lines[-1] else lines[:-1]:
             self._number += 1
             cut = text[:MAX_LINE].rstrip("\r")
@@ -79,14 +79,14 @@ class _Log:
             if known or self._stacks.open or self._number <= 3:
                 self._keep(self._stacks.read(self._number, cut))
         if lines[-1] and len(block) >= BLOCK:
-            self._number -= 1  # the rest of the line begins the next block
+            self._number -= 1  # the rest of the line starts the next block
 
     def finish(self) -> Iterator[Observation]:
         self._keep(self._stacks.finish())
         return chain(self._first, self._last, self._readers.finish())
 
     def _is_new_writer(self, line: str) -> bool:
-        """Whether a line begins with a process that none began with before: "(Worker_TP1 pid=42) "."""
+        """Whether a line starts with a process that has not written before: "(Worker_TP1 pid=42) "."""
         if line[:1] not in "(\x1b[" or "pid=" not in line[:200]:
             return False
         writer = line[: line.find(")")][:200]

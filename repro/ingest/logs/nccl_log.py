@@ -1,4 +1,4 @@
-"""NCCL_DEBUG=INFO logs: who joined which communicator, what each process launched on it, who left.
+"""Read NCCL_DEBUG=INFO logs: which process joined which communicator, what it launched there, and who left.
 
 A communicator is a pointer, which is another one in each process; `ncclCommInitRank` lines give its rank. COLL lines
 (NCCL_DEBUG_SUBSYS=COLL) say what the host launched. Nothing in such a log says that an operation is complete.
@@ -42,7 +42,7 @@ _TYPES = (
 
 @dataclass(slots=True)
 class _Communicator:
-    """One communicator in one process, as far as its lines have been read."""
+    """One communicator in one process, as known from the lines so far."""
 
     process: Process
     host: str
@@ -55,7 +55,7 @@ class _Communicator:
 
 
 class NcclLog:
-    """The lines of one file; several processes may write to it."""
+    """Reads the NCCL lines of one file; several processes may write to it."""
 
     def __init__(self) -> None:
         self._communicators: dict[tuple[str, int | None, str], _Communicator] = {}
@@ -86,7 +86,7 @@ class NcclLog:
             yield Failure(process, kind, f"NCCL met a CUDA failure: {match[1]}", line.at_s, source, host=host)
 
     def finish(self) -> Iterator[Observation]:
-        """What was launched on each communicator."""
+        """Return the number of launches on each communicator."""
         for (host, _, pointer), row in self._communicators.items():
             if row.calls:
                 count = row.count if row.begun or row.numbered else None
@@ -96,7 +96,8 @@ class NcclLog:
 
     def _joined(self, match: re.Match[str], process: Process, host: str, source: Source) -> Iterator[Observation]:
         pointer, rank, size, bus, name = match[1], int(match[2]), int(match[3]), match[4], match[5]
-        if not name:  # older lines have no id: the k-th communicator of a size is the k-th in every process
+        # older lines have no id: the k-th communicator of one size is assumed to be the same in every process
+        if not name:
             place = self._inits[host, process.pid, size] = self._inits.get((host, process.pid, size), 0) + 1
             name = f"communicator {place} of {size} ranks"
         if len(self._communicators) < MAX_COMMUNICATORS:
@@ -105,7 +106,7 @@ class NcclLog:
         yield Note("world", f"a communicator of {size} ranks", process, str(size), None, source)
 
     def _launched(self, match: re.Match[str], process: Process, host: str, line: Line, source: Source) -> None:
-        """Count the launches. `opCount` is hexadecimal, and 0 for ever on one node since NCCL 2.27."""
+        """Count the launches. `opCount` is hexadecimal, and is always 0 on a single node since NCCL 2.27."""
         key = (host, process.pid, match[6])
         row = self._communicators.get(key)
         if row is None:
@@ -125,6 +126,6 @@ class NcclLog:
 
 
 def _pci(bus: str) -> str:
-    """NCCL's bus id in hexadecimal, "5d000", as the kernel writes it: "0000:5d:00"."""
+    """Convert NCCL's hexadecimal bus id "5d000" to the kernel's form "0000:5d:00"."""
     number = int(bus, 16)
     return f"{number >> 20:04x}:{number >> 12 & 0xFF:02x}:{number >> 4 & 0xFF:02x}"

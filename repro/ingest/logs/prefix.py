@@ -42,7 +42,7 @@ _WRITER = re.compile(f"{_ONE_WRITER}{{1,6}}")
 
 @dataclass(frozen=True, slots=True)
 class Line:
-    """A log line: `text` without colours, who wrote it, and when (None where it has no stamp)."""
+    """A log line: `text` without colours, its writer, and its time (None without a time stamp)."""
 
     number: int
     text: str
@@ -51,21 +51,21 @@ class Line:
 
 
 def parse(number: int, raw: str, owner: Process) -> Line:
-    """`owner` is whose file it is, for lines that do not say who wrote them."""
+    """Parse a line. `owner`: the process that owns the file, used if the line names no writer."""
     text = _ANSI.sub("", raw).rstrip("\r\n") if "\x1b" in raw else raw.rstrip("\r\n")
     head = text[:240]
     return Line(number, text, writer_of(head, owner), time_of(head))
 
 
 def split_writer(raw: str) -> tuple[str, str]:
-    """(the line without colours and without the part that names its writer, that part): "[rank3]:   File …"."""
+    """Split off the part that names the writer: (line without colours and writer, writer), as in "[rank3]: File …"."""
     text = _ANSI.sub("", raw) if "\x1b" in raw else raw
     match = _WRITER.match(text)
     return (text[match.end() :], match[0]) if match else (text, "")
 
 
 def writer_of(head: str, owner: Process) -> Process:
-    """Who wrote a line, by its start; `owner` where that does not say."""
+    """Return the writer that the start of a line names, else `owner`."""
     rank: int | None = None
     title, pid = "", None
     if match := _RANK.match(head) or _RANK_ANYWHERE.search(head):
@@ -90,7 +90,7 @@ def writer_of(head: str, owner: Process) -> Process:
 
 @lru_cache(maxsize=8192)
 def time_of(head: str) -> float | None:
-    """The time in a line's start, in seconds since the start of the year; None for no time or an impossible one."""
+    """Return the time at the start of a line, in seconds since the start of the year; None without a valid time."""
     if match := _GLOG.search(head):
         return _seconds(int(match[2]), int(match[3]), *match.group(4, 5, 6, 7))
     if match := _ISO.search(head):

@@ -1,4 +1,4 @@
-"""Lines of torch's NCCL watchdog, from torch 1.12 to 2.13, and of the backends that copied it (HCCL, MCCL, CNCL, XCCL).
+"""Read lines of torch's NCCL watchdog (torch 1.12 to 2.13) and of backends that copied it (HCCL, MCCL, CNCL, XCCL).
 
 `[Rank R]` and `Rank R` inside `[PG …]` are ranks of that group; only the prefix `[rankR]:` is global. A time-out and
 the counters of its group stand in two lines: the number of the operation joins them.
@@ -40,7 +40,7 @@ _GARBAGE = 1 << 31
 
 
 class Watchdog:
-    """The watchdog's lines of one file. A time-out is held back until the line that names its group."""
+    """Reads the watchdog's lines in one file. A time-out is kept back until a later line names its group."""
 
     def __init__(self) -> None:
         self._waiting: dict[tuple[int | None, int, int | None], TimedOut] = {}
@@ -65,12 +65,12 @@ class Watchdog:
             yield Note("watchdog", "another rank's watchdog asked it to dump", line.process, "other", line.at_s, source)
 
     def finish(self) -> Iterator[Observation]:
-        """The time-outs whose group no line named."""
+        """Return the time-outs for which no later line named a group."""
         yield from self._waiting.values()
         self._waiting.clear()
 
     def _timed_out(self, match: re.Match[str], line: Line, source: Source) -> Iterator[Observation]:
-        """The text of a time-out is repeated in the error that ends the process, so equal ones count once."""
+        """Add a time-out. The error that ends the process repeats its text, so equal time-outs count once."""
         work = {name: m[1] if (m := pattern.search(match[2])) else "" for name, pattern in _WORK.items()}
         sizes = tuple((int(work[key]),) for key in ("in", "out") if work[key])
         ran_s = int(match[3] or work["ms"] or 0) / 1000
@@ -102,13 +102,13 @@ class Watchdog:
 
 
 def _work(number: str) -> int | None:
-    """A counter; torch 2.3 prints garbage and later versions -1 where there is none yet."""
+    """Parse a counter. Without a value yet, torch 2.3 prints garbage and later versions print -1."""
     value = int(number)
     return value if 0 <= value < _GARBAGE else None
 
 
 def _dump_signal(match: re.Match[str], line: Line, source: Source) -> Iterator[Observation]:
-    """Printed by process group 0 alone: its counters are of the default group, whichever group hangs."""
+    """Read the dump signal. Only process group 0 prints it, with counters of the default group, whichever one hangs."""
     origin = match[1] or "own"
     who = "its own watchdog" if origin == "own" else f"rank {origin}"
     yield Note("watchdog", f"asked to dump by {who}", line.process, origin, line.at_s, source)

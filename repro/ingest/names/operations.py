@@ -1,4 +1,4 @@
-"""The names that tools give to one and the same operation, and the canonical name of each."""
+"""Map the different names that tools use for one operation to its canonical name."""
 
 from __future__ import annotations
 

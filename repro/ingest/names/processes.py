@@ -1,4 +1,4 @@
-"""Tell which rank a process belongs to and what its part is, from its title, a log's prefix or a file's name."""
+"""Find the rank and role of a process from its title, a log prefix or a file name."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _FILE_RANK = re.compile(r"rank[-_]?(\d{1,12})(?=[-_.]|$)")
 
 
 def process_of(*, title: str = "", file: str = "", pid: int | None = None, line: str = "") -> Process:
-    """The process that a title, a line's prefix or a file's name speak of, as far as they do.
+    """Return the process that a title, a line's prefix or a file's name describes, as far as it is known.
 
     A title is trusted more than a file's name, and a global rank ("[rank3]") more than a parallel one ("TP3").
     """
@@ -41,7 +41,7 @@ def process_of(*, title: str = "", file: str = "", pid: int | None = None, line:
 
 
 def member_of(writer: Process, title: str) -> Process:
-    """The process that another one calls by a title.
+    """Return the process that another process mentions by title.
 
     An engine of several numbers its workers from 0: "VllmWorker-0" of EngineCore_DP1 is no global rank, and becomes
     "VllmWorker-0 of EngineCore_DP1". `repro.ingest.join` finds the rank.
@@ -52,7 +52,7 @@ def member_of(writer: Process, title: str) -> Process:
 
 
 def rank_in(text: str) -> int | None:
-    """The rank in a title or prefix. With several parts the global one is EP, then DP alone, PP alone, TP.
+    """Return the rank in a title or prefix. If there are several, the global one is EP, then DP alone, PP alone, TP.
 
     "Worker_DP7_EP7" -> 7, "Worker_TP3" -> 3, "Worker_DP0_TP2_EP2" -> 2, "EngineCore_DP3" -> 3.
     A title that gives two parts of unknown sizes ("PP1_TP3") has no global rank: None.

@@ -1,1 +1,1 @@
-"""Answers of the RAS subsystem of NCCL."""
+"""Read answers of NCCL's RAS subsystem."""

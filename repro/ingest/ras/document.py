@@ -1,4 +1,4 @@
-"""Answers of NCCL's RAS as JSON (NCCL 2.28.7 and later) to `RasAnswer`. Counts are launches by the host."""
+"""Read JSON answers of NCCL's RAS (NCCL 2.28.7 and later) into `RasAnswer`. Counts are launches by the host."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ MAX_COMMUNICATORS, MAX_RANKS = 10_000, 200_000
 
 
 def is_answer(content: Any) -> bool:
-    """Whether the content of a JSON file is an answer of RAS."""
+    """Whether a JSON document is an answer of RAS."""
     return isinstance(content, dict) and "communicators" in content and ("ras" in content or "nccl_version" in content)
 
 
@@ -57,7 +57,7 @@ def read(content: Any, file: str) -> Iterator[Observation]:
 
 
 def _status(ranks: Iterable[dict[str, Any]]) -> str:
-    """The status of a communicator by its ranks' flags, as the text prints it."""
+    """Return the status of a communicator, from its ranks' flags, in the words of the text format."""
     found = {"RUNNING"}
     for rank in ranks:
         status = rank.get("status")

@@ -1,4 +1,4 @@
-"""Global ranks from the members of an answer's largest communicator."""
+"""Find global ranks from the members of the largest communicator in an answer."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from repro.trace.observed import Member, RasCommunicator
 
 
 def of_the_world(members: Iterable[Member], communicators: Sequence[RasCommunicator]) -> list[Member]:
-    """The members of the one communicator that is larger than all others: their numbers there are global ranks."""
+    """Return the members of the one communicator larger than all others: its rank numbers are global ranks."""
     sizes = sorted((row.size for row in communicators), reverse=True)
     if not sizes or sizes[1:2] == sizes[:1]:
         return []

@@ -1,4 +1,4 @@
-"""Answers of NCCL's RAS as text (NCCL 2.24 and later) to `RasAnswer`.
+"""Read text answers of NCCL's RAS (NCCL 2.24 and later) into `RasAnswer`.
 
 Counts are launches by the host: OK says nothing of what the devices completed. The text lists the smaller set of
 ranks one by one, ahead or behind: to be listed is no finding. It holds no time. No answer at all is a finding too: the
@@ -54,7 +54,7 @@ def looks_like(head: str) -> bool:
 
 
 def no_answer(file: str, text: str) -> Note | None:
-    """A note where a file that is named after RAS holds no answer: it is empty, or holds an error of the client."""
+    """Make a note for a RAS file without an answer: it is empty, or has an error of the client."""
     if not re.search(r"ras(?![a-z])", file.rpartition("/")[2].lower()) or len(text) > 4096:
         return None
     why = next((line.strip() for line in text.splitlines() if _NO_ANSWER.search(line)), "")

@@ -1,4 +1,4 @@
-"""The entries of a recorder dump, sorted by group and put into columns; and what they show."""
+"""Sort the entries of a recorder dump by group, and convert them to columns."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ _TRANSFER = re.compile(r"(send|recv) (\d{1,7})(?:->|<-)(\d{1,7})")
 
 
 def knowledge_of(entries: Sequence[Mapping[str, Any]]) -> Knows:
-    """What the entries show. One program writes all entries alike, so that the first and the last stand for all."""
+    """Return the aspects that the entries show. All entries have one format, so the first and the last are enough."""
     return _shown_by(entries[0]) & _shown_by(entries[-1]) if entries else Knows.ORDER | Knows.COMPLETION
 
 
@@ -48,7 +48,7 @@ def _shown_by(entry: Mapping[str, Any]) -> Knows:
 
 @dataclass(slots=True)
 class Rows:
-    """The entries of one group, their numbers in the dump, and 1 for each that is over."""
+    """The entries of one group, their positions in the dump, and a 1 for each operation that is over."""
 
     index: int
     backend: str
@@ -58,7 +58,7 @@ class Rows:
 
 
 def by_group(entries: Sequence[Mapping[str, Any]]) -> tuple[dict[tuple[str, str, str], Rows], array[int]]:
-    """Sort the entries by group. The array has the index of the group of each entry."""
+    """Sort the entries by group. The array gives the index of each entry's group."""
     rows: dict[tuple[str, str, str], Rows] = {}
     quick: dict[Any, Rows] = {}
     order = array("H")
@@ -67,7 +67,7 @@ def by_group(entries: Sequence[Mapping[str, Any]]) -> tuple[dict[tuple[str, str,
         pair = get("process_group")
         try:
             row = quick[get("pg_id"), pair]
-        except (KeyError, TypeError):  # the first of a group, or a list, which JSON has in the place of a tuple
+        except (KeyError, TypeError):  # the first entry of a group, or a list, which JSON uses instead of a tuple
             key = _group_key(entry)
             if key not in rows and len(rows) == MAX_GROUPS:
                 raise ValueError(f"more than {MAX_GROUPS} process groups") from None
@@ -91,28 +91,30 @@ def _group_key(entry: Mapping[str, Any]) -> tuple[str, str, str]:
 
 
 def short_text(value: Any) -> str:
-    """A name or number, cut short; "" for anything else, whose text might be without end."""
+    """Return a name or number, shortened; "" for any other type, whose text could be arbitrarily long."""
     if isinstance(value, str):
         return value[:MAX_TEXT]
     return str(value) if isinstance(value, int) and -MAX_NS < value < MAX_NS else ""
 
 
 def backend_of(entry: Mapping[str, Any]) -> str:
-    """ "nccl" of "nccl:all_reduce". TorchComms writes the description of the group there."""
+    """Return "nccl" of "nccl:all_reduce". TorchComms puts the group's description there instead."""
     return short_text(entry.get("profiling_name")).rpartition(":")[0]
 
 
 def _is_retired(entry: Mapping[str, Any], backend: str) -> bool:
-    """Whether an entry that is not marked as completed is over."""
+    """Whether an entry is over although it is not marked as completed."""
     retired = bool(entry.get("retired"))
     if retired and backend in EVENT_BACKENDS and not entry.get("time_discovered_completed_ns"):
-        return entry.get("state") not in ("scheduled", "started")  # taken off the list by the time-out
+        # the time-out removed it from the list of pending operations
+        return entry.get("state") not in ("scheduled", "started")
     return retired
 
 
 def complete_the_earlier(rows: Rows) -> None:
-    """Collectives of a group complete in their order: what stands before a completed one is over. So are the members of
-    a coalesced operation, which have no events of their own: they stand before it and share its number.
+    """Mark entries as over if a later collective of the group is completed: a group completes in order.
+
+    Members of a coalesced operation have no events of their own. They come before it and share its number.
     """
     if rows.backend == "gloo" or 0 not in rows.over:
         return
@@ -137,7 +139,7 @@ def _is_member(entry: Mapping[str, Any], coalesced: Mapping[str, Any]) -> bool:
 
 
 class Columns:
-    """What many entries of a dump share, so that it is taken apart once: names, sizes, types, stacks, the year."""
+    """Converts entries to columns. Values that many entries share (names, sizes, types, stacks) are parsed once."""
 
     def __init__(self, file: str, entries: Sequence[Mapping[str, Any]]) -> None:
         self._file = file
@@ -147,7 +149,7 @@ class Columns:
         self._year_s = _start_of_year(first // 86_400_000_000_000) if first is not None else 0.0
 
     def calls(self, rows: Rows, group: Group) -> Calls:
-        """The operations of one group in columns. This loop takes most of the time of a large dump."""
+        """Convert the entries of one group to columns. This loop takes most of the time for a large dump."""
         year_s, forms = self._year_s, _Forms(group.members, self._frames_of)
         known: dict[object, int] = {}
         form, seqs, times_s = array("I"), array("q"), array("d")
@@ -158,7 +160,7 @@ class Columns:
                 get("input_dtypes"), get("output_dtypes"),
             )  # fmt: skip
             frames = get("frames")
-            try:  # what `marshal` writes is no larger than what was read: a hostile file cannot make a key large
+            try:  # the output of `marshal` is no larger than its input, so a hostile file cannot make a key large
                 key = dumps(content), tuple(map(id, frames[:MAX_FRAMES])) if frames else ()
             except (TypeError, ValueError):
                 key = None
@@ -177,7 +179,7 @@ class Columns:
         return Calls(tuple(forms.forms), form, seqs, bytes(rows.over), times_s, rows.numbers, self._file)
 
     def _frames_of(self, value: Any) -> tuple[str, ...]:
-        """The innermost frames. torch writes a frame that many entries share once, so its address names it."""
+        """Return the innermost frames. torch stores a shared frame once, so its identity is the cache key."""
         if not isinstance(value, (list, tuple)) or not value:
             return ()
         key = tuple(map(id, value[:MAX_FRAMES]))
@@ -193,7 +195,7 @@ class Columns:
 
 
 class _Forms:
-    """The forms of the operations of one group, numbered."""
+    """The distinct forms (name, sizes, dtypes, peer, frames) of one group's operations. Each form has a number."""
 
     def __init__(self, members: tuple[int, ...], frames_of: Callable[[Any], tuple[str, ...]]) -> None:
         self.forms: list[Form] = []
@@ -202,7 +204,7 @@ class _Forms:
         self._numbers: dict[Form, int] = {}
 
     def index_of(self, name: Any, ins: Any, outs: Any, in_types: Any, out_types: Any, frames: Any) -> int:
-        """The number of the form, which is added where it is new."""
+        """Return the number of the form; a new form is added."""
         text = short_text(name)
         op, peer = operation(text), None
         if " " in text and (transfer := _TRANSFER.search(text)):
@@ -220,7 +222,7 @@ class _Forms:
 
 @lru_cache(maxsize=65_536)
 def _shared(value: Any) -> Any:
-    """The same object for equal values of all ranks, so that they are stored once and compared by address."""
+    """Return one shared object for equal values, so that they are stored once and compared by identity."""
     return value
 
 

@@ -1,4 +1,4 @@
-"""PyTorch's Flight Recorder dumps (pickle or JSON, versions 2.0 to 2.10, and the bare list of 2023) to `RecorderDump`.
+"""Read PyTorch Flight Recorder dumps (pickle or JSON, versions 2.0 to 2.10, and the 2023 list) to `RecorderDump`.
 
 Source of the format: torch/csrc/distributed/c10d/FlightRecorder.hpp and its pickler, torch 2.2 to 2.13.
 
@@ -41,11 +41,11 @@ _LAST_NUMBER = re.compile(r"(\d{1,7})\D*$")
 
 
 class NotARecorderDump(ValueError):
-    """The bytes are something else; another reader may know them."""
+    """The bytes are not a recorder dump; another reader may understand them."""
 
 
 def looks_like(head: bytes) -> bool:
-    """Whether the first bytes of a file may be a recorder dump."""
+    """Whether the first bytes of a file look like a recorder dump."""
     if head[:1] == b"\x80":
         return True
     start = head.lstrip()[:4096]
@@ -53,7 +53,7 @@ def looks_like(head: bytes) -> bool:
 
 
 def rank_of(name: str) -> int | None:
-    """The rank that a file's name ends in: "nccl_trace_rank_7", "rank0.json", "_dump_12", "trace_rank_host_5.pkl"."""
+    """Return the rank at the end of a file name: "nccl_trace_rank_7", "rank0.json", "trace_rank_host_5.pkl"."""
     stem = name.rpartition("/")[2][-200:]
     stem = re.sub(r"(\.(pkl|pickle|json|bin|dump|trace|pt))+$", "", stem)
     labelled = re.findall(r"rank[_\-]?(\d{1,7})(?=[._\-]|$)", stem)
@@ -64,7 +64,7 @@ def rank_of(name: str) -> int | None:
 
 
 def read(data: bytes, file: str, rank: int | None = None) -> RecorderDump:
-    """One dump. Raises NotARecorderDump for other files, DamagedFile ("file:offset: what") for a damaged one."""
+    """Read one dump. Raises NotARecorderDump for other files, DamagedFile ("file:offset: what") for a damaged one."""
     if data[:1] == b"\x80":
         content = pickles.load(data, file)
     else:
@@ -95,7 +95,7 @@ def _dump(content: Mapping[str, Any], file: str, rank: int) -> RecorderDump:
         enqueued, _, completed = _counters(status.get(pg_id))
         records.append(GroupRecord(group, known.calls(row, group), enqueued, completed, pg_id))
     seen = {pg_id for pg_id, *_ in rows}
-    for pg_id, counters in status.items():  # groups whose entries were overwritten, or left out as all are over
+    for pg_id, counters in status.items():  # groups whose entries were overwritten, or omitted because all are over
         if pg_id not in seen:
             enqueued, _, completed = _counters(counters)
             records.append(GroupRecord(Group(""), NO_CALLS, enqueued, completed, pg_id))
@@ -124,7 +124,7 @@ def _group(name: str, description: str, config: Mapping[str, Any]) -> Group:
 
 
 def _members(ranks: Any) -> tuple[int, ...]:
-    """The ranks of a group: "[0, 1]" in every version, a list in TorchComms' dumps."""
+    """Parse the ranks of a group: the text "[0, 1]", or a list in dumps of TorchComms."""
     if isinstance(ranks, str):
         return _ranks_in(ranks)
     if isinstance(ranks, (list, tuple)):
@@ -143,7 +143,7 @@ def _counters(row: Any) -> tuple[int | None, int | None, int | None]:
 
 
 def _count(value: Any) -> int | None:
-    """A counter: an int in pickles, a string in JSON, -1 or 0xff… where there is none."""
+    """Parse a counter: an int in pickles, a string in JSON; without a value it is -1 or 0xff…."""
     try:
         number = int(value)
     except (TypeError, ValueError, OverflowError):

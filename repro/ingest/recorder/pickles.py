@@ -1,4 +1,4 @@
-"""Load a pickle that holds data only. A stranger's pickle may name a class to run code; such a file is refused."""
+"""Load a pickle that contains plain data only. A pickle that names a class could run code, and is refused."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ ROOM_BYTES = 256 << 20
 
 
 class UnsafePickle(DamagedFile):
-    """The pickle names a class or function. A recorder dump has none."""
+    """The pickle names a class or function, which a recorder dump never does."""
 
 
 class _DataOnly(pickle.Unpickler):
@@ -29,7 +29,7 @@ class _DataOnly(pickle.Unpickler):
 
 
 class _NamesCode(Exception):
-    """Raised inside the unpickler; becomes UnsafePickle with the place in the file."""
+    """Raised inside the unpickler, and converted to UnsafePickle with the position in the file."""
 
 
 def load(data: bytes, where: str) -> Any:
@@ -41,10 +41,11 @@ def load(data: bytes, where: str) -> Any:
     The text is "file:offset: what"; the damage stands at the offset or shortly after it.
     """
     raw = io.BytesIO(data)
-    file = io.BufferedReader(raw, 1 << 16)  # it can peek: without that each operation is a call, four times as slow
+    # a file that can peek: without peeking every operation is a call, which takes four times as long
+    file = io.BufferedReader(raw, 1 << 16)
     kind, what = DamagedFile, ""
     try:
-        # The interpreter prints an error of its own when a bytearray of a damaged size is taken back.
+        # The interpreter prints an error of its own when a bytearray of wrong size is freed.
         with _bounded_memory(ROOM_BYTES + 40 * len(data)), contextlib.redirect_stderr(io.StringIO()):
             return _DataOnly(file).load()
     except _NamesCode as error:
@@ -53,14 +54,14 @@ def load(data: bytes, where: str) -> Any:
         what = "it is nested too deeply"
     except MemoryError:
         what = "it asks for more memory than a recorder dump needs"
-    except Exception as error:  # the pickle module raises many kinds for damaged bytes
+    except Exception as error:  # the pickle module raises many types of exceptions for damaged bytes
         what = f"it is no readable pickle ({error})"
     raise kind(f"{where}:{file.tell()}: {what}")
 
 
 @contextlib.contextmanager
 def _bounded_memory(room: int) -> Iterator[None]:
-    """Let this process grow by `room` bytes at most. An allocation beyond them raises MemoryError."""
+    """Limit this process to `room` more bytes of memory. A larger allocation raises MemoryError."""
     pages = int(Path("/proc/self/statm").read_text().split()[0])
     before = resource.getrlimit(resource.RLIMIT_AS)
     limit = pages * resource.getpagesize() + room

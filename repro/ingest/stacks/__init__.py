@@ -1,1 +1,1 @@
-"""Stacks of threads, and what a thread does by its frames."""
+"""Read the stacks of threads, and find what a thread does from its frames."""

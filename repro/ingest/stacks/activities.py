@@ -1,4 +1,4 @@
-"""What a thread does, by its frames. The knowledge is a table, activities.toml beside this file."""
+"""Find what a thread does from its frames. The rules are a table, activities.toml beside this file."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def _any_row() -> re.Pattern[str]:
 
 @lru_cache(maxsize=65_536)
 def _first_matches(frame: str) -> tuple[tuple[int, re.Match[str]], ...]:
-    """The rows whose first pattern matches a frame. Stacks of many ranks share most frames."""
+    """Return the rows whose first pattern matches a frame. Cached, because many ranks share most frames."""
     if not _any_row().search(frame):
         return ()
     found = ((index, row.frames[0].search(frame)) for index, row in enumerate(_rows()))
@@ -45,7 +45,7 @@ def _first_matches(frame: str) -> tuple[tuple[int, re.Match[str]], ...]:
 
 @lru_cache(maxsize=4096)
 def activity_of(frames: tuple[str, ...]) -> tuple[str, str]:
-    """(activity, detail) of a stack, innermost frame first; ("", "") where no row of the table matches."""
+    """Return (activity, detail) of a stack, innermost frame first; ("", "") if no row of the table matches."""
     best = _best(frames)
     if best is None:
         return "", ""
@@ -54,13 +54,13 @@ def activity_of(frames: tuple[str, ...]) -> tuple[str, str]:
 
 
 def row_of(frames: tuple[str, ...]) -> int | None:
-    """The index of the row that names what a stack does; None where no row matches."""
+    """Return the index of the table row that matches a stack; None if no row matches."""
     best = _best(frames)
     return best[0] if best else None
 
 
 def _best(frames: tuple[str, ...]) -> tuple[int, list[str]] | None:
-    """The row that wins, and the names that its patterns captured."""
+    """Return the best matching row, and the names that its patterns captured."""
     best: tuple[tuple[bool, int, int, int], list[str]] | None = None
     for place, frame in enumerate(frames):
         for index, match in _first_matches(_without_line(frame)):
@@ -75,7 +75,7 @@ def _best(frames: tuple[str, ...]) -> tuple[int, list[str]] | None:
 
 
 def _match_outwards(patterns: Sequence[re.Pattern[str]], frames: Sequence[str]) -> list[re.Match[str]] | None:
-    """The frames that match the patterns in this order; None where one pattern matches no frame."""
+    """Return the frames that match the patterns in this order; None if a pattern matches no frame."""
     rest = iter(frames)
     matches = []
     for pattern in patterns:

@@ -1,4 +1,4 @@
-"""Stacks as text or JSON (py-spy, pystack, faulthandler, gdb, vLLM's and SGLang's dumps in their logs) to `Stack`.
+"""Read stacks as text or JSON (py-spy, pystack, faulthandler, gdb, and those in logs of vLLM and SGLang) into `Stack`.
 
 A stack shows a place, never a number: which group, which sequence number and which iteration a thread is in stands in
 no stack. "idle" and "active" as py-spy prints them say nothing of waiting: who waits for a compiler is idle too.
@@ -32,7 +32,7 @@ _LOCK_FILE = re.compile(
 )
 MARKS = ("Thread ", "thread ", "Process ", "Pyspy dump")
 
-# How each tool begins a stack; whether its frames come outermost first; whether the name is one that Python gave.
+# For each tool: how a stack begins, whether the outermost frame comes first, whether the thread name is from Python.
 _STARTS = (
     (re.compile(r'^Thread (?:0x)?[0-9a-fA-F]+ \((?:idle|active|active\+gil|idle\+gil)\)(?:: "(?P<name>.*)")?\s*$'),
      False, True),  # py-spy
@@ -55,7 +55,7 @@ MAX_FRAME = 600
 
 @dataclass(slots=True)
 class _Open:
-    """A stack while its lines are read."""
+    """A stack that is still being read."""
 
     process: Process
     name: str
@@ -70,7 +70,7 @@ class _Open:
             frames = tuple(reversed(self.frames)) if self.outermost_first else tuple(self.frames)
             name = self.name
             if not self.named_by_python and _runs_the_program(frames):
-                name = "MainThread"  # the name that the system shows is the title of the process, cut short
+                name = "MainThread"  # the system shows the process title here, cut short
             yield _stack(self.process, frames, name, self.source, self.lock)
 
 
@@ -80,7 +80,7 @@ def looks_like_json(content: Any) -> bool:
 
 
 def read_json(content: Any, file: str) -> Iterator[Stack]:
-    """`py-spy dump --json`: a list of threads. The title of the process is there with --subprocesses only."""
+    """Read `py-spy dump --json`: a list of threads. The process title is there only with --subprocesses."""
     for thread in content[:MAX_STACKS]:
         rows = thread.get("frames") if isinstance(thread, dict) else None
         if not isinstance(rows, list):
@@ -98,7 +98,7 @@ def read_json(content: Any, file: str) -> Iterator[Stack]:
 
 
 def frames_of(rows: Iterable[Mapping[str, Any]]) -> tuple[str, ...]:
-    """ "function (file:line)" of each frame of py-spy's JSON."""
+    """Return "function (file:line)" for each frame of py-spy's JSON."""
     return tuple(map(_json_frame, rows))
 
 
@@ -108,7 +108,7 @@ def _json_frame(frame: Mapping[str, Any]) -> str:
 
 
 def _json_lock(frames: Sequence[Mapping[str, Any]]) -> str:
-    """The path of a lock file among the local variables (--locals)."""
+    """Return the path of a lock file among the local variables (--locals)."""
     for frame in frames:
         local_variables = frame.get("locals")
         for row in local_variables if isinstance(local_variables, list) else ():
@@ -120,7 +120,7 @@ def _json_lock(frames: Sequence[Mapping[str, Any]]) -> str:
 
 
 class Stacks:
-    """The stacks in the numbered lines of a text; what is no stack is passed over.
+    """Collects the stacks in the numbered lines of a text, and skips other lines.
 
     A stack ends with an empty line, or with one that stands at the margin. `open`: the next line may belong to a stack.
     """
@@ -150,7 +150,7 @@ class Stacks:
         if start is not None:
             match, outermost_first, named_by_python = start
             owner = self._process
-            if owner.pid is None:  # no header named the process: the line's writer, then the file's name
+            if owner.pid is None:  # no header names the process: use the writer of the line, then the file name
                 owner = writer_of(raw[:240], owner)
             name = "MainThread" if match.groupdict().get("number") == "1" else match["name"] or ""
             source = Source(self._file, f"line {number}")
@@ -175,7 +175,7 @@ def _start_of(line: str) -> tuple[re.Match[str], bool, bool] | None:
 
 
 def _frame(line: str, *, bare: bool) -> str:
-    """ "function (file:line)" of any of the formats, "" for a line that is no frame.
+    """Return "function (file:line)" of a line in any of the formats; "" if the line is no frame.
 
     bare: the tool prints functions without a file too; in other formats such a line is one of the program
     """
@@ -195,7 +195,7 @@ def _frame(line: str, *, bare: bool) -> str:
 
 
 def _pyspy_frame(text: str, bare: bool) -> str:
-    """ "function (file:line)", where the function has brackets of its own in native frames, and the file may too."""
+    """Parse a py-spy line "function (file:line)". Native function names, and file names, may contain brackets."""
     depth = 0
     for place in range(len(text) - 1, -1, -1) if text.endswith(")") else ():
         depth += {")": 1, "(": -1}.get(text[place], 0)
@@ -207,7 +207,7 @@ def _pyspy_frame(text: str, bare: bool) -> str:
 
 
 def _runs_the_program(frames: Sequence[str]) -> bool:
-    """Whether a stack is of the thread that the program began in: it has Python frames, and no thread's start below.
+    """Whether a stack is the program's first thread: it has Python frames, and does not begin with a thread start.
 
     TensorRT-LLM's loop runs in a thread of its own.
     """
@@ -217,7 +217,7 @@ def _runs_the_program(frames: Sequence[str]) -> bool:
 
 
 def _short(path: str) -> str:
-    """A path from its package on: ".../site-packages/torch/nn/x.py" -> "torch/nn/x.py"."""
+    """Shorten a path to start at its package: ".../site-packages/torch/nn/x.py" -> "torch/nn/x.py"."""
     for mark in ("site-packages/", "dist-packages/"):
         if mark in path:
             return path.rpartition(mark)[2]
@@ -232,7 +232,7 @@ def _stack(process: Process, frames: tuple[str, ...], thread: str, source: Sourc
 
 
 def as_json(data: bytes) -> Any:
-    """The content of a JSON file, None where it is none."""
+    """Return the content of a JSON file; None if it is not JSON."""
     try:
         return parse_json(data, "")
     except DamagedFile:

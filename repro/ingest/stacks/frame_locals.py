@@ -1,4 +1,4 @@
-"""What local variables of a stack tell of a collective: its process group and, for a transfer, the other end.
+"""Find the process group of a collective, and the peer of a transfer, from the local variables of a stack.
 
 py-spy prints a process group as its address, which differs from process to process. The variable of the program that
 holds it is the same in all ranks that run the same program.
@@ -18,7 +18,7 @@ _PEERS = {"send": ("dst", "group_dst"), "isend": ("dst", "group_dst"), "recv": (
 
 
 def group_of(frames: Sequence[Mapping[str, Any]]) -> tuple[str, tuple[str, ...]]:
-    """(the variable that holds the group of the outermost collective, other variables that hold other groups).
+    """Return (variable with the group of the outermost collective, other variables with other groups).
 
     ("default", …) where the program passed no group, ("", …) where that is not seen.
     """
@@ -37,7 +37,7 @@ def group_of(frames: Sequence[Mapping[str, Any]]) -> tuple[str, tuple[str, ...]]
 
 
 def _address(frames: Sequence[Mapping[str, Any]]) -> str | None:
-    """The address of the group that the program passed, "" where it passed none, None where that is not seen."""
+    """Return the address of the group that the program passed; "" if it passed none, None if that is not visible."""
     for frame in reversed(frames):
         variables = dict(variables_of(frame))
         if str(frame.get("name", "")).endswith("wrapper") and {"args", "kwargs"} <= variables.keys():
@@ -50,7 +50,7 @@ def _address(frames: Sequence[Mapping[str, Any]]) -> str | None:
 
 
 def peer_of(frames: Sequence[Mapping[str, Any]]) -> int | None:
-    """The other end of a send or receive: a global rank, or a rank of the group where the program gives that."""
+    """Return the peer of a send or receive: a global rank, or a group rank if that is what the program passes."""
     for frame in frames:
         if _is_torch(frame) and (names := _PEERS.get(str(frame.get("name")))):
             variables = dict(variables_of(frame))
@@ -61,7 +61,7 @@ def peer_of(frames: Sequence[Mapping[str, Any]]) -> int | None:
 
 
 def variables_of(frame: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
-    """(name, what py-spy prints of it) of each argument and local variable."""
+    """Return (name, text printed by py-spy) of each argument and local variable."""
     rows = frame.get("locals")
     for row in rows[:MAX_VARIABLES] if isinstance(rows, list) else ():
         if isinstance(row, dict) and isinstance(row.get("name"), str) and isinstance(row.get("repr"), str):

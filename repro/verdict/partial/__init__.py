@@ -1,4 +1,4 @@
-"""Judge other people's evidence, which shows a part of what happened and never a schedule.
+"""Judge evidence from other tools. It shows only part of what happened, and never a declared schedule.
 
 The rules are asked in this order, from what proves most to what proves least. Each returns a `Diagnosis` or None.
 """
@@ -34,7 +34,7 @@ __all__ = ["Diagnosis", "diagnose"]
 
 
 def diagnose(records: Sequence[Observation]) -> Diagnosis:
-    """What these records prove. Never names a culprit that the evidence does not convict; says what to collect next."""
+    """Return what these records prove, with a culprit only if they prove one, and what to collect next."""
     scene = Scene.of(records)
     for rule in RULES:
         diagnosis = rule(scene)

@@ -1,4 +1,4 @@
-"""Fill the process ids that the evidence holds into the commands of what to collect next."""
+"""Insert known process ids into the commands that a diagnosis suggests."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _RANKS = re.compile(r"\branks? ([\d,-]+)")
 
 
 def with_pids(diagnosis: Diagnosis, scene: Scene) -> Diagnosis:
-    """The diagnosis with PIDS and PID replaced, by the process ids of the ranks that the text names where known."""
+    """Replace PIDS and PID in the commands of a diagnosis by the process ids of the ranks that the text names."""
     pids = _pids(scene)
     named = diagnosis.culprits or diagnosis.suspects
     return replace(diagnosis, collect=tuple(_filled(text, pids, named) for text in diagnosis.collect))
@@ -34,7 +34,7 @@ def _filled(text: str, pids: Mapping[int, Sequence[int]], named: Sequence[int]) 
 
 
 def _listed(text: str) -> list[int]:
-    """The ranks that a sentence names: "stacks of ranks 2,5-7: …"."""
+    """Return the ranks that a sentence names: "stacks of ranks 2,5-7: …"."""
     match = _RANKS.search(text)
     ranks: list[int] = []
     for part in match[1].strip(",-").split(",") if match else []:
@@ -45,7 +45,7 @@ def _listed(text: str) -> list[int]:
 
 
 def _pids(scene: Scene) -> dict[int, list[int]]:
-    """Rank -> ids of its processes, in the order in which they are met."""
+    """Return rank -> ids of its processes, in the order in which records name them."""
     result: dict[int, list[int]] = {}
     processes = [record.process for record in scene.stacks]
     processes += [record.process for record in scene.failures]

@@ -1,4 +1,4 @@
-"""What `diagnose` says: a verdict with its reasons, what would refute it, and what to collect next."""
+"""The result of `diagnose`: a verdict, its reasons, what would refute it, and what to collect next."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ COLLECT = {
 
 @dataclass(frozen=True, slots=True)
 class Diagnosis:
-    """A verdict on partial evidence; class, cause and confidence as in `repro.verdict.result.Verdict`.
+    """A verdict on partial evidence. Class, cause and confidence are those of `repro.verdict.result.Verdict`.
 
     summary   where the ranks are, a sentence each
     evidence  why, a sentence each with its source
@@ -48,7 +48,7 @@ class Diagnosis:
         return cls("inconclusive", summary=summary, collect=tuple(COLLECT.get(record, record) for record in collect))
 
     def headline(self) -> str:
-        """ "deadlock (skipped), likely, culprits: 2"."""
+        """Return the first line: "deadlock (skipped), likely, culprits: 2"."""
         cause = f" ({self.cause})" if self.cause else ""
         culprits = f", culprits: {list_ranks(self.culprits)}" if self.culprits else ", nobody is named"
         suspects = f", suspects: {list_ranks(self.suspects)}" if self.suspects else ""

@@ -1,4 +1,4 @@
-"""What single lines prove, which is mostly nothing, and what they are often taken for."""
+"""Explain single lines that prove little, and what they are often mistaken for."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def _heartbeats(scene: Scene, beats: Sequence[Note]) -> Diagnosis:
 
 
 def with_notes(diagnosis: Diagnosis, scene: Scene) -> Diagnosis:
-    """Add the versions with known defects, what could not be seen, and lines that change what other lines mean."""
+    """Add the versions with known defects, what could not be observed, and lines that qualify other lines."""
     notes = known_bad(scene)
     if any(note.kind == "repeated" for note in scene.notes):
         notes.append("Ray left out repeated lines: that a rank printed nothing here proves nothing.")
@@ -70,12 +70,12 @@ def with_notes(diagnosis: Diagnosis, scene: Scene) -> Diagnosis:
 
 
 def versions_of(scene: Scene) -> list[str]:
-    """The versions of NCCL that logs and dumps name."""
+    """Return the NCCL versions that logs and dumps name."""
     named = {note.value for note in scene.notes if note.kind == "version"}
     return sorted((named | {dump.library for dump in scene.recorders.values()}) - {""})
 
 
 def known_bad(scene: Scene) -> list[str]:
-    """Sentences about the versions among them that have a known defect."""
+    """Return a sentence for each of these versions with a known defect."""
     versions = versions_of(scene)
     return [text for version, text in KNOWN_BAD_NCCL.items() if version in versions]

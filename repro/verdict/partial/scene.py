@@ -1,4 +1,4 @@
-"""All records about one job, sorted by rank and joined: what each rank waits in, how far it came in each group."""
+"""All records of one job, sorted by rank and joined: what each rank waits in, and its progress in each group."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from repro.verdict.partial.dumps.moments import describe_equal, describe_stale, 
 
 @dataclass(slots=True)
 class Scene:
-    """The records of a job by kind, with the ranks filled in that other records reveal."""
+    """The records of a job by kind. Missing ranks are filled in from other records."""
 
     recorders: dict[int, RecorderDump] = field(default_factory=dict)
     earlier: dict[int, RecorderDump] = field(default_factory=dict)
@@ -90,8 +90,10 @@ class Scene:
         return scene
 
     def _add_recorders(self, dumps: Sequence[RecorderDump]) -> None:
-        """Keep the newest dump of each rank, with an earlier one beside it. Leave out dumps that are stale, and those
-        that do not show the order or the end of operations: a missing column is no absence.
+        """Keep the newest usable dump of each rank, and an earlier one beside it.
+
+        A stale dump is left out, and so is a dump that does not show the order or the completion of operations: a
+        missing column is not an absence.
         """
         blind = [dump for dump in dumps if COLLECTIVES not in dump.knows]
         if blind:
@@ -110,7 +112,7 @@ class Scene:
         self.earlier = {rank: dump for rank, dump in moments.earlier.items() if rank not in stale}
 
     def main_stacks(self, role: str = "worker") -> dict[int, list[Stack]]:
-        """Rank -> the stacks of the thread that runs the program, one a look; only processes of this part."""
+        """Return rank -> the stacks of the thread that runs the program, one per look, of processes with this role."""
         result: dict[int, list[Stack]] = {}
         for stack in self.stacks:
             if stack.process.rank is not None and stack.process.role in (role, "") and is_main(stack):
@@ -118,7 +120,7 @@ class Scene:
         return dict(sorted(result.items()))
 
     def ranks(self) -> list[int]:
-        """All ranks that any record speaks of."""
+        """Return all ranks that any record names."""
         seen: set[int] = set(self.recorders) | set(self.main_stacks())
         named = [record.rank for record in self.timeouts] + [record.rank for record in self.progress]
         named += [record.process.rank for record in self.failures] + [record.process.rank for record in self.notes]
@@ -126,11 +128,11 @@ class Scene:
 
     @property
     def has_devices(self) -> bool:
-        """Whether a host of the job has accelerators, on which a rank may wait by spinning."""
+        """Whether a host of the job has accelerators. A rank may wait for one by spinning."""
         return any(note.kind == "devices" for note in self.notes)
 
     def world_size(self) -> int | None:
-        """The number of ranks, where a line or a group tells it."""
+        """Return the number of ranks, if a line or a group shows it."""
         sizes = [int(note.value) for note in self.notes if note.kind == "world" and note.value.isdigit()]
         sizes += [len(g.members) for d in self.recorders.values() for g in d.configured if g.members]
         return max(sizes, default=None)
@@ -144,7 +146,7 @@ def is_main(stack: Stack) -> bool:
 
 
 def _ranks_of_processes(records: Sequence[Observation]) -> dict[int, int]:
-    """pid -> rank, from every record that gives both; a pid that stands for two ranks is of two hosts, and left out."""
+    """Return pid -> rank from records with both. A pid with two ranks is from two hosts, and is left out."""
     seen: dict[int, set[int]] = {}
     for record in records:
         process = getattr(record, "process", None)
@@ -160,7 +162,7 @@ def _with_rank(process: Process, ranks: Mapping[int, int]) -> Process:
 
 
 def _with_looks(stacks: Sequence[Stack]) -> list[Stack]:
-    """Number the looks at each thread of each process by the order of their files."""
+    """Number the looks at each thread of each process, in the order of their files."""
     looks: Counter[tuple[object, ...]] = Counter()
     numbered = []
     for stack in sorted(stacks, key=lambda record: record.source.file):

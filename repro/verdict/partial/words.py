@@ -1,4 +1,4 @@
-"""Phrases that several rules share."""
+"""Phrases that several rules use."""
 
 from __future__ import annotations
 

@@ -1,1 +1,1 @@
-"""Rules about recorder dumps, and what they share: moments, members, waits."""
+"""Rules for recorder dumps, and their shared parts: moments, members, waits."""

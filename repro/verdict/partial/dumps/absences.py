@@ -1,4 +1,4 @@
-"""Judge a collective that some ranks wait in and others have not queued, without a cycle."""
+"""Judge waits without a cycle: some ranks wait in a collective that other ranks have not queued."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from repro.verdict.partial.words import WORKING, call_in, ranks_of, verb
 
 
 def judge_absence(scene: Scene, waits: Sequence[Wait]) -> Diagnosis | None:
-    """A collective that some wait in and others have not queued, without a cycle."""
+    """Judge a collective in which some ranks wait and which others have not queued, if no cycle explains it."""
     lacking = [wait for wait in waits if wait.missing]
     if not lacking:
         return None

@@ -1,4 +1,4 @@
-"""Judge two dumps of the same ranks: a wait that ended between them was slow, and no deadlock."""
+"""Judge two dumps of the same ranks: a wait that ended between them was slow, not a deadlock."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ LATE_S = 1.0
 
 
 def judge_advance(scene: Scene, waits: Sequence[Wait]) -> Diagnosis | None:
-    """Slow, where the waits of the earlier dumps ended and the later dumps show no rank that others wait for."""
+    """Report `slow` if the waits of the earlier dumps ended, and no rank is waited for in the later dumps."""
     moved = [rank for rank, dump in scene.earlier.items() if advanced(dump, scene.recorders[rank])]
     waiting = {wait.rank for wait in waits}
     if len(moved) < 2 or not waiting <= set(moved) or any(wait.missing or wait.unseen for wait in waits):
@@ -65,7 +65,7 @@ def _moving(scene: Scene, moved: Sequence[int], are_known: bool) -> Diagnosis:
 
 
 def _times_of(scene: Scene, group: str, seq: int) -> dict[int, float]:
-    """Rank -> when it queued an operation of a group."""
+    """Return rank -> the time at which it queued an operation of a group."""
     return {
         rank: times[seq]
         for rank, dump in scene.recorders.items()
@@ -75,6 +75,6 @@ def _times_of(scene: Scene, group: str, seq: int) -> dict[int, float]:
 
 
 def _late_by(times: Mapping[int, float], wait: Wait, rank: int) -> float | None:
-    """Seconds by which the rank queued the operation after the median of the other members; None where unknown."""
+    """Return how many seconds after the median of the other members the rank queued the operation; None if unknown."""
     others = [at_s for member, at_s in times.items() if member not in wait.missing]
     return times[rank] - median(others) if rank in times and others else None

@@ -1,4 +1,4 @@
-"""Say where the stack and the recorder dump of one rank contradict each other."""
+"""Find contradictions between the stack and the recorder dump of one rank."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ ELSEWHERE = (
 
 
 def stacks_against_dumps(scene: Scene) -> list[str]:
-    """A sentence for each rank that its dump shows in an operation and its stack elsewhere, or the other way round."""
+    """Return a sentence for each rank whose dump shows it in an operation but its stack does not, or the reverse."""
     lines = []
     for rank, stacks in scene.main_stacks().items():
         dump = scene.recorders.get(rank)

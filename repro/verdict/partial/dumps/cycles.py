@@ -1,4 +1,4 @@
-"""Judge waits that form a cycle: each rank waits in an operation that the next one has not queued."""
+"""Judge waits that form a cycle: each rank waits in an operation that the next rank has not queued."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ def _counterpart(wait: Wait) -> str:
 
 
 def _changed_order(scene: Scene, ranks: Sequence[int]) -> list[int]:
-    """Ranks whose last operation breaks the rhythm of their own transfers, where not all break it."""
+    """Return the ranks whose last operation breaks the pattern of their own transfers, unless all ranks broke it."""
     changed = []
     for rank in ranks:
         ops = [op for record in scene.recorders[rank].groups for op in record.calls.ops() if op in TRANSFERS]

@@ -1,4 +1,4 @@
-"""Find the rank that left the rhythm which all ranks of a job kept in every earlier step."""
+"""Find the rank whose operations left the repeating pattern that all ranks of a job followed in earlier steps."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ HISTORY = 2048
 
 @dataclass(frozen=True, slots=True)
 class HabitBreak:
-    """The rank that left the rhythm. `kind` is extra or skipped, whichever changes fewer operations.
+    """The rank that left the pattern. `kind` is extra or skipped, whichever explanation changes fewer operations.
 
     convincing   an operation with the same arguments stands in the rhythm at another place; else the rank may have
                  begun something rare (a checkpoint, an evaluation) that the others should have begun too
@@ -33,9 +33,9 @@ class HabitBreak:
 
 @dataclass(frozen=True, slots=True)
 class _Rhythm:
-    """One rank's operations up to the first unfinished one: `keys` repeat with `period`; `due` was to come now."""
+    """The repeating pattern of one rank's operations up to the first unfinished one, where `keys[0]` is due."""
 
-    keys: tuple[tuple[str, str, str], ...]  # (group, operation, place in the program) of one period, the due one first
+    keys: tuple[tuple[str, str, str], ...]  # (group, operation, call site) of one period; the first is due now
     arguments: frozenset[tuple[object, ...]]  # (group, operation, sizes, types) of that period
     call: Call
     key: tuple[str, str, str]
@@ -47,8 +47,9 @@ class _Rhythm:
 
 
 def left_rhythm(scene: Scene, waits: Sequence[tuple[int, Call]]) -> HabitBreak | None:
-    """Who issued something else than the rhythm of its own earlier operations demands, if exactly one rank did and all
-    others that wait kept the same rhythm. None if the evidence does not show it.
+    """Find the rank that issued another operation than its earlier ones predict.
+
+    None unless exactly one rank did, and all other waiting ranks follow the same pattern.
     """
     broken: dict[int, _Rhythm] = {}
     kept: list[_Rhythm] = []
@@ -87,7 +88,7 @@ def _described(scene: Scene, rank: int, rhythm: _Rhythm) -> HabitBreak:
 
 
 def _rhythm_of(dump: RecorderDump, framed: bool) -> _Rhythm | None:
-    """`framed`: tell operations apart by their place in the program too, which all dumps then have to record."""
+    """Find the repeating pattern of a dump. `framed`: also compare call sites, which then all dumps must contain."""
     ordered = dump.newest(HISTORY)
     names = {id(record): [_name(record, form, framed) for form in record.calls.forms] for record in dump.groups}
     keys = [names[id(record)][record.calls.form[place]] for record, place in ordered]
@@ -104,13 +105,15 @@ def _rhythm_of(dump: RecorderDump, framed: bool) -> _Rhythm | None:
 
 
 def _name(record: GroupRecord, form: Form, framed: bool) -> tuple[str, str, str]:
-    """What distinguishes an operation in a rhythm: its group, its name, and its place in the program."""
+    """Return what identifies an operation in the pattern: its group, its name, and its call site."""
     return record.group.name, form.op, program_frames(form.frames, 1) if framed else ""
 
 
 def _period(past: Sequence[object]) -> int | None:
-    """The period that explains the longest end of the history, if that end holds MIN_REPEATS periods, MIN_COVERED
-    operations and half of the history. What a job does once at its start has no period.
+    """Return the period that explains the longest end of the history; None if that end is too short.
+
+    It must contain MIN_REPEATS periods, MIN_COVERED operations and half of the history. Operations that a job issues
+    once at its start have no period.
     """
     best, covered = None, 0
     for period in range(1, min(MAX_PERIOD, len(past) // MIN_REPEATS) + 1):
@@ -125,6 +128,6 @@ def _period(past: Sequence[object]) -> int | None:
 
 
 def _site_in_stack(scene: Scene, rank: int) -> str:
-    """Where a stack of that rank stands, if it is inside a collective."""
+    """Return the call site in a stack of that rank, if the stack is inside a collective."""
     stacks = scene.main_stacks().get(rank, [])
     return program_frames(stacks[-1].frames, 3) if stacks and stacks[-1].activity == "collective" else ""

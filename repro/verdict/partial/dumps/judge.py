@@ -1,4 +1,4 @@
-"""Judge Flight Recorder dumps: who waits in which operation, who has not queued it, and whether the waits form a cycle.
+"""Judge Flight Recorder dumps: which ranks wait in which operation for whom, and whether the waits form a cycle.
 
 On NCCL a queued operation says where the host went, not what the device did.
 """
@@ -71,7 +71,7 @@ def _several_jobs(scene: Scene) -> Diagnosis:
 
 
 def _all_there(scene: Scene, waits: Sequence[Wait]) -> Diagnosis | None:
-    """Every member with a dump has queued what all wait in."""
+    """Judge the case that every member with a dump has queued the operation in which all wait."""
     if not waits:
         return None
     first = min(waits, key=lambda wait: wait.call.at_s or 0.0)
@@ -122,9 +122,9 @@ def _nothing_pending(scene: Scene) -> Diagnosis | None:
         return None
     whole = bool(members) or _is_whole_world(scene, list(scene.recorders))
     if not whole and list(scene.recorders) != list(range(len(scene.recorders))):
-        return None  # a rank between these has no dump
+        return None  # the ranks do not count up from 0, so one of them has no dump
     if any(Knows.ARGUMENTS not in dump.knows for dump in scene.recorders.values()):
-        return None  # operations of different arguments may have been paired
+        return None  # operations with different arguments may have been paired
     return Diagnosis(
         "clean", "", (), (), "likely" if whole else "undecided",
         (f"No operation is unfinished in the dumps of {ranks_of(scene.recorders)}.",), (),

@@ -1,4 +1,4 @@
-"""Join the groups of all dumps: who belongs to a group, and what each member recorded of it."""
+"""Join the groups of all dumps: which ranks belong to a group, and what each of them recorded of it."""
 
 from __future__ import annotations
 
@@ -9,11 +9,12 @@ from repro.trace.observed import Group, GroupRecord, RecorderDump
 
 
 def with_members(recorders: Mapping[int, RecorderDump]) -> dict[int, RecorderDump]:
-    """Fill in what one dump alone does not say: members of groups that gloo dumps do not list, and the group of a
-    counter without entries, by what fellow members call the same id.
+    """Fill in what one dump alone lacks, from the dumps of fellow members that name the same group id.
+
+    gloo dumps do not list members, and a counter without entries does not name its group.
     """
     recorded: dict[str, set[int]] = {}
-    names: dict[str, dict[str, set[int]]] = {}  # id -> name -> ranks that call it so
+    names: dict[str, dict[str, set[int]]] = {}  # id -> name -> ranks that use this name
     for rank, dump in recorders.items():
         for record in dump.groups:
             if record.calls:
@@ -39,7 +40,7 @@ def with_members(recorders: Mapping[int, RecorderDump]) -> dict[int, RecorderDum
 
 
 def groups_of(recorders: Mapping[int, RecorderDump]) -> dict[Group, dict[int, GroupRecord]]:
-    """Group -> rank -> what that rank recorded of it."""
+    """Return group -> rank -> that rank's record of the group."""
     result: dict[Group, dict[int, GroupRecord]] = {}
     for rank, dump in recorders.items():
         for record in dump.groups:
@@ -50,5 +51,5 @@ def groups_of(recorders: Mapping[int, RecorderDump]) -> dict[Group, dict[int, Gr
 
 
 def lists_members(recorders: Mapping[int, RecorderDump], group: Group) -> bool:
-    """Whether a dump lists the group's members. Dumps of gloo do not: there the members are those who recorded."""
+    """Whether a dump lists the group's members. gloo dumps do not; there the ranks with entries are the members."""
     return any(known.name == group.name and known.members for dump in recorders.values() for known in dump.configured)

@@ -1,4 +1,4 @@
-"""Order the recorder dumps of each rank, and find dumps that cannot be compared: stale, misnamed, or of another job."""
+"""Order the recorder dumps of each rank by time, and reject stale or misnamed dumps and those of another job."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ SAME_ENTRY_S = 1e-3
 
 @dataclass(slots=True)
 class Moments:
-    """The dumps of a job by moment.
+    """The usable dumps of a job, ordered by time.
 
     last      rank -> its newest dump
     earlier   rank -> an older dump of the same process, where there is one of a different moment
@@ -32,7 +32,7 @@ class Moments:
 
 
 def moments_of(dumps: Iterable[RecorderDump]) -> Moments:
-    """Sort the dumps by rank and moment. Dumps that cannot be of the rank in their name are left out."""
+    """Sort the dumps by rank and time. A dump that cannot belong to the rank in its name is left out."""
     moments = Moments()
     by_rank: dict[int, list[RecorderDump]] = {}
     for dump in dumps:
@@ -63,7 +63,7 @@ def moments_of(dumps: Iterable[RecorderDump]) -> Moments:
 
 
 def world_sizes(dumps: Iterable[RecorderDump]) -> dict[int, list[int]]:
-    """Size of the default group -> ranks whose dump says so. More than one size: the dumps are of several jobs."""
+    """Return world size -> ranks whose dump reports it. Several sizes mean that the dumps belong to several jobs."""
     sizes: dict[int, list[int]] = {}
     for dump in dumps:
         for group in dump.configured:
@@ -74,7 +74,7 @@ def world_sizes(dumps: Iterable[RecorderDump]) -> dict[int, list[int]]:
 
 
 def stale_dumps(groups: Mapping[Group, Mapping[int, GroupRecord]]) -> dict[int, str]:
-    """Rank -> why its dump is older than the others: a fellow member completed what it has not queued yet."""
+    """Return rank -> why its dump is stale: a fellow member completed an operation that it has not queued yet."""
     stale: dict[int, str] = {}
     for group, records in groups.items():
         finished = [(number, rank) for rank, row in records.items()
@@ -118,7 +118,7 @@ def describe_equal(ranks: Sequence[int]) -> str:
 
 
 def advanced(before: RecorderDump, after: RecorderDump) -> bool:
-    """Whether the rank queued or completed something between the two dumps."""
+    """Whether the rank queued or completed an operation between the two dumps."""
     old, new = _positions(before), _positions(after)
     return any(new[key] > old[key] for key in old.keys() & new.keys()) or bool(new.keys() - old.keys())
 
@@ -137,7 +137,7 @@ def _detail(dump: RecorderDump) -> tuple[int, int]:
 
 
 def _positions(dump: RecorderDump) -> dict[str, tuple[int, int]]:
-    """Group -> (last collective queued, last one done), by the entries alone."""
+    """Return group -> (last collective queued, last one completed), counted from the entries and not from counters."""
     result = {}
     for record in dump.groups:
         queued = record.calls.last_number()
@@ -152,7 +152,7 @@ def _same_moment(one: RecorderDump, two: RecorderDump) -> bool:
 
 
 def _same_process(before: RecorderDump, after: RecorderDump) -> bool:
-    """Whether entries that both dumps hold were queued at the same times, and numbers did not fall."""
+    """Whether both dumps can be of one process: shared entries have equal times, and numbers did not decrease."""
     old = {record.group.name: record.calls.times_by_number() for record in before.groups}
     for record in after.groups:
         times_s = old.get(record.group.name, {})

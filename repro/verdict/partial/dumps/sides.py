@@ -1,4 +1,4 @@
-"""Judge members of a group that queued different operations under one number."""
+"""Judge members of one group that queued different operations under the same number."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ UNKNOWN_INSIDE = ("coalesced", "unknown")
 
 
 def different_arguments(scene: Scene, groups: Mapping[Group, Mapping[int, GroupRecord]]) -> Diagnosis | None:
-    """The earliest operation that members of a group queued differently under one number.
+    """Judge the earliest operation for which members of a group queued different arguments.
 
     A member whose dump does not show arguments is compared by the operation alone.
     """
@@ -48,10 +48,11 @@ Sides = list[list[tuple[int, Call]]]
 def _first_difference(
     records: Mapping[int, GroupRecord], compared: Callable[[Call | Form], tuple[object, ...]]
 ) -> tuple[int, Sides] | None:
-    """The lowest number under which two members queued different things, and what; linear in the calls of all."""
+    """Return the lowest number under which members queued different operations, and these. Linear in the calls."""
     first: dict[int, tuple[object, ...]] = {}
     differing: set[int] = set()
-    shared: dict[tuple[object, ...], tuple[object, ...]] = {}  # so that equal ones are compared by address
+    # equal values become one object, so that comparing them is fast
+    shared: dict[tuple[object, ...], tuple[object, ...]] = {}
     for record in records.values():
         forms = [None if form.op in UNKNOWN_INSIDE else compared(form) for form in record.calls.forms]
         forms = [None if each is None else shared.setdefault(each, each) for each in forms]
@@ -74,12 +75,13 @@ def _operation(call: Call | Form) -> tuple[object, ...]:
 
 
 def _comparable(call: Call | Form) -> tuple[object, ...]:
-    """What must agree. Of rooted operations sizes differ with the role: the root of a gather alone has an output."""
+    """Return the arguments that must be equal. Sizes of rooted operations differ by role: only the root has outputs."""
     if call.op in ("gather", "scatter", "reduce", "broadcast"):
         return call.op, call.dtypes[:1]
     if call.op in ("all_to_all", "barrier"):
         return (call.op,)
-    if call.op == "all_gather" and len(call.sizes) > 2:  # uneven: the input differs, the list of outputs does not
+    # uneven: the input sizes differ, the list of output sizes does not
+    if call.op == "all_gather" and len(call.sizes) > 2:
         return call.op, call.sizes[1:], call.dtypes
     if call.op == "reduce_scatter" and len(call.sizes) > 2:
         return call.op, call.sizes[:-1], call.dtypes
@@ -94,7 +96,7 @@ def _sides(
     records: Mapping[int, GroupRecord],
     is_first: bool,
 ) -> Diagnosis:
-    """`is_first`: nothing else differed before, by the times of the entries."""
+    """Describe the sides. `is_first`: by the times of the entries, nothing else differed earlier."""
     shown = replace(group, description=next(iter(records.values())).group.description)
     sides = sorted(sides, key=lambda side: (len(side), side[0][0]))
     done = [rank for side in sides for rank, call in side if call.done]

@@ -1,4 +1,4 @@
-"""Judge by counters whose host, or whose device, stopped. The numbers are NCCL's: on gloo they lag on healthy groups.
+"""Judge by counters whether a rank's host or device stopped. NCCL only: gloo's counters lag in healthy groups.
 
 In a group, a rank whose last completed operation lags behind its fellow members' has a device that stopped; a rank that
 has queued less than its fellow members, and waits for nothing itself, has a host that stopped.
@@ -25,7 +25,7 @@ def judge_stopped(scene: Scene, groups: Mapping[Group, Mapping[int, GroupRecord]
     host: Counter[int] = Counter()
     reasons: dict[int, list[str]] = {}
     backend = next((dump.backend for dump in recorders.values() if dump.backend), "")
-    if backend == "gloo":  # its counters lag on healthy groups, and it has no device
+    if backend == "gloo":  # gloo has no device, and its counters lag in healthy groups
         return None
     for group, records in groups.items():
         counted = {
@@ -53,17 +53,17 @@ def judge_stopped(scene: Scene, groups: Mapping[Group, Mapping[int, GroupRecord]
     for kind, count in (("device", device), ("host", host)):
         culprits = tuple(sorted(rank for rank, groups_behind in count.items() if groups_behind >= CONVINCING_GROUPS))
         if not culprits or len(culprits) * 2 > len(recorders):
-            continue  # where most ranks lag, the dumps are of different moments
+            continue  # if most ranks lag, the dumps are of different moments
         if any(rank in scene.earlier and advanced(scene.earlier[rank], recorders[rank]) for rank in culprits):
-            continue  # it moved between its two dumps
+            continue  # the rank moved between its two dumps
         if kind == "host" and not _stands_still(scene, culprits):
-            continue  # a stack says what the host does; the rules below read it
+            continue  # the stack shows what the host does; later rules judge it
         return _stopped_diagnosis(kind, culprits, reasons, recorders)
     return None
 
 
 def _stands_still(scene: Scene, ranks: tuple[int, ...]) -> bool:
-    """Whether no stack of these ranks shows the host at work, in a lock, or in an operation that no recorder sees."""
+    """Whether no stack shows these ranks at work, in a lock, or in an operation that the recorder does not see."""
     stacks = [rows[-1] for rank, rows in scene.main_stacks().items() if rank in ranks]
     return not any(stack.activity in (*WORKING, "lock", "collective") for stack in stacks)
 

@@ -1,4 +1,4 @@
-"""Who waits in which operation, for which ranks, by the dumps of the recorder; and a cycle of such waits."""
+"""Find from recorder dumps which rank waits in which operation for which ranks, and a cycle of such waits."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class Wait:
 
 
 def waits_of(groups: Mapping[Group, Mapping[int, GroupRecord]], dumps: Mapping[int, RecorderDump]) -> list[Wait]:
-    """The oldest unfinished collective and transfer of each rank in each group, with the members that lack it.
+    """Return each rank's oldest unfinished collective and transfer in each group, with the members that lack it.
 
     A member whose dump is whole and holds nothing of the group has queued nothing in it. Of one whose older entries
     were overwritten that is not known, and it counts as unseen.
@@ -33,7 +33,7 @@ def waits_of(groups: Mapping[Group, Mapping[int, GroupRecord]], dumps: Mapping[i
         queued = {member: 0 for member in group.members if member in dumps and not dumps[member].wrapped}
         queued.update({rank: last_queued(record) for rank, record in records.items()})
         unseen = tuple(member for member in group.members if member not in queued)
-        behind: dict[int, tuple[int, ...]] = {}  # sequence number -> the members that have queued less
+        behind: dict[int, tuple[int, ...]] = {}  # sequence number -> the members that have queued fewer
         for rank, record in sorted(records.items()):
             shown = replace(group, description=record.group.description)
             for place in record.calls.unfinished():
@@ -51,7 +51,7 @@ def waits_of(groups: Mapping[Group, Mapping[int, GroupRecord]], dumps: Mapping[i
 
 
 def last_queued(record: GroupRecord) -> int:
-    """The number of the last collective that a rank queued in a group, by its entries or by its counter."""
+    """Return the number of the last collective that a rank queued in a group, from its entries or its counter."""
     counted = 0 if record.calls.has_transfers else record.enqueued or 0
     return max(record.calls.last_number() or 0, counted)
 
@@ -59,8 +59,9 @@ def last_queued(record: GroupRecord) -> int:
 def _transfer_missing(
     rank: int, place: int, record: GroupRecord, records: Mapping[int, GroupRecord], wrapped: bool
 ) -> tuple[int, ...]:
-    """The other end, if it has queued fewer matching operations: the k-th send meets the k-th receive. Of a ring that
-    was overwritten the counts are not known; then an end is missing if it has no matching operation unfinished.
+    """Return the peer of a transfer if it has queued fewer matching operations: the k-th send meets the k-th receive.
+
+    If the ring was overwritten the counts are unknown. Then a peer without a matching unfinished operation is missing.
     """
     call = record.calls[place]
     if call.peer is None or call.peer not in records:
@@ -74,7 +75,7 @@ def _transfer_missing(
 
 
 def cycle_of(waits: Sequence[Wait]) -> list[Wait]:
-    """Waits that lead from a rank over missing ranks back to it; [] where there is none."""
+    """Return waits that lead from a rank over missing ranks back to it; [] if there are none."""
     by_rank: dict[int, list[Wait]] = {}
     for wait in waits:
         by_rank.setdefault(wait.rank, []).append(wait)

@@ -1,1 +1,1 @@
-"""Rules about lines of logs, and about the answers of NCCL's RAS."""
+"""Rules for lines of logs and for answers of NCCL's RAS."""

@@ -1,4 +1,4 @@
-"""Judge answers of NCCL's RAS, which count launches by the host."""
+"""Judge answers of NCCL's RAS. They count what the hosts launched, not what the devices completed."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def _moving(answers: list[RasAnswer]) -> Diagnosis:
 
 
 def _largest(answer: RasAnswer) -> dict[str, int]:
-    """Communicator and operation -> the most launches of a rank."""
+    """Return (communicator, operation) -> the highest number of launches of a rank."""
     result: dict[str, int] = {}
     for communicator in answer.communicators:
         for op, counts in communicator.launched.items():

@@ -1,4 +1,4 @@
-"""Judge errors that ended a process before the others began to wait in vain."""
+"""Judge an error that ended a process, after which the other ranks wait for it in vain."""
 
 from __future__ import annotations
 
@@ -43,15 +43,15 @@ def judge_failures(scene: Scene) -> Diagnosis | None:
 
 
 def _is_aftermath(failure: Failure, scene: Scene) -> bool:
-    """Whether the error cannot have begun the hang: the rank went on after it, or a time-out came before it."""
+    """Whether the error came too late to cause the hang: the rank went on after it, or a time-out came first."""
     rank = failure.process.rank
     if SURVIVED.search(failure.text) or _XID_OF_EXIT.search(failure.text):
         return True
     if failure.kind in ("exception", "memory") and rank in _seen_waiting(scene):
-        return True  # so it did not end the rank
+        return True  # the rank went on after the error
     own = [record for record in scene.timeouts if rank is not None and record.rank == rank]
     if failure.kind == "exception" and own:
-        return True  # its watchdog waited after it, so a rank whose exception was caught looks the same
+        return True  # the watchdog of this rank printed later, so the program may have caught the error
     if any(record.source.file == failure.source.file and _line(record) < _line(failure) for record in own):
         return True
     bounds = [record.at_s for record in scene.timeouts] + [
@@ -67,7 +67,7 @@ def _line(record: Failure | TimedOut) -> int:
 
 
 def _seen_waiting(scene: Scene) -> set[int]:
-    """Ranks that a stack, a dump or a watchdog shows alive in a wait that others share."""
+    """Return ranks that a stack, a dump or a watchdog shows alive in a wait that other ranks share."""
     waiting = {rank for rank, dump in scene.recorders.items() if any(record.pending for record in dump.groups)}
     alive = {rank for rank, rows in scene.main_stacks().items() if rows[-1].activity != "exit"}
     calls: dict[tuple[str, int | None], set[int]] = {}
@@ -79,7 +79,7 @@ def _seen_waiting(scene: Scene) -> set[int]:
 
 
 def _first(roots: Sequence[Failure]) -> Failure | None:
-    """The earliest, by its stamp; without stamps the weightiest, if only one rank has one."""
+    """Return the earliest error by time stamp. Without stamps, return the most severe one if only one rank has one."""
     stamped = [record for record in roots if record.at_s is not None]
     if stamped and len(stamped) == len(roots):
         first = min(stamped, key=lambda record: (record.at_s or 0.0, _WEIGHT[record.kind]))
@@ -91,7 +91,7 @@ def _first(roots: Sequence[Failure]) -> Failure | None:
 
 
 def _zones_may_differ(one: Failure, two: Failure) -> bool:
-    """Whether the stamps of two files are about a multiple of half an hour apart, as those of two time zones are."""
+    """Whether the time stamps of two files differ by about a multiple of half an hour, as in two time zones."""
     gap = abs((one.at_s or 0.0) - (two.at_s or 0.0))
     if one.source.file == two.source.file or one.process.rank == two.process.rank or gap < ZONE_S - ZONE_SLACK_S:
         return False
@@ -103,7 +103,7 @@ def _together(one: Failure, two: Failure) -> bool:
 
 
 def _has_consequence(scene: Scene, failure: Failure) -> bool:
-    """Whether another record shows that the process ended, or that others wait for it."""
+    """Whether another record shows that the process ended or that other ranks wait for it."""
     rank = failure.process.rank
     ended = [record for record in scene.failures if record.kind in ("consequence", "timeout", "killed", "ended")]
     gone = [record for record in scene.notes if record.kind in ("local rank", "torchrun") and record.value == str(rank)]
@@ -154,7 +154,7 @@ def _crash(scene: Scene, first: Failure) -> Diagnosis:
 
 
 def _closed(scene: Scene, rank: int | None) -> list[str]:
-    """Who saw the rank close its connection, by the lines of NCCL's service thread."""
+    """Return sentences on ranks that saw this rank close its connection, from lines of NCCL's service thread."""
     notes = [
         record
         for record in scene.notes

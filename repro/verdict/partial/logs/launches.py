@@ -1,4 +1,4 @@
-"""Judge NCCL_DEBUG=INFO logs, which show what each process launched on a communicator, and nothing of completion."""
+"""Judge NCCL_DEBUG=INFO logs. They show what each process launched on a communicator, but not what completed."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def judge_launches(scene: Scene) -> Diagnosis | None:
 
 
 def _different(group: Group, rows: Mapping[int, Launches]) -> list[str]:
-    """The first number under which two members launched different operations."""
+    """Return the first number under which two members launched different operations."""
     calls = {(call.seq, rank): call for rank, row in rows.items() for call in row.calls if call.seq is not None}
     by_number: dict[int, dict[int, str]] = {}
     for (number, rank), call in calls.items():

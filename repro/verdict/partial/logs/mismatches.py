@@ -1,4 +1,4 @@
-"""Judge what torch and NCCL say of arguments that differ: DETAIL before a collective, NCCL's network in it."""
+"""Judge reports of different arguments: by DETAIL before a collective, and by NCCL's network within one."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from repro.verdict.partial.words import arguments, ranks_of
 
 
 def judge_mismatches(scene: Scene) -> Diagnosis | None:
-    """Each rank names itself and the first rank that differs from it, so who is named often is no more than that."""
+    """Judge mismatches. Each rank names the first rank that differs from it, so the most named is a suspect only."""
     if not scene.mismatches:
         return None
     calls: dict[int, Call] = {}
@@ -53,7 +53,7 @@ def judge_mismatches(scene: Scene) -> Diagnosis | None:
 
 
 def judge_message_sizes(scene: Scene) -> Diagnosis | None:
-    """NCCL's network met a message of another size, which no stopped device or network explains.
+    """Judge a message of unexpected size in NCCL's network, which a stopped device or network cannot explain.
 
     It does not show which side is right. Dumps that show both sides, and errors of another kind, prove more.
     """

@@ -1,4 +1,4 @@
-"""Judge a start-up that failed: the ranks could not connect to each other, and no collective ran."""
+"""Judge a failed start-up: the ranks could not connect to each other, and no collective ran."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ def judge_start(scene: Scene) -> Diagnosis | None:
     if not start and not (loopback and any(record.kind != "consequence" for record in scene.failures)):
         return None
     if scene.timeouts or scene.recorders:
-        return None  # the job ran, so the ranks were connected
+        return None  # the job ran, so the ranks had connected
     incomplete = [note for note in scene.notes if note.kind == "incomplete"]
     warned = sorted({note.process.rank for note in loopback if note.process.rank is not None})
     evidence = [f"{note.text.capitalize()} ({note.source})" for note in incomplete[:2]]

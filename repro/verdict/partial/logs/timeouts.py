@@ -1,4 +1,4 @@
-"""Judge the lines of NCCL's watchdog: who waits in which collective, who has not queued it, who waits elsewhere."""
+"""Judge lines of NCCL's watchdog: which ranks wait in a collective, which have not queued it, which wait elsewhere."""
 
 from __future__ import annotations
 
@@ -51,8 +51,10 @@ def judge_timeouts(scene: Scene) -> Diagnosis | None:
 
 
 def _row(timeout: TimedOut, progress: Sequence[Progress]) -> Progress | None:
-    """The counters that the same watchdog printed beside its time-out: they alone name the group that hangs. Other
-    counters of the rank are of other groups (the dump signal prints those of the default group).
+    """Return the counters that the same watchdog printed next to its time-out.
+
+    Only these name the group that hangs. Other counters of the rank belong to other groups: the dump signal prints
+    those of the default group.
     """
     fitting = [
         row for row in progress
@@ -71,7 +73,7 @@ def _fits(row: Progress, timeout: TimedOut) -> bool:
 
 
 def _distance(row: Progress, timeout: TimedOut) -> tuple[bool, int]:
-    """Lines between the two, after those of other files."""
+    """Return a sort key: other files last, then the number of lines between the two records."""
     places = [re.search(r"\d+", source.place) for source in (row.source, timeout.source)]
     lines = [int(place[0]) if place else 0 for place in places]
     return row.source.file != timeout.source.file, abs(lines[0] - lines[1])
@@ -83,13 +85,13 @@ def _group_name(timeout: TimedOut, row: Progress | None) -> str:
 
 
 def _counters(scene: Scene, row: Progress | None) -> dict[int, Progress]:
-    """Rank -> its counters in the group that hangs."""
+    """Return rank -> its counters in the group that hangs."""
     same_group = [record for record in scene.progress if row is None or record.group.name == row.group.name]
     return {record.rank: record for record in same_group if record.rank is not None and record.enqueued is not None}
 
 
 def _waits_elsewhere(scene: Scene, rank: int) -> bool:
-    """Whether that rank's own log shows it inside a collective of another backend: its traceback ends there."""
+    """Whether that rank's log shows it inside a collective of another backend, where its traceback ends."""
     return any(record.seen_by.rank == rank and record.text.startswith("gloo") for record in scene.left) or any(
         stack.activity == "collective" for stack in scene.main_stacks().get(rank, [])
     )
@@ -147,7 +149,7 @@ def _absent(
 
 
 def _different_calls(calls: Calls, rows: Mapping[TimedOut, Progress | None]) -> Diagnosis | None:
-    """Members of one named group that wait in different operations, or in different sizes, under one number."""
+    """Judge members of one named group that wait under one number in different operations or with different sizes."""
     by_number: dict[tuple[str, int], list[TimedOut]] = {}
     for (name, op, number), by_rank in calls.items():
         if name and number is not None and op not in UNKNOWN_INSIDE:
@@ -187,7 +189,7 @@ def _ranks(timeouts: Sequence[TimedOut]) -> list[int]:
 
 
 def _several_calls(calls: Calls, rows: Mapping[TimedOut, Progress | None]) -> Diagnosis:
-    """Waits in several groups: which ranks belong to which group stands in no line."""
+    """Judge waits in several groups. No line says which ranks belong to which group."""
     return _unordered(
         calls, rows, "The ranks wait in several groups, and the lines do not list the members of a group: "
         "one of these waits may be the consequence of another.",
@@ -215,7 +217,7 @@ def _unordered(calls: Calls, rows: Mapping[TimedOut, Progress | None], why: str)
 
 
 def _clock(seconds: float) -> str:
-    """Time of day of seconds since the start of the year."""
+    """Format seconds since the start of the year as a time of day."""
     minutes, second = divmod(int(seconds) % 86_400, 60)
     return f"{minutes // 60:02d}:{minutes % 60:02d}:{second:02d}"
 
@@ -272,7 +274,7 @@ def _same_call(
 
 
 def _group_ranks_only(scene: Scene) -> Diagnosis:
-    """Lines up to torch 2.1 give ranks of a group and no group: equal numbers may be of one group or of several."""
+    """Judge lines up to torch 2.1. They give group ranks but no group, so equal numbers may be of several groups."""
     ranks = sorted({record.group_rank for record in scene.timeouts if record.group_rank is not None})
     calls = {(record.call.op, record.call.seq, record.call.sizes) for record in scene.timeouts}
     sample = scene.timeouts[0]

@@ -1,4 +1,4 @@
-"""Judge ranks that all wait in collectives, by two looks: a ring of transfers, calls that differ, or no hang at all."""
+"""Judge ranks that all wait in collectives, from two looks: a ring of transfers, different calls, or no hang."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ WITH_DATA = {"all_reduce", "all_gather", "reduce_scatter", "all_to_all", "broadc
 
 
 def judge_waiting_ranks(scene: Scene) -> Diagnosis | None:
-    """What the ranks of a whole job wait in, seen twice. None unless every rank of the job was seen."""
+    """Judge what all ranks of a job wait in, seen twice. None unless every rank of the job was seen."""
     looks = rank_looks(scene)
     size = scene.world_size()
     if len(looks) < 2 or (size is not None and len(looks) < size) or any(not look.stacks for look in looks.values()):
@@ -41,7 +41,7 @@ def judge_waiting_ranks(scene: Scene) -> Diagnosis | None:
 
 
 def _ring(looks: Mapping[int, RankLook]) -> Diagnosis | None:
-    """A cycle of sends and receives, each of which meets a rank that is in a transfer with another one."""
+    """Find a cycle of sends and receives in which each meets a peer that is in a transfer with another rank."""
     edges = {rank: peer for rank, peer in _transfers(looks) if peer in looks and not _matches(looks, rank, peer)}
     cycle = _cycle(edges)
     if not cycle:
@@ -66,7 +66,7 @@ def _transfers(looks: Mapping[int, RankLook]) -> Iterator[tuple[int, int]]:
 
 
 def _matches(looks: Mapping[int, RankLook], rank: int, peer: int) -> bool:
-    """Whether the other end is in the matching transfer with this rank."""
+    """Whether the peer is in the matching transfer with this rank."""
     own, other = looks[rank].stack, looks[peer].stack
     if own is None or other is None or other.detail not in TRANSFERS:
         return False
@@ -84,7 +84,7 @@ def _cycle(edges: Mapping[int, int]) -> list[int]:
 
 
 def _different(scene: Scene, looks: Mapping[int, RankLook]) -> Diagnosis | None:
-    """Ranks that wait in different calls of groups that all ranks belong to: none of these calls can end."""
+    """Judge ranks that wait in different calls of groups that contain all ranks: none of the calls can complete."""
     sides: dict[Key, list[int]] = {}
     for rank, look in looks.items():
         sides.setdefault(_key(look), []).append(rank)
@@ -114,7 +114,7 @@ def _different(scene: Scene, looks: Mapping[int, RankLook]) -> Diagnosis | None:
 
 
 def _key(look: RankLook) -> Key:
-    """A wait for something that was queued before may be for one of several operations."""
+    """Return the operation and group of a wait. A wait for an asynchronous call may be for one of several."""
     stack = look.stack
     if stack is None or stack.detail in POLLING or stack.detail.startswith(("a wait", "wait ")):
         return ANYTHING, ""
@@ -124,22 +124,22 @@ def _key(look: RankLook) -> Key:
 
 
 def _differ(one: str, two: str) -> bool:
-    """Whether two ranks cannot be in the same operation."""
+    """Whether two waits cannot be for the same operation."""
     if ANYTHING in (one, two):
         return False
     return not {one, two} <= WITH_DATA if ANY_DATA in (one, two) else one != two
 
 
 def _are_apart(looks: Mapping[int, RankLook], groups: set[str]) -> bool:
-    """Whether one rank's variables show these groups to be different ones."""
+    """Whether the variables of a rank show that these groups are different."""
     named = groups - {"default"}
     if len(named) < len(groups) and len(named) == 1:
-        return True  # one of them is passed, the other is not; both were seen by the address
+        return True  # one group is passed, the other is the default; both were identified by address
     return any(named <= {look.stack.group, *look.stack.other_groups} for look in looks.values() if look.stack)
 
 
 def _all_belong(scene: Scene, looks: Mapping[int, RankLook]) -> str:
-    """Why every group in which a rank waits holds all ranks, as a sentence; "" where that is not known."""
+    """Return a sentence that says why every group in use contains all ranks; "" if that is not known."""
     if len(looks) == 2:
         return "The job has two ranks, so that every group that waits holds both."
     if all(look.stack and look.stack.group == "default" for look in looks.values()):
@@ -162,7 +162,7 @@ def _what_next(looks: Mapping[int, RankLook], sides: Mapping[Key, list[int]]) ->
 
 
 def _moving(looks: Mapping[int, RankLook]) -> Diagnosis | None:
-    """No hang: every rank moved between the looks, and none waits for anything else than its fellow ranks."""
+    """Judge ranks that all moved between the looks and wait only for each other: no hang."""
     if not all(_moved(look) for look in looks.values()):
         return None
     if not any(stack.activity in AMONG_RANKS for look in looks.values() for stack in look.stacks):
@@ -181,7 +181,7 @@ def _moving(looks: Mapping[int, RankLook]) -> Diagnosis | None:
 
 
 def _moved(look: RankLook) -> bool:
-    """Whether a rank moved and waited for nothing but its fellow ranks. A rank that polls is slower than this."""
+    """Whether a rank moved, and waited only for other ranks. The rate is higher than that of a rank that polls."""
     if (
         look.apart_s <= 0
         or look.spins

@@ -1,4 +1,4 @@
-"""Judge a rank that others wait for and that waits for no rank itself: ended, stopped, at work, or standing still."""
+"""Judge a rank that others wait for and that waits for no rank: it ended, was stopped, works, or does nothing."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ LATER = "A third look, some seconds later, in which the waiting ranks have moved
 
 
 def judge_hosts(scene: Scene) -> Diagnosis | None:
-    """The rank that the others wait for, by what the operating system and the stacks show of it."""
+    """Judge the rank that the others wait for, from what the operating system and the stacks show about it."""
     looks = rank_looks(scene)
     return (_ended(scene, looks) or _stopped(looks) or _builds(looks) or _absent(scene, looks)) if looks else None
 
@@ -55,7 +55,7 @@ def _stopped(looks: Mapping[int, RankLook]) -> Diagnosis | None:
     others = [look for rank, look in looks.items() if rank not in stopped]
     if not stopped:
         return None
-    all_stand = bool(others) and all(map(_stands, others))  # a rank may wait by spinning, and does not stand then
+    all_stand = bool(others) and all(map(_stands, others))  # the rank may wait by spinning, and then does not look idle
     how = "a debugger" if any(looks[rank].last.state == "t" for rank in stopped) else "a signal (SIGSTOP, Ctrl-Z)"
     lines = [f"Rank {rank} is in state {looks[rank].last.state} in both looks ({looks[rank].last.source})"
              for rank in stopped]  # fmt: skip
@@ -70,7 +70,7 @@ def _stopped(looks: Mapping[int, RankLook]) -> Diagnosis | None:
 
 
 def _builds(looks: Mapping[int, RankLook]) -> Diagnosis | None:
-    """Ranks that compile, by their children or their stacks, while all others stand."""
+    """Judge ranks that compile, as their children or their stacks show, while all other ranks wait."""
     builders = [rank for rank, look in looks.items() if look.compilers or look.activity in ("building", "compiling")]
     others = [look for rank, look in looks.items() if rank not in builders]
     if not builders or not others or not all(_stands(look) or look.activity == "lock" for look in others):
@@ -100,7 +100,7 @@ def _what_is_built(look: RankLook) -> str:
 
 
 def _absent(scene: Scene, looks: Mapping[int, RankLook]) -> Diagnosis | None:
-    """Some ranks stand in waits for other ranks, and the rest waits for no rank: all wait for the rest."""
+    """Judge the case that some ranks wait for other ranks and the remaining ranks wait for none."""
     waiting = [look for look in looks.values() if look.waits or look.spins or (look.stack is None and look.still)]
     outside = [look for look in looks.values() if look not in waiting]
     if not waiting or not outside or not _all_seen(scene, looks):
@@ -111,7 +111,7 @@ def _absent(scene: Scene, looks: Mapping[int, RankLook]) -> Diagnosis | None:
         return None  # who spins may go on and come back; then the others move too
     blind = [look for look in looks.values() if look.stack is None]
     if blind and (len(outside) > 1 or outside[0].first_thread_cores < RUNNING_CORES or scene.has_devices):
-        return None  # a device's waiter spins, and the rank that it waits for may sleep
+        return None  # a rank that waits for a device spins, while the rank that it waits for may sleep
     ranks = [look.rank for look in outside]
     standing = [look for look in outside if look.still]
     lines = [f"Rank {look.rank} {_use(look)}" for look in outside[:4]]
@@ -136,7 +136,7 @@ def _absent(scene: Scene, looks: Mapping[int, RankLook]) -> Diagnosis | None:
 
 
 def _all_seen(scene: Scene, looks: Mapping[int, RankLook]) -> bool:
-    """Whether every rank of the job was looked at twice."""
+    """Whether both looks show every rank of the job."""
     size = scene.world_size()
     return all(look.apart_s > 0 for look in looks.values()) and (size is None or len(looks) >= size)
 
@@ -153,7 +153,7 @@ def _use(look: RankLook) -> str:
 
 
 def _below(scene: Scene, look: RankLook) -> list[str]:
-    """Where the Python processes below a rank stand, such as its data loader."""
+    """Return where Python processes below a rank are, such as its data loader."""
     pids = {child.pid for child in look.last.children}
     stacks = {
         stack.process.pid: stack for stack in scene.stacks if stack.process.pid in pids and stack.thread == "MainThread"
@@ -162,7 +162,7 @@ def _below(scene: Scene, look: RankLook) -> list[str]:
 
 
 def _stands(look: RankLook) -> bool:
-    """Whether a rank waits, as far as is seen."""
+    """Whether a rank waits, as far as the looks show."""
     return look.waits or look.still or look.activity == "lock" or (look.stack is None and look.idle)
 
 

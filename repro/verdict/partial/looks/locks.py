@@ -1,4 +1,4 @@
-"""Judge a lock file that ranks wait for, by who holds it: a rank, another process, or nobody."""
+"""Judge a lock file that ranks wait for, by its holder: a rank, another process, or no process."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from repro.verdict.partial.words import ranks_of, verb
 
 
 def judge_lock_files(scene: Scene) -> Diagnosis | None:
-    """The first lock file of the last look that a rank waits for, in both looks."""
+    """Judge the first lock file in the last look for which a rank waits in both looks."""
     looks = rank_looks(scene)
     owners = {(look.last.host, pid): look for look in looks.values() for pid in _pids(look)}
     last = max((lock.look for lock in scene.lock_looks), default=0)
@@ -40,7 +40,7 @@ def _judge(
     lines = [f"{ranks_of(ranks).capitalize()} {verb(ranks, 'waits', 'wait')} for {lock.path} ({lock.source})"]
     lines += [f"Rank {look.rank} {look.at}" for look in waiters[:4] if look.stack is not None]
     if any(set(row.holders) != set(lock.holders) for row in before) or not before:
-        return None  # it changed hands, or was seen once
+        return None  # the holder changed, or the lock was seen only once
     holders = [owners[lock.host, pid] for pid in lock.holders if (lock.host, pid) in owners]
     if holders:
         return _held_by_rank(lock, ranks, holders[0], lines)

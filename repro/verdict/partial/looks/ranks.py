@@ -1,4 +1,4 @@
-"""What each rank did between the first and the last look at its host."""
+"""Describe what each rank did between the first and the last look at its host."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ AMONG_RANKS = ("collective", "device", "backward")
 
 @dataclass(frozen=True, slots=True)
 class RankLook:
-    """One rank in two looks, at `first` and `last`; the same record twice where there was one look.
+    """One rank in two looks, `first` and `last`. They are the same record if there was only one look.
 
     stacks    of the thread that runs the program, one a look; () where none could be taken
     """
@@ -62,7 +62,7 @@ class RankLook:
 
     @property
     def cores(self) -> float:
-        """Processors that the rank and its children used between the looks."""
+        """CPU cores that the rank and its children used between the looks."""
         if self.apart_s < SHORTEST_S:
             return 0.0
         before = {child.pid: child.cpu_s for child in self.first.children}
@@ -71,19 +71,19 @@ class RankLook:
 
     @property
     def first_thread_cores(self) -> float:
-        """Processors that the thread which runs the program used between the looks, at most about 1."""
+        """CPU cores that the first thread, which runs the program, used between the looks; at most about 1."""
         if self.apart_s < SHORTEST_S:
             return 0.0
         return max(0.0, self.last.first_thread_cpu_s - self.first.first_thread_cpu_s) / self.apart_s
 
     @property
     def idle(self) -> bool:
-        """Whether the rank used no processor to speak of: it waits, or polls."""
+        """Whether the rank used almost no CPU: it waits, or polls."""
         return self.apart_s >= SHORTEST_S and self.cores < BUSY_CORES
 
     @property
     def still(self) -> bool:
-        """Whether nothing of the rank moved: its first thread did not run, nor did its children.
+        """Whether nothing in the rank moved: neither its first thread nor its children ran.
 
         A rank that is runnable and gets no processor, on a machine that is too busy, does not stand still.
         """
@@ -104,16 +104,16 @@ class RankLook:
 
     @property
     def same_frames(self) -> bool:
-        """Whether the program stood at one place in both looks, whatever the frames of libraries below it."""
+        """Whether the program was at one place in both looks; frames of libraries below it may differ."""
         return len(self.stacks) > 1 and len({program_frames(stack.frames, 6) for stack in self.stacks}) == 1
 
     @property
     def waits(self) -> bool:
-        """Whether the rank waited for other ranks at one place in both looks, and did nothing else meanwhile."""
+        """Whether the rank waited for other ranks at one place in both looks, and did nothing else."""
         if not self.same_frames or any(stack.activity not in AMONG_RANKS for stack in self.stacks):
             return False
         if self.activity == "device":
-            return True  # CUDA may wait by spinning
+            return True  # a wait for CUDA may spin
         polls = self.stack is not None and self.stack.detail in POLLING and self.cores < BUSY_CORES
         return self.still or polls
 
@@ -133,7 +133,7 @@ class RankLook:
 
     @property
     def at(self) -> str:
-        """What the rank did and where: "waits in all_reduce at step (train.py:40) (stacks/…)"."""
+        """Return what the rank did and where: "waits in all_reduce at step (train.py:40) (stacks/…)"."""
         stack = self.stack
         if stack is None:
             place = f" in the kernel's {self.last.place}" if self.last.place else ""
@@ -142,7 +142,7 @@ class RankLook:
 
 
 def rank_looks(scene: Scene) -> dict[int, RankLook]:
-    """Rank -> its looks, of workers only. A rank with two processes of that role is left out."""
+    """Return rank -> its looks, for workers only. A rank with two worker processes is left out."""
     rows: dict[int, list[ProcessLook]] = {}
     for record in scene.process_looks:
         if record.process.rank is not None and record.process.role in ("worker", ""):
@@ -160,14 +160,14 @@ def rank_looks(scene: Scene) -> dict[int, RankLook]:
 
 
 def place_of(stack: Stack) -> str:
-    """The innermost frame outside of torch, and the innermost one of a file of the program itself."""
+    """Return the innermost frame outside torch, and the innermost frame of the program's own files."""
     own = [frame for frame in stack.frames if "(torch/" not in frame and ".so" not in frame]
     files = [frame for frame in own[1:] if "/" not in frame.rpartition("(")[2]]
     return " < ".join([*own[:1], *files[:1]]) or (stack.frames[0] if stack.frames else "?")
 
 
 def call_of(look: RankLook) -> str:
-    """The collective that a rank waits in, with its group where the program's variables name it."""
+    """Return the collective that a rank waits in, with its group if the program's variables name it."""
     stack = look.stack
     if stack is None:
         return "a wait"
@@ -185,7 +185,7 @@ def call_of(look: RankLook) -> str:
 
 
 def build_lines(look: RankLook) -> list[str]:
-    """The compilers below a rank, and its own place if it waits for one: a sentence each."""
+    """Return a sentence for each compiler below a rank, and for the rank's own position if it waits for one."""
     lines = [
         f"Rank {look.rank} has the child process {child.pid} since {child.age_s:.0f} s, {child.cpu_s:.1f} s of "
         f"processor time: {_short(child)} ({look.last.source})"
@@ -197,7 +197,7 @@ def build_lines(look: RankLook) -> list[str]:
 
 
 def _short(child: Child) -> str:
-    """A compiler's command by its module and last source file, else by its beginning."""
+    """Shorten a compiler's command to its module and last source file, else to its beginning."""
     sources = [word for word in child.command.split() if word.endswith(_SOURCES)]
     module = _MODULE.search(child.command)
     words = [child.name, *([f"module {module[1]}"] if module else []), *sources[-1:]]
@@ -205,7 +205,7 @@ def _short(child: Child) -> str:
 
 
 def what_it_does(stack: Stack) -> str:
-    """What a thread does, as the end of a sentence: "waits in all_reduce"."""
+    """Return what a thread does as the end of a sentence: "waits in all_reduce"."""
     verb = _VERBS.get(stack.activity, f"is in {stack.activity}:" if stack.activity else "runs")
     return f"{verb} {stack.detail}".rstrip()
 
@@ -215,5 +215,5 @@ def seconds_between(looks: Sequence[RankLook]) -> float:
 
 
 def wait_row(ranks: Sequence[int], waits_in: str, awaited: Sequence[int], why: str, source: str) -> dict[str, Any]:
-    """A row of `Diagnosis.waits`, in the form of `repro.verdict.result.Wait` with its source."""
+    """Return a row of `Diagnosis.waits`, in the form of `repro.verdict.result.Wait` with its source."""
     return {"ranks": list(ranks), "waits_in": waits_in, "for": list(awaited), "why": why, "source": source}

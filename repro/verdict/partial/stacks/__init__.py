@@ -1,1 +1,1 @@
-"""Rules about the stacks of Python processes."""
+"""Rules for the stacks of Python processes."""

@@ -1,4 +1,4 @@
-"""Judge stacks alone: a stack shows a place, never a number, so few of them prove more than who builds."""
+"""Judge stacks alone. A stack shows a place but no sequence number, so it rarely proves more than which rank builds."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def _place(stack: Stack) -> str:
 def _builder(
     scene: Scene, rows: Mapping[int, Sequence[Stack]], by_activity: Mapping[str, list[int]]
 ) -> Diagnosis | None:
-    """Some build, the others wait for a lock or in a collective: slow, and the builder is named."""
+    """Judge ranks that build while others wait for a lock or in a collective: slow, and the builder is the culprit."""
     working = sorted(rank for name in WORKING for rank in by_activity.get(name, []))
     locked = by_activity.get("lock", [])
     waiting = sorted({*locked, *by_activity.get("collective", []), *by_activity.get("idle", [])})
@@ -79,7 +79,7 @@ def _builder(
 def _queues(
     scene: Scene, rows: Mapping[int, Sequence[Stack]], by_activity: Mapping[str, list[int]]
 ) -> Diagnosis | None:
-    """The workers wait for orders. An engine that waits for an answer meanwhile lost one, or the moment was unlucky."""
+    """Judge workers that wait for orders while an engine waits for an answer: lost message, or an unlucky moment."""
     idle = by_activity.get("idle", [])
     if not idle or len(idle) < len(rows):
         return None

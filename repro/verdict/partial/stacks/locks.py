@@ -1,4 +1,4 @@
-"""Judge a file lock that ranks wait for, where no rank is seen to build: with recorder dumps, or by stacks alone.
+"""Judge a file lock that ranks wait for while no rank builds: with recorder dumps, or from stacks alone.
 
 No stack shows who holds a lock. A rank is named as the holder only by elimination, which needs a look at every rank.
 """
@@ -18,7 +18,7 @@ HOLDER = "who holds the lock: cat /proc/locks; ls -l /proc/*/fd 2>/dev/null | gr
 
 
 def judge_lock_across(scene: Scene, waits: Sequence[Wait]) -> Diagnosis | None:
-    """A rank waits for a lock, and the ranks that it keeps waiting are in a collective, by their recorder dumps."""
+    """Judge a rank that waits for a lock while the ranks that wait for it are in a collective of their dumps."""
     stacks = {rank: rows[-1] for rank, rows in scene.main_stacks().items()}
     locked = sorted(rank for rank, stack in stacks.items() if stack.activity == "lock")
     blocked = [wait for wait in waits if set(wait.missing) & set(locked)]
@@ -38,7 +38,7 @@ def judge_lock_across(scene: Scene, waits: Sequence[Wait]) -> Diagnosis | None:
 
 
 def judge_locks(scene: Scene, rows: Mapping[int, Sequence[Stack]]) -> Diagnosis | None:
-    """The same by stacks alone, where nobody is seen to build. It takes two looks, as a lock may change hands."""
+    """Judge the same from stacks alone, if no rank builds. This takes two looks: a lock may change its holder."""
     stacks = {rank: stack[-1] for rank, stack in rows.items()}
     locked = sorted(rank for rank, stack in stacks.items() if stack.activity == "lock")
     if not locked:
@@ -75,7 +75,7 @@ def _across(
     evidence: Sequence[str],
     whole: bool,
 ) -> Diagnosis:
-    """`whole`: every rank of the job is seen, so that the holder is one of `inside` or no rank."""
+    """Judge ranks in a lock and `inside` a collective. `whole`: all ranks were seen, so no other rank is the holder."""
     summary = (
         f"{ranks_of(locked).capitalize()} {verb(locked, 'waits', 'wait')} for {stacks[locked[0]].detail}, and "
         f"{ranks_of(inside)} {verb(inside, 'waits', 'wait')} in {call} for {verb(locked, 'it', 'them')}."
@@ -134,5 +134,5 @@ def _place(stack: Stack) -> str:
 
 
 def _stands_still(looks: Sequence[Stack]) -> bool:
-    """Whether two looks or more show the same wait. The innermost frames differ between polls of one wait."""
+    """Whether at least two looks show the same wait. The innermost frames may differ, because a wait polls."""
     return len(looks) > 1 and len({(stack.activity, stack.detail) for stack in looks}) == 1

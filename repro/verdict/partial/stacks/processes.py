@@ -1,4 +1,4 @@
-"""Judge a cycle of waits that leads through several processes of a rank: its engine, its worker, and those of others.
+"""Judge a cycle of waits through several processes of a rank: its engine, its worker, and those of other ranks.
 
 A worker waits for an order of its engine, the engine in a collective for another engine, that one for its worker, and
 that worker in a collective for the first one. No recorder and no watchdog sees all of these waits.
@@ -23,7 +23,7 @@ def judge_processes(scene: Scene) -> Diagnosis | None:
         looks |= {(role, rank): rows for rank, rows in scene.main_stacks(role).items() if rows[-1].process.role == role}
     cycle = find_cycle({place: _waits_for(place, rows[-1], looks) for place, rows in looks.items()})
     if len({role for role, _ in cycle}) < 2:
-        return None  # collectives alone are judged by their own rule
+        return None  # other rules judge cycles of collectives only
     lines = [
         f"The {role} of rank {rank} waits: {looks[role, rank][-1].activity} {looks[role, rank][-1].detail} "
         f"({looks[role, rank][-1].source})"

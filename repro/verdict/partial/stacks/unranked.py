@@ -1,4 +1,4 @@
-"""Judge stacks of processes whose ranks nothing tells: where each process is, and how to find its rank."""
+"""Judge stacks of processes with unknown ranks: say where each process is, and how to find its rank."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ MOST_PLACES, MOST_PROCESSES = 6, 8
 
 
 def judge_unranked(scene: Scene) -> Diagnosis | None:
-    """Only where no stack has a rank: a process without one beside others is a launcher or a front end."""
+    """Only if no stack has a rank. Beside ranked processes, one without a rank is a launcher or front end."""
     last: dict[int | str, Stack] = {}
     for stack in scene.stacks:
         if stack.process.rank is None and is_main(stack):
