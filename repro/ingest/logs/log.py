@@ -43,7 +43,9 @@ def read(file: BinaryIO, name: str) -> Iterator[Observation]:
     """Return all records of a text file."""
     log = _Log(name)
     while block := file.read(BLOCK):
-        log.read(block + file.readline(MAX_LINE))
+        block += file.readline(MAX_LINE)
+        if block.strip(b"\0"):  # a log that is truncated while it is written has a hole
+            log.read(block)
     return log.finish()
 
 

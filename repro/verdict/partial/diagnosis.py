@@ -14,9 +14,9 @@ COLLECT = {
     "ras": "a second query of NCCL's RAS, 30 s later: ncclras -v; sleep 30; ncclras -v",
     "kernel": "the kernel log for Xid and NIC errors: dmesg -T | grep -iE 'xid|nvrm|mlx5|oom'",
     "nccl": "NCCL's own log: NCCL_DEBUG=INFO NCCL_DEBUG_SUBSYS=INIT,NET,COLL",
-    "topology": "the links between the GPUs: nvidia-smi topo -m; try once with NCCL_P2P_DISABLE=1",
-    "children": "the children of the builder: ps -o pid,etime,time,args --ppid PID (nvcc, cicc, ninja), "
-    "and the size of its cache folder",
+    "topology": "the links between the GPUs (and try once with NCCL_P2P_DISABLE=1): nvidia-smi topo -m",
+    "children": "the size of the builder's cache folder, and its children (nvcc, cicc, ninja): "
+    "ps -o pid,etime,time,args --ppid PID",
 }
 
 

@@ -41,8 +41,8 @@ def _moving(answers: list[RasAnswer]) -> Diagnosis:
             ("The counts advance between the two answers: the job makes progress. RAS lists the "
         "smaller set of ranks, ahead or behind, and a MISMATCH of moving counts is benign.",),
             tuple(lines), ("A third answer in which the counts are the same.",),
-            ("another query of NCCL's RAS when the job is thought to hang: ncclras -v; and then a "
-        "third one", COLLECT["stacks"]),
+            ("two more queries of NCCL's RAS when the job is thought to hang: ncclras -v; sleep 30; ncclras -v",
+             COLLECT["stacks"]),
         )  # fmt: skip
     return Diagnosis(
         "inconclusive", "", (), (), "undecided",

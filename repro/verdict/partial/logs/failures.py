@@ -116,7 +116,7 @@ def _unproven(failure: Failure) -> Diagnosis:
         "inconclusive", "", (), (rank,) if rank is not None else (), "undecided",
         (f"{_name(failure)} logged an error: {failure.text}. Nothing here shows that it ended the process.",),
         (f"{_name(failure)}: {failure.text} ({failure.source})",), (),
-        ("whether the process still runs: ps -o pid,etime,stat,args -p PID; and the end of its log",
+        ("the end of its log, and whether the process still runs: ps -o pid,etime,stat,args -p PID",
          COLLECT["stacks"]),
     )  # fmt: skip
 
@@ -142,7 +142,7 @@ def _crash(scene: Scene, first: Failure) -> Diagnosis:
     certain = rank is not None and first.at_s is not None and not unseen
     return Diagnosis(
         "crash", _CAUSE[first.kind], (rank,) if rank is not None else (), (), "certain" if certain else "likely",
-        (f"{who} ended first: {first.text}.",
+        (f"{who} ended first: {first.text.rstrip('.')}.",
          f"What {ranks_of(others)} {verb(others, 'reports', 'report')} came later and follows from "
          "it." if others else "What other ranks report follows from it."),
         (f"{who}: {first.text} ({first.source})", *_closed(scene, rank),
@@ -177,12 +177,12 @@ def _waited(ranks: Sequence[int]) -> list[str]:
 
 _CAUSE = {"memory": "memory", "device": "hardware", "killed": "killed", "exception": "error"}
 _COLLECT = {
-    "memory": ("its memory before the error: torch.cuda.memory_summary(), "
-        "torch.cuda.memory._snapshot(); for host memory dmesg -T | grep -i oom",),
-    "device": ("CUDA_LAUNCH_BLOCKING=1 or compute-sanitizer for the kernel that failed; dmesg -T | grep "
-        "-i xid on its host",),
-    "killed": ("who sent the signal: dmesg -T | grep -iE 'oom|killed process' on its host, and the "
-        "launcher's log (exit code)",),
+    "memory": ("on its host, for memory of the host: dmesg -T | grep -i oom",
+               "in the program, its memory before the error: torch.cuda.memory_summary()"),
+    "device": ("the kernel that failed by CUDA_LAUNCH_BLOCKING=1 or compute-sanitizer, and on its host: "
+               "dmesg -T | grep -i xid",),
+    "killed": ("the launcher's log (exit code), and who sent the signal, on its host: "
+               "dmesg -T | grep -iE 'oom|killed process'",),
     "exception": ("the traceback of that rank from its beginning",),
 }  # fmt: skip
 
