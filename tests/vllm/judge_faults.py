@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from serve import descendants
 from server import ROOT, command, environment
 
 WAVES = "5:8,5:30"
@@ -108,7 +109,8 @@ class Trial:
         try:
             self._wait_for_fault(server)
             time.sleep(self.expected.after_s)
-            collected = self._ask("collect", "--to", str(self.out / "collect"), str(server.pid))
+            processes = [str(pid) for pid in descendants(server.pid) if _title(pid).startswith("VLLM::")]
+            collected = self._ask("collect", "--to", str(self.out / "collect"), *processes)
         finally:
             with contextlib.suppress(OSError):
                 server.send_signal(signal.SIGTERM)
@@ -131,6 +133,13 @@ class Trial:
         )  # fmt: skip
         (self.out / f"{name}.txt").write_text(done.stdout + done.stderr)
         return Answer.of(done.stdout)
+
+
+def _title(pid: int) -> str:
+    try:
+        return Path(f"/proc/{pid}/cmdline").read_text()
+    except OSError:
+        return ""
 
 
 def main() -> int:

@@ -111,7 +111,8 @@ def _wait_for_all(out: Path, rank: int) -> None:
     time.sleep(3.0)  # the wave ends after the last output
 
 
-def _descendants(pid: int) -> list[int]:
+def descendants(pid: int) -> list[int]:
+    """The children of a process, and theirs."""
     found, queue = [], [pid]
     while queue:
         with contextlib.suppress(OSError):
@@ -173,7 +174,7 @@ def main() -> int:
     started: set[int] = set()
     try:
         while len(codes) < NUM_RANKS and time.monotonic() < deadline:
-            started.update(_descendants(os.getpid()))
+            started.update(descendants(os.getpid()))
             for pid in children:
                 done, status = os.waitpid(pid, os.WNOHANG) if pid not in codes else (0, 0)
                 if done:
@@ -183,7 +184,7 @@ def main() -> int:
         while any(map(_is_ours, started)) and time.monotonic() < until:
             time.sleep(0.2)
     finally:
-        started.update(_descendants(os.getpid()))
+        started.update(descendants(os.getpid()))
         for pid in started:
             if _is_ours(pid):
                 with contextlib.suppress(OSError):
