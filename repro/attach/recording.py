@@ -12,7 +12,7 @@ from typing import Any
 
 from repro.attach.record.attendant import REQUEST
 from repro.attach.record.rank import DEVICE_GROUPS
-from repro.attach.vllm.notes import sentences
+from repro.attach.vllm.qualified import qualified
 from repro.hosts.host import Host
 from repro.hosts.options import WatchOptions
 from repro.ingest.read import read
@@ -150,6 +150,5 @@ def _with_culprits(run_dir: RunDir, verdict: Verdict) -> Verdict:
 def _describe(run_dir: RunDir, verdict: Verdict, **entries: Any) -> Document:
     description = read_description(run_dir.description)
     verdict = _with_culprits(run_dir, verdict)
-    if verdict.verdict != "clean":
-        verdict = verdict.with_evidence(sentences(run_dir.root, description.num_ranks))
+    verdict = qualified(verdict, run_dir.root, description.num_ranks)
     return describe(verdict, scenario=description.title, num_ranks=description.num_ranks, **entries)

@@ -16,6 +16,7 @@ from repro.attach.record import groups
 from repro.attach.record import rank as this
 from repro.attach.vllm import engine, hooks, mirror, notes, worker
 from repro.attach.vllm.notes import Activity, Note
+from repro.attach.vllm.qualified import qualified
 from repro.trace.format import Kind
 from repro.trace.recorder import Recorder
 from repro.trace.witness import read
@@ -91,8 +92,11 @@ def test_a_rank_whose_engine_left_out_an_execution_is_the_culprit_of_a_deadlock_
             at.begin_step()
             at.rank.recorder.enter(AGREEMENT)
             engine_notes[Note.ACTIVITY] = Activity.WAITS_FOR_WORKER
-    verdict = verdict_of(tmp_path)
+    verdict = qualified(verdict_of(tmp_path), tmp_path, 2)
     assert (verdict.verdict, verdict.cause, verdict.culprits) == ("deadlock", "skipped", (0,)), verdict
+    assert (
+        "rank 0: its engine counted 6 executions, and did not request execution 3 from its worker" in verdict.evidence
+    )
     places = {position.rank: (position.group, position.seq) for position in verdict.ranks}
     assert places == {0: ("engines", 1), 1: ("dp.cpu", 6)}
     assert any("ended step 5 without dp.cpu all_reduce of step" in line for line in verdict.evidence), verdict.evidence
@@ -156,6 +160,23 @@ def test_an_idle_worker_says_whether_its_engine_waits_for_requests(make, tmp_pat
     at.mirror.woken()
     witness = witness_of(tmp_path, 0)
     assert witness.text(witness.last.phase) == "serve"
+
+
+def test_a_rank_whose_engine_waits_for_requests_is_a_suspect_and_no_culprit(make, tmp_path):
+    for number in (0, 1):
+        at, engine_notes = make(number)
+        execute(at, AGREEMENT)
+        if number == 0:
+            at.begin_execution(1)
+            at.begin_step()
+            at.rank.recorder.enter(AGREEMENT)
+        else:
+            engine_notes[Note.ACTIVITY] = Activity.WAITS_FOR_REQUESTS
+            at.mirror._since_ns = time.monotonic_ns() - 2 * mirror.IDLE_NS
+            at.mirror.note_idle()
+    verdict = qualified(verdict_of(tmp_path), tmp_path, 2)
+    assert (verdict.verdict, verdict.culprits, verdict.suspects) == ("slow", (), (1,)), verdict
+    assert any(line.startswith("rank 1 waits for requests") for line in verdict.evidence), verdict.evidence
 
 
 def test_answered_questions_are_recorded_in_order_when_the_engine_s_next_message_comes(make, tmp_path):

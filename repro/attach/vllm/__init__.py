@@ -5,7 +5,9 @@
     worker.py   the hooks of a worker, which is a rank: phases, steps, dispatch and combine, layers
     engine.py   the hooks of an EngineCore, which writes what it does into a notes file
     notes.py    the notes file, which the worker of the same rank reads
+    habits.py   the schedule that a rank declares: what its earlier executions issued
     mirror.py   the worker's record of what its engine does: questions, and executions that were left out
+    qualified.py  what the engines add to a verdict
     cpu_ep.py   the entry point of expert parallelism on a CPU
 
 A rank of vLLM is several processes, and a cycle of waits can run through all of them. The rank has one witness, which

@@ -24,6 +24,9 @@ GROUP = "engines"
 """The group of the EngineCore processes, each under the rank of its first worker."""
 
 QUESTION = Collective(GROUP, "all_reduce", "unfinished", (), "int32")
+WITHOUT_REQUESTS = "idle, engine waits for requests"
+"""The phase of an idle worker whose engine has no work. No collective follows until the engine gets a message."""
+
 IDLE_NS = 200_000_000
 """A worker that has waited so long for its engine is idle. Between two steps it waits for a millisecond."""
 
@@ -76,7 +79,7 @@ class Mirror:
         if self._notes is None or self._open:
             return
         without_requests = self._notes[Note.ACTIVITY] == Activity.WAITS_FOR_REQUESTS
-        idle = "idle, engine waits for requests" if without_requests else "idle, waits for engine"
+        idle = WITHOUT_REQUESTS if without_requests else "idle, waits for engine"
         if idle != self._idle:
             self._idle = idle
             self._rank.recorder.phase(idle)

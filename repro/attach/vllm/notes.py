@@ -63,19 +63,6 @@ def path_of(root: Path, rank: int) -> Path:
     return root / "events" / f"rank{rank:03d}.engine"
 
 
-def sentences(root: Path, num_ranks: int) -> list[str]:
-    """What the engines of a job say against themselves, a sentence for each that left out an execution."""
-    lines = []
-    for rank in range(num_ranks):
-        notes = open_notes(root, rank)
-        if notes is not None and notes[Note.SKIPPED]:
-            lines.append(
-                f"rank {rank}: its engine counted {notes[Note.COUNTED]} executions, and did not request execution "
-                f"{notes[Note.FIRST]} from its worker"
-            )
-    return lines
-
-
 def create(root: Path, rank: int) -> Notes:
     """Create the notes of this process. Raises FileExistsError if another engine has written them."""
     descriptor = os.open(path_of(root, rank), os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o644)
