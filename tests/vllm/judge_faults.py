@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
+import re
 import signal
 import subprocess
 import sys
@@ -100,7 +101,8 @@ class Trial:
         )  # fmt: skip
         (self.out / "record.txt").write_text(done.stdout + done.stderr)
         verdict = self.out / "record" / "verdict.json"
-        return Answer.of(verdict.read_text() if verdict.exists() else "")
+        answer = Answer.of(verdict.read_text() if verdict.exists() else "")
+        return answer if answer.culprits else _live(done.stdout + done.stderr) or answer
 
     def unrecorded(self) -> tuple[Answer, Answer]:
         """What `collect` and `diagnose` say of a server that nobody records."""
@@ -133,6 +135,15 @@ class Trial:
         )  # fmt: skip
         (self.out / f"{name}.txt").write_text(done.stdout + done.stderr)
         return Answer.of(done.stdout)
+
+
+def _live(printed: str) -> Answer | None:
+    """What the watch said while a rank was slow: such a run ends well, and its verdict may be clean."""
+    for sentences in re.findall(r"^\s*slow: (.+)$", printed, re.MULTILINE):
+        working = [sentence for sentence in sentences.split("; ") if re.match(r"rank \d+ (builds|runs)\b", sentence)]
+        if len(working) == 1:
+            return Answer("slow", (int(working[0].split()[1]),), sentences)
+    return None
 
 
 def _title(pid: int) -> str:
