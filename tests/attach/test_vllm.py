@@ -94,9 +94,9 @@ def test_a_rank_whose_engine_left_out_an_execution_is_the_culprit_of_a_deadlock_
             engine_notes[Note.ACTIVITY] = Activity.WAITS_FOR_WORKER
     verdict = qualified(verdict_of(tmp_path), tmp_path, 2)
     assert (verdict.verdict, verdict.cause, verdict.culprits) == ("deadlock", "skipped", (0,)), verdict
-    assert (
-        "rank 0: its engine counted 6 executions, and did not request execution 3 from its worker" in verdict.evidence
-    )
+    line = "rank 0: its engine counted 6 executions, and did not request execution 3 from its worker"
+    assert line in verdict.evidence
+    assert verdict.confidence == "certain", "the engine's own count, and no habit, shows it"
     places = {position.rank: (position.group, position.seq) for position in verdict.ranks}
     assert places == {0: ("engines", 1), 1: ("dp.cpu", 6)}
     assert any("ended step 5 without dp.cpu all_reduce of step" in line for line in verdict.evidence), verdict.evidence
@@ -114,8 +114,9 @@ def test_one_more_agreement_in_a_layer_is_named_with_the_layer_by_the_rank_s_own
         recorder.leave(AGREEMENT)
         at.agreed((0, 0))
         recorder.enter(AGREEMENT._replace(layer="model.layers.0.linear_attn") if number == 1 else DISPATCH)
-    verdict = verdict_of(tmp_path)
+    verdict = qualified(verdict_of(tmp_path), tmp_path, 2)
     assert (verdict.verdict, verdict.cause, verdict.culprits) == ("deadlock", "extra", (1,)), verdict
+    assert verdict.confidence == "likely" and any("vLLM declares none" in line for line in verdict.evidence)
     assert any("model.layers.0.linear_attn" in line for line in verdict.evidence), verdict.evidence
 
 
