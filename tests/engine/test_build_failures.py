@@ -44,12 +44,6 @@ STOP_S = 20.0
 """All ranks must have stopped so soon after the first of them failed."""
 
 
-# -- the lock ----------------------------------------
-
-
-# -- bad input ----------------------------------------
-
-
 def start_and_catch(tmp_path, cache, sabotage, num_ranks=3, gdn="jit"):
     """Start a server on forked ranks; return the message that all got, which must be the same.
 

@@ -144,7 +144,7 @@ def check_layout(tmp_path, parallel, config, experts, steps_by_dp, dtype=torch.f
             assert worst <= limit, f"{parallel}, {experts}, rank {rank}, step {step}, seed {SEED}: {worst:.1e}"
 
 
-@pytest.mark.parametrize("tp_size", [2, 4, 8])
+@pytest.mark.parametrize("tp_size", [2, pytest.param(4, marks=pytest.mark.full), 8])
 @pytest.mark.parametrize(
     ("experts", "kv_heads", "groups", "key_heads", "value_heads"),
     [("intermediate", 1, 1, 1, 2), ("expert", 2, 2, 2, 8)],
@@ -159,7 +159,7 @@ def test_tp_equals_the_single_process_in_prefill_and_decode(
     )
 
 
-@pytest.mark.parametrize("dp_size", [2, 4, 8])
+@pytest.mark.parametrize("dp_size", [2, pytest.param(4, marks=pytest.mark.full), 8])
 def test_dp_x_ep_equals_the_single_process_in_prefill_and_decode(tmp_path, dp_size):
     steps_by_dp = [RAGGED, SHORT, EVEN, IDLE, RAGGED, EVEN, SHORT, RAGGED][-dp_size:]
     check_layout(tmp_path, ParallelConfig(dp_size), CONFIG, "whole", steps_by_dp)

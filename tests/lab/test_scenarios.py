@@ -54,7 +54,6 @@ def small(name, variant, **flags):
 
 SHORT = {
     ("group_order", "fault", "observe"),
-    ("rank_death", "fix", ""),
     ("zero_token_return", "fix", ""),
 }
 """What of all that is below also the default suite runs, with the first seed."""

@@ -31,7 +31,8 @@ def test_generate_prints_the_greedy_tokens(folder: Path, capsys: pytest.CaptureF
         assert [int(token) for token in capsys.readouterr().out.split()] == want
 
 
-@pytest.mark.parametrize(("layout", "drafts"), [("dp8ep8", "2"), pytest.param("tp8", "0", marks=pytest.mark.full)])
+@pytest.mark.full  # on two ranks below, with --dp and --tp
+@pytest.mark.parametrize(("layout", "drafts"), [("dp8ep8", "2"), ("tp8", "0")])
 def test_a_layout_generates_the_tokens_of_one_process(tmp_path: Path, capfd, layout: str, drafts: str) -> None:
     HybridMoE(CONFIG, device="meta", dtype=torch.float64).init_weights(1).save_pretrained(tmp_path)
     lines = []

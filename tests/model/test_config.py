@@ -130,11 +130,17 @@ def test_configuration_does_not_import_torch() -> None:
         ([], "COMMAND"),
     ],
 )
-def test_command_line_errors_are_one_line_and_exit_2(args: list[str], text: str) -> None:
-    done = subprocess.run([sys.executable, "-m", "hybrid_moe_ref", *args], capture_output=True, text=True, check=False)
-    assert done.returncode == 2
-    assert done.stdout == ""
-    assert text in done.stderr and done.stderr.count("\n") == 1
+def test_command_line_errors_are_one_line_and_exit_2(args: list[str], text: str, capsys: pytest.CaptureFixture) -> None:
+    from hybrid_moe_ref.__main__ import main
+
+    try:
+        code = main(args)
+    except SystemExit as ended:
+        code = ended.code
+    printed = capsys.readouterr()
+    assert code == 2
+    assert printed.out == ""
+    assert text in printed.err and printed.err.count("\n") == 1
 
 
 @pytest.mark.parametrize(

@@ -57,7 +57,9 @@ REGISTER = {
 }
 
 
-@pytest.mark.parametrize("kind", REGISTER)
+@pytest.mark.parametrize(
+    "kind", ["forward", "pre", *(pytest.param(kind, marks=pytest.mark.full) for kind in ("always", "keywords"))]
+)
 def test_a_hook_on_any_module_sees_the_prefill_and_the_decode_step(model: HybridMoE, kind: str) -> None:
     """One module at a time: with all of them hooked, one that is seen could hide that its neighbour would not be."""
     want = steps(model)
