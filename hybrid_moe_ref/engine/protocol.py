@@ -47,7 +47,7 @@ class Protocol:
         return step % (self.engine.unfinished_interval or self.interval) == 0
 
     def last_step(self, num_steps: int) -> int:
-        """The step after which a wave ends whose requests need `num_steps` steps."""
+        """Return the last step of a wave. Its requests need `num_steps` steps, and it ends at the next question."""
         step = max(1, num_steps)
         while not self.asks(step):
             step += 1

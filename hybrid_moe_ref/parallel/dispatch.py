@@ -90,7 +90,7 @@ class AllGatherReduceScatter:
 
 @dataclass(frozen=True)
 class SumOverRanks:
-    """The hook after a module whose output is one tensor-parallel rank's summand: an all-reduce over the tp group."""
+    """A forward hook that sums the output of a module over the tp group: each rank computes one summand of it."""
 
     comm: Communicator
     layer: str

@@ -52,7 +52,7 @@ class ScheduleGuard:
             self._halt.publish(ScheduleMismatch(f"rank {self._rank} failed: {type(error).__name__}: {error}"))
 
     def leave(self) -> None:
-        """Refuse that this rank stops taking part before the ranks have agreed that no work is left.
+        """Refuse to let this rank stop: the ranks have not agreed yet that no work is left.
 
         Always raises ScheduleMismatch.
         """

@@ -1,10 +1,10 @@
 """The router and the experts in Triton: at most four launches, and the host waits for none of them.
 
-`experts`: 1. `_plan` groups the picks by expert and cuts each group into tiles of BM picks; it is left out if the picks
-are so few that two of them rarely share an expert, and each pick is a tile; 2. `_gate_up` multiplies the rows of each
-tile, gathered, with its expert's gate and up matrices and applies SiLU; 3. `_down` multiplies with the down matrix; 4.
-`_combine` sums a row's picks with their weights in a fixed order, so that results do not depend on the grouping. Grids
-are sized for the worst split of the picks over the experts; programs without a tile end at once.
+`experts`: 1. `_plan` groups the picks by expert and cuts each group into tiles of BM picks. If there are so few picks
+that two of them rarely share an expert, there is no `_plan`, and each pick is a tile; 2. `_gate_up` multiplies the rows
+of each tile, gathered, with its expert's gate and up matrices and applies SiLU; 3. `_down` multiplies with the down
+matrix; 4. `_combine` sums a row's picks with their weights in a fixed order, so that results do not depend on the
+grouping. Grids are sized for the worst split of the picks over the experts; programs without a tile end at once.
 
 With few rows, memory traffic is the weights of the chosen experts, 6 H I bytes each in bfloat16 (25.2 MB for 4096 x
 1024), read once: a tile is BM picks of one expert, and its BM grows with the picks per expert. B rows choose E (1 - (1

@@ -54,7 +54,7 @@ def _environment() -> jinja2.Environment:
 
 
 def _visible(value: Any) -> Any:
-    """The value of an expression before Jinja2 escapes it."""
+    """Make the control characters of a string visible, before Jinja2 escapes the string for HTML."""
     return (
         escape_control_characters(value, _MOST_CHARACTERS)
         if isinstance(value, str) and not isinstance(value, Markup)
