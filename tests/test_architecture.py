@@ -59,6 +59,14 @@ def test_diagnose_needs_neither_the_lab_nor_the_model_nor_the_terminals_tables(t
     assert of_the_model <= {"hybrid_moe_ref"}, of_the_model
 
 
+def test_a_bundle_of_foreign_evidence_needs_neither_the_lab_nor_torch(tmp_path):
+    (tmp_path / "job").mkdir()
+    (tmp_path / "job" / "rank0.log").write_text("[rank0]: torch.OutOfMemoryError: CUDA out of memory.\n")
+    code = f"from repro.commands.cli import main; main(['bundle', {str(tmp_path / 'job')!r}])"
+    assert imported(code, "torch", "numpy", "hybrid_moe_kernels", "repro.lab", "hybrid_moe_ref.engine") == set()
+    assert (tmp_path / "job.zip").is_file()
+
+
 def imported(code: str, *packages: str) -> set[str]:
     """The modules of these packages that a new interpreter has imported after running the code."""
     ask = f"""

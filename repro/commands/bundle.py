@@ -15,7 +15,6 @@ from repro.bundle.redact.recognise import LEFT_OUT
 from repro.commands.diagnose import is_own_run
 from repro.commands.evidence import evidence_of
 from repro.ingest import saved
-from repro.lab.outcome.second_judgement import compare_again
 from repro.store.run_dir import refuse_unwritable
 from repro.store.text import escape_control_characters, escape_lines
 
@@ -76,6 +75,8 @@ def _made(args: argparse.Namespace) -> Made:
     if _is_of_this_program(root):
         if args.others:
             raise ConfigError("a run brings the others of its family by itself; give it alone", str(args.others[0]))
+        from repro.lab.outcome.second_judgement import compare_again  # the lab, which other evidence does not need
+
         return make(args.run, args.to, args.with_logs, compare_again)
     evidence = evidence_of([root])
     if not evidence.records:
