@@ -55,7 +55,6 @@ def run(args: argparse.Namespace) -> int:
     refuse_bad_variables()
     planned = plan(args)
     lab.refuse_junit(args)
-    require_model()
     able = [one.settings for one in planned if not one.refused]
     refuse_too_many(able)
     if args.config:  # the default sizes always fit
@@ -103,7 +102,11 @@ def settings_of(args: argparse.Namespace, scenario: str, variant: str) -> RunSet
 
 
 def _preflight(settings: RunSettings) -> list[str]:
-    """The reasons why the run may hang. Raises Refused if there are any and the run is not allowed to start."""
+    """The reasons why the run may hang. Raises Refused if there are any and the run is not allowed to start.
+
+    Raises CannotRunHere if torch is not installed: the check tries the policies, and some of them use it.
+    """
+    require_model()
     scenario = scenarios.load(settings.scenario)
     return check_start(scenario.server(settings, 0), scenario.policies(settings, 0))
 

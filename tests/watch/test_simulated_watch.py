@@ -29,7 +29,7 @@ from repro.watch.document import describe as describe_verdict
 from repro.watch.live import Comparison
 from repro.watch.offline import judge_files
 
-QUICK = int(os.environ.get("HMR_SEEDS", "500"))
+QUICK = int(os.environ.get("HMR_SEEDS", "200"))
 LEAST_EXACT = 0.6
 """The share of runs in which the watcher says all that the truth is."""
 
