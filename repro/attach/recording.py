@@ -150,5 +150,5 @@ def _with_culprits(run_dir: RunDir, verdict: Verdict) -> Verdict:
 def _describe(run_dir: RunDir, verdict: Verdict, **entries: Any) -> Document:
     description = read_description(run_dir.description)
     verdict = _with_culprits(run_dir, verdict)
-    verdict = qualified(verdict, run_dir.root, description.num_ranks)
+    verdict = qualified(verdict, run_dir.root)
     return describe(verdict, scenario=description.title, num_ranks=description.num_ranks, **entries)

@@ -44,7 +44,7 @@ class Expected:
 
 
 EXPECTED = {
-    "skipped_dummy": Expected(("deadlock",), 0, ("did not request execution 13",), 20),
+    "skipped_dummy": Expected(("deadlock",), 0, ("left out execution 13",), 20),
     "extra_collective": Expected(("deadlock",), 1, ("layers.0.linear_attn",)),
     "straggler": Expected(("slow",), 1, ("step 8", "step 7"), 6),
     "lock": Expected(("deadlock",), 0, (".lock",)),

@@ -27,6 +27,9 @@ QUESTION = Collective(GROUP, "all_reduce", "unfinished", (), "int32")
 WITHOUT_REQUESTS = "idle, engine waits for requests"
 """The phase of an idle worker whose engine has no work. No collective follows until the engine gets a message."""
 
+LEFT_OUT = "engine left out execution"
+"""The phase that follows a step which the engine counted and did not request; the number of the first of them."""
+
 IDLE_NS = 200_000_000
 """A worker that has waited so long for its engine is idle. Between two steps it waits for a millisecond."""
 
@@ -99,7 +102,7 @@ class Mirror:
         if asked == self._asked:
             return
         self._habits.end()  # a question belongs to no execution
-        self._declare_skipped(notes[Note.SKIPPED] - self._skipped)
+        self._declare_left_out(notes)
         recorder.phase(self._progress.phase)
         self._idle = ""
         while self._asked < asked:
@@ -109,9 +112,11 @@ class Mirror:
             if not self._open:
                 recorder.leave(QUESTION, self._asked)
 
-    def _declare_skipped(self, count: int) -> None:
+    def _declare_left_out(self, notes: Notes) -> None:
         """Declare the steps that the engine counted without requesting an execution. No step agreement follows."""
-        self._skipped += count
-        for _ in range(count):
+        skipped, first = notes[Note.SKIPPED], notes[Note.FIRST]
+        while self._skipped < skipped:
+            self._skipped += 1
             self._progress.step += 1
             self._rank.recorder.begin_step(self._progress.step, self._habits.agreement, 0)
+            self._rank.recorder.phase(f"{LEFT_OUT} {first}")

@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
-from repro.attach.vllm.mirror import WITHOUT_REQUESTS
-from repro.attach.vllm.notes import Note, Notes, open_notes
+from repro.attach.vllm.mirror import GROUP, LEFT_OUT, WITHOUT_REQUESTS
+from repro.trace.witness import read_dir
 from repro.verdict import Verdict
 from repro.verdict.result import say
 
@@ -14,18 +14,25 @@ FROM_SCHEDULE = ("extra", "skipped", "order", "mismatch")
 """The causes that follow from a comparison with the declared schedule."""
 
 
-def qualified(verdict: Verdict, root: Path, num_ranks: int) -> Verdict:
-    """The verdict with what the engines noted; unchanged without engines.
+def qualified(verdict: Verdict, root: Path) -> Verdict:
+    """The verdict with what the witnesses show of the engines; unchanged if no rank has an engine.
 
     A rank whose engine waits for requests is no culprit, but a suspect. A rank that left a schedule that it declared
     from habit is a likely culprit: the others may do for the first time what is right.
     """
-    notes = {rank: numbers for rank in range(num_ranks) if (numbers := open_notes(root, rank)) is not None}
-    if verdict.verdict == "clean" or not notes:
+    witnesses = read_dir(root / "events")[0] if verdict.verdict != "clean" else {}
+    if not any(group.name == GROUP for witness in witnesses.values() for group in witness.groups):
         return verdict
-    left_out = {rank for rank, numbers in notes.items() if numbers[Note.SKIPPED]}
-    verdict = verdict.with_evidence(_left_out(rank, notes[rank]) for rank in sorted(left_out))
-    if verdict.cause in FROM_SCHEDULE and verdict.confidence == "certain" and not set(verdict.culprits) <= left_out:
+    left_out = {
+        rank: text for rank, witness in witnesses.items() for text in witness.strings if text.startswith(LEFT_OUT)
+    }
+    lines = [f"rank {rank}: its {text}, which it had counted" for rank, text in sorted(left_out.items())]
+    verdict = verdict.with_evidence(lines)
+    if (
+        verdict.cause in FROM_SCHEDULE
+        and verdict.confidence == "certain"
+        and not set(verdict.culprits) <= set(left_out)
+    ):
         line = "the declared schedule of an execution is what the rank issued in earlier ones: vLLM declares none"
         verdict = replace(verdict.with_evidence([line]), confidence="likely")
     return _without_idle(verdict)
@@ -44,12 +51,4 @@ def _without_idle(verdict: Verdict) -> Verdict:
         culprits=culprits,
         suspects=tuple(sorted({*verdict.suspects, *idle})),
         confidence=verdict.confidence if culprits else "undecided",
-    )
-
-
-def _left_out(rank: int, notes: Notes) -> str:
-    """The sentence on an engine that counted an execution and did not request it."""
-    return (
-        f"rank {rank}: its engine counted {notes[Note.COUNTED]} executions, and did not request execution "
-        f"{notes[Note.FIRST]} from its worker"
     )
