@@ -66,6 +66,16 @@ def test_children_of_one_parent_are_a_job_if_they_talk_to_each_other(host):
     assert job.pids == (31, 32) and job.launcher == 30
 
 
+def test_front_ends_that_one_parent_forked_are_no_job_beside_their_engines(host):
+    table = host({
+        49: (1, "python test.py", {}), 50: (49, "python serve.py", {}),
+        51: (50, "python serve.py", {}), 52: (51, "VLLM::EngineCore_DP0", {}), 53: (52, "VLLM::Worker_DP0_EP0", {}),
+        54: (50, "python serve.py", {}), 55: (54, "VLLM::EngineCore_DP1", {}), 56: (55, "VLLM::Worker_DP1_EP1", {}),
+    }, sockets=(51, 54))  # fmt: skip
+    (job,) = jobs.find_jobs(table)
+    assert {52, 53, 55, 56} <= set(job.pids)
+
+
 @pytest.mark.parametrize("named", [[11], [12, 11], [10], [13], [14, 12]])
 def test_a_job_is_chosen_by_any_of_its_processes_its_launcher_or_a_child(host, named):
     table = host(TORCHRUN)
