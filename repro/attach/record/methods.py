@@ -1,0 +1,80 @@
+"""The methods of torch's process groups that issue a collective, and how the arguments of each are read."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+Sizes = Callable[[Any, Any], tuple[int, ...]]
+
+
+class Method(NamedTuple):
+    """How to read the arguments of one method of ProcessGroup.
+
+    op         name of the operation, as torch.distributed calls it
+    sizes      the sizes that must be equal on all ranks, from the first two arguments
+    rooted     whether the options name a root
+    reduces    whether the options name a reduction
+    one_sided  whether it is a send or a receive, whose second argument is the peer
+    """
+
+    op: str
+    sizes: Sizes
+    rooted: bool = False
+    reduces: bool = False
+    one_sided: bool = False
+
+
+def _each(tensors: Any, _: Any) -> tuple[int, ...]:
+    return (tensors.numel(),) if hasattr(tensors, "numel") else tuple([tensor.numel() for tensor in tensors])
+
+
+def _first(tensor: Any, _: Any) -> tuple[int, ...]:
+    return (tensor.numel(),)
+
+
+def _second(_: Any, tensor: Any) -> tuple[int, ...]:
+    return (tensor.numel(),)
+
+
+def _inputs(_: Any, tensors: Any) -> tuple[int, ...]:
+    return _each(tensors, None)
+
+
+def _parts(_: Any, lists: Any) -> tuple[int, ...]:
+    if hasattr(lists, "numel"):
+        return (lists.numel(),)
+    parts = lists[0] if lists and isinstance(lists[0], (list, tuple)) else lists
+    return tuple([part.numel() for part in parts])
+
+
+def _none(_: Any, __: Any) -> tuple[int, ...]:
+    return ()  # the sizes may differ by rank, or each rank knows only its own
+
+
+METHODS = {
+    "allreduce": Method("all_reduce", _each, reduces=True),
+    "allreduce_coalesced": Method("all_reduce_coalesced", _each, reduces=True),
+    "allgather": Method("all_gather", _inputs),
+    "_allgather_base": Method("all_gather_into_tensor", _second),
+    "all_gather_single": Method("all_gather_into_tensor", _second),
+    "allgather_coalesced": Method("all_gather_coalesced", _inputs),
+    "allgather_into_tensor_coalesced": Method("all_gather_into_tensor_coalesced", _inputs),
+    "all_gather_single_coalesced": Method("all_gather_into_tensor_coalesced", _inputs),
+    "reduce_scatter": Method("reduce_scatter", _parts, reduces=True),
+    "_reduce_scatter_base": Method("reduce_scatter_tensor", _first, reduces=True),
+    "reduce_scatter_single": Method("reduce_scatter_tensor", _first, reduces=True),
+    "reduce_scatter_tensor_coalesced": Method("reduce_scatter_tensor_coalesced", _each, reduces=True),
+    "reduce_scatter_single_coalesced": Method("reduce_scatter_tensor_coalesced", _each, reduces=True),
+    "alltoall_base": Method("all_to_all_single", _none),
+    "all_to_all_single": Method("all_to_all_single", _none),
+    "alltoall": Method("all_to_all", _none),
+    "broadcast": Method("broadcast", _each, rooted=True),
+    "reduce": Method("reduce", _each, rooted=True, reduces=True),
+    "gather": Method("gather", _none, rooted=True),
+    "scatter": Method("scatter", _none, rooted=True),
+    "barrier": Method("barrier", _none),
+    "monitored_barrier": Method("monitored_barrier", _none),
+    "send": Method("send", _none, one_sided=True),
+    "recv": Method("recv", _none, one_sided=True),
+}
