@@ -1,4 +1,4 @@
-"""python -m hybrid_moe_ref {params,pages,generate,check,bench}
+"""The command line of the reference model: python -m hybrid_moe_ref {params,pages,generate,check,bench}
 
 Exit status: 0; 1 when `check` finds a difference or cannot compare; 2 with one line on standard error for arguments,
 files or sizes that cannot be used; 125 for a failure of this program or a package that is not installed; 130 when

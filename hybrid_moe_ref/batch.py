@@ -18,7 +18,7 @@ from torch import Tensor
 
 
 class Cached(Protocol):
-    """A sequence in a cache: its number of tokens so far, and the cache's device. A batch needs no more of it."""
+    """What a batch needs from a sequence in a cache: its number of tokens so far, and the cache's device."""
 
     length: int
 
@@ -126,7 +126,7 @@ class Batch(Generic[S]):
 
     @classmethod
     def dummy(cls, num_tokens: int, device: torch.device | str | None = None) -> Self:
-        """Build the batch that an idle rank runs: one uncached sequence from the zero state."""
+        """Build the batch that an idle rank runs: one uncached sequence that starts from the zero state."""
         return cls.dense(1, num_tokens, device)
 
     @classmethod

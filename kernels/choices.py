@@ -1,4 +1,4 @@
-"""Values of the environment variables HMR_KERNELS and HMR_NATIVE_ISA, also for programs that never load torch."""
+"""Valid values of HMR_KERNELS and HMR_NATIVE_ISA, also for programs that never import torch."""
 
 CHOICES = ("auto", "torch", "native", "triton", "fla", "mamba_ssm")
 """Values of HMR_KERNELS, and what `registry.use` takes."""

@@ -68,7 +68,7 @@ class Extension:
         return bool(self._loaded)
 
     def library(self) -> ctypes.CDLL:
-        """The module's functions. The first call builds and loads the module, by the function of `on_first_use`."""
+        """Return the module's functions. The first call builds and loads it by the function of `on_first_use`."""
         if not self._loaded:
             with _use_lock:
                 if not self._loaded:
@@ -145,7 +145,7 @@ def on_first_use(load: Callable[[Extension], None]) -> None:
 
 
 def missing() -> str:
-    """What this machine lacks to build an extension; "" if nothing. Searches for programs without running them."""
+    """Return what this machine lacks to build an extension; "" if nothing. Searches for programs, runs none."""
     compiler = (shlex.split(os.environ.get("CXX", "")) or ["c++"])[0]
     if not shutil.which(compiler, path=_search_path()):
         return f"kernels are compiled, and there is no C++ compiler {compiler}: install one, or name one in CXX"
@@ -155,7 +155,7 @@ def missing() -> str:
 
 
 def _search_path() -> str:
-    """PATH, after the folder of this interpreter: a virtual environment has its ninja there, activated or not."""
+    """PATH with this interpreter's folder in front: a virtual environment's ninja is found without activation."""
     return os.pathsep.join([os.path.dirname(sys.executable), os.environ.get("PATH", os.defpath)])
 
 
@@ -205,7 +205,7 @@ if os.getppid() == int(sys.argv[1]):
 
 @contextlib.contextmanager
 def _observed_baton(name: str, notify: Notify) -> Iterator[None]:
-    """Inside, torch's own lock reports its events. Nothing else about the lock changes."""
+    """Inside the ``with``, torch's own lock reports its events. The lock itself does not change."""
     from torch.utils import cpp_extension
 
     plain: Any = cpp_extension.FileBaton
@@ -236,7 +236,7 @@ def _observed_baton(name: str, notify: Notify) -> Iterator[None]:
 
 
 def _reason(output: str) -> str:
-    """The line of a build's output with the reason of its failure."""
+    """Extract from a build's output the line that gives the reason of the failure."""
     lines = [line.strip() for line in output.splitlines() if line.strip()]
     reasons = ("error:", "not found", "no space left", "permission denied", "no such file", "read-only")
     for line in lines:

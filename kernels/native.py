@@ -127,7 +127,7 @@ class BuildFailed(RuntimeError):
 
 
 def _build_beating(target: Path, lock: BuildLock, tick: Callable[[], None]) -> None:
-    """Build in a thread. Meanwhile send the lock's heartbeats, and call ``tick``, in this one."""
+    """Build in a thread. Meanwhile this thread sends the lock's heartbeats and calls ``tick``."""
     failure: list[BaseException] = []
 
     def run() -> None:
@@ -161,7 +161,7 @@ def _lock(place: Path, tick: Callable[[], None]) -> BuildLock:
 
 
 def cannot_build() -> str:
-    """What this machine lacks to build the library; "" if nothing. Searches for programs and headers, runs none."""
+    """Return what this machine lacks to build the library; "" if nothing. Searches for programs and headers only."""
     python_h = Path(sysconfig.get_path("include"), "Python.h")
     if not python_h.exists():
         return f"Python's headers are not installed: there is no {python_h} (Debian: apt-get install python3-dev)"

@@ -27,7 +27,7 @@ _forced: dict[str, Config] = {}
 
 @functools.cache
 def missing() -> str:
-    """Say what Triton lacks to run a kernel on this machine; "" if nothing."""
+    """Return what Triton lacks to run a kernel on this machine; "" if nothing."""
     if INTERPRETED:
         return ""
     if not torch.cuda.is_available():

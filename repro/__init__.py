@@ -1,1 +1,1 @@
-"""Reproduce hangs of expert-parallel servers, find them from outside, and prove their cures."""
+"""Reproduce hangs of expert-parallel servers, find their causes from outside, and prove the fixes."""

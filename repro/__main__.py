@@ -1,4 +1,4 @@
-"""``python -m repro COMMAND``, also installed as ``hmr``: find which rank a hang waits for, and pack the evidence."""
+"""``python -m repro COMMAND``, also installed as ``hmr``: find the rank that a hang waits for; pack the evidence."""
 
 from __future__ import annotations
 

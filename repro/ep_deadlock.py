@@ -63,14 +63,14 @@ moved = time.monotonic()
 
 
 def at(where):
-    """Tell the others where this rank is about to wait."""
+    """Publish where this rank is about to wait."""
     global moved
     positions.set(str(rank), where)
     moved = time.monotonic()
 
 
 def watch():
-    """End the run, with everybody's position, when no rank has moved for --quiet seconds."""
+    """End the run, and print every rank's position, when no rank has moved for --quiet seconds."""
     seen, since = None, time.monotonic()
     while True:
         time.sleep(0.25)
@@ -90,7 +90,7 @@ def watch():
 
 
 def agree(num_tokens, who):
-    """The step's metadata: tokens of every rank. One all-reduce."""
+    """Agree on the step's metadata, the number of tokens of every rank, by one all-reduce."""
     tokens = torch.zeros(world, dtype=torch.int32)
     tokens[rank] = num_tokens
     at(f"dp all_reduce ({who})")
@@ -124,7 +124,7 @@ class MoE(torch.nn.Module):
         self.experts = torch.nn.Parameter(torch.randn(world * EXPERTS_PER_RANK, HIDDEN, HIDDEN) / HIDDEN**0.5)
 
     def partial(self, x, first, last):
-        """What experts first..last-1 contribute to each token."""
+        """Return the contribution of experts first..last-1 to each token."""
         weights, chosen = self.router(x).softmax(-1).topk(TOP_K)
         y = torch.zeros_like(x)
         for expert in range(first, last):

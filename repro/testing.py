@@ -1,4 +1,4 @@
-"""Test an expert-parallel backend of your own for hangs; see docs/TESTING.md. The room is `repro.attach`."""
+"""Test your own expert-parallel backend for hangs; see docs/TESTING.md. The code is in `repro.attach`."""
 
 from repro.attach.harness import DeadlockError, Rank, Ranks, assert_no_deadlock
 

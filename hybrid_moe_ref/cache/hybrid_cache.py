@@ -209,7 +209,7 @@ class HybridCache:
         self._table.remove(row)
 
     def fork(self, sequence: Sequence) -> Sequence:
-        """Copy a sequence, to continue its tokens in another way."""
+        """Copy a sequence, so that both copies can continue with different tokens."""
         self._check(sequence)
         self._need(sum(map(len, sequence.pages)), f"a copy of a sequence of {sequence.length} tokens")
         copy = self.allocate()
@@ -221,7 +221,7 @@ class HybridCache:
         return copy
 
     def snapshot(self, sequence: Sequence) -> Snapshot:
-        """Save what `restore` needs to undo later tokens.
+        """Save the state that `restore` needs to undo later tokens.
 
         These are the length and the recurrent states. KV entries after the end of a sequence are never read.
         """
@@ -230,7 +230,7 @@ class HybridCache:
         return Snapshot(sequence.length, [buffer[pages] for buffer in self.buffers])
 
     def restore(self, sequence: Sequence, snapshot: Snapshot) -> None:
-        """Restore a sequence to a snapshot of it."""
+        """Restore a sequence to one of its snapshots."""
         self._check(sequence)
         pages = self._state_pages(sequence)
         for buffer, states in zip(self.buffers, snapshot.states, strict=True):

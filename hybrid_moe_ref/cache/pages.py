@@ -1,4 +1,4 @@
-"""Compute the one page size of KV entries and recurrent states. Does not import torch.
+"""Compute the page size that KV entries and recurrent states share. Does not import torch.
 
 A recurrent layer keeps a state of fixed size per sequence, an attention layer some bytes per token. One pool of pages
 serves both: an attention page has so many tokens that it is at least as large as the largest state, rounded up to a
@@ -33,7 +33,7 @@ class StateSize:
 
 @dataclass(frozen=True)
 class LayerGroup:
-    """Layers of one kind that take their pages together."""
+    """Layers of one kind that take pages together."""
 
     kind: str
     layers: tuple[int, ...]
@@ -41,7 +41,7 @@ class LayerGroup:
 
 @dataclass(frozen=True)
 class PageLayout:
-    """The page size of a model, and its layers in groups.
+    """The page size of a model, and the groups of its layers.
 
     tokens            tokens of an attention page; 0 without attention layers
     page_bytes        bytes of a page of one layer
@@ -72,7 +72,7 @@ def _share(config: ModelConfig, name: str, tp_size: int) -> int:
 
 
 def _share_or_hold(config: ModelConfig, name: str, tp_size: int) -> int:
-    """As `_share`, but with fewer heads than ranks, each rank holds one head, which its neighbours also hold."""
+    """Like `_share`, but with fewer heads than ranks several ranks hold the same head."""
     value: int = getattr(config, name)
     if value % tp_size and tp_size % value:
         raise ConfigError(f"{value} neither divides over tp_size {tp_size} nor is a divisor of it", name)

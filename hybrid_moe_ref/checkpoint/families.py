@@ -155,7 +155,7 @@ def _model_config(raw: dict[str, Any]) -> ModelConfig:
 
 
 def _agreed(said: dict[str, Any]) -> Any:
-    """Return the value on which several places of a config, given by path, agree; None if none has a value."""
+    """Return the value that several paths of a config must agree on; None if none has a value."""
     there = [(path, value) for path, value in said.items() if value is not None]
     for path, value in there[1:]:
         if value != there[0][1]:

@@ -52,7 +52,7 @@ class Piece:
 
 @torch.no_grad()
 def load_weights(model: nn.Module, folder: str | Path | Shards, device: torch.device | str = "cpu") -> Shards:
-    """Fill all parameters. The model is not changed before every tensor has been found and fits.
+    """Fill all parameters. The model is not changed until every tensor is found and has the right shape.
 
     device: where parameters that are on the meta device go
 
@@ -201,7 +201,7 @@ def _grouped_pieces(name: str, net: GatedDeltaNet, slices: dict[str, Slice]) -> 
 
 
 def _in_blocks(held: Range, size: int, offset: int, block: int) -> Iterator[Range]:
-    """Return the ranges of the elements `held`, if each block has `size` of them from `offset` on."""
+    """Return the ranges of the elements `held` if each block has `size` of them, starting at `offset`."""
     start, stop = held
     while start < stop:
         index, inside = divmod(start, size)
@@ -274,7 +274,7 @@ def describe(folder: str | Path, model: nn.Module) -> dict[str, Any]:
 
 
 def _skipped(unused: set[str], model: nn.Module) -> set[str]:
-    """Return the names that a folder may have although the model does not use them."""
+    """Return the tensor names that a folder may contain although the model does not use them."""
     skipped = {name for name in unused if name.startswith(VISION)}
     if not hasattr(model, "mtp"):
         skipped |= {name for name in unused if name.startswith(MTP)}

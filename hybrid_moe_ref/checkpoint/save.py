@@ -83,7 +83,7 @@ def _check(model: "HybridMoE", family: str) -> None:
 
 
 def tensors(model: "HybridMoE", family: str) -> Iterator[tuple[str, Tensor]]:
-    """Yield names and tensors as the family's checkpoints have them; tied parameters come once."""
+    """Yield names and tensors in the family's checkpoint format; tied parameters come once."""
     nets = {
         name: module
         for name, module in model.named_modules()

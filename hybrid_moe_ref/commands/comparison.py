@@ -84,7 +84,7 @@ def their_logits(folder: str | Path, dtype: torch.dtype, tokens_BT: Tensor) -> T
 
 @contextlib.contextmanager
 def float64_throughout(theirs: nn.Module) -> Iterator[None]:
-    """Make a float64 model of transformers compute everything in float64 inside the ``with``.
+    """Make a float64 model of transformers compute everything in float64 while the ``with`` block runs.
 
     Its casts to float32 become casts to float64, and its rotary frequencies are not rounded. This changes torch for the
     whole process, so nothing else may run meanwhile.
@@ -104,7 +104,7 @@ def float64_throughout(theirs: nn.Module) -> Iterator[None]:
 
 
 def judge_exact(ours_BTV: Tensor, theirs_BTV: Tensor) -> dict[str, Any]:
-    """Judge float64 logits [B, T, V]: the largest error, and whether all errors keep LIMIT."""
+    """Judge float64 logits [B, T, V]: return the largest error, and whether all errors are within LIMIT."""
     error_BT = errors(ours_BTV, theirs_BTV)
     return {
         "largest_error_in_float64": float(error_BT.max()),
@@ -114,7 +114,7 @@ def judge_exact(ours_BTV: Tensor, theirs_BTV: Tensor) -> dict[str, Any]:
 
 
 def judge_rounding(ours_BTV: Tensor, theirs_BTV: Tensor, truth_BTV: Tensor) -> dict[str, Any]:
-    """Judge logits [B, T, V] of a narrower dtype: both median errors against float64, and whether they keep FACTOR."""
+    """Judge logits [B, T, V] of a narrower dtype: both median errors against float64, and whether FACTOR holds."""
     ours, theirs = (float(errors(x_BTV, truth_BTV).median()) for x_BTV in (ours_BTV, theirs_BTV))
     return {"median_error": ours, "their_median_error": theirs, "agrees": ours <= FACTOR * theirs}
 

@@ -1,4 +1,4 @@
-"""The command `generate`: continue a prompt, in this process or on ranks of this machine, and print it as it comes."""
+"""The command `generate`: continue a prompt, in this process or on several ranks, and print tokens as they come."""
 
 import argparse
 import dataclasses

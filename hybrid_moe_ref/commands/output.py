@@ -21,7 +21,7 @@ def show(answer: dict[str, Any], as_json: bool) -> None:
 
 
 class Printer(Protocol):
-    """Prints tokens as they come, and at the end what it has held back."""
+    """Prints tokens as they arrive, and at the end the text that was held back."""
 
     def show(self, token: int) -> None: ...
     def end(self) -> None: ...

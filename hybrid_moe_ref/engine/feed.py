@@ -1,4 +1,4 @@
-"""Describe the tokens that a rank feeds its model in one step, and compare them between tensor-parallel ranks.
+"""Describe the tokens that a rank gives its model in one step, and compare them between tensor-parallel ranks.
 
 The ranks of one tp group hold parts of the same layers, so they must run the same tokens of the same requests. With
 different numbers of tokens, the first all-reduce of a layer aborts or hangs. With different tokens of the same number,

@@ -109,7 +109,7 @@ def pad(tokens_N: Tensor, batch: Batch, size: int) -> tuple[Tensor, Batch]:
 
 
 def row_wise(model: HybridMoE) -> list[nn.Module]:
-    """The modules that take rows [N, H] and do not communicate: norms, routers, shared experts, dense MLPs."""
+    """The modules that map rows [N, H] without communication: norms, routers, shared experts, dense MLPs."""
     modules: list[nn.Module] = []
     for block in model.blocks:
         modules += [block.input_layernorm, block.post_attention_layernorm]

@@ -186,7 +186,7 @@ class Engine:
         return StartVote(self.config, self.comm, self._policies.ballot)
 
     def _take_first_uses(self) -> None:
-        """Load modules at their first use by this engine's policies, not by those of an engine that started later."""
+        """Load modules at first use by this engine's policies, even if another engine started later in the process."""
         on_first_use(lambda extension: self._policies.builds.first_use(extension, self._build_place()))
 
     def _build_place(self) -> BuildPlace:

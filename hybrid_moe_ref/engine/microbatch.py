@@ -1,4 +1,4 @@
-"""Split a step in two halves, which run one after the other."""
+"""Split a step into two halves, which run one after the other."""
 
 from __future__ import annotations
 

@@ -37,7 +37,7 @@ class StepAgreement:
         self._agreed: AgreedStep | None = None
 
     def agree(self, plan: StepPlan, exchange: Exchange, layer: str) -> AgreedStep:
-        """The agreed step for ``plan.step``. layer: the layer that asks."""
+        """Return the agreed step for ``plan.step``. layer: the layer that asks."""
         if self._agreed is None or plan.step != self._step:
             self._agreed = exchange(plan, layer)
             self._step = plan.step
@@ -52,7 +52,7 @@ class StateBinding:
     """
 
     def bind(self, plan: StepPlan, agreed: AgreedStep, rebuild: Callable[[], AgreedStep]) -> AgreedStep:
-        """The metadata to run with: ``agreed``. Calling ``rebuild`` would ask for the step's agreement again."""
+        """Return the metadata to run with: ``agreed``. Calling ``rebuild`` would repeat the step agreement."""
         return agreed
 
 
@@ -63,7 +63,7 @@ class GraphChoice:
     """
 
     def choose(self, plan: StepPlan, agreed: AgreedStep) -> AgreedStep:
-        """The mode and sizes with which this rank runs the step: those of ``agreed``."""
+        """Return the mode and sizes with which this rank runs the step: those of ``agreed``."""
         return agreed
 
 
@@ -71,7 +71,7 @@ class Tuning:
     """How the ranks choose tactics: from their saved choices if every rank has one, else by timing together."""
 
     def tune(self, tuner: ExpertTuner) -> None:
-        """Choose, and use the choice. Called on every rank at the same point of its start."""
+        """Choose a tactic and use it. Called on every rank at the same point of its start."""
         chosen = self.load(tuner)
         tuner.declare((TUNING_VOTE,))
         all_have_one = tuner.vote(chosen is not None)

@@ -1,4 +1,4 @@
-"""What the ranks exchange to act alike, in the form that a version of vLLM has it.
+"""The integers that the ranks exchange before a step so that all act alike, as two versions of vLLM do.
 
 The step agreement (C1) is an int32 matrix with one column for each rank, which one all-reduce (sum) fills. The question
 "is anyone unfinished?" is an all-reduce at the end of some steps of a wave. A wave is one call of `Engine.serve`; its
@@ -29,7 +29,7 @@ from hybrid_moe_ref.engine.plan import EAGER, AgreedStep, StepPlan, padded_size
 
 @dataclass(frozen=True)
 class Protocol:
-    """The exchange of one version, for the settings of an engine.
+    """The exchange of one vLLM version, for the settings of an engine.
 
     rows      the names of the version's rows of C1, in order
     interval  number of steps between two questions, unless `engine.unfinished_interval` names another
@@ -43,7 +43,7 @@ class Protocol:
     question: ClassVar[str]
 
     def asks(self, step: int) -> bool:
-        """Whether the ranks ask after this step of a wave, which counts from 1."""
+        """Whether the ranks ask for unfinished work after this step of a wave. Steps count from 1."""
         return step % (self.engine.unfinished_interval or self.interval) == 0
 
     def last_step(self, num_steps: int) -> int:
@@ -54,18 +54,18 @@ class Protocol:
         return step
 
     def answer(self, unfinished: bool) -> list[int]:
-        """This rank's part of the question."""
+        """This rank's answer to whether it has unfinished work."""
         raise NotImplementedError
 
     def column(self, plan: StepPlan) -> list[int]:
-        """A rank's column of C1: the version's rows, then those of this engine.
+        """A rank's column of C1: the rows of the vLLM version, then the rows of this engine.
 
         A hash takes four rows of 16 bits each, so that every number fits into int32.
         """
         return [*self._column(plan), plan.draft_rows, *_parts(plan.schedule_hash), *_parts(plan.feed_hash)]
 
     def resolve(self, matrix: Sequence[Sequence[int]], tp_size: int = 1) -> AgreedStep:
-        """Turn C1, int[rows][ranks that agree], into one decision.
+        """Turn C1, int[rows][ranks that agree], into one decision for all ranks.
 
         The mode is the lowest. If a graph is replayed, all sizes are padded to one; else they stay uneven. An eager
         step is split in two if all ranks would do so.
@@ -89,7 +89,7 @@ class Protocol:
         raise NotImplementedError
 
     def _padded(self, rows: dict[str, Sequence[int]]) -> int:
-        """The size to which all ranks pad a step that replays a graph."""
+        """The size to which all ranks pad a step that replays a CUDA graph."""
         raise NotImplementedError
 
     def _splits(self, rows: dict[str, Sequence[int]]) -> bool:
@@ -98,7 +98,7 @@ class Protocol:
 
 
 class Protocol020(Protocol):
-    """As in vLLM 0.20: each rank says to which size it would pad and whether it would split the step."""
+    """As in vLLM 0.20: each rank sends the size it would pad to, and whether it would split the step."""
 
     rows = ("tokens", "padded tokens", "wants microbatch", "graph mode")
     interval = 32
@@ -119,7 +119,7 @@ class Protocol020(Protocol):
 
 
 class Protocol033(Protocol):
-    """As in vLLM 0.33: all ranks compute the padded size and the split from the token counts of all."""
+    """As in vLLM 0.33: every rank computes the padded size and the split from the token counts of all ranks."""
 
     rows = (
         "tokens", "graph mode", "uniform tokens", "longest query", "allows microbatch", "requests",
@@ -132,7 +132,7 @@ class Protocol033(Protocol):
         return step == 1 or super().asks(step)
 
     def answer(self, unfinished: bool) -> list[int]:
-        """Unfinished, and pending pause."""
+        """This rank's two numbers: whether it has unfinished work, and whether a pause is pending (never here)."""
         return [int(unfinished), 0]
 
     def _column(self, plan: StepPlan) -> list[int]:

@@ -97,13 +97,13 @@ class ModelRunner:
             return self._model.step(padded_N, padded, cache)[: batch.num_tokens]
 
     def declare(self, plan: StepPlan, schedule: tuple[ScheduleEntry, ...]) -> None:
-        """Begin a step with this schedule: report it to the observer, and give it to the guard to enforce."""
+        """Begin a step with this schedule: report it to the observer, and let the guard enforce it."""
         self._comm.observer.begin_step(plan.step, schedule, plan.num_live)
         if self._agree_on_schedules:
             self._comm.guard.begin(plan.step, schedule)
 
     def _set_sizes(self, sizes: tuple[int, ...]) -> None:
-        """Give the sizes to the layers, and to the guard to enforce."""
+        """Set the sizes of the step in the layers and in the guard, which enforces them."""
         self._context.sizes = sizes
         if self._agree_on_schedules:
             self._comm.guard.agree("ep", self._context.ep_sizes)
@@ -125,12 +125,12 @@ class ModelRunner:
         return self._model.draft(tokens_N, hidden_NH, batch, cache)
 
     def leave(self) -> None:
-        """Called by a rank that wants to end its serve loop alone. Raises ScheduleMismatch if the guard is active."""
+        """Raise ScheduleMismatch if the guard is active: a rank wants to end its serve loop while others continue."""
         if self._agree_on_schedules:
             self._comm.guard.leave()
 
     def _raise_mismatch(self, schedule: tuple[ScheduleEntry, ...]) -> NoReturn:
-        """Exchange the schedules and stop. All ranks know of the mismatch and call this, so they can communicate."""
+        """Exchange the schedules, and stop. All ranks have seen the mismatch and call this, so they can communicate."""
         self._comm.guard.release()
         words = self._comm.all_gather_text(self.agreeing, "\n".join(schedule_words(schedule)), layer="mismatch")
         index, sides = first_difference([lines.splitlines() for lines in words])
@@ -148,7 +148,7 @@ class ModelRunner:
 
     @torch.inference_mode()
     def warm_up(self) -> None:
-        """Run one layer of each kind without its hooks, so that first uses compile, or fail, before ranks communicate.
+        """Run one layer of each kind without hooks, so that first uses compile, or fail, before any rank communicates.
 
         Runs one token and two, because decode and prefill are different kernels.
         """

@@ -1,4 +1,4 @@
-"""Which tokens a step makes: the likeliest one after each row that asks for one.
+"""Choose the most likely token after each row that needs a new token.
 
 The choice is greedy, so that a server can be compared with a single process token by token.
 """
@@ -13,15 +13,13 @@ from hybrid_moe_ref.model import HybridMoE
 
 
 def likeliest_tokens(model: HybridMoE, hidden_NH: Tensor) -> Tensor:
-    """The likeliest token after each row, int64[N]. hidden_NH: final hidden states"""
+    """The most likely token after each row, int64[N]. hidden_NH: final hidden states"""
     return model.logits(hidden_NH).argmax(dim=-1)
 
 
 def last_tokens(
     model: HybridMoE, hidden_NH: Tensor, last_rows: Sequence[int], counts: Sequence[int]
 ) -> list[list[int]]:
-    """The likeliest token after each of the last ``counts[b]`` rows of each request b, whose last row is
-    ``last_rows[b]``.
-    """
+    """The most likely token after each of the last ``counts[b]`` rows of request b, which end at ``last_rows[b]``."""
     rows = [row for last, count in zip(last_rows, counts, strict=True) for row in range(last + 1 - count, last + 1)]
     return [tokens.tolist() for tokens in likeliest_tokens(model, hidden_NH[rows]).split(list(counts))]

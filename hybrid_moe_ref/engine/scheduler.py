@@ -146,7 +146,7 @@ class Scheduler:
         return self._config.num_pages - sum(running.num_pages for running in self._running)
 
     def make_room(self) -> list[Running]:
-        """Preempt the youngest requests until the others have the pages for their next step; return the preempted ones.
+        """Preempt the youngest requests until the others have pages for their next step; return the preempted requests.
 
         Preempted requests wait before all others, and run from the beginning again. The oldest request is never
         preempted, so all requests are served in the end.
@@ -205,7 +205,7 @@ class Scheduler:
         return complete
 
     def pretend(self) -> None:
-        """Update without a model: each request that makes a token in this step makes token 0."""
+        """Update the requests without a model: each request that would make a token gets token 0."""
         self.update([[0] if running.makes_tokens else [] for running in self._running])
 
 

@@ -95,7 +95,7 @@ def content_digest(folder: str) -> str:
 
 
 def configuration_differences(texts: Sequence[str]) -> list[str]:
-    """A line for each setting that differs between ranks. texts: each rank's settings as JSON"""
+    """List the settings that differ between ranks, one line each. texts: each rank's settings as JSON"""
     values = [_flat(json.loads(text)) for text in texts]
     names = dict.fromkeys(name for settings in values for name in settings)
     columns = {name: [settings.get(name) for settings in values] for name in names}

@@ -93,7 +93,7 @@ class ServeLoop:
         return [(r.request.request_id, token) for r, new in zip(running, new_tokens, strict=True) for token in new]
 
     def _make_room(self) -> None:
-        """Preempt requests for which the cache lacks pages. They wait, and then run from the beginning again."""
+        """Preempt requests for which the cache lacks pages. They wait, and later start from the beginning."""
         self._release(self._scheduler.make_room())
 
     def _release(self, requests: list[Running]) -> None:

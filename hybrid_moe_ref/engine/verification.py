@@ -1,4 +1,4 @@
-"""Accept the drafts of the last step that the model would have chosen too, and undo a step with a rejected draft.
+"""Accept the drafts of the last step that the model itself would choose, and undo a step whose draft is rejected.
 
 A recurrent state cannot be truncated to the last accepted draft. After a rejected draft the request's state returns to
 the start of the step, and the next step feeds the accepted tokens again, without new drafts. So a rejected draft costs
@@ -24,7 +24,7 @@ class Verification:
 
     @classmethod
     def begin(cls, running: list[Running], sequences: list[Sequence]) -> Self:
-        """Take the snapshots, before the step runs."""
+        """Save snapshots of the requests' states before the step runs, so that rejected drafts can be undone."""
         before = [
             sequence.cache.snapshot(sequence) if request.drafts else None
             for request, sequence in zip(running, sequences, strict=True)
@@ -33,7 +33,7 @@ class Verification:
 
     @property
     def counts(self) -> list[int]:
-        """The number of rows of each request to sample a token after: its last known token and its drafts.
+        """The number of rows of each request after which to sample a token: the last known token and the drafts.
 
         0 for a request that still has pending tokens.
         """

@@ -1,4 +1,4 @@
-"""Find the process that has a file open, from a write lease and /proc/*/fd. Linux only; imports no torch."""
+"""Find the process that has a file open, by a write lease and /proc/*/fd. Linux only; does not import torch."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def _pid_with_open(device: int, inode: int) -> int:
 
 
 def _is_shared(device: int) -> bool:
-    """Whether other hosts may have mounted this file system too. True if that is unknown."""
+    """Whether other hosts may also mount this file system. True if that is unknown."""
     try:
         with open("/proc/self/mountinfo") as file:
             mounts = [line.split() for line in file]

@@ -73,7 +73,7 @@ def _attend_group(q_BTQD: Tensor, k_BTKD: Tensor, v_BTKD: Tensor, group: Group, 
 
 
 def attend(q_BTQD: Tensor, k_BSKD: Tensor, v_BSKD: Tensor, group: Group) -> Tensor:
-    """Softmax attention. Queries at position s and later see the key at index s."""
+    """Causal softmax attention: a query at position s sees the keys at indices up to s."""
     q, k, v = (x.transpose(1, 2) for x in (q_BTQD, k_BSKD, v_BSKD))
     T, S = q.shape[2], k.shape[2]
     if T == S:

@@ -34,7 +34,7 @@ def is_plain_linear(module: nn.Module) -> bool:
 
 
 def is_unhooked(module: nn.Module) -> bool:
-    """Whether the module has neither a hook nor its own `forward`, so that nothing misses its call."""
+    """Whether the module has no hook and no `forward` of its own, so that its call may be skipped."""
     have = module.__dict__  # every step does this for every module, and attribute access takes twice as long
     return not (
         have["_forward_hooks"]
@@ -46,5 +46,5 @@ def is_unhooked(module: nn.Module) -> bool:
 
 
 def is_plain(module: nn.Module, kind: type[nn.Module]) -> bool:
-    """Whether a call of the module does exactly what `kind` does: it is not replaced, changed or hooked."""
+    """Whether calling the module does exactly what `kind` does: it is not replaced, changed or hooked."""
     return type(module) is kind and is_unhooked(module) and not has_global_hooks()

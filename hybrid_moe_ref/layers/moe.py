@@ -123,7 +123,7 @@ class MoE(nn.Module):
         return routed_NH + self.shared_expert_gate(x_NH).sigmoid() * self.shared_expert(x_NH)
 
     def _is_one_call(self, x_NH: Tensor) -> bool:
-        """Whether one operation may compute the whole layer.
+        """Whether a single operation may compute the whole layer.
 
         The backend of the experts must have that operation, and no part of the layer may be replaced or have a hook.
         """

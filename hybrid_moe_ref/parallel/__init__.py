@@ -1,4 +1,4 @@
-"""Run an unchanged model on many ranks. These are the collectives of a step, in order:
+"""Run an unchanged model on many ranks. A step issues these collectives, in order:
 
     what                    group   op                sizes                             dtype      where
     C1  step agreement      dp (1)  all_reduce, sum   13 or 16 numbers for each rank    int32      engine/protocol.py

@@ -102,7 +102,7 @@ class Communicator(RankGroups):
 
     @contextlib.contextmanager
     def patiently(self, patience_s: float) -> Iterator[None]:
-        """Within the ``with``, the members of a collective wait for each other in the store before they issue it.
+        """Inside the ``with``, the members of a collective first wait for each other in the store, then issue it.
 
         So a member may be late by up to `patience_s` without exceeding the collective's own timeout. A rank that waits
         in the store does not see a broken connection, so it checks whether the processes of the others exist.
@@ -131,14 +131,14 @@ class Communicator(RankGroups):
             self._on_collective = None
 
     def stop_all(self, message: str) -> str:
-        """Stop every rank that waits in a collective or calls `stopped_by`.
+        """Stop every rank: those that wait in a collective, and those that call `stopped_by`.
 
         Returns the message that was published first, which may be another rank's.
         """
         return str(self._halt.publish(ScheduleMismatch(message)))
 
     def stopped_by(self) -> str:
-        """The message with which a rank stopped the job; "" while the job runs."""
+        """The message of the rank that stopped the job; "" while the job runs."""
         return str(self._halt.published() or "")
 
     def begin_use(self) -> None:

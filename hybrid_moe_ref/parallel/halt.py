@@ -49,7 +49,7 @@ class CollectiveStalled(Stopped):
 
 
 class Halt:
-    """The means by which one rank stops all ranks: the first error that is published in the store, and read by all.
+    """Stops all ranks: the first error that a rank publishes in the store is read and raised by every rank.
 
     store: shared by all ranks of the job; None for a single rank, which publishes nothing
     """
@@ -102,7 +102,7 @@ class RollCall:
 
 
 class Watchdog:
-    """Decides for one rank whether waiting on is useless.
+    """Decides for one rank whether to give up waiting.
 
     roll_call  the processes of the other ranks; None: not checked
     limit_s    how long one collective may take; 0: no limit
@@ -121,7 +121,7 @@ class Watchdog:
         self._event, self._entered_s = event, time.monotonic()
 
     def reason(self) -> Stopped | None:
-        """Why a collective failed on this rank: a dead peer or a stopped job; None for another reason.
+        """Explain why a collective failed on this rank: a dead peer or a stopped job; None for another reason.
 
         Waits up to PATIENCE_S, because the operating system closes the connections of a process shortly before the
         process is seen to have ended.
@@ -135,12 +135,12 @@ class Watchdog:
             time.sleep(PATIENCE_S / 50)
 
     def error(self) -> Stopped | None:
-        """Why waiting on is useless, or None. Publishes the error to all ranks."""
+        """Return the reason to stop waiting, or None, and publish it to all ranks."""
         finding = self.finding()
         return self._halt.publish(finding) if finding else None
 
     def finding(self) -> Stopped | None:
-        """Why waiting on is useless, or None. Does not publish the error."""
+        """Return the reason to stop waiting, or None, without publishing it."""
         for rank in self.roll_call.lost() if self.roll_call else ():
             assert self.roll_call is not None
             return PeerLost(f"rank {rank} is gone: its process {self.roll_call.pid(rank)} has ended")

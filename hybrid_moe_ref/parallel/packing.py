@@ -34,7 +34,7 @@ def _as_bytes(x: Tensor) -> Tensor:
 
 
 def _plain(x_NB: Tensor) -> Tensor:
-    """The same rows with row-major strides.
+    """Return the same rows with row-major strides.
 
     `contiguous()` is not enough: torch calls a single row contiguous whatever its strides are, but can view only
     row-major strides as another dtype.

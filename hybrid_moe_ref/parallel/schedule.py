@@ -9,12 +9,12 @@ from hybrid_moe_ref.parallel.observer import ScheduleEntry
 
 
 def entry_words(entry: ScheduleEntry) -> str:
-    """An entry as text: "ep all_gather_v of layers.0.moe"."""
+    """Format an entry: "ep all_gather_v of layers.0.moe"."""
     return f"{entry.group} {entry.op}" + (f" of {entry.layer}" if entry.layer else "")
 
 
 def schedule_words(schedule: Sequence[ScheduleEntry]) -> list[str]:
-    """Each entry as text."""
+    """Format each entry as text."""
     return [entry_words(entry) for entry in schedule]
 
 

@@ -50,7 +50,7 @@ class Place:
     size: int
 
     def share(self, count: int) -> Range:
-        """This rank's range of `count` items in order. With fewer items than ranks, the one that it shares."""
+        """Return this rank's range of `count` items. With fewer items than ranks, return the one that it shares."""
         each = max(1, count // self.size)
         first = self.rank * count // self.size
         return first, first + each
@@ -100,12 +100,12 @@ def local_config(config: ModelConfig, tp_size: int, experts: ExpertSharing = "in
 
 
 def mixer_cuts(config: ModelConfig, kind: str, place: Place) -> dict[str, Cuts]:
-    """The parts of the parameters of a G, A or M mixer that `place` holds, by parameter name."""
+    """Return the slices of a G, A or M mixer's parameters that `place` holds, by parameter name."""
     return {"A": _attention_cuts, "G": _delta_net_cuts, "M": _mamba_cuts}[kind](config, place)
 
 
 def mlp_cuts(intermediate_size: int, place: Place) -> dict[str, Cuts]:
-    """The parts of the parameters of a dense MLP or the shared expert that `place` holds, by parameter name."""
+    """Return the slices of a dense MLP's or the shared expert's parameters that `place` holds, by parameter name."""
     held = place.share(intermediate_size)
     return {
         "gate_proj.weight": rows(held),
@@ -115,7 +115,7 @@ def mlp_cuts(intermediate_size: int, place: Place) -> dict[str, Cuts]:
 
 
 def expert_cuts(intermediate_size: int, place: Place) -> dict[str, Cuts]:
-    """The parts of stacked experts that `place` holds if they are shared by intermediate size, by parameter name."""
+    """Return the slices of stacked experts that `place` holds if their intermediate size is split, by name."""
     held = place.share(intermediate_size)
     return {
         "gate_up_proj": ((1, sections([(intermediate_size, held)] * 2)),),

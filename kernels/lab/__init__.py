@@ -1,4 +1,4 @@
-"""Two operations as modules that are compiled on the machine at their first use.
+"""Two operations that are compiled on the machine at their first use.
 
 The lab's scenarios need them, to show what such a build does to the start of a server. They compute the same as the
 references, but no choice of the registry selects them: a server asks for one with

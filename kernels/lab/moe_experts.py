@@ -1,4 +1,4 @@
-"""The experts of a mixture as a module that is compiled at its first use, in C++ for a CPU.
+"""The experts of a mixture-of-experts layer, compiled as C++ at first use; for CPUs.
 
 Under expert parallelism its first use, and so its build, comes after the dispatch of the first layer.
 
@@ -39,7 +39,7 @@ def experts(x_NH: Tensor, weights_NK: Tensor, ids_NK: Tensor, gate_up_EJH: Tenso
 
 
 def time_blocks() -> list[int]:
-    """Return the microseconds of a small mixture for each of BLOCK_ROWS. All compute the same result."""
+    """Return the time in microseconds of a small MoE layer for each of BLOCK_ROWS. All compute the same result."""
     N, K, H, E, I = 32, 2, 64, 4, 32
     x, weights, ids = torch.ones(N, H), torch.ones(N, K), torch.arange(N * K).view(N, K) % E
     gate_up, down = torch.ones(E, 2 * I, H), torch.ones(E, H, I)
@@ -54,5 +54,5 @@ def time_blocks() -> list[int]:
 
 
 def use_block_rows(rows: int) -> None:
-    """Compute this many rows of an expert at once from now on, in this process."""
+    """From now on, compute this many rows of an expert at once in this process."""
     _block_rows[0] = rows

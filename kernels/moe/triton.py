@@ -175,7 +175,7 @@ def _plan(
 
 @triton.jit
 def _picks(tile_picks_ptr, tile, num_picks, BM: tl.constexpr):
-    """Return the picks of a tile, padded with num_picks. Without a plan, a tile has one pick: number `tile`."""
+    """Return the picks of a tile, padded with num_picks. Without a plan, tile `tile` has the single pick `tile`."""
     m = tl.arange(0, BM)
     if tile_picks_ptr is None:
         pick = tl.where(m == 0, tile, num_picks)

@@ -1,4 +1,4 @@
-"""Root-mean-square norms in Triton: a program has some whole rows in registers.
+"""Root-mean-square norms in Triton: one program keeps several whole rows in registers.
 
 Memory traffic: each input is read once and the output written once, with rows of any stride; `gate_then_norm` treats
 groups as rows. From a few thousand rows on, the time is that of a copy.

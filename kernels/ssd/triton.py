@@ -54,8 +54,7 @@ def prefill(
     slots_B: Tensor,
     cu_seqlens_X: Tensor,
 ) -> Tensor:
-    """Same arguments and result as `reference.prefill`. The state is float32; for
-    bfloat16 inputs, products use 16 bits of it."""
+    """Same arguments and result as `reference.prefill`. The state is float32; bfloat16 products keep 16 bits of it."""
     (_, H, P), (_, G, N), B = x_THP.shape, b_TGN.shape, slots_B.shape[0]
     y_THP = torch.empty(x_THP.shape, dtype=x_THP.dtype, device=x_THP.device)
     if y_THP.numel() == 0:

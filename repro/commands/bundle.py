@@ -1,4 +1,4 @@
-"""``bundle RUN``: make a bundle of a run or of a foreign job's evidence, or compare a bundle with its manifest."""
+"""``bundle RUN``: make a bundle of a run or of another job's evidence, or compare a bundle with its manifest."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _made(args: argparse.Namespace) -> Made:
-    """The bundle, of a run of this program or of the evidence of a foreign job, as the content of the path shows."""
+    """Make the bundle. The path's content decides whether it is a run of this program or another job's evidence."""
     root = args.run.resolve()
     target = args.to or root.parent / f"{root.stem if root.is_file() else root.name}{'.bundle' * root.is_file()}.zip"
     if root.exists():
@@ -87,7 +87,7 @@ def _made(args: argparse.Namespace) -> Made:
 
 
 def _is_of_this_program(root: Path) -> bool:
-    """Whether a path is packed as a run of this program, and not as evidence that `diagnose` reads."""
+    """Whether a path is bundled as a run of this program, and not as evidence for `diagnose`."""
     if root == Path(root.anchor) or not root.exists():
         return True  # which a run directory is not either, and `make` says so
     is_run = (root / "events").is_dir() or any((root / name).is_file() for name in ("run.json", "verdict.json"))

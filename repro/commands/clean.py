@@ -17,7 +17,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Remove the run directories. Anything that is not certainly a run is left.
+    """Remove the run directories. Anything that may not be a run is kept.
 
     Raises ConfigError for a folder that does not exist, OutputError for a run that cannot be removed.
     """

@@ -70,7 +70,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def parser_of(argv: Sequence[str]) -> Parser:
-    """The parser of the program, with the arguments of the command that ``argv`` calls."""
+    """Return the parser of the program, with the arguments of the command in ``argv``."""
     name = Path(sys.argv[0]).name
     parser = Parser(
         prog=name if name == "hmr" else "python -m repro",

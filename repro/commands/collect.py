@@ -1,4 +1,4 @@
-"""`python -m repro collect [PID…]`: look at a job that hangs now, from outside, and say what it waits for."""
+"""`python -m repro collect [PID…]`: examine a job that hangs now from outside, and print what it waits for."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """0 for a verdict, 125 for `inconclusive`, 2 where no job or several were found."""
+    """Return 0 for a verdict, 125 for `inconclusive`, 2 if no job or several jobs were found."""
     table = read_all()
     jobs = find_jobs(table)
     if args.pids or args.match:
@@ -64,7 +64,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _say(text: str) -> None:
-    """Print a line beside the verdict, which alone goes to standard output."""
+    """Print a line to standard error. Only the verdict goes to standard output."""
     print(f"collect: {escape_control_characters(text, 1000)}", file=sys.stderr)
 
 

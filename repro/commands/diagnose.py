@@ -1,4 +1,4 @@
-"""`python -m repro diagnose PATH…`: read the evidence of a job that is not ours, and say what it proves."""
+"""`python -m repro diagnose PATH…`: read the evidence that any job left, and print what it proves."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """0 for a verdict, 125 for `inconclusive`, 2 where no file was usable."""
+    """Return 0 for a verdict, 125 for `inconclusive`, 2 if no file was usable."""
     from repro.commands.evidence import evidence_of
     from repro.verdict.partial import diagnose
 
@@ -86,7 +86,7 @@ def say(diagnosis: Diagnosis, evidence: Evidence, as_json: bool) -> int:
 
 
 def lines(diagnosis: Diagnosis, evidence: Evidence) -> list[str]:
-    """The diagnosis for a terminal: at most MAX_LINES lines. The first names class, cause and who."""
+    """Format the diagnosis for a terminal, in at most MAX_LINES lines. The first has class, cause and culprits."""
     tail = [row for text in diagnosis.refutes[:1] for row in _wrapped("refuted by: ", text)]
     tail += [row for text in diagnosis.collect[:2] for row in _wrapped("collect next: ", text)]
     tail += [row for text in diagnosis.notes[:3] for row in _wrapped("note: ", text)[:2]]
@@ -103,7 +103,7 @@ def lines(diagnosis: Diagnosis, evidence: Evidence) -> list[str]:
 
 
 def _fitting(label: str, texts: Sequence[str], room: int) -> list[str]:
-    """The texts that fit into so many lines, each whole; of a first one that does not fit, its beginning."""
+    """Return the texts that fit completely into so many lines; if the first does not fit, its beginning."""
     out: list[str] = []
     for number, text in enumerate(texts):
         rows = _wrapped(label, text)

@@ -22,7 +22,7 @@ def one_line(text: str) -> str:
 
 
 def describe_failure(error: BaseException) -> str:
-    """A failure of this program as one line that says it is not the user's mistake."""
+    """Format a failure of this program as one line that says it is not the user's mistake."""
     at = traceback.extract_tb(error.__traceback__)[-1]
     what = " ".join(f"{type(error).__name__}: {error}".split())[:300]
     return (

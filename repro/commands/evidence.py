@@ -1,4 +1,4 @@
-"""The evidence that paths hold: files of any tool, folders and bundles of an earlier diagnosis, in any mixture."""
+"""Load the evidence under paths: files of any tool, folders, and bundles of earlier diagnoses."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from repro.ingest.read import Evidence, read
 
 
 def evidence_of(paths: Sequence[Path]) -> Evidence:
-    """Read the paths. Lists what is not understood.
+    """Read the paths. Files that are not understood are listed.
 
     Raises DamagedFile or ArchiveError for a damaged folder or bundle of a diagnosis.
     """

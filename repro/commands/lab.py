@@ -1,4 +1,4 @@
-"""What the commands that run the lab share: flags, and checks before the first run."""
+"""The flags that all lab commands share, and checks before the first run."""
 
 from __future__ import annotations
 
@@ -19,6 +19,6 @@ def add_arguments(parser: argparse.ArgumentParser, launcher_help: str) -> None:
 
 
 def refuse_junit(args: argparse.Namespace) -> None:
-    """Raise OutputError for a --junit that cannot be written, before any run. Its folder --out may not exist yet."""
+    """Raise OutputError before any run if the --junit file cannot be written. The --out folder need not exist yet."""
     if args.junit and (args.junit.parent.resolve() != args.out.resolve() or args.out.exists()):
         refuse_unwritable(args.junit, "; choose another --junit")

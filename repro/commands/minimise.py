@@ -1,4 +1,4 @@
-"""``minimise SCENARIO``: shrink a scenario while its verdict stays the same, and write what is left as one file."""
+"""``minimise SCENARIO``: shrink a scenario while its verdict stays the same, and write the result as one file."""
 
 from __future__ import annotations
 

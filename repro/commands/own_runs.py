@@ -1,4 +1,4 @@
-"""Runs and bundles of this program given to `diagnose`: the second judgement decides, since a witness knows more."""
+"""Judge runs and bundles of this program for `diagnose`: a second judgement decides, because witnesses show more."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from repro.verdict.partial import Diagnosis
 
 
 def judge(path: Path) -> tuple[Diagnosis, Evidence]:
-    """The verdict on a run from its files, in the form of a diagnosis. Raises what `watch` raises for a damaged run."""
+    """Judge a run from its files; return the verdict as a diagnosis. Raises as `watch` does for a damaged run."""
     with bundle.opened(path) as root:
         run_dir = RunDir(root)
         try:

@@ -41,7 +41,7 @@ SITE = Path(recording.__file__).parent / "record" / "site"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the command's arguments."""
+    """Add the arguments of the command."""
     parser.add_argument("--to", type=Path, metavar="DIR", help="folder of the recording; default: runs/<utc>-record")
     parser.add_argument("--modules", action="store_true", help="name the module of each collective")
     parser.add_argument(
@@ -54,7 +54,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Run the program. Returns its own exit code if it ended by itself, else that of the verdict."""
+    """Run the program. Returns its exit code if it ended by itself, else the exit code of the verdict."""
     program = list(args.program)
     root = args.to or Path("runs") / f"{datetime.now(UTC):%Y%m%dT%H%M%S}Z-record"
     if args.quiet_window is not None and not 0 < args.quiet_window <= LONGEST_WINDOW_S:
@@ -72,7 +72,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _variables(args: argparse.Namespace, root: Path) -> dict[str, str]:
-    """The environment that records a program in ``root``."""
+    """Return environment variables that make a program record itself in ``root``."""
     path = os.environ.get("PYTHONPATH", "")
     variables = {"HMR_RECORD": str(root), "PYTHONPATH": f"{SITE}{os.pathsep}{path}" if path else str(SITE)}
     if args.modules:
@@ -94,7 +94,7 @@ def _make(root: Path) -> None:
 
 
 def sites(document: Document) -> list[str]:
-    """Where in the program the ranks that wait have issued what they wait for."""
+    """List the call sites at which waiting ranks issued the collectives they wait for."""
     ranks: dict[str, list[int]] = {}
     for position in document.ranks:
         if position.site and position.state in ("blocked", "locked"):
@@ -103,7 +103,7 @@ def sites(document: Document) -> list[str]:
 
 
 class _Recording:
-    """One run of a foreign program."""
+    """One recorded run of a user's program."""
 
     def __init__(self, args: argparse.Namespace, root: Path, console: Console, interrupt: Interrupt) -> None:
         self._args = args
@@ -134,7 +134,7 @@ class _Recording:
         return code if code >= 0 else 128 - code
 
     def _watch(self) -> Document | None:
-        """Watch the ranks once the first of them has begun; None if the program ends before."""
+        """Watch the ranks once the first has begun; None if the program ends before that."""
         run_dir = RunDir(self._root)
         while not run_dir.description.exists():
             if self._child.poll() is not None or self._interrupt():
@@ -162,7 +162,7 @@ class _Recording:
             say(self._console, escape_lines(line))
 
     def _end(self) -> None:
-        """End the program: SIGTERM to it, SIGKILL to what is left of it and its children."""
+        """End the program: send SIGTERM, then SIGKILL to it and its children that are left."""
         started = processes.with_descendants(self._child.pid)
         self._child.send_signal(signal.SIGTERM)
         deadline = time.monotonic() + END_PATIENCE_S

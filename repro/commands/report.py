@@ -37,13 +37,13 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _of_a_run(root: Path) -> tuple[list[str], str, list[str]]:
-    """(files that were written, the verdict in a sentence, what is missing)."""
+    """Write the report of a run. Returns (written files, the verdict as a sentence, what is missing)."""
     facts = report.write(root.resolve())
     return [str(facts.root / name) for name in report.FILES], headline(facts.verdict), facts.missing
 
 
 def _of_a_diagnosis(root: Path) -> tuple[list[str], str, list[str]]:
-    """As :func:`_of_a_run`, of the folder that `diagnose --out` wrote."""
+    """Like :func:`_of_a_run`, for the folder that `diagnose --out` wrote."""
     from repro.ingest import saved
     from repro.report.diagnosis.folder import write_page
     from repro.verdict.partial import diagnose

@@ -102,7 +102,7 @@ def settings_of(args: argparse.Namespace, scenario: str, variant: str) -> RunSet
 
 
 def _preflight(settings: RunSettings) -> list[str]:
-    """The reasons why the run may hang. Raises Refused if there are any and the run is not allowed to start.
+    """Return the reasons why the run may hang. Raises Refused if there are any and such a start is not allowed.
 
     Raises CannotRunHere if torch is not installed: the check tries the policies, and some of them use it.
     """
@@ -147,7 +147,7 @@ class Session:
 
     @contextlib.contextmanager
     def _shown(self, planned: Planned, title: str) -> Iterator[Display]:
-        """Show the progress of a run, after the first reason why it may hang, printed once for all runs."""
+        """Yield a progress display. The first reason why a run may hang is printed once, before it."""
         for finding in {*planned.unsafe[:1]} - self._printed:
             say(self.console, f"unsafe: {finding}")
             self._printed.add(finding)
@@ -162,7 +162,7 @@ class Session:
         say(self.console, f"{title}: {document.skipped}")
 
     def write_reports(self) -> None:
-        """Write the reports that are not written yet."""
+        """Write the reports of all runs that have none yet."""
         if self.unreported:
             write_reports(self.console, self.unreported)
             self.unreported = []

@@ -53,7 +53,7 @@ def name_missing(unanswered: Mapping[int, str], patience_s: float) -> list[str]:
 
 
 def of_launcher(run_dir: RunDir, ranks: Sequence[int]) -> str:
-    """Quote the launcher's log for ranks that never began: the last line that is an error, else the last line."""
+    """Quote the launcher's log for ranks that never began: its last error line, else its last line."""
     lines = [line.strip() for line in read_text(run_dir.launcher_log).splitlines() if re.search(r"\w", line)]
     errors = [line for line in lines if re.match(r"[\w.]*(Error|Exception)\b", line)]
     last = (errors or lines or ["nothing"])[-1]
@@ -73,7 +73,7 @@ _ENDED_BY_SIGNAL = re.compile(r"Received (?:Signals\.)?(\w+) death signal|Keyboa
 
 
 def launcher_was_ended(run_dir: RunDir) -> str:
-    """Say which signal ended torchrun, and with it the ranks, by its log; "" if none did."""
+    """Say which signal ended torchrun, and so its ranks, according to its log; "" if none did."""
     match = _ENDED_BY_SIGNAL.search(read_text(run_dir.launcher_log))
     if match is None:
         return ""

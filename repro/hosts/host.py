@@ -60,7 +60,7 @@ class Host:
         return float(getattr(psutil.cpu_times(), "steal", 0.0)) / (psutil.cpu_count() or 1)
 
     def lock_holder(self, name: str, waiting: Collection[int]) -> int:
-        """Find the pid that holds a lock file, locks.NOBODY or locks.UNKNOWN. ``waiting`` are pids that wait for it."""
+        """Return the pid of a lock file's holder, locks.NOBODY or locks.UNKNOWN. ``waiting``: pids that wait for it."""
         return locks.holder(name, [*waiting, os.getpid()])
 
     def with_ancestors(self, pid: int) -> list[int]:

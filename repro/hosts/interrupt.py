@@ -51,7 +51,7 @@ class Interrupt:
 
     @contextlib.contextmanager
     def deferred(self) -> Iterator[None]:
-        """Only set the flag inside a ``with`` block: its code checks the flag, and collects evidence before it ends."""
+        """Inside the ``with``, signals only set the flag: the code checks it, and collects evidence before it ends."""
         self._deferred += 1
         try:
             yield

@@ -50,7 +50,7 @@ def holder(path: str | Path, waiting: Collection[int] = ()) -> int:
 
 
 def _holders_in_table(status: os.stat_result) -> Iterator[int]:
-    """Iterate over the holders of the file in /proc/locks; UNKNOWN stands for one of another pid namespace."""
+    """Iterate over the file's holders in /proc/locks; UNKNOWN stands for a process of another pid namespace."""
     try:
         lines = Path("/proc/locks").read_text().splitlines()
     except OSError:

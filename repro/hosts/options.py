@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 
 class _AllGroups(Collection[str]):
-    """A collection that contains every group name."""
+    """Acts as a set that contains every group name."""
 
     def __contains__(self, name: object) -> bool:
         return True

@@ -40,7 +40,7 @@ def name_myself() -> str:
 
 
 def end_without_launcher() -> None:
-    """Exit at once if the process in HMR_LAUNCHER has ended: it was killed before this one could watch for its end."""
+    """Exit at once if the process in HMR_LAUNCHER has ended: it may have died before this process could watch it."""
     pid, _, ticks = os.environ.get("HMR_LAUNCHER", "").partition(":")
     if pid.isdecimal() and ticks.isdecimal() and len(pid) < 12 and start_ticks(int(pid)) != int(ticks[:30]):
         os._exit(1)

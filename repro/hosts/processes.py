@@ -40,7 +40,7 @@ def running(pid: int, ticks: int) -> psutil.Process | None:
 
 
 def _is_hidden(pid: int) -> bool:
-    """Whether the pid is in use although /proc does not show it, as when it is mounted with hidepid."""
+    """Whether the pid is in use although /proc does not show it, as with the mount option hidepid."""
     try:
         os.kill(pid, 0)
     except PermissionError:

@@ -1,1 +1,1 @@
-"""The lab produces hangs on demand: settings, scenarios, the processes of a run, and its expected verdict."""
+"""The lab produces hangs on demand: settings, scenarios, the processes of a run, and the expected verdict."""

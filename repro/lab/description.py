@@ -1,4 +1,4 @@
-"""What run.json says of a run of the lab."""
+"""The content of run.json for a run of the lab."""
 
 from __future__ import annotations
 
@@ -30,6 +30,6 @@ def describe(settings: RunSettings) -> RunDescription:
 
 
 def _family(settings: RunSettings) -> str:
-    """Equal for settings that differ in variant and checks only."""
+    """Return a key that is equal for settings that differ only in variant and checks."""
     shared = {name: value for name, value in settings.to_mapping().items() if name not in ("variant", "checks")}
     return hashlib.sha256(json.dumps(shared, sort_keys=True).encode()).hexdigest()[:16]

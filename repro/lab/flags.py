@@ -38,11 +38,11 @@ class Flag:
         return self.field.rpartition(".")[2]
 
     def value(self, settings: RunSettings) -> Any:
-        """The value that the settings have."""
+        """Return the value of this flag in the settings."""
         return getattr(settings.engine if self.field.startswith("engine.") else settings, self.dest)
 
     def words(self, value: Any) -> list[str]:
-        """The words of a command line that give this value."""
+        """Return the words of a command line that set this value."""
         return [self.option] if value is True else [self.option, str(value)]
 
 
@@ -74,14 +74,14 @@ FLAGS = (
 
 
 def add_flags(parser: argparse.ArgumentParser, *fields: str) -> None:
-    """Add the flags of these settings to a parser. A flag that is not given is None among the arguments."""
+    """Add the flags of these settings to a parser. A flag that the user does not give is None."""
     for flag in FLAGS:
         if flag.field in fields:
             parser.add_argument(flag.option, dest=flag.dest, **flag.options)
 
 
 def given(args: argparse.Namespace) -> dict[str, Any]:
-    """The values of the flags that were given, by field."""
+    """Return the values of the flags that the user gave, by field."""
     values = {flag.field: getattr(args, flag.dest, None) for flag in FLAGS}
     return {field: value for field, value in values.items() if value is not None}
 
@@ -116,7 +116,7 @@ def read_config(path: Path | None) -> Mapping[str, Any]:
 
 
 def differences(settings: RunSettings, plain: RunSettings, *without: str) -> Iterator[tuple[Flag, Any]]:
-    """The flags, and their values, that turn ``plain`` into ``settings`` as far as flags can.
+    """Return flags and values that turn ``plain`` into ``settings``, as far as flags can.
 
     without: fields whose flags are left out
     """

@@ -49,7 +49,7 @@ def _torchrun(settings: RunSettings) -> tuple[str, ...]:
 
 
 def _plain(settings: RunSettings) -> RunSettings:
-    """The settings of this scenario and variant when no flag is given."""
+    """The settings of a run of this scenario and variant without any flags."""
     names: dict[str, Any] = {"scenario": settings.scenario, "variant": settings.variant}
     try:
         return scenarios.settings_of(names)
@@ -62,7 +62,7 @@ def _words(flags: Iterable[tuple[Flag, Any]]) -> list[str]:
 
 
 def _changed(plain: RunSettings, flags: Iterable[tuple[Flag, Any]]) -> RunSettings | None:
-    """``plain`` with these values; None if they are valid only together with a setting that has no flag."""
+    """Apply these values to ``plain``; None if they are valid only together with a setting that has no flag."""
     values = {flag.field: value for flag, value in flags}
     engine = {field.removeprefix("engine."): value for field, value in values.items() if field.startswith("engine.")}
     rest = {field: value for field, value in values.items() if not field.startswith("engine.")}

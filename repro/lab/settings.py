@@ -115,7 +115,7 @@ class RunSettings(Config):
         self._check_pages()
 
     def _check_work(self) -> None:
-        """Refuse a workload that takes long to draw: every command that judges a run draws it."""
+        """Refuse a workload that takes long to generate: every command that judges a run generates it again."""
         work, num_ranks = self.workload, self.drawn_for or self.num_ranks // self.tp_size
         of_a_rank = work.max_requests * (work.max_prompt_tokens + work.max_new_tokens) + work.max_arrival_step
         if num_ranks * of_a_rank > MAX_WORK:
@@ -126,7 +126,7 @@ class RunSettings(Config):
             )
 
     def _check_pages(self) -> None:
-        """Refuse a cache that may become full: a scenario predicts its verdict on the assumption of no preemption."""
+        """Refuse a cache that may become full: predicted verdicts assume that no request is preempted."""
         try:
             layout = self.page_layout()
         except ConfigError as error:  # heads that do not divide over the ranks

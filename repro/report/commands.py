@@ -10,14 +10,14 @@ from repro.report.gather import Facts
 
 
 def commands(facts: Facts) -> list[tuple[str, str]]:
-    """(purpose, shell command): those that run.json lists, then the one that judges the files of the run again."""
+    """(purpose, shell command): the commands in run.json, then the one that judges the run's files again."""
     listed = facts.description.commands if facts.description else ()
     repeats = [(command.purpose, shlex.join(command.filled(place(facts)))) for command in listed]
     return [*repeats, ("judge these files again", shlex.join(["python", "-m", "repro", "watch", place(facts)]))]
 
 
 def place(facts: Facts) -> str:
-    """The path of the run directory: relative to the working folder, if that contains it."""
+    """Return the path of the run directory, relative to the working folder if it is inside it."""
     if facts.place:
         return facts.place
     relative = os.path.relpath(facts.root)

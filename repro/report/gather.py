@@ -69,14 +69,14 @@ class Facts:
 
     @property
     def stuck(self) -> bool:
-        """Whether ranks had not finished when the run was decided; a slow run may have ended well."""
+        """Whether some ranks had not finished when the run was decided. A slow run may still have ended well."""
         hangs = class_of(self.verdict.verdict).hangs
         if hangs is None:
             return len(self.lanes) < self.num_ranks or not all(lane.done for lane in self.lanes.values())
         return hangs
 
     def span_ns(self) -> tuple[int, int]:
-        """The first event, and the verdict or the last event of a run that finished, in ns of the shared clock.
+        """Return the time of the first event, and of the verdict or a finished run's last event, in ns (shared clock).
 
         (0, 1) of a run that recorded nothing.
         """
@@ -89,7 +89,7 @@ class Facts:
 
 
 def gather(root: Path, with_lanes: bool = True) -> Facts:
-    """Read a run directory. Raises ConfigError when there is nothing of a run in it."""
+    """Read a run directory. Raises ConfigError if it contains nothing of a run."""
     facts = Facts(root)
     if not root.is_dir():
         raise ConfigError("no such folder", str(root))
@@ -138,7 +138,7 @@ def _read_verdict(facts: Facts) -> None:
 
 
 def _read(facts: Facts, path: Path, reader: Callable[[Path], T], loss: str) -> T | None:
-    """Read a file of the run; if that fails, None and a sentence in ``missing`` that says what is lost."""
+    """Read a file of the run. If that fails, return None and add to ``missing`` a sentence that says what is lost."""
     try:
         return reader(path)
     except FileNotFoundError:
@@ -170,7 +170,7 @@ def _read_lanes(facts: Facts) -> None:
 
 
 def _look_for_rank_files(facts: Facts) -> None:
-    """List the ranks that lack a file. Only runs that do not finish have stacks and Flight Recorder dumps."""
+    """List the ranks whose files are missing. Only unfinished runs have stacks and Flight Recorder dumps."""
     ranks, run_dir = range(min(facts.num_ranks, MAX_RANKS)), facts.run_dir
     kinds: list[tuple[str, Callable[[int], Path], Callable[[Path], object]]] = [("logs", run_dir.log, _check_log)]
     if facts.stuck:
@@ -187,7 +187,7 @@ def _look_for_rank_files(facts: Facts) -> None:
 
 
 def _is_there(facts: Facts, path: Path, check: Callable[[Path], object]) -> bool:
-    """Whether the file exists. If ``check`` refuses it, the error is listed."""
+    """Whether the file exists. If ``check`` raises an error, it is listed."""
     try:
         check(path)
     except FileNotFoundError:
@@ -202,7 +202,7 @@ def _check_log(path: Path) -> None:
 
 
 def _check_stack(path: Path) -> None:
-    """Raise ValueError if the file holds no whole stack. An empty file is the one of a rank that got no request."""
+    """Raise ValueError if the file has no complete stack. An empty file means that the rank was not asked for one."""
     open_regular(path).close()
     text = read_text(path)
     if text and not (text.endswith("\n") and "hread 0x" in text):
@@ -216,7 +216,7 @@ def _check_dump(path: Path) -> None:
 
 
 def headline(verdict: Document) -> str:
-    """The verdict in a sentence."""
+    """Return the verdict as a sentence."""
     culprits = name_ranks(verdict.culprits)
     name = verdict.verdict
     if name == "clean":

@@ -1,4 +1,4 @@
-"""Verdicts as JUnit XML, which test reports of build servers read: a suite a scenario, a case a variant."""
+"""Write verdicts as JUnit XML for build servers: one suite per scenario, one test case per variant."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from repro.watch.document import Document
 
 
 def write_junit(path: Path, documents: Sequence[Document]) -> None:
-    """Write the verdicts to a file; another verdict than the expected is a failure, none at all an error.
+    """Write the verdicts to a file. An unexpected verdict is a failure, and a missing one an error.
 
     documents: as in verdict.json, those of one scenario together; one with ``skipped`` did not take place
 
@@ -61,5 +61,5 @@ def _add_case(suite: ET.Element, document: Document) -> str:
 
 
 def _printable(text: str) -> str:
-    """XML has no place for control characters, which a rank's error may hold."""
+    """Replace control characters, which XML does not allow and a rank's error may contain."""
     return "".join(character if character.isprintable() or character == "\n" else "?" for character in text)

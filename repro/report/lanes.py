@@ -1,4 +1,4 @@
-"""A rank's witness as spans of time: phases, steps, collectives, locks and builds, on a clock that all ranks share.
+"""Convert a rank's witness to time spans: phases, steps, collectives, locks and builds, on a clock shared by all ranks.
 
 Reading takes time linear in the number of events. A lane keeps five numbers for each span, so that hundreds of ranks
 fit into memory.
@@ -100,7 +100,7 @@ class Lane:
 
 
 class SharedClock:
-    """Converts a rank's monotonic time to one that all ranks share. All ranks of a host have the same offset."""
+    """Converts a rank's monotonic time to a clock that all ranks share. Ranks of one host have the same offset."""
 
     def __init__(self) -> None:
         self._offsets: dict[str, int] = {}
@@ -167,7 +167,7 @@ def read_lane(witness: Witness, labels: Labels, clock: SharedClock) -> Lane:
 
 
 def _call_names(witness: Witness, labels: Labels) -> Callable[[str, Event], int]:
-    """A function that returns the label number of a collective. Equal calls share one label."""
+    """Return a function that maps a collective to its label number. Equal calls share a label."""
     numbers: dict[tuple[str, int, int, tuple[int, ...]], int] = {}
 
     def name(kind: str, event: Event) -> int:

@@ -1,4 +1,4 @@
-"""Tables by rich, for a terminal and as plain lines."""
+"""Make tables with rich, for a terminal and as plain lines."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _UNLIMITED = 10_000
 
 
 def make_table(*columns: str, right: Collection[str] = (), header: bool = True) -> Table:
-    """An empty table without lines between its cells. A cell that does not fit is folded, never cut.
+    """Make an empty table without lines between cells. Long cells are folded, never cut.
 
     right: the columns that are aligned right, as numbers are
     """
@@ -27,17 +27,17 @@ def make_table(*columns: str, right: Collection[str] = (), header: bool = True) 
 
 
 def cell(text: str, style: str = "", limit: int = 400) -> Text:
-    """A cell whose text is shown as it is: it is not markup, and nothing in it acts on the terminal."""
+    """Make a cell that shows its text literally: no markup, and no terminal escapes."""
     return Text(escape_control_characters(text, limit), style)
 
 
 def lines(table: Table) -> list[str]:
-    """A table as plain text: a line for each row, without spaces at its end."""
+    """Format a table as plain text: one line per row, without trailing spaces."""
     plain = Console(file=(text := io.StringIO()), width=_UNLIMITED, force_terminal=False, color_system=None)
     plain.print(table)
     return [line.rstrip() for line in text.getvalue().splitlines()]
 
 
 def narrowest(console: Console, table: Table) -> int:
-    """The width of a table, in characters, in which no word breaks."""
+    """Return the smallest width of a table, in characters, at which no word is broken."""
     return console.measure(table, options=console.options.update(max_width=_UNLIMITED)).minimum

@@ -1,4 +1,4 @@
-"""The templates of the pages: Jinja2 that escapes every value and shows control characters as symbols.
+"""Page templates: Jinja2 escapes every value and shows control characters as symbols.
 
 Only ``Markup`` stays as it is: the pictures of report/pictures, and this program's own style sheets and script.
 """
@@ -21,12 +21,12 @@ _MOST_CHARACTERS, _MOST_A_LINE = 4000, 2000
 
 
 def render(template: str, **values: Any) -> str:
-    """Fill a template of this folder; a name that ``values`` lacks raises jinja2.UndefinedError."""
+    """Fill a template of this folder. Raises jinja2.UndefinedError for a name that ``values`` lacks."""
     return _environment().get_template(template).render(**values)
 
 
 def read_own(name: str) -> Markup:
-    """The text of a style sheet or a script of this program, by its path in this folder."""
+    """Return the text of one of our style sheets or scripts, by its path in this folder."""
     return Markup((_HERE / name).read_text(encoding="utf-8"))
 
 

@@ -1,4 +1,4 @@
-"""What commands print: a live table of the ranks on a terminal, plain lines elsewhere, and the table at the end."""
+"""Print the output of commands: a live table of the ranks on a terminal, plain lines elsewhere, and the final table."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ REFRESH_S = 0.5
 
 
 class LiveTable:
-    """Redraws the ranks' positions twice a second. It reads whole witnesses, so it is slow, and no verdict uses it."""
+    """Redraws the ranks' positions twice a second. It reads whole witnesses, which is slow; verdicts do not use it."""
 
     def __init__(self, title: str, live: Live) -> None:
         self._title = title
@@ -33,7 +33,7 @@ class LiveTable:
         self._drawn_s = 0.0
 
     def show(self, tails: list[Tail]) -> None:
-        """Redraw, if the last time was long enough ago; the watcher calls this at every poll."""
+        """Redraw the table unless it was drawn recently; the watcher calls this at every poll."""
         if time.monotonic() - self._drawn_s > REFRESH_S:
             self._drawn_s = time.monotonic()
             self._live.update(self._draw(tails), refresh=True)
@@ -59,7 +59,7 @@ class Display:
 
 
 def position(tail: Tail) -> tuple[str, str, str, str]:
-    """A rank's phase, step, place, and for how long it has been there; "-" for what is not known."""
+    """Format a rank's phase, step, place, and time in this place; "-" for unknown values."""
     try:
         witness = tail.witness()
     except (OSError, WitnessError):
@@ -97,7 +97,7 @@ def display(console: Console, title: str) -> Iterator[Display]:
 
 
 def say(console: Console, text: str) -> None:
-    """Print plain lines: nothing in them is markup, and nothing acts on the terminal."""
+    """Print plain lines, without markup and without terminal escapes."""
     console.print(escape_lines(text), highlight=False, markup=False, soft_wrap=True)
 
 
@@ -122,7 +122,7 @@ def summary(console: Console, documents: Sequence[Document]) -> None:
 
 
 def overview(console: Console, documents: Sequence[Document]) -> None:
-    """Print a row for each run of several scenarios, and sentences for those alone that did not end as expected."""
+    """Print a row for each run of several scenarios, and sentences only for runs with an unexpected verdict."""
     num_scenarios = len({document.scenario for document in documents})
     say(console, f"{num_scenarios} scenarios, {documents[0].num_ranks} ranks, seed {documents[0].seed}")
     table = make_table("scenario", "variant", *_COLUMNS, right=_NUMBERS)
@@ -158,7 +158,7 @@ def _cells(document: Document) -> tuple[Text, ...]:
 
 
 def _culprits(document: Document) -> str:
-    """The culprits; else the suspects with a question mark: they stand out, and nothing is proven about them."""
+    """Format the culprits; without any, the suspects with a question mark, because nothing is proven about them."""
     culprits, suspects = (shorten_rank_lists(list_ranks(ranks)) for ranks in (document.culprits, document.suspects))
     return culprits or (f"{suspects}?" if suspects else "-")
 
@@ -180,5 +180,5 @@ def _sentences(document: Document) -> list[str]:
 
 
 def waits(document: Document) -> list[str]:
-    """A sentence for each place at which ranks wait for others, of a verdict."""
+    """Return a sentence for each place at which ranks wait for others."""
     return shorten([shorten_rank_lists(wait.words()) for wait in document.waits if wait.awaited])

@@ -20,7 +20,7 @@ _MAY_OVERLAP = ("async", "held", "build")
 
 
 def trace(facts: Facts) -> str:
-    """The whole file."""
+    """Return the content of trace.json."""
     start_ns, end_ns = facts.span_ns()
     per_rank = max(1, MAX_SPANS // max(1, len(facts.lanes)))
     events: list[dict[str, Any]] = []
@@ -46,7 +46,7 @@ def _track(label: Label) -> str:
 
 
 def _tracks(facts: Facts, lane: Lane) -> dict[str, int]:
-    """Track -> thread id; phases and steps first, then the groups."""
+    """Return track -> thread id; phases and steps first, then the groups."""
     names = {_track(facts.labels.table[number]) for number in set(lane.labels)}
     order = [*_OWN_TRACKS.values()]
     ordered = sorted(names, key=lambda name: (0, order.index(name)) if name in order[:2] else (1, 0))
@@ -96,14 +96,14 @@ def _spans(facts: Facts, lane: Lane, start_ns: int, end_ns: int, skip: int) -> I
 
 
 def _as_async(event: dict[str, Any], identity: int) -> Iterator[dict[str, Any]]:
-    """A span as a begin and an end, since a complete event must not overlap another one of its track in part."""
+    """Write a span as a begin and an end event, because complete events of one track must not partly overlap."""
     dur = event.pop("dur")
     yield {**event, "ph": "b", "id": identity}
     yield {**event, "ph": "e", "id": identity, "ts": event["ts"] + dur, "args": {}}
 
 
 def _waiting_flows(facts: Facts, start_ns: int, end_ns: int) -> Iterator[dict[str, Any]]:
-    """The wait-for graph of the verdict: an arrow from one rank of each place to one of the ranks that it waits for.
+    """Draw the verdict's wait-for graph: an arrow from one rank of each place to one of the ranks that it waits for.
 
     A viewer draws an arrow from span to span, so no arrow begins or ends at a rank without an open call or lock.
     """
@@ -122,7 +122,7 @@ def _waiting_flows(facts: Facts, start_ns: int, end_ns: int) -> Iterator[dict[st
 
 
 def _stuck_spans(facts: Facts) -> dict[int, int]:
-    """rank -> the index of its last call, or wait for a lock, that has no end."""
+    """Return rank -> the index of its last call, or wait for a lock, that has no end."""
     kinds = [label.kind for label in facts.labels.table]
     return {
         lane.rank: place

@@ -1,1 +1,1 @@
-"""A run on disk: its paths and files, and text that is safe to display."""
+"""A run on disk: its paths and files, and functions that make text safe to display."""

@@ -1,4 +1,4 @@
-"""run.json: the description of a run, written by whatever program creates the run directory.
+"""run.json: the description of a run, written by the program that creates the run directory.
 
 It has all that a report, a bundle and a second judgement need, so that none of them depends on how the run started.
 """

@@ -71,7 +71,7 @@ class RunDir:
 
     @classmethod
     def create_collected(cls, out: Path, host: str) -> RunDir:
-        """Create ``<out>/<utc>-collect-<host>`` for the evidence of a job of others. Raises OutputError."""
+        """Create ``<out>/<utc>-collect-<host>`` for evidence collected from a job. Raises OutputError."""
         return cls._create(out, f"collect-{host}", COLLECTED_PARTS, "--to")
 
     @classmethod
@@ -180,7 +180,7 @@ class RunDir:
         return [path for folder in folders for path in (folder, *folder.glob("*")) if path == folder or path.is_file()]
 
     def describe(self, error: Exception | str) -> str:
-        """An error's text with files named from the run directory on, which is elsewhere on another machine."""
+        """Return an error's text with paths relative to the run directory, which differs on another machine."""
         return str(error).replace(f"{self.root}/", "")
 
     @property

@@ -34,5 +34,5 @@ def typed(value: Any, kind: type[T], where: str) -> T:
 
 
 def to_json(value: Any) -> Any:
-    """What JSON holds of a typed value; the keys of mappings become strings."""
+    """Convert a typed value to JSON types; the keys of mappings become strings."""
     return msgspec.to_builtins(value, str_keys=True)

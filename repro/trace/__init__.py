@@ -1,1 +1,1 @@
-"""What a rank did: the witness file, its recorder and readers, and the records of other people's evidence."""
+"""The record of what a rank did: the witness file, its recorder and readers, and records of other tools' evidence."""

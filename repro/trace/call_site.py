@@ -1,4 +1,4 @@
-"""Which frame of a stack is the call site of a collective."""
+"""Decide which frame of a stack is the call site of a collective."""
 
 from __future__ import annotations
 
@@ -13,6 +13,6 @@ _LIBRARIES = ("packages/torch/", "repro/attach/record/", "repro/attach/vllm/")  
 
 
 def is_between(code: CodeType) -> bool:
-    """Whether code stands between a call site and the recorder."""
+    """Whether code lies between a call site and the recorder."""
     path = code.co_filename
     return path.endswith(_NOT_A_CALL_SITE) or any(part in path for part in _LIBRARIES)

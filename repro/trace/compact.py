@@ -52,7 +52,7 @@ def compact(
 
 
 def _fitted(data: bytes, shape: Geometry, live: Live, string_bytes: int) -> Geometry:
-    """The smallest geometry in which every event, vector and group keeps its place and every record its offset."""
+    """Return the smallest geometry that keeps every event, vector, group and record at its place."""
     records, words = shape.ring_records, shape.vector_words
     if live.events is not None and live.events < records:
         used = _used(data[shape.ring_at : shape.vectors_at], RECORD.size)

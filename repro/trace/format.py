@@ -116,7 +116,7 @@ class Kind(enum.IntEnum):
 
 
 class Event(NamedTuple):
-    """One record as stored, with string numbers and offsets that the witness resolves."""
+    """One record as stored, with numbers of strings and offsets that the witness resolves."""
 
     aux: int
     num_sizes: int
@@ -193,7 +193,7 @@ class Identity:
     knows: Knows = WITNESS
 
     def shares_processes(self, other: Identity) -> bool:
-        """Whether the pids of both writers are in one pid namespace of one host.
+        """Whether two writers share a pid namespace on one host, so that their pids can be compared.
 
         Containers may have the same boot id and host name, but other processes. A namespace that is unknown, as in
         files of version 1, counts as equal.
@@ -202,7 +202,7 @@ class Identity:
         return (self.boot_id, self.hostname) == (other.boot_id, other.hostname) and len(namespaces) <= 1
 
     def clock_ahead_ns(self, other: Identity) -> int:
-        """How far the monotonic clock of this host is ahead of another's, as exactly as their wall clocks agree."""
+        """Return how far this host's monotonic clock is ahead of another's, as exactly as their wall clocks agree."""
         if self.boot_id == other.boot_id or not self.boot_id or not other.boot_id:
             return 0
         return other.wall_offset_ns - self.wall_offset_ns
@@ -217,7 +217,7 @@ def column(records: bytes | memoryview, field: str) -> list[int]:
 
 
 def is_whole(records: bytes | memoryview) -> bool:
-    """Whether every one of these records matches its checksum."""
+    """Whether all of these records match their checksums."""
     return zlib.crc32(records, RESIDUE) == RESIDUE
 
 

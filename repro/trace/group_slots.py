@@ -29,7 +29,7 @@ _MAX_MEMBERS = 1 << 16
 
 @dataclass(frozen=True, slots=True)
 class GroupTrace:
-    """The progress of one rank in one group: the newest of what slot and ring show."""
+    """The progress of one rank in one group: the newest information in slot and ring."""
 
     name: str
     members: tuple[int, ...]

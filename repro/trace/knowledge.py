@@ -1,4 +1,4 @@
-"""What a trace can tell. No rule asks a question that the trace cannot answer: a missing column is never an absence."""
+"""What a trace can show. A rule never asks about an aspect that the trace lacks: a missing column is not an absence."""
 
 from __future__ import annotations
 

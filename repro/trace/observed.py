@@ -1,4 +1,4 @@
-"""Records of foreign evidence: one type for each kind of fact that a tool can report about a rank.
+"""Records of evidence from other tools: one type for each kind of fact that a tool reports about a rank.
 
 The readers in `repro.ingest` produce these records, and `repro.verdict.partial` judges them. A field that the evidence
 does not give stays at its default, and no rule concludes from a missing field: `rank` is None if only a group rank is
@@ -113,7 +113,7 @@ class Launches:
 
 @dataclass(frozen=True, slots=True)
 class Stack:
-    """One thread of a process at one moment. `frames` as in `Call`; `activity` as the table of activities names it.
+    """One thread of a process at one moment. `frames` as in `Call`; `activity` is a name from activities.toml.
 
     activity    collective, lock, building, compiling, device, queue, idle, answer, loading, saving, data, debugger, ""
     detail      what of it: the collective, the lock's file, the module that is built
@@ -155,7 +155,7 @@ class Failure:
 
 @dataclass(frozen=True, slots=True)
 class Left:
-    """A process that noticed the end of a peer. `rank` is the peer, None if only an address is printed."""
+    """A process that noticed the end of a peer. `rank` is the peer, None if only its address is known."""
 
     seen_by: Process
     rank: int | None
@@ -166,7 +166,7 @@ class Left:
 
 @dataclass(frozen=True, slots=True)
 class Mismatch:
-    """A difference of two ranks that TORCH_DISTRIBUTED_DEBUG=DETAIL detected before a collective."""
+    """A difference between two ranks that TORCH_DISTRIBUTED_DEBUG=DETAIL detected before a collective."""
 
     rank: int
     call: Call
@@ -206,7 +206,7 @@ class RasAnswer:
 
 @dataclass(frozen=True, slots=True)
 class Note:
-    """A line of context, or one that is often misread: a heartbeat, a warning, a version, a world size.
+    """A line of context, or one that is often misunderstood: a heartbeat, a warning, a version, a world size.
 
     kind        heartbeat, loopback, incomplete, version, world, watchdog, stuck, compiled, barrier, torchrun,
                 engine size (workers of a vLLM engine), local rank, deepep, network, ras, repeated,
@@ -236,7 +236,7 @@ class Child:
 
 @dataclass(frozen=True, slots=True)
 class ProcessLook:
-    """What the operating system said of a process at one moment.
+    """What the operating system reported about a process at one moment.
 
     at_s      when, in seconds on the host's clock; only the difference of two looks at one host means anything
     state     R runs, S sleeps, D waits for a device, T stopped, t stopped by a debugger, Z ended and not reaped

@@ -1,4 +1,4 @@
-"""Records of foreign evidence as JSON, one record a line, so that a diagnosis can be repeated without the files.
+"""Records of evidence as JSON, one per line, so that a diagnosis can be repeated without the original files.
 
 The first line has the format's name and version, and the names of the files. Each other line is `[KIND, FIELDS]`. The
 file may be a stranger's: each field is converted strictly to its type, and a wrong one raises `DamagedFile`.
@@ -34,7 +34,7 @@ class Header(msgspec.Struct):
 
 
 class _Columns(msgspec.Struct):
-    """The columns of `Calls`, as lists of equal length but for `forms`."""
+    """The columns of `Calls` as lists of equal length, except `forms`."""
 
     file: str
     forms: tuple[Form, ...]
@@ -60,8 +60,11 @@ class _Dump(msgspec.Struct):
     knows: int
 
     def record(self) -> RecorderDump:
-        """The dump. Raises ValueError where the order does not have an entry for each operation of each group, or where
-        `knows` has a bit without a meaning."""
+        """Return the dump.
+
+        Raises ValueError if the order does not have one entry for each operation of each group, or if `knows` has an
+        unknown bit.
+        """
         counts = Counter(self.order)
         if any(counts.pop(index, 0) != len(record.calls) for index, record in enumerate(self.groups)) or counts:
             raise ValueError("$.order: the order does not list each operation of each group once")
@@ -72,7 +75,7 @@ class _Dump(msgspec.Struct):
 
 
 class _Pairs(msgspec.Struct):
-    """The fields of `Connections`, with the pairs of processes as rows (pid, pid of the other end, number)."""
+    """The fields of `Connections`. Pairs of processes are rows (pid, pid of the other end, number)."""
 
     host: str
     look: int
@@ -108,7 +111,7 @@ def encode(records: Iterable[Observation], files: Sequence[str], not_understood:
 
 
 def _written(value: Any) -> Any:
-    """The columns of dumps and what they know, which JSON has no type for."""
+    """Convert the columns of dumps, and the aspects they show, to types that JSON has."""
     if isinstance(value, Knows):
         return value.value
     if isinstance(value, array):

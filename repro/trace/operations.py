@@ -1,4 +1,4 @@
-"""The operations that one rank queued in one group, in columns: a job of a thousand ranks has millions of them."""
+"""The operations that one rank queued in one group, stored in columns: a job of a thousand ranks has millions."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ NOWHERE = Source("")
 
 @dataclass(frozen=True, slots=True)
 class Group:
-    """A process group as the evidence names it. `members` are global ranks, () if they are not listed."""
+    """A process group as named by the evidence. `members` are global ranks, () if they are not listed."""
 
     name: str
     description: str = ""
@@ -79,7 +79,7 @@ class Call(NamedTuple):
 
 
 class Form(NamedTuple):
-    """What the operations of one place in the program share; the fields are those of `Call`."""
+    """The fields that all operations of one call site share, as in `Call`."""
 
     op: str
     sizes: tuple[tuple[int, ...], ...] = ()
@@ -93,7 +93,7 @@ class Form(NamedTuple):
 
 
 class Calls(Sequence[Call]):
-    """The operations of one rank in one group, oldest first. A sequence of `Call` that holds columns.
+    """The operations of one rank in one group, oldest first. A sequence of `Call` that is stored in columns.
 
     forms    the different forms
     form     index into `forms`, type "I"
@@ -143,12 +143,12 @@ class Calls(Sequence[Call]):
 
     @property
     def pending(self) -> int | None:
-        """The index of the oldest operation that is not over; None where there is none."""
+        """Return the index of the oldest operation that is not over; None if all are."""
         place = self.done.find(0)
         return None if place < 0 else place
 
     def unfinished(self) -> list[int]:
-        """The index of the oldest collective and that of the oldest transfer that are not over, where there is one."""
+        """Return the indices of the oldest collective and the oldest transfer that are not over, if there are any."""
         oldest: dict[bool, int] = {}
         place = self.done.find(0)
         while place >= 0 and len(oldest) < 2:
@@ -165,7 +165,7 @@ class Calls(Sequence[Call]):
         return (self.forms[form].op for form in self.form)
 
     def numbered(self, seq: int) -> list[Call]:
-        """The operations under a sequence number."""
+        """Return the operations with a sequence number."""
         return [self[place] for place, number in enumerate(self.seqs) if number == seq]
 
     def transfers(self, op: str, peer: int) -> list[int]:
@@ -174,12 +174,12 @@ class Calls(Sequence[Call]):
         return [place for place, form in enumerate(self.form) if wanted[form]] if any(wanted) else []
 
     def times_by_number(self) -> dict[int, float]:
-        """Sequence number -> when the operation was queued, without operations that lack one of the two."""
+        """Return sequence number -> time at which the operation was queued, for operations that have both."""
         rows = zip(self.seqs, self.times_s, strict=True)
         return {seq: at_s for seq, at_s in rows if seq != NO_NUMBER and not math.isnan(at_s)}
 
     def last_number(self, *, done: bool = False, where: Callable[[Form], bool] | None = None) -> int | None:
-        """The highest sequence number, of the operations that are over, or whose form passes a test."""
+        """Return the highest sequence number of operations that are over, or whose form passes a test."""
         seqs: Iterator[int] | array[int] = self.seqs
         if where is not None:
             wanted = bytes(map(where, self.forms))

@@ -1,4 +1,4 @@
-"""Parse the areas of an untrusted witness file. What does not match its checksum is reported and left out."""
+"""Parse the areas of an untrusted witness file. Data that does not match its checksum is reported and left out."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The witness of one rank as a value, with ids resolved, and without parts that do not match their checksum."""
+"""Parse the witness file of one rank: resolve string numbers, and leave out parts that do not match their checksums."""
 
 from __future__ import annotations
 
@@ -149,7 +149,7 @@ def _schedule(text: str) -> tuple[tuple[str, str, str], ...]:
 
 
 def parse(data: bytes, name: str) -> Witness:
-    """Parse all that is readable in a witness file. Raises WitnessError if the header is unusable."""
+    """Parse everything readable in a witness file. Raises WitnessError if the header is unusable."""
     writer, shape = parse_header(data, name)
     problems = Problems(name)
     if len(data) < shape.file_bytes:

@@ -333,7 +333,7 @@ class Recorder:
         return string
 
     def _site(self, frame: FrameType | None) -> int:
-        """The interned "file:line function" of a call site."""
+        """Return the number of the string "file:line function" of a call site."""
         if frame is None:
             return 0
         code = frame.f_code

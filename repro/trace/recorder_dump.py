@@ -25,7 +25,7 @@ class GroupRecord:
 
     @property
     def pending(self) -> Call | None:
-        """The oldest operation that is not over."""
+        """Return the oldest operation that is not over."""
         place = self.calls.pending
         return None if place is None else self.calls[place]
 
@@ -53,7 +53,7 @@ class RecorderDump:
     knows: Knows = NOTHING
 
     def newest(self, most: int) -> list[tuple[GroupRecord, int]]:
-        """The newest operations of all groups, oldest first: each as the group's record and an index into its calls."""
+        """Return the newest operations of all groups, oldest first, as (record of the group, index into its calls)."""
         places = [len(record.calls) for record in self.groups]
         operations = []
         for index in reversed(self.order[-most:]):

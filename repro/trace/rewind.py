@@ -1,4 +1,4 @@
-"""A witness as it was at an earlier moment."""
+"""Rebuild a witness as it was at an earlier moment."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _ISSUES = (Kind.ENTER, Kind.ISSUE)
 
 
 def rewind(witness: Witness, num_events: int, heartbeat_ns: int) -> Witness | None:
-    """The witness after the first ``num_events`` events of its rank, and with the heartbeat of that moment.
+    """Return the witness after the first ``num_events`` events of its rank, with the heartbeat of that moment.
 
     Returns None if too little is left of what came before: the ring has wrapped since, or the file holds fewer events.
     Sizes and strings of later events stay, because nothing refers to them.
@@ -44,7 +44,7 @@ def rewind(witness: Witness, num_events: int, heartbeat_ns: int) -> Witness | No
 
 
 def _rewind_group(group: GroupTrace, kept: Sequence[Event], later: Sequence[Event]) -> GroupTrace | None:
-    """The progress in one group without its later events; None if its last issue before them is overwritten."""
+    """Return the progress in a group without its later events; None if its last earlier issue is overwritten."""
     last, issued, left = group.last, group.issued, group.left
     if first := next((event for event in later if event.kind in _ISSUES), None):
         issued = first.seq - 1

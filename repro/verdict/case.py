@@ -39,34 +39,34 @@ class Case:
 
     @property
     def quiet(self) -> bool:
-        """Whether no rank has recorded an event for the quiet window."""
+        """Whether no rank has recorded an event within the quiet window."""
         return self.quiet_s >= self.quiet_window_s and self.all_know(Knows.TIME)
 
     def needs_quiet(self, what: str) -> str:
-        """The sentence that says why it is too early to report a deadlock or a stall."""
+        """Return a sentence that says why it is too early to report a deadlock or a stall."""
         if not self.all_know(Knows.TIME):
             return f"not every witness has times, so nothing shows how long this has lasted, and a {what} has to last"
         return f"the last event is {self.quiet_s:.3f} s old, a {what} needs {self.quiet_window_s:g} s of quiet"
 
     def all_know(self, aspects: Knows) -> bool:
-        """Whether every witness shows these aspects, so that a rule may ask for them."""
+        """Whether every witness shows these aspects, so that a rule may use them."""
         return all(aspects in witness.knows for witness in self.witnesses.values())
 
     def unknowing(self, ranks: Collection[int], aspects: Knows) -> list[int]:
-        """Those of the ranks whose witness does not show these aspects."""
+        """Return the ranks whose witness does not show these aspects."""
         return [rank for rank in ranks if rank in self.witnesses and aspects not in self.witnesses[rank].knows]
 
     def ranks(self, *states: str) -> tuple[int, ...]:
-        """The ranks in one of these states, in ascending order."""
+        """Return the ranks in one of these states, in ascending order."""
         return tuple(rank for rank, rank_state in sorted(self.rank_states.items()) if rank_state.state in states)
 
     def place(self, rank: int) -> str:
-        """The collective or lock that a rank waits in, as text."""
+        """Return the collective or lock that a rank waits in, as text."""
         node = self.waits.at.get(rank)
         return "outside any collective" if node is None else f"in {node.name}"
 
     def verdict(self, verdict: str, finding: Finding | None = None, **more: Any) -> Verdict:
-        """Make a verdict of a class and a finding. ``more`` sets other fields; evidence in it comes first."""
+        """Make a verdict from a class and a finding. ``more`` sets other fields; its evidence comes first."""
         finding = finding or Finding()
         positions = tuple(self.rank_states[rank].position for rank in sorted(self.rank_states))
         evidence = [*more.pop("evidence", ()), *finding.evidence, *self.notes]

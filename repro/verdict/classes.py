@@ -1,4 +1,4 @@
-"""The classes of verdicts, in one table. What depends on the class of a verdict follows from its row here."""
+"""The verdict classes in one table. Everything that depends on a verdict's class is read from its row here."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from repro.exit_codes import CANNOT_TELL, UNEXPECTED
 
 @dataclass(frozen=True)
 class VerdictClass:
-    """One class.
+    """One verdict class.
 
     meaning   one line, as in docs/VERDICTS.md and in the help of the commands
     colour    of its badge: green, yellow or red
@@ -30,12 +30,12 @@ class VerdictClass:
 
     @property
     def exit_code(self) -> int:
-        """The exit code of a run that was expected to end otherwise."""
+        """Return the exit code of a run that should have ended with another class."""
         return UNEXPECTED if self.decided else CANNOT_TELL
 
     @property
     def junit(self) -> str:
-        """The kind of a JUnit result for a run that was expected to end otherwise."""
+        """Return the JUnit result of a run that should have ended with another class."""
         return "failure" if self.decided else "error"
 
 

@@ -10,7 +10,7 @@ T = TypeVar("T", bound=Hashable)
 
 
 def find_cycle(waits_for: Mapping[T, Iterable[T]]) -> list[T]:
-    """A cycle, each member before one that it waits for; [] if there is none. Linear in the edges."""
+    """Find a cycle in which each member waits for the next one; [] if there is none. Linear in the number of edges."""
     try:
         TopologicalSorter(waits_for).prepare()
     except CycleError as error:

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, fields
 
 @dataclass(frozen=True, slots=True)
 class Facts:
-    """Observations of the ranks' processes from outside, by rank. A rank without an entry was not observed.
+    """Observations of the ranks' processes from outside, by rank. A missing rank was not observed.
 
     alive          whether its process runs
     excused        why the process cannot make progress, whatever its witness says ("stopped by a signal")

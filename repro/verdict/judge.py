@@ -96,7 +96,7 @@ def _qualify_for_damage(verdict: Verdict, damaged: set[int]) -> Verdict:
 
 
 def _one_run(witnesses: Mapping[int, Witness], num_ranks: int) -> tuple[dict[int, Witness], list[str]]:
-    """Keep the witnesses of one run; returns them with a line for each witness that is not used."""
+    """Keep the witnesses of one run; return them, and a line for each witness that is not used."""
     runs = Counter((witness.writer.run_id, witness.writer.num_ranks) for witness in witnesses.values())
     notes: list[str] = []
     usable: dict[int, Witness] = {}
@@ -176,7 +176,7 @@ def _mispaired(case: Case) -> tuple[GroupKey, int, list[CallVariant]] | None:
 
 
 def _queued_differently(case: Case, key: GroupKey, seq: int, finding: Finding) -> Verdict:
-    """Report different collectives that were queued under one number: their completion is not recorded."""
+    """Report collectives that differ and were queued under one number, although their completion is not recorded."""
     finding.evidence.append(
         f"{key[0]} #{seq} is queued on both sides although they differ; whether it completed is not recorded: look at "
         "what the devices have pending"

@@ -1,1 +1,1 @@
-"""Watch a run: collect traces and facts, and have them judged, live or from the files of a run. Knows no scenario."""
+"""Watch a run: collect traces and facts, and judge them, live or from files. Does not depend on any scenario."""

@@ -1,4 +1,4 @@
-"""verdict.json: its type, what a verdict puts into it, and its reader.
+"""verdict.json: its type, its reader, and the conversion from a verdict.
 
 Every program that writes or reads a verdict.json uses this type. The fields of one class of files may be empty: only
 runs of the lab have an expectation, and only runs that a watcher followed have a watcher.

@@ -1,4 +1,4 @@
-"""The verdict after a failure of this program: inconclusive, because the failure says nothing about the run."""
+"""Make the verdict after a failure of this program: inconclusive, because the failure says nothing about the run."""
 
 from __future__ import annotations
 

@@ -240,7 +240,7 @@ class Watch:
         return Look(self.host.here, now_ns, witnesses, facts, tuple(notes))
 
     def _describe_strangers(self, witnesses: Mapping[int, Witness], facts: Facts) -> list[str]:
-        """Describe each process of this host that holds a lock and is not a rank."""
+        """Describe each process of this host that holds a lock but is not a rank."""
         here = [rank for rank, witness in witnesses.items() if self._system.is_here(witness.writer)]
         holders = {pid for rank, (_, pid) in facts.lock_holders.items() if rank in here and pid > 0}
         return [self.host.describe(pid) for pid in sorted(holders - {witnesses[rank].writer.pid for rank in here})]
@@ -335,5 +335,5 @@ class Watch:
 
 
 def _verdict_bytes(num_ranks: int) -> int:
-    """How large a verdict.json is at most, about: each rank has a place, with one size for each member of its group."""
+    """Return an upper estimate of the size of a verdict.json: each rank has a place with one size per group member."""
     return (64 << 10) + num_ranks * (4096 + 16 * num_ranks)

@@ -1,4 +1,4 @@
-"""A snapshot of a run: all that a watcher knows at one moment. Judged anywhere, it gives the same verdict."""
+"""A snapshot of a run: everything that a watcher knows at one moment. Judging it gives the same verdict anywhere."""
 
 from __future__ import annotations
 

@@ -90,7 +90,7 @@ def judge_files(run_dir: RunDir, options: WatchOptions, comparison: Comparison) 
 
 
 def _look_at_decided(run_dir: RunDir, decided: Document) -> tuple[Look, list[str]]:
-    """The watcher's last snapshot, and a line for each witness that does not show it any more."""
+    """Return the watcher's last snapshot, and a line for each witness that no longer matches it."""
     witnesses, refused = read_dir(run_dir.root / "events")
     for rank in witnesses.keys() & decided.judged.keys():
         progress = decided.judged[rank]
@@ -131,7 +131,7 @@ def _pids(system: System, witnesses: Mapping[int, Witness]) -> dict[int, int]:
 
 
 def _launcher_of(run_dir: RunDir) -> str:
-    """Say how old a run without ranks is, and whether a process watches it: it may be about to begin."""
+    """Describe a run without ranks: how old it is, and whether a process watches it. It may be about to begin."""
     age_s = time.time() - run_dir.config.stat().st_mtime
     pid = locks.holder(run_dir.config.resolve())
     watched = f"process {pid} watches it" if pid > 0 else "no process is seen to watch it: its launcher may have ended"

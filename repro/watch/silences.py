@@ -1,4 +1,4 @@
-"""Remember the silences of a run that continues: periods in which most ranks waited for the same few ranks."""
+"""Remember the silences of a running job: periods in which most ranks waited for the same few ranks."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ class Silences:
 
 
 def _waited_for_a_build(verdict: Verdict) -> float:
-    """Seconds for which all blocked ranks have waited, if all awaited ranks are building; else 0."""
+    """Return for how many seconds all blocked ranks have waited, if all awaited ranks are building; else 0."""
     awaited = [position for position in verdict.ranks if position.rank in verdict.culprits]
     if not awaited or any(position.state != "building" for position in awaited):
         return 0.0
@@ -62,5 +62,5 @@ def _waited_for_a_build(verdict: Verdict) -> float:
 
 
 def _was_starved(verdict: Verdict, facts: Facts) -> bool:
-    """Whether an awaited rank lacked a processor, so that a busy machine made the others wait."""
+    """Whether an awaited rank was short of CPU time, so that a busy machine made the others wait."""
     return any(facts.starved.get(rank, 0.0) >= STARVED for rank in verdict.culprits)

@@ -19,7 +19,7 @@ from hybrid_moe_ref.model import HybridMoE
 
 
 def apply_backends(model: HybridMoE, engine: EngineConfig, device: torch.device) -> list[Extension]:
-    """Install the backends, in any layout; return the extension modules that they will use, in order.
+    """Install the backends, for any parallel layout; return the extension modules that they will use, in order.
 
     Raises ConfigError for a backend that cannot run on this device.
     """
@@ -49,7 +49,7 @@ def apply_backends(model: HybridMoE, engine: EngineConfig, device: torch.device)
 
 @dataclass(frozen=True)
 class PreparedKernels:
-    """The kernels that one engine has prepared: the registry's choice, and what runs each operation under it.
+    """The kernels that one engine has prepared: the registry's choice, and the backend of each operation under it.
 
     The choice is one for the whole process. An engine that serves under another one's would run kernels that its ranks
     did not prepare.
@@ -62,7 +62,7 @@ class PreparedKernels:
 
     @classmethod
     def of_now(cls, device: torch.device, dtype: torch.dtype) -> Self:
-        """Those of the present choice."""
+        """Return the kernels of the current choice."""
         return cls(registry.choice(), device, dtype, registry.table(device.type, dtype))
 
     def check(self) -> None:

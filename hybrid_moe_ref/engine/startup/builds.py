@@ -141,7 +141,7 @@ def _build(extension: Extension, place: BuildPlace, lock: BuildLock) -> None:
 
 
 def _end_children_but(others: set[int], by_force: bool) -> None:
-    """End the processes that the build started: all children but ``others``.
+    """Kill the processes that the build started: all children except ``others``.
 
     First by SIGTERM, not SIGKILL: ninja then ends its compilers, also one that it started a moment ago, which is not
     listed here yet and could not be found once ninja has ended.
@@ -153,7 +153,7 @@ def _end_children_but(others: set[int], by_force: bool) -> None:
 
 
 def _clear_baton(folder: Path, place: BuildPlace, lock: BuildLock) -> None:
-    """Remove the extension loader's own lock file ("baton") if its holder has ended, which torch never detects.
+    """Delete the extension loader's lock file ("baton") if its holder has ended. torch itself never checks for that.
 
     A live holder is a process that does not use our lock. Wait for it, up to the deadline.
     """

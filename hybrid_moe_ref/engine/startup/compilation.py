@@ -45,12 +45,12 @@ class Compiler:
 
     @property
     def folder(self) -> Path:
-        """The folder of Inductor's output."""
+        """The folder for Inductor's output."""
         return self.place.cache / f"inductor-torch{torch.__version__}"
 
     @property
     def done(self) -> Path:
-        """A file that exists once all parts of such a model have been compiled in this folder."""
+        """The marker file that exists once all parts of such a model are compiled in this folder."""
         kinds = set()
         for part in row_wise(self._model):
             weights = [(name, tuple(x.shape), x.dtype, x.device.type) for name, x in part.named_parameters()]

@@ -77,7 +77,7 @@ def _leaves_when_idle(config: ServerConfig, policies: Policies) -> Iterator[str]
 
 
 def _agrees_on_some_ranks_only(config: ServerConfig, policies: Policies) -> Iterator[str]:
-    """Yield a finding if binding recurrent state takes a collective on ranks with requests and none on idle ranks."""
+    """Yield a finding if ranks with requests issue a collective to bind recurrent state and idle ranks do not."""
     layer = first_recurrent_layer(config.model.layer_pattern)
     if layer is None:
         return
@@ -106,7 +106,7 @@ def _exchanges(protocol: Protocol, policies: Policies, plan: StepPlan, layer: st
 
 
 def _chooses_its_own_graph(config: ServerConfig, policies: Policies) -> Iterator[str]:
-    """Yield a finding if a rank would replay a graph although the ranks agreed to run eagerly."""
+    """Yield a finding if a rank would replay a graph after the ranks agreed to run eagerly."""
     plan = StepPlan(-1, 1, 1, padded_tokens=4, mode=GRAPH)
     agreed = AgreedStep((1, 9), EAGER, False)
     if config.engine.mode == "graphs" and policies.graphs.choose(plan, agreed) != agreed:
@@ -141,7 +141,7 @@ def _preempts_late(config: ServerConfig, policies: Policies) -> Iterator[str]:
 
 
 class _OneHasSaved:
-    """A stand-in for the tuner of a rank that has a saved choice, while the other ranks have none."""
+    """A stand-in for the tuner of a rank that has a saved choice while the other ranks have none."""
 
     rank, key, timings = 0, "", ()
 

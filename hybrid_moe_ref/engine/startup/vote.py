@@ -89,7 +89,7 @@ class StartVote:
         return bytes(self._over_all_ranks(letters, "sum", "first error")).rstrip(b"\0").decode(errors="replace")
 
     def _shared_text(self) -> str:
-        """All that must be equal on every rank, as one line of JSON: the settings, and what runs each operation.
+        """Everything that must be equal on all ranks, as one line of JSON: the settings, and each operation's backend.
 
         Two hosts with the same settings may have different kernels: one has a GPU, a compiler or a package that the
         other lacks.
@@ -104,7 +104,7 @@ class StartVote:
 
 
 def _stopped(message: str) -> RuntimeError:
-    """The error for the message with which a rank stopped this one.
+    """Convert the message with which another rank stopped this one to the error to raise.
 
     PrepareFailed if that rank could not prepare; ScheduleMismatch if it is past that phase and its guard refused it.
     """

@@ -1,1 +1,1 @@
-"""What a run should produce, and whether it did: the expected verdict and the reference's tokens."""
+"""Compare a run with what it should produce: the expected verdict and the reference's tokens."""

@@ -1,4 +1,4 @@
-"""Derive from a lab run's settings the watcher's options, the expected verdict, and the entries of verdict.json."""
+"""Derive from a run's settings the watcher's options, the expected verdict, and entries of verdict.json."""
 
 from __future__ import annotations
 

@@ -16,7 +16,7 @@ MAX_LINES, MAX_NAME = 1000, 120
 def compare_tokens(
     run_dir: RunDir, num_ranks: int, tp_size: int, reference_alive: Callable[[], bool], final: bool
 ) -> Comparison | None:
-    """Compare all ranks' outputs with reference.json; None while that file may still appear, unless ``final``."""
+    """Compare all ranks' outputs with reference.json. None while that file may still appear, unless ``final``."""
     if not run_dir.reference.exists():
         if reference_alive() and not final:
             return None
@@ -30,7 +30,7 @@ def compare_tokens(
 
 
 def name_equal(run_dir: RunDir) -> str:
-    """A sentence about the tokens that are equal where none is wrong. Raises OSError or DamagedFile."""
+    """Say in a sentence that the served tokens equal the reference. Raises OSError or DamagedFile."""
     reference = read_tokens(run_dir.reference)
     num_tokens = sum(map(len, reference.values()))
     return f"{num_tokens} tokens of {len(reference)} requests equal the single-process reference's"

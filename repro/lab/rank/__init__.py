@@ -1,1 +1,1 @@
-"""What runs inside a rank."""
+"""The code that runs inside a rank."""

@@ -67,7 +67,7 @@ REFUSED = Expected("crash", "error", error="ScheduleMismatch")
 
 @dataclass(frozen=True)
 class Scenario:
-    """A fault and its cure. The result of each callable must depend on its arguments alone.
+    """A fault and its fix. Each callable is a pure function: its result depends only on its arguments.
 
     summary    one line: what goes wrong
     source     the upstream issue or change that it mirrors
@@ -110,7 +110,7 @@ class Scenario:
 
 
 def struck_rank(settings: RunSettings) -> int:
-    """The rank that has the fault, in a scenario with one faulty rank; drawn from the seed."""
+    """Return the faulty rank of a scenario with one such rank; drawn from the seed."""
     return random.Random(settings.seed).randrange(settings.num_ranks)
 
 

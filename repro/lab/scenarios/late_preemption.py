@@ -34,7 +34,7 @@ class PreemptInTheStep(Preemption):
     """The fault: pages are requested when the model needs them, and a full cache is handled there."""
 
     def before_step(self, make_room: Callable[[], None]) -> None:
-        """Do nothing, in the hope that the pages suffice."""
+        """Do nothing. The fault is to assume that the pages suffice."""
 
     def run(self, step: Callable[[], NewTokens], make_room: Callable[[], None]) -> NewTokens:
         from hybrid_moe_ref.cache.hybrid_cache import CacheExhausted
@@ -52,7 +52,7 @@ def policies(settings: RunSettings, rank: int) -> Policies:
 
 
 def pressed(settings: RunSettings) -> EngineConfig:
-    """The trigger: a cache that holds two new requests. A request that outgrows a page of tokens needs more pages."""
+    """The trigger: a cache for only two new requests. A request that outgrows a page of tokens needs more pages."""
     pages = settings.page_layout()
     return dataclasses.replace(settings.engine, num_pages=2 * pages.pages_for(pages.tokens))
 

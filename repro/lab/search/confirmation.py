@@ -1,4 +1,4 @@
-"""Run the file that `minimise` has written, as a maintainer would."""
+"""Run the file that `minimise` wrote, in the way a maintainer would."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ CHECK_DEADLINE_S = 90.0
 
 
 def confirm(path: Path, num_ranks: int) -> str:
-    """Run the written file as a maintainer would; return what it prints about the hang, or why there was none."""
+    """Run the written file. Return what it prints about the hang, or why there was none."""
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={num_ranks}"]
     code, output = run_within([*torchrun, str(path)], CHECK_DEADLINE_S)
     if code is None:

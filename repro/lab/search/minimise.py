@@ -30,7 +30,7 @@ RUN_DEADLINE_S = 45.0
 
 
 class AnotherVerdict(RuntimeError):
-    """The run to shrink does not have the verdict that its scenario predicts; ``verdict`` is the one that it has."""
+    """The run to shrink has another verdict than its scenario predicts; ``verdict`` is the actual one."""
 
     def __init__(self, text: str, verdict: str) -> None:
         super().__init__(text)

@@ -1,4 +1,4 @@
-"""Ever smaller settings of a run for which its scenario predicts the same verdict."""
+"""Generate smaller and smaller settings of a run for which its scenario predicts the same verdict."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from repro.lab.settings import RunSettings
 
 
 def reductions(scenario: Scenario, start: RunSettings, target: Expected) -> Iterator[RunSettings]:
-    """Ever smaller settings for which the scenario predicts the verdict ``target``; each step shrinks one setting."""
+    """Yield smaller and smaller settings with the predicted verdict ``target``; each step shrinks one setting."""
     current, moved = start, True
     while moved:
         moved = False

@@ -23,7 +23,7 @@ POLL_S = 0.1
 
 
 class CannotFill(RuntimeError):
-    """The kernel cache of a run cannot be prepared as the settings ask; the text says why."""
+    """The kernel cache of a run cannot be prepared as the settings ask; the text gives the reason."""
 
 
 def folder(run_dir: RunDir, settings: RunSettings) -> Path:

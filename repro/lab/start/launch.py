@@ -108,7 +108,7 @@ def _undecided(run_dir: RunDir, settings: RunSettings, error: Exception) -> Docu
 
 @contextlib.contextmanager
 def _only_one(run_dir: RunDir) -> Iterator[None]:
-    """Hold a lock on config.json, so that only one process ends the run. It is released however its holder ends."""
+    """Hold a lock on config.json, so that only one process ends the run. A crash of its holder releases it too."""
     with open_regular(run_dir.config) as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -1,4 +1,4 @@
-"""The folder of a diagnosis: run.json, verdict.json, report.html, ISSUE.md, and the records to judge it again from."""
+"""Write the folder of a diagnosis: run.json, verdict.json, report.html, ISSUE.md, and the records to judge it again."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def write_page(folder: Path, diagnosis: Diagnosis, evidence: Evidence) -> Path:
 
 
 def document(diagnosis: Diagnosis, evidence: Evidence) -> dict[str, Any]:
-    """The content of verdict.json and of `diagnose --json`: the fields of a run, and those of a diagnosis besides."""
+    """Return the content of verdict.json and of `diagnose --json`: the fields of a run plus those of a diagnosis."""
     verdict = Verdict(
         diagnosis.verdict, diagnosis.cause, diagnosis.culprits, diagnosis.suspects,
         evidence=diagnosis.evidence, confidence=diagnosis.confidence,

@@ -1,4 +1,4 @@
-"""The text of a bug report from a diagnosis: what hangs, the stacks of all ranks as one tree, counters, versions."""
+"""Write the bug report of a diagnosis: what hangs, the stacks of all ranks as one tree, counters, versions."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ MAX_TREE, MAX_ROWS = 60, 64
 
 
 def issue(headline: str, diagnosis: Diagnosis, evidence: Evidence, scene: Scene, apart: Mapping[str, str]) -> str:
-    """Markdown. `apart`: path -> headline of that path alone, for a table of runs that differ in one setting."""
+    """Return Markdown. `apart`: path -> headline of that path alone, for a table of runs that differ in one setting."""
     lines = [f"# Hang: {headline}", "", *diagnosis.summary, ""]
     lines += _listed("Why", diagnosis.evidence)
     lines += _listed("What would refute this", diagnosis.refutes)
@@ -45,7 +45,7 @@ def _runs(apart: Mapping[str, str]) -> list[str]:
 
 
 def _tree(scene: Scene) -> list[str]:
-    """The last look at all processes, then what changed since the first look."""
+    """Draw the last look at all processes, then what changed since the first look."""
     looks = [rows for role in ("worker", "engine", "front end") for rows in scene.main_stacks(role).values() if rows]
     if not looks:
         return []
@@ -65,7 +65,7 @@ def _place(stack: Stack) -> tuple[str, str]:
 
 
 def _counters(scene: Scene) -> list[str]:
-    """The number of the last operation queued and done, for each rank and group, in the earlier and the last dump."""
+    """Tabulate the last operation queued and completed, for each rank and group, in the earlier and the last dump."""
     rows = []
     for rank, dump in scene.recorders.items():
         before = _positions(scene.earlier[rank]) if rank in scene.earlier else {}

@@ -1,4 +1,4 @@
-"""The page of a diagnosis: verdict, reasons, what to collect next, and the merged stack tree of all processes."""
+"""Render the page of a diagnosis: verdict, reasons, what to collect next, and the merged stack tree."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from repro.verdict.partial.scene import Scene
 
 @dataclass(frozen=True)
 class TreeRow:
-    """A line of the stack tree, with the numbers of lists that open before it and close after it."""
+    """A line of the stack tree, with the numbers of HTML lists to open before and to close after it."""
 
     names: str
     innermost: str
@@ -26,7 +26,7 @@ class TreeRow:
 
 
 def page(diagnosis: Diagnosis, evidence: Evidence, scene: Scene) -> str:
-    """A self-contained page. The template escapes every text of the evidence."""
+    """Render a self-contained HTML page. The template escapes all text from the evidence."""
     roles = ("worker", "engine", "front end")
     stacks = [looks[-1] for role in roles for looks in scene.main_stacks(role).values() if looks]
     return templates.render(

@@ -1,4 +1,4 @@
-"""The stacks of all ranks merged into one tree, outermost frame first, as STAT draws it (Arnold et al., IPDPS 2007).
+"""Merge the stacks of all ranks into one tree, outermost frame first, as STAT does (Arnold et al., IPDPS 2007).
 
 Ranks that share a path are one equivalence class. A small class at the end of a branch is an outlier, which is an
 observation: it may be the only rank that works as intended.
@@ -18,7 +18,7 @@ MAX_DEPTH = 120
 
 @dataclass(slots=True)
 class Node:
-    """A frame that `names` share, with all frames outside it. `ends`: the processes whose innermost frame this is."""
+    """A frame that the processes `names` share, with all frames outside it. `ends`: those whose innermost it is."""
 
     frame: str
     names: list[str] = field(default_factory=list)
@@ -28,7 +28,7 @@ class Node:
 
 @dataclass(frozen=True, slots=True)
 class Line:
-    """A line of the tree as text: consecutive frames that all of `names` share, and the depth of their branch."""
+    """A line of the tree: consecutive frames that all of `names` share, and the depth of the branch."""
 
     depth: int
     frames: tuple[str, ...]
@@ -37,7 +37,7 @@ class Line:
 
 
 def merge(stacks: Iterable[Stack]) -> Node:
-    """The tree of these stacks; line numbers are left out where they would split one function into many branches."""
+    """Merge stacks into a tree. Line numbers are dropped where they would split one function into many branches."""
     root = Node("")
     for stack in stacks:
         name = str(stack.process)
@@ -52,7 +52,7 @@ def merge(stacks: Iterable[Stack]) -> Node:
 
 
 def lines(root: Node) -> list[Line]:
-    """The tree from the outside in; frames that do not branch stand on one line. Larger branches come first."""
+    """Return the tree from the outside in. Frames without a branch share a line; larger branches come first."""
     tree: list[Line] = []
     stack: list[tuple[Node, int]] = [(child, 0) for child in _ordered(root)]
     while stack:
@@ -67,12 +67,12 @@ def lines(root: Node) -> list[Line]:
 
 
 def _ordered(node: Node) -> list[Node]:
-    """The children in the order of a stack: the largest comes last, so that it is drawn first."""
+    """Return the children in stack order: the largest is last, so that it is popped first."""
     return sorted(node.children.values(), key=lambda child: (len(child.names), child.frame))
 
 
 def text(root: Node, frames_a_line: int = 2) -> list[str]:
-    """The tree as lines of text: "[ranks 0-2,4-7] acquire (filelock/_api.py)"."""
+    """Return the tree as lines of text: "[ranks 0-2,4-7] acquire (filelock/_api.py)"."""
     out = []
     for line in lines(root):
         shown = line.frames[-frames_a_line:]
@@ -83,7 +83,7 @@ def text(root: Node, frames_a_line: int = 2) -> list[str]:
 
 
 def name_all(names: Sequence[str]) -> str:
-    """ "ranks 0-2,4-7", with engines and other processes behind them."""
+    """Return "ranks 0-2,4-7", followed by the names of engines and other processes."""
     ranks = sorted({int(match[1]) for name in names if (match := re.fullmatch(r"rank (\d+)", name))})
     others = sorted({name for name in names if not re.fullmatch(r"rank \d+", name)})
     parts = [f"rank{'s' if len(ranks) > 1 else ''} {list_ranks(ranks)}"] if ranks else []
@@ -91,7 +91,7 @@ def name_all(names: Sequence[str]) -> str:
 
 
 def classes(stacks: Iterable[Stack]) -> Mapping[tuple[str, str], list[str]]:
-    """(activity, innermost frames) -> the processes that are there; the largest class comes first."""
+    """Return (activity, innermost frames) -> the processes with this state; the largest class comes first."""
     names: dict[tuple[str, str], list[str]] = {}
     for stack in stacks:
         key = (_doing(stack), " < ".join(stack.frames[:2]))
@@ -100,6 +100,6 @@ def classes(stacks: Iterable[Stack]) -> Mapping[tuple[str, str], list[str]]:
 
 
 def _doing(stack: Stack) -> str:
-    """What the thread does: "the engine waits for requests", "collective all_reduce", "running"."""
+    """Describe what a thread does: "the engine waits for requests", "collective all_reduce", "running"."""
     _, is_message, words = stack.detail.partition("a message: ")
     return words if is_message else f"{stack.activity} {stack.detail}".strip() or "running"

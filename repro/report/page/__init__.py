@@ -1,1 +1,1 @@
-"""The page of a run: report.html, one file that needs nothing else."""
+"""Render the page of a run: report.html, one self-contained file."""

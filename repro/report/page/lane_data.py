@@ -1,4 +1,4 @@
-"""What the page's script draws: names and the wait-for graph as JSON, and each rank's lane as columns of numbers.
+"""Prepare the data for the page's script: names and the wait-for graph as JSON, each rank's lane as columns of numbers.
 
 A lane is an element of its own, so that the script unpacks it when it first comes into sight.
 """
@@ -23,7 +23,7 @@ _NEVER = 0xFFFFFFFF
 
 
 def script_data(facts: Facts) -> dict[str, Any]:
-    """For JSON. Times count in units of ``unit`` ns since the first event."""
+    """Return the data as JSON values. Times count in units of ``unit`` ns since the first event."""
     start_ns, end_ns = facts.span_ns()
     unit_ns = _unit_ns(facts)
     verdict = facts.verdict
@@ -43,7 +43,7 @@ def script_data(facts: Facts) -> dict[str, Any]:
 
 
 def pack_lanes(facts: Facts) -> Iterator[tuple[int, str]]:
-    """(rank, base64 of deflated columns): five columns of 32-bit numbers, one number of each for a span.
+    """Return (rank, base64 of deflated columns): five columns of 32-bit integers, one of each per span.
 
     The columns: start (as differences), length, label, sequence number, step + 1.
     """
@@ -69,7 +69,7 @@ def _columns(lane: Lane, start_ns: int, unit_ns: int) -> array[int]:
 
 
 def _unit_ns(facts: Facts) -> int:
-    """The length of a unit of time: a microsecond, or longer where the run would not fit into 32 bits."""
+    """Return the unit of time in ns: a microsecond, or longer if the run would not fit into 32 bits."""
     start_ns, end_ns = facts.span_ns()
     return max(1000, -(-(end_ns - start_ns) // (_NEVER - 1)))
 

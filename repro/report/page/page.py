@@ -1,4 +1,4 @@
-"""report.html: one file that needs nothing else, neither network nor fonts, and in which a run's strings do nothing.
+"""Render report.html: one file without network access or external fonts, in which strings of a run cannot act as code.
 
 The document is complete without its script. With the script, the timeline can be moved and zoomed.
 """
@@ -36,7 +36,7 @@ _SCRIPTS = (
 
 @dataclass(frozen=True)
 class Card:
-    """One of the runs that stand side by side. link: the address of its page; "" for the run of this page."""
+    """A card for one of the runs shown side by side. link: the address of its page; "" for the run of this page."""
 
     verdict: Document
     kind: str
@@ -46,7 +46,7 @@ class Card:
 
 
 def render(facts: Facts, others: Sequence[Facts] = (), timeline_svg: str = "") -> str:
-    """The document.
+    """Render the page.
 
     others: the control and fix (or fault) runs to show beside this one
     timeline_svg: what :func:`timeline` returned for this run, where it was called before
@@ -83,18 +83,18 @@ def render(facts: Facts, others: Sequence[Facts] = (), timeline_svg: str = "") -
 
 
 def style() -> Markup:
-    """The page's style sheet, as it stands in the page."""
+    """Return the page's style sheet as it appears in the page."""
     return templates.read_own("page/page.css")
 
 
 def script() -> Markup:
-    """The page's script, as it stands in the page: the files of script/ share one scope."""
+    """Return the page's script as it appears in the page: the files of script/ share one scope."""
     parts = Markup("\n").join(templates.read_own(f"page/script/{name}.js") for name in _SCRIPTS)
     return Markup('"use strict";\n(() => {{\n{}}})();\n').format(parts)
 
 
 def _strip(facts: Facts) -> list[tuple[str, str]]:
-    """(name, value) of the line of facts under the headline."""
+    """Return (name, value) pairs for the line of facts under the headline."""
     verdict = facts.verdict
     stall_s, total_s = verdict.seconds.stall_to_verdict, verdict.seconds.total
     expected = verdict.matches_expected
@@ -113,7 +113,7 @@ def _strip(facts: Facts) -> list[tuple[str, str]]:
 
 
 def _cards(facts: Facts, others: Sequence[Facts]) -> list[Card]:
-    """This run and the others in the order control, fault, fix; empty when this run stands alone."""
+    """Return cards for this run and the others, in the order control, fault, fix; empty if there are no others."""
     runs = sorted([facts, *others], key=lambda run: _VARIANT_ORDER.get(run.verdict.variant, len(_VARIANT_ORDER)))
     return [
         Card(

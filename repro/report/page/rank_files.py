@@ -1,4 +1,4 @@
-"""Texts that each rank left (stacks, logs, its environment): ranks with equal texts share one entry."""
+"""Collect the texts that each rank left (stacks, logs, environment). Ranks with equal texts share one entry."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _MOST_BYTES = 20_000
 
 @dataclass(frozen=True)
 class RankText:
-    """A text that these ranks have in common."""
+    """A text that is equal on these ranks."""
 
     ranks: tuple[int, ...]
     text: str
@@ -27,13 +27,13 @@ class RankText:
 
     @property
     def innermost(self) -> str:
-        """The first frame of a stack."""
+        """Return the first frame of a stack, the innermost one."""
         lines = (line.strip() for line in self.text.splitlines())
         return next((line for line in lines if line.startswith("File")), "")
 
 
 def stacks(facts: Facts) -> list[RankText]:
-    """The main thread's Python stack of each rank."""
+    """Return the Python stack of each rank's main thread."""
     return _merge(facts, lambda rank: main_stack(read_text(facts.run_dir.stack(rank))))
 
 
@@ -46,7 +46,7 @@ def launcher_log(facts: Facts) -> str:
 
 
 def environments(facts: Facts) -> list[RankText]:
-    """What each rank loaded: versions and paths."""
+    """Return what each rank loaded: versions and paths."""
     return _merge(facts, lambda rank: read_text(facts.run_dir.environment(rank)))
 
 
@@ -55,7 +55,7 @@ def config(facts: Facts) -> str:
 
 
 def main_stack(text: str) -> str:
-    """The main thread of a faulthandler dump, which writes it last; paths are shortened."""
+    """Return the main thread of a faulthandler dump, which is its last thread; paths are shortened."""
     thread = re.split(r"^(?:Current thread|Thread) 0x", text, flags=re.MULTILINE)[-1]
     frames = [line for line in thread.splitlines() if line.startswith("  ")]
     return "\n".join(re.sub(r'"([^"]*)"', lambda path: f'"{short_site(path.group(1))}"', line) for line in frames)

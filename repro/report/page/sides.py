@@ -1,4 +1,4 @@
-"""The schedules at the divergence, side by side: what was declared, and what the ranks of each side issued."""
+"""Show the schedules at the divergence side by side: what was declared, and what each side issued."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _BEFORE, _AFTER = 4, 5
 
 @dataclass(frozen=True)
 class Row:
-    """One place of the schedule: the declared entry, and what each side issued there; "" stands for nothing."""
+    """One position of the schedule: the declared entry, and what each side issued there; "" means nothing."""
 
     planned: str
     issued: tuple[str, ...]
@@ -27,7 +27,7 @@ class Row:
 
     @property
     def cells(self) -> list[tuple[str, bool]]:
-        """(issued, diverges) of each side."""
+        """Return (issued entry, whether it diverges) for each side."""
         return list(zip(self.issued, self.diverges, strict=True))
 
 
@@ -58,7 +58,7 @@ class SideBySide:
 
 
 def side_by_side(facts: Facts) -> SideBySide | None:
-    """None when the verdict names no divergence or its steps cannot be read."""
+    """Return None if the verdict names no divergence or its steps cannot be read."""
     sides = [side for side in facts.verdict.sides if side.ranks][:MAX_SIDES]
     steps = [_read_step(facts, side.ranks[0], side.step) for side in sides]
     known = [step for step in steps if step is not None]
@@ -92,7 +92,7 @@ def _rows(plan: Sequence[Entry], issued: Sequence[Sequence[Entry]]) -> Iterator[
 
 
 def _divergent(rows: Sequence[Row]) -> int:
-    """The index of the first row that diverges, or else of the first that some sides issued and others did not."""
+    """Return the index of the first row that diverges, else of the first that some sides issued and others did not."""
     diverging = (k for k, row in enumerate(rows) if any(row.diverges))
     uneven = (k for k, row in enumerate(rows) if len({bool(cell) for cell in row.issued}) > 1)
     return next(diverging, next(uneven, 0))
@@ -104,7 +104,7 @@ def name_entry(entry: Entry) -> str:
 
 
 def _read_step(facts: Facts, rank: int, number: int) -> Step | None:
-    """The step of this number, or the rank's last one; None where its witness cannot be read."""
+    """Return the step with this number, else the rank's last step; None if its witness cannot be read."""
     try:
         witness = read(facts.run_dir.witness(rank))
     except (OSError, WitnessError):
@@ -114,7 +114,7 @@ def _read_step(facts: Facts, rank: int, number: int) -> Step | None:
 
 
 def _align(plan: Sequence[Entry], issued: Sequence[Entry]) -> tuple[dict[int, list[Entry]], set[int]]:
-    """What was issued beside the plan: extra entries by the index that they come before, and the indices that match."""
+    """Align what was issued with the plan: extra entries by the index they precede, and the indices that match."""
     extras: dict[int, list[Entry]] = {}
     matched: set[int] = set()
     for tag, i1, i2, k1, k2 in SequenceMatcher(None, plan, issued, autojunk=False).get_opcodes():

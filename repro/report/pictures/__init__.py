@@ -1,1 +1,1 @@
-"""Pictures of a run as SVG."""
+"""Draw pictures of a run as SVG."""

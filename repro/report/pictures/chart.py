@@ -1,4 +1,4 @@
-"""The lanes of some ranks within a window of time: bars for collectives, locks and builds."""
+"""Draw the lanes of some ranks in a time window: bars for collectives, locks and builds."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _NARROW_PX = 2.0
 
 @dataclass(frozen=True)
 class Frame:
-    """Where the lanes stand in the picture, in pixels. labels: whether there is room for names and phases."""
+    """The position of the lanes in the picture, in pixels. labels: whether there is room for names and phases."""
 
     left: float
     right: float
@@ -26,7 +26,7 @@ class Frame:
 
 
 class Chart:
-    """Draws into an Svg. merged: whether narrow bars were drawn as one."""
+    """Draws lanes into an Svg. merged: whether narrow bars were drawn as one."""
 
     def __init__(self, svg: Svg, facts: Facts, window_ns: tuple[int, int], frame: Frame, ranks: Sequence[int]) -> None:
         self._svg, self._facts, self._frame, self._ranks = svg, facts, frame, ranks
@@ -40,7 +40,7 @@ class Chart:
         return self._frame.top + self._frame.row_px * len(self._ranks)
 
     def draw_axis(self) -> None:
-        """Grid lines at round times since the first event of the run."""
+        """Draw grid lines at round times since the first event of the run."""
         origin_ns = self._facts.span_ns()[0]
         step_ns = _round_step((self._end_ns - self._start_ns) / 8)
         first = -(-(self._start_ns - origin_ns) // step_ns)
@@ -148,12 +148,12 @@ class Chart:
 
 
 def group_names(facts: Facts) -> list[str]:
-    """The groups in the order of their colours."""
+    """Return the groups in the order of their colours."""
     return list(dict.fromkeys(label.group for label in facts.labels.table if label.group))
 
 
 def find_call(facts: Facts, rank: int, group: str, seq: int) -> int | None:
-    """The index in the rank's lane of call ``seq`` of a group, searched from the end; None where there is none."""
+    """Return the index in the rank's lane of call ``seq`` of a group, searched from the end; None if it is missing."""
     lane = facts.lanes.get(rank)
     if lane is None:
         return None

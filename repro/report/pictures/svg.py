@@ -1,4 +1,4 @@
-"""An SVG under construction: shapes with the classes of style.css. ElementTree escapes every string."""
+"""Build an SVG from shapes with the classes of style.css. ElementTree escapes every string."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _STYLE = (Path(__file__).parent / "style.css").read_text(encoding="utf-8")
 
 
 class Svg:
-    """One picture, for a file of its own or inside a page. Lengths are in pixels.
+    """One picture, for its own file or for a page. Lengths are in pixels.
 
     key: a prefix for the ids of its pattern and arrow heads, since a page shows several pictures
     """
@@ -37,7 +37,7 @@ class Svg:
         return self._shape("rect", attributes, opacity)
 
     def hatched(self, x: float, y: float, width: float, height: float, *, opacity: float = 1) -> None:
-        """A rectangle with the pattern of a call that never returns, and its red border."""
+        """Draw a rectangle with a hatched pattern and a red border, for a call that never returns."""
         pattern = self._shape("rect", {"x": _px(x), "y": _px(y), "width": _px(width), "height": _px(height)}, opacity)
         pattern.set("fill", f"url(#{self._key}-hatch)")
         self.rect("stall", x, y, width, height)
@@ -53,7 +53,7 @@ class Svg:
         return self._shape("path", {"class": css, "d": commands})
 
     def arrow(self, colour: int, commands: str) -> None:
-        """A path that ends in an arrow head, in the colour of the place that waits."""
+        """Draw a path with an arrow head, in the colour of the waiting ranks."""
         self.path(f"n{colour} arrow", commands).set("marker-end", f"url(#{self._key}-head{colour})")
 
     def text(
@@ -65,7 +65,7 @@ class Svg:
         element.text = escape_control_characters(words, most_characters)
 
     def markup(self, width: float, height: float, *, paper: bool = True) -> str:
-        """The document. paper: whether the picture has a background of its own."""
+        """Return the SVG document. paper: whether the picture has its own background."""
         self._root.attrib |= {"viewBox": f"0 0 {_px(width)} {_px(height)}", "width": _px(width), "height": _px(height)}
         self._root.append(self._shapes)
         if paper:
@@ -98,7 +98,7 @@ class Svg:
 
 
 def add_tooltip(shape: ET.Element, words: str) -> None:
-    """Show a text when the mouse rests on a shape."""
+    """Show a text while the mouse is over a shape."""
     ET.SubElement(shape, "title").text = escape_control_characters(words, 120)
 
 

@@ -1,4 +1,4 @@
-"""timeline.svg and the small strips on the page: lanes of ranks over time, in a light and a dark scheme.
+"""Draw timeline.svg and the small strips on the page: lanes of ranks over time, in a light and a dark scheme.
 
 A group has the same colour in every picture of a run. A call that never returns is hatched, so that it shows in print.
 """
@@ -20,7 +20,7 @@ _RAIL_PX = 46
 
 
 def timeline(facts: Facts, width: int = 1200) -> str:
-    """timeline.svg: the lanes around the stall, the first divergent entry, and which ranks wait for which."""
+    """Draw timeline.svg: the lanes around the stall, the first divergent entry, and which ranks wait for which."""
     ranks = choose_ranks(facts, MAX_ROWS)
     waits = [wait for wait in facts.verdict.waits if wait.ranks][:MAX_WAITS]
     row_px = 24 if len(ranks) <= 16 else 14
@@ -45,7 +45,7 @@ def timeline(facts: Facts, width: int = 1200) -> str:
 
 
 def strip(facts: Facts, width: int = 560) -> str:
-    """A small picture of the part of the run to look at first, for several runs side by side."""
+    """Draw a small picture of the most interesting part of the run, for several runs side by side."""
     ranks = choose_ranks(facts, 16)
     row_px = 9 if len(ranks) <= 8 else 6
     svg = Svg(f"strip-{re.sub('[^a-z]', '', facts.verdict.variant)}", f"lanes of {_title(facts)}")
@@ -55,7 +55,7 @@ def strip(facts: Facts, width: int = 560) -> str:
 
 
 def interesting_ns(facts: Facts) -> tuple[int, int]:
-    """The part of the run to look at first: the stall, and before it about as much of what led there."""
+    """Return the most interesting time window: the stall, and an equally long time before it."""
     start_ns, end_ns = facts.span_ns()
     if not facts.stuck:
         spans = (span for lane in facts.lanes.values() for span in lane.spans())
@@ -66,7 +66,7 @@ def interesting_ns(facts: Facts) -> tuple[int, int]:
 
 
 def choose_ranks(facts: Facts, most: int) -> list[int]:
-    """At most so many ranks, with some from every place at which ranks stand; the smallest places come first."""
+    """Choose at most so many ranks, with some from every place at which ranks wait; the smallest places come first."""
     if len(facts.lanes) <= most:
         return list(facts.lanes)
     places: dict[object, list[int]] = {}
@@ -87,7 +87,7 @@ def _title(facts: Facts) -> str:
 
 
 def _draw_rails(svg: Svg, waits: Sequence[Wait], ranks: Sequence[int], frame: Frame) -> None:
-    """A rail for each place with a dot on each rank that stands there, and arrows from rail to rail."""
+    """Draw a line for each place with a dot at each rank that waits there, and arrows between the lines."""
     middles: dict[int, tuple[float, float]] = {}
     for k, wait in enumerate(waits):
         rows = [ranks.index(rank) for rank in wait.ranks if rank in ranks]

@@ -1,4 +1,4 @@
-"""The wait-for graph of the verdict as boxes and arrows."""
+"""Draw the wait-for graph of the verdict as boxes and arrows."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _MOST_CHARACTERS = {"bold": 34, "mono": 31, "dim small": 40}
 
 
 def draw_waits(facts: Facts) -> str:
-    """A box for each place at which ranks wait, and arrows to the ranks they wait for; "" without any arrow."""
+    """Draw a box for each place at which ranks wait, and arrows to the ranks they wait for; "" without arrows."""
     waits = [wait for wait in facts.verdict.waits if wait.ranks][:MAX_WAITS]
     if not any(wait.awaited for wait in waits):
         return ""
@@ -51,7 +51,7 @@ def _draw_box(svg: Svg, place: int, css: str, lines: Sequence[str]) -> None:
 
 
 def _draw_arrow(svg: Svg, source: int, target: int) -> None:
-    """Above the boxes to the right, below them to the left."""
+    """Draw an arrow above the boxes if it leads to the right, below them if it leads to the left."""
     up = target > source
     nudge, bend, y, gap = (26, -34, _TOP, -2) if up else (-26, 34, _TOP + _HEIGHT, 2)
     x1 = _left(source) + _WIDTH / 2 + nudge
@@ -65,7 +65,7 @@ def _name(ranks: Sequence[int]) -> str:
 
 
 def _fit(place: str) -> str:
-    """Cut the path of a lock at its beginning: its end tells one lock from another."""
+    """Shorten the path of a lock at its beginning, because the end identifies the lock."""
     most = _MOST_CHARACTERS["mono"]
     if not place.startswith("lock ") or len(place) <= most:
         return place

@@ -129,12 +129,12 @@ class _Comparison:
         return places[at] if at < len(places) else None
 
     def _run(self, k: int, i: int) -> int:
-        """The number of entries from ``k`` on that equal the plan from ``i`` on."""
+        """Return how many entries from ``k`` on equal the plan from ``i`` on."""
         most = min(len(self._entries) - k, len(self._plan) - i)
         return next((n for n in range(most) if self._entries[k + n] != self._plan[i + n]), most)
 
     def _permuted(self, k: int, i: int) -> int:
-        """The length of the shortest run, of at most eight entries, that both contain in different order; 0 if none."""
+        """Return the length of the shortest run of at most eight entries that both have in another order; 0 if none."""
         surplus: Counter[Entry] = Counter()
         for n in range(min(len(self._entries) - k, len(self._plan) - i, 8)):
             surplus[self._entries[k + n]] += 1
@@ -184,7 +184,7 @@ def unshared_deviations(
 def inverted_before(
     deviations: Sequence[Deviation], witnesses: Mapping[int, Witness], all_steps: Mapping[int, list[Step]]
 ) -> list[int]:
-    """Find ranks that made the same inversion in an earlier step and then issued both collectives: it is no skip."""
+    """Return the ranks that inverted two collectives in an earlier step too, and then issued both, so it is no skip."""
     inverted = {(d.issued.entry, d.entry): d.step for d in deviations if d.kind == "order" and d.issued is not None}
     ranks = []
     for rank, steps in all_steps.items():

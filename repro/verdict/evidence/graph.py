@@ -1,4 +1,4 @@
-"""The wait-for graph. A node is a collective or lock with the ranks that wait there; edges lead to ranks awaited."""
+"""Build the wait-for graph. A node is a collective or lock with the ranks in it; edges lead to awaited ranks."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ class Node:
 
     @property
     def collective(self) -> tuple[GroupKey, int]:
-        """The group and sequence number of a collective node."""
+        """Return the group and sequence number of a collective node."""
         kind, (name, members), seq = self.key
         assert kind == "collective" and isinstance(members, tuple)
         return (name, members), seq

@@ -80,7 +80,7 @@ class Ledger:
         return merged
 
     def _rows(self, key: GroupKey, seq: int) -> list[tuple[int, Row, Call]]:
-        """The first call of each member under a number. All diverged numbers of a group are looked up in one pass."""
+        """Return each member's first call under a number. One pass looks up all diverged numbers of a group."""
         members = [rank for rank in key[1] if rank in self._witnesses]
         numbers = self.diverged.get(key, set())
         if seq not in numbers:
@@ -98,7 +98,7 @@ class Ledger:
         return self._differing[key][seq]
 
     def refused(self, key: GroupKey, over: int, upto: int) -> tuple[int, list[CallVariant]]:
-        """Find the first collective in over + 1..upto that a backend may not complete, because its arguments differ.
+        """Return the first collective in over + 1..upto that a backend may not complete, because its arguments differ.
 
         Returns its number and its variants; (0, []) if there is none.
         """
@@ -141,9 +141,10 @@ class Ledger:
 
 
 def _merge_unknown(together: dict[Call, list[tuple[int, bool, str, int]]]) -> None:
-    """Put ranks whose call is known in part with those that issued the only call that it may be; leave them out where
-    it may be one of several. A rank does not differ in what its trace does not show: sizes that were overwritten, a
-    step, or an aspect that its recorder does not write.
+    """Assign ranks whose call is only partly known to the one variant that it matches; drop ranks that match several.
+
+    A rank does not differ in what its trace does not show: overwritten sizes, a step, or an aspect that its recorder
+    does not write.
     """
     for call in [call for call in together if not call.sizes or call.step < 0 or UNKNOWN in call.signature]:
         alike = [other for other in together if other is not call and not difference(call, other)]
@@ -196,7 +197,7 @@ def calls(witness: Witness, only: GroupKey | None = None, number: int = 0) -> It
 
 
 def _shown(witness: Witness, call: Call) -> Call:
-    """The call without what the witness does not know."""
+    """Return the call without the fields that the witness does not know."""
     signature = call.signature
     if Knows.LAYERS not in witness.knows:
         signature = signature._replace(layer=UNKNOWN)
@@ -212,7 +213,7 @@ def is_transfer(signature: Signature) -> bool:
 
 
 def difference(a: Call, b: Call) -> str:
-    """The way in which two calls under one (group, seq) differ: mismatch, sizes, place (layer or step only), or ""."""
+    """Return how two calls under one (group, seq) differ: mismatch, sizes, place (layer or step only), or ""."""
     if is_transfer(a.signature) and is_transfer(b.signature):
         if _differ(a.signature.dtype, b.signature.dtype):
             return "mismatch"
@@ -233,6 +234,6 @@ def _differ(one: str | int, other: str | int) -> bool:
 
 
 def worst_difference(sides: list[CallVariant]) -> str:
-    """The worst difference among several variants of a call; mismatch is worse than sizes, and sizes than place."""
+    """Return the worst difference among variants of a call: mismatch is worse than sizes, and sizes than place."""
     kinds = {difference(sides[0].call, side.call) for side in sides[1:]}
     return next((kind for kind in ("mismatch", "sizes", "place") if kind in kinds), "")

@@ -71,7 +71,7 @@ class RankState:
 
     @property
     def end_state(self) -> str:
-        """The state as ranks that wait for this one see it: hidden if the witness may be incomplete."""
+        """Return the state as ranks that wait for this one see it: hidden if the witness may be incomplete."""
         return self.state if self.seen or self.state in ("dead", "failed", "missing") else "hidden"
 
     @property
@@ -166,7 +166,7 @@ def _host_of(writer: Identity) -> str:
 
 
 def _local_work(witness: Witness) -> tuple[set[str], dict[str, int]]:
-    """The locks that the rank holds, and the builds in progress: name -> start in ns."""
+    """Return the locks that the rank holds, and the builds in progress: name -> start in ns."""
     held: set[str] = set()
     builds: dict[str, int] = {}
     for index, kind in enumerate(witness.column("kind")):

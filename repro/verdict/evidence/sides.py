@@ -1,4 +1,4 @@
-"""Describe the sides of a divergence in the form in which verdict.json has them."""
+"""Describe the sides of a divergence in the form of verdict.json."""
 
 from __future__ import annotations
 

@@ -163,7 +163,7 @@ def _wall_ns(witness: Witness | None) -> int:
 
 
 def _unseen_partners(case: Case, dead: Sequence[int]) -> list[int]:
-    """Find the ranks that may have been, with other arguments, in a collective in which a rank died."""
+    """Find the ranks that may have issued, with other arguments, the collective in which a rank died."""
     unseen = {rank for rank, rank_state in case.rank_states.items() if not rank_state.compares}
     if unseen & set(dead):
         return sorted(unseen)

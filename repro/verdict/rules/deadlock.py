@@ -36,7 +36,7 @@ def deadlock(case: Case, cycle: Sequence[Node]) -> Verdict:
 
 
 def _ended_before(case: Case, culprits: Sequence[int]) -> list[int]:
-    """Find the ranks that died or failed, without those that clearly ended after the culprits had stopped."""
+    """Find the ranks that died or failed, except those that clearly ended after the culprits stopped."""
     stopped_s = min(case.rank_states[rank].position.since_s for rank in culprits)
     ended = []
     for rank in case.ranks("dead", "failed"):

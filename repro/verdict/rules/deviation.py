@@ -46,7 +46,7 @@ def deviation_finding(
 
 
 def _sentences(deviations: Sequence[Deviation], rank_states: Mapping[int, RankState]) -> list[str]:
-    """Describe deviations, one sentence for those with equal words, with the record of the first rank."""
+    """Describe deviations, one sentence per distinct wording, each with the record of its first rank."""
     together: dict[str, dict[int, Deviation]] = {}
     for deviation in deviations:
         together.setdefault(_words(deviation), {})[deviation.rank] = deviation
@@ -78,7 +78,7 @@ def _comes_before(
 
 
 def _same_act(one: Deviation, two: Deviation) -> bool:
-    """Whether two ranks did the same, although their own plans may classify it differently."""
+    """Whether two ranks did the same, even if their own schedules classify it differently."""
     passed_over = {one.kind, two.kind} <= {"skipped", "order"}
     if (one.step, one.entry) == (two.step, two.entry) and (one.kind == two.kind or passed_over):
         return True

@@ -100,7 +100,7 @@ def _completed(
 
 
 def _unproven(finding: Finding | None) -> Finding | None:
-    """Make suspects of the culprits: what a witness does not show may be the cause of what the others show."""
+    """Turn the culprits into suspects: what a witness does not show may be the cause of what the others show."""
     if finding is not None and finding.culprits:
         finding.suspects, finding.culprits = tuple(sorted({*finding.suspects, *finding.culprits})), ()
         finding.confidence = "undecided"

@@ -49,7 +49,7 @@ def slow(case: Case, movers: Sequence[int]) -> Finding:
 
 
 def _only_quiet(case: Case, finding: Finding) -> Finding:
-    """Remove culprits that moved within the quiet window: in a healthy run, ranks are often outside collectives."""
+    """Remove culprits that moved within the quiet window: ranks of a healthy run are often outside collectives."""
     if not case.all_know(Knows.TIME):
         finding.culprits, finding.suspects, finding.confidence = (), finding.culprits, "undecided"
         finding.evidence.append("not every witness has times, so nothing shows how long the ranks have waited")
