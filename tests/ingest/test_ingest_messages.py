@@ -256,6 +256,9 @@ ENDS = {
     "vLLM's worker": (
         "(APIServer pid=2) ERROR 07-13 10:41:50 [c.py:602] Worker proc VllmWorker-3 died unexpectedly, shutting down", ["ended 3"],
     ),
+    "an exception that vLLM caught": (
+        "(MainProcess pid=2) WARNING 11-28 23:35:13 [base.py:380] ValueError: Tokenizer not available when `skip` is set", [],
+    ),
     "torchrun, killed": (
         "  rank      : 7 (local_rank: 7)\n  exitcode  : -9 (pid: 4242)\n", ["note torchrun 7", "note process", "killed 7"],
     ),

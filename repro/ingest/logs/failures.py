@@ -33,6 +33,7 @@ _SIGNAL = re.compile(
 )
 _DIED = re.compile(r"(?:Worker proc|Engine core proc|proc) (\S+) died unexpectedly(?:.*exit code: (-?\d{1,12}))?")
 _EXCEPTION = re.compile(r"(?:^|[\s\]:])((?:[A-Za-z_][\w.]*\.)?[A-Z]\w*(?:Error|Exception|Interrupt|Exit)): ?(.*)$")
+_HANDLED = re.compile(r"\b(?:DEBUG|INFO|WARNING) \d\d-\d\d \d\d:")  # vLLM caught the exception and goes on
 _BY_OTHERS = re.compile(
     r"EngineDeadError|EngineCore encountered|Engine core|ActorDiedError|Connection closed "
     r"by|Connection reset by peer|NCCL communicator was aborted|"
@@ -65,7 +66,7 @@ def read(line: Line, source: Source) -> Iterator[Observation]:
     elif match := _SIGNAL.search(text):
         owner = Process(int(match[1])) if match[1] else process
         yield failure("exception" if "Segm" in text or "SEGV" in text else "killed", _words(text), owner)
-    elif (match := _EXCEPTION.search(text)) and "Warning" not in match[1]:
+    elif (match := _EXCEPTION.search(text)) and "Warning" not in match[1] and not _HANDLED.search(text[:240]):
         yield failure("exception", f"{match[1]}: {match[2]}")
 
 
