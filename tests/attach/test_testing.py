@@ -55,6 +55,7 @@ def test_a_skipped_collective_names_the_ranks_the_call_and_the_place(tmp_path):
     assert (tmp_path / "run1" / "report.html").is_file()
 
 
+@pytest.mark.full  # as of two groups of one description, below
 def test_two_groups_in_another_order_are_a_cycle(tmp_path):
     def crossed(rank):
         a = dist.new_group([0, 1], group_desc="a")

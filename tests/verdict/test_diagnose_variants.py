@@ -6,7 +6,8 @@ import random
 
 import pytest
 from foreign import write
-from hangs import CASES, MISHAPS, Case, truncate
+from hangs import CASES, Case
+from mishaps import MISHAPS, truncate
 
 from repro.ingest.read import read
 from repro.verdict.partial import diagnose
