@@ -103,7 +103,8 @@ class BuildLock:
             if now - own_beat > BEAT_S:
                 own_beat = now
                 self.notify("heartbeat", f"waits for {self.path.name} of {holder.name if holder else '?'}", -1)
-            if (beat_ns := self._last_beat_ns()) != last_beat_ns:  # only a change counts: the clocks need not agree
+            # compare only whether the time changes: the clocks of hosts may differ
+            if (beat_ns := self._last_beat_ns()) != last_beat_ns:
                 last_beat_ns, holder_beat = beat_ns, now
             if now - started > self.deadline_s or now - holder_beat > self.stale_s:
                 process = holder.words() if holder else "an unnamed process"
@@ -152,7 +153,7 @@ class BuildLock:
         except (BlockingIOError, FileNotFoundError):
             pass
         except BaseException:
-            if not os.fstat(descriptor).st_size:  # an empty file was created here, not by a holder
+            if not os.fstat(descriptor).st_size:  # this process created the empty file; no holder wrote it
                 self.path.unlink(missing_ok=True)
             os.close(descriptor)
             raise

@@ -117,7 +117,8 @@ class Extension:
                     build_directory=str(folder),
                     is_python_module=False,
                 )
-        except (RuntimeError, ImportError, subprocess.SubprocessError) as error:  # the last: not even its version
+        # the last one: the compiler could not even print its version
+        except (RuntimeError, ImportError, subprocess.SubprocessError) as error:
             raise BuildFailed(f"{self.name} could not be built: {_reason(str(error))}") from error
         self._load(Path(path))
         partial = folder / f"{BUILT}.{os.getpid()}"
@@ -219,7 +220,7 @@ def _observed_baton(name: str, notify: Notify) -> Iterator[None]:
             return mine
 
         def wait(self) -> None:
-            notify("lock_wait", self.lock_file_path, -1)  # the file does not name its holder
+            notify("lock_wait", self.lock_file_path, -1)  # the lock file does not name its holder
             super().wait()
             notify("lock_freed", self.lock_file_path, -1)
 

@@ -56,7 +56,7 @@ _HERE = Path(__file__).parent
 _log = logging.getLogger("hybrid_moe_kernels")
 _library: ModuleType | None = None
 _error = ""
-_failed: Path | None = None  # a library that could not be built or loaded; it is not tried again
+_failed: Path | None = None  # a library that could not be built or loaded; do not try again
 
 
 def _nothing() -> None: ...
@@ -172,20 +172,21 @@ def build(target: Path) -> None:
     """Compile and link into `target`. Raises BuildFailed, OSError."""
     if lack := cannot_build():
         raise BuildFailed(lack)
-    for left in target.parent.glob(f".{_NAME}+*"):  # by a build that was killed, as there is no other now
+    for left in target.parent.glob(f".{_NAME}+*"):  # left by a killed build: no other build can run now
         shutil.rmtree(left, ignore_errors=True)
     private = Path(tempfile.mkdtemp(prefix=f".{_NAME}+{platform.node()}+{os.getpid()}+", dir=target.parent))
     said = io.StringIO()
     try:
         with extension.loader() as cpp_extension, contextlib.redirect_stdout(said):
-            cpp_extension.JIT_EXTENSION_VERSIONER.entries.pop(_NAME, None)  # it would give a second build another name
+            # otherwise a second build would get another name
+            cpp_extension.JIT_EXTENSION_VERSIONER.entries.pop(_NAME, None)
             cpp_extension.load(
                 _NAME,
                 [str(source) for source in sorted(_HERE.glob("cpp/*.cpp"))],
                 extra_cflags=_FLAGS,
                 extra_ldflags=["-fopenmp"],
                 build_directory=str(private),
-                is_python_module=False,  # it is loaded from where it will stay
+                is_python_module=False,  # the library is loaded later, from its final place
                 is_standalone=False,
             )
         os.replace(private / f"{_NAME}.so", target)

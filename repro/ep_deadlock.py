@@ -40,7 +40,7 @@ HIDDEN, HEADS, LAYERS, EXPERTS_PER_RANK, TOP_K = 64, 4, 2, 16, 4
 parser = argparse.ArgumentParser()
 parser.add_argument("--fix", action="store_true", help="agree once per step")
 parser.add_argument("--quiet", type=float, default=5.0, help="seconds in which no rank moved: a hang")
-parser.add_argument("--deadline", type=float, default=30.0, help="seconds after which the run ends whatever happens")
+parser.add_argument("--deadline", type=float, default=30.0, help="seconds after which the run ends in any case")
 args = parser.parse_args()
 
 rank, world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))

@@ -172,7 +172,7 @@ class HybridCache:
         self._attention = [number for number, group in enumerate(self.layout.groups) if group.kind == "A"]
         self._recurrent = [number for number, group in enumerate(self.layout.groups) if group.kind != "A"]
         self._table = PageTable(len(self._attention), len(self._recurrent), self.device)
-        # views[g][i]: the storage of layer i of group g, as that layer reads it
+        # views[g][i]: the cache of layer i for group g, in the form that this layer reads
         self._views = [
             [self._view(group.kind, self.buffers[i]) for i in range(len(group.layers))] for group in self.layout.groups
         ]

@@ -37,7 +37,7 @@ _MTP_LAYERS = ("mtp_num_hidden_layers", "num_nextn_predict_layers")
 _STOP = "eos_token_id"
 _LAYERS = {"num_hidden_layers", "layer_types", _INTERVAL}
 _ROPE = {"rope_parameters", "rope_scaling", "rope_theta", "partial_rotary_factor"}
-# Keys that must have the one value that is implemented.
+# Keys of which only one value is implemented.
 _FIXED: dict[str, Any] = {
     "hidden_act": "silu",
     "attention_bias": False,

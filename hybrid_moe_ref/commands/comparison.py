@@ -56,7 +56,7 @@ def compare(folder: str, model: HybridMoE, tokens_BT: Tensor) -> dict[str, Any]:
     exact = model if model.dtype == torch.float64 else HybridMoE.from_pretrained(folder, dtype=torch.float64)
     exact_BTV = exact(tokens_BT).cpu()
     del exact
-    gc.collect()  # one float64 model at a time
+    gc.collect()  # one float64 model at a time, to save memory
     try:
         truth_BTV = their_logits(folder, torch.float64, tokens_BT)
         answer = {"transformers": transformers.__version__, **judge_exact(exact_BTV, truth_BTV)}

@@ -142,7 +142,7 @@ class CapturedModule:
         input_NH = x_NH.clone()
         side = torch.cuda.Stream()
         side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):  # libraries allocate memory in this run; they must not during the capture
+        with torch.cuda.stream(side):  # libraries allocate memory in this run, because they must not during the capture
             self._eager(input_NH)
         torch.cuda.current_stream().wait_stream(side)
         graph = torch.cuda.CUDAGraph()

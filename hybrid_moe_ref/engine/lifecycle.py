@@ -120,7 +120,7 @@ class Engine:
         for finding in check_start(self.config, self._policies):
             if self.comm.rank == 0:
                 print(f"[rank 0] --allow-unsafe: started although {finding}", file=sys.stderr, flush=True)
-        self.comm.guard.release()  # from the last step of an earlier engine on these ranks
+        self.comm.guard.release()  # it may still be active from the last step of an earlier engine on these ranks
         if self.config.checks == "strict":
             self.comm.start_strict_comparison()
         if self.config.checks != "observe":

@@ -77,5 +77,5 @@ def _run_rank(
         on_end()
     comm.close()
     meeting.set(f"left/{rank}", "")
-    if rank == 0:  # the others may still use a store that this process serves
+    if rank == 0:  # the other ranks may still use a store that runs in this process
         meeting.wait([f"left/{other}" for other in range(num_ranks)])

@@ -128,7 +128,8 @@ class Scheduler:
         for name, number in (("prompt", len(request.prompt)), ("max_new_tokens", request.max_new_tokens)):
             if number < 1:
                 raise ConfigError(f"request {request.request_id}: {name} of {number} tokens; at least 1 is needed")
-        needed = self._pages_for(len(request.prompt) + request.max_new_tokens - 1)  # the last token is never run
+        # the model never runs the last token
+        needed = self._pages_for(len(request.prompt) + request.max_new_tokens - 1)
         if needed > self._config.num_pages:
             raise ConfigError(
                 f"request {request.request_id}: {len(request.prompt)} prompt tokens and {request.max_new_tokens} new "

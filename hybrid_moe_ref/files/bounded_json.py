@@ -30,7 +30,7 @@ def read_json(path: str | os.PathLike[str], most: int = MAX_JSON_BYTES) -> Any:
     Raises DamagedFile with the file, the line where there is one, and what is wrong; OSError for what cannot be read.
     """
     with open_regular(path, most) as file:
-        data = file.read(most + 1)  # one byte more, because the file may grow meanwhile
+        data = file.read(most + 1)  # one byte more, to notice a file that grows meanwhile
     if len(data) > most:
         raise DamagedFile(f"{os.fspath(path)}:0: larger than {most} bytes")
     return parse_json(data, os.fspath(path))
@@ -51,7 +51,8 @@ def parse_json(data: bytes, where: str) -> Any:
         raise DamagedFile(f"{where}:1: nested too deep: more than {MAX_JSON_DEPTH} levels")
     if b"\\ud" in data or b"\\uD" in data:
         data = _ESCAPE.sub(lambda match: b"\\ufffd" if match["lone"] else match[0], data)
-    parse_float = _finite if _LARGE_NUMBER.search(data) else None  # only if needed: it is slower than json's own
+    # only if needed, because this is slower than json's own parser
+    parse_float = _finite if _LARGE_NUMBER.search(data) else None
     try:
         return json.loads(data.decode(), parse_constant=_refuse_constant, parse_float=parse_float)
     except json.JSONDecodeError as error:
@@ -74,7 +75,7 @@ def _parsed_bytes(data: bytes) -> int:
 def _depth(data: bytes) -> int:
     """Return how deep lists and mappings are nested; 0 if they are too few to be nested too deep."""
     if data.count(b"[") + data.count(b"{") <= MAX_JSON_DEPTH:
-        return 0  # too few to be nested too deep
+        return 0  # too few brackets to be nested too deep
     brackets = _STRING.sub(b"", data).translate(None, _NOT_A_BRACKET)
     return max(accumulate(map(_STEP.__getitem__, brackets)), default=0)
 

@@ -19,7 +19,7 @@ def who_has_open(path: Path) -> int:
     Returns -1 if that cannot be determined, for example on a file system that other hosts share.
     """
     try:
-        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)  # a pipe is not waited for
+        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)  # do not wait for the writer of a pipe
     except FileNotFoundError:
         return 0
     except OSError:

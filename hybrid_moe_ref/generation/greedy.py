@@ -85,7 +85,7 @@ def _stream(
         yield tokens_B
         running = list(range(len(prompts)))
         for _ in range(max_new_tokens - 1):
-            if stop_ids:  # only then, because reading the tokens waits for the device
+            if stop_ids:  # not without stop_ids, because reading the tokens waits for the device
                 newest = tokens_B.tolist()
                 running = [index for index in running if newest[index] not in stop_ids]
                 if not running:

@@ -254,7 +254,7 @@ class Communicator(RankGroups):
     def _gather_rows(self, group: str, rows_NB: Tensor, sizes: tuple[int, ...]) -> Tensor:
         pg, widest = self._groups[group], max(sizes)
         if dist.get_backend(pg) == "nccl" and min(sizes) != widest:
-            # NCCL's own uneven all-gather: one broadcast per rank, grouped.
+            # NCCL has an uneven all-gather: a grouped broadcast from each rank.
             rows_SB = rows_NB.new_empty(sum(sizes), rows_NB.shape[1])
             self._wait(pg, dist.all_gather(list(rows_SB.split(sizes)), rows_NB, group=pg, async_op=True))
             return rows_SB

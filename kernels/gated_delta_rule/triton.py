@@ -337,12 +337,13 @@ def _decode(
         lacks = beta * (v - decay * tl.sum(k[:, None] * S, 0))
         y = (
             decay * tl.sum(q[:, None] * S, 0) + qk * lacks
-        )  # the result of reading with q after the write, computed without waiting for the write
+        )  # the output of reading with q after the write, computed without waiting for the write
         S = decay * S + k[:, None] * lacks[None, :]
 
-        # The R programs of a key head all read its past inputs of q and k; the last to have done so moves them on. What
-        # a program read has arrived, for it is part of sums over its threads, and nobody reads what it wrote: so its
-        # arrival orders nothing else ("relaxed"). A fence would wait while the registers of a state are held: 8 %.
+        # The R programs of a key head all read its past inputs of q and k. The last program that has read them stores
+        # the new ones. What a program read has arrived, because sums over all its threads use it, and no program reads
+        # what another one wrote, so the counter need not order other accesses ("relaxed"). A fence would wait while the
+        # registers of a state are held: 8 %.
         tl.debug_barrier()
         arrived_at = arrived_ptr + n * (H // R) + h // R
         is_last = tl.atomic_add(arrived_at, 1, sem="relaxed") == R - 1

@@ -64,7 +64,7 @@ def _norm_rows(
     H: tl.constexpr, G: tl.constexpr, OFFSET: tl.constexpr, GATE_FIRST: tl.constexpr, ROWS: tl.constexpr,
     BH: tl.constexpr,
 ):  # fmt: skip
-    row = (tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS))[:, None]  # rows of one group each
+    row = (tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS))[:, None]  # rows that each have one group
     h = tl.arange(0, BH)[None, :]
     is_in = (row < num_rows) & (h < H)
     feature = (row % G) * H + h

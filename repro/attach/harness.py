@@ -63,7 +63,7 @@ _NOT_THEIRS = (
     '"torch/',
     '"_pytest/',
     '"pluggy/',
-)  # frames that are not the user's code
+)  # frames that do not belong to the user's code
 
 
 class DeadlockError(AssertionError):

@@ -28,9 +28,9 @@ MAX_FILES = 20_000
 MAX_FILE_BYTES = 128 << 20
 MAX_TOTAL_BYTES = 1 << 30
 MAX_RATIO, MIN_RATED_BYTES, MIN_RATED_TOTAL = 200, 4 << 20, 64 << 20
-"""How much larger than compressed an entry, and all of them, may be, and from which size on: a zip of some kilobytes
-must not cost gigabytes. What a run leaves is 5 to 40 times as large as its entry; a damaged witness, which cannot be
-copied without what is empty in it, has 3 MB.
+"""Largest allowed ratio of unpacked to compressed size, for an entry and for the whole zip, and the
+size from which it applies: a zip of some kilobytes must not unpack to gigabytes. Files of a
+run are 5 to 40 times as large as their entries. A damaged witness, which cannot be shortened, has 3 MB.
 """
 
 LIMITS = (
@@ -40,7 +40,7 @@ LIMITS = (
     (r"(?:.*/)?fr/.*", 32 << 20),
     (r"records\.jsonl", 128 << 20),
 )
-"""Bytes of what is parsed or shown as a whole, by name; of the rest MAX_FILE_BYTES."""
+"""Largest size of a file that is parsed or shown as a whole, by name; MAX_FILE_BYTES for other files."""
 MANIFEST = "MANIFEST.json"
 _BLOCK = 1 << 20
 _NAME = re.compile(
@@ -118,7 +118,7 @@ def unpack(path: Path, into: Path) -> dict[str, str]:
                 sums[entry.filename] = _unpack_one(archive, entry, target)
     except (zipfile.BadZipFile, zlib.error, NotImplementedError, EOFError, UnicodeError, struct.error) as error:
         raise ArchiveError(f"{path}: not a zip that can be read: {error}") from None
-    except FileExistsError as error:  # names that differ in case only, where the file system sees no difference
+    except FileExistsError as error:  # names that differ only in case are one file on some file systems
         raise ArchiveError(f"{path}: {Path(error.filename).name} is in it twice") from None
     return sums
 
@@ -128,7 +128,7 @@ def _unpack_one(archive: zipfile.ZipFile, entry: zipfile.ZipInfo, target: Path) 
     with archive.open(entry) as source, target.open("xb") as file:
         while block := source.read(_BLOCK):
             size += len(block)
-            if size > entry.file_size or size > MAX_FILE_BYTES:  # the directory of a zip may lie about sizes
+            if size > entry.file_size or size > MAX_FILE_BYTES:  # a zip's directory may state wrong sizes
                 raise ArchiveError(f"{archive.filename}: {entry.filename} unpacks to more than it says")
             digest.update(block)
             file.write(block)

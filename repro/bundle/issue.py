@@ -13,7 +13,7 @@ ATTACHED = ("verdict.json", "events/", "fr/", "stacks/", "logs/", "control/", "f
 MAX_ISSUE_LINES = 60
 MAX_PLACES, MAX_VERSIONS = 9, 10
 UNPACKED = "bundle"
-"""What the commands take the folder to be called that a bundle is unpacked in."""
+"""The folder in which the commands expect the unpacked bundle."""
 
 
 def _one_file(facts: Facts) -> str:
@@ -71,7 +71,7 @@ def issue(facts: Facts, others: list[Facts], left_out: int = 0) -> str:
         "",
         "**Control and fix**, same requests and seed",
         "",
-        "| variant | verdict | what it rests on |",
+        "| variant | verdict | evidence |",
         "|---|---|---|",
         *[
             "| " + " | ".join(map(_line, (run.verdict.variant, run.verdict.verdict, run.verdict.evidence[-1]))) + " |"

@@ -99,7 +99,9 @@ def _refuse_what_would_not_hang(verdict: Document) -> None:
         if p.state == "blocked":
             meetings.setdefault((p.group, p.seq), set()).add((p.op, p.sizes))
     if verdict.cause == "sizes" or any(len(calls) > 1 for calls in meetings.values()):
-        raise ReplayError("ranks met with other operations or sizes; whether that hangs is a race in the backend")
+        raise ReplayError(
+            "ranks paired different operations or sizes; a race in the backend decides whether that hangs"
+        )
 
 
 def _programs(root: Path, steps: int | None) -> tuple[dict[int, list[Act]], dict[str, tuple[int, ...]]]:
@@ -108,7 +110,7 @@ def _programs(root: Path, steps: int | None) -> tuple[dict[int, list[Act]], dict
     if refused or not witnesses:
         raise ReplayError(refused[0] if refused else f"{root}: no witness")
     if len(witnesses) != next(iter(witnesses.values())).writer.num_ranks:
-        raise ReplayError(f"{root}: {len(witnesses)} witnesses are not those of all ranks")
+        raise ReplayError(f"{root}: {len(witnesses)} witnesses: those of some ranks are missing")
     groups: dict[str, tuple[int, ...]] = {}
     programs = {}
     for rank, witness in sorted(witnesses.items()):
@@ -116,7 +118,9 @@ def _programs(root: Path, steps: int | None) -> tuple[dict[int, list[Act]], dict
             raise ReplayError(f"{witness.name}: its oldest events were overwritten, or its newest are torn")
         for group in witness.groups:
             if groups.setdefault(group.name, group.members) != group.members:
-                raise ReplayError(f"{witness.name}: group {group.name} has other members on other ranks")
+                raise ReplayError(
+                    f"{witness.name}: group {group.name} has other members in the witnesses of other ranks"
+                )
         programs[rank] = list(_acts(witness, steps))
     return programs, groups
 

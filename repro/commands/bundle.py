@@ -41,7 +41,7 @@ def run(args: argparse.Namespace) -> int:
         if args.json:
             print(json.dumps({"bundle": str(args.run), "wrong": wrong}, indent=1))
         else:
-            print(escape_lines("\n".join(wrong)) or f"{args.run}: every file is as {MANIFEST} says")
+            print(escape_lines("\n".join(wrong)) or f"{args.run}: every file matches {MANIFEST}")
         return int(bool(wrong))
     if args.with_logs:
         try:
@@ -74,7 +74,9 @@ def _made(args: argparse.Namespace) -> Made:
         refuse_unwritable(target, "; choose another --to")
     if _is_of_this_program(root):
         if args.others:
-            raise ConfigError("a run brings the others of its family by itself; give it alone", str(args.others[0]))
+            raise ConfigError(
+                "the bundle of a run includes its other variants by itself; give one run only", str(args.others[0])
+            )
         from repro.lab.outcome.second_judgement import compare_again  # the lab, which other evidence does not need
 
         return make(args.run, args.to, args.with_logs, compare_again)
@@ -89,6 +91,6 @@ def _made(args: argparse.Namespace) -> Made:
 def _is_of_this_program(root: Path) -> bool:
     """Whether a path is bundled as a run of this program, and not as evidence for `diagnose`."""
     if root == Path(root.anchor) or not root.exists():
-        return True  # which a run directory is not either, and `make` says so
+        return True  # not a run directory either; the error for one says so
     is_run = (root / "events").is_dir() or any((root / name).is_file() for name in ("run.json", "verdict.json"))
     return not saved.is_saved(root) and (is_run or is_own_run(root))

@@ -48,7 +48,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--quiet-window", type=float, metavar="S", help="seconds without a collective before the ranks are judged"
     )
     parser.add_argument("--end", action="store_true", help="end the program after the verdict on a hang")
-    parser.add_argument("--print-env", action="store_true", help="print what to export in order to record, and exit")
+    parser.add_argument(
+        "--print-env", action="store_true", help="print the environment variables that switch on recording, and exit"
+    )
     parser.add_argument("--json", action="store_true", help="print the verdict as JSON")
     parser.add_argument("program", nargs="*", default=(), metavar="-- PROGRAM…")
 
@@ -157,7 +159,7 @@ class _Recording:
         lines = [f"record: {document.verdict}{cause}{who}"]
         if document.verdict != "clean":
             lines += [*document.sentences, *waits(document), *sites(document), *document.evidence]
-            lines.append(f"evidence and report: {self._root}; to give it away: python -m repro bundle {self._root}")
+            lines.append(f"evidence and report: {self._root}; to share it: python -m repro bundle {self._root}")
         for line in lines:
             say(self._console, escape_lines(line))
 

@@ -64,7 +64,7 @@ def _watch_run(args: argparse.Namespace, run_dir: RunDir) -> int:
     console = Console(stderr=args.json)
     if (args.end or args.agent is not None) and run_dir.verdict.exists():
         option = "--end" if args.end else "--agent"
-        raise ConfigError(f"the run has a verdict; without {option} it is judged again", str(run_dir.verdict))
+        raise ConfigError(f"the run already has a verdict; leave out {option} to judge it again", str(run_dir.verdict))
     if args.agent is not None:
         if args.end or not 0 <= args.agent < settings.num_ranks:
             ranks = f"{args.agent} is not one of the {settings.num_ranks} ranks"

@@ -32,7 +32,7 @@ class System:
         self._patience_s = patience_s
         self._host = host or Host()
         self._unheld_since: dict[str, float] = {}
-        self._used: dict[int, tuple[float, float]] = {}  # rank -> processor seconds, starved seconds
+        self._used: dict[int, tuple[float, float]] = {}  # rank -> CPU seconds, seconds of CPU starvation
         self._stolen_s = 0.0  # stolen seconds of the host at the last measurement
         self._measured_at = 0.0
         self._late_s = 0.0

@@ -21,7 +21,7 @@ def looks_like_json(content: Any) -> bool:
 def read_json(content: dict[str, Any], file: str) -> Iterator[Observation]:
     """Return the records of one look. Raises ValueError for an unknown version."""
     if content.get("version") != VERSION:
-        raise ValueError(f"version {content.get('version')} of a look at a host; {VERSION} is known")
+        raise ValueError(f"version {content.get('version')} of a look at a host is not supported, only {VERSION}")
     host, look, at_s = _text(content.get("host")), _count(content.get("look")), _number(content.get("at_s"))
     for index, row in enumerate(_dicts(content.get("processes"))):
         source = Source(file, f"process {_count(row.get('pid')) or index}")

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TypeVar
 
 MIN_SHARE_BYTES = 4 << 20
-"""To start a child and to take over its records costs as much as to read about this much."""
+"""Starting a child and receiving its records takes as long as reading about this many bytes."""
 MAX_SHARES = 8
 """Each child may hold a whole file in memory, unpacked."""
 

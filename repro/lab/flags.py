@@ -122,6 +122,6 @@ def differences(settings: RunSettings, plain: RunSettings, *without: str) -> Ite
     """
     for flag in FLAGS:
         value = flag.value(settings)
-        can_say = value is not False and value != ""  # no flag says "as by default"
+        can_say = value is not False and value != ""  # no flag stands for "the default"
         if can_say and flag.field not in without and value != flag.value(plain):
             yield flag, value

@@ -147,7 +147,7 @@ def read_lane(witness: Witness, labels: Labels, clock: SharedClock) -> Lane:
             case Kind.LOCK_HELD:
                 lane.close(locks.pop(event.sig, None), t_ns)
                 held[event.sig] = lane.open(t_ns, labels.number(Label("held", witness.text(event.sig))), 0, event.step)
-            case Kind.LOCK_FREED:  # also ends a wait that the rank gave up
+            case Kind.LOCK_FREED:  # this also ends a wait that the rank abandoned
                 lane.close(locks.pop(event.sig, None), t_ns)
                 lane.close(held.pop(event.sig, None), t_ns)
             case Kind.BUILD_BEGIN:

@@ -87,12 +87,12 @@ WORD = struct.Struct("<q")
 STRING = struct.Struct("<II")  # length, check
 
 NO_GROUP = 0xFFFF
-NO_VECTOR = 0xFFFFFFFFFFFFFFFF  # the reference of a record whose sizes were too many to store
-LOST_STRING = 0xFFFF  # the reference of a record after the string area was full
+NO_VECTOR = 0xFFFFFFFFFFFFFFFF  # the vector reference of a record with too many sizes to store
+LOST_STRING = 0xFFFF  # the string reference of a record that was written when the string area was full
 MAX_STRINGS = LOST_STRING - 1
 """Maximum number of strings in one file; it bounds the time and memory of a reader."""
 
-SEPARATOR, ENTRY_SEPARATOR = "\x1f", "\x1e"  # inside a signature; between the entries of a schedule
+SEPARATOR, ENTRY_SEPARATOR = "\x1f", "\x1e"  # separators: inside a signature; between the entries of a schedule
 
 _LARGEST = {"ring_records": 1 << 20, "vector_words": 1 << 20, "string_bytes": 1 << 23, "group_slots": 1 << 12}
 

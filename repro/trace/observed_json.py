@@ -169,7 +169,7 @@ def _typed(value: Any, kind: type, where: str) -> Any:
 
 def _read(kind: Any, value: Any) -> Any:
     if kind is not Calls:
-        raise NotImplementedError(f"no form of {kind} in JSON")
+        raise NotImplementedError(f"{kind} cannot be written as JSON")
     columns = msgspec.convert(value, _Columns)
     rows = (columns.form, columns.seqs, columns.done, columns.times_s, columns.entries)
     if len({len(row) for row in rows}) != 1:

@@ -58,7 +58,7 @@ MAX_MESSAGE = 600
 
 _pack, _seal_into, _getframe = VARIABLE.pack, SEALED.pack_into, sys._getframe
 _RECORD = RECORD.size
-_NUM_EVENTS = LIVE_AT // WORD.size  # as a word of the file
+_NUM_EVENTS = LIVE_AT // WORD.size  # as it is stored in the file
 _NUM_GROUPS = _NUM_EVENTS + 3
 _LOCAL_KINDS = {
     "lock_wait": Kind.LOCK_WAIT,
@@ -104,7 +104,7 @@ class Recorder:
         self._members: dict[str, tuple[int, ...]] = {}
         self._calls: dict[tuple[object, ...], Call] = {}
         self._schedules: dict[int, tuple[Sequence[ScheduleEntry], int]] = {}
-        self._depth = 1  # frames from `enter` to the call site, at the call before
+        self._depth = 1  # number of frames from `enter` to the call site in the previous call
         self._codes: list[CodeType] = []  # keeps the ids in _calls from being reused
         self._vector: tuple[int, ...] = ()  # the last stored size vector, and its offset
         self._vector_offset = 0
@@ -168,7 +168,8 @@ class Recorder:
     def enter(self, collective: Collective, asynchronous: bool = False) -> None:
         group_name, op, layer, sizes, dtype, reduce_op, root = collective
         try:
-            frame = _getframe(self._depth)  # each frame that is looked at costs, so the call site is looked for there
+            # examining a frame takes time, so start where the previous call found its call site
+            frame = _getframe(self._depth)
         except ValueError:  # fewer frames
             frame = _getframe(1)
         code = id(frame.f_code)

@@ -14,6 +14,7 @@ def find_cycle(waits_for: Mapping[T, Iterable[T]]) -> list[T]:
     try:
         TopologicalSorter(waits_for).prepare()
     except CycleError as error:
-        cycle: list[T] = error.args[1]  # from a member over those that wait for it back to itself
+        # walk from a member back over the members that wait for it, until it comes again
+        cycle: list[T] = error.args[1]
         return cycle[:0:-1]
     return []

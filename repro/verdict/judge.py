@@ -153,7 +153,8 @@ def _clean(case: Case) -> Verdict:
     ranks = tuple(case.rank_states)
     blind = case.unknowing(ranks, COLLECTIVES | Knows.ARGUMENTS)
     if not blind and any(witness.first_event > 1 for witness in case.witnesses.values()):
-        layers = case.unknowing(ranks, Knows.LAYERS)  # the hashes of what a ring has lost cover the layers
+        # overwritten events are compared by rolling hashes, which include the layers
+        layers = case.unknowing(ranks, Knows.LAYERS)
         blind = layers if len(layers) < len(case.witnesses) else []
     if not blind:
         return case.verdict("clean")

@@ -155,7 +155,7 @@ class Document(msgspec.Struct, frozen=True, kw_only=True):
             raise ValueError(f"{self.schema_version} is not a version of verdict.json that this release reads")
         if self.verdict and self.verdict not in CLASSES:
             raise ValueError(f"{self.verdict[:40]!r} is no class of verdict")
-        if not self.waits:  # of a file of an older version, which lists the waits of a cycle alone
+        if not self.waits:  # a file of an older version lists only the waits of a cycle
             msgspec.structs.force_setattr(self, "waits", self.cycle)
 
     @property

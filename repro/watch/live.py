@@ -168,7 +168,7 @@ class Watch:
         if self._death_is_settled(now_ns):
             verdict, self._ended_by = self._conclude(), collect.launcher_was_ended(self.run_dir)
             return ended_from_outside(verdict, self._ended_by) if self._ended_by else verdict
-        if self._died_ns:  # however long the silence before: the peers may be about to say something
+        if self._died_ns:  # no matter how long the silence before: peers may be about to record something
             return None
         quiet_ns = self.options.quiet_window_s * 1e9
         waited_ns = now_ns - max(self._last_event_ns(), self._judged_ns)
@@ -233,7 +233,7 @@ class Watch:
         witnesses = self.read(witnesses)
         facts = self._remote_hosts.merged(self._system.look(witnesses, running))
         never = [rank for rank, witness in witnesses.items() if not witness.writer.pid]
-        if never and not self.job_alive():  # no process is left that could start them
+        if never and not self.job_alive():  # no process is left that could start the ranks
             facts = facts.joined(Facts(alive=dict.fromkeys(never, False)))
             notes.append(collect.of_launcher(self.run_dir, never))
         notes += [*self._describe_strangers(witnesses, facts), *self._reasons]

@@ -37,7 +37,7 @@ class Silences:
             waited_s = verdict.quiet_s
         stopped = {
             rank for rank, why in facts.excused.items() if why == STOPPED
-        }  # stopped from outside, so that the run is not slow by itself
+        }  # the rank was stopped from outside, so the run itself is not slow
         longest_s, _ = self._longest.get(verdict.culprits, (0.0, verdict))
         if waited_s > longest_s and not set(verdict.culprits) <= stopped:
             self._longest[verdict.culprits] = waited_s, verdict

@@ -118,7 +118,7 @@ class ExpertTuner:
 
     def _time(self, tactic: str, num_rows: int) -> float:
         experts, device = self._layers[0], self._comm.device
-        random = torch.Generator().manual_seed(num_rows)  # the same rows on every rank, as after a dispatch
+        random = torch.Generator().manual_seed(num_rows)  # the same rows on every rank, as after a real dispatch
         x_NH = torch.randn(num_rows, experts.hidden_size, generator=random).to(device, experts.gate_up_proj.dtype)
         ids_NK = torch.randint(experts.num_experts, (num_rows, self._top_k), generator=random).to(device)
         local_NK = ids_NK - experts.first_expert

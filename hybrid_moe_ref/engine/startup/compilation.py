@@ -63,7 +63,7 @@ class Compiler:
         os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(self.folder)
         import torch._inductor.config as inductor  # takes seconds, so only ranks that compile import it
 
-        inductor.compile_threads = 1  # no process pool: the ranks already share the machine's cores
+        inductor.compile_threads = 1  # no process pool, because the ranks already share the machine's cores
         announced = _Announcements(self.place)
         compiled: dict[type[nn.Module], Callable[..., Any]] = {}
         for module in row_wise(self._model):

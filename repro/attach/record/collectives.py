@@ -41,8 +41,9 @@ class _Group(NamedTuple):
 
 
 _pending: dict[int, tuple[Any, Calls, bool, bool]] = {}
-"""Works that were issued and are not known to be complete, by id: a weak reference, the calls (a coalesced work has
-several), whether the program waits for it at once, and whether it may be asked whether it is complete."""
+"""Issued works that may be incomplete, by id: (weak reference, calls, blocking, pollable). A
+coalesced work has several calls. blocking: the program waits for it at once.
+pollable: it may be asked at any time whether it is complete."""
 
 _groups: dict[int, _Group] = {}  # id(group) -> group
 _dtypes: dict[Any, str] = {}

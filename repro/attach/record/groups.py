@@ -138,7 +138,7 @@ def name_group(group: Any, members: list[int]) -> str:
     alike = [
         other for other in c10d_world().pg_map if _described(other) == description and dist_ranks(other) == members
     ]
-    index = alike.index(group) if group in alike else 0  # in order of creation, which is the same on all members
+    index = alike.index(group) if group in alike else 0  # numbered in order of creation, which is equal on all members
     return f"{name}.{index + 1}" if index else name
 
 

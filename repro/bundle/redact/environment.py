@@ -58,7 +58,7 @@ _FORMS = (
     ),
 )
 COLLECTED = tuple((re.compile(names), re.compile(form)) for names, form in _FORMS)
-"""Lines of collect_env that are kept: names with the form of their values; of a value stays what has that form."""
+"""Lines of collect_env that are kept: names with the form of their values; only that part of a value stays."""
 
 HEADINGS = frozenset(["Collecting environment information...", "CPU:", "Versions of relevant libraries:"])
 

@@ -23,11 +23,11 @@ LEFT_OUT = {
     "fields": "fields of JSON files",
     "files": "files that no run of this program leaves",
 }
-"""What is counted, with what it is."""
+"""The kinds of content that are counted when left out, with a description."""
 
 GONE = "(left out)"
 MAX_TEXT = 4000
-"""Characters of a text up to which it is looked at; of our own none is longer."""
+"""Longest text that is examined, in characters; our own texts are shorter."""
 _MEMBERS = re.compile(r"\d{1,5}(?:,\d{1,5})*")
 _SITE = re.compile(r"(?P<path>[^\n]+?):(?P<line>\d{1,7}) (?P<function>\S+)")
 _RUN = re.compile(r"\d{8}T\d{6}\.\d{3}Z-(?P<scenario>[a-z0-9_]+)-(?:control|fault|fix)-\d{1,7}")

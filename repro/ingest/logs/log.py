@@ -17,7 +17,7 @@ BLOCK = 1 << 18
 MAX_LINE = 4096
 MAX_WRITERS = 4096
 KEPT_RECORDS = 20_000
-"""So many of a file's first records are kept, and of its last: a hang begins early, and its traces stand late."""
+"""Number of records kept from the beginning and from the end of a file: a hang begins early, and shows late."""
 
 
 class _Readers:

@@ -13,7 +13,7 @@ from typing import Any, NoReturn
 from hybrid_moe_ref.files import DamagedFile
 
 ROOM_BYTES = 256 << 20
-"""Memory that a pickle may take beside forty times its size. Nine bytes can ask for 64 GB (a memo of four billion)."""
+"""Memory that a pickle may take besides forty times its size. Nine bytes can ask for 64 GB (a memo of four billion)."""
 
 
 class UnsafePickle(DamagedFile):

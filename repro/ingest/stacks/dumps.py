@@ -50,7 +50,7 @@ _LIBRARY = re.compile(r" \((\S{1,300}\.so[\w.]*)\)$")
 _GDB_FRAME = re.compile(r"^#\d+\s+(?:0x[0-9a-f]+ in )?(\S.*?) \(")
 _GDB_PLACE = re.compile(r" (?:at|from) ([^\s()]+?)(?::\d+)?\s*$")
 MAX_FRAME = 600
-"""Characters of a frame's line that are read; what is longer is no frame of a tool."""
+"""Longest line that can be a frame, in characters; no tool writes longer ones."""
 
 
 @dataclass(slots=True)

@@ -52,7 +52,7 @@ def hang(settings: RunSettings) -> Expected:
     sizes = settings.engine.graph_sizes
     first_step = 1 + 2 * len(sizes)  # after the profile step, and two steps of capture for each size
     for step, live_rows in enumerate(step_rows(settings.requests(), settings.engine), start=first_step):
-        rows = [max(1, number) for number in live_rows]  # idle ranks bring a dummy token
+        rows = [max(1, number) for number in live_rows]  # idle ranks have a dummy token
         graphs = [next((size for size in sizes if size >= number), None) for number in rows]
         stated = [(graph,) * len(rows) if graph else tuple(rows) for graph in graphs]
         if len(set(stated)) > 1:

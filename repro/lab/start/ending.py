@@ -59,7 +59,7 @@ def end(run_dir: RunDir, started: list[Job], ranks: list[processes.Process]) -> 
     running = [child for child in started if child.poll() is None]
     descendants = [process for child in running for process in processes.with_descendants(child.pid)]
     left = processes.kill([*ranks, *descendants])
-    for child in started:  # reaps the children of this process
+    for child in started:  # waits for the children of this process, so that none stays a zombie
         child.poll()
     agent.remove_temporary_files(run_dir, (run_dir.store, run_dir.interrupted, run_dir.root / "rendezvous"))
     shutil.rmtree(run_dir.root / "tmp", ignore_errors=True)

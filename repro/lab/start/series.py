@@ -53,7 +53,7 @@ class Series:
             except CannotFill as error:
                 missing = str(error)
             else:
-                if reference is None:  # a stand-in is right for its own run alone
+                if reference is None:  # a run with a substitute for the reference cannot lend it to other runs
                     self._references.setdefault(settings.reference_key(), run_dir.reference)
                 return run_dir, document
         return None, launch.skipped(settings, missing)

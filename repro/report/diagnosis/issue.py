@@ -55,7 +55,7 @@ def _tree(scene: Scene) -> list[str]:
     twice = [rows for rows in looks if len(rows) > 1]
     moved = sorted({str(rows[-1].process) for rows in twice if _place(rows[0]) != _place(rows[-1])})
     if twice:
-        lines += [f"Of {len(twice)} processes that were looked at twice, these stand elsewhere in the last look: "
+        lines += [f"Of {len(twice)} processes that were looked at twice, these are at another place in the last look: "
                   f"{stack_tree.name_all(moved) if moved else 'none'}.", ""]  # fmt: skip
     return lines
 

@@ -86,7 +86,7 @@ def _rows(plan: Sequence[Entry], issued: Sequence[Sequence[Entry]]) -> Iterator[
             yield Row("", cells, tuple(bool(cell and plan) for cell in cells))
         if index < len(plan):
             name = name_entry(plan[index])
-            # An entry is left out, and not merely not reached, when something later of the plan was issued.
+            # An entry counts as skipped, not just as not yet reached, if a later entry of the plan was issued.
             left_out = tuple(index not in matched and any(i > index for i in matched) for _, matched in aligned)
             yield Row(name, tuple(name if index in matched else "" for _, matched in aligned), left_out)
 

@@ -164,7 +164,7 @@ def unshared_deviations(
                 by_rank.setdefault(rank, []).append(deviation)
                 shared.setdefault(deviation.identity, set()).add(rank)
 
-    cache: dict[tuple[object, ...], bool] = {}  # by id of the members, because hashing them costs time for each
+    cache: dict[tuple[object, ...], bool] = {}  # keyed by id, because hashing takes time for each member
 
     def is_shared(deviation: Deviation) -> bool:
         members = tuple(

@@ -9,7 +9,7 @@ from repro.verdict.evidence.position import RankState
 from repro.verdict.result import Wait, say
 
 MOST_RANKS = 1 << 20
-"""Ranks that all lists together may name: the verdict of many ranks, each at a place of its own, stays a small file."""
+"""Largest number of ranks in all lists together, so that the verdict on many ranks stays a small file."""
 
 
 def list_waits(waits: Waits, rank_states: Mapping[int, RankState]) -> tuple[Wait, ...]:
@@ -56,7 +56,7 @@ def _collective_reasons(node: Node, rank_states: Mapping[int, RankState]) -> Ite
         yield say(node.cannot_return, "have issued it and cannot go on")
     if node.unknown:
         yield say(node.unknown, "left no whole witness")
-    if node.is_complete:  # a broadcast needs its root, and no rank that only receives
+    if node.is_complete:  # a broadcast waits for its root, not for ranks that only receive
         others = (rank_states[member] for member in key[1] if member in rank_states)
         missing = any(state.issued.get(key, 0) < seq for state in others)
         yield "every member that it needs has issued it" if missing else "every member has issued it"

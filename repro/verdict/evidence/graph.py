@@ -180,7 +180,7 @@ def _lock_edges(
 
 def _cycle_of(nodes: Sequence[Node], at: Mapping[int, Node]) -> list[Node]:
     """A cycle of nodes; [] if there is none."""
-    places = {id(node): place for place, node in enumerate(nodes)}  # a key has all members, so that hashing it is slow
+    places = {id(node): place for place, node in enumerate(nodes)}  # hashing a key takes time for each member in it
     waits_for = {
         place: dict.fromkeys(places[id(at[rank])] for rank in sorted(node.waits_for) if rank in at)
         for place, node in enumerate(nodes)

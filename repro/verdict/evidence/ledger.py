@@ -51,7 +51,8 @@ class Ledger:
         self._differing: dict[GroupKey, dict[int, list[tuple[int, Row, Call]]]] = {}
         self.diverged: dict[GroupKey, set[int]] = {}
         for witness in witnesses.values():
-            tables: dict[int, dict[int, Call]] = {}  # by id of the key, because hashing it costs time for every member
+            # keyed by id, because hashing a key takes time for each member in it
+            tables: dict[int, dict[int, Call]] = {}
             for key, seq, _, call in calls(witness):
                 if not key[1]:
                     continue  # the members are unreadable

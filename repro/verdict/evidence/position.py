@@ -22,7 +22,7 @@ class RankState:
     position: Position
     group: GroupKey | None = None  # of the collective that it is blocked in
     lock: str = ""  # the lock that it waits for
-    lock_holder: int = -1  # pid of the holder as the rank recorded it
+    lock_holder: int = -1  # pid of the holder that the rank recorded
     holds: set[str] = field(default_factory=set)  # locks
     issued: dict[GroupKey, int] = field(default_factory=dict)  # number of the last collective issued in each group
     left: dict[GroupKey, int] = field(default_factory=dict)  # number of the last one completed

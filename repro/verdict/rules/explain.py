@@ -47,7 +47,7 @@ def explain(
         key, seq, _ = divergence
         left = any(rank_state.left.get(key, 0) >= seq for rank_state in rank_states.values())
         if left and ("collective", key, seq) in waits.nodes:
-            mispaired = key, seq  # ranks wait in it, so that what others did after they left it is not the cause
+            mispaired = key, seq  # ranks wait in it, so the cause cannot be what others did after they left it
     steps = [rank_state.position.step for rank_state in rank_states.values() if rank_state.position.step >= 0]
     since = min(steps, default=0)
     if divergence is not None:

@@ -121,7 +121,7 @@ def _ranks_with_requests(case: Case, done: set[int], waiting: Sequence[int]) -> 
     begun = (case.witnesses[rank].last for rank in done if rank in case.witnesses)
     began = max(
         (event.step for event in begun if event is not None), default=-1
-    )  # correct even if the ring no longer has the step
+    )  # this is correct even if the ring has lost the step
     newest = {rank: steps[-1] for rank, steps in last.items() if rank in waiting and steps}
     return sorted(rank for rank, step in newest.items() if step.plan and step.live > 0 and step.number > began)
 

@@ -13,7 +13,7 @@ from repro.verdict.partial.scene import Scene
 from repro.verdict.partial.words import call_in, ranks_of, verb
 
 LATE_S = 1.0
-"""A rank is named if it queued an operation so much later than the others. Every running job has a last one."""
+"""Seconds by which a rank must be later than the others to be named: every running job has a last rank."""
 
 
 def judge_advance(scene: Scene, waits: Sequence[Wait]) -> Diagnosis | None:

@@ -119,8 +119,8 @@ def _sides(
         )
     if few:
         evidence.append(
-            f"{ranks_of(few).capitalize()} {verb(few, 'stands', 'stand')} out. To be few is no proof "
-            "of who left the common program."
+            f"{ranks_of(few).capitalize()} {verb(few, 'stands', 'stand')} out. That fewer "
+            "ranks queued this call is no proof that they are wrong."
         )
     left = left_rhythm(scene, [(rank, call) for side in sides for rank, call in side])
     if left is not None:

@@ -16,7 +16,7 @@ from repro.verdict.partial.scene import Scene
 from repro.verdict.partial.words import WORKING, ranks_of, verb
 
 CONVINCING_GROUPS = 2
-"""In so many groups must a rank lag behind its fellow members to be named. One group leaves it a suspect."""
+"""Number of groups in which a rank must lag behind the other members to be named; one makes it a suspect only."""
 
 
 def judge_stopped(scene: Scene, groups: Mapping[Group, Mapping[int, GroupRecord]]) -> Diagnosis | None:

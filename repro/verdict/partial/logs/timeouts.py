@@ -128,7 +128,7 @@ def _two_groups(
         (f"{ranks_of(waiting).capitalize()} wait in {call_in(sample.call, group)} for "
         f"{ranks_of(behind)}, and {ranks_of(behind)} wait in a gloo collective (all_gather) that "
         "the others never entered: a cycle over two groups.",
-         "Which side left the common program is not in these logs."),
+         "These logs do not show which side issued the wrong operation."),
         tuple(evidence),
         ("The gloo group does not contain the ranks that wait in NCCL.",),
         (COLLECT["recorder"], COLLECT["stacks"]),

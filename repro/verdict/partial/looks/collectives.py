@@ -158,7 +158,7 @@ def _all_belong(scene: Scene, looks: Mapping[int, RankLook]) -> str:
 
 def _what_next(looks: Mapping[int, RankLook], sides: Mapping[Key, list[int]]) -> str:
     places = ", ".join(f"rank {ranks[0]}: {looks[ranks[0]].at.partition(' at ')[2]}" for ranks in sides.values())
-    return f"why these ranks took different ways to these lines: {places}"
+    return f"why these ranks reached different lines: {places}"
 
 
 def _moving(looks: Mapping[int, RankLook]) -> Diagnosis | None:

@@ -22,7 +22,7 @@ from repro.verdict.partial.scene import Scene
 from repro.verdict.partial.words import ranks_of, verb
 
 RUNNING_CORES = 0.05
-"""From so much on the first thread of a rank runs the program, and is blocked in no collective."""
+"""CPU share from which a rank's first thread counts as running the program, not as blocked in a collective."""
 LATER = "A third look, some seconds later, in which the waiting ranks have moved on."
 
 

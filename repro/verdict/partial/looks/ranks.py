@@ -12,9 +12,9 @@ from repro.verdict.partial.scene import Scene
 from repro.verdict.partial.words import program_frames
 
 SHORTEST_S = 0.5
-"""Two looks closer than this say nothing of what moved between them."""
+"""Two looks closer together than this do not show what moved between them."""
 STILL_SWITCHES_PER_S = 1.5
-"""A blocked thread leaves a processor about never; one that polls does so ten times a second."""
+"""Context switches per second: a blocked thread makes almost none, one that polls about ten."""
 BUSY_CORES = 0.05
 SPINNING_LOOKS = 4
 """A rank that uses a processor and is in a collective at the same line in so many looks is taken to spin there."""
@@ -32,7 +32,7 @@ _VERBS = {
 _SOURCES = (".cu", ".cpp", ".cc", ".c", ".cxx", ".hip", ".ptx", ".cubin")
 _MODULE = re.compile(r"-DTORCH_EXTENSION_NAME=(\w+)")
 POLLING = ("the start of a process group", "a wait for torch's store")
-"""Details of waits in which torch asks again and again, so that its thread is not still."""
+"""Details of waits in which torch polls, so that its thread is not still."""
 AMONG_RANKS = ("collective", "device", "backward")
 
 
