@@ -86,19 +86,19 @@ def memory_warnings(pids: Collection[int], proc: Path = PROC, root: Path = Path(
 
 def versions(pid: int, proc: Path = PROC) -> dict[str, str]:
     """Return the versions of torch and NCCL that a process has loaded, taken from the paths of its libraries."""
-    found: dict[str, str] = {}
+    loaded: dict[str, str] = {}
     with contextlib.suppress(OSError):
         paths = {line.split(maxsplit=5)[-1] for line in read_text(proc / str(pid) / "maps", 64 << 20).splitlines()}
         for path in paths:
             packages, mark, _ = path.partition("/site-packages/")
             inside = Path(f"{proc}/{pid}/root{packages}/site-packages")
-            if mark and "libtorch_cpu.so" in path and "torch" not in found:
+            if mark and "libtorch_cpu.so" in path and "torch" not in loaded:
                 match = _TORCH.search(read_text(inside / "torch" / "version.py"))
-                found |= {"torch": match[1]} if match else {}
+                loaded |= {"torch": match[1]} if match else {}
             if mark and "libnccl.so" in path:
                 numbers = [match[1] for name in os.listdir(inside) if (match := _NCCL.match(name))]
-                found |= {"nccl": numbers[0]} if numbers else {}
-    return found
+                loaded |= {"nccl": numbers[0]} if numbers else {}
+    return loaded
 
 
 def gpus() -> list[dict[str, Any]]:
