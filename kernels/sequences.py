@@ -52,7 +52,7 @@ class Chunks:
 
     @classmethod
     def of(cls, cu_seqlens_X: Tensor, size: int) -> "Chunks":
-        """Cut sequences into chunks of `size` rows, or of the longest sequence's rows if that is shorter."""
+        """Cut sequences into chunks of `size` rows. If every sequence is shorter, a chunk is as long as the longest."""
         starts = cu_seqlens_X.tolist()
         lengths = [end - start for start, end in itertools.pairwise(starts)]
         order = sorted((index for index, length in enumerate(lengths) if length), key=lambda index: -lengths[index])

@@ -23,7 +23,7 @@ def watch_options(settings: RunSettings) -> WatchOptions:
 
 
 def document_of(settings: RunSettings, verdict: Verdict, **more: Any) -> Document:
-    """The document of a verdict on a run of the lab. ``more`` sets the fields that do not follow from these two."""
+    """Make the document of a verdict on a lab run. ``more`` sets fields that neither settings nor verdict determine."""
     expected = scenarios.load(settings.scenario).expected(settings)
     return describe(
         verdict,
