@@ -106,7 +106,7 @@ def store(pool_J_: Tensor, slots_B: Tensor, states_B_: Tensor) -> None:
     """Write the states back into the pool, detached, so that no gradient flows through a pool."""
     states_B_ = states_B_.detach()
     if states_B_.untyped_storage().data_ptr() == pool_J_.untyped_storage().data_ptr():
-        return  # `load` returned a view, which was changed in place
+        return  # `load` returned a view, so the pool already has the new values
     if slots_B.numel() == 1 and not slots_B.is_cuda:
         pool_J_.narrow(0, int(slots_B), 1).copy_(states_B_)
     else:

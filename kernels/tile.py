@@ -33,7 +33,7 @@ def missing() -> str:
     if not torch.cuda.is_available():
         return "there is no CUDA device, and TRITON_INTERPRET=1 was not set before the start"
     try:
-        triton.runtime.driver.active.get_current_target()  # builds its C part on first use
+        triton.runtime.driver.active.get_current_target()  # its C part is compiled on first use
     except Exception as error:  # no compiler, no Python headers, no driver: each has its own type
         return f"its driver does not work ({error})"
     return ""

@@ -64,7 +64,7 @@ def load_weights(model: nn.Module, folder: str | Path | Shards, device: torch.de
     if any(parameter.is_meta for parameter in model.parameters()):
         materialise = getattr(model, "materialise", model.to_empty)
         materialise(device=device)
-    # Plan again, because the parameters are now new tensors.
+    # List the pieces again, because the parameters are new tensors now.
     for piece in pieces(model, shards):
         if piece.target is not None:
             _fill(piece.target, piece, shards)
@@ -147,7 +147,7 @@ def _expert_pieces(name: str, experts: Experts, parts: dict[str, Slice], shards:
             needed += [Piece(f"{name}.{kind}", shape, weight[e - first], index=e, part=part) for e in held]
         return needed
     gate_up, down = parts["gate_up_proj"], parts["down_proj"]
-    # The two halves of gate_up are cut alike.
+    # The gate and up halves are sliced in the same way.
     half = Slice(
         (gate_up.full_shape[0] // 2, gate_up.full_shape[1]), tuple((dim, ranges[:1]) for dim, ranges in gate_up.cuts)
     )

@@ -48,7 +48,7 @@ def stream(
     if prefill_chunk is not None and prefill_chunk < 1:
         raise InputError(f"prefill_chunk: {prefill_chunk} is less than 1")
     prompts = [prompt.to(model.device) for prompt in prompts]
-    # The last token is yielded, but not stored.
+    # The last token is yielded, but not added to the cache.
     num_pages = pages_needed(model, [len(prompt) + max_new_tokens - 1 for prompt in prompts])
     if cache is None:
         cache = HybridCache(model.config, num_pages, model.device, model.dtype)

@@ -47,7 +47,7 @@ class Router(nn.Module):
 class Experts(nn.Module):
     """The experts from `first_expert` to `first_expert + num_local - 1` of a layer's `num_experts`."""
 
-    mlp = staticmethod(moe.experts)  # an engine may replace it by another backend
+    mlp = staticmethod(moe.experts)  # an engine may replace this by another backend
 
     def __init__(
         self,

@@ -80,7 +80,7 @@ class ScheduleGuard:
         schedule, index = self._schedule, self._next
         if schedule is None:
             return
-        # A model of 60 layers calls this 120 times per step: compare as tuples, and sizes by identity first.
+        # A model of 60 layers calls this 120 times per step, so compare tuples, and sizes by identity first.
         if index >= len(schedule) or collective[:NUM_SHARED] != schedule[index]:
             planned = entry_words(schedule[index]) if index < len(schedule) else "no further collective"
             self._refuse(f"would issue {_issued(collective)} in step {self._step}, the schedule has {planned}")

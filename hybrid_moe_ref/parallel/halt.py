@@ -163,7 +163,7 @@ def wait_or_halt(work: dist.Work, halt: Halt, watchdog: Watchdog | None = None) 
             return
         except RuntimeError:
             if work.is_completed():
-                _finish(work, halt, watchdog)  # the collective ended meanwhile, with or without an error
+                _finish(work, halt, watchdog)  # the collective has ended in the meantime, with or without an error
                 return
         if error := halt.published():
             raise error

@@ -42,7 +42,7 @@ CONFIGS = {
     "gated_delta_rule.prefill": [
         {"BV": BV, "num_warps": warps, "num_stages": stages}
         for BV, warps in ((32, 4), (64, 4), (64, 8), (128, 8))
-        for stages in (2, 3)  # with one, Triton 3.6 compiles (32, 4) wrong for an H200
+        for stages in (2, 3)  # with one stage, Triton 3.6 miscompiles (32, 4) for an H200
     ],
     "gated_delta_rule.decode": [{"num_warps": warps} for warps in (2, 4, 8)],
 }

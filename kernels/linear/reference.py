@@ -27,7 +27,9 @@ def product(x_NH: Tensor, weight_OH: Tensor) -> Tensor:
     """
     (N, H), O = x_NH.shape, weight_OH.shape[0]
     if N <= MAX_ROWS and O * H >= MIN_WEIGHT and x_NH.dtype == torch.float32 and x_NH.is_cpu:
-        P = 1 << (torch.get_num_threads().bit_length() - 1)  # a power of two divides most weights
+        P = 1 << (
+            torch.get_num_threads().bit_length() - 1
+        )  # a power of two, because it divides the sizes of most weights
         if P > 1 and O % P == 0 and N and weight_OH.is_contiguous():
             y_PRN = torch.bmm(weight_OH.view(P, -1, H), x_NH.mT.expand(P, H, N))
             return y_PRN.view(O, N).mT.contiguous()

@@ -71,7 +71,7 @@ def experts(x_NH: Tensor, weights_NK: Tensor, ids_NK: Tensor, gate_up_EJH: Tenso
     chosen = dict(config("moe.experts", _tiling(P, E, dtype)))
     BM, BN = chosen.pop("BM"), chosen.pop("BN")
     ids_NK = ids_NK.contiguous()
-    if N == 1 or P * P <= 4 * E:  # picks rarely share an expert, so each is a tile
+    if N == 1 or P * P <= 4 * E:  # picks rarely share an expert, so each pick is one tile
         num_tiles, tile_expert, tile_picks = P, ids_NK, None
     else:
         num_tiles = P // BM + min(E, P)
@@ -88,7 +88,7 @@ def experts(x_NH: Tensor, weights_NK: Tensor, ids_NK: Tensor, gate_up_EJH: Tenso
         K=K, H=H, I=I, E=E, KIND=kind, BM=BM, BN=BN, **chosen,
     )  # fmt: skip
     out_PH = torch.empty(P, H, dtype=dtype, device=device)
-    BN *= 2 if BM == 16 else 1  # as many weights as a program of _gate_up reads, if reading weights takes the time
+    BN *= 2 if BM == 16 else 1  # reading weights dominates, so read as many of them per program as _gate_up does
     _down[(num_tiles, triton.cdiv(H, BN))](
         hidden_PI, down_EHI, tile_expert, tile_picks, out_PH, down_EHI.stride(0), P,
         H=H, I=I, E=E, KIND=kind, BM=BM, BN=BN, **chosen,
@@ -105,7 +105,7 @@ def _tiling(num_picks: int, num_experts: int, dtype: torch.dtype) -> Config:
     BM = min(128, max(16, triton.next_power_of_2(triton.cdiv(2 * num_picks, num_experts))))
     if dtype == torch.float32:
         return {"BM": min(BM, 32), "BN": 32, "BK": 32, "num_warps": 4, "num_stages": 3}
-    if BM <= 32:  # small, because the tiles of one or two experts must occupy the whole device
+    if BM <= 32:  # small tiles, because those of one or two experts must keep the whole device busy
         return {"BM": BM, "BN": 2 * BM, "BK": 128, "num_warps": 4, "num_stages": 3 if BM == 16 else 4}
     return {"BM": BM, "BN": 128, "BK": 64, "num_warps": 8, "num_stages": 3}
 

@@ -61,7 +61,7 @@ def check_entries(archive: zipfile.ZipFile, where: str) -> list[zipfile.ZipInfo]
     folders: set[str] = set()
     total = 0
     for entry in entries:
-        if not entry.filename:  # the zipfile module looks at the last letter of a name
+        if not entry.filename:  # the zipfile module reads the last letter of a name, and fails on an empty one
             raise ArchiveError(f"{where}: an entry without a name")
         name = entry.orig_filename.rstrip("/") if entry.is_dir() else entry.orig_filename
         shown = escape_control_characters(name, 120)

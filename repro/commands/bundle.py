@@ -77,7 +77,9 @@ def _made(args: argparse.Namespace) -> Made:
             raise ConfigError(
                 "the bundle of a run includes its other variants by itself; give one run only", str(args.others[0])
             )
-        from repro.lab.outcome.second_judgement import compare_again  # the lab, which other evidence does not need
+        from repro.lab.outcome.second_judgement import (
+            compare_again,
+        )  # import here: other evidence does not need the lab
 
         return make(args.run, args.to, args.with_logs, compare_again)
     evidence = evidence_of([root])

@@ -30,7 +30,7 @@ def holder(path: str | Path, waiting: Collection[int] = ()) -> int:
     waiting: pids that wait for the lock, and may have the file open for that
     """
     if not os.path.isabs(path):
-        return UNKNOWN  # not the name of a file
+        return UNKNOWN  # the name is not that of a file
     try:
         status = os.stat(path)
     except OSError:

@@ -96,7 +96,7 @@ def kill(processes: Iterable[psutil.Process]) -> list[int]:
     deadline = time.monotonic() + REAP_PATIENCE_S
     while left and time.monotonic() < deadline:
         for process in left:
-            with contextlib.suppress(psutil.Error, OSError):  # the next round tries again
+            with contextlib.suppress(psutil.Error, OSError):  # the next iteration tries again
                 process.kill()
         left = [process for process in left if not _seen_to_end(process)]
         time.sleep(0.01 if left else 0)

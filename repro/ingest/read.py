@@ -146,7 +146,7 @@ def _zipped(file: BinaryIO, name: str, evidence: Evidence) -> Iterator[tuple[str
         return
     room = MAX_UNPACKED_BYTES
     for member in archive.infolist()[:MAX_FILES]:
-        if not member.filename:  # the zipfile module looks at the last letter of a name
+        if not member.filename:  # the zipfile module reads the last letter of a name, and fails on an empty one
             evidence.not_understood.append(f"{name}:{max(member.header_offset, 0)}: an entry without a name")
             continue
         if member.is_dir() or Path(member.filename).name in _PASSED_OVER:

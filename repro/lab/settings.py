@@ -129,7 +129,7 @@ class RunSettings(Config):
         """Refuse a cache that may become full: predicted verdicts assume that no request is preempted."""
         try:
             layout = self.page_layout()
-        except ConfigError as error:  # heads that do not divide over the ranks
+        except ConfigError as error:  # the heads do not divide over the ranks
             raise ConfigError(error.message, f"model.{error.field}") from None
         longest = self.workload.max_prompt_tokens + self.workload.max_new_tokens
         needed = self.engine.max_num_seqs * layout.pages_for(longest)

@@ -161,7 +161,7 @@ def _read_lanes(facts: Facts) -> None:
             facts.missing.append(f"events/{path.name}: another file is already the witness of rank {witness.rank}")
             continue
         if witness.num_events == 0 and not witness.writer.pid:
-            continue  # made by the launcher, never opened by its rank
+            continue  # the launcher created it, but the rank never opened it
         facts.lanes[witness.rank] = lane = read_lane(witness, facts.labels, clock)
         facts.missing += map(facts.run_dir.describe, lane.problems)
         if lane.first_event > 1:

@@ -9,7 +9,11 @@ _NOT_A_CALL_SITE = (
     "contextlib.py",
     "repro/trace/recorder.py",
 )  # frames between the caller and the observer
-_LIBRARIES = ("packages/torch/", "repro/attach/record/", "repro/attach/vllm/")  # a foreign call site is its own code
+_LIBRARIES = (
+    "packages/torch/",
+    "repro/attach/record/",
+    "repro/attach/vllm/",
+)  # in a user's program the call site is its own code
 
 
 def is_between(code: CodeType) -> bool:

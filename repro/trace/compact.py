@@ -56,7 +56,7 @@ def _fitted(data: bytes, shape: Geometry, live: Live, string_bytes: int) -> Geom
     records, words = shape.ring_records, shape.vector_words
     if live.events is not None and live.events < records:
         used = _used(data[shape.ring_at : shape.vectors_at], RECORD.size)
-        records = min(records, _even(used + 1))  # a torn record may follow the last one
+        records = min(records, _even(used + 1))  # keep one more: a torn record may follow the last one
     if live.vector_words is not None and live.vector_words <= words:
         used = _used(data[shape.vectors_at : shape.strings_at], WORD.size)
         words = _even(max(live.vector_words, used))

@@ -143,7 +143,7 @@ def _newest_calls(ring: Ring) -> dict[int, tuple[Event | None, Event | None]]:
     return newest
 
 
-@lru_cache(maxsize=4096)  # ranks repeat the same lists
+@lru_cache(maxsize=4096)  # cached, because ranks repeat the same lists
 def _members(text: str) -> tuple[int, ...]:
     if text.count(",") >= _MAX_MEMBERS:
         return ()

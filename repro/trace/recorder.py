@@ -105,7 +105,7 @@ class Recorder:
         self._calls: dict[tuple[object, ...], Call] = {}
         self._schedules: dict[int, tuple[Sequence[ScheduleEntry], int]] = {}
         self._depth = 1  # number of frames from `enter` to the call site in the previous call
-        self._codes: list[CodeType] = []  # keeps the ids in _calls from being reused
+        self._codes: list[CodeType] = []  # a reference to each code object, so that ids in _calls are not reused
         self._vector: tuple[int, ...] = ()  # the last stored size vector, and its offset
         self._vector_offset = 0
         self._heartbeats = 0
@@ -194,7 +194,9 @@ class Recorder:
         self._next_at = end if end != self._ring_end else self._ring_at
         row = _pack(n, self._clock(), seq, vector, self._step, rolling)
         _seal_into(self._buffer, at, fixed, row, crc32(row, check))
-        self._move(group.last, at, _RECORD)  # packing would clear the slot first, and it must never be empty
+        self._move(
+            group.last, at, _RECORD
+        )  # packing in place would clear the slot first, but readers must never see it empty
         words[_NUM_EVENTS] = n * GUARD
 
     def leave(self, collective: Collective, ticket: int = 0) -> None:
@@ -311,7 +313,7 @@ class Recorder:
             name, digested = (
                 f"{name}:{source}>{target}",
                 ("p2p", collective.dtype),
-            )  # the part that is equal on both ends
+            )  # the part of the name that is equal at both ends
             self._members[name] = (source, target)
         string = self._intern(SEPARATOR.join((name, op, *rest)))
         digest = crc32(SEPARATOR.join((name, *digested)).encode()).to_bytes(4, "little")
@@ -327,7 +329,7 @@ class Recorder:
             return interned[1]
         text = ENTRY_SEPARATOR.join(SEPARATOR.join((e.group, e.op, e.layer)) for e in schedule)
         string = self._intern(text)
-        if isinstance(schedule, tuple):  # immutable, so that the id identifies the schedule
+        if isinstance(schedule, tuple):  # a tuple cannot change, so its id identifies the schedule
             if len(self._schedules) >= 256:
                 self._schedules.clear()
             self._schedules[id(schedule)] = (schedule, string)

@@ -22,7 +22,7 @@ def failed(run_dir: RunDir, what: str, errors: Sequence[Exception], gaps: Sequen
         log.parent.mkdir(exist_ok=True)
         write_atomically(log, "\n".join("".join(traceback.format_exception(error)) for error in errors))
         where = f"the traceback is in logs/{log.name}"
-    except OSError as full:  # the verdict, which is smaller, may still fit
+    except OSError as full:  # a full disk: the verdict is smaller, and may still fit
         where = f"the traceback could not be written: {full.strerror}"
     cause = " ".join(f"{type(errors[0]).__name__}: {errors[0]}".split())[:MAX_CAUSE]
     line = f"{what} failed, which says nothing about the run: {cause}; {where}"

@@ -273,7 +273,7 @@ class Watch:
     def _death_is_settled(self, now_ns: int) -> bool:
         """Whether a rank died or failed, or all processes ended, and the peers have had their time to react."""
         ended = {rank for rank, process in self._running().items() if process is None}
-        died = bool(ended) and not ended <= self._tails.done()  # a foreign rank that is done ends when it likes
+        died = bool(ended) and not ended <= self._tails.done()  # a rank of a user's program that is done ends by itself
         gone = died or not self.job_alive() or self._remote_hosts.any_ended()
         if not gone and not self._tails.any_failed():
             self._died_ns = 0
@@ -300,7 +300,7 @@ class Watch:
     def _failed(self, error: Exception) -> Verdict:
         """The verdict after a failure of the watcher itself: `inconclusive`, with the evidence at hand."""
         errors = [error]
-        try:  # before the caller ends the ranks; a second judgement needs the last snapshot
+        try:  # write it before the caller ends the ranks: a second judgement needs the last snapshot
             gaps = collect.name_missing(self._collect_evidence(), collect.PATIENCE_S)
             self._look = self._take_look()
         except Exception as second:

@@ -7,10 +7,10 @@ from repro.verdict import Verdict
 from repro.verdict.facts import Facts
 
 SLOW_WINDOWS = 3
-"""A run that ends well is called slow if ranks waited for the same ranks for this many quiet windows on end."""
+"""A run that ends well is `slow` if ranks waited for the same ranks for this many consecutive quiet windows."""
 
 STARVED = 0.1
-"""CPU-starvation threshold: the share of time without a processor from which a silence says nothing about the run."""
+"""CPU-starvation threshold: share of time runnable but not running. Above it a silence proves nothing about the run."""
 
 
 class Silences:

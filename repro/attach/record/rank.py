@@ -49,7 +49,7 @@ class Rank:
         self.root = root
         self.lock = threading.Lock()
         self.local = _Thread()
-        self.attended: list[Callable[[], None]] = []  # called by the attendant at each look
+        self.attended: list[Callable[[], None]] = []  # functions that the attendant calls regularly
 
     @contextlib.contextmanager
     def in_layer(self, name: str) -> Iterator[None]:
@@ -79,7 +79,7 @@ current: Rank | None = None
 
 with_modules = False
 _base: Path | None = None
-_meeting = ""  # where the ranks of every job of this process meet, if that is known beforehand
+_meeting = ""  # a name for the rendezvous of all jobs of this process, if it is known in advance
 _owner_pid = 0
 _ended = False
 

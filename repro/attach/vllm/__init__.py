@@ -1,4 +1,4 @@
-"""Plug-ins of vLLM: the recorder, and expert parallelism on a CPU.
+"""Plug-ins for vLLM: a recorder, and expert parallelism on CPUs.
 
     plugin.py   the entry point of the recorder; without HMR_RECORD it imports nothing else
     hooks.py    the table: which attribute of vLLM is replaced, in which versions, by what

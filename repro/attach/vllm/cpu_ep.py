@@ -16,7 +16,7 @@ from typing import Any
 
 
 def register() -> None:
-    """The entry point. vLLM calls it in each of its processes, and may call it again."""
+    """The entry point. vLLM calls it in each of its processes, possibly several times."""
     if os.environ.get("HMR_CPU_EP") != "1":
         return
     from vllm.platforms import current_platform
@@ -60,7 +60,7 @@ def all_gatherv(communicator: Any, input_: Any, dim: int = 0, sizes: Sequence[in
 
 
 def reduce_scatterv(communicator: Any, input_: Any, dim: int = 0, sizes: Sequence[int] | None = None) -> Any:
-    """Add up the tensors of all ranks; returns the rows of this rank. The arguments are those of ``all_gatherv``."""
+    """Sum the tensors of all ranks; return this rank's rows. The arguments are those of ``all_gatherv``."""
     import torch
 
     if dim not in (0, -input_.dim()):
@@ -74,7 +74,7 @@ def reduce_scatterv(communicator: Any, input_: Any, dim: int = 0, sizes: Sequenc
 
 
 def with_local_ids(original: Any) -> Any:
-    """Make ``apply`` of the CPU's experts take global expert ids: those of other ranks get the weight 0."""
+    """Make ``apply`` of the CPU's experts accept global expert ids; experts of other ranks get the weight 0."""
 
     @functools.wraps(original)
     def apply(

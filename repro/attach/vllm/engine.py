@@ -1,4 +1,4 @@
-"""The hooks of an EngineCore: it notes what it does, see :mod:`repro.attach.vllm.notes`.
+"""Hooks for vLLM's EngineCore: it writes its progress to a file, see :mod:`repro.attach.vllm.notes`.
 
 With a worker in a process of its own, the engine issues no collective of torch's default groups, only the question
 "is anyone unfinished?" in a group of the engines. With the worker in the same process, the rank records the question.
@@ -19,18 +19,18 @@ from repro.attach.vllm.notes import Activity, Note, Notes, create
 current: Notes | None = None
 """The notes of this process, if it is an EngineCore."""
 
-_requested = False  # an execution since the engine last counted one
+_requested = False  # whether an execution was requested since the engine last counted one
 _owner_pid = 0
 
 
 def after_fork() -> None:
-    """A forked child is another process."""
+    """Reset the state in a forked child, which is another process."""
     global current
     current = None
 
 
 def begin(config: Any) -> None:
-    """Create the notes of this process. config: vLLM's ParallelConfig."""
+    """Create the notes file of this process. config: vLLM's ParallelConfig."""
     global current, _owner_pid
     if _owner_pid == os.getpid():
         return
@@ -44,18 +44,18 @@ def begin(config: Any) -> None:
 
 
 def first_worker(config: Any) -> int:
-    """The rank of an engine's first worker, whose witness shows what the engine does."""
+    """Return the rank of an engine's first worker, whose witness shows what the engine does."""
     return int(config.data_parallel_rank) * int(config.world_size)
 
 
 def note_request() -> None:
-    """Note that the engine has requested an execution of the model."""
+    """Note that the engine has requested a model execution."""
     global _requested
     _requested = True
 
 
 def constructing(original: Callable[..., Any]) -> Callable[..., Any]:
-    """DPEngineCoreProc._init_data_parallel, which runs once before the engine makes its group."""
+    """Wrap DPEngineCoreProc._init_data_parallel, which runs once before the engine creates its group."""
 
     @wraps(original)
     def _init_data_parallel(self: Any, vllm_config: Any, *args: Any, **options: Any) -> Any:
@@ -66,7 +66,7 @@ def constructing(original: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def requesting(original: Callable[..., Any]) -> Callable[..., Any]:
-    """Executor.execute_model, which runs the model if tokens are scheduled."""
+    """Wrap Executor.execute_model, which runs the model if tokens are scheduled."""
 
     @wraps(original)
     def execute_model(self: Any, scheduler_output: Any, *args: Any, **options: Any) -> Any:
@@ -78,7 +78,7 @@ def requesting(original: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def requesting_dummy(original: Callable[..., Any]) -> Callable[..., Any]:
-    """Executor.execute_dummy_batch."""
+    """Wrap Executor.execute_dummy_batch."""
 
     @wraps(original)
     def execute_dummy_batch(self: Any, *args: Any, **options: Any) -> Any:
@@ -89,7 +89,7 @@ def requesting_dummy(original: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def counting(original: Callable[..., Any]) -> Callable[..., Any]:
-    """DPEngineCoreProc._has_global_unfinished_reqs, which counts the executions of a wave."""
+    """Wrap DPEngineCoreProc._has_global_unfinished_reqs, which counts the executions of a wave."""
 
     @wraps(original)
     def _has_global_unfinished_reqs(self: Any, *args: Any, **options: Any) -> Any:
@@ -109,7 +109,7 @@ def counting(original: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def asking(original: Callable[..., Any]) -> Callable[..., Any]:
-    """ParallelConfig.sync_dp_state (has_unfinished_dp in 0.20), a static method."""
+    """Wrap ParallelConfig.sync_dp_state (has_unfinished_dp in 0.20), a static method."""
 
     @wraps(original)
     def sync_dp_state(*args: Any, **options: Any) -> Any:
@@ -127,7 +127,7 @@ def asking(original: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def waiting_for_requests(original: Callable[..., Any]) -> Callable[..., Any]:
-    """EngineCoreProc._process_input_queue, which returns when there is work."""
+    """Wrap EngineCoreProc._process_input_queue, which returns when there is work."""
 
     @wraps(original)
     def _process_input_queue(self: Any, *args: Any, **options: Any) -> Any:

@@ -1,4 +1,4 @@
-"""The schedule of an execution: what the rank's earlier executions of the same kind have issued.
+"""Learn the schedule of a model execution from the rank's earlier executions of the same kind.
 
 vLLM declares no schedule. Its executions are equal as long as the ranks agree on the same graph mode and microbatches,
 so a rank that has issued the same collectives three times in a row declares them for the next execution. An execution
@@ -22,18 +22,20 @@ MAX_ENTRIES = 4096
 
 
 class Habits:
-    """The habits of one rank. All methods are called with the rank's lock held."""
+    """The schedules that one rank repeats. Call all methods with the rank's lock held."""
 
     def __init__(self, recorder: Recorder) -> None:
         self._recorder = recorder
-        self.agreement: tuple[ScheduleEntry, ...] = ()  # what each execution begins with; () before the first
-        self._issued: list[ScheduleEntry] | None = None  # since the execution began; None outside
+        # the collectives with which each execution begins; () before the first
+        self.agreement: tuple[ScheduleEntry, ...] = ()
+        self._issued: list[ScheduleEntry] | None = None  # the collectives since the execution began; None outside
         self._kind: Hashable = None
-        self._learnt: dict[Hashable, tuple[tuple[ScheduleEntry, ...], int]] = {}  # kind -> entries, how often in a row
+        # kind -> (entries, number of equal executions in a row)
+        self._learnt: dict[Hashable, tuple[tuple[ScheduleEntry, ...], int]] = {}
         self._varying: set[Hashable] = set()
 
     def begin(self) -> None:
-        """An execution begins."""
+        """Start to record an execution."""
         self._issued, self._kind = [], None
         enter = type(self._recorder).enter.__get__(self._recorder)
 
@@ -45,13 +47,13 @@ class Habits:
         self._recorder.enter = noted  # type: ignore[method-assign]
 
     def plan(self, kind: Hashable) -> tuple[ScheduleEntry, ...]:
-        """What an execution of this kind issues after the step agreement; () if that is not known."""
+        """Return what an execution of this kind issues after the step agreement; () if that is unknown."""
         self._kind = kind
         entries, count = self._learnt.get(kind, ((), 0))
         return entries if count >= NUM_EQUAL else ()
 
     def end(self) -> None:
-        """The execution is over: compare it with the ones before."""
+        """End an execution: compare it with earlier ones of its kind."""
         if self._issued is None:
             return
         issued, kind = tuple(self._issued[1:]), self._kind

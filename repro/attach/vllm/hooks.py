@@ -1,4 +1,4 @@
-"""Which attribute of vLLM is replaced, and by what.
+"""The table of vLLM attributes that are replaced, and their replacements.
 
 A hook that a version of vLLM does not have is reported in one line and left out: the record then lacks what the hook
 shows, and the server runs as without it.
@@ -18,7 +18,7 @@ from repro.attach.record.imports import after_import, replace
 from repro.attach.vllm import engine, worker
 
 JOB = "vllm"
-"""The key of the job: all processes of one server record into one folder."""
+"""The name of the job. All processes of one server use it, so they record into one folder."""
 
 
 class Hook(NamedTuple):
@@ -74,7 +74,7 @@ HOOKS = (
     Hook(_GDN, ("QwenGatedDeltaNetAttention.forward_cpu",), worker.in_layer("prefix"), "the GDN layer", "0.24 on"),
     Hook(_GDN, ("QwenGatedDeltaNetAttention.forward_cuda",), worker.in_layer("prefix"), "the GDN layer", "0.24 on"),
     Hook(_OLD_GDN, ("GatedDeltaNetAttention.forward_cuda",), worker.in_layer("prefix"), "the GDN layer", "0.20"),
-    Hook(_MULTIPROC, ("WorkerProc.shutdown",), worker.ending, "the end of a worker that is killed while it shuts down"),
+    Hook(_MULTIPROC, ("WorkerProc.shutdown",), worker.ending, "the end of workers that are killed during shutdown"),
     Hook(_QUEUE, ("MessageQueue.dequeue",), worker.receiving, "idle workers"),
     Hook(_CORE, ("DPEngineCoreProc._init_data_parallel",), engine.constructing, "the engines"),
     Hook(_CORE, ("DPEngineCoreProc._has_global_unfinished_reqs",), engine.counting, "executions left out"),
@@ -90,7 +90,7 @@ HOOKS = (
 
 @functools.cache
 def install(directory: str) -> None:
-    """Hook this process, and its children that are forked."""
+    """Hook this process and its forked children."""
     if not rank.is_configured():
         start.begin(directory)
     rank.meet_at(JOB)
@@ -116,7 +116,7 @@ def _apply(hooks: list[Hook], module: ModuleType) -> None:
 
 
 def _place(module: ModuleType, name: str) -> tuple[Any, str] | None:
-    """The owner of a name in a module, and the attribute; None if the module does not define it."""
+    """Return the owner of a name in a module, and the attribute; None if the module does not define it."""
     *outer, attribute = name.split(".")
     owner: Any = module
     for part in outer:

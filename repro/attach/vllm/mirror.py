@@ -1,4 +1,4 @@
-"""The worker's record of what the engine of its rank does.
+"""Record in a worker's witness what the engine of its rank does.
 
 The worker records each question when the next message of the engine arrives, and the attendant records the one that the
 engine waits in while the worker is idle. So the witness of the rank has one order of all that the rank waits for, and
@@ -28,22 +28,22 @@ WITHOUT_REQUESTS = "idle, engine waits for requests"
 """The phase of an idle worker whose engine has no work. No collective follows until the engine gets a message."""
 
 LEFT_OUT = "engine left out execution"
-"""The phase that follows a step which the engine counted and did not request; the number of the first of them."""
+"""The phase after a step that the engine counted but did not request, with the number of the first such step."""
 
 IDLE_NS = 200_000_000
-"""A worker that has waited so long for its engine is idle. Between two steps it waits for a millisecond."""
+"""A worker that has waited this long for its engine is idle. Between two steps it waits about a millisecond."""
 
 
 @dataclass
 class Progress:
-    """What the worker is at: the phase, and the number of its last execution of the model."""
+    """The state of the worker: its phase, and the number of its last model execution."""
 
     phase: str = ""
     step: int = -1
 
 
 class Mirror:
-    """The record of one engine in the witness of its first worker.
+    """Records one engine in the witness of its first worker.
 
     All methods but ``wait`` are called with the rank's lock held, because the attendant may record at any time.
 
@@ -55,19 +55,19 @@ class Mirror:
         self._progress = progress
         self._habits = habits
         self._notes: Notes | None = None
-        self._asked = 0  # questions that the witness shows
-        self._open = False  # the last of them has not been answered
+        self._asked = 0  # number of questions in the witness
+        self._open = False  # whether the last of them is still unanswered
         self._skipped = 0
-        self._idle = ""  # the phase that an idle worker recorded
-        self._since_ns = 0  # the worker waits for a message since then; 0 if it has one
+        self._idle = ""  # the phase that was recorded for an idle worker
+        self._since_ns = 0  # time since which the worker waits for a message; 0 if it does not wait
         rank.recorder.groups({GROUP: first_workers})
 
     def wait(self) -> None:
-        """The worker begins to wait for its engine."""
+        """Note that the worker starts to wait for its engine."""
         self._since_ns = time.monotonic_ns()
 
     def woken(self) -> None:
-        """The engine has sent a message."""
+        """Note that a message of the engine has arrived."""
         self._since_ns = 0
         if self._idle:
             self._idle = ""
@@ -75,7 +75,7 @@ class Mirror:
         self.catch_up()
 
     def note_idle(self) -> None:
-        """Record where the engine waits, if the worker is idle."""
+        """If the worker is idle, record where the engine waits."""
         if not self._since_ns or time.monotonic_ns() - self._since_ns < IDLE_NS:
             return
         self.catch_up()
@@ -88,7 +88,7 @@ class Mirror:
             self._rank.recorder.phase(idle)
 
     def catch_up(self) -> None:
-        """Record the questions since the last time, in order, each as a collective outside of any step."""
+        """Record the engine's new questions in order, each as a collective outside any step."""
         if self._notes is None:
             self._notes = open_notes(Path(self._rank.root), self._rank.rank)
             if self._notes is None:
@@ -101,7 +101,7 @@ class Mirror:
             self._open = False
         if asked == self._asked:
             return
-        self._habits.end()  # a question belongs to no execution
+        self._habits.end()  # a question is not part of an execution
         self._declare_left_out(notes)
         recorder.phase(self._progress.phase)
         self._idle = ""
@@ -113,7 +113,7 @@ class Mirror:
                 recorder.leave(QUESTION, self._asked)
 
     def _declare_left_out(self, notes: Notes) -> None:
-        """Declare the steps that the engine counted without requesting an execution. No step agreement follows."""
+        """Declare the steps that the engine counted but did not request. They have no step agreement."""
         skipped, first = notes[Note.SKIPPED], notes[Note.FIRST]
         while self._skipped < skipped:
             self._skipped += 1

@@ -1,4 +1,4 @@
-"""What an EngineCore tells about itself: eight numbers in a file that the worker of its rank reads.
+"""What an EngineCore reports about itself: eight numbers in a file that the worker of its rank reads.
 
 The engine writes them as it goes, and neither waits for the other. A reader may see the numbers of two moments; each
 number alone is whole.
@@ -15,7 +15,7 @@ BYTES = 64
 
 
 class Note(enum.IntEnum):
-    """The index of each number.
+    """The index of each number in the file.
 
     PID        process id of the engine
     COUNTED    executions that the engine's loop has counted, over all waves
@@ -38,7 +38,7 @@ class Note(enum.IntEnum):
 
 
 class Activity(enum.IntEnum):
-    """What the engine does."""
+    """What the engine is doing."""
 
     WORKS = 0
     WAITS_FOR_REQUESTS = 1
@@ -59,12 +59,12 @@ class Notes:
 
 
 def path_of(root: Path, rank: int) -> Path:
-    """The notes of the engine whose first worker is ``rank``."""
+    """Return the path of the notes of the engine whose first worker is ``rank``."""
     return root / "events" / f"rank{rank:03d}.engine"
 
 
 def create(root: Path, rank: int) -> Notes:
-    """Create the notes of this process. Raises FileExistsError if another engine has written them."""
+    """Create the notes of this process. Raises FileExistsError if another engine has created them."""
     descriptor = os.open(path_of(root, rank), os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o644)
     try:
         os.posix_fallocate(descriptor, 0, BYTES)
@@ -76,7 +76,7 @@ def create(root: Path, rank: int) -> Notes:
 
 
 def open_notes(root: Path, rank: int) -> Notes | None:
-    """The notes of an engine; None if there are none yet."""
+    """Open the notes of an engine; None if they do not exist yet."""
     try:
         descriptor = os.open(path_of(root, rank), os.O_RDONLY | os.O_CLOEXEC)
     except OSError:

@@ -1,4 +1,4 @@
-"""What the engines of a recorded vLLM add to the verdict on its ranks."""
+"""Add to the verdict on a recorded vLLM's ranks what its engines were doing."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ FROM_SCHEDULE = ("extra", "skipped", "order", "mismatch")
 
 
 def qualified(verdict: Verdict, root: Path) -> Verdict:
-    """The verdict with what the witnesses show of the engines; unchanged if no rank has an engine.
+    """Return the verdict with the observations of the engines; unchanged if no rank has an engine.
 
     A rank whose engine waits for requests is no culprit, but a suspect. A rank that left a schedule that it declared
     from habit is a likely culprit: the others may do for the first time what is right.
@@ -39,7 +39,7 @@ def qualified(verdict: Verdict, root: Path) -> Verdict:
 
 
 def _without_idle(verdict: Verdict) -> Verdict:
-    """The verdict whose culprits are not those that wait for requests."""
+    """Turn culprits that wait for requests into suspects."""
     asleep = {position.rank for position in verdict.ranks if position.phase == WITHOUT_REQUESTS}
     idle = sorted(asleep & set(verdict.culprits))
     if not idle:

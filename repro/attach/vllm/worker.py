@@ -1,4 +1,4 @@
-"""The hooks of a worker, which is a rank: phases, steps with their agreement, dispatch and combine, layers.
+"""Hooks for a vLLM worker, which is a rank: phases, steps with their agreement, dispatch and combine, layers.
 
 Dynamo traces some of the replaced methods where vLLM compiles the model, so each hook that it may trace does nothing
 while torch compiles.
@@ -25,15 +25,15 @@ AGREEMENT = "step"
 
 
 class Worker:
-    """The state of the worker that this process is."""
+    """The state of this process as a worker."""
 
     def __init__(self, rank: this.Rank, config: Any) -> None:
         self.rank = rank
         self.progress = Progress()
         self.habits = Habits(rank.recorder)
         self._live = 0
-        self._executing = False  # in execute_model or a dummy batch
-        self._begun = False  # this execution has begun its step
+        self._executing = False  # whether the worker is in execute_model or a dummy batch
+        self._begun = False  # whether this execution has begun its step
         self.mirror: Mirror | None = None
         size = int(config.world_size)
         if int(config.data_parallel_size) > 1 and rank.rank % size == 0:
@@ -57,7 +57,7 @@ class Worker:
         self._executing = False
 
     def begin_step(self) -> bool:
-        """Begin a step if this execution has none yet; each agreement outside of an execution is a step of its own."""
+        """Begin a step if this execution has none yet. Each agreement outside an execution is a step of its own."""
         if self._executing and self._begun:
             return False
         self._begun = True
@@ -69,7 +69,7 @@ class Worker:
         return True
 
     def agreed(self, key: tuple[Any, ...]) -> None:
-        """The ranks have agreed on the step; what follows depends on ``key``."""
+        """Note that the ranks have agreed on the step; what follows depends on ``key``."""
         with self.rank.lock:
             plan = self.habits.plan((self.progress.phase, *key))
             if plan:
@@ -89,7 +89,7 @@ current: Worker | None = None
 
 
 def after_fork() -> None:
-    """A forked child is another process."""
+    """Reset the state in a forked child, which is another process."""
     global current
     current = None
 
@@ -103,7 +103,7 @@ def _compiling() -> bool:
 
 
 def initialising(original: Callable[..., Any]) -> Callable[..., Any]:
-    """Worker.init_device, in which the process becomes a rank of torch.distributed."""
+    """Wrap Worker.init_device, in which the process becomes a rank of torch.distributed."""
 
     @wraps(original)
     def init_device(self: Any, *args: Any, **options: Any) -> Any:
@@ -117,7 +117,7 @@ def initialising(original: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def in_phase(name: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """The hook of a method that is a phase of the start."""
+    """Wrap a method that is one phase of the start."""
 
     def hook(original: Callable[..., Any]) -> Callable[..., Any]:
         @wraps(original)
@@ -137,7 +137,7 @@ def in_phase(name: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
 
 
 def _reporting(original: Callable[..., Any], *args: Any, **options: Any) -> Any:
-    """Call a method of the worker; an exception ends the rank, although vLLM catches it and reports it elsewhere."""
+    """Call a method of the worker. Record an exception as the rank's end: vLLM catches it and reports it elsewhere."""
     try:
         return original(*args, **options)
     except Exception as error:
@@ -146,7 +146,7 @@ def _reporting(original: Callable[..., Any], *args: Any, **options: Any) -> Any:
 
 
 def ending(original: Callable[..., Any]) -> Callable[..., Any]:
-    """WorkerProc.shutdown. The engine gives a worker some seconds for it and then kills it, which is no death."""
+    """Wrap WorkerProc.shutdown. The engine gives a worker some seconds for it, then kills it; that is not a crash."""
 
     @wraps(original)
     def shutdown(self: Any, *args: Any, **options: Any) -> Any:
@@ -160,7 +160,7 @@ def ending(original: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def executing(original: Callable[..., Any]) -> Callable[..., Any]:
-    """Worker.execute_model. Without scheduled tokens it runs no model."""
+    """Wrap Worker.execute_model. Without scheduled tokens it runs no model."""
 
     @wraps(original)
     def execute_model(self: Any, scheduler_output: Any, *args: Any, **options: Any) -> Any:
@@ -177,7 +177,7 @@ def executing(original: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def executing_dummy(original: Callable[..., Any]) -> Callable[..., Any]:
-    """Worker.execute_dummy_batch, the execution of a rank without requests."""
+    """Wrap Worker.execute_dummy_batch, the execution of a rank without requests."""
 
     @wraps(original)
     def execute_dummy_batch(self: Any, *args: Any, **options: Any) -> Any:
@@ -194,7 +194,7 @@ def executing_dummy(original: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def agreeing(original: Callable[..., Any]) -> Callable[..., Any]:
-    """dp_utils._run_ar, the step agreement; its all-reduce is recorded as any other of torch."""
+    """Wrap dp_utils._run_ar, the step agreement. Its all-reduce is recorded like any other collective of torch."""
 
     @wraps(original)
     def _run_ar(*args: Any, **options: Any) -> Any:
@@ -213,7 +213,7 @@ def agreeing(original: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _agreed_key(rows: Any) -> tuple[Any, ...]:
-    """What decides the schedule of a step: microbatches and graph mode, of int[4 rows][ranks]; () for other rows."""
+    """Return what decides a step's schedule: microbatches and graph mode, from int[4 rows][ranks]; else ()."""
     if rows.device.type != "cpu" or rows.shape[0] != 4:
         return ()
     *_, microbatch, mode = rows.tolist()
@@ -224,7 +224,7 @@ def _agreed_key(rows: Any) -> tuple[Any, ...]:
 
 
 def naming(original: Callable[..., Any]) -> Callable[..., Any]:
-    """GroupCoordinator.__init__ and DeviceCommunicatorBase.__init__: vLLM's groups have no names in torch."""
+    """Wrap GroupCoordinator.__init__ and DeviceCommunicatorBase.__init__: vLLM gives torch no names of its groups."""
 
     @wraps(original)
     def __init__(self: Any, *args: Any, **options: Any) -> None:
@@ -238,7 +238,7 @@ def naming(original: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def exchanging(op: str, num_tensors: int) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """The hook of a method of GroupCoordinator that exchanges rows: one collective, whatever is beneath it.
+    """Wrap a method of GroupCoordinator that exchanges rows. It counts as one collective, however it is implemented.
 
     num_tensors: number of positional arguments before ``dim`` and ``sizes``
     """
@@ -249,7 +249,7 @@ def exchanging(op: str, num_tensors: int) -> Callable[[Callable[..., Any]], Call
             worker = current
             if worker is None or _compiling() or collectives.inside():
                 return original(self, input_, *args, **options)
-            position = num_tensors  # of sizes among args: after the other tensors and dim
+            position = num_tensors  # the position of the sizes in args, after the other tensors and dim
             sizes = options.get("sizes", args[position] if len(args) > position else None)
             rank = worker.rank
             group = collectives.group_of(rank, self.device_group)
@@ -268,7 +268,7 @@ def exchanging(op: str, num_tensors: int) -> Callable[[Callable[..., Any]], Call
 
 
 def in_layer(attribute: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """The hook of a layer's method; ``attribute`` holds the layer's name."""
+    """Wrap a layer's method; ``attribute`` contains the layer's name."""
 
     def hook(original: Callable[..., Any]) -> Callable[..., Any]:
         @wraps(original)
@@ -288,7 +288,7 @@ def in_layer(attribute: str) -> Callable[[Callable[..., Any]], Callable[..., Any
 
 
 def receiving(original: Callable[..., Any]) -> Callable[..., Any]:
-    """MessageQueue.dequeue: an engine waits for its worker's reply, an idle worker for its engine."""
+    """Wrap MessageQueue.dequeue: an engine waits for its worker's reply, an idle worker for its engine."""
 
     @wraps(original)
     def dequeue(self: Any, *args: Any, **options: Any) -> Any:

@@ -105,7 +105,7 @@ def find_jobs(table: Mapping[int, Status]) -> list[Job]:
     candidates = {row.pid: row for row in _candidates(table)}
     jobs = [*_by_variables(candidates, table), *_by_titles(candidates, table)]
     taken = {pid for job in jobs for pid in job.pids}
-    above = {ancestor for pid in taken for ancestor in _ancestors(pid, table)}  # front ends are no job of their own
+    above = {ancestor for pid in taken for ancestor in _ancestors(pid, table)}  # front ends alone are not a job
     jobs += _by_parent({pid: row for pid, row in candidates.items() if pid not in taken | above}, table, taken)
     return sorted(jobs, key=lambda job: (-len(job.members), job.pids))
 

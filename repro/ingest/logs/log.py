@@ -44,7 +44,7 @@ def read(file: BinaryIO, name: str) -> Iterator[Observation]:
     log = _Log(name)
     while block := file.read(BLOCK):
         block += file.readline(MAX_LINE)
-        if block.strip(b"\0"):  # a log that is truncated while it is written has a hole
+        if block.strip(b"\0"):  # a log that is truncated while it is being written contains a hole of zeros
             log.read(block)
     return log.finish()
 

@@ -59,7 +59,7 @@ def run_rank(run_dir: RunDir, settings: RunSettings, rank: int, join: Callable[[
     recorder = Recorder.open(run_dir.witness(rank), rank, settings.num_ranks)
     try:
         recorder.phase("import")
-        gc.disable()  # imports leave no garbage, and searching for it takes a tenth of a second
+        gc.disable()  # imports leave no garbage, and a collection takes a tenth of a second
         store = join()
         gc.freeze()
         gc.enable()
@@ -223,5 +223,5 @@ def _start_watch(run_dir: RunDir, *options: str) -> None:
     subprocess.Popen(
         [sys.executable, "-m", "repro", "watch", str(run_dir.root), *options],
         stdin=subprocess.DEVNULL,
-        start_new_session=True,  # it outlives the ranks, and ends when the run has a verdict and they are gone
+        start_new_session=True,  # the agent outlives the ranks, and ends when the run has a verdict and they have ended
     )

@@ -36,7 +36,7 @@ class WriteMetrics(StepAgreement):
 
     def write_metrics(self) -> None:
         """Write, and delay the step."""
-        time.sleep(self.write_s)  # a blocking write to a file system that does not answer
+        time.sleep(self.write_s)  # stands for a blocking write to a file system that does not answer
 
 
 class WriteMetricsInThread(WriteMetrics):

@@ -81,7 +81,7 @@ def minimise(scenario: Scenario, start: RunSettings, trial: Trial, budget_s: flo
         why = f"the run says {verdict} {cause or ''}, not {predicted.verdict} {predicted.cause or ''}: not shrunk"
         raise AnotherVerdict(why, verdict)
     low, high = 0, len(path)  # path[low] has the verdict, path[high] (or the end of the path) does not
-    middle = high - 1  # the smallest settings first: the predictions are mostly right
+    middle = high - 1  # try the smallest settings first, because the predictions are mostly right
     while low < middle < high and time.monotonic() - began < budget_s:
         *outcome, trial_document = says(path[middle])
         if outcome == [verdict, cause]:
@@ -127,7 +127,7 @@ class Runner:
 
     def write_replay(self, result: Result) -> None:
         """Set ``result.source`` to the smallest run as one file, with its fix if that ends as expected."""
-        if self.settings != result.after:  # the last trial had another verdict
+        if self.settings != result.after:  # the last trial was another one, whose verdict differed
             self(result.after)
         fault = self.last
         assert fault is not None

@@ -30,7 +30,7 @@ def _predicts(scenario: Scenario, settings: RunSettings, target: Expected) -> bo
         predicted = scenario.hang(settings)
         usable = not scenario.missing(settings)
     except (ConfigError, ValueError, ArithmeticError, LookupError):
-        return False  # the scenario does not exist at this size
+        return False  # the scenario is not possible at this size
     same = (predicted.verdict, predicted.cause) == (target.verdict, target.cause)
     return usable and same and bool(predicted.culprits) == bool(target.culprits)
 

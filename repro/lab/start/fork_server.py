@@ -37,7 +37,9 @@ def main() -> int:
 
     torch.set_num_threads(1)
     gc.freeze()  # a garbage collection in a rank would write to the shared pages, and so copy them
-    signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # no zombies: the watcher looks for the job in /proc, nobody reaps it
+    signal.signal(
+        signal.SIGCHLD, signal.SIG_IGN
+    )  # avoid zombies: no process reaps the job, and the watcher looks for it in /proc
     for line in sys.stdin.buffer:
         request = json.loads(line)
         pid = _fork(functools.partial(_job, request))
@@ -50,7 +52,7 @@ def _job(request: dict[str, Any]) -> None:
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     os.setsid()
     os.environ.update(request["environment"])
-    tempfile.tempdir = None  # makes tempfile read the TMPDIR of this run
+    tempfile.tempdir = None  # let tempfile read TMPDIR again, which is this run's
     run_dir = RunDir(Path(request["run_dir"]))
     log = os.open(run_dir.launcher_log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
     null = os.open(os.devnull, os.O_RDONLY)

@@ -64,7 +64,7 @@ def fill(run_dir: RunDir, settings: RunSettings, interrupt: Callable[[], bool]) 
                 with contextlib.suppress(subprocess.TimeoutExpired):
                     _, output = builder.communicate(timeout=POLL_S)
         finally:
-            builder.kill()  # the compilers that it started end with it
+            builder.kill()  # the compilers that the builder started end with it
     if builder.returncode:
         reason = output.strip().splitlines()[-1:] or ["no reason given"]
         raise CannotFill(f"no warm kernel cache: {reason[0]}")

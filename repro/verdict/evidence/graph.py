@@ -25,7 +25,7 @@ class Node:
     key: NodeKey
     name: str
     ranks: list[int] = field(default_factory=list)
-    waits_for: set[int] = field(default_factory=set)  # ranks that must act before `ranks` can continue
+    waits_for: set[int] = field(default_factory=set)  # ranks that must act before those in `ranks` can continue
     returned: set[int] = field(default_factory=set)  # members that have left the collective, or a later one
     cannot_return: set[int] = field(default_factory=set)  # ranks that entered, but are dead, failed or stopped
     unknown: set[int] = field(default_factory=set)  # members whose witness does not show whether they have issued it

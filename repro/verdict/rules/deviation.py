@@ -25,7 +25,7 @@ def deviation_finding(
 
     first = min(deviations, key=when)
     alike = [d for d in deviations if _same_act(d, first)]
-    if first.kind == "order":  # a rank that has skipped it shows what the others were about to do
+    if first.kind == "order":  # a rank that skipped the collective shows what the others were about to do
         first = next((d for d in alike if d.kind == "skipped"), first)
     culprits = tuple(sorted({d.rank for d in alike}))
     if {rank for rank in first.concerned if rank_states[rank].seen} <= set(culprits):

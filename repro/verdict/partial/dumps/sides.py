@@ -114,7 +114,7 @@ def _sides(
     before = [op for seq, op in zip(longest.seqs, longest.ops(), strict=True) if NO_NUMBER < seq < number][-2:]
     if before and set(before) == {"reduce"}:
         evidence.append(
-            "The operations before it are reduces, whose result one rank alone has: ranks may have "
+            "The operations before it are reduces, whose result only one rank has: ranks may have "
             "decided by different numbers."
         )
     if few:

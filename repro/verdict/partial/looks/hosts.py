@@ -108,7 +108,7 @@ def _absent(scene: Scene, looks: Mapping[int, RankLook]) -> Diagnosis | None:
     if any(look.activity in WAITING for look in outside):
         return None
     if not all(look.waits for look in waiting if look.stack) and not all(look.same_frames for look in outside):
-        return None  # who spins may go on and come back; then the others move too
+        return None  # a spinning rank may leave the collective and come back; then the other ranks move too
     blind = [look for look in looks.values() if look.stack is None]
     if blind and (len(outside) > 1 or outside[0].first_thread_cores < RUNNING_CORES or scene.has_devices):
         return None  # a rank that waits for a device spins, while the rank that it waits for may sleep

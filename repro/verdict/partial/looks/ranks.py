@@ -17,7 +17,7 @@ STILL_SWITCHES_PER_S = 1.5
 """Context switches per second: a blocked thread makes almost none, one that polls about ten."""
 BUSY_CORES = 0.05
 SPINNING_LOOKS = 4
-"""A rank that uses a processor and is in a collective at the same line in so many looks is taken to spin there."""
+"""Number of looks in which a rank that uses the CPU must be at the same line of a collective to count as spinning."""
 COMPILERS = (
     "nvcc", "cicc", "ptxas", "fatbinary", "cudafe++", "ninja", "cc1plus", "cc1", "g++", "gcc", "c++", "clang",
     "clang++", "hipcc", "ld", "collect2", "as", "cmake", "make", "nvlink", "lld",
