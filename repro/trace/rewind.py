@@ -53,5 +53,7 @@ def _rewind_group(group: GroupTrace, kept: Sequence[Event], later: Sequence[Even
             return None
     if completed := [event.seq for event in later if event.kind == Kind.LEAVE]:
         before = [event.seq for event in kept if event.kind == Kind.LEAVE]
-        left = max(before) if before else min(completed) - 1
+        # Calls whose records are overwritten had ended, unless a later record shows otherwise.
+        open_calls = [event.seq for event in kept if event.kind in _ISSUES]
+        left = max(before) if before else min(issued, *(seq - 1 for seq in (*completed, *open_calls)))
     return dataclasses.replace(group, last=last, issued=issued, left=left)
