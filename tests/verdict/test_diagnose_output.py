@@ -81,6 +81,18 @@ def test_the_text_of_an_issue_has_one_tree_the_counters_of_two_looks_and_each_pa
     assert f"| `{first}` | clean" in text
 
 
+def test_a_process_without_a_role_is_counted_once_among_those_that_were_looked_at_twice(tmp_path):
+    looks = {
+        f"{look}/rank{rank}.txt": py_spy(
+            f"python train.py --rank {rank}", ["all_reduce (torch/distributed/x.py:1)"], rank + 1
+        )
+        for look in ("first", "second")
+        for rank in range(3)
+    }
+    main(["diagnose", "--out", str(tmp_path / "out"), str(write(tmp_path / "in", looks))])
+    assert "Of 3 processes that were looked at twice" in (tmp_path / "out" / "ISSUE.md").read_text()
+
+
 def test_nothing_makes_the_terminal_longer_than_25_lines_and_the_first_line_says_who(tmp_path):
     pairs = {r: [call(1, "all_reduce", group=(r, str(r), "pair"), done=False)] for r in range(40)}
     groups = {str(r): ("pair", [r, (r + 1) % 40]) for r in range(40)}

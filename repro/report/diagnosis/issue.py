@@ -46,7 +46,10 @@ def _runs(apart: Mapping[str, str]) -> list[str]:
 
 def _tree(scene: Scene) -> list[str]:
     """Draw the last look at all processes, then what changed since the first look."""
-    looks = [rows for role in ("worker", "engine", "front end") for rows in scene.main_stacks(role).values() if rows]
+    roles = ("worker", "engine", "front end")  # a process without a role is listed under each
+    looks = list({
+        str(rows[0].process): rows for role in roles for rows in scene.main_stacks(role).values() if rows
+    }.values())  # fmt: skip
     if not looks:
         return []
     tree = stack_tree.text(stack_tree.merge(rows[-1] for rows in looks))
