@@ -58,7 +58,7 @@ class Holder:
 
     @property
     def name(self) -> str:
-        """ "rank 3", or "pid 42" if the process has no rank."""
+        """The name of the holder: "rank 3", or "pid 42" if the process has no rank."""
         return f"rank {self.rank}" if self.rank >= 0 else f"pid {self.pid}"
 
     def words(self) -> str:

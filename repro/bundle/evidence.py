@@ -70,7 +70,7 @@ def _differences(after: Diagnosis, before: Diagnosis) -> Iterable[tuple[str, obj
 
 
 def _alone(runs: Mapping[str, Evidence], recogniser: Recogniser) -> dict[str, Diagnosis]:
-    """Name -> diagnosis of each run. A name that is not recognised is replaced by the run's number."""
+    """Return name -> diagnosis of each run. A name that is not recognised is replaced by the run's number."""
     return {
         recogniser.recognised(name) or f"run {number}": diagnose(redact_evidence(evidence, recogniser).records)
         for number, (name, evidence) in enumerate(runs.items(), 1)

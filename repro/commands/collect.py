@@ -90,7 +90,7 @@ def _refuse(args: argparse.Namespace, jobs: Sequence[Job], table: dict[int, Stat
 
 
 def _describe(job: Job, table: dict[int, Status]) -> str:
-    """ "rank 0-7 (8 processes, pids 41 42 …, since 310 s) python train.py (master localhost:29500)"."""
+    """Describe a job: "rank 0-7 (8 processes, pids 41 42 …, since 310 s) python train.py (master localhost:29500)"."""
     ranks = sorted({member.rank for member in job.members if member.rank is not None})
     pids = " ".join(map(str, job.pids[:8])) + (" …" if len(job.pids) > 8 else "")
     ages = [uptime_s() - table[pid].started_s for pid in job.pids if pid in table]

@@ -95,7 +95,7 @@ def read_files(files: Iterable[tuple[str, BinaryIO]], evidence: Evidence) -> Non
 
 
 def _refusal(name: str, error: Exception) -> str:
-    """ "file:offset: what" """
+    """Describe what was not understood: "file:offset: what"."""
     text = str(error.strerror or error) if isinstance(error, OSError) else str(error)
     return text if re.match(rf"{re.escape(name)}:\d+: ", text) else f"{name}:0: {_without_place(text)}"
 

@@ -191,12 +191,12 @@ class RunSettings(Config):
 
     @property
     def effective_checks(self) -> str:
-        """``checks`` if given; else "observe" in a `fault` run, which must be able to hang, and "agree" in others."""
+        """The value of ``checks``; by default "observe" in a `fault` run, which must be able to hang, else "agree"."""
         return self.checks or ("observe" if self.variant == "fault" else "agree")
 
     @property
     def effective_kernel_cache(self) -> str:
-        """``kernel_cache`` if given; else "warm" in a `control` run, which must build nothing, and "cold" in others."""
+        """The value of ``kernel_cache``; by default "warm" in a `control` run, which builds nothing, else "cold"."""
         return self.kernel_cache or ("warm" if self.variant == "control" else "cold")
 
     def requests(self) -> list[list[Request]]:

@@ -1,4 +1,4 @@
-"""When a process started, which tells it from a later one of the same pid. This module imports nothing."""
+"""Read the start time of a process, which distinguishes it from a later process with the same pid. Imports nothing."""
 
 from __future__ import annotations
 

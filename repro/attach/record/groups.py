@@ -20,7 +20,7 @@ _descriptions: weakref.WeakKeyDictionary[Any, str] = weakref.WeakKeyDictionary()
 
 
 def describe(group: Any, description: str) -> None:
-    """Describe a group of a library that gives torch no description. Has an effect until the group is recorded."""
+    """Set the description of a group to which its library gives none. Works until the group is recorded."""
     if group is not None:
         _descriptions[group] = description
 
@@ -39,7 +39,7 @@ def hook(c10d: ModuleType) -> None:
 
 
 def replace_function(c10d: ModuleType, name: str, make: Callable[..., Any]) -> None:
-    """Replace a function, also in torch.distributed if that has taken it over before the recording began."""
+    """Replace a function, also where torch.distributed imported it before recording began."""
     original = vars(c10d).get(name)
     replace(c10d, name, make)
     package = sys.modules.get(c10d.__name__.rpartition(".")[0])

@@ -1,4 +1,4 @@
-"""The methods of torch's process groups that issue a collective, and how the arguments of each are read."""
+"""The methods of torch's process groups that issue a collective, and how to read the arguments of each."""
 
 from __future__ import annotations
 

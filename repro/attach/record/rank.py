@@ -92,18 +92,18 @@ def configure(base: Path, modules: bool) -> None:
 
 
 def is_configured() -> bool:
-    """Whether this process is recorded, once it is a rank."""
+    """Whether recording is set up for the time when this process becomes a rank."""
     return _base is not None
 
 
 def meet_at(meeting: str) -> None:
-    """Take all ranks that this process and its children are for ranks of one job, wherever they meet."""
+    """Treat all ranks of this process and its children as ranks of one job, wherever they connect."""
     global _meeting
     _meeting = meeting
 
 
 def folder(num_ranks: int) -> Path:
-    """The folder of the job of this process, for a process of the job that is no rank. Raises OSError."""
+    """Return the folder of this process's job, also if the process is no rank itself. Raises OSError."""
     assert _base is not None, "configure() comes first"
     root = _folder_of_job(_base, _key(num_ranks, ""))
     _describe(root, num_ranks)
@@ -236,7 +236,7 @@ def failed(error: BaseException) -> None:
 
 
 def done() -> None:
-    """Record that this rank ends without an error, and end the recording: nothing may follow in the witness."""
+    """Record that this rank ends without an error, and stop recording: no event may follow."""
     global _ended, current
     rank, current = current, None
     if rank is None or _ended:

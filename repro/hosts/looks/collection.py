@@ -67,7 +67,7 @@ class Collection:
             self._look(number)
 
     def _sample_spinning(self, sample: str) -> None:
-        """Take the stacks of ranks that run inside of a collective once more: whether they spin, or go on."""
+        """Take another stack of ranks that run inside a collective, to see whether they spin or make progress."""
         program = find_py_spy()
         for pid, answer in (take_stacks(program, self._spinning) if program else {}).items():
             if answer.threads:

@@ -43,7 +43,7 @@ def kernel_lines(since_boot_s: float, names: Collection[str], log: Path = KERNEL
 
 
 def _messages(log: Path) -> Iterator[tuple[float, str]]:
-    """(seconds since boot, text) of each message: "6,339,5140900,-;NVRM: Xid …"."""
+    """Parse kernel messages to (seconds since boot, text): "6,339,5140900,-;NVRM: Xid …"."""
     descriptor = os.open(log, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
     try:
         while True:

@@ -54,7 +54,7 @@ def waits_for_lock(threads: Threads, pid: int) -> bool:
 
 
 def runs_in_collective(threads: Threads, pid: int) -> bool:
-    """Whether the main thread is in a collective and was seen on a processor, by its frames and py-spy's mark."""
+    """Whether the main thread is in a collective and py-spy saw it on a CPU."""
     thread = main_thread(threads, pid)
     return bool(thread.get("active")) and activity_of(frames_of(_frames(thread)))[0] == "collective"
 

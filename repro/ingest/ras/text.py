@@ -131,7 +131,7 @@ def _communicator_line(line: str, current: _Communicator) -> None:
 
 
 def _ranks(text: str) -> list[int]:
-    """ "3, 5-7" -> [3, 5, 6, 7]"""
+    """Parse a list of ranks: "3, 5-7" -> [3, 5, 6, 7]."""
     ranks: list[int] = []
     for part in text.split(","):
         first, _, last = part.strip().partition("-")

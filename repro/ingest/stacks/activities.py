@@ -87,5 +87,5 @@ def _match_outwards(patterns: Sequence[re.Pattern[str]], frames: Sequence[str]) 
 
 
 def _without_line(frame: str) -> str:
-    """ "wait (threading.py:359)" -> "wait (threading.py)"."""
+    """Drop the line number of a frame: "wait (threading.py:359)" -> "wait (threading.py)"."""
     return re.sub(r":\d+\)$", ")", frame)

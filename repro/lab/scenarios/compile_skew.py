@@ -40,12 +40,12 @@ class CompileAtFirstUse(Compilation):
 
 
 def policies(settings: RunSettings, rank: int) -> Policies:
-    """fault: one rank compiles at first use; control and fix: the engine's own policies."""
+    """The policies by variant. fault: one rank compiles at first use; control and fix: the engine's own policies."""
     return Policies(compilation=CompileAtFirstUse(struck_rank(settings))) if settings.variant == "fault" else Policies()
 
 
 def server(settings: RunSettings, rank: int) -> ServerConfig:
-    """control: nothing is compiled; fault and fix: with torch.compile."""
+    """The server by variant. control: nothing is compiled; fault and fix: with torch.compile."""
     config = settings.server()
     if settings.variant != "control":
         return config

@@ -34,12 +34,12 @@ class OwnGraph(GraphChoice):
 
 
 def policies(settings: RunSettings, rank: int) -> Policies:
-    """fault: each rank decides alone; control and fix: the engine's own policies."""
+    """The policies by variant. fault: each rank decides alone; control and fix: the engine's own policies."""
     return Policies(graphs=OwnGraph()) if settings.variant == "fault" else Policies()
 
 
 def server(settings: RunSettings, rank: int) -> ServerConfig:
-    """control: no graphs; fault and fix: with them."""
+    """The server by variant. control: no graphs; fault and fix: with them."""
     config = settings.server()
     if settings.variant != "control":
         return config

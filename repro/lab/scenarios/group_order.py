@@ -66,7 +66,7 @@ class CountEarlyUnderLoad(CountTokens):
 
 
 def policies(settings: RunSettings, rank: int) -> Policies:
-    """control: no statistics; fault: placed by local load; fix: placed by the schedule."""
+    """The policies by variant. control: no statistics; fault: placed by local load; fix: placed by the schedule."""
     return {
         "control": Policies(),
         "fault": Policies(dispatch=CountEarlyUnderLoad),

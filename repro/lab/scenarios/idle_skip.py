@@ -23,7 +23,7 @@ class LeaveWhenFinished(IdlePolicy):
 
 
 def policies(settings: RunSettings, rank: int) -> Policies:
-    """control and fix: the engine's own policies, in which idle ranks take part."""
+    """The policies by variant. control and fix: the engine's own policies, in which idle ranks take part."""
     return Policies(idle=LeaveWhenFinished()) if settings.variant == "fault" else Policies()
 
 

@@ -47,7 +47,7 @@ class PreemptInTheStep(Preemption):
 
 
 def policies(settings: RunSettings, rank: int) -> Policies:
-    """fault: a rank preempts within the step; control and fix: before the step."""
+    """The policies by variant. fault: a rank preempts within the step; control and fix: before the step."""
     return Policies(preemption=PreemptInTheStep()) if settings.variant == "fault" else Policies()
 
 
@@ -58,7 +58,7 @@ def pressed(settings: RunSettings) -> EngineConfig:
 
 
 def server(settings: RunSettings, rank: int) -> ServerConfig:
-    """control: the cache is never full; fault and fix: it becomes full on some ranks."""
+    """The server by variant. control: the cache is never full; fault and fix: it becomes full on some ranks."""
     config = settings.server()
     return config if settings.variant == "control" else dataclasses.replace(config, engine=pressed(settings))
 

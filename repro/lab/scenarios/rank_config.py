@@ -35,7 +35,7 @@ class OmitDigest(Ballot):
 
 
 def policies(settings: RunSettings, rank: int) -> Policies:
-    """fault: configurations are not compared; control and fix: they are."""
+    """The policies by variant. fault: configurations are not compared; control and fix: they are."""
     return Policies(ballot=OmitDigest()) if settings.variant == "fault" else Policies()
 
 

@@ -61,7 +61,7 @@ def first_stale(settings: RunSettings) -> tuple[int, int] | None:
 
 
 def policies(settings: RunSettings, rank: int) -> Policies:
-    """control and fix: the agreed sizes; fault: one rank reuses those of an earlier step."""
+    """The policies by variant. control and fix: the agreed sizes; fault: one rank reuses those of an earlier step."""
     first = first_stale(settings) if settings.variant == "fault" else None
     return Policies(dispatch=KeepSizes if first is not None and first[1] == rank else GatherOrBroadcast)
 

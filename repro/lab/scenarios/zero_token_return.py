@@ -42,7 +42,7 @@ class ReturnEarlyAtZeroTokens(AllGatherReduceScatter):
 
 
 def policies(settings: RunSettings, rank: int) -> Policies:
-    """control: idle ranks have a dummy token; fault and fix: they have none."""
+    """The policies by variant. control: idle ranks have a dummy token; fault and fix: they have none."""
     return {
         "control": Policies(),
         "fault": Policies(idle=IdleWithZeroTokens(), dispatch=ReturnEarlyAtZeroTokens),

@@ -98,7 +98,7 @@ def wait_graph(
 
 
 def _pids(rank_states: Mapping[int, RankState]) -> dict[tuple[str, int], int]:
-    """(host, pid) -> rank; AMBIGUOUS where two ranks have the same pid, as on hosts that cannot be distinguished."""
+    """Return (host, pid) -> rank; AMBIGUOUS if two ranks have one pid, as on hosts that cannot be told apart."""
     ranks: dict[tuple[str, int], list[int]] = {}
     for rank, rank_state in rank_states.items():
         if rank_state.pid:

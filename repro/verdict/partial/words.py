@@ -12,7 +12,7 @@ WORKING = ("building", "compiling", "loading", "saving", "data")
 
 
 def ranks_of(ranks: Iterable[int]) -> str:
-    """ "rank 3" or "ranks 0-5"."""
+    """Format ranks with their noun: "rank 3" or "ranks 0-5"."""
     listed = sorted(set(ranks))
     return f"rank{'s' if len(listed) != 1 else ''} {list_ranks(listed)}"
 
@@ -22,7 +22,7 @@ def verb(ranks: Sequence[int] | set[int], singular: str, plural: str) -> str:
 
 
 def call_in(call: Call, group: Group | None) -> str:
-    """ "all_gather #5310 of group 5", "recv from rank 6 of PIPELINE_MODEL_PARALLEL_GROUP"."""
+    """Format a call and its group: "all_gather #5310 of group 5", "recv from rank 6 of PIPELINE_GROUP"."""
     where = f" of {group}" if group is not None else ""
     if call.is_transfer:
         direction = "from" if call.op == "recv" else "to"
@@ -32,7 +32,7 @@ def call_in(call: Call, group: Group | None) -> str:
 
 
 def arguments(call: Call) -> str:
-    """ "all_gather, sizes [25600000] [102400000], Float"."""
+    """Format the arguments of a call: "all_gather, sizes [25600000] [102400000], Float"."""
     sizes = " ".join(str(list(size)) for size in call.sizes)
     dtypes = ", ".join(dict.fromkeys(call.dtypes))
     return ", ".join(part for part in (call.op, f"sizes {sizes}" if sizes else "", dtypes) if part)

@@ -119,7 +119,7 @@ class RankLook:
 
     @property
     def spins(self) -> bool:
-        """Whether the rank was seen at the same frames of one collective in so many looks that it spins there."""
+        """Whether enough looks show the rank at the same frames of one collective, so that it spins there."""
         collective = all(stack.activity in AMONG_RANKS for stack in self.stacks)
         return len(self.stacks) >= SPINNING_LOOKS and collective and len({stack.frames for stack in self.stacks}) == 1
 
