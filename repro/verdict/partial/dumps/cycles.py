@@ -48,7 +48,7 @@ def judge_cycle(scene: Scene, waits: Sequence[Wait]) -> Diagnosis | None:
         evidence.append(
             f"{ranks_of(stood_out).capitalize()} changed {verb(stood_out, 'its', 'their')} order of "
             "sends and receives; an interleaved "
-            "schedule may do that on purpose, so this makes a suspect and no more."
+            "schedule may do that on purpose, so it is only a suspect."
         )
     summary = [f"{ranks_of(ranks).capitalize()} wait for each other in a cycle: " + "; ".join(links) + "."]
     if transfers:

@@ -38,7 +38,7 @@ def judge_mismatches(scene: Scene) -> Diagnosis | None:
             "often is no proof of who is right."
         )
     if few:
-        evidence.append(f"{ranks_of(few).capitalize()} stands out, which makes a suspect and no more.")
+        evidence.append(f"{ranks_of(few).capitalize()} stands out, but is only a suspect.")
     ops = {calls[ranks[0]].op for ranks in ordered}
     numbers = {calls[ranks[0]].seq for ranks in ordered}
     return Diagnosis(

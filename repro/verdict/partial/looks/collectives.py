@@ -103,7 +103,7 @@ def _different(scene: Scene, looks: Mapping[int, RankLook]) -> Diagnosis | None:
     what = "The groups are entered in different orders." if crossed else "These are not the same call."
     return Diagnosis(
         "deadlock", "order" if crossed else "mismatch", (), few, "likely",
-        (f"Each rank waits for {seconds_between(list(looks.values())):.0f} s or longer, and not in one call: {named}.",
+        (f"Each rank waits for {seconds_between(list(looks.values())):.0f} s or longer, not all in one call: {named}.",
          f"{what} Each call waits for ranks that wait in another one, so none of them can end."),
         (*lines, why),
         ("Dumps of the recorder in which one of these calls is of a group that the other ranks do not belong to.",),
@@ -150,7 +150,7 @@ def _all_belong(scene: Scene, looks: Mapping[int, RankLook]) -> str:
         numbers = {record.between.get(pair, 0) for pair in pairs}
         if len(numbers) == 1 and (number := numbers.pop()) > 0:
             return (
-                f"Each two ranks have {counted(number, 'connection')} with each other, one for each group that holds "
+                f"Each pair of ranks has {counted(number, 'connection')}, one for each group that holds "
                 f"both: every group holds all ranks ({record.source})"
             )
     return ""

@@ -146,8 +146,8 @@ def _collectives(
         return Diagnosis(
             "inconclusive", "", (), tuple(sorted(inside)), "undecided",
             (f"Ranks are inside different collectives: {named}.",
-             "Stacks carry no group and no number. Whether one of them left the common order, or both "
-        "issued both, is not decided."),
+             "Stacks carry no group and no number. This does not show whether one of "
+             "them issued the wrong call, or both issued both calls."),
             tuple(evidence), ("Dumps that show both operations queued on both ranks.",),
             (COLLECT["recorder"], COLLECT["ras"], "a per-rank log of the decision that leads to these calls"),
         )  # fmt: skip
