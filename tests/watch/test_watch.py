@@ -24,7 +24,7 @@ from repro.verdict import Verdict
 from repro.verdict.facts import Facts
 from repro.verdict.result import Position
 from repro.watch.flight_recorder import RecorderCheck, compare_dumps
-from repro.watch.live import Comparison, Watch
+from repro.watch.live import DEATH_GRACE_S, DEATH_PATIENCE_S, Comparison, Watch
 from repro.watch.silences import Silences
 
 SETTINGS = RunSettings("compile_skew", "fault", num_ranks=4, quiet_window_s=1.0)
@@ -138,6 +138,20 @@ def test_a_dump_that_never_saw_the_group_contradicts_nothing(tmp_path):
     write_json(run_dir.flight_recorder(2), {"entries": [entry]})
     assert compare_dumps(run_dir, [Position(2, "blocked", group="ep", op="all_reduce", seq=3)]) == RecorderCheck()
     assert compare_dumps(run_dir, [Position(2, "blocked", group="world", op="all_reduce", seq=3)]).contradicted
+
+
+@pytest.mark.parametrize(("others_go_on", "limit_s"), [(False, DEATH_GRACE_S), (True, DEATH_PATIENCE_S)])
+def test_after_a_death_the_others_have_their_time_to_react_and_no_more(tmp_path, monkeypatch, others_go_on, limit_s):
+    _, watch = started(tmp_path)
+    watch.job_alive = lambda: False
+    died_ns = 10**15
+
+    def is_settled(after_s):
+        now_ns = died_ns + round(after_s * 1e9)
+        monkeypatch.setattr(watch, "_last_event_ns", lambda: now_ns if others_go_on else died_ns - 10**9)
+        return watch._death_is_settled(now_ns)
+
+    assert [is_settled(after_s) for after_s in (0.0, limit_s - 0.01, limit_s + 0.01)] == [False, False, True]
 
 
 def test_only_what_still_runs_is_ended_by_its_pid(tmp_path):
