@@ -50,6 +50,21 @@ def test_an_extra_collective_that_pairs_silently_is_corrupt() -> None:
     assert (verdict.verdict, verdict.cause, verdict.culprits) == ("corrupt", "extra", (0,))
 
 
+def test_sizes_that_differ_because_one_side_is_a_call_ahead_are_an_order_without_a_culprit() -> None:
+    """Without declared schedules nothing shows who left a call out; which call pairs with which is shown."""
+
+    def gather(layer: int, rows: int) -> Collective:
+        return Collective("ep", "all_gather_v", f"layers.{layer}.mlp", (rows,) * 4, "float32")
+
+    made = Scene(4, {"ep": range(4)})
+    made.all_of(range(3), gather(0, 4))
+    made.enter([3], gather(1, 5))
+    made.enter(range(3), gather(1, 5))
+    verdict = look(made)
+    assert (verdict.cause, verdict.culprits) == ("order", ()), verdict
+    assert "ranks 0-2 issued as #2 what others issued as #1" in verdict.evidence, verdict.evidence
+
+
 def transfer(op: str, peer: int, **more: Any) -> Collective:
     return Collective("pp", op, "layers.0.mlp", (8,), "float32", "", peer)._replace(**more)
 
