@@ -57,7 +57,8 @@ class Habits:
         if self._issued is None:
             return
         issued, kind = tuple(self._issued[1:]), self._kind
-        self.agreement = tuple(self._issued[:1])
+        if self.agreement != (first := tuple(self._issued[:1])):
+            self.agreement = first  # else the same object: the recorder knows the schedules that it has by identity
         self._issued = None
         vars(self._recorder).pop("enter", None)
         if kind is None or kind in self._varying:

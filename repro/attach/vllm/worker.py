@@ -276,8 +276,12 @@ def in_layer(attribute: str) -> Callable[[Callable[..., Any]], Callable[..., Any
             worker = current
             if worker is None or _compiling():
                 return original(self, *args, **options)
-            with worker.rank.in_layer(str(getattr(self, attribute, ""))):
+            local = worker.rank.local  # Rank.in_layer without its generator, which costs as much as a record
+            outer, local.layer = local.layer, str(getattr(self, attribute, ""))
+            try:
                 return original(self, *args, **options)
+            finally:
+                local.layer = outer
 
         return forward
 
