@@ -85,10 +85,14 @@ class Trial:
         self.fault, self.out, self.expected = fault, out / fault, EXPECTED[fault]
         self.out.mkdir(parents=True)
         self._vllm = vllm
-        self._environment = environment(
-            out / "entry_points", HMR_FAULT=fault, HMR_FAULT_LOCK=str(self.out / "build.lock"),
-            TORCH_EXTENSIONS_DIR=str(self.out / "extensions"),
-        )  # fmt: skip
+        self._points = out / "entry_points"
+
+    def _environment(self, name: str) -> dict[str, str]:
+        """The environment of one server; its cache of built extensions is cold."""
+        lock, extensions = self.out / f"{name}.lock", self.out / f"{name}-extensions"
+        return environment(
+            self._points, HMR_FAULT=self.fault, HMR_FAULT_LOCK=str(lock), TORCH_EXTENSIONS_DIR=str(extensions)
+        )
 
     def _serve(self, name: str) -> list[str]:
         return command(self._vllm, self.out / name, WAVES)
@@ -97,7 +101,7 @@ class Trial:
         record = [sys.executable, "-m", "repro", "record", "--to", str(self.out / "record"), "--quiet-window", "4"]
         done = subprocess.run(
             [*record, "--end", "--json", "--", *self._serve("recorded")],
-            env=self._environment, capture_output=True, text=True, cwd=ROOT, timeout=450,
+            env=self._environment("recorded"), capture_output=True, text=True, cwd=ROOT, timeout=450,
         )  # fmt: skip
         (self.out / "record.txt").write_text(done.stdout + done.stderr)
         verdict = self.out / "record" / "verdict.json"
@@ -107,7 +111,7 @@ class Trial:
     def unrecorded(self) -> tuple[Answer, Answer]:
         """What `collect` and `diagnose` say of a server that nobody records."""
         with (self.out / "serve.txt").open("w") as log:
-            server = subprocess.Popen(self._serve("plain"), env=self._environment, stdout=log, stderr=log)
+            server = subprocess.Popen(self._serve("plain"), env=self._environment("plain"), stdout=log, stderr=log)
         try:
             self._wait_for_fault(server)
             time.sleep(self.expected.after_s)
