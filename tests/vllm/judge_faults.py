@@ -46,7 +46,7 @@ class Expected:
 EXPECTED = {
     "skipped_dummy": Expected(("deadlock",), 0, ("left out execution 13",), 20),
     "extra_collective": Expected(("deadlock",), 1, ("layers.0.linear_attn",)),
-    "straggler": Expected(("slow",), 1, ("step 8", "step 7"), 6),
+    "straggler": Expected(("slow", "stall"), 1, ("step 8", "step 7"), 6),
     "lock": Expected(("deadlock",), 0, (".lock",)),
     "killed_worker": Expected(("crash",), 1, ("step 8",), 1),
     "building": Expected(("slow",), 1, ("fused_gdn",), 6),
@@ -70,11 +70,13 @@ class Answer:
         return cls(document["verdict"], tuple(document.get("culprits", ())), json.dumps(document))
 
     def cell(self, expected: Expected) -> str:
-        """ "deadlock 0" with a mark: = named, ? no culprit, ! wrong."""
+        """ "deadlock 0" with a mark: = right, ~ right class without a culprit, ? other, ! wrong rank."""
         if self.culprits and self.culprits != (expected.culprit,):
             mark = "!"
+        elif self.verdict in expected.verdicts:
+            mark = "=" if self.culprits else "~"
         else:
-            mark = "=" if self.culprits and self.verdict in expected.verdicts else "?"
+            mark = "?"
         return f"{mark} {self.verdict} {','.join(map(str, self.culprits))}".strip()
 
 
@@ -173,7 +175,7 @@ def main() -> int:
         place = next((words for words in trial.expected.mentions if words in recorded.text), "no")
         bad += not cells[0].startswith("=") or place == "no" or any(cell.startswith("!") for cell in cells)
         print("|", " | ".join((fault, *cells, place)), "|", flush=True)
-    print("= right class and rank, ? no culprit, ! wrong rank")
+    print("= right class and rank, ~ right class and no culprit, ? something else, ! wrong rank")
     return int(bad > 0)
 
 
