@@ -155,6 +155,8 @@ def test_a_transfer_that_is_not_sent_and_a_functional_collective_that_is_left_ou
     message = failure_message(Ranks(2, "gloo", tmp_path, quiet_window_s=0.3), unsent)
     assert "rank 0 waits in world:1>0 recv #1" in message, message
 
+    import torch._dynamo  # noqa: F401, RUF100 - as the first such collective does, for longer than the quiet window
+
     def functional(rank):
         with assert_no_deadlock("expert"):
             if rank.rank:

@@ -33,10 +33,10 @@ A_RANK = """
 import os, signal, sys, time
 from pathlib import Path
 sys.path.insert(0, {root!r})
-from repro.trace import recorder
+from repro.trace import identity, recorder
 from repro.store.run_dir import RunDir
 from repro.hosts.signals import dump_on_signals
-recorder.socket.gethostname = lambda: "elsewhere"
+identity.socket.gethostname = lambda: "elsewhere"
 run_dir = RunDir(Path({run!r}))
 dump_on_signals(run_dir, 1)
 recorder.Recorder.open(run_dir.witness(1), 1, 2).phase("connect")
@@ -111,12 +111,12 @@ def test_a_decided_run_is_ended_there_and_an_expired_status_is_not_used(elsewher
     [
         (["7"], "7 is not one of the 2 ranks"),
         (["1", "--end"], "cannot be combined with --end"),
-        (["1"], "the run has a verdict"),
+        (["1"], "the run already has a verdict"),
     ],
 )
 def test_a_lookout_that_makes_no_sense_is_refused_in_one_line(tmp_path, capsys, options, words):
     run_dir = prepare_run_dir(tmp_path, SETTINGS)
-    if words == "the run has a verdict":
+    if words == "the run already has a verdict":
         write_json(run_dir.verdict, {})
     before = set(run_dir.root.iterdir())
     assert main(["watch", str(run_dir.root), "--agent", *options]) == USAGE
