@@ -76,7 +76,7 @@ def _prefill(
         past_at = state_ptr + slot * state_slot
         y = tl.zeros([BT, BC], tl.float32)
         for w in tl.static_range(W):
-            before = t - (W - 1 - w)  # below zero: in the state, whose row 0 is the time -(W - 1)
+            before = t - (W - 1 - w)  # negative times are in the state, whose row 0 is time -(W - 1)
             x = tl.load(x_at + before.to(tl.int64) * x_row + c[None, :], is_in & (before >= 0), 0.0).to(tl.float32)
             past = tl.load(past_at + (before + W - 1) * C + c[None, :], is_in & (before < 0), 0.0).to(tl.float32)
             y += (x + past) * tl.load(weight_ptr + c * W + w, is_channel, 0.0).to(tl.float32)[None, :]

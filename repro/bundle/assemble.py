@@ -43,7 +43,7 @@ COLLECT_ENV_S = 60
 _MAX_LOG_BYTES = 512 << 10
 
 _FOLDERS = {"events": "wit", "fr": "json", "stacks": "txt", "logs": "log", "env": "txt", "outputs": "json"}
-"""Folders with a file of each rank, and what these files' names end in."""
+"""Folders with one file for each rank, and the suffix of these files' names."""
 _LOGS = ("logs/launcher.log", "logs/reference.log", "logs/watcher.log")
 _FILES = ("run.json", "config.json", "verdict.json", "reference.json")
 

@@ -35,7 +35,7 @@ class ReplayError(ValueError):
 
 
 class Act(NamedTuple):
-    """One action of a rank: a collective, "acquire" or "release" of a lock, "ask" for a lock in vain, or "die"."""
+    """One action of a rank: a collective, "acquire", "release" or "ask" (for a lock that it never got), or "die"."""
 
     name: str
     op: str

@@ -122,7 +122,7 @@ LINES = (
     LineFormat("NCCL RAS, monitor mode", ras_monitor.NEEDLES, lambda: _EachLine(ras_monitor.read)),
     LineFormat("errors that end a process", failures.NEEDLES, lambda: _EachLine(failures.read)),
 )
-"""Programs whose lines are known. The first that knows a line reads it alone."""
+"""Readers of programs' messages. Only the first reader that understands a line gets it."""
 
 ENGINES = LineFormat("vLLM, SGLang, TensorRT-LLM, Ray", engine_messages.NEEDLES, engine_messages.Engine)
 """Serving engines say who wrote a line, so their reader sees the lines of the others too."""

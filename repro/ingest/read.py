@@ -105,7 +105,7 @@ def _without_place(text: str) -> str:
 
 
 def _files_under(path: Path, evidence: Evidence) -> list[tuple[Path, str]]:
-    """Return the file itself, or the regular files of the folder, each with the name for messages."""
+    """Return the file itself, or the regular files of the folder, each with the name that messages use for it."""
     if not path.is_dir():
         return [(path, path.name)]
     members = sorted(member for member in path.rglob("*") if member.name not in _PASSED_OVER)

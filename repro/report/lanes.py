@@ -16,7 +16,7 @@ from repro.trace.format import Event, Kind
 from repro.trace.witness import Witness
 
 OPEN = -1
-"""The end of a span without an end."""
+"""Stands for the end time of a span that never ended."""
 
 _MOST_SIZES = 16
 

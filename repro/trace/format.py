@@ -222,7 +222,7 @@ def is_whole(records: bytes | memoryview) -> bool:
 
 
 def unguarded(word: int) -> int | None:
-    """The value of a guarded word; None if the word is damaged."""
+    """Return the value of a guarded word, which is stored as value * GUARD; None if the word is damaged."""
     value, rest = divmod(word, GUARD)
     return None if rest else value
 

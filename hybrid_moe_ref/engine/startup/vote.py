@@ -22,7 +22,7 @@ ERROR_BYTES = 512
 """How many bytes of the first error's text are sent to every rank."""
 
 NO_RANK = 2**31 - 1
-"""In the vote, in the place of the rank that failed: this rank did not."""
+"""What a rank without an error contributes to the vote instead of its rank number."""
 
 COULD_NOT_PREPARE = "could not prepare"
 CONFIGURED_DIFFERENTLY = "the ranks are configured differently"

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from repro.trace.recorder import Recorder
 
 QUIET_WINDOW_S = 5.0
-"""A foreign job computes, reads data and saves between two collectives, longer than our own runs do."""
+"""A user's job may compute, load data or save for longer between two collectives than our own runs do."""
 
 LONGEST_WATCH_S = 1e6
 
@@ -31,7 +31,7 @@ DEVICE_GROUPS = "device_groups"
 """File in the folder of a job with the names of the groups, one a line, whose collectives are queued on a device."""
 
 JOB = "job"
-"""A link in the folder of the recording whose target is the key of the job that has the folder."""
+"""A symbolic link in the folder of the recording. Its target is the key of the job that uses the folder."""
 
 
 class _Thread(threading.local):

@@ -129,4 +129,4 @@ def ask_ras(address: str) -> bytes:
         while (chunk := server.recv(1 << 16)) and sum(map(len, chunks)) < MAX_ANSWER_BYTES:
             chunks.append(chunk)
     text = b"".join(chunks)
-    return text.removeprefix(b"OK\n")  # the answer to the first line
+    return text.removeprefix(b"OK\n")  # RAS answers "OK" to the first line that was sent

@@ -50,7 +50,7 @@ class KeepSizes(GatherOrBroadcast):
 
 
 def first_stale(settings: RunSettings) -> tuple[int, int] | None:
-    """(serve step, rank): the first step in which a kept list is stale, and the faulty rank, drawn from its owners."""
+    """Return (serve step, rank): the first step with a stale list, and the faulty rank, drawn from its owners."""
     kept: list[dict[int, list[int]]] = [{} for _ in range(settings.num_ranks)]
     for serve_step, rows in enumerate(step_rows(settings.requests(), settings.engine)):
         sizes = [num_rows or 1 for num_rows in rows]  # an idle rank has a dummy row

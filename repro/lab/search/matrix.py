@@ -138,7 +138,7 @@ def phases(run_dir: RunDir, rank: int) -> dict[str, float]:
 
 
 def tables(results: Sequence[Result]) -> Iterator[tuple[str, Table]]:
-    """(title, table): a row for each cell with the longest time of any rank in each phase; then the times by rank."""
+    """Yield (title, table): the longest time of any rank in each phase for each cell, then the times by rank."""
     yield f"{len(results)} cells, seconds", _table_of_cells(results)
     for result in results:
         if result.phases:

@@ -12,7 +12,7 @@ from repro.verdict.result import Position, name_ranks
 
 _WIDTH, _HEIGHT, _GAP, _TOP = 250, 78, 90, 44
 _MOST_CHARACTERS = {"bold": 34, "mono": 31, "dim small": 40}
-"""What fits into a box, by the style of its three lines."""
+"""Number of characters that fit into a box, for each of its three lines."""
 
 
 def draw_waits(facts: Facts) -> str:

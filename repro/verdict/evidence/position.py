@@ -20,8 +20,8 @@ class RankState:
     """The position of one rank, and what the wait-for graph needs beside it."""
 
     position: Position
-    group: GroupKey | None = None  # of the collective that it is blocked in
-    lock: str = ""  # the lock that it waits for
+    group: GroupKey | None = None  # the group of the collective that the rank is blocked in
+    lock: str = ""  # the lock that the rank waits for
     lock_holder: int = -1  # pid of the holder that the rank recorded
     holds: set[str] = field(default_factory=set)  # locks
     issued: dict[GroupKey, int] = field(default_factory=dict)  # number of the last collective issued in each group

@@ -89,7 +89,7 @@ def _completed(
     rank_states: Mapping[int, RankState],
     waits: Waits,
 ) -> Finding:
-    """Add the first divergence, and what to collect where no culprit was found."""
+    """Add the first divergence to a finding and, if the finding is undecided, what to collect."""
     if finding is None:
         finding = Finding(confidence="undecided")
     if finding.confidence == "undecided":
