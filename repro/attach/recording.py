@@ -21,6 +21,7 @@ from repro.store.run_dir import RunDir
 from repro.trace.witness import Tail
 from repro.verdict import Verdict
 from repro.verdict.partial import diagnose
+from repro.verdict.rules.explain import NOT_ENOUGH
 from repro.watch.document import Document, Durations, Watcher, describe
 from repro.watch.live import Comparison, Watch
 from repro.watch.offline import judge_files
@@ -127,6 +128,16 @@ def judge_again(run_dir: RunDir) -> tuple[Document, bool]:
     return document, again.whole
 
 
+def verdict_of(run_dir: RunDir) -> Verdict:
+    """Judge the files of a recorded job."""
+    return _explained(run_dir, judge_files(run_dir, options(run_dir), Comparison()).verdict)
+
+
+def _explained(run_dir: RunDir, verdict: Verdict) -> Verdict:
+    """Add what is known of a program that declares no schedule."""
+    return qualified(_with_culprits(run_dir, verdict), run_dir.root)
+
+
 def _with_culprits(run_dir: RunDir, verdict: Verdict) -> Verdict:
     """Add culprits from dumps and stacks to a deadlock for which the witnesses name none.
 
@@ -143,12 +154,11 @@ def _with_culprits(run_dir: RunDir, verdict: Verdict) -> Verdict:
         cause=diagnosis.cause,
         culprits=diagnosis.culprits,
         confidence=diagnosis.confidence,
-        evidence=(*verdict.evidence, *diagnosis.evidence),
+        evidence=(*(line for line in verdict.evidence if line != NOT_ENOUGH), *diagnosis.evidence),
     )
 
 
 def _describe(run_dir: RunDir, verdict: Verdict, **entries: Any) -> Document:
     description = read_description(run_dir.description)
-    verdict = _with_culprits(run_dir, verdict)
-    verdict = qualified(verdict, run_dir.root)
+    verdict = _explained(run_dir, verdict)
     return describe(verdict, scenario=description.title, num_ranks=description.num_ranks, **entries)

@@ -35,6 +35,7 @@ from repro.store.text import escape_control_characters
 from repro.trace.format import CRC, HEADER
 from repro.trace.parse import parse_header
 from repro.trace.witness import MAX_BYTES
+from repro.verdict import Verdict
 from repro.watch.live import Comparison
 from repro.watch.offline import judge_files, options_of
 
@@ -77,19 +78,20 @@ class Made:
     notes: list[str] = field(default_factory=list)
 
 
-Compare = Callable[[RunDir], Comparison]
-"""Compares the results in a copy of a run with what they should be."""
+Judge = Callable[[RunDir], Verdict]
+"""Judges the copy of a run that goes into the bundle."""
 
 
-def not_compared(run_dir: RunDir) -> Comparison:
-    """The comparison for a run that has no reference results to compare with."""
-    return Comparison(missing="the results in the bundle were not compared")
+def judge_copy(run_dir: RunDir, comparison: Comparison | None = None) -> Verdict:
+    """Judge a run from its files. comparison: of its results; without one they count as not compared."""
+    comparison = comparison or Comparison(missing="the results in the bundle were not compared")
+    return judge_files(run_dir, options_of(read_description(run_dir.description)), comparison).verdict
 
 
-def make(root: Path, path: Path | None = None, with_logs: bool = False, compare: Compare = not_compared) -> Made:
+def make(root: Path, path: Path | None = None, with_logs: bool = False, judge: Judge = judge_copy) -> Made:
     """Write the bundle of a run and of the other variants of its family. The default ``path`` is beside the runs.
 
-    compare: compares the results of a run that is judged once more
+    judge: judges each copy, so that the bundle's verdict follows from the bundle's files
     with_logs: keep text that is not recognised where a search finds nothing suspicious in it. The fault is the bundle's
     main run where there is one.
 
@@ -111,7 +113,7 @@ def make(root: Path, path: Path | None = None, with_logs: bool = False, compare:
         for variant, run in family.items():
             copy = folder if run == main else folder / variant
             _copy_run(run, copy, recogniser, notes)
-            _judge(copy, run, compare, recogniser, notes)
+            _judge(copy, run, judge, recogniser, notes)
         beside = [folder / variant for variant, run in family.items() if run != main]
         facts = report.write(folder, beside, UNPACKED)
         for other in beside:
@@ -197,7 +199,7 @@ def _redacted(path: Path, kind: str, recogniser: Recogniser, notes: list[str]) -
     return _TEXTS[kind](text, recogniser).encode()
 
 
-def _judge(copy: Path, run: Path, compare: Compare, recogniser: Recogniser, notes: list[str]) -> None:
+def _judge(copy: Path, run: Path, judge: Judge, recogniser: Recogniser, notes: list[str]) -> None:
     """Write the copy's verdict.json, with evidence and sentences from judging the copy.
 
     Of the run's own evidence a line stays where it is recognised: the watcher's have no counterpart in the copy.
@@ -213,8 +215,7 @@ def _judge(copy: Path, run: Path, compare: Compare, recogniser: Recogniser, note
     write_json(path, document | {"evidence": recognised, "sentences": []})
     again: dict[str, Any] = {}
     try:
-        options = options_of(read_description(RunDir(copy).description))
-        verdict = judge_files(RunDir(copy), options, compare(RunDir(copy))).verdict
+        verdict = judge(RunDir(copy))
         again = {
             "verdict": verdict.verdict, "cause": verdict.cause or None, "culprits": list(verdict.culprits),
             "evidence": list(verdict.evidence), "sentences": verdict.sentences(),

@@ -8,15 +8,16 @@ from pathlib import Path
 
 from hybrid_moe_ref.config import ConfigError
 from repro.bundle.archive import MANIFEST, verify
-from repro.bundle.assemble import Made, make
+from repro.bundle.assemble import Made, judge_copy, make
 from repro.bundle.evidence import make_of_evidence
 from repro.bundle.redact import search
 from repro.bundle.redact.recognise import LEFT_OUT
 from repro.commands.diagnose import is_own_run
 from repro.commands.evidence import evidence_of
 from repro.ingest import saved
-from repro.store.run_dir import refuse_unwritable
+from repro.store.run_dir import RunDir, refuse_unwritable
 from repro.store.text import escape_control_characters, escape_lines
+from repro.verdict import Verdict
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -77,17 +78,24 @@ def _made(args: argparse.Namespace) -> Made:
             raise ConfigError(
                 "the bundle of a run includes its other variants by itself; give one run only", str(args.others[0])
             )
-        from repro.lab.outcome.second_judgement import (
-            compare_again,
-        )  # import here: other evidence does not need the lab
-
-        return make(args.run, args.to, args.with_logs, compare_again)
+        return make(args.run, args.to, args.with_logs, _judge)
     evidence = evidence_of([root])
     if not evidence.records:
         raise ConfigError(
             f"neither a run directory nor evidence: {(evidence.not_understood or ['no files'])[0]}", str(args.run)
         )
     return make_of_evidence(evidence, target, args.with_logs, {path.name: evidence_of([path]) for path in args.others})
+
+
+def _judge(run_dir: RunDir) -> Verdict:
+    """Judge the copy of a run as `watch` judges it. The imports stand here because other evidence needs neither."""
+    from repro.attach import recording
+
+    if recording.is_recording(run_dir):
+        return recording.verdict_of(run_dir)
+    from repro.lab.outcome.second_judgement import compare_again
+
+    return judge_copy(run_dir, compare_again(run_dir))
 
 
 def _is_of_this_program(root: Path) -> bool:

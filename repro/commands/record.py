@@ -20,12 +20,12 @@ from repro.commands.verdicts import write_reports
 from repro.exit_codes import INTERRUPTED, UNEXPECTED
 from repro.hosts import processes
 from repro.hosts.interrupt import Interrupt
-from repro.report.terminal import display, say, waits
+from repro.report.terminal import display, outcome, say, waits
 from repro.store.run_dir import OutputError, RunDir
 from repro.store.schema import to_json
 from repro.store.text import escape_lines
 from repro.verdict.classes import class_of
-from repro.verdict.result import list_ranks, name_ranks
+from repro.verdict.result import name_ranks
 from repro.watch.document import Document
 
 POLL_S = 0.1
@@ -154,9 +154,7 @@ class _Recording:
         if self._args.json:
             print(json.dumps(to_json(document), indent=1))
             return
-        cause = f" ({document.cause})" if document.cause else ""
-        who = f", culprits: {list_ranks(document.culprits)}" if document.culprits else ""
-        lines = [f"record: {document.verdict}{cause}{who}"]
+        lines = [f"record: {outcome(document)}"]
         if document.verdict != "clean":
             lines += [*document.sentences, *waits(document), *sites(document), *document.evidence]
             lines.append(f"evidence and report: {self._root}; to share it: python -m repro bundle {self._root}")

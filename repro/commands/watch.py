@@ -22,7 +22,7 @@ from repro.lab.outcome.expectation import watch_options
 from repro.lab.outcome.second_judgement import judge_again
 from repro.lab.settings import RunSettings, read_settings
 from repro.lab.start import launch
-from repro.report.terminal import Display, say, waits
+from repro.report.terminal import Display, outcome, say, waits
 from repro.store.run_dir import RunDir
 from repro.store.schema import to_json
 from repro.store.text import escape_lines
@@ -84,7 +84,7 @@ def _print(document: Document, as_json: bool) -> None:
     if as_json:
         print(json.dumps(to_json(document), indent=1))
         return
-    for line in (document.verdict, *document.sentences, *waits(document), *document.evidence):
+    for line in (outcome(document), *document.sentences, *waits(document), *document.evidence):
         print(escape_lines(line))
 
 

@@ -179,6 +179,13 @@ def _sentences(document: Document) -> list[str]:
     return [*document.sentences, *waits(document), *([] if document.matches_expected else document.evidence)]
 
 
+def outcome(document: Document) -> str:
+    """The verdict with its cause and its culprits: "deadlock (mismatch), culprits: 1"."""
+    cause = f" ({document.cause})" if document.cause else ""
+    culprits = f", culprits: {list_ranks(document.culprits)}" if document.culprits else ""
+    return f"{document.verdict}{cause}{culprits}"
+
+
 def waits(document: Document) -> list[str]:
     """Return a sentence for each place at which ranks wait for others."""
     return shorten([shorten_rank_lists(wait.words()) for wait in document.waits if wait.awaited])

@@ -145,3 +145,19 @@ def test_a_healthy_job_of_each_kind_is_clean_and_every_collective_has_ended(tmp_
         kinds = [event.kind for event in witness.events()]
         issued = sum(kind in (Kind.ENTER, Kind.ISSUE) for kind in kinds)
         assert issued == sum(kind == Kind.LEAVE for kind in kinds) > 8, printed
+
+
+@pytest.mark.full
+@pytest.mark.timeout(240)
+def test_a_bundle_of_a_recorded_job_gives_the_same_culprit_as_the_watch(tmp_path):
+    record(tmp_path / "run", "fsdp", "--fault", ranks=4, options=("--quiet-window", "3"))
+    made = subprocess.run(
+        [sys.executable, "-m", "repro", "bundle", str(tmp_path / "run")], capture_output=True, text=True
+    )
+    assert "by the bundle's files" not in made.stdout, made.stdout
+    for path in (tmp_path / "run", tmp_path / "run.zip"):
+        again = subprocess.run(
+            [sys.executable, "-m", "repro", "watch", "--json", str(path)], capture_output=True, text=True
+        )
+        document = json.loads(again.stdout)
+        assert (document["verdict"], document["culprits"]) == ("deadlock", [1]), (path, again.stdout)
