@@ -179,9 +179,7 @@ class Calls(Sequence[Call]):
         return {seq: at_s for seq, at_s in rows if seq != NO_NUMBER and not math.isnan(at_s)}
 
     def last_number(self, *, done: bool = False, where: Callable[[Form], bool] | None = None) -> int | None:
-        """Return the highest sequence number. done: only of operations that are over; where: only of forms that satisfy
-        it.
-        """
+        """Return the highest sequence number; done: of operations that are over; where: of forms that satisfy it."""
         seqs: Iterator[int] | array[int] = self.seqs
         if where is not None:
             wanted = bytes(map(where, self.forms))
