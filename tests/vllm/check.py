@@ -69,15 +69,19 @@ def _serve(vllm: Path, out: Path, name: str, **variables: str) -> list[object]:
 
 
 def _left(word: str) -> list[str]:
-    """Processes whose command line names the folder of this check."""
-    lines = []
+    """Processes whose command line names the folder of this check, without this one and those that started it."""
+    own, lines = {os.getpid()}, []
+    pid = os.getppid()
+    while pid > 1:
+        own.add(pid)
+        pid = int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
     for entry in Path("/proc").iterdir():
-        if entry.name.isdigit() and int(entry.name) != os.getpid():
+        if entry.name.isdigit() and int(entry.name) not in own:
             try:
                 text = (entry / "cmdline").read_text().replace("\0", " ")
             except OSError:
                 continue
-            if word in text and "check.py" not in text:
+            if word in text:
                 lines.append(f"{entry.name} {text[:120]}")
     return lines
 
