@@ -112,9 +112,13 @@ def test_kernel_lines_are_of_devices_and_of_the_jobs_own_processes(monkeypatch):
         (62.0, "usb 1-1: new device"),
     ]
     monkeypatch.setattr(machine, "_messages", lambda log: iter(messages))
+    monkeypatch.setattr(machine, "uptime_s", lambda: 100.0)
     lines = machine.kernel_lines(10.0, {"python3.11"})
     assert [line.partition("kernel: ")[2][:20] for line in lines] == ["NVRM: Xid (PCI:0000:", "Out of memory: Kille"]
     assert "Killed process 8" in lines[1] and lines[0][:4].isdigit()
+    monkeypatch.setattr(machine, "uptime_s", lambda: 40.0)  # as in a time namespace: a message lies in the future
+    with pytest.raises(machine.OtherClock):
+        machine.kernel_lines(10.0, {"python3.11"})
 
 
 @pytest.mark.parametrize(

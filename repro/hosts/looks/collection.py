@@ -131,8 +131,14 @@ class Collection:
         rows = [row for pid, row in read_all().items() if pid in self.job.pids]
         if not rows:
             return
+        size = self.job.world_size
+        complete = size is not None and set(self.ranks) >= set(range(size))
+        names = set() if complete else {row.name for row in rows}  # else the kernel may have killed one of them
         try:
-            lines = machine.kernel_lines(min(row.started_s for row in rows), {row.name for row in rows})
+            lines = machine.kernel_lines(min(row.started_s for row in rows), names)
+        except machine.OtherClock as error:
+            self.hidden[f"the kernel log: {error}"] = None
+            return
         except OSError as error:
             self.hidden[
                 f"the kernel log: {error.strerror}; run collect as root, or: sysctl kernel.dmesg_restrict=0"

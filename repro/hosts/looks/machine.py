@@ -15,6 +15,9 @@ from repro.hosts.looks.proc import PROC, read_text, uptime_s
 
 KERNEL_LOG = Path("/dev/kmsg")
 MAX_LINES = 2000
+CLOCK_SLACK_S = 5.0
+"""How far a message of this moment may seem to lie ahead."""
+
 _DEVICES = ("/dev/nvidia0", "/dev/kfd", "/dev/davinci0", "/dev/xpu0")
 _DEVICE_LINE = re.compile(r"NVRM: Xid|mlx5|bnxt|EEH|nvidia-nvswitch")
 _KILLED = re.compile(r"Killed process \d+ \(([^)]*)\)")
@@ -27,14 +30,22 @@ def has_devices() -> bool:
     return any(map(os.path.exists, _DEVICES))
 
 
+class OtherClock(ValueError):
+    """The kernel log is stamped with another clock than this process reads."""
+
+
 def kernel_lines(since_boot_s: float, names: Collection[str], log: Path = KERNEL_LOG) -> list[str]:
     """Return device errors in the kernel log since that moment, and processes with these names that the kernel killed.
 
-    Raises PermissionError if this user may not read it. A line begins with its time in UTC.
+    Raises PermissionError if this user may not read it, and OtherClock in a time namespace, where nothing shows which
+    messages came before the job. A line begins with its time in UTC.
     """
-    boot_s = time.time() - uptime_s()
+    now_s = uptime_s()
+    boot_s = time.time() - now_s
     lines = []
     for at_s, text in _messages(log):
+        if at_s > now_s + CLOCK_SLACK_S:
+            raise OtherClock("it is stamped with the clock of another time namespace")
         killed = _KILLED.search(text)
         if at_s >= since_boot_s and (_DEVICE_LINE.search(text) or (killed and killed[1] in names)):
             stamp = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(boot_s + at_s))
