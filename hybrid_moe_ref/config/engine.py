@@ -84,7 +84,10 @@ class EngineConfig(Config):
             if (backend := getattr(self, name)) not in names:
                 raise ConfigError(f"unknown backend {backend!r}; known: {', '.join(names)}", name)
         if self.autotune and self.moe_backend != "auto":
-            raise ConfigError(f"there is nothing to choose with moe_backend {self.moe_backend!r}", "autotune")
+            raise ConfigError(
+                f"moe_backend {self.moe_backend!r} leaves nothing to time: set it to 'auto', or autotune to false",
+                "autotune",
+            )
         if self.moe_backend == "jit" and self.dtype not in ("float32", "float64"):
             raise ConfigError(f"'jit' computes in float32 and float64, not in dtype {self.dtype}", "moe_backend")
 

@@ -49,7 +49,7 @@ class ServerConfig(Config):
 
     def __post_init__(self) -> None:
         if self.checks not in CHECKS:
-            raise ConfigError(f"unknown strength {self.checks!r}{nearest(self.checks, CHECKS)}", "checks")
+            raise ConfigError(f"unknown strength of checks {self.checks!r}{nearest(self.checks, CHECKS)}", "checks")
         self.parallel.check(self.model)
         if self.engine.num_drafts and not self.model.num_mtp_layers:
             raise ConfigError(

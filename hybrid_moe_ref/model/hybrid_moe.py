@@ -250,4 +250,4 @@ def check_device(device: torch.device | str, dtype: torch.dtype) -> None:
         reason = str(error).partition("\n")[0]
         raise InputError(f"{reason} (device {device}, {dtype})") from None
     if x.is_meta:
-        raise InputError(f"nothing is computed on device {device}")
+        raise InputError(f"device {device} cannot compute: choose cpu or cuda")

@@ -90,7 +90,7 @@ class RunSettings(Config):
                 f"{self.model.num_experts} experts do not divide over {self.num_ranks} ranks", "num_ranks"
             )
         if self.checks and self.checks not in CHECKS:
-            raise ConfigError(f"unknown strength {self.checks!r}; known: {', '.join(CHECKS)}", "checks")
+            raise ConfigError(f"unknown strength of checks {self.checks!r}; known: {', '.join(CHECKS)}", "checks")
         if self.kernel_cache and self.kernel_cache not in KERNEL_CACHES:
             raise ConfigError(f"unknown state {self.kernel_cache!r}; known: {', '.join(KERNEL_CACHES)}", "kernel_cache")
         if self.drawn_for < 0:

@@ -272,7 +272,7 @@ def test_bench_measures(folder: Path, capsys: pytest.CaptureFixture) -> None:
         (["check", "nowhere"], "'nowhere': there is no such folder"),
         (["check", "tiny"], "'tiny': there is no such folder"),
         (["bench", "/"], "/ has no config.json"),
-        (["bench", "tiny", "--device", "meta"], "nothing is computed on device meta"),
+        (["bench", "tiny", "--device", "meta"], "device meta cannot compute"),
     ],
 )
 def test_errors_are_one_line_and_exit_2(args: list[str], text: str, folder: Path, capsys) -> None:
