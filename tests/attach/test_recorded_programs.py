@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -161,3 +162,15 @@ def test_a_bundle_of_a_recorded_job_gives_the_same_culprit_as_the_watch(tmp_path
         )
         document = json.loads(again.stdout)
         assert (document["verdict"], document["culprits"]) == ("deadlock", [1]), (path, again.stdout)
+
+
+@pytest.mark.full
+@pytest.mark.timeout(240)
+@pytest.mark.parametrize("kind", ["compiled", "compiled_ddp"])
+def test_a_compiled_program_has_as_many_graphs_recorded_as_without(tmp_path, kind):
+    env = {**os.environ, "GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1"}
+    program = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", str(JOBS), kind]
+    _, recorded = record(tmp_path / "run", kind, options=("--modules",))
+    plainly = subprocess.run(program, env=env, capture_output=True, text=True).stdout
+    counts = [set(re.findall(r"graphs (\d+)", text)) for text in (plainly, recorded)]
+    assert counts[0] == counts[1] and len(counts[0]) == 1, (counts, plainly, recorded)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from importlib.machinery import ModuleSpec
@@ -81,13 +80,14 @@ def replace(owner: Any, name: str, make: Callable[[Any], Any]) -> None:
         return
     made = make(original)
     if "torch._C" in sys.modules and isinstance(made, FunctionType):
-        _skip_code()(made.__code__)
+        _keep_graphs_from_starting_at(made)
     setattr(owner, name, made)
 
 
-@functools.cache
-def _skip_code() -> Callable[[Any], Any]:
-    """Return the function of torch that keeps torch.compile from starting a graph at given code."""
-    dynamo: Any = sys.modules["torch._C"]
-    skip: Callable[[Any], Any] = getattr(dynamo._dynamo.eval_frame, "skip_code", lambda code: None)
-    return skip
+def _keep_graphs_from_starting_at(function: FunctionType) -> None:
+    """Do what torch._dynamo.eval_frame.skip_code does, without the import of torch._dynamo, which takes a second."""
+    native: Any = sys.modules["torch._C"]
+    frames = native._dynamo.eval_frame
+    if hasattr(frames, "set_code_exec_strategy"):  # of torch's own internals; another version may not have it
+        skipped = frames._FrameExecStrategy(frames._FrameAction.SKIP, frames._FrameAction.DEFAULT)
+        frames.set_code_exec_strategy(function.__code__, skipped)

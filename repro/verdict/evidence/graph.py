@@ -98,7 +98,7 @@ def wait_graph(
 
 
 def _pids(rank_states: Mapping[int, RankState]) -> dict[tuple[str, int], int]:
-    """Return (host, pid) -> rank; AMBIGUOUS if two ranks have one pid, as on hosts that cannot be told apart."""
+    """Return (host, pid) -> rank; AMBIGUOUS if two ranks have one pid, as on two hosts with one identity."""
     ranks: dict[tuple[str, int], list[int]] = {}
     for rank, rank_state in rank_states.items():
         if rank_state.pid:

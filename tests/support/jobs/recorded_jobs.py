@@ -125,6 +125,16 @@ def compiled() -> None:
     print("graphs", torch._dynamo.utils.counters["stats"]["unique_graphs"])
 
 
+def compiled_ddp() -> None:
+    """A compiled wrapper, of which torch.compile makes graphs only where it meets code that is not torch's."""
+    wrapped = torch.compile(nn.parallel.DistributedDataParallel(model()), backend="aot_eager")
+    for _ in range(STEPS):
+        wrapped(torch.ones(4, 16)).sum().backward()
+    counters = torch._dynamo.utils.counters
+    breaks = sum(counters["graph_break"].values())
+    print("graphs", counters["stats"]["unique_graphs"], "breaks", breaks, flush=True)
+
+
 def lock() -> None:
     """One rank waits for a lock that another holds while it waits for the first in a collective."""
     import fcntl
@@ -153,7 +163,7 @@ def fails() -> None:
 
 KINDS = {
     kind.__name__: kind
-    for kind in (ddp, ddp_straggler, fsdp, pipeline, tensor_parallel, mesh, compiled, lock, fails)
+    for kind in (ddp, ddp_straggler, fsdp, pipeline, tensor_parallel, mesh, compiled, compiled_ddp, lock, fails)
 }  # fmt: skip
 
 if __name__ == "__main__":
