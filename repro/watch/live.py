@@ -173,6 +173,8 @@ class Watch:
         quiet_ns = self.options.quiet_window_s * 1e9
         waited_ns = now_ns - max(self._last_event_ns(), self._judged_ns)
         if waited_ns < quiet_ns:
+            if self._last_event_ns() < self._judged_ns:
+                self._silences.go_on((now_ns - self._last_event_ns()) / 1e9)
             if waited_ns < quiet_ns / 2:
                 self._measuring = False
             elif not self._measuring:  # measure processor use in the second half of the silence

@@ -2,15 +2,34 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 from repro.hosts.system import STOPPED
 from repro.verdict import Verdict
 from repro.verdict.facts import Facts
 
 SLOW_WINDOWS = 3
-"""A run that ends well is `slow` if ranks waited for the same ranks for this many consecutive quiet windows."""
+"""A run that ends well is `slow` if ranks waited for the same ranks for the time of this many quiet windows."""
 
-STARVED = 0.1
-"""CPU-starvation threshold: share of time runnable but not running. Above it a silence proves nothing about the run."""
+
+@dataclass
+class _Silence:
+    """A silence that goes on.
+
+    lasted_s   seconds without an event, as of now
+    starved_s  for how many of them the awaited ranks lacked a processor
+    share      the share of the last ones
+    """
+
+    lasted_s: float = 0.0
+    starved_s: float = 0.0
+    share: float = 0.0
+
+    def go_on(self, lasted_s: float) -> float:
+        """Set the length so far. Returns by how much the awaited ranks could have run more."""
+        added_s, self.lasted_s = lasted_s - self.lasted_s, lasted_s
+        self.starved_s += self.share * added_s
+        return (1 - self.share) * added_s
 
 
 class Silences:
@@ -18,29 +37,54 @@ class Silences:
 
     def __init__(self) -> None:
         self._longest: dict[tuple[int, ...], tuple[float, Verdict]] = {}
+        self._now: dict[tuple[int, ...], _Silence] = {}
+        self._kept: tuple[int, ...] | None = None
 
     def remember(self, verdict: Verdict, facts: Facts, alive_s: float, quiet_window_s: float) -> None:
-        """Remember a period in which a majority waited for a minority that was still working.
+        """Remember a period in which at least half of the ranks waited for the others, which were still working.
 
         A heartbeat ends such a period, except when the waiting ranks are blocked in a collective and all awaited ranks
-        are building.
+        are building. Time in which the awaited ranks lacked a processor does not count: a busy machine made the others
+        wait.
 
         alive_s   seconds since the last heartbeat of any rank
         """
+        self._kept = None
         num_waiting = sum(position.state in ("blocked", "locked") for position in verdict.ranks)
-        if verdict.verdict != "slow" or num_waiting <= len(verdict.culprits):
+        if verdict.verdict != "slow" or num_waiting < len(verdict.culprits):
             return
+        lost_s = self._lost_s(verdict, facts)
         waited_s = _waited_for_a_build(verdict)
         if not waited_s:
-            if alive_s < quiet_window_s or _was_starved(verdict, facts):
+            if alive_s < quiet_window_s:
                 return
-            waited_s = verdict.quiet_s
+            waited_s = verdict.quiet_s - lost_s
         stopped = {
             rank for rank, why in facts.excused.items() if why == STOPPED
         }  # the rank was stopped from outside, so the run itself is not slow
         longest_s, _ = self._longest.get(verdict.culprits, (0.0, verdict))
         if waited_s > longest_s and not set(verdict.culprits) <= stopped:
             self._longest[verdict.culprits] = waited_s, verdict
+            self._kept = verdict.culprits
+
+    def go_on(self, quiet_s: float) -> None:
+        """Lengthen the silence that was remembered last: no rank has recorded an event for ``quiet_s`` seconds."""
+        if self._kept is not None and quiet_s > (silence := self._now[self._kept]).lasted_s:
+            waited_s, verdict = self._longest[self._kept]
+            self._longest[self._kept] = waited_s + silence.go_on(quiet_s), verdict
+
+    def _lost_s(self, verdict: Verdict, facts: Facts) -> float:
+        """Return for how much of the silence so far the awaited ranks lacked a processor.
+
+        The facts hold shares of the time since the previous call, or of the second half of the first quiet window.
+        """
+        silence = self._now.get(verdict.culprits, _Silence())
+        if verdict.quiet_s < silence.lasted_s:
+            silence = _Silence()
+        silence.share = min(1.0, max((facts.starved.get(rank, 0.0) for rank in verdict.culprits), default=0.0))
+        silence.go_on(verdict.quiet_s)
+        self._now = {verdict.culprits: silence}
+        return silence.starved_s
 
     def slowest(self, quiet_window_s: float) -> Verdict | None:
         """The verdict of the longest silence, with the other long ones in its evidence; None if none was long."""
@@ -59,8 +103,3 @@ def _waited_for_a_build(verdict: Verdict) -> float:
     if not awaited or any(position.state != "building" for position in awaited):
         return 0.0
     return min((position.since_s for position in verdict.ranks if position.state == "blocked"), default=0.0)
-
-
-def _was_starved(verdict: Verdict, facts: Facts) -> bool:
-    """Whether an awaited rank was short of CPU time, so that a busy machine made the others wait."""
-    return any(facts.starved.get(rank, 0.0) >= STARVED for rank in verdict.culprits)

@@ -81,6 +81,27 @@ def test_a_rank_that_was_stopped_or_lacked_a_processor_makes_no_run_slow(facts):
     assert silences.slowest(1.0) is None
 
 
+def test_time_without_a_processor_is_taken_off_the_silence_in_which_it_was():
+    silences = Silences()
+    for quiet_s, share in ((1.0, 0.9), (2.0, 0.5), (3.0, 0.0), (4.0, 0.0), (5.0, 0.2)):  # 1.6 s are lost
+        silences.remember(a_silence(quiet_s=quiet_s), Facts(starved={3: share}), alive_s=9.0, quiet_window_s=1.0)
+    assert silences.slowest(1.0) == a_silence(quiet_s=5.0)
+    assert silences.slowest(1.2) is None
+    for quiet_s in (1.0, 2.0, 3.0, 3.9):  # another silence, of which nothing is lost
+        silences.remember(a_silence(quiet_s=quiet_s), Facts(), alive_s=9.0, quiet_window_s=1.0)
+    assert silences.slowest(1.2) == a_silence(quiet_s=3.9)
+
+
+@pytest.mark.parametrize(("waiting", "kept"), [(1, False), (2, True), (3, True)])
+def test_half_of_the_ranks_may_wait_for_the_other_half(waiting, kept):
+    """So that a slow start of two ranks is noticed."""
+    places = [Position(rank, "locked" if rank < waiting else "building", since_s=9.0) for rank in range(4)]
+    verdict = Verdict("slow", culprits=tuple(range(waiting, 4)), ranks=tuple(places), quiet_s=4.0)
+    silences = Silences()
+    silences.remember(verdict, Facts(), alive_s=9.0, quiet_window_s=1.0)
+    assert silences.slowest(1.0) == (verdict if kept else None)
+
+
 def test_a_run_in_which_several_were_waited_for_in_turn_names_them_all(tmp_path):
     """Who mends only what took longest keeps the other wait."""
     _, watch = started(tmp_path, done=True)

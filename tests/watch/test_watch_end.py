@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 from simulated_watch import World, make_run_dir
@@ -75,3 +76,32 @@ def test_a_rank_that_is_done_may_exit_before_the_others_are_done(tmp_path: Path)
 
     document = world.watch(show=exit_when_done).run()
     assert (document.verdict, document.culprits) == ("clean", ()), document.evidence
+
+
+@pytest.mark.parametrize(
+    ("num_ranks", "waits_for", "starved", "late_s", "verdict"),
+    [
+        (2, "collective", 0.0, 0.0, "slow"),
+        (2, "lock", 0.0, 0.0, "slow"),
+        (4, "collective", 0.3, 0.0, "slow"),
+        (4, "lock", 0.0, 0.02, "slow"),  # the watcher is woken late: it cannot tell who else lacks a processor
+        (4, "collective", 0.9, 0.0, "clean"),
+    ],
+)
+def test_a_run_that_one_rank_held_up_is_slow_also_with_two_ranks_and_on_a_busy_machine(
+    tmp_path: Path, num_ranks: int, waits_for: str, starved: float, late_s: float, verdict: str
+) -> None:
+    """The last rank works for 5 s, in which the others wait for it in a collective or for its lock."""
+    run_dir = make_run_dir(tmp_path)
+    works: list[Any] = [("call", CALL), ("sleep", 5 * 10**9), ("call", CALL)]
+    waits: list[Any] = [("call", CALL), ("call", CALL)]
+    if waits_for == "lock":
+        works = [("call", CALL), ("lock", "k"), ("build", "gdn", 5 * 10**9), ("built", "gdn"), ("unlock", "k")]
+        waits = [("call", CALL), ("sleep", 10**8), ("lock", "k"), ("unlock", "k")]
+    sim = Simulation([waits] * (num_ranks - 1) + [works], {"dp": [tuple(range(num_ranks))]}, folder=run_dir.root)
+    options = WatchOptions(num_ranks=num_ranks, quiet_window_s=1.0, deadline_s=60.0)
+    world = World(sim, run_dir, options, 1)
+    world.hosts[0].starved, world.hosts[0].late_s = starved, late_s
+    document = world.watch().run()
+    assert document.verdict == verdict, document.evidence
+    assert document.culprits == ((num_ranks - 1,) if verdict == "slow" else ()), document.evidence
