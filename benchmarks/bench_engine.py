@@ -43,8 +43,8 @@ from hybrid_moe_ref.parallel.halt import Halt
 from hybrid_moe_ref.parallel.observer import Collective, NullObserver, Observer
 from hybrid_moe_ref.parallel.store import loopback_store
 from repro.lab.settings import RunSettings
-from repro.trace.recorder import Recorder
-from repro.trace.witness import read
+from repro.trace.recording.recorder import Recorder
+from repro.trace.witness.file import read
 
 AGREE_SHARE, STRICT_MS = 0.01, 4.0
 DEEP_LAYERS, DEEP_US = 60, 100.0  # of the largest preset, where a step on GPUs takes some milliseconds

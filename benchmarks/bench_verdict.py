@@ -24,9 +24,9 @@ from pathlib import Path
 from typing import Any
 
 from hybrid_moe_ref.parallel.observer import Collective, NullObserver, Observer, ScheduleEntry
-from repro.trace.format import Geometry, Identity, pack_header
-from repro.trace.recorder import Recorder
-from repro.trace.witness import parse
+from repro.trace.recording.recorder import Recorder
+from repro.trace.witness.file import parse
+from repro.trace.witness.format import Geometry, Identity, pack_header
 from repro.verdict import judge
 
 MOST_S, MOST_MIB = 10.0, 1024

@@ -20,7 +20,7 @@ ROOT = Path(__file__).resolve().parent.parent
         "repro.verdict",
         "repro.commands.cli",
         "repro.watch.live",
-        "repro.trace.witness",
+        "repro.trace.witness.file",
         "repro.lab.scenarios",
         "repro.report",
     ],

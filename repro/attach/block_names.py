@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections import Counter
 from dataclasses import replace
 
-from repro.trace.format import SEPARATOR
-from repro.trace.witness import Witness
+from repro.trace.witness.file import Witness
+from repro.trace.witness.format import SEPARATOR
 
 OWN_NAME = "a name of its own"
 _FIELDS = 5  # the fields of the key: group, op, layer, dtype, reduce_op

@@ -42,8 +42,8 @@ from repro.report.page.rank_files import main_stack
 from repro.store.run_dir import PARTS, RunDir, read_text
 from repro.store.schema import to_json
 from repro.store.text import escape_lines
-from repro.trace.format import Identity
-from repro.trace.witness import create
+from repro.trace.witness.file import create
+from repro.trace.witness.format import Identity
 from repro.verdict import Verdict
 from repro.verdict.result import name_ranks
 from repro.watch.document import Document, describe
@@ -52,7 +52,7 @@ from repro.watch.live import Watch
 if TYPE_CHECKING:
     import torch
 
-    from repro.trace.recorder import Recorder
+    from repro.trace.recording.recorder import Recorder
 
 POLL_S = 0.02
 PARK_S = 10.0
@@ -215,7 +215,7 @@ class Ranks:
     def _run_rank(self, run_dir: RunDir, rank: int, function: Callable[[Rank], Any]) -> None:
         """Run one rank, then park it: an early exit would make the peers fail, and so change the evidence."""
         from repro.hosts.signals import dump_on_signals
-        from repro.trace.recorder import Recorder
+        from repro.trace.recording.recorder import Recorder
 
         log = run_dir.log(rank).open("w", buffering=1)
         sys.stdout = sys.stderr = log

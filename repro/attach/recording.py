@@ -18,7 +18,7 @@ from repro.hosts.options import WatchOptions
 from repro.ingest.read import read
 from repro.store.description import read_description
 from repro.store.run_dir import RunDir
-from repro.trace.witness import Tail
+from repro.trace.witness.file import Tail
 from repro.verdict import Verdict
 from repro.verdict.partial import diagnose
 from repro.verdict.rules.explain import NOT_ENOUGH

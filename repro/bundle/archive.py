@@ -22,7 +22,7 @@ from hybrid_moe_ref.config import InputError
 from hybrid_moe_ref.files import DamagedFile, open_regular, read_json
 from repro.bundle.scratch import scratch_folder
 from repro.store.text import escape_control_characters
-from repro.trace.parse import WitnessError
+from repro.trace.witness.parse import WitnessError
 
 MAX_FILES = 20_000
 MAX_FILE_BYTES = 128 << 20

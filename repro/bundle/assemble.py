@@ -32,9 +32,9 @@ from repro.report.gather import Facts, gather, siblings
 from repro.store.description import VARIANTS, read_description
 from repro.store.run_dir import SUFFIX, RunDir, write_json
 from repro.store.text import escape_control_characters
-from repro.trace.format import CRC, HEADER
-from repro.trace.parse import parse_header
-from repro.trace.witness import MAX_BYTES
+from repro.trace.witness.file import MAX_BYTES
+from repro.trace.witness.format import CRC, HEADER
+from repro.trace.witness.parse import parse_header
 from repro.verdict import Verdict
 from repro.watch.live import Comparison
 from repro.watch.offline import judge_files, options_of

@@ -14,8 +14,8 @@ from typing import NamedTuple
 
 from repro.report.gather import Facts, headline
 from repro.store.text import escape_control_characters
-from repro.trace.format import Kind
-from repro.trace.witness import Witness, read_dir
+from repro.trace.witness.file import Witness, read_dir
+from repro.trace.witness.format import Kind
 from repro.verdict.result import list_ranks
 from repro.watch.document import Document
 

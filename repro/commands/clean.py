@@ -24,7 +24,7 @@ def run(args: argparse.Namespace) -> int:
     from hybrid_moe_ref.config import ConfigError
     from repro.hosts import processes
     from repro.store.run_dir import RUN_NAME, OutputError
-    from repro.trace.witness import read_dir
+    from repro.trace.witness.file import read_dir
 
     if not args.out.is_dir():
         raise ConfigError("no such folder", str(args.out))

@@ -95,7 +95,7 @@ def explain(error: Exception) -> int:
     from repro.bundle import ArchiveError, LeakError
     from repro.lab.start.machine import CannotRunHere
     from repro.store.run_dir import OutputError
-    from repro.trace.parse import WitnessError
+    from repro.trace.witness.parse import WitnessError
 
     match error:
         case ConfigError() | OutputError() | DamagedFile() | ArchiveError() | WitnessError():

@@ -26,7 +26,7 @@ from repro.report.terminal import Display, outcome, say, waits
 from repro.store.run_dir import RunDir
 from repro.store.schema import to_json
 from repro.store.text import escape_lines
-from repro.trace.witness import Tail
+from repro.trace.witness.file import Tail
 from repro.verdict import partial
 from repro.verdict.classes import class_of, describe_classes
 from repro.watch.document import Document

@@ -26,8 +26,8 @@ from repro.hosts.options import WatchOptions
 from repro.hosts.system import System
 from repro.store.run_dir import RunDir, read_json, write_json
 from repro.store.schema import read_typed, to_json
-from repro.trace.format import Identity
-from repro.trace.tails import Tails
+from repro.trace.witness.format import Identity
+from repro.trace.witness.tails import Tails
 from repro.verdict.facts import Facts
 from repro.verdict.result import name_ranks
 

@@ -13,9 +13,9 @@ import psutil
 
 from repro.hosts import collect, locks, processes
 from repro.store.run_dir import RunDir
-from repro.trace.format import Identity
 from repro.trace.identity import myself
-from repro.trace.parse import WitnessError
+from repro.trace.witness.format import Identity
+from repro.trace.witness.parse import WitnessError
 
 READ_FAILURES = (OSError, WitnessError, psutil.Error)
 """Errors of reads that may succeed the next time."""

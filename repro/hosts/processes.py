@@ -14,8 +14,8 @@ from collections.abc import Iterable
 import psutil
 
 from repro.hosts.parent import die_with_parent as die_with_parent
-from repro.trace.format import Identity
 from repro.trace.start_ticks import read_start_ticks
+from repro.trace.witness.format import Identity
 
 Process = psutil.Process
 """A process of this host, for rooms that do not import psutil."""

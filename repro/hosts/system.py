@@ -12,8 +12,8 @@ import psutil
 
 from repro.hosts import locks
 from repro.hosts.host import Host
-from repro.trace.format import Identity, Kind
-from repro.trace.witness import Witness
+from repro.trace.witness.file import Witness
+from repro.trace.witness.format import Identity, Kind
 from repro.verdict.facts import Facts
 
 STOPPED = "stopped by a signal"

@@ -14,7 +14,7 @@ from repro.ingest.ras import monitor as ras_monitor
 from repro.ingest.ras import text as ras_text
 from repro.ingest.recorder import flight_recorder
 from repro.ingest.stacks import dumps as stacks
-from repro.trace.observed import Observation, Source
+from repro.trace.foreign.records import Observation, Source
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Iterator
 from typing import Any
 
-from repro.trace.observed import Child, Connections, LockLook, Note, Observation, Process, ProcessLook, Source
+from repro.trace.foreign.records import Child, Connections, LockLook, Note, Observation, Process, ProcessLook, Source
 
 FORMAT = "hmr-host-look"
 VERSION = 1

@@ -10,7 +10,7 @@ import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 
-from repro.trace.observed import Failure, Group, Launches, Left, Member, Note, Observation, Process
+from repro.trace.foreign.records import Failure, Group, Launches, Left, Member, Note, Observation, Process
 
 MAX_LISTED = 1 << 20
 _WORKER_OF_ENGINE = re.compile(r"\w+[- ](\d{1,7}) of EngineCore_DP(\d{1,7})")

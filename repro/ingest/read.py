@@ -19,7 +19,7 @@ from repro.ingest.formats import FILES
 from repro.ingest.join import join
 from repro.ingest.logs import log
 from repro.ingest.shares import Share, read_shares
-from repro.trace.observed import Observation
+from repro.trace.foreign.records import Observation
 
 HEAD_BYTES = 65_536
 MAX_STRUCTURED_BYTES = 64 << 20

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from hybrid_moe_ref.files import open_regular, write_atomically
 from repro.ingest.read import Evidence
-from repro.trace import observed_json
+from repro.trace.foreign import json_lines
 
 NAME = "records.jsonl"
 MAX_BYTES = 1 << 30
@@ -32,10 +32,10 @@ def is_saved(path: Path) -> bool:
 def load(folder: Path) -> Evidence:
     """Load the evidence in a folder. Raises OSError, and DamagedFile ("file:line: what") for a damaged file."""
     with open_regular(folder / NAME, MAX_BYTES) as file:
-        return Evidence(*observed_json.decode(file, NAME))
+        return Evidence(*json_lines.decode(file, NAME))
 
 
 def save(folder: Path, evidence: Evidence) -> None:
     """Write the evidence. Raises OSError."""
-    lines = observed_json.encode(evidence.records, evidence.files, evidence.not_understood)
+    lines = json_lines.encode(evidence.records, evidence.files, evidence.not_understood)
     write_atomically(folder / NAME, b"".join(lines))

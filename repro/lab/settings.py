@@ -14,7 +14,7 @@ from hybrid_moe_ref.engine.server_config import CHECKS, ServerConfig
 from hybrid_moe_ref.files import read_json
 from repro.lab.workload import WorkloadConfig, draw_requests
 from repro.store.description import VARIANTS
-from repro.trace.format import Geometry
+from repro.trace.witness.format import Geometry
 
 BACKENDS = ("gloo", "nccl")
 MAX_CONFIG_BYTES = 1 << 20

@@ -17,8 +17,8 @@ from repro.store.description import VARIANTS, RunDescription, read_description
 from repro.store.run_dir import SUFFIX, RunDir, read_json, read_text, read_tokens
 from repro.store.schema import read_typed
 from repro.store.text import escape_control_characters, shorten_rank_lists
-from repro.trace.parse import WitnessError
-from repro.trace.witness import read
+from repro.trace.witness.file import read
+from repro.trace.witness.parse import WitnessError
 from repro.verdict.classes import class_of
 from repro.verdict.result import Count, name_ranks
 from repro.watch.document import Document, read_document, undecided

@@ -12,8 +12,8 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from repro.store.text import short_site
-from repro.trace.format import Event, Kind
-from repro.trace.witness import Witness
+from repro.trace.witness.file import Witness
+from repro.trace.witness.format import Event, Kind
 
 OPEN = -1
 """Stands for the end time of a span that never ended."""

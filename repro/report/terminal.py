@@ -14,9 +14,9 @@ from rich.text import Text
 
 from repro.report.tables import cell, lines, make_table, narrowest
 from repro.store.text import escape_lines, shorten_rank_lists
-from repro.trace.format import Kind
-from repro.trace.parse import WitnessError
-from repro.trace.witness import Tail
+from repro.trace.witness.file import Tail
+from repro.trace.witness.format import Kind
+from repro.trace.witness.parse import WitnessError
 from repro.verdict.classes import class_of
 from repro.verdict.result import list_ranks, shorten
 from repro.watch.document import Document

@@ -1,1 +1,2 @@
-"""The record of what a rank did: the witness file, its recorder and readers, and records of other tools' evidence."""
+"""What a rank did: our own witness file (`witness`), its recorder (`recording`), and records of other tools' evidence
+(`foreign`)."""

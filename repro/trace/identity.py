@@ -6,8 +6,8 @@ import os
 import socket
 import time
 
-from repro.trace.format import Identity
 from repro.trace.start_ticks import read_start_ticks
+from repro.trace.witness.format import Identity
 
 
 def myself(rank: int, num_ranks: int) -> Identity:

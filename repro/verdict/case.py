@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from repro.trace.knowledge import Knows
-from repro.trace.witness import Witness
+from repro.trace.witness.file import Witness
 from repro.verdict.evidence.edges import list_waits
 from repro.verdict.evidence.graph import Waits
 from repro.verdict.evidence.ledger import Ledger

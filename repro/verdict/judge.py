@@ -14,9 +14,9 @@ from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 
-from repro.trace.format import Identity
 from repro.trace.knowledge import COLLECTIVES, Knows
-from repro.trace.witness import Witness
+from repro.trace.witness.file import Witness
+from repro.trace.witness.format import Identity
 from repro.verdict.case import Case
 from repro.verdict.evidence.graph import wait_graph
 from repro.verdict.evidence.ledger import CallVariant, Ledger

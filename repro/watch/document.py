@@ -13,7 +13,7 @@ from typing import Annotated, Any, Self
 import msgspec
 
 from repro.store.schema import read_typed, typed
-from repro.trace.format import Identity
+from repro.trace.witness.format import Identity
 from repro.verdict import Verdict
 from repro.verdict.classes import CLASSES
 from repro.verdict.facts import Facts

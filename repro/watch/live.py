@@ -25,8 +25,8 @@ from repro.hosts.processes import Process
 from repro.hosts.system import System
 from repro.store.run_dir import RunDir, write_json
 from repro.store.schema import to_json
-from repro.trace.tails import Tails
-from repro.trace.witness import Tail, Witness
+from repro.trace.witness.file import Tail, Witness
+from repro.trace.witness.tails import Tails
 from repro.verdict import Verdict
 from repro.verdict.classes import class_of
 from repro.verdict.facts import Facts

@@ -8,8 +8,8 @@ from dataclasses import dataclass, field
 from repro.hosts.collect import PATIENCE_S, name_missing
 from repro.hosts.options import WatchOptions
 from repro.store.run_dir import RunDir
-from repro.trace.format import Identity
-from repro.trace.witness import Witness
+from repro.trace.witness.file import Witness
+from repro.trace.witness.format import Identity
 from repro.verdict import Verdict, judge
 from repro.verdict.facts import Facts
 from repro.watch.flight_recorder import compare_dumps

@@ -14,8 +14,8 @@ from repro.hosts.options import WatchOptions
 from repro.hosts.system import System
 from repro.store.description import RunDescription
 from repro.store.run_dir import RunDir
-from repro.trace.rewind import rewind
-from repro.trace.witness import Witness, read_dir
+from repro.trace.witness.file import Witness, read_dir
+from repro.trace.witness.rewind import rewind
 from repro.verdict import Verdict
 from repro.watch.document import Document, read_document
 from repro.watch.live import Comparison

@@ -14,8 +14,8 @@ from command_line import fails
 
 from repro.attach.record import imports, rank
 from repro.commands.record import SITE
-from repro.trace.format import Kind
-from repro.trace.witness import read_dir
+from repro.trace.witness.file import read_dir
+from repro.trace.witness.format import Kind
 
 JOBS = Path(__file__).resolve().parents[1] / "support" / "jobs" / "recorded_jobs.py"
 

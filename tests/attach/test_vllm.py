@@ -17,9 +17,9 @@ from repro.attach.record import rank as this
 from repro.attach.vllm import engine, hooks, mirror, notes, worker
 from repro.attach.vllm.notes import Activity, Note
 from repro.attach.vllm.qualified import qualified
-from repro.trace.format import Kind
-from repro.trace.recorder import Recorder
-from repro.trace.witness import read
+from repro.trace.recording.recorder import Recorder
+from repro.trace.witness.file import read
+from repro.trace.witness.format import Kind
 from repro.verdict import judge
 
 CONFIG = types.SimpleNamespace(world_size=1, data_parallel_size=2, world_size_across_dp=2, data_parallel_rank=0)

@@ -34,9 +34,9 @@ from repro.lab.description import describe
 from repro.lab.settings import RunSettings
 from repro.report.gather import gather
 from repro.store.run_dir import RunDir, write_json
-from repro.trace.format import Geometry, pack_header
-from repro.trace.parse import parse_header
-from repro.trace.witness import parse
+from repro.trace.witness.file import parse
+from repro.trace.witness.format import Geometry, pack_header
+from repro.trace.witness.parse import parse_header
 from repro.verdict import judge
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -18,8 +18,8 @@ from repro import bundle
 from repro.commands.cli import main
 from repro.commands.evidence import evidence_of
 from repro.ingest.read import Evidence, read
-from repro.trace.observed import Child, Connections, LockLook, Observation, Process, ProcessLook, Source
-from repro.trace.observed_json import decode, encode
+from repro.trace.foreign.json_lines import decode, encode
+from repro.trace.foreign.records import Child, Connections, LockLook, Observation, Process, ProcessLook, Source
 from repro.verdict.partial import diagnose
 
 FIELDS = ("verdict", "cause", "culprits", "suspects", "confidence")

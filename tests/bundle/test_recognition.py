@@ -27,7 +27,7 @@ from repro.lab import scenarios
 from repro.lab.configurations import CONFIGURATIONS
 from repro.lab.description import describe
 from repro.lab.settings import RunSettings
-from repro.trace.witness import Witness, parse, read
+from repro.trace.witness.file import Witness, parse, read
 from repro.verdict import Facts, Verdict, judge
 
 

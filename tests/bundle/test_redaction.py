@@ -18,8 +18,8 @@ from reported import write_hang
 from repro import bundle
 from repro.bundle import assemble
 from repro.store.run_dir import write_json
-from repro.trace.format import pack_header
-from repro.trace.parse import parse_header
+from repro.trace.witness.format import pack_header
+from repro.trace.witness.parse import parse_header
 
 MODES = ["recognised", "with logs"]
 USER, HOME, HOST, PEER = "qalicezz", "/srv/qalicezz", "gpuqx17.corp.example", "gpuqx18.corp.example"

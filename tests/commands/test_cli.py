@@ -27,7 +27,7 @@ from repro.lab.settings import RunSettings
 from repro.lab.start.prepare import prepare_run_dir
 from repro.report.terminal import LiveTable, position
 from repro.store.run_dir import OutputError
-from repro.trace.witness import Tail
+from repro.trace.witness.file import Tail
 from repro.verdict import Verdict
 from repro.watch.document import describe
 

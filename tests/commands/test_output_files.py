@@ -24,8 +24,8 @@ from repro.hosts.options import WatchOptions
 from repro.report.junit import write_junit
 from repro.report.terminal import overview
 from repro.store.run_dir import RunDir
-from repro.trace.format import Geometry
-from repro.trace.recorder import Recorder
+from repro.trace.recording.recorder import Recorder
+from repro.trace.witness.format import Geometry
 from repro.verdict import Verdict
 from repro.watch.document import Durations, Expectation, describe, read_document
 from repro.watch.live import Comparison, Watch

@@ -23,11 +23,11 @@ from repro.lab.outcome.tokens import compare_tokens
 from repro.lab.settings import RunSettings
 from repro.store.run_dir import RunDir, write_json
 from repro.store.schema import to_json
-from repro.trace.format import Geometry, Identity, pack_header
 from repro.trace.identity import myself
-from repro.trace.parse import parse_header
-from repro.trace.recorder import Recorder
-from repro.trace.witness import create
+from repro.trace.recording.recorder import Recorder
+from repro.trace.witness.file import create
+from repro.trace.witness.format import Geometry, Identity, pack_header
+from repro.trace.witness.parse import parse_header
 from repro.verdict import Facts
 from repro.watch.document import Durations, Watcher
 from repro.watch.live import Watch

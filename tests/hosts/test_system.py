@@ -23,10 +23,10 @@ from repro.hosts.host import Host
 from repro.hosts.system import STOPPED, System
 from repro.store.run_dir import RunDir
 from repro.store.schema import to_json, typed
-from repro.trace.format import pack_header
 from repro.trace.identity import myself
-from repro.trace.recorder import Recorder
-from repro.trace.witness import Witness, parse
+from repro.trace.recording.recorder import Recorder
+from repro.trace.witness.file import Witness, parse
+from repro.trace.witness.format import pack_header
 from repro.verdict import Facts, judge
 
 

@@ -20,7 +20,7 @@ from repro.commands.cli import main
 from repro.ingest.logs import log as logs
 from repro.ingest.read import read
 from repro.ingest.recorder import flight_recorder
-from repro.trace.observed import Failure, Progress, RecorderDump, TimedOut
+from repro.trace.foreign.records import Failure, Progress, RecorderDump, TimedOut
 
 
 def test_files_folders_and_zips_are_read_in_any_mixture_and_the_rest_is_listed(tmp_path):

@@ -9,7 +9,7 @@ from foreign import watchdog
 
 from repro.ingest.logs import prefix
 from repro.ingest.read import _records
-from repro.trace.observed import Failure, Left, Mismatch, Note, Progress, TimedOut
+from repro.trace.foreign.records import Failure, Left, Mismatch, Note, Progress, TimedOut
 
 GLOG = "E1126 03:04:11.061727749 ProcessGroupNCCL.cpp:1834"
 WORK = "SeqNum=7, OpType=ALLREDUCE, NumelIn=8, NumelOut=8, Timeout(ms)=600000"

@@ -8,7 +8,7 @@ import json
 from foreign import ras, write
 
 from repro.ingest.read import _records, read
-from repro.trace.observed import Failure, Launches, Member, Note, RasAnswer
+from repro.trace.foreign.records import Failure, Launches, Member, Note, RasAnswer
 
 
 def init(rank, size=4, *, host="node-a", pid=None, comm="0x55aa", name=" commId 0x77", bus=None):

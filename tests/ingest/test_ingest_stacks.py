@@ -13,7 +13,7 @@ from repro.ingest.names import processes
 from repro.ingest.stacks import activities
 from repro.ingest.stacks import dumps as stacks
 from repro.ingest.stacks.activities import activity_of
-from repro.trace.observed import Process, Stack
+from repro.trace.foreign.records import Process, Stack
 
 
 @pytest.mark.parametrize(

@@ -23,8 +23,8 @@ from hybrid_moe_ref.engine.startup.builds import ensure
 from repro.lab import scenarios
 from repro.lab.outcome.second_judgement import judge_again
 from repro.lab.settings import RunSettings
-from repro.trace.format import Kind
-from repro.trace.witness import read
+from repro.trace.witness.file import read
+from repro.trace.witness.format import Kind
 
 pytestmark = pytest.mark.timeout(300)  # one run compiles, on machines that may have other things to do
 

@@ -20,9 +20,9 @@ from repro.lab.outcome.expectation import matches
 from repro.lab.outcome.second_judgement import judge_again
 from repro.lab.settings import RunSettings
 from repro.store.run_dir import read_json
-from repro.trace.format import Kind
-from repro.trace.recorder import Recorder
-from repro.trace.witness import read
+from repro.trace.recording.recorder import Recorder
+from repro.trace.witness.file import read
+from repro.trace.witness.format import Kind
 from repro.verdict import Position, Verdict
 
 NUM_SEEDS = int(os.environ.get("HMR_SCENARIO_SEEDS", "1"))

@@ -24,7 +24,7 @@ from repro.lab.outcome.expectation import watch_options
 from repro.lab.settings import RunSettings
 from repro.lab.start.prepare import prepare_run_dir
 from repro.store.run_dir import RunDir, write_json
-from repro.trace.recorder import Recorder
+from repro.trace.recording.recorder import Recorder
 from repro.watch.live import Watch
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -33,7 +33,8 @@ A_RANK = """
 import os, signal, sys, time
 from pathlib import Path
 sys.path.insert(0, {root!r})
-from repro.trace import identity, recorder
+from repro.trace import identity
+from repro.trace.recording import recorder
 from repro.store.run_dir import RunDir
 from repro.hosts.signals import dump_on_signals
 identity.socket.gethostname = lambda: "elsewhere"
@@ -218,8 +219,8 @@ def _lives(out: Path, rank: int) -> bool:
 
 
 def _serves(out: Path, rank: int) -> bool:
-    from repro.trace.parse import WitnessError
-    from repro.trace.witness import Tail
+    from repro.trace.witness.file import Tail
+    from repro.trace.witness.parse import WitnessError
 
     with contextlib.suppress(OSError, WitnessError, IndexError):
         event = Tail(next(out.glob("2*")) / f"events/rank{rank:03d}.wit").last_event()

@@ -15,9 +15,9 @@ import pytest
 from forked import in_time, run_forked
 
 from repro.lab.settings import RunSettings
-from repro.trace.format import Kind
-from repro.trace.recorder import Recorder
-from repro.trace.witness import Tail
+from repro.trace.recording.recorder import Recorder
+from repro.trace.witness.file import Tail
+from repro.trace.witness.format import Kind
 
 QUIET_S, SLOW_S = 0.5, 1.8
 REPEATS = int(os.environ.get("HMR_LIVE_REPEATS", "10"))

@@ -21,9 +21,9 @@ from repro.lab import scenarios
 from repro.lab.start import job, launch
 from repro.report.terminal import Display
 from repro.store.run_dir import read_json
-from repro.trace.format import Kind
-from repro.trace.parse import WitnessError
-from repro.trace.witness import Tail
+from repro.trace.witness.file import Tail
+from repro.trace.witness.format import Kind
+from repro.trace.witness.parse import WitnessError
 
 ROOT = Path(__file__).resolve().parents[2]
 DEADLINE_S = 90

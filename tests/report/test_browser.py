@@ -27,8 +27,8 @@ from repro.lab.description import describe
 from repro.lab.settings import RunSettings
 from repro.store.run_dir import RunDir, write_json
 from repro.store.schema import to_json
-from repro.trace.format import Geometry
-from repro.trace.witness import read_dir
+from repro.trace.witness.file import read_dir
+from repro.trace.witness.format import Geometry
 from repro.verdict import judge
 
 pytestmark = pytest.mark.full

@@ -8,9 +8,19 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from repro.trace.format import LIVE, LIVE_AT, LOST_STRING, MAX_STRINGS, NO_VECTOR, STRING, WORD, Geometry, unguarded
-from repro.trace.parse import Problems, parse_live, parse_strings, parse_vectors
-from repro.trace.string_areas import Strings, Vectors
+from repro.trace.recording.string_areas import Strings, Vectors
+from repro.trace.witness.format import (
+    LIVE,
+    LIVE_AT,
+    LOST_STRING,
+    MAX_STRINGS,
+    NO_VECTOR,
+    STRING,
+    WORD,
+    Geometry,
+    unguarded,
+)
+from repro.trace.witness.parse import Problems, parse_live, parse_strings, parse_vectors
 
 QUICK = settings(max_examples=60, deadline=None, derandomize=True)
 SHAPE = Geometry(ring_records=2, vector_words=16, string_bytes=256, group_slots=2)

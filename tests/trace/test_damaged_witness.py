@@ -15,7 +15,9 @@ from witness_sample import GATHER, REDUCE, SLOT, TINY, sample
 from written import written
 
 from hybrid_moe_ref.parallel.observer import ScheduleEntry
-from repro.trace.format import (
+from repro.trace.recording.recorder import Recorder
+from repro.trace.witness.file import Event, WitnessError, parse
+from repro.trace.witness.format import (
     CRC,
     GUARD,
     HEADER,
@@ -27,8 +29,6 @@ from repro.trace.format import (
     RESIDUE,
     Kind,
 )
-from repro.trace.recorder import Recorder
-from repro.trace.witness import Event, WitnessError, parse
 from repro.verdict import Facts, judge
 
 

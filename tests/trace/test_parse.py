@@ -15,8 +15,10 @@ from hypothesis import strategies as st
 from scene import make_recorder
 
 from hybrid_moe_ref.parallel.observer import Collective, ScheduleEntry
-from repro.trace.compact import compact
-from repro.trace.format import (
+from repro.trace.recording.recorder import Recorder
+from repro.trace.witness.compact import compact
+from repro.trace.witness.file import Witness, WitnessError, parse, read
+from repro.trace.witness.format import (
     CRC,
     GUARD,
     HEADER,
@@ -35,9 +37,7 @@ from repro.trace.format import (
     pack_string,
     unguarded,
 )
-from repro.trace.parse import MAX_PROBLEMS, Problems
-from repro.trace.recorder import Recorder
-from repro.trace.witness import Witness, WitnessError, parse, read
+from repro.trace.witness.parse import MAX_PROBLEMS, Problems
 
 SHAPE = Geometry(ring_records=32, vector_words=32, string_bytes=2048, group_slots=4)
 QUICK = settings(max_examples=80, deadline=None, derandomize=True)

@@ -15,9 +15,9 @@ from typing import Any
 import pytest
 
 from hybrid_moe_ref.parallel.observer import Collective, Observer, ScheduleEntry
-from repro.trace.format import Geometry, Kind
-from repro.trace.recorder import MAX_MESSAGE, Recorder
-from repro.trace.witness import WitnessError, read
+from repro.trace.recording.recorder import MAX_MESSAGE, Recorder
+from repro.trace.witness.file import WitnessError, read
+from repro.trace.witness.format import Geometry, Kind
 
 REDUCE = Collective("dp", "all_reduce", "", (32,), "int32", "sum")
 
@@ -164,8 +164,8 @@ def test_a_file_has_one_writer(tmp_path: Path) -> None:
 def test_a_file_of_another_rank_is_refused(tmp_path: Path) -> None:
     recorder_at(tmp_path / "w")
     (tmp_path / "w").unlink()
-    from repro.trace.format import Identity
-    from repro.trace.witness import create
+    from repro.trace.witness.file import create
+    from repro.trace.witness.format import Identity
 
     create(tmp_path / "w", Identity(1, 2))
     with pytest.raises(WitnessError, match="made for rank 1 of 2, opened by 0 of 2"):

@@ -8,8 +8,8 @@ import pytest
 from scene import Scene
 from witness_sample import GATHER, REDUCE, TINY
 
-from repro.trace.rewind import rewind
-from repro.trace.witness import Witness
+from repro.trace.witness.file import Witness
+from repro.trace.witness.rewind import rewind
 
 BEAT_NS = 77
 

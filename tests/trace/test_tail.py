@@ -13,11 +13,11 @@ from unittest import mock
 import pytest
 
 from hybrid_moe_ref.parallel.observer import Collective
-from repro.trace import witness as files
-from repro.trace.format import GUARD, HEART_AT, LIVE_AT, WORD, Geometry, Identity, pack_header
 from repro.trace.identity import myself
-from repro.trace.recorder import Recorder
-from repro.trace.witness import Tail, create, parse, read
+from repro.trace.recording.recorder import Recorder
+from repro.trace.witness import file as files
+from repro.trace.witness.file import Tail, create, parse, read
+from repro.trace.witness.format import GUARD, HEART_AT, LIVE_AT, WORD, Geometry, Identity, pack_header
 
 TINY = Geometry(ring_records=32, vector_words=64, string_bytes=512, group_slots=4)
 REDUCE = Collective("dp", "all_reduce", "", (32,), "int32", "sum")

@@ -10,17 +10,17 @@ from scene import Scene
 from witness_sample import GATHER, REDUCE, TINY, sample
 
 from hybrid_moe_ref.parallel.observer import Collective
-from repro.trace.compact import compact
-from repro.trace.format import (
+from repro.trace.knowledge import WITNESS, Knows
+from repro.trace.recording.recorder import Recorder
+from repro.trace.witness.compact import compact
+from repro.trace.witness.file import Tail, WitnessError, create, parse, read, read_dir
+from repro.trace.witness.format import (
     KNOWS_AT,
     LIVE_AT,
     Geometry,
     Identity,
     Kind,
 )
-from repro.trace.knowledge import WITNESS, Knows
-from repro.trace.recorder import Recorder
-from repro.trace.witness import Tail, WitnessError, create, parse, read, read_dir
 from repro.verdict import judge
 
 

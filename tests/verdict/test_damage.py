@@ -15,9 +15,9 @@ from faults import Case, Truth, draw, truth
 from simulator import Simulation
 from test_simulated import is_harmless, report, rest, verdict_of
 
-from repro.trace.format import SPARE_AT, Geometry
-from repro.trace.parse import parse_header
-from repro.trace.witness import Witness, WitnessError, parse
+from repro.trace.witness.file import Witness, WitnessError, parse
+from repro.trace.witness.format import SPARE_AT, Geometry
+from repro.trace.witness.parse import parse_header
 
 PER_RUN = 20
 MOST_RANKS = 8

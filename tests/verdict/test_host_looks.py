@@ -6,7 +6,7 @@ import dataclasses
 
 import pytest
 
-from repro.trace.observed import Child, Connections, LockLook, Note, Process, ProcessLook, Source, Stack
+from repro.trace.foreign.records import Child, Connections, LockLook, Note, Process, ProcessLook, Source, Stack
 from repro.verdict.partial import diagnose
 
 PLACES = {

@@ -22,7 +22,8 @@ from sentences import check_sentences
 from simulator import Simulation
 from worlds import Simulated
 
-from repro.trace.format import (
+from repro.trace.witness.file import Witness, WitnessError, parse
+from repro.trace.witness.format import (
     FIXED,
     GROUP_BYTES,
     GROUPS_AT,
@@ -36,8 +37,7 @@ from repro.trace.format import (
     Kind,
     unguarded,
 )
-from repro.trace.parse import parse_header
-from repro.trace.witness import Witness, WitnessError, parse
+from repro.trace.witness.parse import parse_header
 from repro.verdict import Facts, Verdict, judge
 
 QUICK = int(os.environ.get("HMR_SEEDS", "500"))

@@ -10,7 +10,7 @@ from serving import C1, EVERYONE, EXTRA, PLAN, SIZES, dispatch, eight_ranks, loo
 from written import written
 
 from hybrid_moe_ref.parallel.observer import Collective
-from repro.trace.format import RECORD, Event, Kind
+from repro.trace.witness.format import RECORD, Event, Kind
 
 
 def test_extra_collective_of_the_live_ranks_is_a_deadlock_with_exactly_them_as_culprits() -> None:

@@ -8,7 +8,7 @@ import pytest
 from scene import MS, SMALL, Scene
 from serving import C1, EVERYONE, PLAN, dispatch, eight_ranks, look, whole_step
 
-from repro.trace.format import Identity, pack_header
+from repro.trace.witness.format import Identity, pack_header
 from repro.verdict import Facts, judge
 
 

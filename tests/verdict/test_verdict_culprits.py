@@ -7,7 +7,7 @@ from scene import Scene
 from serving import C1, EVERYONE, PLAN, STEP, combine, dispatch, eight_ranks, look, whole_step
 
 from hybrid_moe_ref.parallel.observer import Collective, ScheduleEntry
-from repro.trace.format import Geometry
+from repro.trace.witness.format import Geometry
 
 
 def entry(call: Collective) -> ScheduleEntry:

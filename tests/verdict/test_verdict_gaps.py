@@ -7,7 +7,7 @@ from scene import MS, Scene
 from serving import C1, EVERYONE, EXTRA, PLAN, STEP, dispatch, eight_ranks, look, metadata_rebuild, whole_step
 
 from hybrid_moe_ref.parallel.observer import Collective
-from repro.trace.format import GUARD, LIVE_AT, RECORD, WORD, Geometry
+from repro.trace.witness.format import GUARD, LIVE_AT, RECORD, WORD, Geometry
 from repro.verdict import judge
 
 

@@ -9,7 +9,7 @@ from scene import MS, Scene
 from serving import C1, EVERYONE, PLAN, dispatch, eight_ranks, look, whole_step
 
 from hybrid_moe_ref.parallel.observer import Collective
-from repro.trace.format import Geometry
+from repro.trace.witness.format import Geometry
 from repro.verdict import Facts, judge
 
 GRADS = Collective("dp", "all_reduce", "grads", (4,), "float32", "sum")

@@ -27,8 +27,8 @@ from hybrid_moe_ref.engine.scheduler import Request  # noqa: E402
 from hybrid_moe_ref.engine.server_config import ServerConfig  # noqa: E402
 from hybrid_moe_ref.parallel.comm import Communicator  # noqa: E402
 from hybrid_moe_ref.parallel.observer import Collective, NullObserver  # noqa: E402
-from repro.trace.format import Kind  # noqa: E402
-from repro.trace.witness import Witness, read_dir  # noqa: E402
+from repro.trace.witness.file import Witness, read_dir  # noqa: E402
+from repro.trace.witness.format import Kind  # noqa: E402
 
 MODEL = ModelConfig(
     layer_pattern="GGGA", vocab_size=512, hidden_size=64, num_attention_heads=2, num_key_value_heads=1, head_dim=32,

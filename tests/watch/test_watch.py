@@ -17,9 +17,9 @@ from repro.lab.outcome.tokens import MAX_LINES, wrong_tokens
 from repro.lab.settings import RunSettings
 from repro.lab.start.ending import end
 from repro.store.run_dir import RunDir, read_tokens, write_json
-from repro.trace.format import Identity
-from repro.trace.recorder import Recorder
-from repro.trace.witness import create
+from repro.trace.recording.recorder import Recorder
+from repro.trace.witness.file import create
+from repro.trace.witness.format import Identity
 from repro.verdict import Verdict
 from repro.verdict.facts import Facts
 from repro.verdict.result import Position

@@ -11,8 +11,8 @@ from simulator import Simulation
 
 from hybrid_moe_ref.parallel.observer import Collective
 from repro.hosts.options import WatchOptions
-from repro.trace.format import Identity
-from repro.trace.witness import create
+from repro.trace.witness.file import create
+from repro.trace.witness.format import Identity
 from repro.watch.live import Comparison
 from repro.watch.offline import judge_files
 

@@ -23,10 +23,10 @@ from repro.hosts.agent import RemoteHosts
 from repro.hosts.options import WatchOptions
 from repro.hosts.system import System
 from repro.store.run_dir import write_json
-from repro.trace.format import Identity
 from repro.trace.identity import myself
-from repro.trace.recorder import Recorder
-from repro.trace.witness import create
+from repro.trace.recording.recorder import Recorder
+from repro.trace.witness.file import create
+from repro.trace.witness.format import Identity
 from repro.verdict.facts import Facts
 from repro.watch.live import Comparison
 from repro.watch.look import Look
@@ -77,10 +77,10 @@ def owner_of(site: str) -> tuple[Any, str]:
 
 
 READS = [
-    ("repro.trace.witness.read", "a witness is read"),
-    ("repro.trace.witness.Tail.last_event", "its last event is read"),
-    ("repro.trace.witness.Tail.writer", "its writer is read"),
-    ("repro.trace.witness.Tail.__init__", "it is mapped"),
+    ("repro.trace.witness.file.read", "a witness is read"),
+    ("repro.trace.witness.file.Tail.last_event", "its last event is read"),
+    ("repro.trace.witness.file.Tail.writer", "its writer is read"),
+    ("repro.trace.witness.file.Tail.__init__", "it is mapped"),
     ("simulated_watch.SimulatedHost.find", "a process is looked for"),
     ("simulated_watch.SimulatedHost.is_stopped", "its state is read"),
     ("simulated_watch.SimulatedHost.cpu_seconds", "its processor time is read"),

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 from repro.attach.record.imports import replace
 
 if TYPE_CHECKING:
-    from repro.trace.recorder import Recorder
+    from repro.trace.recording.recorder import Recorder
 
 QUIET_WINDOW_S = 5.0
 """A user's job may compute, load data or save for longer between two collectives than our own runs do."""
@@ -132,8 +132,8 @@ def become(rank: int, num_ranks: int, meeting: str = "") -> None:
     if _base is None or current is not None or _owner_pid == os.getpid():
         return
     _owner_pid = os.getpid()
-    from repro.trace.parse import WitnessError
-    from repro.trace.recorder import Recorder
+    from repro.trace.recording.recorder import Recorder
+    from repro.trace.witness.parse import WitnessError
 
     try:
         root = _folder_of_job(_base, _key(num_ranks, meeting))

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 from hybrid_moe_ref.parallel.observer import Collective, ScheduleEntry
 
 if TYPE_CHECKING:
-    from repro.trace.recorder import Recorder
+    from repro.trace.recording.recorder import Recorder
 
 NUM_EQUAL = 3
 """Executions that must be equal before a rank declares them."""

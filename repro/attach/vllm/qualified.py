@@ -6,7 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from repro.attach.vllm.mirror import GROUP, LEFT_OUT, WITHOUT_REQUESTS
-from repro.trace.witness import read_dir
+from repro.trace.witness.file import read_dir
 from repro.verdict import Verdict
 from repro.verdict.result import say
 

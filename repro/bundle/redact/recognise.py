@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
 from repro.bundle.redact.words import below_package, is_file, is_name, is_token, is_word, plain
-from repro.trace.format import ENTRY_SEPARATOR, SEPARATOR
+from repro.trace.witness.format import ENTRY_SEPARATOR, SEPARATOR
 
 LEFT_OUT = {
     "text": "messages, and lines of logs and stacks",

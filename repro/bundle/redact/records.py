@@ -15,7 +15,8 @@ from typing import Any, TypeVar
 from repro.bundle.redact.recognise import Recogniser
 from repro.bundle.redact.words import MAX_NAME, is_name, is_word
 from repro.ingest.read import Evidence
-from repro.trace.observed import (
+from repro.trace.foreign.operations import Calls, Form
+from repro.trace.foreign.records import (
     Call,
     Connections,
     Failure,
@@ -38,7 +39,6 @@ from repro.trace.observed import (
     Stack,
     TimedOut,
 )
-from repro.trace.operations import Calls, Form
 from repro.verdict.partial.logs.failures import SURVIVED
 
 _Form = TypeVar("_Form", Form, Call)

@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import replace
 
 from repro.bundle.redact.recognise import Recogniser
-from repro.trace.compact import compact
-from repro.trace.parse import parse_header
+from repro.trace.witness.compact import compact
+from repro.trace.witness.parse import parse_header
 
 
 def redact_witness(data: bytes, name: str, recogniser: Recogniser) -> bytes:

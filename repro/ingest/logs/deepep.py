@@ -10,7 +10,7 @@ import re
 from collections.abc import Iterator
 
 from repro.ingest.logs.prefix import Line
-from repro.trace.observed import Note, Observation, Source
+from repro.trace.foreign.records import Note, Observation, Source
 
 NEEDLES = ("DeepEP",)
 

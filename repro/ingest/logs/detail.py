@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 from repro.ingest.logs.prefix import Line
 from repro.ingest.names.operations import operation
-from repro.trace.observed import Call, Mismatch, Note, Observation, Process, Source
+from repro.trace.foreign.records import Call, Mismatch, Note, Observation, Process, Source
 
 NEEDLES = ("Detected mismatch between collectives", "inconsistent collective", "monitoredBarrier")
 

@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterator
 
 from repro.ingest.logs.prefix import Line
-from repro.trace.observed import Failure, Note, Observation, Process, Source
+from repro.trace.foreign.records import Failure, Note, Observation, Process, Source
 
 NEEDLES = (
     "shared memory broadcast block", "world_size=", "world size", "group leader", "torch.compile", "Compiling a graph",

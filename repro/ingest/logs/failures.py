@@ -10,7 +10,7 @@ from collections.abc import Iterator
 
 from repro.ingest.logs.prefix import Line
 from repro.ingest.names.processes import member_of
-from repro.trace.observed import Failure, Observation, Process, Source
+from repro.trace.foreign.records import Failure, Observation, Process, Source
 
 NEEDLES = (
     "Error", "error", "Exception", "out of memory", "OutOfMemory", "illegal memory", "died unexpectedly",

@@ -9,7 +9,7 @@ import re
 from collections.abc import Iterator
 
 from repro.ingest.logs.prefix import Line
-from repro.trace.observed import Failure, Left, Note, Observation, Source
+from repro.trace.foreign.records import Failure, Left, Note, Observation, Source
 
 NEEDLES = ("gloo", "Gloo", "loopback address", "caused pair closure")
 

@@ -9,7 +9,7 @@ import re
 from collections.abc import Iterator
 
 from repro.ingest.logs.prefix import Line
-from repro.trace.observed import Failure, Observation, Process, Source
+from repro.trace.foreign.records import Failure, Observation, Process, Source
 
 NEEDLES = ("NVRM: Xid", "Killed process", "oom-kill:")
 

@@ -9,7 +9,7 @@ import re
 from collections.abc import Iterator
 
 from repro.ingest.logs.prefix import Line
-from repro.trace.observed import Failure, Note, Observation, Process, Source
+from repro.trace.foreign.records import Failure, Note, Observation, Process, Source
 
 NEEDLES = ("local_rank:", "exitcode", "MPI_ABORT", "MPI_Abort", "SYSTEM_ERROR", "exit code", "repeated ")
 

@@ -11,7 +11,7 @@ from repro.ingest.formats import ENGINES, LINES
 from repro.ingest.logs import prefix
 from repro.ingest.names.processes import process_of
 from repro.ingest.stacks import dumps as stacks
-from repro.trace.observed import Observation, Source
+from repro.trace.foreign.records import Observation, Source
 
 BLOCK = 1 << 18
 MAX_LINE = 4096

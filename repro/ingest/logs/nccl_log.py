@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 
 from repro.ingest.logs.prefix import Line
 from repro.ingest.names.operations import operation
-from repro.trace.observed import Call, Failure, Group, Launches, Left, Member, Note, Observation, Process, Source
+from repro.trace.foreign.records import Call, Failure, Group, Launches, Left, Member, Note, Observation, Process, Source
 
 NEEDLES = ("NCCL INFO", "NCCL WARN", "collective mismatch error")
 KEPT_CALLS = 512

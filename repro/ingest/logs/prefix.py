@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 from repro.ingest.names.processes import rank_in, role_of
-from repro.trace.observed import Process
+from repro.trace.foreign.records import Process
 
 _ANSI = re.compile(r"\x1b\[[0-9;?]*[ -/]*[@-~]")
 _DAYS = (0, 31, 59, 90, 120, 151, 181, 212, 243, 273, 304, 334)

@@ -12,7 +12,7 @@ from dataclasses import replace
 
 from repro.ingest.logs.prefix import Line
 from repro.ingest.names.operations import operation
-from repro.trace.observed import Call, Failure, Group, Note, Observation, Progress, Source, TimedOut
+from repro.trace.foreign.records import Call, Failure, Group, Note, Observation, Progress, Source, TimedOut
 
 NEEDLES = ("atchdog", "Timeout at ", "timed out in blocking wait", "dump signal", "signal dumping", "eartbeat monitor")
 

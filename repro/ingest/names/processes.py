@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 
-from repro.trace.observed import Process
+from repro.trace.foreign.records import Process
 
 _RANK_IN_TITLE = re.compile(
     r"(?:Worker|RayWorkerProc|scheduler|ModelRunner|VllmWorker)[-_A-Za-z]*?((?:[-_](?:DP|PP|TP|EP|PCP|DCP)\d+)+)"

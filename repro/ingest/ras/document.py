@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator
 from typing import Any
 
 from repro.ingest.ras.members import of_the_world
-from repro.trace.observed import Member, Note, Observation, Process, RasAnswer, RasCommunicator, Source
+from repro.trace.foreign.records import Member, Note, Observation, Process, RasAnswer, RasCommunicator, Source
 
 MAX_COMMUNICATORS, MAX_RANKS = 10_000, 200_000
 

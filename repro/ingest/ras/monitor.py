@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterator
 
 from repro.ingest.logs.prefix import Line
-from repro.trace.observed import Note, Observation, Process, Source
+from repro.trace.foreign.records import Note, Observation, Process, Source
 
 NEEDLES = ("PEER_DEAD", "PEER_UNRESPONSIVE", "PEER_CONNECTED", "PEER_RECOVERED")
 

@@ -12,7 +12,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
 
 from repro.ingest.ras.members import of_the_world
-from repro.trace.observed import Member, Note, Observation, Process, RasAnswer, RasCommunicator, Source
+from repro.trace.foreign.records import Member, Note, Observation, Process, RasAnswer, RasCommunicator, Source
 
 MAX_RANKS = 200_000
 

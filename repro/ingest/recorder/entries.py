@@ -14,9 +14,9 @@ from marshal import dumps
 from typing import Any
 
 from repro.ingest.names.operations import operation
+from repro.trace.foreign.operations import NO_NUMBER, Calls, Form
+from repro.trace.foreign.records import Group
 from repro.trace.knowledge import NOTHING, Knows
-from repro.trace.observed import Group
-from repro.trace.operations import NO_NUMBER, Calls, Form
 
 MAX_FRAMES, MAX_TENSORS, MAX_DIMENSIONS = 24, 64, 16
 MAX_NS = 1 << 62

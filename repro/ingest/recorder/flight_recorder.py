@@ -31,8 +31,8 @@ from repro.ingest.recorder.entries import (
     knowledge_of,
     short_text,
 )
-from repro.trace.observed import Group, GroupRecord, RecorderDump, Source
-from repro.trace.operations import NO_CALLS
+from repro.trace.foreign.operations import NO_CALLS
+from repro.trace.foreign.records import Group, GroupRecord, RecorderDump, Source
 
 MAX_ENTRIES = 50_000
 MAX_RANKS = 131_072

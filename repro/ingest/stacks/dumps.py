@@ -16,7 +16,7 @@ from repro.ingest.logs.prefix import split_writer, writer_of
 from repro.ingest.names.processes import process_of
 from repro.ingest.stacks.activities import activity_of
 from repro.ingest.stacks.frame_locals import group_of, peer_of
-from repro.trace.observed import Note, Process, Source, Stack
+from repro.trace.foreign.records import Note, Process, Source, Stack
 
 MAX_FRAMES = 400
 MAX_STACKS = 100_000

@@ -36,7 +36,7 @@ from repro.lab.start.prepare import prepare_run_dir
 from repro.store.description import VARIANTS
 from repro.store.run_dir import OutputError, RunDir, write_atomically, write_json
 from repro.store.text import escape_lines
-from repro.trace.recorder import Recorder
+from repro.trace.recording.recorder import Recorder
 
 if TYPE_CHECKING:
     import torch.distributed as dist

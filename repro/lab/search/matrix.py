@@ -24,8 +24,8 @@ from repro.lab.start.series import Series
 from repro.report.tables import make_table
 from repro.store.run_dir import RunDir
 from repro.store.schema import to_json
-from repro.trace.format import Kind
-from repro.trace.witness import read
+from repro.trace.witness.file import read
+from repro.trace.witness.format import Kind
 from repro.watch.document import Document
 
 SHORT_TIMEOUT_S = 3.0

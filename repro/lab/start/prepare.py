@@ -11,8 +11,8 @@ from repro.lab.description import describe
 from repro.lab.settings import RunSettings
 from repro.lab.start import kernel_cache
 from repro.store.run_dir import OutputError, RunDir, write_json
-from repro.trace.format import Geometry, Identity
-from repro.trace.witness import create
+from repro.trace.witness.file import create
+from repro.trace.witness.format import Geometry, Identity
 
 FREE_BYTES = 32 << 20
 """Free disk space that a run needs besides its witnesses, for logs, stacks, dumps and the verdict."""

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 
 from repro.ingest.read import Evidence
 from repro.report.diagnosis import stack_tree
-from repro.trace.observed import RecorderDump, Stack
+from repro.trace.foreign.records import RecorderDump, Stack
 from repro.verdict.partial.diagnosis import Diagnosis
 from repro.verdict.partial.notes import known_bad, versions_of
 from repro.verdict.partial.scene import Scene

@@ -10,7 +10,7 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from repro.trace.observed import Stack
+from repro.trace.foreign.records import Stack
 from repro.verdict.result import list_ranks
 
 MAX_DEPTH = 120

@@ -8,8 +8,8 @@ from difflib import SequenceMatcher
 
 from repro.report.gather import Facts
 from repro.store.text import shorten_rank_lists
-from repro.trace.parse import WitnessError
-from repro.trace.witness import read
+from repro.trace.witness.file import read
+from repro.trace.witness.parse import WitnessError
 from repro.verdict.evidence.steps import Entry, Step, steps_of
 from repro.verdict.result import name_ranks
 

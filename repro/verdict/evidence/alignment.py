@@ -10,7 +10,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from repro.trace.witness import Witness
+from repro.trace.witness.file import Witness
 from repro.verdict.evidence.position import GroupKey
 from repro.verdict.evidence.steps import Entry, Issued, Step
 

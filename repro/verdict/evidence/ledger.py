@@ -8,9 +8,9 @@ from __future__ import annotations
 from collections.abc import Collection, Iterator, Mapping
 from typing import NamedTuple
 
-from repro.trace.format import Kind
 from repro.trace.knowledge import Knows
-from repro.trace.witness import Signature, Witness
+from repro.trace.witness.file import Signature, Witness
+from repro.trace.witness.format import Kind
 from repro.verdict.evidence.position import GroupKey
 from repro.verdict.result import list_ranks
 

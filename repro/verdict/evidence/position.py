@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
-from repro.trace.format import Event, Identity, Kind
 from repro.trace.knowledge import COLLECTIVES, Knows
-from repro.trace.witness import Witness
+from repro.trace.witness.file import Witness
+from repro.trace.witness.format import Event, Identity, Kind
 from repro.verdict.result import DAMAGED, UNFINISHED, Position
 
 _LOCAL = frozenset(map(int, (Kind.LOCK_HELD, Kind.LOCK_FREED, Kind.BUILD_BEGIN, Kind.BUILD_END)))

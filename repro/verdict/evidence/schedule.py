@@ -6,7 +6,7 @@ import itertools
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from repro.trace.witness import Witness
+from repro.trace.witness.file import Witness
 from repro.verdict.evidence.alignment import Deviation
 from repro.verdict.evidence.ledger import TRANSFERS
 from repro.verdict.evidence.position import GroupKey

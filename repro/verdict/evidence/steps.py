@@ -6,9 +6,9 @@ import itertools
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
-from repro.trace.format import Kind
 from repro.trace.knowledge import Knows
-from repro.trace.witness import Witness
+from repro.trace.witness.file import Witness
+from repro.trace.witness.format import Kind
 from repro.verdict.evidence.ledger import is_transfer
 from repro.verdict.evidence.position import GroupKey
 

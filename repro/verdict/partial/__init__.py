@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from repro.trace.observed import Observation
+from repro.trace.foreign.records import Observation
 from repro.verdict.partial.commands import with_pids
 from repro.verdict.partial.diagnosis import Diagnosis
 from repro.verdict.partial.dumps.judge import judge_recorders

@@ -6,8 +6,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
-from repro.trace.knowledge import COLLECTIVES
-from repro.trace.observed import (
+from repro.trace.foreign.records import (
     Connections,
     Failure,
     Launches,
@@ -24,6 +23,7 @@ from repro.trace.observed import (
     Stack,
     TimedOut,
 )
+from repro.trace.knowledge import COLLECTIVES
 from repro.verdict.partial.dumps.members import groups_of, with_members
 from repro.verdict.partial.dumps.moments import describe_equal, describe_stale, moments_of, stale_dumps, world_sizes
 

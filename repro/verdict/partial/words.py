@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
-from repro.trace.observed import Call, Group
+from repro.trace.foreign.records import Call, Group
 from repro.verdict.result import list_ranks
 
 WORKING = ("building", "compiling", "loading", "saving", "data")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from repro.trace.witness import Witness
+from repro.trace.witness.file import Witness
 from repro.verdict.evidence.ledger import UNKNOWN, Call, CallVariant, calls, worst_difference
 from repro.verdict.evidence.position import GroupKey
 from repro.verdict.evidence.sides import calls_of_sides

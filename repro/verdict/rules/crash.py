@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Sequence
 
 from repro.trace.knowledge import Knows
-from repro.trace.witness import Witness
+from repro.trace.witness.file import Witness
 from repro.verdict.case import Case
 from repro.verdict.result import Finding, Verdict, list_ranks, name_ranks
 from repro.verdict.rules.explain import explain

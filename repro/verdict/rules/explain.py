@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from repro.trace.knowledge import PLAN, Knows
-from repro.trace.witness import Witness
+from repro.trace.witness.file import Witness
 from repro.verdict.evidence.alignment import Deviation, inverted_before, unshared_deviations
 from repro.verdict.evidence.graph import Waits
 from repro.verdict.evidence.ledger import CallVariant, Ledger, calls

@@ -31,7 +31,7 @@ from hybrid_moe_ref.files import DamagedFile
 from repro.commands.diagnose import lines
 from repro.ingest.read import Evidence, read, read_files
 from repro.store.text import escape_lines
-from repro.trace import observed_json
+from repro.trace.foreign import json_lines
 from repro.verdict.partial import diagnose
 
 MAX_SECONDS, MAX_MIB = 5.0, 1024
@@ -93,7 +93,7 @@ SAVED = "records.jsonl"
 def saved() -> bytes:
     """The records of all samples as `diagnose` saves them."""
     evidence = read_memory(SAMPLES)
-    return b"".join(observed_json.encode(evidence.records, evidence.files, evidence.not_understood))
+    return b"".join(json_lines.encode(evidence.records, evidence.files, evidence.not_understood))
 
 
 def damaged(rng: random.Random, data: bytes) -> bytes:
@@ -236,7 +236,7 @@ def read_memory(files: dict[str, bytes]) -> Evidence:
     read_files(((name, io.BytesIO(data)) for name, data in files.items()), evidence)
     if SAVED in files:
         try:
-            evidence = evidence.joined(Evidence(*observed_json.decode(io.BytesIO(files[SAVED]), SAVED)))
+            evidence = evidence.joined(Evidence(*json_lines.decode(io.BytesIO(files[SAVED]), SAVED)))
         except DamagedFile as error:
             evidence.not_understood.append(str(error))
     return evidence

@@ -16,8 +16,8 @@ from scene import MS, SMALL
 from simulator import Action, Simulation
 
 from hybrid_moe_ref.parallel.observer import Collective, ScheduleEntry
-from repro.trace.format import Geometry
 from repro.trace.knowledge import Knows
+from repro.trace.witness.format import Geometry
 
 # Off the declared schedule: the witnesses show who did it.
 OFF_PLAN = ("extra", "extra_async", "duplicate", "skip", "swap", "swap_async", "replace", "habit", "transfer_skip")

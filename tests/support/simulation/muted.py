@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
-from repro.trace.format import pack_header
 from repro.trace.knowledge import Knows
-from repro.trace.recorder import Recorder
+from repro.trace.recording.recorder import Recorder
+from repro.trace.witness.format import pack_header
 
 ALSO = {Knows.STEPS: Knows.SCHEDULE, Knows.ORDER: Knows.COMPLETION}
 """A recorder that does not know where a step begins has no schedule of it, and so on."""

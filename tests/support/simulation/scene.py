@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from hybrid_moe_ref.parallel.observer import Collective, ScheduleEntry
-from repro.trace.format import Geometry, Identity, pack_header
 from repro.trace.knowledge import WITNESS, Knows
-from repro.trace.recorder import Recorder
-from repro.trace.witness import Witness, parse
+from repro.trace.recording.recorder import Recorder
+from repro.trace.witness.file import Witness, parse
+from repro.trace.witness.format import Geometry, Identity, pack_header
 
 SMALL = Geometry(ring_records=512, vector_words=512, string_bytes=16_384, group_slots=16)
 MS = 1_000_000

@@ -17,8 +17,8 @@ from repro.hosts.agent import POLL_S, HostAgent
 from repro.hosts.host import Host
 from repro.hosts.options import WatchOptions
 from repro.store.run_dir import PARTS, RunDir
-from repro.trace.format import Identity, pack_header
-from repro.trace.parse import parse_header
+from repro.trace.witness.format import Identity, pack_header
+from repro.trace.witness.parse import parse_header
 from repro.watch.live import Watch
 
 

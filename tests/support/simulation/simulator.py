@@ -19,9 +19,9 @@ from scene import MS, SMALL, make_recorder
 
 from hybrid_moe_ref.parallel.observer import Collective, ScheduleEntry
 from repro.store.run_dir import RunDir
-from repro.trace.format import Geometry
 from repro.trace.knowledge import Knows
-from repro.trace.witness import Witness, parse
+from repro.trace.witness.file import Witness, parse
+from repro.trace.witness.format import Geometry
 
 Action = tuple[Any, ...]
 GroupKey = tuple[str, tuple[int, ...]]

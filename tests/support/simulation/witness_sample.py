@@ -5,7 +5,7 @@ from __future__ import annotations
 from scene import Scene
 
 from hybrid_moe_ref.parallel.observer import Collective
-from repro.trace.format import (
+from repro.trace.witness.format import (
     GROUP_BYTES,
     GROUPS_AT,
     Geometry,

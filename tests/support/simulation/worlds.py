@@ -8,8 +8,8 @@ from typing import Any, Protocol
 
 from simulator import Simulation
 
-from repro.trace.format import Kind
-from repro.trace.witness import Witness
+from repro.trace.witness.file import Witness
+from repro.trace.witness.format import Kind
 from repro.verdict import Verdict
 from repro.verdict.evidence.ledger import calls
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from repro.trace.operations import TRANSFERS
+from repro.trace.foreign.operations import TRANSFERS
 from repro.verdict.partial.diagnosis import COLLECT, Diagnosis
 from repro.verdict.partial.dumps.habits import left_rhythm
 from repro.verdict.partial.dumps.waits import Wait, cycle_of

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from repro.trace.foreign.operations import Form
+from repro.trace.foreign.records import Call, GroupRecord, RecorderDump
 from repro.trace.knowledge import Knows
-from repro.trace.observed import Call, GroupRecord, RecorderDump
-from repro.trace.operations import Form
 from repro.verdict.partial.scene import Scene
 from repro.verdict.partial.words import program_frames
 

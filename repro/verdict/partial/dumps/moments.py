@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from repro.trace.observed import Group, GroupRecord, RecorderDump
-from repro.trace.operations import Form
+from repro.trace.foreign.operations import Form
+from repro.trace.foreign.records import Group, GroupRecord, RecorderDump
 from repro.verdict.partial.dumps.waits import last_queued
 from repro.verdict.partial.words import ranks_of, verb
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 
+from repro.trace.foreign.operations import NO_NUMBER, Form
+from repro.trace.foreign.records import Call, Group, GroupRecord
 from repro.trace.knowledge import Knows
-from repro.trace.observed import Call, Group, GroupRecord
-from repro.trace.operations import NO_NUMBER, Form
 from repro.verdict.partial.diagnosis import COLLECT, Diagnosis
 from repro.verdict.partial.dumps.habits import left_rhythm
 from repro.verdict.partial.scene import Scene

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping, Sequence
 
-from repro.trace.observed import Group, GroupRecord, RecorderDump
+from repro.trace.foreign.records import Group, GroupRecord, RecorderDump
 from repro.verdict.partial.diagnosis import COLLECT, Diagnosis
 from repro.verdict.partial.dumps.moments import advanced
 from repro.verdict.partial.scene import Scene

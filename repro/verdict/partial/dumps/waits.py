@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from repro.trace.observed import Call, Group, GroupRecord, RecorderDump
+from repro.trace.foreign.records import Call, Group, GroupRecord, RecorderDump
 from repro.verdict.cycle import find_cycle
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from repro.trace.observed import RasAnswer, RasCommunicator
+from repro.trace.foreign.records import RasAnswer, RasCommunicator
 from repro.verdict.partial.diagnosis import COLLECT, Diagnosis
 from repro.verdict.partial.scene import Scene
 

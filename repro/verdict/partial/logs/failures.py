@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 
-from repro.trace.observed import Failure, TimedOut
+from repro.trace.foreign.records import Failure, TimedOut
 from repro.verdict.partial.diagnosis import COLLECT, Diagnosis
 from repro.verdict.partial.scene import Scene
 from repro.verdict.partial.words import ranks_of, verb

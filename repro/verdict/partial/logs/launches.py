@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from repro.trace.observed import Group, Launches
+from repro.trace.foreign.records import Group, Launches
 from repro.verdict.partial.diagnosis import COLLECT, Diagnosis
 from repro.verdict.partial.scene import Scene
 from repro.verdict.partial.words import arguments, ranks_of, verb

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 
-from repro.trace.observed import Call
+from repro.trace.foreign.records import Call
 from repro.verdict.partial.diagnosis import COLLECT, Diagnosis
 from repro.verdict.partial.dumps.members import groups_of
 from repro.verdict.partial.dumps.sides import different_arguments

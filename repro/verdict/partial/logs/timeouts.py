@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 
-from repro.trace.observed import Call, Group, Progress, TimedOut
+from repro.trace.foreign.records import Call, Group, Progress, TimedOut
 from repro.verdict.partial.diagnosis import COLLECT, Diagnosis
 from repro.verdict.partial.dumps.sides import UNKNOWN_INSIDE
 from repro.verdict.partial.scene import Scene

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from repro.trace.observed import LockLook
+from repro.trace.foreign.records import LockLook
 from repro.verdict.partial.diagnosis import Diagnosis
 from repro.verdict.partial.looks.ranks import RankLook, build_lines, rank_looks, wait_row
 from repro.verdict.partial.scene import Scene

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from repro.trace.observed import Child, ProcessLook, Stack
+from repro.trace.foreign.records import Child, ProcessLook, Stack
 from repro.verdict.partial.scene import Scene
 from repro.verdict.partial.words import program_frames
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from repro.trace.observed import Stack
+from repro.trace.foreign.records import Stack
 from repro.verdict.partial.diagnosis import COLLECT, Diagnosis
 from repro.verdict.partial.scene import Scene
 from repro.verdict.partial.stacks.locks import judge_locks

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from repro.trace.observed import Stack
+from repro.trace.foreign.records import Stack
 from repro.verdict.partial.diagnosis import COLLECT, Diagnosis
 from repro.verdict.partial.dumps.members import lists_members
 from repro.verdict.partial.dumps.waits import Wait

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from repro.trace.observed import Stack
+from repro.trace.foreign.records import Stack
 from repro.verdict.cycle import find_cycle
 from repro.verdict.partial.diagnosis import COLLECT, Diagnosis
 from repro.verdict.partial.scene import Scene

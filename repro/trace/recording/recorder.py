@@ -3,9 +3,9 @@
     recorder = Recorder.open("events/rank003.wit", rank=3, num_ranks=8, run_id="…")
     comm = Communicator(…, observer=recorder)
 
-The layout is in :mod:`repro.trace.format`. The recorder never reads the file, never allocates blocks after ``open``,
-and never raises because an area is full: strings that no longer fit become "?", and groups beyond the slots are not
-tracked.
+The layout is in :mod:`repro.trace.witness.format`. The recorder never reads the file, never allocates blocks after
+``open``, and never raises because an area is full: strings that no longer fit become "?", and groups beyond the slots
+are not tracked.
 """
 
 from __future__ import annotations
@@ -21,9 +21,13 @@ from types import CodeType, FrameType
 from zlib import crc32
 
 from hybrid_moe_ref.parallel.observer import Collective, ScheduleEntry
-from repro.trace.call_site import is_between
-from repro.trace.calls import Call, Group, sealed_part
-from repro.trace.format import (
+from repro.trace.identity import myself
+from repro.trace.knowledge import WITNESS, Knows
+from repro.trace.recording.call_site import is_between
+from repro.trace.recording.calls import Call, Group, sealed_part
+from repro.trace.recording.string_areas import Buffer, Strings, Vectors
+from repro.trace.witness.file import create
+from repro.trace.witness.format import (
     CRC,
     ENTRY_SEPARATOR,
     GROUP_BYTES,
@@ -47,11 +51,7 @@ from repro.trace.format import (
     pack_header,
     pack_heartbeat,
 )
-from repro.trace.identity import myself
-from repro.trace.knowledge import WITNESS, Knows
-from repro.trace.parse import WitnessError, parse_header
-from repro.trace.string_areas import Buffer, Strings, Vectors
-from repro.trace.witness import create
+from repro.trace.witness.parse import WitnessError, parse_header
 
 MAX_MESSAGE = 600
 """Maximum number of characters of an error message."""

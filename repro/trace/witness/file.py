@@ -3,9 +3,9 @@
     witness = read("runs/latest/events/rank000.wit")
     for event in witness.events(): ...
 
-The layout is in :mod:`repro.trace.format`. Reading never writes, locks or waits. Files are untrusted: a part that does
-not match its checksum is left out, and reported in ``witness.problems`` as ``file:offset: damage: what``. Only a file
-without a usable header is refused, with :class:`WitnessError`.
+The layout is in :mod:`repro.trace.witness.format`. Reading never writes, locks or waits. Files are untrusted: a part
+that does not match its checksum is left out, and reported in ``witness.problems`` as ``file:offset: damage: what``.
+Only a file without a usable header is refused, with :class:`WitnessError`.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from typing import BinaryIO
 
 from hybrid_moe_ref.files import open_regular
 from repro.store.run_dir import SUFFIX
-from repro.trace.format import (
+from repro.trace.witness.format import (
     GROUPS_AT,
     LIVE,
     LIVE_AT,
@@ -35,9 +35,9 @@ from repro.trace.format import (
     pack_header,
     unguarded,
 )
-from repro.trace.group_slots import GroupTrace
-from repro.trace.parse import Problems, WitnessError, parse_header, parse_heartbeat
-from repro.trace.reader import Signature, Witness, parse
+from repro.trace.witness.group_slots import GroupTrace
+from repro.trace.witness.parse import Problems, WitnessError, parse_header, parse_heartbeat
+from repro.trace.witness.reader import Signature, Witness, parse
 
 __all__ = [
     "MAX_BYTES", "Event", "GroupTrace", "Signature", "Tail", "Witness", "WitnessError", "create", "parse", "read",

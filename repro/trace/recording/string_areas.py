@@ -7,7 +7,7 @@ import struct
 import threading
 from zlib import crc32
 
-from repro.trace.format import (
+from repro.trace.witness.format import (
     GUARD,
     LIVE,
     LIVE_AT,

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from zlib import crc32
 
-from repro.trace.format import (
+from repro.trace.witness.format import (
     FIXED,
     GROUP_BYTES,
     GROUPS_AT,

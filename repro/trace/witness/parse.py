@@ -7,7 +7,8 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-from repro.trace.format import (
+from repro.trace.knowledge import EVERYTHING, WITNESS, Knows
+from repro.trace.witness.format import (
     CRC,
     HEADER,
     HEART,
@@ -31,7 +32,6 @@ from repro.trace.format import (
     is_whole,
     unguarded,
 )
-from repro.trace.knowledge import EVERYTHING, WITNESS, Knows
 
 MAX_PROBLEMS = 20
 _KINDS = frozenset(int(kind) for kind in Kind)

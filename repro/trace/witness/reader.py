@@ -7,10 +7,10 @@ from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import NamedTuple
 
-from repro.trace.format import ENTRY_SEPARATOR, GROUPS_AT, RECORD, SEPARATOR, Event, Geometry, Identity, column
-from repro.trace.group_slots import GroupTrace, parse_groups
 from repro.trace.knowledge import Knows
-from repro.trace.parse import (
+from repro.trace.witness.format import ENTRY_SEPARATOR, GROUPS_AT, RECORD, SEPARATOR, Event, Geometry, Identity, column
+from repro.trace.witness.group_slots import GroupTrace, parse_groups
+from repro.trace.witness.parse import (
     Problems,
     Ring,
     parse_header,

@@ -5,10 +5,10 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 
-from repro.trace.format import RECORD, Event, Kind
-from repro.trace.group_slots import GroupTrace
-from repro.trace.parse import Ring
-from repro.trace.reader import Witness
+from repro.trace.witness.format import RECORD, Event, Kind
+from repro.trace.witness.group_slots import GroupTrace
+from repro.trace.witness.parse import Ring
+from repro.trace.witness.reader import Witness
 
 _ISSUES = (Kind.ENTER, Kind.ISSUE)
 

@@ -13,12 +13,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from repro.trace.operations import NOWHERE as NOWHERE
-from repro.trace.operations import Call as Call
-from repro.trace.operations import Group as Group
-from repro.trace.operations import Source as Source
-from repro.trace.recorder_dump import GroupRecord as GroupRecord
-from repro.trace.recorder_dump import RecorderDump as RecorderDump
+from repro.trace.foreign.operations import NOWHERE as NOWHERE
+from repro.trace.foreign.operations import Call as Call
+from repro.trace.foreign.operations import Group as Group
+from repro.trace.foreign.operations import Source as Source
+from repro.trace.foreign.recorder_dump import GroupRecord as GroupRecord
+from repro.trace.foreign.recorder_dump import RecorderDump as RecorderDump
 
 
 @dataclass(frozen=True, slots=True)

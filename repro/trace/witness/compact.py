@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from repro.trace.format import (
+from repro.trace.witness.format import (
     GROUPS_AT,
     HEART,
     HEART_AT,
@@ -16,7 +16,7 @@ from repro.trace.format import (
     pack_header,
     pack_string,
 )
-from repro.trace.parse import Live, Problems, parse_header, parse_live, parse_strings
+from repro.trace.witness.parse import Live, Problems, parse_header, parse_live, parse_strings
 
 
 def compact(

@@ -16,9 +16,9 @@ from typing import Any, BinaryIO, get_args
 import msgspec
 
 from hybrid_moe_ref.files import DamagedFile, parse_json
+from repro.trace.foreign.operations import Calls, Form
+from repro.trace.foreign.records import Connections, Group, GroupRecord, Note, Observation, RecorderDump, Source
 from repro.trace.knowledge import Knows
-from repro.trace.observed import Connections, Group, GroupRecord, Note, Observation, RecorderDump, Source
-from repro.trace.operations import Calls, Form
 
 FORMAT, VERSION = "observed records of a torch.distributed job", 1
 MAX_LINE = 64 << 20

@@ -6,9 +6,9 @@ import contextlib
 from collections.abc import Iterable
 
 from repro.store.run_dir import RunDir
-from repro.trace.format import Event, Identity, Kind
-from repro.trace.parse import WitnessError
-from repro.trace.witness import Tail, Witness
+from repro.trace.witness.file import Tail, Witness
+from repro.trace.witness.format import Event, Identity, Kind
+from repro.trace.witness.parse import WitnessError
 
 
 class Tails:

@@ -5,8 +5,8 @@ from __future__ import annotations
 from array import array
 from dataclasses import dataclass, field
 
+from repro.trace.foreign.operations import NOWHERE, Call, Calls, Group, Source
 from repro.trace.knowledge import NOTHING, Knows
-from repro.trace.operations import NOWHERE, Call, Calls, Group, Source
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,7 +6,7 @@ import zlib
 from dataclasses import dataclass
 from functools import lru_cache
 
-from repro.trace.format import (
+from repro.trace.witness.format import (
     CRC,
     GROUP_BYTES,
     GROUP_LEFT,
@@ -21,7 +21,7 @@ from repro.trace.format import (
     is_whole,
     unguarded,
 )
-from repro.trace.parse import Live, Problems, Ring
+from repro.trace.witness.parse import Live, Problems, Ring
 
 _RECENT = 16  # events at the end of the ring that may be missing in a slot; in practice one
 _MAX_MEMBERS = 1 << 16

@@ -7,7 +7,7 @@ from types import CodeType
 _NOT_A_CALL_SITE = (
     "parallel/comm.py",
     "contextlib.py",
-    "repro/trace/recorder.py",
+    "repro/trace/recording/recorder.py",
 )  # frames between the caller and the observer
 _LIBRARIES = (
     "packages/torch/",

@@ -1,0 +1,1 @@
+"""The recorder, which writes what one rank does to its witness file."""
