@@ -34,8 +34,8 @@ import torch.distributed as dist
 
 from hybrid_moe_ref.config import EngineConfig
 from hybrid_moe_ref.engine.lifecycle import Engine
-from hybrid_moe_ref.engine.plan import StepPlan, StepSchedules
-from hybrid_moe_ref.engine.protocol import protocol_of
+from hybrid_moe_ref.engine.step.plan import StepPlan, StepSchedules
+from hybrid_moe_ref.engine.step.protocol import protocol_of
 from hybrid_moe_ref.parallel.comm import Communicator
 from hybrid_moe_ref.parallel.dispatch import AllGatherReduceScatter, ForwardContext
 from hybrid_moe_ref.parallel.guard import ScheduleGuard

@@ -87,8 +87,8 @@ def _generate_on_ranks(
     from hybrid_moe_ref import checkpoint
     from hybrid_moe_ref.cache.hybrid_cache import cache_layout
     from hybrid_moe_ref.engine.local import generate
-    from hybrid_moe_ref.engine.scheduler import Request
     from hybrid_moe_ref.engine.server_config import ServerConfig
+    from hybrid_moe_ref.engine.serving.scheduler import Request
     from hybrid_moe_ref.engine.startup.refusal import check_start
     from hybrid_moe_ref.memory import check_memory
     from hybrid_moe_ref.model import check_token_ids

@@ -32,19 +32,19 @@ from hybrid_moe_ref import checkpoint
 from hybrid_moe_ref.cache.hybrid_cache import HybridCache, cache_layout
 from hybrid_moe_ref.cache.pages import PageLayout
 from hybrid_moe_ref.config import ConfigError
-from hybrid_moe_ref.engine.drafting import Drafting
 from hybrid_moe_ref.engine.policies import Policies
-from hybrid_moe_ref.engine.runner import ModelRunner
-from hybrid_moe_ref.engine.scheduler import Request, Scheduler
 from hybrid_moe_ref.engine.server_config import ServerConfig
-from hybrid_moe_ref.engine.serving import OnToken, ServeLoop
+from hybrid_moe_ref.engine.serving.drafting import Drafting
+from hybrid_moe_ref.engine.serving.loop import OnToken, ServeLoop
+from hybrid_moe_ref.engine.serving.scheduler import Request, Scheduler
+from hybrid_moe_ref.engine.serving.steps import Steps
 from hybrid_moe_ref.engine.startup.autotune import ExpertTuner
 from hybrid_moe_ref.engine.startup.backends import PreparedKernels, apply_backends
 from hybrid_moe_ref.engine.startup.builds import BuildPlace
 from hybrid_moe_ref.engine.startup.compilation import Compiler
 from hybrid_moe_ref.engine.startup.refusal import check_start
 from hybrid_moe_ref.engine.startup.vote import PrepareFailed, StartVote
-from hybrid_moe_ref.engine.steps import Steps
+from hybrid_moe_ref.engine.step.runner import ModelRunner
 from hybrid_moe_ref.model import HybridMoE
 from hybrid_moe_ref.parallel.comm import Communicator
 from hybrid_moe_ref.parallel.layout import apply_layout

@@ -16,8 +16,8 @@ import torch.distributed as dist
 import torch.multiprocessing as multiprocessing
 
 from hybrid_moe_ref.engine.lifecycle import Engine
-from hybrid_moe_ref.engine.scheduler import Request
 from hybrid_moe_ref.engine.server_config import ServerConfig
+from hybrid_moe_ref.engine.serving.scheduler import Request
 from hybrid_moe_ref.parallel.comm import Communicator
 from hybrid_moe_ref.parallel.store import loopback_store
 

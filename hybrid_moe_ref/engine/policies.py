@@ -10,8 +10,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from hybrid_moe_ref.engine.plan import TUNING_VOTE, AgreedStep, StepPlan
 from hybrid_moe_ref.engine.startup.builds import KernelBuilds
+from hybrid_moe_ref.engine.step.plan import TUNING_VOTE, AgreedStep, StepPlan
 from hybrid_moe_ref.parallel.dispatch import AllGatherReduceScatter, SumOverRanks
 
 if TYPE_CHECKING:

@@ -9,8 +9,8 @@ from typing import Any
 
 from hybrid_moe_ref.cache.pages import PageLayout, page_layout
 from hybrid_moe_ref.config import Config, ConfigError, EngineConfig, ModelConfig, ParallelConfig, preset
-from hybrid_moe_ref.engine.scheduler import Request
 from hybrid_moe_ref.engine.server_config import CHECKS, ServerConfig
+from hybrid_moe_ref.engine.serving.scheduler import Request
 from hybrid_moe_ref.files import read_json
 from repro.lab.workload import WorkloadConfig, draw_requests
 from repro.store.description import VARIANTS

@@ -6,7 +6,7 @@ import random
 from dataclasses import dataclass
 
 from hybrid_moe_ref.config import Config, ConfigError
-from hybrid_moe_ref.engine.scheduler import Request
+from hybrid_moe_ref.engine.serving.scheduler import Request
 
 
 @dataclass(frozen=True)

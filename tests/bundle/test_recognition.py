@@ -67,7 +67,7 @@ def test_what_is_not_of_known_words_and_small_numbers_is_not_recognised(text):
     [
         ("/home/bob/venv/lib/python3.11/site-packages/torch/nn/modules/module.py", "torch/nn/modules/module.py"),
         ("/usr/lib/python3.12/threading.py", "threading.py"),
-        ("/home/bob/clone/hybrid_moe_ref/engine/runner.py", "hybrid_moe_ref/engine/runner.py"),
+        ("/home/bob/clone/hybrid_moe_ref/engine/step/runner.py", "hybrid_moe_ref/engine/step/runner.py"),
         ("<frozen runpy>", "<frozen runpy>"),
         ("/home/bob/venv/lib/python3.11/site-packages/bobs/runner.py", "folder-001/runner.py"),
         ("/home/bob/torch/bob.py", "file-001.py"),
@@ -88,7 +88,7 @@ gpunode17:123:456 [0] NCCL WARN Timeout waiting for connection from gpunode18
 zorblaxx and more
 zorblaxx again
 Traceback (most recent call last):
-  File "/home/bob/clone/hybrid_moe_ref/engine/runner.py", line 9, in execute
+  File "/home/bob/clone/hybrid_moe_ref/engine/step/runner.py", line 9, in execute
     secret_source("x")
     ^^^^^^^^^^^^^^^^^^
 torch.distributed.DistBackendError: no connection to gpunode17
@@ -101,7 +101,7 @@ acme.ZorbError: x"""
         "[W1128 18:51:20.123456789 ProcessGroupNCCL.cpp:1234] Warning: (left out)",
         "[2 lines left out]",
         "Traceback (most recent call last):",
-        '  File "hybrid_moe_ref/engine/runner.py", line 9, in execute',
+        '  File "hybrid_moe_ref/engine/step/runner.py", line 9, in execute',
         "torch.distributed.DistBackendError: (left out)",
         "RuntimeError: timed out waiting for rank 3",
         "[1 line left out]",

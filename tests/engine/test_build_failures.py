@@ -26,9 +26,9 @@ from hybrid_moe_kernels.lab import gdn_prefill
 from ranks import run_ranks
 
 from hybrid_moe_ref.engine.lifecycle import Engine, PrepareFailed
-from hybrid_moe_ref.engine.runner import ModelRunner
 from hybrid_moe_ref.engine.startup import builds
 from hybrid_moe_ref.engine.startup.builds import ensure
+from hybrid_moe_ref.engine.step.runner import ModelRunner
 from hybrid_moe_ref.parallel.comm import Communicator
 from hybrid_moe_ref.parallel.halt import ScheduleMismatch
 from repro.exit_codes import CANNOT_TELL

@@ -15,13 +15,13 @@ from ranks import run_ranks
 
 from hybrid_moe_ref.config import ConfigError, EngineConfig
 from hybrid_moe_ref.engine.lifecycle import Engine, PrepareFailed
-from hybrid_moe_ref.engine.plan import AgreedStep, StepPlan, StepSchedules
 from hybrid_moe_ref.engine.policies import Ballot, Policies, StepAgreement
-from hybrid_moe_ref.engine.protocol import protocol_of
-from hybrid_moe_ref.engine.runner import ModelRunner
-from hybrid_moe_ref.engine.scheduler import Request, Scheduler, live_ranks
 from hybrid_moe_ref.engine.server_config import configuration_differences
+from hybrid_moe_ref.engine.serving.scheduler import Request, Scheduler, live_ranks
 from hybrid_moe_ref.engine.startup.builds import KernelBuilds
+from hybrid_moe_ref.engine.step.plan import AgreedStep, StepPlan, StepSchedules
+from hybrid_moe_ref.engine.step.protocol import protocol_of
+from hybrid_moe_ref.engine.step.runner import ModelRunner
 from hybrid_moe_ref.layers.mixer import Mixer
 from hybrid_moe_ref.layers.moe import Experts
 from hybrid_moe_ref.model import HybridMoE
@@ -273,7 +273,7 @@ def test_the_draft_layer_is_held_only_where_something_drafts(tmp_path, num_draft
 def test_a_rank_that_cannot_prepare_stops_all_ranks_with_its_error(tmp_path):
     def sabotage(rank, engine_class):
         if rank == 1:
-            from hybrid_moe_ref.engine.runner import ModelRunner
+            from hybrid_moe_ref.engine.step.runner import ModelRunner
 
             def warm_up(self):
                 raise OSError("no compiler found")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from hybrid_moe_ref.engine.feed import Feed, feed_differences, feed_hash, from_text, to_text
+from hybrid_moe_ref.engine.step.feed import Feed, feed_differences, feed_hash, from_text, to_text
 
 A = Feed("a", 0, (7, 8, 9))
 

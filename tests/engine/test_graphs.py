@@ -12,11 +12,11 @@ from ranks import run_ranks
 from hybrid_moe_ref.batch import Batch
 from hybrid_moe_ref.cache.hybrid_cache import HybridCache
 from hybrid_moe_ref.config import ConfigError, EngineConfig, ParallelConfig, preset
-from hybrid_moe_ref.engine.graphs import Tape, pad
 from hybrid_moe_ref.engine.lifecycle import Engine
-from hybrid_moe_ref.engine.microbatch import Half, halves, part_of
-from hybrid_moe_ref.engine.plan import padded_size
-from hybrid_moe_ref.engine.scheduler import step_rows
+from hybrid_moe_ref.engine.serving.scheduler import step_rows
+from hybrid_moe_ref.engine.step.graphs import Tape, pad
+from hybrid_moe_ref.engine.step.microbatch import Half, halves, part_of
+from hybrid_moe_ref.engine.step.plan import padded_size
 from hybrid_moe_ref.model import HybridMoE
 from hybrid_moe_ref.parallel.comm import Communicator
 from hybrid_moe_ref.parallel.halt import ScheduleMismatch

@@ -15,8 +15,8 @@ from ranks import run_ranks
 
 from hybrid_moe_ref.config import PROTOCOLS, EngineConfig, ParallelConfig
 from hybrid_moe_ref.engine.lifecycle import Engine
-from hybrid_moe_ref.engine.plan import StepPlan
-from hybrid_moe_ref.engine.protocol import protocol_of
+from hybrid_moe_ref.engine.step.plan import StepPlan
+from hybrid_moe_ref.engine.step.protocol import protocol_of
 from hybrid_moe_ref.parallel.comm import Communicator
 from hybrid_moe_ref.parallel.guard import ScheduleGuard
 from hybrid_moe_ref.parallel.halt import (

@@ -12,9 +12,9 @@ from test_tensor_parallel import CONFIG, SEED
 
 from hybrid_moe_ref.config import ConfigError, EngineConfig, ParallelConfig, preset
 from hybrid_moe_ref.engine.lifecycle import Engine, PrepareFailed
-from hybrid_moe_ref.engine.runner import ModelRunner
-from hybrid_moe_ref.engine.scheduler import Request
 from hybrid_moe_ref.engine.server_config import ServerConfig
+from hybrid_moe_ref.engine.serving.scheduler import Request
+from hybrid_moe_ref.engine.step.runner import ModelRunner
 from hybrid_moe_ref.model import HybridMoE
 from hybrid_moe_ref.parallel.comm import Communicator
 from hybrid_moe_ref.parallel.halt import ScheduleMismatch

@@ -14,8 +14,8 @@ from test_tensor_parallel import CONFIG, SEED
 
 from hybrid_moe_ref.config import ConfigError, EngineConfig, ParallelConfig
 from hybrid_moe_ref.engine.lifecycle import Engine
-from hybrid_moe_ref.engine.scheduler import Request, Scheduler
 from hybrid_moe_ref.engine.server_config import ServerConfig
+from hybrid_moe_ref.engine.serving.scheduler import Request, Scheduler
 from hybrid_moe_ref.model import HybridMoE
 from hybrid_moe_ref.parallel.comm import Communicator
 from hybrid_moe_ref.parallel.halt import ScheduleMismatch

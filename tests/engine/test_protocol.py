@@ -10,9 +10,9 @@ from test_engine import SMALL
 
 from hybrid_moe_ref.config import ConfigError, EngineConfig
 from hybrid_moe_ref.engine.lifecycle import Engine
-from hybrid_moe_ref.engine.plan import ANYONE_UNFINISHED, EAGER, GRAPH, STEP_AGREEMENT, StepPlan
-from hybrid_moe_ref.engine.protocol import protocol_of
-from hybrid_moe_ref.engine.scheduler import Request
+from hybrid_moe_ref.engine.serving.scheduler import Request
+from hybrid_moe_ref.engine.step.plan import ANYONE_UNFINISHED, EAGER, GRAPH, STEP_AGREEMENT, StepPlan
+from hybrid_moe_ref.engine.step.protocol import protocol_of
 from hybrid_moe_ref.parallel.comm import Communicator
 from hybrid_moe_ref.parallel.observer import NullObserver
 from repro.lab.settings import RunSettings

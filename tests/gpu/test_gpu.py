@@ -15,8 +15,8 @@ from ranks import run_ranks
 from hybrid_moe_ref.batch import Batch
 from hybrid_moe_ref.config import EngineConfig, ParallelConfig, preset
 from hybrid_moe_ref.engine.lifecycle import Engine
-from hybrid_moe_ref.engine.scheduler import Request
 from hybrid_moe_ref.engine.server_config import ServerConfig
+from hybrid_moe_ref.engine.serving.scheduler import Request
 from hybrid_moe_ref.model import HybridMoE
 from hybrid_moe_ref.parallel.comm import Communicator
 from hybrid_moe_ref.parallel.expert import apply_expert_parallel

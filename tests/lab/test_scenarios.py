@@ -12,7 +12,7 @@ from forked import in_time, run_forked
 from written import written
 
 from hybrid_moe_ref.config import ConfigError
-from hybrid_moe_ref.engine.scheduler import live_ranks
+from hybrid_moe_ref.engine.serving.scheduler import live_ranks
 from hybrid_moe_ref.parallel.guard import ScheduleGuard
 from hybrid_moe_ref.parallel.observer import ScheduleEntry
 from repro.lab import scenarios

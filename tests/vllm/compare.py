@@ -23,8 +23,8 @@ from ranks import run_ranks  # noqa: E402
 
 from hybrid_moe_ref.config import EngineConfig, ModelConfig, ParallelConfig  # noqa: E402
 from hybrid_moe_ref.engine.lifecycle import Engine  # noqa: E402
-from hybrid_moe_ref.engine.scheduler import Request  # noqa: E402
 from hybrid_moe_ref.engine.server_config import ServerConfig  # noqa: E402
+from hybrid_moe_ref.engine.serving.scheduler import Request  # noqa: E402
 from hybrid_moe_ref.parallel.comm import Communicator  # noqa: E402
 from hybrid_moe_ref.parallel.observer import Collective, NullObserver  # noqa: E402
 from repro.trace.witness.file import Witness, read_dir  # noqa: E402

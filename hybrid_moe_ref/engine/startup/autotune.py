@@ -22,7 +22,7 @@ import torch
 from hybrid_moe_kernels.moe.reference import combine, expert_by_expert, padded_to_widest, pick_by_pick
 from torch import Tensor
 
-from hybrid_moe_ref.engine.plan import TUNING_VOTE
+from hybrid_moe_ref.engine.step.plan import TUNING_VOTE
 from hybrid_moe_ref.files import read_json, write_atomically
 from hybrid_moe_ref.layers.moe import Experts
 from hybrid_moe_ref.model import HybridMoE

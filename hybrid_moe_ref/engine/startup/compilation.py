@@ -24,8 +24,8 @@ from hybrid_moe_kernels.build_lock import BEAT_S, BuildLock, every
 from hybrid_moe_kernels.extension import BuildFailed
 from torch import Tensor, nn
 
-from hybrid_moe_ref.engine.graphs import row_wise
 from hybrid_moe_ref.engine.startup.builds import BuildPlace
+from hybrid_moe_ref.engine.step.graphs import row_wise
 from hybrid_moe_ref.model import HybridMoE
 
 NUM_ROWS = (1, 2)

@@ -16,10 +16,10 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, cast
 
 from hybrid_moe_ref.config import ConfigError
-from hybrid_moe_ref.engine.plan import EAGER, GRAPH, RECURRENT, AgreedStep, StepPlan, first_recurrent_layer
 from hybrid_moe_ref.engine.policies import Policies
-from hybrid_moe_ref.engine.protocol import Protocol, protocol_of
 from hybrid_moe_ref.engine.server_config import ServerConfig
+from hybrid_moe_ref.engine.step.plan import EAGER, GRAPH, RECURRENT, AgreedStep, StepPlan, first_recurrent_layer
+from hybrid_moe_ref.engine.step.protocol import Protocol, protocol_of
 
 if TYPE_CHECKING:
     from hybrid_moe_ref.engine.startup.autotune import ExpertTuner

@@ -12,8 +12,8 @@ from typing import Any
 
 from hybrid_moe_ref.config import ConfigError, nearest
 from hybrid_moe_ref.engine.policies import Policies
-from hybrid_moe_ref.engine.scheduler import Request
 from hybrid_moe_ref.engine.server_config import ServerConfig
+from hybrid_moe_ref.engine.serving.scheduler import Request
 from repro.lab.settings import RunSettings
 
 

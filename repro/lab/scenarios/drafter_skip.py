@@ -11,7 +11,7 @@ The cure: every rank takes part. The number of passes is a setting of the server
 from __future__ import annotations
 
 from hybrid_moe_ref.engine.policies import DraftPolicy, Policies
-from hybrid_moe_ref.engine.scheduler import Scheduler
+from hybrid_moe_ref.engine.serving.scheduler import Scheduler
 from repro.lab.scenarios import CLEAN, Expected, Scenario
 from repro.lab.settings import RunSettings
 

@@ -16,10 +16,10 @@ from __future__ import annotations
 
 import dataclasses
 
-from hybrid_moe_ref.engine.plan import EAGER, GRAPH, AgreedStep, StepPlan
 from hybrid_moe_ref.engine.policies import GraphChoice, Policies
-from hybrid_moe_ref.engine.scheduler import step_rows
 from hybrid_moe_ref.engine.server_config import ServerConfig
+from hybrid_moe_ref.engine.serving.scheduler import step_rows
+from hybrid_moe_ref.engine.step.plan import EAGER, GRAPH, AgreedStep, StepPlan
 from repro.lab.scenarios import CLEAN, Expected, Scenario
 from repro.lab.settings import RunSettings
 

@@ -13,9 +13,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-from hybrid_moe_ref.engine.plan import AgreedStep, StepPlan, first_recurrent_layer
 from hybrid_moe_ref.engine.policies import IdlePolicy, Policies, StateBinding
-from hybrid_moe_ref.engine.scheduler import live_ranks
+from hybrid_moe_ref.engine.serving.scheduler import live_ranks
+from hybrid_moe_ref.engine.step.plan import AgreedStep, StepPlan, first_recurrent_layer
 from repro.lab.scenarios import CLEAN, Expected, Scenario
 from repro.lab.settings import RunSettings
 

@@ -10,7 +10,7 @@ The cure: every rank takes part. A rank without work runs the smallest possible 
 from __future__ import annotations
 
 from hybrid_moe_ref.engine.policies import IdlePolicy, Policies
-from hybrid_moe_ref.engine.scheduler import live_ranks
+from hybrid_moe_ref.engine.serving.scheduler import live_ranks
 from repro.lab.scenarios import Expected, Scenario
 from repro.lab.settings import RunSettings
 

@@ -19,9 +19,9 @@ import signal
 from collections.abc import Callable
 from pathlib import Path
 
-from hybrid_moe_ref.engine.plan import AgreedStep, StepPlan
 from hybrid_moe_ref.engine.policies import Policies, StateBinding
 from hybrid_moe_ref.engine.server_config import ServerConfig
+from hybrid_moe_ref.engine.step.plan import AgreedStep, StepPlan
 from repro.lab.scenarios import Expected, Scenario
 from repro.lab.settings import RunSettings
 

@@ -21,9 +21,9 @@ from collections.abc import Callable
 
 from hybrid_moe_ref.config import EngineConfig
 from hybrid_moe_ref.engine.policies import NewTokens, Policies, Preemption
-from hybrid_moe_ref.engine.protocol import protocol_of
-from hybrid_moe_ref.engine.scheduler import Scheduler
 from hybrid_moe_ref.engine.server_config import ServerConfig
+from hybrid_moe_ref.engine.serving.scheduler import Scheduler
+from hybrid_moe_ref.engine.step.protocol import protocol_of
 from repro.lab.scenarios import CLEAN, Expected, Scenario
 from repro.lab.settings import RunSettings
 

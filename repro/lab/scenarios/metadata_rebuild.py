@@ -15,9 +15,9 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from hybrid_moe_ref.engine.plan import AgreedStep, StepPlan, first_recurrent_layer
 from hybrid_moe_ref.engine.policies import Exchange, Policies, StateBinding, StepAgreement
-from hybrid_moe_ref.engine.scheduler import live_ranks
+from hybrid_moe_ref.engine.serving.scheduler import live_ranks
+from hybrid_moe_ref.engine.step.plan import AgreedStep, StepPlan, first_recurrent_layer
 from repro.lab.scenarios import CLEAN, Expected, Scenario
 from repro.lab.settings import RunSettings
 

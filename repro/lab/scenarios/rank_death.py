@@ -14,8 +14,8 @@ import os
 import signal
 from collections.abc import Callable
 
-from hybrid_moe_ref.engine.plan import AgreedStep, StepPlan
 from hybrid_moe_ref.engine.policies import Policies, StateBinding
+from hybrid_moe_ref.engine.step.plan import AgreedStep, StepPlan
 from repro.lab.scenarios import Expected, Scenario, struck_rank
 from repro.lab.settings import RunSettings
 

@@ -16,8 +16,8 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from hybrid_moe_ref.engine.policies import Policies
-from hybrid_moe_ref.engine.protocol import protocol_of
-from hybrid_moe_ref.engine.scheduler import step_rows
+from hybrid_moe_ref.engine.serving.scheduler import step_rows
+from hybrid_moe_ref.engine.step.protocol import protocol_of
 from hybrid_moe_ref.parallel.dispatch import SumOverRanks
 from repro.lab.scenarios import Expected, Scenario, struck_rank
 from repro.lab.settings import RunSettings

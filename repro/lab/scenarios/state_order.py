@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from hybrid_moe_ref.engine.policies import Policies
-from hybrid_moe_ref.engine.scheduler import step_rows
+from hybrid_moe_ref.engine.serving.scheduler import step_rows
 from hybrid_moe_ref.parallel.dispatch import AllGatherReduceScatter
 from hybrid_moe_ref.parallel.observer import ScheduleEntry
 from repro.lab.scenarios import CLEAN, Expected, Scenario

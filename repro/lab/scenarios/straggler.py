@@ -13,8 +13,8 @@ from __future__ import annotations
 import threading
 import time
 
-from hybrid_moe_ref.engine.plan import AgreedStep, StepPlan
 from hybrid_moe_ref.engine.policies import Exchange, Policies, StepAgreement
+from hybrid_moe_ref.engine.step.plan import AgreedStep, StepPlan
 from repro.lab.scenarios import Expected, Scenario, struck_rank
 from repro.lab.settings import RunSettings
 

@@ -18,7 +18,7 @@ from __future__ import annotations
 import dataclasses
 
 from hybrid_moe_ref.engine.policies import Policies
-from hybrid_moe_ref.engine.scheduler import Request
+from hybrid_moe_ref.engine.serving.scheduler import Request
 from repro.lab.scenarios import REFUSED, Expected, Scenario, struck_rank
 from repro.lab.settings import RunSettings
 

@@ -5,11 +5,11 @@ from __future__ import annotations
 import torch
 
 from hybrid_moe_ref.batch import Batch
-from hybrid_moe_ref.engine.drafting import Drafting
-from hybrid_moe_ref.engine.feed import DUMMY, Feed, feed_hash
-from hybrid_moe_ref.engine.plan import EAGER, GRAPH, StepPlan, padded_size
-from hybrid_moe_ref.engine.runner import ModelRunner
 from hybrid_moe_ref.engine.server_config import ServerConfig
+from hybrid_moe_ref.engine.serving.drafting import Drafting
+from hybrid_moe_ref.engine.step.feed import DUMMY, Feed, feed_hash
+from hybrid_moe_ref.engine.step.plan import EAGER, GRAPH, StepPlan, padded_size
+from hybrid_moe_ref.engine.step.runner import ModelRunner
 from hybrid_moe_ref.parallel.observer import ScheduleEntry
 
 

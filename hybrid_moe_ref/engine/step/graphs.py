@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from hybrid_moe_ref.batch import Batch, Group
-from hybrid_moe_ref.engine.plan import EAGER
+from hybrid_moe_ref.engine.step.plan import EAGER
 from hybrid_moe_ref.layers.moe import MLP, MoE, Router
 from hybrid_moe_ref.layers.norm import RMSNorm
 from hybrid_moe_ref.model import HybridMoE

@@ -20,9 +20,9 @@ from hybrid_moe_ref.cache.hybrid_cache import HybridCache, Sequence
 from hybrid_moe_ref.cache.pages import TOKEN_MULTIPLE, PageLayout
 from hybrid_moe_ref.config import EngineConfig
 from hybrid_moe_ref.engine.policies import DraftPolicy
-from hybrid_moe_ref.engine.runner import ModelRunner
-from hybrid_moe_ref.engine.sampling import likeliest_tokens
-from hybrid_moe_ref.engine.scheduler import Running
+from hybrid_moe_ref.engine.serving.sampling import likeliest_tokens
+from hybrid_moe_ref.engine.serving.scheduler import Running
+from hybrid_moe_ref.engine.step.runner import ModelRunner
 from hybrid_moe_ref.generation.speculative import draft_cache
 from hybrid_moe_ref.model import HybridMoE
 

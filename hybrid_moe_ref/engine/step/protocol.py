@@ -24,7 +24,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from hybrid_moe_ref.config import EngineConfig
-from hybrid_moe_ref.engine.plan import EAGER, AgreedStep, StepPlan, padded_size
+from hybrid_moe_ref.engine.step.plan import EAGER, AgreedStep, StepPlan, padded_size
 
 
 @dataclass(frozen=True)

@@ -14,10 +14,12 @@ from torch import Tensor, nn
 
 from hybrid_moe_ref.batch import Batch
 from hybrid_moe_ref.cache.hybrid_cache import HybridCache
-from hybrid_moe_ref.engine.feed import Feed, feed_differences, from_text, to_text
-from hybrid_moe_ref.engine.graphs import Graphs, pad
-from hybrid_moe_ref.engine.microbatch import halves, part_of
-from hybrid_moe_ref.engine.plan import (
+from hybrid_moe_ref.engine.policies import Policies
+from hybrid_moe_ref.engine.server_config import ServerConfig
+from hybrid_moe_ref.engine.step.feed import Feed, feed_differences, from_text, to_text
+from hybrid_moe_ref.engine.step.graphs import Graphs, pad
+from hybrid_moe_ref.engine.step.microbatch import halves, part_of
+from hybrid_moe_ref.engine.step.plan import (
     ANYONE_UNFINISHED,
     STEP_AGREEMENT,
     AgreedStep,
@@ -25,9 +27,7 @@ from hybrid_moe_ref.engine.plan import (
     StepSchedules,
     first_recurrent_layer,
 )
-from hybrid_moe_ref.engine.policies import Policies
-from hybrid_moe_ref.engine.protocol import protocol_of
-from hybrid_moe_ref.engine.server_config import ServerConfig
+from hybrid_moe_ref.engine.step.protocol import protocol_of
 from hybrid_moe_ref.layers.moe import MoE
 from hybrid_moe_ref.model import HybridMoE
 from hybrid_moe_ref.parallel.comm import Communicator

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Self
 
 from hybrid_moe_ref.cache.hybrid_cache import Sequence, Snapshot
-from hybrid_moe_ref.engine.scheduler import Running
+from hybrid_moe_ref.engine.serving.scheduler import Running
 
 
 @dataclass(frozen=True, eq=False)

@@ -13,14 +13,14 @@ import torch
 
 from hybrid_moe_ref.batch import Batch
 from hybrid_moe_ref.cache.hybrid_cache import HybridCache, Sequence
-from hybrid_moe_ref.engine.drafting import Drafting
-from hybrid_moe_ref.engine.feed import Feed
 from hybrid_moe_ref.engine.policies import NewTokens, Policies
-from hybrid_moe_ref.engine.runner import ModelRunner
-from hybrid_moe_ref.engine.sampling import last_tokens
-from hybrid_moe_ref.engine.scheduler import Running, Scheduler
-from hybrid_moe_ref.engine.steps import Steps
-from hybrid_moe_ref.engine.verification import Verification
+from hybrid_moe_ref.engine.serving.drafting import Drafting
+from hybrid_moe_ref.engine.serving.sampling import last_tokens
+from hybrid_moe_ref.engine.serving.scheduler import Running, Scheduler
+from hybrid_moe_ref.engine.serving.steps import Steps
+from hybrid_moe_ref.engine.serving.verification import Verification
+from hybrid_moe_ref.engine.step.feed import Feed
+from hybrid_moe_ref.engine.step.runner import ModelRunner
 from hybrid_moe_ref.model import HybridMoE
 
 OnToken = Callable[[str, int], None]
