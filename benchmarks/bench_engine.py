@@ -36,12 +36,12 @@ from hybrid_moe_ref.config import EngineConfig
 from hybrid_moe_ref.engine.lifecycle import Engine
 from hybrid_moe_ref.engine.step.plan import StepPlan, StepSchedules
 from hybrid_moe_ref.engine.step.protocol import protocol_of
+from hybrid_moe_ref.parallel.checks.guard import ScheduleGuard
+from hybrid_moe_ref.parallel.checks.store import loopback_store
 from hybrid_moe_ref.parallel.comm import Communicator
-from hybrid_moe_ref.parallel.dispatch import AllGatherReduceScatter, ForwardContext
-from hybrid_moe_ref.parallel.guard import ScheduleGuard
 from hybrid_moe_ref.parallel.halt import Halt
 from hybrid_moe_ref.parallel.observer import Collective, NullObserver, Observer
-from hybrid_moe_ref.parallel.store import loopback_store
+from hybrid_moe_ref.parallel.sharding.dispatch import AllGatherReduceScatter, ForwardContext
 from repro.lab.settings import RunSettings
 from repro.trace.recording.recorder import Recorder
 from repro.trace.witness.file import read

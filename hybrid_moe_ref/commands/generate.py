@@ -92,7 +92,7 @@ def _generate_on_ranks(
     from hybrid_moe_ref.engine.startup.refusal import check_start
     from hybrid_moe_ref.memory import check_memory
     from hybrid_moe_ref.model import check_token_ids
-    from hybrid_moe_ref.parallel.layout import sizes_of_a_rank
+    from hybrid_moe_ref.parallel.sharding.layout import sizes_of_a_rank
 
     if args.device not in ("cpu", "cuda"):
         raise ConfigError(f"{args.device!r} is not 'cpu' or 'cuda'; 'cuda' gives each rank a GPU in turn", "--device")

@@ -47,7 +47,7 @@ from hybrid_moe_ref.engine.startup.vote import PrepareFailed, StartVote
 from hybrid_moe_ref.engine.step.runner import ModelRunner
 from hybrid_moe_ref.model import HybridMoE
 from hybrid_moe_ref.parallel.comm import Communicator
-from hybrid_moe_ref.parallel.layout import apply_layout
+from hybrid_moe_ref.parallel.sharding.layout import apply_layout
 
 T = TypeVar("T")
 

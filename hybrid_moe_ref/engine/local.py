@@ -18,8 +18,8 @@ import torch.multiprocessing as multiprocessing
 from hybrid_moe_ref.engine.lifecycle import Engine
 from hybrid_moe_ref.engine.server_config import ServerConfig
 from hybrid_moe_ref.engine.serving.scheduler import Request
+from hybrid_moe_ref.parallel.checks.store import loopback_store
 from hybrid_moe_ref.parallel.comm import Communicator
-from hybrid_moe_ref.parallel.store import loopback_store
 
 
 def generate(

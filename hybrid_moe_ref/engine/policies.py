@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from hybrid_moe_ref.engine.startup.builds import KernelBuilds
 from hybrid_moe_ref.engine.step.plan import TUNING_VOTE, AgreedStep, StepPlan
-from hybrid_moe_ref.parallel.dispatch import AllGatherReduceScatter, SumOverRanks
+from hybrid_moe_ref.parallel.sharding.dispatch import AllGatherReduceScatter, SumOverRanks
 
 if TYPE_CHECKING:
     from hybrid_moe_ref.engine.startup.autotune import Chosen, ExpertTuner

@@ -12,7 +12,7 @@ from typing import Any
 
 from hybrid_moe_ref.config import Config, ConfigError, EngineConfig, ModelConfig, ParallelConfig, nearest
 from hybrid_moe_ref.files import open_regular
-from hybrid_moe_ref.parallel.shares import expert_sharing, local_config
+from hybrid_moe_ref.parallel.sharding.shares import expert_sharing, local_config
 
 CHECKS = ("observe", "agree", "strict")
 """How strictly collectives are checked.

@@ -88,7 +88,7 @@ class HybridMoE(nn.Module):
 
         dtype  None: the dtype that the checkpoint was saved in
         cut    called with the model on the meta device; may remove parts of it, which are then not read. To load one
-               rank's part, see `parallel.layout.load_part`
+               rank's part, see `parallel.sharding.layout.load_part`
 
         Raises CheckpointError with everything that is wrong with the folder, InputError for a device that cannot
         compute in `dtype`.

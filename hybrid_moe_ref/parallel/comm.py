@@ -22,12 +22,12 @@ import torch.distributed as dist
 from torch import Tensor
 
 from hybrid_moe_ref.config import ParallelConfig
+from hybrid_moe_ref.parallel.checks.guard import ScheduleGuard
+from hybrid_moe_ref.parallel.checks.strict import StrictComparison
 from hybrid_moe_ref.parallel.groups import RankGroups, create_groups
-from hybrid_moe_ref.parallel.guard import ScheduleGuard
 from hybrid_moe_ref.parallel.halt import Halt, RollCall, ScheduleMismatch, Watchdog, wait_or_halt
 from hybrid_moe_ref.parallel.observer import Collective, NullObserver, Observer
 from hybrid_moe_ref.parallel.packing import pack, unpack
-from hybrid_moe_ref.parallel.strict import StrictComparison
 
 # torch 2.13 renamed these two and warns about the old names; 2.11 and 2.12 know only the old ones.
 _all_gather_single = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor

@@ -26,9 +26,9 @@ from hybrid_moe_ref.layers.mixer import Mixer
 from hybrid_moe_ref.layers.moe import Experts
 from hybrid_moe_ref.model import HybridMoE
 from hybrid_moe_ref.parallel.comm import Communicator
-from hybrid_moe_ref.parallel.dispatch import AllGatherReduceScatter, ForwardContext
 from hybrid_moe_ref.parallel.halt import ScheduleMismatch
 from hybrid_moe_ref.parallel.observer import NullObserver
+from hybrid_moe_ref.parallel.sharding.dispatch import AllGatherReduceScatter, ForwardContext
 from repro.lab.outcome import reference
 from repro.lab.settings import RunSettings
 

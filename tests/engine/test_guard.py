@@ -17,8 +17,9 @@ from hybrid_moe_ref.config import PROTOCOLS, EngineConfig, ParallelConfig
 from hybrid_moe_ref.engine.lifecycle import Engine
 from hybrid_moe_ref.engine.step.plan import StepPlan
 from hybrid_moe_ref.engine.step.protocol import protocol_of
+from hybrid_moe_ref.parallel.checks.guard import ScheduleGuard
+from hybrid_moe_ref.parallel.checks.schedule import first_difference, schedule_hash
 from hybrid_moe_ref.parallel.comm import Communicator
-from hybrid_moe_ref.parallel.guard import ScheduleGuard
 from hybrid_moe_ref.parallel.halt import (
     CollectiveStalled,
     Halt,
@@ -29,7 +30,6 @@ from hybrid_moe_ref.parallel.halt import (
     wait_or_halt,
 )
 from hybrid_moe_ref.parallel.observer import Collective, ScheduleEntry
-from hybrid_moe_ref.parallel.schedule import first_difference, schedule_hash
 from repro.lab.settings import RunSettings
 
 AGREE = ScheduleEntry("dp", "all_reduce", "step")

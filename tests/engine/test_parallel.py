@@ -12,8 +12,8 @@ from hybrid_moe_ref.batch import Batch
 from hybrid_moe_ref.config import ConfigError, ParallelConfig, preset
 from hybrid_moe_ref.model import HybridMoE
 from hybrid_moe_ref.parallel.comm import Communicator
-from hybrid_moe_ref.parallel.expert import apply_expert_parallel
 from hybrid_moe_ref.parallel.observer import Collective, NullObserver
+from hybrid_moe_ref.parallel.sharding.expert import apply_expert_parallel
 
 RANKS = 8
 SIZES = {

@@ -11,7 +11,7 @@ from test_tensor_parallel import CONFIG, SEED, OneOf
 
 from hybrid_moe_ref.checkpoint import CheckpointError, load_weights
 from hybrid_moe_ref.model import HybridMoE
-from hybrid_moe_ref.parallel.tensor import apply_tensor_parallel
+from hybrid_moe_ref.parallel.sharding.tensor import apply_tensor_parallel
 
 QWEN = dataclasses.replace(CONFIG, layer_pattern="GGGA")
 SHARINGS = ["intermediate", "expert", "sequence"]

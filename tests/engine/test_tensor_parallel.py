@@ -17,11 +17,11 @@ from hybrid_moe_ref.config import PRESETS, ConfigError, ModelConfig, ParallelCon
 from hybrid_moe_ref.generation.speculative import speculative_stream
 from hybrid_moe_ref.model import HybridMoE
 from hybrid_moe_ref.parallel.comm import Communicator
-from hybrid_moe_ref.parallel.dispatch import chunk_sizes
-from hybrid_moe_ref.parallel.layout import apply_layout
 from hybrid_moe_ref.parallel.observer import NullObserver
-from hybrid_moe_ref.parallel.shares import ExpertSharing, Place, expert_sharing, local_config, mixer_cuts
-from hybrid_moe_ref.parallel.tensor import apply_tensor_parallel
+from hybrid_moe_ref.parallel.sharding.dispatch import chunk_sizes
+from hybrid_moe_ref.parallel.sharding.layout import apply_layout
+from hybrid_moe_ref.parallel.sharding.shares import ExpertSharing, Place, expert_sharing, local_config, mixer_cuts
+from hybrid_moe_ref.parallel.sharding.tensor import apply_tensor_parallel
 from hybrid_moe_ref.slices import Slice
 
 CONFIG = ModelConfig(

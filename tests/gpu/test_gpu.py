@@ -19,7 +19,7 @@ from hybrid_moe_ref.engine.server_config import ServerConfig
 from hybrid_moe_ref.engine.serving.scheduler import Request
 from hybrid_moe_ref.model import HybridMoE
 from hybrid_moe_ref.parallel.comm import Communicator
-from hybrid_moe_ref.parallel.expert import apply_expert_parallel
+from hybrid_moe_ref.parallel.sharding.expert import apply_expert_parallel
 from repro.lab.outcome import reference
 from repro.lab.settings import RunSettings
 

@@ -13,7 +13,7 @@ from written import written
 
 from hybrid_moe_ref.config import ConfigError
 from hybrid_moe_ref.engine.serving.scheduler import live_ranks
-from hybrid_moe_ref.parallel.guard import ScheduleGuard
+from hybrid_moe_ref.parallel.checks.guard import ScheduleGuard
 from hybrid_moe_ref.parallel.observer import ScheduleEntry
 from repro.lab import scenarios
 from repro.lab.outcome.expectation import matches

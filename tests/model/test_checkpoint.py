@@ -175,7 +175,7 @@ from hybrid_moe_ref import HybridMoE
 from hybrid_moe_ref.checkpoint.shards import Shards
 from hybrid_moe_ref.config import ParallelConfig
 from hybrid_moe_ref.model import check_device
-from hybrid_moe_ref.parallel.layout import load_part
+from hybrid_moe_ref.parallel.sharding.layout import load_part
 check_device("cpu", torch.float32)
 def held():
     return 1024 * int(re.search(r"RssAnon:\\s+(\\d+)", open("/proc/self/status").read())[1])

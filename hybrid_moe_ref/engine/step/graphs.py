@@ -22,8 +22,8 @@ from hybrid_moe_ref.engine.step.plan import EAGER
 from hybrid_moe_ref.layers.moe import MLP, MoE, Router
 from hybrid_moe_ref.layers.norm import RMSNorm
 from hybrid_moe_ref.model import HybridMoE
+from hybrid_moe_ref.parallel.checks.guard import collective_words
 from hybrid_moe_ref.parallel.comm import Communicator
-from hybrid_moe_ref.parallel.guard import collective_words
 from hybrid_moe_ref.parallel.halt import ScheduleMismatch
 from hybrid_moe_ref.parallel.observer import Collective
 

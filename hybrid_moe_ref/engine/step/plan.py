@@ -9,8 +9,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
+from hybrid_moe_ref.parallel.checks.schedule import schedule_hash
 from hybrid_moe_ref.parallel.observer import ScheduleEntry
-from hybrid_moe_ref.parallel.schedule import schedule_hash
 
 EAGER = 0
 GRAPH = 1

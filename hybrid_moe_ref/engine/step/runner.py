@@ -30,11 +30,11 @@ from hybrid_moe_ref.engine.step.plan import (
 from hybrid_moe_ref.engine.step.protocol import protocol_of
 from hybrid_moe_ref.layers.moe import MoE
 from hybrid_moe_ref.model import HybridMoE
+from hybrid_moe_ref.parallel.checks.schedule import first_difference, schedule_words
 from hybrid_moe_ref.parallel.comm import Communicator
-from hybrid_moe_ref.parallel.dispatch import ForwardContext
 from hybrid_moe_ref.parallel.halt import ScheduleMismatch
 from hybrid_moe_ref.parallel.observer import ScheduleEntry
-from hybrid_moe_ref.parallel.schedule import first_difference, schedule_words
+from hybrid_moe_ref.parallel.sharding.dispatch import ForwardContext
 
 
 class ModelRunner:

@@ -84,8 +84,8 @@ def serve(
     import torch
 
     from hybrid_moe_ref.engine.lifecycle import Engine
+    from hybrid_moe_ref.parallel.checks.store import loopback_store
     from hybrid_moe_ref.parallel.comm import Communicator
-    from hybrid_moe_ref.parallel.store import loopback_store
 
     torch.set_num_threads(1)
     scenario = scenarios.load(settings.scenario)

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 from hybrid_moe_ref.engine.policies import Policies
 from hybrid_moe_ref.engine.serving.scheduler import step_rows
 from hybrid_moe_ref.engine.step.protocol import protocol_of
-from hybrid_moe_ref.parallel.dispatch import SumOverRanks
+from hybrid_moe_ref.parallel.sharding.dispatch import SumOverRanks
 from repro.lab.scenarios import Expected, Scenario, struck_rank
 from repro.lab.settings import RunSettings
 

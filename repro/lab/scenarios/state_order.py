@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING
 
 from hybrid_moe_ref.engine.policies import Policies
 from hybrid_moe_ref.engine.serving.scheduler import step_rows
-from hybrid_moe_ref.parallel.dispatch import AllGatherReduceScatter
 from hybrid_moe_ref.parallel.observer import ScheduleEntry
+from hybrid_moe_ref.parallel.sharding.dispatch import AllGatherReduceScatter
 from repro.lab.scenarios import CLEAN, Expected, Scenario
 from repro.lab.settings import RunSettings
 

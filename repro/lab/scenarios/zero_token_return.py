@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 from hybrid_moe_ref.engine.policies import IdlePolicy, Policies
 from hybrid_moe_ref.engine.serving.scheduler import live_ranks
-from hybrid_moe_ref.parallel.dispatch import AllGatherReduceScatter
+from hybrid_moe_ref.parallel.sharding.dispatch import AllGatherReduceScatter
 from repro.lab.scenarios import CLEAN, Expected, Scenario
 from repro.lab.settings import RunSettings
 

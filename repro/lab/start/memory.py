@@ -48,7 +48,7 @@ def shortage_of(settings: RunSettings) -> str:
     import torch
 
     from hybrid_moe_ref import memory
-    from hybrid_moe_ref.parallel.layout import sizes_of_a_rank
+    from hybrid_moe_ref.parallel.sharding.layout import sizes_of_a_rank
 
     if settings.backend == "nccl":
         return ""

@@ -33,15 +33,15 @@ from hybrid_moe_ref.config import LAYER_KINDS, ModelConfig
 from hybrid_moe_ref.layers.moe import MLP, Experts, MoE
 from hybrid_moe_ref.model import HybridMoE
 from hybrid_moe_ref.parallel.comm import Communicator
-from hybrid_moe_ref.parallel.dispatch import (
+from hybrid_moe_ref.parallel.observer import ScheduleEntry
+from hybrid_moe_ref.parallel.sharding.dispatch import (
     AllGatherReduceScatter,
     ForwardContext,
     SumOverRanks,
     chunk_sizes,
     moe_layer_name,
 )
-from hybrid_moe_ref.parallel.observer import ScheduleEntry
-from hybrid_moe_ref.parallel.shares import (
+from hybrid_moe_ref.parallel.sharding.shares import (
     ExpertSharing,
     Place,
     expert_cuts,

@@ -18,9 +18,9 @@ from typing import Any
 from hybrid_moe_ref.layers.moe import MoE
 from hybrid_moe_ref.model import HybridMoE
 from hybrid_moe_ref.parallel.comm import Communicator
-from hybrid_moe_ref.parallel.dispatch import AllGatherReduceScatter, ForwardContext, moe_layer_name
 from hybrid_moe_ref.parallel.observer import ScheduleEntry
-from hybrid_moe_ref.parallel.shares import experts_per_rank
+from hybrid_moe_ref.parallel.sharding.dispatch import AllGatherReduceScatter, ForwardContext, moe_layer_name
+from hybrid_moe_ref.parallel.sharding.shares import experts_per_rank
 
 
 def apply_expert_parallel(

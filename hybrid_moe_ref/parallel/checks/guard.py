@@ -8,9 +8,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from hybrid_moe_ref.parallel.checks.schedule import entry_words
 from hybrid_moe_ref.parallel.halt import Halt, ScheduleMismatch, Stopped
 from hybrid_moe_ref.parallel.observer import Collective, ScheduleEntry
-from hybrid_moe_ref.parallel.schedule import entry_words
 
 NUM_SHARED = len(ScheduleEntry._fields)
 """How many of a collective's first fields are the fields of a schedule entry."""

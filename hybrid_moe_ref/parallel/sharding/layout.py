@@ -19,11 +19,11 @@ import torch
 from hybrid_moe_ref.config import ModelConfig, ParallelConfig
 from hybrid_moe_ref.model import HybridMoE
 from hybrid_moe_ref.parallel.comm import Communicator
-from hybrid_moe_ref.parallel.dispatch import AllGatherReduceScatter, ForwardContext, SumOverRanks
-from hybrid_moe_ref.parallel.expert import apply_expert_parallel
 from hybrid_moe_ref.parallel.groups import RankGroups, group_members
-from hybrid_moe_ref.parallel.shares import expert_sharing
-from hybrid_moe_ref.parallel.tensor import apply_tensor_parallel
+from hybrid_moe_ref.parallel.sharding.dispatch import AllGatherReduceScatter, ForwardContext, SumOverRanks
+from hybrid_moe_ref.parallel.sharding.expert import apply_expert_parallel
+from hybrid_moe_ref.parallel.sharding.shares import expert_sharing
+from hybrid_moe_ref.parallel.sharding.tensor import apply_tensor_parallel
 
 
 def apply_layout(

@@ -1,0 +1,8 @@
+"""Which part of the model each rank holds, and what its layers then communicate.
+
+layout         how the model is split over the ranks of a ParallelConfig
+shares         one tensor-parallel rank's sizes, and its part of each parameter
+tensor         tensor parallelism, applied to an unchanged model
+expert         expert parallelism, applied to an unchanged model
+dispatch       the EP backend of a layer: dispatch (C2) and combine (C3)
+"""
