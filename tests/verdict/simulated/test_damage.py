@@ -1,6 +1,6 @@
 """Damaged evidence through the judge: it is named, and nobody is convicted by it.
 
-pytest -m full tests/verdict/test_damage.py        3,000 flipped bits and 1,000 cuts
+pytest -m full tests/verdict/simulated/test_damage.py        3,000 flipped bits and 1,000 cuts
 """
 
 from __future__ import annotations

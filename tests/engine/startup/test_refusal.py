@@ -19,7 +19,7 @@ from repro.lab import scenarios
 from repro.lab.settings import RunSettings
 
 DP8 = ParallelConfig(dp_size=8)
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[3]
 
 
 def server(checks, pattern="GGMA", parallel=DP8, **engine):

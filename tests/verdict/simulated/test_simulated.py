@@ -1,7 +1,7 @@
 """The verdict against the truth: thousands of simulated runs, at rest, half-way, and with witnesses missing or torn.
 
-    HMR_SEEDS=2000 pytest tests/verdict/test_simulated.py          as many seeds as you have time for
-    pytest -m full tests/verdict/test_simulated.py                 10,000 of them
+    HMR_SEEDS=2000 pytest tests/verdict/simulated/test_simulated.py          as many seeds as you have time for
+    pytest -m full tests/verdict/simulated/test_simulated.py                 10,000 of them
 
 A wrong `deadlock`, or a culprit who is not one, fails at once. A verdict that merely knows less than it could is
 counted, and more than one in a thousand fails too.

@@ -1,6 +1,6 @@
 """Whatever a trace does not show makes the verdict weaker, and never names another rank.
 
-    HMR_SEEDS=2000 pytest -m full tests/verdict/test_knowledge.py          as many seeds as you have time for
+    HMR_SEEDS=2000 pytest -m full tests/verdict/simulated/test_knowledge.py          as many seeds as you have time for
 
 In each simulated run one aspect is hidden, on all ranks and on one of them, and the run is judged again.
 """
