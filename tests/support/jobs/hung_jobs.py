@@ -22,6 +22,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.cpp_extension import load_inline
 from torch.utils.data import DataLoader, Dataset
+from torch.utils.file_baton import FileBaton
 
 NUM_RANKS = 3
 DEADLINE_S = 600
@@ -94,7 +95,7 @@ def search(folder: Path) -> int:
 
 
 def build_under_lock(rank: int, folder: Path) -> None:
-    """torch's own build of an extension, by a compiler that never ends; the others wait for torch's FileBaton."""
+    """torch's own build of an extension, by a compiler that never ends; the others wait for its lock."""
     shutil.copy("/bin/sh", folder / "cc1plus")
     compiler = folder / "c++"
     endless = f'exec timeout {COMPILER_S} {folder}/cc1plus -c "while :; do :; done" $@'  # ninja outlives its parent
@@ -113,10 +114,11 @@ def load_extension(rank: int, folder: Path) -> None:
 
 
 def abandoned_lock(rank: int, folder: Path) -> None:
-    """The lock of a build that was killed."""
-    (folder / "lock").touch()
+    """The lock that a killed build left, as the extension loader of torch before 2.14 waits for it."""
+    lock_file = str(folder / "lock")
+    Path(lock_file).touch()
     dist.barrier()
-    load_inline("moe", "int one() { return 1; }", functions=["one"], build_directory=str(folder))
+    FileBaton(lock_file).wait()
 
 
 def dead_peer(rank: int, folder: Path) -> None:
