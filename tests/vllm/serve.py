@@ -1,10 +1,11 @@
 """Serve a tiny Qwen3.5-MoE with the real vLLM: DP=2, EP=2, on a CPU. Run it with the interpreter of vLLM's venv.
 
-    python tests/vllm/serve.py --out DIR [--waves 5:8,5:12 3:40,0:0] [--seconds 60]
+    python tests/vllm/serve.py --out DIR [--waves 5:8,5:12 3:40,0:0] [--seconds 60 --period 10]
 
-A wave is one item per rank, PROMPT:NEW: the number of prompt tokens and of new tokens; 0:0 leaves the rank idle. The
-ranks are forked from one process that has imported vLLM, so that they start in half a minute. The output tokens of rank
-R are written to DIR/outputs<R>.json. Nothing is left: the process ends its children and theirs by the deadline.
+A wave is one item per rank, PROMPT:NEW: the number of prompt tokens and of new tokens; 0:0 leaves the rank idle. With
+--period a wave begins on all ranks each so many seconds, so that the engines also wait for requests. The ranks are
+forked from one process that has imported vLLM, so that they start in half a minute. The output tokens of rank R are
+written to DIR/outputs<R>.json. Nothing is left: the process ends its children and theirs by the deadline.
 """
 
 from __future__ import annotations
@@ -46,6 +47,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--waves", nargs="*", default=["5:8,5:12"])
     parser.add_argument("--seconds", type=float, default=0.0, help="repeat the waves for so long")
+    parser.add_argument("--period", type=float, default=0.0, help="seconds from one wave to the next; 0: no pause")
     parser.add_argument("--deadline", type=float, default=600.0, help="seconds after which all processes are ended")
     return parser.parse_args()
 
@@ -88,15 +90,19 @@ def _serve(rank: int, model: Path, args: argparse.Namespace) -> None:
         max_num_batched_tokens=512, seed=0, async_scheduling=False,
     )  # fmt: skip
     (args.out / f"up{rank}").touch()
-    until, outputs = time.monotonic() + args.seconds, []
+    if args.period:  # the ranks count the periods from one moment, when the last of them is up
+        _wait_for_files(args.out, "up")
+    began_s, outputs = time.monotonic(), []
     while True:
         for wave in args.waves:
+            if args.period:
+                time.sleep(max(0.0, began_s + len(outputs) * args.period - time.monotonic()))
             prompt, new = map(int, wave.split(",")[rank].split(":"))
             params = SamplingParams(temperature=0.0, max_tokens=new or 1, ignore_eos=True, detokenize=False)
             prompts = [TokensPrompt(prompt_token_ids=[7 + i for i in range(prompt)])] if prompt else []
             results = llm.generate(prompts, params, use_tqdm=False) if prompts else []
             outputs.append([list(result.outputs[0].token_ids) for result in results])
-        if time.monotonic() >= until:
+        if time.monotonic() >= began_s + args.seconds:
             break
     (args.out / f"outputs{rank}.json").write_text(json.dumps(outputs[: len(args.waves)]))
     _wait_for_all(args.out, rank)
@@ -106,9 +112,13 @@ def _serve(rank: int, model: Path, args: argparse.Namespace) -> None:
 def _wait_for_all(out: Path, rank: int) -> None:
     """Keep the engine until both ranks have their outputs: an engine that leaves early leaves the other in a wave."""
     (out / f"done{rank}").touch()
-    while not all((out / f"done{other}").exists() for other in range(NUM_RANKS)):
-        time.sleep(0.1)
+    _wait_for_files(out, "done")
     time.sleep(3.0)  # the wave ends after the last output
+
+
+def _wait_for_files(out: Path, name: str) -> None:
+    while not all((out / f"{name}{rank}").exists() for rank in range(NUM_RANKS)):
+        time.sleep(0.1)
 
 
 def descendants(pid: int) -> list[int]:
