@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
@@ -12,42 +11,13 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
+from repro.report.live_table import LiveTable
 from repro.report.tables import cell, lines, make_table, narrowest
 from repro.store.text import escape_lines, shorten_rank_lists
 from repro.trace.witness.file import Tail
-from repro.trace.witness.format import Kind
-from repro.trace.witness.parse import WitnessError
 from repro.verdict.classes import class_of
 from repro.verdict.result import list_ranks, shorten
 from repro.watch.document import Document
-
-REFRESH_S = 0.5
-
-
-class LiveTable:
-    """Redraws the ranks' positions twice a second. It reads whole witnesses, which is slow; verdicts do not use it."""
-
-    def __init__(self, title: str, live: Live) -> None:
-        self._title = title
-        self._live = live
-        self._drawn_s = 0.0
-
-    def show(self, tails: list[Tail]) -> None:
-        """Redraw the table unless it was drawn recently; the watcher calls this at every poll."""
-        if time.monotonic() - self._drawn_s > REFRESH_S:
-            self._drawn_s = time.monotonic()
-            self._live.update(self._draw(tails), refresh=True)
-
-    def notice(self, text: str) -> None:
-        """Print a line above the table."""
-        say(self._live.console, text)
-
-    def _draw(self, tails: list[Tail]) -> Table:
-        table = make_table("rank", "phase", "step", "where", "for", right=("rank", "step", "for"))
-        table.title, table.title_justify = self._title, "left"
-        for rank, tail in enumerate(tails):
-            table.add_row(str(rank), *(cell(text, limit=120) for text in position(tail)))
-        return table
 
 
 @dataclass
@@ -56,32 +26,6 @@ class Display:
 
     show: Callable[[list[Tail]], None] = lambda tails: None
     notice: Callable[[str], None] = lambda text: None
-
-
-def position(tail: Tail) -> tuple[str, str, str, str]:
-    """Format a rank's phase, step, place, and time in this place; "-" for unknown values."""
-    try:
-        witness = tail.witness()
-    except (OSError, WitnessError):
-        return "-", "-", "-", "-"
-    if (last := witness.last) is None:
-        return "starting", "-", "-", "-"
-    match last.kind:
-        case Kind.DONE:
-            where = "done"
-        case Kind.FAILED:
-            where = "failed"
-        case Kind.ENTER | Kind.WAIT:
-            signature = witness.signature(last.sig)
-            where = f"in {signature.group} {signature.op} #{last.seq} {signature.layer}"
-        case Kind.LOCK_WAIT:
-            where = f"waits for lock {witness.text(last.sig)}"
-        case Kind.BUILD_BEGIN:
-            where = f"builds {witness.text(last.sig)}"
-        case _:
-            where = "computing"
-    step = str(last.step) if last.step >= 0 else "-"
-    return witness.text(last.phase), step, where, f"{(time.monotonic_ns() - last.t_ns) / 1e9:.1f} s"
 
 
 @contextlib.contextmanager
@@ -93,7 +37,7 @@ def display(console: Console, title: str) -> Iterator[Display]:
         return
     with Live(console=console, auto_refresh=False, transient=True) as live:
         table = LiveTable(title, live)
-        yield Display(show=table.show, notice=table.notice)
+        yield Display(show=table.show, notice=lambda text: say(console, text))
 
 
 def say(console: Console, text: str) -> None:

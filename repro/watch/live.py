@@ -30,6 +30,7 @@ from repro.trace.witness.tails import Tails
 from repro.verdict import Verdict
 from repro.verdict.classes import class_of
 from repro.verdict.facts import Facts
+from repro.watch.builds import BuildWaits, describe_since
 from repro.watch.document import Document, Durations, Watcher, describe, progress_of
 from repro.watch.failure import failed
 from repro.watch.flight_recorder import compare_dumps
@@ -107,6 +108,7 @@ class Watch:
         self._noticed: list[str] = []
         self._reasons: list[str] = []  # why the watch ends
         self._silences = Silences()
+        self._builds = BuildWaits()
 
     def run(self) -> Document:
         """Watch until the run is decided; returns what was written to verdict.json.
@@ -180,8 +182,17 @@ class Watch:
             elif not self._measuring:  # measure processor use in the second half of the silence
                 self._measuring = True
                 self._system.begin_measuring(self._pids())
+            self._report_builds(now_ns)
             return None
         return self._decide_in_quiet()
+
+    def _report_builds(self, now_ns: int) -> None:
+        """Report ranks that wait for one that builds, although some rank has just recorded an event."""
+        if self._builds.due(now_ns, self._tails.waiting_since_ns()):
+            verdict = self._judge()
+            self._builds.looked(now_ns, self.host.now_ns())
+            if text := self._builds.report(verdict, now_ns):
+                self.notice(text)
 
     def _decide_in_quiet(self) -> Verdict | None:
         """Judge once per quiet window. While a rank works without events it is `slow`, and the watch continues."""
@@ -297,7 +308,7 @@ class Watch:
         news = [re.sub(r"heartbeat [\d.]+ s ago", "", sentence) for sentence in sentences]
         if waiting and news != self._noticed:
             self._noticed = news
-            self.notice(f"{verdict.verdict}: {'; '.join(sentences)}")
+            self.notice(f"{verdict.verdict}: {describe_since(verdict)}")
 
     def _failed(self, error: Exception) -> Verdict:
         """The verdict after a failure of the watcher itself: `inconclusive`, with the evidence at hand."""

@@ -25,7 +25,7 @@ from repro.lab.rank import worker
 from repro.lab.scenarios import settings_of
 from repro.lab.settings import RunSettings
 from repro.lab.start.prepare import prepare_run_dir
-from repro.report.terminal import LiveTable, position
+from repro.report.live_table import LiveTable, row_of
 from repro.store.run_dir import OutputError
 from repro.trace.witness.file import Tail
 from repro.verdict import Verdict
@@ -262,7 +262,7 @@ def test_exit_codes_tell_wrong_from_undecided():
     ("events", "where"),
     [
         ([("lock_wait", "a.lock")], "waits for lock a.lock"),
-        ([("lock_wait", "a.lock"), ("lock_held", "a.lock")], "computing"),
+        ([("lock_wait", "a.lock"), ("lock_held", "a.lock")], "holds lock a.lock"),
         ([("build_begin", "kernel\x1b[2J")], "builds kernel\x1b[2J"),
         ([("build_begin", "k"), ("build_end", "k")], "computing"),
     ],
@@ -274,9 +274,9 @@ def test_the_live_table_tells_who_waits_for_a_lock_and_who_builds(tmp_path, even
         scene.recorders[0].local(event, name)
     (tmp_path / "rank000.wit").write_bytes(bytes(scene.files[0]))
     tail = Tail(tmp_path / "rank000.wit")
-    assert position(tail)[2] == where
+    assert row_of(tail, 0).where == where
     console = Console(file=io.StringIO(), width=200)
-    console.print(LiveTable("t", Live(console=console))._draw([tail]))
+    console.print(LiveTable("t", Live(console=console)).draw([tail]))
     assert "\x1b" not in console.file.getvalue() and where.replace("\x1b", "␛") in console.file.getvalue()
 
 

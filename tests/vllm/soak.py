@@ -19,7 +19,8 @@ from typing import Any
 
 from server import ROOT, command, environment
 
-WAVES = "5:20,5:30 3:40,0:0 0:0,6:40 0:0,0:0 2:1,9:25 0:0,0:0"
+WAVES = "5:20,5:30 3:40,4:1 2:1,6:40 0:0,0:0 2:1,9:25 0:0,0:0"
+"""In a wave of one new token a rank soon is idle. Offline, a rank that gets no request at all makes the others wait."""
 PERIOD_S = 10.0
 LOOK_S = 60.0
 QUIET_WINDOW_S = 5
@@ -66,8 +67,10 @@ def _running(recorder: subprocess.Popen[bytes]) -> bool:
 
 def _look(recording: Path) -> list[dict[str, Any]]:
     watch = [sys.executable, "-m", "repro", "watch", str(recording), "--json"]
-    printed = subprocess.run(watch, cwd=ROOT, capture_output=True, text=True, timeout=120).stdout
-    return [json.loads(printed)] if printed else []
+    done = subprocess.run(watch, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    if done.stdout:
+        return [json.loads(done.stdout)]
+    return [{"verdict": f"watch failed: {done.stderr[-300:]}", "culprits": [], "sentences": []}]
 
 
 def _alarms(look: dict[str, Any]) -> bool:

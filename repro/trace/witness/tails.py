@@ -64,6 +64,13 @@ class Tails:
         """Time of the last heartbeat of any rank in ns; 0 if there is none."""
         return max((self._here_ns(tail, tail.heartbeat_ns()) for tail in self._tails.values()), default=0)
 
+    def waiting_since_ns(self) -> int:
+        """When the rank that waits longest in a collective or for a lock began to wait, in ns; 0 if none waits."""
+        events = ((tail, tail.last_event()) for tail in self._tails.values())
+        waits = (Kind.ENTER, Kind.WAIT, Kind.LOCK_WAIT)
+        since = (self._here_ns(tail, event.t_ns) for tail, event in events if event is not None and event.kind in waits)
+        return min(since, default=0)
+
     def _opened(self, rank: int) -> Tail:
         if rank not in self._tails:
             self._tails[rank] = Tail(self._run_dir.witness(rank))

@@ -1,0 +1,141 @@
+"""Where each rank of a live run is: a table that is redrawn in place on a terminal."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from rich.live import Live
+from rich.table import Table
+
+from repro.report.tables import cell, make_table
+from repro.trace.parse import WitnessError
+from repro.trace.witness import Tail, Witness
+from repro.verdict.evidence.position import RankState, locate
+from repro.verdict.result import list_ranks
+
+REFRESH_S = 0.5
+
+MOST_ROWS = 16
+"""With more ranks than this, ranks that are in the same place share a row."""
+
+_STYLES = {"building": "yellow", "locked": "yellow", "failed": "red", "done": "green"}
+
+
+@dataclass(frozen=True)
+class Row:
+    """One rank in the table.
+
+    phase_s, place_s   seconds since when it is in the phase and in the place; -1 if unknown
+    """
+
+    rank: int
+    phase: str = "-"
+    phase_s: float = -1.0
+    step: str = "-"
+    where: str = "not started"
+    place_s: float = -1.0
+    state: str = ""
+
+
+class LiveTable:
+    """Redraws the ranks' positions twice a second. It reads whole witnesses, which is slow; verdicts do not use it."""
+
+    def __init__(self, title: str, live: Live, now_ns: Callable[[], int] = time.monotonic_ns) -> None:
+        self._title = title
+        self._live = live
+        self._now_ns = now_ns
+        self._drawn_ns = 0
+
+    def show(self, tails: list[Tail]) -> None:
+        """Redraw the table unless it was drawn recently; the watcher calls this at every poll."""
+        if self._now_ns() - self._drawn_ns > REFRESH_S * 1e9:
+            self._drawn_ns = self._now_ns()
+            self._live.update(self.draw(tails), refresh=True)
+
+    def draw(self, tails: list[Tail]) -> Table:
+        """Make the table of these ranks, and of those of the same run whose witness is not open yet."""
+        rows = {tail.writer().rank: row_of(tail, self._now_ns()) for tail in tails}
+        num_ranks = max((tail.writer().num_ranks for tail in tails), default=0)
+        table = make_table("rank", "phase", "for", "step", "where", "for ", right=("rank", "for", "step", "for "))
+        table.title, table.title_justify = self._title, "left"
+        for ranks, row in _folded([rows.get(rank, Row(rank)) for rank in range(num_ranks)]):
+            cells = (row.phase, _seconds(row.phase_s), row.step, row.where, _seconds(row.place_s))
+            style = _STYLES.get(row.state, "")
+            table.add_row(list_ranks(ranks), *(cell(text, style, limit=160) for text in cells))
+        return table
+
+
+def row_of(tail: Tail, now_ns: int) -> Row:
+    """Locate a rank. now_ns: the monotonic clock of its host."""
+    rank = tail.writer().rank
+    try:
+        witness = tail.witness()
+    except (OSError, WitnessError):
+        return Row(rank, where="witness cannot be read")
+    if not tail.writer().pid:
+        return Row(rank)
+    if witness.last is None:
+        return Row(rank, where="starting")
+    state = locate(rank, witness, now_ns, None, "")
+    at = state.position
+    step = str(at.step) if at.step >= 0 else "-"
+    phase_s = max(0, now_ns - _phase_began_ns(witness)) / 1e9
+    return Row(rank, at.phase or "-", phase_s, step, where(state), at.since_s, at.state)
+
+
+def where(state: RankState) -> str:
+    """Say in a few words what a rank does."""
+    at = state.position
+    match at.state:
+        case "blocked":
+            return f"waits in {at.group} {at.op} #{at.seq} {at.layer}".rstrip()
+        case "locked":
+            return f"waits for lock {at.detail}"
+        case "building":
+            held = f", holds lock {', '.join(sorted(state.holds))}" if state.holds else ""
+            return f"builds {at.detail}{held}"
+        case "running":
+            return at.detail or "computing"
+        case "failed":
+            return f"failed: {at.detail}"
+        case other:
+            return other
+
+
+def _phase_began_ns(witness: Witness) -> int:
+    """When the rank entered its phase, as far as the ring still shows."""
+    phases, times = witness.column("phase"), witness.column("t_ns")
+    index = len(phases) - 1
+    while index > 0 and phases[index - 1] == phases[-1]:
+        index -= 1
+    return times[index]
+
+
+def _folded(rows: list[Row]) -> list[tuple[list[int], Row]]:
+    """Put ranks that are in one place into one row, with the longest times, if the table would be too long."""
+    if len(rows) <= MOST_ROWS:
+        return [([row.rank], row) for row in rows]
+    together: dict[tuple[str, str, str], list[Row]] = {}
+    for row in rows:
+        together.setdefault((row.phase, row.step, row.where), []).append(row)
+    return [
+        (
+            [row.rank for row in group],
+            Row(
+                group[0].rank,
+                group[0].phase,
+                max(row.phase_s for row in group),
+                group[0].step,
+                group[0].where,
+                max(row.place_s for row in group),
+                group[0].state,
+            ),
+        )
+        for group in together.values()
+    ]
+
+
+def _seconds(seconds: float) -> str:
+    return "-" if seconds < 0 else f"{seconds:.1f} s" if seconds < 10 else f"{seconds:.0f} s"
