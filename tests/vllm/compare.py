@@ -1,15 +1,16 @@
 """Compare the schedule that vLLM was recorded with and the schedule of our engine for the same tokens.
 
-    python tests/vllm/compare.py RECORDING
+    python tests/vllm/compare.py RECORDING [--protocol 0.20]
 
-Our engine runs with ``engine.protocol = "0.33"``, which has the questions of vLLM 0.32 and 0.33. Its requests are made
-from the record: the prompt, the arrival and the number of live steps of each rank in each wave. So the two differ only
-in what the engines do, not in when vLLM admitted a request. Every collective of the phase ``serve`` is compared: step
-agreement, dispatch and combine with layer and sizes, question. Exit code 0 if all are equal.
+Our engine runs with ``engine.protocol = "0.33"``, which has the questions of vLLM 0.32 and 0.33, or with ``"0.20"``.
+Its requests are made from the record: the prompt, the arrival and the number of live steps of each rank in each wave.
+So the two differ only in what the engines do, not in when vLLM admitted a request. Every collective of the phase
+``serve`` is compared: step agreement, dispatch and combine with layer and sizes, question. Exit code 0 if all are equal.
 """
 
 from __future__ import annotations
 
+import argparse
 import re
 import sys
 import tempfile
@@ -36,7 +37,7 @@ MODEL = ModelConfig(
     num_experts=16, num_experts_per_tok=4, moe_intermediate_size=16, shared_expert_intermediate_size=16,
 )  # fmt: skip
 KNOWN = (
-    "C1 has 4 rows in vLLM 0.32; ours has the 7 of 0.33, and 9 of its own for the drafter and two hashes",
+    "C1 has 4 rows in vLLM 0.20 to 0.32; ours has 4 or the 7 of 0.33, and 9 of its own for the drafter and two hashes",
     "vLLM gathers a list of three tensors in one dispatch, ours one packed tensor; both are one entry",
     "vLLM's question is among the EngineCore processes, ours among the ranks",
 )
@@ -82,17 +83,22 @@ def recorded_steps(witness: Witness) -> list[Step]:
     return steps
 
 
-def waves_of(steps: list[Step]) -> list[list[Step]]:
-    """Split at each question that follows one execution: a wave asks after its first one and after each 16th."""
+def waves_of(steps: list[Step], protocol: str) -> list[list[Step]]:
+    """Split the executions into waves.
+
+    In 0.33 a wave asks after its first execution. In 0.20 it asks only after each 32nd one, so a wave has ended if the
+    execution after a question is a prefill: prompts come at the beginning of a wave, and have at least two tokens.
+    """
     waves: list[list[Step]] = []
-    since = 0
+    since, asked = 0, True
     for step in steps:
         asks = any(name == "question" for name, _, _ in step.entries)
         since += 1
-        if (asks and since == 1) or not waves:
+        begins = asks and since == 1 if protocol == "0.33" else asked and max(step.sizes, default=0) > 1
+        if begins or not waves:
             waves.append([])
         waves[-1].append(step)
-        since = 0 if asks else since
+        since, asked = 0 if asks else since, asks
     return waves
 
 
@@ -120,9 +126,9 @@ class Entries(NullObserver):
             self.entries.append(entry_of(*collective[:4]))
 
 
-def ours(plan: list[list[list[Request]]], num_ranks: int) -> list[list[Entry]]:
+def ours(plan: list[list[list[Request]]], num_ranks: int, protocol: str) -> list[list[Entry]]:
     """Serve the requests, plan[rank][wave], by our engine; the entries of each rank."""
-    engine = EngineConfig(max_num_seqs=4, max_num_batched_tokens=512, num_pages=64, protocol="0.33")
+    engine = EngineConfig(max_num_seqs=4, max_num_batched_tokens=512, num_pages=64, protocol=protocol)
     server = ServerConfig(MODEL, ParallelConfig(num_ranks, 1, True), engine, 0)
 
     def run(rank: int, store: object) -> list[Entry]:
@@ -138,14 +144,19 @@ def ours(plan: list[list[list[Request]]], num_ranks: int) -> list[list[Entry]]:
 
 
 def main() -> int:
-    witnesses, refused = read_dir(Path(sys.argv[1]) / "events")
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("recording", type=Path)
+    parser.add_argument("--protocol", choices=("0.20", "0.33"), default="0.33")
+    args = parser.parse_args()
+    witnesses, refused = read_dir(args.recording / "events")
     assert not refused, refused
     theirs = {rank: recorded_steps(witness) for rank, witness in sorted(witnesses.items())}
-    waves = {rank: waves_of(steps) for rank, steps in theirs.items()}
+    waves = {rank: waves_of(steps, args.protocol) for rank, steps in theirs.items()}
     plan = [[requests_of(wave, rank, n) for n, wave in enumerate(waves[rank])] for rank in waves]
+    print(f"protocol {args.protocol}")
     print(f"waves: {[len(wave) for wave in waves[0]]} executions; C1 tokens of the first: {waves[0][0][0].sizes}")
     different = 0
-    for rank, mine in enumerate(ours(plan, len(theirs))):
+    for rank, mine in enumerate(ours(plan, len(theirs), args.protocol)):
         real = [entry for step in theirs[rank] for entry in step.entries]
         pairs = list(zip(real, mine, strict=False))
         unequal = [(index, pair) for index, pair in enumerate(pairs) if pair[0] != pair[1]]

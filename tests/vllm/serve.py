@@ -23,22 +23,34 @@ from pathlib import Path
 from typing import Any
 
 NUM_RANKS = 2
-MODEL = {
-    "architectures": ["Qwen3_5MoeForCausalLM"], "model_type": "qwen3_5_moe_text",
+COMMON = {
     "vocab_size": 512, "hidden_size": 128, "num_hidden_layers": 4,
     "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 32,
-    "layer_types": ["linear_attention"] * 3 + ["full_attention"],
-    "linear_conv_kernel_dim": 4, "linear_key_head_dim": 64, "linear_value_head_dim": 64,
-    "linear_num_key_heads": 2, "linear_num_value_heads": 4,
-    "num_experts": 16, "num_experts_per_tok": 4, "moe_intermediate_size": 64, "shared_expert_intermediate_size": 64,
+    "num_experts": 16, "num_experts_per_tok": 4, "moe_intermediate_size": 64,
     "hidden_act": "silu", "max_position_embeddings": 1024, "rms_norm_eps": 1e-6, "tie_word_embeddings": False,
-    "rope_parameters": {"rope_type": "default", "rope_theta": 1e7, "partial_rotary_factor": 0.25,
-                        "mrope_section": [2, 1, 1], "mrope_interleaved": True},
     "dtype": "bfloat16", "bos_token_id": 1, "eos_token_id": 2,
 }  # fmt: skip
+MODELS = {
+    "hybrid": {
+        **COMMON, "architectures": ["Qwen3_5MoeForCausalLM"], "model_type": "qwen3_5_moe_text",
+        "layer_types": ["linear_attention"] * 3 + ["full_attention"],
+        "linear_conv_kernel_dim": 4, "linear_key_head_dim": 64, "linear_value_head_dim": 64,
+        "linear_num_key_heads": 2, "linear_num_value_heads": 4, "shared_expert_intermediate_size": 64,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 1e7, "partial_rotary_factor": 0.25,
+                            "mrope_section": [2, 1, 1], "mrope_interleaved": True},
+    },
+    "attention": {
+        **COMMON, "architectures": ["Qwen3MoeForCausalLM"], "model_type": "qwen3_moe", "intermediate_size": 128,
+        "decoder_sparse_step": 1, "mlp_only_layers": [], "norm_topk_prob": True, "rope_theta": 1e6,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 1e6},
+    },
+}  # fmt: skip
+"""Layers GGGA, and AAAA for vLLM before 0.24, whose CPU build has no GDN."""
+
 PRELOADED = (
     "vllm", "vllm.v1.engine.core", "vllm.v1.engine.core_client", "vllm.v1.engine.llm_engine",
     "vllm.v1.worker.cpu_worker", "vllm.v1.executor.multiproc_executor", "vllm.model_executor.models.qwen3_5",
+    "vllm.model_executor.models.qwen3_moe",
 )  # fmt: skip
 
 
@@ -46,6 +58,7 @@ def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--waves", nargs="*", default=["5:8,5:12"])
+    parser.add_argument("--model", choices=list(MODELS), default="hybrid")
     parser.add_argument("--seconds", type=float, default=0.0, help="repeat the waves for so long")
     parser.add_argument("--period", type=float, default=0.0, help="seconds from one wave to the next; 0: no pause")
     parser.add_argument("--deadline", type=float, default=600.0, help="seconds after which all processes are ended")
@@ -160,7 +173,7 @@ def main() -> int:
     args.out = args.out.absolute()
     model = args.out / "model"
     model.mkdir(exist_ok=True)
-    (model / "config.json").write_text(json.dumps(MODEL))
+    (model / "config.json").write_text(json.dumps(MODELS[args.model]))
     _environment()
     _preload()
     children = []

@@ -18,7 +18,7 @@ def command(vllm: Path, out: Path, waves: str, deadline_s: float = 400) -> list[
 
 
 def environment(folder: Path, **variables: str) -> dict[str, str]:
-    """The environment in which vLLM finds the entry points of pyproject.toml and that of faults.py.
+    """The environment in which vLLM finds the entry points of pyproject.toml, question.py and faults.py.
 
     folder: where their metadata is written
     """
@@ -26,7 +26,8 @@ def environment(folder: Path, **variables: str) -> dict[str, str]:
     metadata = folder / "hmr_plugins-0.dist-info"
     metadata.mkdir(parents=True, exist_ok=True)
     (metadata / "METADATA").write_text("Metadata-Version: 2.1\nName: hmr-plugins\nVersion: 0\n")
-    lines = [f"{name} = {value}" for name, value in {**points, "hmr_faults": "faults:register"}.items()]
+    points = {"hmr_question": "question:register", **points, "hmr_faults": "faults:register"}
+    lines = [f"{name} = {value}" for name, value in points.items()]
     (metadata / "entry_points.txt").write_text("\n".join([f"[{GROUP}]", *lines, ""]))
     path = os.pathsep.join(map(str, (ROOT, HERE, folder)))
     return {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", **variables}

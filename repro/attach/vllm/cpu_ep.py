@@ -28,11 +28,18 @@ def register() -> None:
 @functools.cache
 def _install() -> None:
     from vllm.distributed.device_communicators.cpu_communicator import CpuCommunicator
-    from vllm.model_executor.layers.fused_moe.experts.cpu_moe import CPUUnquantizedExperts
 
     CpuCommunicator.all_gatherv = all_gatherv
     CpuCommunicator.reduce_scatterv = reduce_scatterv
-    CPUUnquantizedExperts.apply = with_local_ids(CPUUnquantizedExperts.apply)
+    try:
+        from vllm.model_executor.layers.fused_moe.experts.cpu_moe import CPUUnquantizedExperts
+    except ImportError:  # vLLM 0.20
+        from vllm.model_executor.layers.fused_moe.cpu_fused_moe import CPUFusedMOE
+
+        for name in ("forward_torch", "forward_grouped_gemm"):
+            setattr(CPUFusedMOE, name, with_local_ids_of_layer(getattr(CPUFusedMOE, name)))
+    else:
+        CPUUnquantizedExperts.apply = with_local_ids(CPUUnquantizedExperts.apply)
 
 
 def all_gatherv(communicator: Any, input_: Any, dim: int = 0, sizes: Sequence[int] | None = None) -> Any:
@@ -81,13 +88,32 @@ def with_local_ids(original: Any) -> Any:
         self: Any, output: Any, hidden_states: Any, w1: Any, w2: Any, topk_weights: Any, topk_ids: Any,
         activation: Any, global_num_experts: int, expert_map: Any, *rest: Any, **options: Any,
     ) -> None:  # fmt: skip
-        if expert_map is not None:
-            local = expert_map[topk_ids.long()]
-            topk_weights = topk_weights.masked_fill(local < 0, 0.0)
-            topk_ids = local.clamp(min=0).to(topk_ids.dtype)
+        weights, ids = local_experts(topk_weights, topk_ids, expert_map)
         original(
-            self, output, hidden_states, w1, w2, topk_weights, topk_ids, activation, global_num_experts, expert_map,
+            self, output, hidden_states, w1, w2, weights, ids, activation, global_num_experts, expert_map,
             *rest, **options,
         )  # fmt: skip
 
     return apply
+
+
+def with_local_ids_of_layer(original: Any) -> Any:
+    """Do the same for ``forward_torch`` and ``forward_grouped_gemm`` of vLLM 0.20, whose layer has the map."""
+
+    @functools.wraps(original)
+    def forward(self: Any, layer: Any, input: Any, topk_weights: Any, topk_ids: Any, *rest: Any) -> Any:
+        weights, ids = local_experts(topk_weights, topk_ids, layer.expert_map)
+        return original(self, layer, input, weights, ids, *rest)
+
+    return forward
+
+
+def local_experts(weights: Any, ids: Any, expert_map: Any) -> tuple[Any, Any]:
+    """Return the weights and the ids [tokens, top_k] for this rank's experts.
+
+    expert_map  int [num_experts]: the local id of each expert, -1 for those of other ranks; None without EP
+    """
+    if expert_map is None:
+        return weights, ids
+    local = expert_map[ids.long()]
+    return weights.masked_fill(local < 0, 0.0), local.clamp(min=0).to(ids.dtype)
