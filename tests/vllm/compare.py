@@ -4,8 +4,8 @@
 
 Our engine runs with ``engine.protocol = "0.33"``, which has the questions of vLLM 0.32 and 0.33, or with ``"0.20"``.
 Its requests are made from the record: the prompt, the arrival and the number of live steps of each rank in each wave.
-So the two differ only in what the engines do, not in when vLLM admitted a request. Every collective of the phase
-``serve`` is compared: step agreement, dispatch and combine with layer and sizes, question. Exit code 0 if all are equal.
+So the two differ only in what the engines do, not in when vLLM admitted a request. Each collective of the phase
+``serve`` is compared: step agreement, dispatch and combine with layer and sizes, question. Exit code 0: all are equal.
 """
 
 from __future__ import annotations
