@@ -12,7 +12,7 @@ from typing import Any
 
 from repro.attach.record.attendant import REQUEST
 from repro.attach.record.rank import DEVICE_GROUPS
-from repro.attach.vllm.qualified import qualified
+from repro.attach.vllm.qualified import at_exit, qualified
 from repro.hosts.host import Host
 from repro.hosts.options import WatchOptions
 from repro.ingest.read import read
@@ -108,6 +108,7 @@ def watch_of(
         describe=lambda verdict: _describe(run_dir, verdict),
         show=show,
         notice=notice,
+        remark=at_exit,
         host=RecordedHost(),
     )
 

@@ -10,8 +10,8 @@ from rich.live import Live
 from rich.table import Table
 
 from repro.report.tables import cell, make_table
-from repro.trace.parse import WitnessError
-from repro.trace.witness import Tail, Witness
+from repro.trace.witness.file import Tail, Witness
+from repro.trace.witness.parse import WitnessError
 from repro.verdict.evidence.position import RankState, locate
 from repro.verdict.result import list_ranks
 

@@ -80,6 +80,7 @@ class Watch:
     interrupted   says whether the user has requested the end of the run
     show          called at every poll with the open witnesses, for a display
     notice        called with a line when the waits between ranks have changed
+    remark        returns a line about a verdict that is not final, or ""; it is noticed once
     """
 
     run_dir: RunDir
@@ -91,6 +92,7 @@ class Watch:
     interrupted: Callable[[], bool] = lambda: False
     show: Callable[[list[Tail]], None] = lambda tails: None
     notice: Callable[[str], None] = lambda text: None
+    remark: Callable[[Verdict], str] = lambda verdict: ""
     host: Host = field(default_factory=Host)
 
     def __post_init__(self) -> None:
@@ -106,6 +108,7 @@ class Watch:
         self._interrupted = False
         self._ended_by = ""
         self._noticed: list[str] = []
+        self._remarks: set[str] = set()
         self._reasons: list[str] = []  # why the watch ends
         self._silences = Silences()
         self._builds = BuildWaits()
@@ -302,9 +305,13 @@ class Watch:
         return unanswered | self._remote_hosts.answers(request, ANSWER_PATIENCE_S)
 
     def _notice(self, verdict: Verdict) -> None:
-        """Report the waits between ranks if they have changed; nothing if no rank waits."""
+        """Report the waits between ranks if they have changed, and what the job itself has to say of them."""
+        if (remark := self.remark(verdict)) and remark not in self._remarks:
+            self._remarks.add(remark)
+            self.notice(remark)
         sentences = verdict.sentences()
-        waiting = any(position.state in ("blocked", "locked") for position in verdict.ranks)
+        waits = [at.since_s for at in verdict.ranks if at.state in ("blocked", "locked")]
+        waiting = max(waits, default=0.0) >= self.options.quiet_window_s / 2  # not one that has begun since the silence
         news = [re.sub(r"heartbeat [\d.]+ s ago", "", sentence) for sentence in sentences]
         if waiting and news != self._noticed:
             self._noticed = news

@@ -15,8 +15,8 @@ from hybrid_moe_ref.parallel.observer import Collective
 from repro.report.live_table import MOST_ROWS, LiveTable
 from repro.report.tables import lines
 from repro.store.run_dir import RunDir
-from repro.trace.format import Identity
-from repro.trace.witness import Tail, create
+from repro.trace.witness.file import Tail, create
+from repro.trace.witness.format import Identity
 
 CALL = Collective("dp", "all_reduce", "step", (4,), "int32", "sum")
 SECOND = 1000 * MS

@@ -11,6 +11,7 @@ written to DIR/outputs<R>.json. Nothing is left: the process ends its children a
 from __future__ import annotations
 
 import argparse
+import atexit
 import contextlib
 import json
 import multiprocessing
@@ -61,6 +62,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--model", choices=list(MODELS), default="hybrid")
     parser.add_argument("--seconds", type=float, default=0.0, help="repeat the waves for so long")
     parser.add_argument("--period", type=float, default=0.0, help="seconds from one wave to the next; 0: no pause")
+    parser.add_argument("--leave", action="store_true", help="end the ranks without a shutdown of their engines")
     parser.add_argument("--deadline", type=float, default=600.0, help="seconds after which all processes are ended")
     return parser.parse_args()
 
@@ -119,6 +121,8 @@ def _serve(rank: int, model: Path, args: argparse.Namespace) -> None:
             break
     (args.out / f"outputs{rank}.json").write_text(json.dumps(outputs[: len(args.waves)]))
     _wait_for_all(args.out, rank)
+    if args.leave:  # as the interpreter does at the end of a program
+        atexit._run_exitfuncs()
     llm.llm_engine.engine_core.shutdown()
 
 

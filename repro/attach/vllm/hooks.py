@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 from repro.attach.record import rank, start
 from repro.attach.record.imports import after_import, replace
-from repro.attach.vllm import engine, worker
+from repro.attach.vllm import engine, front, worker
 
 JOB = "vllm"
 """The name of the job. All processes of one server use it, so they record into one folder."""
@@ -41,6 +41,7 @@ class Hook(NamedTuple):
 _GPU, _CPU = "vllm.v1.worker.gpu_worker", "vllm.v1.worker.cpu_worker"
 _GROUPS, _CORE = "vllm.distributed.parallel_state", "vllm.v1.engine.core"
 _COMMUNICATOR = "vllm.distributed.device_communicators.base_device_communicator"
+_CLIENT = "vllm.v1.engine.core_client"
 _QUEUE = "vllm.distributed.device_communicators.shm_broadcast"
 _MULTIPROC = "vllm.v1.executor.multiproc_executor"
 _GDN = "vllm.model_executor.layers.mamba.gdn.qwen_gdn_linear_attn"
@@ -81,6 +82,8 @@ HOOKS = (
     Hook(_CORE, ("EngineCoreProc._process_input_queue",), engine.waiting_for_requests, "engines without requests"),
     Hook(_MULTIPROC, ("MultiprocExecutor.execute_model",), engine.requesting, "executions left out"),
     Hook(_MULTIPROC, ("MultiprocExecutor.execute_dummy_batch",), engine.requesting_dummy, "executions left out"),
+    Hook(_CLIENT, ("MPClient.__init__",), front.starting, "the front end"),
+    Hook(_CLIENT, ("SyncMPClient.get_output",), front.receiving, "front ends that wait for outputs"),
     Hook(
         "vllm.config.parallel", ("ParallelConfig.sync_dp_state", "ParallelConfig.has_unfinished_dp"), engine.asking,
         'the question "is anyone unfinished?"',
@@ -96,6 +99,7 @@ def install(directory: str) -> None:
     rank.meet_at(JOB)
     os.register_at_fork(after_in_child=worker.after_fork)
     os.register_at_fork(after_in_child=engine.after_fork)
+    os.register_at_fork(after_in_child=front.after_fork)
     modules: dict[str, list[Hook]] = {}
     for hook in HOOKS:
         modules.setdefault(hook.module, []).append(hook)

@@ -1,4 +1,4 @@
-"""Record in a worker's witness what the engine of its rank does.
+"""Record in a worker's witness what the engine of its rank does, and the front end.
 
 The worker records each question when the next message of the engine arrives, and the attendant records the one that the
 engine waits in while the worker is idle. So the witness of the rank has one order of all that the rank waits for, and
@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 
 from hybrid_moe_ref.parallel.observer import Collective
 from repro.attach.vllm.habits import Habits
-from repro.attach.vllm.notes import Activity, Note, Notes, open_notes
+from repro.attach.vllm.notes import FRONT, Activity, Note, Notes, open_notes
 
 if TYPE_CHECKING:
     from repro.attach.record.rank import Rank
@@ -25,7 +25,15 @@ GROUP = "engines"
 
 QUESTION = Collective(GROUP, "all_reduce", "unfinished", (), "int32")
 WITHOUT_REQUESTS = "idle, engine waits for requests"
-"""The phase of an idle worker whose engine has no work. No collective follows until the engine gets a message."""
+"""The phase of an idle worker whose engine has no work. No collective follows until the engine gets a message.
+
+What the front end does is appended, if its notes say so.
+"""
+
+FRONT_ENDS = {
+    Activity.WAITS_FOR_OUTPUTS: ", front end waits for outputs",
+    Activity.EXITS: ", front end waits at exit",
+}
 
 LEFT_OUT = "engine left out execution"
 """The phase after a step that the engine counted but did not request, with the number of the first such step."""
@@ -55,6 +63,7 @@ class Mirror:
         self._progress = progress
         self._habits = habits
         self._notes: Notes | None = None
+        self._front: Notes | None = None
         self._asked = 0  # number of questions in the witness
         self._open = False  # whether the last of them is still unanswered
         self._skipped = 0
@@ -82,10 +91,16 @@ class Mirror:
         if self._notes is None or self._open:
             return
         without_requests = self._notes[Note.ACTIVITY] == Activity.WAITS_FOR_REQUESTS
-        idle = WITHOUT_REQUESTS if without_requests else "idle, waits for engine"
+        idle = WITHOUT_REQUESTS + self._front_end() if without_requests else "idle, waits for engine"
         if idle != self._idle:
             self._idle = idle
             self._rank.recorder.phase(idle)
+
+    def _front_end(self) -> str:
+        """Say what the front end of the rank does, if it has notes and that matters to an idle rank."""
+        if self._front is None:
+            self._front = open_notes(Path(self._rank.root), self._rank.rank, FRONT)
+        return FRONT_ENDS.get(Activity(self._front[Note.ACTIVITY]), "") if self._front is not None else ""
 
     def catch_up(self) -> None:
         """Record the engine's new questions in order, each as a collective outside any step."""

@@ -1,7 +1,7 @@
-"""What an EngineCore reports about itself: eight numbers in a file that the worker of its rank reads.
+"""What an EngineCore or a front end reports about itself: eight numbers in a file that the worker of its rank reads.
 
-The engine writes them as it goes, and neither waits for the other. A reader may see the numbers of two moments; each
-number alone is whole.
+The process writes them as it goes, and neither waits for the other. A reader may see the numbers of two moments; each
+number alone is whole. A front end writes its process id and its activity only.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ BYTES = 64
 class Note(enum.IntEnum):
     """The index of each number in the file.
 
-    PID        process id of the engine
+    PID        process id of the writer
     COUNTED    executions that the engine's loop has counted, over all waves
     SKIPPED    those of them that the engine did not request from its worker
     FIRST      the number of the first of them, counted from 1; 0 without any
@@ -38,11 +38,14 @@ class Note(enum.IntEnum):
 
 
 class Activity(enum.IntEnum):
-    """What the engine is doing."""
+    """What the process is doing: the first three of an engine, the others of a front end."""
 
     WORKS = 0
     WAITS_FOR_REQUESTS = 1
     WAITS_FOR_WORKER = 2
+    STARTS_ENGINE = 3
+    WAITS_FOR_OUTPUTS = 4
+    EXITS = 5
 
 
 class Notes:
@@ -58,14 +61,18 @@ class Notes:
         self._numbers[note] = number
 
 
-def path_of(root: Path, rank: int) -> Path:
-    """Return the path of the notes of the engine whose first worker is ``rank``."""
-    return root / "events" / f"rank{rank:03d}.engine"
+ENGINE, FRONT = "engine", "front"
+"""The two kinds of notes of a rank, by the suffix of their file."""
 
 
-def create(root: Path, rank: int) -> Notes:
-    """Create the notes of this process. Raises FileExistsError if another engine has created them."""
-    descriptor = os.open(path_of(root, rank), os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o644)
+def path_of(root: Path, rank: int, kind: str = ENGINE) -> Path:
+    """Return the path of the notes of the engine whose first worker is ``rank``, or of that engine's front end."""
+    return root / "events" / f"rank{rank:03d}.{kind}"
+
+
+def create(root: Path, rank: int, kind: str = ENGINE) -> Notes:
+    """Create the notes of this process. Raises FileExistsError if another process has created them."""
+    descriptor = os.open(path_of(root, rank, kind), os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o644)
     try:
         os.posix_fallocate(descriptor, 0, BYTES)
         notes = Notes(mmap.mmap(descriptor, BYTES))
@@ -75,10 +82,10 @@ def create(root: Path, rank: int) -> Notes:
     return notes
 
 
-def open_notes(root: Path, rank: int) -> Notes | None:
-    """Open the notes of an engine; None if they do not exist yet."""
+def open_notes(root: Path, rank: int, kind: str = ENGINE) -> Notes | None:
+    """Open the notes of an engine or a front end; None if they do not exist yet."""
     try:
-        descriptor = os.open(path_of(root, rank), os.O_RDONLY | os.O_CLOEXEC)
+        descriptor = os.open(path_of(root, rank, kind), os.O_RDONLY | os.O_CLOEXEC)
     except OSError:
         return None
     try:

@@ -5,10 +5,11 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
-from repro.attach.vllm.mirror import GROUP, LEFT_OUT, WITHOUT_REQUESTS
+from repro.attach.vllm.mirror import FRONT_ENDS, GROUP, LEFT_OUT, WITHOUT_REQUESTS
+from repro.attach.vllm.notes import Activity
 from repro.trace.witness.file import read_dir
 from repro.verdict import Verdict
-from repro.verdict.result import say
+from repro.verdict.result import name_ranks, say
 
 FROM_SCHEDULE = ("extra", "skipped", "order", "mismatch")
 """The causes that follow from a comparison with the declared schedule."""
@@ -38,9 +39,22 @@ def qualified(verdict: Verdict, root: Path) -> Verdict:
     return _without_idle(verdict)
 
 
+def at_exit(verdict: Verdict) -> str:
+    """Return a line about front ends that wait at their exit for engines that wait for requests; "" without any."""
+    ranks = [at.rank for at in verdict.ranks if at.phase == WITHOUT_REQUESTS + FRONT_ENDS[Activity.EXITS]]
+    if not ranks:
+        return ""
+    return (
+        f"the front end of {name_ranks(ranks)} has finished its work and waits at exit for its engine, which waits for "
+        "requests: no deadlock, but the program never ends; call llm.llm_engine.engine_core.shutdown() at its end"
+    )
+
+
 def _without_idle(verdict: Verdict) -> Verdict:
-    """Turn culprits that wait for requests into suspects."""
-    asleep = {position.rank for position in verdict.ranks if position.phase == WITHOUT_REQUESTS}
+    """Turn culprits that wait for requests into suspects, or into neither if all ranks do."""
+    asleep = {at.rank for at in verdict.ranks if at.phase.startswith(WITHOUT_REQUESTS)}
+    if asleep and all(at.rank in asleep or at.state == "done" for at in verdict.ranks):
+        return _all_idle(verdict, asleep)
     idle = sorted(asleep & set(verdict.culprits))
     if not idle:
         return verdict
@@ -52,3 +66,17 @@ def _without_idle(verdict: Verdict) -> Verdict:
         suspects=tuple(sorted({*verdict.suspects, *idle})),
         confidence=verdict.confidence if culprits else "undecided",
     )
+
+
+def _all_idle(verdict: Verdict, asleep: set[int]) -> Verdict:
+    """Name nobody: all workers are idle, and all engines wait for requests."""
+    waits = WITHOUT_REQUESTS + FRONT_ENDS[Activity.WAITS_FOR_OUTPUTS]
+    lines = [f"{say(sorted(asleep), 'are')} idle, and the engines wait for requests: an idle server looks like this"]
+    if starved := [at.rank for at in verdict.ranks if at.phase == waits]:
+        lines.append(
+            f"the front end of {name_ranks(starved)} waits for outputs that its engine does not work on: a message "
+            "between them may be lost"
+        )
+    if exits := at_exit(verdict):
+        lines.append(exits)
+    return replace(verdict, culprits=(), suspects=(), confidence="undecided", evidence=tuple(lines))

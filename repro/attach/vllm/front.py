@@ -1,0 +1,87 @@
+"""Hooks for vLLM's front end: the process that starts the engine, sends it requests, and gets the outputs.
+
+Offline each rank has a front end, the process that made the LLM. Online one API server has the engines of several
+ranks, and writes the notes of the first of them.
+"""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import os
+from collections.abc import Callable
+from functools import wraps
+from typing import Any
+
+from repro.attach.record import rank as this
+from repro.attach.vllm.engine import first_worker
+from repro.attach.vllm.notes import FRONT, Activity, Note, Notes, create
+
+current: Notes | None = None
+"""The notes of this process, if it is a front end."""
+
+_owner_pid = 0
+
+
+def after_fork() -> None:
+    """Reset the state in a forked child, which is another process."""
+    global current
+    current = None
+
+
+def begin(config: Any) -> None:
+    """Create the notes file of this process, if its engines are of a DP group. config: vLLM's ParallelConfig."""
+    global current, _owner_pid
+    if _owner_pid == os.getpid() or int(config.data_parallel_size) <= 1:
+        return
+    _owner_pid = os.getpid()
+    with contextlib.suppress(OSError):  # a second front end of the rank, or a folder that cannot be written
+        current = create(this.folder(config.world_size_across_dp), first_worker(config), FRONT)
+        # Exit functions run in reverse order: this one before that of multiprocessing, which waits for the engine.
+        atexit.register(_exiting)
+
+
+def _exiting() -> None:
+    if current is not None and _owner_pid == os.getpid():
+        current[Note.ACTIVITY] = Activity.EXITS
+
+
+def starting(original: Callable[..., Any]) -> Callable[..., Any]:
+    """Wrap MPClient.__init__, which starts the engine and waits until it is ready."""
+
+    @wraps(original)
+    def __init__(self: Any, *args: Any, **options: Any) -> None:
+        configs = (getattr(each, "parallel_config", None) for each in (*args, *options.values()))
+        config = next((each for each in configs if each is not None), None)
+        if config is not None:
+            begin(config)
+        with _activity(Activity.STARTS_ENGINE):
+            original(self, *args, **options)
+
+    return __init__
+
+
+def receiving(original: Callable[..., Any]) -> Callable[..., Any]:
+    """Wrap SyncMPClient.get_output, which waits for outputs that the program has asked for."""
+
+    @wraps(original)
+    def get_output(self: Any, *args: Any, **options: Any) -> Any:
+        with _activity(Activity.WAITS_FOR_OUTPUTS):
+            return original(self, *args, **options)
+
+    return get_output
+
+
+class _activity:
+    """Within the block the notes of this process, if it has any, show the activity."""
+
+    def __init__(self, activity: Activity) -> None:
+        self._activity = activity
+
+    def __enter__(self) -> None:
+        if current is not None:
+            current[Note.ACTIVITY] = self._activity
+
+    def __exit__(self, *_: object) -> None:
+        if current is not None:
+            current[Note.ACTIVITY] = Activity.WORKS
