@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -30,11 +29,11 @@ from repro.trace.witness.tails import Tails
 from repro.verdict import Verdict
 from repro.verdict.classes import class_of
 from repro.verdict.facts import Facts
-from repro.watch.builds import BuildWaits, describe_since
 from repro.watch.document import Document, Durations, Watcher, describe, progress_of
 from repro.watch.failure import failed
 from repro.watch.flight_recorder import compare_dumps
 from repro.watch.look import Look
+from repro.watch.notices import Notices
 from repro.watch.qualified import ended_from_outside, not_decided, uncompared
 from repro.watch.silences import Silences
 
@@ -107,11 +106,9 @@ class Watch:
         self._measuring = False
         self._interrupted = False
         self._ended_by = ""
-        self._noticed: list[str] = []
-        self._remarks: set[str] = set()
+        self._notices = Notices(self.notice, self.remark, self.options.quiet_window_s)
         self._reasons: list[str] = []  # why the watch ends
         self._silences = Silences()
-        self._builds = BuildWaits()
 
     def run(self) -> Document:
         """Watch until the run is decided; returns what was written to verdict.json.
@@ -191,11 +188,9 @@ class Watch:
 
     def _report_builds(self, now_ns: int) -> None:
         """Report ranks that wait for one that builds, although some rank has just recorded an event."""
-        if self._builds.due(now_ns, self._tails.waiting_since_ns()):
+        if self._notices.looks_for_builds(now_ns, self._tails.waiting_since_ns()):
             verdict = self._judge()
-            self._builds.looked(now_ns, self.host.now_ns())
-            if text := self._builds.report(verdict, now_ns):
-                self.notice(text)
+            self._notices.builds(verdict, now_ns, self.host.now_ns())
 
     def _decide_in_quiet(self) -> Verdict | None:
         """Judge once per quiet window. While a rank works without events it is `slow`, and the watch continues."""
@@ -203,7 +198,7 @@ class Watch:
         self._system.measure(self._pids())
         verdict = self._judge()
         if not class_of(verdict.verdict).final:
-            self._notice(verdict)
+            self._notices.silence(verdict)
             self._silences.remember(
                 verdict,
                 self._look.facts,
@@ -303,19 +298,6 @@ class Watch:
         request = self._remote_hosts.request_evidence()
         unanswered = self.host.collect(self.run_dir, self._pids())
         return unanswered | self._remote_hosts.answers(request, ANSWER_PATIENCE_S)
-
-    def _notice(self, verdict: Verdict) -> None:
-        """Report the waits between ranks if they have changed, and what the job itself has to say of them."""
-        if (remark := self.remark(verdict)) and remark not in self._remarks:
-            self._remarks.add(remark)
-            self.notice(remark)
-        sentences = verdict.sentences()
-        waits = [at.since_s for at in verdict.ranks if at.state in ("blocked", "locked")]
-        waiting = max(waits, default=0.0) >= self.options.quiet_window_s / 2  # not one that has begun since the silence
-        news = [re.sub(r"heartbeat [\d.]+ s ago", "", sentence) for sentence in sentences]
-        if waiting and news != self._noticed:
-            self._noticed = news
-            self.notice(f"{verdict.verdict}: {describe_since(verdict)}")
 
     def _failed(self, error: Exception) -> Verdict:
         """The verdict after a failure of the watcher itself: `inconclusive`, with the evidence at hand."""

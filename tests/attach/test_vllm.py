@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 import time
+import tomllib
 import types
 from pathlib import Path
 
@@ -14,14 +15,18 @@ import pytest
 from hybrid_moe_ref.parallel.observer import Collective
 from repro.attach.record import groups
 from repro.attach.record import rank as this
-from repro.attach.vllm import engine, hooks, mirror, notes, worker
+from repro.attach.vllm import engine, front, hooks, mirror, notes, worker
 from repro.attach.vllm.notes import Activity, Note
-from repro.attach.vllm.qualified import qualified
+from repro.attach.vllm.qualified import at_exit, qualified
 from repro.trace.recording.recorder import Recorder
 from repro.trace.witness.file import read
 from repro.trace.witness.format import Kind
 from repro.verdict import judge
 
+ROOT = Path(__file__).parents[2]
+ENTRY_POINTS: dict[str, str] = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["entry-points"][
+    "vllm.general_plugins"
+]
 CONFIG = types.SimpleNamespace(world_size=1, data_parallel_size=2, world_size_across_dp=2, data_parallel_rank=0)
 AGREEMENT = Collective("dp.cpu", "all_reduce", "step", (8,), "int32", "sum")
 DISPATCH = Collective("dp", "all_gather_v", "model.layers.0.mlp.experts", (5, 10), "bfloat16")
@@ -180,6 +185,55 @@ def test_a_rank_whose_engine_waits_for_requests_is_a_suspect_and_no_culprit(make
     assert any(line.startswith("rank 1 waits for requests") for line in verdict.evidence), verdict.evidence
 
 
+@pytest.mark.parametrize(
+    ("activity", "line"),
+    [
+        (Activity.EXITS, "waits at exit for its engine, which waits for requests: no deadlock, but the program never"),
+        (Activity.WAITS_FOR_OUTPUTS, "the front end of ranks 0,1 waits for outputs that its engine does not work on"),
+        (Activity.WORKS, "ranks 0,1 are idle, and the engines wait for requests: an idle server looks like this"),
+    ],
+)
+def test_ranks_that_are_all_idle_are_nobody_s_fault_and_their_front_ends_say_why(make, tmp_path, activity, line):
+    for number in (0, 1):
+        at, engine_notes = make(number)
+        execute(at, AGREEMENT)
+        engine_notes[Note.ACTIVITY] = Activity.WAITS_FOR_REQUESTS
+        notes.create(tmp_path, number, notes.FRONT)[Note.ACTIVITY] = activity
+        at.mirror._since_ns = time.monotonic_ns() - 2 * mirror.IDLE_NS
+        at.mirror.note_idle()
+    judged = verdict_of(tmp_path)
+    verdict = qualified(judged, tmp_path)
+    assert (verdict.verdict, verdict.culprits, verdict.suspects) == ("slow", (), ()), verdict
+    assert any(line in text for text in verdict.evidence), verdict.evidence
+    assert bool(at_exit(judged)) == (activity == Activity.EXITS)
+
+
+def test_a_front_end_notes_what_it_waits_for_and_that_it_exits(tmp_path, monkeypatch):
+    (tmp_path / "events").mkdir()
+    monkeypatch.setattr(front, "current", None)
+    monkeypatch.setattr(front, "_owner_pid", 0)
+    monkeypatch.setattr(this, "folder", lambda num_ranks: tmp_path)
+    at_exit_functions = []
+    monkeypatch.setattr(front.atexit, "register", at_exit_functions.append)
+    seen = []
+
+    def look(self, *args, **options):
+        theirs = notes.open_notes(tmp_path, 0, notes.FRONT)
+        seen.append(Activity(theirs[Note.ACTIVITY]) if theirs else None)
+
+    config = types.SimpleNamespace(parallel_config=CONFIG)
+    front.starting(look)(None, False, vllm_config=config)
+    front.receiving(look)(None)
+    look(None)
+    at_exit_functions[0]()
+    look(None)
+    assert seen == [Activity.STARTS_ENGINE, Activity.WAITS_FOR_OUTPUTS, Activity.WORKS, Activity.EXITS]
+    assert notes.open_notes(tmp_path, 0, notes.FRONT)[Note.PID] == os.getpid()
+    front.starting(look)(None, False, vllm_config=config)  # another client in this process
+    monkeypatch.setattr(front, "_owner_pid", 0)
+    front.starting(look)(None, False, vllm_config=config)  # another front end of the rank: the first one is kept
+
+
 def test_answered_questions_are_recorded_in_order_when_the_engine_s_next_message_comes(make, tmp_path):
     at, engine_notes = make(0)
     execute(at, AGREEMENT)
@@ -269,15 +323,17 @@ def test_a_hook_that_this_vllm_lacks_is_one_line_and_the_others_stand(capsys):
     assert ParallelConfig.has_unfinished_dp(None, True) is True
 
 
-@pytest.mark.parametrize("plugin", ["plugin", "cpu_ep"])
-def test_without_its_variable_a_plug_in_imports_nothing_of_ours_but_itself(plugin):
+@pytest.mark.parametrize("name", sorted(ENTRY_POINTS))
+def test_without_its_variable_an_entry_point_imports_nothing_of_ours_but_its_module(name):
+    module = ENTRY_POINTS[name].partition(":")[0]
     code = (
-        f"import sys; from repro.attach.vllm.{plugin} import register; register()\n"
+        f"import sys; from {module} import register; register()\n"
         "print(sorted(name for name in sys.modules if name.split('.')[0] in ('repro', 'hybrid_moe_ref', 'vllm')))"
     )
     env = {name: value for name, value in os.environ.items() if not name.startswith("HMR_")}
-    done = subprocess.run([sys.executable, "-S", "-c", code], env=env, capture_output=True, text=True)
-    expected = ["repro", "repro.attach", "repro.attach.vllm", f"repro.attach.vllm.{plugin}"]
+    done = subprocess.run([sys.executable, "-S", "-c", code], env=env, cwd=ROOT, capture_output=True, text=True)
+    parts = module.split(".")
+    expected = [".".join(parts[: length + 1]) for length in range(len(parts))]
     assert done.stdout.strip() == str(expected), done.stdout + done.stderr
 
 

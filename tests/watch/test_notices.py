@@ -12,7 +12,9 @@ from simulator import Simulation
 
 from hybrid_moe_ref.parallel.observer import Collective
 from repro.hosts.options import WatchOptions
-from repro.watch.builds import REPEAT_S
+from repro.verdict import Verdict
+from repro.verdict.result import Position
+from repro.watch.notices import REPEAT_S, Notices
 
 CALL = Collective("dp", "all_reduce", "step", (4,), "int32", "sum")
 SECOND = 1000 * MS
@@ -62,3 +64,21 @@ def test_ranks_that_wait_for_one_that_works_without_a_build_are_left_to_the_quie
     busy = [part for _ in range(9) for part in (("phase", "load"), ("sleep", SECOND), ("phase", "profile"))]
     waiting = [("phase", "load"), ("call", CALL)]
     assert not notices_of(tmp_path, [waiting, waiting, [*busy, ("call", CALL)], waiting])
+
+
+def test_a_wait_that_began_after_the_silence_is_no_news_and_a_remark_of_the_job_comes_once() -> None:
+    printed: list[str] = []
+    notices = Notices(printed.append, lambda verdict: "the front end waits" if verdict.cause else "", 5.0)
+
+    def verdict_of(waited_s: float, cause: str = "") -> Verdict:
+        blocked = Position(0, "blocked", group="dp", op="all_reduce", seq=7, step=3, since_s=waited_s)
+        return Verdict("slow", cause, ranks=(blocked, Position(1, "running", since_s=9.0)))
+
+    notices.silence(verdict_of(0.0))
+    assert not printed
+    for _ in range(2):
+        notices.silence(verdict_of(6.2))
+    assert printed == ["slow: rank 0 waits in dp all_reduce #7 (step 3) for 6 s; rank 1 runs outside any collective"]
+    for _ in range(2):
+        notices.silence(verdict_of(7.0, "host"))
+    assert printed[1:] == ["the front end waits"]
