@@ -18,7 +18,7 @@ def command(vllm: Path, out: Path, waves: str, deadline_s: float = 400) -> list[
 
 
 def environment(folder: Path, **variables: str) -> dict[str, str]:
-    """The environment in which vLLM finds the entry points of pyproject.toml, question.py and faults.py.
+    """The environment in which vLLM finds the entry points of pyproject.toml, question.py, faults.py and overhead.py.
 
     folder: where their metadata is written
     """
@@ -26,7 +26,12 @@ def environment(folder: Path, **variables: str) -> dict[str, str]:
     metadata = folder / "hmr_plugins-0.dist-info"
     metadata.mkdir(parents=True, exist_ok=True)
     (metadata / "METADATA").write_text("Metadata-Version: 2.1\nName: hmr-plugins\nVersion: 0\n")
-    points = {"hmr_question": "question:register", **points, "hmr_faults": "faults:register"}
+    points = {
+        "hmr_question": "question:register",
+        **points,
+        "hmr_faults": "faults:register",
+        "hmr_overhead": "overhead:register",
+    }
     lines = [f"{name} = {value}" for name, value in points.items()]
     (metadata / "entry_points.txt").write_text("\n".join([f"[{GROUP}]", *lines, ""]))
     path = os.pathsep.join(map(str, (ROOT, HERE, folder)))
