@@ -1,0 +1,10 @@
+"""The gated delta rule in Triton: prompts of any lengths in chunks (`chunks`), and one decode step in a launch (`step`)."""
+
+from hybrid_moe_kernels.gated_delta_rule.triton import chunks, step
+from hybrid_moe_kernels.gated_delta_rule.triton.chunks import prefill
+from hybrid_moe_kernels.gated_delta_rule.triton.step import decode
+from hybrid_moe_kernels.tile import DEVICES, DTYPES, missing
+
+__all__ = ["CONFIGS", "DEVICES", "DTYPES", "decode", "missing", "prefill"]
+
+CONFIGS = {"gated_delta_rule.prefill": chunks.CONFIGS, "gated_delta_rule.decode": step.CONFIGS}
