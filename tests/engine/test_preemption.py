@@ -7,10 +7,10 @@ import random
 
 import pytest
 import torch
+from cut_models import CONFIG, SEED
+from diary import Diary
 from ranks import run_ranks
 from test_drafting import guess_well, wanted_tokens
-from test_engine import Diary
-from test_tensor_parallel import CONFIG, SEED
 
 from hybrid_moe_ref.config import ConfigError, EngineConfig, ParallelConfig
 from hybrid_moe_ref.engine.lifecycle import Engine

@@ -5,8 +5,8 @@ from __future__ import annotations
 import itertools
 
 import pytest
+from diary import SMALL
 from ranks import run_ranks
-from test_engine import SMALL
 
 from hybrid_moe_ref.config import ConfigError, EngineConfig
 from hybrid_moe_ref.engine.lifecycle import Engine

@@ -6,9 +6,9 @@ import dataclasses
 
 import pytest
 import torch
+from cut_models import CONFIG, SEED
+from diary import Diary
 from ranks import run_ranks
-from test_engine import Diary
-from test_tensor_parallel import CONFIG, SEED
 
 from hybrid_moe_ref.config import ConfigError, EngineConfig, ParallelConfig, preset
 from hybrid_moe_ref.engine.lifecycle import Engine, PrepareFailed

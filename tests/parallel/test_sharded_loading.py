@@ -6,8 +6,8 @@ import dataclasses
 
 import pytest
 import torch
+from cut_models import CONFIG, SEED, OneOf
 from safetensors.torch import load_file, save_file
-from test_tensor_parallel import CONFIG, SEED, OneOf
 
 from hybrid_moe_ref.checkpoint import CheckpointError, load_weights
 from hybrid_moe_ref.model import HybridMoE

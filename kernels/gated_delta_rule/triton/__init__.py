@@ -1,4 +1,4 @@
-"""The gated delta rule in Triton: prompts of any lengths in chunks (`chunks`), and one decode step in a launch (`step`)."""
+"""The gated delta rule in Triton: prompts of any lengths in chunks (`chunks`), a decode step in one launch (`step`)."""
 
 from hybrid_moe_kernels.gated_delta_rule.triton import chunks, step
 from hybrid_moe_kernels.gated_delta_rule.triton.chunks import prefill

@@ -170,7 +170,7 @@ def test_loading_takes_little_more_memory_than_what_is_held(tmp_path: Path) -> N
     assert max(p.nbytes for p in model.parameters()) > 30_000_000
     code = f"""
 import re, torch
-from test_tensor_parallel import OneOf
+from cut_models import OneOf
 from hybrid_moe_ref import HybridMoE
 from hybrid_moe_ref.checkpoint.shards import Shards
 from hybrid_moe_ref.config import ParallelConfig
