@@ -35,6 +35,7 @@ from torch import Tensor
 sys.path.insert(0, str(ROOT / "tests" / "support"))  # for the cases that the tests check
 import cpu_peers
 import kernel_cases as cases
+import kernel_comparison as comparison
 
 DTYPES = {"f32": torch.float32, "bf16": torch.bfloat16}
 ROUNDS = 4  # in which the implementations alternate, so that a busy machine slows all
@@ -54,9 +55,9 @@ class Row:
     op: str
     series: str
     size: int
-    case: cases.Case
+    case: comparison.Case
     work: float
-    gate: cases.Case | None = None
+    gate: comparison.Case | None = None
     held: tuple[int, ...] = ()
     result: dict[str, Any] = field(default_factory=dict)
 
@@ -124,10 +125,10 @@ def function(op: str, backend: str) -> Callable[..., Any]:
     return getattr(importlib.import_module(f"hybrid_moe_kernels.{package}.{backend}"), name)
 
 
-def wrong(case: cases.Case, dtype: torch.dtype) -> str:
+def wrong(case: comparison.Case, dtype: torch.dtype) -> str:
     """Compare the native result with float64; return what is wrong, or ""."""
     try:
-        cases.check(case.rounded(dtype), cases.module_of(case, "native"), dtype, gap=0)
+        comparison.check(case.rounded(dtype), comparison.module_of(case, "native"), dtype, gap=0)
     except AssertionError as error:
         return str(error)
     return ""
@@ -207,7 +208,7 @@ def measure(row: Row, dtype: torch.dtype, peers: dict[str, Any], bandwidth: floa
         mine, yours = (
             runners[name](*args, **row.case.options) for name, args in zip(("torch", theirs[0]), states, strict=True)
         )
-        row.result["peer_apart"] = cases.error(yours, mine.double())
+        row.result["peer_apart"] = comparison.error(yours, mine.double())
     times = race(runners, row, inputs, dtype, budget_s)
     row.result |= {"native_us": times["native"], "torch_us": times["torch"]}
     row.result["torch_ratio"] = times["torch"] / times["native"]

@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from gpu_rows import BF16, F32, ROWS, SEED, Row, cases, peer_of
+from gpu_rows import BF16, F32, ROWS, SEED, Row, comparison, peer_of
 from gpu_timing import Call, copy_bandwidth, median_us, replayed_step
 from machine import commit, mark, versions, write
 
@@ -37,7 +37,7 @@ def measure(row: Row, bandwidth: float, tune: bool) -> None:
     try:
         for dtype in (F32, BF16):
             if not (row.op == "moe.route" and dtype == BF16):  # equal logits come in any order
-                cases.check(row.gate, module, dtype, "cuda")
+                comparison.check(row.gate, module, dtype, "cuda")
     except AssertionError as error:
         row.result["wrong"] = str(error).splitlines()[0]
         return
@@ -60,7 +60,7 @@ def measure(row: Row, bandwidth: float, tune: bool) -> None:
         again = [x.clone() if isinstance(x, torch.Tensor) and x.numel() < 2**30 else x for x in args]
         ours, theirs = run(*args, **options), peer(*again, **options)
         ours, theirs = (y[0] if isinstance(y, tuple) else y for y in (ours, theirs))
-        row.result["from_peer"] = cases.error(ours, theirs.double().cpu())
+        row.result["from_peer"] = comparison.error(ours, theirs.double().cpu())
         if row.peer == "fla" and row.op.endswith("decode"):
             time_recurrence_alone(row, inputs)
     except Exception as error:  # the peer is not installed, or has another interface in this version

@@ -20,6 +20,7 @@ from machine import ROOT
 
 sys.path.insert(0, str(ROOT / "tests" / "support"))  # for the cases that the tests check
 import kernel_cases as cases
+import kernel_comparison as comparison
 
 BF16, F32 = torch.bfloat16, torch.float32
 SEED = time.time_ns() % 10**6
@@ -39,7 +40,7 @@ class Row:
 
     op: str
     sizes: dict[str, int]
-    gate: cases.Case
+    gate: comparison.Case
     make: Callable[[], tuple[list[Any], dict[str, Any]]]
     moved: int
     peer: str

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import kernel_cases as cases
+import kernel_comparison as comparison
 import pytest
 import torch
 from hybrid_moe_kernels import checks, registry
@@ -28,9 +29,9 @@ MUTATIONS: dict[str, Callable[[Tensor], Tensor | None]] = {
 }
 
 
-def refuse_every_bad_argument(case: cases.Case, backend: str) -> None:
+def refuse_every_bad_argument(case: comparison.Case, backend: str) -> None:
     """In each way that it can be wrong. The error names an argument, not always the one that was changed."""
-    op = cases.op_of(case)
+    op = comparison.op_of(case)
     good = case.inputs(torch.float32, "cpu", gap=0)
     places = [place for place, x in enumerate(good) if isinstance(x, Tensor)]
     with registry.using(backend):
@@ -47,13 +48,13 @@ def refuse_every_bad_argument(case: cases.Case, backend: str) -> None:
 
 
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES)
-def test_torch_refuses_every_bad_argument(case: cases.Case) -> None:
+def test_torch_refuses_every_bad_argument(case: comparison.Case) -> None:
     refuse_every_bad_argument(case, "torch")
 
 
 @pytest.mark.usefixtures("native_library")
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES)
-def test_native_kernels_refuse_every_bad_argument(case: cases.Case) -> None:
+def test_native_kernels_refuse_every_bad_argument(case: comparison.Case) -> None:
     refuse_every_bad_argument(case, "native")
 
 

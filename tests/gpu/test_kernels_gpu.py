@@ -17,10 +17,11 @@ from functools import partial
 from pathlib import Path
 
 import kernel_cases as cases
+import kernel_comparison as comparison
 import pytest
 import torch
 from hybrid_moe_kernels import registry
-from kernel_cases import error, module_of, op_of, poisoned, results
+from kernel_comparison import error, module_of, op_of, poisoned, results
 
 pytestmark = [
     pytest.mark.gpu,
@@ -62,7 +63,7 @@ REAL = [
 def check(case, dtype):
     if case.op == "moe.route" and dtype == torch.bfloat16:
         pytest.skip("equal logits, whose order is free")
-    cases.check(case, module_of(case, "triton"), dtype, "cuda")
+    comparison.check(case, module_of(case, "triton"), dtype, "cuda")
 
 
 def name_of(make):

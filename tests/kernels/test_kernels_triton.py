@@ -35,6 +35,7 @@ if _set_outside is None:
     del os.environ["TRITON_INTERPRET"]  # not for the processes that other tests start
 
 import kernel_cases as cases  # noqa: E402
+import kernel_comparison as comparison  # noqa: E402
 from drawn_cases import any_sizes  # noqa: E402
 from hybrid_moe_kernels import causal_conv, norm, registry, tile  # noqa: E402
 from hypothesis import HealthCheck, given, seed, settings  # noqa: E402
@@ -43,19 +44,19 @@ from hypothesis import strategies as some  # noqa: E402
 pytestmark = pytest.mark.skipif(not tile.INTERPRETED, reason="triton was imported before, without its interpreter")
 
 
-def module_of(case: cases.Case):
+def module_of(case: comparison.Case):
     return KERNELS[case.op.partition(".")[0]]
 
 
 @pytest.mark.parametrize("case", cases.SMALL, ids=str)
 def test_a_kernel_computes_the_reference_in_float32(case):
-    cases.check(case, module_of(case), torch.float32)
+    comparison.check(case, module_of(case), torch.float32)
 
 
 @pytest.mark.full
 @pytest.mark.parametrize("case", cases.SMALL, ids=str)
 def test_a_kernel_computes_the_reference_in_bfloat16(case):
-    cases.check(case, module_of(case), torch.bfloat16)
+    comparison.check(case, module_of(case), torch.bfloat16)
 
 
 @pytest.mark.parametrize("case", cases.EMPTY, ids=str)
@@ -64,19 +65,19 @@ def test_no_tokens_launch_nothing(case, monkeypatch):
         raise AssertionError(f"{case}: a kernel was launched")
 
     monkeypatch.setattr(triton.runtime.interpreter.GridExecutor, "__call__", launched)
-    cases.check(case, module_of(case), torch.float32)
+    comparison.check(case, module_of(case), torch.float32)
 
 
 def test_a_slot_below_zero_fills_up_a_batch_and_touches_nothing():
     for case in (cases.conv_update(1, 3, 13, 4, True), cases.gdn_decode(2, 3, 1, 2, 16, 16, 4)):
-        want = cases.reference(case, torch.float64)
+        want = comparison.reference(case, torch.float64)
         args = case.inputs(torch.float32, "cpu")
         slots = args[-1]
         before = [args[place].clone() for place in case.states]
         kept, slots[1] = slots[1].item(), -1
-        with cases.poisoned():
+        with comparison.poisoned():
             y = getattr(module_of(case), case.op.rpartition(".")[2])(*args, **case.options)
-        assert not y[1].any() and cases.error(y[[0, 2]], want[0][[0, 2]]) < 5e-6, str(case)
+        assert not y[1].any() and comparison.error(y[[0, 2]], want[0][[0, 2]]) < 5e-6, str(case)
         for place, old in zip(case.states, before, strict=True):
             assert torch.equal(args[place][kept], old[kept]), str(case)
 
@@ -91,7 +92,7 @@ def test_the_registry_runs_triton_on_a_cpu_only_when_told_to():
         with pytest.raises(ValueError, match=r"weight_CW: shape \[12, 4\], wanted \[C = 13, W\]"):
             args = case.inputs(torch.float32, "cpu")
             causal_conv.prefill(args[0], args[1][1:], *args[2:])
-    assert cases.error(y, cases.reference(case, torch.float64)[0]) < 5e-6
+    assert comparison.error(y, comparison.reference(case, torch.float64)[0]) < 5e-6
 
 
 def test_without_a_gpu_or_the_interpreter_one_line_says_what_runs_instead(monkeypatch, caplog):
@@ -143,7 +144,7 @@ def test_mamba_ssms_decode_is_called_as_it_wants_to_be(seed, monkeypatch):
     monkeypatch.setattr(torch.cuda, "device", lambda index: contextlib.nullcontext())
     case = cases.ssd_decode(seed, B=2, G=2, R=3, P=12, N=20, W=4, bias=True, norm=True)
     with peer("mamba_ssm", "hybrid_moe_kernels.ssd.mamba_ssm") as module:
-        cases.check(case, module, torch.float32)
+        comparison.check(case, module, torch.float32)
 
 
 @pytest.mark.full
@@ -155,7 +156,7 @@ def test_flas_decode_is_called_as_it_wants_to_be(monkeypatch):
     with peer("fla", "hybrid_moe_kernels.gated_delta_rule.fla") as module:
         plain = importlib.import_module("hybrid_moe_kernels.norm.reference").norm_then_gate
         monkeypatch.setattr(module, "rms_norm_gated", lambda x, z, weight, bias, eps: plain(x, z, weight, eps))
-        cases.check(case, module, torch.float32)
+        comparison.check(case, module, torch.float32)
 
 
 @pytest.mark.parametrize(
@@ -174,7 +175,7 @@ def test_a_decode_step_is_one_launch(case, monkeypatch):
         return launch(self, *args, **options)
 
     monkeypatch.setattr(triton.runtime.interpreter.GridExecutor, "__call__", count)
-    cases.check(case, module_of(case), torch.float32)
+    comparison.check(case, module_of(case), torch.float32)
     assert launched == ["_decode"]
 
 
@@ -192,7 +193,7 @@ def test_any_sizes_in_float32(op):
     @settings(max_examples=500, deadline=None, database=None, suppress_health_check=list(HealthCheck))
     @given(DRAWN[op])
     def run(case):
-        cases.check(case, module_of(case), torch.float32)
+        comparison.check(case, module_of(case), torch.float32)
 
     run()
 
@@ -200,7 +201,7 @@ def test_any_sizes_in_float32(op):
 @pytest.mark.full
 def test_strong_decays_lose_no_bits_in_long_sums():
     case = cases.gdn_prefill(5428, [3, 3, 31], M=1, R=1, K=1, V=12, repeated=True)  # found by the sweep above
-    cases.check(case, module_of(case), torch.float32)
+    comparison.check(case, module_of(case), torch.float32)
 
 
 @pytest.mark.full
@@ -210,7 +211,7 @@ def test_states_of_small_heads_keep_their_bits_in_bfloat16():
         cases.gdn_prefill(45, [64, 65], M=2, R=1, K=5, V=22, repeated=True),
         cases.gdn_prefill(14, [90], M=1, R=2, K=64, V=17, repeated=True),
     ):
-        cases.check(case, module_of(case), torch.bfloat16)
+        comparison.check(case, module_of(case), torch.bfloat16)
 
 
 @pytest.mark.full
@@ -221,7 +222,7 @@ def test_long_prompts(length):
         cases.ssd_prefill(length, [3, length], G=1, R=1, P=16, N=16),
         cases.conv_prefill(length, [length, 3], C=8, W=4, bias=True),
     ):
-        cases.check(case, module_of(case), torch.float32)
+        comparison.check(case, module_of(case), torch.float32)
 
 
 @pytest.mark.full

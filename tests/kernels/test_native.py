@@ -9,6 +9,7 @@ import time
 from typing import Any
 
 import kernel_cases as cases
+import kernel_comparison as comparison
 import pytest
 import torch
 from drawn_cases import any_sizes
@@ -16,7 +17,7 @@ from hybrid_moe_kernels import causal_conv, gated_delta_rule, moe, native, regis
 from hybrid_moe_kernels.linear import native as linear_native
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as some
-from kernel_cases import module_of
+from kernel_comparison import module_of
 from torch import Tensor
 
 from hybrid_moe_ref import HybridMoE, preset
@@ -43,15 +44,15 @@ def library(native_library: Any) -> Any:
     native_library.use_instruction_set(best)
 
 
-def check(case: cases.Case, library: Any, gap: int) -> None:
+def check(case: comparison.Case, library: Any, gap: int) -> None:
     torch.set_num_threads(1 + case.seed % 2)
     for dtype in native.DTYPES:
         rounded = case.rounded(dtype)
-        results = cases.expected(rounded, dtype)
+        results = comparison.expected(rounded, dtype)
         for isa in library.instruction_sets():
             library.use_instruction_set(isa)
             try:
-                cases.check(rounded, module_of(case, "native"), dtype, gap=gap, results=results)
+                comparison.check(rounded, module_of(case, "native"), dtype, gap=gap, results=results)
             except AssertionError as error:
                 raise AssertionError(f"{isa}: {error}") from None
 
@@ -83,11 +84,11 @@ def test_lengths_up_to_two_thousand(seed: int, library: Any) -> None:
         cases.conv_prefill(seed, lengths, heads * 48, W=4, bias=False),
     ):
         for dtype in native.DTYPES:
-            cases.check(case.rounded(dtype), module_of(case, "native"), dtype)
+            comparison.check(case.rounded(dtype), module_of(case, "native"), dtype)
 
 
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES)
-def test_a_nan_reaches_whatever_depends_on_it(case: cases.Case, library: Any) -> None:
+def test_a_nan_reaches_whatever_depends_on_it(case: comparison.Case, library: Any) -> None:
     """What depends on an element is what changes with it in float64."""
 
     def results(backend: str, dtype: torch.dtype, change: tuple[int, float] | None) -> list[Tensor]:
@@ -95,7 +96,7 @@ def test_a_nan_reaches_whatever_depends_on_it(case: cases.Case, library: Any) ->
         if change is not None:
             x = args[change[0]][0] if isinstance(args[change[0]], list) else args[change[0]]
             x[tuple(size // 2 for size in x.shape)] += change[1]
-        return cases.results(case, module_of(case, backend), args)
+        return comparison.results(case, module_of(case, backend), args)
 
     before = results("reference", torch.float64, None)
     for place, arg in enumerate(case.args):
@@ -113,8 +114,8 @@ def test_a_nan_reaches_whatever_depends_on_it(case: cases.Case, library: Any) ->
 
 
 @pytest.mark.parametrize("case", [case for case in cases.EMPTY if case.op in DRAWN], ids=str)
-def test_no_tokens_at_all(case: cases.Case, library: Any) -> None:
-    cases.check(case, module_of(case, "native"), torch.float32)
+def test_no_tokens_at_all(case: comparison.Case, library: Any) -> None:
+    comparison.check(case, module_of(case, "native"), torch.float32)
 
 
 def test_other_threads_run_during_a_native_call(library: Any) -> None:

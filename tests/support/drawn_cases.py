@@ -5,7 +5,7 @@ from __future__ import annotations
 import kernel_cases as cases
 from hypothesis import strategies as some
 from hypothesis.strategies import SearchStrategy
-from kernel_cases import Case
+from kernel_comparison import Case
 
 
 def any_sizes(
