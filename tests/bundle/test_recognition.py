@@ -9,7 +9,8 @@ import zipfile
 from collections.abc import Callable
 
 import pytest
-from faults import Case, draw
+from drawn_case import Case
+from faults import draw
 from hypothesis import given
 from hypothesis import strategies as st
 from reported import write_hang

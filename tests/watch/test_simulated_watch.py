@@ -17,9 +17,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from faults import FOREVER_NS, WRAPPING, Case, Truth, draw, truth
+from drawn_case import FOREVER_NS, WRAPPING, Case
+from faults import draw
 from scene import MS
 from simulated_watch import World, make_run_dir, move_to_another_machine
+from truth import Truth, truth
 from written import written
 
 from repro.hosts.locks import UNKNOWN

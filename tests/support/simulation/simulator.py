@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import heapq
 import random
-from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from channel import Channel, GroupKey
 from muted import Muted
 from scene import MS, SMALL, make_recorder
 
@@ -24,20 +24,6 @@ from repro.trace.witness.file import Witness, parse
 from repro.trace.witness.format import Geometry
 
 Action = tuple[Any, ...]
-GroupKey = tuple[str, tuple[int, ...]]
-
-
-@dataclass
-class Channel:
-    """One group's queue of meetings; meeting k completes after k - 1, when all members have come."""
-
-    members: tuple[int, ...]
-    calls: list[dict[int, tuple[Collective, int]]] = field(default_factory=list)  # meeting -> rank -> call, step
-    issued: dict[int, int] = field(default_factory=dict)
-    left: list[set[int]] = field(default_factory=list)
-    completed: int = 0
-    jammed: str = ""  # why it will never complete another meeting
-    served: set[int] = field(default_factory=set)  # those for whom the meeting that jammed it completed
 
 
 @dataclass
@@ -301,29 +287,19 @@ class Simulation:
             ends = (rank, members[call.root]) if call.op == "send" else (members[call.root], rank)
             key = (f"{call.group}:{ends[0]}>{ends[1]}", ends)
         channel = self.channels.setdefault(key, Channel(key[1]))
-        seq = channel.issued[rank] = channel.issued.get(rank, 0) + 1
-        while len(channel.calls) < seq:
-            channel.calls.append({})
-            channel.left.append(set())
-        channel.calls[seq - 1][rank] = (call, self.ranks[rank].step)
+        seq = channel.join(rank, call, self.ranks[rank].step)
         self._complete(key, channel)
         return key, seq
 
     def _complete(self, key: GroupKey, channel: Channel) -> None:
-        while not channel.jammed and channel.completed < len(channel.calls):
-            meeting = channel.calls[channel.completed]
-            if len(meeting) < len(channel.members):
-                return
+        while (meeting := channel.next_meeting()) is not None:
             seq = channel.completed + 1
-            if len({_shape_of(call) for call, _ in meeting.values()}) > 1:
+            if channel.differs():
                 channel.jammed = "differ"
                 if self._aborts:
-                    victim = min(meeting)
-                    self.ranks[victim].state = "dead"
+                    self.ranks[min(meeting)].state = "dead"
                 elif self._one_side:
-                    shapes = Counter(_shape_of(call) for call, _ in meeting.values())
-                    most = shapes.most_common(1)[0][0]
-                    channel.served = {rank for rank, (call, _) in meeting.items() if _shape_of(call) == most}
+                    channel.served = channel.largest_side()
                     self._serve(key, seq, channel.served)
                 return
             if (key[0], seq) in self._stalls:
@@ -349,11 +325,6 @@ def _reached(edges: Mapping[int, set[int]], start: int) -> set[int]:
             found.add(rank)
             ahead += edges.get(rank, ())
     return found
-
-
-def _shape_of(call: Collective) -> Any:
-    """What a backend needs to be equal to finish at all; dtype and reduce op it does not notice."""
-    return ("transfer", call.sizes) if call.op in ("send", "recv") else (call.op, call.root, call.sizes)
 
 
 def _brief(action: Action) -> Iterator[str]:

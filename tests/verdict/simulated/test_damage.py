@@ -11,9 +11,11 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import pytest
-from faults import Case, Truth, draw, truth
+from drawn_case import Case
+from faults import draw
 from simulator import Simulation
 from test_simulated import is_harmless, report, rest, verdict_of
+from truth import Truth, truth
 
 from repro.trace.witness.file import Witness, WitnessError, parse
 from repro.trace.witness.format import SPARE_AT, Geometry

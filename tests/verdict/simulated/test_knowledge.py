@@ -12,7 +12,8 @@ import random
 from collections.abc import Iterable
 
 import pytest
-from faults import FOREVER_NS, LATE, draw
+from drawn_case import FOREVER_NS
+from faults import LATE, draw
 from test_simulated import report, rest, truth
 
 from repro.trace.knowledge import Knows

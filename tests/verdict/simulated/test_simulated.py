@@ -14,12 +14,14 @@ import random
 from collections.abc import Mapping
 
 import pytest
-from faults import FAULTS, FOREVER_NS, LATE, WRAPPING, Case, Truth, class_of, draw, draw_pair, truth
+from drawn_case import FOREVER_NS, WRAPPING, Case
+from faults import FAULTS, LATE, draw, draw_pair
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from scene import MS
 from sentences import check_sentences
 from simulator import Simulation
+from truth import Truth, class_of, truth
 from worlds import Simulated
 
 from repro.trace.witness.file import Witness, WitnessError, parse

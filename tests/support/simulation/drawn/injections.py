@@ -6,7 +6,7 @@ import random
 from collections.abc import Callable
 from dataclasses import replace
 
-from faults import FOREVER_NS, Case, Item, members_of, pick, some_of
+from drawn_case import FOREVER_NS, Case, Item, members_of, pick, some_of
 from scene import MS
 from simulator import Action
 
