@@ -3,9 +3,10 @@
     PREFILL = Extension("gdn_prefill", tuple(Path(__file__).parent.glob("prefill_*.cpp")))
     PREFILL.library().gdn_prefill_f32(...)
 
-The loader excludes other processes by a lock file ("baton"), which it creates and removes. A process that waits for the
-file has no time limit and logs nothing, and a builder that is killed leaves the file behind. So a server should load
-its extensions before it does anything else (``hybrid_moe_ref.engine.startup.builds``). Without `on_first_use`,
+Before torch 2.14, the loader excludes other processes by a lock file ("baton"), which it creates and removes, and a
+builder that is killed leaves the file behind. Since torch 2.14, it takes a lock of the operating system, which ends
+with its holder. In both cases a process that waits has no time limit and logs nothing. So a server should load its
+extensions before it does anything else (``hybrid_moe_ref.engine.startup.builds``). Without `on_first_use`,
 `library` compiles in `default_cache()`.
 
 This module imports torch only to compile.
@@ -34,7 +35,7 @@ Notify = Callable[[str, str, int], None]
 """A function that is called for locks and builds with (event, name, pid of the holder or -1), like `Observer.local`."""
 
 BATON = "lock"
-"""The name of torch's lock file in the folder of a build."""
+"""The name of torch's lock file in the folder of a build. Only where `has_baton`, its existence is the lock."""
 
 BUILT = "built"
 """The file that exists once a module is completely built; it names the library."""
@@ -102,12 +103,12 @@ class Extension:
     def load(self, cache: Path, notify: Notify = lambda event, name, holder: None) -> None:
         """Compile the module if it is not compiled yet, and load it, by torch's loader with torch's lock.
 
-        Raises BuildFailed, or an OSError when the folder cannot be used. Waits for as long as the lock file exists.
+        Raises BuildFailed, or an OSError when the folder cannot be used. Waits as long as another process has the lock.
         """
         folder = self.folder(cache)
         folder.mkdir(parents=True, exist_ok=True)
         try:
-            with loader() as cpp_extension, _observed_baton(self.name, notify):
+            with loader() as cpp_extension, _observed_lock(self.name, notify):
                 path = cpp_extension.load(
                     self.name,
                     [str(source) for source in self.sources],
@@ -204,13 +205,28 @@ if os.getppid() == int(sys.argv[1]):
         return subprocess.run(command, **options)
 
 
+def has_baton() -> bool:
+    """Whether torch's loader uses a lock file whose existence is the lock (before torch 2.14)."""
+    from torch.utils import cpp_extension
+
+    return hasattr(cpp_extension, "FileBaton")
+
+
 @contextlib.contextmanager
-def _observed_baton(name: str, notify: Notify) -> Iterator[None]:
+def _observed_lock(name: str, notify: Notify) -> Iterator[None]:
     """Inside the ``with``, torch's own lock reports its events. The lock itself does not change."""
     from torch.utils import cpp_extension
 
-    plain: Any = cpp_extension.FileBaton
+    attribute, observed = ("FileBaton", _observed_baton) if has_baton() else ("FileLock", _observed_file_lock)
+    plain = getattr(cpp_extension, attribute)
+    setattr(cpp_extension, attribute, observed(plain, name, notify))
+    try:
+        yield
+    finally:
+        setattr(cpp_extension, attribute, plain)
 
+
+def _observed_baton(plain: Any, name: str, notify: Notify) -> type:
     class ObservedBaton(plain):
         def try_acquire(self) -> bool:
             mine = bool(super().try_acquire())
@@ -229,11 +245,24 @@ def _observed_baton(name: str, notify: Notify) -> Iterator[None]:
             notify("build_end", name, -1)
             notify("lock_freed", self.lock_file_path, -1)
 
-    cpp_extension.FileBaton = ObservedBaton  # type: ignore[misc]
-    try:
-        yield
-    finally:
-        cpp_extension.FileBaton = plain  # type: ignore[misc]
+    return ObservedBaton
+
+
+def _observed_file_lock(plain: Any, name: str, notify: Notify) -> type:
+    class ObservedFileLock(plain):
+        def __enter__(self) -> Any:
+            notify("lock_wait", self.lock_file, -1)
+            entered = super().__enter__()
+            notify("lock_held", self.lock_file, os.getpid())
+            notify("build_begin", name, -1)
+            return entered
+
+        def __exit__(self, *error: Any) -> None:
+            super().__exit__(*error)
+            notify("build_end", name, -1)
+            notify("lock_freed", self.lock_file, -1)
+
+    return ObservedFileLock
 
 
 def _reason(output: str) -> str:

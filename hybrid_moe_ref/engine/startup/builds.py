@@ -16,7 +16,7 @@ from pathlib import Path
 
 import psutil
 from hybrid_moe_kernels.build_lock import BEAT_S, POLL_S, BuildLock, LockTimeout
-from hybrid_moe_kernels.extension import BATON, BuildFailed, Extension
+from hybrid_moe_kernels.extension import BATON, BuildFailed, Extension, has_baton
 
 from hybrid_moe_ref.files.holders import who_has_open
 from hybrid_moe_ref.parallel.observer import Observer
@@ -100,7 +100,8 @@ def _build_once(extension: Extension, place: BuildPlace) -> None:
     )
     with lock:
         if not extension.is_built(place.cache):
-            _clear_baton(folder, place, lock)
+            if has_baton():
+                _clear_baton(folder, place, lock)
             try:
                 _build(extension, place, lock)
             except BaseException:

@@ -22,7 +22,8 @@ from pathlib import Path
 from hybrid_moe_ref.engine.policies import Policies
 from repro.hosts import processes
 from repro.lab.scenarios import Expected, Scenario
-from repro.lab.scenarios.cold_jit import BuildAtFirstUse, missing
+from repro.lab.scenarios.cold_jit import BuildAtFirstUse
+from repro.lab.scenarios.cold_jit import missing as missing_compiler
 from repro.lab.settings import RunSettings
 
 PATIENCE_S = 60.0
@@ -61,6 +62,15 @@ def main() -> None:
 def policies(settings: RunSettings, rank: int) -> Policies:
     """control: the loader's lock without a stale file; fault: with one; fix: the engine's own builds."""
     return Policies() if settings.variant == "fix" else Policies(builds=BuildAtFirstUse(settings, rank))
+
+
+def missing(settings: RunSettings) -> str:
+    """Why the scenario cannot run here; "" if it can."""
+    if lack := missing_compiler(settings):
+        return lack
+    from hybrid_moe_kernels.extension import has_baton
+
+    return "" if has_baton() else "it needs torch before 2.14: since then the loader's lock ends with its holder"
 
 
 def hang(settings: RunSettings) -> Expected:
