@@ -6,6 +6,7 @@
     engine.py   the hooks of an EngineCore, which writes what it does into a notes file
     front.py    the hooks of a front end, which starts an engine and waits for its outputs
     notes.py    the notes file of an engine or a front end, which the worker of the same rank reads
+    harmless.py what keeps a failure of the recorder away from the server
     habits.py   the schedule that a rank declares: what its earlier executions issued
     mirror.py   the worker's record of what its engine does: questions, and executions that were left out
     qualified.py  what the engines add to a verdict

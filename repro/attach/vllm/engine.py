@@ -7,13 +7,13 @@ With a worker in a process of its own, the engine issues no collective of torch'
 from __future__ import annotations
 
 import os
-import sys
 from collections.abc import Callable
 from functools import wraps
 from typing import Any
 
 from repro.attach.record import collectives
 from repro.attach.record import rank as this
+from repro.attach.vllm.harmless import Harmless
 from repro.attach.vllm.notes import Activity, Note, Notes, create
 
 current: Notes | None = None
@@ -35,12 +35,8 @@ def begin(config: Any) -> None:
     if _owner_pid == os.getpid():
         return
     _owner_pid = os.getpid()
-    rank = first_worker(config)
-    try:
-        root = this.folder(config.world_size_across_dp)
-        current = create(root, rank)
-    except OSError as error:
-        print(f"[rank {rank}] repro record: the engine of this rank is not recorded: {error}", file=sys.stderr)
+    with Harmless("the engine of this rank"):
+        current = create(this.folder(config.world_size_across_dp), first_worker(config))
 
 
 def first_worker(config: Any) -> int:
@@ -59,7 +55,7 @@ def constructing(original: Callable[..., Any]) -> Callable[..., Any]:
 
     @wraps(original)
     def _init_data_parallel(self: Any, vllm_config: Any, *args: Any, **options: Any) -> Any:
-        begin(vllm_config.parallel_config)
+        begin(getattr(vllm_config, "parallel_config", None))
         return original(self, vllm_config, *args, **options)
 
     return _init_data_parallel

@@ -15,6 +15,7 @@ from typing import Any
 
 from repro.attach.record import rank as this
 from repro.attach.vllm.engine import first_worker
+from repro.attach.vllm.harmless import Harmless
 from repro.attach.vllm.notes import FRONT, Activity, Note, Notes, create
 
 current: Notes | None = None
@@ -32,10 +33,12 @@ def after_fork() -> None:
 def begin(config: Any) -> None:
     """Create the notes file of this process, if its engines are of a DP group. config: vLLM's ParallelConfig."""
     global current, _owner_pid
-    if _owner_pid == os.getpid() or int(config.data_parallel_size) <= 1:
+    if _owner_pid == os.getpid():
         return
     _owner_pid = os.getpid()
-    with contextlib.suppress(OSError):  # a second front end of the rank, or a folder that cannot be written
+    with Harmless("the front end of this rank"), contextlib.suppress(FileExistsError):  # a second front end of a rank
+        if int(config.data_parallel_size) <= 1:
+            return
         current = create(this.folder(config.world_size_across_dp), first_worker(config), FRONT)
         # Exit functions run in reverse order: this one before that of multiprocessing, which waits for the engine.
         atexit.register(_exiting)

@@ -17,6 +17,7 @@ from repro.attach.record import rank as this
 from repro.attach.record.groups import describe
 from repro.attach.vllm import engine
 from repro.attach.vllm.habits import Habits
+from repro.attach.vllm.harmless import Harmless
 from repro.attach.vllm.mirror import Mirror, Progress
 from repro.attach.vllm.notes import Activity, Note
 
@@ -110,7 +111,8 @@ def initialising(original: Callable[..., Any]) -> Callable[..., Any]:
         global current
         result = original(self, *args, **options)
         if this.current is not None and current is None:
-            current = Worker(this.current, self.vllm_config.parallel_config)
+            with Harmless("steps and phases of this rank"):
+                current = Worker(this.current, self.vllm_config.parallel_config)
         return result
 
     return init_device
@@ -167,7 +169,8 @@ def executing(original: Callable[..., Any]) -> Callable[..., Any]:
         worker = current
         if worker is None or not getattr(scheduler_output, "total_num_scheduled_tokens", 1):
             return original(self, scheduler_output, *args, **options)
-        worker.begin_execution(len(getattr(scheduler_output, "num_scheduled_tokens", ())))
+        live = getattr(scheduler_output, "num_scheduled_tokens", None)
+        worker.begin_execution(len(live) if isinstance(live, dict) else 1)
         try:
             return _reporting(original, self, scheduler_output, *args, **options)
         finally:
@@ -206,7 +209,8 @@ def agreeing(original: Callable[..., Any]) -> Callable[..., Any]:
                 return original(*args, **options)
         with worker.rank.in_layer(AGREEMENT):
             rows = original(*args, **options)
-        worker.agreed(_agreed_key(rows))
+        with Harmless("what a rank declares after a step agreement"):
+            worker.agreed(_agreed_key(rows))
         return rows
 
     return _run_ar
@@ -229,10 +233,11 @@ def naming(original: Callable[..., Any]) -> Callable[..., Any]:
     @wraps(original)
     def __init__(self: Any, *args: Any, **options: Any) -> None:
         original(self, *args, **options)
-        name = str(getattr(self, "unique_name", "") or "").partition(":")[0]
-        if name:
-            describe(getattr(self, "device_group", None), name)
-            describe(getattr(self, "cpu_group", None), f"{name}.cpu")
+        with Harmless("vLLM's name of a group"):
+            name = str(getattr(self, "unique_name", "") or "").partition(":")[0]
+            if name:
+                describe(getattr(self, "device_group", None), name)
+                describe(getattr(self, "cpu_group", None), f"{name}.cpu")
 
     return __init__
 
@@ -249,22 +254,32 @@ def exchanging(op: str, num_tensors: int) -> Callable[[Callable[..., Any]], Call
             worker = current
             if worker is None or _compiling() or collectives.inside():
                 return original(self, input_, *args, **options)
-            position = num_tensors  # the position of the sizes in args, after the other tensors and dim
-            sizes = options.get("sizes", args[position] if len(args) > position else None)
-            rank = worker.rank
-            group = collectives.group_of(rank, self.device_group)
-            collective = Collective(group.name, op, rank.local.layer, tuple(sizes or ()), collectives.dtype_of(input_))
-            with rank.lock:
-                rank.recorder.enter(collective)
+            collective = None
+            with Harmless(f"{op} with its layer and sizes"):
+                position = num_tensors  # the position of the sizes in args, after the other tensors and dim
+                sizes = options.get("sizes", args[position] if len(args) > position else None)
+                collective = _enter(worker.rank, op, self.device_group, input_, sizes)
+            if collective is None:
+                return original(self, input_, *args, **options)
             with collectives.beneath():
                 result = original(self, input_, *args, **options)
-            with rank.lock:
-                rank.recorder.leave(collective)
+            with worker.rank.lock:
+                worker.rank.recorder.leave(collective)
             return result
 
         return exchange
 
     return hook
+
+
+def _enter(rank: this.Rank, op: str, device_group: Any, rows: Any, sizes: Any) -> Collective:
+    """Record that the rank enters an exchange of rows. sizes: the rows of each rank, or None."""
+    group = collectives.group_of(rank, device_group)
+    vector = () if sizes is None else tuple(map(int, sizes))
+    collective = Collective(group.name, op, rank.local.layer, vector, collectives.dtype_of(rows))
+    with rank.lock:
+        rank.recorder.enter(collective)
+    return collective
 
 
 def in_layer(attribute: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
