@@ -197,11 +197,24 @@ def _describe(root: Path, num_ranks: int) -> None:
     fields = {
         "title": title or "recorded program",
         "num_ranks": num_ranks,
-        "quiet_window_s": float(os.environ.get("HMR_QUIET_WINDOW") or QUIET_WINDOW_S),
+        "quiet_window_s": _quiet_window_s(),
         "deadline_s": LONGEST_WATCH_S,
         "schema_version": 1,
     }
     write_atomically(path, json.dumps(fields, indent=1))
+
+
+def _quiet_window_s() -> float:
+    """Return HMR_QUIET_WINDOW, or the default if it is not a number of seconds: a slip must not end the program."""
+    text = os.environ.get("HMR_QUIET_WINDOW", "")
+    with contextlib.suppress(ValueError):
+        if not text or 0 < float(text) <= LONGEST_WATCH_S:
+            return float(text or QUIET_WINDOW_S)
+    print(
+        f"repro record: HMR_QUIET_WINDOW={text} is not a number of seconds above 0: {QUIET_WINDOW_S:g} is used",
+        file=sys.stderr,
+    )
+    return QUIET_WINDOW_S
 
 
 # -- the end ---------------------------------------------------------------------------------------------------------
