@@ -118,13 +118,13 @@ class Trial:
             self._wait_for_fault(server)
             time.sleep(self.expected.after_s)
             processes = [str(pid) for pid in descendants(server.pid) if _title(pid).startswith("VLLM::")]
-            collected = self._ask("collect", "--to", str(self.out / "collect"), *processes)
+            collected = _asked(self.out, "collect", "--to", str(self.out / "collect"), *processes)
         finally:
             with contextlib.suppress(OSError):
                 server.send_signal(signal.SIGTERM)
             server.wait(timeout=60)
         logs = sorted(map(str, (self.out / "plain").glob("*.log")))
-        return collected, self._ask("diagnose", *logs)
+        return collected, _asked(self.out, "diagnose", *logs)
 
     def _wait_for_fault(self, server: subprocess.Popen[bytes]) -> None:
         logs = [self.out / "plain" / f"rank{rank}.log" for rank in (0, 1)]
@@ -134,13 +134,44 @@ class Trial:
                 return
             time.sleep(0.2)
 
-    def _ask(self, name: str, *arguments: str) -> Answer:
-        done = subprocess.run(
-            [sys.executable, "-m", "repro", name, "--json", *arguments],
-            capture_output=True, text=True, cwd=ROOT, timeout=120,
-        )  # fmt: skip
-        (self.out / f"{name}.txt").write_text(done.stdout + done.stderr)
-        return Answer.of(done.stdout)
+
+def never_ends(vllm: Path, out: Path) -> list[str]:
+    """Look at a program that never ends: its front ends wait at exit for engines that wait for requests.
+
+    Returns what the recorder and `collect` say wrongly, one line each: no deadlock, nobody guilty, and the place named.
+    """
+    out.mkdir(parents=True)
+    wrong = []
+    record = [sys.executable, "-m", "repro", "record", "--to", str(out / "record"), "--quiet-window", "2", "--json"]
+    serve = [*command(vllm, out / "serve", WAVES, 300), "--leave"]
+    with (out / "record.txt").open("w") as log:
+        recorder = subprocess.Popen([*record, "--", *serve], env=environment(out), cwd=ROOT, stdout=log, stderr=log)
+    try:
+        deadline = time.monotonic() + 250
+        while "waits at exit" not in (out / "record.txt").read_text() and time.monotonic() < deadline:
+            time.sleep(0.5)
+        watched = _asked(out, "watch", str(out / "record"))
+        processes = [str(pid) for pid in descendants(recorder.pid)[1:]]  # without serve.py, which forked the ranks
+        collected = _asked(out, "collect", "--to", str(out / "collect"), *processes)
+    finally:
+        recorder.send_signal(signal.SIGINT)
+        recorder.wait(timeout=90)
+    if "waits at exit" not in (out / "record.txt").read_text():
+        wrong.append("record did not say that the program never ends")
+    for name, answer in (("watch", watched), ("collect", collected)):
+        print(f"{name}: {answer.verdict} {list(answer.culprits)}", flush=True)
+        if answer.culprits or answer.verdict in ("deadlock", "crash", "nothing") or "at exit" not in answer.text:
+            wrong.append(f"{name} says {answer.verdict} {answer.culprits}; see {out / name}.txt")
+    return wrong
+
+
+def _asked(out: Path, name: str, *arguments: str) -> Answer:
+    done = subprocess.run(
+        [sys.executable, "-m", "repro", name, "--json", *arguments],
+        capture_output=True, text=True, cwd=ROOT, timeout=120,
+    )  # fmt: skip
+    (out / f"{name}.txt").write_text(done.stdout + done.stderr)
+    return Answer.of(done.stdout)
 
 
 def _live(printed: str) -> Answer | None:

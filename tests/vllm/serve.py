@@ -24,7 +24,6 @@ import time
 from pathlib import Path
 from typing import Any
 
-NUM_RANKS = 2
 COMMON = {
     "vocab_size": 512, "hidden_size": 128, "num_hidden_layers": 4,
     "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 32,
@@ -60,6 +59,8 @@ def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--waves", nargs="*", default=["5:8,5:12"])
+    parser.add_argument("--ranks", type=int, default=2)
+    parser.add_argument("--compiled", action="store_true", help="with torch.compile; one rank only, on a CPU")
     parser.add_argument("--model", choices=list(MODELS), default="hybrid")
     parser.add_argument("--seconds", type=float, default=0.0, help="repeat the waves for so long")
     parser.add_argument("--period", type=float, default=0.0, help="seconds from one wave to the next; 0: no pause")
@@ -68,12 +69,12 @@ def _arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def _environment() -> None:
+def _environment(num_ranks: int) -> None:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     os.environ.update({
-        "VLLM_DP_SIZE": str(NUM_RANKS), "VLLM_DP_MASTER_IP": "127.0.0.1", "VLLM_DP_MASTER_PORT": str(port),
+        "VLLM_DP_SIZE": str(num_ranks), "VLLM_DP_MASTER_IP": "127.0.0.1", "VLLM_DP_MASTER_PORT": str(port),
         "VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CPU_OMP_THREADS_BIND": _binding(), "VLLM_HOST_IP": "127.0.0.1",
         "VLLM_NO_USAGE_STATS": "1", "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "HMR_CPU_EP": "1",
         "VLLM_ENGINE_READY_TIMEOUT_S": "1500",
@@ -82,8 +83,30 @@ def _environment() -> None:
 
 def _binding() -> str:
     """Which processors the workers use: not bound, but 0.20 fails with "nobind" while it logs what it bound."""
+    return f"0|{min(1, (os.cpu_count() or 1) - 1)}" if _is_old() else "nobind"
+
+
+def _is_old() -> bool:
+    """Whether this is vLLM 0.20, or another one before 0.24."""
     version = importlib.metadata.version("vllm-cpu").split(".")
-    return "nobind" if (int(version[0]), int(version[1])) >= (0, 24) else f"0|{min(1, (os.cpu_count() or 1) - 1)}"
+    return (int(version[0]), int(version[1])) < (0, 24)
+
+
+def _mend_old() -> None:
+    """Make vLLM 0.20 run with what is installed: experts without AVX-512, and a torch that was built for CUDA.
+
+    Its experts make their activation in the forward pass, where vLLM's configuration is not set. Its workers wait for
+    torch's accelerator, which is CUDA for such a build of torch, also without a device.
+    """
+    import torch
+    from vllm.model_executor.layers.fused_moe import cpu_fused_moe
+
+    def silu_and_mul(rows: Any) -> Any:
+        gate, up = rows.chunk(2, dim=-1)
+        return torch.nn.functional.silu(gate) * up
+
+    cpu_fused_moe._CPU_MOE_ACT_FN[cpu_fused_moe.MoEActivation.SILU] = silu_and_mul
+    torch.accelerator.synchronize = torch.accelerator.empty_cache = lambda *_: None
 
 
 def _preload() -> None:
@@ -92,6 +115,8 @@ def _preload() -> None:
 
     for name in PRELOADED:
         importlib.import_module(name)
+    if _is_old():
+        _mend_old()
     context = multiprocessing.get_context("fork")
     for name, module in list(sys.modules.items()):
         if name.startswith("vllm") and "get_mp_context" in vars(module):
@@ -107,13 +132,13 @@ def _serve(rank: int, model: Path, args: argparse.Namespace) -> None:
     from vllm.inputs import TokensPrompt
 
     llm: Any = LLM(
-        model=str(model), load_format="dummy", skip_tokenizer_init=True, enforce_eager=True,
+        model=str(model), load_format="dummy", skip_tokenizer_init=True, enforce_eager=not args.compiled,
         enable_expert_parallel=True, distributed_executor_backend="mp", max_model_len=512, max_num_seqs=8,
         max_num_batched_tokens=512, seed=0, async_scheduling=False,
     )  # fmt: skip
     (args.out / f"up{rank}").touch()
     if args.period:  # the ranks count the periods from one moment, when the last of them is up
-        _wait_for_files(args.out, "up")
+        _wait_for_files(args, "up")
     began_s, outputs = time.monotonic(), []
     while True:
         for wave in args.waves:
@@ -127,21 +152,21 @@ def _serve(rank: int, model: Path, args: argparse.Namespace) -> None:
         if time.monotonic() >= began_s + args.seconds:
             break
     (args.out / f"outputs{rank}.json").write_text(json.dumps(outputs[: len(args.waves)]))
-    _wait_for_all(args.out, rank)
+    _wait_for_all(args, rank)
     if args.leave:  # as the interpreter does at the end of a program
         atexit._run_exitfuncs()
     llm.llm_engine.engine_core.shutdown()
 
 
-def _wait_for_all(out: Path, rank: int) -> None:
-    """Keep the engine until both ranks have their outputs: an engine that leaves early leaves the other in a wave."""
-    (out / f"done{rank}").touch()
-    _wait_for_files(out, "done")
+def _wait_for_all(args: argparse.Namespace, rank: int) -> None:
+    """Keep the engine until all ranks have their outputs: an engine that leaves early leaves the others in a wave."""
+    (args.out / f"done{rank}").touch()
+    _wait_for_files(args, "done")
     time.sleep(3.0)  # the wave ends after the last output
 
 
-def _wait_for_files(out: Path, name: str) -> None:
-    while not all((out / f"{name}{rank}").exists() for rank in range(NUM_RANKS)):
+def _wait_for_files(args: argparse.Namespace, name: str) -> None:
+    while not all((args.out / f"{name}{rank}").exists() for rank in range(args.ranks)):
         time.sleep(0.1)
 
 
@@ -185,10 +210,10 @@ def main() -> int:
     model = args.out / "model"
     model.mkdir(exist_ok=True)
     (model / "config.json").write_text(json.dumps(MODELS[args.model]))
-    _environment()
+    _environment(args.ranks)
     _preload()
     children = []
-    for rank in range(NUM_RANKS):
+    for rank in range(args.ranks):
         pid = os.fork()
         if pid == 0:
             code = 1
@@ -207,7 +232,7 @@ def main() -> int:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     started: set[int] = set()
     try:
-        while len(codes) < NUM_RANKS and time.monotonic() < deadline:
+        while len(codes) < args.ranks and time.monotonic() < deadline:
             started.update(descendants(os.getpid()))
             for pid in children:
                 done, status = os.waitpid(pid, os.WNOHANG) if pid not in codes else (0, 0)
@@ -223,7 +248,7 @@ def main() -> int:
             if _is_ours(pid):
                 with contextlib.suppress(OSError):
                     os.kill(pid, signal.SIGKILL)
-    return max((abs(code) for code in codes.values()), default=1) if len(codes) == NUM_RANKS else 124
+    return max((abs(code) for code in codes.values()), default=1) if len(codes) == args.ranks else 124
 
 
 if __name__ == "__main__":

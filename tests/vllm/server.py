@@ -20,7 +20,7 @@ def command(vllm: Path, out: Path, waves: str, deadline_s: float = 400) -> list[
 def environment(folder: Path, **variables: str) -> dict[str, str]:
     """The environment in which vLLM finds the entry points of pyproject.toml, question.py, faults.py and overhead.py.
 
-    folder: where their metadata is written
+    folder: where their metadata is written, and the caches of vLLM and torch
     """
     points = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["entry-points"][GROUP]
     metadata = folder / "hmr_plugins-0.dist-info"
@@ -35,4 +35,5 @@ def environment(folder: Path, **variables: str) -> dict[str, str]:
     lines = [f"{name} = {value}" for name, value in points.items()]
     (metadata / "entry_points.txt").write_text("\n".join([f"[{GROUP}]", *lines, ""]))
     path = os.pathsep.join(map(str, (ROOT, HERE, folder)))
-    return {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", **variables}
+    caches = {"VLLM_CACHE_ROOT": str(folder / "vllm"), "TORCHINDUCTOR_CACHE_DIR": str(folder / "inductor")}
+    return {**os.environ, **caches, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", **variables}
