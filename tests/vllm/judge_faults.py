@@ -35,12 +35,14 @@ class Expected:
     culprit   the rank that is to be named
     mentions  words of which one must be in the answer of the recorder: the place of the fault
     after_s   seconds from the fault until the hang is complete
+    within_s  the recorder must print within so many seconds of a wait that others wait; 0: it need not
     """
 
     verdicts: tuple[str, ...]
     culprit: int
     mentions: tuple[str, ...]
     after_s: float = 8.0
+    within_s: float = 0.0
 
 
 EXPECTED = {
@@ -49,7 +51,7 @@ EXPECTED = {
     "straggler": Expected(("slow", "stall"), 1, ("step 8", "step 7"), 6),
     "lock": Expected(("deadlock",), 0, (".lock",)),
     "killed_worker": Expected(("crash",), 1, ("step 8",), 1),
-    "building": Expected(("slow",), 1, ("fused_gdn",), 6),
+    "building": Expected(("slow",), 1, ("fused_gdn",), 6, within_s=5),
 }
 
 
@@ -108,7 +110,12 @@ class Trial:
         (self.out / "record.txt").write_text(done.stdout + done.stderr)
         verdict = self.out / "record" / "verdict.json"
         answer = Answer.of(verdict.read_text() if verdict.exists() else "")
-        return answer if answer.culprits else _live(done.stdout + done.stderr) or answer
+        printed = done.stdout + done.stderr
+        if self.expected.within_s:
+            waits_s = [int(text) for text in re.findall(r"slow: [^\n]*?waits [^;\n]* for (\d+) s", printed)]
+            if not waits_s or waits_s[0] > self.expected.within_s:
+                return Answer("told too late", (), printed)
+        return answer if answer.culprits else _live(printed) or answer
 
     def unrecorded(self) -> tuple[Answer, Answer]:
         """What `collect` and `diagnose` say of a server that nobody records."""
