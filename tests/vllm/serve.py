@@ -93,19 +93,9 @@ def _is_old() -> bool:
 
 
 def _mend_old() -> None:
-    """Make vLLM 0.20 run with what is installed: experts without AVX-512, and a torch that was built for CUDA.
-
-    Its experts make their activation in the forward pass, where vLLM's configuration is not set. Its workers wait for
-    torch's accelerator, which is CUDA for such a build of torch, also without a device.
-    """
+    """Let workers of vLLM 0.20 run with a torch that was built for CUDA, where there is no device to wait for."""
     import torch
-    from vllm.model_executor.layers.fused_moe import cpu_fused_moe
 
-    def silu_and_mul(rows: Any) -> Any:
-        gate, up = rows.chunk(2, dim=-1)
-        return torch.nn.functional.silu(gate) * up
-
-    cpu_fused_moe._CPU_MOE_ACT_FN[cpu_fused_moe.MoEActivation.SILU] = silu_and_mul
     torch.accelerator.synchronize = torch.accelerator.empty_cache = lambda *_: None
 
 

@@ -36,8 +36,8 @@ def _install() -> None:
     except ImportError:  # vLLM 0.20
         from vllm.model_executor.layers.fused_moe.cpu_fused_moe import CPUFusedMOE
 
-        for name in ("forward_torch", "forward_grouped_gemm"):
-            setattr(CPUFusedMOE, name, with_local_ids_of_layer(getattr(CPUFusedMOE, name)))
+        CPUFusedMOE.forward_torch = forward_of_local_experts
+        CPUFusedMOE.forward_grouped_gemm = with_local_ids_of_layer(CPUFusedMOE.forward_grouped_gemm)
     else:
         CPUUnquantizedExperts.apply = with_local_ids(CPUUnquantizedExperts.apply)
 
@@ -98,7 +98,7 @@ def with_local_ids(original: Any) -> Any:
 
 
 def with_local_ids_of_layer(original: Any) -> Any:
-    """Do the same for ``forward_torch`` and ``forward_grouped_gemm`` of vLLM 0.20, whose layer has the map."""
+    """Do the same for ``forward_grouped_gemm`` of vLLM 0.20, whose layer has the map."""
 
     @functools.wraps(original)
     def forward(self: Any, layer: Any, input: Any, topk_weights: Any, topk_ids: Any, *rest: Any) -> Any:
@@ -106,6 +106,27 @@ def with_local_ids_of_layer(original: Any) -> Any:
         return original(self, layer, input, weights, ids, *rest)
 
     return forward
+
+
+def forward_of_local_experts(
+    _: Any, layer: Any, input: Any, topk_weights: Any, topk_ids: Any, *rest: Any, **options: Any
+) -> Any:
+    """Replace ``forward_torch`` of vLLM 0.20, which counts each expert once a token: ids of others cannot be masked.
+
+    input [tokens, hidden]; topk_weights, topk_ids [tokens, top_k] with global ids. The activation is SiLU. Returns the
+    sum of this rank's experts, [tokens, hidden].
+    """
+    import torch
+
+    weights, ids = local_experts(topk_weights, topk_ids, layer.expert_map)
+    output = torch.zeros(input.shape, dtype=torch.float32)
+    for expert, (gate_up, down) in enumerate(zip(layer.gate_up_linear, layer.down_linear, strict=True)):
+        tokens, places = torch.nonzero((ids == expert) & (weights != 0), as_tuple=True)
+        if len(tokens):
+            gate, up = gate_up(input[tokens]).chunk(2, dim=-1)
+            rows = down(torch.nn.functional.silu(gate) * up)
+            output.index_add_(0, tokens, rows.float() * weights[tokens, places, None].float())
+    return output.to(input.dtype)
 
 
 def local_experts(weights: Any, ids: Any, expert_map: Any) -> tuple[Any, Any]:
