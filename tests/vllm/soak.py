@@ -4,7 +4,7 @@
 
 Every 10 s a wave begins, of both ranks, of one of them, or of none. `record` watches the server, and `watch` judges the
 files once a minute. Nothing is wrong with the server, so an alarm is a verdict other than clean at the end, a class
-that is a hang, or a culprit. A start names ranks that still load: those lines are printed, and are no alarm.
+that is a hang, a culprit, or a line of `record` about a step. What it says of the start is printed, and is no alarm.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ def main() -> int:
     notices = [line.strip() for line in (out / "record.txt").read_text().splitlines() if ": rank" in line]
     end = json.loads((out / "record.json").read_text() or "{}").get("verdict", "nothing")
     alarms = [f"at the end: {end}"] if end != "clean" else []
-    alarms += [f"notice: {line}" for line in notices if line.split(":")[0] not in NO_ALARM]
+    alarms += [f"notice: {line}" for line in notices if line.split(":")[0] not in NO_ALARM or "(step " in line]
     alarms += [f"watch: {look['verdict']} {look['culprits']}: {look['sentences']}" for look in looks if _alarms(look)]
     print(f"{time.monotonic() - began_s:.0f} s, {len(looks)} looks: {_counts(looks)}; record ended with {end}")
     print(*(f"notice: {line}" for line in notices), sep="\n")
