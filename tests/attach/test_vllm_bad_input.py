@@ -14,7 +14,8 @@ import pytest
 
 from hybrid_moe_ref.parallel.observer import Collective
 from repro.attach.record import rank as this
-from repro.attach.vllm import engine, harmless, hooks, notes, worker
+from repro.attach.vllm import engine, harmless, hooks, mirror, notes, worker
+from repro.attach.vllm.qualified import qualified
 from repro.trace.recording.recorder import Recorder
 from repro.trace.witness.file import read, read_dir
 from repro.trace.witness.format import Kind
@@ -194,14 +195,16 @@ def _failing(*args: object) -> None:
 
 
 def test_a_rank_without_the_plug_in_is_asked_for_and_nobody_is_a_culprit(tmp_path):
-    recorder = Recorder.open(tmp_path / "rank000.wit", 0, 2, run_id="x")
-    recorder.groups({"dp.cpu": (0, 1)})
+    (tmp_path / "events").mkdir()
+    recorder = Recorder.open(tmp_path / "events" / "rank000.wit", 0, 2, run_id="x")
+    recorder.groups({"dp.cpu": (0, 1), mirror.GROUP: (0, 1)})
     recorder.phase("serve")
     recorder.enter(CALL)
-    witnesses = {0: read(tmp_path / "rank000.wit")}
-    verdict = judge(witnesses, num_ranks=2, now_ns=time.monotonic_ns() + 10**10, quiet_window_s=1.0)
+    witnesses = {0: read(tmp_path / "events" / "rank000.wit")}
+    judged = judge(witnesses, num_ranks=2, now_ns=time.monotonic_ns() + 10**10, quiet_window_s=1.0)
+    verdict = qualified(judged, tmp_path)
     assert (verdict.verdict, verdict.culprits, verdict.confidence) == ("inconclusive", (), "undecided"), verdict
-    assert any("rank 1, without a usable witness: collect it" in line for line in verdict.evidence), verdict.evidence
+    assert any("rank 1 left no witness" in line and "HMR_RECORD" in line for line in verdict.evidence), verdict.evidence
 
 
 @pytest.mark.parametrize("text", ["soon", "-1", "nan", "1e300"])

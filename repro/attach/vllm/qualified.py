@@ -28,6 +28,11 @@ def qualified(verdict: Verdict, root: Path) -> Verdict:
         rank: text for rank, witness in witnesses.items() for text in witness.strings if text.startswith(LEFT_OUT)
     }
     lines = [f"rank {rank}: its {text}, which it had counted" for rank, text in sorted(left_out.items())]
+    if missing := [at.rank for at in verdict.ranks if at.state == "missing"]:
+        lines.append(
+            f"{name_ranks(missing)} left no witness: their processes have not become ranks yet, or they run without "
+            "HMR_RECORD or without the plug-in hmr_record; install this package there, and allow it in VLLM_PLUGINS"
+        )
     verdict = verdict.with_evidence(lines)
     if (
         verdict.cause in FROM_SCHEDULE
