@@ -33,7 +33,7 @@ WARM_UP = 64
 """Steps at the start that are not measured."""
 
 LIMIT = 0.01
-NUM_DRAWS = 4000
+NUM_DRAWS = 2000
 WAVES = "30:450,20:450"
 
 Row = tuple[int, int, int]

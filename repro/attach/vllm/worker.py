@@ -198,6 +198,7 @@ def executing_dummy(original: Callable[..., Any]) -> Callable[..., Any]:
 
 def agreeing(original: Callable[..., Any]) -> Callable[..., Any]:
     """Wrap dp_utils._run_ar, the step agreement. Its all-reduce is recorded like any other collective of torch."""
+    declaring = Harmless("what a rank declares after a step agreement")
 
     @wraps(original)
     def _run_ar(*args: Any, **options: Any) -> Any:
@@ -209,7 +210,7 @@ def agreeing(original: Callable[..., Any]) -> Callable[..., Any]:
                 return original(*args, **options)
         with worker.rank.in_layer(AGREEMENT):
             rows = original(*args, **options)
-        with Harmless("what a rank declares after a step agreement"):
+        with declaring:
             worker.agreed(_agreed_key(rows))
         return rows
 
@@ -248,6 +249,8 @@ def exchanging(op: str, num_tensors: int) -> Callable[[Callable[..., Any]], Call
     num_tensors: number of positional arguments before ``dim`` and ``sizes``
     """
 
+    entering = Harmless(f"{op} with its layer and sizes")
+
     def hook(original: Callable[..., Any]) -> Callable[..., Any]:
         @wraps(original)
         def exchange(self: Any, input_: Any, *args: Any, **options: Any) -> Any:
@@ -255,7 +258,7 @@ def exchanging(op: str, num_tensors: int) -> Callable[[Callable[..., Any]], Call
             if worker is None or _compiling() or collectives.inside():
                 return original(self, input_, *args, **options)
             collective = None
-            with Harmless(f"{op} with its layer and sizes"):
+            with entering:
                 position = num_tensors  # the position of the sizes in args, after the other tensors and dim
                 sizes = options.get("sizes", args[position] if len(args) > position else None)
                 collective = _enter(worker.rank, op, self.device_group, input_, sizes)
