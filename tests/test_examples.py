@@ -18,7 +18,7 @@ from repro.report.gather import gather
 
 EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
 SLURM, JOBSET = EXAMPLES / "slurm.sh", EXAMPLES / "k8s-jobset.yaml"
-VLLM_MATRIX = EXAMPLES.parent / "repro" / "lab" / "search" / "vllm_matrix.sh"
+VLLM_8GPU = EXAMPLES / "vllm_8gpu.sh"
 REPORT = EXAMPLES.parent / "docs" / "REPORT.md"  # its torchrun line for several hosts
 # No package carries the schema of the JobSet itself: its fields, as its documentation names them.
 JOBSET_FIELDS = {"network", "failurePolicy", "replicatedJobs", "successPolicy", "startupPolicy", "suspend"}
@@ -54,7 +54,7 @@ def test_the_slurm_script_bundles_whatever_the_verdict_is(tmp_path, code):
     assert [line.split()[2] for line in (tmp_path / "calls").read_text().splitlines()] == ["watch", "bundle"]
 
 
-@pytest.mark.parametrize("script", [SLURM, VLLM_MATRIX], ids=["slurm", "vllm"])
+@pytest.mark.parametrize("script", [SLURM, VLLM_8GPU], ids=["slurm", "vllm"])
 def test_a_script_passes_shellcheck(script):
     shellcheck(script)
 

@@ -26,6 +26,7 @@ COMMANDS = {
     "list": "list the scenarios, one per line",
     "run": "run a scenario and print its verdict",
     "matrix": "find which of layout, kernel backends and kernel cache makes a start slow",
+    "cells": "start vLLM in each combination of layout, backends and cache, and say which starts stall",
     "minimise": "shrink a scenario, and write what is left as one file",
     "clean": "remove the runs",
 }

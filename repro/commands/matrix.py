@@ -11,7 +11,7 @@ from rich.console import Console
 from hybrid_moe_ref.config import ConfigError
 from repro.commands import lab
 from repro.commands.verdicts import exit_code, write_reports
-from repro.exit_codes import EXPECTED, INTERRUPTED
+from repro.exit_codes import INTERRUPTED
 from repro.lab import flags
 from repro.lab.rank.environment import refuse_bad_variables
 from repro.lab.search import matrix
@@ -29,14 +29,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--only", metavar="WORDS", default="", help='run only the cells with all these words, such as "TP8 jit cold"'
     )
     lab.add_arguments(parser, launcher_help="fork")
-    parser.add_argument("--script", action="store_true", help="print a shell script for vLLM on 8 GPUs and exit")
 
 
 def run(args: argparse.Namespace) -> int:
-    """Run the cells and print one table; return the exit code of all verdicts. With --script print the script."""
-    if args.script:
-        print(matrix.script(), end="")
-        return EXPECTED
+    """Run the cells and print one table; return the exit code of all verdicts."""
     refuse_bad_variables()
     document = flags.read_config(args.config)
     words = set(args.only.split())

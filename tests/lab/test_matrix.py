@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import subprocess
 
 import pytest
 from forked import run_forked
 
 from repro.commands.cli import main
-from repro.exit_codes import CANNOT_TELL, EXPECTED, USAGE
+from repro.exit_codes import CANNOT_TELL, USAGE
 from repro.lab import scenarios
 from repro.lab.outcome.expectation import document_of
 from repro.lab.search import matrix
@@ -84,16 +83,6 @@ def test_a_run_whose_cache_cannot_be_filled_costs_no_other_run_its_verdict(tmp_p
     verdicts = [document["verdict"] for document in json.loads(output.out)]
     assert verdicts[0] == "clean" and set(verdicts[1:]) == {"inconclusive"} and len(verdicts) > 1
     assert "the disk is full" in output.err
-
-
-def test_the_script_for_vllm_starts_every_combination(capsys):
-    assert main(["matrix", "--script"]) == EXPECTED
-    script = capsys.readouterr().out
-    loops = script[script.index("for layout in") :]
-    printed = subprocess.run(["bash", "-c", f'start() {{ echo "$@"; }}\n{loops}'], capture_output=True, text=True)
-    starts = [line.split() for line in printed.stdout.splitlines()]
-    assert len(starts) == len({tuple(words) for words in starts}) == 24
-    assert starts[0] == ["tp8", "triton", "triton", "cold"] and starts[1][-1] == "warm"
 
 
 def test_a_cell_that_does_not_exist_is_one_line(capsys):

@@ -1,4 +1,4 @@
-"""Record what a rank builds or compiles: extensions of torch, kernels of Triton, graphs of torch.compile."""
+"""Record what a rank builds: extensions of torch, modules of FlashInfer, kernels of Triton, graphs of torch.compile."""
 
 from __future__ import annotations
 
@@ -17,6 +17,16 @@ def hook_extension(module: ModuleType) -> None:
 
 def hook_inductor(module: ModuleType) -> None:
     replace(module, "compile_fx", lambda original: _build(original, lambda *_, **__: "torch.compile"))
+
+
+def hook_flashinfer(module: ModuleType) -> None:
+    """Hook the call of ninja, which FlashInfer 0.6 and 0.7 make with the module's lock held: a rank that waits for the
+    lock builds nothing."""
+
+    def name(build_dir: Any, ninja_path: Any, *_: Any, **__: Any) -> str:
+        return f"FlashInfer module {getattr(getattr(ninja_path, 'parent', None), 'name', ninja_path)}"
+
+    replace(module, "run_ninja", lambda original: _build(original, name))
 
 
 def hook_triton(module: ModuleType) -> None:

@@ -15,6 +15,7 @@ HOOKS: dict[str, Hook] = {
     "torch.utils.file_baton": locks.hook_file_baton,
     "torch.utils.cpp_extension": builds.hook_extension,
     "torch._inductor.compile_fx": builds.hook_inductor,
+    "flashinfer.jit.core": builds.hook_flashinfer,
     "triton.runtime.jit": builds.hook_triton,
     "torch.distributed.distributed_c10d": groups.hook,
     "torch.distributed._functional_collectives": functional.hook,

@@ -1,7 +1,8 @@
 """Find which part of the report's commands makes a start slow: run every combination of layout, backends and cache.
 
     python -m repro matrix             run them, print one table and the phases of every rank
-    python -m repro matrix --script    a shell script that does the same with vLLM on 8 GPUs
+
+`python -m repro cells` does the same with vLLM.
 
 Kernels are compiled when a layer first needs them, as in servers. In two more rows every rank has its own kernel cache
 and only rank 0's is cold, so that the others wait for rank 0 in a collective and not for a lock. With a long group
@@ -65,7 +66,7 @@ class Cell:
 
 
 def cells() -> list[Cell]:
-    """All cells. They run on a CPU, because the compiled experts are C++; the script is for GPUs."""
+    """All cells. They run on a CPU, because the compiled experts are C++."""
     layouts, caches = ("tp8", "config2"), ("cold", "warm")
     combined = [Cell(*parts) for parts in itertools.product(layouts, ("torch", "jit"), ("auto", "jit"), caches)]
     return [*combined, Cell("config2", "jit", "jit", "split"), Cell("config2", "jit", "jit", "split", SHORT_TIMEOUT_S)]
@@ -169,8 +170,3 @@ def _table_of_phases(ranks: Sequence[Mapping[str, float]]) -> Table:
     for phase in dict.fromkeys(phase for rank in ranks for phase in rank if rank[phase] >= 0.05):
         table.add_row(phase, *(f"{rank.get(phase, 0.0):.1f}" for rank in ranks))
     return table
-
-
-def script() -> str:
-    """The shell script that runs the matrix with vLLM."""
-    return (Path(__file__).parent / "vllm_matrix.sh").read_text()

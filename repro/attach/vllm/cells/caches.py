@@ -1,0 +1,53 @@
+"""The caches of compiled kernels: private folders, so that a cold start is cold and the user's caches stay as they are.
+
+A cold start gets a new, empty folder. Its warm twin gets the folder that the cold start left. Only folders that this
+experiment made are ever removed.
+"""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+VARIABLES = {
+    "FLASHINFER_WORKSPACE_BASE": "flashinfer",  # modules that nvcc compiled, and their locks
+    "VLLM_CACHE_ROOT": "vllm",  # torch.compile; vLLM puts Inductor's cache beneath it
+    "TORCHINDUCTOR_CACHE_DIR": "inductor",  # what torch compiles outside vLLM's cache
+    "TRITON_CACHE_DIR": "triton",
+    "TORCH_EXTENSIONS_DIR": "extensions",  # torch's C++ and CUDA extensions, their locks
+    "DG_JIT_CACHE_DIR": "deep_gemm",
+    "CUDA_CACHE_PATH": "cuda",  # PTX that the driver has compiled
+}
+"""Variable -> folder. The variables are read by vLLM 0.20 to 0.33, FlashInfer, torch, Triton, DeepGEMM and CUDA."""
+
+UNSET = ("VLLM_FLASHINFER_AUTOTUNE_CACHE_DIR", "VLLM_DISABLE_COMPILE_CACHE", "TRITON_HOME")
+"""Variables of the user's that would lead a server to other caches, or switch them off."""
+
+MARK = ".made-by-repro-cells"
+
+
+def make(root: Path, pair: str) -> Path:
+    """Make a new, empty cache folder for a cold start below ``root``. Raises OSError."""
+    for number in range(1, 1000):
+        folder = root / (pair if number == 1 else f"{pair}.{number}")
+        try:
+            folder.mkdir(parents=True)
+        except FileExistsError:  # left by a start that was interrupted
+            continue
+        (folder / MARK).touch()
+        for name in VARIABLES.values():
+            (folder / name).mkdir()
+        return folder
+    raise FileExistsError(f"{root}: a thousand cache folders named {pair}")
+
+
+def environment(folder: Path, environ: dict[str, str]) -> dict[str, str]:
+    """The environment of a server that keeps its caches in ``folder``."""
+    kept = {name: value for name, value in environ.items() if name not in UNSET}
+    return {**kept, **{name: str(folder / part) for name, part in VARIABLES.items()}}
+
+
+def remove(folder: Path) -> None:
+    """Remove a cache folder that :func:`make` made; leave every other folder."""
+    if (folder / MARK).is_file() and not folder.is_symlink():
+        shutil.rmtree(folder, ignore_errors=True)

@@ -1,0 +1,180 @@
+"""The experiment in one folder: its cells one after another, and again from where an earlier call stopped.
+
+experiment.json        what is started; a later call must name the same
+cells/NAME/            record/, looks/, outcome.json
+caches/PAIR/           removed once the warm start has ended
+bundles/NAME.zip       the recording of a cell, NAME-collect.zip what `collect` saw
+table.txt, table.md    all cells; results.json the same for programs
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from hybrid_moe_ref.config import ConfigError
+from hybrid_moe_ref.files import read_json, write_atomically
+from repro.attach.vllm.cells import caches, outcome, table
+from repro.attach.vllm.cells.grid import COLD, REPORT_VARIABLES, Cell
+from repro.attach.vllm.cells.machine import Machine
+from repro.attach.vllm.cells.outcome import Outcome
+from repro.attach.vllm.cells.server import free_port
+from repro.attach.vllm.cells.trial import Start, Trial
+from repro.report.tables import lines as table_lines
+from repro.store.run_dir import OutputError, write_json
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What is started.
+
+    program   the words before the model: ("vllm", "serve")
+    flags     flags that all cells share
+    window_s  seconds of silence after which a server is looked at
+    limit_s   seconds after which a start is given up
+    needed    bytes that must be free before a start
+    """
+
+    program: tuple[str, ...]
+    model: str
+    flags: tuple[str, ...]
+    window_s: float
+    limit_s: float
+    needed: int
+
+    def identity(self) -> dict[str, Any]:
+        """What a later call on the same folder must have in common."""
+        return {"program": list(self.program), "model": self.model, "flags": list(self.flags)}
+
+
+@dataclass
+class Experiment:
+    """The cells of one folder."""
+
+    root: Path
+    settings: Settings
+    machine: Machine
+    cells: Sequence[Cell]
+    interrupted: Callable[[], bool]
+    say: Callable[[str], None]
+
+    def prepare(self) -> dict[str, Outcome]:
+        """Make the folder, or read the outcomes in it.
+
+        Raises OutputError if it cannot be written, ConfigError if it holds an experiment with other settings.
+        """
+        path, identity = self.root / "experiment.json", {**self.settings.identity(), "vllm": self.machine.vllm}
+        try:
+            self.root.mkdir(parents=True, exist_ok=True)
+            if path.exists():
+                if (before := read_json(path)) != identity:
+                    names = [name for name, value in identity.items() if before.get(name) != value]
+                    raise ConfigError(
+                        f"{self.root} has cells with another {', '.join(names)}; name another folder", "--to"
+                    )
+            elif any(self.root.iterdir()):
+                raise OutputError(f"{self.root}: the folder is not empty and no experiment; name another --to")
+            else:
+                write_json(path, identity)
+        except OutputError:
+            raise
+        except OSError as error:
+            raise OutputError(f"cannot write to {self.root}: {error.strerror}; choose another --to") from error
+        found = {cell.name: Outcome.load(self._folder(cell)) for cell in self.cells}
+        return {name: old for name, old in found.items() if old is not None and old.finished}
+
+    def run(self) -> dict[str, Outcome]:
+        """Run the cells that have no outcome yet. Write the tables after each; returns name -> outcome."""
+        outcomes = self.prepare()
+        if outcomes:
+            self.say(f"{len(outcomes)} cells of {self.root} have an outcome and are not started again")
+        for number, cell in enumerate(self.cells, start=1):
+            if cell.name in outcomes:
+                continue
+            if self.interrupted():
+                break
+            result = self._run(cell, outcomes)
+            outcomes[cell.name] = result
+            self._write(outcomes)
+            if result.state != outcome.NOT_RUN:
+                seconds = f"{result.state} after {result.seconds:.0f} s"
+                self.say(f"[{number}/{len(self.cells)}] {cell.name}: {seconds}: {result.verdict}. {result.where}")
+        return outcomes
+
+    def _folder(self, cell: Cell) -> Path:
+        return self.root / "cells" / cell.name
+
+    def _run(self, cell: Cell, outcomes: dict[str, Outcome]) -> Outcome:
+        reason = self.machine.why_not(cell) or self._no_room()
+        if reason:
+            return Outcome(cell.name, outcome.NOT_RUN, reason=reason)
+        cold = self._cold(cell, outcomes)
+        if cell.cache != COLD and (cold is None or not cold.cache or not Path(cold.cache).is_dir()):
+            return Outcome(cell.name, outcome.NOT_RUN, reason="the cold start whose cache it uses has not run")
+        try:
+            cache = Path(cold.cache) if cold else caches.make(self.root.absolute() / "caches", cell.pair)
+            result = self._start(cell, cache)
+        except OSError as error:
+            where = error.filename or self.root
+            return Outcome(cell.name, outcome.NOT_RUN, reason=f"{where}: {error.strerror or error}")
+        result = replace(result, cache=str(cache), partial=cold is not None and cold.state != outcome.READY)
+        try:
+            result.save(self._folder(cell))
+        except OSError as error:
+            result = replace(result, notes=(*result.notes, f"this outcome is not saved: {error.strerror}"))
+        if cell.cache != COLD and result.finished:
+            caches.remove(cache)
+        return result
+
+    def _cold(self, cell: Cell, outcomes: dict[str, Outcome]) -> Outcome | None:
+        """The outcome of the cold start whose cache a warm cell uses."""
+        if cell.cache == COLD:
+            return None
+        cold = replace(cell, cache=COLD)
+        return outcomes.get(cold.name) or Outcome.load(self._folder(cold))
+
+    def _start(self, cell: Cell, cache: Path) -> Outcome:
+        folder, port = self._folder(cell), free_port()
+        _set_aside(folder)
+        folder.mkdir(parents=True)
+        given = {**REPORT_VARIABLES, **self.machine.variables(), **os.environ}
+        command = [*self.settings.program, self.settings.model, *cell.flags(), *self.settings.flags]
+        start = Start(
+            (*command, "--host", "127.0.0.1", "--port", str(port)), caches.environment(cache, given), port,
+            self.settings.window_s, self.settings.limit_s,
+        )  # fmt: skip
+        self.say(f"{cell.name}: {' '.join(start.command)}")
+        return Trial(cell.name, start, folder.absolute(), self.interrupted, self.say).run()
+
+    def _no_room(self) -> str:
+        free = shutil.disk_usage(self.root).free
+        if free >= self.settings.needed:
+            return ""
+        return (
+            f"{self.root} has {free / 1e9:.1f} GB free, and a start needs {self.settings.needed / 1e9:.1f}: see --needs"
+        )
+
+    def _write(self, outcomes: dict[str, Outcome]) -> None:
+        """Write the tables. A full disk does not end the experiment: the next cell says that there is no room."""
+        found = table.rows(self.cells, outcomes)
+        rest = [*table.not_run(self.cells, outcomes), *table.reading(self.cells, outcomes), *self.machine.notes()]
+        results = [{**cell.to_json(), **asdict(outcomes[cell.name])} for cell in self.cells if cell.name in outcomes]
+        try:
+            write_atomically(self.root / "table.txt", "\n".join([*table_lines(table.terminal(found)), "", *rest, ""]))
+            write_atomically(
+                self.root / "table.md", table.markdown(found) + "\n" + "".join(f"- {row}\n" for row in rest)
+            )
+            write_json(self.root / "results.json", results)
+        except OSError as error:
+            self.say(f"the tables are not written: {error.strerror}")
+
+
+def _set_aside(folder: Path) -> None:
+    """Rename what an interrupted start left, so that it stays as evidence."""
+    if folder.exists():
+        number = next(n for n in range(1, 10_000) if not folder.with_name(f"{folder.name}.{n}").exists())
+        folder.rename(folder.with_name(f"{folder.name}.{number}"))

@@ -1,0 +1,104 @@
+"""The cells of the experiment: what varies between two starts of vLLM, and the command line of each."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+JIT, TRITON, CPU = "jit", "triton", "cpu"
+COLD, WARM = "cold", "warm"
+TP, DP_EP, DP_EP_EAGER = "TP", "DP+EP", "DP+EP eager"
+
+GDN_FLAGS = {JIT: "flashinfer", TRITON: "triton"}
+"""Value of --gdn-prefill-backend. The flag is the same in vLLM 0.20, 0.32 and 0.33 (read in their wheels)."""
+
+MOE_FLAGS = {JIT: "flashinfer_cutlass", TRITON: "triton"}
+"""Value of --moe-backend, in vLLM 0.20, 0.32 and 0.33. vLLM's own choice for block-FP8 on compute capability 9.0 is
+flashinfer_cutlass with expert parallelism, else triton (model_executor/layers/fused_moe/oracle/fp8.py)."""
+
+REPORT_FLAGS = (
+    "--trust-remote-code", "--language-model-only", "--gpu-memory-utilization", "0.90", "--max-model-len", "32768",
+)  # fmt: skip
+"""The flags that the three commands of vllm#41862 share."""
+
+REPORT_MODEL = "Qwen/Qwen3.5-397B-A17B-FP8"
+REPORT_VARIABLES = {"VLLM_USE_DEEP_GEMM": "0", "VLLM_WORKER_MULTIPROC_METHOD": "spawn"}
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One start.
+
+    layout  TP, DP_EP or DP_EP_EAGER, each over ``ranks`` ranks
+    gdn     implementation of the GDN prefill: JIT, TRITON, or CPU, which has one implementation only
+    moe     implementation of the experts: likewise
+    cache   COLD: empty cache folders; WARM: those that the cold start left
+    """
+
+    ranks: int
+    layout: str
+    gdn: str
+    moe: str
+    cache: str
+
+    @property
+    def name(self) -> str:
+        """A name for files: "dp8ep8-jit-triton-cold"."""
+        size = self.ranks
+        layout = {TP: f"tp{size}", DP_EP: f"dp{size}ep{size}", DP_EP_EAGER: f"dp{size}ep{size}eager"}[self.layout]
+        return f"{layout}-{self.gdn}-{self.moe}-{self.cache}"
+
+    @property
+    def pair(self) -> str:
+        """The name of the cold and the warm cell that share a cache."""
+        return self.name.rpartition("-")[0]
+
+    def words(self) -> tuple[str, str, str, str]:
+        """Layout, GDN, MoE and cache, as a table shows them."""
+        size = self.ranks
+        layout = {TP: f"TP{size}", DP_EP: f"DP{size}+EP{size}", DP_EP_EAGER: f"DP{size}+EP{size} eager"}[self.layout]
+        return layout, self.gdn, self.moe, self.cache
+
+    def flags(self) -> list[str]:
+        """The flags of `vllm serve` in which the cells differ."""
+        size = str(self.ranks)
+        if self.layout == TP:
+            flags = ["--tensor-parallel-size", size]
+        else:
+            flags = ["--data-parallel-size", size, "--enable-expert-parallel"]
+        if self.layout == DP_EP_EAGER:
+            flags.append("--enforce-eager")
+        if self.gdn in GDN_FLAGS:
+            flags += ["--gdn-prefill-backend", GDN_FLAGS[self.gdn]]
+        if self.moe in MOE_FLAGS:
+            flags += ["--moe-backend", MOE_FLAGS[self.moe]]
+        return flags
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def all_cells(ranks: int, with_eager: bool, on_a_cpu: bool) -> list[Cell]:
+    """All cells in the order of the experiment, also those that this machine cannot start.
+
+    The first four are the report's command and its comparison, so that an experiment that is stopped early has them.
+    A warm cell comes directly after the cold one whose caches it uses.
+
+    with_eager  with the layout of the report's second command
+    on_a_cpu    with the cells of a machine without a GPU
+    """
+    layouts = [DP_EP, *([DP_EP_EAGER] if with_eager else []), TP]
+    jit, triton = (JIT, JIT), (TRITON, TRITON)
+    first = [(DP_EP, *jit), (TP, *triton)]
+    rest = itertools.product(layouts, (JIT, TRITON), (JIT, TRITON))
+    of_a_cpu = [(layout, CPU, CPU) for layout in layouts] if on_a_cpu else []
+    combined = dict.fromkeys([*first, *rest, *of_a_cpu])
+    return [Cell(ranks, *parts, cache) for parts in combined for cache in (COLD, WARM)]
+
+
+def matching(cells: Sequence[Cell], words: str) -> list[Cell]:
+    """The cells that have all ``words``, separated by spaces: "DP8+EP8 jit cold". A layout is compared as a whole."""
+    wanted = set(words.split())
+    return [cell for cell in cells if wanted <= {part for word in cell.words() for part in word.split()}]

@@ -1,0 +1,46 @@
+"""`collect` and `bundle` as child processes: if they fail, that is a note in the outcome and not the end of a cell."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+from repro.attach.vllm.cells.outcome import Answer
+
+LOOK_S = 180.0
+BUNDLE_S = 180.0
+
+
+def collect(pid: int, to: Path) -> tuple[Answer | None, str]:
+    """Look at the job of a process; return what `collect` says, and why it says nothing."""
+    text, failure = _run(["collect", str(pid), "--to", str(to), "--json"], LOOK_S)
+    try:
+        return Answer.of(json.loads(text)), ""
+    except (ValueError, KeyError, TypeError):
+        return None, f"collect gave no verdict: {failure}"
+
+
+def bundle(run: Path, to: Path) -> str:
+    """Pack a recording or a folder of `collect`; return why that failed, "" if it did not."""
+    to.parent.mkdir(parents=True, exist_ok=True)
+    _, failure = _run(["bundle", str(run), "--to", str(to)], BUNDLE_S)
+    return "" if to.is_file() else f"no bundle of {run.name}: {failure}"
+
+
+def _run(words: list[str], limit_s: float) -> tuple[str, str]:
+    """Run a command of this program; return what it printed, and its last line of errors."""
+    environment = {name: value for name, value in os.environ.items() if name != "HMR_RECORD"}
+    try:
+        done = subprocess.run(
+            [sys.executable, "-m", "repro", *words],
+            env=environment, capture_output=True, text=True, timeout=limit_s, start_new_session=True,
+        )  # fmt: skip
+    except subprocess.TimeoutExpired:
+        return "", f"it took longer than {limit_s:g} s"
+    except OSError as error:
+        return "", str(error)
+    lines = done.stderr.strip().splitlines()
+    return done.stdout, lines[-1] if lines else f"exit code {done.returncode}"

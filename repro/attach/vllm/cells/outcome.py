@@ -1,0 +1,129 @@
+"""What became of a cell, and the file that says so."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from hybrid_moe_ref.files import DamagedFile
+from repro.store.run_dir import write_json
+from repro.store.schema import read_typed
+
+READY, HUNG, ENDED, LIMIT, NOT_RUN, INTERRUPTED = "ready", "hung", "ended", "limit", "not run", "interrupted"
+STATES = (READY, HUNG, ENDED, LIMIT, NOT_RUN, INTERRUPTED)
+FILE = "outcome.json"
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What the recorder or `collect` said of a server.
+
+    verdict    a class of repro.verdict.classes
+    sentences  where the ranks are
+    """
+
+    verdict: str
+    cause: str = ""
+    culprits: tuple[int, ...] = ()
+    suspects: tuple[int, ...] = ()
+    sentences: tuple[str, ...] = ()
+
+    @classmethod
+    def of(cls, document: Mapping[str, Any]) -> Answer:
+        """The answer in the JSON of `watch`, `collect` or `diagnose`."""
+        culprits, suspects, sentences = (document.get(key) or () for key in ("culprits", "suspects", "sentences"))
+        return cls(
+            str(document["verdict"]), document.get("cause") or "", tuple(culprits), tuple(suspects), tuple(sentences)
+        )
+
+    def where(self) -> str:
+        """The sentence about the first culprit, else the first sentence; "" without any."""
+        names = [f"rank {rank} " for rank in self.culprits[:1]]
+        about = (text for text in self.sentences if any(name in f"{text} " for name in names))
+        return next(about, self.sentences[0] if self.sentences else "")
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """The outcome of one cell.
+
+    name      name of the cell
+    state     one of STATES: how the start ended
+    verdict, cause, culprits, where    what is known of it; the class is "" of a cell that did not run
+    seconds   until it was ready, hung, ended or was given up
+    silent_s  the longest time in which no rank recorded an event
+    looked    classes that `collect` gave, one for each look
+    cache     the cache folder
+    partial   whether a warm start found the cache of a cold start that had not become ready
+    bundles   names of the zips
+    reason    why the cell did not run, or what went wrong in the experiment itself
+    """
+
+    name: str
+    state: str
+    verdict: str = ""
+    cause: str = ""
+    culprits: tuple[int, ...] = ()
+    where: str = ""
+    seconds: float = 0.0
+    silent_s: float = 0.0
+    looked: tuple[str, ...] = ()
+    cache: str = ""
+    partial: bool = False
+    bundles: tuple[str, ...] = ()
+    reason: str = ""
+    notes: tuple[str, ...] = field(default=())
+
+    @property
+    def finished(self) -> bool:
+        """Whether a later call of the experiment leaves this cell out."""
+        return self.state not in (NOT_RUN, INTERRUPTED)
+
+    def save(self, folder: Path) -> None:
+        """Write the outcome into the folder of the cell. Raises OSError."""
+        write_json(folder / FILE, asdict(self), durable=True)
+
+    @classmethod
+    def load(cls, folder: Path) -> Outcome | None:
+        """Read the outcome in the folder of a cell; None if there is none. Raises DamagedFile."""
+        path = folder / FILE
+        if not path.exists():
+            return None
+        try:
+            outcome = read_typed(path, cls)
+        except ValueError as error:
+            raise DamagedFile(
+                f"{path}:1: not the outcome of a cell: {error}; remove it to run the cell again"
+            ) from None
+        if outcome.state not in STATES:
+            raise DamagedFile(f"{path}:1: unknown state {outcome.state!r}; remove it to run the cell again")
+        return outcome
+
+
+def conclude(state: str, recorder: Answer | None, looks: Sequence[Answer], silent_s: float, window_s: float) -> Answer:
+    """The verdict on a start from what the recorder and `collect` said.
+
+    A server that became ready is `slow` if a rank was silent for ``window_s``, else `clean`. A server that hung has the
+    recorder's class. `collect` supplies the culprits where both agree on the class and the recorder names nobody.
+    """
+    last = looks[-1] if looks else None
+    if state == READY:
+        if silent_s < window_s:
+            return Answer("clean")
+        named = [look for look in looks if look.verdict == "slow" and look.culprits]
+        return named[-1] if named else Answer("slow", sentences=last.sentences if last else ())
+    if state == LIMIT:
+        if last is None:
+            return Answer("inconclusive", sentences=("The server was not ready in time, and nothing was seen of it.",))
+        if last.verdict == "clean":
+            return Answer("slow", sentences=last.sentences)
+        return last
+    if recorder is None:
+        return last or Answer("inconclusive")
+    if last is not None and recorder.verdict == "inconclusive":
+        return last
+    if last is not None and recorder.verdict == last.verdict and not recorder.culprits:
+        return Answer(last.verdict, recorder.cause or last.cause, last.culprits, last.suspects, last.sentences)
+    return recorder

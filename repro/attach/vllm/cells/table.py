@@ -1,0 +1,114 @@
+"""The outcomes of the cells as a table for a terminal and as Markdown, and the cells that could not run, by reason."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
+
+from rich.table import Table
+
+from repro.attach.vllm.cells.grid import COLD, TP, WARM, Cell
+from repro.attach.vllm.cells.outcome import HUNG, LIMIT, NOT_RUN, READY, Outcome
+from repro.report.tables import cell as text_cell
+from repro.report.tables import make_table
+from repro.store.text import escape_control_characters
+from repro.verdict.result import list_ranks
+
+COLUMNS = (
+    "layout", "gdn", "moe", "cache", "class", "culprit", "seconds", "silent", "collect", "bundle", "where",
+)  # fmt: skip
+MAX_WHERE = 160
+
+
+def rows(cells: Sequence[Cell], outcomes: Mapping[str, Outcome]) -> list[tuple[str, ...]]:
+    """A row of COLUMNS for each cell that has started."""
+    return [
+        _row(cell, outcome)
+        for cell in cells
+        if (outcome := outcomes.get(cell.name)) is not None and outcome.state != NOT_RUN
+    ]
+
+
+def _row(cell: Cell, outcome: Outcome) -> tuple[str, ...]:
+    kind = outcome.verdict + (f" ({outcome.cause})" if outcome.cause else "")
+    seconds = f"{outcome.state} {outcome.seconds:.0f} s"
+    silent = f"{outcome.silent_s:.0f} s"
+    where = outcome.where if len(outcome.where) <= MAX_WHERE else f"{outcome.where[: MAX_WHERE - 1]}…"
+    return (
+        *cell.words()[:3], cache_words(cell, outcome), kind, list_ranks(outcome.culprits) or "-", seconds, silent,
+        ", ".join(outcome.looked) or "-", outcome.bundles[0] if outcome.bundles else "-", where or "-",
+    )  # fmt: skip
+
+
+def cache_words(cell: Cell, outcome: Outcome) -> str:
+    """ "warm", or "partial" if the cold start before it had not become ready, so that its cache is not complete."""
+    return "partial" if outcome.partial else cell.cache
+
+
+def terminal(found: Sequence[Sequence[str]]) -> Table:
+    table = make_table(*COLUMNS, right=("seconds", "silent"))
+    for row in found:
+        table.add_row(*(text_cell(text) for text in row))
+    return table
+
+
+def markdown(found: Sequence[Sequence[str]]) -> str:
+    lines = [COLUMNS, ("---",) * len(COLUMNS), *found]
+    return "\n".join("| " + " | ".join(map(_escaped, row)) + " |" for row in lines) + "\n"
+
+
+def not_run(cells: Sequence[Cell], outcomes: Mapping[str, Outcome]) -> list[str]:
+    """A line for each reason for which cells did not run, with their names."""
+    names: dict[str, list[str]] = {}
+    for cell in cells:
+        outcome = outcomes.get(cell.name)
+        if outcome is None:
+            names.setdefault("the experiment ended before them", []).append(cell.name)
+        elif outcome.state == NOT_RUN:
+            names.setdefault(outcome.reason, []).append(cell.name)
+    return [f"not run ({len(group)}): {reason}: {' '.join(group)}" for reason, group in names.items()]
+
+
+def reading(cells: Sequence[Cell], outcomes: Mapping[str, Outcome]) -> list[str]:
+    """What the outcomes say about the question: does a start stall with the cold cache, or with expert parallelism?
+
+    The hypotheses H1 to H5 are those of docs/ROOT-CAUSE.md. Starts that ended by themselves say nothing about a stall.
+    """
+    stalls = {
+        cell: _stalls(outcome)
+        for cell in cells
+        if (outcome := outcomes.get(cell.name)) is not None and outcome.state in (READY, HUNG, LIMIT)
+    }
+    lines = []
+    for cell, cold_stalls in stalls.items():
+        warm_stalls = stalls.get(replace(cell, cache=WARM))
+        if cell.cache != COLD or warm_stalls is None:
+            continue
+        if cold_stalls and not warm_stalls:
+            lines.append(f"{cell.pair}: the stall follows the cold cache: H1 or H2; the lock in `where` says which.")
+        elif warm_stalls and cell.layout != TP:
+            in_tp = stalls.get(replace(cell, layout=TP, cache=WARM))
+            lines.append(f"{cell.pair}: it stalls with a warm cache too, {_AGAINST_TP[in_tp]}")
+        elif not cold_stalls and not warm_stalls:
+            lines.append(f"{cell.pair}: no stall.")
+    return lines
+
+
+_AGAINST_TP = {
+    False: "and TP with the same backends does not: H4 or H5 if it is a deadlock, H3 if it is a stall.",
+    True: "and so does TP with the same backends: expert parallelism is not the cause; H3.",
+    None: "and TP with the same backends has not been started yet.",
+}
+
+
+def _stalls(outcome: Outcome) -> bool:
+    return outcome.state != READY or outcome.verdict == "slow"
+
+
+def _escaped(text: str) -> str:
+    return escape_control_characters(text, 400).replace("|", "\\|")
+
+
+def reasons(outcomes: Iterable[Outcome]) -> list[str]:
+    """The notes of cells: what went wrong in the experiment itself."""
+    return [f"{outcome.name}: {note}" for outcome in outcomes for note in outcome.notes]
