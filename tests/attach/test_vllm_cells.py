@@ -20,9 +20,9 @@ from repro.attach.vllm.cells.grid import COLD, CPU, DP_EP, DP_EP_EAGER, JIT, TP,
 from repro.attach.vllm.cells.machine import Machine
 from repro.attach.vllm.cells.outcome import Answer, Outcome
 from repro.commands.cli import main
-from repro.trace.format import Kind
-from repro.trace.recorder import Recorder
-from repro.trace.witness import read
+from repro.trace.recording.recorder import Recorder
+from repro.trace.witness.file import read
+from repro.trace.witness.format import Kind
 
 ROOT = next(folder for folder in Path(__file__).resolve().parents if (folder / "pyproject.toml").is_file())
 STANDIN = ROOT / "tests" / "support" / "jobs" / "standin_server.py"

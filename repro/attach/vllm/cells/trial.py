@@ -14,7 +14,7 @@ from repro.attach.vllm.cells.outcome import Answer, Outcome
 from repro.attach.vllm.cells.server import Server
 from repro.store.run_dir import RunDir
 from repro.store.schema import to_json
-from repro.trace.witness import Tail
+from repro.trace.witness.file import Tail
 from repro.watch.document import Document
 
 POLL_S = 0.1
