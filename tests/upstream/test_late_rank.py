@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-pytest.importorskip("vllm", reason="vLLM's CPU build is not installed: make test-vllm runs this")
+pytest.importorskip("vllm.v1", reason="vLLM's CPU build is not installed: make test-vllm runs this")
 
 from forked_ranks import run_ranks
 from vllm.v1.worker import dp_utils

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-pytest.importorskip("vllm", reason="vLLM's CPU build is not installed: make test-vllm runs this")
+pytest.importorskip("vllm.v1", reason="vLLM's CPU build is not installed: make test-vllm runs this")
 startup_plan = pytest.importorskip("vllm.v1.worker.startup_plan", reason="this vLLM has no start-up plan")
 
 from vllm.config import CUDAGraphMode, ParallelConfig, VllmConfig  # noqa: E402

@@ -32,9 +32,10 @@ def main() -> int:
     out = args.out.absolute()
     out.mkdir(parents=True, exist_ok=True)
     program = f"{args.vllm.absolute()}/bin/python {HERE / 'serve_api.py'} serve"
-    command = [sys.executable, "-m", "repro", "cells", "--vllm", program, "--model", str(out / "model"),
-               "--ranks", "2", "--eager", "--only", args.only, "--to", str(out / "cells"), "--limit", "900", "--needs", "1"]  # fmt: skip
-    code = subprocess.run([*command, "--", *FLAGS], cwd=ROOT, env=environment(out / "entry_points")).returncode
+    words = ["--vllm", program, "--model", str(out / "model"), "--ranks", "2", "--eager", "--only", args.only]
+    limits = ["--to", str(out / "cells"), "--limit", "900", "--needs", "1"]
+    command = [sys.executable, "-m", "repro", "cells", *words, *limits, "--", *FLAGS]
+    code = subprocess.run(command, cwd=ROOT, env=environment(out / "entry_points")).returncode
     results = {each["name"]: each for each in json.loads((out / "cells" / "results.json").read_text())}
     bad = [name for name, each in results.items() if each["state"] not in ("ready", "not run")]
     bad += [name for name in CELLS if args.only == "cpu" and name not in results]
