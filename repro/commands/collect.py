@@ -14,6 +14,7 @@ from repro.commands import diagnose
 from repro.exit_codes import USAGE
 from repro.hosts.looks.collection import Collection, file_name
 from repro.hosts.looks.jobs import Job, choose, find_jobs, match
+from repro.hosts.looks.log_files import copy_logs, is_written_by, named
 from repro.hosts.looks.look import host_name
 from repro.hosts.looks.proc import Status, read_all, uptime_s
 from repro.store.run_dir import RunDir
@@ -39,6 +40,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="SIGNAL",
         help="a signal, such as USR1, whose handler prints the stacks; sent only to ranks that handle it",
     )
+    parser.add_argument(
+        "--log",
+        type=Path,
+        nargs="+",
+        action="extend",
+        metavar="FILE",
+        help="logs of the job, also of one that has ended; files that its processes write to are found without it",
+    )
     parser.add_argument("--json", action="store_true")
 
 
@@ -49,18 +58,33 @@ def run(args: argparse.Namespace) -> int:
     if args.pids or args.match:
         pids = _usable(args.pids, table) + (match(args.match, table) if args.match else [])
         jobs = choose(jobs, table, pids)
-    if len(jobs) != 1:
+    elif args.log:
+        jobs = [job for job in jobs if any(is_written_by(path, job, table) for path in args.log)]
+    try:
+        logs = named(args.log or ())
+    except (OSError, ValueError) as error:
+        args.parser.error(f"--log: {error}")
+    if len(jobs) != 1 and (jobs or not logs):
         return _refuse(args, jobs, table)
-    began_s = time.monotonic()
     run_dir = RunDir.create_collected(args.to, file_name(host_name()))
-    collection = Collection(run_dir, jobs[0], args.allow_signals)
-    collection.collect(args.interval)
-    took_s = time.monotonic() - began_s
-    _say(f"{_describe(collection.job, table)}: looked at twice in {took_s:.1f} s; the evidence is in {run_dir.root}")
-    for line in collection.hidden:
-        _say(f"not seen: {line}")
+    if jobs:
+        _look_at(Collection(run_dir, jobs[0], args.allow_signals, logs), args.interval, table)
+    else:
+        _say(f"no process of the job is left; its logs are in {run_dir.root}")
+        for line in copy_logs(logs, run_dir.root / "logs"):
+            _say(f"not seen: {line}")
     args.paths, args.out = [run_dir.root], run_dir.root
     return diagnose.run(args)
+
+
+def _look_at(collection: Collection, interval_s: float, table: dict[int, Status]) -> None:
+    began_s = time.monotonic()
+    collection.collect(interval_s)
+    took_s = time.monotonic() - began_s
+    folder = collection.run_dir.root
+    _say(f"{_describe(collection.job, table)}: looked at twice in {took_s:.1f} s; the evidence is in {folder}")
+    for line in collection.hidden:
+        _say(f"not seen: {line}")
 
 
 def _say(text: str) -> None:
@@ -83,9 +107,10 @@ def _refuse(args: argparse.Namespace, jobs: Sequence[Job], table: dict[int, Stat
         for job in jobs:
             _say(f"  {_describe(job, table)}")
     elif args.pids or args.match:
-        _say("no such process is left to look at")
+        _say("no such process is left to look at; if the job left logs, name them: collect --log FILE…")
     else:
         _say("no torch.distributed job was found on this host; name its processes: collect PID… or --match REGEX")
+        _say("of a job that has ended, name the logs: collect --log FILE…")
     return USAGE
 
 

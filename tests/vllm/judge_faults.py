@@ -125,12 +125,12 @@ class Trial:
             self._wait_for_fault(server)
             time.sleep(self.expected.after_s)
             processes = [str(pid) for pid in descendants(server.pid) if _title(pid).startswith("VLLM::")]
-            collected = _asked(self.out, "collect", "--to", str(self.out / "collect"), *processes)
+            logs = sorted(map(str, (self.out / "plain").glob("*.log")))
+            collected = _asked(self.out, "collect", "--to", str(self.out / "collect"), *processes, "--log", *logs)
         finally:
             with contextlib.suppress(OSError):
                 server.send_signal(signal.SIGTERM)
             server.wait(timeout=60)
-        logs = sorted(map(str, (self.out / "plain").glob("*.log")))
         return collected, _asked(self.out, "diagnose", *logs)
 
     def _wait_for_fault(self, server: subprocess.Popen[bytes]) -> None:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from hybrid_moe_ref.files import write_atomically
 from repro.hosts.looks import machine, offers
 from repro.hosts.looks.jobs import Job, Member
+from repro.hosts.looks.log_files import LogFile, copy_logs, outputs_of
 from repro.hosts.looks.look import host_name, look_at
 from repro.hosts.looks.proc import command_of, descendants, read_all
 from repro.hosts.looks.py_spy import find_py_spy, take_stacks
@@ -31,6 +32,7 @@ class Collection:
     """The state of one collection: the job, and the evidence so far.
 
     job       with the ranks that its variables gave
+    logs      log files that the user named
     numbered  whether the ranks are only numbers in the order in which the processes started
     hidden    what could not be seen and how to allow it, a sentence each, in the order in which it was met
     """
@@ -38,6 +40,7 @@ class Collection:
     run_dir: RunDir
     job: Job
     signal: int = 0
+    logs: Sequence[LogFile] = ()
     numbered: bool = False
     hidden: dict[str, None] = field(default_factory=dict)
     _spinning: list[int] = field(default_factory=list)
@@ -60,6 +63,7 @@ class Collection:
             if number > 1:
                 self._take_offers()
                 self._read_kernel_log()
+                self._copy_logs()
                 for sample in SAMPLES:
                     sleep(max(0.0, interval_s - (time.monotonic() - began_s)) / (len(SAMPLES) + 1))
                     self._sample_spinning(sample)
@@ -126,6 +130,14 @@ class Collection:
         for number, address in enumerate(sorted(addresses), 1):
             if answer := offers.ask_ras(address):
                 write_atomically(self.run_dir.root / "logs" / f"ras_{self.host}_{number}.txt", answer)
+
+    def _copy_logs(self) -> None:
+        """Copy the logs that were named, and those that the job's processes write to."""
+        files = outputs_of(self.job, read_all())
+        given = {(status.st_dev, status.st_ino) for log in self.logs if (status := log.path.stat())}
+        found = [log for file, log in files.items() if file not in given]
+        for line in copy_logs([*self.logs, *found], self.run_dir.root / "logs"):
+            self.hidden[line] = None
 
     def _read_kernel_log(self) -> None:
         rows = [row for pid, row in read_all().items() if pid in self.job.pids]

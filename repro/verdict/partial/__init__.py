@@ -23,11 +23,12 @@ from repro.verdict.partial.looks.locks import judge_lock_files
 from repro.verdict.partial.notes import judge_notes, with_notes
 from repro.verdict.partial.scene import Scene
 from repro.verdict.partial.stacks.judge import judge_stacks
+from repro.verdict.partial.stacks.places import judge_places
 from repro.verdict.partial.words import ranks_of
 
 RULES = (
     judge_mismatches, judge_message_sizes, judge_start, judge_failures, judge_lock_files, judge_hosts, judge_recorders,
-    judge_timeouts, judge_waiting_ranks, judge_stacks, judge_counts, judge_launches, judge_notes,
+    judge_timeouts, judge_places, judge_waiting_ranks, judge_stacks, judge_counts, judge_launches, judge_notes,
 )  # fmt: skip
 
 __all__ = ["Diagnosis", "diagnose"]

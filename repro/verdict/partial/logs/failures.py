@@ -22,11 +22,12 @@ _XID_OF_EXIT = re.compile(r"Xid 4[35]\b")
 """Xid 43 and 45 are printed when a process ends for another reason, too."""
 
 ROOTS = ("memory", "device", "killed", "exception")
-_WEIGHT = {"memory": 0, "device": 0, "killed": 1, "exception": 2}
+_WEIGHT = {"memory": 0, "device": 0, "killed": 1, "exception": 2, "ended": 3}
 
 
 def judge_failures(scene: Scene) -> Diagnosis | None:
     roots = [record for record in scene.failures if record.kind in ROOTS and not _is_aftermath(record, scene)]
+    roots = roots or [record for record in scene.failures if _has_ended(record) and not _is_aftermath(record, scene)]
     if not roots:
         return None
     first = _first(roots)
@@ -42,6 +43,11 @@ def judge_failures(scene: Scene) -> Diagnosis | None:
     return _crash(scene, first)
 
 
+def _has_ended(failure: Failure) -> bool:
+    """Whether an engine saw its worker end and does not know why. An engine that ends follows its workers."""
+    return failure.kind == "ended" and failure.process.role == "worker" and failure.process.rank is not None
+
+
 def _is_aftermath(failure: Failure, scene: Scene) -> bool:
     """Whether the error came too late to cause the hang: the rank went on after it, or a time-out came first."""
     rank = failure.process.rank
@@ -49,6 +55,9 @@ def _is_aftermath(failure: Failure, scene: Scene) -> bool:
         return True
     if failure.kind in ("exception", "memory") and rank in _seen_waiting(scene):
         return True  # the rank went on after the error
+    alive = _alive(scene) if failure.kind in ("exception", "memory", "killed", "ended") else set()
+    if rank in alive or (rank is None and alive and alive >= set(range(scene.world_size() or len(alive) + 1))):
+        return True  # the line is of an earlier process of this rank, or of a rank of an earlier job
     own = [record for record in scene.timeouts if rank is not None and record.rank == rank]
     if failure.kind == "exception" and own:
         return True  # the watchdog of this rank printed later, so the program may have caught the error
@@ -59,6 +68,13 @@ def _is_aftermath(failure: Failure, scene: Scene) -> bool:
     ]
     fired = [at_s for at_s in bounds if at_s is not None]
     return failure.at_s is not None and bool(fired) and failure.at_s >= min(fired)
+
+
+def _alive(scene: Scene) -> set[int]:
+    """Return ranks whose worker the last look at its host shows alive."""
+    looks = [look for look in scene.process_looks if look.process.role in ("worker", "")]
+    last = {look.process.rank: look for look in sorted(looks, key=lambda look: look.look)}
+    return {rank for rank, look in last.items() if rank is not None and look.state not in ("Z", "X")}
 
 
 def _line(record: Failure | TimedOut) -> int:
@@ -139,7 +155,7 @@ def _crash(scene: Scene, first: Failure) -> Diagnosis:
     collect = list(_COLLECT[first.kind])
     if unseen:
         collect.append(f"the log of {ranks_of(unseen)}, which is missing")
-    certain = rank is not None and first.at_s is not None and not unseen
+    certain = rank is not None and first.at_s is not None and not unseen and first.kind != "ended"
     return Diagnosis(
         "crash", _CAUSE[first.kind], (rank,) if rank is not None else (), (), "certain" if certain else "likely",
         (f"{who} ended first: {first.text.rstrip('.')}.",
@@ -175,7 +191,8 @@ def _waited(ranks: Sequence[int]) -> list[str]:
     ]
 
 
-_CAUSE = {"memory": "memory", "device": "hardware", "killed": "killed", "exception": "error"}
+_CAUSE = {"memory": "memory", "device": "hardware", "killed": "killed", "exception": "error",
+          "ended": "dead_rank"}  # fmt: skip
 _COLLECT = {
     "memory": ("on its host, for memory of the host: dmesg -T | grep -i oom",
                "in the program, its memory before the error: torch.cuda.memory_summary()"),
@@ -184,6 +201,8 @@ _COLLECT = {
     "killed": ("the launcher's log (exit code), and who sent the signal, on its host: "
                "dmesg -T | grep -iE 'oom|killed process'",),
     "exception": ("the traceback of that rank from its beginning",),
+    "ended": ("the exit code of that process, from its launcher, and who ended it, on its host: "
+              "dmesg -T | grep -iE 'oom|killed process'",),
 }  # fmt: skip
 
 

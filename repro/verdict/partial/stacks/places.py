@@ -1,0 +1,109 @@
+"""Judge a rank that issues a collective in a place where its program never issues it.
+
+One stack beside another does not show which of two ranks left the common order. A serving engine, however, issues some
+collectives in one place only: the agreement on a step comes before the model's forward pass. A rank that is in such an
+agreement below a layer of the model has issued a collective that is in no other rank's order.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+from repro.trace.observed import Stack
+from repro.verdict.partial.diagnosis import COLLECT, Diagnosis
+from repro.verdict.partial.scene import Scene
+from repro.verdict.partial.words import program_frames, ranks_of, verb
+
+WAITING = ("collective", "idle")
+MAX_LINES = 4
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """A collective of a program that has one place.
+
+    name    of the collective
+    inside  a frame of the function that issues it
+    below   a frame further out, below which the program never issues it
+    rule    where the program issues it, as the end of a sentence
+    """
+
+    name: str
+    inside: re.Pattern[str]
+    below: re.Pattern[str]
+    rule: str
+
+
+PLACES = (
+    Place(
+        "the step agreement",
+        re.compile(r"\((?:.*/)?vllm/v1/worker/(?:gpu/)?dp_utils\.py"),
+        re.compile(r"\((?:.*/)?vllm/(?:model_executor/(?:layers|models)|models)/"),
+        "vLLM issues it before the forward pass of the model, and in no layer",
+    ),
+    Place(
+        "the step agreement",
+        re.compile(r"\bprepare_mlp_sync_batch\w* \((?:.*/)?sglang/srt/managers/"),
+        re.compile(r"\((?:.*/)?sglang/srt/(?:layers|models)/"),
+        "SGLang's scheduler issues it before the forward pass of the model, and in no layer",
+    ),
+)
+
+
+def judge_places(scene: Scene) -> Diagnosis | None:
+    """Judge ranks that are in a collective out of its place while the others wait in another call."""
+    rows = scene.main_stacks()
+    found = {rank: match for rank, stacks in rows.items() if (match := _out_of_place(stacks[-1])) is not None}
+    others = {rank: stacks for rank, stacks in rows.items() if rank not in found}
+    if not found or not others or any(stacks[-1].activity not in WAITING for stacks in rows.values()):
+        return None
+    place, layer = next(iter(found.values()))
+    ranks = sorted(found)
+    summary = (
+        f"{ranks_of(ranks).capitalize()} {verb(ranks, 'is', 'are')} in {place.name} below a layer of the model "
+        f"({layer}). {place.rule}.",
+        f"{ranks_of(others).capitalize()} {verb(set(others), 'waits', 'wait')} in another call for "
+        f"{verb(ranks, 'that rank', 'those ranks')}.",
+    )
+    lines = tuple(_lines({rank: rows[rank] for rank in ranks}.values()) + _lines(others.values()))
+    collect = ("which code calls it there: the frames above of that rank", COLLECT["recorder"])
+    still = all(_stands_still(stacks) for stacks in rows.values())
+    if not still or len(ranks) > 1:
+        why = "Several ranks are there." if still else "One look may have caught the moment between two steps."
+        return Diagnosis(
+            "inconclusive", "", (), tuple(ranks), "undecided", (*summary, why), lines, (),
+            ("a second set of stacks, some seconds later", *collect),
+        )  # fmt: skip
+    return Diagnosis(
+        "deadlock", "extra", tuple(ranks), (), "likely", summary,
+        (*lines, f"All of them stand in the same place in {min(map(len, rows.values()))} looks or more."),
+        ("The same call in the same layer on another rank, in an earlier step: then all ranks run a program that "
+         "issues it there.",),
+        collect,
+    )  # fmt: skip
+
+
+def _out_of_place(stack: Stack) -> tuple[Place, str] | None:
+    """Return the place that a stack violates, and the frame of the layer; None if it violates none."""
+    for place in PLACES if stack.activity == "collective" else ():
+        at = next((index for index, frame in enumerate(stack.frames) if place.inside.search(frame)), None)
+        if at is not None:
+            layers = [frame for frame in stack.frames[at + 1 :] if place.below.search(frame)]
+            if layers:
+                return place, layers[0]
+    return None
+
+
+def _stands_still(stacks: Sequence[Stack]) -> bool:
+    """Whether at least two looks show the program in the same place."""
+    return len(stacks) > 1 and len({(stack.activity, program_frames(stack.frames, 6)) for stack in stacks}) == 1
+
+
+def _lines(rows: Iterable[Sequence[Stack]]) -> list[str]:
+    lasts = [stacks[-1] for stacks in rows][:MAX_LINES]
+    return [
+        f"Rank {stack.process.rank} is in {stack.detail}, at {program_frames(stack.frames, 3)} ({stack.source})"
+        for stack in lasts
+    ]
