@@ -16,12 +16,12 @@ from repro.hosts.looks.proc import command_of, descendants, read_all
 from repro.hosts.looks.py_spy import find_py_spy, take_stacks
 from repro.hosts.looks.rights import why_hidden
 from repro.hosts.looks.signal_stacks import stacks_by_signal
-from repro.hosts.looks.variables import Threads, ranks_by_variables, runs_in_collective, stripped
+from repro.hosts.looks.variables import Threads, may_move, ranks_by_variables, stripped
 from repro.store.run_dir import RunDir, write_json
 
 LOOKS = 2
 SAMPLES = ("b", "c", "d")
-"""More stacks between the first two looks, of ranks that run inside of a collective."""
+"""More stacks between the two looks, of ranks whose first stack does not tell a wait from progress."""
 MAX_CHILD_STACKS = 64
 _PYTHON = ("python", "pt_main", "pt_data")
 NOT_INSTALLED = "py-spy is not installed, so no stacks were taken: pip install py-spy"
@@ -43,7 +43,7 @@ class Collection:
     logs: Sequence[LogFile] = ()
     numbered: bool = False
     hidden: dict[str, None] = field(default_factory=dict)
-    _spinning: list[int] = field(default_factory=list)
+    _moving: list[int] = field(default_factory=list)
 
     @property
     def host(self) -> str:
@@ -66,21 +66,21 @@ class Collection:
                 self._copy_logs()
                 for sample in SAMPLES:
                     sleep(max(0.0, interval_s - (time.monotonic() - began_s)) / (len(SAMPLES) + 1))
-                    self._sample_spinning(sample)
+                    self._sample_moving(sample)
                 sleep(max(0.0, interval_s - (time.monotonic() - began_s)))
             self._look(number)
 
-    def _sample_spinning(self, sample: str) -> None:
-        """Take another stack of ranks that run inside a collective, to see whether they spin or make progress."""
+    def _sample_moving(self, sample: str) -> None:
+        """Take another stack of ranks that may spin, or make progress."""
         program = find_py_spy()
-        for pid, answer in (take_stacks(program, self._spinning) if program else {}).items():
+        for pid, answer in (take_stacks(program, self._moving) if program else {}).items():
             if answer.threads:
                 text = json.dumps(stripped(answer.threads, pid, self._title(pid)))
                 self._write_stack(pid, f"look1{sample}", "json", f"{text}\n")
 
     def _look(self, number: int) -> None:
         stacks = self._take_stacks(number)
-        self._spinning = [pid for pid in self.job.pids if pid in stacks and runs_in_collective(stacks[pid], pid)]
+        self._moving = [pid for pid in self.job.pids if pid in stacks and may_move(stacks[pid], pid)]
         document = look_at(self.job, number, stacks, list(self.hidden), numbered=self.numbered)
         write_json(self.run_dir.facts / f"{self.host}.look{number}.json", document, durable=True)
 

@@ -17,7 +17,7 @@ from typing import Any
 
 PATIENCE_S = 6.0
 AT_ONCE = 4
-TRIES = 3
+TRIES = 5
 """A process that runs changes its frames while they are read, and the read then fails."""
 
 

@@ -53,10 +53,14 @@ def waits_for_lock(threads: Threads, pid: int) -> bool:
     return activity_of(frames_of(_frames(main_thread(threads, pid))))[0] == "lock"
 
 
-def runs_in_collective(threads: Threads, pid: int) -> bool:
-    """Whether the main thread is in a collective and py-spy saw it on a CPU."""
+def may_move(threads: Threads, pid: int) -> bool:
+    """Whether one stack does not tell a wait from progress: the main thread runs in a collective, or waits for orders.
+
+    A worker of a serving engine waits for an order in each of its steps.
+    """
     thread = main_thread(threads, pid)
-    return bool(thread.get("active")) and activity_of(frames_of(_frames(thread)))[0] == "collective"
+    activity = activity_of(frames_of(_frames(thread)))[0]
+    return activity == "idle" or (bool(thread.get("active")) and activity == "collective")
 
 
 def lock_paths(threads: Threads, pid: int) -> Iterator[str]:

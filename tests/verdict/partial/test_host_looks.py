@@ -68,6 +68,17 @@ def spins(number, places=10):
     return records
 
 
+def serves(number, *places):
+    """A worker that moves, and is seen in each of these places once."""
+    records = [record for record in rank(number, moves=True, cpu_s=1.2) if isinstance(record, ProcessLook)]
+    (stack, *_) = [record for record in rank(number) if isinstance(record, Stack)]
+    for look, place in zip(("1", "1b", "1c", "1d", "2"), places, strict=False):
+        activity, detail = PLACES[place]
+        source = Source(f"stacks/rank_{number}.look{look}.json")
+        records.append(dataclasses.replace(stack, activity=activity, detail=detail, source=source))
+    return records
+
+
 def job(*ranks, world=None, extra=()):
     size = len(ranks) if world is None else world
     return [*(record for rows in ranks for record in rows), Note("world", "", Process(), str(size)), *extra]
@@ -116,6 +127,8 @@ RUNS = {"moves": True, "cpu_s": 1.8}
          ("slow", "", (1,), ())),
         (job(*(rank(number, moves=True, cpu_s=0.4) for number in range(3))), ("clean", "", (), ())),
         (job(rank(0, moves=True), rank(1, "runs", **RUNS), rank(2, moves=True)), ("clean", "", (), ())),
+        (job(serves(0, "idle", "all_reduce"), serves(1, "all_reduce", "idle")), ("clean", "", (), ())),
+        (job(serves(0, "idle", "idle", "runs"), serves(1, "all_reduce", "runs")), ("clean", "", (), ())),
         (job(spins(0), rank(1, "runs", **RUNS)), ("slow", "straggler", (1,), ())),
         (job(spins(0, [10, 10, 12]), rank(1, "runs", **RUNS)), ("clean", "", (), ())),
     ],
@@ -140,6 +153,8 @@ def test_the_rank_that_the_others_wait_for_is_named(records, expected):
          job(rank(0, group="a in f"), rank(1, group="b in g"))),
         ("the other end is in the matching transfer",
          job(rank(0, "recv", peer=1), rank(1, "send", peer=0), rank(2, "recv", peer=0))),
+        ("one waits for orders in every look", job(serves(0, "idle", "idle", "idle"), serves(1, "all_reduce", "runs"))),
+        ("one waits for a lock in one of them", job(serves(0, "lock", "idle"), serves(1, "all_reduce", "runs"))),
         ("all ranks spin in one call", job(spins(0), spins(1))),
         ("one spins, and the other is at another line in each look",
          job(spins(0), rank(1, "runs", line=(3, 9), **RUNS))),

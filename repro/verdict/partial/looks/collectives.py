@@ -181,12 +181,14 @@ def _moving(looks: Mapping[int, RankLook]) -> Diagnosis | None:
 
 
 def _moved(look: RankLook) -> bool:
-    """Whether a rank moved, and waited only for other ranks. The rate is higher than that of a rank that polls."""
-    if (
-        look.apart_s <= 0
-        or look.spins
-        or any(row.activity in WAITING and row.activity not in AMONG_RANKS for row in look.stacks)
-    ):
+    """Whether a rank moved, and waited only for other ranks. The rate is higher than that of a rank that polls.
+
+    A worker of a serving engine waits for the next order of its engine in every step: if one look shows it there and
+    another one elsewhere, it moved.
+    """
+    activities = {stack.activity for stack in look.stacks}
+    elsewhere = activities & set(WAITING) - set(AMONG_RANKS)
+    if look.apart_s <= 0 or look.spins or (elsewhere and (elsewhere != {"idle"} or activities == {"idle"})):
         return False
     switches = (look.last.switches - look.first.switches) / look.apart_s
     return switches >= MOVING_SWITCHES_PER_S or look.cores >= MOVING_CORES
