@@ -23,6 +23,8 @@ from repro.verdict.partial.words import ranks_of
 TRANSFERS = ("send", "isend", "recv", "irecv")
 MOVING_SWITCHES_PER_S = 12.0
 MOVING_CORES = 0.1
+MESSAGES = {"idle", "queue"}
+"""Activities of a worker between two orders of its engine."""
 Key = tuple[str, str]
 """(operation, group) that a rank waits in."""
 ANY_DATA, ANYTHING = "any operation with data", "any operation"
@@ -188,7 +190,7 @@ def _moved(look: RankLook) -> bool:
     """
     activities = {stack.activity for stack in look.stacks}
     elsewhere = activities & set(WAITING) - set(AMONG_RANKS)
-    if look.apart_s <= 0 or look.spins or (elsewhere and (elsewhere != {"idle"} or activities == {"idle"})):
+    if look.apart_s <= 0 or look.spins or (elsewhere and (not elsewhere <= MESSAGES or activities <= MESSAGES)):
         return False
     switches = (look.last.switches - look.first.switches) / look.apart_s
     return switches >= MOVING_SWITCHES_PER_S or look.cores >= MOVING_CORES
