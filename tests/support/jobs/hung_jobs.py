@@ -9,11 +9,15 @@ import each. The ranks write FOLDER/KIND/rankN.pid, and rankN.started when they 
 from __future__ import annotations
 
 import ctypes
+import gc
 import os
 import shutil
 import signal
+import subprocess
 import sys
+import threading
 import time
+from datetime import timedelta
 from pathlib import Path
 
 import torch
@@ -170,11 +174,103 @@ def crossed_groups(rank: int, folder: Path) -> None:
         dist.all_reduce(torch.ones(8), group=outer)
 
 
+def slow_file(rank: int, folder: Path) -> None:
+    """A file system that does not answer: reading a pipe that nobody writes to blocks in the same way."""
+    if rank == ODD:
+        os.mkfifo(folder / "config")
+    dist.barrier()
+    if rank == ODD:
+        read_config(folder / "config")
+    dist.all_reduce(torch.ones(8))
+
+
+def read_config(path: Path) -> str:
+    return path.read_text()
+
+
+def two_threads(rank: int, folder: Path) -> None:
+    """Two threads of one rank that each hold the lock of the other."""
+    dist.barrier()
+    if rank == ODD:
+        first, second = threading.Lock(), threading.Lock()
+        with first:
+            other = threading.Thread(target=take_both, args=(second, first), daemon=True)
+            other.start()
+            while not second.locked():
+                time.sleep(0.01)
+            take_both(second, first)
+    dist.all_reduce(torch.ones(8))
+
+
+def take_both(one: threading.Lock, two: threading.Lock) -> None:
+    with one, two:
+        pass
+
+
+def sleeps(rank: int, folder: Path) -> None:
+    dist.barrier()
+    if rank == ODD:
+        time.sleep(600)
+    dist.all_reduce(torch.ones(8))
+
+
+def waits_for_child(rank: int, folder: Path) -> None:
+    dist.barrier()
+    if rank == ODD:
+        subprocess.run(["sleep", "600"], preexec_fn=die_with_parent, check=False)
+    dist.all_reduce(torch.ones(8))
+
+
+def missing_key(rank: int, folder: Path) -> None:
+    """A wait for a key of the store that no rank sets."""
+    dist.barrier()
+    if rank == ODD:
+        dist.distributed_c10d._get_default_store().wait(["plan"], timedelta(seconds=600))
+    dist.all_reduce(torch.ones(8))
+
+
+def collects_garbage(rank: int, folder: Path) -> None:
+    dist.barrier()
+    if rank == ODD:
+        rows = [[number] for number in range(200_000)]
+        while rows:
+            gc.collect()
+    dist.all_reduce(torch.ones(8))
+
+
+def monitored(rank: int, folder: Path) -> None:
+    """A barrier with a time limit that one rank does not come to."""
+    dist.barrier()
+    if rank == ODD:
+        dist.all_reduce(torch.ones(8))
+    dist.monitored_barrier(timeout=timedelta(seconds=600))
+
+
+def two_build(rank: int, folder: Path) -> None:
+    """Two ranks build, each in a folder of its own, and the third one waits."""
+    own = folder / f"rank{rank}"
+    own.mkdir()
+    dist.barrier()
+    if rank != ODD:
+        build_under_lock_of(own)
+    dist.all_reduce(torch.ones(8))
+
+
+def build_under_lock_of(folder: Path) -> None:
+    shutil.copy("/bin/sh", folder / "nvcc")
+    subprocess.run(
+        ["timeout", str(COMPILER_S), str(folder / "nvcc"), "-c", "while :; do :; done"],
+        preexec_fn=die_with_parent,
+        check=False,
+    )
+
+
 KINDS = {
     function.__name__: function
     for function in (
         healthy, uneven_batches, swallowed_exception, saves, busy, build_under_lock, abandoned_lock, dead_peer,
-        debugger, stuck_loader, ring, stopped, crossed_groups,
+        debugger, stuck_loader, ring, stopped, crossed_groups, slow_file, two_threads, sleeps,
+        waits_for_child, missing_key, collects_garbage, monitored, two_build,
     )
 }  # fmt: skip
 
