@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from repro.trace.observed import Note, Process, Source, Stack
+from repro.trace.foreign.records import Note, Process, Source, Stack
 from repro.verdict.partial import diagnose
 
 WRAPPER = "wrapper (torch/distributed/c10d_logger.py:83)"
