@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import traceback
 from collections.abc import Sequence
 
@@ -9,6 +10,7 @@ from repro.store.run_dir import RunDir, write_atomically
 from repro.verdict import Verdict
 
 MAX_CAUSE = 300
+NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
 
 
 def failed(run_dir: RunDir, what: str, errors: Sequence[Exception], gaps: Sequence[str] = ()) -> Verdict:
@@ -25,5 +27,12 @@ def failed(run_dir: RunDir, what: str, errors: Sequence[Exception], gaps: Sequen
     except OSError as full:  # a full disk: the verdict is smaller, and may still fit
         where = f"the traceback could not be written: {full.strerror}"
     cause = " ".join(f"{type(errors[0]).__name__}: {errors[0]}".split())[:MAX_CAUSE]
+    if isinstance(errors[0], OSError) and errors[0].errno in NO_ROOM:
+        line = (
+            f"cannot write {errors[0].filename or 'the verdict'}: {errors[0].strerror}, which says nothing about the "
+            f"run; what was recorded is in {run_dir.root}: make room there, and judge it again with "
+            f"`python -m repro watch {run_dir.root}`"
+        )
+        return Verdict("inconclusive", evidence=(line, *gaps), confidence="undecided")
     line = f"{what} failed, which says nothing about the run: {cause}; {where}"
     return Verdict("inconclusive", evidence=(line, *gaps), confidence="undecided")

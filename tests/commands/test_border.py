@@ -168,6 +168,17 @@ def test_ranks_that_cannot_be_started_leave_a_verdict(tmp_path):
     assert "repro itself failed" in document.evidence[0] and not (run_dir.root / "tmp").exists()
 
 
+def test_a_disk_that_is_full_is_named_and_is_no_failure_of_this_program(hanging, monkeypatch):
+    def fail(*args, **options):
+        raise OSError(errno.ENOSPC, "No space left on device", "/runs/a/verdict.json")
+
+    run_dir, settings, child = hanging
+    monkeypatch.setattr(Watch, "run", fail)
+    (line,) = attend(run_dir, settings, child).evidence
+    assert line.startswith("cannot write /runs/a/verdict.json: No space left on device"), line
+    assert f"what was recorded is in {run_dir.root}" in line and "failed" not in line
+
+
 def test_a_full_disk_while_the_failure_is_written_is_named_with_the_run(hanging, monkeypatch):
     def fail(*args, **options):
         raise OSError(errno.ENOSPC, "No space left on device", "f")

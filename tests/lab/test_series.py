@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+
 import pytest
 
 from repro.hosts.interrupt import Interrupt
@@ -9,7 +11,7 @@ from repro.lab.scenarios import settings_of
 from repro.lab.start import launch
 from repro.lab.start.kernel_cache import CannotFill
 from repro.lab.start.series import Series
-from repro.store.run_dir import RunDir
+from repro.store.run_dir import OutputError, RunDir
 
 
 def settings(variant="fault", seed=0):
@@ -59,3 +61,25 @@ def test_a_run_that_is_not_possible_says_what_is_missing_and_the_next_one_runs(t
     assert (run_dir, document.verdict, document.skipped) == (None, "inconclusive", "no compiler")
     monkeypatch.setattr(launch, "run", possible)
     assert runs.run(settings())[0] == RunDir(tmp_path / "1") and references == [None]
+
+
+@pytest.mark.parametrize(
+    ("error", "message"),
+    [
+        (OutputError("cannot write to /runs: no space left on device; choose another --out"), "choose another --out"),
+        (OSError(errno.ENOSPC, "No space left on device", "/runs/a/verdict.json"), "/runs/a/verdict.json: No space"),
+    ],
+)
+def test_a_full_disk_costs_the_runs_before_it_nothing(tmp_path, references, monkeypatch, error, message):
+    def fail(*args):
+        raise error
+
+    runs, possible = series(tmp_path), launch.run
+    monkeypatch.setattr(launch, "run", fail)
+    with pytest.raises(type(error)):
+        runs.run(settings())  # there is no table yet
+    monkeypatch.setattr(launch, "run", possible)
+    runs.run(settings())
+    monkeypatch.setattr(launch, "run", fail)
+    run_dir, document = runs.run(settings("fix"))
+    assert run_dir is None and document.verdict == "inconclusive" and message in document.skipped

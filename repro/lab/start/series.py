@@ -14,7 +14,7 @@ from repro.lab.start import launch
 from repro.lab.start.job import Start
 from repro.lab.start.kernel_cache import CannotFill
 from repro.report.terminal import Display
-from repro.store.run_dir import RunDir
+from repro.store.run_dir import OutputError, RunDir
 from repro.watch.document import Document
 
 
@@ -30,6 +30,7 @@ class Series:
     start: Start
     interrupt: Interrupt
     _references: dict[tuple[Any, ...], Path] = field(default_factory=dict)
+    _num_ended: int = 0
 
     def run(
         self,
@@ -43,6 +44,7 @@ class Series:
         reference  a file to use in place of the single-process reference
 
         For a run that is not possible on this machine: None, and a document whose ``skipped`` says what is missing.
+        So it is for a run that cannot be written. Raises OutputError or OSError only if no run before it ended.
         """
         missing = scenarios.load(settings.scenario).missing(settings)
         if not missing:
@@ -52,7 +54,12 @@ class Series:
                     run_dir, document = launch.run(settings, self.out, self.interrupt, display, self.start, known)
             except CannotFill as error:
                 missing = str(error)
+            except (OutputError, OSError) as error:  # a full disk must not cost the earlier runs their table
+                if not self._num_ended:
+                    raise
+                missing = str(error) if isinstance(error, OutputError) else f"{error.filename}: {error.strerror}"
             else:
+                self._num_ended += 1
                 if reference is None:  # a run with a substitute for the reference cannot lend it to other runs
                     self._references.setdefault(settings.reference_key(), run_dir.reference)
                 return run_dir, document
