@@ -1,0 +1,173 @@
+"""Hooks of an EngineCore: it counts executions on the board, and has a lookout of its own."""
+
+from __future__ import annotations
+
+import multiprocessing.process
+import os
+import sys
+from collections.abc import Callable
+from functools import wraps
+from typing import Any
+
+from repro.attach.vllm.guard import board
+from repro.attach.vllm.guard.board import Board, Field
+from repro.attach.vllm.guard.lookout import Lookout, front_end_of
+from repro.attach.vllm.guard.meeting import Meeting
+from repro.attach.vllm.guard.peers import Process
+from repro.attach.vllm.guard.post import left_out
+from repro.attach.vllm.guard.stop import Stop
+
+current: Board | None = None
+"""The board of this process, if it is an engine."""
+
+lookout: Lookout | None = None
+_engine: Any = None
+_rank = 0
+_counts_requests = False  # whether this engine's executor is one whose requests are counted
+
+
+def after_fork() -> None:
+    global current, lookout, _engine
+    current = lookout = _engine = None
+
+
+def constructing(original: Callable[..., Any]) -> Callable[..., Any]:
+    """Wrap DPEngineCoreProc._init_data_parallel, which runs before the engine starts its workers."""
+
+    @wraps(original)
+    def _init_data_parallel(self: Any, vllm_config: Any, *args: Any, **options: Any) -> Any:
+        try:
+            begin(self, vllm_config.parallel_config)
+        except Exception as error:
+            print(f"repro guard: this engine is not watched: {type(error).__name__}: {error}", file=sys.stderr)
+        return original(self, vllm_config, *args, **options)
+
+    return _init_data_parallel
+
+
+def begin(engine: Any, config: Any) -> None:
+    """Make the board, and watch the other processes. config: ParallelConfig."""
+    global current, lookout, _engine, _rank
+    per_engine = int(config.world_size)
+    _rank, _engine = int(config.data_parallel_rank) * per_engine, engine
+    mine = current = board.create()
+
+    def connect() -> Meeting | None:
+        place = mine.meeting()
+        return Meeting.at(*place) if place is not None else None
+
+    num_ranks = int(config.world_size_across_dp)
+    expected = [f"worker of rank {rank}" for rank in range(num_ranks)]
+    for first in range(0, num_ranks, per_engine):
+        expected += [f"engine of rank {first}", f"front end of rank {first}"]
+    stop = Stop(f"engine of rank {_rank}", os.environ.get("HMR_GUARD") == "agree")
+    processes = [Process.this(f"engine of rank {_rank}", _rank), front_end_of(_rank)]
+    lookout = Lookout(stop, connect, processes, expected, _exit_code)
+    lookout.start()
+
+
+def _exit_code(pid: int) -> int | None:
+    """The exit code of a worker that this engine started; None while it runs, or if it is not known."""
+    workers = getattr(getattr(_engine, "model_executor", None), "workers", None) or ()
+    children: Any = vars(multiprocessing.process).get("_children", ())  # before the workers of a start are listed
+    for process in (*(getattr(worker, "proc", None) for worker in workers), *children):
+        if process is not None and process.pid == pid:
+            code: int | None = process.exitcode
+            return code
+    return None
+
+
+def requesting(original: Callable[..., Any]) -> Callable[..., Any]:
+    """Wrap an executor's execute_model, which runs the model if tokens are scheduled."""
+
+    @wraps(original)
+    def execute_model(self: Any, scheduler_output: Any, *args: Any, **options: Any) -> Any:
+        if getattr(scheduler_output, "total_num_scheduled_tokens", 1) > 0:
+            _note_request()
+        return original(self, scheduler_output, *args, **options)
+
+    return execute_model
+
+
+def requesting_dummy(original: Callable[..., Any]) -> Callable[..., Any]:
+    """Wrap an executor's execute_dummy_batch."""
+
+    @wraps(original)
+    def execute_dummy_batch(self: Any, *args: Any, **options: Any) -> Any:
+        _note_request()
+        return original(self, *args, **options)
+
+    return execute_dummy_batch
+
+
+def _note_request() -> None:
+    global _counts_requests
+    if current is not None:
+        _counts_requests = True
+        current.request()
+
+
+def counting(original: Callable[..., Any]) -> Callable[..., Any]:
+    """Wrap DPEngineCoreProc._has_global_unfinished_reqs, which counts the executions of a wave."""
+
+    @wraps(original)
+    def _has_global_unfinished_reqs(self: Any, *args: Any, **options: Any) -> Any:
+        if current is not None:
+            _count(self, current)
+        return original(self, *args, **options)
+
+    return _has_global_unfinished_reqs
+
+
+def _count(engine: Any, mine: Board) -> None:
+    """Count one execution. Raises Refused if the engine has not requested it, in the mode ``agree``."""
+    mine[Field.COUNTED] += 1
+    requested, counted = mine.executions()
+    if counted <= requested or not _counts_requests:
+        return
+    if getattr(getattr(engine, "model_executor", None), "is_sleeping", False):
+        mine[Field.COUNTED] = requested  # it sleeps, and requests nothing
+        return
+    if mine[Field.LEFT_OUT]:
+        return
+    mine[Field.LEFT_OUT] = counted
+    if lookout is not None:
+        lookout.refuse_here(left_out(_rank, counted, counted, requested))
+
+
+def asking(original: Callable[..., Any]) -> Callable[..., Any]:
+    """Wrap ParallelConfig.sync_dp_state (has_unfinished_dp in 0.20), a static method."""
+
+    @wraps(original)
+    def sync_dp_state(*args: Any, **options: Any) -> Any:
+        mine = current
+        if mine is None:
+            return original(*args, **options)
+        mine[Field.ASKED] += 1
+        try:
+            return original(*args, **options)
+        except Exception as error:
+            if lookout is not None:
+                lookout.stop.explain(error)
+            raise
+        finally:
+            mine[Field.ANSWERED] += 1
+
+    return sync_dp_state
+
+
+def ending(original: Callable[..., Any]) -> Callable[..., Any]:
+    """Wrap EngineCoreProc.shutdown."""
+
+    @wraps(original)
+    def shutdown(self: Any, *args: Any, **options: Any) -> Any:
+        if lookout is not None:
+            lookout.leave(also=_workers())
+        return original(self, *args, **options)
+
+    return shutdown
+
+
+def _workers() -> list[str]:
+    parallel = getattr(getattr(_engine, "vllm_config", None), "parallel_config", None)
+    return [f"worker of rank {_rank + number}" for number in range(int(getattr(parallel, "world_size", 1)))]

@@ -1,0 +1,243 @@
+"""The guard of one worker: the step agreement that carries a digest, and the schedule that follows from it.
+
+At each agreement (C1) a rank adds two rows to vLLM's tensor: a digest of what it issued since the last agreement, of
+the schedule that it will follow, and of the executions that its engine counted. All ranks see all digests. If they
+differ, the ranks compare their last entries through the store and stop with the first difference.
+
+The schedule is what the rank issued after earlier agreements of the same kind. A collective that departs from it is
+held back until the other ranks have said what they issue in its place. If it is the same, all go on.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Hashable, Sequence
+from dataclasses import replace
+from typing import Any, TypeVar
+
+from repro.attach.vllm.guard.board import Board, Field
+from repro.attach.vllm.guard.entry import AGREEMENT, Entry, as_words, entry_of, joined
+from repro.attach.vllm.guard.meeting import POLL_S, Meeting
+from repro.attach.vllm.guard.post import Post, difference, keys_of
+from repro.attach.vllm.guard.stop import Refused, Stop
+from repro.attach.vllm.guard.stream import Stream
+
+ROWS = 2
+"""How many rows the guard adds to C1."""
+
+WAIT_S = 1.0
+"""A rank that stays at one entry of an execution for so long asks the others where they are."""
+
+EXPLAIN_S = 10.0
+CALL_S = 0.2
+TELL_S = 0.3
+"""How long a rank that refuses waits before it raises, so that all others read why before its store can end."""
+
+T = TypeVar("T")
+
+
+class Guard:
+    """The guard of this process, a worker.
+
+    members  the ranks of the DP group in which this rank agrees, in the order of C1's columns
+    meeting  a connection for the thread that runs the model
+    board    of this rank's engine, if there is one
+    """
+
+    def __init__(
+        self,
+        rank: int,
+        members: Sequence[int],
+        meeting: Meeting,
+        stop: Stop,
+        board: Board | None = None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self.rank = rank
+        self.members = list(members)
+        self.column = self.members.index(rank)
+        self.stream = Stream()
+        self.layer = ""
+        self.thread = threading.get_ident()
+        self.inside = False  # a hooked call runs; what it calls is part of it
+        self._meeting = meeting
+        self._stop = stop
+        self._board = board
+        self._clock = clock
+        self._num_executions = 0
+        self._counts = board is not None  # whether the engines' counts are compared
+        self._held: tuple[int, Entry] | None = None  # the number and the entry that is held back
+        self._executing = False
+        self._idle_since_s = clock()
+        self._seen: tuple[int, float] = 0, clock()  # how many entries there were, and since when
+
+    # -- the thread that runs the model -------------------------------------------------------------------------------
+
+    def begin_execution(self, requested: bool = True) -> None:
+        """The worker begins to run the model. requested: its engine counts this execution."""
+        self._num_executions += requested
+        self._seen = self.stream.count, self._clock()
+        self._executing = True
+
+    def end_execution(self) -> None:
+        self._executing = False
+        self._idle_since_s = self._clock()
+
+    def watches(self) -> bool:
+        """Whether a call of this thread is an entry of its own."""
+        return not self.inside and threading.get_ident() == self.thread
+
+    def issue(self, group: str, op: str, call: Callable[[], T]) -> T:
+        """Issue a collective. Raises Refused, before it is issued, if the other ranks issue another one."""
+        self._admit(entry_of(group, op, self.layer))
+        return self._run(call)
+
+    def agree(self, group: str, rows: Any, reduce: Callable[[Any], None]) -> None:
+        """Issue a step agreement with two more rows. Raises Refused if the ranks differ.
+
+        rows    int32[any number of rows, ranks], of which this rank has filled its column; summed in place
+        reduce  the all-reduce
+        """
+        import torch
+
+        words = as_words(self._digest())
+        self._admit(entry_of(group, "all_reduce", AGREEMENT), ends=True)
+        more = torch.zeros(ROWS, rows.shape[1], dtype=rows.dtype)
+        more[:, self.column] = torch.tensor(words, dtype=rows.dtype)
+        wide = torch.cat([rows, more.to(rows.device, non_blocking=True)])
+        self._run(lambda: reduce(wide))
+        rows.copy_(wide[:-ROWS])
+        digests = wide[-ROWS:].tolist()
+        if any(low != words[0] for low in digests[0]) or any(high != words[1] for high in digests[1]):
+            self._explain()
+        self.stream.agreed(kind_of(rows))
+
+    def _digest(self) -> int:
+        digest = joined(self.stream.digest, self.stream.expected())
+        if self._counts and self._executing and self._board is not None:
+            digest = joined(digest, self._board.counted_at(self._num_executions) + 1)
+        return digest
+
+    def _admit(self, entry: Entry, ends: bool = False) -> None:
+        if self.stream.departs(entry, ends) and self._stop.agrees:
+            self._confer(entry)
+        self.stream.append(entry)
+
+    def _run(self, call: Callable[[], T]) -> T:
+        self.inside = True
+        try:
+            return call()
+        except Exception as error:
+            self._stop.explain(error)
+            raise
+        finally:
+            self.inside = False
+
+    def _confer(self, entry: Entry) -> None:
+        """Hold an entry back until all other ranks have issued the same, or are about to."""
+        number, called_s = self.stream.count, -CALL_S
+        self._held = number, entry
+        while True:
+            self._raise_if_stopped()
+            if self._clock() - called_s >= CALL_S:
+                called_s = self._clock()
+                self._meeting.call(self.post())
+            posts = self._meeting.posts(self.members)
+            if sentence := difference(posts):
+                self.refuse(sentence)
+            if len(posts) == len(self.members) and all(post.at(number) == entry.key() for post in posts):
+                break
+            time.sleep(POLL_S)
+        self._held = None
+
+    def _explain(self) -> None:
+        """The digests of the agreement differ on all ranks: find the difference, which all ranks do alike."""
+        until, called_s = self._clock() + EXPLAIN_S, -CALL_S
+        posts: list[Post] = []
+        while self._clock() < until:
+            self._raise_if_stopped()
+            if self._clock() - called_s >= CALL_S:
+                called_s = self._clock()
+                self._meeting.call(self.post())
+            posts = self._meeting.posts(self.members)
+            if sentence := difference(posts):
+                return self.refuse(sentence)
+            if len(posts) == len(self.members) and all(post.count >= self.stream.count for post in posts):
+                break
+            time.sleep(POLL_S)
+        self._counts = False
+        self._stop.say(
+            "the digests of a step agreement differ, and the ranks found no difference in what they issued: "
+            "the engines' counts are not compared any more"
+        )
+
+    def refuse(self, sentence: str) -> None:
+        """Stop all ranks. Raises Refused; in the mode ``observe`` it only prints the sentence."""
+        if not self._stop.agrees:
+            self._stop.observe(sentence)
+            return
+        sentence = self._meeting.refuse(sentence)
+        self._stop.begin(sentence)
+        time.sleep(TELL_S)
+        raise Refused(sentence)
+
+    def fail(self, error: Exception) -> None:
+        """The model's execution raised: stop the ranks that wait for this one."""
+        if not isinstance(error, Refused) and self._stop.agrees and not self._stop.sentence:
+            self._stop.begin(self._meeting.refuse(f"rank {self.rank} failed: {type(error).__name__}: {error}"))
+
+    def _raise_if_stopped(self) -> None:
+        if self._stop.sentence:
+            raise Refused(self._stop.sentence)
+
+    # -- any thread ---------------------------------------------------------------------------------------------------
+
+    def post(self) -> Post:
+        """The state of this rank."""
+        held, board = self._held, self._board
+        first, entries = self.stream.last()
+        number = first + len(entries)
+        post = Post(
+            self.rank,
+            first,
+            keys_of(entries),
+            held[1].key() if held is not None and held[0] == number else None,
+            self.stream.departed,
+            waits_s=self.waits_s(),
+        )
+        if board is None:
+            return post
+        questions = board.questions()
+        asks = not self._executing and questions[0] > questions[1]
+        return replace(
+            post,
+            executions=board.executions(),
+            left_out=board[Field.LEFT_OUT],
+            questions=questions,
+            asks_s=self._clock() - self._idle_since_s if asks else 0.0,
+        )
+
+    def waits_s(self) -> float:
+        """How long this rank has been at the same entry of an execution; 0 outside an execution."""
+        count, since_s = self._seen
+        if not self._executing:
+            return 0.0
+        if count != self.stream.count:
+            self._seen = self.stream.count, self._clock()
+            return 0.0
+        return self._clock() - since_s
+
+
+def kind_of(rows: Any) -> Hashable:
+    """What decides the schedule of a step: the graph mode and microbatches that the ranks agree on.
+
+    rows  of C1: int32[4, ranks] (0.20 to 0.33), or 6 or 7 rows in the new model runner; another number is not known
+    """
+    if rows.shape[0] not in KIND_ROWS:
+        return None
+    return tuple(min(rows[row].tolist()) for row in KIND_ROWS[rows.shape[0]])
+
+
+KIND_ROWS = {4: (2, 3), 6: (1, 4), 7: (1, 4)}
+"""Number of rows of C1 -> the rows whose minimum over the ranks decides what the ranks run."""

@@ -1,0 +1,150 @@
+"""The table of what the guard replaces in vLLM and in torch.
+
+A hook that a version of vLLM lacks is one line in the log. Without an essential one the ranks cannot agree: then the
+start vote refuses the start (``agree``), or the guard is off (``observe``).
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+import sys
+from collections.abc import Callable
+from types import ModuleType
+from typing import Any, NamedTuple
+
+from repro.attach.record.imports import after_import, replace
+from repro.attach.record.methods import METHODS
+from repro.attach.vllm.guard import engine, prepare, worker
+
+
+class Hook(NamedTuple):
+    """One replaced attribute.
+
+    module     the module that defines it
+    names      "Class.method" or "function"; the first that exists is replaced
+    make       makes the replacement of the original
+    shows      what the guard lacks without it
+    versions   of vLLM in which it was read or run
+    essential  whether the ranks cannot agree without it
+    """
+
+    module: str
+    names: tuple[str, ...]
+    make: Callable[[Any], Any]
+    shows: str
+    versions: str = "0.20 to 0.33"
+    essential: bool = False
+
+
+_GPU, _CPU = "vllm.v1.worker.gpu_worker", "vllm.v1.worker.cpu_worker"
+_GROUPS, _CORE = "vllm.distributed.parallel_state", "vllm.v1.engine.core"
+_MULTIPROC, _UNIPROC = "vllm.v1.executor.multiproc_executor", "vllm.v1.executor.uniproc_executor"
+_PYNCCL = "vllm.distributed.device_communicators.pynccl"
+_GDN = "vllm.model_executor.layers.mamba.gdn.qwen_gdn_linear_attn"
+_OLD_GDN = "vllm.model_executor.layers.mamba.gdn_linear_attn"
+_start = worker.executing_always(False)
+
+HOOKS = (
+    Hook("vllm.v1.worker.dp_utils", ("dist",), worker.widening, "the step agreement", essential=True),
+    Hook("vllm.v1.worker.gpu.dp_utils", ("dist",), worker.widening, "the step agreement", "0.24 on", essential=True),
+    Hook(_GROUPS, ("GroupCoordinator.__init__",), worker.naming, "names of groups"),
+    Hook(_GROUPS, ("GroupCoordinator.all_gatherv",), worker.exchanging("all_gather_v"), "dispatch", essential=True),
+    Hook(
+        _GROUPS, ("GroupCoordinator.reduce_scatterv",), worker.exchanging("reduce_scatter_v"), "combine",
+        essential=True,
+    ),
+    Hook(
+        _GROUPS, ("GroupCoordinator.reduce_scatterv_into_output",), worker.exchanging("reduce_scatter_v"),
+        "combine into an output", "0.32 on",
+    ),
+    Hook(_PYNCCL, ("PyNcclCommunicator.all_reduce",), worker.exchanging("all_reduce", "group"), "pynccl"),
+    Hook(_PYNCCL, ("PyNcclCommunicator.all_gather",), worker.exchanging("all_gather", "group"), "pynccl"),
+    Hook(_PYNCCL, ("PyNcclCommunicator.reduce_scatter",), worker.exchanging("reduce_scatter", "group"), "pynccl"),
+    Hook(_PYNCCL, ("PyNcclCommunicator.broadcast",), worker.exchanging("broadcast", "group"), "pynccl"),
+    Hook(
+        "vllm.model_executor.layers.fused_moe.runner.moe_runner", ("MoERunner._forward_impl",),
+        worker.in_layer("layer_name"), "the MoE layer of a collective",
+    ),
+    Hook(_GDN, ("QwenGatedDeltaNetAttention.forward_cpu",), worker.in_layer("prefix"), "the GDN layer", "0.24 on"),
+    Hook(_GDN, ("QwenGatedDeltaNetAttention.forward_cuda",), worker.in_layer("prefix"), "the GDN layer", "0.24 on"),
+    Hook(_OLD_GDN, ("GatedDeltaNetAttention.forward_cuda",), worker.in_layer("prefix"), "the GDN layer", "0.20"),
+    Hook(_GPU, ("Worker.init_device",), worker.initialising, "the start vote"),
+    Hook(_CPU, ("CPUWorker.init_device",), worker.initialising, "the start vote"),
+    Hook(_GPU, ("Worker.load_model",), prepare.loading, "what is built before the ranks communicate"),
+    Hook(_GPU, ("Worker.determine_available_memory",), _start, "waits at the start"),
+    Hook(_CPU, ("CPUWorker.determine_available_memory",), _start, "waits at the start"),
+    Hook(_GPU, ("Worker.compile_or_warm_up_model",), _start, "waits at the start"),
+    Hook(_CPU, ("CPUWorker.compile_or_warm_up_model",), _start, "waits at the start"),
+    Hook(_GPU, ("Worker.execute_model",), worker.executing, "executions"),
+    Hook(_GPU, ("Worker.execute_dummy_batch",), worker.executing_always(True), "dummy batches"),
+    Hook(_MULTIPROC, ("WorkerProc.shutdown",), worker.ending, "a worker that ends as it should"),
+    Hook(_CORE, ("EngineCoreProc.shutdown", "EngineCore.shutdown"), engine.ending, "an engine that ends as it should"),
+    Hook(_CORE, ("DPEngineCoreProc._init_data_parallel",), engine.constructing, "the engines"),
+    Hook(_CORE, ("DPEngineCoreProc._has_global_unfinished_reqs",), engine.counting, "executions left out"),
+    Hook(_MULTIPROC, ("MultiprocExecutor.execute_model",), engine.requesting, "executions left out"),
+    Hook(_MULTIPROC, ("MultiprocExecutor.execute_dummy_batch",), engine.requesting_dummy, "executions left out"),
+    Hook(_UNIPROC, ("UniProcExecutor.execute_model",), engine.requesting, "executions left out"),
+    Hook(
+        "vllm.v1.executor.abstract", ("Executor.execute_dummy_batch",), engine.requesting_dummy, "executions left out",
+    ),
+    Hook(
+        "vllm.config.parallel", ("ParallelConfig.sync_dp_state", "ParallelConfig.has_unfinished_dp"), engine.asking,
+        'the question "is anyone unfinished?"',
+    ),
+)  # fmt: skip
+
+
+@functools.cache
+def install() -> None:
+    """Hook this process and its forked children."""
+    os.register_at_fork(after_in_child=worker.after_fork)
+    os.register_at_fork(after_in_child=engine.after_fork)
+    modules: dict[str, list[Hook]] = {}
+    for hook in HOOKS:
+        modules.setdefault(hook.module, []).append(hook)
+    hooks: dict[str, Callable[[ModuleType], None]] = {
+        module: functools.partial(_apply, found) for module, found in modules.items()
+    }
+    hooks["torch.distributed.distributed_c10d"] = _hook_torch
+    after_import(hooks)
+
+
+def _hook_torch(module: ModuleType) -> None:
+    """Replace the methods of torch's ProcessGroup, which everything goes through that vLLM's classes do not see."""
+    import torch._C._distributed_c10d as native
+
+    for name, method in METHODS.items():
+        if not method.one_sided:
+            replace(native.ProcessGroup, name, worker.calling(method.op))
+
+
+def _apply(hooks: list[Hook], module: ModuleType) -> None:
+    for hook in hooks:
+        place = next((place for name in hook.names if (place := _place(module, name))), None)
+        if place is not None:
+            _replace(*place, hook.make)
+            continue
+        print(
+            f"repro guard: this vLLM has no {hook.names[0]} in {module.__name__}, which shows {hook.shows} "
+            f"(known: vLLM {hook.versions})",
+            file=sys.stderr,
+        )
+        if hook.essential:
+            worker.missing.append(f"{module.__name__}.{hook.names[0]}")
+
+
+def _place(module: ModuleType, name: str) -> tuple[Any, str] | None:
+    """Return the owner of a name in a module, and the attribute; None if the module does not define it."""
+    *outer, attribute = name.split(".")
+    owner: Any = module
+    for part in outer:
+        owner = getattr(owner, part, None)
+    return (owner, attribute) if owner is not None and attribute in vars(owner) else None
+
+
+def _replace(owner: Any, attribute: str, make: Callable[[Any], Any]) -> None:
+    if isinstance(vars(owner)[attribute], staticmethod):
+        replace(owner, attribute, lambda original: staticmethod(make(original)))
+    else:
+        replace(owner, attribute, make)

@@ -1,0 +1,230 @@
+"""The guard's thread in each worker and engine: it learns why the ranks stop, and ends a process that cannot.
+
+It runs while the main thread is blocked in a collective or in the store.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import threading
+import time
+from collections.abc import Callable, Iterable
+
+from repro.attach.vllm.guard.guard import TELL_S, WAIT_S, Guard
+from repro.attach.vllm.guard.meeting import Meeting
+from repro.attach.vllm.guard.peers import Peers, Process, gone, silence
+from repro.attach.vllm.guard.post import difference
+from repro.attach.vllm.guard.stop import Refused, Stop
+
+INTERVAL_S = 0.1
+SEARCH_S = 0.5
+"""How often the lookout looks for processes that it does not know yet, and changes its own number."""
+
+PARENT_FIRST_S = 0.3
+"""A process that cannot know the exit code of another one leaves the word to its parent for so long."""
+
+SERVER = "worker of rank 0"
+"""The process with the server of the store."""
+
+MAX_WAIT_CALL_S = 5.0
+LEAVE_S = 0.5
+"""How long the process with the server of the store stays when it ends as it should, so that all others learn of it."""
+
+
+class Lookout:
+    """One process's lookout.
+
+    connect    the connection to the store, or None as long as it is not known where the store is
+    processes  the processes that this one introduces to the others; the first is itself
+    expected   the names of all processes of the server
+    exit_code  the exit code of a child, if it is known
+    guard      of this process if it is a worker
+    """
+
+    def __init__(
+        self,
+        stop: Stop,
+        connect: Callable[[], Meeting | None],
+        processes: list[Process],
+        expected: list[str],
+        exit_code: Callable[[int], int | None] = lambda pid: None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self.stop = stop
+        self.guard: Guard | None = None
+        self._connect = connect
+        self._meeting: Meeting | None = None
+        self._processes = processes
+        self._unknown = set(expected) - {processes[0].name}
+        self._exit_code = exit_code
+        self._clock = clock
+        self._peers = Peers(clock)
+        self._calls = 0
+        self._searched_s = -SEARCH_S
+        self._called_s = 0.0
+        self._beats = 0
+        self._missing_since_s: dict[str, float] = {}
+        self._leaving = threading.Event()
+
+    def start(self) -> None:
+        threading.Thread(target=self._run, name="repro guard", daemon=True).start()
+
+    def leave(self, also: Iterable[str] = ()) -> None:
+        """This process ends as it should. Call it before it stops to answer. also: processes that it ends too."""
+        if self._leaving.is_set() or self.stop.sentence:
+            return
+        self._leaving.set()
+        with contextlib.suppress(Exception):
+            connection = self._connect()
+            if connection is not None:
+                for name in (*(process.name for process in self._processes), *also):
+                    connection.set(f"left/{name}", "1")
+                connection.add_call()
+                time.sleep(LEAVE_S if self._processes[0].name == SERVER else 0.0)
+
+    def refuse_here(self, sentence: str) -> None:
+        """Stop all ranks, from the main thread. Raises Refused; in the mode ``observe`` it only prints the sentence."""
+        if not self.stop.agrees:
+            self.stop.observe(sentence)
+            return
+        connection = self._connect()
+        sentence = connection.refuse(sentence) if connection is not None else sentence
+        self.stop.begin(sentence)
+        time.sleep(TELL_S)
+        raise Refused(sentence)
+
+    def _run(self) -> None:
+        while not self._leaving.is_set() or self.stop.sentence:
+            try:
+                self.look()
+            except Exception as error:
+                if _is_gone(error):
+                    self._without_store(error)
+                    return
+                self.stop.say(f"the lookout failed, and goes on: {type(error).__name__}: {error}")
+            if self.stop.due():
+                self.stop.leave()
+            self._leaving.wait(INTERVAL_S)
+        self._peers.close()
+
+    def look(self) -> None:
+        """Look once. Raises torch's DistNetworkError if the store is gone."""
+        if self._meeting is None:
+            self._meeting = self._connect()
+            if self._meeting is None:
+                return
+            for process in self._processes:
+                self._meeting.set(f"process/{process.name}", process.text())
+        meeting = self._meeting
+        refusal, calls = meeting.news()
+        if refusal:
+            self.stop.begin(refusal)
+            return
+        if calls != self._calls:
+            self._calls = calls
+            self._forget_left(meeting, list(self._peers.known))
+            self._compare(meeting)
+        elif self.guard is not None and self.guard.waits_s() > WAIT_S:
+            self._call(meeting, self.guard)
+        if self._clock() - self._searched_s >= SEARCH_S:
+            self._searched_s = self._clock()
+            self._search(meeting)
+        self._look_for_ends(meeting)
+
+    # -- where the ranks are ------------------------------------------------------------------------------------------
+
+    def _call(self, meeting: Meeting, guard: Guard) -> None:
+        """This rank waits: ask the others where they are, less and less often."""
+        if self._clock() - self._called_s < min(max(guard.waits_s() / 2, 0.5), MAX_WAIT_CALL_S):
+            return
+        self._called_s = self._clock()
+        meeting.call(guard.post())
+
+    def _compare(self, meeting: Meeting) -> None:
+        if self.guard is None:
+            return
+        meeting.post(self.guard.post())
+        self._refuse(difference(meeting.posts(self.guard.members)))
+
+    # -- who is gone --------------------------------------------------------------------------------------------------
+
+    def _search(self, meeting: Meeting) -> None:
+        for text in meeting.read(f"process/{name}" for name in sorted(self._unknown)).values() if self._unknown else ():
+            process = Process.read(text)
+            self._unknown.discard(process.name)
+            self._peers.add(process)
+        self._beats += 1
+        meeting.set(f"beat/{self._processes[0].name}", str(self._beats))
+        far = self._peers.far()
+        for name, number in meeting.read(f"beat/{name}" for name in far).items() if far else ():
+            self._peers.beat(name.partition("/")[2], number)
+        silent = self._peers.silent()
+        if silent is not None:
+            self._refuse(silence(*silent))
+
+    def _look_for_ends(self, meeting: Meeting) -> None:
+        for process in self._peers.ended():
+            if self._forget_left(meeting, [process.name]):
+                continue
+            since_s = self._missing_since_s.setdefault(process.name, self._clock())
+            code = self._exit_code(process.pid)
+            if code is not None or self._clock() - since_s >= PARENT_FIRST_S:
+                self._refuse(gone(process, code))
+                if not self.stop.agrees:
+                    self._peers.forget(process.name)
+
+    def _forget_left(self, meeting: Meeting, names: list[str]) -> bool:
+        left = meeting.read(f"left/{name}" for name in names) if names else {}
+        for key in left:
+            self._peers.forget(key.partition("/")[2])
+        return bool(left)
+
+    def _without_store(self, error: Exception) -> None:
+        """The store does not answer: its process, the worker of rank 0, has ended; as it should, or not."""
+        until = self._clock() + 2 * PARENT_FIRST_S
+        server = self._peers.known.get(SERVER)
+        here = self._processes[0].name == SERVER
+        while not self.stop.sentence and self._clock() < until and not here:
+            if self._leaving.is_set():
+                return
+            code = self._exit_code(server.pid) if server is not None else None
+            if code is not None:
+                break
+            time.sleep(INTERVAL_S / 2)
+        if self._leaving.is_set() or here or self._is_forgotten(server):
+            return
+        if not self.stop.sentence:
+            why = f"rank 0 is gone: the store of its worker does not answer ({type(error).__name__})"
+            if server is not None and server in self._peers.ended():
+                why = gone(server, self._exit_code(server.pid))
+            self._refuse(why)
+        while self.stop.sentence and not self.stop.due():
+            time.sleep(INTERVAL_S)
+        if self.stop.sentence:
+            self.stop.leave()
+
+    def _is_forgotten(self, server: Process | None) -> bool:
+        return server is not None and not self._peers.watches(server)
+
+    def _refuse(self, sentence: str) -> None:
+        if not sentence:
+            return
+        if not self.stop.agrees:
+            self.stop.observe(sentence)
+            return
+        if self._meeting is not None:
+            with contextlib.suppress(RuntimeError):  # the store is gone: each rank stops for what it knows
+                sentence = self._meeting.refuse(sentence)
+        self.stop.begin(sentence)
+
+
+def _is_gone(error: Exception) -> bool:
+    import torch.distributed as dist
+
+    return isinstance(error, dist.DistNetworkError)
+
+
+def front_end_of(rank: int) -> Process:
+    """The process that started this engine."""
+    return Process.of(f"front end of rank {rank}", rank, os.getppid())

@@ -1,0 +1,161 @@
+"""The processes of the other ranks: which of them have ended.
+
+On one host a process is watched by its pidfd, which is exact: a slow or stopped process is not taken for dead. Of other
+hosts a process knows only a number that changes while any process there lives.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import select
+import signal
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+SILENT_S = 15.0
+"""A host whose processes have changed no number for so long is taken to be down."""
+
+
+@dataclass(frozen=True)
+class Process:
+    """One process of the server.
+
+    name   "worker of rank 1"; unique
+    rank   its rank; for an engine and a front end that of their first worker
+    host   equal for processes that can see each other's ids
+    """
+
+    name: str
+    rank: int
+    pid: int
+    ticks: int
+    host: str
+
+    @classmethod
+    def this(cls, name: str, rank: int) -> Process:
+        return cls.of(name, rank, os.getpid())
+
+    @classmethod
+    def of(cls, name: str, rank: int, pid: int) -> Process:
+        return cls(name, rank, pid, start_ticks(pid), host())
+
+    def text(self) -> str:
+        return json.dumps(asdict(self))
+
+    @classmethod
+    def read(cls, text: str) -> Process:
+        return cls(**json.loads(text))
+
+
+class Peers:
+    """The processes that this one watches."""
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock = clock
+        self._here = host()
+        self._open: dict[Process, int] = {}  # process of this host -> pidfd
+        self._far: dict[Process, tuple[str, float]] = {}  # process of another host -> its number, and since when
+        self.known: dict[str, Process] = {}
+
+    def add(self, process: Process) -> None:
+        self.known[process.name] = process
+        if process.host != self._here:
+            self._far[process] = ("", self._clock())
+            return
+        try:
+            descriptor = os.pidfd_open(process.pid)
+        except OSError:  # it has ended, or the system has no pidfds
+            descriptor = -1
+        if descriptor >= 0 and start_ticks(process.pid) not in (process.ticks, 0):  # the id belongs to another process
+            os.close(descriptor)
+            descriptor = -1
+        self._open[process] = descriptor
+
+    def forget(self, name: str) -> None:
+        """Stop watching a process that ends as it should."""
+        process = self.known.get(name)
+        if process is None:
+            return
+        self._far.pop(process, None)
+        descriptor = self._open.pop(process, -1)
+        if descriptor >= 0:
+            os.close(descriptor)
+
+    def watches(self, process: Process) -> bool:
+        return process in self._open or process in self._far
+
+    def ended(self) -> list[Process]:
+        """The processes of this host that have ended."""
+        return [process for process, descriptor in self._open.items() if _has_ended(process, descriptor)]
+
+    def far(self) -> list[str]:
+        return [process.name for process in self._far]
+
+    def beat(self, name: str, number: str) -> None:
+        """Note the number of a process of another host."""
+        process = self.known[name]
+        if process in self._far and self._far[process][0] != number:
+            self._far[process] = number, self._clock()
+
+    def silent(self) -> tuple[Process, float] | None:
+        """A process of a host that is down, and for how long; a host is up while any of its processes beats."""
+        last: dict[str, float] = {}
+        for process, (_, since) in self._far.items():
+            last[process.host] = max(since, last.get(process.host, 0.0))
+        for process in self._far:
+            silent_s = self._clock() - last[process.host]
+            if silent_s > SILENT_S:
+                return process, silent_s
+        return None
+
+    def close(self) -> None:
+        for name in list(self.known):
+            self.forget(name)
+
+
+def gone(process: Process, code: int | None = None) -> str:
+    """The sentence about a process that has ended. code: as of subprocess, if it is known."""
+    how = "has ended"
+    if code is not None and code < 0:
+        with contextlib.suppress(ValueError):
+            how = f"was ended by {signal.Signals(-code).name}"
+    elif code is not None:
+        how = f"has ended with exit code {code}"
+    return f"rank {process.rank} is gone: its {process.name.partition(' of ')[0]} (pid {process.pid}) {how}"
+
+
+def silence(process: Process, silent_s: float) -> str:
+    """The sentence about a host that answers no more."""
+    return (
+        f"rank {process.rank} is gone: no process on its host has been heard of for {silent_s:.0f} s; its "
+        f"{process.name.partition(' of ')[0]} had pid {process.pid}"
+    )
+
+
+def _has_ended(process: Process, descriptor: int) -> bool:
+    if descriptor < 0:
+        return start_ticks(process.pid) != process.ticks
+    poll = select.poll()
+    poll.register(descriptor, select.POLLIN)
+    return bool(poll.poll(0))
+
+
+def start_ticks(pid: int) -> int:
+    """The start time of a process in clock ticks since boot; 0 if it has ended, even if it is not reaped yet."""
+    try:
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    except OSError:
+        return 0
+    return 0 if fields[0] in "ZX" else int(fields[19])
+
+
+def host() -> str:
+    """An identifier that is equal for two processes that can see each other's process ids."""
+    try:
+        return Path("/proc/sys/kernel/random/boot_id").read_text().strip() + os.readlink("/proc/self/ns/pid")
+    except OSError:
+        return ""

@@ -1,0 +1,27 @@
+"""The entry point ``hmr_guard`` of ``vllm.general_plugins``: HMR_GUARD=agree stops ranks that would hang.
+
+With HMR_GUARD=observe it only prints what it would refuse. vLLM calls it in each of its processes, and may do so again.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+
+MODES = ("observe", "agree")
+
+
+def register() -> None:
+    """Hook this process. Exceptions never reach the server."""
+    mode = os.environ.get("HMR_GUARD")
+    if not mode:
+        return
+    if mode not in MODES:
+        print(f"repro guard: off: HMR_GUARD is {mode!r}; set it to observe or agree", file=sys.stderr)
+        return
+    try:
+        from repro.attach.vllm.guard import hooks
+
+        hooks.install()
+    except Exception as error:
+        print(f"repro guard: off in this process: {type(error).__name__}: {error}", file=sys.stderr)

@@ -1,0 +1,139 @@
+"""What a rank tells the others when they compare, and how they find the first difference."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass
+
+from repro.attach.vllm.guard.entry import Entry, entry_of
+from repro.verdict.result import list_ranks
+
+Key = tuple[str, str, str]
+
+
+@dataclass(frozen=True)
+class Post:
+    """The state of one rank.
+
+    first        the number of its first entry below
+    entries      the entries that it issued, up to the last
+    next         the entry that it is about to issue and holds back, if it departs from its schedule
+    departed     the number of the last entry that was not the next one of the agreed schedule; -1 without one
+    executions   model executions that the rank's engine requested, and those that it counted; (-1, -1) if unknown
+    left_out     number of the first execution that the engine counted and did not request; 0 without one
+    questions    questions "is anyone unfinished?" that the engine began, and those that ended; (0, 0) if unknown
+    waits_s      how long the rank has been at the same entry of a model execution; 0 if it is not in an execution
+    asks_s       how long the worker has been idle while its engine asks whether anyone is unfinished; 0 if not so
+    """
+
+    rank: int
+    first: int
+    entries: tuple[Key, ...]
+    next: Key | None = None
+    departed: int = -1
+    executions: tuple[int, int] = (-1, -1)
+    left_out: int = 0
+    questions: tuple[int, int] = (0, 0)
+    waits_s: float = 0.0
+    asks_s: float = 0.0
+
+    @property
+    def count(self) -> int:
+        return self.first + len(self.entries)
+
+    def at(self, number: int) -> Key | None:
+        """The entry with this number, or the one that is held back; None if there is none, or it is not known."""
+        if number == self.count:
+            return self.next
+        return self.entries[number - self.first] if self.first <= number < self.count else None
+
+    def text(self) -> str:
+        return json.dumps(asdict(self))
+
+    @classmethod
+    def read(cls, text: str) -> Post:
+        """Raises ValueError, KeyError or TypeError for a text that is not of :meth:`text`."""
+        fields = json.loads(text)
+        fields["entries"] = tuple(tuple(key) for key in fields["entries"])
+        fields["next"] = tuple(fields["next"]) if fields["next"] else None
+        fields["executions"], fields["questions"] = tuple(fields["executions"]), tuple(fields["questions"])
+        return cls(**fields)
+
+
+def difference(posts: Sequence[Post]) -> str:
+    """One sentence about the first difference between these ranks; "" if they do not differ."""
+    return _left_out(posts) or _entries(posts) or _asks(posts)
+
+
+def _left_out(posts: Iterable[Post]) -> str:
+    for post in posts:
+        requested, counted = post.executions
+        if counted > requested >= 0:
+            return left_out(post.rank, post.left_out or requested + 1, counted, requested)
+    return ""
+
+
+def left_out(rank: int, number: int, counted: int, requested: int) -> str:
+    """The sentence about an engine that went on without a model execution."""
+    return (
+        f"rank {rank} left out execution {number}: its engine counted {counted} executions and requested {requested} "
+        "of its worker, so the other ranks would wait for it in their step agreement"
+    )
+
+
+def _entries(posts: Sequence[Post]) -> str:
+    for number in range(min(post.first for post in posts), max(post.count for post in posts) + 1):
+        sides: dict[Key, list[Post]] = {}
+        for post in posts:
+            key = post.at(number)
+            if key is not None:
+                sides.setdefault(key, []).append(post)
+        if len(sides) > 1:
+            return _sentence(number, sides)
+    return ""
+
+
+def _sentence(number: int, sides: dict[Key, list[Post]]) -> str:
+    """Name first whoever left the agreed schedule, if only one side did; else all sides alike."""
+    departed = [key for key, posts in sides.items() if all(post.departed == number for post in posts)]
+    if len(departed) != 1:
+        parts = [f"{_ranks(posts)} issued {_words(key)}" for key, posts in sides.items()]
+        return f"the ranks differ in collective {number}: {', '.join(parts)}"
+    (key,) = departed
+    others = [f"{_words(other)}, which {_ranks(posts)} issued" for other, posts in sides.items() if other != key]
+    verb = "would issue" if all(post.next and post.count == number for post in sides[key]) else "issued"
+    held = " (refused before it was issued)" if verb == "would issue" else ""
+    return f"{_ranks(sides[key])} {verb} {_words(key)}{held}; the agreed schedule has {' and '.join(others)}"
+
+
+def _asks(posts: Sequence[Post]) -> str:
+    """A rank whose engine asks all engines, while another rank's worker waits for its next execution.
+
+    The engine of the other rank waits for its worker, so it does not answer this question, and nobody goes on.
+    """
+    for asking in posts:
+        for waiting in posts:
+            ahead = waiting.count + (waiting.next is not None) > asking.count
+            unanswered = waiting.questions[1] < asking.questions[0]
+            if asking.asks_s > 1 and waiting.waits_s > 1 and ahead and unanswered:
+                key = waiting.next or (waiting.entries[-1] if waiting.entries else None)
+                return (
+                    f'rank {asking.rank} left out an execution: its engine asks "is anyone unfinished?" after '
+                    f"{asking.executions[0]} executions, and rank {waiting.rank} waits for it in "
+                    f"{_words(key) if key else 'a collective'}"
+                )
+    return ""
+
+
+def _words(key: Key) -> str:
+    return entry_of(*key).words()
+
+
+def _ranks(posts: Sequence[Post]) -> str:
+    ranks = sorted(post.rank for post in posts)
+    return f"rank {ranks[0]}" if len(ranks) == 1 else f"ranks {list_ranks(ranks)}"
+
+
+def keys_of(entries: Iterable[Entry]) -> tuple[Key, ...]:
+    return tuple(entry.key() for entry in entries)

@@ -1,0 +1,81 @@
+"""The collectives that a rank issued, as one numbered sequence, and the schedule that it expects next.
+
+The numbers count from the start vote, and the step agreements are entries too. All ranks of a DP group issue the same
+sequence, so two ranks can compare their entries of one number whatever each of them is doing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Sequence
+
+from repro.attach.vllm.guard.entry import MASK, Entry, digest_of, joined
+from repro.attach.vllm.repeated import Repeated
+
+MAX_SENT = 1024
+"""How many of its last entries a rank sends to the others. A step of 60 layers has 121."""
+
+
+class Stream:
+    """The sequence of one rank. Its own thread appends; others may read."""
+
+    def __init__(self) -> None:
+        # The number of the first entry that is kept, and the entries: one object, because other threads read both.
+        self._kept: tuple[int, list[Entry]] = 0, []
+        self._begin = 0  # the number of the entry with which the current step begins, after its agreement
+        self._repeated: Repeated[Entry] = Repeated()
+        self._kind: Hashable = None
+        self._plan: Sequence[Entry] | None = None
+        self._expected = self._changes = 0
+        self.digest = 0  # of the entries since the last agreement
+        self.departed = -1  # the number of the last entry that was not the planned one
+
+    @property
+    def count(self) -> int:
+        """How many entries were issued."""
+        base, entries = self._kept
+        return base + len(entries)
+
+    def departs(self, entry: Entry, ends: bool = False) -> bool:
+        """Whether this entry is not the next one of the schedule. ends: it is the agreement that ends the step."""
+        plan = self._plan
+        if plan is None:
+            return False
+        index = self.count - self._begin
+        planned = plan[index] if index < len(plan) else None
+        if planned is entry or (ends and planned is None):
+            return False
+        self._plan = None
+        self.departed = self.count
+        return True
+
+    def append(self, entry: Entry) -> None:
+        self._kept[1].append(entry)
+        self.digest = joined(self.digest, entry.digest)
+
+    def expected(self) -> int:
+        """A digest of the schedule that this rank will follow, whichever kind of step the ranks agree on."""
+        if self._changes != self._repeated.changes:
+            self._changes, self._expected = self._repeated.changes, 0
+            for kind, entries in self._repeated.expected():
+                digest = digest_of(repr(kind))
+                for entry in entries:
+                    digest = joined(digest, entry.digest)
+                self._expected = (self._expected + digest) & MASK  # the order of the kinds does not matter
+        return self._expected
+
+    def agreed(self, kind: Hashable) -> None:
+        """End the step before the agreement that was appended last. What follows depends on ``kind``; None: unknown."""
+        base, entries = self._kept
+        if self._kind is not None:
+            self._repeated.learn(self._kind, entries[self._begin - base : -1])
+        if len(entries) > 2 * MAX_SENT:
+            self._kept = base + len(entries) - MAX_SENT, entries[-MAX_SENT:]
+        self._begin, self.digest, self._kind = self.count, 0, kind
+        self._plan = self._repeated.of(kind) if kind is not None else None
+
+    def last(self) -> tuple[int, list[Entry]]:
+        """The number of the first of the last entries, and these entries. Any thread may call it."""
+        base, entries = self._kept
+        entries = list(entries)
+        dropped = max(0, len(entries) - MAX_SENT)
+        return base + dropped, entries[dropped:]

@@ -1,0 +1,74 @@
+"""A vote of all ranks through the store, before they communicate: all go on, or all get the same sentence.
+
+Every rank casts a ballot. Rank 0 reads them all and decides. A rank that waits beyond its deadline decides against. The
+first decision stands, and no decision is in favour unless all ballots were there: a rank that has cast none, for
+example because it lacks the plug-in, can never be taken for one that agrees.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from repro.attach.vllm.guard.meeting import Meeting
+from repro.verdict.result import list_ranks
+
+IN_FAVOUR = "yes"
+
+Ballot = Mapping[str, Any]
+
+
+def decide(
+    meeting: Meeting,
+    topic: str,
+    ballot: Ballot,
+    rank: int,
+    num_ranks: int,
+    deadline_s: float,
+    judge: Callable[[dict[int, Any]], str],
+    check: Callable[[], None] = lambda: None,
+    clock: Callable[[], float] = time.monotonic,
+) -> str:
+    """Vote, and return the same on all ranks: "" if all agree, else one sentence.
+
+    judge  from all ballots to a sentence; "" in favour
+    check  called while this rank waits; may raise
+    """
+    meeting.set(f"{topic}/{rank}", json.dumps(ballot))
+    decision = f"{topic}/decision"
+    keys = [f"{topic}/{other}" for other in range(num_ranks)]
+    wanted = keys if rank == 0 else [decision]
+    missing = meeting.wait_for(wanted, deadline_s, check, clock)
+    ballots = meeting.read(keys)
+    absent = [number for number, key in enumerate(keys) if key not in ballots]
+    if missing and absent:
+        sentence = f"{_ranks(absent)} did not answer within {deadline_s:g} s"
+    elif missing:
+        sentence = f"rank 0 has not decided within {deadline_s:g} s"
+    elif rank == 0:
+        sentence = judge({number: json.loads(ballots[key]) for number, key in enumerate(keys)})
+    else:
+        sentence = ""
+    if rank == 0 or missing:
+        meeting.first(decision, sentence or IN_FAVOUR)
+    outcome = meeting.read([decision])[decision]
+    return "" if outcome == IN_FAVOUR else outcome
+
+
+def _ranks(ranks: list[int]) -> str:
+    return f"rank {ranks[0]}" if len(ranks) == 1 else f"ranks {list_ranks(ranks)}"
+
+
+def differences(ballots: Mapping[int, Mapping[str, Any]]) -> list[str]:
+    """A line for each entry of the ballots that is not the same on all ranks: which ranks have which value."""
+    lines = []
+    for name in sorted({name for ballot in ballots.values() for name in ballot}):
+        sides: dict[str, list[int]] = {}
+        for rank, ballot in ballots.items():
+            sides.setdefault(json.dumps(ballot.get(name)), []).append(rank)
+        if len(sides) > 1:
+            parts = [f"{value.strip(chr(34))} on {_ranks(ranks)}" for value, ranks in sides.items()]
+            lines.append(f"{name} is {', '.join(parts)}")
+    return lines
