@@ -75,16 +75,29 @@ def _skipping(original: Any) -> Any:
 def _building(original: Any) -> Any:
     def compile_or_warm_up_model(self: Any) -> Any:
         import torch.distributed as dist
-        from torch.utils import cpp_extension
         from vllm.distributed.parallel_state import get_dp_group
 
         if _rank() == 1:
             print("HMR_FAULT: builds", flush=True)
-            cpp_extension.load_inline("fused_gdn", "int one() { return 1; }", functions=["one"])
+            build()
         dist.barrier(group=get_dp_group().cpu_group)  # as the first execution of a GPU's warm-up would
         return original(self)
 
     return compile_or_warm_up_model
+
+
+def build() -> None:
+    """Build the extension, or load it if it is built. Also a builder for HMR_GUARD_BUILDERS."""
+    from torch.utils import cpp_extension
+
+    cpp_extension.load_inline("fused_gdn", "int one() { return 1; }", functions=["one"])
+
+
+def build_on_rank_0() -> None:
+    """A builder that fails on rank 1."""
+    if _rank() == 1:
+        raise RuntimeError("nvcc fatal: Unsupported gpu architecture 'compute_90a'")
+    build()
 
 
 def _keeping(original: Any) -> Any:

@@ -26,6 +26,9 @@ def environment(folder: Path, **variables: str) -> dict[str, str]:
     metadata = folder / "hmr_plugins-0.dist-info"
     metadata.mkdir(parents=True, exist_ok=True)
     (metadata / "METADATA").write_text("Metadata-Version: 2.1\nName: hmr-plugins\nVersion: 0\n")
+    kernels = folder / "hybrid_moe_kernels"  # the package that kernels/ is when it is installed
+    if not kernels.is_symlink():
+        kernels.symlink_to(ROOT / "kernels")
     points = {
         "hmr_question": "question:register",
         **points,

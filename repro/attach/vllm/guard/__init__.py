@@ -10,7 +10,7 @@ entry.py     one collective, and the 64-bit digests of sequences of them
 post.py      what a rank tells the others, and the first difference between ranks
 vote.py      a vote of all ranks through the store
 settings.py  what each rank says in the start vote
-prepare.py   what is built before the ranks communicate
+prepare.py   what is built before the ranks communicate; builders.py is the registry of builders
 meeting.py   the keys in the store
 board.py     memory that an engine shares with its workers
 peers.py     which processes of the server have ended

@@ -63,7 +63,8 @@ class Board:
 
     def counted_at(self, number: int) -> int:
         """How many executions the engine had counted when it requested this one; -1 if it did not request it."""
-        return self[Field.FIRST + number % RING] if 0 <= self[Field.REQUESTED] - number < RING else -1
+        requested_since = self[Field.REQUESTED] - number
+        return self[Field.FIRST + number % RING] if number > 0 and 0 <= requested_since < RING else -1
 
     def executions(self) -> tuple[int, int]:
         """Requested and counted executions. The counted are read first, so they never seem to be ahead."""

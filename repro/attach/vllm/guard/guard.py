@@ -43,6 +43,7 @@ class Guard:
     members  the ranks of the DP group in which this rank agrees, in the order of C1's columns
     meeting  a connection for the thread that runs the model
     board    of this rank's engine, if there is one
+    num_ranks  of the server; as many as members if 0
     """
 
     def __init__(
@@ -52,17 +53,19 @@ class Guard:
         meeting: Meeting,
         stop: Stop,
         board: Board | None = None,
+        num_ranks: int = 0,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.rank = rank
         self.members = list(members)
+        self.num_ranks = num_ranks or len(self.members)
         self.column = self.members.index(rank)
         self.stream = Stream()
         self.layer = ""
         self.thread = threading.get_ident()
         self.inside = False  # a hooked call runs; what it calls is part of it
-        self._meeting = meeting
-        self._stop = stop
+        self.meeting = meeting
+        self.stop = stop
         self._board = board
         self._clock = clock
         self._num_executions = 0
@@ -120,7 +123,7 @@ class Guard:
         return digest
 
     def _admit(self, entry: Entry, ends: bool = False) -> None:
-        if self.stream.departs(entry, ends) and self._stop.agrees:
+        if self.stream.departs(entry, ends) and self.stop.agrees:
             self._confer(entry)
         self.stream.append(entry)
 
@@ -129,7 +132,7 @@ class Guard:
         try:
             return call()
         except Exception as error:
-            self._stop.explain(error)
+            self.stop.explain(error)
             raise
         finally:
             self.inside = False
@@ -139,11 +142,11 @@ class Guard:
         number, called_s = self.stream.count, -CALL_S
         self._held = number, entry
         while True:
-            self._raise_if_stopped()
+            self.raise_if_stopped()
             if self._clock() - called_s >= CALL_S:
                 called_s = self._clock()
-                self._meeting.call(self.post())
-            posts = self._meeting.posts(self.members)
+                self.meeting.call(self.post())
+            posts = self.meeting.posts(self.members)
             if sentence := difference(posts):
                 self.refuse(sentence)
             if len(posts) == len(self.members) and all(post.at(number) == entry.key() for post in posts):
@@ -156,40 +159,40 @@ class Guard:
         until, called_s = self._clock() + EXPLAIN_S, -CALL_S
         posts: list[Post] = []
         while self._clock() < until:
-            self._raise_if_stopped()
+            self.raise_if_stopped()
             if self._clock() - called_s >= CALL_S:
                 called_s = self._clock()
-                self._meeting.call(self.post())
-            posts = self._meeting.posts(self.members)
+                self.meeting.call(self.post())
+            posts = self.meeting.posts(self.members)
             if sentence := difference(posts):
                 return self.refuse(sentence)
             if len(posts) == len(self.members) and all(post.count >= self.stream.count for post in posts):
                 break
             time.sleep(POLL_S)
         self._counts = False
-        self._stop.say(
+        self.stop.say(
             "the digests of a step agreement differ, and the ranks found no difference in what they issued: "
             "the engines' counts are not compared any more"
         )
 
     def refuse(self, sentence: str) -> None:
         """Stop all ranks. Raises Refused; in the mode ``observe`` it only prints the sentence."""
-        if not self._stop.agrees:
-            self._stop.observe(sentence)
+        if not self.stop.agrees:
+            self.stop.observe(sentence)
             return
-        sentence = self._meeting.refuse(sentence)
-        self._stop.begin(sentence)
+        sentence = self.meeting.refuse(sentence)
+        self.stop.begin(sentence)
         time.sleep(TELL_S)
         raise Refused(sentence)
 
     def fail(self, error: Exception) -> None:
         """The model's execution raised: stop the ranks that wait for this one."""
-        if not isinstance(error, Refused) and self._stop.agrees and not self._stop.sentence:
-            self._stop.begin(self._meeting.refuse(f"rank {self.rank} failed: {type(error).__name__}: {error}"))
+        if not isinstance(error, Refused) and self.stop.agrees and not self.stop.sentence:
+            self.stop.begin(self.meeting.refuse(f"rank {self.rank} failed: {type(error).__name__}: {error}"))
 
-    def _raise_if_stopped(self) -> None:
-        if self._stop.sentence:
-            raise Refused(self._stop.sentence)
+    def raise_if_stopped(self) -> None:
+        if self.stop.sentence:
+            raise Refused(self.stop.sentence)
 
     # -- any thread ---------------------------------------------------------------------------------------------------
 
@@ -212,7 +215,8 @@ class Guard:
         asks = not self._executing and questions[0] > questions[1]
         return replace(
             post,
-            executions=board.executions(),
+            execution=self._num_executions,
+            counted=board.counted_at(self._num_executions),
             left_out=board[Field.LEFT_OUT],
             questions=questions,
             asks_s=self._clock() - self._idle_since_s if asks else 0.0,

@@ -20,7 +20,8 @@ class Post:
     entries      the entries that it issued, up to the last
     next         the entry that it is about to issue and holds back, if it departs from its schedule
     departed     the number of the last entry that was not the next one of the agreed schedule; -1 without one
-    executions   model executions that the rank's engine requested, and those that it counted; (-1, -1) if unknown
+    execution    how many executions the rank has begun
+    counted      how many its engine had counted when it requested the last of them: one less; -1 if unknown
     left_out     number of the first execution that the engine counted and did not request; 0 without one
     questions    questions "is anyone unfinished?" that the engine began, and those that ended; (0, 0) if unknown
     waits_s      how long the rank has been at the same entry of a model execution; 0 if it is not in an execution
@@ -32,7 +33,8 @@ class Post:
     entries: tuple[Key, ...]
     next: Key | None = None
     departed: int = -1
-    executions: tuple[int, int] = (-1, -1)
+    execution: int = 0
+    counted: int = -1
     left_out: int = 0
     questions: tuple[int, int] = (0, 0)
     waits_s: float = 0.0
@@ -57,7 +59,7 @@ class Post:
         fields = json.loads(text)
         fields["entries"] = tuple(tuple(key) for key in fields["entries"])
         fields["next"] = tuple(fields["next"]) if fields["next"] else None
-        fields["executions"], fields["questions"] = tuple(fields["executions"]), tuple(fields["questions"])
+        fields["questions"] = tuple(fields["questions"])
         return cls(**fields)
 
 
@@ -68,9 +70,8 @@ def difference(posts: Sequence[Post]) -> str:
 
 def _left_out(posts: Iterable[Post]) -> str:
     for post in posts:
-        requested, counted = post.executions
-        if counted > requested >= 0:
-            return left_out(post.rank, post.left_out or requested + 1, counted, requested)
+        if post.counted > post.execution - 1:
+            return left_out(post.rank, post.left_out or post.execution, post.counted, post.execution - 1)
     return ""
 
 
@@ -120,7 +121,7 @@ def _asks(posts: Sequence[Post]) -> str:
                 key = waiting.next or (waiting.entries[-1] if waiting.entries else None)
                 return (
                     f'rank {asking.rank} left out an execution: its engine asks "is anyone unfinished?" after '
-                    f"{asking.executions[0]} executions, and rank {waiting.rank} waits for it in "
+                    f"{asking.execution} executions, and rank {waiting.rank} waits for it in "
                     f"{_words(key) if key else 'a collective'}"
                 )
     return ""

@@ -1,10 +1,35 @@
-"""Prepare before you communicate: build what the first step would build, on one rank of each host at a time."""
+"""Prepare before you communicate: build what the first step would build, before the ranks wait for each other in it.
+
+On each host one rank builds while the others wait for its lock, which names it and has a heartbeat and a deadline. Then
+all ranks vote. A rank that cannot build stops all of them at once.
+"""
 
 from __future__ import annotations
 
+import errno
+import os
+import tempfile
+import time
 from collections.abc import Callable
 from functools import wraps
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from repro.attach.vllm.guard import worker
+from repro.attach.vllm.guard.builders import Builder, chosen
+from repro.attach.vllm.guard.entry import digest_of
+from repro.attach.vllm.guard.guard import Guard
+from repro.attach.vllm.guard.stop import Refused
+from repro.attach.vllm.guard.vote import decide
+
+if TYPE_CHECKING:
+    from hybrid_moe_kernels.build_lock import BuildLock
+
+DEADLINE_S = 1800.0
+"""How long a build, and the wait for one, may take (HMR_GUARD_BUILD_DEADLINE)."""
+
+SAY_S = 5.0
+"""How often a rank that waits says so."""
 
 
 def loading(original: Callable[..., Any]) -> Callable[..., Any]:
@@ -12,6 +37,88 @@ def loading(original: Callable[..., Any]) -> Callable[..., Any]:
 
     @wraps(original)
     def load_model(self: Any, *args: Any, **options: Any) -> Any:
-        return original(self, *args, **options)
+        result = original(self, *args, **options)
+        if worker.current is not None:
+            worker.guarded(prepare, worker.current, getattr(getattr(self, "model_runner", None), "model", None))
+        return result
 
     return load_model
+
+
+def prepare(guard: Guard, model: Any) -> None:
+    """Build, and vote. Raises Refused if a rank could not build; in the mode ``observe`` nothing is built."""
+    stop, began_s = guard.stop, time.monotonic()
+    deadline_s = float(os.environ.get("HMR_GUARD_BUILD_DEADLINE") or DEADLINE_S)
+    builders: list[Builder] = []
+    try:
+        builders = list(chosen(model))
+        if not stop.agrees:
+            for builder in builders:
+                stop.say(f"prepare: would build {builder.name} before the first execution")
+            return
+        for builder in builders:
+            _build(builder, guard, deadline_s)
+    except Refused:
+        raise
+    except Exception as error:
+        guard.refuse(f"rank {guard.rank} could not prepare: {type(error).__name__}: {error}{_advice(error)}")
+    names = [builder.name for builder in builders]
+    sentence = decide(
+        guard.meeting, "prepare", {"builds": names}, guard.rank, guard.num_ranks, deadline_s, lambda _: "",
+        guard.raise_if_stopped,
+    )  # fmt: skip
+    if sentence:
+        guard.refuse(f"not all ranks are prepared: {sentence}")
+    stop.say(f"prepare: all ranks are ready after {time.monotonic() - began_s:.1f} s; built: {', '.join(names) or '-'}")
+
+
+def _build(builder: Builder, guard: Guard, deadline_s: float) -> None:
+    from hybrid_moe_kernels.build_lock import BEAT_S, BuildLock, every
+
+    waiting = _Waiting(builder, guard)
+    lock = BuildLock(_lock_of(builder), guard.rank, deadline_s, check=waiting.check)
+    waiting.lock = lock
+    with lock:
+        began_s = time.monotonic()
+        guard.stop.say(f"prepare: builds or loads {builder.name}")
+        with every(BEAT_S, lock.beat):
+            try:
+                builder.build()
+            except (ImportError, AttributeError) as error:
+                guard.stop.say(f"prepare: {builder.name} is not prepared: {type(error).__name__}: {error}")
+                return
+        guard.stop.say(f"prepare: {builder.name} is there after {time.monotonic() - began_s:.1f} s")
+
+
+class _Waiting:
+    """A rank that waits for the lock says so, and stops when the ranks stop."""
+
+    def __init__(self, builder: Builder, guard: Guard) -> None:
+        self.lock: BuildLock | None = None
+        self._builder = builder
+        self._guard = guard
+        self._since_s = time.monotonic()
+        self._said_s = 0.0
+
+    def check(self) -> None:
+        self._guard.raise_if_stopped()
+        waited_s = time.monotonic() - self._since_s
+        if waited_s - self._said_s < SAY_S and self._said_s:
+            return
+        self._said_s = max(waited_s, 0.001)
+        holder = self.lock.holder() if self.lock is not None else None
+        who = holder.words() if holder is not None else "another process"
+        self._guard.stop.say(f"prepare: waits for {self._builder.name}, held by {who}")
+
+
+def _lock_of(builder: Builder) -> Path:
+    """The lock of a builder, one for all processes of this user on this host."""
+    folder = Path(tempfile.gettempdir()) / f"hmr-guard-{os.getuid()}"
+    folder.mkdir(mode=0o700, exist_ok=True)
+    return folder / f"{digest_of(builder.name):016x}.lock"
+
+
+def _advice(error: Exception) -> str:
+    if isinstance(error, OSError) and error.errno in (errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOSPC):
+        return ": name a folder that every rank can write to (TORCH_EXTENSIONS_DIR, FLASHINFER_WORKSPACE_BASE, TMPDIR)"
+    return ""

@@ -58,13 +58,13 @@ def initialising(original: Callable[..., Any]) -> Callable[..., Any]:
     def init_device(self: Any, *args: Any, **options: Any) -> Any:
         result = original(self, *args, **options)
         if lookout is None:
-            _guarded(join, self.vllm_config)
+            guarded(join, self.vllm_config)
         return result
 
     return init_device
 
 
-def _guarded(call: Callable[..., Any], *args: Any) -> Any:
+def guarded(call: Callable[..., Any], *args: Any) -> Any:
     """Call a function of ours. Only a refusal reaches the server."""
     try:
         return call(*args)
@@ -95,7 +95,7 @@ def join(config: Any) -> None:
     if mine is not None:
         root = root_of(store)
         mine.meet_at(root.host, root.port)
-    guard = Guard(rank, get_dp_group().ranks, meeting, stop, mine)
+    guard = Guard(rank, get_dp_group().ranks, meeting, stop, mine, num_ranks)
     expected = [f"worker of rank {other}" for other in range(num_ranks)]
     if mine is not None:
         expected += [

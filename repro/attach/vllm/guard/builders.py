@@ -1,0 +1,80 @@
+"""What the first model execution would build: the registry of builders.
+
+Those of FlashInfer follow its source and were not run here: no GPU. Each calls what the first execution would call, so
+a name that a version lacks is an ImportError or AttributeError, which the start reports and goes on: then the first
+execution builds, as without the guard.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+VARIABLE = "HMR_GUARD_BUILDERS"
+
+
+class BuilderError(ValueError):
+    """HMR_GUARD_BUILDERS names something that is not there."""
+
+
+class Builder(NamedTuple):
+    """One thing to build. Its function is called on every rank: the first call of a host builds, the others load.
+
+    name    what is built, for the log
+    wanted  whether this rank's model uses it
+    build   builds or loads it
+    """
+
+    name: str
+    wanted: Callable[[Any], bool]
+    build: Callable[[], object]
+
+
+def _gdn_on_flashinfer(model: Any) -> bool:
+    return any(getattr(module, "gdn_prefill_backend", "") == "flashinfer" for module in model.modules())
+
+
+def _moe_on_flashinfer(model: Any) -> bool:
+    """Whether any layer's experts are vLLM's FlashInferExperts (CUTLASS), however deep its method holds them."""
+    for module in model.modules():
+        method = getattr(module, "quant_method", None)
+        for holder in (method, getattr(method, "moe_kernel", None), getattr(method, "kernel", None)):
+            if type(getattr(holder, "fused_experts", None)).__name__ == "FlashInferExperts":
+                return True
+    return False
+
+
+def _build_gdn() -> object:
+    return importlib.import_module("flashinfer.gdn_prefill").get_gdn_prefill_module()
+
+
+def _build_moe() -> object:
+    import torch
+
+    major, minor = torch.cuda.get_device_capability()
+    core = importlib.import_module("flashinfer.fused_moe.core")
+    return core.get_cutlass_fused_moe_module(f"{10 * major + minor}")
+
+
+BUILDERS = (
+    # FlashInfer 0.6 and 0.7 (vLLM 0.20 to 0.33): flashinfer/gdn_prefill.py, 33 sources on SM90
+    Builder("FlashInfer's GDN prefill", _gdn_on_flashinfer, _build_gdn),
+    # FlashInfer 0.6 and 0.7: flashinfer/fused_moe/core.py, 173 sources on SM90
+    Builder("FlashInfer's CUTLASS fused MoE", _moe_on_flashinfer, _build_moe),
+)
+
+
+def chosen(model: Any) -> Iterator[Builder]:
+    """The builders for this rank's model, then those of HMR_GUARD_BUILDERS. Raises BuilderError."""
+    for builder in BUILDERS:
+        if model is not None and builder.wanted(model):
+            yield builder
+    for name in filter(None, os.environ.get(VARIABLE, "").split(",")):
+        module, _, function = name.strip().partition(":")
+        try:
+            build = getattr(importlib.import_module(module), function)
+        except (ImportError, AttributeError, ValueError) as error:
+            raise BuilderError(f"{VARIABLE} names {name}: {error}; write module:function,…") from None
+        yield Builder(name.strip(), lambda model: True, build)
