@@ -134,3 +134,5 @@ def ranks():
         for stop in each.stops:
             stop.sentence = ""
         each.end_collectives()
+        for lookout in each.lookouts:
+            lookout.join()

@@ -66,9 +66,11 @@ class Lookout:
         self._beats = 0
         self._missing_since_s: dict[str, float] = {}
         self._leaving = threading.Event()
+        self._thread: threading.Thread | None = None
 
     def start(self) -> None:
-        threading.Thread(target=self._run, name="repro guard", daemon=True).start()
+        self._thread = threading.Thread(target=self._run, name="repro guard", daemon=True)
+        self._thread.start()
 
     def leave(self, also: Iterable[str] = ()) -> None:
         """This process ends as it should. Call it before it stops to answer. also: processes that it ends too."""
@@ -82,6 +84,12 @@ class Lookout:
                     connection.set(f"left/{name}", "1")
                 connection.add_call()
                 time.sleep(LEAVE_S if self._processes[0].name == SERVER else 0.0)
+        self.join()
+
+    def join(self, timeout_s: float = 2.0) -> None:
+        """Wait for the thread: an interpreter that ends while it is inside the store would abort."""
+        if self._thread is not None and self._thread is not threading.current_thread():
+            self._thread.join(timeout_s)
 
     def refuse_here(self, sentence: str) -> None:
         """Stop all ranks, from the main thread. Raises Refused; in the mode ``observe`` it only prints the sentence."""
