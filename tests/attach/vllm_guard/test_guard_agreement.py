@@ -58,6 +58,7 @@ def test_a_second_step_agreement_inside_a_layer_is_refused_too(ranks):
         guard.begin_execution()
         all_ranks.agree(rank, guard)
         if rank == 1:
+            guard.layer = GDN
             all_ranks.agree(rank, guard)
         all_ranks.exchange(guard, "all_gather_v")
 
@@ -66,6 +67,24 @@ def test_a_second_step_agreement_inside_a_layer_is_refused_too(ranks):
         stop.sentence.startswith("rank 1 would issue dp.cpu all_reduce of the step agreement")
         for stop in all_ranks.stops
     )
+
+
+def test_a_second_step_agreement_after_the_last_layer_meets_the_next_one_of_the_others_and_is_named(ranks):
+    all_ranks = ranks(2)
+
+    def program(rank, guard):
+        for _ in range(5):
+            all_ranks.step(rank, guard)
+        if rank == 1:
+            guard.begin_execution()
+            guard.layer = GDN
+            all_ranks.agree(rank, guard)
+        else:
+            all_ranks.step(rank, guard)
+
+    all_ranks.run(program)
+    sentence = all_ranks.stops[1].sentence
+    assert f"rank 1 issued dp.cpu all_reduce of the step agreement in {GDN}" in sentence, sentence
 
 
 def test_before_a_schedule_is_known_ranks_that_wait_in_different_collectives_find_the_difference(ranks):

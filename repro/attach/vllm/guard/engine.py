@@ -60,10 +60,17 @@ def begin(engine: Any, config: Any) -> None:
     expected = [f"worker of rank {rank}" for rank in range(num_ranks)]
     for first in range(0, num_ranks, per_engine):
         expected += [f"engine of rank {first}", f"front end of rank {first}"]
-    stop = Stop(f"engine of rank {_rank}", os.environ.get("HMR_GUARD") == "agree")
+    stop = Stop(f"engine of rank {_rank}", os.environ.get("HMR_GUARD") == "agree", tell=_tell_front_end)
     processes = [Process.this(f"engine of rank {_rank}", _rank), front_end_of(_rank)]
     lookout = Lookout(stop, connect, processes, expected, _exit_code)
     lookout.start()
+
+
+def _tell_front_end() -> None:
+    """Send what vLLM's engine sends when it fails: a front end that waits for outputs does not look at its engines."""
+    from vllm.v1.engine.core import EngineCoreProc
+
+    _engine.output_queue.put_nowait(EngineCoreProc.ENGINE_CORE_DEAD)
 
 
 def _exit_code(pid: int) -> int | None:

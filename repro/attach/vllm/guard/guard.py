@@ -104,8 +104,9 @@ class Guard:
         """
         import torch
 
-        words = as_words(self._digest())
-        self._admit(entry_of(group, "all_reduce", AGREEMENT), ends=True)
+        entry = entry_of(group, "all_reduce", f"{AGREEMENT} in {self.layer}" if self.layer else AGREEMENT)
+        words = as_words(joined(self._digest(), entry.digest))
+        self._admit(entry, ends=True)
         more = torch.zeros(ROWS, rows.shape[1], dtype=rows.dtype)
         more[:, self.column] = torch.tensor(words, dtype=rows.dtype)
         wide = torch.cat([rows, more.to(rows.device, non_blocking=True)])

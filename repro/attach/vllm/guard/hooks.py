@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 from repro.attach.record.imports import after_import, replace
 from repro.attach.record.methods import METHODS
-from repro.attach.vllm.guard import engine, prepare, worker
+from repro.attach.vllm.guard import engine, frontend, prepare, worker
 
 
 class Hook(NamedTuple):
@@ -87,6 +87,10 @@ HOOKS = (
     Hook(_UNIPROC, ("UniProcExecutor.execute_model",), engine.requesting, "executions left out"),
     Hook(
         "vllm.v1.executor.abstract", ("Executor.execute_dummy_batch",), engine.requesting_dummy, "executions left out",
+    ),
+    Hook(
+        "vllm.v1.engine.utils", ("CoreEngineProcManager.monitor_engine_liveness",), frontend.monitoring,
+        "the exit code of the server", "0.28 on",
     ),
     Hook(
         "vllm.config.parallel", ("ParallelConfig.sync_dp_state", "ParallelConfig.has_unfinished_dp"), engine.asking,

@@ -34,6 +34,7 @@ class Stop:
 
     who      "rank 1", "engine of rank 1": how its lines begin
     agrees   whether the guard stops the process; else it only says so
+    tell     called once, at the refusal, to let others know that do not look for themselves
     """
 
     def __init__(
@@ -42,12 +43,14 @@ class Stop:
         agrees: bool,
         leave: Callable[[int], None] = os._exit,
         clock: Callable[[], float] = time.monotonic,
+        tell: Callable[[], None] = lambda: None,
     ) -> None:
         self.who = who
         self.agrees = agrees
         self.sentence = ""  # why this process stops; "" while it does not
         self._leave = leave
         self._clock = clock
+        self._tell = tell
         self._since_s = 0.0
         self._said: set[str] = set()
         self._lock = threading.Lock()
@@ -72,6 +75,8 @@ class Stop:
             self.sentence, self._since_s = sentence, self._clock()
         self.say(f"refused: {sentence}")
         self._keep(sentence, "refused")
+        with contextlib.suppress(Exception):
+            self._tell()
         with contextlib.suppress(Exception):
             from multiprocessing import util
 

@@ -1,0 +1,52 @@
+"""Hooks of a front end: vLLM's own server ends with the guard's exit code if an engine did.
+
+A program of a user that has started engines gets vLLM's EngineDeadError, and ends as it likes.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import threading
+from collections.abc import Callable, Sequence
+from functools import wraps
+from multiprocessing import connection
+from typing import Any
+
+from repro.attach.vllm.guard.stop import EXIT_CODE, GRACE_S, Stop
+
+
+def monitoring(original: Callable[..., Any]) -> Callable[..., Any]:
+    """Wrap CoreEngineProcManager.monitor_engine_liveness, which a thread of the front end runs."""
+
+    @wraps(original)
+    def monitor_engine_liveness(self: Any, *args: Any, **options: Any) -> Any:
+        engines = list(getattr(self, "processes", ()))
+        if engines and is_server():
+            threading.Thread(target=_watch, args=(engines,), name="repro guard", daemon=True).start()
+        return original(self, *args, **options)
+
+    return monitor_engine_liveness
+
+
+def is_server() -> bool:
+    """Whether this program is vLLM's own server."""
+    main = getattr(sys.modules.get("__main__"), "__spec__", None)
+    return os.path.basename(sys.argv[0]) == "vllm" or str(getattr(main, "name", "")).startswith("vllm.")
+
+
+def _watch(engines: Sequence[Any]) -> None:
+    waiting = {engine.sentinel: engine for engine in engines}
+    while waiting:
+        for sentinel in connection.wait(list(waiting)):
+            engine = waiting.pop(sentinel)  # type: ignore[call-overload]
+            engine.join(GRACE_S)  # the exit code may be read by another thread at this moment
+            if engine.exitcode == EXIT_CODE:
+                leave(Stop("front end", True))
+
+
+def leave(stop: Stop, wait: Callable[[float], None] = threading.Event().wait) -> None:
+    """Give vLLM's own shutdown some time, then end this process with the exit code."""
+    stop.say(f"an engine was refused; its log says why. The server ends with exit code {EXIT_CODE}")
+    wait(GRACE_S)
+    stop.leave()
