@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import sys
 import threading
+import time
 from collections.abc import Callable, Sequence
 from functools import wraps
 from multiprocessing import connection
@@ -39,13 +40,13 @@ def _watch(engines: Sequence[Any]) -> None:
     waiting = {engine.sentinel: engine for engine in engines}
     while waiting:
         for sentinel in connection.wait(list(waiting)):
-            engine = waiting.pop(sentinel)  # type: ignore[call-overload]
+            engine = waiting.pop(sentinel)
             engine.join(GRACE_S)  # the exit code may be read by another thread at this moment
             if engine.exitcode == EXIT_CODE:
                 leave(Stop("front end", True))
 
 
-def leave(stop: Stop, wait: Callable[[float], None] = threading.Event().wait) -> None:
+def leave(stop: Stop, wait: Callable[[float], None] = time.sleep) -> None:
     """Give vLLM's own shutdown some time, then end this process with the exit code."""
     stop.say(f"an engine was refused; its log says why. The server ends with exit code {EXIT_CODE}")
     wait(GRACE_S)
