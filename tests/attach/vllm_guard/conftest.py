@@ -11,12 +11,12 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from repro.attach.vllm.guard.board import Board
-from repro.attach.vllm.guard.guard import Guard
-from repro.attach.vllm.guard.lookout import Lookout
-from repro.attach.vllm.guard.meeting import Meeting
-from repro.attach.vllm.guard.peers import Process
-from repro.attach.vllm.guard.stop import Stop
+from repro.attach.vllm.guard.ending.lookout import Lookout
+from repro.attach.vllm.guard.ending.peers import Process
+from repro.attach.vllm.guard.ending.stop import Stop
+from repro.attach.vllm.guard.meeting.board import Board
+from repro.attach.vllm.guard.meeting.meeting import Meeting
+from repro.attach.vllm.guard.schedule.guard import Guard
 
 DEADLINE_S = 30.0
 

@@ -7,8 +7,8 @@ import time
 import pytest
 import torch
 
-from repro.attach.vllm.guard.board import Field
-from repro.attach.vllm.guard.stop import Refused
+from repro.attach.vllm.guard.ending.stop import Refused
+from repro.attach.vllm.guard.meeting.board import Field
 
 GDN = "model.layers.0.linear_attn"
 

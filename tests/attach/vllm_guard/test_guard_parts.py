@@ -11,13 +11,14 @@ import types
 import pytest
 import torch
 
-from repro.attach.vllm.guard import board, engine, hooks, settings, worker
-from repro.attach.vllm.guard.board import RING, Field
-from repro.attach.vllm.guard.entry import as_words, digest_of, entry_of
-from repro.attach.vllm.guard.guard import kind_of
-from repro.attach.vllm.guard.post import Post, difference
-from repro.attach.vllm.guard.stop import Refused, Stop
-from repro.attach.vllm.guard.stream import MAX_SENT, Stream
+from repro.attach.vllm.guard import engine, hooks, worker
+from repro.attach.vllm.guard.ending.stop import Refused, Stop
+from repro.attach.vllm.guard.meeting import board, settings
+from repro.attach.vllm.guard.meeting.board import RING, Field
+from repro.attach.vllm.guard.schedule.entry import as_words, digest_of, entry_of
+from repro.attach.vllm.guard.schedule.guard import kind_of
+from repro.attach.vllm.guard.schedule.post import Post, difference
+from repro.attach.vllm.guard.schedule.stream import MAX_SENT, Stream
 
 AGREEMENT = entry_of("dp.cpu", "all_reduce", "the step agreement")
 DISPATCH, COMBINE = entry_of("ep", "all_gather_v", "0"), entry_of("ep", "reduce_scatter_v", "0")
@@ -35,7 +36,7 @@ def step(stream: Stream, *entries, kind=(0, 0)) -> list[bool]:
 
 
 def test_a_digest_is_the_same_in_every_process_and_fits_two_int32():
-    code = "from repro.attach.vllm.guard.entry import digest_of; print(digest_of('ep'))"
+    code = "from repro.attach.vllm.guard.schedule.entry import digest_of; print(digest_of('ep'))"
     other = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, env={**os.environ, "PYTHONHASHSEED": "7"}
     )
@@ -121,7 +122,7 @@ def fresh(monkeypatch):
 
 def test_a_spawned_child_finds_the_board_of_its_engine_and_the_engine_the_store_of_its_worker(fresh):
     code = (
-        "from repro.attach.vllm.guard import board; mine = board.inherited(); mine.meet_at('10.0.0.7', 29500); "
+        "from repro.attach.vllm.guard.meeting import board; mine = board.inherited(); mine.meet_at('10.0.0.7', 29500); "
         "print(mine.counted_at(1), mine.executions(), mine.questions())"
     )
     fresh[Field.COUNTED] = 7
@@ -226,7 +227,7 @@ def test_a_collective_that_fails_because_a_peer_is_gone_raises_the_reason():
 def test_a_process_of_multiprocessing_ends_with_the_guard_s_exit_code(method, tmp_path):
     code = (
         "import multiprocessing as mp\n"
-        "from repro.attach.vllm.guard.stop import Stop\n"
+        "from repro.attach.vllm.guard.ending.stop import Stop\n"
         "def work():\n"
         "    Stop('rank 1', True).begin('rank 0 is gone')\n"
         "    raise RuntimeError('as vLLM would')\n"

@@ -11,10 +11,10 @@ import time
 import pytest
 import torch.distributed as dist
 
-from repro.attach.vllm.guard.lookout import PARENT_FIRST_S, Lookout
-from repro.attach.vllm.guard.meeting import Meeting
-from repro.attach.vllm.guard.peers import SILENT_S, Peers, Process, gone, start_ticks
-from repro.attach.vllm.guard.stop import GRACE_S, Stop
+from repro.attach.vllm.guard.ending.lookout import PARENT_FIRST_S, Lookout
+from repro.attach.vllm.guard.ending.peers import SILENT_S, Peers, Process, gone, start_ticks
+from repro.attach.vllm.guard.ending.stop import GRACE_S, Stop
+from repro.attach.vllm.guard.meeting.meeting import Meeting
 
 
 @pytest.fixture

@@ -10,11 +10,12 @@ import types
 import pytest
 import torch.distributed as dist
 
-from repro.attach.vllm.guard import builders, prepare, settings
-from repro.attach.vllm.guard.builders import Builder, BuilderError
-from repro.attach.vllm.guard.meeting import Meeting
-from repro.attach.vllm.guard.stop import Refused
-from repro.attach.vllm.guard.vote import decide, differences
+from repro.attach.vllm.guard.ending.stop import Refused
+from repro.attach.vllm.guard.meeting import settings
+from repro.attach.vllm.guard.meeting.meeting import Meeting
+from repro.attach.vllm.guard.meeting.vote import decide, differences
+from repro.attach.vllm.guard.preparation import builders, prepare
+from repro.attach.vllm.guard.preparation.builders import Builder, BuilderError
 
 
 class Clock:

@@ -9,13 +9,13 @@ from collections.abc import Callable
 from functools import wraps
 from typing import Any
 
-from repro.attach.vllm.guard import board
-from repro.attach.vllm.guard.board import Board, Field
-from repro.attach.vllm.guard.lookout import Lookout, front_end_of
-from repro.attach.vllm.guard.meeting import Meeting
-from repro.attach.vllm.guard.peers import Process
-from repro.attach.vllm.guard.post import left_out
-from repro.attach.vllm.guard.stop import Stop
+from repro.attach.vllm.guard.ending.lookout import Lookout, front_end_of
+from repro.attach.vllm.guard.ending.peers import Process
+from repro.attach.vllm.guard.ending.stop import Stop
+from repro.attach.vllm.guard.meeting import board
+from repro.attach.vllm.guard.meeting.board import Board, Field
+from repro.attach.vllm.guard.meeting.meeting import Meeting
+from repro.attach.vllm.guard.schedule.post import left_out
 
 current: Board | None = None
 """The board of this process, if it is an engine."""

@@ -14,7 +14,7 @@ from functools import wraps
 from multiprocessing import connection
 from typing import Any
 
-from repro.attach.vllm.guard.stop import EXIT_CODE, GRACE_S, Stop
+from repro.attach.vllm.guard.ending.stop import EXIT_CODE, GRACE_S, Stop
 
 
 def monitoring(original: Callable[..., Any]) -> Callable[..., Any]:

@@ -15,7 +15,8 @@ from typing import Any, NamedTuple
 
 from repro.attach.record.imports import after_import, replace
 from repro.attach.record.methods import METHODS
-from repro.attach.vllm.guard import engine, frontend, prepare, worker
+from repro.attach.vllm.guard import engine, frontend, worker
+from repro.attach.vllm.guard.preparation import prepare
 
 
 class Hook(NamedTuple):

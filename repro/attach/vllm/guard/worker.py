@@ -9,13 +9,13 @@ from collections.abc import Callable
 from functools import wraps
 from typing import Any, NamedTuple
 
-from repro.attach.vllm.guard import board, settings
-from repro.attach.vllm.guard.guard import Guard
-from repro.attach.vllm.guard.lookout import Lookout
-from repro.attach.vllm.guard.meeting import Meeting, root_of
-from repro.attach.vllm.guard.peers import Process
-from repro.attach.vllm.guard.stop import Refused, Stop
-from repro.attach.vllm.guard.vote import decide
+from repro.attach.vllm.guard.ending.lookout import Lookout
+from repro.attach.vllm.guard.ending.peers import Process
+from repro.attach.vllm.guard.ending.stop import Refused, Stop
+from repro.attach.vllm.guard.meeting import board, settings
+from repro.attach.vllm.guard.meeting.meeting import Meeting, root_of
+from repro.attach.vllm.guard.meeting.vote import decide
+from repro.attach.vllm.guard.schedule.guard import Guard
 
 DEADLINE_S = 60.0
 """How long the ranks wait for each other in the start vote (HMR_GUARD_DEADLINE)."""

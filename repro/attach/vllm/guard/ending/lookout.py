@@ -11,11 +11,11 @@ import threading
 import time
 from collections.abc import Callable, Iterable
 
-from repro.attach.vllm.guard.guard import TELL_S, WAIT_S, Guard
-from repro.attach.vllm.guard.meeting import Meeting
-from repro.attach.vllm.guard.peers import Peers, Process, gone, silence
-from repro.attach.vllm.guard.post import difference
-from repro.attach.vllm.guard.stop import Refused, Stop
+from repro.attach.vllm.guard.ending.peers import Peers, Process, gone, silence
+from repro.attach.vllm.guard.ending.stop import Refused, Stop
+from repro.attach.vllm.guard.meeting.meeting import Meeting
+from repro.attach.vllm.guard.schedule.guard import TELL_S, WAIT_S, Guard
+from repro.attach.vllm.guard.schedule.post import difference
 
 INTERVAL_S = 0.1
 SEARCH_S = 0.5

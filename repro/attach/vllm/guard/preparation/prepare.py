@@ -16,11 +16,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from repro.attach.vllm.guard import worker
-from repro.attach.vllm.guard.builders import Builder, chosen
-from repro.attach.vllm.guard.entry import digest_of
-from repro.attach.vllm.guard.guard import Guard
-from repro.attach.vllm.guard.stop import Refused
-from repro.attach.vllm.guard.vote import decide
+from repro.attach.vllm.guard.ending.stop import Refused
+from repro.attach.vllm.guard.meeting.vote import decide
+from repro.attach.vllm.guard.preparation.builders import Builder, chosen
+from repro.attach.vllm.guard.schedule.entry import digest_of
+from repro.attach.vllm.guard.schedule.guard import Guard
 
 if TYPE_CHECKING:
     from hybrid_moe_kernels.build_lock import BuildLock
@@ -105,8 +105,10 @@ class _Waiting:
         waited_s = time.monotonic() - self._since_s
         if waited_s - self._said_s < SAY_S and self._said_s:
             return
-        self._said_s = max(waited_s, 0.001)
         holder = self.lock.holder() if self.lock is not None else None
+        if holder is None and waited_s < 1:  # it has not written its name yet
+            return
+        self._said_s = max(waited_s, 0.001)
         who = holder.words() if holder is not None else "another process"
         self._guard.stop.say(f"prepare: waits for {self._builder.name}, held by {who}")
 

@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from repro.attach.vllm.guard.meeting import Meeting
+from repro.attach.vllm.guard.meeting.meeting import Meeting
 from repro.verdict.result import list_ranks
 
 IN_FAVOUR = "yes"

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
-from repro.attach.vllm.guard.vote import differences
+from repro.attach.vllm.guard.meeting.vote import differences
 
 PROTOCOL = 1
 """Changes with the rows that the guard adds to C1, and with what the ranks tell each other."""

@@ -16,7 +16,7 @@ import time
 from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any
 
-from repro.attach.vllm.guard.post import Post
+from repro.attach.vllm.guard.schedule.post import Post
 
 if TYPE_CHECKING:
     from torch.distributed import Store

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Sequence
 
-from repro.attach.vllm.guard.entry import MASK, Entry, digest_of, joined
+from repro.attach.vllm.guard.schedule.entry import MASK, Entry, digest_of, joined
 from repro.attach.vllm.repeated import Repeated
 
 MAX_SENT = 1024

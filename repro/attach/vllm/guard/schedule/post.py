@@ -6,7 +6,7 @@ import json
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 
-from repro.attach.vllm.guard.entry import Entry, entry_of
+from repro.attach.vllm.guard.schedule.entry import Entry, entry_of
 from repro.verdict.result import list_ranks
 
 Key = tuple[str, str, str]

@@ -16,12 +16,12 @@ from collections.abc import Callable, Hashable, Sequence
 from dataclasses import replace
 from typing import Any, TypeVar
 
-from repro.attach.vllm.guard.board import Board, Field
-from repro.attach.vllm.guard.entry import AGREEMENT, Entry, as_words, entry_of, joined
-from repro.attach.vllm.guard.meeting import POLL_S, Meeting
-from repro.attach.vllm.guard.post import Post, difference, keys_of
-from repro.attach.vllm.guard.stop import Refused, Stop
-from repro.attach.vllm.guard.stream import Stream
+from repro.attach.vllm.guard.ending.stop import Refused, Stop
+from repro.attach.vllm.guard.meeting.board import Board, Field
+from repro.attach.vllm.guard.meeting.meeting import POLL_S, Meeting
+from repro.attach.vllm.guard.schedule.entry import AGREEMENT, Entry, as_words, entry_of, joined
+from repro.attach.vllm.guard.schedule.post import Post, difference, keys_of
+from repro.attach.vllm.guard.schedule.stream import Stream
 
 ROWS = 2
 """How many rows the guard adds to C1."""

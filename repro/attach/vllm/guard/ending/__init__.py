@@ -1,0 +1,1 @@
+"""Who is gone, and how a process ends that must not wait any longer."""

@@ -1,0 +1,1 @@
+"""What a rank issues and expects, and how the ranks compare it."""
