@@ -16,6 +16,7 @@ from rich.console import Console
 
 from hybrid_moe_ref.config import ConfigError
 from repro.attach import recording
+from repro.attach.record import compiled
 from repro.commands.verdicts import write_reports
 from repro.exit_codes import INTERRUPTED, UNEXPECTED
 from repro.hosts import processes
@@ -61,6 +62,9 @@ def run(args: argparse.Namespace) -> int:
     root = args.to or Path("runs") / f"{datetime.now(UTC):%Y%m%dT%H%M%S}Z-record"
     if args.quiet_window is not None and not 0 < args.quiet_window <= LONGEST_WINDOW_S:
         raise ConfigError(f"{args.quiet_window} is not a number of seconds above 0", "--quiet-window")
+    console = Console(stderr=True)
+    if problem := compiled.build():
+        say(console, f"record: without the compiled hooks, a collective costs some microseconds more: {problem}")
     if args.print_env:
         for name, value in _variables(args, root.absolute()).items():
             print(f"export {name}={shlex.quote(value)}")
@@ -68,7 +72,6 @@ def run(args: argparse.Namespace) -> int:
     if not program:
         args.parser.error("no program is given: record [--to DIR] -- torchrun --nproc-per-node 8 train.py")
     _make(root)
-    console = Console(stderr=True)
     with args.interrupt.deferred():
         return _Recording(args, root.absolute(), console, args.interrupt).run(program)
 

@@ -9,6 +9,7 @@ then runs ``site/sitecustomize.py`` in every interpreter of the program, also in
     rank.py                 the rank that this process is: its witness file, thread and end
     collectives.py          torch's process groups: what the program calls in Python
     methods.py                  the table of those calls
+    compiled/                   the same hooks and the writer of the witness in C, where they could be built
     functional.py           what torch calls in C++: functional collectives, the reducer of DDP
     groups.py               creation of groups, which all ranks take part in
     locks.py, builds.py     waits and work of one rank

@@ -16,6 +16,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from hybrid_moe_ref.parallel.observer import Collective
+from repro.attach.record import compiled
 from repro.attach.record import rank as this
 from repro.attach.record.groups import c10d_world, dist_ranks, name_group
 from repro.attach.record.imports import replace
@@ -23,9 +24,10 @@ from repro.attach.record.methods import METHODS, Method
 
 if TYPE_CHECKING:
     from repro.attach.record.rank import Rank
+    from repro.trace.calls import Call
 
-Calls = tuple[tuple[Collective, int], ...]
-"""Collectives, each with the ticket that the recorder gave it."""
+Calls = tuple[tuple["Call", int], ...]
+"""Calls, each with the ticket of its collective."""
 
 
 class _Group(NamedTuple):
@@ -40,7 +42,8 @@ class _Group(NamedTuple):
     on_host: bool
 
 
-_pending: dict[int, tuple[Any, Calls, bool, bool]] = {}
+_library: Any = compiled.load()
+_pending: dict[int, tuple[Any, Calls, bool, bool]] = {} if _library is None else _library.pending
 """Issued works that may be incomplete, by id: (weak reference, calls, blocking, pollable). A
 coalesced work has several calls. blocking: the program waits for it at once.
 pollable: it may be asked at any time whether it is complete."""
@@ -59,25 +62,27 @@ class _Thread(threading.local):
     """
 
     inside = False
-    coalesced: list[tuple[Collective, int]] | None = None
+    coalesced: list[tuple[Call, int]] | None = None
 
 
-_thread = _Thread()
+_thread: Any = _Thread() if _library is None else _library.Thread()
 
 
 def hook(c10d: Any) -> None:
     """Replace the methods of ProcessGroup, Backend and Work in torch._C._distributed_c10d."""
     for owner in (c10d.ProcessGroup, c10d.Backend):
         for name, method in METHODS.items():
-            replace(owner, name, functools.partial(_recorded, method))
+            replace(owner, name, functools.partial(_hook, method))
         replace(owner, "_start_coalescing", _recorded_start)
         replace(owner, "_end_coalescing", _recorded_end)
-    replace(c10d.Work, "wait", _recorded_wait)
+    for kind in (c10d.Work, *c10d.Work.__subclasses__()):
+        if "wait" in vars(kind):
+            replace(kind, "wait", _recorded_wait if _library is None else _compiled_wait)
 
 
 def inside() -> bool:
     """Whether this thread is inside a recorded call. Calls within such a call are not recorded again."""
-    return _thread.inside
+    return bool(_thread.inside)
 
 
 @contextlib.contextmanager
@@ -88,6 +93,27 @@ def beneath() -> Iterator[None]:
         yield
     finally:
         _thread.inside = False
+
+
+def _hook(method: Method, original: Any) -> Any:
+    """Make the hook of a method: the compiled one, if there is a library and it can read this method."""
+    slow = _recorded(method, original)
+    if _library is None or method.compiled is None:
+        return slow
+
+    def resolve(group: Any, *args: Any, **options: Any) -> tuple[Call, int, bool] | None:
+        """Read a call for the compiled hook: its call, the depth of its call site, whether it may be polled."""
+        rank = this.current
+        read = _read(rank, group, method, args, options) if rank is not None else None
+        if rank is None or read is None:
+            return None
+        collective, _, on_host = read
+        with rank.lock:
+            recorder: Any = rank.recorder  # a compiled one: the hooks ask for no other
+            return *recorder.call_at(sys._getframe(1), collective), on_host
+
+    sized, has_tensor = method.compiled
+    return _library.Issue(original, slow, resolve, sized, has_tensor, method.rooted, method.reduces, method.one_sided)
 
 
 def _recorded(method: Method, original: Any) -> Any:
@@ -103,20 +129,21 @@ def _recorded(method: Method, original: Any) -> Any:
         recorder, lock = rank.recorder, rank.lock
         with lock:
             recorder.enter(collective, asynchronous)
-            ticket = recorder.last_seq
+            issued = recorder.last_call
+            ticket = issued.group.seq
         _thread.inside = True
         try:
             work = original(self, *args, **options)
         finally:
             _thread.inside = False
         if _thread.coalesced is not None:
-            _thread.coalesced.append((collective, ticket))
+            _thread.coalesced.append((issued, ticket))
         elif work is None:
             with lock:
-                recorder.leave(collective, ticket)
+                recorder.leave(None, ticket, issued)
         else:
             asked = asynchronous and on_host
-            _pending[id(work)] = (weakref.ref(work), ((collective, ticket),), not asynchronous, asked)
+            _pending[id(work)] = (weakref.ref(work), ((issued, ticket),), not asynchronous, asked)
         return work
 
     return call
@@ -172,15 +199,19 @@ def _recorded_wait(original: Any) -> Any:
         _, calls, blocking, _ = pending
         if not blocking:
             with rank.lock:
-                for collective, ticket in calls:
-                    rank.recorder.wait(collective, ticket)
+                for call, ticket in calls:
+                    rank.recorder.wait(None, ticket, call)
         done = original(self, *args, **options)
         with rank.lock:
-            for collective, ticket in calls:
-                rank.recorder.leave(collective, ticket)
+            for call, ticket in calls:
+                rank.recorder.leave(None, ticket, call)
         return done
 
     return wait
+
+
+def _compiled_wait(original: Any) -> Any:
+    return _library.Wait(original, _recorded_wait(original))
 
 
 def _recorded_start(original: Any) -> Any:
@@ -219,8 +250,8 @@ def note_completions(rank: Rank) -> None:
             _pending.pop(key, None)
         elif asked and work.is_completed() and _pending.pop(key, None) is not None:
             with rank.lock:  # the entry was still there, so the main thread is not in `wait` now
-                for collective, ticket in calls:
-                    rank.recorder.leave(collective, ticket)
+                for call, ticket in calls:
+                    rank.recorder.leave(None, ticket, call)
 
 
 # -- names -----------------------------------------------------------------------------------------------------------
@@ -270,9 +301,13 @@ def dtype_of(tensors: Any) -> str:
 
 
 def _reduction(opts: Any) -> str:
-    reduce_op = opts.reduceOp.op
-    number = reduce_op.value
+    """The name of the reduction. opts: the options of a call; in older forms of a call its reduction, or neither."""
+    reduction = getattr(opts, "reduceOp", None)
+    if reduction is None:
+        operation = getattr(opts, "op", opts)
+        return str(operation).rpartition(".")[2].lower() if type(operation).__name__ == "RedOpType" else "sum"
+    number = hash(reduction)  # of torch: the number of the operation
     name = _reductions.get(number)
     if name is None:
-        name = _reductions[number] = str(reduce_op).rpartition(".")[2].lower()
+        name = _reductions[number] = str(reduction.op).rpartition(".")[2].lower()
     return name

@@ -16,6 +16,7 @@ class Method(NamedTuple):
     rooted     whether the options name a root
     reduces    whether the options name a reduction
     one_sided  whether it is a send or a receive, whose second argument is the peer
+    fast       whether the compiled hooks may read it
     """
 
     op: str
@@ -23,6 +24,16 @@ class Method(NamedTuple):
     rooted: bool = False
     reduces: bool = False
     one_sided: bool = False
+    fast: bool = True
+
+    @property
+    def compiled(self) -> tuple[int, bool] | None:
+        """For the compiled hooks: which argument has the sizes (0 for none), and whether the first is a tensor.
+
+        None for a method that they do not read.
+        """
+        sized = {_none: 0, _each: 1, _first: 1, _second: 2, _inputs: 2}.get(self.sizes)
+        return None if sized is None or not self.fast else (sized, self.op != "barrier")
 
 
 def _each(tensors: Any, _: Any) -> tuple[int, ...]:
@@ -74,7 +85,7 @@ METHODS = {
     "gather": Method("gather", _none, rooted=True),
     "scatter": Method("scatter", _none, rooted=True),
     "barrier": Method("barrier", _none),
-    "monitored_barrier": Method("monitored_barrier", _none),
+    "monitored_barrier": Method("monitored_barrier", _none, fast=False),
     "send": Method("send", _none, one_sided=True),
     "recv": Method("recv", _none, one_sided=True),
 }

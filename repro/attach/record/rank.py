@@ -17,6 +17,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
+from repro.attach.record import compiled
 from repro.attach.record.imports import replace
 
 if TYPE_CHECKING:
@@ -40,6 +41,9 @@ class _Thread(threading.local):
     layer = ""
 
 
+_library: Any = compiled.load()
+
+
 class Rank:
     """A recorded rank. Several threads of the program record events; ``lock`` serialises them."""
 
@@ -48,7 +52,7 @@ class Rank:
         self.rank = rank
         self.root = root
         self.lock = threading.Lock()
-        self.local = _Thread()
+        self.local = _Thread() if _library is None else _library.Thread()
         self.attended: list[Callable[[], None]] = []  # functions that the attendant calls regularly
 
     @contextlib.contextmanager
@@ -112,8 +116,15 @@ def folder(num_ranks: int) -> Path:
 
 def _forget() -> None:
     """Stop recording in a forked child: the parent's witness does not belong to it."""
+    _use(None)
+
+
+def _use(rank: Rank | None) -> None:
+    """Make the hooks of this process record this rank, or none."""
     global current
-    current = None
+    current = rank
+    if _library is not None:
+        _library.record(rank is not None, getattr(rank.recorder, "tape", None) if rank is not None else None)
 
 
 def become_from_environment() -> None:
@@ -128,38 +139,39 @@ def become(rank: int, num_ranks: int, meeting: str = "") -> None:
 
     meeting: where the ranks of the job meet, if the environment does not say so
     """
-    global current, _owner_pid
+    global _owner_pid
     if _base is None or current is not None or _owner_pid == os.getpid():
         return
     _owner_pid = os.getpid()
-    from repro.trace.recording.recorder import Recorder
-    from repro.trace.witness.parse import WitnessError
+    from repro.attach.record.compiled.recorder import recorder_type
+    from repro.trace.parse import WitnessError
 
     try:
         root = _folder_of_job(_base, _key(num_ranks, meeting))
         _describe(root, num_ranks)
-        recorder = Recorder.open(root / "events" / f"rank{rank:03d}.wit", rank, num_ranks, run_id=root.name[:60])
+        recorder = recorder_type().open(root / "events" / f"rank{rank:03d}.wit", rank, num_ranks, run_id=root.name[:60])
     except (OSError, WitnessError) as error:
         print(f"[rank {rank}] repro record: this process is not recorded: {error}", file=sys.stderr)
         return
-    current = Rank(recorder, rank, root)
-    current.phase("start")
+    me = Rank(recorder, rank, root)
+    _use(me)
+    me.phase("start")
     _end_with_the_process()
     from repro.attach.record.attendant import Attendant
 
-    Attendant(current).start()
+    Attendant(me).start()
 
 
 @contextlib.contextmanager
 def recorded_as(rank: Rank, layer: str) -> Iterator[None]:
     """Record this process in the block, as a test does for the code under test. layer: the name of the block."""
-    global current
-    before, current = current, rank
+    before = current
+    _use(rank)
     try:
         with rank.in_layer(layer):
             yield
     finally:
-        current = before
+        _use(before)
 
 
 def _key(num_ranks: int, meeting: str) -> str:
@@ -250,8 +262,9 @@ def failed(error: BaseException) -> None:
 
 def done() -> None:
     """Record that this rank ends without an error, and stop recording: no event may follow."""
-    global _ended, current
-    rank, current = current, None
+    global _ended
+    rank = current
+    _use(None)
     if rank is None or _ended:
         return
     _ended = True

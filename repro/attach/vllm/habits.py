@@ -10,15 +10,13 @@ from __future__ import annotations
 from collections.abc import Hashable
 from typing import TYPE_CHECKING
 
-from hybrid_moe_ref.parallel.observer import Collective, ScheduleEntry
+from hybrid_moe_ref.parallel.observer import ScheduleEntry
 
 if TYPE_CHECKING:
     from repro.trace.recording.recorder import Recorder
 
 NUM_EQUAL = 3
 """Executions that must be equal before a rank declares them."""
-
-MAX_ENTRIES = 4096
 
 
 class Habits:
@@ -37,14 +35,7 @@ class Habits:
     def begin(self) -> None:
         """Start to record an execution."""
         self._issued, self._kind = [], None
-        enter = type(self._recorder).enter.__get__(self._recorder)
-
-        def noted(collective: Collective, asynchronous: bool = False) -> None:
-            if self._issued is not None and len(self._issued) < MAX_ENTRIES:
-                self._issued.append(ScheduleEntry(*collective[:3]))
-            enter(collective, asynchronous)
-
-        self._recorder.enter = noted  # type: ignore[method-assign]
+        self._recorder.note_entries(self._issued)
 
     def plan(self, kind: Hashable) -> tuple[ScheduleEntry, ...]:
         """Return what an execution of this kind issues after the step agreement; () if that is unknown."""
@@ -60,7 +51,7 @@ class Habits:
         if self.agreement != (first := tuple(self._issued[:1])):
             self.agreement = first  # else the same object: the recorder knows the schedules that it has by identity
         self._issued = None
-        vars(self._recorder).pop("enter", None)
+        self._recorder.note_entries(None)
         if kind is None or kind in self._varying:
             return
         entries, count = self._learnt.get(kind, (issued, 0))

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from zlib import crc32
 
-from repro.trace.witness.format import (
+from hybrid_moe_ref.parallel.observer import ScheduleEntry
+from repro.trace.format import (
     FIXED,
     GROUP_BYTES,
     GROUPS_AT,
@@ -43,10 +44,18 @@ class Group:
 class Call:
     """A collective at one call site: the constant part of its records, packed once, each with its checksum so far."""
 
-    __slots__ = ("digest", "enter", "group", "issue", "leave", "num_sizes", "wait")
+    __slots__ = ("digest", "enter", "entry", "group", "issue", "leave", "num_sizes", "wait")
 
-    def __init__(self, group: Group, digest: bytes, num_sizes: int, fixed: Callable[[int], tuple[bytes, int]]) -> None:
+    def __init__(
+        self,
+        group: Group,
+        digest: bytes,
+        num_sizes: int,
+        entry: ScheduleEntry,
+        fixed: Callable[[int], tuple[bytes, int]],
+    ) -> None:
         self.group = group
         self.digest = digest
         self.num_sizes = num_sizes
+        self.entry = entry
         self.enter, self.leave, self.issue, self.wait = map(fixed, (Kind.ENTER, Kind.LEAVE, Kind.ISSUE, Kind.WAIT))

@@ -39,6 +39,7 @@ from repro.trace.witness.format import (
     HEART_AT,
     LIVE_AT,
     NO_GROUP,
+    NO_VECTOR,
     RECORD,
     SEALED,
     SEPARATOR,
@@ -55,6 +56,9 @@ from repro.trace.witness.parse import WitnessError, parse_header
 
 MAX_MESSAGE = 600
 """Maximum number of characters of an error message."""
+
+MAX_NOTED = 4096
+"""Maximum number of entries that `Recorder.note_entries` appends to a list."""
 
 _pack, _seal_into, _getframe = VARIABLE.pack, SEALED.pack_into, sys._getframe
 _RECORD = RECORD.size
@@ -107,7 +111,7 @@ class Recorder:
         self._depth = 1  # number of frames from `enter` to the call site in the previous call
         self._codes: list[CodeType] = []  # a reference to each code object, so that ids in _calls are not reused
         self._vector: tuple[int, ...] = ()  # the last stored size vector, and its offset
-        self._vector_offset = 0
+        self._vector_offset = NO_VECTOR
         self._heartbeats = 0
 
     @classmethod
@@ -199,10 +203,12 @@ class Recorder:
         )  # packing in place would clear the slot first, but readers must never see it empty
         words[_NUM_EVENTS] = n * GUARD
 
-    def leave(self, collective: Collective, ticket: int = 0) -> None:
-        call = self._entered_call if collective is self._entered else None
+    def leave(self, collective: Collective | None, ticket: int = 0, call: Call | None = None) -> None:
+        """Record the completion of a collective. call: what ``last_call`` gave for it; saves finding it again."""
         if call is None:
-            call = self._call_of(collective)
+            call = self._entered_call if collective is self._entered else None
+            if call is None:
+                call = self._call_of(collective)
         group = call.group
         seq = ticket or group.seq
         self._num_events = n = self._num_events + 1
@@ -237,6 +243,12 @@ class Recorder:
         self._write(Kind.FAILED, sig=self._intern(line))
 
     @property
+    def last_call(self) -> Call:
+        """The call of the collective that was issued last."""
+        assert self._entered_call is not None
+        return self._entered_call
+
+    @property
     def last_seq(self) -> int:
         """Number of the collective that was issued last, in its group."""
         assert self._entered_call is not None
@@ -249,13 +261,27 @@ class Recorder:
         self.enter(collective, True)
         return self.last_seq
 
-    def wait(self, collective: Collective, ticket: int) -> None:
-        """Record that the rank begins to wait for the collective of ``ticket``."""
-        self._append(*self._call_of(collective).wait, ticket)
+    def wait(self, collective: Collective | None, ticket: int, call: Call | None = None) -> None:
+        """Record that the rank begins to wait for the collective of ``ticket``. call: as in ``leave``."""
+        self._append(*(call or self._call_of(collective)).wait, ticket)
 
     def finish(self, collective: Collective, ticket: int) -> None:
         """Record that the collective of ``ticket`` is complete."""
         self.leave(collective, ticket)
+
+    def note_entries(self, entries: list[ScheduleEntry] | None) -> None:
+        """From now on append the entry of each collective that is issued, up to MAX_NOTED; None ends this."""
+        vars(self).pop("enter", None)
+        if entries is None:
+            return
+        enter = self.enter
+
+        def noted(collective: Collective, asynchronous: bool = False) -> None:
+            if len(entries) < MAX_NOTED:
+                entries.append(ScheduleEntry(*collective[:3]))
+            enter(collective, asynchronous)
+
+        self.enter = noted  # type: ignore[method-assign]
 
     # -- writing -------------------------------------------------------------------------------------------------
 
@@ -277,13 +303,16 @@ class Recorder:
         group = self._groups.get(name)
         if group is None:
             index = len(self._groups)
-            self._groups[name] = group = Group(index if index < self._shape.group_slots else NO_GROUP)
+            self._groups[name] = group = self._new_group(index if index < self._shape.group_slots else NO_GROUP)
             if group.index != NO_GROUP:
                 members = ",".join(map(str, self._members.get(name, range(self._writer.num_ranks))))
                 at = GROUPS_AT + group.index * GROUP_BYTES
                 self._buffer[at : at + GROUP_NAME.size] = pack_group_name(self._intern(name), self._intern(members))
                 self._words[_NUM_GROUPS] = (group.index + 1) * GUARD
         return group
+
+    def _new_group(self, index: int) -> Group:
+        return Group(index)
 
     def _call_from(self, caller: FrameType, collective: Collective) -> Call:
         """Return the call at the call site: the first frame outside the communicator, from `enter`'s caller on."""
@@ -295,8 +324,9 @@ class Recorder:
         key = (group, op, layer, dtype, reduce_op, root, len(sizes), id(frame.f_code), frame.f_lasti)
         return self._calls.get(key) or self._make_call(collective, key, frame)
 
-    def _call_of(self, collective: Collective) -> Call:
+    def _call_of(self, collective: Collective | None) -> Call:
         """The call of a collective that was issued elsewhere, without a call site."""
+        assert collective is not None, "either the collective or its call is given"
         group, op, layer, sizes, dtype, reduce_op, root = collective
         key = (group, op, layer, dtype, reduce_op, root, len(sizes))
         return self._calls.get(key) or self._make_call(collective, key, None)
@@ -320,8 +350,20 @@ class Recorder:
         group = self._group(name)
         num_sizes = len(collective.sizes)
         shared = (collective.root, num_sizes, string, self._site(frame), self._phase, group.index)
-        self._calls[key] = call = Call(group, digest, num_sizes, lambda kind: sealed_part(*shared, kind))
+        entry = ScheduleEntry(collective.group, op, collective.layer)
+        call = self._new_call(group, digest, num_sizes, entry, lambda kind: sealed_part(*shared, kind))
+        self._calls[key] = call
         return call
+
+    def _new_call(
+        self,
+        group: Group,
+        digest: bytes,
+        num_sizes: int,
+        entry: ScheduleEntry,
+        fixed: Callable[[int], tuple[bytes, int]],
+    ) -> Call:
+        return Call(group, digest, num_sizes, entry, fixed)
 
     def _schedule(self, schedule: Sequence[ScheduleEntry]) -> int:
         interned = self._schedules.get(id(schedule))

@@ -1,0 +1,98 @@
+"""The hooks of collectives and the writer of the witness, compiled.
+
+``record`` builds them once into the user's cache, if a C compiler and Python's headers are there; that takes two
+seconds. A rank only loads what is there. Without it the rank records in Python, the same bytes, at some microseconds
+more a collective. HMR_RECORD_PURE=1 makes a rank record in Python.
+
+    tape.h         the writer of the witness
+    fast.c         the hooks
+    recorder.py    the recorder of a rank on top of the writer
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import hashlib
+import importlib.machinery
+import importlib.util
+import os
+import shutil
+import subprocess
+import sys
+import sysconfig
+import tempfile
+from pathlib import Path
+from typing import Any
+
+NAME = "hmr_record"
+SOURCES = ("tape.h", "fast.c")
+FLAGS = ("-O2", "-fPIC", "-shared", "-std=gnu11")
+BUILD_LIMIT_S = 60.0
+
+_HERE = Path(__file__).parent
+
+
+def is_supported() -> bool:
+    """Whether this interpreter can load the library: CPython with its interpreter lock, on a little-endian host."""
+    return (
+        sys.implementation.name == "cpython"
+        and sys.byteorder == "little"
+        and sys.maxsize > 2**32
+        and not sysconfig.get_config_var("Py_GIL_DISABLED")
+    )
+
+
+def path() -> Path:
+    """Return where the library of this interpreter lies. The name has a digest of the sources and the flags."""
+    digest = hashlib.sha256(" ".join(FLAGS).encode())
+    for name in SOURCES:
+        digest.update((_HERE / name).read_bytes())
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    tag = sysconfig.get_config_var("SOABI") or sys.implementation.cache_tag
+    return cache / "hybrid_moe_ref" / "record" / f"{NAME}-{digest.hexdigest()[:16]}-{tag}.so"
+
+
+def build() -> str:
+    """Build the library, unless it is there. Returns "", or what prevents it."""
+    if not is_supported():
+        return "this interpreter has no such library"
+    try:
+        library = path()
+        if library.exists():
+            return ""
+        compiler = shutil.which(os.environ.get("CC", "")) or shutil.which("cc") or shutil.which("gcc")
+        include = sysconfig.get_paths()["include"]
+        if compiler is None:
+            return "there is no C compiler: install one, or set CC"
+        if not os.path.exists(os.path.join(include, "Python.h")):
+            return f"{include} has no Python.h: install Python's headers"
+        library.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=library.parent) as folder:
+            made = Path(folder) / library.name
+            command = [compiler, *FLAGS, f"-I{include}", str(_HERE / "fast.c"), "-o", str(made)]
+            done = subprocess.run(command, capture_output=True, text=True, timeout=BUILD_LIMIT_S)
+            if done.returncode:
+                return f"{compiler} failed: {(done.stderr.strip().splitlines() or ['no message'])[0]}"
+            os.replace(made, library)
+    except (OSError, RuntimeError, subprocess.SubprocessError) as error:  # RuntimeError: there is no home folder
+        return f"{type(error).__name__}: {error}"
+    return ""
+
+
+@functools.cache
+def load() -> Any:
+    """Load the library if it is there. Returns the module, or None."""
+    if os.environ.get("HMR_RECORD_PURE") == "1" or not is_supported():
+        return None
+    with contextlib.suppress(OSError, RuntimeError, ImportError):
+        library = path()
+        if library.stat().st_uid not in (os.getuid(), 0):  # another user's code is not run
+            return None
+        loader = importlib.machinery.ExtensionFileLoader(NAME, str(library))
+        spec = importlib.util.spec_from_file_location(NAME, library, loader=loader)
+        if spec is not None:
+            module = importlib.util.module_from_spec(spec)
+            loader.exec_module(module)
+            return module
+    return None

@@ -1,0 +1,342 @@
+/* Write the events of one witness file: what repro.trace.recorder.Recorder does in its hot path, with the same bytes.
+ *
+ * Each function here changes the file and the counters without giving up the interpreter's lock, so that several
+ * threads can record. The layout and the order of writing are those of repro.trace.format; Python passes the offsets.
+ */
+
+#define PY_SSIZE_T_CLEAN
+#include <Python.h>
+#include <structmember.h>
+
+#include <stdint.h>
+#include <string.h>
+#include <time.h>
+
+enum { FIXED = 24, ROW = 44, RECORD = FIXED + ROW + 4, MAX_NOTED = 4096 };
+enum { ENTER, LEAVE, ISSUE, WAIT, NUM_KINDS };
+
+static uint32_t crc_table[8][256];
+
+static void crc_prepare(void) {
+    for (uint32_t byte = 0; byte < 256; byte++) {
+        uint32_t value = byte;
+        for (int bit = 0; bit < 8; bit++) value = value >> 1 ^ (value & 1 ? 0xEDB88320u : 0);
+        crc_table[0][byte] = value;
+    }
+    for (int byte = 0; byte < 256; byte++)
+        for (int i = 1; i < 8; i++)
+            crc_table[i][byte] = crc_table[i - 1][byte] >> 8 ^ crc_table[0][crc_table[i - 1][byte] & 255];
+}
+
+/* zlib.crc32(data, start), eight bytes at a time. */
+static uint32_t crc32(const uint8_t *data, size_t size, uint32_t start) {
+    uint32_t value = ~start;
+    for (; size >= 8; data += 8, size -= 8) {
+        uint32_t low, high;
+        memcpy(&low, data, 4);
+        memcpy(&high, data + 4, 4);
+        low ^= value;
+        value = crc_table[7][low & 255] ^ crc_table[6][low >> 8 & 255] ^ crc_table[5][low >> 16 & 255] ^
+                crc_table[4][low >> 24] ^ crc_table[3][high & 255] ^ crc_table[2][high >> 8 & 255] ^
+                crc_table[1][high >> 16 & 255] ^ crc_table[0][high >> 24];
+    }
+    if (size >= 4) {
+        uint32_t word;
+        memcpy(&word, data, 4);
+        word ^= value;
+        value = crc_table[3][word & 255] ^ crc_table[2][word >> 8 & 255] ^ crc_table[1][word >> 16 & 255] ^
+                crc_table[0][word >> 24];
+        data += 4, size -= 4;
+    }
+    while (size--) value = value >> 8 ^ crc_table[0][(value ^ *data++) & 255];
+    return ~value;
+}
+
+/* -- repro.trace.calls.Group ----------------------------------------------------------------------------------- */
+
+typedef struct {
+    PyObject_HEAD
+    unsigned long long seq, left;
+    unsigned int hash;
+    Py_ssize_t index, last, left_word;
+} Group;
+
+static int group_init(PyObject *object, PyObject *args, PyObject *Py_UNUSED(options)) {
+    Group *self = (Group *)object;
+    return PyArg_ParseTuple(args, "nnn", &self->index, &self->last, &self->left_word) ? 0 : -1;
+}
+
+static PyMemberDef group_members[] = {
+    {"seq", T_ULONGLONG, offsetof(Group, seq), 0, NULL},
+    {"left", T_ULONGLONG, offsetof(Group, left), 0, NULL},
+    {"hash", T_UINT, offsetof(Group, hash), 0, NULL},
+    {"index", T_PYSSIZET, offsetof(Group, index), READONLY, NULL},
+    {NULL, 0, 0, 0, NULL},
+};
+
+static PyTypeObject GroupType = {
+    PyVarObject_HEAD_INIT(NULL, 0)
+    .tp_name = "hmr_record.Group",
+    .tp_basicsize = sizeof(Group),
+    .tp_flags = Py_TPFLAGS_DEFAULT,
+    .tp_new = PyType_GenericNew,
+    .tp_init = group_init,
+    .tp_members = group_members,
+};
+
+/* -- repro.trace.calls.Call ------------------------------------------------------------------------------------ */
+
+typedef struct {
+    PyObject_HEAD
+    Group *group;
+    PyObject *entry;
+    Py_ssize_t num_sizes;
+    uint8_t digest[4];
+    uint8_t fixed[NUM_KINDS][FIXED];
+    uint32_t check[NUM_KINDS];
+} Call;
+
+/* Call(group, digest, num_sizes, entry, ((fixed, check) of ENTER, LEAVE, ISSUE, WAIT)) */
+static int call_init(PyObject *object, PyObject *args, PyObject *Py_UNUSED(options)) {
+    Call *self = (Call *)object;
+    PyObject *group, *entry;
+    const char *digest, *fixed[NUM_KINDS];
+    Py_ssize_t size, sizes[NUM_KINDS];
+    if (!PyArg_ParseTuple(args, "O!y#nO((y#I)(y#I)(y#I)(y#I))", &GroupType, &group, &digest, &size, &self->num_sizes,
+                          &entry, &fixed[0], &sizes[0], &self->check[0], &fixed[1], &sizes[1], &self->check[1],
+                          &fixed[2], &sizes[2], &self->check[2], &fixed[3], &sizes[3], &self->check[3]))
+        return -1;
+    if (size != sizeof self->digest || self->group) {
+        PyErr_SetString(PyExc_ValueError, "Call: the digest has four bytes, and a call is made once");
+        return -1;
+    }
+    for (int kind = 0; kind < NUM_KINDS; kind++) {
+        if (sizes[kind] != FIXED) {
+            PyErr_SetString(PyExc_ValueError, "Call: the first part of a record has 24 bytes");
+            return -1;
+        }
+        memcpy(self->fixed[kind], fixed[kind], FIXED);
+    }
+    memcpy(self->digest, digest, sizeof self->digest);
+    self->group = (Group *)Py_NewRef(group);
+    self->entry = Py_NewRef(entry);
+    return 0;
+}
+
+static void call_dealloc(PyObject *object) {
+    Py_XDECREF(((Call *)object)->group);
+    Py_XDECREF(((Call *)object)->entry);
+    Py_TYPE(object)->tp_free(object);
+}
+
+static PyMemberDef call_members[] = {
+    {"group", T_OBJECT_EX, offsetof(Call, group), READONLY, NULL},
+    {"num_sizes", T_PYSSIZET, offsetof(Call, num_sizes), READONLY, NULL},
+    {NULL, 0, 0, 0, NULL},
+};
+
+static PyTypeObject CallType = {
+    PyVarObject_HEAD_INIT(NULL, 0)
+    .tp_name = "hmr_record.Call",
+    .tp_basicsize = sizeof(Call),
+    .tp_flags = Py_TPFLAGS_DEFAULT,
+    .tp_new = PyType_GenericNew,
+    .tp_init = call_init,
+    .tp_dealloc = call_dealloc,
+    .tp_members = call_members,
+};
+
+/* -- the file -------------------------------------------------------------------------------------------------- */
+
+typedef struct {
+    PyObject_HEAD
+    Py_buffer view;
+    uint8_t *data;
+    Py_ssize_t ring_at, ring_end, next_at, events_at;
+    unsigned long long num_events, guard;
+    long long step;
+    PyObject *clock; /* NULL: CLOCK_MONOTONIC */
+    PyObject *noted; /* NULL, or a list to which the entry of each issued call is appended */
+} Tape;
+
+/* Tape(buffer, ring_at, ring_end, events_at, guard, clock) */
+static int tape_init(PyObject *object, PyObject *args, PyObject *Py_UNUSED(options)) {
+    Tape *self = (Tape *)object;
+    PyObject *buffer, *clock;
+    if (!PyArg_ParseTuple(args, "OnnnKO", &buffer, &self->ring_at, &self->ring_end, &self->events_at, &self->guard,
+                          &clock))
+        return -1;
+    if (self->data || PyObject_GetBuffer(buffer, &self->view, PyBUF_WRITABLE) < 0) return -1;
+    if (self->ring_at < 0 || self->ring_end > self->view.len || self->events_at > self->view.len - 8 ||
+        self->ring_end <= self->ring_at || (self->ring_end - self->ring_at) % RECORD) {
+        PyBuffer_Release(&self->view);
+        PyErr_SetString(PyExc_ValueError, "Tape: the ring does not lie in the buffer");
+        return -1;
+    }
+    self->data = self->view.buf;
+    self->next_at = self->ring_at;
+    self->step = -1;
+    self->clock = clock == Py_None ? NULL : Py_NewRef(clock);
+    return 0;
+}
+
+static void tape_dealloc(PyObject *object) {
+    Tape *self = (Tape *)object;
+    if (self->data) PyBuffer_Release(&self->view);
+    Py_XDECREF(self->clock);
+    Py_XDECREF(self->noted);
+    Py_TYPE(object)->tp_free(object);
+}
+
+static int tape_now(Tape *self, uint64_t *now) {
+    if (self->clock) {
+        PyObject *value = PyObject_CallNoArgs(self->clock);
+        *now = value ? PyLong_AsUnsignedLongLong(value) : 0;
+        Py_XDECREF(value);
+        return PyErr_Occurred() ? -1 : 0;
+    }
+    struct timespec time;
+    clock_gettime(CLOCK_MONOTONIC, &time);
+    *now = (uint64_t)time.tv_sec * 1000000000u + (uint64_t)time.tv_nsec;
+    return 0;
+}
+
+/* One aligned 8-byte store, which a reader never sees half-written, after all stores before it. */
+static void tape_publish(Tape *self, Py_ssize_t at, uint64_t value) {
+    __atomic_store_n((uint64_t *)(self->data + at), value * self->guard, __ATOMIC_RELEASE);
+}
+
+/* Write the next record of the ring; return where it is. */
+static uint8_t *tape_write(Tape *self, const uint8_t *fixed, uint32_t check, uint64_t now, uint64_t seq,
+                           uint64_t vector, uint32_t hash) {
+    uint8_t record[RECORD], *at = self->data + self->next_at;
+    const uint64_t row[5] = {++self->num_events, now, seq, vector, (uint64_t)self->step};
+    memcpy(record, fixed, FIXED);
+    memcpy(record + FIXED, row, sizeof row);
+    memcpy(record + FIXED + sizeof row, &hash, sizeof hash);
+    check = crc32(record + FIXED, ROW, check);
+    memcpy(record + FIXED + ROW, &check, sizeof check);
+    memcpy(at, record, RECORD);
+    self->next_at += RECORD;
+    if (self->next_at == self->ring_end) self->next_at = self->ring_at;
+    return at;
+}
+
+/* Record that a call is issued. Returns its number in the group; 0 with an exception if the clock failed. */
+static uint64_t tape_enter(Tape *self, Call *call, int asynchronous, uint64_t vector) {
+    Group *group = call->group;
+    int kind = asynchronous ? ISSUE : ENTER;
+    uint64_t now;
+    if (tape_now(self, &now) < 0) return 0;
+    uint64_t seq = ++group->seq;
+    group->hash = crc32(call->digest, sizeof call->digest, group->hash);
+    const uint8_t *at = tape_write(self, call->fixed[kind], call->check[kind], now, seq, vector, group->hash);
+    memcpy(self->data + group->last, at, RECORD);
+    tape_publish(self, self->events_at, self->num_events);
+    if (self->noted && PyList_GET_SIZE(self->noted) < MAX_NOTED && PyList_Append(self->noted, call->entry) < 0)
+        PyErr_Clear();
+    return seq;
+}
+
+/* Record the completion of a call. */
+static int tape_leave(Tape *self, Call *call, uint64_t seq) {
+    Group *group = call->group;
+    uint64_t now;
+    if (tape_now(self, &now) < 0) return -1;
+    tape_write(self, call->fixed[LEAVE], call->check[LEAVE], now, seq, 0, 0);
+    if (seq > group->left) {
+        group->left = seq;
+        tape_publish(self, group->left_word * 8, seq);
+    }
+    tape_publish(self, self->events_at, self->num_events);
+    return 0;
+}
+
+/* Record the wait for a call, or an event that belongs to no call. */
+static int tape_append(Tape *self, const uint8_t *fixed, uint32_t check, uint64_t seq) {
+    uint64_t now;
+    if (tape_now(self, &now) < 0) return -1;
+    tape_write(self, fixed, check, now, seq, 0, 0);
+    tape_publish(self, self->events_at, self->num_events);
+    return 0;
+}
+
+static PyObject *tape_enter_py(PyObject *self, PyObject *args) {
+    PyObject *call;
+    int asynchronous;
+    unsigned long long vector;
+    if (!PyArg_ParseTuple(args, "O!pK", &CallType, &call, &asynchronous, &vector)) return NULL;
+    uint64_t seq = tape_enter((Tape *)self, (Call *)call, asynchronous, vector);
+    return seq ? PyLong_FromUnsignedLongLong(seq) : NULL;
+}
+
+static PyObject *tape_leave_py(PyObject *self, PyObject *args) {
+    PyObject *call;
+    unsigned long long seq;
+    if (!PyArg_ParseTuple(args, "O!K", &CallType, &call, &seq)) return NULL;
+    return tape_leave((Tape *)self, (Call *)call, seq) < 0 ? NULL : Py_NewRef(Py_None);
+}
+
+static PyObject *tape_wait_py(PyObject *self, PyObject *args) {
+    PyObject *object;
+    unsigned long long seq;
+    if (!PyArg_ParseTuple(args, "O!K", &CallType, &object, &seq)) return NULL;
+    Call *call = (Call *)object;
+    return tape_append((Tape *)self, call->fixed[WAIT], call->check[WAIT], seq) < 0 ? NULL : Py_NewRef(Py_None);
+}
+
+static PyObject *tape_append_py(PyObject *self, PyObject *args) {
+    const char *fixed;
+    Py_ssize_t size;
+    unsigned int check;
+    unsigned long long seq;
+    if (!PyArg_ParseTuple(args, "y#IK", &fixed, &size, &check, &seq)) return NULL;
+    if (size != FIXED) return PyErr_Format(PyExc_ValueError, "append: the first part of a record has 24 bytes");
+    return tape_append((Tape *)self, (const uint8_t *)fixed, check, seq) < 0 ? NULL : Py_NewRef(Py_None);
+}
+
+static PyObject *tape_get_noted(PyObject *self, void *Py_UNUSED(closure)) {
+    PyObject *noted = ((Tape *)self)->noted;
+    return Py_NewRef(noted ? noted : Py_None);
+}
+
+static int tape_set_noted(PyObject *self, PyObject *value, void *Py_UNUSED(closure)) {
+    if (!value || (value != Py_None && !PyList_CheckExact(value))) {
+        PyErr_SetString(PyExc_TypeError, "noted is a list or None");
+        return -1;
+    }
+    Py_XSETREF(((Tape *)self)->noted, value == Py_None ? NULL : Py_NewRef(value));
+    return 0;
+}
+
+static PyMethodDef tape_methods[] = {
+    {"enter", tape_enter_py, METH_VARARGS, "enter(call, asynchronous, vector) -> the number of the call in its group"},
+    {"leave", tape_leave_py, METH_VARARGS, "leave(call, seq)"},
+    {"wait", tape_wait_py, METH_VARARGS, "wait(call, seq)"},
+    {"append", tape_append_py, METH_VARARGS, "append(fixed, check, seq)"},
+    {NULL, NULL, 0, NULL},
+};
+
+static PyMemberDef tape_members[] = {
+    {"step", T_LONGLONG, offsetof(Tape, step), 0, NULL},
+    {"num_events", T_ULONGLONG, offsetof(Tape, num_events), READONLY, NULL},
+    {NULL, 0, 0, 0, NULL},
+};
+
+static PyGetSetDef tape_getset[] = {
+    {"noted", tape_get_noted, tape_set_noted, NULL, NULL},
+    {NULL, NULL, NULL, NULL, NULL},
+};
+
+static PyTypeObject TapeType = {
+    PyVarObject_HEAD_INIT(NULL, 0)
+    .tp_name = "hmr_record.Tape",
+    .tp_basicsize = sizeof(Tape),
+    .tp_flags = Py_TPFLAGS_DEFAULT,
+    .tp_new = PyType_GenericNew,
+    .tp_init = tape_init,
+    .tp_dealloc = tape_dealloc,
+    .tp_methods = tape_methods,
+    .tp_members = tape_members,
+    .tp_getset = tape_getset,
+};

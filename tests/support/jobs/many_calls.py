@@ -1,0 +1,60 @@
+"""A program with calls of many shapes on torch's fake backend, where every collective returns at once."""
+
+from __future__ import annotations
+
+import threading
+
+import torch
+import torch.distributed as dist
+from torch.testing._internal.distributed.fake_pg import FakeStore
+
+dist.init_process_group("fake", rank=1, world_size=4, store=FakeStore())
+pair = dist.new_group([1, 3], group_desc="pair")
+x, y = torch.zeros(8), torch.zeros(2, 4, dtype=torch.int32)
+
+
+def twice(call) -> None:
+    for _ in range(2):
+        call()
+
+
+def deeper(call) -> None:
+    twice(call)
+
+
+def calls() -> None:
+    for op in (dist.ReduceOp.SUM, dist.ReduceOp.MAX, dist.ReduceOp.SUM):
+        twice(lambda op=op: dist.all_reduce(x, op))
+    for group in (None, pair):
+        deeper(lambda group=group: dist.all_reduce(y, group=group))
+        twice(lambda group=group: dist.barrier(group))
+    for root in (1, 3):
+        twice(lambda root=root: dist.broadcast(x, root))
+        twice(lambda root=root: dist.reduce(x, root))
+    twice(lambda: dist.all_gather_single(torch.zeros(32), x))
+    twice(lambda: dist.reduce_scatter_single(torch.zeros(2), x))
+    twice(lambda: dist.all_gather([torch.zeros(8) for _ in range(4)], x))
+    twice(lambda: dist.all_to_all_single(torch.zeros(8), x))
+    twice(lambda: dist.gather(x, None, 0))
+    twice(lambda: dist.all_reduce(x, async_op=True).wait())
+    works = [dist.all_reduce(x, async_op=True), dist.broadcast(y, 0, async_op=True), dist.isend(x, 2)]
+    for work in reversed(works):
+        work.wait()
+    dist.recv(x, 0)
+    with dist._coalescing_manager(async_ops=True) as manager:
+        dist.all_reduce(x)
+        dist.all_reduce(y)
+    manager.wait()
+    dist.group.WORLD.allreduce([x]).wait()  # c10d called directly, without options
+    dist.group.WORLD.allreduce([x, x], dist.ReduceOp.MAX).wait()
+    dist.all_reduce(torch.nn.Parameter(x))
+    dist.all_reduce(torch.zeros(3, dtype=torch.bfloat16))
+
+
+calls()
+thread = threading.Thread(target=calls)
+thread.start()
+thread.join()
+native = torch._C._distributed_c10d
+hooks = [vars(native.ProcessGroup)[name] for name in ("allreduce", "_allgather_base", "barrier")]
+print(*[type(hook).__name__ for hook in (*hooks, vars(native.Work)["wait"])])
