@@ -35,6 +35,9 @@ EVERYTHING = ~NOTHING
 WITNESS = EVERYTHING & ~Knows.LIVENESS
 """What a recorder of a whole program writes. The operating system says whether a process exists."""
 
+UNDECLARED = WITNESS & ~(Knows.STEPS | Knows.SCHEDULE)
+"""What a recorder shows of a program that declares no steps: their absence from the witness means nothing."""
+
 COLLECTIVES = Knows.ORDER | Knows.COMPLETION
 """Needed to say which collective a rank waits in."""
 

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from repro.attach.record import compiled
 from repro.attach.record.imports import replace
+from repro.trace.knowledge import UNDECLARED, WITNESS
 
 if TYPE_CHECKING:
     from repro.trace.recording.recorder import Recorder
@@ -81,6 +82,9 @@ class Rank:
 current: Rank | None = None
 """The rank that this process is, if it is one. The hooks of collectives read it at each call."""
 
+knows = UNDECLARED
+"""What the witness of this process shows. A plug-in that declares the steps of the program adds these."""
+
 with_modules = False
 _base: Path | None = None
 _meeting = ""  # a name for the rendezvous of all jobs of this process, if it is known in advance
@@ -104,6 +108,12 @@ def meet_at(meeting: str) -> None:
     """Treat all ranks of this process and its children as ranks of one job, wherever they connect."""
     global _meeting
     _meeting = meeting
+
+
+def declares_steps() -> None:
+    """Note that the steps of this process are declared: a step that its witness lacks was never begun."""
+    global knows
+    knows = WITNESS
 
 
 def folder(num_ranks: int) -> Path:
@@ -149,7 +159,9 @@ def become(rank: int, num_ranks: int, meeting: str = "") -> None:
     try:
         root = _folder_of_job(_base, _key(num_ranks, meeting))
         _describe(root, num_ranks)
-        recorder = recorder_type().open(root / "events" / f"rank{rank:03d}.wit", rank, num_ranks, run_id=root.name[:60])
+        recorder = recorder_type().open(
+            root / "events" / f"rank{rank:03d}.wit", rank, num_ranks, run_id=root.name[:60], knows=knows
+        )
     except (OSError, WitnessError) as error:
         print(f"[rank {rank}] repro record: this process is not recorded: {error}", file=sys.stderr)
         return

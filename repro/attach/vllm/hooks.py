@@ -97,6 +97,7 @@ def install(directory: str) -> None:
     if not rank.is_configured():
         start.begin(directory)
     rank.meet_at(JOB)
+    rank.declares_steps()
     os.register_at_fork(after_in_child=worker.after_fork)
     os.register_at_fork(after_in_child=engine.after_fork)
     os.register_at_fork(after_in_child=front.after_fork)

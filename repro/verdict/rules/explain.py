@@ -2,7 +2,8 @@
 
 A culprit left the schedule that it declared itself, entered a collective while it held a lock that others wait for, or
 passed a size for another rank that contradicts that rank. A rank that is alone, late, or unlike earlier steps is only a
-suspect: the other ranks may be the wrong ones.
+suspect: the other ranks may be the wrong ones. If the program declares no schedule, a culprit left the rhythm of its
+own steps while the others kept theirs and waited for it (rhythm.py).
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from repro.verdict.evidence.steps import RECENT_STEPS, Step, habitual_plan, step
 from repro.verdict.result import Finding, name_ranks, shorten
 from repro.verdict.rules.arguments import arguments_finding
 from repro.verdict.rules.deviation import deviation_finding
+from repro.verdict.rules.rhythm import rhythm_finding
 
 NOT_ENOUGH = (
     "not enough evidence to name a culprit: declare each step's schedule (Observer.begin_step), or compare the call "
@@ -57,8 +59,13 @@ def explain(
     all_steps = {rank: steps_of(witness, num_steps) for rank, witness in witnesses.items()}
 
     if any(PLAN | Knows.ORDER | Knows.TIME not in witness.knows for witness in witnesses.values()):
-        finding = arguments_finding(witnesses, divergence) if divergence is not None else None
-        return _completed(_unproven(finding), divergence, rank_states, waits)
+        finding = None
+        if not any(Knows.SCHEDULE in witness.knows for witness in witnesses.values()):
+            awaited = {rank for node in waits.nodes.values() for rank in node.waits_for | node.cannot_return}
+            finding = rhythm_finding(witnesses, awaited, mispaired)
+        if finding is None and divergence is not None:
+            finding = _unproven(arguments_finding(witnesses, divergence))
+        return _completed(finding, divergence, rank_states, waits)
     schedule_divergence = first_schedule_divergence(witnesses, all_steps, since)
     involved = {rank for node in waits.cycle for rank in (*node.ranks, *node.waits_for)}
 

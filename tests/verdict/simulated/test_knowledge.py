@@ -16,11 +16,13 @@ from drawn_case import FOREVER_NS
 from faults import LATE, draw
 from test_simulated import report, rest, truth
 
-from repro.trace.knowledge import Knows
+from repro.trace.knowledge import PLAN, Knows
 from repro.verdict import Facts, Verdict, judge
 
 FOUND = (4, 18, 19, 53, 97)
 """Seeds that named another rank, or another class, before the rules asked what a witness knows."""
+UNDECLARED_HABITS = {"habit", "plan_swap"}
+"""Faults in which a rank breaks with its own earlier steps as its schedule says. Without the schedule it is named."""
 ASPECTS = [each for each in Knows if each is not Knows.LIVENESS]
 
 
@@ -44,7 +46,8 @@ def check(aspect: Knows, seeds: Iterable[int]) -> None:
             text = f"{aspect} hidden on {list(ranks)}, judged {whole.verdict} {whole.culprits} with it\n" + report(
                 case, sim, truth(case, sim), got
             )
-            assert set(got.culprits) <= set(whole.culprits), text
+            if not (case.faults & UNDECLARED_HABITS and aspect in PLAN and got.confidence == "likely"):
+                assert set(got.culprits) <= set(whole.culprits), text
             assert got.verdict in (whole.verdict, "inconclusive"), text
 
 

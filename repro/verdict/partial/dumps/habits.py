@@ -10,10 +10,8 @@ from repro.trace.foreign.records import Call, GroupRecord, RecorderDump
 from repro.trace.knowledge import Knows
 from repro.verdict.partial.scene import Scene
 from repro.verdict.partial.words import program_frames
+from repro.verdict.period import period_of
 
-MIN_REPEATS = 2
-MIN_COVERED = 8
-MAX_PERIOD = 512
 HISTORY = 2048
 
 
@@ -95,7 +93,7 @@ def _rhythm_of(dump: RecorderDump, framed: bool) -> _Rhythm | None:
     pending = next((i for i, (record, place) in enumerate(ordered) if not record.calls.done[place]), None)
     if pending is None:
         return None
-    period = _period(keys[:pending])
+    period = period_of(keys[:pending])
     if period is None:
         return None
     last = slice(pending - period, pending)
@@ -107,24 +105,6 @@ def _rhythm_of(dump: RecorderDump, framed: bool) -> _Rhythm | None:
 def _name(record: GroupRecord, form: Form, framed: bool) -> tuple[str, str, str]:
     """Return what identifies an operation in the pattern: its group, its name, and its call site."""
     return record.group.name, form.op, program_frames(form.frames, 1) if framed else ""
-
-
-def _period(past: Sequence[object]) -> int | None:
-    """Return the period that explains the longest end of the history; None if that end is too short.
-
-    It must contain MIN_REPEATS periods, MIN_COVERED operations and half of the history. Operations that a job issues
-    once at its start have no period.
-    """
-    best, covered = None, 0
-    for period in range(1, min(MAX_PERIOD, len(past) // MIN_REPEATS) + 1):
-        length = period
-        while length < len(past) and past[-1 - length] == past[-1 - length + period]:
-            length += 1
-        if length > covered and length >= MIN_REPEATS * period:
-            best, covered = period, length
-        if covered == len(past):
-            break
-    return best if covered >= MIN_COVERED and covered * 2 >= len(past) else None
 
 
 def _site_in_stack(scene: Scene, rank: int) -> str:

@@ -1,0 +1,149 @@
+"""Explain a hang of a program that declares no schedule: which rank left the repeating pattern of its own steps?
+
+A rank is named if its collectives repeated step by step, then came in another order, while those of all other ranks
+went on as before, and if another rank waits for it. Nothing is compared between ranks, so the pattern may differ from
+rank to rank, as it does between the stages of a pipeline.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+
+from repro.trace.format import Event, Kind
+from repro.trace.knowledge import Knows
+from repro.trace.reader import Witness
+from repro.verdict.evidence.position import GroupKey
+from repro.verdict.period import period_of
+from repro.verdict.result import Finding
+
+NEEDED = Knows.ORDER | Knows.LAYERS | Knows.ARGUMENTS
+HISTORY = 2048
+"""Maximum number of collectives of a rank that are looked at."""
+
+RECENT_PERIODS = 3
+"""Maximum age of a break, in periods. A rank that has kept the rhythm for longer did not cause the hang by it."""
+
+_Key = tuple[int, int]  # string numbers of the signature (group, operation, layer, type) and of the call site
+
+
+@dataclass(frozen=True, slots=True)
+class _Break:
+    """Where a rank left its pattern: the events from there on, and one period of the pattern from what was due."""
+
+    events: Sequence[Event]
+    due: Sequence[Event]
+    number: int  # of the last event that kept the pattern, counted from the oldest
+
+    @property
+    def skipped(self) -> int:
+        """Number of operations of the pattern that were left out; 0 if leaving out none explains what came."""
+        for count in range(1, len(self.due)):
+            rest = [*self.due[count:], *self.due[:count]]
+            if all(_key(came) == _key(due) for came, due in zip(self.events, rest, strict=False)):
+                return count
+        return 0
+
+    @property
+    def extra(self) -> int:
+        """Number of additional operations, after which the pattern went on; 0 if that does not explain what came."""
+        for count in range(1, len(self.events)):
+            if all(_key(came) == _key(due) for came, due in zip(self.events[count:], self.due, strict=False)):
+                return count
+        return 0
+
+    @property
+    def in_pattern(self) -> bool:
+        """Whether the first operation that came has a place in the pattern."""
+        return any(_key(self.events[0]) == _key(due) for due in self.due)
+
+
+def rhythm_finding(
+    witnesses: Mapping[int, Witness], awaited: Collection[int], until: tuple[GroupKey, int] | None = None
+) -> Finding | None:
+    """Name the one rank that left its rhythm. None unless it is awaited and all other ranks have kept theirs.
+
+    awaited  the ranks that others wait for
+    until    the collective that ranks paired wrongly, if they did: only what came before it can be the cause
+    """
+    broken: dict[int, _Break] = {}
+    if len(witnesses) < 2 or any(NEEDED not in witness.knows for witness in witnesses.values()):
+        return None
+    for rank, witness in witnesses.items():
+        issued = [event for event in witness.events(4 * HISTORY) if event.kind in (Kind.ENTER, Kind.ISSUE)][-HISTORY:]
+        known, left = _rhythm(issued)
+        if not known:
+            return None
+        if left is not None:
+            broken[rank] = left
+    if len(broken) != 1:
+        return None
+    rank, left = next(iter(broken.items()))
+    if rank not in awaited or (until is not None and _comes_after(witnesses[rank], left, until)):
+        return None
+    return _described(witnesses[rank], rank, left)
+
+
+def _key(event: Event) -> _Key:
+    return event.sig, event.site
+
+
+def _rhythm(issued: Sequence[Event]) -> tuple[bool, _Break | None]:
+    """Return whether a rank has a repeating pattern, and where it left it, if it did lately."""
+    keys = [_key(event) for event in issued]
+    cut = 0
+    while cut * 2 <= len(keys):
+        past = keys[: len(keys) - cut]
+        period = period_of(past)
+        if period is None:
+            cut = max(1, cut * 2)
+            continue
+        at = len(past)
+        while at < len(keys) and keys[at] == keys[at - period]:
+            at += 1
+        if at == len(keys) or len(keys) - at > RECENT_PERIODS * period:
+            return True, None
+        return True, _Break(issued[at:], issued[at - period : at], at)
+    return False, None
+
+
+def _comes_after(witness: Witness, left: _Break, until: tuple[GroupKey, int]) -> bool:
+    """Whether the rank left its pattern only after it had issued the collective ``until``."""
+    (name, _), seq = until
+    first = left.events[0]
+    same = witness.signature(first.sig).group == name
+    return same and first.seq > seq
+
+
+def _described(witness: Witness, rank: int, left: _Break) -> Finding:
+    came, due = left.events[0], left.due[0]
+    skipped, extra = left.skipped, left.extra
+    cause = "skipped" if skipped and (not extra or skipped <= extra) else "extra"
+    period = len(left.due)
+    line = (
+        f"rank {rank} left the rhythm of its own steps ({period} operation{'s' if period > 1 else ''} each): "
+        f"{_place(witness, came, came.seq)} came where {_place(witness, due)} had come before ({witness.line(came.n)})"
+    )
+    if cause == "skipped":
+        passed = f"{skipped} operations" if skipped > 1 else "it"
+        also = ", or issues it later" if len(left.events) == 1 else ""
+        line += f"; the rank left {passed} out{also}"
+    elif extra:
+        line += f"; after {extra} more it went on as before"
+    evidence = [line, "all other ranks kept the rhythm of theirs"]
+    if left.in_pattern:
+        return Finding(cause, (rank,), confidence="likely", evidence=evidence)
+    evidence.append(
+        f"rank {rank} had not issued this operation in earlier steps: it may begin something rare, such as a "
+        "checkpoint, that the others should have begun too"
+    )
+    return Finding(cause, suspects=(rank,), confidence="undecided", evidence=evidence)
+
+
+def _place(witness: Witness, event: Event, seq: int = 0) -> str:
+    """An operation with its number, if that is given, its group, module and call site."""
+    signature = witness.signature(event.sig)
+    layer = f" of {signature.layer}" if signature.layer else ""
+    site = f", from {site}" if (site := witness.text(event.site)) else ""
+    number = f" #{seq}" if seq else ""
+    return f"{signature.op}{number} in group {signature.group}{layer}{site}"
