@@ -14,9 +14,9 @@ from hybrid_moe_ref.parallel.observer import Collective, ScheduleEntry
 from repro.attach.record import compiled
 from repro.attach.record.compiled import recorder as compiled_recorder
 from repro.commands.record import SITE
-from repro.trace.format import Geometry, Identity, Kind
-from repro.trace.recorder import Recorder
-from repro.trace.witness import read_dir
+from repro.trace.recording.recorder import Recorder
+from repro.trace.witness.file import read_dir
+from repro.trace.witness.format import Geometry, Identity, Kind
 
 JOB = Path(__file__).resolve().parents[1] / "support" / "jobs" / "many_calls.py"
 

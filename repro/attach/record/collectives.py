@@ -24,7 +24,7 @@ from repro.attach.record.methods import METHODS, Method
 
 if TYPE_CHECKING:
     from repro.attach.record.rank import Rank
-    from repro.trace.calls import Call
+    from repro.trace.recording.calls import Call
 
 Calls = tuple[tuple["Call", int], ...]
 """Calls, each with the ticket of its collective."""

@@ -154,7 +154,7 @@ def become(rank: int, num_ranks: int, meeting: str = "") -> None:
         return
     _owner_pid = os.getpid()
     from repro.attach.record.compiled.recorder import recorder_type
-    from repro.trace.parse import WitnessError
+    from repro.trace.witness.parse import WitnessError
 
     try:
         root = _folder_of_job(_base, _key(num_ranks, meeting))

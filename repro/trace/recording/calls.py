@@ -6,7 +6,7 @@ from collections.abc import Callable
 from zlib import crc32
 
 from hybrid_moe_ref.parallel.observer import ScheduleEntry
-from repro.trace.format import (
+from repro.trace.witness.format import (
     FIXED,
     GROUP_BYTES,
     GROUPS_AT,

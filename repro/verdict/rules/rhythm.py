@@ -10,9 +10,9 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
-from repro.trace.format import Event, Kind
 from repro.trace.knowledge import Knows
-from repro.trace.reader import Witness
+from repro.trace.witness.format import Event, Kind
+from repro.trace.witness.reader import Witness
 from repro.verdict.evidence.position import GroupKey
 from repro.verdict.period import period_of
 from repro.verdict.result import Finding

@@ -301,7 +301,7 @@ static PyObject *issue_call(PyObject *callable, PyObject *const *args, size_t na
     if (!is_recording || mine->inside || count < 1)
         return PyObject_Vectorcall(self->original, args, nargsf, keywords);
     Key key = {.method = self, .group = args[0], .layer = mine->layer ? mine->layer : str_empty, .root = -1};
-    uint64_t size = UINT64_MAX; /* repro.trace.format.NO_VECTOR */
+    uint64_t size = UINT64_MAX; /* repro.trace.witness.format.NO_VECTOR */
     Entry *entry = NULL;
     if (tape && !mine->coalesced && read_call(self, args, count, keywords, &key, &size) == 0) {
         entry = find(self, &key);

@@ -10,10 +10,10 @@ from typing import Any
 
 from hybrid_moe_ref.parallel.observer import Collective, ScheduleEntry
 from repro.attach.record import compiled
-from repro.trace import calls
-from repro.trace.format import GUARD, LIVE_AT, Geometry, Identity
-from repro.trace.recorder import Recorder
-from repro.trace.string_areas import Buffer
+from repro.trace.recording import calls
+from repro.trace.recording.recorder import Recorder
+from repro.trace.recording.string_areas import Buffer
+from repro.trace.witness.format import GUARD, LIVE_AT, Geometry, Identity
 
 _library: Any = compiled.load()
 

@@ -1,7 +1,8 @@
-/* Write the events of one witness file: what repro.trace.recorder.Recorder does in its hot path, with the same bytes.
+/* Write the events of one witness file: the hot path of repro.trace.recording.recorder.Recorder, with the same bytes.
  *
  * Each function here changes the file and the counters without giving up the interpreter's lock, so that several
- * threads can record. The layout and the order of writing are those of repro.trace.format; Python passes the offsets.
+ * threads can record. The layout and the order of writing are those of repro.trace.witness.format; Python passes the
+ * offsets.
  */
 
 #define PY_SSIZE_T_CLEAN
@@ -52,7 +53,7 @@ static uint32_t crc32(const uint8_t *data, size_t size, uint32_t start) {
     return ~value;
 }
 
-/* -- repro.trace.calls.Group ----------------------------------------------------------------------------------- */
+/* -- repro.trace.recording.calls.Group -------------------------------------------------------------------------- */
 
 typedef struct {
     PyObject_HEAD
@@ -84,7 +85,7 @@ static PyTypeObject GroupType = {
     .tp_members = group_members,
 };
 
-/* -- repro.trace.calls.Call ------------------------------------------------------------------------------------ */
+/* -- repro.trace.recording.calls.Call ------------------------------------------------------------------------- */
 
 typedef struct {
     PyObject_HEAD

@@ -6,9 +6,9 @@ import pytest
 from scene import MS, Scene
 
 from hybrid_moe_ref.parallel.observer import Collective
-from repro.trace.format import pack_header
 from repro.trace.knowledge import UNDECLARED, Knows
-from repro.trace.witness import parse
+from repro.trace.witness.file import parse
+from repro.trace.witness.format import pack_header
 from repro.verdict import Facts, judge
 
 GATHER = Collective("dp", "all_gather_into_tensor", "blocks.0", (8,), "float32")
