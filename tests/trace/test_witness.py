@@ -15,11 +15,19 @@ from repro.trace.recording.recorder import Recorder
 from repro.trace.witness.compact import compact
 from repro.trace.witness.file import Tail, WitnessError, create, parse, read, read_dir
 from repro.trace.witness.format import (
+    COLUMNS,
+    FIXED,
     KNOWS_AT,
     LIVE_AT,
+    RECORD,
+    SEALED,
+    VARIABLE,
+    VERSION,
+    Event,
     Geometry,
     Identity,
     Kind,
+    column,
 )
 from repro.verdict import judge
 
@@ -139,3 +147,13 @@ def test_a_witness_without_that_word_shows_all_that_recorders_wrote_before_it(tm
     data = bytearray(path.read_bytes())
     data[KNOWS_AT:LIVE_AT] = bytes(LIVE_AT - KNOWS_AT)
     assert parse(bytes(data), "x").knows == WITNESS
+
+
+def test_the_layout_of_a_record_is_that_of_its_version() -> None:
+    """Files of this version are read on other machines and later: another layout needs another version."""
+    layout = [part.format for part in (RECORD, FIXED, VARIABLE, SEALED)]
+    assert (VERSION, *layout) == (2, "<qIHHHHBxxxQQQQqII", "<qIHHHHBxxx", "<QQQQqI", "<24s44sI")
+    record = bytes(range(RECORD.size))
+    for name, (code, _) in COLUMNS.items():
+        value = getattr(Event._make(RECORD.unpack(record)), name)
+        assert column(record * 3, name) == [value] * 3, (name, code)
