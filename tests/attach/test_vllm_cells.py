@@ -354,6 +354,54 @@ def test_an_experiment_goes_on_where_it_stopped_and_starts_no_cell_twice(run_cel
     assert "another model" in capsys.readouterr().err
 
 
+def test_a_start_without_room_on_the_disk_is_not_made_and_comes_later(run_cells, capsys):
+    run, to = run_cells
+    code, found = run("refuses", "--needs", "900000", only="TP2 cpu")
+    assert code == 125 and {each["state"] for each in found.values()} == {"not run"}
+    assert "see --needs" in capsys.readouterr().out and not (to / "cells").exists()
+    _, found = run("refuses")
+    assert found["tp2-cpu-cpu-cold"]["state"] == "ended"
+
+
+def test_a_disk_that_fills_during_a_start_ends_that_start_and_not_the_experiment(run_cells, monkeypatch):
+    def full(self: Outcome, folder: Path) -> None:
+        raise OSError(28, "No space left on device")
+
+    run, _ = run_cells
+    monkeypatch.setattr(Outcome, "save", full)
+    code, found = run("refuses", only="TP2 cpu")
+    assert code == 1 and [each["state"] for each in found.values()] == ["ended", "ended"]
+    assert all("No space left" in each["notes"][-1] for each in found.values())
+
+
+@pytest.mark.parametrize(
+    ("flags", "code", "words"),
+    [
+        (["--only", "TP9"], 2, "--only: no cell has all of 'TP9'"),
+        (["--silence", "0"], 2, "--silence: 0.0 is not a number"),
+        (["--ranks", "0"], 2, "--ranks: 0 is not a number of ranks"),
+        (["--vllm", ""], 2, "--vllm: no command is given"),
+        (["--vllm", "'"], 2, "--vllm: "),
+        (["--list"], 0, "dp8ep8-jit-jit-cold: its backends need an NVIDIA GPU"),
+        (["--to", "pyproject.toml"], 2, "cannot write to pyproject.toml"),
+        (["--to", "docs"], 2, "the folder is not empty and no experiment"),
+        (["--only", "jit cold TP8"], 125, "not run (3): its backends need an NVIDIA GPU"),
+    ],
+)
+def test_what_is_refused_is_one_line_with_the_flag(tmp_path, monkeypatch, capsys, flags, code, words):
+    monkeypatch.setattr(Machine, "here", classmethod(lambda cls: LAPTOP))
+    monkeypatch.chdir(ROOT)
+    assert main(["cells", "--to", str(tmp_path / "cells"), *flags]) == code
+    printed = capsys.readouterr()
+    assert words in printed.out + printed.err
+
+
+@pytest.mark.parametrize(("machine", "words"), [(Machine(), "has no vLLM"), (Machine(vllm="0.32.0"), "the recorder")])
+def test_without_vllm_or_its_recorder_nothing_starts(monkeypatch, capsys, machine, words):
+    monkeypatch.setattr(Machine, "here", classmethod(lambda cls: machine))
+    assert main(["cells"]) == 2 and words in capsys.readouterr().err
+
+
 def test_ctrl_c_ends_the_server_and_leaves_a_table_and_the_cell_for_later(run_cells):
     _, to = run_cells
     command = [sys.executable, "-c", "import sys; sys.path.insert(0, 'tests/attach'); import test_vllm_cells as t; "
