@@ -8,7 +8,7 @@ compiled  one rank with torch.compile: it serves, and the record is clean
 exit      a program that never ends, because its front ends wait for engines that wait for requests
 faults    six injected faults (judge_faults.py)
 upstream  tests/upstream, which have the form of vLLM's own
-cells     the experiment of `python -m repro cells` with the cells that a CPU has (cells.py)
+cells     the experiment of `python -m repro cells`, with a real build of one rank (cells.py)
 old       vLLM 0.20 itself, in the environment --old: our engine under protocol 0.20
 soak      30 minutes with idle ranks (soak.py); only if named
 overhead  what the recorder costs a step (overhead.py); only if named
@@ -90,7 +90,7 @@ class Check:
         )
 
     def cells(self) -> list[str]:
-        return ["not every start of the experiment became ready"] * bool(self._run("cells.py", *self._target("cells")))
+        return ["the experiment of cells did not go as expected"] * bool(self._run("cells.py", *self._target("cells")))
 
     def old(self) -> list[str]:
         if self._old is None:
