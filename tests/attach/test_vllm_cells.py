@@ -21,7 +21,7 @@ from repro.attach.vllm.cells.machine import Machine
 from repro.attach.vllm.cells.outcome import Answer, Outcome
 from repro.commands.cli import main
 from repro.trace.recording.recorder import Recorder
-from repro.trace.witness.file import read
+from repro.trace.witness.file import Tail, read
 from repro.trace.witness.format import Kind
 
 ROOT = next(folder for folder in Path(__file__).resolve().parents if (folder / "pyproject.toml").is_file())
@@ -216,9 +216,16 @@ class FakeTail:
         return int(max((at for at in self.times if at <= self.clock[0]), default=0) * 1e9)
 
 
-def ticks_of(monkeypatch, seconds: float, server: dict, events: tuple[float, ...] = (), limit_s: float = 1e9):
-    """Tick once a second for so long; returns the state and the times of the looks. The window is 120 s."""
+def ticks_of(
+    monkeypatch, seconds: float, server: dict, events: tuple[float, ...] = (), limit_s: float = 1e9, loads=(0.0, 0.0)
+):
+    """Tick once a second for so long; returns the state and the times of the looks. The window is 120 s.
+
+    loads   begin and end of the phase "load"
+    """
     clock, looked = [1000.0], []
+    phase = ("load", "profile")
+    monkeypatch.setattr(trial, "phase_of", lambda tail: phase[not loads[0] <= clock[0] - 1000 < loads[1]])
     monkeypatch.setattr(trial.time, "monotonic", lambda: clock[0])
     monkeypatch.setattr(trial.looks, "collect", lambda pid, to: (looked.append(clock[0] - 1000), (SLOW, ""))[1])
     how = trial.Start((), {}, 0, 120.0, limit_s)
@@ -243,6 +250,22 @@ def test_events_of_a_rank_end_a_silence(monkeypatch):
 
 def test_before_the_first_rank_begins_the_silence_is_that_of_the_log(monkeypatch):
     assert ticks_of(monkeypatch, 300, {"log": (1, 90)}) == ("", [210])
+
+
+def test_a_silence_in_which_a_checkpoint_is_read_is_no_stall(monkeypatch):
+    assert ticks_of(monkeypatch, 1000, {"ready_at": 700}, events=(5, 600), loads=(5, 600)) == ("ready", [])
+    assert ticks_of(monkeypatch, 1000, {}, events=(5, 300), loads=(5, 300)) == ("", [420, 540, 780])
+
+
+def test_the_phase_of_a_rank_is_that_of_its_last_event(tmp_path):
+    recorder = Recorder.open(tmp_path / "rank000.wit", 0, 1, run_id="x")
+    tail = Tail(tmp_path / "rank000.wit")
+    assert trial.phase_of(tail) == ""
+    recorder.phase("load")
+    assert trial.phase_of(tail) == "load"
+    recorder.phase("profile")
+    recorder.local("build_begin", "a module")
+    assert trial.phase_of(tail) == "profile"
 
 
 def test_a_server_that_becomes_ready_is_not_looked_at_again(monkeypatch):
@@ -330,7 +353,7 @@ def test_a_lock_that_is_held_across_a_collective_is_a_deadlock_with_its_holder(r
     code, found = run("locks")
     (cold,) = found.values()
     assert (cold["state"], cold["verdict"], cold["cause"], cold["culprits"]) == ("hung", "deadlock", "lock", [0]), cold
-    assert code == 1 and len(cold["looked"]) == 1
+    assert code == 1 and cold["looked"]
     assert {p.name for p in (to / "bundles").iterdir()} == {f"{cold['name']}.zip", f"{cold['name']}-collect.zip"}
 
 
