@@ -19,7 +19,7 @@ VERSIONS = {
 """What is installed for each version of vLLM. The first one is the default."""
 
 NOT_NEEDED = ("torch", "torchaudio", "torchvision", "torchcodec")
-TOOLS = ("psutil", "rich", "jinja2", "msgspec", "numpy", "pytest")  # what the plug-ins import; tests/upstream
+TOOLS = ("psutil", "rich", "jinja2", "msgspec", "numpy")  # what the plug-ins import
 
 REQUIREMENTS = f"""
 from importlib.metadata import requires
