@@ -76,20 +76,9 @@ class Check:
         pip = [str(python), "-m", "pip", "install", "-q", "--target", str(beside), "pytest"]
         if subprocess.run(pip).returncode:  # beside the environment of vLLM, which may not be ours
             return ["tests/upstream did not run: pytest could not be installed"]
-        options = [
-            "-c",
-            os.devnull,
-            "--rootdir",
-            str(tests),
-            "--confcutdir",
-            str(tests),
-            "-p",
-            "no:cacheprovider",
-            "-q",
-        ]
-        done = subprocess.run(
-            [str(python), "-m", "pytest", *options, "-rxs", str(tests)], env={**os.environ, "PYTHONPATH": str(beside)}
-        )
+        alone = ["-c", os.devnull, "--rootdir", str(tests), "--confcutdir", str(tests), "-p", "no:cacheprovider"]
+        test = [str(python), "-m", "pytest", *alone, "-q", "-rxs", str(tests)]
+        done = subprocess.run(test, env={**os.environ, "PYTHONPATH": str(beside)})
         return ["tests/upstream failed"] * bool(done.returncode)
 
     def cells(self) -> list[str]:
