@@ -13,7 +13,7 @@ from pathlib import Path
 from rich.console import Console
 
 from hybrid_moe_ref.config import ConfigError
-from repro.attach.vllm.cells import grid, outcome, table
+from repro.attach.vllm.cells import grid, hypotheses, outcome, table
 from repro.attach.vllm.cells.experiment import Experiment, Settings
 from repro.attach.vllm.cells.machine import Machine
 from repro.exit_codes import CANNOT_TELL, EXPECTED, INTERRUPTED, UNEXPECTED
@@ -114,7 +114,7 @@ def _print(console: Console, experiment: Experiment, outcomes: dict[str, outcome
     print_table(console, table.terminal(table.rows(experiment.cells, outcomes)))
     for line in (
         *table.not_run(experiment.cells, outcomes),
-        *table.reading(experiment.cells, outcomes),
+        *hypotheses.remaining(experiment.cells, outcomes),
         *table.reasons(outcomes.values()),
     ):
         say(console, line)

@@ -15,7 +15,7 @@ import pytest
 
 from hybrid_moe_ref.files import DamagedFile
 from repro.attach.record import rank, start
-from repro.attach.vllm.cells import caches, experiment, grid, outcome, table, trial
+from repro.attach.vllm.cells import caches, experiment, grid, hypotheses, outcome, table, trial
 from repro.attach.vllm.cells.grid import COLD, CPU, DP_EP, DP_EP_EAGER, JIT, TP, TRITON, WARM, Cell
 from repro.attach.vllm.cells.machine import Machine
 from repro.attach.vllm.cells.outcome import Answer, Outcome
@@ -162,21 +162,31 @@ def outcomes_of(**verdicts: str) -> dict[str, Outcome]:
     [
         ({"dp8ep8_jit_jit_cold": "slow", "dp8ep8_jit_jit_warm": "clean"}, "follows the cold cache: H1 or H2"),
         ({"dp8ep8_jit_jit_cold": "hung", "dp8ep8_jit_jit_warm": "hung", "tp8_jit_jit_warm": "clean"}, "H4 or H5"),
-        ({"dp8ep8_jit_jit_cold": "hung", "dp8ep8_jit_jit_warm": "hung", "tp8_jit_jit_warm": "hung"}, "not the cause"),
-        ({"dp8ep8_jit_jit_cold": "hung", "dp8ep8_jit_jit_warm": "hung"}, "not been started yet"),
+        ({"dp8ep8_jit_jit_cold": "slow", "dp8ep8_jit_jit_warm": "hung", "tp8_jit_jit_warm": "hung"}, "alone is not"),
+        ({"dp8ep8_jit_jit_cold": "clean", "dp8ep8_jit_jit_warm": "hung"}, "only the warm start stalls"),
+        ({"tp8_jit_jit_cold": "slow", "tp8_jit_jit_warm": "slow"}, "without expert parallelism: H3"),
+        ({"dp8ep8_jit_jit_cold": "hung", "dp8ep8_jit_jit_warm": "hung"}, "nothing is known of TP"),
         ({"dp8ep8_jit_jit_cold": "clean", "dp8ep8_jit_jit_warm": "clean"}, "no stall"),
     ],
 )
 def test_the_table_says_which_hypothesis_remains(verdicts, words):
     cells = grid.all_cells(8, with_eager=False, on_a_cpu=False)
-    assert words in " ".join(table.reading(cells, outcomes_of(**verdicts)))
+    assert words in " ".join(hypotheses.remaining(cells, outcomes_of(**verdicts)))
+
+
+def test_a_second_start_with_an_incomplete_cache_is_no_evidence_about_warm_caches():
+    cells = grid.all_cells(8, with_eager=False, on_a_cpu=False)
+    found = outcomes_of(dp8ep8_jit_jit_cold="hung", dp8ep8_jit_jit_warm="hung", tp8_jit_jit_warm="clean")
+    found["dp8ep8-jit-jit-warm"] = replace(found["dp8ep8-jit-jit-warm"], partial=True)
+    (line,) = hypotheses.remaining(cells, found)
+    assert "incomplete cache" in line and "H4" not in line
 
 
 def test_starts_that_ended_by_themselves_say_nothing_about_a_stall():
     cells = grid.all_cells(8, with_eager=False, on_a_cpu=False)
     ended = {name: replace(each, state=outcome.ENDED) for name, each in outcomes_of(
         dp8ep8_jit_jit_cold="crash", dp8ep8_jit_jit_warm="clean").items()}  # fmt: skip
-    assert table.reading(cells, ended) == []
+    assert hypotheses.remaining(cells, ended) == []
 
 
 def test_a_damaged_outcome_is_named_with_its_file(tmp_path):

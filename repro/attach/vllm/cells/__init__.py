@@ -9,6 +9,7 @@
     outcome.py     what became of a cell, and the file that says so
     experiment.py  all cells of one folder, again from where an earlier call stopped
     table.py       the outcomes as text and as Markdown
+    hypotheses.py  which explanation of the report the outcomes leave
 
 `repro/commands/cells.py` has the flags.
 """

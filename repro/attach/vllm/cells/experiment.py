@@ -18,7 +18,7 @@ from typing import Any
 
 from hybrid_moe_ref.config import ConfigError
 from hybrid_moe_ref.files import read_json, write_atomically
-from repro.attach.vllm.cells import caches, outcome, table
+from repro.attach.vllm.cells import caches, hypotheses, outcome, table
 from repro.attach.vllm.cells.grid import COLD, REPORT_VARIABLES, Cell
 from repro.attach.vllm.cells.machine import Machine
 from repro.attach.vllm.cells.outcome import Outcome
@@ -161,7 +161,11 @@ class Experiment:
     def _write(self, outcomes: dict[str, Outcome]) -> None:
         """Write the tables. A full disk does not end the experiment: the next cell says that there is no room."""
         found = table.rows(self.cells, outcomes)
-        rest = [*table.not_run(self.cells, outcomes), *table.reading(self.cells, outcomes), *self.machine.notes()]
+        rest = [
+            *table.not_run(self.cells, outcomes),
+            *hypotheses.remaining(self.cells, outcomes),
+            *self.machine.notes(),
+        ]
         results = [{**cell.to_json(), **asdict(outcomes[cell.name])} for cell in self.cells if cell.name in outcomes]
         try:
             write_atomically(self.root / "table.txt", "\n".join([*table_lines(table.terminal(found)), "", *rest, ""]))

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import replace
 
 from rich.table import Table
 
-from repro.attach.vllm.cells.grid import COLD, TP, WARM, Cell
-from repro.attach.vllm.cells.outcome import HUNG, LIMIT, NOT_RUN, READY, Outcome
+from repro.attach.vllm.cells.grid import Cell
+from repro.attach.vllm.cells.outcome import NOT_RUN, Outcome
 from repro.report.tables import cell as text_cell
 from repro.report.tables import make_table
 from repro.store.text import escape_control_characters
@@ -67,42 +66,6 @@ def not_run(cells: Sequence[Cell], outcomes: Mapping[str, Outcome]) -> list[str]
         elif outcome.state == NOT_RUN:
             names.setdefault(outcome.reason, []).append(cell.name)
     return [f"not run ({len(group)}): {reason}: {' '.join(group)}" for reason, group in names.items()]
-
-
-def reading(cells: Sequence[Cell], outcomes: Mapping[str, Outcome]) -> list[str]:
-    """What the outcomes say about the question: does a start stall with the cold cache, or with expert parallelism?
-
-    The hypotheses H1 to H5 are those of docs/ROOT-CAUSE.md. Starts that ended by themselves say nothing about a stall.
-    """
-    stalls = {
-        cell: _stalls(outcome)
-        for cell in cells
-        if (outcome := outcomes.get(cell.name)) is not None and outcome.state in (READY, HUNG, LIMIT)
-    }
-    lines = []
-    for cell, cold_stalls in stalls.items():
-        warm_stalls = stalls.get(replace(cell, cache=WARM))
-        if cell.cache != COLD or warm_stalls is None:
-            continue
-        if cold_stalls and not warm_stalls:
-            lines.append(f"{cell.pair}: the stall follows the cold cache: H1 or H2; the lock in `where` says which.")
-        elif warm_stalls and cell.layout != TP:
-            in_tp = stalls.get(replace(cell, layout=TP, cache=WARM))
-            lines.append(f"{cell.pair}: it stalls with a warm cache too, {_AGAINST_TP[in_tp]}")
-        elif not cold_stalls and not warm_stalls:
-            lines.append(f"{cell.pair}: no stall.")
-    return lines
-
-
-_AGAINST_TP = {
-    False: "and TP with the same backends does not: H4 or H5 if it is a deadlock, H3 if it is a stall.",
-    True: "and so does TP with the same backends: expert parallelism is not the cause; H3.",
-    None: "and TP with the same backends has not been started yet.",
-}
-
-
-def _stalls(outcome: Outcome) -> bool:
-    return outcome.state != READY or outcome.verdict == "slow"
 
 
 def _escaped(text: str) -> str:

@@ -1,0 +1,51 @@
+"""Which of the hypotheses H1 to H5 in docs/ROOT-CAUSE.md the outcomes leave: does a cold cache stall a start, or EP?"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+
+from repro.attach.vllm.cells.grid import COLD, TP, WARM, Cell
+from repro.attach.vllm.cells.outcome import HUNG, LIMIT, READY, Outcome
+
+
+def remaining(cells: Sequence[Cell], outcomes: Mapping[str, Outcome]) -> list[str]:
+    """A line for each pair of a cold and a warm start that both say something."""
+    stalls = {cell: _stalls(outcomes.get(cell.name)) for cell in cells}
+    lines = []
+    for cell in (cell for cell in cells if cell.cache == COLD):
+        cold, warm = stalls[cell], stalls.get(warm_cell := replace(cell, cache=WARM))
+        if cold is None or warm is None:
+            continue
+        if warm and outcomes[warm_cell.name].partial:
+            text = "both starts stall, and the second had an incomplete cache: give a longer --limit, or see the lock"
+        elif warm and not cold:
+            text = "only the warm start stalls: no build; the ranks may find different things in the cache (H4)"
+        elif warm:
+            text = f"it stalls with a warm cache too, {_other_layout(cell, stalls, outcomes)}"
+        elif cold:
+            text = "the stall follows the cold cache: H1 or H2; the lock in `where` says which"
+        else:
+            text = "no stall"
+        lines.append(f"{cell.pair}: {text}.")
+    return lines
+
+
+def _other_layout(cell: Cell, stalls: Mapping[Cell, bool | None], outcomes: Mapping[str, Outcome]) -> str:
+    """What the warm start of TP with the same backends adds to a warm start that stalls."""
+    if cell.layout == TP:
+        return "without expert parallelism: H3, or a build that no cache keeps"
+    other = replace(cell, layout=TP, cache=WARM)
+    in_tp = stalls.get(other)
+    if in_tp is None or (in_tp and outcomes[other.name].partial):
+        return "and nothing is known of TP with the same backends"
+    if in_tp:
+        return "and so does TP with the same backends: expert parallelism alone is not the cause"
+    return "and TP with the same backends does not: H4 or H5 if it is a deadlock, H3 if it is a stall"
+
+
+def _stalls(outcome: Outcome | None) -> bool | None:
+    """Whether a start stalled; None if it did not run or ended by itself."""
+    if outcome is None or outcome.state not in (READY, HUNG, LIMIT):
+        return None
+    return outcome.state != READY or outcome.verdict == "slow"
