@@ -73,7 +73,9 @@ def test_front_ends_that_one_parent_forked_are_no_job_beside_their_engines(host)
         54: (50, "python serve.py", {}), 55: (54, "VLLM::EngineCore_DP1", {}), 56: (55, "VLLM::Worker_DP1_EP1", {}),
     }, sockets=(51, 54))  # fmt: skip
     (job,) = jobs.find_jobs(table)
-    assert {52, 53, 55, 56} <= set(job.pids)
+    roles = {member.pid: member.role for member in job.members}
+    assert {52, 53, 55, 56} <= roles.keys()
+    assert roles[51] == roles[54] == "front end", "their stacks show whether they wait at exit"
 
 
 @pytest.mark.parametrize("named", [[11], [12, 11], [10], [13], [14, 12]])

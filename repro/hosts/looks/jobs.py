@@ -226,8 +226,11 @@ def _by_titles(candidates: Mapping[int, _Candidate], table: Mapping[int, Status]
         for row in rows:
             process = process_of(title=row.command)
             members.append(Member(row.pid, process.rank, process.role or "worker", row.command, row.environment))
-        if launcher not in {row.pid for row in rows} and launcher in candidates:
-            members.append(Member(launcher, None, "front end", candidates[launcher].command))
+        titled = {row.pid for row in rows}
+        # The processes that started the engines: one server, or offline a front end for each engine.
+        fronts = {launcher, *(table[pid].parent for pid in titled)} - titled
+        for pid in sorted(fronts & candidates.keys()):
+            members.append(Member(pid, None, "front end", candidates[pid].command))
         yield Job(f"{command_of(launcher)[:80] or rows[0].command}", tuple(members), launcher=launcher)
 
 

@@ -107,7 +107,7 @@ def offline_never_ends() -> Report:
         files[f"front{rank}.txt"] = py_spy("python offline_dp.py", joined, 50 + rank)
         files[f"engine{rank}.txt"] = py_spy(f"VLLM::EngineCore_DP{rank}", queue, 60 + rank)
         files[f"worker{rank}.txt"] = py_spy(f"VLLM::Worker_DP{rank}_EP{rank}", IDLE, 70 + rank)
-    return report(files, "inconclusive", "clean", mentions=["idle", "exit"])
+    return report(files, "inconclusive", "clean", mentions=["idle", "exit", "the program never ends"])
 
 
 def healthy_idle_server() -> Report:

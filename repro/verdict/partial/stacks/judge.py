@@ -91,10 +91,17 @@ def _queues(
         f"{stack.process} is at its exit and waits for {stack.detail} ({_source(stack)})" for stack in leaving[:4]
     ]
     if not engines:
+        summary = (
+            f"{ranks_of(idle).capitalize()} {verb(idle, 'waits', 'wait')} for orders, and no rank is in a collective: "
+            "an idle server looks like this."
+        )
+        ends = (
+            "A process at its exit waits for another one that it started, and that one waits for requests: the program "
+            "never ends. Shut the engine down before (vLLM: llm.llm_engine.engine_core.shutdown())."
+        )
         return Diagnosis(
             "inconclusive", "", (), (), "undecided",
-            (f"{ranks_of(idle).capitalize()} {verb(idle, 'waits', 'wait')} for orders, and no rank is "
-        "in a collective: an idle server looks like this.",),
+            (summary, ends) if leaving else (summary,),
             tuple(evidence), (), ("stacks of the engine and front end processes too", AGAIN),
         )  # fmt: skip
     return Diagnosis(
