@@ -1,104 +1,126 @@
-"""Measure what `record` costs a program: microseconds a collective, and the share of a training step.
+"""Measure what `record` costs a program: microseconds a collective, and the share of a step.
 
-    python benchmarks/bench_record.py [--rounds 7] [--json FILE]
+    python benchmarks/bench_record.py [--pairs 80] [--processes 2] [--only PROGRAM] [--json FILE]
 
-Each program runs with and without the recorder in turn, each time in a process of its own, and the fastest of all
-rounds counts. The collective is an all_reduce of eight numbers in a gloo group of one rank, which has nobody to wait
-for. The step is that of a small transformer under DistributedDataParallel, alone in its group.
+Each program of recorded_steps.py runs in three processes at once: plain, recorded by the compiled hooks, and recorded
+in Python. They take turns, in an order drawn for each turn, so the machine is in the same state for all three. A turn
+gives two differences from plain. The table shows their medians with a 95 % confidence interval, from resampling whole
+turns; every process is started anew `--processes` times, because a start can be lucky.
 
-Exits with 1 if a step takes more than 1 % longer.
+Exits with 1 if the lower end of an interval is above the limit: 2 us a collective, 1 % of a step. Only compiled hooks
+have a limit.
 """
 
 from __future__ import annotations
 
 import argparse
 import os
+import random
+import statistics
 import subprocess
 import sys
 import tempfile
 from pathlib import Path
 
-from machine import commit, cpu, mark, versions, write
+from machine import commit, cpu, versions, write
+from recorded_steps import PROGRAMS
 
+from repro.attach.record import compiled
 from repro.commands.record import SITE
 
-MOST_SHARE = 0.01
+MOST_US, MOST_SHARE = 2.0, 0.01
+COLLECTIVES = ("all_reduce", "asynchronous", "all_gather", "barrier", "gloo")
+WAYS = ("plain", "compiled", "python")
+TURN_S = 0.05
+"""How long a process runs in one turn."""
 
-PROGRAM = """
-import sys, time
-import torch
-import torch.distributed as dist
-
-dist.init_process_group("gloo", rank=0, world_size=1, store=dist.HashStore())
-torch.set_num_threads(1)
-torch.manual_seed(0)
-
-def best(call, count, repeats):
-    seconds = []
-    for _ in range(repeats):
-        start = time.perf_counter()
-        for _ in range(count):
-            call()
-        seconds.append((time.perf_counter() - start) / count)
-    return min(seconds)
-
-numbers = torch.zeros(8)
-layer = torch.nn.TransformerEncoderLayer(256, 4, 1024, batch_first=True)
-model = torch.nn.parallel.DistributedDataParallel(torch.nn.TransformerEncoder(layer, 4, enable_nested_tensor=False))
-batch = torch.randn(4, 64, 256)
-
-def step():
-    model(batch).sum().backward()
-    dist.all_reduce(numbers)
-
-print(best(lambda: dist.all_reduce(numbers), 2000, 10), best(step, 1, 20))
-dist.destroy_process_group()
-"""
+STEPS = Path(__file__).with_name("recorded_steps.py")
 
 
-def seconds(recorded: bool) -> tuple[float, float]:
-    """Run the program once; returns seconds a collective and seconds a step."""
-    with tempfile.TemporaryDirectory() as folder:
-        env = {**os.environ, "GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1"}
-        if recorded:
-            env |= {"HMR_RECORD": folder, "PYTHONPATH": str(SITE)}
-        done = subprocess.run([sys.executable, "-c", PROGRAM], env=env, capture_output=True, text=True, check=True)
-        if recorded and not list(Path(folder).glob("events/*.wit")):
+class Runner:
+    """A process that runs a program on request."""
+
+    def __init__(self, program: str, way: str, folder: Path) -> None:
+        env = {name: value for name, value in os.environ.items() if not name.startswith("HMR_RECORD")}
+        env |= {"GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
+        if way != "plain":
+            env |= {"HMR_RECORD": str(folder), "PYTHONPATH": str(SITE)}
+        if way == "python":
+            env["HMR_RECORD_PURE"] = "1"
+        self._folder = None if way == "plain" else folder
+        self._process = subprocess.Popen(
+            [sys.executable, str(STEPS), program], env=env, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        )
+
+    def seconds(self, count: int) -> float:
+        """Run the program ``count`` times; returns the seconds of one run."""
+        assert self._process.stdin and self._process.stdout
+        self._process.stdin.write(f"{count}\n")
+        self._process.stdin.flush()
+        return float(self._process.stdout.readline()) / count
+
+    def end(self) -> None:
+        self._process.communicate(timeout=60)
+        if self._folder is not None and not list(self._folder.glob("events/*.wit")):
             raise SystemExit("nothing was recorded")
-    call, step = map(float, done.stdout.split())
-    return call, step
 
 
-def fastest(rounds: list[tuple[float, float]]) -> tuple[float, float]:
-    """The fastest collective and the fastest step of all rounds."""
-    return min(call for call, _ in rounds), min(step for _, step in rounds)
+def turns(program: str, num_pairs: int, rng: random.Random) -> list[dict[str, float]]:
+    """Return the seconds of one run, by way, in each turn."""
+    with tempfile.TemporaryDirectory() as folder:
+        runners = {way: Runner(program, way, Path(folder) / way) for way in WAYS}
+        for runner in runners.values():
+            runner.seconds(1)
+        count = max(1, round(TURN_S / min(runner.seconds(3) for runner in runners.values())))
+        rows = []
+        for _ in range(num_pairs):
+            order = rng.sample(WAYS, len(WAYS))
+            times = {way: runners[way].seconds(count) for way in order}
+            rows.append({way: times[way] for way in WAYS})
+        for runner in runners.values():
+            runner.end()
+    return rows
+
+
+def interval(values: list[float], rng: random.Random, num_samples: int = 2000) -> tuple[float, float, float]:
+    """Return the median of the values, and the ends of its 95 % confidence interval by resampling."""
+    medians = sorted(statistics.median(rng.choices(values, k=len(values))) for _ in range(num_samples))
+    return statistics.median(values), medians[num_samples // 40], medians[-num_samples // 40]
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--pairs", type=int, default=80)
+    parser.add_argument("--processes", type=int, default=2)
+    parser.add_argument("--only", choices=PROGRAMS, action="append")
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
-    plain, recorded = [], []
-    for _ in range(args.rounds):
-        plain.append(seconds(recorded=False))
-        recorded.append(seconds(recorded=True))
-    call, step = fastest(plain)
-    call_recorded, step_recorded = fastest(recorded)
-    added_us, share = (call_recorded - call) * 1e6, step_recorded / step - 1
-    verdict = mark(share, MOST_SHARE, at_most=True)
-    print(f"a collective: {call * 1e6:.1f} us, recorded {call_recorded * 1e6:.1f} us: {added_us:.1f} us more")
-    print(f"a step: {step * 1e3:.2f} ms, recorded {step_recorded * 1e3:.2f} ms: {share:+.2%} {verdict}")
+    if problem := compiled.build():
+        raise SystemExit(f"the hooks cannot be compiled: {problem}")
+    rng = random.Random(0)
+    results, missed = [], False
+    for program in args.only or PROGRAMS:
+        rows = [row for _ in range(args.processes) for row in turns(program, args.pairs, rng)]
+        plain_us = statistics.median(row["plain"] for row in rows) * 1e6
+        for way in WAYS[1:]:
+            if program in COLLECTIVES:
+                unit, most = "us", MOST_US
+                middle, low, high = interval([(row[way] - row["plain"]) * 1e6 for row in rows], rng)
+                text = f"{middle:+.2f} us [{low:+.2f}, {high:+.2f}]"
+            else:
+                unit, most = "share", MOST_SHARE
+                middle, low, high = interval([row[way] / row["plain"] - 1 for row in rows], rng)
+                text = f"{middle:+.2%} [{low:+.2%}, {high:+.2%}]"
+            above = way == "compiled" and program != "gloo" and low > most
+            missed |= above
+            print(f"{program:13} {plain_us:9.1f} us plain, {way:8} {text}{'  above the limit' if above else ''}")
+            result = {"program": program, "way": way, "plain_us": plain_us, "unit": unit}
+            results.append({**result, "median": middle, "low": low, "high": high})
     if args.json:
-        rows = [
-            {"recorded": False, "collective_us": call * 1e6, "step_ms": step * 1e3},
-            {"recorded": True, "collective_us": call_recorded * 1e6, "step_ms": step_recorded * 1e3},
-        ]
-        write(
-            args.json,
-            {"hardware": cpu(), "versions": versions(), "commit": commit(), "rounds": args.rounds, "rows": rows},
-        )
-    return int(share > MOST_SHARE)
+        document = {"hardware": cpu(), "versions": versions(), "commit": commit(), "pairs": args.pairs,
+                    "processes": args.processes, "load": os.getloadavg()[0], "rows": results}  # fmt: skip
+        write(args.json, document)
+    return int(missed)
 
 
 if __name__ == "__main__":

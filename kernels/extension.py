@@ -44,7 +44,7 @@ _use_lock, _loader_lock = threading.Lock(), threading.Lock()
 
 
 class BuildFailed(RuntimeError):
-    """A native library could not be compiled; the text is one line that says why."""
+    """An extension could not be compiled; the text is one line that says which and why."""
 
 
 @dataclass(frozen=True)

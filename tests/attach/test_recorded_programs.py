@@ -134,6 +134,46 @@ def test_a_fault_in_each_kind_of_parallelism_is_named(tmp_path, kind, ranks, ver
     assert words in printed, printed
 
 
+PARALLEL = {
+    "ddp": ("skipped", "ddp_average_gradients in group world.ddp of DistributedDataParallel"),
+    "fsdp": ("extra", "all_gather_into_tensor #49 in group world of 0"),
+    "pipeline": ("skipped", "recv in group world:2>3 of pipeline stage 3"),
+    "async_tensor_parallel": ("skipped", "all_gather_into_tensor in group world of up"),
+    "functional": ("skipped", "all_reduce in group tp"),
+    "mesh": ("skipped", "all_reduce in group mesh_dp[3,7]"),
+}
+"""Kind of parallelism -> the cause, and the place where rank 3 left the rhythm of its steps."""
+
+
+def record_eight(to: Path, kind: str, *flags: str) -> tuple[int, str]:
+    """Record a job of eight forked ranks."""
+    program = [sys.executable, str(JOBS.with_name("parallel_jobs.py")), kind, *flags]
+    command = [sys.executable, "-m", "repro", "record", "--to", str(to), "--end", "--modules", "--quiet-window", "10"]
+    env = {**os.environ, "GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
+    done = subprocess.run([*command, "--", *program], env=env, capture_output=True, text=True, timeout=290)
+    return done.returncode, done.stdout + done.stderr
+
+
+@pytest.mark.full
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize("kind", PARALLEL)
+def test_the_rank_that_left_its_rhythm_is_named_among_eight_with_group_and_module(tmp_path, kind):
+    _, printed = record_eight(tmp_path / "run", kind, "--fault")
+    document = verdict_of(tmp_path / "run")
+    cause, place = PARALLEL[kind]
+    found = (document["verdict"], document["cause"], document["culprits"], document["confidence"])
+    assert found == ("deadlock", cause, [3], "likely"), printed
+    assert place in printed, printed
+
+
+@pytest.mark.full
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize("kind", PARALLEL)
+def test_eight_ranks_without_a_fault_are_clean(tmp_path, kind):
+    code, printed = record_eight(tmp_path / "run", kind)
+    assert (code, verdict_of(tmp_path / "run")["verdict"]) == (0, "clean"), printed
+
+
 @pytest.mark.full
 @pytest.mark.timeout(240)
 @pytest.mark.parametrize("kind", ["ddp", "fsdp", "pipeline", "tensor_parallel", "mesh", "compiled"])

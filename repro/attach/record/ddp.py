@@ -21,6 +21,8 @@ _ready: dict[str, list[int]] = {}  # group name of a wrapper whose next backward
 _passes: list[tuple[Collective, int]] = []
 """The collectives of the backward pass that runs now, with their tickets."""
 
+_noted: list[tuple[Collective, int]] = []  # the last of them whose wait has been recorded
+
 
 def hook(module: ModuleType) -> None:
     owner = module.DistributedDataParallel
@@ -101,10 +103,14 @@ def _passing(original: Any) -> Any:
 
 
 def note_wait(rank: Any) -> None:
-    """Record that the main thread waits for the gradient averages: it is inside autograd's engine and uses no CPU."""
-    for collective, ticket in _passes[:1]:
-        with rank.lock:
-            rank.recorder.wait(collective, ticket)
+    """Record that the main thread waits for the gradient averages: it is inside autograd's engine and uses no CPU.
+
+    Recorded once for each pass: a rank that records the same wait again and again would never be silent.
+    """
+    with rank.lock:
+        if _passes and _passes[0] not in _noted:
+            _noted[:] = _passes[:1]
+            rank.recorder.wait(*_passes[0])
 
 
 def _collective(rank: Any, name: str, members: list[int], op: str) -> Collective:

@@ -58,6 +58,20 @@ def hook_pipeline(module: ModuleType) -> None:
         replace(module._PipelineStageBase, method, lambda original: _in_layer(original, name))
 
 
+def hook_schedule(module: ModuleType) -> None:
+    """Name the stages of a rank for the transfers that its schedule issues between their passes."""
+
+    def name(schedule: Any) -> str:
+        stages = [schedule._stage] if hasattr(schedule, "_stage") else schedule._stages
+        indices = [str(stage.stage_index) for stage in stages]
+        return f"pipeline stage{'s' if len(indices) > 1 else ''} {','.join(indices)}"
+
+    for owner in (module.PipelineScheduleSingle, module.PipelineScheduleMulti):
+        for method in ("step", "eval"):
+            if method in vars(owner):
+                replace(owner, method, lambda original: _in_layer(original, name))
+
+
 def _in_layer(original: Any, name: Callable[[Any], str]) -> Any:
     def call(self: Any, *args: Any, **options: Any) -> Any:
         rank = this.current

@@ -24,6 +24,7 @@ HOOKS: dict[str, Hook] = {
     "torch.nn.modules.module": modules.hook,
     "torch.distributed.fsdp._fully_shard._fsdp_param_group": modules.hook_fsdp,
     "torch.distributed.pipelining.stage": modules.hook_pipeline,
+    "torch.distributed.pipelining.schedules": modules.hook_schedule,
     "multiprocessing.process": rank.hook_process,
 }
 """Module -> what to do once it has been imported."""

@@ -54,8 +54,8 @@ class _Break:
 
     @property
     def in_pattern(self) -> bool:
-        """Whether the first operation that came has a place in the pattern."""
-        return any(_key(self.events[0]) == _key(due) for due in self.due)
+        """Whether the first operation that came has a place in the pattern, also from another line of the program."""
+        return any(self.events[0].sig == due.sig for due in self.due)
 
 
 def rhythm_finding(
