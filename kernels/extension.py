@@ -44,7 +44,7 @@ _use_lock, _loader_lock = threading.Lock(), threading.Lock()
 
 
 class BuildFailed(RuntimeError):
-    """An extension could not be compiled; the text is one line that says which and why."""
+    """A native library could not be compiled; the text is one line that says why."""
 
 
 @dataclass(frozen=True)

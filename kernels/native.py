@@ -32,6 +32,7 @@ import torch
 from hybrid_moe_kernels import extension
 from hybrid_moe_kernels.build_lock import BuildLock, LockTimeout
 from hybrid_moe_kernels.choices import INSTRUCTION_SETS as INSTRUCTION_SETS
+from hybrid_moe_kernels.extension import BuildFailed
 
 DTYPES = (torch.float32, torch.bfloat16)
 DEVICES = ("cpu",)
@@ -120,10 +121,6 @@ def prepare(tick: Callable[[], None] = _nothing) -> str:
         except (BuildFailed, LockTimeout, OSError, ImportError, ValueError) as error:
             _error, _failed = " ".join(str(error).split()), target
     return missing()
-
-
-class BuildFailed(RuntimeError):
-    """The library could not be built; one line says why."""
 
 
 def _build_beating(target: Path, lock: BuildLock, tick: Callable[[], None]) -> None:

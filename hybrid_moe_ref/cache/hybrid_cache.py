@@ -1,9 +1,9 @@
 """The cache of a model: the KV entries and recurrent states of each sequence, in pages from one pool.
 
-`pages.py` has the arithmetic of pages.
+`pages.py` has the arithmetic of pages, `pasts.py` what a layer sees of the cache.
 
-Shapes: P pages, L tokens of a page, B sequences of a group, T new tokens, S tokens to attend to, K KV heads, D head
-dim, C conv channels, W remembered conv inputs.
+Shapes: P pages, L tokens of a page, B sequences of a group, T new tokens, K KV heads, D head dim, C conv channels, W
+remembered conv inputs.
 """
 
 import weakref
@@ -16,6 +16,7 @@ from torch import Tensor
 from hybrid_moe_ref.batch import Batch, Group
 from hybrid_moe_ref.cache.page_table import PageTable
 from hybrid_moe_ref.cache.pages import PageLayout, page_layout
+from hybrid_moe_ref.cache.pasts import KVPast, KVRun, Past, StatePast
 from hybrid_moe_ref.config import ModelConfig
 
 
@@ -61,87 +62,6 @@ class Snapshot:
 
     length: int
     states: list[Tensor]
-
-
-@dataclass(frozen=True, eq=False)
-class KVPast:
-    """One attention layer's view of a group's sequences.
-
-    lengths_B   number of tokens of each sequence, with the new ones
-    length      the largest of `lengths_B`
-    """
-
-    kv_PL2KD: Tensor
-    page_BT: Tensor
-    offset_BT: Tensor
-    table_BP: Tensor
-    lengths_B: Tensor
-    length: int
-
-    def append(self, k_BTKD: Tensor, v_BTKD: Tensor) -> None:
-        """Store the new keys and values."""
-        new_BT2KD = torch.stack([k_BTKD, v_BTKD], dim=2)
-        self.kv_PL2KD[self.page_BT, self.offset_BT] = new_BT2KD.to(self.kv_PL2KD.dtype)
-
-    def extend(self, k_BTKD: Tensor, v_BTKD: Tensor) -> tuple[Tensor, Tensor]:
-        """Store the new keys and values, and return all of them, each [B, S, K, D].
-
-        Entries after the end of a sequence are finite, and the causal mask hides them.
-        """
-        self.append(k_BTKD, v_BTKD)
-        kv_BS2KD = self.kv_PL2KD[self.table_BP].flatten(1, 2)[:, : self.length]
-        return kv_BS2KD[:, :, 0].to(k_BTKD.dtype), kv_BS2KD[:, :, 1].to(v_BTKD.dtype)
-
-
-@dataclass(frozen=True, eq=False)
-class KVRun:
-    """One attention layer's view of a single sequence with consecutive pages. It reads them without a gather."""
-
-    kv_PL2KD: Tensor
-    start: int
-    table_BP: Tensor
-    lengths_B: Tensor
-    length: int
-
-    def append(self, k_BTKD: Tensor, v_BTKD: Tensor) -> None:
-        """Store the new keys and values."""
-        torch.stack([k_BTKD, v_BTKD], dim=2, out=self.kv_PL2KD[:, self.start :])
-
-    def extend(self, k_BTKD: Tensor, v_BTKD: Tensor) -> tuple[Tensor, Tensor]:
-        """Store the new keys and values, and return all of them, each [B, S, K, D]."""
-        self.append(k_BTKD, v_BTKD)
-        return self.kv_PL2KD[:, :, 0], self.kv_PL2KD[:, :, 1]
-
-
-@dataclass(frozen=True, eq=False)
-class StatePast:
-    """One recurrent layer's view of a group's sequences: pools of states, and the slot of each sequence in them.
-
-    The kernels change the pools in place.
-    """
-
-    conv_PWC: Tensor
-    ssm_P___: Tensor
-    slots_B: Tensor
-
-    @classmethod
-    def zeros(
-        cls, num_sequences: int, conv_shape: tuple[int, ...], ssm_shape: tuple[int, ...], like: Tensor
-    ) -> "StatePast":
-        """Make pools of zero states, for sequences that are not cached."""
-        conv_BWC = like.new_zeros(num_sequences, *conv_shape)
-        ssm_B___ = like.new_zeros(num_sequences, *ssm_shape, dtype=wide(like.dtype))
-        return cls(conv_BWC, ssm_B___, torch.arange(num_sequences, device=like.device))
-
-    @classmethod
-    def joined(cls, pasts: "list[StatePast]") -> "StatePast":
-        """Join the views of several groups of one layer, which have the same pools."""
-        if len(pasts) == 1:
-            return pasts[0]
-        return cls(pasts[0].conv_PWC, pasts[0].ssm_P___, torch.cat([past.slots_B for past in pasts]))
-
-
-Past = KVPast | KVRun | StatePast
 
 
 class HybridCache:

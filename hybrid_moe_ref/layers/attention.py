@@ -13,7 +13,7 @@ from hybrid_moe_kernels import attention
 from torch import Tensor, nn
 
 from hybrid_moe_ref.batch import Group, Part
-from hybrid_moe_ref.cache.hybrid_cache import KVPast, KVRun
+from hybrid_moe_ref.cache.pasts import KVPast, KVRun
 from hybrid_moe_ref.config import ModelConfig
 from hybrid_moe_ref.layers.linear import project
 from hybrid_moe_ref.layers.mixer import Mixer

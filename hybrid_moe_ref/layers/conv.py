@@ -8,7 +8,7 @@ from hybrid_moe_kernels import causal_conv
 from torch import Tensor, nn
 
 from hybrid_moe_ref.batch import Part
-from hybrid_moe_ref.cache.hybrid_cache import StatePast
+from hybrid_moe_ref.cache.pasts import StatePast
 
 
 class CausalConv(nn.Module):

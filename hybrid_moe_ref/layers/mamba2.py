@@ -9,7 +9,7 @@ from hybrid_moe_kernels.ssd.reference import decay_rate, time_step
 from torch import Tensor, nn
 
 from hybrid_moe_ref.batch import Part
-from hybrid_moe_ref.cache.hybrid_cache import StatePast
+from hybrid_moe_ref.cache.pasts import StatePast
 from hybrid_moe_ref.config import ModelConfig
 from hybrid_moe_ref.layers.conv import CausalConv
 from hybrid_moe_ref.layers.linear import is_plain, project

@@ -6,7 +6,7 @@ Shapes: N tokens of a step, H hidden.
 from torch import Tensor, nn
 
 from hybrid_moe_ref.batch import Batch
-from hybrid_moe_ref.cache.hybrid_cache import Past
+from hybrid_moe_ref.cache.pasts import Past
 from hybrid_moe_ref.config import LAYER_KINDS, ModelConfig
 from hybrid_moe_ref.layers.attention import GatedAttention
 from hybrid_moe_ref.layers.gated_delta_net import GatedDeltaNet

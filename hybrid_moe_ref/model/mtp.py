@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from hybrid_moe_ref.batch import Batch
-from hybrid_moe_ref.cache.hybrid_cache import Past
+from hybrid_moe_ref.cache.pasts import Past
 from hybrid_moe_ref.config import ModelConfig
 from hybrid_moe_ref.layers.norm import RMSNorm
 from hybrid_moe_ref.model.block import Block

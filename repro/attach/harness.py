@@ -45,6 +45,7 @@ from repro.store.text import escape_lines
 from repro.trace.witness.file import create
 from repro.trace.witness.format import Identity
 from repro.verdict import Verdict
+from repro.verdict.classes import class_of
 from repro.verdict.result import name_ranks
 from repro.watch.document import Document, describe
 from repro.watch.live import Watch
@@ -164,7 +165,7 @@ class Ranks:
         document = watch.run()
         if run_dir.watcher_log.exists():
             raise RuntimeError(document.evidence[0])  # a failure of the watcher, not of the code under test
-        if not watch.all_done() or document.verdict == "corrupt":
+        if not watch.all_done() or class_of(document.verdict).is_finished_wrong:
             raise DeadlockError(self._explain(run_dir, document))
 
     def _describe(self, verdict: Verdict) -> Document:

@@ -79,9 +79,13 @@ def run(args: argparse.Namespace) -> int:
 
 def _look_at(collection: Collection, interval_s: float, table: dict[int, Status]) -> None:
     began_s = time.monotonic()
-    collection.collect(interval_s)
-    took_s = time.monotonic() - began_s
     folder = collection.run_dir.root
+    try:
+        collection.collect(interval_s)
+    except OSError as error:
+        reason = f"{error.strerror}; what was collected before is in {folder}, and --to names another folder"
+        raise OSError(error.errno, reason, error.filename) from error
+    took_s = time.monotonic() - began_s
     _say(f"{_describe(collection.job, table)}: looked at twice in {took_s:.1f} s; the evidence is in {folder}")
     for line in collection.hidden:
         _say(f"not seen: {line}")

@@ -6,10 +6,10 @@ import contextlib
 import faulthandler
 import os
 import signal
-import sys
 import threading
 
 from hybrid_moe_ref.files import write_atomically
+from repro.hosts import flight_recorder
 from repro.store.run_dir import RunDir
 
 TERM_PATIENCE_S = 8.0
@@ -62,11 +62,8 @@ def _end_in(patience_s: float, number: int) -> None:
 
 
 def _dump_flight_recorder(run_dir: RunDir, rank: int) -> None:
-    c10d = sys.modules.get("torch._C._distributed_c10d")
-    dump = getattr(c10d, "_dump_nccl_trace_json", None) or getattr(c10d, "_dump_fr_trace_json", None)
-    if dump is None:
-        return  # torch is not imported yet, so that nothing can be dumped
     try:
-        write_atomically(run_dir.flight_recorder(rank), dump(True, False))
+        if dump := flight_recorder.dump():
+            write_atomically(run_dir.flight_recorder(rank), dump)
     except (OSError, RuntimeError) as error:
         print(f"[rank {rank}] Flight Recorder not dumped: {error}", flush=True)

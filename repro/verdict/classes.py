@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 
 from repro.exit_codes import CANNOT_TELL, UNEXPECTED
+
+INTERRUPT, END = "interrupt", "end"
+"""Acts from outside the job: its user interrupted it; its launcher got a signal and ended the ranks."""
 
 
 @dataclass(frozen=True)
@@ -18,6 +21,8 @@ class VerdictClass:
     final     whether a watch ends with it, because no rank can change it any more
     decided   whether the evidence was enough
     causes    the causes that it may have, besides none -> the words for it in a headline
+    outside   which acts from outside the job explain it as well, so that it becomes inconclusive: INTERRUPT, END
+    live      whether only a watcher that was there can observe it
     """
 
     name: str
@@ -27,6 +32,13 @@ class VerdictClass:
     final: bool = True
     decided: bool = True
     causes: Mapping[str, str] = field(default_factory=dict)
+    outside: Collection[str] = ()
+    live: bool = False
+
+    @property
+    def is_finished_wrong(self) -> bool:
+        """Whether every rank has finished, and something is wrong."""
+        return self.hangs is False and self.colour == "red"
 
     @property
     def exit_code(self) -> int:
@@ -74,6 +86,8 @@ CLASSES = {
             hangs=None,
             final=False,
             causes={"straggler": "a rank that is slower than the others", **_LOCK},
+            outside=(INTERRUPT, END),
+            live=True,
         ),
         VerdictClass(
             "crash",
@@ -90,6 +104,7 @@ CLASSES = {
                 **_DIFFERENCES,
                 **_LOCK,
             },
+            outside=(END,),
         ),
         VerdictClass(
             "corrupt",

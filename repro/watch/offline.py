@@ -17,6 +17,7 @@ from repro.store.run_dir import RunDir
 from repro.trace.witness.file import Witness, read_dir
 from repro.trace.witness.rewind import rewind
 from repro.verdict import Verdict
+from repro.verdict.classes import class_of
 from repro.watch.document import Document, read_document
 from repro.watch.live import Comparison
 from repro.watch.look import Look
@@ -66,10 +67,10 @@ def judge_files(run_dir: RunDir, options: WatchOptions, comparison: Comparison) 
         verdict = verdict.with_evidence([_launcher_of(run_dir)])
     before = decided.verdict if decided else ""
     if verdict.verdict == "clean":
-        if decided is not None and before == "slow":  # only a live watcher can observe slowness
+        if decided is not None and class_of(before).live:
             verdict = dataclasses.replace(
                 verdict,
-                verdict="slow",
+                verdict=before,
                 culprits=decided.culprits,
                 confidence=decided.confidence,
                 evidence=decided.evidence,

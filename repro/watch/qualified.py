@@ -5,18 +5,19 @@ from __future__ import annotations
 import dataclasses
 
 from repro.verdict import Verdict
+from repro.verdict.classes import END, INTERRUPT, class_of
 
 
 def not_decided(verdict: Verdict) -> Verdict:
     """Weaken the verdict on a run that its user interrupted: ranks that still worked are no evidence of slowness."""
-    if verdict.verdict == "slow":
+    if INTERRUPT in class_of(verdict.verdict).outside:
         verdict = dataclasses.replace(verdict, verdict="inconclusive", culprits=(), confidence="undecided")
     return verdict.with_evidence(["the run was interrupted before it was decided"])
 
 
 def ended_from_outside(verdict: Verdict, why: str) -> Verdict:
     """Weaken the verdict on a run whose launcher received a signal and ended the ranks: their deaths are no cause."""
-    if verdict.verdict in ("slow", "crash"):
+    if END in class_of(verdict.verdict).outside:
         verdict = dataclasses.replace(
             verdict, verdict="inconclusive", cause="", culprits=(), suspects=(), confidence="undecided"
         )

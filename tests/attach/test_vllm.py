@@ -213,8 +213,8 @@ def test_a_front_end_notes_what_it_waits_for_and_that_it_exits(tmp_path, monkeyp
     monkeypatch.setattr(front, "current", None)
     monkeypatch.setattr(front, "_owner_pid", 0)
     monkeypatch.setattr(this, "folder", lambda num_ranks: tmp_path)
-    at_exit_functions = []
-    monkeypatch.setattr(front.atexit, "register", at_exit_functions.append)
+    exits = []
+    monkeypatch.setattr(front.util, "Finalize", lambda owner, function, exitpriority: exits.append(function))
     seen = []
 
     def look(self, *args, **options):
@@ -225,7 +225,7 @@ def test_a_front_end_notes_what_it_waits_for_and_that_it_exits(tmp_path, monkeyp
     front.starting(look)(None, False, vllm_config=config)
     front.receiving(look)(None)
     look(None)
-    at_exit_functions[0]()
+    exits[0]()
     look(None)
     assert seen == [Activity.STARTS_ENGINE, Activity.WAITS_FOR_OUTPUTS, Activity.WORKS, Activity.EXITS]
     assert notes.open_notes(tmp_path, 0, notes.FRONT)[Note.PID] == os.getpid()

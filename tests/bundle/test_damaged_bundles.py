@@ -62,9 +62,9 @@ def entry(
 @pytest.mark.parametrize(
     ("data", "words"),
     [
-        (entry("/etc/passwd"), "/etc/passwd is an absolute"),
-        (entry("C:/x"), "C:/x is an absolute"),
-        (entry("events/../../x"), "events/../../x leads out"),
+        (entry("/etc/passwd"), "/etc/passwd is not a file of a bundle"),
+        (entry("C:/x"), "C:/x is not a file of a bundle"),
+        (entry("events/../../x"), "events/../../x is not a file of a bundle"),
         (entry("events/rank000.wit", b"/etc/passwd", 0o120777), "events/rank000.wit is not a regular file but a link"),
         (entry("deep/er/and/deeper"), "deep/er/and/deeper is not a file of a bundle"),
         (entry("events/rank\x1b[2J.wit"), "events/rank␛[2J.wit is not a file of a bundle"),
@@ -74,7 +74,7 @@ def entry(
         (entry([f"fr/a{n}" for n in range(9)], bytes(9 << 20)), "it unpacks to more than 200 times its size"),
         (entry("outputs/rank000.json", b"[]," * (2 << 20)), "outputs/rank000.json unpacks to 6291456 bytes, at most"),
         (entry("../evil/"), "../evil is not a regular file"),
-        (entry("../evil/", b"", 0o40755), "../evil leads out"),
+        (entry("../evil/", b"", 0o40755), "../evil is not a file of a bundle"),
         (entry("deep/er/and/deeper/", b"", 0o40755), "deep/er/and/deeper is not a file of a bundle"),
         (entry("events", b"x"), "no MANIFEST.json"),
         (entry(["events", "events/rank000.wit"]), "events is in it as a file and as a folder"),

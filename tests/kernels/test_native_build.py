@@ -17,6 +17,7 @@ from pathlib import Path
 import pytest
 from hybrid_moe_kernels import native, registry
 from hybrid_moe_kernels.build_lock import BuildLock
+from hybrid_moe_kernels.extension import BuildFailed
 
 from hybrid_moe_ref.__main__ import main
 
@@ -136,7 +137,7 @@ def test_who_waits_says_for_whom_and_not_for_ever(cache, monkeypatch, caplog) ->
 def test_a_builder_sends_heartbeats_and_raises_what_the_build_raised(cache, monkeypatch) -> None:
     def fail(target: Path) -> None:
         time.sleep(0.5)
-        raise native.BuildFailed("no")
+        raise BuildFailed("no")
 
     monkeypatch.setattr(native, "build", fail)
     beats: list[int] = []

@@ -24,6 +24,14 @@ EXPECTED = {  # kind: class, cause, culprits, suspects, and words of a sentence
     "ring": ("deadlock", "order", [], [0, 1, 2], "recv from rank 2"),
     "stopped": ("stall", "host", [ODD], [], "stopped by a signal"),
     "crossed_groups": ("deadlock", "order", [], [ODD], "of group outer"),
+    "slow_file": ("stall", "host", [ODD], [], "read_text"),
+    "two_threads": ("stall", "host", [ODD], [], "take_both (hung_jobs.py"),
+    "sleeps": ("stall", "host", [ODD], [], "sleeps (hung_jobs.py"),
+    "waits_for_child": ("stall", "host", [ODD], [], "_wait (subprocess.py"),
+    "missing_key": ("slow", "straggler", [ODD], [], "missing_key (hung_jobs.py"),  # the store of this job is polled
+    "collects_garbage": ("slow", "straggler", [ODD], [], "collects_garbage (hung_jobs.py"),
+    "monitored": ("deadlock", "mismatch", [], [ODD], "monitored_barrier"),
+    "two_build": ("slow", None, [0, 2], [], "1 compiler: nvcc"),
 }
 SAME = ("verdict", "cause", "culprits", "suspects", "sentences")
 QUICK = ["swallowed_exception", "abandoned_lock"]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -97,6 +98,33 @@ def test_a_full_disk_is_no_fault_of_the_job(start, tmp_path, capsys, monkeypatch
     monkeypatch.setattr(collection, "write_json", full)
     code, printed, messages = collect(capsys, tmp_path, *start(2))
     assert code == 125 and not printed and "No space left on device" in messages and messages.count("\n") == 1
+    (folder,) = tmp_path.iterdir()
+    assert f"what was collected before is in {folder}" in messages
+
+
+@pytest.mark.full
+def test_an_interrupt_ends_collect_at_once_and_changes_nothing_in_the_job(start, tmp_path):
+    pids = start(2)
+    command = [sys.executable, "-m", "repro", "collect", "--interval", "60", "--to", str(tmp_path), str(pids[0])]
+    collector = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    end_s = time.monotonic() + 60
+    while not list(tmp_path.rglob("*.look1.json")):
+        assert time.monotonic() < end_s and collector.poll() is None
+        time.sleep(0.05)
+    collector.send_signal(signal.SIGINT)
+    printed, messages = collector.communicate(timeout=20)
+    assert (collector.returncode, printed, messages.count("\n") <= 1) == (130, "", True), messages
+    assert all(read_status(pid).state == "S" for pid in pids)
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("redirection", ["| head -c 1 >/dev/null; exit ${PIPESTATUS[0]}", ">&-", "2>&-"])
+def test_a_closed_output_costs_no_evidence(start, tmp_path, redirection):
+    pids = start(2)
+    shell = f"{sys.executable} -m repro collect --interval 0.6 --to {tmp_path} {pids[0]} {redirection}"
+    done = subprocess.run(["bash", "-c", shell], capture_output=True, text=True)
+    assert done.returncode == 125 and "Traceback" not in done.stderr, done
+    assert len(list(tmp_path.glob("*/report.html"))) == 1
 
 
 @pytest.mark.full

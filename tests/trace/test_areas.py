@@ -65,6 +65,15 @@ def test_a_string_that_does_not_fit_leaves_room_for_a_shorter_one() -> None:
     assert strings_of(bytes(data)) == (["", "short"], ())
 
 
+def test_a_string_that_fills_the_area_to_its_last_byte_is_kept() -> None:
+    data = bytearray(SHAPE.file_bytes)
+    area = Strings(data, SHAPE)
+    text = "x" * (SHAPE.string_bytes - 2 * STRING.size - 5)
+    assert (area.intern("first"), area.intern(text), area.intern("")) == (1, 2, 0)
+    assert strings_of(bytes(data)) == (["", "first", text], ())
+    assert area.intern("more") == LOST_STRING and area.intern(text) == 2
+
+
 def test_a_file_keeps_no_more_strings_than_a_reader_reads() -> None:
     shape = Geometry(ring_records=2, vector_words=2, string_bytes=1 << 21, group_slots=2)
     data = bytearray(shape.file_bytes)

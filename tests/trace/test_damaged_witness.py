@@ -27,7 +27,9 @@ from repro.trace.witness.format import (
     LIVE_AT,
     RECORD,
     RESIDUE,
+    Identity,
     Kind,
+    pack_header,
 )
 from repro.verdict import Facts, judge
 
@@ -112,6 +114,48 @@ def test_a_header_that_cannot_be_trusted_is_refused(at: int, value: bytes, messa
     data[at : at + len(value)] = value
     with pytest.raises(WitnessError, match=message.replace("184?", str(HEADER.size))):
         parse(bytes(data), "x")
+
+
+def test_a_rank_beyond_its_own_number_of_ranks_is_refused() -> None:
+    data = bytearray(sample().files[0])
+    header = pack_header(Identity(4, 4), TINY)
+    data[: len(header)] = header
+    with pytest.raises(WitnessError, match="x:12: rank 4 of 4 with records of 72 bytes is impossible"):
+        parse(bytes(data), "x")
+
+
+@pytest.mark.parametrize(("word", "what"), [(0, "events"), (1, "vector words"), (2, "strings"), (3, "groups")])
+def test_a_damaged_count_is_named_with_its_place(word: int, what: str) -> None:
+    data = bytearray(sample().files[0])
+    at = LIVE_AT + 8 * word
+    data[at] ^= 1
+    witness = parse(bytes(data), "x")
+    assert f"x:{at}: damage: the number of {what} does not match its checksum" in witness.problems
+
+
+def test_a_completion_that_only_the_ring_has_is_named_as_soon_as_it_is_counted() -> None:
+    scene = sample()
+    scene.leave([0], GATHER)  # event 15, the last one
+    struct.pack_into("<Q", scene.files[0], SLOT + LEFT_AT, 3 * GUARD)
+    line = f"x:{SLOT + LEFT_AT}: damage: group 1 lacks the completion of #4"
+    assert parse(bytes(scene.files[0]), "x").problems == (line,)
+    struct.pack_into("<Q", scene.files[0], LIVE_AT, 14 * GUARD)  # the writer died between the two stores
+    assert parse(bytes(scene.files[0]), "x").problems == ()
+
+
+@pytest.mark.parametrize(("field", "value"), [("kind", Kind.LEAVE), ("group", 0), ("seq", 0), ("hash", 5)])
+def test_a_record_in_a_groups_slot_that_is_not_its_last_issue_is_named(field: str, value: int) -> None:
+    """Somebody has given the record a right check."""
+    data = bytearray(sample().files[0])
+    at = SLOT + LAST_AT
+    event = Event._make(RECORD.unpack_from(data, at))
+    RECORD.pack_into(data, at, *event._replace(**{field: value}))
+    CRC.pack_into(data, at + RECORD.size - CRC.size, zlib.crc32(data[at : at + RECORD.size - CRC.size], RESIDUE))
+    line = f"x:{at}: damage: not the last collective issued in group 1"
+    assert line in parse(bytes(data), "x").problems
+    RECORD.pack_into(data, at, *event._replace(**{field: value, "n": 900}))  # an event that the ring does not have
+    CRC.pack_into(data, at + RECORD.size - CRC.size, zlib.crc32(data[at : at + RECORD.size - CRC.size], RESIDUE))
+    assert (line in parse(bytes(data), "x").problems) == (field != "hash")
 
 
 def test_an_empty_file_is_refused() -> None:

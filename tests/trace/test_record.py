@@ -132,6 +132,29 @@ def test_a_call_site_is_found_at_any_depth_after_any_other(tmp_path: Path) -> No
     assert sites == [here, here, inner[0], here, inner[1]] * 2
 
 
+@pytest.mark.parametrize("library", ["/venv/lib/python3.11/site-packages/torch/", "/src/repro/attach/record/"])
+def test_the_call_site_is_in_the_users_code_behind_any_one_library(tmp_path: Path, library: str) -> None:
+    recorder = recorder_at(tmp_path / "w")
+    namespace: dict[str, Any] = {}
+    exec(compile("def call(recorder, call):\n    recorder.enter(call)\n", f"{library}c10d.py", "exec"), namespace)
+    line = sys._getframe().f_lineno + 1
+    namespace["call"](recorder, REDUCE)
+    witness = read(tmp_path / "w")
+    assert witness.text(next(witness.events()).site).startswith(f"{__file__}:{line} ")
+
+
+def test_a_schedule_is_one_string_however_often_it_is_declared(tmp_path: Path) -> None:
+    recorder = recorder_at(tmp_path / "w")
+    first = (ScheduleEntry("dp", "all_reduce", ""), ScheduleEntry("ep", "all_gather_v", "layers.0.mlp"))
+    others = [(ScheduleEntry("dp", "all_reduce", f"layers.{layer}"),) for layer in range(300)]
+    for step, schedule in enumerate([first, first, list(first), *others, first, others[-1]]):
+        recorder.begin_step(step, schedule, 1)
+    witness = read(tmp_path / "w")
+    numbers = [event.sig for event in witness.events()]
+    assert len(set(numbers[:3])) == 1 and numbers[-2:] == [numbers[0], numbers[-3]]
+    assert len(set(numbers)) == 1 + len(others)
+
+
 def test_asynchronous_collectives_keep_their_tickets(tmp_path: Path) -> None:
     recorder = recorder_at(tmp_path / "w")
     first, second = recorder.issue(REDUCE), recorder.issue(REDUCE)

@@ -15,8 +15,8 @@ import pytest
 from hybrid_moe_ref.parallel.observer import Collective
 from repro.trace.identity import myself
 from repro.trace.recording.recorder import Recorder
+from repro.trace.witness import file as files
 from repro.trace.witness.file import Tail, create, parse, read
-from repro.trace.witness.file import file as files
 from repro.trace.witness.format import GUARD, HEART_AT, LIVE_AT, WORD, Geometry, Identity, pack_header
 
 TINY = Geometry(ring_records=32, vector_words=64, string_bytes=512, group_slots=4)

@@ -15,11 +15,19 @@ from repro.trace.recording.recorder import Recorder
 from repro.trace.witness.compact import compact
 from repro.trace.witness.file import Tail, WitnessError, create, parse, read, read_dir
 from repro.trace.witness.format import (
+    COLUMNS,
+    FIXED,
     KNOWS_AT,
     LIVE_AT,
+    RECORD,
+    SEALED,
+    VARIABLE,
+    VERSION,
+    Event,
     Geometry,
     Identity,
     Kind,
+    column,
 )
 from repro.verdict import judge
 
@@ -139,3 +147,39 @@ def test_a_witness_without_that_word_shows_all_that_recorders_wrote_before_it(tm
     data = bytearray(path.read_bytes())
     data[KNOWS_AT:LIVE_AT] = bytes(LIVE_AT - KNOWS_AT)
     assert parse(bytes(data), "x").knows == WITNESS
+
+
+def test_the_layout_of_a_record_is_that_of_its_version() -> None:
+    """Files of this version are read on other machines and later: another layout needs another version."""
+    layout = [part.format for part in (RECORD, FIXED, VARIABLE, SEALED)]
+    assert (VERSION, *layout) == (2, "<qIHHHHBxxxQQQQqII", "<qIHHHHBxxx", "<QQQQqI", "<24s44sI")
+    record = bytes(range(RECORD.size))
+    for name, (code, _) in COLUMNS.items():
+        value = getattr(Event._make(RECORD.unpack(record)), name)
+        assert column(record * 3, name) == [value] * 3, (name, code)
+
+
+def test_the_last_kind_of_each_collective_is_that_of_the_newest_event_still_known() -> None:
+    dp, ep = ("dp", (0, 1, 2, 3)), ("ep", (0, 1, 2, 3))
+    short = sample(rounds=1).witnesses()
+    assert short[0].last_kinds() == {(dp, 1): Kind.LEAVE, (ep, 1): Kind.LEAVE, (ep, 2): Kind.ENTER}
+    assert short[1].last_kinds() == {(dp, 1): Kind.LEAVE, (ep, 1): Kind.LEAVE}
+    scene = sample(rounds=2)
+    for _ in range(20):
+        scene.all_of([1], REDUCE)
+    kinds = scene.witnesses()[1].last_kinds()
+    assert kinds.pop((ep, 2)) == Kind.ENTER, "overwritten in the ring, and kept in the group's slot"
+    assert set(kinds) == {(dp, seq) for seq in range(7, 23)} and set(kinds.values()) == {Kind.LEAVE}
+
+
+def test_a_group_without_a_slot_is_known_to_be_possible_once_all_slots_are_taken() -> None:
+    for num_groups, free in ((3, True), (4, False)):
+        scene = Scene(1, {f"group{number}": [0] for number in range(num_groups)}, shape=TINY)
+        scene.phase("serve")
+        assert scene.witnesses()[0].has_free_slots == free
+
+
+def test_a_file_has_the_length_of_its_geometry(tmp_path: Path) -> None:
+    create(tmp_path / "w", Identity(0, 1), TINY)
+    assert (tmp_path / "w").stat().st_size == TINY.file_bytes
+    assert read(tmp_path / "w").problems == ()

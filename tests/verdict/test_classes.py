@@ -25,8 +25,9 @@ from repro.report.terminal import overview, summary
 from repro.store.run_dir import write_json
 from repro.store.schema import to_json
 from repro.verdict import Verdict
-from repro.verdict.classes import CLASSES, VerdictClass
+from repro.verdict.classes import CLASSES, END, INTERRUPT, VerdictClass
 from repro.watch.document import read_document
+from repro.watch.qualified import ended_from_outside, not_decided
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -102,3 +103,30 @@ def test_a_watch_ends_with_a_verdict_of_a_final_class_alone(
     document = world.watch().run()
     at_the_deadline = any("deadline" in line for line in document.evidence)
     assert document.verdict == "livelock" and at_the_deadline == (not final), document.evidence
+
+
+@pytest.mark.parametrize("outside", [(), (END,), (INTERRUPT,), (INTERRUPT, END)])
+def test_an_act_from_outside_weakens_the_classes_that_it_explains(
+    monkeypatch: pytest.MonkeyPatch, outside: tuple[str, ...]
+) -> None:
+    added = VerdictClass("livelock", "ranks retry for ever", "red", hangs=True, outside=outside)
+    monkeypatch.setitem(CLASSES, "livelock", added)
+    check_weakened("livelock", interrupted=INTERRUPT in outside, ended=END in outside)
+
+
+@pytest.mark.parametrize("name", CLASSES)
+def test_an_interrupt_explains_slowness_and_an_ended_launcher_deaths_too(name: str) -> None:
+    check_weakened(name, interrupted=name == "slow", ended=name in ("slow", "crash"))
+
+
+def check_weakened(name: str, *, interrupted: bool, ended: bool) -> None:
+    verdict = Verdict(name, culprits=(1,))
+    why = "the launcher received SIGTERM"
+    for after, is_weakened in ((not_decided(verdict), interrupted), (ended_from_outside(verdict, why), ended)):
+        expected = ("inconclusive", ()) if is_weakened else (name, (1,))
+        assert (after.verdict, after.culprits) == expected
+
+
+def test_of_the_classes_only_a_wrong_end_fails_a_test_whose_ranks_have_finished() -> None:
+    assert [name for name, each in CLASSES.items() if each.is_finished_wrong] == ["corrupt"]
+    assert [name for name, each in CLASSES.items() if each.live] == ["slow"]

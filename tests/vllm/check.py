@@ -7,6 +7,8 @@ question  the same with the question of vLLM 0.20 (question.py): our engine unde
 compiled  one rank with torch.compile: it serves, and the record is clean
 exit      a program that never ends, because its front ends wait for engines that wait for requests
 faults    six injected faults (judge_faults.py)
+upstream  tests/upstream, which have the form of vLLM's own
+cells     the experiment of `python -m repro cells`, with a real build of one rank (cells.py)
 old       vLLM 0.20 itself, in the environment --old: our engine under protocol 0.20
 soak      30 minutes with idle ranks (soak.py); only if named
 overhead  what the recorder costs a step (overhead.py); only if named
@@ -30,7 +32,7 @@ from server import HERE, ROOT, command, environment
 WAVES = "5:8,5:12 3:40,4:1 9:2,6:70 30:100,2:3 2:1,3:1"
 """Waves in which ranks become idle, of about 240 executions. A prompt of one token ends vLLM 0.32 on a CPU (conv1d)."""
 
-USUAL = ("schedule", "question", "compiled", "exit", "faults")
+USUAL = ("schedule", "question", "compiled", "exit", "faults", "upstream", "cells")
 
 
 class Check:
@@ -41,7 +43,8 @@ class Check:
         self._tokens: list[object] = []
         self.parts: dict[str, Callable[[], list[str]]] = {
             "schedule": self.schedule, "question": self.question, "compiled": self.compiled, "exit": self.exit,
-            "faults": self.faults, "old": self.old, "soak": self.soak, "overhead": self.overhead,
+            "faults": self.faults, "upstream": self.upstream, "cells": self.cells,
+            "old": self.old, "soak": self.soak, "overhead": self.overhead,
         }  # fmt: skip
 
     def schedule(self) -> list[str]:
@@ -67,6 +70,19 @@ class Check:
     def faults(self) -> list[str]:
         wrong = self._run("judge_faults.py", "--vllm", str(self._vllm), "--out", str(self._out / "faults"))
         return ["not every fault was named"] if wrong else []
+
+    def upstream(self) -> list[str]:
+        python, beside, tests = self._vllm / "bin" / "python", self._out / "pytest", ROOT / "tests" / "upstream"
+        pip = [str(python), "-m", "pip", "install", "-q", "--target", str(beside), "pytest"]
+        if subprocess.run(pip).returncode:  # beside the environment of vLLM, which may not be ours
+            return ["tests/upstream did not run: pytest could not be installed"]
+        alone = ["-c", os.devnull, "--rootdir", str(tests), "--confcutdir", str(tests), "-p", "no:cacheprovider"]
+        test = [str(python), "-m", "pytest", *alone, "-q", "-rxs", str(tests)]
+        done = subprocess.run(test, env={**os.environ, "PYTHONPATH": str(beside)})
+        return ["tests/upstream failed"] * bool(done.returncode)
+
+    def cells(self) -> list[str]:
+        return ["the experiment of cells did not go as expected"] * bool(self._run("cells.py", *self._target("cells")))
 
     def old(self) -> list[str]:
         if self._old is None:

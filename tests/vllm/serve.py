@@ -11,11 +11,11 @@ written to DIR/outputs<R>.json. Nothing is left: the process ends its children a
 from __future__ import annotations
 
 import argparse
-import atexit
 import contextlib
 import importlib.metadata
 import json
 import multiprocessing
+import multiprocessing.util
 import os
 import signal
 import socket
@@ -143,8 +143,8 @@ def _serve(rank: int, model: Path, args: argparse.Namespace) -> None:
             break
     (args.out / f"outputs{rank}.json").write_text(json.dumps(outputs[: len(args.waves)]))
     _wait_for_all(args, rank)
-    if args.leave:  # as the interpreter does at the end of a program
-        atexit._run_exitfuncs()
+    if args.leave:  # as a child of multiprocessing at its end, which runs no other exit function
+        multiprocessing.util._exit_function()
     llm.llm_engine.engine_core.shutdown()
 
 

@@ -13,10 +13,11 @@ import os
 import sys
 import threading
 import time
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from repro.attach.record import collectives, ddp
 from repro.attach.record import rank as this
+from repro.hosts import flight_recorder
 
 if TYPE_CHECKING:
     from repro.attach.record.rank import Rank
@@ -64,11 +65,9 @@ class Attendant:
         with scratch.open("w") as file:
             faulthandler.dump_traceback(file, all_threads=True)
         os.replace(scratch, stacks)
-        c10d: Any = sys.modules.get("torch._C._distributed_c10d")
-        dump = getattr(c10d, "_dump_nccl_trace_json", None) or getattr(c10d, "_dump_fr_trace_json", None)
-        if dump is not None:
-            with contextlib.suppress(RuntimeError):
-                write_atomically(run_dir.flight_recorder(self._rank.rank), dump(True, False))
+        with contextlib.suppress(RuntimeError):
+            if dump := flight_recorder.dump():
+                write_atomically(run_dir.flight_recorder(self._rank.rank), dump)
 
 
 def _in_backward() -> bool:

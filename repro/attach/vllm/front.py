@@ -6,11 +6,11 @@ ranks, and writes the notes of the first of them.
 
 from __future__ import annotations
 
-import atexit
 import contextlib
 import os
 from collections.abc import Callable
 from functools import wraps
+from multiprocessing import util
 from typing import Any
 
 from repro.attach.record import rank as this
@@ -40,8 +40,8 @@ def begin(config: Any) -> None:
         if int(config.data_parallel_size) <= 1:
             return
         current = create(this.folder(config.world_size_across_dp), first_worker(config), FRONT)
-        # Exit functions run in reverse order: this one before that of multiprocessing, which waits for the engine.
-        atexit.register(_exiting)
+        # multiprocessing calls it at the end of a program, and of its own children, before it waits for the engine.
+        util.Finalize(None, _exiting, exitpriority=100)
 
 
 def _exiting() -> None:

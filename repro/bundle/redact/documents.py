@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping
+from dataclasses import fields
 from typing import Any
 
+from hybrid_moe_ref.config import EngineConfig, ModelConfig
 from repro.bundle.redact.recognise import Recogniser
 from repro.bundle.redact.words import KNOWN
 from repro.store.description import RUN_FOLDER
@@ -16,8 +18,8 @@ VERDICT = frozenset(KNOWN["fields"]["verdict"])
 RECORDER = frozenset(KNOWN["fields"]["recorder"])
 """Fields of a dump of the Flight Recorder."""
 
-CONFIG = frozenset(KNOWN["fields"]["config"])
-"""Fields of config.json."""
+CONFIG = frozenset(KNOWN["fields"]["config"]) | {f.name for kind in (ModelConfig, EngineConfig) for f in fields(kind)}
+"""Fields of config.json. All settings of a model and an engine are kept: what is no number is redacted by its words."""
 
 RUN = frozenset(KNOWN["fields"]["run"])
 """Fields of run.json."""
@@ -87,20 +89,20 @@ _OF_KIND: Mapping[str, Callable[[Recogniser, Any], Any]] = {
 """Fields whose name says what they hold."""
 
 
-def _known(value: Any, fields: frozenset[str], recogniser: Recogniser) -> Any:
+def _known(value: Any, names: frozenset[str], recogniser: Recogniser) -> Any:
     """Keep the known fields of a value. Keys that are numbers stay too, because they are ranks or groups."""
     if isinstance(value, list):
-        return [_known(item, fields, recogniser) for item in value]
+        return [_known(item, names, recogniser) for item in value]
     if isinstance(value, str):
         return recogniser.string(value)
     if not isinstance(value, dict):
         return value
     kept = {}
     for name, item in value.items():
-        if name in _OF_KIND and name in fields:
+        if name in _OF_KIND and name in names:
             kept[name] = _OF_KIND[name](recogniser, item)
-        elif name in fields or _NUMBERED.fullmatch(name):
-            kept[name] = _known(item, fields, recogniser)
+        elif name in names or _NUMBERED.fullmatch(name):
+            kept[name] = _known(item, names, recogniser)
         else:
             recogniser.left_out["fields"] += 1
     return kept

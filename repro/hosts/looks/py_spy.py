@@ -19,6 +19,8 @@ PATIENCE_S = 6.0
 AT_ONCE = 4
 TRIES = 5
 """A process that runs changes its frames while they are read, and the read then fails."""
+_FINAL = ("rocess", "ermission", "no answer")
+"""Words of failures that another try would meet again: no such process, no permission, no answer in PATIENCE_S."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,7 +53,7 @@ def _dump(program: str, pid: int) -> Answer:
     answer = Answer(failure="not tried")
     for _ in range(TRIES):
         answer = _try_dump([program, "dump", "--nonblocking", "--locals", "--json", "--pid", str(pid)])
-        if answer.threads or "rocess" in answer.failure or "ermission" in answer.failure:
+        if answer.threads or any(word in answer.failure for word in _FINAL):
             break
     return answer
 

@@ -42,7 +42,7 @@ import enum
 import struct
 import zlib
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple, get_type_hints
 
 from repro.trace.knowledge import WITNESS, Knows
 
@@ -63,20 +63,6 @@ GUARD = 251
 
 RESIDUE = 0x2144DF1C
 """The CRC-32 of any bytes that end in their own CRC-32."""
-
-# aux, num_sizes, sig, site, phase, group, kind | n, t_ns, seq, vector, step, hash | check
-# A writer packs the first part once per call site, with the checksum so far; the rest then costs half as much.
-RECORD = struct.Struct("<qIHHHHBxxxQQQQqII")
-FIXED = struct.Struct("<qIHHHHBxxx")
-VARIABLE = struct.Struct("<QQQQqI")
-SEALED = struct.Struct("<24s44sI")
-
-# The type of each field and its index in units of that type, to read one field of all records at once.
-COLUMNS = {
-    "aux": ("q", 0), "num_sizes": ("I", 2), "sig": ("H", 6), "site": ("H", 7), "phase": ("H", 8), "group": ("H", 9),
-    "kind": ("B", 20), "n": ("Q", 3), "t_ns": ("Q", 4), "seq": ("Q", 5), "vector": ("Q", 6), "step": ("q", 7),
-    "hash": ("I", 16),
-}  # fmt: skip
 
 GROUP_BYTES = 128
 GROUP_NAME = struct.Struct("<III")  # name, members (both string ids), CRC-32 of these
@@ -116,22 +102,45 @@ class Kind(enum.IntEnum):
 
 
 class Event(NamedTuple):
-    """One record as stored, with numbers of strings and offsets that the witness resolves."""
+    """One record as stored, with numbers of strings and offsets that the witness resolves.
 
-    aux: int
-    num_sizes: int
-    sig: int
-    site: int
-    phase: int
-    group: int
-    kind: int
-    n: int
-    t_ns: int
-    seq: int
-    vector: int
-    step: int
-    hash: int
-    check: int
+    Each field has its struct code, from which the layout of a record follows. A writer packs the fields before ``n``
+    once per call site, with the checksum so far; the rest then costs half as much.
+    """
+
+    aux: Annotated[int, "q"]
+    num_sizes: Annotated[int, "I"]
+    sig: Annotated[int, "H"]
+    site: Annotated[int, "H"]
+    phase: Annotated[int, "H"]
+    group: Annotated[int, "H"]
+    kind: Annotated[int, "Bxxx"]
+    n: Annotated[int, "Q"]
+    t_ns: Annotated[int, "Q"]
+    seq: Annotated[int, "Q"]
+    vector: Annotated[int, "Q"]
+    step: Annotated[int, "q"]
+    hash: Annotated[int, "I"]
+    check: Annotated[int, "I"]
+
+
+_CODES = {name: hint.__metadata__[0] for name, hint in get_type_hints(Event, include_extras=True).items()}
+
+
+def _layout(*names: str) -> struct.Struct:
+    return struct.Struct("<" + "".join(map(_CODES.__getitem__, names)))
+
+
+_FIELDS, _N = Event._fields, Event._fields.index("n")
+RECORD, FIXED, VARIABLE = _layout(*_FIELDS), _layout(*_FIELDS[:_N]), _layout(*_FIELDS[_N:-1])
+SEALED = struct.Struct(f"<{FIXED.size}s{VARIABLE.size}sI")
+"""A record as its writer puts it together: the two parts and the checksum."""
+
+COLUMNS = {
+    name: (code[0], _layout(*_FIELDS[:place]).size // struct.calcsize(code[0]))
+    for place, (name, code) in enumerate(_CODES.items())
+}
+"""The type of each field and its index in units of that type, to read one field of all records at once."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -211,7 +220,7 @@ class Identity:
 def column(records: bytes | memoryview, field: str) -> list[int]:
     """Read one field of every record, many times faster than by unpacking the records."""
     code, place = COLUMNS[field]
-    values: Any = memoryview(records).cast(code)  # type: ignore[call-overload]
+    values: Any = memoryview(records).cast(code)
     picked: list[int] = values[place :: RECORD.size // values.itemsize].tolist()
     return picked
 

@@ -18,7 +18,7 @@ from repro.verdict.partial.logs.mismatches import judge_message_sizes, judge_mis
 from repro.verdict.partial.logs.starts import judge_start
 from repro.verdict.partial.logs.timeouts import judge_timeouts
 from repro.verdict.partial.looks.collectives import judge_waiting_ranks
-from repro.verdict.partial.looks.hosts import judge_hosts
+from repro.verdict.partial.looks.hosts import judge_hosts, judge_places_of_ranks
 from repro.verdict.partial.looks.locks import judge_lock_files
 from repro.verdict.partial.notes import judge_notes, with_notes
 from repro.verdict.partial.scene import Scene
@@ -28,7 +28,8 @@ from repro.verdict.partial.words import ranks_of
 
 RULES = (
     judge_mismatches, judge_message_sizes, judge_start, judge_failures, judge_lock_files, judge_hosts, judge_recorders,
-    judge_timeouts, judge_places, judge_waiting_ranks, judge_stacks, judge_counts, judge_launches, judge_notes,
+    judge_timeouts, judge_places, judge_waiting_ranks, judge_stacks, judge_counts, judge_launches,
+    judge_places_of_ranks, judge_notes,
 )  # fmt: skip
 
 __all__ = ["Diagnosis", "diagnose"]

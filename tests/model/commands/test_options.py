@@ -96,7 +96,7 @@ def test_a_failure_of_ours_is_an_internal_error_with_its_place(failure, capsys, 
     monkeypatch.delenv("HMR_DEBUG", raising=False)
     assert main(["params", "tiny"]) == 125
     err = capsys.readouterr().err
-    assert err.startswith("hybrid_moe_ref: internal error at model/test_options.py:") and err.count("\n") == 1
+    assert err.startswith("hybrid_moe_ref: internal error at commands/test_options.py:") and err.count("\n") == 1
     assert failure.__name__ in err and "set HMR_DEBUG=1 for the traceback" in err
     monkeypatch.setenv("HMR_DEBUG", "1")
     assert main(["params", "tiny"]) == 125

@@ -89,6 +89,7 @@ def rank(kind: str, cache: Path, port: int) -> None:
             first.touch()
             collective(blocks=True)
         if not module.exists():
+            print(f"rank {me} builds", flush=True)
             recorded.local_event("build_begin", "extension fused_moe")
             subprocess.run([sys.executable, "-S", "-c", BUILD, os.environ["STANDIN_BUILD_UNTIL"]], check=True)
             recorded.local_event("build_end", "extension fused_moe")

@@ -176,6 +176,14 @@ def test_nobody_is_named_where(why, records):
     assert (diagnosis.verdict, diagnosis.cause, diagnosis.culprits) == NOBODY, (why, diagnosis)
 
 
+def test_where_no_rank_waits_the_place_of_each_is_given():
+    """One rank computes without the others, and another one sleeps."""
+    diagnosis = diagnose(job(rank(0, "runs", line=(3, 9), **RUNS), rank(1, "runs")))
+    assert (diagnosis.verdict, diagnosis.culprits, diagnosis.suspects) == ("inconclusive", (), ()), diagnosis
+    assert "rank 1 did nothing between the two looks" in diagnosis.summary[0]
+    assert "step (train.py:9)" in diagnosis.summary[1] and "step (train.py:10)" in diagnosis.summary[2]
+
+
 def test_one_look_names_nobody():
     once = [record for record in job(rank(0), rank(1, "runs", **RUNS)) if getattr(record, "look", 1) != 2]
     once = [record for record in once if "look2" not in str(getattr(record, "source", ""))]

@@ -15,12 +15,16 @@ from repro.attach.vllm.cells.server import Server
 from repro.store.run_dir import RunDir
 from repro.store.schema import to_json
 from repro.trace.witness.file import Tail
+from repro.trace.witness.parse import WitnessError
 from repro.watch.document import Document
 
 POLL_S = 0.1
 ASK_READY_S = 1.0
 MAX_LOOKS = 8
 """`collect` is called when a silence has lasted one window, then each time it has doubled."""
+
+LOADING = "load"
+"""The phase of vLLM's recorder in which a rank reads the checkpoint."""
 
 SITE = Path(recording.__file__).parent / "record" / "site"
 """Its sitecustomize.py starts the recorder in each Python process."""
@@ -75,6 +79,7 @@ class Trial:
     _began_s: float = 0.0
     _look_at_s: float = 0.0
     _asked_s: float = 0.0
+    _loads_at: tuple[int, bool] = (0, False)
     _log_bytes: int = -1
     _log_grew_s: float = 0.0
 
@@ -146,6 +151,8 @@ class Trial:
         if self._state:
             return
         silent_s = now_s - self._progress_s(tails, now_s)
+        if silent_s >= self.start.window_s and self._loads(tails):
+            silent_s = 0.0  # a checkpoint takes long to read, and no rank records anything meanwhile
         self._silent_s = max(self._silent_s, silent_s)
         if silent_s < self.start.window_s:
             self._look_at_s = self.start.window_s
@@ -164,6 +171,13 @@ class Trial:
         if (num_bytes := self._server.log_bytes()) != self._log_bytes:
             self._log_bytes, self._log_grew_s = num_bytes, now_s
         return self._log_grew_s
+
+    def _loads(self, tails: Sequence[Tail]) -> bool:
+        """Whether all ranks that have begun read the checkpoint: the phase `load` of vLLM's recorder."""
+        last_ns = max((tail.last_event_ns() for tail in tails), default=0)
+        if last_ns != self._loads_at[0]:
+            self._loads_at = last_ns, bool(tails) and all(phase_of(tail) == LOADING for tail in tails)
+        return self._loads_at[1]
 
     def _look(self, silent_s: float) -> None:
         answer, failure = looks.collect(self._server.pid, self.folder / "looks")
@@ -192,3 +206,12 @@ class Trial:
             else:
                 made.append(to.name)
         return tuple(made)
+
+
+def phase_of(tail: Tail) -> str:
+    """The phase of a rank; "" if its witness cannot be read or holds no event."""
+    try:
+        witness = tail.witness()
+    except (OSError, WitnessError):
+        return ""
+    return witness.text(witness.last.phase) if witness.last is not None else ""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
+from repro.store.text import counted
 from repro.verdict.partial.diagnosis import COLLECT, Diagnosis
 from repro.verdict.partial.looks.ranks import (
     AMONG_RANKS,
@@ -30,6 +31,20 @@ def judge_hosts(scene: Scene) -> Diagnosis | None:
     """Judge the rank that the others wait for, from what the operating system and the stacks show about it."""
     looks = rank_looks(scene)
     return (_ended(scene, looks) or _stopped(looks) or _builds(looks) or _absent(scene, looks)) if looks else None
+
+
+def judge_places_of_ranks(scene: Scene) -> Diagnosis | None:
+    """Say where each rank is, where no rule finds who waits for whom."""
+    looks = [look for look in rank_looks(scene).values() if look.stack is not None]
+    if not looks:
+        return None
+    still = [look.rank for look in looks if look.still]
+    moved = f"; {ranks_of(still)} did nothing between the two looks" if still else ""
+    return Diagnosis.inconclusive(
+        f"The looks show where the ranks are{moved}, and not who waits for whom.",
+        *(f"Rank {look.rank} {look.at}." for look in looks[:6]),
+        collect=("a second `collect`, a minute later: a rank that has moved on does not hang", "recorder"),
+    )
 
 
 def _ended(scene: Scene, looks: Mapping[int, RankLook]) -> Diagnosis | None:
@@ -96,7 +111,7 @@ def _what_is_built(look: RankLook) -> str:
         return f" ({look.stack.detail})" if look.stack else ""
     oldest = max(row.age_s for row in look.compilers)
     names = ", ".join(sorted({row.name for row in look.compilers}))
-    return f" ({len(look.compilers)} compiler processes: {names}; since {oldest:.0f} s)"
+    return f" ({counted(len(look.compilers), 'compiler')}: {names}; since {oldest:.0f} s)"
 
 
 def _absent(scene: Scene, looks: Mapping[int, RankLook]) -> Diagnosis | None:

@@ -12,6 +12,7 @@ from repro.trace.foreign.records import Stack
 from repro.verdict.cycle import find_cycle
 from repro.verdict.partial.diagnosis import COLLECT, Diagnosis
 from repro.verdict.partial.scene import Scene
+from repro.verdict.partial.words import ranks_of, verb
 
 Place = tuple[str, int]
 """(part of the process, rank)."""
@@ -30,19 +31,48 @@ def judge_processes(scene: Scene) -> Diagnosis | None:
         for role, rank in cycle
     ]
     chain = " -> ".join(f"{role} of rank {rank}" for role, rank in (*cycle, cycle[0]))
-    summary = f"These processes wait for each other in a cycle: {chain}."
+    early = _asks_early(looks)
+    summary = (f"These processes wait for each other in a cycle: {chain}.", *_why_early(early, looks))
     if all(len(looks[place]) > 1 and len({s.activity for s in looks[place]}) == 1 for place in cycle):
         return Diagnosis(
-            "deadlock", "order", (), (), "likely", (summary,),
+            "deadlock", "order", (), early, "likely", summary,
             (*lines, "All of them stand in the same place in two looks or more."),
             ("A later look in which one of them has moved on.",),
-            ("the engines' decisions of the last steps: VLLM_LOGGING_LEVEL=DEBUG", COLLECT["recorder"]),
+            ("which execution or question was left out: record the next start, python -m repro record -- vllm serve …",
+             "the engines' decisions of the last steps: VLLM_LOGGING_LEVEL=DEBUG", COLLECT["recorder"]),
         )  # fmt: skip
     return Diagnosis(
         "inconclusive", "", (), (), "undecided",
-        (summary, "One look may have caught the moment between two steps."), tuple(lines), (),
+        (*summary, "One look may have caught the moment between two steps."), tuple(lines), (),
         ("a second set of stacks, some seconds later: the same places again mean a deadlock", COLLECT["stacks"]),
     )  # fmt: skip
+
+
+def _asks_early(looks: Mapping[Place, Sequence[Stack]]) -> tuple[int, ...]:
+    """Return the ranks whose engine asks the others while their worker waits for orders; () if all do, or none.
+
+    The engines ask each other, after a number of executions that all of them count, whether any rank has requests.
+    """
+    workers = {rank: rows[-1].activity for (role, rank), rows in looks.items() if role == "worker"}
+    early = tuple(
+        rank
+        for rank, activity in sorted(workers.items())
+        if activity == "idle" and ("engine", rank) in looks and looks["engine", rank][-1].activity == "collective"
+    )
+    return early if all(workers[rank] == "collective" for rank in workers.keys() - set(early)) else ()
+
+
+def _why_early(early: Sequence[int], looks: Mapping[Place, Sequence[Stack]]) -> list[str]:
+    others = sorted({rank for _, rank in looks} - set(early))
+    if not early or not others:
+        return []
+    them, rest = ranks_of(early), ranks_of(others)
+    return [
+        f"The engine of {them} asks whether any rank has requests, while {rest} {verb(others, 'is', 'are')} in an "
+        f"execution that {them} {verb(early, 'has', 'have')} not begun.",
+        f"Either {them} left out an execution, or {rest} left out the question, or they ask after different numbers of "
+        "executions (vLLM's --dp-sync-interval). Stacks do not show which.",
+    ]
 
 
 def _waits_for(place: Place, stack: Stack, looks: Mapping[Place, Sequence[Stack]]) -> list[Place]:

@@ -1,0 +1,24 @@
+"""Dump this process's Flight Recorder. Works without torch if the program has not imported it."""
+
+from __future__ import annotations
+
+import re
+import sys
+
+_HAS_ENTRIES = re.compile(rb'"entries":\s*\[\s*\{')
+
+
+def dump() -> bytes | None:
+    """Return the record of this process's collectives as JSON; None if torch is not imported or records nothing.
+
+    A CUDA build of torch has two recorders, one for NCCL and one for gloo. The dump of NCCL's, if it has entries, else
+    of gloo's. Raises RuntimeError if torch cannot dump.
+    """
+    c10d = sys.modules.get("torch._C._distributed_c10d")
+    dumped = None
+    for name in ("_dump_nccl_trace_json", "_dump_fr_trace_json"):
+        if function := getattr(c10d, name, None):
+            dumped = bytes(function(True, False))
+            if _HAS_ENTRIES.search(dumped):
+                return dumped
+    return dumped
