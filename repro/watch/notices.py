@@ -44,7 +44,7 @@ class Notices:
             self._remarks.add(remark)
             self._notice(remark)
         waits_s = [at.since_s for at in verdict.ranks if at.state in ("blocked", "locked")]
-        news = [re.sub(r"heartbeat [\d.]+ s ago", "", sentence) for sentence in verdict.sentences()]
+        news = _news(verdict)
         if max(waits_s, default=0.0) >= self._quiet_window_s / 2 and news != self._waits:
             self._waits = news
             self._notice(f"{verdict.verdict}: {describe_since(verdict)}")
@@ -65,8 +65,13 @@ class Notices:
         waiting = tuple(at.rank for at in verdict.ranks if at.state in ("blocked", "locked"))
         repeated = (builders, waiting) == self._builds and now_ns - self._builds_ns < REPEAT_S * 1e9
         if builders and not repeated:
-            self._builds, self._builds_ns = (builders, waiting), now_ns
+            self._builds, self._builds_ns, self._waits = (builders, waiting), now_ns, _news(verdict)
             self._notice(f"slow: {describe_since(verdict)}")
+
+
+def _news(verdict: Verdict) -> list[str]:
+    """What is said of the ranks, without what changes while nothing happens."""
+    return [re.sub(r"heartbeat [\d.]+ s ago", "", sentence) for sentence in verdict.sentences()]
 
 
 def describe_since(verdict: Verdict) -> str:
