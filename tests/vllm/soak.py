@@ -46,6 +46,7 @@ def main() -> int:
         while _running(recorder):
             if (out / "serve" / "up0").exists() and (out / "serve" / "up1").exists():
                 looks += _look(out / "record")
+    (out / "looks.jsonl").write_text("".join(json.dumps(look) + "\n" for look in looks))
     notices = [line.strip() for line in (out / "record.txt").read_text().splitlines() if ": rank" in line]
     end = json.loads((out / "record.json").read_text() or "{}").get("verdict", "nothing")
     alarms = [f"at the end: {end}"] if end != "clean" else []
