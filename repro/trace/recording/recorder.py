@@ -15,26 +15,22 @@ import os
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
 from functools import partial
 from types import CodeType, FrameType
 from zlib import crc32
 
 from hybrid_moe_ref.parallel.observer import Collective, ScheduleEntry
-from repro.trace.identity import myself
 from repro.trace.knowledge import WITNESS, Knows
 from repro.trace.recording.call_site import is_between
 from repro.trace.recording.calls import Call, Group, sealed_part
+from repro.trace.recording.mapping import map_file
+from repro.trace.recording.schedules import Schedules
 from repro.trace.recording.string_areas import Buffer, Strings, Vectors
-from repro.trace.witness.file import create
 from repro.trace.witness.format import (
-    CRC,
-    ENTRY_SEPARATOR,
     GROUP_BYTES,
     GROUP_NAME,
     GROUPS_AT,
     GUARD,
-    HEADER,
     HEART,
     HEART_AT,
     LIVE_AT,
@@ -49,10 +45,8 @@ from repro.trace.witness.format import (
     Identity,
     Kind,
     pack_group_name,
-    pack_header,
     pack_heartbeat,
 )
-from repro.trace.witness.parse import WitnessError, parse_header
 
 MAX_MESSAGE = 600
 """Maximum number of characters of an error message."""
@@ -107,7 +101,7 @@ class Recorder:
         self._groups: dict[str, Group] = {}
         self._members: dict[str, tuple[int, ...]] = {}
         self._calls: dict[tuple[object, ...], Call] = {}
-        self._schedules: dict[int, tuple[Sequence[ScheduleEntry], int]] = {}
+        self._schedules = Schedules(self._intern)
         self._depth = 1  # number of frames from `enter` to the call site in the previous call
         self._codes: list[CodeType] = []  # a reference to each code object, so that ids in _calls are not reused
         self._vector: tuple[int, ...] = ()  # the last stored size vector, and its offset
@@ -131,24 +125,7 @@ class Recorder:
 
         Raises WitnessError if the file has had a writer, or was made for another rank.
         """
-        if not os.path.exists(path):
-            create(path, Identity(rank, num_ranks, run_id), shape)
-        descriptor = os.open(path, os.O_RDWR | os.O_CLOEXEC)
-        try:
-            planned, shape = parse_header(os.pread(descriptor, HEADER.size + CRC.size, 0), str(path))
-            if planned.pid:
-                raise WitnessError(f"{path}:0: already written by pid {planned.pid}")
-            if (planned.rank, planned.num_ranks) != (rank, num_ranks):
-                raise WitnessError(
-                    f"{path}:0: made for rank {planned.rank} of {planned.num_ranks}, opened by {rank} of {num_ranks}"
-                )
-            buffer = mmap.mmap(descriptor, shape.file_bytes)
-        finally:
-            os.close(descriptor)
-        writer = replace(myself(rank, num_ranks), run_id=run_id or planned.run_id, knows=knows)
-        header = pack_header(writer, shape)
-        buffer[: len(header)] = header
-        return cls(buffer, writer, shape)
+        return cls(*map_file(path, rank, num_ranks, run_id=run_id, shape=shape, knows=knows))
 
     # -- the Observer protocol -----------------------------------------------------------------------------------
 
@@ -165,7 +142,7 @@ class Recorder:
 
     def begin_step(self, step: int, schedule: Sequence[ScheduleEntry], num_live: int) -> None:
         self._step = step
-        self._write(Kind.STEP, sig=self._schedule(schedule), aux=num_live)
+        self._write(Kind.STEP, sig=self._schedules.intern(schedule), aux=num_live)
 
     # `enter` and `leave` run hundreds of times a step. Their code is inlined, since each function call adds a tenth.
 
@@ -364,18 +341,6 @@ class Recorder:
         fixed: Callable[[int], tuple[bytes, int]],
     ) -> Call:
         return Call(group, digest, num_sizes, entry, fixed)
-
-    def _schedule(self, schedule: Sequence[ScheduleEntry]) -> int:
-        interned = self._schedules.get(id(schedule))
-        if interned is not None and interned[0] is schedule:
-            return interned[1]
-        text = ENTRY_SEPARATOR.join(SEPARATOR.join((e.group, e.op, e.layer)) for e in schedule)
-        string = self._intern(text)
-        if isinstance(schedule, tuple):  # a tuple cannot change, so its id identifies the schedule
-            if len(self._schedules) >= 256:
-                self._schedules.clear()
-            self._schedules[id(schedule)] = (schedule, string)
-        return string
 
     def _site(self, frame: FrameType | None) -> int:
         """Return the number of the string "file:line function" of a call site."""

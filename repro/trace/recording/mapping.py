@@ -1,0 +1,41 @@
+"""Map the witness file of a rank for its one writer."""
+
+from __future__ import annotations
+
+import mmap
+import os
+from dataclasses import replace
+
+from repro.trace.identity import myself
+from repro.trace.knowledge import Knows
+from repro.trace.witness.file import create
+from repro.trace.witness.format import CRC, HEADER, Geometry, Identity, pack_header
+from repro.trace.witness.parse import WitnessError, parse_header
+
+
+def map_file(
+    path: str | os.PathLike[str], rank: int, num_ranks: int, *, run_id: str, shape: Geometry | None, knows: Knows
+) -> tuple[mmap.mmap, Identity, Geometry]:
+    """Map the file that a launcher preallocated, or create it, and enter this process as its writer.
+
+    Returns the map, the writer, and the geometry of the file. Raises WitnessError if the file has had a writer, or was
+    made for another rank.
+    """
+    if not os.path.exists(path):
+        create(path, Identity(rank, num_ranks, run_id), shape)
+    descriptor = os.open(path, os.O_RDWR | os.O_CLOEXEC)
+    try:
+        planned, shape = parse_header(os.pread(descriptor, HEADER.size + CRC.size, 0), str(path))
+        if planned.pid:
+            raise WitnessError(f"{path}:0: already written by pid {planned.pid}")
+        if (planned.rank, planned.num_ranks) != (rank, num_ranks):
+            raise WitnessError(
+                f"{path}:0: made for rank {planned.rank} of {planned.num_ranks}, opened by {rank} of {num_ranks}"
+            )
+        buffer = mmap.mmap(descriptor, shape.file_bytes)
+    finally:
+        os.close(descriptor)
+    writer = replace(myself(rank, num_ranks), run_id=run_id or planned.run_id, knows=knows)
+    header = pack_header(writer, shape)
+    buffer[: len(header)] = header
+    return buffer, writer, shape
