@@ -10,7 +10,7 @@ import re
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from functools import cache
-from typing import Any, TypeVar
+from typing import Any, TypeVar, assert_never
 
 from repro.bundle.redact.recognise import Recogniser
 from repro.bundle.redact.words import MAX_NAME, is_name, is_word
@@ -147,7 +147,7 @@ class _Redactor:
             case Connections():
                 changed |= {"host": self._of.host(record.host)}
             case _:
-                raise TypeError(f"a record of a kind without a rule: {type(record).__name__}")
+                assert_never(record)  # the type checker names a kind of record that has no case
         return replace(record, **changed)
 
     def refusal(self, text: str) -> str:
