@@ -70,6 +70,14 @@ def test_a_step_agreement_in_a_layer_names_its_rank(ranks):
     [
         ("the agreement before the forward pass is in its place", (IN_DISPATCH, IN_PLACE), ()),
         ("so is that of a drafter", (IN_DISPATCH, (*AGREEMENT, *DRAFT, RUNNER)), ()),
+        (
+            "and that of an encoder, which a model runs with a context of its own",
+            (
+                IN_DISPATCH,
+                (*AGREEMENT, DRAFT[0], "_process_image_input (vllm/model_executor/models/lfm2_vl.py:794)", RUNNER),
+            ),
+            (),
+        ),
         ("all ranks are there: their program issues it there", (IN_LAYER, IN_LAYER), ()),
         ("several ranks are there", (IN_LAYER, IN_DISPATCH, IN_LAYER), (0, 2)),
     ],

@@ -27,12 +27,14 @@ class Place:
     name    of the collective
     inside  a frame of the function that issues it
     below   a frame further out, below which the program never issues it
+    unless  a frame between the two that makes the place a right one
     rule    where the program issues it, as the end of a sentence
     """
 
     name: str
     inside: re.Pattern[str]
     below: re.Pattern[str]
+    unless: re.Pattern[str] | None
     rule: str
 
 
@@ -41,12 +43,14 @@ PLACES = (
         "the step agreement",
         re.compile(r"\((?:.*/)?vllm/v1/worker/(?:gpu/)?dp_utils\.py"),
         re.compile(r"\((?:.*/)?vllm/(?:model_executor/(?:layers|models)|models)/"),
+        re.compile(r"\((?:.*/)?vllm/forward_context\.py"),  # a model that runs an encoder with a context of its own
         "vLLM issues it before the forward pass of the model, and in no layer",
     ),
     Place(
         "the step agreement",
         re.compile(r"\bprepare_mlp_sync_batch\w* \((?:.*/)?sglang/srt/managers/"),
         re.compile(r"\((?:.*/)?sglang/srt/(?:layers|models)/"),
+        None,
         "SGLang's scheduler issues it before the forward pass of the model, and in no layer",
     ),
 )
@@ -89,10 +93,12 @@ def _out_of_place(stack: Stack) -> tuple[Place, str] | None:
     """Return the place that a stack violates, and the frame of the layer; None if it violates none."""
     for place in PLACES if stack.activity == "collective" else ():
         at = next((index for index, frame in enumerate(stack.frames) if place.inside.search(frame)), None)
-        if at is not None:
-            layers = [frame for frame in stack.frames[at + 1 :] if place.below.search(frame)]
-            if layers:
-                return place, layers[0]
+        if at is None:
+            continue
+        outer = stack.frames[at + 1 :]
+        below = next((index for index, frame in enumerate(outer) if place.below.search(frame)), None)
+        if below is not None and not (place.unless and any(map(place.unless.search, outer[:below]))):
+            return place, outer[below]
     return None
 
 
