@@ -20,7 +20,7 @@ import sys
 import tempfile
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from machine import commit, cpu, versions, write
 
@@ -39,6 +39,8 @@ model = torch.nn.parallel.DistributedDataParallel(
     torch.nn.Sequential(torch.nn.Linear(64, 256), torch.nn.ReLU(), torch.nn.Linear(256, 64)))
 optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
 generator = torch.Generator().manual_seed(dist.get_rank())
+dist.barrier()
+open(sys.argv[2], "w").close()
 seconds = []
 for _ in range(int(sys.argv[1])):
     start = time.perf_counter()
@@ -55,8 +57,8 @@ dist.destroy_process_group()
 """
 
 
-def start(steps: int) -> list[subprocess.Popen[str]]:
-    """Start the ranks of one job."""
+def start(steps: int, started: Path) -> list[subprocess.Popen[str]]:
+    """Start the ranks of one job, and wait until they train. started: a file that they then make."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -64,20 +66,29 @@ def start(steps: int) -> list[subprocess.Popen[str]]:
         **os.environ, "WORLD_SIZE": str(NUM_RANKS), "LOCAL_WORLD_SIZE": str(NUM_RANKS), "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(port), "GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1",
     }  # fmt: skip
-    return [
-        subprocess.Popen(
-            [sys.executable, "-c", PROGRAM, str(steps)], env={**shared, "RANK": str(rank)}, stdout=subprocess.PIPE,
-            text=True,
-        )
+    command = [sys.executable, "-c", PROGRAM, str(steps), str(started)]
+    ranks = [
+        subprocess.Popen(command, env={**shared, "RANK": str(rank)}, stdout=subprocess.PIPE, text=True)
         for rank in range(NUM_RANKS)
-    ]  # fmt: skip
+    ]
+    while not started.exists():
+        if any(rank.poll() is not None for rank in ranks):
+            fail(ranks, "a rank of the job ended before it trained")
+        time.sleep(0.05)
+    return ranks
+
+
+def fail(ranks: list[subprocess.Popen[str]], why: str) -> NoReturn:
+    for rank in ranks:
+        rank.kill()
+    raise SystemExit(why)
 
 
 def result_of(ranks: list[subprocess.Popen[str]]) -> dict[str, Any]:
     """Wait for a job; returns the digest of its parameters and the seconds of each step."""
     printed = [rank.communicate()[0] for rank in ranks]
     if any(rank.returncode for rank in ranks):
-        raise SystemExit("a rank of the job failed")
+        fail(ranks, "a rank of the job failed")
     result: dict[str, Any] = json.loads(printed[0])
     return result
 
@@ -96,16 +107,15 @@ def main() -> int:
     parser.add_argument("--steps", type=int, default=3000)
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
-    alone = result_of(start(args.steps))
     looks = []
-    with tempfile.TemporaryDirectory() as folder:
-        ranks = start(args.steps)
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        alone = result_of(start(args.steps, folder / "alone"))
+        ranks = start(args.steps, folder / "looked_at")
         while ranks[0].poll() is None:
-            looks.append(look(ranks[0].pid, Path(folder)))
+            looks.append(look(ranks[0].pid, folder))
         looked_at = result_of(ranks)
-    looks = [
-        (verdict, took_s) for verdict, took_s in looks[1:-1] if verdict
-    ]  # the job starts in the first, ends in the last
+    looks = [(verdict, took_s) for verdict, took_s in looks[:-1] if verdict]  # the job ends during the last one
     rows = [
         {"looked_at": name == "looked at", "median_ms": statistics.median(run["seconds"]) * 1e3,
          "longest_ms": max(run["seconds"]) * 1e3}
