@@ -115,7 +115,7 @@ def main() -> int:
         while ranks[0].poll() is None:
             looks.append(look(ranks[0].pid, folder))
         looked_at = result_of(ranks)
-    looks = [(verdict, took_s) for verdict, took_s in looks[:-1] if verdict]  # the job ends during the last one
+    looks = [(verdict, took_s) for verdict, took_s in looks if verdict][:-1]  # the job ends during the last one
     rows = [
         {"looked_at": name == "looked at", "median_ms": statistics.median(run["seconds"]) * 1e3,
          "longest_ms": max(run["seconds"]) * 1e3}

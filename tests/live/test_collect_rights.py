@@ -150,6 +150,20 @@ def test_a_failure_of_py_spy_at_one_process_leaves_the_others(ranks, tmp_path, c
 
 
 @pytest.mark.full
+def test_a_py_spy_that_is_too_old_is_called_so_and_the_processes_to_look_at_are_named(
+    ranks, tmp_path, capsys, monkeypatch
+):
+    old = tmp_path / "py-spy"
+    old.write_text("#!/bin/sh\necho 'Error: Failed to find python version from target process' >&2\nexit 1\n")
+    old.chmod(0o755)
+    monkeypatch.setattr(collection, "find_py_spy", lambda: str(old))
+    pids = ranks(FAULTHANDLER)
+    code, printed, messages = collected(pids, tmp_path, capsys)
+    assert code == 125 and messages.count("py-spy may be too old for this Python: pip install -U py-spy") == 2, messages
+    assert f"for p in {min(pids)} {max(pids)}; do py-spy" in " ".join(printed.split()), printed
+
+
+@pytest.mark.full
 def test_a_named_signal_is_sent_only_where_it_has_a_handler(ranks, no_py_spy, tmp_path, capsys):
     pids = ranks(FAULTHANDLER)
     wait_for(lambda: all(signal.SIGUSR1 in read_status(pid).caught for pid in pids), "no handler")

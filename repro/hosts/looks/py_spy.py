@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-PATIENCE_S = 6.0
+PATIENCE_S = 4.0
 AT_ONCE = 4
 TRIES = 5
 """A process that runs changes its frames while they are read, and the read then fails."""
@@ -78,4 +78,6 @@ def _try_dump(command: list[str]) -> Answer:
 def _reason(printed: str) -> str:
     """Return py-spy's error message without the backtrace that may follow."""
     lines = [line.removeprefix("Error:").strip() for line in printed.partition("Stack backtrace")[0].splitlines()]
-    return "; ".join(dict.fromkeys(line for line in lines if line))[:200]
+    reason = "; ".join(dict.fromkeys(line for line in lines if line))[:200]
+    hint = "; py-spy may be too old for this Python: pip install -U py-spy" if "ython version" in reason else ""
+    return reason + hint

@@ -50,6 +50,7 @@ def _pids(scene: Scene) -> dict[int, list[int]]:
     processes = [record.process for record in scene.stacks]
     processes += [record.process for record in scene.failures]
     processes += [record.process for record in scene.notes]
+    processes += [record.process for record in scene.process_looks]
     for process in processes:
         rank, pid = process.rank, process.pid
         if rank is not None and pid is not None and pid not in result.setdefault(rank, []):
