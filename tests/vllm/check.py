@@ -32,7 +32,7 @@ from server import HERE, ROOT, command, environment
 WAVES = "5:8,5:12 3:40,4:1 9:2,6:70 30:100,2:3 2:1,3:1"
 """Waves in which ranks become idle, of about 240 executions. A prompt of one token ends vLLM 0.32 on a CPU (conv1d)."""
 
-USUAL = ("schedule", "question", "compiled", "exit", "faults", "upstream", "cells")
+USUAL = ("schedule", "question", "compiled", "exit", "faults", "guard", "upstream", "cells")
 
 
 class Check:
@@ -43,7 +43,7 @@ class Check:
         self._tokens: list[object] = []
         self.parts: dict[str, Callable[[], list[str]]] = {
             "schedule": self.schedule, "question": self.question, "compiled": self.compiled, "exit": self.exit,
-            "faults": self.faults, "upstream": self.upstream, "cells": self.cells,
+            "faults": self.faults, "guard": self.guard, "upstream": self.upstream, "cells": self.cells,
             "old": self.old, "soak": self.soak, "overhead": self.overhead,
         }  # fmt: skip
 
@@ -83,6 +83,10 @@ class Check:
 
     def cells(self) -> list[str]:
         return ["the experiment of cells did not go as expected"] * bool(self._run("cells.py", *self._target("cells")))
+
+    def guard(self) -> list[str]:
+        wrong = self._run("guard_faults.py", "--vllm", str(self._vllm), "--out", str(self._out / "guard"))
+        return ["the guard did not stop every fault, or stopped what is none"] if wrong else []
 
     def old(self) -> list[str]:
         if self._old is None:
