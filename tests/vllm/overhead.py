@@ -1,7 +1,8 @@
 """What the recorder costs a step of the real vLLM: the tiny model with DP=2, EP=2, recorded in half of the steps.
 
-    python tests/vllm/overhead.py --vllm VENV --out DIR [--seconds 180]
+    python tests/vllm/overhead.py --vllm VENV --out DIR [--seconds 180] [--guard]
 
+With --guard, what the guard costs instead.
 The recorder is switched off and on again every 16 steps inside the same worker processes, on both ranks at the same
 step, in an order that is drawn for each pair of blocks. So both sides have the same processes, memory and machine.
 While it is off its hooks stay in place and return at once. A step is the time from one step agreement (C1) to the next,
@@ -62,6 +63,7 @@ class Switch:
         self._folder = folder
         self._step = 0
         self._recording: tuple[Any, Any] | None = None
+        self._guard: Any = None
         self._rows: list[Row] = []
         self._before: tuple[int, int] | None = None
 
@@ -86,6 +88,9 @@ class Switch:
         self._before = time.perf_counter_ns(), time.process_time_ns()
 
     def _switch(self, on: bool) -> None:
+        if os.environ.get("HMR_GUARD"):
+            self._switch_guard(on)
+            return
         from repro.attach.record import rank as this
         from repro.attach.record.attendant import Attendant
         from repro.attach.vllm import worker
@@ -97,6 +102,18 @@ class Switch:
         attended = any(thread.name == "repro record" for thread in threading.enumerate())
         if this.current is not None and not attended:
             Attendant(this.current).start()
+
+    def _switch_guard(self, on: bool) -> None:
+        """The ranks switch at the same agreement, so its tensor has the same shape on all of them."""
+        from repro.attach.vllm.guard import worker
+        from repro.attach.vllm.guard.meeting.board import Field
+
+        if self._guard is None:
+            assert worker.current is not None, "the ranks are not guarded"
+            self._guard = worker.current
+        worker.current = self._guard if on else None
+        if on and self._guard._board is not None:  # executions that it did not see
+            self._guard._num_executions = self._guard._board[Field.REQUESTED]
 
     def _write(self) -> None:
         with (self._folder / f"steps{os.getpid()}.jsonl").open("a") as file:
@@ -148,12 +165,14 @@ def main() -> int:
     parser.add_argument("--vllm", type=Path, required=True)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--seconds", type=float, default=180.0)
+    parser.add_argument("--guard", action="store_true", help="measure the guard, not the recorder")
     args = parser.parse_args()
     out = args.out.absolute()
     out.mkdir(parents=True)
     load = [Path("/proc/loadavg").read_text().split()[0]]
     serve = [*command(args.vllm.absolute(), out / "serve", WAVES, args.seconds + 600), "--seconds", str(args.seconds)]
-    variables = {"HMR_RECORD": str(out / "record"), "HMR_OVERHEAD": str(out)}
+    measured = {"HMR_GUARD": "agree"} if args.guard else {"HMR_RECORD": str(out / "record")}
+    variables = {**measured, "HMR_OVERHEAD": str(out)}
     done = subprocess.run(serve, env=environment(out / "entry_points", **variables), capture_output=True)
     load.append(Path("/proc/loadavg").read_text().split()[0])
     files = sorted(out.glob("steps*.jsonl"))
