@@ -3,6 +3,7 @@
     python tests/vllm/overhead.py --vllm VENV --out DIR [--seconds 180] [--guard]
 
 With --guard, what the guard costs instead.
+
 The recorder is switched off and on again every 16 steps inside the same worker processes, on both ranks at the same
 step, in an order that is drawn for each pair of blocks. So both sides have the same processes, memory and machine.
 While it is off its hooks stay in place and return at once. A step is the time from one step agreement (C1) to the next,
