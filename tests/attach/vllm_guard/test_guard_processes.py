@@ -80,6 +80,7 @@ def test_a_killed_worker_ends_all_processes_with_its_name(tmp_path):
         ("extra", "rank 1 would issue dp.cpu all_reduce of the step agreement (refused before it was issued)"),
         ("skipped", "rank 0 left out execution 13: its engine counted 13 executions and requested 12"),
         ("raises", "rank 1 failed: RuntimeError: no memory"),
+        ("engine", "rank 1 failed: its engine raised ValueError: no such request"),
     ],
 )
 def test_a_fault_of_one_rank_stops_both_with_one_sentence_and_the_exit_code(tmp_path, fault, words):

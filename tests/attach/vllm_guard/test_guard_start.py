@@ -141,6 +141,10 @@ def test_a_backend_without_hooks_is_refused_in_the_words_of_the_report():
     )
 
 
+def test_fault_tolerance_and_the_guard_exclude_each_other():
+    assert "unset one of the two" in settings.unsupported(config(parallel_config__enable_fault_tolerance=True))
+
+
 # -- prepare ---------------------------------------------------------------------------------------------------------
 
 

@@ -164,11 +164,14 @@ def asking(original: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def ending(original: Callable[..., Any]) -> Callable[..., Any]:
-    """Wrap EngineCoreProc.shutdown."""
+    """Wrap EngineCoreProc.shutdown, which vLLM also calls after an exception of the engine."""
 
     @wraps(original)
     def shutdown(self: Any, *args: Any, **options: Any) -> Any:
-        if lookout is not None:
+        error = sys.exc_info()[1]
+        if lookout is not None and isinstance(error, Exception):
+            lookout.fail(f"rank {_rank} failed: its engine raised {type(error).__name__}: {error}")
+        elif lookout is not None:
             lookout.leave(also=_workers())
         return original(self, *args, **options)
 

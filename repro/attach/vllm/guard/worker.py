@@ -88,6 +88,9 @@ def join(config: Any) -> None:
         stop.say("off: with one data-parallel rank there is no step agreement")
         return
     num_ranks, per_engine = dist.get_world_size(), int(parallel.world_size)
+    if num_ranks != int(parallel.world_size_across_dp):
+        raise_or_say(stop, "the ranks have no group of torch.distributed in common, as with --enable-elastic-ep")
+        return
     store = dist.distributed_c10d._get_default_store()
     meeting, mine = Meeting.of(store), board.inherited()
     if rank == 0:
@@ -116,6 +119,15 @@ def join(config: Any) -> None:
     if sentence:
         guard.refuse(sentence)
     lookout.guard, current, _ranks_per_engine = guard, guard, per_engine
+
+
+def raise_or_say(stop: Stop, why: str) -> None:
+    """This rank cannot take part in a vote. Raises Refused in the mode ``agree``."""
+    if not stop.agrees:
+        stop.say(f"off: {why}")
+        return
+    stop.begin(f"{why}: unset HMR_GUARD")
+    raise Refused(stop.sentence)
 
 
 def ending(original: Callable[..., Any]) -> Callable[..., Any]:

@@ -91,6 +91,15 @@ class Lookout:
         if self._thread is not None and self._thread is not threading.current_thread():
             self._thread.join(timeout_s)
 
+    def fail(self, sentence: str) -> None:
+        """This process ends because of an exception of its own: stop the ranks that would wait for it."""
+        if self.stop.sentence or not self.stop.agrees:
+            return
+        with contextlib.suppress(Exception):
+            connection = self._connect()
+            sentence = connection.refuse(sentence) if connection is not None else sentence
+        self.stop.begin(sentence)
+
     def refuse_here(self, sentence: str) -> None:
         """Stop all ranks, from the main thread. Raises Refused; in the mode ``observe`` it only prints the sentence."""
         if not self.stop.agrees:

@@ -67,6 +67,8 @@ def judge(ballots: Mapping[int, Mapping[str, Any]]) -> str:
 def unsupported(config: Any) -> str:
     """Why the ranks cannot agree with this configuration, and the flag to change; "" if they can."""
     parallel = getattr(config, "parallel_config", None)
+    if getattr(parallel, "enable_fault_tolerance", False):
+        return "the guard stops all ranks when one is gone, and fault tolerance goes on: unset one of the two"
     backend = str(getattr(parallel, "all2all_backend", "") or "")
     if not getattr(parallel, "enable_expert_parallel", False) or not backend or backend in WITH_HOOKS:
         return ""
