@@ -293,3 +293,25 @@ def test_without_its_variable_the_plug_in_imports_nothing_of_ours_but_itself(val
     packages = ["repro", "repro.attach", "repro.attach.vllm", "repro.attach.vllm.guard"]
     assert done.stdout.strip() == str([*packages, "repro.attach.vllm.guard.plugin"]), done.stdout + done.stderr
     assert bool(value) == ("set it to observe or agree" in done.stderr)
+
+
+@pytest.mark.parametrize(
+    ("program", "engine_code", "expected"), [("vllm", 86, 86), ("vllm", 1, 3), ("offline.py", 86, 3)]
+)
+def test_vllm_s_own_server_ends_with_the_exit_code_of_a_refused_engine_and_other_programs_as_they_like(
+    program, engine_code, expected
+):
+    code = (
+        "import multiprocessing as mp, os, sys, time, types\n"
+        "from repro.attach.vllm.guard import frontend\n"
+        f"sys.argv[0] = '/usr/bin/{program}'\n"
+        "engine = mp.get_context('fork').Process(target=os._exit, args=(" + str(engine_code) + ",))\n"
+        "engine.start()\n"
+        "manager = types.SimpleNamespace(processes=[engine])\n"
+        "frontend.monitoring(lambda self: engine.join())(manager)\n"
+        "time.sleep(4)\n"
+        "os._exit(3)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert done.returncode == expected, done.stderr
+    assert ("ends with exit code 86" in done.stderr) == (expected == 86)
