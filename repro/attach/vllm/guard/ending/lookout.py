@@ -92,9 +92,15 @@ class Lookout:
             self._thread.join(timeout_s)
 
     def fail(self, sentence: str) -> None:
-        """This process ends because of an exception of its own: stop the ranks that would wait for it."""
+        """This process ends because of an exception: stop the ranks that would wait for it.
+
+        The exception of an engine whose worker was killed says less than the worker's end.
+        """
         if self.stop.sentence or not self.stop.agrees:
             return
+        for process in self._peers.ended():
+            code = self._exit_code(process.pid)
+            sentence = gone(process, code) if code is not None else sentence
         with contextlib.suppress(Exception):
             connection = self._connect()
             sentence = connection.refuse(sentence) if connection is not None else sentence

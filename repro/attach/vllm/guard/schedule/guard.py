@@ -107,15 +107,15 @@ class Guard:
         entry = entry_of(group, "all_reduce", f"{AGREEMENT} in {self.layer}" if self.layer else AGREEMENT)
         words = as_words(joined(self._digest(), entry.digest))
         self._admit(entry, ends=True)
-        more = torch.zeros(ROWS, rows.shape[1], dtype=rows.dtype)
-        more[:, self.column] = torch.tensor(words, dtype=rows.dtype)
-        wide = torch.cat([rows, more.to(rows.device, non_blocking=True)])
+        more = [[0] * rows.shape[1] for _ in range(ROWS)]
+        more[0][self.column], more[1][self.column] = words
+        wide = torch.cat([rows, torch.tensor(more, dtype=rows.dtype).to(rows.device, non_blocking=True)])
         self._run(lambda: reduce(wide))
         rows.copy_(wide[:-ROWS])
-        digests = wide[-ROWS:].tolist()
-        if any(low != words[0] for low in digests[0]) or any(high != words[1] for high in digests[1]):
+        *agreed, low, high = wide.tolist()
+        if low != [words[0]] * len(low) or high != [words[1]] * len(high):
             self._explain()
-        self.stream.agreed(kind_of(rows))
+        self.stream.agreed(kind_of(agreed))
 
     def _digest(self) -> int:
         digest = joined(self.stream.digest, self.stream.expected())
@@ -234,14 +234,15 @@ class Guard:
         return self._clock() - since_s
 
 
-def kind_of(rows: Any) -> Hashable:
+def kind_of(rows: Sequence[Sequence[int]]) -> Hashable:
     """What decides the schedule of a step: the graph mode and microbatches that the ranks agree on.
 
-    rows  of C1: int32[4, ranks] (0.20 to 0.33), or 6 or 7 rows in the new model runner; another number is not known
+    rows  of C1, each with a number for each rank: 4 rows (0.20 to 0.33), or 6 or 7 in the new model runner; None for
+          another number of rows, whose meaning is not known
     """
-    if rows.shape[0] not in KIND_ROWS:
+    if len(rows) not in KIND_ROWS:
         return None
-    return tuple(min(rows[row].tolist()) for row in KIND_ROWS[rows.shape[0]])
+    return tuple(min(rows[row]) for row in KIND_ROWS[len(rows)])
 
 
 KIND_ROWS = {4: (2, 3), 6: (1, 4), 7: (1, 4)}
