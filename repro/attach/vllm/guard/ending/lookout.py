@@ -28,6 +28,9 @@ SERVER = "worker of rank 0"
 """The process with the server of the store."""
 
 MAX_WAIT_CALL_S = 5.0
+CHILD_S = 0.5
+"""The system closes the connections of a process shortly before anybody can see that it has ended."""
+
 LEAVE_S = 0.5
 """How long the process with the server of the store stays when it ends as it should, so that all others learn of it."""
 
@@ -98,13 +101,18 @@ class Lookout:
         """
         if self.stop.sentence or not self.stop.agrees:
             return
-        for process in self._peers.ended():
-            code = self._exit_code(process.pid)
-            sentence = gone(process, code) if code is not None else sentence
+        until = self._clock() + CHILD_S
+        while not (lost := self._lost_children()) and self._clock() < until:
+            time.sleep(INTERVAL_S / 5)
+        sentence = lost or sentence
         with contextlib.suppress(Exception):
             connection = self._connect()
             sentence = connection.refuse(sentence) if connection is not None else sentence
         self.stop.begin(sentence)
+
+    def _lost_children(self) -> str:
+        codes = {process: self._exit_code(process.pid) for process in self._peers.ended()}
+        return next((gone(process, code) for process, code in codes.items() if code is not None), "")
 
     def refuse_here(self, sentence: str) -> None:
         """Stop all ranks, from the main thread. Raises Refused; in the mode ``observe`` it only prints the sentence."""
