@@ -7,12 +7,10 @@ identity, and programs replace them.
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import sys
 import threading
 import weakref
-from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from hybrid_moe_ref.parallel.observer import Collective
@@ -85,13 +83,15 @@ def inside() -> bool:
     return bool(_thread.inside)
 
 
-@contextlib.contextmanager
-def beneath() -> Iterator[None]:
-    """Mark the block as the body of a recorded call."""
-    _thread.inside = True
-    try:
-        yield
-    finally:
+class beneath:
+    """Mark the block as the body of a recorded call. A generator would cost as much as the record."""
+
+    __slots__ = ()
+
+    def __enter__(self) -> None:
+        _thread.inside = True
+
+    def __exit__(self, *_: object) -> None:
         _thread.inside = False
 
 
