@@ -232,6 +232,8 @@ def ticks_of(
     """Tick once a second for so long; returns the state and the times of the looks. The window is 120 s.
 
     loads   begin and end of the phase "load"
+
+    The trial itself is left in ``ticks_of.trial``.
     """
     clock, looked = [1000.0], []
     phase = ("load", "profile")
@@ -242,6 +244,7 @@ def ticks_of(
     started = trial.Trial("a", how, Path("a"), lambda: False, lambda text: None)
     shifted = {key: tuple(1000 + at for at in v) if key == "log" else 1000 + v for key, v in server.items()}
     started._server, started._began_s = FakeServer(clock, **shifted), 1000.0
+    ticks_of.trial = started
     tails = [FakeTail(clock, tuple(1000 + at for at in events))] if events else []
     while not started._state and clock[0] < 1000 + seconds:
         started._tick(tails)
@@ -260,6 +263,9 @@ def test_events_of_a_rank_end_a_silence(monkeypatch):
 
 def test_before_the_first_rank_begins_the_silence_is_that_of_the_log(monkeypatch):
     assert ticks_of(monkeypatch, 300, {"log": (1, 90)}) == ("", [210])
+    assert ticks_of.trial._silent_s == 0, "no rank waits yet: the time for imports is no stall"
+    assert ticks_of(monkeypatch, 300, {"log": (1, 90)}, events=(220,)) == ("", [210])
+    assert ticks_of.trial._silent_s == 79
 
 
 def test_a_silence_in_which_a_checkpoint_is_read_is_no_stall(monkeypatch):

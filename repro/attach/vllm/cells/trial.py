@@ -20,7 +20,7 @@ from repro.watch.document import Document
 
 POLL_S = 0.1
 ASK_READY_S = 1.0
-MAX_LOOKS = 8
+MAX_LOOKS = 16
 """`collect` is called when a silence has lasted one window, then each time it has doubled."""
 
 LOADING = "load"
@@ -153,7 +153,8 @@ class Trial:
         silent_s = now_s - self._progress_s(tails, now_s)
         if silent_s >= self.start.window_s and self._loads(tails):
             silent_s = 0.0  # a checkpoint takes long to read, and no rank records anything meanwhile
-        self._silent_s = max(self._silent_s, silent_s)
+        if any(tail.last_event_ns() for tail in tails):  # before that no rank waits: the processes import and connect
+            self._silent_s = max(self._silent_s, silent_s)
         if silent_s < self.start.window_s:
             self._look_at_s = self.start.window_s
         elif silent_s >= self._look_at_s and len(self._looks) < MAX_LOOKS:
