@@ -60,14 +60,17 @@ def token_ids(text: str) -> list[int]:
     except ValueError:
         raise argparse.ArgumentTypeError(f"{text!r} is not a list of token ids such as 1,2,3") from None
     if max(map(abs, ids), default=0) >= 2**63:
-        raise argparse.ArgumentTypeError(f"{max(ids, key=abs)} is no token id")
+        raise argparse.ArgumentTypeError(f"{max(ids, key=abs)} is not a token id")
     if not ids:
-        raise argparse.ArgumentTypeError("it is empty; give at least one token id")
+        raise argparse.ArgumentTypeError("the list is empty; give at least one token id")
     return ids
 
 
 def dtype_of(*names: str) -> Callable[[str], str]:
-    """Make the converter of an option that takes these dtypes, by long or short name. It returns the long name."""
+    """Make the converter of an option that takes these dtypes, by long or short name.
+
+    The converter returns the long name.
+    """
     shorts = {long: short for short, long in SHORT_DTYPES.items()}
 
     def dtype(text: str) -> str:
@@ -97,7 +100,10 @@ def parser() -> Parser:
     prompt.add_argument(
         "--prompt",
         metavar="TEXT",
-        help="text as it is, without a chat template; needs the checkpoint's tokenizer.json and the package tokenizers",
+        help=(
+            "the prompt as text, without a chat template; needs the checkpoint's tokenizer.json and the package "
+            "tokenizers"
+        ),
     )
     prompt.add_argument("--tokens", type=token_ids, metavar="IDS", help="token ids such as 1,2,3")
     generate.add_argument("--max-new-tokens", type=positive, default=32, metavar="N", help="default: 32")
@@ -108,13 +114,13 @@ def parser() -> Parser:
         type=number(0),
         default=0,
         metavar="N",
-        help="tokens that the MTP layer proposes for each step (default: 0)",
+        help="number of tokens that the MTP layer proposes in each step (default: 0)",
     )
     generate.add_argument(
         "--layout",
         type=layout,
         metavar="{" + ",".join(LAYOUTS) + "}",
-        help="a single process (default), or 8 ranks of this machine",
+        help="a single process (default), or 8 ranks on this machine",
     )
     generate.add_argument("--dp", type=positive, metavar="N", help="number of dp ranks, each with its own requests")
     generate.add_argument(
@@ -123,20 +129,22 @@ def parser() -> Parser:
     generate.add_argument(
         "--ep",
         action=argparse.BooleanOptionalAction,
-        help="distribute whole experts over all ranks (default: if --dp is more than 1)",
+        help="distribute whole experts over all ranks (default: only if --dp is more than 1)",
     )
     generate.add_argument(
-        "--checks", choices=CHECKS, help="how ranks compare their steps (default: agree); needs ranks"
+        "--checks", choices=CHECKS, help="how ranks compare their steps (default: agree); only with several ranks"
     )
     generate.add_argument(
         "--mode",
         choices=ENGINE_MODES,
-        help="run steps eagerly (default) or replay captured graphs of a few sizes; needs ranks",
+        help="run steps eagerly (default), or replay captured graphs of a few sizes; only with several ranks",
     )
-    generate.add_argument("--allow-unsafe", action="store_true", help="start a layout whose ranks could hang")
+    generate.add_argument(
+        "--allow-unsafe", action="store_true", help="start even if the ranks could hang in this layout"
+    )
 
     check = commands.add_parser("check", help="load a checkpoint folder, and compare it with transformers in float64")
-    check.add_argument("--load-only", action="store_true", help="load it and run it; do not compare")
+    check.add_argument("--load-only", action="store_true", help="load the checkpoint and run it, but do not compare")
 
     bench = commands.add_parser("bench", help="speed and peak memory of prefill and decode")
     bench.add_argument("--prompt-tokens", type=positive, default=512, metavar="N")
@@ -156,7 +164,7 @@ def parser() -> Parser:
         command.add_argument(
             "--kernels",
             choices=KERNELS,
-            help="implementation of the layers (default: auto); native is first built on this machine",
+            help="implementation of the layers (default: auto); native is compiled on this machine first",
         )
         if command is not check:
             command.add_argument("--seed", type=int, default=0, help="seed of a preset's random weights (default: 0)")

@@ -1,8 +1,8 @@
 """The tokens of one step, flattened over all sequences, with one row per token.
 
 Sequences with the same number of tokens form a group: a dense [B, T] block of rows. All decoding sequences are one
-group with T = 1. A mixer processes several groups at once, as a part of the step: either all groups of one token, or
-all groups of more tokens.
+group with T = 1. A mixer processes several groups at once, as a part of the step. A part has either all groups of one
+token, or all groups of more tokens.
 
 Shapes: N rows of the step, B sequences of a group, T new tokens of each of them (in a part: all its rows), X = 1 + the
 number of sequences of a part.
@@ -48,13 +48,13 @@ class Group(Generic[S]):
 
 @dataclass(frozen=True, eq=False)
 class Part(Generic[S]):
-    """Groups that the mixers process together, their rows in the order of the groups.
+    """Groups that the mixers process together. The part's rows are in the order of the groups.
 
     Either every sequence has one token (decode), or every sequence has more.
 
     cached   indices of the groups among the cached groups of the step; empty if the tokens are not cached
     is_step  whether the part is the whole step, with its rows in order
-    tables   rotary tables by what they depend on beside the positions, see `layers.rope`
+    tables   rotary tables, by all that they depend on except the positions (`layers.rope`)
     """
 
     groups: tuple[Group[S], ...]
@@ -73,7 +73,7 @@ class Part(Generic[S]):
 
     @cached_property
     def rows_T(self) -> Tensor:
-        """Indices of the part's rows in the step."""
+        """Return the indices of the part's rows in the step."""
         return torch.cat([group.rows_BT.flatten() for group in self.groups])
 
     @cached_property
@@ -82,7 +82,7 @@ class Part(Generic[S]):
 
     @cached_property
     def cu_seqlens_X(self) -> Tensor:
-        """Index of each sequence's first row in the part, and at the end the number of rows."""
+        """Return the index of each sequence's first row in the part, followed by the number of rows."""
         starts = [0]
         for group in self.groups:
             starts += [starts[-1] + group.length * (number + 1) for number in range(len(group.starts))]
@@ -116,7 +116,7 @@ class Batch(Generic[S]):
             device = pairs[0][0].device
         for index, (_, count) in enumerate(pairs):
             if count < 1:
-                raise ValueError(f"sequence {index} of the batch has {count} new tokens; at least 1 is needed")
+                raise ValueError(f"sequence {index} of the batch has {count} new tokens, but needs at least 1")
         return cls._build([(sequence.length, count, sequence) for sequence, count in pairs], device)
 
     @classmethod
@@ -156,7 +156,7 @@ class Batch(Generic[S]):
 
     @cached_property
     def parts(self) -> tuple[Part[S], ...]:
-        """Groups of the step, combined into the parts that the mixers process."""
+        """Return the groups of the step, combined into the parts that the mixers process."""
         members: dict[tuple[bool, bool], list[Group[S]]] = {}
         for group in self.groups:
             members.setdefault((bool(group.sequences), group.length == 1), []).append(group)
@@ -172,10 +172,10 @@ class Batch(Generic[S]):
 
     @cached_property
     def order_N(self) -> Tensor:
-        """Index of each row of the step among the rows of all parts, one part after another."""
+        """Return the index of each row of the step among the rows of all parts, one part after another."""
         return torch.cat([part.rows_T for part in self.parts]).argsort()
 
     @property
     def sequences(self) -> list[tuple[S, int]]:
-        """Cached sequences with their numbers of new tokens."""
+        """Return the cached sequences with their numbers of new tokens."""
         return [(sequence, group.length) for group in self.groups for sequence in group.sequences]

@@ -17,11 +17,11 @@ _CGROUPS = Path("/sys/fs/cgroup")
 
 
 def check_memory(model: HybridMoE, num_pages: int, device: str, num_ranks: int = 1, *, suggestion: str = "") -> None:
-    """Refuse a model that does not fit, before the machine swaps or the process is killed. Activations do not count.
+    """Refuse a model that does not fit, before the machine swaps or the process is killed. Activations are not counted.
 
     model       one rank's model, on the meta device
     num_pages   pages of one rank's cache
-    num_ranks   ranks of this machine, which have the same sizes
+    num_ranks   number of ranks on this machine, which have the same sizes
     suggestion  end of the error text: what to change
 
     Raises ConfigError with the memory that is needed and the memory that is available.
@@ -34,7 +34,7 @@ def check_memory(model: HybridMoE, num_pages: int, device: str, num_ranks: int =
         there = torch.cuda.mem_get_info(device)[0]
         what, suggestion = f"{device} has", f" free{suggestion}"
     else:
-        return  # a process that has used CUDA cannot fork ranks; other devices do not report their memory
+        return  # a process that has used CUDA could not fork ranks; other devices do not report their memory
     layout = cache_layout(model.config, model.dtype)
     weights = num_ranks * sum(parameter.nbytes for parameter in model.parameters())
     cache = num_ranks * num_pages * layout.page_bytes * layout.group_size
@@ -74,7 +74,7 @@ def peak_rss() -> int:
         for line in Path("/proc/self/status").read_text().splitlines():
             if line.startswith("VmHWM:"):
                 return int(line.split()[1]) * 1024
-    # On Linux a child inherits this value, in kilobytes. macOS counts in bytes.
+    # On Linux a child process inherits this value, in kilobytes. macOS counts in bytes.
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 Range = tuple[int, int]
-"""(first index, last index + 1)"""
+"""A range of indices: (first index, last index + 1)."""
 
 Cuts = tuple[tuple[int, tuple[Range, ...]], ...]
 """(dimension, the ranges of it that the part has, in the part's order). Dimensions that are not listed are whole."""
@@ -35,7 +35,7 @@ class Slice:
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Shape of the part."""
+        """Return the shape of the part."""
         sizes = list(self.full_shape)
         for dim, ranges in self.cuts:
             sizes[dim] = sum(stop - start for start, stop in ranges)
@@ -43,16 +43,16 @@ class Slice:
 
     @property
     def row(self) -> Slice:
-        """Slice of each row, for code that handles the rows of the first dimension one by one."""
+        """Return the slice of each row, for code that handles the rows of the first dimension one by one."""
         return Slice(self.full_shape[1:], tuple((dim - 1, ranges) for dim, ranges in self.cuts if dim))
 
     def of(self, full: Tensor) -> Tensor:
-        """Cut the part out of `full`: a view if every dimension keeps one range, else a copy.
+        """Cut the part out of `full`. The result is a view if every dimension keeps one range, else a copy.
 
         Raises ValueError if `full` has another shape.
         """
         if tuple(full.shape) != self.full_shape:
-            raise ValueError(f"a tensor of shape {list(full.shape)}, wanted {list(self.full_shape)}")
+            raise ValueError(f"the tensor has shape {list(full.shape)}, but must have {list(self.full_shape)}")
         import torch
 
         part = full

@@ -25,14 +25,17 @@ from typing import Any, Self
 POLL_S = 0.05
 BEAT_S = 0.5
 STALE_S = 15.0
-"""How old a holder's last heartbeat may be. A holder sends one every BEAT_S."""
+"""Largest age in seconds of a holder's last heartbeat. A holder sends one every BEAT_S seconds."""
 
 MAX_HOLDER_BYTES = 4096
 MAX_PID = 2**31 - 1
 
 
 class LockTimeout(RuntimeError):
-    """A lock could not be taken in time; the text names the file, its holder, since when, and the last heartbeat."""
+    """A lock could not be taken in time.
+
+    The text names the file, its holder, since when it holds the lock, and its heartbeat.
+    """
 
 
 @dataclass(frozen=True)
@@ -49,20 +52,20 @@ class Holder:
         """Check the content of a lock file, which any process may have written. Raises TypeError or ValueError."""
         holder = cls(**document)
         if type(holder.rank) is not int or type(holder.pid) is not int or not isinstance(holder.host, str):
-            raise TypeError("rank and pid are integers, host is text")
+            raise TypeError("rank and pid must be integers, and host must be text")
         if not (abs(holder.rank) <= MAX_PID and 0 < holder.pid <= MAX_PID and holder.host.isprintable()):
-            raise ValueError("rank, pid or host is not that of a process")
+            raise ValueError("rank, pid or host cannot be that of a process")
         if not math.isfinite(holder.since):
-            raise ValueError("since is not a time in seconds since the epoch")
+            raise ValueError("since must be a time in seconds since the epoch")
         return holder
 
     @property
     def name(self) -> str:
-        """The name of the holder: "rank 3", or "pid 42" if the process has no rank."""
+        """Return the name of the holder: "rank 3", or "pid 42" if the process has no rank."""
         return f"rank {self.rank}" if self.rank >= 0 else f"pid {self.pid}"
 
     def words(self) -> str:
-        """The holder as text: "rank 3 (pid 42 on host), for 1.5 s"."""
+        """Return the holder as text: "rank 3 (pid 42 on host), for 1.5 s"."""
         process = f"(pid {self.pid} on {self.host})" if self.rank >= 0 else f"on {self.host}"
         return f"{self.name} {process}, for {time.time() - self.since:.1f} s"
 
@@ -73,10 +76,10 @@ class BuildLock:
 
     path         the lock file; created, and removed at the end
     rank         this process's rank, written into the file; -1 if it has none
-    deadline_s   how long to wait for the lock
+    deadline_s   how many seconds to wait for the lock
     notify       called with (event, name, pid), like `Observer.local`: lock_wait, heartbeat, lock_held, lock_freed
     check        called while waiting; may raise to give up
-    stale_s      how long to wait for a holder without a heartbeat
+    stale_s      how many seconds to wait for a holder without a heartbeat
 
     Raises LockTimeout. Raises OSError if the folder cannot be written to, its file system has no locks, or the path is
     not a regular file.
@@ -103,7 +106,7 @@ class BuildLock:
             if now - own_beat > BEAT_S:
                 own_beat = now
                 self.notify("heartbeat", f"waits for {self.path.name} of {holder.name if holder else '?'}", -1)
-            # compare only whether the time changes: the clocks of hosts may differ
+            # only compare whether the time changes, because the clocks of hosts may differ
             if (beat_ns := self._last_beat_ns()) != last_beat_ns:
                 last_beat_ns, holder_beat = beat_ns, now
             if now - started > self.deadline_s or now - holder_beat > self.stale_s:
@@ -122,7 +125,8 @@ class BuildLock:
 
     def __exit__(self, *error: object) -> None:
         with contextlib.suppress(OSError):  # the folder may have been removed; the lock does not depend on the file
-            self.path.unlink()  # while the lock is held: a process that opened the file sees that the path has changed
+            # done while the lock is held: a process that opened the file sees that the path has changed
+            self.path.unlink()
         os.close(self._descriptor)
         self.notify("lock_freed", str(self.path), -1)
 
@@ -131,7 +135,7 @@ class BuildLock:
         os.utime(self._descriptor)
 
     def holder(self) -> Holder | None:
-        """The holder that the file names; None if the file names no valid process."""
+        """Return the holder that the file names; None if the file names no valid process."""
         try:
             descriptor = _open(self.path, os.O_RDONLY)
             try:
@@ -185,7 +189,7 @@ def _open(path: Path, flags: int) -> int:
 
 @contextlib.contextmanager
 def every(interval_s: float, call: Callable[[], Any]) -> Iterator[None]:
-    """Call ``call`` every ``interval_s`` seconds from a thread, for the duration of the ``with``."""
+    """Call ``call`` every ``interval_s`` seconds from a thread while the ``with`` block runs."""
     over = threading.Event()
 
     def repeat() -> None:

@@ -48,7 +48,7 @@ def values_known() -> Iterator[None]:
 
 
 def can_read_values(x: Tensor) -> bool:
-    """Whether reading the values of `x` is allowed now: on a CPU it costs nothing, on a GPU it synchronises."""
+    """Whether the values of `x` may be read now. On a CPU reading costs nothing, but on a GPU it synchronises."""
     return x.device.type == "cpu" or (not _known.count and not torch.cuda.is_current_stream_capturing())
 
 

@@ -3,11 +3,11 @@
     PREFILL = Extension("gdn_prefill", tuple(Path(__file__).parent.glob("prefill_*.cpp")))
     PREFILL.library().gdn_prefill_f32(...)
 
-Before torch 2.14, the loader excludes other processes by a lock file ("baton"), which it creates and removes, and a
-builder that is killed leaves the file behind. Since torch 2.14, it takes a lock of the operating system, which ends
+Before torch 2.14, the loader excludes other processes by a lock file ("baton"), which it creates and removes. A builder
+that is killed leaves this file behind. Since torch 2.14, the loader takes a lock of the operating system, which ends
 with its holder. In both cases a process that waits has no time limit and logs nothing. So a server should load its
-extensions before it does anything else (``hybrid_moe_ref.engine.startup.builds``). Without `on_first_use`,
-`library` compiles in `default_cache()`.
+extensions before it does anything else (``hybrid_moe_ref.engine.startup.builds``). Without `on_first_use`, `library`
+compiles in `default_cache()`.
 
 This module imports torch only to compile.
 """
@@ -35,7 +35,10 @@ Notify = Callable[[str, str, int], None]
 """A function that is called for locks and builds with (event, name, pid of the holder or -1), like `Observer.local`."""
 
 BATON = "lock"
-"""The name of torch's lock file in the folder of a build. Only where `has_baton`, its existence is the lock."""
+"""The name of torch's lock file in the folder of a build.
+
+If `has_baton` is true, the existence of this file is the lock.
+"""
 
 BUILT = "built"
 """The file that exists once a module is completely built; it names the library."""
@@ -77,10 +80,10 @@ class Extension:
         return self._loaded[0]
 
     def folder(self, cache: Path) -> Path:
-        """The build folder: the module's name and a digest of everything that the result depends on.
+        """Return the build folder: the module's name and a digest of everything that the result depends on.
 
         The digest includes the paths of the sources and of torch, because ninja rebuilds when a path changes, and two
-        clones share a user's cache.
+        clones of this repository share a user's cache.
         """
         digest = hashlib.sha256()
         for path in (*self.sources, *self.headers):
@@ -118,7 +121,7 @@ class Extension:
                     build_directory=str(folder),
                     is_python_module=False,
                 )
-        # the last one: the compiler could not even print its version
+        # SubprocessError: the compiler could not even print its version
         except (RuntimeError, ImportError, subprocess.SubprocessError) as error:
             raise BuildFailed(f"{self.name} could not be built: {_reason(str(error))}") from error
         self._load(Path(path))
@@ -132,7 +135,7 @@ class Extension:
 
 
 def default_cache() -> Path:
-    """The folder of the user's compiled modules: HMR_KERNEL_CACHE, or a folder in the user's own cache."""
+    """Return the folder of the user's compiled modules: HMR_KERNEL_CACHE, or a folder in the user's own cache."""
     if folder := os.environ.get("HMR_KERNEL_CACHE"):
         return Path(folder)
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "hybrid_moe_ref" / "kernels"
@@ -150,14 +153,17 @@ def missing() -> str:
     """Return what this machine lacks to build an extension; "" if nothing. Searches for programs, runs none."""
     compiler = (shlex.split(os.environ.get("CXX", "")) or ["c++"])[0]
     if not shutil.which(compiler, path=_search_path()):
-        return f"kernels are compiled, and there is no C++ compiler {compiler}: install one, or name one in CXX"
+        return (
+            f"kernels are compiled on this machine, but there is no C++ compiler {compiler}: install one, or name one "
+            "in CXX"
+        )
     if not shutil.which("ninja", path=_search_path()):
-        return "kernels are compiled with the program ninja, which is not installed (pip install ninja)"
+        return "kernels are compiled on this machine with the program ninja, which is not installed: pip install ninja"
     return ""
 
 
 def _search_path() -> str:
-    """PATH with this interpreter's folder in front: a virtual environment's ninja is found without activation."""
+    """Return PATH with this interpreter's folder in front, to find ninja in a virtual environment not activated."""
     return os.pathsep.join([os.path.dirname(sys.executable), os.environ.get("PATH", os.defpath)])
 
 
@@ -165,7 +171,8 @@ def _search_path() -> str:
 def loader() -> Iterator[Any]:
     """Yield torch's extension loader, for one build at a time.
 
-    Inside, the loader finds the programs that `missing` finds, and its ninja ends with this process, however that ends.
+    Inside the ``with``, the loader finds the programs that `missing` finds. Its ninja ends when this process ends, for
+    whatever reason.
     """
     from torch.utils import cpp_extension
 
@@ -184,9 +191,9 @@ def loader() -> Iterator[Any]:
 
 
 class _Subprocess:
-    """A replacement of the module subprocess for torch's loader.
+    """A replacement for the module subprocess, by which torch's loader runs ninja.
 
-    The loader runs ninja by it. Ninja then gets SIGTERM when this process ends, and ends its compilers.
+    Ninja then gets SIGTERM when this process ends, and ends its compilers.
     """
 
     _START = """
@@ -214,7 +221,7 @@ def has_baton() -> bool:
 
 @contextlib.contextmanager
 def _observed_lock(name: str, notify: Notify) -> Iterator[None]:
-    """Inside the ``with``, torch's own lock reports its events. The lock itself does not change."""
+    """Let torch's own lock report its events inside the ``with``. The lock itself does not change."""
     from torch.utils import cpp_extension
 
     attribute, observed = ("FileBaton", _observed_baton) if has_baton() else ("FileLock", _observed_file_lock)

@@ -38,10 +38,10 @@ DTYPES = (torch.float32, torch.bfloat16)
 DEVICES = ("cpu",)
 
 LOCK_LIMIT_S = 600.0
-"""How long a process waits while another one builds."""
+"""Seconds that a process waits while another one builds."""
 
 SILENT_S = 5.0
-"""How long a build may take before a line says what takes so long."""
+"""If a build takes longer than this many seconds, a line says what takes so long."""
 
 _NAME = "hybrid_moe_native"
 _FLAGS = [
@@ -57,37 +57,42 @@ _HERE = Path(__file__).parent
 _log = logging.getLogger("hybrid_moe_kernels")
 _library: ModuleType | None = None
 _error = ""
-_failed: Path | None = None  # a library that could not be built or loaded; do not try again
+_failed: Path | None = None  # a library that could not be built or loaded, and is not tried again
 
 
 def _nothing() -> None: ...
 
 
 def library() -> ModuleType:
-    """The loaded library. Call it only after a `prepare` that returned ""."""
+    """Return the loaded library. Call this only after a `prepare` that returned ""."""
     assert _library is not None, _error
     return _library
 
 
 def missing() -> str:
-    """What the native backend lacks in this process; "" if nothing."""
-    return "" if _library else _error or "its library is not loaded: it is built in prepare, not when it is called"
+    """Return what the native backend lacks in this process; "" if nothing."""
+    return (
+        ""
+        if _library
+        else _error
+        or ("the library is not loaded: call `prepare` first, because a call of a kernel does not build the library")
+    )
 
 
 def folder() -> Path:
-    """The folder of built libraries: HMR_NATIVE_DIR, else a folder in the user's cache."""
+    """Return the folder of built libraries: HMR_NATIVE_DIR, else a folder in the user's cache."""
     if "HMR_NATIVE_DIR" in os.environ:
         return Path(os.environ["HMR_NATIVE_DIR"])
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "hybrid_moe_kernels"
 
 
 def sources() -> list[Path]:
-    """The files whose change requires a new library."""
+    """Return the files whose change requires a new library."""
     return sorted([*_HERE.glob("cpp/*.h"), *_HERE.glob("cpp/*.cpp"), *_HERE.glob("*/native.cpp")])
 
 
 def path() -> Path:
-    """The path of this library, whether it is built or not."""
+    """Return the path of this library, whether it is built or not."""
     digest = hashlib.sha256()
     for source in sources():
         digest.update(source.relative_to(_HERE).as_posix().encode() + b"\0" + source.read_bytes() + b"\0")
@@ -147,7 +152,7 @@ def _build_beating(target: Path, lock: BuildLock, tick: Callable[[], None]) -> N
 
 
 def _lock(place: Path, tick: Callable[[], None]) -> BuildLock:
-    """The lock of builds in this folder. Logs a line if another process holds it."""
+    """Return the lock of builds in this folder. A line is logged if another process holds it."""
 
     def notify(event: str, name: str, holder: int) -> None:
         if event == "lock_wait":
@@ -169,13 +174,13 @@ def build(target: Path) -> None:
     """Compile and link into `target`. Raises BuildFailed, OSError."""
     if lack := cannot_build():
         raise BuildFailed(lack)
-    for left in target.parent.glob(f".{_NAME}+*"):  # left by a killed build: no other build can run now
+    for left in target.parent.glob(f".{_NAME}+*"):  # left by a killed build, because no other build can run now
         shutil.rmtree(left, ignore_errors=True)
     private = Path(tempfile.mkdtemp(prefix=f".{_NAME}+{platform.node()}+{os.getpid()}+", dir=target.parent))
     said = io.StringIO()
     try:
         with extension.loader() as cpp_extension, contextlib.redirect_stdout(said):
-            # otherwise a second build would get another name
+            # Without this, a second build would get another name.
             cpp_extension.JIT_EXTENSION_VERSIONER.entries.pop(_NAME, None)
             cpp_extension.load(
                 _NAME,
@@ -203,6 +208,6 @@ def _load(target: Path, isa: str) -> ModuleType:
     if isa:
         if isa not in module.instruction_sets():
             has = ", ".join(module.instruction_sets())
-            raise ValueError(f"HMR_NATIVE_ISA: {isa!r} is not one of this processor's: {has}")
+            raise ValueError(f"HMR_NATIVE_ISA: this processor does not have {isa!r}, only {has}")
         module.use_instruction_set(isa)
     return module

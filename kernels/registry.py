@@ -156,7 +156,7 @@ def _wants_gradient(x: Tensor, args: tuple[Any, ...]) -> bool:
 
 
 def _fallback(backend: str) -> str:
-    return "torch runs instead" if backend != "torch" else "there is no other"
+    return "torch runs instead" if backend != "torch" else "no other implementation runs instead"
 
 
 def _preference(device: str) -> tuple[str, ...]:

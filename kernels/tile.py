@@ -16,10 +16,10 @@ from torch import Tensor
 
 INTERPRETED: bool = (
     triton.knobs.runtime.interpret
-)  # TRITON_INTERPRET at the time of the import, when the kernels are made
+)  # whether TRITON_INTERPRET was set at the import, when the kernels are made
 ROUNDS = tl.constexpr(INTERPRETED)
 DTYPES = (torch.float32, torch.bfloat16)
-DEVICES = ("cuda", "cpu")  # on a CPU, `missing` is not empty unless the interpreter is on
+DEVICES = ("cuda", "cpu")  # on a CPU, `missing` names a reason unless the interpreter is on
 
 Config = dict[str, int]
 _forced: dict[str, Config] = {}
@@ -62,7 +62,9 @@ def forcing(kernel: str, chosen: Config) -> Iterator[None]:
 @functools.cache
 def _counters(device: torch.device, size: int) -> Tensor:
     if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
-        raise RuntimeError("a decode step must run once on the device before one is captured in a graph")
+        raise RuntimeError(
+            "a decode step must run once on the device before one is captured in a graph: run a step first"
+        )
     return torch.zeros(size, dtype=torch.int32, device=device)
 
 

@@ -9,12 +9,12 @@ import sys
 
 def main() -> int:
     """Run the command line; return its exit code."""
-    # For Ctrl-C during the imports below; the command line then installs a handler that lets commands clean up.
+    # End at Ctrl-C during the imports below. The command line then installs a handler that lets commands clean up.
     signal.signal(signal.SIGINT, lambda *_: os._exit(130))
 
     from repro.commands.output import guarded, open_standard_files
 
-    open_standard_files()  # before any other file is opened
+    open_standard_files()  # must come before any other file is opened
 
     from repro.commands import cli
     from repro.exit_codes import CANNOT_TELL

@@ -32,14 +32,16 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 
-# torch 2.13 renamed these two and warns of the old names.
+# torch 2.13 renamed these two functions and warns about the old names.
 all_gather = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)
 reduce_scatter = getattr(dist, "reduce_scatter_single", dist.reduce_scatter_tensor)
 
 HIDDEN, HEADS, LAYERS, EXPERTS_PER_RANK, TOP_K = 64, 4, 2, 16, 4
 parser = argparse.ArgumentParser()
 parser.add_argument("--fix", action="store_true", help="agree once per step")
-parser.add_argument("--quiet", type=float, default=5.0, help="seconds in which no rank moved: a hang")
+parser.add_argument(
+    "--quiet", type=float, default=5.0, help="seconds without progress on any rank that count as a hang"
+)
 parser.add_argument("--deadline", type=float, default=30.0, help="seconds after which the run ends in any case")
 args = parser.parse_args()
 
@@ -63,14 +65,14 @@ moved = time.monotonic()
 
 
 def at(where):
-    """Publish where this rank is about to wait."""
+    """Publish the collective in which this rank is about to wait."""
     global moved
     positions.set(str(rank), where)
     moved = time.monotonic()
 
 
 def watch():
-    """End the run, and print every rank's position, when no rank has moved for --quiet seconds."""
+    """Print every rank's position and end the run, when no rank has moved for --quiet seconds."""
     seen, since = None, time.monotonic()
     while True:
         time.sleep(0.25)
@@ -85,12 +87,12 @@ def watch():
                 together = {where: [r for r in range(world) if now[r] == where] for where in dict.fromkeys(now)}
                 lines = [f"  ranks {ranks} wait in {where}" for where, ranks in together.items()]
                 print(f"HANG: no rank has moved for {args.quiet:g} s\n" + "\n".join(lines), flush=True)
-            time.sleep(1)  # let every rank come to the same conclusion while all positions can still be read
+            time.sleep(1)  # every rank comes to the same conclusion while all positions can still be read
             os._exit(1)
 
 
 def agree(num_tokens, who):
-    """Agree on the step's metadata, the number of tokens of every rank, by one all-reduce."""
+    """Agree on the step's metadata (the number of tokens of every rank) by one all-reduce."""
     tokens = torch.zeros(world, dtype=torch.int32)
     tokens[rank] = num_tokens
     at(f"dp all_reduce ({who})")

@@ -1,10 +1,10 @@
 """The exit codes of every command."""
 
 EXPECTED = 0
-"""The expected verdict; for `diagnose` and `watch` of a foreign job, a verdict other than inconclusive."""
+"""The expected verdict; for `diagnose`, and for `watch` of a foreign job, any verdict but inconclusive."""
 
 UNEXPECTED = 1
-"""Another verdict than the expected one."""
+"""A verdict other than the expected one."""
 
 USAGE = 2
 """A wrong argument or configuration, or a file that cannot be read."""

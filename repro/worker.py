@@ -1,4 +1,7 @@
-"""`torchrun … -m repro.worker SCENARIO --variant V`: one rank of a run. The program is `repro.lab.rank.worker`."""
+"""`torchrun … -m repro.worker SCENARIO --variant V`: run one rank of a lab run.
+
+The program is `repro.lab.rank.worker`.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +10,7 @@ import sys
 from repro.hosts.parent import die_with_parent, end_without_launcher
 
 if __name__ == "__main__":
-    die_with_parent()  # before the imports that take seconds on a busy machine
+    die_with_parent()  # before the imports, which take seconds on a busy machine
     end_without_launcher()
 
     from repro.lab.rank.worker import main

@@ -29,7 +29,7 @@ class CacheExhausted(RuntimeError):
     """There are not enough free pages. No page was taken, and the cache can still be used."""
 
     def __init__(self, needed: int, free: int, what: str) -> None:
-        super().__init__(f"{what} needs {needed} pages, {free} are free")
+        super().__init__(f"{what} needs {needed} pages, but only {free} are free")
         self.needed = needed
         self.free = free
 
@@ -79,7 +79,7 @@ class HybridCache:
         dtype: torch.dtype = torch.float32,
     ) -> None:
         if num_pages < 1:
-            raise ValueError(f"num_pages: {num_pages} is less than 1")
+            raise ValueError(f"num_pages is {num_pages}, but must be at least 1")
         self.config, self.num_pages, self.dtype = config, num_pages, dtype
         self.ssm_dtype = wide(dtype)
         self.layout = cache_layout(config, dtype)
@@ -92,7 +92,7 @@ class HybridCache:
         self._attention = [number for number, group in enumerate(self.layout.groups) if group.kind == "A"]
         self._recurrent = [number for number, group in enumerate(self.layout.groups) if group.kind != "A"]
         self._table = PageTable(len(self._attention), len(self._recurrent), self.device)
-        # views[g][i]: the cache of layer i for group g, in the form that this layer reads
+        # views[g][i] is the cache of layer i for group g, in the form in which this layer reads it.
         self._views = [
             [self._view(group.kind, self.buffers[i]) for i in range(len(group.layers))] for group in self.layout.groups
         ]
@@ -161,7 +161,7 @@ class HybridCache:
         """Drop the tokens from `length` on. Raises ValueError if the model has recurrent states."""
         self._check(sequence)
         if self.layout.states or length > sequence.length:
-            raise ValueError(f"a sequence of {sequence.length} tokens cannot be cut to {length}")
+            raise ValueError(f"a sequence of {sequence.length} tokens cannot be truncated to {length}")
         sequence.length = length
 
     def _state_pages(self, sequence: Sequence) -> list[int]:
@@ -172,16 +172,16 @@ class HybridCache:
     def check_model(self, config: ModelConfig, dtype: torch.dtype) -> None:
         """Raise ValueError if the cache was made for another model."""
         if dtype != self.dtype:
-            raise ValueError(f"a cache in {self.dtype} for a model in {dtype}")
+            raise ValueError(f"the cache has dtype {self.dtype}, but the model has {dtype}")
         if config is not self.config and config != self.config:
             ours, theirs = self.config.to_mapping(), config.to_mapping()
             name = next(name for name in ours if ours[name] != theirs[name])
-            raise ValueError(f"a cache with {name} {ours[name]!r} for a model with {name} {theirs[name]!r}")
+            raise ValueError(f"the cache was made for {name} {ours[name]!r}, but the model has {name} {theirs[name]!r}")
 
     def begin(self, batch: Batch[Sequence]) -> list[list[Past]]:
-        """Take pages for the batch's tokens. Return each layer's view of each group of sequences.
+        """Take pages for the batch's tokens. Returns what each layer reads and writes for each group of sequences.
 
-        Raises CacheExhausted, before any page is taken; ValueError for a batch that is outdated or of another cache.
+        Raises CacheExhausted before any page is taken, and ValueError for a batch that is outdated or of another cache.
         """
         missing: list[tuple[Sequence, int]] = []
         for sequence, count in batch.sequences:
@@ -192,7 +192,7 @@ class HybridCache:
                     missing.append((sequence, pages_needed - held))
         for rows in batch.groups:
             if rows.sequences and rows.starts != tuple(sequence.length for sequence in rows.sequences):
-                raise ValueError("the batch was built before its sequences' last step")
+                raise ValueError("the batch is outdated: it was built before the last step of its sequences")
         num_pages = sum(count for _, count in missing) * len(self._attention)
         self._need(num_pages, f"a step of {batch.num_tokens} tokens")
         for sequence, count in missing:
@@ -209,7 +209,7 @@ class HybridCache:
         return pasts
 
     def _num_token_pages(self, sequence: Sequence) -> int:
-        """Return a sequence's number of pages in each attention group; all attention groups have the same number."""
+        """Return a sequence's number of pages in each attention group. All attention groups have the same number."""
         return len(sequence.pages[self._attention[0]]) if self._attention else 0
 
     def _extend(self, sequence: Sequence, count: int) -> None:

@@ -59,7 +59,7 @@ class PageTable:
 
 @torch.inference_mode(False)
 def _joined(x: Tensor, more: Tensor, dim: int) -> Tensor:
-    """Concatenate two tensors of one shape into a tensor that can be written in and outside of inference mode."""
+    """Concatenate two tensors of one shape. The result can be written to inside and outside of inference mode."""
     joined = x.new_empty([*x.shape[:dim], 2 * x.shape[dim], *x.shape[dim + 1 :]])
     joined.narrow(dim, 0, x.shape[dim]).copy_(x)
     joined.narrow(dim, x.shape[dim], x.shape[dim]).copy_(more)

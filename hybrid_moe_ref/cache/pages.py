@@ -48,7 +48,7 @@ class PageLayout:
     padding           share by which the largest state grows to fill a page; 0 without recurrent layers
     bytes_per_token   bytes of one token's KV entries in one layer
     states            sizes of the states, by layer kind
-    group_size        layers of a group
+    group_size        number of layers in a group
     """
 
     tokens: int
@@ -67,15 +67,18 @@ class PageLayout:
 def _share(config: ModelConfig, name: str, tp_size: int) -> int:
     value: int = getattr(config, name)
     if value % tp_size:
-        raise ConfigError(f"{value} does not divide over tp_size {tp_size}", name)
+        raise ConfigError(f"{value} is not divisible by tp_size {tp_size}", name)
     return value // tp_size
 
 
 def _share_or_hold(config: ModelConfig, name: str, tp_size: int) -> int:
-    """Like `_share`, but with fewer heads than ranks several ranks hold the same head."""
+    """Return the heads of each rank, as `_share` does.
+
+    If there are fewer heads than ranks, several ranks hold one head.
+    """
     value: int = getattr(config, name)
     if value % tp_size and tp_size % value:
-        raise ConfigError(f"{value} neither divides over tp_size {tp_size} nor is a divisor of it", name)
+        raise ConfigError(f"{value} is neither divisible by tp_size {tp_size} nor a divisor of it", name)
     return max(1, value // tp_size)
 
 
@@ -89,7 +92,9 @@ def state_size(config: ModelConfig, kind: str, conv_itemsize: int, ssm_itemsize:
         # Ranks that share a value head hold different columns of its state.
         ranks_per_head = max(1, tp_size // config.linear_num_value_heads)
         if config.linear_value_head_dim % ranks_per_head:
-            what = f"does not divide over the {ranks_per_head} ranks that share a value head (tp_size {tp_size})"
+            what = (
+                f"is not divisible by {ranks_per_head}, the number of ranks that share a value head (tp_size {tp_size})"
+            )
             raise ConfigError(f"{config.linear_value_head_dim} {what}", "linear_value_head_dim")
         value_dim = config.linear_value_head_dim // ranks_per_head
         channels = 2 * keys * config.linear_key_head_dim + values * value_dim
@@ -121,13 +126,13 @@ def page_layout(
 ) -> PageLayout:
     """Return the page layout of `config` on one of `tp_size` ranks.
 
-    itemsize      bytes of a number of the model's dtype, which the state of the convolution has
-    kv_itemsize   bytes of a number of keys and values; None: as `itemsize`
+    itemsize      bytes of a number in the model's dtype, which the state of the convolution also has
+    kv_itemsize   bytes of a number of keys and values; None: the same as `itemsize`
     ssm_itemsize  bytes of a number of a recurrent state
 
-    If there are fewer KV heads, key heads or Mamba-2 groups than ranks, ranks hold copies of them.
+    If there are fewer KV heads, key heads or Mamba-2 groups than ranks, several ranks hold copies of one.
 
-    Raises ConfigError if the sizes do not divide over the ranks.
+    Raises ConfigError if the sizes cannot be divided over the ranks.
     """
     kinds = Counter(config.layer_pattern)
     states = {kind: state_size(config, kind, itemsize, ssm_itemsize, tp_size) for kind in kinds if kind != "A"}
@@ -137,7 +142,7 @@ def page_layout(
         kv_heads = _share_or_hold(config, "num_key_value_heads", tp_size)
         bytes_per_token = 2 * kv_heads * config.head_dim * (kv_itemsize or itemsize)
         tokens = TOKEN_MULTIPLE * max(1, -(-largest // (TOKEN_MULTIPLE * bytes_per_token)))
-    # Without attention the page is the largest state, rounded so that any dtype's view of any row is aligned.
+    # Without attention, a page is the largest state, rounded up so that any row can be viewed in any dtype.
     page_bytes = tokens * bytes_per_token if tokens else -(-largest // 64) * 64
 
     group_size = min(kinds.values())

@@ -1,11 +1,11 @@
 """Checkpoints in Hugging Face's format: a folder with config.json and safetensors files.
 
     config, saved_dtype = read_config(folder)
-    model = HybridMoE(config, device="meta")     # here experts may be cut to this rank's share
-    load_weights(model, folder)
+    model = HybridMoE(config, device="meta")     # before loading, experts may be cut to this rank's share
+                                                 load_weights(model, folder)
 
-`HybridMoE.from_pretrained` does all of this in one call, `save_pretrained` the opposite. Files are untrusted input:
-their sizes are checked before anything is allocated, and nothing in them is executed.
+`HybridMoE.from_pretrained` does all of this in one call, and `save_pretrained` writes such a folder. Files are
+untrusted input: their sizes are checked before anything is allocated, and nothing in them is executed.
 """
 
 from hybrid_moe_ref.checkpoint.errors import CheckpointError

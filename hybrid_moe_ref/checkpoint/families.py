@@ -1,7 +1,7 @@
 """Convert the config.json of the supported model families to ModelConfig and back.
 
-Every key is either a size, or must have the one value that is implemented, or does not matter for inference. A
-configuration with any other key is refused, and the error names the key.
+A key is either a size, or has only one value that is implemented, or does not matter for inference. A configuration
+with any other key is refused, and the error names the key.
 """
 
 from collections.abc import Sequence
@@ -82,7 +82,7 @@ _MULTIMODAL_ONLY = {
 
 
 def read_config(folder: str | Path) -> tuple[ModelConfig, str | None]:
-    """Read a folder's config.json. Return the configuration, and the name of the saved dtype or None.
+    """Read a folder's config.json. Returns the configuration, and the name of the saved dtype or None.
 
     Raises CheckpointError.
     """
@@ -97,7 +97,7 @@ def read_config(folder: str | Path) -> tuple[ModelConfig, str | None]:
 def read_stop_ids(folder: str | Path) -> tuple[int, ...]:
     """Return the tokens that end a text: eos_token_id of generation_config.json, or else of config.json.
 
-    Raises CheckpointError if it is neither an id nor a list of ids.
+    Raises CheckpointError if the value is neither an id nor a list of ids.
     """
     for name in ("generation_config.json", "config.json"):
         path = Path(folder) / name
@@ -108,7 +108,7 @@ def read_stop_ids(folder: str | Path) -> tuple[int, ...]:
                 continue
             ids = ids if isinstance(ids, list) else [ids]
             if not all(type(each) is int and each >= 0 for each in ids):
-                raise CheckpointError(f"{path}: {key}{_STOP}: wanted an id or a list of ids, got {ids!r:.60}")
+                raise CheckpointError(f"{path}: {key}{_STOP}: must be an id or a list of ids, not {ids!r:.60}")
             return tuple(ids)
     return ()
 
@@ -119,7 +119,7 @@ def family_in(folder: str | Path) -> str:
 
 
 def _dtype(raw: dict[str, Any]) -> str | None:
-    """Return the dtype. Multimodal configs may have it in text_config only, older ones under an older key."""
+    """Return the dtype. Multimodal configurations may have it in text_config only, older ones under an older key."""
     for where in (raw, raw.get("text_config")):
         for key in ("dtype", "torch_dtype"):
             value = where.get(key) if isinstance(where, dict) else None
@@ -141,10 +141,12 @@ def _model_config(raw: dict[str, Any]) -> ModelConfig:
     if kind in MULTIMODAL:
         text = raw.get("text_config")
         if not isinstance(text, dict):
-            raise ConfigError("required, but missing or not a mapping", "text_config")
+            raise ConfigError("missing or not a mapping", "text_config")
         _check_keys(raw, _MULTIMODAL_ONLY | _NO_MATTER, "")
         if text.get("model_type") not in (None, MULTIMODAL[kind]):
-            problem = f"{text['model_type']!r} contradicts model_type {kind!r}, whose text is {MULTIMODAL[kind]!r}"
+            problem = (
+                f"{text['model_type']!r} contradicts model_type {kind!r}, whose text model is {MULTIMODAL[kind]!r}"
+            )
             raise ConfigError(problem, "text_config.model_type")
         tied = _agreed({f"{place}{_TIED}": values.get(_TIED) for place, values in (("", raw), ("text_config.", text))})
         return _text_config(text | {_TIED: tied}, MULTIMODAL[kind], "text_config")
@@ -187,7 +189,9 @@ def _check_keys(raw: dict[str, Any], keys: set[str], where: str) -> None:
     for key, value in raw.items():
         if key not in keys and value is not None:
             path = f"{where}.{key}" if where else key
-            raise ConfigError(f"unknown key with value {value!r:.60}: not implemented{nearest(key, keys)}", path)
+            raise ConfigError(
+                f"the key is not known, and its value {value!r:.60} may change the model{nearest(key, keys)}", path
+            )
 
 
 def _layer_pattern(text: dict[str, Any], prefix: str) -> str:
@@ -198,7 +202,7 @@ def _layer_pattern(text: dict[str, Any], prefix: str) -> str:
     if interval is not None:
         for key, value in (("num_hidden_layers", num_layers), (_INTERVAL, interval)):
             if type(value) is not int or not 1 <= value <= 100_000:
-                raise ConfigError(f"wanted a positive int, got {value!r:.60}", prefix + key)
+                raise ConfigError(f"must be a positive integer, not {value!r:.60}", prefix + key)
         by_interval = "".join("G" if (index + 1) % interval else "A" for index in range(num_layers or 0))
     if types is None:
         return by_interval or ""
@@ -208,17 +212,22 @@ def _layer_pattern(text: dict[str, Any], prefix: str) -> str:
         if not isinstance(name, str) or name not in _LAYER_TYPES:
             raise ConfigError(f"{name!r} is not one of {', '.join(_LAYER_TYPES)}", f"{prefix}layer_types[{index}]")
     if num_layers != len(types):
-        raise ConfigError(f"{num_layers!r} contradicts the {len(types)} layer_types", prefix + "num_hidden_layers")
+        raise ConfigError(
+            f"{num_layers!r} contradicts the number of layer_types, {len(types)}", prefix + "num_hidden_layers"
+        )
     pattern = "".join(_LAYER_TYPES[name] for name in types)
     if by_interval not in (None, pattern):
         raise ConfigError(
-            f"{interval} means the layers {by_interval:.60}, but layer_types means {pattern:.60}", prefix + _INTERVAL
+            f"{interval} gives the layers {by_interval:.60}, but layer_types gives {pattern:.60}", prefix + _INTERVAL
         )
     return pattern
 
 
 def _rope(text: dict[str, Any], prefix: str) -> dict[str, Any]:
-    """Return theta and the rotated fraction. Multimodal sections are ignored: text has one position on all axes."""
+    """Return theta and the rotated fraction.
+
+    Multimodal sections are ignored, because text has one position on all axes.
+    """
     keys = {"rope_type", "type", "rope_theta", "partial_rotary_factor", "mrope_section", "mrope_interleaved"}
     places = {prefix: text}
     for name in ("rope_parameters", "rope_scaling"):  # the second is the older name
@@ -291,7 +300,7 @@ def to_json(config: ModelConfig, family: str, dtype: str, stop_ids: Sequence[int
 
 
 def family_of(config: ModelConfig) -> str:
-    """Return the family that a model is saved as by default."""
+    """Return the family in whose format a model is saved by default."""
     if "M" in config.layer_pattern:
         return OWN
     return "qwen3_5_moe_text" if config.num_experts else "qwen3_5_text"

@@ -35,12 +35,12 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Piece:
-    """A tensor that the checkpoint must have, and where it goes.
+    """A tensor that the checkpoint must have, and the parameter that it fills.
 
-    shape    the shape that it must have
+    shape    the shape that the tensor must have
     target   the parameter to fill; None: only another rank needs the tensor
     index    the row of the tensor to copy; None: the whole tensor
-    part     the part of that to copy; None: all of it
+    part     the part of that row or tensor to copy; None: all of it
     """
 
     name: str
@@ -87,17 +87,24 @@ def with_mtp_of(config: ModelConfig, shards: Shards) -> ModelConfig:
     numbers = [int(number) for name in names if (number := name.removeprefix(f"{MTP}layers.").split(".")[0]).isdigit()]
     count = 1 + max(numbers, default=0)
     if config.num_mtp_layers not in (0, count):
-        problem = f"the config has {config.num_mtp_layers} MTP layers, the tensors {MTP}* have {count}"
+        problem = f"the config has {config.num_mtp_layers} MTP layers, but there are tensors {MTP}* for {count}"
         raise CheckpointError(f"{shards.folder}: {problem}")
     if count > 1:
-        raise CheckpointError(f"{shards.folder}: the tensors {MTP}* have {count} MTP layers, only 1 is implemented")
+        raise CheckpointError(
+            f"{shards.folder}: the tensors {MTP}* are for {count} MTP layers, but only 1 is implemented"
+        )
     return dataclasses.replace(config, num_mtp_layers=count)
 
 
 @functools.cache
 def _warn_without_mtp(folder: Path, num_layers: int) -> None:
-    """Log one line per folder, even if a command loads it several times."""
-    log.warning("%s: the config has %d MTP layers, no tensor is named %s*: loaded without", folder, num_layers, MTP)
+    """Log one line for each folder, even if a command loads it several times."""
+    log.warning(
+        "%s: the config has %d MTP layers, but no tensor is named %s*: the model is loaded without them",
+        folder,
+        num_layers,
+        MTP,
+    )
 
 
 def pieces(model: nn.Module, shards: Shards) -> list[Piece]:
@@ -226,14 +233,16 @@ def _check(expected: list[Piece], shards: Shards, model: nn.Module) -> None:
                 expected_names.add(f"{piece.name}_scale_inv")
     if absent_mtp:
         there = sum(name.startswith(MTP) for name in shards.names)
-        problem = f"the MTP layer is there in part: {there} tensors, without {absent_mtp[0]}"
+        problem = f"the MTP layer is incomplete: {there} tensors, without {absent_mtp[0]}"
         more = f" and {len(absent_mtp) - 1} others" if len(absent_mtp) > 1 else ""
-        problems.append(f"{shards.folder}: {problem}{more}; remove {MTP}* to load the model without it")
+        problems.append(
+            f"{shards.folder}: {problem}{more}; remove all tensors {MTP}* to load the model without this layer"
+        )
     skipped = _skipped(shards.names - expected_names, model)
     # The names of the experts depend on which tensors exist: if some are missing, the others may look unused.
     foreign = {name for name in shards.names - expected_names - skipped if not (absent_mtp and name.startswith(MTP))}
     for name in sorted(foreign):
-        problems.append(f"{shards[name].file}: {name}: not part of this model")
+        problems.append(f"{shards[name].file}: {name}: no part of this model uses this tensor")
     if problems:
         raise CheckpointError(problems)
     for prefix, count in _families(skipped).items():
@@ -241,7 +250,7 @@ def _check(expected: list[Piece], shards: Shards, model: nn.Module) -> None:
 
 
 def _misfits(piece: Piece, shards: Shards) -> Iterator[str]:
-    """List what is wrong with a tensor and its scales, one line each."""
+    """List what is wrong with a tensor and its scales, one problem in a line."""
     entry, name = shards[piece.name], f"{piece.name}_scale_inv"
     where = f"{entry.file}: {piece.name}"
     if entry.shape != piece.shape:
@@ -249,7 +258,7 @@ def _misfits(piece: Piece, shards: Shards) -> Iterator[str]:
     elif entry.dtype not in WEIGHTS:
         yield f"{where}: dtype {entry.dtype} is not one of {', '.join(WEIGHTS)}"
     elif entry.dtype == FLOAT8 and len(entry.shape) < 2:
-        yield f"{where}: float8 with shape {list(entry.shape)}: its blocks need 2 dimensions"
+        yield f"{where}: a float8 tensor needs 2 dimensions for its blocks, but has shape {list(entry.shape)}"
     elif entry.dtype == FLOAT8 and name not in shards:
         yield f"{shards.folder}: {name}: missing, wanted shape {list(_num_blocks(piece.shape))}"
     elif entry.dtype == FLOAT8 and (scale := shards[name]).shape != _num_blocks(piece.shape):

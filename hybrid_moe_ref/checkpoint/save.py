@@ -31,8 +31,8 @@ def save(
 ) -> None:
     """Write a model into a folder.
 
-    family            the model type to save as; None: the one that fits its layers
-    max_shard_bytes   the most bytes of a file, unless a single tensor is larger
+    family            the model type to save as; None: the type that fits the model's layers
+    max_shard_bytes   largest size of a file in bytes, unless a single tensor is larger
 
     Raises CheckpointError, OSError.
     """
@@ -70,20 +70,26 @@ def _check(model: "HybridMoE", family: str) -> None:
         families = (OWN, *TEXT)
         raise CheckpointError(f"family {family!r} is not one of {', '.join(families)}{nearest(family, families)}")
     if family != OWN and "M" in config.layer_pattern:
-        raise CheckpointError(f"{family} has no Mamba-2 layers, the model has {config.layer_pattern.count('M')}")
+        raise CheckpointError(
+            f"the family {family} has no Mamba-2 layers, but the model has {config.layer_pattern.count('M')}"
+        )
     if family != OWN and (family == "qwen3_5_text") == bool(config.num_experts):
-        raise CheckpointError(f"the model has {config.num_experts} experts; it cannot be saved as {family}")
+        raise CheckpointError(f"the model has {config.num_experts} experts, so it cannot be saved as {family}")
     for name, module in model.named_modules():
         if isinstance(module, Experts) and module.num_local != module.num_experts:
-            raise CheckpointError(f"{name} holds {module.num_local} of {module.num_experts} experts: not a whole model")
+            raise CheckpointError(
+                f"{name} holds {module.num_local} of {module.num_experts} experts: only a whole model can be saved"
+            )
     if model.slices:
-        raise CheckpointError(f"the model holds {len(model.slices)} parameters in part: not a whole model")
+        raise CheckpointError(
+            f"the model holds {len(model.slices)} parameters in part: only a whole model can be saved"
+        )
     if any(parameter.is_meta for parameter in model.parameters()):
-        raise CheckpointError("the model's parameters are on the meta device: there is nothing to save")
+        raise CheckpointError("the model's parameters are on the meta device, so they have no values to save")
 
 
 def tensors(model: "HybridMoE", family: str) -> Iterator[tuple[str, Tensor]]:
-    """Yield names and tensors in the family's checkpoint format; tied parameters come once."""
+    """Yield names and tensors in the family's checkpoint format. Tied parameters are yielded once."""
     nets = {
         name: module
         for name, module in model.named_modules()

@@ -1,7 +1,7 @@
 """Read the tensors of a checkpoint folder, a few rows at a time, with the safetensors library.
 
-The library maps the files, so only the rows that are asked for are read, and the operating system can drop them again.
-It checks the header of a file; if it refuses one, the error is one line that names the file.
+The library maps the files, so only the requested rows are read, and the operating system can drop them again. The
+library also checks the header of a file. If it refuses a header, the error is one line that names the file.
 """
 
 from collections.abc import Iterable, Iterator
@@ -42,7 +42,7 @@ class Entry:
 class Shards:
     """All tensors of a folder, by name. The constructor reads the headers; data is read on demand.
 
-    Raises CheckpointError with everything that is wrong with the files of the folder.
+    Raises CheckpointError with every problem of the folder's files.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -56,7 +56,7 @@ class Shards:
         elif (folder / SINGLE).exists():
             self._entries = self._open(folder / SINGLE, problems)
         else:
-            problems.append(f"{folder}: neither {SINGLE} nor {INDEX} is there")
+            problems.append(f"{folder}: the folder has neither {SINGLE} nor {INDEX}")
         if problems:
             raise CheckpointError(problems)
 
@@ -78,7 +78,7 @@ class Shards:
         index    read only this row, as a tensor of its own
         ranges   read only the rows in these ranges, in this order
 
-        A block has at most BLOCK_BYTES, or one row. It is a view of the file: do not write to it.
+        A block has at most BLOCK_BYTES, or one row if a row is larger. It is a view of the file: do not write to it.
         """
         entry = self._entries[name]
         data = self._files[entry.file].get_slice(name)
@@ -98,8 +98,8 @@ class Shards:
         return torch.cat([block for _, block in self.rows(name, index)])
 
     def _open(self, path: Path, problems: list[str]) -> dict[str, Entry]:
-        """Return the entries of one file; append what is wrong with it to `problems`."""
-        if not path.is_file():  # opening a pipe would wait
+        """Return the entries of one file, and append its problems to `problems`."""
+        if not path.is_file():  # opening a pipe would wait for its writer
             problems.append(f"{path}: not a regular file")
             return {}
         try:
@@ -137,11 +137,11 @@ class Shards:
             if name in files[file]:
                 self._entries[name] = files[file][name]
             else:
-                problems.append(f"{path}: {name}: not in {file!r}, where the index says it is")
+                problems.append(f"{path}: {name}: the tensor is not in {file!r}, where the index says it is")
         for file, entries in files.items():
             for name in entries:
                 if name not in weight_map:
-                    problems.append(f"{self.folder / file}: {name}: not in the index")
+                    problems.append(f"{self.folder / file}: {name}: the tensor is not in the index")
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -1,4 +1,4 @@
 """The commands of `python -m hybrid_moe_ref`: each file has `run(args)`, which prints and returns the exit status.
 
-Only functions that compute import torch, so that usage errors come at once.
+Only the functions that compute import torch, so that usage errors are reported at once.
 """

@@ -1,14 +1,14 @@
 """Compare a loaded checkpoint with transformers on the same folder: logits, token by token.
 
-First both models compute in float64. By itself transformers computes norms, softmax, router, rotary table and
-recurrence in float32 even then; for one forward pass these casts are widened. Then only the order of sums differs, so a
+First both models compute in float64. Even then, transformers by itself computes norms, softmax, router, rotary table
+and recurrence in float32; for one forward pass these casts are widened. Then only the order of sums differs, so a
 relative error of more than LIMIT means another constant, another cast or another formula. A difference of 1e-14 changes
 no choice of experts.
 
-Then the model is compared in the dtype that was asked for: the error of its median token against the float64 logits may
-be FACTOR times that of transformers in that dtype. The median is used because bfloat16 changes a third of the routings,
-and a few tokens that were routed differently would decide a mean. For 32 small bfloat16 MoE models with random weights
-this ratio was 0.80 to 1.24, with a median of 1.01.
+Then the model is compared in the requested dtype. The error of its median token against the float64 logits may be at
+most FACTOR times that of transformers in the same dtype. The median is used because bfloat16 changes a third of the
+routings, and a few tokens that were routed differently would decide a mean. For 32 small bfloat16 MoE models with
+random weights this ratio was 0.80 to 1.24, with a median of 1.01.
 """
 
 import contextlib
@@ -40,12 +40,12 @@ def compare(folder: str, model: HybridMoE, tokens_BT: Tensor) -> dict[str, Any]:
     Returns the version of transformers, the errors, and as "agrees" whether they keep the limits. Raises NotCompared.
     """
     if read_json(Path(folder) / "config.json").get("model_type") == OWN:
-        raise NotCompared("no other implementation knows this stack of layers")
+        raise NotCompared("no other implementation has this stack of layers")
     if importlib.util.find_spec("transformers") is None:
         raise NotCompared("transformers is not installed (pip install transformers)")
     needed = 8 * sum(parameter.numel() for parameter in model.parameters())
     if needed > (there := psutil.virtual_memory().available):
-        raise NotCompared(f"a float64 model takes {needed / 1e9:.1f} GB, {there / 1e9:.1f} GB are free")
+        raise NotCompared(f"a float64 model takes {needed / 1e9:.1f} GB, but only {there / 1e9:.1f} GB are free")
     if not torch.cuda.is_available():
         sys.modules.setdefault("fla", None)  # type: ignore[arg-type]  # importable without a GPU, it fails when called
     import transformers
@@ -71,10 +71,13 @@ def compare(folder: str, model: HybridMoE, tokens_BT: Tensor) -> dict[str, Any]:
 
 
 def their_logits(folder: str | Path, dtype: torch.dtype, tokens_BT: Tensor) -> Tensor:
-    """Return the logits [B, T, V] of transformers' model of the folder. For float64, all of it computes in float64."""
+    """Return the logits [B, T, V] of transformers' model of the folder.
+
+    For float64, the whole computation is in float64.
+    """
     import transformers
 
-    # The default kernel of the experts takes neither float64 nor every size.
+    # The default kernel of the experts supports neither float64 nor every size.
     theirs = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, experts_implementation="eager")
     widened = float64_throughout(theirs) if dtype == torch.float64 else contextlib.nullcontext()
     with torch.no_grad(), widened:
@@ -87,7 +90,7 @@ def float64_throughout(theirs: nn.Module) -> Iterator[None]:
     """Make a float64 model of transformers compute everything in float64 while the ``with`` block runs.
 
     Its casts to float32 become casts to float64, and its rotary frequencies are not rounded. This changes torch for the
-    whole process, so nothing else may run meanwhile.
+    whole process, so nothing else may run at the same time.
     """
     for module in theirs.modules():
         if isinstance(frequencies := getattr(module, "inv_freq", None), Tensor):

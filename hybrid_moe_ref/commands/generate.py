@@ -1,4 +1,4 @@
-"""The command `generate`: continue a prompt, in this process or on several ranks, and print tokens as they come."""
+"""The command `generate`: continue a prompt, in this process or on several ranks, and print each token at once."""
 
 import argparse
 import dataclasses
@@ -16,7 +16,7 @@ LAYOUTS = {
     "tp8": ParallelConfig(tp_size=8, expert_parallel=False),
 }
 MAX_RANKS = 64
-"""The most ranks that are started for one prompt on one machine."""
+"""Largest number of ranks that are started for one prompt on one machine."""
 
 
 def run(args: argparse.Namespace) -> int:
@@ -26,7 +26,7 @@ def run(args: argparse.Namespace) -> int:
     tokenizer = _tokenizer(source) if args.prompt is not None else None
     ids = tokenizer.encode(args.prompt).ids if tokenizer else args.tokens
     if not ids:
-        raise ConfigError("it is empty, or has no token", "--prompt")
+        raise ConfigError("the prompt is empty or has no token", "--prompt")
     printer: Printer = TextPrinter(tokenizer) if tokenizer else IdPrinter()
     if parallel is None:
         _generate_here(args, source, ids, printer)
@@ -40,10 +40,14 @@ def parallel_of(args: argparse.Namespace) -> ParallelConfig | None:
     if args.dp is None and args.tp is None and args.ep is None:
         return LAYOUTS[args.layout or "single"]
     if args.layout:
-        raise ConfigError(f"{args.layout!r} says how many ranks there are; leave out --dp, --tp and --ep", "--layout")
+        raise ConfigError(
+            f"{args.layout!r} already sets the number of ranks; leave out --dp, --tp and --ep", "--layout"
+        )
     dp_size, tp_size = args.dp or 1, args.tp or 1
     if dp_size * tp_size > MAX_RANKS:
-        raise ConfigError(f"{dp_size} x {tp_size} ranks are more than the {MAX_RANKS} of one machine", "--dp, --tp")
+        raise ConfigError(
+            f"{dp_size} x {tp_size} ranks are more than {MAX_RANKS}, the most for one machine", "--dp, --tp"
+        )
     if dp_size * tp_size == 1 and args.ep is not None:
         raise ConfigError("has no effect on one rank; add --dp N or --tp N", "--ep" if args.ep else "--no-ep")
     return ParallelConfig(dp_size, tp_size, expert_parallel=dp_size > 1 if args.ep is None else args.ep)
@@ -56,7 +60,7 @@ def _refuse_options_without_effect(args: argparse.Namespace, parallel: ParallelC
                 raise ConfigError("has no effect without ranks; add --layout dp8ep8, or --dp N", option)
         if args.prefill_chunk and args.drafts:
             raise ConfigError(
-                f"{args.prefill_chunk} does not work with --drafts in a single process", "--prefill-chunk"
+                f"{args.prefill_chunk} cannot be combined with --drafts in a single process", "--prefill-chunk"
             )
 
 
@@ -97,7 +101,7 @@ def _generate_on_ranks(
     if args.device not in ("cpu", "cuda"):
         raise ConfigError(f"{args.device!r} is not 'cpu' or 'cuda'; 'cuda' gives each rank a GPU in turn", "--device")
     if args.device == "cuda" and not torch.cuda.device_count():
-        raise ConfigError("this machine has no GPU that torch can use", "--device cuda")
+        raise ConfigError("torch finds no GPU on this machine", "--device cuda")
     check_token_ids(torch.tensor(ids), source.config.vocab_size)
     at_once = min(args.prefill_chunk or len(ids), len(ids))
     engine = EngineConfig(
@@ -123,7 +127,7 @@ def _generate_on_ranks(
         allow_unsafe=args.allow_unsafe,
     )
     check_start(server)
-    use_kernels(args.kernels)  # forked ranks inherit this process's choice and library
+    use_kernels(args.kernels)  # forked ranks inherit the kernels and the library that this process chose
     stop_ids = checkpoint.read_stop_ids(source.folder) if source.folder and not args.ignore_eos else ()
     request = Request("prompt", tuple(ids), args.max_new_tokens, stop_ids=stop_ids)
     generate(server, request, args.device, printer.show, printer.end)

@@ -1,4 +1,4 @@
-"""Print a command's answer, and generated tokens as they come."""
+"""Print a command's answer, and generated tokens as soon as they are generated."""
 
 import json
 from typing import Any, Protocol
@@ -21,7 +21,7 @@ def show(answer: dict[str, Any], as_json: bool) -> None:
 
 
 class Printer(Protocol):
-    """Prints tokens as they arrive, and at the end the text that was held back."""
+    """Prints each token when it arrives, and at the end the text that was held back."""
 
     def show(self, token: int) -> None: ...
     def end(self) -> None: ...

@@ -19,9 +19,9 @@ _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 class Source:
     """A model that is not loaded yet.
 
-    name         as the user gave it
-    folder       the checkpoint; None for a preset
-    saved_dtype  dtype of the checkpoint; None if it does not say
+    name         the name that the user gave
+    folder       the checkpoint's folder; None for a preset
+    saved_dtype  dtype of the checkpoint; None if the checkpoint does not say
     """
 
     name: str
@@ -31,7 +31,10 @@ class Source:
 
     @classmethod
     def of(cls, name: str, *, only_folders: bool = False) -> "Source":
-        """Find the folder or preset `name`. Raises InputError if it is neither, CheckpointError if it is damaged."""
+        """Find the folder or preset `name`.
+
+        Raises InputError if there is neither, CheckpointError if the folder is damaged.
+        """
         folder = Path(name)
         if (folder / "config.json").exists():
             from hybrid_moe_ref import checkpoint
@@ -39,7 +42,7 @@ class Source:
             config, saved_dtype = checkpoint.read_config(folder)
             return cls(name, checkpoint.with_mtp_of(config, checkpoint.Shards(folder)), folder, saved_dtype)
         if folder.exists():
-            raise InputError(f"{name} has no config.json")
+            raise InputError(f"{name}: the folder has no config.json")
         if name in PRESETS and not only_folders:
             return cls(name, PRESETS[name])
         if _HUB_ID.fullmatch(name) and not name.startswith("."):
@@ -48,7 +51,7 @@ class Source:
                 f"{name!r} is not a folder; if it is a Hub id, download it first ({download}) and give DIR"
             )
         if only_folders:
-            raise InputError(f"{name!r}: there is no such folder")
+            raise InputError(f"{name!r}: the folder does not exist")
         raise InputError(f"{name!r} is neither a folder nor a preset ({', '.join(PRESETS)}){nearest(name, PRESETS)}")
 
     def dtype(self, requested: str | None) -> str:
@@ -56,18 +59,18 @@ class Source:
         return requested or (self.saved_dtype if self.saved_dtype in DTYPES else None) or "float32"
 
     def suggestion(self, requested: str | None) -> str:
-        """Return the end of an error text for a model that does not fit into memory: what to change, or ""."""
+        """Return what to change if a model does not fit into memory: the end of an error text, or ""."""
         if self.folder is None and requested is None:
-            return "; float32 is a preset's default, --dtype bfloat16 takes half"
+            return "; a preset's default dtype is float32, --dtype bfloat16 takes half the memory"
         return ""
 
 
 def load(args: argparse.Namespace, source: Source, lengths: Sequence[int] = ()) -> "HybridMoE":
     """Load the model with the options `--dtype`, `--device`, `--kernels` and `--seed`.
 
-    lengths: of the sequences that its cache must hold
+    lengths: of the sequences that the model's cache must hold
 
-    Raises InputError if model and cache do not fit into memory, or the device cannot compute in the dtype.
+    Raises InputError if model and cache do not fit into memory, or if the device cannot compute in the dtype.
     """
     import torch
 
@@ -86,7 +89,10 @@ def load(args: argparse.Namespace, source: Source, lengths: Sequence[int] = ()) 
 
 
 def use_kernels(choice: str | None) -> None:
-    """Use the kernels `choice`, or those of HMR_KERNELS, in this process and its children. Raises ConfigError."""
+    """Use the kernels `choice`, or by default those of HMR_KERNELS, in this process and its children.
+
+    Raises ConfigError.
+    """
     from hybrid_moe_kernels import registry
 
     try:

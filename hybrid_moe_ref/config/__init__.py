@@ -1,4 +1,4 @@
-"""The configuration of a model, its ranks and its engine: frozen dataclasses that check themselves.
+"""The configuration of a model, its ranks and its engine: frozen dataclasses that check their own fields.
 
 A `ConfigError` names the field by its path and the numbers that disagree. Nothing here imports torch.
 """

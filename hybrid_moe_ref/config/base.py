@@ -49,7 +49,7 @@ class Config:
             raise ConfigError(error.message, _join(where, error.field)) from None
 
     def to_mapping(self) -> dict[str, Any]:
-        """Convert to a mapping of JSON types, the inverse of `from_mapping`."""
+        """Convert to a mapping of JSON types. This is the inverse of `from_mapping`."""
         assert dataclasses.is_dataclass(self)
         return dataclasses.asdict(self)
 
@@ -82,7 +82,7 @@ def _convert(value: Any, annotation: Any, where: str) -> Any:
     if isinstance(annotation, type) and issubclass(annotation, Config):
         return value if isinstance(value, annotation) else annotation.from_mapping(value, where)
     if isinstance(value, int) and not -(2**63) <= value < 2**63:
-        raise ConfigError(f"{_type_name(value)} has no room in 64 bits", where)
+        raise ConfigError(f"{_type_name(value)} does not fit into 64 bits", where)
     if annotation is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
     if not isinstance(value, annotation) or (isinstance(value, bool) and annotation is not bool):
@@ -100,7 +100,7 @@ def at_least(config: object, minimum: int, *names: str) -> None:
 def finite(config: object, name: str) -> None:
     value = getattr(config, name)
     if not 0 < value < float("inf"):
-        raise ConfigError(f"{value} is not positive and finite", name)
+        raise ConfigError(f"{value} must be positive and finite", name)
 
 
 def multiple(config: object, name: str, of: str) -> None:

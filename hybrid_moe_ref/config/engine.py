@@ -15,28 +15,28 @@ DTYPES = ("float32", "float64", "bfloat16", "float16")
 class EngineConfig(Config):
     """Limits of one rank's serve loop, and how it runs a step.
 
-    max_num_seqs       most requests that run at once; the others wait in order of arrival
-    max_num_batched_tokens
-                       most tokens of a step. Running requests come first; new prompts get the rest
-    num_pages          pages of a rank's cache; if they do not suffice for all requests, the youngest wait
-    protocol           the version of vLLM whose exchange between the ranks is followed: one of PROTOCOLS, see
+    max_num_seqs       largest number of requests that run at once; the others wait in order of arrival
+                       max_num_batched_tokens
+                       largest number of tokens of a step. Running requests come first; new prompts get the rest
+    num_pages          pages of a rank's cache; if they are too few for all requests, the youngest requests wait
+    protocol           the version of vLLM whose exchange between the ranks is followed: one of PROTOCOLS in
                        `engine.protocol`
     unfinished_interval
-                       number of steps between two "anyone unfinished?" all-reduces; the ranks can end after each.
-                       0: that of the protocol
+                       number of steps between two "anyone unfinished?" all-reduces; the ranks can end after each. 0:
+                       the number in the protocol
     dtype              dtype of weights, activations and KV cache: one of DTYPES
     mode               "eager", or "graphs": small steps are padded to a captured size and replayed
     capture_sizes      the captured sizes; () means 1, 2, 4, ... and max_num_seqs, which cover every pure decode step
     microbatch_tokens  a rank with this many tokens proposes to split the step in two; 0: never
     compile            compile the row-wise parts of the layers by torch.compile (needs a C++ compiler on a CPU)
-    autotune           time the tactics for computing the experts at start, and agree on the fastest
+    autotune           at the start, time the tactics for computing the experts, and agree on the fastest
     cache_dir          folder for tuning results and compiled code. "": tuning results are not saved, and compiled
                        modules go to the user's cache
     gdn_prefill_backend, moe_backend
-                       backend of these layers: "auto" selects one from the kernels' registry, "jit" is compiled on
-                       this machine, "triton" needs a GPU
+                       backend of these layers: "auto" selects one from the kernels' registry, "jit" is compiled on this
+                       machine, "triton" needs a GPU
     num_drafts         number of tokens that the MTP layer drafts for each request
-    collective_limit_s a rank that waits this long in one collective while serving stops all ranks; 0: no limit
+    collective_limit_s a rank that waits this many seconds in one collective while serving stops all ranks; 0: no limit
     """
 
     max_num_seqs: int = 8
@@ -74,8 +74,8 @@ class EngineConfig(Config):
         if self.max_num_batched_tokens < self.max_num_seqs * (1 + self.num_drafts):
             drafts = f" x (1 + num_drafts {self.num_drafts})" if self.num_drafts else ""
             raise ConfigError(
-                f"{self.max_num_batched_tokens} is less than max_num_seqs {self.max_num_seqs}{drafts}: "
-                "a decode step would not hold the tokens of every sequence",
+                f"{self.max_num_batched_tokens} is less than max_num_seqs {self.max_num_seqs}{drafts}: a decode step "
+                "would have no room for a token of every sequence",
                 "max_num_batched_tokens",
             )
         if self.dtype not in DTYPES:
@@ -85,7 +85,8 @@ class EngineConfig(Config):
                 raise ConfigError(f"unknown backend {backend!r}; known: {', '.join(names)}", name)
         if self.autotune and self.moe_backend != "auto":
             raise ConfigError(
-                f"moe_backend {self.moe_backend!r} leaves nothing to time: set it to 'auto', or autotune to false",
+                f"with moe_backend {self.moe_backend!r} there is only one tactic: set it to 'auto', or set autotune to "
+                "false",
                 "autotune",
             )
         if self.moe_backend == "jit" and self.dtype not in ("float32", "float64"):

@@ -13,8 +13,8 @@ class ModelConfig(Config):
 
     layer_pattern     one letter per layer; spaces are ignored. G: Gated DeltaNet, A: gated attention, M: Mamba-2
     num_experts       number of routed experts of each layer's MoE; 0: each layer has a dense gated MLP instead
-    intermediate_size of the dense MLP, if there is no MoE
-    num_mtp_layers    layers for multi-token prediction: 0 or 1
+                      intermediate_size intermediate size of the dense MLP, if there is no MoE
+    num_mtp_layers    number of layers for multi-token prediction: 0 or 1
 
     The other names are those of Hugging Face's configurations.
 
@@ -76,7 +76,7 @@ class ModelConfig(Config):
             at_least(self, 2, "mamba_conv_kernel_dim")
             multiple(self, "mamba_num_heads", "mamba_num_groups")
             if not 0 <= self.mamba_time_step_min < float("inf"):
-                raise ConfigError(f"{self.mamba_time_step_min} is not a number of at least 0", "mamba_time_step_min")
+                raise ConfigError(f"{self.mamba_time_step_min} must be a number of at least 0", "mamba_time_step_min")
             if self.mamba_time_step_max is not None and not self.mamba_time_step_max >= self.mamba_time_step_min:
                 limits = f"{self.mamba_time_step_max} is less than mamba_time_step_min {self.mamba_time_step_min}"
                 raise ConfigError(limits, "mamba_time_step_max")
@@ -85,7 +85,7 @@ class ModelConfig(Config):
         if self.num_mtp_layers:
             self._check_attention()
             if self.num_mtp_layers > 1:
-                raise ConfigError(f"{self.num_mtp_layers} layers are not implemented, only 1", "num_mtp_layers")
+                raise ConfigError(f"{self.num_mtp_layers} layers are not implemented, only 0 or 1", "num_mtp_layers")
         finite(self, "rms_norm_eps")
 
     def _check_attention(self) -> None:
@@ -96,7 +96,8 @@ class ModelConfig(Config):
             raise ConfigError(f"{self.partial_rotary_factor} is not between 0 and 1", "partial_rotary_factor")
         if self.rotary_dim % 2:
             raise ConfigError(
-                f"{self.partial_rotary_factor} of head_dim {self.head_dim} is {self.rotary_dim}, wanted an even number",
+                f"{self.partial_rotary_factor} of head_dim {self.head_dim} is {self.rotary_dim}, but must be an even "
+                "number",
                 "partial_rotary_factor",
             )
 
@@ -118,5 +119,5 @@ class ModelConfig(Config):
 
     @property
     def rotary_dim(self) -> int:
-        """Number of dimensions of a head that rotate."""
+        """Return the number of dimensions of a head that rotate."""
         return int(self.head_dim * self.partial_rotary_factor)

@@ -12,8 +12,8 @@ class ParallelConfig(Config):
 
     dp_size           number of dp ranks; each has its own requests
     tp_size           number of tp ranks per dp rank, which share heads and intermediate features
-    expert_parallel   distribute whole routed experts over all ranks; else every dp rank has all experts, and each of
-                      its tp ranks has a part of each
+    expert_parallel   True: whole routed experts are distributed over all ranks. False: every dp rank has all experts,
+                      and each of its tp ranks has a part of each expert
     """
 
     dp_size: int = 1
@@ -25,7 +25,7 @@ class ParallelConfig(Config):
 
     @property
     def ep_size(self) -> int:
-        """Number of ranks that the routed experts are distributed over."""
+        """Return the number of ranks over which the routed experts are distributed."""
         return self.dp_size * self.tp_size if self.expert_parallel else 1
 
     @property

@@ -22,7 +22,8 @@ def _qwen(layers: int, hidden: int, heads: int, value_heads: int, experts: int, 
 
 
 PRESETS: dict[str, ModelConfig] = {
-    # For the lab: the real structure, with three mixers and 512 experts, small enough for eight processes on two cores.
+    # For the lab: the real structure, with three mixers and 512 experts, but small enough for eight processes on two
+    # cores.
     "tiny": ModelConfig(
         layer_pattern="GGGA MGGA",
         vocab_size=1024,

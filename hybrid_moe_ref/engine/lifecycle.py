@@ -3,17 +3,18 @@
     load        build this rank's part of the model                      no collective
     page_setup  unify the page size of KV and recurrent state            no collective
     prepare     builds and other lazy local work, then one vote          a small all-reduce over all ranks
-    profile     one full-size dummy step                                 C1, then the layers' (C2, C3, tp); first
-                                                                         those of tuning, if configured
-    compile     torch.compile, if configured, then one vote              none, or as prepare
+    profile     one full-size dummy step                                 C1, then those of the layers (C2, C3, tp);
+                before them, those of tuning, if configured
+    compile     torch.compile, if configured, then one vote              none, or the same as in prepare
     allocate    pages for the cache                                      no collective
-    capture     two dummy steps for each captured size, if configured    none, or as profile for each
-    serve       steps until no rank has work left                        as profile; one more in the
-                                                                         steps that ask, see `protocol`
+    capture     two dummy steps for each captured size, if configured    none, or the same as in profile, per step
+    serve       steps until no rank has work left                        the same as in profile; one more in the steps
+                that ask for unfinished work
 
-The order is vLLM's, but `prepare` comes before the first model execution: work that may build, tune or fail on one rank
-alone is done before any rank depends on it. `profile` allocates the activations of the largest step, which the check of
-memory before a start (`memory.check_memory`) does not count: a shortage shows there, not while serving.
+The order is vLLM's, except that `prepare` comes before the first model execution. So work that may build, tune or fail
+on one rank alone is done before any rank depends on it. `profile` allocates the activations of the largest step, which
+the memory check before a start (`memory.check_memory`) does not count: if they do not fit, that shows here and not
+while serving.
 """
 
 from __future__ import annotations
@@ -53,9 +54,9 @@ T = TypeVar("T")
 
 
 class Engine:
-    """One rank of the server. Constructing it runs every phase up to `serve`; :meth:`serve` runs the loop.
+    """One rank of the server. The constructor runs every phase before `serve`; :meth:`serve` runs the loop.
 
-    Raises PrepareFailed on every rank when one of them cannot take part, ConfigError for sizes that do not fit, Refused
+    Raises PrepareFailed on every rank if one of them cannot take part, ConfigError for sizes that do not fit, Refused
     for a configuration that could deadlock, and RuntimeError for a communicator that was stopped before. A rank that
     fails in a phase other than `prepare` raises its own error, and all others raise ScheduleMismatch with its text. In
     `serve` with checks="observe" the others are not stopped, and wait until their collective's timeout.
@@ -82,8 +83,8 @@ class Engine:
     def serve(self, requests: Iterable[Request], on_token: OnToken | None = None) -> dict[str, list[int]]:
         """Serve this rank's requests greedily, and take part in every step until no rank has work left.
 
-        Returns the new tokens of each request by its id. Raises ConfigError for a request that cannot be served, and
-        when the kernels of the process are no longer those that this engine was started with.
+        Returns the new tokens of each request by its id. Raises ConfigError for a request that cannot be served, and if
+        the kernels of the process are no longer those with which this engine was started.
         """
         self.comm.observer.phase("serve")
         self.comm.check_running()
@@ -120,7 +121,8 @@ class Engine:
         for finding in check_start(self.config, self._policies):
             if self.comm.rank == 0:
                 print(f"[rank 0] --allow-unsafe: started although {finding}", file=sys.stderr, flush=True)
-        self.comm.guard.release()  # it may still be active from the last step of an earlier engine on these ranks
+        # the guard may still be active from the last step of an earlier engine on these ranks
+        self.comm.guard.release()
         if self.config.checks == "strict":
             self.comm.start_strict_comparison()
         if self.config.checks != "observe":
@@ -142,11 +144,11 @@ class Engine:
         layout = cache_layout(self.model.config, self._dtype)
         if (needed := layout.pages_for(1)) > self.config.engine.num_pages:
             have = f"{self.config.engine.num_pages} is less than {needed}"
-            raise ConfigError(f"{have}, which a sequence of one token takes", "engine.num_pages")
+            raise ConfigError(f"{have}, but a sequence of one token takes that many", "engine.num_pages")
         return layout
 
     def _prepare(self) -> PreparedKernels:
-        """Build and warm up the kernels, then vote; return the kernels."""
+        """Build and warm up the kernels, then vote. Returns the kernels."""
         place = self._build_place()
 
         def heartbeat() -> None:
@@ -162,7 +164,7 @@ class Engine:
         return PreparedKernels.of_now(self.comm.device, self._dtype)
 
     def _profile(self) -> None:
-        """Tune, if configured. Then run the model for the first time, with the most tokens that a step may have."""
+        """Tune, if configured. Then run the model for the first time, with the largest number of tokens of a step."""
         if self.config.engine.autotune and self.config.model.num_experts:
             self._policies.tuning.tune(self._tuner())
         self._steps.dummy(self.config.engine.max_num_batched_tokens, may_replay=False)
@@ -186,7 +188,7 @@ class Engine:
         return StartVote(self.config, self.comm, self._policies.ballot)
 
     def _take_first_uses(self) -> None:
-        """Load modules at first use by this engine's policies, even if another engine started later in the process."""
+        """Load modules at first use by this engine's policies, even if another engine is started later."""
         on_first_use(lambda extension: self._policies.builds.first_use(extension, self._build_place()))
 
     def _build_place(self) -> BuildPlace:

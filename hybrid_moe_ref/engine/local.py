@@ -1,4 +1,4 @@
-"""Run a whole server on this machine for one prompt. Its ranks are forked and use a file for their rendezvous.
+"""Run a whole server on this machine for one prompt. Its ranks are forked and meet through a file.
 
 Rank 0 has the request and prints the text. The tp ranks of rank 0 run the same request; other dp ranks run dummy
 batches.
@@ -27,8 +27,7 @@ def generate(
 ) -> None:
     """Serve one request on forked ranks.
 
-    Must be called before this process uses CUDA. Raises ChildProcessError with the first rank's error, and ends the
-    others.
+    Call this before the process uses CUDA. Raises ChildProcessError with the first rank's error, and ends the others.
 
     device     "cpu", or "cuda"; with fewer GPUs than ranks, ranks share GPUs
     on_token   called in rank 0's process with each new token
@@ -77,5 +76,5 @@ def _run_rank(
         on_end()
     comm.close()
     meeting.set(f"left/{rank}", "")
-    if rank == 0:  # the other ranks may still use a store that runs in this process
+    if rank == 0:  # the other ranks may still use a store that runs in rank 0's process
         meeting.wait([f"left/{other}" for other in range(num_ranks)])

@@ -1,6 +1,7 @@
 """The decisions of the engine that must be the same on several ranks, each as a small object that can be replaced.
 
-These are the correct ones; `repro.lab.scenarios` has faulty ones. A policy may communicate only through its arguments.
+The classes here decide correctly; `repro.lab.scenarios` has faulty ones. A policy may communicate only through its
+arguments.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
     from hybrid_moe_ref.engine.startup.compilation import Compiler
 
 Exchange = Callable[[StepPlan, str], AgreedStep]
-"""The step agreement C1: (own plan, layer that asks) -> the result for all ranks' plans. One all-reduce."""
+"""The step agreement C1: (own plan, layer that asks) -> the result for all ranks' plans. It takes one all-reduce."""
 
 NewTokens = list[tuple[str, int]]
 """The (request id, token) pairs of one step of one rank."""
@@ -52,14 +53,14 @@ class StateBinding:
     """
 
     def bind(self, plan: StepPlan, agreed: AgreedStep, rebuild: Callable[[], AgreedStep]) -> AgreedStep:
-        """Return the metadata to run with: ``agreed``. Calling ``rebuild`` would repeat the step agreement."""
+        """Return the metadata with which to run: ``agreed``. Calling ``rebuild`` would repeat the step agreement."""
         return agreed
 
 
 class GraphChoice:
     """Whether a step replays a graph, and of which size.
 
-    A rank proposes in C1 what it could run. It then runs what the ranks agreed on.
+    In C1 a rank proposes what it could run. It then runs what the ranks agreed on.
     """
 
     def choose(self, plan: StepPlan, agreed: AgreedStep) -> AgreedStep:
@@ -82,7 +83,7 @@ class Tuning:
         tuner.use(chosen)
 
     def load(self, tuner: ExpertTuner) -> Chosen | None:
-        """This rank's saved choice, or None."""
+        """Return this rank's saved choice, or None."""
         return tuner.load(f"rank{tuner.rank}.json", tuner.key)
 
     def save(self, tuner: ExpertTuner, chosen: Chosen) -> None:
@@ -102,7 +103,7 @@ class IdlePolicy:
     """What a rank without requests does in a step: it takes part, with as few rows as the kernels allow."""
 
     def dummy_tokens(self, unfinished: bool) -> int | None:
-        """The number of rows of its dummy batch. 0 is legal; None ends the serve loop.
+        """Return the number of rows of the dummy batch. 0 is allowed; None ends the serve loop.
 
         unfinished: whether requests will still arrive at this rank
         """
@@ -117,7 +118,7 @@ class Ballot:
     """What a rank reports about its configuration in the vote that ends `prepare`."""
 
     def digest(self, shared: str) -> int:
-        """A 31-bit number that is equal on all ranks only if their texts are.
+        """Return a 31-bit number that is equal on all ranks only if their texts are equal.
 
         shared: the rank's settings and kernels, as JSON
         """
@@ -125,7 +126,7 @@ class Ballot:
 
 
 class Preemption:
-    """When a rank whose cache is full preempts: before the step, so that its rows are those that the ranks agree on.
+    """When a rank whose cache is full preempts: before the step, so that the ranks agree on the rows that it will have.
 
     ``make_room`` preempts this rank's youngest requests, if necessary, until the others have their pages.
     """
@@ -135,7 +136,7 @@ class Preemption:
         make_room()
 
     def run(self, step: Callable[[], NewTokens], make_room: Callable[[], None]) -> NewTokens:
-        """Run the step; return its new tokens by request. An error in it fails this rank, and the others with it."""
+        """Run the step. Returns its new tokens by request. An error in it fails this rank, and the others with it."""
         return step()
 
 
@@ -146,17 +147,17 @@ class DraftPolicy:
     """
 
     def num_passes(self, num_drafts: int, room: int | None) -> int:
-        """The number of passes: ``num_drafts``, a setting of the server, on every rank, whether needed or not.
+        """Return the number of passes: ``num_drafts``, a setting of the server, on every rank, whether needed or not.
 
-        room: the most drafts that a request of this rank can still use; 0 if all requests are about to end, None
-        without requests
+        room: largest number of drafts that a request of this rank can still use; 0 if all requests are about to end,
+        None without requests
         """
         return num_drafts
 
 
 @dataclass(frozen=True)
 class Policies:
-    """One policy of each kind. Some have state, so every engine needs its own set."""
+    """One policy of each kind. Some policies have state, so every engine needs its own set."""
 
     agreement: StepAgreement = field(default_factory=StepAgreement)
     binding: StateBinding = field(default_factory=StateBinding)

@@ -49,7 +49,9 @@ class ServerConfig(Config):
 
     def __post_init__(self) -> None:
         if self.checks not in CHECKS:
-            raise ConfigError(f"unknown strength of checks {self.checks!r}{nearest(self.checks, CHECKS)}", "checks")
+            raise ConfigError(
+                f"checks: {self.checks!r} is not one of {', '.join(CHECKS)}{nearest(self.checks, CHECKS)}", "checks"
+            )
         self.parallel.check(self.model)
         if self.engine.num_drafts and not self.model.num_mtp_layers:
             raise ConfigError(
@@ -61,11 +63,11 @@ class ServerConfig(Config):
 
     @property
     def served_model(self) -> ModelConfig:
-        """The model that an engine holds: without the draft layer if num_drafts is 0."""
+        """Return the model that an engine holds: without the draft layer if num_drafts is 0."""
         return self.model if self.engine.num_drafts else dataclasses.replace(self.model, num_mtp_layers=0)
 
     def shared(self) -> dict[str, Any]:
-        """All settings that must be equal on every rank.
+        """Return all settings that must be equal on every rank.
 
         Paths of folders may differ between hosts; the content of the checkpoint may not.
         """
@@ -76,10 +78,10 @@ class ServerConfig(Config):
 
 
 def content_digest(folder: str) -> str:
-    """A digest of a checkpoint that reads only a small part of it.
+    """Return a digest of a checkpoint that reads only a small part of it.
 
-    Reads config, index, and the name, size and last bytes of each weight file. Two copies have the same digest; two
-    trainings of one model differ.
+    The digest covers config, index, and the name, size and last bytes of each weight file. Two copies have the same
+    digest; two trainings of one model have different digests.
     """
     digest = hashlib.sha256()
     for path in sorted(Path(folder).iterdir()):

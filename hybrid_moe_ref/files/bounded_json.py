@@ -15,7 +15,7 @@ from hybrid_moe_ref.files.opening import DamagedFile, open_regular
 MAX_JSON_BYTES = 32 << 20
 MAX_JSON_DEPTH = 64
 MAX_JSON_MEMORY = 128 << 20
-"""Bytes that a parsed document may take, as :func:`_parsed_bytes` estimates it."""
+"""Bytes that a parsed JSON file may take in memory, as :func:`_parsed_bytes` estimates it."""
 
 _STRING = re.compile(rb'"(?:[^"\\]++|\\.)*+(?:"|\\?\Z)', re.DOTALL)
 _NOT_A_BRACKET = bytes(set(range(256)) - set(b"[]{}"))
@@ -27,7 +27,8 @@ _ESCAPE = re.compile(rb"\\(?:u[dD][89abAB]..\\u[dD][c-fC-F]..|(?P<lone>u[dD][89a
 def read_json(path: str | os.PathLike[str], most: int = MAX_JSON_BYTES) -> Any:
     """Read the JSON value of a regular file of at most ``most`` bytes.
 
-    Raises DamagedFile with the file, the line where there is one, and what is wrong; OSError for what cannot be read.
+    Raises DamagedFile with the file, the line if it is known, and what is wrong. Raises OSError if the file cannot be
+    read.
     """
     with open_regular(path, most) as file:
         data = file.read(most + 1)  # one byte more, to notice a file that grows meanwhile
@@ -37,7 +38,7 @@ def read_json(path: str | os.PathLike[str], most: int = MAX_JSON_BYTES) -> Any:
 
 
 def parse_json(data: bytes, where: str) -> Any:
-    """Parse JSON of bounded depth and size; NaN and numbers beyond a float's range are refused.
+    """Parse JSON of bounded depth and size. NaN and numbers beyond a float's range are refused.
 
     Half a surrogate pair, which no text file can hold, becomes U+FFFD.
 
@@ -46,9 +47,9 @@ def parse_json(data: bytes, where: str) -> Any:
     Raises DamagedFile.
     """
     if _parsed_bytes(data) > MAX_JSON_MEMORY:
-        raise DamagedFile(f"{where}:1: more values than the {MAX_JSON_MEMORY >> 20} MiB that are read would hold")
+        raise DamagedFile(f"{where}:1: the values would take more than {MAX_JSON_MEMORY >> 20} MiB of memory")
     if _depth(data) > MAX_JSON_DEPTH:
-        raise DamagedFile(f"{where}:1: nested too deep: more than {MAX_JSON_DEPTH} levels")
+        raise DamagedFile(f"{where}:1: nested too deeply: more than {MAX_JSON_DEPTH} levels")
     if b"\\ud" in data or b"\\uD" in data:
         data = _ESCAPE.sub(lambda match: b"\\ufffd" if match["lone"] else match[0], data)
     # only if needed, because this is slower than json's own parser
@@ -59,7 +60,7 @@ def parse_json(data: bytes, where: str) -> Any:
         raise DamagedFile(f"{where}:{error.lineno}: {error.msg}") from None
     except UnicodeDecodeError:
         raise DamagedFile(f"{where}:1: not UTF-8 text") from None
-    except ValueError as error:  # an integer of thousands of digits
+    except ValueError as error:  # for example, an integer of thousands of digits
         raise DamagedFile(f"{where}:1: {error}") from None
 
 
@@ -73,9 +74,9 @@ def _parsed_bytes(data: bytes) -> int:
 
 
 def _depth(data: bytes) -> int:
-    """Return how deep lists and mappings are nested; 0 if they are too few to be nested too deep."""
+    """Return how deeply lists and mappings are nested; 0 if there are too few of them to be nested too deeply."""
     if data.count(b"[") + data.count(b"{") <= MAX_JSON_DEPTH:
-        return 0  # too few brackets to be nested too deep
+        return 0  # too few brackets to be nested too deeply
     brackets = _STRING.sub(b"", data).translate(None, _NOT_A_BRACKET)
     return max(accumulate(map(_STEP.__getitem__, brackets)), default=0)
 

@@ -29,7 +29,7 @@ def who_has_open(path: Path) -> int:
         if _is_shared(mine.st_dev):
             return -1
         # The operating system grants a write lease only on a file that no other process of any user has open. A process
-        # that opens the file meanwhile breaks the lease; the signal about that has no effect by default.
+        # that opens the file in the meantime breaks the lease, and the signal about that has no effect by default.
         fcntl.fcntl(descriptor, fcntl.F_SETSIG, signal.SIGURG)
         fcntl.fcntl(descriptor, fcntl.F_SETLEASE, fcntl.F_WRLCK)
         return 0
@@ -40,7 +40,7 @@ def who_has_open(path: Path) -> int:
 
 
 def _pid_with_open(device: int, inode: int) -> int:
-    """The pid of a process that has this file open, among the processes that this user may inspect; -1 if none."""
+    """Return the pid of a process that has this file open, if this user may inspect the process; -1 if none."""
     for pid in psutil.pids():
         if pid == os.getpid():
             continue

@@ -1,7 +1,7 @@
 """Open a file that another program may have put there, for reading or for writing.
 
-Opening a pipe or a device would read without end, and following a link would write to another file. Both are refused
-before anything is read or written.
+Reading from a pipe or a device could go on without end, and writing through a link would change another file. Both are
+refused before anything is read or written.
 """
 
 import errno
@@ -51,7 +51,7 @@ def open_own(path: str | os.PathLike[str], flags: int) -> int:
     status = os.fstat(descriptor)
     wrong = "" if stat.S_ISREG(status.st_mode) else "not a regular file"
     if status.st_nlink > 1:
-        wrong = "a hard link to a file that has another name too"
+        wrong = "a file with a second name (a hard link)"
     if not wrong:
         return descriptor
     os.close(descriptor)

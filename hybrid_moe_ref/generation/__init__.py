@@ -1,1 +1,1 @@
-"""Continue prompts with one model in this process: greedy decoding, and the same with drafts."""
+"""Continue prompts with one model in this process: greedy decoding, with or without drafts."""

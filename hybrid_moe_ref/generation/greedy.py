@@ -30,7 +30,7 @@ def stream(
 
     prompts        [B, T], or a list of B prompts of any lengths
     cache          None: a cache that is just large enough
-    prefill_chunk  the most tokens of a prompt in one step; None: all
+    prefill_chunk  largest number of tokens of a prompt in one step; None: all
     stop_ids       tokens that end a sequence; None: the model's. A sequence that has ended repeats its last token, and
                    the stream ends when all have ended
 
@@ -38,10 +38,10 @@ def stream(
     """
     prompts = list(prompts)
     if not prompts:
-        raise InputError("wanted at least 1 prompt, got 0")
+        raise InputError("prompts: at least 1 prompt is needed, got 0")
     for index, prompt in enumerate(prompts):
         if prompt.dim() != 1 or prompt.numel() == 0:
-            raise InputError(f"prompt {index}: wanted a row of at least 1 token, got shape {tuple(prompt.shape)}")
+            raise InputError(f"prompt {index}: must be a row of at least 1 token, but has shape {tuple(prompt.shape)}")
         model.check_tokens(prompt)
     if max_new_tokens < 1:
         raise InputError(f"max_new_tokens: {max_new_tokens} is less than 1")
@@ -85,7 +85,7 @@ def _stream(
         yield tokens_B
         running = list(range(len(prompts)))
         for _ in range(max_new_tokens - 1):
-            if stop_ids:  # not without stop_ids, because reading the tokens waits for the device
+            if stop_ids:  # without stop_ids the tokens are not read, because reading them waits for the device
                 newest = tokens_B.tolist()
                 running = [index for index in running if newest[index] not in stop_ids]
                 if not running:
@@ -109,9 +109,9 @@ def prefill(
     cache: HybridCache,
     prefill_chunk: int | None = None,
 ) -> Tensor:
-    """Append each prompt to its sequence. Return the most probable next tokens [B].
+    """Append each prompt to its sequence. Returns the most probable next tokens [B].
 
-    prefill_chunk: the most tokens of a prompt in one step; None: all
+    prefill_chunk: largest number of tokens of a prompt in one step; None: all
     """
     next_tokens = prompts[0].new_empty(len(prompts))
     left = list(enumerate(prompts))

@@ -55,7 +55,7 @@ def draft_cache(model: "HybridMoE", num_tokens: int, num_sequences: int) -> Hybr
 class MTPDrafter:
     """Proposes tokens by the model's MTP layer, one after another.
 
-    max_length: the most tokens of the sequence. Raises InputError if the model has no MTP layer.
+    max_length: largest number of tokens of the sequence. Raises InputError if the model has no MTP layer.
     """
 
     def __init__(self, model: "HybridMoE", max_length: int) -> None:
@@ -100,7 +100,7 @@ def speculative_stream(
     Raises InputError for invalid arguments, before the first step.
     """
     if prompt_T.dim() != 1 or prompt_T.numel() == 0:
-        raise InputError(f"wanted a row of at least 1 token, got shape {tuple(prompt_T.shape)}")
+        raise InputError(f"the prompt must be a row of at least 1 token, but has shape {tuple(prompt_T.shape)}")
     if max_new_tokens < 1 or num_drafts < 1:
         name, value = ("max_new_tokens", max_new_tokens) if max_new_tokens < 1 else ("num_drafts", num_drafts)
         raise InputError(f"{name}: {value} is less than 1")

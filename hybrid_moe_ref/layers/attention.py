@@ -1,5 +1,5 @@
-"""Gated grouped-query attention: normalised q and k, partial rotary embedding, and an output gate from the
-query projection.
+"""Gated grouped-query attention: normalised q and k, partial rotary embedding, and an output gate from the query
+projection.
 
 Shapes: T rows of a part (in a group: new tokens of each of its B sequences), S tokens to attend to, H hidden, Q query
 heads, K KV heads, D head dim, R half of the rotary dim.
@@ -73,7 +73,7 @@ def _attend_group(q_BTQD: Tensor, k_BTKD: Tensor, v_BTKD: Tensor, group: Group, 
 
 
 def attend(q_BTQD: Tensor, k_BSKD: Tensor, v_BSKD: Tensor, group: Group) -> Tensor:
-    """Causal softmax attention: a query at position s sees the keys at indices up to s."""
+    """Compute causal softmax attention: a query at position s sees the keys at indices up to s."""
     q, k, v = (x.transpose(1, 2) for x in (q_BTQD, k_BSKD, v_BSKD))
     T, S = q.shape[2], k.shape[2]
     if T == S:

@@ -42,7 +42,8 @@ class GatedDeltaNet(Mixer):
         projections = (self.in_proj_qkv, self.in_proj_z, self.in_proj_b, self.in_proj_a)
         qkv_TC, z_TI, b_TN, a_TN = project(x_TH, *projections)
         z_TNV = z_TI.unflatten(-1, (self.num_value_heads, self.value_dim))
-        # The decode kernel includes the convolution and the norm. If one of them has a hook, it is called as a module.
+        # The decode kernel includes the convolution and the norm. If one of them has a hook, it is called as a module
+        # instead.
         is_one_call = part.is_decode and is_plain(self.conv1d, CausalConv) and is_plain(self.norm, NormThenGate)
         mixed = self._decode if is_one_call else self._prefill
         y_TNV = mixed(qkv_TC, z_TNV, b_TN, a_TN, part, past)

@@ -38,13 +38,13 @@ class Mamba2(Mixer):
         inner, shared = self.num_heads * self.head_dim, self.num_groups * self.state_size
         (projected_T_,) = project(x_TH, self.in_proj)
         z_TI, xbc_TC, dt_TN = projected_T_.split([inner, inner + 2 * shared, self.num_heads], dim=-1)
-        # The decode kernel includes the convolution. If it has a hook, it is called as a module.
+        # The decode kernel includes the convolution. If the convolution has a hook, it is called as a module instead.
         mixed = self._decode if part.is_decode and is_plain(self.conv1d, CausalConv) else self._prefill
         (y_TH,) = project(mixed(xbc_TC, z_TI, dt_TN, part, past), self.out_proj)
         return y_TH
 
     def _decode(self, xbc_TC: Tensor, z_TI: Tensor, dt_TN: Tensor, part: Part, past: StatePast) -> Tensor:
-        # The decode kernel includes the norm. If it has a hook, it is called as a module.
+        # The decode kernel includes the norm. If the norm has a hook, it is called as a module instead.
         has_plain_norm = is_plain(self.norm, GateThenNorm)
         y_TI = ssd.decode(
             xbc_TC,

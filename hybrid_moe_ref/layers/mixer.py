@@ -1,8 +1,8 @@
-"""The base class of the three token mixers: it calls `mix` for each part of a step.
+"""The base class of the three token mixers, which calls `mix` for each part of a step.
 
 A step has one part, or two if some of its sequences have one token and others more.
 
-Shapes: N rows of the step, T of them of one part, H hidden.
+Shapes: N rows of the step, T rows of one part, H hidden.
 """
 
 from collections.abc import Sequence
@@ -16,8 +16,8 @@ from hybrid_moe_ref.batch import Batch, Part
 class Mixer(nn.Module):
     """A token mixer, called once per step and layer.
 
-    pasts: the cache's view of each group of cached sequences. None: every sequence starts without state, and no state
-    is kept.
+    pasts: what the cache holds for each group of cached sequences. None: every sequence starts without state, and no
+    state is kept.
     """
 
     def forward(self, x_NH: Tensor, batch: Batch, pasts: Sequence | None = None) -> Tensor:

@@ -73,7 +73,9 @@ class Experts(nn.Module):
         """Return a copy with only `count` experts from global index `first` on."""
         start = first - self.first_expert
         if not 0 <= start <= start + count <= self.num_local:
-            raise ValueError(f"experts {first} to {first + count} are not all among this module's {self.num_local}")
+            raise ValueError(
+                f"experts {first} to {first + count} are not all among the {self.num_local} that this module has"
+            )
         with torch.device("meta"):
             part = type(self)(
                 self.num_experts,
@@ -88,7 +90,7 @@ class Experts(nn.Module):
         return part
 
     def forward(self, x_NH: Tensor, weights_NK: Tensor, ids_NK: Tensor) -> Tensor:
-        """Return for each row the weighted sum over its experts that are held here; zero if none is."""
+        """Return for each row the weighted sum over its experts that this module has; zero if it has none of them."""
         local_NK = ids_NK - self.first_expert
         y_NH: Tensor = self.mlp(x_NH, weights_NK, local_NK, self.gate_up_proj, self.down_proj)
         return y_NH

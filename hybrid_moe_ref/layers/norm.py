@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 
 class RMSNorm(nn.Module):
-    """x / rms(x) * (1 + weight): the weight is an offset from one."""
+    """x / rms(x) * (1 + weight): the weight is stored as an offset from one."""
 
     def __init__(self, size: int, eps: float) -> None:
         super().__init__()

@@ -16,7 +16,7 @@ from hybrid_moe_ref.batch import Part
 def rotary_table(part: Part, rotary_dim: int, theta: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """Return cosine and sine [T, R] for the position of each row, computed in float32 (float64 for float64) and cast.
 
-    The part of a step keeps them for all layers.
+    The part of a step keeps the result for all layers.
     """
     key = (rotary_dim, theta, dtype)
     if key not in part.tables:

@@ -19,7 +19,7 @@ MIXERS: dict[str, type[Mixer]] = {"G": GatedDeltaNet, "A": GatedAttention, "M": 
 
 
 class Block(nn.Module):
-    """x += mixer(norm(x)); x += mlp(norm(x)). The mixer's attribute name is in LAYER_KINDS."""
+    """x += mixer(norm(x)); x += mlp(norm(x)). The mixer is the attribute that LAYER_KINDS names."""
 
     def __init__(self, config: ModelConfig, kind: str, name: str) -> None:
         super().__init__()

@@ -86,12 +86,11 @@ class HybridMoE(nn.Module):
     ) -> Self:
         """Load a checkpoint folder in Hugging Face's format.
 
-        dtype  None: the dtype that the checkpoint was saved in
+        dtype  None: the dtype in which the checkpoint was saved
         cut    called with the model on the meta device; may remove parts of it, which are then not read. To load one
-               rank's part, see `parallel.sharding.layout.load_part`
+               rank's part, use `parallel.sharding.layout.load_part`
 
-        Raises CheckpointError with everything that is wrong with the folder, InputError for a device that cannot
-        compute in `dtype`.
+        Raises CheckpointError with every problem of the folder, InputError for a device that cannot compute in `dtype`.
         """
         config, saved_dtype = checkpoint.read_config(folder)
         if dtype is None:
@@ -109,7 +108,7 @@ class HybridMoE(nn.Module):
     def save_pretrained(self, folder: str | Path, *, family: str | None = None) -> None:
         """Write a checkpoint folder for `from_pretrained`, and for transformers if it has these layers.
 
-        family: the model type to save as; None: the one that fits. Raises CheckpointError.
+        family: the model type to save as; None: the type that fits. Raises CheckpointError.
         """
         checkpoint.save(self, folder, family=family)
 
@@ -123,12 +122,12 @@ class HybridMoE(nn.Module):
 
     @property
     def blocks(self) -> list[Block]:
-        """Layers in order."""
+        """Return the layers in order."""
         return [block for block in self.model.layers if isinstance(block, Block)]
 
     @property
     def draft_blocks(self) -> list[Block]:
-        """Layers of the MTP module; empty if there is none."""
+        """Return the layers of the MTP module; [] if there is none."""
         layers = self.mtp.layers if self.config.num_mtp_layers else ()
         return [block for block in layers if isinstance(block, Block)]
 
@@ -159,12 +158,14 @@ class HybridMoE(nn.Module):
         return self.logits(hidden_NH).unflatten(0, (B, T))
 
     def step(self, tokens_N: Tensor, batch: Batch, cache: HybridCache | None = None) -> Tensor:
-        """Run the layers over the tokens of a batch. Return the hidden states [N, H], and add the tokens to the cache.
+        """Run the layers over the tokens of a batch, and add the tokens to the cache. Returns the hidden states [N, H].
 
         Raises ValueError for a batch or cache that does not fit, CacheExhausted if the cache has too few pages.
         """
         if tokens_N.shape != (batch.num_tokens,):
-            raise ValueError(f"tokens of shape {tuple(tokens_N.shape)} for a batch of {batch.num_tokens} tokens")
+            raise ValueError(
+                f"the batch has {batch.num_tokens} tokens, but the tokens have shape {tuple(tokens_N.shape)}"
+            )
         self._check_on_cpu(tokens_N)
         if cache is None and batch.sequences:
             raise ValueError("the batch has cached sequences, but the step was given no cache")
@@ -180,7 +181,7 @@ class HybridMoE(nn.Module):
         return self.model.norm(x_NH)
 
     def draft(self, tokens_N: Tensor, hidden_NH: Tensor, batch: Batch, cache: HybridCache | None = None) -> Tensor:
-        """Run the MTP layer. Return hidden states [N, H], whose `logits` predict the token after `tokens_N`.
+        """Run the MTP layer. Returns hidden states [N, H], whose `logits` predict the token after `tokens_N`.
 
         tokens_N   the token that follows the position of each row
         hidden_NH  the model's hidden state at that position
@@ -201,12 +202,12 @@ class HybridMoE(nn.Module):
         return logits_NV.view(*hidden_NH.shape[:-1], logits_NV.shape[-1])
 
     def generate(self, prompts: Tensor | list[Tensor], max_new_tokens: int, **options: Any) -> Tensor:
-        """Decode greedily. Return the new tokens [B, at most max_new_tokens], without the prompts.
+        """Decode greedily. Returns the new tokens [B, at most max_new_tokens], without the prompts.
 
         After a token of `stop_ids`, a row repeats that token until all rows have one.
 
         prompts  [B, T], or a list of B prompts of any lengths
-        options  those of `generation.greedy.stream`, which yields the tokens as they come
+        options  options of `generation.greedy.stream`, which yields each token at once
         """
         return torch.stack(list(greedy.stream(self, prompts, max_new_tokens, **options)), dim=1)
 
@@ -226,7 +227,7 @@ def check_token_ids(tokens: Tensor, vocab_size: int) -> None:
     """Raise InputError for tokens that are not integers, or for an id that is not 0 <= id < `vocab_size`."""
     if tokens.numel():
         if tokens.dtype not in (torch.int32, torch.int64):
-            raise InputError(f"token ids of dtype {tokens.dtype}: wanted torch.int64 or torch.int32")
+            raise InputError(f"token ids have dtype {tokens.dtype}, but must be torch.int64 or torch.int32")
         low, high = (int(x) for x in tokens.aminmax())
         if low < 0 or high >= vocab_size:
             raise InputError(f"token id {low if low < 0 else high} is outside the vocabulary of {vocab_size}")
@@ -234,7 +235,9 @@ def check_token_ids(tokens: Tensor, vocab_size: int) -> None:
 
 def _sizes(tokens_BT: Tensor) -> tuple[int, int]:
     if tokens_BT.dim() != 2 or tokens_BT.numel() == 0:
-        raise ValueError(f"wanted tokens [B, T] with B and T at least 1, got shape {tuple(tokens_BT.shape)}")
+        raise ValueError(
+            f"tokens must have shape [B, T] with B and T at least 1, but have shape {tuple(tokens_BT.shape)}"
+        )
     B, T = tokens_BT.shape
     return B, T
 
@@ -250,4 +253,4 @@ def check_device(device: torch.device | str, dtype: torch.dtype) -> None:
         reason = str(error).partition("\n")[0]
         raise InputError(f"{reason} (device {device}, {dtype})") from None
     if x.is_meta:
-        raise InputError(f"device {device} cannot compute: choose cpu or cuda")
+        raise InputError(f"device {device} is not supported: choose cpu or cuda")

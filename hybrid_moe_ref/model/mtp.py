@@ -19,7 +19,7 @@ from hybrid_moe_ref.layers.norm import RMSNorm
 from hybrid_moe_ref.model.block import Block
 
 DRAFT_STACK = "mtp.layers"
-"""The name of its layers in events and checkpoints."""
+"""The name of the MTP layer's blocks in events and checkpoints."""
 
 
 @functools.lru_cache

@@ -1,8 +1,8 @@
 """Fill a model with seeded random weights.
 
-Every parameter has a generator of its own, seeded by (seed, name), and every expert too. So a rank that holds some
-experts draws only those. Of any other parameter that a rank holds in part, the whole is drawn and then cut, so the peak
-memory is one full tensor. Numbers are drawn in float32 on the CPU and then cast, so weights do not depend on the
+Every parameter has a generator of its own, seeded by (seed, name), and so has every expert. So a rank that holds some
+experts draws only those. If a rank holds a part of another parameter, the whole parameter is drawn and then cut, so the
+peak memory is one full tensor. Numbers are drawn in float32 on the CPU and then cast, so weights do not depend on the
 device, and on the dtype only by rounding.
 
 Scales follow the fan-in, so that activations keep their size through any number of layers.

@@ -1,8 +1,8 @@
 """The only file that issues collectives: named groups, and an Observer that is called before and after each one.
 
-Every collective is reported by ``observer.enter`` before it is issued and by ``observer.leave`` after it completed, so
-a rank waits in the last collective with an ``enter`` and no ``leave``. Under NCCL a collective is only queued when its
-call returns, and ``leave`` then means queued.
+``observer.enter`` is called before a collective is issued, and ``observer.leave`` after it has completed. So a rank
+waits in the last collective that has an ``enter`` and no ``leave``. Under NCCL a call returns when the collective is
+only queued, and ``leave`` then means queued.
 
 The -v collectives take the *agreed* size vector of the step. Sizes may be uneven, and a rank with zero rows takes part
 like any other.
@@ -29,7 +29,7 @@ from hybrid_moe_ref.parallel.halt import Halt, RollCall, ScheduleMismatch, Watch
 from hybrid_moe_ref.parallel.observer import Collective, NullObserver, Observer
 from hybrid_moe_ref.parallel.packing import pack, unpack
 
-# torch 2.13 renamed these two and warns about the old names; 2.11 and 2.12 know only the old ones.
+# torch 2.13 renamed these two functions and warns about the old names; 2.11 and 2.12 have only the old ones.
 _all_gather_single = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 _reduce_scatter_single = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
 
@@ -79,7 +79,7 @@ class Communicator(RankGroups):
     ) -> Communicator:
         """Join the job and create its groups. Without a ``store``, use torchrun's environment variables.
 
-        Raises what torch.distributed raises when a peer does not join within ``timeout_s``.
+        Raises the error of torch.distributed if a peer does not join within ``timeout_s``.
         """
         device = torch.device(device)
         if device.type == "cuda" and device.index is not None:
@@ -91,7 +91,7 @@ class Communicator(RankGroups):
         return cls(rank, device, groups, observer, dist.PrefixStore("hybrid_moe_ref", store), timeout_s)
 
     def start_strict_comparison(self) -> None:
-        """From now on, compare every collective among its members through the store before it is issued.
+        """Compare every collective among its members through the store before it is issued, from now on.
 
         The comparison waits for a late member as long as the collective itself would.
         """
@@ -102,7 +102,7 @@ class Communicator(RankGroups):
 
     @contextlib.contextmanager
     def patiently(self, patience_s: float) -> Iterator[None]:
-        """Inside the ``with``, the members of a collective first wait for each other in the store, then issue it.
+        """Make the members of a collective wait for each other in the store first, then issue it, inside the ``with``.
 
         So a member may be late by up to `patience_s` without exceeding the collective's own timeout. A rank that waits
         in the store does not see a broken connection, so it checks whether the processes of the others exist.
@@ -133,19 +133,19 @@ class Communicator(RankGroups):
     def stop_all(self, message: str) -> str:
         """Stop every rank: those that wait in a collective, and those that call `stopped_by`.
 
-        Returns the message that was published first, which may be another rank's.
+        Returns the message that was published first, which may be that of another rank.
         """
         return str(self._halt.publish(ScheduleMismatch(message)))
 
     def stopped_by(self) -> str:
-        """The message of the rank that stopped the job; "" while the job runs."""
+        """Return the message of the rank that stopped the job; "" while the job runs."""
         return str(self._halt.published() or "")
 
     def begin_use(self) -> None:
-        """Called when an engine starts on these groups.
+        """Refuse to start an engine on these groups after an earlier engine on them was stopped.
 
-        Raises RuntimeError when an earlier engine on them was stopped: its unfinished collectives would pair with the
-        first collectives of the new engine.
+        Raises RuntimeError in that case, because the unfinished collectives of the earlier engine would pair with the
+        first collectives of the new one.
         """
         message = self.stopped_by() if self._was_used else ""
         if message:
@@ -158,7 +158,7 @@ class Communicator(RankGroups):
             raise error
 
     def start_watchdog(self) -> None:
-        """From now on, a waiting rank checks whether the processes of the others exist.
+        """Let a waiting rank check from now on whether the processes of the others exist.
 
         Not under NCCL, where ``wait`` returns at once and only orders streams.
         """
@@ -166,7 +166,7 @@ class Communicator(RankGroups):
         self._watchdog.roll_call = self._roll_call
 
     def limit_waits(self, limit_s: float) -> None:
-        """From now on, a rank that waits longer than ``limit_s`` in one collective stops all ranks; 0: no limit."""
+        """Let a rank that waits longer than ``limit_s`` in one collective stop all ranks, from now on; 0: no limit."""
         self._watchdog.limit_s = limit_s
 
     def close(self) -> None:
@@ -194,16 +194,19 @@ class Communicator(RankGroups):
         """Gather rows of several tensors at once: each [N, ...] -> [S, ...], ranks in group order.
 
         ``sizes[r]`` is the number of rows of group rank r. The tensors may differ in dtype, because rows are sent as
-        bytes. Uneven rows are padded to the largest size, or with
-        ``broadcast_uneven`` sent in one broadcast per rank, as vLLM and TensorRT-LLM do.
+        bytes. Uneven rows are padded to the largest size, or with ``broadcast_uneven`` sent in one broadcast per rank,
+        as vLLM and TensorRT-LLM do.
 
-        Raises ValueError when this rank's number of rows is not the agreed size.
+        Raises ValueError if this rank's number of rows is not the agreed size.
         """
         sizes = tuple(sizes)
         num_rows = sizes[self.group_rank(group)]
         for x in tensors:
             if x.shape[0] != num_rows:
-                raise ValueError(f"{group} all_gather_v at {layer}: {x.shape[0]} rows here, {num_rows} agreed")
+                raise ValueError(
+                    f"{group} all_gather_v at {layer}: this rank has {x.shape[0]} rows, but the agreed "
+                    f"size is {num_rows}"
+                )
         packed_NB = pack(tensors)
         event = Collective(group, "all_gather_v", layer, sizes, "uint8")
         self._enter(event)
@@ -215,11 +218,14 @@ class Communicator(RankGroups):
     def reduce_scatter_v(self, group: str, x_SH: Tensor, sizes: Sequence[int], *, layer: str = "") -> Tensor:
         """Sum x_SH over ``group`` and return this rank's rows of the sum, [N, H].
 
-        Raises ValueError when the number of rows of ``x_SH`` is not the sum of the agreed sizes.
+        Raises ValueError if the number of rows of ``x_SH`` is not the sum of the agreed sizes.
         """
         sizes = tuple(sizes)
         if x_SH.shape[0] != sum(sizes):
-            raise ValueError(f"{group} reduce_scatter_v at {layer}: {x_SH.shape[0]} rows here, {sum(sizes)} agreed")
+            raise ValueError(
+                f"{group} reduce_scatter_v at {layer}: this rank has {x_SH.shape[0]} rows, but the agreed "
+                f"sizes add up to {sum(sizes)}"
+            )
         event = Collective(group, "reduce_scatter_v", layer, sizes, _name(x_SH.dtype), "sum")
         self._enter(event)
         sum_NH = self._reduce_rows(group, x_SH.contiguous(), sizes)
@@ -227,7 +233,10 @@ class Communicator(RankGroups):
         return sum_NH
 
     def all_gather_text(self, group: str, text: str, *, layer: str = "") -> list[str]:
-        """The texts of all ranks of ``group``, in group order. Takes two collectives, so use it only rarely."""
+        """Return the texts of all ranks of ``group``, in group order.
+
+        This takes two collectives, so use it only rarely.
+        """
         mine = torch.frombuffer(bytearray(text.encode() or b" "), dtype=torch.uint8)
         lengths = torch.zeros(len(self.members(group)), dtype=torch.int64)
         lengths[self.group_rank(group)] = mine.numel()
@@ -245,7 +254,10 @@ class Communicator(RankGroups):
             self._strict.check(event, self.members(event.group))
 
     def _wait(self, pg: dist.ProcessGroup, work: dist.Work) -> None:
-        """Wait for a collective, and check meanwhile for a stopped job. Under NCCL ``wait`` only orders streams."""
+        """Wait for a collective, and check at the same time for a stopped job.
+
+        Under NCCL ``wait`` only orders streams.
+        """
         if dist.get_backend(pg) == "nccl":
             work.wait()
         else:
@@ -284,7 +296,7 @@ class Communicator(RankGroups):
                 self._wait(pg, dist.reduce_scatter(out_NH, list(x_SH.split(sizes)), group=pg, async_op=True))
             return out_NH
         # gloo implements reduce_scatter by an all_reduce, which sends R times the bytes. An all-to-all and a local sum
-        # give the same result in a quarter of the time, and sum in rank order.
+        # in rank order give the same result in a quarter of the time.
         num_ranks = len(sizes)
         parts_RNH = x_SH.new_empty(num_ranks * num_rows, x_SH.shape[1])
         per_rank = [num_rows] * num_ranks

@@ -10,11 +10,11 @@ import torch.distributed as dist
 from hybrid_moe_ref.config import ParallelConfig
 
 ON_CPU = ("dp", "world")
-"""The groups that are always on the CPU (gloo): agreements are a few integers and must not wait for a device."""
+"""The groups that are always on the CPU (gloo): agreements are few integers, and must not wait for a device."""
 
 
 def group_members(parallel: ParallelConfig, rank: int) -> dict[str, tuple[int, ...]]:
-    """The groups that ``rank`` belongs to, as name -> global ranks.
+    """Return the groups to which ``rank`` belongs, as name -> global ranks.
 
     "dp" has ranks with different requests, "ep" the ranks that share the experts. If tp_size > 1, "tp" has the ranks
     that run the same tokens, and "world" has all ranks. Ranks are numbered dp-major: rank = dp_rank * tp_size +
@@ -33,33 +33,33 @@ def group_members(parallel: ParallelConfig, rank: int) -> dict[str, tuple[int, .
 
 
 class RankGroups:
-    """The groups of one rank, by name. It is all that `apply_layout` needs of a `Communicator`."""
+    """The groups of one rank, by name. `apply_layout` needs nothing else of a `Communicator`."""
 
     def __init__(self, rank: int, members: Mapping[str, tuple[int, ...]]) -> None:
         self.rank = rank
         self._members = members
 
     def members(self, group: str) -> tuple[int, ...]:
-        """Global ranks of ``group``, in group order."""
+        """Return the global ranks of ``group``, in group order."""
         return self._members[group]
 
     def group_rank(self, group: str) -> int:
-        """This rank's index in ``group``."""
+        """Return this rank's index in ``group``."""
         return self._members[group].index(self.rank)
 
     @property
     def everyone(self) -> str:
-        """The name of the CPU group of all ranks: "world", or "dp" if tp_size is 1."""
+        """Return the name of the CPU group of all ranks: "world", or "dp" if tp_size is 1."""
         return "world" if "world" in self._members else "dp"
 
 
 def create_groups(
     parallel: ParallelConfig, rank: int, backend: str, store: dist.Store, timeout: timedelta
 ) -> dict[str, dist.ProcessGroup]:
-    """Join the job, and create the process groups of all ranks; return this rank's.
+    """Join the job, and create the process groups of all ranks. Returns the groups of this rank.
 
-    Every rank must take part in creating every group, in one order, also the groups that it does not join. Raises what
-    torch.distributed raises when a peer does not join within ``timeout``.
+    Every rank must take part in creating every group, in one order, even if it does not join the group. Raises the
+    error of torch.distributed if a peer does not join within ``timeout``.
     """
     dist.init_process_group("gloo", store=store, rank=rank, world_size=parallel.world_size, timeout=timeout)
     every_group = dict.fromkeys(

@@ -2,12 +2,12 @@
 
     Halt           publishes the first error in the store, where every rank finds it
     Watchdog       detects, while a rank waits, that a peer's process has ended or that a collective exceeds its limit
-    wait_or_halt   waits for a collective, and asks both meanwhile
+    wait_or_halt   waits for a collective, and asks Halt and Watchdog at the same time
 
-A killed rank reports nothing, and its peers depend on the backend: NCCL waits for ever; gloo fails only on the ranks
-that were communicating with it. So each rank publishes its process id in the store, and checks while it waits whether
-the processes of the others exist. This is exact: a slow or stopped rank is not taken for dead. Ranks on other hosts, or
-in containers whose processes are not visible, are not checked.
+A killed rank reports nothing, and what the others notice depends on the backend. NCCL waits for ever. gloo fails only
+on the ranks that were communicating with the dead one. So each rank publishes its process id in the store, and checks
+while it waits whether the processes of the others exist. This check is exact: a slow or stopped rank does not count as
+dead. Ranks on other hosts, or in containers whose processes are not visible, are not checked.
 """
 
 from __future__ import annotations
@@ -26,10 +26,10 @@ from hybrid_moe_ref.parallel.observer import Collective
 _HALT = "halt"
 
 LOOK_UP_INTERVAL = timedelta(milliseconds=100)
-"""How long a rank waits in a collective before it checks whether another rank has stopped the job."""
+"""Time between two checks of a waiting rank whether another rank has stopped the job."""
 
 PATIENCE_S = 1.0
-"""How long a rank whose connection broke looks for a dead peer before it reports its own failure."""
+"""Seconds that a rank whose connection broke searches for a dead peer before it reports its own failure."""
 
 
 class Stopped(RuntimeError):
@@ -37,7 +37,10 @@ class Stopped(RuntimeError):
 
 
 class ScheduleMismatch(Stopped):
-    """The ranks' schedules differ, or a rank departs from its own. Raised instead of hanging; names the difference."""
+    """The ranks' schedules differ, or a rank departs from its own schedule.
+
+    Raised instead of hanging; names the difference.
+    """
 
 
 class PeerLost(Stopped):
@@ -58,14 +61,14 @@ class Halt:
         self._store = store
 
     def publish(self, error: Stopped) -> Stopped:
-        """Stop the other ranks. Returns the error that was published first, which the caller should raise."""
+        """Stop the other ranks. Returns the error that was published first; the caller should raise it."""
         if self._store is None:
             return error
         text = f"{type(error).__name__}\n{error}"
         return _error(self._store.compare_set(_HALT, "", text).decode())
 
     def published(self) -> Stopped | None:
-        """The error that a rank published; None while there is none."""
+        """Return the error that a rank published; None while there is none."""
         if self._store is None or not self._store.check([_HALT]):
             return None
         return _error(self._store.get(_HALT).decode())
@@ -77,7 +80,7 @@ def _error(text: str) -> Stopped:
 
 
 class RollCall:
-    """The processes of the other ranks on this host. Works on Linux; elsewhere no rank is ever reported lost."""
+    """The processes of the other ranks on this host. This works on Linux; elsewhere no rank is ever reported lost."""
 
     def __init__(self, rank: int, members: Sequence[int], store: dist.Store) -> None:
         self._store = dist.PrefixStore("roll_call", store)
@@ -88,7 +91,7 @@ class RollCall:
         self._store.set(str(rank), f"{self._here} {pid} {_start_ticks(pid)}")
 
     def lost(self) -> list[int]:
-        """The ranks whose process has ended."""
+        """Return the ranks whose process has ended."""
         for rank in [rank for rank in self._unknown if self._store.check([str(rank)])]:
             host, pid, ticks = self._store.get(str(rank)).decode().rsplit(" ", 2)
             self._unknown.discard(rank)
@@ -97,15 +100,15 @@ class RollCall:
         return [rank for rank, (pid, ticks) in sorted(self._processes.items()) if _start_ticks(pid) != ticks]
 
     def pid(self, rank: int) -> int:
-        """The process id of a rank on this host that has published it."""
+        """Return the process id of a rank on this host that has published it."""
         return self._processes[rank][0]
 
 
 class Watchdog:
-    """Decides for one rank whether to give up waiting.
+    """Decides for one rank whether to stop waiting.
 
     roll_call  the processes of the other ranks; None: not checked
-    limit_s    how long one collective may take; 0: no limit
+    limit_s    seconds that one collective may take; 0: no limit
     """
 
     def __init__(self, rank: int, halt: Halt) -> None:
@@ -117,14 +120,14 @@ class Watchdog:
         self.limit_s = 0.0
 
     def entered(self, event: Collective) -> None:
-        """Called when the rank is about to issue this collective."""
+        """Note that the rank is about to issue this collective."""
         self._event, self._entered_s = event, time.monotonic()
 
     def reason(self) -> Stopped | None:
         """Explain why a collective failed on this rank: a dead peer or a stopped job; None for another reason.
 
-        Waits up to PATIENCE_S, because the operating system closes the connections of a process shortly before the
-        process is seen to have ended.
+        Waits up to PATIENCE_S seconds, because the operating system closes the connections of a process shortly before
+        the process is seen to have ended.
         """
         deadline = time.monotonic() + (PATIENCE_S if self.roll_call else 0)
         while True:
@@ -135,15 +138,15 @@ class Watchdog:
             time.sleep(PATIENCE_S / 50)
 
     def error(self) -> Stopped | None:
-        """Return the reason to stop waiting, or None, and publish it to all ranks."""
+        """Return the reason to stop waiting, and publish it to all ranks; None if there is no reason."""
         finding = self.finding()
         return self._halt.publish(finding) if finding else None
 
     def finding(self) -> Stopped | None:
-        """Return the reason to stop waiting, or None, without publishing it."""
+        """Return the reason to stop waiting, without publishing it; None if there is no reason."""
         for rank in self.roll_call.lost() if self.roll_call else ():
             assert self.roll_call is not None
-            return PeerLost(f"rank {rank} is gone: its process {self.roll_call.pid(rank)} has ended")
+            return PeerLost(f"rank {rank} was lost: its process {self.roll_call.pid(rank)} has ended")
         waited_s = time.monotonic() - self._entered_s
         if self.limit_s and waited_s > self.limit_s and self._event is not None:
             what = f"{self._event.group} {self._event.op} of {self._event.layer}"
@@ -168,7 +171,8 @@ def wait_or_halt(work: dist.Work, halt: Halt, watchdog: Watchdog | None = None) 
         if error := halt.published():
             raise error
         if watchdog and watchdog.finding():
-            # The peer may have exited because the collective, and all its work, ended since the last check.
+            # The peer may have exited because it had finished all its work, including this collective, since the last
+            # check.
             with contextlib.suppress(RuntimeError):
                 work.wait(LOOK_UP_INTERVAL)
             if work.is_completed():
@@ -189,7 +193,7 @@ def _finish(work: dist.Work, halt: Halt, watchdog: Watchdog | None) -> None:
 
 
 def _start_ticks(pid: int) -> int:
-    """The start time of a process, in clock ticks since boot; 0 if it has ended, even if it is not reaped yet."""
+    """Return the start time of a process in clock ticks since boot; 0 if it has ended, reaped or not."""
     try:
         fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     except OSError:
@@ -198,7 +202,7 @@ def _start_ticks(pid: int) -> int:
 
 
 def _host() -> str:
-    """An identifier that is equal for two processes that can see each other's process ids."""
+    """Return an identifier that is equal for two processes that can see each other's process ids."""
     try:
         return Path("/proc/sys/kernel/random/boot_id").read_text().strip() + os.readlink("/proc/self/ns/pid")
     except OSError:

@@ -10,13 +10,14 @@ from typing import NamedTuple, Protocol
 
 
 class Collective(NamedTuple):
-    """One collective as one rank issues it. A tuple, because creating a frozen dataclass takes longer than recording.
+    """One collective as one rank issues it. This is a tuple, because making a frozen dataclass takes longer than
+    recording.
 
     group      name of the process group: "dp", "ep", "tp", ...
     op         all_reduce, all_gather_v, reduce_scatter_v, broadcast, barrier, ...
-    layer      the module it belongs to ("layers.0.moe"), or "" for the step as a whole
-    sizes      rows per group rank for the -v ops (the *agreed* vector, uneven is legal), else (numel,)
-    dtype      element type of the payload, e.g. "int32"
+    layer      the module to which it belongs ("layers.0.moe"), or "" for the step as a whole
+    sizes      rows per group rank for the -v operations (the *agreed* vector, which may be uneven), else (numel,)
+    dtype      element type of the data, such as "int32"
     reduce_op  sum, min, max, or "" without a reduction
     root       group rank of the root, or -1
     """
@@ -33,7 +34,7 @@ class Collective(NamedTuple):
 class ScheduleEntry(NamedTuple):
     """One planned collective of a step: the fields that must be equal on all ranks.
 
-    They are the first fields of `Collective`, so that the guard can compare the two as tuples.
+    These are the first fields of `Collective`, so that the guard can compare the two as tuples.
     """
 
     group: str
@@ -45,7 +46,7 @@ class Observer(Protocol):
     """Receives the events of one rank. Calls come from the rank's main thread and must take about a microsecond."""
 
     def groups(self, members: Mapping[str, Sequence[int]]) -> None:
-        """The process groups this rank belongs to: name -> global ranks in group order."""
+        """The process groups to which this rank belongs: name -> global ranks in group order."""
 
     def phase(self, name: str) -> None:
         """The rank enters a life-cycle phase (load, page_setup, prepare, profile, ..., serve)."""
@@ -74,7 +75,7 @@ class Observer(Protocol):
 
 
 class AsyncObserver(Observer, Protocol):
-    """Receives asynchronous collectives too: those that the rank issues now and waits for later.
+    """Receives asynchronous collectives, too: the rank issues them now and waits for them later.
 
     A point-to-point transfer is a ``Collective`` with op send or recv, and root = the peer's group rank.
     """

@@ -12,13 +12,13 @@ from torch import Tensor
 
 
 def pack(tensors: Sequence[Tensor]) -> Tensor:
-    """Tensors [N, ...] of any dtype -> uint8[N, B]."""
+    """Pack tensors [N, ...] of any dtype into uint8[N, B]."""
     parts = [_as_bytes(x) for x in tensors]
     return torch.cat(parts, dim=1) if len(parts) > 1 else parts[0]
 
 
 def unpack(packed_NB: Tensor, like: Sequence[Tensor]) -> list[Tensor]:
-    """The inverse of `pack`. like: tensors of the same dtypes and row shapes, with any number of rows"""
+    """Undo `pack`. like: tensors of the same dtypes and row shapes, with any number of rows"""
     unpacked, column = [], 0
     for x in like:
         width = x.shape[1:].numel() * x.element_size()

@@ -1,8 +1,8 @@
-"""flash-linear-attention behind the ops' signatures, to compare with; choose it with `registry.use("fla")`.
+"""flash-linear-attention with the signatures of these ops, for comparison; choose it with `registry.use("fla")`.
 
-`decode` is the chain of launches of a model without a fused step: the update of the convolution, fla's recurrent rule
-with the gates inside, and fla's gated norm. The update is this project's, because fla keeps W inputs and this project
-W - 1.
+`decode` is the sequence of launches that a model without a fused step makes: the update of the convolution, fla's
+recurrent rule with the gates inside, and fla's gated norm. The update is this project's, because fla keeps W inputs and
+this project W - 1.
 """
 
 import torch

@@ -17,7 +17,8 @@ HERE = Path(__file__).parent
 PREFILL = Extension("gdn_prefill", (HERE / "gdn_prefill.cpp",), (HERE / "gdn_prefill.h",), ("-O3", "-funroll-loops"))
 PREFILL_CUDA = Extension("gdn_prefill_cuda", (HERE / "gdn_prefill.cu",))
 
-LAUNCH_FAILED = 2  # return code of gdn_prefill.cu; 1 means that there is no function for these sizes
+# return code of gdn_prefill.cu if the GPU refuses the launch; 1 means that there is no function for these sizes
+LAUNCH_FAILED = 2
 _SUFFIXES = {torch.float32: "f32", torch.float64: "f64"}
 
 
@@ -56,7 +57,7 @@ def prefill(
     run = getattr(module.library(), f"{module.name}_{_SUFFIXES[wide]}")
     failed = run(*map(ctypes.c_int64, (slots.numel(), M, H, K, V, state_JHKV.stride(0))), *pointers)
     if failed == LAUNCH_FAILED:
-        raise RuntimeError(f"{module.name}: the device refused the launch, heads of K = {K}, V = {V}")
+        raise RuntimeError(f"{module.name}: the device refused the launch for heads of K = {K}, V = {V}")
     if failed:
-        raise ValueError(f"{module.name}: has no function for heads of K = {K}, V = {V}")
+        raise ValueError(f"{module.name}: there is no function for heads of K = {K}, V = {V}")
     return o.to(v_THV.dtype)

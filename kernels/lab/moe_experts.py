@@ -25,7 +25,10 @@ _SUFFIXES = {torch.float32: "f32", torch.float64: "f64"}
 
 
 def experts(x_NH: Tensor, weights_NK: Tensor, ids_NK: Tensor, gate_up_EJH: Tensor, down_EHI: Tensor) -> Tensor:
-    """As `moe.reference.experts`: ids outside 0 to E - 1 are experts held elsewhere and contribute nothing."""
+    """Do the same as `moe.reference.experts`.
+
+    Ids outside 0 to E - 1 are experts held elsewhere and contribute nothing.
+    """
     dtype = gate_up_EJH.dtype
     x, weights = x_NH.to(dtype).contiguous(), weights_NK.to(dtype).contiguous()
     ids, gate_up, down = ids_NK.contiguous(), gate_up_EJH.contiguous(), down_EHI.contiguous()
@@ -54,5 +57,5 @@ def time_blocks() -> list[int]:
 
 
 def use_block_rows(rows: int) -> None:
-    """From now on, compute this many rows of an expert at once in this process."""
+    """Compute this many rows of an expert at once in this process, from now on."""
     _block_rows[0] = rows

@@ -15,7 +15,7 @@ from torch import Tensor
 __all__ = ["DEVICES", "DTYPES", "MAX_ROWS", "missing", "project"]
 
 MAX_ROWS = {torch.float32: 8, torch.bfloat16: 8 if torch.ops.mkldnn._is_mkldnn_bf16_supported() else 1 << 62}
-"""The most rows that this module multiplies itself; torch multiplies more."""
+"""Largest number of rows that this module multiplies itself; torch multiplies more rows."""
 
 
 def project(x_NH: Tensor, weights: Sequence[Tensor]) -> list[Tensor]:

@@ -1,7 +1,7 @@
-"""mamba_ssm behind the ops' signatures, to compare with; choose it with `registry.use("mamba_ssm")`.
+"""mamba_ssm with the signatures of these ops, for comparison; choose it with `registry.use("mamba_ssm")`.
 
 `prefill` runs sequences of one length together, because mamba_ssm's kernel takes initial states only for a dense batch.
-`decode` is the chain of launches around `selective_state_update`, which also computes the time step if it has no
+`decode` is the sequence of launches around `selective_state_update`, which also computes the time step if it has no
 limits.
 """
 
@@ -68,7 +68,8 @@ def decode(
     x, b, c = xbc_BC.split([H * P, G * N, G * N], dim=-1)
     is_stock = dt_limit == (0.0, None)
     dt_BH = dt_BH if is_stock else time_step(dt_BH, dt_bias_H, dt_limit)
-    dt_bias_H = dt_bias_H if is_stock else torch.zeros_like(dt_bias_H)  # None fails: the function reads its stride
+    # None is not possible, because the function reads the stride of this tensor
+    dt_bias_H = dt_bias_H if is_stock else torch.zeros_like(dt_bias_H)
     y_BHP = selective_state_update(
         state_JHPN,
         x.unflatten(-1, (H, P)),

@@ -1,4 +1,4 @@
-"""Replace block names that differ by rank, such as ``f"expert {rank}"``, which cannot be compared between ranks."""
+"""Give block names that differ by rank, such as ``f"expert {rank}"``, one common name, to compare the ranks."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ _LAYER = 2
 
 
 def blocks_compared(witnesses: dict[int, Witness]) -> dict[int, Witness]:
-    """Replace every block name that only one rank uses by one common name, and return the witnesses.
+    """Replace each block name that only one rank uses by one common name. Returns the changed witnesses.
 
-    The judge then compares a collective in such a block with its peers by everything but the name. The names that
-    several ranks use are kept and compared.
+    The judge then compares the collectives in such a block by everything but the name. A name that several ranks use is
+    kept and compared.
     """
     layers = {rank: {parts[_LAYER] for parts in _signatures(witness)} for rank, witness in witnesses.items()}
     users = Counter(layer for names in layers.values() for layer in names)
@@ -38,6 +38,6 @@ def _renamed(witness: Witness, own: set[str]) -> Witness:
         if len(parts) == _FIELDS and parts[_LAYER] in own:
             parts[_LAYER] = OWN_NAME
         strings.append(SEPARATOR.join(parts))
-    # The rolling hashes cover the names, so they no longer show which ranks differ.
+    # The rolling hashes cover the block names, so after the change they no longer show which ranks differ.
     groups = tuple(replace(group, last=group.last and group.last._replace(hash=0)) for group in witness.groups)
     return replace(witness, strings=strings, groups=groups, _signatures={})

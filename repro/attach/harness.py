@@ -2,18 +2,18 @@
 
     from repro.testing import assert_no_deadlock
 
-    def exchange(rank):                                   # runs in every rank's own process
-        dispatcher = YourDispatcher(rank.world, rank.device)
+    def exchange(rank):                                   # runs in every rank's own process dispatcher =
+                                                          YourDispatcher(rank.world, rank.device)
         with assert_no_deadlock("layer 0"):
             dispatcher.dispatch(...)
 
     def test_it(ep_ranks):
         ep_ranks(4, "gloo").run(exchange)
 
-Inside the ``with`` every torch.distributed collective is recorded, and the watcher of this project watches the ranks.
-When all ranks have been silent for the quiet window and the evidence explains why, the test fails. Its message names
-the waits between the ranks, their stacks, and the path of a report. A rank that raises fails the test with its
-traceback. No process is left running.
+Inside the ``with`` block every torch.distributed collective is recorded, and a watcher follows the ranks. If all ranks
+have been silent for the quiet window and the evidence explains why, the test fails. The error names the waits between
+the ranks, their stacks, and the path of a report. If a rank raises, the test fails with that rank's traceback. No
+process is left running.
 """
 
 from __future__ import annotations
@@ -64,11 +64,11 @@ _NOT_THEIRS = (
     '"torch/',
     '"_pytest/',
     '"pluggy/',
-)  # frames that do not belong to the user's code
+)  # files whose frames are not the user's code
 
 
 class DeadlockError(AssertionError):
-    """The ranks did not finish, or finished with wrong results; the text is the verdict."""
+    """The ranks did not finish, or finished with wrong results. The text of the error is the verdict."""
 
 
 @dataclass(frozen=True)
@@ -92,14 +92,14 @@ _current: list[recorded.Rank] = []
 
 @contextlib.contextmanager
 def assert_no_deadlock(name: str = "") -> Iterator[None]:
-    """Record the collectives of the block, so that the verdict explains a hang in it. For code that ``ep_ranks`` runs.
+    """Record the collectives of the block, so that the verdict explains a hang in it.
 
-    name: the block's name in the verdict, where a server names its layer
+    name: the block's name in the verdict, in the place of a layer's name
 
-    Raises RuntimeError outside of a rank.
+    Use it in a function that ``ep_ranks`` runs. Raises RuntimeError outside a rank.
     """
     if not _current:
-        raise RuntimeError("assert_no_deadlock() belongs in a function that ep_ranks(n, backend).run(...) runs")
+        raise RuntimeError("assert_no_deadlock() works only in a function that ep_ranks(n, backend).run(...) runs")
     rank = _current[0]
     rank.phase(name or "watched")
     with recorded.recorded_as(rank, name):
@@ -109,11 +109,12 @@ def assert_no_deadlock(name: str = "") -> Iterator[None]:
 
 @dataclass
 class Ranks:
-    """Real ranks on this host, forked from this process with torch already imported: eight start in about a second.
+    """Real ranks on this host, forked from this process with torch already imported. Eight ranks start in about a
+    second.
 
     root             the folder for the evidence of each run
-    quiet_window_s   how long all ranks must be silent before they are judged
-    deadline_s       how long a run may take in any case
+    quiet_window_s   how many seconds all ranks must be silent before they are judged
+    deadline_s       how many seconds a run may take in any case
     """
 
     num_ranks: int
@@ -123,11 +124,11 @@ class Ranks:
     deadline_s: float = 60.0
 
     def run(self, function: Callable[[Rank], Any]) -> list[Any]:
-        """Call ``function(rank)`` in one process per rank; return the results by rank. The results must pickle.
+        """Call ``function(rank)`` in one process per rank. Returns the results by rank; a result must be picklable.
 
-        Raises DeadlockError with the verdict when the ranks hang, die, raise or are not done by the deadline, and when
-        they finished but paired different collectives, which makes their numbers wrong. Raises RuntimeError when the
-        watcher itself fails.
+        Raises DeadlockError with the verdict if the ranks hang, die, raise or are not done by the deadline, and if they
+        finished but paired different collectives, which makes their numbers wrong. Raises RuntimeError if the watcher
+        itself fails.
         """
         import torch  # noqa: F401 - one import here instead of one in every rank
 
@@ -139,7 +140,7 @@ class Ranks:
             create(run_dir.witness(rank), Identity(rank, self.num_ranks, run_id=run_dir.root.name))
         pids = [self._fork(run_dir, rank, function) for rank in range(self.num_ranks)]
         children = {pid: start_ticks(pid) for pid in pids}
-        patience_s = 0.0  # a hang: the ranks do not exit by themselves, and the evidence is already collected
+        patience_s = 0.0  # the run hangs: its ranks do not exit by themselves, and the evidence has been collected
         try:
             self._watch(run_dir, children)
             patience_s = LEAVE_S
@@ -181,7 +182,7 @@ class Ranks:
         lines += [f"  {text}" for text in (*document.sentences, *document.evidence, *differences(document))]
         lines += self._stacks(run_dir)
         for rank in range(self.num_ranks):
-            if printed := read_text(run_dir.log(rank)).strip():  # "" for a rank that died before it opened its log
+            if printed := read_text(run_dir.log(rank)).strip():  # "" for a rank that died before it opened its log file
                 lines += [f"rank {rank} printed:", *(f"  {line}" for line in printed.splitlines()[-25:])]
         with contextlib.suppress(OSError, ValueError):
             report.write(run_dir.root, [])
@@ -214,7 +215,7 @@ class Ranks:
             os._exit(0)
 
     def _run_rank(self, run_dir: RunDir, rank: int, function: Callable[[Rank], Any]) -> None:
-        """Run one rank, then park it: an early exit would make the peers fail, and so change the evidence."""
+        """Run one rank, then keep its process waiting: an early exit would make others fail and change the evidence."""
         from repro.hosts.signals import dump_on_signals
         from repro.trace.recording.recorder import Recorder
 
@@ -256,7 +257,8 @@ class Ranks:
             store=dist.FileStore(str(run_dir.store), self.num_ranks),
             rank=rank,
             world_size=self.num_ranks,
-            timeout=timedelta(seconds=self.deadline_s + 600),  # no timeout of the group: the watcher ends the run first
+            # longer than the deadline, so that the watcher ends the run before a timeout of the group does
+            timeout=timedelta(seconds=self.deadline_s + 600),
         )
         install()
         _current[:] = [recorded.Rank(recorder, rank, run_dir.root)]
@@ -271,7 +273,7 @@ _COMPARED = {
 
 
 def differences(document: Document) -> list[str]:
-    """A sentence for each argument in which the variants of the first divergent collective differ."""
+    """Return a sentence for each argument in which the variants of the first divergent collective differ."""
     sides = document.sides
     lines = []
     for argument, what in _COMPARED.items():
@@ -285,7 +287,7 @@ def differences(document: Document) -> list[str]:
 
 
 def _end(pids: list[int], patience_s: float) -> None:
-    """Wait this many seconds for the ranks to exit by themselves, kill those that do not, and reap all."""
+    """Wait ``patience_s`` seconds for the ranks to exit by themselves, kill those that do not, and reap all."""
     deadline = time.monotonic() + patience_s
     left = set(pids)
     while left:

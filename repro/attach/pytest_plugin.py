@@ -28,13 +28,16 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
 
 
 def _required_gpus(n: int = 1) -> int:
-    """The number that the marker gives, as a positional or a keyword argument. Raises TypeError for other arguments."""
+    """Return the number that the marker gives, as a positional or keyword argument.
+
+    Raises TypeError for other arguments.
+    """
     return int(n)
 
 
 @functools.cache
 def num_gpus() -> int:
-    """The number of CUDA devices, counted once."""
+    """Return the number of CUDA devices, counted once."""
     from repro.hosts.gpus import count_gpus
 
     return count_gpus()
@@ -42,20 +45,22 @@ def num_gpus() -> int:
 
 @pytest.fixture
 def ep_ranks(tmp_path: Path) -> Callable[..., Ranks]:
-    """``ep_ranks(n, backend="gloo").run(function)`` calls ``function(rank)`` on n ranks under a watcher.
+    """Return a function that makes ranks: ``ep_ranks(n, backend="gloo").run(function)`` calls ``function(rank)`` on n
+    ranks.
 
-    Skips the test if ``backend="nccl"`` has fewer than n GPUs. ``quiet_window_s`` and ``deadline_s`` limit a run.
+    A watcher follows the ranks. ``quiet_window_s`` and ``deadline_s`` limit a run. The test is skipped if
+    ``backend="nccl"`` finds fewer than n GPUs.
     """
 
     def make(num_ranks: int, backend: str = "gloo", quiet_window_s: float = 1.0, deadline_s: float = 60.0) -> Ranks:
         from repro.attach.harness import Ranks
 
         if num_ranks < 1:
-            raise ValueError(f"ep_ranks({num_ranks}): at least 1 rank is needed to test anything")
+            raise ValueError(f"ep_ranks({num_ranks}): the number of ranks must be at least 1")
         if backend not in ("gloo", "nccl"):
             raise ValueError(f"unknown backend {backend!r}; known: gloo, nccl")
         if backend == "nccl" and num_gpus() < num_ranks:
-            pytest.skip(f"nccl needs a GPU for each of {num_ranks} ranks, {num_gpus()} found")
+            pytest.skip(f'backend "nccl" needs a GPU for each of {num_ranks} ranks, but {num_gpus()} were found')
         return Ranks(num_ranks, backend, tmp_path, quiet_window_s, deadline_s)
 
     return make

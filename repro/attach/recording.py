@@ -27,11 +27,14 @@ from repro.watch.live import Comparison, Watch
 from repro.watch.offline import judge_files
 
 ANSWER_PATIENCE_S = 2.0
-"""How long a rank may take to write its evidence: its attendant looks every 0.2 s, and needs the interpreter."""
+"""Seconds that a rank may take to write its evidence.
+
+Its thread looks every 0.2 s, and may wait for the interpreter.
+"""
 
 
 class DeviceGroups(Collection[str]):
-    """The groups of a recorded job whose collectives are queued on a device. The job may create more while it runs."""
+    """The groups of a recorded job whose collectives are queued on a device. The list is read again at each use."""
 
     def __init__(self, run_dir: RunDir) -> None:
         self._path = run_dir.root / DEVICE_GROUPS
@@ -53,10 +56,13 @@ class DeviceGroups(Collection[str]):
 
 
 class RecordedHost(Host):
-    """This host, for ranks of a recorded program: it requests evidence through a file, and sends them no signals."""
+    """This host, for ranks of a recorded program. It requests evidence through a file, and sends no signals."""
 
     def collect(self, run_dir: RunDir, pids: Mapping[int, int]) -> dict[int, str]:
-        """Request stacks and Flight Recorder dumps from the ranks. Return, for each rank, what it did not write."""
+        """Request stacks and Flight Recorder dumps from the ranks.
+
+        Returns rank -> the evidence that it did not write.
+        """
         files = {rank: (run_dir.stack(rank), run_dir.flight_recorder(rank)) for rank in pids}
         before = {path: _stamp(path) for paths in files.values() for path in paths}
         request = run_dir.root / REQUEST
@@ -85,7 +91,7 @@ def is_recording(run_dir: RunDir) -> bool:
 
 
 def options(run_dir: RunDir) -> WatchOptions:
-    """The options of the watch over a recorded job. Raises OSError or DamagedFile for its run.json."""
+    """Return the options of the watch over a recorded job. Raises OSError or DamagedFile for the job's run.json."""
     description = read_description(run_dir.description)
     return WatchOptions(
         description.num_ranks, description.quiet_window_s, description.deadline_s, DeviceGroups(run_dir)
@@ -99,7 +105,7 @@ def watch_of(
     show: Callable[[list[Tail]], None],
     notice: Callable[[str], None],
 ) -> Watch:
-    """Make the watch over a recorded job; the arguments are those of :class:`repro.watch.live.Watch`."""
+    """Make the watch over a recorded job. The arguments are those of :class:`repro.watch.live.Watch`."""
     return Watch(
         run_dir,
         options(run_dir),
@@ -114,7 +120,7 @@ def watch_of(
 
 
 def judge_again(run_dir: RunDir) -> tuple[Document, bool]:
-    """Judge the files of a recorded job; return the document, and whether every file could be read in full."""
+    """Judge the files of a recorded job. Returns the verdict.json, and whether every file could be read in full."""
     again = judge_files(run_dir, options(run_dir), Comparison())
     decided = again.decided
     document = _describe(
@@ -135,15 +141,15 @@ def verdict_of(run_dir: RunDir) -> Verdict:
 
 
 def _explained(run_dir: RunDir, verdict: Verdict) -> Verdict:
-    """Add what is known of a program that declares no schedule."""
+    """Add to a verdict what is known about a program that declares no schedule."""
     return qualified(_with_culprits(run_dir, verdict), run_dir.root)
 
 
 def _with_culprits(run_dir: RunDir, verdict: Verdict) -> Verdict:
     """Add culprits from dumps and stacks to a deadlock for which the witnesses name none.
 
-    The judge of witnesses compares ranks with the schedule that an engine declares, and a foreign program declares
-    none. The judge of dumps also compares each rank with what it did in its own earlier steps.
+    The judge of witnesses compares ranks with a declared schedule, and foreign programs declare none. The judge of
+    dumps also compares each rank with its own earlier steps.
     """
     if verdict.verdict != "deadlock" or verdict.culprits:
         return verdict

@@ -1,7 +1,8 @@
-"""Pack a run into one zip for a bug report: evidence, pictures, the text of the issue, and commands to repeat it.
+"""Pack a run into one zip for a bug report: evidence, pictures, the text of the issue, and commands to repeat the run.
 
-A bundle carries only what is recognised: known fields, known words, numbers, files of known packages. Everything else
-is replaced by a stand-in where it tells things apart, and left out and counted where it does not.
+A bundle keeps only what is recognised as harmless: known fields, known words, numbers, files of known packages. A
+string that distinguishes things, such as the name of a group, is replaced by a stand-in ("text-003"). Everything else
+is left out and counted.
 """
 
 from repro.bundle.archive import ArchiveError, opened, verify

@@ -1,6 +1,6 @@
-"""Write and read bundles as zip files: equal files give equal bytes, and a zip from elsewhere is not trusted.
+"""Write and read bundles as zip files. Equal files give equal bytes, and a zip from outside is not trusted.
 
-Zips of others are read by name from a closed list, size-bounded, and never through ``extractall``.
+Files of a zip are read by name from a closed list and up to a size limit. ``extractall`` is never used.
 """
 
 from __future__ import annotations
@@ -28,9 +28,10 @@ MAX_FILES = 20_000
 MAX_FILE_BYTES = 128 << 20
 MAX_TOTAL_BYTES = 1 << 30
 MAX_RATIO, MIN_RATED_BYTES, MIN_RATED_TOTAL = 200, 4 << 20, 64 << 20
-"""Largest allowed ratio of unpacked to compressed size, for an entry and for the whole zip, and the
-size from which it applies: a zip of some kilobytes must not unpack to gigabytes. Files of a
-run are 5 to 40 times as large as their entries. A damaged witness, which cannot be shortened, has 3 MB.
+"""A zip of some kilobytes must not unpack to gigabytes. These are the largest allowed ratio of unpacked to compressed
+size, and the unpacked size from which the ratio is checked, for one entry and for the whole zip.
+
+Files of a run are 5 to 40 times as large as their entries. A damaged witness, which cannot be shortened, has 3 MB.
 """
 
 LIMITS = (
@@ -40,7 +41,10 @@ LIMITS = (
     (r"(?:.*/)?fr/.*", 32 << 20),
     (r"records\.jsonl", 128 << 20),
 )
-"""Largest size of a file that is parsed or shown as a whole, by name; MAX_FILE_BYTES for other files."""
+"""Largest size in bytes of a file that is parsed or shown as a whole, by name.
+
+MAX_FILE_BYTES applies to other files.
+"""
 MANIFEST = "MANIFEST.json"
 _BLOCK = 1 << 20
 _NAME = re.compile(
@@ -49,14 +53,14 @@ _NAME = re.compile(
 
 
 class ArchiveError(ValueError):
-    """A zip that is refused; the text names the zip and the entry."""
+    """A zip that is refused. The text of the error names the zip and the entry."""
 
 
 def check_entries(archive: zipfile.ZipFile, where: str) -> list[zipfile.ZipInfo]:
-    """Return the entries of a zip, or raise ArchiveError for the first suspicious one."""
+    """Return the entries of a zip. Raises ArchiveError for the first suspicious entry."""
     entries = archive.infolist()
     if len(entries) > MAX_FILES:
-        raise ArchiveError(f"{where}: {len(entries)} files, at most {MAX_FILES} are read")
+        raise ArchiveError(f"{where}: the zip has {len(entries)} files, but at most {MAX_FILES} are allowed")
     files: dict[str, zipfile.ZipInfo] = {}
     folders: set[str] = set()
     total = 0
@@ -74,34 +78,34 @@ def check_entries(archive: zipfile.ZipFile, where: str) -> list[zipfile.ZipInfo]
         if entry.is_dir():
             continue
         if name in files:
-            raise ArchiveError(f"{where}: {shown} is in it twice")
+            raise ArchiveError(f"{where}: {shown} is in the zip twice")
         if entry.flag_bits & 1:
             raise ArchiveError(f"{where}: {shown} is encrypted")
         if entry.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
-            raise ArchiveError(f"{where}: {shown} is compressed as no bundle is")
+            raise ArchiveError(f"{where}: {shown} is compressed by a method that bundles do not use")
         limit = next((limit for form, limit in LIMITS if re.fullmatch(form, name)), None)
         if entry.file_size > (most := limit or MAX_FILE_BYTES):
-            raise ArchiveError(f"{where}: {shown} unpacks to {entry.file_size} bytes, at most {most} are read")
+            raise ArchiveError(f"{where}: {shown} unpacks to {entry.file_size} bytes, but at most {most} are allowed")
         if limit is None and entry.file_size > max(MIN_RATED_BYTES, MAX_RATIO * entry.compress_size):
             raise ArchiveError(f"{where}: {shown} unpacks to more than {MAX_RATIO} times its size")
         files[name] = entry
         total += entry.file_size
         if total > MAX_TOTAL_BYTES:
             raise ArchiveError(
-                f"{where}: up to {shown} it unpacks to {total} bytes, at most {MAX_TOTAL_BYTES} are read"
+                f"{where}: the entries up to {shown} unpack to {total} bytes, but at most {MAX_TOTAL_BYTES} are allowed"
             )
     if total > max(MIN_RATED_TOTAL, MAX_RATIO * sum(entry.compress_size for entry in files.values())):
-        raise ArchiveError(f"{where}: it unpacks to more than {MAX_RATIO} times its size")
+        raise ArchiveError(f"{where}: the zip unpacks to more than {MAX_RATIO} times its size")
     if both := sorted(files.keys() & {*folders, *(folder.partition("/")[0] for folder in folders)}):
-        raise ArchiveError(f"{where}: {both[0]} is in it as a file and as a folder")
+        raise ArchiveError(f"{where}: {both[0]} is in the zip both as a file and as a folder")
     return list(files.values())
 
 
 def unpack(path: Path, into: Path) -> dict[str, str]:
-    """Unpack a zip into a new folder; return the SHA-256 of each file.
+    """Unpack a zip into a new folder. Returns file -> SHA-256.
 
-    Raises ValueError for what is no regular file, ArchiveError for what is no zip, is damaged, or holds anything that
-    a bundle would not.
+    Raises ValueError if the path is not a regular file. Raises ArchiveError if the file is not a zip, is damaged, or
+    contains anything that a bundle does not contain.
     """
     sums: dict[str, str] = {}
     if not path.exists():
@@ -113,9 +117,9 @@ def unpack(path: Path, into: Path) -> dict[str, str]:
                 target.parent.mkdir(parents=True, exist_ok=True)
                 sums[entry.filename] = _unpack_one(archive, entry, target)
     except (zipfile.BadZipFile, zlib.error, NotImplementedError, EOFError, UnicodeError, struct.error) as error:
-        raise ArchiveError(f"{path}: not a zip that can be read: {error}") from None
+        raise ArchiveError(f"{path}: the zip cannot be read: {error}") from None
     except FileExistsError as error:  # names that differ only in case are one file on some file systems
-        raise ArchiveError(f"{path}: {Path(error.filename).name} is in it twice") from None
+        raise ArchiveError(f"{path}: {Path(error.filename).name} is in the zip twice") from None
     return sums
 
 
@@ -125,14 +129,16 @@ def _unpack_one(archive: zipfile.ZipFile, entry: zipfile.ZipInfo, target: Path) 
         while block := source.read(_BLOCK):
             size += len(block)
             if size > entry.file_size or size > MAX_FILE_BYTES:  # a zip's directory may state wrong sizes
-                raise ArchiveError(f"{archive.filename}: {entry.filename} unpacks to more than it says")
+                raise ArchiveError(
+                    f"{archive.filename}: {entry.filename} unpacks to more bytes than the zip's directory says"
+                )
             digest.update(block)
             file.write(block)
     return digest.hexdigest()
 
 
 def differences(folder: Path, sums: dict[str, str], where: str) -> list[str]:
-    """List the differences between the files and MANIFEST.json, one line each. Raises ArchiveError if it is missing."""
+    """List the differences between the files and MANIFEST.json, one in a line. Raises ArchiveError if it is missing."""
     try:
         document = read_json(folder / MANIFEST)
         promised = {str(name): str(row["sha256"]) for name, row in document["files"].items()}
@@ -152,17 +158,18 @@ def differences(folder: Path, sums: dict[str, str], where: str) -> list[str]:
 
 
 def verify(path: Path) -> list[str]:
-    """List the problems of a bundle, one line each. Raises ArchiveError if it is no bundle or is not safe to open."""
+    """List the problems of a bundle, one in a line. Raises ArchiveError if it is not a bundle or not safe to open."""
     with scratch_folder("repro-verify-") as folder:
         return differences(folder, unpack(path, folder), str(path))
 
 
 @contextlib.contextmanager
 def opened(path: Path) -> Iterator[Path]:
-    """Yield the run directory of ``path``. A bundle is unpacked into a temporary folder while the ``with`` runs.
+    """Yield the run directory of ``path``. A bundle is unpacked into a temporary folder, which lasts as long as the
+    ``with``.
 
-    Raises ArchiveError for a zip that is no bundle, is not safe to open, or is not as its manifest says, and in the
-    ``with`` for a file of it that cannot be used.
+    Raises ArchiveError for a zip that is not a bundle, is not safe to open, or differs from its manifest. Inside the
+    ``with``, the error of a file that cannot be used is raised as ArchiveError, too.
     """
     if not path.is_file():
         yield path
@@ -172,15 +179,15 @@ def opened(path: Path) -> Iterator[Path]:
             raise ArchiveError(f"{path}: {wrong[0]}" + (f", and {len(wrong) - 1} more" if len(wrong) > 1 else ""))
         try:
             yield folder
-        # the message names a temporary folder that no longer exists
+        # The error's text names a temporary folder that no longer exists.
         except (InputError, DamagedFile, WitnessError) as error:
             raise ArchiveError(str(error).replace(f"{folder}/", f"{path}: ")) from error
 
 
 def pack(folder: Path, path: Path, manifest: Mapping[str, Any]) -> int:
-    """Write all files of a folder and their manifest into a zip; returns its size.
+    """Write all files of a folder and their manifest into a zip. Returns the size of the zip in bytes.
 
-    Raises ArchiveError where it holds more than is read, OSError where it cannot be written.
+    Raises ArchiveError if the zip exceeds the limits for reading, OSError if it cannot be written.
     """
     files = sorted(file for file in folder.rglob("*") if file.is_file())
     names = [str(file.relative_to(folder)) for file in files]
@@ -203,7 +210,7 @@ def pack(folder: Path, path: Path, manifest: Mapping[str, Any]) -> int:
 
 
 def _add(archive: zipfile.ZipFile, name: str, data: bytes) -> None:
-    """Add a file. The zip does not depend on the time: equal bytes give an equal zip."""
+    """Add a file to the zip. No time is stored, so equal bytes give an equal zip."""
     entry = zipfile.ZipInfo(name, (1980, 1, 1, 0, 0, 0))
     entry.external_attr = (0o755 if name.endswith((".sh", ".py")) else 0o644) << 16
     archive.writestr(entry, data, zipfile.ZIP_DEFLATED, 9)

@@ -1,7 +1,7 @@
-"""Make the bundle of a run: copy what is recognised, judge the copy again, redraw the report from it, and pack it.
+"""Make the bundle of a run: copy what is recognised, judge the copy, draw the report from the copy, and pack it.
 
-All that a bundle says is made from the copy: the report, the text of the issue, the reproducer. What is not in the copy
-cannot be in them. Before the zip is written, a plain search looks for the names of this machine and its user.
+The report, the text of the issue and the reproducer are made from the copy, so they contain nothing that the copy
+lacks. Before the zip is written, a plain search looks for the names of this machine and its user.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ COLLECT_ENV_S = 60
 _MAX_LOG_BYTES = 512 << 10
 
 _FOLDERS = {"events": "wit", "fr": "json", "stacks": "txt", "logs": "log", "env": "txt", "outputs": "json"}
-"""Folders with one file for each rank, and the suffix of these files' names."""
+"""Folders with one file for each rank -> the suffix of these files' names."""
 _LOGS = ("logs/launcher.log", "logs/reference.log", "logs/watcher.log")
 _FILES = ("run.json", "config.json", "verdict.json", "reference.json")
 
@@ -66,10 +66,10 @@ _TEXTS: Mapping[str, Callable[[str, Recogniser], str]] = {
 
 @dataclass
 class Made:
-    """The result of making a bundle: its files and what was left out of it.
+    """The result of making a bundle: its files, and what was left out of them.
 
     left_out   how much was left out or replaced, by the keys of recognise.LEFT_OUT
-    notes      files that were left out or cut, and what else the reader should know
+    notes      files that were left out or shortened, and what else the reader should know
     """
 
     path: Path
@@ -79,11 +79,11 @@ class Made:
 
 
 Judge = Callable[[RunDir], Verdict]
-"""Judges the copy of a run that goes into the bundle."""
+"""A function that judges the copy of a run that goes into the bundle."""
 
 
 def judge_copy(run_dir: RunDir, comparison: Comparison | None = None) -> Verdict:
-    """Judge a run from its files. comparison: of its results; without one they count as not compared."""
+    """Judge a run from its files. comparison: that of its results; without one, the results count as not compared."""
     comparison = comparison or Comparison(missing="the results in the bundle were not compared")
     return judge_files(run_dir, options_of(read_description(run_dir.description)), comparison).verdict
 
@@ -92,11 +92,10 @@ def make(root: Path, path: Path | None = None, with_logs: bool = False, judge: J
     """Write the bundle of a run and of the other variants of its family. The default ``path`` is beside the runs.
 
     judge: judges each copy, so that the bundle's verdict follows from the bundle's files
-    with_logs: keep text that is not recognised where a search finds nothing suspicious in it. The fault is the bundle's
-    main run where there is one.
+    with_logs: keep text that no rule recognises, if a search finds nothing suspicious in it
 
-    Raises ConfigError where there is no run, LeakError where a private name was found, OSError where the zip cannot be
-    written.
+    If the family has a fault, the fault is the main run of the bundle. Raises ConfigError if there is no run, LeakError
+    if a private name was found, OSError if the zip cannot be written.
     """
     root = root.resolve()
     family = _family(root)
@@ -148,7 +147,7 @@ def _family(root: Path) -> dict[str, Path]:
 
 
 def _hosts(run: Path) -> Iterator[str]:
-    """Collect the names of all hosts in the ranks' files: any file may name any of them."""
+    """Collect the names of all hosts in the ranks' files, because any file may name any host."""
     for path in sorted((run / "events").glob(f"*{SUFFIX}")):
         with contextlib.suppress(OSError, ValueError), open_regular(path, MAX_BYTES) as file:
             yield parse_header(file.read(HEADER.size + CRC.size), path.name)[0].hostname
@@ -167,11 +166,11 @@ def _copy_run(source: Path, target: Path, recogniser: Recogniser, notes: list[st
             continue
         folder, _, file = name.rpartition("/")
         if folder and name not in _LOGS and not re.fullmatch(rf"rank\d{{1,6}}\.{_FOLDERS[folder]}", file):
-            notes.append(f"{escape_control_characters(name)} is left out: not a file that a run leaves")
+            notes.append(f"{escape_control_characters(name)} is left out, because a run leaves no such file")
             recogniser.left_out["files"] += 1
             continue
         try:
-            if path.is_symlink():  # a path outside the run
+            if path.is_symlink():  # may lead to a path outside the run
                 raise ValueError("a link")
             data = _redacted(path, folder or file, recogniser, notes)
         except (OSError, ValueError) as error:
@@ -183,7 +182,10 @@ def _copy_run(source: Path, target: Path, recogniser: Recogniser, notes: list[st
 
 
 def _redacted(path: Path, kind: str, recogniser: Recogniser, notes: list[str]) -> bytes:
-    """Return a file's bytes for the bundle. Raises ValueError for content of another kind, OSError if unreadable."""
+    """Return a file's redacted bytes.
+
+    Raises ValueError if its content is not of this kind, OSError if it is unreadable.
+    """
     if kind == "events":
         with open_regular(path, MAX_BYTES) as file:
             return redact_witness(file.read(MAX_BYTES), path.name, recogniser)
@@ -194,15 +196,16 @@ def _redacted(path: Path, kind: str, recogniser: Recogniser, notes: list[str]) -
         file.seek(max(0, size - _MAX_LOG_BYTES))
         text = file.read(_MAX_LOG_BYTES).decode(errors="replace")
     if size > _MAX_LOG_BYTES:
-        notes.append(f"{path.name} is cut to its last {_MAX_LOG_BYTES >> 10} KiB")
-        text = text.partition("\n")[2]  # the first line may have lost the word that explains the rest of it
+        notes.append(f"{path.name} is shortened to its last {_MAX_LOG_BYTES >> 10} KiB")
+        text = text.partition("\n")[2]  # the first line may have lost the word that shows what its rest means
     return _TEXTS[kind](text, recogniser).encode()
 
 
 def _judge(copy: Path, run: Path, judge: Judge, recogniser: Recogniser, notes: list[str]) -> None:
-    """Write the copy's verdict.json, with evidence and sentences from judging the copy.
+    """Write the copy's verdict.json, with evidence and sentences from a judgement of the copy.
 
-    Of the run's own evidence a line stays where it is recognised: the watcher's have no counterpart in the copy.
+    Lines of the run's own evidence that are recognised are kept, because observations of the watcher cannot be made
+    again from the copy.
     """
     path = copy / "verdict.json"
     if not path.exists():
@@ -210,7 +213,7 @@ def _judge(copy: Path, run: Path, judge: Judge, recogniser: Recogniser, notes: l
     document, before = read_json(path), read_json(run / "verdict.json")
     if not isinstance(document, dict):
         return
-    # only in a slow run, whose evidence cannot be reproduced from the copy
+    # These lines exist only in a slow run, whose evidence cannot be produced again from the copy.
     recognised = _prose(before.get("evidence"), [], recogniser)
     write_json(path, document | {"evidence": recognised, "sentences": []})
     again: dict[str, Any] = {}
@@ -228,12 +231,12 @@ def _judge(copy: Path, run: Path, judge: Judge, recogniser: Recogniser, notes: l
     for name in ("verdict", "cause", "culprits"):
         if again and before.get(name) != again[name]:
             notes.append(
-                f"{run.name}: {name} is {again[name]} by the bundle's files, {before.get(name)} by verdict.json"
+                f"{run.name}: {name} is {again[name]} by the bundle's files, but {before.get(name)} by verdict.json"
             )
 
 
 def _prose(before: Any, again: list[str], recogniser: Recogniser) -> list[str]:
-    """Keep each line of the run that is recognised; replace the others by what the judgement of the copy says."""
+    """Keep each recognised line of the run's evidence; replace the others by what the judgement of the copy says."""
     if not isinstance(before, list):
         return []
     again = [line.replace("\n", " ") for line in again]
@@ -251,23 +254,26 @@ def _prose(before: Any, again: list[str], recogniser: Recogniser) -> list[str]:
 
 
 def _environment(recogniser: Recogniser) -> str:
-    """The output of torch.utils.collect_env on this machine, run in a separate process."""
+    """Return the output of torch.utils.collect_env on this machine, which runs in a separate process."""
     command = [sys.executable, "-m", "torch.utils.collect_env"]
     intro = (
-        "torch.utils.collect_env, on the machine and at the time that made this bundle.\n"
-        "What each rank of the run had loaded stands in env/.\n\n"
+        "torch.utils.collect_env, on the machine and at the time at which this bundle was made.\nThe files in env/ "
+        "say what each rank of the run had loaded.\n\n"
     )
     try:
         answer = subprocess.run(command, capture_output=True, text=True, timeout=COLLECT_ENV_S)
     except (OSError, subprocess.TimeoutExpired) as error:
         return f"{intro}{type(error).__name__}: no report\n"
     if answer.returncode != 0:
-        return f"{intro}it failed with exit code {answer.returncode}\n"
+        return f"{intro}torch.utils.collect_env failed with exit code {answer.returncode}\n"
     return intro + lines.machine(answer.stdout, environment.collected_line, recogniser)
 
 
 def _reproducer(facts: Facts, others: list[Facts], notes: list[str]) -> str:
-    """The hang as one runnable file. It includes the fix if a run of the fix ended well and can be replayed."""
+    """Return the hang as one runnable file.
+
+    It includes the fix, if a run of the fix ended normally and can be replayed.
+    """
     if replay.is_that_of_ep_deadlock(facts.verdict):
         return replay.EP_DEADLOCK.read_text()
     hang = replay.of_runs(facts, None)
@@ -275,5 +281,5 @@ def _reproducer(facts: Facts, others: list[Facts], notes: list[str]) -> str:
         try:
             return replay.of_runs(facts, fix.root)
         except replay.ReplayError as error:
-            notes.append(f"repro.py is without --fix: {str(error).replace(f'{facts.root}/', '')}")
+            notes.append(f"repro.py has no --fix: {str(error).replace(f'{facts.root}/', '')}")
     return hang

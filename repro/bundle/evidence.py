@@ -1,6 +1,6 @@
 """Make a bundle from the evidence of any job: redact the records, and diagnose the job from the redacted records only.
 
-No file of the job is copied. What no reader understands is not in the records, so it cannot be in the bundle.
+No file of the job is copied. Text that no reader understands is not in the records, so it cannot be in the bundle.
 """
 
 from __future__ import annotations
@@ -28,10 +28,10 @@ def make_of_evidence(
 ) -> Made:
     """Write the bundle of a job's evidence.
 
-    with_logs: keep messages that are not recognised where a search finds nothing suspicious in them
-    others: name -> evidence of further runs, which differ in a setting; the issue gets a table of all verdicts
+    with_logs: keep messages that no rule recognises, if a search finds nothing suspicious in them
+    others: name -> evidence of further runs with one setting changed; the issue then has a table of all verdicts
 
-    Raises LeakError where a private name was found, OSError where the zip cannot be written.
+    Raises LeakError if a private name was found, OSError if the zip cannot be written.
     """
     runs = {"this run": evidence, **(others or {})}
     hosts = [*dict.fromkeys(host for run in runs.values() for host in hosts_of(run.records)), *this_machine()]
@@ -41,7 +41,7 @@ def make_of_evidence(
         recogniser.name_host(name)
     redacted = redact_evidence(evidence, recogniser)
     diagnosis = diagnose(redacted.records)
-    notes = [f"{name} is {after} by the bundle's records, {before} by the files"
+    notes = [f"{name} is {after} by the bundle's records, but {before} by the original files"
              for name, after, before in _differences(diagnosis, diagnose(evidence.records))]  # fmt: skip
     alone = _alone(runs, recogniser) if others else {}
     with scratch_folder("repro-bundle-") as folder:
@@ -70,7 +70,7 @@ def _differences(after: Diagnosis, before: Diagnosis) -> Iterable[tuple[str, obj
 
 
 def _alone(runs: Mapping[str, Evidence], recogniser: Recogniser) -> dict[str, Diagnosis]:
-    """Return name -> diagnosis of each run. A name that is not recognised is replaced by the run's number."""
+    """Return name -> diagnosis of each run by itself. A name that is not recognised is replaced by the run's number."""
     return {
         recogniser.recognised(name) or f"run {number}": diagnose(redact_evidence(evidence, recogniser).records)
         for number, (name, evidence) in enumerate(runs.items(), 1)

@@ -1,4 +1,4 @@
-"""The texts of a bundle: ISSUE.md, ready to paste, and COMMANDS.sh, ready to run."""
+"""The texts of a bundle: ISSUE.md, to paste into an issue, and COMMANDS.sh, to run."""
 
 from __future__ import annotations
 
@@ -22,15 +22,18 @@ def _one_file(facts: Facts) -> str:
 
 
 def commands_script(facts: Facts) -> str:
-    """COMMANDS.sh: each command that can be repeated, with its purpose. A hang's exit code does not stop the script."""
+    """Return COMMANDS.sh: each command that can be repeated, with its purpose.
+
+    A failing command does not stop the script.
+    """
     *again, (_, judge) = commands(facts)
-    found = [("the verdict once more, from the evidence in this bundle", judge), *again]
+    found = [("judge the evidence in this bundle again", judge), *again]
     if (facts.root / "repro.py").exists():
-        found.append(("the same in one file", _one_file(facts)))
+        found.append(("the same hang in one file", _one_file(facts)))
     lines = [
         "#!/bin/sh",
         f"# Run in a clone of the repository after `make setup`, with this bundle unpacked in the folder `{UNPACKED}`.",
-        "# Exit code 0: as expected. torchrun's is 1 when the ranks hung and were ended.",
+        "# Exit code 0: as expected. torchrun exits with 1 if the ranks hung and were ended.",
         "PATH=$PWD/.venv/bin:$PATH",
         """again() { printf '\\n+ %s\\n' "$*"; "$@"; printf 'exit code %s\\n' "$?"; }""",
     ]
@@ -40,7 +43,7 @@ def commands_script(facts: Facts) -> str:
 
 
 def issue(facts: Facts, others: list[Facts], left_out: int = 0) -> str:
-    """ISSUE.md: what a maintainer needs to see first, in at most MAX_ISSUE_LINES lines.
+    """Return ISSUE.md: what a maintainer needs to see first, in at most MAX_ISSUE_LINES lines.
 
     left_out: how many strings, lines and fields of the run the bundle leaves out or replaces
     """
@@ -48,7 +51,7 @@ def issue(facts: Facts, others: list[Facts], left_out: int = 0) -> str:
     again = commands(facts)[:-1]
     source = read_text(facts.root / "repro.py")
     cure = "; --fix shows the cure" if '"--fix"' in source else ""
-    one_file = [f"{_one_file(facts)}    # the same in one file{cure}"] if source else []
+    one_file = [f"{_one_file(facts)}    # the same hang in one file{cure}"] if source else []
     attached = ["report.html (timeline, schedules, stacks)", *(it for it in ATTACHED if (facts.root / it).exists())]
     lines = [
         "# "
@@ -59,13 +62,13 @@ def issue(facts: Facts, others: list[Facts], left_out: int = 0) -> str:
         "",
         f"**Command**, in a clone of the repository after `make setup`, with the attached zip unpacked in `{UNPACKED}`",
         "```",
-        _fenced(again[0][1] if again else "(not known: run.json is missing or names none)"),
+        _fenced(again[0][1] if again else "(not known: run.json is missing or names no command)"),
         *one_file,
         "```",
         "",
         *_issue_table(facts),
         "",
-        "**Who waits for whom**",
+        "**Which ranks wait for which**",
         *[f"- {_line(wait.words())}" for wait in verdict.waits[:6] if wait.awaited],
         *[f"- {_line(text)}" for text in verdict.evidence if "schedule" in text][:3],
         "",
@@ -80,17 +83,17 @@ def issue(facts: Facts, others: list[Facts], left_out: int = 0) -> str:
         ],
         *([] if others else ["| - | - | not run |"]),
         "",
-        "**What is not shown.** That any other server's hang has this cause; this rebuilds one mechanism on a small "
-        f"model, {_line(verdict.backend)} backend. Nothing about speed.",
+        "**What is not shown.** Another server's hang may have another cause: this run rebuilds one mechanism on a "
+        f"small model, {_line(verdict.backend)} backend. Nothing about speed.",
         "",
         "**Versions**, as loaded by the ranks",
         "```",
         *_versions(facts),
         "```",
         "",
-        f"Attached: {', '.join(attached)}. `python -m repro bundle --verify ZIP` checks it. {left_out} names, lines "
-        "and fields that are not known to be harmless are left out or replaced (MANIFEST.json counts them by kind); "
-        "`python -m repro bundle RUN --with-logs` adds those lines in which a search finds nothing suspicious.",
+        f"Attached: {', '.join(attached)}. `python -m repro bundle --verify ZIP` checks this zip. {left_out} names, "
+        "lines and fields that are not known to be harmless are left out or replaced (MANIFEST.json counts them by "
+        "kind); `python -m repro bundle RUN --with-logs` adds those lines in which a search finds nothing suspicious.",
     ]
     return "\n".join(lines[:MAX_ISSUE_LINES]) + "\n"
 
@@ -108,13 +111,13 @@ def _issue_table(facts: Facts) -> list[str]:
         table.append(f"| {len(rows) - MAX_PLACES} more places | | | | | |")
     culprits = facts.verdict.culprits
     named = (
-        f"Culprits: {shorten_rank_lists(name_ranks(culprits))}." if culprits else "Nobody is proven to be the culprit."
+        f"Culprits: {shorten_rank_lists(name_ranks(culprits))}." if culprits else "No rank is proven to be the culprit."
     )
     return [*table, "", f"{named} Confidence: {facts.verdict.confidence or 'unknown'}."]
 
 
 def _versions(facts: Facts) -> list[str]:
-    """The software versions that the ranks loaded, grouped by equal ranks; at most MAX_VERSIONS lines."""
+    """Return the software versions that the ranks loaded; equal ranks share an entry. At most MAX_VERSIONS lines."""
     together: dict[str, list[int]] = {}
     for rank in range(facts.num_ranks):
         text = read_text(facts.run_dir.environment(rank))
@@ -126,7 +129,7 @@ def _versions(facts: Facts) -> list[str]:
         more = f" ({len(found) - room} more lines in env/)" if len(found) > room else ""
         lines += [f"{shorten_rank_lists(name_ranks(ranks))}:{more}", *found[:room]]
     if len(together) > 3:
-        lines[-1] = f"and {len(together) - 3} more kinds of ranks, see env/"
+        lines[-1] = f"and {len(together) - 3} more groups of ranks with equal versions, see env/"
     return lines or ["(not recorded)"]
 
 
@@ -139,11 +142,14 @@ def _mechanism(facts: Facts) -> str:
 
 
 def _line(text: str) -> str:
-    """One line of Markdown in which an untrusted text cannot act as markup."""
+    """Return one line of Markdown in which an untrusted text cannot act as markup."""
     plain = escape_control_characters(shorten_rank_lists(text), 300).replace("\n", " ").replace("|", "\\|")
     return plain.replace("<", "&lt;").replace("`", "'").replace("[", "\\[")
 
 
 def _fenced(text: str) -> str:
-    """One line of a fenced code block, without escapes, so that it can be copied. The line cannot end the block."""
+    """Return one line for a fenced code block, without escapes, so that it can be copied.
+
+    The line cannot end the block.
+    """
     return escape_control_characters(text, 4000).replace("\n", " ").replace("```", "'''")

@@ -16,11 +16,11 @@ _GENERATED = ("report.html", "timeline.svg", "trace.json", "repro.py", "ISSUE.md
 
 
 class LeakError(RuntimeError):
-    """The copy still has a private name; nothing was written."""
+    """The copy still contains a private name, so nothing was written."""
 
 
 def private_values(variables: Mapping[str, str]) -> set[str]:
-    """Return the user's name and home folder, and the values of variables whose name looks like that of a secret."""
+    """Return the user's name and home folder, and the values of variables whose names look like those of secrets."""
     try:
         user = variables.get("USER") or getpass.getuser()
     except (KeyError, OSError):
@@ -33,7 +33,7 @@ def private_values(variables: Mapping[str, str]) -> set[str]:
 
 
 def refuse_leaks(folder: Path, private: frozenset[str]) -> None:
-    """Raise LeakError if a private name is left. The search is independent of the rules of recognition."""
+    """Raise LeakError if a private name is left. This search does not use the rules that recognise harmless text."""
     patterns = [(name, re.compile(form_of(name).encode(), re.IGNORECASE)) for name in sorted(private)]
     page = [style().encode(), script().encode()]
     for path in sorted(folder.rglob("*")):
@@ -45,8 +45,9 @@ def refuse_leaks(folder: Path, private: frozenset[str]) -> None:
             data = data.replace(own, b"")
         for name, pattern in patterns:
             if (generated and name.isalpha()) or (path.suffix == SUFFIX and len(name) < 6):
-                continue  # a word of the page's own, or a number that happens to look so
+                continue  # a word of the page's own text, or a number that happens to look the same
             if pattern.search(data):
                 raise LeakError(
-                    f"{path.relative_to(folder)} still holds a name of this machine or user; nothing was written"
+                    f"{path.relative_to(folder)} still contains a name of this machine or user, so no bundle was "
+                    "written"
                 )

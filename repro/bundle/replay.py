@@ -1,7 +1,8 @@
 """Write a run as one script to paste into an issue: it repeats each rank's collectives and locks in order.
 
-Only what the ranks said to each other is kept, not the model: a hang that follows from who issues what in which order
-comes back. What needs the model's arithmetic, a device, a death or a backend's race does not, and is refused.
+Only what the ranks sent each other is kept, not the model. A hang that follows from the order of the ranks' collectives
+hangs again. A hang that needs the model's arithmetic, a device, a death or a race in a backend does not, and is
+refused.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from repro.watch.document import Document
 
 TEMPLATE = Path(__file__).parent / "replay_template.txt"
 EP_DEADLOCK = Path(__file__).parents[1] / "ep_deadlock.py"
-"""The hang of metadata_rebuild with the model that causes it, and its cure, on at most 8 ranks."""
+"""A file with the hang of metadata_rebuild, the model that causes it, and the fix, on at most 8 ranks."""
 
 _USAGE_OF_FIX = """\
     torchrun --standalone --nproc-per-node {} THIS_FILE --fix    the cured run up to the same step, exits with 0
@@ -31,11 +32,11 @@ OPS = ("all_reduce", "all_gather_v", "reduce_scatter_v", "all_gather", "broadcas
 
 
 class ReplayError(ValueError):
-    """A run that cannot be replayed; the text gives the reason."""
+    """A run that cannot be replayed. The text of the error gives the reason."""
 
 
 class Act(NamedTuple):
-    """One action of a rank: a collective, "acquire", "release" or "ask" (for a lock that it never got), or "die"."""
+    """One action of a rank: a collective, "acquire", "release", "ask" (for a lock that it never got), or "die"."""
 
     name: str
     op: str
@@ -55,13 +56,13 @@ def is_that_of_ep_deadlock(verdict: Document) -> bool:
 def of_runs(fault: Facts, fix: Path | None) -> str:
     """Return the source of a reproducer of the faulty run. With --fix it replays the fixed run, up to the same step.
 
-    Raises ReplayError when a run is no hang that a replay brings back, or is not whole.
+    Raises ReplayError if a run is not a hang that a replay can repeat, or if witnesses are incomplete.
     """
     _refuse_what_would_not_hang(fault.verdict)
     programs, groups = _programs(fault.root, None)
     stuck = [p.step for p in fault.verdict.ranks if p.state in ("blocked", "locked", "dead", "failed")]
     if not stuck:
-        raise ReplayError("no rank of this run waits, so there is nothing to replay")
+        raise ReplayError("no rank of this run waits, so there is no hang to replay")
     cured: dict[int, list[Act]] = {}
     if fix is not None:
         cured, _ = _programs(fix, max(max(stuck) + 1, 1))
@@ -93,33 +94,39 @@ def _refuse_what_would_not_hang(verdict: Document) -> None:
     """Raise ReplayError if the order of collectives does not explain the ranks' waits."""
     if verdict.verdict != "deadlock":
         reason = f"the verdict is {verdict.verdict}" if verdict.verdict else "there is no verdict"
-        raise ReplayError(f"{reason}; only a deadlock follows from who issues what in which order")
+        raise ReplayError(
+            f"{reason}; only a deadlock follows from the order in which ranks issue collectives, so only "
+            "a deadlock can be replayed"
+        )
     meetings: dict[tuple[str, int], set[tuple[str, tuple[int, ...]]]] = {}
     for p in verdict.ranks:
         if p.state == "blocked":
             meetings.setdefault((p.group, p.seq), set()).add((p.op, p.sizes))
     if verdict.cause == "sizes" or any(len(calls) > 1 for calls in meetings.values()):
         raise ReplayError(
-            "ranks paired different operations or sizes; a race in the backend decides whether that hangs"
+            "ranks paired different operations or sizes, and only a race in the backend decides whether that hangs"
         )
 
 
 def _programs(root: Path, steps: int | None) -> tuple[dict[int, list[Act]], dict[str, tuple[int, ...]]]:
-    """Return what every rank did, and the groups; stop before ``steps``."""
+    """Return what every rank did, and the groups. What ranks did from step ``steps`` on is left out."""
     witnesses, refused = read_dir(root / "events")
     if refused or not witnesses:
         raise ReplayError(refused[0] if refused else f"{root}: no witness")
     if len(witnesses) != next(iter(witnesses.values())).writer.num_ranks:
-        raise ReplayError(f"{root}: {len(witnesses)} witnesses: those of some ranks are missing")
+        raise ReplayError(f"{root}: {len(witnesses)} witnesses: the witnesses of some ranks are missing")
     groups: dict[str, tuple[int, ...]] = {}
     programs = {}
     for rank, witness in sorted(witnesses.items()):
         if witness.first_event > 1 or not witness.complete:
-            raise ReplayError(f"{witness.name}: its oldest events were overwritten, or its newest are torn")
+            raise ReplayError(
+                f"{witness.name}: the oldest events were overwritten, or the newest are incomplete, so "
+                "the run cannot be replayed"
+            )
         for group in witness.groups:
             if groups.setdefault(group.name, group.members) != group.members:
                 raise ReplayError(
-                    f"{witness.name}: group {group.name} has other members in the witnesses of other ranks"
+                    f"{witness.name}: group {group.name} has other members than in the witnesses of other ranks"
                 )
         programs[rank] = list(_acts(witness, steps))
     return programs, groups
@@ -145,7 +152,7 @@ def _acts(witness: Witness, steps: int | None) -> Iterator[Act]:
             case Kind.LOCK_HELD:
                 yield asked.pop(event.sig, Act(witness.text(event.sig), "", where))._replace(op="acquire")
             case Kind.LOCK_FREED:
-                if asked.pop(event.sig, None) is None:  # otherwise the rank only waited for the lock to disappear
+                if asked.pop(event.sig, None) is None:  # otherwise the rank only waited for the lock file to disappear
                     yield Act(witness.text(event.sig), "release", where)
             case _:
                 pass
@@ -154,14 +161,14 @@ def _acts(witness: Witness, steps: int | None) -> Iterator[Act]:
 
 
 def _stale_locks(programs: Mapping[int, Sequence[Act]]) -> list[str]:
-    """The locks that ranks asked for and no rank held: something outside the job holds them."""
+    """Return the locks that ranks asked for and that no rank held: something outside the job holds them."""
     acts = {act for program in programs.values() for act in program}
     had = {act.name for act in acts if act.op in ("acquire", "release")}
     return sorted({act.name for act in acts if act.op == "ask"} - had)
 
 
 def _classes(name: str, programs: Mapping[int, Sequence[Act]], number: Mapping[Act, int]) -> str:
-    """Group the ranks whose programs are equal."""
+    """Write the programs of the ranks; ranks with equal programs share one."""
     together: dict[tuple[int, ...], list[int]] = {}
     for rank, program in programs.items():
         together.setdefault(tuple(number[act] for act in program), []).append(rank)
@@ -175,7 +182,7 @@ def _classes(name: str, programs: Mapping[int, Sequence[Act]], number: Mapping[A
 
 
 def _runs(acts: Sequence[int]) -> str:
-    """Write numbers, with consecutive ones as ranges."""
+    """Write numbers as text, with consecutive numbers as ranges."""
     parts: list[str] = []
     k = 0
     while k < len(acts):
@@ -196,7 +203,7 @@ def _literal(name: str, value: object) -> str:
 
 
 def _fill(template: str, parts: Mapping[str, str]) -> str:
-    """Fill a template in one pass: inserted text is not scanned again."""
+    """Fill a template in one pass, so that inserted text is not searched for further placeholders."""
     return re.sub(r"@([A-Z]+)@", lambda match: parts[match[1]], template)
 
 

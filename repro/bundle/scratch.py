@@ -1,4 +1,4 @@
-"""A temporary folder that is always removed, even if a signal arrives while it is being removed."""
+"""A temporary folder that is always removed, even if a signal arrives during the removal."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 @contextlib.contextmanager
 def scratch_folder(prefix: str) -> Iterator[Path]:
-    """Yield a folder for a ``with`` block. A signal arrives once, as KeyboardInterrupt (repro.hosts.interrupt).
+    """Yield a folder for a ``with`` block. The first signal raises KeyboardInterrupt (repro.hosts.interrupt).
 
-    A signal that comes while the folder is made waits until its removal is certain.
+    A signal that arrives while the folder is made takes effect only when the folder's removal is certain.
     """
     before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
     try:

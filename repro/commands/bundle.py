@@ -21,22 +21,28 @@ from repro.verdict import Verdict
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    what = "a run directory, a folder or zip of what `diagnose` reads, the folder that it wrote; with --verify a bundle"
+    what = (
+        "a run directory; evidence (a folder or zip) that `diagnose` reads; a folder that `diagnose --out` wrote; "
+        "with --verify a bundle"
+    )
     parser.add_argument("run", type=Path, metavar="RUN", help=what)
-    other = "evidence of another run, which differs in a setting; ISSUE.md gets a table of all verdicts"
+    other = "evidence of another run with one setting changed; ISSUE.md then has a table of all verdicts"
     parser.add_argument("others", type=Path, metavar="OTHER", nargs="*", default=(), help=other)
-    parser.add_argument("--verify", action="store_true", help="compare a zip with its manifest")
+    parser.add_argument("--verify", action="store_true", help="compare a zip with its own manifest")
     parser.add_argument("--to", type=Path, metavar="ZIP", help="default: beside the run")
     parser.add_argument(
         "--with-logs",
         action="store_true",
-        help="add unrecognised text in which nothing suspicious is found",
+        help="also include text that no rule recognises and that does not look like a secret",
     )
     parser.add_argument("--json", action="store_true")
 
 
 def run(args: argparse.Namespace) -> int:
-    """Make a bundle and print what was left out; or verify one. Return 0, or 1 if it differs from its manifest."""
+    """Make a bundle and print what was left out, or verify a bundle.
+
+    Returns 0, or 1 if it differs from its manifest.
+    """
     if args.verify:
         wrong = verify(args.run)
         if args.json:
@@ -59,25 +65,26 @@ def run(args: argparse.Namespace) -> int:
         if count := made.left_out.get(kind, 0):
             print(f"  left out or replaced {count}: {what}")
     if args.with_logs:
-        print("  unrecognised text in which nothing suspicious was found is included: read it before you post")
+        print(
+            "  text that no rule recognises is included, where nothing looks like a secret: read it before you "
+            "publish the bundle"
+        )
     elif made.left_out:
-        print("  --with-logs adds unrecognised text in which nothing suspicious is found")
+        print("  --with-logs adds text that no rule recognises, where nothing looks like a secret")
     for note in made.notes:
         print(escape_control_characters(f"  {note}", 4000))
     return 0
 
 
 def _made(args: argparse.Namespace) -> Made:
-    """Make the bundle. The path's content decides whether it is a run of this program or another job's evidence."""
+    """Make the bundle. The content of the path decides whether it is a run of this program or other evidence."""
     root = args.run.resolve()
     target = args.to or root.parent / f"{root.stem if root.is_file() else root.name}{'.bundle' * root.is_file()}.zip"
     if root.exists():
         refuse_unwritable(target, "; choose another --to")
     if _is_of_this_program(root):
         if args.others:
-            raise ConfigError(
-                "the bundle of a run includes its other variants by itself; give one run only", str(args.others[0])
-            )
+            raise ConfigError("the bundle of a run includes its other variants: give one run only", str(args.others[0]))
         return make(args.run, args.to, args.with_logs, _judge)
     evidence = evidence_of([root])
     if not evidence.records:
@@ -88,7 +95,7 @@ def _made(args: argparse.Namespace) -> Made:
 
 
 def _judge(run_dir: RunDir) -> Verdict:
-    """Judge the copy of a run as `watch` judges it. The imports stand here because other evidence needs neither."""
+    """Judge the copy of a run as `watch` judges it. The imports are here because other evidence does not need them."""
     from repro.attach import recording
 
     if recording.is_recording(run_dir):
@@ -101,6 +108,6 @@ def _judge(run_dir: RunDir) -> Verdict:
 def _is_of_this_program(root: Path) -> bool:
     """Whether a path is bundled as a run of this program, and not as evidence for `diagnose`."""
     if root == Path(root.anchor) or not root.exists():
-        return True  # not a run directory either; the error for one says so
+        return True  # not a run directory either, and reading it as a run gives an error that says so
     is_run = (root / "events").is_dir() or any((root / name).is_file() for name in ("run.json", "verdict.json"))
     return not saved.is_saved(root) and (is_run or is_own_run(root))

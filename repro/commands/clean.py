@@ -13,11 +13,13 @@ from repro.exit_codes import EXPECTED
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", type=Path, default=Path("runs"), metavar="DIR", help="default: runs")
-    parser.add_argument("--json", action="store_true", help="print what was removed and what still runs")
+    parser.add_argument(
+        "--json", action="store_true", help="print which runs were removed and which still run, as JSON"
+    )
 
 
 def run(args: argparse.Namespace) -> int:
-    """Remove the run directories. Anything that may not be a run is kept.
+    """Remove the run directories. A folder that may not be a run is kept.
 
     Raises ConfigError for a folder that does not exist, OutputError for a run that cannot be removed.
     """
@@ -36,7 +38,7 @@ def run(args: argparse.Namespace) -> int:
         witnesses, _ = read_dir(root / "events")
         if any(processes.find(witness.writer) for witness in witnesses.values()):
             running.append(str(root))
-            print(f"repro: {root}: still runs, left as it is", file=sys.stderr)
+            print(f"repro: {root}: not removed, because its processes still run", file=sys.stderr)
             continue
         try:
             shutil.rmtree(root)

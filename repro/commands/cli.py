@@ -1,6 +1,6 @@
 """The command line: parse the arguments, run the command, and turn errors into one line and an exit code.
 
-A command's file is imported when the command is called, so that a command takes only the time of its own imports.
+Only the file of the command that is called is imported, so that no command waits for the imports of another.
 """
 
 from __future__ import annotations
@@ -22,15 +22,15 @@ COMMANDS = {
     "record": "run a torch.distributed program, record its collectives, and explain it if it hangs",
     "watch": "print the verdict on a run directory, live or finished, or on a bundle",
     "report": "write report.html, timeline.svg and trace.json into runs",
-    "bundle": "pack a run as one zip to attach to a bug report; or check such a zip",
+    "bundle": "pack a run into one zip for a bug report, or check such a zip",
     "list": "list the scenarios, one per line",
     "run": "run a scenario and print its verdict",
-    "matrix": "find which of layout, kernel backends and kernel cache makes a start slow",
+    "matrix": "find whether layout, kernel backends or kernel cache make a start slow",
     "cells": "start vLLM in each combination of layout, backends and cache, and say which starts stall",
-    "minimise": "shrink a scenario, and write what is left as one file",
+    "minimise": "shrink a scenario while it still hangs, and write it as one file",
     "clean": "remove the runs",
 }
-"""What each command is for; its file in this folder has the same name."""
+"""Command -> its purpose in the help. The file of a command in this folder has the same name."""
 
 
 class Parser(argparse.ArgumentParser):
@@ -47,8 +47,8 @@ class Parser(argparse.ArgumentParser):
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command and return its exit code.
 
-    A user's error in arguments or files prints one line and returns USAGE. A failure of this program prints one line
-    and returns CANNOT_TELL; with HMR_DEBUG set, the traceback is printed too.
+    If the arguments or files are wrong, one line is printed and USAGE is returned. If this program itself fails, one
+    line is printed and CANNOT_TELL is returned. With HMR_DEBUG set, the traceback is printed, too.
     """
     argv = sys.argv[1:] if argv is None else argv
     args, unknown = parser_of(argv).parse_known_args(argv)
@@ -57,7 +57,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
         hint = nearest(unknown[0], args.parser._option_string_actions)
         args.parser.error(f"unknown argument {unknown[0]}{hint}")
-    if emptied := [name for name, value in vars(args).items() if value == []]:  # argparse drops the "--" of "--out=--"
+    # argparse drops the value "--" of "--out=--"
+    if emptied := [name for name, value in vars(args).items() if value == []]:
         args.parser.error(f"'--' is no value for {', '.join(emptied)}")
     args.interrupt = Interrupt()
     try:

@@ -26,19 +26,26 @@ INTERVAL_S = 2.0
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "pids", nargs="*", default=(), type=_pid, metavar="PID", help="processes of the job; default: the only job"
+        "pids",
+        nargs="*",
+        default=(),
+        type=_pid,
+        metavar="PID",
+        help="processes of the job; may be left out if only one job runs here",
     )
-    parser.add_argument("--match", type=_pattern, metavar="REGEX", help="the job whose command lines match")
+    parser.add_argument(
+        "--match", type=_pattern, metavar="REGEX", help="the job whose command lines match this regular expression"
+    )
     parser.add_argument("--to", type=Path, default=Path("runs"), metavar="DIR", help="default: runs")
     parser.add_argument(
-        "--interval", type=_seconds, default=INTERVAL_S, metavar="S", help="between two looks; default: 2"
+        "--interval", type=_seconds, default=INTERVAL_S, metavar="S", help="seconds between two looks; default: 2"
     )
     parser.add_argument(
         "--allow-signals",
         type=_signal,
         default=0,
         metavar="SIGNAL",
-        help="a signal, such as USR1, whose handler prints the stacks; sent only to ranks that handle it",
+        help="a signal (USR1 or USR2) whose handler in the program prints stacks; sent only to ranks that handle it",
     )
     parser.add_argument(
         "--log",
@@ -99,7 +106,7 @@ def _say(text: str) -> None:
 def _usable(pids: Sequence[int], table: dict[int, Status]) -> list[int]:
     for pid in pids:
         if pid not in table:
-            _say(f"process {pid} has ended, or is of another pid namespace: run collect in that container")
+            _say(f"process {pid} has ended, or is in another pid namespace: then run collect in that container")
         elif table[pid].state in "ZX":
             _say(f"process {pid} ({table[pid].name}) has ended; its parent {table[pid].parent} has not reaped it")
     return [pid for pid in pids if pid in table and table[pid].state not in "ZX"]
@@ -107,13 +114,13 @@ def _usable(pids: Sequence[int], table: dict[int, Status]) -> list[int]:
 
 def _refuse(args: argparse.Namespace, jobs: Sequence[Job], table: dict[int, Status]) -> int:
     if jobs:
-        _say(f"{len(jobs)} jobs run here; name one of them by a PID or by --match:")
+        _say(f"{len(jobs)} jobs run here: choose one by a PID or by --match:")
         for job in jobs:
             _say(f"  {_describe(job, table)}")
     elif args.pids or args.match:
         _say("no such process is left to look at; if the job left logs, name them: collect --log FILE…")
     else:
-        _say("no torch.distributed job was found on this host; name its processes: collect PID… or --match REGEX")
+        _say("no torch.distributed job was found on this host: name its processes by collect PID… or --match REGEX")
         _say("of a job that has ended, name the logs: collect --log FILE…")
     return USAGE
 

@@ -22,10 +22,12 @@ WIDTH = 118
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("paths", nargs="+", type=Path, metavar="PATH", help="files, folders and zips, in any mixture")
+    parser.add_argument(
+        "paths", nargs="+", type=Path, metavar="PATH", help="files, folders and zips, in any combination"
+    )
     parser.add_argument("--json", action="store_true")
     parser.add_argument(
-        "--out", type=Path, metavar="DIR", help="write the verdict, a page and the text of an issue there"
+        "--out", type=Path, metavar="DIR", help="write the verdict, a page and the text of an issue into this folder"
     )
 
 
@@ -38,10 +40,13 @@ def run(args: argparse.Namespace) -> int:
         if not path.exists():
             args.parser.error(f"{path}: no such file or folder")
     if len(args.paths) == 1 and is_own_run(args.paths[0]):
-        from repro.commands import own_runs  # the lab's settings, which other evidence does not need
+        from repro.commands import own_runs  # needs the lab's settings, which other evidence does not need
 
         if args.out:
-            args.parser.error("--out: `report RUN` writes the page of a run into its own directory")
+            args.parser.error(
+                "--out is not for runs of this program: use `report RUN`, which writes the page into "
+                "the run's directory"
+            )
         return say(*own_runs.judge(args.paths[0]), args.json)
     evidence = evidence_of(args.paths)
     if not evidence.records:
@@ -86,7 +91,7 @@ def say(diagnosis: Diagnosis, evidence: Evidence, as_json: bool) -> int:
 
 
 def lines(diagnosis: Diagnosis, evidence: Evidence) -> list[str]:
-    """Format the diagnosis for a terminal, in at most MAX_LINES lines. The first has class, cause and culprits."""
+    """Format the diagnosis for a terminal, in at most MAX_LINES lines. The first line has class, cause and culprits."""
     tail = [row for text in diagnosis.refutes[:1] for row in _wrapped("refuted by: ", text)]
     tail += [row for text in diagnosis.collect[:2] for row in _wrapped("collect next: ", text)]
     tail += [row for text in diagnosis.notes[:3] for row in _wrapped("note: ", text)[:2]]
@@ -103,7 +108,7 @@ def lines(diagnosis: Diagnosis, evidence: Evidence) -> list[str]:
 
 
 def _fitting(label: str, texts: Sequence[str], room: int) -> list[str]:
-    """Return the texts that fit completely into so many lines; if the first does not fit, its beginning."""
+    """Return the texts that fit completely into ``room`` lines; if the first does not fit, return its beginning."""
     out: list[str] = []
     for number, text in enumerate(texts):
         rows = _wrapped(label, text)

@@ -17,15 +17,15 @@ def say_error(error: BaseException, text: str) -> None:
 
 
 def one_line(text: str) -> str:
-    """An error text as one line, whatever characters a path or an argument in it holds."""
+    """Return an error text as one line, whatever characters a path or an argument in it contains."""
     return escape_control_characters(text.replace("\n", "\N{SYMBOL FOR LINE FEED}"), 4000)
 
 
 def describe_failure(error: BaseException) -> str:
-    """Format a failure of this program as one line that says it is not the user's mistake."""
+    """Format a failure of this program as one line, which says that the user did nothing wrong."""
     at = traceback.extract_tb(error.__traceback__)[-1]
     what = " ".join(f"{type(error).__name__}: {error}".split())[:300]
     return (
-        f"internal error at {short_site(at.filename)}:{at.lineno}: {what}; this is a fault of repro, not of your "
-        "run or files; set HMR_DEBUG=1 for the traceback"
+        f"internal error at {short_site(at.filename)}:{at.lineno}: {what}; this is a fault of repro, not of your run "
+        "or files; set HMR_DEBUG=1 for the traceback"
     )

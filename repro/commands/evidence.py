@@ -22,7 +22,7 @@ def evidence_of(paths: Sequence[Path]) -> Evidence:
 
 
 def _of_a_bundle(path: Path) -> Evidence:
-    from repro import bundle  # import here: it imports the judge of runs, which most evidence does not need
+    from repro import bundle  # imported here, because it imports the judge of runs, which most evidence does not need
 
     with bundle.opened(path) as folder:
         return saved.load(folder)

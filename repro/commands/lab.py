@@ -11,7 +11,9 @@ from repro.store.run_dir import refuse_unwritable
 
 def add_arguments(parser: argparse.ArgumentParser, launcher_help: str) -> None:
     """Add the flags that are not settings of a run."""
-    parser.add_argument("--config", type=Path, metavar="FILE", help="JSON with the keys of a run's config.json")
+    parser.add_argument(
+        "--config", type=Path, metavar="FILE", help="settings as JSON, with the keys of a run's config.json"
+    )
     parser.add_argument("--out", type=Path, default=Path("runs"), metavar="DIR", help="default: runs")
     parser.add_argument("--launcher", choices=LAUNCHERS, help=f"default: {launcher_help}")
     parser.add_argument("--json", action="store_true", help="print the verdicts as a JSON list")
@@ -19,6 +21,9 @@ def add_arguments(parser: argparse.ArgumentParser, launcher_help: str) -> None:
 
 
 def refuse_junit(args: argparse.Namespace) -> None:
-    """Raise OutputError before any run if the --junit file cannot be written. The --out folder need not exist yet."""
+    """Raise OutputError before any run starts, if the --junit file cannot be written.
+
+    The --out folder need not exist yet.
+    """
     if args.junit and (args.junit.parent.resolve() != args.out.resolve() or args.out.exists()):
         refuse_unwritable(args.junit, "; choose another --junit")

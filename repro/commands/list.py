@@ -1,4 +1,4 @@
-"""``list``: print the scenarios, what each mirrors, and the verdict on its fault."""
+"""``list``: print the scenarios, the upstream issue that each one rebuilds, and the verdict on its fault."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Print a line, or a JSON object, for each scenario and each configuration of the report."""
+    """Print a line, or a JSON object, for each scenario, and for each configuration of the upstream report."""
     from rich.console import Console
 
     from repro.lab import scenarios

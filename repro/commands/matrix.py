@@ -26,7 +26,10 @@ from repro.report.terminal import print_table, say
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     flags.add_flags(parser, "seed", "deadline_s")
     parser.add_argument(
-        "--only", metavar="WORDS", default="", help='run only the cells with all these words, such as "TP8 jit cold"'
+        "--only",
+        metavar="WORDS",
+        default="",
+        help='run only the cells whose names have all these words, such as "TP8 jit cold"',
     )
     lab.add_arguments(parser, launcher_help="fork")
 
@@ -42,7 +45,7 @@ def run(args: argparse.Namespace) -> int:
         if words <= {cell.layout, cell.gdn, cell.moe, cell.cache}
     ]
     if not chosen:
-        raise ConfigError(f"no cell has all of {args.only!r}", "--only")
+        raise ConfigError(f"no cell has all the words of {args.only!r}", "--only")
     lab.refuse_junit(args)
     require_model()
     if args.config:

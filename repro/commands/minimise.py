@@ -30,7 +30,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Shrink the scenario and write the file; return the exit code.
+    """Shrink the scenario and write the file. Returns the exit code:
 
     0: done. 1: the scenario's first run has another verdict than predicted. 125: that run is inconclusive or not
     possible here, the result cannot be written as one file, or the written file did not hang.

@@ -14,9 +14,9 @@ from collections.abc import Callable
 
 
 class Output(io.TextIOWrapper):
-    """A text stream on a file descriptor. After the first failed write it drops all text.
+    """A text stream on a file descriptor. After the first failed write it drops all further text.
 
-    error   the first error of a write; None while writes succeed
+    error   the error of the first failed write; None while writes succeed
     """
 
     def __init__(self, descriptor: int) -> None:
@@ -53,20 +53,20 @@ def open_standard_files() -> None:
         try:
             os.fstat(descriptor)
         except OSError:
-            os.open(os.devnull, os.O_RDWR)  # the lowest number that is free
+            os.open(os.devnull, os.O_RDWR)  # opens as the lowest descriptor that is free
 
 
 def guarded(command: Callable[[], int], cannot_tell: int) -> int:
     """Run a command whose output may fail, and return its exit code.
 
-    cannot_tell: the exit code when standard output failed for another reason than a reader that exited, so that the
-    result may be incomplete
+    cannot_tell: the exit code if standard output failed and the result may be incomplete; not used if only the reader
+    of a pipe exited
     """
     out, sys.stderr = Output(1), Output(2)
     sys.stdout = out
     try:
         code = command()
-    except SystemExit as usage:  # from the argument parser, which has printed the error
+    except SystemExit as usage:  # raised by the argument parser, which has printed the error
         code = int(usage.code or 0)
     out.flush()
     if out.error is None or out.error.errno == errno.EPIPE:

@@ -1,4 +1,4 @@
-"""Judge runs and bundles of this program for `diagnose`: a second judgement decides, because witnesses show more."""
+"""Judge runs and bundles of this program for `diagnose`, by a second judgement of their witnesses."""
 
 from __future__ import annotations
 
@@ -15,7 +15,10 @@ from repro.verdict.partial import Diagnosis
 
 
 def judge(path: Path) -> tuple[Diagnosis, Evidence]:
-    """Judge a run from its files; return the verdict as a diagnosis. Raises as `watch` does for a damaged run."""
+    """Judge a run from its files.
+
+    Returns the verdict as a diagnosis. Raises the same errors as `watch` for a damaged run.
+    """
     with bundle.opened(path) as root:
         run_dir = RunDir(root)
         try:

@@ -31,10 +31,10 @@ from repro.watch.document import Document
 
 POLL_S = 0.1
 END_PATIENCE_S = 10.0
-"""How long the program may take to end after SIGTERM, with --end."""
+"""Seconds that the program may take to end after SIGTERM, with --end."""
 
 SIGNAL_GRACE_S = 1.0
-"""How long the program has to react to Ctrl-C by itself."""
+"""Seconds that the program has to react to Ctrl-C by itself."""
 
 LONGEST_WINDOW_S = 86400.0
 
@@ -44,13 +44,13 @@ SITE = Path(recording.__file__).parent / "record" / "site"
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of the command."""
     parser.add_argument("--to", type=Path, metavar="DIR", help="folder of the recording; default: runs/<utc>-record")
-    parser.add_argument("--modules", action="store_true", help="name the module of each collective")
+    parser.add_argument("--modules", action="store_true", help="record the module that each collective belongs to")
     parser.add_argument(
-        "--quiet-window", type=float, metavar="S", help="seconds without a collective before the ranks are judged"
+        "--quiet-window", type=float, metavar="S", help="seconds without a collective after which the ranks are judged"
     )
-    parser.add_argument("--end", action="store_true", help="end the program after the verdict on a hang")
+    parser.add_argument("--end", action="store_true", help="end the program after a verdict that it hangs")
     parser.add_argument(
-        "--print-env", action="store_true", help="print the environment variables that switch on recording, and exit"
+        "--print-env", action="store_true", help="print the environment variables that turn recording on, and exit"
     )
     parser.add_argument("--json", action="store_true", help="print the verdict as JSON")
     parser.add_argument("program", nargs="*", default=(), metavar="-- PROGRAM…")
@@ -70,7 +70,7 @@ def run(args: argparse.Namespace) -> int:
             print(f"export {name}={shlex.quote(value)}")
         return 0
     if not program:
-        args.parser.error("no program is given: record [--to DIR] -- torchrun --nproc-per-node 8 train.py")
+        args.parser.error("no program is given; example: record [--to DIR] -- torchrun --nproc-per-node 8 train.py")
     _make(root)
     with args.interrupt.deferred():
         return _Recording(args, root.absolute(), console, args.interrupt).run(program)
@@ -91,15 +91,15 @@ def _make(root: Path) -> None:
     try:
         root.mkdir(parents=True, exist_ok=True)
         if any(root.iterdir()):
-            raise OutputError(f"{root}: the folder is not empty; name another --to")
+            raise OutputError(f"{root}: the folder is not empty; choose another folder with --to")
     except OSError as error:
         if isinstance(error, OutputError):
             raise
-        raise OutputError(f"cannot write to {root}: {error.strerror}; choose another --to") from error
+        raise OutputError(f"cannot write to {root}: {error.strerror}; choose another folder with --to") from error
 
 
 def sites(document: Document) -> list[str]:
-    """List the call sites at which waiting ranks issued the collectives they wait for."""
+    """Return the call sites at which ranks issued the collectives in which they wait."""
     ranks: dict[str, list[int]] = {}
     for position in document.ranks:
         if position.site and position.state in ("blocked", "locked"):
@@ -128,7 +128,7 @@ class _Recording:
         if hangs and self._args.end:
             self._end()
         elif hangs:
-            say(self._console, "record: the program still runs, and nothing was ended; Ctrl-C ends it")
+            say(self._console, "record: the program still runs, because nothing was ended; press Ctrl-C to end it")
         code = self._wait()
         if document is None and not self._interrupt():
             say(self._console, f"record: no rank of torch.distributed began in {self._root}")
@@ -139,7 +139,7 @@ class _Recording:
         return code if code >= 0 else 128 - code
 
     def _watch(self) -> Document | None:
-        """Watch the ranks once the first has begun; None if the program ends before that."""
+        """Watch the ranks once the first rank has begun. Returns None if the program ends before that."""
         run_dir = RunDir(self._root)
         while not run_dir.description.exists():
             if self._child.poll() is not None or self._interrupt():
@@ -165,7 +165,7 @@ class _Recording:
             say(self._console, escape_lines(line))
 
     def _end(self) -> None:
-        """End the program: send SIGTERM, then SIGKILL to it and its children that are left."""
+        """End the program: send SIGTERM, and END_PATIENCE_S later SIGKILL to it and its remaining children."""
         started = processes.with_descendants(self._child.pid)
         self._child.send_signal(signal.SIGTERM)
         deadline = time.monotonic() + END_PATIENCE_S
@@ -174,7 +174,7 @@ class _Recording:
         processes.kill(started[1:] if self._child.poll() is not None else started)
 
     def _wait(self) -> int:
-        """Wait for the program. Ctrl-C has reached it through the terminal; another signal is passed on."""
+        """Wait for the program. Ctrl-C reaches the program through the terminal; other signals are passed on to it."""
         passed_on = False
         while self._child.poll() is None:
             time.sleep(POLL_S)

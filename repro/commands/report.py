@@ -14,7 +14,7 @@ from repro.store.text import escape_control_characters
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="a run directory")
-    parser.add_argument("--json", action="store_true", help="print what was written and what is missing as JSON")
+    parser.add_argument("--json", action="store_true", help="print what was written and what is missing, as JSON")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -43,7 +43,7 @@ def _of_a_run(root: Path) -> tuple[list[str], str, list[str]]:
 
 
 def _of_a_diagnosis(root: Path) -> tuple[list[str], str, list[str]]:
-    """Like :func:`_of_a_run`, for the folder that `diagnose --out` wrote."""
+    """Write the report of a folder from `diagnose --out`. Returns the same as :func:`_of_a_run`."""
     from repro.ingest import saved
     from repro.report.diagnosis.folder import write_page
     from repro.verdict.partial import diagnose

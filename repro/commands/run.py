@@ -33,7 +33,7 @@ from repro.watch.document import Document
 class Planned:
     """One requested run.
 
-    unsafe    the reasons why the run may hang; not empty only for a run that may start nevertheless
+    unsafe    reasons why the run may hang; empty unless the run is allowed to start in spite of them
     refused   why one scenario of `run all` cannot run with these flags; "" if it can
     """
 
@@ -57,14 +57,14 @@ def run(args: argparse.Namespace) -> int:
     lab.refuse_junit(args)
     able = [one.settings for one in planned if not one.refused]
     refuse_too_many(able)
-    if args.config:  # the default sizes always fit
+    if args.config:  # only settings from --config can be wrong; the default sizes always fit
         refuse_too_large(able)
     if able[0].backend == "nccl":
         require_gpus(able[0].num_ranks)
     session = Session(args, Console(stderr=args.json))
-    # torchrun starts the ranks as a server's are started; the fork server imports torch once for all runs.
+    # torchrun starts the ranks as a server's ranks are started. The fork server imports torch only once for all runs.
     launcher = args.launcher or ("fork" if len(planned) > 1 else "torchrun")
-    # The user may interrupt at any point; the verdicts so far are then shown.
+    # The user may interrupt at any point; then the verdicts so far are shown.
     with contextlib.suppress(KeyboardInterrupt), job.launcher(launcher) as start:
         series = Series(args.out, start, args.interrupt)
         for number, one in enumerate(planned, start=1):
@@ -79,7 +79,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def plan(args: argparse.Namespace) -> list[Planned]:
-    """The requested runs, checked. Raises ConfigError if no scenario can run with these flags."""
+    """Return the requested runs, checked. Raises ConfigError if no scenario can run with these flags."""
     variants = VARIANTS if args.variant == "all" else (args.variant,)
     planned: list[Planned] = []
     errors: list[ConfigError] = []
@@ -102,9 +102,9 @@ def settings_of(args: argparse.Namespace, scenario: str, variant: str) -> RunSet
 
 
 def _preflight(settings: RunSettings) -> list[str]:
-    """Return the reasons why the run may hang. Raises Refused if there are any and such a start is not allowed.
+    """Return the reasons why a run may hang. Raises Refused if there are any, unless the settings allow such a start.
 
-    Raises CannotRunHere if torch is not installed: the check tries the policies, and some of them use it.
+    Raises CannotRunHere if torch is not installed: the check uses the run's policies, some of which need torch.
     """
     require_model()
     scenario = scenarios.load(settings.scenario)
@@ -113,9 +113,9 @@ def _preflight(settings: RunSettings) -> list[str]:
 
 @dataclass
 class Session:
-    """The verdicts of one command, printed as they come, and the reports.
+    """Runs the requested runs of one command, prints each verdict as it comes, and writes the reports.
 
-    unreported   run directories whose report is not written yet: a report shows all variants, so it waits for them
+    unreported   run directories without a report so far: a report shows all variants, so it is written after the last
     """
 
     args: argparse.Namespace
@@ -147,7 +147,7 @@ class Session:
 
     @contextlib.contextmanager
     def _shown(self, planned: Planned, title: str) -> Iterator[Display]:
-        """Yield a progress display. The first reason why a run may hang is printed once, before it."""
+        """Yield a progress display. If the run may hang, the first reason is printed once before it."""
         for finding in {*planned.unsafe[:1]} - self._printed:
             say(self.console, f"unsafe: {finding}")
             self._printed.add(finding)
@@ -155,7 +155,7 @@ class Session:
             yield shown
 
     def _skip(self, document: Document, title: str) -> None:
-        """Add the entry of a run that is not possible here. Raises CannotRunHere if the command has no other run."""
+        """Add an entry for a run that is not possible here. Raises CannotRunHere if the command has no other run."""
         if self.args.scenario != "all" and not self.documents:
             raise CannotRunHere(f"{document.scenario}: {document.skipped}")
         self.documents.append(document)

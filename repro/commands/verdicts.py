@@ -18,13 +18,17 @@ from repro.watch.document import Document
 
 
 def exit_code(documents: Sequence[Document]) -> int:
-    """The exit code for several verdicts: an unexpected verdict outweighs an inconclusive one."""
+    """Return the exit code for several verdicts: an unexpected verdict takes precedence over an inconclusive one."""
     missed = {class_of(document.verdict).exit_code for document in documents if not document.matches_expected}
-    return min(missed, default=EXPECTED)  # the code of an unexpected verdict is the lower one
+    # the exit code of an unexpected verdict is lower than that of an inconclusive one
+    return min(missed, default=EXPECTED)
 
 
 def write_reports(console: Console, roots: Sequence[Path]) -> None:
-    """Write the report of each run; each shows the other variants. A failure is printed, and the verdicts stay."""
+    """Write the report of each run; each shows the other variants.
+
+    A failure is printed and does not change the verdicts.
+    """
     try:
         write_all(roots)
     except (OSError, ValueError) as error:

@@ -36,8 +36,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.epilog = f"The verdicts:\n{describe_classes()}"
     parser.add_argument("dir", type=Path, metavar="RUN|ZIP")
-    parser.add_argument("--end", action="store_true", help="watch until the verdict, write verdict.json, end the run")
-    agent = "run this host's agent for a watcher on another host; RANK is the first rank of this host"
+    parser.add_argument(
+        "--end", action="store_true", help="watch until the verdict, write verdict.json, then end the run"
+    )
+    agent = "run the agent of this host for a watcher on another host; RANK is the first rank of this host"
     parser.add_argument("--agent", "--lookout", type=int, metavar="RANK", help=agent)
     parser.add_argument("--json", action="store_true")
 
@@ -50,7 +52,10 @@ def run(args: argparse.Namespace) -> int:
 def _watch_run(args: argparse.Namespace, run_dir: RunDir) -> int:
     if saved.is_saved(run_dir.root):
         if args.end or args.agent is not None:
-            raise ConfigError("the folder of a diagnosis has no ranks to watch", "--end" if args.end else "--agent")
+            raise ConfigError(
+                "this folder of a diagnosis has no ranks to watch: use `diagnose` or `report`",
+                "--end" if args.end else "--agent",
+            )
         evidence = saved.load(run_dir.root)
         return diagnose.say(partial.diagnose(evidence.records), evidence, args.json)
     if recording.is_recording(run_dir) and not args.end and args.agent is None:
@@ -64,7 +69,7 @@ def _watch_run(args: argparse.Namespace, run_dir: RunDir) -> int:
     console = Console(stderr=args.json)
     if (args.end or args.agent is not None) and run_dir.verdict.exists():
         option = "--end" if args.end else "--agent"
-        raise ConfigError(f"the run already has a verdict; leave out {option} to judge it again", str(run_dir.verdict))
+        raise ConfigError(f"the run already has a verdict: leave out {option} to judge it again", str(run_dir.verdict))
     if args.agent is not None:
         if args.end or not 0 <= args.agent < settings.num_ranks:
             ranks = f"{args.agent} is not one of the {settings.num_ranks} ranks"

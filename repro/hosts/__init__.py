@@ -1,1 +1,1 @@
-"""What each host's operating system says about the ranks, and what can be asked of their processes."""
+"""What each host's operating system says about the ranks, and what can be requested from their processes."""

@@ -1,13 +1,13 @@
 """The agent of a host: it observes, signals and ends the ranks of its host for a watcher on another host.
 
-A process can be inspected, signalled and ended only on its own host. One watcher decides the run; every other host runs
-an agent. Watcher and agents communicate through files in the run directory, which all hosts see:
+A process can be inspected, signalled and ended only on its own host. One watcher decides the run, and every other host
+runs an agent. Watcher and agents communicate through files in the run directory, which all hosts see:
 
-evidence_request     the number of the watcher's latest request for evidence; requests count from 1
-agents/rank008.json  the last status of one agent, named after the first rank of its host. The status holds the number
-                     of the latest request that the agent has answered
+evidence_request     the number of the watcher's latest request for evidence; the first request has the number 1
+agents/rank008.json  the last status of one agent, named after the first rank of its host. The status has the number of
+                     the latest request that the agent has answered
 
-The watcher reads the witnesses by itself, so it also has those of ranks whose agent is gone.
+The watcher reads all witnesses itself, also those of ranks whose agent has ended.
 """
 
 from __future__ import annotations
@@ -34,13 +34,16 @@ from repro.verdict.result import name_ranks
 POLL_S = 0.1
 LOOK_S = 0.5
 EXIT_PATIENCE_S = 5.0
-"""How long the ranks of a decided run may take to exit by themselves."""
+"""Seconds that the ranks of a decided run may take to exit by themselves."""
 
 OVERTIME_S = 30.0
-"""How long after the run's deadline an agent ends if the watcher is gone. By then the ranks have ended too."""
+"""If the watcher has ended, an agent ends this many seconds after the run's deadline.
+
+The ranks have then ended, too.
+"""
 
 STATUS_EXPIRY_S = 10.0
-"""Age from which the last status of an agent is no longer used."""
+"""Age in seconds from which the last status of an agent is no longer used."""
 
 
 @dataclass(frozen=True)
@@ -51,7 +54,7 @@ class AgentStatus:
     ranks        ranks of the host that have opened their witnesses
     facts        facts about these ranks; `died` is on the clock of the host
     answered     number of the latest evidence request that the agent has answered
-    unanswered   rank -> the evidence that the rank did not leave for that request
+    unanswered   rank -> the evidence of that request that the rank did not leave
     """
 
     beat: int
@@ -64,7 +67,7 @@ class AgentStatus:
 
 
 class HostAgent:
-    """Observe the ranks of this host until the run is decided, then end those that do not exit."""
+    """Observes the ranks of this host until the run is decided, and then ends those that do not exit."""
 
     def __init__(self, run_dir: RunDir, options: WatchOptions, first_rank: int, host: Host | None = None) -> None:
         self._run_dir, self._options = run_dir, options
@@ -78,7 +81,7 @@ class HostAgent:
         self._reported_ns = 0
 
     def run(self) -> None:
-        """Observe the ranks; returns when they have ended."""
+        """Observe the ranks. Returns when they have ended."""
         self._path.parent.mkdir(exist_ok=True)
         deadline_ns = self._host.now_ns() + int((self._options.deadline_s + OVERTIME_S) * 1e9)
         while self._host.now_ns() < deadline_ns and not self._run_dir.verdict.exists():
@@ -86,7 +89,7 @@ class HostAgent:
                 self.poll()
             except READ_FAILURES:  # the next poll may succeed
                 if not self._path.parent.exists():
-                    break  # the watcher has removed the run's temporary files, and with them the status file
+                    break  # the watcher has removed the run's temporary files, among them the status file
             except Exception:  # the ranks still need an agent that ends them
                 traceback.print_exc()
             self._pause()
@@ -98,14 +101,14 @@ class HostAgent:
         self._system.note_late((self._host.now_ns() - asleep_ns) / 1e9 - POLL_S)
 
     def poll(self) -> None:
-        """Collect evidence if the watcher has requested it; write a status twice a second."""
+        """Collect evidence if the watcher has requested it, and write a status twice a second."""
         self._tails.open()
         request = latest_request(self._run_dir)
         if request > self._answered:
             self._unanswered = self._host.collect(self._run_dir, self._pids())
             self._answered = request
             self._write_status()
-            self._system.begin_measuring(self._pids())  # processor use while evidence is written is no sign of work
+            self._system.begin_measuring(self._pids())  # processor use while a rank writes evidence is no sign of work
         elif self._host.now_ns() - self._reported_ns >= LOOK_S * 1e9:
             self._system.measure(self._pids())
             self._write_status()
@@ -115,7 +118,7 @@ class HostAgent:
         self._beat += 1
         running = self._running()
         local_ranks = [rank for rank, writer in self._tails.writers().items() if self._system.is_here(writer)]
-        witnesses, _ = self._tails.read(local_ranks)  # the watcher reports the files that cannot be read
+        witnesses, _ = self._tails.read(local_ranks)  # the watcher itself reports files that cannot be read
         facts = self._system.look(witnesses, running)
         here = self._host.here
         status = AgentStatus(
@@ -147,34 +150,34 @@ class HostAgent:
 
 @dataclass
 class RemoteHosts:
-    """The statuses of the agents on other hosts, as the watcher reads them."""
+    """The agents on other hosts, as the watcher sees them: reads their statuses, and requests evidence from them."""
 
     run_dir: RunDir
     host: Host
     _latest: dict[Path, tuple[AgentStatus, int]] = field(
         default_factory=dict
-    )  # each status, with the time at which it arrived on the watcher's clock
+    )  # rank of each agent -> its status, and when the status arrived on the watcher's clock
     _stamps: dict[Path, tuple[int, int]] = field(default_factory=dict)
 
     def statuses(self) -> list[AgentStatus]:
-        """The statuses that have not expired."""
+        """Return the statuses that have not expired."""
         self._read_new()
         now_ns = self.host.now_ns()
         return [status for status, read_ns in self._latest.values() if now_ns - read_ns < STATUS_EXPIRY_S * 1e9]
 
     def silent(self) -> list[str]:
-        """A sentence for each agent whose last status has expired."""
+        """Return a sentence for each agent whose last status has expired."""
         self._read_new()
         now_ns = self.host.now_ns()
         return [
-            f"the agent of {name_ranks(status.ranks)} sent its last status {(now_ns - read_ns) / 1e9:.0f} s ago: their "
-            "processes are no longer observed"
+            f"the agent of {name_ranks(status.ranks)} sent its last status {(now_ns - read_ns) / 1e9:.0f} s ago: the "
+            "processes of these ranks are no longer observed"
             for status, read_ns in self._latest.values()
             if now_ns - read_ns >= STATUS_EXPIRY_S * 1e9
         ]
 
     def merged(self, facts: Facts) -> Facts:
-        """The facts of this host and of all agents, with times on the clock of this host."""
+        """Return the facts of this host and of all agents, with times on the clock of this host."""
         for status in self.statuses():
             remote = Identity(0, 1, boot_id=status.boot_id, wall_offset_ns=status.wall_offset_ns)
             facts = facts.joined(status.facts, self.host.here.clock_ahead_ns(remote) / 1e9)
@@ -189,15 +192,16 @@ class RemoteHosts:
         return any(alive for status in self.statuses() for alive in status.facts.alive.values())
 
     def request_evidence(self) -> int:
-        """Have the agents collect evidence; returns the number of the request."""
+        """Let the agents collect evidence. Returns the number of the request."""
         request = latest_request(self.run_dir) + 1
         if self.statuses():
-            with contextlib.suppress(OSError):  # a full disk: `answers` then names the evidence that is missing
+            # if the disk is full, `answers` later names the evidence that is missing
+            with contextlib.suppress(OSError):
                 write_json(self.run_dir.evidence_request, request)
         return request
 
     def answers(self, request: int, patience_s: float) -> dict[int, str]:
-        """Wait for the agents at most ``patience_s`` seconds; returns rank -> the evidence that it did not leave."""
+        """Wait for the agents at most ``patience_s`` seconds. Returns rank -> the evidence that it did not leave."""
         deadline_ns = self.host.now_ns() + int(patience_s * 1e9)
         while any(status.answered < request for status in self.statuses()) and self.host.now_ns() < deadline_ns:
             self.host.sleep(POLL_S / 2)
@@ -219,7 +223,7 @@ class RemoteHosts:
 
 
 def latest_request(run_dir: RunDir) -> int:
-    """The number of the watcher's latest request for evidence, 0 before the first."""
+    """Return the number of the watcher's latest request for evidence; 0 before the first."""
     try:
         return int(read_json(run_dir.evidence_request))
     except (OSError, ValueError, TypeError):
@@ -227,7 +231,7 @@ def latest_request(run_dir: RunDir) -> int:
 
 
 def remove_temporary_files(run_dir: RunDir, leftovers: Iterable[Path] = ()) -> None:
-    """Remove the files that only a running job needs, and those that a killed process was writing."""
+    """Remove the files that only a running job needs, and incomplete files that a killed process was writing."""
     partials = run_dir.root.glob("**/.*.partial")
     for path in (run_dir.evidence_request, *run_dir.agents.glob("*"), *partials, *leftovers):
         path.unlink(missing_ok=True)

@@ -15,11 +15,11 @@ from repro.verdict.result import name_ranks
 
 POLL_S = 0.01
 PATIENCE_S = 0.7
-"""How long live ranks may take to write their files."""
+"""Seconds that live ranks may take to write their files."""
 
 
 def collect(run_dir: RunDir, pids: Mapping[int, int], patience_s: float) -> dict[int, str]:
-    """Signal every live rank, and wait at most ``patience_s`` until all files are written.
+    """Signal every live rank, and wait at most ``patience_s`` seconds until all files are written.
 
     pids: rank -> pid. Each process must have called `signals.dump_on_signals`, or the signal would end it.
 
@@ -53,7 +53,7 @@ def name_missing(unanswered: Mapping[int, str], patience_s: float) -> list[str]:
 
 
 def of_launcher(run_dir: RunDir, ranks: Sequence[int]) -> str:
-    """Quote the launcher's log for ranks that never began: its last error line, else its last line."""
+    """Quote the launcher's log for ranks that never began: its last error line, or else its last line."""
     lines = [line.strip() for line in read_text(run_dir.launcher_log).splitlines() if re.search(r"\w", line)]
     errors = [line for line in lines if re.match(r"[\w.]*(Error|Exception)\b", line)]
     last = (errors or lines or ["nothing"])[-1]
@@ -61,7 +61,7 @@ def of_launcher(run_dir: RunDir, ranks: Sequence[int]) -> str:
 
 
 def _stamp(path: Path) -> int:
-    """A number that changes when the file is written; 0 if the file is absent or empty."""
+    """Return a number that changes when the file is written; 0 if the file is absent or empty."""
     try:
         status = path.stat()
     except OSError:
@@ -73,7 +73,7 @@ _ENDED_BY_SIGNAL = re.compile(r"Received (?:Signals\.)?(\w+) death signal|Keyboa
 
 
 def launcher_was_ended(run_dir: RunDir) -> str:
-    """Say which signal ended torchrun, and so its ranks, according to its log; "" if none did."""
+    """Say which signal, according to torchrun's log, ended torchrun and so its ranks; "" if none did."""
     match = _ENDED_BY_SIGNAL.search(read_text(run_dir.launcher_log))
     if match is None:
         return ""

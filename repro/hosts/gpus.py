@@ -7,9 +7,10 @@ import sys
 
 
 def count_gpus() -> int:
-    """The number of CUDA devices; 0 without torch.
+    """Return the number of CUDA devices; 0 without torch.
 
-    A child process counts them: this process stays free of torch, and one that used CUDA could not fork ranks.
+    A child process counts them, because a process that has used CUDA could not fork ranks. So this process needs no
+    torch.
     """
     ask = "import torch; print(torch.cuda.device_count())"
     answer = subprocess.run([sys.executable, "-c", ask], capture_output=True, text=True)

@@ -1,4 +1,4 @@
-"""Access to this host: its clock, its processes and locks, and the evidence that its ranks can be asked for.
+"""Access to this host: its clock, its processes and locks, and the evidence that its ranks write on request.
 
 The watcher and the agents reach the operating system only through :class:`Host`, so that a test can replace it.
 """
@@ -18,7 +18,7 @@ from repro.trace.witness.format import Identity
 from repro.trace.witness.parse import WitnessError
 
 READ_FAILURES = (OSError, WitnessError, psutil.Error)
-"""Errors of reads that may succeed the next time."""
+"""Errors of a read that may succeed the next time."""
 
 
 class Host:
@@ -32,7 +32,7 @@ class Host:
         self.here = myself(0, 1)
 
     def now_ns(self) -> int:
-        """The monotonic clock, in nanoseconds."""
+        """Return the monotonic clock, in nanoseconds."""
         return time.monotonic_ns()
 
     def sleep(self, duration_s: float) -> None:
@@ -48,15 +48,15 @@ class Host:
         return processes.is_stopped(process)
 
     def cpu_seconds(self, pids: Iterable[int]) -> dict[int, float]:
-        """Processor seconds that each process and its descendants have used so far."""
+        """Return, for each process, the processor seconds that it and its descendants have used so far."""
         return processes.cpu_seconds(pids)
 
     def starved_seconds(self, pid: int) -> float:
-        """Seconds that the threads of a process were runnable without a processor, summed over the threads."""
+        """Return how many seconds threads of a process were runnable without a processor, summed over the threads."""
         return processes.starved_seconds(pid)
 
     def stolen_seconds(self) -> float:
-        """Steal time of this host: seconds that a hypervisor gave to other guests, averaged over processors."""
+        """Return this host's steal time: seconds that a hypervisor gave to other guests, averaged over processors."""
         return float(getattr(psutil.cpu_times(), "steal", 0.0)) / (psutil.cpu_count() or 1)
 
     def lock_holder(self, name: str, waiting: Collection[int]) -> int:
@@ -64,7 +64,7 @@ class Host:
         return locks.holder(name, [*waiting, os.getpid()])
 
     def with_ancestors(self, pid: int) -> list[int]:
-        """The pid and those of its ancestors, nearest first."""
+        """Return the pid and the pids of its ancestors, nearest first."""
         return processes.with_ancestors(pid)
 
     def describe(self, pid: int) -> str:
@@ -72,5 +72,8 @@ class Host:
         return processes.describe(pid)
 
     def collect(self, run_dir: RunDir, pids: Mapping[int, int]) -> dict[int, str]:
-        """Have ranks write stacks and Flight Recorder dumps. pids: rank -> pid. Returns what each did not leave."""
+        """Let ranks write stacks and Flight Recorder dumps. pids: rank -> pid.
+
+        Returns rank -> what it did not leave.
+        """
         return collect.collect(run_dir, pids, collect.PATIENCE_S)

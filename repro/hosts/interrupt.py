@@ -1,4 +1,4 @@
-"""Handle SIGINT, SIGTERM and SIGHUP: raise where a command can stop at once, set a flag where it must finish first."""
+"""Handle SIGINT, SIGTERM and SIGHUP: raise if the command can stop at once, set a flag if it must finish first."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from collections.abc import Iterator
 from types import FrameType
 
 PATIENCE = 3
-"""Number of signals after which the process exits at once; its child processes end with it."""
+"""After this many signals the process exits at once, and its child processes end with it."""
 
 
 class Interrupt:
-    """The user's request to stop a command. Calling it returns True once a signal has arrived.
+    """The user's request to stop a command. Calling this object returns True once a signal has arrived.
 
-    Raises KeyboardInterrupt in the main thread at the first signal, but not inside :meth:`deferred`.
+    The first signal raises KeyboardInterrupt in the main thread, but not inside :meth:`deferred`.
     """
 
     def __init__(self) -> None:
@@ -40,7 +40,7 @@ class Interrupt:
             yield self
             return
         numbers = [signal.SIGINT, signal.SIGTERM]
-        if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # as under nohup
+        if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # a process under nohup ignores SIGHUP
             numbers.append(signal.SIGHUP)
         before = {number: signal.signal(number, self._note) for number in numbers}
         try:
@@ -51,7 +51,10 @@ class Interrupt:
 
     @contextlib.contextmanager
     def deferred(self) -> Iterator[None]:
-        """Inside the ``with``, signals only set the flag: the code checks it, and collects evidence before it ends."""
+        """Let signals only set the flag inside the ``with`` block.
+
+        The code there checks it, to collect evidence before it ends.
+        """
         self._deferred += 1
         try:
             yield

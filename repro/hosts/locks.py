@@ -1,11 +1,12 @@
 """Find the process that holds a lock file, from /proc/locks and /proc/*/fd.
 
-A lock of the operating system (flock, fcntl) ends with its holder. A lock that is only a file created with O_EXCL, as
-torch's FileBaton, outlives its holder. Its creator keeps the file open, so that the open file shows whether it lives.
+A lock of the operating system (flock, fcntl) ends with the process that holds it. Other locks are only a file created
+with O_EXCL, such as torch's FileBaton, and remain when the holder ends. Their creator keeps the file open, so an open
+file shows that the holder lives.
 
-Processes of other pid namespaces, and those whose open files this user may not read, are invisible here, but a lease
-shows whether any process of this host has the file open. It does not show processes of other hosts that share the file
-system. There, and where no lease can be had, the holder is UNKNOWN, never NOBODY.
+Processes of other pid namespaces are invisible here, and so are those whose open files this user may not read. But a
+lease shows whether any process of this host has the file open. It does not show processes of other hosts that share the
+file system. On such a file system, and if no lease is possible, the holder is UNKNOWN and never NOBODY.
 """
 
 from __future__ import annotations
@@ -30,11 +31,11 @@ def holder(path: str | Path, waiting: Collection[int] = ()) -> int:
     waiting: pids that wait for the lock, and may have the file open for that
     """
     if not os.path.isabs(path):
-        return UNKNOWN  # the name is not that of a file
+        return UNKNOWN  # the name is not the name of a file
     try:
         status = os.stat(path)
     except OSError:
-        return UNKNOWN  # the file is gone: the processes that wait for it are about to notice
+        return UNKNOWN  # the file is gone, which the waiting processes will notice soon
     if not stat.S_ISREG(status.st_mode):
         return UNKNOWN  # opening a pipe could block for ever
     for pid in _holders_in_table(status):
@@ -43,21 +44,21 @@ def holder(path: str | Path, waiting: Collection[int] = ()) -> int:
         with contextlib.suppress(OSError):  # the process has ended, or belongs to another user
             if pid not in waiting and _has_open(pid, status, os.path.basename(path)):
                 return pid
-    # No visible process has the file open. Hidden ones may, which a lease shows. Try it several times, because a
-    # process that waits for the lock may have the file open for a moment.
+    # No visible process has the file open, but a hidden process may. A lease shows that. Try it several times, because
+    # a process that waits for the lock may have the file open for a moment.
     unopened = any(who_has_open(Path(path)) == 0 for _ in range(LOOKS))
     return NOBODY if unopened and os.path.exists(path) else UNKNOWN
 
 
 def _holders_in_table(status: os.stat_result) -> Iterator[int]:
-    """Iterate over the file's holders in /proc/locks; UNKNOWN stands for a process of another pid namespace."""
+    """Yield the file's holders in /proc/locks. UNKNOWN stands for a process of another pid namespace."""
     try:
         lines = Path("/proc/locks").read_text().splitlines()
     except OSError:
         return
     place = f"{os.major(status.st_dev):02x}:{os.minor(status.st_dev):02x}:{status.st_ino}"
     for line in lines:
-        # "1: FLOCK  ADVISORY  WRITE 4242 00:2f:1234 0 EOF"; a waiter's line has "->" after its number
+        # Example: "1: FLOCK  ADVISORY  WRITE 4242 00:2f:1234 0 EOF". The line of a waiter has "->" after its number.
         fields = line.split()
         if len(fields) >= 6 and fields[1] != "->" and fields[5] == place:
             pid = int(fields[4])
@@ -65,7 +66,7 @@ def _holders_in_table(status: os.stat_result) -> Iterator[int]:
 
 
 def _has_open(pid: int, status: os.stat_result, name: str) -> bool:
-    """Whether a process has the file open. The path may differ in another mount namespace, the name does not."""
+    """Whether a process has the file open. In another mount namespace the path may differ, but the name does not."""
     folder = f"/proc/{pid}/fd"
     for descriptor in os.listdir(folder):
         try:

@@ -1,6 +1,6 @@
 """End a process when its parent ends, and identify a process by pid and start time.
 
-This module imports almost nothing, because a rank calls it before its long imports, during which the launcher may die.
+This module imports almost nothing. A rank calls it before its long imports, because the launcher may die during these.
 """
 
 from __future__ import annotations
@@ -16,10 +16,10 @@ _LIBC = ctypes.CDLL(None)  # loaded at import, because little is safe between fo
 
 
 def die_with_parent(parent: int | None = None) -> None:
-    """Have the operating system kill this process when the *thread* that started it ends.
+    """Let the operating system kill this process when the *thread* that started it ends.
 
-    Start children from the main thread for that reason. parent: pid of the process that started this one, if known; if
-    it has already ended, this process exits at once.
+    For that reason, start children from the main thread. parent: pid of the process that started this one, if known. If
+    the parent has already ended, this process exits at once.
     """
     _LIBC.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
     if parent is not None and os.getppid() != parent:
@@ -27,7 +27,7 @@ def die_with_parent(parent: int | None = None) -> None:
 
 
 def start_ticks(pid: int) -> int:
-    """The start time of a process in clock ticks since boot; 0 if it cannot be read."""
+    """Return the start time of a process in clock ticks since boot; 0 if it cannot be read."""
     try:
         return read_start_ticks(pid)
     except (OSError, ValueError, IndexError):
@@ -35,12 +35,12 @@ def start_ticks(pid: int) -> int:
 
 
 def name_myself() -> str:
-    """Identify this process as "pid:start ticks", by which a child can check whether it still runs."""
+    """Return "pid:start ticks" of this process, by which a child can check whether this process still runs."""
     return f"{os.getpid()}:{start_ticks(os.getpid())}"
 
 
 def end_without_launcher() -> None:
-    """Exit at once if the process in HMR_LAUNCHER has ended: it may have died before this process could watch it."""
+    """Exit at once if the process in HMR_LAUNCHER has ended, which may happen before this process can watch it."""
     pid, _, ticks = os.environ.get("HMR_LAUNCHER", "").partition(":")
     if pid.isdecimal() and ticks.isdecimal() and len(pid) < 12 and start_ticks(int(pid)) != int(ticks[:30]):
         os._exit(1)

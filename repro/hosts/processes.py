@@ -1,7 +1,7 @@
 """Find the processes of a run, check whether they run, and end them.
 
 Only processes that the run started are ended: descendants of its launcher, and processes whose pid and start time are
-in its own witnesses. A process that reuses the pid has another start time, and is never ended.
+in the run's own witnesses. Another process that reuses such a pid has another start time, and is never ended.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from repro.trace.start_ticks import read_start_ticks
 from repro.trace.witness.format import Identity
 
 Process = psutil.Process
-"""A process of this host, for rooms that do not import psutil."""
+"""A process of this host. Other packages use this name, because they must not import psutil."""
 
 REAP_PATIENCE_S = 5.0
 
@@ -26,12 +26,13 @@ REAP_PATIENCE_S = 5.0
 def running(pid: int, ticks: int) -> psutil.Process | None:
     """Find the process with this pid and start time (`parent.start_ticks`); None if it has ended or is a zombie.
 
-    Raises psutil.AccessDenied if the process is hidden from this user, and OSError if the operating system does not
-    answer, as when this process has no free file descriptor. Neither means that the process has ended.
+    Raises psutil.AccessDenied if the process is hidden from this user. Raises OSError if the operating system does not
+    answer, for example because this process has no free file descriptor. Neither error means that the process has
+    ended.
     """
     try:
         process = psutil.Process(pid)
-        # The pid may have been reused, so compare the start time too. psutil's own start time has another unit.
+        # The pid may have been reused, so the start time is compared, too. psutil's own start time has another unit.
         return process if not _has_ended(process) and read_start_ticks(pid) == ticks else None
     except (psutil.NoSuchProcess, FileNotFoundError, ProcessLookupError):
         if _is_hidden(pid):
@@ -51,7 +52,7 @@ def _is_hidden(pid: int) -> bool:
 
 
 def _has_ended(process: psutil.Process) -> bool:
-    """Whether the process has ended; it may still be a zombie."""
+    """Whether the process has ended. It may still exist as a zombie."""
     try:
         return process.status() in (psutil.STATUS_ZOMBIE, psutil.STATUS_DEAD)
     except psutil.NoSuchProcess:
@@ -72,7 +73,7 @@ def is_stopped(process: psutil.Process) -> bool:
 
 
 def with_descendants(pid: int) -> list[psutil.Process]:
-    """The process and its descendants, parents first; [] if the process has ended."""
+    """Return the process and its descendants, parents first; [] if the process has ended."""
     try:
         process = psutil.Process(pid)
         return [process, *process.children(recursive=True)]
@@ -81,13 +82,13 @@ def with_descendants(pid: int) -> list[psutil.Process]:
 
 
 def kill(processes: Iterable[psutil.Process]) -> list[int]:
-    """Send SIGKILL and wait at most REAP_PATIENCE_S until all processes have ended; returns the pids of those that have
-    not.
+    """Kill processes. Returns the pids that have not ended after REAP_PATIENCE_S.
 
-    All are stopped before the first is killed: a rank that sees the connection of a peer close would write to its
-    witness after the verdict, and the files would then differ from what was judged.
+    All processes are stopped before the first is killed. Otherwise a rank that sees a peer's connection close could
+    write to its witness after the verdict, and the files would differ from what was judged.
 
-    A parent has to reap its child. For an orphan that is the init process, which may take seconds.
+    An ended process stays until its parent has reaped it. For an orphan the init process does that, which may take
+    seconds.
     """
     left = list(processes)
     for process in left:
@@ -111,7 +112,7 @@ def _seen_to_end(process: psutil.Process) -> bool:
 
 
 def with_ancestors(pid: int) -> list[int]:
-    """The pid and the pids of its ancestors, nearest first."""
+    """Return the pid and the pids of its ancestors, nearest first."""
     try:
         return [pid, *(parent.pid for parent in psutil.Process(pid).parents())]
     except psutil.Error:
@@ -129,7 +130,7 @@ def describe(pid: int) -> str:
 
 
 def cpu_seconds(pids: Iterable[int]) -> dict[int, float]:
-    """Processor seconds of each process and its descendants, including descendants that have ended and were reaped."""
+    """Return the processor seconds of each process and its descendants, including descendants that were reaped."""
     own: dict[int, float] = {}
     children: dict[int, list[int]] = {}
     for process in psutil.process_iter(["ppid", "cpu_times"]):
@@ -147,7 +148,7 @@ def cpu_seconds(pids: Iterable[int]) -> dict[int, float]:
 
 
 def starved_seconds(pid: int) -> float:
-    """Seconds that the threads of a process were runnable without a processor; 0.0 if the system does not record it."""
+    """Return how many seconds threads of a process were runnable without a processor; 0.0 if not recorded."""
     waited_ns = 0
     with contextlib.suppress(OSError, ValueError, IndexError):
         for thread in os.listdir(f"/proc/{pid}/task"):

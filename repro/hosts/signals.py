@@ -13,27 +13,28 @@ from repro.hosts import flight_recorder
 from repro.store.run_dir import RunDir
 
 TERM_PATIENCE_S = 8.0
-"""How long a rank stays after SIGTERM.
+"""How many seconds a rank stays after SIGTERM.
 
-torchrun sends it to all other ranks 0.1 s after one has died. The watcher needs up to 5 s, and the time to collect the
-stacks, before it reports why.
+0.1 s after a rank has died, torchrun sends SIGTERM to all other ranks. The watcher needs up to 5 s, and the time to
+collect the stacks, before it reports why.
 """
 
 INT_PATIENCE_S = 3.0
-"""How long a rank stays after SIGINT, which torchrun passes on to all ranks when the user presses Ctrl-C."""
+"""How many seconds a rank stays after SIGINT, which torchrun passes on to all ranks when the user presses Ctrl-C."""
 
 
 def dump_on_signals(run_dir: RunDir, rank: int, *, interrupts: bool = False) -> None:
     """Install the signal handlers of a rank.
 
     SIGUSR1 writes the Python stacks to the stack file, SIGUSR2 the Flight Recorder dump to the fr file. SIGTERM ends
-    the process after TERM_PATIENCE_S, in which its stacks can be taken. With ``interrupts``, SIGINT ends it after
-    INT_PATIENCE_S, and creates a file that shows the watcher that the user has requested the end of the run.
+    the process after TERM_PATIENCE_S; until then its stacks can be taken. With ``interrupts``, SIGINT ends the process
+    after INT_PATIENCE_S, and creates a file that tells the watcher that the user has requested the end of the run.
 
     All handlers work while the main thread is blocked inside a collective, where a Python signal handler would not run:
-    faulthandler writes from its C handler, and a thread that is woken through the wake-up descriptor does the rest.
+    faulthandler writes from its C handler, and a thread that the wake-up descriptor wakes does the rest.
     """
-    stack_file = run_dir.stack(rank).open("w")  # faulthandler keeps the descriptor; it lives as long as the rank
+    # faulthandler keeps the descriptor, so the file stays open as long as the rank runs
+    stack_file = run_dir.stack(rank).open("w")
     faulthandler.register(signal.SIGUSR1, file=stack_file, all_threads=True)
     read_end, write_end = os.pipe()
     os.set_blocking(write_end, False)
@@ -48,7 +49,7 @@ def _act_on_signals(run_dir: RunDir, rank: int, read_end: int) -> None:
         if signal.SIGTERM in numbers:
             _end_in(TERM_PATIENCE_S, signal.SIGTERM)
         if signal.SIGINT in numbers:
-            with contextlib.suppress(OSError):  # a full disk: the watcher then sees only that the ranks end
+            with contextlib.suppress(OSError):  # if the disk is full, the watcher sees only that the ranks end
                 run_dir.interrupted.touch()
             _end_in(INT_PATIENCE_S, signal.SIGINT)
         if signal.SIGUSR2 in numbers:

@@ -1,7 +1,7 @@
 """Collect the facts about the ranks of this host: processes that run or are stopped, processor use, lock holders.
 
-A witness shows what a rank did last; the facts show what its process does meanwhile. Ranks of other hosts are left out:
-the agent of their host observes them (`repro.hosts.agent`).
+A witness shows what a rank did last. The facts show what its process does now. Ranks of other hosts are left out,
+because the agent of their host observes them (`repro.hosts.agent`).
 """
 
 from __future__ import annotations
@@ -18,21 +18,21 @@ from repro.verdict.facts import Facts
 
 STOPPED = "stopped by a signal"
 SHORTEST_MEASURE_S = 0.1
-"""The operating system counts processor time in ticks of 10 ms, so that a share of a shorter time means nothing."""
+"""Shortest time in seconds over which processor use is measured, because the system counts it in ticks of 10 ms."""
 
 
 class System:
     """Collects the facts about the ranks of this host. Some facts need several calls: deaths, abandoned locks, CPU use.
 
-    patience_s   how long a lock file must have had no holder before it is reported to have none: a process that is
-                 about to take the lock may poll it only now and then
+    patience_s   how many seconds a lock file must have had no holder before it is reported to have none: a process that
+                 is about to take the lock may poll it only now and then
     """
 
     def __init__(self, patience_s: float, host: Host | None = None) -> None:
         self._patience_s = patience_s
         self._host = host or Host()
         self._unheld_since: dict[str, float] = {}
-        self._used: dict[int, tuple[float, float]] = {}  # rank -> CPU seconds, seconds of CPU starvation
+        self._used: dict[int, tuple[float, float]] = {}  # rank -> (CPU seconds, seconds runnable without a CPU)
         self._stolen_s = 0.0  # stolen seconds of the host at the last measurement
         self._measured_at = 0.0
         self._late_s = 0.0
@@ -43,8 +43,8 @@ class System:
     def look(self, witnesses: Mapping[int, Witness], running: Mapping[int, psutil.Process | None]) -> Facts:
         """Collect the facts, with the CPU use of the last measurement.
 
-        running: the result of :meth:`running` from before the witnesses were read. A rank that ends well in between
-        would otherwise count as dead, with a witness that says it is not done.
+        running: the result of :meth:`running` from before the witnesses were read. Otherwise a rank that ends normally
+        in between would count as dead, because its witness was read before it was done.
         """
         return Facts(
             {rank: process is not None for rank, process in running.items()},
@@ -56,15 +56,15 @@ class System:
         )
 
     def running(self, writers: Mapping[int, Identity]) -> dict[int, psutil.Process | None]:
-        """Find the process of each rank of this host that has opened its witness; None for one that has ended.
+        """Find the process of each rank of this host that has opened its witness; None for a process that has ended.
 
         A rank whose process is hidden from this user is left out.
         """
         here = {rank: writer for rank, writer in writers.items() if writer.pid and self.is_here(writer)}
         processes = self._find(here)
         if any(process is None and rank not in self._died for rank, process in processes.items()):
-            # A process that was checked early may have died before the one that was seen dead. Check again, so that all
-            # deaths up to now have the same time.
+            # A process that was checked early may have died before the one that was seen dead. So check again: all
+            # deaths up to now then have the same time.
             processes = self._find({rank: here[rank] for rank, process in processes.items() if process}) | {
                 rank: None for rank, process in processes.items() if process is None
             }
@@ -82,15 +82,18 @@ class System:
         self._measured_at = self._now_s()
 
     def measure(self, pids: Mapping[int, int]) -> None:
-        """Measure CPU use since the last measurement or :meth:`begin_measuring`; no result if that was too recent."""
+        """Measure CPU use since the last measurement or :meth:`begin_measuring`.
+
+        Does nothing if that was too recent.
+        """
         before, measured_at, stolen_s, late_s = self._used, self._measured_at, self._stolen_s, self._late_s
         self.begin_measuring(pids)
         passed_s = self._measured_at - measured_at
         if not before or passed_s < SHORTEST_MEASURE_S:
             self._cores, self._starved = {}, {}
             return
-        # The schedstat of a thread does not count stolen time. It shows as steal time of the host, and as late wake-ups
-        # of this process.
+        # The schedstat of a thread does not count stolen time. Stolen time shows as steal time of the host, and as late
+        # wake-ups of this process.
         host_share = max(self._stolen_s - stolen_s, late_s) / passed_s
         shares = {
             rank: [max(0.0, this - last) / passed_s for this, last in zip(seconds, before[rank], strict=True)]
@@ -125,7 +128,7 @@ class System:
         return {rank: (used[pid], self._host.starved_seconds(pid)) for rank, pid in pids.items()}
 
     def _lock_holders(self, witnesses: Mapping[int, Witness]) -> dict[int, tuple[str, int]]:
-        waiting: dict[str, dict[int, int]] = {}  # lock -> rank that waits for it -> pid of this rank
+        waiting: dict[str, dict[int, int]] = {}  # lock -> (waiting rank -> its pid)
         for rank, witness in witnesses.items():
             if witness.last is not None and witness.last.kind == Kind.LOCK_WAIT and self.is_here(witness.writer):
                 waiting.setdefault(witness.text(witness.last.sig), {})[rank] = witness.writer.pid

@@ -19,11 +19,11 @@ from repro.trace.foreign.records import Observation, Source
 
 @dataclass(frozen=True)
 class FileFormat:
-    """A format of whole files.
+    """One format of whole files: how to recognise a file of this format, and how to read it.
 
-    recognises  whether a file of this name with these first bytes may be of the format
-    read        the records of the whole content; None where it is of another format after all. Raises ValueError
-                ("file:offset: what") where the content is damaged
+    recognises  whether a file with this name and these first bytes may have this format
+    read        returns the records of the content; None if the content has another format after all. Raises ValueError
+                ("file:offset: what") if the content is damaged
     """
 
     name: str
@@ -32,18 +32,21 @@ class FileFormat:
 
 
 class LineReader(Protocol):
-    """A reader of messages; it gets the lines of one file in order."""
+    """A reader of one program's messages. It gets the lines of one file in order."""
 
     def read(self, line: Line, source: Source) -> Iterable[Observation]: ...
 
     def finish(self) -> Iterable[Observation]:
-        """Return the records that were waiting for a later line."""
+        """Return the records that were kept back until a later line."""
         ...
 
 
 @dataclass(frozen=True)
 class LineFormat:
-    """The messages of one program. `needles`: each line that the reader understands contains one of them."""
+    """The messages of one program, and their reader.
+
+    `needles`: each line that the reader understands contains one of them.
+    """
 
     name: str
     needles: Sequence[str]
@@ -51,7 +54,7 @@ class LineFormat:
 
 
 class _EachLine:
-    """A reader of messages that are one line each."""
+    """A reader for messages that take one line each."""
 
     def __init__(self, read: Callable[[Line, Source], Iterable[Observation]]) -> None:
         self._read = read
@@ -109,7 +112,7 @@ FILES = (
         lambda data, name: filter(None, [ras_text.no_answer(name, _decoded(data))]),
     ),
 )
-"""Formats of whole files, the first that fits before the others. Any other text is read by its lines."""
+"""Formats of whole files; the first that fits is used. A text of no such format is read line by line."""
 
 LINES = (
     LineFormat("watchdog of NCCL and of the backends that copied it", watchdog.NEEDLES, watchdog.Watchdog),
@@ -122,7 +125,7 @@ LINES = (
     LineFormat("NCCL RAS, monitor mode", ras_monitor.NEEDLES, lambda: _EachLine(ras_monitor.read)),
     LineFormat("errors that end a process", failures.NEEDLES, lambda: _EachLine(failures.read)),
 )
-"""Readers of programs' messages. Only the first reader that understands a line gets it."""
+"""Readers of programs' messages. A line goes only to the first reader that understands it."""
 
 ENGINES = LineFormat("vLLM, SGLang, TensorRT-LLM, Ray", engine_messages.NEEDLES, engine_messages.Engine)
-"""Serving engines say who wrote a line, so their reader sees the lines of the others too."""
+"""The reader of serving engines gets also the lines that other readers understand, because it tells who wrote them."""

@@ -21,7 +21,10 @@ def looks_like_json(content: Any) -> bool:
 def read_json(content: dict[str, Any], file: str) -> Iterator[Observation]:
     """Return the records of one look. Raises ValueError for an unknown version."""
     if content.get("version") != VERSION:
-        raise ValueError(f"version {content.get('version')} of a look at a host is not supported, only {VERSION}")
+        raise ValueError(
+            f"version {content.get('version')} of a look at a host is not supported, only {VERSION}: use "
+            "the release that wrote it"
+        )
     host, look, at_s = _text(content.get("host")), _count(content.get("look")), _number(content.get("at_s"))
     for index, row in enumerate(_dicts(content.get("processes"))):
         source = Source(file, f"process {_count(row.get('pid')) or index}")
@@ -74,7 +77,10 @@ def _notes(content: dict[str, Any], file: str) -> Iterator[Note]:
     if content.get("has_devices") is True:
         yield Note("devices", "the host has accelerators", Process(), "", None, source)
     if content.get("numbered") is True:
-        words = "the ranks are not known: they are numbers of the processes, in the order in which these started"
+        words = (
+            "the ranks of the processes are not known: the rank numbers here are the order in which the processes "
+            "started"
+        )
         yield Note("numbered", words, Process(), "", None, source)
     for row in _dicts(content.get("gpus"))[:64]:
         yield Note("gpu", _gpu(row), Process(), str(_count(row.get("index"))), None, source)

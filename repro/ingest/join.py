@@ -1,7 +1,8 @@
-"""Connect information from different lines and files: the rank of a GPU, of a process, of an NCCL communicator.
+"""Connect information from different lines and files: find the rank of a GPU, a process or an NCCL communicator's
+member.
 
-A number in a communicator is a global rank only if every process that was seen is in that one communicator. Process ids
-and PCI addresses repeat on every host, so what fits the ranks of two hosts is left without a rank.
+A number in a communicator is a global rank only if that communicator contains every process that was seen. Process ids
+and PCI addresses repeat on every host, so a record that fits ranks on two hosts is left without a rank.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ _Key = tuple[str, int | None]
 
 @dataclass(slots=True)
 class _Ranks:
-    """Global ranks by process and by GPU. A host is "" if the line did not name it."""
+    """Finds the global rank of a process or a GPU. The host is "" if the line did not name it."""
 
     of_process: dict[_Key, int] = field(default_factory=dict)
     of_bus: dict[tuple[str, str], int] = field(default_factory=dict)
@@ -49,7 +50,7 @@ def join(records: Sequence[Observation]) -> list[Observation]:
 
 
 def _with_workers_of_engines(records: Sequence[Observation]) -> Sequence[Observation]:
-    """Fill in the ranks of workers that their engine numbers by itself: "VllmWorker-0 of EngineCore_DP1"."""
+    """Fill in the global ranks of workers that each engine numbers from 0: "VllmWorker-0 of EngineCore_DP1"."""
     if not any(isinstance(record, Failure) and _WORKER_OF_ENGINE.match(record.process.title) for record in records):
         return records
     workers: dict[tuple[int, int], set[int]] = {}
@@ -109,7 +110,7 @@ def _ranks_of(members: Iterable[Member]) -> _Ranks:
 
 
 def _by_the_world(communicators: Iterable[Sequence[Member]], seen: set[_Key]) -> dict[_Key, int]:
-    """Return the ranks of processes in the communicator that contains every process seen; {} if there is none."""
+    """Return process -> rank, from the communicator that contains every process seen; {} if there is none."""
     rows = list(communicators)
     largest = max((members[0].size for members in rows), default=0)
     found = [
@@ -125,13 +126,13 @@ def _key(member: Member) -> _Key:
 
 
 def _is_one_communicator(rows: Sequence[Member]) -> bool:
-    """Whether the rows fit one communicator: equal sizes, and one process for each rank."""
+    """Whether these rows can be of one communicator: their sizes are equal, and each rank has one process."""
     processes: dict[int, _Key] = {}
     return all(row.size == rows[0].size and processes.setdefault(row.rank, _key(row)) == _key(row) for row in rows)
 
 
 def _same_host(one: str, other: str) -> bool:
-    """Whether two names may mean the same host: one may be empty or lack the domain."""
+    """Whether two names may mean the same host: one name may be empty, or lack the domain."""
     return not one or not other or one.partition(".")[0] == other.partition(".")[0] or one == other
 
 

@@ -27,7 +27,7 @@ MAX_LOG_BYTES = 64 << 30
 MAX_UNPACKED_BYTES = 512 << 20
 MAX_FILES = 20_000
 MAX_NAME = 300
-# What `collect` and `diagnose --out` write beside evidence.
+# Files that `collect` and `diagnose --out` write beside the evidence.
 _PASSED_OVER = {
     "expect.json", "run.json", "report.html", "ISSUE.md", "diagnosis.json", "verdict.json", "records.jsonl"
 }  # fmt: skip
@@ -39,7 +39,7 @@ _ZIP_ERRORS = (
 
 @dataclass
 class Evidence:
-    """The result of reading: the records, their files, and what could not be used ("file: why")."""
+    """The result of reading: the records, the files they came from, and what could not be used ("file: why")."""
 
     records: list[Observation] = field(default_factory=list)
     files: list[str] = field(default_factory=list)
@@ -53,10 +53,10 @@ class Evidence:
 
 
 def read(paths: Sequence[Path]) -> Evidence:
-    """Read everything under the paths. A bad file raises nothing; it is listed."""
+    """Read everything under the paths. A damaged file raises no error, but is listed in the result."""
     evidence = Evidence()
     collecting = gc.isenabled()
-    gc.disable()  # reading creates no reference cycles, and searching for them takes as long as reading
+    gc.disable()  # reading creates no reference cycles, and a search for them would take as long as the reading
     try:
         files = [file for path in paths for file in _files_under(path, evidence)]
         for part in read_shares(files, _read_share):
@@ -65,7 +65,7 @@ def read(paths: Sequence[Path]) -> Evidence:
             evidence.not_understood += part.not_understood
         evidence.records = join(evidence.records)
     finally:
-        gc.freeze()  # judging creates enough garbage to trigger collections, which need not scan the records
+        gc.freeze()  # judging makes enough garbage to start collections, which then need not scan the records
         if collecting:
             gc.enable()
     return evidence
@@ -91,11 +91,11 @@ def read_files(files: Iterable[tuple[str, BinaryIO]], evidence: Evidence) -> Non
             evidence.files.append(name)
             evidence.records += records
         else:
-            evidence.not_understood.append(f"{name}:0: no line or record of a format that is known")
+            evidence.not_understood.append(f"{name}:0: no line or record of a format that this program can read")
 
 
 def _refusal(name: str, error: Exception) -> str:
-    """Describe what was not understood: "file:offset: what"."""
+    """Describe what was not understood, and why: "file:offset: what"."""
     text = str(error.strerror or error) if isinstance(error, OSError) else str(error)
     return text if re.match(rf"{re.escape(name)}:\d+: ", text) else f"{name}:0: {_without_place(text)}"
 
@@ -105,13 +105,15 @@ def _without_place(text: str) -> str:
 
 
 def _files_under(path: Path, evidence: Evidence) -> list[tuple[Path, str]]:
-    """Return the file itself, or the regular files of the folder, each with the name that messages use for it."""
+    """Return a file itself, or the regular files of a folder, each with the name that messages use for it."""
     if not path.is_dir():
         return [(path, path.name)]
     members = sorted(member for member in path.rglob("*") if member.name not in _PASSED_OVER)
     read = [member for member in members if member.is_symlink() or not member.is_dir()]
     if len(read) > MAX_FILES:
-        evidence.not_understood.append(f"{path.name}:0: {len(read)} files; the first {MAX_FILES} are read")
+        evidence.not_understood.append(
+            f"{path.name}:0: {len(read)} files; only the first {MAX_FILES} are read: give a smaller folder"
+        )
     files = []
     for member in read[:MAX_FILES]:
         name = str(member.relative_to(path))
@@ -161,7 +163,10 @@ def _zipped(file: BinaryIO, name: str, evidence: Evidence) -> Iterator[tuple[str
         room -= len(data)
         if room < 0:
             most = MAX_UNPACKED_BYTES >> 20
-            evidence.not_understood.append(f"{inner}:0: the zip unpacks to more than {most} MiB; the rest is left out")
+            evidence.not_understood.append(
+                f"{inner}:0: the zip unpacks to more than {most} MiB; the rest is not read: "
+                "unpack the zip and give a part of it"
+            )
             return
         if len(data) > MAX_STRUCTURED_BYTES:
             most = MAX_STRUCTURED_BYTES >> 20
@@ -180,7 +185,7 @@ def _records(file: BinaryIO, name: str) -> list[Observation]:
                 return list(records)
             file.seek(0)
     if b"\0" in head[:4096]:
-        raise ValueError("a binary file of a format that is not known")
+        raise ValueError("a binary file of a format that this program cannot read")
     return list(log.read(file, name))
 
 

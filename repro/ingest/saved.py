@@ -1,6 +1,6 @@
 """Save and load the evidence of a diagnosis as one file, records.jsonl, in the folder of `diagnose --out` or a bundle.
 
-A folder or zip with such a file is read from it alone: what stands beside it was made from the same records.
+If a folder or zip has such a file, only this file is read: the other files were made from the same records.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Read many files in parallel: this process reads the first share of them, and one child reads each further share."""
+"""Read many files in parallel: this process reads one share of the files, and a child process each other share."""
 
 from __future__ import annotations
 
@@ -13,19 +13,19 @@ from pathlib import Path
 from typing import TypeVar
 
 MIN_SHARE_BYTES = 4 << 20
-"""Starting a child and receiving its records takes as long as reading about this many bytes."""
+"""A share has at least this size: to start a child and receive its records takes as long as to read so many bytes."""
 MAX_SHARES = 8
-"""Each child may hold a whole file in memory, unpacked."""
+"""Largest number of shares, because each child may hold a whole unpacked file in memory."""
 
 T = TypeVar("T")
 Share = Sequence[tuple[Path, str]]
-"""Files with the names by which they are called."""
+"""Some of the files, each with the name that messages use for it."""
 
 
 def read_shares(files: Share, read: Callable[[Share], T]) -> Iterator[T]:
     """Yield the result of `read` for each share of the files, in order. A few small files are one share.
 
-    A child that ends without an answer, or that cannot be started, has its share read here.
+    If a child cannot be started, or ends without an answer, this process reads its share.
     """
     first, *others = _shares(files)
     with contextlib.ExitStack() as stack:
@@ -54,12 +54,12 @@ def _shares(files: Share) -> list[Share]:
 def _size_of(path: Path) -> int:
     try:
         return path.stat().st_size
-    except OSError:  # its reader reports it
+    except OSError:  # the reader of this file reports the error
         return 0
 
 
 def _num_processors() -> int:
-    """Return the number of CPUs this process may use; 1 if it has other threads, because forking would break them."""
+    """Return how many CPUs this process may use; 1 if it has other threads, because a fork would break them."""
     try:
         return len(os.sched_getaffinity(0)) if len(os.listdir("/proc/self/task")) == 1 else 1
     except (AttributeError, OSError):  # not Linux

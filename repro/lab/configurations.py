@@ -1,12 +1,12 @@
 """The report's three start commands (vllm#41862) on the reference model: config1, config2 and tp8.
 
-Each is a scenario whose fault is what servers do by default: a kernel is compiled when a layer first needs it. The
-commands share nothing else. The report changed more between them than expert parallelism:
+Each is a scenario whose fault is the default of servers: a kernel is compiled when a layer first needs it. The commands
+differ in more than expert parallelism:
 
     config1  DP8 EP8, graphs     GDN prefill and experts are compiled at first use
-    config2  DP8 EP8, eager      the same
+    config2  DP8 EP8, eager      GDN prefill and experts are compiled at first use
     tp8      TP8, graphs         nothing is compiled: the report's command names a GDN backend, and the TP8 layout
-                                 selects another backend for the experts
+             selects another backend for the experts
 
 All three serve the same requests, so all three must produce the same tokens.
 """
@@ -42,6 +42,6 @@ CONFIGURATIONS = {
     for scenario in (
         _configuration("config1", "the report's first command: DP8 EP8 with graphs", "graphs", cold_jit.JIT, {}),
         _configuration("config2", "the report's second command: DP8 EP8, eager", "eager", cold_jit.JIT, {}),
-        _configuration("tp8", "the report's command that works: TP8, GDN backend named", "graphs", {}, TP8),
+        _configuration("tp8", "the report's command that does not hang: TP8, GDN backend named", "graphs", {}, TP8),
     )
 }

@@ -12,7 +12,7 @@ from repro.store.description import RunDescription
 
 
 def describe(settings: RunSettings) -> RunDescription:
-    """The description of a run with these settings."""
+    """Return the description of a run with these settings."""
     scenario = scenarios.load(settings.scenario)
     options = watch_options(settings)
     return RunDescription(

@@ -1,7 +1,7 @@
-"""The command-line flags of a run, listed once.
+"""The command-line flags that set up a run, in one list.
 
-`run`, `matrix`, `minimise` and the worker under plain torchrun read them, and the commands in run.json are written with
-them.
+`run`, `matrix`, `minimise` and the worker under plain torchrun read these flags. The commands in run.json are written
+with them.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ class Flag:
     """A flag that changes one setting of a run.
 
     option   the flag, "--ranks"
-    field    the setting's name in RunSettings, "num_ranks"; "engine.moe_backend" for one of the engine
+    field    the setting's name in RunSettings, "num_ranks"; for a setting of the engine, "engine.moe_backend"
     options  the other arguments of ``add_argument``
     """
 
@@ -34,7 +34,7 @@ class Flag:
 
     @property
     def dest(self) -> str:
-        """The flag's attribute of the parsed arguments."""
+        """The name under which the parsed arguments have the flag's value."""
         return self.field.rpartition(".")[2]
 
     def value(self, settings: RunSettings) -> Any:
@@ -58,18 +58,19 @@ FLAGS = (
     _flag("--seed", "seed", "default: 0", type=int, metavar="N"),
     _flag("--checks", "checks", "default: observe for fault, agree for control and fix", choices=CHECKS),
     _flag(
-        "--allow-unsafe", "allow_unsafe", "start even if it could hang (always so for fault)",
+        "--allow-unsafe", "allow_unsafe", "start even if the run may hang (a fault always starts)",
         action="store_true", default=None,
     ),
-    _flag("--gdn-prefill-backend", "engine.gdn_prefill_backend", "jit: compiled on this machine",
+    _flag("--gdn-prefill-backend", "engine.gdn_prefill_backend", "jit: compiled on this machine at first use",
           choices=GDN_PREFILL_BACKENDS),
-    _flag("--moe-backend", "engine.moe_backend", "the same for the experts", choices=MOE_BACKENDS),
+    _flag("--moe-backend", "engine.moe_backend", "jit: compiled on this machine at first use", choices=MOE_BACKENDS),
     _flag(
         "--kernel-cache", "kernel_cache",
-        "compiled kernels at the start; split: every rank has its own cache, and only rank 0's is cold",
+        "state of the cache of compiled kernels at the start; split: every rank has its own cache, and only rank 0's "
+        "is cold",
         choices=KERNEL_CACHES,
     ),
-    _flag("--group-timeout", "group_timeout_s", "when a collective gives up", type=float, metavar="S"),
+    _flag("--group-timeout", "group_timeout_s", "seconds after which a collective gives up", type=float, metavar="S"),
 )  # fmt: skip
 
 
@@ -89,7 +90,8 @@ def given(args: argparse.Namespace) -> dict[str, Any]:
 def settings_of(
     scenario: str, variant: str, flags: Mapping[str, Any], config: Path | None = None, **fixed: Any
 ) -> RunSettings:
-    """The settings of a run: the scenario's defaults, then the user's file, then the flags, then what is ``fixed``.
+    """Return the settings of a run: the scenario's defaults, overridden by the user's file, then the flags, then
+    ``fixed``.
 
     flags: values by field, from :func:`given`. Raises ConfigError or DamagedFile.
     """
@@ -103,7 +105,7 @@ def settings_of(
 
 
 def read_config(path: Path | None) -> Mapping[str, Any]:
-    """Read the user's --config; {} without one. Raises ConfigError or DamagedFile."""
+    """Read the user's --config file; {} if there is none. Raises ConfigError or DamagedFile."""
     if path is None:
         return {}
     try:
@@ -116,12 +118,12 @@ def read_config(path: Path | None) -> Mapping[str, Any]:
 
 
 def differences(settings: RunSettings, plain: RunSettings, *without: str) -> Iterator[tuple[Flag, Any]]:
-    """Return flags and values that turn ``plain`` into ``settings``, as far as flags can.
+    """Yield the flags and values that turn ``plain`` into ``settings``, as far as flags can.
 
     without: fields whose flags are left out
     """
     for flag in FLAGS:
         value = flag.value(settings)
-        can_say = value is not False and value != ""  # no flag stands for "the default"
+        can_say = value is not False and value != ""  # no flag can set a value back to its default
         if can_say and flag.field not in without and value != flag.value(plain):
             yield flag, value

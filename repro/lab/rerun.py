@@ -1,4 +1,4 @@
-"""Build the commands that repeat a run exactly: each setting that is not a default becomes a flag, or ``--config``."""
+"""Build the commands that repeat a run exactly. Each setting that is not a default becomes a flag, or ``--config``."""
 
 from __future__ import annotations
 
@@ -14,18 +14,18 @@ from repro.store.description import RUN_FOLDER, Command
 
 
 def commands(settings: RunSettings) -> tuple[Command, ...]:
-    """The commands that repeat a run with these settings."""
+    """Return the commands that repeat a run with these settings."""
     repeats = [
         Command("run it again", _run(settings, settings.variant)),
-        Command("with its control and its fix", _run(settings, "all")),
+        Command("run it with its control and its fix", _run(settings, "all")),
     ]
     if by_torchrun := _torchrun(settings):
-        repeats.append(Command("the same by plain torchrun", by_torchrun))
+        repeats.append(Command("run the same by plain torchrun", by_torchrun))
     return tuple(repeats)
 
 
 def _run(settings: RunSettings, variant: str) -> tuple[str, ...]:
-    """The command that runs a variant again; with the variant "all", every variant."""
+    """Return the command that runs a variant again; with the variant "all", every variant."""
     plain = _plain(settings)
     flags = list(differences(settings, plain))
     words = _words(flags)
@@ -35,11 +35,11 @@ def _run(settings: RunSettings, variant: str) -> tuple[str, ...]:
 
 
 def _torchrun(settings: RunSettings) -> tuple[str, ...]:
-    """The torchrun command that repeats this run; () if no flag gives one of its settings."""
+    """Return the torchrun command that repeats this run; () if one of its settings has no flag."""
     plain = _plain(settings)
     try:
         plain = dataclasses.replace(plain, num_ranks=settings.num_ranks)
-    except ConfigError:  # valid only together with a setting that has no flag
+    except ConfigError:  # the value is valid only together with a setting that has no flag
         return ()
     flags = list(differences(settings, plain, "num_ranks"))
     if _changed(plain, flags) != settings:
@@ -49,7 +49,7 @@ def _torchrun(settings: RunSettings) -> tuple[str, ...]:
 
 
 def _plain(settings: RunSettings) -> RunSettings:
-    """The settings of a run of this scenario and variant without any flags."""
+    """Return the settings of a run of this scenario and variant without any flags."""
     names: dict[str, Any] = {"scenario": settings.scenario, "variant": settings.variant}
     try:
         return scenarios.settings_of(names)

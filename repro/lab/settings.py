@@ -1,4 +1,4 @@
-"""The settings of one run: scenario, variant and everything that must be equal on every rank, as one JSON document."""
+"""The settings of one run: scenario, variant and everything that must be equal on every rank."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ from repro.trace.witness.format import Geometry
 BACKENDS = ("gloo", "nccl")
 MAX_CONFIG_BYTES = 1 << 20
 MAX_WORK = 100_000
-"""The most tokens and idle steps, over all ranks, of a workload: every verdict on a run draws the workload again."""
+"""Largest number of tokens and idle steps of a workload, over all ranks. Each verdict draws the workload again."""
 
-MAX_RING_RECORDS = 1 << 20  # 72 MiB a rank
+MAX_RING_RECORDS = 1 << 20  # 72 MiB for each rank
 KERNEL_CACHES = ("cold", "warm", "split")
 
 LARGEST: dict[str, float] = {
@@ -37,10 +37,13 @@ LARGEST: dict[str, float] = {
     "model.layer_pattern": 256,
     "engine.capture_sizes": 256,
 }
-"""The greatest value of a number, or length of a list or text. Others: 1,000,000 (int), 1e12 (float), 4096 (length)."""
+"""Field -> the largest value of a number, or the largest length of a list or text.
 
-# float64: another order of summation then changes a logit by 1e-15, not 1e-6. So the tokens and expert choices equal
-# the single-process model's for every seed, and a difference means a fault, not rounding.
+Other fields have the limits 1,000,000 (int), 1e12 (float) and 4096 (length).
+"""
+
+# With float64 another order of summation changes a logit by 1e-15 instead of 1e-6. So the tokens and expert choices
+# equal the single-process model's for every seed, and a difference means a fault, not rounding.
 DEFAULT_ENGINE = EngineConfig(max_num_seqs=4, max_num_batched_tokens=48, num_pages=64, dtype="float64")
 
 
@@ -48,12 +51,12 @@ DEFAULT_ENGINE = EngineConfig(max_num_seqs=4, max_num_batched_tokens=48, num_pag
 class RunSettings(Config):
     """The settings of one run of one variant: the content of config.json, and of a user's file for ``--config``.
 
-    kernel_cache     what the run's own cache of compiled kernels holds at the start: "cold" nothing, "warm" all;
+    kernel_cache     what the run's own cache of compiled kernels contains at the start: "cold" nothing, "warm" all;
                      "split": every rank has its own cache, and only rank 0's is cold
     ring_records     how many events a rank's witness keeps; each group's last collective is kept in any case
-    drawn_for        the number of dp ranks that the requests are drawn for; the run's dp ranks share them.
-                     0: the run's own number
-    group_timeout_s  the time after which a collective gives up; 0: long after the deadline
+    drawn_for        the number of dp ranks for which the requests are drawn; the run's dp ranks share the requests. 0:
+                     the run's own number
+    group_timeout_s  seconds after which a collective gives up; 0: long after the deadline
     """
 
     scenario: str
@@ -82,15 +85,17 @@ class RunSettings(Config):
         if self.backend not in BACKENDS:
             raise ConfigError(f"unknown backend {self.backend!r}; known: {', '.join(BACKENDS)}", "backend")
         if self.num_ranks < 2:
-            raise ConfigError(f"{self.num_ranks} ranks cannot wait for each other; at least 2", "num_ranks")
+            raise ConfigError(
+                f"{self.num_ranks} is too few: a hang needs at least 2 ranks that wait for each other", "num_ranks"
+            )
         if self.tp_size < 1 or self.num_ranks % self.tp_size:
-            raise ConfigError(f"{self.num_ranks} ranks do not divide into groups of {self.tp_size}", "tp_size")
+            raise ConfigError(f"{self.num_ranks} ranks cannot be divided into groups of {self.tp_size}", "tp_size")
         if self.model.num_experts % self.num_ranks:
             raise ConfigError(
                 f"{self.model.num_experts} experts do not divide over {self.num_ranks} ranks", "num_ranks"
             )
         if self.checks and self.checks not in CHECKS:
-            raise ConfigError(f"unknown strength of checks {self.checks!r}; known: {', '.join(CHECKS)}", "checks")
+            raise ConfigError(f"{self.checks!r} is not one of {', '.join(CHECKS)}", "checks")
         if self.kernel_cache and self.kernel_cache not in KERNEL_CACHES:
             raise ConfigError(f"unknown state {self.kernel_cache!r}; known: {', '.join(KERNEL_CACHES)}", "kernel_cache")
         if self.drawn_for < 0:
@@ -115,33 +120,36 @@ class RunSettings(Config):
         self._check_pages()
 
     def _check_work(self) -> None:
-        """Refuse a workload that takes long to generate: every command that judges a run generates it again."""
+        """Refuse a workload that takes long to generate, because every command that judges a run generates it again."""
         work, num_ranks = self.workload, self.drawn_for or self.num_ranks // self.tp_size
         of_a_rank = work.max_requests * (work.max_prompt_tokens + work.max_new_tokens) + work.max_arrival_step
         if num_ranks * of_a_rank > MAX_WORK:
             raise ConfigError(
-                f"up to {num_ranks * of_a_rank} tokens and steps of {num_ranks} dp ranks, at most {MAX_WORK}; "
-                "choose smaller max_requests, max_new_tokens or max_arrival_step",
+                f"up to {num_ranks * of_a_rank} tokens and steps of {num_ranks} dp ranks, but at most {MAX_WORK} are "
+                "allowed; choose smaller max_requests, max_new_tokens or max_arrival_step",
                 "workload",
             )
 
     def _check_pages(self) -> None:
-        """Refuse a cache that may become full: predicted verdicts assume that no request is preempted."""
+        """Refuse a cache that may become full, because predicted verdicts assume that no request is preempted."""
         try:
             layout = self.page_layout()
-        except ConfigError as error:  # the heads do not divide over the ranks
+        except ConfigError as error:  # the heads cannot be divided over the ranks
             raise ConfigError(error.message, f"model.{error.field}") from None
         longest = self.workload.max_prompt_tokens + self.workload.max_new_tokens
         needed = self.engine.max_num_seqs * layout.pages_for(longest)
         if self.engine.num_pages < needed:
             raise ConfigError(
-                f"{self.engine.num_pages} is less than {needed}, which {self.engine.max_num_seqs} sequences "
-                f"of {longest} tokens take",
+                f"{self.engine.num_pages} is less than {needed}, the number of pages that {self.engine.max_num_seqs} "
+                f"sequences of {longest} tokens take",
                 "engine.num_pages",
             )
 
     def page_layout(self) -> PageLayout:
-        """The page layout of a rank's cache. A page of a tp rank holds fewer tokens than one of the whole model."""
+        """Return the page layout of a rank's cache.
+
+        A page of a tp rank holds fewer tokens than a page of the whole model.
+        """
         itemsize = {"float64": 8, "float32": 4}.get(self.engine.dtype, 2)
         return page_layout(self.model, itemsize, ssm_itemsize=max(4, itemsize), tp_size=self.tp_size)
 
@@ -153,13 +161,16 @@ class RunSettings(Config):
         where: str,
         defaults: Mapping[str, Any] | None = None,
     ) -> RunSettings:
-        """Merge a scenario's defaults, a user's JSON document and the command line's flags; the later ones win.
+        """Merge a scenario's defaults, a user's JSON document and the command line's flags. Each overrides those before
+        it.
 
-        ``model`` may name a ``preset`` and override some of its fields; ``engine`` and ``workload`` override single
+        ``model`` may name a ``preset`` and override some of its fields. ``engine`` and ``workload`` override single
         defaults. where: the document's file, for error messages. Raises ConfigError with the path of the wrong value.
         """
         if document.get("scenario", flags["scenario"]) != flags["scenario"]:
-            raise ConfigError(f"{document['scenario']!r} is not the scenario to run, {flags['scenario']!r}", where)
+            raise ConfigError(
+                f"the file is for the scenario {document['scenario']!r}, but {flags['scenario']!r} is to be run", where
+            )
         defaults = defaults or {}
         merged: dict[str, Any] = {**defaults, **document, **flags}
         for part in {"model", "engine", "workload"} & merged.keys():
@@ -177,7 +188,7 @@ class RunSettings(Config):
         return cls.from_mapping(merged, where)
 
     def server(self) -> ServerConfig:
-        """The configuration that the engine of every rank starts with."""
+        """Return the configuration with which the engine of every rank starts."""
         dp_size = self.num_ranks // self.tp_size
         parallel = ParallelConfig(dp_size, self.tp_size, self.expert_parallel)
         return ServerConfig(
@@ -191,23 +202,29 @@ class RunSettings(Config):
 
     @property
     def effective_checks(self) -> str:
-        """The value of ``checks``; by default "observe" in a `fault` run, which must be able to hang, else "agree"."""
+        """Return the value of ``checks``.
+
+        The default is "observe" in a `fault` run, which must be able to hang, else "agree".
+        """
         return self.checks or ("observe" if self.variant == "fault" else "agree")
 
     @property
     def effective_kernel_cache(self) -> str:
-        """The value of ``kernel_cache``; by default "warm" in a `control` run, which builds nothing, else "cold"."""
+        """Return the value of ``kernel_cache``.
+
+        The default is "warm" in a `control` run, which builds nothing, else "cold".
+        """
         return self.kernel_cache or ("warm" if self.variant == "control" else "cold")
 
     def requests(self) -> list[list[Request]]:
-        """The requests of each rank; the tp ranks of one dp rank have the same requests."""
+        """Return the requests of each rank. The tp ranks of one dp rank have the same requests."""
         dp_size = self.num_ranks // self.tp_size
         drawn = draw_requests(self.workload, self.drawn_for or dp_size, self.model.vocab_size, self.seed)
         shared = [[request for requests in drawn[rank::dp_size] for request in requests] for rank in range(dp_size)]
         return [requests for requests in shared for _ in range(self.tp_size)]
 
     def reference_key(self) -> tuple[Any, ...]:
-        """A key that is equal for two runs with the same requests and the same single-process reference."""
+        """Return a key that is equal for two runs with the same requests and the same single-process reference."""
         return self.model, self.engine.dtype, self.workload, self.drawn_for or self.num_ranks // self.tp_size, self.seed
 
 

@@ -1,6 +1,6 @@
-"""The report of a run: report.html, timeline.svg and trace.json, from the files that the run left.
+"""The report of a run: report.html, timeline.svg and trace.json, made from the files that the run left.
 
-It never imports torch, and it trusts no file: the page lists what is missing or damaged.
+The report never imports torch. It trusts no file: its page lists what is missing or damaged.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ FILES = ("report.html", "timeline.svg", "trace.json")
 
 
 def write(root: Path, beside: Sequence[Path] | None = None, place: str = "") -> Facts:
-    """Write the three files into a run directory; returns what they were made from.
+    """Write the three files of the report into a run directory. Returns the facts from which they were made.
 
-    beside: runs to set beside this one; by default the newest ones of its folder that differ in their variant only.
-    place: what commands call the directory, where that is not its place here.
+    beside: runs to show next to this one; by default the newest runs of its folder that differ only in their variant.
+    place: the path of the directory in the commands that the report shows, if it differs from ``root``.
 
-    Raises ConfigError when the folder holds nothing of a run, OSError when it cannot be written to.
+    Raises ConfigError if the folder contains nothing of a run, OSError if it cannot be written to.
     """
     facts = gather(root)
     facts.place = place
@@ -36,5 +36,5 @@ def write(root: Path, beside: Sequence[Path] | None = None, place: str = "") -> 
 
 
 def write_all(roots: Iterable[Path]) -> list[Facts]:
-    """:func:`write` for each run."""
+    """Write the report of each run, as :func:`write` does."""
     return [write(root) for root in roots]

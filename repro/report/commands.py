@@ -10,7 +10,7 @@ from repro.report.gather import Facts
 
 
 def commands(facts: Facts) -> list[tuple[str, str]]:
-    """(purpose, shell command): the commands in run.json, then the one that judges the run's files again."""
+    """Return (purpose, shell command) of the commands in run.json, and of the one that judges the files again."""
     listed = facts.description.commands if facts.description else ()
     repeats = [(command.purpose, shlex.join(command.filled(place(facts)))) for command in listed]
     return [*repeats, ("judge these files again", shlex.join(["python", "-m", "repro", "watch", place(facts)]))]

@@ -1,4 +1,7 @@
-"""Read a run directory for a report. Files are untrusted: those that are missing or damaged are listed, not raised."""
+"""Read a run directory for a report.
+
+Its files are untrusted: missing and damaged files are listed, and raise no error.
+"""
 
 from __future__ import annotations
 
@@ -24,13 +27,13 @@ from repro.verdict.result import Count, name_ranks
 from repro.watch.document import Document, read_document, undecided
 
 MAX_RANKS = 4096
-"""The most ranks that a report shows."""
+"""Largest number of ranks that a report shows."""
 
 T = TypeVar("T")
 
 
 class Named(msgspec.Struct, frozen=True):
-    """The entries of config.json that name a run."""
+    """The entries of config.json that identify a run."""
 
     scenario: str = ""
     variant: str = ""
@@ -43,9 +46,9 @@ class Named(msgspec.Struct, frozen=True):
 class Facts:
     """One run as the report sees it.
 
-    description  run.json; None where there is none, or a damaged one
+    description  run.json; None if it is missing or damaged
     named        what config.json says about the run, if there is one
-    verdict      verdict.json; one without a verdict where there is none, or a damaged one
+    verdict      verdict.json; an empty verdict if it is missing or damaged
     missing      a sentence for each file that is missing or damaged
     place        the path of the directory in the commands that the report shows, if it differs from ``root``
     """
@@ -69,16 +72,18 @@ class Facts:
 
     @property
     def stuck(self) -> bool:
-        """Whether some ranks had not finished when the run was decided. A slow run may still have ended well."""
+        """Whether some ranks had not finished when the run was decided. A slow run may still have ended normally."""
         hangs = class_of(self.verdict.verdict).hangs
         if hangs is None:
             return len(self.lanes) < self.num_ranks or not all(lane.done for lane in self.lanes.values())
         return hangs
 
     def span_ns(self) -> tuple[int, int]:
-        """Return the time of the first event, and of the verdict or a finished run's last event, in ns (shared clock).
+        """Return the first and last time that the report shows, in ns of the shared clock; (0, 1) if nothing was
+        recorded.
 
-        (0, 1) of a run that recorded nothing.
+        The first is the time of the first event. The last is the time of the verdict, or of a finished run's last
+        event.
         """
         starts = [lane.starts[0] for lane in self.lanes.values() if len(lane)]
         if not starts:
@@ -107,12 +112,12 @@ def gather(root: Path, with_lanes: bool = True) -> Facts:
 
 
 def _read_description(facts: Facts) -> None:
-    loss = "what the run rebuilds, the runs beside it and the commands that repeat it are not known"
+    loss = "the report cannot show what the run rebuilds, the runs beside it and the commands that repeat it"
     facts.description = _read(facts, facts.run_dir.description, read_description, loss)
 
 
 def _read_config(facts: Facts) -> None:
-    named = _read(facts, facts.run_dir.config, _read_named, "the settings of the run are not known")
+    named = _read(facts, facts.run_dir.config, _read_named, "the report cannot show the settings of the run")
     facts.named = named or facts.named
 
 
@@ -121,7 +126,7 @@ def _read_named(path: Path) -> Named:
 
 
 def _read_verdict(facts: Facts) -> None:
-    loss = "no verdict is shown; `python -m repro watch RUN` judges the run"
+    loss = "no verdict is shown: `python -m repro watch RUN` judges the run"
     verdict = _read(facts, facts.run_dir.verdict, read_document, loss) or undecided(seed=facts.named.seed)
     named, described = facts.named, facts.description
     title, variant, num_ranks = (
@@ -158,10 +163,12 @@ def _read_lanes(facts: Facts) -> None:
             facts.missing.append(f"{facts.run_dir.describe(error)}: this rank's events are not shown")
             continue
         if witness.rank in facts.lanes:
-            facts.missing.append(f"events/{path.name}: another file is already the witness of rank {witness.rank}")
+            facts.missing.append(
+                f"events/{path.name}: not used, because another file is already the witness of rank {witness.rank}"
+            )
             continue
         if witness.num_events == 0 and not witness.writer.pid:
-            continue  # the launcher created it, but the rank never opened it
+            continue  # the launcher created the file, but the rank never opened it
         facts.lanes[witness.rank] = lane = read_lane(witness, facts.labels, clock)
         facts.missing += map(facts.run_dir.describe, lane.problems)
         if lane.first_event > 1:
@@ -182,12 +189,12 @@ def _look_for_rank_files(facts: Facts) -> None:
         absent = [rank for rank in ranks if not _is_there(facts, path(rank), check)]
         if absent:
             facts.missing.append(f"{what}: no file of {name_ranks(absent)}")
-    for file in (run_dir.reference, *map(run_dir.output, ranks)):  # only finished runs of the lab have these
+    for file in (run_dir.reference, *map(run_dir.output, ranks)):  # only finished runs of the lab have these files
         _is_there(facts, file, read_tokens)
 
 
 def _is_there(facts: Facts, path: Path, check: Callable[[Path], object]) -> bool:
-    """Whether the file exists. If ``check`` raises an error, it is listed."""
+    """Whether the file exists. If ``check`` raises an error, the error is listed."""
     try:
         check(path)
     except FileNotFoundError:
@@ -202,7 +209,10 @@ def _check_log(path: Path) -> None:
 
 
 def _check_stack(path: Path) -> None:
-    """Raise ValueError if the file has no complete stack. An empty file means that the rank was not asked for one."""
+    """Raise ValueError if the file has no complete stack.
+
+    An empty file means that no stack was requested from the rank.
+    """
     open_regular(path).close()
     text = read_text(path)
     if text and not (text.endswith("\n") and "hread 0x" in text):
@@ -212,7 +222,7 @@ def _check_stack(path: Path) -> None:
 def _check_dump(path: Path) -> None:
     dump = read_json(path)
     if not isinstance(dump, dict) or not isinstance(dump.get("entries", []), list):
-        raise ValueError(f"{path}:1: no dump of the Flight Recorder")
+        raise ValueError(f"{path}:1: not a dump of the Flight Recorder")
 
 
 def headline(verdict: Document) -> str:
@@ -225,7 +235,7 @@ def headline(verdict: Document) -> str:
     if not name:
         return "This run has no verdict."
     sentences = [escape_control_characters(text, 160) for text in verdict.sentences[:4]]
-    where = "; ".join(sentences) or "no rank said where it is"
+    where = "; ".join(sentences) or "no rank recorded where it is"
     more = len(verdict.sentences) - 4
     if more > 0:
         where += f"; and {more} more places"
@@ -235,7 +245,7 @@ def headline(verdict: Document) -> str:
 
 
 def siblings(root: Path, facts: Facts) -> list[Path]:
-    """The newest runs beside ``root`` of the same family and another variant."""
+    """Return the newest runs in the folder of ``root`` that have the same family and another variant."""
     described = facts.description
     if described is None or not described.family:
         return []
@@ -254,6 +264,6 @@ def siblings(root: Path, facts: Facts) -> list[Path]:
 
 
 def describe(label: Label) -> str:
-    """A span's name as the trace and the pictures show it."""
+    """Return a span's name as the trace and the pictures show it."""
     parts = (label.group, label.name, label.layer) if label.kind in ("call", "async") else (label.name,)
     return " ".join(part for part in parts if part)

@@ -15,9 +15,9 @@ from repro.watch.document import Document
 
 
 def write_junit(path: Path, documents: Sequence[Document]) -> None:
-    """Write the verdicts to a file. An unexpected verdict is a failure, and a missing one an error.
+    """Write the verdicts to a file. An unexpected verdict is a failure, and a missing verdict is an error.
 
-    documents: as in verdict.json, those of one scenario together; one with ``skipped`` did not take place
+    documents: as in verdict.json, the runs of one scenario together; one with ``skipped`` did not take place
 
     Raises OutputError.
     """
@@ -33,7 +33,7 @@ def write_junit(path: Path, documents: Sequence[Document]) -> None:
     try:
         write_atomically(path, ET.tostring(root, encoding="utf-8", xml_declaration=True) + b"\n")
     except OSError as error:
-        raise OutputError(f"cannot write to {path}: {error.strerror}; choose another --junit") from error
+        raise OutputError(f"cannot write to {path}: {error.strerror}; choose another file with --junit") from error
 
 
 def _add_case(suite: ET.Element, document: Document) -> str:
@@ -61,5 +61,5 @@ def _add_case(suite: ET.Element, document: Document) -> str:
 
 
 def _printable(text: str) -> str:
-    """Replace control characters, which XML does not allow and a rank's error may contain."""
+    """Replace control characters, because a rank's error may contain some and XML does not allow them."""
     return "".join(character if character.isprintable() or character == "\n" else "?" for character in text)

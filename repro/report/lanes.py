@@ -16,7 +16,7 @@ from repro.trace.witness.file import Witness
 from repro.trace.witness.format import Event, Kind
 
 OPEN = -1
-"""Stands for the end time of a span that never ended."""
+"""The end time of a span that never ended."""
 
 _MOST_SIZES = 16
 
@@ -43,7 +43,7 @@ class Span(NamedTuple):
 
 
 class Labels:
-    """The distinct labels of all ranks. A span has the number of its label."""
+    """The distinct labels of all ranks. A span refers to its label by number."""
 
     def __init__(self) -> None:
         self.table: list[Label] = []
@@ -112,13 +112,13 @@ class SharedClock:
 
 
 def read_lane(witness: Witness, labels: Labels, clock: SharedClock) -> Lane:
-    """The spans of one witness."""
+    """Return the spans of one witness."""
     lane = Lane(witness.rank, witness.writer.hostname, first_event=witness.first_event, problems=witness.problems)
     lane.groups = {group.name: (group.members, group.issued) for group in witness.groups}
     shift_ns = clock.offset_ns(witness)
     name_call = _call_names(witness, labels)
     phase = step = None
-    calls: dict[tuple[int, int], list[int]] = {}  # (group, seq) -> places of the spans that its end closes
+    calls: dict[tuple[int, int], list[int]] = {}  # (group, seq) -> indices of the spans that end with this collective
     locks: dict[int, int] = {}
     held: dict[int, int] = {}
     builds: dict[int, int] = {}
@@ -185,7 +185,7 @@ def _call_names(witness: Witness, labels: Labels) -> Callable[[str, Event], int]
 
 
 def name_sizes(sizes: tuple[int, ...]) -> str:
-    """Format a vector of sizes so that it fits a line."""
+    """Format a vector of sizes so that it fits on a line."""
     if not sizes:
         return ""
     if len(sizes) <= _MOST_SIZES:

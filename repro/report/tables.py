@@ -12,7 +12,7 @@ from rich.text import Text
 from repro.store.text import escape_control_characters
 
 _UNLIMITED = 10_000
-"""A width in characters that no row exceeds."""
+"""A width in characters that is larger than any row."""
 
 
 def make_table(*columns: str, right: Collection[str] = (), header: bool = True) -> Table:

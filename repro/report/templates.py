@@ -1,6 +1,7 @@
 """Page templates: Jinja2 escapes every value and shows control characters as symbols.
 
-Only ``Markup`` stays as it is: the pictures of report/pictures, and this program's own style sheets and script.
+Only values of type ``Markup`` are not escaped: the pictures of report/pictures, and this program's style sheets and
+script.
 """
 
 from __future__ import annotations
@@ -21,12 +22,12 @@ _MOST_CHARACTERS, _MOST_A_LINE = 4000, 2000
 
 
 def render(template: str, **values: Any) -> str:
-    """Fill a template of this folder. Raises jinja2.UndefinedError for a name that ``values`` lacks."""
+    """Fill a template of this folder. Raises jinja2.UndefinedError for a name that is missing in ``values``."""
     return _environment().get_template(template).render(**values)
 
 
 def read_own(name: str) -> Markup:
-    """Return the text of one of our style sheets or scripts, by its path in this folder."""
+    """Return the text of one of this program's style sheets or scripts, by its path in this folder."""
     return Markup((_HERE / name).read_text(encoding="utf-8"))
 
 

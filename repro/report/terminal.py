@@ -30,7 +30,7 @@ class Display:
 
 @contextlib.contextmanager
 def display(console: Console, title: str) -> Iterator[Display]:
-    """A live table when the console is a terminal, else a line at the start and one for each notice."""
+    """Show a live table if the console is a terminal; else print a line at the start and one for each notice."""
     if not console.is_terminal:
         say(console, title)
         yield Display(notice=lambda text: say(console, f"  {text}"))
@@ -46,7 +46,7 @@ def say(console: Console, text: str) -> None:
 
 
 def print_table(console: Console, table: Table) -> None:
-    """Print a table folded to the width of the terminal, if no word breaks; else each row as one plain line."""
+    """Print a table folded to the width of the terminal; if that breaks words, print each row as one plain line."""
     if console.is_terminal and narrowest(console, table) <= console.width:
         console.print(table)
     else:
@@ -54,7 +54,7 @@ def print_table(console: Console, table: Table) -> None:
 
 
 def summary(console: Console, documents: Sequence[Document]) -> None:
-    """Print a row for each variant of a scenario; then where the ranks stand, and which ranks wait for which."""
+    """Print a row for each variant of a scenario, then where the ranks are, and which ranks wait for which."""
     say(console, f"{documents[0].scenario}, {documents[0].num_ranks} ranks")
     table = make_table("variant", *_COLUMNS, right=_NUMBERS)
     for document in documents:
@@ -89,7 +89,7 @@ _NUMBERS = ("seconds", "stalled")
 
 
 def _cells(document: Document) -> tuple[Text, ...]:
-    """The cells of _COLUMNS. "stalled" is the time from the last event of any rank to the verdict."""
+    """Return a row of the table. Its column "stalled" is the time from the last event of any rank to the verdict."""
     outcome = ", ".join(filter(None, (document.verdict, document.cause)))
     stalled = f"{document.seconds.stall_to_verdict:.2f} s" if _stalled(document) else "-"
     return (
@@ -102,7 +102,7 @@ def _cells(document: Document) -> tuple[Text, ...]:
 
 
 def _culprits(document: Document) -> str:
-    """Format the culprits; without any, the suspects with a question mark, because nothing is proven about them."""
+    """Format the culprits; without any, the suspects with a question mark, because nothing is proven."""
     culprits, suspects = (shorten_rank_lists(list_ranks(ranks)) for ranks in (document.culprits, document.suspects))
     return culprits or (f"{suspects}?" if suspects else "-")
 
@@ -124,7 +124,7 @@ def _sentences(document: Document) -> list[str]:
 
 
 def outcome(document: Document) -> str:
-    """The verdict with its cause and its culprits: "deadlock (mismatch), culprits: 1"."""
+    """Return the verdict with its cause and culprits: "deadlock (mismatch), culprits: 1"."""
     cause = f" ({document.cause})" if document.cause else ""
     culprits = f", culprits: {list_ranks(document.culprits)}" if document.culprits else ""
     return f"{document.verdict}{cause}{culprits}"

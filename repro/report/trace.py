@@ -13,7 +13,7 @@ from repro.report.gather import Facts, describe
 from repro.report.lanes import OPEN, Label, Lane
 
 MAX_SPANS = 250_000
-"""The most spans that a viewer opens. Of more spans the newest of each rank stay, and the trace says so."""
+"""Largest number of spans that a viewer opens. If there are more, only the newest of each rank are written."""
 
 _OWN_TRACKS = {"phase": "phases", "step": "steps", "lock": "locks", "held": "locks held", "build": "builds"}
 _MAY_OVERLAP = ("async", "held", "build")
@@ -96,7 +96,7 @@ def _spans(facts: Facts, lane: Lane, start_ns: int, end_ns: int, skip: int) -> I
 
 
 def _as_async(event: dict[str, Any], identity: int) -> Iterator[dict[str, Any]]:
-    """Write a span as a begin and an end event, because complete events of one track must not partly overlap."""
+    """Write a span as a begin and an end event: complete events of one track must not partly overlap."""
     dur = event.pop("dur")
     yield {**event, "ph": "b", "id": identity}
     yield {**event, "ph": "e", "id": identity, "ts": event["ts"] + dur, "args": {}}
@@ -105,7 +105,7 @@ def _as_async(event: dict[str, Any], identity: int) -> Iterator[dict[str, Any]]:
 def _waiting_flows(facts: Facts, start_ns: int, end_ns: int) -> Iterator[dict[str, Any]]:
     """Draw the verdict's wait-for graph: an arrow from one rank of each place to one of the ranks that it waits for.
 
-    A viewer draws an arrow from span to span, so no arrow begins or ends at a rank without an open call or lock.
+    A viewer draws arrows between spans, so a rank without an open call or lock has no arrow.
     """
     stuck = _stuck_spans(facts)
     for number, wait in enumerate(facts.verdict.waits, start=1):
@@ -122,7 +122,7 @@ def _waiting_flows(facts: Facts, start_ns: int, end_ns: int) -> Iterator[dict[st
 
 
 def _stuck_spans(facts: Facts) -> dict[int, int]:
-    """Return rank -> the index of its last call, or wait for a lock, that has no end."""
+    """Return rank -> the index of its last span without an end, which is a call or a wait for a lock."""
     kinds = [label.kind for label in facts.labels.table]
     return {
         lane.rank: place

@@ -1,6 +1,6 @@
 """run.json: the description of a run, written by the program that creates the run directory.
 
-It has all that a report, a bundle and a second judgement need, so that none of them depends on how the run started.
+It has all that a report, a bundle and a second judgement need, so that they do not depend on how the run started.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ MAX_RANKS = 1 << 20
 MAX_SECONDS = 1e6
 
 VARIANTS = ("control", "fault", "fix")
-"""The three runs of a family: without the fault, with it, and with its trigger present but cured."""
+"""The three runs of a family: without the fault, with the fault, and with the fault's trigger but with the fix."""
 
 RUN_FOLDER = "{run}"
 """Placeholder for the run's folder in a command, as a whole word or before a slash."""
@@ -29,14 +29,14 @@ class Command(Config):
     """One command.
 
     purpose   what the command does: "run it again"
-    words     its words, not quoted, with RUN_FOLDER in place of the run's folder
+    words     the words of the command, not quoted, with RUN_FOLDER in place of the run's folder
     """
 
     purpose: str
     words: tuple[str, ...]
 
     def filled(self, folder: str) -> tuple[str, ...]:
-        """The words of the command, with ``folder`` in place of RUN_FOLDER."""
+        """Return the words of the command, with ``folder`` in place of RUN_FOLDER."""
         return tuple(
             folder + word.removeprefix(RUN_FOLDER) if word == RUN_FOLDER or word.startswith(f"{RUN_FOLDER}/") else word
             for word in self.words
@@ -47,11 +47,11 @@ class Command(Config):
 class RunDescription(Config):
     """The content of run.json.
 
-    title           name of the run; in the lab, of its scenario
-    num_ranks, quiet_window_s, deadline_s, queued_groups    the options of its watcher, as in hosts.options.WatchOptions
+    title           name of the run; in the lab, the name of its scenario
+    num_ranks, quiet_window_s, deadline_s, queued_groups    the watcher's options, as in hosts.options.WatchOptions
     mechanism       what goes wrong, in one line
-    source          the report or change upstream that the run mirrors
-    family          a key shared by runs that differ only in variant and checks; "" has no family
+    source          the upstream report or change that the run rebuilds
+    family          a key shared by runs that differ only in variant and checks; "" if the run has no family
     variant         one of VARIANTS; "" outside the lab
     commands        commands that repeat the run or its variants
     """

@@ -2,21 +2,22 @@
 
 run.json               what the run is, commands to repeat it  the program that creates the directory
 config.json            the settings of a run of the lab      launcher, before the ranks
-events/rank000.wit     the witness a rank leaves             the rank, as it goes
-stacks/rank000.txt     Python stacks                         the rank's faulthandler, when asked
-fr/rank000.json        PyTorch's Flight Recorder             the rank, when asked
+events/rank000.wit     the witness of a rank                 the rank, while it runs
+stacks/rank000.txt     Python stacks                         the rank's faulthandler, on request
+fr/rank000.json        PyTorch's Flight Recorder             the rank, on request
 logs/rank000.log       what the rank printed                 the rank
-logs/launcher.log      what started the ranks printed        torchrun, or repro.lab.start.fork_server
+logs/launcher.log      what the launcher printed             torchrun, or repro.lab.start.fork_server
 logs/reference.log     what the reference printed            repro.lab.outcome.reference
 logs/watcher.log       traceback of a failed watcher         watcher
-facts/HOST.look1.json  what a host said of a job's processes    collect
-env/rank000.txt        versions it loaded                    the rank, once connected
-outputs/rank000.json   tokens served                         the rank, when done
+facts/HOST.look1.json  what a host reports about a job's processes    collect
+env/rank000.txt        versions that the rank loaded         the rank, once connected
+outputs/rank000.json   tokens that the rank served           the rank, when done
 reference.json         tokens of the single-process model    repro.lab.outcome.reference
 verdict.json           the verdict                           watcher, before anything is killed
-release                lets parked ranks exit                watcher
+release                lets waiting ranks exit               watcher
 interrupted            the user requested the end            a rank that got SIGINT; removed when the run is decided
-evidence_request, agents/  between watcher and other hosts       see repro.hosts.agent; removed when the run is decided
+                       evidence_request, agents/  between watcher and other hosts       see repro.hosts.agent; removed
+                       when the run is decided
 """
 
 from __future__ import annotations
@@ -48,7 +49,7 @@ COLLECTED_PARTS = ("stacks", "facts", "fr", "logs")
 
 
 class OutputError(OSError):
-    """The output directory cannot be used; the text says where, why and what to do."""
+    """The output directory cannot be used. The text says where, why and what to do."""
 
 
 SUFFIX = ".wit"
@@ -63,7 +64,7 @@ class RunDir:
 
     @classmethod
     def create(cls, out: Path, scenario: str, variant: str, seed: int) -> RunDir:
-        """Create ``<out>/<utc>-<scenario>-<variant>-<seed>``, which did not exist before.
+        """Create a new directory ``<out>/<utc>-<scenario>-<variant>-<seed>``.
 
         Raises OutputError if that fails.
         """
@@ -82,11 +83,14 @@ class RunDir:
             for part in parts:
                 (root / part).mkdir()
         except OSError as error:
-            raise OutputError(f"cannot write to {out}: {error.strerror}; choose another {flag}") from error
+            raise OutputError(f"cannot write to {out}: {error.strerror}; choose another folder with {flag}") from error
         return cls(root)
 
     def point_latest(self) -> None:
-        """Point the link ``latest`` in the parent folder to this run. Changes nothing and raises OSError on failure."""
+        """Point the link ``latest`` in the parent folder to this run.
+
+        If that fails, nothing is changed and OSError is raised.
+        """
         link = self.root.with_name(f".latest.{os.getpid()}")
         try:
             link.unlink(missing_ok=True)
@@ -148,7 +152,7 @@ class RunDir:
 
     @property
     def cache(self) -> Path:
-        """Results of tuning and compilation; created on first use, and removed with the run's temporary files."""
+        """Return the folder for results of tuning and compilation. It is removed with the run's temporary files."""
         return self.root / "tmp" / "cache"
 
     @property
@@ -175,22 +179,22 @@ class RunDir:
         return self._rank_file("agents", first_rank, "json")
 
     def contents(self) -> list[Path]:
-        """All files of the run and their folders."""
+        """Return all files of the run and their folders."""
         folders = [self.root, *(self.root / part for part in PARTS)]
         return [path for folder in folders for path in (folder, *folder.glob("*")) if path == folder or path.is_file()]
 
     def describe(self, error: Exception | str) -> str:
-        """Return an error's text with paths relative to the run directory, which differs on another machine."""
+        """Return an error's text with paths relative to the run directory, so that it is the same everywhere."""
         return str(error).replace(f"{self.root}/", "")
 
     @property
     def store(self) -> Path:
-        """The file of the c10d FileStore through which the ranks of one host connect; it needs no port."""
+        """Return the file of the c10d FileStore through which the ranks of one host connect. It needs no port."""
         return self.root / "store"
 
 
 def refuse_unwritable(path: Path, hint: str = "") -> None:
-    """Raise OutputError if a file of this name cannot be written; call it before the work to be written there."""
+    """Raise OutputError if a file of this name cannot be written. Call this before the work whose result goes there."""
     try:
         with tempfile.TemporaryFile(dir=path.parent):
             pass
@@ -206,11 +210,14 @@ def write_json(path: Path, value: Any, *, durable: bool = False) -> None:
 
 
 def read_tokens(path: Path) -> dict[str, list[int]]:
-    """Read the tokens of each request from reference.json or an output; raises DamagedFile as :func:`read_json`."""
+    """Read the tokens of each request from reference.json or an output.
+
+    Raises DamagedFile, as :func:`read_json` does.
+    """
     document = read_json(path, MAX_TOKENS_BYTES)
     rows = document.values() if isinstance(document, dict) else [None]
     if not all(isinstance(row, list) and all(isinstance(token, int) for token in row) for row in rows):
-        raise DamagedFile(f"{path}:1: not lists of tokens by request")
+        raise DamagedFile(f"{path}:1: the content does not map requests to lists of tokens")
     return dict(document)
 
 

@@ -1,4 +1,4 @@
-"""JSON with a declared type: a strict conversion whose errors name the file and the field, and its inverse.
+"""Convert JSON strictly to a declared type, with errors that name the file and the field; and back to JSON.
 
 A type is a ``msgspec.Struct`` or a dataclass. Fields without a default are required, and unknown fields are ignored.
 """
@@ -16,7 +16,7 @@ T = TypeVar("T")
 
 
 def read_typed(path: Path, kind: type[T], most: int = MAX_JSON_BYTES) -> T:
-    """Read a JSON file of at most ``most`` bytes; size and depth are bounded as in :func:`read_json`.
+    """Read a JSON file of at most ``most`` bytes. Size and depth are limited as in :func:`read_json`.
 
     Raises OSError if the file cannot be read, and DamagedFile with file, field and problem if it is malformed:
     ``verdict.json:1: $.waits[3].rank: expected int, got str``.
@@ -25,7 +25,10 @@ def read_typed(path: Path, kind: type[T], most: int = MAX_JSON_BYTES) -> T:
 
 
 def typed(value: Any, kind: type[T], where: str) -> T:
-    """Convert what JSON holds to a type. Raises DamagedFile that begins with ``where`` and the path of the field."""
+    """Convert a JSON value to a type.
+
+    Raises DamagedFile, whose text begins with ``where`` and the path of the field.
+    """
     try:
         return msgspec.convert(value, kind, str_keys=True)
     except msgspec.ValidationError as error:
@@ -34,5 +37,5 @@ def typed(value: Any, kind: type[T], where: str) -> T:
 
 
 def to_json(value: Any) -> Any:
-    """Convert a typed value to JSON types; the keys of mappings become strings."""
+    """Convert a typed value to JSON types. The keys of mappings become strings."""
     return msgspec.to_builtins(value, str_keys=True)

@@ -1,4 +1,4 @@
-"""Make untrusted strings safe to display: names, logs and paths of a run are shown, never interpreted."""
+"""Make untrusted strings safe to display: names, logs and paths of a run are shown, but never interpreted."""
 
 from __future__ import annotations
 
@@ -7,14 +7,14 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 
-# Control characters, which begin terminal escapes, marks that change the direction of text, and what XML forbids.
+# Control characters (which begin terminal escapes), marks that change the direction of text, and what XML forbids.
 _HIDDEN = re.compile(
     r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u200b-\u200f\u061c\u2028-\u202e\u2060-\u2069\ufeff\ufffe\uffff\ud800-\udfff\U000e0000-\U000e007f]"
 )
 
 
 def escape_control_characters(text: object, limit: int = 400) -> str:
-    """Replace control and invisible characters by a symbol or their code point, and cut the text at ``limit``."""
+    """Replace control and invisible characters by a symbol or their code point; cut the text after ``limit``."""
     shown = _HIDDEN.sub(_picture, str(text))
     return shown if len(shown) <= limit else f"{shown[: limit - 1]}…"
 

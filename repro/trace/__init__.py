@@ -1,2 +1,3 @@
-"""What a rank did: our own witness file (`witness`), its recorder (`recording`), and records of other tools' evidence
-(`foreign`)."""
+"""What a rank did: this project's witness file (`witness`), its recorder (`recording`), and records of other tools'
+evidence (`foreign`).
+"""

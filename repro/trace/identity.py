@@ -11,7 +11,7 @@ from repro.trace.witness.format import Identity
 
 
 def myself(rank: int, num_ranks: int) -> Identity:
-    """Identify this process as a witness writer; fields that /proc does not show stay empty or 0."""
+    """Identify this process as the writer of a witness. Fields that /proc does not show stay empty or 0."""
     try:
         with open("/proc/sys/kernel/random/boot_id") as file:
             boot_id = file.read().strip()

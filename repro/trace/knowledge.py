@@ -1,4 +1,7 @@
-"""What a trace can show. A rule never asks about an aspect that the trace lacks: a missing column is not an absence."""
+"""The aspects of a rank that a trace can show.
+
+A rule never uses an aspect that the trace lacks, so that missing data does not look like a missing event.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +11,7 @@ import enum
 class Knows(enum.Flag):
     """The aspects of a rank that a trace shows.
 
-    ORDER       the order and the numbers of the collectives of each group
+    ORDER       the order and the sequence numbers of the collectives of each group
     COMPLETION  which collectives are over
     ARGUMENTS   data type, sizes, reduction and root of each collective
     LAYERS      the module that each collective belongs to
@@ -33,13 +36,16 @@ class Knows(enum.Flag):
 NOTHING = Knows(0)
 EVERYTHING = ~NOTHING
 WITNESS = EVERYTHING & ~Knows.LIVENESS
-"""What a recorder of a whole program writes. The operating system says whether a process exists."""
+"""The aspects that a recorder of a whole program writes.
+
+Whether a process exists is known from the operating system.
+"""
 
 UNDECLARED = WITNESS & ~(Knows.STEPS | Knows.SCHEDULE)
 """What a recorder shows of a program that declares no steps: their absence from the witness means nothing."""
 
 COLLECTIVES = Knows.ORDER | Knows.COMPLETION
-"""Needed to say which collective a rank waits in."""
+"""The aspects that are needed to say which collective a rank waits in."""
 
 PLAN = Knows.STEPS | Knows.SCHEDULE | Knows.LAYERS
-"""Needed to compare what a rank issued with the schedule that it declared."""
+"""The aspects that are needed to compare what a rank issued with its declared schedule."""

@@ -1,4 +1,4 @@
-"""The input of a judgement, and what is derived from it before any rule is applied."""
+"""The input of the judge's rules (`Case`): witnesses and facts, and the rank positions and waits derived from them."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class Case:
     """The witnesses and facts of one run, and the positions, matched collectives and waits that follow from them.
 
     quiet_s   seconds since the last event of any rank
-    notes     evidence lines that do not depend on the verdict
+    notes     lines of evidence that every verdict on this run lists
     queued    groups whose collectives are recorded when they are queued, as on NCCL
     now_s     the moment of judgement, on the clock of ``facts.died``
     """
@@ -43,17 +43,23 @@ class Case:
         return self.quiet_s >= self.quiet_window_s and self.all_know(Knows.TIME)
 
     def needs_quiet(self, what: str) -> str:
-        """Return a sentence that says why it is too early to report a deadlock or a stall."""
+        """Return a sentence that says why it is too early to report a deadlock or a stall (``what``)."""
         if not self.all_know(Knows.TIME):
-            return f"not every witness has times, so nothing shows how long this has lasted, and a {what} has to last"
-        return f"the last event is {self.quiet_s:.3f} s old, a {what} needs {self.quiet_window_s:g} s of quiet"
+            return (
+                f"not every witness has times, so nothing shows how long the ranks have waited; a {what} is reported "
+                "only after a quiet window"
+            )
+        return (
+            f"the last event is {self.quiet_s:.3f} s old; a {what} is reported only after {self.quiet_window_s:g} s "
+            "without any event"
+        )
 
     def all_know(self, aspects: Knows) -> bool:
-        """Whether every witness shows these aspects, so that a rule may use them."""
+        """Whether every witness records these aspects of a run, so that a rule may use them."""
         return all(aspects in witness.knows for witness in self.witnesses.values())
 
     def unknowing(self, ranks: Collection[int], aspects: Knows) -> list[int]:
-        """Return the ranks whose witness does not show these aspects."""
+        """Return the ranks whose witness does not record all of these aspects of a run."""
         return [rank for rank in ranks if rank in self.witnesses and aspects not in self.witnesses[rank].knows]
 
     def ranks(self, *states: str) -> tuple[int, ...]:
@@ -66,7 +72,10 @@ class Case:
         return "outside any collective" if node is None else f"in {node.name}"
 
     def verdict(self, verdict: str, finding: Finding | None = None, **more: Any) -> Verdict:
-        """Make a verdict from a class and a finding. ``more`` sets other fields; its evidence comes first."""
+        """Make a verdict of class ``verdict`` from a finding. ``more`` sets other fields.
+
+        Evidence lines in ``more`` come before the evidence of the finding.
+        """
         finding = finding or Finding()
         positions = tuple(self.rank_states[rank].position for rank in sorted(self.rank_states))
         evidence = [*more.pop("evidence", ()), *finding.evidence, *self.notes]

@@ -1,4 +1,4 @@
-"""The verdict classes in one table. Everything that depends on a verdict's class is read from its row here."""
+"""The table of verdict classes. Everything that depends on a verdict's class is read from the class's row."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ _DIFFERENCES = {
     "extra": "a collective too many",
     "skipped": "a collective left out",
     "order": "two groups entered in another order",
-    "mismatch": "different collectives under one number",
+    "mismatch": "different collectives under one sequence number",
     "sizes": "sizes that differ",
 }
 """The ways in which the collectives of ranks can differ."""
@@ -67,14 +67,14 @@ CLASSES = {
     for each in (
         VerdictClass(
             "deadlock",
-            "a rank is blocked for ever, and the evidence explains it",
+            "a rank can never continue, and the evidence explains why",
             "red",
             hangs=True,
             causes=_DIFFERENCES | _LOCK,
         ),
         VerdictClass(
             "stall",
-            "all ranks are in the same collective, and it does not end",
+            "all ranks are in the same collective, and the collective does not end",
             "red",
             hangs=True,
             causes={"device": "a device stopped", "host": "a host process stopped"},
@@ -108,7 +108,7 @@ CLASSES = {
         ),
         VerdictClass(
             "corrupt",
-            "ranks paired different collectives, or the numbers are wrong",
+            "ranks completed different collectives as if they were one, or the numbers are wrong",
             "red",
             hangs=False,
             causes=_DIFFERENCES,
@@ -126,15 +126,15 @@ CLASSES = {
     )
 }
 
-NO_VERDICT = VerdictClass("", "the run is not decided", "yellow", hangs=False, final=False, decided=False)
+NO_VERDICT = VerdictClass("", "the run has no verdict yet", "yellow", hangs=False, final=False, decided=False)
 
 
 def class_of(verdict: str) -> VerdictClass:
-    """The class with this name; NO_VERDICT if there is none."""
+    """Return the class with this name; NO_VERDICT if there is none."""
     return CLASSES.get(verdict, NO_VERDICT)
 
 
 def describe_classes() -> str:
-    """The classes with their meanings, one line each, for the help of a command."""
+    """Return the classes with their meanings, one line each, for the help of a command."""
     width = max(map(len, CLASSES))
     return "\n".join(f"  {name:{width}}  {each.meaning}" for name, each in CLASSES.items())

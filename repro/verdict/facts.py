@@ -8,16 +8,18 @@ from dataclasses import dataclass, field, fields
 
 @dataclass(frozen=True, slots=True)
 class Facts:
-    """Observations of the ranks' processes from outside, by rank. A missing rank was not observed.
+    """Observations of the ranks' processes by the operating system. Each field maps rank -> value; no entry: not
+    observed.
 
-    alive          whether its process runs
+    alive          whether the rank's process runs
     excused        why the process cannot make progress, whatever its witness says ("stopped by a signal")
-    lock_holders   the lock that it waits for and the pid of the lock's holder, 0 for none
+    lock_holders   the lock that the rank waits for and the pid of the lock's holder, 0 for none
     cores          processors that the process and its descendants kept busy since the previous observation
     starved        share of that time in which its threads were runnable without a processor, summed over the threads
-    died           when its end was first noticed, in seconds on one clock; deaths noticed together have the same time
-    contradicted   what another piece of evidence says against its witness
-    unanswered     the evidence that it was asked for and did not leave
+    died           when the end of the process was first noticed, in seconds on one clock; equal for deaths noticed
+                   together
+    contradicted   what another piece of evidence says against the rank's witness
+    unanswered     the evidence (stack, dump) that the rank was asked for and did not leave
     """
 
     alive: Mapping[int, bool] = field(default_factory=dict)

@@ -1,11 +1,11 @@
 """The judge: derive positions and the wait-for graph, then apply the rules in a fixed order.
 
-1. Ranks completed different collectives under one number, or results are wrong: `corrupt`.
+1. Ranks completed different collectives under one sequence number, or results are wrong: `corrupt`.
 2. Every rank is done: `clean`.
 3. The waits form a cycle: `deadlock`.
 4. A rank died or failed: `crash`.
-5. Else `repro.verdict.rules.waiting` decides by the ranks in which the waits end: done, running, unseen, or all in one
-   collective.
+5. Otherwise `repro.verdict.rules.waiting` looks at the ranks in which the waits end. They are done, running or unseen,
+   or all of them are in one collective.
 """
 
 from __future__ import annotations
@@ -44,11 +44,12 @@ def judge(
 ) -> Verdict:
     """Derive the verdict that the witnesses and the facts prove.
 
-    facts           a rank whose process was not observed counts as alive
-    now_ns          the monotonic clock when the witnesses were read: of the host of ``home``, or rank -> clock
+    facts           observations of the ranks' processes; a rank whose process was not observed counts as alive
+    now_ns          when the witnesses were read: one monotonic clock (of the host of ``home``), or rank -> its own
+                    clock
     quiet_window_s  how long no rank may have recorded an event before a hang counts as proven
-    home            the process that read the clock; by default the lowest rank
-    wrong_numbers   one line for each result that differs from the reference; a clean run with any becomes corrupt
+    home            the process that read the clock; by default the process of the lowest rank
+    wrong_numbers   one line for each result that differs from the reference; with any, a clean run becomes corrupt
     queued          groups whose collectives are recorded when they are queued, as on NCCL
     """
     usable, notes = _one_run(witnesses, num_ranks)
@@ -80,7 +81,7 @@ def judge(
 
 
 def _qualify_for_damage(verdict: Verdict, damaged: set[int]) -> Verdict:
-    """Remove culprits whose witness is damaged, and lower the confidence in the others."""
+    """Make ranks with a damaged witness suspects instead of culprits, and lower the confidence in the others."""
     if not damaged:
         return verdict
     culprits = tuple(rank for rank in verdict.culprits if rank not in damaged)
@@ -96,7 +97,7 @@ def _qualify_for_damage(verdict: Verdict, damaged: set[int]) -> Verdict:
 
 
 def _one_run(witnesses: Mapping[int, Witness], num_ranks: int) -> tuple[dict[int, Witness], list[str]]:
-    """Keep the witnesses of one run; return them, and a line for each witness that is not used."""
+    """Keep the witnesses of one run. Return them, and a line for each witness that is not used."""
     runs = Counter((witness.writer.run_id, witness.writer.num_ranks) for witness in witnesses.values())
     notes: list[str] = []
     usable: dict[int, Witness] = {}
@@ -107,8 +108,8 @@ def _one_run(witnesses: Mapping[int, Witness], num_ranks: int) -> tuple[dict[int
         writer = witness.writer
         if tied:
             notes.append(
-                f"{witness.name}:0: run {writer.run_id!r}: the files belong to several runs in equal numbers: "
-                "give those of one run"
+                f"{witness.name}:0: run {writer.run_id!r}: equally many files belong to different runs: give the files "
+                "of one run only"
             )
         elif (writer.run_id, writer.num_ranks) != run:
             notes.append(
@@ -132,7 +133,9 @@ def _decide(case: Case, wrong_numbers: Sequence[str]) -> Verdict:
         if key[0] in case.queued:
             return _queued_differently(case, key, seq, finding)
         completed = sorted(rank for side in sides for rank in side.left)
-        finding.evidence.append(f"{key[0]} #{seq} completed on {name_ranks(completed)} although the sides differ")
+        finding.evidence.append(
+            f"{key[0]} #{seq} completed on {name_ranks(completed)} although the ranks issued different collectives"
+        )
         return case.verdict("corrupt", finding, evidence=[*wrong_numbers])
     hidden = case.ledger.hidden_divergence(case.queued)
     if hidden:
@@ -149,7 +152,7 @@ def _decide(case: Case, wrong_numbers: Sequence[str]) -> Verdict:
 
 
 def _clean(case: Case) -> Verdict:
-    """Report `clean` if a collective that ranks paired wrongly would have shown."""
+    """Report `clean`, if the witnesses would have shown a collective that ranks paired wrongly."""
     ranks = tuple(case.rank_states)
     blind = case.unknowing(ranks, COLLECTIVES | Knows.ARGUMENTS)
     if not blind and any(witness.first_event > 1 for witness in case.witnesses.values()):
@@ -158,7 +161,7 @@ def _clean(case: Case) -> Verdict:
         blind = layers if len(layers) < len(case.witnesses) else []
     if not blind:
         return case.verdict("clean")
-    line = f"every rank is done, but the witness of {name_ranks(blind)} does not show all of its collectives"
+    line = "The rolling hashes compare the events that were overwritten, too. They include the layers."
     return case.verdict("inconclusive", evidence=[line], confidence="undecided")
 
 
@@ -177,10 +180,13 @@ def _mispaired(case: Case) -> tuple[GroupKey, int, list[CallVariant]] | None:
 
 
 def _queued_differently(case: Case, key: GroupKey, seq: int, finding: Finding) -> Verdict:
-    """Report collectives that differ and were queued under one number, although their completion is not recorded."""
+    """Report different collectives that were queued under one number.
+
+    Whether the device completed them is not recorded.
+    """
     finding.evidence.append(
-        f"{key[0]} #{seq} is queued on both sides although they differ; whether it completed is not recorded: look at "
-        "what the devices have pending"
+        f"{key[0]} #{seq} is queued with different arguments, and whether it completed is not recorded: take the "
+        "stacks, or a profile of the devices, to see what is pending"
     )
     finding.suspects = tuple(sorted({*finding.suspects, *finding.culprits}))
     finding.culprits, finding.confidence = (), "undecided"

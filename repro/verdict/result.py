@@ -1,4 +1,4 @@
-"""The verdict and its parts: the classes, the position of each rank, and the text for both."""
+"""The verdict and its parts, among them the position of each rank, and their form as text."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ import msgspec
 MAX_RANKS = 1 << 20
 Rank = Annotated[int, msgspec.Meta(ge=0, lt=MAX_RANKS)]
 Count = Annotated[int, msgspec.Meta(ge=-(1 << 62), lt=1 << 62)]
-"""An integer of a file. The sum of two of them fits in 64 bits."""
+"""An integer in a file from outside. The sum of two such integers fits in 64 bits."""
 
 Seconds = Annotated[float, msgspec.Meta(ge=0, lt=1e9)]
 
 DAMAGED = "by a damaged witness"
-"""The detail of a hidden rank whose witness does not match its checksums."""
+"""The `Position.detail` of a hidden rank whose witness does not match its checksums."""
 
 UNFINISHED = "whose end its witness does not show"
-"""The detail of a hidden rank whose witness does not show the order or the end of collectives."""
+"""The `Position.detail` of a hidden rank whose witness does not show the order or the end of collectives."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,7 +49,7 @@ class Position:
     line: str = ""
 
     def words(self) -> str:
-        """The position as text without the rank: "wait in dp all_reduce #41 (step 12, layers.0.linear_attn)"."""
+        """Return the position as text without the rank: "wait in dp all_reduce #41 (step 12, layers.0.linear_attn)"."""
         where = ", ".join(part for part in (self._when(), self.layer) if part)
         where = f" ({where})" if where else ""
         match self.state:
@@ -84,11 +84,11 @@ class Position:
 
 
 class Wait(msgspec.Struct, frozen=True, rename={"awaited": "for"}):
-    """A node of the wait-for graph with its edges: ranks that wait at one place, and the ranks they wait for.
+    """A node of the wait-for graph with its edges: ranks that wait at one place, and the ranks that they wait for.
 
     waits_in   the collective or the lock: "dp all_reduce #41", "lock experts"
-    awaited    the ranks that must act, or are unable to act, before the wait can end; empty if no rank can end it
-    why        what each of those has not done, in sentences
+    awaited    the ranks that must act, or cannot act, before the wait can end; empty if no rank can end the wait
+    why        what each awaited rank has not done, in sentences
     """
 
     ranks: tuple[Rank, ...]
@@ -97,7 +97,7 @@ class Wait(msgspec.Struct, frozen=True, rename={"awaited": "for"}):
     why: str = ""
 
     def words(self) -> str:
-        """The wait in a sentence: "ranks 0-2 in dp all_reduce #4 wait for 3: rank 3 has not issued it"."""
+        """Return the wait as a sentence: "ranks 0-2 in dp all_reduce #4 wait for 3: rank 3 has not issued it"."""
         text = f"{name_ranks(self.ranks)} {'at' if self.waits_in.startswith('lock ') else 'in'} {self.waits_in}"
         if self.awaited:
             others = list_ranks(set(self.awaited) - set(self.ranks)) or "each other"
@@ -110,11 +110,12 @@ class Verdict:
     """What the evidence shows about a run.
 
     verdict, cause     a class of `repro.verdict.classes` and one of its causes, or ""
-    culprits           the ranks that are proven to be the cause; empty where none is, or the evidence does not decide
-    suspects           the ranks that stand out (odd, changed, late) without a proof: an observation
+    culprits           the ranks that are proven to be the cause; empty if no rank is, or if the evidence does not
+                       decide
+    suspects           the ranks that differ from the others or from earlier steps: an observation, no proof
     first_divergence   the first place where ranks differ: {"sides": [{"ranks", "group", "seq", ...}, ...]}
-    cycle              each link: {"ranks", "waits_in", "for"}
-    waits              the whole wait-for graph, a cycle's nodes first
+    cycle              each link of a cycle of waits: {"ranks", "waits_in", "for"}
+    waits              the whole wait-for graph; the nodes of a cycle come first
     confidence         certain, likely (a missing witness could add culprits), or undecided (a class without culprits)
     """
 
@@ -131,24 +132,24 @@ class Verdict:
     quiet_s: float = 0.0
 
     def with_evidence(self, lines: Iterable[str]) -> Verdict:
-        """The same verdict with further lines of evidence."""
+        """Return the same verdict with further lines of evidence."""
         return replace(self, evidence=(*self.evidence, *lines))
 
     def sentences(self) -> list[str]:
-        """One sentence for each distinct position, in the order of the ranks."""
+        """Return one sentence for each distinct position, in the order of the ranks."""
         together: dict[str, list[int]] = {}
         for position in self.ranks:
             together.setdefault(position.words(), []).append(position.rank)
         return [say(ranks, words) for words, ranks in together.items()]
 
     def sentence(self) -> str:
-        """The positions of all ranks in one line."""
+        """Return the positions of all ranks in one line."""
         return "; ".join(self.sentences())
 
 
 @dataclass(slots=True)
 class Finding:
-    """Cause, culprits and evidence that one rule found; the judge turns them into a verdict."""
+    """The cause, culprits and evidence that one rule found. The judge makes a verdict of them."""
 
     cause: str = ""
     culprits: tuple[int, ...] = ()
@@ -164,7 +165,7 @@ MOST_SENTENCES = 16
 def shorten(lines: list[str]) -> list[str]:
     """Keep the first MOST_SENTENCES lines and say how many were left out."""
     more = len(lines) - MOST_SENTENCES
-    return [*lines[:MOST_SENTENCES], f"{more} further lines are left out"] if more > 0 else lines
+    return [*lines[:MOST_SENTENCES], f"{more} further lines are not shown"] if more > 0 else lines
 
 
 def list_ranks(ranks: Iterable[int]) -> str:

@@ -1,7 +1,7 @@
 """verdict.json: its type, its reader, and the conversion from a verdict.
 
-Every program that writes or reads a verdict.json uses this type. The fields of one class of files may be empty: only
-runs of the lab have an expectation, and only runs that a watcher followed have a watcher.
+Every program that writes or reads a verdict.json uses this type. Some fields may be empty: only runs of the lab have an
+expectation, and only runs that a watcher followed have a watcher.
 """
 
 from __future__ import annotations
@@ -24,10 +24,11 @@ SCHEMA_VERSION = 1
 
 
 class Side(msgspec.Struct, frozen=True, omit_defaults=True):
-    """One side of a divergence: ranks, and what they issued there.
+    """One side of a divergence: some ranks, and what they issued there.
 
-    sizes, dtype, reduce_op, root   the arguments of the call; None where the sides are positions and not calls
-    planned, conforms               the entry of the schedule that the ranks left; for the culprits alone
+    sizes, dtype, reduce_op, root   the arguments of the call; None if the sides are positions and not calls planned,
+                                    conforms               the entry of the schedule that the ranks left; set for the
+                                    culprits only
     """
 
     ranks: tuple[Rank, ...]
@@ -52,7 +53,7 @@ class Divergence(msgspec.Struct, frozen=True):
 
 
 class Expectation(msgspec.Struct, frozen=True, omit_defaults=True):
-    """The verdict that a scenario predicts for its run; a field that is None is not predicted."""
+    """The verdict that a scenario predicts for its run. A field that is None is not predicted."""
 
     verdict: str
     cause: str | None
@@ -80,7 +81,7 @@ class Watcher(msgspec.Struct, frozen=True):
         return cls(here.hostname, here.boot_id, here.pid_namespace, here.wall_offset_ns, look.now_ns)
 
     def identity(self) -> Identity:
-        """The watcher as a process."""
+        """Return the watcher's identity as a process."""
         return Identity(
             0,
             1,
@@ -92,7 +93,7 @@ class Watcher(msgspec.Struct, frozen=True):
 
 
 class Progress(msgspec.Struct, frozen=True):
-    """How far a rank had come when it was judged; the time is on the clock of its host."""
+    """How far a rank had come when it was judged. The time is on the clock of the rank's host."""
 
     num_events: Count
     heartbeat_ns: Count
@@ -108,17 +109,20 @@ class Durations(msgspec.Struct, frozen=True):
 class Document(msgspec.Struct, frozen=True, kw_only=True):
     """The content of verdict.json.
 
-    scenario, variant, backend, num_ranks, seed     the run
-    verdict                                         a class of `repro.verdict.classes`; "" of a run that is not decided
-    cause ... quiet_s                               as in :class:`repro.verdict.Verdict`; cause is None without one
-    sentences                                       one for each distinct position
-    expected, matches_expected                      of a run of the lab; else None
-    watcher                                         None of files that do not name the clock of their times
-    system, notes                                   what the verdict was judged with, besides the witnesses
-    judged                                          rank -> how far its witness had come; ranks may have gone on since
+    scenario, variant, backend, num_ranks, seed     the settings of the run
+    verdict                                         a class of `repro.verdict.classes`; "" if the run is not decided
+                                                    cause ... quiet_s                               as in
+                                                    :class:`repro.verdict.Verdict`; cause is None if there is none
+    sentences                                       one sentence for each distinct position
+    expected, matches_expected                      for runs of the lab; else None
+    watcher                                         None for files that do not name the clock of their times system,
+                                                    notes                                   what the verdict was judged
+                                                    with, besides the witnesses
+    judged                                          rank -> how far its witness had come; the rank may have gone on
+                                                    since
     interrupted                                     whether the user ended the run before it was decided
-    ended_by                                        which signal its launcher received; "" if none
-    skipped                                         why the run did not take place, in a list of verdicts; else ""
+    ended_by                                        the signal that the run's launcher received; "" if none
+    skipped                                         in a list of verdicts: why the run did not take place; else ""
     """
 
     schema_version: int = SCHEMA_VERSION
@@ -160,18 +164,18 @@ class Document(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def sides(self) -> tuple[Side, ...]:
-        """The sides of the first divergence; empty without one."""
+        """Return the sides of the first divergence; () if there is no divergence."""
         return self.first_divergence.sides if self.first_divergence else ()
 
     def look(self) -> Look | None:
-        """The watcher's last snapshot without witnesses, which are files of the run; None if its clock is not known."""
+        """Return the watcher's last snapshot, without the witnesses; None if the clock of its times is not known."""
         if self.watcher is None:
             return None
         return Look(self.watcher.identity(), self.watcher.now_ns, facts=self.system, notes=self.notes)
 
 
 def describe(verdict: Verdict, **more: Any) -> Document:
-    """The document of a verdict. ``more`` sets the fields that do not follow from the verdict."""
+    """Make the content of verdict.json from a verdict. ``more`` sets the fields that do not follow from the verdict."""
     return Document(
         verdict=verdict.verdict,
         cause=verdict.cause or None,
@@ -190,17 +194,17 @@ def describe(verdict: Verdict, **more: Any) -> Document:
 
 
 def progress_of(look: Look) -> dict[int, Progress]:
-    """How far each rank had come."""
+    """Return rank -> how far the rank had come at the time of the snapshot."""
     return {
         rank: Progress(witness.num_events, witness.heartbeat_ns) for rank, witness in sorted(look.witnesses.items())
     }
 
 
 def undecided(**run: Any) -> Document:
-    """The document of a run without a verdict. ``run`` sets scenario, variant, backend, num_ranks and seed."""
+    """Make the verdict.json of a run without a verdict. ``run`` sets scenario, variant, backend, num_ranks and seed."""
     return describe(Verdict("", confidence=""), **run)
 
 
 def read_document(path: Path) -> Document:
-    """Read a verdict.json. Raises OSError, or DamagedFile with file, field and problem."""
+    """Read a verdict.json. Raises OSError, or DamagedFile with the file, the field and the problem."""
     return read_typed(path, Document)

@@ -14,7 +14,7 @@ NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
 
 
 def failed(run_dir: RunDir, what: str, errors: Sequence[Exception], gaps: Sequence[str] = ()) -> Verdict:
-    """Write the tracebacks to logs/watcher.log, and return the verdict; its first line names the first error.
+    """Write the tracebacks to logs/watcher.log, and return the verdict. Its first line names the first error.
 
     what    the part of this program that failed: "the watcher"
     gaps    a line for each piece of evidence that is missing
@@ -24,7 +24,7 @@ def failed(run_dir: RunDir, what: str, errors: Sequence[Exception], gaps: Sequen
         log.parent.mkdir(exist_ok=True)
         write_atomically(log, "\n".join("".join(traceback.format_exception(error)) for error in errors))
         where = f"the traceback is in logs/{log.name}"
-    except OSError as full:  # a full disk: the verdict is smaller, and may still fit
+    except OSError as full:  # the disk is full: the verdict is smaller than the tracebacks, and may still fit
         where = f"the traceback could not be written: {full.strerror}"
     cause = " ".join(f"{type(errors[0]).__name__}: {errors[0]}".split())[:MAX_CAUSE]
     if isinstance(errors[0], OSError) and errors[0].errno in NO_ROOM:
@@ -34,5 +34,5 @@ def failed(run_dir: RunDir, what: str, errors: Sequence[Exception], gaps: Sequen
             f"`python -m repro watch {run_dir.root}`"
         )
         return Verdict("inconclusive", evidence=(line, *gaps), confidence="undecided")
-    line = f"{what} failed, which says nothing about the run: {cause}; {where}"
+    line = f"{what} failed, so nothing is known about the run: {cause}; {where}"
     return Verdict("inconclusive", evidence=(line, *gaps), confidence="undecided")

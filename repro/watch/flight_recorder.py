@@ -1,7 +1,7 @@
 """Compare PyTorch's Flight Recorder dumps with the witnesses.
 
-The Flight Recorder is PyTorch's own record of collectives, written by other code than ours. If both agree about a rank,
-its position is certain; if they differ, neither is.
+PyTorch and this project record collectives independently. If both agree about a rank, the rank's position is certain.
+If they differ, its position is not known.
 """
 
 from __future__ import annotations
@@ -14,16 +14,16 @@ from repro.store.run_dir import RunDir, read_json
 from repro.verdict.result import Position, name_ranks
 
 _NAMES = {"default_pg": "world"}
-"""PyTorch's name of a group -> our recorder's name, where they differ."""
+"""PyTorch's name of a group -> the name in our witnesses, for groups whose names differ."""
 
 
 @dataclass
 class RecorderCheck:
     """The result of the comparison for all blocked ranks.
 
-    agree          ranks whose dump has the same collective pending as the witness
-    ahead          ranks whose dump has a later collective of that group pending
-    contradicted   rank -> what its dump has pending instead
+    agree          ranks whose dump shows the same collective pending as the witness
+    ahead          ranks whose dump shows a later collective of the same group pending
+    contradicted   rank -> what the dump shows pending instead
     """
 
     agree: list[int] = field(default_factory=list)
@@ -38,13 +38,16 @@ class RecorderCheck:
         if self.ahead:
             lines.append(
                 f"{name_ranks(self.ahead)}: the Flight Recorder has a collective of the same group pending, under a "
-                "higher number: it counts every collective that one call consists of"
+                "higher number: it counts each collective within a call separately"
             )
         return lines
 
 
 def compare_dumps(run_dir: RunDir, positions: Iterable[Position]) -> RecorderCheck:
-    """Compare the dump of each blocked rank with its position. A dump without entries of the group is ignored."""
+    """Compare the dump of each blocked rank with the rank's position.
+
+    A dump without entries of the group is ignored.
+    """
     check = RecorderCheck()
     for position in positions:
         if position.state != "blocked":
@@ -66,9 +69,9 @@ def compare_dumps(run_dir: RunDir, positions: Iterable[Position]) -> RecorderChe
 
 
 def _read_entries(dump: Path) -> list[tuple[str, int, bool]]:
-    """Read (group, sequence number, is retired) of each entry; [] without a readable dump.
+    """Read (group, sequence number, is retired) of each entry; [] if there is no readable dump.
 
-    On gloo an entry's ``state`` stays "scheduled" for ever; ``retired`` shows that it has completed.
+    On gloo an entry's ``state`` stays "scheduled" for ever. There, ``retired`` shows that the entry has completed.
     """
     try:
         document = read_json(dump)

@@ -1,9 +1,9 @@
 """The watcher: follow the witnesses of a run from outside the ranks, and decide when and how the run has ended.
 
-The watcher only reads files that the ranks write. When no rank has recorded an event for the quiet window, it calls the
-judge; while the verdict is that some rank still works, it continues to watch. Before a final verdict it collects stacks
-and Flight Recorder dumps, and it writes verdict.json before any process is ended. If the watcher itself fails, the
-verdict is `inconclusive`, with the traceback in logs/watcher.log.
+The watcher only reads files that the ranks write. If no rank has recorded an event for the quiet window, the watcher
+calls the judge. While the verdict is that some rank still works, it continues to watch. Before a final verdict it
+collects stacks and Flight Recorder dumps, and it writes verdict.json before any process is ended. If the watcher itself
+fails, the verdict is `inconclusive`, and logs/watcher.log has the traceback.
 """
 
 from __future__ import annotations
@@ -40,25 +40,28 @@ from repro.watch.silences import Silences
 POLL_S = 0.05
 
 ANSWER_PATIENCE_S = 2.0
-"""How long the other hosts may take to collect evidence from their ranks."""
+"""How many seconds the other hosts may take to collect evidence from their ranks."""
 
 DEATH_GRACE_S = 0.5
 DEATH_PATIENCE_S = 5.0
-"""After a death the verdict waits until no event has come for the grace time, at most for the patience time.
+"""After a death, the verdict is given once no event has come for the grace time, and at the latest after this time.
 
-The peers may be about to finish without the dead rank, or to record that they lost it.
+The other ranks may finish without the dead rank, or record that they lost it.
 """
 
 READ_PATIENCE_S = 5.0
-"""How long reads may fail before the watcher gives up. A stale handle or a lack of descriptors may be temporary."""
+"""How many seconds reads may fail before the watcher gives up.
+
+A stale file handle or a lack of descriptors may pass.
+"""
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """The comparison of the results with the reference, once all ranks are done.
+    """The comparison of a run's results with the reference, made when all ranks are done.
 
     wrong     a line for each wrong result
-    missing   why the results were not compared; "" if they were
+    missing   why the results were not compared; "" if they were compared
     evidence  a sentence that says what was compared
     """
 
@@ -111,10 +114,10 @@ class Watch:
         self._silences = Silences()
 
     def run(self) -> Document:
-        """Watch until the run is decided; returns what was written to verdict.json.
+        """Watch until the run is decided. Returns what was written to verdict.json.
 
-        Room for verdict.json is kept from the start: the disk may be full by the end. Raises OSError if verdict.json
-        cannot be written all the same.
+        Disk space for verdict.json is reserved at the start, because the disk may be full at the end. Raises OSError if
+        verdict.json cannot be written all the same.
         """
         with room_for(self.run_dir.verdict, _verdict_bytes(self.options.num_ranks)):
             try:
@@ -126,7 +129,7 @@ class Watch:
             return self._write(verdict)
 
     def processes(self) -> list[Process]:
-        """The processes of the running ranks of this host, even if their witness files have been removed."""
+        """Return the processes of the running ranks of this host, even if their witness files have been removed."""
         return [process for process in self._running().values() if process is not None]
 
     def remote_ranks_run(self) -> bool:
@@ -138,7 +141,7 @@ class Watch:
         return self._tails.all_done()
 
     def _poll(self) -> Verdict | None:
-        """Decide; returns None if a read fails, because the next poll may succeed."""
+        """Decide whether the watch ends. Returns None also if a read fails, because the next poll may succeed."""
         try:
             self._tails.open()
             verdict = self._decide()
@@ -158,7 +161,7 @@ class Watch:
         self._system.note_late((self.host.now_ns() - asleep_ns) / 1e9 - POLL_S)
 
     def _decide(self) -> Verdict | None:
-        """The final verdict, or None while the watch must continue."""
+        """Return the final verdict, or None while the watch must continue."""
         now_ns = self.host.now_ns()
         if self.interrupted():
             self._interrupted = True
@@ -170,7 +173,7 @@ class Watch:
         if self._death_is_settled(now_ns):
             verdict, self._ended_by = self._conclude(), collect.launcher_was_ended(self.run_dir)
             return ended_from_outside(verdict, self._ended_by) if self._ended_by else verdict
-        if self._died_ns:  # no matter how long the silence before: peers may be about to record something
+        if self._died_ns:  # this holds however long the silence before: other ranks may be about to record something
             return None
         quiet_ns = self.options.quiet_window_s * 1e9
         waited_ns = now_ns - max(self._last_event_ns(), self._judged_ns)
@@ -179,7 +182,7 @@ class Watch:
                 self._silences.go_on((now_ns - self._last_event_ns()) / 1e9)
             if waited_ns < quiet_ns / 2:
                 self._measuring = False
-            elif not self._measuring:  # measure processor use in the second half of the silence
+            elif not self._measuring:  # processor use is measured in the second half of the quiet window
                 self._measuring = True
                 self._system.begin_measuring(self._pids())
             self._report_builds(now_ns)
@@ -193,7 +196,7 @@ class Watch:
             self._notices.builds(verdict, now_ns, self.host.now_ns())
 
     def _decide_in_quiet(self) -> Verdict | None:
-        """Judge once per quiet window. While a rank works without events it is `slow`, and the watch continues."""
+        """Judge once per quiet window. While a rank works without events the run is `slow`, and the watch continues."""
         last_event_ns, self._judged_ns = self._last_event_ns(), self.host.now_ns()
         self._system.measure(self._pids())
         verdict = self._judge()
@@ -212,7 +215,7 @@ class Watch:
         return verdict if class_of(verdict.verdict).final and not moved else None
 
     def _conclude(self, why: str = "") -> Verdict:
-        """The final verdict from the evidence at hand, because the watch ends now."""
+        """Return the final verdict from the evidence at hand, because the watch ends now."""
         self._reasons = [why] if why else []
         if self.all_done() and (verdict := self._compared(final=True)) is not None:
             return verdict
@@ -222,7 +225,7 @@ class Watch:
     def _judge_with_evidence(self) -> Verdict:
         """Collect stacks and dumps, read the witnesses again, and judge with what the dumps confirm or contradict.
 
-        Processor use stays as measured before, because ranks also use a processor to write the evidence.
+        Processor use is not measured again, because ranks also use a processor to write this evidence.
         """
         unanswered = self._collect_evidence()
         check = compare_dumps(self.run_dir, self._judge().ranks)
@@ -257,7 +260,7 @@ class Watch:
         return [self.host.describe(pid) for pid in sorted(holders - {witnesses[rank].writer.pid for rank in here})]
 
     def _compared(self, final: bool) -> Verdict | None:
-        """The verdict after all ranks are done: `clean` only if their results are right. None to be called again."""
+        """Return the verdict after all ranks are done: `clean` if the results are right. None to be called again."""
         comparison = self.compare(final)
         if comparison is None:
             return None
@@ -282,9 +285,10 @@ class Watch:
         return {rank: process.pid for rank, process in self._running().items() if process is not None}
 
     def _death_is_settled(self, now_ns: int) -> bool:
-        """Whether a rank died or failed, or all processes ended, and the peers have had their time to react."""
+        """Whether a rank died or failed, or all processes ended, and the other ranks have had time to react."""
         ended = {rank for rank, process in self._running().items() if process is None}
-        died = bool(ended) and not ended <= self._tails.done()  # a rank of a user's program that is done ends by itself
+        # when a rank of a user's program is done, its process ends by itself
+        died = bool(ended) and not ended <= self._tails.done()
         gone = died or not self.job_alive() or self._remote_hosts.any_ended()
         if not gone and not self._tails.any_failed():
             self._died_ns = 0
@@ -294,15 +298,16 @@ class Watch:
         return quiet_ns > DEATH_GRACE_S * 1e9 or now_ns - self._died_ns > DEATH_PATIENCE_S * 1e9
 
     def _collect_evidence(self) -> dict[int, str]:
-        """Have all ranks write their stacks and dumps; returns rank -> the evidence that it did not leave."""
+        """Let all ranks write their stacks and dumps. Returns rank -> the evidence that it did not write."""
         request = self._remote_hosts.request_evidence()
         unanswered = self.host.collect(self.run_dir, self._pids())
         return unanswered | self._remote_hosts.answers(request, ANSWER_PATIENCE_S)
 
     def _failed(self, error: Exception) -> Verdict:
-        """The verdict after a failure of the watcher itself: `inconclusive`, with the evidence at hand."""
+        """Return the verdict after a failure of the watcher itself: `inconclusive`, with the evidence at hand."""
         errors = [error]
-        try:  # write it before the caller ends the ranks: a second judgement needs the last snapshot
+        # verdict.json is written before the caller ends the ranks, because a second judgement needs the last snapshot
+        try:
             gaps = collect.name_missing(self._collect_evidence(), collect.PATIENCE_S)
             self._look = self._take_look()
         except Exception as second:
@@ -329,13 +334,11 @@ class Watch:
         try:
             write_json(self.run_dir.verdict, to_json(document), durable=True)
         except OSError as error:
-            self.notice(
-                f"{verdict.verdict}: {verdict.sentence()}; this verdict is not written to disk: {error.strerror}"
-            )
+            self.notice(f"{verdict.verdict}: {verdict.sentence()}; verdict.json could not be written: {error.strerror}")
             raise
         return document
 
 
 def _verdict_bytes(num_ranks: int) -> int:
-    """Return an upper estimate of the size of a verdict.json: each rank has a place with one size per group member."""
+    """Return an upper estimate of the size of a verdict.json in bytes. Each rank may list one size per group member."""
     return (64 << 10) + num_ranks * (4096 + 16 * num_ranks)

@@ -19,10 +19,10 @@ from repro.watch.flight_recorder import compare_dumps
 class Look:
     """A snapshot of a run at one moment.
 
-    watcher     the process that took it; now_ns and ``facts.died`` are on the clock of its host
-    now_ns      its monotonic clock before it read anything, so that the time it takes to read is no silence
+    watcher     the process that took the snapshot; now_ns and ``facts.died`` are on the clock of its host
+    now_ns      the monotonic clock before anything was read, so that the time to read does not count as silence
     witnesses   rank -> witness; ranks whose witness could not be read are absent
-    notes       further observations of the watcher, one sentence each; no file of the run shows them
+    notes       further observations of the watcher, in sentences; no file of the run shows them
     """
 
     watcher: Identity
@@ -52,7 +52,7 @@ class Look:
         verdict = self.verdict(options, wrong_numbers)
         if self.none_began():
             verdict = Verdict("inconclusive", ranks=verdict.ranks, confidence="undecided", quiet_s=verdict.quiet_s)
-            verdict = verdict.with_evidence(["no rank has begun: the launcher's log may say why"])
+            verdict = verdict.with_evidence(["no rank has begun: look at the launcher's log for the reason"])
         confirmed = compare_dumps(run_dir, verdict.ranks).sentences()
         contradicted = [f"rank {rank}: {text}" for rank, text in self.facts.contradicted.items()]
         missing = name_missing(self.facts.unanswered, PATIENCE_S)

@@ -27,7 +27,7 @@ LOOK_S = 0.5
 
 
 def options_of(description: RunDescription) -> WatchOptions:
-    """The options of the watcher of a run, from its run.json."""
+    """Return the watcher's options for a run, from its run.json."""
     return WatchOptions(
         description.num_ranks, description.quiet_window_s, description.deadline_s, description.queued_groups
     )
@@ -35,9 +35,9 @@ def options_of(description: RunDescription) -> WatchOptions:
 
 @dataclass(frozen=True)
 class Again:
-    """A second judgement.
+    """The result of a second judgement of a run.
 
-    decided   the verdict.json of the run; None if the run is not decided or its verdict.json is damaged
+    decided   the first verdict.json of the run; None if the run is not decided or its verdict.json is damaged
     whole     whether every file was complete and undamaged
     """
 
@@ -50,7 +50,7 @@ class Again:
 def judge_files(run_dir: RunDir, options: WatchOptions, comparison: Comparison) -> Again:
     """Judge a run from its files.
 
-    A decided run is judged from its watcher's last snapshot: at that moment, on that host's clock, with the facts in
+    A decided run is judged as its watcher saw it last: at that moment, on that host's clock, with the facts in
     verdict.json. So the verdict is the same on any machine. A run that is not decided, or whose verdict.json is
     damaged, is judged as of now, after its processes have been observed for LOOK_S seconds.
     """
@@ -91,7 +91,7 @@ def judge_files(run_dir: RunDir, options: WatchOptions, comparison: Comparison) 
 
 
 def _look_at_decided(run_dir: RunDir, decided: Document) -> tuple[Look, list[str]]:
-    """Return the watcher's last snapshot, and a line for each witness that no longer matches it."""
+    """Return the watcher's last snapshot, and a line for each witness that has changed since then."""
     witnesses, refused = read_dir(run_dir.root / "events")
     for rank in witnesses.keys() & decided.judged.keys():
         progress = decided.judged[rank]
@@ -100,7 +100,10 @@ def _look_at_decided(run_dir: RunDir, decided: Document) -> tuple[Look, list[str
             witnesses[rank] = as_judged
         else:
             name = witnesses.pop(rank).name
-            refused.append(f"{name}:0: no longer holds the {progress.num_events} events that were judged")
+            refused.append(
+                f"{name}:0: does not hold the {progress.num_events} events that were judged: the file has "
+                "changed since the verdict"
+            )
     if (look := decided.look()) is not None:
         return dataclasses.replace(look, witnesses=witnesses), refused
     here = Host().here
@@ -132,8 +135,11 @@ def _pids(system: System, witnesses: Mapping[int, Witness]) -> dict[int, int]:
 
 
 def _launcher_of(run_dir: RunDir) -> str:
-    """Describe a run without ranks: how old it is, and whether a process watches it. It may be about to begin."""
+    """Describe a run that has no ranks yet: how old it is, and whether a process watches it.
+
+    The run may be about to begin.
+    """
     age_s = time.time() - run_dir.config.stat().st_mtime
     pid = locks.holder(run_dir.config.resolve())
-    watched = f"process {pid} watches it" if pid > 0 else "no process is seen to watch it: its launcher may have ended"
+    watched = f"process {pid} watches it" if pid > 0 else "no process watches the run: its launcher may have ended"
     return f"the run was prepared {age_s:.0f} s ago, and {watched}"

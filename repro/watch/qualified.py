@@ -1,4 +1,4 @@
-"""Weaken a verdict for reasons outside the witnesses: an interrupt, an ended launcher, a missing comparison."""
+"""Weaken a verdict for reasons outside the witnesses: an interrupt, an ended launcher, or a missing comparison."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from repro.verdict.classes import END, INTERRUPT, class_of
 
 
 def not_decided(verdict: Verdict) -> Verdict:
-    """Weaken the verdict on a run that its user interrupted: ranks that still worked are no evidence of slowness."""
+    """Weaken the verdict on an interrupted run: that ranks were still at work then does not make the run slow."""
     if INTERRUPT in class_of(verdict.verdict).outside:
         verdict = dataclasses.replace(verdict, verdict="inconclusive", culprits=(), confidence="undecided")
     return verdict.with_evidence(["the run was interrupted before it was decided"])
 
 
 def ended_from_outside(verdict: Verdict, why: str) -> Verdict:
-    """Weaken the verdict on a run whose launcher received a signal and ended the ranks: their deaths are no cause."""
+    """Weaken the verdict on a run whose launcher got a signal and ended the ranks: their deaths are not the cause."""
     if END in class_of(verdict.verdict).outside:
         verdict = dataclasses.replace(
             verdict, verdict="inconclusive", cause="", culprits=(), suspects=(), confidence="undecided"
@@ -25,7 +25,7 @@ def ended_from_outside(verdict: Verdict, why: str) -> Verdict:
 
 
 def uncompared(verdict: Verdict, why: str) -> Verdict:
-    """Weaken the verdict on ranks whose results were not compared: it cannot be `clean`."""
+    """Weaken the verdict on ranks whose results were not compared, because such a run is not known to be `clean`."""
     if verdict.verdict == "clean":
         verdict = dataclasses.replace(verdict, verdict="inconclusive", confidence="undecided")
     return verdict.with_evidence([f"{why}, so the tokens were not compared"])

@@ -14,11 +14,11 @@ SLOW_WINDOWS = 3
 
 @dataclass
 class _Silence:
-    """A silence that goes on.
+    """A period without events that has not ended.
 
     lasted_s   seconds without an event, as of now
-    starved_s  for how many of them the awaited ranks lacked a processor
-    share      the share of the last ones
+    starved_s  for how many of these seconds the awaited ranks lacked a processor
+    share      share of the latest seconds in which they lacked a processor
     """
 
     lasted_s: float = 0.0
@@ -26,14 +26,14 @@ class _Silence:
     share: float = 0.0
 
     def go_on(self, lasted_s: float) -> float:
-        """Set the length so far. Returns by how much the awaited ranks could have run more."""
+        """Set the length so far. Returns for how many of the added seconds the awaited ranks had a processor."""
         added_s, self.lasted_s = lasted_s - self.lasted_s, lasted_s
         self.starved_s += self.share * added_s
         return (1 - self.share) * added_s
 
 
 class Silences:
-    """The longest silence for each set of awaited ranks."""
+    """Remembers the longest silence for each set of ranks that the others waited for."""
 
     def __init__(self) -> None:
         self._longest: dict[tuple[int, ...], tuple[float, Verdict]] = {}
@@ -43,9 +43,8 @@ class Silences:
     def remember(self, verdict: Verdict, facts: Facts, alive_s: float, quiet_window_s: float) -> None:
         """Remember a period in which at least half of the ranks waited for the others, which were still working.
 
-        A heartbeat ends such a period, except when the waiting ranks are blocked in a collective and all awaited ranks
-        are building. Time in which the awaited ranks lacked a processor does not count: a busy machine made the others
-        wait.
+        A heartbeat ends such a period, unless the waiting ranks are in a collective and all awaited ranks are building.
+        Time in which the awaited ranks lacked a processor does not count, because a busy machine made the others wait.
 
         alive_s   seconds since the last heartbeat of any rank
         """
@@ -68,15 +67,16 @@ class Silences:
             self._kept = verdict.culprits
 
     def go_on(self, quiet_s: float) -> None:
-        """Lengthen the silence that was remembered last: no rank has recorded an event for ``quiet_s`` seconds."""
+        """Extend the silence that was remembered last: no rank has recorded an event for ``quiet_s`` seconds."""
         if self._kept is not None and quiet_s > (silence := self._now[self._kept]).lasted_s:
             waited_s, verdict = self._longest[self._kept]
             self._longest[self._kept] = waited_s + silence.go_on(quiet_s), verdict
 
     def _lost_s(self, verdict: Verdict, facts: Facts) -> float:
-        """Return for how much of the silence so far the awaited ranks lacked a processor.
+        """Return for how many seconds of the silence the awaited ranks lacked a processor.
 
-        The facts hold shares of the time since the previous call, or of the second half of the first quiet window.
+        The shares in the facts are of the time since the previous call. At the first call they are of the second half
+        of the quiet window.
         """
         silence = self._now.get(verdict.culprits, _Silence())
         if verdict.quiet_s < silence.lasted_s:
@@ -87,7 +87,7 @@ class Silences:
         return silence.starved_s
 
     def slowest(self, quiet_window_s: float) -> Verdict | None:
-        """The verdict of the longest silence, with the other long ones in its evidence; None if none was long."""
+        """Return the verdict of the longest silence; None if none was long. Its evidence has other long ones."""
         silences = sorted(self._longest.values(), key=lambda silence: -silence[0])
         silences = [silence for silence in silences if silence[0] >= SLOW_WINDOWS * quiet_window_s]
         if not silences:
@@ -98,7 +98,7 @@ class Silences:
 
 
 def _waited_for_a_build(verdict: Verdict) -> float:
-    """Return for how many seconds all blocked ranks have waited, if all awaited ranks are building; else 0."""
+    """Return for how many seconds all blocked ranks have waited; 0 unless all awaited ranks are building."""
     awaited = [position for position in verdict.ranks if position.rank in verdict.culprits]
     if not awaited or any(position.state != "building" for position in awaited):
         return 0.0

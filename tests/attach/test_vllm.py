@@ -99,7 +99,7 @@ def test_a_rank_whose_engine_left_out_an_execution_is_the_culprit_of_a_deadlock_
             engine_notes[Note.ACTIVITY] = Activity.WAITS_FOR_WORKER
     verdict = qualified(verdict_of(tmp_path), tmp_path)
     assert (verdict.verdict, verdict.cause, verdict.culprits) == ("deadlock", "skipped", (0,)), verdict
-    line = "rank 0: its engine left out execution 3, which it had counted"
+    line = "rank 0: engine left out execution 3, although the engine had counted this execution"
     assert line in verdict.evidence
     assert verdict.confidence == "certain", "the engine's own count, and no habit, shows it"
     places = {position.rank: (position.group, position.seq) for position in verdict.ranks}

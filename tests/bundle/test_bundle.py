@@ -99,7 +99,11 @@ def changed(root: Path, **verdict) -> Path:
 @pytest.mark.parametrize(
     ("verdict", "cause", "why"),
     [
-        ("slow", None, "the verdict is slow; only a deadlock follows from who issues what in which order"),
+        (
+            "slow",
+            None,
+            "the verdict is slow; only a deadlock follows from the order in which ranks issue collectives",
+        ),
         ("crash", "dead_rank", "the verdict is crash"),
         ("clean", None, "the verdict is clean"),
         ("inconclusive", None, "the verdict is inconclusive"),
@@ -139,7 +143,7 @@ def test_the_cure_is_offered_only_where_a_run_of_it_can_be_replayed(tmp_path, qu
     source = files["repro.py"].decode()
     assert ("--fix" in source) == ("cured" in source) == (b"--fix" in files["ISSUE.md"]) == offered
     assert ("fix/" in files["ISSUE.md"].decode().splitlines()[-1]) == (fix != "none")
-    assert any(note.startswith("repro.py is without --fix: fix: 3 witnesses") for note in made.notes) == (fix == "torn")
+    assert any(note.startswith("repro.py has no --fix: fix: 3 witnesses") for note in made.notes) == (fix == "torn")
     ast.parse(source)
 
 
@@ -216,7 +220,7 @@ def test_a_bundle_that_nobody_could_open_is_not_made(tmp_path, quick, monkeypatc
     root, _ = write_hang(tmp_path)
     monkeypatch.setattr(archive, "MAX_TOTAL_BYTES", 1000)
     assert main(["bundle", str(root), "--to", str(tmp_path / "b.zip")]) == USAGE
-    assert "it unpacks to" in capsys.readouterr().err and not (tmp_path / "b.zip").exists()
+    assert " unpack to " in capsys.readouterr().err and not (tmp_path / "b.zip").exists()
 
 
 def test_the_same_run_gives_the_same_bytes(tmp_path, quick):

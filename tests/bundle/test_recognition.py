@@ -261,7 +261,9 @@ def test_a_private_name_that_is_left_stops_the_bundle(tmp_path, monkeypatch, cap
     root, _ = write_hang(tmp_path)
     assert main(["bundle", str(root), "--to", str(tmp_path / "b.zip")]) == 125
     printed = capsys.readouterr().err
-    assert "env.txt still holds a name" in printed and "zorblaxx17" not in printed and not (tmp_path / "b.zip").exists()
+    assert (
+        "env.txt still contains a name" in printed and "zorblaxx17" not in printed and not (tmp_path / "b.zip").exists()
+    )
 
 
 def test_a_private_name_of_known_words_is_not_recognised(tmp_path, monkeypatch):

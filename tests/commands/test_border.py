@@ -150,7 +150,9 @@ def test_a_watch_that_cannot_begin_leaves_a_verdict_and_no_process(hanging, monk
     assert child.poll() is not None
     assert document == read_json(run_dir.verdict)
     assert (document["verdict"], document["culprits"], document["matches_expected"]) == ("inconclusive", [], False)
-    assert type(error).__name__ in document["evidence"][0] and "says nothing about the run" in document["evidence"][0]
+    assert (
+        type(error).__name__ in document["evidence"][0] and "nothing is known about the run" in document["evidence"][0]
+    )
     assert "Traceback" in run_dir.watcher_log.read_text()
 
 

@@ -71,17 +71,17 @@ def test_usage_errors_are_one_line_and_exit_code_2(capsys, tmp_path, argv, words
         ('{"seed": "four"}', "seed: wanted int, got str 'four'"),
         ('{"model": {"preset": "tinny"}}', "unknown preset 'tinny' (did you mean 'tiny'?)"),
         ('{"model": {"preset": 5}}', "model.preset: wanted str, got 5"),
-        ('{"scenario": "idle_skip"}', "'idle_skip' is not the scenario to run"),
+        ('{"scenario": "idle_skip"}', "the file is for the scenario 'idle_skip'"),
         ('{"seed": NaN}', "NaN is not JSON"),
         ("[" * 200_000, "nested too deep"),
         ('{"engine": {"num_pages": 1}}', "engine.num_pages: 1 is less than"),
         (
             '{"tp_size": 8, "workload": {"max_new_tokens": 288}, "engine": {"num_pages": 80}}',
-            "engine.num_pages: 80 is less than 176, which 4 sequences of 300 tokens take",
+            "engine.num_pages: 80 is less than 176, the number of pages that 4 sequences of 300 tokens take",
         ),
         (
             '{"num_ranks": 12, "tp_size": 3, "model": {"num_experts": 24}}',
-            "model.linear_num_key_heads: 2 neither divides over tp_size 3",
+            "model.linear_num_key_heads: 2 is neither divisible by tp_size 3",
         ),
         ('{"model": {"num_expert": 256}}', "model.num_expert: unknown key (did you mean 'num_experts'?)"),
         ('{"model": {"num_experts": true}}', "model.num_experts: wanted int, got bool True"),
@@ -92,7 +92,7 @@ def test_usage_errors_are_one_line_and_exit_code_2(capsys, tmp_path, argv, words
         ('{"workload": {"max_arrival_step": 2000000000}}', "workload.max_arrival_step: 2000000000 is more than"),
         (
             '{"workload": {"max_requests": 1000000}}',
-            "workload: up to 168000064 tokens and steps of 8 dp ranks, at most",
+            "workload: up to 168000064 tokens and steps of 8 dp ranks, but at most",
         ),
         ('{"workload": {"max_arrival_step": 1000000}}', "workload: up to 8000504 tokens and steps of 8 dp ranks"),
         ('{"engine": {"unfinished_interval": 2000000000}}', "engine.unfinished_interval: 2000000000 is more"),
@@ -101,7 +101,7 @@ def test_usage_errors_are_one_line_and_exit_code_2(capsys, tmp_path, argv, words
         ('{"model": {"rope_theta": 1e300}}', "model.rope_theta: 1e+300 is more than 1,000,000,000,000"),
         ('{"model": {"layer_pattern": "' + "G" * 300 + '"}}', "model.layer_pattern: 300 is longer than 256"),
         ('{"num_ranks": 2000000000}', "num_ranks: 2000000000 is more than 1,024"),
-        ('{"seed": 9223372036854775808}', "has no room in 64 bits"),
+        ('{"seed": 9223372036854775808}', "does not fit into 64 bits"),
         ("[1]", "wanted a mapping"),
         ('{"ring_records": 7}', "ring_records: 7 is not an even number of events in 64.."),
         ('{"seed": 1,\n}', ":2: "),
@@ -126,7 +126,7 @@ def test_a_model_that_cannot_fit_is_refused_before_a_rank_starts(capsys, tmp_pat
 def test_more_ranks_than_fit_into_memory_are_refused_before_one_starts(capsys, tmp_path, monkeypatch):
     monkeypatch.setattr(os, "sysconf", {"SC_PAGE_SIZE": 4096, "SC_PHYS_PAGES": 1 << 20}.get)
     code, line = fails(capsys, "run", "metadata_rebuild", "--ranks", "128", "--out", tmp_path)
-    assert code == USAGE and "num_ranks: 128 ranks take 6 GB at least, this machine has 4" in line
+    assert code == USAGE and "num_ranks: 128 ranks take at least 6 GB, but this machine has 4" in line
     assert not any(tmp_path.iterdir())
 
 
@@ -140,7 +140,9 @@ def test_without_torch_what_runs_the_lab_names_it_in_one_line(capsys, tmp_path, 
     monkeypatch.setitem(sys.modules, "torch", None)  # as where it is not installed
     monkeypatch.chdir(tmp_path)
     code, line = fails(capsys, *argv)
-    assert code == CANNOT_TELL and "torch not installed, which a run needs: pip install torch numpy safetensors" in line
+    assert (
+        code == CANNOT_TELL and "a run needs torch, which is not installed: pip install torch numpy safetensors" in line
+    )
     assert not any(tmp_path.iterdir())
 
 
@@ -149,7 +151,7 @@ def test_a_rank_without_torch_names_it_in_one_line(capsys, monkeypatch):
     for name, number in {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "2"}.items():
         monkeypatch.setenv(name, number)
     assert worker.main(["idle_skip"]) == CANNOT_TELL
-    assert capsys.readouterr().err.startswith("repro.worker: torch not installed")
+    assert capsys.readouterr().err.startswith("repro.worker: a run needs torch, which is not installed")
 
 
 @pytest.mark.skipif(Path("/dev/nvidia0").exists(), reason="this machine has a GPU")

@@ -101,7 +101,7 @@ def test_a_variable_that_every_rank_would_fail_on_is_refused_before_they_start(
 @pytest.mark.parametrize(
     ("name", "value", "words"),
     [
-        ("HMR_LAUNCHER", "abc", "HMR_LAUNCHER: 'abc' is not PID:TICKS"),
+        ("HMR_LAUNCHER", "abc", "HMR_LAUNCHER: 'abc' is not of the form PID:TICKS"),
         ("HMR_RUN_DIR", "/nonexistent", "HMR_RUN_DIR: '/nonexistent' is not a run directory"),
         ("RANK", "x", "RANK: 'x' is not a number of at least 0"),
         ("RANK", "-1", "RANK: '-1' is not a number"),
@@ -148,7 +148,7 @@ def test_a_scenario_that_cannot_be_with_so_many_ranks_is_named_and_the_others_ru
     out, err = capsys.readouterr()
     documents = json.loads(out)
     assert ran == ["idle_skip"] and [d["scenario"] for d in documents] == ["idle_skip", "silent_pairing"]
-    assert documents[1]["skipped"] == "tp_size: 4 ranks do not divide into groups of 8"
-    assert "[2/2] silent_pairing fault: 4 ranks, seed 0: tp_size: 4 ranks do not divide into groups of 8" in err
+    assert documents[1]["skipped"] == "tp_size: 4 ranks cannot be divided into groups of 8"
+    assert "[2/2] silent_pairing fault: 4 ranks, seed 0: tp_size: 4 ranks cannot be divided into groups of 8" in err
     code, line = fails(capsys, "run", "all", "--quiet-window", "0", "--out", tmp_path)
     assert code == USAGE and "quiet_window_s: 0.0 is not a positive number of seconds" in line

@@ -86,15 +86,15 @@ def test_whatever_the_cache_holds_all_drawn_requests_are_served(seed):
 @pytest.mark.parametrize(
     ("request_", "words"),
     [
-        (Request("a", (1,) * 9, 24), "request a: 9 prompt tokens and 24 new ones take 10 pages; engine.num_pages is 9"),
-        (Request("a", (), 1), "request a: prompt of 0 tokens; at least 1 is needed"),
-        (Request("a", (1,), 0), "request a: max_new_tokens of 0 tokens; at least 1 is needed"),
+        (Request("a", (1,) * 9, 24), "9 prompt tokens and 24 new ones take 10 pages, but engine.num_pages is 9"),
+        (Request("a", (), 1), "request a: prompt has 0 tokens, but needs at least 1"),
+        (Request("a", (1,), 0), "request a: max_new_tokens has 0 tokens, but needs at least 1"),
     ],
 )  # fmt: skip
 def test_a_request_that_can_never_be_served_is_refused_before_the_first_step(request_, words):
     with pytest.raises(ConfigError) as refused:
         Scheduler([request_], EngineConfig(num_pages=9), pages_for)
-    assert str(refused.value) == words
+    assert str(refused.value).endswith(words)
 
 
 @pytest.fixture(scope="module")
@@ -183,7 +183,7 @@ def test_a_cache_too_small_for_any_request_is_refused_at_start_and_one_too_small
             Engine(config, comm)
         return str(small.value)
 
-    words = "engine.num_pages: 2 is less than 3, which a sequence of one token takes"
+    words = "engine.num_pages: 2 is less than 3, but a sequence of one token takes that many"
     assert run_ranks(2, tmp_path, run) == [words] * 2
 
     def serve(rank, store):
@@ -193,5 +193,5 @@ def test_a_cache_too_small_for_any_request_is_refused_at_start_and_one_too_small
             engine.serve([Request("large", (1,) * 40, 10)] if rank else [])
         return str(large.value)
 
-    words = "request large: 40 prompt tokens and 10 new ones take 4 pages; engine.num_pages is 3"
+    words = "request large: 40 prompt tokens and 10 new ones take 4 pages, but engine.num_pages is 3"
     assert run_ranks(2, tmp_path, serve) == [f"rank 1 failed: ConfigError: {words}", words]

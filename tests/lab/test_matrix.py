@@ -87,4 +87,4 @@ def test_a_run_whose_cache_cannot_be_filled_costs_no_other_run_its_verdict(tmp_p
 
 def test_a_cell_that_does_not_exist_is_one_line(capsys):
     assert main(["matrix", "--only", "TP9"]) == USAGE
-    assert "--only: no cell has all of 'TP9'" in capsys.readouterr().err
+    assert "--only: no cell has all the words of 'TP9'" in capsys.readouterr().err

@@ -62,7 +62,7 @@ def test_where_the_small_run_says_otherwise_the_smallest_that_holds_is_found(lea
 
 
 def test_a_run_that_is_not_the_foretold_hang_is_not_shrunk():
-    with pytest.raises(AnotherVerdict, match="not deadlock extra"):
+    with pytest.raises(AnotherVerdict, match="predicts deadlock extra"):
         minimise(scenarios.load("metadata_rebuild"), start(), lambda s: answer("clean", None))
 
 
@@ -71,7 +71,7 @@ def test_minimise_exits_as_run_does_when_the_verdict_is_another(tmp_path, monkey
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(Runner, "__call__", lambda self, settings: answer(verdict, None))
     assert main(["minimise", "metadata_rebuild"]) == code
-    assert f"the run says {verdict}" in capsys.readouterr().err and not list(tmp_path.iterdir())
+    assert f"the verdict on the run is {verdict}" in capsys.readouterr().err and not list(tmp_path.iterdir())
 
 
 def test_one_is_not_printed_as_several(capsys):
@@ -123,7 +123,7 @@ def test_hostile_names_stay_strings_in_a_replay(tmp_path):
 def test_a_run_that_is_not_whole_is_not_replayed(tmp_path):
     root, _ = write_hang(tmp_path, 2)
     (root / "events" / "rank001.wit").unlink()
-    with pytest.raises(replay.ReplayError, match="those of some ranks are missing"):
+    with pytest.raises(replay.ReplayError, match="the witnesses of some ranks are missing"):
         replay.of_runs(gather(root), None)
 
 

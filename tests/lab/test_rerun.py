@@ -97,10 +97,17 @@ def test_the_longest_issue_has_every_part_and_ends_its_blocks(tmp_path):
     assert len(lines) <= issue.MAX_ISSUE_LINES, len(lines)
     assert [line for line in lines if line.startswith("#")] == ["# deadlock in a # b: extra"]
     text = "\n".join(lines)
-    for heading in ("Claim", "Command", "Who waits for whom", "Control and fix", "What is not shown", "Versions"):
+    for heading in (
+        "Claim",
+        "Command",
+        "Which ranks wait for which",
+        "Control and fix",
+        "What is not shown",
+        "Versions",
+    ):
         assert f"**{heading}" in text, heading
     assert lines[-1].startswith("Attached:") and text.count("```") == 4
-    assert "7 more places" in text and "and 2 more kinds of ranks" in text
+    assert "7 more places" in text and "and 2 more groups of ranks" in text
     (command,) = [line for line in lines if line.startswith("python -m repro run")]
     assert not re.search(r"&lt;|\\\[|…", command)
 

@@ -59,7 +59,7 @@ def test_a_process_that_has_ended_is_refused_with_one_line(tmp_path, capsys):
     assert code == 2 and "has not reaped it" in messages
     ended.wait()
     code, _, messages = collect(capsys, tmp_path, ended.pid)
-    assert code == 2 and "has ended, or is of another pid namespace" in messages
+    assert code == 2 and "has ended, or is in another pid namespace" in messages
     assert not list(tmp_path.iterdir())
 
 
@@ -137,7 +137,7 @@ def test_several_jobs_are_listed_and_one_is_asked_for(start, tmp_path, capsys, m
     jobs = [job for job in command.find_jobs(command.read_all()) if set(job.pids) & {*first, *second}]
     assert sorted(job.pids for job in jobs) == sorted([tuple(first), tuple(second)])
     code, _, messages = collect(capsys, tmp_path, first[0], second[0])
-    assert code == 2 and "2 jobs run here; name one of them" in messages
+    assert code == 2 and "2 jobs run here: choose one" in messages
     assert all(str(pid) in messages for pid in (*first, *second))
 
 

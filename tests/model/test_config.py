@@ -24,7 +24,7 @@ SMALL = {"layer_pattern": "GA", "vocab_size": 16, "hidden_size": 8}
         ),
         ({"num_experts": 4}, "num_experts_per_tok: 10 is more than num_experts 4"),
         ({"hidden_size": 0}, "hidden_size: 0 is less than 1"),
-        ({"head_dim": 4}, "partial_rotary_factor: 0.25 of head_dim 4 is 1, wanted an even number"),
+        ({"head_dim": 4}, "partial_rotary_factor: 0.25 of head_dim 4 is 1, but must be an even number"),
         ({"hiden_size": 8}, "hiden_size: unknown key (did you mean 'hidden_size'?)"),
         ({"vocab_size": "16"}, "vocab_size: wanted int, got str '16'"),
         ({"vocab_size": True}, "vocab_size: wanted int, got bool True"),
@@ -107,7 +107,7 @@ def test_state_bytes_of_the_397b_model() -> None:
 
 
 def test_heads_that_do_not_divide_over_tp_are_refused() -> None:
-    with pytest.raises(ConfigError, match="linear_num_value_heads: 64 neither divides over tp_size 48"):
+    with pytest.raises(ConfigError, match="linear_num_value_heads: 64 is neither divisible by tp_size 48"):
         page_layout(preset("qwen3.5-397b-a17b"), tp_size=48)
 
 
@@ -124,7 +124,7 @@ def test_configuration_does_not_import_torch() -> None:
         (["pages", "tiny", "--tp", "0"], "0 is less than 1"),
         (
             ["pages", "qwen3.5-397b-a17b", "--tp", "3"],
-            "linear_num_key_heads: 16 neither divides over tp_size 3",
+            "linear_num_key_heads: 16 is neither divisible by tp_size 3",
         ),
         (["parms", "tiny"], "invalid choice: 'parms'"),
         ([], "COMMAND"),

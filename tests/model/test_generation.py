@@ -184,9 +184,9 @@ def test_mtp_weights_survive_a_checkpoint(model: HybridMoE, tmp_path) -> None:
 
 def test_bad_requests_are_refused_before_the_first_step(model: HybridMoE) -> None:
     prompt = tokens(100)
-    with pytest.raises(ValueError, match="wanted at least 1 prompt, got 0"):
+    with pytest.raises(ValueError, match="at least 1 prompt is needed, got 0"):
         stream(model, [], 3)
-    with pytest.raises(ValueError, match=r"prompt 1: wanted a row of at least 1 token, got shape \(0,\)"):
+    with pytest.raises(ValueError, match=r"prompt 1: must be a row of at least 1 token, but has shape \(0,\)"):
         stream(model, [prompt, prompt[:0]], 3)
     with pytest.raises(ValueError, match="token id 64 is outside the vocabulary of 64"):
         stream(model, [torch.tensor([64])], 3)
@@ -215,7 +215,7 @@ def test_a_prompt_longer_than_the_cache_is_refused_and_the_cache_stays_usable(mo
     cache = HybridCache(CONFIG, pages_needed(model, [100]), dtype=torch.float64)
     free = cache.num_free_pages
     needed = pages_needed(model, [400 + 2])
-    text = rf"generation for 1 prompts of up to 400 \+ 3 tokens needs {needed} pages, {free} are free"
+    text = rf"generation for 1 prompts of up to 400 \+ 3 tokens needs {needed} pages, but only {free} are free"
     with pytest.raises(CacheExhausted, match=text):
         stream(model, [tokens(400)], 3, cache=cache)
     assert model.generate([tokens(50)], 3, cache=cache).shape == (1, 3)

@@ -145,17 +145,20 @@ def test_dense_model_and_every_single_kind() -> None:
     ("call", "text"),
     [
         (lambda m: m(torch.tensor([[1, 97]])), "token id 97 is outside the vocabulary of 97"),
-        (lambda m: m(torch.tensor([[1.0]])), r"token ids of dtype torch\.float32: wanted torch\.int64 or torch\.int32"),
+        (
+            lambda m: m(torch.tensor([[1.0]])),
+            r"token ids have dtype torch\.float32, but must be torch\.int64 or torch\.int32",
+        ),
         (lambda m: m(torch.tensor([[-1, 7]])), "token id -1 is outside the vocabulary of 97"),
-        (lambda m: m(torch.zeros(0, 4, dtype=torch.long)), r"B and T at least 1, got shape \(0, 4\)"),
+        (lambda m: m(torch.zeros(0, 4, dtype=torch.long)), r"B and T at least 1, but have shape \(0, 4\)"),
         (
             lambda m: m.generate(torch.zeros(2, 0, dtype=torch.long), 1),
-            r"prompt 0: wanted a row of at least 1 token, got shape \(0,\)",
+            r"prompt 0: must be a row of at least 1 token, but has shape \(0,\)",
         ),
         (lambda m: m.generate(torch.zeros(2, 2, dtype=torch.long), 0), "max_new_tokens: 0 is less than 1"),
         (
             lambda m: m.step(torch.zeros(2, dtype=torch.long), Batch.dummy(3)),
-            r"\(2,\) for a batch of 3 tokens",
+            r"the batch has 3 tokens, but the tokens have shape \(2,\)",
         ),
     ],
 )

@@ -75,7 +75,7 @@ def test_a_schedule_that_was_not_used_up_is_refused_at_the_next_step(guard):
 def test_sizes_other_than_the_agreed_are_refused(guard):
     issue(guard, AGREE)
     guard.agree("ep", (1, 2, 3))
-    with pytest.raises(ScheduleMismatch, match=r"with sizes \[1, 2, 2\], agreed are \[1, 2, 3\]"):
+    with pytest.raises(ScheduleMismatch, match=r"with sizes \[1, 2, 2\], but the agreed sizes are \[1, 2, 3\]"):
         issue(guard, DISPATCH, (1, 2, 2))
 
 
@@ -223,7 +223,7 @@ def test_a_peer_that_is_gone_after_the_collective_has_ended_is_not_missed():
     watchdog = Watchdog(0, Halt(None))
     watchdog.roll_call = SimpleNamespace(lost=lambda: [1], pid=lambda rank: 7)
     wait_or_halt(Ends(""), Halt(None), watchdog)
-    with pytest.raises(PeerLost, match="rank 1 is gone: its process 7 has ended"):
+    with pytest.raises(PeerLost, match="rank 1 was lost: its process 7 has ended"):
         wait_or_halt(SimpleNamespace(wait=Work("not yet").wait, is_completed=lambda: False), Halt(None), watchdog)
 
 

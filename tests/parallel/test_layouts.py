@@ -141,13 +141,13 @@ def test_a_tp_rank_that_cannot_prepare_stops_the_ranks_of_all_groups(tmp_path):
 
 
 def test_a_layout_that_does_not_divide_is_refused_when_the_server_is_configured():
-    with pytest.raises(ConfigError, match="num_attention_heads: 8 does not divide over tp_size 16"):
+    with pytest.raises(ConfigError, match="num_attention_heads: 8 is not divisible by tp_size 16"):
         server(1, 16, model=preset("tiny"))
     for tp_size in (2, 4, 8):
         server(1, tp_size, expert_parallel=False, model=preset("tiny"))
     with pytest.raises(ConfigError, match=r"ep_size: 16 experts do not divide over 6 ranks \(dp_size 3 x tp_size 2\)"):
         server(3, 2)
     server(3, 2, expert_parallel=False)
-    with pytest.raises(ConfigError, match="moe_intermediate_size: 10 does not divide over tp_size 4"):
+    with pytest.raises(ConfigError, match="moe_intermediate_size: 10 is not divisible by tp_size 4"):
         server(1, 4, expert_parallel=False, model=dataclasses.replace(CONFIG, moe_intermediate_size=10))
     server(1, 4, model=dataclasses.replace(CONFIG, moe_intermediate_size=10))

@@ -67,9 +67,11 @@ def test_fp8_rows_cross_gloo_as_bytes(tmp_path):
 def test_rows_that_contradict_the_agreed_sizes_are_refused_before_anything_is_sent(tmp_path):
     def run(rank, store):
         comm = connect(rank, store)
-        with pytest.raises(ValueError, match=r"ep all_gather_v at layers.0.moe: 3 rows here, 2 agreed"):
+        with pytest.raises(
+            ValueError, match=r"ep all_gather_v at layers.0.moe: this rank has 3 rows, but the agreed size is 2"
+        ):
             comm.all_gather_v("ep", [torch.zeros(3, 4)], (2,) * RANKS, layer="layers.0.moe")
-        with pytest.raises(ValueError, match=r"3 rows here, 16 agreed"):
+        with pytest.raises(ValueError, match=r"this rank has 3 rows, but the agreed sizes add up to 16"):
             comm.reduce_scatter_v("ep", torch.zeros(3, 4), (2,) * RANKS)
 
     run_ranks(RANKS, tmp_path, run)
@@ -133,5 +135,5 @@ def test_experts_that_do_not_divide_over_the_ranks_are_refused():
         def members(self, group):
             return tuple(range(7))
 
-    with pytest.raises(ConfigError, match="512 experts cannot be shared by 7 ranks"):
+    with pytest.raises(ConfigError, match="512 experts cannot be divided evenly over 7 ranks"):
         apply_expert_parallel(HybridMoE(preset("tiny"), device="meta"), SevenRanks())

@@ -161,7 +161,7 @@ def test_hostile_strings_are_shown_and_do_nothing(tmp_path):
             f'{{"ranks": [{{"rank": 0, "since_s": {HUGE}, "sizes": [{HUGE}]}}]}}',
             "$.ranks[0].since_s: number",
         ),
-        ("run.json", None, "run.json is missing: what the run rebuilds"),
+        ("run.json", None, "run.json is missing: the report cannot show what the run rebuilds"),
         ("run.json", "[]", "run.json is damaged (run.json:1: wanted a mapping"),
         ("run.json", '{"title": 5}', "run.json is damaged (run.json:1: num_ranks: required, but missing)"),
         ("run.json", f'{{{HEAD}, "deadline_s": {HUGE}}}', "deadline_s: int 99999"),
@@ -180,10 +180,10 @@ def test_hostile_strings_are_shown_and_do_nothing(tmp_path):
         ("stacks/rank002.txt", "\0\1\2", "stacks/rank002.txt:1: no stack"),
         ("stacks/rank002.txt", 'Thread 0x1:\n  File "a.py", li', "stacks/rank002.txt:2: cut short"),
         ("fr/rank001.json", "{", "fr/rank001.json:1: Expecting property name"),
-        ("fr/rank001.json", '{"entries": 5}', "fr/rank001.json:1: no dump of the Flight Recorder"),
+        ("fr/rank001.json", '{"entries": 5}', "fr/rank001.json:1: not a dump of the Flight Recorder"),
         ("reference.json", '{"a": [1, 2', "reference.json:1: Expecting"),
-        ("reference.json", '{"a": [1, "2"]}', "reference.json:1: not lists of tokens by request"),
-        ("outputs/rank001.json", "[]", "outputs/rank001.json:1: not lists of tokens by request"),
+        ("reference.json", '{"a": [1, "2"]}', "reference.json:1: the content does not map requests to lists of tokens"),
+        ("outputs/rank001.json", "[]", "outputs/rank001.json:1: the content does not map requests to lists of tokens"),
     ],
 )
 def test_a_page_of_a_damaged_run_says_what_is_missing(tmp_path, name, content, words):

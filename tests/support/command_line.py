@@ -4,7 +4,7 @@ from repro.commands.cli import main
 
 
 def fails(capsys, *argv) -> tuple[int, str]:
-    """Exit code and the one line on stderr."""
+    """Return the exit code of a command that fails, and its one line on stderr."""
     try:
         code = main([str(arg) for arg in argv])
     except SystemExit as exit_:

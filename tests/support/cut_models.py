@@ -1,4 +1,4 @@
-"""A model whose sizes divide over up to eight tensor-parallel ranks, cut for one of them."""
+"""A model whose sizes are divisible by up to eight tensor-parallel ranks, cut to the part of one rank."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ SEED = 5
 
 
 class OneOf:
-    """Stands for the communicator of one rank of a single tp group."""
+    """A substitute for the communicator of one rank of a single tp group."""
 
     def __init__(self, rank, size):
         self.rank, self.size = rank, size
@@ -46,7 +46,7 @@ class OneOf:
 
 
 def build(config, comm, experts, dtype=torch.float32, parallel=None):
-    """Cut the model, through the layout if it shares the experts in this way by itself; return it and its context."""
+    """Cut the model to one rank's part. Returns the model and its context."""
     model = HybridMoE(config, device="meta", dtype=dtype)
     if parallel and experts == (expert_sharing(parallel) if parallel.tp_size > 1 else "whole"):
         context = apply_layout(model, comm, parallel)

@@ -1,4 +1,4 @@
-"""An observer that keeps what a server reports: its phases, its steps, and the collectives of each."""
+"""An observer that keeps what a server reports: its phases, its steps, and the collectives of each step."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ SMALL = {
 
 
 class Diary(NullObserver):
-    """Keeps what it hears, in order."""
+    """Keeps the events that a server reports, in order."""
 
     def __init__(self):
         self.phases, self.steps, self.issued = [], [], []

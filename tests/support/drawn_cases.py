@@ -11,7 +11,9 @@ from kernel_comparison import Case
 def any_sizes(
     lengths: SearchStrategy[list[int]], rows: SearchStrategy[int], most: int
 ) -> dict[str, SearchStrategy[Case]]:
-    """A strategy for each op: `lengths` of sequences, `rows` where there are none, heads of up to `most` features."""
+    """Return a strategy for each op: `lengths` of sequences, `rows` if the op has no sequences, heads of up to `most`
+    features.
+    """
     seed, batch, yes_or_no = some.integers(0, 2**31), lengths.map(len), some.booleans()
     few, many, width = some.integers(1, 3), some.integers(1, most), some.integers(1, 5)
     rotary = some.integers(1, most // 2).flatmap(lambda R: some.tuples(some.integers(2 * R, most), some.just(R)))

@@ -1,4 +1,4 @@
-"""Folders that are not what a program hopes for."""
+"""Folders in which a program cannot work normally."""
 
 from __future__ import annotations
 
@@ -13,7 +13,10 @@ import pytest
 
 @contextlib.contextmanager
 def mounted(folder: Path, *options: str) -> Iterator[None]:
-    """A file system of its own in the place of the folder, with ``--bind`` the folder again; skips if not allowed."""
+    """Mount a new file system at the folder; with ``--bind``, the folder itself.
+
+    Skips the test if that is not allowed.
+    """
     source = [str(folder)] if "--bind" in options else ["-t", "tmpfs", "tmpfs"]
     if os.geteuid() or subprocess.run(["mount", *options, *source, str(folder)]).returncode:
         pytest.skip("cannot mount a file system")
@@ -25,7 +28,9 @@ def mounted(folder: Path, *options: str) -> Iterator[None]:
 
 @contextlib.contextmanager
 def read_only(folder: Path) -> Iterator[None]:
-    """With what is in it; by a mount for root, whom no permission stops, and by the permissions for everybody else."""
+    """Make a folder read-only, with its content: by a mount for root, whom permissions do not stop; else by
+    permissions.
+    """
     if not os.geteuid():
         with mounted(folder, "--bind", "-o", "ro"):
             yield

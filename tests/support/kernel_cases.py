@@ -1,4 +1,4 @@
-"""Random inputs for every kernel: a function per operation that draws a call of it, and lists of such calls."""
+"""Random inputs for every kernel: one function per operation that draws a call, and lists of such calls."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor
 
 
 def _rows(r: torch.Generator, lengths: list[int], num_spare: int = 2) -> tuple[Tensor, Tensor, int]:
-    """Slots and starts of sequences, and how many slots there are."""
+    """Return slots and starts of sequences, and the number of slots."""
     num_slots = len(lengths) + num_spare
     slots = torch.randperm(num_slots, generator=r)[: len(lengths)]
     return slots, torch.tensor([0, *lengths]).cumsum(0), num_slots
@@ -19,12 +19,12 @@ def _rows(r: torch.Generator, lengths: list[int], num_spare: int = 2) -> tuple[T
 
 def _draw(seed: int) -> tuple[torch.Generator, Callable[..., Tensor]]:
     r = torch.Generator().manual_seed(seed)
-    # What float32 holds exactly, so that only arithmetic differs between float32 and float64.
+    # The numbers are exact in float32, so that only the arithmetic differs between float32 and float64.
     return r, lambda *shape: torch.randn(*shape, generator=r).double()
 
 
 def attention_decode(seed: int, lengths: list[int], L: int, K: int, R: int, D: int) -> Case:
-    """The pages of a sequence lie anywhere in the pool."""
+    """Draw a call in which the pages of a sequence are anywhere in the pool."""
     r, draw = _draw(seed)
     B, longest = len(lengths), max([1, *lengths])
     pages = -(-longest // L)
@@ -59,7 +59,7 @@ def conv_update(seed: int, B: int, C: int, W: int, bias: bool) -> Case:
 
 
 def gdn_prefill(seed: int, lengths: list[int], M: int, R: int, K: int, V: int, repeated: bool = False) -> Case:
-    """repeated: all keys of a head are the same, so that nothing but the rule's corrections keeps the state small."""
+    """Draw a call. repeated: all keys of a head are equal, so that only the rule's corrections keep the state small."""
     r, draw = _draw(seed)
     slots, starts, J = _rows(r, lengths)
     T, H = sum(lengths), M * R
@@ -132,12 +132,13 @@ def ssd_decode(seed: int, B: int, G: int, R: int, P: int, N: int, W: int, bias: 
 def route(seed: int, N: int, E: int, K: int) -> Case:
     r, draw = _draw(seed)
     logits = torch.stack([torch.randperm(8 * E, generator=r)[:E] for _ in range(N)]) if N else draw(0, E)
-    logits = logits.double() / 8 if 8 * E <= 256 else draw(N, E)  # no two equal also in bfloat16, where that can be
+    # no two logits are equal in bfloat16, if that is possible
+    logits = logits.double() / 8 if 8 * E <= 256 else draw(N, E)
     return Case("moe.route", {"N": N, "E": E, "K": K}, seed, [logits, K])
 
 
 def experts(seed: int, N: int, E: int, K: int, H: int, I: int) -> Case:
-    """Some picks are of experts held elsewhere."""
+    """Draw a call in which some chosen experts are held by other ranks."""
     r, draw = _draw(seed)
     ids = torch.randint(-2, E + 2, (N, K), generator=r)
     weights = torch.rand(N, K, generator=r).double()
@@ -147,7 +148,9 @@ def experts(seed: int, N: int, E: int, K: int, H: int, I: int) -> Case:
 
 
 def mixture(seed: int, N: int, E: int, K: int, H: int, I: int, S: int) -> Case:
-    """The sign of a row's first feature says which experts are chosen, by so much that no rounding changes it."""
+    """Draw a call in which the sign of a row's first feature decides the experts, by so much that rounding changes
+    nothing.
+    """
     r, draw = _draw(seed)
     x, router = draw(N, H), 0.002 * draw(E, H)
     x[:, 0] = x[:, 0].sign() + (x[:, 0] == 0)
@@ -199,13 +202,13 @@ SMALL: list[Case] = [
     route(12, N=3, E=24, K=3),
     experts(13, N=9, E=4, K=3, H=40, I=24),
     experts(14, N=1, E=9, K=2, H=16, I=16),
-    experts(15, N=2, E=12, K=3, H=40, I=24),  # so few picks that each is a tile
+    experts(15, N=2, E=12, K=3, H=40, I=24),  # so few chosen experts that each is a tile of its own
     rms_norm(15, N=7, H=100),
     norm_then_gate(16, N=9, H=24),
     gate_then_norm(17, N=3, G=3, H=20),
     rotate(18, T=3, H=3, D=20, R=4),
 ]
-"""A few of each op, quick enough for a Triton interpreter."""
+"""A few calls of each op, quick enough for Triton's interpreter."""
 
 WITHOUT_TRITON: list[Case] = [
     attention_decode(20, [3, 7], L=4, K=2, R=2, D=24),
@@ -228,7 +231,7 @@ EMPTY: list[Case] = [
     gate_then_norm(11, N=0, G=3, H=20),
     rotate(12, T=0, H=3, D=20, R=4),
 ]
-"""No tokens: nothing may be launched, nothing may change."""
+"""Calls without tokens: nothing may be launched, and nothing may change."""
 
 
 if __name__ == "__main__":  # `python kernel_cases.py OP`: the small cases of an op on the GPU, for compute-sanitizer

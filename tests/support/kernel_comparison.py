@@ -1,7 +1,7 @@
 """One call of a kernel, and the comparison of its result with the float64 reference.
 
-Inputs are views into larger tensors of NaN, pools of states have slots and gaps that no sequence uses, and what an
-implementation allocates is NaN until it is written: what reads or leaves out too much shows.
+Inputs are views into larger tensors of NaN. Pools of states have slots and gaps that no sequence uses. The memory that
+an implementation allocates is NaN until it is written. So a kernel that reads too much or writes too little is noticed.
 """
 
 from __future__ import annotations
@@ -21,22 +21,23 @@ from torch import Tensor
 
 @dataclass
 class Case:
-    """One call of an op: what it is called with in float64, and which arguments are states in place."""
+    """One call of an op: its arguments in float64, and which arguments are states that it changes in place."""
 
     op: str
     sizes: dict[str, Any]
     seed: int
     args: list[Any]
     options: dict[str, Any] = field(default_factory=dict)
-    states: tuple[int, ...] = ()  # places of the states among args
-    dense: dict[int, int] = field(default_factory=dict)  # how many last dimensions stay contiguous, if not one
-    wide: tuple[int, ...] = ()  # places of what stays float32 when the rest is bfloat16
+    states: tuple[int, ...] = ()  # indices of the states among args
+    # argument -> how many of its last dimensions stay contiguous, if not one
+    dense: dict[int, int] = field(default_factory=dict)
+    wide: tuple[int, ...] = ()  # indices of the arguments that stay float32 when the others are bfloat16
 
     def __str__(self) -> str:
         return f"{self.op} of {self.sizes}, seed {self.seed}"
 
     def inputs(self, dtype: torch.dtype, device: str, gap: int = 16) -> list[Any]:
-        """Fresh arguments of that dtype, their rows so many numbers apart in memory."""
+        """Return new arguments in ``dtype``. Their rows are ``gap`` numbers apart in memory."""
 
         def one(place: int, x: Any) -> Any:
             if isinstance(x, list):
@@ -52,7 +53,7 @@ class Case:
         return [one(place, x) for place, x in enumerate(self.args)]
 
     def rounded(self, dtype: torch.dtype) -> Case:
-        """The case of arguments that `dtype` holds exactly: what is wrong then is the arithmetic alone."""
+        """Return the case with arguments that `dtype` holds exactly. Then only the arithmetic can be wrong."""
 
         def widened(x: Any) -> Any:
             if isinstance(x, list):
@@ -63,7 +64,7 @@ class Case:
 
 
 def _space(x: Tensor, dense: int, gap: int) -> Tensor:
-    """The same numbers as a view into a tensor of NaN in which only the last dimensions are contiguous."""
+    """Return the same numbers as a view into a tensor of NaN, in which only the last dimensions are contiguous."""
     if x.dim() <= dense or x.numel() == 0:
         return x
     flat = x.flatten(-dense)
@@ -75,7 +76,7 @@ def _space(x: Tensor, dense: int, gap: int) -> Tensor:
 
 @contextlib.contextmanager
 def poisoned() -> Iterator[None]:
-    """torch.empty gives NaN, and for integers the largest."""
+    """Let torch.empty return NaN, and for integers the largest number."""
     before = torch.get_deterministic_debug_mode()
     torch.set_deterministic_debug_mode("warn")  # use_deterministic_algorithms would import Inductor, 70 MB
     assert torch.utils.deterministic.fill_uninitialized_memory
@@ -86,7 +87,7 @@ def poisoned() -> Iterator[None]:
 
 
 def error(got: Tensor, want: Tensor) -> float:
-    """Of the whole tensor, relative; infinite where anything is not finite."""
+    """Return the relative error of the whole tensor; infinity if a number is not finite."""
     got, want = got.double().cpu(), want.double()
     if not torch.isfinite(got).all():
         return math.inf
@@ -97,7 +98,7 @@ Result = list[Tensor]
 
 
 def module_of(case: Case, backend: str) -> ModuleType:
-    """The backend's implementation of the case's op."""
+    """Return the backend's implementation of the case's op."""
     return importlib.import_module(f"hybrid_moe_kernels.{case.op.partition('.')[0]}.{backend}")
 
 
@@ -108,13 +109,13 @@ def op_of(case: Case) -> Op:
 
 
 def results(case: Case, module: Any, args: list[Any]) -> Result:
-    """The outputs, and then the states, of the module's function."""
+    """Return the outputs of the module's function, followed by the states."""
     out = getattr(module, case.op.partition(".")[2])(*args, **case.options)
     return [*(out if isinstance(out, tuple | list) else (out,)), *(args[place] for place in case.states)]
 
 
 def call(case: Case, module: Any, dtype: torch.dtype, device: str, gap: int = 16) -> Result:
-    """The results on fresh arguments; states that no sequence has must stay as they are."""
+    """Return the results on new arguments. States that belong to no sequence must not change."""
     args = case.inputs(dtype, device, gap)
     before = [args[place].clone() for place in case.states]
     with poisoned():
@@ -131,7 +132,7 @@ def reference(case: Case, dtype: torch.dtype) -> Result:
 
 
 def expected(case: Case, dtype: torch.dtype) -> tuple[Result, Result]:
-    """The reference's results in float64 and in `dtype`: what `check` compares with."""
+    """Return the reference's results in float64 and in `dtype`, with which `check` compares."""
     return reference(case, torch.float64), reference(case, dtype)
 
 
@@ -166,8 +167,10 @@ def check(
 
 
 def sensitivity(case: Case, dtype: torch.dtype, want: Result) -> list[float]:
-    """How far the results move in float64 when every number of the arguments changes by up to a rounding to `dtype`:
-    the most in four tries."""
+    """Return how far the results move in float64 if every argument is changed by up to one rounding to `dtype`.
+
+    The largest of four tries is returned.
+    """
     moved, r = [0.0] * len(want), torch.Generator().manual_seed(0)
 
     def shaken(x: Any) -> Any:

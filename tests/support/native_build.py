@@ -1,4 +1,4 @@
-"""The library of native kernels, built once a session by a process that runs beside the tests."""
+"""The library of native kernels, built once in a session by a process that runs at the same time as the tests."""
 
 from __future__ import annotations
 
@@ -13,9 +13,10 @@ _END_S = 10
 
 
 class NativeBuild:
-    """A process that builds the library into the cache below HOME. What it does not complete, `native.prepare` does.
+    """A process that builds the library into the cache below HOME. If it does not finish, `native.prepare` builds the
+    rest.
 
-    It is no child of this process: some tests end or count the children that they find.
+    It is not a child of this process, because some tests end or count the children that they find.
     """
 
     def __init__(self) -> None:
@@ -23,7 +24,7 @@ class NativeBuild:
         self._process = psutil.Process(int(subprocess.check_output(detached)))
 
     def end(self) -> None:
-        """End the process, and with it its compilers."""
+        """End the process and its compilers."""
         with contextlib.suppress(psutil.Error):
             self._process.terminate()
             self._process.wait(_END_S)

@@ -89,7 +89,7 @@ def test_a_writer_killed_at_any_byte_of_a_record_leaves_the_records_before_it() 
         if after[at + cut : at + RECORD.size].strip(b"\0"):
             assert witness.num_events == 14
             assert not witness.complete
-            assert witness.problems == (f"torn:{at}: torn record: the rank was writing it",)
+            assert witness.problems == (f"torn:{at}: torn record: the rank had not finished writing it",)
             assert not witness.damaged
 
 
@@ -105,7 +105,7 @@ def test_a_lost_live_counter_loses_no_record() -> None:
     ("at", "value", "message"),
     [
         (0, b"notawitn", "x:0: not a witness file"),
-        (8, struct.pack("<I", 1), "x:8: witness version 1, this release reads version 2 only"),
+        (8, struct.pack("<I", 1), "x:8: the witness has version 1, but this release reads only version 2"),
         (16, struct.pack("<I", 3), "x:184?: damage: the header does not match its checksum"),
     ],
 )
@@ -120,7 +120,9 @@ def test_a_rank_beyond_its_own_number_of_ranks_is_refused() -> None:
     data = bytearray(sample().files[0])
     header = pack_header(Identity(4, 4), TINY)
     data[: len(header)] = header
-    with pytest.raises(WitnessError, match="x:12: rank 4 of 4 with records of 72 bytes is impossible"):
+    with pytest.raises(
+        WitnessError, match="x:12: the header says rank 4 of 4 and records of 72 bytes, which is impossible"
+    ):
         parse(bytes(data), "x")
 
 
@@ -205,7 +207,7 @@ def test_random_damage_is_survived() -> None:
         (LIVE_AT, "<Q", 900, "the number of events does not match its checksum"),
         (SLOT, "<I", 900, "the name of group 1 does not match its checksum"),
         (SLOT + LEFT_AT, "<Q", 2**40, "the last completion of group 1 does not match its checksum"),
-        (SLOT + LEFT_AT, "<Q", 2**40 * GUARD, "#1099511627776 of group 1 completed, but never issued"),
+        (SLOT + LEFT_AT, "<Q", 2**40 * GUARD, "#1099511627776 of group 1 completed, but was never issued"),
         (SLOT + LEFT_AT, "<Q", 2 * GUARD, "group 1 lacks the completion of #3"),
         (SLOT + LAST_AT + 18, "<H", 7, "the last record of group 1 does not match its checksum"),
         (SLOT + LAST_AT + 20, "<B", Kind.LEAVE, "the last record of group 1 does not match its checksum"),

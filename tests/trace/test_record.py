@@ -180,7 +180,7 @@ def test_each_direction_of_point_to_point_counts_for_itself(tmp_path: Path) -> N
 
 def test_a_file_has_one_writer(tmp_path: Path) -> None:
     recorder_at(tmp_path / "w")
-    with pytest.raises(WitnessError, match=f"already written by pid {os.getpid()}"):
+    with pytest.raises(WitnessError, match=f"already has a writer, process {os.getpid()}"):
         recorder_at(tmp_path / "w")
 
 
@@ -191,7 +191,7 @@ def test_a_file_of_another_rank_is_refused(tmp_path: Path) -> None:
     from repro.trace.witness.format import Identity
 
     create(tmp_path / "w", Identity(1, 2))
-    with pytest.raises(WitnessError, match="made for rank 1 of 2, opened by 0 of 2"):
+    with pytest.raises(WitnessError, match="made for rank 1 of 2, but is opened by rank 0 of 2"):
         recorder_at(tmp_path / "w")
 
 

@@ -63,4 +63,4 @@ def test_a_witness_that_no_longer_holds_the_judged_events_is_named_and_not_used(
     world.sim.run(world.sim.now_ns + 20 * 10**9)
     again = judge_files(world.run_dir, world.options, Comparison())
     assert again.verdict.verdict == "inconclusive" and not again.whole and not again.verdict.culprits
-    assert any(line.startswith("events/rank000.wit:0: no longer holds the") for line in again.verdict.evidence)
+    assert any(line.startswith("events/rank000.wit:0: does not hold the") for line in again.verdict.evidence)

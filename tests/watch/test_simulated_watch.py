@@ -118,7 +118,7 @@ def judged_again(world: World, got: dict[str, Any], rng: random.Random, text: st
         if elsewhere:
             move_to_another_machine(world.run_dir, rng)
         again = judge_files(world.run_dir, world.options, Comparison())
-        overwritten = any("no longer holds" in line for line in again.verdict.evidence)
+        overwritten = any("does not hold" in line for line in again.verdict.evidence)
         assert again.whole or (went_on and overwritten), f"{text}: {again.verdict.evidence}"
         if overwritten:
             continue

@@ -202,7 +202,7 @@ def test_only_what_still_runs_is_ended_by_its_pid(tmp_path):
     ("reference", "outputs", "message"),
     [
         ({"a": [1]}, [{"a": [1]}, {"a": [1]}], []),
-        ({"a": [1]}, [{"a": [1]}, {}], ["request a was served by 1 ranks, not by 2"]),
+        ({"a": [1]}, [{"a": [1]}, {}], ["request a was served by 1 ranks instead of 2"]),
         ({}, [{"a": [1]}, {"a": [1]}], ["request a is not in the single-process reference"]),
         ({"a": [1]}, [{}, {}], ["request a was not served"]),
     ],

@@ -137,7 +137,7 @@ def test_a_slip_of_ours_is_a_verdict_of_its_own_with_the_traceback_in_a_log_and_
     monkeypatch.setattr(site, lambda *args, **options: {}["slip"])
     document = written(world.watch().run())
     assert (document["verdict"], document["culprits"], document["confidence"]) == ("inconclusive", [], "undecided")
-    assert "the watcher failed, which says nothing about the run: KeyError: 'slip'" in document["evidence"][0]
+    assert "the watcher failed, so nothing is known about the run: KeyError: 'slip'" in document["evidence"][0]
     assert "logs/watcher.log" in document["evidence"][0]
     assert "Traceback" in world.run_dir.watcher_log.read_text()
     assert world.hosts[0].asked[-1] == {0: 100, 1: 101}
@@ -279,4 +279,4 @@ def test_a_verdict_for_which_the_disk_has_no_room_is_at_least_shown(tmp_path: Pa
     with pytest.raises(OSError, match="No space left on device"):
         world.watch(notice=shown.append).run()
     assert shown[-1].startswith("deadlock: rank 0 waits in dp all_reduce #2"), shown
-    assert shown[-1].endswith("this verdict is not written to disk: No space left on device"), shown
+    assert shown[-1].endswith("verdict.json could not be written: No space left on device"), shown

@@ -4,7 +4,7 @@ The schedule of every step is fixed. It does not depend on the drafts of any ran
 
     C1, the forward pass over known tokens and drafts, then `num_drafts` passes of the MTP layer
 
-The first pass has the rows of the step, which updates the MTP layer's cache; each later pass has one row per request. A
+The first pass has the rows of the step, and fills the MTP layer's cache. Each later pass has one row per request. A
 rank with nothing to draft takes part with dummy rows, because the layer has experts that the other ranks' tokens need.
 
 Shapes: N rows of the step, B requests of this rank, H hidden.
@@ -28,7 +28,7 @@ from hybrid_moe_ref.model import HybridMoE
 
 
 class Drafting:
-    """One rank's drafter. If `num_drafts` is 0 it drafts nothing, and every step makes one token per request."""
+    """One rank's drafter. If `num_drafts` is 0, it drafts nothing, and every step makes one token per request."""
 
     def __init__(
         self,
@@ -44,7 +44,7 @@ class Drafting:
         self._sequences: dict[Running, Sequence] = {}
 
     def num_rows(self, num_live: int) -> int:
-        """The number of rows of this rank in every pass after the first; an idle rank has a dummy row."""
+        """Return the number of rows of this rank in every pass after the first. An idle rank has a dummy row."""
         return max(1, num_live) if self._engine.num_drafts else 0
 
     def allocate(self) -> None:
@@ -82,7 +82,8 @@ class Drafting:
         for request, sequence, kept, count, drafts in zip(
             running, mine, sequences, room, zip(*guesses, strict=True), strict=True
         ):
-            # After skipped passes the drafter's cache lags behind the model's. Its drafts are then worse, but valid.
+            # After skipped passes the drafter's cache has fewer tokens than the model's. Its drafts are then worse, but
+            # valid.
             cache.truncate(sequence, min(kept.length, sequence.length))
             request.drafts = [] if len(request.pending) > 1 else list(drafts[:count])
 

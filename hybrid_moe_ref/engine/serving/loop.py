@@ -28,7 +28,7 @@ OnToken = Callable[[str, int], None]
 
 
 class ServeLoop:
-    """One wave: serves the requests of a scheduler, and ends on all ranks after the same step."""
+    """Serves the requests of a scheduler in one wave, which ends on all ranks after the same step."""
 
     def __init__(
         self,
@@ -51,7 +51,7 @@ class ServeLoop:
 
     @torch.inference_mode()
     def run(self, on_token: OnToken | None = None) -> dict[str, list[int]]:
-        """Serve all requests; return the new tokens of each by its id."""
+        """Serve all requests. Returns the new tokens of each by its id."""
         scheduler, policies = self._scheduler, self._policies
         for step in itertools.count():
             asks = self._runner.protocol.asks(step + 1)
@@ -73,7 +73,7 @@ class ServeLoop:
         return scheduler.finished
 
     def _live(self, running: list[Running], asks: bool) -> NewTokens:
-        """Run one step of this rank's requests; return the new tokens of each."""
+        """Run one step of this rank's requests. Returns the new tokens of each request."""
         for request in running:
             if request not in self._sequences:
                 self._sequences[request] = self._cache.allocate()
@@ -93,7 +93,10 @@ class ServeLoop:
         return [(r.request.request_id, token) for r, new in zip(running, new_tokens, strict=True) for token in new]
 
     def _make_room(self) -> None:
-        """Preempt requests for which the cache lacks pages. They wait, and later start from the beginning."""
+        """Preempt requests if the cache has too few pages.
+
+        Preempted requests wait, and later start from the beginning.
+        """
         self._release(self._scheduler.make_room())
 
     def _release(self, requests: list[Running]) -> None:

@@ -13,13 +13,13 @@ from hybrid_moe_ref.model import HybridMoE
 
 
 def likeliest_tokens(model: HybridMoE, hidden_NH: Tensor) -> Tensor:
-    """The most likely token after each row, int64[N]. hidden_NH: final hidden states"""
+    """Return the most likely token after each row, int64[N]. hidden_NH: final hidden states"""
     return model.logits(hidden_NH).argmax(dim=-1)
 
 
 def last_tokens(
     model: HybridMoE, hidden_NH: Tensor, last_rows: Sequence[int], counts: Sequence[int]
 ) -> list[list[int]]:
-    """The most likely token after each of the last ``counts[b]`` rows of request b, which end at ``last_rows[b]``."""
+    """Return the most likely token after each of the last ``counts[b]`` rows of request b, up to ``last_rows[b]``."""
     rows = [row for last, count in zip(last_rows, counts, strict=True) for row in range(last + 1 - count, last + 1)]
     return [tokens.tolist() for tokens in likeliest_tokens(model, hidden_NH[rows]).split(list(counts))]

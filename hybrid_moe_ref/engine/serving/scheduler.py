@@ -26,7 +26,7 @@ class Request:
     stop_ids: tuple[int, ...] = ()
 
     def until_stop(self, tokens: list[int]) -> list[int]:
-        """The tokens up to and including the first that ends the text."""
+        """Return the tokens up to and including the first one that ends the text."""
         end = next((index + 1 for index, token in enumerate(tokens) if token in self.stop_ids), len(tokens))
         return tokens[:end]
 
@@ -51,10 +51,10 @@ class Running:
 
     @property
     def pending(self) -> Sequence[int]:
-        """Tokens that the model must run before it makes a new one.
+        """Return the tokens that the model must run before it makes a new one.
 
-        At first the prompt, then the last token. After a preemption, all tokens; after rejected drafts, the accepted
-        tokens of the step that was undone.
+        These are at first the prompt, and then the last token. After a preemption they are all tokens. After rejected
+        drafts they are the accepted tokens of the step that was undone.
         """
         prompt = self.request.prompt
         if self.num_cached < len(prompt):
@@ -63,11 +63,11 @@ class Running:
 
     @property
     def num_wanted(self) -> int:
-        """The number of tokens that the request would run in a step without a limit."""
+        """Return the number of tokens that the request would run in a step without a limit."""
         return len(self.request.prompt) + len(self.output) - self.num_cached + len(self.drafts)
 
     def next_tokens(self) -> Sequence[int]:
-        """The tokens to run in this step: the first ``num_fed`` of the pending tokens and the drafts."""
+        """Return the tokens to run in this step: the first ``num_fed`` of the pending tokens and the drafts."""
         return [*self.pending, *self.drafts][: self.num_fed]
 
     @property
@@ -77,12 +77,12 @@ class Running:
 
     @property
     def num_left(self) -> int:
-        """The number of tokens that are still to be generated."""
+        """Return the number of tokens that are still to be generated."""
         return self.request.max_new_tokens - len(self.output)
 
     @property
     def is_complete(self) -> bool:
-        """Whether no token is left to be generated."""
+        """Whether all tokens have been generated."""
         return self.num_left <= 0 or any(token in self.request.stop_ids for token in self.output[-1:])
 
     def advance(self, new: Sequence[int]) -> None:
@@ -106,7 +106,8 @@ class Scheduler:
     Running requests come first, then as many waiting prompts as the budgets of tokens, sequences and pages allow, in
     order of arrival. A prompt that is too long for one step is run in parts.
 
-    pages_for: tokens of a sequence -> cache pages that it takes; by default 0, so that the cache is never full
+    pages_for: number of tokens of a sequence -> cache pages that it takes; by default 0, so that the cache is never
+    full
 
     Raises ConfigError for a request that the cache could never hold.
     """
@@ -127,13 +128,13 @@ class Scheduler:
     def _check(self, request: Request) -> None:
         for name, number in (("prompt", len(request.prompt)), ("max_new_tokens", request.max_new_tokens)):
             if number < 1:
-                raise ConfigError(f"request {request.request_id}: {name} of {number} tokens; at least 1 is needed")
-        # the model never runs the last token
+                raise ConfigError(f"request {request.request_id}: {name} has {number} tokens, but needs at least 1")
+        # The model never runs the last token.
         needed = self._pages_for(len(request.prompt) + request.max_new_tokens - 1)
         if needed > self._config.num_pages:
             raise ConfigError(
                 f"request {request.request_id}: {len(request.prompt)} prompt tokens and {request.max_new_tokens} new "
-                f"ones take {needed} pages; engine.num_pages is {self._config.num_pages}"
+                f"ones take {needed} pages, but engine.num_pages is {self._config.num_pages}"
             )
 
     @property
@@ -143,11 +144,12 @@ class Scheduler:
 
     @property
     def num_free_pages(self) -> int:
-        """The number of pages that are free after this step; negative if the step needs more than there are."""
+        """Return the number of pages that are free after this step; negative if the step needs more than there are."""
         return self._config.num_pages - sum(running.num_pages for running in self._running)
 
     def make_room(self) -> list[Running]:
-        """Preempt the youngest requests until the others have pages for their next step; return the preempted requests.
+        """Preempt the youngest requests until the others have pages for their next step. Returns the preempted
+        requests.
 
         Preempted requests wait before all others, and run from the beginning again. The oldest request is never
         preempted, so all requests are served in the end.
@@ -163,7 +165,7 @@ class Scheduler:
         return preempted
 
     def schedule(self, step: int) -> list[Running]:
-        """Admit arrived requests, and return the requests that run in ``step``; [] when this rank is idle."""
+        """Admit requests that have arrived. Returns the requests that run in ``step``; [] if this rank is idle."""
         budget = self._share_tokens()
         while self._waiting and len(self._running) < self._config.max_num_seqs:
             first = self._waiting[0]
@@ -178,9 +180,10 @@ class Scheduler:
         return list(self._running)
 
     def _share_tokens(self) -> int:
-        """Give each running request its number of tokens in the step; return the remaining budget.
+        """Give each running request its number of tokens in the step. Returns the remaining budget.
 
-        Each request gets the tokens of a decode step, which the budget always covers. The oldest requests get the rest.
+        Each request gets the tokens of a decode step, for which the budget is always large enough. The oldest requests
+        get the rest.
         """
         decode = 1 + self._config.num_drafts
         budget = self._config.max_num_batched_tokens - sum(min(r.num_wanted, decode) for r in self._running)
@@ -195,7 +198,7 @@ class Scheduler:
         running.num_pages = max(running.num_pages, self._pages_for(running.num_cached + num_tokens))
 
     def update(self, tokens: Sequence[Sequence[int]]) -> list[Running]:
-        """Append the step's new tokens of each scheduled request; return the requests that are complete."""
+        """Append the step's new tokens of each scheduled request. Returns the requests that are complete."""
         complete = []
         for running, new in zip(self._running, tokens, strict=True):
             running.advance(new)
@@ -211,9 +214,11 @@ class Scheduler:
 
 
 def step_rows(requests_by_rank: Sequence[Sequence[Request]], config: EngineConfig) -> list[list[int]]:
-    """The number of rows of each rank's requests, for each serve step until all ranks are idle; 0 for an idle rank.
+    """Return the number of rows of each rank's requests, for each serve step until all ranks are idle; 0 for an idle
+    rank.
 
-    Needs no model. Exact without drafts and `stop_ids` while no cache is full: requests then end by length alone.
+    Needs no model. The result is exact without drafts and `stop_ids` while no cache is full, because requests then end
+    by length alone.
     """
     schedulers = [Scheduler(requests, config) for requests in requests_by_rank]
     steps: list[list[int]] = []
@@ -227,5 +232,5 @@ def step_rows(requests_by_rank: Sequence[Sequence[Request]], config: EngineConfi
 
 
 def live_ranks(requests_by_rank: Sequence[Sequence[Request]], config: EngineConfig) -> list[list[int]]:
-    """The ranks with live requests, for each serve step until all ranks are idle."""
+    """Return the ranks with live requests, for each serve step until all ranks are idle."""
     return [[rank for rank, rows in enumerate(step) if rows] for step in step_rows(requests_by_rank, config)]

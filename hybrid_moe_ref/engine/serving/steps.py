@@ -26,9 +26,9 @@ class Steps:
     def plan(
         self, feeds: list[Feed], num_live: int, asks_unfinished: bool = False, may_replay: bool = True
     ) -> StepPlan:
-        """This rank's proposal for the next step.
+        """Return this rank's proposal for the next step.
 
-        A graph if one is large enough; two halves if there are enough tokens.
+        It proposes a graph if a captured size is large enough, and two halves if there are enough tokens.
 
         num_live         number of live requests; 0 for a dummy batch
         asks_unfinished  whether the step ends with the question "is anyone unfinished?"
@@ -52,12 +52,12 @@ class Steps:
         return plan
 
     def declare(self, schedule: tuple[ScheduleEntry, ...]) -> None:
-        """Take a step that has this schedule and runs no model."""
+        """Do a step that has this schedule and runs no model."""
         self._runner.declare(self.plan([], 0), schedule)
 
     @torch.inference_mode()
     def dummy(self, num_tokens: int, asks_unfinished: bool = False, may_replay: bool = True) -> None:
-        """Run a step with dummy tokens: a rank without requests takes part in every collective."""
+        """Run a step with dummy tokens, so that a rank without requests takes part in every collective."""
         feeds = [Feed(DUMMY, 0, (0,) * num_tokens)]
         plan = self.plan(feeds, 0, asks_unfinished, may_replay)
         tokens_N = torch.zeros(num_tokens, dtype=torch.long, device=self._device)

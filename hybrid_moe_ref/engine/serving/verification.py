@@ -33,14 +33,15 @@ class Verification:
 
     @property
     def counts(self) -> list[int]:
-        """The number of rows of each request after which to sample a token: the last known token and the drafts.
+        """Return, for each request, the number of rows after which to sample a token: the last known token and the
+        drafts.
 
-        0 for a request that still has pending tokens.
+        The number is 0 for a request that still has pending tokens.
         """
         return [1 + len(running.drafts) if running.makes_tokens else 0 for running in self.running]
 
     def new_tokens(self, chosen: list[list[int]]) -> list[list[int]]:
-        """The accepted drafts of each request, and the model's next token after them.
+        """Return the accepted drafts of each request, and the model's next token after them.
 
         Restores the cache of a request with a rejected draft to its state before the step.
 

@@ -1,12 +1,11 @@
 """Autotuning: time the tactics for computing the experts at start, and use the one that is fastest on average.
 
 An all-reduce for each tactic and number of rows averages its time over the ranks, so that all ranks choose the same.
-Each rank saves the choice in its own file. A rank that finds its file needs no timing, but the others need it in the
-all-reduces, so the ranks first vote on whether to time at all.
+Each rank saves the choice in its own file. A rank that finds its file needs no timing, but the others need this rank in
+the all-reduces. So the ranks first vote on whether to time at all.
 
-A pick is one of the experts that the router chose for a row.
-
-Shapes: N rows, K picks of a row, P = N K picks, H hidden, E experts held, I intermediate, J = 2 I.
+Shapes: N rows, K experts that the router chose for a row, P = N K (row, expert) pairs, H hidden, E experts held, I
+intermediate, J = 2 I.
 """
 
 from __future__ import annotations
@@ -43,11 +42,11 @@ TACTICS: dict[str, Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]] = {
     "experts": expert_by_expert,
     "padded": padded_to_widest,
 }
-"""The tactics by name. Each computes the output of every pick, [P, H]."""
+"""The tactics by name. Each computes the output of every (row, expert) pair, [P, H]."""
 
 
 class ChosenExperts:
-    """An expert computation that uses the tactic chosen for the step's number of rows."""
+    """Computes the experts by the tactic that was chosen for the step's number of rows."""
 
     def __init__(self, chosen: Chosen) -> None:
         self._chosen = sorted(chosen.items())
@@ -64,7 +63,7 @@ class ExpertTuner:
     """The operations of tuning on one rank: time, average, vote, load, save and use.
 
     rows       the numbers of rows to tune for
-    cache_dir  the folder for saved choices; "" saves none
+    cache_dir  the folder for saved choices; "": choices are not saved
     declare    announces collectives before they are issued
     """
 
@@ -84,7 +83,7 @@ class ExpertTuner:
 
     @property
     def key(self) -> str:
-        """The key under which a choice is saved: all that it depends on."""
+        """Return the key under which a choice is saved. It has everything that the choice depends on."""
         experts = self._layers[0]
         shape = "x".join(map(str, experts.gate_up_proj.shape))
         device = self._comm.device.type
@@ -93,7 +92,7 @@ class ExpertTuner:
 
     @property
     def timings(self) -> tuple[ScheduleEntry, ...]:
-        """The collectives of :meth:`time_all`, in order."""
+        """Return the collectives of :meth:`time_all`, in order."""
         names = [f"autotune.{rows}.{tactic}" for rows in self._rows for tactic in TACTICS]
         return tuple(ScheduleEntry("ep", "all_reduce", name) for name in names)
 
@@ -141,7 +140,7 @@ class ExpertTuner:
             layer.mlp = experts
 
     def load(self, file_name: str, key: str) -> Chosen | None:
-        """The choice that was saved under `key`; None if the file is absent, damaged or too large."""
+        """Return the choice that was saved under `key`; None if the file is absent, damaged or too large."""
         if self.folder is None:
             return None
         try:

@@ -49,10 +49,11 @@ def apply_backends(model: HybridMoE, engine: EngineConfig, device: torch.device)
 
 @dataclass(frozen=True)
 class PreparedKernels:
-    """The kernels that one engine has prepared: the registry's choice, and the backend of each operation under it.
+    """The kernels that one engine has prepared: the registry's choice, and the backend of each operation under this
+    choice.
 
-    The choice is one for the whole process. An engine that serves under another one's would run kernels that its ranks
-    did not prepare.
+    The choice is one for the whole process. An engine that serves after another engine made another choice would run
+    kernels that its ranks did not prepare.
     """
 
     choice: str
@@ -66,11 +67,12 @@ class PreparedKernels:
         return cls(registry.choice(), device, dtype, registry.table(device.type, dtype))
 
     def check(self) -> None:
-        """Raise ConfigError when an operation would run on another backend now."""
+        """Raise ConfigError if an operation would run on another backend now."""
         if not self.table.items() <= registry.table(self.device.type, self.dtype).items():
             raise ConfigError(
-                f"this engine was started with {self.choice!r}, and the process has chosen {registry.choice()!r} "
-                f"since: call registry.use({self.choice!r}) before serve, or start another engine",
+                f"this engine was started with kernels {self.choice!r}, but the process has chosen "
+                f"{registry.choice()!r} since: call registry.use({self.choice!r}) before serve, or start another "
+                "engine",
                 "kernels",
             )
 

@@ -22,10 +22,10 @@ from hybrid_moe_ref.files.holders import who_has_open
 from hybrid_moe_ref.parallel.observer import Observer
 
 DEADLINE_S = 900.0
-"""How long a build, or the wait for one, may take."""
+"""Seconds that a build, or the wait for one, may take."""
 
 END_S = 3.0
-"""How long to wait for an abandoned build to end. A build thread that still runs then is left behind."""
+"""Seconds to wait for an abandoned build to end. A build thread that still runs then is left behind."""
 
 
 @dataclass(frozen=True)
@@ -33,9 +33,9 @@ class BuildPlace:
     """The folder, rank and callbacks of a build.
 
     cache       folder of compiled modules, shared by the ranks of a host
-    stopped_by  returns the message with which another rank stopped the job, "" while the job runs
+    stopped_by  returns the message with which another rank stopped the job; "" while the job runs
     sum_up      (numbers, layer) -> their sums over all ranks, by one all-reduce that every rank must join
-    deadline_s  how long a build, or the wait for one, may take
+    deadline_s  seconds that a build, or the wait for one, may take
     """
 
     cache: Path
@@ -76,7 +76,8 @@ class KernelBuilds:
 def ensure(extension: Extension, place: BuildPlace) -> None:
     """Load a module. If it is not built yet, one rank of the host builds it first.
 
-    Raises BuildFailed, LockTimeout, or ScheduleMismatch when another rank stopped the job; each with a one-line reason.
+    Raises BuildFailed, LockTimeout, or ScheduleMismatch if another rank stopped the job; each with a reason in one
+    line.
     """
     if extension.is_loaded:
         return
@@ -87,7 +88,7 @@ def ensure(extension: Extension, place: BuildPlace) -> None:
         except OSError as error:
             reason = error.strerror or error
             raise BuildFailed(
-                f"cannot build in {place.cache}: {reason}; name another folder (engine.cache_dir)"
+                f"cannot build in {place.cache}: {reason}; choose another folder with engine.cache_dir"
             ) from error
     if not extension.is_loaded:
         extension.load_built(place.cache)
@@ -144,8 +145,8 @@ def _build(extension: Extension, place: BuildPlace, lock: BuildLock) -> None:
 def _end_children_but(others: set[int], by_force: bool) -> None:
     """Kill the processes that the build started: all children except ``others``.
 
-    First by SIGTERM, not SIGKILL: ninja then ends its compilers, also one that it started a moment ago, which is not
-    listed here yet and could not be found once ninja has ended.
+    SIGTERM comes first, not SIGKILL: ninja then ends its compilers, also one that it has just started. Such a compiler
+    is not in this list yet, and could not be found once ninja has ended.
     """
     for child in psutil.Process().children(recursive=True):
         if child.pid not in others:
@@ -156,7 +157,7 @@ def _end_children_but(others: set[int], by_force: bool) -> None:
 def _clear_baton(folder: Path, place: BuildPlace, lock: BuildLock) -> None:
     """Delete the extension loader's lock file ("baton") if its holder has ended. torch itself never checks for that.
 
-    A live holder is a process that does not use our lock. Wait for it, up to the deadline.
+    A live holder is a process that does not use this project's lock. It is waited for, up to the deadline.
     """
     baton, started, last_beat = folder / BATON, time.monotonic(), 0.0
     while baton.exists():
@@ -174,8 +175,8 @@ def _clear_baton(folder: Path, place: BuildPlace, lock: BuildLock) -> None:
         lock.beat()
         place.check()
         if now - started > place.deadline_s:
-            holder = f"pid {pid}, which is not a rank," if pid > 0 else "a process that cannot be found from here"
-            raise LockTimeout(f"{baton} is held by {holder} for more than {now - started:.0f} s")
+            holder = f"pid {pid}, which is not a rank," if pid > 0 else "a process that is not visible from here"
+            raise LockTimeout(f"{baton} has been held by {holder} for more than {now - started:.0f} s")
         time.sleep(POLL_S)
     if last_beat:
         place.observer.local("lock_freed", str(baton))

@@ -4,8 +4,8 @@ The compiled parts are norms, routers and shared experts: everything between mix
 collectives are not compiled, so the compiler never sees a hook that communicates. Each part is compiled once for all
 layers that have it, for one row and for more than one.
 
-One rank of the host compiles first and saves its output (Inductor's cache). The others wait for its lock, which has a
-deadline and names its holder, and load that output.
+One rank of the host compiles first and saves its output (Inductor's cache). The others wait for that rank's lock, which
+has a deadline and names its holder, and load the output.
 
 Shapes: N rows, H hidden.
 """
@@ -29,13 +29,13 @@ from hybrid_moe_ref.engine.step.graphs import row_wise
 from hybrid_moe_ref.model import HybridMoE
 
 NUM_ROWS = (1, 2)
-"""Numbers of rows to compile for: torch.compile treats a size of one apart from all larger sizes."""
+"""Numbers of rows to compile for: torch.compile treats a size of one differently from all larger sizes."""
 
 
 class Compiler:
     """The compiler of one rank: installs compiled parts in the model, and runs them once so that they are compiled.
 
-    place  the cache folder, and the observer and check to call meanwhile
+    place  the cache folder, and the observer and the check that are called during the compilation
     """
 
     def __init__(self, model: HybridMoE, place: BuildPlace) -> None:
@@ -45,12 +45,12 @@ class Compiler:
 
     @property
     def folder(self) -> Path:
-        """The folder for Inductor's output."""
+        """Return the folder for Inductor's output."""
         return self.place.cache / f"inductor-torch{torch.__version__}"
 
     @property
     def done(self) -> Path:
-        """The marker file that exists once all parts of such a model are compiled in this folder."""
+        """Return the marker file that exists once all parts of such a model are compiled in this folder."""
         kinds = set()
         for part in row_wise(self._model):
             weights = [(name, tuple(x.shape), x.dtype, x.device.type) for name, x in part.named_parameters()]
@@ -85,7 +85,7 @@ class Compiler:
     def compile_in_turn(self) -> None:
         """Compile if no rank of this host has compiled; otherwise wait for the compiling rank and load its output.
 
-        Raises BuildFailed with the compiler's reason in one line, LockTimeout, or what `place.check` raises.
+        Raises BuildFailed with the compiler's reason in one line, LockTimeout, or an error from `place.check`.
         """
         try:
             self.install()
@@ -102,13 +102,13 @@ class Compiler:
         except OSError as error:
             reason = error.strerror or error
             raise BuildFailed(
-                f"cannot compile in {self.folder}: {reason}; name another folder (engine.cache_dir)"
+                f"cannot compile in {self.folder}: {reason}; choose another folder with engine.cache_dir"
             ) from error
         except RuntimeError as error:
             if type(error).__module__.startswith("hybrid_moe_"):
                 raise  # an error of this program, not of the compiler
             reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
-            raise BuildFailed(f"torch.compile: {reason}; without it: engine.compile = false") from error
+            raise BuildFailed(f"torch.compile: {reason}; to start without it, set engine.compile to false") from error
 
 
 class _Announcements:
@@ -137,7 +137,7 @@ class _Announcements:
 
 
 class CompiledModule:
-    """A module whose forward is compiled. Zero rows run eagerly, to save a compilation of their own."""
+    """A module whose forward is compiled. Zero rows run eagerly, because they would need a compilation of their own."""
 
     def __init__(self, module: nn.Module, compiled: Callable[..., Any], announced: _Announcements) -> None:
         self._module, self._compiled, self._announced = module, compiled, announced

@@ -1,13 +1,13 @@
 """Refuse, before a server starts, a configuration whose ranks could deadlock.
 
-    check_start(config)                 raises Refused, one line, with the flag to change
-    check_start(config, policies)       also tries the policies: on a rank with requests, on an idle one, on one with a
-                                      tuning cache and on one without
+    check_start(config)                 raises Refused with one line, which names the flag to change check_start(config,
+                                        policies)       also tries the policies: on a rank with requests, on an idle
+                                        rank, on a rank with a tuning cache and on a rank without one
 
 A policy must lead every rank to the same collectives, whatever the state of that rank is. The trial calls the policy
-with a stand-in that only counts collectives, and an error of the policy ends the start. This finds the known faults,
-not all possible ones; the schedule guard refuses the others while the server runs. This file uses neither torch nor
-communication.
+with a substitute for the communicator that only counts collectives. An error of the policy ends the start. This finds
+the known faults, but not all possible ones; the schedule guard refuses the others while the server runs. This file uses
+neither torch nor communication.
 """
 
 from __future__ import annotations
@@ -24,23 +24,23 @@ from hybrid_moe_ref.engine.step.protocol import Protocol, protocol_of
 if TYPE_CHECKING:
     from hybrid_moe_ref.engine.startup.autotune import ExpertTuner
 
-NUM_RANKS = 2  # of the trials
+NUM_RANKS = 2  # number of ranks in the trials
 
 
 class Refused(ConfigError):
-    """A configuration that could deadlock; the text says why, and what to change."""
+    """A configuration that could deadlock. The text says why, and what to change."""
 
 
 def check_start(config: ServerConfig, policies: Policies | None = None) -> list[str]:
-    """Raise Refused with the first finding; with `config.allow_unsafe` return all findings instead."""
+    """Raise Refused with the first finding; with `config.allow_unsafe`, return all findings instead."""
     reasons = list(findings(config, policies))
     if reasons and not config.allow_unsafe:
-        raise Refused(f"{reasons[0]} (--allow-unsafe starts it all the same)")
+        raise Refused(f"{reasons[0]} (to start nevertheless: --allow-unsafe)")
     return reasons
 
 
 def findings(config: ServerConfig, policies: Policies | None = None) -> Iterator[str]:
-    """A line for each setting or policy that could make the ranks deadlock."""
+    """Yield a line for each setting or policy that could make the ranks deadlock."""
     yield from _unagreed(config)
     if policies is not None:
         for trial in (
@@ -71,8 +71,8 @@ def _leaves_when_idle(config: ServerConfig, policies: Policies) -> Iterator[str]
     """Yield a finding if a rank without requests would stop taking part."""
     if policies.idle.dummy_tokens(unfinished=False) is None:
         yield (
-            f"{_name(policies.idle)}: a rank without requests would leave while others still wait for it: "
-            "an idle rank must run a dummy batch (policies.idle)"
+            f"{_name(policies.idle)}: a rank without requests would leave while others still wait for it: an idle rank "
+            "must run a dummy batch (policies.idle)"
         )
 
 
@@ -86,13 +86,13 @@ def _agrees_on_some_ranks_only(config: ServerConfig, policies: Policies) -> Iter
     if busy != idle:
         yield (
             f"{_name(policies.binding)} and {_name(policies.agreement)}: at {layer[1]} a rank with requests would "
-            f"issue {busy} agreements in a step, an idle one {idle}: agree once a step and give later callers "
+            f"issue {busy} agreements in a step, but an idle rank {idle}: agree once in a step, and give later callers "
             "the same answer (policies.agreement)"
         )
 
 
 def _exchanges(protocol: Protocol, policies: Policies, plan: StepPlan, layer: str) -> int:
-    """How many agreements a rank with this plan would issue, from the step agreement to the binding of its state."""
+    """Return how many agreements a rank with this plan would issue, from the step agreement to binding its state."""
     count = 0
 
     def exchange(plan: StepPlan, asker: str) -> AgreedStep:
@@ -124,8 +124,8 @@ def _tunes_without_vote(config: ServerConfig, policies: Policies) -> Iterator[st
     policies.tuning.tune(cast("ExpertTuner", tuner))
     if not tuner.timed:
         yield (
-            f"{_name(policies.tuning)}: a rank with a warm tuning cache would skip the all-reduces of the others: "
-            "vote on the cache first (policies.tuning), or use engine.autotune = false"
+            f"{_name(policies.tuning)}: a rank with a saved tuning result would skip the all-reduces of the others: "
+            "vote on the saved results first (policies.tuning), or use engine.autotune = false"
         )
 
 
@@ -135,13 +135,13 @@ def _preempts_late(config: ServerConfig, policies: Policies) -> Iterator[str]:
     policies.preemption.before_step(lambda: calls.append("make room"))
     if not calls:
         yield (
-            f"{_name(policies.preemption)}: a rank whose cache is full would leave a step that the ranks have agreed "
-            "on: make room before the step (policies.preemption)"
+            f"{_name(policies.preemption)}: a rank whose cache is full would leave a step on which the ranks have "
+            "agreed: make room before the step (policies.preemption)"
         )
 
 
 class _OneHasSaved:
-    """A stand-in for the tuner of a rank that has a saved choice while the other ranks have none."""
+    """Stands for the tuner of a rank that has a saved choice while the other ranks have none."""
 
     rank, key, timings = 0, "", ()
 

@@ -1,7 +1,7 @@
 """The vote that ends a phase of local work: all ranks continue, or all stop with the same error.
 
-It is the first collective of a server. Without it, the others would wait in a step for a rank that could not do its
-work, and a rank with another configuration would run other collectives.
+The vote is the first collective of a server. Without it, the others would wait in a step for a rank that could not do
+its work, and a rank with another configuration would run other collectives.
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ from hybrid_moe_ref.parallel.comm import Communicator
 from hybrid_moe_ref.parallel.halt import ScheduleMismatch
 
 ERROR_BYTES = 512
-"""How many bytes of the first error's text are sent to every rank."""
+"""Number of bytes of the first error's text that are sent to every rank."""
 
 NO_RANK = 2**31 - 1
-"""What a rank without an error contributes to the vote instead of its rank number."""
+"""The number that a rank without an error contributes to the vote, in place of its rank."""
 
 COULD_NOT_PREPARE = "could not prepare"
 CONFIGURED_DIFFERENTLY = "the ranks are configured differently"
@@ -44,8 +44,8 @@ class StartVote:
     def all_or_none(self, work: Callable[[], None]) -> None:
         """Do local work that may fail or take long, then vote.
 
-        Raises PrepareFailed with the first error, or with the settings that differ; ScheduleMismatch if a rank that is
-        past this phase stopped the job.
+        Raises PrepareFailed with the first error, or with the settings that differ. Raises ScheduleMismatch if a rank
+        that is past this phase stopped the job.
         """
         self._comm.guard.finish()
         error = ""
@@ -53,7 +53,7 @@ class StartVote:
             work()
         except ScheduleMismatch:
             pass  # the rank that stopped the others published the reason
-        except Exception as failure:  # stops ranks that still work at once, and all ranks in the vote
+        except Exception as failure:  # an error stops ranks that still work at once, and all ranks in the vote
             error = f"{type(failure).__name__}: {failure}"
             self._comm.stop_all(f"rank {self._comm.rank} {COULD_NOT_PREPARE}: {error}")
         try:
@@ -72,7 +72,7 @@ class StartVote:
         digest = self._ballot.digest(shared)
         ballot = torch.tensor([self._comm.rank if error else NO_RANK, digest, -digest])
         first_failed, lowest, negative_highest = self._over_all_ranks(ballot, "min", "vote")
-        if first_failed != NO_RANK:  # a rank that failed may have other kernels, so its error comes first
+        if first_failed != NO_RANK:  # a rank that failed may have other kernels, so its error has precedence
             text = self._text_of(first_failed, error)
             raise PrepareFailed(f"rank {first_failed} {COULD_NOT_PREPARE}: {text}")
         if lowest != -negative_highest:
@@ -83,13 +83,14 @@ class StartVote:
             raise PrepareFailed(f"{CONFIGURED_DIFFERENTLY}: {'; '.join(differences)}: {change}")
 
     def _text_of(self, rank: int, error: str) -> str:
-        """The error of one rank, sent to all ranks."""
+        """Return the error of one rank, sent to all ranks."""
         mine = error.encode()[:ERROR_BYTES] if rank == self._comm.rank else b""
         letters = torch.tensor(list(mine.ljust(ERROR_BYTES, b"\0")), dtype=torch.int32)
         return bytes(self._over_all_ranks(letters, "sum", "first error")).rstrip(b"\0").decode(errors="replace")
 
     def _shared_text(self) -> str:
-        """Everything that must be equal on all ranks, as one line of JSON: the settings, and each operation's backend.
+        """Return everything that must be equal on all ranks, as one line of JSON: settings, and each operation's
+        backend.
 
         Two hosts with the same settings may have different kernels: one has a GPU, a compiler or a package that the
         other lacks.
@@ -104,9 +105,10 @@ class StartVote:
 
 
 def _stopped(message: str) -> RuntimeError:
-    """Convert the message with which another rank stopped this one to the error to raise.
+    """Convert the message with which another rank stopped this rank to the error to raise.
 
-    PrepareFailed if that rank could not prepare; ScheduleMismatch if it is past that phase and its guard refused it.
+    That is PrepareFailed if the other rank could not prepare, and ScheduleMismatch if it was past that phase and its
+    guard refused a collective.
     """
     in_prepare = COULD_NOT_PREPARE in message or CONFIGURED_DIFFERENTLY in message
     return PrepareFailed(message) if in_prepare else ScheduleMismatch(message)

@@ -2,8 +2,8 @@
 
 The ranks of one tp group hold parts of the same layers, so they must run the same tokens of the same requests. With
 different numbers of tokens, the first all-reduce of a layer aborts or hangs. With different tokens of the same number,
-the answers are wrong and there is no error. So the step agreement (C1) contains a hash of the feed. This file uses
-neither torch nor communication.
+the answers are wrong and there is no error. So the step agreement (C1) contains a hash of these tokens, the feed. This
+file uses neither torch nor communication.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ DUMMY = "dummy"
 
 @dataclass(frozen=True)
 class Feed:
-    """The tokens of one request in one step; the model has seen ``start`` tokens of it before."""
+    """The tokens of one request in one step. The model has already processed ``start`` tokens of the request."""
 
     request_id: str
     start: int
@@ -28,7 +28,7 @@ class Feed:
 
 
 def feed_hash(feeds: Sequence[Feed]) -> int:
-    """A 64-bit hash of the requests and tokens."""
+    """Return a 64-bit hash of the requests and tokens."""
     digest = hashlib.blake2b(digest_size=8)
     for feed in feeds:
         digest.update(f"{feed.request_id!r} {feed.start} {len(feed.tokens)} ".encode())
@@ -37,17 +37,17 @@ def feed_hash(feeds: Sequence[Feed]) -> int:
 
 
 def to_text(feeds: Sequence[Feed]) -> str:
-    """Feeds as one line that `from_text` reads."""
+    """Write feeds as one line, which `from_text` reads."""
     return json.dumps([[feed.request_id, feed.start, feed.tokens] for feed in feeds])
 
 
 def from_text(text: str) -> tuple[Feed, ...]:
-    """The inverse of `to_text`."""
+    """Read the feeds from the text of `to_text`."""
     return tuple(Feed(request_id, start, tuple(tokens)) for request_id, start, tokens in json.loads(text))
 
 
 def feed_differences(feeds_of_rank: Sequence[Sequence[Feed]], tp_size: int) -> Iterator[str]:
-    """A line for each tp group whose ranks have different feeds; the smallest set of equal ranks comes first."""
+    """Yield a line for each tp group whose ranks have different feeds. The smallest set of equal ranks comes first."""
     for first in range(0, len(feeds_of_rank), tp_size):
         sides: dict[tuple[Feed, ...], list[int]] = {}
         for rank in range(first, first + tp_size):

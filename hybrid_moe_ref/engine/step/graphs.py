@@ -3,8 +3,8 @@
 A captured step has a fixed number of rows and fixed collectives. A step with fewer rows is padded to a captured size.
 All ranks must replay the same size, so mode and size are part of the step agreement (C1). Collectives are not captured:
 on a GPU, the graphs contain the row-wise modules between them. A CPU cannot capture, but runs the same passes with the
-same padding. On both, the list of the captured step's collectives is kept, and a replay that departs from it is refused
-before it issues another collective.
+same padding. On both, the collectives of the captured step are listed, and a replay that departs from this list is
+refused before it issues another collective.
 
 Shapes: N rows of a step, H hidden.
 """
@@ -39,19 +39,21 @@ class Graphs:
 
     @property
     def captured(self) -> dict[tuple[int, int], tuple[Collective, ...]]:
-        """(mode, size) -> the collectives that its replay issues, in order."""
+        """Return (mode, size) -> the collectives that the replay issues, in order."""
         return dict(self._captured)
 
     @contextlib.contextmanager
     def running(self, mode: int, size: int) -> Iterator[None]:
-        """Run the layers of a step inside this ``with``. The first step of a mode and size is captured; others replay.
+        """Run the layers of a step inside this ``with``. The first step of a mode and size is captured; later steps
+        replay it.
 
         Raises ScheduleMismatch before a replay issues a collective that was not captured.
         """
         if mode == EAGER:
             yield
             return
-        if not self._captured and self._comm.device.type == "cuda":  # after compilation, so that its output is captured
+        # done after the compilation, so that the compiled code is captured
+        if not self._captured and self._comm.device.type == "cuda":
             self._modules = [CapturedModule(module) for module in row_wise(self._model)]
         recorded = self._captured.get((mode, size))
         tape = Tape(recorded)
@@ -68,7 +70,7 @@ class Graphs:
 
 
 class Tape:
-    """Records the collectives of a captured step, or compares those of a replay with them."""
+    """Records the collectives of a captured step, or compares the collectives of a replay with them."""
 
     def __init__(self, recorded: Sequence[Collective] | None) -> None:
         self._recorded = recorded
@@ -81,14 +83,16 @@ class Tape:
             planned = self._recorded[index] if index < len(self._recorded) else None
             if collective != planned:
                 captured = collective_words(planned) if planned else "no further collective"
-                raise ScheduleMismatch(f"a replay would issue {collective_words(collective)}, captured is {captured}")
+                raise ScheduleMismatch(
+                    f"a replay would issue {collective_words(collective)}, but the captured step issued {captured}"
+                )
         self.collectives.append(collective)
 
     def end(self) -> None:
         """Check at the end of the layers that a replay has issued every captured collective."""
         if self._recorded is not None and len(self.collectives) < len(self._recorded):
             missing = collective_words(self._recorded[len(self.collectives)])
-            raise ScheduleMismatch(f"a replay ended, but captured is {missing}")
+            raise ScheduleMismatch(f"a replay ended, but the captured step also issued {missing}")
 
 
 def pad(tokens_N: Tensor, batch: Batch, size: int) -> tuple[Tensor, Batch]:
@@ -109,7 +113,7 @@ def pad(tokens_N: Tensor, batch: Batch, size: int) -> tuple[Tensor, Batch]:
 
 
 def row_wise(model: HybridMoE) -> list[nn.Module]:
-    """The modules that map rows [N, H] without communication: norms, routers, shared experts, dense MLPs."""
+    """Return the modules that map rows [N, H] without communication: norms, routers, shared experts, dense MLPs."""
     modules: list[nn.Module] = []
     for block in model.blocks:
         modules += [block.input_layernorm, block.post_attention_layernorm]
@@ -142,7 +146,8 @@ class CapturedModule:
         input_NH = x_NH.clone()
         side = torch.cuda.Stream()
         side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):  # libraries allocate memory in this run, because they must not during the capture
+        # libraries allocate memory in this run, because they must not do so during the capture
+        with torch.cuda.stream(side):
             self._eager(input_NH)
         torch.cuda.current_stream().wait_stream(side)
         graph = torch.cuda.CUDAGraph()

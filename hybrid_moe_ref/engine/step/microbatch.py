@@ -22,7 +22,7 @@ def halves(num_rows: int) -> tuple[Half, Half]:
 
 
 def part_of(batch: Batch, half: Half) -> Batch:
-    """The rows of the step in one half.
+    """Return the rows of the step in one half.
 
     Build the second half after the first has run, because a sequence in both halves continues where its first part
     ended.

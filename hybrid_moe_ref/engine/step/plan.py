@@ -19,7 +19,7 @@ that any of them proposes."""
 
 STEP_AGREEMENT = "step"
 ANYONE_UNFINISHED = "unfinished"
-"""The names in events of the all-reduce that begins a step, and of the one that asks whether any rank has work left."""
+"""The names in events of the all-reduce that begins a step, and of the one that asks whether work is left."""
 
 TUNING_VOTE = ScheduleEntry("ep", "all_reduce", "autotune.vote")
 
@@ -79,7 +79,7 @@ class AgreedStep:
 
 
 def padded_size(num_tokens: int, sizes: Sequence[int]) -> int | None:
-    """The smallest of the ascending `sizes` that is at least `num_tokens`; None if there is none."""
+    """Return the smallest of the ascending `sizes` that is at least `num_tokens`; None if there is none."""
     return next((size for size in sizes if size >= num_tokens), None)
 
 
@@ -98,23 +98,23 @@ class StepSchedules:
 
     @cached_property
     def agreement(self) -> tuple[ScheduleEntry, ...]:
-        """The collective with which every step begins."""
+        """Return the collective with which every step begins."""
         return (ScheduleEntry(self.group, "all_reduce", STEP_AGREEMENT),)
 
     def rest(self, asks_unfinished: bool, microbatch: bool) -> tuple[ScheduleEntry, ...]:
-        """The collectives after the agreement.
+        """Return the collectives after the agreement.
 
-        They are those of the forward pass (twice if the step is split in two), of the drafter's passes, and the
-        all-reduce "unfinished" if the step asks.
+        These are the collectives of the forward pass (twice if the step is split in two), those of the drafter's
+        passes, and the all-reduce "unfinished" if the step asks for unfinished work.
         """
         return self._rests[asks_unfinished, microbatch]
 
     def whole(self, asks_unfinished: bool) -> tuple[ScheduleEntry, ...]:
-        """All collectives of a step that is not split in two."""
+        """Return all collectives of a step that is not split in two."""
         return self._wholes[asks_unfinished]
 
     def hash(self, asks_unfinished: bool) -> int:
-        """The 64-bit hash of `whole`."""
+        """Return the 64-bit hash of `whole`."""
         return self._hashes[asks_unfinished]
 
     @cached_property
@@ -136,7 +136,7 @@ class StepSchedules:
 
 
 def first_recurrent_layer(layer_pattern: str) -> tuple[int, str] | None:
-    """(index, name in events) of the first layer with recurrent state; None if no layer has any."""
+    """Return (index, name in events) of the first layer with recurrent state; None if no layer has any."""
     for index, kind in enumerate(layer_pattern):
         if kind in RECURRENT:
             return index, f"layers.{index}.{RECURRENT[kind]}"

@@ -9,12 +9,12 @@ steps count from 1.
     "0.33"    tokens, graph mode, uniform tokens, longest query,                1, 16, 32, 48, ...       sum int32[2]
               allows microbatch, requests, allows to skip drafts
 
-`engine.unfinished_interval` replaces the interval, 32 or 16. vLLM 0.24 to 0.28 have the rows and steps of "0.20" and
-the payload of "0.33"; 0.32 has the rows of "0.20" and the question of "0.33".
+`engine.unfinished_interval` replaces the interval, which is 32 or 16. vLLM 0.24 to 0.28 have the rows and steps of
+"0.20" and the payload of "0.33"; 0.32 has the rows of "0.20" and the question of "0.33".
 
-Rows of this engine follow those of the version: the rows of the drafter's later passes, and four rows each for the
-hashes of the schedule and of the tp group's tokens. vLLM has no counterpart of these. Two values are constant here:
-this engine never pauses, and never skips drafts. This file uses neither torch nor communication.
+This engine has further rows after those of the vLLM version: the rows of the drafter's later passes, and four rows each
+for the hashes of the schedule and of the tp group's tokens. vLLM has no such rows. Two values are constant here: this
+engine never pauses, and never skips drafts. This file uses neither torch nor communication.
 """
 
 from __future__ import annotations
@@ -47,18 +47,18 @@ class Protocol:
         return step % (self.engine.unfinished_interval or self.interval) == 0
 
     def last_step(self, num_steps: int) -> int:
-        """Return the last step of a wave. Its requests need `num_steps` steps, and it ends at the next question."""
+        """Return the last step of a wave whose requests need `num_steps` steps. The wave ends at the next question."""
         step = max(1, num_steps)
         while not self.asks(step):
             step += 1
         return step
 
     def answer(self, unfinished: bool) -> list[int]:
-        """This rank's answer to whether it has unfinished work."""
+        """Return this rank's answer to whether it has unfinished work."""
         raise NotImplementedError
 
     def column(self, plan: StepPlan) -> list[int]:
-        """A rank's column of C1: the rows of the vLLM version, then the rows of this engine.
+        """Return a rank's column of C1: the rows of the vLLM version, then the rows of this engine.
 
         A hash takes four rows of 16 bits each, so that every number fits into int32.
         """
@@ -67,8 +67,8 @@ class Protocol:
     def resolve(self, matrix: Sequence[Sequence[int]], tp_size: int = 1) -> AgreedStep:
         """Turn C1, int[rows][ranks that agree], into one decision for all ranks.
 
-        The mode is the lowest. If a graph is replayed, all sizes are padded to one; else they stay uneven. An eager
-        step is split in two if all ranks would do so.
+        The mode is the lowest of all ranks. If a graph is replayed, all sizes are padded to one size; otherwise they
+        stay uneven. An eager step is split in two if all ranks would do so.
 
         tp_size: number of consecutive columns of one tp group; the rows of a group count once
         """
@@ -89,7 +89,7 @@ class Protocol:
         raise NotImplementedError
 
     def _padded(self, rows: dict[str, Sequence[int]]) -> int:
-        """The size to which all ranks pad a step that replays a CUDA graph."""
+        """Return the size to which all ranks pad a step that replays a CUDA graph."""
         raise NotImplementedError
 
     def _splits(self, rows: dict[str, Sequence[int]]) -> bool:
@@ -98,7 +98,7 @@ class Protocol:
 
 
 class Protocol020(Protocol):
-    """As in vLLM 0.20: each rank sends the size it would pad to, and whether it would split the step."""
+    """The exchange of vLLM 0.20: each rank sends the size to which it would pad, and whether it would split."""
 
     rows = ("tokens", "padded tokens", "wants microbatch", "graph mode")
     interval = 32
@@ -119,7 +119,7 @@ class Protocol020(Protocol):
 
 
 class Protocol033(Protocol):
-    """As in vLLM 0.33: every rank computes the padded size and the split from the token counts of all ranks."""
+    """The exchange of vLLM 0.33: every rank computes padded size and split from the token counts of all ranks."""
 
     rows = (
         "tokens", "graph mode", "uniform tokens", "longest query", "allows microbatch", "requests",
@@ -132,7 +132,7 @@ class Protocol033(Protocol):
         return step == 1 or super().asks(step)
 
     def answer(self, unfinished: bool) -> list[int]:
-        """This rank's two numbers: whether it has unfinished work, and whether a pause is pending (never here)."""
+        """Return this rank's two numbers: whether it has unfinished work, and whether it will pause (never here)."""
         return [int(unfinished), 0]
 
     def _column(self, plan: StepPlan) -> list[int]:
@@ -153,7 +153,7 @@ class Protocol033(Protocol):
 
 
 def protocol_of(engine: EngineConfig) -> Protocol:
-    """The protocol that `engine.protocol` names."""
+    """Return the protocol that `engine.protocol` names."""
     return {"0.20": Protocol020, "0.33": Protocol033}[engine.protocol](engine)
 
 

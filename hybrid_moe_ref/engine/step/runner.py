@@ -40,8 +40,8 @@ from hybrid_moe_ref.parallel.sharding.dispatch import ForwardContext
 class ModelRunner:
     """Runs steps of a model in any layout. All ranks must execute the same steps in the same order.
 
-    Each decision that the ranks must make alike is a call of one of `policies`, which a scenario can replace by a wrong
-    one. So a policy gets the agreement as a function to call (`_agree`, `_exchange`), and decides whether to call it.
+    Each decision that the ranks must make alike is a call of one of `policies`, which a scenario can replace by a
+    faulty one. So a policy gets the agreement as a function (`_agree`, `_exchange`), and decides whether to call it.
     """
 
     def __init__(
@@ -69,12 +69,12 @@ class ModelRunner:
     ) -> Tensor:
         """Run one step and return hidden states [N, H]. feeds: the requests of the tokens.
 
-        Raises ScheduleMismatch on every rank when their schedules differ, when the ranks of a tp group have different
-        feeds, or when a rank departs from its schedule.
+        Raises ScheduleMismatch on every rank if their schedules differ, if the ranks of a tp group have different
+        feeds, or if a rank departs from its schedule.
         """
         schedule = self.schedules.whole(plan.asks_unfinished)
         self._plan = dataclasses.replace(plan, schedule_hash=self.schedules.hash(plan.asks_unfinished))
-        # Only the agreement decides whether the step is split, and so issues its collectives twice.
+        # Only the agreement decides whether the step is split and so issues its collectives twice.
         self.declare(self._plan, self.schedules.agreement if self._may_split else schedule)
         self._agreed = self._agree(STEP_AGREEMENT)
         if self._agree_on_schedules and not self._agreed.same_schedule:
@@ -120,12 +120,12 @@ class ModelRunner:
     def draft(
         self, number: int, tokens_N: Tensor, hidden_NH: Tensor, batch: Batch, cache: HybridCache | None
     ) -> Tensor:
-        """Run pass ``number`` of the drafter; return hidden states [N, H], see :meth:`HybridMoE.draft`."""
+        """Run pass ``number`` of the drafter. Returns hidden states [N, H], as :meth:`HybridMoE.draft` does."""
         self._set_sizes(self._agreed.draft_sizes[min(number, 1)])
         return self._model.draft(tokens_N, hidden_NH, batch, cache)
 
     def leave(self) -> None:
-        """Raise ScheduleMismatch if the guard is active: a rank wants to end its serve loop while others continue."""
+        """Raise ScheduleMismatch if the guard is active: then a rank would end its serve loop while others continue."""
         if self._agree_on_schedules:
             self._comm.guard.leave()
 
@@ -139,7 +139,7 @@ class ModelRunner:
         raise ScheduleMismatch(self._comm.stop_all(message))
 
     def _raise_feed_mismatch(self, feeds: Sequence[Feed]) -> NoReturn:
-        """Exchange the feeds and stop, when the ranks of a tp group have different requests or tokens."""
+        """Exchange the feeds and stop, because the ranks of a tp group have different requests or tokens."""
         self._comm.guard.release()
         texts = self._comm.all_gather_text(self.agreeing, to_text(feeds), layer="mismatch")
         differences = "; ".join(feed_differences([from_text(text) for text in texts], self._tp_size))
@@ -167,14 +167,14 @@ class ModelRunner:
         return self._policies.agreement.agree(self._plan, self._exchange, layer)
 
     def _exchange(self, plan: StepPlan, layer: str) -> AgreedStep:
-        """The step agreement C1: each rank fills its column, and one all-reduce sums the columns."""
+        """Make the step agreement C1: each rank fills its column, and one all-reduce sums the columns."""
         column = torch.tensor(self.protocol.column(plan), dtype=torch.int32)
         matrix = torch.zeros(len(column), len(self._comm.members(self.agreeing)), dtype=torch.int32)
         matrix[:, self._comm.group_rank(self.agreeing)] = column
         return self.protocol.resolve(self._comm.all_reduce(self.agreeing, matrix, layer=layer).tolist(), self._tp_size)
 
     def anyone_unfinished(self, mine: bool) -> bool:
-        """Ask all ranks whether any of them has work left. mine: whether this rank has"""
+        """Ask all ranks whether any of them has work left. mine: whether this rank has work left"""
         answer = torch.tensor(self.protocol.answer(mine), dtype=torch.int32)
         self._comm.all_reduce(self.agreeing, answer, self.protocol.question, layer=ANYONE_UNFINISHED)
         return bool(answer[0].item())

@@ -1,7 +1,7 @@
 """The schedule guard: refuse a collective that is not the next entry of the step's schedule, before it is issued.
 
-The comparison is local and needs no communication. A refusal is published in the store, so that ranks that already wait
-in a collective stop too, with the same message, within a second.
+The comparison is local and needs no communication. A refusal is published in the store. So ranks that already wait in a
+collective stop, too, with the same message, within a second.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from hybrid_moe_ref.parallel.halt import Halt, ScheduleMismatch, Stopped
 from hybrid_moe_ref.parallel.observer import Collective, ScheduleEntry
 
 NUM_SHARED = len(ScheduleEntry._fields)
-"""How many of a collective's first fields are the fields of a schedule entry."""
+"""A schedule entry has the first fields of a collective. This is their number."""
 
 
 class ScheduleGuard:
@@ -30,11 +30,13 @@ class ScheduleGuard:
     def begin(self, step: int, schedule: Sequence[ScheduleEntry]) -> None:
         """Begin a step with this schedule.
 
-        Raises ScheduleMismatch when a planned collective of the last step was never issued.
+        Raises ScheduleMismatch if a planned collective of the last step was never issued.
         """
         if self._schedule is not None and self._next < len(self._schedule):
             planned = entry_words(self._schedule[self._next])
-            self._refuse(f"began step {step}, but its schedule of step {self._step} still had {planned} to come")
+            self._refuse(
+                f"began step {step}, but had not issued {planned}, which its schedule of step {self._step} still had"
+            )
         self._step, self._schedule, self._next = step, schedule, 0
         self._sizes = {}
 
@@ -43,7 +45,7 @@ class ScheduleGuard:
         self._schedule = (*(self._schedule or ()), *schedule)
 
     def agree(self, group: str, sizes: Sequence[int]) -> None:
-        """From now on, the -v collectives of ``group`` in this step must have these sizes."""
+        """Set the sizes that the -v collectives of ``group`` must have in this step, from now on."""
         self._sizes[group] = tuple(sizes)
 
     def stop_others(self, error: Exception) -> None:
@@ -52,20 +54,20 @@ class ScheduleGuard:
             self._halt.publish(ScheduleMismatch(f"rank {self._rank} failed: {type(error).__name__}: {error}"))
 
     def leave(self) -> None:
-        """Refuse to let this rank stop: the ranks have not agreed yet that no work is left.
+        """Refuse to let this rank stop, because the ranks have not agreed that no work is left.
 
         Always raises ScheduleMismatch.
         """
-        self._refuse(f"would leave after step {self._step}, but nobody has agreed that no rank has work left")
+        self._refuse(f"would leave after step {self._step}, but the ranks have not agreed that no rank has work left")
 
     def finish(self) -> None:
-        """End the last step; the collectives that follow belong to no step.
+        """End the last step. The collectives that follow belong to no step.
 
-        Raises ScheduleMismatch when a planned collective was never issued.
+        Raises ScheduleMismatch if a planned collective was never issued.
         """
         if self._schedule is not None and self._next < len(self._schedule):
             planned = entry_words(self._schedule[self._next])
-            self._refuse(f"ended step {self._step}, but its schedule still had {planned} to come")
+            self._refuse(f"ended step {self._step}, but had not issued {planned}, which its schedule still had")
         self.release()
 
     def release(self) -> None:
@@ -75,15 +77,15 @@ class ScheduleGuard:
     def admit(self, collective: Collective) -> None:
         """Compare a collective with the next entry of the schedule, before it is issued, and advance.
 
-        Raises ScheduleMismatch when it is not that entry, or its sizes are not the agreed ones.
+        Raises ScheduleMismatch if it is not that entry, or if its sizes are not the agreed ones.
         """
         schedule, index = self._schedule, self._next
         if schedule is None:
             return
-        # A model of 60 layers calls this 120 times per step, so compare tuples, and sizes by identity first.
+        # A model of 60 layers calls this 120 times per step, so tuples are compared, and sizes by identity first.
         if index >= len(schedule) or collective[:NUM_SHARED] != schedule[index]:
             planned = entry_words(schedule[index]) if index < len(schedule) else "no further collective"
-            self._refuse(f"would issue {_issued(collective)} in step {self._step}, the schedule has {planned}")
+            self._refuse(f"would issue {_issued(collective)} in step {self._step}, but the schedule has {planned}")
         agreed = self._sizes.get(collective.group)
         if agreed is not None and collective.sizes is not agreed and collective.op.endswith("_v"):
             self._check_sizes(collective, agreed)
@@ -92,8 +94,8 @@ class ScheduleGuard:
     def _check_sizes(self, collective: Collective, agreed: tuple[int, ...]) -> None:
         if collective.sizes != agreed:
             self._refuse(
-                f"would issue {_issued(collective)} in step {self._step} with sizes {list(collective.sizes)}, "
-                f"agreed are {list(agreed)}"
+                f"would issue {_issued(collective)} in step {self._step} with sizes {list(collective.sizes)}, but the "
+                f"agreed sizes are {list(agreed)}"
             )
 
     def _refuse(self, what: str) -> None:
@@ -101,7 +103,7 @@ class ScheduleGuard:
 
 
 def collective_words(collective: Collective) -> str:
-    """A collective as text, with its sizes."""
+    """Return a collective as text, with its sizes."""
     return f"{_issued(collective)} with sizes {list(collective.sizes)}"
 
 

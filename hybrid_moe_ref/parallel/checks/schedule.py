@@ -19,13 +19,13 @@ def schedule_words(schedule: Sequence[ScheduleEntry]) -> list[str]:
 
 
 def schedule_hash(schedule: Sequence[ScheduleEntry]) -> int:
-    """A 64-bit hash of the schedule."""
+    """Return a 64-bit hash of the schedule."""
     text = "\n".join(schedule_words(schedule))
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big")
 
 
 def first_difference(schedules: Sequence[Sequence[str]]) -> tuple[int, dict[str, list[int]]]:
-    """(index of the first entry that differs between ranks, entry -> ranks that have it there).
+    """Return the index of the first entry that differs between ranks, and entry -> ranks that have this entry there.
 
     schedules: the entries of each rank, as text
     """

@@ -1,9 +1,9 @@
 """The strict check: before a collective is issued, all its members compare it through the store.
 
-The schedule guard compares a rank with its own schedule. The strict check compares the ranks with each other, in all
-that must be equal: operation, layer, agreed sizes, dtype, reduce op and root. So it also detects collectives that would
-pair wrongly without a hang, before any data is changed. The cost is four requests to the store per collective: publish
-the collective, wait for the others, read theirs, and delete an old entry.
+The schedule guard compares a rank with its own schedule. The strict check compares the ranks with each other, in
+everything that must be equal: operation, layer, agreed sizes, dtype, reduce op and root. So it also detects collectives
+that would pair wrongly without a hang, before any data is changed. The cost is four requests to the store per
+collective: publish the collective, wait for the others, read theirs, and delete an old entry.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ KEPT = 2
 class StrictComparison:
     """The strict check on one rank.
 
-    patience_s  how long to wait for a member: as long as the collective itself may take
-    lost        returns the reason why waiting is useless, for example a dead peer, or None
+    patience_s  seconds to wait for a member, as long as the collective itself may take
+    lost        returns the reason why waiting is useless, for example that a peer has died, or None
     """
 
     def __init__(
@@ -48,7 +48,7 @@ class StrictComparison:
     def check(self, collective: Collective, members: Sequence[int]) -> None:
         """Return once every member is about to issue the same collective.
 
-        Raises ScheduleMismatch on every member when one is about to issue another collective, or does not arrive.
+        Raises ScheduleMismatch on every member if one is about to issue another collective, or does not arrive.
         """
         seq = self._seq[collective.group] = self._seq.get(collective.group, 0) + 1
         keys = [self._key(collective.group, seq, rank) for rank in members]
@@ -70,9 +70,10 @@ class StrictComparison:
             return
         except dist.DistNetworkError:
             raise
-        except RuntimeError:  # timed out: DistStoreError from a TCP store, RuntimeError from a file store
+        except RuntimeError:  # the wait timed out: DistStoreError from a TCP store, RuntimeError from a file store
             pass
-        # A member is late, maybe by minutes. So poll: each further `wait` that times out would log two lines from C++.
+        # A member is late, maybe by minutes. So the store is polled: each further `wait` that times out would log two
+        # lines in C++.
         while not self._store.check(keys):
             if error := self._halt.published() or self._lost():
                 raise error

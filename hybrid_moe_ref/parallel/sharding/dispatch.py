@@ -1,9 +1,10 @@
 """The EP backend of a layer: send tokens to the ranks that hold their experts, and bring the results back.
 
 A backend is two hooks around the experts of one layer, and the plan of their collectives. `install` registers the hooks
-and returns the plan; the plans of all layers are the schedule of a forward pass. A new backend subclasses
-:class:`AllGatherReduceScatter` or has the same methods, and ``Policies.dispatch`` selects it; no setting does. This is
-the only backend in use; `repro.lab.scenarios.size_vector` has a second one. This file does not import torch.
+and returns the plan; the plans of all layers are the schedule of a forward pass. A new backend is a subclass of
+:class:`AllGatherReduceScatter` or has the same methods. Only ``Policies.dispatch`` selects it; there is no setting for
+it. This is the only backend in use; `repro.lab.scenarios.size_vector` has a second one. This file does not import
+torch.
 
 Shape suffixes: N tokens of this rank, S tokens of all ranks, H hidden, K experts per token.
 """
@@ -26,9 +27,9 @@ class ForwardContext:
     """What the layers know about the other ranks in the current step. The engine sets it before the model runs.
 
     sizes           agreed number of tokens of each dp rank in this step
-    tp_size         number of ranks that run the same tokens; each of them dispatches its chunk of these
+    tp_size         number of ranks that run the same tokens; each of them dispatches its chunk of the tokens
     schedule        the collectives that one forward pass issues, in order
-    draft_schedule  those of one pass of the draft layer
+    draft_schedule  the collectives of one pass of the draft layer
     """
 
     sizes: tuple[int, ...] = ()
@@ -39,14 +40,17 @@ class ForwardContext:
 
     @property
     def ep_sizes(self) -> tuple[int, ...]:
-        """The number of tokens that each ep rank dispatches. Cached, because every layer needs it twice in a step."""
+        """Return the number of tokens that each ep rank dispatches.
+
+        Cached, because every layer needs it twice in a step.
+        """
         if self._chunked[0] is not self.sizes:
             self._chunked = self.sizes, _chunks_of_all(self.sizes, self.tp_size)
         return self._chunked[1]
 
 
 def chunk_sizes(num_rows: int, num_chunks: int) -> tuple[int, ...]:
-    """The number of rows of each chunk, in order. Chunks differ by at most one row, and may be empty."""
+    """Return the number of rows of each chunk, in order. Chunks differ by at most one row, and may be empty."""
     each, more = divmod(num_rows, num_chunks)
     return tuple(each + (index < more) for index in range(num_chunks))
 
@@ -70,7 +74,7 @@ class AllGatherReduceScatter:
 
     @classmethod
     def plan(cls, layer: str) -> tuple[ScheduleEntry, ...]:
-        """The collectives that one layer issues in a forward pass, in order."""
+        """Return the collectives that one layer issues in a forward pass, in order."""
         return ScheduleEntry("ep", "all_gather_v", layer), ScheduleEntry("ep", "reduce_scatter_v", layer)
 
     def install(self, experts: nn.Module) -> tuple[ScheduleEntry, ...]:
@@ -80,11 +84,11 @@ class AllGatherReduceScatter:
         return self.plan(self.layer)
 
     def dispatch(self, experts: nn.Module, args: tuple[Tensor, Tensor, Tensor]) -> tuple[Tensor, ...]:
-        """(x_NH, weights_NK, ids_NK) -> (x_SH, weights_SK, ids_SK)"""
+        """Gather the rows of all ranks: (x_NH, weights_NK, ids_NK) -> (x_SH, weights_SK, ids_SK)."""
         return tuple(self.comm.all_gather_v("ep", args, self.context.ep_sizes, layer=self.layer))
 
     def combine(self, experts: nn.Module, args: object, partial_SH: Tensor) -> Tensor:
-        """partial_SH -> y_NH"""
+        """Sum the contributions of all ranks, and keep this rank's rows: partial_SH -> y_NH."""
         return self.comm.reduce_scatter_v("ep", partial_SH, self.context.ep_sizes, layer=self.layer)
 
 
@@ -101,10 +105,10 @@ class SumOverRanks:
         return (ScheduleEntry("tp", "all_reduce", self.layer),)
 
     def combine(self, module: nn.Module, args: object, partial_NH: Tensor) -> Tensor:
-        """partial_NH -> y_NH, on every rank"""
+        """Sum over the tp group: partial_NH -> y_NH, on every rank."""
         return self.comm.all_reduce("tp", partial_NH.contiguous(), layer=self.layer)
 
 
 def moe_layer_name(block: str) -> str:
-    """The name of the MoE of layer ``block`` in events and schedules."""
+    """Return the name of the MoE of layer ``block`` in events and schedules."""
     return f"{block}.moe"

@@ -26,11 +26,11 @@ from hybrid_moe_ref.parallel.sharding.shares import experts_per_rank
 def apply_expert_parallel(
     model: HybridMoE, comm: Communicator, backend: type[AllGatherReduceScatter] = AllGatherReduceScatter
 ) -> ForwardContext:
-    """Replace the experts of every layer, also of the draft layer, by this rank's shard; return the layers' context.
+    """Replace the experts of every layer, also of the draft layer, by this rank's shard. Returns the layers' context.
 
-    Works on a model on the meta device, so that no rank ever holds all experts.
+    The model may be on the meta device, so that no rank ever holds all experts.
 
-    Raises ConfigError when the experts do not divide over the ranks.
+    Raises ConfigError if the experts cannot be divided evenly over the ranks.
     """
     per_rank = experts_per_rank(model.config.num_experts, len(comm.members("ep")))
     context = ForwardContext()

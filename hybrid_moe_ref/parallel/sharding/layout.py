@@ -2,11 +2,11 @@
 
 dp_size  tp_size  expert_parallel   attention, recurrence    routed experts
 1        1        -                 whole                    whole
-N        1        yes               whole, own requests      one by one over N ranks, C2 and C3
+N        1        yes               whole, own requests      whole experts over N ranks, C2 and C3
 1        N        no                heads over N             each split by intermediate size
-1        N        yes               heads over N             one by one over N ranks, no exchange of tokens
-D        N        yes               heads over N             one by one over D x N ranks, C2 and C3 of chunks
-D        N        no                heads over N             as 1 x N, D times
+1        N        yes               heads over N             whole experts over N ranks, no exchange of tokens
+D        N        yes               heads over N             whole experts over D x N ranks, C2 and C3 of chunks
+D        N        no                heads over N             the same as 1 x N, D times
 """
 
 from __future__ import annotations
@@ -45,7 +45,10 @@ def apply_layout(
 
 
 def sizes_of_a_rank(config: ModelConfig, parallel: ParallelConfig, dtype: torch.dtype) -> HybridMoE:
-    """Rank 0's part of the model, on the meta device. Every rank has parameters and a cache of the same sizes."""
+    """Return rank 0's part of the model, on the meta device.
+
+    Every rank has parameters and a cache of the same sizes.
+    """
     model = HybridMoE(config, device="meta", dtype=dtype)
     apply_layout(model, cast(Communicator, RankGroups(0, group_members(parallel, 0))), parallel)
     return model
@@ -60,7 +63,8 @@ def load_part(
     dtype: torch.dtype | None = None,
     device: torch.device | str = "cpu",
 ) -> tuple[HybridMoE, ForwardContext]:
-    """Load this rank's part of a checkpoint, as :meth:`HybridMoE.from_pretrained` does; return it and its context.
+    """Load this rank's part of a checkpoint, as :meth:`HybridMoE.from_pretrained` does. Returns the model and its
+    context.
 
     Only this rank's part is read from the files.
     """

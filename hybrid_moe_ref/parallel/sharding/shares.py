@@ -29,16 +29,16 @@ sequence      every ep rank has some whole experts, and every tp rank sends them
 
 
 def expert_sharing(parallel: ParallelConfig) -> ExpertSharing:
-    """How a layout with tp_size > 1 shares the routed experts."""
+    """Return how a layout with tp_size > 1 shares the routed experts."""
     if not parallel.expert_parallel:
         return "intermediate"
     return "expert" if parallel.dp_size == 1 else "sequence"
 
 
 def experts_per_rank(num_experts: int, num_ranks: int) -> int:
-    """The number of whole experts that each rank holds. Raises ConfigError if it is not the same for all."""
+    """Return the number of whole experts that each rank holds. Raises ConfigError if it is not the same for all."""
     if num_experts % num_ranks:
-        raise ConfigError(f"{num_experts} experts cannot be shared by {num_ranks} ranks evenly", "num_experts")
+        raise ConfigError(f"{num_experts} experts cannot be divided evenly over {num_ranks} ranks", "num_experts")
     return num_experts // num_ranks
 
 
@@ -50,16 +50,19 @@ class Place:
     size: int
 
     def share(self, count: int) -> Range:
-        """Return this rank's range of `count` items. With fewer items than ranks, return the one that it shares."""
+        """Return this rank's range of `count` items.
+
+        With fewer items than ranks, return the item that the rank shares.
+        """
         each = max(1, count // self.size)
         first = self.rank * count // self.size
         return first, first + each
 
 
 def local_config(config: ModelConfig, tp_size: int, experts: ExpertSharing = "intermediate") -> ModelConfig:
-    """The configuration of one rank's part. Its cache is the cache of a model of these sizes.
+    """Return the configuration of one rank's part. The rank's cache is the cache of a model of these sizes.
 
-    Raises ConfigError for a size that does not divide over the ranks.
+    Raises ConfigError for a size that cannot be divided over the ranks.
     """
     local: dict[str, Any] = {}
 
@@ -67,13 +70,13 @@ def local_config(config: ModelConfig, tp_size: int, experts: ExpertSharing = "in
         for name in names:
             count: int = getattr(config, name)
             if count % tp_size:
-                raise ConfigError(f"{count} does not divide over tp_size {tp_size}", name)
+                raise ConfigError(f"{count} is not divisible by tp_size {tp_size}", name)
             local[name] = count // tp_size
 
     def divide_or_share(name: str) -> None:
         count: int = getattr(config, name)
         if count % tp_size and tp_size % count:
-            raise ConfigError(f"{count} neither divides over tp_size {tp_size} nor is a divisor of it", name)
+            raise ConfigError(f"{count} is neither divisible by tp_size {tp_size} nor a divisor of it", name)
         local[name] = max(1, count // tp_size)
 
     if "A" in config.layer_pattern or config.num_mtp_layers:
@@ -84,7 +87,9 @@ def local_config(config: ModelConfig, tp_size: int, experts: ExpertSharing = "in
         divide_or_share("linear_num_value_heads")
         ranks_per_head = max(1, tp_size // config.linear_num_value_heads)
         if config.linear_value_head_dim % ranks_per_head:
-            what = f"does not divide over the {ranks_per_head} ranks that share a value head (tp_size {tp_size})"
+            what = (
+                f"is not divisible by {ranks_per_head}, the number of ranks that share a value head (tp_size {tp_size})"
+            )
             raise ConfigError(f"{config.linear_value_head_dim} {what}", "linear_value_head_dim")
         local["linear_value_head_dim"] = config.linear_value_head_dim // ranks_per_head
     if "M" in config.layer_pattern:
@@ -124,12 +129,12 @@ def expert_cuts(intermediate_size: int, place: Place) -> dict[str, Cuts]:
 
 
 def rows(*held: Range) -> Cuts:
-    """A cut along the outputs of a projection."""
+    """Return a cut along the outputs of a projection."""
     return ((0, held),)
 
 
 def columns(*held: Range) -> Cuts:
-    """A cut along the inputs of a projection, whose output is then one summand of the whole output."""
+    """Return a cut along the inputs of a projection, whose output is then one summand of the whole output."""
     return ((1, held),)
 
 

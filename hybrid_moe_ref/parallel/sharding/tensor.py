@@ -92,7 +92,7 @@ class SplitNorm:
         self.mean_squares.append((x * F.silu(gate) if self.gates_first else x).square().mean(-1))
 
     def combine(self, mixer: nn.Module, args: tuple[Any, ...], partial_NH: Tensor) -> Tensor:
-        """partial_NH -> y_NH, on every rank"""
+        """Sum over the tp group: partial_NH -> y_NH, on every rank."""
         (N, H), batch = partial_NH.shape, args[1]
         square_N = partial_NH.new_zeros(N, dtype=wide(partial_NH.dtype))
         for part, square in zip(batch.parts, self.mean_squares, strict=True):
@@ -122,14 +122,16 @@ class SequenceChunks:
         return (ScheduleEntry("tp", "all_gather_v", self.layer),)
 
     def take(self, moe: nn.Module, args: tuple[Tensor]) -> tuple[Tensor]:
-        """x_NH -> this rank's chunk of its rows"""
+        """Take this rank's chunk of the rows x_NH."""
         (x_NH,), agreed = args, self.context.sizes[self.comm.group_rank("dp")]
         if x_NH.shape[0] != agreed:
-            raise ValueError(f"tp chunks at {self.layer}: {x_NH.shape[0]} rows here, {agreed} agreed")
+            raise ValueError(
+                f"tp chunks at {self.layer}: this rank has {x_NH.shape[0]} rows, but the agreed size is {agreed}"
+            )
         return (x_NH.split(self._sizes(agreed))[self.comm.group_rank("tp")],)
 
     def gather(self, moe: nn.Module, args: object, chunk: Tensor) -> Tensor:
-        """This rank's chunk of y -> y_NH"""
+        """Gather the chunks of all tp ranks: this rank's chunk of y -> y_NH."""
         sizes = self._sizes(self.context.sizes[self.comm.group_rank("dp")])
         return self.comm.all_gather_v("tp", [chunk], sizes, layer=self.layer)[0]
 
@@ -144,16 +146,16 @@ def apply_tensor_parallel(
     backend: type[AllGatherReduceScatter] = AllGatherReduceScatter,
     adder: type[SumOverRanks] = SumOverRanks,
 ) -> ForwardContext:
-    """Replace the modules of every layer that tp ranks share by this rank's share; return the layers' context.
+    """Replace the modules of every layer that tp ranks share by this rank's share. Returns the layers' context.
 
-    Works on a model on the meta device, so that no rank ever holds the whole model; a model with weights is cut.
+    The model may be on the meta device, so that no rank ever holds the whole model; a model with weights is cut.
     `model.config` becomes the configuration of the rank's part, so that a cache made from it has only the rank's heads.
     `model.slices` gets the part of each parameter that the rank holds.
 
     Only the sharing "sequence" reads `context.sizes` and sends tokens to other ranks, by `backend`. With several dp
-    ranks, the other two keep all experts in each tp group.
+    ranks, the other two kinds keep all experts in each tp group.
 
-    Raises ConfigError for a size that does not divide over the ranks.
+    Raises ConfigError for a size that cannot be divided over the ranks.
     """
     whole = model.config
     place = Place(comm.group_rank("tp"), len(comm.members("tp")))
@@ -219,7 +221,7 @@ class _Sharding:
         self._replace(path, part, mlp_cuts(intermediate_size, self.place))
 
     def _experts(self) -> tuple[Experts, dict[str, Cuts]]:
-        """A module for this rank's part of a layer's experts, and the cuts of its parameters."""
+        """Return a module for this rank's part of a layer's experts, and the cuts of its parameters."""
         number, hidden, width = self.whole.num_experts, self.whole.hidden_size, self.whole.moe_intermediate_size
         with torch.device("meta"):
             if self.experts == "intermediate":
@@ -240,7 +242,8 @@ class _Sharding:
             owner, _, leaf = name.rpartition(".")
             held = full.detach()
             if full.is_meta:
-                # A new tensor, not a view or copy: the first one on the meta device imports the compiler (1.3 s).
+                # This is a new tensor, not a view or copy: the first of these on the meta device imports the compiler
+                # (1.3 s).
                 held = torch.empty(piece.shape, dtype=full.dtype, device="meta")
             elif piece.cuts:
                 held = piece.of(held).clone()

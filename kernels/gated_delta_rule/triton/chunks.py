@@ -19,7 +19,7 @@ from torch import Tensor
 CONFIGS = [
     {"BV": BV, "num_warps": warps, "num_stages": stages}
     for BV, warps in ((32, 4), (64, 4), (64, 8), (128, 8))
-    for stages in (2, 3)  # with one stage, Triton 3.6 miscompiles (32, 4) for an H200
+    for stages in (2, 3)  # with one stage, Triton 3.6 compiles the sizes (32, 4) wrongly for an H200
 ]
 
 

@@ -1,8 +1,8 @@
 """The background thread of a recorded rank, for work that is not urgent.
 
-Five times a second it looks whether the watcher asks for evidence, and which asynchronous collectives have completed
-that the program has not waited for. It runs while the rank is blocked inside a collective, where no signal handler of
-Python would run, and needs no signal.
+Five times a second the thread checks whether the watcher asks for evidence, and which asynchronous collectives have
+completed although the program has not waited for them. It also runs while the rank is blocked inside a collective,
+where Python would not run a signal handler.
 """
 
 from __future__ import annotations
@@ -24,10 +24,10 @@ if TYPE_CHECKING:
 
 INTERVAL_S = 0.2
 REQUEST = "evidence_wanted"
-"""The watcher creates or touches this file in the run's folder to have all ranks write stacks and dumps."""
+"""The watcher creates or touches this file in the run's folder to request stacks and dumps from all ranks."""
 
 IDLE_S = 0.02
-"""A process that used less processor time between two looks was idle."""
+"""A process that used less processor time (s) than this between two looks was idle."""
 
 
 class Attendant:

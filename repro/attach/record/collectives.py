@@ -1,8 +1,8 @@
 """Record the collectives that a program calls on torch's process groups.
 
 torch.distributed's functions, libraries that use c10d directly, FSDP and pipelines all call the methods of ProcessGroup
-or of its backends. These are replaced, and not the functions of torch.distributed: torch.compile knows those by
-identity, and programs replace them.
+or of its backends. Hooks replace these methods. They do not replace the functions of torch.distributed, because
+torch.compile knows those by identity, and because programs replace them, too.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ Calls = tuple[tuple["Call", int], ...]
 class _Group(NamedTuple):
     """A process group: a weak reference, its name, its members, and whether its works may be polled at any time.
 
-    The work of a device's group is not asked: the question would end a CUDA graph capture.
+    The works of a group on a device must not be polled, because that would end the capture of a CUDA graph.
     """
 
     group: Any
@@ -42,9 +42,12 @@ class _Group(NamedTuple):
 
 _library: Any = compiled.load()
 _pending: dict[int, tuple[Any, Calls, bool, bool]] = {} if _library is None else _library.pending
-"""Issued works that may be incomplete, by id: (weak reference, calls, blocking, pollable). A
-coalesced work has several calls. blocking: the program waits for it at once.
-pollable: it may be asked at any time whether it is complete."""
+"""Issued works that may be incomplete: id(work) -> (weak reference, calls, blocking, pollable).
+
+calls      the collectives of the work; a coalesced work has several
+blocking   the program waits for the work at once
+pollable   the work may be asked at any time whether it is complete
+"""
 
 _groups: dict[int, _Group] = {}  # id(group) -> group
 _dtypes: dict[Any, str] = {}
@@ -55,7 +58,7 @@ _unread: set[str] = set()
 class _Thread(threading.local):
     """The recorder's state in one thread.
 
-    inside     a replaced method runs; what it calls is not recorded again
+    inside     whether a replaced method runs; what that method calls is not recorded again
     coalesced  the calls of an open coalescing block
     """
 
@@ -117,7 +120,7 @@ def _hook(method: Method, original: Any) -> Any:
 
 
 def _recorded(method: Method, original: Any) -> Any:
-    # This runs at each collective of the program, so everything that can be done once is done elsewhere.
+    # This runs at each collective of the program, so everything that can be prepared is prepared outside.
     def call(self: Any, *args: Any, **options: Any) -> Any:
         rank = this.current
         if rank is None or _thread.inside:
@@ -154,7 +157,7 @@ def _read(
 ) -> tuple[Collective, bool, bool] | None:
     """Read a call: its collective, whether it is asynchronous, and whether its group runs on the host (CPU).
 
-    A call of another shape than this file knows is recorded by its name; None if even its group is unknown.
+    A call with arguments of an unknown form is recorded by its name only. Returns None if even its group is unknown.
     """
     op = method.op
     try:
@@ -177,7 +180,7 @@ def _read(
             if method.reduces:
                 reduction = _reduction(opts)
         sizes = method.sizes(first, second)
-        dtype = dtype_of(first) or dtype_of(second)  # only the root of a gather has a list for the output
+        dtype = dtype_of(first) or dtype_of(second)  # in a gather, only the root has a list for the output
     except Exception as error:
         say_once(rank, op, error)
     return Collective(known.name, op, rank.local.layer, sizes, dtype, reduction, root), asynchronous, known.on_host
@@ -237,13 +240,13 @@ def _recorded_end(original: Any) -> Any:
 
 
 def issued(rank: Rank, collective: Collective) -> int:
-    """Record that C++ issues a collective; returns its ticket."""
+    """Record that C++ code issues a collective. Returns the collective's ticket."""
     with rank.lock:
         return rank.recorder.issue(collective)
 
 
 def note_completions(rank: Rank) -> None:
-    """Record the completion of works that no Python code waits for."""
+    """Record the completion of works for which no Python code waits."""
     for key, (get_work, calls, _, asked) in list(_pending.items()):
         work = get_work()
         if work is None:
@@ -275,7 +278,7 @@ def group_of(rank: Rank, group: Any) -> _Group:
 
 
 def _find(group: Any) -> Any:
-    """Return the process group for this object, which is either the group itself or one of its backends."""
+    """Return the process group of an object: the object itself, or the group whose backend it is."""
     import torch
 
     world = c10d_world().pg_map
@@ -285,7 +288,7 @@ def _find(group: Any) -> Any:
         for device in candidate._device_types:
             if candidate._get_backend(torch.device(device)) is group:
                 return candidate
-    raise LookupError("a process group that torch.distributed does not know")
+    raise LookupError("this object is not a process group that torch.distributed knows")
 
 
 def dtype_of(tensors: Any) -> str:

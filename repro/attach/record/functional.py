@@ -1,9 +1,9 @@
 """Record functional collectives: the operators of torch.ops._c10d_functional, which DTensor and torch.compile use.
 
-torch.compile puts the operators into its graphs, and the code that it makes calls the same Python objects. What these
-objects call in the end is replaced, so the compiler sees the same operators and makes the same graphs. The dispatcher's
-kernels are not replaced: torch calls a kernel in Python with the interpreter's lock held, and a gloo thread that needs
-that lock then never lets the rank go on.
+torch.compile puts these operators into its graphs, and the compiled code calls the same Python objects. Hooks replace
+the functions that these objects call, so the compiler sees the same operators and makes the same graphs. The kernels of
+torch's dispatcher are not replaced: torch calls a kernel in Python with the interpreter's lock held, and a gloo thread
+that needs this lock would block the rank for ever.
 """
 
 from __future__ import annotations
@@ -30,13 +30,13 @@ OPERATORS = {
     "broadcast": "broadcast",
     "broadcast_": "broadcast",
 }
-"""Operator of torch.ops._c10d_functional -> name of the operation."""
+"""Operator of torch.ops._c10d_functional -> name of the collective that it issues."""
 
-_waiting: dict[int, tuple[Collective, int]] = {}  # address of a result's storage -> its collective and ticket
+_waiting: dict[int, tuple[Collective, int]] = {}  # address of a result's storage -> the result's collective and ticket
 
 
 def hook(module: ModuleType) -> None:
-    """Replace what the operators call, once torch.distributed._functional_collectives has defined them."""
+    """Replace what the operators call, after torch.distributed._functional_collectives has defined them."""
     import torch
 
     for namespace in ("_c10d_functional", "_c10d_functional_autograd"):
@@ -48,7 +48,10 @@ def hook(module: ModuleType) -> None:
 
 
 def _replace(packet: Any, kind: Any, op: str) -> None:
-    """Replace the function that an operator and its overload call. The replacement keeps the hash of the original."""
+    """Replace the function that an operator and its overload call.
+
+    The replacement has the same hash as the original.
+    """
     for operator in (packet, packet.default):
         operator._op = kind(operator._op, op)
 
@@ -82,7 +85,7 @@ class _Operator:
 
 
 class _Issue(_Operator):
-    """An operator that issues a collective. Its result is complete once wait_tensor has been called on it."""
+    """An operator that issues a collective. The collective's result is complete once wait_tensor has returned it."""
 
     def __call__(self, *args: Any, **options: Any) -> Any:
         rank = self._rank(args[0] if args else None)
@@ -112,7 +115,7 @@ class _Wait(_Operator):
 
 
 def _read(rank: Any, op: str, args: tuple[Any, ...]) -> Collective | None:
-    """Read the collective from an operator's arguments: tensor or list, then numbers and names, the group's last."""
+    """Read the collective from an operator's arguments: tensor or list, numbers, names; the last is the group's."""
     try:
         from torch.distributed.distributed_c10d import _resolve_process_group
 

@@ -14,13 +14,13 @@ from repro.attach.record import rank as this
 from repro.attach.record.imports import replace
 
 NEW_GROUP = "new_group"
-"""Group name under which creations are recorded: every rank must make the same groups in the same order."""
+"""The group under which creations of groups are recorded. Every rank must make the same groups in the same order."""
 
 _descriptions: weakref.WeakKeyDictionary[Any, str] = weakref.WeakKeyDictionary()
 
 
 def describe(group: Any, description: str) -> None:
-    """Set the description of a group to which its library gives none. Works until the group is recorded."""
+    """Set the description of a group whose library gives none. This has an effect only until the group is recorded."""
     if group is not None:
         _descriptions[group] = description
 
@@ -39,7 +39,7 @@ def hook(c10d: ModuleType) -> None:
 
 
 def replace_function(c10d: ModuleType, name: str, make: Callable[..., Any]) -> None:
-    """Replace a function, also where torch.distributed imported it before recording began."""
+    """Replace a function in c10d, and wherever torch.distributed imported it before recording began."""
     original = vars(c10d).get(name)
     replace(c10d, name, make)
     package = sys.modules.get(c10d.__name__.rpartition(".")[0])
@@ -50,7 +50,7 @@ def replace_function(c10d: ModuleType, name: str, make: Callable[..., Any]) -> N
 def _joining(original: Callable[..., Any]) -> Callable[..., Any]:
     @wraps(original)
     def init_process_group(*args: Any, **options: Any) -> Any:
-        """Open the witness before the ranks connect, if the rank is known: one that never connects can be the hang."""
+        """Open the witness before the ranks connect, if the rank is known: one that never connects can cause a hang."""
         number, size = options.get("rank", -1), options.get("world_size", -1)
         method = options.get("init_method", args[1] if len(args) > 1 else None)
         meeting = method if isinstance(method, str) and not method.startswith("env:") else ""
@@ -110,12 +110,12 @@ def _dist() -> Any:
 
 
 def c10d_world() -> Any:
-    """torch's table of process groups."""
+    """Return torch's table of process groups."""
     return _dist().distributed_c10d._world
 
 
 def dist_ranks(group: Any) -> list[int]:
-    """The global ranks of a group, in group order."""
+    """Return the global ranks of a group, in group order."""
     ranks: list[int] = _dist().get_process_group_ranks(group)
     return ranks
 
@@ -123,7 +123,7 @@ def dist_ranks(group: Any) -> list[int]:
 def name_group(group: Any, members: list[int]) -> str:
     """Return a name for the group that is the same on all members and unique in this process.
 
-    Groups may share a description, for example the groups of one dimension of a device mesh.
+    Several groups may have one description, for example the groups of one dimension of a device mesh.
     """
     from repro.verdict.result import list_ranks
 
@@ -138,7 +138,8 @@ def name_group(group: Any, members: list[int]) -> str:
     alike = [
         other for other in c10d_world().pg_map if _described(other) == description and dist_ranks(other) == members
     ]
-    index = alike.index(group) if group in alike else 0  # numbered in order of creation, which is equal on all members
+    # groups with one description are numbered in the order of creation, which is equal on all members
+    index = alike.index(group) if group in alike else 0
     return f"{name}.{index + 1}" if index else name
 
 

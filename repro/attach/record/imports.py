@@ -25,7 +25,7 @@ def after_import(hooks: Mapping[str, Hook]) -> None:
 
 
 class _Finder:
-    """Finds a module through the other finders, and wraps its loader so that the hook is called."""
+    """Finds a module through the other finders, and wraps the module's loader so that the hook is called."""
 
     def __init__(self, hooks: dict[str, Hook]) -> None:
         self._hooks = hooks
@@ -33,7 +33,7 @@ class _Finder:
     def find_spec(
         self, name: str, path: Sequence[str] | None = None, target: ModuleType | None = None
     ) -> ModuleSpec | None:
-        hook = self._hooks.pop(name, None)  # remove it first: the search below calls this finder again
+        hook = self._hooks.pop(name, None)  # remove the hook first, because the search below calls this finder again
         if hook is None:
             return None
         spec = find_spec(name)
@@ -43,7 +43,7 @@ class _Finder:
 
 
 class _Loader:
-    """A loader that calls the hook after the module's own loader has executed it."""
+    """A loader that calls the hook after the module's own loader has executed the module."""
 
     def __init__(self, loader: Any, hook: Hook) -> None:
         self._loader, self._hook = loader, hook
@@ -63,7 +63,7 @@ class _Loader:
 
 
 def _apply(hook: Hook, module: ModuleType) -> None:
-    """Apply a hook. If this version of the module lacks what the hook replaces, print that it is not recorded."""
+    """Apply a hook. If this version of the module lacks what it replaces, print that the module is not recorded."""
     try:
         hook(module)
     except Exception as error:
@@ -73,7 +73,7 @@ def _apply(hook: Hook, module: ModuleType) -> None:
 def replace(owner: Any, name: str, make: Callable[[Any], Any]) -> None:
     """Replace an attribute by ``make(original)``, if the attribute exists.
 
-    torch.compile does not begin a graph at what replaces a function of torch, as it does not at torch's own.
+    torch.compile begins no graph in a function of torch. It is kept from beginning one in the replacement, too.
     """
     original = getattr(owner, name, None)
     if original is None:
@@ -85,9 +85,9 @@ def replace(owner: Any, name: str, make: Callable[[Any], Any]) -> None:
 
 
 def _keep_graphs_from_starting_at(function: FunctionType) -> None:
-    """Do what torch._dynamo.eval_frame.skip_code does, without the import of torch._dynamo, which takes a second."""
+    """Do what torch._dynamo.eval_frame.skip_code does, without importing torch._dynamo, which takes a second."""
     native: Any = sys.modules["torch._C"]
     frames = native._dynamo.eval_frame
-    if hasattr(frames, "set_code_exec_strategy"):  # of torch's own internals; another version may not have it
+    if hasattr(frames, "set_code_exec_strategy"):  # an internal interface of torch, which another version may not have
         skipped = frames._FrameExecStrategy(frames._FrameAction.SKIP, frames._FrameAction.DEFAULT)
         frames.set_code_exec_strategy(function.__code__, skipped)

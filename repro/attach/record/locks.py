@@ -12,7 +12,7 @@ from typing import Any
 from repro.attach.record import rank as this
 from repro.attach.record.imports import replace
 
-_thread = threading.local()  # a library's lock is being taken: its inner flock call is not recorded again
+_thread = threading.local()  # true while a library takes its lock: the flock call inside is not recorded again
 
 
 def hook_fcntl(module: ModuleType) -> None:
@@ -41,7 +41,7 @@ def hook_fcntl(module: ModuleType) -> None:
 
 
 def hook_filelock(module: ModuleType) -> None:
-    """Hook filelock's base class. It counts nested acquisitions by one process; these are not recorded again."""
+    """Hook filelock's base class. One process may acquire a filelock several times; only the first time is recorded."""
     owner = module.BaseFileLock
 
     def acquiring(original: Any) -> Any:
@@ -82,7 +82,7 @@ def hook_file_baton(module: ModuleType) -> None:
                 return original(self)
             rank.local_event("lock_wait", str(self.lock_file_path))
             result = original(self)
-            # the baton file is gone, so no process holds the lock
+            # The baton file is gone, so no process holds the lock.
             rank.local_event("lock_held", str(self.lock_file_path))
             rank.local_event("lock_freed", str(self.lock_file_path))
             return result

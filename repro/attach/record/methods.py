@@ -60,7 +60,7 @@ def _parts(_: Any, lists: Any) -> tuple[int, ...]:
 
 
 def _none(_: Any, __: Any) -> tuple[int, ...]:
-    return ()  # the sizes may differ by rank, or each rank knows only its own
+    return ()  # the sizes may differ by rank, or each rank knows only its own size
 
 
 METHODS = {

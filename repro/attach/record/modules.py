@@ -1,4 +1,4 @@
-"""Name a collective's module: FSDP groups and pipeline stages always, other modules with HMR_RECORD_MODULES=1."""
+"""Name the module of each collective: FSDP groups and pipeline stages always, other modules if HMR_RECORD_MODULES=1."""
 
 from __future__ import annotations
 
@@ -14,7 +14,10 @@ _names: weakref.WeakKeyDictionary[Any, str] = weakref.WeakKeyDictionary()
 
 
 def hook(module: ModuleType) -> None:
-    """Track the name of the running module. A compiled model counts as one module: its inner calls are in the graph."""
+    """Track the name of the running module.
+
+    A compiled model counts as one module, because its parts run in one graph.
+    """
     if not this.with_modules:
         return
     import torch
@@ -33,7 +36,7 @@ def hook(module: ModuleType) -> None:
 
 
 def _name(module: Any) -> str:
-    """The qualified name of a module. The first module that runs is the root; names are relative to it."""
+    """Return the qualified name of a module. The first module that runs is the root, and names are relative to it."""
     name = _names.get(module)
     if name is None:
         for inner_name, inner in module.named_modules():

@@ -1,7 +1,7 @@
-"""This process as a recorded rank: its witness file, the thread that answers the watcher, and how it ends.
+"""This process as a recorded rank: its witness file, the thread that answers the watcher, and how the process ends.
 
 A process becomes a rank when it imports torch.distributed with RANK and WORLD_SIZE set, or when it calls
-init_process_group. The first process of a rank is recorded; a forked or spawned helper that inherits RANK is not.
+init_process_group. Only the first process of a rank is recorded, and no forked or spawned helper that inherits RANK.
 """
 
 from __future__ import annotations
@@ -30,10 +30,10 @@ QUIET_WINDOW_S = 5.0
 LONGEST_WATCH_S = 1e6
 
 DEVICE_GROUPS = "device_groups"
-"""File in the folder of a job with the names of the groups, one a line, whose collectives are queued on a device."""
+"""File in a job's folder with the names of the groups whose collectives are queued on a device, one in a line."""
 
 JOB = "job"
-"""A symbolic link in the folder of the recording. Its target is the key of the job that uses the folder."""
+"""Name of a symbolic link in the folder of a recording. Its target is the key of the job that uses this folder."""
 
 
 class _Thread(threading.local):
@@ -46,7 +46,7 @@ _library: Any = compiled.load()
 
 
 class Rank:
-    """A recorded rank. Several threads of the program record events; ``lock`` serialises them."""
+    """A recorded rank. Several threads of the program record events; ``lock`` lets one thread record at a time."""
 
     def __init__(self, recorder: Recorder, rank: int, root: Path) -> None:
         self.recorder = recorder
@@ -58,7 +58,7 @@ class Rank:
 
     @contextlib.contextmanager
     def in_layer(self, name: str) -> Iterator[None]:
-        """Within the block, collectives that this thread issues carry this module name."""
+        """Give this module name to all collectives that this thread issues within the block."""
         outer, self.local.layer = self.local.layer, name
         try:
             yield
@@ -74,38 +74,38 @@ class Rank:
             self.recorder.local(event, name, holder)
 
     def note_device_group(self, name: str) -> None:
-        """Note a group whose collectives are queued on a device, where a call returns before it completes."""
+        """Note that a group's collectives are queued on a device, so that a call returns before it completes."""
         with contextlib.suppress(OSError), (self.root / DEVICE_GROUPS).open("a") as file:
             file.write(f"{name}\n")
 
 
 current: Rank | None = None
-"""The rank that this process is, if it is one. The hooks of collectives read it at each call."""
+"""The rank that this process is; None if it is not a rank. The hooks of collectives read it at each call."""
 
 knows = UNDECLARED
 """What the witness of this process shows. A plug-in that declares the steps of the program adds these."""
 
 with_modules = False
 _base: Path | None = None
-_meeting = ""  # a name for the rendezvous of all jobs of this process, if it is known in advance
+_meeting = ""  # where all jobs of this process meet, if that is known in advance
 _owner_pid = 0
 _ended = False
 
 
 def configure(base: Path, modules: bool) -> None:
-    """Prepare to record under ``base`` once this process is a rank. modules: name the module of each collective."""
+    """Set up recording below ``base`` for this process as a rank. modules: name the module of each collective."""
     global _base, with_modules
     _base, with_modules = base.absolute(), modules
     os.register_at_fork(after_in_child=_forget)
 
 
 def is_configured() -> bool:
-    """Whether recording is set up for the time when this process becomes a rank."""
+    """Whether recording has been set up by `configure`."""
     return _base is not None
 
 
 def meet_at(meeting: str) -> None:
-    """Treat all ranks of this process and its children as ranks of one job, wherever they connect."""
+    """Treat all ranks of this process and its children as ranks of one job, wherever these ranks connect."""
     global _meeting
     _meeting = meeting
 
@@ -117,7 +117,7 @@ def declares_steps() -> None:
 
 
 def folder(num_ranks: int) -> Path:
-    """Return the folder of this process's job, also if the process is no rank itself. Raises OSError."""
+    """Return the folder of this process's job, also if the process is not a rank. Raises OSError."""
     assert _base is not None, "configure() comes first"
     root = _folder_of_job(_base, _key(num_ranks, ""))
     _describe(root, num_ranks)
@@ -176,7 +176,7 @@ def become(rank: int, num_ranks: int, meeting: str = "") -> None:
 
 @contextlib.contextmanager
 def recorded_as(rank: Rank, layer: str) -> Iterator[None]:
-    """Record this process in the block, as a test does for the code under test. layer: the name of the block."""
+    """Record this process in the block, as the tests of the recorder do. layer: the name of the block."""
     before = current
     _use(rank)
     try:
@@ -187,7 +187,7 @@ def recorded_as(rank: Rank, layer: str) -> Iterator[None]:
 
 
 def _key(num_ranks: int, meeting: str) -> str:
-    """Return a name that all ranks of one job compute alike, and that differs for every other job of this recording."""
+    """Return the key of this job: all ranks of the job compute the same key, and every other job has another key."""
     environ = os.environ
     place = _meeting or meeting or f"{environ.get('MASTER_ADDR', '')}-{environ.get('MASTER_PORT', '')}"
     parts = (place, f"{num_ranks}ranks", environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
@@ -198,7 +198,7 @@ def _folder_of_job(base: Path, key: str) -> Path:
     """Return the folder of this job: ``base`` for the first job of the recording, ``base/jobs/KEY`` for the others."""
     base.mkdir(parents=True, exist_ok=True)
     try:
-        os.symlink(key, base / JOB)  # atomic, with its content
+        os.symlink(key, base / JOB)  # creating the link is atomic, and its target is its content
     except FileExistsError:
         if os.readlink(base / JOB) != key:
             base = base / "jobs" / key
@@ -208,7 +208,7 @@ def _folder_of_job(base: Path, key: str) -> Path:
 
 
 def _describe(root: Path, num_ranks: int) -> None:
-    """Write run.json, which the watcher waits for. All ranks write the same."""
+    """Write run.json, for which the watcher waits. All ranks write the same content."""
     from hybrid_moe_ref.files import write_atomically
     from repro.store.run_dir import RunDir
 
@@ -249,7 +249,7 @@ def _end_with_the_process() -> None:
     from multiprocessing import util
 
     atexit.register(done)
-    util.Finalize(None, done, exitpriority=-1000)  # a child of multiprocessing runs no atexit functions
+    util.Finalize(None, done, exitpriority=-1000)  # a child process of multiprocessing runs no atexit functions
     replace(sys, "excepthook", _reporting)
 
 
@@ -288,7 +288,7 @@ def done() -> None:
 
 
 def hook_process(module: ModuleType) -> None:
-    """Record the exception that ends a child of multiprocessing, where sys.excepthook is not called."""
+    """Record the exception that ends a child process of multiprocessing, where Python does not call sys.excepthook."""
 
     def reporting(run: Callable[..., Any]) -> Callable[..., Any]:
         @wraps(run)

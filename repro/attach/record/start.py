@@ -31,12 +31,15 @@ HOOKS: dict[str, Hook] = {
 
 
 def begin(directory: str) -> None:
-    """Record this process under ``directory`` once it is a rank. Call this once, before the program's first import."""
+    """Record this process below ``directory`` once it is a rank. Call this once, before the program's first import."""
     rank.configure(Path(directory), modules=bool(os.environ.get("HMR_RECORD_MODULES")))
     install()
 
 
 @functools.cache
 def install() -> None:
-    """Hook the modules that the program has imported or will import. The hooks do nothing until a rank is recorded."""
+    """Hook the modules that the program has imported or will import.
+
+    The hooks do nothing until this process is a rank.
+    """
     after_import(HOOKS)

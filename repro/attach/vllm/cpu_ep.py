@@ -1,10 +1,11 @@
 """Expert parallelism for vLLM's CPU build, which lacks it: the plug-in ``hmr_cpu_ep``, on with HMR_CPU_EP=1.
 
 vLLM's CpuCommunicator has no all_gatherv and no reduce_scatterv (0.20 to 0.33), and the fused MoE of the CPU indexes
-the rank's own experts by global ids. With both supplied, ``--data-parallel-size 2 --enable-expert-parallel`` serves
-on a laptop. This is for tests and trials: gathers are padded, and the reduce-scatter is an all-reduce.
+the rank's own experts by global ids. This plug-in supplies both methods and local ids. Then ``--data-parallel-size 2
+--enable-expert-parallel`` serves on a laptop. This is for tests and trials: gathers are padded, and the reduce-scatter
+is an all-reduce.
 
-The recorder (``hmr_record``) does not need it.
+The recorder (``hmr_record``) works without this plug-in.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from typing import Any
 
 
 def register() -> None:
-    """The entry point. vLLM calls it in each of its processes, possibly several times."""
+    """The entry point. vLLM calls this in each of its processes, possibly several times."""
     if os.environ.get("HMR_CPU_EP") != "1":
         return
     from vllm.platforms import current_platform
@@ -48,12 +49,12 @@ def all_gatherv(communicator: Any, input_: Any, dim: int = 0, sizes: Sequence[in
     input_  a tensor, or a list of tensors, of ``sizes[rank]`` rows
     sizes   the rows of each rank of the group; None if they are equal
 
-    Returns the rows of all ranks in the order of the ranks; a list for a list.
+    Returns the rows of all ranks in the order of the ranks; for a list of tensors, a list.
     """
     import torch
 
     if dim != 0:
-        raise NotImplementedError(f"all_gatherv on a CPU gathers along dimension 0, not {dim}")
+        raise NotImplementedError(f"all_gatherv on a CPU supports only dim=0, not dim={dim}")
     tensors = input_ if isinstance(input_, (list, tuple)) else [input_]
     rows = list(sizes) if sizes is not None else [tensors[0].shape[0]] * communicator.world_size
     gathered = []
@@ -71,7 +72,7 @@ def reduce_scatterv(communicator: Any, input_: Any, dim: int = 0, sizes: Sequenc
     import torch
 
     if dim not in (0, -input_.dim()):
-        raise NotImplementedError(f"reduce_scatterv on a CPU scatters dimension 0, not {dim}")
+        raise NotImplementedError(f"reduce_scatterv on a CPU supports only dim=0, not dim={dim}")
     world_size, rank = communicator.world_size, communicator.rank_in_group
     rows = list(sizes) if sizes is not None else [input_.shape[0] // world_size] * world_size
     total = input_.clone()
@@ -81,7 +82,7 @@ def reduce_scatterv(communicator: Any, input_: Any, dim: int = 0, sizes: Sequenc
 
 
 def with_local_ids(original: Any) -> Any:
-    """Make ``apply`` of the CPU's experts accept global expert ids; experts of other ranks get the weight 0."""
+    """Make ``apply`` of the CPU's experts accept global expert ids. Experts of other ranks get the weight 0."""
 
     @functools.wraps(original)
     def apply(

@@ -1,7 +1,8 @@
-"""Hooks for vLLM's EngineCore: it writes its progress to a file, see :mod:`repro.attach.vllm.notes`.
+"""Hooks for vLLM's EngineCore, which writes its progress to a file (:mod:`repro.attach.vllm.notes`).
 
-With a worker in a process of its own, the engine issues no collective of torch's default groups, only the question
-"is anyone unfinished?" in a group of the engines. With the worker in the same process, the rank records the question.
+If the worker has a process of its own, the engine issues no collective of torch's default groups. It only asks "is
+anyone unfinished?" in a group of the engines. If the worker is in the same process, the rank itself records the
+question.
 """
 
 from __future__ import annotations
@@ -17,14 +18,14 @@ from repro.attach.vllm.harmless import Harmless
 from repro.attach.vllm.notes import Activity, Note, Notes, create
 
 current: Notes | None = None
-"""The notes of this process, if it is an EngineCore."""
+"""The notes of this process if it is an EngineCore, else None."""
 
 _requested = False  # whether an execution was requested since the engine last counted one
 _owner_pid = 0
 
 
 def after_fork() -> None:
-    """Reset the state in a forked child, which is another process."""
+    """Reset the state in a forked child, which is not the engine."""
     global current
     current = None
 
@@ -40,7 +41,7 @@ def begin(config: Any) -> None:
 
 
 def first_worker(config: Any) -> int:
-    """Return the rank of an engine's first worker, whose witness shows what the engine does."""
+    """Return the rank of an engine's first worker. The witness of this rank shows what the engine does."""
     return int(config.data_parallel_rank) * int(config.world_size)
 
 
@@ -74,7 +75,7 @@ def requesting(original: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def requesting_dummy(original: Callable[..., Any]) -> Callable[..., Any]:
-    """Wrap Executor.execute_dummy_batch."""
+    """Wrap Executor.execute_dummy_batch, which runs the model without requests."""
 
     @wraps(original)
     def execute_dummy_batch(self: Any, *args: Any, **options: Any) -> Any:
@@ -105,7 +106,7 @@ def counting(original: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def asking(original: Callable[..., Any]) -> Callable[..., Any]:
-    """Wrap ParallelConfig.sync_dp_state (has_unfinished_dp in 0.20), a static method."""
+    """Wrap ParallelConfig.sync_dp_state (has_unfinished_dp in 0.20), a static method: "is anyone unfinished?"."""
 
     @wraps(original)
     def sync_dp_state(*args: Any, **options: Any) -> Any:

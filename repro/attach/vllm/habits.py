@@ -1,8 +1,8 @@
 """Learn the schedule of a model execution from the rank's earlier executions of the same kind.
 
-vLLM declares no schedule. Its executions are equal as long as the ranks agree on the same graph mode and microbatches,
-so a rank that has issued the same collectives three times in a row declares them for the next execution. An execution
-that ends with other collectives than declared ends the declarations of its kind: the kind is not a habit.
+vLLM declares no schedule. Its executions issue the same collectives as long as the ranks agree on the same graph mode
+and microbatches. So a rank that has issued the same collectives three times in a row declares them for the next
+execution. If an execution ends with other collectives than declared, executions of this kind are no longer declared.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from repro.trace.recording.recorder import Recorder
 
 NUM_EQUAL = 3
-"""Executions that must be equal before a rank declares them."""
+"""Number of equal executions in a row after which a rank declares the next one."""
 
 
 class Habits:
@@ -26,7 +26,8 @@ class Habits:
         self._recorder = recorder
         # the collectives with which each execution begins; () before the first
         self.agreement: tuple[ScheduleEntry, ...] = ()
-        self._issued: list[ScheduleEntry] | None = None  # the collectives since the execution began; None outside
+        # the collectives since the execution began; None outside an execution
+        self._issued: list[ScheduleEntry] | None = None
         self._kind: Hashable = None
         # kind -> (entries, number of equal executions in a row)
         self._learnt: dict[Hashable, tuple[tuple[ScheduleEntry, ...], int]] = {}
@@ -38,18 +39,18 @@ class Habits:
         self._recorder.note_entries(self._issued)
 
     def plan(self, kind: Hashable) -> tuple[ScheduleEntry, ...]:
-        """Return what an execution of this kind issues after the step agreement; () if that is unknown."""
+        """Return what an execution of this kind issues after the step agreement; () if that is not known."""
         self._kind = kind
         entries, count = self._learnt.get(kind, ((), 0))
         return entries if count >= NUM_EQUAL else ()
 
     def end(self) -> None:
-        """End an execution: compare it with earlier ones of its kind."""
+        """End an execution: compare it with earlier executions of its kind."""
         if self._issued is None:
             return
         issued, kind = tuple(self._issued[1:]), self._kind
         if self.agreement != (first := tuple(self._issued[:1])):
-            self.agreement = first  # else the same object: the recorder knows the schedules that it has by identity
+            self.agreement = first  # if equal, keep the old object: the recorder recognises a schedule by identity
         self._issued = None
         self._recorder.note_entries(None)
         if kind is None or kind in self._varying:

@@ -1,7 +1,7 @@
 """The table of vLLM attributes that are replaced, and their replacements.
 
-A hook that a version of vLLM does not have is reported in one line and left out: the record then lacks what the hook
-shows, and the server runs as without it.
+If a version of vLLM lacks a hooked attribute, one line reports it and the hook is left out. The record then lacks what
+the hook shows, and the server runs as it would without the hook.
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ JOB = "vllm"
 
 
 class Hook(NamedTuple):
-    """One replaced attribute.
+    """One replaced attribute of vLLM.
 
-    module    the module that defines it
+    module    the module that defines the attribute
     names     "Class.method" or "function"; the first that exists is replaced
-    make      makes the replacement of the original
-    shows     what the record lacks without it
-    versions  of vLLM in which it was read or run; another one may lack it
+    make      makes the replacement from the original
+    shows     what the record lacks without this hook
+    versions  versions of vLLM in which the attribute was read or run; another version may lack it
     """
 
     module: str
@@ -112,8 +112,8 @@ def _apply(hooks: list[Hook], module: ModuleType) -> None:
         place = next((place for name in hook.names if (place := _place(module, name))), None)
         if place is None:
             print(
-                f"repro record: this vLLM has no {hook.names[0]} in {module.__name__}: {hook.shows} will not be "
-                f"recorded (known: vLLM {hook.versions})",
+                f"repro record: this vLLM has no {hook.names[0]} in {module.__name__}, so {hook.shows} will not be "
+                f"recorded (supported: vLLM {hook.versions})",
                 file=sys.stderr,
             )
         else:
@@ -121,7 +121,7 @@ def _apply(hooks: list[Hook], module: ModuleType) -> None:
 
 
 def _place(module: ModuleType, name: str) -> tuple[Any, str] | None:
-    """Return the owner of a name in a module, and the attribute; None if the module does not define it."""
+    """Return the owner of a name in a module, and the attribute's name; None if the module does not define it."""
     *outer, attribute = name.split(".")
     owner: Any = module
     for part in outer:

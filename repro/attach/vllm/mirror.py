@@ -1,8 +1,8 @@
 """Record in a worker's witness what the engine of its rank does, and the front end.
 
-The worker records each question when the next message of the engine arrives, and the attendant records the one that the
-engine waits in while the worker is idle. So the witness of the rank has one order of all that the rank waits for, and
-its last event shows the wait.
+The worker records the engine's questions ("is anyone unfinished?") when the next message of the engine arrives. While
+the worker is idle, the background thread records the question in which the engine waits. So the witness has one order
+of everything the rank waits for, and its last event shows the current wait.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from repro.attach.record.rank import Rank
 
 GROUP = "engines"
-"""The group of the EngineCore processes, each under the rank of its first worker."""
+"""The group of the EngineCore processes. Each engine has the rank of its first worker."""
 
 QUESTION = Collective(GROUP, "all_reduce", "unfinished", (), "int32")
 WITHOUT_REQUESTS = "idle, engine waits for requests"
@@ -36,10 +36,10 @@ FRONT_ENDS = {
 }
 
 LEFT_OUT = "engine left out execution"
-"""The phase after a step that the engine counted but did not request, with the number of the first such step."""
+"""The phase after a step that the engine counted but did not request. The number of the first such step follows."""
 
 IDLE_NS = 200_000_000
-"""A worker that has waited this long for its engine is idle. Between two steps it waits about a millisecond."""
+"""A worker that has waited for its engine this long (ns) is idle. Between two steps it waits about a millisecond."""
 
 
 @dataclass
@@ -53,7 +53,7 @@ class Progress:
 class Mirror:
     """Records one engine in the witness of its first worker.
 
-    All methods but ``wait`` are called with the rank's lock held, because the attendant may record at any time.
+    Call all methods but ``wait`` with the rank's lock held, because the background thread may record at any time.
 
     first_workers  the rank of each engine's first worker
     """
@@ -65,10 +65,10 @@ class Mirror:
         self._notes: Notes | None = None
         self._front: Notes | None = None
         self._asked = 0  # number of questions in the witness
-        self._open = False  # whether the last of them is still unanswered
+        self._open = False  # whether the last question is still unanswered
         self._skipped = 0
         self._idle = ""  # the phase that was recorded for an idle worker
-        self._since_ns = 0  # time since which the worker waits for a message; 0 if it does not wait
+        self._since_ns = 0  # when the worker began to wait for a message, in ns; 0 if it does not wait
         rank.recorder.groups({GROUP: first_workers})
 
     def wait(self) -> None:

@@ -1,4 +1,4 @@
-"""Add to the verdict on a recorded vLLM's ranks what its engines were doing."""
+"""Add to the verdict on vLLM's ranks what their engines were doing."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from repro.verdict import Verdict
 from repro.verdict.result import name_ranks, say
 
 FROM_SCHEDULE = ("extra", "skipped", "order", "mismatch")
-"""The causes that follow from a comparison with the declared schedule."""
+"""The causes of a verdict that follow from a comparison with the declared schedule."""
 
 
 def qualified(verdict: Verdict, root: Path) -> Verdict:
     """Return the verdict with the observations of the engines; unchanged if no rank has an engine.
 
-    A rank whose engine waits for requests is no culprit, but a suspect. A rank that left a schedule that it declared
-    from habit is a likely culprit: the others may do for the first time what is right.
+    A rank whose engine waits for requests is only a suspect. A rank that left a schedule that follows from its habit is
+    a likely culprit, not a certain one: the change may be right, and the other ranks wrong.
     """
     witnesses = read_dir(root / "events")[0] if verdict.verdict != "clean" else {}
     if not any(group.name == GROUP for witness in witnesses.values() for group in witness.groups):
@@ -27,7 +27,10 @@ def qualified(verdict: Verdict, root: Path) -> Verdict:
     left_out = {
         rank: text for rank, witness in witnesses.items() for text in witness.strings if text.startswith(LEFT_OUT)
     }
-    lines = [f"rank {rank}: its {text}, which it had counted" for rank, text in sorted(left_out.items())]
+    lines = [
+        f"rank {rank}: {text}, although the engine had counted this execution"
+        for rank, text in sorted(left_out.items())
+    ]
     if missing := [at.rank for at in verdict.ranks if at.state == "missing"]:
         lines.append(
             f"{name_ranks(missing)} left no witness: their processes have not become ranks yet, or they run without "
@@ -39,7 +42,7 @@ def qualified(verdict: Verdict, root: Path) -> Verdict:
         and verdict.confidence == "certain"
         and not set(verdict.culprits) <= set(left_out)
     ):
-        line = "the declared schedule of an execution is what the rank issued in earlier ones: vLLM declares none"
+        line = "vLLM declares no schedule: each rank is compared with what it issued in its earlier executions"
         verdict = replace(verdict.with_evidence([line]), confidence="likely")
     return _without_idle(verdict)
 
@@ -64,7 +67,10 @@ def _without_idle(verdict: Verdict) -> Verdict:
     if not idle:
         return verdict
     culprits = tuple(rank for rank in verdict.culprits if rank not in idle)
-    line = f"{say(idle, 'wait')} for requests: no message of a request, or of the start of the others' work, has come"
+    line = (
+        f"{say(idle, 'wait')} for requests: the engine has received no request, and no message that the other engines "
+        "began"
+    )
     return replace(
         verdict.with_evidence([line]),
         culprits=culprits,

@@ -1,7 +1,7 @@
 """Hooks for a vLLM worker, which is a rank: phases, steps with their agreement, dispatch and combine, layers.
 
-Dynamo traces some of the replaced methods where vLLM compiles the model, so each hook that it may trace does nothing
-while torch compiles.
+If vLLM compiles the model, Dynamo traces some of the replaced methods. The hooks of these methods do nothing while
+torch compiles.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from repro.attach.vllm.mirror import Mirror, Progress
 from repro.attach.vllm.notes import Activity, Note
 
 AGREEMENT = "step"
-"""The layer under which the step agreement (C1) is recorded, as our engine names it."""
+"""The layer under which the step agreement (C1) is recorded; this project's engine uses the same name."""
 
 
 class Worker:
@@ -34,7 +34,7 @@ class Worker:
         self.habits = Habits(rank.recorder)
         self._live = 0
         self._executing = False  # whether the worker is in execute_model or a dummy batch
-        self._begun = False  # whether this execution has begun its step
+        self._begun = False  # whether this execution has already begun its step
         self.mirror: Mirror | None = None
         size = int(config.world_size)
         if int(config.data_parallel_size) > 1 and rank.rank % size == 0:
@@ -58,7 +58,10 @@ class Worker:
         self._executing = False
 
     def begin_step(self) -> bool:
-        """Begin a step if this execution has none yet. Each agreement outside an execution is a step of its own."""
+        """Begin a step if this execution has not begun one.
+
+        Each agreement outside an execution is a step of its own.
+        """
         if self._executing and self._begun:
             return False
         self._begun = True
@@ -70,7 +73,7 @@ class Worker:
         return True
 
     def agreed(self, key: tuple[Any, ...]) -> None:
-        """Note that the ranks have agreed on the step; what follows depends on ``key``."""
+        """Note that the ranks have agreed on the step. ``key`` decides which collectives follow."""
         with self.rank.lock:
             plan = self.habits.plan((self.progress.phase, *key))
             if plan:
@@ -86,11 +89,11 @@ class Worker:
 
 
 current: Worker | None = None
-"""The worker that this process is, if it is one."""
+"""The worker that this process is; None if it is not a worker."""
 
 
 def after_fork() -> None:
-    """Reset the state in a forked child, which is another process."""
+    """Reset the state in a forked child, which is not the worker."""
     global current
     current = None
 
@@ -139,7 +142,7 @@ def in_phase(name: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
 
 
 def _reporting(original: Callable[..., Any], *args: Any, **options: Any) -> Any:
-    """Call a method of the worker. Record an exception as the rank's end: vLLM catches it and reports it elsewhere."""
+    """Call a method of the worker. If it raises, record the exception as the rank's end, because vLLM catches it."""
     try:
         return original(*args, **options)
     except Exception as error:
@@ -148,7 +151,10 @@ def _reporting(original: Callable[..., Any], *args: Any, **options: Any) -> Any:
 
 
 def ending(original: Callable[..., Any]) -> Callable[..., Any]:
-    """Wrap WorkerProc.shutdown. The engine gives a worker some seconds for it, then kills it; that is not a crash."""
+    """Wrap WorkerProc.shutdown.
+
+    The engine kills a worker some seconds after this call, which must not count as a crash.
+    """
 
     @wraps(original)
     def shutdown(self: Any, *args: Any, **options: Any) -> Any:
@@ -218,7 +224,7 @@ def agreeing(original: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _agreed_key(rows: Any) -> tuple[Any, ...]:
-    """Return what decides a step's schedule: microbatches and graph mode, from int[4 rows][ranks]; else ()."""
+    """Return what decides a step's schedule, microbatches and graph mode, from int[4 rows][ranks]; else ()."""
     if rows.device.type != "cpu" or rows.shape[0] != 4:
         return ()
     *_, microbatch, mode = rows.tolist()
@@ -229,7 +235,7 @@ def _agreed_key(rows: Any) -> tuple[Any, ...]:
 
 
 def naming(original: Callable[..., Any]) -> Callable[..., Any]:
-    """Wrap GroupCoordinator.__init__ and DeviceCommunicatorBase.__init__: vLLM gives torch no names of its groups."""
+    """Wrap GroupCoordinator.__init__ and DeviceCommunicatorBase.__init__: vLLM gives torch no group names."""
 
     @wraps(original)
     def __init__(self: Any, *args: Any, **options: Any) -> None:
@@ -244,7 +250,8 @@ def naming(original: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def exchanging(op: str, num_tensors: int) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """Wrap a method of GroupCoordinator that exchanges rows. It counts as one collective, however it is implemented.
+    """Wrap a method of GroupCoordinator that exchanges rows. It is recorded as one collective, however it is
+    implemented.
 
     num_tensors: number of positional arguments before ``dim`` and ``sizes``
     """
@@ -294,7 +301,8 @@ def in_layer(attribute: str) -> Callable[[Callable[..., Any]], Callable[..., Any
             worker = current
             if worker is None or _compiling():
                 return original(self, *args, **options)
-            local = worker.rank.local  # Rank.in_layer without its generator, which costs as much as a record
+            # the same as Rank.in_layer, but without its generator, which would take as long as the record itself
+            local = worker.rank.local
             outer, local.layer = local.layer, str(getattr(self, attribute, ""))
             try:
                 return original(self, *args, **options)
@@ -310,7 +318,7 @@ def in_layer(attribute: str) -> Callable[[Callable[..., Any]], Callable[..., Any
 
 
 def receiving(original: Callable[..., Any]) -> Callable[..., Any]:
-    """Wrap MessageQueue.dequeue: an engine waits for its worker's reply, an idle worker for its engine."""
+    """Wrap MessageQueue.dequeue, in which an engine waits for its worker's reply, or an idle worker for its engine."""
 
     @wraps(original)
     def dequeue(self: Any, *args: Any, **options: Any) -> Any:

@@ -13,16 +13,16 @@ from repro.bundle.redact.words import KNOWN
 from repro.store.description import RUN_FOLDER
 
 VERDICT = frozenset(KNOWN["fields"]["verdict"])
-"""Fields of verdict.json. Its evidence and sentences are made anew, from the redacted witnesses."""
+"""Fields of verdict.json that are kept. Its evidence and sentences are made again from the redacted witnesses."""
 
 RECORDER = frozenset(KNOWN["fields"]["recorder"])
-"""Fields of a dump of the Flight Recorder."""
+"""Fields of a Flight Recorder dump that are kept."""
 
 CONFIG = frozenset(KNOWN["fields"]["config"]) | {f.name for kind in (ModelConfig, EngineConfig) for f in fields(kind)}
 """Fields of config.json. All settings of a model and an engine are kept: what is no number is redacted by its words."""
 
 RUN = frozenset(KNOWN["fields"]["run"])
-"""Fields of run.json."""
+"""Fields of run.json that are kept."""
 
 _PROJECTS = frozenset(KNOWN["projects"])
 _REFERENCE = re.compile(r"([\w./-]{1,60})#\d{1,7}")
@@ -45,12 +45,12 @@ def recorder(document: Any, recogniser: Recogniser) -> Any:
 
 
 def config(document: Any, recogniser: Recogniser) -> Any:
-    """Redact config.json; the paths of folders become empty."""
+    """Redact config.json. The paths of folders become empty."""
     return _known(document, CONFIG, recogniser)
 
 
 def description(document: Any, recogniser: Recogniser) -> Any:
-    """Redact run.json: drop its family, which depends on dropped settings, and commands that are not recognised."""
+    """Redact run.json: drop commands that are not recognised, and the family, which depends on dropped settings."""
     kept = _known(document, RUN, recogniser)
     if isinstance(kept, dict) and isinstance(commands := kept.get("commands"), list):
         kept["commands"] = [command for command in commands if isinstance(command, dict) and command.get("words")]
@@ -58,7 +58,7 @@ def description(document: Any, recogniser: Recogniser) -> Any:
 
 
 def tokens(document: Any, recogniser: Recogniser) -> Any:
-    """Redact reference.json or the tokens that a rank served, both lists of numbers by request."""
+    """Redact reference.json, or the tokens that a rank served. Both map a request to a list of numbers."""
     if not isinstance(document, dict):
         return {}
     kept = {}
@@ -86,11 +86,11 @@ _OF_KIND: Mapping[str, Callable[[Recogniser, Any], Any]] = {
     "planned": lambda recogniser, value: _planned(str(value), recogniser),
     "detail": lambda recogniser, value: _detail(str(value), recogniser),
 }
-"""Fields whose name says what they hold."""
+"""Fields whose names show what they contain -> how to redact them."""
 
 
 def _known(value: Any, names: frozenset[str], recogniser: Recogniser) -> Any:
-    """Keep the known fields of a value. Keys that are numbers stay too, because they are ranks or groups."""
+    """Keep the known fields of a value. Keys that are numbers also stay, because they are ranks or groups."""
     if isinstance(value, list):
         return [_known(item, names, recogniser) for item in value]
     if isinstance(value, str):
@@ -109,12 +109,12 @@ def _known(value: Any, names: frozenset[str], recogniser: Recogniser) -> Any:
 
 
 def _lines(lines: Any, recogniser: Recogniser) -> list[str]:
-    """The recognised lines of a list."""
+    """Return the recognised lines of a list."""
     return [text for line in lines if (text := recogniser.line(str(line)))] if isinstance(lines, list) else []
 
 
 def _link(text: str, recogniser: Recogniser) -> str:
-    """Redact the place where ranks of a cycle wait: "dp all_reduce #6", or "lock " and its name."""
+    """Redact a place at which ranks of a cycle wait: "dp all_reduce #6", or "lock " and the lock's name."""
     if text.startswith("lock "):
         return f"lock {recogniser.string(text.removeprefix('lock '))}"
     group, _, rest = text.partition(" ")
@@ -133,14 +133,14 @@ def _planned(text: str, recogniser: Recogniser) -> str:
 
 
 def _detail(text: str, recogniser: Recogniser) -> str:
-    """Redact the detail of a rank: what it does, its error, or the names of the locks that it holds."""
+    """Redact the detail of a rank's position: what it does, its error, or the names of the locks that it holds."""
     if text.startswith("holds lock "):
         return "holds lock " + ", ".join(map(recogniser.string, text.removeprefix("holds lock ").split(", ")))
     return recogniser.string(text)
 
 
 def _references(text: str, recogniser: Recogniser) -> str:
-    """Redact what a run mirrors, as words and upstream reports: "generic; vllm#41862, nccl#1417"."""
+    """Redact the upstream reports that a run rebuilds, as words and references: "generic; vllm#41862, nccl#1417"."""
     for word in re.split("[,;]? ", text):
         reference = _REFERENCE.fullmatch(word)
         if reference[1] not in _PROJECTS if reference else recogniser.recognised(word) is None:
@@ -150,7 +150,7 @@ def _references(text: str, recogniser: Recogniser) -> str:
 
 
 def _command(words: Any, recogniser: Recogniser) -> list[str]:
-    """Return the words of a command if all are recognised, else none: a part of it would be another command."""
+    """Return the words of a command if all are recognised; else [], because a part of it would be another command."""
     before = ""
     for word in map(str, words) if isinstance(words, list) else ():
         known = (

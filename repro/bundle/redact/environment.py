@@ -1,6 +1,6 @@
 """Redact a machine's versions, hardware and variables: keep known names whose value has a known form.
 
-It reads two descriptions: env/rank000.txt from repro.lab.rank.software, and the report of torch.utils.collect_env.
+Two descriptions are redacted: env/rank000.txt from repro.lab.rank.software, and the report of torch.utils.collect_env.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ _VERSION = (
     r"\d{1,4}(?:\.\d{1,8}){1,2}(?:\.?(?:a|b|rc|dev|post)\d{1,9})*"
     r"(?:\+(?:cpu|xpu|cu\d{2,3}|rocm\d[\d.]{0,5}|git[0-9a-f]{7,12}))?"
 )
-# a version suffix that a builder added may name the owner
+# A version suffix is dropped, because whoever built the package may have put a name there.
 _SYSTEM = r"(?:Linux|macOS|Darwin)-\d{1,3}\.\d{1,3}(?:\.\d{1,5})?"
 _MACHINES = r"x86_64|aarch64|arm64|ppc64le|riscv64"
 _GPU = (
@@ -58,7 +58,7 @@ _FORMS = (
     ),
 )
 COLLECTED = tuple((re.compile(names), re.compile(form)) for names, form in _FORMS)
-"""Lines of collect_env that are kept: names with the form of their values; only that part of a value stays."""
+"""(name, form of the value) of each line of collect_env that is kept. Only the part of the value that fits stays."""
 
 HEADINGS = frozenset(["Collecting environment information...", "CPU:", "Versions of relevant libraries:"])
 
@@ -72,7 +72,7 @@ _LIBRARY = re.compile(
 
 PREFIXES = tuple(KNOWN["variable_prefixes"])
 NAMES = frozenset(KNOWN["variables"])
-"""Variables that are kept: by prefix, where the rest of the name is of known words, or by name."""
+"""Variables that are kept, by name. (Others are kept by prefix, if the rest of the name consists of known words.)"""
 
 _INTERFACE = (
     r"(?:eth|ib|ens|eno|enp\d{1,3}s|bond|lo|docker|mlx4_|mlx5_|hsn|rdma|roce|bnxt_re|efa|wlan)"
@@ -85,7 +85,7 @@ _LIST = re.compile(r"[,;|+ ]")
 
 
 def rank_line(line: str) -> str | None:
-    """Redact a line of env/rank000.txt; None drops the line."""
+    """Redact a line of env/rank000.txt. Returns None if the line is dropped."""
     if match := re.fullmatch(rf"python: ({_VERSION}) on (.+)", line):
         return f"python: {match[1]} on {_platform(match[2])}"
     if match := re.fullmatch(
@@ -110,7 +110,7 @@ def _platform(text: str) -> str:
 
 
 def variable(line: str) -> str | None:
-    """Redact NAME=value of a known variable; a value without a known form is dropped."""
+    """Redact NAME=value of a known variable. Returns None if the value has no known form."""
     name, equals, value = line.partition("=")
     if not equals or not (name in NAMES or (name.startswith(PREFIXES) and is_name(name))):
         return None
@@ -128,7 +128,7 @@ def is_value(value: str) -> bool:
 
 
 def collected_line(line: str) -> str | None:
-    """Redact a line of collect_env; None drops the line."""
+    """Redact a line of collect_env. Returns None if the line is dropped."""
     if line in HEADINGS:
         return line
     if (match := re.match(rf"\[(?:pip3|conda)\] ([\w-]+)(?:==|\s+)({_VERSION})", line)) is not None:

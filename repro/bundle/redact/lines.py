@@ -1,7 +1,7 @@
-"""Redact logs, stacks and machine descriptions line by line: rebuild a line of known form from its parts.
+"""Redact logs, stacks and machine descriptions line by line: rebuild each line of known form from its parts.
 
-A line keeps its prefix (rank, level, time, the file that logged it) where that is of a known form, and its text where
-each word is known. Of a frame stay the file below its package, line and function, of an exception its type.
+A line keeps its prefix (rank, level, time, the file that logged it) if the prefix has a known form, and its text if
+every word is known. A frame keeps the path below its package, the line and the function. An exception keeps its type.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ _EXCEPTION = re.compile(r"(?P<type>[A-Za-z_][\w.]{1,160})(?:: (?P<message>.*))?"
 
 
 def log(text: str, recogniser: Recogniser) -> str:
-    """Redact a log. A line says how many lines were dropped, at each place where some were."""
+    """Redact a log. At each place where lines were dropped, a line says how many."""
     return _joined(_log_lines(text, recogniser))
 
 
@@ -49,13 +49,13 @@ def _log_lines(text: str, recogniser: Recogniser) -> Iterator[str | None]:
         before, line = line, row[:MAX_TEXT].rstrip()
         frame = _frame(line, recogniser)
         if frame is None and after_frame and _SOURCE.match(line):
-            continue  # the source line below a frame
+            continue  # the source code that follows a frame
         after_frame = frame is not None
         yield frame if frame is not None else _log_line(line, before, recogniser)
 
 
 def _log_line(line: str, before: str, recogniser: Recogniser) -> str | None:
-    """Rebuild one line from its recognised parts; None if nothing is recognised."""
+    """Rebuild one line from its recognised parts. Returns None if no part is recognised."""
     if not line.strip():
         return ""
     prefix, rest = _prefix(plain(line), recogniser)
@@ -72,7 +72,7 @@ def _log_line(line: str, before: str, recogniser: Recogniser) -> str | None:
 
 
 def _prefix(line: str, recogniser: Recogniser) -> tuple[str, str]:
-    """Rebuild the known prefixes of a line (time, writer); return them and the rest of the line."""
+    """Rebuild the known prefixes of a line (time, writer). Returns the prefixes and the rest of the line."""
     prefix, rest = "", line
     while rest:
         match = next((found for form in _PREFIXES if (found := form.match(rest))), None)
@@ -106,7 +106,7 @@ def _frame(line: str, recogniser: Recogniser) -> str | None:
 
 
 def stack(text: str, recogniser: Recogniser) -> str:
-    """Redact a stack from faulthandler; threads are numbered instead of showing their addresses."""
+    """Redact a stack from faulthandler. Threads get numbers in place of their addresses."""
     threads: dict[str, int] = {}
 
     def lines() -> Iterator[str | None]:
@@ -125,7 +125,7 @@ def stack(text: str, recogniser: Recogniser) -> str:
 
 
 def _joined(lines: Iterable[str | None]) -> str:
-    """Join the lines; replace each run of None by the count of dropped lines."""
+    """Join the lines. Each run of None becomes a line with the count of dropped lines."""
     kept: list[str] = []
     gone = 0
     for line in (*lines, ""):

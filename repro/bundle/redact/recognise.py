@@ -1,7 +1,7 @@
-"""Keep the recognised strings of a run; replace the others by stand-ins, equal strings by equal stand-ins.
+"""Keep the recognised strings of a run, and replace the others by stand-ins: equal strings by equal stand-ins.
 
-A stand-in ("text-003", "host-1") tells different strings apart, so ranks that issued different collectives still differ
-and the verdict stays the same. Whatever is neither recognised nor needed to tell things apart is left out and counted.
+Stand-ins ("text-003", "host-1") keep different strings different. So ranks that issued different collectives still
+differ, and the verdict stays the same. A string that is neither recognised nor needed for that is left out and counted.
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ LEFT_OUT = {
     "identity": "names and boot ids of hosts, and numbers of pid namespaces",
     "variables": "environment variables and lines about the machine",
     "fields": "fields of JSON files",
-    "files": "files that no run of this program leaves",
+    "files": "files that runs of this program do not leave",
 }
-"""The kinds of content that are counted when left out, with a description."""
+"""The kinds of content that are counted when they are left out -> their description."""
 
 GONE = "(left out)"
 MAX_TEXT = 4000
-"""Longest text that is examined, in characters; our own texts are shorter."""
+"""Longest text that is examined, in characters. Texts of this program are shorter."""
 _MEMBERS = re.compile(r"\d{1,5}(?:,\d{1,5})*")
 _SITE = re.compile(r"(?P<path>[^\n]+?):(?P<line>\d{1,7}) (?P<function>\S+)")
 _RUN = re.compile(r"\d{8}T\d{6}\.\d{3}Z-(?P<scenario>[a-z0-9_]+)-(?:control|fault|fix)-\d{1,7}")
@@ -43,10 +43,10 @@ _BRACKETED = re.compile(r"\[(/[^\s\]]+?)((?::\d{1,6})?)\]")
 
 @dataclass
 class Recogniser:
-    """Redacts the strings of one bundle. All files share one recogniser, so equal strings get equal stand-ins.
+    """Redacts the strings of one bundle. All files share one recogniser, so that equal strings get equal stand-ins.
 
-    private    names that are not recognised, though they may consist of known words: "gpu-node"
-    search     decides about text that is not recognised: True keeps it. None leaves all of it out.
+    private    names that are never recognised, even if they consist of known words: "gpu-node"
+    search     decides about text that is not recognised: True keeps the text. Without a search, all of it is left out
     left_out   how many strings, lines and fields were left out or replaced, by the keys of LEFT_OUT
     """
 
@@ -69,14 +69,14 @@ class Recogniser:
     # -- identity ----------------------------------------------------------------------------------------------------
 
     def host(self, name: str) -> str:
-        """The stand-in of a host name; counts it as redacted."""
+        """Return the stand-in of a host name, and count the name as redacted."""
         if not name:
             return name
         self.left_out["identity"] += 1
         return self.name_host(name)
 
     def name_host(self, name: str) -> str:
-        """The stand-in of a host name. The short and the fully qualified form of a name share it."""
+        """Return the stand-in of a host name. The short and the fully qualified form of a name share one stand-in."""
         short = name.partition(".")[0]
         stand_in = self.hosts.get(name) or self.hosts.get(short) or f"host-{len(set(self.hosts.values())) + 1}"
         self.hosts[name] = self.hosts[short] = stand_in
@@ -84,14 +84,14 @@ class Recogniser:
         return stand_in
 
     def boot(self, boot_id: str) -> str:
-        """The stand-in of a boot id. Different machines keep different stand-ins."""
+        """Return the stand-in of a boot id. Different machines get different stand-ins."""
         if not boot_id:
             return boot_id
         self.left_out["identity"] += 1
         return self._boots.setdefault(boot_id, f"boot-{len(self._boots) + 1}")
 
     def namespace(self, number: int) -> int:
-        """Replace the number of a pid namespace by a small one; 0 (unknown) stays."""
+        """Replace the number of a pid namespace by a small number. 0, which means unknown, stays."""
         if not number:
             return number
         self.left_out["identity"] += 1
@@ -105,7 +105,7 @@ class Recogniser:
         if known is None:
             known = self._string(text)
             if not _SITE.fullmatch(text) and self._sources.setdefault(known, text) != text:
-                known = self.stand_in("text", text)  # two locks must not become one
+                known = self.stand_in("text", text)  # two different locks must not get one name
             self._strings[text] = known
         return known
 
@@ -128,13 +128,16 @@ class Recogniser:
         return self._text(text) or self.stand_in("text" if " " in text else "name", text)
 
     def function(self, text: str) -> str:
-        """Redact a function name. An unrecognised one stays only if a word of it is known: it may be someone's name."""
+        """Redact a function name. A name that is not recognised gets a stand-in, unless a word of it is known."""
         partly = any(len(part) > 2 and is_word(part) for part in re.split(r"[._]", text))
         known = is_name(text) and not self.is_private(text)
         return text if known or (partly and self._is_free(text)) else self.stand_in("function", text)
 
     def path(self, text: str) -> str:
-        """Shorten a path to the part below its package. Elsewhere keep a recognised file name in a stand-in folder."""
+        """Shorten a path to the part below its package.
+
+        Outside packages, keep a recognised file name in a stand-in folder.
+        """
         if re.fullmatch(r"<frozen [a-z_.]{1,40}>", text):
             return text if is_name(text[8:-1]) else "<frozen>"
         inside = below_package(text)
@@ -161,7 +164,8 @@ class Recogniser:
     def line(self, text: str, before: str = "") -> str:
         """Redact a line of prose; "" if it is not recognised. The caller reports that something was left out.
 
-        before: the line above. Where that is suspicious a line is not free either: it may be the value of a name.
+        before: the line above. If that line is suspicious, this one is dropped, because it may be the value of a
+        secret.
         """
         kept = self._text(text) if not before or self._is_free(before) else self.recognised(text)
         if kept is None:
@@ -207,7 +211,7 @@ class Recogniser:
         return kept
 
     def free(self, text: str, before: str = "") -> str | None:
-        """Return unrecognised text if it may stay, else None; ``before`` as for :meth:`line`."""
+        """Return unrecognised text if it may stay, else None. ``before`` is the same as for :meth:`line`."""
         return plain(text) if self._is_free(text) and (not before or self._is_free(before)) else None
 
     def _is_free(self, text: str) -> bool:
@@ -228,12 +232,15 @@ def is_error(name: str) -> bool:
 
 
 def distinct(names: Iterable[str]) -> frozenset[str]:
-    """Drop names that are common words or numbers."""
+    """Return the names without common words and numbers."""
     return frozenset(name for name in names if len(name) > 2 and not is_word(name) and not name.isdigit())
 
 
 def form_of(name: str) -> str:
-    """Return a search pattern for a private name. A short name must be a whole word, a longer one need not."""
+    """Return a search pattern for a private name.
+
+    A short name must be a whole word; a longer name may be part of a word.
+    """
     plain = re.escape(name)
     return plain if len(name) >= 6 else rf"(?<![A-Za-z0-9]){plain}(?![A-Za-z0-9])"
 

@@ -1,8 +1,8 @@
-"""Search free text for private content. A line with anything suspicious is dropped as a whole.
+"""Search free text for private content. A line with anything suspicious is dropped completely.
 
-Used only with --with-logs: to drop too much costs a line of a log, to drop too little costs a password. Three nets,
-each of its own kind: words that introduce a secret, a person or a machine; forms that no plain sentence has; and the
-detectors of the package detect-secrets.
+This is used only with --with-logs. A dropped line costs little, and a published password costs much. Three independent
+searches are made: for words that introduce a secret, a person or a machine, for forms that no plain sentence has, and
+by the detectors of the package detect-secrets.
 """
 
 from __future__ import annotations
@@ -23,20 +23,20 @@ CONTEXT = {
     "|mac\\b|uuid|serial|ipv|\\bip\\b|dns|fqdn|vpn|subnet|gateway|proxy|bucket|remote|origin|registry|repo\\b|branch",
     "commands": "curl|wget|scp|rsync|mysql|psql|redis|mongo|docker|kubectl|argv|command|export |cd ",
 }
-"""Words, or beginnings of words, after which a line may name a secret, a person or a machine."""
+"""Kind -> words, or beginnings of words, after which a line may name a secret, a person or a machine."""
 
 FORMS = (
     r"[^\x20-\x7e]",  # look-alike letters and control characters
-    r"[@\\$&`^~]",  # mail, Windows paths, escapes, variables, HTML, home folders
+    r"[@\\$&`^~]",  # mail addresses, Windows paths, escapes, variables, HTML, home folders
     r"://|%[0-9A-Fa-f]{2}|\\x[0-9A-Fa-f]{2}",  # URLs and their escapes
     r"(?:^|\s)--?[A-Za-z]",  # options of a command
     r"[=:]=|=>|:=",  # assignments in other notations than name=value
     r"(?<![\w.])\d+(?:[._-]\d+){3}(?![\w.])|(?:[0-9A-Fa-f]{1,4}[:-]){3,}|::",  # addresses
-    r"\b[0-9A-Fa-f]{8,}\b|\d{7,}",  # numbers in which an address or key may be written
+    r"\b[0-9A-Fa-f]{8,}\b|\d{7,}",  # numbers that may be an address or a key
     r"\d{2,6}(?: \d{2,6}){2}",  # a credit card or telephone number
     r"[A-Za-z0-9+/_-]{24,}={0,2}",  # base64
 )
-"""Forms that make a line suspicious wherever they stand."""
+"""Forms that make a line suspicious, wherever in the line they are."""
 
 _CONTEXT = re.compile("|".join(CONTEXT.values()), re.IGNORECASE)
 _FORM = re.compile("|".join(f"(?:{form})" for form in FORMS))
@@ -49,7 +49,7 @@ MIN_LITERAL = 4
 class Search:
     """Decides whether a line of text may be published.
 
-    literals   texts that this machine knows to be private: values of variables, names of hosts and users
+    literals   texts that are known to be private on this machine: values of variables, names of hosts and users
     """
 
     def __init__(self, literals: Iterable[str] = ()) -> None:
@@ -57,7 +57,7 @@ class Search:
         self._literals = re.compile("|".join(map(re.escape, wanted)), re.IGNORECASE) if wanted else None
 
     def __call__(self, text: str) -> bool:
-        """Whether the text has nothing suspicious."""
+        """Whether the text contains nothing suspicious."""
         text = plain(text)
         if self._literals is not None and self._literals.search(text):
             return False
@@ -67,7 +67,7 @@ class Search:
 
 
 def literals_of(environment: Mapping[str, str]) -> set[str]:
-    """Return values of environment variables that may be secret, whole and in pieces: a token may span lines."""
+    """Return values of environment variables that may be secret, whole and by line: a token may span lines."""
     values = [value for value in environment.values() if not is_value(value)]
     pieces = (piece for value in values for piece in re.split(r"[\s:/@,;=&?'\"]+", value))
     return {text for text in (*values, *pieces) if len(text) >= 6 and not is_token(text)}
@@ -92,7 +92,7 @@ def _is_pronounceable(word: str) -> bool:
 def _detectors() -> list[Any]:
     """Load the detectors of detect-secrets that examine text. Its checks over the network are not used.
 
-    Raises ModuleNotFoundError where it is not installed.
+    Raises ModuleNotFoundError if detect-secrets is not installed.
     """
     from detect_secrets.core.plugins.util import get_mapping_from_secret_type_to_class
 
@@ -106,5 +106,5 @@ def _is_detected(text: str) -> bool:
 
 
 def load() -> None:
-    """Load the detectors before the work begins. Raises ModuleNotFoundError if detect-secrets is missing."""
+    """Load the detectors before the work begins. Raises ModuleNotFoundError if detect-secrets is not installed."""
     _detectors()

@@ -10,9 +10,9 @@ from repro.trace.witness.parse import parse_header
 
 
 def redact_witness(data: bytes, name: str, recogniser: Recogniser) -> bytes:
-    """Redact a witness's header and strings, and shorten the file. Each string keeps its number.
+    """Redact the header and the strings of a witness, and shorten the file. Each string keeps its number.
 
-    Raises WitnessError for what is no witness, ValueError when the new strings take more than a file may hold.
+    Raises WitnessError if the file is not a witness, ValueError if the new strings take more space than a file has.
     """
     writer, _ = parse_header(data, name)
     writer = replace(

@@ -1,7 +1,7 @@
 """Recognise names and text by a list of words, words.txt, and by forms of numbers and punctuation.
 
-What consists of listed words, small numbers and punctuation is recognised. All else, whatever it looks like, is not:
-a list of bad shapes is never complete.
+Text that consists of listed words, small numbers and punctuation is recognised. All other text is not, whatever it
+looks like, because a list of forms to reject would never be complete.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ _LOOPBACK = re.compile(
 _TRANSFER = re.compile(r"(.+):(\d{1,6})>(\d{1,6})")
 _MARKS = frozenset(KNOWN["marks"])
 _LEADING, _TRAILING = "([{<\"'`", ")]}>\"'`.,;:!?…"
-# Emoji, their colour modifiers, and terminal escapes: recognition ignores this decoration.
+# Emoji, their colour modifiers, and terminal escapes. They are ignored when text is recognised.
 _DECORATION = re.compile(
     "\x1b\\[[0-9;]*[A-Za-z]|[\U0001f000-\U0001faff\u2600-\u27bf\ufe0f\u200b-\u200f\u2060-\u2064\ufeff\u00ad]"
 )
@@ -66,7 +66,7 @@ def is_name(text: str) -> bool:
 
 
 def _is_identifier(text: str) -> bool:
-    """Whether a name joined by "_" or capitals consists of listed words, with at most as many single letters."""
+    """Whether a name in snake or camel case consists of listed words, with at most as many single letters as words."""
     if text in NAMES or _SPECIAL.fullmatch(text):
         return True
     parts = [part for part in text.split("_") if part]
@@ -88,7 +88,7 @@ def is_file(text: str) -> bool:
 
 
 def below_package(path: str) -> str | None:
-    """Return the path from a known package on, if it is recognised; else None."""
+    """Return the part of a path that begins at a known package, if it is recognised; else None."""
     for mark in ("/site-packages/", "/dist-packages/"):
         if mark in path:
             inside = path.rpartition(mark)[2]
@@ -110,7 +110,7 @@ def _is_path(path: str) -> bool:
 
 
 def is_token(text: str) -> bool:
-    """Whether a piece of text between spaces is recognised, apart from punctuation around it."""
+    """Whether a piece of text between spaces is recognised. Punctuation around it is ignored."""
     if len(text) > MAX_NAME:
         return False
     if text in _MARKS or set(text) <= set("-=*_.^~#") or _LOOPBACK.fullmatch(text.rstrip(".,;:")):
@@ -130,13 +130,13 @@ def _is_core(text: str) -> bool:
 
 
 def _is_transfer(text: str) -> bool:
-    """Whether a token is the group of a point-to-point transfer with its two ends: "ep:0>1"."""
+    """Whether a token is the group of a point-to-point transfer with the transfer's two ends: "ep:0>1"."""
     match = _TRANSFER.fullmatch(text)
     return match is not None and is_name(match[1])
 
 
 def _is_joined(text: str) -> bool:
-    """Whether a token consists of recognised parts, joined as words, options, calls or name=value."""
+    """Whether a token consists of recognised parts that are joined as words, options, calls or name=value."""
     if text.startswith("-"):
         option, equals, value = text.lstrip("-").partition("=")
         return all(map(is_word, option.split("-"))) and (not equals or is_token(value))

@@ -56,7 +56,7 @@ class Collection:
     def collect(self, interval_s: float, sleep: Callable[[float], None] = time.sleep) -> None:
         """Look at the job LOOKS times, and once at the interfaces that it offers and at the machine.
 
-        Raises OSError where a file cannot be written.
+        Raises OSError if a file cannot be written.
         """
         for number in range(1, LOOKS + 1):
             began_s = time.monotonic()
@@ -85,7 +85,7 @@ class Collection:
         write_json(self.run_dir.facts / f"{self.host}.look{number}.json", document, durable=True)
 
     def _take_stacks(self, number: int) -> dict[int, Threads]:
-        """Take stacks with py-spy. For ranks that it cannot read, use their worker server or signal handler."""
+        """Take stacks with py-spy. If py-spy cannot read a rank, use the rank's worker server or signal handler."""
         pids = list(_pids_with_stacks(self.job))
         program = find_py_spy()
         answers = take_stacks(program, pids) if program else {}
@@ -114,7 +114,7 @@ class Collection:
             yield from stacks_by_signal([pid for pid in pids if pid not in answered], self.signal).items()
 
     def _take_offers(self) -> None:
-        """Take recorder dumps through the worker server or NCCL's pipe, and the answer of NCCL's RAS."""
+        """Take recorder dumps through the worker server or NCCL's pipe, and ask NCCL's RAS."""
         folder = self.run_dir.root / "fr" / self.host
         folder.mkdir(exist_ok=True)
         for rank, member in self.ranks.items():
@@ -145,7 +145,8 @@ class Collection:
             return
         size = self.job.world_size
         complete = size is not None and set(self.ranks) >= set(range(size))
-        names = set() if complete else {row.name for row in rows}  # else the kernel may have killed one of them
+        # otherwise the kernel may have killed one of the job's processes
+        names = set() if complete else {row.name for row in rows}
         try:
             lines = machine.kernel_lines(min(row.started_s for row in rows), names)
         except machine.OtherClock as error:
@@ -160,7 +161,7 @@ class Collection:
             write_atomically(self.run_dir.root / "logs" / f"dmesg-{self.host}.txt", "\n".join(lines) + "\n")
 
     def _find_ranks(self, stacks: Mapping[int, Threads]) -> None:
-        """Find ranks from the variables of the processes; without them, number the processes in their start order."""
+        """Find ranks from the variables of the processes; without them, number the processes in start order."""
         unknown = [member for member in self.job.members if member.rank is None and member.role == "worker"]
         if not unknown:
             return
@@ -178,7 +179,7 @@ class Collection:
         write_atomically(folder / f"{name}.{look}.{form}", content)
 
     def _title(self, pid: int) -> str:
-        """The title of a process; "" if the file name already gives its rank."""
+        """Return the title of a process; "" if the file name already gives the rank."""
         member = next((member for member in self.job.members if member.pid == pid), None)
         if member is None:
             return command_of(pid)[:300]
@@ -189,7 +190,7 @@ class Collection:
 
 
 def _pids_with_stacks(job: Job) -> Iterator[int]:
-    """The job's processes, and Python processes below them, such as data loaders."""
+    """Yield the pids of the job's processes, and of Python processes below them, such as data loaders."""
     table = read_all()
     yield from (pid for pid in job.pids if pid in table)
     rows = [row for pid in job.pids for row in descendants(table, pid)]

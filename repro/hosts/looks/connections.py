@@ -13,7 +13,7 @@ ESTABLISHED, CLOSE_WAIT, LISTEN = "01", "08", "0A"
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """A line of /proc/net/tcp. Addresses are "hex:port" as the kernel prints them."""
+    """A line of /proc/net/tcp. Addresses have the form "hex:port", as the kernel prints them."""
 
     local: str
     remote: str
@@ -52,7 +52,7 @@ def parse_table(text: str) -> list[Row]:
 
 
 def look_at_connections(pids: Collection[int], proc: Path = PROC) -> list[Connection]:
-    """Find the connections between these processes. Empty if this user may not read their file descriptors."""
+    """Find the connections between these processes; [] if this user may not read their file descriptors."""
     owners: dict[str, int] = {}  # "socket:[inode]" -> pid
     namespaces: dict[str, int] = {}  # network namespace -> a pid in it
     for pid in pids:

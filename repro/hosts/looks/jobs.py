@@ -35,7 +35,7 @@ class Member:
 
     @property
     def has_title(self) -> bool:
-        """Whether the process set its own title, which tells its role."""
+        """Whether the process set its own title, which shows its role."""
         return _TITLE.match(self.title) is not None
 
 
@@ -43,10 +43,10 @@ class Member:
 class Job:
     """Processes of this host that form one job.
 
-    name        what tells the job from others, in words
-    world_size  ranks on all hosts, None where no variable says so
-    local_size  ranks on this host, None likewise
-    launcher    pid of the parent that all of them share, 0 for none
+    name        what distinguishes the job from others, in words
+    world_size  number of ranks on all hosts; None if no variable says it
+    local_size  number of ranks on this host; None if no variable says it
+    launcher    pid of the parent that all processes share; 0 if there is none
     """
 
     name: str
@@ -67,9 +67,9 @@ class Job:
         return replace(self, members=members, world_size=self.world_size or world_size)
 
     def missing_ranks(self, num_unreaped: int) -> list[int]:
-        """Return ranks of this host that certainly have no process; other hosts may run the rest of the job.
+        """Return ranks of this host that certainly have no process. Other hosts may run the rest of the job.
 
-        num_unreaped: children of the launcher that have ended and were not reaped
+        num_unreaped: number of the launcher's children that have ended and were not reaped
         """
         known = {member.rank for member in self.members if member.rank is not None}
         if self.world_size is None or len(known) < sum(member.role == "worker" for member in self.members):
@@ -111,12 +111,12 @@ def find_jobs(table: Mapping[int, Status]) -> list[Job]:
 
 
 def choose(jobs: Sequence[Job], table: Mapping[int, Status], pids: Sequence[int]) -> list[Job]:
-    """Return the jobs that contain these processes or run below them, and a job of the processes without one."""
+    """Return the jobs that contain these pids or run below them. Pids without a job form a job of their own."""
     wanted = set(pids)
     chosen = [job for job in jobs if wanted & {*_with_launchers(job, table), *_below(job, table)}]
     rest = wanted - {pid for job in chosen for pid in (*job.pids, *_below(job, table))}
     rest -= {above for job in chosen for pid in job.pids for above in _ancestors(pid, table)}
-    rest -= {above for pid in rest for above in _ancestors(pid, table)}  # a wrapper, such as a shell or srun
+    rest -= {above for pid in rest for above in _ancestors(pid, table)}  # leaves out wrappers, such as a shell or srun
     if not rest:
         return chosen
     candidates = {row.pid: row for row in _candidates(table)}
@@ -157,7 +157,7 @@ def _with_launchers(job: Job, table: Mapping[int, Status]) -> set[int]:
 
 
 def _candidates(table: Mapping[int, Status]) -> Iterator[_Candidate]:
-    """Return Python processes and those titled like a serving engine, without this process and its ancestors."""
+    """Yield Python processes and those titled like a serving engine, but not this process and its ancestors."""
     own = set()
     pid = os.getpid()
     while pid in table:
@@ -184,7 +184,7 @@ def _has_torch(pid: int) -> bool:
 
 
 def _topmost(rows: Mapping[int, _Candidate], table: Mapping[int, Status]) -> Iterator[_Candidate]:
-    """Return the rows without an ancestor among them: a rank's data loaders and compilers inherit its variables."""
+    """Yield the rows without an ancestor in `rows`: a rank's data loaders and compilers inherit its variables."""
     for row in rows.values():
         at = table.get(row.status.parent)
         while at is not None and at.pid not in rows:
@@ -244,7 +244,7 @@ def _top_server(pid: int, table: Mapping[int, Status]) -> int:
 def _by_parent(
     candidates: Mapping[int, _Candidate], table: Mapping[int, Status], taken: Collection[int]
 ) -> Iterator[Job]:
-    """Group children of one parent that loaded torch and are connected: mp.spawn, multiprocessing, os.fork."""
+    """Group connected children of one parent that loaded torch, as of mp.spawn, multiprocessing or os.fork."""
     families: dict[int, list[_Candidate]] = {}
     for row in candidates.values():
         if row.torch and row.status.parent not in taken:

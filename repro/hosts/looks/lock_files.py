@@ -1,6 +1,6 @@
 """Find the lock files that processes hold and wait for, from /proc/locks and the files that they have open.
 
-Nothing is opened, locked or leased: a lease would disturb the program that opens the file at that moment.
+This code opens, locks and leases no file. A lease would disturb a program that opens the file at that moment.
 """
 
 from __future__ import annotations
@@ -17,7 +17,10 @@ from repro.hosts.looks.proc import PROC, open_files, read_text
 
 @dataclass(frozen=True, slots=True)
 class TableEntry:
-    """A line of /proc/locks. `waits`: the process is blocked by the entry above. `pid` 0: of another pid namespace."""
+    """A line of /proc/locks.
+
+    `waits`: the process waits for the lock in the line above. `pid` 0: in another pid namespace.
+    """
 
     kind: str
     pid: int
@@ -30,11 +33,11 @@ class TableEntry:
 class LockFile:
     """A lock file at one moment.
 
-    kind     flock, fcntl (POSIX), lease, or baton: the file's existence is the lock, as torch's FileBaton
-    holders  pids; for a baton those that have the file open
-    waiters  pids that the system shows blocked; a program that polls is not among them
+    kind     flock, fcntl (POSIX), lease, or baton: the existence of the file is the lock, as with torch's FileBaton
+    holders  pids; for a baton, the processes that have the file open
+    waiters  pids that the system shows blocked; programs that poll are not among them
     hidden   number of Python processes whose open files this user may not read; one of them may hold the lock
-    age_s    seconds since the file was changed last, None where it cannot be read
+    age_s    seconds since the file was last changed; None if that cannot be read
     """
 
     path: str
@@ -68,7 +71,7 @@ def parse_table(text: str) -> list[TableEntry]:
 def look_at_locks(
     family: Collection[int], table: Iterable[int], named: Mapping[str, int], proc: Path = PROC
 ) -> list[LockFile]:
-    """The lock files of a job.
+    """Return the lock files of a job.
 
     family  pids of the job's processes and their descendants
     table   pids of all processes
@@ -113,7 +116,7 @@ def _open_inodes(pid: int, proc: Path) -> Iterator[tuple[int, str]]:
 
 
 def _path_of(entry: TableEntry, opened: Mapping[int, Mapping[int, str]]) -> str:
-    """Return the path of the file as this process has it open, or as any process of the job has it."""
+    """Return the file's path as this process has it open; otherwise as any process of the job has it open."""
     own = opened.get(entry.pid, {}).get(entry.inode)
     paths = [files[entry.inode] for files in opened.values() if entry.inode in files]
     return own or (paths[0] if paths else f"inode {entry.inode}")

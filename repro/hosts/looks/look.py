@@ -27,10 +27,10 @@ def host_name() -> str:
 def look_at(
     job: Job, number: int, stacks: Mapping[int, Threads], hidden: Sequence[str], *, numbered: bool
 ) -> dict[str, Any]:
-    """Return one look as a document in the form that `repro.ingest.host_look` reads.
+    """Return one look as JSON values, in the form that `repro.ingest.host_look` reads.
 
-    stacks  pid -> its threads at about this moment, where they could be taken
-    hidden  what this user was not allowed to see, a sentence each
+    stacks  pid -> its threads at about this moment, if they could be taken
+    hidden  what this user was not allowed to see, in sentences
     numbered  whether the ranks are only numbers in the order in which the processes started
     """
     table = read_all()
@@ -100,7 +100,7 @@ def _num_unreaped(job: Job, table: Mapping[int, Status]) -> int:
 
 
 def _shortened(command: str) -> str:
-    """Keep the beginning and the end of a command: a compiler's source file is often the last word."""
+    """Shorten a command in the middle. Its end stays, because the last word is often a compiler's source file."""
     half = MAX_COMMAND // 2
     return command if len(command) <= MAX_COMMAND else f"{command[:half]} … {command[-half:]}"
 

@@ -16,7 +16,7 @@ from repro.hosts.looks.proc import PROC, read_text, uptime_s
 KERNEL_LOG = Path("/dev/kmsg")
 MAX_LINES = 2000
 CLOCK_SLACK_S = 5.0
-"""How far a message of this moment may seem to lie ahead."""
+"""How many seconds a kernel message of this moment may seem to lie in the future."""
 
 _DEVICES = ("/dev/nvidia0", "/dev/kfd", "/dev/davinci0", "/dev/xpu0")
 _DEVICE_LINE = re.compile(r"NVRM: Xid|mlx5|bnxt|EEH|nvidia-nvswitch")
@@ -31,21 +31,21 @@ def has_devices() -> bool:
 
 
 class OtherClock(ValueError):
-    """The kernel log is stamped with another clock than this process reads."""
+    """The kernel log has times of another clock than the one that this process reads."""
 
 
 def kernel_lines(since_boot_s: float, names: Collection[str], log: Path = KERNEL_LOG) -> list[str]:
-    """Return device errors in the kernel log since that moment, and processes with these names that the kernel killed.
+    """Return device errors in the kernel log since a moment, and the processes with these names that the kernel killed.
 
-    Raises PermissionError if this user may not read it, and OtherClock in a time namespace, where nothing shows which
-    messages came before the job. A line begins with its time in UTC.
+    Raises PermissionError if this user may not read the log. Raises OtherClock in a time namespace, because nothing
+    shows there which messages came before the job. Each line begins with its time in UTC.
     """
     now_s = uptime_s()
     boot_s = time.time() - now_s
     lines = []
     for at_s, text in _messages(log):
         if at_s > now_s + CLOCK_SLACK_S:
-            raise OtherClock("it is stamped with the clock of another time namespace")
+            raise OtherClock("its times are of the clock of another time namespace")
         killed = _KILLED.search(text)
         if at_s >= since_boot_s and (_DEVICE_LINE.search(text) or (killed and killed[1] in names)):
             stamp = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(boot_s + at_s))
@@ -61,7 +61,7 @@ def _messages(log: Path) -> Iterator[tuple[float, str]]:
             try:
                 record = os.read(descriptor, 8192)
             except BrokenPipeError:
-                continue  # older messages were overwritten meanwhile
+                continue  # older messages were overwritten in the meantime
             except (BlockingIOError, OSError):
                 return
             head, _, text = record.decode(errors="replace").partition(";")
@@ -90,8 +90,10 @@ def memory_warnings(pids: Collection[int], proc: Path = PROC, root: Path = Path(
             with contextlib.suppress(OSError):
                 match = re.search(r"^oom_kill (\d+)", read_text(group / name), re.MULTILINE)
                 if match and match[1] != "0":
-                    warnings.append(f"the control group of process {pid} ran out of memory, and the kernel ended "
-                                    f"{match[1]} of its processes since it was made ({group / name})")  # fmt: skip
+                    warnings.append(
+                        f"the control group of process {pid} ran out of memory, and the kernel has ended {match[1]} of "
+                        f"the group's processes since the group was made ({group / name})"
+                    )
     return warnings
 
 
@@ -113,7 +115,7 @@ def versions(pid: int, proc: Path = PROC) -> dict[str, str]:
 
 
 def gpus() -> list[dict[str, Any]]:
-    """Return utilisation, memory and processes of each NVIDIA GPU from pynvml; [] without the package or a GPU."""
+    """Return utilisation, memory and processes of each NVIDIA GPU from pynvml; [] without pynvml or a GPU."""
     try:
         nvml = importlib.import_module("pynvml")
     except ImportError:

@@ -1,6 +1,6 @@
-"""Use what a job offers by itself: torch's worker server, the Flight Recorder's pipe, NCCL's RAS.
+"""Use the interfaces that a job offers: torch's worker server, the Flight Recorder's pipe, NCCL's RAS.
 
-Each of these is a door that the program opened for such questions; nothing is asked where there is none.
+The program opened each of these interfaces for questions from outside. If it opened none, nothing is sent.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ def ask_worker_server(member: Member, question: str) -> bytes:
 def request_dumps(members: Mapping[int, Member]) -> dict[int, Path]:
     """Make ranks dump their Flight Recorder through NCCL's pipe, if they opened one. members: rank -> process.
 
-    Returns rank -> the dump file, of those whose file changed within PATIENCE_S.
+    Returns rank -> its dump file, for ranks whose file changed within PATIENCE_S.
     """
     waiting = {}
     for rank, member in members.items():
@@ -90,7 +90,7 @@ def _dump_files(member: Member, rank: int) -> Iterator[Path]:
 
 
 def _write_to_pipe(path: str) -> bool:
-    """Write the byte that requests a dump. Return whether the pipe exists, has a reader, and accepted the byte."""
+    """Write the byte that requests a dump. Returns whether the pipe exists, has a reader, and accepted the byte."""
     try:
         descriptor = os.open(path, os.O_WRONLY | os.O_NONBLOCK | os.O_CLOEXEC)
     except OSError:
@@ -113,7 +113,7 @@ def _stamp(path: Path) -> int:
 
 
 def read_dump(path: Path) -> bytes:
-    """The bytes of a dump file. Raises OSError or ValueError."""
+    """Return the bytes of a dump file. Raises OSError or ValueError."""
     with open_regular(path, MAX_ANSWER_BYTES) as file:
         return file.read()
 

@@ -1,7 +1,7 @@
 """Parse what /proc reports about a process. The parsers take text, so that tests need no process.
 
-A file of /proc may vanish at any read, and belong to another user. Readers return None for a process that has ended,
-and raise PermissionError for what this user may not read.
+A file of /proc may vanish at any read, or belong to another user. Readers return None for a process that has ended, and
+raise PermissionError for a file that this user may not read.
 """
 
 from __future__ import annotations
@@ -18,15 +18,15 @@ CLOCK_TICKS = os.sysconf("SC_CLK_TCK")
 
 @dataclass(frozen=True, slots=True)
 class Status:
-    """One process at one moment, from /proc/PID/stat and status.
+    """One process at one moment, from /proc/PID/stat and /proc/PID/status.
 
     state           R runs, S sleeps, D waits for a device, T stopped, t stopped by a debugger, Z ended and not reaped
     cpu_s           processor seconds of all its threads
     children_cpu_s  processor seconds of its children that have ended
-    started_s       when it started, seconds since the boot of the host
-    switches        times that its first thread left a processor, by its own will or not
-    caught          numbers of the signals that it has handlers for
-    tracer          pid of the debugger that is attached, 0 for none
+    started_s       when it started, in seconds since the boot of the host
+    switches        how often its first thread left a processor, voluntarily or not
+    caught          numbers of the signals for which it has handlers
+    tracer          pid of the debugger that is attached; 0 if there is none
     """
 
     pid: int
@@ -50,7 +50,7 @@ def parse_status(stat: str, status: str) -> Status:
     name = stat[stat.index("(") + 1 : stat.rindex(")")]  # a process name may contain brackets and spaces
     fields = stat[stat.rindex(")") + 2 :].split()
     if len(fields) < 20:
-        raise ValueError(f"{len(fields)} fields after the name in a line of /proc/PID/stat; it has 50")
+        raise ValueError(f"a line of /proc/PID/stat has {len(fields)} fields after the process name instead of 50")
     lines = dict(line.split(":", 1) for line in status.splitlines() if ":" in line)
 
     def number(key: str, place: int = 0, base: int = 10) -> int:
@@ -91,7 +91,7 @@ def read_status(pid: int, proc: Path = PROC) -> Status | None:
 
 
 def first_thread_cpu_s(pid: int, proc: Path = PROC) -> float | None:
-    """CPU seconds of a process's first thread, which runs the program; None if the process has ended."""
+    """Return the CPU seconds of a process's first thread, which runs the program; None if the process has ended."""
     try:
         stat = read_text(proc / str(pid) / "task" / str(pid) / "stat")
         fields = stat[stat.rindex(")") + 2 :].split()
@@ -115,17 +115,17 @@ def read_words(pid: int, name: str, proc: Path = PROC) -> list[str]:
 
 
 def command_of(pid: int, proc: Path = PROC) -> str:
-    """The command line of a process, or the title that the process set."""
+    """Return the command line of a process, or the title that the process set."""
     return " ".join(read_words(pid, "cmdline", proc)).strip()
 
 
 def environment_of(pid: int, proc: Path = PROC) -> dict[str, str]:
-    """The environment with which a process started; variables that it set later are missing. Raises PermissionError."""
+    """Return the environment with which a process started. Later changes are not seen. Raises PermissionError."""
     return dict(word.split("=", 1) for word in read_words(pid, "environ", proc) if "=" in word)
 
 
 def open_files(pid: int, proc: Path = PROC) -> Iterator[tuple[int, str]]:
-    """Iterate over (descriptor, target of its link) of a process. Raises PermissionError."""
+    """Yield (descriptor, target of its link) for each open file of a process. Raises PermissionError."""
     folder = proc / str(pid) / "fd"
     try:
         names = os.listdir(folder)
@@ -139,7 +139,7 @@ def open_files(pid: int, proc: Path = PROC) -> Iterator[tuple[int, str]]:
 
 
 def kernel_place(pid: int, proc: Path = PROC) -> tuple[str, str]:
-    """Return where a process waits in the kernel: (function, system call number and arguments); "" for hidden parts."""
+    """Return where a process waits in the kernel: (function, system call and arguments); "" for a hidden part."""
     texts = []
     for name in ("wchan", "syscall"):
         try:
@@ -150,7 +150,7 @@ def kernel_place(pid: int, proc: Path = PROC) -> tuple[str, str]:
 
 
 def descendants(table: Mapping[int, Status], pid: int) -> list[Status]:
-    """The processes below one, parents first."""
+    """Return the descendants of a process, parents first."""
     children: dict[int, list[Status]] = {}
     for row in table.values():
         children.setdefault(row.parent, []).append(row)
@@ -161,5 +161,5 @@ def descendants(table: Mapping[int, Status], pid: int) -> list[Status]:
 
 
 def uptime_s(proc: Path = PROC) -> float:
-    """Seconds since the boot of the host."""
+    """Return the seconds since the boot of the host."""
     return float(read_text(proc / "uptime").split()[0])

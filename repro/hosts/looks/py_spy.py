@@ -1,6 +1,6 @@
 """Take the Python stacks of running processes with py-spy, without stopping them.
 
-py-spy reads the memory of the process. That needs the same user and the right to trace it.
+py-spy reads the memory of the process, so it must run as the same user and have the right to trace it.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from typing import Any
 PATIENCE_S = 4.0
 AT_ONCE = 4
 TRIES = 5
-"""A process that runs changes its frames while they are read, and the read then fails."""
+"""Number of attempts. A read fails if the process changes its frames at that moment."""
 _FINAL = ("rocess", "ermission", "no answer")
 """Words of failures that another try would meet again: no such process, no permission, no answer in PATIENCE_S."""
 

@@ -20,16 +20,16 @@ def why_hidden(pid: int, proc: Path = PROC) -> str:
         return ""
     if status.uid != os.geteuid():
         return (
-            f"process {pid} belongs to uid {status.uid}, and this is uid {os.geteuid()}: run collect as that user, as "
-            "root, or in a container with the capability SYS_PTRACE"
+            f"process {pid} belongs to uid {status.uid}, but collect runs as uid {os.geteuid()}: run collect as that "
+            "user, as root, or in a container with the capability SYS_PTRACE"
         )
     if scope >= 1:
         return (
-            f"kernel.yama.ptrace_scope is {scope}, which allows no look at processes that this one did not start: run "
-            "collect as root, or once: sysctl kernel.yama.ptrace_scope=0"
+            f"kernel.yama.ptrace_scope is {scope}, so collect may only look at processes that it started: run collect "
+            "as root, or once: sysctl kernel.yama.ptrace_scope=0"
         )
     return (
-        f"process {pid} does not let its user look into it (prctl PR_SET_DUMPABLE, or capabilities of its own): run "
+        f"process {pid} forbids its own user to inspect it (prctl PR_SET_DUMPABLE, or capabilities of its own): run "
         "collect as root, or in a container with the capability SYS_PTRACE"
     )
 

@@ -1,4 +1,7 @@
-"""Take stacks by a signal that the program handles. Only on request: the handler may do something else."""
+"""Take stacks by a signal that the program handles.
+
+This is done only on request, because the handler may do other things.
+"""
 
 from __future__ import annotations
 
@@ -14,9 +17,9 @@ MAX_BYTES = 4 << 20
 
 
 def stacks_by_signal(pids: Sequence[int], number: int) -> dict[int, bytes]:
-    """Send the signal to the processes that handle it, and return what faulthandler wrote.
+    """Send the signal to the processes that handle it. Returns pid -> the text that faulthandler wrote.
 
-    faulthandler writes to standard error. That is read where it is a regular file; pid -> the text.
+    faulthandler writes to standard error, which can be read only if it is a regular file.
     """
     before = {pid: (path, _size(path)) for pid in pids if (path := _error_file(pid, number)) is not None}
     for pid in before:
@@ -33,7 +36,7 @@ def stacks_by_signal(pids: Sequence[int], number: int) -> dict[int, bytes]:
 
 
 def _error_file(pid: int, number: int) -> Path | None:
-    """Return the file behind a process's standard error; None if it is no file, or the signal is not handled."""
+    """Return the file behind a process's standard error; None if it is not a file, or if the signal is not handled."""
     status = read_status(pid)
     path = PROC / str(pid) / "fd" / "2"
     try:

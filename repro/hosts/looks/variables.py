@@ -1,7 +1,7 @@
 """Use the local variables that py-spy prints, but keep only those that a diagnosis needs.
 
-Local variables hold prompts, samples and passwords. What is written to a file is the process group of a collective,
-the other end of a transfer, ranks, and paths of lock files.
+Local variables may hold prompts, samples and passwords. Only these are written to a file: the process group of a
+collective, the other end of a transfer, ranks, and paths of lock files.
 """
 
 from __future__ import annotations
@@ -33,11 +33,11 @@ def main_thread(threads: Threads, pid: int) -> Mapping[str, Any]:
 
 
 def ranks_by_variables(stacks: Mapping[int, Threads]) -> tuple[dict[int, int], int | None]:
-    """Return (pid -> rank, number of ranks) from variables of the main threads; {} unless all ranks differ."""
+    """Return (pid -> rank, number of ranks) from variables of the main threads; {} unless every rank is different."""
     ranks: dict[int, int] = {}
     sizes: set[int] = set()
     for pid, threads in stacks.items():
-        frames = list(reversed(_frames(main_thread(threads, pid))))  # outermost first
+        frames = list(reversed(_frames(main_thread(threads, pid))))  # the outermost frame first
         rank = next(_numbers(frames, RANKS), None)
         if rank is not None:
             ranks[pid] = rank
@@ -64,7 +64,7 @@ def may_move(threads: Threads, pid: int) -> bool:
 
 
 def lock_paths(threads: Threads, pid: int) -> Iterator[str]:
-    """Return lock files named by variables of the main thread: a path to one, or a build folder that contains one."""
+    """Yield lock files that variables of the main thread name, by path or by the build folder they are in."""
     for frame in _frames(main_thread(threads, pid)):
         for _, text in variables_of(frame):
             if match := _TEXT.match(text):
@@ -76,7 +76,7 @@ def lock_paths(threads: Threads, pid: int) -> Iterator[str]:
 
 
 def stripped(threads: Threads, pid: int, title: str) -> list[dict[str, Any]]:
-    """Return the threads as py-spy prints them, plus the process name; keep only the variables that are needed."""
+    """Return the threads as py-spy prints them, plus the process name. Variables that are not needed are removed."""
     return [
         {
             "pid": pid,
@@ -99,7 +99,7 @@ def _stripped_frame(frame: Mapping[str, Any]) -> dict[str, Any]:
 
 def _kept_variables(frame: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     for name, text in variables_of(frame):
-        if name in ("args", "kwargs"):  # other arguments may be private: only the group is kept
+        if name in ("args", "kwargs"):  # other arguments may be private, so only the group is kept
             match = _GROUP.search(text)
             absent = '{"group": None}' if name == "kwargs" and '"group"' in text else "{}" if name == "kwargs" else "()"
             yield name, f"({match[0]})" if match else absent

@@ -1,1 +1,1 @@
-"""Text files line by line: one file per program whose messages are known."""
+"""Read text files line by line. Each file in this folder reads the messages of one program."""

@@ -1,7 +1,7 @@
 """Read time-outs of DeepEP's kernels. A healthy run prints them too during shutdown.
 
-The ranks are those of one NVLink domain. In a barrier thread t polls peer t, and a value above 0 says that this
-peer has not come. The kernel then traps, so the ranks that waited report "unspecified launch failure".
+Their ranks count within one NVLink domain. In a barrier, thread t polls rank t, and a value above 0 means that rank t
+has not come. The kernel then traps, so the ranks that waited report "unspecified launch failure".
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ def read(line: Line, source: Source) -> Iterator[Observation]:
     if match := _BARRIER.search(line.text):
         late = int(match[3]) > 0
         words = f"DeepEP: rank {match[1]} of an NVLink domain ran into the time-out of a barrier"
-        words += f", peer {match[2]} had not come" if late else ""
+        words += f"; rank {match[2]} had not come" if late else ""
         yield Note("deepep", words, line.process, match[2] if late else "", line.at_s, source)
     elif (match := _OTHER.search(line.text)) and "timeout" in match[0].lower():
         yield Note("deepep", match[0].strip(), line.process, "", line.at_s, source)

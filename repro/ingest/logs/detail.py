@@ -1,4 +1,4 @@
-"""Read mismatches that TORCH_DISTRIBUTED_DEBUG=DETAIL detects before a collective, and its monitored_barrier."""
+"""Read mismatches that TORCH_DISTRIBUTED_DEBUG=DETAIL detects before a collective, and errors of monitored_barrier."""
 
 from __future__ import annotations
 
@@ -35,9 +35,7 @@ def read(line: Line, source: Source) -> Iterator[Observation]:
         words = f"monitored_barrier on rank {rank if rank is not None else 0} missed ranks {match[2]}"
         yield Note("barrier", words, Process(line.process.pid, rank=rank), match[2], line.at_s, source)
     elif match := _SENT_ON.search(text):
-        words = (
-            f"rank {match[1]} passed monitored_barrier and points to rank {match[2]}, whose log names who was missed"
-        )
+        words = f"rank {match[1]} passed monitored_barrier; the log of rank {match[2]} names the rank that did not come"
         yield Note("barrier", words, Process(line.process.pid, rank=int(match[1])), "", line.at_s, source)
 
 

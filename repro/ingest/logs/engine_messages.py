@@ -29,7 +29,10 @@ _COMPILED = re.compile(r"torch\.compile tak(?:es|ing) ([\d.]+) s|Compiling a gra
 
 
 class Engine:
-    """Reads an engine's lines in one file. A process's first line gives the rank for its later lines."""
+    """Reads the lines of a serving engine in one file.
+
+    The first line of a process gives the rank for its later lines.
+    """
 
     def __init__(self) -> None:
         self._named: set[tuple[int | None, int | None]] = set()
@@ -52,13 +55,15 @@ def _messages(line: Line, source: Source) -> Iterator[Observation]:
     elif match := _RPC.search(text):
         yield Failure(process, "timeout", f"vLLM gave up its wait for {match[1]}", at_s, source)
     elif "self.watchdog_timeout=" in text and (match := _WATCHDOG.search(text)):  # the search is slow on long words
-        soft = ", as a warning that ends nothing" if match[3] == "True" else ""
+        soft = ", as a warning that ends no process" if match[3] == "True" else ""
         yield Note("watchdog", f"SGLang's {match[1]} fired after {match[2]} s{soft}", process, match[2], at_s, source)
     elif match := _HANG.search(text):
         where = f" on rank {match[2]} in {match[3]}" if match[2] else f" after {match[1]} s"
         yield Note("watchdog", f"TensorRT-LLM's watchdog fired{where}", process, match[2] or "", at_s, source)
     elif _COMPILED.search(text):
-        yield Note("compiled", "a compile line, which the engine prints on one rank only", process, "", at_s, source)
+        yield Note(
+            "compiled", "a line about compilation, which the engine prints on one rank only", process, "", at_s, source
+        )
     if match := _NCCL_VERSION.search(text):
         yield Note("version", f"NCCL {match[1]}", process, match[1], at_s, source)
     if match := _ASSIGNED.search(text):

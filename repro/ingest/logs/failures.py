@@ -1,6 +1,6 @@
 """Read errors that end a process: out of memory, device errors, exceptions, kills. They are recognised by their text.
 
-Most errors of a hang are consequences: they follow the end of another rank.
+Most errors in a hang are consequences: another rank ended before.
 """
 
 from __future__ import annotations
@@ -71,6 +71,6 @@ def read(line: Line, source: Source) -> Iterator[Observation]:
 
 
 def _words(text: str) -> str:
-    """Return the last part of a line, which contains the error."""
+    """Return the last part of a line, which contains the error message."""
     match = _EXCEPTION.search(text)
     return f"{match[1]}: {match[2]}" if match else text.strip()

@@ -1,6 +1,6 @@
-"""Read gloo's errors. A closed connection means that the peer process ended; after a time-out it may still run.
+"""Read gloo's errors. A closed connection means that the peer process ended. After a time-out the peer may still run.
 
-Neither names a rank: the port in the address is an ephemeral one.
+These errors name no rank: the port in the address is ephemeral.
 """
 
 from __future__ import annotations
@@ -53,5 +53,5 @@ def read(line: Line, source: Source) -> Iterator[Observation]:
 
 
 def _first_sentence(text: str) -> str:
-    """Return an error text without the advice that newer versions append."""
+    """Return an error text without the advice that newer versions of torch append."""
     return text.split(". This is typically")[0].rstrip("'\", ")[:160]

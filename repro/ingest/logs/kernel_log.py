@@ -1,6 +1,7 @@
 """Read the kernel log: device errors (Xid) and the out-of-memory killer. These lines name no rank.
 
-`repro.ingest.join` finds the rank: a GPU's PCI address and a process id stand beside ranks in NCCL's and engines' logs.
+`repro.ingest.join` finds the rank, because the logs of NCCL and of engines name the GPU's PCI address or the process id
+together with the rank.
 """
 
 from __future__ import annotations

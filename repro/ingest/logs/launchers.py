@@ -1,6 +1,7 @@
 """Read what launchers print when a job ends: torchrun's summary, MPI, Ray. Each reports the first exit that it saw.
 
-In a hang the first exit is that of the first watchdog, so it is no cause. A SIGKILL is news: no watchdog sends it.
+In a hang a watchdog ends the first process, so the first exit is not the cause. A SIGKILL is different: no watchdog
+sends this signal.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ _REPEATED = re.compile(r"\[repeated (\d{1,12})x across cluster\]")
 
 
 class Launchers:
-    """Reads torchrun's report of a failure, which puts rank, exit code and process on separate lines."""
+    """Reads torchrun's report of a failure, which has rank, exit code and process on separate lines."""
 
     def __init__(self) -> None:
         self._rank: int | None = None
@@ -46,7 +47,7 @@ class Launchers:
         elif match := _AGENT.search(text):
             yield from _ended(Process(int(match[3])), int(match[1]), line, source)
         elif match := _RAY.search(text):
-            words = "Ray saw its connection end, for one of three reasons that the text names"
+            words = "Ray saw the connection of a worker end, for one of three reasons that its message names"
             yield Failure(Process(int(match[1])), "ended", words, line.at_s, source)
         elif match := _MPI.search(text):
             rank = f" on rank {match[1]}" if match[1] else ""
@@ -62,6 +63,6 @@ class Launchers:
 
 def _ended(process: Process, code: int, line: Line, source: Source) -> Iterator[Observation]:
     if code == -9:
-        yield Failure(process, "killed", "torchrun saw it end by SIGKILL", line.at_s, source)
+        yield Failure(process, "killed", "torchrun saw the process end by SIGKILL", line.at_s, source)
     elif code in (-11, -7, -4):
-        yield Failure(process, "exception", f"torchrun saw it end by signal {-code}", line.at_s, source)
+        yield Failure(process, "exception", f"torchrun saw the process end by signal {-code}", line.at_s, source)

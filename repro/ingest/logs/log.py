@@ -1,4 +1,4 @@
-"""Read a text file in one pass, whatever its size: the messages in its lines, and the stacks between them."""
+"""Read a text file of any size in one pass: the messages in its lines, and the stacks between them."""
 
 from __future__ import annotations
 
@@ -17,11 +17,14 @@ BLOCK = 1 << 18
 MAX_LINE = 4096
 MAX_WRITERS = 4096
 KEPT_RECORDS = 20_000
-"""Number of records kept from the beginning and from the end of a file: a hang begins early, and shows late."""
+"""Number of records kept from the beginning and from the end of a file. A hang begins early in a log and shows late."""
 
 
 class _Readers:
-    """The readers of one file's lines. The first reader that understands a line gets it; the engines' also does."""
+    """The readers of one file's lines.
+
+    A line goes to the first reader that understands it. The reader of serving engines gets every line.
+    """
 
     def __init__(self) -> None:
         self._of_a_program = [(row.needles, row.reader()) for row in LINES]
@@ -50,7 +53,7 @@ def read(file: BinaryIO, name: str) -> Iterator[Observation]:
 
 
 class _Log:
-    """Reads one text file block by block. A block without any known message is only searched for line ends."""
+    """Reads one text file block by block. In a block without any known message, only the line ends are searched."""
 
     def __init__(self, name: str) -> None:
         self._name = name
@@ -64,7 +67,7 @@ class _Log:
         self._last: deque[Observation] = deque(maxlen=KEPT_RECORDS)
 
     def read(self, block: bytes) -> None:
-        """Read one block. It ends at the end of a line or of the file, or inside an overlong line."""
+        """Read one block. A block ends at the end of a line or of the file, or inside an overlong line."""
         present = [mark for mark, data in self._marks if data in block]
         if not present and not self._stacks.open and self._number > 3 and b"pid=" not in block:
             self._number += block.count(b"\n")
@@ -81,14 +84,14 @@ class _Log:
             if known or self._stacks.open or self._number <= 3:
                 self._keep(self._stacks.read(self._number, cut))
         if lines[-1] and len(block) >= BLOCK:
-            self._number -= 1  # the rest of the line starts the next block
+            self._number -= 1  # the rest of this line comes with the next block
 
     def finish(self) -> Iterator[Observation]:
         self._keep(self._stacks.finish())
         return chain(self._first, self._last, self._readers.finish())
 
     def _is_new_writer(self, line: str) -> bool:
-        """Whether a line starts with a process that has not written before: "(Worker_TP1 pid=42) "."""
+        """Whether a line starts with the name of a process that has not written before: "(Worker_TP1 pid=42) "."""
         if line[:1] not in "(\x1b[" or "pid=" not in line[:200]:
             return False
         writer = line[: line.find(")")][:200]

@@ -1,7 +1,7 @@
-"""Read NCCL_DEBUG=INFO logs: which process joined which communicator, what it launched there, and who left.
+"""Read NCCL_DEBUG=INFO logs: which process joined which communicator, what it launched there, and which process left.
 
-A communicator is a pointer, which is another one in each process; `ncclCommInitRank` lines give its rank. COLL lines
-(NCCL_DEBUG_SUBSYS=COLL) say what the host launched. Nothing in such a log says that an operation is complete.
+A log names a communicator by its pointer, which differs between processes. `ncclCommInitRank` lines give the rank in
+it. COLL lines (NCCL_DEBUG_SUBSYS=COLL) say what the host launched. No line says that an operation is complete.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ _TYPES = (
 
 @dataclass(slots=True)
 class _Communicator:
-    """One communicator in one process, as known from the lines so far."""
+    """One communicator in one process, as the lines so far describe it."""
 
     process: Process
     host: str
@@ -55,7 +55,7 @@ class _Communicator:
 
 
 class NcclLog:
-    """Reads the NCCL lines of one file; several processes may write to it."""
+    """Reads the NCCL lines of one file, to which several processes may write."""
 
     def __init__(self) -> None:
         self._communicators: dict[tuple[str, int | None, str], _Communicator] = {}
@@ -72,12 +72,10 @@ class NcclLog:
             self._launched(match, process, host, line, source)
         elif match := _LEFT.search(text):
             yield Left(process, None, f"NCCL: connection closed by local rank {match[1]}", line.at_s, source)
-            words = "NCCL's service thread saw it close its connection"
+            words = "NCCL's service thread saw that this rank closed its connection"
             yield Note("local rank", words, process, match[1], line.at_s, source)
         elif match := _SIZES.search(text):
-            words = (
-                f"NCCL received {match[2]} bytes where it expected {match[1]}: two ranks paired different collectives"
-            )
+            words = f"NCCL received {match[2]} bytes but expected {match[1]}: two ranks paired different collectives"
             yield Note("sizes", words, process, f"{match[1]} {match[2]}", line.at_s, source)
         elif match := _NETWORK.search(text):
             yield Note("network", f"NCCL: {match[0]}", process, "", line.at_s, source)
@@ -96,7 +94,7 @@ class NcclLog:
 
     def _joined(self, match: re.Match[str], process: Process, host: str, source: Source) -> Iterator[Observation]:
         pointer, rank, size, bus, name = match[1], int(match[2]), int(match[3]), match[4], match[5]
-        # older lines have no id: the k-th communicator of one size is assumed to be the same in every process
+        # Older lines have no id. The k-th communicator of one size is assumed to be the same in every process.
         if not name:
             place = self._inits[host, process.pid, size] = self._inits.get((host, process.pid, size), 0) + 1
             name = f"communicator {place} of {size} ranks"
@@ -106,7 +104,7 @@ class NcclLog:
         yield Note("world", f"a communicator of {size} ranks", process, str(size), None, source)
 
     def _launched(self, match: re.Match[str], process: Process, host: str, line: Line, source: Source) -> None:
-        """Count the launches. `opCount` is hexadecimal, and is always 0 on a single node since NCCL 2.27."""
+        """Count the launches. The `opCount` of a line is hexadecimal, and always 0 on a single node since NCCL 2.27."""
         key = (host, process.pid, match[6])
         row = self._communicators.get(key)
         if row is None:

@@ -1,7 +1,7 @@
-"""Read the start of a log line: who wrote it and when, as torch, vLLM, SGLang, Ray, NCCL and Kubernetes print it.
+"""Read the start of a log line: who wrote the line and when, as torch, vLLM, SGLang, Ray, NCCL and Kubernetes print it.
 
-A line may carry several prefixes, one inside the other ("(RayWorkerWrapper pid=4108, ip=10.0.0.42) [rank8]:[W808
-14:02:18…"). Times become seconds since the start of the year; most styles print no year and no zone.
+A line may have several prefixes, one after the other ("(RayWorkerWrapper pid=4108, ip=10.0.0.42) [rank8]:[W808
+14:02:18…"). Times become seconds since the start of the year, because most styles print no year and no time zone.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ _MONTHS = {
 }
 
 _CLOCK = r"(\d{2}):(\d{2}):(\d{2})(?:[.,](\d{1,12}))?"
-_GLOG = re.compile(rf"\[?([IWEF])(1[0-2]|0?[1-9])(\d{{2}}) {_CLOCK} ")  # the month is not padded, the day is
+_GLOG = re.compile(rf"\[?([IWEF])(1[0-2]|0?[1-9])(\d{{2}}) {_CLOCK} ")  # the month has no leading zero, the day has
 _ISO = re.compile(rf"(?:\d{{4}})-(\d{{2}})-(\d{{2}})[T ]{_CLOCK}")
 _VLLM = re.compile(rf"\b(?:DEBUG|INFO|WARNING|ERROR|CRITICAL) (\d{{2}})-(\d{{2}}) {_CLOCK} ")
 _TRT = re.compile(rf"\[(\d{{2}})/(\d{{2}})/\d{{4}}-{_CLOCK}\]")
@@ -42,7 +42,7 @@ _WRITER = re.compile(f"{_ONE_WRITER}{{1,6}}")
 
 @dataclass(frozen=True, slots=True)
 class Line:
-    """A log line: `text` without colours, its writer, and its time (None without a time stamp)."""
+    """A log line: `text` without colour codes, the process that wrote it, and its time (None without a time stamp)."""
 
     number: int
     text: str
@@ -58,14 +58,17 @@ def parse(number: int, raw: str, owner: Process) -> Line:
 
 
 def split_writer(raw: str) -> tuple[str, str]:
-    """Split off the part that names the writer: (line without colours and writer, writer), as in "[rank3]: File …"."""
+    """Split a line into (line without colour codes and writer, writer).
+
+    A writer is a prefix as in "[rank3]: File …".
+    """
     text = _ANSI.sub("", raw) if "\x1b" in raw else raw
     match = _WRITER.match(text)
     return (text[match.end() :], match[0]) if match else (text, "")
 
 
 def writer_of(head: str, owner: Process) -> Process:
-    """Return the writer that the start of a line names, else `owner`."""
+    """Return the process that the start of a line names; `owner` if it names none."""
     rank: int | None = None
     title, pid = "", None
     if match := _RANK.match(head) or _RANK_ANYWHERE.search(head):

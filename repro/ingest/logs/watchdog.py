@@ -1,7 +1,7 @@
 """Read lines of torch's NCCL watchdog (torch 1.12 to 2.13) and of backends that copied it (HCCL, MCCL, CNCL, XCCL).
 
-`[Rank R]` and `Rank R` inside `[PG …]` are ranks of that group; only the prefix `[rankR]:` is global. A time-out and
-the counters of its group stand in two lines: the number of the operation joins them.
+`[Rank R]` and `Rank R` inside `[PG …]` are group ranks. Only the prefix `[rankR]:` is a global rank. A time-out and the
+counters of its group are on two lines, which have the number of the operation in common.
 """
 
 from __future__ import annotations
@@ -60,9 +60,16 @@ class Watchdog:
             words = "the thread of the NCCL watchdog itself is blocked (a CUDA call, or Python's lock)"
             yield Note("stuck", words, line.process, "", line.at_s, source)
         elif "First PG on this rank to signal dumping" in text:
-            yield Note("watchdog", "its own watchdog fired first", line.process, "own", line.at_s, source)
+            yield Note("watchdog", "the rank's own watchdog fired first", line.process, "own", line.at_s, source)
         elif "dump signal from another rank" in text:
-            yield Note("watchdog", "another rank's watchdog asked it to dump", line.process, "other", line.at_s, source)
+            yield Note(
+                "watchdog",
+                "the watchdog of another rank asked this rank to dump",
+                line.process,
+                "other",
+                line.at_s,
+                source,
+            )
 
     def finish(self) -> Iterator[Observation]:
         """Return the time-outs for which no later line named a group."""
@@ -102,13 +109,16 @@ class Watchdog:
 
 
 def _work(number: str) -> int | None:
-    """Parse a counter. Without a value yet, torch 2.3 prints garbage and later versions print -1."""
+    """Parse a counter. If it has no value yet, torch 2.3 prints garbage and later versions print -1."""
     value = int(number)
     return value if 0 <= value < _GARBAGE else None
 
 
 def _dump_signal(match: re.Match[str], line: Line, source: Source) -> Iterator[Observation]:
-    """Read the dump signal. Only process group 0 prints it, with counters of the default group, whichever one hangs."""
+    """Read the dump signal.
+
+    Only process group 0 prints it, with the counters of the default group, whichever group hangs.
+    """
     origin = match[1] or "own"
     who = "its own watchdog" if origin == "own" else f"rank {origin}"
     yield Note("watchdog", f"asked to dump by {who}", line.process, origin, line.at_s, source)

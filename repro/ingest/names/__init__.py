@@ -1,1 +1,1 @@
-"""Names that tools give to operations and processes, and the canonical name or the rank of each."""
+"""Names that tools give to operations and processes, and the one name or rank that each stands for."""

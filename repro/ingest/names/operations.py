@@ -1,4 +1,4 @@
-"""Map the different names that tools use for one operation to its canonical name."""
+"""Map the different names that tools use for one operation to one name."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ OPERATIONS = {
 
 @lru_cache(maxsize=4096)
 def operation(name: str) -> str:
-    """The canonical name of an operation, whatever the tool calls it ("nccl:_all_gather_base", "ALLGATHER", …)."""
+    """Return torch.distributed's name of an operation, from that of any tool ("nccl:_all_gather_base", "ALLGATHER")."""
     bare = name.rpartition(":")[2].strip()
     lowered = bare.lower()
     known = OPERATIONS.get(lowered)

@@ -15,15 +15,15 @@ _WORKER_NUMBER = re.compile(r"(?:VllmWorker|Worker)[- ](?:rank=)?(\d{1,12})\b")
 _RANK_PREFIX = re.compile(r"\[rank(\d{1,12})\]")
 _SGLANG_PARTS = re.compile(r"(?:^|[ _])((?:(?:DP|PP|TP|EP)\d+[ _]?)+)(?=[\]\s:]|$)")
 _STACK_DUMP = re.compile(r"VLLM_STACK_DUMP_for_(engine|worker)\w*?_(\d{1,9})\.")
-"""vLLM's watchdog: part, number in its engine, process id."""
+"""The name of a stack dump by vLLM's watchdog: part of the server, number in its engine, process id."""
 
 _FILE_RANK = re.compile(r"rank[-_]?(\d{1,12})(?=[-_.]|$)")
 
 
 def process_of(*, title: str = "", file: str = "", pid: int | None = None, line: str = "") -> Process:
-    """Return the process that a title, a line's prefix or a file's name describes, as far as it is known.
+    """Return the process that a title, a line's prefix or a file's name describes, as far as known.
 
-    A title is trusted more than a file's name, and a global rank ("[rank3]") more than a parallel one ("TP3").
+    A title is trusted more than a file's name. A global rank ("[rank3]") is trusted more than a parallel rank ("TP3").
     """
     role = role_of(title or line) or role_of(file.rpartition("/")[2])
     if (found := _STACK_DUMP.search(file)) and pid is None:
@@ -41,10 +41,10 @@ def process_of(*, title: str = "", file: str = "", pid: int | None = None, line:
 
 
 def member_of(writer: Process, title: str) -> Process:
-    """Return the process that another process mentions by title.
+    """Return the process that the title in another process's message names.
 
-    An engine of several numbers its workers from 0: "VllmWorker-0" of EngineCore_DP1 is no global rank, and becomes
-    "VllmWorker-0 of EngineCore_DP1". `repro.ingest.join` finds the rank.
+    Each of several engines numbers its workers from 0, so "VllmWorker-0" of EngineCore_DP1 is not a global rank. It
+    becomes "VllmWorker-0 of EngineCore_DP1", and `repro.ingest.join` finds the rank.
     """
     if writer.role == "engine" and writer.rank is not None and _WORKER_NUMBER.match(title):
         return Process(None, f"{title} of EngineCore_DP{writer.rank}", None, "worker")
@@ -52,10 +52,11 @@ def member_of(writer: Process, title: str) -> Process:
 
 
 def rank_in(text: str) -> int | None:
-    """Return the rank in a title or prefix. If there are several, the global one is EP, then DP alone, PP alone, TP.
+    """Return the rank in a title or prefix. The global rank is the EP rank if there is one, or a lone DP, PP or TP
+    rank.
 
     "Worker_DP7_EP7" -> 7, "Worker_TP3" -> 3, "Worker_DP0_TP2_EP2" -> 2, "EngineCore_DP3" -> 3.
-    A title that gives two parts of unknown sizes ("PP1_TP3") has no global rank: None.
+    A title with two parallel ranks ("PP1_TP3") gives no global rank, because the sizes are not known: None.
     """
     if found := _ENGINE.search(text):
         return int(found.group(1)) if found.group(1) else None

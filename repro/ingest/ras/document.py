@@ -57,7 +57,7 @@ def read(content: Any, file: str) -> Iterator[Observation]:
 
 
 def _status(ranks: Iterable[dict[str, Any]]) -> str:
-    """Return the status of a communicator, from its ranks' flags, in the words of the text format."""
+    """Return the status of a communicator from the flags of its ranks, in the words of RAS's text format."""
     found = {"RUNNING"}
     for rank in ranks:
         status = rank.get("status")

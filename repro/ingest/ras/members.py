@@ -8,7 +8,7 @@ from repro.trace.foreign.records import Member, RasCommunicator
 
 
 def of_the_world(members: Iterable[Member], communicators: Sequence[RasCommunicator]) -> list[Member]:
-    """Return the members of the one communicator larger than all others: its rank numbers are global ranks."""
+    """Return the members of the one communicator that is larger than all others. Their ranks in it are global ranks."""
     sizes = sorted((row.size for row in communicators), reverse=True)
     if not sizes or sizes[1:2] == sizes[:1]:
         return []

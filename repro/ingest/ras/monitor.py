@@ -1,4 +1,4 @@
-"""Read RAS's monitor mode (NCCL 2.29 and later): a peer that is gone or does not answer."""
+"""Read RAS's monitor mode (NCCL 2.29 and later): a peer that has ended or does not answer."""
 
 from __future__ import annotations
 

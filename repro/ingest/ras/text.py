@@ -1,8 +1,8 @@
 """Read text answers of NCCL's RAS (NCCL 2.24 and later) into `RasAnswer`.
 
-Counts are launches by the host: OK says nothing of what the devices completed. The text lists the smaller set of
-ranks one by one, ahead or behind: to be listed is no finding. It holds no time. No answer at all is a finding too: the
-thread that answers is starved or gone.
+Counts are launches by the host: OK does not say what the devices completed. The text lists the smaller set of ranks,
+ahead or behind, so a listed rank may be right. The text has no time. No answer at all is also evidence: the thread that
+answers gets no processor, or its process has ended.
 """
 
 from __future__ import annotations
@@ -54,14 +54,15 @@ def looks_like(head: str) -> bool:
 
 
 def no_answer(file: str, text: str) -> Note | None:
-    """Make a note for a RAS file without an answer: it is empty, or has an error of the client."""
+    """Make a note for a RAS file without an answer: an empty file, or a file with an error of the RAS client."""
     if not re.search(r"ras(?![a-z])", file.rpartition("/")[2].lower()) or len(text) > 4096:
         return None
     why = next((line.strip() for line in text.splitlines() if _NO_ANSWER.search(line)), "")
     if text.strip() and not why:
         return None
     words = (
-        f"NCCL's RAS gave no answer ({why[:120] or 'empty'}): its thread has no processor time, or the process is gone"
+        f"NCCL's RAS gave no answer ({why[:120] or 'empty'}): its thread got no processor time, or the process has "
+        "ended"
     )
     return Note("ras", words, source=Source(file, "line 1"))
 
@@ -99,7 +100,10 @@ def read(lines: Iterable[str], file: str) -> Iterator[Observation]:
                 process, row = Process(int(owner[1])), current.row
                 members.append(Member(process, owner[2], row.name, "", int(one[1]), row.size, "", source))
     if timeouts:
-        words = f"NCCL's RAS ran into {timeouts} time-outs while it collected: what is missing is no absence"
+        words = (
+            f"NCCL's RAS ran into {timeouts} time-outs while it collected, so ranks that are missing in its answer may "
+            "be alive"
+        )
         yield Note("ras", words, Process(), str(timeouts), None, Source(file))
     listed = {int(name[1:].split("-")[0]) for name in named}
     whole = [row for index, row in enumerate(rows) if index not in listed]

@@ -22,7 +22,10 @@ MAX_FRAMES, MAX_TENSORS, MAX_DIMENSIONS = 24, 64, 16
 MAX_NS = 1 << 62
 MAX_TEXT, MAX_GROUPS = 200, 10_000
 EVENT_BACKENDS = ("nccl", "xccl", "hccl", "mccl", "cncl", "eccl", "rccl")
-"""Backends that see an operation complete: one that is retired and not completed ran into its time-out."""
+"""Backends that see when an operation completes.
+
+Their entries that are retired but not completed ran into a time-out.
+"""
 
 _TRANSFER = re.compile(r"(send|recv) (\d{1,7})(?:->|<-)(\d{1,7})")
 
@@ -48,7 +51,7 @@ def _shown_by(entry: Mapping[str, Any]) -> Knows:
 
 @dataclass(slots=True)
 class Rows:
-    """The entries of one group, their positions in the dump, and a 1 for each operation that is over."""
+    """The entries of one group, their positions in the dump, and for each a 1 if the operation is over."""
 
     index: int
     backend: str
@@ -58,7 +61,7 @@ class Rows:
 
 
 def by_group(entries: Sequence[Mapping[str, Any]]) -> tuple[dict[tuple[str, str, str], Rows], array[int]]:
-    """Sort the entries by group. The array gives the index of each entry's group."""
+    """Sort the entries by group. Returns the groups' rows, and for each entry of the dump the index of its group."""
     rows: dict[tuple[str, str, str], Rows] = {}
     quick: dict[Any, Rows] = {}
     order = array("H")
@@ -67,10 +70,10 @@ def by_group(entries: Sequence[Mapping[str, Any]]) -> tuple[dict[tuple[str, str,
         pair = get("process_group")
         try:
             row = quick[get("pg_id"), pair]
-        except (KeyError, TypeError):  # the first entry of a group, or a list, which JSON uses instead of a tuple
+        except (KeyError, TypeError):  # the first entry of a group, or a list: JSON has lists where a pickle has tuples
             key = _group_key(entry)
             if key not in rows and len(rows) == MAX_GROUPS:
-                raise ValueError(f"more than {MAX_GROUPS} process groups") from None
+                raise ValueError(f"more than {MAX_GROUPS} process groups, as in no job: the file is damaged") from None
             row = rows.setdefault(key, Rows(len(rows), backend_of(entry)))
             if isinstance(pair, tuple) and all(isinstance(word, int | str) for word in (get("pg_id"), *pair)):
                 quick[get("pg_id"), pair] = row
@@ -91,30 +94,31 @@ def _group_key(entry: Mapping[str, Any]) -> tuple[str, str, str]:
 
 
 def short_text(value: Any) -> str:
-    """Return a name or number, shortened; "" for any other type, whose text could be arbitrarily long."""
+    """Return a name or number as text, shortened; "" for any other type, because its text could be arbitrarily long."""
     if isinstance(value, str):
         return value[:MAX_TEXT]
     return str(value) if isinstance(value, int) and -MAX_NS < value < MAX_NS else ""
 
 
 def backend_of(entry: Mapping[str, Any]) -> str:
-    """Return "nccl" of "nccl:all_reduce". TorchComms puts the group's description there instead."""
+    """Return the backend in an entry's name: "nccl" of "nccl:all_reduce". TorchComms has a description there."""
     return short_text(entry.get("profiling_name")).rpartition(":")[0]
 
 
 def _is_retired(entry: Mapping[str, Any], backend: str) -> bool:
-    """Whether an entry is over although it is not marked as completed."""
+    """Whether an operation is over although its entry is not marked as completed."""
     retired = bool(entry.get("retired"))
     if retired and backend in EVENT_BACKENDS and not entry.get("time_discovered_completed_ns"):
-        # the time-out removed it from the list of pending operations
+        # A time-out removed the operation from the list of pending ones.
         return entry.get("state") not in ("scheduled", "started")
     return retired
 
 
 def complete_the_earlier(rows: Rows) -> None:
-    """Mark entries as over if a later collective of the group is completed: a group completes in order.
+    """Mark operations as over if a later collective of the group has completed, because a group completes in order.
 
-    Members of a coalesced operation have no events of their own. They come before it and share its number.
+    The parts of a coalesced operation have no events of their own. They precede the entry of the whole operation and
+    share its number.
     """
     if rows.backend == "gloo" or 0 not in rows.over:
         return
@@ -160,7 +164,7 @@ class Columns:
                 get("input_dtypes"), get("output_dtypes"),
             )  # fmt: skip
             frames = get("frames")
-            try:  # the output of `marshal` is no larger than its input, so a hostile file cannot make a key large
+            try:  # the output of `marshal` is no larger than its input, so a hostile file cannot make a large key
                 key = dumps(content), tuple(map(id, frames[:MAX_FRAMES])) if frames else ()
             except (TypeError, ValueError):
                 key = None
@@ -179,7 +183,7 @@ class Columns:
         return Calls(tuple(forms.forms), form, seqs, bytes(rows.over), times_s, rows.numbers, self._file)
 
     def _frames_of(self, value: Any) -> tuple[str, ...]:
-        """Return the innermost frames. torch stores a shared frame once, so its identity is the cache key."""
+        """Return an entry's innermost frames, cached by the identity of their list: torch shares equal stacks."""
         if not isinstance(value, (list, tuple)) or not value:
             return ()
         key = tuple(map(id, value[:MAX_FRAMES]))
@@ -204,7 +208,7 @@ class _Forms:
         self._numbers: dict[Form, int] = {}
 
     def index_of(self, name: Any, ins: Any, outs: Any, in_types: Any, out_types: Any, frames: Any) -> int:
-        """Return the number of the form; a new form is added."""
+        """Return the number of a form. A new form gets the next number."""
         text = short_text(name)
         op, peer = operation(text), None
         if " " in text and (transfer := _TRANSFER.search(text)):

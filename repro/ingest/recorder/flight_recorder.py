@@ -1,16 +1,17 @@
-"""Read PyTorch Flight Recorder dumps (pickle or JSON, versions 2.0 to 2.10, and the 2023 list) to `RecorderDump`.
+"""Read PyTorch Flight Recorder dumps (pickle or JSON, versions 2.0 to 2.10, and the list of 2023) into `RecorderDump`.
 
 Source of the format: torch/csrc/distributed/c10d/FlightRecorder.hpp and its pickler, torch 2.2 to 2.13.
 
-What a reader must know, and what this one does about it:
+What a reader must know, and what this reader does:
 
-- Nothing in a dump says whose it is: the rank is the last number in the file's name.
-- On gloo `state` stays "scheduled" for ever; only `retired` shows an end. So it is in TorchComms' dumps. On NCCL an
-  operation that is retired but not completed ran into its time-out, and one that is followed by a completed one of its
-  group is over whatever its state says. Operations inside a coalesced group have no events of their own.
-- `pg_config` is keyed by a group's name, `pg_status` by its id: the entries join the two. In gloo dumps `pg_config`
-  is empty.
-- The names of transfers ("recv 1<-0") count ranks of the group.
+- A dump does not name its rank: the rank is the last number in the file's name.
+- On gloo and in TorchComms' dumps `state` stays "scheduled" for ever, and only `retired` shows that an operation is
+  over. On NCCL an operation that is retired but not completed ran into its time-out. If a later operation of its group
+  has completed, an operation is over whatever its state says. Operations inside a coalesced group have no events of
+  their own.
+- `pg_config` is keyed by a group's name, and `pg_status` by the group's id. The entries have both. In gloo dumps
+  `pg_config` is empty.
+- The names of transfers ("recv 1<-0") have group ranks.
 """
 
 from __future__ import annotations
@@ -41,7 +42,7 @@ _LAST_NUMBER = re.compile(r"(\d{1,7})\D*$")
 
 
 class NotARecorderDump(ValueError):
-    """The bytes are not a recorder dump; another reader may understand them."""
+    """The bytes are not a recorder dump. Another reader may understand them."""
 
 
 def looks_like(head: bytes) -> bool:
@@ -64,18 +65,20 @@ def rank_of(name: str) -> int | None:
 
 
 def read(data: bytes, file: str, rank: int | None = None) -> RecorderDump:
-    """Read one dump. Raises NotARecorderDump for other files, DamagedFile ("file:offset: what") for a damaged one."""
+    """Read one dump. Raises NotARecorderDump, or DamagedFile ("file:offset: what") if the dump is damaged."""
     if data[:1] == b"\x80":
         content = pickles.load(data, file)
     else:
         content = parse_json(data, file)
-    if isinstance(content, list):  # a nightly of 2023 dumped the entries alone
+    if isinstance(content, list):  # a nightly build of 2023 dumped only the list of entries
         content = {"entries": content}
     if not isinstance(content, dict) or not {"entries", "pg_config", "pg_status"} & content.keys():
-        raise NotARecorderDump("neither entries nor groups are in it")
+        raise NotARecorderDump("the file contains neither entries nor groups")
     rank = rank_of(file) if rank is None else rank
     if rank is None:
-        raise DamagedFile(f"{file}:0: its name ends in no number, so the rank is not known: name it …_rank_N")
+        raise DamagedFile(
+            f"{file}:0: the file's name does not end in a number, so its rank is not known: rename it to …_rank_N"
+        )
     return _dump(content, file, rank)
 
 
@@ -95,7 +98,8 @@ def _dump(content: Mapping[str, Any], file: str, rank: int) -> RecorderDump:
         enqueued, _, completed = _counters(status.get(pg_id))
         records.append(GroupRecord(group, known.calls(row, group), enqueued, completed, pg_id))
     seen = {pg_id for pg_id, *_ in rows}
-    for pg_id, counters in status.items():  # groups whose entries were overwritten, or omitted because all are over
+    # groups whose entries were overwritten, or left out because all their operations are over
+    for pg_id, counters in status.items():
         if pg_id not in seen:
             enqueued, _, completed = _counters(counters)
             records.append(GroupRecord(Group(""), NO_CALLS, enqueued, completed, pg_id))
@@ -107,7 +111,7 @@ def _dump(content: Mapping[str, Any], file: str, rank: int) -> RecorderDump:
         tuple(_group(name, "", config) for name in list(config)[:MAX_GROUPS] if name),
         next((backend_of(entry) for entry in entries), ""),
         short_text(content.get("comm_lib_version") or content.get("nccl_version")),
-        first != 0,  # where entries have no numbers, older ones may have been overwritten
+        first != 0,  # if entries have no numbers, older entries may have been overwritten
         max((at for record in records for call in record.calls[-1:] if (at := call.at_s) is not None), default=None),
         Source(file),
         knowledge_of(entries),
@@ -143,7 +147,7 @@ def _counters(row: Any) -> tuple[int | None, int | None, int | None]:
 
 
 def _count(value: Any) -> int | None:
-    """Parse a counter: an int in pickles, a string in JSON; without a value it is -1 or 0xff…."""
+    """Parse a counter: an int in pickles, a string in JSON. Without a value it is -1 or 0xff…."""
     try:
         number = int(value)
     except (TypeError, ValueError, OverflowError):

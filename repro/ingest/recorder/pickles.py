@@ -13,7 +13,7 @@ from typing import Any, NoReturn
 from hybrid_moe_ref.files import DamagedFile
 
 ROOM_BYTES = 256 << 20
-"""Memory that a pickle may take besides forty times its size. Nine bytes can ask for 64 GB (a memo of four billion)."""
+"""Memory that a pickle may take, besides forty times its size. A pickle of nine bytes can request 64 GB."""
 
 
 class UnsafePickle(DamagedFile):
@@ -22,10 +22,14 @@ class UnsafePickle(DamagedFile):
 
 class _DataOnly(pickle.Unpickler):
     def find_class(self, module_name: str, global_name: str, /) -> NoReturn:
-        raise _NamesCode(f"it names {module_name[:80]}.{global_name[:80]}, and a recorder dump holds plain data only")
+        raise _NamesCode(
+            f"the pickle names {module_name[:80]}.{global_name[:80]}, but a recorder dump contains plain data only"
+        )
 
     def persistent_load(self, pid: Any, /) -> NoReturn:
-        raise _NamesCode("it refers to an object outside of the file, and a recorder dump holds plain data only")
+        raise _NamesCode(
+            "the pickle refers to an object outside the file, but a recorder dump contains plain data only"
+        )
 
 
 class _NamesCode(Exception):
@@ -35,27 +39,27 @@ class _NamesCode(Exception):
 def load(data: bytes, where: str) -> Any:
     """Read a pickle of dicts, lists, tuples, strings and numbers.
 
-    where: the file, for error messages
+    where: the name of the file, for error messages
 
-    Raises UnsafePickle for a pickle that names code, DamagedFile for a damaged one or one that asks for much memory.
-    The text is "file:offset: what"; the damage stands at the offset or shortly after it.
+    Raises UnsafePickle for a pickle that names code, and DamagedFile for a damaged pickle or one that requests much
+    memory. The text is "file:offset: what". The damage is at the offset or shortly after it.
     """
     raw = io.BytesIO(data)
-    # a file that can peek: without peeking every operation is a call, which takes four times as long
+    # The file must be able to peek: without peeking every operation is a call, which takes four times as long.
     file = io.BufferedReader(raw, 1 << 16)
     kind, what = DamagedFile, ""
     try:
-        # The interpreter prints an error of its own when a bytearray of wrong size is freed.
+        # The interpreter prints an error itself when a bytearray of wrong size is freed.
         with _bounded_memory(ROOM_BYTES + 40 * len(data)), contextlib.redirect_stderr(io.StringIO()):
             return _DataOnly(file).load()
     except _NamesCode as error:
         kind, what = UnsafePickle, str(error)
     except RecursionError:
-        what = "it is nested too deeply"
+        what = "the pickle is nested too deeply"
     except MemoryError:
-        what = "it asks for more memory than a recorder dump needs"
+        what = "the pickle requests more memory than a recorder dump needs"
     except Exception as error:  # the pickle module raises many types of exceptions for damaged bytes
-        what = f"it is no readable pickle ({error})"
+        what = f"the pickle cannot be read ({error})"
     raise kind(f"{where}:{file.tell()}: {what}")
 
 

@@ -36,7 +36,7 @@ def _any_row() -> re.Pattern[str]:
 
 @lru_cache(maxsize=65_536)
 def _first_matches(frame: str) -> tuple[tuple[int, re.Match[str]], ...]:
-    """Return the rows whose first pattern matches a frame. Cached, because many ranks share most frames."""
+    """Return the table rows whose first pattern matches a frame. Cached, because many ranks share most frames."""
     if not _any_row().search(frame):
         return ()
     found = ((index, row.frames[0].search(frame)) for index, row in enumerate(_rows()))
@@ -75,7 +75,7 @@ def _best(frames: tuple[str, ...]) -> tuple[int, list[str]] | None:
 
 
 def _match_outwards(patterns: Sequence[re.Pattern[str]], frames: Sequence[str]) -> list[re.Match[str]] | None:
-    """Return the frames that match the patterns in this order; None if a pattern matches no frame."""
+    """Return, for each pattern in order, the frame further outwards that it matches; None if a pattern matches none."""
     rest = iter(frames)
     matches = []
     for pattern in patterns:

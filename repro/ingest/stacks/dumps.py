@@ -1,7 +1,7 @@
 """Read stacks as text or JSON (py-spy, pystack, faulthandler, gdb, and those in logs of vLLM and SGLang) into `Stack`.
 
-A stack shows a place, never a number: which group, which sequence number and which iteration a thread is in stands in
-no stack. "idle" and "active" as py-spy prints them say nothing of waiting: who waits for a compiler is idle too.
+A stack shows a place in the code. It shows no group, no sequence number and no iteration. The words "idle" and "active"
+of py-spy do not say whether a thread waits for other ranks: a thread that waits for a compiler is idle, too.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ _LOCK_FILE = re.compile(
 )
 MARKS = ("Thread ", "thread ", "Process ", "Pyspy dump")
 
-# For each tool: how a stack begins, whether the outermost frame comes first, whether the thread name is from Python.
+# For each tool: how a stack begins, whether the outermost frame comes first, whether Python gave the thread its name.
 _STARTS = (
     (re.compile(r'^Thread (?:0x)?[0-9a-fA-F]+ \((?:idle|active|active\+gil|idle\+gil)\)(?:: "(?P<name>.*)")?\s*$'),
      False, True),  # py-spy
@@ -50,12 +50,12 @@ _LIBRARY = re.compile(r" \((\S{1,300}\.so[\w.]*)\)$")
 _GDB_FRAME = re.compile(r"^#\d+\s+(?:0x[0-9a-f]+ in )?(\S.*?) \(")
 _GDB_PLACE = re.compile(r" (?:at|from) ([^\s()]+?)(?::\d+)?\s*$")
 MAX_FRAME = 600
-"""Longest line that can be a frame, in characters; no tool writes longer ones."""
+"""Longest line that can be a frame, in characters. No tool writes a longer frame."""
 
 
 @dataclass(slots=True)
 class _Open:
-    """A stack that is still being read."""
+    """A stack whose lines are still being read."""
 
     process: Process
     name: str
@@ -70,7 +70,7 @@ class _Open:
             frames = tuple(reversed(self.frames)) if self.outermost_first else tuple(self.frames)
             name = self.name
             if not self.named_by_python and _runs_the_program(frames):
-                name = "MainThread"  # the system shows the process title here, cut short
+                name = "MainThread"  # as a thread's name the system shows the process title, cut short
             yield _stack(self.process, frames, name, self.source, self.lock)
 
 
@@ -80,7 +80,7 @@ def looks_like_json(content: Any) -> bool:
 
 
 def read_json(content: Any, file: str) -> Iterator[Stack]:
-    """Read `py-spy dump --json`: a list of threads. The process title is there only with --subprocesses."""
+    """Read `py-spy dump --json`: a list of threads. It has the process title only if py-spy got --subprocesses."""
     for thread in content[:MAX_STACKS]:
         rows = thread.get("frames") if isinstance(thread, dict) else None
         if not isinstance(rows, list):
@@ -108,7 +108,7 @@ def _json_frame(frame: Mapping[str, Any]) -> str:
 
 
 def _json_lock(frames: Sequence[Mapping[str, Any]]) -> str:
-    """Return the path of a lock file among the local variables (--locals)."""
+    """Return the path of a lock file that a local variable names (py-spy --locals); "" if there is none."""
     for frame in frames:
         local_variables = frame.get("locals")
         for row in local_variables if isinstance(local_variables, list) else ():
@@ -122,7 +122,7 @@ def _json_lock(frames: Sequence[Mapping[str, Any]]) -> str:
 class Stacks:
     """Collects the stacks in the numbered lines of a text, and skips other lines.
 
-    A stack ends with an empty line, or with one that stands at the margin. `open`: the next line may belong to a stack.
+    A stack ends with an empty line, or with a line that is not indented. `open`: the next line may belong to a stack.
     """
 
     def __init__(self, file: str) -> None:
@@ -150,7 +150,7 @@ class Stacks:
         if start is not None:
             match, outermost_first, named_by_python = start
             owner = self._process
-            if owner.pid is None:  # no header names the process: use the writer of the line, then the file name
+            if owner.pid is None:  # no header names the process: use the writer of the line, else the file name
                 owner = writer_of(raw[:240], owner)
             name = "MainThread" if match.groupdict().get("number") == "1" else match["name"] or ""
             source = Source(self._file, f"line {number}")
@@ -175,9 +175,9 @@ def _start_of(line: str) -> tuple[re.Match[str], bool, bool] | None:
 
 
 def _frame(line: str, *, bare: bool) -> str:
-    """Return "function (file:line)" of a line in any of the formats; "" if the line is no frame.
+    """Return "function (file:line)" of a line in any of the formats; "" if the line is not a frame.
 
-    bare: the tool prints functions without a file too; in other formats such a line is one of the program
+    bare: this tool also prints functions without a file. In other formats, such a line is one of the program's own
     """
     line = line[:MAX_FRAME].rstrip()
     if match := _FAULT_FRAME.match(line):
@@ -195,7 +195,7 @@ def _frame(line: str, *, bare: bool) -> str:
 
 
 def _pyspy_frame(text: str, bare: bool) -> str:
-    """Parse a py-spy line "function (file:line)". Native function names, and file names, may contain brackets."""
+    """Parse a py-spy line "function (file:line)". Names of native functions and of files may contain brackets."""
     depth = 0
     for place in range(len(text) - 1, -1, -1) if text.endswith(")") else ():
         depth += {")": 1, "(": -1}.get(text[place], 0)
@@ -207,9 +207,10 @@ def _pyspy_frame(text: str, bare: bool) -> str:
 
 
 def _runs_the_program(frames: Sequence[str]) -> bool:
-    """Whether a stack is the program's first thread: it has Python frames, and does not begin with a thread start.
+    """Whether a stack is of the program's first thread: it has Python frames, and does not begin with the start of a
+    thread.
 
-    TensorRT-LLM's loop runs in a thread of its own.
+    TensorRT-LLM's main loop runs in a thread of its own.
     """
     if any("pyexecutor/py_executor.py" in frame and "_loop" in frame for frame in frames):
         return True

@@ -1,7 +1,7 @@
 """Find the process group of a collective, and the peer of a transfer, from the local variables of a stack.
 
-py-spy prints a process group as its address, which differs from process to process. The variable of the program that
-holds it is the same in all ranks that run the same program.
+py-spy prints a process group as its address, which differs between processes. But the program holds the group in a
+variable, whose name is the same on all ranks that run the same program.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ _PEERS = {"send": ("dst", "group_dst"), "isend": ("dst", "group_dst"), "recv": (
 
 
 def group_of(frames: Sequence[Mapping[str, Any]]) -> tuple[str, tuple[str, ...]]:
-    """Return (variable with the group of the outermost collective, other variables with other groups).
+    """Return the variable that holds the group of the outermost collective, and the variables that hold other groups.
 
-    ("default", …) where the program passed no group, ("", …) where that is not seen.
+    The first is "default" if the program passed no group, and "" if the variables do not show the group.
     """
     inner = [frame for frame in frames if _is_torch(frame)]
     program = [frame for frame in frames if not _is_torch(frame)]
@@ -50,7 +50,7 @@ def _address(frames: Sequence[Mapping[str, Any]]) -> str | None:
 
 
 def peer_of(frames: Sequence[Mapping[str, Any]]) -> int | None:
-    """Return the peer of a send or receive: a global rank, or a group rank if that is what the program passes."""
+    """Return the peer of a send or receive: a global rank, or a group rank if the program passes one."""
     for frame in frames:
         if _is_torch(frame) and (names := _PEERS.get(str(frame.get("name")))):
             variables = dict(variables_of(frame))
@@ -61,7 +61,7 @@ def peer_of(frames: Sequence[Mapping[str, Any]]) -> int | None:
 
 
 def variables_of(frame: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
-    """Return (name, text printed by py-spy) of each argument and local variable."""
+    """Return (name, value as py-spy prints it) of each argument and local variable."""
     rows = frame.get("locals")
     for row in rows[:MAX_VARIABLES] if isinstance(rows, list) else ():
         if isinstance(row, dict) and isinstance(row.get("name"), str) and isinstance(row.get("repr"), str):

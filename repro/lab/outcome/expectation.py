@@ -1,4 +1,4 @@
-"""Derive from a run's settings the watcher's options, the expected verdict, and entries of verdict.json."""
+"""Derive the watcher's options, the expected verdict, and fields of verdict.json from the settings of a run."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from repro.watch.document import Document, Expectation, describe
 
 
 def watch_options(settings: RunSettings) -> WatchOptions:
-    """The watcher's options for a run.
+    """Return the watcher's options for a run.
 
     Step agreements run on the CPU in every run, so only the groups ep and tp can have collectives queued on a GPU.
     """
@@ -23,7 +23,10 @@ def watch_options(settings: RunSettings) -> WatchOptions:
 
 
 def document_of(settings: RunSettings, verdict: Verdict, **more: Any) -> Document:
-    """Make the document of a verdict on a lab run. ``more`` sets fields that neither settings nor verdict determine."""
+    """Make the verdict.json of a lab run.
+
+    ``more`` sets fields that follow neither from the settings nor from the verdict.
+    """
     expected = scenarios.load(settings.scenario).expected(settings)
     return describe(
         verdict,

@@ -1,7 +1,7 @@
-"""Compute the single-process reference that a run's tokens are compared with: the same requests on the whole model.
+"""Compute the single-process reference: the tokens of a run's requests on the whole model, for comparison.
 
-``python -m repro.lab.outcome.reference RUN_DIR`` reads config.json and writes reference.json. It runs beside the ranks
-and ends with the process that started it.
+``python -m repro.lab.outcome.reference RUN_DIR`` reads config.json and writes reference.json. It runs at the same time
+as the ranks and ends with the process that started it.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from repro.store.run_dir import RunDir, write_json
 
 
 def compute(settings: RunSettings) -> dict[str, list[int]]:
-    """The greedily decoded tokens of every request, by request id. Each prompt runs alone."""
+    """Return the greedily decoded tokens of every request, by request id. Each prompt runs alone."""
     import torch
 
     from hybrid_moe_ref.model import HybridMoE

@@ -14,7 +14,10 @@ from repro.watch.offline import judge_files
 
 
 def compare_again(run_dir: RunDir) -> Comparison:
-    """Compare the tokens in a run's files. If a file is damaged, ``missing`` of the result names it."""
+    """Compare the tokens in a run's files with the reference.
+
+    If a file is damaged, ``missing`` of the result names it.
+    """
     try:
         comparison, damaged = _compare(run_dir, read_settings(run_dir.config))
     except (OSError, ValueError) as error:
@@ -23,7 +26,7 @@ def compare_again(run_dir: RunDir) -> Comparison:
 
 
 def _compare(run_dir: RunDir, settings: RunSettings) -> tuple[Comparison, list[str]]:
-    """The comparison, and a list with the error of a damaged file, or []."""
+    """Return the comparison, and a list with the error of a damaged file; [] if none is damaged."""
     try:
         wrong = wrong_tokens(run_dir, settings.num_ranks, settings.tp_size)
         return Comparison(tuple(wrong), evidence=name_equal(run_dir)), []
@@ -34,7 +37,7 @@ def _compare(run_dir: RunDir, settings: RunSettings) -> tuple[Comparison, list[s
 
 
 def judge_again(run_dir: RunDir, settings: RunSettings) -> tuple[Document, bool]:
-    """Return the verdict, as the document of verdict.json, and whether every file of the run could be read in full."""
+    """Return the verdict, as the content of verdict.json, and whether every file of the run could be read in full."""
     comparison, damaged = _compare(run_dir, settings)
     again = judge_files(run_dir, watch_options(settings), comparison)
     decided = again.decided

@@ -10,7 +10,7 @@ from repro.verdict.result import name_ranks
 from repro.watch.live import Comparison
 
 MAX_LINES, MAX_NAME = 1000, 120
-"""The most lines about wrong requests, and the most characters of a request's name in them."""
+"""Largest number of lines about wrong requests, and of characters of a request's name in them."""
 
 
 def compare_tokens(
@@ -30,23 +30,23 @@ def compare_tokens(
 
 
 def name_equal(run_dir: RunDir) -> str:
-    """Say in a sentence that the served tokens equal the reference. Raises OSError or DamagedFile."""
+    """Return a sentence that says that the served tokens equal the reference. Raises OSError or DamagedFile."""
     reference = read_tokens(run_dir.reference)
     num_tokens = sum(map(len, reference.values()))
     return f"{num_tokens} tokens of {len(reference)} requests equal the single-process reference's"
 
 
 def wrong_tokens(run_dir: RunDir, num_ranks: int, tp_size: int) -> list[str]:
-    """A line for each request whose tokens differ from the reference, or that the wrong number of ranks served.
+    """Return a line for each request whose tokens differ from the reference, or that the wrong number of ranks served.
 
-    Returns at most MAX_LINES lines and holds the tokens of one rank at a time, because the files may be foreign and
+    Returns at most MAX_LINES lines, and holds the tokens of only one rank at a time, because files from outside may be
     large. Raises FileNotFoundError with the missing files, or ValueError with the damaged one.
     """
     has_reference = run_dir.reference.exists()
     absent = [rank for rank in range(num_ranks) if not run_dir.output(rank).exists()]
     if absent or not has_reference:
-        missing = [] if has_reference else ["reference.json is not there"]
-        missing += [f"no output of {name_ranks(absent)} is there"] * bool(absent)
+        missing = [] if has_reference else ["reference.json is missing"]
+        missing += [f"the output of {name_ranks(absent)} is missing"] * bool(absent)
         raise FileNotFoundError(" and ".join(missing))
     reference = read_tokens(run_dir.reference)
     num_copies = dict.fromkeys(reference, 0)  # the ranks of a tp group serve the same requests
@@ -60,20 +60,22 @@ def wrong_tokens(run_dir: RunDir, num_ranks: int, tp_size: int) -> list[str]:
                 lines.add(line)
     for name, num in num_copies.items():
         if num != tp_size and len(lines) < MAX_LINES:
-            served = f"was served by {num} ranks, not by {tp_size}" if num else "was not served"
+            served = f"was served by {num} ranks instead of {tp_size}" if num else "was not served"
             lines.add(f"{_request(name)} {served}")
     return sorted(lines)
 
 
 def _difference(name: str, served: list[int], reference: list[int] | None) -> str:
-    """The first difference between the tokens of a request and the reference; "" if they are equal."""
+    """Return the first difference between the tokens of a request and the reference; "" if they are equal."""
     if reference is None:
         return f"{_request(name)} is not in the single-process reference"
     for index, (ours, theirs) in enumerate(zip(served, reference, strict=False)):
         if ours != theirs:
-            return f"{_request(name)}: token {index} is {ours}, {theirs} in the single-process reference"
+            return f"{_request(name)}: token {index} is {ours}, but {theirs} in the single-process reference"
     if len(served) != len(reference):
-        return f"{_request(name)}: {len(served)} tokens served, {len(reference)} in the single-process reference"
+        return (
+            f"{_request(name)}: {len(served)} tokens were served, but the single-process reference has {len(reference)}"
+        )
     return ""
 
 

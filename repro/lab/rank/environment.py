@@ -1,4 +1,4 @@
-"""Check the environment variables that the program reads, and name the one that is wrong."""
+"""Check the environment variables that the program reads, and name the first wrong one."""
 
 from __future__ import annotations
 
@@ -33,10 +33,10 @@ def refuse_bad_variables() -> None:
 
 @dataclass(frozen=True)
 class RankEnvironment:
-    """The environment variables that torchrun (RANK and so on) and our launcher (HMR_*) set for a rank.
+    """The environment variables that torchrun (RANK and so on) and this project's launcher (HMR_*) set for a rank.
 
     run_dir    the run directory that the launcher created; None under plain torchrun
-    launcher   "pid:start ticks" of the launcher, "" under plain torchrun
+    launcher   "pid:start ticks" of the launcher; "" under plain torchrun
     """
 
     rank: int
@@ -57,12 +57,13 @@ class RankEnvironment:
         launcher = os.environ.get("HMR_LAUNCHER", "")
         if launcher and not re.fullmatch(r"[0-9]{1,10}:[0-9]{1,20}", launcher):
             raise ConfigError(
-                f"{launcher!r} is not PID:TICKS; the launcher sets it, unset it elsewhere", "HMR_LAUNCHER"
+                f"{launcher!r} is not of the form PID:TICKS; only the launcher sets this variable: unset it",
+                "HMR_LAUNCHER",
             )
         run_dir = os.environ.get("HMR_RUN_DIR", "")
         if run_dir and not Path(run_dir, "config.json").is_file():
             raise ConfigError(
-                f"{run_dir!r} is not a run directory; the launcher sets it, unset it elsewhere", "HMR_RUN_DIR"
+                f"{run_dir!r} is not a run directory; only the launcher sets this variable: unset it", "HMR_RUN_DIR"
             )
         return cls(rank, num_ranks, local_rank, num_local_ranks, Path(run_dir) if run_dir else None, launcher)
 

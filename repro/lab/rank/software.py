@@ -1,7 +1,7 @@
 """List the software that a rank has loaded, for env/rank000.txt: versions, libraries, and their environment variables.
 
-The rank itself writes this list, because the installed versions, the versions that torch was built with, and the
-libraries that the process maps may differ.
+The rank itself writes this list, because three things may differ: the installed versions, the versions that torch was
+built with, and the libraries that the process has mapped.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ _VARIABLES = (
 
 
 def describe() -> str:
-    """Lines of "what: value", equal on ranks that loaded the same software. Needs torch."""
+    """Return lines of the form "what: value". Ranks that loaded the same software have the same lines. Needs torch."""
     import torch
 
     lines = [
@@ -49,7 +49,7 @@ def describe() -> str:
 
 
 def _modules() -> list[tuple[str, str]]:
-    """Name and ``__version__`` of each imported third-party package."""
+    """Return name and ``__version__`` of each imported third-party package."""
     versions = {}
     for name, module in list(sys.modules.items()):
         version = getattr(module, "__version__", None) if "." not in name and name != "torch" else None
@@ -59,7 +59,7 @@ def _modules() -> list[tuple[str, str]]:
 
 
 def _libraries() -> list[str]:
-    """File names of the communication and compute libraries that the process maps."""
+    """Return the file names of the communication and compute libraries that the process has mapped."""
     try:
         mapped = Path("/proc/self/maps").read_text(errors="replace")
     except OSError:

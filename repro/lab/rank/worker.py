@@ -3,8 +3,8 @@
 Under ``python -m repro run`` the launcher creates the run directory and watches the run. Under plain torchrun, rank 0
 creates the run directory and starts the watcher, so that the run leaves the same files.
 
-A rank does not exit on its own, because the watcher may still need evidence from its peers. It records that it is done
-or failed, and parks until the watcher releases it.
+A rank does not exit by itself, because the watcher may still need evidence from other ranks. The rank records that it
+is done or failed, and waits until the watcher releases it.
 """
 
 from __future__ import annotations
@@ -45,14 +45,14 @@ PARK_INTERVAL_S = 0.05
 
 
 LAST_RESORT_S = 25.0
-"""How long after the deadline a rank ends itself if the watcher is gone. The docs promise 30 s."""
+"""If the watcher has ended, a rank ends itself this many seconds after the deadline. The documents promise 30 s."""
 
 
 def run_rank(run_dir: RunDir, settings: RunSettings, rank: int, join: Callable[[], dist.Store | None]) -> None:
-    """Run one rank from opening its witness to parking.
+    """Run one rank, from opening its witness to waiting for its release.
 
-    join: called once the witness is open; imports torch and returns the store for the rendezvous of the ranks,
-    or None to use torchrun's environment variables.
+    join: called once the witness is open; imports torch and returns the store through which the ranks meet, or None to
+    use torchrun's environment variables.
     """
     dump_on_signals(run_dir, rank, interrupts=True)
     faulthandler.dump_traceback_later(settings.deadline_s + LAST_RESORT_S, exit=True)
@@ -68,7 +68,8 @@ def run_rank(run_dir: RunDir, settings: RunSettings, rank: int, join: Callable[[
         write_json(run_dir.output(rank), outputs)
         print(f"[rank {rank}] requests done: {len(outputs)}", flush=True)
         recorder.done()
-    except Exception as error:  # record it, print it and park: the watcher must see which rank failed, and where
+    # record and print the error, then wait: the watcher must see which rank failed, and where
+    except Exception as error:
         recorder.failed(f"{type(error).__name__}: {error}")
         print(f"[rank {rank}] failed:\n{traceback.format_exc()}", flush=True)
     park(run_dir)
@@ -77,7 +78,7 @@ def run_rank(run_dir: RunDir, settings: RunSettings, rank: int, join: Callable[[
 def serve(
     settings: RunSettings, rank: int, store: dist.Store | None, recorder: Recorder, cache_dir: Path
 ) -> dict[str, list[int]]:
-    """Start the engine with the scenario's policies and serve this rank's requests; return the new tokens by request.
+    """Start the engine with the scenario's policies and serve this rank's requests. Returns the new tokens by request.
 
     cache_dir: the folder in which an engine keeps tuning results and compiled kernels, unless the settings name one
     """
@@ -104,7 +105,7 @@ def serve(
         store=store,
         device=torch.device("cuda", rank % torch.cuda.device_count()) if on_gpu else torch.device("cpu"),
         observer=recorder,
-        # The watcher ends a run. A group's own timeout must not come first, unless the settings ask for one.
+        # The watcher ends a run. A timeout of a group must not come first, unless the settings ask for one.
         timeout_s=settings.group_timeout_s or settings.deadline_s + 600,
     )
     for _ in range(scenario.starts - 1):
@@ -113,16 +114,16 @@ def serve(
 
 
 def park(run_dir: RunDir) -> None:
-    """Wait until the watcher releases the rank. An exit would make peers fail, and so change the evidence."""
+    """Wait until the watcher releases the rank. An exit would make other ranks fail, and so change the evidence."""
     while not run_dir.release.exists():
         time.sleep(PARK_INTERVAL_S)
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run this process's rank. Returns 0, 2 for a usage error, or 125 when the run is not possible on this machine."""
+    """Run this process's rank. Returns 0, 2 for a usage error, or 125 if the run is not possible on this machine."""
     try:
         environment = RankEnvironment.read()
-    except ConfigError as error:  # the rank may be unknown, so every process prints the error
+    except ConfigError as error:  # the rank may not be known yet, so every process prints the error
         print(f"repro.worker: {error}", file=sys.stderr)
         return USAGE
     rank = environment.rank
@@ -143,7 +144,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def run_launched(run_dir: RunDir, rank: int) -> None:
-    """Run a rank in a run directory that the launcher created; its output goes to the rank's log."""
+    """Run a rank in a run directory that the launcher created. The rank's output goes to its log."""
     log = os.open(run_dir.log(rank), os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
     os.dup2(log, 1)
     os.dup2(log, 2)
@@ -158,7 +159,7 @@ def _file_store(run_dir: RunDir, num_ranks: int) -> dist.Store:
 
 
 class _Parser(argparse.ArgumentParser):
-    """An argument parser that raises its errors, so that one rank prints them, in one line."""
+    """An argument parser that raises its errors, so that only one rank prints them, in one line."""
 
     def error(self, message: str) -> Any:
         raise ConfigError(message)
@@ -193,7 +194,7 @@ def _check_machine(settings: RunSettings, num_local_ranks: int) -> None:
 def _meet(settings: RunSettings, out: Path, environment: RankEnvironment) -> RunDir:
     """Agree on the run directory through torchrun's store.
 
-    Rank 0 creates it and starts the watcher. The first rank of each other host starts that host's agent.
+    Rank 0 creates the directory and starts the watcher. The first rank of each other host starts that host's agent.
     """
     import torch.distributed as dist
 
@@ -223,5 +224,6 @@ def _start_watch(run_dir: RunDir, *options: str) -> None:
     subprocess.Popen(
         [sys.executable, "-m", "repro", "watch", str(run_dir.root), *options],
         stdin=subprocess.DEVNULL,
-        start_new_session=True,  # the agent outlives the ranks, and ends when the run has a verdict and they have ended
+        # the agent outlives the ranks: it ends when the run has a verdict and the ranks have ended
+        start_new_session=True,
     )

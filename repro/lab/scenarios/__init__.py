@@ -1,4 +1,7 @@
-"""The scenarios, one file per way to hang. A file holds the faulty policy, its cure, and the expected verdict."""
+"""The scenarios, one file for each way to hang. A file has the faulty policy, the fix, and the expected verdict.
+
+"Upstream" in the docstring of a scenario names the reports whose hang the scenario rebuilds.
+"""
 
 from __future__ import annotations
 
@@ -21,11 +24,11 @@ from repro.lab.settings import RunSettings
 class Expected:
     """The expected verdict of a variant. A field that is None is not checked.
 
-    step, layer    of every culprit; without culprits, of every rank
+    step, layer    of every culprit; if there is no culprit, of every rank
     error          the type of the exception that every living rank raises
     planned        the planned collective at which the culprits left their schedule: "ep all_gather_v of layers.0.moe"
-    suspects       the ranks that stand out when no culprit can be proven
-    or_else        an alternative that is accepted too, when a race in the backend decides
+    suspects       the ranks that differ from the others, if no culprit can be proven
+    or_else        another verdict that is accepted too, because a race in the backend decides
     """
 
     verdict: str
@@ -39,7 +42,7 @@ class Expected:
     or_else: Expected | None = None
 
     def to_json(self) -> dict[str, Any]:
-        """The entry of verdict.json: verdict and cause always, each other field if it is not None."""
+        """Return the entry of verdict.json: verdict and cause always, each other field if it is not None."""
         optional: dict[str, Any] = {
             "step": self.step, "layer": self.layer, "planned": self.planned, "error": self.error,
             "culprits": _listed(self.culprits), "suspects": _listed(self.suspects),
@@ -48,7 +51,7 @@ class Expected:
         return {"verdict": self.verdict, "cause": self.cause, **{k: v for k, v in optional.items() if v is not None}}
 
     def words(self) -> str:
-        """Verdict and cause: "deadlock, extra"; with alternatives: "crash or deadlock, sizes"."""
+        """Return verdict and cause: "deadlock, extra"; with alternatives: "crash or deadlock, sizes"."""
         choices = [self]
         while (other := choices[-1].or_else) is not None:
             choices.append(other)
@@ -70,8 +73,8 @@ class Scenario:
     """A fault and its fix. Each callable is a pure function: its result depends only on its arguments.
 
     summary    one line: what goes wrong
-    source     the upstream issue or change that it mirrors
-    policies   settings, rank -> the engine's policies; for the variant "control" hybrid_moe_ref's own
+    source     the upstream issue or change that it rebuilds
+    policies   settings, rank -> the engine's policies; for the variant "control", the default ones of hybrid_moe_ref
     hang       settings -> the expected verdict on the fault without the guard, computed from the workload
     refused    settings -> the expected verdict on the fault under the guard (checks agree or strict)
     fixed      settings -> the expected verdict on the fix; not clean if a server can end this run only with an error
@@ -98,13 +101,13 @@ class Scenario:
     defaults: Mapping[str, Any] = field(default_factory=dict)
 
     def expected(self, settings: RunSettings) -> Expected:
-        """The expected verdict on ``settings.variant``."""
+        """Return the expected verdict on ``settings.variant``."""
         if settings.variant == "control":
             return CLEAN
         if settings.variant == "fix":
             return self.fixed(settings)
         hang = self.hang(settings)
-        if settings.effective_checks == "observe" or hang == CLEAN:  # without a fault the guard refuses nothing
+        if settings.effective_checks == "observe" or hang == CLEAN:  # without a fault the guard has nothing to refuse
             return hang
         return self.refused(settings)
 
@@ -115,14 +118,14 @@ def struck_rank(settings: RunSettings) -> int:
 
 
 def names() -> list[str]:
-    """The names of all scenarios, which are the names of their files, sorted."""
+    """Return the names of all scenarios, sorted. They are the names of the scenarios' files."""
     return sorted(module.name for module in pkgutil.iter_modules(__path__))
 
 
 def load(name: str) -> Scenario:
-    """The scenario, or the report's configuration, with this name. Raises ConfigError with the nearest name."""
+    """Return the scenario, or the report's configuration, with this name. Raises ConfigError with the nearest name."""
     if name not in names():
-        from repro.lab.configurations import CONFIGURATIONS  # which imports this module
+        from repro.lab.configurations import CONFIGURATIONS  # imported here, because it imports this module
 
         if name in CONFIGURATIONS:
             return CONFIGURATIONS[name]
@@ -133,9 +136,9 @@ def load(name: str) -> Scenario:
 
 
 def settings_of(flags: Mapping[str, Any], document: Mapping[str, Any] | None = None, where: str = "") -> RunSettings:
-    """The settings of one run of the scenario that the flags name.
+    """Return the settings of one run of the scenario that the flags name.
 
-    A user's document overrides the scenario's defaults, and the flags override both. where: the document's file.
-    Raises ConfigError with the path of the wrong value, or for an unknown scenario.
+    A user's document overrides the scenario's defaults, and the flags override both. where: the document's file. Raises
+    ConfigError with the path of the wrong value, or for an unknown scenario.
     """
     return RunSettings.from_document(document or {}, flags, where, load(flags["scenario"]).defaults)

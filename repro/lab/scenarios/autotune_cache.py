@@ -1,13 +1,13 @@
 """A rank that finds its tuning result in a cache skips the all-reduces of tuning: the second start hangs.
 
-Mirrors vLLM issues 57423, 54618 and pull request 57579. Tuning averages the time of each tactic over the ranks, with
-one all-reduce per tactic. Rank 0 alone saves the result, and every rank reads that file at the next start. The file's
+Upstream: vLLM issues 57423, 54618 and pull request 57579. Tuning averages the time of each tactic over the ranks, with
+one all-reduce per tactic. Only rank 0 saves the result, and every rank reads that file at the next start. The file's
 entries name the experts that a rank holds, so only rank 0 finds its entry. Rank 0 skips all timings and goes on to the
 next collective, while the others wait for it in the first timing. The first start, with an empty cache, does not hang.
 
 The run starts the server twice in the same ranks, with one cache folder.
 
-The cure: the ranks vote before the first timing, and use the cache only if all ranks have an entry.
+The fix: the ranks vote before the first timing, and use the cache only if all ranks have an entry.
 """
 
 from __future__ import annotations
@@ -61,7 +61,10 @@ def policies(settings: RunSettings, rank: int) -> Policies:
 
 
 def hang(settings: RunSettings) -> Expected:
-    """At the second start the saving rank waits in the agreement of step 1, the profile run; step 0 is the tuning."""
+    """Predict the second start: the saving rank waits in the agreement of step 1, the profile run.
+
+    Step 0 is the tuning.
+    """
     return Expected("deadlock", "skipped", (SAVER,), 1, "step")
 
 

@@ -1,13 +1,14 @@
 """One rank compiles kernels in the middle of the first step, while the others wait for its lock and log nothing.
 
-Mirrors vLLM issues 41865 ("worker 0 compiles for 172 s, the others hang") and 46764. On Hopper the GDN prefill is by
-default a module that is compiled at its first use. Under expert parallelism so are the experts, which are first used
-after the dispatch of layer 0. One rank builds; the others wait for a lock file, without a time limit and without a log
-line. No rank makes progress, so it looks like a deadlock. But no rank departs from the schedule, and the rank with the
-lock is not waiting in a collective. The wait ends when the compiler does, so the verdict must never be a deadlock.
+Upstream: vLLM issues 41865 ("worker 0 compiles for 172 s, the others hang") and 46764. On Hopper the GDN prefill is by
+default a module that is compiled at its first use. Under expert parallelism the experts are compiled so, too, at their
+first use after the dispatch of layer 0. One rank builds. The others wait for a lock file, without a time limit and
+without a log line. No rank makes progress, which looks like a deadlock. But no rank departs from the schedule, and the
+rank with the lock does not wait in a collective. The wait ends when the compiler ends, so the verdict must never be a
+deadlock.
 
-The control is the same server on a warm cache. The cure: build before the first collective, log it and send heartbeats,
-and name the building rank to the ranks that wait.
+The control is the same server on a warm cache. The fix: build before the first collective, log the build and send
+heartbeats, and name the building rank to the ranks that wait.
 """
 
 from __future__ import annotations
@@ -49,7 +50,7 @@ class BuildAtFirstUse(KernelBuilds):
 
 @dataclasses.dataclass(frozen=True)
 class BuildEarly(KernelBuilds):
-    """The cure: the engine's own policy, extended to a separate cache for every rank."""
+    """The fix: the engine's own policy, extended to a separate cache for every rank."""
 
     settings: RunSettings
     rank: int
@@ -65,7 +66,10 @@ def policies(settings: RunSettings, rank: int) -> Policies:
 
 
 def hang(settings: RunSettings) -> Expected:
-    """Slow, in the step that first uses the kernels, and not a hang. With a long quiet window the run may be clean."""
+    """Predict slow, in the step that first uses the kernels, and no hang.
+
+    With a long quiet window the run may be clean.
+    """
     if not settings.engine.compiles_kernels or settings.effective_kernel_cache == "warm":
         return CLEAN
     if settings.effective_kernel_cache == "split" and settings.group_timeout_s:
@@ -75,15 +79,15 @@ def hang(settings: RunSettings) -> Expected:
 
 
 def missing(settings: RunSettings) -> str:
-    """Why the kernels cannot be compiled here; "" if they can, or if nothing is compiled."""
+    """Return why the kernels cannot be compiled here; "" if they can, or if nothing is compiled."""
     if settings.backend == "nccl" and settings.engine.moe_backend == "jit":
-        return "the compiled experts are C++ for a CPU: with --backend nccl use --moe-backend auto"
+        return "the compiled experts are C++ for a CPU: with --backend nccl, use --moe-backend auto"
     return extension.missing() if settings.engine.compiles_kernels else ""
 
 
 SCENARIO = Scenario(
     name="cold_jit",
-    summary="one rank compiles kernels in the first step, the others wait for its lock silently: no deadlock",
+    summary="one rank compiles kernels in the first step, the others wait for its lock and log nothing: no deadlock",
     source="vllm#41865, vllm#46764",
     policies=policies,
     hang=hang,

@@ -1,12 +1,12 @@
-"""torch.compile runs on one rank alone, in the first step that needs it, and the others wait: slow, not a deadlock.
+"""Only one rank runs torch.compile, in the first step that needs it, and the others wait: slow, not a deadlock.
 
-Mirrors nanochat issue 722, where only the first rank compiles and the others wait in the next collective. That takes
+Upstream: nanochat issue 722, where only the first rank compiles and the others wait in the next collective. That takes
 seconds for a small model and minutes for a large one, prints nothing, and looks like a hang. The rank finishes and all
-ranks go on, unless the collective's timeout is shorter than the compilation: then a slow start becomes a failure
-(`--group-timeout 3`; with 60 it does not).
+ranks go on, unless the collective's timeout is shorter than the compilation. With `--group-timeout 3` the slow start
+becomes a failure; with 60 it does not.
 
-The cure: compile before any rank waits in a collective. One rank of the host compiles. The others wait for its lock,
-which names that rank and has its own deadline, and then load the result. No collective's timeout runs meanwhile.
+The fix: compile before any rank waits in a collective. One rank of the host compiles. The others wait for its lock,
+which names that rank and has its own deadline, and then load the result. No timeout of a collective runs meanwhile.
 """
 
 from __future__ import annotations
@@ -25,12 +25,12 @@ if TYPE_CHECKING:
     from hybrid_moe_ref.engine.startup.compilation import Compiler
 
 LIKELY_S = 3.0
-"""The least time of a first compilation, which imports the compiler and, on a CPU, compiles C++."""
+"""Shortest time in seconds of a first compilation, which imports the compiler and, on a CPU, compiles C++."""
 
 
 @dataclasses.dataclass(frozen=True)
 class CompileAtFirstUse(Compilation):
-    """The fault: one rank alone compiles, each part of the model at its first use."""
+    """The fault: only one rank compiles, each part of the model at its first use."""
 
     rank: int
 
@@ -40,12 +40,12 @@ class CompileAtFirstUse(Compilation):
 
 
 def policies(settings: RunSettings, rank: int) -> Policies:
-    """The policies by variant. fault: one rank compiles at first use; control and fix: the engine's own policies."""
+    """fault: one rank compiles at first use; control and fix: the engine's own policies."""
     return Policies(compilation=CompileAtFirstUse(struck_rank(settings))) if settings.variant == "fault" else Policies()
 
 
 def server(settings: RunSettings, rank: int) -> ServerConfig:
-    """The server by variant. control: nothing is compiled; fault and fix: with torch.compile."""
+    """control: nothing is compiled; fault and fix: with torch.compile."""
     config = settings.server()
     if settings.variant != "control":
         return config
@@ -53,7 +53,7 @@ def server(settings: RunSettings, rank: int) -> ServerConfig:
 
 
 def hang(settings: RunSettings) -> Expected:
-    """Slow, with the compiling rank as culprit. With a shorter group timeout a crash, on any of the waiting ranks."""
+    """Predict slow, with the compiling rank as culprit. With a shorter group timeout: a crash of any waiting rank."""
     if 0 < settings.group_timeout_s <= LIKELY_S:
         return Expected("crash", "error")
     may_be_quick = CLEAN if settings.quiet_window_s > 1 else None
@@ -61,12 +61,15 @@ def hang(settings: RunSettings) -> Expected:
 
 
 def fixed(settings: RunSettings) -> Expected:
-    """The ranks wait for the one that compiles for all: clean, or slow if that takes long, but never a failure."""
+    """Predict the fix: the ranks wait for the one that compiles for all.
+
+    Clean, or slow if that takes long; never a failure.
+    """
     return Expected("clean", or_else=Expected("slow"))
 
 
 def missing(settings: RunSettings) -> str:
-    """The C++ compiler that torch.compile needs on a CPU, if it is missing."""
+    """Return that the C++ compiler which torch.compile needs on a CPU is missing; "" if it is there."""
     compiler = os.environ.get("CXX", "g++")
     if settings.backend == "nccl" or settings.variant == "control" or shutil.which(compiler):
         return ""
@@ -75,7 +78,7 @@ def missing(settings: RunSettings) -> str:
 
 SCENARIO = Scenario(
     name="compile_skew",
-    summary="torch.compile on one rank alone, in the first step, while the others wait: slow, not a deadlock",
+    summary="torch.compile runs on one rank only, in the first step, while the others wait: slow, not a deadlock",
     source="nanochat#722",
     policies=policies,
     hang=hang,

@@ -1,11 +1,11 @@
 """A rank whose requests are about to end skips the drafter, which has experts of its own.
 
-Mirrors vLLM issues 44185 and 49027, and pull requests 29422, 40589 and 44954. Near the maximum length no draft fits any
-more, so the rank skips the drafter. Its peers run it, and so do idle ranks, which run a dummy batch through it. The MTP
+Upstream: vLLM issues 44185 and 49027, and pull requests 29422, 40589 and 44954. Near the maximum length no draft fits
+any more, so the rank skips the drafter. The other ranks run it, and idle ranks run a dummy batch through it. The MTP
 layer contains an MoE, so its passes are collective. The others wait in its dispatch, and the rank that skipped it waits
 in the agreement of the next step.
 
-The cure: every rank takes part. The number of passes is a setting of the server, and unneeded drafts are discarded.
+The fix: every rank takes part. The number of passes is a setting of the server, and unneeded drafts are discarded.
 """
 
 from __future__ import annotations
@@ -32,10 +32,11 @@ def policies(settings: RunSettings, rank: int) -> Policies:
 
 
 def hang(settings: RunSettings) -> Expected:
-    """A deadlock in the first step in which, on some ranks but not all, every request ends within one more token.
+    """Predict a deadlock in the first step in which some ranks, but not all, have only requests that end within one
+    token.
 
-    Exact only if every draft is rejected, because an accepted draft shortens a request. With random weights one draft
-    in vocab_size is accepted.
+    The prediction is exact only if every draft is rejected, because an accepted draft shortens a request. With random
+    weights one draft in vocab_size is accepted.
     """
     schedulers = [Scheduler(requests, settings.engine) for requests in settings.requests()]
     serve_step = 0

@@ -1,15 +1,17 @@
-"""Each rank decides alone whether to replay a graph, and of which size, instead of using the lowest mode of all ranks.
+"""Each rank decides by itself whether to replay a graph, and of which size, instead of using the lowest mode of all
+ranks.
 
-Mirrors vLLM pull request 25906 (a dummy run picked the graph for its own, unpadded number of tokens) and vllm-ascend
-pull request 13827 (the ranks' modes were not synchronised, which hung when some ranks were idle and others still ran).
-A graph's collectives have the size that was captured. A rank that replays a graph passes the graph's sizes; a rank that
-runs eagerly passes the agreed sizes. In the first step in which the ranks need different graphs, their sizes differ in
-the dispatch of the first layer.
+Upstream: vLLM pull request 25906 (a dummy run selected the graph for its own, unpadded number of tokens) and
+vllm-ascend pull request 13827 (the ranks' modes were not synchronised, which hung when some ranks were idle and others
+still ran). A graph's collectives have the size that was captured. A rank that replays a graph passes the graph's sizes.
+A rank that runs eagerly passes the agreed sizes. In the first step in which the ranks need different graphs, their
+sizes differ in the dispatch of the first layer.
 
-The result depends on the backend. gloo ends a rank that receives more data than its buffer holds, and its peers fail
-with it. NCCL uses different operations for equal and unequal sizes, so there it is a hang (not yet run on two GPUs).
+The result depends on the backend. gloo ends a rank that receives more data than its buffer holds, and the other ranks
+fail after it. NCCL uses different operations for equal and unequal sizes, so there it is a hang (not yet run on two
+GPUs).
 
-The cure is a vote: the mode is the MIN over all ranks, the size is their MAX, and every rank uses the result.
+The fix is a vote: the mode is the MIN over all ranks, the size is their MAX, and every rank uses the result.
 """
 
 from __future__ import annotations
@@ -34,12 +36,12 @@ class OwnGraph(GraphChoice):
 
 
 def policies(settings: RunSettings, rank: int) -> Policies:
-    """The policies by variant. fault: each rank decides alone; control and fix: the engine's own policies."""
+    """fault: each rank decides by itself; control and fix: the engine's own policies."""
     return Policies(graphs=OwnGraph()) if settings.variant == "fault" else Policies()
 
 
 def server(settings: RunSettings, rank: int) -> ServerConfig:
-    """The server by variant. control: no graphs; fault and fix: with them."""
+    """control: no graphs; fault and fix: with graphs."""
     config = settings.server()
     if settings.variant != "control":
         return config
@@ -47,7 +49,7 @@ def server(settings: RunSettings, rank: int) -> ServerConfig:
 
 
 def hang(settings: RunSettings) -> Expected:
-    """A failure in the first step in which the ranks' own choices differ: a crash under gloo, else a deadlock."""
+    """Predict a failure in the first step in which the ranks' choices differ: a crash under gloo, else a deadlock."""
     verdict = "crash" if settings.backend == "gloo" else "deadlock"
     sizes = settings.engine.graph_sizes
     first_step = 1 + 2 * len(sizes)  # after the profile step, and two steps of capture for each size
@@ -61,7 +63,7 @@ def hang(settings: RunSettings) -> Expected:
 
 
 def _provable(stated: list[tuple[int, ...]]) -> tuple[int, ...]:
-    """The ranks that can be proven wrong: each states a size for another rank that this rank and all others contradict.
+    """Return the ranks that are provably wrong: each states a size for another rank that all other ranks contradict.
 
     If several ranks replay graphs of different sizes, nothing is proven: their sizes differ, but do not show which rank
     departed from the agreement.
@@ -77,13 +79,13 @@ def _provable(stated: list[tuple[int, ...]]) -> tuple[int, ...]:
 
 SCENARIO = Scenario(
     name="graph_mode",
-    summary="graph or eager, padded or not, is decided by each rank instead of by the lowest mode of all",
+    summary="each rank by itself decides between graph and eager, and the size, instead of by the lowest mode of all",
     source="vllm#25906, vllm-ascend#13827",
     policies=policies,
     hang=hang,
     server=server,
     defaults={
-        # With one size and busy ranks, mostly a single rank differs in the first such step, and it can be named.
+        # With one size and busy ranks, mostly a single rank differs in the first such step, so it can be named.
         "engine": {"mode": "graphs", "capture_sizes": (4,)},
         "workload": {"max_requests": 6, "max_idle_ranks": 1, "max_arrival_step": 0},
     },

@@ -1,11 +1,11 @@
-"""Ranks enter two groups in different orders: the load statistics before the dispatch here, after the combine there.
+"""Ranks enter two groups in different orders: some send load statistics before the dispatch, others after the combine.
 
-Mirrors torchrec issue 4149: collectives of two groups overlap, and their order depends on rank-local timing. Here every
-layer all-reduces the number of tokens of each expert over the dp group. A rank with many rows sends these statistics
-before its dispatch, to overlap the two; a rank with few rows sends them after the combine. Within each group the order
-is the same on every rank, so neither group looks wrong on its own.
+Upstream: torchrec issue 4149, where collectives of two groups overlap and their order depends on rank-local timing.
+Here every layer all-reduces the number of tokens of each expert over the dp group. A rank with many rows sends these
+statistics before its dispatch, to overlap the two. A rank with few rows sends them after the combine. Within each group
+the order is the same on every rank, so neither group looks wrong by itself.
 
-The cure: the agreed schedule decides when a collective is issued, not the local load.
+The fix: the agreed schedule decides when a collective is issued, not the local load.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ class CountTokens(AllGatherReduceScatter):
         return y_NH
 
     def counts_early(self) -> bool:
-        """Whether to count before the dispatch. Must be the same on all ranks."""
+        """Whether to count before the dispatch. The result must be the same on all ranks."""
         return False
 
     def count(self) -> None:
@@ -66,7 +66,7 @@ class CountEarlyUnderLoad(CountTokens):
 
 
 def policies(settings: RunSettings, rank: int) -> Policies:
-    """The policies by variant. control: no statistics; fault: placed by local load; fix: placed by the schedule."""
+    """control: no statistics; fault: placed by local load; fix: placed by the schedule."""
     return {
         "control": Policies(),
         "fault": Policies(dispatch=CountEarlyUnderLoad),
@@ -75,7 +75,10 @@ def policies(settings: RunSettings, rank: int) -> Policies:
 
 
 def hang(settings: RunSettings) -> Expected:
-    """A deadlock in the first step in which some ranks have many rows and others few; the former are the culprits."""
+    """Predict a deadlock in the first step in which some ranks have many rows and others few.
+
+    Those with many are culprits.
+    """
     for serve_step, rows in enumerate(step_rows(settings.requests(), settings.engine)):
         early = tuple(rank for rank, num_rows in enumerate(rows) if num_rows > MANY_ROWS)
         if 0 < len(early) < settings.num_ranks:
@@ -86,7 +89,7 @@ def hang(settings: RunSettings) -> Expected:
 
 SCENARIO = Scenario(
     name="group_order",
-    summary="two groups entered in an order that depends on local load: a cycle over both",
+    summary="two groups are entered in an order that depends on local load: a cycle over both groups",
     source="torchrec#4149",
     policies=policies,
     hang=hang,

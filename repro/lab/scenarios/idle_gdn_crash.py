@@ -1,11 +1,11 @@
-"""A Gated DeltaNet launch fails on a rank without tokens, the error is swallowed, and the rank skips the MoE.
+"""A Gated DeltaNet launch fails on a rank without tokens, the program ignores the error, and the rank skips the MoE.
 
-Mirrors SGLang issue 31594 (fixed by 31794). An idle rank runs a step of zero tokens. The linear-attention kernel cannot
-be launched without sequences, and the loop for idle batches treats the exception as the end of the batch. So the rank
-has skipped every dispatch and combine of the step. It waits for its peers in the agreement of the next step, and they
-wait for it in the dispatch of the first layer.
+Upstream: SGLang issue 31594 (fixed by 31794). An idle rank runs a step of zero tokens. The linear-attention kernel
+cannot be launched without sequences, and the loop for idle batches treats the exception as the end of the batch. So the
+rank has skipped every dispatch and combine of the step. It waits for the others in the agreement of the next step, and
+they wait for it in the dispatch of the first layer.
 
-The cure: every rank takes part. A rank without sequences launches no kernel and continues the step.
+The fix: every rank takes part. A rank without sequences launches no kernel and continues the step.
 """
 
 from __future__ import annotations
@@ -51,19 +51,22 @@ class LaunchOverSequences(StateBinding):
         return agreed
 
     def grid(self, plan: StepPlan) -> tuple[int, int]:
-        """(chunks of the longest sequence, sequences). The first half of the fault: it fails without sequences."""
+        """Return (chunks of the longest sequence, sequences).
+
+        The first half of the fault: this fails without sequences.
+        """
         return -(-int(self.lengths(plan).max()) // CHUNK), len(self.lengths(plan))
 
     @staticmethod
     def lengths(plan: StepPlan) -> Tensor:
-        """The number of tokens of each sequence: one sequence, for simplicity, or none in an empty batch."""
+        """Return the number of tokens of each sequence: one sequence, for simplicity, or none in an empty batch."""
         import torch
 
         return torch.tensor([plan.num_tokens] if plan.num_tokens else [], dtype=torch.int64)
 
 
 class LaunchOverNothing(LaunchOverSequences):
-    """The cure: without sequences the grid is empty and no kernel is launched."""
+    """The fix: without sequences the grid is empty and no kernel is launched."""
 
     def grid(self, plan: StepPlan) -> tuple[int, int]:
         return super().grid(plan) if plan.num_tokens else (0, 0)
@@ -79,19 +82,19 @@ def policies(settings: RunSettings, rank: int) -> Policies:
 
 
 def hang(settings: RunSettings) -> Expected:
-    """In the first step with idle ranks, these skip the rest of it and wait in the agreement of the next step."""
+    """Predict that idle ranks skip the rest of their first idle step, and wait in the agreement of the next."""
     everyone = set(range(settings.num_ranks))
     for serve_step, live in enumerate(live_ranks(settings.requests(), settings.engine)):
         if 0 < len(live) < settings.num_ranks and first_recurrent_layer(settings.model.layer_pattern):
             idle = tuple(sorted(everyone - set(live)))
-            # Step 0 is the profile run, so serve step i is step i + 1, and the next one step i + 2.
+            # Step 0 is the profile run, so serve step i is step i + 1, and the step after it is i + 2.
             return Expected("deadlock", "skipped", idle, serve_step + 2, "step", planned=FIRST_DISPATCH)
     return CLEAN
 
 
 SCENARIO = Scenario(
     name="idle_gdn_crash",
-    summary="a GDN launch over zero tokens fails, the error is swallowed, and the rank skips the MoE",
+    summary="a GDN launch over zero tokens fails, the program ignores the error, and the rank skips the MoE",
     source="sglang#31594",
     policies=policies,
     hang=hang,

@@ -1,10 +1,10 @@
 """A rank with nothing scheduled returns before the step's agreement instead of running a dummy batch.
 
-Mirrors vLLM issues 43547 (a rank without tokens returns an empty output, except with one executor backend, and so never
-joins the per-step collective) and 28224. The idle rank has concluded that it has no work left. The others wait for it
-in the agreement of the next step.
+Upstream: vLLM issues 43547 (a rank without tokens returns an empty output, except with one executor backend, and so
+never joins the per-step collective) and 28224. The idle rank has concluded that it has no work left. The others wait
+for it in the agreement of the next step.
 
-The cure: every rank takes part. A rank without work runs the smallest possible batch.
+The fix: every rank takes part. A rank without work runs the smallest possible batch.
 """
 
 from __future__ import annotations
@@ -23,18 +23,18 @@ class LeaveWhenFinished(IdlePolicy):
 
 
 def policies(settings: RunSettings, rank: int) -> Policies:
-    """The policies by variant. control and fix: the engine's own policies, in which idle ranks take part."""
+    """control and fix: the engine's own policies, in which idle ranks take part; fault: idle ranks leave."""
     return Policies(idle=LeaveWhenFinished()) if settings.variant == "fault" else Policies()
 
 
 def hang(settings: RunSettings) -> Expected:
-    """The ranks that first run out of requests stop, and the others wait for them in the next agreement."""
+    """Predict that the first ranks without requests stop, and the others wait for them in the next agreement."""
     live = live_ranks(settings.requests(), settings.engine)
     last_live_step = [
         max(step for step, ranks in enumerate(live) if rank in ranks) for rank in range(settings.num_ranks)
     ]
     first = min(last_live_step)
-    # Step 0 is the profile run, so serve step i is step i + 1. It is the last step that the culprits took part in.
+    # Step 0 is the profile run, so serve step i is step i + 1. It is the last step in which the culprits took part.
     return Expected(
         "deadlock", "skipped", tuple(r for r, step in enumerate(last_live_step) if step == first), first + 1
     )

@@ -1,10 +1,10 @@
 """All ranks wait in the same collective, no rank is absent, and no data moves, because the transport has stopped.
 
-Mirrors vLLM issue 48720 (as of its July update) and FlashInfer issue 2623, where a device kernel does not end: every
+Upstream: vLLM issue 48720 (as of its July update) and FlashInfer issue 2623, where a device kernel does not end: every
 rank has issued the same operation, and the order of collectives is not the cause. A CPU has no such kernel. In gloo a
 separate thread, which gloo calls its device, moves the data through the sockets. Here a signal stops this thread for
 good in every rank: its handler does not return, as the handler of a profiler or driver may not. The main threads are
-healthy, enter the next collective and wait for ever. The symptom is that of the upstream issues, the mechanism is not.
+healthy, enter the next collective and wait for ever. The symptom is that of the upstream issues; the mechanism is not.
 
 A server cannot continue without its transport, but it can stop with an error. With a time limit for one collective, the
 first rank that reaches the limit stops all ranks, and names the layer.
@@ -56,7 +56,7 @@ def policies(settings: RunSettings, rank: int) -> Policies:
 
 
 def server(settings: RunSettings, rank: int) -> ServerConfig:
-    """The cure: a time limit for one collective, here just below the quiet window.
+    """Return the configuration with the fix: a time limit for one collective, here just below the quiet window.
 
     The limit is one of the checks, so a run with checks "observe", as a fault has, does not have it.
     """
@@ -68,19 +68,22 @@ def server(settings: RunSettings, rank: int) -> ServerConfig:
 
 
 def missing(settings: RunSettings) -> str:
-    """Why gloo's threads cannot be stopped in this run; "" if they can."""
+    """Return why gloo's threads cannot be stopped in this run; "" if they can."""
     if settings.backend != "gloo":
-        return "this scenario stops gloo's device; for NCCL use a kernel that does not end"
+        return (
+            "this scenario stops gloo's device: use --backend gloo (for NCCL, a kernel that does not end would be "
+            "needed)"
+        )
     return ""
 
 
 def hang(settings: RunSettings) -> Expected:
-    """A stall: all ranks are in one collective, and no rank is a culprit."""
+    """Predict a stall: all ranks are in one collective, and no rank is a culprit."""
     return Expected("stall", None, (), STEP, "layers.0.moe")
 
 
 def ends_well(settings: RunSettings) -> Expected:
-    """A crash: every rank raises the same error, which names the layer."""
+    """Predict a crash: every rank raises the same error, which names the layer."""
     return Expected("crash", "error", error="CollectiveStalled")
 
 

@@ -1,16 +1,15 @@
 """A rank finds in the middle of a step that its cache is full, preempts a request, and begins another step.
 
-No upstream report describes exactly this. Reports exist on engines in which the free pages of one rank decide which
-collectives that rank issues:
-TensorRT-LLM pull request 14020 (ranks whose free blocks differ by one take part in different collectives), sglang issue
-30760 (a collective in a loop that each rank leaves by its own free pages), and TensorRT-LLM pull request 9659 (a rank
-cannot run the batch that another rank scheduled, because its own cache is full).
+No upstream report describes exactly this. But there are reports on engines in which the free pages of a rank decide
+which collectives it issues: TensorRT-LLM pull request 14020 (ranks whose free blocks differ by one take part in
+different collectives), sglang issue 30760 (a collective in a loop that each rank leaves by its own free pages), and
+TensorRT-LLM pull request 9659 (a rank cannot run the batch that another rank scheduled, because its own cache is full).
 
 Here a rank takes the pages of a step when the model needs them, which is after the ranks have agreed on the step. If no
-page is free, the rank preempts a request and schedules again. Its peers expect its rows: they wait for it in the first
-dispatch, and it waits for them in the agreement of the next step.
+page is free, the rank preempts a request and schedules again. The other ranks expect its rows: they wait for it in the
+first dispatch, and it waits for them in the agreement of the next step.
 
-The cure: a rank counts the pages of a step, and preempts, before the agreement. Then a preemption changes only the
+The fix: a rank counts the pages of a step, and preempts, before the agreement. Then a preemption changes only the
 rank's number of rows.
 """
 
@@ -34,7 +33,7 @@ class PreemptInTheStep(Preemption):
     """The fault: pages are requested when the model needs them, and a full cache is handled there."""
 
     def before_step(self, make_room: Callable[[], None]) -> None:
-        """Do nothing. The fault is to assume that the pages suffice."""
+        """Do nothing. The fault is to assume that there are enough pages."""
 
     def run(self, step: Callable[[], NewTokens], make_room: Callable[[], None]) -> NewTokens:
         from hybrid_moe_ref.cache.hybrid_cache import CacheExhausted
@@ -47,7 +46,7 @@ class PreemptInTheStep(Preemption):
 
 
 def policies(settings: RunSettings, rank: int) -> Policies:
-    """The policies by variant. fault: a rank preempts within the step; control and fix: before the step."""
+    """fault: a rank preempts within the step; control and fix: before the step."""
     return Policies(preemption=PreemptInTheStep()) if settings.variant == "fault" else Policies()
 
 
@@ -58,13 +57,13 @@ def pressed(settings: RunSettings) -> EngineConfig:
 
 
 def server(settings: RunSettings, rank: int) -> ServerConfig:
-    """The server by variant. control: the cache is never full; fault and fix: it becomes full on some ranks."""
+    """control: the cache is never full; fault and fix: it becomes full on some ranks."""
     config = settings.server()
     return config if settings.variant == "control" else dataclasses.replace(config, engine=pressed(settings))
 
 
 def hang(settings: RunSettings) -> Expected:
-    """A deadlock in the first step for which some ranks, but not all, lack pages."""
+    """Predict a deadlock in the first step for which some ranks, but not all, lack pages."""
     engine = pressed(settings)
     pages_for = settings.page_layout().pages_for
     schedulers = [Scheduler(requests, engine, pages_for) for requests in settings.requests()]
@@ -75,7 +74,7 @@ def hang(settings: RunSettings) -> Expected:
         short = tuple(rank for rank, scheduler in enumerate(schedulers) if scheduler.num_free_pages < 0)
         if 0 < len(short) < settings.num_ranks:
             # Step 0 is the profile run, so serve step i is step i + 1. If the step ends with the all-reduce that asks
-            # for unfinished work, the culprits wait there, else in the agreement of the next step.
+            # for unfinished work, the culprits wait there; otherwise they wait in the agreement of the next step.
             asks = protocol_of(engine).asks(serve_step + 1)
             step, layer = (serve_step + 1, "unfinished") if asks else (serve_step + 2, "step")
             return Expected("deadlock", "skipped", short, step, layer, planned=FIRST_DISPATCH)
@@ -93,7 +92,7 @@ SCENARIO = Scenario(
     hang=hang,
     server=server,
     defaults={
-        # With 8 heads of keys and values a page holds 16 tokens, and requests outgrow it while they run.
+        # With 8 heads of keys and values a page holds 16 tokens, and requests need more than one page while they run.
         "model": {"num_key_value_heads": 8},
         "workload": {"max_prompt_tokens": 14, "max_new_tokens": 16, "max_arrival_step": 2},
     },

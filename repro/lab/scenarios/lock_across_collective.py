@@ -1,13 +1,13 @@
 """A rank holds the build lock while it enters a collective that the others reach only after the lock.
 
-No single upstream report describes this, but build locks and collective tuning are both common (the tuner's all-reduce
+No single upstream report describes this. But build locks and collective tuning are both common (the tuner's all-reduce
 per tactic is vLLM issue 54618), and a server that does both under one lock can hang like this. At the first use of the
 experts a rank takes the lock and compiles the module. It then times the ways to run it and averages the times by an
-all-reduce, still under the lock. The others wait for the lock before that all-reduce. The lock names its holder, has a
-deadline and checks the holder's heartbeats, and still does not help.
+all-reduce, while it still holds the lock. The others wait for the lock before that all-reduce. The lock names its
+holder, has a deadline and checks the holder's heartbeats, but none of this prevents the hang.
 
-The cure: a lock protects a build and nothing else. Release it before the ranks communicate, and do both before the
-first step.
+The fix: a lock protects a build and nothing else. Release it before the ranks communicate, and do both before the first
+step.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ class TuneUnderLock(KernelBuilds):
 
 
 class TuneAfterLock(KernelBuilds):
-    """The cure: build under the lock, release it, then all-reduce, all before the first step."""
+    """The fix: build under the lock, release it, then all-reduce, all before the first step."""
 
     def prepare(self, extensions: Sequence[Extension], place: BuildPlace) -> None:
         for extension in extensions:
@@ -70,13 +70,13 @@ def policies(settings: RunSettings, rank: int) -> Policies:
 
 
 def hang(settings: RunSettings) -> Expected:
-    """A deadlock in the profile step. The culprit is the rank that gets the lock first, which is a race."""
+    """Predict a deadlock in the profile step. The culprit is the rank that gets the lock first, which is a race."""
     return Expected("deadlock", "lock", step=0, layer="moe_experts")
 
 
 SCENARIO = Scenario(
     name="lock_across_collective",
-    summary="the build lock is held into an all-reduce that the others reach only after the lock",
+    summary="the build lock is still held in an all-reduce that the others reach only after the lock",
     source="generic; vllm#54618",
     policies=policies,
     hang=hang,

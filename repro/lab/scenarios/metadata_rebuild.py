@@ -1,14 +1,14 @@
 """A Gated DeltaNet layer rebuilds the step's metadata, which takes a collective that idle ranks do not join.
 
-Mirrors ROCm/ATOM pull request 1690 (Qwen3.5 under SGLang, DP x EP). There, binding a GDN layer's state sets a new
+Upstream: ROCm/ATOM pull request 1690 (Qwen3.5 under SGLang, DP x EP). There, binding a GDN layer's state sets a new
 forward context, and setting a context builds the data-parallel metadata by an all-reduce over the DP CPU group. Ranks
-with requests hold GDN metadata and bind it; a rank on a dummy batch holds none and skips the binding. While every rank
-is busy, all ranks join the extra all-reduce, and the server works. In the first step with an idle rank, the busy ranks
+with requests have GDN metadata and bind it. A rank on a dummy batch has none and skips the binding. While every rank is
+busy, all ranks join the extra all-reduce, and the server works. In the first step with an idle rank, the busy ranks
 wait for it in the all-reduce, and it waits for them in the expert dispatch of the same layer. The cycle spans two
-groups; in each group alone, ranks are merely absent.
+groups; within each group, it only looks as if ranks were absent.
 
-The cure is not to skip the call on that path, but to make a second call free: one agreement per step, whose result
-later callers get.
+The fix does not skip the second call. It makes the call free: there is one agreement per step, and later callers get
+its result.
 """
 
 from __future__ import annotations
@@ -49,7 +49,10 @@ def policies(settings: RunSettings, rank: int) -> Policies:
 
 
 def hang(settings: RunSettings) -> Expected:
-    """A deadlock in the first step in which some ranks have requests and others are idle; the former are culprits."""
+    """Predict a deadlock in the first step in which some ranks have requests and others are idle.
+
+    The former are culprits.
+    """
     binder = first_recurrent_layer(settings.model.layer_pattern)
     for serve_step, live in enumerate(live_ranks(settings.requests(), settings.engine)):
         if binder and 0 < len(live) < settings.num_ranks:

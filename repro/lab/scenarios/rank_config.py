@@ -1,11 +1,11 @@
-"""One rank was started with a different flag, so its steps contain other collectives than those of its peers.
+"""One rank was started with a different flag, so its steps contain other collectives than those of the other ranks.
 
-Mirrors vLLM issue 26187, where a flag of the expert load balancer differed between leader and workers, and only some of
-them issued an all-reduce. Here one rank runs without expert parallelism. It holds all experts, dispatches nothing, and
-goes on to the next step's agreement, while the others wait for it in the dispatch of the first layer. Every rank
+Upstream: vLLM issue 26187, where a flag of the expert load balancer differed between leader and workers, and only some
+of them issued an all-reduce. Here one rank runs without expert parallelism. It holds all experts, dispatches nothing,
+and goes on to the next step's agreement, while the others wait for it in the dispatch of the first layer. Every rank
 follows its own schedule, so the schedules prove no culprit; the rank that differs is a suspect.
 
-The cure: the ranks first compare a digest of their configurations, and refuse to start when two differ. A server cannot
+The fix: the ranks first compare a digest of their configurations, and refuse to start if two differ. A server cannot
 know which configuration is the intended one.
 """
 
@@ -28,24 +28,24 @@ def server(settings: RunSettings, rank: int) -> ServerConfig:
 
 
 class OmitDigest(Ballot):
-    """The fault: the vote asks only whether a rank could prepare, not for which configuration."""
+    """The fault: the vote asks only whether a rank could prepare, and not with which configuration."""
 
     def digest(self, shared: str) -> int:
         return 0
 
 
 def policies(settings: RunSettings, rank: int) -> Policies:
-    """The policies by variant. fault: configurations are not compared; control and fix: they are."""
+    """fault: configurations are not compared; control and fix: they are compared."""
     return Policies(ballot=OmitDigest()) if settings.variant == "fault" else Policies()
 
 
 def hang(settings: RunSettings) -> Expected:
-    """A deadlock in the first step. The schedules show only which rank differs, not which rank is right."""
+    """Predict a deadlock in the first step. The schedules show only which rank differs, not which rank is right."""
     return Expected("deadlock", "mismatch", (), suspects=(struck_rank(settings),))
 
 
 def refused_at_start(settings: RunSettings) -> Expected:
-    """A crash: no rank starts."""
+    """Predict a crash: no rank starts."""
     return Expected("crash", "error", error="PrepareFailed")
 
 

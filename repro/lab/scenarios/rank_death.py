@@ -1,11 +1,11 @@
-"""A rank is killed in the middle of a step, and its peers wait for it in the next collective.
+"""A rank is killed in the middle of a step, and the other ranks wait for it in the next collective.
 
-Mirrors vLLM issue 39942. The process may be ended by the out-of-memory killer, an operator, or a fault in a driver. It
-logs nothing, and the backend reports little: NCCL waits for ever; gloo fails with a closed connection on the ranks that
-were connected to the dead one, and the rest wait for those.
+Upstream: vLLM issue 39942. The process may be ended by the out-of-memory killer, an operator, or a fault in a driver.
+It logs nothing, and the backend reports little. NCCL waits for ever. gloo fails with a closed connection on the ranks
+that were connected to the dead one, and the rest wait for those.
 
-A server cannot finish this step, but it can stop with an error. A waiting rank checks whether the processes of its
-peers still exist, and the first rank that misses one stops all ranks and names it.
+A server cannot finish this step, but it can stop with an error. A waiting rank checks whether the processes of the
+other ranks still exist. The first rank that misses one stops all ranks and names it.
 """
 
 from __future__ import annotations
@@ -32,24 +32,27 @@ class KilledInStep(StateBinding):
 
 
 def policies(settings: RunSettings, rank: int) -> Policies:
-    """fault and fix: one rank is killed. Only in the fix do ranks check that their peers exist (checks)."""
+    """fault and fix: one rank is killed. Only in the fix do ranks check that the others exist (setting `checks`)."""
     killed = settings.variant != "control" and rank == struck_rank(settings)
     return Policies(binding=KilledInStep()) if killed else Policies()
 
 
 def hang(settings: RunSettings) -> Expected:
-    """A crash with the dead rank as culprit. The waits and broken connections of the others are consequences."""
+    """Predict a crash with the dead rank as culprit.
+
+    The waits and broken connections of the others are consequences.
+    """
     return Expected("crash", "dead_rank", (struck_rank(settings),), STEP)
 
 
 def ends_well(settings: RunSettings) -> Expected:
-    """The same crash; every living rank raises the same error, which names the dead rank."""
+    """Predict the same crash. Every living rank raises the same error, which names the dead rank."""
     return Expected("crash", "dead_rank", (struck_rank(settings),), STEP, error="PeerLost")
 
 
 SCENARIO = Scenario(
     name="rank_death",
-    summary="a rank is killed in the middle of a step, and its peers wait for it",
+    summary="a rank is killed in the middle of a step, and the other ranks wait for it",
     source="vllm#39942",
     policies=policies,
     hang=hang,

@@ -1,13 +1,13 @@
 """One rank sums a layer's output twice: its second all-reduce pairs with the next one of the others. Nothing hangs.
 
-Mirrors the question of NCCL issue 1417: mismatched all-reduces hang in some cases, and in others return wrong numbers.
-Under tensor parallelism a step is a sequence of all-reduces of one shape in one group. A rank that issues one too many
-does not hang: for the rest of the run, each all-reduce adds its part of one layer to the others' parts of the next
-layer. Here the fused all-reduce of one rank fails for a single row after it has summed, and the plain all-reduce that
-replaces it sums the result again.
+Upstream: the question of NCCL issue 1417: mismatched all-reduces hang in some cases, and in others return wrong
+numbers. Under tensor parallelism a step is a sequence of all-reduces of one shape in one group. A rank that issues one
+too many does not hang: for the rest of the run, each all-reduce adds its part of one layer to the others' parts of the
+next layer. Here the fused all-reduce of one rank fails for a single row after it has summed, and the plain all-reduce
+that replaces it sums the result again.
 
-The cure: choose the path before anything is sent. The guard refuses the extra all-reduce, because it is not the next
-entry of the schedule; the strict check compares the layers before each all-reduce.
+The fix: choose the path before anything is sent. The guard refuses the extra all-reduce, because it is not the next
+entry of the schedule. The strict check compares the layers before each all-reduce.
 """
 
 from __future__ import annotations
@@ -42,11 +42,11 @@ class FallBack(SumOverRanks):
         return self.fall_back(partial_NH)
 
     def fall_back(self, partial_NH: Tensor) -> Tensor:
-        """The cure: the fused path declines before it sends anything, and the plain path sums."""
+        """The fix: the fused path declines before it sends anything, and the plain path sums."""
         return self.add_up(partial_NH)
 
     def add_up(self, partial_NH: Tensor) -> Tensor:
-        """One all-reduce, fused or plain."""
+        """Sum by one all-reduce, fused or plain."""
         return self.comm.all_reduce("tp", partial_NH.contiguous(), layer=self.layer)
 
 
@@ -65,7 +65,7 @@ def policies(settings: RunSettings, rank: int) -> Policies:
 
 
 def hang(settings: RunSettings) -> Expected:
-    """Corrupt: wrong numbers from the first single row on.
+    """Predict corrupt: wrong numbers from the first single row on.
 
     At the end the culprit waits in the last all-reduce of the run, which the others have completed.
     """
@@ -81,7 +81,7 @@ SCENARIO = Scenario(
     policies=policies,
     hang=hang,
     # All ranks share the tokens, so that every collective is the same all-reduce. One request at a time keeps the
-    # number of rows at one. 8 heads and groups divide over 8 ranks, so all sums have one shape.
+    # number of rows at one. 8 heads and groups are divided over 8 ranks, so all sums have one shape.
     defaults={
         "tp_size": 8,
         "model": {

@@ -1,12 +1,12 @@
 """One rank dispatches with the sizes of an earlier step, because its own entry in that list has not changed.
 
-Mirrors TensorRT-LLM issue 16745. If all ranks have the same number of rows, the dispatch is one all-gather, else one
-broadcast per rank. Each rank decides this from its own list of sizes, of which it checks only its own entry. A rank
-with a stale list waits in another operation than its peers on one communicator, or in the same operation with other
-lengths. The result depends on the backend. NCCL hangs. gloo hangs if the operations differ; ends a rank by SIGABRT if
-it receives more bytes than its buffer holds; and returns wrong data if the buffer is too large.
+Upstream: TensorRT-LLM issue 16745. If all ranks have the same number of rows, the dispatch is one all-gather, else one
+broadcast per rank. Each rank decides this from its own list of sizes, but checks only its own entry in the list. A rank
+with a stale list waits in another operation than the others on one communicator, or in the same operation with other
+lengths. The result depends on the backend. NCCL hangs. gloo hangs if the operations differ, ends a rank by SIGABRT if
+it receives more bytes than its buffer holds, and returns wrong data if the buffer is too large.
 
-The cure: every rank and every layer uses the sizes of the step agreement (the first all-reduce of a step). The guard
+The fix: every rank and every layer uses the sizes of the step agreement (the first all-reduce of a step). The guard
 refuses any other sizes before they are issued, and the strict check detects them too.
 """
 
@@ -35,7 +35,7 @@ class GatherOrBroadcast(AllGatherReduceScatter):
         return tuple(self.comm.all_gather_v("ep", args, sizes, layer=self.layer, broadcast_uneven=True))
 
     def sizes(self, num_rows: int) -> tuple[int, ...]:
-        """The number of rows of every rank, as agreed for this step."""
+        """Return the number of rows of every rank, as agreed for this step."""
         return self.context.ep_sizes
 
 
@@ -50,7 +50,7 @@ class KeepSizes(GatherOrBroadcast):
 
 
 def first_stale(settings: RunSettings) -> tuple[int, int] | None:
-    """Return (serve step, rank): the first step with a stale list, and the faulty rank, drawn from its owners."""
+    """Return (serve step, rank): the first step with a stale list, and a rank that has one, drawn from the seed."""
     kept: list[dict[int, list[int]]] = [{} for _ in range(settings.num_ranks)]
     for serve_step, rows in enumerate(step_rows(settings.requests(), settings.engine)):
         sizes = [num_rows or 1 for num_rows in rows]  # an idle rank has a dummy row
@@ -61,13 +61,13 @@ def first_stale(settings: RunSettings) -> tuple[int, int] | None:
 
 
 def policies(settings: RunSettings, rank: int) -> Policies:
-    """The policies by variant. control and fix: the agreed sizes; fault: one rank reuses those of an earlier step."""
+    """control and fix: the agreed sizes; fault: one rank reuses the sizes of an earlier step."""
     first = first_stale(settings) if settings.variant == "fault" else None
     return Policies(dispatch=KeepSizes if first is not None and first[1] == rank else GatherOrBroadcast)
 
 
 def hang(settings: RunSettings) -> Expected:
-    """The rank with the stale list is the culprit, because all others agree on each other's sizes."""
+    """Predict the rank with the stale list as culprit, because all others agree on each other's sizes."""
     first = first_stale(settings)
     if first is None:
         return CLEAN
@@ -76,7 +76,7 @@ def hang(settings: RunSettings) -> Expected:
     hangs = Expected("deadlock", "sizes", (rank,), serve_step + 1, "layers.0.moe")
     if settings.backend != "gloo":
         return hangs
-    # Which rank gloo ends need not be the culprit, and the other ranks may pass another collective before they fail.
+    # The rank that gloo ends need not be the culprit, and the other ranks may pass another collective before they fail.
     corrupts = Expected("corrupt", "sizes", (rank,), serve_step + 1)
     return Expected("crash", "sizes", (rank,), serve_step + 1, or_else=dataclasses.replace(hangs, or_else=corrupts))
 

@@ -60,7 +60,7 @@ def main() -> None:
 
 
 def policies(settings: RunSettings, rank: int) -> Policies:
-    """control: the loader's lock without a stale file; fault: with one; fix: the engine's own builds."""
+    """control: the loader's lock without a stale file; fault: with a stale file; fix: the engine's own builds."""
     return Policies() if settings.variant == "fix" else Policies(builds=BuildAtFirstUse(settings, rank))
 
 
@@ -74,7 +74,7 @@ def missing(settings: RunSettings) -> str:
 
 
 def hang(settings: RunSettings) -> Expected:
-    """A deadlock without a culprit: all ranks wait at the first GDN layer of the profile step."""
+    """Predict a deadlock without a culprit: all ranks wait at the first GDN layer of the profile step."""
     return Expected("deadlock", "lock", culprits=(), step=0)
 
 

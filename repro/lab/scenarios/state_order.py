@@ -6,7 +6,7 @@ this happened there (docs/ROOT-CAUSE.md, H5). If it contained one, the server wo
 in every step on how many slots of state to clear. A rank whose batch has changed needs clean slots, and agrees before
 the first dispatch. A rank whose batch is the same as in the last step agrees after the dispatch.
 
-The cure: the agreed schedule decides when a collective is issued, not the needs of one rank.
+The fix: the agreed schedule decides when a collective is issued, not the needs of one rank.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ class InitialiseState(AllGatherReduceScatter):
         return gathered
 
     def before_dispatch(self, num_rows: int) -> bool:
-        """Whether to initialise before the dispatch. Must be the same on all ranks."""
+        """Whether to initialise before the dispatch. The result must be the same on all ranks."""
         return True
 
     def initialise(self, like: Tensor) -> None:
@@ -77,7 +77,10 @@ def policies(settings: RunSettings, rank: int) -> Policies:
 
 
 def hang(settings: RunSettings) -> Expected:
-    """A deadlock in the first step in which only some batch sizes change; the ranks without a change are culprits."""
+    """Predict a deadlock in the first step in which only some batch sizes change.
+
+    The ranks without a change are culprits.
+    """
     before = [settings.engine.max_num_batched_tokens] * settings.num_ranks
     for serve_step, rows in enumerate(step_rows(settings.requests(), settings.engine)):
         sizes = [num_rows or 1 for num_rows in rows]  # an idle rank has a dummy row

@@ -1,11 +1,11 @@
 """One rank does housekeeping (writes metrics) between two steps while all others wait for it: slow, not a deadlock.
 
-Mirrors vLLM issue 46764 and similar reports, where all ranks but one wait in a collective and the server looks dead,
-although that rank is only late: it writes metrics or a cache to a slow file system, collects garbage, or is throttled.
-All ranks but the straggler are in the same collective, and the straggler is in none. While it works there is no
-deadlock; the right verdict names the straggler and how long it has been working.
+Upstream: vLLM issue 46764 and similar reports, where all ranks but one wait in a collective and the server looks dead.
+That rank is only late: it writes metrics or a cache to a slow file system, collects garbage, or is throttled. All ranks
+but the straggler are in the same collective, and the straggler is in none. While it works there is no deadlock. The
+right verdict names the straggler and how long it has been working.
 
-The cure: work that no rank waits for must not delay a step. The rank hands it to a thread and goes on.
+The fix: work that no rank waits for must not delay a step. The rank lets a thread do this work and goes on.
 """
 
 from __future__ import annotations
@@ -36,11 +36,11 @@ class WriteMetrics(StepAgreement):
 
     def write_metrics(self) -> None:
         """Write, and delay the step."""
-        time.sleep(self.write_s)  # stands for a blocking write to a file system that does not answer
+        time.sleep(self.write_s)  # represents a blocking write to a file system that does not answer
 
 
 class WriteMetricsInThread(WriteMetrics):
-    """The cure: the same write, in a thread that no step waits for."""
+    """The fix: the same write, in a thread that no step waits for."""
 
     def write_metrics(self) -> None:
         threading.Thread(target=time.sleep, args=(self.write_s,), daemon=True).start()
@@ -55,7 +55,7 @@ def policies(settings: RunSettings, rank: int) -> Policies:
 
 
 def hang(settings: RunSettings) -> Expected:
-    """Slow, with the straggler as culprit, whatever the quiet window is. The guard has nothing to refuse."""
+    """Predict slow, with the straggler as culprit, whatever the quiet window is. The guard has nothing to refuse."""
     return Expected("slow", None, (struck_rank(settings),), STEP)
 
 

@@ -1,15 +1,15 @@
-"""One tensor-parallel rank receives another request than its peers: wrong tokens, and no collective that differs.
+"""One tensor-parallel rank receives another request than the others: wrong tokens, and no collective that differs.
 
-Mirrors SGLang issue 27221: each tp rank ran its own scheduler and dropped timed-out requests by its own clock, so the
-ranks of one tp group ran different batches. The ranks of a tp group hold parts of the same layers, so a sum over them
-is correct only if all of them process the same tokens. The result depends on the shapes. A batch of another size is a
-size mismatch in the first all-reduce, which was the hang upstream. A batch of the same size neither hangs nor crashes:
-the ranks sum parts of different sequences and serve wrong tokens. This scenario is the second case, which no timeout
-and no comparison of collectives can detect.
+Upstream: SGLang issue 27221, where each tp rank ran its own scheduler and dropped timed-out requests by its own clock,
+so the ranks of one tp group ran different batches. The ranks of a tp group hold parts of the same layers, so a sum over
+them is correct only if all of them process the same tokens. The result depends on the shapes. A batch of another size
+is a size mismatch in the first all-reduce, which was the hang upstream. A batch of the same size neither hangs nor
+crashes: the ranks sum parts of different sequences and serve wrong tokens. This scenario is the second case, which no
+timeout and no comparison of collectives can detect.
 
 Here one rank receives its first request with another prompt of the same length.
 
-The cure: the step agreement also compares, within a tp group, a hash of the requests and tokens that each rank is about
+The fix: the step agreement also compares, within a tp group, a hash of the requests and tokens that each rank is about
 to run. A server cannot know which rank is right, so all ranks stop and name both sides.
 """
 
@@ -34,24 +34,27 @@ def requests(settings: RunSettings, rank: int) -> list[Request]:
 
 
 def policies(settings: RunSettings, rank: int) -> Policies:
-    """The engine's own policies. The variants differ in the rank's requests, and in whether the ranks compare them."""
+    """Return the engine's own policies.
+
+    The variants differ in the requests of a rank, and in whether ranks compare them.
+    """
     return Policies()
 
 
 def hang(settings: RunSettings) -> Expected:
-    """Corrupt: wrong tokens, and no difference in the collectives that could name a rank."""
+    """Predict corrupt: wrong tokens, and no difference in the collectives that could name a rank."""
     return Expected("corrupt", culprits=())
 
 
 SCENARIO = Scenario(
     name="tp_requests",
-    summary="one tp rank receives another prompt than its peers: wrong tokens, and no collective that differs",
+    summary="one tp rank receives another prompt than the others: wrong tokens, and no collective that differs",
     source="sglang#27221",
     policies=policies,
     hang=hang,
     fixed=lambda settings: REFUSED,
     requests=requests,
-    # All ranks share the tokens. The model's heads and groups divide over 8 ranks, as in silent_pairing.
+    # All ranks share the tokens. The model's heads and groups are divided over 8 ranks, as in silent_pairing.
     defaults={
         "tp_size": 8,
         "model": {

@@ -1,10 +1,10 @@
 """An EP backend returns early from the dispatch of a rank that has no tokens.
 
-Mirrors uccl issue 940. With zero tokens the rank has nothing to send, but the other ranks still need it in the same
+Upstream: uccl issue 940. With zero tokens the rank has nothing to send, but the other ranks still need it in the same
 collectives: they wait for its message of size zero, and for its experts to process their tokens. The rank goes on to
 the agreement of the next step and waits there, while the others wait for it in the dispatch of the first layer.
 
-The cure: a rank with zero tokens takes part in every collective, with size zero.
+The fix: a rank with zero tokens takes part in every collective, with size zero.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ class ReturnEarlyAtZeroTokens(AllGatherReduceScatter):
 
 
 def policies(settings: RunSettings, rank: int) -> Policies:
-    """The policies by variant. control: idle ranks have a dummy token; fault and fix: they have none."""
+    """control: idle ranks have a dummy token; fault and fix: they have none."""
     return {
         "control": Policies(),
         "fault": Policies(idle=IdleWithZeroTokens(), dispatch=ReturnEarlyAtZeroTokens),
@@ -51,7 +51,7 @@ def policies(settings: RunSettings, rank: int) -> Policies:
 
 
 def hang(settings: RunSettings) -> Expected:
-    """In the first step with idle ranks, these skip the MoE of every layer."""
+    """Predict that in the first step with idle ranks these skip the MoE of every layer."""
     everyone = set(range(settings.num_ranks))
     for serve_step, live in enumerate(live_ranks(settings.requests(), settings.engine)):
         if 0 < len(live) < settings.num_ranks:
@@ -63,7 +63,7 @@ def hang(settings: RunSettings) -> Expected:
 
 SCENARIO = Scenario(
     name="zero_token_return",
-    summary="the dispatch returns early on a rank with zero tokens, for which the others wait",
+    summary="the dispatch returns early on a rank with zero tokens, and the others wait for this rank",
     source="uccl#940",
     policies=policies,
     hang=hang,

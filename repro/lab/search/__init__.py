@@ -1,1 +1,1 @@
-"""Many runs of one command: the matrix of starts, and the search for the smallest run that still hangs."""
+"""Commands with many runs: the matrix of starts, and the search for the smallest run that still hangs."""

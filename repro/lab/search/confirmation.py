@@ -12,19 +12,19 @@ CHECK_DEADLINE_S = 90.0
 
 
 def confirm(path: Path, num_ranks: int) -> str:
-    """Run the written file. Return what it prints about the hang, or why there was none."""
+    """Run the written file. Returns what it prints about the hang, or why there was none."""
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={num_ranks}"]
     code, output = run_within([*torchrun, str(path)], CHECK_DEADLINE_S)
     if code is None:
-        return f"did not end within {CHECK_DEADLINE_S:g} s"
+        return f"it did not end within {CHECK_DEADLINE_S:g} s"
     lines = [line.strip() for line in output.splitlines() if line.startswith(("HANG", "  ranks"))]
-    return "; ".join(lines) if code == 1 and lines else f"exit code {code} and no hang"
+    return "; ".join(lines) if code == 1 and lines else f"exit code {code}, and no hang"
 
 
 def run_within(command: list[str], limit_s: float) -> tuple[int | None, str]:
-    """Run a program; return its exit code (None if it did not end in time) and its standard output.
+    """Run a program. Returns its exit code (None if it did not end in time) and its standard output.
 
-    Its descendants are killed when it ends, and when the user interrupts.
+    Its descendants are killed when the program ends, and when the user interrupts.
     """
     job = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
     with job:

@@ -31,7 +31,7 @@ from repro.watch.document import Document
 
 SHORT_TIMEOUT_S = 3.0
 PHASES = ("load", "prepare", "profile", "capture", "serve")
-"""The phases in the table: those that take time. The JSON has all phases."""
+"""The phases in the table, which are those that take time. The JSON has all phases."""
 
 
 @dataclass(frozen=True)
@@ -49,16 +49,19 @@ class Cell:
         return "TP8" if self.configuration == "tp8" else "DP8+EP8"
 
     def values(self) -> tuple[str, ...]:
-        """Layout, backends, cache and group timeout, as a table shows them."""
+        """Return layout, backends, cache and group timeout, as a table shows them."""
         timeout = f"{self.group_timeout_s:g} s" if self.group_timeout_s else "-"
         return self.layout, self.gdn, self.moe, self.cache, timeout
 
     def name(self) -> str:
-        """The values of the cell, separated by spaces."""
+        """Return the values of the cell, separated by spaces."""
         return " ".join(self.values())
 
     def settings(self, document: Mapping[str, Any], flags: Mapping[str, Any]) -> RunSettings:
-        """The settings of this cell's run, always the variant "fault": servers compile at first use."""
+        """Return the settings of this cell's run.
+
+        The variant is always "fault", because servers compile at first use.
+        """
         engine = {**document.get("engine", {}), "gdn_prefill_backend": self.gdn, "moe_backend": self.moe}
         mine = {"scenario": self.configuration, "variant": "fault", "kernel_cache": self.cache}
         timeout = {"group_timeout_s": self.group_timeout_s}
@@ -85,11 +88,11 @@ class Result:
 
     @property
     def stalled_s(self) -> float:
-        """How long all ranks were silent, of a run that was slow."""
+        """Return how many seconds all ranks were silent, if the run was slow."""
         return self.verdict.quiet_s if self.verdict.verdict == "slow" else 0.0
 
     def to_json(self) -> dict[str, Any]:
-        """The entries of verdict.json, and those of the cell."""
+        """Return the fields of verdict.json, and those of the cell."""
         cell = self.cell
         return {
             **to_json(self.verdict), "layout": cell.layout, "gdn_prefill_backend": cell.gdn,
@@ -123,7 +126,7 @@ def run(
 
 
 def phases(run_dir: RunDir, rank: int) -> dict[str, float]:
-    """The seconds that a rank spent in each phase, from its witness. The last phase ends with the rank's last event."""
+    """Return the seconds that a rank spent in each phase, from its witness. The last phase ends with the last event."""
     witness = read(run_dir.witness(rank))
     seconds: dict[str, float] = {}
     begun: tuple[str, int] | None = None

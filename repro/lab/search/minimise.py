@@ -1,8 +1,8 @@
-"""Shrink a scenario while its verdict stays the same, to one file to paste into an issue.
+"""Shrink a scenario while its verdict stays the same, and write the result as one file to paste into an issue.
 
 A scenario can predict its verdict without running. Search the predictions for the smallest settings, then confirm them
-by one run. If that run has another verdict, bisect for the smallest settings that keep it. At the end, run the written
-file itself.
+by one run. If that run has another verdict, bisect for the smallest settings that keep the verdict. At the end, run the
+written file itself.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ RUN_DEADLINE_S = 45.0
 
 
 class AnotherVerdict(RuntimeError):
-    """The run to shrink has another verdict than its scenario predicts; ``verdict`` is the actual one."""
+    """The run to shrink has another verdict than its scenario predicts. ``verdict`` is the actual verdict."""
 
     def __init__(self, text: str, verdict: str) -> None:
         super().__init__(text)
@@ -63,7 +63,7 @@ Trial = Callable[[RunSettings], Document]
 def minimise(scenario: Scenario, start: RunSettings, trial: Trial, budget_s: float = BUDGET_S) -> Result:
     """Find the smallest settings whose run has the same verdict and cause as the run of ``start``.
 
-    Raises AnotherVerdict when the run of ``start`` itself does not have the verdict that the scenario predicts.
+    Raises AnotherVerdict if the run of ``start`` itself does not have the verdict that the scenario predicts.
     """
     began = time.monotonic()
     runs = 0
@@ -78,7 +78,10 @@ def minimise(scenario: Scenario, start: RunSettings, trial: Trial, budget_s: flo
     path = [start, *reductions(scenario, start, predicted)]
     verdict, cause, document = says(start)
     if (verdict, cause) != (predicted.verdict, predicted.cause):
-        why = f"the run says {verdict} {cause or ''}, not {predicted.verdict} {predicted.cause or ''}: not shrunk"
+        why = (
+            f"the verdict on the run is {verdict} {cause or ''}, but the scenario predicts {predicted.verdict} "
+            f"{predicted.cause or ''}: not shrunk"
+        )
         raise AnotherVerdict(why, verdict)
     low, high = 0, len(path)  # path[low] has the verdict, path[high] (or the end of the path) does not
     middle = high - 1  # try the smallest settings first, because the predictions are mostly right
@@ -96,9 +99,9 @@ def minimise(scenario: Scenario, start: RunSettings, trial: Trial, budget_s: flo
 
 @dataclass
 class Runner:
-    """Runs trials without a single-process reference, which a hang does not need.
+    """Runs trials without a single-process reference, because a hang serves no tokens to compare.
 
-    last      the directory of the last run, with ``settings``
+    last      the directory of the last run, which had ``settings``
     """
 
     series: Series
@@ -112,9 +115,9 @@ class Runner:
         return self.run(settings, no_reference)
 
     def run(self, settings: RunSettings, reference: Path | None = None) -> Document:
-        """Run one variant; return its verdict.
+        """Run one variant. Returns its verdict.
 
-        Raises CannotRunHere if this machine lacks what it needs, and KeyboardInterrupt when the user interrupts.
+        Raises CannotRunHere if this machine lacks what the run needs, and KeyboardInterrupt if the user interrupts.
         """
         run_dir, document = self.series.run(settings, reference=reference)
         if run_dir is None:
@@ -126,8 +129,8 @@ class Runner:
         return document
 
     def write_replay(self, result: Result) -> None:
-        """Set ``result.source`` to the smallest run as one file, with its fix if that ends as expected."""
-        if self.settings != result.after:  # the last trial was another one, whose verdict differed
+        """Set ``result.source`` to the smallest run as one file, with its fix if the fix ends as expected."""
+        if self.settings != result.after:  # the last trial had other settings and another verdict
             self(result.after)
         fault = self.last
         assert fault is not None
@@ -136,7 +139,7 @@ class Runner:
         expected = scenarios.load(cured.scenario).expected(cured)
         good = (document.verdict, document.cause) == (expected.verdict, expected.cause)
         if not good:
-            result.notes.append(f"the fix at this size says {document.verdict}, so --fix is left out")
+            result.notes.append(f"the verdict on the fix at this size is {document.verdict}, so the file has no --fix")
         try:
             result.source = replay.of_runs(gather(fault), self.last if good else None)
         except replay.ReplayError as error:
@@ -144,7 +147,7 @@ class Runner:
 
 
 def describe(settings: RunSettings) -> str:
-    """The sizes that the search shrinks, as a phrase."""
+    """Return the sizes that the search shrinks, as a phrase."""
     work, model = settings.workload, settings.model
     return (
         f"{settings.num_ranks} ranks, {counted(len(model.layer_pattern), 'layer')} ({model.layer_pattern}), "

@@ -1,1 +1,1 @@
-"""Start a run: check the machine, fill its kernel cache, start ranks and reference, watch them and end them."""
+"""Start a run: check the machine, fill the kernel cache, start ranks and reference, watch them and end them."""

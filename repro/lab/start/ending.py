@@ -1,4 +1,4 @@
-"""End a run: sync its evidence to the disk, let ranks that are done exit, and kill every process that is left."""
+"""End a run: write its evidence to the disk, let ranks that are done exit, and kill every process that is left."""
 
 from __future__ import annotations
 
@@ -14,19 +14,19 @@ from repro.lab.start.job import Job
 from repro.store.run_dir import RunDir
 
 PERSIST_PATIENCE_S = 5.0
-"""How long to wait for the evidence to be written to the disk."""
+"""Seconds to wait for the evidence to be written to the disk."""
 
 SYNCS = 8
-"""How many files are synced at a time; one after another takes ten times as long."""
+"""Number of files that are synced at a time. One after another would take ten times as long."""
 
 RELEASE_PATIENCE_S = 8.0
-"""How long to wait for ranks that are done to exit on their own."""
+"""Seconds to wait for ranks that are done to exit by themselves."""
 
 
 def persist(run_dir: RunDir, notice: Callable[[str], None], patience_s: float = PERSIST_PATIENCE_S) -> None:
-    """Sync the evidence to the disk before the ranks are ended, because a machine with a hang is often reset next.
+    """Write the evidence to the disk before the ranks are ended, because a machine with a hang is often reset next.
 
-    Daemon threads do the work: a file server that does not answer must not keep the ranks of the run alive.
+    Daemon threads do this work: a file server that does not answer must not keep the ranks of the run alive.
     """
     paths, failures = run_dir.contents(), []
 
@@ -55,11 +55,11 @@ def end(run_dir: RunDir, started: list[Job], ranks: list[processes.Process]) -> 
 
     Returns a sentence for each process that did not end within processes.REAP_PATIENCE_S.
     """
-    # The pid of a job that has ended may belong to another process by now.
+    # The pid of a job that has ended may already belong to another process.
     running = [child for child in started if child.poll() is None]
     descendants = [process for child in running for process in processes.with_descendants(child.pid)]
     left = processes.kill([*ranks, *descendants])
-    for child in started:  # waits for the children of this process, so that none stays a zombie
+    for child in started:  # reaps the children of this process, so that none stays a zombie
         child.poll()
     agent.remove_temporary_files(run_dir, (run_dir.store, run_dir.interrupted, run_dir.root / "rendezvous"))
     shutil.rmtree(run_dir.root / "tmp", ignore_errors=True)
@@ -67,7 +67,7 @@ def end(run_dir: RunDir, started: list[Job], ranks: list[processes.Process]) -> 
 
 
 def release(run_dir: RunDir, job_alive: Callable[[], bool]) -> None:
-    """Let parked ranks exit on their own."""
+    """Let the ranks that wait after their work exit by themselves."""
     run_dir.release.touch()
     deadline = time.monotonic() + RELEASE_PATIENCE_S
     while job_alive() and time.monotonic() < deadline:

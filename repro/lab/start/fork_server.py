@@ -1,9 +1,8 @@
-"""Fork the ranks of a run from one process that has imported torch: eight ranks start in half a second.
+"""Fork the ranks of a run from one process that has imported torch. Eight ranks start in half a second.
 
 The launcher starts ``python -m repro.lab.start.fork_server`` in place of torchrun, once for all runs of a command. The
 server reads one JSON line for each run, forks a job, and prints the job's pid. The job forks the ranks. Each rank is
-the same worker that torchrun would start, and writes the same files. Every fork happens before the process has a second
-thread.
+the same worker that torchrun would start, and writes the same files. A process that forks never has a second thread.
 The ranks end with their job, the job ends with this process, and this process ends with the launcher.
 """
 
@@ -39,7 +38,7 @@ def main() -> int:
     gc.freeze()  # a garbage collection in a rank would write to the shared pages, and so copy them
     signal.signal(
         signal.SIGCHLD, signal.SIG_IGN
-    )  # avoid zombies: no process reaps the job, and the watcher looks for it in /proc
+    )  # avoids zombies: no process reaps the job, and the watcher looks for it in /proc
     for line in sys.stdin.buffer:
         request = json.loads(line)
         pid = _fork(functools.partial(_job, request))
@@ -52,7 +51,7 @@ def _job(request: dict[str, Any]) -> None:
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     os.setsid()
     os.environ.update(request["environment"])
-    tempfile.tempdir = None  # let tempfile read TMPDIR again, which is this run's
+    tempfile.tempdir = None  # makes tempfile read TMPDIR again, which is now this run's
     run_dir = RunDir(Path(request["run_dir"]))
     log = os.open(run_dir.launcher_log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
     null = os.open(os.devnull, os.O_RDONLY)

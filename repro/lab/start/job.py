@@ -1,4 +1,4 @@
-"""Start the processes of a run: the ranks, by torchrun or by a fork server, and the helper programs beside them."""
+"""Start the processes of a run: the ranks, by torchrun or by a fork server, and the helper programs."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ POLL_S = 0.05
 
 
 class Job(Protocol):
-    """A process that was started for a run; ``subprocess.Popen`` is one."""
+    """A process that was started for a run, such as a ``subprocess.Popen``."""
 
     @property
     def pid(self) -> int: ...
 
     def poll(self) -> int | None:
-        """The exit code; None while the process runs."""
+        """Return the exit code; None while the process runs."""
 
 
 Start = Callable[[RunDir, RunSettings, Callable[[], bool]], Job]
@@ -37,7 +37,10 @@ Start = Callable[[RunDir, RunSettings, Callable[[], bool]], Job]
 
 @contextlib.contextmanager
 def launcher(name: str) -> Iterator[Start]:
-    """Yield the function that starts the ranks of a run, and end its server at the end. name: one of LAUNCHERS."""
+    """Yield the function that starts the ranks of a run.
+
+    A server that it needs ends with the block. name: one of LAUNCHERS.
+    """
     if name == "torchrun":
         yield _start_torchrun
         return
@@ -49,14 +52,14 @@ def launcher(name: str) -> Iterator[Start]:
 
 
 LAUNCHERS = ("torchrun", "fork")
-"""torchrun starts the ranks as a server's ranks are started; fork forks them from one process, which is faster."""
+"""torchrun starts the ranks as a server's ranks are started. fork forks them from one process, which is faster."""
 
 
 def _start_torchrun(run_dir: RunDir, settings: RunSettings, interrupt: Callable[[], bool]) -> Job:
     command = [
         sys.executable, "-m", "torch.distributed.run",
         "--nnodes=1", f"--nproc-per-node={settings.num_ranks}", "--max-restarts=0", "--monitor-interval=0.1",
-        # torchrun's rendezvous goes through a file. It opens no port, so two runs cannot collide.
+        # torchrun's ranks meet through a file. This opens no port, so two runs cannot collide.
         "--rdzv-backend=c10d", f"--rdzv-endpoint={run_dir.root / 'rendezvous'}", "--rdzv-conf=store_type=file",
         "--local-addr=127.0.0.1",
         "-m", "repro.worker", settings.scenario, "--variant", settings.variant,
@@ -110,7 +113,7 @@ class ForkedJob:
         self._ticks = start_ticks(pid)
 
     def poll(self) -> int | None:
-        """0 once the job has ended; None while it runs."""
+        """Return 0 once the job has ended; None while it runs."""
         return None if processes.running(self.pid, self._ticks) else 0
 
 
@@ -120,7 +123,7 @@ def start_process(
     """Start a program of a run. It ends with this process, so call this in the main thread (`parent.die_with_parent`).
 
     log     the file that the program prints to; the launcher's log by default
-    talks   connect its standard input and output to pipes, so that only its standard error goes to the log
+    talks   whether pipes connect its standard input and output, so that only its standard error goes to the log
     """
     parent = os.getpid()
     with (log or run_dir.launcher_log).open("wb") as output:

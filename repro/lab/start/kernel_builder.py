@@ -1,6 +1,6 @@
 """``python -m repro.lab.start.kernel_builder RUN_DIR``: fill the kernel cache of a run from the user's cache.
 
-It runs as a separate process because it needs torch, which the launcher never loads.
+This is a separate process because it needs torch, which the launcher never loads.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from repro.store.run_dir import RunDir
 
 
 def main() -> None:
-    """Build the kernels that are missing in the user's cache, and copy all of them into the run's."""
+    """Build the kernels that are missing in the user's cache, and copy all kernels into the run's cache."""
     die_with_parent()
     from hybrid_moe_kernels.extension import default_cache
     from hybrid_moe_kernels.lab.gdn_prefill import PREFILL, PREFILL_CUDA
@@ -35,8 +35,8 @@ def main() -> None:
         ensure(extension, BuildPlace(default_cache(), -1, NullObserver()))
         built = extension.folder(default_cache())
         for target in targets:
-            # Copies the modification times, by which ninja knows what is up to date. With engine.cache_dir the folder
-            # may hold the kernels of an earlier run already.
+            # This copies the modification times, by which ninja knows what is up to date. With engine.cache_dir the
+            # folder may already contain the kernels of an earlier run.
             shutil.copytree(built, target / built.name, dirs_exist_ok=True)
 
 

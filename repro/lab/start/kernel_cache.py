@@ -23,32 +23,35 @@ POLL_S = 0.1
 
 
 class CannotFill(RuntimeError):
-    """The kernel cache of a run cannot be prepared as the settings ask; the text gives the reason."""
+    """The kernel cache of a run cannot be prepared as the settings ask. The text gives the reason."""
 
 
 def folder(run_dir: RunDir, settings: RunSettings) -> Path:
-    """The cache folder of the run's server."""
+    """Return the cache folder of the run's server."""
     return Path(settings.engine.cache_dir or run_dir.cache)
 
 
 def fill(run_dir: RunDir, settings: RunSettings, interrupt: Callable[[], bool]) -> None:
     """Bring the run's kernel cache into the state that the settings ask for, within the run's deadline.
 
-    Raises CannotFill: the build failed (no compiler, for example), a cold start was asked for but the user's folder
-    holds compiled kernels, or torch.compile cannot use the folder, because it passes file names to the compiler
-    unquoted. Raises KeyboardInterrupt when the user interrupts.
+    Raises CannotFill in three cases: the build failed (without a compiler, for example), a cold start was requested but
+    the user's folder contains compiled kernels, or torch.compile cannot use the folder, because it passes file names to
+    the compiler unquoted. Raises KeyboardInterrupt if the user interrupts.
     """
     for place in (run_dir.root, folder(run_dir, settings)) if settings.engine.compile else ():
         if re.search(r"[\s'\"\\]", str(place)):
             raise CannotFill(
-                f"torch.compile cannot work in {place}: the path contains a space or quote; choose another --out"
+                f"torch.compile cannot work in {place}, because the path contains a space or quote; choose another "
+                "folder with --out"
             )
     if not settings.engine.compiles_kernels:
         return
     kernels = folder(run_dir, settings) / "kernels"
     to_be_cold = of_rank(kernels, settings, 0)
     if settings.effective_kernel_cache != "warm" and any(to_be_cold.glob(f"*/{BUILT}")):
-        raise CannotFill(f"no cold start: {to_be_cold} holds compiled kernels; empty it, or use --kernel-cache warm")
+        raise CannotFill(
+            f"no cold start: {to_be_cold} contains compiled kernels; empty the folder, or use --kernel-cache warm"
+        )
     if settings.effective_kernel_cache == "cold":
         return
     command = [sys.executable, "-m", "repro.lab.start.kernel_builder", str(run_dir.root)]
@@ -60,7 +63,10 @@ def fill(run_dir: RunDir, settings: RunSettings, interrupt: Callable[[], bool]) 
                 if interrupt():
                     raise KeyboardInterrupt
                 if time.monotonic() > until:
-                    raise CannotFill(f"no warm kernel cache: not built within {settings.deadline_s:g} s (--deadline)")
+                    raise CannotFill(
+                        f"no warm kernel cache: the kernels were not built within {settings.deadline_s:g} "
+                        "s; choose a larger --deadline"
+                    )
                 with contextlib.suppress(subprocess.TimeoutExpired):
                     _, output = builder.communicate(timeout=POLL_S)
         finally:
@@ -71,5 +77,5 @@ def fill(run_dir: RunDir, settings: RunSettings, interrupt: Callable[[], bool]) 
 
 
 def of_rank(cache: Path, settings: RunSettings, rank: int) -> Path:
-    """The folder in which a rank looks for compiled kernels."""
+    """Return the folder in which a rank looks for compiled kernels."""
     return cache / f"rank{rank:03d}" if settings.effective_kernel_cache == "split" else cache

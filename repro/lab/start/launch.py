@@ -1,7 +1,7 @@
 """Run one variant: create the run directory, start the ranks and the reference, watch them, and end every process.
 
-The operating system kills every process started here when this process ends, however it ends. Only the run directory
-with its verdict stays.
+When this process ends, for whatever reason, the operating system kills every process that was started here. Only the
+run directory with its verdict stays.
 """
 
 from __future__ import annotations
@@ -41,12 +41,12 @@ def run(
     start: Start,
     known_reference: Path | None = None,
 ) -> tuple[RunDir, Document]:
-    """Run one variant to its verdict; return its directory and the content of verdict.json.
+    """Run one variant to its verdict. Returns its directory and the content of verdict.json.
 
     start: starts the ranks; from :func:`repro.lab.start.job.launcher`
     known_reference: reference.json of an earlier run with the same ``reference_key``
 
-    Raises KeyboardInterrupt when the user interrupts before the ranks start. A later interrupt is noted in the verdict.
+    Raises KeyboardInterrupt if the user interrupts before the ranks start. A later interrupt is noted in the verdict.
     """
     run_dir = prepare_run_dir(out, settings, interrupt)
     with interrupt.deferred():
@@ -59,14 +59,14 @@ def run(
             return run_dir, _undecided(run_dir, settings, error)
 
         def job_alive() -> bool:
-            # After an interrupt the job may have ended for that reason, which is no evidence about the run.
+            # The job may have ended because of the interrupt, which is no evidence about the run.
             return interrupt() or job.poll() is None
 
         return run_dir, attend(run_dir, settings, interrupt, display, job_alive, [job])
 
 
 def skipped(settings: RunSettings, why: str) -> Document:
-    """The entry, in a list of verdicts, of a run that is not possible on this machine. why: what is missing."""
+    """Return the entry, in a list of verdicts, for a run that is not possible on this machine. why: what is missing."""
     verdict = Verdict("inconclusive", evidence=(why,), confidence="undecided")
     return document_of(settings, verdict, matches_expected=False, skipped=why)
 
@@ -79,10 +79,10 @@ def attend(
     job_alive: Callable[[], bool],
     started: Sequence[Job] = (),
 ) -> Document:
-    """Watch a started run until its verdict, then end it; return the content of verdict.json.
+    """Watch a started run until its verdict, then end it. Returns the content of verdict.json.
 
-    If this program itself fails, the verdict is `inconclusive`. Raises OutputError when another process already watches
-    the run, because only one may end it. Raises OSError, with the run's path, when no verdict can be written.
+    If this program itself fails, the verdict is `inconclusive`. Raises OutputError if another process already watches
+    the run, because only one may end it. Raises OSError, with the run's path, if no verdict can be written.
     """
     with _only_one(run_dir):
         try:
@@ -108,14 +108,18 @@ def _undecided(run_dir: RunDir, settings: RunSettings, error: Exception) -> Docu
 
 @contextlib.contextmanager
 def _only_one(run_dir: RunDir) -> Iterator[None]:
-    """Hold a lock on config.json, so that only one process ends the run. A crash of its holder releases it too."""
+    """Hold a lock on config.json, so that only one process ends the run.
+
+    If the holder crashes, the lock is released.
+    """
     with open_regular(run_dir.config) as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             pid = locks.holder(run_dir.config.resolve())
             raise OutputError(
-                f"{run_dir.root}: process {pid} watches this run to its end; without --end it is judged as it is now"
+                f"{run_dir.root}: process {pid} watches this run to its end; leave out --end to judge the run as it is "
+                "now"
             ) from None
         yield
 
@@ -153,9 +157,9 @@ def _attend(
         ranks = watch.processes
         document = watch.run()
         persist(run_dir, display.notice)
-        # The ranks' results are on the disk, and eight interpreters take seconds to exit. So kill the ranks that this
-        # process started, except under NCCL, which has resources of the host to release. Let the ranks of another
-        # launcher exit on their own: it reports those that do not exit with 0.
+        # The ranks' results are on the disk, and eight interpreters take seconds to exit. So the ranks that this
+        # process started are killed, except under NCCL, which must release resources of the host. Ranks of another
+        # launcher exit by themselves, because that launcher reports ranks that do not exit with 0.
         if watch.all_done() and not (started_here and settings.backend == "gloo"):
             release(run_dir, lambda: job_alive() or watch.remote_ranks_run())
     finally:
@@ -165,7 +169,10 @@ def _attend(
 
 
 def _living(ranks: Callable[[], list[processes.Process]], notice: Callable[[str], None]) -> list[processes.Process]:
-    """The ranks that still run. If they cannot be listed: [] and a notice; this process still ends its own children."""
+    """Return the ranks that still run.
+
+    If they cannot be listed: [] and a notice; this process still ends its own children.
+    """
     try:
         return ranks()
     except Exception as error:

@@ -8,19 +8,19 @@ from repro.hosts.gpus import count_gpus
 
 
 class CannotRunHere(RuntimeError):
-    """This machine lacks what the run needs; the text says what."""
+    """This machine lacks what the run needs. The text says what is missing."""
 
 
 def require_model() -> None:
-    """Raise CannotRunHere if the packages are missing that the reference model needs and the judge does not."""
+    """Raise CannotRunHere if packages are missing that only the reference model needs."""
     missing = [name for name in ("torch", "safetensors") if importlib.util.find_spec(name) is None]
     if missing:
         raise CannotRunHere(
-            f"{' and '.join(missing)} not installed, which a run needs: pip install torch numpy safetensors"
+            f"a run needs {' and '.join(missing)}, which is not installed: pip install torch numpy safetensors"
         )
 
 
 def require_gpus(num_ranks: int) -> None:
-    """Raise CannotRunHere without a GPU for each rank."""
+    """Raise CannotRunHere if there is not a GPU for each rank."""
     if (count := count_gpus()) < num_ranks:
         raise CannotRunHere(f"--backend nccl needs a GPU for each of {num_ranks} ranks; {count} found")

@@ -1,7 +1,7 @@
 """Check before any rank starts whether the ranks of a run fit into this machine's memory.
 
-``python -m repro.lab.start.memory`` reads a list of settings from standard input and prints the first shortage. It runs
-as a separate process because it needs torch, which the launcher never loads.
+``python -m repro.lab.start.memory`` reads a list of settings from standard input and prints the first shortage. This is
+a separate process because it needs torch, which the launcher never loads.
 """
 
 from __future__ import annotations
@@ -16,13 +16,13 @@ from hybrid_moe_ref.config import ConfigError
 from repro.lab.settings import RunSettings
 
 RANK_BYTES = 48 << 20
-"""Memory of one rank of the smallest model, without the pages that forked ranks share."""
+"""Memory in bytes of one rank of the smallest model, without the pages that forked ranks share."""
 
 
 def refuse_too_large(runs: Iterable[RunSettings]) -> None:
     """Raise ConfigError, with the memory needed and the memory available, for a run whose ranks do not fit.
 
-    Raises RuntimeError when the check itself fails.
+    Raises RuntimeError if the check itself fails.
     """
     documents = json.dumps([settings.to_mapping() for settings in runs])
     command = [sys.executable, "-m", "repro.lab.start.memory"]
@@ -39,12 +39,15 @@ def refuse_too_many(runs: Iterable[RunSettings]) -> None:
     total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     for settings in runs:
         if (needed := settings.num_ranks * RANK_BYTES) > total:
-            text = f"{settings.num_ranks} ranks take {needed / 1e9:.0f} GB at least, this machine has {total / 1e9:.0f}"
+            text = (
+                f"{settings.num_ranks} ranks take at least {needed / 1e9:.0f} GB, but this machine has "
+                f"{total / 1e9:.0f}"
+            )
             raise ConfigError(text, "num_ranks")
 
 
 def shortage_of(settings: RunSettings) -> str:
-    """The memory that the run needs and that the machine has; "" if it fits. The memory of GPUs is not checked."""
+    """Return the memory that the run needs and that the machine has; "" if it fits. GPU memory is not checked."""
     import torch
 
     from hybrid_moe_ref import memory

@@ -15,13 +15,13 @@ from repro.trace.witness.file import create
 from repro.trace.witness.format import Geometry, Identity
 
 FREE_BYTES = 32 << 20
-"""Free disk space that a run needs besides its witnesses, for logs, stacks, dumps and the verdict."""
+"""Free disk space in bytes that a run needs besides its witnesses, for logs, stacks, dumps and the verdict."""
 
 
 def prepare_run_dir(out: Path, settings: RunSettings, interrupt: Callable[[], bool] = lambda: False) -> RunDir:
     """Create the run directory with run.json, config.json and every rank's witness, with all disk blocks allocated.
 
-    Raises OutputError when the folder cannot be written or the disk lacks space; the run directory is then removed.
+    Raises OutputError if the folder cannot be written or the disk lacks space; then the run directory is removed.
     """
     run_dir = RunDir.create(out, settings.scenario, settings.variant, settings.seed)
     try:
@@ -41,5 +41,5 @@ def prepare_run_dir(out: Path, settings: RunSettings, interrupt: Callable[[], bo
         shutil.rmtree(run_dir.root, ignore_errors=True)
         if not isinstance(error, OSError):
             raise
-        raise OutputError(f"cannot write to {out}: {error.strerror}; choose another --out") from error
+        raise OutputError(f"cannot write to {out}: {error.strerror}; choose another folder with --out") from error
     return run_dir

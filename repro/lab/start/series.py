@@ -1,4 +1,4 @@
-"""Run several variants one after another. They share a launcher, and runs with the same requests one reference."""
+"""Run several variants one after another. They share a launcher, and runs with the same requests share a reference."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from repro.watch.document import Document
 
 @dataclass
 class Series:
-    """The runs of one command.
+    """Runs the variants of one command, one after another.
 
     out      the folder for their run directories
     start    starts the ranks; from :func:`repro.lab.start.job.launcher`
@@ -60,7 +60,7 @@ class Series:
                 missing = str(error) if isinstance(error, OutputError) else f"{error.filename}: {error.strerror}"
             else:
                 self._num_ended += 1
-                if reference is None:  # a run with a substitute for the reference cannot lend it to other runs
+                if reference is None:  # other runs must not use a substitute for the reference
                     self._references.setdefault(settings.reference_key(), run_dir.reference)
                 return run_dir, document
         return None, launch.skipped(settings, missing)

@@ -1,4 +1,4 @@
-"""Write the folder of a diagnosis: run.json, verdict.json, report.html, ISSUE.md, and the records to judge it again."""
+"""Write the folder of a diagnosis: run.json, verdict.json, report.html, ISSUE.md, and the records to judge again."""
 
 from __future__ import annotations
 
@@ -20,22 +20,22 @@ from repro.verdict.result import Verdict
 from repro.watch.document import describe
 
 TITLE = "diagnosis"
-QUOTED = "This text quotes the files as they are: read it before you publish it."
+QUOTED = "This text quotes the files without changes: read it before you publish it."
 AGAIN = ("python", "-m", "repro", "diagnose", RUN_FOLDER)
 
 
 def write(
     folder: Path, diagnosis: Diagnosis, evidence: Evidence, alone: Mapping[str, Diagnosis], closing: str = QUOTED
 ) -> None:
-    """Write the folder. Raises OSError.
+    """Write the folder of a diagnosis. Raises OSError.
 
-    alone: path -> diagnosis of that path alone, for a table of runs that differ in one setting
+    alone: path -> the diagnosis of that path without the others, for a table of runs that differ in one setting
     closing: the last line of ISSUE.md
     """
     folder.mkdir(parents=True, exist_ok=True)
     scene = Scene.of(evidence.records)
     size = max([scene.world_size() or 1, *(rank + 1 for rank in scene.ranks())])
-    again = Command("the verdict once more, from the records in this folder", AGAIN)
+    again = Command("judge the records in this folder again", AGAIN)
     described = RunDescription(TITLE, min(size, MAX_RANKS), quiet_window_s=1.0, deadline_s=1.0, commands=(again,))
     saved.save(folder, evidence)
     write_json(folder / "run.json", described.to_mapping())

@@ -15,7 +15,10 @@ MAX_TREE, MAX_ROWS = 60, 64
 
 
 def issue(headline: str, diagnosis: Diagnosis, evidence: Evidence, scene: Scene, apart: Mapping[str, str]) -> str:
-    """Return Markdown. `apart`: path -> headline of that path alone, for a table of runs that differ in one setting."""
+    """Return the bug report as Markdown.
+
+    `apart`: path -> headline of that path's own diagnosis, for a table of runs.
+    """
     lines = [f"# Hang: {headline}", "", *diagnosis.summary, ""]
     lines += _listed("Why", diagnosis.evidence)
     lines += _listed("What would refute this", diagnosis.refutes)
@@ -26,7 +29,7 @@ def issue(headline: str, diagnosis: Diagnosis, evidence: Evidence, scene: Scene,
     lines += _counters(scene)
     lines += ["## Versions", ""]
     versions = [f"NCCL {version}" for version in versions_of(scene)]
-    lines += [f"- {text}" for text in (*versions, *known_bad(scene))] or ["- No file names a version."]
+    lines += [f"- {text}" for text in (*versions, *known_bad(scene))] or ["- No file names a version of NCCL."]
     lines += ["", "## Files", "", *(f"- `{name}`" for name in evidence.files[:MAX_ROWS])]
     if len(evidence.files) > MAX_ROWS:
         lines.append(f"- and {len(evidence.files) - MAX_ROWS} more")
@@ -45,8 +48,8 @@ def _runs(apart: Mapping[str, str]) -> list[str]:
 
 
 def _tree(scene: Scene) -> list[str]:
-    """Draw the last look at all processes, then what changed since the first look."""
-    roles = ("worker", "engine", "front end")  # a process without a role is listed under each
+    """Draw the stacks of the last look at all processes, and what changed since the first look."""
+    roles = ("worker", "engine", "front end")  # a process without a role is listed under each role
     looks = list({
         str(rows[0].process): rows for role in roles for rows in scene.main_stacks(role).values() if rows
     }.values())  # fmt: skip
@@ -58,8 +61,8 @@ def _tree(scene: Scene) -> list[str]:
     twice = [rows for rows in looks if len(rows) > 1]
     moved = sorted({str(rows[-1].process) for rows in twice if _place(rows[0]) != _place(rows[-1])})
     if twice:
-        lines += [f"Of {len(twice)} processes that were looked at twice, these are at another place in the last look: "
-                  f"{stack_tree.name_all(moved) if moved else 'none'}.", ""]  # fmt: skip
+        lines += [f"Of {len(twice)} processes that were looked at twice, these changed their place until the last "
+                  f"look: {stack_tree.name_all(moved) if moved else 'none'}.", ""]  # fmt: skip
     return lines
 
 

@@ -15,7 +15,7 @@ from repro.verdict.partial.scene import Scene
 
 @dataclass(frozen=True)
 class TreeRow:
-    """A line of the stack tree, with the numbers of HTML lists to open before and to close after it."""
+    """A line of the stack tree, with the number of HTML lists to open before it and to close after it."""
 
     names: str
     innermost: str

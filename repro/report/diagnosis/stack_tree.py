@@ -1,7 +1,7 @@
 """Merge the stacks of all ranks into one tree, outermost frame first, as STAT does (Arnold et al., IPDPS 2007).
 
-Ranks that share a path are one equivalence class. A small class at the end of a branch is an outlier, which is an
-observation: it may be the only rank that works as intended.
+Ranks that share a path form one class. A small class at the end of a branch differs from the others, which is only an
+observation: its ranks may be the only ones that work as intended.
 """
 
 from __future__ import annotations
@@ -18,7 +18,10 @@ MAX_DEPTH = 120
 
 @dataclass(slots=True)
 class Node:
-    """A frame that the processes `names` share, with all frames outside it. `ends`: those whose innermost it is."""
+    """A frame that the processes `names` share, with all frames outside it.
+
+    `ends`: processes whose innermost frame it is.
+    """
 
     frame: str
     names: list[str] = field(default_factory=list)
@@ -28,7 +31,7 @@ class Node:
 
 @dataclass(frozen=True, slots=True)
 class Line:
-    """A line of the tree: consecutive frames that all of `names` share, and the depth of the branch."""
+    """A line of the tree: consecutive frames that all processes of `names` share, and the depth of the branch."""
 
     depth: int
     frames: tuple[str, ...]
@@ -37,7 +40,7 @@ class Line:
 
 
 def merge(stacks: Iterable[Stack]) -> Node:
-    """Merge stacks into a tree. Line numbers are dropped where they would split one function into many branches."""
+    """Merge stacks into a tree. Line numbers are dropped if they would split one function into many branches."""
     root = Node("")
     for stack in stacks:
         name = str(stack.process)
@@ -52,7 +55,10 @@ def merge(stacks: Iterable[Stack]) -> Node:
 
 
 def lines(root: Node) -> list[Line]:
-    """Return the tree from the outside in. Frames without a branch share a line; larger branches come first."""
+    """Return the tree as lines, from the outermost frame inwards.
+
+    Frames without a branch share a line; larger branches first.
+    """
     tree: list[Line] = []
     stack: list[tuple[Node, int]] = [(child, 0) for child in _ordered(root)]
     while stack:
@@ -67,7 +73,7 @@ def lines(root: Node) -> list[Line]:
 
 
 def _ordered(node: Node) -> list[Node]:
-    """Return the children in stack order: the largest is last, so that it is popped first."""
+    """Return the children with the largest last, so that a stack of nodes yields the largest first."""
     return sorted(node.children.values(), key=lambda child: (len(child.names), child.frame))
 
 
@@ -91,7 +97,7 @@ def name_all(names: Sequence[str]) -> str:
 
 
 def classes(stacks: Iterable[Stack]) -> Mapping[tuple[str, str], list[str]]:
-    """Return (activity, innermost frames) -> the processes with this state; the largest class comes first."""
+    """Return (activity, innermost frames) -> the processes in this state. The largest class comes first."""
     names: dict[tuple[str, str], list[str]] = {}
     for stack in stacks:
         key = (_doing(stack), " < ".join(stack.frames[:2]))

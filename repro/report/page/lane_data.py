@@ -1,6 +1,6 @@
 """Prepare the data for the page's script: names and the wait-for graph as JSON, each rank's lane as columns of numbers.
 
-A lane is an element of its own, so that the script unpacks it when it first comes into sight.
+Each lane is an HTML element of its own, so that the script unpacks it only when the lane becomes visible.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ from repro.store.text import escape_control_characters as visible
 from repro.verdict.result import Position
 
 _NEVER = 0xFFFFFFFF
-"""The length of a span that never ended; script/state.js has the same number."""
+"""The length of a span that never ended. script/state.js has the same number."""
 
 
 def script_data(facts: Facts) -> dict[str, Any]:
-    """Return the data as JSON values. Times count in units of ``unit`` ns since the first event."""
+    """Return the data as JSON values. Times are counted in units of ``unit`` ns since the first event."""
     start_ns, end_ns = facts.span_ns()
     unit_ns = _unit_ns(facts)
     verdict = facts.verdict

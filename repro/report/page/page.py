@@ -1,6 +1,6 @@
-"""Render report.html: one file without network access or external fonts, in which strings of a run cannot act as code.
+"""Render report.html: one file without network access or external fonts, in which strings of a run cannot run as code.
 
-The document is complete without its script. With the script, the timeline can be moved and zoomed.
+The page is complete without its script. With the script, the timeline can be moved and zoomed.
 """
 
 from __future__ import annotations
@@ -48,8 +48,8 @@ class Card:
 def render(facts: Facts, others: Sequence[Facts] = (), timeline_svg: str = "") -> str:
     """Render the page.
 
-    others: the control and fix (or fault) runs to show beside this one
-    timeline_svg: what :func:`timeline` returned for this run, where it was called before
+    others: the control and fix (or fault) runs to show beside this run
+    timeline_svg: the result of :func:`timeline` for this run, if it has been called already
     """
     verdict = facts.verdict
     return templates.render(
@@ -132,7 +132,7 @@ def _link(root: Path, other: Path) -> str:
 
 
 def _limits(facts: Facts) -> Iterator[str]:
-    yield "Another server's hang may have another cause: this run rebuilds one mechanism on a small model."
+    yield "The hang of a real server may have another cause: this run rebuilds one mechanism on a small model."
     yield "Nothing here is a measurement of speed."
     if facts.verdict.backend == "gloo":
         yield "The backend was gloo on CPUs; the behaviour of NCCL and GPUs is not shown."

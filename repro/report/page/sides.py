@@ -1,4 +1,4 @@
-"""Show the schedules at the divergence side by side: what was declared, and what each side issued."""
+"""Show the schedules at the divergence side by side: the declared entries, and the entries that each side issued."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _BEFORE, _AFTER = 4, 5
 
 @dataclass(frozen=True)
 class Row:
-    """One position of the schedule: the declared entry, and what each side issued there; "" means nothing."""
+    """One position of the schedule: the declared entry, and what each side issued there; "" if nothing."""
 
     planned: str
     issued: tuple[str, ...]
@@ -37,8 +37,8 @@ class SideBySide:
 
     heads    a heading for each side
     step     the step in which the sides are
-    planned  what the schedule has at the first divergent entry; "" where nothing is left of it
-    cut      the number of rows before these, which are left out
+    planned  the schedule's entry at the divergence; "" after the end of the schedule
+    cut      the number of earlier rows that are left out
     """
 
     heads: tuple[str, ...]
@@ -58,7 +58,7 @@ class SideBySide:
 
 
 def side_by_side(facts: Facts) -> SideBySide | None:
-    """Return None if the verdict names no divergence or its steps cannot be read."""
+    """Compare the schedules at the divergence; None if the verdict names no divergence or its steps cannot be read."""
     sides = [side for side in facts.verdict.sides if side.ranks][:MAX_SIDES]
     steps = [_read_step(facts, side.ranks[0], side.step) for side in sides]
     known = [step for step in steps if step is not None]
@@ -92,7 +92,7 @@ def _rows(plan: Sequence[Entry], issued: Sequence[Sequence[Entry]]) -> Iterator[
 
 
 def _divergent(rows: Sequence[Row]) -> int:
-    """Return the index of the first row that diverges, else of the first that some sides issued and others did not."""
+    """Return the index of the first row that diverges; else of the first that only some sides have issued."""
     diverging = (k for k, row in enumerate(rows) if any(row.diverges))
     uneven = (k for k, row in enumerate(rows) if len({bool(cell) for cell in row.issued}) > 1)
     return next(diverging, next(uneven, 0))
@@ -114,7 +114,7 @@ def _read_step(facts: Facts, rank: int, number: int) -> Step | None:
 
 
 def _align(plan: Sequence[Entry], issued: Sequence[Entry]) -> tuple[dict[int, list[Entry]], set[int]]:
-    """Align what was issued with the plan: extra entries by the index they precede, and the indices that match."""
+    """Align what was issued with the plan. Returns index -> the extra entries before it, and the indices that match."""
     extras: dict[int, list[Entry]] = {}
     matched: set[int] = set()
     for tag, i1, i2, k1, k2 in SequenceMatcher(None, plan, issued, autojunk=False).get_opcodes():

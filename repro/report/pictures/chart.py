@@ -11,12 +11,12 @@ from repro.report.pictures.svg import NUM_GROUP_COLOURS, Svg, add_tooltip
 
 _LOCAL_CSS = {"lock": "lock", "held": "lock", "build": "build"}
 _NARROW_PX = 2.0
-"""Narrower bars of one colour that touch each other are drawn as one."""
+"""Bars of one colour that touch and are narrower than this are drawn as one."""
 
 
 @dataclass(frozen=True)
 class Frame:
-    """The position of the lanes in the picture, in pixels. labels: whether there is room for names and phases."""
+    """Where the lanes are in the picture, in pixels. labels: whether there is room for names and phases."""
 
     left: float
     right: float
@@ -90,7 +90,7 @@ class Chart:
         self._svg.text("bold" if culprit else "", 22, middle + 4, f"rank {rank}")
 
     def _draw_spans(self, lane: Lane, y: float) -> None:
-        run: tuple[str, float, float] | None = None  # narrow neighbours that are drawn as one bar: css, from, to
+        run: tuple[str, float, float] | None = None  # narrow neighbouring bars that are drawn as one: style, from, to
         for span, label in self._in_sight(lane):
             x1, x2 = self._x(span.start_ns), self._x(self._end_ns if span.end_ns == OPEN else span.end_ns)
             if label.kind == "phase":

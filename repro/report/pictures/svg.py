@@ -8,15 +8,15 @@ from pathlib import Path
 from repro.store.text import escape_control_characters
 
 NUM_GROUP_COLOURS, NUM_PLACE_COLOURS = 6, 4
-"""style.css has the classes g0 to g5 for groups and n0 to n3 for the places at which ranks wait."""
+"""Number of colours for groups (classes g0 to g5 of style.css) and for places at which ranks wait (n0 to n3)."""
 
 _STYLE = (Path(__file__).parent / "style.css").read_text(encoding="utf-8")
 
 
 class Svg:
-    """One picture, for its own file or for a page. Lengths are in pixels.
+    """One picture, for a file of its own or for a page. Lengths are in pixels.
 
-    key: a prefix for the ids of its pattern and arrow heads, since a page shows several pictures
+    key: a prefix for the ids of this picture's pattern and arrow heads, because a page shows several pictures
     """
 
     def __init__(self, key: str, title: str) -> None:

@@ -1,6 +1,6 @@
 """Draw timeline.svg and the small strips on the page: lanes of ranks over time, in a light and a dark scheme.
 
-A group has the same colour in every picture of a run. A call that never returns is hatched, so that it shows in print.
+A group has the same colour in every picture of a run. A call that never returns is hatched, which is visible in print.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ def interesting_ns(facts: Facts) -> tuple[int, int]:
 
 
 def choose_ranks(facts: Facts, most: int) -> list[int]:
-    """Choose at most so many ranks, with some from every place at which ranks wait; the smallest places come first."""
+    """Choose at most ``most`` ranks, some from every place at which ranks wait. The smallest places come first."""
     if len(facts.lanes) <= most:
         return list(facts.lanes)
     places: dict[object, list[int]] = {}
@@ -87,7 +87,7 @@ def _title(facts: Facts) -> str:
 
 
 def _draw_rails(svg: Svg, waits: Sequence[Wait], ranks: Sequence[int], frame: Frame) -> None:
-    """Draw a line for each place with a dot at each rank that waits there, and arrows between the lines."""
+    """Draw a line for each place at which ranks wait, a dot for each rank there, and arrows between the lines."""
     middles: dict[int, tuple[float, float]] = {}
     for k, wait in enumerate(waits):
         rows = [ranks.index(rank) for rank in wait.ranks if rank in ranks]

@@ -12,7 +12,7 @@ from repro.verdict.result import Position, name_ranks
 
 _WIDTH, _HEIGHT, _GAP, _TOP = 250, 78, 90, 44
 _MOST_CHARACTERS = {"bold": 34, "mono": 31, "dim small": 40}
-"""Number of characters that fit into a box, for each of its three lines."""
+"""Style of a line in a box -> number of characters that fit."""
 
 
 def draw_waits(facts: Facts) -> str:
@@ -23,7 +23,7 @@ def draw_waits(facts: Facts) -> str:
     positions = {position.rank: position for position in facts.verdict.ranks}
     waiting = {rank for wait in waits for rank in wait.ranks}
     elsewhere = sorted({rank for wait in waits for rank in wait.awaited} - waiting)
-    svg = Svg("waits", "who waits for whom")
+    svg = Svg("waits", "which ranks wait for which")
     for k, wait in enumerate(waits):
         lines = _name(wait.ranks), _fit(wait.waits_in), _where(positions.get(wait.ranks[0]))
         _draw_box(svg, k, f"n{k % NUM_PLACE_COLOURS}", lines)

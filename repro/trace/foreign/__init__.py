@@ -1,1 +1,1 @@
-"""Evidence that other tools wrote: what each said of a rank, as records that the rules of `verdict/partial` read."""
+"""Records of the evidence that other tools wrote about a rank. The rules of `verdict/partial` read these records."""

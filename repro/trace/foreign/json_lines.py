@@ -1,7 +1,8 @@
-"""Records of evidence as JSON, one per line, so that a diagnosis can be repeated without the original files.
+"""Records of evidence as JSON, one in each line, so that a diagnosis can be repeated without the original files.
 
-The first line has the format's name and version, and the names of the files. Each other line is `[KIND, FIELDS]`. The
-file may be a stranger's: each field is converted strictly to its type, and a wrong one raises `DamagedFile`.
+The first line has the name and version of the format, and the names of the original files. Each other line is `[KIND,
+FIELDS]`. The file may come from outside, so each field is converted strictly to its type. A field of a wrong type
+raises `DamagedFile`.
 """
 
 from __future__ import annotations
@@ -25,7 +26,11 @@ MAX_LINE = 64 << 20
 
 
 class Header(msgspec.Struct):
-    """The first line. `files`: the files that were read; `not_understood`: "file:offset: why" of the others."""
+    """The first line of the file.
+
+    files           the files that were read
+    not_understood  "file:offset: why" for each file that was not understood
+    """
 
     format: str
     version: int
@@ -67,7 +72,7 @@ class _Dump(msgspec.Struct):
         """
         counts = Counter(self.order)
         if any(counts.pop(index, 0) != len(record.calls) for index, record in enumerate(self.groups)) or counts:
-            raise ValueError("$.order: the order does not list each operation of each group once")
+            raise ValueError("$.order: the list does not have each operation of each group exactly once")
         return RecorderDump(
             self.rank, self.groups, array("H", self.order), self.configured, self.backend, self.library, self.wrapped,
             self.at_s, self.source, Knows(self.knows),
@@ -75,7 +80,7 @@ class _Dump(msgspec.Struct):
 
 
 class _Pairs(msgspec.Struct):
-    """The fields of `Connections`. Pairs of processes are rows (pid, pid of the other end, number)."""
+    """The fields of `Connections`. Pairs of processes are rows (pid, pid of the other end, number of connections)."""
 
     host: str
     look: int
@@ -98,11 +103,11 @@ KINDS: Mapping[str, type] = {kind.__name__: kind for kind in get_args(Observatio
     RecorderDump.__name__: _Dump,
     Connections.__name__: _Pairs,
 }
-"""Name of a kind of record -> the type that its fields are converted to."""
+"""Name of a kind of record -> the type to which its fields are converted."""
 
 
 def encode(records: Iterable[Observation], files: Sequence[str], not_understood: Sequence[str]) -> Iterator[bytes]:
-    """The lines of the file."""
+    """Yield the lines of the file."""
     encoder = msgspec.json.Encoder(enc_hook=_written)
     yield encoder.encode(Header(FORMAT, VERSION, list(files), list(not_understood))) + b"\n"
     for record in records:
@@ -111,7 +116,7 @@ def encode(records: Iterable[Observation], files: Sequence[str], not_understood:
 
 
 def _written(value: Any) -> Any:
-    """Convert the columns of dumps, and the aspects they show, to types that JSON has."""
+    """Convert the columns of a dump, and the aspects that it shows, to types that JSON has."""
     if isinstance(value, Knows):
         return value.value
     if isinstance(value, array):
@@ -121,15 +126,15 @@ def _written(value: Any) -> Any:
         done = list(map(bool, value.done))
         form, seqs, entries = value.form.tolist(), value.seqs.tolist(), value.entries.tolist()
         return _Columns(value.file, value.forms, form, seqs, done, times_s, entries)
-    raise NotImplementedError(f"no form of {type(value).__name__} in JSON")
+    raise NotImplementedError(f"a value of type {type(value).__name__} cannot be written as JSON")
 
 
 def decode(file: BinaryIO, where: str) -> tuple[list[Observation], list[str], list[str]]:
-    """(records, names of the files, what was not understood). Raises DamagedFile ("file:line: what")."""
+    """Return (records, names of the files, what was not understood). Raises DamagedFile ("file:line: what")."""
     lines = _lines(file, where)
     header: Header = _typed(next(lines, None), Header, f"{where}:1")
     if (header.format, header.version) != (FORMAT, VERSION):
-        raise DamagedFile(f"{where}:1: not the format and version that this release reads")
+        raise DamagedFile(f"{where}:1: the first line does not have the format and version that this release reads")
     return list(_records(lines, where)), header.files, header.not_understood
 
 
@@ -138,7 +143,7 @@ def _lines(file: BinaryIO, where: str) -> Iterator[Any]:
     while line := file.readline(MAX_LINE + 1):
         number += 1
         if len(line) > MAX_LINE:
-            raise DamagedFile(f"{where}:{number}: a line of more than {MAX_LINE >> 20} MiB")
+            raise DamagedFile(f"{where}:{number}: the line is longer than {MAX_LINE >> 20} MiB")
         try:
             yield parse_json(line, "")
         except DamagedFile as error:
@@ -175,7 +180,7 @@ def _read(kind: Any, value: Any) -> Any:
     if len({len(row) for row in rows}) != 1:
         raise ValueError("columns of different lengths")
     if not all(0 <= form < len(columns.forms) for form in columns.form):
-        raise ValueError("the number of a form that is not there")
+        raise ValueError("a form number that is outside the list of forms")
     times_s = array("d", (math.nan if at_s is None else at_s for at_s in columns.times_s))
     form, seqs, entries = array("I", columns.form), array("q", columns.seqs), array("q", columns.entries)
     return Calls(columns.forms, form, seqs, bytes(columns.done), times_s, entries, columns.file)

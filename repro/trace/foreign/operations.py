@@ -1,4 +1,4 @@
-"""The operations that one rank queued in one group, stored in columns: a job of a thousand ranks has millions."""
+"""The operations that one rank queued in one group, in columns: a job of a thousand ranks has millions."""
 
 from __future__ import annotations
 
@@ -11,11 +11,14 @@ from typing import NamedTuple, overload
 
 TRANSFERS = ("send", "recv")
 NO_NUMBER = -1
-"""In the column of sequence numbers: the operation has none."""
+"""The value in the column of sequence numbers for an operation without a number."""
 
 
 class Source(NamedTuple):
-    """The origin of a record: a file and a place in it ("line 88"). `entry`: the number of an entry of a dump."""
+    """The origin of a record: a file and a place in it ("line 88").
+
+    `entry`: the number of the entry, if it is a dump.
+    """
 
     file: str
     line: str = ""
@@ -34,7 +37,7 @@ NOWHERE = Source("")
 
 @dataclass(frozen=True, slots=True)
 class Group:
-    """A process group as named by the evidence. `members` are global ranks, () if they are not listed."""
+    """A process group as the evidence names it. `members` are global ranks; () if they are not listed."""
 
     name: str
     description: str = ""
@@ -49,12 +52,13 @@ class Group:
 class Call(NamedTuple):
     """One operation of a process group, as one rank queued it.
 
-    op          canonical name: all_reduce, all_gather, reduce_scatter, broadcast, all_to_all, barrier, send, recv, …
-    seq         number of the collective in its group; None for point to point, or where the tool prints none
+    op          torch.distributed's name: all_reduce, all_gather, reduce_scatter, broadcast, all_to_all, barrier, send,
+                recv
+    seq         number of the collective in its group; None for transfers, or if the tool prints no number
     sizes       sizes of the inputs, then of the outputs, one tuple per tensor
     dtypes      data types of the inputs, then of the outputs
-    peer        for send and recv: the other end, a global rank
-    frames      "function (file:line)", innermost first; () where no stack was recorded
+    peer        for send and recv: the global rank of the other end
+    frames      "function (file:line)", innermost first; () if no stack was recorded
     done        whether the operation is over, as far as the recorder can tell
     """
 
@@ -74,12 +78,12 @@ class Call(NamedTuple):
 
     @property
     def arguments(self) -> tuple[object, ...]:
-        """The arguments that must be equal on all members of the group."""
+        """Return the arguments that must be equal on all members of the group."""
         return self.op, self.sizes, self.dtypes
 
 
 class Form(NamedTuple):
-    """The fields that all operations of one call site share, as in `Call`."""
+    """The fields that all operations of one call site have in common; their meaning is the same as in `Call`."""
 
     op: str
     sizes: tuple[tuple[int, ...], ...] = ()
@@ -97,9 +101,9 @@ class Calls(Sequence[Call]):
 
     forms    the different forms
     form     index into `forms`, type "I"
-    seqs     sequence number, NO_NUMBER where there is none, type "q"
-    done     1 where the operation is over, one byte each
-    times_s  as `Call.at_s`, NaN where unknown, type "d"
+    seqs     sequence number; NO_NUMBER if there is none; type "q"
+    done     1 if the operation is over, one byte each
+    times_s  when the operation was queued (`Call.at_s`); NaN if unknown; type "d"
     entries  number of the entry in the dump `file`, type "q"
     """
 
@@ -143,7 +147,7 @@ class Calls(Sequence[Call]):
 
     @property
     def pending(self) -> int | None:
-        """Return the index of the oldest operation that is not over; None if all are."""
+        """Return the index of the oldest operation that is not over; None if all operations are over."""
         place = self.done.find(0)
         return None if place < 0 else place
 
@@ -161,15 +165,15 @@ class Calls(Sequence[Call]):
         return any(form.is_transfer for form in self.forms)
 
     def ops(self) -> Iterator[str]:
-        """The name of each operation."""
+        """Yield the name of each operation."""
         return (self.forms[form].op for form in self.form)
 
     def numbered(self, seq: int) -> list[Call]:
-        """Return the operations with a sequence number."""
+        """Return the operations that have a given sequence number."""
         return [self[place] for place, number in enumerate(self.seqs) if number == seq]
 
     def transfers(self, op: str, peer: int) -> list[int]:
-        """The indices of the sends to a rank, or of the receives from it."""
+        """Return the indices of the sends to a rank, or of the receives from it."""
         wanted = [form.op == op and form.peer == peer for form in self.forms]
         return [place for place, form in enumerate(self.form) if wanted[form]] if any(wanted) else []
 
@@ -179,7 +183,7 @@ class Calls(Sequence[Call]):
         return {seq: at_s for seq, at_s in rows if seq != NO_NUMBER and not math.isnan(at_s)}
 
     def last_number(self, *, done: bool = False, where: Callable[[Form], bool] | None = None) -> int | None:
-        """Return the highest sequence number; done: of operations that are over; where: of forms that satisfy it."""
+        """Return the highest sequence number. done: only of operations that are over; where: only of matching forms."""
         seqs: Iterator[int] | array[int] = self.seqs
         if where is not None:
             wanted = bytes(map(where, self.forms))

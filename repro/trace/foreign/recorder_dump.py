@@ -11,10 +11,11 @@ from repro.trace.knowledge import NOTHING, Knows
 
 @dataclass(frozen=True, slots=True)
 class GroupRecord:
-    """One group in a recorder dump: its `calls`, oldest first, and the counters of `pg_status`, None if absent.
+    """One group in a recorder dump: its `calls`, oldest first, and its counters from `pg_status`; None if they are
+    absent.
 
-    enqueued, completed   of collectives and transfers together, as the backend counts them
-    number                the group's id, which `pg_status` is keyed by and which counts a rank's groups
+    enqueued, completed   numbers of collectives and transfers together, as the backend counts them
+    number                the group's id, which is the key in `pg_status`; a rank numbers its groups by it
     """
 
     group: Group
@@ -34,11 +35,11 @@ class GroupRecord:
 class RecorderDump:
     """A Flight Recorder dump of one rank.
 
-    configured  the groups that the rank belongs to, () where the dump does not list them
-    order       the order in which the operations of all groups were queued: for each, its index into groups
+    configured  the groups that the rank belongs to; () if the dump does not list them
+    order       the order in which the operations of all groups were queued: for each, its index into `groups`
     wrapped     whether older entries were overwritten, or may have been
-    at_s        when the newest entry was queued: the dump is at least as young
-    knows       what its entries show
+    at_s        when the newest entry was queued; the dump itself was made then or later
+    knows       the aspects of the rank that the entries show
     """
 
     rank: int

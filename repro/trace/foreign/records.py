@@ -1,11 +1,11 @@
 """Records of evidence from other tools: one type for each kind of fact that a tool reports about a rank.
 
 The readers in `repro.ingest` produce these records, and `repro.verdict.partial` judges them. A field that the evidence
-does not give stays at its default, and no rule concludes from a missing field: `rank` is None if only a group rank is
-known, `seq` is None if the tool prints no number, `at_s` is None if it prints no time.
+does not give stays at its default, and no rule concludes anything from such a field. For example, `rank` is None if
+only a group rank is known, `seq` is None if the tool prints no number, and `at_s` is None if it prints no time.
 
-Ranks are global ranks. A reader that meets a group rank converts it, or leaves `rank` None.
-Times (`at_s`, `since_s`) are seconds since the start of the year on the clock that the tool printed; most tools print
+Ranks are global ranks. A reader that finds a group rank converts it, or leaves `rank` None.
+Times (`at_s`, `since_s`) are seconds since the start of the year on the clock that the tool printed. Most tools print
 no year and no time zone, so times of two hosts can only be compared with caution.
 """
 
@@ -25,9 +25,9 @@ from repro.trace.foreign.recorder_dump import RecorderDump as RecorderDump
 class TimedOut:
     """A collective that a watchdog reported as timed out.
 
-    rank        global rank, None where only the group rank is printed
+    rank        global rank; None if only the group rank is printed
     group_rank  rank in the group
-    since_s     start of the wait: the stamp minus the time that it ran
+    since_s     start of the wait: the time stamp of the report minus the time that the collective ran
     """
 
     rank: int | None
@@ -42,9 +42,9 @@ class TimedOut:
 
 @dataclass(frozen=True, slots=True)
 class Progress:
-    """Counters of one rank in one group: the last operation queued and the last one completed, None where unknown.
+    """Counters of one rank in one group: the last operation queued and the last one completed; None if unknown.
 
-    stuck       number of the operation that the watchdog gave up, None where the line is about no operation
+    stuck       number of the operation that the watchdog gave up; None if the line names no operation
     """
 
     rank: int | None
@@ -59,7 +59,7 @@ class Progress:
 
 @dataclass(frozen=True, slots=True)
 class Process:
-    """A process of a job, with the rank it belongs to and its role (worker, engine, front end)."""
+    """A process of a job, the rank that it belongs to, and its role (worker, engine, front end)."""
 
     pid: int | None = None
     title: str = ""
@@ -77,10 +77,10 @@ class Process:
 class Member:
     """The membership of a process in an NCCL communicator.
 
-    name        the same in all processes of the communicator
+    name        the communicator's name, equal in all its processes
     pointer     the communicator's name in later lines of this process
     rank        rank in the communicator
-    bus         PCI address of the GPU, "0000:5d:00"; "" where it is not printed
+    bus         PCI address of the GPU, "0000:5d:00"; "" if it is not printed
     """
 
     process: Process
@@ -97,8 +97,8 @@ class Member:
 class Launches:
     """Launches of one process on one NCCL communicator, from its NCCL_DEBUG=INFO log, which does not show completion.
 
-    group       the communicator; `members` are global ranks, () where they are not known
-    count       number of launches since the communicator began, None where the log does not show its beginning
+    group       the communicator; `members` are global ranks, () if they are not known
+    count       number of launches since the communicator began; None if the log does not show its beginning
     calls       the newest launches, oldest first
     """
 
@@ -113,14 +113,14 @@ class Launches:
 
 @dataclass(frozen=True, slots=True)
 class Stack:
-    """One thread of a process at one moment. `frames` as in `Call`; `activity` is a name from activities.toml.
+    """One thread of a process at one moment. `frames` are as in `Call`; `activity` is a name from activities.toml.
 
     activity    collective, lock, building, compiling, device, queue, idle, answer, loading, saving, data, debugger, ""
-    detail      what of it: the collective, the lock's file, the module that is built
-    look        number of the look, 0 for the first, where the same process was looked at several times
-    group       of a collective: the variable that holds its process group, "default" where none is given, "" if unknown
+    detail      the collective, the lock's file, the module that is built, or other details of the activity
+    look        number of the look, from 0, if the same process was looked at several times
+    group       of a collective: the variable that holds its process group; "default" if none is given, "" if unknown
     other_groups  names of other variables of these frames that hold another group
-    peer        of a send or receive: the rank of the other end in its group, None if unknown
+    peer        of a send or receive: the rank of the other end in its group; None if unknown
     """
 
     process: Process
@@ -141,7 +141,7 @@ class Failure:
 
     kind        memory, device, exception, killed, ended, start, consequence (of another rank's end), timeout
     bus         for a device error that the kernel reports: the PCI address of the GPU, "0000:5d:00"
-    host        the host that printed it, "" where the line does not say
+    host        the host that printed the line; "" if the line does not name it
     """
 
     process: Process
@@ -155,7 +155,10 @@ class Failure:
 
 @dataclass(frozen=True, slots=True)
 class Left:
-    """A process that noticed the end of a peer. `rank` is the peer, None if only its address is known."""
+    """A process that noticed the end of another one.
+
+    `rank` is the rank that ended; None if only its address is known.
+    """
 
     seen_by: Process
     rank: int | None
@@ -178,7 +181,7 @@ class Mismatch:
 
 @dataclass(frozen=True, slots=True)
 class RasCommunicator:
-    """One communicator in an answer of NCCL's RAS. `launched`: operation -> {rank of the communicator: launches}.
+    """One communicator in an answer of NCCL's RAS. `launched`: operation -> {rank in the communicator: launches}.
 
     `launched` counts what the host queued. It does not show completion.
     """
@@ -196,7 +199,7 @@ class RasCommunicator:
 
 @dataclass(frozen=True, slots=True)
 class RasAnswer:
-    """One answer of NCCL's RAS; `order` sorts several answers of one job."""
+    """One answer of NCCL's RAS. `order` sorts several answers of one job."""
 
     communicators: tuple[RasCommunicator, ...]
     version: str = ""
@@ -206,12 +209,12 @@ class RasAnswer:
 
 @dataclass(frozen=True, slots=True)
 class Note:
-    """A line of context, or one that is often misunderstood: a heartbeat, a warning, a version, a world size.
+    """A line that gives context, or that is often misunderstood: a heartbeat, a warning, a version, a world size.
 
-    kind        heartbeat, loopback, incomplete, version, world, watchdog, stuck, compiled, barrier, torchrun,
-                engine size (workers of a vLLM engine), local rank, deepep, network, ras, repeated,
-                process (a pid and its rank),
-                sizes (NCCL met a message of another size), unreadable (a tool that failed to look)
+    kind        heartbeat, loopback, incomplete, version, world, watchdog, stuck, compiled, barrier, torchrun, engine
+                size (workers of a vLLM engine), local rank, deepep, network, ras, repeated, process (a pid and its
+                rank),
+                sizes (NCCL received a message of another size), unreadable (a tool that failed to look)
     """
 
     kind: str
@@ -224,7 +227,10 @@ class Note:
 
 @dataclass(frozen=True, slots=True)
 class Child:
-    """A process below a rank's: a compiler, a data loader. `state` and `cpu_s` as in `ProcessLook`."""
+    """A process below a rank's process, such as a compiler or a data loader.
+
+    `state` and `cpu_s` are as in `ProcessLook`.
+    """
 
     pid: int
     name: str
@@ -238,12 +244,12 @@ class Child:
 class ProcessLook:
     """What the operating system reported about a process at one moment.
 
-    at_s      when, in seconds on the host's clock; only the difference of two looks at one host means anything
+    at_s      when, in seconds on the host's clock; only differences between looks at one host are meaningful
     state     R runs, S sleeps, D waits for a device, T stopped, t stopped by a debugger, Z ended and not reaped
     cpu_s     processor seconds of the process so far, without its children
-    first_thread_cpu_s  of the thread that runs the program
-    switches  times that its first thread left a processor so far; a thread that is blocked does not
-    place     the function of the kernel that it waits in, "" if hidden
+    first_thread_cpu_s  processor seconds of the thread that runs the program
+    switches  how often its first thread has left a processor; for a blocked thread this does not grow
+    place     the function of the kernel in which it waits; "" if hidden
     """
 
     process: Process
@@ -264,10 +270,10 @@ class LockLook:
     """A lock file at one moment.
 
     kind      flock, fcntl, or baton: a file whose existence is the lock
-    holders   ids of the processes that hold it; `names` says in words what they are
-    waiters   ids of the processes that the system shows blocked; a program that polls is not among them
-    hidden    number of Python processes whose open files could not be read, any of which may hold it
-    age_s     seconds since the file was changed last, None where that is not known
+    holders   ids of the processes that hold the lock; `names` describes these processes
+    waiters   ids of the processes that the system shows blocked; programs that poll are not among them
+    hidden    number of Python processes whose open files could not be read; any of them may hold the lock
+    age_s     seconds since the file was last changed; None if that is not known
     """
 
     path: str
@@ -287,8 +293,8 @@ class Connections:
     """TCP connections between the processes of a job on one host.
 
     between   (pid, a larger pid) -> number of connections between the two
-    unread    pid -> bytes that lie in its receive queues
-    closed    pids whose peer has closed its end
+    unread    pid -> bytes that wait in its receive queues
+    closed    pids of processes whose connection was closed at the other end
     """
 
     host: str

@@ -1,1 +1,1 @@
-"""The recorder, which writes what one rank does to its witness file."""
+"""The recorder, which writes what one rank does to the rank's witness file."""

@@ -13,10 +13,10 @@ _LIBRARIES = (
     "packages/torch/",
     "repro/attach/record/",
     "repro/attach/vllm/",
-)  # in a user's program the call site is its own code
+)  # in a user's program, the call site is in the user's code
 
 
 def is_between(code: CodeType) -> bool:
-    """Whether code lies between a call site and the recorder."""
+    """Whether code belongs to the recorder or to a library between the recorder and the call site."""
     path = code.co_filename
     return path.endswith(_NOT_A_CALL_SITE) or any(part in path for part in _LIBRARIES)

@@ -1,4 +1,7 @@
-"""The recorder's state of each group and call, packed in advance so that an event costs a microsecond."""
+"""The recorder's data for each group and each call.
+
+Records are packed in advance, so that an event costs a microsecond.
+"""
 
 from __future__ import annotations
 
@@ -21,7 +24,7 @@ from repro.trace.witness.format import (
 
 
 def sealed_part(*fields: int) -> tuple[bytes, int]:
-    """Pack the first part of a record; returns it with the checksum so far."""
+    """Pack the first part of a record. Returns the bytes, and their checksum, from which the rest is computed."""
     fixed = FIXED.pack(*fields)
     return fixed, crc32(fixed, RESIDUE)
 
@@ -42,7 +45,7 @@ class Group:
 
 
 class Call:
-    """A collective at one call site: the constant part of its records, packed once, each with its checksum so far."""
+    """A collective at one call site: the constant part of its records, packed once, with its checksum so far."""
 
     __slots__ = ("digest", "enter", "entry", "group", "issue", "leave", "num_sizes", "wait")
 

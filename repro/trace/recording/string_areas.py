@@ -24,12 +24,15 @@ Buffer = mmap.mmap | bytearray
 
 
 def live_words(buffer: Buffer) -> memoryview:
-    """View the guarded words of LIVE: events, vector words, strings, groups. Assigning one is a single 8-byte store."""
+    """Return the guarded words of LIVE: events, vector words, strings, groups.
+
+    Assigning one is a single 8-byte store.
+    """
     return memoryview(buffer).cast("B")[LIVE_AT : LIVE_AT + LIVE.size].cast("Q")
 
 
 class Strings:
-    """The string area: each text is stored once and has a number. Thread-safe."""
+    """The string area: each text is stored once and gets a number. Thread-safe."""
 
     def __init__(self, buffer: Buffer, shape: Geometry) -> None:
         self._buffer = buffer
@@ -55,7 +58,8 @@ class Strings:
                 return LOST_STRING
             self._buffer[at + STRING.size : end] = entry[STRING.size :]
             self._buffer[at + 4 : at + STRING.size] = entry[4 : STRING.size]
-            self._buffer[at : at + 4] = entry[:4]  # the length last, so that a reader sees a complete entry or none
+            # the length is written last, so that a reader sees a complete entry or none
+            self._buffer[at : at + 4] = entry[:4]
             self._live[2] = number * GUARD
             self._at = end
             self._numbers[text] = number
@@ -63,7 +67,7 @@ class Strings:
 
 
 class Vectors:
-    """The vector ring: the newest size vectors, by their offset among all words ever stored."""
+    """The ring of the newest size vectors. A vector is found by its offset among all words that were ever stored."""
 
     def __init__(self, buffer: Buffer, shape: Geometry) -> None:
         self._buffer = buffer
@@ -83,7 +87,8 @@ class Vectors:
         words = struct.pack(f"<{len(sizes)}q", *sizes)
         check = WORD.pack(crc32(words, offset & 0xFFFFFFFF))
         self._next = offset + num_words
-        self._live[1] = self._next * GUARD  # first, so that a reader knows which older vectors may be overwritten
+        # written first, so that a reader knows which older vectors may be overwritten
+        self._live[1] = self._next * GUARD
         at = self._start + offset % room * WORD.size
         self._buffer[at : at + num_words * WORD.size] = check + words
         return offset

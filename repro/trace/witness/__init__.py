@@ -1,1 +1,1 @@
-"""The witness file of one rank: its format, how it is read, followed while it grows, shortened, and rewound."""
+"""The witness file of one rank: its format, and how it is read, followed while it grows, shortened, and rewound."""

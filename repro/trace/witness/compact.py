@@ -1,4 +1,4 @@
-"""Shorten a copy of a witness file: a live one is preallocated, and mostly empty."""
+"""Shorten a copy of a witness file. A live file is preallocated and mostly empty."""
 
 from __future__ import annotations
 
@@ -24,11 +24,12 @@ def compact(
 ) -> bytes:
     """Return the bytes of a shorter witness with the same content as ``data`` and with valid checksums.
 
-    writer  the writer in the new header; by default the one of ``data``
-    change  maps each string to its replacement; an empty one becomes "?"
+    writer  the writer in the new header; by default the writer of ``data``
+    change  maps each string to its replacement; an empty replacement becomes "?"
 
-    Damage stays visible: the bytes of records, vectors and groups are copied, and a damaged string is left out with all
-    strings after it, which the count of strings then shows. A file that ends early is cut at the same length.
+    Damage stays visible: the bytes of records, vectors and groups are copied. A damaged string is left out with all
+    strings after it, and the count of strings then shows that some are missing. A file that ends early is cut at the
+    same length.
 
     Raises WitnessError if ``data`` is not a witness, ValueError if the new strings exceed the size of a file.
     """
@@ -52,11 +53,11 @@ def compact(
 
 
 def _fitted(data: bytes, shape: Geometry, live: Live, string_bytes: int) -> Geometry:
-    """Return the smallest geometry that keeps every event, vector, group and record at its place."""
+    """Return the smallest geometry in which every event, vector, group and record keeps its place."""
     records, words = shape.ring_records, shape.vector_words
     if live.events is not None and live.events < records:
         used = _used(data[shape.ring_at : shape.vectors_at], RECORD.size)
-        records = min(records, _even(used + 1))  # keep one more: a torn record may follow the last one
+        records = min(records, _even(used + 1))  # keep one more, because an incomplete record may follow the last one
     if live.vector_words is not None and live.vector_words <= words:
         used = _used(data[shape.vectors_at : shape.strings_at], WORD.size)
         words = _even(max(live.vector_words, used))
@@ -64,7 +65,7 @@ def _fitted(data: bytes, shape: Geometry, live: Live, string_bytes: int) -> Geom
 
 
 def _used(area: bytes, unit: int) -> int:
-    """The number of units of an area up to its last byte that is not 0."""
+    """Return the number of units of an area up to its last byte that is not 0."""
     return -(-len(area.rstrip(b"\0")) // unit)
 
 

@@ -1,11 +1,11 @@
-"""Create and read witness files, and follow one while its rank writes it.
+"""Create and read witness files, and follow a file while its rank writes it.
 
     witness = read("runs/latest/events/rank000.wit")
     for event in witness.events(): ...
 
-The layout is in :mod:`repro.trace.witness.format`. Reading never writes, locks or waits. Files are untrusted: a part
-that does not match its checksum is left out, and reported in ``witness.problems`` as ``file:offset: damage: what``.
-Only a file without a usable header is refused, with :class:`WitnessError`.
+The layout is described in :mod:`repro.trace.witness.format`. Reading never writes, locks or waits. Files are untrusted:
+a part that does not match its checksum is left out, and reported in ``witness.problems`` as ``file:offset: damage:
+what``. Only a file without a usable header is refused, with :class:`WitnessError`.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ __all__ = [
 ]  # fmt: skip
 
 _READS = 3
-"""How often a changing file is read before its problems count."""
+"""How often a file that changes is read again before its problems count."""
 
 
 def create(path: str | os.PathLike[str], writer: Identity, shape: Geometry | None = None) -> None:
@@ -65,7 +65,7 @@ def create(path: str | os.PathLike[str], writer: Identity, shape: Geometry | Non
 def read(path: str | os.PathLike[str]) -> Witness:
     """Read one witness file. Raises OSError or WitnessError.
 
-    Problems of a file that is being written may come from an unfinished store, so that the file is read again.
+    Problems of a file that is being written may come from an unfinished store, so such a file is read again.
     """
     data = _bytes_of(path)
     for _ in range(_READS - 1):
@@ -81,7 +81,10 @@ def read(path: str | os.PathLike[str]) -> Witness:
 
 
 def _bytes_of(path: str | os.PathLike[str]) -> bytes:
-    """Copy a file front to back, but read the count of vector words last: it shows what was overwritten meanwhile."""
+    """Copy a file from its beginning.
+
+    The count of vector words is read last: it shows what was overwritten meanwhile.
+    """
     place = slice(LIVE_AT + WORD.size, LIVE_AT + 2 * WORD.size)
     with _opened(path) as file:
         data = file.read(MAX_BYTES)
@@ -99,7 +102,7 @@ def _opened(path: str | os.PathLike[str]) -> BinaryIO:
 
 
 def read_dir(path: str | os.PathLike[str]) -> tuple[dict[int, Witness], list[str]]:
-    """Read all witnesses of a folder; returns rank -> witness, and one line for each file that could not be used."""
+    """Read all witnesses of a folder. Returns rank -> witness, and one line for each file that could not be used."""
     witnesses: dict[int, Witness] = {}
     refused: list[str] = []
     for file in sorted(Path(path).glob(f"*{SUFFIX}")):
@@ -109,14 +112,17 @@ def read_dir(path: str | os.PathLike[str]) -> tuple[dict[int, Witness], list[str
             refused.append(str(error))
             continue
         if witness.rank in witnesses:
-            refused.append(f"{file}:0: {witnesses[witness.rank].name} is already the witness of rank {witness.rank}")
+            refused.append(
+                f"{file}:0: not used, because {witnesses[witness.rank].name} is already the witness of rank "
+                f"{witness.rank}"
+            )
         else:
             witnesses[witness.rank] = witness
     return witnesses, refused
 
 
 class Tail:
-    """A mapped live witness file whose newest event is cheap to poll."""
+    """The live witness file of one rank, mapped into memory, so that its newest event can be polled at little cost."""
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.path = Path(path)
@@ -130,17 +136,17 @@ class Tail:
         self._beat_ns = 0
 
     def num_events(self) -> int:
-        """The number of events that the rank has recorded."""
+        """Return the number of events that the rank has recorded."""
         self._num_events = max(self._num_events, unguarded(LIVE.unpack_from(self._map, LIVE_AT)[0]) or 0)
         return self._num_events
 
     def last_event_ns(self) -> int:
-        """Time of the last event in ns, heartbeats excluded; 0 if there is none."""
+        """Return the time of the last event in ns, heartbeats excluded; 0 if there is none."""
         event = self.last_event()
         return event.t_ns if event else 0
 
     def last_event(self) -> Event | None:
-        """The newest event; None if there is none, or if it is being written."""
+        """Return the newest event; None if there is none, or if it is being written."""
         num_events = self.num_events()
         if num_events == 0:
             return None
@@ -150,12 +156,12 @@ class Tail:
         return event if event.n == num_events and is_whole(record) else None
 
     def heartbeat_ns(self) -> int:
-        """Time of the last heartbeat in ns; 0 if there is none."""
+        """Return the time of the last heartbeat in ns; 0 if there is none."""
         self._beat_ns = parse_heartbeat(self._map[:GROUPS_AT], Problems(""))[0] or self._beat_ns
         return self._beat_ns
 
     def writer(self) -> Identity:
-        """The process that writes the file; its pid is 0 until the rank has opened the file."""
+        """Return the process that writes the file. Its pid is 0 until the rank has opened the file."""
         if not self._writer.pid:
             with contextlib.suppress(WitnessError):  # the rank is writing its header
                 self._writer = parse_header(self._map[:GROUPS_AT], str(self.path))[0]
@@ -170,7 +176,7 @@ class Tail:
 
 
 def _mapped(file: BinaryIO) -> mmap.mmap:
-    """Map a file. Before Python 3.13 a map keeps a descriptor, so raise the limit: a watcher maps a file per rank."""
+    """Map a file. Before Python 3.13 each map keeps a descriptor, so raise the limit: a watcher maps many files."""
     if sys.version_info >= (3, 13):
         return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ, trackfd=False)
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)

@@ -59,7 +59,7 @@ HEART = struct.Struct("<QIII")
 KNOWS_AT, LIVE_AT, HEART_AT, SPARE_AT, GROUPS_AT = 504, 512, 544, 640, 1024
 
 GUARD = 251
-"""A prime, small enough that the guarded count of events usually fits in one digit of a Python integer."""
+"""A prime number, small enough that the guarded count of events usually fits in one digit of a Python integer."""
 
 RESIDUE = 0x2144DF1C
 """The CRC-32 of any bytes that end in their own CRC-32."""
@@ -91,7 +91,7 @@ class Kind(enum.IntEnum):
     ENTER = 3  # a blocking collective is issued: the rank waits from here
     LEAVE = 4  # a collective is complete
     ISSUE = 5  # an asynchronous collective is issued: the rank goes on
-    WAIT = 6  # the rank waits for one that it issued
+    WAIT = 6  # the rank waits for an asynchronous collective that it issued
     LOCK_WAIT = 7  # aux = pid of the holder, or -1
     LOCK_HELD = 8
     LOCK_FREED = 9
@@ -184,10 +184,10 @@ class Identity:
     """The process that wrote a witness.
 
     pid              0 until the rank has opened the file that its launcher made
-    pid_start_ticks  when the process started, in clock ticks since boot; distinguishes a reused pid
-    pid_namespace    inode number of the process's pid namespace, in which alone ``pid`` means anything; 0 = unknown
+    pid_start_ticks  when the process started, in clock ticks since boot; distinguishes processes that reuse a pid
+    pid_namespace    inode number of the pid namespace in which ``pid`` is valid; 0 = unknown
     wall_offset_ns   wall time minus monotonic time on the writer's host
-    knows            the aspects that its recorder writes
+    knows            the aspects that the writer's recorder writes
     """
 
     rank: int
@@ -204,8 +204,8 @@ class Identity:
     def shares_processes(self, other: Identity) -> bool:
         """Whether two writers share a pid namespace on one host, so that their pids can be compared.
 
-        Containers may have the same boot id and host name, but other processes. A namespace that is unknown, as in
-        files of version 1, counts as equal.
+        Containers may have the same boot id and host name, but different processes. An unknown namespace, as in files
+        of version 1, counts as equal.
         """
         namespaces = {self.pid_namespace, other.pid_namespace} - {0}
         return (self.boot_id, self.hostname) == (other.boot_id, other.hostname) and len(namespaces) <= 1
@@ -218,7 +218,7 @@ class Identity:
 
 
 def column(records: bytes | memoryview, field: str) -> list[int]:
-    """Read one field of every record, many times faster than by unpacking the records."""
+    """Read one field of every record. This is many times faster than unpacking the records."""
     code, place = COLUMNS[field]
     values: Any = memoryview(records).cast(code)
     picked: list[int] = values[place :: RECORD.size // values.itemsize].tolist()
@@ -237,7 +237,7 @@ def unguarded(word: int) -> int | None:
 
 
 def pack_header(writer: Identity, shape: Geometry) -> bytes:
-    """Pack the header with its checksum, and what the writer knows."""
+    """Pack the header with its checksum, and the aspects that the writer records."""
     body = HEADER.pack(
         MAGIC, VERSION, RECORD.size, writer.rank, writer.num_ranks,
         shape.ring_records, shape.vector_words, shape.string_bytes, shape.group_slots,
@@ -266,5 +266,5 @@ def pack_string(text: bytes) -> bytes:
 
 
 def clip(text: str, num_bytes: int) -> bytes:
-    """Encode as UTF-8 in at most ``num_bytes``, without cutting a character."""
+    """Encode a text as UTF-8 in at most ``num_bytes``, without cutting a character."""
     return text.encode()[:num_bytes].decode(errors="ignore").encode()

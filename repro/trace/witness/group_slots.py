@@ -23,23 +23,23 @@ from repro.trace.witness.format import (
 )
 from repro.trace.witness.parse import Live, Problems, Ring
 
-_RECENT = 16  # events at the end of the ring that may be missing in a slot; in practice one
+_RECENT = 16  # number of events at the end of the ring that a slot may lack; in practice one
 _MAX_MEMBERS = 1 << 16
 
 
 @dataclass(frozen=True, slots=True)
 class GroupTrace:
-    """The progress of one rank in one group: the newest information in slot and ring."""
+    """The progress of one rank in one group, from the group's slot and the ring, whichever is newer."""
 
     name: str
     members: tuple[int, ...]
     issued: int  # sequence number of the last collective issued, 0 = none
-    left: int  # sequence number of the last one completed
-    last: Event | None  # the last issue
+    left: int  # sequence number of the last collective completed
+    last: Event | None  # the record of the last issue
 
     @property
     def hash(self) -> int:
-        """The rolling hash of the signatures of all issued collectives; 0 if there are none."""
+        """Return the rolling hash of the signatures of all issued collectives; 0 if there are none."""
         return self.last.hash if self.last else 0
 
 
@@ -73,7 +73,7 @@ class _Slot:
     def trace(
         self, strings: list[str], ring: Ring, issued: Event | None, left: Event | None, counted: int
     ) -> GroupTrace:
-        """Combine the slot with the newest events of the ring, which the writer updates before the slot."""
+        """Combine the slot with the newest events of the ring, which the writer writes before the slot."""
         name, members = self._names(strings)
         left_seq = self._left(left, counted)
         last = self._last(ring, issued, counted)
@@ -81,7 +81,9 @@ class _Slot:
             last = issued
         issued_seq = last.seq if last else 0
         if left_seq > issued_seq:
-            self.problems.damage(self.at + LEFT_AT, f"#{left_seq} of group {self.index} completed, but never issued")
+            self.problems.damage(
+                self.at + LEFT_AT, f"#{left_seq} of group {self.index} completed, but was never issued"
+            )
         return GroupTrace(name, members, issued_seq, min(left_seq, issued_seq), last)
 
     def _names(self, strings: list[str]) -> tuple[str, tuple[int, ...]]:
@@ -94,7 +96,7 @@ class _Slot:
         return strings[name], _members(strings[members])
 
     def _left(self, left: Event | None, counted: int) -> int:
-        """The number of the last completion in slot and ring."""
+        """Return the sequence number of the last completion in slot and ring."""
         in_slot = unguarded(GROUP_LEFT.unpack_from(self.data, LEFT_AT)[0])
         in_ring = left.seq if left is not None else 0
         if in_slot is None:
@@ -106,7 +108,7 @@ class _Slot:
         return max(in_slot or 0, in_ring)
 
     def _last(self, ring: Ring, issued: Event | None, counted: int) -> Event | None:
-        """The last issue in the slot. A slot may lack only an event that LIVE does not count yet."""
+        """Return the last issue in the slot. Only an event that LIVE does not count yet may be missing there."""
         record = self.data[LAST_AT : LAST_AT + RECORD.size]
         event = Event._make(RECORD.unpack(record)) if is_whole(record) else None
         wrong = ""
@@ -123,7 +125,10 @@ class _Slot:
         return event
 
     def _may_hold(self, event: Event, ring: Ring) -> bool:
-        """Whether the slot's record is an issue in this group, and equals the event in the ring, if still there."""
+        """Whether the slot's record is an issue in this group.
+
+        If the event is still in the ring, both must be equal.
+        """
         if event.kind not in (Kind.ENTER, Kind.ISSUE) or event.group != self.index or not event.seq:
             return False
         if ring.last is None or not ring.first <= event.n <= ring.last.n:
@@ -132,7 +137,7 @@ class _Slot:
 
 
 def _newest_calls(ring: Ring) -> dict[int, tuple[Event | None, Event | None]]:
-    """The last issue and completion of each group among the newest events of the ring."""
+    """Return group -> its last issue and completion among the newest events of the ring."""
     newest: dict[int, tuple[Event | None, Event | None]] = {}
     for event in ring.events(_RECENT):
         issued, left = newest.get(event.group, (None, None))

@@ -40,14 +40,14 @@ _ISSUES = (int(Kind.ENTER), int(Kind.ISSUE))
 
 
 class WitnessError(ValueError):
-    """A file that is not a witness, or one of a version that cannot be read."""
+    """A file that is not a witness, or a witness of a version that cannot be read."""
 
 
 @dataclass(slots=True)
 class Problems:
-    """The problems of one file, one line each: "rank003.wit:38912: damage: event 118 does not match its checksum".
+    """The problems of one file, one in a line: "rank003.wit:38912: damage: event 118 does not match its checksum".
 
-    A torn record, the last one of a writer that died while it wrote, is a problem, but not damage.
+    The last record of a writer that died while it wrote is incomplete ("torn"). That is a problem, but not damage.
     """
 
     name: str
@@ -60,7 +60,7 @@ class Problems:
         self._add(f"{self.name}:{at}: damage: {what}")
 
     def torn(self, at: int) -> None:
-        self._add(f"{self.name}:{at}: torn record: the rank was writing it")
+        self._add(f"{self.name}:{at}: torn record: the rank had not finished writing it")
 
     def _add(self, line: str) -> None:
         if len(self._lines) < MAX_PROBLEMS:
@@ -74,7 +74,7 @@ class Problems:
 
 
 class Live(NamedTuple):
-    """The writer's own counts of what it has written; None if the word is damaged."""
+    """The writer's own counts of what it has written. A count is None if its word is damaged."""
 
     events: int | None
     vector_words: int | None
@@ -84,14 +84,14 @@ class Live(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Ring:
-    """The newest sequence of intact records without a gap, oldest first."""
+    """The newest intact records without a gap between them, oldest first."""
 
     records: bytes
     torn: bool = False  # whether the record after the last one is torn
 
     @property
     def first(self) -> int:
-        """The number of the oldest event, 0 if there is none. Above 1, the ring has wrapped."""
+        """Return the number of the oldest event; 0 if there is none. Above 1, older events were overwritten."""
         return self.event(0).n if self.records else 0
 
     @property
@@ -99,11 +99,11 @@ class Ring:
         return self.event(len(self.records) // RECORD.size - 1) if self.records else None
 
     def event(self, index: int) -> Event:
-        """The event at an index; 0 is the oldest."""
+        """Return the event at an index; 0 is the oldest."""
         return Event._make(RECORD.unpack_from(self.records, index * RECORD.size))
 
     def events(self, newest: int | None = None) -> Iterator[Event]:
-        """All events, or the ``newest`` ones, oldest first."""
+        """Yield all events, or the ``newest`` ones, oldest first."""
         start = 0 if newest is None else max(0, len(self.records) - newest * RECORD.size)
         return map(Event._make, RECORD.iter_unpack(memoryview(self.records)[start:]))
 
@@ -117,11 +117,16 @@ def parse_header(data: bytes, name: str) -> tuple[Identity, Geometry]:
     if magic != MAGIC:
         raise WitnessError(f"{name}:0: not a witness file")
     if version != VERSION:
-        raise WitnessError(f"{name}:8: witness version {version}, this release reads version {VERSION} only")
+        raise WitnessError(
+            f"{name}:8: the witness has version {version}, but this release reads only version {VERSION}"
+        )
     if CRC.unpack_from(data, HEADER.size)[0] != zlib.crc32(data[: HEADER.size]):
         raise WitnessError(f"{name}:{HEADER.size}: damage: the header does not match its checksum")
     if record_bytes != RECORD.size or rank >= num_ranks:
-        raise WitnessError(f"{name}:12: rank {rank} of {num_ranks} with records of {record_bytes} bytes is impossible")
+        raise WitnessError(
+            f"{name}:12: the header says rank {rank} of {num_ranks} and records of {record_bytes} "
+            "bytes, which is impossible"
+        )
     try:
         shape = Geometry(*areas)
     except ValueError as error:
@@ -129,7 +134,7 @@ def parse_header(data: bytes, name: str) -> tuple[Identity, Geometry]:
     run_id, hostname, boot_id = (text.rstrip(b"\0").decode(errors="replace") for text in (run, host, boot))
     knows = unguarded(KNOWS.unpack_from(data, KNOWS_AT)[0]) if len(data) >= LIVE_AT else 0
     if knows is None or knows > EVERYTHING.value:
-        raise WitnessError(f"{name}:{KNOWS_AT}: damage: what the recorder writes does not match its checksum")
+        raise WitnessError(f"{name}:{KNOWS_AT}: damage: the list of recorded aspects does not match its checksum")
     aspects = Knows(knows) if knows else WITNESS
     return Identity(rank, num_ranks, run_id, hostname, boot_id, pid, start, namespace, offset, aspects), shape
 
@@ -145,7 +150,7 @@ def parse_live(data: bytes, problems: Problems) -> Live:
 
 
 def parse_heartbeat(data: bytes, problems: Problems) -> tuple[int, int]:
-    """Time in ns and string number of the last heartbeat; zeros if there is none."""
+    """Return the time in ns and the string number of the last heartbeat; (0, 0) if there is none."""
     at_ns, name, _, check = HEART.unpack_from(data, HEART_AT)
     body = data[HEART_AT : HEART_AT + HEART.size - CRC.size]
     if check == zlib.crc32(body):
@@ -156,7 +161,7 @@ def parse_heartbeat(data: bytes, problems: Problems) -> tuple[int, int]:
 
 
 def parse_strings(data: bytes, shape: Geometry, stored: int | None, problems: Problems) -> list[str]:
-    """Read the strings by number, up to the first damaged one; ``stored`` is the writer's own count of them."""
+    """Read the strings by number, up to the first damaged one. ``stored`` is the writer's own count of them."""
     strings = [""]
     at, end = shape.strings_at, min(shape.file_bytes, len(data))
     while at + STRING.size <= end:
@@ -168,7 +173,9 @@ def parse_strings(data: bytes, shape: Geometry, stored: int | None, problems: Pr
             return strings
         text = data[at + STRING.size : at + STRING.size + length]
         if at + STRING.size + length > end or zlib.crc32(text, length) != check:
-            problems.damage(at, f"string {len(strings)} does not match its checksum; it and those after it are lost")
+            problems.damage(
+                at, f"string {len(strings)} does not match its checksum; this string and those after it are lost"
+            )
             return strings
         strings.append(text.decode(errors="replace"))
         at += STRING.size + length
@@ -180,9 +187,9 @@ def parse_strings(data: bytes, shape: Geometry, stored: int | None, problems: Pr
 def parse_vectors(
     data: bytes, shape: Geometry, stored: int | None, named: Iterable[tuple[int, int]], problems: Problems
 ) -> dict[tuple[int, int], bytes]:
-    """Read the words of the vectors that records name by (offset, length). Overwritten vectors are left out.
+    """Read the words of the vectors that records refer to by (offset, length). Overwritten vectors are left out.
 
-    ``stored`` is the number of words that the writer has stored over the life of the file.
+    ``stored`` is the number of words that the writer has stored since the file was made.
     """
     vectors = {}
     room = shape.vector_words
@@ -202,14 +209,14 @@ def parse_vectors(
 
 
 def vectors_named(records: bytes, more: Iterable[Event]) -> set[tuple[int, int]]:
-    """Offset and length of each vector that issues among these events name. A single size is in the record itself."""
+    """Return (offset, length) of each vector that issues among these events refer to; a single size needs no vector."""
     columns = zip(*(column(records, name) for name in ("kind", "vector", "num_sizes")), strict=True)
     named = {(vector, num_sizes) for kind, vector, num_sizes in columns if num_sizes > 1 and kind in _ISSUES}
     return named | {(event.vector, event.num_sizes) for event in more if event.num_sizes > 1}
 
 
 def parse_ring(data: bytes, shape: Geometry, counted: int | None, problems: Problems) -> Ring:
-    """Read the newest sequence of intact records; ``counted`` is the number of events in LIVE."""
+    """Read the newest intact records without a gap. ``counted`` is the number of events in LIVE."""
     capacity = shape.ring_records
     used = min(counted + 1, capacity) if counted else capacity
     whole = max(0, min(used, (len(data) - shape.ring_at) // RECORD.size))
@@ -237,7 +244,7 @@ def _is_sound(records: bytes, newest: int) -> bool:
 
 
 def _salvage(slots: memoryview, shape: Geometry, counted: int, problems: Problems) -> Ring:
-    """Read the newest sequence of intact records from slots of which some are torn, damaged or empty."""
+    """Read the newest intact records without a gap from slots of which some are torn, damaged or empty."""
     capacity, size = shape.ring_records, RECORD.size
 
     def record_in(slot: int) -> memoryview:
@@ -248,7 +255,7 @@ def _salvage(slots: memoryview, shape: Geometry, counted: int, problems: Problem
     last = max(newest, counted)  # the last event that the writer has certainly recorded
     torn = False
     for slot, number in enumerate(numbers):
-        expected = last - (last - 1 - slot) % capacity  # below 1: the slot is still empty
+        expected = last - (last - 1 - slot) % capacity  # below 1, the slot is still empty
         at, record = shape.ring_at + slot * size, record_in(slot)
         if number == expected > 0 or (expected < 1 and record == _EMPTY):
             continue
@@ -256,7 +263,7 @@ def _salvage(slots: memoryview, shape: Geometry, counted: int, problems: Problem
             torn = True
             problems.torn(at)
         elif expected < 1:
-            problems.damage(at, "there are bytes behind the last event")
+            problems.damage(at, "there are bytes after the last event")
         else:
             wrong = "is missing" if number or record == _EMPTY else "does not match its checksum"
             problems.damage(at, f"event {expected} {wrong}")
@@ -270,7 +277,7 @@ def _salvage(slots: memoryview, shape: Geometry, counted: int, problems: Problem
 def _may_be_torn(record: memoryview, number: int) -> bool:
     """Whether a writer may have died while it stored event ``number``.
 
-    It clears a record first, and stores the checksum last.
+    A writer clears a record first, and stores its checksum last.
     """
     event = Event._make(RECORD.unpack(record))
     return event.check == 0 or (event.n == number and not is_whole(record))

@@ -24,7 +24,7 @@ from repro.trace.witness.parse import (
 
 
 class Signature(NamedTuple):
-    """The part of a collective, besides sizes and root, that must be equal on all its ranks."""
+    """The part of a collective that must be equal on all its ranks, without sizes and root."""
 
     group: str
     op: str
@@ -37,11 +37,11 @@ class Signature(NamedTuple):
 class Witness:
     """The events that one rank recorded, and its progress in each group.
 
-    first_event  number of the oldest readable event; above 1, the ring has wrapped
-    complete     False if events may be unreadable: newer than the last one, or in damaged places
-    damaged      some bytes do not match their checksums, so that no certain conclusion follows
-    problems     the problems of the file, one line each
-    vectors      the words of each size vector that a record names, by (offset, length)
+    first_event  number of the oldest readable event; if it is above 1, older events were overwritten
+    complete     False if events may be unreadable, either newer than the last one or in damaged places
+    damaged      whether some bytes do not match their checksums, so that no certain conclusion is possible
+    problems     the problems of the file, one in a line
+    vectors      (offset, length) -> the words of each size vector that a record refers to
     """
 
     name: str
@@ -70,11 +70,11 @@ class Witness:
         return self.writer.knows
 
     def last_event_ns(self) -> int:
-        """Time of the last event in ns, heartbeats excluded; 0 if there is none."""
+        """Return the time of the last event in ns, heartbeats excluded; 0 if there is none."""
         return self.last.t_ns if self.last else 0
 
     def line(self, n: int) -> str:
-        """The place of event ``n``: "rank003.wit:38912 event 118"."""
+        """Return the place of event ``n``: "rank003.wit:38912 event 118"."""
         at = self.shape.ring_at + (n - 1) % self.shape.ring_records * RECORD.size
         return f"{self.name.rpartition('/')[2]}:{at} event {n}"
 
@@ -84,7 +84,7 @@ class Witness:
         return len(self.groups) < self.shape.group_slots
 
     def last_kinds(self) -> dict[tuple[tuple[str, tuple[int, ...]], int], int]:
-        """The kind of the last event of each collective in the ring: (group, number) -> kind."""
+        """Return (group, sequence number) -> the kind of the last event of that collective in the ring."""
         keys = [(group.name, group.members) for group in self.groups]
         kinds = {(key, each.last.seq): each.last.kind for key, each in zip(keys, self.groups, strict=True) if each.last}
         by_place: dict[tuple[int, int], int] = {}
@@ -95,34 +95,34 @@ class Witness:
         }
 
     def events(self, newest: int | None = None) -> Iterator[Event]:
-        """All readable events, or the ``newest`` ones, oldest first."""
+        """Yield all readable events, or the ``newest`` ones, oldest first."""
         return self.ring.events(newest)
 
     def event(self, index: int) -> Event:
-        """The readable event at an index; 0 is the oldest."""
+        """Return the readable event at an index; 0 is the oldest."""
         return self.ring.event(index)
 
     def column(self, field: str) -> list[int]:
-        """The values of one field in all readable events, oldest first."""
+        """Return the values of one field in all readable events, oldest first."""
         return column(self.ring.records, field)
 
     def text(self, string: int) -> str:
-        """The interned string, or "?" if it is unreadable."""
+        """Return the string with this number; "?" if it is unreadable."""
         return self.strings[string] if string < len(self.strings) else "?"
 
     def signature(self, sig: int) -> Signature:
-        """The signature of a collective's ``sig``."""
+        """Return the signature of a collective from its record's ``sig``."""
         signature = self._signatures.get(sig)
         if signature is None:
             signature = self._signatures[sig] = _signature(self.text(sig))
         return signature
 
     def schedule(self, sig: int) -> tuple[tuple[str, str, str], ...]:
-        """The declared schedule of a STEP event's ``sig``: (group, op, layer) of each entry."""
+        """Return the declared schedule from a STEP record's ``sig``: (group, op, layer) of each entry."""
         return _schedule(self.text(sig))
 
     def sizes(self, vector: int, num_sizes: int) -> tuple[int, ...]:
-        """The size vector of an event; () if there was none, or if it is overwritten or damaged."""
+        """Return the size vector of an event; () if there was none, or if it is overwritten or damaged."""
         if num_sizes <= 1:
             return (vector,) * num_sizes
         words = self.vectors.get((vector, num_sizes))
@@ -149,7 +149,7 @@ def _schedule(text: str) -> tuple[tuple[str, str, str], ...]:
 
 
 def parse(data: bytes, name: str) -> Witness:
-    """Parse everything readable in a witness file. Raises WitnessError if the header is unusable."""
+    """Parse everything that is readable in a witness file. Raises WitnessError if the header is unusable."""
     writer, shape = parse_header(data, name)
     problems = Problems(name)
     if len(data) < shape.file_bytes:

@@ -16,8 +16,8 @@ _ISSUES = (Kind.ENTER, Kind.ISSUE)
 def rewind(witness: Witness, num_events: int, heartbeat_ns: int) -> Witness | None:
     """Return the witness after the first ``num_events`` events of its rank, with the heartbeat of that moment.
 
-    Returns None if too little is left of what came before: the ring has wrapped since, or the file holds fewer events.
-    Sizes and strings of later events stay, because nothing refers to them.
+    Returns None if too little is left of the earlier events, because they have been overwritten or the file has fewer
+    events. Sizes and strings of later events are kept, because nothing refers to them.
     """
     witness = dataclasses.replace(witness, heartbeat_ns=heartbeat_ns)
     if witness.num_events == num_events:
@@ -44,7 +44,7 @@ def rewind(witness: Witness, num_events: int, heartbeat_ns: int) -> Witness | No
 
 
 def _rewind_group(group: GroupTrace, kept: Sequence[Event], later: Sequence[Event]) -> GroupTrace | None:
-    """Return the progress in a group without its later events; None if its last earlier issue is overwritten."""
+    """Return the progress in a group without its later events; None if the last earlier issue is overwritten."""
     last, issued, left = group.last, group.issued, group.left
     if first := next((event for event in later if event.kind in _ISSUES), None):
         issued = first.seq - 1
@@ -53,7 +53,7 @@ def _rewind_group(group: GroupTrace, kept: Sequence[Event], later: Sequence[Even
             return None
     if completed := [event.seq for event in later if event.kind == Kind.LEAVE]:
         before = [event.seq for event in kept if event.kind == Kind.LEAVE]
-        # Calls whose records are overwritten had ended, unless a later record shows otherwise.
+        # Calls whose records were overwritten had ended, unless a later record shows otherwise.
         open_calls = [event.seq for event in kept if event.kind in _ISSUES]
         left = max(before) if before else min(issued, *(seq - 1 for seq in (*completed, *open_calls)))
     return dataclasses.replace(group, last=last, issued=issued, left=left)

@@ -1,4 +1,4 @@
-"""Follow the witnesses of a live run: open each as soon as it exists, and poll all many times a second."""
+"""Follow the witnesses of a live run: open each as soon as it exists, and poll all of them many times a second."""
 
 from __future__ import annotations
 
@@ -12,28 +12,31 @@ from repro.trace.witness.parse import WitnessError
 
 
 class Tails:
-    """One :class:`Tail` per rank whose witness is open. All times are on the monotonic clock of ``here``."""
+    """The open witnesses of a run, one :class:`Tail` per rank. All times are on the monotonic clock of ``here``."""
 
     def __init__(self, run_dir: RunDir, num_ranks: int, here: Identity) -> None:
         self._run_dir, self._num_ranks, self._here = run_dir, num_ranks, here
         self._tails: dict[int, Tail] = {}
 
     def open(self) -> None:
-        """Open the witnesses that are not open yet. Failures are ignored here, and reported by :meth:`read`."""
+        """Open the witnesses that are not open yet. Failures are ignored here; :meth:`read` reports them."""
         for rank in range(self._num_ranks):
             with contextlib.suppress(OSError, WitnessError):
                 self._opened(rank)
 
     def opened(self) -> list[Tail]:
-        """The open witnesses, by rank."""
+        """Return the open witnesses, by rank."""
         return [self._tails[rank] for rank in sorted(self._tails)]
 
     def writers(self) -> dict[int, Identity]:
-        """Rank -> the process that writes its witness."""
+        """Return rank -> the process that writes its witness."""
         return {rank: tail.writer() for rank, tail in self._tails.items()}
 
     def read(self, ranks: Iterable[int] | None = None) -> tuple[dict[int, Witness], list[str]]:
-        """Read the witnesses of these ranks, or of all; returns them, and a line for each that could not be read."""
+        """Read the witnesses of these ranks, or of all.
+
+        Returns rank -> witness, and a line for each that could not be read.
+        """
         witnesses: dict[int, Witness] = {}
         refused = []
         for rank in range(self._num_ranks) if ranks is None else ranks:
@@ -48,7 +51,7 @@ class Tails:
         return len(self._tails) == self._num_ranks and all(self._last_is(Kind.DONE))
 
     def done(self) -> set[int]:
-        """The ranks that have finished all their work."""
+        """Return the ranks that have finished all their work."""
         events = ((rank, tail.last_event()) for rank, tail in self._tails.items())
         return {rank for rank, event in events if event is not None and event.kind == Kind.DONE}
 
@@ -57,11 +60,11 @@ class Tails:
         return any(self._last_is(Kind.FAILED))
 
     def last_event_ns(self) -> int:
-        """Time of the last event of any rank in ns; 0 if there is none."""
+        """Return the time of the last event of any rank in ns; 0 if there is none."""
         return max((self._here_ns(tail, tail.last_event_ns()) for tail in self._tails.values()), default=0)
 
     def heartbeat_ns(self) -> int:
-        """Time of the last heartbeat of any rank in ns; 0 if there is none."""
+        """Return the time of the last heartbeat of any rank in ns; 0 if there is none."""
         return max((self._here_ns(tail, tail.heartbeat_ns()) for tail in self._tails.values()), default=0)
 
     def waiting_since_ns(self) -> int:

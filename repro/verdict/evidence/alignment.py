@@ -17,12 +17,12 @@ from repro.verdict.evidence.steps import Entry, Issued, Step
 
 @dataclass(frozen=True, slots=True)
 class Deviation:
-    """A place where a rank leaves its declared schedule.
+    """A place where a rank left its declared schedule.
 
     index    index of the schedule entry that was due
     entry    the entry that was left out, issued too often, issued in another order, or issued in another form
     planned  the entry that was due; None after the end of the schedule
-    issued   the collective that the rank issued instead; None if the step ended
+    issued   the collective that the rank issued instead; None if the step ended without one
     group    the group of ``entry``, where known
     """
 
@@ -41,7 +41,7 @@ class Deviation:
 
     @property
     def concerned(self) -> set[int]:
-        """The members of the entry's group and of the group of the collective that was issued."""
+        """Return the members of the entry's group and of the group of the collective that was issued."""
         issued = self.issued.group[1] if self.issued else ()
         return {*issued, *(self.group[1] if self.group else ())}
 
@@ -51,11 +51,11 @@ class Deviation:
 
 
 def align(rank: int, step: Step, groups: Mapping[str, GroupKey]) -> list[Deviation]:
-    """Find the deviations of one step in order; the cost is linear in the schedule and in the collectives.
+    """Find the deviations of one step, in order. The cost is linear in the schedule and in the collectives.
 
-    Entries that a rank passes over count as skipped, if one of them is of the group that it issued next, or if the step
-    has ended. Else the rank waits in a collective of another group, and may still issue them afterwards: it has
-    inverted the order between groups, and the deviation is `order`.
+    The rank may have issued a collective that was not due yet. The entries before that collective count as skipped if
+    one of them is of the same group, or if the step has ended. Otherwise the rank may still issue them: it now waits in
+    a collective of another group, and has only inverted the order between groups. That deviation is `order`.
     """
     plan, issued = step.plan, step.issued
     if not plan:
@@ -91,10 +91,10 @@ def align(rank: int, step: Step, groups: Mapping[str, GroupKey]) -> list[Deviati
 
 
 class _Comparison:
-    """Compares a plan with the entries that were issued.
+    """Compares the planned entries of a step with the entries that the rank issued.
 
-    For each deviation, `explain` stops at the first entry that no explanation fits, and `align` continues there. So the
-    cost is linear: an entry is not compared again for each deviation before it.
+    `align` asks `explain` once for each deviation and continues after the entries that the explanation covers. So the
+    cost is linear in the entries.
     """
 
     def __init__(self, plan: Sequence[Entry], entries: Sequence[Entry]) -> None:
@@ -104,9 +104,10 @@ class _Comparison:
             self._places.setdefault(entry, []).append(place)
 
     def explain(self, k: int, i: int) -> tuple[str, int]:
-        """Explain ``entries[k]`` where ``plan[i]`` was due.
+        """Explain why the rank issued ``entries[k]`` when ``plan[i]`` was due.
 
-        Returns the kind of deviation after which the most entries agree, and the number of plan entries that it covers.
+        Returns the kind of deviation and the number of plan entries that it covers. The kind is chosen so that as many
+        of the following entries as possible agree with the plan.
         """
         plan, entry = self._plan, self._entries[k]
         if i == len(plan):
@@ -123,7 +124,7 @@ class _Comparison:
         return "extra", 0
 
     def _next_place(self, entry: Entry, i: int) -> int | None:
-        """The first index from ``i`` on at which the plan has the entry; None if there is none."""
+        """Return the first index from ``i`` on at which the plan has the entry; None if there is none."""
         places = self._places.get(entry, [])
         at = bisect.bisect_left(places, i)
         return places[at] if at < len(places) else None
@@ -134,7 +135,7 @@ class _Comparison:
         return next((n for n in range(most) if self._entries[k + n] != self._plan[i + n]), most)
 
     def _permuted(self, k: int, i: int) -> int:
-        """Return the length of the shortest run of at most eight entries that both have in another order; 0 if none."""
+        """Return the length of the shortest run (up to 8 entries) that the rank issued in another order; 0 if none."""
         surplus: Counter[Entry] = Counter()
         for n in range(min(len(self._entries) - k, len(self._plan) - i, 8)):
             surplus[self._entries[k + n]] += 1
@@ -147,10 +148,10 @@ class _Comparison:
 def unshared_deviations(
     witnesses: Mapping[int, Witness], all_steps: Mapping[int, list[Step]], since: int
 ) -> tuple[list[Deviation], list[Deviation]]:
-    """Find the first deviation of each rank from step ``since`` on that the other members did not share.
+    """Find each rank's first deviation from step ``since`` on that not all members of the group made.
 
-    A deviation of every member of a group cannot explain a hang. The first list leaves out deviations that every member
-    made in earlier steps. The second list has them too: they explain a hang only if nothing else does.
+    A deviation that every member makes cannot explain a hang. The first list also leaves out deviations that every
+    member made in earlier steps. The second list keeps those: they explain a hang only if nothing else does.
     """
     by_rank: dict[int, list[Deviation]] = {}
     shared: dict[tuple[str, int, int, Entry], set[int]] = {}
@@ -164,7 +165,8 @@ def unshared_deviations(
                 by_rank.setdefault(rank, []).append(deviation)
                 shared.setdefault(deviation.identity, set()).add(rank)
 
-    cache: dict[tuple[object, ...], bool] = {}  # keyed by id, because hashing takes time for each member
+    # keyed by id(), because hashing such a key takes time for each member of the group
+    cache: dict[tuple[object, ...], bool] = {}
 
     def is_shared(deviation: Deviation) -> bool:
         members = tuple(
@@ -184,7 +186,7 @@ def unshared_deviations(
 def inverted_before(
     deviations: Sequence[Deviation], witnesses: Mapping[int, Witness], all_steps: Mapping[int, list[Step]]
 ) -> list[int]:
-    """Return the ranks that inverted two collectives in an earlier step too, and then issued both, so it is no skip."""
+    """Return the ranks that inverted two collectives in an earlier step too, and there issued both of them."""
     inverted = {(d.issued.entry, d.entry): d.step for d in deviations if d.kind == "order" and d.issued is not None}
     ranks = []
     for rank, steps in all_steps.items():

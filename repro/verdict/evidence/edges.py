@@ -9,11 +9,11 @@ from repro.verdict.evidence.position import RankState
 from repro.verdict.result import Wait, say
 
 MOST_RANKS = 1 << 20
-"""Largest number of ranks in all lists together, so that the verdict on many ranks stays a small file."""
+"""Largest number of ranks in all lists of a verdict together, so that its file stays small with many ranks."""
 
 
 def list_waits(waits: Waits, rank_states: Mapping[int, RankState]) -> tuple[Wait, ...]:
-    """The nodes of the graph at which a living rank waits; those of the cycle come first."""
+    """Return the nodes of the graph in which a living rank waits; the nodes of the cycle come first."""
     ordered = {node.key: node for node in (*waits.cycle, *waits.nodes.values())}
     listed: list[Wait] = []
     num_ranks = 0

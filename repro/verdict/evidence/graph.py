@@ -29,8 +29,9 @@ class Node:
     returned: set[int] = field(default_factory=set)  # members that have left the collective, or a later one
     cannot_return: set[int] = field(default_factory=set)  # ranks that entered, but are dead, failed or stopped
     unknown: set[int] = field(default_factory=set)  # members whose witness does not show whether they have issued it
-    differs: str = ""  # "mismatch" or "sizes" if members issued it, or an earlier one, with different arguments
-    differs_at: int = 0  # the number of that collective
+    # "mismatch" or "sizes" if members issued this collective, or an earlier one, with different arguments
+    differs: str = ""
+    differs_at: int = 0  # the sequence number of the collective with different arguments
     outside: int | None = None  # pid of a lock holder that is not a rank; -1 unknown, 0 no holder
     named: int = -1  # pid of the lock holder as the waiting ranks recorded it
 
@@ -52,12 +53,13 @@ class Node:
 
 @dataclass(slots=True)
 class Waits:
-    """The wait-for graph, a cycle of it, and the ends of its waits."""
+    """The wait-for graph, one cycle in it, and the ranks and nodes in which its waits end."""
 
     nodes: dict[NodeKey, Node]
     at: dict[int, Node]  # rank -> the node it waits in
     cycle: list[Node]
-    ends: dict[str, set[int]]  # state -> the ranks in it that a node waits for, or that cannot return from a node
+    # state -> the ranks in that state for which a node waits, or which cannot return from a node
+    ends: dict[str, set[int]]
     outsiders: list[Node]  # locks whose holder is not a rank
     attended: list[Node]  # collectives that every member has issued and none has left
     left_by_some: list[Node]  # collectives that every member has issued and some have left
@@ -98,7 +100,10 @@ def wait_graph(
 
 
 def _pids(rank_states: Mapping[int, RankState]) -> dict[tuple[str, int], int]:
-    """Return (host, pid) -> rank; AMBIGUOUS if two ranks have one pid, as on two hosts with one identity."""
+    """Return (host, pid) -> rank.
+
+    The value is AMBIGUOUS if two ranks have one pid, as on two hosts with one identity.
+    """
     ranks: dict[tuple[str, int], list[int]] = {}
     for rank, rank_state in rank_states.items():
         if rank_state.pid:
@@ -136,7 +141,7 @@ def _collective_edges(node: Node, rank_states: Mapping[int, RankState], ledger: 
         elif rank_state.unable:
             node.cannot_return.add(member)
     if node.returned and rank_states[node.ranks[0]].position.op in SENT_BY_ONE:
-        node.waits_for.clear()  # the root has sent
+        node.waits_for.clear()  # the root has sent its data
     # After a collective that cannot complete, no later one of the group completes. Search from the first that a rank of
     # this node has not left.
     here = min((rank_states[member].issued.get(key, 0) for member in key[1] if member in rank_states), default=0)
@@ -179,8 +184,9 @@ def _lock_edges(
 
 
 def _cycle_of(nodes: Sequence[Node], at: Mapping[int, Node]) -> list[Node]:
-    """A cycle of nodes; [] if there is none."""
-    places = {id(node): place for place, node in enumerate(nodes)}  # hashing a key takes time for each member in it
+    """Return the nodes of one cycle of waits; [] if there is none."""
+    # keyed by id(), because hashing a node's key takes time for each member of the group
+    places = {id(node): place for place, node in enumerate(nodes)}
     waits_for = {
         place: dict.fromkeys(places[id(at[rank])] for rank in sorted(node.waits_for) if rank in at)
         for place, node in enumerate(nodes)

@@ -1,6 +1,6 @@
 """Match the collectives of all ranks by group and sequence number, and find the numbers under which they differ.
 
-One pass over the events, one entry per (group, seq): time and memory are linear.
+One pass over the events, with one entry for each (group, seq): time and memory are linear in the events.
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ from repro.verdict.result import list_ranks
 _ENTER, _ISSUE = int(Kind.ENTER), int(Kind.ISSUE)
 TRANSFERS = ("send", "recv")
 UNKNOWN = "?"
-"""A field of a call that the trace does not show. It differs from no other value."""
+"""The value of a call's field that the trace does not show. It counts as equal to every value."""
 UNKNOWN_ROOT = -2
 HASHED = Knows.ORDER | Knows.LAYERS | Knows.ARGUMENTS
-"""What the rolling hash of a group covers."""
+"""The aspects of a collective that the rolling hash of a group covers."""
 
 
 class Call(NamedTuple):
@@ -33,7 +33,7 @@ class Call(NamedTuple):
 
 
 class CallVariant(NamedTuple):
-    """One of the different calls under a number of a group, and the ranks that issued it."""
+    """One form of a collective that members of a group issued differently, and the ranks that issued this form."""
 
     call: Call
     ranks: tuple[int, ...]
@@ -43,7 +43,7 @@ class CallVariant(NamedTuple):
 
 
 class Ledger:
-    """The calls of all groups; `diverged` holds the numbers under which members issued different calls."""
+    """The calls of all groups. `diverged` holds the sequence numbers under which members issued different calls."""
 
     def __init__(self, witnesses: Mapping[int, Witness]) -> None:
         self._witnesses = witnesses
@@ -51,7 +51,7 @@ class Ledger:
         self._differing: dict[GroupKey, dict[int, list[tuple[int, Row, Call]]]] = {}
         self.diverged: dict[GroupKey, set[int]] = {}
         for witness in witnesses.values():
-            # keyed by id, because hashing a key takes time for each member in it
+            # keyed by id(), because hashing such a key takes time for each member of the group
             tables: dict[int, dict[int, Call]] = {}
             for key, seq, _, call in calls(witness):
                 if not key[1]:
@@ -64,7 +64,7 @@ class Ledger:
                     self.diverged.setdefault(key, set()).add(seq)
 
     def sides(self, key: GroupKey, seq: int) -> list[CallVariant]:
-        """The different calls under number ``seq``, that of the lowest rank first."""
+        """Return the different calls under sequence number ``seq``; the call of the lowest rank comes first."""
         together: dict[Call, list[tuple[int, bool, str, int]]] = {}
         for rank, event, call in self._rows(key, seq):
             witness = self._witnesses[rank]
@@ -110,10 +110,10 @@ class Ledger:
         return 0, []
 
     def hidden_divergence(self, but: Collection[str] = ()) -> list[str]:
-        """Find groups whose members issued the same number of collectives with different rolling hashes.
+        """Find groups whose members issued equally many collectives, but with different rolling hashes.
 
-        Returns a sentence for each. Groups named in ``but`` and groups with a divergence in the ring are left out: what
-        remains is a divergence older than the oldest event in a ring.
+        Returns a sentence for each group. Groups named in ``but`` are left out, and so are groups whose divergence is
+        still in the rings: the sentences are about divergences older than the oldest event in a ring.
         """
         hashes: dict[tuple[GroupKey, int, Knows], dict[int, list[int]]] = {}
         for rank, witness in self._witnesses.items():
@@ -122,14 +122,14 @@ class Ledger:
                     key = (group.name, group.members), group.issued, witness.knows & HASHED
                     hashes.setdefault(key, {}).setdefault(group.hash, []).append(rank)
         return [
-            f"by their rolling hashes, ranks of {key[0]} issued different collectives before #{issued}: "
+            f"ranks of {key[0]} issued different collectives before #{issued}, as their rolling hashes differ: "
             + " | ".join(list_ranks(ranks) for ranks in sides.values())
             for (key, issued, _), sides in hashes.items()
             if len(sides) > 1 and key not in self.diverged
         ]
 
     def first_divergence(self) -> tuple[GroupKey, int, list[CallVariant]] | None:
-        """The divergence of the lowest step, and of these the earliest; None if all ranks agree."""
+        """Return the earliest divergence in the lowest step; None if all ranks agree."""
         divergences = []
         for key, seqs in self.diverged.items():
             sides = self.sides(key, min(seqs))
@@ -144,8 +144,8 @@ class Ledger:
 def _merge_unknown(together: dict[Call, list[tuple[int, bool, str, int]]]) -> None:
     """Assign ranks whose call is only partly known to the one variant that it matches; drop ranks that match several.
 
-    A rank does not differ in what its trace does not show: overwritten sizes, a step, or an aspect that its recorder
-    does not write.
+    A field that a trace does not show never counts as a difference. Examples are overwritten sizes, a missing step, or
+    an aspect that the recorder does not write.
     """
     for call in [call for call in together if not call.sizes or call.step < 0 or UNKNOWN in call.signature]:
         alike = [other for other in together if other is not call and not difference(call, other)]
@@ -198,7 +198,7 @@ def calls(witness: Witness, only: GroupKey | None = None, number: int = 0) -> It
 
 
 def _shown(witness: Witness, call: Call) -> Call:
-    """Return the call without the fields that the witness does not know."""
+    """Return the call with UNKNOWN in each field that the rank's witness does not record."""
     signature = call.signature
     if Knows.LAYERS not in witness.knows:
         signature = signature._replace(layer=UNKNOWN)
@@ -214,7 +214,7 @@ def is_transfer(signature: Signature) -> bool:
 
 
 def difference(a: Call, b: Call) -> str:
-    """Return how two calls under one (group, seq) differ: mismatch, sizes, place (layer or step only), or ""."""
+    """Return how two calls under one (group, seq) differ: "mismatch", "sizes", "place" (only layer or step), or ""."""
     if is_transfer(a.signature) and is_transfer(b.signature):
         if _differ(a.signature.dtype, b.signature.dtype):
             return "mismatch"
@@ -235,6 +235,6 @@ def _differ(one: str | int, other: str | int) -> bool:
 
 
 def worst_difference(sides: list[CallVariant]) -> str:
-    """Return the worst difference among variants of a call: mismatch is worse than sizes, and sizes than place."""
+    """Return the worst difference among variants of a call. The order from the worst is: mismatch, sizes, place."""
     kinds = {difference(sides[0].call, side.call) for side in sides[1:]}
     return next((kind for kind in ("mismatch", "sizes", "place") if kind in kinds), "")

@@ -17,7 +17,7 @@ GroupKey = tuple[str, tuple[int, ...]]  # two groups of one name with different 
 
 @dataclass(slots=True)
 class RankState:
-    """The position of one rank, and what the wait-for graph needs beside it."""
+    """The position of one rank, and what the wait-for graph needs to know about it."""
 
     position: Position
     group: GroupKey | None = None  # the group of the collective that the rank is blocked in
@@ -25,19 +25,19 @@ class RankState:
     lock_holder: int = -1  # pid of the holder that the rank recorded
     holds: set[str] = field(default_factory=set)  # locks
     issued: dict[GroupKey, int] = field(default_factory=dict)  # number of the last collective issued in each group
-    left: dict[GroupKey, int] = field(default_factory=dict)  # number of the last one completed
+    left: dict[GroupKey, int] = field(default_factory=dict)  # number of the last collective completed in each group
     host: str = ""
     pid: int = 0
     witness: Witness | None = None
     seen: bool = False  # its witness is present and complete, and shows which collectives it issued and completed
-    compares: bool = False  # and with which arguments
+    compares: bool = False  # as `seen`, and the witness shows the arguments of the collectives too
     is_gone: bool = False  # its process has ended
     beat: str = ""  # the name in the rank's last heartbeat
     beat_s: float | None = None  # age of the heartbeat; None if none came after the last event
     _pending: set[tuple[GroupKey, int]] | None = None  # collectives whose wait has not ended; filled on first use
 
     def line(self, n: int) -> str:
-        """The place of event ``n`` in the witness."""
+        """Return the place of event ``n`` in the witness, as text."""
         return self.witness.line(n) if self.witness is not None and n else ""
 
     @property
@@ -71,7 +71,7 @@ class RankState:
 
     @property
     def end_state(self) -> str:
-        """Return the state as ranks that wait for this one see it: hidden if the witness may be incomplete."""
+        """Return the state that the wait-for graph assumes for this rank: "hidden" if its witness may be incomplete."""
         return self.state if self.seen or self.state in ("dead", "failed", "missing") else "hidden"
 
     @property
@@ -161,7 +161,7 @@ def _read(rank: int, witness: Witness, now_ns: int) -> RankState:
 
 
 def _host_of(writer: Identity) -> str:
-    """Name the place in which a pid is unique: containers of one host share its boot id, but not its pids."""
+    """Name the system in which a pid is unique. Containers of one host share its boot id, but not their pids."""
     return f"{writer.boot_id}/{writer.hostname}/{writer.pid_namespace}"
 
 
@@ -187,7 +187,7 @@ def _local_work(witness: Witness) -> tuple[set[str], dict[str, int]]:
 
 
 def _blocked_in(witness: Witness) -> Event | None:
-    """The last event if it is a wait, else None. DONE and FAILED are skipped: a failed rank waited until it failed."""
+    """Return the locks that the rank holds, and the builds that it has begun and not ended: name -> start in ns."""
     kinds = witness.column("kind")
     index = len(kinds) - 1
     while index >= 0 and kinds[index] in (Kind.DONE, Kind.FAILED):
@@ -196,7 +196,10 @@ def _blocked_in(witness: Witness) -> Event | None:
 
 
 def _waits_since(witness: Witness) -> int:
-    """When the rank began to wait for its lock. It records the wait again when the holder changes."""
+    """Return when the rank began to wait for its lock, in ns.
+
+    The rank records the wait again when the holder changes.
+    """
     since_ns, last = witness.last_event_ns(), witness.last
     for index in range(len(witness.column("kind")) - 1, -1, -1):
         event = witness.event(index)
@@ -207,7 +210,7 @@ def _waits_since(witness: Witness) -> int:
 
 
 def _issue_of(witness: Witness, event: Event) -> Event:
-    """The event that issued the collective of an ENTER or WAIT event."""
+    """Return the event that issued the collective to which an ENTER or WAIT event belongs."""
     if event.kind == Kind.ENTER:
         return event
     issue = (Kind.ISSUE, event.group, event.seq)
@@ -230,4 +233,6 @@ def clocks(
     home = home or witnesses[min(witnesses)].writer
     nows = {rank: now_ns + witness.writer.clock_ahead_ns(home) for rank, witness in witnesses.items()}
     num_remote = sum(witness.writer.boot_id not in ("", home.boot_id) for witness in witnesses.values())
-    return nows, [f"times of {num_remote} ranks on other hosts depend on wall clocks"] if num_remote else []
+    return nows, [
+        f"times of {num_remote} ranks on other hosts are converted through wall clocks, and are only as exact as these"
+    ] if num_remote else []

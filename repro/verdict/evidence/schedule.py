@@ -18,8 +18,8 @@ def plans_of(
 ) -> dict[tuple[int, int], dict[tuple[Entry, ...], list[int]]]:
     """Collect the declared schedules of a group's members: (step, part) -> schedule -> ranks.
 
-    A schedule is reduced to the groups that contain all these members, so that it should be equal on all of them.
-    Transfers are left out: their two ends declare different entries, and the other members none.
+    Only the entries of groups that contain all these members are kept: these entries should be equal on all of them.
+    Transfers are left out, because sender and receiver declare different entries, and the other members declare none.
     """
     members = set(key[1])
     plans: dict[tuple[int, int], dict[tuple[Entry, ...], list[int]]] = {}
@@ -47,7 +47,10 @@ class ScheduleDivergence:
     places: Mapping[int, int]
 
     def comes_after(self, deviation: Deviation) -> bool:
-        """Whether a deviation precedes this divergence; a later deviation cannot be its cause."""
+        """Whether this divergence comes after a deviation.
+
+        A deviation that comes later cannot have caused the divergence.
+        """
         place = self.places.get(deviation.rank, deviation.index + 1)
         return (deviation.step, deviation.index) < (self.step, place)
 
@@ -55,7 +58,10 @@ class ScheduleDivergence:
 def first_schedule_divergence(
     witnesses: Mapping[int, Witness], all_steps: Mapping[int, list[Step]], since: int
 ) -> ScheduleDivergence | None:
-    """Find the first step from ``since`` on with different schedules, and in it the largest group that differs."""
+    """Find the first step from ``since`` on in which schedules differ.
+
+    Of several groups that differ, take the largest.
+    """
     differing = [
         (at, key, sides)
         for key in sorted({(g.name, g.members) for witness in witnesses.values() for g in witness.groups})

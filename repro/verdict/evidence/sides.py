@@ -1,4 +1,4 @@
-"""Describe the sides of a divergence in the form of verdict.json."""
+"""Describe the calls that differ in a divergence, in the form of verdict.json."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def positions(cycle: Sequence[Node], rank_states: Mapping[int, RankState]) -> di
 
 
 def calls_of_sides(divergence: tuple[GroupKey, int, list[CallVariant]]) -> dict[str, Any]:
-    """The calls that ranks issued under one sequence number of a group, one entry per variant."""
+    """Return the calls that ranks issued under one sequence number of a group, one entry for each variant."""
     key, seq, sides = divergence
     return {
         "sides": [

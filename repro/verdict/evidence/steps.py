@@ -19,7 +19,7 @@ RECENT_STEPS = 10
 STEP_CONTENT = Knows.ORDER | Knows.STEPS | Knows.LAYERS
 """What a trace has to show for its steps to be compared."""
 
-Entry = tuple[str, str, str]  # group, op, layer
+Entry = tuple[str, str, str]  # (group, operation, layer)
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,7 +31,7 @@ class Issued:
     seq: int
     t_ns: int
     site: str
-    n: int  # of the event
+    n: int  # number of the event
 
 
 @dataclass(slots=True)
@@ -39,7 +39,8 @@ class Step:
     """What one rank planned and issued in one step."""
 
     number: int
-    parts: list[tuple[Entry, ...]]  # as declared: a second part follows the step agreement, on which it depends
+    # the declared parts; the second part is declared after the step agreement, because it depends on the result
+    parts: list[tuple[Entry, ...]]
     live: int
     issued: list[Issued] = field(default_factory=list)
     over: bool = False  # a later step began or the rank is done, so no further entry will follow
@@ -51,7 +52,10 @@ class Step:
 
 
 def steps_of(witness: Witness, num_steps: int = RECENT_STEPS) -> list[Step]:
-    """Read the last steps of a rank whose beginning is still in the ring and whose names are all stored."""
+    """Read the last steps of a rank.
+
+    Steps whose beginning the ring has overwritten, or with names not stored, are left out.
+    """
     if STEP_CONTENT not in witness.knows:
         return []
     keys = [(group.name, group.members) for group in witness.groups]
@@ -97,7 +101,7 @@ def steps_of(witness: Witness, num_steps: int = RECENT_STEPS) -> list[Step]:
 
 
 def habitual_plan(all_steps: Mapping[int, list[Step]], before: int) -> tuple[Entry, ...]:
-    """The collectives that every rank issued in every step before ``before``; () unless all such steps are equal."""
+    """Return the collectives that every rank issued in every step before ``before``; () if these steps differ."""
     habits: set[tuple[Entry, ...]] = set()
     for steps in all_steps.values():
         past = [step for step in steps if step.over and step.number < before]
@@ -108,7 +112,7 @@ def habitual_plan(all_steps: Mapping[int, list[Step]], before: int) -> tuple[Ent
 
 
 def with_plan(all_steps: Mapping[int, Iterable[Step]], plan: tuple[Entry, ...]) -> dict[int, list[Step]]:
-    """Copy steps as if each rank had declared ``plan``."""
+    """Return copies of the steps in which each rank has declared ``plan``."""
     return {
         rank: [Step(step.number, [plan], step.live, step.issued, step.over) for step in steps]
         for rank, steps in all_steps.items()

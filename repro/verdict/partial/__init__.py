@@ -47,6 +47,8 @@ def diagnose(records: Sequence[Observation]) -> Diagnosis:
 
 def _nothing_said(scene: Scene) -> Diagnosis:
     if not scene.recorders:
-        return Diagnosis.inconclusive("The files hold nothing that says where a rank is.")
+        return Diagnosis.inconclusive("No line of the files says where a rank is.")
     ranks = ranks_of(scene.recorders)
-    return Diagnosis.inconclusive(f"The dumps of {ranks} show nothing unfinished, and nothing shows the other ranks.")
+    return Diagnosis.inconclusive(
+        f"The dumps of {ranks} show no unfinished operation, and no file shows what the other ranks do."
+    )

@@ -34,7 +34,7 @@ def _filled(text: str, pids: Mapping[int, Sequence[int]], named: Sequence[int]) 
 
 
 def _listed(text: str) -> list[int]:
-    """Return the ranks that a sentence names: "stacks of ranks 2,5-7: …"."""
+    """Return the ranks that a sentence of the form "stacks of ranks 2,5-7: …" names."""
     match = _RANKS.search(text)
     ranks: list[int] = []
     for part in match[1].strip(",-").split(",") if match else []:

@@ -8,7 +8,7 @@ from typing import Any, Self
 from repro.verdict.result import list_ranks
 
 COLLECT = {
-    "stacks": "stacks of all ranks, twice: for p in PIDS; do py-spy dump --nonblocking --pid $p; done",
+    "stacks": "the stacks of all ranks, twice: for p in PIDS; do py-spy dump --nonblocking --pid $p; done",
     "recorder": "Flight Recorder dumps of all ranks: set TORCH_FR_BUFFER_SIZE=2000 "
     "(TORCH_NCCL_TRACE_BUFFER_SIZE before torch 2.9) and TORCH_NCCL_DUMP_ON_TIMEOUT=1",
     "ras": "a second query of NCCL's RAS, 30 s later: ncclras -v; sleep 30; ncclras -v",
@@ -24,11 +24,11 @@ COLLECT = {
 class Diagnosis:
     """A verdict on partial evidence. Class, cause and confidence are those of `repro.verdict.result.Verdict`.
 
-    summary   where the ranks are, a sentence each
-    evidence  why, a sentence each with its source
+    summary   where the ranks are, in sentences
+    evidence  why the verdict is this one, in sentences with their sources
     refutes   what would refute the verdict
-    collect   the next things to collect, each a command where there is one; the first is the most useful
-    notes     lines that are often misread, and versions with known defects
+    collect   what to collect next, as commands where possible; the most useful comes first
+    notes     remarks on lines that are often misread, and on versions with known defects
     """
 
     verdict: str

@@ -1,4 +1,4 @@
-"""Explain single lines that prove little, and what they are often mistaken for."""
+"""Explain single lines of logs that prove little, and what people often take them for."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ KNOWN_BAD_NCCL = {
 
 
 _LOOKED = {"numbered": "Of the names: ", "hidden": "Not seen: ", "warning": "Of the host: ", "gpu": "Of the host: "}
-"""Kinds of notes of a look at a host, and how each is introduced."""
+"""Kinds of notes that a look at a host leaves, and the words that introduce each."""
 
 WAITS = ("deepep", "watchdog", "stuck", "barrier", "sizes", "network", "ras", "unreadable")
-"""Kinds of notes that say that something waits or could not be looked at, and never who is the cause."""
+"""Kinds of notes about a wait, or about something that could not be looked at. They never name the cause."""
 
 
 def judge_notes(scene: Scene) -> Diagnosis | None:
@@ -32,38 +32,38 @@ def judge_notes(scene: Scene) -> Diagnosis | None:
     lines = dict.fromkeys(f"{note.process}: {note.text} ({note.source})" for note in rows)
     return Diagnosis(
         "inconclusive", "", (), (), "undecided",
-        ("These lines report waits and time-outs as one process saw them. None says where the other ranks are.",),
+        ("These lines report waits and time-outs as one process saw them. No line says where the other ranks are.",),
         tuple(list(lines)[:8]), (), (COLLECT["stacks"], COLLECT["recorder"], COLLECT["kernel"]),
     )  # fmt: skip
 
 
 def _heartbeats(scene: Scene, beats: Sequence[Note]) -> Diagnosis:
     evidence = [
-        f"{len(beats)} heartbeat lines of {beats[0].process}, the first at {beats[0].source}: the "
-        "line is informational, and healthy slow starts and idle servers print it too"
+        f"{len(beats)} heartbeat lines of {beats[0].process}, the first at {beats[0].source}: this line is only "
+        "information; servers that start slowly or are idle print it, too"
     ]
     if any(note.kind == "compiled" for note in scene.notes):
         evidence.append(
-            "A line about torch.compile stands for one rank, because the engine prints it on one "
-            "rank: it shows nothing of the others."
+            "The line about torch.compile is about one rank, because the engine prints it on one rank only. It does "
+            "not show what the others do."
         )
     return Diagnosis(
         "inconclusive", "", (), (), "undecided",
-        ("A process still waits for a message of another one: the line is a heartbeat, not an "
-        "error. Nothing in these files says where the workers are.",),
+        ("A process still waits for a message of another process. The line is a heartbeat, not an error. No line in "
+         "these files says where the workers are.",),
         tuple(evidence), (),
-        (COLLECT["stacks"], "whether a compiler runs, and the caches it fills: ps -ef | grep -E "
-        "'nvcc|cicc|ninja|ptxas'", COLLECT["recorder"]),
+        (COLLECT["stacks"], "whether a compiler runs, and the caches that it writes: ps -ef | grep -E "
+                            "'nvcc|cicc|ninja|ptxas'", COLLECT["recorder"]),
     )  # fmt: skip
 
 
 def with_notes(diagnosis: Diagnosis, scene: Scene) -> Diagnosis:
-    """Add the versions with known defects, what could not be observed, and lines that qualify other lines."""
+    """Add notes: versions with known defects, what could not be observed, and lines that limit what others prove."""
     notes = known_bad(scene)
     if any(note.kind == "repeated" for note in scene.notes):
-        notes.append("Ray left out repeated lines: that a rank printed nothing here proves nothing.")
+        notes.append("Ray drops repeated lines of logs: a rank whose line is missing here may have printed it.")
     if any(note.kind == "stuck" for note in scene.notes):
-        notes.append("A watchdog thread was itself blocked: on that rank a time-out may be missing.")
+        notes.append("A watchdog thread was itself blocked: the log of that rank may lack a time-out.")
     seen = dict.fromkeys(f"{_LOOKED[note.kind]}{note.text}." for note in scene.notes if note.kind in _LOOKED)
     notes += list(seen)[:6]
     return replace(diagnosis, notes=(*diagnosis.notes, *notes)) if notes else diagnosis
@@ -76,6 +76,6 @@ def versions_of(scene: Scene) -> list[str]:
 
 
 def known_bad(scene: Scene) -> list[str]:
-    """Return a sentence for each of these versions with a known defect."""
+    """Return a sentence for each of the job's NCCL versions that has a known defect."""
     versions = versions_of(scene)
     return [text for version, text in KNOWN_BAD_NCCL.items() if version in versions]

@@ -30,7 +30,7 @@ from repro.verdict.partial.dumps.moments import describe_equal, describe_stale, 
 
 @dataclass(slots=True)
 class Scene:
-    """The records of a job by kind. Missing ranks are filled in from other records."""
+    """The records of a job by kind. A rank that is missing in a record is filled in from other records."""
 
     recorders: dict[int, RecorderDump] = field(default_factory=dict)
     earlier: dict[int, RecorderDump] = field(default_factory=dict)
@@ -50,7 +50,7 @@ class Scene:
     connections: list[Connections] = field(default_factory=list)
     contradictions: list[str] = field(default_factory=list)
     jobs: dict[int, list[int]] = field(default_factory=dict)
-    """size of the default group -> ranks whose dump says so; more than one entry: several jobs are mixed"""
+    """size of the default group -> ranks whose dump says so; with more than one size, several jobs are mixed"""
 
     @classmethod
     def of(cls, records: Iterable[Observation]) -> Scene:
@@ -92,14 +92,14 @@ class Scene:
     def _add_recorders(self, dumps: Sequence[RecorderDump]) -> None:
         """Keep the newest usable dump of each rank, and an earlier one beside it.
 
-        A stale dump is left out, and so is a dump that does not show the order or the completion of operations: a
-        missing column is not an absence.
+        A stale dump is left out. A dump without the order or the completion of operations is left out, too: it would
+        look as if the rank had not issued them.
         """
         blind = [dump for dump in dumps if COLLECTIVES not in dump.knows]
         if blind:
             self.contradictions.append(
-                f"{len(blind)} dumps, the first {blind[0].source}, lack the groups, the numbers or the states of their "
-                "entries. They are not used: the recorder of torch 2.2 or newer writes them."
+                f"{len(blind)} dumps, the first {blind[0].source}, do not have the groups, the numbers or the states "
+                "of their entries, and are not used. The recorder of torch 2.2 or newer writes them."
             )
         moments = moments_of(dump for dump in dumps if COLLECTIVES in dump.knows)
         self.contradictions += moments.remarks
@@ -112,7 +112,7 @@ class Scene:
         self.earlier = {rank: dump for rank, dump in moments.earlier.items() if rank not in stale}
 
     def main_stacks(self, role: str = "worker") -> dict[int, list[Stack]]:
-        """Return rank -> the stacks of the thread that runs the program, one per look, of processes with this role."""
+        """Return rank -> stacks of the program's main thread, one for each look, from processes with this role."""
         result: dict[int, list[Stack]] = {}
         for stack in self.stacks:
             if stack.process.rank is not None and stack.process.role in (role, "") and is_main(stack):
@@ -128,7 +128,7 @@ class Scene:
 
     @property
     def has_devices(self) -> bool:
-        """Whether a host of the job has accelerators. A rank may wait for one by spinning."""
+        """Whether a host of the job has accelerators. A rank may wait for an accelerator by spinning."""
         return any(note.kind == "devices" for note in self.notes)
 
     def world_size(self) -> int | None:
@@ -146,7 +146,7 @@ def is_main(stack: Stack) -> bool:
 
 
 def _ranks_of_processes(records: Sequence[Observation]) -> dict[int, int]:
-    """Return pid -> rank from records with both. A pid with two ranks is from two hosts, and is left out."""
+    """Return pid -> rank from records that have both. A pid with two ranks is of two hosts, and is left out."""
     seen: dict[int, set[int]] = {}
     for record in records:
         process = getattr(record, "process", None)
@@ -162,7 +162,7 @@ def _with_rank(process: Process, ranks: Mapping[int, int]) -> Process:
 
 
 def _with_looks(stacks: Sequence[Stack]) -> list[Stack]:
-    """Number the looks at each thread of each process, in the order of their files."""
+    """Number the stacks of each thread of each process in the order of their files: each file is one look."""
     looks: Counter[tuple[object, ...]] = Counter()
     numbered = []
     for stack in sorted(stacks, key=lambda record: record.source.file):

@@ -8,7 +8,7 @@ from repro.trace.foreign.records import Call, Group
 from repro.verdict.result import list_ranks
 
 WORKING = ("building", "compiling", "loading", "saving", "data")
-"""Activities of a rank that makes progress, or should, while others wait for it."""
+"""What a rank does (`Stack.activity`) if it makes progress, or should, while other ranks wait for it."""
 
 
 def ranks_of(ranks: Iterable[int]) -> str:
@@ -51,6 +51,6 @@ _LIBRARY = (
 
 
 def program_frames(frames: Sequence[str], limit: int = 2) -> str:
-    """The innermost frames of the program itself, without torch's own: "unshard (train/fsdp.py:210)"."""
+    """Return the innermost frames of the program itself, without torch's frames: "unshard (train/fsdp.py:210)"."""
     own = [frame for frame in frames if not any(part in frame for part in _LIBRARY) and ".so" not in frame]
     return " < ".join(own[:limit])

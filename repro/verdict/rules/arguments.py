@@ -27,7 +27,8 @@ def arguments_finding(
     elif cause == "sizes" and (culprits := _false_sizes(key, sides)):
         finding.culprits, finding.confidence = culprits, "certain"
         finding.evidence.append(
-            f"{name_ranks(culprits)} passed sizes for other ranks that those ranks and all remaining members contradict"
+            f"the sizes that {name_ranks(culprits)} passed for other ranks are contradicted by those ranks and by all "
+            "remaining members"
         )
         return finding
     finding.suspects = _changed(witnesses, key, seq, sides)
@@ -42,7 +43,7 @@ def arguments_finding(
 
 
 def _minority(sides: Sequence[CallVariant]) -> tuple[int, ...]:
-    """The ranks outside the largest side; () if they are not fewer than the largest side."""
+    """Return the ranks outside the largest side; () if they are as many as the largest side, or more."""
     most = max(sides, key=lambda side: len(side.ranks))
     others = sorted(rank for side in sides if side is not most for rank in side.ranks)
     return tuple(others) if len(others) < len(most.ranks) else ()
@@ -51,7 +52,7 @@ def _minority(sides: Sequence[CallVariant]) -> tuple[int, ...]:
 def _explain_places(
     finding: Finding, witnesses: Mapping[int, Witness], divergence: tuple[GroupKey, int, list[CallVariant]]
 ) -> None:
-    """Explain calls for different layers or steps, whose sizes need not be equal: is one side a call ahead?"""
+    """Explain calls for different layers or steps, also with equal sizes: is one side a call ahead of the other?"""
     key, seq, sides = divergence
     finding.cause = ""
     finding.evidence.append("they did not issue it for the same layer and step")
@@ -74,7 +75,7 @@ def _call(call: Call) -> str:
 def _false_sizes(key: GroupKey, sides: Sequence[CallVariant]) -> tuple[int, ...]:
     """Find the ranks whose size for another rank is contradicted by that rank and by all remaining members.
 
-    The remaining members know the size only from the step agreement, so the culprit does not use what was agreed. A
+    The remaining members know this size only from the step agreement. So the culprit does not use the agreed size. A
     rank that contradicts all others about its own size may be right.
     """
     members = key[1]
@@ -97,7 +98,7 @@ def _false_sizes(key: GroupKey, sides: Sequence[CallVariant]) -> tuple[int, ...]
 def _changed(
     witnesses: Mapping[int, Witness], key: GroupKey, seq: int, sides: Sequence[CallVariant]
 ) -> tuple[int, ...]:
-    """Find the ranks that changed the arguments of a collective which all members used to issue alike."""
+    """Find the ranks that changed the arguments of a collective which all members issued alike in earlier steps."""
     layer = {side.call.signature.layer for side in sides}
     ops = {side.call.signature.op for side in sides}
     if len(layer) != 1 or len(ops) != 1:

@@ -1,4 +1,4 @@
-"""Judge ranks that died or failed: find the first, and those that a backend ended because of other ranks."""
+"""Judge ranks that died or failed: find the first of them, and those that a backend ended because of other ranks."""
 
 from __future__ import annotations
 
@@ -12,14 +12,18 @@ from repro.verdict.result import Finding, Verdict, list_ranks, name_ranks
 from repro.verdict.rules.explain import explain
 
 ORDERING_RESOLUTION_S = 1.0
-"""Two deaths noticed less than this far apart cannot be ordered: the watcher polls at 20 Hz, remote agents at 2 Hz."""
+"""Deaths noticed less than this far apart cannot be ordered: the watcher looks at 20 Hz, remote agents at 2 Hz.
+"""
 
 TIMEOUT_S = 10.0
-"""A rank that died after a wait of this length may have been ended by a timeout of its backend; none is shorter."""
+"""A rank that died after it had waited this long may have been ended by a timeout of its backend.
+
+No timeout is shorter.
+"""
 
 
 def victims(case: Case) -> set[int]:
-    """Find the ranks that died or failed in a collective with different arguments: the backend may have ended them."""
+    """Find the ranks that died or failed in a collective with different arguments. The backend may have ended them."""
     gone = set(case.ranks("dead", "failed"))
     victims: set[int] = set()
     for key in case.ledger.diverged if gone else ():
@@ -42,18 +46,18 @@ def crash(case: Case) -> Verdict:
     elif dead and (unseen := _unseen_partners(case, dead)):
         finding = Finding("dead_rank", suspects=dead, confidence="undecided")
         finding.evidence.append(
-            f"{name_ranks(unseen)} left no witness that shows all arguments, so they may have differed where "
-            f"{name_ranks(dead)} died"
+            f"{name_ranks(unseen)} left no witness that shows all arguments: they may have differed in the collective "
+            f"where {name_ranks(dead)} died"
         )
     elif dead and (never := _never_began(case)):
         finding = Finding("dead_rank", suspects=tuple(sorted({*dead, *never, *failed})), confidence="undecided")
         finding.evidence.append(
-            f"{name_ranks(never)} never began, and no other rank is left: a rank that died before it opened its "
-            "witness may have died first, and the launcher may have ended the others"
+            f"{name_ranks(never)} never began, and no other rank is left: it may have died before it opened its "
+            "witness, and the launcher may then have ended the others"
         )
     elif len(dead) + len(failed) > 1 and not case.all_know(Knows.TIME):
         finding = Finding(suspects=tuple(sorted({*dead, *failed})), confidence="undecided")
-        finding.evidence.append("not every witness has times, so nothing shows which rank was the first")
+        finding.evidence.append("not every witness has times, so nothing shows which rank ended first")
     elif dead:
         finding = _first_loss(case, dead, _on_their_own(case, failed))
     else:
@@ -67,9 +71,9 @@ def crash(case: Case) -> Verdict:
 
 
 def _first_loss(case: Case, dead: Sequence[int], failed: Sequence[int]) -> Finding:
-    """Name the first death, unless a rank failed with an error of its own clearly before any death was noticed.
+    """Name the first death, unless a rank clearly failed with an error of its own before any death was noticed.
 
-    Where the order is unclear, the death is the likelier cause: ranks fail when they lose a peer.
+    If the order is unclear, the death is the likelier cause: ranks fail when they lose a peer.
     """
     early: list[int] = []
     if set(dead) <= case.facts.died.keys():
@@ -88,7 +92,10 @@ def _first_loss(case: Case, dead: Sequence[int], failed: Sequence[int]) -> Findi
 
 
 def _first_death(case: Case, dead: Sequence[int]) -> Finding:
-    """Name the dead rank whose death was noticed first; all are suspects if the deaths cannot be ordered."""
+    """Name the dead rank whose death was noticed first.
+
+    If the deaths cannot be ordered, all dead ranks are suspects.
+    """
     died = case.facts.died
     first = min(dead, key=lambda rank: died.get(rank, float("inf")))
     if len(dead) > 1:
@@ -118,7 +125,10 @@ def _first_death(case: Case, dead: Sequence[int]) -> Finding:
 
 
 def _never_began(case: Case) -> list[int]:
-    """Find the ranks that never opened their witness, if all others have ended: a launcher that loses one ends all."""
+    """Find the ranks that never opened their witness, if all others have ended.
+
+    A launcher that loses one rank ends all.
+    """
     never = [rank for rank, witness in sorted(case.witnesses.items()) if not witness.writer.pid]
     began = case.witnesses.keys() - set(never)
     return never if began and all(case.rank_states[rank].state in ("dead", "failed") for rank in began) else []
@@ -148,13 +158,14 @@ def _error(case: Case, failed: Sequence[int]) -> Finding:
         finding.evidence.append(f"{name_ranks(gone)} gave up in {node.name}, waiting for {awaited}")
     if alike := [rank for rank in outside if rank not in alone]:
         finding.evidence.append(
-            f"{name_ranks(alike)} failed with the same message: read it, because their order proves nothing"
+            f"{name_ranks(alike)} failed with the same message. Read the message: the order of these failures proves "
+            "nothing"
         )
     return finding
 
 
 def _first_to_fail(case: Case, failed: Sequence[int]) -> int:
-    """The rank whose last event is the oldest by wall time, which hosts share approximately."""
+    """Return the rank whose last event is the oldest. Wall time is used, which all hosts share approximately."""
     return min(failed, key=lambda rank: _wall_ns(case.rank_states[rank].witness))
 
 

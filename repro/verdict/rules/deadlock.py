@@ -29,7 +29,9 @@ def deadlock(case: Case, cycle: Sequence[Node]) -> Verdict:
         finding.evidence.append(f"{name_ranks(unseen)} left no usable witness and may have done the same")
         finding.confidence = "likely"
     if finding.culprits and (ended := _ended_before(case, finding.culprits)):
-        finding.evidence.append(f"{name_ranks(ended)} died or failed, perhaps earlier: the hang may be a consequence")
+        finding.evidence.append(
+            f"{name_ranks(ended)} died or failed, perhaps before the hang: then the hang is a consequence"
+        )
         finding.suspects = tuple(sorted({*finding.suspects, *ended}))
         finding.confidence = "likely"
     return case.verdict("deadlock", finding, cycle=links, evidence=lines)

@@ -1,4 +1,4 @@
-"""Explain a hang by ranks that left their declared schedule: find the first of them, and describe what it did."""
+"""Explain a hang by the first rank that left its declared schedule, and describe what it did."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from repro.verdict.result import Finding, name_ranks, shorten
 def deviation_finding(
     deviations: Sequence[Deviation], rank_states: Mapping[int, RankState], all_steps: Mapping[int, Sequence[Step]]
 ) -> Finding | None:
-    """Name the ranks of the earliest deviation and those that did the same; None if all members did the same."""
+    """Name the ranks that made the earliest deviation; None if all members of the group made it."""
     if not deviations:
         return None
 
@@ -29,13 +29,11 @@ def deviation_finding(
         first = next((d for d in alike if d.kind == "skipped"), first)
     culprits = tuple(sorted({d.rank for d in alike}))
     if {rank for rank in first.concerned if rank_states[rank].seen} <= set(culprits):
-        return None  # all members did it, if at different indices: this cannot explain a hang
+        return None  # all members deviated alike, though at different indices, so this cannot explain a hang
     finding = Finding(first.kind, culprits)
     finding.evidence += _sentences([first, *alike], rank_states)
     if first.kind == "order" and first.entry == first.planned:
-        finding.evidence.append(
-            "it may have been skipped altogether: a late collective and a skipped one look the same so far"
-        )
+        finding.evidence.append("this collective may be late or skipped altogether: the two look the same so far")
     rivals = [d for d in deviations if d.rank not in culprits]
     finding.evidence += _sentences(rivals, rank_states)
     if any(not _comes_before(first, rival, rank_states, all_steps) for rival in rivals):
@@ -46,7 +44,7 @@ def deviation_finding(
 
 
 def _sentences(deviations: Sequence[Deviation], rank_states: Mapping[int, RankState]) -> list[str]:
-    """Describe deviations, one sentence per distinct wording, each with the record of its first rank."""
+    """Describe deviations, one sentence for each distinct wording, with the place in the witness of its first rank."""
     together: dict[str, dict[int, Deviation]] = {}
     for deviation in deviations:
         together.setdefault(_words(deviation), {})[deviation.rank] = deviation
@@ -64,8 +62,10 @@ def _comes_before(
     rank_states: Mapping[int, RankState],
     all_steps: Mapping[int, Sequence[Step]],
 ) -> bool:
-    """Whether ``first`` precedes ``other``. Within one step, only collectives of groups that both ranks share give an
-    order."""
+    """Whether ``first`` precedes ``other``.
+
+    Within one step, only collectives of groups that both ranks share give an order.
+    """
     if first.step != other.step:
         return first.step < other.step
     shared = {key[0] for key in rank_states[first.rank].issued.keys() & rank_states[other.rank].issued.keys()}
@@ -78,7 +78,7 @@ def _comes_before(
 
 
 def _same_act(one: Deviation, two: Deviation) -> bool:
-    """Whether two ranks did the same, even if their own schedules classify it differently."""
+    """Whether two ranks deviated alike, even if their own schedules make it different kinds of deviation."""
     passed_over = {one.kind, two.kind} <= {"skipped", "order"}
     if (one.step, one.entry) == (two.step, two.entry) and (one.kind == two.kind or passed_over):
         return True

@@ -39,7 +39,7 @@ def explain(
 ) -> Finding:
     """Explain a hang, or the wrong pairing of the collective ``mispaired``.
 
-    Only what ranks did before that collective can be the cause.
+    What ranks did after that collective cannot be the cause, and is left out.
     """
     lock = _lock_finding(waits, rank_states)
     if lock is not None:
@@ -49,12 +49,13 @@ def explain(
         key, seq, _ = divergence
         left = any(rank_state.left.get(key, 0) >= seq for rank_state in rank_states.values())
         if left and ("collective", key, seq) in waits.nodes:
-            mispaired = key, seq  # ranks wait in it, so the cause cannot be what others did after they left it
+            # ranks wait in this collective, so what others did after they left it cannot be the cause
+            mispaired = key, seq
     steps = [rank_state.position.step for rank_state in rank_states.values() if rank_state.position.step >= 0]
     since = min(steps, default=0)
     if divergence is not None:
         since = min(since, *(side.call.step for side in divergence[2]))
-    # A wrong pairing may be many steps older than the hang.
+    # A wrong pairing may have happened many steps before the hang.
     num_steps = max(RECENT_STEPS, max(steps, default=0) - since + 2)
     all_steps = {rank: steps_of(witness, num_steps) for rank, witness in witnesses.items()}
 
@@ -96,7 +97,7 @@ def _completed(
     rank_states: Mapping[int, RankState],
     waits: Waits,
 ) -> Finding:
-    """Add the first divergence to a finding and, if the finding is undecided, what to collect."""
+    """Add the first divergence to a finding, and if the finding names no culprit, what to collect."""
     if finding is None:
         finding = Finding(confidence="undecided")
     if finding.confidence == "undecided":
@@ -107,7 +108,7 @@ def _completed(
 
 
 def _unproven(finding: Finding | None) -> Finding | None:
-    """Turn the culprits into suspects: what a witness does not show may be the cause of what the others show."""
+    """Turn the culprits into suspects, because what one witness does not show may have caused what the others show."""
     if finding is not None and finding.culprits:
         finding.suspects, finding.culprits = tuple(sorted({*finding.suspects, *finding.culprits})), ()
         finding.confidence = "undecided"
@@ -117,7 +118,7 @@ def _unproven(finding: Finding | None) -> Finding | None:
 def _until(
     meeting: tuple[GroupKey, int] | None, deviations: list[Deviation], witnesses: Mapping[int, Witness]
 ) -> list[Deviation]:
-    """Keep the deviations that members made before they issued the collective ``meeting``, by their own clocks."""
+    """Keep the deviations that members made before they issued the collective ``meeting``, each by its own clock."""
     if meeting is None:
         return deviations
     issued_ns = {
@@ -131,7 +132,7 @@ def _until(
 
 
 def _lock_finding(waits: Waits, rank_states: Mapping[int, RankState]) -> Finding | None:
-    """Name the ranks that hold a lock of the cycle, unless two of them recorded that they hold the same lock."""
+    """Name the ranks that hold a lock of the cycle, unless two ranks recorded that they hold the same lock."""
     locks = [node for node in waits.cycle if node.key[0] == "lock"]
     if not locks:
         return None
@@ -154,7 +155,10 @@ def _plan_finding(
     all_steps: Mapping[int, list[Step]],
     schedule_divergence: ScheduleDivergence | None,
 ) -> Finding | None:
-    """Explain by different declared schedules of a group's members: ranks that changed theirs are suspects."""
+    """Explain a hang by different declared schedules of a group's members.
+
+    Ranks that changed their schedule are suspects.
+    """
     if schedule_divergence is None:
         return None
     number, key, sides = schedule_divergence.step, schedule_divergence.group, schedule_divergence.sides
@@ -184,7 +188,10 @@ def _habit_finding(
     since: int,
     rank_states: Mapping[int, RankState],
 ) -> Finding | None:
-    """Explain by the collectives of all earlier steps, if no schedule was declared: ranks that deviate are suspects."""
+    """Explain a hang by a change of habit, if no schedule was declared.
+
+    Ranks that issued other collectives than all ranks did in every earlier step are suspects.
+    """
     plan = habitual_plan(all_steps, since)
     if not plan or any(step.plan for steps in all_steps.values() for step in steps):
         return None

@@ -9,16 +9,19 @@ from repro.verdict.case import Case
 from repro.verdict.result import Finding, name_ranks, say
 
 BUSY = 0.02
-"""Processors in use from which a process counts as working; a sleeping process uses fewer."""
+"""Number of processors in use from which a process counts as working. A sleeping process uses less."""
 
 STARVED = 0.1
-"""CPU-starvation threshold: the share of time runnable without a processor from which silence proves little."""
+"""CPU-starvation threshold: the share of time that a process was runnable without a processor.
+
+Above this share, low processor use and silence prove little.
+"""
 
 
 def slow(case: Case, movers: Sequence[int]) -> Finding:
     """Name the ranks that the others wait for, with the evidence that they work.
 
-    The confidence is ``likely`` if a rank shows no sign of work, or lacked a processor to do any.
+    The confidence is ``likely`` if a rank shows no sign of work, or had no processor for it.
     """
     finding = Finding("", tuple(movers))
     signs = {rank: signs_of_life(case, rank) for rank in movers}
@@ -40,8 +43,8 @@ def slow(case: Case, movers: Sequence[int]) -> Finding:
         finding.confidence = "likely"
     if asleep and not starved:
         finding.evidence.append(
-            f"{name_ranks(asleep)} used no processor and sent no heartbeat: asleep, or waiting for something that "
-            "is not recorded; the stack shows which"
+            f"{name_ranks(asleep)} used no processor and sent no heartbeat: asleep, or waiting for something that is "
+            "not recorded. Take the stacks to see which"
         )
     if unmeasured:
         finding.evidence.append(f"no evidence shows that {say(unmeasured, 'work')}: processor use was not measured")
@@ -49,7 +52,10 @@ def slow(case: Case, movers: Sequence[int]) -> Finding:
 
 
 def _only_quiet(case: Case, finding: Finding) -> Finding:
-    """Remove culprits that moved within the quiet window: ranks of a healthy run are often outside collectives."""
+    """Remove culprits that moved within the quiet window.
+
+    In a healthy run, too, ranks are often outside collectives.
+    """
     if not case.all_know(Knows.TIME):
         finding.culprits, finding.suspects, finding.confidence = (), finding.culprits, "undecided"
         finding.evidence.append("not every witness has times, so nothing shows how long the ranks have waited")
@@ -72,7 +78,7 @@ def _moved(case: Case, rank: int) -> bool:
 
 
 def signs_of_life(case: Case, rank: int) -> list[str]:
-    """Find evidence that a rank works: a recent heartbeat, or processor use."""
+    """Find evidence that a rank works: a recent heartbeat, or processor use. Returns one sentence for each."""
     rank_state, cores = case.rank_states[rank], case.facts.cores.get(rank, 0.0)
     signs = []
     if rank_state.beat_s is not None:
@@ -83,7 +89,7 @@ def signs_of_life(case: Case, rank: int) -> list[str]:
 
 
 def may_wait_for_device(case: Case, rank: int) -> bool:
-    """Whether a rank outside any collective has queued collectives, and shows no other work."""
+    """Whether a rank is outside any collective, has queued collectives on a device, and shows no other work."""
     rank_state = case.rank_states[rank]
     has_queued = any(key[0] in case.queued and issued for key, issued in rank_state.issued.items())
     return has_queued and rank_state.state == "running" and rank_state.beat_s is None and not rank_state.position.detail

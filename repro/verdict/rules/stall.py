@@ -1,4 +1,4 @@
-"""Judge collectives that every member has issued: a stall, unless evidence shows progress or is out of date."""
+"""Judge collectives that every member has issued: a stall, unless evidence shows progress or contradicts a witness."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from repro.verdict.result import MOST_SENTENCES, Finding, Verdict, name_ranks, s
 from repro.verdict.rules.slow import STARVED, signs_of_life, slow
 
 MOVES = 0.05
-"""Processors in use from which a rank inside a collective may be moving data; a rank that waits uses far fewer."""
+"""Number of processors in use from which a rank in a collective may be moving data. A rank that waits uses far less."""
 
 PATIENT_WINDOWS = 10
-"""Quiet windows to wait before a stall is reported from starved ranks or without the requested evidence."""
+"""A stall of starved ranks, or without the requested evidence, is reported only after this many quiet windows."""
 
 
 def attended(case: Case) -> Verdict:
@@ -38,7 +38,7 @@ def attended(case: Case) -> Verdict:
     doubts = _doubts(case, members)
     if doubts and case.quiet_s < PATIENT_WINDOWS * case.quiet_window_s:
         text = f"every member has issued {names}, and nothing has happened for {case.quiet_s:.1f} s"
-        needed = f"{PATIENT_WINDOWS} quiet windows are needed to report a stall"
+        needed = f"a stall is reported only after {PATIENT_WINDOWS} quiet windows"
         return case.verdict("inconclusive", evidence=[text, *doubts, needed], confidence="undecided")
     differing = Finding(confidence="undecided")
     if differs := _differ_elsewhere(case, differing):
@@ -58,7 +58,7 @@ def attended(case: Case) -> Verdict:
 
 
 def _differ_elsewhere(case: Case, finding: Finding) -> list[str]:
-    """Name collectives with different arguments in which no rank waits: on one device they may block the others."""
+    """Name collectives with different arguments in which no rank waits. On one device they may block the others."""
     lines = []
     for key, seqs in sorted(case.ledger.diverged.items()):
         sides = case.ledger.sides(key, min(seqs))
@@ -79,7 +79,7 @@ def left_by_some(case: Case) -> Verdict:
         ranks.update(node.ranks)
         lines.append(f"{say(node.ranks, f'are in {node.name}')}, which {say(node.returned, 'have left')}")
     late = sorted(ranks)
-    lines.append(f"{say(late, 'have')} not returned from it yet, or the witness is out of date: take the stacks")
+    lines.append(f"{say(late, 'have')} not returned from it yet, or the witness is out of date. Take the stacks")
     starved = [rank for rank in late if case.facts.starved.get(rank, 0.0) >= STARVED]
     if starved or any(signs_of_life(case, rank) for rank in late):
         finding = slow(case, late)
@@ -90,7 +90,10 @@ def left_by_some(case: Case) -> Verdict:
 
 
 def _moves(case: Case, node: Node) -> list[str]:
-    """Find evidence that a collective makes progress, or that its witnesses are contradicted: then it is no stall."""
+    """Find evidence that a collective makes progress or that a witness is contradicted.
+
+    Either means that it is no stall.
+    """
     (group, members), _ = node.collective
     lines = [
         f"rank {rank}: {case.facts.contradicted[rank]}, which contradicts its witness"
@@ -101,21 +104,21 @@ def _moves(case: Case, node: Node) -> list[str]:
         running = [rank for rank in members if case.rank_states[rank].state == "running"]
         if running:
             lines.append(
-                f"{say(running, f'have queued {node.name}')} and did not wait for it: the device may have work to do "
-                "before it; look at what the devices have pending"
+                f"{say(running, f'have queued {node.name}')} and did not wait for it: the device may have earlier work "
+                "to do. Take the stacks, or a profile of the devices"
             )
         return lines
     busy = {rank: cores for rank in members if (cores := case.facts.cores.get(rank, 0.0)) >= MOVES}
     if busy:
         lines.append(
             f"every member has issued {node.name}, and {say(busy, 'keep')} up to {max(busy.values()):.2f} processors "
-            "busy: it may move data; look again, or take the stacks"
+            "busy: the collective may be moving data. Look again, or take the stacks"
         )
     return lines
 
 
 def _doubts(case: Case, members: Sequence[int]) -> list[str]:
-    """Find reasons to wait longer before a stall is reported: starved ranks, missing evidence."""
+    """Find reasons to wait longer before a stall is reported: starved ranks, or missing evidence."""
     facts = case.facts
     lines = []
     starved = max((facts.starved.get(rank, 0.0) for rank in members), default=0.0)
@@ -129,7 +132,7 @@ def _doubts(case: Case, members: Sequence[int]) -> list[str]:
 
 
 def _pending_elsewhere(case: Case, node: Node) -> list[str]:
-    """Name members that issued the collective and do not wait in it: their part of it may still make progress."""
+    """Name members that issued the collective and do not wait in it. Their part of it may still make progress."""
     (_, members), _ = node.collective
     together: dict[str, list[int]] = {}
     for rank in members:

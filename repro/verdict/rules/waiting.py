@@ -1,4 +1,4 @@
-"""Judge waits without a cycle and without a death, by the ranks that they end in: at work, done, or not observed."""
+"""Judge waits without a cycle and without a death, by the ranks in which they end: at work, done, or not observed."""
 
 from __future__ import annotations
 
@@ -26,7 +26,10 @@ def waiting(case: Case) -> Verdict:
         return _waits_for_movers(case, movers)
     unseen = sorted(set(ends.get("missing", ())) | set(ends.get("hidden", ())))
     if unseen:
-        line = f"the waits end in {name_ranks(unseen)}, without a usable witness: collect it, or a stack"
+        line = (
+            f"the waits end in {name_ranks(unseen)}, without a usable witness: collect the witness or a stack of "
+            f"{'each' if len(unseen) > 1 else 'this rank'}"
+        )
         return case.verdict("inconclusive", evidence=[line], confidence="undecided")
     if case.waits.outsiders:
         return _outsider(case, case.waits.outsiders[0])
@@ -54,10 +57,11 @@ def _waits_for_movers(case: Case, movers: Sequence[int]) -> Verdict:
     lines = []
     if on_device:
         lines.append(
-            f"{name_ranks(on_device)} may be working or waiting for work queued on the device: the stacks show which"
+            f"{name_ranks(on_device)} may be working or waiting for work queued on the device. Take the stacks to see "
+            "which"
         )
     if in_locks:
-        lines.append(f"{name_ranks(in_locks)} may be working or waiting for a lock: the stacks show which")
+        lines.append(f"{name_ranks(in_locks)} may be working or waiting for a lock. Take the stacks to see which")
     at_work = [rank for rank in movers if rank not in doubtful]
     if not at_work or in_locks:
         finding = Finding(suspects=tuple(doubtful), confidence="undecided", evidence=lines)

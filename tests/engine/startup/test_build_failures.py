@@ -227,7 +227,7 @@ def test_what_a_build_lacks_is_named_and_ninja_is_found_beside_the_interpreter(t
 @pytest.mark.parametrize(
     ("argv", "words"),
     [
-        (["cold_jit"], "cold_jit: kernels are compiled, and there is no C++ compiler /nowhere/c++"),
+        (["cold_jit"], "cold_jit: kernels are compiled on this machine, but there is no C++ compiler /nowhere/c++"),
         (
             ["metadata_rebuild", "--backend", "nccl"],
             "--backend nccl needs a GPU for each of 2 ranks of a host; 0 found",
@@ -246,7 +246,7 @@ def test_a_user_s_folder_that_is_filled_is_no_cold_cache(tmp_path):
     built = tmp_path / "cache" / "kernels" / "gdn_prefill-0123" / "built"
     built.parent.mkdir(parents=True)
     built.write_text("")
-    with pytest.raises(CannotFill, match=r"no cold start: .*/cache/kernels holds compiled kernels"):
+    with pytest.raises(CannotFill, match=r"no cold start: .*/cache/kernels contains compiled kernels"):
         prepare_run_dir(tmp_path / "runs", small("cold_jit", cache_dir=tmp_path / "cache"))
     assert not list((tmp_path / "runs").iterdir())
 
@@ -275,7 +275,7 @@ def test_a_read_only_cache_stops_all_ranks_and_names_the_folder(tmp_path):
     with read_only(cache):
         message = start_and_catch(tmp_path, cache, lambda rank: None)
     assert re.search(
-        rf"cannot build in {cache}/kernels: (Read-only file system|Permission denied); name another", message
+        rf"cannot build in {cache}/kernels: (Read-only file system|Permission denied); choose another", message
     )
 
 
@@ -302,7 +302,9 @@ def test_a_file_system_without_locks_stops_all_ranks_and_names_the_folder(tmp_pa
         fcntl.flock = flock
 
     message = start_and_catch(tmp_path, tmp_path / "cache", sabotage)
-    assert f"BuildFailed: cannot build in {tmp_path}/cache/kernels: No locks available; name another folder" in message
+    assert (
+        f"BuildFailed: cannot build in {tmp_path}/cache/kernels: No locks available; choose another folder" in message
+    )
     assert not leftovers(tmp_path / "cache")
 
 

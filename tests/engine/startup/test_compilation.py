@@ -123,6 +123,6 @@ def test_a_folder_that_cannot_be_written_to_stops_all_that_would_compile(tmp_pat
     with read_only(tmp_path / "cache"):
         results = serve(tmp_path, settings_with({}))
     (words,) = {text for text, _ in results}
-    assert "could not prepare: BuildFailed: cannot compile in " in words and "name another folder" in words, words
+    assert "could not prepare: BuildFailed: cannot compile in " in words and "choose another folder" in words, words
     stopped_s = [seen.stopped_s for _, seen in results]
     assert max(stopped_s) - min(stopped_s) < 5, stopped_s

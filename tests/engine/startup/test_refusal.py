@@ -35,7 +35,7 @@ def test_expert_parallelism_over_hybrid_layers_without_agreement_is_refused_with
     assert str(refused.value) == (
         "expert parallelism is not supported for models with gated_delta_net and mamba2 hybrid layers while the ranks "
         "do not agree on their schedules: use --checks agree, or tensor parallelism instead (tp_size = 8) "
-        "(--allow-unsafe starts it all the same)"
+        "(to start nevertheless: --allow-unsafe)"
     )
     allowed = dataclasses.replace(server("observe", mode="graphs"), allow_unsafe=True)
     assert [finding.split(" is not")[0] for finding in check_start(allowed)] == ["expert parallelism", "graph mode"]
@@ -60,11 +60,11 @@ def test_what_can_be_kept_free_of_deadlock_is_not_refused(config):
     [
         (
             "metadata_rebuild",
-            r"at layers.0.gated_delta_net a rank with requests would issue 2 .*an idle one 1",
+            r"at layers.0.gated_delta_net a rank with requests would issue 2 .*an idle rank 1",
         ),
         ("idle_skip", r"a rank without requests would leave.*policies.idle"),
         ("graph_mode", r"graph mode is not supported if each rank chooses it by itself.*engine.mode = eager"),
-        ("autotune_cache", r"a rank with a warm tuning cache would skip.*policies.tuning"),
+        ("autotune_cache", r"a rank with a saved tuning result would skip.*policies.tuning"),
         ("late_preemption", r"a rank whose cache is full would leave a step.*make room before.*policies.preemption"),
     ],
 )

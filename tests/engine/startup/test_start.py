@@ -105,7 +105,7 @@ def test_a_communicator_is_reused_after_success_and_refused_after_a_stop(tmp_pat
             Engine(config, comm)
         return type(first.value), str(again.value), str(reused.value)
 
-    message = "rank 1 failed: ConfigError: request a: prompt of 0 tokens; at least 1 is needed"
+    message = "rank 1 failed: ConfigError: request a: prompt has 0 tokens, but needs at least 1"
     refusal = f"this communicator was stopped ({message}): connect a new one"
     assert run_ranks(2, tmp_path, run) == [(kind, message, refusal) for kind in (ScheduleMismatch, ConfigError)]
 
@@ -148,7 +148,7 @@ def test_an_engine_refuses_on_all_ranks_to_serve_with_kernels_that_one_rank_chos
         return str(refused.value)
 
     message = (
-        "kernels: this engine was started with 'auto', and the process has chosen 'fla' since: "
+        "kernels: this engine was started with kernels 'auto', but the process has chosen 'fla' since: "
         "call registry.use('auto') before serve, or start another engine"
     )
     assert run_ranks(2, tmp_path, run) == [f"rank 1 failed: ConfigError: {message}", message]

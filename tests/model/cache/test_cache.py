@@ -58,9 +58,9 @@ def test_exhaustion_names_both_numbers_and_harms_nothing() -> None:
     text = torch.randint(64, (tokens + 1,))
     want = model(text[None])[0]
     a = cache.allocate()
-    with pytest.raises(CacheExhausted, match="a new sequence needs 6 pages, 3 are free"):
+    with pytest.raises(CacheExhausted, match="a new sequence needs 6 pages, but only 3 are free"):
         cache.allocate()
-    with pytest.raises(CacheExhausted, match=f"a step of {tokens + 1} tokens needs 4 pages, 3 are free"):
+    with pytest.raises(CacheExhausted, match=f"a step of {tokens + 1} tokens needs 4 pages, but only 3 are free"):
         model.step(text, Batch.of([(a, tokens + 1)]), cache)
     got = model.step(text[:tokens], Batch.of([(a, tokens)]), cache)
     torch.testing.assert_close(model.logits(got), want[:tokens], rtol=1e-9, atol=1e-9)
@@ -89,9 +89,17 @@ def test_a_freed_page_starts_clean_for_its_next_owner() -> None:
 @pytest.mark.parametrize(
     ("change", "dtype", "words"),
     [
-        ({"num_key_value_heads": 1}, torch.float32, "num_key_value_heads 1 for a model with num_key_value_heads 2"),
-        ({"layer_pattern": "GA"}, torch.float32, "layer_pattern 'GA' for a model with layer_pattern 'GGGAMGGA'"),
-        ({}, torch.float64, "a cache in torch.float64 for a model in torch.float32"),
+        (
+            {"num_key_value_heads": 1},
+            torch.float32,
+            "the cache was made for num_key_value_heads 1, but the model has num_key_value_heads 2",
+        ),
+        (
+            {"layer_pattern": "GA"},
+            torch.float32,
+            "the cache was made for layer_pattern 'GA', but the model has layer_pattern 'GGGAMGGA'",
+        ),
+        ({}, torch.float64, "the cache has dtype torch.float64, but the model has torch.float32"),
     ],
 )
 def test_a_cache_of_another_model_is_refused(change: dict, dtype: torch.dtype, words: str) -> None:
@@ -158,12 +166,12 @@ def test_misuse_is_a_clear_error() -> None:
     with pytest.raises(ValueError, match="was given no cache"):
         model.step(one, batch)
     model.step(one, batch, cache)
-    with pytest.raises(ValueError, match="built before its sequences' last step"):
+    with pytest.raises(ValueError, match="built before the last step of its sequences"):
         model.step(one, batch, cache)
     cache.free(a)
     with pytest.raises(ValueError, match="was freed"):
         cache.free(a)
     with pytest.raises(ValueError, match="was freed"):
         model.step(one, Batch.of([(a, 1)]), cache)
-    with pytest.raises(ValueError, match="num_pages: 0 is less than 1"):
+    with pytest.raises(ValueError, match="num_pages is 0, but must be at least 1"):
         HybridCache(SMALL, 0)

@@ -95,7 +95,7 @@ def multimodal(folder: Path, text_changes: dict[str, object], **changes: object)
         (
             {"model_type": "qwen3_next"},
             {},
-            "text_config.model_type: 'qwen3_next' contradicts model_type 'qwen3_5_moe', whose text is 'qwen3_5_moe_t",
+            "model_type: 'qwen3_next' contradicts model_type 'qwen3_5_moe', whose text model is 'qwen3_5_moe_t",
         ),
         (
             {"tie_word_embeddings": False},
@@ -232,8 +232,10 @@ def test_a_draft_layer_that_is_there_in_part_is_one_line(next_with_mtp: Path) ->
     with pytest.raises(CheckpointError) as caught:
         HybridMoE.from_pretrained(next_with_mtp)
     (problem,) = caught.value.problems
-    assert problem.startswith(f"{next_with_mtp}: the MTP layer is there in part: ") and "\n" not in problem
-    assert "without mtp.fc.weight and 1 others; remove mtp.* to load the model without it" in problem
+    assert problem.startswith(f"{next_with_mtp}: the MTP layer is incomplete: ") and "\n" not in problem
+    assert (
+        "without mtp.fc.weight and 1 others; remove all tensors mtp.* to load the model without this layer" in problem
+    )
 
 
 def test_a_draft_layer_with_half_of_its_experts_tensors_is_one_line(next_with_mtp: Path) -> None:
@@ -241,14 +243,14 @@ def test_a_draft_layer_with_half_of_its_experts_tensors_is_one_line(next_with_mt
     with pytest.raises(CheckpointError) as caught:
         HybridMoE.from_pretrained(next_with_mtp)
     (problem,) = caught.value.problems
-    assert problem.startswith(f"{next_with_mtp}: the MTP layer is there in part: ") and "\n" not in problem
+    assert problem.startswith(f"{next_with_mtp}: the MTP layer is incomplete: ") and "\n" not in problem
 
 
 @pytest.mark.parametrize(
     ("said", "text"),
     [
-        ({}, "have 2 MTP layers, only 1 is implemented"),
-        ({"mtp_num_hidden_layers": 1}, "the config has 1 MTP layers, the tensors mtp.* have 2"),
+        ({}, "are for 2 MTP layers, but only 1 is implemented"),
+        ({"mtp_num_hidden_layers": 1}, "the config has 1 MTP layers, but there are tensors mtp.* for 2"),
         ({"mtp_num_hidden_layers": 1, "num_nextn_predict_layers": 2}, "contradicts num_nextn_predict_layers 2"),
     ],
 )
@@ -272,5 +274,5 @@ def test_a_config_may_name_a_draft_layer_that_was_not_saved(
     for _ in range(2):
         assert HybridMoE.from_pretrained(next_with_mtp).config.num_mtp_layers == 0
     assert [record.getMessage() for record in caplog.records] == [
-        f"{next_with_mtp}: the config has 1 MTP layers, no tensor is named mtp.*: loaded without"
+        f"{next_with_mtp}: the config has 1 MTP layers, but no tensor is named mtp.*: the model is loaded without them"
     ], "one line, however often it is loaded"

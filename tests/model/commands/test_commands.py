@@ -151,7 +151,7 @@ def test_check_exits_with_1_where_it_could_not_compare(
     assert status == 1 and "agrees" not in answer
     assert answer["not_compared"] == "transformers: ImportError: Loading an FP8 model requires accelerate"
     status, answer = checked(folder, capsys)
-    assert (status, answer["not_compared"]) == (1, "no other implementation knows this stack of layers")
+    assert (status, answer["not_compared"]) == (1, "no other implementation has this stack of layers")
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     status, answer = checked(tmp_path, capsys)
     assert (status, answer["not_compared"]) == (1, "transformers is not installed (pip install transformers)")
@@ -190,7 +190,7 @@ def test_generation_stops_at_the_end_of_the_text(folder: Path, tmp_path: Path, c
     (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": "</s>"}))
     assert main(["generate", str(tmp_path), "--tokens", "1"]) == 2
     assert (
-        "generation_config.json: eos_token_id: wanted an id or a list of ids, got ['</s>']" in capsys.readouterr().err
+        "generation_config.json: eos_token_id: must be an id or a list of ids, not ['</s>']" in capsys.readouterr().err
     )
 
 
@@ -247,14 +247,23 @@ def test_bench_measures(folder: Path, capsys: pytest.CaptureFixture) -> None:
             "hf download Qwen/Qwen3.5-35B-A3B --local-dir DIR)",
         ),
         (["generate", "tinny", "--tokens", "1"], "qwen3-next-80b-a3b) (did you mean 'tiny'?)"),
-        (["generate", "tiny", "--tokens", "1", "--layout", "tp8", "--dp", "2"], "--layout: 'tp8' says how many ranks"),
-        (["generate", "tiny", "--tokens", "1", "--dp", "100", "--tp", "9"], f"ranks are more than the {MAX_RANKS} of"),
-        (["generate", "tiny", "--tokens", "1", "--dp", "3"], "512 experts cannot be shared by 3 ranks evenly"),
+        (
+            ["generate", "tiny", "--tokens", "1", "--layout", "tp8", "--dp", "2"],
+            "--layout: 'tp8' already sets the number of ranks",
+        ),
+        (
+            ["generate", "tiny", "--tokens", "1", "--dp", "100", "--tp", "9"],
+            f"ranks are more than {MAX_RANKS}, the most",
+        ),
+        (["generate", "tiny", "--tokens", "1", "--dp", "3"], "512 experts cannot be divided evenly over 3 ranks"),
         (["generate", "tiny", "--prompt", "x"], "--prompt: the preset 'tiny' has no tokenizer: give token ids with"),
-        (["generate", "qwen3.5-397b-a17b", "--tokens", "1"], "; float32 is a preset's default, --dtype bfloat16 takes"),
+        (
+            ["generate", "qwen3.5-397b-a17b", "--tokens", "1"],
+            "; a preset's default dtype is float32, --dtype bfloat16 takes",
+        ),
         (
             ["generate", "tiny", "--tokens", "1", "--drafts", "1", "--prefill-chunk", "2"],
-            "--prefill-chunk: 2 does not work with --drafts in a single process",
+            "--prefill-chunk: 2 cannot be combined with --drafts in a single process",
         ),
         (
             ["generate", "tiny", "--tokens", "1", "--mode", "graphs"],
@@ -269,8 +278,8 @@ def test_bench_measures(folder: Path, capsys: pytest.CaptureFixture) -> None:
         (["generate", "tiny", "--tokens", "1", "--drafts", "1"], "the model has no MTP layer"),
         (["generate", "qwen3.5-397b-a17b", "--tokens", "1"], "the model needs 16"),
         (["generate", "FOLDER", "--tokens", "1", "--device", "cuda:77"], "(device cuda:77, torch.float64)"),
-        (["check", "nowhere"], "'nowhere': there is no such folder"),
-        (["check", "tiny"], "'tiny': there is no such folder"),
+        (["check", "nowhere"], "'nowhere': the folder does not exist"),
+        (["check", "tiny"], "'tiny': the folder does not exist"),
         (["bench", "/"], "/ has no config.json"),
         (["bench", "tiny", "--device", "meta"], "device meta cannot compute"),
     ],

@@ -71,7 +71,7 @@ def test_a_run_that_cannot_fit_is_known_before_it_starts() -> None:
 def test_a_layout_on_gpus_needs_one(capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
     assert main(["generate", "tiny", "--tokens", "1", "--layout", "tp8", "--device", "cuda"]) == 2
-    assert "--device cuda: this machine has no GPU that torch can use" in capsys.readouterr().err
+    assert "--device cuda: torch finds no GPU on this machine" in capsys.readouterr().err
 
 
 def test_running_out_of_memory_is_one_line_and_other_errors_are_not(capsys, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -84,7 +84,7 @@ def test_running_out_of_memory_is_one_line_and_other_errors_are_not(capsys, monk
     assert "DefaultCPUAllocator: can't allocate memory" in err and err.count("\n") == 1
     monkeypatch.setattr(params, "run", lambda args: HybridCache(preset("tiny"), 5).allocate() is None)
     assert main(["params", "tiny"]) == 2
-    assert capsys.readouterr().err == "hybrid_moe_ref: a new sequence needs 6 pages, 5 are free\n"
+    assert capsys.readouterr().err == "hybrid_moe_ref: a new sequence needs 6 pages, but only 5 are free\n"
 
 
 @pytest.mark.parametrize("failure", [ValueError, RuntimeError, KeyError])
@@ -108,13 +108,13 @@ def test_a_failure_of_ours_is_an_internal_error_with_its_place(failure, capsys, 
     [
         (["--drafts", "-1"], "argument --drafts: -1 is less than 0"),
         (["--max-new-tokens", "99999999999999999999"], "is over 4611686018427387904"),
-        (["--tokens", "1,99999999999999999999"], "argument --tokens: 99999999999999999999 is no token id"),
+        (["--tokens", "1,99999999999999999999"], "argument --tokens: 99999999999999999999 is not a token id"),
         (["--dtype", "bf17"], "invalid choice: 'bf17' (choose from float32 (fp32), float64 (fp64), bfloat16 (bf16)"),
         (
             ["--layout", "dp2"],
             "invalid choice: 'dp2' (choose from single, dp8ep8, tp8; for other numbers of ranks give",
         ),
-        (["--tokens", ""], "argument --tokens: it is empty; give at least one token id"),
+        (["--tokens", ""], "argument --tokens: the list is empty; give at least one token id"),
     ],
 )
 def test_bad_options_are_one_line(options: list[str], text: str, capsys) -> None:

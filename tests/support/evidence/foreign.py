@@ -1,4 +1,4 @@
-"""Evidence in the formats of other people's tools, made up: recorder dumps, stacks, logs, answers of NCCL's RAS."""
+"""Made-up evidence in the formats of other tools: recorder dumps, stacks, logs, answers of NCCL's RAS."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def call(
     p2p: bool = False,
     at_ms: int = 0,
 ) -> dict[str, Any]:
-    """One entry of a recorder dump as torch 2.13 writes it; by default in sizes that suit four ranks."""
+    """Return one entry of a recorder dump as torch 2.13 writes it. The default sizes suit four ranks."""
     sizes = sizes or (((8,), (32,)) if "gather" in op else ((32,), (8,)) if "scatter" in op else ((8,), (8,)))
     entry: dict[str, Any] = {
         "record_id": record, "pg_id": group[0], "process_group": (group[1], group[2]),
@@ -52,7 +52,7 @@ def dump(
     as_json: bool = False,
     library: str = "2.27.5",
 ) -> bytes:
-    """The bytes of a dump. `groups`: name -> (description, members); `status`: id -> (enqueued, completed)."""
+    """Return the bytes of a dump. `groups`: name -> (description, members); `status`: id -> (enqueued, completed)."""
     content = {
         "version": "2.10", "comm_lib_version": library,
         "pg_config": {
@@ -77,7 +77,7 @@ def watchdog(
     queued: int = 0,
     numel: int = 64,
 ) -> str:
-    """The two lines that NCCL's watchdog prints with torch 2.9."""
+    """Return the two lines that NCCL's watchdog prints with torch 2.9."""
     local = rank if group_rank is None else group_rank
     stamp = f"E1003 11:42:{rank % 60:02d}.087127883"
     return (
@@ -93,13 +93,13 @@ def watchdog(
 
 
 def py_spy(title: str, frames: Sequence[str], pid: int = 100) -> str:
-    """`py-spy dump` of a process with one thread; frames innermost first, as "function (file:line)"."""
+    """Return `py-spy dump` of a process with one thread. Frames are innermost first, as "function (file:line)"."""
     rows = "".join(f"    {frame}\n" for frame in frames)
     return f'Process {pid}: {title}\nPython v3.12.3 (/usr/bin/python3.12)\n\nThread {pid} (idle): "MainThread"\n{rows}'
 
 
 def ras(errors: str, rows: Sequence[str] = (), ranks: int = 8) -> str:
-    """An answer of NCCL's RAS in text, of one communicator."""
+    """Return an answer of NCCL's RAS in text, about one communicator."""
     found = (
         f"\n#0-0 (12a1b02d15a8bb89) {errors}\n  Communicator ranks have different AllGather operation counts\n"
         if rows
@@ -116,7 +116,7 @@ def ras(errors: str, rows: Sequence[str] = (), ranks: int = 8) -> str:
 
 
 def write(folder: Path, files: Mapping[str, str | bytes]) -> Path:
-    """Write the files and return their folder."""
+    """Write the files. Returns their folder."""
     for name, content in files.items():
         path = folder / name
         path.parent.mkdir(parents=True, exist_ok=True)

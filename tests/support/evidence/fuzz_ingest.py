@@ -1,8 +1,9 @@
-"""Feed damaged and hostile evidence to `diagnose`: no crash, no code run, no hang, no gigabytes, every refusal with a place.
+"""Feed damaged and hostile evidence to `diagnose`.
 
     python tests/support/evidence/fuzz_ingest.py --inputs 1000000 --seed 0
 
-Each input is made from its own seed, which a failure names: `--inputs 1 --seed N` makes that one again.
+It must not crash, run code of a file, hang or take gigabytes, and each refusal must name a place. Each input is made
+from its own seed, which a failure names: `--inputs 1 --seed N` makes that input again.
 """
 
 from __future__ import annotations
@@ -36,7 +37,9 @@ from repro.verdict.partial import diagnose
 
 MAX_SECONDS, MAX_MIB = 5.0, 1024
 MOST_BYTES = (*[1 << 14] * 15, *[1 << 17] * 4, 1 << 20)
-"""Damaged input is cut to one of these: most damage needs no size, and large inputs take most of the time."""
+"""Damaged input is cut to one of these sizes: most damage needs no large input, and large inputs take most of the
+time.
+"""
 REFUSAL = re.compile(r"^.+:\d+: .+", re.DOTALL)
 CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f\x9b]")
 HOSTILE = (
@@ -91,13 +94,13 @@ SAVED = "records.jsonl"
 
 @functools.cache
 def saved() -> bytes:
-    """The records of all samples as `diagnose` saves them."""
+    """Return the records of all samples as `diagnose` saves them."""
     evidence = read_memory(SAMPLES)
     return b"".join(json_lines.encode(evidence.records, evidence.files, evidence.not_understood))
 
 
 def damaged(rng: random.Random, data: bytes) -> bytes:
-    """Bytes changed, cut, doubled or put in from another sample."""
+    """Return the data with bytes that are changed, cut, repeated or inserted from another sample."""
     out = bytearray(data)
     for _ in range(rng.choice((1, 2, 5, 30))):
         place = rng.randrange(len(out) + 1)
@@ -120,7 +123,7 @@ def damaged(rng: random.Random, data: bytes) -> bytes:
 
 
 def damaged_values(rng: random.Random, lines: bytes) -> bytes:
-    """Lines of JSON in which values are of another kind."""
+    """Return lines of JSON in which some values have another type."""
     rows = lines.splitlines()
     for _ in range(rng.choice((1, 1, 3))):
         place = rng.randrange(len(rows))
@@ -129,7 +132,7 @@ def damaged_values(rng: random.Random, lines: bytes) -> bytes:
 
 
 def restructured(rng: random.Random, name: str) -> bytes:
-    """A structured sample in which values are of another kind, missing, repeated or shared."""
+    """Return a structured sample in which some values have another type, are missing, repeated or shared."""
     as_json = name.endswith(".json")
     content = _restructured(rng, json.loads(SAMPLES[name]) if as_json else pickle.loads(SAMPLES[name]))
     if as_json:
@@ -144,7 +147,7 @@ def restructured(rng: random.Random, name: str) -> bytes:
 
 
 def _restructured(rng: random.Random, content: Any) -> Any:
-    """The content with values that are of another kind, missing, repeated or shared."""
+    """Return the content with some values that have another type, are missing, repeated or shared."""
     for _ in range(rng.choice((1, 1, 3, 10))):
         at = content
         while True:
@@ -167,7 +170,7 @@ def _restructured(rng: random.Random, content: Any) -> Any:
 
 @functools.cache
 def bomb(mib: int) -> bytes:
-    """A zip with so many MiB of zeros in one entry, beside a good log."""
+    """Return a zip with one entry of ``mib`` MiB of zeros, and a log that is intact."""
     raw = io.BytesIO()
     with zipfile.ZipFile(raw, "w", zipfile.ZIP_DEFLATED) as archive:
         archive.writestr("zeros_rank_1", b"\0" * (mib << 20))
@@ -176,7 +179,7 @@ def bomb(mib: int) -> bytes:
 
 
 def planted(rng: random.Random, folder: Path) -> None:
-    """Things in a folder that are no plain files, and zips that are none or too large."""
+    """Put things into a folder that are not regular files, and files named as zips that are damaged or too large."""
     match rng.randrange(6):
         case 0:
             (folder / "link").symlink_to("/etc/passwd")
@@ -199,7 +202,7 @@ def planted(rng: random.Random, folder: Path) -> None:
 
 
 def one(seed: int, folder: Path | None = None) -> str:
-    """Make the input of a seed and diagnose it; "" or what is wrong."""
+    """Make the input of a seed and diagnose it. Returns "" or what is wrong."""
     rng = random.Random(seed)
     files: dict[str, bytes] = {}
     for name in rng.sample(list(SAMPLES), rng.choice((1, 1, 2, 4))):
@@ -231,7 +234,7 @@ def one(seed: int, folder: Path | None = None) -> str:
 
 
 def read_memory(files: dict[str, bytes]) -> Evidence:
-    """Read files that are on no disk."""
+    """Read files that exist only in memory."""
     evidence = Evidence()
     read_files(((name, io.BytesIO(data)) for name, data in files.items()), evidence)
     if SAVED in files:
@@ -243,9 +246,9 @@ def read_memory(files: dict[str, bytes]) -> Evidence:
 
 
 def fuzz(inputs: int, seed: int) -> list[str]:
-    """Every 50th input is a folder on disk. Return what went wrong, a line each."""
+    """Try ``inputs`` inputs; every 50th is a folder on disk. Returns what went wrong, one problem in a line."""
     wrong = []
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> 10  # of what else this process has done
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> 10  # memory that this process took before
     for number in range(seed, seed + inputs):
         try:
             if number % 50 == 0:

@@ -1,6 +1,6 @@
-"""Made-up hangs as other people's tools leave them, with the truth.
+"""Made-up hangs in the form in which other tools leave them, with the truth about each.
 
-`names` maps rank r of the case to the rank that its files name: every case exists under every naming.
+`names` maps rank r of the case to the rank that its files name, so that every case exists with different rank numbers.
 """
 
 from __future__ import annotations
@@ -17,7 +17,11 @@ WORKER = "worker_busy_loop (vllm/v1/executor/multiproc_executor.py:1041)"
 
 @dataclass(frozen=True)
 class Case:
-    """`classes` may be said of the whole and of any part of the evidence, `culprits` may be named, `whole` must be."""
+    """A made-up hang and the truth about it.
+
+    `classes` are the verdicts that are right for all of the evidence or a part of it, `culprits` the ranks that may be
+    named. `whole` is the verdict that all of the evidence must have.
+    """
 
     files: Files
     classes: frozenset[str]
@@ -95,7 +99,9 @@ def host_stopped(names: Sequence[int]) -> Case:
 
 
 def steps(rank: int, fault: str, *, as_json: bool = False, until: int = 8) -> bytes:
-    """A dump of gloo: an all-reduce of all, three all-gathers, an all-reduce, in each step; rank 2 errs in the last."""
+    """Return a gloo dump. Each step has an all-reduce of all ranks, three all-gathers and an all-reduce; rank 2 errs in
+    the last.
+    """
     counts: dict[str, int] = {}
     entries: list[dict[str, object]] = []
 
@@ -147,7 +153,7 @@ def straggler(names: Sequence[int]) -> Case:
 
 
 def late_and_then_on(names: Sequence[int]) -> Case:
-    """Two sets of dumps: all wait for one rank; then it comes, 30 s late, and the job ends."""
+    """Two sets of dumps: all ranks wait for one rank, which then comes 30 s late, and the job ends."""
     files: dict[str, str | bytes] = _gloo(names, "absent")
     for r in range(4):
         content = json.loads(steps(r, "none", as_json=True))
@@ -168,7 +174,7 @@ def two_jobs(names: Sequence[int]) -> Case:
 
 
 def recorded_more_than_the_ring_holds(names: Sequence[int]) -> Case:
-    """Transfers around four ranks, of which the dumps hold the end: counts differ, and all transfers are done."""
+    """Transfers around four ranks, of which the dumps show only the end: counts differ, and all transfers are done."""
     files: dict[str, str | bytes] = {}
     for stage, rank in enumerate(names):
         after, before = (stage + 1) % 4, (stage - 1) % 4
@@ -185,7 +191,7 @@ def all_ran_out_of_memory_at_once(names: Sequence[int]) -> Case:
         f"log_{r}.txt": f"[rank{names[r]}]:[E1003 11:30:08.{r}5 x.cpp:1] torch.OutOfMemoryError: CUDA out of memory.\n"
         for r in range(4)
     }
-    return replace(case(files, "crash"), culprits=frozenset(names))  # of one log alone its rank did end so
+    return replace(case(files, "crash"), culprits=frozenset(names))  # this rank's log alone also shows a crash
 
 
 def an_error_nobody_died_of(names: Sequence[int]) -> Case:
@@ -211,7 +217,7 @@ def a_lock_that_nobody_holds(names: Sequence[int]) -> Case:
 
 
 def engines_and_workers_in_a_cycle(names: Sequence[int]) -> Case:
-    """Two looks: a worker waits for its engine, that for the other engine, that for its worker, that for the first."""
+    """Two looks at a cycle: worker, its engine, the other engine, that engine's worker, and the first worker again."""
     queue = "dequeue (vllm/distributed/device_communicators/shm_broadcast.py:788)"
     stacks = {
         "VLLM::Worker_DP{0}_EP{0}": [queue, WORKER],
@@ -301,7 +307,7 @@ def one_builds(names: Sequence[int]) -> Case:
 
 
 def a_lock_across_a_collective(names: Sequence[int]) -> Case:
-    """One rank is in a collective, the other three wait for a lock: two looks."""
+    """One rank is in a collective, and the other three wait for a lock, in two looks."""
     lock = ["acquire (filelock/_api.py:344)", "build_and_load (flashinfer/jit/core.py:286)", WORKER]
     inside = [f"all_reduce ({C10D}:2819)", "step (model.py:4)", WORKER]
     files: dict[str, str | bytes] = {

@@ -1,4 +1,6 @@
-"""What may happen to evidence on the way: files are lost, cut, renamed, merged, repeated, or joined by older ones."""
+"""What may happen to evidence on the way: files are lost, cut, renamed, merged or repeated, or older files are
+added.
+"""
 
 from __future__ import annotations
 
@@ -26,7 +28,7 @@ def truncate(files: Files, rng: random.Random) -> Files:
 
 
 def rename(files: Files, rng: random.Random) -> Files:
-    """Other folders and prefixes; the number at the end of a dump's name is its rank, and stays."""
+    """Change folders and prefixes. The number at the end of a dump's name is its rank, and stays."""
     renamed = {}
     for name, data in files.items():
         base = name.rpartition("/")[2]
@@ -36,7 +38,10 @@ def rename(files: Files, rng: random.Random) -> Files:
 
 
 def merge(files: Files, rng: random.Random) -> Files:
-    """All logs in one file, their lines interleaved as a launcher does; the lines of each keep their order."""
+    """Merge all logs into one file and interleave their lines, as a launcher does.
+
+    The lines of each log keep their order.
+    """
     logs = {name: data for name, data in files.items() if data.startswith(b"[")}
     queues = [data.splitlines(keepends=True) for data in logs.values()]
     merged = []
@@ -48,7 +53,7 @@ def merge(files: Files, rng: random.Random) -> Files:
 
 
 def other_zone(files: Files, rng: random.Random) -> Files:
-    """One log's clock is of another time zone."""
+    """Change the time zone of one log's clock."""
     name = rng.choice(sorted(files))
     hours = rng.choice([-5, -1, 1, 5])
     if not _is_text(files[name]):
@@ -59,7 +64,7 @@ def other_zone(files: Files, rng: random.Random) -> Files:
 
 
 def noise(files: Files, rng: random.Random) -> Files:
-    """Lines that say nothing, at the start or the end of a text."""
+    """Add lines without information at the start or the end of a text."""
     lines = [
         "INFO 10-22 09:43:49 [loggers.py:118] Avg generation throughput: 0.0 tokens/s\n",
         "WARNING 10-22 09:43:49 [x.py:1] ImportError: no module named foo; falling back\n",
@@ -77,12 +82,12 @@ def noise(files: Files, rng: random.Random) -> Files:
 
 
 def repeat(files: Files, rng: random.Random) -> Files:
-    """The same files again in another folder."""
+    """Add the same files again in another folder."""
     return {**files, **{f"copy/{name}": data for name, data in files.items() if rng.random() < 0.7}}
 
 
 def older(files: Files, rng: random.Random) -> Files:
-    """Dumps of an earlier moment of some ranks: the same entries, cut before the first one that is unfinished."""
+    """Add dumps of an earlier moment of some ranks: the same entries, cut before the first unfinished one."""
     added = {}
     for name, data in files.items():
         content = None if _is_text(data) or rng.random() < 0.4 else _content(data)
@@ -97,9 +102,10 @@ def older(files: Files, rng: random.Random) -> Files:
 
 
 def _content(data: bytes) -> dict[str, Any] | None:
-    """The content of a dump, None where an earlier mishap damaged it."""
+    """Return the content of a dump; None if an earlier mishap damaged it."""
     try:
-        return json.loads(data) if data[:1] == b"{" else pickle.loads(data)  # written a moment ago
+        # a pickle that this test has written itself
+        return json.loads(data) if data[:1] == b"{" else pickle.loads(data)
     except (ValueError, EOFError, pickle.UnpicklingError):
         return None
 

@@ -1,4 +1,4 @@
-"""Made-up secrets, names and addresses in the notations in which they get into logs, drawn from a seed."""
+"""Made-up secrets, names and addresses in the notations that occur in logs, drawn from a seed."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ ALNUM, HEX = UPPER + LOWER + DIGITS, "0123456789abcdef"
 
 @dataclass(frozen=True)
 class Plant:
-    """A text that is put into a file, and what must be nowhere in a bundle made of it."""
+    """A text that is put into a file, and the strings that must be nowhere in a bundle made from the file."""
 
     kind: str
     text: str
@@ -35,7 +35,7 @@ def prefixed(prefix: str, alphabet: str, count: int) -> Draw:
     return lambda rng: prefix + chars(alphabet, count)(rng)
 
 
-TOKENS: dict[str, Draw] = {  # by provider: prefix, alphabet, length
+TOKENS: dict[str, Draw] = {  # provider -> (prefix, alphabet, length)
     "aws id": prefixed("AKIA", UPPER + DIGITS, 16),
     "aws session id": prefixed("ASIA", UPPER + DIGITS, 16),
     "aws secret": chars(ALNUM + "/+", 40),
@@ -108,7 +108,7 @@ ASSIGNMENTS: dict[str, Callable[[str, str], str]] = {
     "known variable": lambda name, value: f"VLLM_{name}={value}",
 }
 
-HOLDERS: dict[str, Callable[[str], str]] = {  # of a secret that has no name
+HOLDERS: dict[str, Callable[[str], str]] = {  # notations of a secret that has no name
     "basic": lambda value: f"Authorization: Basic {base64.b64encode(f'bob:{value}'.encode()).decode()} {value}",
     "bearer": lambda value: f"Authorization: Bearer {value}",
     "digest": lambda value: f'Authorization: Digest username="bob", nonce="x", response="{value}"',
@@ -234,7 +234,7 @@ _address("gpu")(
 
 
 def plants(rng: random.Random, count: int) -> list[Plant]:
-    """``count`` plants; every kind and notation comes up where there are enough."""
+    """Return ``count`` plants. If there are enough, every kind and every notation occurs."""
     kinds = [*secrets(rng), *names(rng)]
     rng.shuffle(kinds)
     found: list[Plant] = []
@@ -245,7 +245,7 @@ def plants(rng: random.Random, count: int) -> list[Plant]:
 
 
 def secrets(rng: random.Random) -> list[Plant]:
-    """Each token in some notation, each notation with some token."""
+    """Return each token in some notation, and each notation with some token."""
     drawn = list(TOKENS.items())
     found = []
     for kind, draw in drawn:
@@ -269,7 +269,7 @@ def secrets(rng: random.Random) -> list[Plant]:
 
 
 def names(rng: random.Random) -> list[Plant]:
-    """Each notation of a user, a host and an address."""
+    """Return each notation of a user, a host and an address."""
     found = []
     for notation, write in USERS.items():
         user = name_of_letters(rng)

@@ -1,6 +1,7 @@
-"""Evidence as users attach it to reports, made up: further kinds beside those of `hangs`, with what each supports.
+"""Made-up evidence in the form in which users attach it to reports, with the verdict that each supports.
 
-What a case supports was written before the judge saw it: often less than what the injected fault would suggest.
+These are kinds of evidence that `hangs` does not have. What a case supports was written before the judge saw it. It is
+often less than the injected fault suggests.
 """
 
 from __future__ import annotations
@@ -23,11 +24,11 @@ IDLE = [DEQUEUE, BUSY_LOOP]
 
 @dataclass(frozen=True)
 class Report:
-    """Files and what they support.
+    """The files of a report, and what they support.
 
-    classes   the classes that are right
-    may_name  ranks that may be culprits; all others are innocent
-    mentions  texts of which each must be in the diagnosis
+    classes   the verdict classes that are right
+    may_name  the ranks that may be culprits; all other ranks are innocent
+    mentions  texts that must all be in the diagnosis
     """
 
     files: Files
@@ -44,7 +45,10 @@ def report(
 
 
 def skipped_dummy_once() -> Report:
-    """vLLM: idle rank 0 left out a dummy batch. Its engine waits for the other engine, that for its worker."""
+    """vLLM: idle rank 0 left out a dummy batch.
+
+    Its engine waits for the other engine, which waits for its own worker.
+    """
     stacks = {
         "VLLM::EngineCore_DP0": [f"all_reduce ({C10D}:3252)", "sync_dp_state (vllm/config/parallel.py:490)"],
         "VLLM::Worker_DP0_EP0": IDLE,
@@ -64,7 +68,7 @@ def skipped_dummy_twice() -> Report:
 
 
 def straggler_in_the_model() -> Report:
-    """Rank 1 runs Python code of the model, rank 0 waits for it in the step agreement: one look."""
+    """One look: rank 1 runs Python code of the model, and rank 0 waits for it in the step agreement."""
     slow = [
         "forward (vllm/model_executor/models/qwen3_next.py:578)",
         "execute_model (vllm/v1/worker/gpu_worker.py:1328)",
@@ -90,7 +94,10 @@ def killed_worker() -> Report:
 
 
 def offline_never_ends() -> Report:
-    """All output is there. Each front end joins its engine at exit, and no process is in a collective."""
+    """The job has printed all of its output.
+
+    Each front end joins its engine at exit, and no process is in a collective.
+    """
     queue = [
         "wait (threading.py:355)",
         "get (queue.py:180)",
@@ -125,7 +132,7 @@ def healthy_idle_server() -> Report:
 
 
 def xid_before_an_oom() -> Report:
-    """A GPU fell off the bus; half a minute later another rank ran out of memory. NCCL's log says whose GPU it was."""
+    """A GPU failed (Xid); half a minute later another rank ran out of memory. NCCL's log shows whose GPU it was."""
     init = "".join(
         f"node-a:{100 + r}:{200 + r} [{r}] NCCL INFO ncclCommInitRankConfig comm 0x5{r} rank {r} nranks 4 cudaDev {r} nvmlDev {r} "
         f"busId {0x5D + r:x}000 commId 0x77 - Init COMPLETE\n"
@@ -152,7 +159,7 @@ def old_wording_in_a_subgroup() -> Report:
 
 
 def three_wait_on_the_device_one_loads_data() -> Report:
-    """gdb and pystack of a Megatron job: three ranks synchronise with the device, one waits for its data loader."""
+    """gdb and pystack of a Megatron job: three ranks synchronise with the device, and one waits for its data loader."""
     gdb = (
         'Thread 1 (Thread 0x7f01 (LWP {pid}) "python"):\n#0  0x00007f in sched_yield () at ../sysdeps/unix/syscall-template.S:120\n'
         "#1  0x00007f in ?? () from /usr/lib/x86_64-linux-gnu/libcuda.so.1\n#2  0x00007f in cuStreamSynchronize () from /usr/lib/x86_64-linux-gnu/libcuda.so.1\n"
@@ -171,7 +178,10 @@ def three_wait_on_the_device_one_loads_data() -> Report:
 
 
 def two_moments() -> Report:
-    """In the first dumps rank 2 has not queued #10; a minute later it has, all are done, and rank 1 has not queued #20."""
+    """In the first dumps rank 2 has not queued #10.
+
+    A minute later all ranks are done with it, but rank 1 has not queued #20.
+    """
     groups = {"1": ("ep", [0, 1, 2, 3])}
 
     def entries(upto: int, done: int, at_ms: int) -> list[dict[str, object]]:
@@ -185,7 +195,7 @@ def two_moments() -> Report:
 
 
 def tensorrt_hang() -> Report:
-    """TensorRT-LLM's watchdog names the rank that it runs on, then MPI_Abort ends all."""
+    """TensorRT-LLM's watchdog names the rank on which it runs; then MPI_Abort ends all ranks."""
     files: Files = {
         "run.log": "[11/28/2026-09:43:49] [TRT-LLM] [RANK 1] [E] Hang detected after 300 seconds.\n"
         "[11/28/2026-09:43:49] [TRT-LLM] [RANK 1] [E] Hang detected on rank 1 in PyExecutor.\n"
@@ -195,7 +205,7 @@ def tensorrt_hang() -> Report:
 
 
 def ray_left_lines_out() -> Report:
-    """Ray shows the time-out of two workers of eight and leaves six lines out."""
+    """Ray shows the time-out of two of eight workers and leaves out six lines."""
     line = (
         "(WorkerDict pid={pid}) [rank{r}]:[E1128 09:43:0{r}.05 ProcessGroupNCCL.cpp:629] [Rank {r}] Watchdog caught collective "
         "operation timeout: WorkNCCL(SeqNum=77, OpType=ALLREDUCE, NumelIn=64, NumelOut=64, Timeout(ms)=600000) ran for 600021 "
@@ -209,7 +219,7 @@ def ray_left_lines_out() -> Report:
 
 
 def deepep_at_teardown() -> Report:
-    """A good run prints DeepEP's time-out while it is torn down."""
+    """A healthy run prints DeepEP's time-out during shutdown."""
     files: Files = {
         "rank6.log": "INFO 11-28 09:43:49 [serve.py:1] all 100 requests are done\n"
         "DeepEP timeout check failed: rank = 6, thread = 5, value = 1024)\n",
@@ -218,7 +228,10 @@ def deepep_at_teardown() -> Report:
 
 
 def ras_with_a_dead_process() -> Report:
-    """RAS cannot reach a process and calls it dead; nothing says why it ended, or whether it was the first."""
+    """RAS cannot reach a process and reports it dead.
+
+    Nothing shows why the process ended, or whether it was the first.
+    """
     text = ras("INCOMPLETE", ranks=8).replace(
         "Warnings\n", "DEAD\n  1 job process is considered dead (unreachable via the RAS network)\n"
         "  Process 323032 on node 10.1.2.3 managing GPU 4\n\n#0-0 (12a1b02d15a8bb89) INCOMPLETE\n  Missing communicator data from 1 job process\n"
@@ -228,7 +241,9 @@ def ras_with_a_dead_process() -> Report:
 
 
 def watchdog_dump_files_of_vllm() -> Report:
-    """vLLM 0.33 writes faulthandler's stacks into a file for each process. It names the worker's number in its engine."""
+    """vLLM 0.33 writes faulthandler's stacks into one file for each process, named by the worker's number in its
+    engine.
+    """
     inside = (
         "Timeout (0:05:00)!\nThread 0x00007eff787c8640 [DeathPipeMonitor] (most recent call first):\n"
         '  File "/usr/lib/python3.12/multiprocessing/connection.py", line 395 in _recv\n\n'
@@ -253,7 +268,7 @@ def plain_torch_without_ranks() -> Report:
 
 
 def torchcomms_one_is_absent() -> Report:
-    """TorchComms: the name of the group stands in the place of the backend, and only `retired` says what is over."""
+    """TorchComms has the group's name in place of the backend, and only `retired` shows which operations are over."""
     groups = {"7": ("moe", [0, 1, 2, 3])}
     files: Files = {}
     for rank in range(4):

@@ -1,4 +1,4 @@
-"""Small runs whose kernels are compiled where they run, for tests."""
+"""Small runs for tests whose kernels are compiled on this machine."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from repro.lab import scenarios
 
 
 def small(name, variant="fault", num_ranks=4, cache_dir="", **flags):
-    """A run on four ranks and four layers; ``cache_dir`` outlives it."""
+    """Return the settings of a run on four ranks and four layers. ``cache_dir`` remains after the run."""
     engine = {"unfinished_interval": 16, "cache_dir": str(cache_dir)}
     document = {"num_ranks": num_ranks, "model": {"layer_pattern": "GMAG"}, "engine": engine}
     return scenarios.settings_of({"scenario": name, "variant": variant, **flags}, document)

@@ -28,7 +28,7 @@ os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
 
 @functools.lru_cache(maxsize=64)
 def reference_tokens(settings: RunSettings) -> dict[str, list[int]]:
-    """The single-process answer; variants share it."""
+    """Return the tokens of the single-process reference. The variants of a scenario share them."""
     return reference.compute(settings)
 
 
@@ -42,7 +42,9 @@ def run_forked(
     during: Callable[[RunDir, list[int]], None] = lambda run_dir, pids: None,
     notice: Callable[[str], None] = lambda text: None,
 ) -> tuple[RunDir, dict[str, Any]]:
-    """Run one variant; in_rank runs in each rank before it starts, during in this process once all have forked."""
+    """Run one variant. in_rank runs in each rank before it starts; during runs in this process once all ranks are
+    forked.
+    """
     run_dir = prepare_run_dir(out, settings)
     before(run_dir)
     write_json(run_dir.reference, reference_tokens(_shared(settings)) if with_reference else {})
@@ -61,7 +63,10 @@ def run_forked(
 
 
 def in_time(document: dict[str, Any], limit_s: float, settings: RunSettings) -> bool:
-    """Whether the verdict came so soon after the last event. Where ranks lacked a processor so did the watcher."""
+    """Whether the verdict came within ``limit_s`` after the last event.
+
+    Time in which ranks lacked a processor is added.
+    """
     starved = max(document["system"]["starved"].values(), default=0.0)
     patience_s = 10 * settings.quiet_window_s if starved > 0.1 else 0.0
     return bool(document["seconds"]["stall_to_verdict"] <= limit_s + patience_s)
@@ -74,7 +79,7 @@ def _shared(settings: RunSettings) -> RunSettings:
 def _fork(run_dir: RunDir, settings: RunSettings, rank: int, in_rank: Callable[[int], None]) -> int:
     if pid := os.fork():
         return pid
-    sys.stdout = sys.stderr = log = run_dir.log(rank).open("w")  # pytest has put its own in place of both
+    sys.stdout = sys.stderr = log = run_dir.log(rank).open("w")  # replaces pytest's own files
     os.dup2(log.fileno(), 1)
     os.dup2(log.fileno(), 2)
     try:

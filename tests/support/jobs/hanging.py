@@ -23,12 +23,12 @@ NUM_RANKS = 3
 PATIENCE_S = 60.0
 STILL_LOOKS = 8
 ALL_MOVE = ("healthy", "dead_peer")
-"""Kinds whose ranks go on, or poll a store."""
+"""Kinds of jobs whose ranks go on, or poll a store."""
 
 
 @dataclass(frozen=True)
 class HungJob:
-    """One running job; its folder holds what its ranks write."""
+    """One running job, and the folder into which its ranks write."""
 
     kind: str
     folder: Path
@@ -39,7 +39,9 @@ class HungJob:
         return [int((self.folder / f"rank{rank}.pid").read_text()) for rank in range(NUM_RANKS)]
 
     def wait_until_hung(self) -> None:
-        """Return when two of three ranks do not move, or poll for a lock; of those of ALL_MOVE, after as many looks."""
+        """Return when two of three ranks have stopped or poll for a lock; for kinds in ALL_MOVE, after as many
+        looks.
+        """
         end_s = time.monotonic() + PATIENCE_S
         while len(list(self.folder.glob("rank*.started"))) < NUM_RANKS:
             assert self.parent.poll() is None and time.monotonic() < end_s, (
@@ -61,7 +63,7 @@ class HungJob:
 
 @contextlib.contextmanager
 def hung_jobs(kinds: list[str], root: Path) -> Iterator[dict[str, HungJob]]:
-    """Jobs of these kinds, started together below one parent; all are killed at the end."""
+    """Start jobs of these kinds together below one parent. All of them are killed at the end."""
     binaries = Path(sys.executable).parent
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PATH": f"{binaries}:{os.environ.get('PATH', '')}"}
     with (root / "jobs.log").open("wb") as log:
@@ -77,9 +79,10 @@ def hung_jobs(kinds: list[str], root: Path) -> Iterator[dict[str, HungJob]]:
 
 
 def kill_job(pids: list[int], root: Path) -> None:
-    """Kill processes with all below them, and see to it that none is left whose command names a file below `root`.
+    """Kill processes with all their descendants, and make sure that none is left whose command names a file below
+    `root`.
 
-    They are stopped first: a rank that gets a lock from one that was killed would start a compiler meanwhile.
+    They are stopped first: a rank that gets a lock from a killed rank would otherwise start a compiler.
     """
     for pid in pids:
         with contextlib.suppress(ProcessLookupError):
@@ -93,7 +96,9 @@ def kill_job(pids: list[int], root: Path) -> None:
 
 
 def kill_tree(pid: int) -> None:
-    """Kill a process and all below it; ninja gives its compilers process groups of their own."""
+    """Kill a process and its descendants. ninja gives its compilers process groups of their own, so a group is not
+    enough.
+    """
     rows = descendants(read_all(), pid)
     for below in [pid, *(row.pid for row in rows)]:
         with contextlib.suppress(ProcessLookupError):
@@ -101,7 +106,7 @@ def kill_tree(pid: int) -> None:
 
 
 def look_at(job: HungJob, out: Path, capsys: Any, interval_s: float = 1.0) -> dict[str, Any]:
-    """The document of `collect --json` for a job, with its exit code as "code" and its messages as "messages"."""
+    """Return the JSON of `collect --json` for a job, with its exit code as "code" and its messages as "messages"."""
     capsys.readouterr()
     arguments = ["collect", "--json", "--to", str(out), "--interval", str(interval_s), str(job.pids[0])]
     code = main(arguments)

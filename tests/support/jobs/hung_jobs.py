@@ -1,9 +1,9 @@
-"""Small torch.distributed jobs that hang in one known way each, with nothing of this project in them.
+"""Small torch.distributed jobs, each of which hangs in one known way and uses nothing of this project.
 
     python tests/support/jobs/hung_jobs.py KIND[,KIND…] FOLDER
 
-One parent imports torch and forks the launcher of each job, which forks three gloo ranks: that takes less time than an
-import each. The ranks write FOLDER/KIND/rankN.pid, and rankN.started when they are connected.
+One parent imports torch and forks the launcher of each job, which forks three gloo ranks. This takes less time than one
+import for each rank. The ranks write FOLDER/KIND/rankN.pid, and rankN.started when they are connected.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ ODD = 1
 
 
 class Rows(Dataset):
-    """Rows of numbers; the worker that reads row 4 waits for a pipe that nobody writes to."""
+    """Rows of numbers. The data loader's worker that reads row 4 waits for a pipe to which nobody writes."""
 
     def __init__(self, stuck: bool, folder: Path) -> None:
         self.stuck, self.folder = stuck, folder
@@ -99,10 +99,11 @@ def search(folder: Path) -> int:
 
 
 def build_under_lock(rank: int, folder: Path) -> None:
-    """torch's own build of an extension, by a compiler that never ends; the others wait for its lock."""
+    """torch's own build of an extension, by a compiler that never ends. The others wait for its lock."""
     shutil.copy("/bin/sh", folder / "cc1plus")
     compiler = folder / "c++"
-    endless = f'exec timeout {COMPILER_S} {folder}/cc1plus -c "while :; do :; done" $@'  # ninja outlives its parent
+    # ninja outlives its parent, so the compiler ends by itself
+    endless = f'exec timeout {COMPILER_S} {folder}/cc1plus -c "while :; do :; done" $@'
     compiler.write_text(f'#!/bin/sh\ncase "$*" in *-c*) {endless};; esac\nexec g++ $@\n')
     compiler.chmod(0o755)
     os.environ["CXX"] = str(compiler)
@@ -118,7 +119,7 @@ def load_extension(rank: int, folder: Path) -> None:
 
 
 def abandoned_lock(rank: int, folder: Path) -> None:
-    """The lock that a killed build left, as the extension loader of torch before 2.14 waits for it."""
+    """The lock file of a killed build, for which the extension loader of torch before 2.14 waits."""
     lock_file = str(folder / "lock")
     Path(lock_file).touch()
     dist.barrier()
@@ -175,7 +176,7 @@ def crossed_groups(rank: int, folder: Path) -> None:
 
 
 def slow_file(rank: int, folder: Path) -> None:
-    """A file system that does not answer: reading a pipe that nobody writes to blocks in the same way."""
+    """A file system that does not answer: reading a pipe to which nobody writes blocks in the same way."""
     if rank == ODD:
         os.mkfifo(folder / "config")
     dist.barrier()
@@ -189,7 +190,7 @@ def read_config(path: Path) -> str:
 
 
 def two_threads(rank: int, folder: Path) -> None:
-    """Two threads of one rank that each hold the lock of the other."""
+    """Two threads of one rank, each of which holds the lock that the other waits for."""
     dist.barrier()
     if rank == ODD:
         first, second = threading.Lock(), threading.Lock()
@@ -239,7 +240,7 @@ def collects_garbage(rank: int, folder: Path) -> None:
 
 
 def monitored(rank: int, folder: Path) -> None:
-    """A barrier with a time limit that one rank does not come to."""
+    """A barrier with a time limit to which one rank does not come."""
     dist.barrier()
     if rank == ODD:
         dist.all_reduce(torch.ones(8))
@@ -247,7 +248,7 @@ def monitored(rank: int, folder: Path) -> None:
 
 
 def two_build(rank: int, folder: Path) -> None:
-    """Two ranks build, each in a folder of its own, and the third one waits."""
+    """Two ranks build, each in its own folder, and the third rank waits."""
     own = folder / f"rank{rank}"
     own.mkdir()
     dist.barrier()
@@ -286,7 +287,7 @@ def run_rank(kind: str, rank: int, world_size: int, folder: Path) -> None:
 
 
 def die_with_parent() -> None:
-    """Have the system end this process with its parent, and after DEADLINE_S whatever it does."""
+    """Let the system end this process with its parent, and in any case after DEADLINE_S."""
     ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
     signal.alarm(DEADLINE_S)
     if os.getppid() == 1:

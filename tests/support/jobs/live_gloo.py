@@ -1,9 +1,9 @@
-"""A job of four gloo ranks that hangs by one of six faults of rank 2, and the recorder dumps of two moments of it.
+"""A job of four gloo ranks that hangs by one of six faults of rank 2, and its recorder dumps of two moments.
 
     python tests/support/jobs/live_gloo.py FAULT FOLDER
 
-writes FOLDER/{json,pickle}{0,1}/… by torch's own functions: the first dumps once a rank's calls stand still, the second
-ones some seconds later. The straggler comes back in between.
+writes FOLDER/{json,pickle}{0,1}/… by torch's own functions: the first dumps when no rank makes another call, the second
+dumps some seconds later. The fault "straggler" continues between the two.
 """
 
 from __future__ import annotations
@@ -69,7 +69,8 @@ class Rank:
         time.sleep(SECOND_LOOK_S)
         self.dump(1)
         (self.folder / f"done_{self.rank}").touch()
-        while len(list(self.folder.glob("done_*"))) < NUM_RANKS:  # who leaves early ends the others' waits
+        # a rank that leaves early would end the waits of the others
+        while len(list(self.folder.glob("done_*"))) < NUM_RANKS:
             time.sleep(0.05)
         os._exit(0)
 

@@ -45,7 +45,7 @@ def calls() -> None:
         dist.all_reduce(x)
         dist.all_reduce(y)
     manager.wait()
-    dist.group.WORLD.allreduce([x]).wait()  # c10d called directly, without options
+    dist.group.WORLD.allreduce([x]).wait()  # a direct call of c10d, without options
     dist.group.WORLD.allreduce([x, x], dist.ReduceOp.MAX).wait()
     dist.all_reduce(torch.nn.Parameter(x))
     dist.all_reduce(torch.zeros(3, dtype=torch.bfloat16))

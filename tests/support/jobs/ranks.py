@@ -1,6 +1,6 @@
-"""Ranks for tests: forked after torch is imported, so that eight of them start in half a second.
+"""Ranks for tests, forked after torch is imported, so that eight of them start in half a second.
 
-A rank that raises makes the test fail with its traceback; one that does not end is killed at the deadline.
+If a rank raises, the test fails with its traceback. A rank that does not end is killed at the deadline.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
 def run_ranks(
     num_ranks: int, tmp_path: Path, run: Callable[[int, dist.Store], Any], deadline_s: float = 60
 ) -> list[Any]:
-    """Call ``run(rank, store)`` in a process per rank; what each returned, by rank."""
+    """Call ``run(rank, store)`` in one process per rank. Returns the results by rank."""
     store_path = tmp_path / f"store-{time.monotonic_ns()}"
     results = [tmp_path / f"{store_path.name}-rank{rank}" for rank in range(num_ranks)]
     pids = [_fork(rank, num_ranks, store_path, results, run) for rank in range(num_ranks)]
@@ -41,7 +41,7 @@ def _fork(
 ) -> int:
     if pid := os.fork():
         return pid
-    gc.disable()  # it would write to, and so copy, the pages that all ranks share
+    gc.disable()  # a collection would write to the pages that all ranks share, and so copy them
     code = 1
     try:
         torch.set_num_threads(1)
@@ -52,14 +52,14 @@ def _fork(
     partial = results[rank].with_suffix(".partial")
     partial.write_bytes(pickle.dumps(outcome))
     partial.rename(results[rank])
-    park_until = time.monotonic() + 5  # a rank that leaves while a peer still connects takes it along
+    park_until = time.monotonic() + 5  # a rank that exits while a peer still connects would make this peer fail
     while time.monotonic() < park_until and not all(path.exists() for path in results):
         time.sleep(0.005)
     os._exit(code)
 
 
 def _wait(pids: list[int], deadline_s: float) -> list[int]:
-    """Reap every rank, killing those that are late; the ranks that were."""
+    """Reap every rank, and kill those that are late. Returns the late ranks."""
     deadline = time.monotonic() + deadline_s
     running = dict(enumerate(pids))
     late: list[int] = []

@@ -1,8 +1,9 @@
-"""Programs of torch.distributed with a fault, as a user would have written them: nothing of ours is imported.
+"""Programs of torch.distributed with a fault, in the form in which a user would write them. They import nothing of
+ours.
 
     torchrun --nproc-per-node N recorded_jobs.py KIND [--fault]
 
-The fault is rank 1's, in step 6 of 8, unless the kind says otherwise.
+Rank 1 makes the fault in step 6 of 8, unless the kind says otherwise.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ def model() -> nn.Sequential:
 
 
 def ddp() -> None:
-    """One rank skips a step without a batch, as with uneven data."""
+    """One rank has no batch and skips a step, as with uneven data."""
     wrapped = nn.parallel.DistributedDataParallel(model())
     for step in range(STEPS):
         if faulty(step):
@@ -40,7 +41,7 @@ def ddp() -> None:
 
 
 def ddp_straggler() -> None:
-    """One rank computes for long before its step."""
+    """One rank computes for a long time before its step."""
     wrapped = nn.parallel.DistributedDataParallel(model())
     for step in range(STEPS):
         if faulty(step):
@@ -100,7 +101,7 @@ def tensor_parallel() -> None:
 
 
 def mesh() -> None:
-    """Two groups a rank, taken in another order by two ranks: a cycle through four."""
+    """Two groups for each rank. Two ranks enter them in the other order: a cycle through four ranks."""
     grid = init_device_mesh("cpu", (2, dist.get_world_size() // 2), mesh_dim_names=("dp", "ep"))
     dp, ep = grid.get_group("dp"), grid.get_group("ep")
     for step in range(STEPS):
@@ -126,7 +127,7 @@ def compiled() -> None:
 
 
 def compiled_ddp() -> None:
-    """A compiled wrapper, of which torch.compile makes graphs only where it meets code that is not torch's."""
+    """A compiled DDP wrapper. torch.compile begins graphs only in code that is not torch's own."""
     wrapped = torch.compile(nn.parallel.DistributedDataParallel(model()), backend="aot_eager")
     for _ in range(STEPS):
         wrapped(torch.ones(4, 16)).sum().backward()
@@ -136,7 +137,7 @@ def compiled_ddp() -> None:
 
 
 def lock() -> None:
-    """One rank waits for a lock that another holds while it waits for the first in a collective."""
+    """One rank waits for a lock. Another rank holds the lock and waits for the first rank in a collective."""
     import fcntl
 
     path = os.environ["LOCK_FILE"]

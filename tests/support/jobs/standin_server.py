@@ -1,12 +1,12 @@
-"""A stand-in of `vllm serve` for the tests of `cells`: two ranks without torch, and /health once they are ready.
+"""A substitute for `vllm serve` in the tests of `cells`: two ranks without torch, and /health once they are ready.
 
     python standin_server.py serve KIND --port P [flags of vllm serve, ignored]
 
 Each rank is a process with RANK and WORLD_SIZE. KIND is the model's name and says what the ranks do at their start:
 
-    builds     they build one module under a lock, unless the cache has it; the build ends once the server was looked at
+    builds     build one module under a lock, unless the cache has it; the build ends once the server was looked at
     locks      rank 0 holds the lock in a collective, and rank 1 waits for the lock
-    moves      they issue collectives for ever, and are never ready
+    moves      issue collectives for ever, and never become ready
     refuses    the server ends at once, with an error
 """
 

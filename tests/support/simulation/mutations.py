@@ -1,8 +1,7 @@
 """Damage run directories and bundles at random, and run a command on each in a process of its own.
 
-``python tests/support/simulation/mutations.py FIRST_SEED COUNT`` prints a line of JSON for each: what was done, how
-the command ended, what it printed, its processor time, and how much memory it took at most. The same seed gives the
-same damage.
+``python tests/support/simulation/mutations.py FIRST_SEED COUNT`` prints a line of JSON for each: what was damaged, how
+the command ended, what it printed, its processor time, and its peak memory. The same seed gives the same damage.
 """
 
 from __future__ import annotations
@@ -44,7 +43,7 @@ TEXTS = [
 
 
 def nodes(value: Any) -> list[tuple[Any, Any]]:
-    """Every (container, key) in a document."""
+    """Return every (container, key) in a JSON value."""
     found: list[tuple[Any, Any]] = []
     for key in value if isinstance(value, dict) else range(len(value)) if isinstance(value, list) else ():
         found += [(value, key), *nodes(value[key])]
@@ -52,7 +51,7 @@ def nodes(value: Any) -> list[tuple[Any, Any]]:
 
 
 def change_json(path: Path, rng: random.Random) -> str:
-    """Put up to three values that do not belong there into a JSON file."""
+    """Put up to three unsuitable values into a JSON file."""
     document = json.loads(path.read_text())
     lines = []
     for _ in range(rng.randint(1, 3)):
@@ -92,7 +91,7 @@ def change_bytes(path: Path, rng: random.Random) -> str:
 
 
 def replace_file(path: Path, rng: random.Random) -> str:
-    """Put something in the place of a file that is none."""
+    """Replace a file by something that is not a regular file."""
     path.unlink()
     what = rng.choice(("pipe", "device", "folder", "nothing", "loop", "random"))
     if what == "pipe":
@@ -112,7 +111,7 @@ def damage(root: Path, rng: random.Random, kinds: list[Callable[[Path, random.Ra
 
 
 def pack(folder: Path, target: Path) -> None:
-    """A bundle of the files, whose manifest is right unless it was what was damaged."""
+    """Pack the files into a bundle. Its manifest is right, unless the manifest itself was damaged."""
     manifest = folder / "MANIFEST.json"
     files = {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
     try:
@@ -128,7 +127,7 @@ def pack(folder: Path, target: Path) -> None:
 
 
 def case(seed: int, run: Path, unpacked: Path, folder: Path) -> tuple[list[str], str]:
-    """Make the damaged thing of a seed; the command that meets it, and what was done."""
+    """Make the damaged file of a seed. Returns the command that reads it, and what was damaged."""
     rng = random.Random(seed)
     place = folder / run.name
     if rng.random() < 0.5:
@@ -146,7 +145,7 @@ def case(seed: int, run: Path, unpacked: Path, folder: Path) -> tuple[list[str],
 
 
 def measured(command: list[str], folder: Path) -> dict[str, Any]:
-    """Run a command in a forked process; how it ended and what it took."""
+    """Run a command in a forked process. Returns how it ended and what it used."""
     output = folder / "output"
     began = time.monotonic()
     if not (pid := os.fork()):
@@ -173,7 +172,7 @@ def measured(command: list[str], folder: Path) -> dict[str, Any]:
 
 
 def run_cases(first: int, count: int) -> None:
-    assemble._environment = lambda recogniser: ""  # of this machine, asked of torch
+    assemble._environment = lambda recogniser: ""  # the description of this machine, which torch would collect
     offline.LOOK_S = 0.01
     with tempfile.TemporaryDirectory() as name:
         run, _ = write_hang(Path(name) / "runs", NUM_RANKS)

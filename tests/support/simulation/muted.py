@@ -1,4 +1,4 @@
-"""A recorder that leaves out an aspect of what it is given, and says so in its header."""
+"""A recorder that leaves out one aspect of what is reported to it, and says so in its header."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from repro.trace.recording.recorder import Recorder
 from repro.trace.witness.format import pack_header
 
 ALSO = {Knows.STEPS: Knows.SCHEDULE, Knows.ORDER: Knows.COMPLETION}
-"""A recorder that does not know where a step begins has no schedule of it, and so on."""
+"""Aspect -> another aspect that a recorder without it lacks, too: without steps it has no schedules, and so on."""
 
 
 class Muted:
-    """Hands all calls on to the recorder but for what `hidden` says."""
+    """Passes all calls on to the recorder, except for the aspects in `hidden`."""
 
     def __init__(self, recorder: Recorder, hidden: Knows) -> None:
         for aspect, other in ALSO.items():
@@ -37,7 +37,10 @@ class Muted:
         return call._replace(layer="") if Knows.LAYERS in self._hidden else call
 
     def _is_lost(self) -> bool:
-        """Without an order every third call is lost, so that numbers mean nothing."""
+        """Whether to drop this call.
+
+        If the order is hidden, every third call is dropped, so that numbers mean nothing.
+        """
         self._calls += 1
         return Knows.ORDER in self._hidden and self._calls % 3 == 0
 

@@ -1,4 +1,4 @@
-"""A run directory without a run: witnesses of a Scene, judged, and written where a run would have written them."""
+"""A run directory without a run: the witnesses of a Scene, judged and written as a run would have written them."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ EXTRA = Collective("dp", "all_reduce", GDN, (64,), "int32", "sum")
 
 
 def write_hang(out: Path, num_ranks: int = 4, *, layer: str = MOE, op: str = "all_gather_v") -> tuple[Path, Scene]:
-    """The metadata_rebuild hang: two whole steps, and a third in which all ranks but the last rebuild."""
+    """Write the hang of metadata_rebuild: two complete steps, and a third in which all ranks but the last rebuild."""
     everyone = tuple(range(num_ranks))
     scene = Scene(num_ranks, {"dp": everyone, "ep": everyone})
     dispatch = Collective("ep", op, layer, (1,) * num_ranks, "uint8")
@@ -41,7 +41,7 @@ def write_hang(out: Path, num_ranks: int = 4, *, layer: str = MOE, op: str = "al
 
 
 def write_run(out: Path, scene: Scene, variant: str) -> Path:
-    """Write the files of a run that ended where the scene is now, a quiet window later."""
+    """Write the files of a run that ended one quiet window after the present state of the scene."""
     run_dir = RunDir.create(out, "metadata_rebuild", variant, 0)
     settings = RunSettings("metadata_rebuild", variant, num_ranks=scene.num_ranks)
     write_json(run_dir.description, describe(settings).to_mapping())
@@ -62,7 +62,7 @@ def write_run(out: Path, scene: Scene, variant: str) -> Path:
 
 
 def document(verdict: Verdict, num_ranks: int, variant: str) -> Document:
-    """What the watcher would write."""
+    """Return the verdict.json that the watcher would write."""
     return describe_verdict(
         verdict,
         scenario="metadata_rebuild",

@@ -1,4 +1,4 @@
-"""Ranks without processes: real recorders on byte arrays under one simulated clock; a test says what they record."""
+"""Ranks without processes: real recorders on byte arrays with one simulated clock. A test says what they record."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def make_recorder(
     path: Path | None = None,
     knows: Knows = WITNESS,
 ) -> tuple[bytearray | mmap.mmap, Recorder]:
-    """A recorder on a byte array, or on a file. ``host`` and the ``skew_ns`` of its clock go into the header."""
+    """Make a recorder on a byte array, or on a file. ``host`` and the ``skew_ns`` of its clock go into the header."""
     writer = Identity(
         rank, num_ranks, run_id, f"host{host}", f"boot{host}", 100 + rank, wall_offset_ns=10**18 - skew_ns, knows=knows
     )
@@ -43,7 +43,7 @@ def make_recorder(
 
 
 class Scene:
-    """Ranks that record what a test tells them to, a tenth of a millisecond apart."""
+    """Ranks that record what a test tells them to record, a tenth of a millisecond apart."""
 
     def __init__(
         self, num_ranks: int, groups: Mapping[str, Sequence[int]], *, shape: Geometry = SMALL, run_id: str = "test"

@@ -1,6 +1,7 @@
-"""Every sentence of a verdict's evidence, read back and compared with what is so: by the witnesses, or in a simulation.
+"""Read every sentence of a verdict's evidence, and compare it with the truth: the witnesses, or a simulation.
 
-``check_sentences(verdict, world)`` fails for a sentence that is not true in the world, and for one that no rule reads.
+``check_sentences(verdict, world)`` fails for a sentence that is not true in the world, and for a sentence without a
+rule.
 """
 
 from __future__ import annotations
@@ -32,7 +33,10 @@ RULES: list[tuple[re.Pattern[str], Callable[..., bool]]] = []
 
 
 def rule(pattern: str) -> Callable[[Callable[..., bool]], Callable[..., bool]]:
-    """The function is called with the world, the verdict, the named ranks r and s, and the match."""
+    """Register a function that checks sentences of this form.
+
+    It gets the world, the verdict, the ranks r and s, and the match.
+    """
 
     def add(function: Callable[..., bool]) -> Callable[..., bool]:
         RULES.append((re.compile(pattern, re.DOTALL), function))
@@ -42,7 +46,7 @@ def rule(pattern: str) -> Callable[[Callable[..., bool]], Callable[..., bool]]:
 
 
 def check_sentences(verdict: Verdict, world: World) -> None:
-    """Fail for a sentence of the evidence, or a node or reason of the wait-for graph, that is not so."""
+    """Fail if a sentence of the evidence, or a node or reason of the wait-for graph, is not true."""
     for wait in verdict.waits:
         for reason in wait.why.split("; "):
             assert _is_reason(reason, wait, world), f"not so: {reason!r} of {wait} in {verdict}"
@@ -62,7 +66,7 @@ def check_sentences(verdict: Verdict, world: World) -> None:
 
 
 def _is_reason(reason: str, wait: Wait, world: World) -> bool:
-    """Whether the ranks of a node wait there, for the reason that it gives."""
+    """Whether the ranks of a node wait there for this reason."""
     match = re.fullmatch(rf"({R} )?(?P<rest>.*)", reason)
     ranks = ranks_in(match["r"]) if match["r"] else []
     rest = re.sub(r"\b(has|holds)\b", lambda verb: PLURAL[verb[0]], match["rest"])
@@ -216,7 +220,7 @@ def _(world: World, verdict: Verdict, r: list[int], s: list[int], match: re.Matc
 
 
 @rule(rf"{R} failed too; the evidence does not show which came first")
-@rule(rf"{R} failed with the same message: read it, because their order proves nothing")
+@rule(rf"{R} failed with the same message. Read the message: .*")
 @rule(r"rank (?P<r>\d+): .* \(\S*rank\d+\.wit:\d+ event \d+\)")
 def _(world: World, verdict: Verdict, r: list[int], s: list[int], match: re.Match[str]) -> bool:
     return all(world.state(rank) == "failed" for rank in r)
@@ -232,7 +236,7 @@ def _(world: World, verdict: Verdict, r: list[int], s: list[int], match: re.Matc
     )
 
 
-@rule(rf"{R} died or failed, perhaps earlier: the hang may be a consequence")
+@rule(rf"{R} died or failed, perhaps before the hang: then the hang is a consequence")
 def _(world: World, verdict: Verdict, r: list[int], s: list[int], match: re.Match[str]) -> bool:
     return all(world.state(rank) in ("dead", "failed") for rank in r)
 
@@ -257,11 +261,11 @@ def _(world: World, verdict: Verdict, r: list[int], s: list[int], match: re.Matc
 @rule(rf"{R} issued (?P<g>\S+) #(?P<n>\d+) as (?P<call>.*)")
 def _(world: World, verdict: Verdict, r: list[int], s: list[int], match: re.Match[str]) -> bool:
     issued = {world.call(rank, *_at(match)) for rank in r}
-    whole = {re.sub(r" sizes \[.*?\]", "", call) for call in issued}  # of sizes that a rank's ring has lost
+    whole = {re.sub(r" sizes \[.*?\]", "", call) for call in issued}  # without the sizes that a rank's ring has lost
     return match["call"] in issued if len(issued) == 1 and "sizes" in match["call"] else whole == {match["call"]}
 
 
-@rule(r"(?P<g>\S+) #(?P<n>\d+) completed on ranks? (?P<r>[\d,-]+) although the sides differ")
+@rule(r"(?P<g>\S+) #(?P<n>\d+) completed on ranks? (?P<r>[\d,-]+) although the ranks issued different collectives")
 def _(world: World, verdict: Verdict, r: list[int], s: list[int], match: re.Match[str]) -> bool:
     return all(world.has_left(rank, *_at(match)) for rank in r)
 
@@ -272,7 +276,7 @@ def _(world: World, verdict: Verdict, r: list[int], s: list[int], match: re.Matc
     return set(r) <= {*verdict.suspects, *verdict.culprits}
 
 
-@rule(rf"{R} passed sizes for other ranks that those ranks and all remaining members contradict")
+@rule(rf"the sizes that {R} passed for other ranks are contradicted by those ranks and by all remaining members")
 def _(world: World, verdict: Verdict, r: list[int], s: list[int], match: re.Match[str]) -> bool:
     return set(r) <= {*verdict.culprits, *verdict.suspects}
 
@@ -284,8 +288,8 @@ def _(world: World, verdict: Verdict, r: list[int], s: list[int], match: re.Matc
 @rule(rf"{R} lacked a processor: .*")
 @rule(rf"{R} used no processor and sent no heartbeat: .*")
 @rule(rf"no evidence shows that {R} works?: processor use was not measured")
-@rule(rf"{R} may be working or waiting for work queued on the device: .*")
-@rule(rf"{R} (have|has) not returned from it yet, or the witness is out of date: .*")
+@rule(rf"{R} may be working or waiting for work queued on the device. Take .*")
+@rule(rf"{R} (have|has) not returned from it yet, or the witness is out of date. Take .*")
 @rule(rf"{R} (have|has) queued {X} and did not wait for it: .*")
 @rule(rf"every member has issued {X}, but {R} (have|has) no complete witness to compare with")
 @rule(rf"{R} moved less than [\d.e-]+ s ago, too recently to name a culprit")
@@ -297,15 +301,15 @@ def _(world: World, verdict: Verdict, r: list[int], s: list[int], match: re.Matc
     return set(r) <= {position.rank for position in verdict.ranks}
 
 
-@rule(r"the last event is .*|\d+ quiet windows are needed .*|ranks lacked a processor for .*")
+@rule(r"the last event is .*|a stall is reported only after \d+ quiet windows|ranks lacked a processor for .*")
 @rule(r"process \d+, which is not a rank, holds lock .*|the holder of lock .* is unknown: .*")
 @rule(r"when they began to wait, .*|not enough evidence to name a culprit: .*|no schedule was declared: .*")
-@rule(r"it may have been skipped altogether: .*|\d+ further lines are left out|rank \d+: token .*")
+@rule(r"this collective may be late or skipped altogether: .*|\d+ further lines are not shown|rank \d+: token .*")
 @rule(r"\S+ #\d+ was issued with different arguments and may be the cause")
 @rule(r"(the members did not issue .*|they did not issue it) for the same layer and step")
 @rule(r"the schedules that members of .* differ \(.*\)")
-@rule(r"by their rolling hashes, .*|\S+ #\d+ is queued on both sides although they differ; .*")
-@rule(r"times of \d+ ranks on other hosts depend on wall clocks|\S+\.wit:\d+: .*|\S+\.wit: \d+ further problems")
+@rule(r"ranks of .* before #\d+, as their rolling hashes differ: .*|\S+ #\d+ is queued with different arguments, .*")
+@rule(r"times of \d+ ranks on other hosts are converted .*|\S+\.wit:\d+: .*|\S+\.wit: \d+ further problems")
 @rule(r"the witness(es)? of ranks? .* (is|are) damaged: .*|the waits end in ranks? .*, without a usable witness: .*")
 def _(world: World, verdict: Verdict, r: list[int], s: list[int], match: re.Match[str]) -> bool:
     return True

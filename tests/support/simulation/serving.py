@@ -1,4 +1,4 @@
-"""Eight ranks that serve: the collectives of a step, and the verdict on a scene of them."""
+"""Eight ranks that serve: the collectives of a step, and the verdict on a scene of these ranks."""
 
 from __future__ import annotations
 
@@ -47,7 +47,10 @@ def whole_step(made: Scene, step: int, *, plan: tuple[ScheduleEntry, ...] = PLAN
 def look(
     made: Scene, *, after_s: float = 2.0, wrong_numbers: Sequence[str] = (), queued: Sequence[str] = (), **facts: Any
 ) -> Verdict:
-    """The verdict on a scene ``after_s`` after its last event, with a quiet window of a second; its sentences hold."""
+    """Return the verdict on a scene ``after_s`` after its last event, with a quiet window of 1 s.
+
+    Checks its sentences.
+    """
     now_ns, witnesses = made.now_ns + int(after_s * 1e9), made.witnesses()
     verdict = judge(
         witnesses, Facts(**facts), num_ranks=made.num_ranks, now_ns=now_ns, quiet_window_s=1.0,
@@ -58,12 +61,12 @@ def look(
 
 
 def held(lock: str, pid: int, ranks: Iterable[int] = EVERYONE) -> dict[int, tuple[str, int]]:
-    """What the system says about a lock for which ``ranks`` wait."""
+    """Return what the operating system says about a lock for which ``ranks`` wait."""
     return dict.fromkeys(ranks, (lock, pid))
 
 
 def metadata_rebuild(**more: Any) -> Scene:
-    """Ranks with live requests issue one dp all_reduce more inside layer 0; before step 12 all ranks did."""
+    """Make ranks with live requests issue one extra dp all_reduce inside layer 0. Before step 12 all ranks did so."""
     made = eight_ranks(**more)
     for step in range(10, 12):
         whole_step(made, step, extra=True)

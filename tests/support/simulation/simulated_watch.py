@@ -1,4 +1,4 @@
-"""A watcher and its agents on the hosts of a simulation: their clocks, processes and locks are the simulation's."""
+"""A watcher and its agents on the hosts of a simulation, which supplies their clocks, processes and locks."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ from repro.watch.live import Watch
 
 @dataclass(frozen=True)
 class SimulatedProcess:
-    """What a watcher takes for the process of a rank."""
+    """The process of a rank, as a simulated watcher sees it."""
 
     pid: int
     world: World
 
     def suspend(self) -> None:
-        """The simulation stands still while processes are ended."""
+        """Do nothing, because the simulation stands still while processes are ended."""
 
     def kill(self) -> None:
         self.world.sim.ranks[self.pid - 100].state = "dead"
@@ -42,9 +42,9 @@ class SimulatedProcess:
 class SimulatedHost(Host):
     """Host number ``index`` of a simulation.
 
-    look_s    how long it takes to look for one process
-    starved   share of the time that its ranks are ready to run and have no processor
-    late_s    how much later than asked for a sleeper is woken
+    look_s    seconds that it takes to look at one process
+    starved   share of the time in which its ranks are ready to run but have no processor
+    late_s    seconds by which a sleeping process is woken too late
     """
 
     def __init__(self, world: World, index: int) -> None:
@@ -104,10 +104,10 @@ class SimulatedHost(Host):
 
 @dataclass
 class World:
-    """The hosts of a simulation, the watcher on host 0, and on each other host an agent, if it has one.
+    """The hosts of a simulation, the watcher on host 0, and an agent on some of the other hosts.
 
-    silent_ns   host -> from when on its agent says nothing more
-    late_s      host -> how much longer than POLL_S it is between two looks of its agent
+    silent_ns   host -> time from which its agent reports nothing more
+    late_s      host -> by how many seconds the time between two looks of its agent exceeds POLL_S
     """
 
     sim: Simulation
@@ -132,17 +132,17 @@ class World:
             self._next_ns[index] = self.sim.now_ns
 
     def watch(self, **more: Any) -> Watch:
-        """The watcher."""
+        """Return the watcher."""
         more.setdefault("job_alive", lambda: any(each.state != "dead" for each in self.sim.ranks))
         return Watch(self.run_dir, self.options, host=self.hosts[0], **more)
 
     def agent(self, index: int) -> HostAgent:
-        """The agent of a host."""
+        """Return the agent of a host."""
         first = next(r for r in range(self.sim.num_ranks) if r * self.num_hosts // self.sim.num_ranks == index)
         return HostAgent(self.run_dir, self.options, first, self.hosts[index])
 
     def advance(self, duration_s: float) -> None:
-        """Let time pass; agents look when it is their time."""
+        """Let time pass. Agents look when their next look is due."""
         until_ns = self.sim.now_ns + int(duration_s * 1e9)
         while not self._polling and self._next_ns and (soonest := min(self._next_ns.values())) <= until_ns:
             self._go_on(max(soonest, self.sim.now_ns))
@@ -164,14 +164,14 @@ class World:
 
 
 def make_run_dir(root: Path) -> RunDir:
-    """An empty run directory."""
+    """Make an empty run directory."""
     for part in PARTS:
         (root / part).mkdir(parents=True)
     return RunDir(root)
 
 
 def move_to_another_machine(run_dir: RunDir, rng: random.Random) -> None:
-    """What a bundle does to a run: other names of hosts and boots, the same in its witnesses and its verdict."""
+    """Change the names of hosts and boots in witnesses and verdict, as a bundle does."""
     names: dict[str, str] = {}
 
     def rename(name: str) -> str:

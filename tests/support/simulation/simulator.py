@@ -1,7 +1,7 @@
-"""An event-driven scheduler of simulated ranks: collectives meet, locks are queued for, builds take time, ranks die.
+"""An event-driven scheduler of simulated ranks: collectives, queues for locks, builds that take time, and deaths.
 
-Each rank runs a program and records it as a real one would. Afterwards the scheduler knows for certain who is stuck,
-who runs and what was paired with what, without having read a witness.
+Each rank runs a program and records it as a real rank would. Afterwards the scheduler knows for certain which ranks are
+stuck, which run, and which collectives were paired, without having read a witness.
 """
 
 from __future__ import annotations

@@ -269,7 +269,7 @@ def test_a_message_of_another_size_makes_the_same_wait_of_all_ranks_no_stall(tmp
     files["log_2.txt"] = f"[rank2]: {IB.format(4096, 8192)}" + files["log_2.txt"]
     diagnosis, text = diagnosed(write(tmp_path / "with", files))
     assert (diagnosis.verdict, diagnosis.cause, diagnosis.culprits) == ("deadlock", "sizes", ()), text
-    assert "received 8192 bytes where it expected 4096" in text
+    assert "received 8192 bytes but expected 4096" in text
 
 
 def test_the_error_that_a_message_of_another_size_causes_convicts_nobody(tmp_path):

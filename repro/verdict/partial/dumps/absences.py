@@ -11,7 +11,7 @@ from repro.verdict.partial.words import WORKING, call_in, ranks_of, verb
 
 
 def judge_absence(scene: Scene, waits: Sequence[Wait]) -> Diagnosis | None:
-    """Judge a collective in which some ranks wait and which others have not queued, if no cycle explains it."""
+    """Judge a collective in which some ranks wait and which others have not queued, if the waits form no cycle."""
     lacking = [wait for wait in waits if wait.missing]
     if not lacking:
         return None
@@ -39,17 +39,19 @@ def judge_absence(scene: Scene, waits: Sequence[Wait]) -> Diagnosis | None:
     if seen == ends and all(stacks[rank].activity in WORKING for rank in ends):
         return Diagnosis(
             "slow", "", tuple(ends), (), "likely", (summary,), tuple(evidence),
-            ("A second look in which the same frames stand still and no child process uses a processor.",),
+            ("Stacks taken twice, in which the same frames stand still and no child process uses a processor.",),
             (COLLECT["children"], COLLECT["stacks"]),
         )  # fmt: skip
     return Diagnosis(
         "inconclusive", "", (), tuple(ends), "undecided",
-        (summary, "What it does instead is not in these files: it may build, wait for something that no "
-        "recorder sees, or have passed the call."),
+        (summary, f"These files do not show what {verb(ends, 'that rank does', 'those ranks do')} instead: "
+                  f"{verb(ends, 'it', 'they')} may build, wait for something that no recorder sees, or have passed the "
+                  "call."),
         tuple(evidence),
-        ("A later dump in which it has queued the operation.",),
+        (f"A later dump in which {ranks_of(ends)} {verb(ends, 'has', 'have')} queued the operation.",),
         (f"stacks of {ranks_of(ends)}, twice: py-spy dump --nonblocking --pid PID",
-         "a second set of dumps of all ranks, some seconds later: it tells a slow rank from one that passed the call"),
+         "a second set of dumps of all ranks, some seconds later: it shows whether a rank is slow or has passed the "
+         "call"),
     )  # fmt: skip
 
 
@@ -81,7 +83,7 @@ def _ras_agrees(scene: Scene, ranks: Sequence[int]) -> list[str]:
                 if len(counts) > 1 and {rank for rank, n in counts.items() if n < max(counts.values())} == set(ranks):
                     listed = ", ".join(f"rank {rank} {n}" for rank, n in sorted(counts.items()))
                     lines.append(
-                        f"NCCL's RAS agrees: launches of {op} are {listed} ({answer.source}). It numbers each "
-                        "kind of operation on its own, so the numbers differ from the recorder's."
+                        f"NCCL's RAS agrees: launches of {op} are {listed} ({answer.source}). RAS numbers each kind of "
+                        "operation separately, so its numbers differ from those of the recorder."
                     )
     return lines

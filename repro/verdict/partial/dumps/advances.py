@@ -10,14 +10,14 @@ from repro.verdict.partial.dumps.members import groups_of, with_members
 from repro.verdict.partial.dumps.moments import advanced
 from repro.verdict.partial.dumps.waits import Wait, waits_of
 from repro.verdict.partial.scene import Scene
-from repro.verdict.partial.words import call_in, ranks_of, verb
+from repro.verdict.partial.words import call_in, ranks_of
 
 LATE_S = 1.0
-"""Seconds by which a rank must be later than the others to be named: every running job has a last rank."""
+"""A rank that came later than the others by this many seconds is named. A smaller lag is normal."""
 
 
 def judge_advance(scene: Scene, waits: Sequence[Wait]) -> Diagnosis | None:
-    """Report `slow` if the waits of the earlier dumps ended, and no rank is waited for in the later dumps."""
+    """Report `slow` if the waits in the earlier dumps have ended and no rank waits for a rank in the later dumps."""
     moved = [rank for rank, dump in scene.earlier.items() if advanced(dump, scene.recorders[rank])]
     waiting = {wait.rank for wait in waits}
     if len(moved) < 2 or not waiting <= set(moved) or any(wait.missing or wait.unseen for wait in waits):
@@ -40,21 +40,22 @@ def judge_advance(scene: Scene, waits: Sequence[Wait]) -> Diagnosis | None:
     named = sorted(late)
     return Diagnosis(
         "slow", "straggler", tuple(named), (), "likely",
-        (f"The wait that the earlier dumps show has ended: {ranks_of(moved)} advanced. "
-         f"The others waited for {ranks_of(named)}, which came late.",),
-        tuple(f"Rank {rank} queued {call_in(wait.call, wait.group)} {by_s:.1f} s after the others, which waited in it "
-              f"({wait.at}, then {scene.recorders[rank].source})" for rank, (wait, by_s) in sorted(late.items())),
+        (f"The wait in the earlier dumps has ended: {ranks_of(moved)} advanced. The others waited for "
+         f"{ranks_of(named)}, which came late.",),
+        tuple(f"Rank {rank} queued {call_in(wait.call, wait.group)} {by_s:.1f} s after the others, which waited in "
+              f"this operation ({wait.at}, then {scene.recorders[rank].source})"
+              for rank, (wait, by_s) in sorted(late.items())),
         ("A third dump in which no rank has advanced since the second one.",),
-        (f"stacks of {ranks_of(named)} while {verb(named, 'it is', 'they are')} waited for: "
-         "py-spy dump --nonblocking --pid PID", "a third set of dumps, some seconds later"),
+        (f"the stacks of {ranks_of(named)} while the other ranks wait: py-spy dump --nonblocking --pid PID",
+         "a third set of dumps, some seconds later"),
     )  # fmt: skip
 
 
 def _moving(scene: Scene, moved: Sequence[int], are_known: bool) -> Diagnosis:
     why = (
-        "and all members have queued what they wait in now: the later dumps may show a job that runs"
+        "and all members have queued the operations in which they wait now: the later dumps may show a job that runs"
         if are_known
-        else "and not all entries have times: nothing shows which rank came late"
+        else "and some entries have no times: nothing shows which rank came late"
     )
     return Diagnosis(
         "inconclusive", "", (), (), "undecided",

@@ -21,7 +21,7 @@ ELSEWHERE = (
 
 
 def stacks_against_dumps(scene: Scene) -> list[str]:
-    """Return a sentence for each rank whose dump shows it in an operation but its stack does not, or the reverse."""
+    """Return a sentence for each rank whose dump and stack disagree on whether the rank is in an operation."""
     lines = []
     for rank, stacks in scene.main_stacks().items():
         dump = scene.recorders.get(rank)
@@ -32,13 +32,13 @@ def stacks_against_dumps(scene: Scene) -> list[str]:
         place = program_frames(stack.frames, 1) or (stack.frames[0] if stack.frames else "?")
         if pending and stack.activity in ELSEWHERE and dump.backend == "gloo":
             lines.append(
-                f"Rank {rank}'s dump shows {pending[0].op} unfinished ({dump.source}), and its stack stands in "
-                f"{place} ({stack.source}): they are of different moments, or the operation is asynchronous."
+                f"The dump of rank {rank} shows {pending[0].op} unfinished ({dump.source}), but its stack is in "
+                f"{place} ({stack.source}): dump and stack are of different moments, or the operation is asynchronous."
             )
         elif not pending and stack.activity == "collective":
             lines.append(
-                f"Rank {rank}'s stack is in {stack.detail} ({stack.source}), and its dump shows nothing unfinished "
-                f"({dump.source}): they are of different moments, or the recorder does not see this operation "
-                "(pynccl, CUDA graphs, gloo transfers)."
+                f"The stack of rank {rank} is in {stack.detail} ({stack.source}), but its dump shows no unfinished "
+                f"operation ({dump.source}): dump and stack are of different moments, or the recorder does not see "
+                "this operation (pynccl, CUDA graphs, gloo transfers)."
             )
     return lines[:3]

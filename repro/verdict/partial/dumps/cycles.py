@@ -46,25 +46,25 @@ def judge_cycle(scene: Scene, waits: Sequence[Wait]) -> Diagnosis | None:
     if stood_out:
         suspects = tuple(stood_out)
         evidence.append(
-            f"{ranks_of(stood_out).capitalize()} changed {verb(stood_out, 'its', 'their')} order of "
-            "sends and receives; an interleaved "
-            "schedule may do that on purpose, so it is only a suspect."
+            f"{ranks_of(stood_out).capitalize()} changed {verb(stood_out, 'its', 'their')} order of sends and "
+            "receives. An interleaved pipeline schedule may do so on purpose, so "
+            f"{verb(stood_out, 'this rank is', 'these ranks are')} only suspected."
         )
     summary = [f"{ranks_of(ranks).capitalize()} wait for each other in a cycle: " + "; ".join(links) + "."]
     if transfers:
         summary.append(
-            "Each waits in a receive, and the matching send was never queued."
+            "Each rank waits in a receive, and the matching send was never queued."
             if all(w.call.op == "recv" for w in chain)
             else "The sends and receives do not match."
         )
     collect = [
-        "the schedule (order) in which each rank issues these operations, from the code; batched "
-        "transfers (batch_isend_irecv) avoid the order"
+        "the order in which each rank issues these operations, from the code; batched transfers (batch_isend_irecv) "
+        "need no order"
         if transfers
         else COLLECT["stacks"]
     ]
     if unseen:
-        collect.append(f"dumps of {ranks_of(unseen)}, which are missing")
+        collect.append(f"the dumps of {ranks_of(unseen)}, which are missing")
     return Diagnosis(
         "deadlock", cause, culprits, suspects, confidence, tuple(summary), tuple(evidence),
         ("A later dump in which one of these operations is done.",), tuple(collect),
@@ -73,12 +73,12 @@ def judge_cycle(scene: Scene, waits: Sequence[Wait]) -> Diagnosis | None:
 
 def _counterpart(wait: Wait) -> str:
     if wait.call.is_transfer:
-        return f"the {'send' if wait.call.op == 'recv' else 'receive'} that it needs"
+        return f"the {'send' if wait.call.op == 'recv' else 'receive'} that this transfer needs"
     return "it"
 
 
 def _changed_order(scene: Scene, ranks: Sequence[int]) -> list[int]:
-    """Return the ranks whose last operation breaks the pattern of their own transfers, unless all ranks broke it."""
+    """Return the ranks whose last transfer breaks the repeating pattern of their transfers; [] if all broke it."""
     changed = []
     for rank in ranks:
         ops = [op for record in scene.recorders[rank].groups for op in record.calls.ops() if op in TRANSFERS]

@@ -1,4 +1,4 @@
-"""Find the rank whose operations left the repeating pattern that all ranks of a job followed in earlier steps."""
+"""Find the rank that left the repeating pattern of operations which all ranks of a job followed in earlier steps."""
 
 from __future__ import annotations
 
@@ -17,10 +17,11 @@ HISTORY = 2048
 
 @dataclass(frozen=True, slots=True)
 class HabitBreak:
-    """The rank that left the pattern. `kind` is extra or skipped, whichever explanation changes fewer operations.
+    """The rank that left the repeating pattern, and how.
 
-    convincing   an operation with the same arguments stands in the rhythm at another place; else the rank may have
-                 begun something rare (a checkpoint, an evaluation) that the others should have begun too
+    kind         extra or skipped: the explanation that changes fewer operations
+    convincing   the pattern has an operation with the same arguments at another place. Otherwise the rank may have
+                 begun something rare (a checkpoint, an evaluation) that the other ranks should have begun too
     """
 
     rank: int
@@ -31,10 +32,10 @@ class HabitBreak:
 
 @dataclass(frozen=True, slots=True)
 class _Rhythm:
-    """The repeating pattern of one rank's operations up to the first unfinished one, where `keys[0]` is due."""
+    """The repeating pattern of one rank's operations before its first unfinished operation. `keys[0]` is due next."""
 
-    keys: tuple[tuple[str, str, str], ...]  # (group, operation, call site) of one period; the first is due now
-    arguments: frozenset[tuple[object, ...]]  # (group, operation, sizes, types) of that period
+    keys: tuple[tuple[str, str, str], ...]  # (group, operation, call site) of one period; the first is due next
+    arguments: frozenset[tuple[object, ...]]  # (group, operation, sizes, types) of the same period
     call: Call
     key: tuple[str, str, str]
     period: int
@@ -45,9 +46,9 @@ class _Rhythm:
 
 
 def left_rhythm(scene: Scene, waits: Sequence[tuple[int, Call]]) -> HabitBreak | None:
-    """Find the rank that issued another operation than its earlier ones predict.
+    """Find the rank that issued another operation than the pattern of its earlier operations predicts.
 
-    None unless exactly one rank did, and all other waiting ranks follow the same pattern.
+    Returns None unless this is exactly one rank, and all other waiting ranks follow the same pattern.
     """
     broken: dict[int, _Rhythm] = {}
     kept: list[_Rhythm] = []
@@ -76,17 +77,22 @@ def _described(scene: Scene, rank: int, rhythm: _Rhythm) -> HabitBreak:
     site = program_frames(call.frames) or _site_in_stack(scene, rank)
     where = f", from {site}" if site else ""
     number = f" #{call.seq}" if call.seq is not None else ""
-    passed = f"it passed over {due} of group {group}, or issues it later" if kind == "skipped" else "an extra operation"
+    passed = (
+        (f"rank {rank} passed over {due} of group {group}, or issues it later")
+        if kind == "skipped"
+        else "an extra operation"
+    )
     sentence = (
-        f"Rank {rank} left the rhythm of its earlier steps ({rhythm.period} operations each): {call.op}{number} came "
-        f"where {due} of group {group} came before{where}: {passed} ({call.source}). The other ranks kept theirs."
+        f"Rank {rank} left the pattern of its earlier steps ({rhythm.period} operations each): it issued "
+        f"{call.op}{number} where {due} of group {group} came before{where}: {passed} ({call.source}). The other ranks "
+        "kept their pattern."
     )
     known = Knows.ARGUMENTS in scene.recorders[rank].knows
     return HabitBreak(rank, kind, sentence, known and (group_of_call, *call.arguments) in rhythm.arguments)
 
 
 def _rhythm_of(dump: RecorderDump, framed: bool) -> _Rhythm | None:
-    """Find the repeating pattern of a dump. `framed`: also compare call sites, which then all dumps must contain."""
+    """Find the repeating pattern of a dump. `framed`: also compare call sites, which all dumps must then contain."""
     ordered = dump.newest(HISTORY)
     names = {id(record): [_name(record, form, framed) for form in record.calls.forms] for record in dump.groups}
     keys = [names[id(record)][record.calls.form[place]] for record, place in ordered]

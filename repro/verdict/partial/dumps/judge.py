@@ -1,6 +1,6 @@
-"""Judge Flight Recorder dumps: which ranks wait in which operation for whom, and whether the waits form a cycle.
+"""Judge Flight Recorder dumps: which ranks wait in which operation for which ranks, and whether the waits form a cycle.
 
-On NCCL a queued operation says where the host went, not what the device did.
+On NCCL, a queued operation shows how far the host went. It does not show what the device did.
 """
 
 from __future__ import annotations
@@ -65,13 +65,13 @@ def _several_jobs(scene: Scene) -> Diagnosis:
     jobs = "; ".join(f"{size} ranks: dumps of {ranks_of(ranks)}" for size, ranks in sorted(scene.jobs.items()))
     return Diagnosis(
         "inconclusive", "", (), (), "undecided",
-        (f"The dumps are of {len(scene.jobs)} jobs, whose world sizes differ ({jobs}).",), (), (),
-        ("the files of one job in a folder of its own: python -m repro diagnose FOLDER",),
+        (f"The dumps are of {len(scene.jobs)} jobs, because their world sizes differ ({jobs}).",), (), (),
+        ("the files of one job, in a folder with no others: python -m repro diagnose FOLDER",),
     )  # fmt: skip
 
 
 def _all_there(scene: Scene, waits: Sequence[Wait]) -> Diagnosis | None:
-    """Judge the case that every member with a dump has queued the operation in which all wait."""
+    """Judge the case that every member with a dump has queued the operation in which all of them wait."""
     if not waits:
         return None
     first = min(waits, key=lambda wait: wait.call.at_s or 0.0)
@@ -82,8 +82,8 @@ def _all_there(scene: Scene, waits: Sequence[Wait]) -> Diagnosis | None:
     if unseen:
         return Diagnosis(
             "inconclusive", "", (), (), "undecided",
-            (f"{there} There are no usable dumps of {ranks_of(unseen)}, so nobody can be called absent.",),
-            tuple(evidence), (), (f"dumps of {ranks_of(unseen)}, taken at the same time as the others",
+            (f"{there} There are no usable dumps of {ranks_of(unseen)}, so a rank may be absent.",),
+            tuple(evidence), (), (f"the dumps of {ranks_of(unseen)}, taken at the same time as the others",
                                   COLLECT["stacks"]),
         )  # fmt: skip
     if not lists_members(scene.recorders, first.group) and not _is_whole_world(scene, ranks):
@@ -96,15 +96,15 @@ def _all_there(scene: Scene, waits: Sequence[Wait]) -> Diagnosis | None:
     if blind := [rank for rank in ranks if Knows.ARGUMENTS not in scene.recorders[rank].knows]:
         return Diagnosis(
             "inconclusive", "", (), (), "undecided",
-            (f"{there} The dumps of {ranks_of(blind)} do not show with which sizes and types.",),
+            (f"{there} The dumps of {ranks_of(blind)} do not show the sizes and types of this operation.",),
             tuple(evidence), (), (COLLECT["stacks"], "a second set of dumps, some seconds later"),
         )  # fmt: skip
     return Diagnosis(
         "stall", "", (), (), "likely",
-        (f"All members have queued {call_in(first.call, first.group)} with equal arguments, and it "
-        "is not done. Nobody is absent in these dumps.",),
+        (f"All members have queued {call_in(first.call, first.group)} with equal arguments, and the operation has not "
+         "ended. No rank is absent in these dumps.",),
         tuple(evidence),
-        ("A later dump in which it is done: then the dumps were taken while it moved.",),
+        ("A later dump in which the operation has ended: then it was slow, and did not hang.",),
         (COLLECT["kernel"], COLLECT["nccl"], "a second set of dumps, some seconds later"),
     )  # fmt: skip
 
@@ -122,7 +122,7 @@ def _nothing_pending(scene: Scene) -> Diagnosis | None:
         return None
     whole = bool(members) or _is_whole_world(scene, list(scene.recorders))
     if not whole and list(scene.recorders) != list(range(len(scene.recorders))):
-        return None  # the ranks do not count up from 0, so one of them has no dump
+        return None  # the ranks do not count up from 0, so a rank has no dump
     if any(Knows.ARGUMENTS not in dump.knows for dump in scene.recorders.values()):
         return None  # operations with different arguments may have been paired
     return Diagnosis(

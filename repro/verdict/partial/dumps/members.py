@@ -9,9 +9,9 @@ from repro.trace.foreign.records import Group, GroupRecord, RecorderDump
 
 
 def with_members(recorders: Mapping[int, RecorderDump]) -> dict[int, RecorderDump]:
-    """Fill in what one dump alone lacks, from the dumps of fellow members that name the same group id.
+    """Complete each dump from the dumps of other members that name the same group id.
 
-    gloo dumps do not list members, and a counter without entries does not name its group.
+    gloo dumps do not list members, and a dump with a counter but no entries does not name the counter's group.
     """
     recorded: dict[str, set[int]] = {}
     names: dict[str, dict[str, set[int]]] = {}  # id -> name -> ranks that use this name
@@ -51,5 +51,5 @@ def groups_of(recorders: Mapping[int, RecorderDump]) -> dict[Group, dict[int, Gr
 
 
 def lists_members(recorders: Mapping[int, RecorderDump], group: Group) -> bool:
-    """Whether a dump lists the group's members. gloo dumps do not; there the ranks with entries are the members."""
+    """Whether a dump lists the group's members. gloo dumps do not; there the ranks with entries count as members."""
     return any(known.name == group.name and known.members for dump in recorders.values() for known in dump.configured)

@@ -20,9 +20,9 @@ class Moments:
     """The usable dumps of a job, ordered by time.
 
     last      rank -> its newest dump
-    earlier   rank -> an older dump of the same process, where there is one of a different moment
-    equal     ranks with two dumps in which nothing differs: nothing advanced, or one is a copy of the other
-    remarks   what was left out and why, a sentence each
+    earlier   rank -> an older dump of the same process, if there is one of another moment
+    equal     ranks with two dumps that do not differ: the rank did not advance, or one dump is a copy of the other
+    remarks   which dumps were left out and why, in sentences
     """
 
     last: dict[int, RecorderDump] = field(default_factory=dict)
@@ -40,16 +40,16 @@ def moments_of(dumps: Iterable[RecorderDump]) -> Moments:
             by_rank.setdefault(dump.rank, []).append(dump)
         else:
             moments.remarks.append(
-                f"The name of {dump.source} says rank {dump.rank}, and its groups do not contain rank {dump.rank}. "
-                "It is left out: name it …_rank_N."
+                f"The name of {dump.source} says rank {dump.rank}, but its groups do not contain rank {dump.rank}. The "
+                "dump is not used: rename the file to …_rank_N, with the global rank N."
             )
     for rank, rows in sorted(by_rank.items()):
         ordered = sorted(rows, key=_age)
         strange = next((dump for dump in ordered[:-1] if not _same_process(dump, ordered[-1])), None)
         if strange is not None:
             moments.remarks.append(
-                f"{strange.source} and {ordered[-1].source} are both named rank {rank} and are of different processes "
-                "(another job, another run, or a local rank in the name). Both are left out."
+                f"{strange.source} and {ordered[-1].source} are both named rank {rank} but are of different processes "
+                "(another job, another run, or a local rank in the name). Neither is used."
             )
             continue
         newest = [dump for dump in ordered if _same_moment(dump, ordered[-1])]
@@ -74,7 +74,7 @@ def world_sizes(dumps: Iterable[RecorderDump]) -> dict[int, list[int]]:
 
 
 def stale_dumps(groups: Mapping[Group, Mapping[int, GroupRecord]]) -> dict[int, str]:
-    """Return rank -> why its dump is stale: a fellow member completed an operation that it has not queued yet."""
+    """Return rank -> why its dump is stale: another member completed an operation that this rank has not queued."""
     stale: dict[int, str] = {}
     for group, records in groups.items():
         finished = [(number, rank) for rank, row in records.items()
@@ -85,7 +85,7 @@ def stale_dumps(groups: Mapping[Group, Mapping[int, GroupRecord]]) -> dict[int, 
         for rank, record in records.items():
             if last_queued(record) < number and rank not in stale:
                 stale[rank] = (
-                    f"rank {witness} completed #{number} of {group}, which needs rank {rank}, and the dump of rank "
+                    f"rank {witness} completed #{number} of {group}, which needs rank {rank}, but the dump of rank "
                     f"{rank} ends at #{last_queued(record)}"
                 )
     return stale
@@ -112,8 +112,8 @@ def describe_stale(stale: Mapping[int, str], dumps: Mapping[int, RecorderDump]) 
 
 def describe_equal(ranks: Sequence[int]) -> str:
     return (
-        f"The two dumps of {ranks_of(ranks)} are equal: if they are of different moments, nothing advanced between "
-        f"them on {verb(ranks, 'this rank', 'these ranks')}."
+        f"The two dumps of {ranks_of(ranks)} are equal: if they are of different moments, "
+        f"{verb(ranks, 'this rank', 'these ranks')} did not advance between them."
     )
 
 
@@ -137,7 +137,7 @@ def _detail(dump: RecorderDump) -> tuple[int, int]:
 
 
 def _positions(dump: RecorderDump) -> dict[str, tuple[int, int]]:
-    """Return group -> (last collective queued, last one completed), counted from the entries and not from counters."""
+    """Return group -> (last collective queued, last collective completed), from its entries, not its counters."""
     result = {}
     for record in dump.groups:
         queued = record.calls.last_number()

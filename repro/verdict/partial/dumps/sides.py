@@ -14,7 +14,7 @@ from repro.verdict.partial.scene import Scene
 from repro.verdict.partial.words import arguments, program_frames, ranks_of, verb
 
 UNKNOWN_INSIDE = ("coalesced", "unknown")
-"""Entries that stand for several operations, or for one that the recorder does not name."""
+"""Names in an entry that stand for several operations, or for an operation that the recorder could not name."""
 
 
 def different_arguments(scene: Scene, groups: Mapping[Group, Mapping[int, GroupRecord]]) -> Diagnosis | None:
@@ -42,16 +42,19 @@ def different_arguments(scene: Scene, groups: Mapping[Group, Mapping[int, GroupR
 
 
 Sides = list[list[tuple[int, Call]]]
-"""For each variant of an operation, the ranks that queued it so, with their calls."""
+"""The variants of an operation. Each has the ranks that queued it in this form, with their calls."""
 
 
 def _first_difference(
     records: Mapping[int, GroupRecord], compared: Callable[[Call | Form], tuple[object, ...]]
 ) -> tuple[int, Sides] | None:
-    """Return the lowest number under which members queued different operations, and these. Linear in the calls."""
+    """Return the lowest number under which members queued different operations, and the variants.
+
+    Linear in the calls.
+    """
     first: dict[int, tuple[object, ...]] = {}
     differing: set[int] = set()
-    # equal values become one object, so that comparing them is fast
+    # Equal values become one object, which makes comparisons fast.
     shared: dict[tuple[object, ...], tuple[object, ...]] = {}
     for record in records.values():
         forms = [None if form.op in UNKNOWN_INSIDE else compared(form) for form in record.calls.forms]
@@ -75,12 +78,15 @@ def _operation(call: Call | Form) -> tuple[object, ...]:
 
 
 def _comparable(call: Call | Form) -> tuple[object, ...]:
-    """Return the arguments that must be equal. Sizes of rooted operations differ by role: only the root has outputs."""
+    """Return the arguments that must be equal.
+
+    For a rooted operation that excludes sizes, since only the root has outputs.
+    """
     if call.op in ("gather", "scatter", "reduce", "broadcast"):
         return call.op, call.dtypes[:1]
     if call.op in ("all_to_all", "barrier"):
         return (call.op,)
-    # uneven: the input sizes differ, the list of output sizes does not
+    # In an uneven all_gather the input sizes differ between ranks, but the list of output sizes does not.
     if call.op == "all_gather" and len(call.sizes) > 2:
         return call.op, call.sizes[1:], call.dtypes
     if call.op == "reduce_scatter" and len(call.sizes) > 2:
@@ -96,7 +102,7 @@ def _sides(
     records: Mapping[int, GroupRecord],
     is_first: bool,
 ) -> Diagnosis:
-    """Describe the sides. `is_first`: by the times of the entries, nothing else differed earlier."""
+    """Describe the variants. `is_first`: by the times of the entries, no earlier operation differed."""
     shown = replace(group, description=next(iter(records.values())).group.description)
     sides = sorted(sides, key=lambda side: (len(side), side[0][0]))
     done = [rank for side in sides for rank, call in side if call.done]
@@ -114,13 +120,13 @@ def _sides(
     before = [op for seq, op in zip(longest.seqs, longest.ops(), strict=True) if NO_NUMBER < seq < number][-2:]
     if before and set(before) == {"reduce"}:
         evidence.append(
-            "The operations before it are reduces, whose result only one rank has: ranks may have "
-            "decided by different numbers."
+            "The operations before this one are reduces, whose result only one rank has: the ranks may have decided "
+            "by different numbers."
         )
     if few:
         evidence.append(
-            f"{ranks_of(few).capitalize()} {verb(few, 'stands', 'stand')} out. That fewer "
-            "ranks queued this call is no proof that they are wrong."
+            f"{ranks_of(few).capitalize()} {verb(few, 'stands', 'stand')} out: fewer ranks queued this call. That is "
+            "no proof that they are wrong."
         )
     left = left_rhythm(scene, [(rank, call) for side in sides for rank, call in side])
     if left is not None:
@@ -133,8 +139,7 @@ def _sides(
         tuple(evidence),
         ("The dumps are of different jobs, or two groups share the name.",),
         (
-            "the code that decides between these two calls: log the condition (why each rank took "
-        "its branch) on every rank",
+            "the condition in the code that chooses between these two calls: log its value on every rank",
             COLLECT["stacks"],
         ),
     )  # fmt: skip

@@ -1,7 +1,7 @@
-"""Judge by counters whether a rank's host or device stopped. NCCL only: gloo's counters lag in healthy groups.
+"""Judge by counters whether a rank's host or device stopped. NCCL only: gloo's counters lag in healthy groups, too.
 
-In a group, a rank whose last completed operation lags behind its fellow members' has a device that stopped; a rank that
-has queued less than its fellow members, and waits for nothing itself, has a host that stopped.
+The counters of a group are compared between its members. If a rank has completed less than the others, its device
+stopped. If a rank has queued less than the others and waits for nothing, its host process stopped.
 """
 
 from __future__ import annotations
@@ -16,7 +16,10 @@ from repro.verdict.partial.scene import Scene
 from repro.verdict.partial.words import WORKING, ranks_of, verb
 
 CONVINCING_GROUPS = 2
-"""Number of groups in which a rank must lag behind the other members to be named; one makes it a suspect only."""
+"""Number of groups in which a rank must lag to be named as the culprit.
+
+If it lags in one group only, it is a suspect.
+"""
 
 
 def judge_stopped(scene: Scene, groups: Mapping[Group, Mapping[int, GroupRecord]]) -> Diagnosis | None:
@@ -41,13 +44,13 @@ def judge_stopped(scene: Scene, groups: Mapping[Group, Mapping[int, GroupRecord]
             if (record.completed or 0) < completed and (record.enqueued or 0) > (record.completed or 0):
                 device[rank] += 1
                 reasons.setdefault(rank, []).append(
-                    f"in {shown} it completed #{record.completed}, fellow members #{completed}, and it has "
+                    f"in {shown} it completed #{record.completed} and the other members #{completed}, although it has "
                     f"queued up to #{record.enqueued}"
                 )
             elif (record.enqueued or 0) < enqueued and not _waits(recorders[rank]):
                 host[rank] += 1
                 reasons.setdefault(rank, []).append(
-                    f"in {shown} it queued up to #{record.enqueued}, fellow members up to #{enqueued}, and it "
+                    f"in {shown} it queued up to #{record.enqueued} and the other members up to #{enqueued}, and it "
                     "waits for nothing"
                 )
     for kind, count in (("device", device), ("host", host)):
@@ -63,7 +66,7 @@ def judge_stopped(scene: Scene, groups: Mapping[Group, Mapping[int, GroupRecord]
 
 
 def _stands_still(scene: Scene, ranks: tuple[int, ...]) -> bool:
-    """Whether no stack shows these ranks at work, in a lock, or in an operation that the recorder does not see."""
+    """Whether the stacks fit a stop: no rank works, waits for a lock, or is in an operation that is not recorded."""
     stacks = [rows[-1] for rank, rows in scene.main_stacks().items() if rank in ranks]
     return not any(stack.activity in (*WORKING, "lock", "collective") for stack in stacks)
 
@@ -104,6 +107,7 @@ def _stopped_diagnosis(
         (summary, f"{ranks_of(waiting).capitalize()} {verb(waiting, 'waits', 'wait')} for "
         f"{verb(culprits, 'it', 'them')}, directly or through others."),
         tuple(evidence),
-        ("The dumps were taken at different moments: a second set, later, in which these counters moved.",),
+        ("A second, later set of dumps in which these counters moved: then the first dumps were taken at different "
+         "moments.",),
         collect,
     )  # fmt: skip

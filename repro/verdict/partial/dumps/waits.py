@@ -22,10 +22,11 @@ class Wait:
 
 
 def waits_of(groups: Mapping[Group, Mapping[int, GroupRecord]], dumps: Mapping[int, RecorderDump]) -> list[Wait]:
-    """Return each rank's oldest unfinished collective and transfer in each group, with the members that lack it.
+    """Return each rank's oldest unfinished collective and transfer in each group, with the members that have not queued
+    it.
 
-    A member whose dump is whole and holds nothing of the group has queued nothing in it. Of one whose older entries
-    were overwritten that is not known, and it counts as unseen.
+    A complete dump without entries of the group shows that this member queued nothing. A dump whose older entries were
+    overwritten does not show that: its member counts as unseen.
     """
     waits = []
     wrapped = any(dump.wrapped for dump in dumps.values())
@@ -59,9 +60,11 @@ def last_queued(record: GroupRecord) -> int:
 def _transfer_missing(
     rank: int, place: int, record: GroupRecord, records: Mapping[int, GroupRecord], wrapped: bool
 ) -> tuple[int, ...]:
-    """Return the peer of a transfer if it has queued fewer matching operations: the k-th send meets the k-th receive.
+    """Return the peer of a transfer, if it has queued too few operations to match: the k-th send meets the k-th
+    receive.
 
-    If the ring was overwritten the counts are unknown. Then a peer without a matching unfinished operation is missing.
+    If the ring was overwritten, the counts are unknown. Then the peer is returned if it has no matching unfinished
+    operation.
     """
     call = record.calls[place]
     if call.peer is None or call.peer not in records:
@@ -75,7 +78,7 @@ def _transfer_missing(
 
 
 def cycle_of(waits: Sequence[Wait]) -> list[Wait]:
-    """Return waits that lead from a rank over missing ranks back to it; [] if there are none."""
+    """Return waits that form a cycle: each leads to a rank that has not queued its operation. [] if there is none."""
     by_rank: dict[int, list[Wait]] = {}
     for wait in waits:
         by_rank.setdefault(wait.rank, []).append(wait)

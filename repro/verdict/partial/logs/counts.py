@@ -21,10 +21,12 @@ def judge_counts(scene: Scene) -> Diagnosis | None:
     lines += tuple(f"{note.text} ({note.source})" for note in scene.notes if note.kind == "ras")[:4]
     return Diagnosis(
         "inconclusive", "", (), (), "undecided",
-        ("One answer of NCCL's RAS shows one moment. A difference in counts may be benign: "
-        "collectives outrun the query." if named
-         else "NCCL's RAS says OK: all hosts queued equally many operations. It says nothing of what "
-        "the devices completed.",),
+        ("One answer of NCCL's RAS shows one moment. A difference in counts may be benign, because collectives go on "
+         "while RAS asks the ranks." if named
+         else (
+             "NCCL's RAS says OK: all hosts launched equally many operations. RAS does not show what the devices "
+             "completed."
+         ),),
         lines, (), (COLLECT["ras"], COLLECT["recorder"], COLLECT["stacks"]),
     )  # fmt: skip
 
@@ -38,15 +40,15 @@ def _moving(answers: list[RasAnswer]) -> Diagnosis:
     if grown:
         return Diagnosis(
             "inconclusive", "", (), (), "likely",
-            ("The counts advance between the two answers: the job makes progress. RAS lists the "
-        "smaller set of ranks, ahead or behind, and a MISMATCH of moving counts is benign.",),
+            ("The counts advance between the two answers: the job makes progress. RAS lists the smaller set of ranks, "
+             "ahead or behind; a MISMATCH of counts that advance is benign.",),
             tuple(lines), ("A third answer in which the counts are the same.",),
-            ("two more queries of NCCL's RAS when the job is thought to hang: ncclras -v; sleep 30; ncclras -v",
+            ("two more queries of NCCL's RAS when the job seems to hang: ncclras -v; sleep 30; ncclras -v",
              COLLECT["stacks"]),
         )  # fmt: skip
     return Diagnosis(
         "inconclusive", "", (), (), "undecided",
-        ("The counts are the same in both answers: no host queued anything between them.",),
+        ("The counts are the same in both answers: no host launched anything between them.",),
         tuple(f"{name}: {before[name]} launches in both ({first.source}, {last.source})" for name in common),
         (), (COLLECT["stacks"], COLLECT["recorder"], COLLECT["ras"]),
     )  # fmt: skip

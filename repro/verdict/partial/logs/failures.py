@@ -16,10 +16,10 @@ SURVIVED = re.compile(
     r"\bretrying\b|will (?:be )?retr(?:y|ied)|falling back|\brecovered\b|\bignor(?:ed|ing)\b|\bskipping\b",
     re.IGNORECASE,
 )
-"""Words of an error that its program survived."""
+"""Words in an error message which show that the program survived the error."""
 
 _XID_OF_EXIT = re.compile(r"Xid 4[35]\b")
-"""Xid 43 and 45 are printed when a process ends for another reason, too."""
+"""Xid 43 and 45 are also printed when a process ends for another reason, so they alone do not name a cause."""
 
 ROOTS = ("memory", "device", "killed", "exception")
 _WEIGHT = {"memory": 0, "device": 0, "killed": 1, "exception": 2, "ended": 3}
@@ -32,12 +32,17 @@ def judge_failures(scene: Scene) -> Diagnosis | None:
         return None
     first = _first(roots)
     if first is None:
-        return _undecided(roots, "and which was first is not known: the lines carry no times, or clocks of two zones")
+        return _undecided(
+            roots,
+            "and the logs do not show which was first: the lines have no times, or the clocks are of two time zones",
+        )
     others = [record for record in roots if record.process.rank != first.process.rank]
     if first.kind == "exception" and any(record.text == first.text for record in others):
         return _undecided([first, *(record for record in others if record.text == first.text)], "with the same error")
     if [record for record in others if record.kind == first.kind and _together(first, record)]:
-        return _undecided([first, *others], "within two seconds, which clocks of two hosts do not tell apart")
+        return _undecided(
+            [first, *others], "within two seconds of each other, which is too close to order by the clocks of two hosts"
+        )
     if first.kind == "exception" and not _has_consequence(scene, first):
         return _unproven(first)
     return _crash(scene, first)
@@ -49,7 +54,7 @@ def _has_ended(failure: Failure) -> bool:
 
 
 def _is_aftermath(failure: Failure, scene: Scene) -> bool:
-    """Whether the error came too late to cause the hang: the rank went on after it, or a time-out came first."""
+    """Whether the error cannot be the cause of the hang: the rank went on after it, or a time-out came first."""
     rank = failure.process.rank
     if SURVIVED.search(failure.text) or _XID_OF_EXIT.search(failure.text):
         return True
@@ -83,7 +88,7 @@ def _line(record: Failure | TimedOut) -> int:
 
 
 def _seen_waiting(scene: Scene) -> set[int]:
-    """Return ranks that a stack, a dump or a watchdog shows alive in a wait that other ranks share."""
+    """Return the ranks that a stack, a dump or a watchdog shows alive in a wait that other ranks share."""
     waiting = {rank for rank, dump in scene.recorders.items() if any(record.pending for record in dump.groups)}
     alive = {rank for rank, rows in scene.main_stacks().items() if rows[-1].activity != "exit"}
     calls: dict[tuple[str, int | None], set[int]] = {}
@@ -95,7 +100,10 @@ def _seen_waiting(scene: Scene) -> set[int]:
 
 
 def _first(roots: Sequence[Failure]) -> Failure | None:
-    """Return the earliest error by time stamp. Without stamps, return the most severe one if only one rank has one."""
+    """Return the earliest error by time stamp.
+
+    Without time stamps, return the most severe error, if one rank alone has it.
+    """
     stamped = [record for record in roots if record.at_s is not None]
     if stamped and len(stamped) == len(roots):
         first = min(stamped, key=lambda record: (record.at_s or 0.0, _WEIGHT[record.kind]))
@@ -107,7 +115,7 @@ def _first(roots: Sequence[Failure]) -> Failure | None:
 
 
 def _zones_may_differ(one: Failure, two: Failure) -> bool:
-    """Whether the time stamps of two files differ by about a multiple of half an hour, as in two time zones."""
+    """Whether the time stamps of two files differ by a multiple of about half an hour, as between two time zones."""
     gap = abs((one.at_s or 0.0) - (two.at_s or 0.0))
     if one.source.file == two.source.file or one.process.rank == two.process.rank or gap < ZONE_S - ZONE_SLACK_S:
         return False
@@ -130,9 +138,9 @@ def _unproven(failure: Failure) -> Diagnosis:
     rank = failure.process.rank
     return Diagnosis(
         "inconclusive", "", (), (rank,) if rank is not None else (), "undecided",
-        (f"{_name(failure)} logged an error: {failure.text}. Nothing here shows that it ended the process.",),
+        (f"{_name(failure)} logged an error: {failure.text}. Nothing here shows whether the error ended the process.",),
         (f"{_name(failure)}: {failure.text} ({failure.source})",), (),
-        ("the end of its log, and whether the process still runs: ps -o pid,etime,stat,args -p PID",
+        ("the end of that log, and whether the process still runs: ps -o pid,etime,stat,args -p PID",
          COLLECT["stacks"]),
     )  # fmt: skip
 
@@ -159,18 +167,18 @@ def _crash(scene: Scene, first: Failure) -> Diagnosis:
     return Diagnosis(
         "crash", _CAUSE[first.kind], (rank,) if rank is not None else (), (), "certain" if certain else "likely",
         (f"{who} ended first: {first.text.rstrip('.')}.",
-         f"What {ranks_of(others)} {verb(others, 'reports', 'report')} came later and follows from "
-         "it." if others else "What other ranks report follows from it."),
+         f"What {ranks_of(others)} {verb(others, 'reports', 'report')} came later and is a consequence." if others
+         else "What other ranks report is a consequence."),
         (f"{who}: {first.text} ({first.source})", *_closed(scene, rank),
          *(f"{record.process}, later: {record.text} ({record.source})" for record in _one_a_rank(later)[:4]),
          *_waited(waiting)),
-        ("An error of another rank that is older: look at the logs that are not here.",),
+        ("An older error of another rank. Look for it in the logs that were not given.",),
         tuple(collect),
     )  # fmt: skip
 
 
 def _closed(scene: Scene, rank: int | None) -> list[str]:
-    """Return sentences on ranks that saw this rank close its connection, from lines of NCCL's service thread."""
+    """Return sentences on the ranks that saw this rank close its connection, from lines of NCCL's service thread."""
     notes = [
         record
         for record in scene.notes
@@ -186,20 +194,20 @@ def _waited(ranks: Sequence[int]) -> list[str]:
     if not ranks:
         return []
     return [
-        f"{ranks_of(ranks).capitalize()} ran into time-outs, a consequence: {verb(ranks, 'it', 'they')} waited for a "
-        "rank that was gone."
+        f"{ranks_of(ranks).capitalize()} ran into time-outs. That is a consequence: {verb(ranks, 'it', 'they')} waited "
+        "for a rank that had ended."
     ]
 
 
 _CAUSE = {"memory": "memory", "device": "hardware", "killed": "killed", "exception": "error",
           "ended": "dead_rank"}  # fmt: skip
 _COLLECT = {
-    "memory": ("on its host, for memory of the host: dmesg -T | grep -i oom",
-               "in the program, its memory before the error: torch.cuda.memory_summary()"),
-    "device": ("the kernel that failed by CUDA_LAUNCH_BLOCKING=1 or compute-sanitizer, and on its host: "
+    "memory": ("on the host of that rank, for memory of the host: dmesg -T | grep -i oom",
+               "in the program, the memory in use before the error: torch.cuda.memory_summary()"),
+    "device": ("the kernel that failed, by CUDA_LAUNCH_BLOCKING=1 or compute-sanitizer, and on the host of that rank: "
                "dmesg -T | grep -i xid",),
-    "killed": ("the launcher's log (exit code), and who sent the signal, on its host: "
-               "dmesg -T | grep -iE 'oom|killed process'",),
+    "killed": ("the exit code in the launcher's log, and on the host of that rank who sent the signal: dmesg -T | "
+               "grep -iE 'oom|killed process'",),
     "exception": ("the traceback of that rank from its beginning",),
     "ended": ("the exit code of that process, from its launcher, and who ended it, on its host: "
               "dmesg -T | grep -iE 'oom|killed process'",),
@@ -227,6 +235,6 @@ def _undecided(roots: Sequence[Failure], why: str) -> Diagnosis:
         "crash", causes.pop() if len(causes) == 1 else "error", (), tuple(ranks), "undecided",
         (f"{who} failed, {why}.",),
         tuple(f"{record.process}: {record.text} ({record.source})" for record in _one_a_rank(roots)[:6]),
-        ("An older error of one rank.",),
-        ("the same logs with time stamps in one zone (UTC): TORCH_CPP_LOG_LEVEL=INFO, or the launcher's logs",),
+        ("An older error of one of these ranks.",),
+        ("the same logs with time stamps of one time zone (UTC): TORCH_CPP_LOG_LEVEL=INFO, or the launcher's logs",),
     )  # fmt: skip

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from repro.trace.foreign.records import Group, Launches
 from repro.verdict.partial.diagnosis import COLLECT, Diagnosis
 from repro.verdict.partial.scene import Scene
-from repro.verdict.partial.words import arguments, ranks_of, verb
+from repro.verdict.partial.words import arguments, ranks_of
 
 
 def judge_launches(scene: Scene) -> Diagnosis | None:
@@ -30,18 +30,19 @@ def judge_launches(scene: Scene) -> Diagnosis | None:
             )
         evidence += _different(group, rows)
     summary = (
-        f"{ranks_of(behind).capitalize()} {verb(behind, 'has', 'have')} launched less than other members of a "
-        "communicator." if behind else "The members of each communicator launched equally many operations."
+        f"{ranks_of(behind).capitalize()} launched fewer operations than other members of a communicator."
+        if behind else "The members of each communicator launched equally many operations."
     )  # fmt: skip
     return Diagnosis(
         "inconclusive", "", (), tuple(sorted(behind)), "undecided",
-        (summary, "NCCL's log shows launches by the host, and no completion. A log that was cut shows fewer, too."),
+        (summary, "NCCL's log shows what the host launched, and not what completed. A log that was cut also shows "
+                  "fewer launches."),
         tuple(evidence[:8]), (), (COLLECT["stacks"], COLLECT["recorder"], COLLECT["kernel"]),
     )  # fmt: skip
 
 
 def _different(group: Group, rows: Mapping[int, Launches]) -> list[str]:
-    """Return the first number under which two members launched different operations."""
+    """Return a sentence on the first launch in which two members of the group differ; [] if there is none."""
     calls = {(call.seq, rank): call for rank, row in rows.items() for call in row.calls if call.seq is not None}
     by_number: dict[int, dict[int, str]] = {}
     for (number, rank), call in calls.items():

@@ -1,4 +1,4 @@
-"""Judge reports of different arguments: by DETAIL before a collective, and by NCCL's network within one."""
+"""Judge reports of different arguments, from torch's DETAIL mode or from NCCL's network."""
 
 from __future__ import annotations
 
@@ -9,11 +9,14 @@ from repro.verdict.partial.diagnosis import COLLECT, Diagnosis
 from repro.verdict.partial.dumps.members import groups_of
 from repro.verdict.partial.dumps.sides import different_arguments
 from repro.verdict.partial.scene import Scene
-from repro.verdict.partial.words import arguments, ranks_of
+from repro.verdict.partial.words import arguments, ranks_of, verb
 
 
 def judge_mismatches(scene: Scene) -> Diagnosis | None:
-    """Judge mismatches. Each rank names the first rank that differs from it, so the most named is a suspect only."""
+    """Judge reports of DETAIL mode.
+
+    Each rank names the first rank that differs from it, so a named rank is only a suspect.
+    """
     if not scene.mismatches:
         return None
     calls: dict[int, Call] = {}
@@ -34,28 +37,31 @@ def judge_mismatches(scene: Scene) -> Diagnosis | None:
     counted = Counter(row.other for row in scene.mismatches if row.other is not None)
     if counted:
         evidence.append(
-            "Each report names its own rank and the first one that differs from it: to be named "
-            "often is no proof of who is right."
+            "Each report names its own rank and the first rank that differs from it. A rank that is named often may "
+            "still be right."
         )
     if few:
-        evidence.append(f"{ranks_of(few).capitalize()} stands out, but is only a suspect.")
+        evidence.append(
+            f"{ranks_of(few).capitalize()} {verb(few, 'differs', 'differ')} from the other ranks, which is "
+            "not enough to name a culprit."
+        )
     ops = {calls[ranks[0]].op for ranks in ordered}
     numbers = {calls[ranks[0]].seq for ranks in ordered}
     return Diagnosis(
         "crash", "mismatch" if len(ops) > 1 or len(numbers) > 1 else "sizes", (), few, "likely",
-        ("The ranks entered one collective with different "
-        f"{'operations' if len(ops) > 1 else 'shapes (sizes)'}. DETAIL refused it before it could "
-        "hang.",),
+        (f"The ranks entered one collective with different {'operations' if len(ops) > 1 else 'shapes (sizes)'}. "
+         "TORCH_DISTRIBUTED_DEBUG=DETAIL refused the collective before it could hang.",),
         tuple(evidence), ("The reports are of different collectives: compare their sequence numbers.",),
-        ("why the ranks built different graphs: print on each rank the parameters (buckets) that "
-        "take part, frozen or unused ones, and the batch; with its stack",),
+        ("why the ranks built different graphs: print on each rank its batch and the parameters (buckets) that take "
+         "part, frozen and unused ones included; and take its stack",),
     )  # fmt: skip
 
 
 def judge_message_sizes(scene: Scene) -> Diagnosis | None:
-    """Judge a message of unexpected size in NCCL's network, which a stopped device or network cannot explain.
+    """Judge a message of unexpected size in NCCL's network. A stopped device or network does not explain such a
+    message.
 
-    It does not show which side is right. Dumps that show both sides, and errors of another kind, prove more.
+    The message does not show which rank is right. Dumps of both ranks prove more, and so do errors of another kind.
     """
     rows = [note for note in scene.notes if note.kind == "sizes"]
     ended = [record for record in scene.failures if record.kind in ("memory", "device", "killed")]
@@ -68,9 +74,9 @@ def judge_message_sizes(scene: Scene) -> Diagnosis | None:
     lines = dict.fromkeys(f"{note.process}: {note.text} ({note.source})" for note in rows)
     return Diagnosis(
         verdict, "sizes" if decided else "", (), (), "likely" if decided else "undecided",
-        ("Two ranks passed different sizes to one collective, or entered different ones: NCCL's network met a message "
-         "of another size than it expected. Nothing here says which side is right.",),
-        tuple(list(lines)[:6]), ("The message is of an earlier run, or of another communicator.",),
+        ("Two ranks passed different sizes to one collective, or entered different collectives: NCCL's network "
+         "received a message of another size than it expected. No file shows which side is right.",),
+        tuple(list(lines)[:6]), ("The message is from an earlier run, or from another communicator.",),
         (COLLECT["recorder"], "the same run with TORCH_DISTRIBUTED_DEBUG=DETAIL, which compares the arguments before "
          "each collective"),
     )  # fmt: skip

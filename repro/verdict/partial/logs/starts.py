@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from repro.verdict.partial.diagnosis import Diagnosis
 from repro.verdict.partial.scene import Scene
-from repro.verdict.partial.words import ranks_of
+from repro.verdict.partial.words import ranks_of, verb
 
 
 def judge_start(scene: Scene) -> Diagnosis | None:
@@ -22,16 +22,16 @@ def judge_start(scene: Scene) -> Diagnosis | None:
     if loopback:
         evidence.insert(
             0,
-            f"{ranks_of(warned).capitalize()} could not resolve the name of their host and bound gloo "
-            f"to the loopback address 127.0.0.1 ({loopback[0].source})",
+            f"{ranks_of(warned).capitalize()} could not resolve the name of {verb(warned, 'its', 'their')} host, so "
+            f"gloo used the loopback address 127.0.0.1 ({loopback[0].source})",
         )
         summary.append(
-            f"The host of {ranks_of(warned)} offers 127.0.0.1 (loopback) to the others. Set "
-            "GLOO_SOCKET_IFNAME (and NCCL_SOCKET_IFNAME) to the interface between the hosts."
+            f"The host of {ranks_of(warned)} offers 127.0.0.1 (loopback) to the other hosts. Set GLOO_SOCKET_IFNAME "
+            "(and NCCL_SOCKET_IFNAME) to the network interface between the hosts."
         )
     return Diagnosis(
         "crash", "start", (), (), "likely", tuple(summary), tuple(evidence),
-        ("The interface is set and the same error comes again: then look at the port and the firewall.",),
-        ("the interfaces and the name of that host: ip -br addr; hostname; getent hosts "
-        "$(hostname); cat /etc/hosts", "GLOO_SOCKET_IFNAME=IFACE NCCL_SOCKET_IFNAME=IFACE, and start again"),
+        ("The same error with the interface set. Then look at the port and the firewall.",),
+        ("the network interfaces and the name of that host: ip -br addr; hostname; getent hosts $(hostname); cat "
+         "/etc/hosts", "a new start with GLOO_SOCKET_IFNAME=IFACE NCCL_SOCKET_IFNAME=IFACE"),
     )  # fmt: skip

@@ -1,4 +1,4 @@
-"""Judge lines of NCCL's watchdog: which ranks wait in a collective, which have not queued it, which wait elsewhere."""
+"""Judge lines of NCCL's watchdog: which ranks wait in a collective, have not queued it, or wait elsewhere."""
 
 from __future__ import annotations
 
@@ -53,8 +53,8 @@ def judge_timeouts(scene: Scene) -> Diagnosis | None:
 def _row(timeout: TimedOut, progress: Sequence[Progress]) -> Progress | None:
     """Return the counters that the same watchdog printed next to its time-out.
 
-    Only these name the group that hangs. Other counters of the rank belong to other groups: the dump signal prints
-    those of the default group.
+    Only these counters belong to the group that hangs. Other counters of the rank are of other groups: at the dump
+    signal, torch prints the counters of the default group.
     """
     fitting = [
         row for row in progress
@@ -73,7 +73,7 @@ def _fits(row: Progress, timeout: TimedOut) -> bool:
 
 
 def _distance(row: Progress, timeout: TimedOut) -> tuple[bool, int]:
-    """Return a sort key: other files last, then the number of lines between the two records."""
+    """Return a sort key: the number of lines between the two records; records in another file come last."""
     places = [re.search(r"\d+", source.place) for source in (row.source, timeout.source)]
     lines = [int(place[0]) if place else 0 for place in places]
     return row.source.file != timeout.source.file, abs(lines[0] - lines[1])
@@ -85,13 +85,13 @@ def _group_name(timeout: TimedOut, row: Progress | None) -> str:
 
 
 def _counters(scene: Scene, row: Progress | None) -> dict[int, Progress]:
-    """Return rank -> its counters in the group that hangs."""
+    """Return rank -> the rank's counters in the group that hangs."""
     same_group = [record for record in scene.progress if row is None or record.group.name == row.group.name]
     return {record.rank: record for record in same_group if record.rank is not None and record.enqueued is not None}
 
 
 def _waits_elsewhere(scene: Scene, rank: int) -> bool:
-    """Whether that rank's log shows it inside a collective of another backend, where its traceback ends."""
+    """Whether the traceback in that rank's log ends inside a collective of another backend."""
     return any(record.seen_by.rank == rank and record.text.startswith("gloo") for record in scene.left) or any(
         stack.activity == "collective" for stack in scene.main_stacks().get(rank, [])
     )
@@ -114,12 +114,13 @@ def _two_groups(
         f"{ranks_of(waiting).capitalize()} queued {call_in(sample.call, group)} and wait in it ({sample.source})",
         f"{ranks_of(behind).capitalize()} never queued it: {verb(behind, 'its', 'their')} last "
         f"queued operation is #{progress[behind[0]].enqueued} ({progress[behind[0]].source})",
-        f"{ranks_of(behind).capitalize()} {verb(behind, 'was', 'were')} in {op} of a gloo group "
-        f"when {verb(behind, 'its', 'their')} peers ended ({first.source}): the error came after "
-        "the fact and names nobody",
+        f"{ranks_of(behind).capitalize()} {verb(behind, 'was', 'were')} in {op} of a gloo group when "
+        f"{verb(behind, 'its', 'their')} peers ended ({first.source}): this error is a consequence, and does not name "
+        "a cause",
     ]
     evidence += [
-        f"{note.text.capitalize()} ({note.source}): the first exit, after the time-out, and no cause"
+        f"{note.text.capitalize()} ({note.source}): this process ended first, but only after the time-out, so it is "
+        "not the cause"
         for note in scene.notes
         if note.kind == "torchrun"
     ][:1]
@@ -128,9 +129,9 @@ def _two_groups(
         (f"{ranks_of(waiting).capitalize()} wait in {call_in(sample.call, group)} for "
         f"{ranks_of(behind)}, and {ranks_of(behind)} wait in a gloo collective (all_gather) that "
         "the others never entered: a cycle over two groups.",
-         "These logs do not show which side issued the wrong operation."),
+         "These logs do not show which rank issued the wrong operation."),
         tuple(evidence),
-        ("The gloo group does not contain the ranks that wait in NCCL.",),
+        ("The members of the gloo group, if the ranks that wait in NCCL are not among them.",),
         (COLLECT["recorder"], COLLECT["stacks"]),
     )  # fmt: skip
 
@@ -149,7 +150,7 @@ def _absent(
 
 
 def _different_calls(calls: Calls, rows: Mapping[TimedOut, Progress | None]) -> Diagnosis | None:
-    """Judge members of one named group that wait under one number in different operations or with different sizes."""
+    """Judge members of one named group that wait under one number with different operations or different sizes."""
     by_number: dict[tuple[str, int], list[TimedOut]] = {}
     for (name, op, number), by_rank in calls.items():
         if name and number is not None and op not in UNKNOWN_INSIDE:
@@ -180,7 +181,7 @@ def _sides(sides: Sequence[Sequence[TimedOut]], rows: Mapping[TimedOut, Progress
          f"under number {sample.call.seq}.",),
         tuple(f"{ranks_of(_ranks(side)).capitalize()}: {_arguments(side[0].call)} "
               f"({side[0].source})" for side in ordered),
-        ("The lines are of different groups.",), (COLLECT["recorder"], COLLECT["stacks"]),
+        ("The group of each line, if the groups differ.",), (COLLECT["recorder"], COLLECT["stacks"]),
     )  # fmt: skip
 
 
@@ -189,15 +190,15 @@ def _ranks(timeouts: Sequence[TimedOut]) -> list[int]:
 
 
 def _several_calls(calls: Calls, rows: Mapping[TimedOut, Progress | None]) -> Diagnosis:
-    """Judge waits in several groups. No line says which ranks belong to which group."""
+    """Judge waits in several groups. The lines do not say which ranks belong to which group."""
     return _unordered(
-        calls, rows, "The ranks wait in several groups, and the lines do not list the members of a group: "
-        "one of these waits may be the consequence of another.",
+        calls, rows, "The ranks wait in several groups, and the lines do not list the members of a group: some of "
+                     "these waits may follow from others.",
     )  # fmt: skip
 
 
 def _several_waits(calls: Calls, rows: Mapping[TimedOut, Progress | None]) -> Diagnosis:
-    return _unordered(calls, rows, "The ranks wait in different operations, and not all lines say of which group.")
+    return _unordered(calls, rows, "The ranks wait in different operations, and some lines do not name the group.")
 
 
 def _unordered(calls: Calls, rows: Mapping[TimedOut, Progress | None], why: str) -> Diagnosis:
@@ -240,8 +241,8 @@ def _same_call(
     ahead = (row.enqueued or 0) - (sample.call.seq or 0) if row is not None and row.enqueued is not None else 0
     if row is not None and ahead > 0:
         evidence.append(
-            f"Rank {sample.rank} had queued up to #{row.enqueued}, {ahead} more than the one that "
-            f"hangs ({ahead + 1} outstanding), so its host went on ({row.source})"
+            f"Rank {sample.rank} had queued operations up to #{row.enqueued}, {ahead} after the one that hangs "
+            f"({ahead + 1} outstanding), so its host went on ({row.source})"
         )
     for answer, communicator in ras[:3]:
         evidence.append(
@@ -252,11 +253,10 @@ def _same_call(
     if unseen:
         return Diagnosis(
             "inconclusive", "", (), (), "undecided",
-            (f"{ranks_of(waiting).capitalize()} {verb(waiting, 'waits', 'wait')} in "
-        f"{call_in(sample.call, group)}. Nothing says where {len(unseen)} other ranks are, so "
-        "nobody can be called absent.",
-             "A device or network stall fits, and so does an absent rank."),
-            tuple(evidence), ("A log of another rank that stands elsewhere.",),
+            (f"{ranks_of(waiting).capitalize()} {verb(waiting, 'waits', 'wait')} in {call_in(sample.call, group)}. "
+             f"Nothing shows where the other {len(unseen)} ranks are, so one of them may be absent.",
+             "A stopped device or network would look like this, and so would an absent rank."),
+            tuple(evidence), ("The log of another rank that is elsewhere.",),
             (f"the logs of all ranks ({len(unseen)} other ranks are missing)", COLLECT["recorder"], COLLECT["kernel"]),
         )  # fmt: skip
     first = sample.call.seq == 1
@@ -265,23 +265,27 @@ def _same_call(
         "stall", "", (), (), "likely",
         (f"All {len(waiting)} ranks {'' if known else 'seen here '}wait in the same collective, "
          f"{call_in(sample.call, group)}{', the first collective of the group' if first else ''}. "
-         f"Nobody{'' if known else ' of them'} is absent.",),
+         f"None{'' if known else ' of these ranks'} is absent.",),
         tuple(evidence),
-        ("Sub-groups whose numbers happen to be equal." if known else
-         "A rank beyond these, whose log is missing: the world size is not in these files.",),
+        ("Several groups whose sequence numbers happen to be equal." if known else
+         "Further ranks, whose logs are missing: the world size is not in these files.",),
         (COLLECT["nccl"], COLLECT["topology"] if first else COLLECT["kernel"], COLLECT["ras"]),
     )  # fmt: skip
 
 
 def _group_ranks_only(scene: Scene) -> Diagnosis:
-    """Judge lines up to torch 2.1. They give group ranks but no group, so equal numbers may be of several groups."""
+    """Judge lines of torch 2.1 and older.
+
+    They give group ranks but no group, so equal numbers may be of several groups.
+    """
     ranks = sorted({record.group_rank for record in scene.timeouts if record.group_rank is not None})
     calls = {(record.call.op, record.call.seq, record.call.sizes) for record in scene.timeouts}
     sample = scene.timeouts[0]
     if len(calls) > 1:
         return Diagnosis(
             "inconclusive", "", (), (), "undecided",
-            ("The lines name ranks of groups and no group: different operations may be of different groups.",),
+            ("The lines give ranks within a group but do not name the group: different operations may be of different "
+             "groups.",),
             tuple(f"Group rank {record.group_rank}: {_arguments(record.call)} ({record.source})"
               for record in scene.timeouts[:8]), (),
             (COLLECT["recorder"], COLLECT["stacks"]),
@@ -294,10 +298,10 @@ def _group_ranks_only(scene: Scene) -> Diagnosis:
         "stall" if whole else "inconclusive", "", (), (), "likely" if whole else "undecided",
         (f"{who} wait in the same collective: {sample.call.op} #{sample.call.seq}"
          f"{', the first collective' if first else ''}, SeqNum={sample.call.seq}.",
-         "Nobody is absent and nothing differs. This wording names no group, so sub-groups with "
-        "equal numbers would look the same."),
-        (f"{len(ranks)} watchdog lines with equal operation, number and size, the first at "
-        f"{sample.source}; who printed first is no finding",),
+         "No rank is absent, and the operations do not differ. These lines name no group: several groups with equal "
+         "sequence numbers would look the same."),
+        (f"{len(ranks)} watchdog lines with equal operation, number and size, the first at {sample.source}; the order "
+         "of the lines proves nothing",),
         ("A rank whose line shows another operation or number.",),
         (COLLECT["nccl"], COLLECT["topology"], COLLECT["ras"]),
     )  # fmt: skip

@@ -1,1 +1,1 @@
-"""Rules for what `collect` saw of a running job: two looks at its processes, lock files, connections and stacks."""
+"""Rules for what `collect` saw of a running job in two looks: its processes, lock files, connections and stacks."""

@@ -26,13 +26,13 @@ MOVING_CORES = 0.1
 MESSAGES = {"idle", "queue"}
 """Activities of a worker between two orders of its engine."""
 Key = tuple[str, str]
-"""(operation, group) that a rank waits in."""
+"""The (operation, group) that a rank waits in."""
 ANY_DATA, ANYTHING = "any operation with data", "any operation"
 WITH_DATA = {"all_reduce", "all_gather", "reduce_scatter", "all_to_all", "broadcast", "reduce", ANY_DATA}
 
 
 def judge_waiting_ranks(scene: Scene) -> Diagnosis | None:
-    """Judge what all ranks of a job wait in, seen twice. None unless every rank of the job was seen."""
+    """Judge what all ranks of a job wait in, seen in two looks. None unless every rank of the job was seen."""
     looks = rank_looks(scene)
     size = scene.world_size()
     if len(looks) < 2 or (size is not None and len(looks) < size) or any(not look.stacks for look in looks.values()):
@@ -43,7 +43,7 @@ def judge_waiting_ranks(scene: Scene) -> Diagnosis | None:
 
 
 def _ring(looks: Mapping[int, RankLook]) -> Diagnosis | None:
-    """Find a cycle of sends and receives in which each meets a peer that is in a transfer with another rank."""
+    """Find a cycle of sends and receives: in each, the peer is in a transfer with another rank."""
     edges = {rank: peer for rank, peer in _transfers(looks) if peer in looks and not _matches(looks, rank, peer)}
     cycle = _cycle(edges)
     if not cycle:
@@ -52,10 +52,10 @@ def _ring(looks: Mapping[int, RankLook]) -> Diagnosis | None:
     return Diagnosis(
         "deadlock", "order", (), tuple(sorted(cycle)), "likely",
         (f"{ranks_of(cycle).capitalize()} wait for each other in a cycle: {'; '.join(links)}.",
-         "No rank in it is in the transfer that the one before it waits for."),
+         "No rank in the cycle is in the transfer that the previous rank waits for."),
         tuple(f"Rank {rank} {looks[rank].at}" for rank in cycle[:8]),
         ("A later look in which one of these transfers is done.",),
-        ("the order in which each rank issues its sends and receives; batch_isend_irecv needs none",),
+        ("the order in which each rank issues its sends and receives; batch_isend_irecv needs no order",),
         waits=tuple(wait_row([rank], call_of(looks[rank]), [edges[rank]], f"rank {edges[rank]} is in "
                              f"{call_of(looks[edges[rank]])}", looks[rank].source) for rank in cycle),
     )  # fmt: skip
@@ -102,13 +102,14 @@ def _different(scene: Scene, looks: Mapping[int, RankLook]) -> Diagnosis | None:
         return None
     smallest, *_, largest = sorted(sides.values(), key=len)
     few = tuple(smallest) if len(smallest) < len(largest) else ()
-    what = "The groups are entered in different orders." if crossed else "These are not the same call."
+    what = "The ranks enter the groups in different orders." if crossed else "The ranks are in different calls."
     return Diagnosis(
         "deadlock", "order" if crossed else "mismatch", (), few, "likely",
-        (f"Each rank waits for {seconds_between(list(looks.values())):.0f} s or longer, not all in one call: {named}.",
-         f"{what} Each call waits for ranks that wait in another one, so none of them can end."),
+        (f"Each rank has waited for {seconds_between(list(looks.values())):.0f} s or longer, and not all in one call: "
+         f"{named}.",
+         f"{what} Each call waits for ranks that wait in another call, so none of them can end."),
         (*lines, why),
-        ("Dumps of the recorder in which one of these calls is of a group that the other ranks do not belong to.",),
+        ("Dumps of the recorder which show that one of these calls is of a group without the other ranks.",),
         (_what_next(looks, sides), COLLECT["recorder"]),
         waits=tuple(wait_row(ranks, call_of(looks[ranks[0]]), sorted(set(looks) - set(ranks)),
                              "they wait in another call", looks[ranks[0]].source) for ranks in sides.values()),
@@ -116,7 +117,7 @@ def _different(scene: Scene, looks: Mapping[int, RankLook]) -> Diagnosis | None:
 
 
 def _key(look: RankLook) -> Key:
-    """Return the operation and group of a wait. A wait for an asynchronous call may be for one of several."""
+    """Return the operation and group that a wait is for; no operation if several asynchronous calls are open."""
     stack = look.stack
     if stack is None or stack.detail in POLLING or stack.detail.startswith(("a wait", "wait ")):
         return ANYTHING, ""
@@ -143,17 +144,17 @@ def _are_apart(looks: Mapping[int, RankLook], groups: set[str]) -> bool:
 def _all_belong(scene: Scene, looks: Mapping[int, RankLook]) -> str:
     """Return a sentence that says why every group in use contains all ranks; "" if that is not known."""
     if len(looks) == 2:
-        return "The job has two ranks, so that every group that waits holds both."
+        return "The job has two ranks, so every group in which a rank waits contains both."
     if all(look.stack and look.stack.group == "default" for look in looks.values()):
-        return "All of these calls are of the default group, which holds every rank."
+        return "All of these calls are of the default group, which contains every rank."
     pids = sorted(look.last.process.pid or 0 for look in looks.values())
     pairs = [(one, two) for index, one in enumerate(pids) for two in pids[index + 1 :]]
     for record in scene.connections:
         numbers = {record.between.get(pair, 0) for pair in pairs}
         if len(numbers) == 1 and (number := numbers.pop()) > 0:
             return (
-                f"Each pair of ranks has {counted(number, 'connection')}, one for each group that holds "
-                f"both: every group holds all ranks ({record.source})"
+                f"Each pair of ranks has {counted(number, 'connection')}, one for each group that contains both: so "
+                f"every group contains all ranks ({record.source})"
             )
     return ""
 
@@ -164,21 +165,21 @@ def _what_next(looks: Mapping[int, RankLook], sides: Mapping[Key, list[int]]) ->
 
 
 def _moving(looks: Mapping[int, RankLook]) -> Diagnosis | None:
-    """Judge ranks that all moved between the looks and wait only for each other: no hang."""
+    """Judge ranks that all moved between the looks and wait only for each other: this is no hang."""
     if not all(_moved(look) for look in looks.values()):
         return None
     if not any(stack.activity in AMONG_RANKS for look in looks.values() for stack in look.stacks):
         return None
     lines = [
-        f"Rank {look.rank} used {look.cores:.2f} processors in {look.apart_s:.1f} s, its first thread was switched "
-        f"{look.last.switches - look.first.switches} times, and it {look.at}"
+        f"Rank {look.rank} used {look.cores:.2f} processors in {look.apart_s:.1f} s, its main thread was switched "
+        f"{look.last.switches - look.first.switches} times, and the rank {look.at}"
         for look in list(looks.values())[:6]
     ]
     return Diagnosis(
         "clean", "", (), (), "likely",
-        ("This is not a hang: every rank moved between the two looks, and none waits at one place.",), tuple(lines),
-        ("A counter of the program's steps that stands still.",),
-        ("the time of a step, from the program's own log", "a second `collect`, a minute later"),
+        ("This is not a hang: every rank moved between the two looks, and none stayed in one wait.",), tuple(lines),
+        ("The program's own counter of steps, if it stands still.",),
+        ("the time that a step takes, from the program's own log", "a second `collect`, a minute later"),
     )  # fmt: skip
 
 

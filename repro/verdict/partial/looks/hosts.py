@@ -23,12 +23,12 @@ from repro.verdict.partial.scene import Scene
 from repro.verdict.partial.words import ranks_of, verb
 
 RUNNING_CORES = 0.05
-"""CPU share from which a rank's first thread counts as running the program, not as blocked in a collective."""
+"""CPU share above which a rank's main thread counts as running the program, not as blocked in a collective."""
 LATER = "A third look, some seconds later, in which the waiting ranks have moved on."
 
 
 def judge_hosts(scene: Scene) -> Diagnosis | None:
-    """Judge the rank that the others wait for, from what the operating system and the stacks show about it."""
+    """Judge the rank that the others wait for, by what the operating system and its stacks show."""
     looks = rank_looks(scene)
     return (_ended(scene, looks) or _stopped(looks) or _builds(looks) or _absent(scene, looks)) if looks else None
 
@@ -59,8 +59,9 @@ def _ended(scene: Scene, looks: Mapping[int, RankLook]) -> Diagnosis | None:
         "crash", "dead_rank", tuple(ended), (), "likely",
         (f"{_names(ended)} {verb(ended, 'has', 'have')} ended, and the other ranks still wait.", _they_wait(others)),
         (*sources, *_where(others)),
-        ("A process of that rank that runs on another host.",),
-        (f"the end of the log of {ranks_of(ended)}", "who ended it: dmesg -T | grep -iE 'oom|killed process'"),
+        ("A process of that rank on another host.",),
+        (f"the end of the log of {ranks_of(ended)}", "what ended the process: dmesg -T | grep -iE 'oom|killed "
+                                                     "process'"),
         waits=_waits(others, ended, "has ended"),
     )  # fmt: skip
 
@@ -70,7 +71,8 @@ def _stopped(looks: Mapping[int, RankLook]) -> Diagnosis | None:
     others = [look for rank, look in looks.items() if rank not in stopped]
     if not stopped:
         return None
-    all_stand = bool(others) and all(map(_stands, others))  # the rank may wait by spinning, and then does not look idle
+    # the rank may spin while it waits, and then does not look idle
+    all_stand = bool(others) and all(map(_stands, others))
     how = "a debugger" if any(looks[rank].last.state == "t" for rank in stopped) else "a signal (SIGSTOP, Ctrl-Z)"
     lines = [f"Rank {rank} is in state {looks[rank].last.state} in both looks ({looks[rank].last.source})"
              for rank in stopped]  # fmt: skip
@@ -80,7 +82,7 @@ def _stopped(looks: Mapping[int, RankLook]) -> Diagnosis | None:
         (f"{_names(stopped)} {verb(stopped, 'is', 'are')} stopped by {how}.",
          *([_they_wait(others)] if all_stand else [])),
         (*lines, *_where(others)), (LATER,),
-        (f"who stopped it; to continue: kill -CONT {pids}",), waits=_waits(others, stopped, "is stopped"),
+        (f"who stopped the process; to continue it: kill -CONT {pids}",), waits=_waits(others, stopped, "is stopped"),
     )  # fmt: skip
 
 
@@ -97,7 +99,7 @@ def _builds(looks: Mapping[int, RankLook]) -> Diagnosis | None:
     what = _what_is_built(looks[builders[0]])
     return Diagnosis(
         "slow", "", tuple(builders), (), "likely",
-        (f"{_names(builders)} {verb(builders, 'builds', 'build')}{what}. This is slow, and no deadlock.",
+        (f"{_names(builders)} {verb(builders, 'builds', 'build')}{what}. The job is slow, and not in a deadlock.",
          _they_wait(others)),
         (*lines, *_where(others)),
         ("A later look in which the compilers used no processor: then the build stands still.",),
@@ -115,7 +117,7 @@ def _what_is_built(look: RankLook) -> str:
 
 
 def _absent(scene: Scene, looks: Mapping[int, RankLook]) -> Diagnosis | None:
-    """Judge the case that some ranks wait for other ranks and the remaining ranks wait for none."""
+    """Judge the case that some ranks wait for other ranks, and these other ranks wait for none."""
     waiting = [look for look in looks.values() if look.waits or look.spins or (look.stack is None and look.still)]
     outside = [look for look in looks.values() if look not in waiting]
     if not waiting or not outside or not _all_seen(scene, looks):
@@ -126,7 +128,7 @@ def _absent(scene: Scene, looks: Mapping[int, RankLook]) -> Diagnosis | None:
         return None  # a spinning rank may leave the collective and come back; then the other ranks move too
     blind = [look for look in looks.values() if look.stack is None]
     if blind and (len(outside) > 1 or outside[0].first_thread_cores < RUNNING_CORES or scene.has_devices):
-        return None  # a rank that waits for a device spins, while the rank that it waits for may sleep
+        return None  # a rank that waits for a device spins, while the rank it waits for may sleep
     ranks = [look.rank for look in outside]
     standing = [look for look in outside if look.still]
     lines = [f"Rank {look.rank} {_use(look)}" for look in outside[:4]]
@@ -137,15 +139,16 @@ def _absent(scene: Scene, looks: Mapping[int, RankLook]) -> Diagnosis | None:
             "stall", "host", tuple(ranks), (), "likely",
             (summary, f"{verb(ranks, 'It', 'They')} did nothing between the two looks.", _they_wait(waiting)),
             (*lines, *_where(waiting)), (LATER,),
-            (f"what {ranks_of(ranks)} {verb(ranks, 'waits', 'wait')} for: the last frames above; py-spy dump --native "
-             "--nonblocking --pid PID",), waits=_waits(waiting, ranks, "stands outside of any collective"),
+            (f"what {ranks_of(ranks)} {verb(ranks, 'waits', 'wait')} for, from the last frames above, and from py-spy "
+             "dump --native --nonblocking --pid PID",), waits=_waits(waiting, ranks, "is outside any collective"),
         )  # fmt: skip
     return Diagnosis(
         "slow", "straggler", tuple(ranks), (), "likely",
         (summary, _they_wait(waiting)), (*lines, *_where(waiting)),
-        (f"A later look in which {ranks_of(ranks)} still {verb(ranks, 'runs', 'run')} and has left the collective "
-         "behind, for example after an exception that the program swallowed.",),
-        ("a second `collect`, a minute later: the same waits mean that it does not come", COLLECT["recorder"]),
+        (f"A later look in which {ranks_of(ranks)} still {verb(ranks, 'runs', 'run')} but will not enter this "
+         "collective, for example after an exception that the program caught.",),
+        (f"a second `collect`, a minute later: if the waits are the same, {ranks_of(ranks)} will not enter the "
+         "collective", COLLECT["recorder"]),
         waits=_waits(waiting, ranks, "is in no collective"),
     )  # fmt: skip
 
@@ -158,7 +161,7 @@ def _all_seen(scene: Scene, looks: Mapping[int, RankLook]) -> bool:
 
 def _doing(look: RankLook) -> str:
     if look.stack is None:
-        return f"rank {look.rank} runs, its first thread on {look.first_thread_cores:.2f} processors"
+        return f"rank {look.rank} runs, its main thread on {look.first_thread_cores:.2f} processors"
     return f"rank {look.rank} {what_it_does(look.stack)} at {place_of(look.stack)}"
 
 
@@ -168,12 +171,14 @@ def _use(look: RankLook) -> str:
 
 
 def _below(scene: Scene, look: RankLook) -> list[str]:
-    """Return where Python processes below a rank are, such as its data loader."""
+    """Return where Python processes below a rank are, such as those of its data loader."""
     pids = {child.pid for child in look.last.children}
     stacks = {
         stack.process.pid: stack for stack in scene.stacks if stack.process.pid in pids and stack.thread == "MainThread"
     }
-    return [f"Its process {pid} stands at {place_of(stack)} ({stack.source})" for pid, stack in stacks.items()][:3]
+    return [
+        f"The process {pid} below that rank is at {place_of(stack)} ({stack.source})" for pid, stack in stacks.items()
+    ][:3]
 
 
 def _stands(look: RankLook) -> bool:

@@ -13,7 +13,7 @@ from repro.verdict.partial.words import ranks_of, verb
 
 
 def judge_lock_files(scene: Scene) -> Diagnosis | None:
-    """Judge the first lock file in the last look for which a rank waits in both looks."""
+    """Judge the first lock file in the last look for which the same rank waits in both looks."""
     looks = rank_looks(scene)
     owners = {(look.last.host, pid): look for look in looks.values() for pid in _pids(look)}
     last = max((lock.look for lock in scene.lock_looks), default=0)
@@ -60,23 +60,25 @@ def _held_by_rank(lock: LockLook, ranks: list[int], holder: RankLook, lines: lis
             (f"Rank {holder.rank} holds the lock {lock.path} and waits in a collective for {ranks_of(ranks)}, which "
              f"{verb(ranks, 'waits', 'wait')} for that lock.",),
             (held, *lines), ("A later look in which the lock has another holder.",),
-            (f"where rank {holder.rank} takes the lock, in its stack: release it before the collective",), waits=waits,
+            (f"where rank {holder.rank} takes the lock, from its stack: the program must release the lock before the "
+             "collective",), waits=waits,
         )  # fmt: skip
     if holder.still and not holder.compilers:
         return Diagnosis(
             "stall", "host", (holder.rank,), (), "likely",
             (f"Rank {holder.rank} holds the lock {lock.path} and does nothing; {ranks_of(ranks)} "
              f"{verb(ranks, 'waits', 'wait')} for the lock.",),
-            (held, *lines), ("A later look in which that rank has moved on.",), (), waits=waits,
+            (held, *lines), (f"A later look in which rank {holder.rank} has moved on.",), (), waits=waits,
         )  # fmt: skip
     children = "; ".join(f"{child.name} since {child.age_s:.0f} s" for child in holder.compilers[:3])
     work = f"builds ({children})" if children else f"works ({holder.cores:.2f} processors)"
     return Diagnosis(
         "slow", "", (holder.rank,), (), "likely",
-        (f"Rank {holder.rank} {work} under the lock {lock.path}; {ranks_of(ranks)} {verb(ranks, 'waits', 'wait')} for "
-         "that lock. This is slow, and no deadlock.",),
+        (f"Rank {holder.rank} {work} while it holds the lock {lock.path}; {ranks_of(ranks)} "
+         f"{verb(ranks, 'waits', 'wait')} for that lock. The job is slow, and not in a deadlock.",),
         (held, *build_lines(holder), *lines),
-        ("A later look in which its compilers used no processor.",), ("a second `collect`, a minute later",),
+        (f"A later look in which the compilers of rank {holder.rank} used no processor.",),
+        ("a second `collect`, a minute later",),
         waits=waits,
     )  # fmt: skip
 
@@ -86,7 +88,7 @@ def _held_outside(lock: LockLook, ranks: list[int], lines: list[str]) -> Diagnos
     return Diagnosis(
         "inconclusive", "", (), (), "undecided",
         (f"{ranks_of(ranks).capitalize()} {verb(ranks, 'waits', 'wait')} for the lock {lock.path}, which {names} "
-         "holds. That process is no rank of this job.",),
+         "holds. That process is not a rank of this job.",),
         tuple(lines), (), (f"what that process does: py-spy dump --nonblocking --pid {lock.holders[0]}; ps -fp "
                            f"{lock.holders[0]}",),
         waits=(_wait(lock, ranks, [], f"{names} holds it"),),
@@ -96,8 +98,8 @@ def _held_outside(lock: LockLook, ranks: list[int], lines: list[str]) -> Diagnos
 def _holder_hidden(lock: LockLook, ranks: list[int], lines: list[str]) -> Diagnosis:
     return Diagnosis(
         "inconclusive", "", (), (), "undecided",
-        (f"{ranks_of(ranks).capitalize()} {verb(ranks, 'waits', 'wait')} for the lock {lock.path}. No process that is "
-         f"visible holds it, and the open files of {lock.hidden} Python processes are hidden from this user.",),
+        (f"{ranks_of(ranks).capitalize()} {verb(ranks, 'waits', 'wait')} for the lock {lock.path}. No visible process "
+         f"holds it, but this user may not see the open files of {lock.hidden} Python processes.",),
         tuple(lines), (), ("who has the file open: run collect as root",),
     )  # fmt: skip
 
@@ -110,7 +112,7 @@ def _held_by_nobody(lock: LockLook, ranks: list[int], lines: list[str]) -> Diagn
          "process holds: a process that ended left it behind.",),
         (f"No process of this host has {lock.path} open, in both looks{since} ({lock.source})", *lines),
         ("A process of another host or container that shares this folder has the file open.",),
-        (f"whether other hosts use this folder; if none does: rm {lock.path}",),
+        (f"whether other hosts use this folder; if no host does: rm {lock.path}",),
         waits=(_wait(lock, ranks, [], "no process holds it any more"),),
     )  # fmt: skip
 

@@ -12,12 +12,15 @@ from repro.verdict.partial.scene import Scene
 from repro.verdict.partial.words import program_frames
 
 SHORTEST_S = 0.5
-"""Two looks closer together than this do not show what moved between them."""
+"""Two looks must be at least this far apart, or they do not show what moved between them."""
 STILL_SWITCHES_PER_S = 1.5
-"""Context switches per second: a blocked thread makes almost none, one that polls about ten."""
+"""Context switches per second below which a thread is still.
+
+A blocked thread makes almost none, a polling one about ten.
+"""
 BUSY_CORES = 0.05
 SPINNING_LOOKS = 4
-"""Number of looks in which a rank that uses the CPU must be at the same line of a collective to count as spinning."""
+"""A rank that uses the CPU counts as spinning if this many looks show it at the same line of a collective."""
 COMPILERS = (
     "nvcc", "cicc", "ptxas", "fatbinary", "cudafe++", "ninja", "cc1plus", "cc1", "g++", "gcc", "c++", "clang",
     "clang++", "hipcc", "ld", "collect2", "as", "cmake", "make", "nvlink", "lld",
@@ -32,15 +35,15 @@ _VERBS = {
 _SOURCES = (".cu", ".cpp", ".cc", ".c", ".cxx", ".hip", ".ptx", ".cubin")
 _MODULE = re.compile(r"-DTORCH_EXTENSION_NAME=(\w+)")
 POLLING = ("the start of a process group", "a wait for torch's store")
-"""Details of waits in which torch polls, so that its thread is not still."""
+"""Waits, by `Stack.detail`, in which torch polls, so that the thread is never still."""
 AMONG_RANKS = ("collective", "device", "backward")
 
 
 @dataclass(frozen=True, slots=True)
 class RankLook:
-    """One rank in two looks, `first` and `last`. They are the same record if there was only one look.
+    """One rank in two looks, `first` and `last`. Both are the same record if there was only one look.
 
-    stacks    of the thread that runs the program, one a look; () where none could be taken
+    stacks    the stacks of the thread that runs the program, one for each look; () where none could be taken
     """
 
     rank: int
@@ -71,21 +74,21 @@ class RankLook:
 
     @property
     def first_thread_cores(self) -> float:
-        """CPU cores that the first thread, which runs the program, used between the looks; at most about 1."""
+        """CPU cores that the main thread, which runs the program, used between the looks; at most about 1."""
         if self.apart_s < SHORTEST_S:
             return 0.0
         return max(0.0, self.last.first_thread_cpu_s - self.first.first_thread_cpu_s) / self.apart_s
 
     @property
     def idle(self) -> bool:
-        """Whether the rank used almost no CPU: it waits, or polls."""
+        """Whether the rank used almost no CPU, because it waits or polls."""
         return self.apart_s >= SHORTEST_S and self.cores < BUSY_CORES
 
     @property
     def still(self) -> bool:
-        """Whether nothing in the rank moved: neither its first thread nor its children ran.
+        """Whether neither the rank's main thread nor its children ran between the looks.
 
-        A rank that is runnable and gets no processor, on a machine that is too busy, does not stand still.
+        A rank that is ready to run but gets no processor, because the machine is too busy, is not still.
         """
         if "R" in (self.first.state, self.last.state):
             return False
@@ -104,7 +107,7 @@ class RankLook:
 
     @property
     def same_frames(self) -> bool:
-        """Whether the program was at one place in both looks; frames of libraries below it may differ."""
+        """Whether the program was at one place in both looks. Frames of libraries that the program calls may differ."""
         return len(self.stacks) > 1 and len({program_frames(stack.frames, 6) for stack in self.stacks}) == 1
 
     @property
@@ -119,7 +122,7 @@ class RankLook:
 
     @property
     def spins(self) -> bool:
-        """Whether enough looks show the rank at the same frames of one collective, so that it spins there."""
+        """Whether enough looks show the rank at the same frames of one collective to conclude that it spins there."""
         collective = all(stack.activity in AMONG_RANKS for stack in self.stacks)
         return len(self.stacks) >= SPINNING_LOOKS and collective and len({stack.frames for stack in self.stacks}) == 1
 
@@ -137,12 +140,12 @@ class RankLook:
         stack = self.stack
         if stack is None:
             place = f" in the kernel's {self.last.place}" if self.last.place else ""
-            return f"waits{place}, its stack was not seen ({self.last.source})"
+            return f"waits{place}; its stack was not seen ({self.last.source})"
         return f"{what_it_does(stack)} at {place_of(stack)} ({stack.source})"
 
 
 def rank_looks(scene: Scene) -> dict[int, RankLook]:
-    """Return rank -> its looks, for workers only. A rank with two worker processes is left out."""
+    """Return rank -> the two looks at its worker process. A rank with two worker processes is left out."""
     rows: dict[int, list[ProcessLook]] = {}
     for record in scene.process_looks:
         if record.process.rank is not None and record.process.role in ("worker", ""):
@@ -185,9 +188,9 @@ def call_of(look: RankLook) -> str:
 
 
 def build_lines(look: RankLook) -> list[str]:
-    """Return a sentence for each compiler below a rank, and for the rank's own position if it waits for one."""
+    """Return a sentence for each compiler that a rank started, and for the rank's own position if it waits for one."""
     lines = [
-        f"Rank {look.rank} has the child process {child.pid} since {child.age_s:.0f} s, {child.cpu_s:.1f} s of "
+        f"Rank {look.rank} has had the child process {child.pid} for {child.age_s:.0f} s, with {child.cpu_s:.1f} s of "
         f"processor time: {_short(child)} ({look.last.source})"
         for child in sorted(look.compilers, key=lambda row: -row.cpu_s)[:3]
     ]
@@ -197,7 +200,7 @@ def build_lines(look: RankLook) -> list[str]:
 
 
 def _short(child: Child) -> str:
-    """Shorten a compiler's command to its module and last source file, else to its beginning."""
+    """Shorten a compiler's command to its module and last source file; without a source file, to the beginning."""
     sources = [word for word in child.command.split() if word.endswith(_SOURCES)]
     module = _MODULE.search(child.command)
     words = [child.name, *([f"module {module[1]}"] if module else []), *sources[-1:]]
@@ -205,7 +208,7 @@ def _short(child: Child) -> str:
 
 
 def what_it_does(stack: Stack) -> str:
-    """Return what a thread does as the end of a sentence: "waits in all_reduce"."""
+    """Return what a thread does, in words that follow a subject: "waits in all_reduce"."""
     verb = _VERBS.get(stack.activity, f"is in {stack.activity}:" if stack.activity else "runs")
     return f"{verb} {stack.detail}".rstrip()
 

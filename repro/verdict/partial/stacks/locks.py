@@ -1,6 +1,7 @@
 """Judge a file lock that ranks wait for while no rank builds: with recorder dumps, or from stacks alone.
 
-No stack shows who holds a lock. A rank is named as the holder only by elimination, which needs a look at every rank.
+No stack shows who holds a lock. A rank is named as the holder only if all other ranks are excluded, so every rank must
+have been seen.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ HOLDER = "who holds the lock: cat /proc/locks; ls -l /proc/*/fd 2>/dev/null | gr
 
 
 def judge_lock_across(scene: Scene, waits: Sequence[Wait]) -> Diagnosis | None:
-    """Judge a rank that waits for a lock while the ranks that wait for it are in a collective of their dumps."""
+    """Judge ranks that wait for a lock while other ranks wait for them in a collective, which the dumps show."""
     stacks = {rank: rows[-1] for rank, rows in scene.main_stacks().items()}
     locked = sorted(rank for rank, stack in stacks.items() if stack.activity == "lock")
     blocked = [wait for wait in waits if set(wait.missing) & set(locked)]
@@ -38,7 +39,10 @@ def judge_lock_across(scene: Scene, waits: Sequence[Wait]) -> Diagnosis | None:
 
 
 def judge_locks(scene: Scene, rows: Mapping[int, Sequence[Stack]]) -> Diagnosis | None:
-    """Judge the same from stacks alone, if no rank builds. This takes two looks: a lock may change its holder."""
+    """Judge ranks that wait for a lock, from stacks alone, if no rank builds.
+
+    The holder may change: two looks are needed.
+    """
     stacks = {rank: stack[-1] for rank, stack in rows.items()}
     locked = sorted(rank for rank, stack in stacks.items() if stack.activity == "lock")
     if not locked:
@@ -56,13 +60,18 @@ def judge_locks(scene: Scene, rows: Mapping[int, Sequence[Stack]]) -> Diagnosis 
     if inside and not others:
         return _across(locked, inside, stacks[inside[0]].detail, stacks, evidence, whole)
     if others:
-        return _holder_elsewhere(locked, others, evidence, f"{ranks_of(others).capitalize()} may hold it: look there.")
+        return _holder_elsewhere(
+            locked,
+            others,
+            evidence,
+            f"{ranks_of(others).capitalize()} may hold the lock: look at the stacks there.",
+        )
     files = {stacks[rank].detail.partition(": ")[2] for rank in locked}
     if len(files) > 1 and "" not in files:
         return _two_locks(locked, sorted(files), evidence, whole and len(files) == 2)
     return _holder_elsewhere(
         locked, [],  evidence,
-        "No rank that is seen here holds it: the holder is another process, or the lock is a file that a killed "
+        "None of the ranks seen holds the lock. Either another process holds it, or the lock is a file that a killed "
         "process left behind (torch's FileBaton waits as long as the file exists).",
     )  # fmt: skip
 
@@ -75,7 +84,10 @@ def _across(
     evidence: Sequence[str],
     whole: bool,
 ) -> Diagnosis:
-    """Judge ranks in a lock and `inside` a collective. `whole`: all ranks were seen, so no other rank is the holder."""
+    """Judge ranks in a lock and `inside` a collective.
+
+    `whole`: all ranks were seen, so no unseen rank holds the lock.
+    """
     summary = (
         f"{ranks_of(locked).capitalize()} {verb(locked, 'waits', 'wait')} for {stacks[locked[0]].detail}, and "
         f"{ranks_of(inside)} {verb(inside, 'waits', 'wait')} in {call} for {verb(locked, 'it', 'them')}."
@@ -83,41 +95,42 @@ def _across(
     if not whole:
         return Diagnosis(
             "inconclusive", "", (), tuple(inside), "undecided",
-            (summary, "If a rank in the collective holds the lock, this is a deadlock. Not every rank is seen here, or "
-             "not twice, so a rank that builds may hold it."),
+            (summary, "If a rank in the collective holds the lock, this is a deadlock. But not every rank was seen, "
+                      "or was seen twice, so a rank that builds may hold the lock."),
             tuple(evidence), (), (HOLDER, COLLECT["stacks"]),
         )  # fmt: skip
     culprits = tuple(inside) if len(inside) == 1 else ()
     return Diagnosis(
         "deadlock", "lock", culprits, () if culprits else tuple(inside), "likely", (summary,),
-        (*evidence, "No stack shows the holder. Of all ranks only those in the collective can hold the lock, and no "
-         "rank builds: this is by elimination."),
-        ("A process outside of the job holds the lock: look at /proc/locks.",), (HOLDER, COLLECT["stacks"]),
+        (*evidence, "No stack shows the holder. Only the ranks in the collective can hold the lock, because no other "
+                    "rank is left and none builds."),
+        ("A process outside the job that holds the lock: look at /proc/locks.",), (HOLDER, COLLECT["stacks"]),
     )  # fmt: skip
 
 
 def _two_locks(locked: Sequence[int], files: Sequence[str], evidence: Sequence[str], whole: bool) -> Diagnosis:
     summary = (
-        f"{ranks_of(locked).capitalize()} wait for {len(files)} locks ({', '.join(files[:4])}). Ranks that each hold "
-        "the lock of the other wait for ever."
+        f"{ranks_of(locked).capitalize()} wait for {len(files)} locks ({', '.join(files[:4])}). If each of two ranks "
+        "holds the lock that the other waits for, they wait for ever."
     )
     if not whole:
         return Diagnosis(
-            "inconclusive", "", (), tuple(locked), "undecided", (summary, "Who holds which lock is not seen."),
+            "inconclusive", "", (), tuple(locked), "undecided",
+            (summary, "The stacks do not show which rank holds which lock."),
             tuple(evidence), (), (HOLDER, COLLECT["stacks"]),
         )  # fmt: skip
     return Diagnosis(
         "deadlock", "lock", (), tuple(locked), "likely", (summary,),
         (*evidence, "Every rank waits for one of the two locks in both looks, and no rank builds."),
-        ("A process outside of the job holds a lock: look at /proc/locks.",), (HOLDER, COLLECT["stacks"]),
+        ("A process outside the job that holds a lock: look at /proc/locks.",), (HOLDER, COLLECT["stacks"]),
     )  # fmt: skip
 
 
 def _holder_elsewhere(locked: Sequence[int], suspects: Sequence[int], evidence: Sequence[str], where: str) -> Diagnosis:
     return Diagnosis(
         "inconclusive", "", (), tuple(suspects), "undecided",
-        (f"{ranks_of(locked).capitalize()} {verb(locked, 'waits', 'wait')} for a file lock, and no rank is seen to "
-         "build.", where),
+        (f"{ranks_of(locked).capitalize()} {verb(locked, 'waits', 'wait')} for a file lock, and no rank seen is "
+         "building.", where),
         tuple(evidence), (), (HOLDER, COLLECT["stacks"]),
     )  # fmt: skip
 
@@ -134,5 +147,5 @@ def _place(stack: Stack) -> str:
 
 
 def _stands_still(looks: Sequence[Stack]) -> bool:
-    """Whether at least two looks show the same wait. The innermost frames may differ, because a wait polls."""
+    """Whether at least two looks show the same wait. The innermost frames may differ, because such a wait polls."""
     return len(looks) > 1 and len({(stack.activity, stack.detail) for stack in looks}) == 1

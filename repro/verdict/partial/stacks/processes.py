@@ -1,7 +1,7 @@
-"""Judge a cycle of waits through several processes of a rank: its engine, its worker, and those of other ranks.
+"""Judge a cycle of waits through several processes of a rank.
 
-A worker waits for an order of its engine, the engine in a collective for another engine, that one for its worker, and
-that worker in a collective for the first one. No recorder and no watchdog sees all of these waits.
+An example: a worker waits for its engine, which waits in a collective for a second engine. The second engine waits for
+its own worker, which waits in a collective for the first worker. No recorder and no watchdog sees all of these waits.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ def judge_processes(scene: Scene) -> Diagnosis | None:
         looks |= {(role, rank): rows for rank, rows in scene.main_stacks(role).items() if rows[-1].process.role == role}
     cycle = find_cycle({place: _waits_for(place, rows[-1], looks) for place, rows in looks.items()})
     if len({role for role, _ in cycle}) < 2:
-        return None  # other rules judge cycles of collectives only
+        return None  # other rules judge cycles that consist of collectives only
     lines = [
         f"The {role} of rank {rank} waits: {looks[role, rank][-1].activity} {looks[role, rank][-1].detail} "
         f"({looks[role, rank][-1].source})"
@@ -36,15 +36,15 @@ def judge_processes(scene: Scene) -> Diagnosis | None:
     if all(len(looks[place]) > 1 and len({s.activity for s in looks[place]}) == 1 for place in cycle):
         return Diagnosis(
             "deadlock", "order", (), early, "likely", summary,
-            (*lines, "All of them stand in the same place in two looks or more."),
-            ("A later look in which one of them has moved on.",),
+            (*lines, "All of these processes are at the same place in two looks or more."),
+            ("A later look in which one of these processes has moved on.",),
             ("which execution or question was left out: record the next start, python -m repro record -- vllm serve …",
-             "the engines' decisions of the last steps: VLLM_LOGGING_LEVEL=DEBUG", COLLECT["recorder"]),
+             "the decisions of the engines in the last steps: VLLM_LOGGING_LEVEL=DEBUG", COLLECT["recorder"]),
         )  # fmt: skip
     return Diagnosis(
         "inconclusive", "", (), (), "undecided",
-        (*summary, "One look may have caught the moment between two steps."), tuple(lines), (),
-        ("a second set of stacks, some seconds later: the same places again mean a deadlock", COLLECT["stacks"]),
+        (*summary, "One look may show a moment between two steps."), tuple(lines), (),
+        ("a second set of stacks, some seconds later: if the places are the same, it is a deadlock", COLLECT["stacks"]),
     )  # fmt: skip
 
 

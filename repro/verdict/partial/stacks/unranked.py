@@ -10,7 +10,10 @@ MOST_PLACES, MOST_PROCESSES = 6, 8
 
 
 def judge_unranked(scene: Scene) -> Diagnosis | None:
-    """Only if no stack has a rank. Beside ranked processes, one without a rank is a launcher or front end."""
+    """Judge stacks if none of them has a rank.
+
+    Beside ranked processes, one without a rank is a launcher or front end.
+    """
     last: dict[int | str, Stack] = {}
     for stack in scene.stacks:
         if stack.process.rank is None and is_main(stack):
@@ -24,12 +27,12 @@ def judge_unranked(scene: Scene) -> Diagnosis | None:
     ordered = sorted(places.items(), key=lambda item: -len(item[1]))
     pids = " ".join(str(pid) for pid in last if isinstance(pid, int))
     ask = (
-        f"the rank of each process: for p in {pids or 'PIDS'}; do echo $p; "
-        "tr '\\0' '\\n' < /proc/$p/environ | grep -w RANK; done"
+        f"the rank of each process: for p in {pids or 'PIDS'}; do echo $p; tr '\\0' '\\n' < /proc/$p/environ | grep -w "
+        "RANK; done"
     )
     return Diagnosis(
         "inconclusive", "", (), (), "undecided",
-        (f"The stacks show {len(last)} processes, and nothing says which ranks they are.",
+        (f"The stacks show {len(last)} processes, but not which rank each process is.",
          *(f"{_named(stacks)}: {where}." for where, stacks in ordered[:MOST_PLACES])),
         tuple(f"{_named(stacks)}: {stacks[0].frames[0]} ({stacks[0].source})" for _, stacks in ordered[:MOST_PLACES]
               if stacks[0].frames),

@@ -1,6 +1,6 @@
-"""A drawn run: the program of each simulated rank, step by step, and what is wrong in it.
+"""A drawn run: the program of each simulated rank, step by step, and the fault in it.
 
-``Case.simulate()`` runs it to rest.
+``Case.simulate()`` runs the programs until nothing moves.
 """
 
 from __future__ import annotations
@@ -22,19 +22,20 @@ WRAPPING = Geometry(ring_records=40, vector_words=96, string_bytes=16_384, group
 
 @dataclass(frozen=True)
 class Item:
-    """One collective in the program of one rank, or something local before it."""
+    """One collective in the program of one rank, or local work before it."""
 
     call: Collective | None
-    wait_after: int | None = None  # None: blocking; else issued, and waited for after that many more items
+    # None: a blocking call; otherwise the rank waits for the call after this many further items
+    wait_after: int | None = None
     planned: ScheduleEntry | None = None
     before: tuple[Action, ...] = ()
     after: tuple[Action, ...] = ()
-    is_forgotten: bool = False  # issued, and never waited for
+    is_forgotten: bool = False  # the call is issued and never waited for
 
 
 @dataclass
 class Case:
-    """One drawn run: ``steps[rank][step]`` is a list of items."""
+    """One drawn run. ``steps[rank][step]`` is a list of items."""
 
     seed: int
     fault: str
@@ -42,17 +43,18 @@ class Case:
     groups: dict[str, list[tuple[int, ...]]]
     steps: list[list[list[Item]]]
     declared: bool
-    habit: bool  # all ranks issue an undeclared collective in every step
+    habit: bool  # whether all ranks issue an undeclared collective in every step
     hosts: int
     shape: Geometry
     culprits: tuple[int, ...] = ()
-    step: int = -1  # where the fault is, counted from 0
+    step: int = -1  # the step with the fault, counted from 0
     stalls: list[tuple[str, int]] = field(default_factory=list)
     locks: dict[str, int] = field(default_factory=dict)
-    second: str = ""  # another fault
-    victim: int = -1  # of a kill inside a collective
-    one_side: bool = False  # the backend completes a meeting whose members differ for the largest side
-    one_clock: bool = False  # judged by the time of one host; that of the others follows from their wall clocks
+    second: str = ""  # name of a second fault
+    victim: int = -1  # the rank that is killed inside a collective
+    one_side: bool = False  # whether a meeting whose members differ completes for the largest side
+    # whether the judge gets the time of one host only, and derives the others from their wall clocks
+    one_clock: bool = False
 
     @property
     def faults(self) -> set[str]:
@@ -104,14 +106,14 @@ class Case:
         return sim
 
     def lock_holders(self, sim: Simulation) -> dict[int, tuple[str, int]]:
-        """What the systems of all hosts say about the locks that ranks wait for."""
+        """Return what the operating systems of all hosts say about the locks that ranks wait for."""
         known = {} if "unknown_lock" in self.faults else self.locks
         waits = {rank: each.blocked for rank, each in enumerate(sim.ranks) if each.blocked}
         return {rank: (name, known[name]) for rank, (kind, name) in waits.items() if kind == "lock" and name in known}
 
 
 def pick(case: Case, rng: random.Random, *, group: str | None = None, collective: bool = True) -> tuple[int, int, int]:
-    """A random (rank, step, index) of an item, of one group if asked."""
+    """Return a random (rank, step, index) of an item; of one group if ``group`` is given."""
     places = [
         (rank, step, index)
         for rank, steps in enumerate(case.steps)
@@ -131,6 +133,6 @@ def members_of(case: Case, rank: int, call: Collective) -> tuple[int, ...]:
 
 
 def some_of(members: Sequence[int], rng: random.Random, most: int | None = None) -> tuple[int, ...]:
-    """A part of the members: at least one, never all."""
+    """Return a random part of the members: at least one, never all."""
     count = rng.randint(1, min(len(members) - 1, most or len(members)))
     return tuple(sorted(rng.sample(list(members), count)))

@@ -12,9 +12,9 @@ from scene import MS, SMALL
 
 from hybrid_moe_ref.parallel.observer import Collective, ScheduleEntry
 
-# Off the declared schedule: the witnesses show who did it.
+# Faults in which a rank leaves its declared schedule: the witnesses show which rank did it.
 OFF_PLAN = ("extra", "extra_async", "duplicate", "skip", "swap", "swap_async", "replace", "habit", "transfer_skip")
-# By the declared schedule or in the arguments: they show only who differs.
+# Faults in the declared schedule or in the arguments: the witnesses show only which ranks differ.
 SILENT = ("plan_swap", "plan_skip", "dtype", "reduce_op", "root", "numel", "sizes", "sizes_abort", "early_done")
 SILENT += ("transfer_dtype",)
 OTHER = ("none", "lock", "stale_lock", "held_lock", "unknown_lock", "kill", "kill_inside", "fail", "spin", "stall")
@@ -23,7 +23,7 @@ FAULTS = OFF_PLAN + SILENT + OTHER + LATE
 
 
 def draw(seed: int, fault: str | None = None, rng: random.Random | None = None) -> Case:
-    """The case of a seed, or one that ``rng`` decides on; the seed then only times it."""
+    """Return the case of a seed. If ``rng`` is given, it decides on the case, and the seed only on its times."""
     rng = rng or random.Random(seed)
     fault = fault or rng.choice(FAULTS)
     num_ranks = rng.choice((2, 3, 4, 4, 5, 6, 8, 8, 8, 12, 16)) if rng.random() < 0.97 else rng.randint(17, 64)
@@ -34,7 +34,8 @@ def draw(seed: int, fault: str | None = None, rng: random.Random | None = None) 
         groups["tp"] = [everyone[i : i + size] for i in range(0, num_ranks, size)]
     if rng.random() < 0.3 or fault.startswith("transfer"):
         groups["pp"] = [everyone]
-    # A duplicate before a habitual extra looks like that extra where it was not shared, and is: the schedule decides.
+    # A duplicate before a habitual extra collective looks like that extra one. The schedule decides which of the two it
+    # is.
     habit = fault == "habit" or (rng.random() < 0.15 and fault != "duplicate")
     declared, hosts = rng.random() < 0.85, min(num_ranks, rng.choice((1, 1, 1, 2, 2, 3, 4)))
     shape = WRAPPING if rng.random() < 0.1 else SMALL
@@ -59,7 +60,7 @@ def draw(seed: int, fault: str | None = None, rng: random.Random | None = None) 
 
 
 def _forget(case: Case, rng: random.Random) -> None:
-    """Now and then a rank never waits for some of what it issues, which is legal: the backend completes it."""
+    """Let some ranks never wait for some of their calls. This is legal: the backend completes the calls."""
     if rng.random() < 0.3:
         rank = rng.randrange(case.num_ranks)
         for items in case.steps[rank]:
@@ -71,7 +72,7 @@ SECOND += ("spin", "stall", "straggler", "builder", "early_done", "stale_lock", 
 
 
 def draw_pair(seed: int) -> Case:
-    """A case with two faults that know nothing of each other; ``culprits`` are those of both."""
+    """Return a case with two independent faults. ``culprits`` has the culprits of both."""
     rng = random.Random(~seed)
     case = draw(seed, rng.choice([fault for fault in FAULTS if fault not in ("none", "habit")]))
     first = case.culprits
@@ -82,10 +83,13 @@ def draw_pair(seed: int) -> Case:
 
 
 def _template(rng: random.Random, groups: dict[str, list[tuple[int, ...]]]) -> list[tuple[str, str, str, int | None]]:
-    """(group, op, layer, wait_after) of each collective of a step; "dp all_reduce" first, as an engine does."""
+    """Return (group, op, layer, wait_after) of each collective of a step.
+
+    As in an engine, "dp all_reduce" comes first.
+    """
     entries: list[tuple[str, str, str, int | None]] = [("dp", "all_reduce", "", None)]
     for layer in range(rng.randint(1, 4)):
-        if rng.random() < 0.15:  # coalesced: issued one after the other, then waited for in turn
+        if rng.random() < 0.15:  # coalesced calls: issued one after the other, then waited for in turn
             group, number = rng.choice(sorted(set(groups) - {"pp"})), rng.randint(2, 3)
             ops = rng.sample(("all_reduce", "broadcast", "all_gather_v", "reduce_scatter_v"), number)
             entries += [(group, op, f"layers.{layer}.kv", number - 1 - index) for index, op in enumerate(ops)]
@@ -116,7 +120,7 @@ def _append_step(case: Case, template: list[tuple[str, str, str, int | None]], r
 
 
 def _pairs(num_ranks: int, rng: random.Random) -> list[tuple[int, int]]:
-    """Transfers in one order on all ranks, so that they cannot lock each other."""
+    """Return transfers in one order for all ranks, so that they cannot block each other."""
     order = list(range(num_ranks))
     rng.shuffle(order)
     return list(itertools.pairwise(order[:5]))
@@ -127,7 +131,7 @@ def _item(call: Collective, wait_after: int | None = None) -> Item:
 
 
 def _local_work(case: Case, rng: random.Random) -> None:
-    """Sleeps, builds and short critical sections, all legal."""
+    """Add sleeps, builds and short critical sections, all of which are legal."""
     for steps in case.steps:
         for items in steps:
             for index, item in enumerate(items):

@@ -1,4 +1,4 @@
-"""One function per fault: it changes the programs of some ranks and notes the culprits."""
+"""One function for each fault: it changes the programs of some ranks and notes the culprits."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ EXTRA = Collective("dp", "all_reduce", "layers.0.extra", (32,), "int32", "sum")
 
 
 def _same_place(case: Case, rank: int, step: int, index: int) -> list[int]:
-    """The ranks whose program has the same planned collective at the same place."""
+    """Return the ranks whose program has the same planned collective at the same place."""
     call = case.steps[rank][step][index].call
     assert call is not None
     key = _key(case.steps[rank][step][index])
@@ -68,7 +68,7 @@ def _skip(case: Case, rng: random.Random, planned: bool = True) -> None:
 
 
 def _skip_transfer(case: Case, rng: random.Random) -> None:
-    """One end of a transfer is left out."""
+    """Leave out one end of a transfer."""
     places = [
         (rank, step, index)
         for rank, steps in enumerate(case.steps)
@@ -85,7 +85,7 @@ def _skip_transfer(case: Case, rng: random.Random) -> None:
 
 
 def _swap(case: Case, rng: random.Random, planned: bool = False, asynchronous: bool = False) -> None:
-    """Two neighbours change places; where the place drawn has no fit neighbour, nothing does."""
+    """Exchange two neighbouring items. If no neighbour is suitable at the drawn place, nothing changes."""
     rank, step, index = pick(case, rng)
     items = case.steps[rank][step]
     if index + 1 >= len(items):
@@ -101,13 +101,13 @@ def _swap(case: Case, rng: random.Random, planned: bool = False, asynchronous: b
         one, two = replace(one, wait_after=2), replace(two, wait_after=2)
     if planned:
         items[index], items[index + 1] = two, one
-    else:  # the plan keeps its order: what is planned stays where it is
+    else:  # the plan keeps its order, so planned items stay where they are
         items[index] = replace(two, planned=one.planned)
         items[index + 1] = replace(one, planned=two.planned)
 
 
 def _change(case: Case, rng: random.Random, ops: tuple[str, ...], **fields: object) -> None:
-    """One rank passes another argument in a collective that all members call."""
+    """Change an argument of one rank in a collective that all members call."""
     places = [
         (rank, step, index)
         for rank, steps in enumerate(case.steps)
@@ -131,7 +131,10 @@ def _change(case: Case, rng: random.Random, ops: tuple[str, ...], **fields: obje
 
 
 def _habit(case: Case, rng: random.Random) -> None:
-    """All ranks issue one collective too many in every step; in the last step some do not. Those who do are wrong."""
+    """Let all ranks issue an extra collective in every step, and only some in the last step.
+
+    These are the wrong ones.
+    """
     live = case.culprits = some_of(range(case.num_ranks), rng)
     for rank, steps in enumerate(case.steps):
         if rank in live:
@@ -141,7 +144,7 @@ def _habit(case: Case, rng: random.Random) -> None:
 
 
 def _insert(case: Case, rng: random.Random, *actions: Action) -> None:
-    """Something local at a random place of one rank."""
+    """Insert local work at a random place of one rank."""
     rank = rng.randrange(case.num_ranks)
     step = rng.randrange(len(case.steps[rank]))
     index = rng.randrange(len(case.steps[rank][step]))
@@ -151,7 +154,7 @@ def _insert(case: Case, rng: random.Random, *actions: Action) -> None:
 
 
 def _lock(case: Case, rng: random.Random) -> None:
-    """One rank holds a lock while it enters a collective that another reaches only after that lock."""
+    """Let one rank hold a lock while it enters a collective that another rank reaches only after that lock."""
     rank, step, index = pick(case, rng)
     item = case.steps[rank][step][index]
     assert item.call is not None

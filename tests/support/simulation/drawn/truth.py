@@ -1,7 +1,7 @@
-"""The truth about how a drawn run ends, from the simulation's own state: no witness is read.
+"""The truth about the end of a drawn run, from the simulation's own state. No witness is read.
 
-``truth(case, sim)`` says what a perfect observer would of one fault: class, culprits, and whether a witness can show
-the culprit at all; ``class_of(case, sim)`` says the class with any number of faults.
+``truth(case, sim)`` is for one fault: the class, the culprits, and whether a witness can show the culprit at all.
+``class_of(case, sim)`` is the class for any number of faults.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ from simulator import Simulation
 class Truth:
     verdict: str
     culprits: tuple[int, ...] = ()
-    provable: bool = True  # the witnesses show the culprit
+    provable: bool = True  # whether the witnesses show the culprit
 
 
 def truth(case: Case, sim: Simulation) -> Truth:
-    """What became of the run, from the scheduler's own state."""
+    """Return how the run ended, from the scheduler's own state."""
     stuck = [rank for rank, each in enumerate(sim.ranks) if each.blocked and each.state == "running"]
     states = {each.state for each in sim.ranks}
     wrapped = case.shape is WRAPPING
@@ -30,7 +30,7 @@ def truth(case: Case, sim: Simulation) -> Truth:
         culprits = tuple(rank for rank in culprits if rank in sim.acted)
     provable = case.fault not in SILENT and (case.declared or case.fault == "lock") and not wrapped
     if case.habit and case.step == 0:
-        provable = False  # who leaves the schedule by habit is not known before there is one
+        provable = False  # there must be a habit before leaving it can be noticed
     if _mispaired(sim):
         return Truth("corrupt", culprits, provable)
     if case.fault in LATE and stuck:
@@ -55,7 +55,7 @@ def truth(case: Case, sim: Simulation) -> Truth:
 
 
 def class_of(case: Case, sim: Simulation) -> str:
-    """What became of a run with any number of faults, from the scheduler's own state alone."""
+    """Return how a run with any number of faults ended, from the scheduler's own state alone."""
     states = {rank: each.state for rank, each in enumerate(sim.ranks)}
     waited_for = {other for rank, each in enumerate(sim.ranks) if each.blocked for other in sim.waits_for(rank)}
     aborted = any(
@@ -67,7 +67,7 @@ def class_of(case: Case, sim: Simulation) -> str:
         return "corrupt"
     if set(states.values()) == {"done"}:
         return "clean"
-    differ = any(  # whether the device or the difference holds them up, nobody could tell
+    differ = any(  # whether the device or the difference blocks these ranks cannot be known
         channel.jammed == "stall" and len({call for call, _ in channel.calls[channel.completed].values()}) > 1
         for channel in sim.channels.values()
     )
@@ -87,12 +87,13 @@ def class_of(case: Case, sim: Simulation) -> str:
 
 
 def _mispaired(sim: Simulation) -> bool:
-    """Whether a meeting was completed, on both sides, by ranks that meant different collectives."""
+    """Whether a meeting was completed by ranks on both sides that issued different collectives."""
     for channel in sim.channels.values():
         for number, meeting in enumerate(channel.calls):
-            left = set().union(*channel.left[number:])  # who is through with a later one, is through with this
+            left = set().union(*channel.left[number:])  # a rank that has left a later meeting has also left this one
             if left:
-                left |= {rank for rank in meeting if sim.ranks[rank].state == "done"}  # it never waited for it
+                # this rank never waited for the meeting
+                left |= {rank for rank in meeting if sim.ranks[rank].state == "done"}
             sides = {
                 (call._replace(op="", root=0, layer=""), 0) if call.op in ("send", "recv") else (call, step)
                 for rank, (call, step) in meeting.items()
