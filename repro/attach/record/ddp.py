@@ -1,7 +1,7 @@
-"""Record DistributedDataParallel, whose reducer issues its collectives from C++.
+"""Record DistributedDataParallel, whose reducer issues its collectives in C++.
 
-The recorder cannot see the reducer's buckets. It records what all ranks must do alike: making the wrapper, sending
-the buffers, and each backward pass that averages gradients.
+Python does not see the reducer's buckets. What all ranks must do alike is recorded: the creation of the wrapper, each
+broadcast of the buffers, and each backward pass that averages gradients.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from repro.attach.record import rank as this
 from repro.attach.record.imports import replace
 
 LAYER = "DistributedDataParallel"
-_ready: dict[str, list[int]] = {}  # group name of a wrapper whose next backward pass averages gradients -> members
+_ready: dict[str, list[int]] = {}  # group name -> members, for each wrapper whose next backward pass averages gradients
 _passes: list[tuple[Collective, int]] = []
 """The collectives of the backward pass that runs now, with their tickets."""
 
@@ -37,13 +37,13 @@ def hook_backward(module: ModuleType) -> None:
 
 
 def _blocking(op: str, original: Any) -> Any:
-    """Record a method that issues collectives in C++ and waits for them. op: "" for the rebuild of the buckets."""
+    """Wrap a method that issues collectives in C++ and waits for them. op: its name; "" to rebuild the buckets."""
 
     def method(self: Any, *args: Any, **options: Any) -> Any:
         rank = this.current
         if rank is None or _is_compiling() or (not op and not _rebuilds(self)):
             return original(self, *args, **options)
-        if op == "ddp_init":  # an argument gives the group: the wrapper does not have it yet
+        if op == "ddp_init":  # the group comes from an argument, because the wrapper does not have it yet
             group = options.get("process_group")
             name, members = "world", []
             if group is not None:
@@ -65,7 +65,7 @@ def _blocking(op: str, original: Any) -> Any:
 
 
 def _rebuilds(wrapper: Any) -> bool:
-    """Whether the forward pass rebuilds the buckets: once, after the first backward pass."""
+    """Whether this forward pass rebuilds the buckets, which happens once, after the first backward pass."""
     done: int = wrapper.__dict__.get("_hmr_passes", 0)
     wrapper.__dict__["_hmr_passes"] = done + 1
     return done == 1
@@ -114,7 +114,7 @@ def note_wait(rank: Any) -> None:
 
 
 def _collective(rank: Any, name: str, members: list[int], op: str) -> Collective:
-    """Make an entry in a separate group "NAME.ddp", because nobody knows how many collectives one such call issues."""
+    """Make a collective in a group "NAME.ddp". It stands for an unknown number of collectives in the group NAME."""
     group = f"{name}.ddp"
     if members:
         with rank.lock:

@@ -1,7 +1,7 @@
 """Redact the records of a job's evidence: numbers stay, and unrecognised strings are replaced by stand-ins.
 
-The judge compares strings of the evidence with each other, and looks for few words in them. So equal strings get equal
-stand-ins, different ones different stand-ins, and the names of files keep their order.
+The judge compares strings of the evidence with each other, and searches for a few words in them. So equal strings get
+equal stand-ins, different strings get different stand-ins, and the names of files keep their order.
 """
 
 from __future__ import annotations
@@ -151,7 +151,7 @@ class _Redactor:
         return replace(record, **changed)
 
     def refusal(self, text: str) -> str:
-        """Redact "file:offset: what" of a file that was not understood."""
+        """Redact "file:offset: what", the remark about a file that was not understood."""
         name, _, rest = text.partition(":")
         offset, _, what = rest.partition(": ")
         return f"{self.files[name]}:{offset if offset.isdecimal() else 0}: {self.text(what)}"
@@ -198,7 +198,7 @@ class _Redactor:
         return self._form(call)._replace(source=self._source(call.source))
 
     def _frame_of(self, frame: str) -> str:
-        """Redact "function (file:line)"; in a native frame the library takes the place of the file."""
+        """Redact "function (file:line)". In a native frame, the library has the place of the file."""
         match = _FRAME.fullmatch(frame)
         if match is None:
             return self._of.function(frame)
@@ -244,7 +244,7 @@ def _files_of(records: Iterable[Observation]) -> set[str]:
 
 
 def _stand_ins_of_files(names: Iterable[str], recogniser: Recogniser) -> Mapping[str, str]:
-    """Redact file names. If not all are recognised, each gets its sorted position, then its recognised part."""
+    """Redact file names. If one is not recognised, each name gets its sorted position and its recognised part."""
     ordered = sorted(names)
     reduced = {name: _reduced(name, recogniser) for name in ordered}
     changed = sum(name != kept for name, kept in reduced.items())

@@ -3,9 +3,9 @@
     recorder = Recorder.open("events/rank003.wit", rank=3, num_ranks=8, run_id="…")
     comm = Communicator(…, observer=recorder)
 
-The layout is in :mod:`repro.trace.witness.format`. The recorder never reads the file, never allocates blocks after
-``open``, and never raises because an area is full: strings that no longer fit become "?", and groups beyond the slots
-are not tracked.
+The layout is described in :mod:`repro.trace.witness.format`. The recorder never reads the file and allocates no disk
+blocks after ``open``. If an area is full, it raises no error: further strings become "?", and groups without a slot are
+not tracked.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ MAX_NOTED = 4096
 
 _pack, _seal_into, _getframe = VARIABLE.pack, SEALED.pack_into, sys._getframe
 _RECORD = RECORD.size
-_NUM_EVENTS = LIVE_AT // WORD.size  # as it is stored in the file
+_NUM_EVENTS = LIVE_AT // WORD.size  # these constants are in the order in which the file stores them
 _NUM_GROUPS = _NUM_EVENTS + 3
 _LOCAL_KINDS = {
     "lock_wait": Kind.LOCK_WAIT,
@@ -76,8 +76,7 @@ def _move_within(buffer: bytearray, target: int, source: int, count: int) -> Non
 class Recorder:
     """An :class:`hybrid_moe_ref.parallel.observer.Observer` that writes one witness file.
 
-    Only one thread may record. ``local("heartbeat", …)`` may also be called from another thread, because it writes only
-    the heartbeat.
+    Only one thread may record. A second thread may call ``local("heartbeat", …)``, which writes only the heartbeat.
     """
 
     def __init__(
@@ -90,7 +89,7 @@ class Recorder:
         self._shape = shape
         self._clock = clock
         self._num_events = 0
-        self._entered: Collective | None = None  # the collective issued last, and its call
+        self._entered: Collective | None = None  # the collective issued last, and the data of its call
         self._entered_call: Call | None = None
         self._phase = 0
         self._step = -1
@@ -102,9 +101,9 @@ class Recorder:
         self._members: dict[str, tuple[int, ...]] = {}
         self._calls: dict[tuple[object, ...], Call] = {}
         self._schedules = Schedules(self._intern)
-        self._depth = 1  # number of frames from `enter` to the call site in the previous call
-        self._codes: list[CodeType] = []  # a reference to each code object, so that ids in _calls are not reused
-        self._vector: tuple[int, ...] = ()  # the last stored size vector, and its offset
+        self._depth = 1  # number of frames between `enter` and the call site at the previous call
+        self._codes: list[CodeType] = []  # a reference to each code object, so that no id in _calls is used again
+        self._vector: tuple[int, ...] = ()  # the size vector stored last, and its offset
         self._vector_offset = NO_VECTOR
         self._heartbeats = 0
 
@@ -121,7 +120,7 @@ class Recorder:
     ) -> Recorder:
         """Map the file that a launcher preallocated, or create it.
 
-        knows   the aspects that the program reports to the recorder; no rule of the judge asks for another one
+        knows   the aspects that the program reports to the recorder; the judge uses no other aspect
 
         Raises WitnessError if the file has had a writer, or was made for another rank.
         """
@@ -144,14 +143,15 @@ class Recorder:
         self._step = step
         self._write(Kind.STEP, sig=self._schedules.intern(schedule), aux=num_live)
 
-    # `enter` and `leave` run hundreds of times a step. Their code is inlined, since each function call adds a tenth.
+    # `enter` and `leave` run hundreds of times in a step. Their code is inlined, because each function call adds a
+    # tenth to their time.
 
     def enter(self, collective: Collective, asynchronous: bool = False) -> None:
         group_name, op, layer, sizes, dtype, reduce_op, root = collective
         try:
-            # examining a frame takes time, so start where the previous call found its call site
+            # Examining a frame takes time, so start at the depth at which the previous call found its call site.
             frame = _getframe(self._depth)
-        except ValueError:  # fewer frames
+        except ValueError:  # the stack has fewer frames
             frame = _getframe(1)
         code = id(frame.f_code)
         call = self._calls.get((group_name, op, layer, dtype, reduce_op, root, len(sizes), code, frame.f_lasti))
@@ -177,7 +177,7 @@ class Recorder:
         _seal_into(self._buffer, at, fixed, row, crc32(row, check))
         self._move(
             group.last, at, _RECORD
-        )  # packing in place would clear the slot first, but readers must never see it empty
+        )  # packing in place would clear the slot first, but a reader must never see an empty slot
         words[_NUM_EVENTS] = n * GUARD
 
     def leave(self, collective: Collective | None, ticket: int = 0, call: Call | None = None) -> None:
@@ -214,7 +214,7 @@ class Recorder:
         self._write(Kind.DONE)
 
     def failed(self, message: str) -> None:
-        """Record a failure. The message is cut to one line of MAX_MESSAGE characters; the log has all of it."""
+        """Record a failure. The message is cut to one line of MAX_MESSAGE characters; the log has the whole message."""
         line = " ".join(message.split())
         line = line if len(line) <= MAX_MESSAGE else f"{line[: MAX_MESSAGE - 2]} …"
         self._write(Kind.FAILED, sig=self._intern(line))
@@ -227,14 +227,14 @@ class Recorder:
 
     @property
     def last_seq(self) -> int:
-        """Number of the collective that was issued last, in its group."""
+        """Return the sequence number, in its group, of the collective that was issued last."""
         assert self._entered_call is not None
         return self._entered_call.group.seq
 
     # -- asynchronous collectives --------------------------------------------------------------------------------
 
     def issue(self, collective: Collective) -> int:
-        """Record that an asynchronous collective is issued next; returns its ticket for ``wait`` and ``finish``."""
+        """Record that an asynchronous collective is issued next. Returns its ticket, for ``wait`` and ``finish``."""
         self.enter(collective, True)
         return self.last_seq
 
@@ -292,7 +292,10 @@ class Recorder:
         return Group(index)
 
     def _call_from(self, caller: FrameType, collective: Collective) -> Call:
-        """Return the call at the call site: the first frame outside the communicator, from `enter`'s caller on."""
+        """Return the call at the call site.
+
+        That is the first frame outside the communicator, searched from `enter`'s caller.
+        """
         depth, frame = 1, caller
         while is_between(frame.f_code) and frame.f_back is not None:
             depth, frame = depth + 1, frame.f_back
@@ -302,14 +305,17 @@ class Recorder:
         return self._calls.get(key) or self._make_call(collective, key, frame)
 
     def _call_of(self, collective: Collective | None) -> Call:
-        """The call of a collective that was issued elsewhere, without a call site."""
+        """Return the call of a collective that was issued elsewhere, without a call site."""
         assert collective is not None, "either the collective or its call is given"
         group, op, layer, sizes, dtype, reduce_op, root = collective
         key = (group, op, layer, dtype, reduce_op, root, len(sizes))
         return self._calls.get(key) or self._make_call(collective, key, None)
 
     def _make_call(self, collective: Collective, key: tuple[object, ...], frame: FrameType | None) -> Call:
-        """Intern a collective. A send or receive is numbered in a channel of its own: a group of two ranks."""
+        """Store a collective's strings and group.
+
+        A send or receive is numbered in its own group of two ranks, a channel.
+        """
         name, op = collective.group, collective.op
         rest = (collective.layer, collective.dtype, collective.reduce_op)
         digested: tuple[str, ...] = (op, *rest)

@@ -44,7 +44,9 @@ def _place(stack: Stack) -> str:
 def _builder(
     scene: Scene, rows: Mapping[int, Sequence[Stack]], by_activity: Mapping[str, list[int]]
 ) -> Diagnosis | None:
-    """Judge ranks that build while others wait for a lock or in a collective: slow, and the builder is the culprit."""
+    """Judge ranks that build while others wait for a lock or in a collective: the run is slow, and the builder is
+    named.
+    """
     working = sorted(rank for name in WORKING for rank in by_activity.get(name, []))
     locked = by_activity.get("lock", [])
     waiting = sorted({*locked, *by_activity.get("collective", []), *by_activity.get("idle", [])})
@@ -62,7 +64,8 @@ def _builder(
             f"({_source(rows[locked[0]][-1])})"
         )
     evidence.append(
-        "A builder looks idle like those who wait, since it waits for a child process: its frames tell them apart."
+        "A rank that builds waits for a child process, so it looks as idle as the ranks that wait for it. Only its "
+        "frames show the build."
     )
     what = rows[working[0]][-1]
     return Diagnosis(
@@ -70,8 +73,7 @@ def _builder(
         (f"{ranks_of(working).capitalize()} {verb(working, 'builds', 'build')} ({what.activity}: {what.detail}).",
          f"{ranks_of(waiting).capitalize()} wait for {'the build lock' if locked else 'it'}."),
         tuple(evidence),
-        ("A second look in which the builder has no child process that uses a processor: then the "
-        "build stands still.",),
+        ("A second look in which no child process of the builder uses a processor: then the build has stopped.",),
         (COLLECT["children"], "a second set of stacks, a minute later"),
     )  # fmt: skip
 
@@ -79,7 +81,7 @@ def _builder(
 def _queues(
     scene: Scene, rows: Mapping[int, Sequence[Stack]], by_activity: Mapping[str, list[int]]
 ) -> Diagnosis | None:
-    """Judge workers that wait for orders while an engine waits for an answer: lost message, or an unlucky moment."""
+    """Judge workers that wait for orders while an engine waits for an answer: a lost message, or a normal moment."""
     idle = by_activity.get("idle", [])
     if not idle or len(idle) < len(rows):
         return None
@@ -92,8 +94,8 @@ def _queues(
     ]
     if not engines:
         summary = (
-            f"{ranks_of(idle).capitalize()} {verb(idle, 'waits', 'wait')} for orders, and no rank is in a collective: "
-            "an idle server looks like this."
+            f"{ranks_of(idle).capitalize()} {verb(idle, 'waits', 'wait')} for orders, and no rank is in a collective. "
+            "An idle server looks the same."
         )
         ends = (
             "A process at its exit waits for another one that it started, and that one waits for requests: the program "
@@ -102,17 +104,17 @@ def _queues(
         return Diagnosis(
             "inconclusive", "", (), (), "undecided",
             (summary, ends) if leaving else (summary,),
-            tuple(evidence), (), ("stacks of the engine and front end processes too", AGAIN),
+            tuple(evidence), (), ("the stacks of the engine and front end processes too", AGAIN),
         )  # fmt: skip
     return Diagnosis(
         "inconclusive", "", (), (), "undecided",
         ("The engine waits for an answer (response) of its workers, and the workers wait in their "
         "message queue for the next order. No rank is in a collective.",
-         "Either a message between them was lost, or this dump caught the moment between two steps."),
-        tuple(evidence), ("A second set of stacks in which one of them has moved on.",),
+         "Either a message between them was lost, or the stacks were taken between two steps."),
+        tuple(evidence), ("A second set of stacks in which the engine or a worker has moved on.",),
         (
-            f"{AGAIN}: the same frames again mean a lost message",
-            "the queue's counters: VLLM_LOGGING_LEVEL=DEBUG, shm_broadcast",
+            f"{AGAIN}: if the frames are the same, a message was lost",
+            "the counters of the message queue (shm_broadcast): VLLM_LOGGING_LEVEL=DEBUG",
         ),
     )  # fmt: skip
 
@@ -133,8 +135,8 @@ def _collectives(
     again = [rank for rank in inside if len(rows[rank]) > 1 and len({stack.frames for stack in rows[rank]}) == 1]
     if again:
         evidence.append(
-            f"{ranks_of(again).capitalize()} {verb(again, 'stands', 'stand')} at the same frames in "
-            f"{len(rows[again[0]])} dumps ({', '.join(_source(s) for s in rows[again[0]][:2])})"
+            f"{ranks_of(again).capitalize()} {verb(again, 'is', 'are')} at the same frames in {len(rows[again[0]])} "
+            f"dumps ({', '.join(_source(s) for s in rows[again[0]][:2])})"
         )
     host_side = [
         rank
@@ -143,20 +145,20 @@ def _collectives(
     ]
     if host_side:
         evidence.append(
-            f"{ranks_of(host_side).capitalize()} {verb(host_side, 'is', 'are')} on the host side of "
-            "NCCL (ncclLocalOpAppend: it enqueues work for NCCL's proxy), as in nccl#2353, where all "
-            "ranks did issue the collective."
+            f"{ranks_of(host_side).capitalize()} {verb(host_side, 'is', 'are')} on the host side of NCCL "
+            "(ncclLocalOpAppend, which enqueues work for NCCL's proxy). In nccl#2353 this was so although all ranks "
+            "had issued the collective."
         )
     others = sorted(set(rows) - set(inside))
     if len(kinds) > 1:
         named = "; ".join(f"{ranks_of(ranks)} in {kind}" for kind, ranks in kinds.items())
         return Diagnosis(
             "inconclusive", "", (), tuple(sorted(inside)), "undecided",
-            (f"Ranks are inside different collectives: {named}.",
-             "Stacks carry no group and no number. This does not show whether one of "
-             "them issued the wrong call, or both issued both calls."),
+            (f"The ranks are inside different collectives: {named}.",
+             "Stacks show no group and no sequence number. So one of the ranks may have issued the wrong call, or "
+             "each rank issued both calls."),
             tuple(evidence), ("Dumps that show both operations queued on both ranks.",),
-            (COLLECT["recorder"], COLLECT["ras"], "a per-rank log of the decision that leads to these calls"),
+            (COLLECT["recorder"], COLLECT["ras"], "on each rank, a log of the condition that leads to these calls"),
         )  # fmt: skip
     if others:
         doing = "; ".join(
@@ -172,14 +174,14 @@ def _collectives(
         )  # fmt: skip
     return Diagnosis(
         "inconclusive", "", (), (), "undecided",
-        (f"All {len(inside)} ranks seen are in {next(iter(kinds))}. Stacks carry no number, so "
-        "they may be in different ones.",),
+        (f"All {len(inside)} ranks seen are in {next(iter(kinds))}. Stacks show no sequence number, so the ranks may "
+         "be in different collectives.",),
         tuple(evidence), (), (COLLECT["recorder"], "a second set of stacks, some seconds later", COLLECT["kernel"]),
     )  # fmt: skip
 
 
 def _canonical(detail: str) -> str:
-    from repro.ingest.names.operations import operation  # names only
+    from repro.ingest.names.operations import operation  # only the names of operations
 
     return operation(detail.split(" ")[0])
 
@@ -196,6 +198,6 @@ def _others(
     ]
     return Diagnosis(
         "inconclusive", "", (), (), "undecided",
-        ("The stacks show where the ranks are, and nothing says who waits for whom.",), tuple(lines), (),
+        ("The stacks show where the ranks are, but not which rank waits for which.",), tuple(lines), (),
         ("a second set of stacks, some seconds later", COLLECT["recorder"]),
     )  # fmt: skip
