@@ -15,7 +15,7 @@ import pytest
 
 from hybrid_moe_ref.files import DamagedFile
 from repro.attach.record import rank, start
-from repro.attach.vllm.cells import caches, experiment, grid, hypotheses, outcome, table, trial
+from repro.attach.vllm.cells import caches, experiment, grid, hypotheses, outcome, server, table, trial
 from repro.attach.vllm.cells.grid import COLD, CPU, DP_EP, DP_EP_EAGER, JIT, TP, TRITON, WARM, Cell
 from repro.attach.vllm.cells.machine import Machine
 from repro.attach.vllm.cells.outcome import Answer, Outcome
@@ -291,6 +291,36 @@ def test_a_server_that_becomes_ready_is_not_looked_at_again(monkeypatch):
 def test_a_start_that_is_never_ready_is_looked_at_and_given_up_at_its_limit(monkeypatch):
     every = tuple(float(at) for at in range(1, 400))
     assert ticks_of(monkeypatch, 1000, {}, events=every, limit_s=300) == ("limit", [300])
+
+
+# -- the end of a server ---------------------------------------------------------------------------------------------
+
+STUBBORN = """
+import os, signal, subprocess, sys, time
+signal.signal(signal.SIGTERM, signal.SIG_IGN)
+sleeper = [sys.executable, "-S", "-c", "import time; time.sleep(600)"]
+subprocess.Popen(sleeper)
+subprocess.Popen([sys.executable, "-S", "-c", f"import subprocess; subprocess.Popen({sleeper!r})"]).wait()
+print("started", flush=True)
+time.sleep(600)
+"""
+
+
+def test_a_server_that_ignores_sigterm_ends_with_all_that_it_started(tmp_path, monkeypatch):
+    """Also a process whose parent has ended, which is in the server's process group but not below the server."""
+    monkeypatch.setattr(server, "END_PATIENCE_S", 0.3)
+    log = tmp_path / "log"
+    environment = {**os.environ, "MARK": str(tmp_path)}
+    started = server.Server([sys.executable, "-S", "-c", STUBBORN], environment, server.free_port(), log)
+    until = time.monotonic() + 60
+    while "started" not in log.read_text() and time.monotonic() < until:
+        time.sleep(0.02)
+    assert len(left(tmp_path)) == 3 and not started.ready()
+    assert started.end() == [] and started.exit_code() == -9
+    until = time.monotonic() + 10
+    while left(tmp_path) and time.monotonic() < until:
+        time.sleep(0.02)
+    assert left(tmp_path) == []
 
 
 # -- what the recorder sees of a build -------------------------------------------------------------------------------
