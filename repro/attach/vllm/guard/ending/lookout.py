@@ -128,7 +128,8 @@ class Lookout:
     def _run(self) -> None:
         while not self._leaving.is_set() or self.stop.sentence:
             try:
-                self.look()
+                if not self.stop.sentence:  # the store may be gone by now, and torch takes seconds to say so
+                    self.look()
             except Exception as error:
                 if _is_gone(error):
                     self._without_store(error)

@@ -17,7 +17,7 @@ from typing import Any
 EXIT_CODE = 86
 """The exit code of a process that the guard ended."""
 
-GRACE_S = 1.0
+GRACE_S = 0.7
 """How long vLLM may shut down by itself after a refusal before the process is ended."""
 
 
