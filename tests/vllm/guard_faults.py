@@ -2,9 +2,8 @@
 
     python tests/vllm/guard_faults.py --vllm VENV --out DIR [TRIAL…]
 
-Prints a table: the exit code, the seconds from the end of the first worker to that of the last
-engine or worker, and the sentence.
-Exit code 0 if every trial ended as expected.
+Prints a table: the exit code, the seconds from the end of the first worker to that of the last engine or worker, and
+the sentence. Exit code 0 if every trial ended as expected.
 """
 
 from __future__ import annotations
