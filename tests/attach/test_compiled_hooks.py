@@ -88,7 +88,14 @@ def test_both_recorders_write_the_same_bytes(library, monkeypatch):
 
 def events_of(folder: Path, cache: Path | str, **variables: str) -> list[tuple]:
     """Run the job; return what its witness says, without times."""
-    env = {**os.environ, "HMR_RECORD": str(folder), "PYTHONPATH": str(SITE), "XDG_CACHE_HOME": str(cache), **variables}
+    env = {
+        **os.environ,
+        "HMR_RECORD": str(folder),
+        "PYTHONPATH": str(SITE),
+        "XDG_CACHE_HOME": str(cache),
+        **variables,
+        "HMR_RECORD_MODULES": "1",
+    }
     done = subprocess.run([sys.executable, str(JOB)], env=env, capture_output=True, text=True)
     assert (done.returncode, "not recorded" in done.stderr) == (0, False), done.stdout + done.stderr
     (witness,), refused = (list(part) for part in (read_dir(folder / "events")[0].values(), read_dir(folder)[1]))

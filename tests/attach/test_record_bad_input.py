@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from repro.commands.record import SITE
+from repro.trace.knowledge import UNDECLARED
 from repro.trace.witness import format as witness_format
 from repro.trace.witness.file import read_dir
 
@@ -104,6 +105,7 @@ os.kill(os.getpid(), 9)
     assert done.returncode == -signal.SIGKILL, done.stderr
     assert len(operations(tmp_path / "run")) == 1000
     witness = read_dir(tmp_path / "run" / "events")[0][0]
+    assert witness.knows == UNDECLARED, "the program declares no steps"
     assert not witness.damaged and witness.last is not None and witness.last.kind == witness_format.Kind.LEAVE
 
 

@@ -22,7 +22,24 @@ def deeper(call) -> None:
     twice(call)
 
 
+class Layer(torch.nn.Module):
+    def forward(self, tensor: torch.Tensor) -> torch.Tensor:
+        dist.all_reduce(tensor)
+        return tensor
+
+
+layers = torch.nn.Sequential(Layer(), Layer())
+
+
 def calls() -> None:
+    for _ in range(3):
+        layers(x)
+    for tensor in (x, y, x, y, torch.zeros(9)):  # one line, and calls that differ in one thing
+        dist.all_reduce(tensor)
+    for asynchronous in (False, True, False, True):
+        work = dist.all_reduce(x, async_op=asynchronous)
+        if work is not None:
+            work.wait()
     for op in (dist.ReduceOp.SUM, dist.ReduceOp.MAX, dist.ReduceOp.SUM):
         twice(lambda op=op: dist.all_reduce(x, op))
     for group in (None, pair):
