@@ -6,6 +6,7 @@ import os
 import random
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
@@ -13,10 +14,11 @@ import pytest
 from hybrid_moe_ref.parallel.observer import Collective, ScheduleEntry
 from repro.attach.record import compiled
 from repro.attach.record.compiled import recorder as compiled_recorder
+from repro.attach.record.rank import Rank
 from repro.commands.record import SITE
 from repro.trace.recording.recorder import Recorder
-from repro.trace.witness.file import read_dir
-from repro.trace.witness.format import Geometry, Identity, Kind
+from repro.trace.witness.file import parse, read_dir
+from repro.trace.witness.format import Geometry, Identity, Kind, pack_header
 
 JOB = Path(__file__).resolve().parents[1] / "support" / "jobs" / "many_calls.py"
 
@@ -128,6 +130,28 @@ def test_a_rank_without_a_library_is_recorded_in_python(tmp_path):
     assert len(events_of(tmp_path / "run", tmp_path / "no_cache")) > 100
 
 
+def test_a_signal_handler_may_cause_an_event_while_one_is_written(tmp_path):
+    times = iter(range(1000))
+
+    def clock() -> int:
+        if (now := next(times)) == 1:
+            rank.local_event("lock_freed", "inner")
+        return now
+
+    shape = Geometry(ring_records=8, vector_words=2, string_bytes=1 << 10, group_slots=2)
+    buffer = bytearray(shape.file_bytes)
+    header = pack_header(Identity(0, 1), shape)
+    buffer[: len(header)] = header
+    rank = Rank(Recorder(buffer, Identity(0, 1), shape, clock=clock), 0, tmp_path)
+    names = ("first", "outer", "last")
+    thread = threading.Thread(target=lambda: [rank.local_event("lock_held", name) for name in names], daemon=True)
+    thread.start()
+    thread.join(timeout=20)
+    witness = parse(bytes(buffer), "memory")
+    assert sorted(witness.text(e.sig) for e in witness.events()) == ["first", "inner", "last", "outer"]
+    assert witness.problems == ()
+
+
 def test_what_prevents_the_build_is_one_line(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.setenv("CC", "")
@@ -141,3 +165,29 @@ def test_what_prevents_the_build_is_one_line(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
     assert "NotADirectoryError" in compiled.build()
     assert [path.name for path in (tmp_path / "cache").rglob("*") if path.is_file()] == []
+
+
+@pytest.mark.parametrize("variables", [{}, {"HMR_RECORD_PURE": "1"}], ids=["compiled", "python"])
+def test_a_program_with_own_classes_runs_as_if_it_were_not_recorded(library, tmp_path, variables):
+    env = {**os.environ, "HMR_RECORD": str(tmp_path), "PYTHONPATH": str(SITE), **variables}
+    command = [sys.executable, str(JOB.with_name("own_classes.py"))]
+    done = subprocess.run(command, env=env, capture_output=True, text=True)
+    assert done.stdout.split() == ["FakeWork", "FakeWork", "KeyboardInterrupt", "FakeWork", "TypeError"], done.stderr
+
+
+def test_a_known_call_runs_no_python_code_of_the_recorder(library, tmp_path):
+    program = """
+import sys, torch, torch.distributed as dist
+from torch.testing._internal.distributed.fake_pg import FakeStore
+dist.init_process_group("fake", rank=0, world_size=2, store=FakeStore())
+ran, x = [], torch.ones(3)
+for _ in range(3):
+    ran.clear()
+    sys.setprofile(lambda frame, event, _: ran.append(frame.f_code.co_filename) if event == "call" else None)
+    dist.all_reduce(x)
+    sys.setprofile(None)
+print(*[name for name in ran if "repro" in name], len(ran) > 0)
+"""
+    env = {**os.environ, "HMR_RECORD": str(tmp_path), "PYTHONPATH": str(SITE)}
+    done = subprocess.run([sys.executable, "-c", program], env=env, capture_output=True, text=True)
+    assert done.stdout == "True\n", done.stdout + done.stderr

@@ -104,6 +104,25 @@ def test_threads_that_intern_at_once_share_one_number_for_one_text() -> None:
     assert [strings[number] for number in results[0]] == [f"text {number % 300}" for number in range(900)]
 
 
+def test_a_text_that_interrupts_the_store_of_another_is_lost_and_damages_nothing() -> None:
+    class Interrupting(bytearray):
+        """Interns a second text while the first is stored, as a signal handler may."""
+
+        def __setitem__(self, place, value) -> None:  # type: ignore[no-untyped-def]
+            inner.append(area.intern("second"))
+            super().__setitem__(place, value)
+
+    inner: list[int] = []
+    data = Interrupting(SHAPE.file_bytes)
+    area = Strings(data, SHAPE)
+    thread = threading.Thread(target=lambda: inner.append(area.intern("first")), daemon=True)
+    thread.start()
+    thread.join(timeout=20)
+    assert inner == [LOST_STRING, LOST_STRING, LOST_STRING, 1]
+    assert strings_of(bytes(data)) == (["", "first"], ())
+    assert area.intern("second") == 2
+
+
 def test_a_missing_string_is_damage_though_the_area_looks_shorter() -> None:
     data = bytearray(SHAPE.file_bytes)
     area = Strings(data, SHAPE)

@@ -73,7 +73,7 @@ def hook(c10d: Any) -> None:
     """Replace the methods of ProcessGroup, Backend and Work in torch._C._distributed_c10d."""
     for owner in (c10d.ProcessGroup, c10d.Backend):
         for name, method in METHODS.items():
-            replace(owner, name, functools.partial(_hook, method))
+            replace(owner, name, functools.partial(_hook, name, method))
         replace(owner, "_start_coalescing", _recorded_start)
         replace(owner, "_end_coalescing", _recorded_end)
     for kind in (c10d.Work, *c10d.Work.__subclasses__()):
@@ -98,9 +98,20 @@ class beneath:
         _thread.inside = False
 
 
-def _hook(method: Method, original: Any) -> Any:
+def _named(name: str, function: Any) -> Any:
+    """Give the code of a hook the name of its method.
+
+    pybind11 takes a method that is no function of C for an override of the program. For an object of a class of the
+    program it would call the hook where the original calls itself, without end. It does not if the frame has the name
+    of the method and its first argument is the object.
+    """
+    function.__code__ = function.__code__.replace(co_name=name)
+    return function
+
+
+def _hook(name: str, method: Method, original: Any) -> Any:
     """Make the hook of a method: the compiled one, if there is a library and it can read this method."""
-    slow = _recorded(method, original)
+    slow = _named(name, _recorded(method, original))
     if _library is None or method.compiled is None:
         return slow
 
@@ -210,7 +221,7 @@ def _recorded_wait(original: Any) -> Any:
                 rank.recorder.leave(None, ticket, call)
         return done
 
-    return wait
+    return wait  # its code has the name of its method: see _named
 
 
 def _compiled_wait(original: Any) -> Any:

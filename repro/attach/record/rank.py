@@ -46,13 +46,17 @@ _library: Any = compiled.load()
 
 
 class Rank:
-    """A recorded rank. Several threads of the program record events; ``lock`` lets one thread record at a time."""
+    """A recorded rank. Several threads of the program record events; ``lock`` lets one thread record at a time.
+
+    The thread that has the lock may take it again: a signal handler of the program, or an object that Python collects
+    while an event is written, may cause an event too.
+    """
 
     def __init__(self, recorder: Recorder, rank: int, root: Path) -> None:
         self.recorder = recorder
         self.rank = rank
         self.root = root
-        self.lock = threading.Lock()
+        self.lock = threading.RLock()
         self.local = _Thread() if _library is None else _library.Thread()
         self.attended: list[Callable[[], None]] = []  # functions that the attendant calls regularly
 

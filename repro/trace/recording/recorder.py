@@ -319,8 +319,8 @@ class Recorder:
         name, op = collective.group, collective.op
         rest = (collective.layer, collective.dtype, collective.reduce_op)
         digested: tuple[str, ...] = (op, *rest)
-        if op in _POINT_TO_POINT:
-            members = self._members.get(name, range(self._writer.num_ranks))
+        members = self._members.get(name, range(self._writer.num_ranks))
+        if op in _POINT_TO_POINT and 0 <= collective.root < len(members):  # the program may name a rank that is not
             ends = (self._writer.rank, members[collective.root])
             source, target = ends if op == "send" else ends[::-1]
             name, digested = (

@@ -40,30 +40,43 @@ class Strings:
         self._at = shape.strings_at
         self._end = shape.file_bytes
         self._numbers: dict[str, int] = {"": 0}
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()
+        self._storing = False
 
     def intern(self, text: str) -> int:
-        """Return the number of a text; LOST_STRING if the area is full."""
+        """Return the number of a text; LOST_STRING if the area is full.
+
+        Also LOST_STRING for a new text of a signal handler that interrupts this thread while it stores one.
+        """
         number = self._numbers.get(text)
         if number is not None:
             return number
         entry = pack_string(text.encode(errors="replace"))
         with self._lock:
-            number = self._numbers.get(text)
-            if number is not None:
-                return number
-            number = len(self._numbers)
-            at, end = self._at, self._at + len(entry)
-            if end > self._end or number > MAX_STRINGS:
+            if self._storing:
                 return LOST_STRING
-            self._buffer[at + STRING.size : end] = entry[STRING.size :]
-            self._buffer[at + 4 : at + STRING.size] = entry[4 : STRING.size]
-            # the length is written last, so that a reader sees a complete entry or none
-            self._buffer[at : at + 4] = entry[:4]
-            self._live[2] = number * GUARD
-            self._at = end
-            self._numbers[text] = number
+            self._storing = True
+            try:
+                return self._store(text, entry)
+            finally:
+                self._storing = False
+
+    def _store(self, text: str, entry: bytes) -> int:
+        number = self._numbers.get(text)  # another thread may have stored it
+        if number is not None:
             return number
+        number = len(self._numbers)
+        at, end = self._at, self._at + len(entry)
+        if end > self._end or number > MAX_STRINGS:
+            return LOST_STRING
+        self._buffer[at + STRING.size : end] = entry[STRING.size :]
+        self._buffer[at + 4 : at + STRING.size] = entry[4 : STRING.size]
+        # the length is written last, so that a reader sees a complete entry or none
+        self._buffer[at : at + 4] = entry[:4]
+        self._live[2] = number * GUARD
+        self._at = end
+        self._numbers[text] = number
+        return number
 
 
 class Vectors:

@@ -9,6 +9,13 @@
 
 /* -- the hooks ------------------------------------------------------------------------------------------------- */
 
+/* Whether the object is of a class of the program. pybind11 takes a method that is no function of C for an override of
+ * the program, and calls it where the original calls itself, without end. It does not in a frame of the method's name,
+ * which the hooks of collectives.py have. */
+static int is_of_subclass(PyObject *object) {
+    return Py_TYPE(object)->tp_dealloc == subclass;
+}
+
 /* Remember a work until it is waited for: pending[id(work)] = (weak reference, ((call, seq),), blocking, pollable). */
 static void remember(PyObject *work, Call *call, uint64_t seq, int blocking, int pollable) {
     PyObject *key = PyLong_FromVoidPtr(work), *reference = PyWeakref_NewRef(work, NULL);
@@ -40,15 +47,17 @@ static PyObject *issue_call(PyObject *callable, PyObject *const *args, size_t na
     Issue *self = (Issue *)callable;
     Py_ssize_t count = PyVectorcall_NARGS(nargsf);
     State *mine = &state;
-    if (!is_recording || mine->inside || count < 1)
-        return PyObject_Vectorcall(self->original, args, nargsf, keywords);
+    if (count && is_of_subclass(args[0])) return PyObject_Vectorcall(self->slow, args, nargsf, keywords);
+    if (!is_recording || mine->inside || !count) return PyObject_Vectorcall(self->original, args, nargsf, keywords);
     Key key = {.method = self, .group = args[0], .layer = mine->layer ? mine->layer : str_empty, .root = -1};
     uint64_t size = UINT64_MAX; /* repro.trace.witness.format.NO_VECTOR */
     Entry *entry = NULL;
     if (tape && !mine->coalesced && read_call(self, args, count, keywords, &key, &size) == 0) {
         entry = find(self, &key);
-        if (!entry) entry = resolve(self, args, nargsf, keywords, &key);
+        if (!entry && !PyErr_Occurred()) entry = resolve(self, args, nargsf, keywords, &key);
     }
+    Py_XDECREF((PyObject *)key.dtype);
+    if (PyErr_Occurred() && !PyErr_ExceptionMatches(PyExc_Exception)) return NULL; /* Ctrl-C before the call */
     PyErr_Clear();
     Tape *file = tape;
     if (!entry || !file) return PyObject_Vectorcall(self->slow, args, nargsf, keywords);
@@ -106,7 +115,8 @@ static PyObject *wait_call(PyObject *callable, PyObject *const *args, size_t nar
     Wait *self = (Wait *)callable;
     State *mine = &state;
     PyObject *work = PyVectorcall_NARGS(nargsf) ? args[0] : NULL, *done;
-    if (is_recording && !tape) return PyObject_Vectorcall(self->slow, args, nargsf, keywords);
+    if ((is_recording && !tape) || (work && is_of_subclass(work)))
+        return PyObject_Vectorcall(self->slow, args, nargsf, keywords);
     if (!work || (work != mine->work && !PyDict_GET_SIZE(pending)))
         return PyObject_Vectorcall(self->original, args, nargsf, keywords);
     if (work == mine->work) {
@@ -235,8 +245,11 @@ PyMODINIT_FUNC PyInit_hmr_record(void) {
         if (!(*names[i].place = PyUnicode_InternFromString(names[i].text))) return NULL;
     get_frame = Py_XNewRef(PySys_GetObject("_getframe"));
     pending = PyDict_New();
+    PyObject *made = PyObject_CallFunction((PyObject *)&PyType_Type, "s(){}", "made");
+    if (made) subclass = ((PyTypeObject *)made)->tp_dealloc;
+    Py_XDECREF(made);
     PyObject *module = PyModule_Create(&definition);
-    if (!get_frame || !pending || !module || PyModule_AddObjectRef(module, "pending", pending) < 0) return NULL;
+    if (!made || !get_frame || !pending || !module || PyModule_AddObjectRef(module, "pending", pending) < 0) return NULL;
     for (size_t i = 0; i < sizeof types / sizeof *types; i++)
         if (PyModule_AddType(module, types[i]) < 0) return NULL;
     return module;

@@ -13,6 +13,7 @@ static Tape *tape;          /* of the recorded rank; NULL: use the hooks of coll
 static int is_recording;    /* whether this process is a recorded rank */
 static unsigned generation; /* another one with each tape and each phase: what the memo has is of the past then */
 static PyObject *pending;   /* collectives._pending */
+static destructor subclass; /* how CPython ends the objects of every class that a class statement made */
 static PyObject *get_frame; /* sys._getframe */
 static PyObject *str_dtype, *str_numel, *str_opts, *str_async, *str_root, *str_reduce, *str_empty;
 
@@ -92,7 +93,8 @@ typedef struct {
     long depths[NUM_DEPTHS]; /* from the caller of the method to the call site, the depth found last first */
 } Issue;
 
-/* What tells one call from another. All pointers are compared only while an entry of the memo keeps them alive. */
+/* What tells one call from another. All pointers are compared only while an entry of the memo keeps them alive. The
+ * reader of a call owns the data type, the caller of the method the rest. */
 typedef struct {
     const void *method, *group, *code, *dtype, *layer;
     long instruction, root, reduction, asynchronous;
@@ -109,9 +111,9 @@ typedef struct {
 static Entry memo[MEMO_SIZE];
 
 static Entry *slot_of(const Key *key) {
-    uint64_t hash = 0;
-    const uint64_t *word = (const uint64_t *)key;
-    for (size_t i = 0; i < sizeof *key / sizeof *word; i++) hash = (hash ^ word[i]) * 0x9E3779B97F4A7C15u;
+    uint64_t hash = 0, words[sizeof *key / sizeof(uint64_t)];
+    memcpy(words, key, sizeof words);
+    for (size_t i = 0; i < sizeof words / sizeof *words; i++) hash = (hash ^ words[i]) * 0x9E3779B97F4A7C15u;
     return &memo[hash >> 54];
 }
 
@@ -172,6 +174,7 @@ static int read_call(const Issue *self, PyObject *const *args, Py_ssize_t count,
     if (self->one_sided) {
         if (!second || !PyLong_CheckExact(second)) return -1;
         key->root = PyLong_AsLong(second);
+        if (PyErr_Occurred()) return -1;
         key->asynchronous = 1;
     } else {
         if (!options) return -1;
@@ -188,11 +191,10 @@ static int read_call(const Issue *self, PyObject *const *args, Py_ssize_t count,
         }
     }
     if (!self->has_tensor) return PyErr_Occurred() ? -1 : 0;
-    PyObject *tensor = first_of(first);
-    PyObject *dtype = tensor ? PyObject_GetAttr(tensor, str_dtype) : NULL;
-    if (!dtype) return -1;
-    key->dtype = dtype;
-    Py_DECREF(dtype); /* torch keeps its data types */
+    PyObject *tensor = Py_XNewRef(first_of(first)); /* a tensor of a mode or a subclass runs Python code */
+    key->dtype = tensor ? PyObject_GetAttr(tensor, str_dtype) : NULL;
+    Py_XDECREF(tensor);
+    if (!key->dtype) return -1;
     if (self->sized != NOT_SIZED) {
         PyObject *sized = self->sized == FIRST_SIZED ? first : second;
         if (!sized) return -1;
@@ -200,9 +202,11 @@ static int read_call(const Issue *self, PyObject *const *args, Py_ssize_t count,
             if (Py_SIZE(sized) != 1) return -1;
             sized = PySequence_Fast_GET_ITEM(sized, 0);
         }
+        Py_INCREF(sized);
         PyObject *number = PyObject_CallMethodNoArgs(sized, str_numel);
         *size = number ? PyLong_AsUnsignedLongLong(number) : 0;
         Py_XDECREF(number);
+        Py_DECREF(sized);
     }
     return PyErr_Occurred() ? -1 : 0;
 }
@@ -226,6 +230,7 @@ static Entry *find(Issue *self, Key *key) {
     for (int i = 0; i < NUM_DEPTHS && self->depths[i] >= 0; i++) {
         long depth = self->depths[i];
         if (read_site(depth, key) < 0) {
+            if (!PyErr_ExceptionMatches(PyExc_ValueError)) return NULL;
             PyErr_Clear(); /* fewer frames */
             continue;
         }
@@ -241,13 +246,14 @@ static Entry *find(Issue *self, Key *key) {
 
 /* Ask `resolve` about the call. Returns NULL, with or without an exception, if it does not know it either. */
 static Entry *resolve(Issue *self, PyObject *const *args, size_t nargsf, PyObject *keywords, Key *key) {
+    unsigned asked = generation;
     PyObject *answer = PyObject_Vectorcall(self->resolve, args, nargsf & ~PY_VECTORCALL_ARGUMENTS_OFFSET, keywords);
     PyObject *call;
     long depth;
     int pollable;
     Entry *entry = NULL;
-    if (answer && answer != Py_None && PyArg_ParseTuple(answer, "O!lp", &CallType, &call, &depth, &pollable) &&
-        read_site(depth, key) == 0) {
+    if (answer && answer != Py_None && asked == generation && /* no call across a change of the phase or the rank */
+        PyArg_ParseTuple(answer, "O!lp", &CallType, &call, &depth, &pollable) && read_site(depth, key) == 0) {
         int known = 0;
         for (int i = 0; i < NUM_DEPTHS; i++) known |= self->depths[i] == depth;
         if (!known) {
