@@ -140,7 +140,7 @@ def test_a_second_recording_of_the_same_job_in_one_folder_is_refused_by_its_rank
     other = run(program, tmp_path / "run", MASTER_ADDR="a", MASTER_PORT="2")
     assert [done.stdout for done in (first, second, other)] == ["went on\n"] * 3
     assert "this process is not recorded" not in first.stderr + other.stderr
-    assert "already written by pid" in second.stderr, second.stderr
+    assert "already has a writer, process" in second.stderr, second.stderr
     assert operations(tmp_path / "run") == ["all_reduce"]
     assert operations(next((tmp_path / "run" / "jobs").iterdir())) == ["all_reduce"]
 
