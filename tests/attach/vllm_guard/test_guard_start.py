@@ -127,7 +127,7 @@ def test_a_rank_that_comes_too_late_gets_the_decision_of_the_others():
 
 
 def test_a_ballot_that_only_lacks_an_entry_differs():
-    assert differences({0: {"a": 1}, 1: {}}) == ["a is 1 on rank 0, null on rank 1"]
+    assert differences({0: {"a": 1}, 1: {}}) == ["a is 1 on rank 0, not set on rank 1"]
 
 
 def test_a_backend_without_hooks_is_refused_in_the_words_of_the_report():

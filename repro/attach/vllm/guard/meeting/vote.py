@@ -67,7 +67,8 @@ def differences(ballots: Mapping[int, Mapping[str, Any]]) -> list[str]:
     for name in sorted({name for ballot in ballots.values() for name in ballot}):
         sides: dict[str, list[int]] = {}
         for rank, ballot in ballots.items():
-            sides.setdefault(json.dumps(ballot.get(name)), []).append(rank)
+            value = ballot.get(name)
+            sides.setdefault("not set" if value is None else json.dumps(value), []).append(rank)
         if len(sides) > 1:
             parts = [f"{value.strip(chr(34))} on {_ranks(ranks)}" for value, ranks in sides.items()]
             lines.append(f"{name} is {', '.join(parts)}")

@@ -121,6 +121,12 @@ def _lock_of(builder: Builder) -> Path:
 
 
 def _advice(error: Exception) -> str:
-    if isinstance(error, OSError) and error.errno in (errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOSPC):
+    if isinstance(error, OSError) and error.errno in (
+        errno.EROFS,
+        errno.EACCES,
+        errno.EPERM,
+        errno.ENOENT,
+        errno.ENOSPC,
+    ):
         return ": name a folder that every rank can write to (TORCH_EXTENSIONS_DIR, FLASHINFER_WORKSPACE_BASE, TMPDIR)"
     return ""
