@@ -13,16 +13,16 @@ INTERRUPT, END = "interrupt", "end"
 
 @dataclass(frozen=True)
 class VerdictClass:
-    """One verdict class.
+    """One verdict class, as a row of the table of classes.
 
     meaning   one line, as in docs/VERDICTS.md and in the help of the commands
-    colour    of its badge: green, yellow or red
-    hangs     whether ranks are left that have not finished; None if only their witnesses show that
-    final     whether a watch ends with it, because no rank can change it any more
-    decided   whether the evidence was enough
-    causes    the causes that it may have, besides none -> the words for it in a headline
-    outside   which acts from outside the job explain it as well, so that it becomes inconclusive: INTERRUPT, END
-    live      whether only a watcher that was there can observe it
+    colour    of the badge on the report's page: green, yellow or red
+    hangs     whether ranks are left that have not finished; None if only the witnesses show that
+    final     whether a watch ends with this class, because no rank can change the verdict any more
+    decided   whether the evidence was enough for a verdict
+    causes    cause -> its words in a headline; a verdict of this class may also have no cause
+    outside   acts from outside the job that explain the evidence as well, which makes it inconclusive: INTERRUPT, END
+    live      whether only a live watcher can observe this class
     """
 
     name: str

@@ -64,7 +64,7 @@ def test_the_compiled_prefill_computes_the_gated_delta_rule(loaded, dtype, limit
 
 def test_head_sizes_that_no_function_is_made_for_are_named(loaded):
     x = torch.zeros(3, 1, 24)
-    with pytest.raises(ValueError, match=r"gdn_prefill: has no function for heads of K = 24, V = 24"):
+    with pytest.raises(ValueError, match=r"gdn_prefill: there is no function for heads of K = 24, V = 24"):
         gdn_prefill.prefill(
             x, x, x, x[..., 0], x[..., 0], torch.zeros(1, 1, 24, 24), torch.tensor([0]), torch.tensor([0, 3])
         )

@@ -59,7 +59,7 @@ def test_an_instruction_set_that_is_not_here_is_one_line(native_library, monkeyp
     assert set(native_library.instruction_sets()) <= set(native.INSTRUCTION_SETS)
     monkeypatch.setattr(native, "INSTRUCTION_SETS", (*native.INSTRUCTION_SETS, "avx10"))
     monkeypatch.setenv("HMR_NATIVE_ISA", "avx10")
-    assert native.prepare().startswith("HMR_NATIVE_ISA: 'avx10' is not one of this processor's: generic")
+    assert native.prepare().startswith("HMR_NATIVE_ISA: this processor does not have 'avx10', only generic")
 
 
 def test_an_unknown_instruction_set_is_refused_before_a_build(cache, monkeypatch, capsys) -> None:

@@ -113,7 +113,7 @@ def test_a_run_without_a_sound_description_still_has_a_report_and_a_bundle(tmp_p
         "run.json is damaged" if damage else "run.json is missing"
     ]
     made = bundle.make(root, tmp_path / "b.zip")
-    assert "is missing or names none" in unpacked(made.path, "ISSUE.md")
+    assert "is missing or names no command" in unpacked(made.path, "ISSUE.md")
     assert "python -m repro watch bundle" in unpacked(made.path, "COMMANDS.sh")
     assert any("the copy cannot be judged: " in note and "run.json" in note for note in made.notes), made.notes
 
@@ -159,4 +159,4 @@ def test_wrong_tokens_are_found_again_in_the_bundle_of_a_run_of_the_lab(tmp_path
     assert main(["bundle", str(root), "--to", str(tmp_path / "b.zip")]) == EXPECTED
     assert "by the bundle's files" not in capsys.readouterr().out
     made = bundle.make(root, tmp_path / "c.zip")
-    assert any("verdict is inconclusive by the bundle's files, corrupt by" in note for note in made.notes), made.notes
+    assert any("verdict is inconclusive by the bundle's files, but corrupt by" in note for note in made.notes), made.notes

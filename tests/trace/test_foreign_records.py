@@ -99,11 +99,11 @@ def test_records_are_read_back_as_they_were_written() -> None:
 @pytest.mark.parametrize(
     ("line", "change", "says"),
     [
-        (0, {"version": 2}, "records.jsonl:1: not the format and version that this release reads"),
-        (0, {"format": "another"}, "records.jsonl:1: not the format and version that this release reads"),
+        (0, {"version": 2}, "records.jsonl:1: the first line does not have the format and version"),
+        (0, {"format": "another"}, "records.jsonl:1: the first line does not have the format and version"),
         (0, {"files": None}, "records.jsonl:1: $.files: expected array, got null"),
-        (1, {"order": [0, 0, 0]}, "records.jsonl:2: $.order: the order does not list each operation"),
-        (1, {"order": [0, 0, 0, 0, 1]}, "records.jsonl:2: $.order: the order does not list each operation"),
+        (1, {"order": [0, 0, 0]}, "records.jsonl:2: $.order: the list does not have each operation"),
+        (1, {"order": [0, 0, 0, 0, 1]}, "records.jsonl:2: $.order: the list does not have each operation"),
         (1, {"rank": "1"}, "records.jsonl:2: $.rank: expected int, got str"),
         (3, {"value": "1" * 13}, "records.jsonl:4: $.value: not a number of at most 12 digits"),
     ],
@@ -123,7 +123,7 @@ def test_columns_of_a_dump_that_do_not_fit_each_other_are_refused(columns: dict[
     lines = written(DUMP)
     value = json.loads(lines[1])
     value[1]["groups"][0]["calls"].update(columns)
-    with pytest.raises(DamagedFile, match=r"records.jsonl:2: .*(different lengths|not there)"):
+    with pytest.raises(DamagedFile, match=r"records.jsonl:2: .*(different lengths|outside the list)"):
         read([lines[0], json.dumps(value).encode()])
 
 

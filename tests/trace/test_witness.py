@@ -78,7 +78,7 @@ def test_a_wrong_pairing_older_than_the_ring_is_seen_by_the_hash() -> None:
                 scene.all_of([rank], call._replace(dtype="int32") if (rank, number) == (1, 3) else call)
         verdict = judge(scene.witnesses(), num_ranks=4, now_ns=scene.now_ns + 2 * 10**9, quiet_window_s=1.0)
         assert (verdict.verdict, verdict.culprits, verdict.confidence) == ("corrupt", (), "undecided"), calls
-        assert "by their rolling hashes" in " ".join(verdict.evidence)
+        assert "as their rolling hashes differ" in " ".join(verdict.evidence)
 
 
 def test_a_full_string_area_costs_names_but_no_events() -> None:

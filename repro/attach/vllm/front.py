@@ -1,6 +1,6 @@
 """Hooks for vLLM's front end: the process that starts the engine, sends it requests, and gets the outputs.
 
-Offline each rank has a front end, the process that made the LLM. Online one API server has the engines of several
+Offline, each rank has a front end, the process that made the LLM. Online, one API server has the engines of several
 ranks, and writes the notes of the first of them.
 """
 
@@ -19,13 +19,13 @@ from repro.attach.vllm.harmless import Harmless
 from repro.attach.vllm.notes import FRONT, Activity, Note, Notes, create
 
 current: Notes | None = None
-"""The notes of this process, if it is a front end."""
+"""The notes of this process if it is a front end, else None."""
 
 _owner_pid = 0
 
 
 def after_fork() -> None:
-    """Reset the state in a forked child, which is another process."""
+    """Reset the state in a forked child, which is not the front end."""
     global current
     current = None
 
@@ -36,11 +36,12 @@ def begin(config: Any) -> None:
     if _owner_pid == os.getpid():
         return
     _owner_pid = os.getpid()
-    with Harmless("the front end of this rank"), contextlib.suppress(FileExistsError):  # a second front end of a rank
+    # FileExistsError: the rank already has a front end
+    with Harmless("the front end of this rank"), contextlib.suppress(FileExistsError):
         if int(config.data_parallel_size) <= 1:
             return
         current = create(this.folder(config.world_size_across_dp), first_worker(config), FRONT)
-        # multiprocessing calls it at the end of a program, and of its own children, before it waits for the engine.
+        # multiprocessing calls this at the end of a program, and of its own children, before it waits for the engine.
         util.Finalize(None, _exiting, exitpriority=100)
 
 
@@ -76,7 +77,7 @@ def receiving(original: Callable[..., Any]) -> Callable[..., Any]:
 
 
 class _activity:
-    """Within the block the notes of this process, if it has any, show the activity."""
+    """Shows an activity in the notes of this process during the block, if the process has notes."""
 
     def __init__(self, activity: Activity) -> None:
         self._activity = activity

@@ -21,7 +21,7 @@ VARIABLES = {
 """Variable -> folder. The variables are read by vLLM 0.20 to 0.33, FlashInfer, torch, Triton, DeepGEMM and CUDA."""
 
 UNSET = ("VLLM_FLASHINFER_AUTOTUNE_CACHE_DIR", "VLLM_DISABLE_COMPILE_CACHE", "TRITON_HOME")
-"""Variables of the user's that would lead a server to other caches, or switch them off."""
+"""Variables of the user that would lead a server to other caches, or turn caches off."""
 
 MARK = ".made-by-repro-cells"
 
@@ -42,12 +42,12 @@ def make(root: Path, pair: str) -> Path:
 
 
 def environment(folder: Path, environ: dict[str, str]) -> dict[str, str]:
-    """The environment of a server that keeps its caches in ``folder``."""
+    """Return the environment of a server that keeps its caches in ``folder``."""
     kept = {name: value for name, value in environ.items() if name not in UNSET}
     return {**kept, **{name: str(folder / part) for name, part in VARIABLES.items()}}
 
 
 def remove(folder: Path) -> None:
-    """Remove a cache folder that :func:`make` made; leave every other folder."""
+    """Remove a cache folder that :func:`make` made. Other folders are not removed."""
     if (folder / MARK).is_file() and not folder.is_symlink():
         shutil.rmtree(folder, ignore_errors=True)

@@ -30,11 +30,11 @@ from repro.store.run_dir import OutputError, write_json
 
 @dataclass(frozen=True)
 class Settings:
-    """What is started.
+    """What the experiment starts.
 
     program   the words before the model: ("vllm", "serve")
     flags     flags that all cells share
-    window_s  seconds of silence after which a server is looked at
+    window_s  seconds of silence after which `collect` looks at a server
     limit_s   seconds after which a start is given up
     needed    bytes that must be free before a start
     """
@@ -47,13 +47,13 @@ class Settings:
     needed: int
 
     def identity(self) -> dict[str, Any]:
-        """What a later call on the same folder must have in common."""
+        """Return what a later call on the same folder must have in common with this one."""
         return {"program": list(self.program), "model": self.model, "flags": list(self.flags)}
 
 
 @dataclass
 class Experiment:
-    """The cells of one folder."""
+    """Runs the cells of one folder."""
 
     root: Path
     settings: Settings
@@ -131,7 +131,7 @@ class Experiment:
         return result
 
     def _cold(self, cell: Cell, outcomes: dict[str, Outcome]) -> Outcome | None:
-        """The outcome of the cold start whose cache a warm cell uses."""
+        """Return the outcome of the cold start whose cache a warm cell uses."""
         if cell.cache == COLD:
             return None
         cold = replace(cell, cache=COLD)
@@ -159,7 +159,7 @@ class Experiment:
         )
 
     def _write(self, outcomes: dict[str, Outcome]) -> None:
-        """Write the tables. A full disk does not end the experiment: the next cell says that there is no room."""
+        """Write the tables. A full disk does not end the experiment: the next cell reports that there is no space."""
         found = table.rows(self.cells, outcomes)
         rest = [
             *table.not_run(self.cells, outcomes),
@@ -178,7 +178,7 @@ class Experiment:
 
 
 def _set_aside(folder: Path) -> None:
-    """Rename what an interrupted start left, so that it stays as evidence."""
+    """Rename the folder that an interrupted start left, to keep it as evidence."""
     if folder.exists():
         number = next(n for n in range(1, 10_000) if not folder.with_name(f"{folder.name}.{n}").exists())
         folder.rename(folder.with_name(f"{folder.name}.{number}"))

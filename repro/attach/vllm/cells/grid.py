@@ -32,9 +32,9 @@ class Cell:
     """One start.
 
     layout  TP, DP_EP or DP_EP_EAGER, each over ``ranks`` ranks
-    gdn     implementation of the GDN prefill: JIT, TRITON, or CPU, which has one implementation only
-    moe     implementation of the experts: likewise
-    cache   COLD: empty cache folders; WARM: those that the cold start left
+    gdn     implementation of the GDN prefill: JIT, TRITON, or CPU, which has only one implementation
+    moe     implementation of the experts: JIT, TRITON or CPU
+    cache   COLD: empty cache folders; WARM: the folders that the cold start left
     """
 
     ranks: int
@@ -45,24 +45,24 @@ class Cell:
 
     @property
     def name(self) -> str:
-        """A name for files: "dp8ep8-jit-triton-cold"."""
+        """Return a name for files: "dp8ep8-jit-triton-cold"."""
         size = self.ranks
         layout = {TP: f"tp{size}", DP_EP: f"dp{size}ep{size}", DP_EP_EAGER: f"dp{size}ep{size}eager"}[self.layout]
         return f"{layout}-{self.gdn}-{self.moe}-{self.cache}"
 
     @property
     def pair(self) -> str:
-        """The name of the cold and the warm cell that share a cache."""
+        """Return the name that the cold and the warm cell with the same cache have in common."""
         return self.name.rpartition("-")[0]
 
     def words(self) -> tuple[str, str, str, str]:
-        """Layout, GDN, MoE and cache, as a table shows them."""
+        """Return layout, GDN, MoE and cache, as a table shows them."""
         size = self.ranks
         layout = {TP: f"TP{size}", DP_EP: f"DP{size}+EP{size}", DP_EP_EAGER: f"DP{size}+EP{size} eager"}[self.layout]
         return layout, self.gdn, self.moe, self.cache
 
     def flags(self) -> list[str]:
-        """The flags of `vllm serve` in which the cells differ."""
+        """Return the flags of `vllm serve` in which the cells differ."""
         size = str(self.ranks)
         if self.layout == TP:
             flags = ["--tensor-parallel-size", size]
@@ -81,13 +81,13 @@ class Cell:
 
 
 def all_cells(ranks: int, with_eager: bool, on_a_cpu: bool) -> list[Cell]:
-    """All cells in the order of the experiment, also those that this machine cannot start.
+    """Return all cells in the order of the experiment, also those that this machine cannot start.
 
-    The first four are the report's command and its comparison, so that an experiment that is stopped early has them.
-    A warm cell comes directly after the cold one whose caches it uses.
+    The first four are the report's command and its comparison, so that an experiment that is stopped early has them. A
+    warm cell comes directly after the cold cell whose caches it uses.
 
-    with_eager  with the layout of the report's second command
-    on_a_cpu    with the cells of a machine without a GPU
+    with_eager  also return the layout of the report's second command
+    on_a_cpu    return the cells for a machine without a GPU
     """
     layouts = [DP_EP, *([DP_EP_EAGER] if with_eager else []), TP]
     jit, triton = (JIT, JIT), (TRITON, TRITON)
@@ -99,6 +99,6 @@ def all_cells(ranks: int, with_eager: bool, on_a_cpu: bool) -> list[Cell]:
 
 
 def matching(cells: Sequence[Cell], words: str) -> list[Cell]:
-    """The cells that have all ``words``, separated by spaces: "DP8+EP8 jit cold". A layout is compared as a whole."""
+    """Return the cells that have all ``words``: "DP8+EP8 jit cold". A layout is compared as a whole."""
     wanted = set(words.split())
     return [cell for cell in cells if wanted <= {part for word in cell.words() for part in word.split()}]

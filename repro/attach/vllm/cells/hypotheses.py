@@ -10,7 +10,7 @@ from repro.attach.vllm.cells.outcome import HUNG, LIMIT, READY, Outcome
 
 
 def remaining(cells: Sequence[Cell], outcomes: Mapping[str, Outcome]) -> list[str]:
-    """A line for each pair of a cold and a warm start that both say something."""
+    """Yield a line for each pair of a cold and a warm start whose outcomes are both conclusive."""
     stalls = {cell: _stalls(outcomes.get(cell.name)) for cell in cells}
     lines = []
     for cell in (cell for cell in cells if cell.cache == COLD):
@@ -32,7 +32,7 @@ def remaining(cells: Sequence[Cell], outcomes: Mapping[str, Outcome]) -> list[st
 
 
 def _other_layout(cell: Cell, stalls: Mapping[Cell, bool | None], outcomes: Mapping[str, Outcome]) -> str:
-    """What the warm start of TP with the same backends adds to a warm start that stalls."""
+    """Return what the warm start of TP with the same backends adds to a warm start that stalls."""
     if cell.layout == TP:
         return "without expert parallelism: H3, or a build that no cache keeps"
     other = replace(cell, layout=TP, cache=WARM)

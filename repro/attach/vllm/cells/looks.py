@@ -1,4 +1,4 @@
-"""`collect` and `bundle` as child processes: if they fail, that is a note in the outcome and not the end of a cell."""
+"""Run `collect` and `bundle` as child processes. If they fail, the outcome gets a note, and the cell goes on."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ BUNDLE_S = 180.0
 
 
 def collect(pid: int, to: Path) -> tuple[Answer | None, str]:
-    """Look at the job of a process; return what `collect` says, and why it says nothing."""
+    """Look at the job of a process. Returns the answer of `collect`, or None and the reason why there is none."""
     text, failure = _run(["collect", str(pid), "--to", str(to), "--json"], LOOK_S)
     try:
         return Answer.of(json.loads(text)), ""
@@ -24,14 +24,14 @@ def collect(pid: int, to: Path) -> tuple[Answer | None, str]:
 
 
 def bundle(run: Path, to: Path) -> str:
-    """Pack a recording or a folder of `collect`; return why that failed, "" if it did not."""
+    """Pack a recording or a folder of `collect`. Returns why that failed; "" if it did not."""
     to.parent.mkdir(parents=True, exist_ok=True)
     _, failure = _run(["bundle", str(run), "--to", str(to)], BUNDLE_S)
     return "" if to.is_file() else f"no bundle of {run.name}: {failure}"
 
 
 def _run(words: list[str], limit_s: float) -> tuple[str, str]:
-    """Run a command of this program; return what it printed, and its last line of errors."""
+    """Run a command of this program. Returns what it printed, and its last line of errors."""
     environment = {name: value for name, value in os.environ.items() if name != "HMR_RECORD"}
     try:
         done = subprocess.run(

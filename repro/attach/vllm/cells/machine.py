@@ -1,4 +1,4 @@
-"""What this machine can start: its GPUs and its vLLM; for each cell that it cannot start, the reason."""
+"""What this machine can start: its GPUs and its vLLM. For each cell that it cannot start, the reason."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ class Machine:
                    bool(_version("flashinfer-jit-cache")), bool(find_py_spy()))  # fmt: skip
 
     def why_not(self, cell: Cell) -> str:
-        """Why this machine cannot start a cell; "" if it can."""
+        """Return why this machine cannot start a cell; "" if it can."""
         if not self.gpus:
             return self._why_not_on_a_cpu(cell)
         if len(self.gpus) < cell.ranks:
@@ -55,7 +55,7 @@ class Machine:
         return ""
 
     def notes(self) -> list[str]:
-        """What a reader of the table has to know about this machine, and what to install."""
+        """Return what a reader of the table must know about this machine, and what to install."""
         lines = []
         if self.prebuilt:
             lines.append(
@@ -71,7 +71,7 @@ class Machine:
         return lines
 
     def variables(self) -> dict[str, str]:
-        """Environment variables that a server needs on this machine."""
+        """Return the environment variables that a server needs on this machine."""
         return {} if self.gpus else {"HMR_CPU_EP": "1"}
 
 

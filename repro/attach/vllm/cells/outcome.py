@@ -1,4 +1,4 @@
-"""What became of a cell, and the file that says so."""
+"""The outcome of a cell, and the file in which it is saved."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ FILE = "outcome.json"
 
 @dataclass(frozen=True)
 class Answer:
-    """What the recorder or `collect` said of a server.
+    """The answer of the recorder or of `collect` about a server.
 
     verdict    a class of repro.verdict.classes
     sentences  where the ranks are
@@ -32,14 +32,14 @@ class Answer:
 
     @classmethod
     def of(cls, document: Mapping[str, Any]) -> Answer:
-        """The answer in the JSON of `watch`, `collect` or `diagnose`."""
+        """Read the answer from the JSON of `watch`, `collect` or `diagnose`."""
         culprits, suspects, sentences = (document.get(key) or () for key in ("culprits", "suspects", "sentences"))
         return cls(
             str(document["verdict"]), document.get("cause") or "", tuple(culprits), tuple(suspects), tuple(sentences)
         )
 
     def where(self) -> str:
-        """The sentence about the first culprit, else the first sentence; "" without any."""
+        """Return the sentence about the first culprit, else the first sentence; "" if there is none."""
         names = [f"rank {rank} " for rank in self.culprits[:1]]
         about = (text for text in self.sentences if any(name in f"{text} " for name in names))
         return next(about, self.sentences[0] if self.sentences else "")
@@ -51,9 +51,9 @@ class Outcome:
 
     name      name of the cell
     state     one of STATES: how the start ended
-    verdict, cause, culprits, where    what is known of it; the class is "" of a cell that did not run
-    seconds   until it was ready, hung, ended or was given up
-    silent_s  the longest time in which no rank recorded an event
+    verdict, cause, culprits, where    what is known of the start; the class is "" if the cell did not run
+    seconds   until the server was ready, hung, ended or was given up
+    silent_s  the longest time in seconds in which no rank recorded an event
     looked    classes that `collect` gave, one for each look
     cache     the cache folder
     partial   whether a warm start found the cache of a cold start that had not become ready
@@ -103,10 +103,10 @@ class Outcome:
 
 
 def conclude(state: str, recorder: Answer | None, looks: Sequence[Answer], silent_s: float, window_s: float) -> Answer:
-    """The verdict on a start from what the recorder and `collect` said.
+    """Conclude the verdict on a start from the answers of the recorder and of `collect`.
 
     A server that became ready is `slow` if a rank was silent for ``window_s``, else `clean`. A server that hung has the
-    recorder's class. `collect` supplies the culprits where both agree on the class and the recorder names nobody.
+    recorder's class. If both agree on the class and the recorder names no culprit, `collect` supplies the culprits.
     """
     last = looks[-1] if looks else None
     if state == READY:
@@ -116,7 +116,12 @@ def conclude(state: str, recorder: Answer | None, looks: Sequence[Answer], silen
         return named[-1] if named else Answer("slow", sentences=last.sentences if last else ())
     if state == LIMIT:
         if last is None:
-            return Answer("inconclusive", sentences=("The server was not ready in time, and nothing was seen of it.",))
+            return Answer(
+                "inconclusive",
+                sentences=(
+                    "The server was not ready in time, and neither the recorder nor collect saw anything of it.",
+                ),
+            )
         if last.verdict == "clean":
             return Answer("slow", sentences=last.sentences)
         return last

@@ -1,4 +1,4 @@
-"""One server: start it in a process group of its own, ask whether it is ready, and end what it started."""
+"""One server: start it in its own process group, ask whether it is ready, and end the whole group."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from pathlib import Path
 from repro.hosts import processes
 
 END_PATIENCE_S = 30.0
-"""How long a server may take to end by itself after SIGTERM."""
+"""Seconds that a server may take to end by itself after SIGTERM."""
 
 QUESTION_S = 2.0
 POLL_S = 0.1
@@ -36,7 +36,8 @@ class Server:
         with log.open("ab") as file:
             self._child = subprocess.Popen(
                 command, env=dict(environment), stdin=subprocess.DEVNULL, stdout=file, stderr=subprocess.STDOUT,
-                start_new_session=True,  # Ctrl-C in the terminal must not reach it: it is looked at first
+                # Ctrl-C in the terminal must not reach the server, because `collect` looks at it first
+                start_new_session=True,
                 preexec_fn=_end_with_parent,
             )  # fmt: skip
 
@@ -48,7 +49,7 @@ class Server:
         return self._child.poll() is None
 
     def exit_code(self) -> int | None:
-        """The exit code, negative for a signal; None while the server runs."""
+        """Return the exit code, negative for a signal; None while the server runs."""
         return self._child.poll()
 
     def ready(self) -> bool:
@@ -60,7 +61,7 @@ class Server:
             return False
 
     def end(self) -> list[int]:
-        """End the server: SIGTERM, and after END_PATIENCE_S SIGKILL to what is left. Return pids that did not end."""
+        """End the server: SIGTERM, and END_PATIENCE_S later SIGKILL to what is left. Returns pids that did not end."""
         started = processes.with_descendants(self.pid)
         if self.alive():
             self._child.terminate()
@@ -76,7 +77,7 @@ class Server:
         return left
 
     def last_words(self) -> str:
-        """The last line of the log that has "error" in it, else the last line; "" of an empty log."""
+        """Return the last line of the log that has "error" in it, else the last line; "" if the log is empty."""
         with self.log.open("rb") as file:
             file.seek(max(0, file.seek(0, os.SEEK_END) - MAX_LOG_BYTES))
             lines = [line.strip() for line in file.read().decode(errors="replace").splitlines() if line.strip()]
@@ -87,12 +88,12 @@ class Server:
 
 
 def free_port() -> int:
-    """A port of this host that nobody listens on now."""
+    """Return a port of this host on which no process listens now."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
 
 
 def _end_with_parent() -> None:
-    """Have the system send SIGTERM to the server if this process is killed, so that vLLM ends its own processes."""
+    """Let the system send SIGTERM to the server if this process is killed, so that vLLM ends its own processes."""
     _LIBC.prctl(_PR_SET_PDEATHSIG, signal.SIGTERM, 0, 0, 0)

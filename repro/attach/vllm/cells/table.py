@@ -20,7 +20,7 @@ MAX_WHERE = 160
 
 
 def rows(cells: Sequence[Cell], outcomes: Mapping[str, Outcome]) -> list[tuple[str, ...]]:
-    """A row of COLUMNS for each cell that has started."""
+    """Return a row of COLUMNS for each cell that has started."""
     return [
         _row(cell, outcome)
         for cell in cells
@@ -40,7 +40,7 @@ def _row(cell: Cell, outcome: Outcome) -> tuple[str, ...]:
 
 
 def cache_words(cell: Cell, outcome: Outcome) -> str:
-    """ "warm", or "partial" if the cold start before it had not become ready, so that its cache is not complete."""
+    """Return "warm", or "partial" if the cold start before it had not become ready, so that its cache is incomplete."""
     return "partial" if outcome.partial else cell.cache
 
 
@@ -57,7 +57,7 @@ def markdown(found: Sequence[Sequence[str]]) -> str:
 
 
 def not_run(cells: Sequence[Cell], outcomes: Mapping[str, Outcome]) -> list[str]:
-    """A line for each reason for which cells did not run, with their names."""
+    """Return a line for each reason why cells did not run, with the names of these cells."""
     names: dict[str, list[str]] = {}
     for cell in cells:
         outcome = outcomes.get(cell.name)
@@ -73,5 +73,5 @@ def _escaped(text: str) -> str:
 
 
 def reasons(outcomes: Iterable[Outcome]) -> list[str]:
-    """The notes of cells: what went wrong in the experiment itself."""
+    """Return the notes of the cells about what went wrong in the experiment itself."""
     return [f"{outcome.name}: {note}" for outcome in outcomes for note in outcome.notes]

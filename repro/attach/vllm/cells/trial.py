@@ -1,4 +1,4 @@
-"""One cell: start the server recorded, look at it while it is silent, and end it."""
+"""One cell: start the server with the recorder, look at it while it is silent, and end it."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ LOADING = "load"
 """The phase of vLLM's recorder in which a rank reads the checkpoint."""
 
 SITE = Path(recording.__file__).parent / "record" / "site"
-"""Its sitecustomize.py starts the recorder in each Python process."""
+"""The folder whose sitecustomize.py starts the recorder in each Python process."""
 
 
 @dataclass(frozen=True)
@@ -35,10 +35,10 @@ class Start:
     """How a cell is started.
 
     command      the words of the server's command line
-    environment  its variables, with the caches; without those of the recorder
-    port         where it serves
-    window_s     seconds without an event on any rank after which it is looked at
-    limit_s      seconds after which it is given up
+    environment  the server's variables, with the caches, but without those of the recorder
+    port         the port on which the server listens
+    window_s     seconds without an event on any rank after which `collect` looks at the server
+    limit_s      seconds after which the start is given up
     """
 
     command: Sequence[str]
@@ -48,7 +48,7 @@ class Start:
     limit_s: float
 
     def recorded(self, folder: Path) -> dict[str, str]:
-        """The environment with the variables of the recorder, which writes into ``folder``."""
+        """Return the environment with the variables of the recorder, which writes into ``folder``."""
         path = self.environment.get("PYTHONPATH", "")
         return {
             **self.environment,
@@ -60,9 +60,9 @@ class Start:
 
 @dataclass
 class Trial:
-    """The start of one cell.
+    """Starts one cell, looks at it while it is silent, and ends it.
 
-    folder       of this cell: record/ (the recording, with the server's output), looks/ (what `collect` wrote)
+    folder       the cell's folder: record/ (the recording, with the server's output), looks/ (what `collect` wrote)
     interrupted  whether the user wants the experiment to end
     say          prints a line
     """
@@ -84,7 +84,8 @@ class Trial:
     _log_grew_s: float = 0.0
 
     def run(self) -> Outcome:
-        """Start the server and wait until it is ready, hangs, ends, or is given up. It has ended on return.
+        """Start the server and wait until it is ready, hangs, ends, or is given up. When this returns, the server has
+        ended.
 
         Raises OSError if the folder cannot be written.
         """
@@ -114,7 +115,7 @@ class Trial:
         )  # fmt: skip
 
     def _watch(self, record: RunDir) -> Document | None:
-        """Watch until the start is decided. None if no rank began before that."""
+        """Watch until the outcome of the start is known. Returns None if no rank began before that."""
         while not record.description.exists():
             self._tick([])
             if self._state or not self._server.alive():
@@ -131,7 +132,7 @@ class Trial:
         return document
 
     def _ended(self, document: Document | None) -> str:
-        """The state of a start that the watch has decided."""
+        """Return the state of a start whose outcome the watch knows."""
         crashed = document is None or document.verdict in ("crash", "clean")
         return outcome.ENDED if crashed or not self._server.alive() else outcome.HUNG
 
@@ -140,7 +141,7 @@ class Trial:
         return f"The server ended with exit code {code} before it was ready: {self._server.last_words()}"
 
     def _tick(self, tails: Sequence[Tail]) -> None:
-        """Look at the time, at the server and at its silence. The watch calls this several times a second."""
+        """Check the time, the server and its silence. The watch calls this several times a second."""
         now_s = time.monotonic()
         if self.interrupted():
             self._state = outcome.INTERRUPTED
@@ -152,8 +153,9 @@ class Trial:
             return
         silent_s = now_s - self._progress_s(tails, now_s)
         if silent_s >= self.start.window_s and self._loads(tails):
-            silent_s = 0.0  # a checkpoint takes long to read, and no rank records anything meanwhile
-        if any(tail.last_event_ns() for tail in tails):  # before that no rank waits: the processes import and connect
+            silent_s = 0.0  # reading a checkpoint takes long, and no rank records an event while it reads
+        # before the first event no rank waits: the processes import and connect
+        if any(tail.last_event_ns() for tail in tails):
             self._silent_s = max(self._silent_s, silent_s)
         if silent_s < self.start.window_s:
             self._look_at_s = self.start.window_s
@@ -165,7 +167,7 @@ class Trial:
             self._state = outcome.LIMIT
 
     def _progress_s(self, tails: Sequence[Tail], now_s: float) -> float:
-        """When a rank has last recorded an event; before the first rank has begun, when the log has last grown."""
+        """Return when a rank last recorded an event; before the first rank has begun, when the log last grew."""
         last_ns = max((tail.last_event_ns() for tail in tails), default=0)
         if last_ns:
             return last_ns / 1e9
@@ -174,7 +176,7 @@ class Trial:
         return self._log_grew_s
 
     def _loads(self, tails: Sequence[Tail]) -> bool:
-        """Whether all ranks that have begun read the checkpoint: the phase `load` of vLLM's recorder."""
+        """Whether all ranks that have begun read the checkpoint, which is the phase `load` of vLLM's recorder."""
         last_ns = max((tail.last_event_ns() for tail in tails), default=0)
         if last_ns != self._loads_at[0]:
             self._loads_at = last_ns, bool(tails) and all(phase_of(tail) == LOADING for tail in tails)
@@ -193,7 +195,7 @@ class Trial:
         self.say(f"{self.name}: {text}")
 
     def _bundles(self, record: RunDir) -> tuple[str, ...]:
-        """Pack the recording, and what the last look wrote; returns the names of the zips."""
+        """Pack the recording, and what the last look wrote. Returns the names of the zips."""
         if self._state == outcome.INTERRUPTED:
             return ()
         zips = self.folder.parent.parent / "bundles"
@@ -210,7 +212,7 @@ class Trial:
 
 
 def phase_of(tail: Tail) -> str:
-    """The phase of a rank; "" if its witness cannot be read or holds no event."""
+    """Return the phase of a rank; "" if its witness cannot be read or has no event."""
     try:
         witness = tail.witness()
     except (OSError, WitnessError):

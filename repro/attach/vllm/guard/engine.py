@@ -1,4 +1,4 @@
-"""Hooks of an EngineCore: it counts executions on the board, and has a lookout of its own."""
+"""Hooks of an EngineCore, which counts its executions on the board and has its own lookout."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ from repro.attach.vllm.guard.meeting.meeting import Meeting
 from repro.attach.vllm.guard.schedule.post import left_out
 
 current: Board | None = None
-"""The board of this process, if it is an engine."""
+"""The board of this process if it is an engine, else None."""
 
 lookout: Lookout | None = None
 _engine: Any = None
 _rank = 0
-_counts_requests = False  # whether this engine's executor is one whose requests are counted
+_counts_requests = False  # whether the requests of this engine's executor are counted
 
 
 def after_fork() -> None:
@@ -46,7 +46,7 @@ def constructing(original: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def begin(engine: Any, config: Any) -> None:
-    """Make the board, and watch the other processes. config: ParallelConfig."""
+    """Make the board, and begin to watch the other processes. config: ParallelConfig."""
     global current, lookout, _engine, _rank
     per_engine = int(config.world_size)
     _rank, _engine = int(config.data_parallel_rank) * per_engine, engine
@@ -67,14 +67,14 @@ def begin(engine: Any, config: Any) -> None:
 
 
 def _tell_front_end() -> None:
-    """Send what vLLM's engine sends when it fails: a front end that waits for outputs does not look at its engines."""
+    """Send what vLLM's engine sends when it fails, because a waiting front end does not check its engines."""
     from vllm.v1.engine.core import EngineCoreProc
 
     _engine.output_queue.put_nowait(EngineCoreProc.ENGINE_CORE_DEAD)
 
 
 def _exit_code(pid: int) -> int | None:
-    """The exit code of a worker that this engine started; None while it runs, or if it is not known."""
+    """Return the exit code of a worker that this engine started; None while it runs, or if the code is not known."""
     workers = getattr(getattr(_engine, "model_executor", None), "workers", None) or ()
     children: Any = vars(multiprocessing.process).get("_children", ())  # before the workers of a start are listed
     for process in (*(getattr(worker, "proc", None) for worker in workers), *children):
@@ -127,13 +127,13 @@ def counting(original: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _count(engine: Any, mine: Board) -> None:
-    """Count one execution. Raises Refused if the engine has not requested it, in the mode ``agree``."""
+    """Count one execution. In the mode ``agree``, raises Refused if the engine has not requested it."""
     mine[Field.COUNTED] += 1
     requested, counted = mine.executions()
     if counted <= requested or not _counts_requests:
         return
     if getattr(getattr(engine, "model_executor", None), "is_sleeping", False):
-        mine[Field.COUNTED] = requested  # it sleeps, and requests nothing
+        mine[Field.COUNTED] = requested  # the engine sleeps, and requests nothing
         return
     if mine[Field.LEFT_OUT]:
         return

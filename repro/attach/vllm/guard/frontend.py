@@ -1,6 +1,6 @@
-"""Hooks of a front end: vLLM's own server ends with the guard's exit code if an engine did.
+"""Hooks of a front end: vLLM's own server ends with the guard's exit code if an engine ended with it.
 
-A program of a user that has started engines gets vLLM's EngineDeadError, and ends as it likes.
+A user's program that has started engines gets vLLM's EngineDeadError instead, and ends as it wants.
 """
 
 from __future__ import annotations
@@ -41,13 +41,13 @@ def _watch(engines: Sequence[Any]) -> None:
     while waiting:
         for sentinel in connection.wait(list(waiting)):
             engine = waiting.pop(sentinel)
-            engine.join(GRACE_S)  # the exit code may be read by another thread at this moment
+            engine.join(GRACE_S)  # another thread may be reading the exit code at this moment
             if engine.exitcode == EXIT_CODE:
                 leave(Stop("front end", True))
 
 
 def leave(stop: Stop, wait: Callable[[float], None] = time.sleep) -> None:
-    """Give vLLM's own shutdown some time, then end this process with the exit code."""
+    """Give vLLM's own shutdown some seconds, then end this process with the exit code."""
     stop.say(f"an engine was refused; its log says why. The server ends with exit code {EXIT_CODE}")
     wait(GRACE_S)
     stop.leave()

@@ -1,7 +1,7 @@
 """The table of what the guard replaces in vLLM and in torch.
 
-A hook that a version of vLLM lacks is one line in the log. Without an essential one the ranks cannot agree: then the
-start vote refuses the start (``agree``), or the guard is off (``observe``).
+If a version of vLLM lacks a hook, the log has a line about it. Without an essential hook the ranks cannot agree: then
+the start vote refuses the start (``agree``), or the guard is off (``observe``).
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ class Hook(NamedTuple):
 
     module     the module that defines it
     names      "Class.method" or "function"; the first that exists is replaced
-    make       makes the replacement of the original
-    shows      what the guard lacks without it
-    versions   of vLLM in which it was read or run
+    make       makes the replacement from the original
+    shows      what the guard does not see without it
+    versions   versions of vLLM in which it was read or run
     essential  whether the ranks cannot agree without it
     """
 
@@ -116,7 +116,7 @@ def install() -> None:
 
 
 def _hook_torch(module: ModuleType) -> None:
-    """Replace the methods of torch's ProcessGroup, which everything goes through that vLLM's classes do not see."""
+    """Replace the methods of torch's ProcessGroup: all collectives that vLLM's classes do not see go through these."""
     import torch._C._distributed_c10d as native
 
     for name, method in METHODS.items():

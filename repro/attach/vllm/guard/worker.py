@@ -18,14 +18,14 @@ from repro.attach.vllm.guard.meeting.vote import decide
 from repro.attach.vllm.guard.schedule.guard import Guard
 
 DEADLINE_S = 60.0
-"""How long the ranks wait for each other in the start vote (HMR_GUARD_DEADLINE)."""
+"""Seconds that the ranks wait for each other in the start vote (HMR_GUARD_DEADLINE)."""
 
 current: Guard | None = None
-"""The guard of this process, if it is a worker and all ranks agreed to be guarded."""
+"""The guard of this process if it is a worker and all ranks agreed to be guarded, else None."""
 
 lookout: Lookout | None = None
 missing: list[str] = []
-"""The hooks without which no rank can agree and that this vLLM lacks."""
+"""The hooks that this vLLM lacks and without which no rank can agree."""
 
 
 class _Group(NamedTuple):
@@ -42,7 +42,7 @@ _ranks_per_engine = 1
 
 
 def after_fork() -> None:
-    """A forked child is another process."""
+    """Reset the state in a forked child, which is not the worker."""
     global current, lookout
     current = lookout = None
     _groups.clear()

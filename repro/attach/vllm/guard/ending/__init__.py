@@ -1,1 +1,1 @@
-"""Who is gone, and how a process ends that must not wait any longer."""
+"""Find which processes have ended, and end a process that must not wait any longer."""

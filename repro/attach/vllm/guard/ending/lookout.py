@@ -1,6 +1,7 @@
-"""The guard's thread in each worker and engine: it learns why the ranks stop, and ends a process that cannot.
+"""The guard's thread in each worker and engine: it learns why the ranks stop, and ends a process that cannot end
+itself.
 
-It runs while the main thread is blocked in a collective or in the store.
+The thread runs while the main thread is blocked in a collective or in the store.
 """
 
 from __future__ import annotations
@@ -19,30 +20,30 @@ from repro.attach.vllm.guard.schedule.post import difference
 
 INTERVAL_S = 0.1
 SEARCH_S = 0.5
-"""How often the lookout looks for processes that it does not know yet, and changes its own number."""
+"""Seconds between two searches of the lookout for processes that it does not know yet, and between its own beats."""
 
 PARENT_FIRST_S = 0.3
-"""A process that cannot know the exit code of another one leaves the word to its parent for so long."""
+"""Seconds for which a process waits for its parent's report, because only the parent knows an exit code."""
 
 SERVER = "worker of rank 0"
-"""The process with the server of the store."""
+"""The process that has the server of the store."""
 
 MAX_WAIT_CALL_S = 5.0
 CHILD_S = 0.5
-"""The system closes the connections of a process shortly before anybody can see that it has ended."""
+"""Seconds to wait: the system closes the connections of a process shortly before it is seen to have ended."""
 
 LEAVE_S = 0.5
-"""How long the process with the server of the store stays when it ends as it should, so that all others learn of it."""
+"""Seconds that the process with the server of the store stays when it ends normally, so that all others learn of it."""
 
 
 class Lookout:
-    """One process's lookout.
+    """The lookout of one process.
 
-    connect    the connection to the store, or None as long as it is not known where the store is
+    connect    returns the connection to the store; None while the place of the store is not known
     processes  the processes that this one introduces to the others; the first is itself
     expected   the names of all processes of the server
-    exit_code  the exit code of a child, if it is known
-    guard      of this process if it is a worker
+    exit_code  returns the exit code of a child, if it is known
+    guard      the guard of this process if it is a worker
     """
 
     def __init__(
@@ -76,7 +77,10 @@ class Lookout:
         self._thread.start()
 
     def leave(self, also: Iterable[str] = ()) -> None:
-        """This process ends as it should. Call it before it stops to answer. also: processes that it ends too."""
+        """Announce that this process ends normally.
+
+        Call this before it stops to answer. also: processes that it ends, too.
+        """
         if self._leaving.is_set() or self.stop.sentence:
             return
         self._leaving.set()
@@ -90,14 +94,14 @@ class Lookout:
         self.join()
 
     def join(self, timeout_s: float = 2.0) -> None:
-        """Wait for the thread: an interpreter that ends while it is inside the store would abort."""
+        """Wait for the thread: an interpreter that ends while the thread is inside the store would abort."""
         if self._thread is not None and self._thread is not threading.current_thread():
             self._thread.join(timeout_s)
 
     def fail(self, sentence: str) -> None:
-        """This process ends because of an exception: stop the ranks that would wait for it.
+        """Announce that this process ends because of an exception, and stop the ranks that would wait for it.
 
-        The exception of an engine whose worker was killed says less than the worker's end.
+        If a worker was killed, the exception of its engine says less than the end of the worker.
         """
         if self.stop.sentence or not self.stop.agrees:
             return
@@ -167,7 +171,7 @@ class Lookout:
     # -- where the ranks are ------------------------------------------------------------------------------------------
 
     def _call(self, meeting: Meeting, guard: Guard) -> None:
-        """This rank waits: ask the others where they are, less and less often."""
+        """Ask the others where they are, because this rank waits. The questions become less frequent with time."""
         if self._clock() - self._called_s < min(max(guard.waits_s() / 2, 0.5), MAX_WAIT_CALL_S):
             return
         self._called_s = self._clock()
@@ -213,7 +217,7 @@ class Lookout:
         return bool(left)
 
     def _without_store(self, error: Exception) -> None:
-        """The store does not answer: its process, the worker of rank 0, has ended; as it should, or not."""
+        """React to a store that does not answer: its process, the worker of rank 0, has ended, normally or not."""
         until = self._clock() + 2 * PARENT_FIRST_S
         server = self._peers.known.get(SERVER)
         here = self._processes[0].name == SERVER
@@ -246,7 +250,8 @@ class Lookout:
             self.stop.observe(sentence)
             return
         if self._meeting is not None:
-            with contextlib.suppress(RuntimeError):  # the store is gone: each rank stops for what it knows
+            # the store has ended, so each rank stops for the reason that it knows
+            with contextlib.suppress(RuntimeError):
                 sentence = self._meeting.refuse(sentence)
         self.stop.begin(sentence)
 
@@ -258,5 +263,5 @@ def _is_gone(error: Exception) -> bool:
 
 
 def front_end_of(rank: int) -> Process:
-    """The process that started this engine."""
+    """Return the process that started this engine."""
     return Process.of(f"front end of rank {rank}", rank, os.getppid())

@@ -1,7 +1,7 @@
 """The processes of the other ranks: which of them have ended.
 
-On one host a process is watched by its pidfd, which is exact: a slow or stopped process is not taken for dead. Of other
-hosts a process knows only a number that changes while any process there lives.
+On one host a process is watched by its pidfd, which is exact: a slow or stopped process does not count as ended. Of a
+process on another host, only a number is known that changes while any process there lives.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 SILENT_S = 15.0
-"""A host whose processes have changed no number for so long is taken to be down."""
+"""Seconds without a new number from any process of a host after which the host counts as down."""
 
 
 @dataclass(frozen=True)
@@ -25,7 +25,7 @@ class Process:
     """One process of the server.
 
     name   "worker of rank 1"; unique
-    rank   its rank; for an engine and a front end that of their first worker
+    rank   its rank; for an engine or a front end, the rank of its first worker
     host   equal for processes that can see each other's ids
     """
 
@@ -58,7 +58,8 @@ class Peers:
         self._clock = clock
         self._here = host()
         self._open: dict[Process, int] = {}  # process of this host -> pidfd
-        self._far: dict[Process, tuple[str, float]] = {}  # process of another host -> its number, and since when
+        # process of another host -> (its number, time since when it has this number)
+        self._far: dict[Process, tuple[str, float]] = {}
         self.known: dict[str, Process] = {}
 
     def add(self, process: Process) -> None:
@@ -68,7 +69,7 @@ class Peers:
             return
         try:
             descriptor = os.pidfd_open(process.pid)
-        except OSError:  # it has ended, or the system has no pidfds
+        except OSError:  # the process has ended, or the system has no pidfds
             descriptor = -1
         if descriptor >= 0 and start_ticks(process.pid) not in (process.ticks, 0):  # the id belongs to another process
             os.close(descriptor)
@@ -76,7 +77,7 @@ class Peers:
         self._open[process] = descriptor
 
     def forget(self, name: str) -> None:
-        """Stop watching a process that ends as it should."""
+        """Stop watching a process that ends normally."""
         process = self.known.get(name)
         if process is None:
             return
@@ -89,20 +90,23 @@ class Peers:
         return process in self._open or process in self._far
 
     def ended(self) -> list[Process]:
-        """The processes of this host that have ended."""
+        """Return the processes of this host that have ended."""
         return [process for process, descriptor in self._open.items() if _has_ended(process, descriptor)]
 
     def far(self) -> list[str]:
         return [process.name for process in self._far]
 
     def beat(self, name: str, number: str) -> None:
-        """Note the number of a process of another host."""
+        """Note the number of a process on another host."""
         process = self.known[name]
         if process in self._far and self._far[process][0] != number:
             self._far[process] = number, self._clock()
 
     def silent(self) -> tuple[Process, float] | None:
-        """A process of a host that is down, and for how long; a host is up while any of its processes beats."""
+        """Return a process of a host that is down, and for how many seconds.
+
+        A host is up while any of its processes beats.
+        """
         last: dict[str, float] = {}
         for process, (_, since) in self._far.items():
             last[process.host] = max(since, last.get(process.host, 0.0))
@@ -118,7 +122,7 @@ class Peers:
 
 
 def gone(process: Process, code: int | None = None) -> str:
-    """The sentence about a process that has ended. code: as of subprocess, if it is known."""
+    """Return the sentence about a process that has ended. code: its exit code as subprocess gives it, if known."""
     how = "has ended"
     if code is not None and code < 0:
         with contextlib.suppress(ValueError):
@@ -129,7 +133,7 @@ def gone(process: Process, code: int | None = None) -> str:
 
 
 def silence(process: Process, silent_s: float) -> str:
-    """The sentence about a host that answers no more."""
+    """Return the sentence about a host that no longer answers."""
     return (
         f"rank {process.rank} is gone: no process on its host has been heard of for {silent_s:.0f} s; its "
         f"{process.name.partition(' of ')[0]} had pid {process.pid}"
@@ -145,7 +149,7 @@ def _has_ended(process: Process, descriptor: int) -> bool:
 
 
 def start_ticks(pid: int) -> int:
-    """The start time of a process in clock ticks since boot; 0 if it has ended, even if it is not reaped yet."""
+    """Return the start time of a process in clock ticks since boot; 0 if it has ended, reaped or not."""
     try:
         fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     except OSError:
@@ -154,7 +158,7 @@ def start_ticks(pid: int) -> int:
 
 
 def host() -> str:
-    """An identifier that is equal for two processes that can see each other's process ids."""
+    """Return an identifier that is equal for two processes that can see each other's process ids."""
     try:
         return Path("/proc/sys/kernel/random/boot_id").read_text().strip() + os.readlink("/proc/self/ns/pid")
     except OSError:

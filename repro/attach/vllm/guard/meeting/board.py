@@ -15,7 +15,7 @@ VARIABLE = "HMR_GUARD_BOARD"
 
 BYTES = 4096
 RING = 64
-_HOST = 2048  # where the host of the store stands
+_HOST = 2048  # offset at which the host of the store is written
 _HOST_BYTES = 256
 
 
@@ -56,34 +56,34 @@ class Board:
         self._numbers[field] = number
 
     def request(self) -> None:
-        """The engine requests one more execution."""
+        """Note that the engine requests one more execution."""
         number = self[Field.REQUESTED] + 1
         self[Field.FIRST + number % RING] = self[Field.COUNTED]
         self[Field.REQUESTED] = number
 
     def counted_at(self, number: int) -> int:
-        """How many executions the engine had counted when it requested this one; -1 if it did not request it."""
+        """Return how many executions the engine had counted when it requested this one; -1 if it did not request it."""
         requested_since = self[Field.REQUESTED] - number
         return self[Field.FIRST + number % RING] if number > 0 and 0 <= requested_since < RING else -1
 
     def executions(self) -> tuple[int, int]:
-        """Requested and counted executions. The counted are read first, so they never seem to be ahead."""
+        """Return requested and counted executions. The counted ones are read first, so they never seem to be ahead."""
         counted = self[Field.COUNTED]
         return self[Field.REQUESTED], counted
 
     def questions(self) -> tuple[int, int]:
-        """Begun and ended questions "is anyone unfinished?"."""
+        """Return begun and ended questions "is anyone unfinished?"."""
         answered = self[Field.ANSWERED]
         return self[Field.ASKED], answered
 
     def meet_at(self, host: str, port: int) -> None:
-        """Name the store, for the engine."""
+        """Write the place of the store, for the engine."""
         text = host.encode()[:_HOST_BYTES]
         self._bytes[_HOST : _HOST + len(text)] = text
         self[Field.PORT] = port
 
     def meeting(self) -> tuple[str, int] | None:
-        """Host and port of the store; None as long as no worker has named it."""
+        """Return host and port of the store; None while no worker has written them."""
         port = self[Field.PORT]
         if not port:
             return None
@@ -91,7 +91,7 @@ class Board:
 
 
 def create() -> Board:
-    """The board of this process and of those that it starts from now on. Raises OSError."""
+    """Make the board of this process and of those that it starts from now on. Raises OSError."""
     descriptor = os.memfd_create("hmr_guard")  # stays open: its path leads the workers to it
     os.ftruncate(descriptor, BYTES)
     os.environ[VARIABLE] = f"/proc/{os.getpid()}/fd/{descriptor}"
@@ -101,7 +101,7 @@ def create() -> Board:
 
 
 def inherited() -> Board | None:
-    """The board of the engine that started this process, or None."""
+    """Return the board of the engine that started this process, or None."""
     path = os.environ.get(VARIABLE)
     if not path:
         return None

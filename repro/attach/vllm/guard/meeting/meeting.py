@@ -1,13 +1,14 @@
-"""Where the processes of all ranks meet: keys in the store of vLLM's workers, over a connection of our own.
+"""Where the processes of all ranks meet: keys in the store of vLLM's workers, over a separate connection.
 
-    refusal      the sentence with which one rank stopped all; the first one stands
+    refusal      the sentence with which one rank stopped all; the first one stays
     calls        how often a rank asked all others to post their state
     post/R       the state of rank R
-    process/N    who process N is, see :mod:`peers`
-    left/N       process N ends as it should
-    beat/N       a number that process N changes, for those on other hosts
+    process/N    which process N is, see :mod:`peers`
+    left/N       process N ends normally
+    beat/N       a number that process N changes, for processes on other hosts
 
-A request to the store of another thread would wait while vLLM waits in it, so each thread has a connection.
+While vLLM waits in the store, a request of another thread over the same connection would wait, too. So each thread has
+its own connection.
 """
 
 from __future__ import annotations
@@ -55,22 +56,22 @@ class Meeting:
         self._store.set(key, text)
 
     def first(self, key: str, text: str) -> str:
-        """Set a key unless it is set; return what stands there then. The text must not be empty."""
+        """Set a key unless it is set. Returns the value that is there then. The text must not be empty."""
         return self._store.compare_set(key, "", text).decode()
 
     def read(self, keys: Iterable[str]) -> dict[str, str]:
-        """Those of the keys that are set."""
+        """Return key -> value for the keys that are set."""
         keys = list(keys)
         if self._store.check(keys):
             return {key: text.decode() for key, text in zip(keys, self._store.multi_get(keys), strict=True)}
         return {key: self._store.get(key).decode() for key in keys if self._store.check([key])}
 
     def refuse(self, sentence: str) -> str:
-        """Stop all ranks. Returns the sentence that was first, of whichever rank."""
+        """Stop all ranks. Returns the sentence that was published first, by whichever rank."""
         return self.first("refusal", sentence)
 
     def news(self) -> tuple[str, int]:
-        """The refusal, "" without one, and the number of calls."""
+        """Return the refusal, "" if there is none, and the number of calls."""
         refusal, calls = self._store.multi_get(["refusal", "calls"])
         return refusal.decode(), int(calls)
 
@@ -80,7 +81,7 @@ class Meeting:
         self.add_call()
 
     def add_call(self) -> None:
-        """Make the lookouts of all processes read what is new."""
+        """Make the lookouts of all processes read the new state."""
         self._store.add("calls", 1)
 
     def post(self, post: Post) -> None:
@@ -94,7 +95,7 @@ class Meeting:
     def wait_for(
         self, keys: Iterable[str], deadline_s: float, check: Callable[[], None], clock: Callable[[], float]
     ) -> list[str]:
-        """Wait until all keys are set; returns those that are not set at the deadline. ``check`` may raise."""
+        """Wait until all keys are set. Returns the keys that are not set at the deadline. ``check`` may raise."""
         missing, until = list(keys), clock() + deadline_s
         while missing := [key for key in missing if not self._store.check([key])]:
             check()
@@ -105,7 +106,7 @@ class Meeting:
 
 
 def root_of(store: Any) -> Any:
-    """The store beneath torch's prefixes."""
+    """Return the store below torch's prefixes."""
     while hasattr(store, "underlying_store"):
         store = store.underlying_store
     return store

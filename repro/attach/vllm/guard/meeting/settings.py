@@ -1,4 +1,4 @@
-"""What each rank says in the start vote: its plug-in, its vLLM, and the settings that shape the schedule."""
+"""What each rank reports in the start vote: its plug-in, its vLLM, and the settings that decide its schedule."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any
 from repro.attach.vllm.guard.meeting.vote import differences
 
 PROTOCOL = 1
-"""Changes with the rows that the guard adds to C1, and with what the ranks tell each other."""
+"""A number that changes with the rows that the guard adds to C1, and with what the ranks tell each other."""
 
 SETTINGS = (
     "parallel_config.data_parallel_size", "parallel_config.tensor_parallel_size",
@@ -40,7 +40,7 @@ _AG_RS = f"--all2all-backend {WITH_HOOKS[0]}"
 
 
 def ballot(config: Any, mode: str, missing: list[str], has_engine: bool) -> dict[str, Any]:
-    """What this rank says. config: VllmConfig; missing: hooks that this vLLM lacks."""
+    """Return what this rank reports. config: VllmConfig; missing: hooks that this vLLM lacks."""
     said: dict[str, Any] = {"the plug-in's protocol": PROTOCOL, "HMR_GUARD": mode, "vLLM": _vllm()}
     for path in SETTINGS:
         said[path] = _plain(_attribute(config, path))
@@ -49,7 +49,7 @@ def ballot(config: Any, mode: str, missing: list[str], has_engine: bool) -> dict
 
 
 def judge(ballots: Mapping[int, Mapping[str, Any]]) -> str:
-    """The sentence with which the ranks refuse to start; "" if they may."""
+    """Return the sentence with which the ranks refuse to start; "" if they may start."""
     for rank, said in sorted(ballots.items()):
         if said["refuses"]:
             return str(said["refuses"])
@@ -65,7 +65,7 @@ def judge(ballots: Mapping[int, Mapping[str, Any]]) -> str:
 
 
 def unsupported(config: Any) -> str:
-    """Why the ranks cannot agree with this configuration, and the flag to change; "" if they can."""
+    """Return why the ranks cannot agree with this configuration, and the flag to change; "" if they can."""
     parallel = getattr(config, "parallel_config", None)
     if getattr(parallel, "enable_fault_tolerance", False):
         return "the guard stops all ranks when one is gone, and fault tolerance goes on: unset one of the two"

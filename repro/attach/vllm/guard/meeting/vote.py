@@ -1,8 +1,8 @@
 """A vote of all ranks through the store, before they communicate: all go on, or all get the same sentence.
 
 Every rank casts a ballot. Rank 0 reads them all and decides. A rank that waits beyond its deadline decides against. The
-first decision stands, and no decision is in favour unless all ballots were there: a rank that has cast none, for
-example because it lacks the plug-in, can never be taken for one that agrees.
+first decision stays, and a decision is in favour only if all ballots were there. So a rank without a ballot, for
+example because it lacks the plug-in, never counts as a rank that agrees.
 """
 
 from __future__ import annotations
@@ -31,9 +31,9 @@ def decide(
     check: Callable[[], None] = lambda: None,
     clock: Callable[[], float] = time.monotonic,
 ) -> str:
-    """Vote, and return the same on all ranks: "" if all agree, else one sentence.
+    """Vote. Returns the same on all ranks: "" if all agree, else one sentence.
 
-    judge  from all ballots to a sentence; "" in favour
+    judge  all ballots -> a sentence; "" if it is in favour
     check  called while this rank waits; may raise
     """
     meeting.set(f"{topic}/{rank}", json.dumps(ballot))
@@ -62,7 +62,7 @@ def _ranks(ranks: list[int]) -> str:
 
 
 def differences(ballots: Mapping[int, Mapping[str, Any]]) -> list[str]:
-    """A line for each entry of the ballots that is not the same on all ranks: which ranks have which value."""
+    """Return a line for each entry of the ballots that differs between ranks: which ranks have which value."""
     lines = []
     for name in sorted({name for ballot in ballots.values() for name in ballot}):
         sides: dict[str, list[int]] = {}

@@ -1,8 +1,8 @@
-"""What the first model execution would build: the registry of builders.
+"""The registry of builders: what the first model execution would build.
 
-Those of FlashInfer follow its source and were not run here: no GPU. Each calls what the first execution would call, so
-a name that a version lacks is an ImportError or AttributeError, which the start reports and goes on: then the first
-execution builds, as without the guard.
+The builders of FlashInfer follow its source and were not run here, because there was no GPU. Each calls what the first
+execution would call. If a version of FlashInfer lacks a name, the start reports the ImportError or AttributeError and
+goes on: then the first execution builds, as it would without the guard.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ VARIABLE = "HMR_GUARD_BUILDERS"
 
 
 class BuilderError(ValueError):
-    """HMR_GUARD_BUILDERS names something that is not there."""
+    """HMR_GUARD_BUILDERS names a module or function that does not exist."""
 
 
 class Builder(NamedTuple):
@@ -67,7 +67,7 @@ BUILDERS = (
 
 
 def chosen(model: Any) -> Iterator[Builder]:
-    """The builders for this rank's model, then those of HMR_GUARD_BUILDERS. Raises BuilderError."""
+    """Yield the builders for this rank's model, then those of HMR_GUARD_BUILDERS. Raises BuilderError."""
     for builder in BUILDERS:
         if model is not None and builder.wanted(model):
             yield builder

@@ -1,7 +1,7 @@
-"""Prepare before you communicate: build what the first step would build, before the ranks wait for each other in it.
+"""Build what the first step would build, before the ranks wait for each other in that step.
 
-On each host one rank builds while the others wait for its lock, which names it and has a heartbeat and a deadline. Then
-all ranks vote. A rank that cannot build stops all of them at once.
+On each host one rank builds while the others wait for its lock, which names that rank and has a heartbeat and a
+deadline. Then all ranks vote. A rank that cannot build stops all of them at once.
 """
 
 from __future__ import annotations
@@ -26,14 +26,14 @@ if TYPE_CHECKING:
     from hybrid_moe_kernels.build_lock import BuildLock
 
 DEADLINE_S = 1800.0
-"""How long a build, and the wait for one, may take (HMR_GUARD_BUILD_DEADLINE)."""
+"""Seconds that a build, or the wait for one, may take (HMR_GUARD_BUILD_DEADLINE)."""
 
 SAY_S = 5.0
-"""How often a rank that waits says so."""
+"""Seconds between two lines of a rank that waits."""
 
 
 def loading(original: Callable[..., Any]) -> Callable[..., Any]:
-    """Wrap Worker.load_model, after which the model exists and has not run."""
+    """Wrap Worker.load_model. After it, the model exists and has not run."""
 
     @wraps(original)
     def load_model(self: Any, *args: Any, **options: Any) -> Any:
@@ -46,7 +46,7 @@ def loading(original: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def prepare(guard: Guard, model: Any) -> None:
-    """Build, and vote. Raises Refused if a rank could not build; in the mode ``observe`` nothing is built."""
+    """Build, and vote. Raises Refused if a rank could not build. In the mode ``observe`` nothing is built."""
     stop, began_s = guard.stop, time.monotonic()
     deadline_s = float(os.environ.get("HMR_GUARD_BUILD_DEADLINE") or DEADLINE_S)
     builders: list[Builder] = []
@@ -91,7 +91,7 @@ def _build(builder: Builder, guard: Guard, deadline_s: float) -> None:
 
 
 class _Waiting:
-    """A rank that waits for the lock says so, and stops when the ranks stop."""
+    """Prints that a rank waits for the lock, and stops the wait when the ranks stop."""
 
     def __init__(self, builder: Builder, guard: Guard) -> None:
         self.lock: BuildLock | None = None
@@ -106,7 +106,7 @@ class _Waiting:
         if waited_s - self._said_s < SAY_S and self._said_s:
             return
         holder = self.lock.holder() if self.lock is not None else None
-        if holder is None and waited_s < 1:  # it has not written its name yet
+        if holder is None and waited_s < 1:  # the holder has not written its name yet
             return
         self._said_s = max(waited_s, 0.001)
         who = holder.words() if holder is not None else "another process"

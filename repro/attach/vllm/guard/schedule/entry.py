@@ -7,7 +7,7 @@ from hashlib import blake2b
 from typing import NamedTuple
 
 AGREEMENT = "the step agreement"
-"""The layer of C1's entry."""
+"""The layer in the entry of C1."""
 
 MASK = 2**64 - 1
 PRIME = 0x100000001B3
@@ -22,7 +22,7 @@ class Entry(NamedTuple):
     digest: int
 
     def words(self) -> str:
-        """The entry as text: "dp.cpu all_reduce of model.layers.0.linear_attn"."""
+        """Return the entry as text: "dp.cpu all_reduce of model.layers.0.linear_attn"."""
         return f"{self.group} {self.op} of {self.layer}" if self.layer else f"{self.group} {self.op}"
 
     def key(self) -> tuple[str, str, str]:
@@ -31,12 +31,12 @@ class Entry(NamedTuple):
 
 @functools.lru_cache(maxsize=65536)
 def entry_of(group: str, op: str, layer: str) -> Entry:
-    """The entry, which is the same object for the same arguments."""
+    """Return the entry, which is the same object for the same arguments."""
     return Entry(group, op, layer, digest_of(f"{group}\0{op}\0{layer}"))
 
 
 def digest_of(text: str) -> int:
-    """64 bits that are the same in every process, unlike Python's hash."""
+    """Return a number of 64 bits that is the same in every process, unlike Python's hash."""
     return int.from_bytes(blake2b(text.encode(), digest_size=8).digest(), "little")
 
 
@@ -46,6 +46,6 @@ def joined(digest: int, other: int) -> int:
 
 
 def as_words(digest: int) -> tuple[int, int]:
-    """The digest as two int32, low and high."""
+    """Return the digest as two int32, low and high."""
     low, high = digest & 0xFFFFFFFF, digest >> 32
     return low - (low >> 31 << 32), high - (high >> 31 << 32)

@@ -1,11 +1,11 @@
 """The guard of one worker: the step agreement that carries a digest, and the schedule that follows from it.
 
-At each agreement (C1) a rank adds two rows to vLLM's tensor: a digest of what it issued since the last agreement, of
-the schedule that it will follow, and of the executions that its engine counted. All ranks see all digests. If they
-differ, the ranks compare their last entries through the store and stop with the first difference.
+At each agreement (C1) a rank adds two rows to vLLM's tensor. They have a digest of the collectives that it issued since
+the last agreement, of the schedule that it will follow, and of the executions that its engine counted. All ranks see
+all digests. If these differ, the ranks compare their last entries through the store and stop with the first difference.
 
 The schedule is what the rank issued after earlier agreements of the same kind. A collective that departs from it is
-held back until the other ranks have said what they issue in its place. If it is the same, all go on.
+held back until the other ranks have said what they issue in its place. If they issue the same, all go on.
 """
 
 from __future__ import annotations
@@ -24,15 +24,15 @@ from repro.attach.vllm.guard.schedule.post import Post, difference, keys_of
 from repro.attach.vllm.guard.schedule.stream import Stream
 
 ROWS = 2
-"""How many rows the guard adds to C1."""
+"""Number of rows that the guard adds to C1."""
 
 WAIT_S = 1.0
-"""A rank that stays at one entry of an execution for so long asks the others where they are."""
+"""A rank that stays at one entry of an execution for this many seconds asks the others where they are."""
 
 EXPLAIN_S = 10.0
 CALL_S = 0.2
 TELL_S = 0.3
-"""How long a rank that refuses waits before it raises, so that all others read why before its store can end."""
+"""Seconds that a rank waits between refusing and raising, so that all others read why before its store can end."""
 
 T = TypeVar("T")
 
@@ -63,7 +63,7 @@ class Guard:
         self.stream = Stream()
         self.layer = ""
         self.thread = threading.get_ident()
-        self.inside = False  # a hooked call runs; what it calls is part of it
+        self.inside = False  # whether a hooked call runs; what it calls is part of it
         self.meeting = meeting
         self.stop = stop
         self._board = board
@@ -78,7 +78,7 @@ class Guard:
     # -- the thread that runs the model -------------------------------------------------------------------------------
 
     def begin_execution(self, requested: bool = True) -> None:
-        """The worker begins to run the model. requested: its engine counts this execution."""
+        """Note that the worker begins to run the model. requested: whether its engine counts this execution."""
         self._num_executions += requested
         self._seen = self.stream.count, self._clock()
         self._executing = True
@@ -139,7 +139,7 @@ class Guard:
             self.inside = False
 
     def _confer(self, entry: Entry) -> None:
-        """Hold an entry back until all other ranks have issued the same, or are about to."""
+        """Hold an entry back until all other ranks have issued the same entry, or are about to."""
         number, called_s = self.stream.count, -CALL_S
         self._held = number, entry
         while True:
@@ -156,7 +156,7 @@ class Guard:
         self._held = None
 
     def _explain(self) -> None:
-        """The digests of the agreement differ on all ranks: find the difference, which all ranks do alike."""
+        """Find the difference after the digests of an agreement differed, which all ranks see and do alike."""
         until, called_s = self._clock() + EXPLAIN_S, -CALL_S
         posts: list[Post] = []
         while self._clock() < until:
@@ -187,7 +187,7 @@ class Guard:
         raise Refused(sentence)
 
     def fail(self, error: Exception) -> None:
-        """The model's execution raised: stop the ranks that wait for this one."""
+        """Stop the ranks that wait for this one, because the execution of its model raised an error."""
         if not isinstance(error, Refused) and self.stop.agrees and not self.stop.sentence:
             self.stop.begin(self.meeting.refuse(f"rank {self.rank} failed: {type(error).__name__}: {error}"))
 
@@ -198,7 +198,7 @@ class Guard:
     # -- any thread ---------------------------------------------------------------------------------------------------
 
     def post(self) -> Post:
-        """The state of this rank."""
+        """Return the state of this rank."""
         held, board = self._held, self._board
         first, entries = self.stream.last()
         number = first + len(entries)
@@ -224,7 +224,7 @@ class Guard:
         )
 
     def waits_s(self) -> float:
-        """How long this rank has been at the same entry of an execution; 0 outside an execution."""
+        """Return how many seconds this rank has been at the same entry of an execution; 0 outside an execution."""
         count, since_s = self._seen
         if not self._executing:
             return 0.0
@@ -235,10 +235,10 @@ class Guard:
 
 
 def kind_of(rows: Sequence[Sequence[int]]) -> Hashable:
-    """What decides the schedule of a step: the graph mode and microbatches that the ranks agree on.
+    """Return what decides the schedule of a step: the graph mode and microbatches on which the ranks agree.
 
-    rows  of C1, each with a number for each rank: 4 rows (0.20 to 0.33), or 6 or 7 in the new model runner; None for
-          another number of rows, whose meaning is not known
+    rows  of C1, each with a number for each rank: 4 rows (0.20 to 0.33), or 6 or 7 in the new model runner. For another
+          number of rows the result is None, because their meaning is not known
     """
     if len(rows) not in KIND_ROWS:
         return None

@@ -1,4 +1,4 @@
-"""What a rank tells the others when they compare, and how they find the first difference."""
+"""What a rank tells the others when they compare their entries, and how they find the first difference."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ class Post:
         return self.first + len(self.entries)
 
     def at(self, number: int) -> Key | None:
-        """The entry with this number, or the one that is held back; None if there is none, or it is not known."""
+        """Return the entry with this number, or the one that is held back; None if there is none, or it is unknown."""
         if number == self.count:
             return self.next
         return self.entries[number - self.first] if self.first <= number < self.count else None
@@ -55,7 +55,7 @@ class Post:
 
     @classmethod
     def read(cls, text: str) -> Post:
-        """Raises ValueError, KeyError or TypeError for a text that is not of :meth:`text`."""
+        """Read the text of :meth:`text`. Raises ValueError, KeyError or TypeError for any other text."""
         fields = json.loads(text)
         fields["entries"] = tuple(tuple(key) for key in fields["entries"])
         fields["next"] = tuple(fields["next"]) if fields["next"] else None
@@ -64,7 +64,7 @@ class Post:
 
 
 def difference(posts: Sequence[Post]) -> str:
-    """One sentence about the first difference between these ranks; "" if they do not differ."""
+    """Return one sentence about the first difference between these ranks; "" if they do not differ."""
     return _left_out(posts) or _entries(posts) or _asks(posts)
 
 
@@ -76,7 +76,7 @@ def _left_out(posts: Iterable[Post]) -> str:
 
 
 def left_out(rank: int, number: int, counted: int, requested: int) -> str:
-    """The sentence about an engine that went on without a model execution."""
+    """Return the sentence about an engine that counted an execution and did not request it."""
     return (
         f"rank {rank} left out execution {number}: its engine counted {counted} executions and requested {requested} "
         "of its worker, so the other ranks would wait for it in their step agreement"
@@ -96,7 +96,7 @@ def _entries(posts: Sequence[Post]) -> str:
 
 
 def _sentence(number: int, sides: dict[Key, list[Post]]) -> str:
-    """Name first whoever left the agreed schedule, if only one side did; else all sides alike."""
+    """Name first the side that left the agreed schedule, if only one side did; else name all sides alike."""
     departed = [key for key, posts in sides.items() if all(post.departed == number for post in posts)]
     if len(departed) != 1:
         parts = [f"{_ranks(posts)} issued {_words(key)}" for key, posts in sides.items()]
@@ -109,9 +109,9 @@ def _sentence(number: int, sides: dict[Key, list[Post]]) -> str:
 
 
 def _asks(posts: Sequence[Post]) -> str:
-    """A rank whose engine asks all engines, while another rank's worker waits for its next execution.
+    """Return a sentence if a rank's engine asks all engines while another rank's worker waits for its next execution.
 
-    The engine of the other rank waits for its worker, so it does not answer this question, and nobody goes on.
+    The engine of the other rank waits for its worker, so it does not answer the question, and no rank goes on.
     """
     for asking in posts:
         for waiting in posts:

@@ -1,7 +1,7 @@
 """The collectives that a rank issued, as one numbered sequence, and the schedule that it expects next.
 
-The numbers count from the start vote, and the step agreements are entries too. All ranks of a DP group issue the same
-sequence, so two ranks can compare their entries of one number whatever each of them is doing.
+The numbers count from the start vote, and the step agreements are entries, too. All ranks of a DP group issue the same
+sequence. So two ranks can compare their entries with one number at any time.
 """
 
 from __future__ import annotations
@@ -12,26 +12,26 @@ from repro.attach.vllm.guard.schedule.entry import MASK, Entry, digest_of, joine
 from repro.attach.vllm.repeated import Repeated
 
 MAX_SENT = 1024
-"""How many of its last entries a rank sends to the others. A step of 60 layers has 121."""
+"""Number of its last entries that a rank sends to the others. A step of 60 layers has 121."""
 
 
 class Stream:
-    """The sequence of one rank. Its own thread appends; others may read."""
+    """The sequence of one rank. The rank's own thread appends; other threads may read."""
 
     def __init__(self) -> None:
-        # The number of the first entry that is kept, and the entries: one object, because other threads read both.
+        # The number of the first entry that is kept, and the kept entries. One object, because other threads read both.
         self._kept: tuple[int, list[Entry]] = 0, []
         self._begin = 0  # the number of the entry with which the current step begins, after its agreement
         self._repeated: Repeated[Entry] = Repeated()
         self._kind: Hashable = None
         self._plan: Sequence[Entry] | None = None
         self._expected = self._changes = 0
-        self.digest = 0  # of the entries since the last agreement
+        self.digest = 0  # digest of the entries since the last agreement
         self.departed = -1  # the number of the last entry that was not the planned one
 
     @property
     def count(self) -> int:
-        """How many entries were issued."""
+        """Return the number of entries that were issued."""
         base, entries = self._kept
         return base + len(entries)
 
@@ -53,7 +53,7 @@ class Stream:
         self.digest = joined(self.digest, entry.digest)
 
     def expected(self) -> int:
-        """A digest of the schedule that this rank will follow, whichever kind of step the ranks agree on."""
+        """Return a digest of the schedule that this rank will follow, for any kind of step on which the ranks agree."""
         if self._changes != self._repeated.changes:
             self._changes, self._expected = self._repeated.changes, 0
             for kind, entries in self._repeated.expected():
@@ -74,7 +74,7 @@ class Stream:
         self._plan = self._repeated.of(kind) if kind is not None else None
 
     def last(self) -> tuple[int, list[Entry]]:
-        """The number of the first of the last entries, and these entries. Any thread may call it."""
+        """Return the number of the first of the last entries, and these entries. Any thread may call this."""
         base, entries = self._kept
         entries = list(entries)
         dropped = max(0, len(entries) - MAX_SENT)
