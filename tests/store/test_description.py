@@ -159,4 +159,6 @@ def test_wrong_tokens_are_found_again_in_the_bundle_of_a_run_of_the_lab(tmp_path
     assert main(["bundle", str(root), "--to", str(tmp_path / "b.zip")]) == EXPECTED
     assert "by the bundle's files" not in capsys.readouterr().out
     made = bundle.make(root, tmp_path / "c.zip")
-    assert any("verdict is inconclusive by the bundle's files, but corrupt by" in note for note in made.notes), made.notes
+    assert any("verdict is inconclusive by the bundle's files, but corrupt by" in note for note in made.notes), (
+        made.notes
+    )
