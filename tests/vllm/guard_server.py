@@ -34,7 +34,7 @@ def main() -> int:
     out = args.out.absolute()
     (out / "model").mkdir(parents=True)
     (out / "model" / "config.json").write_text(json.dumps(next(iter(serve.MODELS.values()))))
-    serve._environment()
+    serve._environment(2)
     for name in ("VLLM_DP_SIZE", "VLLM_DP_MASTER_IP", "VLLM_DP_MASTER_PORT"):
         os.environ.pop(name, None)  # the server chooses them
     serve._preload()

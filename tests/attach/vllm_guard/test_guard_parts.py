@@ -198,6 +198,17 @@ def test_a_sleeping_engine_and_one_whose_requests_are_not_seen_are_not_refused(l
     assert not lookout.refused
 
 
+def test_an_engine_that_fails_speaks_before_its_front_end_hears_of_it(lookout):
+    heard: list[str] = []
+    lookout.fail = heard.append
+    send = engine.dying(lambda self: heard.append("told"))
+    try:
+        raise RuntimeError("cancelled")
+    except RuntimeError:
+        send(None)
+    assert heard == ["rank 0 failed: its engine raised RuntimeError: cancelled", "told"]
+
+
 # -- the end ---------------------------------------------------------------------------------------------------------
 
 

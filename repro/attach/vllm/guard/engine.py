@@ -178,6 +178,19 @@ def ending(original: Callable[..., Any]) -> Callable[..., Any]:
     return shutdown
 
 
+def dying(original: Callable[..., Any]) -> Callable[..., Any]:
+    """Wrap EngineCoreProc._send_engine_dead: the front end ends an engine at once when it hears of its exception."""
+
+    @wraps(original)
+    def _send_engine_dead(self: Any, *args: Any, **options: Any) -> Any:
+        error = sys.exc_info()[1]
+        if lookout is not None and isinstance(error, Exception):
+            lookout.fail(f"rank {_rank} failed: its engine raised {type(error).__name__}: {error}")
+        return original(self, *args, **options)
+
+    return _send_engine_dead
+
+
 def _workers() -> list[str]:
     parallel = getattr(getattr(_engine, "vllm_config", None), "parallel_config", None)
     return [f"worker of rank {_rank + number}" for number in range(int(getattr(parallel, "world_size", 1)))]

@@ -81,6 +81,7 @@ HOOKS = (
     Hook(_GPU, ("Worker.execute_dummy_batch",), worker.executing_always(True), "dummy batches"),
     Hook(_MULTIPROC, ("WorkerProc.shutdown",), worker.ending, "a worker that ends as it should"),
     Hook(_CORE, ("EngineCoreProc.shutdown", "EngineCore.shutdown"), engine.ending, "an engine that ends as it should"),
+    Hook(_CORE, ("EngineCoreProc._send_engine_dead",), engine.dying, "an engine that fails"),
     Hook(_CORE, ("DPEngineCoreProc._init_data_parallel",), engine.constructing, "the engines"),
     Hook(_CORE, ("DPEngineCoreProc._has_global_unfinished_reqs",), engine.counting, "executions left out"),
     Hook(_MULTIPROC, ("MultiprocExecutor.execute_model",), engine.requesting, "executions left out"),

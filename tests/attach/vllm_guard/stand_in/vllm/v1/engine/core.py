@@ -27,6 +27,9 @@ class EngineCoreProc:
     def _process_input_queue(self):
         pass
 
+    def _send_engine_dead(self):
+        self.output_queue.put_nowait(self.ENGINE_CORE_DEAD)
+
     def shutdown(self):
         self.model_executor.end()
 
