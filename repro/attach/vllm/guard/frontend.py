@@ -5,6 +5,7 @@ A user's program that has started engines gets vLLM's EngineDeadError instead, a
 
 from __future__ import annotations
 
+import atexit
 import multiprocessing
 import os
 import sys
@@ -51,11 +52,7 @@ def leave(stop: Stop, wait: Callable[[float], None] = time.sleep) -> None:
     """Give vLLM's own shutdown some seconds, then end this process with the exit code."""
     stop.say(f"an engine was refused; its log says why. The server ends with exit code {EXIT_CODE}")
     wait(GRACE_S)
-    children = multiprocessing.active_children()  # such as the coordinator, which nobody else would end
-    for child in children:
-        child.terminate()
-    for child in children:
-        child.join(GRACE_S / 2)
-        if child.is_alive():
-            child.kill()
+    atexit.register(stop.leave)  # vLLM's main thread may end first, with 0
+    for child in multiprocessing.active_children():  # such as the coordinator, which nobody else would end
+        child.kill()
     stop.leave()
