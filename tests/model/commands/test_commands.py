@@ -280,8 +280,8 @@ def test_bench_measures(folder: Path, capsys: pytest.CaptureFixture) -> None:
         (["generate", "FOLDER", "--tokens", "1", "--device", "cuda:77"], "(device cuda:77, torch.float64)"),
         (["check", "nowhere"], "'nowhere': the folder does not exist"),
         (["check", "tiny"], "'tiny': the folder does not exist"),
-        (["bench", "/"], "/ has no config.json"),
-        (["bench", "tiny", "--device", "meta"], "device meta cannot compute"),
+        (["bench", "/"], "/: the folder has no config.json"),
+        (["bench", "tiny", "--device", "meta"], "device meta is not supported: choose cpu or cuda"),
     ],
 )
 def test_errors_are_one_line_and_exit_2(args: list[str], text: str, folder: Path, capsys) -> None:

@@ -85,7 +85,7 @@ class Stop:
     def explain(self, error: Exception) -> None:
         """Raise Refused if a collective failed because the ranks stop, for example because a peer is gone.
 
-        The operating system closes the connections of a process shortly before anybody is told that it has ended.
+        The operating system closes the connections of a process shortly before it reports that the process has ended.
         """
         if isinstance(error, Refused) or not self.agrees:
             return
