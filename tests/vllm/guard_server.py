@@ -9,6 +9,7 @@ one line of JSON: its exit code, and the seconds from the kill to the end of its
 from __future__ import annotations
 
 import argparse
+import atexit
 import contextlib
 import json
 import os
@@ -96,6 +97,7 @@ def _serve(out: Path, port: int) -> None:
 
         traceback.print_exc()
     finally:
+        atexit._run_exitfuncs()  # as at the end of the program vllm
         os._exit(code)
 
 

@@ -51,8 +51,8 @@ def _watch(engines: Sequence[Any]) -> None:
 def leave(stop: Stop, wait: Callable[[float], None] = time.sleep) -> None:
     """Give vLLM's own shutdown some seconds, then end this process with the exit code."""
     stop.say(f"an engine was refused; its log says why. The server ends with exit code {EXIT_CODE}")
+    atexit.register(stop.leave)  # vLLM's main thread may end during this wait, with 0
     wait(GRACE_S)
-    atexit.register(stop.leave)  # vLLM's main thread may end first, with 0
     for child in multiprocessing.active_children():  # such as the coordinator, which nobody else would end
         child.kill()
     stop.leave()
