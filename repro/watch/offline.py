@@ -141,5 +141,7 @@ def _launcher_of(run_dir: RunDir) -> str:
     """
     age_s = time.time() - run_dir.config.stat().st_mtime
     pid = locks.holder(run_dir.config.resolve())
-    watched = f"process {pid} watches it" if pid > 0 else "no process watches the run: its launcher may have ended"
+    watched = (
+        f"process {pid} watches it" if pid > 0 else "no process was found that watches it: its launcher may have ended"
+    )
     return f"the run was prepared {age_s:.0f} s ago, and {watched}"

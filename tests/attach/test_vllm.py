@@ -121,7 +121,7 @@ def test_one_more_agreement_in_a_layer_is_named_with_the_layer_by_the_rank_s_own
         recorder.enter(AGREEMENT._replace(layer="model.layers.0.linear_attn") if number == 1 else DISPATCH)
     verdict = qualified(verdict_of(tmp_path), tmp_path)
     assert (verdict.verdict, verdict.cause, verdict.culprits) == ("deadlock", "extra", (1,)), verdict
-    assert verdict.confidence == "likely" and any("vLLM declares none" in line for line in verdict.evidence)
+    assert verdict.confidence == "likely" and any("vLLM declares no schedule" in line for line in verdict.evidence)
     assert any("model.layers.0.linear_attn" in line for line in verdict.evidence), verdict.evidence
 
 

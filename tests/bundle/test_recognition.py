@@ -252,7 +252,7 @@ def test_the_copy_is_judged_and_what_differs_is_said(tmp_path, monkeypatch, caps
     path = root / "verdict.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"culprits": [3]}))
     main(["bundle", str(root), "--to", str(tmp_path / "b.zip")])
-    assert "culprits is [0, 1, 2] by the bundle's files, [3] by verdict.json" in capsys.readouterr().out
+    assert "culprits is [0, 1, 2] by the bundle's files, but [3] by verdict.json" in capsys.readouterr().out
 
 
 def test_a_private_name_that_is_left_stops_the_bundle(tmp_path, monkeypatch, capsys):

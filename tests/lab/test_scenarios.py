@@ -203,7 +203,7 @@ def test_the_fault_under_the_guard_stops_every_rank_with_the_layer_named(tmp_pat
     assert len(details) == 1, details
     assert re.fullmatch(
         r"ScheduleMismatch: rank \d would issue dp all_reduce of layers.0.gated_delta_net in step \d, "
-        r"the schedule has ep all_gather_v of layers.0.moe",
+        r"but the schedule has ep all_gather_v of layers.0.moe",
         details.pop(),
     ), details
 

@@ -56,7 +56,7 @@ def test_the_schedule_in_order_is_admitted(guard):
 
 def test_an_extra_collective_is_refused_with_both_sides(guard):
     issue(guard, AGREE)
-    with pytest.raises(ScheduleMismatch, match=r"^rank 3 would issue dp all_reduce of step in step 7, the schedule "):
+    with pytest.raises(ScheduleMismatch, match=r"^rank 3 would issue dp all_reduce of step in step 7, but"):
         issue(guard, AGREE)
 
 
@@ -68,7 +68,7 @@ def test_a_skipped_collective_is_refused_at_the_one_after_it(guard):
 
 def test_a_schedule_that_was_not_used_up_is_refused_at_the_next_step(guard):
     issue(guard, AGREE)
-    with pytest.raises(ScheduleMismatch, match=r"began step 8.*still had ep all_gather_v of layers.0.moe to come"):
+    with pytest.raises(ScheduleMismatch, match=r"began step 8, but had not issued ep all_gather_v of layers.0.moe"):
         guard.begin(8, (AGREE,))
 
 
@@ -135,7 +135,7 @@ def test_a_refusal_wakes_ranks_that_already_wait_in_a_collective(tmp_path):
 
     messages = run_ranks(4, tmp_path, run)
     assert set(messages) == {
-        "rank 2 would issue dp all_reduce of elsewhere in step 1, the schedule has dp all_reduce of step"
+        "rank 2 would issue dp all_reduce of elsewhere in step 1, but the schedule has dp all_reduce of step"
     }
 
 

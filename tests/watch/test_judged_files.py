@@ -67,7 +67,7 @@ def test_a_run_whose_ranks_never_began_says_how_old_it_is_and_who_watches_it(tmp
     os.utime(run_dir.config, (time.time() - 90, time.time() - 90))
     for rank in range(2):
         create(run_dir.witness(rank), Identity(rank, 2, "run"), TINY)
-    for holder, words in ((0, "no process is seen to watch it"), (77, "process 77 watches it")):
+    for holder, words in ((0, "no process was found that watches it"), (77, "process 77 watches it")):
         monkeypatch.setattr(offline.locks, "holder", lambda path, pid=holder: pid)
         again = judge_files(run_dir, OPTIONS, Comparison())
         (line,) = (line for line in again.verdict.evidence if line.startswith("the run was prepared 9"))

@@ -65,7 +65,7 @@ def test_with_the_guard_a_server_gives_the_outputs_that_it_gives_without(tmp_pat
 
 
 def test_a_killed_worker_ends_all_processes_with_its_name(tmp_path):
-    served = serve(tmp_path, HMR_GUARD="agree", HMR_FAULT="killed")
+    served = serve(tmp_path, HMR_GUARD="agree", STAND_IN_FAULT="killed")
     killed_s = float((tmp_path / "killed").read_text())
     assert served.codes == [86, 86], served.logs[-3000:]
     for sentences in served.refusals():
@@ -84,7 +84,7 @@ def test_a_killed_worker_ends_all_processes_with_its_name(tmp_path):
     ],
 )
 def test_a_fault_of_one_rank_stops_both_with_one_sentence_and_the_exit_code(tmp_path, fault, words):
-    served = serve(tmp_path, HMR_GUARD="agree", HMR_FAULT=fault, HMR_GUARD_DIR=str(tmp_path / "evidence"))
+    served = serve(tmp_path, HMR_GUARD="agree", STAND_IN_FAULT=fault, HMR_GUARD_DIR=str(tmp_path / "evidence"))
     assert served.codes == [86, 86], served.logs[-3000:]
     first, second = served.refusals()
     assert first == second and len(first) == 1 and next(iter(first)).startswith(words), (first, second)

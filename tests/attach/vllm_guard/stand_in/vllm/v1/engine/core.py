@@ -47,9 +47,9 @@ class DPEngineCoreProc(EngineCoreProc):
         for step in range(NUM_STEPS):
             if self.dp_rank == 1 or step < 5:
                 outputs.append(self.model_executor.execute_model(types.SimpleNamespace(total_num_scheduled_tokens=2)))
-            elif not (os.environ.get("HMR_FAULT") == "skipped" and step == 12):
+            elif not (os.environ.get("STAND_IN_FAULT") == "skipped" and step == 12):
                 outputs.append(self.model_executor.execute_dummy_batch())
-            if os.environ.get("HMR_FAULT") == "engine" and (self.dp_rank, step) == (1, 8):
+            if os.environ.get("STAND_IN_FAULT") == "engine" and (self.dp_rank, step) == (1, 8):
                 raise ValueError("no such request")
             self._has_global_unfinished_reqs(step + 1 < NUM_STEPS)
         (self.folder / f"outputs{self.dp_rank}.json").write_text(json.dumps(outputs))

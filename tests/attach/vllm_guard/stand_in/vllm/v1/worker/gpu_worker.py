@@ -27,7 +27,7 @@ class Worker:
             vllm_config.parallel_config.data_parallel_rank,
             vllm_config.parallel_config.data_parallel_size,
         )
-        self.fault = os.environ.get("HMR_FAULT", "")
+        self.fault = os.environ.get("STAND_IN_FAULT", "")
 
     def init_device(self):
         port = int((self.folder / "port").read_text())
