@@ -156,7 +156,10 @@ class Batch(Generic[S]):
 
     @cached_property
     def parts(self) -> tuple[Part[S], ...]:
-        """Return the groups of the step, combined into the parts that the mixers process."""
+        """Return the groups of the step, combined into parts; one call of a mixer processes one part.
+
+        The groups of a part are all cached or all uncached, and all have one token per sequence or all have more.
+        """
         members: dict[tuple[bool, bool], list[Group[S]]] = {}
         for group in self.groups:
             members.setdefault((bool(group.sequences), group.length == 1), []).append(group)

@@ -116,6 +116,6 @@ def store(pool_J_: Tensor, slots_B: Tensor, states_B_: Tensor) -> None:
 def sums_between(a__C: Tensor) -> Tensor:
     """Return [..., t, s], the sum of a over s < u <= t, zero where s >= t.
 
-    Each sum is added up, because a difference of two long sums would lose its last bits.
+    Each sum is computed from its own terms. As the difference of two prefix sums, it would lose its last bits.
     """
     return a__C[..., None].expand(*a__C.shape, a__C.shape[-1]).tril(-1).cumsum(-2)

@@ -147,7 +147,7 @@ class Shards:
 def read_json(path: Path) -> dict[str, Any]:
     """Read a JSON object from a file of at most MAX_JSON_BYTES.
 
-    Raises CheckpointError if the file is missing, is not a regular file, or has something else.
+    Raises CheckpointError if the file is missing, is not a regular file, is larger, or is not one JSON object.
     """
     try:
         value = read_any_json(path, MAX_JSON_BYTES)

@@ -27,7 +27,8 @@ def generate(
 ) -> None:
     """Serve one request on forked ranks.
 
-    Call this before the process uses CUDA. Raises ChildProcessError with the first rank's error, and ends the others.
+    Call this before the process uses CUDA. If a rank fails, ends the other ranks and raises ChildProcessError with the
+    error of the rank that failed first.
 
     device     "cpu", or "cuda"; with fewer GPUs than ranks, ranks share GPUs
     on_token   called in rank 0's process with each new token

@@ -1,8 +1,8 @@
 """mamba_ssm with the signatures of these ops, for comparison; choose it with `registry.use("mamba_ssm")`.
 
 `prefill` runs sequences of one length together, because mamba_ssm's kernel takes initial states only for a dense batch.
-`decode` is the sequence of launches around `selective_state_update`, which also computes the time step if it has no
-limits.
+`decode` launches mamba_ssm's `selective_state_update` and several other kernels. `selective_state_update` also computes
+the time step, unless `dt_limit` limits the time step.
 """
 
 import torch
@@ -68,7 +68,7 @@ def decode(
     x, b, c = xbc_BC.split([H * P, G * N, G * N], dim=-1)
     is_stock = dt_limit == (0.0, None)
     dt_BH = dt_BH if is_stock else time_step(dt_BH, dt_bias_H, dt_limit)
-    # None is not possible, because the function reads the stride of this tensor
+    # `dt_bias` cannot be None, because `selective_state_update` reads its stride
     dt_bias_H = dt_bias_H if is_stock else torch.zeros_like(dt_bias_H)
     y_BHP = selective_state_update(
         state_JHPN,

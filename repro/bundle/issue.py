@@ -72,7 +72,7 @@ def issue(facts: Facts, others: list[Facts], left_out: int = 0) -> str:
         *[f"- {_line(wait.words())}" for wait in verdict.waits[:6] if wait.awaited],
         *[f"- {_line(text)}" for text in verdict.evidence if "schedule" in text][:3],
         "",
-        "**Control and fix**, same requests and seed",
+        "**Variants `control` and `fix`**, run with the same requests and seed",
         "",
         "| variant | verdict | evidence |",
         "|---|---|---|",

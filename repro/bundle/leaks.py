@@ -45,7 +45,7 @@ def refuse_leaks(folder: Path, private: frozenset[str]) -> None:
             data = data.replace(own, b"")
         for name, pattern in patterns:
             if (generated and name.isalpha()) or (path.suffix == SUFFIX and len(name) < 6):
-                continue  # a word of the page's own text, or a number that happens to look the same
+                continue  # a word of our own sentences, or bytes of a binary file that equal a short name by chance
             if pattern.search(data):
                 raise LeakError(
                     f"{path.relative_to(folder)} still contains a name of this machine or user, so no bundle was "

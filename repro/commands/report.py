@@ -37,13 +37,16 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _of_a_run(root: Path) -> tuple[list[str], str, list[str]]:
-    """Write the report of a run. Returns (written files, the verdict as a sentence, what is missing)."""
+    """Write the report of a run. Returns (written files, the verdict as a sentence, the missing evidence)."""
     facts = report.write(root.resolve())
     return [str(facts.root / name) for name in report.FILES], headline(facts.verdict), facts.missing
 
 
 def _of_a_diagnosis(root: Path) -> tuple[list[str], str, list[str]]:
-    """Write the report of a folder from `diagnose --out`. Returns the same as :func:`_of_a_run`."""
+    """Write the report of a folder from `diagnose --out`.
+
+    Returns (written files, the diagnosis as a sentence, the files that were not understood).
+    """
     from repro.ingest import saved
     from repro.report.diagnosis.folder import write_page
     from repro.verdict.partial import diagnose

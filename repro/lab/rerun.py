@@ -39,7 +39,7 @@ def _torchrun(settings: RunSettings) -> tuple[str, ...]:
     plain = _plain(settings)
     try:
         plain = dataclasses.replace(plain, num_ranks=settings.num_ranks)
-    except ConfigError:  # the value is valid only together with a setting that has no flag
+    except ConfigError:  # num_ranks is valid only with other settings of this run, which torchrun's command cannot give
         return ()
     flags = list(differences(settings, plain, "num_ranks"))
     if _changed(plain, flags) != settings:

@@ -97,15 +97,20 @@ class RunSettings(Config):
         if self.checks and self.checks not in CHECKS:
             raise ConfigError(f"{self.checks!r} is not one of {', '.join(CHECKS)}", "checks")
         if self.kernel_cache and self.kernel_cache not in KERNEL_CACHES:
-            raise ConfigError(f"unknown state {self.kernel_cache!r}; known: {', '.join(KERNEL_CACHES)}", "kernel_cache")
+            raise ConfigError(
+                f"unknown state {self.kernel_cache!r} of the kernel cache; known: {', '.join(KERNEL_CACHES)}",
+                "kernel_cache",
+            )
         if self.drawn_for < 0:
-            raise ConfigError(f"{self.drawn_for} is not a number of dp ranks", "drawn_for")
+            raise ConfigError(
+                f"{self.drawn_for} is less than 0; 0 draws requests for the dp ranks of this run", "drawn_for"
+            )
         if self.ring_records < 64 or self.ring_records % 2:
             raise ConfigError(
                 f"{self.ring_records} is not an even number of events in 64..{MAX_RING_RECORDS}", "ring_records"
             )
         if not self.group_timeout_s >= 0:
-            raise ConfigError(f"{self.group_timeout_s} is not a number of seconds", "group_timeout_s")
+            raise ConfigError(f"{self.group_timeout_s} is not a number of seconds from 0", "group_timeout_s")
         for name in ("quiet_window_s", "deadline_s"):
             if not getattr(self, name) > 0:
                 raise ConfigError(f"{getattr(self, name)} is not a positive number of seconds", name)

@@ -161,7 +161,7 @@ def _clean(case: Case) -> Verdict:
         blind = layers if len(layers) < len(case.witnesses) else []
     if not blind:
         return case.verdict("clean")
-    line = "The rolling hashes compare the events that were overwritten, too. They include the layers."
+    line = "The rolling hashes compare the events that were overwritten, too. The rolling hashes include the layers."
     return case.verdict("inconclusive", evidence=[line], confidence="undecided")
 
 

@@ -75,7 +75,7 @@ def judge_files(run_dir: RunDir, options: WatchOptions, comparison: Comparison) 
                 confidence=decided.confidence,
                 evidence=decided.evidence,
             )
-        elif comparison.missing and before != "clean":  # the watcher of a clean run has compared the results
+        elif comparison.missing and before != "clean":  # for a saved `clean`, the watcher has compared them
             verdict = uncompared(verdict, comparison.missing)
         elif comparison.evidence:
             verdict = verdict.with_evidence([comparison.evidence])

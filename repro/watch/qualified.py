@@ -25,7 +25,7 @@ def ended_from_outside(verdict: Verdict, why: str) -> Verdict:
 
 
 def uncompared(verdict: Verdict, why: str) -> Verdict:
-    """Weaken the verdict on ranks whose results were not compared, because such a run is not known to be `clean`."""
+    """Weaken the verdict `clean` on a run whose tokens were not compared with the reference. why: the reason."""
     if verdict.verdict == "clean":
         verdict = dataclasses.replace(verdict, verdict="inconclusive", confidence="undecided")
     return verdict.with_evidence([f"{why}, so the tokens were not compared"])

@@ -101,7 +101,7 @@ def test_the_longest_issue_has_every_part_and_ends_its_blocks(tmp_path):
         "Claim",
         "Command",
         "Which ranks wait for which",
-        "Control and fix",
+        "Variants `control` and `fix`",
         "What is not shown",
         "Versions",
     ):

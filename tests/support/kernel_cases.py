@@ -148,8 +148,9 @@ def experts(seed: int, N: int, E: int, K: int, H: int, I: int) -> Case:
 
 
 def mixture(seed: int, N: int, E: int, K: int, H: int, I: int, S: int) -> Case:
-    """Draw a call in which the sign of a row's first feature decides the experts, by so much that rounding changes
-    nothing.
+    """Draw a call in which the sign of a row's first feature chooses the experts of the row.
+
+    The router's scores differ so much that rounding cannot change the choice.
     """
     r, draw = _draw(seed)
     x, router = draw(N, H), 0.002 * draw(E, H)

@@ -1,4 +1,4 @@
-"""A typed document as its file has it."""
+"""A typed document as it stands in its JSON file."""
 
 from __future__ import annotations
 
@@ -9,5 +9,5 @@ from repro.store.schema import to_json
 
 
 def written(document: Any) -> Any:
-    """What a reader of the file gets: mappings with text as keys, lists, numbers and texts."""
+    """Return what a reader of the document's JSON file gets: mappings with text keys, lists, numbers and texts."""
     return json.loads(json.dumps(to_json(document)))

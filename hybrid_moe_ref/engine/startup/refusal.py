@@ -117,15 +117,15 @@ def _chooses_its_own_graph(config: ServerConfig, policies: Policies) -> Iterator
 
 
 def _tunes_without_vote(config: ServerConfig, policies: Policies) -> Iterator[str]:
-    """Yield a finding if a rank with a saved tuning result would skip the timings that another rank needs."""
+    """Yield a finding if a rank with a saved tuning result would skip timings in which the other ranks wait for it."""
     if not config.engine.autotune:
         return
     tuner = _OneHasSaved()
     policies.tuning.tune(cast("ExpertTuner", tuner))
     if not tuner.timed:
         yield (
-            f"{_name(policies.tuning)}: a rank with a saved tuning result would skip the all-reduces of the others: "
-            "vote on the saved results first (policies.tuning), or use engine.autotune = false"
+            f"{_name(policies.tuning)}: a rank with a saved tuning result would skip all-reduces that the other ranks "
+            "issue. Let the ranks vote before they use saved results (policies.tuning), or set engine.autotune = false"
         )
 
 

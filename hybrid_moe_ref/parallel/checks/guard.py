@@ -17,7 +17,7 @@ NUM_SHARED = len(ScheduleEntry._fields)
 
 
 class ScheduleGuard:
-    """Refuses each collective of one rank that departs from its schedule. Inactive until the first :meth:`begin`."""
+    """Refuses a collective that is not the next entry of its rank's schedule. Inactive until :meth:`begin`."""
 
     def __init__(self, rank: int, halt: Halt) -> None:
         self._rank = rank
@@ -49,7 +49,7 @@ class ScheduleGuard:
         self._sizes[group] = tuple(sizes)
 
     def stop_others(self, error: Exception) -> None:
-        """Make the ranks that wait for this one raise its error. Ignores an error that came from another rank."""
+        """Make the ranks that wait for this rank raise `error`. Ignores an error that came from another rank."""
         if not isinstance(error, Stopped):
             self._halt.publish(ScheduleMismatch(f"rank {self._rank} failed: {type(error).__name__}: {error}"))
 
@@ -77,7 +77,7 @@ class ScheduleGuard:
     def admit(self, collective: Collective) -> None:
         """Compare a collective with the next entry of the schedule, before it is issued, and advance.
 
-        Raises ScheduleMismatch if it is not that entry, or if its sizes are not the agreed ones.
+        Raises ScheduleMismatch if the collective is not that entry, or if its sizes are not the agreed sizes.
         """
         schedule, index = self._schedule, self._next
         if schedule is None:

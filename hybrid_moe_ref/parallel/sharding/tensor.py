@@ -169,9 +169,9 @@ def apply_tensor_parallel(
 
 @dataclass(frozen=True)
 class _Sharding:
-    """Replaces modules of the model, which has the sizes `whole`, by one rank's parts.
+    """Replaces modules of the model by one rank's parts. `whole` has the sizes of the model before this.
 
-    The methods return the collectives that a forward pass through their modules issues, in order.
+    Each method returns the collectives that a forward pass through the replaced modules issues, in order.
     """
 
     model: HybridMoE

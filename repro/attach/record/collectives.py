@@ -263,7 +263,7 @@ def note_completions(rank: Rank) -> None:
         if work is None:
             _pending.pop(key, None)
         elif asked and work.is_completed() and _pending.pop(key, None) is not None:
-            with rank.lock:  # the entry was still there, so the main thread is not in `wait` now
+            with rank.lock:  # `_pending` still had the work: the main thread is not in its `wait`
                 for call, ticket in calls:
                     rank.recorder.leave(None, ticket, call)
 

@@ -87,11 +87,11 @@ current: Rank | None = None
 """The rank that this process is; None if it is not a rank. The hooks of collectives read it at each call."""
 
 knows = UNDECLARED
-"""What the witness of this process shows. A plug-in that declares the steps of the program adds these."""
+"""What the witness of this process shows. A plug-in that declares the steps of the program adds the steps."""
 
 with_modules = False
 _base: Path | None = None
-_meeting = ""  # where all jobs of this process meet, if that is known in advance
+_meeting = ""  # the name of the rendezvous of all jobs of this process; "" if not known in advance
 _owner_pid = 0
 _ended = False
 
@@ -151,7 +151,7 @@ def become_from_environment() -> None:
 def become(rank: int, num_ranks: int, meeting: str = "") -> None:
     """Open the witness of the rank, unless this process or another process of the same rank has opened it.
 
-    meeting: where the ranks of the job meet, if the environment does not say so
+    meeting: the name of the rendezvous of the job's ranks, if the environment does not give one
     """
     global _owner_pid
     if _base is None or current is not None or _owner_pid == os.getpid():

@@ -99,7 +99,7 @@ def with_local_ids(original: Any) -> Any:
 
 
 def with_local_ids_of_layer(original: Any) -> Any:
-    """Do the same for ``forward_grouped_gemm`` of vLLM 0.20, whose layer has the map."""
+    """Make ``forward_grouped_gemm`` of vLLM 0.20 accept global expert ids. ``layer`` has the expert map."""
 
     @functools.wraps(original)
     def forward(self: Any, layer: Any, input: Any, topk_weights: Any, topk_ids: Any, *rest: Any) -> Any:
@@ -112,7 +112,9 @@ def with_local_ids_of_layer(original: Any) -> Any:
 def forward_of_local_experts(
     _: Any, layer: Any, input: Any, topk_weights: Any, topk_ids: Any, *rest: Any, **options: Any
 ) -> Any:
-    """Replace ``forward_torch`` of vLLM 0.20, which counts each expert once a token: ids of others cannot be masked.
+    """Replace ``forward_torch`` of vLLM 0.20, which cannot mask the ids of experts of other ranks.
+
+    The reason is that ``forward_torch`` counts each expert once per token.
 
     input [tokens, hidden]; topk_weights, topk_ids [tokens, top_k] with global ids. The activation is SiLU. Returns the
     sum of this rank's experts, [tokens, hidden].

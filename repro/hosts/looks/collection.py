@@ -161,7 +161,7 @@ class Collection:
             write_atomically(self.run_dir.root / "logs" / f"dmesg-{self.host}.txt", "\n".join(lines) + "\n")
 
     def _find_ranks(self, stacks: Mapping[int, Threads]) -> None:
-        """Find ranks from the variables of the processes; without them, number the processes in start order."""
+        """Find the ranks in the local variables on the stacks; if none are there, number the processes by pid."""
         unknown = [member for member in self.job.members if member.rank is None and member.role == "worker"]
         if not unknown:
             return

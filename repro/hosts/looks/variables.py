@@ -54,9 +54,10 @@ def waits_for_lock(threads: Threads, pid: int) -> bool:
 
 
 def may_move(threads: Threads, pid: int) -> bool:
-    """Whether one stack does not tell a wait from progress: the main thread runs in a collective, or waits for orders.
+    """Whether the process may make progress although its stack shows a wait.
 
-    A worker of a serving engine waits for an order in each of its steps.
+    That is so if the main thread runs code inside a collective, or waits for its next task: a worker of a serving
+    engine waits for a task in each step.
     """
     thread = main_thread(threads, pid)
     activity = activity_of(frames_of(_frames(thread)))[0]
@@ -64,7 +65,7 @@ def may_move(threads: Threads, pid: int) -> bool:
 
 
 def lock_paths(threads: Threads, pid: int) -> Iterator[str]:
-    """Yield lock files that variables of the main thread name, by path or by the build folder they are in."""
+    """Yield the lock files of which local variables of the main thread contain the path or the build folder."""
     for frame in _frames(main_thread(threads, pid)):
         for _, text in variables_of(frame):
             if match := _TEXT.match(text):

@@ -1,7 +1,8 @@
 """Read text answers of NCCL's RAS (NCCL 2.24 and later) into `RasAnswer`.
 
-Counts are launches by the host: OK does not say what the devices completed. The text lists the smaller set of ranks,
-ahead or behind, so a listed rank may be right. The text has no time. No answer at all is also evidence: the thread that
+Counts are launches by the host: OK does not say what the devices completed. If the counts of the
+ranks differ, the text lists the smaller set of ranks, which may be ahead of the other ranks or behind: a listed rank
+is not always the wrong one. The text has no time. No answer at all is also evidence: the thread that
 answers gets no processor, or its process has ended.
 """
 

@@ -61,9 +61,9 @@ def hang(settings: RunSettings) -> Expected:
 
 
 def fixed(settings: RunSettings) -> Expected:
-    """Predict the fix: the ranks wait for the one that compiles for all.
+    """Predict the verdict of the variant `fix`, in which all ranks wait for the one rank that compiles.
 
-    Clean, or slow if that takes long; never a failure.
+    The verdict is `clean`, or `slow` if the compilation takes long; never a failure.
     """
     return Expected("clean", or_else=Expected("slow"))
 

@@ -1,4 +1,7 @@
-"""Run several variants one after another. They share a launcher, and runs with the same requests share a reference."""
+"""Run several variants one after another. All runs share a launcher.
+
+Runs with the same requests share the file of reference tokens, which one process generates.
+"""
 
 from __future__ import annotations
 
@@ -44,7 +47,8 @@ class Series:
         reference  a file to use in place of the single-process reference
 
         For a run that is not possible on this machine: None, and a document whose ``skipped`` says what is missing.
-        So it is for a run that cannot be written. Raises OutputError or OSError only if no run before it ended.
+        Returns the same for a run whose files cannot be written. Raises OutputError or OSError only
+        if no run before this one ended.
         """
         missing = scenarios.load(settings.scenario).missing(settings)
         if not missing:

@@ -35,7 +35,7 @@ class GroupTrace:
     members: tuple[int, ...]
     issued: int  # sequence number of the last collective issued, 0 = none
     left: int  # sequence number of the last collective completed
-    last: Event | None  # the record of the last issue
+    last: Event | None  # the event that records the last collective issued
 
     @property
     def hash(self) -> int:

@@ -53,10 +53,10 @@ class Node:
 
 @dataclass(slots=True)
 class Waits:
-    """The wait-for graph, one cycle in it, and the ranks and nodes in which its waits end."""
+    """The wait-for graph, one cycle in it, and the ranks, locks and collectives in which the chains of waits end."""
 
     nodes: dict[NodeKey, Node]
-    at: dict[int, Node]  # rank -> the node it waits in
+    at: dict[int, Node]  # rank -> the node (collective or lock) in which the rank waits
     cycle: list[Node]
     # state -> the ranks in that state for which a node waits, or which cannot return from a node
     ends: dict[str, set[int]]

@@ -29,8 +29,8 @@ class RankState:
     host: str = ""
     pid: int = 0
     witness: Witness | None = None
-    seen: bool = False  # its witness is present and complete, and shows which collectives it issued and completed
-    compares: bool = False  # as `seen`, and the witness shows the arguments of the collectives too
+    seen: bool = False  # the witness is present and complete, and shows which collectives the rank issued and completed
+    compares: bool = False  # as `seen`, and the witness also shows the arguments of the collectives
     is_gone: bool = False  # its process has ended
     beat: str = ""  # the name in the rank's last heartbeat
     beat_s: float | None = None  # age of the heartbeat; None if none came after the last event
@@ -51,12 +51,13 @@ class RankState:
     def gave_up(self, key: GroupKey, seq: int) -> bool:
         """Whether the rank abandoned its wait for a collective, as after an exception that the program caught.
 
-        A collective that was issued asynchronously and never waited for does not count: it proceeds without the rank.
+        A collective that the rank issued asynchronously and never waited for does not count: the collective completes
+        without a wait of the rank.
         """
         if self.left.get(key, 0) >= seq or not self.seen or self.witness is None or self.state in ("dead", "failed"):
             return False
         if self.state != "done" and (self.group, self.position.seq) == (key, seq):
-            return False  # it still waits there
+            return False  # the rank still waits for this collective
         if self._pending is None:
             kinds = self.witness.last_kinds()
             self._pending = {at for at, kind in kinds.items() if kind in (Kind.ENTER, Kind.WAIT)}
@@ -71,7 +72,10 @@ class RankState:
 
     @property
     def end_state(self) -> str:
-        """Return the state that the wait-for graph assumes for this rank: "hidden" if its witness may be incomplete."""
+        """Return the state of this rank for the wait-for graph.
+
+        "hidden" stands for a rank whose witness (its recorded events) may be incomplete.
+        """
         return self.state if self.seen or self.state in ("dead", "failed", "missing") else "hidden"
 
     @property

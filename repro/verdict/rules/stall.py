@@ -92,7 +92,7 @@ def left_by_some(case: Case) -> Verdict:
 def _moves(case: Case, node: Node) -> list[str]:
     """Find evidence that a collective makes progress or that a witness is contradicted.
 
-    Either means that it is no stall.
+    Either shows that this is no stall.
     """
     (group, members), _ = node.collective
     lines = [
@@ -100,7 +100,7 @@ def _moves(case: Case, node: Node) -> list[str]:
         for rank in members
         if rank in case.facts.contradicted
     ]
-    if group in case.queued:  # a rank that waits for its device keeps a processor busy, so that says nothing
+    if group in case.queued:  # a rank that waits for its GPU keeps a CPU core busy: CPU time shows no progress
         running = [rank for rank in members if case.rank_states[rank].state == "running"]
         if running:
             lines.append(

@@ -1,4 +1,7 @@
-"""Judge waits without a cycle and without a death, by the ranks in which they end: at work, done, or not observed."""
+"""Judge waits without a cycle and without a death, by the last rank of each chain of waits.
+
+That rank is at work, is done, or was not observed.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +20,7 @@ from repro.verdict.rules.stall import attended, left_by_some
 
 
 def waiting(case: Case) -> Verdict:
-    """Choose the rule by the state of the ranks in which the waits end."""
+    """Choose the rule by the state of the ranks in which the chains of waits end."""
     ends = case.waits.ends
     if ends.get("done"):
         return _waits_for_done(case)

@@ -174,7 +174,7 @@ def test_one_rank_builds_while_the_others_wait_for_its_lock_and_say_so(prepared,
     _, raised = prepared(3, Builder("gdn", lambda model: True, build))
     assert raised == [None] * 3 and max(most) == 1 and len(calls) == 3
     lines = capfd.readouterr().err.splitlines()
-    waits = [line for line in lines if "waits for gdn, held by rank" in line]
+    waits = [line for line in lines if "this rank waits for the build lock of gdn, held by rank" in line]
     assert len(waits) >= 2 and sum("all ranks are ready" in line for line in lines) == 3, lines
 
 

@@ -10,11 +10,11 @@ import shutil
 from pathlib import Path
 
 VARIABLES = {
-    "FLASHINFER_WORKSPACE_BASE": "flashinfer",  # modules that nvcc compiled, and their locks
+    "FLASHINFER_WORKSPACE_BASE": "flashinfer",  # modules that nvcc compiled, and lock files
     "VLLM_CACHE_ROOT": "vllm",  # torch.compile; vLLM puts Inductor's cache beneath it
     "TORCHINDUCTOR_CACHE_DIR": "inductor",  # what torch compiles outside vLLM's cache
     "TRITON_CACHE_DIR": "triton",
-    "TORCH_EXTENSIONS_DIR": "extensions",  # torch's C++ and CUDA extensions, their locks
+    "TORCH_EXTENSIONS_DIR": "extensions",  # torch's C++ and CUDA extensions, and lock files
     "DG_JIT_CACHE_DIR": "deep_gemm",
     "CUDA_CACHE_PATH": "cuda",  # PTX that the driver has compiled
 }

@@ -41,7 +41,7 @@ def _moving(answers: list[RasAnswer]) -> Diagnosis:
         return Diagnosis(
             "inconclusive", "", (), (), "likely",
             ("The counts advance between the two answers: the job makes progress. RAS lists the smaller set of ranks, "
-             "ahead or behind; a MISMATCH of counts that advance is benign.",),
+             "which may be ahead of the other ranks or behind; a MISMATCH of counts that advance is benign.",),
             tuple(lines), ("A third answer in which the counts are the same.",),
             ("two more queries of NCCL's RAS when the job seems to hang: ncclras -v; sleep 30; ncclras -v",
              COLLECT["stacks"]),

@@ -100,7 +100,7 @@ def _holder_hidden(lock: LockLook, ranks: list[int], lines: list[str]) -> Diagno
         "inconclusive", "", (), (), "undecided",
         (f"{ranks_of(ranks).capitalize()} {verb(ranks, 'waits', 'wait')} for the lock {lock.path}. No visible process "
          f"holds it, but this user may not see the open files of {lock.hidden} Python processes.",),
-        tuple(lines), (), ("who has the file open: run collect as root",),
+        tuple(lines), (), ("which process has the lock file open: run collect as root",),
     )  # fmt: skip
 
 
@@ -112,7 +112,7 @@ def _held_by_nobody(lock: LockLook, ranks: list[int], lines: list[str]) -> Diagn
          "process holds: a process that ended left it behind.",),
         (f"No process of this host has {lock.path} open, in both looks{since} ({lock.source})", *lines),
         ("A process of another host or container that shares this folder has the file open.",),
-        (f"whether other hosts use this folder; if no host does: rm {lock.path}",),
+        (f"whether a process of another host uses this folder; only if none does: rm {lock.path}",),
         waits=(_wait(lock, ranks, [], "no process holds it any more"),),
     )  # fmt: skip
 

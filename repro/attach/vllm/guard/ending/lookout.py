@@ -250,7 +250,7 @@ class Lookout:
             self.stop.observe(sentence)
             return
         if self._meeting is not None:
-            # the store has ended, so each rank stops for the reason that it knows
+            # `refuse` fails if the store has ended; then this rank stops with its own sentence
             with contextlib.suppress(RuntimeError):
                 sentence = self._meeting.refuse(sentence)
         self.stop.begin(sentence)

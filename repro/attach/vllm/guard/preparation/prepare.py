@@ -110,7 +110,7 @@ class _Waiting:
             return
         self._said_s = max(waited_s, 0.001)
         who = holder.words() if holder is not None else "another process"
-        self._guard.stop.say(f"prepare: waits for {self._builder.name}, held by {who}")
+        self._guard.stop.say(f"prepare: this rank waits for the build lock of {self._builder.name}, held by {who}")
 
 
 def _lock_of(builder: Builder) -> Path:

@@ -36,7 +36,10 @@ class Stream:
         return base + len(entries)
 
     def departs(self, entry: Entry, ends: bool = False) -> bool:
-        """Whether this entry is not the next one of the schedule. ends: it is the agreement that ends the step."""
+        """Whether this entry differs from the next entry of the schedule.
+
+        ends: whether this entry is the agreement that ends the step
+        """
         plan = self._plan
         if plan is None:
             return False
