@@ -376,6 +376,7 @@ def left(folder: Path) -> list[str]:
     return found
 
 
+@pytest.mark.full
 @pytest.mark.timeout(300)
 def test_a_cold_start_is_slow_with_the_builder_and_its_warm_twin_finds_what_was_built(run_cells):
     run, to = run_cells
@@ -393,6 +394,7 @@ def test_a_cold_start_is_slow_with_the_builder_and_its_warm_twin_finds_what_was_
     assert {"tp2-cpu-cpu-cold.zip", "tp2-cpu-cpu-cold-collect.zip"} <= {p.name for p in (to / "bundles").iterdir()}
 
 
+@pytest.mark.full
 @pytest.mark.timeout(300)
 def test_a_lock_that_is_held_across_a_collective_is_a_deadlock_with_its_holder(run_cells):
     run, to = run_cells

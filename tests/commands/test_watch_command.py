@@ -306,7 +306,7 @@ def test_a_run_whose_launcher_was_killed_before_a_rank_began_names_nobody(capsys
     document = document[0] if end else document
     assert (document["verdict"], document["culprits"], document["suspects"]) == ("inconclusive", [], []), document
     assert "no rank has begun: look at the launcher's log for the reason" in document["evidence"]
-    assert end or any("no process watches the run" in line for line in document["evidence"]), document
+    assert end or any("no process was found that watches it" in line for line in document["evidence"]), document
     assert [path.exists() for path in leftovers] == [not end] * 3
 
 

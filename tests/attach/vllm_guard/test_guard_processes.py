@@ -52,7 +52,7 @@ def serve(folder: Path, method: str = "fork", **variables: str) -> Served:
     return Served(folder, (folder / "printed").read_text())
 
 
-@pytest.mark.parametrize("method", ["fork", "spawn"])
+@pytest.mark.parametrize("method", ["fork", pytest.param("spawn", marks=pytest.mark.full)])
 def test_with_the_guard_a_server_gives_the_outputs_that_it_gives_without(tmp_path, method):
     plain = serve(tmp_path / "plain")
     guarded = serve(tmp_path / "guarded", method, HMR_GUARD="agree")
@@ -99,6 +99,7 @@ def test_a_rank_without_the_plug_in_ends_the_start_of_the_others(tmp_path):
     assert sentence.startswith("rank 1 did not answer within 3 s: it may lack the plug-in") and not nothing
 
 
+@pytest.mark.full
 def test_ranks_in_different_modes_do_not_start_and_observe_serves_on(tmp_path):
     served = serve(tmp_path / "differ", HMR_GUARD="agree", RANK1=json.dumps({"HMR_GUARD": "observe"}))
     assert served.codes[0] == 86 and "HMR_GUARD is agree on rank 0, observe on rank 1" in served.logs
