@@ -14,8 +14,8 @@ from types import ModuleType
 from typing import Any, NamedTuple
 
 from repro.attach.record import rank, start
-from repro.attach.record.imports import after_import, replace
-from repro.attach.vllm import engine, front, worker
+from repro.attach.record.imports import after_import
+from repro.attach.vllm import engine, front, places, worker
 
 JOB = "vllm"
 """The name of the job. All processes of one server use it, so they record into one folder."""
@@ -109,7 +109,7 @@ def install(directory: str) -> None:
 
 def _apply(hooks: list[Hook], module: ModuleType) -> None:
     for hook in hooks:
-        place = next((place for name in hook.names if (place := _place(module, name))), None)
+        place = places.find(module, hook.names)
         if place is None:
             print(
                 f"repro record: this vLLM has no {hook.names[0]} in {module.__name__}, so {hook.shows} will not be "
@@ -117,20 +117,4 @@ def _apply(hooks: list[Hook], module: ModuleType) -> None:
                 file=sys.stderr,
             )
         else:
-            _replace(*place, hook.make)
-
-
-def _place(module: ModuleType, name: str) -> tuple[Any, str] | None:
-    """Return the owner of a name in a module, and the attribute's name; None if the module does not define it."""
-    *outer, attribute = name.split(".")
-    owner: Any = module
-    for part in outer:
-        owner = getattr(owner, part, None)
-    return (owner, attribute) if owner is not None and attribute in vars(owner) else None
-
-
-def _replace(owner: Any, attribute: str, make: Callable[[Any], Any]) -> None:
-    if isinstance(vars(owner)[attribute], staticmethod):
-        replace(owner, attribute, lambda original: staticmethod(make(original)))
-    else:
-        replace(owner, attribute, make)
+            place.replace(hook.make)

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 
 from repro.attach.record.imports import after_import, replace
 from repro.attach.record.methods import METHODS
+from repro.attach.vllm import places
 from repro.attach.vllm.guard import engine, frontend, worker
 from repro.attach.vllm.guard.preparation import prepare
 
@@ -127,9 +128,9 @@ def _hook_torch(module: ModuleType) -> None:
 
 def _apply(hooks: list[Hook], module: ModuleType) -> None:
     for hook in hooks:
-        place = next((place for name in hook.names if (place := _place(module, name))), None)
+        place = places.find(module, hook.names)
         if place is not None:
-            _replace(*place, hook.make)
+            place.replace(hook.make)
             continue
         print(
             f"repro guard: this vLLM has no {hook.names[0]} in {module.__name__}, which shows {hook.shows} "
@@ -138,19 +139,3 @@ def _apply(hooks: list[Hook], module: ModuleType) -> None:
         )
         if hook.essential:
             worker.missing.append(f"{module.__name__}.{hook.names[0]}")
-
-
-def _place(module: ModuleType, name: str) -> tuple[Any, str] | None:
-    """Return the owner of a name in a module, and the attribute; None if the module does not define it."""
-    *outer, attribute = name.split(".")
-    owner: Any = module
-    for part in outer:
-        owner = getattr(owner, part, None)
-    return (owner, attribute) if owner is not None and attribute in vars(owner) else None
-
-
-def _replace(owner: Any, attribute: str, make: Callable[[Any], Any]) -> None:
-    if isinstance(vars(owner)[attribute], staticmethod):
-        replace(owner, attribute, lambda original: staticmethod(make(original)))
-    else:
-        replace(owner, attribute, make)

@@ -1,0 +1,35 @@
+"""Find and replace functions and methods of vLLM by their names. The recorder and the guard both use it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from types import ModuleType
+from typing import Any, NamedTuple
+
+from repro.attach.record.imports import replace
+
+
+class Place(NamedTuple):
+    """An attribute, and the class or module that defines it."""
+
+    owner: Any
+    attribute: str
+
+    def replace(self, make: Callable[[Any], Any]) -> None:
+        """Replace the attribute by what ``make`` returns for the original; a static method stays one."""
+        if isinstance(vars(self.owner)[self.attribute], staticmethod):
+            replace(self.owner, self.attribute, lambda original: staticmethod(make(original)))
+        else:
+            replace(self.owner, self.attribute, make)
+
+
+def find(module: ModuleType, names: Iterable[str]) -> Place | None:
+    """Return the first of the names ("Class.method" or "function") that the module defines; None if it has none."""
+    for name in names:
+        *outer, attribute = name.split(".")
+        owner: Any = module
+        for part in outer:
+            owner = getattr(owner, part, None)
+        if owner is not None and attribute in vars(owner):
+            return Place(owner, attribute)
+    return None
