@@ -16,7 +16,7 @@ from functools import wraps
 from multiprocessing import connection
 from typing import Any
 
-from repro.attach.vllm.guard.ending.stop import EXIT_CODE, GRACE_S, Stop
+from repro.attach.vllm.guard.ending.stop import EXIT_CODE, GRACE_S, POLL_S, Stop
 
 
 def monitoring(original: Callable[..., Any]) -> Callable[..., Any]:
@@ -43,7 +43,9 @@ def _watch(engines: Sequence[Any]) -> None:
     while waiting:
         for sentinel in connection.wait(list(waiting)):
             engine = waiting.pop(sentinel)
-            engine.join(GRACE_S)  # another thread may be reading the exit code at this moment
+            deadline = time.monotonic() + GRACE_S
+            while engine.exitcode is None and time.monotonic() < deadline:
+                time.sleep(POLL_S)  # another thread has taken the exit code from the system, and is about to note it
             if engine.exitcode == EXIT_CODE:
                 leave(Stop("front end", True))
 
