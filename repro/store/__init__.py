@@ -1,1 +1,1 @@
-"""A run on disk: its paths and files, and functions that make text safe to display."""
+"""The files of a run: their paths, typed readers and writers, and functions that make untrusted text safe to print."""

@@ -1,6 +1,7 @@
 """run.json: the description of a run, written by the program that creates the run directory.
 
-It has all that a report, a bundle and a second judgement need, so that they do not depend on how the run started.
+The report, the bundle and a later judgement read the description from this file. They need nothing else from the
+program that started the run.
 """
 
 from __future__ import annotations
@@ -18,25 +19,26 @@ MAX_RANKS = 1 << 20
 MAX_SECONDS = 1e6
 
 VARIANTS = ("control", "fault", "fix")
-"""The three runs of a family: without the fault, with the fault, and with the fault's trigger but with the fix."""
+"""The three ways to run a scenario: without the fault; with the fault; with the fix, under the condition that triggers
+the fault."""
 
 RUN_FOLDER = "{run}"
-"""Placeholder for the run's folder in a command, as a whole word or before a slash."""
+"""Placeholder for the path of the run's folder in a command: ``{run}`` or ``{run}/verdict.json``."""
 
 
 @dataclass(frozen=True)
 class Command(Config):
-    """One command.
+    """A shell command that run.json offers to the reader, for example to repeat the run.
 
     purpose   what the command does: "run it again"
-    words     the words of the command, not quoted, with RUN_FOLDER in place of the run's folder
+    words     the words of the command, unquoted; RUN_FOLDER stands for the path of the run's folder
     """
 
     purpose: str
     words: tuple[str, ...]
 
     def filled(self, folder: str) -> tuple[str, ...]:
-        """Return the words of the command, with ``folder`` in place of RUN_FOLDER."""
+        """Return the words of the command. The path ``folder`` replaces the placeholder RUN_FOLDER."""
         return tuple(
             folder + word.removeprefix(RUN_FOLDER) if word == RUN_FOLDER or word.startswith(f"{RUN_FOLDER}/") else word
             for word in self.words
@@ -48,12 +50,15 @@ class RunDescription(Config):
     """The content of run.json.
 
     title           name of the run; in the lab, the name of its scenario
-    num_ranks, quiet_window_s, deadline_s, queued_groups    the watcher's options, as in hosts.options.WatchOptions
-    mechanism       what goes wrong, in one line
+    num_ranks       number of ranks of the job
+    quiet_window_s  seconds without an event on any rank after which the watcher calls the judge
+    deadline_s      seconds after which the watcher stops, even without a verdict
+    queued_groups   groups whose collectives are recorded when they are queued, not when they run, as on NCCL
+    mechanism       how the fault causes the hang, in one line
     source          the upstream report or change that the run rebuilds
-    family          a key shared by runs that differ only in variant and checks; "" if the run has no family
+    family          a key that is equal in runs that differ only in variant and checks; "" outside the lab
     variant         one of VARIANTS; "" outside the lab
-    commands        commands that repeat the run or its variants
+    commands        commands that repeat this run, or run another variant of it
     """
 
     title: str

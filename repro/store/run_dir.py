@@ -1,23 +1,26 @@
-"""The directory of one run: the path and the writer of each file, and atomic writes.
+"""The directory of one run: the path of each file, and functions that read and write such files.
 
+file                   content                                 written by
 run.json               what the run is, commands to repeat it  the program that creates the directory
-config.json            the settings of a run of the lab      launcher, before the ranks
-events/rank000.wit     the witness of a rank                 the rank, while it runs
-stacks/rank000.txt     Python stacks                         the rank's faulthandler, on request
-fr/rank000.json        PyTorch's Flight Recorder             the rank, on request
-logs/rank000.log       what the rank printed                 the rank
-logs/launcher.log      what the launcher printed             torchrun, or repro.lab.start.fork_server
-logs/reference.log     what the reference printed            repro.lab.outcome.reference
-logs/watcher.log       traceback of a failed watcher         watcher
-facts/HOST.look1.json  what a host reports about a job's processes    collect
-env/rank000.txt        versions that the rank loaded         the rank, once connected
-outputs/rank000.json   tokens that the rank served           the rank, when done
-reference.json         tokens of the single-process model    repro.lab.outcome.reference
-verdict.json           the verdict                           watcher, before anything is killed
-release                lets waiting ranks exit               watcher
-interrupted            the user requested the end            a rank that got SIGINT; removed when the run is decided
-                       evidence_request, agents/  between watcher and other hosts       see repro.hosts.agent; removed
-                       when the run is decided
+config.json            the settings of a run of the lab        the launcher, before the ranks start
+events/rank000.wit     the witness of a rank                   the rank, while it runs
+stacks/rank000.txt     Python stacks                           the rank's faulthandler, on request
+fr/rank000.json        PyTorch's Flight Recorder dump          the rank, on request
+logs/rank000.log       what the rank printed                   the rank
+logs/launcher.log      what the launcher printed               torchrun, or repro.lab.start.fork_server
+logs/reference.log     what the reference model printed        repro.lab.outcome.reference
+logs/watcher.log       traceback of a failed watcher           the watcher
+facts/HOST.look1.json  facts about the processes of a host     `hmr collect`
+env/rank000.txt        versions of the loaded libraries        the rank, once connected
+outputs/rank000.json   tokens that the rank served             the rank, when it is done
+reference.json         tokens of the single-process model      repro.lab.outcome.reference
+verdict.json           the verdict                             the watcher, before it ends any process
+release                permission for waiting ranks to exit    the watcher
+interrupted            the user pressed Ctrl-C                 a rank that got SIGINT
+evidence_request       the watcher needs stacks and dumps      the watcher, for the agents of other hosts
+agents/                facts from the other hosts              the agent of each host (repro.hosts.agent)
+
+The last three are removed when the run is decided.
 """
 
 from __future__ import annotations
@@ -39,7 +42,7 @@ from hybrid_moe_ref.files import read_json as read_json
 from hybrid_moe_ref.files import write_atomically as write_atomically
 
 RUN_NAME = re.compile(r"\d{8}T\d{6}\.\d{3}Z-[a-z0-9_]+-(control|fault|fix)-(-?\d+)")
-"""The name of a run directory: utc, scenario, variant, seed."""
+"""The name of a run directory of the lab: UTC time, scenario, variant, seed."""
 
 MAX_TOKENS_BYTES = 4 << 20
 MAX_TEXT_BYTES = 1 << 20
@@ -49,7 +52,7 @@ COLLECTED_PARTS = ("stacks", "facts", "fr", "logs")
 
 
 class OutputError(OSError):
-    """The output directory cannot be used. The text says where, why and what to do."""
+    """An output directory or file cannot be written. The message says where, why and what to do."""
 
 
 SUFFIX = ".wit"
@@ -58,7 +61,7 @@ SUFFIX = ".wit"
 
 @dataclass(frozen=True)
 class RunDir:
-    """Paths of one run."""
+    """The directory of one run, with the path of each file in it."""
 
     root: Path
 
@@ -72,7 +75,10 @@ class RunDir:
 
     @classmethod
     def create_collected(cls, out: Path, host: str) -> RunDir:
-        """Create ``<out>/<utc>-collect-<host>`` for evidence collected from a job. Raises OutputError."""
+        """Create ``<out>/<utc>-collect-<host>`` for the evidence that `hmr collect` takes from a job.
+
+        Raises OutputError if that fails.
+        """
         return cls._create(out, f"collect-{host}", COLLECTED_PARTS, "--to")
 
     @classmethod
@@ -87,9 +93,9 @@ class RunDir:
         return cls(root)
 
     def point_latest(self) -> None:
-        """Point the link ``latest`` in the parent folder to this run.
+        """Point the symbolic link ``latest`` in the parent folder to this run.
 
-        If that fails, nothing is changed and OSError is raised.
+        Raises OSError if that fails, and leaves the old link. On a file system without symbolic links it does nothing.
         """
         link = self.root.with_name(f".latest.{os.getpid()}")
         try:
@@ -98,7 +104,7 @@ class RunDir:
             os.replace(link, self.root.with_name("latest"))
         except OSError as error:
             link.unlink(missing_ok=True)
-            if error.errno != errno.EPERM:  # a file system without symbolic links: the run is usable without `latest`
+            if error.errno != errno.EPERM:  # EPERM: the file system has no symbolic links; a run works without `latest`
                 raise
 
     def _rank_file(self, part: str, rank: int, suffix: str) -> Path:
@@ -152,7 +158,7 @@ class RunDir:
 
     @property
     def cache(self) -> Path:
-        """Return the folder for results of tuning and compilation. It is removed with the run's temporary files."""
+        """Return the folder for compiled kernels and tuning results. It is deleted when the run ends."""
         return self.root / "tmp" / "cache"
 
     @property
@@ -179,22 +185,30 @@ class RunDir:
         return self._rank_file("agents", first_rank, "json")
 
     def contents(self) -> list[Path]:
-        """Return all files of the run and their folders."""
+        """Return the paths of all files of the run and of the folders that contain them."""
         folders = [self.root, *(self.root / part for part in PARTS)]
         return [path for folder in folders for path in (folder, *folder.glob("*")) if path == folder or path.is_file()]
 
     def describe(self, error: Exception | str) -> str:
-        """Return an error's text with paths relative to the run directory, so that it is the same everywhere."""
+        """Return the text of an error with paths relative to the run directory.
+
+        So the text does not change if the directory is moved to another place or machine.
+        """
         return str(error).replace(f"{self.root}/", "")
 
     @property
     def store(self) -> Path:
-        """Return the file of the c10d FileStore through which the ranks of one host connect. It needs no port."""
+        """Return the file of the c10d FileStore through which the ranks of one host find each other without a port."""
         return self.root / "store"
 
 
 def refuse_unwritable(path: Path, hint: str = "") -> None:
-    """Raise OutputError if a file of this name cannot be written. Call this before the work whose result goes there."""
+    """Raise OutputError if the file ``path`` cannot be written.
+
+    A command calls this before long work, so that the work is not lost because its result cannot be saved.
+
+    hint   what the user can do, appended to the message: "; choose another --junit"
+    """
     try:
         with tempfile.TemporaryFile(dir=path.parent):
             pass
@@ -205,14 +219,14 @@ def refuse_unwritable(path: Path, hint: str = "") -> None:
 
 
 def write_json(path: Path, value: Any, *, durable: bool = False) -> None:
-    """Write a value as indented JSON with :func:`write_atomically`."""
+    """Write a value as indented JSON. A reader sees the old file or the whole new file (:func:`write_atomically`)."""
     write_atomically(path, json.dumps(value, indent=1) + "\n", durable=durable)
 
 
 def read_tokens(path: Path) -> dict[str, list[int]]:
-    """Read the tokens of each request from reference.json or an output.
+    """Read request -> tokens from reference.json or from the output file of a rank.
 
-    Raises DamagedFile, as :func:`read_json` does.
+    Raises DamagedFile if the file is malformed, and OSError if it cannot be read.
     """
     document = read_json(path, MAX_TOKENS_BYTES)
     rows = document.values() if isinstance(document, dict) else [None]
@@ -222,7 +236,7 @@ def read_tokens(path: Path) -> dict[str, list[int]]:
 
 
 def read_text(path: Path, limit: int = MAX_TEXT_BYTES) -> str:
-    """Read the last ``limit`` bytes of a text file; "" if it does not exist."""
+    """Return the last ``limit`` bytes of a text file as text; "" if the file cannot be read."""
     try:
         with open_regular(path) as file:
             size = file.seek(0, 2)

@@ -1,6 +1,7 @@
-"""Convert JSON strictly to a declared type, with errors that name the file and the field; and back to JSON.
+"""Convert JSON strictly to a declared type, and a typed value back to JSON. Errors name the file and the field.
 
-A type is a ``msgspec.Struct`` or a dataclass. Fields without a default are required, and unknown fields are ignored.
+The declared type is a ``msgspec.Struct`` or a dataclass. A field without a default is required; an unknown field of the
+JSON is ignored.
 """
 
 from __future__ import annotations
@@ -16,18 +17,20 @@ T = TypeVar("T")
 
 
 def read_typed(path: Path, kind: type[T], most: int = MAX_JSON_BYTES) -> T:
-    """Read a JSON file of at most ``most`` bytes. Size and depth are limited as in :func:`read_json`.
+    """Read a JSON file of at most ``most`` bytes, and convert its content to the type ``kind``.
 
-    Raises OSError if the file cannot be read, and DamagedFile with file, field and problem if it is malformed:
+    Raises OSError if the file cannot be read, and DamagedFile if its content is too large, too deep or of another type:
     ``verdict.json:1: $.waits[3].rank: expected int, got str``.
     """
     return typed(read_json(path, most), kind, f"{path}:1")
 
 
 def typed(value: Any, kind: type[T], where: str) -> T:
-    """Convert a JSON value to a type.
+    """Convert a JSON value to the type ``kind``.
 
-    Raises DamagedFile, whose text begins with ``where`` and the path of the field.
+    where   the file and line of the value, "verdict.json:1"; the message of an error begins with it
+
+    Raises DamagedFile if the value does not fit: ``verdict.json:1: $.waits[3].rank: expected int, got str``.
     """
     try:
         return msgspec.convert(value, kind, str_keys=True)
@@ -37,5 +40,5 @@ def typed(value: Any, kind: type[T], where: str) -> T:
 
 
 def to_json(value: Any) -> Any:
-    """Convert a typed value to JSON types. The keys of mappings become strings."""
+    """Convert a typed value to dicts, lists, strings and numbers, which ``json`` can write. Keys become strings."""
     return msgspec.to_builtins(value, str_keys=True)

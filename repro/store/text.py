@@ -1,4 +1,4 @@
-"""Make untrusted strings safe to display: names, logs and paths of a run are shown, but never interpreted."""
+"""Make untrusted strings, such as names, logs and paths of a run, safe to print on a terminal or a page."""
 
 from __future__ import annotations
 
@@ -7,20 +7,24 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 
-# Control characters (which begin terminal escapes), marks that change the direction of text, and what XML forbids.
+# Control characters (a terminal escape begins with one), marks that change the direction of text, and characters that
+# XML does not allow.
 _HIDDEN = re.compile(
     r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u200b-\u200f\u061c\u2028-\u202e\u2060-\u2069\ufeff\ufffe\uffff\ud800-\udfff\U000e0000-\U000e007f]"
 )
 
 
 def escape_control_characters(text: object, limit: int = 400) -> str:
-    """Replace control and invisible characters by a symbol or their code point; cut the text after ``limit``."""
+    """Replace control and invisible characters by a symbol or by their code point, such as "<U+200B>".
+
+    A text of more than ``limit`` characters is cut and ends in "…".
+    """
     shown = _HIDDEN.sub(_picture, str(text))
     return shown if len(shown) <= limit else f"{shown[: limit - 1]}…"
 
 
 def escape_lines(text: str, limit: int = 4000) -> str:
-    """Apply :func:`escape_control_characters` to each line; ``limit`` is the length of a line."""
+    """Apply :func:`escape_control_characters` to each line. A line is cut after ``limit`` characters."""
     return "\n".join(escape_control_characters(line, limit) for line in text.split("\n"))
 
 
@@ -37,7 +41,7 @@ def _picture(match: re.Match[str]) -> str:
 
 
 def short_site(site: str) -> str:
-    """Shorten a call site to the path below site-packages or below this repository."""
+    """Remove the folder of site-packages or of this repository from the file name of a call site."""
     _, installed, inside = site.rpartition("/site-packages/")
     return inside if installed else site.removeprefix(f"{ROOT}/")
 
@@ -46,7 +50,7 @@ _MANY_RANKS = re.compile(r"\b\d{1,6}(?:-\d{1,6})?(?:,\d{1,6}(?:-\d{1,6})?){8,}\b
 
 
 def shorten_rank_lists(text: str) -> str:
-    """Cut long lists of ranks in a text to their beginning and their number: "0,2,4,… (20)"."""
+    """Cut each long list of ranks in a text to its first ranks and the total number of ranks: "0,2,4,… (20)"."""
 
     def cut(match: re.Match[str]) -> str:
         runs = [part.split("-") for part in match.group().split(",")]
