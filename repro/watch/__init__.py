@@ -1,1 +1,4 @@
-"""Watch a run: collect traces and facts, and judge them, live or from files. Does not depend on any scenario."""
+"""Watch a run, while it runs or later from its files: read the witnesses and facts, and write the verdict.
+
+Nothing here depends on a scenario of the lab.
+"""

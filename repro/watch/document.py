@@ -1,7 +1,7 @@
 """verdict.json: its type, its reader, and the conversion from a verdict.
 
-Every program that writes or reads a verdict.json uses this type. Some fields may be empty: only runs of the lab have an
-expectation, and only runs that a watcher followed have a watcher.
+Every program that writes or reads a verdict.json uses the type `Document`. Some fields may be empty: only a run of the
+lab has an expected verdict, and `watcher` is set only if a watcher followed the run.
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ SCHEMA_VERSION = 1
 
 
 class Side(msgspec.Struct, frozen=True, omit_defaults=True):
-    """One side of a divergence: some ranks, and what they issued there.
+    """One side of a divergence: ranks that issued the same call, or are at the same position, where ranks first differ.
 
-    sizes, dtype, reduce_op, root   the arguments of the call; None if the sides are positions and not calls planned,
-                                    conforms               the entry of the schedule that the ranks left; set for the
-                                    culprits only
+    sizes, dtype, reduce_op, root   the arguments of the call; None if the side is only a position
+    planned     what the schedule had at this place, "ep all_gather_v of layers.0.moe"; set for culprits only
+    conforms    False for culprits that left their declared schedule; None for all others
     """
 
     ranks: tuple[Rank, ...]
@@ -47,13 +47,19 @@ class Side(msgspec.Struct, frozen=True, omit_defaults=True):
 
 
 class Divergence(msgspec.Struct, frozen=True):
-    """The first place where ranks differ."""
+    """The first place where ranks differ, with one `Side` for each different call or position there."""
 
     sides: tuple[Side, ...]
 
 
 class Expectation(msgspec.Struct, frozen=True, omit_defaults=True):
-    """The verdict that a scenario predicts for its run. A field that is None is not predicted."""
+    """The verdict that a scenario of the lab expects for its run. A field that is None is not checked.
+
+    step, layer   of every culprit; if there is no culprit, of every rank
+    planned       the planned collective at which the culprits left their schedule: "ep all_gather_v of layers.0.moe"
+    error         the type of the exception that every living rank raises
+    or_else       another verdict that is accepted too
+    """
 
     verdict: str
     cause: str | None
@@ -67,7 +73,10 @@ class Expectation(msgspec.Struct, frozen=True, omit_defaults=True):
 
 
 class Watcher(msgspec.Struct, frozen=True):
-    """The process that took the last snapshot of the run, and its monotonic clock at that moment."""
+    """The watcher's process, and its monotonic clock when it took its last snapshot of the run.
+
+    A later judgement needs both to compare times and process ids with those in the witnesses.
+    """
 
     hostname: str
     boot_id: str
@@ -81,7 +90,7 @@ class Watcher(msgspec.Struct, frozen=True):
         return cls(here.hostname, here.boot_id, here.pid_namespace, here.wall_offset_ns, look.now_ns)
 
     def identity(self) -> Identity:
-        """Return the watcher's identity as a process."""
+        """Return the watcher's process in the form in which a witness describes its writer."""
         return Identity(
             0,
             1,
@@ -93,14 +102,21 @@ class Watcher(msgspec.Struct, frozen=True):
 
 
 class Progress(msgspec.Struct, frozen=True):
-    """How far a rank had come when it was judged. The time is on the clock of the rank's host."""
+    """How much a rank had recorded when it was judged: the number of its events, and the time of its last heartbeat.
+
+    The time is on the monotonic clock of the rank's host.
+    """
 
     num_events: Count
     heartbeat_ns: Count
 
 
 class Durations(msgspec.Struct, frozen=True):
-    """Seconds from the last event of any rank to the verdict, and from the start of the watch to the verdict."""
+    """How long the watcher took, in seconds.
+
+    stall_to_verdict   from the last event of any rank to the verdict
+    total              from the start of the watch to the verdict
+    """
 
     stall_to_verdict: Seconds = 0.0
     total: Seconds = 0.0
@@ -109,20 +125,20 @@ class Durations(msgspec.Struct, frozen=True):
 class Document(msgspec.Struct, frozen=True, kw_only=True):
     """The content of verdict.json.
 
-    scenario, variant, backend, num_ranks, seed     the settings of the run
-    verdict                                         a class of `repro.verdict.classes`; "" if the run is not decided
-                                                    cause ... quiet_s                               as in
-                                                    :class:`repro.verdict.Verdict`; cause is None if there is none
-    sentences                                       one sentence for each distinct position
-    expected, matches_expected                      for runs of the lab; else None
-    watcher                                         None for files that do not name the clock of their times system,
-                                                    notes                                   what the verdict was judged
-                                                    with, besides the witnesses
-    judged                                          rank -> how far its witness had come; the rank may have gone on
-                                                    since
-    interrupted                                     whether the user ended the run before it was decided
-    ended_by                                        the signal that the run's launcher received; "" if none
-    skipped                                         in a list of verdicts: why the run did not take place; else ""
+    scenario ... seed    the settings of the run
+    verdict              a class of `repro.verdict.classes`; "" if the run is not decided
+    cause                a cause of this class; None if there is none
+    culprits ... quiet_s as in :class:`repro.verdict.Verdict`
+    sentences            what each rank does: one sentence for all ranks in the same position
+    expected             the verdict that the lab's scenario expects; None outside the lab
+    matches_expected     whether the verdict is the expected one; None outside the lab
+    watcher              the process that judged the run; None in files that do not name it
+    system               the facts that were judged, besides the witnesses
+    notes                other observations of the watcher, in sentences
+    judged               rank -> how much its witness contained when it was judged; it may have grown since
+    interrupted          whether the user ended the run before it was decided
+    ended_by             a sentence about the signal that ended the launcher, and so the run; "" if there was none
+    skipped              why a run of the lab did not take place; "" if it did
     """
 
     schema_version: int = SCHEMA_VERSION
@@ -159,7 +175,7 @@ class Document(msgspec.Struct, frozen=True, kw_only=True):
             raise ValueError(f"{self.schema_version} is not a version of verdict.json that this release reads")
         if self.verdict and self.verdict not in CLASSES:
             raise ValueError(f"{self.verdict[:40]!r} is no class of verdict")
-        if not self.waits:  # a file of an older version lists only the waits of a cycle
+        if not self.waits:  # files of older versions have `cycle`, but not `waits`
             msgspec.structs.force_setattr(self, "waits", self.cycle)
 
     @property
@@ -168,14 +184,14 @@ class Document(msgspec.Struct, frozen=True, kw_only=True):
         return self.first_divergence.sides if self.first_divergence else ()
 
     def look(self) -> Look | None:
-        """Return the watcher's last snapshot, without the witnesses; None if the clock of its times is not known."""
+        """Return the watcher's last snapshot of the run without the witnesses; None if the file names no watcher."""
         if self.watcher is None:
             return None
         return Look(self.watcher.identity(), self.watcher.now_ns, facts=self.system, notes=self.notes)
 
 
 def describe(verdict: Verdict, **more: Any) -> Document:
-    """Make the content of verdict.json from a verdict. ``more`` sets the fields that do not follow from the verdict."""
+    """Make the content of verdict.json from a verdict. ``more`` sets fields that a verdict does not have, like seed."""
     return Document(
         verdict=verdict.verdict,
         cause=verdict.cause or None,
@@ -194,7 +210,7 @@ def describe(verdict: Verdict, **more: Any) -> Document:
 
 
 def progress_of(look: Look) -> dict[int, Progress]:
-    """Return rank -> how far the rank had come at the time of the snapshot."""
+    """Return rank -> how much the rank had recorded at the time of the snapshot."""
     return {
         rank: Progress(witness.num_events, witness.heartbeat_ns) for rank, witness in sorted(look.witnesses.items())
     }

@@ -1,4 +1,4 @@
-"""Make the verdict after a failure of this program: inconclusive, because the failure says nothing about the run."""
+"""Make the verdict for a run whose watcher failed: `inconclusive`, because the failure proves nothing about the run."""
 
 from __future__ import annotations
 
@@ -14,7 +14,9 @@ NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
 
 
 def failed(run_dir: RunDir, what: str, errors: Sequence[Exception], gaps: Sequence[str] = ()) -> Verdict:
-    """Write the tracebacks to logs/watcher.log, and return the verdict. Its first line names the first error.
+    """Write the tracebacks to logs/watcher.log, and return the verdict `inconclusive`.
+
+    The first line of its evidence names the first error.
 
     what    the part of this program that failed: "the watcher"
     gaps    a line for each piece of evidence that is missing
@@ -24,7 +26,7 @@ def failed(run_dir: RunDir, what: str, errors: Sequence[Exception], gaps: Sequen
         log.parent.mkdir(exist_ok=True)
         write_atomically(log, "\n".join("".join(traceback.format_exception(error)) for error in errors))
         where = f"the traceback is in logs/{log.name}"
-    except OSError as full:  # the disk is full: the verdict is smaller than the tracebacks, and may still fit
+    except OSError as full:  # the disk may be full; the verdict is smaller than the tracebacks, and may still fit
         where = f"the traceback could not be written: {full.strerror}"
     cause = " ".join(f"{type(errors[0]).__name__}: {errors[0]}".split())[:MAX_CAUSE]
     if isinstance(errors[0], OSError) and errors[0].errno in NO_ROOM:

@@ -1,7 +1,7 @@
 """Compare PyTorch's Flight Recorder dumps with the witnesses.
 
-PyTorch and this project record collectives independently. If both agree about a rank, the rank's position is certain.
-If they differ, its position is not known.
+PyTorch records collectives in its Flight Recorder, and our recorder writes them to the witness. If both show the same
+pending collective, the rank's position is certain. If they differ, its position is not known.
 """
 
 from __future__ import annotations
@@ -14,12 +14,12 @@ from repro.store.run_dir import RunDir, read_json
 from repro.verdict.result import Position, name_ranks
 
 _NAMES = {"default_pg": "world"}
-"""PyTorch's name of a group -> the name in our witnesses, for groups whose names differ."""
+"""Flight Recorder's name of a group -> the name of the same group in our witnesses, where the two names differ."""
 
 
 @dataclass
 class RecorderCheck:
-    """The result of the comparison for all blocked ranks.
+    """What the Flight Recorder dumps of the blocked ranks say about the collectives in which the ranks wait.
 
     agree          ranks whose dump shows the same collective pending as the witness
     ahead          ranks whose dump shows a later collective of the same group pending
@@ -31,7 +31,7 @@ class RecorderCheck:
     contradicted: dict[int, str] = field(default_factory=dict)
 
     def sentences(self) -> list[str]:
-        """Describe the result, without the contradictions."""
+        """Return a sentence for the ranks in ``agree`` and one for the ranks in ``ahead``."""
         lines = []
         if self.agree:
             lines.append(f"{name_ranks(self.agree)}: the Flight Recorder has the same collective pending")
@@ -44,9 +44,9 @@ class RecorderCheck:
 
 
 def compare_dumps(run_dir: RunDir, positions: Iterable[Position]) -> RecorderCheck:
-    """Compare the dump of each blocked rank with the rank's position.
+    """Compare each blocked rank's Flight Recorder dump with its position, which comes from the witness.
 
-    A dump without entries of the group is ignored.
+    A dump that has no entry of the position's group is ignored.
     """
     check = RecorderCheck()
     for position in positions:
@@ -69,9 +69,9 @@ def compare_dumps(run_dir: RunDir, positions: Iterable[Position]) -> RecorderChe
 
 
 def _read_entries(dump: Path) -> list[tuple[str, int, bool]]:
-    """Read (group, sequence number, is retired) of each entry; [] if there is no readable dump.
+    """Read (group, sequence number, whether it has completed) of each entry; [] if there is no readable dump.
 
-    On gloo an entry's ``state`` stays "scheduled" for ever. There, ``retired`` shows that the entry has completed.
+    The field ``retired`` shows the completion. The field ``state`` does not: on gloo it stays "scheduled".
     """
     try:
         document = read_json(dump)

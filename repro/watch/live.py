@@ -1,8 +1,8 @@
 """The watcher: follow the witnesses of a run from outside the ranks, and decide when and how the run has ended.
 
 The watcher only reads files that the ranks write. If no rank has recorded an event for the quiet window, the watcher
-calls the judge. While the verdict is that some rank still works, it continues to watch. Before a final verdict it
-collects stacks and Flight Recorder dumps, and it writes verdict.json before any process is ended. If the watcher itself
+calls the judge. If the verdict is that a rank still works, the watcher continues. Before a final verdict, the watcher
+collects stacks and Flight Recorder dumps. It writes verdict.json before any process is ended. If the watcher itself
 fails, the verdict is `inconclusive`, and logs/watcher.log has the traceback.
 """
 
@@ -40,29 +40,30 @@ from repro.watch.silences import Silences
 POLL_S = 0.05
 
 ANSWER_PATIENCE_S = 2.0
-"""How many seconds the other hosts may take to collect evidence from their ranks."""
+"""How many seconds the watcher waits for the agents of other hosts to collect stacks and dumps from their ranks."""
 
 DEATH_GRACE_S = 0.5
 DEATH_PATIENCE_S = 5.0
-"""After a death, the verdict is given once no event has come for the grace time, and at the latest after this time.
+"""How long the watcher waits after a rank died, before it gives the verdict: until no rank has recorded an event for
+DEATH_GRACE_S, and at most DEATH_PATIENCE_S.
 
-The other ranks may finish without the dead rank, or record that they lost it.
+In this time the other ranks may finish their work, or record that they lost the dead rank.
 """
 
 READ_PATIENCE_S = 5.0
-"""How many seconds reads may fail before the watcher gives up.
+"""For how many seconds every read of the witnesses may fail before the watcher gives up.
 
-A stale file handle or a lack of descriptors may pass.
+Some failures pass by themselves: a stale NFS file handle, or a lack of file descriptors.
 """
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """The comparison of a run's results with the reference, made when all ranks are done.
+    """The result of comparing the tokens of a run with the tokens of the reference model, when all ranks are done.
 
     wrong     a line for each wrong result
-    missing   why the results were not compared; "" if they were compared
-    evidence  a sentence that says what was compared
+    missing   why the tokens were not compared; "" if they were compared
+    evidence  a sentence that says what was compared: "70 tokens of 13 requests equal the reference's"
     """
 
     wrong: tuple[str, ...] = ()
@@ -72,17 +73,17 @@ class Comparison:
 
 @dataclass
 class Watch:
-    """The watch over one run.
+    """Watches one run until there is a verdict. The caller passes in, as functions, what depends on the kind of job.
 
-    job_alive     says whether the processes that were started still exist
-    compare       compares the results once all ranks are done. It may return None to be called again later, unless its
-                  argument is True, which says that the watch ends now
-    describe      the document of a verdict, with the entries that do not depend on the watch
-    read          transforms the witnesses before they are judged
-    interrupted   says whether the user has requested the end of the run
-    show          called at every poll with the open witnesses, for a display
-    notice        called with a line when the waits between ranks have changed
-    remark        returns a line about a verdict that is not final, or ""; it is noticed once
+    job_alive     returns whether the processes that were started still exist
+    compare       compares the results with the reference when all ranks are done. It returns None if it is not ready
+                  and is then called again. Its argument is True at the last call: it must then return a Comparison
+    describe      makes the content of verdict.json from a verdict, with the settings of the run
+    read          changes the witnesses before they are judged
+    interrupted   returns whether the user has asked for the end of the run
+    show          displays the progress; called at every poll with the open witnesses
+    notice        prints a line; called when the waits between ranks have changed
+    remark        returns a line to print about a verdict that is not final, or "". The same line is printed once
     """
 
     run_dir: RunDir
@@ -114,10 +115,10 @@ class Watch:
         self._silences = Silences()
 
     def run(self) -> Document:
-        """Watch until the run is decided. Returns what was written to verdict.json.
+        """Watch until the run is decided, and write verdict.json. Returns its content.
 
         Disk space for verdict.json is reserved at the start, because the disk may be full at the end. Raises OSError if
-        verdict.json cannot be written all the same.
+        verdict.json cannot be written.
         """
         with room_for(self.run_dir.verdict, _verdict_bytes(self.options.num_ranks)):
             try:
@@ -129,11 +130,11 @@ class Watch:
             return self._write(verdict)
 
     def processes(self) -> list[Process]:
-        """Return the processes of the running ranks of this host, even if their witness files have been removed."""
+        """Return the processes of the ranks that run on this host. Their witness files may have been deleted."""
         return [process for process in self._running().values() if process is not None]
 
     def remote_ranks_run(self) -> bool:
-        """Whether ranks run on other hosts, as their agents report."""
+        """Whether a rank runs on another host, according to the agents of the other hosts."""
         return self._remote_hosts.any_running()
 
     def all_done(self) -> bool:
@@ -141,7 +142,10 @@ class Watch:
         return self._tails.all_done()
 
     def _poll(self) -> Verdict | None:
-        """Decide whether the watch ends. Returns None also if a read fails, because the next poll may succeed."""
+        """Return the final verdict, or None if the watch must continue.
+
+        If a file cannot be read, continue, because the next poll may succeed. Raise the error after READ_PATIENCE_S.
+        """
         try:
             self._tails.open()
             verdict = self._decide()
@@ -155,7 +159,7 @@ class Watch:
         return verdict
 
     def _pause(self) -> None:
-        """Sleep until the next poll. A late wake-up is a sign that the machine has no free processor."""
+        """Sleep until the next poll, and note how late the sleep ends: a long delay means that no processor is free."""
         asleep_ns = self.host.now_ns()
         self.host.sleep(POLL_S)
         self._system.note_late((self.host.now_ns() - asleep_ns) / 1e9 - POLL_S)
@@ -173,7 +177,7 @@ class Watch:
         if self._death_is_settled(now_ns):
             verdict, self._ended_by = self._conclude(), collect.launcher_was_ended(self.run_dir)
             return ended_from_outside(verdict, self._ended_by) if self._ended_by else verdict
-        if self._died_ns:  # this holds however long the silence before: other ranks may be about to record something
+        if self._died_ns:  # wait, however long the silence before was: the other ranks may soon record an event
             return None
         quiet_ns = self.options.quiet_window_s * 1e9
         waited_ns = now_ns - max(self._last_event_ns(), self._judged_ns)
@@ -190,13 +194,16 @@ class Watch:
         return self._decide_in_quiet()
 
     def _report_builds(self, now_ns: int) -> None:
-        """Report ranks that wait for one that builds, although some rank has just recorded an event."""
-        if self._notices.looks_for_builds(now_ns, self._tails.waiting_since_ns()):
+        """Print which ranks wait for a rank that builds a kernel. This does not need a quiet window."""
+        if self._notices.is_build_check_due(now_ns, self._tails.waiting_since_ns()):
             verdict = self._judge()
             self._notices.builds(verdict, now_ns, self.host.now_ns())
 
     def _decide_in_quiet(self) -> Verdict | None:
-        """Judge once per quiet window. While a rank works without events the run is `slow`, and the watch continues."""
+        """Judge after a quiet window. Return the verdict if it is final; else None, and the watch continues.
+
+        A verdict is not final if a rank still works without recording events: the run is then `slow`.
+        """
         last_event_ns, self._judged_ns = self._last_event_ns(), self.host.now_ns()
         self._system.measure(self._pids())
         verdict = self._judge()
@@ -215,7 +222,7 @@ class Watch:
         return verdict if class_of(verdict.verdict).final and not moved else None
 
     def _conclude(self, why: str = "") -> Verdict:
-        """Return the final verdict from the evidence at hand, because the watch ends now."""
+        """Return the final verdict from the evidence at hand, because the watch must end now. why: a note about it."""
         self._reasons = [why] if why else []
         if self.all_done() and (verdict := self._compared(final=True)) is not None:
             return verdict
@@ -223,9 +230,9 @@ class Watch:
         return self._judge_with_evidence()
 
     def _judge_with_evidence(self) -> Verdict:
-        """Collect stacks and dumps, read the witnesses again, and judge with what the dumps confirm or contradict.
+        """Let the ranks write stacks and dumps, read the witnesses again, and judge witnesses and dumps together.
 
-        Processor use is not measured again, because ranks also use a processor to write this evidence.
+        Processor use is not measured again, because the ranks also use a processor to write stacks and dumps.
         """
         unanswered = self._collect_evidence()
         check = compare_dumps(self.run_dir, self._judge().ranks)
@@ -247,20 +254,23 @@ class Watch:
         witnesses = self.read(witnesses)
         facts = self._remote_hosts.merged(self._system.look(witnesses, running))
         never = [rank for rank, witness in witnesses.items() if not witness.writer.pid]
-        if never and not self.job_alive():  # no process is left that could start the ranks
+        if never and not self.job_alive():  # the launcher has ended, so these ranks can never start
             facts = facts.joined(Facts(alive=dict.fromkeys(never, False)))
             notes.append(collect.of_launcher(self.run_dir, never))
         notes += [*self._describe_strangers(witnesses, facts), *self._reasons]
         return Look(self.host.here, now_ns, witnesses, facts, tuple(notes))
 
     def _describe_strangers(self, witnesses: Mapping[int, Witness], facts: Facts) -> list[str]:
-        """Describe each process of this host that holds a lock but is not a rank."""
+        """Return a line for each process of this host that holds a lock for which a rank waits, but is not a rank."""
         here = [rank for rank, witness in witnesses.items() if self._system.is_here(witness.writer)]
         holders = {pid for rank, (_, pid) in facts.lock_holders.items() if rank in here and pid > 0}
         return [self.host.describe(pid) for pid in sorted(holders - {witnesses[rank].writer.pid for rank in here})]
 
     def _compared(self, final: bool) -> Verdict | None:
-        """Return the verdict after all ranks are done: `clean` if the results are right. None to be called again."""
+        """Compare the results of a run whose ranks are all done. Return the verdict: `clean` if the results are right.
+
+        Return None if the results cannot be compared yet. final: no later call will come.
+        """
         comparison = self.compare(final)
         if comparison is None:
             return None
@@ -285,9 +295,12 @@ class Watch:
         return {rank: process.pid for rank, process in self._running().items() if process is not None}
 
     def _death_is_settled(self, now_ns: int) -> bool:
-        """Whether a rank died or failed, or all processes ended, and the other ranks have had time to react."""
+        """Whether a rank died or failed, or all processes ended, and the others have since had time to record events.
+
+        The time is DEATH_GRACE_S without events, or DEATH_PATIENCE_S.
+        """
         ended = {rank for rank, process in self._running().items() if process is None}
-        # when a rank of a user's program is done, its process ends by itself
+        # a rank of a user's program ends by itself when it is done: this is not a death
         died = bool(ended) and not ended <= self._tails.done()
         gone = died or not self.job_alive() or self._remote_hosts.any_ended()
         if not gone and not self._tails.any_failed():
@@ -306,7 +319,7 @@ class Watch:
     def _failed(self, error: Exception) -> Verdict:
         """Return the verdict after a failure of the watcher itself: `inconclusive`, with the evidence at hand."""
         errors = [error]
-        # verdict.json is written before the caller ends the ranks, because a second judgement needs the last snapshot
+        # take a last snapshot while the ranks still exist: verdict.json has it, for a later judgement
         try:
             gaps = collect.name_missing(self._collect_evidence(), collect.PATIENCE_S)
             self._look = self._take_look()
@@ -340,5 +353,5 @@ class Watch:
 
 
 def _verdict_bytes(num_ranks: int) -> int:
-    """Return an upper estimate of the size of a verdict.json in bytes. Each rank may list one size per group member."""
+    """Return an upper limit of the size of a verdict.json in bytes. Each rank may list one size per group member."""
     return (64 << 10) + num_ranks * (4096 + 16 * num_ranks)

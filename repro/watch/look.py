@@ -1,4 +1,7 @@
-"""A snapshot of a run: everything that a watcher knows at one moment. Judging it gives the same verdict anywhere."""
+"""A snapshot of a run: everything that a watcher knows at one moment.
+
+The judge gives the same verdict for the same snapshot on any machine.
+"""
 
 from __future__ import annotations
 
@@ -17,12 +20,12 @@ from repro.watch.flight_recorder import compare_dumps
 
 @dataclass(frozen=True)
 class Look:
-    """A snapshot of a run at one moment.
+    """A snapshot of a run: everything that a watcher knows at one moment.
 
     watcher     the process that took the snapshot; now_ns and ``facts.died`` are on the clock of its host
-    now_ns      the monotonic clock before anything was read, so that the time to read does not count as silence
+    now_ns      the monotonic clock just before the files were read. The time to read them is not counted as silence
     witnesses   rank -> witness; ranks whose witness could not be read are absent
-    notes       further observations of the watcher, in sentences; no file of the run shows them
+    notes       further observations of the watcher, in sentences; they are in no other file of the run
     """
 
     watcher: Identity
@@ -32,7 +35,10 @@ class Look:
     notes: tuple[str, ...] = ()
 
     def verdict(self, options: WatchOptions, wrong_numbers: Sequence[str] = ()) -> Verdict:
-        """Judge the snapshot."""
+        """Call the judge for the witnesses and facts of this snapshot.
+
+        wrong_numbers: a line for each result that differs from the reference.
+        """
         return judge(
             self.witnesses,
             self.facts,
@@ -45,9 +51,9 @@ class Look:
         )
 
     def concluded(self, run_dir: RunDir, options: WatchOptions, wrong_numbers: Sequence[str] = ()) -> Verdict:
-        """Judge the snapshot, and add to the evidence what the Flight Recorder's dumps and the notes say.
+        """Judge the snapshot. Add the notes, and what the Flight Recorder dumps say, to the evidence of the verdict.
 
-        If no rank has begun, the verdict is undecided and names no rank.
+        If no rank has begun, the verdict is `inconclusive` without culprits.
         """
         verdict = self.verdict(options, wrong_numbers)
         if self.none_began():

@@ -1,7 +1,8 @@
-"""What a watcher prints while it watches: which ranks wait for which, and early, which rank builds.
+"""The lines that a watcher prints while it watches: which ranks wait for which, and which rank builds a kernel.
 
-The judge is asked when no rank has recorded an event for the quiet window. A rank that builds one kernel after another
-records events all the time, so the window may never pass while the others wait for it in a collective or for a lock.
+Usually the judge is called when no rank has recorded an event for the quiet window. But a rank that builds one kernel
+after another records an event for each, so the quiet window never passes, although the others wait for this rank.
+Therefore the watcher also checks for builds when a rank has waited for PATIENCE_S, without a quiet window.
 """
 
 from __future__ import annotations
@@ -13,33 +14,36 @@ from repro.verdict import Verdict
 from repro.verdict.result import Position, name_ranks, say
 
 PATIENCE_S = 3.0
-"""How long a rank must have waited in one place before the watcher asks who builds. A notice follows within 5 s."""
+"""How long a rank must have waited in one place before the watcher checks whether another rank builds a kernel."""
 
-LOOK_S = 1.0
-"""The shortest time between two looks; a look reads every witness."""
+CHECK_S = 1.0
+"""The shortest time between two such checks. A check reads every witness, so it costs time."""
 
 REPEAT_S = 30.0
-"""How long a notice about the same ranks is not repeated, although what they build has changed."""
+"""The shortest time between two notices about the same builders and waiting ranks, even if the build has changed."""
 
 
 class Notices:
-    """Decides what is news.
+    """Decides which lines a watcher prints, so that it prints nothing twice.
 
-    notice          called with each line
-    remark          what the job itself has to say of a verdict that is not final, or ""; it is printed once
-    quiet_window_s  how long no rank has recorded an event when `silence` is called
+    notice          prints a line
+    remark          returns a line about a verdict that is not final, or "". The same line is printed once
+    quiet_window_s  for how many seconds no rank has recorded an event when `silence` is called
     """
 
     def __init__(self, notice: Callable[[str], None], remark: Callable[[Verdict], str], quiet_window_s: float) -> None:
         self._notice, self._remark, self._quiet_window_s = notice, remark, quiet_window_s
         self._remarks: set[str] = set()
         self._waits: list[str] = []
-        self._next_look_ns = 0
+        self._next_check_ns = 0
         self._builds: tuple[tuple[int, ...], ...] = ()
         self._builds_ns = 0
 
     def silence(self, verdict: Verdict) -> None:
-        """Report the waits between ranks if they have changed. A wait that has begun after the silence is none."""
+        """Print the waits between ranks, if they have changed since the last notice.
+
+        The watcher calls this after a quiet window. If every wait is shorter than half of it, nothing is printed.
+        """
         if (remark := self._remark(verdict)) and remark not in self._remarks:
             self._remarks.add(remark)
             self._notice(remark)
@@ -49,17 +53,20 @@ class Notices:
             self._waits = news
             self._notice(f"{verdict.verdict}: {describe_since(verdict)}")
 
-    def looks_for_builds(self, now_ns: int, waiting_since_ns: int) -> bool:
-        """Whether to look who builds. waiting_since_ns: when the longest wait of a rank began; 0 if none waits."""
+    def is_build_check_due(self, now_ns: int, waiting_since_ns: int) -> bool:
+        """Whether the watcher should now check which rank builds a kernel.
+
+        waiting_since_ns: when the rank that waits longest began to wait; 0 if no rank waits.
+        """
         waited_ns = now_ns - waiting_since_ns if waiting_since_ns else 0
-        return waited_ns >= PATIENCE_S * 1e9 and now_ns >= self._next_look_ns
+        return waited_ns >= PATIENCE_S * 1e9 and now_ns >= self._next_check_ns
 
     def builds(self, verdict: Verdict, began_ns: int, now_ns: int) -> None:
-        """Report builders, what they build, who waits for them, and since when, if the ranks are news.
+        """Print which ranks build a kernel, which ranks wait for them, and since when. Do not repeat a recent notice.
 
-        began_ns, now_ns: when the look began and ended. A look that takes long makes the next one later.
+        began_ns, now_ns: when the check began and ended. The longer a check takes, the later the next one is due.
         """
-        self._next_look_ns = now_ns + max(int(LOOK_S * 1e9), 10 * (now_ns - began_ns))
+        self._next_check_ns = now_ns + max(int(CHECK_S * 1e9), 10 * (now_ns - began_ns))
         awaited = {rank for wait in verdict.waits for rank in wait.awaited}
         builders = tuple(at.rank for at in verdict.ranks if at.state == "building" and at.rank in awaited)
         waiting = tuple(at.rank for at in verdict.ranks if at.state in ("blocked", "locked"))
@@ -70,12 +77,15 @@ class Notices:
 
 
 def _news(verdict: Verdict) -> list[str]:
-    """What is said of the ranks, without what changes while nothing happens."""
+    """Return the sentences about the ranks without the age of the last heartbeat, which changes all the time.
+
+    If two results are equal, there is nothing new to print.
+    """
     return [re.sub(r"heartbeat [\d.]+ s ago", "", sentence) for sentence in verdict.sentences()]
 
 
 def describe_since(verdict: Verdict) -> str:
-    """Say where the ranks are and for how long, and who holds the locks that they wait for."""
+    """Return a line: where each rank is, for how long, and which rank holds each lock that another rank waits for."""
     together: dict[str, list[Position]] = {}
     for at in verdict.ranks:
         together.setdefault(at.words(), []).append(at)
@@ -90,4 +100,5 @@ def describe_since(verdict: Verdict) -> str:
 
 
 _LASTING = ("building", "blocked", "locked")
-"""The states of which it is known when they began. A rank that runs outside collectives may have begun anything."""
+"""The states for which the witness shows the beginning. It does not show when a rank outside a collective began what
+it does now."""

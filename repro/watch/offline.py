@@ -1,4 +1,4 @@
-"""Judge a run from the files it left. The files are untrusted: they may be damaged or forged."""
+"""Judge a run from the files that it left. The files are untrusted: they may be damaged or forged."""
 
 from __future__ import annotations
 
@@ -35,10 +35,11 @@ def options_of(description: RunDescription) -> WatchOptions:
 
 @dataclass(frozen=True)
 class Again:
-    """The result of a second judgement of a run.
+    """The result of judging a run again from its files.
 
-    decided   the first verdict.json of the run; None if the run is not decided or its verdict.json is damaged
-    whole     whether every file was complete and undamaged
+    look      the snapshot that was judged
+    decided   the verdict.json that the watcher wrote; None if there is none, or if it is damaged
+    whole     whether every file that was read is complete and undamaged
     """
 
     verdict: Verdict
@@ -50,9 +51,9 @@ class Again:
 def judge_files(run_dir: RunDir, options: WatchOptions, comparison: Comparison) -> Again:
     """Judge a run from its files.
 
-    A decided run is judged as its watcher saw it last: at that moment, on that host's clock, with the facts in
-    verdict.json. So the verdict is the same on any machine. A run that is not decided, or whose verdict.json is
-    damaged, is judged as of now, after its processes have been observed for LOOK_S seconds.
+    If the run has a verdict.json, the judge gets the last snapshot of the watcher: its time, its host's clock and its
+    facts are in verdict.json. So the verdict is the same on any machine. If the run has no verdict.json, or a damaged
+    one, its processes are observed now for LOOK_S seconds, and their present state is judged.
     """
     damaged: list[str] = []
     decided: Document | None = None
@@ -75,7 +76,7 @@ def judge_files(run_dir: RunDir, options: WatchOptions, comparison: Comparison) 
                 confidence=decided.confidence,
                 evidence=decided.evidence,
             )
-        elif comparison.missing and before != "clean":  # for a saved `clean`, the watcher has compared them
+        elif comparison.missing and before != "clean":  # before a saved `clean`, the watcher has compared the tokens
             verdict = uncompared(verdict, comparison.missing)
         elif comparison.evidence:
             verdict = verdict.with_evidence([comparison.evidence])
@@ -91,7 +92,7 @@ def judge_files(run_dir: RunDir, options: WatchOptions, comparison: Comparison) 
 
 
 def _look_at_decided(run_dir: RunDir, decided: Document) -> tuple[Look, list[str]]:
-    """Return the watcher's last snapshot, and a line for each witness that has changed since then."""
+    """Return the watcher's last snapshot, and a line for each witness that no longer has the events judged then."""
     witnesses, refused = read_dir(run_dir.root / "events")
     for rank in witnesses.keys() & decided.judged.keys():
         progress = decided.judged[rank]
@@ -135,9 +136,9 @@ def _pids(system: System, witnesses: Mapping[int, Witness]) -> dict[int, int]:
 
 
 def _launcher_of(run_dir: RunDir) -> str:
-    """Describe a run that has no ranks yet: how old it is, and whether a process watches it.
+    """Describe a run of which no rank has begun: how long ago it was prepared, and whether a process watches it.
 
-    The run may be about to begin.
+    If a process watches it, the run may be about to begin.
     """
     age_s = time.time() - run_dir.config.stat().st_mtime
     pid = locks.holder(run_dir.config.resolve())

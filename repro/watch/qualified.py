@@ -9,14 +9,20 @@ from repro.verdict.classes import END, INTERRUPT, class_of
 
 
 def not_decided(verdict: Verdict) -> Verdict:
-    """Weaken the verdict on an interrupted run: that ranks were still at work then does not make the run slow."""
+    """Weaken the verdict on a run that the user interrupted: `slow` becomes `inconclusive`.
+
+    At the interrupt the ranks were still at work, but that does not prove that the run is slow.
+    """
     if INTERRUPT in class_of(verdict.verdict).outside:
         verdict = dataclasses.replace(verdict, verdict="inconclusive", culprits=(), confidence="undecided")
     return verdict.with_evidence(["the run was interrupted before it was decided"])
 
 
 def ended_from_outside(verdict: Verdict, why: str) -> Verdict:
-    """Weaken the verdict on a run whose launcher got a signal and ended the ranks: their deaths are not the cause."""
+    """Weaken the verdict on a run whose launcher got a signal: `slow` and `crash` become `inconclusive`.
+
+    The launcher ended the ranks because of the signal, so their deaths are not the cause. why: a line about the signal.
+    """
     if END in class_of(verdict.verdict).outside:
         verdict = dataclasses.replace(
             verdict, verdict="inconclusive", cause="", culprits=(), suspects=(), confidence="undecided"
@@ -25,7 +31,10 @@ def ended_from_outside(verdict: Verdict, why: str) -> Verdict:
 
 
 def uncompared(verdict: Verdict, why: str) -> Verdict:
-    """Weaken the verdict `clean` on a run whose tokens were not compared with the reference. why: the reason."""
+    """Weaken the verdict on a run whose tokens were not compared with the reference: `clean` becomes `inconclusive`.
+
+    why: the reason that they were not compared.
+    """
     if verdict.verdict == "clean":
         verdict = dataclasses.replace(verdict, verdict="inconclusive", confidence="undecided")
     return verdict.with_evidence([f"{why}, so the tokens were not compared"])

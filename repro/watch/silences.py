@@ -1,4 +1,5 @@
-"""Remember the silences of a running job: periods in which most ranks waited for the same few ranks."""
+"""Remember the silences of a running job. A silence is a period without events: some ranks work, the others wait for
+them. A run that finishes after long silences is `slow`, not `clean`."""
 
 from __future__ import annotations
 
@@ -9,16 +10,16 @@ from repro.verdict import Verdict
 from repro.verdict.facts import Facts
 
 SLOW_WINDOWS = 3
-"""A run that ends well is `slow` if ranks waited for the same ranks for the time of this many quiet windows."""
+"""A run whose ranks all finish is `slow` if ranks waited for the same ranks for at least this many quiet windows."""
 
 
 @dataclass
 class _Silence:
     """A period without events that has not ended.
 
-    lasted_s   seconds without an event, as of now
+    lasted_s   seconds without an event until now
     starved_s  for how many of these seconds the awaited ranks lacked a processor
-    share      share of the latest seconds in which they lacked a processor
+    share      share of the time since the last measurement in which the awaited ranks lacked a processor, 0 to 1
     """
 
     lasted_s: float = 0.0
@@ -26,14 +27,15 @@ class _Silence:
     share: float = 0.0
 
     def go_on(self, lasted_s: float) -> float:
-        """Set the length so far. Returns for how many of the added seconds the awaited ranks had a processor."""
+        """Extend the silence to ``lasted_s`` seconds. Returns for how much of the extension the awaited ranks had a
+        processor, in seconds."""
         added_s, self.lasted_s = lasted_s - self.lasted_s, lasted_s
         self.starved_s += self.share * added_s
         return (1 - self.share) * added_s
 
 
 class Silences:
-    """Remembers the longest silence for each set of ranks that the others waited for."""
+    """Remembers, for each set of awaited ranks, the longest silence in which the other ranks waited for them."""
 
     def __init__(self) -> None:
         self._longest: dict[tuple[int, ...], tuple[float, Verdict]] = {}
@@ -41,10 +43,11 @@ class Silences:
         self._kept: tuple[int, ...] | None = None
 
     def remember(self, verdict: Verdict, facts: Facts, alive_s: float, quiet_window_s: float) -> None:
-        """Remember a period in which at least half of the ranks waited for the others, which were still working.
+        """Remember for how long ranks have waited, if the verdict is `slow` and at least as many wait as are awaited.
 
-        A heartbeat ends such a period, unless the waiting ranks are in a collective and all awaited ranks are building.
-        Time in which the awaited ranks lacked a processor does not count, because a busy machine made the others wait.
+        If all awaited ranks build a kernel, the whole wait counts. Otherwise the wait counts only if no rank has sent a
+        heartbeat in the last quiet window, and without the time in which the awaited ranks lacked a processor: then the
+        machine was busy, and the job was not slow.
 
         alive_s   seconds since the last heartbeat of any rank
         """
@@ -67,7 +70,7 @@ class Silences:
             self._kept = verdict.culprits
 
     def go_on(self, quiet_s: float) -> None:
-        """Extend the silence that was remembered last: no rank has recorded an event for ``quiet_s`` seconds."""
+        """Extend the silence that was remembered last. quiet_s: for how many seconds no rank has recorded an event."""
         if self._kept is not None and quiet_s > (silence := self._now[self._kept]).lasted_s:
             waited_s, verdict = self._longest[self._kept]
             self._longest[self._kept] = waited_s + silence.go_on(quiet_s), verdict
@@ -75,8 +78,8 @@ class Silences:
     def _lost_s(self, verdict: Verdict, facts: Facts) -> float:
         """Return for how many seconds of the silence the awaited ranks lacked a processor.
 
-        The shares in the facts are of the time since the previous call. At the first call they are of the second half
-        of the quiet window.
+        ``facts.starved`` has the share of the time since the previous call. At the first call it has the share of the
+        second half of the quiet window.
         """
         silence = self._now.get(verdict.culprits, _Silence())
         if verdict.quiet_s < silence.lasted_s:
@@ -87,7 +90,10 @@ class Silences:
         return silence.starved_s
 
     def slowest(self, quiet_window_s: float) -> Verdict | None:
-        """Return the verdict of the longest silence; None if none was long. Its evidence has other long ones."""
+        """Return the verdict of the longest silence, with a line of evidence for each other long one.
+
+        None if no silence lasted SLOW_WINDOWS quiet windows.
+        """
         silences = sorted(self._longest.values(), key=lambda silence: -silence[0])
         silences = [silence for silence in silences if silence[0] >= SLOW_WINDOWS * quiet_window_s]
         if not silences:
@@ -98,7 +104,7 @@ class Silences:
 
 
 def _waited_for_a_build(verdict: Verdict) -> float:
-    """Return for how many seconds all blocked ranks have waited; 0 unless all awaited ranks are building."""
+    """Return for how many seconds all blocked ranks have waited for builds; 0 if an awaited rank does not build."""
     awaited = [position for position in verdict.ranks if position.rank in verdict.culprits]
     if not awaited or any(position.state != "building" for position in awaited):
         return 0.0
