@@ -1,3 +1,3 @@
-"""What a rank did: this project's witness file (`witness`), its recorder (`recording`), and records of other tools'
-evidence (`foreign`).
+"""What a rank did, from three sources: our witness file (`witness`), the recorder that writes it (`recording`), and the
+evidence of other tools (`foreign`).
 """

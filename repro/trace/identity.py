@@ -1,4 +1,4 @@
-"""Identify this process as the writer of a witness."""
+"""Describe this process, so that a witness says which process wrote it."""
 
 from __future__ import annotations
 
@@ -11,7 +11,10 @@ from repro.trace.witness.format import Identity
 
 
 def myself(rank: int, num_ranks: int) -> Identity:
-    """Identify this process as the writer of a witness. Fields that /proc does not show stay empty or 0."""
+    """Describe this process for the header of its witness: host, pid, start time, clocks.
+
+    A field that /proc does not show is empty or 0.
+    """
     try:
         with open("/proc/sys/kernel/random/boot_id") as file:
             boot_id = file.read().strip()

@@ -1,6 +1,7 @@
-"""The aspects of a rank that a trace can show.
+"""What a file of evidence can show about a rank: the order of its collectives, their arguments, times, and so on.
 
-A rule never uses an aspect that the trace lacks, so that missing data does not look like a missing event.
+Each of these is an aspect. A rule of the judge never uses an aspect that the file lacks. Otherwise "the file does not
+show it" would look like "the rank did not do it".
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ import enum
 
 
 class Knows(enum.Flag):
-    """The aspects of a rank that a trace shows.
+    """The aspects that a file of evidence shows about a rank.
 
     ORDER       the order and the sequence numbers of the collectives of each group
     COMPLETION  which collectives are over
@@ -36,16 +37,16 @@ class Knows(enum.Flag):
 NOTHING = Knows(0)
 EVERYTHING = ~NOTHING
 WITNESS = EVERYTHING & ~Knows.LIVENESS
-"""The aspects that a recorder of a whole program writes.
+"""The aspects that the recorder writes for a program that declares its steps and schedules.
 
-Whether a process exists is known from the operating system.
+LIVENESS is not among them: only the operating system knows whether a process exists.
 """
 
 UNDECLARED = WITNESS & ~(Knows.STEPS | Knows.SCHEDULE)
-"""What a recorder shows of a program that declares no steps: their absence from the witness means nothing."""
+"""The aspects that the recorder writes for a program that declares no steps and no schedules."""
 
 COLLECTIVES = Knows.ORDER | Knows.COMPLETION
-"""The aspects that are needed to say which collective a rank waits in."""
+"""The aspects that a rule needs to find the collective that a rank waits in."""
 
 PLAN = Knows.STEPS | Knows.SCHEDULE | Knows.LAYERS
-"""The aspects that are needed to compare what a rank issued with its declared schedule."""
+"""The aspects that a rule needs to compare what a rank issued with the schedule that it declared."""

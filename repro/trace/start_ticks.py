@@ -1,4 +1,4 @@
-"""Read the start time of a process, which distinguishes it from a later process with the same pid. Imports nothing."""
+"""Read the start time of a process. It distinguishes the process from a later one with the same pid."""
 
 from __future__ import annotations
 

@@ -1,1 +1,1 @@
-"""Records of the evidence that other tools wrote about a rank. The rules of `verdict/partial` read these records."""
+"""The types of the records that `repro.ingest` makes from the evidence of other tools, and `verdict/partial` judges."""

@@ -1,8 +1,8 @@
-"""Records of evidence as JSON, one in each line, so that a diagnosis can be repeated without the original files.
+"""Write records of evidence as JSON, one record in each line, and read them back.
 
-The first line has the name and version of the format, and the names of the original files. Each other line is `[KIND,
-FIELDS]`. The file may come from outside, so each field is converted strictly to its type. A field of a wrong type
-raises `DamagedFile`.
+A bundle contains this file, so that a diagnosis can be repeated without the original files. Its first line has the name
+and version of the format, and the names of the original files. Each other line is `[KIND, FIELDS]`. The file may come
+from outside, so each field is converted strictly to its type. A field of a wrong type raises `DamagedFile`.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ class Header(msgspec.Struct):
 
 
 class _Columns(msgspec.Struct):
-    """The columns of `Calls` as lists of equal length, except `forms`."""
+    """The columns of `Calls` as lists, for JSON. All lists but `forms` have one entry for each operation."""
 
     file: str
     forms: tuple[Form, ...]
@@ -51,7 +51,7 @@ class _Columns(msgspec.Struct):
 
 
 class _Dump(msgspec.Struct):
-    """The fields of `RecorderDump`, with the order as a list."""
+    """The fields of `RecorderDump` in types that JSON has: `order` is a list, `knows` a number."""
 
     rank: int
     groups: tuple[GroupRecord, ...]
@@ -65,9 +65,9 @@ class _Dump(msgspec.Struct):
     knows: int
 
     def record(self) -> RecorderDump:
-        """Return the dump.
+        """Convert the fields, which may come from outside, to a `RecorderDump`.
 
-        Raises ValueError if the order does not have one entry for each operation of each group, or if `knows` has an
+        Raises ValueError if `order` does not have one entry for each operation of each group, or if `knows` has an
         unknown bit.
         """
         counts = Counter(self.order)
@@ -80,7 +80,10 @@ class _Dump(msgspec.Struct):
 
 
 class _Pairs(msgspec.Struct):
-    """The fields of `Connections`. Pairs of processes are rows (pid, pid of the other end, number of connections)."""
+    """The fields of `Connections` in types that JSON has.
+
+    `between` has rows: pid, pid of the other end, number of connections between the two.
+    """
 
     host: str
     look: int
@@ -103,11 +106,15 @@ KINDS: Mapping[str, type] = {kind.__name__: kind for kind in get_args(Observatio
     RecorderDump.__name__: _Dump,
     Connections.__name__: _Pairs,
 }
-"""Name of a kind of record -> the type to which its fields are converted."""
+"""The name of a kind of record -> the type whose fields its JSON has."""
 
 
 def encode(records: Iterable[Observation], files: Sequence[str], not_understood: Sequence[str]) -> Iterator[bytes]:
-    """Yield the lines of the file."""
+    """Yield the lines of the JSON file.
+
+    files           names of the original files
+    not_understood  "file:offset: why" for each file that was not understood
+    """
     encoder = msgspec.json.Encoder(enc_hook=_written)
     yield encoder.encode(Header(FORMAT, VERSION, list(files), list(not_understood))) + b"\n"
     for record in records:
@@ -116,7 +123,7 @@ def encode(records: Iterable[Observation], files: Sequence[str], not_understood:
 
 
 def _written(value: Any) -> Any:
-    """Convert the columns of a dump, and the aspects that it shows, to types that JSON has."""
+    """Convert a value that JSON does not have: aspects to a number, an array to a list, `Calls` to lists."""
     if isinstance(value, Knows):
         return value.value
     if isinstance(value, array):
@@ -130,7 +137,13 @@ def _written(value: Any) -> Any:
 
 
 def decode(file: BinaryIO, where: str) -> tuple[list[Observation], list[str], list[str]]:
-    """Return (records, names of the files, what was not understood). Raises DamagedFile ("file:line: what")."""
+    """Read a file that `encode` wrote. Return its records, the names of the original files, and the lines
+    "file:offset: why" about files that were not understood.
+
+    where   the name of the file for messages
+
+    Raises DamagedFile ("file:line: problem").
+    """
     lines = _lines(file, where)
     header: Header = _typed(next(lines, None), Header, f"{where}:1")
     if (header.format, header.version) != (FORMAT, VERSION):
@@ -174,7 +187,7 @@ def _typed(value: Any, kind: type, where: str) -> Any:
 
 def _read(kind: Any, value: Any) -> Any:
     if kind is not Calls:
-        raise NotImplementedError(f"{kind} cannot be written as JSON")
+        raise NotImplementedError(f"{kind} cannot be read from JSON")
     columns = msgspec.convert(value, _Columns)
     rows = (columns.form, columns.seqs, columns.done, columns.times_s, columns.entries)
     if len({len(row) for row in rows}) != 1:

@@ -1,4 +1,5 @@
-"""The operations that one rank queued in one group, in columns: a job of a thousand ranks has millions."""
+"""The operations that one rank queued in one group. They are stored in columns, because a job of a thousand ranks has
+millions of operations."""
 
 from __future__ import annotations
 
@@ -11,13 +12,14 @@ from typing import NamedTuple, overload
 
 TRANSFERS = ("send", "recv")
 NO_NUMBER = -1
-"""The value in the column of sequence numbers for an operation without a number."""
+"""Stands in the column of sequence numbers for an operation that has none."""
 
 
 class Source(NamedTuple):
-    """The origin of a record: a file and a place in it ("line 88").
+    """The place in a file of evidence from which a record was read.
 
-    `entry`: the number of the entry, if it is a dump.
+    line    "line 88"; "" for a dump
+    entry   the number of the entry in a Flight Recorder dump; None for other files
     """
 
     file: str
@@ -54,12 +56,12 @@ class Call(NamedTuple):
 
     op          torch.distributed's name: all_reduce, all_gather, reduce_scatter, broadcast, all_to_all, barrier, send,
                 recv
-    seq         number of the collective in its group; None for transfers, or if the tool prints no number
+    seq         number of the collective in its group; None for a send or receive, or if the tool prints no number
     sizes       sizes of the inputs, then of the outputs, one tuple per tensor
     dtypes      data types of the inputs, then of the outputs
     peer        for send and recv: the global rank of the other end
     frames      "function (file:line)", innermost first; () if no stack was recorded
-    done        whether the operation is over, as far as the recorder can tell
+    done        whether the evidence shows that the operation is complete
     """
 
     op: str
@@ -83,7 +85,7 @@ class Call(NamedTuple):
 
 
 class Form(NamedTuple):
-    """The fields that all operations of one call site have in common; their meaning is the same as in `Call`."""
+    """The fields of `Call` that are equal in every operation of one call site. They are stored once, to save memory."""
 
     op: str
     sizes: tuple[tuple[int, ...], ...] = ()
@@ -99,12 +101,12 @@ class Form(NamedTuple):
 class Calls(Sequence[Call]):
     """The operations of one rank in one group, oldest first. A sequence of `Call` that is stored in columns.
 
-    forms    the different forms
-    form     index into `forms`, type "I"
-    seqs     sequence number; NO_NUMBER if there is none; type "q"
-    done     1 if the operation is over, one byte each
-    times_s  when the operation was queued (`Call.at_s`); NaN if unknown; type "d"
-    entries  number of the entry in the dump `file`, type "q"
+    forms    each different form once
+    form     for each operation: its index into `forms`; array of type "I"
+    seqs     for each operation: its sequence number, or NO_NUMBER; array of type "q"
+    done     for each operation: one byte, 1 if the operation is complete
+    times_s  for each operation: when it was queued (`Call.at_s`), or NaN; array of type "d"
+    entries  for each operation: the number of its entry in the dump `file`; array of type "q"
     """
 
     __slots__ = ("done", "entries", "file", "form", "forms", "seqs", "times_s")
@@ -147,12 +149,12 @@ class Calls(Sequence[Call]):
 
     @property
     def pending(self) -> int | None:
-        """Return the index of the oldest operation that is not over; None if all operations are over."""
+        """Return the index of the oldest operation that is not complete; None if all are complete."""
         place = self.done.find(0)
         return None if place < 0 else place
 
     def unfinished(self) -> list[int]:
-        """Return the indices of the oldest collective and the oldest transfer that are not over, if there are any."""
+        """Return the indices of the oldest incomplete collective and the oldest incomplete send or receive, if any."""
         oldest: dict[bool, int] = {}
         place = self.done.find(0)
         while place >= 0 and len(oldest) < 2:
@@ -165,7 +167,7 @@ class Calls(Sequence[Call]):
         return any(form.is_transfer for form in self.forms)
 
     def ops(self) -> Iterator[str]:
-        """Yield the name of each operation."""
+        """Yield the name of each operation, oldest first: "all_reduce", "send"."""
         return (self.forms[form].op for form in self.form)
 
     def numbered(self, seq: int) -> list[Call]:
@@ -173,7 +175,7 @@ class Calls(Sequence[Call]):
         return [self[place] for place, number in enumerate(self.seqs) if number == seq]
 
     def transfers(self, op: str, peer: int) -> list[int]:
-        """Return the indices of the sends to a rank, or of the receives from it."""
+        """Return the indices of the sends to the rank ``peer``, or of the receives from this rank. op: send or recv."""
         wanted = [form.op == op and form.peer == peer for form in self.forms]
         return [place for place, form in enumerate(self.form) if wanted[form]] if any(wanted) else []
 
@@ -183,7 +185,11 @@ class Calls(Sequence[Call]):
         return {seq: at_s for seq, at_s in rows if seq != NO_NUMBER and not math.isnan(at_s)}
 
     def last_number(self, *, done: bool = False, where: Callable[[Form], bool] | None = None) -> int | None:
-        """Return the highest sequence number. done: only of operations that are over; where: only of matching forms."""
+        """Return the highest sequence number; None if there is none.
+
+        done    consider only operations that are complete
+        where   consider only operations whose form fulfils this condition
+        """
         seqs: Iterator[int] | array[int] = self.seqs
         if where is not None:
             wanted = bytes(map(where, self.forms))

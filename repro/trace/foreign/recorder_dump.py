@@ -11,11 +11,12 @@ from repro.trace.knowledge import NOTHING, Knows
 
 @dataclass(frozen=True, slots=True)
 class GroupRecord:
-    """One group in a recorder dump: its `calls`, oldest first, and its counters from `pg_status`; None if they are
-    absent.
+    """One group in a Flight Recorder dump.
 
-    enqueued, completed   numbers of collectives and transfers together, as the backend counts them
-    number                the group's id, which is the key in `pg_status`; a rank numbers its groups by it
+    calls                 the operations that the rank queued in the group, oldest first
+    enqueued, completed   how many operations, sends and receives included, the backend has queued and completed,
+                          from `pg_status`; None if the dump does not have them
+    number                the id that this rank gave to the group: its key in `pg_status`
     """
 
     group: Group
@@ -26,7 +27,7 @@ class GroupRecord:
 
     @property
     def pending(self) -> Call | None:
-        """Return the oldest operation that is not over."""
+        """Return the oldest operation that is not complete; None if all are complete."""
         place = self.calls.pending
         return None if place is None else self.calls[place]
 
@@ -35,11 +36,12 @@ class GroupRecord:
 class RecorderDump:
     """A Flight Recorder dump of one rank.
 
+    groups      the groups in which the rank queued operations
+    order       the order of the operations of all groups: for each operation, the index of its group in `groups`
     configured  the groups that the rank belongs to; () if the dump does not list them
-    order       the order in which the operations of all groups were queued: for each, its index into `groups`
-    wrapped     whether older entries were overwritten, or may have been
-    at_s        when the newest entry was queued; the dump itself was made then or later
-    knows       the aspects of the rank that the entries show
+    wrapped     whether older entries were overwritten, or may have been overwritten
+    at_s        when the newest entry was queued; the dump was made at this time or later
+    knows       what the entries show about the rank, for example the order of its collectives
     """
 
     rank: int

@@ -23,11 +23,13 @@ from repro.trace.foreign.recorder_dump import RecorderDump as RecorderDump
 
 @dataclass(frozen=True, slots=True)
 class TimedOut:
-    """A collective that a watchdog reported as timed out.
+    """A collective that PyTorch's watchdog reported as timed out.
 
     rank        global rank; None if only the group rank is printed
     group_rank  rank in the group
-    since_s     start of the wait: the time stamp of the report minus the time that the collective ran
+    ran_s       for how long the collective had run
+    at_s        when the watchdog reported the timeout
+    since_s     when the wait began: at_s - ran_s
     """
 
     rank: int | None
@@ -42,9 +44,11 @@ class TimedOut:
 
 @dataclass(frozen=True, slots=True)
 class Progress:
-    """Counters of one rank in one group: the last operation queued and the last one completed; None if unknown.
+    """How far one rank has come in one group, from a line of PyTorch's watchdog.
 
-    stuck       number of the operation that the watchdog gave up; None if the line names no operation
+    enqueued    number of the last operation that the rank queued; None if unknown
+    completed   number of the last operation that completed; None if unknown
+    stuck       number of the operation that timed out; None if the line names no operation
     """
 
     rank: int | None
@@ -59,7 +63,7 @@ class Progress:
 
 @dataclass(frozen=True, slots=True)
 class Process:
-    """A process of a job, the rank that it belongs to, and its role (worker, engine, front end)."""
+    """A process of a job: its pid, the rank that it belongs to, and its role (worker, engine, front end)."""
 
     pid: int | None = None
     title: str = ""
@@ -75,11 +79,11 @@ class Process:
 
 @dataclass(frozen=True, slots=True)
 class Member:
-    """The membership of a process in an NCCL communicator.
+    """The membership of a process in an NCCL communicator, from an NCCL log or from an answer of NCCL's RAS.
 
-    name        the communicator's name, equal in all its processes
-    pointer     the communicator's name in later lines of this process
-    rank        rank in the communicator
+    name        the communicator's id, equal in all its processes
+    pointer     the address by which later log lines of this process name the communicator
+    rank        rank in the communicator, not the global rank
     bus         PCI address of the GPU, "0000:5d:00"; "" if it is not printed
     """
 
@@ -95,9 +99,12 @@ class Member:
 
 @dataclass(frozen=True, slots=True)
 class Launches:
-    """Launches of one process on one NCCL communicator, from its NCCL_DEBUG=INFO log, which does not show completion.
+    """The operations that one process launched on one NCCL communicator, from its log with NCCL_DEBUG=INFO.
 
-    group       the communicator; `members` are global ranks, () if they are not known
+    The log does not show whether an operation completed.
+
+    pointer     the address by which the log names the communicator
+    group       the communicator; its `members` are global ranks, () if they are not known
     count       number of launches since the communicator began; None if the log does not show its beginning
     calls       the newest launches, oldest first
     """
@@ -113,14 +120,17 @@ class Launches:
 
 @dataclass(frozen=True, slots=True)
 class Stack:
-    """One thread of a process at one moment. `frames` are as in `Call`; `activity` is a name from activities.toml.
+    """The stack of one thread of a process at one moment.
 
-    activity    collective, lock, building, compiling, device, queue, idle, answer, loading, saving, data, debugger, ""
+    frames      "function (file:line)", innermost first
+    activity    what the thread does, as a name from activities.toml: collective, lock, building, compiling, device,
+                queue, idle, answer, loading, saving, data, debugger; "" if unknown
     detail      the collective, the lock's file, the module that is built, or other details of the activity
-    look        number of the look, from 0, if the same process was looked at several times
-    group       of a collective: the variable that holds its process group; "default" if none is given, "" if unknown
-    other_groups  names of other variables of these frames that hold another group
-    peer        of a send or receive: the rank of the other end in its group; None if unknown
+    look        if the same process was observed several times: the number of the observation, from 0
+    group       for a collective: the variable that holds its process group; "default" if the call names no group,
+                "" if unknown
+    other_groups  names of other variables in these frames that hold another group
+    peer        for a send or receive: the rank of the other end in its group; None if unknown
     """
 
     process: Process
@@ -137,10 +147,10 @@ class Stack:
 
 @dataclass(frozen=True, slots=True)
 class Failure:
-    """The end of a process, past or imminent: out of memory, a device error, an exception, a signal.
+    """A line that says why a process has ended or will end: out of memory, a device error, an exception, a signal.
 
-    kind        memory, device, exception, killed, ended, start, consequence (of another rank's end), timeout
-    bus         for a device error that the kernel reports: the PCI address of the GPU, "0000:5d:00"
+    kind        memory, device, exception, killed, ended, start, timeout, or consequence (of another rank's end)
+    bus         for a device error in the log of the Linux kernel: the PCI address of the GPU, "0000:5d:00"
     host        the host that printed the line; "" if the line does not name it
     """
 
@@ -155,9 +165,10 @@ class Failure:
 
 @dataclass(frozen=True, slots=True)
 class Left:
-    """A process that noticed the end of another one.
+    """A line in which one process says that it lost the connection to another one.
 
-    `rank` is the rank that ended; None if only its address is known.
+    seen_by   the process that printed the line
+    rank      the rank that ended; None if the line has only its network address
     """
 
     seen_by: Process
@@ -169,7 +180,12 @@ class Left:
 
 @dataclass(frozen=True, slots=True)
 class Mismatch:
-    """A difference between two ranks that TORCH_DISTRIBUTED_DEBUG=DETAIL detected before a collective."""
+    """Two ranks that called different collectives, as TORCH_DISTRIBUTED_DEBUG=DETAIL reports it before the collective.
+
+    rank, call          the rank that printed the report, and what it called
+    other, other_call   another rank and what that one called; None if the report does not have them
+    aspects             what differs, for example the shapes
+    """
 
     rank: int
     call: Call
@@ -181,9 +197,10 @@ class Mismatch:
 
 @dataclass(frozen=True, slots=True)
 class RasCommunicator:
-    """One communicator in an answer of NCCL's RAS. `launched`: operation -> {rank in the communicator: launches}.
+    """One communicator in an answer of NCCL's RAS (its service for reliability, availability, serviceability).
 
-    `launched` counts what the host queued. It does not show completion.
+    launched   operation -> {rank in the communicator: how many the rank launched}; it does not show completion
+    missing    the ranks that the answer lists as missing
     """
 
     name: str
@@ -192,14 +209,14 @@ class RasCommunicator:
     errors: str
     launched: dict[str, dict[int, int]] = field(default_factory=dict)
     others: dict[str, tuple[int, int]] = field(default_factory=dict)
-    """operation -> (number of ranks not listed one by one, their launches)"""
+    """For ranks that the answer counts but does not list: operation -> (how many ranks, launches of each rank)."""
 
     missing: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
 class RasAnswer:
-    """One answer of NCCL's RAS. `order` sorts several answers of one job."""
+    """One answer of NCCL's RAS service. Answers of one job are sorted by `order`: a time, or else a file name."""
 
     communicators: tuple[RasCommunicator, ...]
     version: str = ""
@@ -209,7 +226,7 @@ class RasAnswer:
 
 @dataclass(frozen=True, slots=True)
 class Note:
-    """A line that gives context, or that is often misunderstood: a heartbeat, a warning, a version, a world size.
+    """A line of a log that proves nothing by itself: a heartbeat, a warning, a version, a world size.
 
     kind        heartbeat, loopback, incomplete, version, world, watchdog, stuck, compiled, barrier, torchrun, engine
                 size (workers of a vLLM engine), local rank, deepep, network, ras, repeated, process (a pid and its
@@ -227,10 +244,7 @@ class Note:
 
 @dataclass(frozen=True, slots=True)
 class Child:
-    """A process below a rank's process, such as a compiler or a data loader.
-
-    `state` and `cpu_s` are as in `ProcessLook`.
-    """
+    """A descendant of a rank's process, such as a compiler or a data loader. Fields are as in `ProcessLook`."""
 
     pid: int
     name: str
@@ -242,14 +256,15 @@ class Child:
 
 @dataclass(frozen=True, slots=True)
 class ProcessLook:
-    """What the operating system reported about a process at one moment.
+    """What the operating system reported about a process at one moment. We call one such observation a look.
 
-    at_s      when, in seconds on the host's clock; only differences between looks at one host are meaningful
+    look      number of the look, from 0
+    at_s      time of the look in seconds on the host's clock; compare it only with other looks at the same host
     state     R runs, S sleeps, D waits for a device, T stopped, t stopped by a debugger, Z ended and not reaped
     cpu_s     processor seconds of the process so far, without its children
-    first_thread_cpu_s  processor seconds of the thread that runs the program
-    switches  how often its first thread has left a processor; for a blocked thread this does not grow
-    place     the function of the kernel in which it waits; "" if hidden
+    first_thread_cpu_s  processor seconds of the main thread so far
+    switches  how often the main thread has left a processor; the number does not grow while the thread is blocked
+    place     the function of the Linux kernel in which the main thread waits; "" if it cannot be read
     """
 
     process: Process
@@ -269,11 +284,12 @@ class ProcessLook:
 class LockLook:
     """A lock file at one moment.
 
-    kind      flock, fcntl, or baton: a file whose existence is the lock
-    holders   ids of the processes that hold the lock; `names` describes these processes
-    waiters   ids of the processes that the system shows blocked; programs that poll are not among them
+    kind      flock, fcntl, or baton: a file that exists as long as the lock is held
+    holders   pids of the processes that hold the lock
+    waiters   pids of the processes that the operating system blocks on the lock; a program that polls is not listed
     hidden    number of Python processes whose open files could not be read; any of them may hold the lock
-    age_s     seconds since the file was last changed; None if that is not known
+    age_s     seconds since the file was last changed; None if unknown
+    names     a description of each process of `holders`
     """
 
     path: str
@@ -292,9 +308,9 @@ class LockLook:
 class Connections:
     """TCP connections between the processes of a job on one host.
 
-    between   (pid, a larger pid) -> number of connections between the two
-    unread    pid -> bytes that wait in its receive queues
-    closed    pids of processes whose connection was closed at the other end
+    between   (pid, a larger pid) -> number of connections between the two processes
+    unread    pid -> bytes that the process has received from the network but not read
+    closed    pids of the processes that have a connection which the other end has closed
     """
 
     host: str

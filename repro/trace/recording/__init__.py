@@ -1,1 +1,1 @@
-"""The recorder, which writes what one rank does to the rank's witness file."""
+"""The recorder: it runs in each rank and writes the rank's witness file."""

@@ -1,22 +1,16 @@
-"""Decide which frame of a stack is the call site of a collective."""
+"""Decide which frame of a stack is the call site of a collective: the innermost frame of the user's own code."""
 
 from __future__ import annotations
 
 from types import CodeType
 
-_NOT_A_CALL_SITE = (
-    "parallel/comm.py",
-    "contextlib.py",
-    "repro/trace/recording/recorder.py",
-)  # frames between the caller and the observer
-_LIBRARIES = (
-    "packages/torch/",
-    "repro/attach/record/",
-    "repro/attach/vllm/",
-)  # in a user's program, the call site is in the user's code
+# files of the model and of the recorder that lie between a call site and the recorder
+_NOT_A_CALL_SITE = ("parallel/comm.py", "contextlib.py", "repro/trace/recording/recorder.py")
+# folders of the libraries that lie between them in a user's program
+_LIBRARIES = ("packages/torch/", "repro/attach/record/", "repro/attach/vllm/")
 
 
 def is_between(code: CodeType) -> bool:
-    """Whether code belongs to the recorder or to a library between the recorder and the call site."""
+    """Whether a stack frame with this code cannot be the call site: it is in the recorder, in torch or in a wrapper."""
     path = code.co_filename
     return path.endswith(_NOT_A_CALL_SITE) or any(part in path for part in _LIBRARIES)

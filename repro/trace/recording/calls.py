@@ -1,6 +1,6 @@
-"""The recorder's data for each group and each call.
+"""What the recorder keeps in memory for each group and each call site.
 
-Records are packed in advance, so that an event costs a microsecond.
+The constant part of a record is packed once for each call site, so that recording an event takes about a microsecond.
 """
 
 from __future__ import annotations
@@ -24,13 +24,14 @@ from repro.trace.witness.format import (
 
 
 def sealed_part(*fields: int) -> tuple[bytes, int]:
-    """Pack the first part of a record. Returns the bytes, and their checksum, from which the rest is computed."""
+    """Pack the constant part of a record. Returns its bytes, and their CRC-32, which the checksum of the whole record
+    continues."""
     fixed = FIXED.pack(*fields)
     return fixed, crc32(fixed, RESIDUE)
 
 
 class Group:
-    """The counters of one group on this rank, and the offset of its slot in the file."""
+    """The counters of one group on this rank, and the offset of the group's slot in the witness file."""
 
     __slots__ = ("hash", "index", "last", "left", "left_word", "seq")
 
@@ -45,7 +46,7 @@ class Group:
 
 
 class Call:
-    """A collective at one call site: the constant part of its records, packed once, with its checksum so far."""
+    """A collective at one call site. Has the constant parts of its records, packed, each with its checksum so far."""
 
     __slots__ = ("digest", "enter", "entry", "group", "issue", "leave", "num_sizes", "wait")
 

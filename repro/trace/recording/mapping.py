@@ -1,4 +1,4 @@
-"""Map the witness file of a rank for its one writer."""
+"""Map the witness file of a rank into the memory of the process that writes it."""
 
 from __future__ import annotations
 
@@ -16,10 +16,12 @@ from repro.trace.witness.parse import WitnessError, parse_header
 def map_file(
     path: str | os.PathLike[str], rank: int, num_ranks: int, *, run_id: str, shape: Geometry | None, knows: Knows
 ) -> tuple[mmap.mmap, Identity, Geometry]:
-    """Map the file that a launcher preallocated, or create it, and enter this process as its writer.
+    """Map a witness file into memory, and write this process into its header as its writer.
 
-    Returns the map, the writer, and the geometry of the file. Raises WitnessError if the file has had a writer, or was
-    made for another rank.
+    The launcher may have created the file in advance; otherwise it is created here.
+
+    Returns the map, the writer, and the sizes of the file's areas. Raises WitnessError if the file already has a
+    writer, or was made for another rank.
     """
     if not os.path.exists(path):
         create(path, Identity(rank, num_ranks, run_id), shape)

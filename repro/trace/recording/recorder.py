@@ -3,9 +3,9 @@
     recorder = Recorder.open("events/rank003.wit", rank=3, num_ranks=8, run_id="…")
     comm = Communicator(…, observer=recorder)
 
-The layout is described in :mod:`repro.trace.witness.format`. The recorder never reads the file and allocates no disk
-blocks after ``open``. If an area is full, it raises no error: further strings become "?", and groups without a slot are
-not tracked.
+The layout of the file is described in :mod:`repro.trace.witness.format`. The recorder never reads the file, and it
+allocates no disk blocks after ``open``. A full area of the file raises no error: a further string becomes "?", and a
+further group gets no slot, so that its progress is not tracked.
 """
 
 from __future__ import annotations
@@ -49,14 +49,14 @@ from repro.trace.witness.format import (
 )
 
 MAX_MESSAGE = 600
-"""Maximum number of characters of an error message."""
+"""Maximum number of characters of an error message that the recorder writes for a failed rank."""
 
 MAX_NOTED = 4096
 """Maximum number of entries that `Recorder.note_entries` appends to a list."""
 
 _pack, _seal_into, _getframe = VARIABLE.pack, SEALED.pack_into, sys._getframe
 _RECORD = RECORD.size
-_NUM_EVENTS = LIVE_AT // WORD.size  # these constants are in the order in which the file stores them
+_NUM_EVENTS = LIVE_AT // WORD.size  # index of the word that counts the events; the count of groups is 3 words later
 _NUM_GROUPS = _NUM_EVENTS + 3
 _LOCAL_KINDS = {
     "lock_wait": Kind.LOCK_WAIT,
@@ -69,7 +69,7 @@ _POINT_TO_POINT = ("send", "recv")
 
 
 def _move_within(buffer: bytearray, target: int, source: int, count: int) -> None:
-    """Do what ``mmap.move`` does, for a bytearray."""
+    """Copy bytes within a bytearray, as ``mmap.move`` does within a map. Tests record into a bytearray."""
     buffer[target : target + count] = buffer[source : source + count]
 
 
@@ -89,7 +89,7 @@ class Recorder:
         self._shape = shape
         self._clock = clock
         self._num_events = 0
-        self._entered: Collective | None = None  # the collective issued last, and the data of its call
+        self._entered: Collective | None = None  # the collective that was issued last, and its `Call`
         self._entered_call: Call | None = None
         self._phase = 0
         self._step = -1
@@ -103,7 +103,7 @@ class Recorder:
         self._schedules = Schedules(self._intern)
         self._depth = 1  # number of frames between `enter` and the call site at the previous call
         self._codes: list[CodeType] = []  # a reference to each code object, so that no id in _calls is used again
-        self._vector: tuple[int, ...] = ()  # the size vector stored last, and its offset
+        self._vector: tuple[int, ...] = ()  # the size vector that was stored last, and its offset
         self._vector_offset = NO_VECTOR
         self._heartbeats = 0
 
@@ -118,11 +118,12 @@ class Recorder:
         shape: Geometry | None = None,
         knows: Knows = WITNESS,
     ) -> Recorder:
-        """Map the file that a launcher preallocated, or create it.
+        """Open the witness file of a rank for writing. Create it, if the launcher has not created it in advance.
 
-        knows   the aspects that the program reports to the recorder; the judge uses no other aspect
+        shape   the sizes of the areas of a new file
+        knows   what the program reports to the recorder, such as steps and locks; the judge relies on nothing else
 
-        Raises WitnessError if the file has had a writer, or was made for another rank.
+        Raises WitnessError if the file already has a writer, or was made for another rank.
         """
         return cls(*map_file(path, rank, num_ranks, run_id=run_id, shape=shape, knows=knows))
 
@@ -143,8 +144,8 @@ class Recorder:
         self._step = step
         self._write(Kind.STEP, sig=self._schedules.intern(schedule), aux=num_live)
 
-    # `enter` and `leave` run hundreds of times in a step. Their code is inlined, because each function call adds a
-    # tenth to their time.
+    # `enter` and `leave` run hundreds of times in a step. They call no helper functions, because each Python call makes
+    # them a tenth slower.
 
     def enter(self, collective: Collective, asynchronous: bool = False) -> None:
         group_name, op, layer, sizes, dtype, reduce_op, root = collective
@@ -175,13 +176,16 @@ class Recorder:
         self._next_at = end if end != self._ring_end else self._ring_at
         row = _pack(n, self._clock(), seq, vector, self._step, rolling)
         _seal_into(self._buffer, at, fixed, row, crc32(row, check))
-        self._move(
-            group.last, at, _RECORD
-        )  # packing in place would clear the slot first, but a reader must never see an empty slot
+        # Copy the record. Packing it into the slot would first clear the slot, and a reader must not see it empty.
+        self._move(group.last, at, _RECORD)
         words[_NUM_EVENTS] = n * GUARD
 
     def leave(self, collective: Collective | None, ticket: int = 0, call: Call | None = None) -> None:
-        """Record the completion of a collective. call: what ``last_call`` gave for it; saves finding it again."""
+        """Record that a collective is complete.
+
+        ticket   what `issue` returned; 0 for the last collective of the group
+        call     what `last_call` was when the collective was issued; if it is given, it need not be searched
+        """
         if call is None:
             call = self._entered_call if collective is self._entered else None
             if call is None:
@@ -214,14 +218,17 @@ class Recorder:
         self._write(Kind.DONE)
 
     def failed(self, message: str) -> None:
-        """Record a failure. The message is cut to one line of MAX_MESSAGE characters; the log has the whole message."""
+        """Record that the rank has failed with an error.
+
+        The message becomes one line of at most MAX_MESSAGE characters. The log of the rank has the whole message.
+        """
         line = " ".join(message.split())
         line = line if len(line) <= MAX_MESSAGE else f"{line[: MAX_MESSAGE - 2]} …"
         self._write(Kind.FAILED, sig=self._intern(line))
 
     @property
     def last_call(self) -> Call:
-        """The call of the collective that was issued last."""
+        """The `Call` of the collective that was issued last. Pass it to `leave` or `wait`, which are then faster."""
         assert self._entered_call is not None
         return self._entered_call
 
@@ -234,20 +241,27 @@ class Recorder:
     # -- asynchronous collectives --------------------------------------------------------------------------------
 
     def issue(self, collective: Collective) -> int:
-        """Record that an asynchronous collective is issued next. Returns its ticket, for ``wait`` and ``finish``."""
+        """Record that an asynchronous collective is issued now. Returns a ticket for ``wait`` and ``finish``."""
         self.enter(collective, True)
         return self.last_seq
 
     def wait(self, collective: Collective | None, ticket: int, call: Call | None = None) -> None:
-        """Record that the rank begins to wait for the collective of ``ticket``. call: as in ``leave``."""
+        """Record that the rank begins to wait for an asynchronous collective.
+
+        ticket   what `issue` returned
+        call     what `last_call` was when the collective was issued; if it is given, it need not be searched
+        """
         self._append(*(call or self._call_of(collective)).wait, ticket)
 
     def finish(self, collective: Collective, ticket: int) -> None:
-        """Record that the collective of ``ticket`` is complete."""
+        """Record that an asynchronous collective is complete. ticket: what `issue` returned for it."""
         self.leave(collective, ticket)
 
     def note_entries(self, entries: list[ScheduleEntry] | None) -> None:
-        """From now on append the entry of each collective that is issued, up to MAX_NOTED; None ends this."""
+        """From now on, append (group, operation, layer) of each issued collective to ``entries``. None ends this.
+
+        At most MAX_NOTED are appended. The caller learns from them which collectives a step of the program has.
+        """
         vars(self).pop("enter", None)
         if entries is None:
             return
@@ -292,9 +306,9 @@ class Recorder:
         return Group(index)
 
     def _call_from(self, caller: FrameType, collective: Collective) -> Call:
-        """Return the call at the call site.
+        """Search the stack for the call site of a collective, and return the `Call` for it.
 
-        That is the first frame outside the communicator, searched from `enter`'s caller.
+        The call site is the first frame, from ``caller`` outwards, that is not in the communicator or in a library.
         """
         depth, frame = 1, caller
         while is_between(frame.f_code) and frame.f_back is not None:
@@ -305,28 +319,27 @@ class Recorder:
         return self._calls.get(key) or self._make_call(collective, key, frame)
 
     def _call_of(self, collective: Collective | None) -> Call:
-        """Return the call of a collective that was issued elsewhere, without a call site."""
+        """Return the `Call` of a collective that is not the last one issued. It has no call site."""
         assert collective is not None, "either the collective or its call is given"
         group, op, layer, sizes, dtype, reduce_op, root = collective
         key = (group, op, layer, dtype, reduce_op, root, len(sizes))
         return self._calls.get(key) or self._make_call(collective, key, None)
 
     def _make_call(self, collective: Collective, key: tuple[object, ...], frame: FrameType | None) -> Call:
-        """Store a collective's strings and group.
+        """Make the `Call` for a collective at a call site, and write its strings and its group to the file.
 
-        A send or receive is numbered in its own group of two ranks, a channel.
+        A send or receive gets a group of its own with the two ranks, "ep:2>5", so that both ends number it alike.
         """
         name, op = collective.group, collective.op
         rest = (collective.layer, collective.dtype, collective.reduce_op)
         digested: tuple[str, ...] = (op, *rest)
         members = self._members.get(name, range(self._writer.num_ranks))
-        if op in _POINT_TO_POINT and 0 <= collective.root < len(members):  # the program may name a rank that is not
+        # the program may name a root that is no member of the group
+        if op in _POINT_TO_POINT and 0 <= collective.root < len(members):
             ends = (self._writer.rank, members[collective.root])
             source, target = ends if op == "send" else ends[::-1]
-            name, digested = (
-                f"{name}:{source}>{target}",
-                ("p2p", collective.dtype),
-            )  # the part of the name that is equal at both ends
+            # the rolling hash covers only what is equal at both ends: the operation is send here, recv there
+            name, digested = f"{name}:{source}>{target}", ("p2p", collective.dtype)
             self._members[name] = (source, target)
         string = self._intern(SEPARATOR.join((name, op, *rest)))
         digest = crc32(SEPARATOR.join((name, *digested)).encode()).to_bytes(4, "little")
@@ -349,7 +362,7 @@ class Recorder:
         return Call(group, digest, num_sizes, entry, fixed)
 
     def _site(self, frame: FrameType | None) -> int:
-        """Return the number of the string "file:line function" of a call site."""
+        """Store the string "file:line function" for a call site, and return the string's number; 0 if there is none."""
         if frame is None:
             return 0
         code = frame.f_code

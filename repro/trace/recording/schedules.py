@@ -1,4 +1,4 @@
-"""The declared schedules of a rank, each stored as one string of its witness."""
+"""Store the schedules that a rank declares, each as one string of its witness."""
 
 from __future__ import annotations
 
@@ -11,14 +11,17 @@ _MOST = 256
 
 
 class Schedules:
-    """The numbers of the strings of schedules. A tuple that is declared again is recognised without its text."""
+    """Remembers the string number of each declared schedule, so that a repeated schedule is not written again.
+
+    A schedule that is a tuple is recognised by its id, which is faster than comparing its entries.
+    """
 
     def __init__(self, intern: Callable[[str], int]) -> None:
         self._intern = intern
         self._known: dict[int, tuple[Sequence[ScheduleEntry], int]] = {}
 
     def intern(self, schedule: Sequence[ScheduleEntry]) -> int:
-        """Return the number of a schedule's string."""
+        """Return the number of the string that contains the schedule. Store the string if it is new."""
         known = self._known.get(id(schedule))
         if known is not None and known[0] is schedule:
             return known[1]

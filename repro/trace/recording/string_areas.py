@@ -24,9 +24,9 @@ Buffer = mmap.mmap | bytearray
 
 
 def live_words(buffer: Buffer) -> memoryview:
-    """Return the guarded words of LIVE: events, vector words, strings, groups.
+    """Return the four counters in the area LIVE of a witness: events, vector words, strings, groups.
 
-    Assigning one is a single 8-byte store.
+    Assigning a counter is a single 8-byte store, so a reader never sees half of a value.
     """
     return memoryview(buffer).cast("B")[LIVE_AT : LIVE_AT + LIVE.size].cast("Q")
 
@@ -44,9 +44,10 @@ class Strings:
         self._storing = False
 
     def intern(self, text: str) -> int:
-        """Return the number of a text; LOST_STRING if the area is full.
+        """Return the number of a text. Store the text if it is new.
 
-        Also LOST_STRING for a new text of a signal handler that interrupts this thread while it stores one.
+        Returns LOST_STRING if the area is full. Also if a signal handler wants to store a new text while the
+        interrupted thread is storing another one.
         """
         number = self._numbers.get(text)
         if number is not None:
@@ -80,7 +81,10 @@ class Strings:
 
 
 class Vectors:
-    """The ring of the newest size vectors. A vector is found by its offset among all words that were ever stored."""
+    """The ring buffer of size vectors: new vectors overwrite the oldest ones.
+
+    A vector's offset counts all words that were ever stored before it, also the overwritten ones.
+    """
 
     def __init__(self, buffer: Buffer, shape: Geometry) -> None:
         self._buffer = buffer
@@ -90,7 +94,7 @@ class Vectors:
         self._next = 0
 
     def store(self, sizes: tuple[int, ...]) -> int:
-        """Store a vector and return its offset; NO_VECTOR if it is empty or too long for the ring."""
+        """Store a size vector and return its offset; NO_VECTOR if the vector is empty or longer than the ring."""
         room, num_words = self._room, len(sizes) + 1
         if not sizes or num_words > room:
             return NO_VECTOR
@@ -100,7 +104,7 @@ class Vectors:
         words = struct.pack(f"<{len(sizes)}q", *sizes)
         check = WORD.pack(crc32(words, offset & 0xFFFFFFFF))
         self._next = offset + num_words
-        # written first, so that a reader knows which older vectors may be overwritten
+        # the counter is written before the vector, so that a reader knows which older vectors may be overwritten
         self._live[1] = self._next * GUARD
         at = self._start + offset % room * WORD.size
         self._buffer[at : at + num_words * WORD.size] = check + words

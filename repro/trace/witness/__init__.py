@@ -1,1 +1,2 @@
-"""The witness file of one rank: its format, and how it is read, followed while it grows, shortened, and rewound."""
+"""The witness file of one rank: its format, and functions that read it, follow it while the rank writes, shorten it for
+a bundle, and rebuild an earlier state of it."""

@@ -1,4 +1,4 @@
-"""Shorten a copy of a witness file. A live file is preallocated and mostly empty."""
+"""Shorten a copy of a witness file for a bundle. The original is preallocated, so most of its bytes are empty."""
 
 from __future__ import annotations
 
@@ -22,16 +22,17 @@ from repro.trace.witness.parse import Live, Problems, parse_header, parse_live, 
 def compact(
     data: bytes, name: str, *, writer: Identity | None = None, change: Callable[[str], str] = lambda text: text
 ) -> bytes:
-    """Return the bytes of a shorter witness with the same content as ``data`` and with valid checksums.
+    """Return the bytes of a shorter witness file with the same content as ``data``.
 
+    name    the name of the file for messages
     writer  the writer in the new header; by default the writer of ``data``
-    change  maps each string to its replacement; an empty replacement becomes "?"
+    change  returns the replacement of a string, for example without secrets; an empty replacement becomes "?"
 
-    Damage stays visible: the bytes of records, vectors and groups are copied. A damaged string is left out with all
-    strings after it, and the count of strings then shows that some are missing. A file that ends early is cut at the
-    same length.
+    Damage stays visible: the bytes of records, vectors and groups are copied unchanged. A damaged string is left out
+    with all strings after it; the count of strings then shows that some are missing. If ``data`` ends too early, the
+    result is cut at the same length.
 
-    Raises WitnessError if ``data`` is not a witness, ValueError if the new strings exceed the size of a file.
+    Raises WitnessError if ``data`` is not a witness, ValueError if the new strings are too long for a witness.
     """
     old_writer, shape = parse_header(data, name)
     whole = data.ljust(shape.file_bytes, b"\0")
@@ -53,7 +54,7 @@ def compact(
 
 
 def _fitted(data: bytes, shape: Geometry, live: Live, string_bytes: int) -> Geometry:
-    """Return the smallest geometry in which every event, vector, group and record keeps its place."""
+    """Return the smallest areas in which every record, vector and group has the same place as in ``data``."""
     records, words = shape.ring_records, shape.vector_words
     if live.events is not None and live.events < records:
         used = _used(data[shape.ring_at : shape.vectors_at], RECORD.size)
@@ -65,7 +66,7 @@ def _fitted(data: bytes, shape: Geometry, live: Live, string_bytes: int) -> Geom
 
 
 def _used(area: bytes, unit: int) -> int:
-    """Return the number of units of an area up to its last byte that is not 0."""
+    """Return how many units of an area are in use: all up to the last byte that is not 0."""
     return -(-len(area.rstrip(b"\0")) // unit)
 
 

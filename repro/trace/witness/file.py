@@ -3,9 +3,10 @@
     witness = read("runs/latest/events/rank000.wit")
     for event in witness.events(): ...
 
-The layout is described in :mod:`repro.trace.witness.format`. Reading never writes, locks or waits. Files are untrusted:
-a part that does not match its checksum is left out, and reported in ``witness.problems`` as ``file:offset: damage:
-what``. Only a file without a usable header is refused, with :class:`WitnessError`.
+The layout of the file is described in :mod:`repro.trace.witness.format`. Reading never writes, locks or waits. The
+files are untrusted. A part that does not match its checksum is left out, and ``witness.problems`` has a line about it:
+"rank003.wit:38912: damage: event 118 does not match its checksum". Only a file without a usable header raises
+:class:`WitnessError`.
 """
 
 from __future__ import annotations
@@ -45,11 +46,14 @@ __all__ = [
 ]  # fmt: skip
 
 _READS = 3
-"""How often a file that changes is read again before its problems count."""
+"""How many times a witness is read at most, if it has problems and its rank is still writing to it."""
 
 
 def create(path: str | os.PathLike[str], writer: Identity, shape: Geometry | None = None) -> None:
-    """Create a witness file with all blocks allocated, so that a full disk raises OSError here, not SIGBUS later."""
+    """Create a witness file, and allocate all its disk blocks.
+
+    So a full disk raises OSError here. Otherwise it would kill the rank by SIGBUS later.
+    """
     shape = shape or Geometry()
     descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o644)
     try:
@@ -65,7 +69,8 @@ def create(path: str | os.PathLike[str], writer: Identity, shape: Geometry | Non
 def read(path: str | os.PathLike[str]) -> Witness:
     """Read one witness file. Raises OSError or WitnessError.
 
-    Problems of a file that is being written may come from an unfinished store, so such a file is read again.
+    If the file has problems and its rank is writing to it, the rank may be in the middle of a record. Then the file is
+    read again.
     """
     data = _bytes_of(path)
     for _ in range(_READS - 1):
@@ -81,9 +86,10 @@ def read(path: str | os.PathLike[str]) -> Witness:
 
 
 def _bytes_of(path: str | os.PathLike[str]) -> bytes:
-    """Copy a file from its beginning.
+    """Return a copy of a witness file, read from front to back.
 
-    The count of vector words is read last: it shows what was overwritten meanwhile.
+    The count of vector words is read a second time at the end. It shows which vectors were overwritten while the file
+    was read.
     """
     place = slice(LIVE_AT + WORD.size, LIVE_AT + 2 * WORD.size)
     with _opened(path) as file:
@@ -94,7 +100,7 @@ def _bytes_of(path: str | os.PathLike[str]) -> bytes:
 
 
 def _opened(path: str | os.PathLike[str]) -> BinaryIO:
-    """Open a regular file that is not larger than a witness can be."""
+    """Open a file. Raises an error if it is not a regular file, or larger than a witness can be."""
     try:
         return open_regular(path, MAX_BYTES)
     except ValueError as error:
@@ -176,7 +182,10 @@ class Tail:
 
 
 def _mapped(file: BinaryIO) -> mmap.mmap:
-    """Map a file. Before Python 3.13 each map keeps a descriptor, so raise the limit: a watcher maps many files."""
+    """Map a witness file into memory, for reading.
+
+    Before Python 3.13 each map keeps a file descriptor open. A watcher maps many files, so raise the limit if needed.
+    """
     if sys.version_info >= (3, 13):
         return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ, trackfd=False)
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)

@@ -1,36 +1,44 @@
 """The format of a witness file: the bytes that one rank writes, and the checks that readers rely on.
 
-A witness is one preallocated file per rank, mapped into the rank's memory, so that a record costs a store and
-outlives SIGKILL. Little-endian, no padding beyond what is shown. Version 2::
+A witness is one preallocated file per rank. The rank maps it into memory, so a record is written without a system call
+and survives SIGKILL. Numbers are little-endian; there is no padding but what is shown. Version 2::
 
     0      HEADER   identity of the writer, clocks, geometry, and a CRC-32 of these; written by launcher and rank
-    504    KNOWS    guarded word: the aspects that the recorder writes (repro.trace.knowledge); 0 in older files: all
+    504    KNOWS    guarded word: the aspects that the recorder writes (repro.trace.knowledge); 0 (older files) = all
     512    LIVE     4 guarded words: events recorded, vector words stored, strings stored, groups with a slot
     544    HEART    last_heartbeat_ns u64, name u32, count u32, CRC-32 of these; heartbeats never enter the ring
-    640    SPARE    128 bytes that groups beyond the slots share; never read
-    1024   GROUPS   group_slots x 128 bytes: the last event of each group, which survives ring wrap
-    ...    RING     ring_records x 72 bytes; event n (from 1) lies in slot (n - 1) % ring_records
+    640    SPARE    128 bytes: groups without a slot of their own write here; never read
+    1024   GROUPS   group_slots x 128 bytes: the last event of each group, kept when the ring overwrites the event
+    ...    RING     ring_records x 72 bytes: a ring buffer; event n (from 1) lies in slot (n - 1) % ring_records
     ...    VECTORS  vector_words x i64, a ring of size vectors: [check, size, size, ...]
     ...    STRINGS  u32 length, u32 check, UTF-8, one after another; string k is the k-th (string 0 is "")
 
-**Checksums.** All data that a verdict depends on has one. A flipped bit is detected, never read as an event:
+**Checksums.** All data that a verdict depends on has a checksum, so that a flipped bit is detected:
 
-- A record ends in the CRC-32 of its other bytes, started from RESIDUE. The CRC-32 of intact records in a row, started
-  from RESIDUE, is RESIDUE again: one call checks a whole ring.
-- The checksum of a vector is the CRC-32 of its sizes, started from its offset; that of a string is the CRC-32 of its
-  bytes, started from its length.
-- A guarded word is value * GUARD in one aligned 8-byte store, which a reader never sees half-written. A flipped bit
-  changes the word by a power of two, which is no multiple of GUARD.
+- A record ends in the CRC-32 of its other bytes, computed with the start value RESIDUE. Then the CRC-32 of any number
+  of intact records in a row, with the start value RESIDUE, is RESIDUE again: one call checks a whole ring.
+- The checksum of a vector is the CRC-32 of its sizes, with its offset as the start value. The checksum of a string is
+  the CRC-32 of its bytes, with its length as the start value.
+- A guarded word is a counter, stored as value * GUARD in one aligned 8-byte store, so that a reader never sees half of
+  it. A flipped bit changes the word by a power of two, which is no multiple of GUARD.
 
-**Order of writing.** One event: its strings (bytes, check, length, then the count in LIVE), its vector (the count in
-LIVE, then the words), the ring, its group's last record or last completion, the events in LIVE. A reader
-copies the file front to back, so everything that a record refers to is in the copy. A writer that dies leaves at most
-one torn record, after the last intact one, and LIVE does not count it. Every other failed checksum is damage, unless a
-second copy of the file no longer shows it. A vector is overwritten once vector_words more words have been stored.
+**Order of writing.** The recorder writes an event in this order:
 
-**Hash.** Of an issue: crc32(d, hash), from 0 on, over all collectives that the rank issued in the group; d is the
-CRC-32 of the signature's text (group, op, layer, dtype, reduce_op, joined by SEPARATOR) in four bytes. Sizes, root and
-step are not included. For a transfer, d covers what both ends share: channel, "p2p" and dtype.
+1. its new strings: for each the bytes, the checksum and the length, then the count of strings in LIVE;
+2. its size vector: the count of words in LIVE, then the words;
+3. its record in the ring;
+4. the last record, or the last completion, in the slot of its group;
+5. the count of events in LIVE.
+
+A reader copies the file from front to back, so the copy contains everything that a record in it refers to. A writer
+that dies leaves at most one incomplete ("torn") record, after the last intact one; LIVE does not count it. Every other
+wrong checksum is damage, unless it is right in a second copy of the file. A vector is overwritten after vector_words
+more words have been stored.
+
+**Hash.** The record of an issued collective has a rolling hash of all collectives that the rank has issued in the group
+so far: hash = crc32(d, previous hash), from 0 on. d is the CRC-32, in four bytes, of the signature's text (group, op,
+layer, dtype, reduce_op, joined by SEPARATOR). Sizes, root and step are not included. For a send or receive, d covers
+what both ends share: the name of the group of the two ranks, "p2p" and dtype.
 
 Only little-endian hosts write or read these files. Times are CLOCK_MONOTONIC nanoseconds of the writer's host;
 wall time = monotonic + wall_offset_ns.
@@ -59,10 +67,11 @@ HEART = struct.Struct("<QIII")
 KNOWS_AT, LIVE_AT, HEART_AT, SPARE_AT, GROUPS_AT = 504, 512, 544, 640, 1024
 
 GUARD = 251
-"""A prime number, small enough that the guarded count of events usually fits in one digit of a Python integer."""
+"""The factor of guarded words. It is a prime number, and small: then value * GUARD usually fits in one digit (30 bits)
+of a Python integer, which makes the multiplication fast."""
 
 RESIDUE = 0x2144DF1C
-"""The CRC-32 of any bytes that end in their own CRC-32."""
+"""The CRC-32 of any bytes that end in their own CRC-32. It is a constant of this checksum."""
 
 GROUP_BYTES = 128
 GROUP_NAME = struct.Struct("<III")  # name, members (both string ids), CRC-32 of these
@@ -76,7 +85,7 @@ NO_GROUP = 0xFFFF
 NO_VECTOR = 0xFFFFFFFFFFFFFFFF  # the vector reference of a record with too many sizes to store
 LOST_STRING = 0xFFFF  # the string reference of a record that was written when the string area was full
 MAX_STRINGS = LOST_STRING - 1
-"""Maximum number of strings in one file; it bounds the time and memory of a reader."""
+"""Maximum number of strings in one file. It limits the time and memory that a reader needs."""
 
 SEPARATOR, ENTRY_SEPARATOR = "\x1f", "\x1e"  # separators: inside a signature; between the entries of a schedule
 
@@ -84,7 +93,11 @@ _LARGEST = {"ring_records": 1 << 20, "vector_words": 1 << 20, "string_bytes": 1 
 
 
 class Kind(enum.IntEnum):
-    """The kind of a record. ``sig`` is the string number of the collective, schedule, lock, build or message."""
+    """The kind of a record.
+
+    The field ``sig`` of a record is the number of a string. The kind says what this string is: a collective's
+    signature, a schedule, the name of a lock or build, or an error message.
+    """
 
     PHASE = 1
     STEP = 2  # aux = live requests, sig = declared schedule
@@ -102,10 +115,10 @@ class Kind(enum.IntEnum):
 
 
 class Event(NamedTuple):
-    """One record as stored, with numbers of strings and offsets that the witness resolves.
+    """One record of a witness. Strings and size vectors are numbers here; `Witness` has methods that look them up.
 
-    Each field has its struct code, from which the layout of a record follows. A writer packs the fields before ``n``
-    once per call site, with the checksum so far; the rest then costs half as much.
+    The annotations are struct codes, which define the layout of a record. The fields before ``n`` are equal for all
+    events of one kind at one call site, so the recorder packs them only once, with their part of the checksum.
     """
 
     aux: Annotated[int, "q"]
@@ -134,18 +147,19 @@ def _layout(*names: str) -> struct.Struct:
 _FIELDS, _N = Event._fields, Event._fields.index("n")
 RECORD, FIXED, VARIABLE = _layout(*_FIELDS), _layout(*_FIELDS[:_N]), _layout(*_FIELDS[_N:-1])
 SEALED = struct.Struct(f"<{FIXED.size}s{VARIABLE.size}sI")
-"""A record as its writer puts it together: the two parts and the checksum."""
+"""A record in three parts, as the recorder writes it: the packed constant fields, the packed other fields, the
+checksum."""
 
 COLUMNS = {
     name: (code[0], _layout(*_FIELDS[:place]).size // struct.calcsize(code[0]))
     for place, (name, code) in enumerate(_CODES.items())
 }
-"""The type of each field and its index in units of that type, to read one field of all records at once."""
+"""Name of a field -> (its type code, its offset in a record in units of this type), for the function `column`."""
 
 
 @dataclass(frozen=True, slots=True)
 class Geometry:
-    """The sizes and offsets of the areas of one file. Raises ValueError for sizes out of range."""
+    """The sizes and offsets of the areas of one witness file. Raises ValueError if a size is out of range."""
 
     ring_records: int = 20_480
     vector_words: int = 32_768
@@ -202,23 +216,26 @@ class Identity:
     knows: Knows = WITNESS
 
     def shares_processes(self, other: Identity) -> bool:
-        """Whether two writers share a pid namespace on one host, so that their pids can be compared.
+        """Whether two writers are on one host and in one pid namespace, so that the same pid means the same process.
 
-        Containers may have the same boot id and host name, but different processes. An unknown namespace, as in files
-        of version 1, counts as equal.
+        Two containers may have the same boot id and host name, but different processes. If a namespace is unknown, as
+        in files of version 1, it counts as equal.
         """
         namespaces = {self.pid_namespace, other.pid_namespace} - {0}
         return (self.boot_id, self.hostname) == (other.boot_id, other.hostname) and len(namespaces) <= 1
 
     def clock_ahead_ns(self, other: Identity) -> int:
-        """Return how far this host's monotonic clock is ahead of another's, as exactly as their wall clocks agree."""
+        """Return how many ns this host's monotonic clock is ahead of the other host's.
+
+        It is computed from the wall clocks of the two hosts, so it is as exact as these agree.
+        """
         if self.boot_id == other.boot_id or not self.boot_id or not other.boot_id:
             return 0
         return other.wall_offset_ns - self.wall_offset_ns
 
 
 def column(records: bytes | memoryview, field: str) -> list[int]:
-    """Read one field of every record. This is many times faster than unpacking the records."""
+    """Return one field of every record. This is many times faster than unpacking whole records."""
     code, place = COLUMNS[field]
     values: Any = memoryview(records).cast(code)
     picked: list[int] = values[place :: RECORD.size // values.itemsize].tolist()
@@ -231,13 +248,13 @@ def is_whole(records: bytes | memoryview) -> bool:
 
 
 def unguarded(word: int) -> int | None:
-    """Return the value of a guarded word, which is stored as value * GUARD; None if the word is damaged."""
+    """Return the value of a guarded word, a counter that is stored as value * GUARD; None if the word is damaged."""
     value, rest = divmod(word, GUARD)
     return None if rest else value
 
 
 def pack_header(writer: Identity, shape: Geometry) -> bytes:
-    """Pack the header with its checksum, and the aspects that the writer records."""
+    """Pack the header of a witness with its checksum, and after it the aspects that the recorder writes."""
     body = HEADER.pack(
         MAGIC, VERSION, RECORD.size, writer.rank, writer.num_ranks,
         shape.ring_records, shape.vector_words, shape.string_bytes, shape.group_slots,
@@ -255,16 +272,16 @@ def pack_heartbeat(now_ns: int, name: int, count: int) -> bytes:
 
 
 def pack_group_name(name: int, members: int) -> bytes:
-    """Pack the head of a group's slot with its checksum."""
+    """Pack the first part of a group's slot: the string numbers of name and members, and their checksum."""
     body = GROUP_NAME.pack(name, members, 0)[: -CRC.size]
     return body + CRC.pack(zlib.crc32(body))
 
 
 def pack_string(text: bytes) -> bytes:
-    """Pack one entry of the string area."""
+    """Pack one entry of the string area: length, checksum and bytes of the text."""
     return STRING.pack(len(text), zlib.crc32(text, len(text))) + text
 
 
 def clip(text: str, num_bytes: int) -> bytes:
-    """Encode a text as UTF-8 in at most ``num_bytes``, without cutting a character."""
+    """Encode a text as UTF-8 in at most ``num_bytes`` bytes. A character that does not fit is left out as a whole."""
     return text.encode()[:num_bytes].decode(errors="ignore").encode()

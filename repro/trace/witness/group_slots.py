@@ -1,4 +1,5 @@
-"""Parse the slot of each group in a witness file: members, last issue and completion, rolling hash."""
+"""Parse the slot that a witness file has for each group: name, members, the collective issued last, the collective
+completed last."""
 
 from __future__ import annotations
 
@@ -23,13 +24,13 @@ from repro.trace.witness.format import (
 )
 from repro.trace.witness.parse import Live, Problems, Ring
 
-_RECENT = 16  # number of events at the end of the ring that a slot may lack; in practice one
+_RECENT = 16  # how many of the newest events are searched for one that a slot lacks; usually it lacks none or one
 _MAX_MEMBERS = 1 << 16
 
 
 @dataclass(frozen=True, slots=True)
 class GroupTrace:
-    """The progress of one rank in one group, from the group's slot and the ring, whichever is newer."""
+    """How far one rank has come in one group, from the group's slot or from the ring of events, whichever is newer."""
 
     name: str
     members: tuple[int, ...]
@@ -39,14 +40,18 @@ class GroupTrace:
 
     @property
     def hash(self) -> int:
-        """Return the rolling hash of the signatures of all issued collectives; 0 if there are none."""
+        """Return the rolling hash over all collectives that the rank has issued in the group; 0 if there are none."""
         return self.last.hash if self.last else 0
 
 
 def parse_groups(
     data: bytes, shape: Geometry, strings: list[str], ring: Ring, live: Live, problems: Problems
 ) -> tuple[GroupTrace, ...]:
-    """Parse the groups by index. A slot must include every event that ``live`` counts."""
+    """Return the progress of the rank in each group, by group index.
+
+    ring   the newest events; a slot that lacks one of those that ``live`` counts is damaged
+    live   the writer's own counts
+    """
     newest = _newest_calls(ring)
     traces: list[GroupTrace] = []
     for index in range(max(0, min(shape.group_slots, (len(data) - GROUPS_AT) // GROUP_BYTES))):
@@ -73,7 +78,11 @@ class _Slot:
     def trace(
         self, strings: list[str], ring: Ring, issued: Event | None, left: Event | None, counted: int
     ) -> GroupTrace:
-        """Combine the slot with the newest events of the ring, which the writer writes before the slot."""
+        """Combine the slot with the newest events in the ring: the writer updates the ring before the slot.
+
+        issued, left   the newest event in the ring that issues, or completes, a collective of this group
+        counted        the number of events that LIVE counts
+        """
         name, members = self._names(strings)
         left_seq = self._left(left, counted)
         last = self._last(ring, issued, counted)
@@ -96,7 +105,7 @@ class _Slot:
         return strings[name], _members(strings[members])
 
     def _left(self, left: Event | None, counted: int) -> int:
-        """Return the sequence number of the last completion in slot and ring."""
+        """Return the sequence number of the last completed collective, from slot or ring, whichever is newer."""
         in_slot = unguarded(GROUP_LEFT.unpack_from(self.data, LEFT_AT)[0])
         in_ring = left.seq if left is not None else 0
         if in_slot is None:
@@ -108,7 +117,10 @@ class _Slot:
         return max(in_slot or 0, in_ring)
 
     def _last(self, ring: Ring, issued: Event | None, counted: int) -> Event | None:
-        """Return the last issue in the slot. Only an event that LIVE does not count yet may be missing there."""
+        """Return the slot's copy of the event that issued the last collective; None if it is damaged or empty.
+
+        The slot may lack an event only if LIVE does not count the event yet.
+        """
         record = self.data[LAST_AT : LAST_AT + RECORD.size]
         event = Event._make(RECORD.unpack(record)) if is_whole(record) else None
         wrong = ""
@@ -125,9 +137,9 @@ class _Slot:
         return event
 
     def _may_hold(self, event: Event, ring: Ring) -> bool:
-        """Whether the slot's record is an issue in this group.
+        """Whether an event can belong in this slot: it issues a collective of this group.
 
-        If the event is still in the ring, both must be equal.
+        If the ring still has the event of this number, the two must be equal.
         """
         if event.kind not in (Kind.ENTER, Kind.ISSUE) or event.group != self.index or not event.seq:
             return False
@@ -137,7 +149,7 @@ class _Slot:
 
 
 def _newest_calls(ring: Ring) -> dict[int, tuple[Event | None, Event | None]]:
-    """Return group -> its last issue and completion among the newest events of the ring."""
+    """Return group index -> the newest events in the ring that issue, and that complete, a collective of the group."""
     newest: dict[int, tuple[Event | None, Event | None]] = {}
     for event in ring.events(_RECENT):
         issued, left = newest.get(event.group, (None, None))
@@ -148,7 +160,7 @@ def _newest_calls(ring: Ring) -> dict[int, tuple[Event | None, Event | None]]:
     return newest
 
 
-@lru_cache(maxsize=4096)  # cached, because ranks repeat the same lists
+@lru_cache(maxsize=4096)  # all ranks of a group write the same list of members
 def _members(text: str) -> tuple[int, ...]:
     if text.count(",") >= _MAX_MEMBERS:
         return ()

@@ -1,4 +1,7 @@
-"""Parse the areas of an untrusted witness file. Data that does not match its checksum is reported and left out."""
+"""Parse the areas of an untrusted witness file: header, counters, strings, size vectors, events.
+
+Data that does not match its checksum is reported as a problem and left out.
+"""
 
 from __future__ import annotations
 
@@ -45,9 +48,9 @@ class WitnessError(ValueError):
 
 @dataclass(slots=True)
 class Problems:
-    """The problems of one file, one in a line: "rank003.wit:38912: damage: event 118 does not match its checksum".
+    """The problems found in one file, as lines: "rank003.wit:38912: damage: event 118 does not match its checksum".
 
-    The last record of a writer that died while it wrote is incomplete ("torn"). That is a problem, but not damage.
+    If a rank dies while it writes, its last record is incomplete ("torn"). That is a problem, but no damage.
     """
 
     name: str
@@ -74,7 +77,7 @@ class Problems:
 
 
 class Live(NamedTuple):
-    """The writer's own counts of what it has written. A count is None if its word is damaged."""
+    """The four counters in the area LIVE, in which the writer counts what it has written. A damaged counter is None."""
 
     events: int | None
     vector_words: int | None
@@ -84,14 +87,14 @@ class Live(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Ring:
-    """The newest intact records without a gap between them, oldest first."""
+    """The newest events of a witness, oldest first, up to the first gap or damaged record before them."""
 
     records: bytes
-    torn: bool = False  # whether the record after the last one is torn
+    torn: bool = False  # whether an incomplete record follows the last one
 
     @property
     def first(self) -> int:
-        """Return the number of the oldest event; 0 if there is none. Above 1, older events were overwritten."""
+        """Return the number of the oldest event; 0 if there is none. If it is above 1, older events are lost."""
         return self.event(0).n if self.records else 0
 
     @property
@@ -109,7 +112,10 @@ class Ring:
 
 
 def parse_header(data: bytes, name: str) -> tuple[Identity, Geometry]:
-    """Parse the header. Raises WitnessError with file and offset."""
+    """Parse the header of a witness file. Return the writer, and the sizes of the file's areas.
+
+    Raises WitnessError ("file:offset: problem") if the header is not usable.
+    """
     if len(data) < HEADER.size + CRC.size:
         raise WitnessError(f"{name}:{len(data)}: the file ends inside its header")
     magic, version, record_bytes, rank, num_ranks, *rest = HEADER.unpack_from(data)
@@ -161,7 +167,10 @@ def parse_heartbeat(data: bytes, problems: Problems) -> tuple[int, int]:
 
 
 def parse_strings(data: bytes, shape: Geometry, stored: int | None, problems: Problems) -> list[str]:
-    """Read the strings by number, up to the first damaged one. ``stored`` is the writer's own count of them."""
+    """Return the strings, so that the index is the string's number, up to the first damaged one.
+
+    stored   how many strings the writer has counted; None if the counter is damaged
+    """
     strings = [""]
     at, end = shape.strings_at, min(shape.file_bytes, len(data))
     while at + STRING.size <= end:
@@ -187,9 +196,10 @@ def parse_strings(data: bytes, shape: Geometry, stored: int | None, problems: Pr
 def parse_vectors(
     data: bytes, shape: Geometry, stored: int | None, named: Iterable[tuple[int, int]], problems: Problems
 ) -> dict[tuple[int, int], bytes]:
-    """Read the words of the vectors that records refer to by (offset, length). Overwritten vectors are left out.
+    """Return (offset, length) -> the bytes of each size vector. Vectors that were overwritten are left out.
 
-    ``stored`` is the number of words that the writer has stored since the file was made.
+    stored   how many words the writer has stored since the file was created; None if the counter is damaged
+    named    (offset, length) of the vectors that records refer to
     """
     vectors = {}
     room = shape.vector_words
@@ -203,20 +213,26 @@ def parse_vectors(
             if WORD.unpack_from(data, at)[0] == zlib.crc32(words, offset & 0xFFFFFFFF):
                 vectors[offset, num_sizes] = words
                 continue
-        if stored is not None:  # without the count, the vector may have been overwritten
+        if stored is not None:  # if the counter is damaged, the vector may have been overwritten, which is no damage
             problems.damage(at, f"{num_sizes} sizes do not match their checksum")
     return vectors
 
 
 def vectors_named(records: bytes, more: Iterable[Event]) -> set[tuple[int, int]]:
-    """Return (offset, length) of each vector that issues among these events refer to; a single size needs no vector."""
+    """Return (offset, length) of each size vector that these events refer to.
+
+    Only an event that issues a collective with several sizes does. A single size is stored in the record itself.
+    """
     columns = zip(*(column(records, name) for name in ("kind", "vector", "num_sizes")), strict=True)
     named = {(vector, num_sizes) for kind, vector, num_sizes in columns if num_sizes > 1 and kind in _ISSUES}
     return named | {(event.vector, event.num_sizes) for event in more if event.num_sizes > 1}
 
 
 def parse_ring(data: bytes, shape: Geometry, counted: int | None, problems: Problems) -> Ring:
-    """Read the newest intact records without a gap. ``counted`` is the number of events in LIVE."""
+    """Return the newest intact events that have no gap between them.
+
+    counted   how many events the writer has counted; None if the counter is damaged
+    """
     capacity = shape.ring_records
     used = min(counted + 1, capacity) if counted else capacity
     whole = max(0, min(used, (len(data) - shape.ring_at) // RECORD.size))
@@ -235,7 +251,7 @@ def parse_ring(data: bytes, shape: Geometry, counted: int | None, problems: Prob
 
 
 def _is_sound(records: bytes, newest: int) -> bool:
-    """Whether records that should end in event ``newest`` are intact and without a gap."""
+    """Whether all records are intact, and their events are numbered without a gap up to ``newest``."""
     return (
         is_whole(records)
         and column(records, "n") == list(range(newest - len(records) // RECORD.size + 1, newest + 1))
@@ -244,7 +260,10 @@ def _is_sound(records: bytes, newest: int) -> bool:
 
 
 def _salvage(slots: memoryview, shape: Geometry, counted: int, problems: Problems) -> Ring:
-    """Read the newest intact records without a gap from slots of which some are torn, damaged or empty."""
+    """Return the newest intact events that have no gap between them, although some slots are damaged or incomplete.
+
+    Add a problem for each such slot. counted: how many events the writer has counted.
+    """
     capacity, size = shape.ring_records, RECORD.size
 
     def record_in(slot: int) -> memoryview:
@@ -252,10 +271,10 @@ def _salvage(slots: memoryview, shape: Geometry, counted: int, problems: Problem
 
     numbers = [_number(record_in(slot), slot, capacity) for slot in range(len(slots) // size)]
     newest = max(numbers, default=0)
-    last = max(newest, counted)  # the last event that the writer has certainly recorded
+    last = max(newest, counted)  # the newest event that the writer is known to have written completely
     torn = False
     for slot, number in enumerate(numbers):
-        expected = last - (last - 1 - slot) % capacity  # below 1, the slot is still empty
+        expected = last - (last - 1 - slot) % capacity  # the event that belongs in this slot; below 1: none yet
         at, record = shape.ring_at + slot * size, record_in(slot)
         if number == expected > 0 or (expected < 1 and record == _EMPTY):
             continue
@@ -275,16 +294,16 @@ def _salvage(slots: memoryview, shape: Geometry, counted: int, problems: Problem
 
 
 def _may_be_torn(record: memoryview, number: int) -> bool:
-    """Whether a writer may have died while it stored event ``number``.
+    """Whether the record looks as if its writer died while it wrote event ``number``.
 
-    A writer clears a record first, and stores its checksum last.
+    A writer clears a record first, and writes its checksum last.
     """
     event = Event._make(RECORD.unpack(record))
     return event.check == 0 or (event.n == number and not is_whole(record))
 
 
 def _number(record: memoryview, slot: int, capacity: int) -> int:
-    """The number of the event in a slot; 0 if the slot has no intact event that belongs there."""
+    """Return the number of the event in a slot; 0 if the slot has no intact event, or one that belongs elsewhere."""
     if not is_whole(record):
         return 0
     event = Event._make(RECORD.unpack(record))

@@ -1,4 +1,7 @@
-"""Parse the witness file of one rank: resolve string numbers, and leave out parts that do not match their checksums."""
+"""Parse the witness file of one rank into a `Witness`, which looks up the strings and sizes of events.
+
+Parts of the file that do not match their checksums are left out.
+"""
 
 from __future__ import annotations
 
@@ -24,7 +27,7 @@ from repro.trace.witness.parse import (
 
 
 class Signature(NamedTuple):
-    """The part of a collective that must be equal on all its ranks, without sizes and root."""
+    """What must be equal on all ranks that take part in a collective. Sizes and root are stored apart from it."""
 
     group: str
     op: str
@@ -35,13 +38,15 @@ class Signature(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Witness:
-    """The events that one rank recorded, and its progress in each group.
+    """The events that one rank recorded, and how far it has come in each group.
 
+    last         the newest readable event
+    num_events   how many events the rank has recorded, also those that were overwritten
     first_event  number of the oldest readable event; if it is above 1, older events were overwritten
-    complete     False if events may be unreadable, either newer than the last one or in damaged places
+    complete     False if the rank may have recorded events that cannot be read
     damaged      whether some bytes do not match their checksums, so that no certain conclusion is possible
-    problems     the problems of the file, one in a line
-    vectors      (offset, length) -> the words of each size vector that a record refers to
+    problems     a line for each problem of the file: "rank003.wit:38912: damage: …"
+    vectors      (offset, length) -> the bytes of each size vector that a record refers to
     """
 
     name: str
@@ -80,11 +85,11 @@ class Witness:
 
     @property
     def has_free_slots(self) -> bool:
-        """Whether group slots are left, so that the rank has issued nothing in a group without a slot."""
+        """Whether the file has unused group slots. If so, the file has a slot for every group of the rank."""
         return len(self.groups) < self.shape.group_slots
 
     def last_kinds(self) -> dict[tuple[tuple[str, tuple[int, ...]], int], int]:
-        """Return (group, sequence number) -> the kind of the last event of that collective in the ring."""
+        """Return ((group name, members), sequence number) -> the kind of the newest event of this collective."""
         keys = [(group.name, group.members) for group in self.groups]
         kinds = {(key, each.last.seq): each.last.kind for key, each in zip(keys, self.groups, strict=True) if each.last}
         by_place: dict[tuple[int, int], int] = {}
@@ -111,18 +116,21 @@ class Witness:
         return self.strings[string] if string < len(self.strings) else "?"
 
     def signature(self, sig: int) -> Signature:
-        """Return the signature of a collective from its record's ``sig``."""
+        """Return the signature of a collective. sig: the field ``sig`` of a record of it."""
         signature = self._signatures.get(sig)
         if signature is None:
             signature = self._signatures[sig] = _signature(self.text(sig))
         return signature
 
     def schedule(self, sig: int) -> tuple[tuple[str, str, str], ...]:
-        """Return the declared schedule from a STEP record's ``sig``: (group, op, layer) of each entry."""
+        """Return the schedule that the rank declared for a step: (group, op, layer) of each entry.
+
+        sig: the field ``sig`` of the record of kind STEP.
+        """
         return _schedule(self.text(sig))
 
     def sizes(self, vector: int, num_sizes: int) -> tuple[int, ...]:
-        """Return the size vector of an event; () if there was none, or if it is overwritten or damaged."""
+        """Return the sizes of an event from its fields ``vector`` and ``num_sizes``; () if they cannot be read."""
         if num_sizes <= 1:
             return (vector,) * num_sizes
         words = self.vectors.get((vector, num_sizes))
@@ -149,7 +157,10 @@ def _schedule(text: str) -> tuple[tuple[str, str, str], ...]:
 
 
 def parse(data: bytes, name: str) -> Witness:
-    """Parse everything that is readable in a witness file. Raises WitnessError if the header is unusable."""
+    """Parse everything that is readable in a witness file. Raises WitnessError if the header is not usable.
+
+    name   the name of the file for messages
+    """
     writer, shape = parse_header(data, name)
     problems = Problems(name)
     if len(data) < shape.file_bytes:
@@ -162,7 +173,7 @@ def parse(data: bytes, name: str) -> Witness:
     named = vectors_named(ring.records, [group.last for group in groups if group.last is not None])
     vectors = parse_vectors(data, shape, live.vector_words, named, problems)
     beat_ns, beat = parse_heartbeat(data, problems)
-    followed = all(group.members for group in groups)  # a group without members cannot be compared with its peers
+    followed = all(group.members for group in groups)  # without its members, a group cannot be compared across ranks
     last = ring.last
     return Witness(
         name,

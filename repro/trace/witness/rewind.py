@@ -1,4 +1,4 @@
-"""Rebuild a witness as it was at an earlier moment."""
+"""Rebuild the state that a witness had at an earlier moment, to judge a run again as it was then."""
 
 from __future__ import annotations
 
@@ -14,10 +14,12 @@ _ISSUES = (Kind.ENTER, Kind.ISSUE)
 
 
 def rewind(witness: Witness, num_events: int, heartbeat_ns: int) -> Witness | None:
-    """Return the witness after the first ``num_events`` events of its rank, with the heartbeat of that moment.
+    """Return the witness as it was when its rank had recorded ``num_events`` events. The later events are removed.
 
-    Returns None if too little is left of the earlier events, because they have been overwritten or the file has fewer
-    events. Sizes and strings of later events are kept, because nothing refers to them.
+    heartbeat_ns   the last heartbeat at that moment; the file keeps only the newest one
+
+    Returns None if the file has fewer events, or if too many of the earlier ones have been overwritten. Sizes and
+    strings of later events are kept, because nothing refers to them.
     """
     witness = dataclasses.replace(witness, heartbeat_ns=heartbeat_ns)
     if witness.num_events == num_events:
@@ -44,7 +46,12 @@ def rewind(witness: Witness, num_events: int, heartbeat_ns: int) -> Witness | No
 
 
 def _rewind_group(group: GroupTrace, kept: Sequence[Event], later: Sequence[Event]) -> GroupTrace | None:
-    """Return the progress in a group without its later events; None if the last earlier issue is overwritten."""
+    """Return how far the rank had come in a group before the ``later`` events.
+
+    kept, later   the group's events before and after that moment
+
+    Returns None if the event that issued the last collective before that moment is overwritten.
+    """
     last, issued, left = group.last, group.issued, group.left
     if first := next((event for event in later if event.kind in _ISSUES), None):
         issued = first.seq - 1
@@ -53,7 +60,7 @@ def _rewind_group(group: GroupTrace, kept: Sequence[Event], later: Sequence[Even
             return None
     if completed := [event.seq for event in later if event.kind == Kind.LEAVE]:
         before = [event.seq for event in kept if event.kind == Kind.LEAVE]
-        # Calls whose records were overwritten had ended, unless a later record shows otherwise.
+        # Assume that a collective whose events were overwritten had completed, unless a later event shows otherwise.
         open_calls = [event.seq for event in kept if event.kind in _ISSUES]
         left = max(before) if before else min(issued, *(seq - 1 for seq in (*completed, *open_calls)))
     return dataclasses.replace(group, last=last, issued=issued, left=left)

@@ -1,4 +1,4 @@
-"""Follow the witnesses of a live run: open each as soon as it exists, and poll all of them many times a second."""
+"""Follow the witnesses of a live run: open each witness as soon as it exists, and poll all of them often."""
 
 from __future__ import annotations
 
@@ -12,14 +12,15 @@ from repro.trace.witness.parse import WitnessError
 
 
 class Tails:
-    """The open witnesses of a run, one :class:`Tail` per rank. All times are on the monotonic clock of ``here``."""
+    """The open witnesses of a run, one :class:`Tail` per rank. Times are on the monotonic clock of the host of
+    ``here``, the process that follows them."""
 
     def __init__(self, run_dir: RunDir, num_ranks: int, here: Identity) -> None:
         self._run_dir, self._num_ranks, self._here = run_dir, num_ranks, here
         self._tails: dict[int, Tail] = {}
 
     def open(self) -> None:
-        """Open the witnesses that are not open yet. Failures are ignored here; :meth:`read` reports them."""
+        """Open the witnesses that are not open yet. Ignore one that cannot be opened: :meth:`read` reports it."""
         for rank in range(self._num_ranks):
             with contextlib.suppress(OSError, WitnessError):
                 self._opened(rank)
@@ -33,9 +34,9 @@ class Tails:
         return {rank: tail.writer() for rank, tail in self._tails.items()}
 
     def read(self, ranks: Iterable[int] | None = None) -> tuple[dict[int, Witness], list[str]]:
-        """Read the witnesses of these ranks, or of all.
+        """Read the witnesses of these ranks, or of all ranks.
 
-        Returns rank -> witness, and a line for each that could not be read.
+        Returns rank -> witness, and a line for each witness that could not be read.
         """
         witnesses: dict[int, Witness] = {}
         refused = []
@@ -68,7 +69,10 @@ class Tails:
         return max((self._here_ns(tail, tail.heartbeat_ns()) for tail in self._tails.values()), default=0)
 
     def waiting_since_ns(self) -> int:
-        """When the rank that waits longest in a collective or for a lock began to wait, in ns; 0 if none waits."""
+        """Return when the rank that waits longest, in a collective or for a lock, began to wait, in ns.
+
+        0 if no rank waits.
+        """
         events = ((tail, tail.last_event()) for tail in self._tails.values())
         waits = (Kind.ENTER, Kind.WAIT, Kind.LOCK_WAIT)
         since = (self._here_ns(tail, event.t_ns) for tail, event in events if event is not None and event.kind in waits)
