@@ -1,1 +1,1 @@
-"""Read evidence from other tools: one file per format, each producing records of `repro.trace.foreign.records`."""
+"""Read the evidence that other tools wrote, one file of code per format, into records (`repro.trace.foreign`)."""

@@ -1,4 +1,7 @@
-"""The register of all readable formats. To add a format, add a file to the folder of its kind, and a row here."""
+"""The table of all formats that can be read. To add a format, write a reader, and add a row here.
+
+The reader is a file in the folder of its kind: logs/, ras/, recorder/ or stacks/.
+"""
 
 from __future__ import annotations
 
@@ -19,11 +22,11 @@ from repro.trace.foreign.records import Observation, Source
 
 @dataclass(frozen=True)
 class FileFormat:
-    """One format of whole files: how to recognise a file of this format, and how to read it.
+    """A format that covers a whole file, such as a Flight Recorder dump: how to recognise it, and how to read it.
 
-    recognises  whether a file with this name and these first bytes may have this format
-    read        returns the records of the content; None if the content has another format after all. Raises ValueError
-                ("file:offset: what") if the content is damaged
+    recognises  returns whether a file may have this format; gets the file's name and first bytes
+    read        returns the records in a file; gets its content and name. Returns None if the file has another format.
+                Raises ValueError ("file:offset: problem") if the content is damaged
     """
 
     name: str
@@ -32,20 +35,21 @@ class FileFormat:
 
 
 class LineReader(Protocol):
-    """A reader of one program's messages. It gets the lines of one file in order."""
+    """Reads the messages of one program in a log. It gets the lines of one file in order, and returns records."""
 
     def read(self, line: Line, source: Source) -> Iterable[Observation]: ...
 
     def finish(self) -> Iterable[Observation]:
-        """Return the records that were kept back until a later line."""
+        """Return the records that were held back until a later line completes them. Called after the last line."""
         ...
 
 
 @dataclass(frozen=True)
 class LineFormat:
-    """The messages of one program, and their reader.
+    """The log messages of one program, and their reader.
 
-    `needles`: each line that the reader understands contains one of them.
+    needles   short texts; the reader gets only lines that contain one of them, to save time
+    reader    makes a reader for one file
     """
 
     name: str
@@ -54,7 +58,7 @@ class LineFormat:
 
 
 class _EachLine:
-    """A reader for messages that take one line each."""
+    """Makes a `LineReader` of a function, for a program whose messages have one line each."""
 
     def __init__(self, read: Callable[[Line, Source], Iterable[Observation]]) -> None:
         self._read = read
@@ -112,7 +116,8 @@ FILES = (
         lambda data, name: filter(None, [ras_text.no_answer(name, _decoded(data))]),
     ),
 )
-"""Formats of whole files; the first that fits is used. A text of no such format is read line by line."""
+"""Formats that cover a whole file. The first format that fits is used. A text file of no such format is read line by
+line, with LINES."""
 
 LINES = (
     LineFormat("watchdog of NCCL and of the backends that copied it", watchdog.NEEDLES, watchdog.Watchdog),
@@ -125,7 +130,8 @@ LINES = (
     LineFormat("NCCL RAS, monitor mode", ras_monitor.NEEDLES, lambda: _EachLine(ras_monitor.read)),
     LineFormat("errors that end a process", failures.NEEDLES, lambda: _EachLine(failures.read)),
 )
-"""Readers of programs' messages. A line goes only to the first reader that understands it."""
+"""The readers of log lines. A line goes only to the first reader that returns a record for it."""
 
 ENGINES = LineFormat("vLLM, SGLang, TensorRT-LLM, Ray", engine_messages.NEEDLES, engine_messages.Engine)
-"""The reader of serving engines gets also the lines that other readers understand, because it tells who wrote them."""
+"""The reader of serving engines gets every line that contains one of its needles, also if a reader in LINES understands
+it: it finds out which process wrote the line."""

@@ -1,4 +1,7 @@
-"""Read the facts that `collect` writes about a host: processes, lock files, connections (facts/*.json)."""
+"""Read the files facts/*.json, in which `hmr collect` writes what it saw on a host: processes, lock files, connections.
+
+We call one such observation of a host a look.
+"""
 
 from __future__ import annotations
 
@@ -19,11 +22,11 @@ def looks_like_json(content: Any) -> bool:
 
 
 def read_json(content: dict[str, Any], file: str) -> Iterator[Observation]:
-    """Return the records of one look. Raises ValueError for an unknown version."""
+    """Return the records of one facts file. Raises ValueError for an unknown version of the format."""
     if content.get("version") != VERSION:
         raise ValueError(
-            f"version {content.get('version')} of a look at a host is not supported, only {VERSION}: use "
-            "the release that wrote it"
+            f"the facts file has version {content.get('version')}, but this release reads only version {VERSION}: use "
+            "the release that wrote the file"
         )
     host, look, at_s = _text(content.get("host")), _count(content.get("look")), _number(content.get("at_s"))
     for index, row in enumerate(_dicts(content.get("processes"))):

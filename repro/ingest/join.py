@@ -1,8 +1,8 @@
-"""Connect information from different lines and files: find the rank of a GPU, a process or an NCCL communicator's
-member.
+"""Fill in the global rank of a record that has only a GPU or a process id, from records of other lines and files.
 
-A number in a communicator is a global rank only if that communicator contains every process that was seen. Process ids
-and PCI addresses repeat on every host, so a record that fits ranks on two hosts is left without a rank.
+For example, a line of the kernel log has a GPU's PCI address, and a line of an NCCL log has the address and the rank.
+The rank in an NCCL communicator is a global rank only if the communicator contains every process that was seen. The
+same process id or PCI address may exist on two hosts. If a record fits ranks on both, it stays without a rank.
 """
 
 from __future__ import annotations
@@ -21,7 +21,13 @@ _Key = tuple[str, int | None]
 
 @dataclass(slots=True)
 class _Ranks:
-    """Finds the global rank of a process or a GPU. The host is "" if the line did not name it."""
+    """Tables that find the global rank of a process or a GPU. A host is "" if the evidence does not name it.
+
+    of_process   (host, pid) -> rank
+    of_bus       (host, PCI address of a GPU) -> rank
+    members      (host, pid, address of a communicator) -> the process's membership in it
+    groups       name of an NCCL communicator -> the group with its global ranks
+    """
 
     of_process: dict[_Key, int] = field(default_factory=dict)
     of_bus: dict[tuple[str, str], int] = field(default_factory=dict)
@@ -29,7 +35,7 @@ class _Ranks:
     groups: dict[str, Group] = field(default_factory=dict)
 
     def find(self, host: str, process: Process, bus: str = "") -> int | None:
-        """Return the rank of a process or GPU; None if none or several match."""
+        """Return the rank of a process, or of the GPU at the PCI address ``bus``; None if no rank or several match."""
         if process.rank is not None:
             return process.rank
         if bus:
@@ -40,7 +46,7 @@ class _Ranks:
 
 
 def join(records: Sequence[Observation]) -> list[Observation]:
-    """Return the records, with missing ranks filled in from other records."""
+    """Return the same records. Where a record lacks a rank that other records show, the rank is filled in."""
     records = _with_workers_of_engines(records)
     members = [record for record in records if isinstance(record, Member)]
     if not members and not any(isinstance(it, Failure) and (it.bus or it.host) for it in records):
@@ -50,7 +56,10 @@ def join(records: Sequence[Observation]) -> list[Observation]:
 
 
 def _with_workers_of_engines(records: Sequence[Observation]) -> Sequence[Observation]:
-    """Fill in the global ranks of workers that each engine numbers from 0: "VllmWorker-0 of EngineCore_DP1"."""
+    """Fill in the global ranks of vLLM's workers. Each engine numbers its own workers from 0.
+
+    "VllmWorker-1 of EngineCore_DP2" is rank 5, if each engine has two workers.
+    """
     if not any(isinstance(record, Failure) and _WORKER_OF_ENGINE.match(record.process.title) for record in records):
         return records
     workers: dict[tuple[int, int], set[int]] = {}
@@ -61,7 +70,7 @@ def _with_workers_of_engines(records: Sequence[Observation]) -> Sequence[Observa
             continue
         if title := _WORKER.fullmatch(process.title):
             workers.setdefault((int(title[1]), int(title[2] or 0)), set()).add(process.rank)
-            if title[2] is None:  # a title omits a dimension of size one
+            if title[2] is None:  # a title without "_TP": each engine has one worker
                 sizes.setdefault(-1, 1)
         if isinstance(record, Note) and record.kind == "engine size":
             sizes[process.rank] = int(record.value)
@@ -110,7 +119,10 @@ def _ranks_of(members: Iterable[Member]) -> _Ranks:
 
 
 def _by_the_world(communicators: Iterable[Sequence[Member]], seen: set[_Key]) -> dict[_Key, int]:
-    """Return process -> rank, from the communicator that contains every process seen; {} if there is none."""
+    """Return process -> rank in the communicator that contains every process in ``seen``; {} if there is none.
+
+    It is the communicator of all ranks, so its ranks are global ranks.
+    """
     rows = list(communicators)
     largest = max((members[0].size for members in rows), default=0)
     found = [
@@ -126,7 +138,7 @@ def _key(member: Member) -> _Key:
 
 
 def _is_one_communicator(rows: Sequence[Member]) -> bool:
-    """Whether these rows can be of one communicator: their sizes are equal, and each rank has one process."""
+    """Whether these members can belong to one communicator: they state the same size, and each rank is one process."""
     processes: dict[int, _Key] = {}
     return all(row.size == rows[0].size and processes.setdefault(row.rank, _key(row)) == _key(row) for row in rows)
 

@@ -1,4 +1,7 @@
-"""Read files, folders and zips in any combination, recognise each by its content, and list what was not understood."""
+"""Read files, folders and zips of evidence in any combination. The content of a file decides how it is read.
+
+Files that were not understood are listed with the reason.
+"""
 
 from __future__ import annotations
 
@@ -39,14 +42,19 @@ _ZIP_ERRORS = (
 
 @dataclass
 class Evidence:
-    """The result of reading: the records, the files they came from, and what could not be used ("file: why")."""
+    """The result of reading files of evidence.
+
+    records          the facts in the files, as types of `repro.trace.foreign.records`
+    files            the names of the files that were understood
+    not_understood   "file:offset: why" for each other file
+    """
 
     records: list[Observation] = field(default_factory=list)
     files: list[str] = field(default_factory=list)
     not_understood: list[str] = field(default_factory=list)
 
     def joined(self, other: Evidence) -> Evidence:
-        """Merge two sets of evidence, and fill in ranks in each from records of the other."""
+        """Return both sets of evidence as one. A record that lacks a rank may get it from a record of the other set."""
         return Evidence(
             join([*self.records, *other.records]), self.files + other.files, self.not_understood + other.not_understood
         )
@@ -65,7 +73,7 @@ def read(paths: Sequence[Path]) -> Evidence:
             evidence.not_understood += part.not_understood
         evidence.records = join(evidence.records)
     finally:
-        gc.freeze()  # judging makes enough garbage to start collections, which then need not scan the records
+        gc.freeze()  # later garbage collections then need not scan the records, which is slow
         if collecting:
             gc.enable()
     return evidence
@@ -95,7 +103,7 @@ def read_files(files: Iterable[tuple[str, BinaryIO]], evidence: Evidence) -> Non
 
 
 def _refusal(name: str, error: Exception) -> str:
-    """Describe what was not understood, and why: "file:offset: what"."""
+    """Return a line about a file that was not understood: "file:offset: why"."""
     text = str(error.strerror or error) if isinstance(error, OSError) else str(error)
     return text if re.match(rf"{re.escape(name)}:\d+: ", text) else f"{name}:0: {_without_place(text)}"
 
@@ -105,7 +113,10 @@ def _without_place(text: str) -> str:
 
 
 def _files_under(path: Path, evidence: Evidence) -> list[tuple[Path, str]]:
-    """Return a file itself, or the regular files of a folder, each with the name that messages use for it."""
+    """Return (path, name for messages) of a file, or of each regular file in a folder and its subfolders.
+
+    Symbolic links are not followed, but noted in ``evidence``.
+    """
     if not path.is_dir():
         return [(path, path.name)]
     members = sorted(member for member in path.rglob("*") if member.name not in _PASSED_OVER)
@@ -140,7 +151,7 @@ def _opened(path: Path, name: str, evidence: Evidence) -> Iterator[tuple[str, Bi
 
 
 def _zipped(file: BinaryIO, name: str, evidence: Evidence) -> Iterator[tuple[str, BinaryIO]]:
-    """Yield the files of a zip one by one. A damaged file is listed, and the others are still read."""
+    """Yield (name, content) of each file in a zip. A damaged file is noted in ``evidence``, and the others are read."""
     try:
         archive = zipfile.ZipFile(file)
     except _ZIP_ERRORS as error:

@@ -1,6 +1,7 @@
-"""Save and load the evidence of a diagnosis as one file, records.jsonl, in the folder of `diagnose --out` or a bundle.
+"""Save and load the evidence of a diagnosis as one file, records.jsonl.
 
-If a folder or zip has such a file, only this file is read: the other files were made from the same records.
+`hmr diagnose --out` and `hmr bundle` write it. If a folder or zip has this file, only this file is read: the files
+beside it were made from its records.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ MAX_BYTES = 1 << 30
 
 
 def is_saved(path: Path) -> bool:
-    """Whether a path is a folder or zip with the saved evidence of a diagnosis at its top level."""
+    """Whether a path is a folder or zip with the file records.jsonl of an earlier diagnosis at its top level."""
     if path.is_dir():
         return (path / NAME).is_file()
     if not path.is_file():
@@ -30,12 +31,12 @@ def is_saved(path: Path) -> bool:
 
 
 def load(folder: Path) -> Evidence:
-    """Load the evidence in a folder. Raises OSError, and DamagedFile ("file:line: what") for a damaged file."""
+    """Read records.jsonl in a folder. Raises OSError, or DamagedFile ("file:line: problem") if the file is damaged."""
     with open_regular(folder / NAME, MAX_BYTES) as file:
         return Evidence(*json_lines.decode(file, NAME))
 
 
 def save(folder: Path, evidence: Evidence) -> None:
-    """Write the evidence. Raises OSError."""
+    """Write records.jsonl into a folder. Raises OSError if it cannot be written."""
     lines = json_lines.encode(evidence.records, evidence.files, evidence.not_understood)
     write_atomically(folder / NAME, b"".join(lines))

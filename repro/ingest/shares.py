@@ -1,4 +1,5 @@
-"""Read many files in parallel: this process reads one share of the files, and a child process each other share."""
+"""Read many files in parallel. The files are split into shares: this process reads the first share, and a child process
+reads each of the others."""
 
 from __future__ import annotations
 
@@ -13,19 +14,21 @@ from pathlib import Path
 from typing import TypeVar
 
 MIN_SHARE_BYTES = 4 << 20
-"""A share has at least this size: to start a child and receive its records takes as long as to read so many bytes."""
+"""The smallest share for which a child process pays off: in the time to start a child and to receive its records, this
+process could read as many bytes itself."""
 MAX_SHARES = 8
-"""Largest number of shares, because each child may hold a whole unpacked file in memory."""
+"""The largest number of shares. It limits the memory, because each child may have a whole unpacked file in memory."""
 
 T = TypeVar("T")
 Share = Sequence[tuple[Path, str]]
-"""Some of the files, each with the name that messages use for it."""
+"""The files that one process reads: (path, name for messages) of each."""
 
 
 def read_shares(files: Share, read: Callable[[Share], T]) -> Iterator[T]:
-    """Yield the result of `read` for each share of the files, in order. A few small files are one share.
+    """Split the files into shares, call `read` for each share, and yield the results in the order of the files.
 
-    If a child cannot be started, or ends without an answer, this process reads its share.
+    Small files make one share, which needs no child process. If a child cannot be started, or ends without a result,
+    this process reads its share.
     """
     first, *others = _shares(files)
     with contextlib.ExitStack() as stack:
@@ -59,7 +62,10 @@ def _size_of(path: Path) -> int:
 
 
 def _num_processors() -> int:
-    """Return how many CPUs this process may use; 1 if it has other threads, because a fork would break them."""
+    """Return how many processors this process may use.
+
+    Return 1 if the process has several threads: a child is made by fork, which is not safe with threads.
+    """
     try:
         return len(os.sched_getaffinity(0)) if len(os.listdir("/proc/self/task")) == 1 else 1
     except (AttributeError, OSError):  # not Linux
@@ -68,7 +74,7 @@ def _num_processors() -> int:
 
 @contextlib.contextmanager
 def _child(share: Share, read: Callable[[Share], T]) -> Iterator[Connection]:
-    """Start a child that reads one share of the files, and yield the connection on which it sends the result."""
+    """Start a child process that reads one share of the files. Yield the connection on which it sends the result."""
     answer, end = multiprocessing.Pipe(duplex=False)
     child = ForkProcess(target=_work, args=(share, read, end, answer))
     try:
@@ -85,6 +91,6 @@ def _child(share: Share, read: Callable[[Share], T]) -> Iterator[Connection]:
 
 def _work(share: Share, read: Callable[[Share], T], end: Connection, answer: Connection) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C: the parent ends its children
-    answer.close()  # a write then fails once the parent has ended, so the child ends too
+    answer.close()  # this copy of the parent's end; without it, a write fails after the parent has ended
     with contextlib.suppress(BrokenPipeError):
         end.send(read(share))

@@ -1,1 +1,1 @@
-"""Read text files line by line. Each file in this folder reads the messages of one program."""
+"""Read log files line by line. Each file in this folder reads the messages of one program or library."""

@@ -1,7 +1,8 @@
-"""Read time-outs of DeepEP's kernels. A healthy run prints them too during shutdown.
+"""Read the time-outs that DeepEP's kernels print. A healthy run may print them, too, while it shuts down.
 
-Their ranks count within one NVLink domain. In a barrier, thread t polls rank t, and a value above 0 means that rank t
-has not come. The kernel then traps, so the ranks that waited report "unspecified launch failure".
+The rank in such a line counts within one NVLink domain. In DeepEP's barrier, thread t waits for rank t; a value above 0
+means that rank t has not arrived. After the time-out the kernel traps, so the ranks that waited report "unspecified
+launch failure".
 """
 
 from __future__ import annotations

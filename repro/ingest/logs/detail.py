@@ -40,7 +40,7 @@ def read(line: Line, source: Source) -> Iterator[Observation]:
 
 
 def _fingerprint(text: str, source: Source) -> Call:
-    """Parse `CollectiveFingerPrint(…)`. Without tensors, the comma after the sequence number is missing."""
+    """Parse the text `CollectiveFingerPrint(…)`, in which torch prints a collective's operation, number and shape."""
     number = re.search(r"SequenceNumber=(\d{1,18})", text)
     op = re.search(r"OpType=(\w+)", text)
     shape = re.search(r"TensorShape=\[([^\]]*)\]", text)

@@ -1,4 +1,7 @@
-"""Read what serving engines print during a hang (vLLM, SGLang, TensorRT-LLM, Ray): mostly heartbeats, not errors."""
+"""Read what serving engines (vLLM, SGLang, TensorRT-LLM, Ray) print during a hang.
+
+Most of it is no error, but a line that the engine repeats while it waits.
+"""
 
 from __future__ import annotations
 
@@ -31,7 +34,7 @@ _COMPILED = re.compile(r"torch\.compile tak(?:es|ing) ([\d.]+) s|Compiling a gra
 class Engine:
     """Reads the lines of a serving engine in one file.
 
-    The first line of a process gives the rank for its later lines.
+    A line at the start of a process has its rank. The reader notes pid and rank, for lines that have only the pid.
     """
 
     def __init__(self) -> None:

@@ -1,6 +1,7 @@
-"""Read errors that end a process: out of memory, device errors, exceptions, kills. They are recognised by their text.
+"""Read error lines of processes that end: out of memory, device errors, exceptions, kills.
 
-Most errors in a hang are consequences: another rank ended before.
+The text decides the kind of the error. Many errors have the kind "consequence": the process failed only because another
+rank had ended before.
 """
 
 from __future__ import annotations
@@ -33,7 +34,8 @@ _SIGNAL = re.compile(
 )
 _DIED = re.compile(r"(?:Worker proc|Engine core proc|proc) (\S+) died unexpectedly(?:.*exit code: (-?\d{1,12}))?")
 _EXCEPTION = re.compile(r"(?:^|[\s\]:])((?:[A-Za-z_][\w.]*\.)?[A-Z]\w*(?:Error|Exception|Interrupt|Exit)): ?(.*)$")
-_HANDLED = re.compile(r"\b(?:DEBUG|INFO|WARNING) \d\d-\d\d \d\d:")  # vLLM caught the exception and goes on
+# vLLM printed the exception at a level below ERROR: it handled the exception and goes on
+_HANDLED = re.compile(r"\b(?:DEBUG|INFO|WARNING) \d\d-\d\d \d\d:")
 _BY_OTHERS = re.compile(
     r"EngineDeadError|EngineCore encountered|Engine core|ActorDiedError|Connection closed "
     r"by|Connection reset by peer|NCCL communicator was aborted|"
@@ -71,6 +73,6 @@ def read(line: Line, source: Source) -> Iterator[Observation]:
 
 
 def _words(text: str) -> str:
-    """Return the last part of a line, which contains the error message."""
+    """Return the error message in a line, which is its last part."""
     match = _EXCEPTION.search(text)
     return f"{match[1]}: {match[2]}" if match else text.strip()

@@ -1,6 +1,6 @@
 """Read gloo's errors. A closed connection means that the peer process ended. After a time-out the peer may still run.
 
-These errors name no rank: the port in the address is ephemeral.
+These errors do not show the peer's rank. They have only its address, whose port says nothing about the rank.
 """
 
 from __future__ import annotations
@@ -53,5 +53,5 @@ def read(line: Line, source: Source) -> Iterator[Observation]:
 
 
 def _first_sentence(text: str) -> str:
-    """Return an error text without the advice that newer versions of torch append."""
+    """Return an error text without the advice that newer versions of torch append to it."""
     return text.split(". This is typically")[0].rstrip("'\", ")[:160]

@@ -1,7 +1,7 @@
-"""Read the kernel log: device errors (Xid) and the out-of-memory killer. These lines name no rank.
+"""Read the log of the Linux kernel: errors of a GPU (Xid), and processes that the out-of-memory killer ended.
 
-`repro.ingest.join` finds the rank, because the logs of NCCL and of engines name the GPU's PCI address or the process id
-together with the rank.
+These lines have a GPU's PCI address or a process id, but no rank. `repro.ingest.join` finds the rank: logs of NCCL and
+of serving engines have the address or the process id together with the rank.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""Read what launchers print when a job ends: torchrun's summary, MPI, Ray. Each reports the first exit that it saw.
+"""Read what launchers (torchrun, MPI, Ray) print when a job ends. Each reports the first process that it saw exit.
 
-In a hang a watchdog ends the first process, so the first exit is not the cause. A SIGKILL is different: no watchdog
-sends this signal.
+After a hang, a watchdog ends the first process, so the first exit is not the cause. If the process ended by SIGKILL, it
+may be the cause: no watchdog sends this signal.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ _REPEATED = re.compile(r"\[repeated (\d{1,12})x across cluster\]")
 
 
 class Launchers:
-    """Reads torchrun's report of a failure, which has rank, exit code and process on separate lines."""
+    """Reads launcher messages. In torchrun's report, rank, exit code and process id stand on separate lines."""
 
     def __init__(self) -> None:
         self._rank: int | None = None

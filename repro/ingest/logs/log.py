@@ -1,4 +1,4 @@
-"""Read a text file of any size in one pass: the messages in its lines, and the stacks between them."""
+"""Read a text file of any size in one pass: log messages, and stacks that were printed between them."""
 
 from __future__ import annotations
 
@@ -17,13 +17,16 @@ BLOCK = 1 << 18
 MAX_LINE = 4096
 MAX_WRITERS = 4096
 KEPT_RECORDS = 20_000
-"""Number of records kept from the beginning and from the end of a file. A hang begins early in a log and shows late."""
+"""How many records are kept from the beginning of a file, and as many from its end.
+
+The beginning shows which rank each process has, and the first sign of a hang. The end shows its result.
+"""
 
 
 class _Readers:
-    """The readers of one file's lines.
+    """The readers for the lines of one file.
 
-    A line goes to the first reader that understands it. The reader of serving engines gets every line.
+    A line goes to the first reader that returns a record for it. The reader of serving engines gets every line.
     """
 
     def __init__(self) -> None:
@@ -43,17 +46,17 @@ class _Readers:
 
 
 def read(file: BinaryIO, name: str) -> Iterator[Observation]:
-    """Return all records of a text file."""
+    """Return the records of a text file. name: the file's name for messages; it may contain the rank."""
     log = _Log(name)
     while block := file.read(BLOCK):
         block += file.readline(MAX_LINE)
-        if block.strip(b"\0"):  # a log that is truncated while it is being written contains a hole of zeros
+        if block.strip(b"\0"):  # skip zeros: a log that is truncated while a process writes to it has a hole
             log.read(block)
     return log.finish()
 
 
 class _Log:
-    """Reads one text file block by block. In a block without any known message, only the line ends are searched."""
+    """Reads one text file block by block. If a block contains no known message, only its lines are counted."""
 
     def __init__(self, name: str) -> None:
         self._name = name
@@ -67,13 +70,13 @@ class _Log:
         self._last: deque[Observation] = deque(maxlen=KEPT_RECORDS)
 
     def read(self, block: bytes) -> None:
-        """Read one block. A block ends at the end of a line or of the file, or inside an overlong line."""
+        """Read one block. It ends with a line, with the file, or inside a line that is longer than MAX_LINE."""
         present = [mark for mark, data in self._marks if data in block]
         if not present and not self._stacks.open and self._number > 3 and b"pid=" not in block:
             self._number += block.count(b"\n")
             return
         lines = block.decode("utf-8", errors="replace").split("\n")
-        whole = block.endswith(b"\n") or len(block) >= BLOCK  # a truncated file may end inside a line
+        whole = block.endswith(b"\n") or len(block) >= BLOCK  # else the file ends inside a line, which is not read
         for text in lines if lines[-1] else lines[:-1]:
             self._number += 1
             cut = text[:MAX_LINE].rstrip("\r")
@@ -91,7 +94,7 @@ class _Log:
         return chain(self._first, self._last, self._readers.finish())
 
     def _is_new_writer(self, line: str) -> bool:
-        """Whether a line starts with the name of a process that has not written before: "(Worker_TP1 pid=42) "."""
+        """Whether a line starts with the name of a process, "(Worker_TP1 pid=42) ", that no earlier line has."""
         if line[:1] not in "(\x1b[" or "pid=" not in line[:200]:
             return False
         writer = line[: line.find(")")][:200]

@@ -1,7 +1,8 @@
 """Read NCCL_DEBUG=INFO logs: which process joined which communicator, what it launched there, and which process left.
 
-A log names a communicator by its pointer, which differs between processes. `ncclCommInitRank` lines give the rank in
-it. COLL lines (NCCL_DEBUG_SUBSYS=COLL) say what the host launched. No line says that an operation is complete.
+A log names a communicator by its address in memory, which differs between processes. A line of `ncclCommInitRank` has
+the process's rank in the communicator. COLL lines (NCCL_DEBUG_SUBSYS=COLL) say what the process launched. No line says
+that an operation is complete.
 """
 
 from __future__ import annotations
@@ -42,7 +43,11 @@ _TYPES = (
 
 @dataclass(slots=True)
 class _Communicator:
-    """One communicator in one process, as the lines so far describe it."""
+    """What the lines read so far say about one communicator in one process.
+
+    begun      whether the log shows the start of the communicator, so that ``count`` counts all launches
+    numbered   whether NCCL numbers the launches (`opCount`)
+    """
 
     process: Process
     host: str
@@ -84,7 +89,7 @@ class NcclLog:
             yield Failure(process, kind, f"NCCL met a CUDA failure: {match[1]}", line.at_s, source, host=host)
 
     def finish(self) -> Iterator[Observation]:
-        """Return the number of launches on each communicator."""
+        """Return a record for each communicator: how many operations were launched on it, and the newest of them."""
         for (host, _, pointer), row in self._communicators.items():
             if row.calls:
                 count = row.count if row.begun or row.numbered else None
@@ -94,7 +99,8 @@ class NcclLog:
 
     def _joined(self, match: re.Match[str], process: Process, host: str, source: Source) -> Iterator[Observation]:
         pointer, rank, size, bus, name = match[1], int(match[2]), int(match[3]), match[4], match[5]
-        # Older lines have no id. The k-th communicator of one size is assumed to be the same in every process.
+        # Lines of older NCCL have no communicator id. Assume that the k-th communicator of a size in one process is the
+        # k-th of this size in every other process.
         if not name:
             place = self._inits[host, process.pid, size] = self._inits.get((host, process.pid, size), 0) + 1
             name = f"communicator {place} of {size} ranks"
@@ -104,7 +110,11 @@ class NcclLog:
         yield Note("world", f"a communicator of {size} ranks", process, str(size), None, source)
 
     def _launched(self, match: re.Match[str], process: Process, host: str, line: Line, source: Source) -> None:
-        """Count the launches. The `opCount` of a line is hexadecimal, and always 0 on a single node since NCCL 2.27."""
+        """Count a launch, and keep its operation.
+
+        The line's `opCount` numbers the launches in hexadecimal. Since NCCL 2.27 it is always 0 on a single node; then
+        the lines are counted.
+        """
         key = (host, process.pid, match[6])
         row = self._communicators.get(key)
         if row is None:
@@ -124,6 +134,6 @@ class NcclLog:
 
 
 def _pci(bus: str) -> str:
-    """Convert NCCL's hexadecimal bus id "5d000" to the kernel's form "0000:5d:00"."""
+    """Convert the PCI address in NCCL's form, "5d000", to the form in the Linux kernel's log, "0000:5d:00"."""
     number = int(bus, 16)
     return f"{number >> 20:04x}:{number >> 12 & 0xFF:02x}:{number >> 4 & 0xFF:02x}"

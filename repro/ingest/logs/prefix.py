@@ -1,7 +1,8 @@
-"""Read the start of a log line: who wrote the line and when, as torch, vLLM, SGLang, Ray, NCCL and Kubernetes print it.
+"""Read the prefix of a log line, which says which process wrote the line and when.
 
-A line may have several prefixes, one after the other ("(RayWorkerWrapper pid=4108, ip=10.0.0.42) [rank8]:[W808
-14:02:18…"). Times become seconds since the start of the year, because most styles print no year and no time zone.
+The styles of torch, vLLM, SGLang, Ray, NCCL and Kubernetes are known. A line may have several prefixes:
+"(RayWorkerWrapper pid=4108, ip=10.0.0.42) [rank8]:[W808 14:02:18…". A time becomes seconds since the start of the year,
+because most styles have no year and no time zone.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ _MONTHS = {
 }
 
 _CLOCK = r"(\d{2}):(\d{2}):(\d{2})(?:[.,](\d{1,12}))?"
-_GLOG = re.compile(rf"\[?([IWEF])(1[0-2]|0?[1-9])(\d{{2}}) {_CLOCK} ")  # the month has no leading zero, the day has
+_GLOG = re.compile(rf"\[?([IWEF])(1[0-2]|0?[1-9])(\d{{2}}) {_CLOCK} ")  # "W808": level W, month 8, day 08
 _ISO = re.compile(rf"(?:\d{{4}})-(\d{{2}})-(\d{{2}})[T ]{_CLOCK}")
 _VLLM = re.compile(rf"\b(?:DEBUG|INFO|WARNING|ERROR|CRITICAL) (\d{{2}})-(\d{{2}}) {_CLOCK} ")
 _TRT = re.compile(rf"\[(\d{{2}})/(\d{{2}})/\d{{4}}-{_CLOCK}\]")
@@ -42,7 +43,13 @@ _WRITER = re.compile(f"{_ONE_WRITER}{{1,6}}")
 
 @dataclass(frozen=True, slots=True)
 class Line:
-    """A log line: `text` without colour codes, the process that wrote it, and its time (None without a time stamp)."""
+    """A log line.
+
+    number    the number of the line in its file, from 1
+    text      the line without colour codes
+    process   the process that wrote the line
+    at_s      its time stamp in seconds since the start of the year; None if it has none
+    """
 
     number: int
     text: str
@@ -51,16 +58,16 @@ class Line:
 
 
 def parse(number: int, raw: str, owner: Process) -> Line:
-    """Parse a line. `owner`: the process that owns the file, used if the line names no writer."""
+    """Parse a line. `owner`: the process to which the file belongs; it is the writer if the line names no other."""
     text = _ANSI.sub("", raw).rstrip("\r\n") if "\x1b" in raw else raw.rstrip("\r\n")
     head = text[:240]
     return Line(number, text, writer_of(head, owner), time_of(head))
 
 
 def split_writer(raw: str) -> tuple[str, str]:
-    """Split a line into (line without colour codes and writer, writer).
+    """Split off the prefix that names the writer: "[rank3]: File …" -> ("File …", "[rank3]:").
 
-    A writer is a prefix as in "[rank3]: File …".
+    Colour codes are removed.
     """
     text = _ANSI.sub("", raw) if "\x1b" in raw else raw
     match = _WRITER.match(text)
@@ -93,7 +100,7 @@ def writer_of(head: str, owner: Process) -> Process:
 
 @lru_cache(maxsize=8192)
 def time_of(head: str) -> float | None:
-    """Return the time at the start of a line, in seconds since the start of the year; None without a valid time."""
+    """Return the time at the start of a line in seconds since the start of the year; None if it has no valid time."""
     if match := _GLOG.search(head):
         return _seconds(int(match[2]), int(match[3]), *match.group(4, 5, 6, 7))
     if match := _ISO.search(head):

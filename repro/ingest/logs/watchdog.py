@@ -1,7 +1,7 @@
 """Read lines of torch's NCCL watchdog (torch 1.12 to 2.13) and of backends that copied it (HCCL, MCCL, CNCL, XCCL).
 
-`[Rank R]` and `Rank R` inside `[PG …]` are group ranks. Only the prefix `[rankR]:` is a global rank. A time-out and the
-counters of its group are on two lines, which have the number of the operation in common.
+In such a line, `[Rank R]`, and `Rank R` inside `[PG …]`, are group ranks. Only the prefix `[rankR]:` is a global rank.
+A time-out is on one line, and the counters of its group are on another line; both have the number of the operation.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ _GARBAGE = 1 << 31
 
 
 class Watchdog:
-    """Reads the watchdog's lines in one file. A time-out is kept back until a later line names its group."""
+    """Reads the watchdog's lines in one file. A time-out without a group is held back until a later line names it."""
 
     def __init__(self) -> None:
         self._waiting: dict[tuple[int | None, int, int | None], TimedOut] = {}
@@ -72,12 +72,15 @@ class Watchdog:
             )
 
     def finish(self) -> Iterator[Observation]:
-        """Return the time-outs for which no later line named a group."""
+        """Return the time-outs that are still held back because no later line named their group."""
         yield from self._waiting.values()
         self._waiting.clear()
 
     def _timed_out(self, match: re.Match[str], line: Line, source: Source) -> Iterator[Observation]:
-        """Add a time-out. The error that ends the process repeats its text, so equal time-outs count once."""
+        """Return the record of a time-out, or hold it back until its group is known.
+
+        The exception that ends the process repeats the text of the time-out. This repetition is ignored.
+        """
         work = {name: m[1] if (m := pattern.search(match[2])) else "" for name, pattern in _WORK.items()}
         sizes = tuple((int(work[key]),) for key in ("in", "out") if work[key])
         ran_s = int(match[3] or work["ms"] or 0) / 1000
@@ -109,15 +112,17 @@ class Watchdog:
 
 
 def _work(number: str) -> int | None:
-    """Parse a counter. If it has no value yet, torch 2.3 prints garbage and later versions print -1."""
+    """Parse a counter of operations; None before the first operation. Then torch 2.3 prints a random number, later
+    versions print -1."""
     value = int(number)
     return value if 0 <= value < _GARBAGE else None
 
 
 def _dump_signal(match: re.Match[str], line: Line, source: Source) -> Iterator[Observation]:
-    """Read the dump signal.
+    """Read a line that says that a watchdog, this rank's or another's, asked this rank for a Flight Recorder dump.
 
-    Only process group 0 prints it, with the counters of the default group, whichever group hangs.
+    Only the watchdog of process group 0 prints it. So its counters are those of the default group, even if another
+    group hangs.
     """
     origin = match[1] or "own"
     who = "its own watchdog" if origin == "own" else f"rank {origin}"

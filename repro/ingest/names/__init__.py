@@ -1,1 +1,1 @@
-"""Names that tools give to operations and processes, and the one name or rank that each stands for."""
+"""Translate the names that different tools print: an operation's name to torch's name, a process's name to its rank."""

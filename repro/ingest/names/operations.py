@@ -1,4 +1,4 @@
-"""Map the different names that tools use for one operation to one name."""
+"""Translate the different names that tools have for one collective to one name."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ OPERATIONS = {
 
 @lru_cache(maxsize=4096)
 def operation(name: str) -> str:
-    """Return torch.distributed's name of an operation, from that of any tool ("nccl:_all_gather_base", "ALLGATHER")."""
+    """Return torch.distributed's name of an operation: "nccl:_all_gather_base" and "ALLGATHER" -> "all_gather"."""
     bare = name.rpartition(":")[2].strip()
     lowered = bare.lower()
     known = OPERATIONS.get(lowered)

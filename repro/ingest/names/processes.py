@@ -15,15 +15,16 @@ _WORKER_NUMBER = re.compile(r"(?:VllmWorker|Worker)[- ](?:rank=)?(\d{1,12})\b")
 _RANK_PREFIX = re.compile(r"\[rank(\d{1,12})\]")
 _SGLANG_PARTS = re.compile(r"(?:^|[ _])((?:(?:DP|PP|TP|EP)\d+[ _]?)+)(?=[\]\s:]|$)")
 _STACK_DUMP = re.compile(r"VLLM_STACK_DUMP_for_(engine|worker)\w*?_(\d{1,9})\.")
-"""The name of a stack dump by vLLM's watchdog: part of the server, number in its engine, process id."""
+"""The file name of a stack dump of vLLM's watchdog. It has "engine" or "worker", and ends in the process id."""
 
 _FILE_RANK = re.compile(r"rank[-_]?(\d{1,12})(?=[-_.]|$)")
 
 
 def process_of(*, title: str = "", file: str = "", pid: int | None = None, line: str = "") -> Process:
-    """Return the process that a title, a line's prefix or a file's name describes, as far as known.
+    """Return what a process title, the prefix of a log line, or a file name shows about a process: pid, rank, role.
 
-    A title is trusted more than a file's name. A global rank ("[rank3]") is trusted more than a parallel rank ("TP3").
+    If they differ, a title counts more than a file name, and "[rank3]", a global rank, more than "TP3", which is a rank
+    within tensor parallelism.
     """
     role = role_of(title or line) or role_of(file.rpartition("/")[2])
     if (found := _STACK_DUMP.search(file)) and pid is None:
@@ -41,10 +42,13 @@ def process_of(*, title: str = "", file: str = "", pid: int | None = None, line:
 
 
 def member_of(writer: Process, title: str) -> Process:
-    """Return the process that the title in another process's message names.
+    """Return the process that a message of another process names: an engine prints "VllmWorker-0 died".
 
-    Each of several engines numbers its workers from 0, so "VllmWorker-0" of EngineCore_DP1 is not a global rank. It
-    becomes "VllmWorker-0 of EngineCore_DP1", and `repro.ingest.join` finds the rank.
+    writer   the process that printed the message
+    title    the name in it
+
+    Each engine numbers its workers from 0, so the number is not a global rank. The title becomes
+    "VllmWorker-0 of EngineCore_DP1", and `repro.ingest.join` finds the rank.
     """
     if writer.role == "engine" and writer.rank is not None and _WORKER_NUMBER.match(title):
         return Process(None, f"{title} of EngineCore_DP{writer.rank}", None, "worker")
@@ -52,11 +56,11 @@ def member_of(writer: Process, title: str) -> Process:
 
 
 def rank_in(text: str) -> int | None:
-    """Return the rank in a title or prefix. The global rank is the EP rank if there is one, or a lone DP, PP or TP
-    rank.
+    """Return the global rank that a process title or a line's prefix shows; None if it shows none.
 
     "Worker_DP7_EP7" -> 7, "Worker_TP3" -> 3, "Worker_DP0_TP2_EP2" -> 2, "EngineCore_DP3" -> 3.
-    A title with two parallel ranks ("PP1_TP3") gives no global rank, because the sizes are not known: None.
+    An EP rank is the global rank, and so is the only DP, PP or TP rank. "PP1_TP3" gives None, because the number of TP
+    ranks is not known.
     """
     if found := _ENGINE.search(text):
         return int(found.group(1)) if found.group(1) else None

@@ -1,1 +1,1 @@
-"""Read answers of NCCL's RAS subsystem."""
+"""Read answers of RAS, the service in NCCL that reports the state of a job's communicators."""

@@ -1,4 +1,7 @@
-"""Read JSON answers of NCCL's RAS (NCCL 2.28.7 and later) into `RasAnswer`. Counts are launches by the host."""
+"""Read JSON answers of NCCL's RAS (NCCL 2.28.7 and later) into `RasAnswer`.
+
+The counts in an answer are operations that the host launched, not operations that a device completed.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +15,7 @@ MAX_COMMUNICATORS, MAX_RANKS = 10_000, 200_000
 
 
 def is_answer(content: Any) -> bool:
-    """Whether a JSON document is an answer of RAS."""
+    """Whether a JSON document is an answer of NCCL's RAS."""
     return isinstance(content, dict) and "communicators" in content and ("ras" in content or "nccl_version" in content)
 
 
@@ -57,7 +60,10 @@ def read(content: Any, file: str) -> Iterator[Observation]:
 
 
 def _status(ranks: Iterable[dict[str, Any]]) -> str:
-    """Return the status of a communicator from the flags of its ranks, in the words of RAS's text format."""
+    """Return the status of a communicator, from the flags of its ranks: RUNNING, INIT, FINALIZE or ABORT.
+
+    RAS's text format has the same words.
+    """
     found = {"RUNNING"}
     for rank in ranks:
         status = rank.get("status")

@@ -1,4 +1,4 @@
-"""Find global ranks from the members of the largest communicator in an answer."""
+"""Find the global ranks of processes from the largest communicator in an answer of NCCL's RAS."""
 
 from __future__ import annotations
 
@@ -8,7 +8,10 @@ from repro.trace.foreign.records import Member, RasCommunicator
 
 
 def of_the_world(members: Iterable[Member], communicators: Sequence[RasCommunicator]) -> list[Member]:
-    """Return the members of the one communicator that is larger than all others. Their ranks in it are global ranks."""
+    """Return the members of the largest communicator, if only one has this size; else [].
+
+    We assume that it contains all ranks, so that the ranks in it are global ranks.
+    """
     sizes = sorted((row.size for row in communicators), reverse=True)
     if not sizes or sizes[1:2] == sizes[:1]:
         return []

@@ -1,4 +1,4 @@
-"""Read RAS's monitor mode (NCCL 2.29 and later): a peer that has ended or does not answer."""
+"""Read lines of the monitor mode of NCCL's RAS (NCCL 2.29 and later): a peer has ended or does not answer."""
 
 from __future__ import annotations
 

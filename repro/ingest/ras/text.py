@@ -1,9 +1,10 @@
 """Read text answers of NCCL's RAS (NCCL 2.24 and later) into `RasAnswer`.
 
-Counts are launches by the host: OK does not say what the devices completed. If the counts of the
-ranks differ, the text lists the smaller set of ranks, which may be ahead of the other ranks or behind: a listed rank
-is not always the wrong one. The text has no time. No answer at all is also evidence: the thread that
-answers gets no processor, or its process has ended.
+The counts are operations that the host launched. OK means that these counts are equal, not that the devices have
+completed the operations. If the counts of the ranks differ, the text lists the smaller set of ranks. It may be ahead of
+the other ranks or behind them, so a listed rank is not always the wrong one. The text has no time.
+
+A missing answer is also evidence: the thread that answers gets no processor time, or its process has ended.
 """
 
 from __future__ import annotations
@@ -41,7 +42,7 @@ _NO_ANSWER = re.compile(
 
 @dataclass(slots=True)
 class _Communicator:
-    """One communicator while its lines are read."""
+    """What the lines read so far say about one communicator."""
 
     row: RasCommunicator
     missing: list[int] = field(default_factory=list)
@@ -55,7 +56,7 @@ def looks_like(head: str) -> bool:
 
 
 def no_answer(file: str, text: str) -> Note | None:
-    """Make a note for a RAS file without an answer: an empty file, or a file with an error of the RAS client."""
+    """Return a note for a file without an answer: it is empty, or has an error of the RAS client. Else None."""
     if not re.search(r"ras(?![a-z])", file.rpartition("/")[2].lower()) or len(text) > 4096:
         return None
     why = next((line.strip() for line in text.splitlines() if _NO_ANSWER.search(line)), "")

@@ -1,1 +1,1 @@
-"""Flight Recorder dumps of torch.distributed."""
+"""Read Flight Recorder dumps of torch.distributed."""

@@ -1,4 +1,4 @@
-"""Sort the entries of a recorder dump by group, and convert them to columns."""
+"""Sort the entries of a Flight Recorder dump by process group, and store their fields in columns (`Calls`)."""
 
 from __future__ import annotations
 
@@ -22,16 +22,17 @@ MAX_FRAMES, MAX_TENSORS, MAX_DIMENSIONS = 24, 64, 16
 MAX_NS = 1 << 62
 MAX_TEXT, MAX_GROUPS = 200, 10_000
 EVENT_BACKENDS = ("nccl", "xccl", "hccl", "mccl", "cncl", "eccl", "rccl")
-"""Backends that see when an operation completes.
-
-Their entries that are retired but not completed ran into a time-out.
-"""
+"""Backends that record when an operation completes. If one of their entries is retired but not completed, the operation
+ran into a time-out."""
 
 _TRANSFER = re.compile(r"(send|recv) (\d{1,7})(?:->|<-)(\d{1,7})")
 
 
 def knowledge_of(entries: Sequence[Mapping[str, Any]]) -> Knows:
-    """Return the aspects that the entries show. All entries have one format, so the first and the last are enough."""
+    """Return which aspects the entries of a dump show, for example ARGUMENTS if they have sizes and types.
+
+    All entries of a dump have the same fields, so only the first and the last are examined.
+    """
     return _shown_by(entries[0]) & _shown_by(entries[-1]) if entries else Knows.ORDER | Knows.COMPLETION
 
 
@@ -51,7 +52,13 @@ def _shown_by(entry: Mapping[str, Any]) -> Knows:
 
 @dataclass(slots=True)
 class Rows:
-    """The entries of one group, their positions in the dump, and for each a 1 if the operation is over."""
+    """The entries of one process group in a dump.
+
+    index     the number of the group in the dump, in the order of first entries
+    entries   the entries, oldest first
+    numbers   for each entry: its number in the dump
+    over      for each entry: 1 if its operation is over, else 0
+    """
 
     index: int
     backend: str
@@ -61,7 +68,10 @@ class Rows:
 
 
 def by_group(entries: Sequence[Mapping[str, Any]]) -> tuple[dict[tuple[str, str, str], Rows], array[int]]:
-    """Sort the entries by group. Returns the groups' rows, and for each entry of the dump the index of its group."""
+    """Sort the entries of a dump by process group.
+
+    Returns (id, name, description) of a group -> its entries; and for each entry of the dump the index of its group.
+    """
     rows: dict[tuple[str, str, str], Rows] = {}
     quick: dict[Any, Rows] = {}
     order = array("H")
@@ -70,10 +80,11 @@ def by_group(entries: Sequence[Mapping[str, Any]]) -> tuple[dict[tuple[str, str,
         pair = get("process_group")
         try:
             row = quick[get("pg_id"), pair]
-        except (KeyError, TypeError):  # the first entry of a group, or a list: JSON has lists where a pickle has tuples
+        # KeyError: the first entry of a group. TypeError: the pair is a list, which JSON has in place of a tuple.
+        except (KeyError, TypeError):
             key = _group_key(entry)
             if key not in rows and len(rows) == MAX_GROUPS:
-                raise ValueError(f"more than {MAX_GROUPS} process groups, as in no job: the file is damaged") from None
+                raise ValueError(f"more than {MAX_GROUPS} process groups, so the file must be damaged") from None
             row = rows.setdefault(key, Rows(len(rows), backend_of(entry)))
             if isinstance(pair, tuple) and all(isinstance(word, int | str) for word in (get("pg_id"), *pair)):
                 quick[get("pg_id"), pair] = row
@@ -94,14 +105,20 @@ def _group_key(entry: Mapping[str, Any]) -> tuple[str, str, str]:
 
 
 def short_text(value: Any) -> str:
-    """Return a name or number as text, shortened; "" for any other type, because its text could be arbitrarily long."""
+    """Return a string or an integer as a text of limited length; "" for any other type.
+
+    The file is untrusted, and the text of a nested list, for example, could be very long.
+    """
     if isinstance(value, str):
         return value[:MAX_TEXT]
     return str(value) if isinstance(value, int) and -MAX_NS < value < MAX_NS else ""
 
 
 def backend_of(entry: Mapping[str, Any]) -> str:
-    """Return the backend in an entry's name: "nccl" of "nccl:all_reduce". TorchComms has a description there."""
+    """Return the part of an entry's name before the colon: the backend, "nccl" in "nccl:all_reduce".
+
+    Dumps of TorchComms have the group's description there.
+    """
     return short_text(entry.get("profiling_name")).rpartition(":")[0]
 
 
@@ -109,16 +126,16 @@ def _is_retired(entry: Mapping[str, Any], backend: str) -> bool:
     """Whether an operation is over although its entry is not marked as completed."""
     retired = bool(entry.get("retired"))
     if retired and backend in EVENT_BACKENDS and not entry.get("time_discovered_completed_ns"):
-        # A time-out removed the operation from the list of pending ones.
+        # The backend saw no completion. If the state is still "scheduled" or "started", the operation timed out.
         return entry.get("state") not in ("scheduled", "started")
     return retired
 
 
 def complete_the_earlier(rows: Rows) -> None:
-    """Mark operations as over if a later collective of the group has completed, because a group completes in order.
+    """Mark collectives as over if a later collective of their group is over, because a group completes them in order.
 
-    The parts of a coalesced operation have no events of their own. They precede the entry of the whole operation and
-    share its number.
+    A coalesced operation has an entry for each part, and after them an entry for the whole, with the same number. Only
+    the completion of the whole is recorded. If the whole is over, mark its parts as over.
     """
     if rows.backend == "gloo" or 0 not in rows.over:
         return
@@ -143,7 +160,7 @@ def _is_member(entry: Mapping[str, Any], coalesced: Mapping[str, Any]) -> bool:
 
 
 class Columns:
-    """Converts entries to columns. Values that many entries share (names, sizes, types, stacks) are parsed once."""
+    """Converts the entries of a dump to columns. Names, sizes, types and stacks that repeat are parsed only once."""
 
     def __init__(self, file: str, entries: Sequence[Mapping[str, Any]]) -> None:
         self._file = file
@@ -153,7 +170,7 @@ class Columns:
         self._year_s = _start_of_year(first // 86_400_000_000_000) if first is not None else 0.0
 
     def calls(self, rows: Rows, group: Group) -> Calls:
-        """Convert the entries of one group to columns. This loop takes most of the time for a large dump."""
+        """Convert the entries of one group to columns. Reading a large dump spends most of its time in this loop."""
         year_s, forms = self._year_s, _Forms(group.members, self._frames_of)
         known: dict[object, int] = {}
         form, seqs, times_s = array("I"), array("q"), array("d")
@@ -164,7 +181,7 @@ class Columns:
                 get("input_dtypes"), get("output_dtypes"),
             )  # fmt: skip
             frames = get("frames")
-            try:  # the output of `marshal` is no larger than its input, so a hostile file cannot make a large key
+            try:  # `marshal` makes a key no larger than the entry itself, so a hostile file cannot use up memory here
                 key = dumps(content), tuple(map(id, frames[:MAX_FRAMES])) if frames else ()
             except (TypeError, ValueError):
                 key = None
@@ -183,7 +200,10 @@ class Columns:
         return Calls(tuple(forms.forms), form, seqs, bytes(rows.over), times_s, rows.numbers, self._file)
 
     def _frames_of(self, value: Any) -> tuple[str, ...]:
-        """Return an entry's innermost frames, cached by the identity of their list: torch shares equal stacks."""
+        """Return the innermost frames of an entry as text.
+
+        Equal stacks share the same frame objects in a dump, so the result is cached by the ids of these objects.
+        """
         if not isinstance(value, (list, tuple)) or not value:
             return ()
         key = tuple(map(id, value[:MAX_FRAMES]))
@@ -199,7 +219,10 @@ class Columns:
 
 
 class _Forms:
-    """The distinct forms (name, sizes, dtypes, peer, frames) of one group's operations. Each form has a number."""
+    """The distinct forms of one group's operations, numbered from 0.
+
+    Operations with the same name, sizes, types, peer and stack share a form.
+    """
 
     def __init__(self, members: tuple[int, ...], frames_of: Callable[[Any], tuple[str, ...]]) -> None:
         self.forms: list[Form] = []
@@ -208,7 +231,7 @@ class _Forms:
         self._numbers: dict[Form, int] = {}
 
     def index_of(self, name: Any, ins: Any, outs: Any, in_types: Any, out_types: Any, frames: Any) -> int:
-        """Return the number of a form. A new form gets the next number."""
+        """Return the number of the form that these fields of an entry have. A new form gets the next number."""
         text = short_text(name)
         op, peer = operation(text), None
         if " " in text and (transfer := _TRANSFER.search(text)):
@@ -226,7 +249,7 @@ class _Forms:
 
 @lru_cache(maxsize=65_536)
 def _shared(value: Any) -> Any:
-    """Return one shared object for equal values, so that they are stored once and compared by identity."""
+    """Return the same object for equal values, to save memory, and because comparing equal objects is then fast."""
     return value
 
 

@@ -1,17 +1,18 @@
-"""Read PyTorch Flight Recorder dumps (pickle or JSON, versions 2.0 to 2.10, and the list of 2023) into `RecorderDump`.
+"""Read PyTorch Flight Recorder dumps into `RecorderDump`.
 
-Source of the format: torch/csrc/distributed/c10d/FlightRecorder.hpp and its pickler, torch 2.2 to 2.13.
+Dumps are pickles or JSON, of the format versions 2.0 to 2.10. A nightly build of 2023 wrote only the list of entries.
+The format is defined in torch/csrc/distributed/c10d/FlightRecorder.hpp and its pickler, torch 2.2 to 2.13.
 
-What a reader must know, and what this reader does:
+What the format does not say by itself:
 
-- A dump does not name its rank: the rank is the last number in the file's name.
-- On gloo and in TorchComms' dumps `state` stays "scheduled" for ever, and only `retired` shows that an operation is
-  over. On NCCL an operation that is retired but not completed ran into its time-out. If a later operation of its group
-  has completed, an operation is over whatever its state says. Operations inside a coalesced group have no events of
-  their own.
-- `pg_config` is keyed by a group's name, and `pg_status` by the group's id. The entries have both. In gloo dumps
-  `pg_config` is empty.
-- The names of transfers ("recv 1<-0") have group ranks.
+- A dump does not contain its rank. The rank is the last number in the file's name.
+- The field `state` stays "scheduled" on gloo and in dumps of TorchComms. There only `retired` shows that an operation
+  is over. On NCCL, an operation that is retired but not completed ran into its time-out.
+- If a later operation of its group has completed, an operation is over, whatever its state says.
+- The parts of a coalesced operation have no completion of their own; that of the whole operation counts.
+- `pg_config` has the groups' names as keys, and `pg_status` their ids. Entries have both. In gloo dumps `pg_config` is
+  empty.
+- In the names of sends and receives ("recv 1<-0"), the numbers are group ranks.
 """
 
 from __future__ import annotations
@@ -42,11 +43,11 @@ _LAST_NUMBER = re.compile(r"(\d{1,7})\D*$")
 
 
 class NotARecorderDump(ValueError):
-    """The bytes are not a recorder dump. Another reader may understand them."""
+    """The content is not a Flight Recorder dump. Another reader may understand it."""
 
 
 def looks_like(head: bytes) -> bool:
-    """Whether the first bytes of a file look like a recorder dump."""
+    """Whether the first bytes of a file look like those of a Flight Recorder dump."""
     if head[:1] == b"\x80":
         return True
     start = head.lstrip()[:4096]
@@ -65,7 +66,10 @@ def rank_of(name: str) -> int | None:
 
 
 def read(data: bytes, file: str, rank: int | None = None) -> RecorderDump:
-    """Read one dump. Raises NotARecorderDump, or DamagedFile ("file:offset: what") if the dump is damaged."""
+    """Read one dump. rank: by default, the number at the end of the file's name.
+
+    Raises NotARecorderDump, or DamagedFile ("file:offset: problem") if the dump is damaged.
+    """
     if data[:1] == b"\x80":
         content = pickles.load(data, file)
     else:
@@ -98,7 +102,7 @@ def _dump(content: Mapping[str, Any], file: str, rank: int) -> RecorderDump:
         enqueued, _, completed = _counters(status.get(pg_id))
         records.append(GroupRecord(group, known.calls(row, group), enqueued, completed, pg_id))
     seen = {pg_id for pg_id, *_ in rows}
-    # groups whose entries were overwritten, or left out because all their operations are over
+    # groups with counters but without entries: they were overwritten, or left out because all operations are over
     for pg_id, counters in status.items():
         if pg_id not in seen:
             enqueued, _, completed = _counters(counters)
@@ -128,7 +132,7 @@ def _group(name: str, description: str, config: Mapping[str, Any]) -> Group:
 
 
 def _members(ranks: Any) -> tuple[int, ...]:
-    """Parse the ranks of a group: the text "[0, 1]", or a list in dumps of TorchComms."""
+    """Parse the ranks of a group in `pg_config`: a text "[0, 1]", or a list in dumps of TorchComms."""
     if isinstance(ranks, str):
         return _ranks_in(ranks)
     if isinstance(ranks, (list, tuple)):
@@ -147,7 +151,10 @@ def _counters(row: Any) -> tuple[int | None, int | None, int | None]:
 
 
 def _count(value: Any) -> int | None:
-    """Parse a counter: an int in pickles, a string in JSON. Without a value it is -1 or 0xff…."""
+    """Parse a counter of `pg_status`: an int in pickles, a string in JSON.
+
+    Return None for -1 and 0xff…, which mean that the counter has no value yet.
+    """
     try:
         number = int(value)
     except (TypeError, ValueError, OverflowError):

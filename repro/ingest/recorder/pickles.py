@@ -1,4 +1,4 @@
-"""Load a pickle that contains plain data only. A pickle that names a class could run code, and is refused."""
+"""Load a pickle, but only if it contains plain data. A pickle that names a class or function could run code."""
 
 from __future__ import annotations
 
@@ -13,11 +13,12 @@ from typing import Any, NoReturn
 from hybrid_moe_ref.files import DamagedFile
 
 ROOM_BYTES = 256 << 20
-"""Memory that a pickle may take, besides forty times its size. A pickle of nine bytes can request 64 GB."""
+"""The limit of the memory for loading a pickle is this plus forty times the size of the file. Without a limit, a pickle
+of nine bytes can request 64 GB."""
 
 
 class UnsafePickle(DamagedFile):
-    """The pickle names a class or function, which a recorder dump never does."""
+    """The pickle names a class or function. A Flight Recorder dump never does, so the file may be an attack."""
 
 
 class _DataOnly(pickle.Unpickler):
@@ -33,23 +34,24 @@ class _DataOnly(pickle.Unpickler):
 
 
 class _NamesCode(Exception):
-    """Raised inside the unpickler, and converted to UnsafePickle with the position in the file."""
+    """The pickle names a class or function. `load` converts this exception to UnsafePickle, which has the offset."""
 
 
 def load(data: bytes, where: str) -> Any:
     """Read a pickle of dicts, lists, tuples, strings and numbers.
 
-    where: the name of the file, for error messages
+    where: the name of the file for messages
 
-    Raises UnsafePickle for a pickle that names code, and DamagedFile for a damaged pickle or one that requests much
-    memory. The text is "file:offset: what". The damage is at the offset or shortly after it.
+    Raises UnsafePickle if the pickle names a class or function, and DamagedFile if it is damaged or requests too much
+    memory. The message is "file:offset: problem"; the problem is at the offset or shortly after it.
     """
     raw = io.BytesIO(data)
-    # The file must be able to peek: without peeking every operation is a call, which takes four times as long.
+    # The file must have the method `peek`. Without it, the unpickler calls `read` for every operation, and takes four
+    # times as long.
     file = io.BufferedReader(raw, 1 << 16)
     kind, what = DamagedFile, ""
     try:
-        # The interpreter prints an error itself when a bytearray of wrong size is freed.
+        # stderr is redirected, because the interpreter prints an error when it frees a bytearray of a wrong size.
         with _bounded_memory(ROOM_BYTES + 40 * len(data)), contextlib.redirect_stderr(io.StringIO()):
             return _DataOnly(file).load()
     except _NamesCode as error:
@@ -65,7 +67,7 @@ def load(data: bytes, where: str) -> Any:
 
 @contextlib.contextmanager
 def _bounded_memory(room: int) -> Iterator[None]:
-    """Limit this process to `room` more bytes of memory. A larger allocation raises MemoryError."""
+    """Limit this process to `room` more bytes of memory than it has now. An allocation beyond it raises MemoryError."""
     pages = int(Path("/proc/self/statm").read_text().split()[0])
     before = resource.getrlimit(resource.RLIMIT_AS)
     limit = pages * resource.getpagesize() + room

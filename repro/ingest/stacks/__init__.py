@@ -1,1 +1,1 @@
-"""Read the stacks of threads, and find what a thread does from its frames."""
+"""Read the stacks of threads from the dumps of other tools, and derive from its frames what a thread does."""

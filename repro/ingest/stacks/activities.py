@@ -1,4 +1,7 @@
-"""Find what a thread does from its frames. The rules are a table, activities.toml beside this file."""
+"""Find what a thread does, such as to wait in a collective or to build a kernel, from the frames of its stack.
+
+The rules are rows of the table activities.toml beside this file.
+"""
 
 from __future__ import annotations
 
@@ -36,7 +39,10 @@ def _any_row() -> re.Pattern[str]:
 
 @lru_cache(maxsize=65_536)
 def _first_matches(frame: str) -> tuple[tuple[int, re.Match[str]], ...]:
-    """Return the table rows whose first pattern matches a frame. Cached, because many ranks share most frames."""
+    """Return (index, match) of each table row whose first pattern matches a frame.
+
+    The result is cached, because the stacks of many ranks have the same frames.
+    """
     if not _any_row().search(frame):
         return ()
     found = ((index, row.frames[0].search(frame)) for index, row in enumerate(_rows()))
@@ -45,7 +51,10 @@ def _first_matches(frame: str) -> tuple[tuple[int, re.Match[str]], ...]:
 
 @lru_cache(maxsize=4096)
 def activity_of(frames: tuple[str, ...]) -> tuple[str, str]:
-    """Return (activity, detail) of a stack, innermost frame first; ("", "") if no row of the table matches."""
+    """Return what the thread with this stack does: ("building", "a Triton kernel"); ("", "") if no row matches.
+
+    frames   "function (file:line)", innermost first
+    """
     best = _best(frames)
     if best is None:
         return "", ""
@@ -54,13 +63,16 @@ def activity_of(frames: tuple[str, ...]) -> tuple[str, str]:
 
 
 def row_of(frames: tuple[str, ...]) -> int | None:
-    """Return the index of the table row that matches a stack; None if no row matches."""
+    """Return the index of the row of activities.toml that matches a stack best; None if no row matches."""
     best = _best(frames)
     return best[0] if best else None
 
 
 def _best(frames: tuple[str, ...]) -> tuple[int, list[str]] | None:
-    """Return the best matching row, and the names that its patterns captured."""
+    """Return the index of the best matching row, and the texts that the groups of its patterns captured.
+
+    The order of preference is described at the top of activities.toml.
+    """
     best: tuple[tuple[bool, int, int, int], list[str]] | None = None
     for place, frame in enumerate(frames):
         for index, match in _first_matches(_without_line(frame)):
@@ -75,7 +87,10 @@ def _best(frames: tuple[str, ...]) -> tuple[int, list[str]] | None:
 
 
 def _match_outwards(patterns: Sequence[re.Pattern[str]], frames: Sequence[str]) -> list[re.Match[str]] | None:
-    """Return, for each pattern in order, the frame further outwards that it matches; None if a pattern matches none."""
+    """Match the patterns one after the other, each against the frames outside the one that matched before.
+
+    Returns the match of each pattern; None if a pattern matches no frame.
+    """
     rest = iter(frames)
     matches = []
     for pattern in patterns:
@@ -87,5 +102,5 @@ def _match_outwards(patterns: Sequence[re.Pattern[str]], frames: Sequence[str]) 
 
 
 def _without_line(frame: str) -> str:
-    """Drop the line number of a frame: "wait (threading.py:359)" -> "wait (threading.py)"."""
+    """Remove the line number from a frame: "wait (threading.py:359)" -> "wait (threading.py)"."""
     return re.sub(r":\d+\)$", ")", frame)

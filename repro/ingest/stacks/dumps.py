@@ -1,7 +1,7 @@
-"""Read stacks as text or JSON (py-spy, pystack, faulthandler, gdb, and those in logs of vLLM and SGLang) into `Stack`.
+"""Read stacks into `Stack`: text or JSON of py-spy, pystack, faulthandler, gdb, and stacks in logs of vLLM and SGLang.
 
-A stack shows a place in the code. It shows no group, no sequence number and no iteration. The words "idle" and "active"
-of py-spy do not say whether a thread waits for other ranks: a thread that waits for a compiler is idle, too.
+A stack shows a place in the code, but no group, no sequence number and no iteration. py-spy's words "idle" and "active"
+do not show whether a thread waits for other ranks: a thread that waits for a compiler is idle, too.
 """
 
 from __future__ import annotations
@@ -32,7 +32,8 @@ _LOCK_FILE = re.compile(
 )
 MARKS = ("Thread ", "thread ", "Process ", "Pyspy dump")
 
-# For each tool: how a stack begins, whether the outermost frame comes first, whether Python gave the thread its name.
+# For each tool: how a stack begins; whether the outermost frame is printed first; whether the thread's name is the one
+# that Python has for it.
 _STARTS = (
     (re.compile(r'^Thread (?:0x)?[0-9a-fA-F]+ \((?:idle|active|active\+gil|idle\+gil)\)(?:: "(?P<name>.*)")?\s*$'),
      False, True),  # py-spy
@@ -50,12 +51,12 @@ _LIBRARY = re.compile(r" \((\S{1,300}\.so[\w.]*)\)$")
 _GDB_FRAME = re.compile(r"^#\d+\s+(?:0x[0-9a-f]+ in )?(\S.*?) \(")
 _GDB_PLACE = re.compile(r" (?:at|from) ([^\s()]+?)(?::\d+)?\s*$")
 MAX_FRAME = 600
-"""Longest line that can be a frame, in characters. No tool writes a longer frame."""
+"""The largest number of characters of a line that is read as a frame. No tool writes a longer frame."""
 
 
 @dataclass(slots=True)
 class _Open:
-    """A stack whose lines are still being read."""
+    """A stack of which not all lines have been read yet."""
 
     process: Process
     name: str
@@ -80,7 +81,7 @@ def looks_like_json(content: Any) -> bool:
 
 
 def read_json(content: Any, file: str) -> Iterator[Stack]:
-    """Read `py-spy dump --json`: a list of threads. It has the process title only if py-spy got --subprocesses."""
+    """Read the output of `py-spy dump --json`: a list of threads. It has the process title only with --subprocesses."""
     for thread in content[:MAX_STACKS]:
         rows = thread.get("frames") if isinstance(thread, dict) else None
         if not isinstance(rows, list):
@@ -98,7 +99,7 @@ def read_json(content: Any, file: str) -> Iterator[Stack]:
 
 
 def frames_of(rows: Iterable[Mapping[str, Any]]) -> tuple[str, ...]:
-    """Return "function (file:line)" for each frame of py-spy's JSON."""
+    """Return "function (file:line)" for each frame in the JSON of py-spy."""
     return tuple(map(_json_frame, rows))
 
 
@@ -108,7 +109,7 @@ def _json_frame(frame: Mapping[str, Any]) -> str:
 
 
 def _json_lock(frames: Sequence[Mapping[str, Any]]) -> str:
-    """Return the path of a lock file that a local variable names (py-spy --locals); "" if there is none."""
+    """Return the path of a lock file that is in a local variable (with py-spy --locals); "" if there is none."""
     for frame in frames:
         local_variables = frame.get("locals")
         for row in local_variables if isinstance(local_variables, list) else ():
@@ -120,9 +121,9 @@ def _json_lock(frames: Sequence[Mapping[str, Any]]) -> str:
 
 
 class Stacks:
-    """Collects the stacks in the numbered lines of a text, and skips other lines.
+    """Collects the stacks in a text, line by line, and skips all other lines.
 
-    A stack ends with an empty line, or with a line that is not indented. `open`: the next line may belong to a stack.
+    A stack ends before an empty line, or before a line that is not indented. `open` is true within a stack.
     """
 
     def __init__(self, file: str) -> None:
@@ -150,7 +151,7 @@ class Stacks:
         if start is not None:
             match, outermost_first, named_by_python = start
             owner = self._process
-            if owner.pid is None:  # no header names the process: use the writer of the line, else the file name
+            if owner.pid is None:  # no header names the process: use the prefix of the line, or else the file name
                 owner = writer_of(raw[:240], owner)
             name = "MainThread" if match.groupdict().get("number") == "1" else match["name"] or ""
             source = Source(self._file, f"line {number}")
@@ -175,9 +176,10 @@ def _start_of(line: str) -> tuple[re.Match[str], bool, bool] | None:
 
 
 def _frame(line: str, *, bare: bool) -> str:
-    """Return "function (file:line)" of a line in any of the formats; "" if the line is not a frame.
+    """Return the frame in a line of any of the formats as "function (file:line)"; "" if the line is not a frame.
 
-    bare: this tool also prints functions without a file. In other formats, such a line is one of the program's own
+    bare: whether a line with only a function's name is a frame. It is one in the output of py-spy; in other formats the
+    program itself printed the line.
     """
     line = line[:MAX_FRAME].rstrip()
     if match := _FAULT_FRAME.match(line):
@@ -195,7 +197,10 @@ def _frame(line: str, *, bare: bool) -> str:
 
 
 def _pyspy_frame(text: str, bare: bool) -> str:
-    """Parse a py-spy line "function (file:line)". Names of native functions and of files may contain brackets."""
+    """Return the frame in a line of py-spy, "function (file:line)"; "" if it is none.
+
+    The names of native functions and of files may contain brackets, so the last pair of brackets is searched.
+    """
     depth = 0
     for place in range(len(text) - 1, -1, -1) if text.endswith(")") else ():
         depth += {")": 1, "(": -1}.get(text[place], 0)
@@ -207,10 +212,10 @@ def _pyspy_frame(text: str, bare: bool) -> str:
 
 
 def _runs_the_program(frames: Sequence[str]) -> bool:
-    """Whether a stack is of the program's first thread: it has Python frames, and does not begin with the start of a
-    thread.
+    """Whether a stack belongs to the thread that runs the program.
 
-    TensorRT-LLM's main loop runs in a thread of its own.
+    It has Python frames, and its outermost frames are not those with which `threading` starts a thread. TensorRT-LLM
+    runs its main loop in a thread of its own, which counts, too.
     """
     if any("pyexecutor/py_executor.py" in frame and "_loop" in frame for frame in frames):
         return True
@@ -218,7 +223,7 @@ def _runs_the_program(frames: Sequence[str]) -> bool:
 
 
 def _short(path: str) -> str:
-    """Shorten a path to start at its package: ".../site-packages/torch/nn/x.py" -> "torch/nn/x.py"."""
+    """Remove the folder of installed packages from a path: ".../site-packages/torch/nn/x.py" -> "torch/nn/x.py"."""
     for mark in ("site-packages/", "dist-packages/"):
         if mark in path:
             return path.rpartition(mark)[2]

@@ -1,7 +1,7 @@
-"""Find the process group of a collective, and the peer of a transfer, from the local variables of a stack.
+"""Find the process group of a collective, and the peer of a send or receive, from the local variables in a stack.
 
-py-spy prints a process group as its address, which differs between processes. But the program holds the group in a
-variable, whose name is the same on all ranks that run the same program.
+`py-spy --locals` prints a process group as its address, which differs between processes. But the program has the group
+in a variable, and the variable's name is the same on all ranks.
 """
 
 from __future__ import annotations
@@ -18,13 +18,14 @@ _PEERS = {"send": ("dst", "group_dst"), "isend": ("dst", "group_dst"), "recv": (
 
 
 def group_of(frames: Sequence[Mapping[str, Any]]) -> tuple[str, tuple[str, ...]]:
-    """Return the variable that holds the group of the outermost collective, and the variables that hold other groups.
+    """Return the name of the variable that holds the group of the collective, and the names that hold other groups.
 
-    The first is "default" if the program passed no group, and "" if the variables do not show the group.
+    A name is "variable in function". The first is "default" if the program passed no group to the collective, and "" if
+    the variables do not show the group.
     """
     inner = [frame for frame in frames if _is_torch(frame)]
     program = [frame for frame in frames if not _is_torch(frame)]
-    names: dict[str, str] = {}  # address -> name
+    names: dict[str, str] = {}  # address of a group -> "variable in function"
     for frame in program:
         for name, text in variables_of(frame):
             if match := _GROUP.fullmatch(text):
@@ -37,7 +38,10 @@ def group_of(frames: Sequence[Mapping[str, Any]]) -> tuple[str, tuple[str, ...]]
 
 
 def _address(frames: Sequence[Mapping[str, Any]]) -> str | None:
-    """Return the address of the group that the program passed; "" if it passed none, None if that is not visible."""
+    """Return the address of the group that the program passed to the collective.
+
+    "" if it passed none; None if the variables do not show it.
+    """
     for frame in reversed(frames):
         variables = dict(variables_of(frame))
         if str(frame.get("name", "")).endswith("wrapper") and {"args", "kwargs"} <= variables.keys():
@@ -50,7 +54,7 @@ def _address(frames: Sequence[Mapping[str, Any]]) -> str | None:
 
 
 def peer_of(frames: Sequence[Mapping[str, Any]]) -> int | None:
-    """Return the peer of a send or receive: a global rank, or a group rank if the program passes one."""
+    """Return the peer of a send or receive, as the program passed it: a global rank, or a group rank."""
     for frame in frames:
         if _is_torch(frame) and (names := _PEERS.get(str(frame.get("name")))):
             variables = dict(variables_of(frame))
@@ -61,7 +65,7 @@ def peer_of(frames: Sequence[Mapping[str, Any]]) -> int | None:
 
 
 def variables_of(frame: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
-    """Return (name, value as py-spy prints it) of each argument and local variable."""
+    """Return (name, value as py-spy prints it) of each argument and local variable of a frame."""
     rows = frame.get("locals")
     for row in rows[:MAX_VARIABLES] if isinstance(rows, list) else ():
         if isinstance(row, dict) and isinstance(row.get("name"), str) and isinstance(row.get("repr"), str):

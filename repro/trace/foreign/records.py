@@ -124,7 +124,7 @@ class Stack:
 
     frames      "function (file:line)", innermost first
     activity    what the thread does, as a name from activities.toml: collective, lock, building, compiling, device,
-                queue, idle, answer, loading, saving, data, debugger; "" if unknown
+                queue, idle, answer, loading, saving, data, debugger, exit, sleep; "" if unknown
     detail      the collective, the lock's file, the module that is built, or other details of the activity
     look        if the same process was observed several times: the number of the observation, from 0
     group       for a collective: the variable that holds its process group; "default" if the call names no group,
