@@ -1,1 +1,2 @@
-"""Record programs from outside this repository by patching torch.distributed; test expert-parallel code in pytest."""
+"""Record the collectives of programs that are not ours, by replacing functions of torch.distributed, of vLLM and of
+other libraries. Also the pytest fixture for tests of expert-parallel code."""

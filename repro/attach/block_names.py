@@ -1,4 +1,8 @@
-"""Give block names that differ by rank, such as ``f"expert {rank}"``, one common name, to compare the ranks."""
+"""Replace block names that contain the rank, such as "expert 3", by one common name.
+
+A block is the ``with assert_no_deadlock(name)`` of a test. With the common name, the judge can compare the collectives
+of all ranks.
+"""
 
 from __future__ import annotations
 
@@ -14,10 +18,10 @@ _LAYER = 2
 
 
 def blocks_compared(witnesses: dict[int, Witness]) -> dict[int, Witness]:
-    """Replace each block name that only one rank uses by one common name. Returns the changed witnesses.
+    """Return the witnesses with one common name in place of each block name that only one rank uses.
 
-    The judge then compares the collectives in such a block by everything but the name. A name that several ranks use is
-    kept and compared.
+    The judge then compares the collectives in such a block without the block's name. A name that several ranks use is
+    kept, and the judge compares it.
     """
     layers = {rank: {parts[_LAYER] for parts in _signatures(witness)} for rank, witness in witnesses.items()}
     users = Counter(layer for names in layers.values() for layer in names)

@@ -73,7 +73,8 @@ class DeadlockError(AssertionError):
 
 @dataclass(frozen=True)
 class Rank:
-    """The argument of a function that runs in a rank. torch.distributed is initialised; ``world`` is all ranks."""
+    """The argument of a test's function that runs in a rank: the rank's number, its device, and ``world``, the process
+    group of all ranks. torch.distributed is initialised."""
 
     rank: int
     num_ranks: int
@@ -114,7 +115,7 @@ class Ranks:
 
     root             the folder for the evidence of each run
     quiet_window_s   how many seconds all ranks must be silent before they are judged
-    deadline_s       how many seconds a run may take in any case
+    deadline_s       after how many seconds a run fails, whether its ranks are silent or not
     """
 
     num_ranks: int
@@ -140,7 +141,7 @@ class Ranks:
             create(run_dir.witness(rank), Identity(rank, self.num_ranks, run_id=run_dir.root.name))
         pids = [self._fork(run_dir, rank, function) for rank in range(self.num_ranks)]
         children = {pid: start_ticks(pid) for pid in pids}
-        patience_s = 0.0  # the run hangs: its ranks do not exit by themselves, and the evidence has been collected
+        patience_s = 0.0  # the run hangs: its ranks will not exit by themselves, and their evidence is collected
         try:
             self._watch(run_dir, children)
             patience_s = LEAVE_S
@@ -154,7 +155,10 @@ class Ranks:
     # -- the parent ------------------------------------------------------------------------------------------------
 
     def _watch(self, run_dir: RunDir, children: Mapping[int, int]) -> None:
-        """Watch until the ranks are done; raise DeadlockError for any other end. children: pid -> start ticks."""
+        """Watch until the ranks are done; raise DeadlockError for any other end.
+
+        children: process id -> start time of the process, in clock ticks
+        """
         queued = ALL_GROUPS if self.backend == "nccl" else ()
         watch = Watch(
             run_dir,
@@ -215,7 +219,10 @@ class Ranks:
             os._exit(0)
 
     def _run_rank(self, run_dir: RunDir, rank: int, function: Callable[[Rank], Any]) -> None:
-        """Run one rank, then keep its process waiting: an early exit would make others fail and change the evidence."""
+        """Run one rank in this process, then wait until the parent ends the process.
+
+        A rank that exits before the others would make their collectives fail, and so change the evidence.
+        """
         from repro.hosts.signals import dump_on_signals
         from repro.trace.recording.recorder import Recorder
 

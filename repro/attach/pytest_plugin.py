@@ -28,10 +28,7 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
 
 
 def _required_gpus(n: int = 1) -> int:
-    """Return the number that the marker gives, as a positional or keyword argument.
-
-    Raises TypeError for other arguments.
-    """
+    """Return the n of the marker ``requires_gpus(n)``. Python raises TypeError if the marker has other arguments."""
     return int(n)
 
 
@@ -48,8 +45,9 @@ def ep_ranks(tmp_path: Path) -> Callable[..., Ranks]:
     """Return a function that makes ranks: ``ep_ranks(n, backend="gloo").run(function)`` calls ``function(rank)`` on n
     ranks.
 
-    A watcher follows the ranks. ``quiet_window_s`` and ``deadline_s`` limit a run. The test is skipped if
-    ``backend="nccl"`` finds fewer than n GPUs.
+    A watcher follows the ranks. Optional arguments: ``quiet_window_s`` is how many seconds of silence count as a hang,
+    ``deadline_s`` is the longest time of a run. With ``backend="nccl"`` the test is skipped if there are fewer than n
+    GPUs.
     """
 
     def make(num_ranks: int, backend: str = "gloo", quiet_window_s: float = 1.0, deadline_s: float = 60.0) -> Ranks:

@@ -1,4 +1,4 @@
-"""Watch the run directory of a recorded program, and judge its files again later."""
+"""Judge a recorded program (`hmr record`, the vLLM plug-in) from its run directory: while it runs, or later."""
 
 from __future__ import annotations
 
@@ -29,7 +29,8 @@ from repro.watch.offline import judge_files
 ANSWER_PATIENCE_S = 2.0
 """Seconds that a rank may take to write its evidence.
 
-Its thread looks every 0.2 s, and may wait for the interpreter.
+The rank's background thread looks for requests every 0.2 s. If the main thread holds the interpreter's lock, it looks
+later.
 """
 
 
@@ -56,12 +57,13 @@ class DeviceGroups(Collection[str]):
 
 
 class RecordedHost(Host):
-    """This host, for ranks of a recorded program. It requests evidence through a file, and sends no signals."""
+    """This host, for the watch over a recorded program. It asks the ranks for their stacks by a file, and sends no
+    signals, because the program may use the signals itself."""
 
     def collect(self, run_dir: RunDir, pids: Mapping[int, int]) -> dict[int, str]:
         """Request stacks and Flight Recorder dumps from the ranks.
 
-        Returns rank -> the evidence that it did not write.
+        Returns, for each rank that did not write all of it, what is missing: "stack and no Flight Recorder dump".
         """
         files = {rank: (run_dir.stack(rank), run_dir.flight_recorder(rank)) for rank in pids}
         before = {path: _stamp(path) for paths in files.values() for path in paths}
@@ -86,12 +88,12 @@ def _stamp(path: Path) -> int:
 
 
 def is_recording(run_dir: RunDir) -> bool:
-    """Whether a run directory is the recording of a user's program."""
+    """Whether a run directory is the recording of a user's program, and not a run of the lab."""
     return run_dir.description.is_file() and not run_dir.config.exists() and (run_dir.root / "events").is_dir()
 
 
 def options(run_dir: RunDir) -> WatchOptions:
-    """Return the options of the watch over a recorded job. Raises OSError or DamagedFile for the job's run.json."""
+    """Read the options of the watch over a recorded job from its run.json. Raises OSError or DamagedFile."""
     description = read_description(run_dir.description)
     return WatchOptions(
         description.num_ranks, description.quiet_window_s, description.deadline_s, DeviceGroups(run_dir)
@@ -120,7 +122,7 @@ def watch_of(
 
 
 def judge_again(run_dir: RunDir) -> tuple[Document, bool]:
-    """Judge the files of a recorded job. Returns the verdict.json, and whether every file could be read in full."""
+    """Judge the files of a recorded job. Returns the content of verdict.json, and whether all files could be read."""
     again = judge_files(run_dir, options(run_dir), Comparison())
     decided = again.decided
     document = _describe(
@@ -136,20 +138,23 @@ def judge_again(run_dir: RunDir) -> tuple[Document, bool]:
 
 
 def verdict_of(run_dir: RunDir) -> Verdict:
-    """Judge the files of a recorded job."""
+    """Judge the files of a recorded job, and return only the verdict."""
     return _explained(run_dir, judge_files(run_dir, options(run_dir), Comparison()).verdict)
 
 
 def _explained(run_dir: RunDir, verdict: Verdict) -> Verdict:
-    """Add to a verdict what is known about a program that declares no schedule."""
+    """Add to the verdict of the witnesses what the dumps, the stacks and vLLM's engines show.
+
+    The witnesses alone seldom name a culprit, because a user's program declares no schedule.
+    """
     return qualified(_with_culprits(run_dir, verdict), run_dir.root)
 
 
 def _with_culprits(run_dir: RunDir, verdict: Verdict) -> Verdict:
     """Add culprits from dumps and stacks to a deadlock for which the witnesses name none.
 
-    The judge of witnesses compares ranks with a declared schedule, and foreign programs declare none. The judge of
-    dumps also compares each rank with its own earlier steps.
+    The judge of witnesses compares each rank with the schedule that it declared, and a user's program declares none.
+    The judge of dumps also compares each rank with its own earlier steps.
     """
     if verdict.verdict != "deadlock" or verdict.culprits:
         return verdict

@@ -458,7 +458,7 @@ def test_a_disk_that_fills_during_a_start_ends_that_start_and_not_the_experiment
         (["--vllm", "'"], 2, "--vllm: "),
         (["--list"], 0, "dp8ep8-jit-jit-cold: its backends need an NVIDIA GPU"),
         (["--to", "pyproject.toml"], 2, "cannot write to pyproject.toml"),
-        (["--to", "docs"], 2, "the folder is not empty and no experiment"),
+        (["--to", "docs"], 2, "the folder has other files, but no experiment.json"),
         (["--only", "jit cold TP8"], 125, "not run (3): its backends need an NVIDIA GPU"),
     ],
 )

@@ -62,7 +62,7 @@ TRIALS = {
     "straggler": Trial({**AGREE, "HMR_FAULT": "straggler"}, lines=("HMR_FAULT: sleeps",)),
     "building": Trial(
         {**AGREE, "HMR_FAULT": "building", "HMR_GUARD_BUILDERS": "faults:build"},
-        lines=("waits for the build lock of faults:build, held by rank", "prepare: faults:build is there after"),
+        lines=("waits for the build lock of faults:build, held by rank", "prepare: faults:build is ready after"),
     ),
     "extra_collective": Trial(
         {**AGREE, "HMR_FAULT": "extra_collective"},

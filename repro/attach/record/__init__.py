@@ -4,17 +4,18 @@
 then runs ``site/sitecustomize.py`` in every interpreter of the program, also in spawned children and under torchrun:
 
     site/sitecustomize.py   with HMR_RECORD set, calls start.begin(); without it, imports nothing of ours
-    start.py                which module of the program gets which hooks, as soon as the program imports it
+    start.py                the table of hooks: when the program imports module M, call hook H
     imports.py              calls a function right after a module has been imported
-    rank.py                 the rank that this process is: its witness file, thread and end
-    collectives.py          torch's process groups: what the program calls in Python
-    methods.py                  the table of those calls
-    compiled/                   the same hooks and the writer of the witness in C, where they could be built
-    functional.py           what torch calls in C++: functional collectives, the reducer of DDP
-    groups.py               creation of groups, which all ranks take part in
-    locks.py, builds.py     waits and work of one rank
+    rank.py                 this process as a rank: its witness file, its background thread, and how it ends
+    collectives.py          hooks of torch's process groups: the collectives that the program calls in Python
+    methods.py                  the table of the methods that are hooked
+    compiled/                   the same hooks in C, with the writer of the witness; used where a compiler built them
+    functional.py           hooks of functional collectives (DTensor, torch.compile), which torch calls in C++
+    ddp.py                  hooks of DistributedDataParallel, whose collectives torch also calls in C++
+    groups.py               hooks of the creation of groups, which is a collective of all ranks
+    locks.py, builds.py     waits for lock files, and builds (of extensions, of kernels)
     modules.py              the module that a collective belongs to; FSDP and pipeline stages
 
-The hooks never change a result and never raise into the program. They own no signal, and replace no function of
-torch.distributed that torch.compile knows.
+The hooks never change a result of the program, and raise no exception into it. They install no signal handler. They do
+not replace functions of torch.distributed that torch.compile recognises.
 """

@@ -27,10 +27,12 @@ REQUEST = "evidence_wanted"
 """The watcher creates or touches this file in the run's folder to request stacks and dumps from all ranks."""
 
 IDLE_S = 0.02
-"""A process that used less processor time (s) than this between two looks was idle."""
+"""A process that used less CPU time (s) than this between two checks of the thread was idle."""
 
 
 class Attendant:
+    """The background thread of one recorded rank."""
+
     def __init__(self, rank: Rank) -> None:
         self._rank = rank
         self._answered_ns = 0
@@ -50,8 +52,8 @@ class Attendant:
             cpu_s = time.process_time()
             idle, self._cpu_s = cpu_s - self._cpu_s < IDLE_S, cpu_s
             collectives.note_completions(self._rank)
-            for look in self._rank.attended:
-                look()
+            for call in self._rank.attended:
+                call()
             if idle and _in_backward():
                 ddp.note_wait(self._rank)
 

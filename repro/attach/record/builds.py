@@ -20,8 +20,10 @@ def hook_inductor(module: ModuleType) -> None:
 
 
 def hook_flashinfer(module: ModuleType) -> None:
-    """Hook the call of ninja, which FlashInfer 0.6 and 0.7 make with the module's lock held: a rank that waits for the
-    lock builds nothing."""
+    """Hook FlashInfer's call of ninja, and not the function around it, which first waits for the lock of the module.
+
+    A rank that only waits for the lock is then not recorded as a rank that builds. (FlashInfer 0.6 and 0.7.)
+    """
 
     def name(build_dir: Any, ninja_path: Any, *_: Any, **__: Any) -> str:
         return f"FlashInfer module {getattr(getattr(ninja_path, 'parent', None), 'name', ninja_path)}"

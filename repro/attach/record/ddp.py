@@ -1,7 +1,7 @@
 """Record DistributedDataParallel, whose reducer issues its collectives in C++.
 
-Python does not see the reducer's buckets. What all ranks must do alike is recorded: the creation of the wrapper, each
-broadcast of the buffers, and each backward pass that averages gradients.
+Python does not see the collectives of the reducer's buckets. So each step of the wrapper that all ranks must take is
+recorded as one collective: its creation, each broadcast of the buffers, and each backward pass that averages gradients.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ from repro.attach.record.imports import replace
 LAYER = "DistributedDataParallel"
 _ready: dict[str, list[int]] = {}  # group name -> members, for each wrapper whose next backward pass averages gradients
 _passes: list[tuple[Collective, int]] = []
-"""The collectives of the backward pass that runs now, with their tickets."""
+"""The collectives of the backward pass that runs now, each with the number (ticket) of its record in the witness."""
 
-_noted: list[tuple[Collective, int]] = []  # the last of them whose wait has been recorded
+_noted: list[tuple[Collective, int]] = []  # the last entry of _passes whose wait has been recorded
 
 
 def hook(module: ModuleType) -> None:
@@ -37,7 +37,10 @@ def hook_backward(module: ModuleType) -> None:
 
 
 def _blocking(op: str, original: Any) -> Any:
-    """Wrap a method that issues collectives in C++ and waits for them. op: its name; "" to rebuild the buckets."""
+    """Wrap a method of DistributedDataParallel that issues collectives in C++ and waits for them.
+
+    op: the operation's name in the witness; "" for the forward pass, which is recorded only if it rebuilds the buckets
+    """
 
     def method(self: Any, *args: Any, **options: Any) -> Any:
         rank = this.current
@@ -105,7 +108,7 @@ def _passing(original: Any) -> Any:
 def note_wait(rank: Any) -> None:
     """Record that the main thread waits for the gradient averages: it is inside autograd's engine and uses no CPU.
 
-    Recorded once for each pass: a rank that records the same wait again and again would never be silent.
+    Each backward pass gets at most one such record. More records would make a rank that hangs look active.
     """
     with rank.lock:
         if _passes and _passes[0] not in _noted:
@@ -114,7 +117,10 @@ def note_wait(rank: Any) -> None:
 
 
 def _collective(rank: Any, name: str, members: list[int], op: str) -> Collective:
-    """Make a collective in a group "NAME.ddp". It stands for an unknown number of collectives in the group NAME."""
+    """Return a collective of a group "NAME.ddp", which has the members of the group NAME.
+
+    It stands for all collectives that the reducer issues in C++ in the group NAME; their number is not known.
+    """
     group = f"{name}.ddp"
     if members:
         with rank.lock:

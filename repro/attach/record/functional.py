@@ -36,7 +36,8 @@ _waiting: dict[int, tuple[Collective, int]] = {}  # address of a result's storag
 
 
 def hook(module: ModuleType) -> None:
-    """Replace what the operators call, after torch.distributed._functional_collectives has defined them."""
+    """Replace the functions that the operators call. Called when torch.distributed._functional_collectives, which
+    defines the operators, has been imported."""
     import torch
 
     for namespace in ("_c10d_functional", "_c10d_functional_autograd"):
@@ -48,16 +49,17 @@ def hook(module: ModuleType) -> None:
 
 
 def _replace(packet: Any, kind: Any, op: str) -> None:
-    """Replace the function that an operator and its overload call.
+    """Replace the function that an operator and its default overload call.
 
-    The replacement has the same hash as the original.
+    packet: the operator; kind: the class of the replacement; op: the name of its collective
     """
     for operator in (packet, packet.default):
         operator._op = kind(operator._op, op)
 
 
 class _Operator:
-    """A replacement for the function that an operator calls."""
+    """A replacement for the function that an operator calls. Its hash is the original's and it equals the original, so
+    that a dictionary with the original as key finds it."""
 
     def __init__(self, original: Any, op: str) -> None:
         import torch
@@ -85,7 +87,7 @@ class _Operator:
 
 
 class _Issue(_Operator):
-    """An operator that issues a collective. The collective's result is complete once wait_tensor has returned it."""
+    """A replacement that records a collective. The collective has completed when wait_tensor returns its result."""
 
     def __call__(self, *args: Any, **options: Any) -> Any:
         rank = self._rank(args[0] if args else None)
@@ -115,7 +117,8 @@ class _Wait(_Operator):
 
 
 def _read(rank: Any, op: str, args: tuple[Any, ...]) -> Collective | None:
-    """Read the collective from an operator's arguments: tensor or list, numbers, names; the last is the group's."""
+    """Read the collective from an operator's arguments. Of the arguments that are strings, the last one is the name of
+    the group; the first one, if there are several, is the reduction."""
     try:
         from torch.distributed.distributed_c10d import _resolve_process_group
 

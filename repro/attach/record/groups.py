@@ -14,13 +14,17 @@ from repro.attach.record import rank as this
 from repro.attach.record.imports import replace
 
 NEW_GROUP = "new_group"
-"""The group under which creations of groups are recorded. Every rank must make the same groups in the same order."""
+"""The name of a group of all ranks that exists only in the record: each creation of a group is a collective of it,
+because every rank must create the same groups in the same order."""
 
 _descriptions: weakref.WeakKeyDictionary[Any, str] = weakref.WeakKeyDictionary()
 
 
 def describe(group: Any, description: str) -> None:
-    """Set the description of a group whose library gives none. This has an effect only until the group is recorded."""
+    """Set the description of a group, for a library that does not give one to torch.
+
+    Call this before the group is first recorded; later it has no effect.
+    """
     if group is not None:
         _descriptions[group] = description
 
@@ -50,7 +54,10 @@ def replace_function(c10d: ModuleType, name: str, make: Callable[..., Any]) -> N
 def _joining(original: Callable[..., Any]) -> Callable[..., Any]:
     @wraps(original)
     def init_process_group(*args: Any, **options: Any) -> Any:
-        """Open the witness before the ranks connect, if the rank is known: one that never connects can cause a hang."""
+        """Open the witness before the ranks connect, if this process already knows its rank.
+
+        The witness then also exists for a rank that waits to connect for ever.
+        """
         number, size = options.get("rank", -1), options.get("world_size", -1)
         method = options.get("init_method", args[1] if len(args) > 1 else None)
         meeting = method if isinstance(method, str) and not method.startswith("env:") else ""

@@ -73,7 +73,8 @@ def _apply(hook: Hook, module: ModuleType) -> None:
 def replace(owner: Any, name: str, make: Callable[[Any], Any]) -> None:
     """Replace an attribute by ``make(original)``, if the attribute exists.
 
-    torch.compile begins no graph in a function of torch. It is kept from beginning one in the replacement, too.
+    torch.compile does not start a graph inside a function of torch. So it must not start one inside the replacement
+    either.
     """
     original = getattr(owner, name, None)
     if original is None:
@@ -85,7 +86,10 @@ def replace(owner: Any, name: str, make: Callable[[Any], Any]) -> None:
 
 
 def _keep_graphs_from_starting_at(function: FunctionType) -> None:
-    """Do what torch._dynamo.eval_frame.skip_code does, without importing torch._dynamo, which takes a second."""
+    """Tell torch.compile to start no graph in this function.
+
+    torch._dynamo.eval_frame.skip_code does the same, but the import of torch._dynamo takes a second.
+    """
     native: Any = sys.modules["torch._C"]
     frames = native._dynamo.eval_frame
     if hasattr(frames, "set_code_exec_strategy"):  # an internal interface of torch, which another version may not have

@@ -1,4 +1,4 @@
-"""Record waits for lock files: flock and lockf, filelock, and the file batons of torch's extension builds."""
+"""Record waits for lock files: flock and lockf, filelock, and FileBaton, the lock of torch's extension builds."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def hook_fcntl(module: ModuleType) -> None:
 
 
 def hook_filelock(module: ModuleType) -> None:
-    """Hook filelock's base class. One process may acquire a filelock several times; only the first time is recorded."""
+    """Hook filelock's base class. If a process that holds a lock acquires it again, only the first time is recorded."""
     owner = module.BaseFileLock
 
     def acquiring(original: Any) -> Any:

@@ -12,11 +12,11 @@ class Method(NamedTuple):
     """How to read the arguments of one method of ProcessGroup.
 
     op         name of the operation, as torch.distributed calls it
-    sizes      the sizes that must be equal on all ranks, from the first two arguments
-    rooted     whether the options name a root
-    reduces    whether the options name a reduction
-    one_sided  whether it is a send or a receive, whose second argument is the peer
-    fast       whether the compiled hooks may read it
+    sizes      returns the sizes that must be equal on all ranks, from the first two arguments of the call
+    rooted     whether the options of the call name a root rank
+    reduces    whether the options of the call name a reduction, such as SUM
+    one_sided  whether the method is a send or a receive; its second argument is then the other rank
+    fast       whether the hooks in C may read the arguments; if not, the hooks in Python do
     """
 
     op: str
@@ -28,10 +28,8 @@ class Method(NamedTuple):
 
     @property
     def compiled(self) -> tuple[int, bool] | None:
-        """For the compiled hooks: which argument has the sizes (0 for none), and whether the first is a tensor.
-
-        None for a method that they do not read.
-        """
+        """Return what the hooks in C need: the argument that has the sizes (1 or 2; 0 for none), and whether the first
+        argument is a tensor. None for a method that only the hooks in Python read."""
         sized = {_none: 0, _each: 1, _first: 1, _second: 2, _inputs: 2}.get(self.sizes)
         return None if sized is None or not self.fast else (sized, self.op != "barrier")
 

@@ -14,9 +14,9 @@ _names: weakref.WeakKeyDictionary[Any, str] = weakref.WeakKeyDictionary()
 
 
 def hook(module: ModuleType) -> None:
-    """Track the name of the running module.
+    """Hook torch.nn.Module, so that each thread knows the name of the module that it runs.
 
-    A compiled model counts as one module, because its parts run in one graph.
+    Inside a model that torch.compile compiled, only the model's name is known, because its parts run in one graph.
     """
     if not this.with_modules:
         return
@@ -62,7 +62,10 @@ def hook_pipeline(module: ModuleType) -> None:
 
 
 def hook_schedule(module: ModuleType) -> None:
-    """Name the stages of a rank for the transfers that its schedule issues between their passes."""
+    """Hook the pipeline schedules, which send and receive tensors between the passes of the stages.
+
+    These transfers get the names of all stages of the rank, because they belong to no single stage.
+    """
 
     def name(schedule: Any) -> str:
         stages = [schedule._stage] if hasattr(schedule, "_stage") else schedule._stages

@@ -1,7 +1,8 @@
 """This process as a recorded rank: its witness file, the thread that answers the watcher, and how the process ends.
 
 A process becomes a rank when it imports torch.distributed with RANK and WORLD_SIZE set, or when it calls
-init_process_group. Only the first process of a rank is recorded, and no forked or spawned helper that inherits RANK.
+init_process_group. If several processes have the same RANK, only the first is recorded: the others are helpers, such as
+data loaders, that inherited the variable.
 """
 
 from __future__ import annotations
@@ -25,7 +26,8 @@ if TYPE_CHECKING:
     from repro.trace.recording.recorder import Recorder
 
 QUIET_WINDOW_S = 5.0
-"""A user's job may compute, load data or save for longer between two collectives than our own runs do."""
+"""The quiet window of a recorded job. It is longer than the 1 s of the lab's runs, because a user's job may compute,
+load data or save for seconds between two collectives."""
 
 LONGEST_WATCH_S = 1e6
 
@@ -87,17 +89,21 @@ current: Rank | None = None
 """The rank that this process is; None if it is not a rank. The hooks of collectives read it at each call."""
 
 knows = UNDECLARED
-"""What the witness of this process shows. A plug-in that declares the steps of the program adds the steps."""
+"""What the witness of this process can show (see repro.trace.knowledge). At first it shows no steps, because a program
+declares none; `declares_steps` adds them."""
 
 with_modules = False
 _base: Path | None = None
-_meeting = ""  # the name of the rendezvous of all jobs of this process; "" if not known in advance
+_meeting = ""  # the name given to `meet_at`; "" without a call
 _owner_pid = 0
 _ended = False
 
 
 def configure(base: Path, modules: bool) -> None:
-    """Set up recording below ``base`` for this process as a rank. modules: name the module of each collective."""
+    """Set where the witness is written if this process becomes a rank.
+
+    base: the folder of the recording; modules: whether to record the module of each collective
+    """
     global _base, with_modules
     _base, with_modules = base.absolute(), modules
     os.register_at_fork(after_in_child=_forget)
@@ -109,19 +115,22 @@ def is_configured() -> bool:
 
 
 def meet_at(meeting: str) -> None:
-    """Treat all ranks of this process and its children as ranks of one job, wherever these ranks connect."""
+    """Record all ranks of this process and of its children into the folder of one job, named ``meeting``.
+
+    Without this call, ranks belong to one job if they connect to the same address and port.
+    """
     global _meeting
     _meeting = meeting
 
 
 def declares_steps() -> None:
-    """Note that the steps of this process are declared: a step that its witness lacks was never begun."""
+    """Note that a plug-in declares the steps of this process: if a step is not in the witness, it has not begun."""
     global knows
     knows = WITNESS
 
 
 def folder(num_ranks: int) -> Path:
-    """Return the folder of this process's job, also if the process is not a rank. Raises OSError."""
+    """Return the folder of the job to which this process belongs. The process need not be a rank. Raises OSError."""
     assert _base is not None, "configure() comes first"
     root = _folder_of_job(_base, _key(num_ranks, ""))
     _describe(root, num_ranks)
@@ -149,7 +158,8 @@ def become_from_environment() -> None:
 
 
 def become(rank: int, num_ranks: int, meeting: str = "") -> None:
-    """Open the witness of the rank, unless this process or another process of the same rank has opened it.
+    """Open the witness of the rank and start to record. If this process, or another process with the same rank, has
+    opened the witness before, this process is not recorded.
 
     meeting: the name of the rendezvous of the job's ranks, if the environment does not give one
     """
@@ -180,7 +190,10 @@ def become(rank: int, num_ranks: int, meeting: str = "") -> None:
 
 @contextlib.contextmanager
 def recorded_as(rank: Rank, layer: str) -> Iterator[None]:
-    """Record this process in the block, as the tests of the recorder do. layer: the name of the block."""
+    """Record the collectives of this process within the ``with`` block.
+
+    rank: the recorded rank that gets the records; layer: the name that each record gives as its layer
+    """
     before = current
     _use(rank)
     try:
@@ -233,7 +246,10 @@ def _describe(root: Path, num_ranks: int) -> None:
 
 
 def _quiet_window_s() -> float:
-    """Return HMR_QUIET_WINDOW, or the default if it is not a number of seconds: a slip must not end the program."""
+    """Return HMR_QUIET_WINDOW in seconds, or the default if the value is not valid.
+
+    A typing error in the variable must not end the user's program.
+    """
     text = os.environ.get("HMR_QUIET_WINDOW", "")
     with contextlib.suppress(ValueError):
         if not text or 0 < float(text) <= LONGEST_WATCH_S:

@@ -6,11 +6,16 @@
     engine.py   the hooks of an EngineCore, which writes what it does into a notes file
     front.py    the hooks of a front end, which starts an engine and waits for its outputs
     notes.py    the notes file of an engine or a front end, which the worker of the same rank reads
-    harmless.py what keeps a failure of the recorder away from the server
-    habits.py   the schedule that a rank declares: what its earlier executions issued
-    mirror.py   the worker's record of what its engine does: questions, and executions that were left out
-    qualified.py  what the engines add to a verdict
+    harmless.py a ``with`` block that catches exceptions of the recorder, so that they do not reach the server
+    habits.py   the schedule that a rank declares: the collectives that its earlier executions of the model issued
+    mirror.py   the worker's record of what its engine does: its questions to the other engines, and executions of the
+                model that it counted but did not request
+    qualified.py  adds to a verdict what the engines were doing
+    repeated.py how an execution's collectives are learned from those of earlier executions
+    places.py   finds and replaces functions of vLLM by their names
     cpu_ep.py   the entry point of expert parallelism on a CPU
+    guard/      the plug-in that stops a server which would hang
+    cells/      the experiment that starts vLLM in many configurations
 
 A rank of vLLM is several processes, and a cycle of waits can run through all of them. The rank has one witness, which
 its worker writes: it shows where the worker waits, and while the worker is idle, where its engine and its front end

@@ -1,9 +1,9 @@
 """Expert parallelism for vLLM's CPU build, which lacks it: the plug-in ``hmr_cpu_ep``, on with HMR_CPU_EP=1.
 
 vLLM's CpuCommunicator has no all_gatherv and no reduce_scatterv (0.20 to 0.33), and the fused MoE of the CPU indexes
-the rank's own experts by global ids. This plug-in supplies both methods and local ids. Then ``--data-parallel-size 2
---enable-expert-parallel`` serves on a laptop. This is for tests and trials: gathers are padded, and the reduce-scatter
-is an all-reduce.
+the rank's own experts by global ids. This plug-in supplies both methods, and translates global ids into local ones.
+With it, ``--data-parallel-size 2 --enable-expert-parallel`` serves on a laptop. It is for tests, not for speed: gathers
+are padded, and the reduce-scatter is an all-reduce.
 
 The recorder (``hmr_record``) works without this plug-in.
 """
@@ -82,7 +82,8 @@ def reduce_scatterv(communicator: Any, input_: Any, dim: int = 0, sizes: Sequenc
 
 
 def with_local_ids(original: Any) -> Any:
-    """Make ``apply`` of the CPU's experts accept global expert ids. Experts of other ranks get the weight 0."""
+    """Wrap ``apply`` of vLLM's experts for CPUs, so that it accepts global expert ids. Experts of other ranks get the
+    weight 0."""
 
     @functools.wraps(original)
     def apply(
@@ -99,7 +100,7 @@ def with_local_ids(original: Any) -> Any:
 
 
 def with_local_ids_of_layer(original: Any) -> Any:
-    """Make ``forward_grouped_gemm`` of vLLM 0.20 accept global expert ids. ``layer`` has the expert map."""
+    """Wrap ``forward_grouped_gemm`` of vLLM 0.20, so that it accepts global expert ids."""
 
     @functools.wraps(original)
     def forward(self: Any, layer: Any, input: Any, topk_weights: Any, topk_ids: Any, *rest: Any) -> Any:
@@ -112,9 +113,9 @@ def with_local_ids_of_layer(original: Any) -> Any:
 def forward_of_local_experts(
     _: Any, layer: Any, input: Any, topk_weights: Any, topk_ids: Any, *rest: Any, **options: Any
 ) -> Any:
-    """Replace ``forward_torch`` of vLLM 0.20, which cannot mask the ids of experts of other ranks.
+    """Compute this rank's experts, in place of ``forward_torch`` of vLLM 0.20.
 
-    The reason is that ``forward_torch`` counts each expert once per token.
+    ``forward_torch`` cannot leave out experts of other ranks, because it counts each expert once per token.
 
     input [tokens, hidden]; topk_weights, topk_ids [tokens, top_k] with global ids. The activation is SiLU. Returns the
     sum of this rank's experts, [tokens, hidden].

@@ -1,8 +1,8 @@
-"""Hooks for vLLM's EngineCore, which writes its progress to a file (:mod:`repro.attach.vllm.notes`).
+"""Hooks for vLLM's EngineCore, which write its progress into a file (:mod:`repro.attach.vllm.notes`).
 
-If the worker has a process of its own, the engine issues no collective of torch's default groups. It only asks "is
-anyone unfinished?" in a group of the engines. If the worker is in the same process, the rank itself records the
-question.
+An engine asks the other engines "is anyone unfinished?" by an all-reduce in a group of engines, which no worker can
+see. The file shows where the engine is in these questions. If the worker runs in the process of the engine, the
+worker's witness has the all-reduce itself, and the file is not needed for it.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ from repro.attach.vllm.harmless import Harmless
 from repro.attach.vllm.notes import Activity, Note, Notes, create
 
 current: Notes | None = None
-"""The notes of this process if it is an EngineCore, else None."""
+"""The notes file of this process if it is an EngineCore, else None."""
 
-_requested = False  # whether an execution was requested since the engine last counted one
+_requested = False  # whether the engine has requested an execution of its worker since it last counted one
 _owner_pid = 0
 
 
@@ -41,7 +41,7 @@ def begin(config: Any) -> None:
 
 
 def first_worker(config: Any) -> int:
-    """Return the rank of an engine's first worker. The witness of this rank shows what the engine does."""
+    """Return the rank of an engine's first worker, whose witness shows what the engine does."""
     return int(config.data_parallel_rank) * int(config.world_size)
 
 
@@ -52,7 +52,7 @@ def note_request() -> None:
 
 
 def constructing(original: Callable[..., Any]) -> Callable[..., Any]:
-    """Wrap DPEngineCoreProc._init_data_parallel, which runs once before the engine creates its group."""
+    """Wrap DPEngineCoreProc._init_data_parallel, to create the notes file before the engine creates its group."""
 
     @wraps(original)
     def _init_data_parallel(self: Any, vllm_config: Any, *args: Any, **options: Any) -> Any:
@@ -63,7 +63,7 @@ def constructing(original: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def requesting(original: Callable[..., Any]) -> Callable[..., Any]:
-    """Wrap Executor.execute_model, which runs the model if tokens are scheduled."""
+    """Wrap Executor.execute_model, to note that the engine requests an execution if tokens are scheduled."""
 
     @wraps(original)
     def execute_model(self: Any, scheduler_output: Any, *args: Any, **options: Any) -> Any:
@@ -75,7 +75,7 @@ def requesting(original: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def requesting_dummy(original: Callable[..., Any]) -> Callable[..., Any]:
-    """Wrap Executor.execute_dummy_batch, which runs the model without requests."""
+    """Wrap Executor.execute_dummy_batch, to note that the engine requests an execution without tokens."""
 
     @wraps(original)
     def execute_dummy_batch(self: Any, *args: Any, **options: Any) -> Any:
@@ -86,7 +86,11 @@ def requesting_dummy(original: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def counting(original: Callable[..., Any]) -> Callable[..., Any]:
-    """Wrap DPEngineCoreProc._has_global_unfinished_reqs, which counts the executions of a wave."""
+    """Wrap DPEngineCoreProc._has_global_unfinished_reqs, which the engine calls once after each execution.
+
+    The wrapper counts the calls, and those before which the engine had requested no execution. A wave, in vLLM, is the
+    time from the first request to the moment when no engine has requests.
+    """
 
     @wraps(original)
     def _has_global_unfinished_reqs(self: Any, *args: Any, **options: Any) -> Any:
@@ -106,7 +110,8 @@ def counting(original: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def asking(original: Callable[..., Any]) -> Callable[..., Any]:
-    """Wrap ParallelConfig.sync_dp_state (has_unfinished_dp in 0.20), a static method: "is anyone unfinished?"."""
+    """Wrap ParallelConfig.sync_dp_state (has_unfinished_dp in 0.20), to note when the question "is anyone unfinished?"
+    begins and ends."""
 
     @wraps(original)
     def sync_dp_state(*args: Any, **options: Any) -> Any:
@@ -124,7 +129,7 @@ def asking(original: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def waiting_for_requests(original: Callable[..., Any]) -> Callable[..., Any]:
-    """Wrap EngineCoreProc._process_input_queue, which returns when there is work."""
+    """Wrap EngineCoreProc._process_input_queue, to note that the engine waits for requests until it returns."""
 
     @wraps(original)
     def _process_input_queue(self: Any, *args: Any, **options: Any) -> Any:

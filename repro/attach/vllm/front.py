@@ -1,7 +1,8 @@
 """Hooks for vLLM's front end: the process that starts the engine, sends it requests, and gets the outputs.
 
-Offline, each rank has a front end, the process that made the LLM. Online, one API server has the engines of several
-ranks, and writes the notes of the first of them.
+The hooks write what the front end does into a notes file. In offline use (class LLM), each rank has a front end: the
+process that created the LLM. In a server, one API process is the front end of several engines; its notes are those of
+the first engine's rank.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from repro.attach.vllm.harmless import Harmless
 from repro.attach.vllm.notes import FRONT, Activity, Note, Notes, create
 
 current: Notes | None = None
-"""The notes of this process if it is a front end, else None."""
+"""The notes file of this process if it is a front end, else None."""
 
 _owner_pid = 0
 
@@ -31,7 +32,7 @@ def after_fork() -> None:
 
 
 def begin(config: Any) -> None:
-    """Create the notes file of this process, if its engines are of a DP group. config: vLLM's ParallelConfig."""
+    """Create the notes file of this process, if its engines belong to a DP group. config: vLLM's ParallelConfig."""
     global current, _owner_pid
     if _owner_pid == os.getpid():
         return
@@ -51,7 +52,7 @@ def _exiting() -> None:
 
 
 def starting(original: Callable[..., Any]) -> Callable[..., Any]:
-    """Wrap MPClient.__init__, which starts the engine and waits until it is ready."""
+    """Wrap MPClient.__init__, to note that the front end starts the engine and waits until it is ready."""
 
     @wraps(original)
     def __init__(self: Any, *args: Any, **options: Any) -> None:
@@ -66,7 +67,7 @@ def starting(original: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def receiving(original: Callable[..., Any]) -> Callable[..., Any]:
-    """Wrap SyncMPClient.get_output, which waits for outputs that the program has asked for."""
+    """Wrap SyncMPClient.get_output, to note that the front end waits for outputs."""
 
     @wraps(original)
     def get_output(self: Any, *args: Any, **options: Any) -> Any:
@@ -77,7 +78,7 @@ def receiving(original: Callable[..., Any]) -> Callable[..., Any]:
 
 
 class _activity:
-    """Shows an activity in the notes of this process during the block, if the process has notes."""
+    """A ``with`` block during which the notes of this process show an activity; no effect without notes."""
 
     def __init__(self, activity: Activity) -> None:
         self._activity = activity

@@ -1,4 +1,4 @@
-"""Keep a failure of the recorder away from the server: one line, and the server goes on."""
+"""Catch exceptions of the recorder, so that the server goes on: the recorder prints one line instead."""
 
 from __future__ import annotations
 
@@ -8,10 +8,11 @@ _reported: set[str] = set()
 
 
 class Harmless:
-    """A block whose exceptions end only the block. Use it for the recorder's own work, never around a call of vLLM.
+    """A ``with`` block that catches any exception of its body. Use it for the recorder's own work, never around a call
+    of vLLM.
 
-    A version of vLLM that was never seen may lack an attribute that a hook reads. ``what`` is then not recorded,
-    and is printed once.
+    An exception happens, for example, if an unknown version of vLLM lacks an attribute that a hook reads. Then one line
+    says that ``what`` ("the engine of this rank") is not recorded.
     """
 
     __slots__ = ("_what",)

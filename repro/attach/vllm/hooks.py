@@ -1,7 +1,7 @@
-"""The table of vLLM attributes that are replaced, and their replacements.
+"""The table of the recorder's hooks: which attribute of vLLM is replaced, and by what.
 
-If a version of vLLM lacks a hooked attribute, one line reports it and the hook is left out. The record then lacks what
-the hook shows, and the server runs as it would without the hook.
+If a version of vLLM lacks such an attribute, one line reports it, and the server runs without this hook. The record
+then lacks what the hook shows.
 """
 
 from __future__ import annotations
@@ -93,7 +93,7 @@ HOOKS = (
 
 @functools.cache
 def install(directory: str) -> None:
-    """Hook this process and its forked children."""
+    """Install the hooks in this process; its forked children inherit them. directory: the folder of the recording."""
     if not rank.is_configured():
         start.begin(directory)
     rank.meet_at(JOB)

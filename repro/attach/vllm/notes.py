@@ -1,7 +1,7 @@
-"""What an EngineCore or a front end reports about itself: eight numbers in a file that the worker of its rank reads.
+"""The notes file of an EngineCore or a front end: eight numbers about what it does, which the worker of its rank reads.
 
-The process writes them as it goes, and neither waits for the other. A reader may see the numbers of two moments; each
-number alone is whole. A front end writes its process id and its activity only.
+There is no lock: while the worker reads, the writer may change some numbers. Each single number is correct. A front end
+writes only its process id and its activity.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ class Note(enum.IntEnum):
 
     PID        process id of the writer
     COUNTED    executions that the engine's loop has counted, over all waves
-    SKIPPED    those of them that the engine did not request from its worker
-    FIRST      the number of the first of them, counted from 1; 0 without any
+    SKIPPED    how many of the COUNTED executions the engine did not request from its worker
+    FIRST      the number of the first such execution, counted from 1; 0 if there is none
     WAVES      waves that have ended
     ASKED      questions "is anyone unfinished?" that the engine has begun
-    ANSWERED   questions that have ended
+    ANSWERED   such questions that have ended
     ACTIVITY   an Activity
     """
 
@@ -38,7 +38,7 @@ class Note(enum.IntEnum):
 
 
 class Activity(enum.IntEnum):
-    """What the process is doing: the first three of an engine, the others of a front end."""
+    """What the process is doing: one of the first three for an engine, one of the others (or WORKS) for a front end."""
 
     WORKS = 0
     WAITS_FOR_REQUESTS = 1
@@ -49,7 +49,7 @@ class Activity(enum.IntEnum):
 
 
 class Notes:
-    """The numbers of one engine, as ``notes[Note.ASKED]``."""
+    """The numbers in one notes file. ``notes[Note.ASKED]`` reads or sets one."""
 
     def __init__(self, buffer: mmap.mmap | bytearray) -> None:
         self._numbers = memoryview(buffer).cast("B")[:BYTES].cast("q")
@@ -62,7 +62,7 @@ class Notes:
 
 
 ENGINE, FRONT = "engine", "front"
-"""The two kinds of notes of a rank, by the suffix of their file."""
+"""The suffixes of the two notes files that a rank can have: of its engine, and of its front end."""
 
 
 def path_of(root: Path, rank: int, kind: str = ENGINE) -> Path:

@@ -10,13 +10,13 @@ from repro.attach.record.imports import replace
 
 
 class Place(NamedTuple):
-    """An attribute, and the class or module that defines it."""
+    """An attribute of vLLM: the class or module that defines it, and its name."""
 
     owner: Any
     attribute: str
 
     def replace(self, make: Callable[[Any], Any]) -> None:
-        """Replace the attribute by what ``make`` returns for the original; a static method stays one."""
+        """Replace the attribute by ``make(original)``. A static method stays a static method."""
         if isinstance(vars(self.owner)[self.attribute], staticmethod):
             replace(self.owner, self.attribute, lambda original: staticmethod(make(original)))
         else:

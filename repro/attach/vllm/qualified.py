@@ -1,4 +1,4 @@
-"""Add to the verdict on vLLM's ranks what their engines were doing."""
+"""Correct the verdict on a vLLM server by what its engines were doing, which the rules of the judge do not know."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ FROM_SCHEDULE = ("extra", "skipped", "order", "mismatch")
 
 
 def qualified(verdict: Verdict, root: Path) -> Verdict:
-    """Return the verdict with the observations of the engines; unchanged if no rank has an engine.
+    """Return the verdict with what the engines observed; the same verdict if no rank has an engine.
 
-    A rank whose engine waits for requests is only a suspect. A rank that left a schedule that follows from its habit is
-    a likely culprit, not a certain one: the change may be right, and the other ranks wrong.
+    A culprit whose engine waits for requests becomes a suspect. A culprit that departed from its schedule becomes a
+    likely one: vLLM declares no schedule, this one was learned from earlier steps, and the change may be right.
     """
     witnesses = read_dir(root / "events")[0] if verdict.verdict != "clean" else {}
     if not any(group.name == GROUP for witness in witnesses.values() for group in witness.groups):
@@ -48,7 +48,8 @@ def qualified(verdict: Verdict, root: Path) -> Verdict:
 
 
 def at_exit(verdict: Verdict) -> str:
-    """Return a line about front ends that wait at their exit for engines that wait for requests; "" without any."""
+    """Return a line about front ends that wait, at their exit, for the end of engines which wait for requests. Such a
+    program never ends. Returns "" if there is no such front end."""
     ranks = [at.rank for at in verdict.ranks if at.phase == WITHOUT_REQUESTS + FRONT_ENDS[Activity.EXITS]]
     if not ranks:
         return ""
@@ -59,7 +60,7 @@ def at_exit(verdict: Verdict) -> str:
 
 
 def _without_idle(verdict: Verdict) -> Verdict:
-    """Turn culprits that wait for requests into suspects, or into neither if all ranks do."""
+    """Make culprits whose engines wait for requests suspects. If all engines wait for requests, name nobody."""
     asleep = {at.rank for at in verdict.ranks if at.phase.startswith(WITHOUT_REQUESTS)}
     if asleep and all(at.rank in asleep or at.state == "done" for at in verdict.ranks):
         return _all_idle(verdict, asleep)
@@ -80,7 +81,10 @@ def _without_idle(verdict: Verdict) -> Verdict:
 
 
 def _all_idle(verdict: Verdict, asleep: set[int]) -> Verdict:
-    """Name nobody: all workers are idle, and all engines wait for requests."""
+    """Return the verdict without culprits and suspects, because all engines wait for requests.
+
+    asleep: the ranks of these engines
+    """
     waits = WITHOUT_REQUESTS + FRONT_ENDS[Activity.WAITS_FOR_OUTPUTS]
     lines = [f"{say(sorted(asleep), 'are')} idle, and the engines wait for requests: an idle server looks like this"]
     if starved := [at.rank for at in verdict.ranks if at.phase == waits]:

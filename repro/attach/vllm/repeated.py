@@ -1,4 +1,7 @@
-"""What repeats: the sequences that followed each kind of event, once they were equal several times in a row."""
+"""Learn which sequence follows each kind of event, from sequences that were equal several times in a row.
+
+The recorder and the guard learn so which collectives a kind of model execution issues.
+"""
 
 from __future__ import annotations
 
@@ -6,15 +9,16 @@ from collections.abc import Hashable, Sequence
 from typing import Generic, TypeVar
 
 NUM_EQUAL = 3
-"""How often a sequence must be equal before it is expected."""
+"""How many times in a row a sequence must follow a kind before it is expected."""
 
 T = TypeVar("T", bound=Hashable)
 
 
 class Repeated(Generic[T]):
-    """The sequences by kind. A kind that departs from what was expected is not expected again.
+    """The sequence that is expected after each kind. If another sequence follows once, that kind is never expected
+    again.
 
-    changes  how often what is expected has changed
+    changes  how often `expected` has changed
     """
 
     def __init__(self) -> None:
@@ -23,12 +27,12 @@ class Repeated(Generic[T]):
         self._varying: set[Hashable] = set()
 
     def of(self, kind: Hashable) -> tuple[T, ...] | None:
-        """The sequence that follows this kind; None if that is unknown."""
+        """Return the sequence that is expected after this kind; None if none is."""
         entries, count = self._learned.get(kind, ((), 0))
         return entries if count >= NUM_EQUAL else None
 
     def learn(self, kind: Hashable, sequence: Sequence[T]) -> None:
-        """Note that this sequence followed."""
+        """Note that this sequence followed the kind."""
         if kind in self._varying:
             return
         entries, count = self._learned.get(kind, (None, 0))
@@ -43,5 +47,5 @@ class Repeated(Generic[T]):
             self.changes += 1
 
     def expected(self) -> list[tuple[Hashable, tuple[T, ...]]]:
-        """Every kind that has an expected sequence, with the sequence."""
+        """Return each kind that has an expected sequence, with the sequence."""
         return [(kind, entries) for kind, (entries, count) in self._learned.items() if count >= NUM_EQUAL]

@@ -11,7 +11,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from repro.attach.vllm.guard.ending.lookout import Lookout
+from repro.attach.vllm.guard.ending.guard_thread import GuardThread
 from repro.attach.vllm.guard.ending.peers import Process
 from repro.attach.vllm.guard.ending.stop import Stop
 from repro.attach.vllm.guard.meeting.board import Board
@@ -22,7 +22,7 @@ DEADLINE_S = 30.0
 
 
 class Ranks:
-    """``guards[rank]``, and what they print in ``stops[rank]``. The lookouts run as threads."""
+    """``guards[rank]``, and what they print in ``stops[rank]``. Each rank has its guard thread."""
 
     def __init__(self, num_ranks: int, mode: str) -> None:
         self.num_ranks = num_ranks
@@ -39,17 +39,17 @@ class Ranks:
             Guard(rank, range(num_ranks), self.meeting(), self.stops[rank], self.boards[rank])
             for rank in range(num_ranks)
         ]
-        self.lookouts = [self._lookout(rank) for rank in range(num_ranks)]
+        self.guard_threads = [self._guard_thread(rank) for rank in range(num_ranks)]
 
     def meeting(self) -> Meeting:
         return Meeting(dist.PrefixStore("hmr_guard", self.store))
 
-    def _lookout(self, rank: int) -> Lookout:
+    def _guard_thread(self, rank: int) -> GuardThread:
         names = [f"worker of rank {other}" for other in range(self.num_ranks)]
-        lookout = Lookout(self.stops[rank], self.meeting, [Process.this(names[rank], rank)], names)
-        lookout.guard = self.guards[rank]
-        lookout.start()
-        return lookout
+        guard_thread = GuardThread(self.stops[rank], self.meeting, [Process.this(names[rank], rank)], names)
+        guard_thread.guard = self.guards[rank]
+        guard_thread.start()
+        return guard_thread
 
     def run(self, *programs: Callable[[int, Guard], None]) -> list[BaseException | None]:
         """Run program R as rank R, each in a thread; a single one on all ranks. Returns what each raised."""
@@ -129,10 +129,10 @@ def ranks():
 
     yield make
     for each in made:
-        for lookout in each.lookouts:
-            lookout._leaving.set()
+        for guard_thread in each.guard_threads:
+            guard_thread._leaving.set()
         for stop in each.stops:
             stop.sentence = ""
         each.end_collectives()
-        for lookout in each.lookouts:
-            lookout.join()
+        for guard_thread in each.guard_threads:
+            guard_thread.join()

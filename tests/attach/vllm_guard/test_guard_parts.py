@@ -150,7 +150,7 @@ def test_without_an_engine_there_is_no_board(monkeypatch):
 # -- the engine ------------------------------------------------------------------------------------------------------
 
 
-class FakeLookout:
+class FakeGuardThread:
     def __init__(self) -> None:
         self.refused: list[str] = []
         self.stop = types.SimpleNamespace(explain=lambda error: None)
@@ -160,16 +160,16 @@ class FakeLookout:
 
 
 @pytest.fixture
-def lookout(fresh, monkeypatch):
-    found = FakeLookout()
+def guard_thread(fresh, monkeypatch):
+    found = FakeGuardThread()
     monkeypatch.setattr(engine, "current", fresh)
-    monkeypatch.setattr(engine, "lookout", found)
+    monkeypatch.setattr(engine, "guard_thread", found)
     monkeypatch.setattr(engine, "_rank", 0)
     monkeypatch.setattr(engine, "_counts_requests", False)
     return found
 
 
-def test_an_engine_that_counts_an_execution_that_it_did_not_request_is_refused_at_once(lookout):
+def test_an_engine_that_counts_an_execution_that_it_did_not_request_is_refused_at_once(guard_thread):
     core = types.SimpleNamespace(model_executor=types.SimpleNamespace(is_sleeping=False))
     count, dummy = engine.counting(lambda self: True), engine.requesting_dummy(lambda self: None)
     execute = engine.requesting(lambda self, scheduled: None)
@@ -179,28 +179,28 @@ def test_an_engine_that_counts_an_execution_that_it_did_not_request_is_refused_a
         else:
             dummy(None)
         assert count(core)
-    assert not lookout.refused
+    assert not guard_thread.refused
     execute(None, types.SimpleNamespace(total_num_scheduled_tokens=0))
     count(core)
     count(core)
-    assert lookout.refused == [
+    assert guard_thread.refused == [
         "rank 0 left out execution 5: its engine counted 5 executions and requested 4 of its worker, so the other "
-        "ranks would wait for it in their step agreement"
+        "ranks would wait for rank 0 in their step agreement"
     ]
 
 
-def test_a_sleeping_engine_and_one_whose_requests_are_not_seen_are_not_refused(lookout):
+def test_a_sleeping_engine_and_one_whose_requests_are_not_seen_are_not_refused(guard_thread):
     count = engine.counting(lambda self: True)
     count(types.SimpleNamespace())
     engine.requesting_dummy(lambda self: None)(None)
     for _ in range(3):
         count(types.SimpleNamespace(model_executor=types.SimpleNamespace(is_sleeping=True)))
-    assert not lookout.refused
+    assert not guard_thread.refused
 
 
-def test_an_engine_that_fails_speaks_before_its_front_end_hears_of_it(lookout):
+def test_an_engine_that_fails_speaks_before_its_front_end_hears_of_it(guard_thread):
     heard: list[str] = []
-    lookout.fail = heard.append
+    guard_thread.fail = heard.append
     send = engine.dying(lambda self: heard.append("told"))
     try:
         raise RuntimeError("cancelled")

@@ -11,7 +11,7 @@ import time
 import pytest
 import torch.distributed as dist
 
-from repro.attach.vllm.guard.ending.lookout import PARENT_FIRST_S, Lookout
+from repro.attach.vllm.guard.ending.guard_thread import PARENT_FIRST_S, GuardThread
 from repro.attach.vllm.guard.ending.peers import SILENT_S, Peers, Process, gone, start_ticks
 from repro.attach.vllm.guard.ending.stop import GRACE_S, Stop
 from repro.attach.vllm.guard.meeting.meeting import Meeting
@@ -34,7 +34,7 @@ class Clock:
 
 
 class Server:
-    """The lookout of rank 0, and a store with what another process says."""
+    """The guard thread of rank 0, and a store with what another process says."""
 
     def __init__(self, process: Process, mode: str = "agree", exit_code=lambda pid: None) -> None:
         self.clock, self.left, store = Clock(), [], dist.HashStore()
@@ -44,11 +44,11 @@ class Server:
         self.stop = Stop("rank 0", mode == "agree", self.left.append, self.clock)
         mine = [Process.this("worker of rank 0", 0)]
         names = [mine[0].name, process.name]
-        self.lookout = Lookout(self.stop, lambda: self.meeting, mine, names, exit_code, self.clock)
+        self.guard_thread = GuardThread(self.stop, lambda: self.meeting, mine, names, exit_code, self.clock)
 
     def look(self, after_s: float = 0.2) -> str:
         self.clock.now_s += after_s
-        self.lookout.look()
+        self.guard_thread.look()
         return self.stop.sentence
 
 
@@ -144,18 +144,18 @@ def test_sentences_about_the_end_of_a_process():
 
 def test_a_lost_store_means_that_rank_0_is_gone_and_a_shutdown_does_not(sleeper):
     server = Server(Process.of("worker of rank 0", 0, sleeper.pid))
-    server.lookout._processes = [Process.this("worker of rank 1", 1)]
-    server.lookout._clock = time.monotonic
+    server.guard_thread._processes = [Process.this("worker of rank 1", 1)]
+    server.guard_thread._clock = time.monotonic
     server.look()
-    server.lookout._unknown = {"worker of rank 0"}
-    server.lookout._search(server.meeting)
+    server.guard_thread._unknown = {"worker of rank 0"}
+    server.guard_thread._search(server.meeting)
     end(sleeper)
     server.stop._clock = time.monotonic
-    server.lookout._without_store(RuntimeError("Connection reset"))
+    server.guard_thread._without_store(RuntimeError("Connection reset"))
     assert server.stop.sentence == f"rank 0 is gone: its worker (pid {sleeper.pid}) has ended"
     assert server.left == [86]
 
     leaving = Server(Process.of("worker of rank 0", 0, sleeper.pid))
-    leaving.lookout._leaving.set()
-    leaving.lookout._without_store(RuntimeError("Connection reset"))
+    leaving.guard_thread._leaving.set()
+    leaving.guard_thread._without_store(RuntimeError("Connection reset"))
     assert leaving.stop.sentence == "" and not leaving.left

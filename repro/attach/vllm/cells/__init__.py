@@ -4,12 +4,12 @@
     machine.py     what this machine can start, and why it cannot start the others
     caches.py      a private cache folder for each pair of a cold and a warm start
     server.py      the process group of one server: start, ask whether it is ready, end
-    looks.py       `collect` and `bundle` as child processes
-    trial.py       one cell: start it recorded, look at it when it is silent, end it
-    outcome.py     what became of a cell, and the file that says so
-    experiment.py  all cells of one folder, again from where an earlier call stopped
+    looks.py       runs `collect` and `bundle` as child processes
+    trial.py       one cell: start the server with the recorder, run `collect` when it is silent, end it
+    outcome.py     how the start of a cell ended, and its file outcome.json
+    experiment.py  runs all cells of one folder; a later call continues where an earlier one stopped
     table.py       the outcomes as text and as Markdown
-    hypotheses.py  which explanation of the report the outcomes leave
+    hypotheses.py  which explanations of vllm#41862 remain possible after the outcomes
 
 `repro/commands/cells.py` has the flags.
 """

@@ -1,7 +1,8 @@
-"""The caches of compiled kernels: private folders, so that a cold start is cold and the user's caches stay as they are.
+"""The caches of compiled kernels: private folders, so that a cold start finds no kernels and the user's own caches do
+not change.
 
-A cold start gets a new, empty folder. Its warm twin gets the folder that the cold start left. Only folders that this
-experiment made are ever removed.
+A cold start gets a new, empty folder. The warm start with the same layout and backends gets the folder that the cold
+start filled. The experiment removes only folders that it made.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ VARIABLES = {
 """Variable -> folder. The variables are read by vLLM 0.20 to 0.33, FlashInfer, torch, Triton, DeepGEMM and CUDA."""
 
 UNSET = ("VLLM_FLASHINFER_AUTOTUNE_CACHE_DIR", "VLLM_DISABLE_COMPILE_CACHE", "TRITON_HOME")
-"""Variables of the user that would lead a server to other caches, or turn caches off."""
+"""Variables that would make a server use other caches or none. They are removed from the server's environment."""
 
 MARK = ".made-by-repro-cells"
 

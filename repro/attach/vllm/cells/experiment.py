@@ -1,10 +1,12 @@
-"""The experiment in one folder: its cells one after another, and again from where an earlier call stopped.
+"""Run the cells of the experiment one after another. A later call on the same folder continues where this one stopped.
 
-experiment.json        what is started; a later call must name the same
-cells/NAME/            record/, looks/, outcome.json
+The folder has these files:
+
+experiment.json        the program, model and flags; a later call must give the same
+cells/NAME/            record/ (the recording), looks/ (what `collect` wrote), outcome.json
 caches/PAIR/           removed once the warm start has ended
-bundles/NAME.zip       the recording of a cell, NAME-collect.zip what `collect` saw
-table.txt, table.md    all cells; results.json the same for programs
+bundles/               NAME.zip: the recording of a cell; NAME-collect.zip: what `collect` saw
+table.txt, table.md    all cells; results.json has the same for programs
 """
 
 from __future__ import annotations
@@ -32,11 +34,11 @@ from repro.store.run_dir import OutputError, write_json
 class Settings:
     """What the experiment starts.
 
-    program   the words before the model: ("vllm", "serve")
+    program   the words of the command line before the model: ("vllm", "serve")
     flags     flags that all cells share
-    window_s  seconds of silence after which `collect` looks at a server
-    limit_s   seconds after which a start is given up
-    needed    bytes that must be free before a start
+    window_s  seconds of silence after which `collect` examines a server
+    limit_s   seconds after which a server that is not ready is ended
+    needed    bytes that must be free on the disk before a start
     """
 
     program: tuple[str, ...]
@@ -47,13 +49,13 @@ class Settings:
     needed: int
 
     def identity(self) -> dict[str, Any]:
-        """Return what a later call on the same folder must have in common with this one."""
+        """Return the settings that must be the same in each call on one folder."""
         return {"program": list(self.program), "model": self.model, "flags": list(self.flags)}
 
 
 @dataclass
 class Experiment:
-    """Runs the cells of one folder."""
+    """The experiment of one folder, ``root``. ``say`` prints a line for the user."""
 
     root: Path
     settings: Settings
@@ -63,9 +65,9 @@ class Experiment:
     say: Callable[[str], None]
 
     def prepare(self) -> dict[str, Outcome]:
-        """Make the folder, or read the outcomes in it.
+        """Make the folder, or read the outcomes that an earlier call left in it. Returns name of the cell -> outcome.
 
-        Raises OutputError if it cannot be written, ConfigError if it holds an experiment with other settings.
+        Raises OutputError if the folder cannot be written, ConfigError if its experiment has other settings.
         """
         path, identity = self.root / "experiment.json", {**self.settings.identity(), "vllm": self.machine.vllm}
         try:
@@ -77,7 +79,7 @@ class Experiment:
                         f"{self.root} has cells with another {', '.join(names)}; name another folder", "--to"
                     )
             elif any(self.root.iterdir()):
-                raise OutputError(f"{self.root}: the folder is not empty and no experiment; name another --to")
+                raise OutputError(f"{self.root}: the folder has other files, but no experiment.json; name another --to")
             else:
                 write_json(path, identity)
         except OutputError:
@@ -88,7 +90,7 @@ class Experiment:
         return {name: old for name, old in found.items() if old is not None and old.finished}
 
     def run(self) -> dict[str, Outcome]:
-        """Run the cells that have no outcome yet. Write the tables after each; returns name -> outcome."""
+        """Run the cells that have no outcome yet; write the tables after each. Returns name of the cell -> outcome."""
         outcomes = self.prepare()
         if outcomes:
             self.say(f"{len(outcomes)} cells of {self.root} have an outcome and are not started again")
@@ -114,7 +116,7 @@ class Experiment:
             return Outcome(cell.name, outcome.NOT_RUN, reason=reason)
         cold = self._cold(cell, outcomes)
         if cell.cache != COLD and (cold is None or not cold.cache or not Path(cold.cache).is_dir()):
-            return Outcome(cell.name, outcome.NOT_RUN, reason="the cold start whose cache it uses has not run")
+            return Outcome(cell.name, outcome.NOT_RUN, reason="it uses the cache of a cold start, which has not run")
         try:
             cache = Path(cold.cache) if cold else caches.make(self.root.absolute() / "caches", cell.pair)
             result = self._start(cell, cache)
@@ -159,7 +161,7 @@ class Experiment:
         )
 
     def _write(self, outcomes: dict[str, Outcome]) -> None:
-        """Write the tables. A full disk does not end the experiment: the next cell reports that there is no space."""
+        """Write the tables. If the disk is full, only print that: the next cell is then not run for lack of space."""
         found = table.rows(self.cells, outcomes)
         rest = [
             *table.not_run(self.cells, outcomes),

@@ -34,7 +34,7 @@ class Cell:
     layout  TP, DP_EP or DP_EP_EAGER, each over ``ranks`` ranks
     gdn     implementation of the GDN prefill: JIT, TRITON, or CPU, which has only one implementation
     moe     implementation of the experts: JIT, TRITON or CPU
-    cache   COLD: empty cache folders; WARM: the folders that the cold start left
+    cache   COLD: the cache folder is empty; WARM: it is the folder that the cold start filled
     """
 
     ranks: int
@@ -83,10 +83,10 @@ class Cell:
 def all_cells(ranks: int, with_eager: bool, on_a_cpu: bool) -> list[Cell]:
     """Return all cells in the order of the experiment, also those that this machine cannot start.
 
-    The first four are the report's command and its comparison, so that an experiment that is stopped early has them. A
-    warm cell comes directly after the cold cell whose caches it uses.
+    The first four cells are the command of vllm#41862 and the one that the report compares it with (TP, Triton), each
+    cold and warm: these matter most if the experiment is stopped early. A warm cell follows directly its cold cell.
 
-    with_eager  also return the layout of the report's second command
+    with_eager  also return the layout of the report's second command, which has --enforce-eager
     on_a_cpu    return the cells for a machine without a GPU
     """
     layouts = [DP_EP, *([DP_EP_EAGER] if with_eager else []), TP]
@@ -99,6 +99,6 @@ def all_cells(ranks: int, with_eager: bool, on_a_cpu: bool) -> list[Cell]:
 
 
 def matching(cells: Sequence[Cell], words: str) -> list[Cell]:
-    """Return the cells that have all ``words``: "DP8+EP8 jit cold". A layout is compared as a whole."""
+    """Return the cells that have all ``words``, for example "DP8+EP8 jit cold". "EP8" alone matches no layout."""
     wanted = set(words.split())
     return [cell for cell in cells if wanted <= {part for word in cell.words() for part in word.split()}]

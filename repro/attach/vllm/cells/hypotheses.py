@@ -1,4 +1,5 @@
-"""Which of the hypotheses H1 to H5 in docs/ROOT-CAUSE.md the outcomes leave: does a cold cache stall a start, or EP?"""
+"""Say which of the hypotheses H1 to H5 in docs/ROOT-CAUSE.md remain possible: does a start stall because of a cold
+cache, or because of expert parallelism (EP)?"""
 
 from __future__ import annotations
 
@@ -10,7 +11,7 @@ from repro.attach.vllm.cells.outcome import HUNG, LIMIT, READY, Outcome
 
 
 def remaining(cells: Sequence[Cell], outcomes: Mapping[str, Outcome]) -> list[str]:
-    """Yield a line for each pair of a cold and a warm start whose outcomes are both conclusive."""
+    """Return a line for each pair of a cold and a warm start, if it is known of both whether they stalled."""
     stalls = {cell: _stalls(outcomes.get(cell.name)) for cell in cells}
     lines = []
     for cell in (cell for cell in cells if cell.cache == COLD):
@@ -32,7 +33,8 @@ def remaining(cells: Sequence[Cell], outcomes: Mapping[str, Outcome]) -> list[st
 
 
 def _other_layout(cell: Cell, stalls: Mapping[Cell, bool | None], outcomes: Mapping[str, Outcome]) -> str:
-    """Return what the warm start of TP with the same backends adds to a warm start that stalls."""
+    """Return the second half of the sentence about a warm start that stalls: whether TP (tensor parallelism without EP)
+    with the same backends stalls, too."""
     if cell.layout == TP:
         return "without expert parallelism: H3, or a build that no cache keeps"
     other = replace(cell, layout=TP, cache=WARM)

@@ -1,4 +1,4 @@
-"""Run `collect` and `bundle` as child processes. If they fail, the outcome gets a note, and the cell goes on."""
+"""Run `hmr collect` and `hmr bundle` as child processes. If one fails, the caller gets the reason, and no exception."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ BUNDLE_S = 180.0
 
 
 def collect(pid: int, to: Path) -> tuple[Answer | None, str]:
-    """Look at the job of a process. Returns the answer of `collect`, or None and the reason why there is none."""
+    """Run `collect` on the job of a process. Returns the answer and "", or None and the reason why there is none."""
     text, failure = _run(["collect", str(pid), "--to", str(to), "--json"], LOOK_S)
     try:
         return Answer.of(json.loads(text)), ""
@@ -24,7 +24,7 @@ def collect(pid: int, to: Path) -> tuple[Answer | None, str]:
 
 
 def bundle(run: Path, to: Path) -> str:
-    """Pack a recording or a folder of `collect`. Returns why that failed; "" if it did not."""
+    """Pack a recording, or a folder that `collect` wrote, into a zip. Returns why that failed; "" if it did not."""
     to.parent.mkdir(parents=True, exist_ok=True)
     _, failure = _run(["bundle", str(run), "--to", str(to)], BUNDLE_S)
     return "" if to.is_file() else f"no bundle of {run.name}: {failure}"

@@ -21,7 +21,7 @@ class Answer:
     """The answer of the recorder or of `collect` about a server.
 
     verdict    a class of repro.verdict.classes
-    sentences  where the ranks are
+    sentences  where the ranks wait
     """
 
     verdict: str
@@ -51,12 +51,12 @@ class Outcome:
 
     name      name of the cell
     state     one of STATES: how the start ended
-    verdict, cause, culprits, where    what is known of the start; the class is "" if the cell did not run
+    verdict, cause, culprits, where    the verdict on the start; `verdict` is "" if the cell did not run
     seconds   until the server was ready, hung, ended or was given up
-    silent_s  the longest time in seconds in which no rank recorded an event
-    looked    classes that `collect` gave, one for each look
+    silent_s  the longest time, in seconds, in which no rank recorded an event
+    looked    the verdicts of `collect`, one for each time that it was run
     cache     the cache folder
-    partial   whether a warm start found the cache of a cold start that had not become ready
+    partial   whether this warm start used the cache of a cold start that was ended before it was ready
     bundles   names of the zips
     reason    why the cell did not run, or what went wrong in the experiment itself
     """
@@ -78,7 +78,7 @@ class Outcome:
 
     @property
     def finished(self) -> bool:
-        """Whether a later call of the experiment leaves this cell out."""
+        """Whether a later call of the experiment need not start this cell again."""
         return self.state not in (NOT_RUN, INTERRUPTED)
 
     def save(self, folder: Path) -> None:
@@ -103,10 +103,10 @@ class Outcome:
 
 
 def conclude(state: str, recorder: Answer | None, looks: Sequence[Answer], silent_s: float, window_s: float) -> Answer:
-    """Conclude the verdict on a start from the answers of the recorder and of `collect`.
+    """Return the verdict on a start, from the answers of the recorder and of `collect` (``looks``).
 
-    A server that became ready is `slow` if a rank was silent for ``window_s``, else `clean`. A server that hung has the
-    recorder's class. If both agree on the class and the recorder names no culprit, `collect` supplies the culprits.
+    A server that became ready is `slow` if all ranks were silent for ``window_s``, else `clean`. A server that hung
+    gets the recorder's verdict. If `collect` has the same verdict and only `collect` names culprits, these are added.
     """
     last = looks[-1] if looks else None
     if state == READY:

@@ -95,5 +95,5 @@ def free_port() -> int:
 
 
 def _end_with_parent() -> None:
-    """Let the system send SIGTERM to the server if this process is killed, so that vLLM ends its own processes."""
+    """Ask the operating system to send SIGTERM to the server when this process ends, even if it is killed."""
     _LIBC.prctl(_PR_SET_PDEATHSIG, signal.SIGTERM, 0, 0, 0)

@@ -1,4 +1,4 @@
-"""The outcomes of the cells as a table for a terminal and as Markdown, and the cells that could not run, by reason."""
+"""Write the outcomes of the cells as a table, for a terminal and as Markdown, and say why other cells did not run."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def _row(cell: Cell, outcome: Outcome) -> tuple[str, ...]:
 
 
 def cache_words(cell: Cell, outcome: Outcome) -> str:
-    """Return "warm", or "partial" if the cold start before it had not become ready, so that its cache is incomplete."""
+    """Return "warm"; "partial" if its cold start was ended before it was ready, so that the cache is incomplete."""
     return "partial" if outcome.partial else cell.cache
 
 

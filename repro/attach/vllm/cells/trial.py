@@ -1,4 +1,4 @@
-"""One cell: start the server with the recorder, look at it while it is silent, and end it."""
+"""Run one cell: start the server with the recorder, run `collect` while it is silent, and end it."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from repro.watch.document import Document
 POLL_S = 0.1
 ASK_READY_S = 1.0
 MAX_LOOKS = 16
-"""`collect` is called when a silence has lasted one window, then each time it has doubled."""
+"""How often `collect` is run for one server: when a silence has lasted one window, then each time it has doubled."""
 
 LOADING = "load"
 """The phase of vLLM's recorder in which a rank reads the checkpoint."""
@@ -32,10 +32,10 @@ SITE = Path(recording.__file__).parent / "record" / "site"
 
 @dataclass(frozen=True)
 class Start:
-    """How a cell is started.
+    """The server of a cell, and its limits.
 
     command      the words of the server's command line
-    environment  the server's variables, with the caches, but without those of the recorder
+    environment  the server's environment variables; those of the caches are set, those of the recorder are not yet
     port         the port on which the server listens
     window_s     seconds without an event on any rank after which `collect` looks at the server
     limit_s      seconds after which the start is given up
@@ -48,7 +48,7 @@ class Start:
     limit_s: float
 
     def recorded(self, folder: Path) -> dict[str, str]:
-        """Return the environment with the variables of the recorder, which writes into ``folder``."""
+        """Return the environment, with variables that make the recorder write into ``folder``."""
         path = self.environment.get("PYTHONPATH", "")
         return {
             **self.environment,
@@ -60,7 +60,7 @@ class Start:
 
 @dataclass
 class Trial:
-    """Starts one cell, looks at it while it is silent, and ends it.
+    """One cell while it runs.
 
     folder       the cell's folder: record/ (the recording, with the server's output), looks/ (what `collect` wrote)
     interrupted  whether the user wants the experiment to end
@@ -84,8 +84,7 @@ class Trial:
     _log_grew_s: float = 0.0
 
     def run(self) -> Outcome:
-        """Start the server and wait until it is ready, hangs, ends, or is given up. When this returns, the server has
-        ended.
+        """Start the server, wait until it is ready, hangs, ends or has taken too long, and end it.
 
         Raises OSError if the folder cannot be written.
         """
@@ -115,7 +114,7 @@ class Trial:
         )  # fmt: skip
 
     def _watch(self, record: RunDir) -> Document | None:
-        """Watch until the outcome of the start is known. Returns None if no rank began before that."""
+        """Watch until it is known how the start ends. Returns the verdict.json; None if no rank was recorded."""
         while not record.description.exists():
             self._tick([])
             if self._state or not self._server.alive():
@@ -132,7 +131,7 @@ class Trial:
         return document
 
     def _ended(self, document: Document | None) -> str:
-        """Return the state of a start whose outcome the watch knows."""
+        """Return ENDED or HUNG for a start that ended the watch with this verdict.json."""
         crashed = document is None or document.verdict in ("crash", "clean")
         return outcome.ENDED if crashed or not self._server.alive() else outcome.HUNG
 
@@ -141,7 +140,10 @@ class Trial:
         return f"The server ended with exit code {code} before it was ready: {self._server.last_words()}"
 
     def _tick(self, tails: Sequence[Tail]) -> None:
-        """Check the time, the server and its silence. The watch calls this several times a second."""
+        """Check whether the server is ready, is silent (then run `collect`), or has taken too long.
+
+        The watch calls this several times a second, with a reader of each rank's witness.
+        """
         now_s = time.monotonic()
         if self.interrupted():
             self._state = outcome.INTERRUPTED
@@ -167,7 +169,7 @@ class Trial:
             self._state = outcome.LIMIT
 
     def _progress_s(self, tails: Sequence[Tail], now_s: float) -> float:
-        """Return when a rank last recorded an event; before the first rank has begun, when the log last grew."""
+        """Return the time of the last event of any rank. If no rank has begun, return when the log last grew."""
         last_ns = max((tail.last_event_ns() for tail in tails), default=0)
         if last_ns:
             return last_ns / 1e9
@@ -195,7 +197,7 @@ class Trial:
         self.say(f"{self.name}: {text}")
 
     def _bundles(self, record: RunDir) -> tuple[str, ...]:
-        """Pack the recording, and what the last look wrote. Returns the names of the zips."""
+        """Pack the recording, and what the last `collect` wrote. Returns the names of the zips."""
         if self._state == outcome.INTERRUPTED:
             return ()
         zips = self.folder.parent.parent / "bundles"

@@ -1,17 +1,20 @@
-"""A plug-in that stops a vLLM server which would hang, and says why: HMR_GUARD=agree, or observe.
+"""A plug-in that stops a vLLM server which would hang, and says why (HMR_GUARD=agree), or only says why (observe).
+
+The workers agree at each step, before they issue its collectives. A thread in each worker and engine sees which
+processes have ended.
 
     plugin.py    the entry point; without HMR_GUARD it imports nothing else
     hooks.py     the table: which attribute of vLLM is replaced, by what
-    worker.py    the hooks of a worker: the start vote, executions, collectives
-    engine.py    the hooks of an EngineCore: executions that it counts and requests, questions
+    worker.py    the hooks of a worker: the start vote, executions of the model, collectives
+    engine.py    the hooks of an EngineCore: the executions that it requests and counts, its questions to other engines
     frontend.py  the hook of a front end: the exit code of the server
-    schedule/    guard.py: C1 with a digest, and entries that are held back; stream.py: what a rank issued and expects;
-                 entry.py: a collective and its digest; post.py: what ranks tell each other, and the first difference
-    meeting/     meeting.py: the keys in the store; vote.py: a vote of all ranks; settings.py: what each rank says in
-                 the start vote; board.py: memory that an engine shares with its workers
-    preparation/ prepare.py: what is built before the ranks communicate; builders.py: the registry of builders
-    ending/      stop.py: how a process ends, and its exit code; peers.py: which processes have ended; lookout.py: the
-                 thread that sees refusals and lost peers
+    schedule/    guard.py: compares the ranks at each step (C1); stream.py: what a rank has issued and expects next;
+                 entry.py: one collective and its digest; post.py: the state of a rank, and how two states differ
+    meeting/     meeting.py: the keys in torch's store; vote.py: a vote of all ranks; settings.py: what each rank says
+                 in the start vote; board.py: memory that an engine shares with its workers
+    preparation/ prepare.py: builds kernels before the ranks communicate; builders.py: the table of what is built
+    ending/      stop.py: how a process ends, and its exit code; peers.py: which processes have ended; guard_thread.py:
+                 the thread that sees refusals and lost processes
 
-docs/VLLM.md says what each mode does, and what is seen.
+docs/VLLM.md says what each mode does, and which differences it finds.
 """

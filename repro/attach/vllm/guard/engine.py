@@ -1,4 +1,5 @@
-"""Hooks of an EngineCore, which counts its executions on the board and has its own lookout."""
+"""Hooks of an EngineCore: it counts its executions of the model on a board (memory that it shares with its workers),
+and runs a guard thread."""
 
 from __future__ import annotations
 
@@ -9,7 +10,7 @@ from collections.abc import Callable
 from functools import wraps
 from typing import Any
 
-from repro.attach.vllm.guard.ending.lookout import Lookout, front_end_of
+from repro.attach.vllm.guard.ending.guard_thread import GuardThread, front_end_of
 from repro.attach.vllm.guard.ending.peers import Process
 from repro.attach.vllm.guard.ending.stop import Stop
 from repro.attach.vllm.guard.meeting import board
@@ -20,19 +21,19 @@ from repro.attach.vllm.guard.schedule.post import left_out
 current: Board | None = None
 """The board of this process if it is an engine, else None."""
 
-lookout: Lookout | None = None
+guard_thread: GuardThread | None = None
 _engine: Any = None
 _rank = 0
-_counts_requests = False  # whether the requests of this engine's executor are counted
+_counts_requests = False  # whether a hook has seen this engine request an execution
 
 
 def after_fork() -> None:
-    global current, lookout, _engine
-    current = lookout = _engine = None
+    global current, guard_thread, _engine
+    current = guard_thread = _engine = None
 
 
 def constructing(original: Callable[..., Any]) -> Callable[..., Any]:
-    """Wrap DPEngineCoreProc._init_data_parallel, which runs before the engine starts its workers."""
+    """Wrap DPEngineCoreProc._init_data_parallel, to make the board before the engine starts its workers."""
 
     @wraps(original)
     def _init_data_parallel(self: Any, vllm_config: Any, *args: Any, **options: Any) -> Any:
@@ -46,8 +47,8 @@ def constructing(original: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def begin(engine: Any, config: Any) -> None:
-    """Make the board, and begin to watch the other processes. config: ParallelConfig."""
-    global current, lookout, _engine, _rank
+    """Make the board, and start the guard thread, which watches the other processes. config: vLLM's ParallelConfig."""
+    global current, guard_thread, _engine, _rank
     per_engine = int(config.world_size)
     _rank, _engine = int(config.data_parallel_rank) * per_engine, engine
     mine = current = board.create()
@@ -62,12 +63,15 @@ def begin(engine: Any, config: Any) -> None:
         expected += [f"engine of rank {first}", f"front end of rank {first}"]
     stop = Stop(f"engine of rank {_rank}", os.environ.get("HMR_GUARD") == "agree", tell=_tell_front_end)
     processes = [Process.this(f"engine of rank {_rank}", _rank), front_end_of(_rank)]
-    lookout = Lookout(stop, connect, processes, expected, _exit_code)
-    lookout.start()
+    guard_thread = GuardThread(stop, connect, processes, expected, _exit_code)
+    guard_thread.start()
 
 
 def _tell_front_end() -> None:
-    """Send what vLLM's engine sends when it fails, because a waiting front end does not check its engines."""
+    """Send the front end the message that vLLM's engine sends when it fails.
+
+    A front end that waits for outputs does not check whether its engines live.
+    """
     from vllm.v1.engine.core import EngineCoreProc
 
     _engine.output_queue.put_nowait(EngineCoreProc.ENGINE_CORE_DEAD)
@@ -76,7 +80,8 @@ def _tell_front_end() -> None:
 def _exit_code(pid: int) -> int | None:
     """Return the exit code of a worker that this engine started; None while it runs, or if the code is not known."""
     workers = getattr(getattr(_engine, "model_executor", None), "workers", None) or ()
-    children: Any = vars(multiprocessing.process).get("_children", ())  # before the workers of a start are listed
+    # during the start, the executor does not list its workers yet, but multiprocessing knows its children
+    children: Any = vars(multiprocessing.process).get("_children", ())
     for process in (*(getattr(worker, "proc", None) for worker in workers), *children):
         if process is not None and process.pid == pid:
             code: int | None = process.exitcode
@@ -85,7 +90,7 @@ def _exit_code(pid: int) -> int | None:
 
 
 def requesting(original: Callable[..., Any]) -> Callable[..., Any]:
-    """Wrap an executor's execute_model, which runs the model if tokens are scheduled."""
+    """Wrap an executor's execute_model, to note that the engine requests an execution if tokens are scheduled."""
 
     @wraps(original)
     def execute_model(self: Any, scheduler_output: Any, *args: Any, **options: Any) -> Any:
@@ -97,7 +102,7 @@ def requesting(original: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def requesting_dummy(original: Callable[..., Any]) -> Callable[..., Any]:
-    """Wrap an executor's execute_dummy_batch."""
+    """Wrap an executor's execute_dummy_batch, to note that the engine requests an execution without tokens."""
 
     @wraps(original)
     def execute_dummy_batch(self: Any, *args: Any, **options: Any) -> Any:
@@ -115,7 +120,7 @@ def _note_request() -> None:
 
 
 def counting(original: Callable[..., Any]) -> Callable[..., Any]:
-    """Wrap DPEngineCoreProc._has_global_unfinished_reqs, which counts the executions of a wave."""
+    """Wrap DPEngineCoreProc._has_global_unfinished_reqs, which the engine calls once after each execution: count it."""
 
     @wraps(original)
     def _has_global_unfinished_reqs(self: Any, *args: Any, **options: Any) -> Any:
@@ -127,23 +132,24 @@ def counting(original: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _count(engine: Any, mine: Board) -> None:
-    """Count one execution. In the mode ``agree``, raises Refused if the engine has not requested it."""
+    """Count one execution. In the mode ``agree``, raise Refused if the engine did not request it from its worker."""
     mine[Field.COUNTED] += 1
     requested, counted = mine.executions()
     if counted <= requested or not _counts_requests:
         return
     if getattr(getattr(engine, "model_executor", None), "is_sleeping", False):
-        mine[Field.COUNTED] = requested  # the engine sleeps, and requests nothing
+        mine[Field.COUNTED] = requested  # a sleeping engine rightly requests no execution
         return
     if mine[Field.LEFT_OUT]:
         return
     mine[Field.LEFT_OUT] = counted
-    if lookout is not None:
-        lookout.refuse_here(left_out(_rank, counted, counted, requested))
+    if guard_thread is not None:
+        guard_thread.refuse_here(left_out(_rank, counted, counted, requested))
 
 
 def asking(original: Callable[..., Any]) -> Callable[..., Any]:
-    """Wrap ParallelConfig.sync_dp_state (has_unfinished_dp in 0.20), a static method."""
+    """Wrap ParallelConfig.sync_dp_state (has_unfinished_dp in 0.20), to note on the board when the question "is anyone
+    unfinished?" begins and ends."""
 
     @wraps(original)
     def sync_dp_state(*args: Any, **options: Any) -> Any:
@@ -154,8 +160,8 @@ def asking(original: Callable[..., Any]) -> Callable[..., Any]:
         try:
             return original(*args, **options)
         except Exception as error:
-            if lookout is not None:
-                lookout.stop.explain(error)
+            if guard_thread is not None:
+                guard_thread.stop.explain(error)
             raise
         finally:
             mine[Field.ANSWERED] += 1
@@ -164,28 +170,31 @@ def asking(original: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def ending(original: Callable[..., Any]) -> Callable[..., Any]:
-    """Wrap EngineCoreProc.shutdown, which vLLM also calls after an exception of the engine."""
+    """Wrap EngineCoreProc.shutdown, to announce how the engine ends. vLLM also calls it after an exception."""
 
     @wraps(original)
     def shutdown(self: Any, *args: Any, **options: Any) -> Any:
         error = sys.exc_info()[1]
-        if lookout is not None and isinstance(error, Exception):
-            lookout.fail(f"rank {_rank} failed: its engine raised {type(error).__name__}: {error}")
-        elif lookout is not None:
-            lookout.leave(also=_workers())
+        if guard_thread is not None and isinstance(error, Exception):
+            guard_thread.fail(f"rank {_rank} failed: its engine raised {type(error).__name__}: {error}")
+        elif guard_thread is not None:
+            guard_thread.leave(also=_workers())
         return original(self, *args, **options)
 
     return shutdown
 
 
 def dying(original: Callable[..., Any]) -> Callable[..., Any]:
-    """Wrap EngineCoreProc._send_engine_dead: the front end ends an engine at once when it hears of its exception."""
+    """Wrap EngineCoreProc._send_engine_dead, to announce the engine's exception before the front end hears of it.
+
+    The front end then ends the engine at once, which could not announce it any more.
+    """
 
     @wraps(original)
     def _send_engine_dead(self: Any, *args: Any, **options: Any) -> Any:
         error = sys.exc_info()[1]
-        if lookout is not None and isinstance(error, Exception):
-            lookout.fail(f"rank {_rank} failed: its engine raised {type(error).__name__}: {error}")
+        if guard_thread is not None and isinstance(error, Exception):
+            guard_thread.fail(f"rank {_rank} failed: its engine raised {type(error).__name__}: {error}")
         return original(self, *args, **options)
 
     return _send_engine_dead

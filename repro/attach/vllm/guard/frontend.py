@@ -1,6 +1,6 @@
-"""Hooks of a front end: vLLM's own server ends with the guard's exit code if an engine ended with it.
+"""The hook of a front end: if an engine ended with the guard's exit code, vLLM's server ends with this code, too.
 
-A user's program that has started engines gets vLLM's EngineDeadError instead, and ends as it wants.
+A user's own program that started engines is not ended. It gets vLLM's EngineDeadError.
 """
 
 from __future__ import annotations
@@ -20,7 +20,8 @@ from repro.attach.vllm.guard.ending.stop import EXIT_CODE, GRACE_S, POLL_S, Stop
 
 
 def monitoring(original: Callable[..., Any]) -> Callable[..., Any]:
-    """Wrap CoreEngineProcManager.monitor_engine_liveness, which a thread of the front end runs."""
+    """Wrap CoreEngineProcManager.monitor_engine_liveness, to start a thread that waits for the exit codes of the
+    engines."""
 
     @wraps(original)
     def monitor_engine_liveness(self: Any, *args: Any, **options: Any) -> Any:
@@ -33,7 +34,7 @@ def monitoring(original: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def is_server() -> bool:
-    """Whether this program is vLLM's own server."""
+    """Whether this program is vLLM's own server, such as ``vllm serve``, and not a user's program."""
     main = getattr(sys.modules.get("__main__"), "__spec__", None)
     return os.path.basename(sys.argv[0]) == "vllm" or str(getattr(main, "name", "")).startswith("vllm.")
 
@@ -45,16 +46,16 @@ def _watch(engines: Sequence[Any]) -> None:
             engine = waiting.pop(sentinel)
             deadline = time.monotonic() + GRACE_S
             while engine.exitcode is None and time.monotonic() < deadline:
-                time.sleep(POLL_S)  # another thread has taken the exit code from the system, and is about to note it
+                time.sleep(POLL_S)  # another thread has reaped the engine, and is about to store the exit code
             if engine.exitcode == EXIT_CODE:
                 leave(Stop("front end", True))
 
 
 def leave(stop: Stop, wait: Callable[[float], None] = time.sleep) -> None:
-    """Give vLLM's own shutdown some seconds, then end this process with the exit code."""
+    """Wait GRACE_S seconds for vLLM's own shutdown, then end this process with the guard's exit code."""
     stop.say(f"an engine was refused; its log says why. The server ends with exit code {EXIT_CODE}")
-    atexit.register(stop.leave)  # vLLM's main thread may end during this wait, with 0
+    atexit.register(stop.leave)  # the main thread may end during this wait, and would end the process with code 0
     wait(GRACE_S)
-    for child in multiprocessing.active_children():  # such as the coordinator, which nobody else would end
+    for child in multiprocessing.active_children():  # such as vLLM's coordinator, which no other process would end
         child.kill()
     stop.leave()

@@ -1,7 +1,7 @@
-"""The table of what the guard replaces in vLLM and in torch.
+"""The table of the guard's hooks: which attribute of vLLM or torch is replaced, and by what.
 
-If a version of vLLM lacks a hook, the log has a line about it. Without an essential hook the ranks cannot agree: then
-the start vote refuses the start (``agree``), or the guard is off (``observe``).
+If a version of vLLM lacks such an attribute, the log has a line about it. If the hook is essential, the ranks cannot
+agree without it: then the start vote refuses the start (HMR_GUARD=agree), or the guard is off (observe).
 """
 
 from __future__ import annotations
@@ -26,9 +26,9 @@ class Hook(NamedTuple):
     module     the module that defines it
     names      "Class.method" or "function"; the first that exists is replaced
     make       makes the replacement from the original
-    shows      what the guard does not see without it
-    versions   versions of vLLM in which it was read or run
-    essential  whether the ranks cannot agree without it
+    shows      what the guard sees by this hook
+    versions   versions of vLLM in which the attribute was read or run
+    essential  whether the ranks cannot agree without this hook
     """
 
     module: str
@@ -104,7 +104,7 @@ HOOKS = (
 
 @functools.cache
 def install() -> None:
-    """Hook this process and its forked children."""
+    """Install the hooks in this process; its forked children inherit them."""
     os.register_at_fork(after_in_child=worker.after_fork)
     os.register_at_fork(after_in_child=engine.after_fork)
     modules: dict[str, list[Hook]] = {}
@@ -118,7 +118,7 @@ def install() -> None:
 
 
 def _hook_torch(module: ModuleType) -> None:
-    """Replace the methods of torch's ProcessGroup: all collectives that vLLM's classes do not see go through these."""
+    """Replace the methods of torch's ProcessGroup, for collectives that do not go through vLLM's own classes."""
     import torch._C._distributed_c10d as native
 
     for name, method in METHODS.items():

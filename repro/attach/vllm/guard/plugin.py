@@ -1,6 +1,7 @@
 """The entry point ``hmr_guard`` of ``vllm.general_plugins``: HMR_GUARD=agree stops ranks that would hang.
 
-With HMR_GUARD=observe it only prints what it would refuse. vLLM calls it in each of its processes, and may do so again.
+With HMR_GUARD=observe the guard only prints what it would refuse. vLLM calls the entry point in each of its processes,
+possibly several times.
 """
 
 from __future__ import annotations

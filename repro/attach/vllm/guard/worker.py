@@ -1,4 +1,4 @@
-"""Hooks of a worker: it joins the vote when its groups exist, and its collectives are the entries of the guard."""
+"""Hooks of a worker: it takes part in the start vote, and each of its collectives goes through the guard."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from collections.abc import Callable
 from functools import wraps
 from typing import Any, NamedTuple
 
-from repro.attach.vllm.guard.ending.lookout import Lookout
+from repro.attach.vllm.guard.ending.guard_thread import GuardThread
 from repro.attach.vllm.guard.ending.peers import Process
 from repro.attach.vllm.guard.ending.stop import Refused, Stop
 from repro.attach.vllm.guard.meeting import board, settings
@@ -23,13 +23,16 @@ DEADLINE_S = 60.0
 current: Guard | None = None
 """The guard of this process if it is a worker and all ranks agreed to be guarded, else None."""
 
-lookout: Lookout | None = None
+guard_thread: GuardThread | None = None
 missing: list[str] = []
-"""The hooks that this vLLM lacks and without which no rank can agree."""
+"""The essential hooks whose attributes this version of vLLM lacks."""
 
 
 class _Group(NamedTuple):
-    """group: a weak reference; name; shared: whether it has ranks of several data-parallel ranks."""
+    """A process group of torch, by a weak reference.
+
+    shared  whether its members belong to several engines; the guard compares only the collectives of such groups
+    """
 
     group: Any
     name: str
@@ -43,8 +46,8 @@ _ranks_per_engine = 1
 
 def after_fork() -> None:
     """Reset the state in a forked child, which is not the worker."""
-    global current, lookout
-    current = lookout = None
+    global current, guard_thread
+    current = guard_thread = None
     _groups.clear()
 
 
@@ -52,12 +55,12 @@ def after_fork() -> None:
 
 
 def initialising(original: Callable[..., Any]) -> Callable[..., Any]:
-    """Wrap Worker.init_device, after which the groups exist."""
+    """Wrap Worker.init_device, to hold the start vote after it: then the process groups exist."""
 
     @wraps(original)
     def init_device(self: Any, *args: Any, **options: Any) -> Any:
         result = original(self, *args, **options)
-        if lookout is None:
+        if guard_thread is None:
             guarded(join, self.vllm_config)
         return result
 
@@ -65,7 +68,7 @@ def initialising(original: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def guarded(call: Callable[..., Any], *args: Any) -> Any:
-    """Call a function of ours. Only a refusal reaches the server."""
+    """Call a function of the guard. Of its exceptions, only Refused reaches the server; others are printed."""
     try:
         return call(*args)
     except Refused:
@@ -76,8 +79,8 @@ def guarded(call: Callable[..., Any], *args: Any) -> Any:
 
 
 def join(config: Any) -> None:
-    """Take part in the start vote of all ranks. Raises Refused if they do not agree, in the mode ``agree``."""
-    global current, lookout, _ranks_per_engine
+    """Take part in the start vote of all ranks. In the mode ``agree``, raise Refused if the ranks do not agree."""
+    global current, guard_thread, _ranks_per_engine
     import torch.distributed as dist
     from vllm.distributed.parallel_state import get_dp_group
 
@@ -104,7 +107,8 @@ def join(config: Any) -> None:
         expected += [
             f"{role} of rank {other}" for other in range(0, num_ranks, per_engine) for role in ("engine", "front end")
         ]
-    lookout = Lookout(stop, lambda: Meeting.of(store), [Process.this(f"worker of rank {rank}", rank)], expected)
+    me = Process.this(f"worker of rank {rank}", rank)
+    guard_thread = GuardThread(stop, lambda: Meeting.of(store), [me], expected)
     said = settings.ballot(config, mode, missing, mine is not None)
     deadline_s = float(os.environ.get("HMR_GUARD_DEADLINE") or DEADLINE_S)
     sentence = decide(meeting, "start", said, rank, num_ranks, deadline_s, settings.judge)
@@ -115,14 +119,15 @@ def join(config: Any) -> None:
     elif not stop.agrees:
         stop.observe(f"{sentence}; the guard is off")
         return
-    lookout.start()
+    guard_thread.start()
     if sentence:
         guard.refuse(sentence)
-    lookout.guard, current, _ranks_per_engine = guard, guard, per_engine
+    guard_thread.guard, current, _ranks_per_engine = guard, guard, per_engine
 
 
 def raise_or_say(stop: Stop, why: str) -> None:
-    """This rank cannot take part in a vote. Raises Refused in the mode ``agree``."""
+    """Handle a rank that cannot take part in the vote: raise Refused in the mode ``agree``, else print that the guard
+    is off. why: the reason"""
     if not stop.agrees:
         stop.say(f"off: {why}")
         return
@@ -131,12 +136,12 @@ def raise_or_say(stop: Stop, why: str) -> None:
 
 
 def ending(original: Callable[..., Any]) -> Callable[..., Any]:
-    """Wrap WorkerProc.shutdown."""
+    """Wrap WorkerProc.shutdown, to announce that this worker ends normally."""
 
     @wraps(original)
     def shutdown(self: Any, *args: Any, **options: Any) -> Any:
-        if lookout is not None:
-            lookout.leave()
+        if guard_thread is not None:
+            guard_thread.leave()
         return original(self, *args, **options)
 
     return shutdown
@@ -146,7 +151,8 @@ def ending(original: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def executing(original: Callable[..., Any]) -> Callable[..., Any]:
-    """Wrap Worker.execute_model. Without scheduled tokens it runs no model."""
+    """Wrap Worker.execute_model, to note when the worker begins and ends to run the model. A call without scheduled
+    tokens does not run the model."""
 
     @wraps(original)
     def execute_model(self: Any, scheduler_output: Any, *args: Any, **options: Any) -> Any:
@@ -159,7 +165,10 @@ def executing(original: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def executing_always(requested: bool) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """Wrap Worker.execute_dummy_batch, or a phase of the start, in which no engine counts executions."""
+    """Return the wrapper of a method that always runs the model.
+
+    requested: True for Worker.execute_dummy_batch; False for a phase of the start, whose executions no engine counts
+    """
 
     def hook(original: Callable[..., Any]) -> Callable[..., Any]:
         @wraps(original)
@@ -189,7 +198,10 @@ def _execute(guard: Guard, requested: bool, original: Callable[..., Any], *args:
 
 
 class Distributed:
-    """torch.distributed as the modules with C1 see it: the all-reduce of C1 gets the guard's rows."""
+    """A replacement for the module torch.distributed, in those modules of vLLM that issue C1.
+
+    It adds the guard's rows to the all-reduce of C1, and passes everything else on to torch.distributed.
+    """
 
     def __init__(self, dist: Any) -> None:
         self._dist = dist
@@ -211,12 +223,12 @@ def _is_agreement(guard: Guard, tensor: Any) -> bool:
 
 
 def widening(original: Any) -> Any:
-    """Replace the name ``dist`` in a module with C1."""
+    """Return the replacement for ``dist`` (torch.distributed) in a module of vLLM that issues C1."""
     return original if isinstance(original, Distributed) else Distributed(original)
 
 
 def naming(original: Callable[..., Any]) -> Callable[..., Any]:
-    """Wrap GroupCoordinator.__init__: vLLM gives torch no names of its groups."""
+    """Wrap GroupCoordinator.__init__, to note the names of vLLM's groups, which torch does not know."""
 
     @wraps(original)
     def __init__(self: Any, *args: Any, **options: Any) -> None:
@@ -231,7 +243,10 @@ def naming(original: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def exchanging(op: str, attribute: str = "device_group") -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """Wrap a method that issues one collective. attribute: where the object has its process group."""
+    """Return the wrapper of a method of vLLM that issues one collective.
+
+    op: the name of the collective; attribute: the attribute of the object that has its process group
+    """
 
     def hook(original: Callable[..., Any]) -> Callable[..., Any]:
         @wraps(original)
@@ -250,7 +265,11 @@ def exchanging(op: str, attribute: str = "device_group") -> Callable[[Callable[.
 
 
 def calling(op: str) -> Callable[[Any], Any]:
-    """Wrap a method of torch's ProcessGroup: what goes by vLLM's own classes."""
+    """Return the wrapper of a method of torch's ProcessGroup, for collectives that do not go through vLLM's own
+    classes.
+
+    op: the name of the collective
+    """
 
     def hook(original: Any) -> Any:
         def call(self: Any, *args: Any, **options: Any) -> Any:
@@ -268,7 +287,10 @@ def calling(op: str) -> Callable[[Any], Any]:
 
 
 def in_layer(attribute: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """Wrap a layer's method; ``attribute`` contains the layer's name."""
+    """Return the wrapper of a layer's method, to note which layer runs.
+
+    attribute: the attribute of the object that has the layer's name
+    """
 
     def hook(original: Callable[..., Any]) -> Callable[..., Any]:
         @wraps(original)

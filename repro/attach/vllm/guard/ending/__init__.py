@@ -1,1 +1,1 @@
-"""Find which processes have ended, and end a process that must not wait any longer."""
+"""Find out which processes of the server have ended, and end a process that would wait for them for ever."""

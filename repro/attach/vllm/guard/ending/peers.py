@@ -1,7 +1,7 @@
 """The processes of the other ranks: which of them have ended.
 
-On one host a process is watched by its pidfd, which is exact: a slow or stopped process does not count as ended. Of a
-process on another host, only a number is known that changes while any process there lives.
+A process on this host is watched by a pidfd, so that a slow or stopped process never counts as ended. A process on
+another host is watched by its heartbeat: a number in the store that it changes twice a second.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 SILENT_S = 15.0
-"""Seconds without a new number from any process of a host after which the host counts as down."""
+"""A host counts as down if none of its processes has changed its number for this many seconds."""
 
 
 @dataclass(frozen=True)
@@ -58,7 +58,7 @@ class Peers:
         self._clock = clock
         self._here = host()
         self._open: dict[Process, int] = {}  # process of this host -> pidfd
-        # process of another host -> (its number, time since when it has this number)
+        # process of another host -> (its last number, when this process first saw that number)
         self._far: dict[Process, tuple[str, float]] = {}
         self.known: dict[str, Process] = {}
 
@@ -97,16 +97,14 @@ class Peers:
         return [process.name for process in self._far]
 
     def beat(self, name: str, number: str) -> None:
-        """Note the number of a process on another host."""
+        """Note the number (heartbeat) of a process on another host."""
         process = self.known[name]
         if process in self._far and self._far[process][0] != number:
             self._far[process] = number, self._clock()
 
     def silent(self) -> tuple[Process, float] | None:
-        """Return a process of a host that is down, and for how many seconds.
-
-        A host is up while any of its processes beats.
-        """
+        """Return a process of a host that is down, and for how many seconds none of the host's processes has changed
+        its number; None if all hosts are up."""
         last: dict[str, float] = {}
         for process, (_, since) in self._far.items():
             last[process.host] = max(since, last.get(process.host, 0.0))
@@ -122,7 +120,7 @@ class Peers:
 
 
 def gone(process: Process, code: int | None = None) -> str:
-    """Return the sentence about a process that has ended. code: its exit code as subprocess gives it, if known."""
+    """Return the sentence about a process that has ended. code: its exit code, -9 for SIGKILL; None if not known"""
     how = "has ended"
     if code is not None and code < 0:
         with contextlib.suppress(ValueError):
@@ -149,7 +147,7 @@ def _has_ended(process: Process, descriptor: int) -> bool:
 
 
 def start_ticks(pid: int) -> int:
-    """Return the start time of a process in clock ticks since boot; 0 if it has ended, reaped or not."""
+    """Return the start time of a process in clock ticks since boot; 0 if the process has ended."""
     try:
         fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     except OSError:

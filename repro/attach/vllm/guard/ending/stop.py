@@ -1,6 +1,6 @@
-"""How this process ends when the guard has refused: say why, leave evidence, let vLLM shut down, then exit.
+"""How this process ends when the guard has refused to go on: print why, save it in a file, let vLLM shut down, exit.
 
-A process whose main thread is blocked in a collective never comes back to Python, so a thread of the guard ends it.
+If the main thread is blocked in a collective, it cannot raise an exception. Then the guard's thread ends the process.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ EXIT_CODE = 86
 """The exit code of a process that the guard ended."""
 
 GRACE_S = 0.7
-"""How long vLLM may shut down by itself after a refusal before the process is ended."""
+"""Seconds after a refusal in which vLLM may shut down by itself. After that the guard ends the process."""
 
 
 EXPLAIN_S = 1.0
@@ -26,15 +26,15 @@ POLL_S = 0.02
 
 
 class Refused(RuntimeError):
-    """The guard refuses to go on; the text says who did what, and where."""
+    """The guard refuses to go on. The text says which rank did what, and in which layer."""
 
 
 class Stop:
     """The end of this process.
 
-    who      "rank 1", "engine of rank 1": how its lines begin
-    agrees   whether the guard stops the process; else it only says so
-    tell     called once, at the refusal, to let others know that do not look for themselves
+    who      the name of the process in its log lines: "rank 1", "engine of rank 1"
+    agrees   whether the mode is ``agree``: the guard stops the process; in the mode ``observe`` it only prints
+    tell     called once, at the refusal, to notify a process that has no guard thread
     """
 
     def __init__(
@@ -68,7 +68,8 @@ class Stop:
         self._keep(sentence, "observed")
 
     def begin(self, sentence: str) -> None:
-        """The ranks stop for this reason. The process ends GRACE_S later at the latest, if :meth:`due` is called."""
+        """Note and print why the ranks stop. From GRACE_S seconds later on, :meth:`due` returns True, and the guard's
+        thread ends the process."""
         with self._lock:
             if self.sentence:
                 return
@@ -80,12 +81,14 @@ class Stop:
         with contextlib.suppress(Exception):
             from multiprocessing import util
 
-            util.Finalize(None, self.leave, exitpriority=-1000)  # vLLM's processes end with its code, after all else
+            # if vLLM ends the process by itself, it ends with the guard's exit code, after all other exit functions
+            util.Finalize(None, self.leave, exitpriority=-1000)
 
     def explain(self, error: Exception) -> None:
-        """Raise Refused if a collective failed because the ranks stop, for example because a peer is gone.
+        """Raise Refused if the ranks stop within EXPLAIN_S; call this when a collective has failed with ``error``.
 
-        The operating system closes the connections of a process shortly before it reports that the process has ended.
+        If another process has ended, the collective fails first, because its connections break. The guard's thread
+        learns the reason a moment later.
         """
         if isinstance(error, Refused) or not self.agrees:
             return
@@ -96,10 +99,11 @@ class Stop:
             time.sleep(POLL_S)
 
     def due(self, extra_s: float = 0.0) -> bool:
+        """Whether vLLM has had its GRACE_S seconds after a refusal, and the process must be ended."""
         return bool(self.sentence) and self._clock() - self._since_s >= GRACE_S + extra_s
 
     def leave(self) -> None:
-        """End the process at once."""
+        """End the process at once, with the guard's exit code."""
         for stream in (sys.stdout, sys.stderr):
             with contextlib.suppress(Exception):
                 stream.flush()

@@ -1,1 +1,1 @@
-"""Where the processes of a server meet: the store, its votes, and the memory of an engine and its workers."""
+"""How the processes of a server exchange data: torch's store, votes in it, and memory of one engine and its workers."""

@@ -1,7 +1,7 @@
-"""What an EngineCore and its workers tell each other: numbers in memory that they share.
+"""The board: numbers in memory that an EngineCore shares with its workers.
 
-The engine makes the memory and names it in its environment, which its workers inherit. The memory has no file, so
-nothing is left of it when the processes end.
+The engine creates the memory and puts its path into an environment variable, which its workers inherit. The path leads
+to no file of a disk (memfd), so nothing is left of the memory when the processes end.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import mmap
 import os
 
 VARIABLE = "HMR_GUARD_BOARD"
-"""The path of the board, set by an engine for its workers."""
+"""The environment variable with the path of the board. An engine sets it for its workers."""
 
 BYTES = 4096
 RING = 64
@@ -20,16 +20,17 @@ _HOST_BYTES = 256
 
 
 class Field(enum.IntEnum):
-    """The index of each number. The engine writes all but PORT.
+    """The index of each number on the board. The engine writes all numbers but PORT, which a worker writes.
 
     ENGINE     process id of the engine
     REQUESTED  model executions that the engine requested from its workers
     COUNTED    executions that the engine's loop has counted, over all waves
-    LEFT_OUT   the number of the first execution that it counted and did not request, from 1; 0 without one
-    ASKED      questions "is anyone unfinished?" that it has begun
-    ANSWERED   questions that have ended
-    PORT       the port of the store in which the workers meet, once the vote has passed; the host stands apart
-    FIRST      the first number of a ring: COUNTED when execution N was requested is FIRST + N % RING
+    LEFT_OUT   the number, from 1, of the first execution that the engine counted and did not request; 0 without one
+    ASKED      questions "is anyone unfinished?" to the other engines that have begun
+    ANSWERED   such questions that have ended
+    PORT       the port of the workers' store (its host is a text at _HOST); 0 as long as no worker has written it
+    FIRST      the begin of a ring of RING numbers: at FIRST + N % RING is COUNTED as it was when the engine requested
+               execution N
     """
 
     ENGINE = 0
@@ -43,7 +44,7 @@ class Field(enum.IntEnum):
 
 
 class Board:
-    """The numbers of one engine, as ``board[Field.COUNTED]``."""
+    """The numbers of one engine. ``board[Field.COUNTED]`` reads or sets one."""
 
     def __init__(self, buffer: mmap.mmap | bytearray) -> None:
         self._bytes = memoryview(buffer)
@@ -56,28 +57,29 @@ class Board:
         self._numbers[field] = number
 
     def request(self) -> None:
-        """Note that the engine requests one more execution."""
+        """Note that the engine requests one more execution of the model from its workers."""
         number = self[Field.REQUESTED] + 1
         self[Field.FIRST + number % RING] = self[Field.COUNTED]
         self[Field.REQUESTED] = number
 
     def counted_at(self, number: int) -> int:
-        """Return how many executions the engine had counted when it requested this one; -1 if it did not request it."""
+        """Return how many executions the engine had counted when it requested execution ``number``; -1 if unknown."""
         requested_since = self[Field.REQUESTED] - number
         return self[Field.FIRST + number % RING] if number > 0 and 0 <= requested_since < RING else -1
 
     def executions(self) -> tuple[int, int]:
-        """Return requested and counted executions. The counted ones are read first, so they never seem to be ahead."""
+        """Return how many executions were requested and counted. The counted ones are read first: if the engine writes
+        between the two reads, it does not look as if it had counted more than it requested."""
         counted = self[Field.COUNTED]
         return self[Field.REQUESTED], counted
 
     def questions(self) -> tuple[int, int]:
-        """Return begun and ended questions "is anyone unfinished?"."""
+        """Return how many questions "is anyone unfinished?" have begun, and how many have ended."""
         answered = self[Field.ANSWERED]
         return self[Field.ASKED], answered
 
     def meet_at(self, host: str, port: int) -> None:
-        """Write the place of the store, for the engine."""
+        """Write host and port of the store, so that the engine can connect to it."""
         text = host.encode()[:_HOST_BYTES]
         self._bytes[_HOST : _HOST + len(text)] = text
         self[Field.PORT] = port
@@ -91,8 +93,8 @@ class Board:
 
 
 def create() -> Board:
-    """Make the board of this process and of those that it starts from now on. Raises OSError."""
-    descriptor = os.memfd_create("hmr_guard")  # stays open: its path leads the workers to it
+    """Create the board of this engine. Processes that it starts from now on find the board. Raises OSError."""
+    descriptor = os.memfd_create("hmr_guard")  # stays open, because the workers open its path in /proc
     os.ftruncate(descriptor, BYTES)
     os.environ[VARIABLE] = f"/proc/{os.getpid()}/fd/{descriptor}"
     board = Board(mmap.mmap(descriptor, BYTES))

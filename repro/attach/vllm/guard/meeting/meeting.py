@@ -1,14 +1,14 @@
-"""Where the processes of all ranks meet: keys in the store of vLLM's workers, over a separate connection.
+"""The keys in the store of vLLM's workers by which the processes of all ranks exchange data.
 
-    refusal      the sentence with which one rank stopped all; the first one stays
-    calls        how often a rank asked all others to post their state
+    refusal      the sentence with which a rank stops all ranks; a later refusal does not replace it
+    calls        how many times a rank has asked all others to post their state
     post/R       the state of rank R
-    process/N    which process N is, see :mod:`peers`
-    left/N       process N ends normally
-    beat/N       a number that process N changes, for processes on other hosts
+    process/N    pid, start time and host of the process with the name N, see :mod:`peers`
+    left/N       set if process N ends normally
+    beat/N       the heartbeat of process N: a number that it changes, for processes on other hosts
 
-While vLLM waits in the store, a request of another thread over the same connection would wait, too. So each thread has
-its own connection.
+Each thread of the guard has its own connection to the store. Over vLLM's connection a request would wait as long as
+vLLM itself waits for a key.
 """
 
 from __future__ import annotations
@@ -34,20 +34,20 @@ class Meeting:
 
     @classmethod
     def of(cls, store: Any) -> Meeting:
-        """Connect to the server of this store."""
+        """Open one more connection to the server of a store that vLLM's worker uses."""
         import torch.distributed as dist
 
         return cls(dist.PrefixStore(PREFIX, root_of(store).clone()))
 
     @classmethod
     def at(cls, host: str, port: int) -> Meeting:
-        """Connect to a TCP store."""
+        """Connect to the TCP store at this address. An engine calls this, because it has no store of torch."""
         import torch.distributed as dist
 
         return cls(dist.PrefixStore(PREFIX, dist.TCPStore(host, port, None, False)))
 
     def prepare(self, ranks: Iterable[int]) -> None:
-        """Make the keys that everybody reads. One rank calls it before the vote."""
+        """Create the keys that all processes read. Rank 0 calls this before the vote."""
         for key in ("refusal", *(f"post/{rank}" for rank in ranks)):
             self._store.set(key, "")
         self._store.add("calls", 0)
@@ -56,7 +56,7 @@ class Meeting:
         self._store.set(key, text)
 
     def first(self, key: str, text: str) -> str:
-        """Set a key unless it is set. Returns the value that is there then. The text must not be empty."""
+        """Set a key, unless it has a value. Returns the value that the key has then. The text must not be empty."""
         return self._store.compare_set(key, "", text).decode()
 
     def read(self, keys: Iterable[str]) -> dict[str, str]:
@@ -67,11 +67,11 @@ class Meeting:
         return {key: self._store.get(key).decode() for key in keys if self._store.check([key])}
 
     def refuse(self, sentence: str) -> str:
-        """Stop all ranks. Returns the sentence that was published first, by whichever rank."""
+        """Stop all ranks. Returns the sentence of the rank that refused first, which may be another one."""
         return self.first("refusal", sentence)
 
     def news(self) -> tuple[str, int]:
-        """Return the refusal, "" if there is none, and the number of calls."""
+        """Return the keys `refusal` ("" if no rank has refused) and `calls`."""
         refusal, calls = self._store.multi_get(["refusal", "calls"])
         return refusal.decode(), int(calls)
 
@@ -81,21 +81,24 @@ class Meeting:
         self.add_call()
 
     def add_call(self) -> None:
-        """Make the lookouts of all processes read the new state."""
+        """Make the guard's threads of all processes read the new state in the store."""
         self._store.add("calls", 1)
 
     def post(self, post: Post) -> None:
         self._store.set(f"post/{post.rank}", post.text())
 
     def posts(self, ranks: Iterable[int]) -> list[Post]:
-        """The states that these ranks posted last."""
+        """Return the last state of each of these ranks that has posted one."""
         texts = self._store.multi_get([f"post/{rank}" for rank in ranks])
         return [Post.read(text.decode()) for text in texts if text]
 
     def wait_for(
         self, keys: Iterable[str], deadline_s: float, check: Callable[[], None], clock: Callable[[], float]
     ) -> list[str]:
-        """Wait until all keys are set. Returns the keys that are not set at the deadline. ``check`` may raise."""
+        """Wait until all keys are set. Returns the keys that are not set at the deadline.
+
+        ``check`` is called again and again; it may raise to end the wait.
+        """
         missing, until = list(keys), clock() + deadline_s
         while missing := [key for key in missing if not self._store.check([key])]:
             check()
@@ -106,7 +109,7 @@ class Meeting:
 
 
 def root_of(store: Any) -> Any:
-    """Return the store below torch's prefixes."""
+    """Return the TCP store itself, without torch's PrefixStores around it."""
     while hasattr(store, "underlying_store"):
         store = store.underlying_store
     return store

@@ -11,7 +11,7 @@ from typing import Any
 from repro.attach.vllm.guard.meeting.vote import differences
 
 PROTOCOL = 1
-"""A number that changes with the rows that the guard adds to C1, and with what the ranks tell each other."""
+"""The version of the data that the ranks exchange. All ranks must have the same."""
 
 SETTINGS = (
     "parallel_config.data_parallel_size", "parallel_config.tensor_parallel_size",
@@ -25,13 +25,14 @@ SETTINGS = (
     "attention_config.backend", "kernel_config.moe_backend", "speculative_config.method",
     "speculative_config.num_speculative_tokens", "additional_config",
 )  # fmt: skip
-"""Attributes of VllmConfig. One that this version lacks counts as None on every rank."""
+"""Attributes of VllmConfig that must be equal on all ranks. An attribute that this version lacks counts as None."""
 
 VARIABLES = (
     "VLLM_USE_DEEP_GEMM", "VLLM_ENABLE_STARTUP_PLAN", "VLLM_USE_FLASHINFER_MOE_FP16", "VLLM_USE_FLASHINFER_MOE_FP8",
     "VLLM_ATTENTION_BACKEND", "VLLM_ALL2ALL_BACKEND", "VLLM_USE_V2_MODEL_RUNNER", "VLLM_DISABLE_COMPILE_CACHE",
 )  # fmt: skip
-"""Environment variables that choose kernels or change what a start executes."""
+"""Environment variables that must be equal on all ranks, because they choose kernels or change what a start
+executes."""
 
 WITH_HOOKS = ("allgather_reducescatter", "naive")
 """All-to-all backends whose dispatch and combine go through GroupCoordinator, where the guard sees them."""
@@ -40,7 +41,7 @@ _AG_RS = f"--all2all-backend {WITH_HOOKS[0]}"
 
 
 def ballot(config: Any, mode: str, missing: list[str], has_engine: bool) -> dict[str, Any]:
-    """Return what this rank reports. config: VllmConfig; missing: hooks that this vLLM lacks."""
+    """Return what this rank reports in the start vote. config: VllmConfig; missing: essential hooks that failed."""
     said: dict[str, Any] = {"the plug-in's protocol": PROTOCOL, "HMR_GUARD": mode, "vLLM": _vllm()}
     for path in SETTINGS:
         said[path] = _plain(_attribute(config, path))
@@ -68,7 +69,7 @@ def unsupported(config: Any) -> str:
     """Return why the ranks cannot agree with this configuration, and the flag to change; "" if they can."""
     parallel = getattr(config, "parallel_config", None)
     if getattr(parallel, "enable_fault_tolerance", False):
-        return "the guard stops all ranks when one is gone, and fault tolerance goes on: unset one of the two"
+        return "the guard stops all ranks when one is gone, vLLM's fault tolerance goes on: unset one of the two"
     backend = str(getattr(parallel, "all2all_backend", "") or "")
     if not getattr(parallel, "enable_expert_parallel", False) or not backend or backend in WITH_HOOKS:
         return ""

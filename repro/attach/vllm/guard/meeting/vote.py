@@ -1,8 +1,8 @@
 """A vote of all ranks through the store, before they communicate: all go on, or all get the same sentence.
 
-Every rank casts a ballot. Rank 0 reads them all and decides. A rank that waits beyond its deadline decides against. The
-first decision stays, and a decision is in favour only if all ballots were there. So a rank without a ballot, for
-example because it lacks the plug-in, never counts as a rank that agrees.
+Every rank writes a ballot. Rank 0 reads all ballots and writes the decision. A rank that waits longer than its deadline
+writes a decision against. Only the first decision counts, and it is in favour only if rank 0 has read all ballots. So a
+rank without a ballot, for example because it lacks the plug-in, never counts as a rank that agrees.
 """
 
 from __future__ import annotations
@@ -31,10 +31,11 @@ def decide(
     check: Callable[[], None] = lambda: None,
     clock: Callable[[], float] = time.monotonic,
 ) -> str:
-    """Vote. Returns the same on all ranks: "" if all agree, else one sentence.
+    """Vote. Returns the same on all ranks: "" if they may go on, else the reason, one sentence.
 
-    judge  all ballots -> a sentence; "" if it is in favour
-    check  called while this rank waits; may raise
+    topic  the name of the vote: "start"
+    judge  rank 0 calls this with all ballots; returns "" for a decision in favour, else the reason against
+    check  called again and again while this rank waits; may raise
     """
     meeting.set(f"{topic}/{rank}", json.dumps(ballot))
     decision = f"{topic}/decision"
@@ -62,7 +63,7 @@ def _ranks(ranks: list[int]) -> str:
 
 
 def differences(ballots: Mapping[int, Mapping[str, Any]]) -> list[str]:
-    """Return a line for each entry of the ballots that differs between ranks: which ranks have which value."""
+    """Return a line for each field of the ballots in which the ranks differ: which ranks have which value."""
     lines = []
     for name in sorted({name for ballot in ballots.values() for name in ballot}):
         sides: dict[str, list[int]] = {}

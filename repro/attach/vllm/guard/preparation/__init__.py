@@ -1,1 +1,1 @@
-"""What is built before the ranks communicate."""
+"""Build, before the ranks communicate, the kernels that the first execution of the model would build."""

@@ -1,8 +1,8 @@
-"""The registry of builders: what the first model execution would build.
+"""The table of builders. A builder builds, before the start, what the first execution of the model would build.
 
-The builders of FlashInfer follow its source and were not run here, because there was no GPU. Each calls what the first
-execution would call. If a version of FlashInfer lacks a name, the start reports the ImportError or AttributeError and
-goes on: then the first execution builds, as it would without the guard.
+The builders of FlashInfer call the functions of FlashInfer that the first execution would call. They were written from
+FlashInfer's source, and have not been run, for lack of a GPU. If a version of FlashInfer lacks such a function, the
+start reports the error and goes on; then the first execution builds, as without the guard.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ class BuilderError(ValueError):
 
 
 class Builder(NamedTuple):
-    """One thing to build. Its function is called on every rank: the first call of a host builds, the others load.
+    """One thing to build.
 
-    name    what is built, for the log
-    wanted  whether this rank's model uses it
-    build   builds or loads it
+    name    what is built, for the log: "FlashInfer's GDN prefill"
+    wanted  whether a model uses it
+    build   called on every rank; the first call on a host builds, later calls load what was built
     """
 
     name: str
@@ -37,7 +37,10 @@ def _gdn_on_flashinfer(model: Any) -> bool:
 
 
 def _moe_on_flashinfer(model: Any) -> bool:
-    """Whether any layer's experts are vLLM's FlashInferExperts (CUTLASS), however deep its method holds them."""
+    """Whether any layer's experts are vLLM's FlashInferExperts (CUTLASS).
+
+    The layer's quant_method has them, or one of its attributes, depending on the version of vLLM.
+    """
     for module in model.modules():
         method = getattr(module, "quant_method", None)
         for holder in (method, getattr(method, "moe_kernel", None), getattr(method, "kernel", None)):

@@ -1,7 +1,7 @@
-"""Build what the first step would build, before the ranks wait for each other in that step.
+"""Build the kernels that the first step would build, before the ranks wait for each other in that step.
 
-On each host one rank builds while the others wait for its lock, which names that rank and has a heartbeat and a
-deadline. Then all ranks vote. A rank that cannot build stops all of them at once.
+On each host one rank builds while the others wait for its lock. The lock names the rank that builds, shows that it is
+alive, and has a deadline. Then all ranks vote. A rank that cannot build stops all ranks at once.
 """
 
 from __future__ import annotations
@@ -29,11 +29,11 @@ DEADLINE_S = 1800.0
 """Seconds that a build, or the wait for one, may take (HMR_GUARD_BUILD_DEADLINE)."""
 
 SAY_S = 5.0
-"""Seconds between two lines of a rank that waits."""
+"""A rank that waits for the build lock prints a line each time that this many seconds have passed."""
 
 
 def loading(original: Callable[..., Any]) -> Callable[..., Any]:
-    """Wrap Worker.load_model. After it, the model exists and has not run."""
+    """Wrap Worker.load_model, to build after it: then the model exists and has not run."""
 
     @wraps(original)
     def load_model(self: Any, *args: Any, **options: Any) -> Any:
@@ -46,7 +46,8 @@ def loading(original: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def prepare(guard: Guard, model: Any) -> None:
-    """Build, and vote. Raises Refused if a rank could not build. In the mode ``observe`` nothing is built."""
+    """Build what the model needs, and vote. Raises Refused if a rank could not build. In the mode ``observe``, only
+    print what would be built."""
     stop, began_s = guard.stop, time.monotonic()
     deadline_s = float(os.environ.get("HMR_GUARD_BUILD_DEADLINE") or DEADLINE_S)
     builders: list[Builder] = []
@@ -80,18 +81,18 @@ def _build(builder: Builder, guard: Guard, deadline_s: float) -> None:
     waiting.lock = lock
     with lock:
         began_s = time.monotonic()
-        guard.stop.say(f"prepare: builds or loads {builder.name}")
+        guard.stop.say(f"prepare: this rank builds or loads {builder.name}")
         with every(BEAT_S, lock.beat):
             try:
                 builder.build()
             except (ImportError, AttributeError) as error:
                 guard.stop.say(f"prepare: {builder.name} is not prepared: {type(error).__name__}: {error}")
                 return
-        guard.stop.say(f"prepare: {builder.name} is there after {time.monotonic() - began_s:.1f} s")
+        guard.stop.say(f"prepare: {builder.name} is ready after {time.monotonic() - began_s:.1f} s")
 
 
 class _Waiting:
-    """Prints that a rank waits for the lock, and stops the wait when the ranks stop."""
+    """The wait of a rank for the build lock: prints from time to time that it waits, and ends when the ranks stop."""
 
     def __init__(self, builder: Builder, guard: Guard) -> None:
         self.lock: BuildLock | None = None
@@ -114,7 +115,7 @@ class _Waiting:
 
 
 def _lock_of(builder: Builder) -> Path:
-    """The lock of a builder, one for all processes of this user on this host."""
+    """Return the path of the builder's lock, which is the same for all processes of this user on this host."""
     folder = Path(tempfile.gettempdir()) / f"hmr-guard-{os.getuid()}"
     folder.mkdir(mode=0o700, exist_ok=True)
     return folder / f"{digest_of(builder.name):016x}.lock"

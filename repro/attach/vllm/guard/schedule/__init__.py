@@ -1,1 +1,1 @@
-"""What a rank issues and expects, and how the ranks compare it."""
+"""The collectives that a rank issues and the schedule that it expects, and how the ranks compare these."""

@@ -1,4 +1,4 @@
-"""What a rank issues to its groups, one entry for each collective, and the 64-bit digests that ranks compare."""
+"""An entry: one collective that a rank issues. Ranks compare entries by 64-bit digests."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from hashlib import blake2b
 from typing import NamedTuple
 
 AGREEMENT = "the step agreement"
-"""The layer in the entry of C1."""
+"""The text in the field ``layer`` of an entry that is C1, the step agreement."""
 
 MASK = 2**64 - 1
 PRIME = 0x100000001B3
@@ -31,21 +31,21 @@ class Entry(NamedTuple):
 
 @functools.lru_cache(maxsize=65536)
 def entry_of(group: str, op: str, layer: str) -> Entry:
-    """Return the entry, which is the same object for the same arguments."""
+    """Return the entry with these fields. The same arguments give the same object."""
     return Entry(group, op, layer, digest_of(f"{group}\0{op}\0{layer}"))
 
 
 def digest_of(text: str) -> int:
-    """Return a number of 64 bits that is the same in every process, unlike Python's hash."""
+    """Return a number of 64 bits for a text. It is the same in every process, unlike Python's hash."""
     return int.from_bytes(blake2b(text.encode(), digest_size=8).digest(), "little")
 
 
 def joined(digest: int, other: int) -> int:
-    """Add one more number to the digest of a sequence."""
+    """Return the digest of a sequence with one more number, ``other``, at its end."""
     return ((digest ^ other) * PRIME + 1) & MASK
 
 
 def as_words(digest: int) -> tuple[int, int]:
-    """Return the digest as two int32, low and high."""
+    """Return the digest as two int32, the low half first, to send it in a tensor."""
     low, high = digest & 0xFFFFFFFF, digest >> 32
     return low - (low >> 31 << 32), high - (high >> 31 << 32)

@@ -1,11 +1,13 @@
 """The guard of one worker: the step agreement that carries a digest, and the schedule that follows from it.
 
-At each agreement (C1) a rank adds two rows to vLLM's tensor. They have a digest of the collectives that it issued since
-the last agreement, of the schedule that it will follow, and of the executions that its engine counted. All ranks see
-all digests. If these differ, the ranks compare their last entries through the store and stop with the first difference.
+At each agreement (C1) a rank adds two rows to vLLM's tensor, with one digest. The digest covers the collectives that
+the rank has issued since the last agreement, the schedule that it expects to follow, and how many executions of the
+model its engine has counted. All ranks see all digests. If these differ, the ranks compare their last collectives
+through the store, and stop with the first difference.
 
-The schedule is what the rank issued after earlier agreements of the same kind. A collective that departs from it is
-held back until the other ranks have said what they issue in its place. If they issue the same, all go on.
+The schedule is learned: it is what the rank issued after earlier agreements of the same kind. Before a rank issues a
+collective that departs from it, it waits until the other ranks have said what they issue in its place. If they issue
+the same, all go on.
 """
 
 from __future__ import annotations
@@ -27,23 +29,24 @@ ROWS = 2
 """Number of rows that the guard adds to C1."""
 
 WAIT_S = 1.0
-"""A rank that stays at one entry of an execution for this many seconds asks the others where they are."""
+"""A rank that waits in one collective of an execution for this many seconds asks the other ranks for their state."""
 
 EXPLAIN_S = 10.0
 CALL_S = 0.2
 TELL_S = 0.3
-"""Seconds that a rank waits between refusing and raising, so that all others read why before its store can end."""
+"""Seconds between a refusal and the exception, so that all others can read the reason before this process, which may
+be the store's, ends."""
 
 T = TypeVar("T")
 
 
 class Guard:
-    """The guard of this process, a worker.
+    """The guard of one worker.
 
-    members  the ranks of the DP group in which this rank agrees, in the order of C1's columns
-    meeting  a connection for the thread that runs the model
-    board    of this rank's engine, if there is one
-    num_ranks  of the server; as many as members if 0
+    members    the ranks of the DP group that issues C1, in the order of C1's columns
+    meeting    the connection to the store for the thread that runs the model
+    board      the board of this rank's engine; None if the engine has none
+    num_ranks  the number of ranks of the server; 0 for as many as ``members``
     """
 
     def __init__(
@@ -63,22 +66,22 @@ class Guard:
         self.stream = Stream()
         self.layer = ""
         self.thread = threading.get_ident()
-        self.inside = False  # whether a hooked call runs; what it calls is part of it
+        self.inside = False  # whether a hooked call runs; the calls that it makes are not entries of their own
         self.meeting = meeting
         self.stop = stop
         self._board = board
         self._clock = clock
         self._num_executions = 0
-        self._counts = board is not None  # whether the engines' counts are compared
-        self._held: tuple[int, Entry] | None = None  # the number and the entry that is held back
+        self._counts = board is not None  # whether the digest covers the engine's count of executions
+        self._held: tuple[int, Entry] | None = None  # the entry that waits for the other ranks, and its number
         self._executing = False
         self._idle_since_s = clock()
-        self._seen: tuple[int, float] = 0, clock()  # how many entries there were, and since when
+        self._seen: tuple[int, float] = 0, clock()  # the last known number of entries, and when it was first seen
 
     # -- the thread that runs the model -------------------------------------------------------------------------------
 
     def begin_execution(self, requested: bool = True) -> None:
-        """Note that the worker begins to run the model. requested: whether its engine counts this execution."""
+        """Note that the worker begins to run the model. requested: whether its engine requested it and counts it."""
         self._num_executions += requested
         self._seen = self.stream.count, self._clock()
         self._executing = True
@@ -88,19 +91,20 @@ class Guard:
         self._idle_since_s = self._clock()
 
     def watches(self) -> bool:
-        """Whether a call of this thread is an entry of its own."""
+        """Whether a collective that this thread issues now is an entry of its own. It is not if a hooked call issues
+        it, or if this is not the thread that runs the model."""
         return not self.inside and threading.get_ident() == self.thread
 
     def issue(self, group: str, op: str, call: Callable[[], T]) -> T:
-        """Issue a collective. Raises Refused, before it is issued, if the other ranks issue another one."""
+        """Issue a collective by ``call``. Raises Refused instead, if the other ranks issue another collective."""
         self._admit(entry_of(group, op, self.layer))
         return self._run(call)
 
     def agree(self, group: str, rows: Any, reduce: Callable[[Any], None]) -> None:
-        """Issue a step agreement with two more rows. Raises Refused if the ranks differ.
+        """Issue a step agreement (C1) with the guard's two rows added. Raises Refused if the ranks differ.
 
-        rows    int32[any number of rows, ranks], of which this rank has filled its column; summed in place
-        reduce  the all-reduce
+        rows    vLLM's tensor, int32[any number of rows, ranks]; this rank has filled its column, the result is the sum
+        reduce  all-reduces a tensor in place
         """
         import torch
 
@@ -139,7 +143,10 @@ class Guard:
             self.inside = False
 
     def _confer(self, entry: Entry) -> None:
-        """Hold an entry back until all other ranks have issued the same entry, or are about to."""
+        """Wait until all other ranks have issued this entry, or are about to issue it. Raises Refused if one differs.
+
+        Called before an entry that is not the next one of the schedule is issued.
+        """
         number, called_s = self.stream.count, -CALL_S
         self._held = number, entry
         while True:
@@ -156,7 +163,8 @@ class Guard:
         self._held = None
 
     def _explain(self) -> None:
-        """Find the difference after the digests of an agreement differed, which all ranks see and do alike."""
+        """Find the first difference between the ranks, and refuse. Every rank calls this after an agreement whose
+        digests differ."""
         until, called_s = self._clock() + EXPLAIN_S, -CALL_S
         posts: list[Post] = []
         while self._clock() < until:
@@ -172,12 +180,12 @@ class Guard:
             time.sleep(POLL_S)
         self._counts = False
         self.stop.say(
-            "the digests of a step agreement differ, and the ranks found no difference in what they issued: "
-            "the engines' counts are not compared any more"
+            "the digests of a step agreement differ, but the ranks found no difference in what they issued: from now "
+            "on the guard does not compare how many executions the engines counted"
         )
 
     def refuse(self, sentence: str) -> None:
-        """Stop all ranks. Raises Refused; in the mode ``observe`` it only prints the sentence."""
+        """Stop all ranks and raise Refused; in the mode ``observe`` only print the sentence."""
         if not self.stop.agrees:
             self.stop.observe(sentence)
             return
@@ -187,7 +195,7 @@ class Guard:
         raise Refused(sentence)
 
     def fail(self, error: Exception) -> None:
-        """Stop the ranks that wait for this one, because the execution of its model raised an error."""
+        """Stop the ranks that wait for this one, because the model raised this error."""
         if not isinstance(error, Refused) and self.stop.agrees and not self.stop.sentence:
             self.stop.begin(self.meeting.refuse(f"rank {self.rank} failed: {type(error).__name__}: {error}"))
 
@@ -198,7 +206,7 @@ class Guard:
     # -- any thread ---------------------------------------------------------------------------------------------------
 
     def post(self) -> Post:
-        """Return the state of this rank."""
+        """Return the state of this rank, for the other ranks."""
         held, board = self._held, self._board
         first, entries = self.stream.last()
         number = first + len(entries)
@@ -224,7 +232,7 @@ class Guard:
         )
 
     def waits_s(self) -> float:
-        """Return how many seconds this rank has been at the same entry of an execution; 0 outside an execution."""
+        """Return for how many seconds this rank has issued no new entry, while it runs the model; 0 if it does not."""
         count, since_s = self._seen
         if not self._executing:
             return 0.0
@@ -235,10 +243,10 @@ class Guard:
 
 
 def kind_of(rows: Sequence[Sequence[int]]) -> Hashable:
-    """Return what decides the schedule of a step: the graph mode and microbatches on which the ranks agree.
+    """Return the kind of a step, which decides its schedule: the graph mode and microbatches on which the ranks agree.
 
-    rows  of C1, each with a number for each rank: 4 rows (0.20 to 0.33), or 6 or 7 in the new model runner. For another
-          number of rows the result is None, because their meaning is not known
+    rows  the result of C1: a row for each quantity, a column for each rank. vLLM 0.20 to 0.33 has 4 rows, its new model
+          runner 6 or 7. For another number the kind is None (unknown), because the meaning of the rows is not known
     """
     if len(rows) not in KIND_ROWS:
         return None

@@ -1,4 +1,4 @@
-"""What a rank tells the others when they compare their entries, and how they find the first difference."""
+"""The state that each rank posts in the store when the ranks differ or wait, and how to find the first difference."""
 
 from __future__ import annotations
 
@@ -16,16 +16,18 @@ Key = tuple[str, str, str]
 class Post:
     """The state of one rank.
 
-    first        the number of its first entry below
-    entries      the entries that it issued, up to the last
-    next         the entry that it is about to issue and holds back, if it departs from its schedule
-    departed     the number of the last entry that was not the next one of the agreed schedule; -1 without one
-    execution    how many executions the rank has begun
-    counted      how many its engine had counted when it requested the last of them: one less; -1 if unknown
-    left_out     number of the first execution that the engine counted and did not request; 0 without one
-    questions    questions "is anyone unfinished?" that the engine began, and those that ended; (0, 0) if unknown
-    waits_s      how long the rank has been at the same entry of a model execution; 0 if it is not in an execution
-    asks_s       how long the worker has been idle while its engine asks whether anyone is unfinished; 0 if not so
+    first        the number of the first of `entries`
+    entries      the last entries that the rank has issued
+    next         an entry that departs from the schedule and that the rank has not issued yet; None without one
+    departed     the number of the last entry that departed from the agreed schedule; -1 without one
+    execution    how many executions of the model the rank has begun
+    counted      how many executions its engine had counted when it requested the last one, normally `execution` - 1;
+                 -1 if unknown
+    left_out     the number of the first execution that the engine counted and did not request; 0 without one
+    questions    how many questions "is anyone unfinished?" of the engine have begun and ended; (0, 0) if unknown
+    waits_s      for how many seconds the rank has issued no new entry while it runs the model; 0 if it does not run it
+    asks_s       for how many seconds the worker has been idle while its engine waits for the answer to such a question;
+                 0 if it does not wait
     """
 
     rank: int
@@ -45,7 +47,7 @@ class Post:
         return self.first + len(self.entries)
 
     def at(self, number: int) -> Key | None:
-        """Return the entry with this number, or the one that is held back; None if there is none, or it is unknown."""
+        """Return the entry with this number, which may be `next`; None if the rank has none, or it is unknown."""
         if number == self.count:
             return self.next
         return self.entries[number - self.first] if self.first <= number < self.count else None
@@ -55,7 +57,7 @@ class Post:
 
     @classmethod
     def read(cls, text: str) -> Post:
-        """Read the text of :meth:`text`. Raises ValueError, KeyError or TypeError for any other text."""
+        """Read a text that :meth:`text` returned. Raises ValueError, KeyError or TypeError for any other text."""
         fields = json.loads(text)
         fields["entries"] = tuple(tuple(key) for key in fields["entries"])
         fields["next"] = tuple(fields["next"]) if fields["next"] else None
@@ -76,10 +78,13 @@ def _left_out(posts: Iterable[Post]) -> str:
 
 
 def left_out(rank: int, number: int, counted: int, requested: int) -> str:
-    """Return the sentence about an engine that counted an execution and did not request it."""
+    """Return the sentence about an engine that counted an execution, but did not request it from its worker.
+
+    rank: of the engine; number: of the execution; counted, requested: how many executions the engine has
+    """
     return (
         f"rank {rank} left out execution {number}: its engine counted {counted} executions and requested {requested} "
-        "of its worker, so the other ranks would wait for it in their step agreement"
+        f"of its worker, so the other ranks would wait for rank {rank} in their step agreement"
     )
 
 
@@ -96,7 +101,13 @@ def _entries(posts: Sequence[Post]) -> str:
 
 
 def _sentence(number: int, sides: dict[Key, list[Post]]) -> str:
-    """Name first the side that left the agreed schedule, if only one side did; else name all sides alike."""
+    """Return the sentence about entry ``number``, in which the ranks differ.
+
+    If the ranks with one of the entries departed from the agreed schedule and the others did not, the sentence is about
+    these ranks. Otherwise it lists which ranks issued which entry.
+
+    sides: entry -> the states of the ranks that issued it
+    """
     departed = [key for key, posts in sides.items() if all(post.departed == number for post in posts)]
     if len(departed) != 1:
         parts = [f"{_ranks(posts)} issued {_words(key)}" for key, posts in sides.items()]
@@ -109,9 +120,9 @@ def _sentence(number: int, sides: dict[Key, list[Post]]) -> str:
 
 
 def _asks(posts: Sequence[Post]) -> str:
-    """Return a sentence if a rank's engine asks all engines while another rank's worker waits for its next execution.
+    """Return a sentence if rank A's engine asks "is anyone unfinished?" while rank B's worker waits for A's worker.
 
-    The engine of the other rank waits for its worker, so it does not answer the question, and no rank goes on.
+    The engine of B waits for its worker, so it does not answer the question, and no rank goes on. Returns "" otherwise.
     """
     for asking in posts:
         for waiting in posts:

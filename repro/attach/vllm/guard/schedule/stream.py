@@ -1,7 +1,7 @@
-"""The collectives that a rank issued, as one numbered sequence, and the schedule that it expects next.
+"""The collectives that a rank has issued, as one numbered sequence of entries, and the schedule that it expects next.
 
-The numbers count from the start vote, and the step agreements are entries, too. All ranks of a DP group issue the same
-sequence. So two ranks can compare their entries with one number at any time.
+Entry 0 is the first collective after the start vote; step agreements are entries, too. All ranks of a DP group must
+issue the same sequence. So ranks can compare, at any time, their entries that have the same number.
 """
 
 from __future__ import annotations
@@ -12,16 +12,17 @@ from repro.attach.vllm.guard.schedule.entry import MASK, Entry, digest_of, joine
 from repro.attach.vllm.repeated import Repeated
 
 MAX_SENT = 1024
-"""Number of its last entries that a rank sends to the others. A step of 60 layers has 121."""
+"""How many of its last entries a rank posts for the others. A step of a model with 60 layers has 121 entries."""
 
 
 class Stream:
-    """The sequence of one rank. The rank's own thread appends; other threads may read."""
+    """The sequence of one rank. The thread that runs the model appends entries; other threads only read."""
 
     def __init__(self) -> None:
-        # The number of the first entry that is kept, and the kept entries. One object, because other threads read both.
+        # The kept entries, and the number of the first of them. One tuple, because other threads must read both at
+        # once.
         self._kept: tuple[int, list[Entry]] = 0, []
-        self._begin = 0  # the number of the entry with which the current step begins, after its agreement
+        self._begin = 0  # the number of the first entry after the last agreement
         self._repeated: Repeated[Entry] = Repeated()
         self._kind: Hashable = None
         self._plan: Sequence[Entry] | None = None
@@ -31,12 +32,13 @@ class Stream:
 
     @property
     def count(self) -> int:
-        """Return the number of entries that were issued."""
+        """Return how many entries the rank has issued."""
         base, entries = self._kept
         return base + len(entries)
 
     def departs(self, entry: Entry, ends: bool = False) -> bool:
-        """Whether this entry differs from the next entry of the schedule.
+        """Whether this entry, which is about to be issued, is not the next one of the schedule. Then there is no
+        schedule until the next agreement.
 
         ends: whether this entry is the agreement that ends the step
         """
@@ -56,7 +58,7 @@ class Stream:
         self.digest = joined(self.digest, entry.digest)
 
     def expected(self) -> int:
-        """Return a digest of the schedule that this rank will follow, for any kind of step on which the ranks agree."""
+        """Return a digest of all schedules that this rank has learned, one for each kind of step."""
         if self._changes != self._repeated.changes:
             self._changes, self._expected = self._repeated.changes, 0
             for kind, entries in self._repeated.expected():
@@ -67,7 +69,10 @@ class Stream:
         return self._expected
 
     def agreed(self, kind: Hashable) -> None:
-        """End the step before the agreement that was appended last. What follows depends on ``kind``; None: unknown."""
+        """Learn the step that ended with the agreement appended last, and begin the next one.
+
+        kind: the kind of the next step, on which the ranks have just agreed; None if it is unknown
+        """
         base, entries = self._kept
         if self._kind is not None:
             self._repeated.learn(self._kind, entries[self._begin - base : -1])
@@ -77,7 +82,7 @@ class Stream:
         self._plan = self._repeated.of(kind) if kind is not None else None
 
     def last(self) -> tuple[int, list[Entry]]:
-        """Return the number of the first of the last entries, and these entries. Any thread may call this."""
+        """Return the last entries, at most MAX_SENT, and the number of the first of them. Any thread may call this."""
         base, entries = self._kept
         entries = list(entries)
         dropped = max(0, len(entries) - MAX_SENT)

@@ -1,7 +1,7 @@
-"""The guard's thread in each worker and engine: it learns why the ranks stop, and ends a process that cannot end
-itself.
+"""The guard's thread in each worker and engine: it learns that the ranks must stop, and ends the process if its main
+thread does not.
 
-The thread runs while the main thread is blocked in a collective or in the store.
+The main thread may be blocked in a collective or in torch's store; the thread runs beside it.
 """
 
 from __future__ import annotations
@@ -20,27 +20,30 @@ from repro.attach.vllm.guard.schedule.post import difference
 
 INTERVAL_S = 0.1
 SEARCH_S = 0.5
-"""Seconds between two searches of the lookout for processes that it does not know yet, and between its own beats."""
+"""Seconds between two searches for processes of the server that have started since, and between two heartbeats."""
 
 PARENT_FIRST_S = 0.3
-"""Seconds for which a process waits for its parent's report, because only the parent knows an exit code."""
+"""Seconds for which a process that sees another one end lets the parent of that one report it first: only the parent
+knows the exit code."""
 
 SERVER = "worker of rank 0"
-"""The process that has the server of the store."""
+"""The process in which the server of torch's store runs."""
 
 MAX_WAIT_CALL_S = 5.0
 CHILD_S = 0.5
-"""Seconds to wait: the system closes the connections of a process shortly before it is seen to have ended."""
+"""Seconds to wait for the end of a child after a connection to it broke: the operating system closes the connections of
+a process shortly before it reports its end."""
 
 LEAVE_S = 0.5
-"""Seconds that the process with the server of the store stays when it ends normally, so that all others learn of it."""
+"""Seconds by which the process with the store's server ends later than it could, so that all others learn of its
+end."""
 
 
-class Lookout:
-    """The lookout of one process.
+class GuardThread:
+    """The guard's thread of one process.
 
-    connect    returns the connection to the store; None while the place of the store is not known
-    processes  the processes that this one introduces to the others; the first is itself
+    connect    returns a connection to the store; None while the address of the store is not known
+    processes  the processes that this one announces to the others: first itself, and an engine also its front end
     expected   the names of all processes of the server
     exit_code  returns the exit code of a child, if it is known
     guard      the guard of this process if it is a worker
@@ -77,9 +80,9 @@ class Lookout:
         self._thread.start()
 
     def leave(self, also: Iterable[str] = ()) -> None:
-        """Announce that this process ends normally.
+        """Announce that this process ends normally, so that the others do not count it as lost.
 
-        Call this before it stops to answer. also: processes that it ends, too.
+        also: names of other processes that it will end
         """
         if self._leaving.is_set() or self.stop.sentence:
             return
@@ -94,14 +97,14 @@ class Lookout:
         self.join()
 
     def join(self, timeout_s: float = 2.0) -> None:
-        """Wait for the thread: an interpreter that ends while the thread is inside the store would abort."""
+        """Wait until the thread has ended. Python would abort if it ended while the thread is inside the store."""
         if self._thread is not None and self._thread is not threading.current_thread():
             self._thread.join(timeout_s)
 
     def fail(self, sentence: str) -> None:
         """Announce that this process ends because of an exception, and stop the ranks that would wait for it.
 
-        If a worker was killed, the exception of its engine says less than the end of the worker.
+        If a worker of this engine was killed, the announcement names the worker in place of the engine's exception.
         """
         if self.stop.sentence or not self.stop.agrees:
             return
@@ -119,7 +122,8 @@ class Lookout:
         return next((gone(process, code) for process, code in codes.items() if code is not None), "")
 
     def refuse_here(self, sentence: str) -> None:
-        """Stop all ranks, from the main thread. Raises Refused; in the mode ``observe`` it only prints the sentence."""
+        """Stop all ranks and raise Refused; in the mode ``observe`` only print the sentence. The main thread calls
+        this."""
         if not self.stop.agrees:
             self.stop.observe(sentence)
             return
@@ -132,20 +136,23 @@ class Lookout:
     def _run(self) -> None:
         while not self._leaving.is_set() or self.stop.sentence:
             try:
-                if not self.stop.sentence:  # the store may be gone by now, and torch takes seconds to say so
+                if not self.stop.sentence:  # after a refusal the store may be gone, and torch takes seconds to say so
                     self.look()
             except Exception as error:
                 if _is_gone(error):
                     self._without_store(error)
                     return
-                self.stop.say(f"the lookout failed, and goes on: {type(error).__name__}: {error}")
+                self.stop.say(f"the guard's thread failed, and goes on: {type(error).__name__}: {error}")
             if self.stop.due():
                 self.stop.leave()
             self._leaving.wait(INTERVAL_S)
         self._peers.close()
 
     def look(self) -> None:
-        """Look once. Raises torch's DistNetworkError if the store is gone."""
+        """Check once for a refusal, for questions of other ranks, and for processes that have ended.
+
+        Raises torch's DistNetworkError if the store is gone.
+        """
         if self._meeting is None:
             self._meeting = self._connect()
             if self._meeting is None:
@@ -171,7 +178,8 @@ class Lookout:
     # -- where the ranks are ------------------------------------------------------------------------------------------
 
     def _call(self, meeting: Meeting, guard: Guard) -> None:
-        """Ask the others where they are, because this rank waits. The questions become less frequent with time."""
+        """Ask the other ranks for their state, because this rank has waited for some time. The longer it waits, the
+        less often it asks."""
         if self._clock() - self._called_s < min(max(guard.waits_s() / 2, 0.5), MAX_WAIT_CALL_S):
             return
         self._called_s = self._clock()
@@ -217,7 +225,8 @@ class Lookout:
         return bool(left)
 
     def _without_store(self, error: Exception) -> None:
-        """React to a store that does not answer: its process, the worker of rank 0, has ended, normally or not."""
+        """Handle a store that does not answer: find out whether its process, the worker of rank 0, ended normally; if
+        not, stop this process."""
         until = self._clock() + 2 * PARENT_FIRST_S
         server = self._peers.known.get(SERVER)
         here = self._processes[0].name == SERVER
@@ -250,7 +259,7 @@ class Lookout:
             self.stop.observe(sentence)
             return
         if self._meeting is not None:
-            # `refuse` fails if the store has ended; then this rank stops with its own sentence
+            # if the store is gone, `refuse` fails, and this rank stops with its own sentence
             with contextlib.suppress(RuntimeError):
                 sentence = self._meeting.refuse(sentence)
         self.stop.begin(sentence)
@@ -263,5 +272,5 @@ def _is_gone(error: Exception) -> bool:
 
 
 def front_end_of(rank: int) -> Process:
-    """Return the process that started this engine."""
+    """Return the process that started this engine. rank: the rank of the engine's first worker"""
     return Process.of(f"front end of rank {rank}", rank, os.getppid())
