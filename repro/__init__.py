@@ -1,1 +1,1 @@
-"""Reproduce hangs of expert-parallel servers, find their causes from outside, and prove the fixes."""
+"""Reproduce hangs of expert-parallel servers, find the causes of hangs from outside the processes, and test fixes."""

@@ -1,4 +1,4 @@
-"""``python -m repro COMMAND``, also installed as ``hmr``: find the rank that a hang waits for; pack the evidence."""
+"""The program ``python -m repro COMMAND``, also installed as ``hmr``. README.md lists its commands."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import sys
 
 def main() -> int:
     """Run the command line; return its exit code."""
-    # End at Ctrl-C during the imports below. The command line then installs a handler that lets commands clean up.
+    # During the imports below, Ctrl-C ends the process at once. The command line then installs its own handler.
     signal.signal(signal.SIGINT, lambda *_: os._exit(130))
 
     from repro.commands.output import guarded, open_standard_files

@@ -1,23 +1,24 @@
 #!/usr/bin/env python3
-"""A hybrid (Gated DeltaNet + MoE) server under expert parallelism hangs when one data-parallel rank runs dry.
+"""A hybrid (Gated DeltaNet + MoE) server under expert parallelism hangs when one data-parallel rank has no requests.
 
-    torchrun --nproc-per-node 8 ep_deadlock.py         hangs, names who waits where after 5 s, exits with 1
-    torchrun --nproc-per-node 8 ep_deadlock.py --fix   the same requests to the end, exits with 0
+    torchrun --nproc-per-node 8 ep_deadlock.py         hangs; after 5 s prints which ranks wait where, and exits with 1
+    torchrun --nproc-per-node 8 ep_deadlock.py --fix   finishes the same requests, and exits with 0
 
 2 to 8 ranks, NCCL where there is a GPU for each of them, else gloo on CPU. Needs torch, nothing else.
 
-Each step, all ranks agree on their token counts with an all-reduce over the data-parallel CPU group; then every layer
-runs Gated DeltaNet (rank-local) and an MoE whose tokens are all-gathered to the experts' ranks and reduce-scattered
-back. A rank without requests runs a one-token dummy batch, so that it takes part in everything.
+In each step, all ranks agree on their token counts with an all-reduce over the data-parallel CPU group. Then every
+layer runs Gated DeltaNet (GDN, without communication) and an MoE, whose tokens are all-gathered to the experts' ranks
+and reduce-scattered back. A rank without requests runs a dummy batch of one token, so that it takes part in all
+collectives.
 
-THE FAULT  A rank with requests binds GDN state, and binding builds the step's metadata anew, which is one more
-           all-reduce. While all ranks are busy all of them issue it. The first rank that runs dry has no state to
-           bind: it goes on to the all-gather, where it waits for the others, who wait for it in the all-reduce.
-THE CURE   One agreement per step; a layer that asks again is given the answer that is there.
+THE FAULT  A rank with requests prepares GDN state, and this builds the step's metadata again, with one more all-reduce.
+           As long as all ranks have requests, all of them issue it. The first rank without requests has no state to
+           prepare. It goes on to the all-gather and waits there for the others, which wait for it in the all-reduce.
+THE CURE   One agreement per step. A layer that needs the metadata again gets the result of that agreement.
 
-Shows: that this mechanism (ROCm/ATOM pull request 1690) hangs without an error, in which collectives the ranks are
-then found, and that the cure serves the same requests with the right numbers.
-Does not show: that any given server's hang is this one; anything about speed.
+Shows: that this fault (ROCm/ATOM pull request 1690) causes a hang without an error; in which collectives the ranks wait
+then; that the cure serves the same requests with the right numbers.
+Does not show: that the hang of any other server has this cause; anything about speed.
 """
 
 import argparse
@@ -72,7 +73,7 @@ def at(where):
 
 
 def watch():
-    """Print every rank's position and end the run, when no rank has moved for --quiet seconds."""
+    """Wait until no rank has moved for --quiet seconds. Then rank 0 prints the position of each rank, and all end."""
     seen, since = None, time.monotonic()
     while True:
         time.sleep(0.25)
@@ -87,7 +88,7 @@ def watch():
                 together = {where: [r for r in range(world) if now[r] == where] for where in dict.fromkeys(now)}
                 lines = [f"  ranks {ranks} wait in {where}" for where, ranks in together.items()]
                 print(f"HANG: no rank has moved for {args.quiet:g} s\n" + "\n".join(lines), flush=True)
-            time.sleep(1)  # every rank comes to the same conclusion while all positions can still be read
+            time.sleep(1)  # the other ranks must also be able to read all positions before this rank ends
             os._exit(1)
 
 
@@ -150,7 +151,7 @@ class MoE(torch.nn.Module):
 torch.manual_seed(0)
 layers = [(GatedDeltaNet().to(device), MoE().to(device)) for _ in range(LAYERS)]
 states = [torch.zeros(1, HEADS, HIDDEN // HEADS, HIDDEN // HEADS, device=device) for _ in range(LAYERS)]
-steps_with_requests = 4 + 2 * (world - 1 - rank)  # the last rank runs dry first
+steps_with_requests = 4 + 2 * (world - 1 - rank)  # the last rank is the first to have none left
 last_step = 4 + 2 * (world - 1)
 threading.Thread(target=watch, daemon=True).start()
 with torch.no_grad():
@@ -160,7 +161,7 @@ with torch.no_grad():
         metadata = agree(1, f"step {step}, before the model")
         for index, (delta_net, moe) in enumerate(layers):
             if live and index == 0 and not args.fix:
-                metadata = agree(1, f"step {step}, layer {index} gated_delta_net")  # THE FAULT: idle ranks do not
+                metadata = agree(1, f"step {step}, layer {index} gated_delta_net")  # THE FAULT: idle ranks issue none
             assert metadata == [1] * world
             x = moe(delta_net(x, states[index]), f"step {step}, layer {index} moe")
 at("done")

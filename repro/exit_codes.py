@@ -1,7 +1,7 @@
 """The exit codes of every command."""
 
 EXPECTED = 0
-"""The expected verdict; for `diagnose`, and for `watch` of a foreign job, any verdict but inconclusive."""
+"""The expected verdict. For `diagnose`, and for `watch` of a job that is not ours, any verdict but inconclusive."""
 
 UNEXPECTED = 1
 """A verdict other than the expected one."""

@@ -1,4 +1,4 @@
-"""`torchrun … -m repro.worker SCENARIO --variant V`: run one rank of a lab run.
+"""The program of one rank of a lab run: `torchrun … -m repro.worker SCENARIO --variant V`.
 
 The program is `repro.lab.rank.worker`.
 """

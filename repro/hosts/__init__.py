@@ -1,1 +1,1 @@
-"""What each host's operating system says about the ranks, and what can be requested from their processes."""
+"""Ask the operating system of a host about the ranks' processes and locks, and request evidence from the processes."""

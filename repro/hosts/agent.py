@@ -1,7 +1,7 @@
 """The agent of a host: it observes, signals and ends the ranks of its host for a watcher on another host.
 
-A process can be inspected, signalled and ended only on its own host. One watcher decides the run, and every other host
-runs an agent. Watcher and agents communicate through files in the run directory, which all hosts see:
+A process can be inspected, signalled and ended only on its own host. So one host runs the watcher, which gives the
+verdict, and every other host runs an agent. They communicate through files in the run directory, which all hosts see:
 
 evidence_request     the number of the watcher's latest request for evidence; the first request has the number 1
 agents/rank008.json  the last status of one agent, named after the first rank of its host. The status has the number of
@@ -34,12 +34,10 @@ from repro.verdict.result import name_ranks
 POLL_S = 0.1
 LOOK_S = 0.5
 EXIT_PATIENCE_S = 5.0
-"""Seconds that the ranks of a decided run may take to exit by themselves."""
+"""Seconds in which ranks may exit by themselves after the verdict. After that the agent kills them."""
 
 OVERTIME_S = 30.0
-"""If the watcher has ended, an agent ends this many seconds after the run's deadline.
-
-The ranks have then ended, too.
+"""If the watcher has ended, an agent ends this many seconds after the run's deadline, and kills its ranks before.
 """
 
 STATUS_EXPIRY_S = 10.0
@@ -54,7 +52,7 @@ class AgentStatus:
     ranks        ranks of the host that have opened their witnesses
     facts        facts about these ranks; `died` is on the clock of the host
     answered     number of the latest evidence request that the agent has answered
-    unanswered   rank -> the evidence of that request that the rank did not leave
+    unanswered   rank -> the evidence that the rank did not write for that request
     """
 
     beat: int
@@ -67,7 +65,7 @@ class AgentStatus:
 
 
 class HostAgent:
-    """Observes the ranks of this host until the run is decided, and then ends those that do not exit."""
+    """Observes the ranks of this host until the watcher has given the verdict, then ends ranks that do not exit."""
 
     def __init__(self, run_dir: RunDir, options: WatchOptions, first_rank: int, host: Host | None = None) -> None:
         self._run_dir, self._options = run_dir, options
@@ -195,13 +193,13 @@ class RemoteHosts:
         """Let the agents collect evidence. Returns the number of the request."""
         request = latest_request(self.run_dir) + 1
         if self.statuses():
-            # if the disk is full, `answers` later names the evidence that is missing
+            # if the disk is full, the request is lost, and `answers` returns all evidence as missing
             with contextlib.suppress(OSError):
                 write_json(self.run_dir.evidence_request, request)
         return request
 
     def answers(self, request: int, patience_s: float) -> dict[int, str]:
-        """Wait for the agents at most ``patience_s`` seconds. Returns rank -> the evidence that it did not leave."""
+        """Wait at most ``patience_s`` seconds until the agents have answered. Returns rank -> the missing evidence."""
         deadline_ns = self.host.now_ns() + int(patience_s * 1e9)
         while any(status.answered < request for status in self.statuses()) and self.host.now_ns() < deadline_ns:
             self.host.sleep(POLL_S / 2)

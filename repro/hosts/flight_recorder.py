@@ -1,4 +1,4 @@
-"""Dump this process's Flight Recorder. Works without torch if the program has not imported it."""
+"""Dump this process's Flight Recorder (torch's record of the last collectives). Does not import torch itself."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ _HAS_ENTRIES = re.compile(rb'"entries":\s*\[\s*\{')
 def dump() -> bytes | None:
     """Return the record of this process's collectives as JSON; None if torch is not imported or records nothing.
 
-    A CUDA build of torch has two recorders, one for NCCL and one for gloo. The dump of NCCL's, if it has entries, else
-    of gloo's. Raises RuntimeError if torch cannot dump.
+    A CUDA build of torch has two recorders, one for NCCL and one for gloo. The dump is NCCL's if that has entries, else
+    gloo's. Raises RuntimeError if torch cannot dump.
     """
     c10d = sys.modules.get("torch._C._distributed_c10d")
     dumped = None

@@ -9,8 +9,8 @@ import sys
 def count_gpus() -> int:
     """Return the number of CUDA devices; 0 without torch.
 
-    A child process counts them, because a process that has used CUDA could not fork ranks. So this process needs no
-    torch.
+    A child process counts them: after a process has used CUDA, it cannot fork ranks any more. This process also need
+    not import torch.
     """
     ask = "import torch; print(torch.cuda.device_count())"
     answer = subprocess.run([sys.executable, "-c", ask], capture_output=True, text=True)

@@ -72,8 +72,8 @@ class Host:
         return processes.describe(pid)
 
     def collect(self, run_dir: RunDir, pids: Mapping[int, int]) -> dict[int, str]:
-        """Let ranks write stacks and Flight Recorder dumps. pids: rank -> pid.
+        """Make ranks write their stacks and Flight Recorder dumps. pids: rank -> pid.
 
-        Returns rank -> what it did not leave.
+        Returns rank -> the evidence that it did not write.
         """
         return collect.collect(run_dir, pids, collect.PATIENCE_S)

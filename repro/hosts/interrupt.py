@@ -1,4 +1,4 @@
-"""Handle SIGINT, SIGTERM and SIGHUP: raise if the command can stop at once, set a flag if it must finish first."""
+"""Handle SIGINT, SIGTERM and SIGHUP in a command: raise KeyboardInterrupt, or set a flag if work must be finished."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ class Interrupt:
     def deferred(self) -> Iterator[None]:
         """Let signals only set the flag inside the ``with`` block.
 
-        The code there checks it, to collect evidence before it ends.
+        The code in the block checks the flag, so that it can collect evidence before it ends.
         """
         self._deferred += 1
         try:

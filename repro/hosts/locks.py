@@ -4,9 +4,10 @@ A lock of the operating system (flock, fcntl) ends with the process that holds i
 with O_EXCL, such as torch's FileBaton, and remain when the holder ends. Their creator keeps the file open, so an open
 file shows that the holder lives.
 
-Processes of other pid namespaces are invisible here, and so are those whose open files this user may not read. But a
-lease shows whether any process of this host has the file open. It does not show processes of other hosts that share the
-file system. On such a file system, and if no lease is possible, the holder is UNKNOWN and never NOBODY.
+Processes of other pid namespaces are invisible here, and so are those whose open files this user may not read. But the
+attempt to take a lease (fcntl F_SETLEASE) shows whether any process of this host has the file open. It does not show
+processes of other hosts. So on a file system that several hosts share, and where no lease is possible, the answer is
+UNKNOWN instead of NOBODY.
 """
 
 from __future__ import annotations
@@ -44,8 +45,8 @@ def holder(path: str | Path, waiting: Collection[int] = ()) -> int:
         with contextlib.suppress(OSError):  # the process has ended, or belongs to another user
             if pid not in waiting and _has_open(pid, status, os.path.basename(path)):
                 return pid
-    # No visible process has the file open, but a hidden process may. A lease shows that. Try it several times, because
-    # a process that waits for the lock may have the file open for a moment.
+    # No visible process has the file open, but a hidden process may. A lease would fail then. Try several times,
+    # because a process that waits for the lock may have the file open for a moment.
     unopened = any(who_has_open(Path(path)) == 0 for _ in range(LOOKS))
     return NOBODY if unopened and os.path.exists(path) else UNKNOWN
 

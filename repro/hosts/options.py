@@ -24,11 +24,11 @@ ALL_GROUPS = _AllGroups()
 
 @dataclass(frozen=True)
 class WatchOptions:
-    """The settings of a run that a watcher needs.
+    """The settings of a run that its watcher and its agents need.
 
     quiet_window_s  seconds without an event on any rank after which the ranks are judged
-    deadline_s      seconds after which the watch ends, decided or not
-    queued_groups   groups whose collectives are recorded when they are queued, as on NCCL
+    deadline_s      seconds after which the watch ends, with a verdict or without one
+    queued_groups   groups on devices, such as NCCL's: a collective is recorded when it is queued, not when it runs
     """
 
     num_ranks: int

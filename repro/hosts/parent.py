@@ -16,10 +16,11 @@ _LIBC = ctypes.CDLL(None)  # loaded at import, because little is safe between fo
 
 
 def die_with_parent(parent: int | None = None) -> None:
-    """Let the operating system kill this process when the *thread* that started it ends.
+    """Ask the operating system to kill this process when its parent ends. If the parent has ended, exit at once.
 
-    For that reason, start children from the main thread. parent: pid of the process that started this one, if known. If
-    the parent has already ended, this process exits at once.
+    Linux does this already when the *thread* that started the process ends. So start children from the main thread.
+
+    parent: pid of the process that started this one, if known
     """
     _LIBC.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
     if parent is not None and os.getppid() != parent:
@@ -40,7 +41,7 @@ def name_myself() -> str:
 
 
 def end_without_launcher() -> None:
-    """Exit at once if the process in HMR_LAUNCHER has ended, which may happen before this process can watch it."""
+    """Exit at once if the launcher, which HMR_LAUNCHER names as "pid:start ticks", has already ended."""
     pid, _, ticks = os.environ.get("HMR_LAUNCHER", "").partition(":")
     if pid.isdecimal() and ticks.isdecimal() and len(pid) < 12 and start_ticks(int(pid)) != int(ticks[:30]):
         os._exit(1)

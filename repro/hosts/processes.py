@@ -18,7 +18,7 @@ from repro.trace.start_ticks import read_start_ticks
 from repro.trace.witness.format import Identity
 
 Process = psutil.Process
-"""A process of this host. Other packages use this name, because they must not import psutil."""
+"""psutil's class for a process. Other packages use this name for it, because only hosts/ imports psutil."""
 
 REAP_PATIENCE_S = 5.0
 
@@ -41,7 +41,7 @@ def running(pid: int, ticks: int) -> psutil.Process | None:
 
 
 def _is_hidden(pid: int) -> bool:
-    """Whether the pid is in use although /proc does not show it, as with the mount option hidepid."""
+    """Whether the pid is in use although /proc does not show it, for example because of the mount option hidepid."""
     try:
         os.kill(pid, 0)
     except PermissionError:

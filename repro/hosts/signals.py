@@ -13,14 +13,14 @@ from repro.hosts import flight_recorder
 from repro.store.run_dir import RunDir
 
 TERM_PATIENCE_S = 8.0
-"""How many seconds a rank stays after SIGTERM.
+"""Seconds after SIGTERM at which a rank exits.
 
-0.1 s after a rank has died, torchrun sends SIGTERM to all other ranks. The watcher needs up to 5 s, and the time to
-collect the stacks, before it reports why.
+When one rank has died, torchrun sends SIGTERM to all others after 0.1 s. They must live longer, because the watcher
+needs up to 5 s to see the death, and some time to collect their stacks.
 """
 
 INT_PATIENCE_S = 3.0
-"""How many seconds a rank stays after SIGINT, which torchrun passes on to all ranks when the user presses Ctrl-C."""
+"""Seconds after SIGINT at which a rank exits. torchrun sends SIGINT to all ranks when the user presses Ctrl-C."""
 
 
 def dump_on_signals(run_dir: RunDir, rank: int, *, interrupts: bool = False) -> None:
@@ -30,8 +30,8 @@ def dump_on_signals(run_dir: RunDir, rank: int, *, interrupts: bool = False) -> 
     the process after TERM_PATIENCE_S; until then its stacks can be taken. With ``interrupts``, SIGINT ends the process
     after INT_PATIENCE_S, and creates a file that tells the watcher that the user has requested the end of the run.
 
-    All handlers work while the main thread is blocked inside a collective, where a Python signal handler would not run:
-    faulthandler writes from its C handler, and a thread that the wake-up descriptor wakes does the rest.
+    A Python signal handler does not run while the main thread is blocked inside a collective. These handlers do:
+    faulthandler writes the stacks in C, and a thread, which signal.set_wakeup_fd wakes, does the rest.
     """
     # faulthandler keeps the descriptor, so the file stays open as long as the rank runs
     stack_file = run_dir.stack(rank).open("w")

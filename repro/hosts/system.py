@@ -1,7 +1,7 @@
-"""Collect the facts about the ranks of this host: processes that run or are stopped, processor use, lock holders.
+"""Collect the facts about the ranks of this host: which processes run or are stopped, their CPU use, lock holders.
 
-A witness shows what a rank did last. The facts show what its process does now. Ranks of other hosts are left out,
-because the agent of their host observes them (`repro.hosts.agent`).
+A witness shows what a rank did last. The facts show what its process does now. Ranks of other hosts are left out: the
+agent of each host (`repro.hosts.agent`) observes its own.
 """
 
 from __future__ import annotations
@@ -18,14 +18,15 @@ from repro.verdict.facts import Facts
 
 STOPPED = "stopped by a signal"
 SHORTEST_MEASURE_S = 0.1
-"""Shortest time in seconds over which processor use is measured, because the system counts it in ticks of 10 ms."""
+"""Shortest time in seconds over which CPU use is measured, because the system counts it in ticks of 10 ms."""
 
 
 class System:
     """Collects the facts about the ranks of this host. Some facts need several calls: deaths, abandoned locks, CPU use.
 
-    patience_s   how many seconds a lock file must have had no holder before it is reported to have none: a process that
-                 is about to take the lock may poll it only now and then
+    patience_s   a lock is reported to have no holder only if this was so for this many seconds: a process that wants
+    the
+                 lock may try only now and then
     """
 
     def __init__(self, patience_s: float, host: Host | None = None) -> None:
@@ -43,8 +44,8 @@ class System:
     def look(self, witnesses: Mapping[int, Witness], running: Mapping[int, psutil.Process | None]) -> Facts:
         """Collect the facts, with the CPU use of the last measurement.
 
-        running: the result of :meth:`running` from before the witnesses were read. Otherwise a rank that ends normally
-        in between would count as dead, because its witness was read before it was done.
+        running: the result of :meth:`running`, called before the witnesses were read. In the other order, a rank that
+        ends normally between the two would count as dead, because its witness does not yet say that it is done.
         """
         return Facts(
             {rank: process is not None for rank, process in running.items()},
@@ -63,8 +64,8 @@ class System:
         here = {rank: writer for rank, writer in writers.items() if writer.pid and self.is_here(writer)}
         processes = self._find(here)
         if any(process is None and rank not in self._died for rank, process in processes.items()):
-            # A process that was checked early may have died before the one that was seen dead. So check again: all
-            # deaths up to now then have the same time.
+            # A process that was checked before the dead one may have died by now, too. So check all again, so that all
+            # deaths up to now get the same time.
             processes = self._find({rank: here[rank] for rank, process in processes.items() if process}) | {
                 rank: None for rank, process in processes.items() if process is None
             }

@@ -1,1 +1,2 @@
-"""Observe the processes of a job from outside: /proc, py-spy, and interfaces that the job offers. Change nothing."""
+"""Observe the processes of a job from outside, without changing them: by /proc, py-spy, and interfaces that the job
+offers."""

@@ -1,4 +1,5 @@
-"""Collect evidence from a running job: two looks some seconds apart, written as files for `diagnose`."""
+"""Collect evidence from a running job, as files for `diagnose`. The processes are examined twice, some seconds apart;
+each time is called a look."""
 
 from __future__ import annotations
 
@@ -21,7 +22,7 @@ from repro.store.run_dir import RunDir, write_json
 
 LOOKS = 2
 SAMPLES = ("b", "c", "d")
-"""More stacks between the two looks, of ranks whose first stack does not tell a wait from progress."""
+"""Names of additional stacks between the two looks, for ranks whose first stack may be a wait or progress."""
 MAX_CHILD_STACKS = 64
 _PYTHON = ("python", "pt_main", "pt_data")
 NOT_INSTALLED = "py-spy is not installed, so no stacks were taken: pip install py-spy"
@@ -29,12 +30,13 @@ NOT_INSTALLED = "py-spy is not installed, so no stacks were taken: pip install p
 
 @dataclass
 class Collection:
-    """The state of one collection: the job, and the evidence so far.
+    """One run of `hmr collect`: the job, and what was found so far.
 
-    job       with the ranks that its variables gave
+    job       the job, with the ranks that are known from environment variables or from local variables on the stacks
+    signal    number of a signal at which the job's handler writes stacks; 0 if the user allowed none
     logs      log files that the user named
-    numbered  whether the ranks are only numbers in the order in which the processes started
-    hidden    what could not be seen and how to allow it, a sentence each, in the order in which it was met
+    numbered  whether the real ranks are unknown, so that the processes are numbered in the order of their start
+    hidden    a sentence for each thing that this user was not allowed to see, with how to allow it
     """
 
     run_dir: RunDir
@@ -54,7 +56,7 @@ class Collection:
         return {member.rank: member for member in self.job.members if member.rank is not None}
 
     def collect(self, interval_s: float, sleep: Callable[[float], None] = time.sleep) -> None:
-        """Look at the job LOOKS times, and once at the interfaces that it offers and at the machine.
+        """Examine the processes LOOKS times; once, ask the interfaces that the job offers, and read the kernel log.
 
         Raises OSError if a file cannot be written.
         """
@@ -71,7 +73,7 @@ class Collection:
             self._look(number)
 
     def _sample_moving(self, sample: str) -> None:
-        """Take another stack of ranks that may spin, or make progress."""
+        """Take another stack of each rank that may be making progress, although its first stack shows a wait."""
         program = find_py_spy()
         for pid, answer in (take_stacks(program, self._moving) if program else {}).items():
             if answer.threads:
@@ -85,7 +87,7 @@ class Collection:
         write_json(self.run_dir.facts / f"{self.host}.look{number}.json", document, durable=True)
 
     def _take_stacks(self, number: int) -> dict[int, Threads]:
-        """Take stacks with py-spy. If py-spy cannot read a rank, use the rank's worker server or signal handler."""
+        """Take stacks with py-spy; from a process that it cannot read, by torch's worker server or a signal handler."""
         pids = list(_pids_with_stacks(self.job))
         program = find_py_spy()
         answers = take_stacks(program, pids) if program else {}
@@ -114,7 +116,7 @@ class Collection:
             yield from stacks_by_signal([pid for pid in pids if pid not in answered], self.signal).items()
 
     def _take_offers(self) -> None:
-        """Take recorder dumps through the worker server or NCCL's pipe, and ask NCCL's RAS."""
+        """Get Flight Recorder dumps through torch's worker server or NCCL's pipe, and ask NCCL's RAS."""
         folder = self.run_dir.root / "fr" / self.host
         folder.mkdir(exist_ok=True)
         for rank, member in self.ranks.items():
@@ -145,7 +147,7 @@ class Collection:
             return
         size = self.job.world_size
         complete = size is not None and set(self.ranks) >= set(range(size))
-        # otherwise the kernel may have killed one of the job's processes
+        # if all ranks are there, the kernel has killed none of them, so only errors of devices matter
         names = set() if complete else {row.name for row in rows}
         try:
             lines = machine.kernel_lines(min(row.started_s for row in rows), names)
@@ -161,7 +163,7 @@ class Collection:
             write_atomically(self.run_dir.root / "logs" / f"dmesg-{self.host}.txt", "\n".join(lines) + "\n")
 
     def _find_ranks(self, stacks: Mapping[int, Threads]) -> None:
-        """Find the ranks in the local variables on the stacks; if none are there, number the processes by pid."""
+        """Set the ranks of the processes from local variables on the stacks; if there are none, number them by pid."""
         unknown = [member for member in self.job.members if member.rank is None and member.role == "worker"]
         if not unknown:
             return
@@ -179,7 +181,7 @@ class Collection:
         write_atomically(folder / f"{name}.{look}.{form}", content)
 
     def _title(self, pid: int) -> str:
-        """Return the title of a process; "" if the file name already gives the rank."""
+        """Return the title of a process, to be written into its stack file; "" if the file's name has its rank."""
         member = next((member for member in self.job.members if member.pid == pid), None)
         if member is None:
             return command_of(pid)[:300]

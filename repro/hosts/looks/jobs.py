@@ -1,4 +1,5 @@
-"""Find the torch.distributed jobs of this host: rank variables, titles of serving engines, children of one launcher."""
+"""Find the torch.distributed jobs of this host: by rank variables such as RANK, by process titles such as
+VLLM::Worker_TP0, and by a common parent process."""
 
 from __future__ import annotations
 
@@ -25,7 +26,11 @@ _FORKED = "--multiprocessing-fork"
 
 @dataclass(frozen=True, slots=True)
 class Member:
-    """A process of a job. `rank` is None until its variables are read. `role`: worker, engine or front end."""
+    """A process of a job.
+
+    rank  None if it is not known; local variables on the stacks may give it later
+    role  worker, engine or front end
+    """
 
     pid: int
     rank: int | None = None
@@ -43,7 +48,7 @@ class Member:
 class Job:
     """Processes of this host that form one job.
 
-    name        what distinguishes the job from others, in words
+    name        a text for the user, which distinguishes the job from others: its command and address
     world_size  number of ranks on all hosts; None if no variable says it
     local_size  number of ranks on this host; None if no variable says it
     launcher    pid of the parent that all processes share; 0 if there is none
@@ -84,7 +89,7 @@ class Job:
 class _Candidate:
     status: Status
     command: str
-    environment: Mapping[str, str] | None  # None if this user may not read it
+    environment: Mapping[str, str] | None  # None if this user may not read the variables
     torch: bool
 
     @property
@@ -105,7 +110,7 @@ def find_jobs(table: Mapping[int, Status]) -> list[Job]:
     candidates = {row.pid: row for row in _candidates(table)}
     jobs = [*_by_variables(candidates, table), *_by_titles(candidates, table)]
     taken = {pid for job in jobs for pid in job.pids}
-    above = {ancestor for pid in taken for ancestor in _ancestors(pid, table)}  # front ends alone are not a job
+    above = {ancestor for pid in taken for ancestor in _ancestors(pid, table)}  # a job's parents form no second job
     jobs += _by_parent({pid: row for pid, row in candidates.items() if pid not in taken | above}, table, taken)
     return sorted(jobs, key=lambda job: (-len(job.members), job.pids))
 
@@ -157,7 +162,10 @@ def _with_launchers(job: Job, table: Mapping[int, Status]) -> set[int]:
 
 
 def _candidates(table: Mapping[int, Status]) -> Iterator[_Candidate]:
-    """Yield Python processes and those titled like a serving engine, but not this process and its ancestors."""
+    """Yield the processes that may belong to a job: Python processes, and processes with the title of a serving engine.
+
+    This process and its ancestors are left out.
+    """
     own = set()
     pid = os.getpid()
     while pid in table:
@@ -184,7 +192,10 @@ def _has_torch(pid: int) -> bool:
 
 
 def _topmost(rows: Mapping[int, _Candidate], table: Mapping[int, Status]) -> Iterator[_Candidate]:
-    """Yield the rows without an ancestor in `rows`: a rank's data loaders and compilers inherit its variables."""
+    """Yield the processes of one rank that have no ancestor among `rows`.
+
+    `rows` are all processes with this RANK. The others are the rank's data loaders and compilers, which inherit RANK.
+    """
     for row in rows.values():
         at = table.get(row.status.parent)
         while at is not None and at.pid not in rows:
@@ -235,7 +246,7 @@ def _by_titles(candidates: Mapping[int, _Candidate], table: Mapping[int, Status]
 
 
 def _top_server(pid: int, table: Mapping[int, Status]) -> int:
-    """Return the topmost ancestor that still looks like part of the server."""
+    """Return the topmost ancestor of a process whose command line still looks like part of the server."""
     while table[pid].parent in table and _SERVER.search(command_of(table[pid].parent)[:200]):
         pid = table[pid].parent
     return pid
@@ -244,7 +255,10 @@ def _top_server(pid: int, table: Mapping[int, Status]) -> int:
 def _by_parent(
     candidates: Mapping[int, _Candidate], table: Mapping[int, Status], taken: Collection[int]
 ) -> Iterator[Job]:
-    """Group connected children of one parent that loaded torch, as of mp.spawn, multiprocessing or os.fork."""
+    """Find jobs without rank variables: children of one parent that have loaded torch and have sockets of their own.
+
+    mp.spawn, multiprocessing and os.fork start such children.
+    """
     families: dict[int, list[_Candidate]] = {}
     for row in candidates.values():
         if row.torch and row.status.parent not in taken:

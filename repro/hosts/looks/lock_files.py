@@ -1,6 +1,6 @@
 """Find the lock files that processes hold and wait for, from /proc/locks and the files that they have open.
 
-This code opens, locks and leases no file. A lease would disturb a program that opens the file at that moment.
+This code does not open, lock or lease a lock file. A lease would delay a program that opens the file at that moment.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from repro.hosts.looks.proc import PROC, open_files, read_text
 class TableEntry:
     """A line of /proc/locks.
 
-    `waits`: the process waits for the lock in the line above. `pid` 0: in another pid namespace.
+    `waits`: the process does not hold the lock, but waits for it. `pid`: 0 for a process of another pid namespace.
     """
 
     kind: str
@@ -34,8 +34,8 @@ class LockFile:
     """A lock file at one moment.
 
     kind     flock, fcntl (POSIX), lease, or baton: the existence of the file is the lock, as with torch's FileBaton
-    holders  pids; for a baton, the processes that have the file open
-    waiters  pids that the system shows blocked; programs that poll are not among them
+    holders  pids of the processes that hold the lock; for a baton, of those that have the file open
+    waiters  pids that /proc/locks shows as waiting; programs that try the lock again and again are not among them
     hidden   number of Python processes whose open files this user may not read; one of them may hold the lock
     age_s    seconds since the file was last changed; None if that cannot be read
     """
@@ -116,14 +116,14 @@ def _open_inodes(pid: int, proc: Path) -> Iterator[tuple[int, str]]:
 
 
 def _path_of(entry: TableEntry, opened: Mapping[int, Mapping[int, str]]) -> str:
-    """Return the file's path as this process has it open; otherwise as any process of the job has it open."""
+    """Return the path of a locked file, by which the process of the entry or another one of the job has it open."""
     own = opened.get(entry.pid, {}).get(entry.inode)
     paths = [files[entry.inode] for files in opened.values() if entry.inode in files]
     return own or (paths[0] if paths else f"inode {entry.inode}")
 
 
 def _lock_names(opened: Mapping[int, Mapping[int, str]]) -> dict[str, int]:
-    """Return the open files whose names look like lock files."""
+    """Return path -> pid for open files whose names look like those of lock files."""
     return {
         path: pid
         for pid, files in opened.items()

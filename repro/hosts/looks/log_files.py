@@ -44,9 +44,9 @@ def named(paths: Sequence[Path]) -> list[LogFile]:
 
 
 def outputs_of(job: Job, table: Mapping[int, Status]) -> dict[File, LogFile]:
-    """Return the regular files that are standard output or error of the job's processes, and of those above them.
+    """Return the regular files that are standard output or error of the job's processes and of their ancestors.
 
-    Files that this process or a parent of it writes to as well are left out: they hold our own output.
+    If this process or an ancestor of it writes to a file too, the file is left out: it has the output of `collect`.
     """
     own = {file for pid in _with_parents([os.getpid()], table) for file, _, _ in _outputs(pid)}
     writers: dict[File, set[int | None]] = {}
@@ -62,7 +62,7 @@ def outputs_of(job: Job, table: Mapping[int, Status]) -> dict[File, LogFile]:
 
 
 def is_written_by(path: Path, job: Job, table: Mapping[int, Status]) -> bool:
-    """Whether a process of the job, or one above it, has this file as its standard output or error."""
+    """Whether a process of the job, or an ancestor of it, has this file as its standard output or error."""
     try:
         status = path.stat()
     except OSError:
@@ -122,7 +122,7 @@ def _beginning_and_end(path: Path) -> bytes:
 
 
 def _free(folder: Path, log: LogFile) -> Path:
-    """Return the path of a copy, with the rank in its name if that is known and the name does not give one."""
+    """Return a path in the folder that is not used yet. Its name has the rank, if only one rank writes to the log."""
     base = "".join(letter if letter.isalnum() or letter in "-_." else "-" for letter in log.name)[-80:].lstrip(".")
     if log.rank is not None and process_of(file=base).rank is None:
         base = f"rank_{log.rank}_{base}"

@@ -27,11 +27,11 @@ def host_name() -> str:
 def look_at(
     job: Job, number: int, stacks: Mapping[int, Threads], hidden: Sequence[str], *, numbered: bool
 ) -> dict[str, Any]:
-    """Return one look as JSON values, in the form that `repro.ingest.host_look` reads.
+    """Examine the job once. Returns JSON values in the form that `repro.ingest` reads.
 
     stacks  pid -> its threads at about this moment, if they could be taken
-    hidden  what this user was not allowed to see, in sentences
-    numbered  whether the ranks are only numbers in the order in which the processes started
+    hidden  sentences about what this user was not allowed to see
+    numbered  whether the real ranks are unknown, so that the processes are numbered in the order of their start
     """
     table = read_all()
     children = {pid: descendants(table, pid)[:MAX_CHILDREN] for pid in job.pids}
@@ -100,7 +100,7 @@ def _num_unreaped(job: Job, table: Mapping[int, Status]) -> int:
 
 
 def _shortened(command: str) -> str:
-    """Shorten a command in the middle. Its end stays, because the last word is often a compiler's source file."""
+    """Shorten a command line in the middle. Its end is kept, because that is often the source file of a compiler."""
     half = MAX_COMMAND // 2
     return command if len(command) <= MAX_COMMAND else f"{command[:half]} … {command[-half:]}"
 

@@ -1,4 +1,4 @@
-"""Read what a host reports apart from its processes: kernel log, memory limits, loaded versions, GPUs."""
+"""Read what a host reports besides its processes: kernel log, memory limits, versions of loaded libraries, GPUs."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from repro.hosts.looks.proc import PROC, read_text, uptime_s
 KERNEL_LOG = Path("/dev/kmsg")
 MAX_LINES = 2000
 CLOCK_SLACK_S = 5.0
-"""How many seconds a kernel message of this moment may seem to lie in the future."""
+"""How many seconds a new kernel message may seem to be in the future, because two clocks differ."""
 
 _DEVICES = ("/dev/nvidia0", "/dev/kfd", "/dev/davinci0", "/dev/xpu0")
 _DEVICE_LINE = re.compile(r"NVRM: Xid|mlx5|bnxt|EEH|nvidia-nvswitch")
@@ -31,21 +31,23 @@ def has_devices() -> bool:
 
 
 class OtherClock(ValueError):
-    """The kernel log has times of another clock than the one that this process reads."""
+    """The times in the kernel log cannot be compared with the clock of this process."""
 
 
 def kernel_lines(since_boot_s: float, names: Collection[str], log: Path = KERNEL_LOG) -> list[str]:
-    """Return device errors in the kernel log since a moment, and the processes with these names that the kernel killed.
+    """Return lines of the kernel log: errors of devices, and processes with one of these names that the kernel killed.
 
-    Raises PermissionError if this user may not read the log. Raises OtherClock in a time namespace, because nothing
-    shows there which messages came before the job. Each line begins with its time in UTC.
+    since_boot_s: only later lines are returned, because earlier ones are older than the job
+
+    Raises PermissionError if this user may not read the log. Raises OtherClock in a time namespace, where the age of a
+    line is not known. Each line begins with its time in UTC.
     """
     now_s = uptime_s()
     boot_s = time.time() - now_s
     lines = []
     for at_s, text in _messages(log):
         if at_s > now_s + CLOCK_SLACK_S:
-            raise OtherClock("its times are of the clock of another time namespace")
+            raise OtherClock("this process is in another time namespace, so it cannot tell how old a message is")
         killed = _KILLED.search(text)
         if at_s >= since_boot_s and (_DEVICE_LINE.search(text) or (killed and killed[1] in names)):
             stamp = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(boot_s + at_s))
@@ -61,7 +63,7 @@ def _messages(log: Path) -> Iterator[tuple[float, str]]:
             try:
                 record = os.read(descriptor, 8192)
             except BrokenPipeError:
-                continue  # older messages were overwritten in the meantime
+                continue  # the kernel has overwritten the message that would be read next
             except (BlockingIOError, OSError):
                 return
             head, _, text = record.decode(errors="replace").partition(";")

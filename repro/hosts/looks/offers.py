@@ -1,6 +1,7 @@
-"""Use the interfaces that a job offers: torch's worker server, the Flight Recorder's pipe, NCCL's RAS.
+"""Ask the job's processes through interfaces that they have opened for this purpose: torch's worker server, the pipe of
+the Flight Recorder, NCCL's RAS (reliability service).
 
-The program opened each of these interfaces for questions from outside. If it opened none, nothing is sent.
+If a process has opened none of them, nothing is sent to it.
 """
 
 from __future__ import annotations
@@ -40,7 +41,7 @@ class _UnixConnection(http.client.HTTPConnection):
 
 
 def ask_worker_server(member: Member, question: str) -> bytes:
-    """Query the server that torch's `worker_main` opens in a rank; b"" without a server or an answer.
+    """Ask the HTTP server that torch's `worker_main` opens in a rank. Returns b"" if there is no server or no answer.
 
     question: "dump_traceback" for the stacks, "fr_trace_json" for the recorder's dump
     """

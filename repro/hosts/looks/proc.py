@@ -21,8 +21,8 @@ class Status:
     """One process at one moment, from /proc/PID/stat and /proc/PID/status.
 
     state           R runs, S sleeps, D waits for a device, T stopped, t stopped by a debugger, Z ended and not reaped
-    cpu_s           processor seconds of all its threads
-    children_cpu_s  processor seconds of its children that have ended
+    cpu_s           CPU seconds of all its threads
+    children_cpu_s  CPU seconds of its children that have ended
     started_s       when it started, in seconds since the boot of the host
     switches        how often its first thread left a processor, voluntarily or not
     caught          numbers of the signals for which it has handlers
@@ -139,7 +139,10 @@ def open_files(pid: int, proc: Path = PROC) -> Iterator[tuple[int, str]]:
 
 
 def kernel_place(pid: int, proc: Path = PROC) -> tuple[str, str]:
-    """Return where a process waits in the kernel: (function, system call and arguments); "" for a hidden part."""
+    """Return where a process waits in the kernel: (function of the kernel, system call with its arguments).
+
+    A part that this user may not read is "".
+    """
     texts = []
     for name in ("wchan", "syscall"):
         try:

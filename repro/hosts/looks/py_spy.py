@@ -18,9 +18,9 @@ from typing import Any
 PATIENCE_S = 4.0
 AT_ONCE = 4
 TRIES = 5
-"""Number of attempts. A read fails if the process changes its frames at that moment."""
+"""How many times py-spy is tried. It fails if the process changes its stack while py-spy reads it."""
 _FINAL = ("rocess", "ermission", "no answer")
-"""Words of failures that another try would meet again: no such process, no permission, no answer in PATIENCE_S."""
+"""Words in the messages of failures that would happen again: no such process, no permission, no answer in time."""
 
 
 @dataclass(frozen=True, slots=True)

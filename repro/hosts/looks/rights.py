@@ -11,7 +11,7 @@ SYS_PTRACE = 19
 
 
 def why_hidden(pid: int, proc: Path = PROC) -> str:
-    """Name the missing permission and how to get it, in a sentence; "" if none is known to be missing."""
+    """Return a sentence that names the missing permission and how to get it; "" if no missing permission is found."""
     status = read_status(pid, proc)
     if status is None:
         return f"process {pid} has ended"

@@ -1,6 +1,6 @@
-"""Take stacks by a signal that the program handles.
+"""Take stacks by sending a signal at which the program's faulthandler writes them.
 
-This is done only on request, because the handler may do other things.
+This is done only if the user names the signal, because the program's handler may do other things, too.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ def stacks_by_signal(pids: Sequence[int], number: int) -> dict[int, bytes]:
 
 
 def _error_file(pid: int, number: int) -> Path | None:
-    """Return the file behind a process's standard error; None if it is not a file, or if the signal is not handled."""
+    """Return the file that is a process's standard error; None if it is no file, or if the process has no handler."""
     status = read_status(pid)
     path = PROC / str(pid) / "fd" / "2"
     try:

@@ -1,4 +1,4 @@
-"""Use the local variables that py-spy prints, but keep only those that a diagnosis needs.
+"""Read the local variables that py-spy prints, and write only those that a diagnosis needs.
 
 Local variables may hold prompts, samples and passwords. Only these are written to a file: the process group of a
 collective, the other end of a transfer, ranks, and paths of lock files.
@@ -54,10 +54,10 @@ def waits_for_lock(threads: Threads, pid: int) -> bool:
 
 
 def may_move(threads: Threads, pid: int) -> bool:
-    """Whether the process may make progress although its stack shows a wait.
+    """Whether the process may be making progress, although its stack looks like a wait.
 
-    That is so if the main thread runs code inside a collective, or waits for its next task: a worker of a serving
-    engine waits for a task in each step.
+    Its main thread may be running inside a collective. Or it waits for its next task, as a worker of a serving engine
+    does between two steps.
     """
     thread = main_thread(threads, pid)
     activity = activity_of(frames_of(_frames(thread)))[0]
@@ -77,7 +77,7 @@ def lock_paths(threads: Threads, pid: int) -> Iterator[str]:
 
 
 def stripped(threads: Threads, pid: int, title: str) -> list[dict[str, Any]]:
-    """Return the threads as py-spy prints them, plus the process name. Variables that are not needed are removed."""
+    """Return the threads as py-spy prints them, with the process title, without variables that no diagnosis needs."""
     return [
         {
             "pid": pid,
