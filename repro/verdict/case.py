@@ -1,4 +1,4 @@
-"""The input of the judge's rules (`Case`): witnesses and facts, and the rank positions and waits derived from them."""
+"""The input of the judge's rules (`Case`): witnesses and facts, and what was derived from them."""
 
 from __future__ import annotations
 
@@ -18,12 +18,16 @@ from repro.verdict.result import Finding, Verdict
 
 @dataclass(frozen=True, slots=True)
 class Case:
-    """The witnesses and facts of one run, and the positions, matched collectives and waits that follow from them.
+    """Everything that a rule may use to judge one run.
 
-    quiet_s   seconds since the last event of any rank
-    notes     lines of evidence that every verdict on this run lists
-    queued    groups whose collectives are recorded when they are queued, as on NCCL
-    now_s     the moment of judgement, on the clock of ``facts.died``
+    witnesses      rank -> its witness; damaged witnesses are left out
+    rank_states    rank -> its position, and what the wait-for graph needs to know about it
+    ledger         the collectives of all ranks, matched by group and sequence number
+    waits          the wait-for graph
+    quiet_s        seconds since the last event of any rank
+    notes          lines of evidence that every verdict on this run lists
+    queued         groups whose collectives are recorded when they are queued, not when they run, as on NCCL
+    now_s          the moment that is judged, on the clock of ``facts.died``
     """
 
     witnesses: Mapping[int, Witness]
@@ -39,11 +43,11 @@ class Case:
 
     @property
     def quiet(self) -> bool:
-        """Whether no rank has recorded an event within the quiet window."""
+        """Whether no rank has recorded an event for the quiet window. False if a witness has no times."""
         return self.quiet_s >= self.quiet_window_s and self.all_know(Knows.TIME)
 
     def needs_quiet(self, what: str) -> str:
-        """Return a sentence that says why it is too early to report a deadlock or a stall (``what``)."""
+        """Return a sentence that says why it is too early to report ``what``: "deadlock" or "stall"."""
         if not self.all_know(Knows.TIME):
             return (
                 f"not every witness has times, so nothing shows how long the ranks have waited; a {what} is reported "
@@ -55,26 +59,26 @@ class Case:
         )
 
     def all_know(self, aspects: Knows) -> bool:
-        """Whether every witness records these aspects of a run, so that a rule may use them."""
+        """Whether every witness records these aspects, such as times or layers, so that a rule may use them."""
         return all(aspects in witness.knows for witness in self.witnesses.values())
 
     def unknowing(self, ranks: Collection[int], aspects: Knows) -> list[int]:
-        """Return the ranks whose witness does not record all of these aspects of a run."""
+        """Return those of ``ranks`` whose witness does not record all of these aspects, such as times or layers."""
         return [rank for rank in ranks if rank in self.witnesses and aspects not in self.witnesses[rank].knows]
 
     def ranks(self, *states: str) -> tuple[int, ...]:
-        """Return the ranks in one of these states, in ascending order."""
+        """Return the ranks in one of these states, such as "dead" or "blocked", in ascending order."""
         return tuple(rank for rank, rank_state in sorted(self.rank_states.items()) if rank_state.state in states)
 
     def place(self, rank: int) -> str:
-        """Return the collective or lock that a rank waits in, as text."""
+        """Return the collective or lock in which a rank waits, as text: "in dp all_reduce #41"."""
         node = self.waits.at.get(rank)
         return "outside any collective" if node is None else f"in {node.name}"
 
     def verdict(self, verdict: str, finding: Finding | None = None, **more: Any) -> Verdict:
-        """Make a verdict of class ``verdict`` from a finding. ``more`` sets other fields.
+        """Make a verdict of the class named ``verdict`` from the finding of a rule.
 
-        Evidence lines in ``more`` come before the evidence of the finding.
+        more   other fields of the verdict; lines of ``evidence`` here come before the evidence of the finding
         """
         finding = finding or Finding()
         positions = tuple(self.rank_states[rank].position for rank in sorted(self.rank_states))

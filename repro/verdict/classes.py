@@ -8,7 +8,8 @@ from dataclasses import dataclass, field
 from repro.exit_codes import CANNOT_TELL, UNEXPECTED
 
 INTERRUPT, END = "interrupt", "end"
-"""Acts from outside the job: its user interrupted it; its launcher got a signal and ended the ranks."""
+"""Events outside the job that end it. INTERRUPT: the user pressed Ctrl-C. END: the launcher got a signal and ended the
+ranks."""
 
 
 @dataclass(frozen=True)
@@ -16,13 +17,14 @@ class VerdictClass:
     """One verdict class, as a row of the table of classes.
 
     meaning   one line, as in docs/VERDICTS.md and in the help of the commands
-    colour    of the badge on the report's page: green, yellow or red
-    hangs     whether ranks are left that have not finished; None if only the witnesses show that
-    final     whether a watch ends with this class, because no rank can change the verdict any more
+    colour    the colour of the badge on the report's page: green, yellow or red
+    hangs     whether some ranks have not finished; None if this differs from run to run
+    final     whether the watcher stops at this class, because no rank can change the verdict any more
     decided   whether the evidence was enough for a verdict
     causes    cause -> its words in a headline; a verdict of this class may also have no cause
-    outside   acts from outside the job that explain the evidence as well, which makes it inconclusive: INTERRUPT, END
-    live      whether only a live watcher can observe this class
+    outside   INTERRUPT, END: if one of these ended the job, it can explain the same evidence, and the verdict becomes
+              inconclusive
+    live      whether only a watcher that watches the live job can see this class
     """
 
     name: str
@@ -37,17 +39,17 @@ class VerdictClass:
 
     @property
     def is_finished_wrong(self) -> bool:
-        """Whether every rank has finished, and something is wrong."""
+        """Whether this class means that every rank has finished, but with a wrong result."""
         return self.hangs is False and self.colour == "red"
 
     @property
     def exit_code(self) -> int:
-        """Return the exit code of a run that should have ended with another class."""
+        """Return the exit code of a command, if the run has this class but another class was expected."""
         return UNEXPECTED if self.decided else CANNOT_TELL
 
     @property
     def junit(self) -> str:
-        """Return the JUnit result of a run that should have ended with another class."""
+        """Return the JUnit result, "failure" or "error", if the run has this class but another class was expected."""
         return "failure" if self.decided else "error"
 
 
@@ -58,7 +60,7 @@ _DIFFERENCES = {
     "mismatch": "different collectives under one sequence number",
     "sizes": "sizes that differ",
 }
-"""The ways in which the collectives of ranks can differ."""
+"""The ways in which the collectives of ranks can differ: name of the cause -> its words in a headline."""
 
 _LOCK = {"lock": "a lock that is not released"}
 
@@ -130,11 +132,11 @@ NO_VERDICT = VerdictClass("", "the run has no verdict yet", "yellow", hangs=Fals
 
 
 def class_of(verdict: str) -> VerdictClass:
-    """Return the class with this name; NO_VERDICT if there is none."""
+    """Return the verdict class with this name; NO_VERDICT for any other name."""
     return CLASSES.get(verdict, NO_VERDICT)
 
 
 def describe_classes() -> str:
-    """Return the classes with their meanings, one line each, for the help of a command."""
+    """Return a text with one line for each verdict class and its meaning, for the help of a command."""
     width = max(map(len, CLASSES))
     return "\n".join(f"  {name:{width}}  {each.meaning}" for name, each in CLASSES.items())

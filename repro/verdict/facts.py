@@ -1,4 +1,4 @@
-"""Facts: what the operating systems of all hosts report about the processes of the ranks."""
+"""Facts: what the operating systems of the hosts say about the processes of the ranks."""
 
 from __future__ import annotations
 
@@ -8,18 +8,18 @@ from dataclasses import dataclass, field, fields
 
 @dataclass(frozen=True, slots=True)
 class Facts:
-    """Observations of the ranks' processes by the operating system. Each field maps rank -> value; no entry: not
+    """What was observed about the ranks' processes. Each field maps rank -> value. A rank without a value was not
     observed.
 
-    alive          whether the rank's process runs
-    excused        why the process cannot make progress, whatever its witness says ("stopped by a signal")
-    lock_holders   the lock that the rank waits for and the pid of the lock's holder, 0 for none
-    cores          processors that the process and its descendants kept busy since the previous observation
-    starved        share of that time in which its threads were runnable without a processor, summed over the threads
-    died           when the end of the process was first noticed, in seconds on one clock; equal for deaths noticed
-                   together
-    contradicted   what another piece of evidence says against the rank's witness
-    unanswered     the evidence (stack, dump) that the rank was asked for and did not leave
+    alive          whether the process exists
+    excused        why the process cannot make progress, whatever its witness shows: "stopped by a signal"
+    lock_holders   the lock for which the rank waits, and the pid of the process that holds it; 0 if none holds it
+    cores          how many processors the process and its descendants kept busy since the previous observation
+    starved        share of this time in which its threads could run but got no processor, summed over the threads
+    died           when the end of the process was first noticed, in seconds; all on one clock. Deaths that were
+                   noticed together have the same time
+    contradicted   what other evidence shows that contradicts the rank's witness
+    unanswered     the evidence (stack, Flight Recorder dump) that was requested from the rank but not written
     """
 
     alive: Mapping[int, bool] = field(default_factory=dict)
@@ -32,7 +32,10 @@ class Facts:
     unanswered: Mapping[int, str] = field(default_factory=dict)
 
     def joined(self, others: Facts, clock_ahead_s: float = 0.0) -> Facts:
-        """Add the facts of another host, whose clock is ``clock_ahead_s`` behind this one."""
+        """Return these facts together with those of another host.
+
+        clock_ahead_s   how many seconds the clock of this host is ahead of the other host's clock
+        """
         joined = {each.name: {**getattr(self, each.name), **getattr(others, each.name)} for each in fields(self)}
         joined["died"].update({rank: when_s + clock_ahead_s for rank, when_s in others.died.items()})
         return Facts(**joined)

@@ -1,11 +1,11 @@
-"""The judge: derive positions and the wait-for graph, then apply the rules in a fixed order.
+"""The judge: derive the position of each rank and the wait-for graph, then apply the first of these rules that fits.
 
 1. Ranks completed different collectives under one sequence number, or results are wrong: `corrupt`.
 2. Every rank is done: `clean`.
 3. The waits form a cycle: `deadlock`.
 4. A rank died or failed: `crash`.
-5. Otherwise `repro.verdict.rules.waiting` looks at the ranks in which the waits end. They are done, running or unseen,
-   or all of them are in one collective.
+5. Otherwise follow the waits from rank to rank to their end, and judge by what the last rank does
+   (`repro.verdict.rules.waiting`): it works, is done, left no witness, or is in a collective that all have entered.
 """
 
 from __future__ import annotations
@@ -42,15 +42,16 @@ def judge(
     wrong_numbers: Sequence[str] = (),
     queued: Collection[str] = (),
 ) -> Verdict:
-    """Derive the verdict that the witnesses and the facts prove.
+    """Derive the verdict from the witnesses and the facts of a run.
 
+    witnesses       rank -> its witness
     facts           observations of the ranks' processes; a rank whose process was not observed counts as alive
-    now_ns          when the witnesses were read: one monotonic clock (of the host of ``home``), or rank -> its own
-                    clock
-    quiet_window_s  how long no rank may have recorded an event before a hang counts as proven
+    now_ns          when the witnesses were read: a time on the monotonic clock of the host of ``home``, or rank -> the
+                    time on the clock of the rank's host
+    quiet_window_s  a hang is reported only if no rank has recorded an event for this many seconds
     home            the process that read the clock; by default the process of the lowest rank
-    wrong_numbers   one line for each result that differs from the reference; with any, a clean run becomes corrupt
-    queued          groups whose collectives are recorded when they are queued, as on NCCL
+    wrong_numbers   one line for each result that differs from the reference; if there is one, a clean run is corrupt
+    queued          groups whose collectives are recorded when they are queued, not when they run, as on NCCL
     """
     usable, notes = _one_run(witnesses, num_ranks)
     nows, clock_notes = clocks(usable, now_ns, home)
@@ -81,7 +82,10 @@ def judge(
 
 
 def _qualify_for_damage(verdict: Verdict, damaged: set[int]) -> Verdict:
-    """Make ranks with a damaged witness suspects instead of culprits, and lower the confidence in the others."""
+    """Turn each culprit with a damaged witness into a suspect. Lower the confidence, and add a line of evidence.
+
+    damaged   the ranks whose witness is damaged
+    """
     if not damaged:
         return verdict
     culprits = tuple(rank for rank in verdict.culprits if rank not in damaged)
@@ -97,7 +101,10 @@ def _qualify_for_damage(verdict: Verdict, damaged: set[int]) -> Verdict:
 
 
 def _one_run(witnesses: Mapping[int, Witness], num_ranks: int) -> tuple[dict[int, Witness], list[str]]:
-    """Keep the witnesses of one run. Return them, and a line for each witness that is not used."""
+    """Return the witnesses that belong to one run, and a line for each other witness.
+
+    If witnesses of several runs are given, take the run with the most. If two runs have equally many, use none.
+    """
     runs = Counter((witness.writer.run_id, witness.writer.num_ranks) for witness in witnesses.values())
     notes: list[str] = []
     usable: dict[int, Witness] = {}
@@ -152,23 +159,31 @@ def _decide(case: Case, wrong_numbers: Sequence[str]) -> Verdict:
 
 
 def _clean(case: Case) -> Verdict:
-    """Report `clean`, if the witnesses would have shown a collective that ranks paired wrongly."""
+    """Judge a run in which all ranks are done and no difference was found.
+
+    The verdict is `clean` only if the witnesses show enough: they must have the arguments of all collectives.
+    """
     ranks = tuple(case.rank_states)
     blind = case.unknowing(ranks, COLLECTIVES | Knows.ARGUMENTS)
     if not blind and any(witness.first_event > 1 for witness in case.witnesses.values()):
-        # overwritten events are compared by rolling hashes, which include the layers
+        # Overwritten events are compared only by rolling hashes. The hash of a witness with layers cannot be compared
+        # with the hash of a witness without layers.
         layers = case.unknowing(ranks, Knows.LAYERS)
         blind = layers if len(layers) < len(case.witnesses) else []
     if not blind:
         return case.verdict("clean")
-    line = "The rolling hashes compare the events that were overwritten, too. The rolling hashes include the layers."
+    line = (
+        f"every rank is done, but the witness of {name_ranks(blind)} does not show everything that must be equal on "
+        "all ranks (operation, arguments, layer): a difference may be hidden"
+    )
     return case.verdict("inconclusive", evidence=[line], confidence="undecided")
 
 
 def _mispaired(case: Case) -> tuple[GroupKey, int, list[CallVariant]] | None:
-    """Find a sequence number under which ranks completed different collectives: group, number and variants.
+    """Find a sequence number of a group under which ranks completed different collectives.
 
-    A rank that is done without having waited for its collective counts as having completed it.
+    Returns (group, number, the different calls); None if there is none. If a rank issued a collective, did not wait for
+    it, and is done, the collective counts as completed.
     """
     done = set(case.ranks("done"))
     for key, seqs in sorted(case.ledger.diverged.items(), key=lambda item: item[0][0] in case.queued):
@@ -180,9 +195,9 @@ def _mispaired(case: Case) -> tuple[GroupKey, int, list[CallVariant]] | None:
 
 
 def _queued_differently(case: Case, key: GroupKey, seq: int, finding: Finding) -> Verdict:
-    """Report different collectives that were queued under one number.
+    """Judge ranks that queued different collectives on their devices under one sequence number: `inconclusive`.
 
-    Whether the device completed them is not recorded.
+    The witnesses do not show whether the devices completed these collectives.
     """
     finding.evidence.append(
         f"{key[0]} #{seq} is queued with different arguments, and whether it completed is not recorded: take the "

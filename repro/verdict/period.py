@@ -1,4 +1,7 @@
-"""The period of a sequence that ends in a repeating pattern, such as the operations of the steps of a job."""
+"""Find the period of a sequence that ends in a repeating pattern: A B C A B C A B has the period 3.
+
+The steps of a job repeat their operations in this way.
+"""
 
 from __future__ import annotations
 
@@ -10,10 +13,10 @@ MAX_PERIOD = 512
 
 
 def period_of(past: Sequence[object]) -> int | None:
-    """Return the period that explains the longest end of the history; None if that end is too short.
+    """Return the length of the pattern that repeats at the end of a history of operations; None if there is none.
 
-    It must contain MIN_REPEATS periods, MIN_COVERED operations and half of the history. Operations that a job issues
-    once at its start have no period.
+    Of several lengths, take the one whose repetitions reach back furthest. They must cover MIN_REPEATS periods,
+    MIN_COVERED operations, and half of the history: before them are the operations of the job's start.
     """
     best, covered = None, 0
     for period in range(1, min(MAX_PERIOD, len(past) // MIN_REPEATS) + 1):

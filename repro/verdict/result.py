@@ -1,4 +1,4 @@
-"""The verdict and its parts, among them the position of each rank, and their form as text."""
+"""The verdict and its parts, such as the position of each rank and the waits between ranks, and their form as text."""
 
 from __future__ import annotations
 
@@ -11,27 +11,29 @@ import msgspec
 MAX_RANKS = 1 << 20
 Rank = Annotated[int, msgspec.Meta(ge=0, lt=MAX_RANKS)]
 Count = Annotated[int, msgspec.Meta(ge=-(1 << 62), lt=1 << 62)]
-"""An integer in a file from outside. The sum of two such integers fits in 64 bits."""
+"""An integer that may be read from an untrusted file. It is limited so that the sum of two fits in 64 bits."""
 
 Seconds = Annotated[float, msgspec.Meta(ge=0, lt=1e9)]
 
 DAMAGED = "by a damaged witness"
-"""The `Position.detail` of a hidden rank whose witness does not match its checksums."""
+"""The value of `Position.detail` for a rank (state "hidden") whose witness does not match its checksums."""
 
 UNFINISHED = "whose end its witness does not show"
-"""The `Position.detail` of a hidden rank whose witness does not show the order or the end of collectives."""
+"""The value of `Position.detail` for a rank (state "hidden") whose witness does not show which collectives are over."""
 
 
 @dataclass(frozen=True, slots=True)
 class Position:
-    """The position of one rank.
+    """What one rank does at the moment that is judged.
 
-    state      missing, hidden (its last event is unreadable, or belongs to a group that its witness does not track),
-               starting, running, building, locked, blocked, done, failed or dead
-    layer, group, seq, op, sizes    the collective that it is blocked in; empty in the other states
+    state      missing (no witness), hidden (the witness does not show what the rank does), starting, running (outside
+               any collective), building (a kernel), locked (waits for a lock), blocked (waits in a collective), done,
+               failed or dead
+    layer, group, seq, op, sizes    the collective in which the rank is blocked; empty in most other states
     detail     the lock, the build or the error message, or what the operating system reports about the rank
-    since_s    seconds that it has been in this state
-    line       the record of its witness that shows this: "rank003.wit:38912 event 118"
+    since_s    for how many seconds the rank has been in this state
+    site       where the program called the collective: "file:line function"
+    line       the record of the witness that shows this: "rank003.wit:38912 event 118"
     """
 
     rank: Rank
@@ -84,11 +86,12 @@ class Position:
 
 
 class Wait(msgspec.Struct, frozen=True, rename={"awaited": "for"}):
-    """A node of the wait-for graph with its edges: ranks that wait at one place, and the ranks that they wait for.
+    """A node of the wait-for graph: ranks that wait in one collective or for one lock, and the ranks they wait for.
 
+    ranks      the ranks that wait
     waits_in   the collective or the lock: "dp all_reduce #41", "lock experts"
-    awaited    the ranks that must act, or cannot act, before the wait can end; empty if no rank can end the wait
-    why        what each awaited rank has not done, in sentences
+    awaited    the ranks without which the wait cannot end; empty if the wait is not for a rank
+    why        what each awaited rank has not done, in sentences: "rank 3 has not issued it"
     """
 
     ranks: tuple[Rank, ...]
@@ -109,14 +112,17 @@ class Wait(msgspec.Struct, frozen=True, rename={"awaited": "for"}):
 class Verdict:
     """What the evidence shows about a run.
 
-    verdict, cause     a class of `repro.verdict.classes` and one of its causes, or ""
-    culprits           the ranks that are proven to be the cause; empty if no rank is, or if the evidence does not
-                       decide
-    suspects           the ranks that differ from the others or from earlier steps: an observation, no proof
+    verdict            the name of a class of `repro.verdict.classes`
+    cause              one of the causes of this class; "" if none is known
+    culprits           the ranks that are proven to be the cause; empty if the evidence proves it for no rank
+    suspects           the ranks that differ from other ranks or from earlier steps: an observation, no proof
+    ranks              the position of each rank
     first_divergence   the first place where ranks differ: {"sides": [{"ranks", "group", "seq", ...}, ...]}
-    cycle              each link of a cycle of waits: {"ranks", "waits_in", "for"}
-    waits              the whole wait-for graph; the nodes of a cycle come first
-    confidence         certain, likely (a missing witness could add culprits), or undecided (a class without culprits)
+    cycle              the waits that form a cycle, each as {"ranks", "waits_in", "for"}
+    waits              all waits; those of the cycle come first
+    evidence           lines that say what was observed
+    confidence         certain; likely (further evidence could change the culprits); or undecided (no culprits)
+    quiet_s            seconds since the last event of any rank
     """
 
     verdict: str
@@ -132,11 +138,11 @@ class Verdict:
     quiet_s: float = 0.0
 
     def with_evidence(self, lines: Iterable[str]) -> Verdict:
-        """Return the same verdict with further lines of evidence."""
+        """Return a copy of the verdict with these lines added at the end of its evidence."""
         return replace(self, evidence=(*self.evidence, *lines))
 
     def sentences(self) -> list[str]:
-        """Return one sentence for each distinct position, in the order of the ranks."""
+        """Return the positions of all ranks in sentences. Ranks in the same position share a sentence."""
         together: dict[str, list[int]] = {}
         for position in self.ranks:
             together.setdefault(position.words(), []).append(position.rank)
@@ -149,7 +155,7 @@ class Verdict:
 
 @dataclass(slots=True)
 class Finding:
-    """The cause, culprits and evidence that one rule found. The judge makes a verdict of them."""
+    """What one rule found: cause, culprits and evidence. `Case.verdict` makes a verdict of it."""
 
     cause: str = ""
     culprits: tuple[int, ...] = ()
@@ -163,7 +169,7 @@ MOST_SENTENCES = 16
 
 
 def shorten(lines: list[str]) -> list[str]:
-    """Keep the first MOST_SENTENCES lines and say how many were left out."""
+    """Keep the first MOST_SENTENCES lines. If there are more, add a line that says how many are not shown."""
     more = len(lines) - MOST_SENTENCES
     return [*lines[:MOST_SENTENCES], f"{more} further lines are not shown"] if more > 0 else lines
 
@@ -195,7 +201,10 @@ _SINGULAR = {
 
 
 def say(ranks: Collection[int], words: str) -> str:
-    """Make a sentence of ranks and a predicate that begins with a plural verb: "rank 3 waits in dp all_reduce #41"."""
+    """Make a sentence of ranks and words that begin with a plural verb. One rank gets the singular verb.
+
+    say([3], "wait in dp all_reduce #41") -> "rank 3 waits in dp all_reduce #41".
+    """
     verb, _, rest = words.partition(" ")
     verb = _SINGULAR.get(verb, verb) if len(ranks) == 1 else verb
     return f"{name_ranks(ranks)} {verb} {rest}".rstrip()

@@ -1,6 +1,7 @@
 """Compare the collectives that each rank issued in a step with the schedule that the rank declared for it.
 
-A rank that leaves its own schedule deviates. A rank that only differs from other ranks may be right.
+A rank that leaves its own schedule has made a mistake, which we call a deviation. A rank that only differs from other
+ranks may be right.
 """
 
 from __future__ import annotations
@@ -17,16 +18,18 @@ from repro.verdict.evidence.steps import Entry, Issued, Step
 
 @dataclass(frozen=True, slots=True)
 class Deviation:
-    """A place where a rank left its declared schedule.
+    """A place where a rank left its declared schedule. An entry is (group, operation, layer).
 
+    kind     extra (a collective too many), skipped, order (issued before an entry that was due first), or mismatch
+             (another operation in place of the entry)
     index    index of the schedule entry that was due
-    entry    the entry that was left out, issued too often, issued in another order, or issued in another form
+    entry    the entry that was skipped, or that the rank issued wrongly
     planned  the entry that was due; None after the end of the schedule
     issued   the collective that the rank issued instead; None if the step ended without one
     group    the group of ``entry``, where known
     """
 
-    kind: str  # extra, skipped, order or mismatch
+    kind: str
     rank: int
     step: int
     index: int
@@ -41,7 +44,7 @@ class Deviation:
 
     @property
     def concerned(self) -> set[int]:
-        """Return the members of the entry's group and of the group of the collective that was issued."""
+        """Return the ranks that the deviation affects: the members of the groups of ``entry`` and of ``issued``."""
         issued = self.issued.group[1] if self.issued else ()
         return {*issued, *(self.group[1] if self.group else ())}
 
@@ -51,11 +54,13 @@ class Deviation:
 
 
 def align(rank: int, step: Step, groups: Mapping[str, GroupKey]) -> list[Deviation]:
-    """Find the deviations of one step, in order. The cost is linear in the schedule and in the collectives.
+    """Find all places in one step where the rank left its declared schedule, in order.
 
-    The rank may have issued a collective that was not due yet. The entries before that collective count as skipped if
-    one of them is of the same group, or if the step has ended. Otherwise the rank may still issue them: it now waits in
-    a collective of another group, and has only inverted the order between groups. That deviation is `order`.
+    If the last collective of the step is one that was not due yet, the entries before it are `skipped` if one of them
+    has the same group, or if the step has ended. Otherwise the rank may still issue them later: it has only changed the
+    order between two groups. This deviation is `order`.
+
+    groups   name of a group -> the group with its members
     """
     plan, issued = step.plan, step.issued
     if not plan:
@@ -91,10 +96,10 @@ def align(rank: int, step: Step, groups: Mapping[str, GroupKey]) -> list[Deviati
 
 
 class _Comparison:
-    """Compares the planned entries of a step with the entries that the rank issued.
+    """Compares the entries of a declared schedule, ``plan``, with the ``entries`` that the rank issued.
 
-    `align` asks `explain` once for each deviation and continues after the entries that the explanation covers. So the
-    cost is linear in the entries.
+    `align` calls `explain` once for each deviation, and continues after the entries that the explanation covers. So the
+    time is linear in the number of entries.
     """
 
     def __init__(self, plan: Sequence[Entry], entries: Sequence[Entry]) -> None:
@@ -124,18 +129,21 @@ class _Comparison:
         return "extra", 0
 
     def _next_place(self, entry: Entry, i: int) -> int | None:
-        """Return the first index from ``i`` on at which the plan has the entry; None if there is none."""
+        """Return the first index, not below ``i``, at which the plan has this entry; None if there is none."""
         places = self._places.get(entry, [])
         at = bisect.bisect_left(places, i)
         return places[at] if at < len(places) else None
 
     def _run(self, k: int, i: int) -> int:
-        """Return how many entries from ``k`` on equal the plan from ``i`` on."""
+        """Return how many issued entries in a row, from index ``k`` on, equal the plan from index ``i`` on."""
         most = min(len(self._entries) - k, len(self._plan) - i)
         return next((n for n in range(most) if self._entries[k + n] != self._plan[i + n]), most)
 
     def _permuted(self, k: int, i: int) -> int:
-        """Return the length of the shortest run (up to 8 entries) that the rank issued in another order; 0 if none."""
+        """Return the smallest n, up to 8, so that the next n issued entries are those of the plan in another order.
+
+        0 if there is none.
+        """
         surplus: Counter[Entry] = Counter()
         for n in range(min(len(self._entries) - k, len(self._plan) - i, 8)):
             surplus[self._entries[k + n]] += 1
@@ -148,10 +156,11 @@ class _Comparison:
 def unshared_deviations(
     witnesses: Mapping[int, Witness], all_steps: Mapping[int, list[Step]], since: int
 ) -> tuple[list[Deviation], list[Deviation]]:
-    """Find each rank's first deviation from step ``since`` on that not all members of the group made.
+    """Find the first deviation of each rank, from step ``since`` on, that the other members of the group did not make.
 
-    A deviation that every member makes cannot explain a hang. The first list also leaves out deviations that every
-    member made in earlier steps. The second list keeps those: they explain a hang only if nothing else does.
+    A deviation that every member makes in the same step cannot explain a hang. Returns two lists. The first leaves out
+    a deviation that all members together made in any step. The second keeps it: it may explain a hang if nothing
+    else does.
     """
     by_rank: dict[int, list[Deviation]] = {}
     shared: dict[tuple[str, int, int, Entry], set[int]] = {}
@@ -159,13 +168,13 @@ def unshared_deviations(
     for rank, steps in all_steps.items():
         groups = {group.name: (group.name, group.members) for group in witnesses[rank].groups}
         for step in steps:
-            if witnesses[rank].complete:  # an incomplete witness does not show what the rank did not do
+            if witnesses[rank].complete:  # if a witness is incomplete, the rank may have made the deviation, too
                 seen.setdefault(step.number, set()).add(rank)
             for deviation in align(rank, step, groups):
                 by_rank.setdefault(rank, []).append(deviation)
                 shared.setdefault(deviation.identity, set()).add(rank)
 
-    # keyed by id(), because hashing such a key takes time for each member of the group
+    # The key has the id() of the tuple of members, because to hash the tuple itself takes long for a large group.
     cache: dict[tuple[object, ...], bool] = {}
 
     def is_shared(deviation: Deviation) -> bool:
@@ -186,7 +195,10 @@ def unshared_deviations(
 def inverted_before(
     deviations: Sequence[Deviation], witnesses: Mapping[int, Witness], all_steps: Mapping[int, list[Step]]
 ) -> list[int]:
-    """Return the ranks that inverted two collectives in an earlier step too, and there issued both of them."""
+    """Return the ranks that in an earlier step issued the same two collectives in the same wrong order.
+
+    There they issued both. This suggests that also now the second one is late, and not skipped.
+    """
     inverted = {(d.issued.entry, d.entry): d.step for d in deviations if d.kind == "order" and d.issued is not None}
     ranks = []
     for rank, steps in all_steps.items():

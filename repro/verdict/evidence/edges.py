@@ -1,4 +1,4 @@
-"""The wait-for graph as a verdict lists it: each place with the ranks there, the ranks they wait for, and why."""
+"""Convert the wait-for graph to the list in a verdict: which ranks wait where, for which ranks, and why."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from repro.verdict.evidence.position import RankState
 from repro.verdict.result import Wait, say
 
 MOST_RANKS = 1 << 20
-"""Largest number of ranks in all lists of a verdict together, so that its file stays small with many ranks."""
+"""The largest number of ranks in all waits of a verdict together. It limits the size of verdict.json in a large job."""
 
 
 def list_waits(waits: Waits, rank_states: Mapping[int, RankState]) -> tuple[Wait, ...]:
-    """Return the nodes of the graph in which a living rank waits; the nodes of the cycle come first."""
+    """Return a `Wait` for each collective and lock in which a living rank waits. Those of the cycle come first."""
     ordered = {node.key: node for node in (*waits.cycle, *waits.nodes.values())}
     listed: list[Wait] = []
     num_ranks = 0
@@ -56,7 +56,7 @@ def _collective_reasons(node: Node, rank_states: Mapping[int, RankState]) -> Ite
         yield say(node.cannot_return, "have issued it and cannot go on")
     if node.unknown:
         yield say(node.unknown, "left no whole witness")
-    if node.is_complete:  # a broadcast waits for its root, not for ranks that only receive
+    if node.is_complete:  # a broadcast needs only its root; members that only receive may be missing
         others = (rank_states[member] for member in key[1] if member in rank_states)
         missing = any(state.issued.get(key, 0) < seq for state in others)
         yield "every member that it needs has issued it" if missing else "every member has issued it"

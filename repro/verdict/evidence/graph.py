@@ -1,4 +1,5 @@
-"""Build the wait-for graph. A node is a collective or lock with the ranks in it; edges lead to awaited ranks."""
+"""Build the wait-for graph. A node is a collective or a lock, with the ranks that wait in it. Its edges lead to the
+ranks for which these wait."""
 
 from __future__ import annotations
 
@@ -15,24 +16,24 @@ NodeKey = tuple[str, GroupKey | tuple[str, str], int]  # ("collective", group, s
 
 
 SENT_BY_ONE = ("broadcast", "scatter")
-"""Operations in which a member waits for the root alone."""
+"""Operations in which a member waits only for the root, not for the other members."""
 
 
 @dataclass(slots=True)
 class Node:
-    """The ranks that wait in one collective or for one lock, and the state of the other members of the collective."""
+    """A node of the wait-for graph: one collective or lock, the ranks that wait in it, and what the other ranks did."""
 
     key: NodeKey
     name: str
     ranks: list[int] = field(default_factory=list)
     waits_for: set[int] = field(default_factory=set)  # ranks that must act before those in `ranks` can continue
-    returned: set[int] = field(default_factory=set)  # members that have left the collective, or a later one
-    cannot_return: set[int] = field(default_factory=set)  # ranks that entered, but are dead, failed or stopped
+    returned: set[int] = field(default_factory=set)  # members that have completed this collective or a later one
+    cannot_return: set[int] = field(default_factory=set)  # members that entered it, and are dead, failed or stopped
     unknown: set[int] = field(default_factory=set)  # members whose witness does not show whether they have issued it
     # "mismatch" or "sizes" if members issued this collective, or an earlier one, with different arguments
     differs: str = ""
     differs_at: int = 0  # the sequence number of the collective with different arguments
-    outside: int | None = None  # pid of a lock holder that is not a rank; -1 unknown, 0 no holder
+    outside: int | None = None  # if no rank holds the lock: pid of its holder, -1 if unknown, 0 if nobody holds it
     named: int = -1  # pid of the lock holder as the waiting ranks recorded it
 
     def __str__(self) -> str:
@@ -47,28 +48,39 @@ class Node:
 
     @property
     def is_complete(self) -> bool:
-        """Whether this is a collective that every member has issued with the same arguments."""
+        """Whether this is a collective that every member has issued with the same arguments, so that it can end."""
         return self.key[0] == "collective" and not self.waits_for | self.cannot_return | self.unknown
 
 
 @dataclass(slots=True)
 class Waits:
-    """The wait-for graph, one cycle in it, and the ranks, locks and collectives in which the chains of waits end."""
+    """The wait-for graph, and where the waits end if one follows them from rank to rank.
+
+    nodes          all nodes by key
+    at             rank -> the node in which the rank waits
+    cycle          the nodes of one cycle of waits; [] if there is none
+    ends           state -> the ranks in this state for which others wait, and which do not wait themselves
+    outsiders      locks that no rank holds: another process holds them, or none
+    attended       collectives that every member has issued, and none has left
+    left_by_some   collectives that every member has issued, and some have left
+    """
 
     nodes: dict[NodeKey, Node]
-    at: dict[int, Node]  # rank -> the node (collective or lock) in which the rank waits
+    at: dict[int, Node]
     cycle: list[Node]
-    # state -> the ranks in that state for which a node waits, or which cannot return from a node
     ends: dict[str, set[int]]
-    outsiders: list[Node]  # locks whose holder is not a rank
-    attended: list[Node]  # collectives that every member has issued and none has left
-    left_by_some: list[Node]  # collectives that every member has issued and some have left
+    outsiders: list[Node]
+    attended: list[Node]
+    left_by_some: list[Node]
 
 
 def wait_graph(
     rank_states: Mapping[int, RankState], ledger: Ledger, lock_holders: Mapping[int, tuple[str, int]]
 ) -> Waits:
-    """Build the graph. A rank that died or failed inside a collective still belongs to its node."""
+    """Build the wait-for graph. A rank that died or failed inside a collective is still listed as waiting there.
+
+    lock_holders   as `Facts.lock_holders`: rank -> (the lock for which it waits, pid of the holder)
+    """
     nodes: dict[NodeKey, Node] = {}
     at: dict[int, Node] = {}
     for rank, rank_state in rank_states.items():
@@ -100,9 +112,9 @@ def wait_graph(
 
 
 def _pids(rank_states: Mapping[int, RankState]) -> dict[tuple[str, int], int]:
-    """Return (host, pid) -> rank.
+    """Return (host, pid) -> rank; AMBIGUOUS if two ranks have the same host and pid.
 
-    The value is AMBIGUOUS if two ranks have one pid, as on two hosts with one identity.
+    This happens if two hosts have the same identity, for example two copies of one virtual machine.
     """
     ranks: dict[tuple[str, int], list[int]] = {}
     for rank, rank_state in rank_states.items():
@@ -142,8 +154,8 @@ def _collective_edges(node: Node, rank_states: Mapping[int, RankState], ledger: 
             node.cannot_return.add(member)
     if node.returned and rank_states[node.ranks[0]].position.op in SENT_BY_ONE:
         node.waits_for.clear()  # the root has sent its data
-    # After a collective that cannot complete, no later one of the group completes. Search from the first that a rank of
-    # this node has not left.
+    # If a collective of a group cannot complete, no later one of the group completes. So search for one with different
+    # arguments, from the first that a rank of this node has not completed.
     here = min((rank_states[member].issued.get(key, 0) for member in key[1] if member in rank_states), default=0)
     low = min(rank_states[rank].left.get(key, 0) for rank in node.ranks)
     seq, sides = ledger.refused(key, low, min(seq, here))
@@ -165,7 +177,7 @@ def _lock_edges(
     seen = {holder for rank in node.ranks for name, holder in (lock_holders.get(rank, ("", 0)),) if name == lock}
     holders = {rank for rank, s in rank_states.items() if lock in s.holds and s.host == host}
     others = {pid for pid in seen if pid > 0} - {rank_states[rank].pid for rank in holders}
-    if len(seen) > 1 or (holders and others):  # observations of different moments contradict each other
+    if len(seen) > 1 or (holders and others):  # these observations are of different moments and contradict each other
         node.outside = -1
         return
     if holders:
@@ -176,16 +188,16 @@ def _lock_edges(
     if rank is None or rank == AMBIGUOUS:
         node.outside = pid if rank is None else -1
     elif rank in node.ranks:
-        node.cannot_return.add(rank)  # it acquired the lock and stopped before it recorded that
+        node.cannot_return.add(rank)  # the rank got the lock, and stopped before it recorded this
     elif seen or not rank_states[rank].seen:
         node.waits_for.add(rank)
     else:
-        node.outside = -1  # it held the lock when the others began to wait, and has released it since
+        node.outside = -1  # the rank held the lock when the others began to wait, and has released it since
 
 
 def _cycle_of(nodes: Sequence[Node], at: Mapping[int, Node]) -> list[Node]:
     """Return the nodes of one cycle of waits; [] if there is none."""
-    # keyed by id(), because hashing a node's key takes time for each member of the group
+    # id() stands for a node, because to hash the node's key takes long for a large group
     places = {id(node): place for place, node in enumerate(nodes)}
     waits_for = {
         place: dict.fromkeys(places[id(at[rank])] for rank in sorted(node.waits_for) if rank in at)

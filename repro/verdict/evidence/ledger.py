@@ -1,6 +1,7 @@
-"""Match the collectives of all ranks by group and sequence number, and find the numbers under which they differ.
+"""Match the collectives of all ranks by group and sequence number, and find the numbers under which ranks issued
+different collectives.
 
-One pass over the events, with one entry for each (group, seq): time and memory are linear in the events.
+It passes once over the events of all ranks, so time and memory are linear in their number.
 """
 
 from __future__ import annotations
@@ -17,14 +18,14 @@ from repro.verdict.result import list_ranks
 _ENTER, _ISSUE = int(Kind.ENTER), int(Kind.ISSUE)
 TRANSFERS = ("send", "recv")
 UNKNOWN = "?"
-"""The value of a call's field that the trace does not show. It counts as equal to every value."""
+"""Stands in a field of a `Call` that the witness does not record. It counts as equal to every other value."""
 UNKNOWN_ROOT = -2
 HASHED = Knows.ORDER | Knows.LAYERS | Knows.ARGUMENTS
-"""The aspects of a collective that the rolling hash of a group covers."""
+"""The aspects that a rolling hash covers. Two hashes are compared only if both witnesses record the same of these."""
 
 
 class Call(NamedTuple):
-    """One collective as one rank issued it. All fields must be equal on all ranks of the group."""
+    """One collective as one rank issued it. All fields must be equal on all members of the group."""
 
     signature: Signature
     root: int
@@ -33,17 +34,26 @@ class Call(NamedTuple):
 
 
 class CallVariant(NamedTuple):
-    """One form of a collective that members of a group issued differently, and the ranks that issued this form."""
+    """One of the different calls that members of a group issued under one sequence number, and the ranks that did.
+
+    ranks   the ranks that issued this call
+    left    those of them that completed it
+    site    the call site on one of them
+    t_ns    when the first of them issued it
+    """
 
     call: Call
     ranks: tuple[int, ...]
-    left: tuple[int, ...]  # the ranks among them that completed it
+    left: tuple[int, ...]
     site: str
-    t_ns: int  # when the first of them issued it
+    t_ns: int
 
 
 class Ledger:
-    """The calls of all groups. `diverged` holds the sequence numbers under which members issued different calls."""
+    """The collectives of all ranks, matched by group and sequence number.
+
+    diverged   group -> the sequence numbers under which its members issued different calls
+    """
 
     def __init__(self, witnesses: Mapping[int, Witness]) -> None:
         self._witnesses = witnesses
@@ -51,11 +61,11 @@ class Ledger:
         self._differing: dict[GroupKey, dict[int, list[tuple[int, Row, Call]]]] = {}
         self.diverged: dict[GroupKey, set[int]] = {}
         for witness in witnesses.values():
-            # keyed by id(), because hashing such a key takes time for each member of the group
+            # id() stands for a group, because to hash its key takes long for a large group
             tables: dict[int, dict[int, Call]] = {}
             for key, seq, _, call in calls(witness):
                 if not key[1]:
-                    continue  # the members are unreadable
+                    continue  # the members cannot be read
                 table = tables.get(id(key))
                 if table is None:
                     table = tables[id(key)] = self._first.setdefault(key, {})
@@ -64,7 +74,10 @@ class Ledger:
                     self.diverged.setdefault(key, set()).add(seq)
 
     def sides(self, key: GroupKey, seq: int) -> list[CallVariant]:
-        """Return the different calls under sequence number ``seq``; the call of the lowest rank comes first."""
+        """Return the different calls that members of a group issued under one sequence number.
+
+        The call of the lowest rank comes first.
+        """
         together: dict[Call, list[tuple[int, bool, str, int]]] = {}
         for rank, event, call in self._rows(key, seq):
             witness = self._witnesses[rank]
@@ -81,7 +94,10 @@ class Ledger:
         return merged
 
     def _rows(self, key: GroupKey, seq: int) -> list[tuple[int, Row, Call]]:
-        """Return each member's first call under a number. One pass looks up all diverged numbers of a group."""
+        """Return (rank, site and time, call) for each member's first call under a number.
+
+        The calls under all numbers in `diverged` are read in one pass over the events and kept.
+        """
         members = [rank for rank in key[1] if rank in self._witnesses]
         numbers = self.diverged.get(key, set())
         if seq not in numbers:
@@ -99,9 +115,11 @@ class Ledger:
         return self._differing[key][seq]
 
     def refused(self, key: GroupKey, over: int, upto: int) -> tuple[int, list[CallVariant]]:
-        """Return the first collective in over + 1..upto that a backend may not complete, because its arguments differ.
+        """Find the first collective with different arguments: a backend may never complete it.
 
-        Returns its number and its variants; (0, []) if there is none.
+        over, upto   search the sequence numbers over + 1 to upto
+
+        Returns its sequence number and the different calls; (0, []) if there is none.
         """
         for seq in sorted(number for number in self.diverged.get(key, ()) if over < number <= upto):
             sides = self.sides(key, seq)
@@ -110,10 +128,10 @@ class Ledger:
         return 0, []
 
     def hidden_divergence(self, but: Collection[str] = ()) -> list[str]:
-        """Find groups whose members issued equally many collectives, but with different rolling hashes.
+        """Find differences between ranks in events that the witnesses no longer contain, by the rolling hashes.
 
-        Returns a sentence for each group. Groups named in ``but`` are left out, and so are groups whose divergence is
-        still in the rings: the sentences are about divergences older than the oldest event in a ring.
+        Returns a sentence for each group whose members issued equally many collectives, but have different hashes. A
+        group is left out if its difference is in events that are still readable, or if its name is in ``but``.
         """
         hashes: dict[tuple[GroupKey, int, Knows], dict[int, list[int]]] = {}
         for rank, witness in self._witnesses.items():
@@ -129,7 +147,10 @@ class Ledger:
         ]
 
     def first_divergence(self) -> tuple[GroupKey, int, list[CallVariant]] | None:
-        """Return the earliest divergence in the lowest step; None if all ranks agree."""
+        """Return the earliest collective that members issued differently: group, number, calls; None if there is none.
+
+        The lowest step comes first, and within a step the earliest time.
+        """
         divergences = []
         for key, seqs in self.diverged.items():
             sides = self.sides(key, min(seqs))
@@ -142,10 +163,11 @@ class Ledger:
 
 
 def _merge_unknown(together: dict[Call, list[tuple[int, bool, str, int]]]) -> None:
-    """Assign ranks whose call is only partly known to the one variant that it matches; drop ranks that match several.
+    """Assign each rank whose call is only partly known to the variant that matches it. Drop it if several match.
 
-    A field that a trace does not show never counts as a difference. Examples are overwritten sizes, a missing step, or
-    an aspect that the recorder does not write.
+    A field that is not known, such as sizes that were overwritten, never counts as a difference.
+
+    together   call -> the ranks that issued it, with details
     """
     for call in [call for call in together if not call.sizes or call.step < 0 or UNKNOWN in call.signature]:
         alike = [other for other in together if other is not call and not difference(call, other)]
@@ -156,17 +178,18 @@ def _merge_unknown(together: dict[Call, list[tuple[int, bool, str, int]]]) -> No
 
 
 class Row(NamedTuple):
-    """The call site (string number) and the time of a recorded call."""
+    """The call site of a recorded call, as a string number, and the time of the call."""
 
     site: int
     t_ns: int
 
 
 def calls(witness: Witness, only: GroupKey | None = None, number: int = 0) -> Iterator[tuple[GroupKey, int, Row, Call]]:
-    """Iterate over the collectives that a rank issued, oldest first, or over number ``number`` of the group ``only``.
+    """Yield (group, sequence number, site and time, call) of each collective that a rank issued, oldest first.
 
-    Yields (group, seq, row, call). The last collective of a group comes first if it is in the group's slot, but no
-    longer in the ring.
+    The witness keeps the last collective of each group apart. If its event is overwritten, it is yielded first.
+
+    only, number   if given: yield only the collectives of this group with this number
     """
     keys = [(group.name, group.members) for group in witness.groups]
     for group, key in zip(witness.groups, keys, strict=True):
@@ -176,10 +199,10 @@ def calls(witness: Witness, only: GroupKey | None = None, number: int = 0) -> It
         if only is None or (only, number) == (key, last.seq):
             call = Call(witness.signature(last.sig), last.aux, witness.sizes(last.vector, last.num_sizes), last.step)
             yield key, last.seq, Row(last.site, last.t_ns), _shown(witness, call)
-    num_strings = len(witness.strings)  # a call whose name was not stored cannot be compared
+    num_strings = len(witness.strings)  # a collective whose name is not among the strings cannot be compared
     only_index = -1 if only is None or only not in keys else keys.index(only)
     sized = (-1, -1)
-    sizes: tuple[int, ...] = ()  # successive calls usually share a vector
+    sizes: tuple[int, ...] = ()  # kept from call to call, because successive calls usually have the same sizes
     names = ("kind", "seq", "vector", "step", "aux", "sig", "num_sizes", "group", "site", "t_ns")
     for kind, seq, vector, step, aux, sig, num_sizes, index, site, t_ns in zip(
         *map(witness.column, names), strict=True
@@ -209,12 +232,15 @@ def _shown(witness: Witness, call: Call) -> Call:
 
 
 def is_transfer(signature: Signature) -> bool:
-    """Whether this is one end of a point-to-point transfer."""
+    """Whether this is the signature of a send or a receive."""
     return signature.op in TRANSFERS
 
 
 def difference(a: Call, b: Call) -> str:
-    """Return how two calls under one (group, seq) differ: "mismatch", "sizes", "place" (only layer or step), or ""."""
+    """Return the greatest difference between two calls under one sequence number of a group.
+
+    "mismatch" (operation, type, reduction or root), else "sizes", else "place" (only layer or step), else "".
+    """
     if is_transfer(a.signature) and is_transfer(b.signature):
         if _differ(a.signature.dtype, b.signature.dtype):
             return "mismatch"
@@ -235,6 +261,6 @@ def _differ(one: str | int, other: str | int) -> bool:
 
 
 def worst_difference(sides: list[CallVariant]) -> str:
-    """Return the worst difference among variants of a call. The order from the worst is: mismatch, sizes, place."""
+    """Return the greatest difference between the first of these calls and the others, as `difference` names it."""
     kinds = {difference(sides[0].call, side.call) for side in sides[1:]}
     return next((kind for kind in ("mismatch", "sizes", "place") if kind in kinds), "")

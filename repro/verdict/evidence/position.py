@@ -1,4 +1,4 @@
-"""Locate each rank: from the last events of its witness and from the facts about its process."""
+"""Find out what each rank does, from the last events of its witness and from the facts about its process."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from repro.verdict.result import DAMAGED, UNFINISHED, Position
 
 _LOCAL = frozenset(map(int, (Kind.LOCK_HELD, Kind.LOCK_FREED, Kind.BUILD_BEGIN, Kind.BUILD_END)))
 
-GroupKey = tuple[str, tuple[int, ...]]  # two groups of one name with different members are two groups
+GroupKey = tuple[str, tuple[int, ...]]  # name and members: two groups may have the same name
 
 
 @dataclass(slots=True)
@@ -23,7 +23,7 @@ class RankState:
     group: GroupKey | None = None  # the group of the collective that the rank is blocked in
     lock: str = ""  # the lock that the rank waits for
     lock_holder: int = -1  # pid of the holder that the rank recorded
-    holds: set[str] = field(default_factory=set)  # locks
+    holds: set[str] = field(default_factory=set)  # the locks that the rank holds
     issued: dict[GroupKey, int] = field(default_factory=dict)  # number of the last collective issued in each group
     left: dict[GroupKey, int] = field(default_factory=dict)  # number of the last collective completed in each group
     host: str = ""
@@ -37,7 +37,7 @@ class RankState:
     _pending: set[tuple[GroupKey, int]] | None = None  # collectives whose wait has not ended; filled on first use
 
     def line(self, n: int) -> str:
-        """Return the place of event ``n`` in the witness, as text."""
+        """Return the place of event ``n`` in the witness, as text: "rank003.wit:38912 event 118"."""
         return self.witness.line(n) if self.witness is not None and n else ""
 
     @property
@@ -49,10 +49,10 @@ class RankState:
         return self.seen and self.witness is not None and (key in self.issued or self.witness.has_free_slots)
 
     def gave_up(self, key: GroupKey, seq: int) -> bool:
-        """Whether the rank abandoned its wait for a collective, as after an exception that the program caught.
+        """Whether the rank began to wait for a collective, did not complete it, and went on.
 
-        A collective that the rank issued asynchronously and never waited for does not count: the collective completes
-        without a wait of the rank.
+        This happens if the program catches an exception. It does not apply to an asynchronous collective for which the
+        rank has never waited.
         """
         if self.left.get(key, 0) >= seq or not self.seen or self.witness is None or self.state in ("dead", "failed"):
             return False
@@ -65,16 +65,16 @@ class RankState:
 
     @property
     def unable(self) -> bool:
-        """Whether the process cannot finish a collective that it has entered, because it has ended or is stopped."""
+        """Whether the rank's process has ended or is stopped, so that it cannot finish a collective that it entered."""
         if self.state == "done":
             return self.is_gone
         return self.state in ("dead", "failed") or (self.state == "running" and self.group is not None)
 
     @property
     def end_state(self) -> str:
-        """Return the state of this rank for the wait-for graph.
+        """Return the state of the rank, but "hidden" if its witness may lack events.
 
-        "hidden" stands for a rank whose witness (its recorded events) may be incomplete.
+        The wait-for graph uses this state for a rank that others wait for.
         """
         return self.state if self.seen or self.state in ("dead", "failed", "missing") else "hidden"
 
@@ -84,7 +84,11 @@ class RankState:
 
 
 def locate(rank: int, witness: Witness | None, now_ns: int, alive: bool | None, excuse: str) -> RankState:
-    """Locate one rank. ``excuse`` is the reason why its process cannot make progress, from ``Facts.excused``."""
+    """Find out what one rank does at the moment ``now_ns``.
+
+    alive    whether its process exists; None if that was not observed
+    excuse   why its process cannot make progress, from ``Facts.excused``; "" if it can
+    """
     if witness is None:
         return RankState(Position(rank, "dead" if alive is False else "missing"))
     rank_state = _read(rank, witness, now_ns)
@@ -139,7 +143,7 @@ def _read(rank: int, witness: Witness, now_ns: int) -> RankState:
         key = keys.get(blocked.group)
         if key is not None and rank in key[1]:
             rank_state.group = key
-        else:  # the group has no slot in the file, or its members are unreadable: the other members are unknown
+        else:  # the witness does not show the members of the group
             state = "hidden"
     elif builds:
         state, detail = "building", next(reversed(builds))
@@ -165,12 +169,15 @@ def _read(rank: int, witness: Witness, now_ns: int) -> RankState:
 
 
 def _host_of(writer: Identity) -> str:
-    """Name the system in which a pid is unique. Containers of one host share its boot id, but not their pids."""
+    """Return a name for the system in which a pid is unique: the host, and the pid namespace within it.
+
+    Containers on one host have the same boot id, but the same pid may be a different process in each.
+    """
     return f"{writer.boot_id}/{writer.hostname}/{writer.pid_namespace}"
 
 
 def _local_work(witness: Witness) -> tuple[set[str], dict[str, int]]:
-    """Return the locks that the rank holds, and the builds in progress: name -> start in ns."""
+    """Return the locks that the rank holds, and the builds that it has begun and not ended: name -> start in ns."""
     held: set[str] = set()
     builds: dict[str, int] = {}
     for index, kind in enumerate(witness.column("kind")):
@@ -191,7 +198,10 @@ def _local_work(witness: Witness) -> tuple[set[str], dict[str, int]]:
 
 
 def _blocked_in(witness: Witness) -> Event | None:
-    """Return the locks that the rank holds, and the builds that it has begun and not ended: name -> start in ns."""
+    """Return the event with which the rank began to wait, if it waits; else None.
+
+    DONE and FAILED at the end are ignored: a rank that failed may have waited until it failed.
+    """
     kinds = witness.column("kind")
     index = len(kinds) - 1
     while index >= 0 and kinds[index] in (Kind.DONE, Kind.FAILED):
@@ -202,7 +212,7 @@ def _blocked_in(witness: Witness) -> Event | None:
 def _waits_since(witness: Witness) -> int:
     """Return when the rank began to wait for its lock, in ns.
 
-    The rank records the wait again when the holder changes.
+    If the lock's holder changes, the rank records the wait again, so the last record may be later than the beginning.
     """
     since_ns, last = witness.last_event_ns(), witness.last
     for index in range(len(witness.column("kind")) - 1, -1, -1):
@@ -214,7 +224,7 @@ def _waits_since(witness: Witness) -> int:
 
 
 def _issue_of(witness: Witness, event: Event) -> Event:
-    """Return the event that issued the collective to which an ENTER or WAIT event belongs."""
+    """Return the event that issued a collective. event: the event with which the rank began to wait for it."""
     if event.kind == Kind.ENTER:
         return event
     issue = (Kind.ISSUE, event.group, event.seq)
@@ -225,10 +235,11 @@ def _issue_of(witness: Witness, event: Event) -> Event:
 def clocks(
     witnesses: Mapping[int, Witness], now_ns: int | Mapping[int, int], home: Identity | None = None
 ) -> tuple[dict[int, int], list[str]]:
-    """Convert the moment of judgement to the monotonic clock of each rank; returns rank -> ns, and notes.
+    """Return rank -> the moment that is judged, on the monotonic clock of the rank's host; and notes.
 
-    A single ``now_ns`` is on the clock of the host of ``home``, or of the lowest rank. Clocks of other hosts are
-    converted through wall time, so they are as exact as the hosts' agreement on wall time.
+    now_ns   a time on the clock of the host of ``home`` (by default, the lowest rank's process), or rank -> time
+
+    A time on another host's clock is computed from the wall clocks of the two hosts, so it is as exact as these agree.
     """
     if isinstance(now_ns, Mapping):
         return {rank: now_ns[rank] for rank in witnesses}, []

@@ -1,4 +1,4 @@
-"""Compare the schedules that the members of a group declared for one step."""
+"""Compare the schedules that the members of a group declared for the same step."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from repro.verdict.evidence.steps import Entry, Step
 def plans_of(
     key: GroupKey, witnesses: Mapping[int, Witness], all_steps: Mapping[int, list[Step]]
 ) -> dict[tuple[int, int], dict[tuple[Entry, ...], list[int]]]:
-    """Collect the declared schedules of a group's members: (step, part) -> schedule -> ranks.
+    """Return the schedules that the members of a group declared: (step, part of the step) -> schedule -> ranks.
 
-    Only the entries of groups that contain all these members are kept: these entries should be equal on all of them.
-    Transfers are left out, because sender and receiver declare different entries, and the other members declare none.
+    A schedule here has only the entries that should be equal on all members: those of groups that contain all of them.
+    Sends and receives are left out, because sender and receiver declare different entries.
     """
     members = set(key[1])
     plans: dict[tuple[int, int], dict[tuple[Entry, ...], list[int]]] = {}
@@ -34,10 +34,11 @@ def plans_of(
 
 @dataclass(frozen=True, slots=True)
 class ScheduleDivergence:
-    """The first step in which the declared schedules of a group's members differ.
+    """The first step for which members of a group declared different schedules.
 
-    sides    schedule -> ranks, as in `plans_of`
-    places   rank -> index in its whole plan from which the schedules may differ
+    part     a step's schedule is declared in parts: the number of the part that differs, from 0
+    sides    schedule -> the ranks that declared it
+    places   rank -> index in the rank's whole schedule of the step, from which on the schedules may differ
     """
 
     step: int
@@ -47,9 +48,9 @@ class ScheduleDivergence:
     places: Mapping[int, int]
 
     def comes_after(self, deviation: Deviation) -> bool:
-        """Whether this divergence comes after a deviation.
+        """Whether the schedules differ only after the place where a rank left its schedule (``deviation``).
 
-        A deviation that comes later cannot have caused the divergence.
+        If they differ before it, the deviation cannot be the cause of the difference.
         """
         place = self.places.get(deviation.rank, deviation.index + 1)
         return (deviation.step, deviation.index) < (self.step, place)
@@ -58,9 +59,9 @@ class ScheduleDivergence:
 def first_schedule_divergence(
     witnesses: Mapping[int, Witness], all_steps: Mapping[int, list[Step]], since: int
 ) -> ScheduleDivergence | None:
-    """Find the first step from ``since`` on in which schedules differ.
+    """Find the first step, from ``since`` on, for which members of a group declared different schedules.
 
-    Of several groups that differ, take the largest.
+    If the schedules of several groups differ in this step, take the largest group. None if there is no such step.
     """
     differing = [
         (at, key, sides)

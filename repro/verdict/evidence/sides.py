@@ -1,4 +1,4 @@
-"""Describe the calls that differ in a divergence, in the form of verdict.json."""
+"""Describe the place where ranks first differ, for verdict.json: one side for each different call or position."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def positions(cycle: Sequence[Node], rank_states: Mapping[int, RankState]) -> di
 
 
 def calls_of_sides(divergence: tuple[GroupKey, int, list[CallVariant]]) -> dict[str, Any]:
-    """Return the calls that ranks issued under one sequence number of a group, one entry for each variant."""
+    """Return the different calls under one sequence number of a group, one side for each, for verdict.json."""
     key, seq, sides = divergence
     return {
         "sides": [

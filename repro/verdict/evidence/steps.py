@@ -1,4 +1,4 @@
-"""The steps of a rank: what it declared for each, and what it issued."""
+"""Read the steps of a rank from its witness: the schedule that it declared for each, and what it issued."""
 
 from __future__ import annotations
 
@@ -14,37 +14,46 @@ from repro.verdict.evidence.position import GroupKey
 
 _PHASE, _STEP = int(Kind.PHASE), int(Kind.STEP)
 RECENT_STEPS = 10
-"""Number of steps of a rank that are compared, unless the divergence in question is older."""
+"""How many of the newest steps are compared; more, if ranks paired collectives wrongly in an older step."""
 
 STEP_CONTENT = Knows.ORDER | Knows.STEPS | Knows.LAYERS
-"""What a trace has to show for its steps to be compared."""
+"""The aspects that a witness must record so that its steps can be compared with the declared schedules."""
 
 Entry = tuple[str, str, str]  # (group, operation, layer)
 
 
 @dataclass(frozen=True, slots=True)
 class Issued:
-    """One collective of a step."""
+    """One collective that a rank issued in a step.
+
+    n   the number of the event in the rank's witness
+    """
 
     entry: Entry
     group: GroupKey
     seq: int
     t_ns: int
     site: str
-    n: int  # number of the event
+    n: int
 
 
 @dataclass(slots=True)
 class Step:
-    """What one rank planned and issued in one step."""
+    """The schedule that one rank declared for one step, and the collectives that it issued in this step.
+
+    parts     the parts of the schedule. The second part depends on the result of the step agreement, so the rank
+              declares it after the agreement
+    live      number of live requests
+    over      whether the step has ended, because a later step began or the rank is done
+    is_lost   whether a name in the step was not stored in the witness, so that the step cannot be compared
+    """
 
     number: int
-    # the declared parts; the second part is declared after the step agreement, because it depends on the result
     parts: list[tuple[Entry, ...]]
     live: int
     issued: list[Issued] = field(default_factory=list)
-    over: bool = False  # a later step began or the rank is done, so no further entry will follow
-    is_lost: bool = False  # a name in it was not stored, so that it cannot be compared
+    over: bool = False
+    is_lost: bool = False
 
     @property
     def plan(self) -> tuple[Entry, ...]:
@@ -52,9 +61,9 @@ class Step:
 
 
 def steps_of(witness: Witness, num_steps: int = RECENT_STEPS) -> list[Step]:
-    """Read the last steps of a rank.
+    """Read the last ``num_steps`` steps of a rank.
 
-    Steps whose beginning the ring has overwritten, or with names not stored, are left out.
+    A step is left out if the event with which it begins is overwritten, or if a name in it was not stored.
     """
     if STEP_CONTENT not in witness.knows:
         return []
@@ -64,9 +73,8 @@ def steps_of(witness: Witness, num_steps: int = RECENT_STEPS) -> list[Step]:
 
     def begins_step(n: int) -> bool:
         if n == 0:
-            return (
-                witness.first_event <= 1
-            )  # after the ring has wrapped, the first event may declare the second part of a step
+            # if older events were overwritten, the oldest one may declare the second part of a step
+            return witness.first_event <= 1
         return kinds[n - 1] == _PHASE or numbers[n - 1] != numbers[n]
 
     begins = [n for n in declared if begins_step(n)][-num_steps:]
@@ -82,7 +90,7 @@ def steps_of(witness: Witness, num_steps: int = RECENT_STEPS) -> list[Step]:
                     steps[-1].is_lost |= is_lost
                     continue
                 if steps and steps[-1].number >= event.step:
-                    steps.clear()  # another engine began, and counts its steps from 0
+                    steps.clear()  # a new engine began in the same process, and counts its steps from 0
                 elif steps:
                     steps[-1].over = True
                 steps.append(Step(event.step, [plan], event.aux, is_lost=is_lost))
@@ -101,7 +109,10 @@ def steps_of(witness: Witness, num_steps: int = RECENT_STEPS) -> list[Step]:
 
 
 def habitual_plan(all_steps: Mapping[int, list[Step]], before: int) -> tuple[Entry, ...]:
-    """Return the collectives that every rank issued in every step before ``before``; () if these steps differ."""
+    """Return the collectives that every rank issued in every earlier step, if these steps are all equal; else ().
+
+    before: the number of the first step that is not compared.
+    """
     habits: set[tuple[Entry, ...]] = set()
     for steps in all_steps.values():
         past = [step for step in steps if step.over and step.number < before]
@@ -112,7 +123,7 @@ def habitual_plan(all_steps: Mapping[int, list[Step]], before: int) -> tuple[Ent
 
 
 def with_plan(all_steps: Mapping[int, Iterable[Step]], plan: tuple[Entry, ...]) -> dict[int, list[Step]]:
-    """Return copies of the steps in which each rank has declared ``plan``."""
+    """Return copies of the steps as if each rank had declared the schedule ``plan`` for each step."""
     return {
         rank: [Step(step.number, [plan], step.live, step.issued, step.over) for step in steps]
         for rank, steps in all_steps.items()

@@ -1,1 +1,1 @@
-"""The rules of the judge, a file for each class of verdict or cause."""
+"""The rules of the judge: each file finds one class of verdict, or one cause."""

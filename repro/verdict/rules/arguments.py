@@ -1,4 +1,4 @@
-"""Explain ranks that issued the same collectives in the same order, but one with different arguments."""
+"""Explain a hang by a collective that the members of a group issued with different arguments, such as sizes."""
 
 from __future__ import annotations
 
@@ -14,7 +14,10 @@ from repro.verdict.result import Finding, name_ranks, say
 def arguments_finding(
     witnesses: Mapping[int, Witness], divergence: tuple[GroupKey, int, list[CallVariant]]
 ) -> Finding | None:
-    """Explain a divergence by its arguments; None if only layer or step differ."""
+    """Explain a divergence by the arguments that differ. None if no argument differs, but only the layer or the step.
+
+    divergence   (group, sequence number, the different calls)
+    """
     key, seq, sides = divergence
     cause = worst_difference(sides)
     if cause not in ("mismatch", "sizes"):
@@ -43,7 +46,7 @@ def arguments_finding(
 
 
 def _minority(sides: Sequence[CallVariant]) -> tuple[int, ...]:
-    """Return the ranks outside the largest side; () if they are as many as the largest side, or more."""
+    """Return all ranks but those that issued the most common call; () if these others are not fewer."""
     most = max(sides, key=lambda side: len(side.ranks))
     others = sorted(rank for side in sides if side is not most for rank in side.ranks)
     return tuple(others) if len(others) < len(most.ranks) else ()
@@ -52,7 +55,10 @@ def _minority(sides: Sequence[CallVariant]) -> tuple[int, ...]:
 def _explain_places(
     finding: Finding, witnesses: Mapping[int, Witness], divergence: tuple[GroupKey, int, list[CallVariant]]
 ) -> None:
-    """Explain calls for different layers or steps, also with equal sizes: is one side a call ahead of the other?"""
+    """Add to the finding that the calls are for different layers or steps, so that their sizes need not be equal.
+
+    If a side then issued the call of another side under the next number, the cause is `order`.
+    """
     key, seq, sides = divergence
     finding.cause = ""
     finding.evidence.append("they did not issue it for the same layer and step")
@@ -73,10 +79,10 @@ def _call(call: Call) -> str:
 
 
 def _false_sizes(key: GroupKey, sides: Sequence[CallVariant]) -> tuple[int, ...]:
-    """Find the ranks whose size for another rank is contradicted by that rank and by all remaining members.
+    """Find the ranks that passed a wrong size for another rank: this rank and all remaining members passed another one.
 
-    The remaining members know this size only from the step agreement. So the culprit does not use the agreed size. A
-    rank that contradicts all others about its own size may be right.
+    The remaining members know the size only from the step agreement, so the culprit did not use the agreed size. But a
+    rank that differs from all others in its own size is not returned: it may be right.
     """
     members = key[1]
     vector = {rank: side.call.sizes for side in sides for rank in side.ranks}
@@ -98,7 +104,7 @@ def _false_sizes(key: GroupKey, sides: Sequence[CallVariant]) -> tuple[int, ...]
 def _changed(
     witnesses: Mapping[int, Witness], key: GroupKey, seq: int, sides: Sequence[CallVariant]
 ) -> tuple[int, ...]:
-    """Find the ranks that changed the arguments of a collective which all members issued alike in earlier steps."""
+    """Find the ranks that issued a collective with other arguments than all members did in all earlier steps."""
     layer = {side.call.signature.layer for side in sides}
     ops = {side.call.signature.op for side in sides}
     if len(layer) != 1 or len(ops) != 1:

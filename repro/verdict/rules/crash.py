@@ -1,4 +1,7 @@
-"""Judge ranks that died or failed: find the first of them, and those that a backend ended because of other ranks."""
+"""Judge a run in which ranks died or failed: find the rank that ended first.
+
+The backend may have ended a rank because members of a group issued different collectives. Such a rank is not the cause.
+"""
 
 from __future__ import annotations
 
@@ -12,18 +15,19 @@ from repro.verdict.result import Finding, Verdict, list_ranks, name_ranks
 from repro.verdict.rules.explain import explain
 
 ORDERING_RESOLUTION_S = 1.0
-"""Deaths noticed less than this far apart cannot be ordered: the watcher looks at 20 Hz, remote agents at 2 Hz.
-"""
+"""If the ends of two ranks were noticed within this time, it may be unknown which rank ended first: the watcher checks
+the processes 20 times a second, but an agent on another host only twice a second."""
 
 TIMEOUT_S = 10.0
-"""A rank that died after it had waited this long may have been ended by a timeout of its backend.
-
-No timeout is shorter.
-"""
+"""If a rank died after it had waited for at least this time, a timeout of its backend may have ended it. No backend has
+a shorter timeout."""
 
 
 def victims(case: Case) -> set[int]:
-    """Find the ranks that died or failed in a collective with different arguments. The backend may have ended them."""
+    """Find the ranks that died or failed in a collective that members issued with different arguments.
+
+    The backend may have ended them because of the difference.
+    """
     gone = set(case.ranks("dead", "failed"))
     victims: set[int] = set()
     for key in case.ledger.diverged if gone else ():
@@ -31,7 +35,7 @@ def victims(case: Case) -> set[int]:
         for side in case.ledger.refused(key, over, max(case.ledger.diverged[key]))[1]:
             victims |= gone & set(side.ranks)
             victims |= {rank for rank in gone & set(key[1]) if not case.rank_states[rank].seen}
-        for rank in gone & set(key[1]):  # the others may have completed the collective in which it died
+        for rank in gone & set(key[1]):  # search also collectives that other ranks have completed
             rank_state = case.rank_states[rank]
             _, sides = case.ledger.refused(key, rank_state.left.get(key, 0), rank_state.issued.get(key, 0))
             victims |= {rank for side in sides if rank in side.ranks}
@@ -39,7 +43,7 @@ def victims(case: Case) -> set[int]:
 
 
 def crash(case: Case) -> Verdict:
-    """Judge a run in which a rank died or failed; the waits of the others are the consequence."""
+    """Judge a run in which a rank died or failed: `crash`. That other ranks wait is the consequence."""
     dead, failed = case.ranks("dead"), case.ranks("failed")
     if victims(case):
         finding = explain(case.witnesses, case.rank_states, case.ledger, case.waits)
@@ -71,9 +75,11 @@ def crash(case: Case) -> Verdict:
 
 
 def _first_loss(case: Case, dead: Sequence[int], failed: Sequence[int]) -> Finding:
-    """Name the first death, unless a rank clearly failed with an error of its own before any death was noticed.
+    """Name the rank that died first, or a rank that clearly failed before any death was noticed.
 
-    If the order is unclear, the death is the likelier cause: ranks fail when they lose a peer.
+    If the order is not clear, the death is the likelier cause, because ranks fail when they lose a peer.
+
+    failed   the ranks that failed with an error of their own
     """
     early: list[int] = []
     if set(dead) <= case.facts.died.keys():
@@ -101,7 +107,7 @@ def _first_death(case: Case, dead: Sequence[int]) -> Finding:
     if len(dead) > 1:
         later = [rank for rank in dead if rank != first]
 
-        def apart_s(rank: int) -> float:  # each host has an observer of its own
+        def apart_s(rank: int) -> float:  # deaths on one host were noticed by one process, so their order is known
             return ORDERING_RESOLUTION_S if case.rank_states[rank].host != case.rank_states[first].host else 0.0
 
         ordered = set(dead) <= died.keys() and all(died[rank] - died[first] > apart_s(rank) for rank in later)
@@ -125,9 +131,9 @@ def _first_death(case: Case, dead: Sequence[int]) -> Finding:
 
 
 def _never_began(case: Case) -> list[int]:
-    """Find the ranks that never opened their witness, if all others have ended.
+    """Find the ranks that never opened their witness. [] unless all other ranks have died or failed.
 
-    A launcher that loses one rank ends all.
+    Such a rank may have died first: a launcher that loses one rank ends all others.
     """
     never = [rank for rank, witness in sorted(case.witnesses.items()) if not witness.writer.pid]
     began = case.witnesses.keys() - set(never)
@@ -135,14 +141,17 @@ def _never_began(case: Case) -> list[int]:
 
 
 def _on_their_own(case: Case, failed: Sequence[int]) -> list[int]:
-    """Find the ranks that failed with an error of their own: not in a wait for others, and with a unique message."""
+    """Find the ranks that failed with an error of their own.
+
+    Such a rank did not wait for other ranks when it failed, and no other rank failed with the same message.
+    """
     alone = [rank for rank in failed if rank not in case.waits.at]
     words = Counter(case.rank_states[rank].position.detail for rank in alone)
     return [rank for rank in alone if words[case.rank_states[rank].position.detail] == 1]
 
 
 def _error(case: Case, failed: Sequence[int]) -> Finding:
-    """Name the rank that failed first, if it failed with an error of its own."""
+    """Judge a run in which ranks failed and none died. Name the first that failed, if the error is its own."""
     alone = _on_their_own(case, failed)
     outside = [rank for rank in failed if rank not in case.waits.at]
     if alone and (first := _first_to_fail(case, outside)) in alone:
@@ -165,7 +174,7 @@ def _error(case: Case, failed: Sequence[int]) -> Finding:
 
 
 def _first_to_fail(case: Case, failed: Sequence[int]) -> int:
-    """Return the rank whose last event is the oldest. Wall time is used, which all hosts share approximately."""
+    """Return the rank whose last event is the oldest. Times of different hosts are compared by their wall clocks."""
     return min(failed, key=lambda rank: _wall_ns(case.rank_states[rank].witness))
 
 
@@ -174,7 +183,10 @@ def _wall_ns(witness: Witness | None) -> int:
 
 
 def _unseen_partners(case: Case, dead: Sequence[int]) -> list[int]:
-    """Find the ranks that may have issued, with other arguments, the collective in which a rank died."""
+    """Find the ranks whose witness does not show with which arguments they issued the collective in which a rank died.
+
+    Different arguments may have been the cause of the death.
+    """
     unseen = {rank for rank, rank_state in case.rank_states.items() if not rank_state.compares}
     if unseen & set(dead):
         return sorted(unseen)

@@ -1,4 +1,4 @@
-"""Judge a cycle of waits, or a wait for a rank that is done: a deadlock once the quiet window has passed."""
+"""Judge waits that can never end: a cycle of waits, or a wait for a rank that is done."""
 
 from __future__ import annotations
 
@@ -13,7 +13,11 @@ from repro.verdict.rules.explain import explain
 
 
 def deadlock(case: Case, cycle: Sequence[Node]) -> Verdict:
-    """Report `inconclusive` during the quiet window, and `deadlock` with its explanation after it."""
+    """Judge waits that can never end: `deadlock`, with its explanation, if no rank has recorded an event for the quiet
+    window; else `inconclusive`.
+
+    cycle   the nodes of the cycle of waits, or the one node in which ranks wait for a rank that is done
+    """
     links = _links(cycle)
     lines = [
         f"{_sentence(node, link)} ({case.rank_states[node.ranks[0]].position.line})"
@@ -38,7 +42,7 @@ def deadlock(case: Case, cycle: Sequence[Node]) -> Verdict:
 
 
 def _ended_before(case: Case, culprits: Sequence[int]) -> list[int]:
-    """Find the ranks that died or failed, except those that clearly ended after the culprits stopped."""
+    """Find the ranks that died or failed, perhaps before the culprits stopped: then this may be the real cause."""
     stopped_s = min(case.rank_states[rank].position.since_s for rank in culprits)
     ended = []
     for rank in case.ranks("dead", "failed"):

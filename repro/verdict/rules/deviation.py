@@ -1,4 +1,4 @@
-"""Explain a hang by the first rank that left its declared schedule, and describe what it did."""
+"""Explain a hang by the rank that first left its declared schedule, and describe what this rank did."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from repro.verdict.result import Finding, name_ranks, shorten
 def deviation_finding(
     deviations: Sequence[Deviation], rank_states: Mapping[int, RankState], all_steps: Mapping[int, Sequence[Step]]
 ) -> Finding | None:
-    """Name the ranks that made the earliest deviation; None if all members of the group made it."""
+    """Name the ranks that left their declared schedule first. None if all members of the group did so together."""
     if not deviations:
         return None
 
@@ -25,11 +25,11 @@ def deviation_finding(
 
     first = min(deviations, key=when)
     alike = [d for d in deviations if _same_act(d, first)]
-    if first.kind == "order":  # a rank that skipped the collective shows what the others were about to do
+    if first.kind == "order":  # if another rank did the same and ended its step, it is clear that this is a skip
         first = next((d for d in alike if d.kind == "skipped"), first)
     culprits = tuple(sorted({d.rank for d in alike}))
     if {rank for rank in first.concerned if rank_states[rank].seen} <= set(culprits):
-        return None  # all members deviated alike, though at different indices, so this cannot explain a hang
+        return None  # all members made this deviation, though at different indices, so it cannot explain a hang
     finding = Finding(first.kind, culprits)
     finding.evidence += _sentences([first, *alike], rank_states)
     if first.kind == "order" and first.entry == first.planned:
@@ -44,7 +44,10 @@ def deviation_finding(
 
 
 def _sentences(deviations: Sequence[Deviation], rank_states: Mapping[int, RankState]) -> list[str]:
-    """Describe deviations, one sentence for each distinct wording, with the place in the witness of its first rank."""
+    """Describe deviations in sentences: "rank 3 ended step 4 without ep all_gather of layers.0.moe (rank003.wit:…)".
+
+    Ranks that did the same share a sentence, with the place in the witness of one of them.
+    """
     together: dict[str, dict[int, Deviation]] = {}
     for deviation in deviations:
         together.setdefault(_words(deviation), {})[deviation.rank] = deviation
@@ -62,9 +65,10 @@ def _comes_before(
     rank_states: Mapping[int, RankState],
     all_steps: Mapping[int, Sequence[Step]],
 ) -> bool:
-    """Whether ``first`` precedes ``other``.
+    """Whether the deviation ``first`` was certainly made before ``other``, which another rank made.
 
-    Within one step, only collectives of groups that both ranks share give an order.
+    In the same step, this is certain only if the two ranks share groups: then count the shared groups' collectives that
+    come before each deviation.
     """
     if first.step != other.step:
         return first.step < other.step
@@ -78,7 +82,7 @@ def _comes_before(
 
 
 def _same_act(one: Deviation, two: Deviation) -> bool:
-    """Whether two ranks deviated alike, even if their own schedules make it different kinds of deviation."""
+    """Whether two ranks made the same mistake. Its kind may differ, if the ranks declared different schedules."""
     passed_over = {one.kind, two.kind} <= {"skipped", "order"}
     if (one.step, one.entry) == (two.step, two.entry) and (one.kind == two.kind or passed_over):
         return True
@@ -116,7 +120,7 @@ def _entry(entry: Entry | None) -> str:
 
 
 def _deviant(deviation: Deviation, culprits: Sequence[int]) -> dict[str, Any]:
-    """Describe the culprits as a side of the divergence."""
+    """Return the side of the culprits at the first divergence, for verdict.json."""
     issued = deviation.issued
     group, op, layer = issued.entry if issued else deviation.entry
     return {
@@ -129,6 +133,6 @@ def _deviant(deviation: Deviation, culprits: Sequence[int]) -> dict[str, Any]:
 def _conforming(
     deviation: Deviation, culprits: Sequence[int], rank_states: Mapping[int, RankState]
 ) -> list[dict[str, Any]]:
-    """Describe the positions of the members that did not deviate."""
+    """Return the sides of the members that kept their schedule, for verdict.json: one side for each position."""
     members = set(deviation.group[1]) if deviation.group else set(rank_states)
     return places([rank_states[rank] for rank in sorted(members - set(culprits)) if rank in rank_states])

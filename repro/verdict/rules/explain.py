@@ -1,9 +1,15 @@
 """Explain a hang: find its cause and the culprits, or say that the evidence does not show them.
 
-A culprit left the schedule that it declared itself, entered a collective while it held a lock that others wait for, or
-passed a size for another rank that contradicts that rank. A rank that is alone, late, or unlike earlier steps is only a
-suspect: the other ranks may be the wrong ones. If the program declares no schedule, a culprit left the rhythm of its
-own steps while the others kept theirs and waited for it (rhythm.py).
+A rank is a culprit if it did one of these:
+
+- It left the schedule that it had declared itself.
+- It entered a collective while it held a lock that others wait for.
+- It passed a size for another rank that differs from the size that this rank passed.
+- If the program declares no schedule: it left the repeating pattern of its own steps, while the others kept theirs and
+  waited for it (rhythm.py).
+
+A rank that only differs from other ranks, is late, or differs from its earlier steps is a suspect: the other ranks may
+be the wrong ones.
 """
 
 from __future__ import annotations
@@ -37,9 +43,10 @@ def explain(
     waits: Waits,
     mispaired: tuple[GroupKey, int] | None = None,
 ) -> Finding:
-    """Explain a hang, or the wrong pairing of the collective ``mispaired``.
+    """Find the cause of a hang, and the culprits or suspects.
 
-    What ranks did after that collective cannot be the cause, and is left out.
+    mispaired   (group, sequence number) under which ranks completed different collectives, if they did: then explain
+                this. What a rank did after it is left out, because it cannot be the cause
     """
     lock = _lock_finding(waits, rank_states)
     if lock is not None:
@@ -49,7 +56,7 @@ def explain(
         key, seq, _ = divergence
         left = any(rank_state.left.get(key, 0) >= seq for rank_state in rank_states.values())
         if left and ("collective", key, seq) in waits.nodes:
-            # ranks wait in this collective, so what others did after they left it cannot be the cause
+            # some ranks wait in this collective, so what the others did after they completed it cannot be the cause
             mispaired = key, seq
     steps = [rank_state.position.step for rank_state in rank_states.values() if rank_state.position.step >= 0]
     since = min(steps, default=0)
@@ -97,7 +104,7 @@ def _completed(
     rank_states: Mapping[int, RankState],
     waits: Waits,
 ) -> Finding:
-    """Add the first divergence to a finding, and if the finding names no culprit, what to collect."""
+    """Add the first divergence to a finding. If the finding is undecided, also add what to collect."""
     if finding is None:
         finding = Finding(confidence="undecided")
     if finding.confidence == "undecided":
@@ -108,7 +115,7 @@ def _completed(
 
 
 def _unproven(finding: Finding | None) -> Finding | None:
-    """Turn the culprits into suspects, because what one witness does not show may have caused what the others show."""
+    """Turn the culprits of a finding into suspects. The true cause may be in what a witness does not record."""
     if finding is not None and finding.culprits:
         finding.suspects, finding.culprits = tuple(sorted({*finding.suspects, *finding.culprits})), ()
         finding.confidence = "undecided"
@@ -118,7 +125,10 @@ def _unproven(finding: Finding | None) -> Finding | None:
 def _until(
     meeting: tuple[GroupKey, int] | None, deviations: list[Deviation], witnesses: Mapping[int, Witness]
 ) -> list[Deviation]:
-    """Keep the deviations that members made before they issued the collective ``meeting``, each by its own clock."""
+    """Keep the deviations that a rank made before it issued the collective ``meeting``, (group, sequence number).
+
+    Only times of the same rank are compared. Ranks that did not issue this collective are left out. None: keep all.
+    """
     if meeting is None:
         return deviations
     issued_ns = {
@@ -132,7 +142,10 @@ def _until(
 
 
 def _lock_finding(waits: Waits, rank_states: Mapping[int, RankState]) -> Finding | None:
-    """Name the ranks that hold a lock of the cycle, unless two ranks recorded that they hold the same lock."""
+    """Name the ranks that hold a lock in the cycle of waits and wait themselves. None if the cycle has no lock.
+
+    If two ranks recorded that they hold the same lock, the ranks are only suspects.
+    """
     locks = [node for node in waits.cycle if node.key[0] == "lock"]
     if not locks:
         return None
@@ -155,9 +168,9 @@ def _plan_finding(
     all_steps: Mapping[int, list[Step]],
     schedule_divergence: ScheduleDivergence | None,
 ) -> Finding | None:
-    """Explain a hang by different declared schedules of a group's members.
+    """Explain a hang by members of a group that declared different schedules for the same step.
 
-    Ranks that changed their schedule are suspects.
+    Suspects are the ranks that changed their schedule, or else the minority.
     """
     if schedule_divergence is None:
         return None
@@ -188,9 +201,9 @@ def _habit_finding(
     since: int,
     rank_states: Mapping[int, RankState],
 ) -> Finding | None:
-    """Explain a hang by a change of habit, if no schedule was declared.
+    """Explain a hang if no schedule was declared, but all ranks issued the same collectives in every earlier step.
 
-    Ranks that issued other collectives than all ranks did in every earlier step are suspects.
+    The ranks that issued other collectives now are suspects.
     """
     plan = habitual_plan(all_steps, since)
     if not plan or any(step.plan for steps in all_steps.values() for step in steps):

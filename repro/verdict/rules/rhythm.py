@@ -1,8 +1,8 @@
 """Explain a hang of a program that declares no schedule: which rank left the repeating pattern of its own steps?
 
-A rank is named if its collectives repeated step by step, then came in another order, while those of all other ranks
-went on as before, and if another rank waits for it. Nothing is compared between ranks, so the pattern may differ from
-rank to rank, as it does between the stages of a pipeline.
+We call this pattern the rank's rhythm. A rank is named if it left its rhythm, all other ranks kept theirs, and another
+rank waits for it. Ranks are not compared with each other, so each may have another pattern, like the stages of a
+pipeline.
 """
 
 from __future__ import annotations
@@ -19,25 +19,31 @@ from repro.verdict.result import Finding
 
 NEEDED = Knows.ORDER | Knows.LAYERS | Knows.ARGUMENTS
 HISTORY = 2048
-"""Maximum number of collectives of a rank that are looked at."""
+"""How many of a rank's newest collectives are searched for a pattern."""
 
 RECENT_PERIODS = 3
-"""Maximum age of a break, in periods. A rank that has kept the rhythm for longer did not cause the hang by it."""
+"""How many periods of the pattern may have passed since a rank left it. If the rank went on for longer, the hang has
+another cause."""
 
 _Key = tuple[int, int]  # string numbers of the signature (group, operation, layer, type) and of the call site
 
 
 @dataclass(frozen=True, slots=True)
 class _Break:
-    """Where a rank left its pattern: the events from there on, and one period of the pattern from what was due."""
+    """The place where a rank left its repeating pattern.
+
+    events   the events from this place on
+    due      the events of one period of the pattern; the first is the one that was due here
+    number   how many collectives the rank issued before this place
+    """
 
     events: Sequence[Event]
     due: Sequence[Event]
-    number: int  # of the last event that kept the pattern, counted from the oldest
+    number: int
 
     @property
     def skipped(self) -> int:
-        """Number of operations of the pattern that were left out; 0 if leaving out none explains what came."""
+        """How many operations of the pattern the rank left out before it went on; 0 if this is no explanation."""
         for count in range(1, len(self.due)):
             rest = [*self.due[count:], *self.due[:count]]
             if all(_key(came) == _key(due) for came, due in zip(self.events, rest, strict=False)):
@@ -46,7 +52,7 @@ class _Break:
 
     @property
     def extra(self) -> int:
-        """Number of additional operations, after which the pattern went on; 0 if that does not explain what came."""
+        """How many additional operations the rank issued before the pattern went on; 0 if this is no explanation."""
         for count in range(1, len(self.events)):
             if all(_key(came) == _key(due) for came, due in zip(self.events[count:], self.due, strict=False)):
                 return count
@@ -54,14 +60,14 @@ class _Break:
 
     @property
     def in_pattern(self) -> bool:
-        """Whether the first operation that came has a place in the pattern, also from another line of the program."""
+        """Whether the pattern contains the first operation that the rank issued here, also from another call site."""
         return any(self.events[0].sig == due.sig for due in self.due)
 
 
 def rhythm_finding(
     witnesses: Mapping[int, Witness], awaited: Collection[int], until: tuple[GroupKey, int] | None = None
 ) -> Finding | None:
-    """Name the one rank that left its rhythm. None unless it is awaited and all other ranks have kept theirs.
+    """Name the rank that left its repeating pattern. None unless it is the only one, and others wait for it.
 
     awaited  the ranks that others wait for
     until    the collective that ranks paired wrongly, if they did: only what came before it can be the cause
@@ -89,7 +95,10 @@ def _key(event: Event) -> _Key:
 
 
 def _rhythm(issued: Sequence[Event]) -> tuple[bool, _Break | None]:
-    """Return whether a rank has a repeating pattern, and where it left it, if it did lately."""
+    """Return whether a rank has a repeating pattern, and the place where it left the pattern.
+
+    The place is None if the rank kept the pattern, or left it more than RECENT_PERIODS periods ago.
+    """
     keys = [_key(event) for event in issued]
     cut = 0
     while cut * 2 <= len(keys):
@@ -121,7 +130,7 @@ def _described(witness: Witness, rank: int, left: _Break) -> Finding:
     cause = "skipped" if skipped and (not extra or skipped <= extra) else "extra"
     period = len(left.due)
     line = (
-        f"rank {rank} left the rhythm of its own steps ({period} operation{'s' if period > 1 else ''} each): "
+        f"rank {rank} left the pattern of its earlier steps ({period} operation{'s' if period > 1 else ''} each): "
         f"{_place(witness, came, came.seq)} came where {_place(witness, due)} had come before ({witness.line(came.n)})"
     )
     if cause == "skipped":
@@ -129,8 +138,8 @@ def _described(witness: Witness, rank: int, left: _Break) -> Finding:
         also = ", or issues it later" if len(left.events) == 1 else ""
         line += f"; the rank left {passed} out{also}"
     elif extra:
-        line += f"; after {extra} more it went on as before"
-    evidence = [line, "all other ranks kept the rhythm of theirs"]
+        line += f"; after {extra} additional operation{'s' if extra > 1 else ''} it went on as before"
+    evidence = [line, "all other ranks kept the pattern of their earlier steps"]
     if left.in_pattern:
         return Finding(cause, (rank,), confidence="likely", evidence=evidence)
     evidence.append(
@@ -141,7 +150,7 @@ def _described(witness: Witness, rank: int, left: _Break) -> Finding:
 
 
 def _place(witness: Witness, event: Event, seq: int = 0) -> str:
-    """An operation with its number, if that is given, its group, module and call site."""
+    """Return an operation with its number, group, module and call site: "all_reduce #41 in group dp of layers.0, …"."""
     signature = witness.signature(event.sig)
     layer = f" of {signature.layer}" if signature.layer else ""
     site = f", from {site}" if (site := witness.text(event.site)) else ""

@@ -1,4 +1,4 @@
-"""Describe ranks that work while others wait for them, and the evidence for it."""
+"""Judge waits for ranks that still work: `slow`, with the evidence that these ranks work."""
 
 from __future__ import annotations
 
@@ -9,19 +9,17 @@ from repro.verdict.case import Case
 from repro.verdict.result import Finding, name_ranks, say
 
 BUSY = 0.02
-"""Number of processors in use from which a process counts as working. A sleeping process uses less."""
+"""A process that keeps at least this many processors busy counts as working. A sleeping process uses less."""
 
 STARVED = 0.1
-"""CPU-starvation threshold: the share of time that a process was runnable without a processor.
-
-Above this share, low processor use and silence prove little.
-"""
+"""If a process could run but got no processor for at least this share of the time, the machine is overloaded. Then low
+processor use and missing events prove little."""
 
 
 def slow(case: Case, movers: Sequence[int]) -> Finding:
-    """Name the ranks that the others wait for, with the evidence that they work.
+    """Name the ranks that work while the others wait for them (``movers``), with the evidence that they work.
 
-    The confidence is ``likely`` if a rank shows no sign of work, or had no processor for it.
+    The confidence is ``likely`` if one of them shows no sign of work, or if ranks lacked a processor.
     """
     finding = Finding("", tuple(movers))
     signs = {rank: signs_of_life(case, rank) for rank in movers}
@@ -52,9 +50,9 @@ def slow(case: Case, movers: Sequence[int]) -> Finding:
 
 
 def _only_quiet(case: Case, finding: Finding) -> Finding:
-    """Remove culprits that moved within the quiet window.
+    """Remove each culprit that recorded an event within the quiet window.
 
-    In a healthy run, too, ranks are often outside collectives.
+    It has not worked for long, and in a healthy run, too, ranks are often outside collectives.
     """
     if not case.all_know(Knows.TIME):
         finding.culprits, finding.suspects, finding.confidence = (), finding.culprits, "undecided"
@@ -72,7 +70,7 @@ def _only_quiet(case: Case, finding: Finding) -> Finding:
 
 def _moved(case: Case, rank: int) -> bool:
     at = case.rank_states[rank].position
-    if at.state == "blocked":  # in a collective that others have left, perhaps just now
+    if at.state == "blocked":  # in a collective that others have completed, perhaps a moment ago
         return not case.quiet
     return at.state != "starting" and rank not in case.facts.excused and at.since_s < case.quiet_window_s
 
@@ -89,14 +87,17 @@ def signs_of_life(case: Case, rank: int) -> list[str]:
 
 
 def may_wait_for_device(case: Case, rank: int) -> bool:
-    """Whether a rank is outside any collective, has queued collectives on a device, and shows no other work."""
+    """Whether a rank may in truth wait for its device.
+
+    It is outside any collective, has queued collectives on the device, and shows no other work.
+    """
     rank_state = case.rank_states[rank]
     has_queued = any(key[0] in case.queued and issued for key, issued in rank_state.issued.items())
     return has_queued and rank_state.state == "running" and rank_state.beat_s is None and not rank_state.position.detail
 
 
 def _with_waits(case: Case, finding: Finding) -> Finding:
-    """Add the ranks that wait, and the holders of the locks that they wait for."""
+    """Add lines of evidence: which ranks wait, and which ranks hold the locks that others wait for."""
     waiting = [rank for rank in case.ranks("blocked", "locked") if rank not in finding.culprits]
     if waiting:
         finding.evidence.append(say(waiting, "wait"))

@@ -1,4 +1,4 @@
-"""Judge collectives that every member has issued: a stall, unless evidence shows progress or contradicts a witness."""
+"""Judge waits in a collective that every member has issued: `stall`, unless evidence shows that it makes progress."""
 
 from __future__ import annotations
 
@@ -13,14 +13,16 @@ from repro.verdict.result import MOST_SENTENCES, Finding, Verdict, name_ranks, s
 from repro.verdict.rules.slow import STARVED, signs_of_life, slow
 
 MOVES = 0.05
-"""Number of processors in use from which a rank in a collective may be moving data. A rank that waits uses far less."""
+"""A rank in a collective may be moving data if it keeps at least this many processors busy. A rank that only waits uses
+far less."""
 
 PATIENT_WINDOWS = 10
-"""A stall of starved ranks, or without the requested evidence, is reported only after this many quiet windows."""
+"""If ranks lacked a processor, or requested stacks or dumps are missing, a stall is reported only after this many quiet
+windows."""
 
 
 def attended(case: Case) -> Verdict:
-    """Judge waits that end in collectives which every member has issued and none has left."""
+    """Judge waits in collectives that every member has issued and none has left: `stall`, or else `inconclusive`."""
     nodes = case.waits.attended
     names = ", ".join(node.name for node in nodes[:MOST_SENTENCES])
     unseen = sorted({rank for node in nodes for rank in node.collective[0][1] if not case.rank_states[rank].seen})
@@ -58,7 +60,10 @@ def attended(case: Case) -> Verdict:
 
 
 def _differ_elsewhere(case: Case, finding: Finding) -> list[str]:
-    """Name collectives with different arguments in which no rank waits. On one device they may block the others."""
+    """Describe collectives that ranks issued with different arguments, but in which no rank waits.
+
+    They may be the cause: on a device they can block the collectives that come after them.
+    """
     lines = []
     for key, seqs in sorted(case.ledger.diverged.items()):
         sides = case.ledger.sides(key, min(seqs))
@@ -69,9 +74,9 @@ def _differ_elsewhere(case: Case, finding: Finding) -> list[str]:
 
 
 def left_by_some(case: Case) -> Verdict:
-    """Judge waits that end in a collective which every member has issued and some have left.
+    """Judge waits in a collective that every member has issued and some have left: `slow` or `inconclusive`.
 
-    The others are about to return from it, or their witness is out of date.
+    The members that still wait are about to return, or their witness is out of date.
     """
     lines: list[str] = []
     ranks: set[int] = set()
@@ -90,9 +95,9 @@ def left_by_some(case: Case) -> Verdict:
 
 
 def _moves(case: Case, node: Node) -> list[str]:
-    """Find evidence that a collective makes progress or that a witness is contradicted.
+    """Find evidence against a stall: the collective may make progress, or other evidence contradicts a witness.
 
-    Either shows that this is no stall.
+    Returns a sentence for each.
     """
     (group, members), _ = node.collective
     lines = [
@@ -118,7 +123,7 @@ def _moves(case: Case, node: Node) -> list[str]:
 
 
 def _doubts(case: Case, members: Sequence[int]) -> list[str]:
-    """Find reasons to wait longer before a stall is reported: starved ranks, or missing evidence."""
+    """Find reasons to wait longer before a stall is reported: ranks that lacked a processor, or missing evidence."""
     facts = case.facts
     lines = []
     starved = max((facts.starved.get(rank, 0.0) for rank in members), default=0.0)
@@ -132,7 +137,10 @@ def _doubts(case: Case, members: Sequence[int]) -> list[str]:
 
 
 def _pending_elsewhere(case: Case, node: Node) -> list[str]:
-    """Name members that issued the collective and do not wait in it. Their part of it may still make progress."""
+    """Describe members that issued the collective of ``node``, but now do something else than wait in it.
+
+    Their part of the collective may still make progress.
+    """
     (_, members), _ = node.collective
     together: dict[str, list[int]] = {}
     for rank in members:

@@ -1,6 +1,6 @@
-"""Judge waits without a cycle and without a death, by the last rank of each chain of waits.
+"""Judge waits that form no cycle, if no rank died. Follow them from rank to rank, and judge by what the last rank does.
 
-That rank is at work, is done, or was not observed.
+It works, is done, left no usable witness, or waits in a collective that all members have entered.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from repro.verdict.rules.stall import attended, left_by_some
 
 
 def waiting(case: Case) -> Verdict:
-    """Choose the rule by the state of the ranks in which the chains of waits end."""
+    """Judge waits that form no cycle, by the state of the awaited ranks that do not wait themselves."""
     ends = case.waits.ends
     if ends.get("done"):
         return _waits_for_done(case)
@@ -113,7 +113,7 @@ def _waits_for_done(case: Case) -> Verdict:
 
 
 def _ended_before(case: Case, nodes: Sequence[Node]) -> Verdict:
-    """Judge collectives that every member issued, and that cannot complete because the process of a done rank ended."""
+    """Judge collectives that every member issued, but that cannot complete, because a done member's process ended."""
     done = case.waits.ends["done"]
     verdict = deadlock(case, nodes[:1])
     lines = [f"{name_ranks(sorted(node.cannot_return & done))} ended before {node.name} completed" for node in nodes]
@@ -123,18 +123,20 @@ def _ended_before(case: Case, nodes: Sequence[Node]) -> Verdict:
 
 
 def _ranks_with_requests(case: Case, done: set[int], waiting: Sequence[int]) -> list[int]:
-    """Find the waiting ranks with a schedule and live requests in a step that none of the done ranks has begun."""
+    """Find the waiting ranks that have live requests in a step that no rank of ``done`` has begun.
+
+    They show that the ranks of ``done`` stopped too early. A rank counts only if it declared a schedule for the step.
+    """
     last = {rank: steps_of(case.witnesses[rank], 1) for rank in {*done, *waiting} if rank in case.witnesses}
     begun = (case.witnesses[rank].last for rank in done if rank in case.witnesses)
-    began = max(
-        (event.step for event in begun if event is not None), default=-1
-    )  # this is correct even if the ring has lost the step
+    # the last event has the number of the step, even if the event that began the step is overwritten
+    began = max((event.step for event in begun if event is not None), default=-1)
     newest = {rank: steps[-1] for rank, steps in last.items() if rank in waiting and steps}
     return sorted(rank for rank, step in newest.items() if step.plan and step.live > 0 and step.number > began)
 
 
 def _outsider(case: Case, node: Node) -> Verdict:
-    """Judge a wait for a lock whose holder is not a rank."""
+    """Judge a wait for a lock that no rank holds: another process holds it, or none, or the holder is not known."""
     pid = node.outside
     unseen = case.ranks("missing", "hidden")
     if unseen:

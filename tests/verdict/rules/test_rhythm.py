@@ -64,9 +64,9 @@ def test_a_rank_that_skips_a_collective_is_named_with_module_and_place():
     verdict = job.judged()
     assert (verdict.verdict, verdict.cause, verdict.culprits) == ("deadlock", "skipped", (2,)), verdict
     assert verdict.confidence == "likely"
-    line = next(line for line in verdict.evidence if "rhythm" in line)
+    line = next(line for line in verdict.evidence if "pattern" in line)
     assert line.startswith(
-        "rank 2 left the rhythm of its own steps (3 operations each): all_reduce #6 in group world, "
+        "rank 2 left the pattern of its earlier steps (3 operations each): all_reduce #6 in group world, "
     )
     assert "came where reduce_scatter_tensor in group dp of blocks.0" in line and "rank002.wit:" in line
 
